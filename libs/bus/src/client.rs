@@ -1,0 +1,195 @@
+//! The connection, and typed requests.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_nats::{Client, ConnectOptions, HeaderMap, RequestErrorKind, jetstream};
+use contract::{
+    access::{self, Access},
+    header,
+    rpc::Rpc,
+};
+use prost::Message as _;
+use secrecy::{ExposeSecret as _, SecretString};
+use service::Env;
+use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};
+
+use crate::{Failure, trace};
+
+/// Older servers drop stream and consumer settings they do not know, without a word.
+const SERVER_VERSION_MIN: (u64, u64) = (2, 12);
+
+/// How to reach the bus, and as whom.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `nats://host:port`, several separated by commas.
+    pub url: String,
+    /// One of [`access::ALL`].
+    pub user: &'static str,
+    pub password: SecretString,
+    /// Shown by the server's monitoring: `<service>/<instance>`.
+    pub name: String,
+}
+
+impl Config {
+    /// The settings of a service, as a user of the bus.
+    pub fn from_env(env: &mut Env, access: &Access) -> Self {
+        Self {
+            url: env.parsed("NATS_URL", "where NATS is; several servers separated by commas", "nats://127.0.0.1:4222".to_owned()),
+            user: access.user,
+            password: env.secret("NATS_PASSWORD", "this service's password on the bus"),
+            name: format!("{}/{}", access.user, std::process::id()),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("cannot connect to NATS at {url}")]
+    Connect { url: String, source: async_nats::ConnectError },
+    #[error("the NATS server is version {found}; 2.12 or later is needed")]
+    ServerTooOld { found: String },
+    #[error("the NATS server takes messages of {found} bytes; {MESSAGE_BYTES_MAX} are needed (max_payload)")]
+    PayloadTooSmall { found: usize },
+}
+
+/// A connection to the bus. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Bus {
+    pub(crate) client: Client,
+    pub(crate) jetstream: jetstream::Context,
+}
+
+impl Bus {
+    /// Connects as a service; later losses of the connection are mended behind the scenes, for as long as it takes.
+    ///
+    /// # Errors
+    /// [`ConnectError`] when nobody answers, or the server is not fit for us.
+    pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
+        let servers: Vec<String> = config.url.split(',').map(|url| url.trim().to_owned()).collect();
+        let connect = ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned())
+            .name(&config.name)
+            .custom_inbox_prefix(access::inbox(config.user))
+            .connection_timeout(Duration::from_secs(5))
+            .ping_interval(Duration::from_secs(10))
+            .subscription_capacity(16 * 1024)
+            .event_callback(|event| async move {
+                match event {
+                    async_nats::Event::Connected => tracing::info!("bus connected"),
+                    other => {
+                        metrics::counter!("aod_bus_connection_events_total").increment(1);
+                        tracing::warn!(event = %other, "bus connection");
+                    }
+                }
+            })
+            .reconnect_delay_callback(|attempt| Duration::from_millis((50 * attempt.min(40)) as u64))
+            .connect(servers);
+        let client = connect.await.map_err(|source| ConnectError::Connect { url: config.url.clone(), source })?;
+        let info = client.server_info();
+        if !version_suffices(&info.version) {
+            return Err(ConnectError::ServerTooOld { found: info.version });
+        }
+        if info.max_payload < MESSAGE_BYTES_MAX {
+            return Err(ConnectError::PayloadTooSmall { found: info.max_payload });
+        }
+        let mut jetstream = jetstream::new(client.clone());
+        jetstream.set_timeout(Duration::from_secs(5));
+        Ok(Self { client, jetstream })
+    }
+
+    /// Whether the connection is up right now.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.client.connection_state() == async_nats::connection::State::Connected
+    }
+
+    /// Sends a request and waits for its answer, at most `deadline`.
+    ///
+    /// # Errors
+    /// What the other side failed with; `Unavailable` when nobody serves the subject, `DeadlineExceeded` when no answer came.
+    pub async fn call<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
+        let answer = self.call_once::<R>(request, deadline).await;
+        match answer {
+            // Nobody was there to receive it, so that sending it again is safe: a service may be restarting.
+            Err(failure) if failure.code == ErrorCode::Unavailable && R::IDEMPOTENT => {
+                tokio::time::sleep(Duration::from_millis(100).min(deadline / 4)).await;
+                self.call_once::<R>(request, deadline).await
+            }
+            answer => answer,
+        }
+    }
+
+    async fn call_once<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
+        let mut headers = trace_headers();
+        headers.insert(header::DEADLINE, unix_millis(SystemTime::now() + deadline).to_string());
+        let message = async_nats::Request::new().payload(request.encode_to_vec().into()).headers(headers).timeout(Some(deadline));
+        let reply = self.client.send_request(R::SUBJECT, message).await.map_err(|error| match error.kind() {
+            RequestErrorKind::NoResponders => Failure::unavailable(owner(R::SUBJECT)),
+            RequestErrorKind::TimedOut => {
+                Failure::new(ErrorCode::DeadlineExceeded, format!("{} did not answer in time", owner(R::SUBJECT)))
+            }
+            _ => {
+                tracing::warn!(%error, subject = R::SUBJECT, "request not sent");
+                Failure::unavailable("The message bus")
+            }
+        })?;
+        if let Some(error) = reply.headers.as_ref().and_then(|headers| headers.get(header::ERROR)) {
+            return Err(Failure::from_header(error.as_str()).unwrap_or_else(|| Failure::internal("an error header that cannot be read")));
+        }
+        R::Reply::decode(reply.payload).map_err(Failure::internal)
+    }
+
+    /// Sends a hint: at most once, to whoever listens right now.
+    pub async fn hint(&self, subject: String) {
+        if let Err(error) = self.client.publish(subject, bytes::Bytes::new()).await {
+            tracing::debug!(%error, "hint not sent");
+        }
+    }
+
+    /// Listens for hints on a subject.
+    ///
+    /// # Errors
+    /// When the connection is closed for good.
+    pub async fn hints(&self, subject: String) -> Result<impl futures::Stream<Item = ()> + Unpin + use<>, Failure> {
+        use futures::StreamExt as _;
+        let subscription = self.client.subscribe(subject).await.map_err(Failure::internal)?;
+        Ok(subscription.map(|_| ()))
+    }
+
+    /// Sends what is buffered, so that nothing is lost by an exit. Bounded by `limit`.
+    pub async fn flush(&self, limit: Duration) {
+        let _ = tokio::time::timeout(limit, self.client.flush()).await;
+    }
+}
+
+pub(crate) fn trace_headers() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    if let Some(context) = trace::current() {
+        headers.insert(header::TRACEPARENT, context.to_string());
+    }
+    headers
+}
+
+pub(crate) fn unix_millis(time: SystemTime) -> u128 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_millis())
+}
+
+/// The service that serves a subject, as users know it.
+fn owner(subject: &str) -> &str {
+    subject.split('.').nth(2).unwrap_or("service")
+}
+
+fn version_suffices(version: &str) -> bool {
+    let mut parts = version.split('.').map(|part| part.parse::<u64>().ok());
+    matches!((parts.next(), parts.next()), (Some(Some(major)), Some(Some(minor))) if (major, minor) >= SERVER_VERSION_MIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_servers_are_refused() {
+        assert!(version_suffices("2.12.0") && version_suffices("2.15.1") && version_suffices("3.0.0-RC.1"));
+        assert!(!version_suffices("2.9.10") && !version_suffices("1.99.0") && !version_suffices("dev"));
+    }
+}

@@ -1,0 +1,17 @@
+//! The only crate that speaks NATS.
+//!
+//! [`Bus`] connects and calls; [`responder`] serves requests as a NATS micro-service; [`log`] appends to and follows the streams;
+//! [`work`] takes jobs from a work queue; [`topology`] makes streams and consumers as the contract declares them.
+//!
+//! Policy lives here and not in handlers: deadlines, acknowledgements, redelivery, trace headers.
+
+mod client;
+mod failure;
+pub mod log;
+pub mod responder;
+pub mod topology;
+pub mod trace;
+pub mod work;
+
+pub use client::{Bus, Config, ConnectError};
+pub use failure::Failure;

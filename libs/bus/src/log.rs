@@ -1,0 +1,126 @@
+//! Durable streams: appending with a message id and an expected sequence, reading the last entry, following.
+
+use std::time::Duration;
+
+use async_nats::jetstream::{
+    self,
+    consumer::{DeliverPolicy, pull::OrderedConfig},
+    context::PublishErrorKind,
+    message::PublishMessage,
+    stream::LastRawMessageErrorKind,
+};
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _};
+
+use crate::{Bus, client::trace_headers};
+
+/// An append that is not in the stream, as far as is known.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// Somebody else wrote to the subject since: the writer's view is stale.
+    #[error("another writer appended first")]
+    Superseded,
+    /// Not acknowledged; it may be in the stream all the same. Safe to repeat with the same message id.
+    #[error("the append was not acknowledged")]
+    Unacknowledged(#[source] jetstream::context::PublishError),
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the stream cannot be read")]
+pub struct ReadError(#[source] Box<dyn std::error::Error + Send + Sync>);
+
+/// An entry of a stream.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub sequence: u64,
+    pub subject: String,
+    pub payload: Bytes,
+}
+
+impl Bus {
+    /// Appends a message and waits for the stream's acknowledgement; gives its sequence.
+    ///
+    /// `message_id` makes a repetition harmless. With `expected` set, the append succeeds only while that is the subject's last sequence.
+    ///
+    /// # Errors
+    /// [`AppendError`].
+    pub async fn append(&self, subject: String, payload: Bytes, message_id: &str, expected: Option<u64>) -> Result<u64, AppendError> {
+        self.begin_append(subject, payload, message_id, expected).await?.acknowledged().await
+    }
+
+    /// Sends a message to its stream without waiting, so that several are in flight at once.
+    ///
+    /// # Errors
+    /// [`AppendError::Unacknowledged`] when it could not even be sent.
+    pub async fn begin_append(
+        &self,
+        subject: String,
+        payload: Bytes,
+        message_id: &str,
+        expected: Option<u64>,
+    ) -> Result<PendingAppend, AppendError> {
+        let mut message = PublishMessage::build().payload(payload).headers(trace_headers()).message_id(message_id);
+        if let Some(sequence) = expected {
+            message = message.expected_last_subject_sequence(sequence);
+        }
+        let pending = self.jetstream.send_publish(subject, message).await.map_err(AppendError::Unacknowledged)?;
+        Ok(PendingAppend(pending))
+    }
+
+    /// The newest entry of a subject.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the stream does not answer.
+    pub async fn last(&self, stream: &'static str, subject: &str) -> Result<Option<Entry>, ReadError> {
+        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+        match stream.get_last_raw_message_by_subject(subject).await {
+            Ok(message) => Ok(Some(Entry { sequence: message.sequence, subject: message.subject.to_string(), payload: message.payload })),
+            Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(ReadError(error.into())),
+        }
+    }
+
+    /// Follows one subject from a sequence on: in order, without gaps, mended after every loss of the connection.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow anew.
+    pub async fn follow(
+        &self,
+        stream: &'static str,
+        subject: String,
+        from_sequence: u64,
+    ) -> Result<impl Stream<Item = Result<Entry, ReadError>> + Send + Unpin + use<>, ReadError> {
+        let config = OrderedConfig {
+            filter_subject: subject,
+            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from_sequence.max(1) },
+            ..OrderedConfig::default()
+        };
+        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+        let consumer = stream.create_consumer(config).await.map_err(|error| ReadError(error.into()))?;
+        let messages = consumer.messages().await.map_err(|error| ReadError(error.into()))?;
+        Ok(messages
+            .map(|message| {
+                let message = message.map_err(|error| ReadError(error.into()))?;
+                let sequence = message.info().map_err(ReadError)?.stream_sequence;
+                Ok(Entry { sequence, subject: message.subject.to_string(), payload: message.payload.clone() })
+            })
+            .boxed())
+    }
+}
+
+/// A message on its way into a stream.
+#[derive(Debug)]
+pub struct PendingAppend(jetstream::context::PublishAckFuture);
+
+impl PendingAppend {
+    /// # Errors
+    /// [`AppendError`].
+    pub async fn acknowledged(self) -> Result<u64, AppendError> {
+        match tokio::time::timeout(Duration::from_secs(10), self.0).await {
+            Ok(Ok(ack)) => Ok(ack.sequence),
+            Ok(Err(error)) if error.kind() == PublishErrorKind::WrongLastSequence => Err(AppendError::Superseded),
+            Ok(Err(error)) => Err(AppendError::Unacknowledged(error)),
+            Err(_) => Err(AppendError::Unacknowledged(PublishErrorKind::TimedOut.into())),
+        }
+    }
+}

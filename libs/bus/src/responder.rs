@@ -1,0 +1,126 @@
+//! Serving requests, as a NATS micro-service: `nats micro ls` and `nats micro stats` show it.
+
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use async_nats::{
+    HeaderMap,
+    service::{Service, ServiceExt as _, error::Error as ServiceError},
+};
+use contract::{header, rpc::Rpc};
+use futures::StreamExt as _;
+use prost::Message as _;
+use tokio::sync::Semaphore;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use types::ErrorCode;
+
+use crate::{Bus, Failure, client::unix_millis, trace};
+
+/// Requests of one subject in hand at a time; more are refused rather than queued.
+const CONCURRENCY: usize = 512;
+
+/// A service's endpoints. Each request runs in its own task, ends by its caller's deadline, and is always answered.
+///
+/// `S` is what the handlers work with: each gets a clone of it.
+pub struct Responder<S> {
+    state: S,
+    service: Service,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl<S: Clone + Send + Sync + 'static> Responder<S> {
+    /// # Errors
+    /// When the connection is closed for good.
+    pub async fn start(bus: &Bus, name: &str, state: S, tasks: TaskTracker, stop: CancellationToken) -> Result<Self, Failure> {
+        let service = bus.client.service_builder().queue_group(name).start(name, "1.0.0").await.map_err(Failure::internal)?;
+        Ok(Self { state, service, tasks, stop })
+    }
+
+    /// Serves one kind of request until the stop.
+    ///
+    /// # Errors
+    /// When the subject cannot be subscribed to.
+    pub async fn serve<R, H, F>(&self, handler: H) -> Result<(), Failure>
+    where
+        R: Rpc,
+        H: Fn(S, R::Request) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
+    {
+        let mut endpoint =
+            self.service.endpoint_builder().name(endpoint_name(R::SUBJECT)).add(R::SUBJECT).await.map_err(Failure::internal)?;
+        let (handler, permits) = (Arc::new(handler), Arc::new(Semaphore::new(CONCURRENCY)));
+        let (state, tasks, stop) = (self.state.clone(), self.tasks.clone(), self.stop.clone());
+        self.tasks.spawn(async move {
+            loop {
+                let request = tokio::select! {
+                    () = stop.cancelled() => break,
+                    request = endpoint.next() => match request { Some(request) => request, None => break },
+                };
+                let Ok(permit) = permits.clone().try_acquire_owned() else {
+                    answer(&request, R::SUBJECT, Err::<R::Reply, _>(Failure::new(ErrorCode::Unavailable, "The service is overloaded"))).await;
+                    continue;
+                };
+                let (state, handler) = (state.clone(), handler.clone());
+                tasks.spawn(async move {
+                    let headers = request.message.headers.as_ref();
+                    let text = |name| headers.and_then(|headers: &HeaderMap| headers.get(name)).map(|value| value.as_str().to_owned());
+                    let context = text(header::TRACEPARENT).as_deref().and_then(trace::TraceContext::parse);
+                    let left = time_left(text(header::DEADLINE).as_deref());
+                    let work = async {
+                        let message = R::Request::decode(request.message.payload.clone())
+                            .map_err(|error| Failure::invalid(format!("Malformed request: {error}")))?;
+                        handler(state, message).await
+                    };
+                    let work = trace::scope(context.unwrap_or_else(trace::TraceContext::root), work);
+                    let started = Instant::now();
+                    let result = tokio::time::timeout(left, work)
+                        .await
+                        .unwrap_or_else(|_| Err(Failure::new(ErrorCode::DeadlineExceeded, "The service ran out of time")));
+                    observe(R::SUBJECT, started.elapsed(), result.as_ref().err());
+                    answer(&request, R::SUBJECT, result).await;
+                    drop(permit);
+                });
+            }
+            // Requests that were accepted still get their answers: the tracker waits for them.
+            let _ = endpoint.stop().await;
+        });
+        Ok(())
+    }
+}
+
+async fn answer<M: prost::Message>(request: &async_nats::service::Request, subject: &str, result: Result<M, Failure>) {
+    let sent = match result {
+        Ok(reply) => request.respond(Ok(reply.encode_to_vec().into())).await,
+        Err(failure) => {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ERROR, failure.to_header());
+            let error = ServiceError { status: failure.code.as_str().to_owned(), code: 1 + failure.code as usize };
+            request.respond_with_headers(Err(error), headers).await
+        }
+    };
+    if let Err(error) = sent {
+        tracing::warn!(%error, subject, "answer not sent");
+    }
+}
+
+fn observe(subject: &'static str, elapsed: Duration, failure: Option<&Failure>) {
+    let code = failure.map_or("ok", |failure| failure.code.as_str());
+    metrics::counter!("aod_bus_requests_total", "subject" => subject, "code" => code).increment(1);
+    metrics::histogram!("aod_bus_request_seconds", "subject" => subject).record(elapsed);
+}
+
+/// What is left of the caller's patience; a minute where it did not say.
+fn time_left(deadline: Option<&str>) -> Duration {
+    let Some(deadline) = deadline.and_then(|text| text.parse::<u128>().ok()) else { return Duration::from_secs(60) };
+    let left = deadline.saturating_sub(unix_millis(SystemTime::now()));
+    Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX)).min(Duration::from_secs(60))
+}
+
+/// `aod.rpc.auth.v1.key.verify` → `key-verify`: names of endpoints hold no dots.
+fn endpoint_name(subject: &str) -> String {
+    subject.split('.').skip(4).collect::<Vec<_>>().join("-")
+}

@@ -1,0 +1,95 @@
+//! Makes streams and consumers as the contract declares them, and reports what differs.
+
+use async_nats::jetstream::{
+    consumer::{AckPolicy, PullConsumer, pull},
+    stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
+};
+use contract::topology::{ConsumerSpec, Retention, StreamSpec};
+
+use crate::Bus;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TopologyError {
+    #[error("stream {name} cannot be made or changed")]
+    Stream { name: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("consumer {name} cannot be made or read")]
+    Consumer { name: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    /// The server accepted a setting and then did not keep it.
+    #[error("{name} differs from what was declared: {what}")]
+    Drift { name: &'static str, what: String },
+}
+
+impl Bus {
+    /// Makes or updates a stream. Where it has to be made, its first sequence is `first_sequence`.
+    ///
+    /// # Errors
+    /// [`TopologyError`]: also when the server kept another configuration than the one it was given.
+    pub async fn ensure_stream(&self, spec: &StreamSpec, first_sequence: u64, replicas: usize) -> Result<(), TopologyError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Stream { name: spec.name, source };
+        let existing = self.jetstream.get_stream(spec.name).await.ok();
+        let first_sequence = existing.as_ref().map_or(Some(first_sequence.max(1)), |stream| stream.cached_info().config.first_sequence);
+        let config = Config {
+            name: spec.name.to_owned(),
+            subjects: spec.subjects.iter().map(ToString::to_string).collect(),
+            retention: match spec.retention {
+                Retention::Limits => RetentionPolicy::Limits,
+                Retention::WorkQueue => RetentionPolicy::WorkQueue,
+            },
+            max_age: spec.max_age,
+            max_bytes: spec.max_bytes,
+            discard: if spec.refuse_when_full { DiscardPolicy::New } else { DiscardPolicy::Old },
+            duplicate_window: spec.duplicate_window,
+            storage: StorageType::File,
+            num_replicas: replicas,
+            max_message_size: -1,
+            max_messages: -1,
+            max_messages_per_subject: -1,
+            max_consumers: -1,
+            first_sequence,
+            ..Config::default()
+        };
+        self.jetstream.create_or_update_stream(config.clone()).await.map_err(|error| failed(error.into()))?;
+        let kept = self.jetstream.get_stream(spec.name).await.map_err(|error| failed(error.into()))?.cached_info().config.clone();
+        let same = kept.subjects == config.subjects
+            && kept.retention == config.retention
+            && kept.max_age == config.max_age
+            && kept.max_bytes == config.max_bytes
+            && kept.discard == config.discard
+            && kept.duplicate_window == config.duplicate_window;
+        if same { Ok(()) } else { Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") }) }
+    }
+
+    /// Makes or updates a durable pull consumer.
+    ///
+    /// # Errors
+    /// [`TopologyError`].
+    pub async fn ensure_consumer(&self, spec: &ConsumerSpec) -> Result<(), TopologyError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: spec.name, source };
+        let stream = self.jetstream.get_stream_no_info(spec.stream).await.map_err(|error| failed(error.into()))?;
+        let config = pull::Config {
+            durable_name: Some(spec.name.to_owned()),
+            filter_subjects: spec.filters.iter().map(ToString::to_string).collect(),
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: spec.ack_wait,
+            // No limit here: at a limit the server would keep a job and deliver it no more. The scheduler bounds attempts.
+            max_deliver: -1,
+            max_ack_pending: spec.max_ack_pending,
+            ..pull::Config::default()
+        };
+        let consumer = stream.create_consumer(config.clone()).await.map_err(|error| failed(error.into()))?;
+        let kept = &consumer.cached_info().config;
+        let filters = if kept.filter_subjects.is_empty() { vec![kept.filter_subject.clone()] } else { kept.filter_subjects.clone() };
+        if filters == config.filter_subjects && kept.ack_wait == config.ack_wait && kept.max_ack_pending == config.max_ack_pending {
+            Ok(())
+        } else {
+            Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") })
+        }
+    }
+
+    /// A consumer that somebody else makes.
+    pub(crate) async fn consumer(&self, spec: &ConsumerSpec) -> Result<PullConsumer, TopologyError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: spec.name, source };
+        let stream = self.jetstream.get_stream_no_info(spec.stream).await.map_err(|error| failed(error.into()))?;
+        stream.get_consumer(spec.name).await.map_err(failed)
+    }
+}

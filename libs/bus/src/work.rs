@@ -1,0 +1,243 @@
+//! Work-queue consumption. The handler decides what becomes of a job; this module acknowledges, keeps it in hand, and hands it back.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use async_nats::jetstream::{
+    AckKind,
+    consumer::{PullConsumer, pull},
+    message::{Acker, Message},
+};
+use bytes::Bytes;
+use contract::{header, subject, topology::ConsumerSpec};
+use futures::StreamExt as _;
+use tokio::sync::Semaphore;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use types::Backoff;
+
+use crate::{Bus, Failure, log::Entry, topology::TopologyError, trace};
+
+/// How long one pull waits at the server. Short, so that a draining runner's last pull is soon over.
+const PULL_EXPIRES: Duration = Duration::from_secs(1);
+const RECONNECT: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
+
+/// A job as it was delivered.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub subject: String,
+    pub payload: Bytes,
+    /// 1 the first time.
+    pub delivery: u64,
+}
+
+/// What becomes of a job.
+#[derive(Debug)]
+pub enum Outcome {
+    Done,
+    /// Deliver it again, to anybody, after this long.
+    Retry(Duration),
+    /// It can never be handled: to the dead letters, with the reason.
+    Reject(String),
+}
+
+/// Takes jobs until `stop`, at most `concurrency` at a time, each in its own task.
+///
+/// A job in hand is kept by progress acks. After `stop` no new job is begun and what was fetched is handed back; handlers are expected
+/// to watch the same token and to return [`Outcome::Retry`] soon. Returns when every handler has returned.
+pub async fn run<H, F>(bus: Bus, spec: &'static ConsumerSpec, concurrency: usize, stop: CancellationToken, handler: H)
+where
+    H: Fn(Job) -> F + Send + Sync + 'static,
+    F: Future<Output = Outcome> + Send + 'static,
+{
+    let (handler, tasks, permits) = (Arc::new(handler), TaskTracker::new(), Arc::new(Semaphore::new(concurrency)));
+    let mut failures = 0;
+    while !stop.is_cancelled() {
+        let pulled = async {
+            let consumer = bus.consumer(spec).await?;
+            pull_jobs(&bus, &consumer, spec, &permits, &tasks, &stop, &handler).await
+        };
+        if let Err(error) = pulled.await {
+            failures += 1;
+            tracing::warn!(error = %Chain(&error), consumer = spec.name, "jobs cannot be pulled; trying again");
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep(RECONNECT.jittered(failures)) => {}
+            }
+        }
+    }
+    tasks.close();
+    tasks.wait().await;
+}
+
+async fn pull_jobs<H, F>(
+    bus: &Bus,
+    consumer: &PullConsumer,
+    spec: &'static ConsumerSpec,
+    permits: &Arc<Semaphore>,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+    handler: &Arc<H>,
+) -> Result<(), TopologyError>
+where
+    H: Fn(Job) -> F + Send + Sync + 'static,
+    F: Future<Output = Outcome> + Send + 'static,
+{
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: spec.name, source };
+    while !stop.is_cancelled() {
+        // At least one free hand before anything is asked for, and never more jobs than hands.
+        tokio::select! {
+            () = stop.cancelled() => break,
+            permit = permits.acquire() => drop(permit),
+        }
+        let hands = permits.available_permits().clamp(1, 64);
+        let mut batch =
+            consumer.batch().max_messages(hands).expires(PULL_EXPIRES).messages().await.map_err(|error| failed(error.into()))?;
+        while let Some(message) = batch.next().await {
+            let message = message.map_err(failed)?;
+            let permit = if stop.is_cancelled() { None } else { permits.clone().try_acquire_owned().ok() };
+            let Some(permit) = permit else {
+                let _ = message.ack_with(AckKind::Nak(Some(Duration::from_millis(20)))).await;
+                continue;
+            };
+            let (bus, handler) = (bus.clone(), handler.clone());
+            tasks.spawn(async move {
+                handle(&bus, spec, message, &*handler).await;
+                drop(permit);
+            });
+        }
+    }
+    Ok(())
+}
+
+async fn handle<H, F>(bus: &Bus, spec: &ConsumerSpec, message: Message, handler: &H)
+where
+    H: Fn(Job) -> F + Send + Sync,
+    F: Future<Output = Outcome> + Send,
+{
+    let delivery = message.info().map_or(1, |info| u64::try_from(info.delivered).unwrap_or(1));
+    let parent = message.headers.as_ref().and_then(|headers| headers.get(header::TRACEPARENT)).map(|value| value.as_str().to_owned());
+    let context = parent.as_deref().and_then(trace::TraceContext::parse).unwrap_or_else(trace::TraceContext::root);
+    let (message, acker) = message.split();
+    let job = Job { subject: message.subject.to_string(), payload: message.payload, delivery };
+    if delivery > 1 {
+        metrics::counter!("aod_jobs_redelivered_total", "consumer" => spec.name).increment(1);
+    }
+    let outcome = keep_in_hand(&acker, spec.ack_wait / 3, trace::scope(context, handler(job.clone()))).await;
+    let settled = match outcome {
+        Outcome::Done => acker.double_ack().await,
+        Outcome::Retry(delay) => acker.ack_with(AckKind::Nak(Some(delay))).await,
+        Outcome::Reject(reason) => {
+            tracing::error!(subject = job.subject, reason, "job rejected");
+            match bus.bury(&job, &reason).await {
+                Ok(()) => acker.ack_with(AckKind::Term).await,
+                // Not buried, so not forgotten: it comes again.
+                Err(_) => acker.ack_with(AckKind::Nak(Some(Duration::from_secs(5)))).await,
+            }
+        }
+    };
+    if let Err(error) = settled {
+        tracing::warn!(%error, subject = job.subject, "acknowledgement not sent; the job will come again");
+    }
+}
+
+/// Runs the work and tells the queue that it goes on.
+async fn keep_in_hand<F: Future>(acker: &Acker, every: Duration, work: F) -> F::Output {
+    let mut work = std::pin::pin!(work);
+    let mut ticks = tokio::time::interval(every);
+    ticks.tick().await;
+    loop {
+        tokio::select! {
+            outcome = &mut work => return outcome,
+            _ = ticks.tick() => if let Err(error) = acker.ack_with(AckKind::Progress).await {
+                tracing::debug!(%error, "progress not sent");
+            },
+        }
+    }
+}
+
+impl Bus {
+    /// Opens a durable consumer for reading in batches.
+    ///
+    /// # Errors
+    /// [`TopologyError`] when the consumer does not exist.
+    pub async fn batches(&self, spec: &'static ConsumerSpec) -> Result<Batches, TopologyError> {
+        Ok(Batches { consumer: self.consumer(spec).await?, name: spec.name })
+    }
+
+    async fn bury(&self, job: &Job, reason: &str) -> Result<(), Failure> {
+        let owner = job.subject.split('.').nth(2).unwrap_or("unknown").to_owned();
+        let mut headers = async_nats::HeaderMap::new();
+        headers.insert(header::DLQ_SUBJECT, job.subject.as_str());
+        headers.insert(header::DLQ_REASON, reason.replace(['\r', '\n'], " "));
+        let ack = self.jetstream.publish_with_headers(subject::dead_letter(&owner), headers, job.payload.clone()).await;
+        ack.map_err(Failure::internal)?.await.map_err(Failure::internal)?;
+        Ok(())
+    }
+}
+
+/// A durable consumer, read in batches.
+#[derive(Debug)]
+pub struct Batches {
+    consumer: PullConsumer,
+    name: &'static str,
+}
+
+impl Batches {
+    /// Takes what is there, at most `max` entries; where nothing is, waits up to `wait` for the first.
+    ///
+    /// # Errors
+    /// [`TopologyError`] when the consumer is gone or does not answer.
+    pub async fn next(&self, max: usize, wait: Duration) -> Result<Batch, TopologyError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: self.name, source };
+        let mut batch = Batch { entries: Vec::new(), ackers: Vec::new() };
+        let present = self.consumer.fetch().max_messages(max).messages().await.map_err(|error| failed(error.into()))?;
+        batch.fill(present).await.map_err(failed)?;
+        if batch.entries.is_empty() {
+            let first = self.consumer.batch().max_messages(1).expires(wait).messages().await.map_err(|error| failed(error.into()))?;
+            batch.fill(first).await.map_err(failed)?;
+        }
+        Ok(batch)
+    }
+}
+
+/// Entries taken from a stream. Dropped without an acknowledgement, they come again.
+pub struct Batch {
+    pub entries: Vec<Entry>,
+    ackers: Vec<Acker>,
+}
+
+impl Batch {
+    async fn fill(&mut self, mut messages: pull::Batch) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        while let Some(message) = messages.next().await {
+            let message = message?;
+            let sequence = message.info()?.stream_sequence;
+            let (message, acker) = message.split();
+            self.entries.push(Entry { sequence, subject: message.subject.to_string(), payload: message.payload });
+            self.ackers.push(acker);
+        }
+        Ok(())
+    }
+
+    /// Acknowledges all of them. An ack that gets lost costs a repetition, nothing else.
+    pub async fn acknowledge(self) {
+        for acker in self.ackers {
+            if let Err(error) = acker.ack().await {
+                tracing::debug!(%error, "batch ack not sent");
+            }
+        }
+    }
+}
+
+/// An error with all its causes, in one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}

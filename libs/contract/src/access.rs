@@ -1,0 +1,173 @@
+//! Who may do what on the bus. NATS enforces it: `nats/permissions.conf` is rendered from this table.
+
+use std::fmt::Write as _;
+
+/// A user of the bus: each service has its own, and may use only its own subjects.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// The NATS user, and the middle of the variable that holds its password: `NATS_PASSWORD_<USER>`.
+    pub user: &'static str,
+    pub publish: &'static [&'static str],
+    pub subscribe: &'static [&'static str],
+}
+
+impl Access {
+    /// The variable that the server reads the user's password from.
+    #[must_use]
+    pub fn password_variable(&self) -> String {
+        format!("NATS_PASSWORD_{}", self.user.to_uppercase())
+    }
+
+    /// Where the user's replies arrive: nobody else may listen there.
+    #[must_use]
+    pub fn inbox(&self) -> String {
+        inbox(self.user)
+    }
+}
+
+/// The inbox prefix of a user.
+#[must_use]
+pub fn inbox(user: &str) -> String {
+    format!("_INBOX_{user}")
+}
+
+pub const GATEWAY: Access = Access {
+    user: "gateway",
+    publish: &[
+        "aod.rpc.auth.v1.health.check",
+        "aod.rpc.auth.v1.key.>",
+        "aod.rpc.vault.v1.health.check",
+        "aod.rpc.vault.v1.credential.>",
+        "aod.rpc.vault.v1.secret.put",
+        "aod.rpc.scheduler.v1.health.check",
+        "aod.rpc.scheduler.v1.agent.>",
+        "aod.rpc.scheduler.v1.environment.>",
+        "aod.rpc.scheduler.v1.session.>",
+        "$JS.API.STREAM.INFO.EVENTS",
+        "$JS.API.CONSUMER.CREATE.EVENTS.>",
+        "$JS.API.CONSUMER.DELETE.EVENTS.>",
+        "$JS.API.CONSUMER.INFO.EVENTS.>",
+        "$JS.API.CONSUMER.MSG.NEXT.EVENTS.>",
+    ],
+    subscribe: &[],
+};
+
+pub const AUTH: Access = Access { user: "auth", publish: &[], subscribe: &["aod.rpc.auth.>", "$SRV.>"] };
+
+pub const VAULT: Access = Access { user: "vault", publish: &[], subscribe: &["aod.rpc.vault.>", "$SRV.>"] };
+
+pub const SCHEDULER: Access = Access {
+    user: "scheduler",
+    publish: &[
+        "aod.log.>",
+        "aod.cmd.>",
+        "aod.evt.>",
+        "aod.hint.>",
+        "aod.dlq.>",
+        "aod.rpc.vault.v1.lease.mint",
+        "aod.rpc.vault.v1.lease.revoke",
+        "$JS.API.STREAM.>",
+        "$JS.API.CONSUMER.CREATE.>",
+        "$JS.API.CONSUMER.DURABLE.CREATE.>",
+        "$JS.API.CONSUMER.INFO.>",
+        "$JS.API.CONSUMER.MSG.NEXT.EVENTS.recorder",
+        "$JS.ACK.EVENTS.recorder.>",
+    ],
+    subscribe: &["aod.rpc.scheduler.>", "$SRV.>"],
+};
+
+pub const RUNNER: Access = Access {
+    user: "runner",
+    publish: &[
+        "aod.log.session.v1.*",
+        "aod.dlq.runner.>",
+        "aod.rpc.scheduler.v1.turn.claim",
+        "aod.rpc.scheduler.v1.sprite.>",
+        "aod.rpc.vault.v1.lease.redeem",
+        "$JS.API.STREAM.INFO.JOBS",
+        "$JS.API.STREAM.INFO.EVENTS",
+        "$JS.API.CONSUMER.INFO.JOBS.runner",
+        "$JS.API.CONSUMER.MSG.NEXT.JOBS.runner",
+        "$JS.API.STREAM.MSG.GET.EVENTS",
+        "$JS.ACK.JOBS.runner.>",
+    ],
+    subscribe: &["aod.hint.runner.>"],
+};
+
+/// `aod admin` and `aod dev`: sets users, keys and credentials; reads no secret.
+pub const OPERATOR: Access = Access {
+    user: "operator",
+    publish: &[
+        "aod.rpc.auth.>",
+        "aod.rpc.vault.v1.health.check",
+        "aod.rpc.vault.v1.credential.>",
+        "aod.rpc.scheduler.v1.health.check",
+        "$SRV.>",
+    ],
+    subscribe: &[],
+};
+
+pub const ALL: [Access; 6] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, OPERATOR];
+
+/// The server's `authorization` block.
+#[must_use]
+pub fn render_permissions() -> String {
+    let mut text = String::from(
+        "# Rendered from libs/contract/src/access.rs by `cargo xtask gen`. Passwords come from the server's environment.\nauthorization {\n  users = [\n",
+    );
+    for access in ALL {
+        let inbox = format!("{}.>", access.inbox());
+        let subscribe: Vec<_> = access.subscribe.iter().copied().chain([inbox.as_str()]).collect();
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "    {{\n      user: {}\n      password: ${}\n      permissions: {{\n        publish: {{ allow: {} }}\n        subscribe: {{ allow: {} }}\n        allow_responses: {{ max: 1, expires: \"1m\" }}\n      }}\n    }}",
+            access.user,
+            access.password_variable(),
+            list(access.publish),
+            list(&subscribe),
+        );
+    }
+    text.push_str("  ]\n}\n");
+    text
+}
+
+fn list(subjects: &[&str]) -> String {
+    let quoted: Vec<_> = subjects.iter().map(|subject| format!("{subject:?}")).collect();
+    format!("[{}]", quoted.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rpc;
+
+    fn matches(pattern: &str, subject: &str) -> bool {
+        let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
+        loop {
+            match (pattern.next(), subject.next()) {
+                (Some(">"), Some(_)) | (None, None) => return true,
+                (Some("*"), Some(_)) => {}
+                (Some(p), Some(s)) if p == s => {}
+                _ => return false,
+            }
+        }
+    }
+
+    #[test]
+    fn every_request_is_served_by_one_service_and_called_by_somebody() {
+        for subject in rpc::SUBJECTS {
+            let servers: Vec<_> = ALL.iter().filter(|a| a.subscribe.iter().any(|p| matches(p, subject))).map(|a| a.user).collect();
+            assert_eq!(servers.len(), 1, "{subject} is served by {servers:?}");
+            assert!(ALL.iter().any(|a| a.publish.iter().any(|p| matches(p, subject))), "nobody may call {subject}");
+        }
+    }
+
+    #[test]
+    fn leases_are_minted_by_the_scheduler_and_redeemed_by_runners_alone() {
+        let callers = |subject: &str| ALL.iter().filter(|a| a.publish.iter().any(|p| matches(p, subject))).map(|a| a.user).collect::<Vec<_>>();
+        assert_eq!(callers("aod.rpc.vault.v1.lease.mint"), ["scheduler"]);
+        assert_eq!(callers("aod.rpc.vault.v1.lease.redeem"), ["runner"]);
+        assert_eq!(callers("aod.rpc.scheduler.v1.turn.claim"), ["runner"]);
+    }
+}

@@ -1,0 +1,76 @@
+//! Requests between services: which message goes where, and what comes back.
+
+use crate::{auth, common, scheduler, vault};
+
+/// A request that one service serves and others call.
+pub trait Rpc {
+    type Request: prost::Message + Default + Send;
+    type Reply: prost::Message + Default + Send;
+    const SUBJECT: &'static str;
+    /// Doing it twice is the same as doing it once: the caller may try again when no answer came.
+    const IDEMPOTENT: bool;
+}
+
+macro_rules! rpcs {
+    ($($(#[$doc:meta])* $name:ident: $request:ty => $reply:ty, $subject:literal, idempotent: $idempotent:literal;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug)]
+            pub struct $name;
+
+            impl Rpc for $name {
+                type Request = $request;
+                type Reply = $reply;
+                const SUBJECT: &'static str = $subject;
+                const IDEMPOTENT: bool = $idempotent;
+            }
+        )*
+
+        /// Every request subject there is.
+        pub const SUBJECTS: &[&str] = &[$($subject),*];
+    };
+}
+
+rpcs! {
+    /// Answers when auth can read its tables.
+    AuthHealth: common::Empty => common::Empty, "aod.rpc.auth.v1.health.check", idempotent: true;
+    VerifyKey: auth::VerifyKeyRequest => auth::VerifyKeyReply, "aod.rpc.auth.v1.key.verify", idempotent: true;
+    CreateKey: auth::CreateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.create", idempotent: false;
+    ListKeys: auth::ListKeysRequest => auth::ListKeysReply, "aod.rpc.auth.v1.key.list", idempotent: true;
+    DeactivateKey: auth::DeactivateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.deactivate", idempotent: true;
+    /// Finds the user of that name, or makes it. For operators.
+    EnsureUser: auth::EnsureUserRequest => auth::User, "aod.rpc.auth.v1.user.ensure", idempotent: true;
+
+    /// Answers after a real encryption and decryption.
+    VaultHealth: common::Empty => common::Empty, "aod.rpc.vault.v1.health.check", idempotent: true;
+    PutCredential: vault::PutCredentialRequest => vault::Credential, "aod.rpc.vault.v1.credential.put", idempotent: true;
+    ListCredentials: vault::ListCredentialsRequest => vault::ListCredentialsReply, "aod.rpc.vault.v1.credential.list", idempotent: true;
+    DeleteCredential: vault::DeleteCredentialRequest => common::Empty, "aod.rpc.vault.v1.credential.delete", idempotent: false;
+    PutSecret: vault::PutSecretRequest => vault::PutSecretReply, "aod.rpc.vault.v1.secret.put", idempotent: false;
+    /// Grants a session's runner some secrets for a while. For the scheduler.
+    MintLease: vault::MintLeaseRequest => vault::MintLeaseReply, "aod.rpc.vault.v1.lease.mint", idempotent: true;
+    /// The secrets of a lease, sealed to a one-time key. For runners.
+    RedeemLease: vault::RedeemLeaseRequest => vault::RedeemLeaseReply, "aod.rpc.vault.v1.lease.redeem", idempotent: true;
+    RevokeLeases: vault::RevokeLeasesRequest => common::Empty, "aod.rpc.vault.v1.lease.revoke", idempotent: true;
+
+    SchedulerHealth: common::Empty => common::Empty, "aod.rpc.scheduler.v1.health.check", idempotent: true;
+    CreateAgent: scheduler::CreateAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.create", idempotent: false;
+    GetAgent: scheduler::GetAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.get", idempotent: true;
+    ListAgents: scheduler::ListRequest => scheduler::ListAgentsReply, "aod.rpc.scheduler.v1.agent.list", idempotent: true;
+    CreateEnvironment: scheduler::CreateEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.create", idempotent: false;
+    GetEnvironment: scheduler::GetEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.get", idempotent: true;
+    ListEnvironments: scheduler::ListRequest => scheduler::ListEnvironmentsReply, "aod.rpc.scheduler.v1.environment.list", idempotent: true;
+    CreateSession: scheduler::CreateSessionRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.create", idempotent: false;
+    GetSession: scheduler::GetSessionRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.get", idempotent: true;
+    ListSessions: scheduler::ListRequest => scheduler::ListSessionsReply, "aod.rpc.scheduler.v1.session.list", idempotent: true;
+    ListTurns: scheduler::GetSessionRequest => scheduler::ListTurnsReply, "aod.rpc.scheduler.v1.session.turns", idempotent: true;
+    Prompt: scheduler::PromptRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.prompt", idempotent: false;
+    Terminate: scheduler::TerminateRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.terminate", idempotent: false;
+    /// A page of a session's record.
+    ReadEvents: scheduler::ReadEventsRequest => scheduler::ReadEventsReply, "aod.rpc.scheduler.v1.session.events", idempotent: true;
+    /// What a turn needs to run; raises its epoch. For runners.
+    ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", idempotent: true;
+    /// What it takes to delete a session's Sprite. For runners.
+    ClaimSprite: scheduler::ClaimSpriteRequest => scheduler::SpriteClaim, "aod.rpc.scheduler.v1.sprite.claim", idempotent: true;
+    SpriteDestroyed: scheduler::SpriteDestroyedRequest => common::Empty, "aod.rpc.scheduler.v1.sprite.destroyed", idempotent: true;
+}

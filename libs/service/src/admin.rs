@@ -1,0 +1,47 @@
+//! Health and metrics, on a listener of their own that the world does not see.
+
+use std::net::SocketAddr;
+
+use axum::{Router, http::StatusCode, routing::get};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::net::TcpListener;
+
+use crate::Lifecycle;
+
+const SECONDS: [f64; 12] = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
+
+/// Serves `/livez` (the process runs), `/readyz` (it should get traffic) and `/metrics` until the stop.
+///
+/// # Errors
+/// When the address cannot be bound.
+pub async fn serve(addr: SocketAddr, lifecycle: &Lifecycle) -> std::io::Result<()> {
+    let metrics = recorder();
+    let readiness = lifecycle.clone();
+    let router = Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .route(
+            "/readyz",
+            get(move || async move {
+                match readiness.unready() {
+                    reasons if reasons.is_empty() => (StatusCode::OK, "ok\n".to_owned()),
+                    reasons => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", reasons.join(", "))),
+                }
+            }),
+        )
+        .route("/metrics", get(move || async move { metrics.map(|handle| handle.render()).unwrap_or_default() }));
+    let listener = TcpListener::bind(addr).await?;
+    tracing::info!(addr = %listener.local_addr()?, "admin endpoints");
+    let stop = lifecycle.stop_token();
+    lifecycle.spawn("admin", async move {
+        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+        if let Err(error) = served {
+            tracing::error!(%error, "admin endpoints ended");
+        }
+    });
+    Ok(())
+}
+
+fn recorder() -> Option<PrometheusHandle> {
+    let builder = PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS).ok()?;
+    builder.install_recorder().ok()
+}

@@ -1,0 +1,80 @@
+//! The chassis of every service: settings from the environment, telemetry, a life with a beginning and an end, health.
+
+pub mod admin;
+pub mod env;
+pub mod lifecycle;
+pub mod telemetry;
+
+use std::{fmt, future::Future, process::ExitCode};
+
+pub use env::Env;
+pub use lifecycle::Lifecycle;
+
+/// A service refused its settings.
+const EXIT_SETTINGS: u8 = 2;
+
+/// The whole life of a service process: settings, telemetry, health endpoints, `run`, an orderly end.
+///
+/// `run` builds the service and spawns its tasks on the [`Lifecycle`]; it returns when everything listens. The process then lives until
+/// a signal or a crashed task, and leaves with 0 only after a requested stop.
+pub fn main<C, R, F, E>(name: &'static str, about: &'static str, config: impl FnOnce(&mut Env) -> C, run: R) -> ExitCode
+where
+    R: FnOnce(C, Lifecycle) -> F,
+    F: Future<Output = Result<(), E>>,
+    E: fmt::Display,
+{
+    let mut env = Env::from_process(name, about);
+    let chassis = Chassis::from_env(&mut env);
+    let config = config(&mut env);
+    match env.finish() {
+        env::Verdict::Ready => {}
+        env::Verdict::Help(text) => {
+            println!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        env::Verdict::Refused(problems) => {
+            eprintln!("{name}: {problems}");
+            return ExitCode::from(EXIT_SETTINGS);
+        }
+    }
+    telemetry::init(chassis.json_logs);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("{name}: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    runtime.block_on(async {
+        let lifecycle = Lifecycle::new();
+        if let Err(error) = admin::serve(chassis.admin_addr, &lifecycle).await {
+            eprintln!("{name}: cannot listen on AOD_ADMIN_ADDR {}: {error}", chassis.admin_addr);
+            return ExitCode::from(EXIT_SETTINGS);
+        }
+        if let Err(error) = run(config, lifecycle.clone()).await {
+            tracing::error!("{error:#}");
+            eprintln!("{name}: {error:#}");
+            return ExitCode::FAILURE;
+        }
+        lifecycle.set_ready();
+        tracing::info!(service = name, "ready");
+        lifecycle.wait(chassis.stop_grace).await
+    })
+}
+
+/// Settings that every service has.
+struct Chassis {
+    admin_addr: std::net::SocketAddr,
+    json_logs: bool,
+    stop_grace: std::time::Duration,
+}
+
+impl Chassis {
+    fn from_env(env: &mut Env) -> Self {
+        Self {
+            admin_addr: env.parsed("AOD_ADMIN_ADDR", "where /livez, /readyz and /metrics listen", ([127, 0, 0, 1], 9464).into()),
+            json_logs: env.parsed("AOD_LOG_JSON", "log lines as JSON", false),
+            stop_grace: env.seconds("AOD_STOP_GRACE_SECONDS", "how long work in hand may go on after SIGTERM", 25),
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Postgres, as every service uses it: a pool with limits, migrations, a role and schema of one's own, an outbox, leadership.
+
+pub mod leader;
+pub mod outbox;
+pub mod provision;
+
+use std::{borrow::Cow, str::FromStr as _, time::Duration};
+
+use secrecy::{ExposeSecret as _, SecretString};
+use service::Env;
+use sqlx::{
+    AssertSqlSafe, SqlStr,
+    migrate::{Migration, MigrationType, Migrator},
+    postgres::{PgConnectOptions, PgPool, PgPoolOptions},
+};
+
+/// How to reach a service's own database.
+#[derive(Debug)]
+pub struct Config {
+    pub url: SecretString,
+    pub max_connections: u32,
+}
+
+impl Config {
+    pub fn from_env(env: &mut Env) -> Self {
+        Self {
+            url: env.secret("DATABASE_URL", "postgres:// URL of this service's own role"),
+            max_connections: env.parsed("AOD_DATABASE_CONNECTIONS", "most connections to Postgres", 16),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("DATABASE_URL is not a postgres:// URL")]
+    Url(#[source] sqlx::Error),
+    #[error("Postgres cannot be reached: {0}")]
+    Connect(#[source] sqlx::Error),
+    #[error("migrations failed: {0}")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+}
+
+/// A migration: its number, its name, its SQL. Forward only.
+pub type Step = (i64, &'static str, &'static str);
+
+/// Connects as a service and brings its schema up to date, one replica at a time.
+///
+/// # Errors
+/// [`OpenError`].
+pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool, OpenError> {
+    let options = PgConnectOptions::from_str(config.url.expose_secret()).map_err(OpenError::Url)?;
+    // No statement of ours takes long: one that does is stuck, and its locks hold up others.
+    let options = options.application_name(name).options([("statement_timeout", "30s"), ("idle_in_transaction_session_timeout", "30s")]);
+    let pool = PgPoolOptions::new()
+        .max_connections(config.max_connections)
+        .acquire_timeout(Duration::from_secs(5))
+        .connect_with(options)
+        .await
+        .map_err(OpenError::Connect)?;
+    let migrations = steps.iter().map(|(version, description, sql)| {
+        Migration::new(*version, Cow::Borrowed(*description), MigrationType::Simple, SqlStr::from_static(sql), false)
+    });
+    let migrator = Migrator { migrations: Cow::Owned(migrations.collect()), ..Migrator::DEFAULT };
+    migrator.run(&pool).await?;
+    Ok(pool)
+}
+
+/// Whether an error is the violation of a named constraint.
+#[must_use]
+pub fn violates(error: &sqlx::Error, constraint: &str) -> bool {
+    matches!(error, sqlx::Error::Database(database) if database.constraint() == Some(constraint))
+}
+
+/// SQL that was put together from parts which are known to be safe.
+pub(crate) fn trusted(sql: String) -> AssertSqlSafe<String> {
+    AssertSqlSafe(sql)
+}

@@ -1,0 +1,94 @@
+//! Typed ids: lowercase UUIDs on the wire (contract §1), never mixed up in code.
+
+use std::{fmt, str::FromStr};
+
+use uuid::Uuid;
+
+/// The text is not a UUID in its lowercase hyphenated form.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not a lowercase UUID")]
+pub struct InvalidId;
+
+macro_rules! ids {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(Uuid);
+
+        impl $name {
+            /// A fresh id. Version 7, so that index pages fill in order of creation.
+            #[must_use]
+            #[expect(clippy::new_without_default, reason = "every call gives another value")]
+            pub fn new() -> Self {
+                Self(Uuid::now_v7())
+            }
+
+            #[must_use]
+            pub const fn from_uuid(uuid: Uuid) -> Self {
+                Self(uuid)
+            }
+
+            #[must_use]
+            pub const fn uuid(self) -> Uuid {
+                self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.hyphenated().fmt(f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}({})", stringify!($name), self.0)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = InvalidId;
+
+            fn from_str(text: &str) -> Result<Self, InvalidId> {
+                let uuid = Uuid::try_parse(text).map_err(|_| InvalidId)?;
+                // Only the form that we hand out is an id: one spelling, one resource.
+                if uuid.hyphenated().encode_lower(&mut Uuid::encode_buffer()) == text {
+                    Ok(Self(uuid))
+                } else {
+                    Err(InvalidId)
+                }
+            }
+        }
+    )*};
+}
+
+ids! {
+    /// Owner of everything else.
+    UserId,
+    /// An API key's row; not the key.
+    KeyId,
+    /// A template that sessions run.
+    AgentId,
+    /// A sandbox set-up.
+    EnvironmentId,
+    /// An agent running, turn after turn, in one Sprite.
+    SessionId,
+    /// A row of the vault.
+    SecretId,
+    /// The right to have some secrets unsealed for one piece of work.
+    LeaseId,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_lowercase_hyphenated_form_is_an_id() {
+        let id = SessionId::new();
+        assert_eq!(id.to_string().parse(), Ok(id));
+        assert_eq!(id.to_string().to_uppercase().parse::<SessionId>(), Err(InvalidId));
+        assert_eq!(id.uuid().simple().to_string().parse::<SessionId>(), Err(InvalidId));
+        assert_eq!("a.b".parse::<SessionId>(), Err(InvalidId));
+    }
+}

@@ -1,0 +1,24 @@
+//! What every part of the system agrees on: ids, states, codes, limits and the rules of the domain.
+//!
+//! Pure by rule: no I/O, no async, and no dependency on any other crate of ours.
+
+pub mod api_key;
+pub mod backoff;
+pub mod credential;
+pub mod error;
+pub mod id;
+pub mod limits;
+pub mod model;
+pub mod session;
+pub mod sprite_name;
+pub mod timestamp;
+
+pub use api_key::{ApiKey, KeyHash};
+pub use backoff::Backoff;
+pub use credential::CredentialKind;
+pub use error::ErrorCode;
+pub use id::{AgentId, EnvironmentId, KeyId, LeaseId, SecretId, SessionId, UserId};
+pub use model::{ModelRef, Provider, Runtime};
+pub use session::{SessionStatus, Stage, StageState, TurnStatus};
+pub use sprite_name::SpriteName;
+pub use timestamp::Timestamp;

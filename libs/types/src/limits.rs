@@ -1,0 +1,25 @@
+//! Bounds that several services share. Each is a promise of the contract or a guard of the bus.
+
+use std::time::Duration;
+
+/// Largest request body the gateway reads (contract §1).
+pub const BODY_BYTES_MAX: usize = 2_621_440;
+/// Largest message on the bus: a request body, its envelope and some room. `nats/` sets the same.
+pub const MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
+pub const NAME_CHARS_MAX: usize = 200;
+pub const MODEL_CHARS_MAX: usize = 100;
+pub const TIMEOUT_SECONDS_MIN: u32 = 10;
+pub const TIMEOUT_SECONDS_MAX: u32 = 3600;
+pub const PAGE_MAX: u32 = 1000;
+
+/// Output of one event: large enough to carry a burst cheaply, small enough for every SSE client's buffers.
+pub const OUTPUT_EVENT_BYTES_MAX: usize = 128 * 1024;
+
+/// How long provisioning may take before the turn is settled without its runner.
+pub const PROVISIONING_MAX: Duration = Duration::from_secs(900);
+/// How long after a turn's own timeout the scheduler settles it without its runner.
+pub const SETTLE_GRACE: Duration = Duration::from_secs(60);
+/// How long a process tree has between TERM and KILL.
+pub const KILL_GRACE: Duration = Duration::from_secs(5);
+/// A runner that is silent for this long has lost its job.
+pub const JOB_LEASE: Duration = Duration::from_secs(2);

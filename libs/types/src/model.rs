@@ -1,0 +1,195 @@
+//! Runtimes, the providers they serve, and model names (contract §4).
+
+use std::{fmt, str::FromStr};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Provider {
+    Anthropic,
+    Google,
+    Openai,
+}
+
+impl Provider {
+    pub const ALL: [Self; 3] = [Self::Anthropic, Self::Google, Self::Openai];
+
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Anthropic => "anthropic",
+            Self::Google => "google",
+            Self::Openai => "openai",
+        }
+    }
+
+    /// The variable that the provider's own tools read a key from.
+    #[must_use]
+    pub const fn env_var(self) -> &'static str {
+        match self {
+            Self::Anthropic => "ANTHROPIC_API_KEY",
+            Self::Google => "GEMINI_API_KEY",
+            Self::Openai => "OPENAI_API_KEY",
+        }
+    }
+}
+
+impl fmt::Display for Provider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Provider {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|provider| provider.as_str() == text).ok_or(())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Runtime {
+    Claude,
+    Codex,
+    Gemini,
+    Opencode,
+    /// The prompt is a bash script. Only where the deployment allows it.
+    Shell,
+}
+
+impl Runtime {
+    pub const ALL: [Self; 5] = [Self::Claude, Self::Codex, Self::Gemini, Self::Opencode, Self::Shell];
+    /// The four that every deployment knows, in the order of the contract's message.
+    pub const AGENTS: [Self; 4] = [Self::Claude, Self::Codex, Self::Gemini, Self::Opencode];
+
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Claude => "claude",
+            Self::Codex => "codex",
+            Self::Gemini => "gemini",
+            Self::Opencode => "opencode",
+            Self::Shell => "shell",
+        }
+    }
+
+    /// Sorted by name, as messages list them. Empty: no model is called.
+    #[must_use]
+    pub const fn providers(self) -> &'static [Provider] {
+        match self {
+            Self::Claude => &[Provider::Anthropic],
+            Self::Codex => &[Provider::Openai],
+            Self::Gemini => &[Provider::Google],
+            Self::Opencode => &Provider::ALL,
+            Self::Shell => &[],
+        }
+    }
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Runtime {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|runtime| runtime.as_str() == text).ok_or(())
+    }
+}
+
+/// A model as it is stored: `provider/model_id`, or any text for the `shell` runtime.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelRef {
+    text: String,
+    provider: Option<Provider>,
+}
+
+/// Why a model cannot be used with a runtime. The texts are the contract's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ModelError {
+    #[error("Unknown model: {0}")]
+    Unknown(String),
+    #[error("Runtime {runtime} cannot serve model {model}: provider {provider} not in {}", quoted(.runtime.providers().iter().map(|p| p.as_str())))]
+    NotServed { runtime: Runtime, model: String, provider: Provider },
+}
+
+impl ModelRef {
+    /// Takes a bare model id for the runtime's provider where it has just one.
+    ///
+    /// # Errors
+    /// [`ModelError`] when the provider is unknown or not served by the runtime.
+    pub fn parse(runtime: Runtime, text: &str) -> Result<Self, ModelError> {
+        if runtime == Runtime::Shell {
+            return Ok(Self { text: text.to_owned(), provider: None });
+        }
+        let unknown = || ModelError::Unknown(text.to_owned());
+        let Some((provider, model_id)) = text.split_once('/') else {
+            return match runtime.providers() {
+                [only] if !text.trim().is_empty() => Ok(Self { text: format!("{only}/{text}"), provider: Some(*only) }),
+                _ => Err(unknown()),
+            };
+        };
+        let provider: Provider = provider.parse().map_err(|()| unknown())?;
+        if model_id.trim().is_empty() {
+            return Err(unknown());
+        }
+        if !runtime.providers().contains(&provider) {
+            return Err(ModelError::NotServed { runtime, model: text.to_owned(), provider });
+        }
+        Ok(Self { text: text.to_owned(), provider: Some(provider) })
+    }
+
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    #[must_use]
+    pub const fn provider(&self) -> Option<Provider> {
+        self.provider
+    }
+
+    /// The id without its provider, as the single-provider CLIs want it.
+    #[must_use]
+    pub fn model_id(&self) -> &str {
+        match self.provider {
+            Some(_) => self.text.split_once('/').map_or(&self.text, |(_, id)| id),
+            None => &self.text,
+        }
+    }
+}
+
+/// `['a', 'b']`: how the contract's messages write a list.
+pub fn quoted<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let names: Vec<_> = names.into_iter().map(|name| format!("'{name}'")).collect();
+    format!("[{}]", names.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_model_gets_the_only_provider_of_its_runtime() {
+        let model = ModelRef::parse(Runtime::Claude, "claude-x").unwrap();
+        assert_eq!((model.as_str(), model.model_id(), model.provider()), ("anthropic/claude-x", "claude-x", Some(Provider::Anthropic)));
+        assert_eq!(ModelRef::parse(Runtime::Opencode, "gpt").unwrap_err().to_string(), "Unknown model: gpt");
+    }
+
+    #[test]
+    fn a_provider_that_the_runtime_does_not_serve_is_named() {
+        assert_eq!(
+            ModelRef::parse(Runtime::Claude, "openai/o3").unwrap_err().to_string(),
+            "Runtime claude cannot serve model openai/o3: provider openai not in ['anthropic']"
+        );
+        assert_eq!(ModelRef::parse(Runtime::Claude, "acme/x").unwrap_err(), ModelError::Unknown("acme/x".into()));
+        assert_eq!(ModelRef::parse(Runtime::Claude, "anthropic/").unwrap_err(), ModelError::Unknown("anthropic/".into()));
+    }
+
+    #[test]
+    fn shell_takes_any_model() {
+        assert_eq!(ModelRef::parse(Runtime::Shell, "whatever").unwrap().model_id(), "whatever");
+    }
+}

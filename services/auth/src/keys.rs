@@ -1,0 +1,141 @@
+//! API keys: verified by hash, shown by prefix, ended by deactivation.
+
+use bus::Failure;
+use contract::auth::{CreateKeyRequest, DeactivateKeyRequest, Key, ListKeysReply, ListKeysRequest, VerifyKeyReply, VerifyKeyRequest};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use types::{ErrorCode, KeyHash, KeyId, Timestamp, UserId};
+use uuid::Uuid;
+
+#[derive(sqlx::FromRow)]
+struct Verified {
+    key_id: Uuid,
+    user_id: Uuid,
+    is_active: bool,
+    user_is_active: bool,
+    expires_at: Option<OffsetDateTime>,
+    session_limit: Option<i32>,
+    used_recently: bool,
+}
+
+/// Who calls. The texts of refusals are the contract's (§2).
+pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKeyReply, Failure> {
+    let refused = |message: &str| Failure::new(ErrorCode::Unauthenticated, message);
+    let hash = KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| refused("Invalid API key"))?;
+    // The index compares hashes of 256 random bits: its timing tells nothing about a key.
+    let key: Verified = sqlx::query_as(
+        "select k.key_id, k.user_id, k.is_active, a.is_active as user_is_active, k.expires_at, a.session_limit,
+                coalesce(k.last_used_at > now() - interval '1 minute', false) as used_recently
+         from api_key k
+         join account a using (user_id)
+         where k.key_hash = $1",
+    )
+    .bind(hash.as_bytes().as_slice())
+    .fetch_optional(&pool)
+    .await
+    .map_err(Failure::internal)?
+    .ok_or_else(|| refused("Invalid API key"))?;
+    if !key.is_active || !key.user_is_active {
+        return Err(refused("API key is inactive"));
+    }
+    if key.expires_at.is_some_and(|expiry| expiry <= OffsetDateTime::now_utc()) {
+        return Err(refused("API key has expired"));
+    }
+    if !key.used_recently {
+        sqlx::query("update api_key set last_used_at = now() where key_id = $1 and coalesce(last_used_at < now() - interval '1 minute', true)")
+            .bind(key.key_id)
+            .execute(&pool)
+            .await
+            .map_err(Failure::internal)?;
+    }
+    Ok(VerifyKeyReply {
+        user_id: key.user_id.to_string(),
+        key_id: key.key_id.to_string(),
+        session_limit: key.session_limit.and_then(|limit| u32::try_from(limit).ok()),
+    })
+}
+
+#[derive(sqlx::FromRow)]
+struct KeyRow {
+    key_id: Uuid,
+    name: String,
+    prefix: String,
+    is_active: bool,
+    created_at: OffsetDateTime,
+    expires_at: Option<OffsetDateTime>,
+    last_used_at: Option<OffsetDateTime>,
+}
+
+impl From<KeyRow> for Key {
+    fn from(row: KeyRow) -> Self {
+        let micros = |time: OffsetDateTime| Timestamp::from(time).unix_micros();
+        Self {
+            key_id: row.key_id.to_string(),
+            name: row.name,
+            prefix: row.prefix,
+            is_active: row.is_active,
+            created_at_us: micros(row.created_at),
+            expires_at_us: row.expires_at.map(micros),
+            last_used_at_us: row.last_used_at.map(micros),
+        }
+    }
+}
+
+pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+    let hash = KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| Failure::invalid("A key's hash has 32 bytes"))?;
+    let expires_at = request.expires_at_us.map(|micros| OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000));
+    let expires_at = expires_at.transpose().map_err(|_| Failure::invalid("The expiry is out of range").at_field("expires_at"))?;
+    let row: Result<KeyRow, sqlx::Error> = sqlx::query_as(
+        "insert into api_key (key_id, user_id, key_hash, prefix, name, expires_at)
+         values ($1, $2, $3, $4, $5, $6)
+         returning key_id, name, prefix, is_active, created_at, expires_at, last_used_at",
+    )
+    .bind(KeyId::new().uuid())
+    .bind(user.uuid())
+    .bind(hash.as_bytes().as_slice())
+    .bind(request.prefix)
+    .bind(request.name)
+    .bind(expires_at)
+    .fetch_one(&pool)
+    .await;
+    match row {
+        Ok(row) => Ok(row.into()),
+        Err(error) if store::violates(&error, "api_key_user_id_fkey") => Err(Failure::not_found("User not found")),
+        Err(error) => Err(Failure::internal(error)),
+    }
+}
+
+pub async fn list(pool: PgPool, request: ListKeysRequest) -> Result<ListKeysReply, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+    let rows: Vec<KeyRow> = sqlx::query_as(
+        "select key_id, name, prefix, is_active, created_at, expires_at, last_used_at
+         from api_key
+         where user_id = $1
+         order by created_at desc
+         limit 1000",
+    )
+    .bind(user.uuid())
+    .fetch_all(&pool)
+    .await
+    .map_err(Failure::internal)?;
+    Ok(ListKeysReply { keys: rows.into_iter().map(Key::from).collect() })
+}
+
+pub async fn deactivate(pool: PgPool, request: DeactivateKeyRequest) -> Result<Key, Failure> {
+    let missing = || Failure::not_found("API key not found");
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let key: KeyId = request.key_id.parse().map_err(|_| missing())?;
+    let row: Option<KeyRow> = sqlx::query_as(
+        "update api_key
+         set is_active = false
+         where key_id = $1 and user_id = $2
+         returning key_id, name, prefix, is_active, created_at, expires_at, last_used_at",
+    )
+    .bind(key.uuid())
+    .bind(user.uuid())
+    .fetch_optional(&pool)
+    .await
+    .map_err(Failure::internal)?;
+    row.map(Key::from).ok_or_else(missing)
+}

@@ -1,0 +1,49 @@
+//! Users, API keys and quotas. Schema `auth`; holds no secret but the hashes of keys.
+
+mod keys;
+mod users;
+
+use anyhow::Context as _;
+use bus::{Bus, responder::Responder};
+use contract::{access, common, rpc};
+use service::{Env, Lifecycle};
+use sqlx::PgPool;
+
+#[derive(Debug)]
+pub struct Config {
+    pub bus: bus::Config,
+    pub store: store::Config,
+}
+
+impl Config {
+    pub fn from_env(env: &mut Env) -> Self {
+        Self { bus: bus::Config::from_env(env, &access::AUTH), store: store::Config::from_env(env) }
+    }
+}
+
+const MIGRATIONS: &[store::Step] = &[(1, "users and keys", include_str!("../../../migrations/auth/0001_users_and_keys.sql"))];
+
+/// Connects and begins to serve.
+///
+/// # Errors
+/// When Postgres or the bus cannot be reached.
+pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    let pool = store::open(&config.store, "auth", MIGRATIONS).await?;
+    let bus = Bus::connect(&config.bus).await.context("bus")?;
+    let connection = bus.clone();
+    lifecycle.add_check("bus", move || connection.is_connected());
+
+    let responder = Responder::start(&bus, "auth", pool, lifecycle.tracker(), lifecycle.stop_token()).await?;
+    responder.serve::<rpc::AuthHealth, _, _>(health).await?;
+    responder.serve::<rpc::VerifyKey, _, _>(keys::verify).await?;
+    responder.serve::<rpc::CreateKey, _, _>(keys::create).await?;
+    responder.serve::<rpc::ListKeys, _, _>(keys::list).await?;
+    responder.serve::<rpc::DeactivateKey, _, _>(keys::deactivate).await?;
+    responder.serve::<rpc::EnsureUser, _, _>(users::ensure).await?;
+    Ok(())
+}
+
+async fn health(pool: PgPool, _: common::Empty) -> Result<common::Empty, bus::Failure> {
+    sqlx::query("select 1 from account limit 1").fetch_optional(&pool).await.map_err(bus::Failure::internal)?;
+    Ok(common::Empty {})
+}

@@ -1,0 +1,90 @@
+//! The only place where a secret is encrypted or decrypted. Schema `vault`; holds the key-encryption keys.
+//!
+//! [`envelope`] is how a secret lies in the table; [`secrets`] and [`leases`] are what others may ask for.
+
+mod envelope;
+mod leases;
+mod secrets;
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use bus::{Bus, Failure, responder::Responder};
+use contract::{access, common, rpc};
+use secrecy::{ExposeSecret as _, SecretString};
+use service::{Env, Lifecycle};
+use sqlx::PgPool;
+
+use crate::envelope::{Binding, Keyring};
+
+#[derive(Debug)]
+pub struct Config {
+    pub bus: bus::Config,
+    pub store: store::Config,
+    pub encryption_key: SecretString,
+    /// A Sprites token for users who stored none.
+    pub shared_sprites_token: Option<SecretString>,
+}
+
+/// Shorter keys can be guessed.
+const ENCRYPTION_KEY_CHARS_MIN: usize = 16;
+
+impl Config {
+    pub fn from_env(env: &mut Env) -> Self {
+        let config = Self {
+            bus: bus::Config::from_env(env, &access::VAULT),
+            store: store::Config::from_env(env),
+            encryption_key: env.secret("FIELD_ENCRYPTION_KEY", "what the key-encryption key is derived from"),
+            shared_sprites_token: env.optional_secret("SPRITES_API_KEY", "the deployment's own Sprites token"),
+        };
+        let length = config.encryption_key.expose_secret().chars().count();
+        if (1..ENCRYPTION_KEY_CHARS_MIN).contains(&length) {
+            env.refuse(format!("FIELD_ENCRYPTION_KEY has {length} characters; {ENCRYPTION_KEY_CHARS_MIN} or more are needed"));
+        }
+        config
+    }
+}
+
+const MIGRATIONS: &[store::Step] = &[(1, "secrets and leases", include_str!("../../../migrations/vault/0001_secrets_and_leases.sql"))];
+
+/// What every request works with.
+#[derive(Clone)]
+struct Vault {
+    pool: PgPool,
+    keys: Arc<Keyring>,
+    shared_sprites_token: Option<Arc<SecretString>>,
+}
+
+/// Connects, proves that the key opens what is stored, and begins to serve.
+///
+/// # Errors
+/// When Postgres or the bus cannot be reached, or the key is not the one that the stored secrets were encrypted with.
+pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    let pool = store::open(&config.store, "credential-vault", MIGRATIONS).await?;
+    let keys = Arc::new(Keyring::derive(&config.encryption_key).context("FIELD_ENCRYPTION_KEY")?);
+    let vault = Vault { pool, keys, shared_sprites_token: config.shared_sprites_token.map(Arc::new) };
+    secrets::prove_key(&vault).await.context("FIELD_ENCRYPTION_KEY does not open the secrets that are stored")?;
+    let bus = Bus::connect(&config.bus).await.context("bus")?;
+    let connection = bus.clone();
+    lifecycle.add_check("bus", move || connection.is_connected());
+
+    let responder = Responder::start(&bus, "credential-vault", vault, lifecycle.tracker(), lifecycle.stop_token()).await?;
+    responder.serve::<rpc::VaultHealth, _, _>(health).await?;
+    responder.serve::<rpc::PutCredential, _, _>(secrets::put_credential).await?;
+    responder.serve::<rpc::ListCredentials, _, _>(secrets::list_credentials).await?;
+    responder.serve::<rpc::DeleteCredential, _, _>(secrets::delete_credential).await?;
+    responder.serve::<rpc::PutSecret, _, _>(secrets::put_secret).await?;
+    responder.serve::<rpc::MintLease, _, _>(leases::mint).await?;
+    responder.serve::<rpc::RedeemLease, _, _>(leases::redeem).await?;
+    responder.serve::<rpc::RevokeLeases, _, _>(leases::revoke).await?;
+    Ok(())
+}
+
+/// A real encryption and decryption, and a real query.
+async fn health(vault: Vault, _: common::Empty) -> Result<common::Empty, Failure> {
+    let binding = Binding { user: types::UserId::new(), kind: "health", secret: types::SecretId::new() };
+    let sealed = vault.keys.encrypt(b"health", &binding).map_err(Failure::internal)?;
+    vault.keys.decrypt(&sealed, &binding).map_err(Failure::internal)?;
+    sqlx::query("select 1 from secret limit 1").fetch_optional(&vault.pool).await.map_err(Failure::internal)?;
+    Ok(common::Empty {})
+}

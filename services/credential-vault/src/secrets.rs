@@ -1,0 +1,183 @@
+//! Stored secrets: a user's credentials, and what else refers to a secret by its id.
+
+use bus::Failure;
+use contract::{
+    common::Empty,
+    vault::{
+        Credential, DeleteCredentialRequest, ListCredentialsReply, ListCredentialsRequest, PutCredentialRequest, PutSecretReply,
+        PutSecretRequest,
+    },
+};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use types::{CredentialKind, ErrorCode, SecretId, Timestamp, UserId};
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+use crate::{
+    Vault,
+    envelope::{Binding, Sealed},
+};
+
+const CREDENTIAL_BYTES_MAX: usize = 16 * 1024;
+
+#[derive(sqlx::FromRow)]
+pub struct SecretRow {
+    pub secret_id: Uuid,
+    pub user_id: Uuid,
+    pub kind: String,
+    pub key_version: i32,
+    pub wrapped_key: Vec<u8>,
+    pub ciphertext: Vec<u8>,
+}
+
+impl Vault {
+    pub fn open(&self, row: SecretRow) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let binding = Binding { user: UserId::from_uuid(row.user_id), kind: &row.kind, secret: SecretId::from_uuid(row.secret_id) };
+        let sealed = Sealed { key_version: row.key_version, wrapped_key: row.wrapped_key, ciphertext: row.ciphertext };
+        self.keys.decrypt(&sealed, &binding).map_err(Failure::internal)
+    }
+}
+
+/// Opens one stored secret, if there is any: a wrong key is found at the start and not at the first session.
+pub async fn prove_key(vault: &Vault) -> anyhow::Result<()> {
+    let row: Option<SecretRow> =
+        sqlx::query_as("select secret_id, user_id, kind, key_version, wrapped_key, ciphertext from secret order by key_version desc limit 1")
+            .fetch_optional(&vault.pool)
+            .await?;
+    if let Some(row) = row {
+        vault.open(row)?;
+    }
+    Ok(())
+}
+
+#[derive(sqlx::FromRow)]
+struct CredentialRow {
+    kind: String,
+    hint: String,
+    created_at: OffsetDateTime,
+    updated_at: OffsetDateTime,
+}
+
+impl From<CredentialRow> for Credential {
+    fn from(row: CredentialRow) -> Self {
+        let micros = |time: OffsetDateTime| Timestamp::from(time).unix_micros();
+        Self { kind: row.kind, hint: row.hint, created_at_us: micros(row.created_at), updated_at_us: micros(row.updated_at) }
+    }
+}
+
+pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Result<Credential, Failure> {
+    let value = Zeroizing::new(request.value);
+    let user = user(&request.user_id)?;
+    let kind: CredentialKind = request.kind.parse().map_err(|_| Failure::not_found("Credential not found"))?;
+    let text = std::str::from_utf8(&value).ok().filter(|text| !text.is_empty() && text.len() <= CREDENTIAL_BYTES_MAX);
+    let text = text.filter(|text| !text.contains(['\0', '\n', '\r'])).ok_or_else(|| {
+        let message = format!("Value error, a credential is one line of 1 to {CREDENTIAL_BYTES_MAX} bytes");
+        Failure::new(ErrorCode::Unprocessable, message).at_field("value")
+    })?;
+    let hint = hint(text);
+    let mut tx = vault.pool.begin().await.map_err(Failure::internal)?;
+    // The id of a credential that is replaced stays, for the encryption is bound to it.
+    let fresh = SecretId::new();
+    let id: Uuid = sqlx::query_scalar(
+        "insert into secret (secret_id, user_id, kind, is_credential, hint, key_version, wrapped_key, ciphertext)
+         values ($1, $2, $3, true, '', 0, '', '')
+         on conflict (user_id, kind) where is_credential do update set updated_at = now()
+         returning secret_id",
+    )
+    .bind(fresh.uuid())
+    .bind(user.uuid())
+    .bind(kind.as_str())
+    .fetch_one(&mut *tx)
+    .await
+    .map_err(Failure::internal)?;
+    let binding = Binding { user, kind: kind.as_str(), secret: SecretId::from_uuid(id) };
+    let sealed = vault.keys.encrypt(&value, &binding).map_err(Failure::internal)?;
+    let row: CredentialRow = sqlx::query_as(
+        "update secret
+         set hint = $2, key_version = $3, wrapped_key = $4, ciphertext = $5
+         where secret_id = $1
+         returning kind, hint, created_at, updated_at",
+    )
+    .bind(id)
+    .bind(hint)
+    .bind(sealed.key_version)
+    .bind(sealed.wrapped_key)
+    .bind(sealed.ciphertext)
+    .fetch_one(&mut *tx)
+    .await
+    .map_err(Failure::internal)?;
+    tx.commit().await.map_err(Failure::internal)?;
+    Ok(row.into())
+}
+
+pub async fn list_credentials(vault: Vault, request: ListCredentialsRequest) -> Result<ListCredentialsReply, Failure> {
+    let rows = credentials(&vault.pool, user(&request.user_id)?).await?;
+    let mut credentials: Vec<Credential> = rows.into_iter().map(Credential::from).collect();
+    // A deployment's own token serves everybody; it is no user's, so it shows no hint and cannot be deleted.
+    let sprites = CredentialKind::Sprites.as_str();
+    if vault.shared_sprites_token.is_some() && credentials.iter().all(|credential| credential.kind != sprites) {
+        credentials.push(Credential { kind: sprites.to_owned(), ..Credential::default() });
+    }
+    Ok(ListCredentialsReply { credentials })
+}
+
+async fn credentials(pool: &PgPool, user: UserId) -> Result<Vec<CredentialRow>, Failure> {
+    sqlx::query_as("select kind, hint, created_at, updated_at from secret where user_id = $1 and is_credential order by kind")
+        .bind(user.uuid())
+        .fetch_all(pool)
+        .await
+        .map_err(Failure::internal)
+}
+
+pub async fn delete_credential(vault: Vault, request: DeleteCredentialRequest) -> Result<Empty, Failure> {
+    let deleted = sqlx::query("delete from secret where user_id = $1 and kind = $2 and is_credential")
+        .bind(user(&request.user_id)?.uuid())
+        .bind(&request.kind)
+        .execute(&vault.pool)
+        .await
+        .map_err(Failure::internal)?;
+    if deleted.rows_affected() == 0 { Err(Failure::not_found("Credential not found")) } else { Ok(Empty {}) }
+}
+
+pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSecretReply, Failure> {
+    let value = Zeroizing::new(request.value);
+    let id = SecretId::new();
+    let binding = Binding { user: user(&request.user_id)?, kind: &request.kind, secret: id };
+    let sealed = vault.keys.encrypt(&value, &binding).map_err(Failure::internal)?;
+    sqlx::query(
+        "insert into secret (secret_id, user_id, kind, is_credential, hint, key_version, wrapped_key, ciphertext)
+         values ($1, $2, $3, false, '', $4, $5, $6)",
+    )
+    .bind(id.uuid())
+    .bind(binding.user.uuid())
+    .bind(binding.kind)
+    .bind(sealed.key_version)
+    .bind(sealed.wrapped_key)
+    .bind(sealed.ciphertext)
+    .execute(&vault.pool)
+    .await
+    .map_err(Failure::internal)?;
+    Ok(PutSecretReply { secret_id: id.to_string() })
+}
+
+pub fn user(text: &str) -> Result<UserId, Failure> {
+    text.parse().map_err(|_| Failure::not_found("User not found"))
+}
+
+/// The last four characters; none of a value so short that four would give it away.
+fn hint(value: &str) -> String {
+    let count = value.chars().count();
+    if count < 12 { String::new() } else { value.chars().skip(count - 4).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_value_gives_no_hint() {
+        assert_eq!(hint("sk-ant-12345"), "2345");
+        assert_eq!(hint("short"), "");
+    }
+}

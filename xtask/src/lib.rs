@@ -1,0 +1,45 @@
+//! What the workspace generates from its own sources. Tests compare it with what is committed.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// Where the generated bus messages are committed.
+pub const MESSAGES: &str = "libs/contract/src/gen";
+const PROTO: &str = "libs/contract/proto";
+const FILES: [&str; 6] = [
+    "aod/common/v1/common.proto",
+    "aod/session/v1/event.proto",
+    "aod/runner/v1/jobs.proto",
+    "aod/auth/v1/auth.proto",
+    "aod/vault/v1/vault.proto",
+    "aod/scheduler/v1/scheduler.proto",
+];
+
+/// The repository's root.
+#[must_use]
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
+}
+
+/// Compiles the messages into `out`, without a system `protoc`.
+///
+/// # Errors
+/// When a `.proto` file does not compile, or `out` cannot be written.
+pub fn write_messages(out: &Path) -> Result<()> {
+    let proto = root().join(PROTO);
+    let descriptors = protox::compile(FILES.map(|file| proto.join(file)), [&proto]).context("compiling .proto files")?;
+    std::fs::create_dir_all(out)?;
+    prost_build::Config::new()
+        .out_dir(out)
+        .bytes([".aod.session.v1.Output.data", ".aod.scheduler.v1.RecordedEvent.payload"])
+        .skip_debug([".aod.vault.v1.PutCredentialRequest", ".aod.vault.v1.PutSecretRequest", ".aod.vault.v1.BundledSecret", ".aod.vault.v1.Bundle"])
+        .compile_fds(descriptors)
+        .context("writing messages")
+}
+
+/// The rendered files of `nats/`, by path from the root.
+#[must_use]
+pub fn nats_files() -> Vec<(&'static str, String)> {
+    vec![("nats/permissions.conf", contract::access::render_permissions())]
+}
