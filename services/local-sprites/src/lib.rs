@@ -1,0 +1,71 @@
+//! A Sprites-compatible server on this machine, so that nobody needs an account.
+//!
+//! [`sandbox`] makes a Sprite's namespaces and root; [`registry`] keeps the Sprites; [`exec`] runs commands in them; [`files`] is the
+//! file API; [`api`] speaks the wire format of the Sprites API. What is not served answers 404.
+
+mod api;
+mod exec;
+mod files;
+mod registry;
+mod sandbox;
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+
+use anyhow::Context as _;
+use secrecy::SecretString;
+use service::{Env, Lifecycle};
+use tokio::net::TcpListener;
+
+use crate::{
+    registry::Registry,
+    sandbox::{Isolation, Sandboxes},
+};
+
+#[derive(Debug)]
+pub struct Config {
+    pub addr: SocketAddr,
+    pub token: SecretString,
+    pub data_dir: PathBuf,
+    pub agents_dir: Option<PathBuf>,
+    pub isolation: Isolation,
+    /// Ends the Sprites with the server, rather than let them run on for the next one.
+    pub kill_on_exit: bool,
+}
+
+impl Config {
+    pub fn from_env(env: &mut Env) -> Self {
+        Self {
+            addr: env.parsed("LOCAL_SPRITES_ADDR", "where the API listens", ([127, 0, 0, 1], 8778).into()),
+            token: env.secret("LOCAL_SPRITES_TOKEN", "the bearer token that callers must send"),
+            data_dir: env.required("LOCAL_SPRITES_DATA_DIR", "where the Sprites' files are kept").into(),
+            agents_dir: env.optional("LOCAL_SPRITES_AGENTS_DIR", "installed agent CLIs, mounted read-only at /opt/agents").map(Into::into),
+            isolation: env.parsed("LOCAL_SPRITES_ISOLATION", "overlay (as root), readonly, or auto", Isolation::Auto),
+            kill_on_exit: env.parsed("LOCAL_SPRITES_KILL_ON_EXIT", "end the Sprites when the server stops", false),
+        }
+    }
+}
+
+/// Proves that a sandbox can be made here, takes up the Sprites that are there, and begins to serve.
+///
+/// # Errors
+/// When this machine cannot isolate a Sprite, or the address cannot be bound.
+pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    let sandboxes = Sandboxes::prepare(config.isolation, &config.data_dir, config.agents_dir.as_deref()).await?;
+    let registry = Arc::new(Registry::load(config.data_dir, sandboxes).await.context("LOCAL_SPRITES_DATA_DIR")?);
+    let listener =
+        TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
+    let router = api::router(registry.clone(), config.token, lifecycle.tracker());
+    let stop = lifecycle.stop_token();
+    lifecycle.spawn("api", async move {
+        let serve = axum::serve(listener, router);
+        // Open sockets are not waited for: their clients attach again.
+        tokio::select! {
+            () = stop.cancelled() => {}
+            served = serve => if let Err(error) = served { tracing::error!(%error, "api ended") },
+        }
+        if config.kill_on_exit {
+            registry.kill_all().await;
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! The record: agents, environments, sessions, turns, events; the state machine; what should run next. Schema `scheduler`.
+//!
+//! Requests change rows and, in the same transaction, write what others must hear of to the outbox; [`relay`] publishes it. What
+//! runners report comes back through the EVENTS stream; [`recorder`] writes it down and moves the states along. [`deadlines`] settles
+//! whatever neither of them settled in time.
+
+mod agents;
+mod claims;
+mod deadlines;
+mod environments;
+mod recorder;
+mod relay;
+mod sessions;
+mod termination;
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use bus::{Bus, Failure, responder::Responder};
+use contract::{access, common, rpc, topology};
+use service::{Env, Lifecycle};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use tokio::sync::{Notify, watch};
+use types::Timestamp;
+
+#[derive(Debug)]
+pub struct Config {
+    pub bus: bus::Config,
+    pub store: store::Config,
+    pub sprite_name_prefix: String,
+    pub stream_replicas: usize,
+}
+
+impl Config {
+    pub fn from_env(env: &mut Env) -> Self {
+        let config = Self {
+            bus: bus::Config::from_env(env, &access::SCHEDULER),
+            store: store::Config::from_env(env),
+            sprite_name_prefix: env.parsed("SPRITE_NAME_PREFIX", "what the names of our Sprites begin with", "aod".to_owned()),
+            stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "copies of each stream in a NATS cluster", 1),
+        };
+        if types::SpriteName::for_session(&config.sprite_name_prefix, types::SessionId::new()).is_err() {
+            env.refuse("SPRITE_NAME_PREFIX may hold lowercase letters, digits and hyphens, and not begin with one");
+        }
+        config
+    }
+}
+
+const MIGRATIONS: &[store::Step] = &[(1, "sessions", include_str!("../../../migrations/scheduler/0001_sessions.sql"))];
+
+/// What every request works with.
+#[derive(Clone)]
+struct Scheduler {
+    pool: PgPool,
+    bus: Bus,
+    sprite_name_prefix: Arc<str>,
+    /// Wakes the relay after a commit.
+    outbox: Arc<Notify>,
+    /// The newest event that this replica's recorder wrote down.
+    recorded: watch::Sender<u64>,
+}
+
+/// Connects, makes the streams, and begins to serve.
+///
+/// # Errors
+/// When Postgres or the bus cannot be reached, or a stream cannot be made as it was declared.
+pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    let pool = store::open(&config.store, "scheduler", MIGRATIONS).await?;
+    let bus = Bus::connect(&config.bus).await.context("bus")?;
+    let connection = bus.clone();
+    lifecycle.add_check("bus", move || connection.is_connected());
+    for stream in &topology::STREAMS {
+        let first = if stream.name == topology::EVENTS.name { recorder::first_sequence(&pool).await? } else { 1 };
+        bus.ensure_stream(stream, first, config.stream_replicas).await?;
+    }
+    for consumer in &topology::CONSUMERS {
+        bus.ensure_consumer(consumer).await?;
+    }
+
+    let scheduler = Scheduler {
+        pool,
+        bus: bus.clone(),
+        sprite_name_prefix: config.sprite_name_prefix.into(),
+        outbox: Arc::new(Notify::new()),
+        recorded: watch::Sender::new(0),
+    };
+    lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("recorder", recorder::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("deadlines", deadlines::run(scheduler.clone(), lifecycle.stop_token()));
+
+    let responder = Responder::start(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token()).await?;
+    responder.serve::<rpc::SchedulerHealth, _, _>(health).await?;
+    responder.serve::<rpc::CreateAgent, _, _>(agents::create).await?;
+    responder.serve::<rpc::GetAgent, _, _>(agents::get).await?;
+    responder.serve::<rpc::ListAgents, _, _>(agents::list).await?;
+    responder.serve::<rpc::CreateEnvironment, _, _>(environments::create).await?;
+    responder.serve::<rpc::GetEnvironment, _, _>(environments::get).await?;
+    responder.serve::<rpc::ListEnvironments, _, _>(environments::list).await?;
+    responder.serve::<rpc::CreateSession, _, _>(sessions::create).await?;
+    responder.serve::<rpc::GetSession, _, _>(sessions::get).await?;
+    responder.serve::<rpc::ListSessions, _, _>(sessions::list).await?;
+    responder.serve::<rpc::ListTurns, _, _>(sessions::turns).await?;
+    responder.serve::<rpc::Prompt, _, _>(sessions::prompt).await?;
+    responder.serve::<rpc::ReadEvents, _, _>(sessions::events).await?;
+    responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
+    responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
+    responder.serve::<rpc::ClaimSprite, _, _>(claims::sprite).await?;
+    responder.serve::<rpc::SpriteDestroyed, _, _>(termination::sprite_destroyed).await?;
+    Ok(())
+}
+
+async fn health(scheduler: Scheduler, _: common::Empty) -> Result<common::Empty, Failure> {
+    sqlx::query("select 1 from session limit 1").fetch_optional(&scheduler.pool).await.map_err(Failure::internal)?;
+    Ok(common::Empty {})
+}
+
+fn micros(time: OffsetDateTime) -> i64 {
+    Timestamp::from(time).unix_micros()
+}
+
+/// Columns are of types that Postgres has; a number that does not fit ours was never written by us.
+fn unsigned(number: i32) -> u32 {
+    u32::try_from(number).unwrap_or_default()
+}
+
+/// Where a page begins: rows older than the cursor, or all.
+fn page_start(before: Option<&contract::scheduler::Cursor>) -> Result<(OffsetDateTime, uuid::Uuid), Failure> {
+    let malformed = || Failure::invalid("Invalid cursor");
+    let Some(cursor) = before else {
+        return Ok((OffsetDateTime::now_utc() + time::Duration::days(1), uuid::Uuid::max()));
+    };
+    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(cursor.created_at_us) * 1000).map_err(|_| malformed())?;
+    Ok((time, cursor.id.parse().map_err(|_| malformed())?))
+}
+
+/// One more row than asked for tells whether there are more.
+fn page_size(limit: u32) -> usize {
+    limit.clamp(1, types::limits::PAGE_MAX) as usize
+}

@@ -1,0 +1,182 @@
+//! The Sprites of this server: made, found, listed, deleted. A restart finds them as they were.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs, io,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use serde::{Deserialize, Serialize};
+use types::{SpriteName, Timestamp};
+use uuid::Uuid;
+
+use crate::{
+    exec::ExecSession,
+    sandbox::{Holder, SandboxError, Sandboxes, write_atomically},
+};
+
+/// What is kept of a Sprite on disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    pub id: Uuid,
+    pub name: String,
+    pub created_at_us: i64,
+    #[serde(default)]
+    pub labels: Vec<String>,
+    holder: Option<Holder>,
+}
+
+/// A Sprite.
+#[derive(Debug)]
+pub struct Sprite {
+    dir: PathBuf,
+    record: Mutex<Record>,
+    /// Held while the sandbox is started, or the Sprite deleted.
+    boot: tokio::sync::Mutex<Life>,
+    pub sessions: Mutex<HashMap<String, Arc<ExecSession>>>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Life {
+    Usable,
+    Deleted,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    #[error("sprite not found")]
+    NotFound,
+    #[error("sprite already exists")]
+    Exists,
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error("the Sprite's record cannot be kept: {0}")]
+    Record(#[from] io::Error),
+}
+
+#[derive(Debug)]
+pub struct Registry {
+    dir: PathBuf,
+    sandboxes: Sandboxes,
+    sprites: Mutex<BTreeMap<String, Arc<Sprite>>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Registry {
+    /// Takes up the Sprites that are on disk. What was half made is deleted.
+    pub async fn load(data_dir: PathBuf, sandboxes: Sandboxes) -> io::Result<Self> {
+        let dir = data_dir.join("sprites");
+        fs::create_dir_all(&dir)?;
+        let mut sprites = BTreeMap::new();
+        for entry in fs::read_dir(&dir)? {
+            let path = entry?.path();
+            let record = fs::read(path.join("sprite.json")).ok().and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
+            match record {
+                Some(record) => {
+                    sprites.insert(record.name.clone(), Arc::new(Sprite::new(path, record)));
+                }
+                None => sandboxes.destroy(&path, None).await,
+            }
+        }
+        tracing::info!(sprites = sprites.len(), "Sprites taken up");
+        Ok(Self { dir, sandboxes, sprites: Mutex::new(sprites) })
+    }
+
+    pub async fn create(&self, name: &SpriteName, labels: Vec<String>) -> Result<Record, RegistryError> {
+        let record = Record { id: Uuid::new_v4(), name: name.to_string(), created_at_us: Timestamp::now().unix_micros(), labels, holder: None };
+        // A directory of its own for each life of a name: a deletion that still goes on does not touch a new one.
+        let sprite = Arc::new(Sprite::new(self.dir.join(format!("{name}.{}", record.id.simple())), record));
+        let mut booting = sprite.boot.lock().await;
+        {
+            let mut sprites = locked(&self.sprites);
+            if sprites.contains_key(name.as_str()) {
+                return Err(RegistryError::Exists);
+            }
+            sprites.insert(name.to_string(), sprite.clone());
+        }
+        let made = async {
+            self.sandboxes.make_files(&sprite.dir)?;
+            self.boot(&sprite).await
+        };
+        if let Err(error) = made.await {
+            *booting = Life::Deleted;
+            locked(&self.sprites).remove(name.as_str());
+            self.sandboxes.destroy(&sprite.dir, None).await;
+            return Err(error);
+        }
+        Ok(sprite.record())
+    }
+
+    pub fn get(&self, name: &str) -> Result<Arc<Sprite>, RegistryError> {
+        locked(&self.sprites).get(name).cloned().ok_or(RegistryError::NotFound)
+    }
+
+    /// At most `limit` Sprites whose names begin with `prefix`, after a name; and whether there are more.
+    pub fn list(&self, prefix: &str, after: &str, limit: usize) -> (Vec<Record>, bool) {
+        let sprites = locked(&self.sprites);
+        let mut matching = sprites.values().filter(|sprite| {
+            let name = &locked(&sprite.record).name;
+            name.starts_with(prefix) && name.as_str() > after
+        });
+        let page = matching.by_ref().take(limit).map(|sprite| sprite.record()).collect();
+        (page, matching.next().is_some())
+    }
+
+    pub async fn delete(&self, name: &str) -> Result<(), RegistryError> {
+        let sprite = locked(&self.sprites).remove(name).ok_or(RegistryError::NotFound)?;
+        let mut life = sprite.boot.lock().await;
+        *life = Life::Deleted;
+        self.sandboxes.destroy(&sprite.dir, sprite.record().holder).await;
+        Ok(())
+    }
+
+    /// The Sprite's sandbox, started where it is not running.
+    pub async fn wake(&self, sprite: &Sprite) -> Result<Holder, RegistryError> {
+        let life = sprite.boot.lock().await;
+        if *life == Life::Deleted {
+            return Err(RegistryError::NotFound);
+        }
+        match sprite.record().holder.filter(|holder| holder.is_alive()) {
+            Some(holder) => Ok(holder),
+            None => self.boot(sprite).await,
+        }
+    }
+
+    async fn boot(&self, sprite: &Sprite) -> Result<Holder, RegistryError> {
+        let holder = self.sandboxes.boot(&sprite.dir, &sprite.record().name).await?;
+        let record = {
+            let mut record = locked(&sprite.record);
+            record.holder = Some(holder);
+            record.clone()
+        };
+        write_atomically(&sprite.dir.join("sprite.json"), &serde_json::to_vec(&record).map_err(io::Error::other)?)?;
+        Ok(holder)
+    }
+
+    /// Ends what runs in all Sprites; their files stay.
+    pub async fn kill_all(&self) {
+        let holders: Vec<_> = locked(&self.sprites).values().filter_map(|sprite| sprite.record().holder).collect();
+        futures::future::join_all(holders.into_iter().map(Holder::kill)).await;
+    }
+}
+
+impl Sprite {
+    fn new(dir: PathBuf, record: Record) -> Self {
+        Self { dir, record: Mutex::new(record), boot: tokio::sync::Mutex::new(Life::Usable), sessions: Mutex::default() }
+    }
+
+    pub fn record(&self) -> Record {
+        locked(&self.record).clone()
+    }
+}
+
+impl Record {
+    /// `running` while the sandbox is up; `cold` when only its files are there.
+    pub fn status(&self) -> &'static str {
+        if self.holder.is_some_and(Holder::is_alive) { "running" } else { "cold" }
+    }
+}

@@ -1,0 +1,160 @@
+//! What runners ask before they touch anything: is this still to be done, and with what.
+
+use std::time::Duration;
+
+use bus::Failure;
+use contract::{
+    rpc,
+    scheduler::{
+        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, RecordedEvent, Settled, SpriteClaim, TurnSpec,
+        claim_turn_reply::Verdict,
+    },
+    vault::MintLeaseRequest,
+};
+use serde_json::Value;
+use sqlx::Row as _;
+use types::{
+    CredentialKind, Runtime, SessionId, SessionStatus,
+    limits::{PROVISIONING_MAX, SETTLE_GRACE},
+};
+use uuid::Uuid;
+
+use crate::{
+    Scheduler, deadlines,
+    sessions::{SessionRow, lock, missing},
+    unsigned,
+};
+
+/// A job that came back this often will not go better the next time.
+const EPOCH_MAX: i32 = 100;
+const VAULT_DEADLINE: Duration = Duration::from_secs(5);
+
+#[derive(sqlx::FromRow)]
+struct TurnRow {
+    epoch: i32,
+    prompt: String,
+    timeout_seconds: i32,
+    conversation_id: Uuid,
+    system: String,
+    model: String,
+    packages: Option<Value>,
+    setup_script: Option<String>,
+    networking: Option<Value>,
+    env_vars_secret_id: Option<Uuid>,
+}
+
+/// Raises the turn's epoch, so that an earlier claimant is fenced off, and gives all that running it takes.
+pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<ClaimTurnReply, Failure> {
+    let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    let number = i32::try_from(request.turn).map_err(|_| missing())?;
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let Some(session) = lock(&mut tx, id, None).await? else {
+        return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
+    };
+    if session.status()? == SessionStatus::Terminated {
+        drop(tx);
+        let destroy = Some(sprite_claim(&scheduler, &session).await?);
+        return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy })) });
+    }
+    let turn: Option<TurnRow> = sqlx::query_as(
+        "with claimed as (
+            update turn
+            set epoch = epoch + 1
+            where session_id = $1 and turn_number = $2 and status in ('pending', 'running')
+            returning session_id, epoch, prompt, timeout_seconds
+         )
+         select c.epoch, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
+                ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id
+         from claimed c
+         join session s using (session_id)
+         join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
+         left join environment_version ev on ev.environment_id = s.environment_id and ev.version = s.environment_version",
+    )
+    .bind(id.uuid())
+    .bind(number)
+    .fetch_optional(&mut *tx)
+    .await
+    .map_err(Failure::internal)?;
+    let Some(turn) = turn.filter(|_| number == session.turn_count) else {
+        return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
+    };
+    if turn.epoch > EPOCH_MAX {
+        deadlines::settle(&mut tx, session, number, &format!("Given up after {EPOCH_MAX} attempts")).await?;
+        tx.commit().await.map_err(Failure::internal)?;
+        scheduler.outbox.notify_one();
+        return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
+    }
+    let last_event = sqlx::query("select event_id, payload from event where session_id = $1 order by event_id desc limit 1")
+        .bind(id.uuid())
+        .fetch_optional(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
+    let last_event = match last_event {
+        None => None,
+        Some(row) => Some(RecordedEvent {
+            event_id: row.try_get::<i64, _>(0).map_err(Failure::internal)?.unsigned_abs(),
+            payload: row.try_get::<Vec<u8>, _>(1).map_err(Failure::internal)?.into(),
+        }),
+    };
+    tx.commit().await.map_err(Failure::internal)?;
+
+    let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
+    let timeout_seconds = unsigned(turn.timeout_seconds);
+    let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]);
+    let secrets = turn.env_vars_secret_id.iter().map(ToString::to_string).collect();
+    let life = PROVISIONING_MAX + SETTLE_GRACE + Duration::from_secs(u64::from(timeout_seconds));
+    let lease_id = mint(&scheduler, &session, &format!("turn {number}"), kinds, secrets, life).await?;
+    let empty = || Value::Object(serde_json::Map::new());
+    Ok(ClaimTurnReply {
+        verdict: Some(Verdict::Run(TurnSpec {
+            sprite: session.sprite,
+            epoch: unsigned(turn.epoch),
+            lease_id,
+            runtime: session.runtime,
+            model: turn.model,
+            system: if number == 1 { turn.system } else { String::new() },
+            prompt: turn.prompt,
+            timeout_seconds,
+            conversation_id: turn.conversation_id.to_string(),
+            environment: Some(EnvironmentSpec {
+                packages: turn.packages.unwrap_or_else(empty).to_string(),
+                setup_script: turn.setup_script.unwrap_or_default(),
+                networking: turn.networking.unwrap_or_else(empty).to_string(),
+            }),
+            last_event,
+        })),
+    })
+}
+
+/// What it takes to delete a session's Sprite.
+pub async fn sprite(scheduler: Scheduler, request: ClaimSpriteRequest) -> Result<SpriteClaim, Failure> {
+    let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let session = lock(&mut tx, id, None).await?.ok_or_else(missing)?;
+    drop(tx);
+    sprite_claim(&scheduler, &session).await
+}
+
+async fn sprite_claim(scheduler: &Scheduler, session: &SessionRow) -> Result<SpriteClaim, Failure> {
+    let lease_id = mint(scheduler, session, "destroy", [CredentialKind::Sprites], Vec::new(), Duration::from_secs(300)).await?;
+    Ok(SpriteClaim { sprite: session.sprite.clone(), lease_id })
+}
+
+async fn mint(
+    scheduler: &Scheduler,
+    session: &SessionRow,
+    purpose: &str,
+    kinds: impl IntoIterator<Item = CredentialKind>,
+    secret_ids: Vec<String>,
+    life: Duration,
+) -> Result<String, Failure> {
+    let request = MintLeaseRequest {
+        user_id: session.user_id.to_string(),
+        session_id: session.session_id.to_string(),
+        purpose: purpose.to_owned(),
+        credential_kinds: kinds.into_iter().map(|kind| kind.as_str().to_owned()).collect(),
+        secret_ids,
+        ttl_seconds: u32::try_from(life.as_secs()).unwrap_or(u32::MAX),
+    };
+    Ok(scheduler.bus.call::<rpc::MintLease>(&request, VAULT_DEADLINE).await?.lease_id)
+}

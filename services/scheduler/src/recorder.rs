@@ -1,0 +1,220 @@
+//! The recorder: what the EVENTS stream holds, written to Postgres, and the states moved along by it.
+//!
+//! One replica records at a time, in the stream's order, so that the record of a session never has a hole below its newest event:
+//! readers may take a page of it for complete. A batch is one transaction; it is acknowledged after the commit, and harmless twice.
+
+use std::time::Duration;
+
+use bus::{
+    Failure,
+    log::Entry,
+    work::{Batch, Batches},
+};
+use contract::{
+    session::{SessionEvent, TurnEnded, session_event::Kind},
+    subject, topology,
+};
+use prost::Message as _;
+use sqlx::{Connection as _, PgConnection, PgPool};
+use store::leader::Leadership;
+use tokio_util::sync::CancellationToken;
+use types::{Backoff, SessionId, limits::SETTLE_GRACE};
+
+use crate::{
+    Scheduler,
+    sessions::{SessionRow, lock},
+    termination::tell,
+    unsigned,
+};
+
+/// Any number that no other lock of ours has.
+const LOCK: i64 = 0x0061_6f64_7265_6331;
+const BATCH: usize = 1000;
+const WAIT: Duration = Duration::from_secs(1);
+const RETRY: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
+/// How many events can have been in a lost stream without being recorded. Ids must not come twice.
+const UNRECORDED_MAX: u64 = 1_000_000;
+
+/// Where a stream that is made anew has to begin: above every id that anybody may have seen.
+pub async fn first_sequence(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    Ok(match recorded_through(pool).await? {
+        0 => 1,
+        through => through + UNRECORDED_MAX,
+    })
+}
+
+/// The newest event on record.
+pub async fn recorded_through(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let through: Option<i64> =
+        sqlx::query_scalar("select event_id from recorded where stream = $1").bind(topology::EVENTS.name).fetch_optional(pool).await?;
+    Ok(through.map_or(0, i64::unsigned_abs))
+}
+
+pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
+    let mut failures = 0;
+    while !stop.is_cancelled() {
+        match Leadership::try_acquire(&scheduler.pool, LOCK).await {
+            Ok(Some(mut leadership)) => {
+                let recorded = record(&scheduler, &mut leadership, &stop, &mut failures).await;
+                leadership.resign().await;
+                if let Err(error) = recorded {
+                    failures += 1;
+                    tracing::warn!("{:#}", error.context("recording was interrupted; trying again"));
+                }
+            }
+            Ok(None) => failures = 1,
+            Err(error) => {
+                failures += 1;
+                tracing::warn!(%error, "recorder cannot reach Postgres; trying again");
+            }
+        }
+        let _ = stop.run_until_cancelled(tokio::time::sleep(RETRY.jittered(failures))).await;
+    }
+}
+
+async fn record(scheduler: &Scheduler, leadership: &mut Leadership, stop: &CancellationToken, failures: &mut u32) -> anyhow::Result<()> {
+    let batches: Batches = scheduler.bus.batches(&topology::RECORDER).await?;
+    while !stop.is_cancelled() {
+        let batch: Batch = batches.next(BATCH, WAIT).await?;
+        if batch.entries.is_empty() {
+            // The lock is in this connection: losing one is losing the other.
+            leadership.connection().ping().await?;
+            continue;
+        }
+        let woken = write(leadership.connection(), &batch.entries).await?;
+        *failures = 0;
+        metrics::counter!("aod_events_recorded_total").increment(batch.entries.len() as u64);
+        if let Some(last) = batch.entries.last() {
+            scheduler.recorded.send_replace(last.sequence);
+        }
+        if woken {
+            scheduler.outbox.notify_one();
+        }
+        batch.acknowledge().await;
+    }
+    Ok(())
+}
+
+/// Writes a batch and what follows from it; tells whether the outbox got something.
+async fn write(connection: &mut PgConnection, entries: &[Entry]) -> anyhow::Result<bool> {
+    let (mut sessions, mut ids, mut payloads, mut changes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for entry in entries {
+        let event = SessionEvent::decode(entry.payload.clone());
+        let (Some(session), Ok(event)) = (subject::parse_session_log(&entry.subject), event) else {
+            tracing::error!(subject = entry.subject, sequence = entry.sequence, "event cannot be read; left out of the record");
+            continue;
+        };
+        sessions.push(session.uuid());
+        ids.push(i64::try_from(entry.sequence)?);
+        payloads.push(entry.payload.as_ref());
+        match event.kind {
+            Some(Kind::TurnStarted(_)) => changes.push((session, event.turn, Change::Started)),
+            Some(Kind::TurnEnded(ended)) => changes.push((session, event.turn, Change::Ended(ended))),
+            _ => {}
+        }
+    }
+    let mut tx = connection.begin().await?;
+    sqlx::query(
+        "insert into event (session_id, event_id, payload)
+         select e.session_id, e.event_id, e.payload
+         from unnest($1::uuid[], $2::bigint[], $3::bytea[]) as e (session_id, event_id, payload)
+         join session s using (session_id)
+         on conflict do nothing",
+    )
+    .bind(&sessions)
+    .bind(&ids)
+    .bind(&payloads)
+    .execute(&mut *tx)
+    .await?;
+    let woken = !changes.is_empty();
+    for (session, turn, change) in changes {
+        change.apply(&mut tx, session, i32::try_from(turn)?).await?;
+    }
+    sqlx::query(
+        "insert into recorded (stream, event_id) values ($1, $2)
+         on conflict (stream) do update set event_id = greatest(recorded.event_id, excluded.event_id)",
+    )
+    .bind(topology::EVENTS.name)
+    .bind(entries.last().map(|entry| entry.sequence as i64).unwrap_or_default())
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(woken)
+}
+
+/// What an event does to its turn and session. Each applies once: a settled turn and a terminated session stay as they are.
+enum Change {
+    Started,
+    Ended(TurnEnded),
+}
+
+impl Change {
+    async fn apply(self, tx: &mut PgConnection, session: SessionId, turn: i32) -> Result<(), Failure> {
+        match self {
+            Self::Started => started(tx, session, turn).await,
+            Self::Ended(ended) => Self::ended(tx, session, turn, ended).await,
+        }
+    }
+
+    async fn ended(tx: &mut PgConnection, id: SessionId, turn: i32, ended: TurnEnded) -> Result<(), Failure> {
+        let Some(session) = lock(tx, id, None).await? else { return Ok(()) };
+        let status = if ended.exit_code == Some(0) { "completed" } else { "failed" };
+        let settled = sqlx::query(
+            "update turn
+             set status = $3, exit_code = $4, ended_at = now()
+             where session_id = $1 and turn_number = $2 and status in ('pending', 'running')",
+        )
+        .bind(id.uuid())
+        .bind(turn)
+        .bind(status)
+        .bind(ended.exit_code)
+        .execute(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
+        if settled.rows_affected() == 0 || session.turn_count != turn || !session.status()?.is_active() {
+            return Ok(());
+        }
+        // Postgres keeps no NUL in text.
+        let clean = |text: String| text.replace('\0', "\u{fffd}");
+        let (stage, message) = ended.failure.map(|failure| (clean(failure.stage), clean(failure.message))).unzip();
+        let row: SessionRow = sqlx::query_as(
+            "update session
+             set status = $2, exit_code = $3, failure_stage = $4, failure_message = $5, updated_at = now()
+             where session_id = $1
+             returning session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
+                       failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at",
+        )
+        .bind(id.uuid())
+        .bind(status)
+        .bind(ended.exit_code)
+        .bind(stage)
+        .bind(message)
+        .fetch_one(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
+        tell(tx, &row, unsigned(turn)).await
+    }
+}
+
+async fn started(tx: &mut PgConnection, id: SessionId, turn: i32) -> Result<(), Failure> {
+    // From here on the turn's own timeout counts, and provisioning no longer does.
+    sqlx::query(
+        "with started as (
+            update turn
+            set status = 'running', started_at = now(), deadline_at = now() + make_interval(secs => timeout_seconds + $3)
+            where session_id = $1 and turn_number = $2 and status = 'pending'
+            returning session_id
+         )
+         update session s
+         set status = 'running', updated_at = now()
+         from started
+         where s.session_id = started.session_id and s.status = 'pending' and s.turn_count = $2",
+    )
+    .bind(id.uuid())
+    .bind(turn)
+    .bind(SETTLE_GRACE.as_secs_f64())
+    .execute(tx)
+    .await
+    .map_err(Failure::internal)?;
+    Ok(())
+}

@@ -1,0 +1,405 @@
+//! Sessions and turns: created, read, prompted again.
+
+use std::time::Duration;
+
+use bus::{Failure, trace};
+use contract::{
+    runner::RunTurn,
+    scheduler::{
+        CreateSessionRequest, GetSessionRequest, ListRequest, ListSessionsReply, ListTurnsReply, PromptRequest, ReadEventsReply,
+        ReadEventsRequest, RecordedEvent, Session, Turn,
+    },
+    session, subject,
+};
+use serde_json::Value;
+use sqlx::{PgConnection, Row as _};
+use time::OffsetDateTime;
+use types::{
+    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Runtime, SessionId, SessionStatus, SpriteName, UserId,
+    limits::{PROVISIONING_MAX, SETTLE_GRACE},
+};
+use uuid::Uuid;
+
+use crate::{Scheduler, environments, micros, page_size, page_start, unsigned};
+
+pub fn missing() -> Failure {
+    Failure::not_found("Session not found")
+}
+
+#[derive(sqlx::FromRow)]
+pub struct SessionRow {
+    pub session_id: Uuid,
+    pub user_id: Uuid,
+    pub agent_id: Option<Uuid>,
+    pub environment_id: Option<Uuid>,
+    pub runtime: String,
+    pub provider: Option<String>,
+    pub sprite: String,
+    pub status: String,
+    pub exit_code: Option<i32>,
+    pub failure_stage: Option<String>,
+    pub failure_message: Option<String>,
+    pub turn_count: i32,
+    pub metadata: Value,
+    pub sprite_destroyed_at: Option<OffsetDateTime>,
+    pub created_at: OffsetDateTime,
+    pub updated_at: OffsetDateTime,
+}
+
+impl SessionRow {
+    pub fn status(&self) -> Result<SessionStatus, Failure> {
+        self.status.parse().map_err(|()| Failure::internal(format!("session {} has status {}", self.session_id, self.status)))
+    }
+}
+
+impl From<SessionRow> for Session {
+    fn from(row: SessionRow) -> Self {
+        let failure = row.failure_message.map(|message| session::Failure { stage: row.failure_stage.unwrap_or_default(), message });
+        Self {
+            session_id: row.session_id.to_string(),
+            agent_id: row.agent_id.map(|id| id.to_string()),
+            environment_id: row.environment_id.map(|id| id.to_string()),
+            runtime: row.runtime,
+            provider: row.provider,
+            status: row.status,
+            exit_code: row.exit_code,
+            created_at_us: micros(row.created_at),
+            updated_at_us: micros(row.updated_at),
+            turn_count: unsigned(row.turn_count),
+            failure,
+            metadata: row.metadata.to_string(),
+        }
+    }
+}
+
+/// What a new session takes from its agent and environment.
+#[derive(sqlx::FromRow)]
+struct Template {
+    agent_version: i32,
+    agent_archived: bool,
+    runtime: String,
+    model: String,
+    environment_id: Option<Uuid>,
+    environment_version: Option<i32>,
+    environment_archived: Option<bool>,
+    env_var_names: Option<Vec<String>>,
+}
+
+/// Checks in the contract's order (§6), then one transaction: session, turn 1, job.
+pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<Session, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+    let agent: AgentId = request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
+    let metadata: Value = serde_json::from_str(&request.metadata).map_err(|_| Failure::invalid("Malformed metadata"))?;
+    let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);
+    let template: Template = sqlx::query_as(
+        "select a.version as agent_version, a.archived_at is not null as agent_archived, av.runtime, av.model,
+                e.environment_id, e.version as environment_version, e.archived_at is not null as environment_archived, ev.env_var_names
+         from agent a
+         join agent_version av using (agent_id, version)
+         left join environment e on e.environment_id = coalesce($3, a.environment_id) and e.user_id = $2
+         left join environment_version ev on ev.environment_id = e.environment_id and ev.version = e.version
+         where a.agent_id = $1 and a.user_id = $2",
+    )
+    .bind(agent.uuid())
+    .bind(user.uuid())
+    .bind(override_id.as_ref().and_then(|id| id.as_ref().ok()).map(|id| id.uuid()))
+    .fetch_optional(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?
+    .ok_or_else(|| Failure::not_found("Agent not found"))?;
+    if template.agent_archived {
+        return Err(Failure::conflict("Cannot create session with archived agent"));
+    }
+    if matches!(override_id, Some(Err(_))) || (override_id.is_some() && template.environment_id.is_none()) {
+        return Err(environments::missing());
+    }
+    if template.environment_id.is_some() && template.environment_archived == Some(true) {
+        return Err(Failure::conflict("Cannot create session with archived environment"));
+    }
+    let runtime: Runtime = template.runtime.parse().map_err(|()| Failure::internal(format!("agent {agent} has an unknown runtime")))?;
+    check_credentials(runtime, &request.credential_kinds, template.env_var_names.as_deref().unwrap_or_default())?;
+    let model = ModelRef::parse(runtime, &template.model).map_err(Failure::internal)?;
+
+    let id = SessionId::new();
+    let sprite = SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    enforce_quota(&mut tx, user, request.session_limit).await?;
+    let row: SessionRow = sqlx::query_as(
+        "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
+                              sprite, conversation_id, metadata, status, turn_count)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 'pending', 1)
+         returning session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
+                   failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at",
+    )
+    .bind(id.uuid())
+    .bind(user.uuid())
+    .bind(agent.uuid())
+    .bind(template.agent_version)
+    .bind(template.environment_id)
+    .bind(template.environment_version)
+    .bind(runtime.as_str())
+    .bind(model.provider().map(types::Provider::as_str))
+    .bind(sprite.as_str())
+    .bind(Uuid::new_v4())
+    .bind(metadata)
+    .fetch_one(&mut *tx)
+    .await
+    .map_err(Failure::internal)?;
+    insert_turn(&mut tx, id, 1, &request.prompt, request.timeout_seconds).await?;
+    tx.commit().await.map_err(Failure::internal)?;
+    scheduler.outbox.notify_one();
+    Ok(row.into())
+}
+
+/// One of the runtime's credentials is stored, or the environment brings it; and there is an account to make Sprites in.
+fn check_credentials(runtime: Runtime, stored: &[String], env_vars: &[String]) -> Result<(), Failure> {
+    let has = |kind: CredentialKind| stored.iter().any(|stored| stored == kind.as_str());
+    let brings = |kind: CredentialKind| kind.env_var().is_some_and(|name| env_vars.iter().any(|var| var == name));
+    let serving = CredentialKind::serving(runtime);
+    if !serving.is_empty() && !serving.into_iter().any(|kind| has(kind) || brings(kind)) {
+        return Err(Failure::invalid(format!("No API key configured for runtime: {runtime}")));
+    }
+    if !has(CredentialKind::Sprites) {
+        return Err(Failure::invalid("No backend credentials configured"));
+    }
+    Ok(())
+}
+
+/// Counts the user's active sessions under a lock that all of the user's creations take in turn.
+async fn enforce_quota(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<(), Failure> {
+    sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 0))")
+        .bind(format!("quota {user}"))
+        .execute(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
+    let active: i64 = sqlx::query_scalar("select count(*) from session where user_id = $1 and status in ('pending', 'running')")
+        .bind(user.uuid())
+        .fetch_one(tx)
+        .await
+        .map_err(Failure::internal)?;
+    if active < i64::from(limit) {
+        return Ok(());
+    }
+    let message = format!("Concurrent session limit reached ({active}/{limit}). Terminate an active session before starting a new one.");
+    Err(Failure::new(ErrorCode::ResourceExhausted, message).with_number("limit", i64::from(limit)).with_number("active", active))
+}
+
+/// A pending turn, and the job that runs it.
+async fn insert_turn(tx: &mut PgConnection, session: SessionId, number: i32, prompt: &str, timeout_seconds: u32) -> Result<(), Failure> {
+    let deadline = PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
+    sqlx::query(
+        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at)
+         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5))",
+    )
+    .bind(session.uuid())
+    .bind(number)
+    // Postgres keeps no NUL in text, and no shell or CLI reads one.
+    .bind(prompt.replace('\0', "\u{fffd}"))
+    .bind(i32::try_from(timeout_seconds).unwrap_or(i32::MAX))
+    .bind(deadline.as_secs_f64())
+    .execute(&mut *tx)
+    .await
+    .map_err(Failure::internal)?;
+    let job = RunTurn { session_id: session.to_string(), turn: unsigned(number) };
+    enqueue(tx, &subject::turn_run(session), &job).await
+}
+
+/// Adds a message to the transaction, as part of the trace at hand.
+pub async fn enqueue(tx: &mut PgConnection, subject: &str, message: &impl prost::Message) -> Result<(), Failure> {
+    let traceparent = trace::current().map(|context| context.to_string());
+    store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref()).await.map_err(Failure::internal)
+}
+
+pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Session, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    if request.recorded_through > 0 {
+        wait_until_recorded(&scheduler, request.recorded_through).await?;
+    }
+    let row: Option<SessionRow> = sqlx::query_as(
+        "select session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
+                failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at
+         from session
+         where session_id = $1 and user_id = $2",
+    )
+    .bind(session.uuid())
+    .bind(user.uuid())
+    .fetch_optional(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?;
+    row.map(Session::from).ok_or_else(missing)
+}
+
+/// Waits for the recorder, here or in another replica. The caller's deadline ends it.
+async fn wait_until_recorded(scheduler: &Scheduler, event_id: u64) -> Result<(), Failure> {
+    let mut recorded = scheduler.recorded.subscribe();
+    while *recorded.borrow_and_update() < event_id {
+        // This replica's recorder tells at once; another replica's is asked now and then.
+        let _ = tokio::time::timeout(Duration::from_millis(50), recorded.changed()).await;
+        let through = crate::recorder::recorded_through(&scheduler.pool).await.map_err(Failure::internal)?;
+        if through >= event_id {
+            break;
+        }
+    }
+    Ok(())
+}
+
+pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSessionsReply, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+    let (limit, (time, id)) = (page_size(request.limit), page_start(request.before.as_ref())?);
+    let mut rows: Vec<SessionRow> = sqlx::query_as(
+        "select session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
+                failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at
+         from session
+         where user_id = $1 and (created_at, session_id) < ($2, $3)
+         order by created_at desc, session_id desc
+         limit $4",
+    )
+    .bind(user.uuid())
+    .bind(time)
+    .bind(id)
+    .bind(limit as i64 + 1)
+    .fetch_all(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?;
+    let has_more = rows.len() > limit;
+    rows.truncate(limit);
+    Ok(ListSessionsReply { sessions: rows.into_iter().map(Session::from).collect(), has_more })
+}
+
+#[derive(sqlx::FromRow)]
+struct TurnRow {
+    turn_number: i32,
+    prompt: String,
+    status: String,
+    exit_code: Option<i32>,
+    created_at: OffsetDateTime,
+    started_at: Option<OffsetDateTime>,
+    ended_at: Option<OffsetDateTime>,
+}
+
+pub async fn turns(scheduler: Scheduler, request: GetSessionRequest) -> Result<ListTurnsReply, Failure> {
+    let session = get(scheduler.clone(), request).await?;
+    let id: SessionId = session.session_id.parse().map_err(|_| missing())?;
+    let rows: Vec<TurnRow> = sqlx::query_as(
+        "select turn_number, prompt, status, exit_code, created_at, started_at, ended_at
+         from turn
+         where session_id = $1
+         order by turn_number",
+    )
+    .bind(id.uuid())
+    .fetch_all(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?;
+    let turn = |row: TurnRow| Turn {
+        turn_number: unsigned(row.turn_number),
+        prompt: row.prompt,
+        status: row.status,
+        exit_code: row.exit_code,
+        created_at_us: micros(row.created_at),
+        started_at_us: row.started_at.map(micros),
+        ended_at_us: row.ended_at.map(micros),
+    };
+    Ok(ListTurnsReply { turns: rows.into_iter().map(turn).collect() })
+}
+
+/// The next turn of a completed session. Of two racing prompts one finds the session completed.
+pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<Session, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(missing)?;
+    if let Some(refusal) = row.status()?.prompt_refusal() {
+        return Err(Failure::conflict(refusal));
+    }
+    if row.sprite_destroyed_at.is_some() {
+        return Err(Failure::conflict("Session backend is no longer available; start a new session."));
+    }
+    let turn = row.turn_count + 1;
+    insert_turn(&mut tx, session, turn, &request.prompt, request.timeout_seconds).await?;
+    let row: SessionRow = sqlx::query_as(
+        "update session
+         set status = 'pending', exit_code = null, failure_stage = null, failure_message = null, turn_count = $2, updated_at = now()
+         where session_id = $1
+         returning session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
+                   failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at",
+    )
+    .bind(session.uuid())
+    .bind(turn)
+    .fetch_one(&mut *tx)
+    .await
+    .map_err(Failure::internal)?;
+    tx.commit().await.map_err(Failure::internal)?;
+    scheduler.outbox.notify_one();
+    Ok(row.into())
+}
+
+/// A session's row, locked; of one user, or of whoever owns it.
+pub async fn lock(tx: &mut PgConnection, session: SessionId, user: Option<UserId>) -> Result<Option<SessionRow>, Failure> {
+    sqlx::query_as(
+        "select session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
+                failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at
+         from session
+         where session_id = $1 and ($2::uuid is null or user_id = $2)
+         for update",
+    )
+    .bind(session.uuid())
+    .bind(user.map(UserId::uuid))
+    .fetch_optional(tx)
+    .await
+    .map_err(Failure::internal)
+}
+
+/// A page of the record: at most this many bytes, so that an answer fits a message.
+const PAGE_BYTES_MAX: i64 = 4 * 1024 * 1024;
+
+pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
+    let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    // The running total stops the page before it grows too large; its first row is always in it.
+    let rows = sqlx::query(
+        "select event_id, payload
+         from (
+             select event_id, payload, sum(length(payload)) over (order by event_id) - length(payload) as before
+             from (
+                 select event_id, payload
+                 from event
+                 where session_id = $1 and event_id > $2
+                 order by event_id
+                 limit $3
+             ) page
+         ) sized
+         where before < $4
+         order by event_id",
+    )
+    .bind(session.uuid())
+    .bind(i64::try_from(request.after).unwrap_or(i64::MAX))
+    .bind(i64::from(request.limit.clamp(1, 5000)))
+    .bind(PAGE_BYTES_MAX)
+    .fetch_all(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?;
+    let event = |row: sqlx::postgres::PgRow| -> Result<RecordedEvent, sqlx::Error> {
+        let payload: Vec<u8> = row.try_get(1)?;
+        Ok(RecordedEvent { event_id: row.try_get::<i64, _>(0)?.unsigned_abs(), payload: payload.into() })
+    };
+    let events = rows.into_iter().map(event).collect::<Result<_, _>>().map_err(Failure::internal)?;
+    Ok(ReadEventsReply { events })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_credential_may_be_stored_or_come_with_the_environment() {
+        let sprites = "backend:sprites".to_owned();
+        let message = |runtime, stored: &[String], vars: &[String]| check_credentials(runtime, stored, vars).err().map(|f| f.message);
+        let missing = Some("No API key configured for runtime: claude".to_owned());
+        assert_eq!(message(Runtime::Claude, std::slice::from_ref(&sprites), &[]), missing);
+        assert_eq!(message(Runtime::Claude, &[sprites.clone(), "provider:openai".into()], &[]), missing);
+        assert_eq!(message(Runtime::Claude, &[sprites.clone(), "runtime_token:claude-oauth".into()], &[]), None);
+        assert_eq!(message(Runtime::Claude, std::slice::from_ref(&sprites), &["ANTHROPIC_API_KEY".into()]), None);
+        assert_eq!(message(Runtime::Shell, &[sprites], &[]), None);
+        assert_eq!(message(Runtime::Shell, &[], &[]), Some("No backend credentials configured".to_owned()));
+    }
+}
