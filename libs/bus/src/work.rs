@@ -35,6 +35,8 @@ pub enum Outcome {
     Done,
     /// Deliver it again, to anybody, after this long.
     Retry(Duration),
+    /// Somebody else has it in hand now: neither acknowledged nor handed back.
+    Leave,
     /// It can never be handled: to the dead letters, with the reason.
     Reject(String),
 }
@@ -125,6 +127,7 @@ where
     let settled = match outcome {
         Outcome::Done => acker.double_ack().await,
         Outcome::Retry(delay) => acker.ack_with(AckKind::Nak(Some(delay))).await,
+        Outcome::Leave => return,
         Outcome::Reject(reason) => {
             tracing::error!(subject = job.subject, reason, "job rejected");
             match bus.bury(&job, &reason).await {

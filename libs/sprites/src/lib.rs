@@ -1,0 +1,261 @@
+//! A client of the Sprites API. Knows nothing of which server answers: ours on this machine, or Fly.io's.
+//!
+//! Calls that may be repeated are repeated a bounded number of times, with jitter, as the server asks (`Retry-After`). What the real
+//! service is known to do is expected: 5xx with an HTML page, a create that failed and yet happened, a 404 for a Sprite that is there.
+
+mod error;
+mod exec;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt as _};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, header};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+use types::{Backoff, SpriteName};
+
+pub use error::Error;
+pub use exec::{Exec, ExecEvent, ExecRequest, Finished};
+
+/// Delays between attempts of one call: about 20 s in all.
+const RETRY: Backoff = Backoff { base: Duration::from_millis(250), max: Duration::from_secs(8), attempts: 6 };
+/// A Sprite that was there may seem not to be, for a moment.
+const SPURIOUS_NOT_FOUND_ATTEMPTS: u32 = 3;
+/// A server that asks for more patience than this has failed the call.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Making a Sprite may wait for capacity.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(120);
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A client for one account. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    base_url: Arc<str>,
+    token: SecretString,
+}
+
+/// The connections of a process, shared by all its accounts.
+///
+/// # Errors
+/// When TLS cannot be set up.
+pub fn http_client() -> Result<reqwest::Client, Error> {
+    let builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).user_agent("agent-on-demand").tcp_nodelay(true);
+    builder.redirect(reqwest::redirect::Policy::none()).build().map_err(Error::transport)
+}
+
+#[derive(Debug, Deserialize)]
+struct ListReply {
+    sprites: Vec<Listed>,
+    #[serde(default)]
+    has_more: bool,
+    #[serde(default)]
+    next_continuation_token: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Listed {
+    name: String,
+}
+
+/// Whether a call may find nothing because the Sprite is not there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Absence {
+    Expected,
+    Spurious,
+}
+
+impl Client {
+    #[must_use]
+    pub fn new(http: reqwest::Client, base_url: &str, token: SecretString) -> Self {
+        Self { http, base_url: base_url.trim_end_matches('/').into(), token }
+    }
+
+    /// Makes the Sprite, or finds that it is there: the name is the caller's own, so an existing one is its own work.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn ensure(&self, name: &SpriteName) -> Result<(), Error> {
+        let body = serde_json::json!({ "name": name.as_str(), "wait_for_capacity": true });
+        let request = || self.request(Method::POST, "/v1/sprites").timeout(CREATE_TIMEOUT).json(&body);
+        match self.send(Absence::Expected, request).await {
+            Ok(_) | Err(Error::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes the Sprite; one that is not there is deleted already.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn delete(&self, name: &SpriteName) -> Result<(), Error> {
+        match self.send(Absence::Expected, || self.request(Method::DELETE, &format!("/v1/sprites/{name}"))).await {
+            Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the Sprite is there.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn exists(&self, name: &SpriteName) -> Result<bool, Error> {
+        match self.send(Absence::Spurious, || self.request(Method::GET, &format!("/v1/sprites/{name}"))).await {
+            Ok(_) => Ok(true),
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The names of the Sprites that begin with `prefix`.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn list(&self, prefix: &str) -> Result<Vec<String>, Error> {
+        let (mut names, mut token) = (Vec::new(), None::<String>);
+        loop {
+            let request = || {
+                let request = self.request(Method::GET, "/v1/sprites").query(&[("prefix", prefix), ("max_results", "100")]);
+                match &token {
+                    Some(token) => request.query(&[("continuation_token", token)]),
+                    None => request,
+                }
+            };
+            let reply: ListReply = self.send(Absence::Expected, request).await?.json().await.map_err(Error::transport)?;
+            names.extend(reply.sprites.into_iter().map(|listed| listed.name));
+            token = reply.next_continuation_token.filter(|_| reply.has_more);
+            if token.is_none() {
+                return Ok(names);
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn sprite(&self, name: SpriteName) -> Sprite {
+        Sprite { client: self.clone(), name }
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.base_url)).timeout(CALL_TIMEOUT);
+        request.bearer_auth(self.token.expose_secret())
+    }
+
+    /// Sends a request that may be sent twice, until it is answered or the attempts are used up.
+    async fn send(&self, absence: Absence, request: impl Fn() -> RequestBuilder) -> Result<Response, Error> {
+        let mut attempt = 1;
+        loop {
+            let error = match request().send().await {
+                Ok(response) if response.status().is_success() => return Ok(response),
+                Ok(response) => Error::from_response(response).await,
+                Err(error) => Error::transport(error),
+            };
+            let delay = match &error {
+                Error::NotFound { .. } if absence == Absence::Spurious && attempt < SPURIOUS_NOT_FOUND_ATTEMPTS => Some(RETRY.jittered(attempt)),
+                error if error.is_transient() => RETRY.delay(attempt).map(|delay| delay.max(error.retry_after().unwrap_or_default())),
+                _ => None,
+            };
+            let Some(delay) = delay.filter(|delay| *delay <= RETRY_AFTER_MAX) else { return Err(error) };
+            tracing::debug!(%error, attempt, ?delay, "Sprites API call failed; trying again");
+            tokio::time::sleep(delay).await;
+            attempt += 1;
+        }
+    }
+}
+
+/// One Sprite of an account.
+#[derive(Clone, Debug)]
+pub struct Sprite {
+    client: Client,
+    name: SpriteName,
+}
+
+impl Sprite {
+    #[must_use]
+    pub fn name(&self) -> &SpriteName {
+        &self.name
+    }
+
+    /// Writes a file, with its parents, at an absolute path.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn write(&self, path: &str, content: impl Into<Bytes>, mode: u32) -> Result<(), Error> {
+        let (content, mode) = (content.into(), format!("{mode:04o}"));
+        let query = [("path", path), ("workingDir", "/"), ("mode", mode.as_str()), ("mkdirParents", "true")];
+        let url = format!("/v1/sprites/{}/fs/write", self.name);
+        self.client.send(Absence::Spurious, || self.client.request(Method::PUT, &url).query(&query).body(content.clone())).await?;
+        Ok(())
+    }
+
+    /// Reads a file from an offset to its end; empty at or past the end.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::NotFound`] for a file that is not there.
+    pub async fn read_from(&self, path: &str, offset: u64) -> Result<impl Stream<Item = Result<Bytes, Error>> + Unpin + use<>, Error> {
+        let query = [("path", path), ("workingDir", "/")];
+        let url = format!("/v1/sprites/{}/fs/read", self.name);
+        let request = || {
+            let request = self.client.request(Method::GET, &url).timeout(Duration::from_secs(600)).query(&query);
+            if offset > 0 { request.header(header::RANGE, format!("bytes={offset}-")) } else { request }
+        };
+        let response = match self.client.send(Absence::Expected, request).await {
+            Ok(response) => response,
+            Err(Error::Rejected { status: StatusCode::RANGE_NOT_SATISFIABLE, .. }) => return Ok(futures::stream::empty().boxed()),
+            Err(error) => return Err(error),
+        };
+        // A server that ignores ranges sends the whole file: its head is skipped here.
+        let mut skip = if response.status() == StatusCode::PARTIAL_CONTENT { 0 } else { offset };
+        let chunks = response.bytes_stream().filter_map(move |chunk| {
+            let chunk = chunk.map_err(Error::transport).map(|mut chunk| {
+                let skipped = skip.min(chunk.len() as u64);
+                skip -= skipped;
+                chunk.split_off(usize::try_from(skipped).unwrap_or(usize::MAX))
+            });
+            std::future::ready(Some(chunk).filter(|chunk| !matches!(chunk, Ok(chunk) if chunk.is_empty())))
+        });
+        Ok(chunks.boxed())
+    }
+
+    /// Reads a small file whole.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::NotFound`] for a file that is not there.
+    pub async fn read(&self, path: &str) -> Result<Vec<u8>, Error> {
+        let (mut chunks, mut content) = (self.read_from(path, 0).await?, Vec::new());
+        while let Some(chunk) = chunks.next().await {
+            content.extend_from_slice(&chunk?);
+        }
+        Ok(content)
+    }
+
+    /// Starts a command. Not repeated by itself: the caller knows whether that is harmless.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn exec(&self, request: &ExecRequest<'_>) -> Result<Exec, Error> {
+        Exec::connect(&self.client.base_url, &self.client.token, &self.name, request).await
+    }
+
+    /// Runs a command that may run twice, and waits for its end, at most `limit`; the newest 64 KiB of each stream are kept.
+    ///
+    /// # Errors
+    /// [`Error`], after a bounded number of attempts.
+    pub async fn run(&self, request: &ExecRequest<'_>, limit: Duration) -> Result<Finished, Error> {
+        let mut attempt = 1;
+        loop {
+            let once = async { self.exec(request).await?.finish().await };
+            let error = match tokio::time::timeout(limit, once).await {
+                Ok(Ok(finished)) => return Ok(finished),
+                Ok(Err(error)) => error,
+                Err(_) => return Err(Error::Timeout),
+            };
+            let spurious = matches!(error, Error::NotFound { .. }) && attempt < SPURIOUS_NOT_FOUND_ATTEMPTS;
+            let delay = if spurious || error.is_transient() { RETRY.delay(attempt) } else { None };
+            let Some(delay) = delay else { return Err(error) };
+            tokio::time::sleep(delay.max(error.retry_after().unwrap_or_default()).min(RETRY_AFTER_MAX)).await;
+            attempt += 1;
+        }
+    }
+}

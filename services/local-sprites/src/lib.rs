@@ -12,6 +12,7 @@ mod sandbox;
 use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context as _;
+use axum::serve::ListenerExt as _;
 use secrecy::SecretString;
 use service::{Env, Lifecycle};
 use tokio::net::TcpListener;
@@ -57,6 +58,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let router = api::router(registry.clone(), config.token, lifecycle.tracker());
     let stop = lifecycle.stop_token();
     lifecycle.spawn("api", async move {
+        // Small frames leave at once.
+        let listener = listener.tap_io(|stream| {
+            let _ = stream.set_nodelay(true);
+        });
         let serve = axum::serve(listener, router);
         // Open sockets are not waited for: their clients attach again.
         tokio::select! {

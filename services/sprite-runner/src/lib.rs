@@ -1,0 +1,104 @@
+//! Takes jobs, drives the Sprites API, publishes what happens. Keeps nothing: a runner that dies is replaced by any other.
+//!
+//! [`jobs`] decides what a job means now; [`turn`] runs one; [`provision`] sets the Sprite up; [`agent`] starts the agent detached and
+//! [`follow`] reads its spool; [`record`] appends to the session's record as its one writer; [`runtimes`] knows the CLIs.
+
+mod agent;
+mod destroy;
+mod follow;
+mod jobs;
+mod provision;
+mod record;
+mod runtimes;
+mod secrets;
+mod turn;
+mod utf8;
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use bus::Bus;
+use contract::{access, topology};
+use service::{Env, Lifecycle};
+use tokio_util::sync::CancellationToken;
+use types::Provider;
+
+#[derive(Debug)]
+pub struct Config {
+    pub bus: bus::Config,
+    pub sprites_base_url: String,
+    pub concurrency: usize,
+    pub models: ModelEndpoints,
+}
+
+/// Where each provider's models are, when not at the provider's own address.
+#[derive(Clone, Debug, Default)]
+pub struct ModelEndpoints {
+    pub anthropic: Option<String>,
+    pub openai: Option<String>,
+    pub google: Option<String>,
+}
+
+impl ModelEndpoints {
+    #[must_use]
+    pub fn base_url(&self, provider: Provider) -> Option<&str> {
+        match provider {
+            Provider::Anthropic => self.anthropic.as_deref(),
+            Provider::Openai => self.openai.as_deref(),
+            Provider::Google => self.google.as_deref(),
+        }
+    }
+}
+
+impl Config {
+    pub fn from_env(env: &mut Env) -> Self {
+        Self {
+            bus: bus::Config::from_env(env, &access::RUNNER),
+            sprites_base_url: env.parsed("SPRITES_BASE_URL", "the Sprites API", "https://api.sprites.dev".to_owned()),
+            concurrency: env.parsed("AOD_RUNNER_CONCURRENCY", "sessions that this runner works for at a time", 64),
+            models: ModelEndpoints {
+                anthropic: env.optional("AOD_MODEL_BASE_URL_ANTHROPIC", "Anthropic's models, by another address"),
+                openai: env.optional("AOD_MODEL_BASE_URL_OPENAI", "OpenAI's models, by another address"),
+                google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "Google's models, by another address"),
+            },
+        }
+    }
+}
+
+/// What every job works with.
+#[derive(Clone, Debug)]
+struct Runner {
+    bus: Bus,
+    http: reqwest::Client,
+    sprites_base_url: Arc<str>,
+    models: Arc<ModelEndpoints>,
+    /// Shown in audits: which process redeemed a lease.
+    name: Arc<str>,
+    stop: CancellationToken,
+}
+
+/// Connects and begins to take jobs.
+///
+/// # Errors
+/// When the bus cannot be reached.
+pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    let name = config.bus.name.clone();
+    let bus = Bus::connect(&config.bus).await.context("bus")?;
+    let connection = bus.clone();
+    lifecycle.add_check("bus", move || connection.is_connected());
+    let runner = Runner {
+        bus: bus.clone(),
+        http: sprites::http_client()?,
+        sprites_base_url: config.sprites_base_url.into(),
+        models: Arc::new(config.models),
+        name: name.into(),
+        stop: lifecycle.stop_token(),
+    };
+    let stop = lifecycle.stop_token();
+    lifecycle.spawn("jobs", async move {
+        bus::work::run(bus.clone(), &topology::RUNNER, config.concurrency.max(1), stop, move |job| jobs::handle(runner.clone(), job)).await;
+        // The hand-backs must leave before the process does.
+        bus.flush(std::time::Duration::from_secs(2)).await;
+    });
+    Ok(())
+}

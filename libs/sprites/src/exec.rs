@@ -1,0 +1,155 @@
+//! Exec over WebSocket, without a terminal (sprites-api.md §3): binary frames with a stream byte, JSON text frames for control.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{SinkExt as _, StreamExt as _};
+use reqwest::StatusCode;
+use secrecy::{ExposeSecret as _, SecretString};
+use tokio::net::TcpStream;
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream,
+    tungstenite::{self, Message, client::IntoClientRequest as _, http::HeaderValue, protocol::WebSocketConfig},
+};
+use types::SpriteName;
+use url::form_urlencoded;
+
+use crate::{Error, error::retry_after};
+
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(20);
+const KEPT_BYTES: usize = 64 * 1024;
+
+/// A command: an argument vector, no shell.
+#[derive(Clone, Debug, Default)]
+pub struct ExecRequest<'a> {
+    pub argv: &'a [&'a str],
+    /// Absolute; the Sprite's home where empty.
+    pub dir: &'a str,
+    /// How long the command may go on when its connection is lost; the server's default where none.
+    pub max_run_after_disconnect: Option<Duration>,
+}
+
+/// What a running command tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExecEvent {
+    Stdout(Bytes),
+    Stderr(Bytes),
+    Exit(u8),
+}
+
+/// A command that ended. The newest output only: what must be whole goes through a file.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    pub code: u8,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+}
+
+/// A running command's connection. Dropping it leaves the command to the server's rules.
+pub struct Exec {
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+}
+
+impl Exec {
+    pub(crate) async fn connect(base_url: &str, token: &SecretString, name: &SpriteName, request: &ExecRequest<'_>) -> Result<Self, Error> {
+        let url = format!("{}/v1/sprites/{name}/exec?{}", base_url.replacen("http", "ws", 1), query(request));
+        let refused = |what: &str| Error::Transport(what.to_owned());
+        let mut handshake = url.into_client_request().map_err(|_| refused("the request cannot be made"))?;
+        let bearer = format!("Bearer {}", token.expose_secret());
+        let mut bearer = HeaderValue::from_str(&bearer).map_err(|_| refused("the token cannot be sent in a header"))?;
+        bearer.set_sensitive(true);
+        handshake.headers_mut().insert("authorization", bearer);
+        let config = WebSocketConfig::default().max_message_size(Some(16 << 20));
+        let connect = tokio_tungstenite::connect_async_with_config(handshake, Some(config), true);
+        match tokio::time::timeout(HANDSHAKE_TIMEOUT, connect).await {
+            Ok(Ok((socket, _))) => Ok(Self { socket }),
+            Ok(Err(tungstenite::Error::Http(response))) => {
+                let status = StatusCode::from_u16(response.status().as_u16()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+                let body = response.body().as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+                Err(Error::from_status(status, &body, retry_after(response.headers())))
+            }
+            Ok(Err(tungstenite::Error::Io(error))) => Err(Error::Transport(error.to_string())),
+            Ok(Err(_)) => Err(refused("the WebSocket handshake failed")),
+            Err(_) => Err(Error::Timeout),
+        }
+    }
+
+    /// The next event. After [`ExecEvent::Exit`] there is no other.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] when the connection ends without an exit status: never taken for success.
+    pub async fn next(&mut self) -> Result<ExecEvent, Error> {
+        loop {
+            match self.socket.next().await {
+                Some(Ok(Message::Binary(frame))) => match frame.first() {
+                    Some(1) => return Ok(ExecEvent::Stdout(frame.slice(1..))),
+                    Some(2) => return Ok(ExecEvent::Stderr(frame.slice(1..))),
+                    Some(3) => return Ok(ExecEvent::Exit(frame.get(1).copied().unwrap_or(0))),
+                    _ => {}
+                },
+                // Control frames and pings; unknown ones are to be ignored.
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Error::Interrupted),
+                Some(Ok(_)) => {}
+            }
+        }
+    }
+
+    /// Reads to the end.
+    ///
+    /// # Errors
+    /// As [`Self::next`].
+    pub async fn finish(mut self) -> Result<Finished, Error> {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        loop {
+            match self.next().await? {
+                ExecEvent::Stdout(data) => keep_newest(&mut stdout, &data),
+                ExecEvent::Stderr(data) => keep_newest(&mut stderr, &data),
+                ExecEvent::Exit(code) => {
+                    self.close().await;
+                    return Ok(Finished { code, stdout, stderr });
+                }
+            }
+        }
+    }
+
+    /// Says goodbye; does not wait for an answer.
+    pub async fn close(mut self) {
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.socket.close(None)).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.socket.flush()).await;
+    }
+}
+
+fn keep_newest(kept: &mut Vec<u8>, data: &[u8]) {
+    kept.extend_from_slice(data);
+    let excess = kept.len().saturating_sub(KEPT_BYTES);
+    kept.drain(..excess);
+}
+
+fn query(request: &ExecRequest<'_>) -> String {
+    let mut query = form_urlencoded::Serializer::new(String::new());
+    for arg in request.argv {
+        query.append_pair("cmd", arg);
+    }
+    if let Some(executable) = request.argv.first() {
+        query.append_pair("path", executable);
+    }
+    if !request.dir.is_empty() {
+        query.append_pair("dir", request.dir);
+    }
+    if let Some(limit) = request.max_run_after_disconnect {
+        query.append_pair("max_run_after_disconnect", &format!("{}s", limit.as_secs()));
+    }
+    query.append_pair("stdin", "false");
+    query.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_is_the_sdks() {
+        let request = ExecRequest { argv: &["ok", "a b"], dir: "/w d", max_run_after_disconnect: Some(Duration::from_secs(1)) };
+        assert_eq!(query(&request), "cmd=ok&cmd=a+b&path=ok&dir=%2Fw+d&max_run_after_disconnect=1s&stdin=false");
+    }
+}

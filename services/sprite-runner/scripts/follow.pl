@@ -1,0 +1,90 @@
+#!/usr/bin/perl
+# Follows a turn's spool and writes frames to standard output: `<tag> <offset> <length> <checksum>\n` and the bytes.
+#   O, E  bytes of stdout, stderr        T  nothing new, but alive        X  how the agent ended; the last frame
+# usage: follow.pl DIR STDOUT_OFFSET STDERR_OFFSET
+use strict;
+use warnings;
+use Config;
+use Fcntl qw(:flock);
+
+my ($dir, $stdout_offset, $stderr_offset) = @ARGV;
+chdir $dir or die "follow: $dir: $!\n";
+my @spool = (["O", "stdout", $stdout_offset, undef], ["E", "stderr", $stderr_offset, undef]);
+
+# Woken by inotify, which Perl has no name for; where that fails, by a short sleep.
+my %numbers = ("x86_64" => [294, 254], "aarch64" => [26, 27]);
+my ($machine) = $Config{archname} =~ /^(x86_64|aarch64)/;
+my $wake;
+if ($machine) {
+    my $fd = syscall($numbers{$machine}[0], 0);
+    my ($here, $modified_created_moved_to) = (".", 0x2 | 0x100 | 0x80);
+    open($wake, "<&=", $fd) if $fd >= 0 && syscall($numbers{$machine}[1], $fd, $here, $modified_created_moved_to) >= 0;
+}
+
+sub frame {
+    my ($tag, $offset, $data) = @_;
+    my $bytes = sprintf("%s %d %d %u\n", $tag, $offset, length $data, unpack("%32C*", $data)) . $data;
+    while (length $bytes) {
+        my $written = syswrite(STDOUT, $bytes);
+        exit 1 unless defined $written;
+        substr($bytes, 0, $written) = "";
+    }
+}
+
+sub status {
+    open(my $file, "<", "exit") or return undef;
+    my $line = <$file>;
+    chomp $line if defined $line;
+    return $line;
+}
+
+# Nobody holds the lock of an agent that was started: it is gone.
+sub is_lost {
+    return 0 unless -e "started";
+    open(my $lock, ">>", "lock") or return 0;
+    return flock($lock, LOCK_EX | LOCK_NB);
+}
+
+my ($silent_since, $checked) = (time, time);
+while (1) {
+    # Read before the spool: when nothing is left after it, nothing will come.
+    my $status = status();
+    my $moved = 0;
+    for my $file (@spool) {
+        unless ($file->[3]) {
+            open($file->[3], "<:raw", $file->[1]) or next;
+            sysseek($file->[3], $file->[2], 0);
+        }
+        my $read = sysread($file->[3], my $data, 65536);
+        next unless $read;
+        frame($file->[0], $file->[2], $data);
+        $file->[2] += $read;
+        $moved = 1;
+    }
+    if ($moved) {
+        $silent_since = time;
+        next;
+    }
+    if (defined $status) {
+        frame("X", 0, $status);
+        exit 0;
+    }
+    if (time > $checked) {
+        $checked = time;
+        if (is_lost() && !defined status()) {
+            frame("X", 0, "lost");
+            exit 0;
+        }
+    }
+    if (time - $silent_since >= 5) {
+        frame("T", 0, "");
+        $silent_since = time;
+    }
+    if ($wake) {
+        my $ready = "";
+        vec($ready, fileno($wake), 1) = 1;
+        sysread($wake, my $events, 65536) if select($ready, undef, undef, 1) > 0;
+    } else {
+        select(undef, undef, undef, 0.02);
+    }
+}

@@ -1,0 +1,349 @@
+//! Reading the spool to its end, and putting it on record without a gap.
+//!
+//! The live way is an exec whose frames carry offsets and checksums; whatever it loses or garbles is noticed. Then the spool is read
+//! again by offset through the file API, and the exec is started anew. While one event is on its way to the stream more output comes
+//! in, so that events grow as the load does.
+
+use std::{collections::VecDeque, time::Duration};
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use futures::StreamExt as _;
+use sprites::{Client, Error, Exec, ExecEvent, ExecRequest, Sprite};
+use tokio::sync::mpsc;
+use types::{Backoff, limits::OUTPUT_EVENT_BYTES_MAX};
+
+use crate::{
+    agent::Agent,
+    record::{Fenced, Record},
+    turn::Stopped,
+    utf8::incomplete_tail,
+};
+
+/// The follower gives a sign of life every 5 s.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// Attempts without a byte of progress before the Sprite is given up: some two minutes.
+const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(15), attempts: 14 };
+/// Chunks between the reader and the record: a slow record slows the reader, and through it the follower.
+const CHUNKS: usize = 32;
+/// A frame's header is shorter than this.
+const HEADER_BYTES_MAX: usize = 80;
+const FRAME_BYTES_MAX: usize = 1024 * 1024;
+
+/// How the agent ended, by its exit file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Exited(u8),
+    TimedOut,
+    Lost,
+}
+
+impl Status {
+    fn parse(text: &str) -> Option<Self> {
+        match text.trim() {
+            "timeout" => Some(Self::TimedOut),
+            "lost" => Some(Self::Lost),
+            exit => exit.strip_prefix("exit ")?.parse().ok().map(Self::Exited),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Chunk {
+    stderr: bool,
+    data: Bytes,
+}
+
+/// Why the live way ended before the agent did.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Sprites(#[from] Error),
+    #[error("the follower fell silent")]
+    Silent,
+    #[error("the follower's output was garbled")]
+    Garbled,
+    #[error("the follower ended with status {code}: {said}")]
+    Ended { code: u8, said: String },
+    /// Nobody takes the chunks any more: the record refused them.
+    #[error("the record is closed")]
+    Unread,
+}
+
+/// Follows the agent until its exit status is known and all its output is on record.
+pub async fn to_the_end(client: &Client, sprite: &Sprite, agent: &Agent, record: &mut Record) -> Result<Status, Stopped> {
+    let mut attempt = 0;
+    loop {
+        let before = progress(record);
+        let (sender, chunks) = mpsc::channel(CHUNKS);
+        let offsets = (record.checkpoint.stdout_offset, record.checkpoint.stderr_offset);
+        let (read, published) = tokio::join!(read_live(sprite, agent, offsets, sender), publish(record, chunks));
+        let halves = published?;
+        let broken = match read {
+            Ok(status) => {
+                // Half a character is all there will be.
+                for (stderr, rest) in [false, true].into_iter().zip(halves) {
+                    if !rest.is_empty() {
+                        record.output(stderr, rest.into()).await?;
+                    }
+                }
+                return Ok(status);
+            }
+            // Half a character that was read is not on record: it is read again.
+            Err(broken) => broken,
+        };
+        attempt = if progress(record) > before { 1 } else { attempt + 1 };
+        tracing::info!(sprite = %sprite.name(), %broken, attempt, "following was interrupted; reading the spool by offset");
+        metrics::counter!("aod_follow_interruptions_total").increment(1);
+        if let Broken::Sprites(Error::NotFound { .. }) = broken
+            && matches!(client.exists(sprite.name()).await, Ok(false))
+        {
+            return Err(lost("The sandbox disappeared while the agent was running".to_owned()));
+        }
+        if let Broken::Sprites(error @ Error::Unauthorized { .. }) = &broken {
+            return Err(lost(format!("The agent can no longer be followed: {error}")));
+        }
+        let caught_up = catch_up(sprite, agent, record).await;
+        match caught_up {
+            Ok(()) => {}
+            Err(CatchUp::Fenced(fenced)) => return Err(fenced.into()),
+            Err(CatchUp::Unreadable(error)) => tracing::info!(%error, "spool cannot be read now"),
+        }
+        let Some(delay) = RETRY.delay(attempt) else { return Err(lost(format!("The agent can no longer be followed: {broken}"))) };
+        // The first time is most often a socket that was dropped: no wait.
+        if attempt > 1 {
+            tokio::time::sleep(delay).await;
+        }
+    }
+}
+
+fn progress(record: &Record) -> u64 {
+    record.checkpoint.stdout_offset + record.checkpoint.stderr_offset
+}
+
+fn lost(message: String) -> Stopped {
+    Stopped::Failed { stage: "sandbox".to_owned(), message }
+}
+
+async fn read_live(sprite: &Sprite, agent: &Agent, offsets: (u64, u64), chunks: mpsc::Sender<Chunk>) -> Result<Status, Broken> {
+    let command = agent.follow_command(offsets.0, offsets.1);
+    let request =
+        ExecRequest { argv: &["bash", "-c", &command], dir: "/", max_run_after_disconnect: Some(Duration::from_secs(1)) };
+    let mut exec = sprite.exec(&request).await?;
+    let status = read_frames(&mut exec, Frames::new(offsets), &chunks).await;
+    exec.close().await;
+    status
+}
+
+async fn read_frames(exec: &mut Exec, mut frames: Frames, chunks: &mpsc::Sender<Chunk>) -> Result<Status, Broken> {
+    let mut said = Vec::new();
+    loop {
+        let event = tokio::time::timeout(SILENCE_MAX, exec.next()).await.map_err(|_| Broken::Silent)??;
+        match event {
+            ExecEvent::Stdout(data) => frames.push(&data),
+            ExecEvent::Stderr(data) => said.extend_from_slice(data.get(..data.len().min(500)).unwrap_or_default()),
+            ExecEvent::Exit(code) => return Err(Broken::Ended { code, said: String::from_utf8_lossy(&said).trim().to_owned() }),
+        }
+        while let Some(frame) = frames.next()? {
+            match frame {
+                Frame::Output(chunk) => chunks.send(chunk).await.map_err(|_| Broken::Unread)?,
+                Frame::Alive => {}
+                Frame::End(status) => return Ok(status),
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Frame {
+    Output(Chunk),
+    Alive,
+    End(Status),
+}
+
+/// Takes frames out of a byte stream, and refuses what does not continue the spool.
+#[derive(Debug)]
+struct Frames {
+    buffer: BytesMut,
+    stdout_offset: u64,
+    stderr_offset: u64,
+}
+
+impl Frames {
+    fn new((stdout_offset, stderr_offset): (u64, u64)) -> Self {
+        Self { buffer: BytesMut::new(), stdout_offset, stderr_offset }
+    }
+
+    fn push(&mut self, data: &[u8]) {
+        self.buffer.extend_from_slice(data);
+    }
+
+    fn next(&mut self) -> Result<Option<Frame>, Broken> {
+        let Some(end) = self.buffer.iter().take(HEADER_BYTES_MAX).position(|byte| *byte == b'\n') else {
+            return if self.buffer.len() < HEADER_BYTES_MAX { Ok(None) } else { Err(Broken::Garbled) };
+        };
+        let header = self.buffer.get(..end).and_then(|header| std::str::from_utf8(header).ok()).ok_or(Broken::Garbled)?;
+        let (tag, offset, length, checksum) = parse_header(header).ok_or(Broken::Garbled)?;
+        if length > FRAME_BYTES_MAX {
+            return Err(Broken::Garbled);
+        }
+        if self.buffer.len() < end + 1 + length {
+            return Ok(None);
+        }
+        self.buffer.advance(end + 1);
+        let data = self.buffer.split_to(length).freeze();
+        let sum = data.iter().fold(0_u32, |sum, byte| sum.wrapping_add(u32::from(*byte)));
+        if sum != checksum {
+            return Err(Broken::Garbled);
+        }
+        let expected = match tag {
+            b'O' => &mut self.stdout_offset,
+            b'E' => &mut self.stderr_offset,
+            b'T' => return Ok(Some(Frame::Alive)),
+            b'X' => {
+                let status = std::str::from_utf8(&data).ok().and_then(Status::parse).ok_or(Broken::Garbled)?;
+                return Ok(Some(Frame::End(status)));
+            }
+            _ => return Err(Broken::Garbled),
+        };
+        if offset != *expected {
+            return Err(Broken::Garbled);
+        }
+        *expected += length as u64;
+        Ok(Some(Frame::Output(Chunk { stderr: tag == b'E', data })))
+    }
+}
+
+fn parse_header(header: &str) -> Option<(u8, u64, usize, u32)> {
+    let mut fields = header.split(' ');
+    let tag = fields.next()?;
+    let parsed = (*tag.as_bytes().first()?, fields.next()?.parse().ok()?, fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    (tag.len() == 1 && fields.next().is_none()).then_some(parsed)
+}
+
+/// Puts chunks on record until the reader is done; neighbours of one stream go together. Gives the half characters that are left.
+async fn publish(record: &mut Record, mut chunks: mpsc::Receiver<Chunk>) -> Result<[Vec<u8>; 2], Fenced> {
+    let mut pending: VecDeque<Chunk> = VecDeque::new();
+    let mut carry = [Vec::new(), Vec::new()];
+    loop {
+        let first = match pending.pop_front() {
+            Some(chunk) => chunk,
+            None => match chunks.recv().await {
+                Some(chunk) => chunk,
+                None => break,
+            },
+        };
+        let [stdout, stderr] = &mut carry;
+        let mut data = std::mem::take(if first.stderr { stderr } else { stdout });
+        data.extend_from_slice(&first.data);
+        while data.len() < OUTPUT_EVENT_BYTES_MAX {
+            match pending.pop_front().or_else(|| chunks.try_recv().ok()) {
+                Some(chunk) if chunk.stderr == first.stderr => data.extend_from_slice(&chunk.data),
+                Some(other) => {
+                    pending.push_front(other);
+                    break;
+                }
+                None => break,
+            }
+        }
+        let tail = data.split_off(data.len() - incomplete_tail(&data));
+        if first.stderr { *stderr = tail } else { *stdout = tail }
+        let mut data = Bytes::from(data);
+        while !data.is_empty() {
+            let part = cut(&mut data);
+            record.output(first.stderr, part).await?;
+        }
+    }
+    Ok(carry)
+}
+
+/// The next event's worth, not ending inside a character.
+fn cut(data: &mut Bytes) -> Bytes {
+    if data.len() <= OUTPUT_EVENT_BYTES_MAX {
+        return data.split_to(data.len());
+    }
+    let head = data.get(..OUTPUT_EVENT_BYTES_MAX).unwrap_or_default();
+    data.split_to(OUTPUT_EVENT_BYTES_MAX - incomplete_tail(head))
+}
+
+enum CatchUp {
+    Fenced(Fenced),
+    Unreadable(Error),
+}
+
+/// Reads what the spool holds beyond the record, through the file API.
+async fn catch_up(sprite: &Sprite, agent: &Agent, record: &mut Record) -> Result<(), CatchUp> {
+    for stderr in [false, true] {
+        let offset = if stderr { record.checkpoint.stderr_offset } else { record.checkpoint.stdout_offset };
+        let mut file = match sprite.read_from(&agent.spool(stderr), offset).await {
+            Ok(file) => file,
+            Err(Error::NotFound { .. }) => continue,
+            Err(error) => return Err(CatchUp::Unreadable(error)),
+        };
+        let mut carry = Vec::new();
+        while let Some(chunk) = file.next().await {
+            carry.extend_from_slice(&chunk.map_err(CatchUp::Unreadable)?);
+            let tail = carry.split_off(carry.len() - incomplete_tail(&carry));
+            let mut data = Bytes::from(std::mem::replace(&mut carry, tail));
+            while !data.is_empty() {
+                let part = cut(&mut data);
+                record.output(stderr, part).await.map_err(CatchUp::Fenced)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(tag: char, offset: u64, data: &str) -> Vec<u8> {
+        let sum: u32 = data.bytes().map(u32::from).sum();
+        format!("{tag} {offset} {} {sum}\n{data}", data.len()).into_bytes()
+    }
+
+    fn collect(frames: &mut Frames) -> Result<String, Broken> {
+        let mut text = String::new();
+        while let Some(frame) = frames.next()? {
+            match frame {
+                Frame::Output(chunk) => text.push_str(std::str::from_utf8(&chunk.data).unwrap()),
+                Frame::Alive => text.push('.'),
+                Frame::End(status) => text.push_str(&format!("{status:?}")),
+            }
+        }
+        Ok(text)
+    }
+
+    #[test]
+    fn frames_are_found_however_the_bytes_are_cut() {
+        let bytes: Vec<u8> = [frame('O', 5, "one\n"), frame('T', 0, ""), frame('O', 9, "two"), frame('X', 0, "exit 3")].concat();
+        for cut in 1..bytes.len() {
+            let mut frames = Frames::new((5, 0));
+            let mut text = String::new();
+            for part in bytes.chunks(cut) {
+                frames.push(part);
+                text.push_str(&collect(&mut frames).unwrap());
+            }
+            assert_eq!(text, "one\n.twoExited(3)", "cut {cut}");
+        }
+    }
+
+    #[test]
+    fn lost_bytes_are_noticed() {
+        let whole: Vec<u8> = [frame('O', 0, "aaaaaaaaaaaaaaaa"), frame('O', 16, "bbbb"), frame('X', 0, "exit 0")].concat();
+        for from in 0..whole.len() - 12 {
+            let damaged: Vec<u8> = [&whole[..from], &whole[from + 4..]].concat();
+            let mut frames = Frames::new((0, 0));
+            frames.push(&damaged);
+            let read = collect(&mut frames);
+            assert!(!matches!(&read, Ok(text) if text.ends_with("Exited(0)")), "bytes {from}.. lost unnoticed: {read:?}");
+        }
+    }
+
+    #[test]
+    fn a_gap_is_refused() {
+        let mut frames = Frames::new((0, 0));
+        frames.push(&frame('O', 4, "late"));
+        assert!(matches!(frames.next(), Err(Broken::Garbled)));
+    }
+}

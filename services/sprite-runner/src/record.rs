@@ -1,0 +1,149 @@
+//! The session's record, written by one writer at a time.
+//!
+//! Every append names the sequence that it follows. A runner that lost its job is refused by the stream, looks who wrote, and stops.
+//! Each event says how far its writer is, so that the newest event is all that a successor needs.
+
+use std::time::Duration;
+
+use bus::{
+    Bus,
+    log::{AppendError, ReadError},
+};
+use contract::{
+    scheduler::RecordedEvent,
+    session::{Checkpoint, Output, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
+    subject, topology,
+};
+use prost::Message as _;
+use types::{Backoff, SessionId, Stage, StageState};
+
+const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(2), attempts: u32::MAX };
+
+/// Why a writer has to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fenced {
+    /// The session was terminated.
+    Terminated,
+    /// Another runner has the turn, or the scheduler settled it.
+    Superseded,
+}
+
+/// How far the turn got, as the newest event tells.
+#[derive(Debug)]
+pub enum Position {
+    /// Go on from here.
+    Open(Record),
+    /// Its end is on record.
+    Ended,
+    Fenced(Fenced),
+}
+
+/// The record of one turn, and this runner's place in it.
+#[derive(Debug)]
+pub struct Record {
+    bus: Bus,
+    session: SessionId,
+    turn: u32,
+    epoch: u32,
+    last_sequence: u64,
+    pub checkpoint: Checkpoint,
+}
+
+impl Record {
+    /// Finds the end of the record. `recorded` is the newest event in Postgres, for a stream that has forgotten it.
+    ///
+    /// # Errors
+    /// When the stream does not answer.
+    pub async fn open(bus: &Bus, session: SessionId, turn: u32, epoch: u32, recorded: Option<RecordedEvent>) -> Result<Position, ReadError> {
+        let last = bus.last(topology::EVENTS.name, &subject::session_log(session)).await?;
+        let last_sequence = last.as_ref().map_or(0, |entry| entry.sequence);
+        let payload = last.map(|entry| entry.payload).or_else(|| recorded.map(|event| event.payload));
+        let last = payload.and_then(|payload| SessionEvent::decode(payload).ok());
+        let checkpoint = match last {
+            Some(event) if matches!(event.kind, Some(Kind::Terminated(_))) => return Ok(Position::Fenced(Fenced::Terminated)),
+            Some(event) if event.turn == turn => {
+                if matches!(event.kind, Some(Kind::TurnEnded(_))) {
+                    return Ok(Position::Ended);
+                }
+                if event.epoch > epoch {
+                    return Ok(Position::Fenced(Fenced::Superseded));
+                }
+                event.checkpoint.unwrap_or_default()
+            }
+            _ => Checkpoint::default(),
+        };
+        Ok(Position::Open(Self { bus: bus.clone(), session, turn, epoch, last_sequence, checkpoint }))
+    }
+
+    /// Makes this runner the writer: whoever wrote before is refused from here on.
+    pub async fn take_over(&mut self) -> Result<(), Fenced> {
+        let id = format!("taken-over/{}", self.epoch);
+        self.append(&id, Kind::TakenOver(TakenOver {})).await
+    }
+
+    pub async fn stage(&mut self, stage: Stage, state: StageState, took: Option<Duration>, message: Option<String>) -> Result<(), Fenced> {
+        if state == StageState::Done {
+            self.checkpoint.stages_done.push(stage.as_str().to_owned());
+        }
+        let duration_ms = took.map(|took| u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
+        let changed = StageChanged { stage: stage.as_str().to_owned(), state: state.as_str().to_owned(), duration_ms, message };
+        let id = format!("stage/{stage}/{state}/{}", self.epoch);
+        self.append(&id, Kind::Stage(changed)).await
+    }
+
+    pub fn is_done(&self, stage: Stage) -> bool {
+        self.checkpoint.stages_done.iter().any(|done| done == stage.as_str())
+    }
+
+    pub async fn started(&mut self) -> Result<(), Fenced> {
+        self.checkpoint.started = true;
+        self.append("started", Kind::TurnStarted(TurnStarted {})).await
+    }
+
+    /// Output that follows what is on record: the next bytes of its stream.
+    pub async fn output(&mut self, stderr: bool, data: bytes::Bytes) -> Result<(), Fenced> {
+        let (name, offset) = match stderr {
+            false => ("stdout", &mut self.checkpoint.stdout_offset),
+            true => ("stderr", &mut self.checkpoint.stderr_offset),
+        };
+        let id = format!("{name}/{offset}");
+        *offset += data.len() as u64;
+        metrics::counter!("aod_output_bytes_total").increment(data.len() as u64);
+        self.append(&id, Kind::Output(Output { stderr, data })).await
+    }
+
+    pub async fn ended(&mut self, ended: TurnEnded) -> Result<(), Fenced> {
+        self.append("ended", Kind::TurnEnded(ended)).await
+    }
+
+    /// Appends and waits for the acknowledgement, for as long as it takes: nothing is dropped because the bus is slow or full.
+    /// The task's owner ends the wait.
+    async fn append(&mut self, what: &str, kind: Kind) -> Result<(), Fenced> {
+        let event = SessionEvent { turn: self.turn, epoch: self.epoch, checkpoint: Some(self.checkpoint.clone()), kind: Some(kind) };
+        let payload = bytes::Bytes::from(event.encode_to_vec());
+        let id = format!("{}/{}/{what}", self.session, self.turn);
+        let mut attempt = 0;
+        loop {
+            match self.bus.append(subject::session_log(self.session), payload.clone(), &id, Some(self.last_sequence)).await {
+                Ok(sequence) => {
+                    self.last_sequence = sequence;
+                    return Ok(());
+                }
+                Err(AppendError::Superseded) => return Err(self.who_wrote().await),
+                Err(AppendError::Unacknowledged(error)) => {
+                    attempt += 1;
+                    tracing::warn!(session = %self.session, %error, attempt, "event not acknowledged; trying again");
+                    tokio::time::sleep(RETRY.jittered(attempt)).await;
+                }
+            }
+        }
+    }
+
+    async fn who_wrote(&self) -> Fenced {
+        let last = self.bus.last(topology::EVENTS.name, &subject::session_log(self.session)).await.ok().flatten();
+        match last.and_then(|entry| SessionEvent::decode(entry.payload).ok()).and_then(|event| event.kind) {
+            Some(Kind::Terminated(_)) => Fenced::Terminated,
+            _ => Fenced::Superseded,
+        }
+    }
+}

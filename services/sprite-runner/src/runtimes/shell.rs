@@ -1,0 +1,28 @@
+//! The prompt as a bash script: for load tests, fault tests and first steps.
+
+use super::{Adapter, Launch, Stdin};
+use crate::ModelEndpoints;
+
+pub struct Shell;
+
+impl Adapter for Shell {
+    fn executable(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn argv(&self, launch: &Launch<'_>) -> Vec<String> {
+        vec!["bash".to_owned(), launch.prompt_path.to_owned()]
+    }
+
+    fn stdin(&self) -> Stdin {
+        Stdin::Empty
+    }
+
+    fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    fn config_files(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+}

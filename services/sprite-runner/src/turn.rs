@@ -1,0 +1,152 @@
+//! One turn, from wherever its record ends to its end.
+
+use std::time::Duration;
+
+use contract::{
+    scheduler::TurnSpec,
+    session::{Failure, TurnEnded},
+};
+use types::{CredentialKind, Runtime, SessionId, SpriteName, Stage};
+
+use crate::{
+    Runner,
+    agent::Agent,
+    follow::{self, Status},
+    provision::{Provisioning, StageFailed},
+    record::{Fenced, Position, Record},
+    runtimes,
+    secrets::Secrets,
+};
+
+/// How a turn left this runner's hands.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// Its end is on record.
+    Settled,
+    /// Another has it.
+    Superseded,
+    /// The session was terminated: its Sprite has to go.
+    Terminated,
+    /// Something that has nothing to do with the turn is in the way: somebody shall try again.
+    HandBack,
+}
+
+/// Why a turn could not go on.
+#[derive(Debug)]
+pub enum Stopped {
+    Fenced(Fenced),
+    /// The turn failed, and this is what its user is told.
+    Failed { stage: String, message: String },
+}
+
+impl From<Fenced> for Stopped {
+    fn from(fenced: Fenced) -> Self {
+        Self::Fenced(fenced)
+    }
+}
+
+impl From<StageFailed> for Stopped {
+    fn from(failed: StageFailed) -> Self {
+        match failed {
+            StageFailed::Fenced(fenced) => Self::Fenced(fenced),
+            StageFailed::Failed { stage, message } => {
+                Self::Failed { stage: stage.to_string(), message: format!("Provisioning failed at {stage}: {message}") }
+            }
+        }
+    }
+}
+
+pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec) -> End {
+    let epoch = spec.epoch;
+    let mut record = match Record::open(&runner.bus, session, turn, epoch, spec.last_event.clone()).await {
+        Ok(Position::Open(record)) => record,
+        Ok(Position::Ended) => return End::Settled,
+        Ok(Position::Fenced(fenced)) => return end_of(fenced),
+        Err(error) => {
+            tracing::warn!(%session, %error, "record cannot be read");
+            return End::HandBack;
+        }
+    };
+    if epoch > 1 {
+        metrics::counter!("aod_takeovers_total").increment(1);
+        tracing::info!(%session, turn, epoch, stdout = record.checkpoint.stdout_offset, "taking the turn over");
+        if let Err(fenced) = record.take_over().await {
+            return end_of(fenced);
+        }
+    }
+    let secrets = match Secrets::redeem(runner, &spec.lease_id).await {
+        Ok(secrets) => secrets,
+        Err(error) => {
+            tracing::warn!(%session, %error, "secrets cannot be redeemed");
+            return End::HandBack;
+        }
+    };
+    let ended = match work(runner, session, turn, &spec, &secrets, &mut record).await {
+        Ok(ended) => ended,
+        Err(Stopped::Fenced(fenced)) => return end_of(fenced),
+        Err(Stopped::Failed { stage, message }) => {
+            tracing::info!(%session, turn, stage, message, "turn failed");
+            TurnEnded { exit_code: None, failure: Some(Failure { stage, message }) }
+        }
+    };
+    match record.ended(ended).await {
+        Ok(()) => End::Settled,
+        Err(fenced) => end_of(fenced),
+    }
+}
+
+fn end_of(fenced: Fenced) -> End {
+    metrics::counter!("aod_leases_lost_total").increment(1);
+    match fenced {
+        Fenced::Terminated => End::Terminated,
+        Fenced::Superseded => End::Superseded,
+    }
+}
+
+async fn work(
+    runner: &Runner,
+    session: SessionId,
+    turn: u32,
+    spec: &TurnSpec,
+    secrets: &Secrets,
+    record: &mut Record,
+) -> Result<TurnEnded, Stopped> {
+    let failed = |stage: Stage, message: String| Stopped::Failed { stage: stage.to_string(), message };
+    let runtime = spec.runtime.parse::<Runtime>().ok();
+    let Some(adapter) = runtime.and_then(runtimes::adapter) else {
+        return Err(failed(Stage::InstallRuntime, format!("Runtime {} is not available on this deployment", spec.runtime)));
+    };
+    let Some(token) = secrets.credential(CredentialKind::Sprites) else {
+        return Err(failed(Stage::CreateSprite, "No backend credentials configured".to_owned()));
+    };
+    let name: SpriteName = spec.sprite.parse().map_err(|_| failed(Stage::CreateSprite, "The Sprite's name is not valid".to_owned()))?;
+    let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
+    let sprite = client.sprite(name);
+    let agent = Agent::new(session, turn, spec, adapter, &runner.models);
+
+    if turn == 1 && !record.checkpoint.started {
+        let provisioning = Provisioning { client: &client, sprite: &sprite, spec, secrets, agent: &agent, adapter };
+        if let Err(stopped) = provisioning.run(record).await.map_err(Stopped::from) {
+            if matches!(stopped, Stopped::Failed { .. }) {
+                // A failed session is never resumed, and its Sprite costs money.
+                let _ = tokio::time::timeout(Duration::from_secs(30), client.delete(sprite.name())).await;
+            }
+            return Err(stopped);
+        }
+    }
+    let start = agent.start(&sprite, record).await;
+    start.map_err(|error| match error {
+        StageFailed::Fenced(fenced) => Stopped::Fenced(fenced),
+        StageFailed::Failed { stage, message } => failed(stage, format!("The agent could not be started: {message}")),
+    })?;
+    let status = follow::to_the_end(&client, &sprite, &agent, record).await?;
+    Ok(match status {
+        Status::Exited(code) => TurnEnded { exit_code: Some(i32::from(code)), failure: None },
+        Status::TimedOut => without_exit_code("timeout", format!("Turn timed out after {}s", spec.timeout_seconds)),
+        Status::Lost => without_exit_code("sandbox", "The sandbox restarted while the agent was running".to_owned()),
+    })
+}
+
+fn without_exit_code(stage: &str, message: String) -> TurnEnded {
+    TurnEnded { exit_code: None, failure: Some(Failure { stage: stage.to_owned(), message }) }
+}
