@@ -1,0 +1,82 @@
+//! Where a failure becomes an HTTP answer: the one place that knows statuses and the public error body (contract §1).
+
+use axum::{
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use bus::{Failure, trace};
+use serde_json::{Map, Value, json};
+use types::ErrorCode;
+
+use crate::body::FieldError;
+
+/// A failed request, as its caller sees it.
+#[derive(Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    detail: Value,
+    extra: Map<String, Value>,
+    retry_after_seconds: Option<u32>,
+}
+
+impl ApiError {
+    pub fn new(status: StatusCode, detail: &str) -> Self {
+        Self { status, detail: detail.into(), extra: Map::new(), retry_after_seconds: None }
+    }
+
+    pub fn fields(errors: Vec<FieldError>) -> Self {
+        let detail = errors.into_iter().map(FieldError::into_json).collect();
+        Self { status: StatusCode::UNPROCESSABLE_ENTITY, detail: Value::Array(detail), extra: Map::new(), retry_after_seconds: None }
+    }
+
+    pub fn not_found(resource: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, &format!("{resource} not found"))
+    }
+
+    pub fn unauthorized(detail: &str) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, detail)
+    }
+}
+
+impl From<Failure> for ApiError {
+    fn from(failure: Failure) -> Self {
+        let (status, retry_after_seconds) = match failure.code {
+            ErrorCode::InvalidArgument => (StatusCode::BAD_REQUEST, None),
+            ErrorCode::Unprocessable => (StatusCode::UNPROCESSABLE_ENTITY, None),
+            ErrorCode::Unauthenticated => (StatusCode::UNAUTHORIZED, None),
+            ErrorCode::NotFound => (StatusCode::NOT_FOUND, None),
+            ErrorCode::Conflict => (StatusCode::CONFLICT, None),
+            ErrorCode::ResourceExhausted => (StatusCode::TOO_MANY_REQUESTS, Some(5)),
+            ErrorCode::Unavailable | ErrorCode::DeadlineExceeded => (StatusCode::SERVICE_UNAVAILABLE, Some(1)),
+            ErrorCode::Internal => (StatusCode::INTERNAL_SERVER_ERROR, None),
+        };
+        if let (ErrorCode::Unprocessable, Some(field)) = (failure.code, &failure.field) {
+            return Self::fields(vec![FieldError::value(field, &failure.message, Value::Null)]);
+        }
+        let extra = failure.numbers.into_iter().map(|(name, number)| (name, number.into())).collect();
+        Self { status, detail: failure.message.into(), extra, retry_after_seconds }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut body = self.extra;
+        body.insert("detail".to_owned(), self.detail);
+        if let Some(context) = trace::current() {
+            body.insert("request_id".to_owned(), context.trace_id().into());
+        }
+        let mut response = (self.status, axum::Json(Value::Object(body))).into_response();
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if let Some(seconds) = self.retry_after_seconds {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+/// `{"detail": ...}` of an answer that is no failure.
+pub fn detail(text: &str) -> axum::Json<Value> {
+    axum::Json(json!({ "detail": text }))
+}
