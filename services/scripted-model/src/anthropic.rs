@@ -1,0 +1,201 @@
+//! The Anthropic Messages API, as far as Claude Code uses it.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{DefaultBodyLimit, State},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use futures::{StreamExt as _, stream};
+use serde_json::{Value, json};
+
+use crate::script::{Answer, Question, Script};
+
+/// A key that is always refused, for trying out what then happens.
+const BAD_KEY: &str = "invalid";
+/// Text of one delta of a long answer.
+const DELTA_CHARS: usize = 4096;
+
+pub fn router(script: Arc<Script>) -> Router {
+    Router::new()
+        .route("/", get(|| async { "scripted model\n" }))
+        .route("/v1/messages", post(messages))
+        .route("/v1/messages/count_tokens", post(|| async { Json(json!({ "input_tokens": 100 })) }))
+        .route("/v1/models", get(|| async { Json(json!({ "data": [], "has_more": false })) }))
+        .fallback(|| async { failure(StatusCode::NOT_FOUND, "not_found_error", "Not found") })
+        .layer(DefaultBodyLimit::max(64 << 20))
+        .with_state(script)
+}
+
+fn failure(status: StatusCode, kind: &str, message: &str) -> Response {
+    (status, Json(json!({ "type": "error", "error": { "type": kind, "message": message } }))).into_response()
+}
+
+async fn messages(State(script): State<Arc<Script>>, headers: HeaderMap, body: Bytes) -> Response {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).or(bearer).unwrap_or_default();
+    if key.is_empty() || key == BAD_KEY {
+        return failure(StatusCode::UNAUTHORIZED, "authentication_error", "invalid x-api-key");
+    }
+    let Ok(request) = serde_json::from_slice::<Value>(&body) else {
+        return failure(StatusCode::BAD_REQUEST, "invalid_request_error", "the body is not JSON");
+    };
+    match script.answer(&question(&request)) {
+        Answer::Fail { status, message } => {
+            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            let kind = match status.as_u16() {
+                429 => "rate_limit_error",
+                529 => "overloaded_error",
+                400 => "invalid_request_error",
+                _ => "api_error",
+            };
+            failure(status, kind, &message)
+        }
+        Answer::Say { text, tool, delay } => {
+            let message = Message { model: request.get("model").cloned().unwrap_or_default(), text, tool };
+            if request.get("stream").and_then(Value::as_bool) == Some(true) { message.stream(delay) } else { Json(message.whole()).into_response() }
+        }
+    }
+}
+
+fn blocks(message: &Value) -> Vec<Value> {
+    match message.get("content") {
+        Some(Value::String(text)) => vec![json!({ "type": "text", "text": text })],
+        Some(Value::Array(blocks)) => blocks.clone(),
+        _ => Vec::new(),
+    }
+}
+
+fn is(value: &Value, name: &str, text: &str) -> bool {
+    value.get(name).and_then(Value::as_str) == Some(text)
+}
+
+/// What a person wrote: the CLI's own reminders left out.
+fn written(message: &Value) -> String {
+    let texts = blocks(message).into_iter().filter_map(|block| block.get("text").and_then(Value::as_str).map(str::to_owned));
+    texts.filter(|text| !text.trim_start().starts_with("<system-reminder>")).collect::<Vec<_>>().join("\n").trim().to_owned()
+}
+
+fn question(request: &Value) -> Question {
+    let none = Vec::new();
+    let messages = request.get("messages").and_then(Value::as_array).unwrap_or(&none);
+    let has_result = |message: &Value| blocks(message).iter().any(|block| is(block, "type", "tool_result"));
+    let is_prompt = |message: &&Value| is(message, "role", "user") && !has_result(message) && !written(message).is_empty();
+    let last_prompt = messages.iter().rposition(|message| is_prompt(&message));
+    let since = messages.get(last_prompt.map_or(0, |index| index + 1)..).unwrap_or_default();
+    let result = messages.iter().rev().flat_map(blocks).find(|block| is(block, "type", "tool_result"));
+    Question {
+        prompt: last_prompt.and_then(|index| messages.get(index)).map(written).unwrap_or_default(),
+        first_prompt: messages.iter().find(is_prompt).map(written).unwrap_or_default(),
+        tool_result: result.map(|block| written(&block)).unwrap_or_default(),
+        answered: since.iter().filter(|message| is(message, "role", "assistant")).count(),
+        tools: request
+            .get("tools")
+            .and_then(Value::as_array)
+            .map(|tools| tools.iter().filter_map(|tool| tool.get("name")?.as_str().map(str::to_owned)).collect())
+            .unwrap_or_default(),
+    }
+}
+
+struct Message {
+    model: Value,
+    text: String,
+    tool: Option<(String, Value)>,
+}
+
+impl Message {
+    const ID: &str = "msg_scripted";
+
+    fn usage(&self) -> Value {
+        json!({ "input_tokens": 100, "output_tokens": 1 + self.text.len() / 4 })
+    }
+
+    fn stop_reason(&self) -> &'static str {
+        if self.tool.is_some() { "tool_use" } else { "end_turn" }
+    }
+
+    /// One that no other call of the conversation has.
+    fn tool_id() -> String {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_nanos());
+        format!("toolu_{now:x}")
+    }
+
+    fn whole(&self) -> Value {
+        let mut content = Vec::new();
+        if !self.text.is_empty() {
+            content.push(json!({ "type": "text", "text": self.text }));
+        }
+        if let Some((name, input)) = &self.tool {
+            content.push(json!({ "type": "tool_use", "id": Self::tool_id(), "name": name, "input": input }));
+        }
+        json!({ "id": Self::ID, "type": "message", "role": "assistant", "model": self.model, "content": content,
+                "stop_reason": self.stop_reason(), "stop_sequence": null, "usage": self.usage() })
+    }
+
+    fn stream(self, delay: Duration) -> Response {
+        let mut events = vec![json!({ "type": "message_start", "message": {
+            "id": Self::ID, "type": "message", "role": "assistant", "model": self.model, "content": [],
+            "stop_reason": null, "stop_sequence": null, "usage": { "input_tokens": 100, "output_tokens": 1 } } })];
+        let mut index = 0;
+        if !self.text.is_empty() || self.tool.is_none() {
+            events.push(json!({ "type": "content_block_start", "index": index, "content_block": { "type": "text", "text": "" } }));
+            for part in parts(&self.text, delay) {
+                events.push(json!({ "type": "content_block_delta", "index": index, "delta": { "type": "text_delta", "text": part } }));
+            }
+            events.push(json!({ "type": "content_block_stop", "index": index }));
+            index += 1;
+        }
+        if let Some((name, input)) = &self.tool {
+            let block = json!({ "type": "tool_use", "id": Self::tool_id(), "name": name, "input": {} });
+            events.push(json!({ "type": "content_block_start", "index": index, "content_block": block }));
+            let delta = json!({ "type": "input_json_delta", "partial_json": input.to_string() });
+            events.push(json!({ "type": "content_block_delta", "index": index, "delta": delta }));
+            events.push(json!({ "type": "content_block_stop", "index": index }));
+        }
+        let delta = json!({ "stop_reason": self.stop_reason(), "stop_sequence": null });
+        events.push(json!({ "type": "message_delta", "delta": delta, "usage": self.usage() }));
+        events.push(json!({ "type": "message_stop" }));
+        let body = stream::iter(events).then(move |event| async move {
+            let name = event.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+            if !delay.is_zero() && name == "content_block_delta" {
+                tokio::time::sleep(delay).await;
+            }
+            Ok::<_, Infallible>(format!("event: {name}\ndata: {event}\n\n"))
+        });
+        ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(body)).into_response()
+    }
+}
+
+/// A trickle goes word by word, anything else in large parts.
+fn parts(text: &str, delay: Duration) -> Vec<String> {
+    if !delay.is_zero() {
+        return text.split_inclusive(' ').map(str::to_owned).collect();
+    }
+    let characters: Vec<char> = text.chars().collect();
+    characters.chunks(DELTA_CHARS).map(|chunk| chunk.iter().collect()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_prompt_is_what_a_person_wrote_last() {
+        let request = json!({ "messages": [
+            { "role": "user", "content": "one" },
+            { "role": "assistant", "content": "1" },
+            { "role": "user", "content": [{ "type": "text", "text": "<system-reminder>x</system-reminder>" }, { "type": "text", "text": "two" }] },
+            { "role": "assistant", "content": [{ "type": "tool_use", "id": "t", "name": "Bash", "input": {} }] },
+            { "role": "user", "content": [{ "type": "tool_result", "tool_use_id": "t", "content": "out" }, { "type": "text", "text": "<system-reminder>" }] },
+        ], "tools": [{ "name": "Bash" }] });
+        let question = question(&request);
+        assert_eq!((question.prompt.as_str(), question.first_prompt.as_str()), ("two", "one"));
+        assert_eq!((question.tool_result.as_str(), question.answered), ("out", 1));
+        assert_eq!(question.tools, ["Bash"]);
+    }
+}

@@ -1,0 +1,119 @@
+//! What the model says. A script is a list of rules; the first whose `when` is in the prompt answers, step by step: one step for each
+//! time the model is asked within a turn, so that a tool call has its follow-up.
+//!
+//! Texts may hold `{prompt}`, `{first_prompt}`, `{tool_result}` and `{after}` (what stands behind `when` in the prompt).
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde::Deserialize;
+use serde_json::Value;
+
+#[derive(Debug)]
+pub struct Script(Vec<Rule>);
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    when: String,
+    steps: Vec<Step>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Step {
+    text: String,
+    /// How often the text is said.
+    repeat: Option<usize>,
+    /// Between words.
+    delay_ms: u64,
+    tool: Option<String>,
+    input: Value,
+    /// Fails with this HTTP status.
+    status: Option<String>,
+    error: String,
+}
+
+/// What was asked, as far as a script can see it.
+#[derive(Debug, Default)]
+pub struct Question {
+    pub prompt: String,
+    pub first_prompt: String,
+    pub tool_result: String,
+    /// How often the model has answered within the turn.
+    pub answered: usize,
+    pub tools: Vec<String>,
+}
+
+#[derive(Debug, PartialEq)]
+pub enum Answer {
+    Say { text: String, tool: Option<(String, Value)>, delay: Duration },
+    Fail { status: u16, message: String },
+}
+
+impl Script {
+    /// # Errors
+    /// Never, unless the program was built with a broken script.
+    pub fn built_in() -> anyhow::Result<Self> {
+        Self::parse(include_str!("../script.json"))
+    }
+
+    /// # Errors
+    /// When the text is no script.
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
+        let rules: Vec<Rule> = serde_json::from_str(text).context("not a script")?;
+        ensure!(rules.iter().all(|rule| !rule.steps.is_empty()), "a rule without steps");
+        Ok(Self(rules))
+    }
+
+    #[must_use]
+    pub fn answer(&self, question: &Question) -> Answer {
+        let done = || Answer::Say { text: "Done.".to_owned(), tool: None, delay: Duration::ZERO };
+        let Some(rule) = self.0.iter().find(|rule| question.prompt.contains(&rule.when)) else { return done() };
+        let Some(step) = rule.steps.get(question.answered) else { return done() };
+        let after = question.prompt.split_once(&rule.when).map_or("", |(_, after)| after).trim();
+        let fill = |text: &str| {
+            text.replace("{prompt}", &question.prompt)
+                .replace("{first_prompt}", &question.first_prompt)
+                .replace("{tool_result}", &question.tool_result)
+                .replace("{after}", after)
+        };
+        if let Some(status) = &step.status {
+            return Answer::Fail { status: fill(status).parse().unwrap_or(500), message: fill(&step.error) };
+        }
+        // A tool that was not offered is not called: CLIs also ask for titles and the like.
+        let tool = step.tool.as_ref().filter(|tool| question.tools.contains(tool)).map(|tool| (tool.clone(), fill_json(&step.input, &fill)));
+        Answer::Say { text: fill(&step.text).repeat(step.repeat.unwrap_or(1)), tool, delay: Duration::from_millis(step.delay_ms) }
+    }
+}
+
+fn fill_json(value: &Value, fill: &impl Fn(&str) -> String) -> Value {
+    match value {
+        Value::String(text) => Value::String(fill(text)),
+        Value::Array(items) => items.iter().map(|item| fill_json(item, fill)).collect(),
+        Value::Object(object) => object.iter().map(|(key, value)| (key.clone(), fill_json(value, fill))).collect(),
+        other => other.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tool_call_has_its_follow_up() {
+        let script = Script::built_in().unwrap();
+        let mut question = Question { prompt: "run: echo hi".to_owned(), tools: vec!["Bash".to_owned()], ..Question::default() };
+        let Answer::Say { tool: Some((name, input)), .. } = script.answer(&question) else { panic!("no tool call") };
+        assert_eq!((name.as_str(), input["command"].as_str()), ("Bash", Some("echo hi")));
+        (question.answered, question.tool_result) = (1, "hi".to_owned());
+        assert_eq!(script.answer(&question), Answer::Say { text: "The command said:\nhi".to_owned(), tool: None, delay: Duration::ZERO });
+    }
+
+    #[test]
+    fn an_error_is_a_status() {
+        let question = Question { prompt: "fail with 529".to_owned(), ..Question::default() };
+        let expected = Answer::Fail { status: 529, message: "The script says so.".to_owned() };
+        assert_eq!(Script::built_in().unwrap().answer(&question), expected);
+    }
+}
