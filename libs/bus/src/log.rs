@@ -12,7 +12,7 @@ use async_nats::jetstream::{
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 
-use crate::{Bus, client::trace_headers};
+use crate::{Bus, client::trace_headers, trace};
 
 /// An append that is not in the stream, as far as is known.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +90,10 @@ impl Bus {
         subject: String,
         from_sequence: u64,
     ) -> Result<impl Stream<Item = Result<Entry, ReadError>> + Send + Unpin + use<>, ReadError> {
+        // Named, so that permissions can tell which stream a consumer is made on.
+        let name = trace::TraceContext::root().trace_id();
         let config = OrderedConfig {
+            name: Some(name),
             filter_subject: subject,
             deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from_sequence.max(1) },
             ..OrderedConfig::default()

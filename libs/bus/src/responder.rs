@@ -27,7 +27,8 @@ const CONCURRENCY: usize = 512;
 /// `S` is what the handlers work with: each gets a clone of it.
 pub struct Responder<S> {
     state: S,
-    service: Service,
+    /// Its endpoints live as long as it does: their tasks hold it.
+    service: Arc<Service>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -37,7 +38,7 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
     /// When the connection is closed for good.
     pub async fn start(bus: &Bus, name: &str, state: S, tasks: TaskTracker, stop: CancellationToken) -> Result<Self, Failure> {
         let service = bus.client.service_builder().queue_group(name).start(name, "1.0.0").await.map_err(Failure::internal)?;
-        Ok(Self { state, service, tasks, stop })
+        Ok(Self { state, service: Arc::new(service), tasks, stop })
     }
 
     /// Serves one kind of request until the stop.
@@ -53,7 +54,7 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
         let mut endpoint =
             self.service.endpoint_builder().name(endpoint_name(R::SUBJECT)).add(R::SUBJECT).await.map_err(Failure::internal)?;
         let (handler, permits) = (Arc::new(handler), Arc::new(Semaphore::new(CONCURRENCY)));
-        let (state, tasks, stop) = (self.state.clone(), self.tasks.clone(), self.stop.clone());
+        let (state, service, tasks, stop) = (self.state.clone(), self.service.clone(), self.tasks.clone(), self.stop.clone());
         self.tasks.spawn(async move {
             loop {
                 let request = tokio::select! {
@@ -87,6 +88,7 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
             }
             // Requests that were accepted still get their answers: the tracker waits for them.
             let _ = endpoint.stop().await;
+            drop(service);
         });
         Ok(())
     }

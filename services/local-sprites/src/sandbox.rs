@@ -143,6 +143,9 @@ impl Sandboxes {
                     Err(_) => {}
                 }
             }
+            if self.overlay {
+                self.link_agents(&layer(dir, "usr").join("upper/local/bin"))?;
+            }
             let etc = if self.overlay { layer(dir, "etc").join("upper") } else { dir.to_path_buf() };
             for (file, entry) in [("passwd", format!("{USER}:x:{UID}:{UID}::{HOME}:/bin/bash\n")), ("group", format!("{USER}:x:{UID}:\n"))] {
                 let mut text = fs::read_to_string(Path::new("/etc").join(file)).unwrap_or_default();
@@ -226,6 +229,17 @@ impl Sandboxes {
         {
             tracing::warn!(%error, "a Sprite's files cannot be deleted");
         }
+    }
+
+    /// Login shells set a PATH of their own: there the CLIs are found too.
+    fn link_agents(&self, bin: &Path) -> io::Result<()> {
+        let Some(agents) = &self.agents_dir else { return Ok(()) };
+        fs::create_dir_all(bin)?;
+        for entry in fs::read_dir(agents.join("bin"))? {
+            let name = entry?.file_name();
+            std::os::unix::fs::symlink(Path::new(AGENTS).join("bin").join(&name), bin.join(&name))?;
+        }
+        Ok(())
     }
 
     /// The system directories that are no links here.

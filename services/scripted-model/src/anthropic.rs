@@ -109,8 +109,6 @@ struct Message {
 }
 
 impl Message {
-    const ID: &str = "msg_scripted";
-
     fn usage(&self) -> Value {
         json!({ "input_tokens": 100, "output_tokens": 1 + self.text.len() / 4 })
     }
@@ -119,10 +117,10 @@ impl Message {
         if self.tool.is_some() { "tool_use" } else { "end_turn" }
     }
 
-    /// One that no other call of the conversation has.
-    fn tool_id() -> String {
+    /// One that nothing else in the conversation has: a CLI takes messages of one id for one message.
+    fn id(prefix: &str) -> String {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_nanos());
-        format!("toolu_{now:x}")
+        format!("{prefix}_{now:x}")
     }
 
     fn whole(&self) -> Value {
@@ -131,15 +129,15 @@ impl Message {
             content.push(json!({ "type": "text", "text": self.text }));
         }
         if let Some((name, input)) = &self.tool {
-            content.push(json!({ "type": "tool_use", "id": Self::tool_id(), "name": name, "input": input }));
+            content.push(json!({ "type": "tool_use", "id": Self::id("toolu"), "name": name, "input": input }));
         }
-        json!({ "id": Self::ID, "type": "message", "role": "assistant", "model": self.model, "content": content,
+        json!({ "id": Self::id("msg"), "type": "message", "role": "assistant", "model": self.model, "content": content,
                 "stop_reason": self.stop_reason(), "stop_sequence": null, "usage": self.usage() })
     }
 
     fn stream(self, delay: Duration) -> Response {
         let mut events = vec![json!({ "type": "message_start", "message": {
-            "id": Self::ID, "type": "message", "role": "assistant", "model": self.model, "content": [],
+            "id": Self::id("msg"), "type": "message", "role": "assistant", "model": self.model, "content": [],
             "stop_reason": null, "stop_sequence": null, "usage": { "input_tokens": 100, "output_tokens": 1 } } })];
         let mut index = 0;
         if !self.text.is_empty() || self.tool.is_none() {
@@ -151,7 +149,7 @@ impl Message {
             index += 1;
         }
         if let Some((name, input)) = &self.tool {
-            let block = json!({ "type": "tool_use", "id": Self::tool_id(), "name": name, "input": {} });
+            let block = json!({ "type": "tool_use", "id": Self::id("toolu"), "name": name, "input": {} });
             events.push(json!({ "type": "content_block_start", "index": index, "content_block": block }));
             let delta = json!({ "type": "input_json_delta", "partial_json": input.to_string() });
             events.push(json!({ "type": "content_block_delta", "index": index, "delta": delta }));

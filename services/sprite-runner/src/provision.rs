@@ -59,7 +59,7 @@ impl Provisioning<'_> {
 
     async fn find(&self, executable: &str) -> Result<(), String> {
         let script = format!("command -v {}", quote(executable));
-        let request = ExecRequest { argv: &["bash", "-lc", &script], ..ExecRequest::default() };
+        let request = ExecRequest { argv: &["bash", "-c", &script], ..ExecRequest::default() };
         let found = self.sprite.run(&request, STAGE_MAX).await.map_err(|error| error.to_string())?;
         if found.code == 0 { Ok(()) } else { Err(format!("{executable} is not installed in the Sprite")) }
     }
@@ -80,7 +80,7 @@ impl Provisioning<'_> {
         const PATH: &str = "/home/sprite/.aod/setup.sh";
         self.sprite.write(PATH, script.to_owned(), 0o700).await.map_err(|error| error.to_string())?;
         let command = format!("set -a; . {}; set +a; exec bash {PATH}", Agent::ENV_FILE);
-        let request = ExecRequest { argv: &["bash", "-lc", &command], max_run_after_disconnect: Some(STAGE_MAX), ..ExecRequest::default() };
+        let request = ExecRequest { argv: &["bash", "-c", &command], max_run_after_disconnect: Some(STAGE_MAX), ..ExecRequest::default() };
         let finished = self.sprite.run(&request, STAGE_MAX).await.map_err(|error| error.to_string())?;
         if finished.code == 0 {
             return Ok(());

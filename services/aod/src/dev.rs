@@ -1,0 +1,133 @@
+//! `aod dev`: the whole stack as child processes on this machine, on loopback alone.
+//!
+//! [`tools`] finds the programs; [`data`] is the data directory and what is kept in it; [`stack`] says what is started, in which order
+//! and with which settings; [`supervisor`] keeps it running and ends it; [`bootstrap`] makes the first user.
+
+mod bootstrap;
+mod data;
+mod stack;
+mod supervisor;
+mod tools;
+
+use std::{
+    fmt,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    dev::{data::DataDir, stack::Stack, tools::Tools},
+    output::print,
+};
+
+/// Run the whole stack on this machine: Postgres, NATS, the five services and a sandbox server.
+#[derive(Debug, Args)]
+pub struct DevArgs {
+    /// Where everything is kept; a second start goes on with it
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
+    /// The API's port, on loopback
+    #[arg(long, default_value_t = 8777)]
+    port: u16,
+    /// Write what was started, as JSON, when all is ready
+    #[arg(long)]
+    ready_file: Option<PathBuf>,
+    /// Serve a scripted model, so that agents run with no key and no network
+    #[arg(long)]
+    scripted_model: bool,
+    /// How many runners to start
+    #[arg(long, default_value_t = 1)]
+    runners: u16,
+    /// Leave dead what dies
+    #[arg(long)]
+    no_restart: bool,
+}
+
+/// Why the stack is not started.
+#[derive(Debug)]
+pub enum DevError {
+    /// Something on this machine is in the way: one line says what.
+    Unfit(String),
+    /// A part did not come up.
+    Broken(String),
+}
+
+impl fmt::Display for DevError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unfit(text) | Self::Broken(text) => f.write_str(text),
+        }
+    }
+}
+
+impl DevError {
+    fn broken(error: impl fmt::Display) -> Self {
+        Self::Broken(error.to_string())
+    }
+}
+
+pub async fn run(args: DevArgs) -> ExitCode {
+    match serve(args).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("aod dev: {error}");
+            match error {
+                DevError::Unfit(_) => ExitCode::from(2),
+                DevError::Broken(_) => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+async fn serve(args: DevArgs) -> Result<(), DevError> {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return Err(DevError::Broken("signals cannot be received".to_owned()));
+    };
+    let api = SocketAddr::from((Ipv4Addr::LOCALHOST, args.port));
+    TcpListener::bind(api).map_err(|error| DevError::Unfit(format!("port {} cannot be used: {error}; choose another with --port", args.port)))?;
+    let tools = Tools::find(args.scripted_model)?;
+    let data = DataDir::open(args.data_dir.clone(), &tools)?;
+    let mut stack = Stack::new(tools, data, api, args.scripted_model, args.runners.max(1), !args.no_restart, args.ready_file.clone())?;
+
+    let begun = std::time::Instant::now();
+    let started = tokio::select! {
+        started = stack.start() => started,
+        _ = terminate.recv() => Err(DevError::Broken("stopped while starting".to_owned())),
+        _ = interrupt.recv() => Err(DevError::Broken("stopped while starting".to_owned())),
+    };
+    if let Err(error) = started {
+        stack.stop().await;
+        return Err(error);
+    }
+    welcome(&stack, begun.elapsed());
+    let ended = tokio::select! {
+        error = stack.watch() => Err(error),
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    };
+    eprintln!("aod dev: stopping");
+    stack.stop().await;
+    ended
+}
+
+fn welcome(stack: &Stack, took: std::time::Duration) {
+    let (url, key) = (stack.api_url(), stack.api_key());
+    print(&format!(
+        "Agent on Demand is ready after {:.1} s. Data and logs: {}\n\n  URL  {url}\n  key  {key}\n",
+        took.as_secs_f64(),
+        stack.data_dir().display()
+    ));
+    let (runtime, model, prompt) =
+        if stack.has_model() { ("claude", "claude-sonnet-4-5", "write a haiku") } else { ("shell", "none", "echo hi") };
+    print(&format!(
+        "export AOD_API_URL={url} AOD_API_TOKEN={key}\n\
+         curl -s $AOD_API_URL/agents -H \"Authorization: Bearer $AOD_API_TOKEN\" -d '{{\"name\":\"first\",\"model\":\"{model}\",\"runtime\":\"{runtime}\"}}'\n\
+         curl -s $AOD_API_URL/sessions -H \"Authorization: Bearer $AOD_API_TOKEN\" -d '{{\"agent_id\":\"ID of the agent\",\"prompt\":\"{prompt}\"}}'\n\
+         curl -sN $AOD_API_URL/sessions/ID_of_the_session/stream -H \"Authorization: Bearer $AOD_API_TOKEN\"\n\n\
+         Ctrl-C stops everything."
+    ));
+}

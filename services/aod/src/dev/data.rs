@@ -1,0 +1,154 @@
+//! The data directory: Postgres' and NATS' files, the Sprites, logs, and the secrets that were made at the first start.
+
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use contract::access;
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+use types::ApiKey;
+
+use crate::dev::{DevError, tools::Tools};
+
+/// A data directory that this process alone uses.
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    pub secrets: Secrets,
+    /// Who Postgres runs as, where this is root.
+    pub postgres_user: Option<User>,
+    _lock: File,
+}
+
+/// A user of this machine.
+#[derive(Clone, Debug)]
+pub struct User {
+    pub uid: u32,
+    pub gid: u32,
+    name: String,
+}
+
+/// Made once, kept in a file that its owner alone can read.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Secrets {
+    pub postgres_password: String,
+    pub service_passwords: Vec<(String, String)>,
+    pub nats_passwords: Vec<(String, String)>,
+    pub encryption_key: String,
+    pub sprites_token: String,
+    pub api_key: String,
+}
+
+impl std::fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secrets")
+    }
+}
+
+impl DataDir {
+    /// Opens or makes the directory, and locks it.
+    pub fn open(path: Option<PathBuf>, _: &Tools) -> Result<Self, DevError> {
+        let root = rustix::process::geteuid().is_root();
+        let path = match path {
+            Some(path) => path,
+            None if root => "/var/lib/aod/dev".into(),
+            None => default_dir()?,
+        };
+        let unfit = |what: &str, error: &dyn std::fmt::Display| DevError::Unfit(format!("data directory {} {what}: {error}", path.display()));
+        fs::DirBuilder::new().recursive(true).mode(0o711).create(&path).map_err(|error| unfit("cannot be made", &error))?;
+        let path = path.canonicalize().map_err(|error| unfit("cannot be found", &error))?;
+        let lock = fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path.join("lock"));
+        let lock = lock.map_err(|error| unfit("cannot be written", &error))?;
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(DevError::Unfit(format!("data directory {} is in use by another aod dev", path.display())));
+        }
+        let postgres_user = if root { Some(find_user()?) } else { None };
+        if let Some(user) = &postgres_user {
+            // Passed through by the other user, listed by nobody.
+            let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o711));
+            let closed = path.ancestors().skip(1).find(|dir| dir.metadata().is_ok_and(|metadata| metadata.mode() & 0o001 == 0 && metadata.uid() != user.uid));
+            if let Some(closed) = closed {
+                return Err(DevError::Unfit(format!(
+                    "Postgres does not run as root, and user {} cannot enter {}; choose another place with --data-dir",
+                    user.name,
+                    closed.display()
+                )));
+            }
+        }
+        for dir in ["logs", "nats", "sprites"] {
+            fs::create_dir_all(path.join(dir)).map_err(|error| unfit("cannot be written", &error))?;
+        }
+        let secrets = Secrets::load(&path.join("secrets.json")).map_err(|error| unfit("cannot keep its secrets", &error))?;
+        Ok(Self { path, secrets, postgres_user, _lock: lock })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+}
+
+fn default_dir() -> Result<PathBuf, DevError> {
+    let home = std::env::home_dir().ok_or_else(|| DevError::Unfit("there is no home directory; choose a place with --data-dir".to_owned()))?;
+    Ok(home.join(".local/share/aod/dev"))
+}
+
+/// `postgres`, as the distribution's package makes it; else `nobody`.
+fn find_user() -> Result<User, DevError> {
+    let users = fs::read_to_string("/etc/passwd").map_err(DevError::broken)?;
+    ["postgres", "nobody"]
+        .into_iter()
+        .find_map(|wanted| {
+            let fields: Vec<&str> = users.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields.first() == Some(&wanted))?;
+            Some(User { uid: fields.get(2)?.parse().ok()?, gid: fields.get(3)?.parse().ok()?, name: wanted.to_owned() })
+        })
+        .ok_or_else(|| DevError::Unfit("Postgres does not run as root, and there is no user postgres or nobody".to_owned()))
+}
+
+impl Secrets {
+    fn load(path: &Path) -> anyhow::Result<Self> {
+        if let Ok(text) = fs::read_to_string(path) {
+            return Ok(serde_json::from_str(&text)?);
+        }
+        let secrets = Self {
+            postgres_password: random()?,
+            service_passwords: store::provision::SERVICES.iter().map(|name| Ok((String::from(*name), random()?))).collect::<anyhow::Result<_>>()?,
+            nats_passwords: access::ALL.iter().map(|access| Ok((access.user.to_owned(), random()?))).collect::<anyhow::Result<_>>()?,
+            encryption_key: random()?,
+            sprites_token: random()?,
+            api_key: ApiKey::generate()?.reveal().to_owned(),
+        };
+        let draft = path.with_extension("draft");
+        let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+        file.write_all(serde_json::to_string_pretty(&secrets)?.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(draft, path)?;
+        Ok(secrets)
+    }
+
+    pub fn service_password(&self, service: &str) -> &str {
+        find(&self.service_passwords, service)
+    }
+
+    pub fn nats_password(&self, user: &str) -> &str {
+        find(&self.nats_passwords, user)
+    }
+}
+
+fn find<'a>(pairs: &'a [(String, String)], name: &str) -> &'a str {
+    pairs.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value)
+}
+
+/// 32 random bytes in hex: safe in URLs, files and configurations.
+fn random() -> anyhow::Result<String> {
+    let mut bytes = [0_u8; 32];
+    getrandom::fill(&mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}

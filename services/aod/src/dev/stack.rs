@@ -1,0 +1,354 @@
+//! What the stack is made of, in the order in which it is started, and with which settings.
+
+use std::{
+    fs,
+    io::Write as _,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use contract::access;
+use rustix::process::Signal;
+use serde_json::{Map, Value, json};
+use sqlx::{Connection as _, PgConnection};
+
+use crate::dev::{
+    DevError, bootstrap,
+    data::DataDir,
+    supervisor::{Probe, Process, Spec},
+    tools::Tools,
+};
+
+const NATS_CONF: &str = include_str!("../../../../nats/nats-server.conf");
+const NATS_PERMISSIONS: &str = include_str!("../../../../nats/permissions.conf");
+const START_MAX: Duration = Duration::from_secs(60);
+/// All children are gone within 10 s of a signal: the services first, then what they need.
+const SERVICES_STOP: Duration = Duration::from_secs(5);
+const SERVERS_STOP: Duration = Duration::from_secs(4);
+const DATABASE: &str = "aod";
+
+/// The running stack.
+pub struct Stack {
+    tools: Tools,
+    data: DataDir,
+    api: SocketAddr,
+    postgres: SocketAddr,
+    nats: SocketAddr,
+    sprites: SocketAddr,
+    model: Option<SocketAddr>,
+    admin: Vec<SocketAddr>,
+    runners: u16,
+    restart: bool,
+    ready_file: Option<PathBuf>,
+    processes: Vec<Process>,
+}
+
+/// The services beside the runners that have a port for their health.
+const SERVICES: usize = 6;
+
+/// Ports that are free now, each another.
+fn free_ports(count: usize) -> Result<Vec<SocketAddr>, DevError> {
+    let listeners = (0..count).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<Vec<_>, _>>().map_err(DevError::broken)?;
+    listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>().map_err(DevError::broken)
+}
+
+impl Stack {
+    pub fn new(
+        tools: Tools,
+        data: DataDir,
+        api: SocketAddr,
+        scripted_model: bool,
+        runners: u16,
+        restart: bool,
+        ready_file: Option<PathBuf>,
+    ) -> Result<Self, DevError> {
+        let ports = free_ports(4 + SERVICES + usize::from(runners))?;
+        let [postgres, nats, sprites, model, admin @ ..] = ports.as_slice() else {
+            return Err(DevError::Broken("no free ports".to_owned()));
+        };
+        Ok(Self {
+            postgres: *postgres,
+            nats: *nats,
+            sprites: *sprites,
+            model: scripted_model.then_some(*model),
+            admin: admin.to_vec(),
+            tools,
+            data,
+            api,
+            runners,
+            restart,
+            ready_file,
+            processes: Vec::new(),
+        })
+    }
+
+    pub fn api_url(&self) -> String {
+        format!("http://{}", self.api)
+    }
+
+    pub fn api_key(&self) -> &str {
+        &self.data.secrets.api_key
+    }
+
+    pub fn data_dir(&self) -> &Path {
+        self.data.path()
+    }
+
+    pub fn has_model(&self) -> bool {
+        self.model.is_some()
+    }
+
+    /// Starts everything and returns when all of it answers.
+    pub async fn start(&mut self) -> Result<(), DevError> {
+        self.start_postgres().await?;
+        self.start_nats().await?;
+        let services = self.services()?;
+        for spec in services {
+            let process = Process::start(spec, &self.tools.setpriv)?;
+            self.processes.push(process);
+        }
+        for process in &mut self.processes {
+            process.ready(START_MAX).await?;
+        }
+        let model = self.model.is_some();
+        bootstrap::user(&self.nats_config("operator"), &self.data.secrets, model).await.map_err(DevError::broken)?;
+        self.write_ready_file()
+    }
+
+    /// Keeps the stack running. Returns when that no longer works.
+    pub async fn watch(&mut self) -> DevError {
+        let mut ticks = tokio::time::interval(Duration::from_millis(100));
+        loop {
+            ticks.tick().await;
+            let mut changed = false;
+            for process in &mut self.processes {
+                changed |= process.tend(self.restart, &self.tools.setpriv);
+            }
+            if changed && let Err(error) = self.write_ready_file() {
+                return error;
+            }
+        }
+    }
+
+    /// Ends every child.
+    pub async fn stop(&mut self) {
+        let is_server = |process: &Process| matches!(process.spec.service, "postgres" | "nats");
+        let (mut servers, mut services): (Vec<_>, Vec<_>) = std::mem::take(&mut self.processes).into_iter().partition(is_server);
+        futures::future::join_all(services.iter_mut().map(|process| process.stop(SERVICES_STOP))).await;
+        futures::future::join_all(servers.iter_mut().map(|process| process.stop(SERVERS_STOP))).await;
+        if let Some(path) = &self.ready_file {
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    async fn start_postgres(&mut self) -> Result<(), DevError> {
+        let dir = self.data.join("postgres");
+        let user = self.data.postgres_user.clone();
+        if !dir.join("PG_VERSION").exists() {
+            self.init_postgres(&dir)?;
+        }
+        let port = self.postgres.port().to_string();
+        let mut args: Vec<String> = vec!["-D".into(), dir.display().to_string(), "-p".into(), port];
+        for setting in ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200", "shared_buffers=64MB"] {
+            args.extend(["-c".to_owned(), setting.to_owned()]);
+        }
+        let spec = Spec {
+            name: "postgres".to_owned(),
+            service: "postgres",
+            program: self.tools.postgres.clone(),
+            args,
+            env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned()), ("LC_ALL".to_owned(), "C.UTF-8".to_owned())],
+            user,
+            // Fast shutdown: it does not wait for clients.
+            stop_signal: Signal::INT,
+            probe: Probe::Connect(self.postgres),
+            log: self.data.join("logs/postgres.log"),
+        };
+        let mut process = Process::start(spec, &self.tools.setpriv)?;
+        let ready = process.ready(START_MAX).await;
+        self.processes.push(process);
+        ready?;
+        self.provision_postgres().await
+    }
+
+    fn init_postgres(&self, dir: &Path) -> Result<(), DevError> {
+        // What a first start left half made.
+        let _ = fs::remove_dir_all(dir);
+        fs::create_dir_all(dir).map_err(DevError::broken)?;
+        let password_file = self.data.join("postgres-password");
+        fs::write(&password_file, &self.data.secrets.postgres_password).map_err(DevError::broken)?;
+        let mut command = Command::new(&self.tools.setpriv);
+        command.arg("--pdeathsig").arg("TERM");
+        if let Some(user) = &self.data.postgres_user {
+            for path in [dir, &password_file] {
+                std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)).map_err(DevError::broken)?;
+            }
+            command.args(["--reuid", &user.uid.to_string(), "--regid", &user.gid.to_string(), "--clear-groups"]);
+        }
+        command.arg("--").arg(&self.tools.initdb).args(["-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8", "-D"]);
+        command.arg(dir).arg("--pwfile").arg(&password_file).current_dir("/").env_remove("LC_ALL");
+        let output = command.output().map_err(DevError::broken)?;
+        let _ = fs::remove_file(&password_file);
+        if output.status.success() {
+            return Ok(());
+        }
+        let _ = fs::remove_dir_all(dir);
+        Err(DevError::Broken(format!("initdb failed: {}", String::from_utf8_lossy(&output.stderr).trim())))
+    }
+
+    async fn provision_postgres(&self) -> Result<(), DevError> {
+        let mut admin = self.connect_admin("postgres").await?;
+        let exists = sqlx::query("select 1 from pg_database where datname = $1").bind(DATABASE).fetch_optional(&mut admin).await;
+        if exists.map_err(DevError::broken)?.is_none() {
+            sqlx::query("create database aod").execute(&mut admin).await.map_err(DevError::broken)?;
+        }
+        let mut admin = self.connect_admin(DATABASE).await?;
+        for service in store::provision::SERVICES {
+            let password = self.data.secrets.service_password(service);
+            store::provision::provision(&mut admin, service, password).await.map_err(DevError::broken)?;
+        }
+        Ok(())
+    }
+
+    /// Right after its start Postgres takes connections and still refuses them.
+    async fn connect_admin(&self, database: &str) -> Result<PgConnection, DevError> {
+        let url = self.database_url("postgres", &self.data.secrets.postgres_password, database);
+        let mut attempt = 0;
+        loop {
+            match PgConnection::connect(&url).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) if attempt > 200 => return Err(DevError::Broken(format!("Postgres does not take connections: {error}"))),
+                Err(_) => attempt += 1,
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    fn database_url(&self, user: &str, password: &str, database: &str) -> String {
+        format!("postgres://{user}:{password}@{}/{database}", self.postgres)
+    }
+
+    async fn start_nats(&mut self) -> Result<(), DevError> {
+        let dir = self.data.join("nats");
+        for (name, text) in [("nats-server.conf", NATS_CONF), ("permissions.conf", NATS_PERMISSIONS)] {
+            fs::write(dir.join(name), text).map_err(DevError::broken)?;
+        }
+        let mut args = vec!["-c".to_owned(), dir.join("nats-server.conf").display().to_string(), "-a".to_owned(), "127.0.0.1".to_owned()];
+        args.extend(["-p".to_owned(), self.nats.port().to_string(), "-sd".to_owned(), dir.join("store").display().to_string()]);
+        let password = |access: &access::Access| (access.password_variable(), self.data.secrets.nats_password(access.user).to_owned());
+        let spec = Spec {
+            name: "nats".to_owned(),
+            service: "nats",
+            program: self.tools.nats_server.clone(),
+            args,
+            env: access::ALL.iter().map(password).collect(),
+            user: None,
+            stop_signal: Signal::TERM,
+            probe: Probe::Connect(self.nats),
+            log: self.data.join("logs/nats.log"),
+        };
+        let mut process = Process::start(spec, &self.tools.setpriv)?;
+        let ready = process.ready(START_MAX).await;
+        self.processes.push(process);
+        ready
+    }
+
+    fn nats_config(&self, user: &'static str) -> bus::Config {
+        bus::Config {
+            url: format!("nats://{}", self.nats),
+            user,
+            password: self.data.secrets.nats_password(user).to_owned().into(),
+            name: format!("aod-dev/{user}"),
+        }
+    }
+
+    /// The services, their settings and where they tell that they are ready.
+    fn services(&self) -> Result<Vec<Spec>, DevError> {
+        let secrets = &self.data.secrets;
+        let shared = std::env::vars().filter(|(name, _)| matches!(name.as_str(), "PATH" | "RUST_LOG" | "RUST_BACKTRACE" | "HOME"));
+        let shared: Vec<(String, String)> = shared.chain([("AOD_STOP_GRACE_SECONDS".to_owned(), "3".to_owned())]).collect();
+        let mut ports = self.admin.iter().copied();
+        let mut specs = Vec::new();
+        let mut add = |name: String, program: &'static str, env: Vec<(&str, String)>| -> Result<(), DevError> {
+            let admin = ports.next().ok_or_else(|| DevError::Broken("no free port".to_owned()))?;
+            let own = env.into_iter().map(|(name, value)| (name.to_owned(), value));
+            let env = shared.iter().cloned().chain(own).chain([("AOD_ADMIN_ADDR".to_owned(), admin.to_string())]).collect();
+            specs.push(Spec {
+                log: self.data.join(&format!("logs/{name}.log")),
+                name,
+                service: program,
+                program: self.tools.services.join(program),
+                args: Vec::new(),
+                env,
+                user: None,
+                stop_signal: Signal::TERM,
+                probe: Probe::Ready(admin),
+            });
+            Ok(())
+        };
+        let nats = |user: &str| vec![("NATS_URL", format!("nats://{}", self.nats)), ("NATS_PASSWORD", secrets.nats_password(user).to_owned())];
+        let database = |service: &str| ("DATABASE_URL", self.database_url(service, secrets.service_password(service), DATABASE));
+
+        let mut sprites = vec![
+            ("LOCAL_SPRITES_ADDR", self.sprites.to_string()),
+            ("LOCAL_SPRITES_TOKEN", secrets.sprites_token.clone()),
+            ("LOCAL_SPRITES_DATA_DIR", self.data.join("sprites").display().to_string()),
+            ("LOCAL_SPRITES_KILL_ON_EXIT", "true".to_owned()),
+        ];
+        sprites.extend(self.tools.agents.as_ref().map(|dir| ("LOCAL_SPRITES_AGENTS_DIR", dir.display().to_string())));
+        add("local-sprites".to_owned(), "local-sprites", sprites)?;
+        if let Some(model) = self.model {
+            add("scripted-model".to_owned(), "scripted-model", vec![("SCRIPTED_MODEL_ADDR", model.to_string())])?;
+        }
+        add("auth".to_owned(), "auth", [nats("auth"), vec![database("auth")]].concat())?;
+        let vault = vec![database("vault"), ("FIELD_ENCRYPTION_KEY", secrets.encryption_key.clone())];
+        add("credential-vault".to_owned(), "credential-vault", [nats("vault"), vault].concat())?;
+        add("scheduler".to_owned(), "scheduler", [nats("scheduler"), vec![database("scheduler")]].concat())?;
+        for number in 1..=self.runners {
+            let mut runner = nats("runner");
+            runner.push(("SPRITES_BASE_URL", format!("http://{}", self.sprites)));
+            if let Some(model) = self.model {
+                for name in ["AOD_MODEL_BASE_URL_ANTHROPIC", "AOD_MODEL_BASE_URL_OPENAI", "AOD_MODEL_BASE_URL_GOOGLE"] {
+                    runner.push((name, format!("http://{model}")));
+                }
+            }
+            add(format!("sprite-runner-{number}"), "sprite-runner", runner)?;
+        }
+        let gateway = vec![("AOD_LISTEN_ADDR", self.api.to_string()), ("ENABLE_SHELL_RUNTIME", "true".to_owned())];
+        add("gateway".to_owned(), "gateway", [nats("gateway"), gateway].concat())?;
+        Ok(specs)
+    }
+
+    /// What was started, for programs: written whole or not at all.
+    fn write_ready_file(&self) -> Result<(), DevError> {
+        let Some(path) = &self.ready_file else { return Ok(()) };
+        let mut services: Map<String, Value> = Map::new();
+        for process in &self.processes {
+            let list = services.entry(process.spec.service).or_insert_with(|| json!([]));
+            if let (Some(list), Some(pid)) = (list.as_array_mut(), process.pid()) {
+                list.push(json!({ "pid": pid, "log": process.spec.log }));
+            }
+        }
+        let secrets = &self.data.secrets;
+        let ready = json!({
+            "api_url": self.api_url(),
+            "api_key": secrets.api_key,
+            "sprites_url": format!("http://{}", self.sprites),
+            "sprites_token": secrets.sprites_token,
+            "nats_url": format!("nats://operator:{}@{}", secrets.nats_password("operator"), self.nats),
+            "database_url": self.database_url("postgres", &secrets.postgres_password, DATABASE),
+            "model_url": self.model.map(|addr| format!("http://{addr}")),
+            "services": services,
+        });
+        let written = || -> std::io::Result<()> {
+            use std::os::unix::fs::OpenOptionsExt as _;
+            let draft = path.with_extension("draft");
+            let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+            file.write_all(format!("{ready:#}\n").as_bytes())?;
+            fs::rename(draft, path)
+        };
+        written().map_err(|error| DevError::Unfit(format!("ready file {} cannot be written: {error}", path.display())))
+    }
+}

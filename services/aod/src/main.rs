@@ -1,0 +1,23 @@
+//! `aod`: the client of the API, and `aod dev`, the whole stack on one machine.
+
+mod cli;
+mod client;
+mod dev;
+mod output;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    // One thread: children that are to end with this process are tied to the thread that started them.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(cli::Cli::parse().run()),
+        Err(error) => {
+            eprintln!("aod: cannot start: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
