@@ -16,8 +16,10 @@ use types::Backoff;
 
 use crate::{Bus, Failure, log::Entry, topology::TopologyError, trace};
 
-/// How long one pull waits at the server. Short, so that a draining runner's last pull is soon over.
-const PULL_EXPIRES: Duration = Duration::from_secs(1);
+/// How long one pull waits at the server.
+const PULL_EXPIRES: Duration = Duration::from_secs(5);
+/// How long a job that is handed back rests: until this process' own pull is withdrawn, so that it does not come straight back.
+pub const HAND_BACK: Duration = Duration::from_millis(30);
 const RECONNECT: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 
 /// A job as it was delivered.
@@ -93,11 +95,17 @@ where
         let hands = permits.available_permits().clamp(1, 64);
         let mut batch =
             consumer.batch().max_messages(hands).expires(PULL_EXPIRES).messages().await.map_err(|error| failed(error.into()))?;
-        while let Some(message) = batch.next().await {
-            let message = message.map_err(failed)?;
-            let permit = if stop.is_cancelled() { None } else { permits.clone().try_acquire_owned().ok() };
-            let Some(permit) = permit else {
-                let _ = message.ack_with(AckKind::Nak(Some(Duration::from_millis(20)))).await;
+        loop {
+            let message = tokio::select! {
+                // Unsubscribed by the drop: what is handed back goes to others at once.
+                () = stop.cancelled() => return Ok(()),
+                message = batch.next() => match message {
+                    Some(message) => message.map_err(failed)?,
+                    None => break,
+                },
+            };
+            let Ok(permit) = permits.clone().try_acquire_owned() else {
+                let _ = message.ack_with(AckKind::Nak(Some(HAND_BACK))).await;
                 continue;
             };
             let (bus, handler) = (bus.clone(), handler.clone());

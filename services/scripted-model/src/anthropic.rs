@@ -78,7 +78,8 @@ fn is(value: &Value, name: &str, text: &str) -> bool {
 /// What a person wrote: the CLI's own reminders left out.
 fn written(message: &Value) -> String {
     let texts = blocks(message).into_iter().filter_map(|block| block.get("text").and_then(Value::as_str).map(str::to_owned));
-    texts.filter(|text| !text.trim_start().starts_with("<system-reminder>")).collect::<Vec<_>>().join("\n").trim().to_owned()
+    let own = texts.filter_map(|text| text.split("<system-reminder>").next().map(|own| own.trim().to_owned()));
+    own.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
 }
 
 fn question(request: &Value) -> Question {
@@ -92,7 +93,7 @@ fn question(request: &Value) -> Question {
     Question {
         prompt: last_prompt.and_then(|index| messages.get(index)).map(written).unwrap_or_default(),
         first_prompt: messages.iter().find(is_prompt).map(written).unwrap_or_default(),
-        tool_result: result.map(|block| written(&block)).unwrap_or_default(),
+        tool_result: result.as_ref().map(written).unwrap_or_default(),
         answered: since.iter().filter(|message| is(message, "role", "assistant")).count(),
         tools: request
             .get("tools")

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus::work::{Job, Outcome};
+use bus::work::{HAND_BACK, Job, Outcome};
 use contract::{
     rpc,
     runner::{DestroySprite, RunTurn},
@@ -63,7 +63,7 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
     let stop = runner.stop.clone();
     tokio::select! {
         // Handed over at once: whoever takes it goes on where the record ends.
-        () = stop.cancelled() => Outcome::Retry(Duration::ZERO),
+        () = stop.cancelled() => Outcome::Retry(HAND_BACK),
         _ = terminated.next() => {
             tracing::info!(%session, "terminated while in hand");
             // This runner may just have been making the Sprite: it is deleted here too, whoever else does.

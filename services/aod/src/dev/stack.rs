@@ -119,7 +119,7 @@ impl Stack {
 
     /// Keeps the stack running. Returns when that no longer works.
     pub async fn watch(&mut self) -> DevError {
-        let mut ticks = tokio::time::interval(Duration::from_millis(100));
+        let mut ticks = tokio::time::interval(Duration::from_millis(25));
         loop {
             ticks.tick().await;
             let mut changed = false;

@@ -15,7 +15,7 @@ use types::Backoff;
 
 use crate::dev::{DevError, data::User};
 
-const RESTART: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(5), attempts: u32::MAX };
+const RESTART: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(5), attempts: u32::MAX };
 /// One that ran this long had started well.
 const STARTED_WELL: Duration = Duration::from_secs(10);
 
