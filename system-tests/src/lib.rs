@@ -1,0 +1,7 @@
+//! A running stack for black-box tests: `aod dev`, spoken to over HTTP as any user would.
+
+mod stack;
+mod stream;
+
+pub use stack::{Answer, Options, Stack};
+pub use stream::Events;

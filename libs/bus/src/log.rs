@@ -40,7 +40,8 @@ pub struct Entry {
 impl Bus {
     /// Appends a message and waits for the stream's acknowledgement; gives its sequence.
     ///
-    /// `message_id` makes a repetition harmless. With `expected` set, the append succeeds only while that is the subject's last sequence.
+    /// `message_id` makes a repetition harmless. With `expected` set, the append succeeds only while that is the subject's last sequence;
+    /// the server looks at that first, so that a repetition of one's own stored entry is superseded too: compare it with [`Self::last`].
     ///
     /// # Errors
     /// [`AppendError`].

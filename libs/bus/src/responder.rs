@@ -29,6 +29,7 @@ pub struct Responder<S> {
     state: S,
     /// Its endpoints live as long as it does: their tasks hold it.
     service: Arc<Service>,
+    client: async_nats::Client,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -38,7 +39,7 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
     /// When the connection is closed for good.
     pub async fn start(bus: &Bus, name: &str, state: S, tasks: TaskTracker, stop: CancellationToken) -> Result<Self, Failure> {
         let service = bus.client.service_builder().queue_group(name).start(name, "1.0.0").await.map_err(Failure::internal)?;
-        Ok(Self { state, service: Arc::new(service), tasks, stop })
+        Ok(Self { state, service: Arc::new(service), client: bus.client.clone(), tasks, stop })
     }
 
     /// Serves one kind of request until the stop.
@@ -53,6 +54,8 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
     {
         let mut endpoint =
             self.service.endpoint_builder().name(endpoint_name(R::SUBJECT)).add(R::SUBJECT).await.map_err(Failure::internal)?;
+        // The server knows of it before anybody is told that we are ready.
+        self.client.flush().await.map_err(Failure::internal)?;
         let (handler, permits) = (Arc::new(handler), Arc::new(Semaphore::new(CONCURRENCY)));
         let (state, service, tasks, stop) = (self.state.clone(), self.service.clone(), self.tasks.clone(), self.stop.clone());
         self.tasks.spawn(async move {

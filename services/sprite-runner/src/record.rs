@@ -129,7 +129,18 @@ impl Record {
                     self.last_sequence = sequence;
                     return Ok(());
                 }
-                Err(AppendError::Superseded) => return Err(self.who_wrote().await),
+                Err(AppendError::Superseded) => match self.who_wrote(&payload).await {
+                    // Stored by an earlier attempt whose acknowledgement was lost.
+                    Writer::Ourselves(sequence) => {
+                        self.last_sequence = sequence;
+                        return Ok(());
+                    }
+                    Writer::Other(fenced) => return Err(fenced),
+                    Writer::Unknown => {
+                        attempt += 1;
+                        tokio::time::sleep(RETRY.jittered(attempt)).await;
+                    }
+                },
                 Err(AppendError::Unacknowledged(error)) => {
                     attempt += 1;
                     tracing::warn!(session = %self.session, %error, attempt, "event not acknowledged; trying again");
@@ -139,11 +150,23 @@ impl Record {
         }
     }
 
-    async fn who_wrote(&self) -> Fenced {
-        let last = self.bus.last(topology::EVENTS.name, &subject::session_log(self.session)).await.ok().flatten();
-        match last.and_then(|entry| SessionEvent::decode(entry.payload).ok()).and_then(|event| event.kind) {
-            Some(Kind::Terminated(_)) => Fenced::Terminated,
-            _ => Fenced::Superseded,
+    async fn who_wrote(&self, payload: &[u8]) -> Writer {
+        let Ok(Some(last)) = self.bus.last(topology::EVENTS.name, &subject::session_log(self.session)).await else { return Writer::Unknown };
+        // Epoch and offsets are in it: no two events of a session are the same.
+        if last.payload == payload {
+            return Writer::Ourselves(last.sequence);
+        }
+        match SessionEvent::decode(last.payload).ok().and_then(|event| event.kind) {
+            Some(Kind::Terminated(_)) => Writer::Other(Fenced::Terminated),
+            _ => Writer::Other(Fenced::Superseded),
         }
     }
+}
+
+/// Who wrote the newest entry.
+enum Writer {
+    Ourselves(u64),
+    Other(Fenced),
+    /// The stream does not answer, or has forgotten it.
+    Unknown,
 }

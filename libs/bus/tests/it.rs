@@ -1,0 +1,136 @@
+//! The bus library against a real nats-server.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bus::{
+    Failure,
+    log::AppendError,
+    responder::Responder,
+    work::{self, Outcome},
+};
+use contract::{access, auth, rpc, subject, topology, vault};
+use futures::StreamExt as _;
+use testkit::{Nats, eventually};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use types::{ErrorCode, SessionId};
+
+const SOON: Duration = Duration::from_secs(5);
+
+#[tokio::test]
+async fn a_failure_arrives_as_it_was_meant() {
+    let nats = Nats::start().unwrap();
+    let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let responder = Responder::start(&server, "auth", (), TaskTracker::new(), CancellationToken::new()).await.unwrap();
+    let fail = |(), _: auth::VerifyKeyRequest| async { Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1)) };
+    responder.serve::<rpc::VerifyKey, _, _>(fail).await.unwrap();
+    let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
+    assert_eq!(failure, Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1));
+}
+
+#[tokio::test]
+async fn nobody_to_answer_is_known_at_once_and_a_slow_answer_by_its_deadline() {
+    let nats = Nats::start().unwrap();
+    let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let begun = std::time::Instant::now();
+    let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Unavailable);
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    let responder = Responder::start(&server, "auth", (), TaskTracker::new(), CancellationToken::new()).await.unwrap();
+    let hang = |(), _: auth::VerifyKeyRequest| async { std::future::pending().await };
+    responder.serve::<rpc::VerifyKey, _, _>(hang).await.unwrap();
+    let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), Duration::from_millis(300)).await.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
+}
+
+#[tokio::test]
+async fn the_server_refuses_what_a_user_may_not_do() {
+    let nats = Nats::start().unwrap();
+    let gateway = nats.connect(&access::GATEWAY).await.unwrap();
+    // Served by nobody, so that a call which got through would fail at once, and not by its deadline.
+    let failure = gateway.call::<rpc::RedeemLease>(&vault::RedeemLeaseRequest::default(), Duration::from_millis(500)).await.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
+}
+
+#[tokio::test]
+async fn a_log_has_one_writer() {
+    let nats = Nats::start().unwrap();
+    nats.with_streams().await.unwrap();
+    let runner = nats.connect(&access::RUNNER).await.unwrap();
+    let log = subject::session_log(SessionId::new());
+    let first = runner.append(log.clone(), "one".into(), "id-1", Some(0)).await.unwrap();
+    assert_eq!(runner.append(log.clone(), "one".into(), "id-1", None).await.unwrap(), first, "a repetition is no second entry");
+    let repeated = runner.append(log.clone(), "one".into(), "id-1", Some(0)).await;
+    assert!(matches!(repeated, Err(AppendError::Superseded)), "the expectation is looked at first: {repeated:?}");
+    assert!(matches!(runner.append(log.clone(), "two".into(), "id-2", Some(0)).await, Err(AppendError::Superseded)));
+    let second = runner.append(log.clone(), "two".into(), "id-3", Some(first)).await.unwrap();
+    let last = runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap();
+    assert_eq!((last.sequence, last.payload.as_ref()), (second, b"two".as_slice()));
+    assert!(runner.last(topology::EVENTS.name, &subject::session_log(SessionId::new())).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn following_goes_on_after_the_server_was_killed() {
+    let mut nats = Nats::start().unwrap();
+    nats.with_streams().await.unwrap();
+    let (runner, gateway) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let log = subject::session_log(SessionId::new());
+    let first = runner.append(log.clone(), "1".into(), "1", None).await.unwrap();
+    let mut entries = gateway.follow(topology::EVENTS.name, log.clone(), first).await.unwrap();
+    assert_eq!(entries.next().await.unwrap().unwrap().payload, "1");
+    nats.restart().unwrap();
+    let mut appended = false;
+    for _ in 0..100 {
+        if runner.append(log.clone(), "2".into(), "2", None).await.is_ok() {
+            appended = true;
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(appended);
+    // The consumer may have ended with an error: then it is followed anew from there.
+    let next = tokio::time::timeout(Duration::from_secs(15), entries.next()).await;
+    let entry = match next {
+        Ok(Some(Ok(entry))) => entry,
+        _ => gateway.follow(topology::EVENTS.name, log, first + 1).await.unwrap().next().await.unwrap().unwrap(),
+    };
+    assert_eq!(entry.payload, "2");
+}
+
+#[tokio::test]
+async fn a_job_handed_back_comes_again_and_one_done_does_not() {
+    let nats = Nats::start().unwrap();
+    let scheduler = nats.with_streams().await.unwrap();
+    let runner = nats.connect(&access::RUNNER).await.unwrap();
+    let (stop, seen) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
+    let counter = seen.clone();
+    let handler = move |job: work::Job| {
+        let counter = counter.clone();
+        async move {
+            counter.fetch_add(1, Ordering::SeqCst);
+            match job.delivery {
+                1 => Outcome::Retry(Duration::ZERO),
+                // Longer than the lease: progress acks keep it.
+                2 => {
+                    tokio::time::sleep(types::limits::JOB_LEASE * 2).await;
+                    Outcome::Done
+                }
+                _ => Outcome::Reject("delivered too often".to_owned()),
+            }
+        }
+    };
+    let tasks = TaskTracker::new();
+    tasks.spawn(work::run(runner, &topology::RUNNER, 4, stop.clone(), handler));
+    scheduler.append(subject::turn_run(SessionId::new()), "job".into(), "job-1", None).await.unwrap();
+    eventually("two deliveries", || async { seen.load(Ordering::SeqCst) == 2 }).await;
+    tokio::time::sleep(types::limits::JOB_LEASE * 3).await;
+    assert_eq!(seen.load(Ordering::SeqCst), 2);
+    stop.cancel();
+    tasks.close();
+    tasks.wait().await;
+}

@@ -1,0 +1,34 @@
+//! Child processes that end with the test process, however that ends.
+
+use std::{
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+};
+
+use anyhow::Context as _;
+
+/// Starts a command that gets TERM when this process is gone. The kernel ties that to the thread that started it, so that thread stays.
+pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
+    let (sender, receiver) = mpsc::channel();
+    let mut tied = Command::new("setpriv");
+    tied.args(["--pdeathsig", "TERM", "--"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => tied.env(name, value),
+            None => tied.env_remove(name),
+        };
+    }
+    tied.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    std::thread::spawn(move || {
+        let _ = sender.send(tied.spawn());
+        loop {
+            std::thread::park();
+        }
+    });
+    receiver.recv()?.context("setpriv (util-linux) starts the servers of tests")
+}
+
+/// A port that is free now.
+pub fn free_port() -> anyhow::Result<u16> {
+    Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}

@@ -1,0 +1,207 @@
+//! The scheduler against real Postgres and NATS, called as others call it; the vault beside it is the real one too.
+
+use std::time::Duration;
+
+use bus::{Bus, Failure};
+use contract::{
+    access,
+    common::Empty,
+    rpc,
+    scheduler::{
+        ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, GetSessionRequest, PromptRequest, ReadEventsRequest, Session,
+        TerminateRequest, claim_turn_reply::Verdict,
+    },
+    session::{Output, SessionEvent, TurnEnded, TurnStarted, session_event::Kind},
+    subject,
+};
+use futures::future::join_all;
+use prost::Message as _;
+use service::Lifecycle;
+use testkit::{Database, Nats, eventually};
+use types::{ErrorCode, SessionId, UserId};
+
+const SOON: Duration = Duration::from_secs(5);
+
+struct World {
+    nats: Nats,
+    database: Database,
+    gateway: Bus,
+    runner: Bus,
+    user: UserId,
+    _vault: testkit::services::Service,
+}
+
+impl World {
+    async fn start() -> Self {
+        let (nats, database) = (Nats::start().unwrap(), Database::create().await.unwrap());
+        let settings = [
+            ("NATS_URL", &*nats.url()),
+            ("NATS_PASSWORD", &*nats.password(&access::VAULT)),
+            ("DATABASE_URL", &*database.url("vault")),
+            ("FIELD_ENCRYPTION_KEY", "0123456789abcdef"),
+        ];
+        let vault = testkit::services::start("credential-vault", &settings).unwrap();
+        let gateway = nats.connect(&access::GATEWAY).await.unwrap();
+        eventually("the vault answers", || async { gateway.call::<rpc::VaultHealth>(&Empty {}, SOON).await.is_ok() }).await;
+        let world = Self {
+            gateway,
+            _vault: vault,
+            runner: nats.connect(&access::RUNNER).await.unwrap(),
+            nats,
+            database,
+            user: UserId::new(),
+        };
+        world.run_scheduler(&Lifecycle::new()).await;
+        world
+    }
+
+    async fn run_scheduler(&self, lifecycle: &Lifecycle) {
+        let config = scheduler::Config {
+            bus: self.nats.config(&access::SCHEDULER),
+            store: self.database.config("scheduler"),
+            sprite_name_prefix: "aod".to_owned(),
+            stream_replicas: 1,
+        };
+        scheduler::run(config, lifecycle.clone()).await.unwrap();
+    }
+
+    async fn agent(&self) -> String {
+        let request = CreateAgentRequest {
+            user_id: self.user.to_string(),
+            name: "a".to_owned(),
+            model: "none".to_owned(),
+            runtime: "shell".to_owned(),
+            metadata: "{}".to_owned(),
+            ..CreateAgentRequest::default()
+        };
+        self.gateway.call::<rpc::CreateAgent>(&request, SOON).await.unwrap().agent_id
+    }
+
+    async fn create(&self, agent: &str, limit: u32) -> Result<Session, Failure> {
+        let request = CreateSessionRequest {
+            user_id: self.user.to_string(),
+            agent_id: agent.to_owned(),
+            prompt: "echo".to_owned(),
+            timeout_seconds: 60,
+            credential_kinds: vec!["backend:sprites".to_owned()],
+            session_limit: limit,
+            metadata: "{}".to_owned(),
+            ..CreateSessionRequest::default()
+        };
+        self.gateway.call::<rpc::CreateSession>(&request, SOON).await
+    }
+
+    async fn get(&self, session: &str, recorded_through: u64) -> Session {
+        let request = GetSessionRequest { user_id: self.user.to_string(), session_id: session.to_owned(), recorded_through };
+        self.gateway.call::<rpc::GetSession>(&request, SOON).await.unwrap()
+    }
+
+    async fn append(&self, session: &str, turn: u32, kind: Kind) -> u64 {
+        let session: SessionId = session.parse().unwrap();
+        let event = SessionEvent { turn, epoch: 1, checkpoint: None, kind: Some(kind) };
+        let id = SessionId::new().to_string();
+        self.runner.append(subject::session_log(session), event.encode_to_vec().into(), &id, None).await.unwrap()
+    }
+
+    async fn complete(&self, session: &str, turn: u32) -> Session {
+        self.append(session, turn, Kind::TurnStarted(TurnStarted {})).await;
+        let end = self.append(session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(0), failure: None })).await;
+        self.get(session, end).await
+    }
+}
+
+#[tokio::test]
+async fn of_concurrent_creates_exactly_the_quota_gets_through() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let results = join_all((0..50).map(|_| world.create(&agent, 10))).await;
+    let (created, refused): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+    assert_eq!((created.len(), refused.len()), (10, 40));
+    let failure = refused.into_iter().next().unwrap().unwrap_err();
+    assert_eq!(failure.message, "Concurrent session limit reached (10/10). Terminate an active session before starting a new one.");
+    assert_eq!((failure.code, failure.numbers["limit"], failure.numbers["active"]), (ErrorCode::ResourceExhausted, 10, 10));
+}
+
+#[tokio::test]
+async fn a_turns_end_completes_the_session_and_one_of_racing_prompts_wins() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    assert_eq!(world.complete(&session, 1).await.status, "completed");
+    let request = PromptRequest { user_id: world.user.to_string(), session_id: session.clone(), prompt: "again".to_owned(), timeout_seconds: 60 };
+    let results = join_all((0..20).map(|_| world.gateway.call::<rpc::Prompt>(&request, SOON))).await;
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+    let refused = results.into_iter().find_map(Result::err).unwrap();
+    assert_eq!((refused.code, refused.message.as_str()), (ErrorCode::Conflict, "Session already has a pending turn"));
+    let now = world.get(&session, 0).await;
+    assert_eq!((now.turn_count, now.status.as_str(), now.exit_code), (2, "pending", None));
+}
+
+#[tokio::test]
+async fn terminate_wins_over_a_late_completion_and_only_once() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let request = TerminateRequest { user_id: world.user.to_string(), session_id: session.clone() };
+    assert_eq!(world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap().status, "terminated");
+    assert_eq!(world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap_err().message, "Session is already terminated");
+    assert_eq!(world.complete(&session, 1).await.status, "terminated");
+    let claim = ClaimTurnRequest { session_id: session, turn: 1, runner: "r".to_owned() };
+    let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
+    assert!(matches!(verdict, Verdict::Settled(settled) if settled.destroy.is_some()), "what exists of its Sprite has to go");
+}
+
+#[tokio::test]
+async fn every_claim_raises_the_epoch_until_the_turn_is_settled() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned() };
+    for expected in 1..=3 {
+        let Verdict::Run(spec) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap() else { panic!("settled") };
+        assert_eq!(spec.epoch, expected);
+    }
+    world.complete(&session, 1).await;
+    let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
+    assert!(matches!(verdict, Verdict::Settled(settled) if settled.destroy.is_none()));
+}
+
+#[tokio::test]
+async fn an_overdue_turn_is_settled_with_a_reason() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let mut admin = world.database.admin().await.unwrap();
+    sqlx::query("update scheduler.turn set deadline_at = now() - interval '1 second'").execute(&mut admin).await.unwrap();
+    eventually("the session fails", || async { world.get(&session, 0).await.status == "failed" }).await;
+    assert_eq!(world.get(&session, 0).await.failure.unwrap().message, "Turn timed out after 60s");
+}
+
+#[tokio::test]
+async fn two_schedulers_record_every_event_once_and_in_order() {
+    let world = World::start().await;
+    world.run_scheduler(&Lifecycle::new()).await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let mut ids = Vec::new();
+    for n in 0..300 {
+        ids.push(world.append(&session, 1, Kind::Output(Output { stderr: false, data: format!("{n}").into() })).await);
+    }
+    world.get(&session, *ids.last().unwrap()).await;
+    let mut read = Vec::new();
+    loop {
+        let request = ReadEventsRequest { session_id: session.clone(), after: read.last().copied().unwrap_or(0), limit: 64 };
+        let page = world.gateway.call::<rpc::ReadEvents>(&request, SOON).await.unwrap().events;
+        if page.is_empty() {
+            break;
+        }
+        read.extend(page.into_iter().map(|event| event.event_id));
+    }
+    assert_eq!(read, ids);
+}
+
+#[tokio::test]
+async fn an_event_that_cannot_be_read_holds_up_nothing() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let id: SessionId = session.parse().unwrap();
+    world.runner.append(subject::session_log(id), vec![0xff; 20].into(), "garbage", None).await.unwrap();
+    // One of a session that nobody knows.
+    world.append(&SessionId::new().to_string(), 1, Kind::TurnStarted(TurnStarted {})).await;
+    assert_eq!(world.complete(&session, 1).await.status, "completed");
+}

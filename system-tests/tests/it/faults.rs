@@ -1,0 +1,85 @@
+//! Runners that die, and runners that are told to go.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use system_tests::{Options, Stack};
+
+const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, no_restart: false };
+const LINES: usize = 100;
+
+/// Runs a turn that prints numbered lines, disturbs it after the twentieth, and gives the longest pause in its output.
+async fn disturbed(stack: &Stack, disturb: impl FnOnce()) -> Duration {
+    let session = stack.session("shell", &format!("for i in $(seq {LINES}); do echo line $i; sleep 0.04; done; exit 7")).await.unwrap();
+    let mut events = stack.stream(&session, 0).await.unwrap();
+    let mut output = events.until_output("line 20\n").await.unwrap();
+    disturb();
+    let (mut last, mut longest, mut end) = (Instant::now(), Duration::ZERO, Value::Null);
+    while let Some(event) = events.next().await.unwrap() {
+        if let Some(data) = event["data"].as_str() {
+            output.push_str(data);
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+        }
+        end = event;
+    }
+    let expected: String = (1..=LINES).map(|i| format!("line {i}\n")).collect();
+    assert_eq!(output, expected, "every line once, in order");
+    assert_eq!((&end["type"], &end["code"]), (&json!("exit"), &json!(7)));
+    let replay = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let replayed: String = replay.iter().filter_map(|event| event["data"].as_str()).collect();
+    assert_eq!(replayed, expected, "and the same again in a replay");
+    longest
+}
+
+#[tokio::test]
+async fn a_killed_runner_is_replaced_and_no_line_is_lost_or_doubled() {
+    let stack = Stack::start(TWO_RUNNERS).await.unwrap();
+    let runners = stack.pids("sprite-runner");
+    assert_eq!(runners.len(), 2);
+    // Both, for nobody knows from outside which of them has the turn; they are started again.
+    let pause = disturbed(&stack, || Stack::signal(&runners, Signal::KILL)).await;
+    println!("killed: output paused for {pause:?}");
+    assert!(pause < Duration::from_secs(10), "{pause:?}");
+    testkit::eventually("the ready file tells of the new runners", || async {
+        let now = stack.pids("sprite-runner");
+        now.len() == 2 && now.iter().all(|pid| !runners.contains(pid))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_runner_that_is_told_to_stop_hands_its_turn_over_at_once() {
+    let stack = Stack::start(TWO_RUNNERS).await.unwrap();
+    let pause = disturbed(&stack, || Stack::signal(&stack.pids("sprite-runner"), Signal::TERM)).await;
+    println!("drained: output paused for {pause:?}");
+    assert!(pause < Duration::from_secs(2), "{pause:?}");
+}
+
+#[tokio::test]
+async fn the_other_services_may_die_while_a_turn_runs() {
+    let stack = Stack::start(TWO_RUNNERS).await.unwrap();
+    let pause = disturbed(&stack, || {
+        for service in ["scheduler", "auth", "credential-vault"] {
+            Stack::signal(&stack.pids(service), Signal::KILL);
+        }
+    })
+    .await;
+    println!("scheduler, auth and vault killed: output paused for {pause:?}");
+}
+
+#[tokio::test]
+async fn an_agent_in_a_sprite_that_dies_ends_its_turn_with_a_reason() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let session = stack.session("shell", "echo begun; sleep 600").await.unwrap();
+    let mut events = stack.stream(&session, 0).await.unwrap();
+    events.until_output("begun").await.unwrap();
+    let sprites = format!("{}/v1/sprites", stack.ready_text("/sprites_url"));
+    let token = stack.ready_text("/sprites_token");
+    let list: Value = stack.http.get(&sprites).bearer_auth(&token).send().await.unwrap().json().await.unwrap();
+    let name = list["sprites"][0]["name"].as_str().unwrap();
+    assert_eq!(stack.http.delete(format!("{sprites}/{name}")).bearer_auth(&token).send().await.unwrap().status(), 204);
+    let rest = events.all().await.unwrap();
+    assert_eq!(rest.last().unwrap()["message"], "The sandbox disappeared while the agent was running");
+}
