@@ -1,6 +1,7 @@
 #!/usr/bin/perl
 # Follows a turn's spool and writes frames to standard output: `<tag> <offset> <length> <checksum>\n` and the bytes.
-#   O, E  bytes of stdout, stderr        T  nothing new, but alive        X  how the agent ended; the last frame
+#   O, E  bytes of stdout, stderr        T  nothing new, but alive
+#   X     how the agent ended, with the number of bytes of both files that came before; the last frame
 # usage: follow.pl DIR STDOUT_OFFSET STDERR_OFFSET
 use strict;
 use warnings;
@@ -34,7 +35,8 @@ sub frame {
 sub status {
     open(my $file, "<", "exit") or return undef;
     my $line = <$file>;
-    chomp $line if defined $line;
+    $line = "lost" unless defined $line;
+    chomp $line;
     return $line;
 }
 
@@ -46,33 +48,39 @@ sub is_lost {
 }
 
 my ($silent_since, $checked) = (time, time);
+my ($status, $whole);
 while (1) {
-    # Read before the spool: when nothing is left after it, nothing will come.
-    my $status = status();
+    # What the files hold once the status is there is the agent's; whatever a daemon of its writes later is not.
+    if (!defined $status && defined($status = status())) {
+        $whole = (-s "stdout" || 0) + (-s "stderr" || 0);
+    }
     my $moved = 0;
     for my $file (@spool) {
         unless ($file->[3]) {
-            open($file->[3], "<:raw", $file->[1]) or next;
-            sysseek($file->[3], $file->[2], 0);
+            # Not into the list itself: a handle that failed to open is true all the same.
+            open(my $handle, "<:raw", $file->[1]) or next;
+            sysseek($handle, $file->[2], 0) or die "follow: $file->[1]: $!\n";
+            $file->[3] = $handle;
         }
-        my $read = sysread($file->[3], my $data, 65536);
-        next unless $read;
+        my $count = sysread($file->[3], my $data, 65536);
+        next unless $count;
         frame($file->[0], $file->[2], $data);
-        $file->[2] += $read;
+        $file->[2] += $count;
         $moved = 1;
+    }
+    my $read = $spool[0][2] + $spool[1][2];
+    if (defined $status && $read >= $whole) {
+        frame("X", $read, $status);
+        exit 0;
     }
     if ($moved) {
         $silent_since = time;
         next;
     }
-    if (defined $status) {
-        frame("X", 0, $status);
-        exit 0;
-    }
     if (time > $checked) {
         $checked = time;
         if (is_lost() && !defined status()) {
-            frame("X", 0, "lost");
+            frame("X", $read, "lost");
             exit 0;
         }
     }

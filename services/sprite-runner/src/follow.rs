@@ -200,6 +200,10 @@ impl Frames {
             b'E' => &mut self.stderr_offset,
             b'T' => return Ok(Some(Frame::Alive)),
             b'X' => {
+                // The spool wins: an end before its last byte is none.
+                if offset != self.stdout_offset + self.stderr_offset {
+                    return Err(Broken::Garbled);
+                }
                 let status = std::str::from_utf8(&data).ok().and_then(Status::parse).ok_or(Broken::Garbled)?;
                 return Ok(Some(Frame::End(status)));
             }
@@ -316,7 +320,7 @@ mod tests {
 
     #[test]
     fn frames_are_found_however_the_bytes_are_cut() {
-        let bytes: Vec<u8> = [frame('O', 5, "one\n"), frame('T', 0, ""), frame('O', 9, "two"), frame('X', 0, "exit 3")].concat();
+        let bytes: Vec<u8> = [frame('O', 5, "one\n"), frame('T', 0, ""), frame('O', 9, "two"), frame('X', 12, "exit 3")].concat();
         for cut in 1..bytes.len() {
             let mut frames = Frames::new((5, 0));
             let mut text = String::new();
@@ -330,7 +334,7 @@ mod tests {
 
     #[test]
     fn lost_bytes_are_noticed() {
-        let whole: Vec<u8> = [frame('O', 0, "aaaaaaaaaaaaaaaa"), frame('O', 16, "bbbb"), frame('X', 0, "exit 0")].concat();
+        let whole: Vec<u8> = [frame('O', 0, "aaaaaaaaaaaaaaaa"), frame('O', 16, "bbbb"), frame('X', 20, "exit 0")].concat();
         for from in 0..whole.len() - 12 {
             let damaged: Vec<u8> = [&whole[..from], &whole[from + 4..]].concat();
             let mut frames = Frames::new((0, 0));
@@ -338,6 +342,13 @@ mod tests {
             let read = collect(&mut frames);
             assert!(!matches!(&read, Ok(text) if text.ends_with("Exited(0)")), "bytes {from}.. lost unnoticed: {read:?}");
         }
+    }
+
+    #[test]
+    fn an_end_before_the_last_byte_is_none() {
+        let mut frames = Frames::new((0, 0));
+        frames.push(&frame('X', 7, "exit 0"));
+        assert!(matches!(frames.next(), Err(Broken::Garbled)));
     }
 
     #[test]

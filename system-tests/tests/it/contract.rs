@@ -156,7 +156,7 @@ async fn a_burst_of_output_arrives_whole() {
     let begun = std::time::Instant::now();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let of = |stream: &str| events.iter().filter(|event| event["stream"] == stream).filter_map(|event| event["data"].as_str()).collect::<String>();
-    assert_eq!(of("stdout").len(), 20_000_001);
+    assert_eq!(of("stdout").len(), 20_000_001, "{} events, the last {:?}", events.len(), events.last());
     let expected: String = (1..=200_000).map(|i| format!("{i}\n")).collect();
     assert!(of("stderr") == expected, "stderr is whole");
     println!("21 MB in {:?}, {} events", begun.elapsed(), events.len());
