@@ -33,7 +33,12 @@ pub fn write_messages(out: &Path) -> Result<()> {
     prost_build::Config::new()
         .out_dir(out)
         .bytes([".aod.session.v1.Output.data", ".aod.scheduler.v1.RecordedEvent.payload"])
-        .skip_debug([".aod.vault.v1.PutCredentialRequest", ".aod.vault.v1.PutSecretRequest", ".aod.vault.v1.BundledSecret", ".aod.vault.v1.Bundle"])
+        .skip_debug([
+            ".aod.vault.v1.PutCredentialRequest",
+            ".aod.vault.v1.PutSecretRequest",
+            ".aod.vault.v1.BundledSecret",
+            ".aod.vault.v1.Bundle",
+        ])
         .compile_fds(descriptors)
         .context("writing messages")
 }

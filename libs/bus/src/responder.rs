@@ -65,7 +65,8 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
                     request = endpoint.next() => match request { Some(request) => request, None => break },
                 };
                 let Ok(permit) = permits.clone().try_acquire_owned() else {
-                    answer(&request, R::SUBJECT, Err::<R::Reply, _>(Failure::new(ErrorCode::Unavailable, "The service is overloaded"))).await;
+                    answer(&request, R::SUBJECT, Err::<R::Reply, _>(Failure::new(ErrorCode::Unavailable, "The service is overloaded")))
+                        .await;
                     continue;
                 };
                 let (state, handler) = (state.clone(), handler.clone());

@@ -27,7 +27,8 @@ async fn a_failure_arrives_as_it_was_meant() {
     let nats = Nats::start().unwrap();
     let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
     let responder = Responder::start(&server, "auth", (), TaskTracker::new(), CancellationToken::new()).await.unwrap();
-    let fail = |(), _: auth::VerifyKeyRequest| async { Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1)) };
+    let fail =
+        |(), _: auth::VerifyKeyRequest| async { Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1)) };
     responder.serve::<rpc::VerifyKey, _, _>(fail).await.unwrap();
     let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
     assert_eq!(failure, Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1));

@@ -165,7 +165,8 @@ mod tests {
 
     #[test]
     fn leases_are_minted_by_the_scheduler_and_redeemed_by_runners_alone() {
-        let callers = |subject: &str| ALL.iter().filter(|a| a.publish.iter().any(|p| matches(p, subject))).map(|a| a.user).collect::<Vec<_>>();
+        let callers =
+            |subject: &str| ALL.iter().filter(|a| a.publish.iter().any(|p| matches(p, subject))).map(|a| a.user).collect::<Vec<_>>();
         assert_eq!(callers("aod.rpc.vault.v1.lease.mint"), ["scheduler"]);
         assert_eq!(callers("aod.rpc.vault.v1.lease.redeem"), ["runner"]);
         assert_eq!(callers("aod.rpc.scheduler.v1.turn.claim"), ["runner"]);

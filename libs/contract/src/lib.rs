@@ -55,4 +55,6 @@ pub mod proto {
     }
 }
 
-pub use proto::aod::{auth::v1 as auth, common::v1 as common, runner::v1 as runner, scheduler::v1 as scheduler, session::v1 as session, vault::v1 as vault};
+pub use proto::aod::{
+    auth::v1 as auth, common::v1 as common, runner::v1 as runner, scheduler::v1 as scheduler, session::v1 as session, vault::v1 as vault,
+};

@@ -89,7 +89,12 @@ pub const RUNNER: ConsumerSpec = ConsumerSpec {
 };
 
 /// EVENTS into Postgres. One reader at a time, so that the record never has a hole.
-pub const RECORDER: ConsumerSpec =
-    ConsumerSpec { stream: EVENTS.name, name: "recorder", filters: &[subject::SESSION_LOGS], ack_wait: Duration::from_secs(30), max_ack_pending: 20_000 };
+pub const RECORDER: ConsumerSpec = ConsumerSpec {
+    stream: EVENTS.name,
+    name: "recorder",
+    filters: &[subject::SESSION_LOGS],
+    ack_wait: Duration::from_secs(30),
+    max_ack_pending: 20_000,
+};
 
 pub const CONSUMERS: [ConsumerSpec; 2] = [RUNNER, RECORDER];

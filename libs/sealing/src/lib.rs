@@ -72,8 +72,7 @@ pub fn seal(recipient: &[u8], plaintext: &[u8], context: &[u8]) -> Result<Vec<u8
     let sender = PublicKey::from(&ephemeral.0);
     let shared = ephemeral.0.diffie_hellman(&recipient);
     let cipher = cipher(&shared, &sender, &recipient).ok_or(SealError::BadPublicKey)?;
-    let ciphertext =
-        cipher.encrypt(&Nonce::from(NONCE), Payload { msg: plaintext, aad: context }).map_err(|_| SealError::Failed)?;
+    let ciphertext = cipher.encrypt(&Nonce::from(NONCE), Payload { msg: plaintext, aad: context }).map_err(|_| SealError::Failed)?;
     Ok([sender.as_bytes().as_slice(), &ciphertext].concat())
 }
 

@@ -118,7 +118,7 @@ impl Env {
         if self.help_wanted {
             let mut text = format!("{}: {}\n\nSettings, from the environment:\n", self.name, self.about);
             for (name, meaning, kind) in &self.described {
-                let _ = write!(text, "  {name:<32} {meaning} ({kind})\n");
+                let _ = writeln!(text, "  {name:<32} {meaning} ({kind})");
             }
             return Verdict::Help(text);
         }
@@ -148,7 +148,12 @@ mod tests {
     #[test]
     fn every_problem_is_reported_at_once() {
         let mut env = env(&[("PORT", "x"), ("GRACE", "0")]);
-        let _ = (env.parsed("PORT", "a port", 1_u16), env.required("URL", "where"), env.seconds("GRACE", "grace", 3), env.secret("KEY", "a key"));
+        let _ = (
+            env.parsed("PORT", "a port", 1_u16),
+            env.required("URL", "where"),
+            env.seconds("GRACE", "grace", 3),
+            env.secret("KEY", "a key"),
+        );
         let Verdict::Refused(text) = env.finish() else { panic!("accepted") };
         for name in ["PORT", "URL", "GRACE", "KEY"] {
             assert!(text.contains(name), "{text}");

@@ -60,7 +60,8 @@ impl Exec {
         bearer.set_sensitive(true);
         handshake.headers_mut().insert("authorization", bearer);
         let config = WebSocketConfig::default().max_message_size(Some(16 << 20));
-        let connect = tokio_tungstenite::connect_async_with_config(handshake, Some(config), true);
+        // Boxed: a TLS handshake's state is large, and so would be every future around it.
+        let connect = Box::pin(tokio_tungstenite::connect_async_with_config(handshake, Some(config), true));
         match tokio::time::timeout(HANDSHAKE_TIMEOUT, connect).await {
             Ok(Ok((socket, _))) => Ok(Self { socket }),
             Ok(Err(tungstenite::Error::Http(response))) => {

@@ -152,7 +152,9 @@ impl Client {
                 Err(error) => Error::transport(error),
             };
             let delay = match &error {
-                Error::NotFound { .. } if absence == Absence::Spurious && attempt < SPURIOUS_NOT_FOUND_ATTEMPTS => Some(RETRY.jittered(attempt)),
+                Error::NotFound { .. } if absence == Absence::Spurious && attempt < SPURIOUS_NOT_FOUND_ATTEMPTS => {
+                    Some(RETRY.jittered(attempt))
+                }
                 error if error.is_transient() => RETRY.delay(attempt).map(|delay| delay.max(error.retry_after().unwrap_or_default())),
                 _ => None,
             };
@@ -245,7 +247,7 @@ impl Sprite {
     pub async fn run(&self, request: &ExecRequest<'_>, limit: Duration) -> Result<Finished, Error> {
         let mut attempt = 1;
         loop {
-            let once = async { self.exec(request).await?.finish().await };
+            let once = Box::pin(async { self.exec(request).await?.finish().await });
             let error = match tokio::time::timeout(limit, once).await {
                 Ok(Ok(finished)) => return Ok(finished),
                 Ok(Err(error)) => error,

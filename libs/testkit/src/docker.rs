@@ -23,7 +23,8 @@ impl Container {
     /// # Errors
     /// When Docker refuses.
     pub fn run(options: &[&str], image: &str, args: &[&str]) -> anyhow::Result<Self> {
-        let output = Command::new("docker").args(["run", "--rm", "--detach"]).args(options).arg(image).args(args).output().context("docker")?;
+        let output =
+            Command::new("docker").args(["run", "--rm", "--detach"]).args(options).arg(image).args(args).output().context("docker")?;
         ensure!(output.status.success(), "docker run {image}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(Self { id: String::from_utf8(output.stdout)?.trim().to_owned() })
     }

@@ -9,7 +9,10 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use bus::Bus;
-use contract::{access::{self, Access}, topology};
+use contract::{
+    access::{self, Access},
+    topology,
+};
 use tempfile::TempDir;
 
 use crate::{
@@ -60,7 +63,9 @@ impl Nats {
             let variables = passwords.map(|(name, value)| format!("{name}={value}"));
             let mut options = vec!["--publish", publish.as_str(), "--volume", volume.as_str()];
             options.extend(variables.iter().flat_map(|variable| ["--env", variable.as_str()]));
-            Running::Container { _container: Container::run(&options, "nats:2.12", &["-c", "/conf/nats-server.conf", "-sd", "/tmp/store"])? }
+            Running::Container {
+                _container: Container::run(&options, "nats:2.12", &["-c", "/conf/nats-server.conf", "-sd", "/tmp/store"])?,
+            }
         };
         self.running = Some(running);
         for _ in 0..1000 {
@@ -91,12 +96,7 @@ impl Nats {
     /// The settings of a user of the bus.
     #[must_use]
     pub fn config(&self, access: &Access) -> bus::Config {
-        bus::Config {
-            url: self.url(),
-            user: access.user,
-            password: password(access).into(),
-            name: format!("test/{}", access.user),
-        }
+        bus::Config { url: self.url(), user: access.user, password: password(access).into(), name: format!("test/{}", access.user) }
     }
 
     /// `NATS_URL`.
@@ -161,7 +161,8 @@ fn find_program() -> Option<PathBuf> {
 fn new_enough(program: &PathBuf) -> anyhow::Result<bool> {
     let output = Command::new(program).arg("--version").output()?;
     let text = String::from_utf8(output.stdout)?;
-    let version = text.split_whitespace().map(|word| word.trim_start_matches('v')).find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    let version =
+        text.split_whitespace().map(|word| word.trim_start_matches('v')).find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
     let mut parts = version.context("no version")?.split('.');
     let (major, minor): (u32, u32) = (parts.next().context("major")?.parse()?, parts.next().context("minor")?.parse()?);
     Ok((major, minor) >= (2, 12))

@@ -44,7 +44,10 @@ impl Server {
             let port = free_port()?;
             let (publish, password) = (format!("127.0.0.1:{port}:5432"), format!("POSTGRES_PASSWORD={PASSWORD}"));
             let container = Container::run(&["--publish", &publish, "--env", &password], "postgres:17", &[])?;
-            return Ok(Self { url: format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}"), running: Running::Container { _container: container } });
+            return Ok(Self {
+                url: format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}"),
+                running: Running::Container { _container: container },
+            });
         };
         let data = tempfile::Builder::new().prefix("aod-postgres-").tempdir()?;
         let password_file = data.path().join("password");
@@ -66,13 +69,19 @@ impl Server {
             command
         };
         let mut initdb = as_user(bin.join("initdb"));
-        initdb.args(["--no-sync", "-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8", "-D"]).arg(&cluster).arg("--pwfile").arg(&password_file);
+        initdb
+            .args(["--no-sync", "-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8", "-D"])
+            .arg(&cluster)
+            .arg("--pwfile")
+            .arg(&password_file);
         let output = initdb.output().context("initdb")?;
         ensure!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
         let port = free_port()?;
         let mut postgres = as_user(bin.join("postgres"));
         postgres.arg("-D").arg(&cluster).args(["-p", &port.to_string()]);
-        for setting in ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "full_page_writes=off", "max_connections=300"] {
+        for setting in
+            ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "full_page_writes=off", "max_connections=300"]
+        {
             postgres.args(["-c", setting]);
         }
         let child = spawn_tied(postgres)?;
@@ -180,7 +189,8 @@ fn find_bin() -> Option<PathBuf> {
     let packaged = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
     let path = std::env::vars().find(|(name, _)| name == "PATH").map(|(_, path)| path).unwrap_or_default();
     let on_path = path.split(':').map(|dir| Path::new(dir).to_path_buf()).collect::<Vec<_>>();
-    let mut bins: Vec<PathBuf> = packaged.chain(on_path).filter(|bin| bin.join("initdb").exists() && bin.join("postgres").exists()).collect();
+    let mut bins: Vec<PathBuf> =
+        packaged.chain(on_path).filter(|bin| bin.join("initdb").exists() && bin.join("postgres").exists()).collect();
     bins.sort();
     bins.pop()
 }

@@ -56,7 +56,9 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum Agents {
     List,
-    Get { id: String },
+    Get {
+        id: String,
+    },
     Create {
         #[arg(long)]
         name: String,
@@ -75,7 +77,9 @@ enum Agents {
 #[derive(Debug, Subcommand)]
 enum Envs {
     List,
-    Get { id: String },
+    Get {
+        id: String,
+    },
     Create {
         #[arg(long)]
         name: String,
@@ -91,7 +95,9 @@ enum Envs {
 #[derive(Debug, Subcommand)]
 enum Sessions {
     List,
-    Get { id: String },
+    Get {
+        id: String,
+    },
     Create {
         #[arg(long)]
         agent: String,
@@ -101,10 +107,17 @@ enum Sessions {
         prompt: String,
     },
     /// The turns of a session
-    Turns { id: String },
+    Turns {
+        id: String,
+    },
     /// The next turn of a completed session
-    Prompt { id: String, prompt: String },
-    Terminate { id: String },
+    Prompt {
+        id: String,
+        prompt: String,
+    },
+    Terminate {
+        id: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -125,8 +138,12 @@ enum Kind {
 enum Credentials {
     List,
     /// Store a credential; its value is read from standard input
-    Set { kind: Kind },
-    Delete { kind: Kind },
+    Set {
+        kind: Kind,
+    },
+    Delete {
+        kind: Kind,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -137,7 +154,9 @@ enum Keys {
         #[arg(long)]
         name: String,
     },
-    Revoke { id: String },
+    Revoke {
+        id: String,
+    },
 }
 
 impl Cli {

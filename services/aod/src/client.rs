@@ -110,7 +110,13 @@ impl Api {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> ApiFailure {
-        let reason = if error.is_timeout() { "no answer in time" } else if error.is_connect() { "no connection" } else { "the answer broke off" };
+        let reason = if error.is_timeout() {
+            "no answer in time"
+        } else if error.is_connect() {
+            "no connection"
+        } else {
+            "the answer broke off"
+        };
         ApiFailure::Unreachable { url: self.base_url.clone(), reason: reason.to_owned() }
     }
 }

@@ -88,7 +88,8 @@ async fn serve(args: DevArgs) -> Result<(), DevError> {
         return Err(DevError::Broken("signals cannot be received".to_owned()));
     };
     let api = SocketAddr::from((Ipv4Addr::LOCALHOST, args.port));
-    TcpListener::bind(api).map_err(|error| DevError::Unfit(format!("port {} cannot be used: {error}; choose another with --port", args.port)))?;
+    TcpListener::bind(api)
+        .map_err(|error| DevError::Unfit(format!("port {} cannot be used: {error}; choose another with --port", args.port)))?;
     let tools = Tools::find(args.scripted_model)?;
     let data = DataDir::open(args.data_dir.clone(), &tools)?;
     let mut stack = Stack::new(tools, data, api, args.scripted_model, args.runners.max(1), !args.no_restart, args.ready_file.clone())?;

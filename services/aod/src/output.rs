@@ -38,7 +38,8 @@ impl Output {
         let header = table.0.iter().map(|name| name.to_uppercase()).collect::<Vec<_>>();
         let cells = rows.iter().map(|row| table.0.iter().map(|name| cell(row.get(name).unwrap_or(&Value::Null))).collect::<Vec<_>>());
         let lines: Vec<Vec<String>> = std::iter::once(header).chain(cells).collect();
-        let width = |column: usize| lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max().unwrap_or_default();
+        let width =
+            |column: usize| lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max().unwrap_or_default();
         let widths: Vec<usize> = (0..table.0.len()).map(width).collect();
         for line in &lines {
             let padded: Vec<String> = line.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();

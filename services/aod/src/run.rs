@@ -105,7 +105,9 @@ async fn watch(api: &Api, session: &str, since: u64, idle: Option<Duration>, mut
     let following = follow(api, session, since, idle, |event| {
         printer.print(event);
         match text(event, "type") {
-            "exit" => code = ExitCode::from(event.get("code").and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1)),
+            "exit" => {
+                code = ExitCode::from(event.get("code").and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+            }
             "error" | "terminated" => code = ExitCode::FAILURE,
             _ => return Next::Continue,
         }
@@ -200,7 +202,11 @@ fn show_line(line: &str) {
         }
         "user" => {
             for block in blocks.iter().filter(|block| text(block, "type") == "tool_result") {
-                let result = block.get("content").and_then(Value::as_str).map(str::to_owned).unwrap_or_else(|| block.get("content").map(Value::to_string).unwrap_or_default());
+                let result = block
+                    .get("content")
+                    .and_then(Value::as_str)
+                    .map(str::to_owned)
+                    .unwrap_or_else(|| block.get("content").map(Value::to_string).unwrap_or_default());
                 result.lines().for_each(|line| print(&format!("← {line}")));
             }
         }

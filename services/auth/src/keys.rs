@@ -42,11 +42,13 @@ pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKey
         return Err(refused("API key has expired"));
     }
     if !key.used_recently {
-        sqlx::query("update api_key set last_used_at = now() where key_id = $1 and coalesce(last_used_at < now() - interval '1 minute', true)")
-            .bind(key.key_id)
-            .execute(&pool)
-            .await
-            .map_err(Failure::internal)?;
+        sqlx::query(
+            "update api_key set last_used_at = now() where key_id = $1 and coalesce(last_used_at < now() - interval '1 minute', true)",
+        )
+        .bind(key.key_id)
+        .execute(&pool)
+        .await
+        .map_err(Failure::internal)?;
     }
     Ok(VerifyKeyReply {
         user_id: key.user_id.to_string(),

@@ -17,7 +17,10 @@ pub async fn ensure(pool: PgPool, request: EnsureUserRequest) -> Result<User, Fa
         .execute(&pool)
         .await
         .map_err(Failure::internal)?;
-    let id: Uuid =
-        sqlx::query_scalar("select user_id from account where name = $1").bind(&request.name).fetch_one(&pool).await.map_err(Failure::internal)?;
+    let id: Uuid = sqlx::query_scalar("select user_id from account where name = $1")
+        .bind(&request.name)
+        .fetch_one(&pool)
+        .await
+        .map_err(Failure::internal)?;
     Ok(User { user_id: UserId::from_uuid(id).to_string(), name: request.name })
 }

@@ -41,10 +41,11 @@ impl Vault {
 
 /// Opens one stored secret, if there is any: a wrong key is found at the start and not at the first session.
 pub async fn prove_key(vault: &Vault) -> anyhow::Result<()> {
-    let row: Option<SecretRow> =
-        sqlx::query_as("select secret_id, user_id, kind, key_version, wrapped_key, ciphertext from secret order by key_version desc limit 1")
-            .fetch_optional(&vault.pool)
-            .await?;
+    let row: Option<SecretRow> = sqlx::query_as(
+        "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext from secret order by key_version desc limit 1",
+    )
+    .fetch_optional(&vault.pool)
+    .await?;
     if let Some(row) = row {
         vault.open(row)?;
     }

@@ -1,5 +1,7 @@
 //! The vault as a process' worth of it: real Postgres, real NATS, called as others call it.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::Duration;
 
 use bus::Bus;
@@ -36,7 +38,8 @@ impl Vault {
         let vault = Self { nats: Nats::start().unwrap(), database: Database::create().await.unwrap() };
         credential_vault::run(vault.config("0123456789abcdef"), Lifecycle::new()).await.unwrap();
         let connect = |access| vault.nats.connect(access);
-        let buses = (connect(&access::GATEWAY).await.unwrap(), connect(&access::SCHEDULER).await.unwrap(), connect(&access::RUNNER).await.unwrap());
+        let buses =
+            (connect(&access::GATEWAY).await.unwrap(), connect(&access::SCHEDULER).await.unwrap(), connect(&access::RUNNER).await.unwrap());
         (vault, buses.0, buses.1, buses.2)
     }
 }

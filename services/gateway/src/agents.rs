@@ -29,7 +29,8 @@ pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Resul
     let name = fields.string("name", NAME_CHARS_MAX);
     let model = fields.string("model", MODEL_CHARS_MAX);
     let provider = fields.optional_string("provider", 32);
-    let runtime = if provider.is_some() { fields.optional_string("runtime", BODY_BYTES_MAX) } else { Some(fields.string("runtime", BODY_BYTES_MAX)) };
+    let runtime =
+        if provider.is_some() { fields.optional_string("runtime", BODY_BYTES_MAX) } else { Some(fields.string("runtime", BODY_BYTES_MAX)) };
     let system = fields.optional_string("system", BODY_BYTES_MAX).unwrap_or_default();
     let description = fields.optional_string("description", BODY_BYTES_MAX).unwrap_or_default();
     let environment_id = fields.optional_string("environment_id", BODY_BYTES_MAX);

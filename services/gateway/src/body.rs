@@ -113,11 +113,21 @@ impl Fields {
         let input = self.get(name)?.clone();
         match coerce_integer(&input) {
             Ok(number) if number < min => {
-                self.errors.push(FieldError::new("greater_than_equal", &[name], format!("Input should be greater than or equal to {min}"), input));
+                self.errors.push(FieldError::new(
+                    "greater_than_equal",
+                    &[name],
+                    format!("Input should be greater than or equal to {min}"),
+                    input,
+                ));
                 None
             }
             Ok(number) if number > max => {
-                self.errors.push(FieldError::new("less_than_equal", &[name], format!("Input should be less than or equal to {max}"), input));
+                self.errors.push(FieldError::new(
+                    "less_than_equal",
+                    &[name],
+                    format!("Input should be less than or equal to {max}"),
+                    input,
+                ));
                 None
             }
             Ok(number) => Some(number),
@@ -211,7 +221,9 @@ mod tests {
 
     #[test]
     fn integers_are_taken_as_pydantic_takes_them() {
-        for (text, expected) in [("60", Ok(60)), ("\"60\"", Ok(60)), ("60.0", Ok(60)), ("\" 60 \"", Ok(60)), ("\"60.0\"", Ok(60)), ("true", Ok(1))] {
+        for (text, expected) in
+            [("60", Ok(60)), ("\"60\"", Ok(60)), ("60.0", Ok(60)), ("\" 60 \"", Ok(60)), ("\"60.0\"", Ok(60)), ("true", Ok(1))]
+        {
             assert_eq!(coerce_integer(&serde_json::from_str(text).unwrap()), expected, "{text}");
         }
         for (text, kind) in [("60.5", "int_from_float"), ("\"x\"", "int_parsing"), ("[]", "int_type"), ("1e300", "int_from_float")] {

@@ -34,7 +34,9 @@ pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Resul
     let networking = fields.object("networking");
     match networking.get("type").and_then(Value::as_str) {
         None | Some("unrestricted") => {}
-        Some("limited") => fields.add(FieldError::value("networking", "limited networking is not supported by this version", "limited".into())),
+        Some("limited") => {
+            fields.add(FieldError::value("networking", "limited networking is not supported by this version", "limited".into()))
+        }
         Some(other) => fields.add(FieldError::value("networking", "type must be 'unrestricted' or 'limited'", other.into())),
     }
     if setup_script.contains('\0') || name.contains('\0') || Value::Object(env_vars.clone()).to_string().contains("\\u0000") {

@@ -17,12 +17,8 @@ pub async fn health(State(app): State<App>) -> (StatusCode, Json<Value>) {
         app.bus.call::<rpc::VaultHealth>(&Empty {}, DEADLINE),
         app.bus.call::<rpc::SchedulerHealth>(&Empty {}, DEADLINE),
     );
-    let checks = [
-        ("nats", app.bus.is_connected()),
-        ("auth", auth.is_ok()),
-        ("scheduler", scheduler.is_ok()),
-        ("credential_vault", vault.is_ok()),
-    ];
+    let checks =
+        [("nats", app.bus.is_connected()), ("auth", auth.is_ok()), ("scheduler", scheduler.is_ok()), ("credential_vault", vault.is_ok())];
     let healthy = checks.iter().all(|(_, ok)| *ok);
     let word = |ok: bool| if ok { "ok" } else { "failed" };
     let checks: serde_json::Map<_, _> = checks.into_iter().map(|(name, ok)| (name.to_owned(), Value::from(word(ok)))).collect();

@@ -55,7 +55,11 @@ impl Config {
             addr: env.parsed("AOD_LISTEN_ADDR", "where the API listens", ([127, 0, 0, 1], 8777).into()),
             api: ApiConfig {
                 default_timeout_seconds: env.parsed("DEFAULT_TIMEOUT", "a turn's timeout where none is given, in seconds", 600),
-                default_session_limit: env.parsed("DEFAULT_MAX_CONCURRENT_SESSIONS", "active sessions of a user without a limit of its own", 100),
+                default_session_limit: env.parsed(
+                    "DEFAULT_MAX_CONCURRENT_SESSIONS",
+                    "active sessions of a user without a limit of its own",
+                    100,
+                ),
                 shell_runtime: env.parsed("ENABLE_SHELL_RUNTIME", "allow the shell runtime", false),
                 stream_stale: env.seconds("STREAM_STALE_SECONDS", "how long a stream may be silent before it ends", 600),
                 cors_origins: list(env.parsed("AOD_CORS_ORIGINS", "origins that browsers may call from", "*".to_owned())),

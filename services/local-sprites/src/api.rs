@@ -123,7 +123,8 @@ async fn create_sprite(State(api): State<Api>, body: Bytes) -> Response {
     let Ok(body) = serde_json::from_slice::<Value>(&body) else { return failure(StatusCode::BAD_REQUEST, "invalid JSON") };
     let Some(name) = body.get("name").and_then(Value::as_str) else { return failure(StatusCode::BAD_REQUEST, "name is required") };
     let Ok(name) = name.parse::<SpriteName>() else { return failure(StatusCode::BAD_REQUEST, "name is not a DNS label") };
-    let labels = body.get("labels").and_then(Value::as_array).map(|labels| labels.iter().filter_map(|l| l.as_str().map(str::to_owned)).collect());
+    let labels =
+        body.get("labels").and_then(Value::as_array).map(|labels| labels.iter().filter_map(|l| l.as_str().map(str::to_owned)).collect());
     match api.registry.create(&name, labels.unwrap_or_default()).await {
         Ok(record) => (StatusCode::CREATED, Json(describe(&record))).into_response(),
         Err(error) => error.into_response(),
@@ -431,7 +432,12 @@ fn target(query: &Query) -> PathBuf {
     files::absolute(query.get("workingDir").unwrap_or("/"), query.get("path").unwrap_or_default())
 }
 
-async fn read_file(State(api): State<Api>, Path(name): Path<String>, RawQuery(query): RawQuery, headers: HeaderMap) -> Result<Response, Response> {
+async fn read_file(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Result<Response, Response> {
     let range = headers.get(header::RANGE).and_then(|value| value.to_str().ok()).map(str::to_owned);
     // Ranges to the end alone: what a reader needs that lost its place.
     let offset = range.as_deref().and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<u64>().ok());
@@ -444,24 +450,33 @@ async fn read_file(State(api): State<Api>, Path(name): Path<String>, RawQuery(qu
             (StatusCode::RANGE_NOT_SATISFIABLE, [(header::CONTENT_RANGE, format!("bytes */{size}"))]).into_response()
         }
         Some(offset) => {
-            let range = HeaderValue::try_from(format!("bytes {offset}-{}/{size}", size - 1)).unwrap_or_else(|_| HeaderValue::from_static(""));
+            let range =
+                HeaderValue::try_from(format!("bytes {offset}-{}/{size}", size - 1)).unwrap_or_else(|_| HeaderValue::from_static(""));
             (StatusCode::PARTIAL_CONTENT, [binary, (header::CONTENT_RANGE, range)], body(file)).into_response()
         }
     })
 }
 
-async fn write_file(State(api): State<Api>, Path(name): Path<String>, RawQuery(query): RawQuery, body: Bytes) -> Result<Json<Value>, Response> {
+async fn write_file(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    RawQuery(query): RawQuery,
+    body: Bytes,
+) -> Result<Json<Value>, Response> {
     let query = Query::parse(query);
-    let mode = parse_mode(query.get("mode").unwrap_or("0644"))?;
+    let mode = parse_mode(query.get("mode").unwrap_or("0644")).ok_or_else(bad_request("mode is not octal"))?;
     let parents = query.get("mkdirParents").or_else(|| query.get("mkdir")) != Some("false");
     let (path, size) = (target(&query), body.len());
     in_root(&api, &name, path.clone(), move |root, path| root.write(path, &body, mode, parents)).await?;
     Ok(Json(json!({ "path": path.to_string_lossy(), "size": size, "mode": format!("{mode:04o}") })))
 }
 
-fn parse_mode(text: &str) -> Result<u32, Response> {
-    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777);
-    mode.ok_or_else(|| failure(StatusCode::BAD_REQUEST, "mode is not octal"))
+fn parse_mode(text: &str) -> Option<u32> {
+    u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777)
+}
+
+fn bad_request(message: &'static str) -> impl FnOnce() -> Response {
+    move || failure(StatusCode::BAD_REQUEST, message)
 }
 
 async fn list_files(State(api): State<Api>, Path(name): Path<String>, RawQuery(query): RawQuery) -> Result<Json<Value>, Response> {
@@ -481,8 +496,8 @@ async fn delete_file(State(api): State<Api>, Path(name): Path<String>, RawQuery(
 struct Change(HashMap<String, Value>);
 
 impl Change {
-    fn parse(body: &Bytes) -> Result<Self, Response> {
-        serde_json::from_slice(body).map(Self).map_err(|_| failure(StatusCode::BAD_REQUEST, "invalid JSON"))
+    fn parse(body: &Bytes) -> Option<Self> {
+        serde_json::from_slice(body).map(Self).ok()
     }
 
     fn text(&self, name: &str) -> &str {
@@ -495,7 +510,7 @@ impl Change {
 }
 
 async fn rename_file(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<Json<Value>, Response> {
-    let change = Change::parse(&body)?;
+    let change = Change::parse(&body).ok_or_else(bad_request("invalid JSON"))?;
     let (source, dest) = (change.path("source"), change.path("dest"));
     let to = dest.clone();
     in_root(&api, &name, source.clone(), move |root, from| root.rename(from, &to)).await?;
@@ -503,7 +518,7 @@ async fn rename_file(State(api): State<Api>, Path(name): Path<String>, body: Byt
 }
 
 async fn copy_file(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<Json<Value>, Response> {
-    let change = Change::parse(&body)?;
+    let change = Change::parse(&body).ok_or_else(bad_request("invalid JSON"))?;
     let (source, dest) = (change.path("source"), change.path("dest"));
     let to = dest.clone();
     let size = in_root(&api, &name, source.clone(), move |root, from| root.copy(from, &to)).await?;
@@ -512,8 +527,8 @@ async fn copy_file(State(api): State<Api>, Path(name): Path<String>, body: Bytes
 }
 
 async fn chmod_file(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<Json<Value>, Response> {
-    let change = Change::parse(&body)?;
-    let (path, mode) = (change.path("path"), parse_mode(change.text("mode"))?);
+    let change = Change::parse(&body).ok_or_else(bad_request("invalid JSON"))?;
+    let (path, mode) = (change.path("path"), parse_mode(change.text("mode")).ok_or_else(bad_request("mode is not octal"))?);
     in_root(&api, &name, path.clone(), move |root, path| root.chmod(path, mode)).await?;
     Ok(Json(json!({ "affected": [{ "path": path.to_string_lossy(), "mode": format!("{mode:04o}") }], "count": 1 })))
 }

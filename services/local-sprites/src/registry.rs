@@ -87,7 +87,8 @@ impl Registry {
     }
 
     pub async fn create(&self, name: &SpriteName, labels: Vec<String>) -> Result<Record, RegistryError> {
-        let record = Record { id: Uuid::new_v4(), name: name.to_string(), created_at_us: Timestamp::now().unix_micros(), labels, holder: None };
+        let record =
+            Record { id: Uuid::new_v4(), name: name.to_string(), created_at_us: Timestamp::now().unix_micros(), labels, holder: None };
         // A directory of its own for each life of a name: a deletion that still goes on does not touch a new one.
         let sprite = Arc::new(Sprite::new(self.dir.join(format!("{name}.{}", record.id.simple())), record));
         let mut booting = sprite.boot.lock().await;

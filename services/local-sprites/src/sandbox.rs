@@ -147,7 +147,8 @@ impl Sandboxes {
                 self.link_agents(&layer(dir, "usr").join("upper/local/bin"))?;
             }
             let etc = if self.overlay { layer(dir, "etc").join("upper") } else { dir.to_path_buf() };
-            for (file, entry) in [("passwd", format!("{USER}:x:{UID}:{UID}::{HOME}:/bin/bash\n")), ("group", format!("{USER}:x:{UID}:\n"))] {
+            for (file, entry) in [("passwd", format!("{USER}:x:{UID}:{UID}::{HOME}:/bin/bash\n")), ("group", format!("{USER}:x:{UID}:\n"))]
+            {
                 let mut text = fs::read_to_string(Path::new("/etc").join(file)).unwrap_or_default();
                 text.push_str(&entry);
                 fs::write(etc.join(file), text)?;
@@ -182,7 +183,9 @@ impl Sandboxes {
             command.arg("--ro-bind").arg(agents).arg(AGENTS);
         }
         // The resolver's file is often a link into /run, which is the Sprite's own.
-        if let Ok(resolver) = fs::canonicalize("/etc/resolv.conf").and_then(|path| path.starts_with("/run").then_some(path).ok_or(io::ErrorKind::Other.into())) {
+        if let Ok(resolver) = fs::canonicalize("/etc/resolv.conf")
+            .and_then(|path| path.starts_with("/run").then_some(path).ok_or(io::ErrorKind::Other.into()))
+        {
             command.arg("--ro-bind").arg(&resolver).arg(&resolver);
         }
         command.args(["--chdir", HOME, "--info-fd", "2", "--", "/bin/sh", "-c", "echo ready; exec >&-; exec sleep infinity"]);

@@ -1,5 +1,7 @@
 //! The scheduler against real Postgres and NATS, called as others call it; the vault beside it is the real one too.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::Duration;
 
 use bus::{Bus, Failure};
@@ -43,14 +45,8 @@ impl World {
         let vault = testkit::services::start("credential-vault", &settings).unwrap();
         let gateway = nats.connect(&access::GATEWAY).await.unwrap();
         eventually("the vault answers", || async { gateway.call::<rpc::VaultHealth>(&Empty {}, SOON).await.is_ok() }).await;
-        let world = Self {
-            gateway,
-            _vault: vault,
-            runner: nats.connect(&access::RUNNER).await.unwrap(),
-            nats,
-            database,
-            user: UserId::new(),
-        };
+        let world =
+            Self { gateway, _vault: vault, runner: nats.connect(&access::RUNNER).await.unwrap(), nats, database, user: UserId::new() };
         world.run_scheduler(&Lifecycle::new()).await;
         world
     }
@@ -127,7 +123,8 @@ async fn a_turns_end_completes_the_session_and_one_of_racing_prompts_wins() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     assert_eq!(world.complete(&session, 1).await.status, "completed");
-    let request = PromptRequest { user_id: world.user.to_string(), session_id: session.clone(), prompt: "again".to_owned(), timeout_seconds: 60 };
+    let request =
+        PromptRequest { user_id: world.user.to_string(), session_id: session.clone(), prompt: "again".to_owned(), timeout_seconds: 60 };
     let results = join_all((0..20).map(|_| world.gateway.call::<rpc::Prompt>(&request, SOON))).await;
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
     let refused = results.into_iter().find_map(Result::err).unwrap();
@@ -155,7 +152,9 @@ async fn every_claim_raises_the_epoch_until_the_turn_is_settled() {
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned() };
     for expected in 1..=3 {
-        let Verdict::Run(spec) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap() else { panic!("settled") };
+        let Verdict::Run(spec) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap() else {
+            panic!("settled")
+        };
         assert_eq!(spec.epoch, expected);
     }
     world.complete(&session, 1).await;

@@ -58,7 +58,11 @@ async fn messages(State(script): State<Arc<Script>>, headers: HeaderMap, body: B
         }
         Answer::Say { text, tool, delay } => {
             let message = Message { model: request.get("model").cloned().unwrap_or_default(), text, tool };
-            if request.get("stream").and_then(Value::as_bool) == Some(true) { message.stream(delay) } else { Json(message.whole()).into_response() }
+            if request.get("stream").and_then(Value::as_bool) == Some(true) {
+                message.stream(delay)
+            } else {
+                Json(message.whole()).into_response()
+            }
         }
     }
 }

@@ -1,5 +1,10 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::main("scripted-model", "a model that answers from a script, for agents without a key or a network", scripted_model::Config::from_env, scripted_model::run)
+    service::main(
+        "scripted-model",
+        "a model that answers from a script, for agents without a key or a network",
+        scripted_model::Config::from_env,
+        scripted_model::run,
+    )
 }

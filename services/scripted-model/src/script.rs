@@ -82,7 +82,8 @@ impl Script {
             return Answer::Fail { status: fill(status).parse().unwrap_or(500), message: fill(&step.error) };
         }
         // A tool that was not offered is not called: CLIs also ask for titles and the like.
-        let tool = step.tool.as_ref().filter(|tool| question.tools.contains(tool)).map(|tool| (tool.clone(), fill_json(&step.input, &fill)));
+        let tool =
+            step.tool.as_ref().filter(|tool| question.tools.contains(tool)).map(|tool| (tool.clone(), fill_json(&step.input, &fill)));
         Answer::Say { text: fill(&step.text).repeat(step.repeat.unwrap_or(1)), tool, delay: Duration::from_millis(step.delay_ms) }
     }
 }

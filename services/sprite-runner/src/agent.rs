@@ -84,10 +84,8 @@ impl Agent {
         }
         record.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
         let (script_path, prompt_path) = (format!("{}/run-agent.sh", self.turn_dir), format!("{}/prompt", self.turn_dir));
-        let (script, prompt) = tokio::join!(
-            sprite.write(&script_path, self.script.clone(), 0o700),
-            sprite.write(&prompt_path, self.prompt.clone(), 0o600),
-        );
+        let (script, prompt) =
+            tokio::join!(sprite.write(&script_path, self.script.clone(), 0o700), sprite.write(&prompt_path, self.prompt.clone(), 0o600),);
         script.and(prompt).map_err(|error| StageFailed::Failed { stage: Stage::RuntimeStart, message: error.to_string() })?;
         Ok(record.started().await?)
     }

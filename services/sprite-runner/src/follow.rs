@@ -126,8 +126,7 @@ fn lost(message: String) -> Stopped {
 
 async fn read_live(sprite: &Sprite, agent: &Agent, offsets: (u64, u64), chunks: mpsc::Sender<Chunk>) -> Result<Status, Broken> {
     let command = agent.follow_command(offsets.0, offsets.1);
-    let request =
-        ExecRequest { argv: &["bash", "-c", &command], dir: "/", max_run_after_disconnect: Some(Duration::from_secs(1)) };
+    let request = ExecRequest { argv: &["bash", "-c", &command], dir: "/", max_run_after_disconnect: Some(Duration::from_secs(1)) };
     let mut exec = sprite.exec(&request).await?;
     let status = read_frames(&mut exec, Frames::new(offsets), &chunks).await;
     exec.close().await;
@@ -250,7 +249,11 @@ async fn publish(record: &mut Record, mut chunks: mpsc::Receiver<Chunk>) -> Resu
             }
         }
         let tail = data.split_off(data.len() - incomplete_tail(&data));
-        if first.stderr { *stderr = tail } else { *stdout = tail }
+        if first.stderr {
+            *stderr = tail
+        } else {
+            *stdout = tail
+        }
         let mut data = Bytes::from(data);
         while !data.is_empty() {
             let part = cut(&mut data);

@@ -23,7 +23,7 @@ pub async fn handle(runner: Runner, job: Job) -> Outcome {
     let again = RETRY.jittered(u32::try_from(job.delivery).unwrap_or(u32::MAX));
     if job.subject.contains(".turn.run.") {
         match RunTurn::decode(job.payload.clone()) {
-            Ok(message) => run_turn(runner, message, again).await,
+            Ok(message) => Box::pin(run_turn(runner, message, again)).await,
             Err(error) => Outcome::Reject(format!("malformed job: {error}")),
         }
     } else {

@@ -43,7 +43,8 @@ pub struct Provisioning<'a> {
 
 impl Provisioning<'_> {
     pub async fn run(&self, record: &mut Record) -> Result<(), StageFailed> {
-        stage(record, Stage::CreateSprite, async { self.client.ensure(self.sprite.name()).await.map_err(|error| error.to_string()) }).await?;
+        stage(record, Stage::CreateSprite, async { self.client.ensure(self.sprite.name()).await.map_err(|error| error.to_string()) })
+            .await?;
         if let Some(executable) = self.adapter.executable() {
             stage(record, Stage::InstallRuntime, self.find(executable)).await?;
         }

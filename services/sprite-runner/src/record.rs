@@ -32,7 +32,7 @@ pub enum Fenced {
 #[derive(Debug)]
 pub enum Position {
     /// Go on from here.
-    Open(Record),
+    Open(Box<Record>),
     /// Its end is on record.
     Ended,
     Fenced(Fenced),
@@ -54,7 +54,13 @@ impl Record {
     ///
     /// # Errors
     /// When the stream does not answer.
-    pub async fn open(bus: &Bus, session: SessionId, turn: u32, epoch: u32, recorded: Option<RecordedEvent>) -> Result<Position, ReadError> {
+    pub async fn open(
+        bus: &Bus,
+        session: SessionId,
+        turn: u32,
+        epoch: u32,
+        recorded: Option<RecordedEvent>,
+    ) -> Result<Position, ReadError> {
         let last = bus.last(topology::EVENTS.name, &subject::session_log(session)).await?;
         let last_sequence = last.as_ref().map_or(0, |entry| entry.sequence);
         let payload = last.map(|entry| entry.payload).or_else(|| recorded.map(|event| event.payload));
@@ -72,7 +78,7 @@ impl Record {
             }
             _ => Checkpoint::default(),
         };
-        Ok(Position::Open(Self { bus: bus.clone(), session, turn, epoch, last_sequence, checkpoint }))
+        Ok(Position::Open(Box::new(Self { bus: bus.clone(), session, turn, epoch, last_sequence, checkpoint })))
     }
 
     /// Makes this runner the writer: whoever wrote before is refused from here on.
@@ -151,7 +157,9 @@ impl Record {
     }
 
     async fn who_wrote(&self, payload: &[u8]) -> Writer {
-        let Ok(Some(last)) = self.bus.last(topology::EVENTS.name, &subject::session_log(self.session)).await else { return Writer::Unknown };
+        let Ok(Some(last)) = self.bus.last(topology::EVENTS.name, &subject::session_log(self.session)).await else {
+            return Writer::Unknown;
+        };
         // Epoch and offsets are in it: no two events of a session are the same.
         if last.payload == payload {
             return Writer::Ourselves(last.sequence);

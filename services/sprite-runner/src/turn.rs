@@ -36,7 +36,10 @@ pub enum End {
 pub enum Stopped {
     Fenced(Fenced),
     /// The turn failed, and this is what its user is told.
-    Failed { stage: String, message: String },
+    Failed {
+        stage: String,
+        message: String,
+    },
 }
 
 impl From<Fenced> for Stopped {

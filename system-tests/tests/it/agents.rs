@@ -20,7 +20,8 @@ async fn claude_runs_a_tool_in_its_sprite_and_remembers_it_in_the_next_turn() {
     let session = stack.session(Runtime::Claude.as_str(), "write a haiku").await.unwrap();
     let live = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
 
-    let stages: Vec<_> = live.iter().filter(|event| event["type"] == "stage").map(|event| (text(event, "stage"), text(event, "state"))).collect();
+    let stages: Vec<_> =
+        live.iter().filter(|event| event["type"] == "stage").map(|event| (text(event, "stage"), text(event, "state"))).collect();
     let mut expected = Vec::new();
     for stage in ["create_sprite", "install_runtime", "env_file", "runtime_config"] {
         expected.extend([(stage, "started"), (stage, "done")]);
@@ -36,9 +37,24 @@ async fn claude_runs_a_tool_in_its_sprite_and_remembers_it_in_the_next_turn() {
 
     // The tool's effect is in the Sprite, and nowhere on this machine.
     let sprites = stack.ready_text("/sprites_url");
-    let list: Value = stack.http.get(format!("{sprites}/v1/sprites")).bearer_auth(stack.ready_text("/sprites_token")).send().await.unwrap().json().await.unwrap();
+    let list: Value = stack
+        .http
+        .get(format!("{sprites}/v1/sprites"))
+        .bearer_auth(stack.ready_text("/sprites_token"))
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     let sprite = list["sprites"][0]["name"].as_str().unwrap();
-    let read = |path: &str| stack.http.get(format!("{sprites}/v1/sprites/{sprite}/fs/read?workingDir=/&path={path}")).bearer_auth(stack.ready_text("/sprites_token")).send();
+    let read = |path: &str| {
+        stack
+            .http
+            .get(format!("{sprites}/v1/sprites/{sprite}/fs/read?workingDir=/&path={path}"))
+            .bearer_auth(stack.ready_text("/sprites_token"))
+            .send()
+    };
     assert!(read("/workspace/haiku.txt").await.unwrap().text().await.unwrap().contains("Old pond"));
     assert!(!std::path::Path::new("/workspace/haiku.txt").exists());
 
@@ -59,7 +75,8 @@ async fn claude_runs_a_tool_in_its_sprite_and_remembers_it_in_the_next_turn() {
     both.extend_from_slice(&second[1..]);
     assert_eq!(replay, both);
     let turns = stack.get(&format!("/sessions/{session}/turns")).await.unwrap();
-    let turns: Vec<_> = turns.body["data"].as_array().unwrap().iter().map(|turn| (turn["turn_number"].clone(), text(turn, "status").to_owned())).collect();
+    let turns: Vec<_> =
+        turns.body["data"].as_array().unwrap().iter().map(|turn| (turn["turn_number"].clone(), text(turn, "status").to_owned())).collect();
     assert_eq!(turns, [(json!(1), "completed".to_owned()), (json!(2), "completed".to_owned())]);
 }
 
@@ -126,7 +143,8 @@ async fn a_turn_that_takes_too_long_is_killed_with_everything_it_started() {
     let marker = format!("8{:09}", std::process::id());
     let agent = stack.agent("shell").await.unwrap();
     let prompt = format!("echo begun; (trap '' TERM; sleep {marker}) & wait");
-    let session = stack.post("/sessions", json!({ "agent_id": agent, "prompt": prompt, "timeout": 10 })).await.unwrap().text("id").to_owned();
+    let session =
+        stack.post("/sessions", json!({ "agent_id": agent, "prompt": prompt, "timeout": 10 })).await.unwrap().text("id").to_owned();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let end = events.last().unwrap();
     assert_eq!((&end["type"], &end["message"]), (&json!("error"), &json!("Turn timed out after 10s")));

@@ -33,7 +33,10 @@ async fn an_error_says_what_to_do() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let (code, _, stderr) = run(&stack, &["run", "hello"]);
     assert_eq!(code, Some(1));
-    assert!(stderr.contains("No API key configured for runtime: claude") && stderr.contains("aod credentials set provider:anthropic"), "{stderr}");
+    assert!(
+        stderr.contains("No API key configured for runtime: claude") && stderr.contains("aod credentials set provider:anthropic"),
+        "{stderr}"
+    );
     let output = stack.aod(&["agents", "list"]).unwrap().env("AOD_API_TOKEN", "aod_wrong").output().unwrap();
     assert!(String::from_utf8_lossy(&output.stderr).contains("AOD_API_TOKEN must hold a valid key"));
     let output = stack.aod(&["agents", "list"]).unwrap().env("AOD_API_URL", "http://127.0.0.1:9").output().unwrap();

@@ -52,12 +52,28 @@ async fn every_wrong_request_is_answered_with_what_was_wrong() {
     assert!(allow.contains("GET") && allow.contains("POST"), "{allow}");
 
     let cases = [
-        (json!({}), 422, json!([{ "type": "missing", "loc": ["name"], "msg": "Field required", "input": {} },
+        (
+            json!({}),
+            422,
+            json!([{ "type": "missing", "loc": ["name"], "msg": "Field required", "input": {} },
                                 { "type": "missing", "loc": ["model"], "msg": "Field required", "input": {} },
-                                { "type": "missing", "loc": ["runtime"], "msg": "Field required", "input": {} }])),
-        (json!({ "name": "n", "model": "m", "runtime": "x" }), 400, json!("Unknown runtime: x. Must be one of: ['claude', 'codex', 'gemini', 'opencode', 'shell']")),
-        (json!({ "name": "n", "model": "openai/o3", "runtime": "claude" }), 422, json!("Runtime claude cannot serve model openai/o3: provider openai not in ['anthropic']")),
-        (json!({ "name": "n", "model": "acme/x", "runtime": "claude" }), 422, json!([{ "type": "value_error", "loc": ["model"], "msg": "Value error, Unknown model: acme/x", "input": "acme/x" }])),
+                                { "type": "missing", "loc": ["runtime"], "msg": "Field required", "input": {} }]),
+        ),
+        (
+            json!({ "name": "n", "model": "m", "runtime": "x" }),
+            400,
+            json!("Unknown runtime: x. Must be one of: ['claude', 'codex', 'gemini', 'opencode', 'shell']"),
+        ),
+        (
+            json!({ "name": "n", "model": "openai/o3", "runtime": "claude" }),
+            422,
+            json!("Runtime claude cannot serve model openai/o3: provider openai not in ['anthropic']"),
+        ),
+        (
+            json!({ "name": "n", "model": "acme/x", "runtime": "claude" }),
+            422,
+            json!([{ "type": "value_error", "loc": ["model"], "msg": "Value error, Unknown model: acme/x", "input": "acme/x" }]),
+        ),
         (json!({ "name": "n", "model": "m", "runtime": "claude", "environment_id": "x" }), 404, json!("Environment not found")),
     ];
     for (body, status, detail) in cases {
@@ -79,7 +95,13 @@ async fn every_wrong_request_is_answered_with_what_was_wrong() {
         assert_eq!((answer.status, answer.text("detail")), (400, "since must be an integer"));
     }
     let agent = stack.agent("shell").await.unwrap();
-    for (timeout, kind) in [(json!(9), "greater_than_equal"), (json!(3601), "less_than_equal"), (json!("x"), "int_parsing"), (json!(10.5), "int_from_float"), (json!([]), "int_type")] {
+    for (timeout, kind) in [
+        (json!(9), "greater_than_equal"),
+        (json!(3601), "less_than_equal"),
+        (json!("x"), "int_parsing"),
+        (json!(10.5), "int_from_float"),
+        (json!([]), "int_type"),
+    ] {
         let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "x", "timeout": timeout })).await.unwrap();
         assert_eq!((answer.status, &answer.body["detail"][0]["type"]), (422, &json!(kind)));
     }
@@ -142,7 +164,8 @@ async fn lists_come_in_pages_newest_first() {
 async fn output_of_every_nasty_kind_arrives_as_it_was_written() {
     let stack = Stack::start(Options::default()).await.unwrap();
     // U+2028, U+0085, an emoji split across writes, invalid bytes, NUL.
-    let prompt = r"printf 'a\342\200\250b\302\205c'; printf '\360\237'; sleep 0.3; printf '\230\200'; printf '\377x\000y'; printf 'end\342\202'";
+    let prompt =
+        r"printf 'a\342\200\250b\302\205c'; printf '\360\237'; sleep 0.3; printf '\230\200'; printf '\377x\000y'; printf 'end\342\202'";
     let session = stack.session("shell", prompt).await.unwrap();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
@@ -155,7 +178,9 @@ async fn a_burst_of_output_arrives_whole() {
     let session = stack.session("shell", "head -c 20000000 /dev/zero | tr '\\0' x; echo; seq 1 200000 >&2").await.unwrap();
     let begun = std::time::Instant::now();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
-    let of = |stream: &str| events.iter().filter(|event| event["stream"] == stream).filter_map(|event| event["data"].as_str()).collect::<String>();
+    let of = |stream: &str| {
+        events.iter().filter(|event| event["stream"] == stream).filter_map(|event| event["data"].as_str()).collect::<String>()
+    };
     assert_eq!(of("stdout").len(), 20_000_001, "{} events, the last {:?}", events.len(), events.last());
     let expected: String = (1..=200_000).map(|i| format!("{i}\n")).collect();
     assert!(of("stderr") == expected, "stderr is whole");

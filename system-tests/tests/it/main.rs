@@ -1,5 +1,7 @@
 //! Scenarios over the running stack. Each file is one part of what a user relies on.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod agents;
 mod command_line;
 mod contract;

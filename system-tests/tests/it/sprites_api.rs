@@ -32,6 +32,7 @@ async fn troubled(answers: Vec<fn() -> Response>) -> (Client, Arc<AtomicUsize>) 
     }));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
+    #[expect(clippy::disallowed_methods, reason = "it ends with the test's runtime")]
     tokio::task::spawn(async move { axum::serve(listener, router).await });
     (Client::new(sprites::http_client().unwrap(), &url, "token".to_owned().into()), asked)
 }

@@ -58,7 +58,8 @@ impl DataDir {
             None if root => "/var/lib/aod/dev".into(),
             None => default_dir()?,
         };
-        let unfit = |what: &str, error: &dyn std::fmt::Display| DevError::Unfit(format!("data directory {} {what}: {error}", path.display()));
+        let unfit =
+            |what: &str, error: &dyn std::fmt::Display| DevError::Unfit(format!("data directory {} {what}: {error}", path.display()));
         fs::DirBuilder::new().recursive(true).mode(0o711).create(&path).map_err(|error| unfit("cannot be made", &error))?;
         let path = path.canonicalize().map_err(|error| unfit("cannot be found", &error))?;
         let lock = fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path.join("lock"));
@@ -70,7 +71,10 @@ impl DataDir {
         if let Some(user) = &postgres_user {
             // Passed through by the other user, listed by nobody.
             let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o711));
-            let closed = path.ancestors().skip(1).find(|dir| dir.metadata().is_ok_and(|metadata| metadata.mode() & 0o001 == 0 && metadata.uid() != user.uid));
+            let closed = path
+                .ancestors()
+                .skip(1)
+                .find(|dir| dir.metadata().is_ok_and(|metadata| metadata.mode() & 0o001 == 0 && metadata.uid() != user.uid));
             if let Some(closed) = closed {
                 return Err(DevError::Unfit(format!(
                     "Postgres does not run as root, and user {} cannot enter {}; choose another place with --data-dir",
@@ -96,7 +100,8 @@ impl DataDir {
 }
 
 fn default_dir() -> Result<PathBuf, DevError> {
-    let home = std::env::home_dir().ok_or_else(|| DevError::Unfit("there is no home directory; choose a place with --data-dir".to_owned()))?;
+    let home =
+        std::env::home_dir().ok_or_else(|| DevError::Unfit("there is no home directory; choose a place with --data-dir".to_owned()))?;
     Ok(home.join(".local/share/aod/dev"))
 }
 
@@ -106,7 +111,8 @@ fn find_user() -> Result<User, DevError> {
     ["postgres", "nobody"]
         .into_iter()
         .find_map(|wanted| {
-            let fields: Vec<&str> = users.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields.first() == Some(&wanted))?;
+            let fields: Vec<&str> =
+                users.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields.first() == Some(&wanted))?;
             Some(User { uid: fields.get(2)?.parse().ok()?, gid: fields.get(3)?.parse().ok()?, name: wanted.to_owned() })
         })
         .ok_or_else(|| DevError::Unfit("Postgres does not run as root, and there is no user postgres or nobody".to_owned()))
@@ -119,7 +125,10 @@ impl Secrets {
         }
         let secrets = Self {
             postgres_password: random()?,
-            service_passwords: store::provision::SERVICES.iter().map(|name| Ok((String::from(*name), random()?))).collect::<anyhow::Result<_>>()?,
+            service_passwords: store::provision::SERVICES
+                .iter()
+                .map(|name| Ok((String::from(*name), random()?)))
+                .collect::<anyhow::Result<_>>()?,
             nats_passwords: access::ALL.iter().map(|access| Ok((access.user.to_owned(), random()?))).collect::<anyhow::Result<_>>()?,
             encryption_key: random()?,
             sprites_token: random()?,

@@ -50,7 +50,8 @@ const SERVICES: usize = 6;
 
 /// Ports that are free now, each another.
 fn free_ports(count: usize) -> Result<Vec<SocketAddr>, DevError> {
-    let listeners = (0..count).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<Vec<_>, _>>().map_err(DevError::broken)?;
+    let listeners =
+        (0..count).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<Vec<_>, _>>().map_err(DevError::broken)?;
     listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>().map_err(DevError::broken)
 }
 
@@ -288,7 +289,8 @@ impl Stack {
             });
             Ok(())
         };
-        let nats = |user: &str| vec![("NATS_URL", format!("nats://{}", self.nats)), ("NATS_PASSWORD", secrets.nats_password(user).to_owned())];
+        let nats =
+            |user: &str| vec![("NATS_URL", format!("nats://{}", self.nats)), ("NATS_PASSWORD", secrets.nats_password(user).to_owned())];
         let database = |service: &str| ("DATABASE_URL", self.database_url(service, secrets.service_password(service), DATABASE));
 
         let mut sprites = vec![

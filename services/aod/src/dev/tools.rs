@@ -125,6 +125,7 @@ fn too_old(tool: &str, found: &str, wanted: &str) -> DevError {
 fn version_of(path: &Path) -> String {
     let output = Command::new(path).arg("--version").output().map(|output| output.stdout).unwrap_or_default();
     let text = String::from_utf8_lossy(&output).into_owned();
-    let version = text.split_whitespace().map(|word| word.trim_start_matches('v')).find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    let version =
+        text.split_whitespace().map(|word| word.trim_start_matches('v')).find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
     version.unwrap_or("unknown").to_owned()
 }

@@ -165,8 +165,7 @@ impl Reader {
 
     /// The session as it is once the record holds an event.
     async fn session(&self, recorded_through: u64, deadline: Duration) -> Option<Session> {
-        let request =
-            GetSessionRequest { user_id: self.caller.user_id.clone(), session_id: self.session_id.to_string(), recorded_through };
+        let request = GetSessionRequest { user_id: self.caller.user_id.clone(), session_id: self.session_id.to_string(), recorded_through };
         self.app.bus.call::<rpc::GetSession>(&request, deadline).await.ok()
     }
 

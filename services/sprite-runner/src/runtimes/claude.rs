@@ -14,8 +14,9 @@ impl Adapter for Claude {
 
     fn argv(&self, launch: &Launch<'_>) -> Vec<String> {
         let conversation = if launch.first_turn { "--session-id" } else { "--resume" };
-        let mut argv: Vec<String> =
-            ["claude", "--dangerously-skip-permissions", "--print", "--verbose", "--output-format", "stream-json"].map(str::to_owned).into();
+        let mut argv: Vec<String> = ["claude", "--dangerously-skip-permissions", "--print", "--verbose", "--output-format", "stream-json"]
+            .map(str::to_owned)
+            .into();
         argv.extend(["--model", launch.model_id, conversation, launch.conversation_id].map(str::to_owned));
         argv
     }

@@ -1,0 +1,35 @@
+# The two commands of the README, and what they are made of.
+SHELL := /bin/bash
+CARGO ?= cargo
+BIN = $(or $(CARGO_TARGET_DIR),target)/debug
+.PHONY: setup build demo dev test fmt lint clean
+
+# Says nothing when nothing is missing. AGENTS="claude codex gemini opencode" installs more CLIs than the default.
+setup:
+	@scripts/setup.sh $(AGENTS)
+
+build: setup
+	@$(CARGO) build --workspace --quiet
+
+# Everything once, end to end: a real Claude Code session in a sandbox, two turns, no account.
+demo:
+	@scripts/demo.sh
+
+# The stack, until Ctrl-C. ARGS="--scripted-model" and others are passed on.
+dev: build
+	@$(BIN)/aod dev $(ARGS)
+
+# Every test. One Postgres serves the whole run.
+test: build
+	$(CARGO) test --workspace --no-run --quiet
+	$(BIN)/testkit-run $(CARGO) test --workspace --quiet
+
+fmt:
+	$(CARGO) fmt --all
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,111 @@
+//! The workspace's own rules: who may depend on whom, and that what is generated is what is committed.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{collections::BTreeMap, process::Command};
+
+use serde_json::Value;
+use xtask::root;
+
+/// What each of our libraries may use of ours. Services may use any library; nobody may use a service.
+const ALLOWED: [(&str, &[&str]); 8] = [
+    ("types", &[]),
+    ("sealing", &[]),
+    ("contract", &["types"]),
+    ("service", &["types"]),
+    ("bus", &["types", "contract", "service"]),
+    ("store", &["types", "service"]),
+    ("sprites", &["types"]),
+    ("testkit", &["types", "contract", "bus", "service", "store"]),
+];
+
+/// Libraries that only some may use directly, so that their subject stays in one place.
+const WRAPPED: [(&str, &[&str]); 4] = [
+    ("async-nats", &["bus"]),
+    ("aes-gcm", &["sealing", "credential-vault"]),
+    ("x25519-dalek", &["sealing"]),
+    ("tokio-tungstenite", &["sprites"]),
+];
+
+struct Package {
+    folder: String,
+    /// Name and kind of each direct dependency.
+    dependencies: Vec<(String, Option<String>)>,
+}
+
+fn packages() -> BTreeMap<String, Package> {
+    let output = Command::new(env!("CARGO")).args(["metadata", "--no-deps", "--format-version", "1"]).current_dir(root()).output().unwrap();
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let package = |package: &Value| {
+        let manifest = text(&package["manifest_path"]);
+        let folder = manifest.strip_prefix(root().to_str().unwrap()).unwrap().trim_matches('/').trim_end_matches("/Cargo.toml").to_owned();
+        let dependencies = package["dependencies"].as_array().unwrap().iter();
+        let dependencies =
+            dependencies.map(|dependency| (text(&dependency["name"]), dependency["kind"].as_str().map(str::to_owned))).collect();
+        (text(&package["name"]), Package { folder, dependencies })
+    };
+    metadata["packages"].as_array().unwrap().iter().map(package).collect()
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let packages = packages();
+    let services: Vec<&String> =
+        packages.iter().filter(|(_, package)| package.folder.starts_with("services/")).map(|(name, _)| name).collect();
+    assert_eq!(services.len(), 8, "{services:?}");
+    for (name, package) in &packages {
+        let allowed = ALLOWED.iter().find(|(library, _)| library == name).map(|(_, allowed)| *allowed);
+        assert_eq!(allowed.is_some(), package.folder.starts_with("libs/"), "{name} has no rule, or is no library");
+        for (dependency, kind) in package.dependencies.iter().filter(|(dependency, _)| packages.contains_key(dependency)) {
+            assert!(!services.contains(&dependency), "{name} depends on the service {dependency}");
+            let for_tests = kind.as_deref() == Some("dev") || *name == "system-tests";
+            assert!(dependency != "testkit" || for_tests, "{name} needs testkit outside its tests");
+            if let (Some(allowed), None) = (allowed, kind) {
+                assert!(allowed.contains(&dependency.as_str()), "{name} may not depend on {dependency}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_has_one_place_stays_there() {
+    for (name, package) in packages() {
+        for (library, users) in WRAPPED {
+            let used = package.dependencies.iter().any(|(dependency, _)| dependency == library);
+            assert!(!used || users.contains(&name.as_str()), "{name} uses {library}; {users:?} do");
+        }
+    }
+}
+
+#[test]
+fn folders_are_named_like_their_crates_and_share_the_workspaces_rules() {
+    for (name, package) in packages() {
+        assert_eq!(package.folder.rsplit('/').next(), Some(name.as_str()));
+        let manifest = std::fs::read_to_string(root().join(&package.folder).join("Cargo.toml")).unwrap();
+        assert!(manifest.contains("[lints]\nworkspace = true"), "{name} has lints of its own");
+        let dependencies = manifest
+            .lines()
+            .skip_while(|line| !line.starts_with("[dependencies]"))
+            .filter(|line| line.contains('=') && !line.starts_with("workspace"));
+        for line in dependencies.take_while(|line| !line.starts_with("[lints]")) {
+            assert!(line.contains("workspace = true"), "{name}: {line} is not inherited from the workspace");
+        }
+    }
+}
+
+#[test]
+fn generated_files_are_up_to_date() {
+    let fresh = tempfile::tempdir().unwrap();
+    xtask::write_messages(fresh.path()).unwrap();
+    let mut compared = 0;
+    for entry in std::fs::read_dir(fresh.path()).unwrap().flatten() {
+        let committed = std::fs::read_to_string(root().join(xtask::MESSAGES).join(entry.file_name())).unwrap_or_default();
+        assert!(std::fs::read_to_string(entry.path()).unwrap() == committed, "{:?} differs: run `cargo xtask gen`", entry.file_name());
+        compared += 1;
+    }
+    assert_eq!(compared, std::fs::read_dir(root().join(xtask::MESSAGES)).unwrap().count());
+    for (path, text) in xtask::nats_files() {
+        assert!(std::fs::read_to_string(root().join(path)).unwrap() == text, "{path} differs: run `cargo xtask gen`");
+    }
+}
