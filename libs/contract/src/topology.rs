@@ -46,7 +46,7 @@ pub const JOBS: StreamSpec = StreamSpec {
     duplicate_window: Duration::from_secs(600),
 };
 
-/// What is here and not yet recorded in Postgres must not be dropped: full means that runners wait.
+/// Full, it drops the oldest, which has long been recorded in Postgres: its size is how far the recorder may lag behind.
 pub const EVENTS: StreamSpec = StreamSpec {
     name: "EVENTS",
     subjects: &[subject::SESSION_LOGS],

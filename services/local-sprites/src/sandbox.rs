@@ -178,7 +178,12 @@ impl Sandboxes {
                 command.arg("--ro-bind").arg(dir.join(file)).arg(Path::new("/etc").join(file));
             }
         }
-        command.args(["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/run", "--tmpfs", "/dev/shm"]);
+        command.args(["--proc", "/proc", "--tmpfs", "/run"]);
+        if self.overlay {
+            command.args(["--dev", "/dev", "--tmpfs", "/dev/shm"]);
+        } else {
+            bind_devices(&mut command);
+        }
         if let Some(agents) = &self.agents_dir {
             command.arg("--ro-bind").arg(agents).arg(AGENTS);
         }
@@ -284,6 +289,19 @@ impl Sandboxes {
             rustix::fs::mknodat(CWD, &masked, FileType::CharacterDevice, Mode::empty(), 0)?;
             Ok(())
         }
+    }
+}
+
+/// The devices that programs expect. For its own `--dev` bwrap would put a second user namespace inside the first where it is not root,
+/// and then nobody could enter the sandbox from outside.
+fn bind_devices(command: &mut Command) {
+    command.args(["--tmpfs", "/dev", "--dir", "/dev/shm"]);
+    for device in ["null", "zero", "full", "random", "urandom", "tty"] {
+        let path = Path::new("/dev").join(device);
+        command.arg("--dev-bind").arg(&path).arg(&path);
+    }
+    for (target, link) in [("fd", "fd"), ("fd/0", "stdin"), ("fd/1", "stdout"), ("fd/2", "stderr")] {
+        command.arg("--symlink").arg(Path::new("/proc/self").join(target)).arg(Path::new("/dev").join(link));
     }
 }
 

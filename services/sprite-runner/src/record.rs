@@ -142,6 +142,7 @@ impl Record {
                         return Ok(());
                     }
                     Writer::Other(fenced) => return Err(fenced),
+                    Writer::Nobody => self.last_sequence = 0,
                     Writer::Unknown => {
                         attempt += 1;
                         tokio::time::sleep(RETRY.jittered(attempt)).await;
@@ -157,8 +158,10 @@ impl Record {
     }
 
     async fn who_wrote(&self, payload: &[u8]) -> Writer {
-        let Ok(Some(last)) = self.bus.last(topology::EVENTS.name, &subject::session_log(self.session)).await else {
-            return Writer::Unknown;
+        let last = match self.bus.last(topology::EVENTS.name, &subject::session_log(self.session)).await {
+            Ok(Some(last)) => last,
+            Ok(None) => return Writer::Nobody,
+            Err(_) => return Writer::Unknown,
         };
         // Epoch and offsets are in it: no two events of a session are the same.
         if last.payload == payload {
@@ -175,6 +178,8 @@ impl Record {
 enum Writer {
     Ourselves(u64),
     Other(Fenced),
-    /// The stream does not answer, or has forgotten it.
+    /// The stream has forgotten the session: its limits were reached, or it was made anew.
+    Nobody,
+    /// The stream does not answer.
     Unknown,
 }
