@@ -9,7 +9,7 @@ setup:
 	@scripts/setup.sh $(AGENTS)
 
 build: setup
-	@$(CARGO) build --workspace --quiet
+	@$(CARGO) build --quiet
 
 # Everything once, end to end: a real Claude Code session in a sandbox, two turns, no account.
 demo:

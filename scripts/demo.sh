@@ -55,7 +55,7 @@ stop_stack() {
 }
 
 step 'set-up' scripts/setup.sh
-step 'build' cargo build --workspace --quiet
+step 'build' cargo build --quiet
 step 'start the stack' start_stack
 step 'first turn: Claude Code runs tools and writes a file in its Sprite' first_turn
 step 'second turn: it remembers the first' second_turn

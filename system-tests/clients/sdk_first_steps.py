@@ -1,9 +1,12 @@
 """The published clients, unmodified: aod-sdk against the gateway, sprites-py against local-sprites."""
 
 import os
+import threading
+import time
 
 from aod import AuthError, Client, ConflictError, NotFoundError
 from sprites import SpritesClient
+from sprites.session import kill_session
 
 client = Client()
 
@@ -57,6 +60,28 @@ assert (done.returncode, done.stderr) == (3, b"err\n"), done
 assert done.stdout == b"out\n/home:\nsprite\n\n/root:\n", done.stdout
 big = sprite.run("bash", "-c", "head -c 3000000 /dev/zero | tr '\\0' x", capture_output=True)
 assert len(big.stdout) == 3_000_000
+
+# Sessions: listed, attached to with a replay, killed.
+def start(script):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(sprite.run("bash", "-c", script, capture_output=True).returncode))
+    thread.start()
+    while not (sessions := [session for session in sprite.list_sessions() if script in session.command]):
+        time.sleep(0.05)
+    return thread, codes, sessions[0]
+
+
+thread, codes, session = start("echo begun; sleep 1; echo done")
+time.sleep(0.3)
+assert sprite.attach_session(session.id).output() == b"begun\ndone\n"
+thread.join()
+assert codes == [0], codes
+thread, codes, session = start("echo begun; sleep 60")
+lines = list(kill_session(sprite, session.id))
+thread.join()
+assert codes == [143], codes
+assert sprite.list_sessions() == []
+
 files = sprite.filesystem("/home/sprite")
 path = files / "dir" / "file.txt"
 path.parent.mkdir(parents=True)

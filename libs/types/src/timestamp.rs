@@ -1,8 +1,12 @@
 //! Times on the wire: RFC 3339, `+00:00`, six fractional digits (contract §1).
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
-use time::{OffsetDateTime, UtcOffset, format_description::BorrowedFormatItem, macros::format_description};
+use time::{
+    OffsetDateTime, UtcOffset,
+    format_description::{BorrowedFormatItem, well_known::Rfc3339},
+    macros::format_description,
+};
 
 const FORMAT: &[BorrowedFormatItem<'static>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]+00:00");
@@ -30,6 +34,19 @@ impl Timestamp {
     }
 }
 
+/// The text is no RFC 3339 time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not an RFC 3339 time")]
+pub struct InvalidTimestamp;
+
+impl FromStr for Timestamp {
+    type Err = InvalidTimestamp;
+
+    fn from_str(text: &str) -> Result<Self, InvalidTimestamp> {
+        OffsetDateTime::parse(text, &Rfc3339).map(Self::from).map_err(|_| InvalidTimestamp)
+    }
+}
+
 impl From<OffsetDateTime> for Timestamp {
     fn from(time: OffsetDateTime) -> Self {
         Self(time.to_offset(UtcOffset::UTC))
@@ -45,6 +62,13 @@ impl fmt::Display for Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn any_offset_is_read() {
+        let time: Timestamp = "1970-01-01T02:00:00.5+02:00".parse().unwrap();
+        assert_eq!(time.unix_micros(), 500_000);
+        assert!("1970-01-01".parse::<Timestamp>().is_err());
+    }
 
     #[test]
     fn six_digits_even_when_they_are_zero() {

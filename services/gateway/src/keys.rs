@@ -10,7 +10,7 @@ use contract::{
     rpc,
 };
 use serde_json::{Value, json};
-use types::ApiKey;
+use types::{ApiKey, Timestamp};
 
 use crate::{
     App,
@@ -23,7 +23,14 @@ use crate::{
 pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Result<(StatusCode, Json<Value>), ApiError> {
     let mut fields = body.fields()?;
     let name = fields.string("name", 100);
-    fields.not_yet("expires_at");
+    let expires_at = fields.optional_string("expires_at", 64);
+    let expires_at = expires_at.and_then(|text| match text.parse::<Timestamp>() {
+        Ok(time) => Some(time),
+        Err(error) => {
+            fields.add(FieldError::value("expires_at", &error.to_string(), text.into()));
+            None
+        }
+    });
     if name.contains('\0') {
         fields.add(FieldError::value("name", "text must not contain NUL", Value::Null));
     }
@@ -35,7 +42,7 @@ pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Resul
         name,
         key_hash: key.hash().as_bytes().to_vec(),
         prefix: key.display_prefix(),
-        expires_at_us: None,
+        expires_at_us: expires_at.map(Timestamp::unix_micros),
     };
     let mut answer = describe(app.call::<rpc::CreateKey>(&request).await?);
     if let Some(object) = answer.as_object_mut() {

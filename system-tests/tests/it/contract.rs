@@ -120,13 +120,19 @@ async fn a_key_and_a_credential_work_as_long_as_they_are_there() {
     let key = created.text("key").to_owned();
     assert_eq!((created.status, key.len()), (201, 47));
     let agents = format!("{}/agents", stack.ready_text("/api_url"));
-    let status = async || stack.http.get(&agents).bearer_auth(&key).send().await.unwrap().status().as_u16();
-    assert_eq!(status().await, 200);
+    let answer = async |key: &str| {
+        let answer = stack.http.get(&agents).bearer_auth(key).send().await.unwrap();
+        (answer.status().as_u16(), answer.json::<Value>().await.unwrap()["detail"].as_str().unwrap_or_default().to_owned())
+    };
+    assert_eq!(answer(&key).await.0, 200);
+    let expired = stack.post("/api-keys", json!({ "name": "old", "expires_at": "2020-01-01T00:00:00Z" })).await.unwrap();
+    assert_eq!(answer(expired.text("key")).await, (401, "API key has expired".to_owned()));
+    assert_eq!(stack.post("/api-keys", json!({ "name": "x", "expires_at": "soon" })).await.unwrap().status, 422);
     assert!(!stack.get("/api-keys").await.unwrap().body.to_string().contains(&key));
     assert_eq!(stack.call(Method::DELETE, &format!("/api-keys/{}", created.text("id")), None).await.unwrap().status, 200);
     // Within a second, on every gateway.
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-    assert_eq!(status().await, 401);
+    assert_eq!(answer(&key).await, (401, "API key is inactive".to_owned()));
 
     let put = stack.call(Method::PUT, "/credentials/provider:openai", Some(json!({ "value": "sk-sentinel-abcd" }))).await.unwrap();
     assert_eq!((put.status, put.text("hint")), (200, "abcd"));
@@ -135,6 +141,19 @@ async fn a_key_and_a_credential_work_as_long_as_they_are_there() {
     let delete = || stack.call(Method::DELETE, "/credentials/provider:openai", None);
     assert_eq!(delete().await.unwrap().text("detail"), "Credential deleted");
     assert_eq!(delete().await.unwrap().text("detail"), "Credential not found");
+}
+
+#[tokio::test]
+async fn what_is_down_is_answered_at_once_and_named() {
+    let stack = Stack::start(Options { no_restart: true, ..Options::default() }).await.unwrap();
+    Stack::signal(&stack.pids("scheduler"), rustix::process::Signal::KILL);
+    testkit::eventually("the scheduler is missed", || async { stack.get("/health").await.unwrap().status == 503 }).await;
+    let health = stack.get("/health").await.unwrap();
+    assert_eq!((&health.body["checks"]["scheduler"], &health.body["checks"]["auth"]), (&json!("failed"), &json!("ok")));
+    let begun = std::time::Instant::now();
+    let answer = stack.get("/agents").await.unwrap();
+    assert_eq!((answer.status, answer.text("detail")), (503, "scheduler is not available"));
+    assert!(answer.headers.contains_key("retry-after") && begun.elapsed() < std::time::Duration::from_secs(2));
 }
 
 #[tokio::test]
