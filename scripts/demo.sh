@@ -13,7 +13,7 @@ end() {
         kill -TERM "$stack" 2>/dev/null || true
         wait "$stack" 2>/dev/null || true
     fi
-    [ $code = 0 ] || { echo "demo: failed; the stack's last words:" >&2; tail -n 20 "$data/aod-dev.log" 2>/dev/null >&2 || true; }
+    [ $code = 0 ] || { echo "demo: failed; the stack's last words:" >&2; tail -n 20 "$data/aod-dev.log" >&2 || true; }
     rm -rf "$data"
     exit $code
 }

@@ -45,10 +45,6 @@ impl Answer {
     }
 }
 
-fn free_port() -> anyhow::Result<u16> {
-    Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
-}
-
 impl Stack {
     /// Starts a stack in a data directory of its own and waits until it is ready.
     ///
@@ -67,7 +63,7 @@ impl Stack {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM", "--"]).arg(testkit::services::binary("aod")?);
         command.arg("dev").arg("--data-dir").arg(data.path()).arg("--ready-file").arg(data.path().join("ready.json"));
-        command.args(["--port", &free_port()?.to_string(), "--runners", &options.runners.max(1).to_string()]);
+        command.args(["--port", &testkit::free_port()?.to_string(), "--runners", &options.runners.max(1).to_string()]);
         if options.scripted_model {
             command.arg("--scripted-model");
         }

@@ -11,6 +11,7 @@ pub mod services;
 
 pub use nats::Nats;
 pub use postgres::Database;
+pub use process::free_port;
 
 use std::{future::Future, time::Duration};
 

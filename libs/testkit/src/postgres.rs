@@ -61,7 +61,9 @@ impl Server {
             }
         }
         let as_user = |program: PathBuf| {
+            // In one step with the change of user, which would undo an earlier tie to this process.
             let mut command = Command::new("setpriv");
+            command.args(["--pdeathsig", "INT"]);
             if let Some((uid, gid)) = user {
                 command.args(["--reuid", &uid.to_string(), "--regid", &gid.to_string(), "--clear-groups"]);
             }

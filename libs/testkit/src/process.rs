@@ -11,7 +11,11 @@ use anyhow::Context as _;
 pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
     let (sender, receiver) = mpsc::channel();
     let mut tied = Command::new("setpriv");
-    tied.args(["--pdeathsig", "TERM", "--"]).arg(command.get_program()).args(command.get_args());
+    // A command that is setpriv already says itself which signal it wants.
+    if command.get_program() != "setpriv" {
+        tied.args(["--pdeathsig", "TERM", "--"]).arg(command.get_program());
+    }
+    tied.args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
             Some(value) => tied.env(name, value),
@@ -28,7 +32,18 @@ pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
     receiver.recv()?.context("setpriv (util-linux) starts the servers of tests")
 }
 
-/// A port that is free now.
+/// A port that is free now: at random, and not from the range that the kernel gives to outgoing connections, so that nobody else takes
+/// it before its server does.
+///
+/// # Errors
+/// When none is free.
 pub fn free_port() -> anyhow::Result<u16> {
-    Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+    for _ in 0..1000 {
+        let [a, b, ..] = *uuid::Uuid::new_v4().as_bytes();
+        let port = 20_000 + u16::from_be_bytes([a, b]) % 12_000;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    anyhow::bail!("no free port")
 }

@@ -95,6 +95,7 @@ impl IntoResponse for RegistryError {
         let status = match self {
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::Exists => StatusCode::CONFLICT,
+            Self::Closed => StatusCode::SERVICE_UNAVAILABLE,
             Self::Sandbox(_) | Self::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         if status.is_server_error() {
@@ -125,7 +126,7 @@ async fn create_sprite(State(api): State<Api>, body: Bytes) -> Response {
     let Ok(name) = name.parse::<SpriteName>() else { return failure(StatusCode::BAD_REQUEST, "name is not a DNS label") };
     let labels =
         body.get("labels").and_then(Value::as_array).map(|labels| labels.iter().filter_map(|l| l.as_str().map(str::to_owned)).collect());
-    match api.registry.create(&name, labels.unwrap_or_default()).await {
+    match api.registry.create(name, labels.unwrap_or_default()).await {
         Ok(record) => (StatusCode::CREATED, Json(describe(&record))).into_response(),
         Err(error) => error.into_response(),
     }

@@ -52,7 +52,7 @@ impl Config {
 /// When this machine cannot isolate a Sprite, or the address cannot be bound.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let sandboxes = Sandboxes::prepare(config.isolation, &config.data_dir, config.agents_dir.as_deref()).await?;
-    let registry = Arc::new(Registry::load(config.data_dir, sandboxes).await.context("LOCAL_SPRITES_DATA_DIR")?);
+    let registry = Arc::new(Registry::load(config.data_dir, sandboxes, lifecycle.tracker()).await.context("LOCAL_SPRITES_DATA_DIR")?);
     let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
     let router = api::router(registry.clone(), config.token, lifecycle.tracker());
     let stop = lifecycle.stop_token();

@@ -4,10 +4,14 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs, io,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use serde::{Deserialize, Serialize};
+use tokio_util::task::TaskTracker;
 use types::{SpriteName, Timestamp};
 use uuid::Uuid;
 
@@ -49,6 +53,8 @@ pub enum RegistryError {
     NotFound,
     #[error("sprite already exists")]
     Exists,
+    #[error("service temporarily unavailable, please retry")]
+    Closed,
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     #[error("the Sprite's record cannot be kept: {0}")]
@@ -60,6 +66,9 @@ pub struct Registry {
     dir: PathBuf,
     sandboxes: Sandboxes,
     sprites: Mutex<BTreeMap<String, Arc<Sprite>>>,
+    /// No Sprite is made or started any more.
+    closed: AtomicBool,
+    tasks: TaskTracker,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -68,7 +77,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Registry {
     /// Takes up the Sprites that are on disk. What was half made is deleted.
-    pub async fn load(data_dir: PathBuf, sandboxes: Sandboxes) -> io::Result<Self> {
+    pub async fn load(data_dir: PathBuf, sandboxes: Sandboxes, tasks: TaskTracker) -> io::Result<Self> {
         let dir = data_dir.join("sprites");
         fs::create_dir_all(&dir)?;
         let mut sprites = BTreeMap::new();
@@ -83,10 +92,23 @@ impl Registry {
             }
         }
         tracing::info!(sprites = sprites.len(), "Sprites taken up");
-        Ok(Self { dir, sandboxes, sprites: Mutex::new(sprites) })
+        Ok(Self { dir, sandboxes, sprites: Mutex::new(sprites), closed: AtomicBool::new(false), tasks })
     }
 
-    pub async fn create(&self, name: &SpriteName, labels: Vec<String>) -> Result<Record, RegistryError> {
+    /// Runs work that must not be left half done when whoever asked for it goes away.
+    async fn uninterrupted<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, RegistryError>> + Send + 'static,
+    ) -> Result<T, RegistryError> {
+        self.tasks.spawn(work).await.unwrap_or(Err(RegistryError::Closed))
+    }
+
+    pub async fn create(self: &Arc<Self>, name: SpriteName, labels: Vec<String>) -> Result<Record, RegistryError> {
+        let registry = self.clone();
+        self.uninterrupted(async move { registry.make(&name, labels).await }).await
+    }
+
+    async fn make(&self, name: &SpriteName, labels: Vec<String>) -> Result<Record, RegistryError> {
         let record =
             Record { id: Uuid::new_v4(), name: name.to_string(), created_at_us: Timestamp::now().unix_micros(), labels, holder: None };
         // A directory of its own for each life of a name: a deletion that still goes on does not touch a new one.
@@ -94,6 +116,9 @@ impl Registry {
         let mut booting = sprite.boot.lock().await;
         {
             let mut sprites = locked(&self.sprites);
+            if self.closed.load(Ordering::SeqCst) {
+                return Err(RegistryError::Closed);
+            }
             if sprites.contains_key(name.as_str()) {
                 return Err(RegistryError::Exists);
             }
@@ -127,24 +152,39 @@ impl Registry {
         (page, matching.next().is_some())
     }
 
-    pub async fn delete(&self, name: &str) -> Result<(), RegistryError> {
+    pub async fn delete(self: &Arc<Self>, name: &str) -> Result<(), RegistryError> {
         let sprite = locked(&self.sprites).remove(name).ok_or(RegistryError::NotFound)?;
-        let mut life = sprite.boot.lock().await;
-        *life = Life::Deleted;
-        self.sandboxes.destroy(&sprite.dir, sprite.record().holder).await;
-        Ok(())
+        let registry = self.clone();
+        self.uninterrupted(async move {
+            let mut life = sprite.boot.lock().await;
+            *life = Life::Deleted;
+            registry.sandboxes.destroy(&sprite.dir, sprite.record().holder).await;
+            Ok(())
+        })
+        .await
     }
 
     /// The Sprite's sandbox, started where it is not running.
-    pub async fn wake(&self, sprite: &Sprite) -> Result<Holder, RegistryError> {
+    pub async fn wake(self: &Arc<Self>, sprite: &Arc<Sprite>) -> Result<Holder, RegistryError> {
         let life = sprite.boot.lock().await;
         if *life == Life::Deleted {
             return Err(RegistryError::NotFound);
         }
-        match sprite.record().holder.filter(|holder| holder.is_alive()) {
-            Some(holder) => Ok(holder),
-            None => self.boot(sprite).await,
+        if let Some(holder) = sprite.record().holder.filter(|holder| holder.is_alive()) {
+            return Ok(holder);
         }
+        drop(life);
+        let (registry, sprite) = (self.clone(), sprite.clone());
+        self.uninterrupted(async move {
+            let life = sprite.boot.lock().await;
+            // Somebody else may have done it, or deleted it, meanwhile.
+            match sprite.record().holder.filter(|holder| holder.is_alive()) {
+                _ if *life == Life::Deleted => Err(RegistryError::NotFound),
+                Some(holder) => Ok(holder),
+                None => registry.boot(&sprite).await,
+            }
+        })
+        .await
     }
 
     async fn boot(&self, sprite: &Sprite) -> Result<Holder, RegistryError> {
@@ -158,10 +198,18 @@ impl Registry {
         Ok(holder)
     }
 
-    /// Ends what runs in all Sprites; their files stay.
+    /// Ends what runs in all Sprites, once and for all: none is started any more. Their files stay.
     pub async fn kill_all(&self) {
-        let holders: Vec<_> = locked(&self.sprites).values().filter_map(|sprite| sprite.record().holder).collect();
-        futures::future::join_all(holders.into_iter().map(Holder::kill)).await;
+        self.closed.store(true, Ordering::SeqCst);
+        let sprites: Vec<_> = locked(&self.sprites).values().cloned().collect();
+        let kill = |sprite: Arc<Sprite>| async move {
+            // One that is being started right now is waited for.
+            *sprite.boot.lock().await = Life::Deleted;
+            if let Some(holder) = sprite.record().holder {
+                holder.kill().await;
+            }
+        };
+        futures::future::join_all(sprites.into_iter().map(kill)).await;
     }
 }
 

@@ -160,6 +160,13 @@ impl Sandboxes {
 
     /// Starts the sandbox of a Sprite whose files are there.
     pub async fn boot(&self, dir: &Path, hostname: &str) -> Result<Holder, SandboxError> {
+        let booted = self.start_holder(dir, hostname).await;
+        // The sandbox has its own view of the overlays; this machine's table of mounts is left as it was.
+        self.unmount(dir);
+        booted
+    }
+
+    async fn start_holder(&self, dir: &Path, hostname: &str) -> Result<Holder, SandboxError> {
         let mut command = Command::new("bwrap");
         command.args(["--unshare-user", "--uid", UID, "--gid", UID, "--unshare-pid", "--unshare-ipc", "--unshare-uts"]);
         command.args(["--hostname", hostname]);
@@ -225,17 +232,21 @@ impl Sandboxes {
         if let Some(holder) = holder {
             holder.kill().await;
         }
-        if self.overlay {
-            for name in Self::system_dirs() {
-                let _ = rustix::mount::unmount(layer(dir, name).join("merged"), UnmountFlags::DETACH);
-            }
-        }
+        self.unmount(dir);
         let dir = dir.to_path_buf();
         let removed = tokio::task::spawn_blocking(move || fs::remove_dir_all(dir)).await;
         if let Ok(Err(error)) = removed
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(%error, "a Sprite's files cannot be deleted");
+        }
+    }
+
+    fn unmount(&self, dir: &Path) {
+        if self.overlay {
+            for name in Self::system_dirs() {
+                let _ = rustix::mount::unmount(layer(dir, name).join("merged"), UnmountFlags::DETACH);
+            }
         }
     }
 

@@ -105,3 +105,21 @@ fn processes_of(marker: &str) -> Vec<String> {
         })
         .collect()
 }
+
+#[tokio::test]
+async fn sandboxes_leave_no_mounts_behind() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let marker = stack.data_dir().to_str().unwrap().to_owned();
+    let mounts = || std::fs::read_to_string("/proc/mounts").unwrap().lines().filter(|line| line.contains(&marker)).count();
+    let session = stack.session("shell", "touch /usr/changed-by-a-test; true").await.unwrap();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
+    assert!(!std::path::Path::new("/usr/changed-by-a-test").exists());
+    assert_eq!(mounts(), 0);
+    // Stopped in the midst of things.
+    for _ in 0..3 {
+        stack.session("shell", "sleep 100").await.unwrap();
+    }
+    drop(stack.stop().unwrap());
+    assert_eq!(processes_of(&marker), Vec::<String>::new());
+}

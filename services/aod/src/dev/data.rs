@@ -29,7 +29,8 @@ pub struct DataDir {
 pub struct User {
     pub uid: u32,
     pub gid: u32,
-    name: String,
+    /// In name only: a namespace in which root's id is this one. For a directory that no other user can enter.
+    pub mapped: bool,
 }
 
 /// Made once, kept in a file that its owner alone can read.
@@ -67,21 +68,12 @@ impl DataDir {
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(DevError::Unfit(format!("data directory {} is in use by another aod dev", path.display())));
         }
-        let postgres_user = if root { Some(find_user()?) } else { None };
-        if let Some(user) = &postgres_user {
+        let mut postgres_user = if root { Some(find_user()?) } else { None };
+        if let Some(user) = &mut postgres_user {
             // Passed through by the other user, listed by nobody.
             let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o711));
-            let closed = path
-                .ancestors()
-                .skip(1)
-                .find(|dir| dir.metadata().is_ok_and(|metadata| metadata.mode() & 0o001 == 0 && metadata.uid() != user.uid));
-            if let Some(closed) = closed {
-                return Err(DevError::Unfit(format!(
-                    "Postgres does not run as root, and user {} cannot enter {}; choose another place with --data-dir",
-                    user.name,
-                    closed.display()
-                )));
-            }
+            let closed = |dir: &&Path| dir.metadata().is_ok_and(|metadata| metadata.mode() & 0o001 == 0 && metadata.uid() != user.uid);
+            user.mapped = path.ancestors().skip(1).any(|dir| closed(&dir));
         }
         for dir in ["logs", "nats", "sprites"] {
             fs::create_dir_all(path.join(dir)).map_err(|error| unfit("cannot be written", &error))?;
@@ -113,7 +105,7 @@ fn find_user() -> Result<User, DevError> {
         .find_map(|wanted| {
             let fields: Vec<&str> =
                 users.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields.first() == Some(&wanted))?;
-            Some(User { uid: fields.get(2)?.parse().ok()?, gid: fields.get(3)?.parse().ok()?, name: wanted.to_owned() })
+            Some(User { uid: fields.get(2)?.parse().ok()?, gid: fields.get(3)?.parse().ok()?, mapped: false })
         })
         .ok_or_else(|| DevError::Unfit("Postgres does not run as root, and there is no user postgres or nobody".to_owned()))
 }

@@ -5,7 +5,6 @@ use std::{
     io::Write as _,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
@@ -48,11 +47,21 @@ pub struct Stack {
 /// The services beside the runners that have a port for their health.
 const SERVICES: usize = 6;
 
-/// Ports that are free now, each another.
+/// Ports that are free now, each another. Not from the range that the kernel gives to outgoing connections, and at random, so that
+/// nobody takes one before its server does: not a connection, nor another stack that starts at the same time.
 fn free_ports(count: usize) -> Result<Vec<SocketAddr>, DevError> {
-    let listeners =
-        (0..count).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).collect::<Result<Vec<_>, _>>().map_err(DevError::broken)?;
-    listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>().map_err(DevError::broken)
+    const FIRST: u16 = 20_000;
+    const RANGE: u32 = 12_000;
+    let mut listeners = Vec::with_capacity(count);
+    for _ in 0..10_000 {
+        if listeners.len() == count {
+            return listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>().map_err(DevError::broken);
+        }
+        let offset = getrandom::u32().map_err(DevError::broken)? % RANGE;
+        let port = FIRST + u16::try_from(offset).unwrap_or_default();
+        listeners.extend(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
+    }
+    Err(DevError::Broken("no free ports".to_owned()))
 }
 
 impl Stack {
@@ -107,7 +116,7 @@ impl Stack {
         self.start_nats().await?;
         let services = self.services()?;
         for spec in services {
-            let process = Process::start(spec, &self.tools.setpriv)?;
+            let process = Process::start(spec, &self.tools)?;
             self.processes.push(process);
         }
         for process in &mut self.processes {
@@ -125,7 +134,7 @@ impl Stack {
             ticks.tick().await;
             let mut changed = false;
             for process in &mut self.processes {
-                changed |= process.tend(self.restart, &self.tools.setpriv);
+                changed |= process.tend(self.restart, &self.tools);
             }
             if changed && let Err(error) = self.write_ready_file() {
                 return error;
@@ -167,7 +176,7 @@ impl Stack {
             probe: Probe::Connect(self.postgres),
             log: self.data.join("logs/postgres.log"),
         };
-        let mut process = Process::start(spec, &self.tools.setpriv)?;
+        let mut process = Process::start(spec, &self.tools)?;
         let ready = process.ready(START_MAX).await;
         self.processes.push(process);
         ready?;
@@ -180,16 +189,14 @@ impl Stack {
         fs::create_dir_all(dir).map_err(DevError::broken)?;
         let password_file = self.data.join("postgres-password");
         fs::write(&password_file, &self.data.secrets.postgres_password).map_err(DevError::broken)?;
-        let mut command = Command::new(&self.tools.setpriv);
-        command.arg("--pdeathsig").arg("TERM");
-        if let Some(user) = &self.data.postgres_user {
+        if let Some(user) = self.data.postgres_user.as_ref().filter(|user| !user.mapped) {
             for path in [dir, &password_file] {
                 std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)).map_err(DevError::broken)?;
             }
-            command.args(["--reuid", &user.uid.to_string(), "--regid", &user.gid.to_string(), "--clear-groups"]);
         }
-        command.arg("--").arg(&self.tools.initdb).args(["-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8", "-D"]);
-        command.arg(dir).arg("--pwfile").arg(&password_file).current_dir("/").env_remove("LC_ALL");
+        let mut command = self.tools.tied(&self.tools.initdb, self.data.postgres_user.as_ref(), "TERM");
+        command.args(["-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8", "-D"]).arg(dir);
+        command.arg("--pwfile").arg(&password_file).current_dir("/").env_remove("LC_ALL");
         let output = command.output().map_err(DevError::broken)?;
         let _ = fs::remove_file(&password_file);
         if output.status.success() {
@@ -250,7 +257,7 @@ impl Stack {
             probe: Probe::Connect(self.nats),
             log: self.data.join("logs/nats.log"),
         };
-        let mut process = Process::start(spec, &self.tools.setpriv)?;
+        let mut process = Process::start(spec, &self.tools)?;
         let ready = process.ready(START_MAX).await;
         self.processes.push(process);
         ready

@@ -4,7 +4,7 @@ use std::{
     fs::OpenOptions,
     io::Read as _,
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{ExitStatus, Stdio},
     time::{Duration, Instant},
 };
@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal};
 use tokio::process::{Child, Command};
 use types::Backoff;
 
-use crate::dev::{DevError, data::User};
+use crate::dev::{DevError, data::User, tools::Tools};
 
 const RESTART: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(5), attempts: u32::MAX };
 /// One that ran this long had started well.
@@ -52,23 +52,19 @@ pub struct Process {
 }
 
 impl Process {
-    pub fn start(spec: Spec, setpriv: &Path) -> Result<Self, DevError> {
+    pub fn start(spec: Spec, tools: &Tools) -> Result<Self, DevError> {
         let mut process = Self { spec, child: None, started_at: Instant::now(), deaths: 0, restart_at: None };
-        process.spawn(setpriv)?;
+        process.spawn(tools)?;
         Ok(process)
     }
 
-    fn spawn(&mut self, setpriv: &Path) -> Result<(), DevError> {
+    fn spawn(&mut self, tools: &Tools) -> Result<(), DevError> {
         let spec = &self.spec;
         let log = OpenOptions::new().create(true).append(true).open(&spec.log).map_err(DevError::broken)?;
         let signal = if spec.stop_signal == Signal::INT { "INT" } else { "TERM" };
-        let mut command = Command::new(setpriv);
         // Whatever becomes of this process, its children do not outlive it.
-        command.args(["--pdeathsig", signal]);
-        if let Some(user) = &spec.user {
-            command.args(["--reuid", &user.uid.to_string(), "--regid", &user.gid.to_string(), "--clear-groups"]);
-        }
-        command.arg("--").arg(&spec.program).args(&spec.args).env_clear().envs(spec.env.iter().map(|(k, v)| (k, v)));
+        let mut command = Command::from(tools.tied(&spec.program, spec.user.as_ref(), signal));
+        command.args(&spec.args).env_clear().envs(spec.env.iter().map(|(k, v)| (k, v)));
         let log_too = log.try_clone().map_err(DevError::broken)?;
         // A group of its own: Ctrl-C reaches this process alone, which ends the others in order.
         command.stdin(Stdio::null()).stdout(log).stderr(log_too).process_group(0).current_dir("/");
@@ -102,7 +98,7 @@ impl Process {
     }
 
     /// Notices a death, and starts the child again when it is time. True when the list of processes has changed.
-    pub fn tend(&mut self, restart: bool, setpriv: &Path) -> bool {
+    pub fn tend(&mut self, restart: bool, tools: &Tools) -> bool {
         if let Some(status) = self.ended() {
             self.child = None;
             self.deaths = if self.started_at.elapsed() > STARTED_WELL { 1 } else { self.deaths + 1 };
@@ -112,7 +108,7 @@ impl Process {
             return !restart;
         }
         if self.restart_at.is_some_and(|at| Instant::now() >= at) {
-            match self.spawn(setpriv) {
+            match self.spawn(tools) {
                 Ok(()) => return true,
                 Err(error) => {
                     eprintln!("aod dev: {error}");

@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use crate::dev::DevError;
+use crate::dev::{DevError, data::User};
 
 const POSTGRES_MIN: u32 = 14;
 const NATS_MIN: (u32, u32) = (2, 12);
@@ -24,6 +24,8 @@ pub struct Tools {
     pub agents: Option<PathBuf>,
     /// Runs a program as another user, and lets it end with this one.
     pub setpriv: PathBuf,
+    /// Puts a program into namespaces of its own.
+    pub unshare: PathBuf,
 }
 
 fn env(name: &str) -> Option<String> {
@@ -58,7 +60,36 @@ impl Tools {
         let nats_server = find_nats()?;
         let agents = tools_dir().join("agents");
         let agents = agents.is_dir().then_some(agents);
-        Ok(Self { services, postgres, initdb, nats_server, agents, setpriv: on_path("setpriv").ok_or_else(|| missing("setpriv"))? })
+        Ok(Self {
+            services,
+            postgres,
+            initdb,
+            nats_server,
+            agents,
+            setpriv: on_path("setpriv").ok_or_else(|| missing("setpriv"))?,
+            unshare: on_path("unshare").ok_or_else(|| missing("unshare"))?,
+        })
+    }
+}
+
+impl Tools {
+    /// A command that runs a program as a user, where one is given, and sends it a signal when this process is gone.
+    pub fn tied(&self, program: &Path, user: Option<&User>, signal: &str) -> Command {
+        let (uid, gid) = user.map(|user| (user.uid.to_string(), user.gid.to_string())).unwrap_or_default();
+        let mut command = match user {
+            Some(user) if user.mapped => {
+                let mut command = Command::new(&self.unshare);
+                command.args(["--user", "--map-user", &uid, "--map-group", &gid, "--"]).arg(&self.setpriv);
+                command
+            }
+            _ => Command::new(&self.setpriv),
+        };
+        command.args(["--pdeathsig", signal]);
+        if user.is_some_and(|user| !user.mapped) {
+            command.args(["--reuid", &uid, "--regid", &gid, "--clear-groups"]);
+        }
+        command.arg("--").arg(program);
+        command
     }
 }
 
