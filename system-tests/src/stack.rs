@@ -135,6 +135,24 @@ impl Stack {
         pids.filter_map(|pid| u32::try_from(pid).ok()).collect()
     }
 
+    /// The runner that has a session's turn in hand, by what the runners log; waits until one has.
+    ///
+    /// # Errors
+    /// When none has it within 20 s.
+    pub async fn runner_of(&self, session: &str) -> anyhow::Result<u32> {
+        for _ in 0..1000 {
+            for process in self.ready("/services/sprite-runner").as_array().into_iter().flatten() {
+                let log = process.get("log").and_then(Value::as_str).unwrap_or_default();
+                if std::fs::read_to_string(log).unwrap_or_default().contains(session) {
+                    let pid = process.get("pid").and_then(Value::as_u64).context("no pid")?;
+                    return Ok(u32::try_from(pid)?);
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        bail!("no runner has session {session}")
+    }
+
     /// Sends a request with the stack's key.
     ///
     /// # Errors

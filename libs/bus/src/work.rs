@@ -4,7 +4,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use async_nats::jetstream::{
     AckKind,
-    consumer::{PullConsumer, pull},
+    consumer::PullConsumer,
     message::{Acker, Message},
 };
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use types::Backoff;
 
-use crate::{Bus, Failure, log::Entry, topology::TopologyError, trace};
+use crate::{Bus, Failure, topology::TopologyError, trace};
 
 /// How long one pull waits at the server.
 const PULL_EXPIRES: Duration = Duration::from_secs(5);
@@ -166,14 +166,6 @@ async fn keep_in_hand<F: Future>(acker: &Acker, every: Duration, work: F) -> F::
 }
 
 impl Bus {
-    /// Opens a durable consumer for reading in batches.
-    ///
-    /// # Errors
-    /// [`TopologyError`] when the consumer does not exist.
-    pub async fn batches(&self, spec: &'static ConsumerSpec) -> Result<Batches, TopologyError> {
-        Ok(Batches { consumer: self.consumer(spec).await?, name: spec.name })
-    }
-
     async fn bury(&self, job: &Job, reason: &str) -> Result<(), Failure> {
         let owner = job.subject.split('.').nth(2).unwrap_or("unknown").to_owned();
         let mut headers = async_nats::HeaderMap::new();
@@ -182,59 +174,6 @@ impl Bus {
         let ack = self.jetstream.publish_with_headers(subject::dead_letter(&owner), headers, job.payload.clone()).await;
         ack.map_err(Failure::internal)?.await.map_err(Failure::internal)?;
         Ok(())
-    }
-}
-
-/// A durable consumer, read in batches.
-#[derive(Debug)]
-pub struct Batches {
-    consumer: PullConsumer,
-    name: &'static str,
-}
-
-impl Batches {
-    /// Takes what is there, at most `max` entries; where nothing is, waits up to `wait` for the first.
-    ///
-    /// # Errors
-    /// [`TopologyError`] when the consumer is gone or does not answer.
-    pub async fn next(&self, max: usize, wait: Duration) -> Result<Batch, TopologyError> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: self.name, source };
-        let mut batch = Batch { entries: Vec::new(), ackers: Vec::new() };
-        let present = self.consumer.fetch().max_messages(max).messages().await.map_err(|error| failed(error.into()))?;
-        batch.fill(present).await.map_err(failed)?;
-        if batch.entries.is_empty() {
-            let first = self.consumer.batch().max_messages(1).expires(wait).messages().await.map_err(|error| failed(error.into()))?;
-            batch.fill(first).await.map_err(failed)?;
-        }
-        Ok(batch)
-    }
-}
-
-/// Entries taken from a stream. Dropped without an acknowledgement, they come again.
-pub struct Batch {
-    pub entries: Vec<Entry>,
-    ackers: Vec<Acker>,
-}
-
-impl Batch {
-    async fn fill(&mut self, mut messages: pull::Batch) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        while let Some(message) = messages.next().await {
-            let message = message?;
-            let sequence = message.info()?.stream_sequence;
-            let (message, acker) = message.split();
-            self.entries.push(Entry { sequence, subject: message.subject.to_string(), payload: message.payload });
-            self.ackers.push(acker);
-        }
-        Ok(())
-    }
-
-    /// Acknowledges all of them. An ack that gets lost costs a repetition, nothing else.
-    pub async fn acknowledge(self) {
-        for acker in self.ackers {
-            if let Err(error) = acker.ack().await {
-                tracing::debug!(%error, "batch ack not sent");
-            }
-        }
     }
 }
 

@@ -70,8 +70,8 @@ pub const SCHEDULER: Access = Access {
         "$JS.API.CONSUMER.CREATE.>",
         "$JS.API.CONSUMER.DURABLE.CREATE.>",
         "$JS.API.CONSUMER.INFO.>",
-        "$JS.API.CONSUMER.MSG.NEXT.EVENTS.recorder",
-        "$JS.ACK.EVENTS.recorder.>",
+        "$JS.API.CONSUMER.DELETE.EVENTS.>",
+        "$JS.API.CONSUMER.MSG.NEXT.EVENTS.>",
     ],
     subscribe: &["aod.rpc.scheduler.>", "$SRV.>"],
 };

@@ -88,13 +88,4 @@ pub const RUNNER: ConsumerSpec = ConsumerSpec {
     max_ack_pending: 100_000,
 };
 
-/// EVENTS into Postgres. One reader at a time, so that the record never has a hole.
-pub const RECORDER: ConsumerSpec = ConsumerSpec {
-    stream: EVENTS.name,
-    name: "recorder",
-    filters: &[subject::SESSION_LOGS],
-    ack_wait: Duration::from_secs(30),
-    max_ack_pending: 20_000,
-};
-
-pub const CONSUMERS: [ConsumerSpec; 2] = [RUNNER, RECORDER];
+pub const CONSUMERS: [ConsumerSpec; 1] = [RUNNER];

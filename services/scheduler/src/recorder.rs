@@ -1,19 +1,17 @@
 //! The recorder: what the EVENTS stream holds, written to Postgres, and the states moved along by it.
 //!
 //! One replica records at a time, in the stream's order, so that the record of a session never has a hole below its newest event:
-//! readers may take a page of it for complete. A batch is one transaction; it is acknowledged after the commit, and harmless twice.
+//! readers may take a page of it for complete. How far it got is in the same transaction as what it wrote, so that whoever goes on
+//! begins with the next event. Acknowledgements to the stream would not do: one that is missing comes back late, and out of order.
 
 use std::time::Duration;
 
-use bus::{
-    Failure,
-    log::Entry,
-    work::{Batch, Batches},
-};
+use bus::{Failure, log::Entry};
 use contract::{
     session::{SessionEvent, TurnEnded, session_event::Kind},
     subject, topology,
 };
+use futures::StreamExt as _;
 use prost::Message as _;
 use sqlx::{Connection as _, PgConnection, PgPool};
 use store::leader::Leadership;
@@ -30,7 +28,7 @@ use crate::{
 /// Any number that no other lock of ours has.
 const LOCK: i64 = 0x0061_6f64_7265_6331;
 const BATCH: usize = 1000;
-const WAIT: Duration = Duration::from_secs(1);
+const IDLE: Duration = Duration::from_secs(1);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 /// How many events can have been in a lost stream without being recorded. Ids must not come twice.
 const UNRECORDED_MAX: u64 = 1_000_000;
@@ -73,24 +71,25 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 }
 
 async fn record(scheduler: &Scheduler, leadership: &mut Leadership, stop: &CancellationToken, failures: &mut u32) -> anyhow::Result<()> {
-    let batches: Batches = scheduler.bus.batches(&topology::RECORDER).await?;
+    let from = recorded_through(&scheduler.pool).await? + 1;
+    let entries = scheduler.bus.follow(topology::EVENTS.name, subject::SESSION_LOGS.to_owned(), from).await?;
+    // As many as there are, and no waiting for more.
+    let mut batches = entries.ready_chunks(BATCH);
     while !stop.is_cancelled() {
-        let batch: Batch = batches.next(BATCH, WAIT).await?;
-        if batch.entries.is_empty() {
+        let Ok(batch) = tokio::time::timeout(IDLE, batches.next()).await else {
             // The lock is in this connection: losing one is losing the other.
             leadership.connection().ping().await?;
             continue;
-        }
-        let woken = write(leadership.connection(), &batch.entries).await?;
+        };
+        let entries = batch.unwrap_or_default().into_iter().collect::<Result<Vec<Entry>, _>>()?;
+        let Some(last) = entries.last().map(|entry| entry.sequence) else { anyhow::bail!("the stream ended") };
+        let woken = write(leadership.connection(), &entries).await?;
         *failures = 0;
-        metrics::counter!("aod_events_recorded_total").increment(batch.entries.len() as u64);
-        if let Some(last) = batch.entries.last() {
-            scheduler.recorded.send_replace(last.sequence);
-        }
+        metrics::counter!("aod_events_recorded_total").increment(entries.len() as u64);
+        scheduler.recorded.send_replace(last);
         if woken {
             scheduler.outbox.notify_one();
         }
-        batch.acknowledge().await;
     }
     Ok(())
 }

@@ -10,11 +10,11 @@ const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, no_res
 const LINES: usize = 100;
 
 /// Runs a turn that prints numbered lines, disturbs it after the twentieth, and gives the longest pause in its output.
-async fn disturbed(stack: &Stack, disturb: impl FnOnce()) -> Duration {
+async fn disturbed(stack: &Stack, disturb: impl AsyncFnOnce(&str)) -> Duration {
     let session = stack.session("shell", &format!("for i in $(seq {LINES}); do echo line $i; sleep 0.04; done; exit 7")).await.unwrap();
     let mut events = stack.stream(&session, 0).await.unwrap();
     let mut output = events.until_output("line 20\n").await.unwrap();
-    disturb();
+    disturb(&session).await;
     let (mut last, mut longest, mut end) = (Instant::now(), Duration::ZERO, Value::Null);
     while let Some(event) = events.next().await.unwrap() {
         if let Some(data) = event["data"].as_str() {
@@ -33,34 +33,43 @@ async fn disturbed(stack: &Stack, disturb: impl FnOnce()) -> Duration {
     longest
 }
 
+/// The runner that has the turn is gone for good: the other one goes on.
 #[tokio::test]
-async fn a_killed_runner_is_replaced_and_no_line_is_lost_or_doubled() {
+async fn a_second_runner_takes_over_from_one_that_was_killed_and_no_line_is_lost_or_doubled() {
+    let stack = Stack::start(Options { no_restart: true, ..TWO_RUNNERS }).await.unwrap();
+    let pause = disturbed(&stack, async |session| Stack::signal(&[stack.runner_of(session).await.unwrap()], Signal::KILL)).await;
+    println!("killed, taken over by the other: output paused for {pause:?}");
+    assert!(pause < Duration::from_secs(10), "{pause:?}");
+}
+
+#[tokio::test]
+async fn a_runner_that_is_told_to_stop_hands_its_turn_over_at_once() {
+    let stack = Stack::start(Options { no_restart: true, ..TWO_RUNNERS }).await.unwrap();
+    let pause = disturbed(&stack, async |session| Stack::signal(&[stack.runner_of(session).await.unwrap()], Signal::TERM)).await;
+    println!("stopped, handed over to the other: output paused for {pause:?}");
+    assert!(pause < Duration::from_secs(2), "{pause:?}");
+}
+
+#[tokio::test]
+async fn all_runners_may_die_at_once_and_are_started_again() {
     let stack = Stack::start(TWO_RUNNERS).await.unwrap();
     let runners = stack.pids("sprite-runner");
     assert_eq!(runners.len(), 2);
-    // Both, for nobody knows from outside which of them has the turn; they are started again.
-    let pause = disturbed(&stack, || Stack::signal(&runners, Signal::KILL)).await;
-    println!("killed: output paused for {pause:?}");
-    assert!(pause < Duration::from_secs(10), "{pause:?}");
+    let pause = disturbed(&stack, async |_| Stack::signal(&runners, Signal::KILL)).await;
+    println!("all killed: output paused for {pause:?}");
     testkit::eventually("the ready file tells of the new runners", || async {
         let now = stack.pids("sprite-runner");
         now.len() == 2 && now.iter().all(|pid| !runners.contains(pid))
     })
     .await;
-}
-
-#[tokio::test]
-async fn a_runner_that_is_told_to_stop_hands_its_turn_over_at_once() {
-    let stack = Stack::start(TWO_RUNNERS).await.unwrap();
-    let pause = disturbed(&stack, || Stack::signal(&stack.pids("sprite-runner"), Signal::TERM)).await;
-    println!("drained: output paused for {pause:?}");
-    assert!(pause < Duration::from_secs(2), "{pause:?}");
+    let pause = disturbed(&stack, async |_| Stack::signal(&stack.pids("sprite-runner"), Signal::TERM)).await;
+    println!("all restarted: output paused for {pause:?}");
 }
 
 #[tokio::test]
 async fn the_other_services_may_die_while_a_turn_runs() {
     let stack = Stack::start(TWO_RUNNERS).await.unwrap();
-    let pause = disturbed(&stack, || {
+    let pause = disturbed(&stack, async |_| {
         for service in ["scheduler", "auth", "credential-vault"] {
             Stack::signal(&stack.pids(service), Signal::KILL);
         }
