@@ -15,18 +15,18 @@ use crate::body::FieldError;
 pub struct ApiError {
     status: StatusCode,
     detail: Value,
-    extra: Map<String, Value>,
+    numbers: Vec<(String, i64)>,
     retry_after_seconds: Option<u32>,
 }
 
 impl ApiError {
     pub fn new(status: StatusCode, detail: &str) -> Self {
-        Self { status, detail: detail.into(), extra: Map::new(), retry_after_seconds: None }
+        Self { status, detail: detail.into(), numbers: Vec::new(), retry_after_seconds: None }
     }
 
     pub fn fields(errors: Vec<FieldError>) -> Self {
         let detail = errors.into_iter().map(FieldError::into_json).collect();
-        Self { status: StatusCode::UNPROCESSABLE_ENTITY, detail: Value::Array(detail), extra: Map::new(), retry_after_seconds: None }
+        Self { status: StatusCode::UNPROCESSABLE_ENTITY, detail: Value::Array(detail), numbers: Vec::new(), retry_after_seconds: None }
     }
 
     pub fn not_found(resource: &str) -> Self {
@@ -53,15 +53,16 @@ impl From<Failure> for ApiError {
         if let (ErrorCode::Unprocessable, Some(field)) = (failure.code, &failure.field) {
             return Self::fields(vec![FieldError::value(field, &failure.message, Value::Null)]);
         }
-        let extra = failure.numbers.into_iter().map(|(name, number)| (name, number.into())).collect();
-        Self { status, detail: failure.message.into(), extra, retry_after_seconds }
+        let numbers = failure.numbers.into_iter().collect();
+        Self { status, detail: failure.message.into(), numbers, retry_after_seconds }
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut body = self.extra;
+        let mut body = Map::new();
         body.insert("detail".to_owned(), self.detail);
+        body.extend(self.numbers.into_iter().map(|(name, number)| (name, number.into())));
         if let Some(context) = trace::current() {
             body.insert("request_id".to_owned(), context.trace_id().into());
         }
