@@ -21,6 +21,7 @@ use crate::{Bus, Failure, client::unix_millis, trace};
 
 /// Requests of one subject in hand at a time; more are refused rather than queued.
 const CONCURRENCY: usize = 512;
+const SETTLE_MAX: Duration = Duration::from_secs(5);
 
 /// A service's endpoints. Each request runs in its own task, ends by its caller's deadline, and is always answered.
 ///
@@ -55,7 +56,7 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
         let mut endpoint =
             self.service.endpoint_builder().name(endpoint_name(R::SUBJECT)).add(R::SUBJECT).await.map_err(Failure::internal)?;
         // The server knows of it before anybody is told that we are ready.
-        self.client.flush().await.map_err(Failure::internal)?;
+        settle(&self.client).await?;
         let (handler, permits) = (Arc::new(handler), Arc::new(Semaphore::new(CONCURRENCY)));
         let (state, service, tasks, stop) = (self.state.clone(), self.service.clone(), self.tasks.clone(), self.stop.clone());
         self.tasks.spawn(async move {
@@ -95,6 +96,18 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
             drop(service);
         });
         Ok(())
+    }
+}
+
+/// Returns when the server has taken note of everything that was sent before: a message to ourselves comes back behind it. (A flush
+/// ends when the bytes have left.)
+async fn settle(client: &async_nats::Client) -> Result<(), Failure> {
+    let inbox = client.new_inbox();
+    let mut echo = client.subscribe(inbox.clone()).await.map_err(Failure::internal)?;
+    client.publish(inbox, bytes::Bytes::new()).await.map_err(Failure::internal)?;
+    match tokio::time::timeout(SETTLE_MAX, echo.next()).await {
+        Ok(Some(_)) => Ok(()),
+        _ => Err(Failure::unavailable("The message bus")),
     }
 }
 

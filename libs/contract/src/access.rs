@@ -117,6 +117,8 @@ pub fn render_permissions() -> String {
     );
     for access in ALL {
         let inbox = format!("{}.>", access.inbox());
+        // Its own inbox a user may also write to: how it learns that the server has taken note of what it sent.
+        let publish: Vec<_> = access.publish.iter().copied().chain([inbox.as_str()]).collect();
         let subscribe: Vec<_> = access.subscribe.iter().copied().chain([inbox.as_str()]).collect();
         // Writing to a String cannot fail.
         let _ = writeln!(
@@ -124,7 +126,7 @@ pub fn render_permissions() -> String {
             "    {{\n      user: {}\n      password: ${}\n      permissions: {{\n        publish: {{ allow: {} }}\n        subscribe: {{ allow: {} }}\n        allow_responses: {{ max: 1, expires: \"1m\" }}\n      }}\n    }}",
             access.user,
             access.password_variable(),
-            list(access.publish),
+            list(&publish),
             list(&subscribe),
         );
     }
