@@ -84,11 +84,8 @@ fn folders_are_named_like_their_crates_and_share_the_workspaces_rules() {
         assert_eq!(package.folder.rsplit('/').next(), Some(name.as_str()));
         let manifest = std::fs::read_to_string(root().join(&package.folder).join("Cargo.toml")).unwrap();
         assert!(manifest.contains("[lints]\nworkspace = true"), "{name} has lints of its own");
-        let dependencies = manifest
-            .lines()
-            .skip_while(|line| !line.starts_with("[dependencies]"))
-            .filter(|line| line.contains('=') && !line.starts_with("workspace"));
-        for line in dependencies.take_while(|line| !line.starts_with("[lints]")) {
+        let tables = manifest.split("\n[").filter(|table| table.split(']').next().is_some_and(|name| name.ends_with("dependencies")));
+        for line in tables.flat_map(str::lines).filter(|line| line.contains('=')) {
             assert!(line.contains("workspace = true"), "{name}: {line} is not inherited from the workspace");
         }
     }

@@ -16,7 +16,14 @@ pub struct Failure {
     /// Numbers that belong to the message, such as a quota's.
     pub numbers: HashMap<String, i64>,
     /// The field at fault, where one is.
-    pub field: Option<String>,
+    pub field: Option<Box<Field>>,
+}
+
+/// A field, and what it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Field {
+    pub name: String,
+    pub input: String,
 }
 
 impl Failure {
@@ -54,8 +61,8 @@ impl Failure {
     }
 
     #[must_use]
-    pub fn at_field(mut self, field: &str) -> Self {
-        self.field = Some(field.to_owned());
+    pub fn at_field(mut self, field: &str, input: &str) -> Self {
+        self.field = Some(Box::new(Field { name: field.to_owned(), input: input.to_owned() }));
         self
     }
 
@@ -64,14 +71,17 @@ impl Failure {
             code: self.code.as_str().to_owned(),
             message: self.message.clone(),
             numbers: self.numbers.clone(),
-            field: self.field.clone(),
+            field: self.field.as_ref().map(|field| field.name.clone()),
+            input: self.field.as_ref().map(|field| field.input.clone()),
         };
         STANDARD.encode(error.encode_to_vec())
     }
 
     pub(crate) fn from_header(text: &str) -> Option<Self> {
         let error = common::Error::decode(STANDARD.decode(text).ok()?.as_slice()).ok()?;
-        Some(Self { code: error.code.parse().ok()?, message: error.message, numbers: error.numbers, field: error.field })
+        let input = error.input.unwrap_or_default();
+        let field = error.field.map(|name| Box::new(Field { name, input }));
+        Some(Self { code: error.code.parse().ok()?, message: error.message, numbers: error.numbers, field })
     }
 }
 
@@ -81,7 +91,7 @@ mod tests {
 
     #[test]
     fn a_failure_survives_the_wire() {
-        let failure = Failure::new(ErrorCode::ResourceExhausted, "too many\nlines é").with_number("limit", 3).at_field("model");
+        let failure = Failure::new(ErrorCode::ResourceExhausted, "too many\nlines é").with_number("limit", 3).at_field("model", "x");
         assert_eq!(Failure::from_header(&failure.to_header()), Some(failure));
         assert_eq!(Failure::from_header("%"), None);
     }

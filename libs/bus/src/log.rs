@@ -81,6 +81,16 @@ impl Bus {
         }
     }
 
+    /// Removes every entry of a subject. Sequences are not used again.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the stream does not answer.
+    pub async fn purge(&self, stream: &'static str, subject: &str) -> Result<(), ReadError> {
+        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+        stream.purge().filter(subject).await.map_err(|error| ReadError(error.into()))?;
+        Ok(())
+    }
+
     /// Follows one subject from a sequence on: in order, without gaps, mended after every loss of the connection.
     ///
     /// # Errors

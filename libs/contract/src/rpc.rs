@@ -38,6 +38,13 @@ rpcs! {
     CreateKey: auth::CreateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.create", idempotent: false;
     ListKeys: auth::ListKeysRequest => auth::ListKeysReply, "aod.rpc.auth.v1.key.list", idempotent: true;
     DeactivateKey: auth::DeactivateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.deactivate", idempotent: true;
+    FindUser: auth::FindUserRequest => auth::User, "aod.rpc.auth.v1.user.find", idempotent: true;
+    CreateUser: auth::CreateUserRequest => auth::User, "aod.rpc.auth.v1.user.create", idempotent: false;
+    ListUsers: common::Empty => auth::ListUsersReply, "aod.rpc.auth.v1.user.list", idempotent: true;
+    SetUserActive: auth::SetUserActiveRequest => auth::User, "aod.rpc.auth.v1.user.set_active", idempotent: true;
+    SetQuota: auth::SetQuotaRequest => auth::User, "aod.rpc.auth.v1.quota.set", idempotent: true;
+    /// Makes the first user and key, where there are none. For operators.
+    Bootstrap: auth::BootstrapRequest => auth::Key, "aod.rpc.auth.v1.user.bootstrap", idempotent: false;
     /// Finds the user of that name, or makes it. For operators.
     EnsureUser: auth::EnsureUserRequest => auth::User, "aod.rpc.auth.v1.user.ensure", idempotent: true;
 
@@ -47,6 +54,7 @@ rpcs! {
     ListCredentials: vault::ListCredentialsRequest => vault::ListCredentialsReply, "aod.rpc.vault.v1.credential.list", idempotent: true;
     DeleteCredential: vault::DeleteCredentialRequest => common::Empty, "aod.rpc.vault.v1.credential.delete", idempotent: false;
     PutSecret: vault::PutSecretRequest => vault::PutSecretReply, "aod.rpc.vault.v1.secret.put", idempotent: false;
+    DeleteSecrets: vault::DeleteSecretsRequest => common::Empty, "aod.rpc.vault.v1.secret.delete", idempotent: true;
     /// Grants a session's runner some secrets for a while. For the scheduler.
     MintLease: vault::MintLeaseRequest => vault::MintLeaseReply, "aod.rpc.vault.v1.lease.mint", idempotent: true;
     /// The secrets of a lease, sealed to a one-time key. For runners.
@@ -54,18 +62,26 @@ rpcs! {
     RevokeLeases: vault::RevokeLeasesRequest => common::Empty, "aod.rpc.vault.v1.lease.revoke", idempotent: true;
 
     SchedulerHealth: common::Empty => common::Empty, "aod.rpc.scheduler.v1.health.check", idempotent: true;
-    CreateAgent: scheduler::CreateAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.create", idempotent: false;
+    CreateAgent: scheduler::CreateAgentRequest => scheduler::CreateAgentReply, "aod.rpc.scheduler.v1.agent.create", idempotent: false;
     GetAgent: scheduler::GetAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.get", idempotent: true;
+    UpdateAgent: scheduler::UpdateAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.update", idempotent: false;
+    ArchiveAgent: scheduler::GetAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.archive", idempotent: false;
+    ListAgentVersions: scheduler::ListPartsRequest => scheduler::ListAgentsReply, "aod.rpc.scheduler.v1.agent.versions", idempotent: true;
     ListAgents: scheduler::ListRequest => scheduler::ListAgentsReply, "aod.rpc.scheduler.v1.agent.list", idempotent: true;
-    CreateEnvironment: scheduler::CreateEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.create", idempotent: false;
+    CreateEnvironment: scheduler::CreateEnvironmentRequest => scheduler::CreateEnvironmentReply, "aod.rpc.scheduler.v1.environment.create", idempotent: false;
     GetEnvironment: scheduler::GetEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.get", idempotent: true;
+    UpdateEnvironment: scheduler::UpdateEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.update", idempotent: false;
+    ArchiveEnvironment: scheduler::GetEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.archive", idempotent: false;
+    DeleteEnvironment: scheduler::GetEnvironmentRequest => common::Empty, "aod.rpc.scheduler.v1.environment.delete", idempotent: false;
+    ListEnvironmentVersions: scheduler::ListPartsRequest => scheduler::ListEnvironmentsReply, "aod.rpc.scheduler.v1.environment.versions", idempotent: true;
     ListEnvironments: scheduler::ListRequest => scheduler::ListEnvironmentsReply, "aod.rpc.scheduler.v1.environment.list", idempotent: true;
-    CreateSession: scheduler::CreateSessionRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.create", idempotent: false;
+    CreateSession: scheduler::CreateSessionRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.create", idempotent: false;
     GetSession: scheduler::GetSessionRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.get", idempotent: true;
     ListSessions: scheduler::ListRequest => scheduler::ListSessionsReply, "aod.rpc.scheduler.v1.session.list", idempotent: true;
-    ListTurns: scheduler::GetSessionRequest => scheduler::ListTurnsReply, "aod.rpc.scheduler.v1.session.turns", idempotent: true;
-    Prompt: scheduler::PromptRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.prompt", idempotent: false;
+    ListTurns: scheduler::ListPartsRequest => scheduler::ListTurnsReply, "aod.rpc.scheduler.v1.session.turns", idempotent: true;
+    Prompt: scheduler::PromptRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.prompt", idempotent: false;
     Terminate: scheduler::TerminateRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.terminate", idempotent: false;
+    DeleteSession: scheduler::DeleteSessionRequest => common::Empty, "aod.rpc.scheduler.v1.session.delete", idempotent: false;
     /// A page of a session's record.
     ReadEvents: scheduler::ReadEventsRequest => scheduler::ReadEventsReply, "aod.rpc.scheduler.v1.session.events", idempotent: true;
     /// What a turn needs to run; raises its epoch. For runners.

@@ -232,6 +232,18 @@ impl Sprite {
         Ok(content)
     }
 
+    /// Lets the Sprite reach these hosts and no other, from now on. `*.x` stands for every name below `x`.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::NotFound`] also from a server that knows no policies.
+    pub async fn limit_network(&self, hosts: &[String]) -> Result<(), Error> {
+        let allowed = hosts.iter().map(|host| serde_json::json!({ "domain": host, "action": "allow" }));
+        let rules: Vec<_> = allowed.chain([serde_json::json!({ "domain": "*", "action": "deny" })]).collect();
+        let (url, body) = (format!("/v1/sprites/{}/policy/network", self.name), serde_json::json!({ "rules": rules }));
+        self.client.send(Absence::Spurious, || self.client.request(Method::POST, &url).json(&body)).await?;
+        Ok(())
+    }
+
     /// Starts a command. Not repeated by itself: the caller knows whether that is harmless.
     ///
     /// # Errors

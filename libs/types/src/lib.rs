@@ -2,23 +2,29 @@
 //!
 //! Pure by rule: no I/O, no async, and no dependency on any other crate of ours.
 
+pub mod agent;
 pub mod api_key;
 pub mod backoff;
 pub mod credential;
+pub mod environment;
 pub mod error;
 pub mod id;
 pub mod limits;
 pub mod model;
+pub mod repository;
 pub mod session;
 pub mod sprite_name;
 pub mod timestamp;
 
+pub use agent::{McpServer, Skill};
 pub use api_key::{ApiKey, KeyHash};
 pub use backoff::Backoff;
 pub use credential::CredentialKind;
+pub use environment::{Networking, PackageManager};
 pub use error::ErrorCode;
 pub use id::{AgentId, EnvironmentId, KeyId, LeaseId, SecretId, SessionId, UserId};
 pub use model::{ModelRef, Provider, Runtime};
+pub use repository::Repository;
 pub use session::{SessionStatus, Stage, StageState, TurnStatus};
 pub use sprite_name::SpriteName;
 pub use timestamp::Timestamp;

@@ -8,6 +8,14 @@ pub const BODY_BYTES_MAX: usize = 2_621_440;
 pub const MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub const NAME_CHARS_MAX: usize = 200;
 pub const MODEL_CHARS_MAX: usize = 100;
+/// Skills, and MCP servers, of an agent.
+pub const AGENT_ITEMS_MAX: usize = 20;
+pub const SKILL_DESCRIPTION_CHARS_MAX: usize = 1024;
+pub const SKILL_CONTENT_BYTES_MAX: usize = 65_536;
+/// Repositories of a session.
+pub const RESOURCES_MAX: usize = 10;
+pub const URL_CHARS_MAX: usize = 500;
+pub const IDEMPOTENCY_KEY_CHARS_MAX: usize = 255;
 pub const TIMEOUT_SECONDS_MIN: u32 = 10;
 pub const TIMEOUT_SECONDS_MAX: u32 = 3600;
 pub const PAGE_MAX: u32 = 1000;

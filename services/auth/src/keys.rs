@@ -2,9 +2,9 @@
 
 use bus::Failure;
 use contract::auth::{CreateKeyRequest, DeactivateKeyRequest, Key, ListKeysReply, ListKeysRequest, VerifyKeyReply, VerifyKeyRequest};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
-use types::{ErrorCode, KeyHash, KeyId, Timestamp, UserId};
+use types::{ErrorCode, KeyHash, KeyId, Timestamp, UserId, limits::PAGE_MAX};
 use uuid::Uuid;
 
 #[derive(sqlx::FromRow)]
@@ -84,10 +84,15 @@ impl From<KeyRow> for Key {
 }
 
 pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Failure> {
+    let mut connection = pool.acquire().await.map_err(Failure::internal)?;
+    insert(&mut connection, request).await
+}
+
+pub async fn insert(connection: &mut PgConnection, request: CreateKeyRequest) -> Result<Key, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let hash = KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| Failure::invalid("A key's hash has 32 bytes"))?;
     let expires_at = request.expires_at_us.map(|micros| OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000));
-    let expires_at = expires_at.transpose().map_err(|_| Failure::invalid("The expiry is out of range").at_field("expires_at"))?;
+    let expires_at = expires_at.transpose().map_err(|_| Failure::invalid("The expiry is out of range").at_field("expires_at", ""))?;
     let row: Result<KeyRow, sqlx::Error> = sqlx::query_as(
         "insert into api_key (key_id, user_id, key_hash, prefix, name, expires_at)
          values ($1, $2, $3, $4, $5, $6)
@@ -99,7 +104,7 @@ pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Fail
     .bind(request.prefix)
     .bind(request.name)
     .bind(expires_at)
-    .fetch_one(&pool)
+    .fetch_one(connection)
     .await;
     match row {
         Ok(row) => Ok(row.into()),
@@ -110,18 +115,25 @@ pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Fail
 
 pub async fn list(pool: PgPool, request: ListKeysRequest) -> Result<ListKeysReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let rows: Vec<KeyRow> = sqlx::query_as(
+    let after = request.after_key_id.as_deref().map(str::parse::<KeyId>).transpose().map_err(|_| Failure::invalid("Invalid cursor"))?;
+    let limit = request.limit.clamp(1, PAGE_MAX) as usize;
+    // Ids are made in the order of time.
+    let mut rows: Vec<KeyRow> = sqlx::query_as(
         "select key_id, name, prefix, is_active, created_at, expires_at, last_used_at
          from api_key
-         where user_id = $1
-         order by created_at desc
-         limit 1000",
+         where user_id = $1 and ($2::uuid is null or key_id < $2)
+         order by key_id desc
+         limit $3",
     )
     .bind(user.uuid())
+    .bind(after.map(KeyId::uuid))
+    .bind(limit as i64 + 1)
     .fetch_all(&pool)
     .await
     .map_err(Failure::internal)?;
-    Ok(ListKeysReply { keys: rows.into_iter().map(Key::from).collect() })
+    let has_more = rows.len() > limit;
+    rows.truncate(limit);
+    Ok(ListKeysReply { keys: rows.into_iter().map(Key::from).collect(), has_more })
 }
 
 pub async fn deactivate(pool: PgPool, request: DeactivateKeyRequest) -> Result<Key, Failure> {

@@ -39,6 +39,12 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::CreateKey, _, _>(keys::create).await?;
     responder.serve::<rpc::ListKeys, _, _>(keys::list).await?;
     responder.serve::<rpc::DeactivateKey, _, _>(keys::deactivate).await?;
+    responder.serve::<rpc::FindUser, _, _>(users::find).await?;
+    responder.serve::<rpc::CreateUser, _, _>(users::create).await?;
+    responder.serve::<rpc::ListUsers, _, _>(users::list).await?;
+    responder.serve::<rpc::SetUserActive, _, _>(users::set_active).await?;
+    responder.serve::<rpc::SetQuota, _, _>(users::set_quota).await?;
+    responder.serve::<rpc::Bootstrap, _, _>(users::bootstrap).await?;
     responder.serve::<rpc::EnsureUser, _, _>(users::ensure).await?;
     Ok(())
 }

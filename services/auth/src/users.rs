@@ -1,26 +1,150 @@
-//! Users: owners of everything else.
+//! Users: owners of everything else. For operators.
 
 use bus::Failure;
-use contract::auth::{EnsureUserRequest, User};
-use sqlx::PgPool;
-use types::UserId;
+use contract::{
+    auth::{
+        BootstrapRequest, CreateKeyRequest, CreateUserRequest, EnsureUserRequest, FindUserRequest, Key, ListUsersReply, SetQuotaRequest,
+        SetUserActiveRequest, User,
+    },
+    common::Empty,
+};
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
+use types::{Timestamp, UserId};
 use uuid::Uuid;
+
+use crate::keys;
+
+const NAME_CHARS_MAX: usize = 150;
+
+#[derive(sqlx::FromRow)]
+struct UserRow {
+    user_id: Uuid,
+    name: String,
+    is_active: bool,
+    session_limit: Option<i32>,
+    created_at: OffsetDateTime,
+}
+
+impl From<UserRow> for User {
+    fn from(row: UserRow) -> Self {
+        Self {
+            user_id: row.user_id.to_string(),
+            name: row.name,
+            is_active: row.is_active,
+            session_limit: row.session_limit.and_then(|limit| u32::try_from(limit).ok()),
+            created_at_us: Timestamp::from(row.created_at).unix_micros(),
+        }
+    }
+}
+
+fn missing() -> Failure {
+    Failure::not_found("User not found")
+}
+
+fn check_name(name: &str) -> Result<(), Failure> {
+    let printable = name.chars().all(|c| !c.is_control());
+    if (1..=NAME_CHARS_MAX).contains(&name.chars().count()) && printable {
+        return Ok(());
+    }
+    Err(Failure::invalid(format!("A user's name has 1 to {NAME_CHARS_MAX} printable characters")))
+}
 
 /// Finds the user of that name, or makes it.
 pub async fn ensure(pool: PgPool, request: EnsureUserRequest) -> Result<User, Failure> {
-    if request.name.is_empty() || request.name.chars().count() > 150 {
-        return Err(Failure::invalid("A user's name has 1 to 150 characters"));
+    match create(pool.clone(), CreateUserRequest { name: request.name.clone() }).await {
+        Err(failure) if failure.code == types::ErrorCode::Conflict => find(pool, FindUserRequest { name: request.name }).await,
+        created => created,
     }
-    sqlx::query("insert into account (user_id, name) values ($1, $2) on conflict (name) do nothing")
-        .bind(UserId::new().uuid())
+}
+
+pub async fn create(pool: PgPool, request: CreateUserRequest) -> Result<User, Failure> {
+    check_name(&request.name)?;
+    let mut connection = pool.acquire().await.map_err(Failure::internal)?;
+    insert(&mut connection, &request.name)
+        .await?
+        .map(User::from)
+        .ok_or_else(|| Failure::conflict(format!("A user named '{}' exists.", request.name)))
+}
+
+async fn insert(connection: &mut PgConnection, name: &str) -> Result<Option<UserRow>, Failure> {
+    sqlx::query_as(
+        "insert into account (user_id, name) values ($1, $2)
+         on conflict (name) do nothing
+         returning user_id, name, is_active, session_limit, created_at",
+    )
+    .bind(UserId::new().uuid())
+    .bind(name)
+    .fetch_optional(connection)
+    .await
+    .map_err(Failure::internal)
+}
+
+pub async fn find(pool: PgPool, request: FindUserRequest) -> Result<User, Failure> {
+    let row: Option<UserRow> = sqlx::query_as("select user_id, name, is_active, session_limit, created_at from account where name = $1")
         .bind(&request.name)
-        .execute(&pool)
+        .fetch_optional(&pool)
         .await
         .map_err(Failure::internal)?;
-    let id: Uuid = sqlx::query_scalar("select user_id from account where name = $1")
-        .bind(&request.name)
-        .fetch_one(&pool)
-        .await
-        .map_err(Failure::internal)?;
-    Ok(User { user_id: UserId::from_uuid(id).to_string(), name: request.name })
+    row.map(User::from).ok_or_else(missing)
+}
+
+pub async fn list(pool: PgPool, _: Empty) -> Result<ListUsersReply, Failure> {
+    let rows: Vec<UserRow> =
+        sqlx::query_as("select user_id, name, is_active, session_limit, created_at from account order by name limit 10000")
+            .fetch_all(&pool)
+            .await
+            .map_err(Failure::internal)?;
+    Ok(ListUsersReply { users: rows.into_iter().map(User::from).collect() })
+}
+
+/// A user that is not active has no active key.
+pub async fn set_active(pool: PgPool, request: SetUserActiveRequest) -> Result<User, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let row: Option<UserRow> = sqlx::query_as(
+        "update account set is_active = $2 where user_id = $1
+         returning user_id, name, is_active, session_limit, created_at",
+    )
+    .bind(user.uuid())
+    .bind(request.is_active)
+    .fetch_optional(&pool)
+    .await
+    .map_err(Failure::internal)?;
+    row.map(User::from).ok_or_else(missing)
+}
+
+pub async fn set_quota(pool: PgPool, request: SetQuotaRequest) -> Result<User, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let limit = request.session_limit.map(i32::try_from).transpose().ok().filter(|limit| *limit != Some(0));
+    let limit = limit.ok_or_else(|| Failure::invalid("A limit is a number from 1 to 2147483647"))?;
+    let row: Option<UserRow> = sqlx::query_as(
+        "update account set session_limit = $2 where user_id = $1
+         returning user_id, name, is_active, session_limit, created_at",
+    )
+    .bind(user.uuid())
+    .bind(limit)
+    .fetch_optional(&pool)
+    .await
+    .map_err(Failure::internal)?;
+    row.map(User::from).ok_or_else(missing)
+}
+
+/// The first user and key, where there is no user yet: of two at once, one.
+pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, Failure> {
+    check_name(&request.user_name)?;
+    let mut tx = pool.begin().await.map_err(Failure::internal)?;
+    sqlx::query("lock table account in exclusive mode").execute(&mut *tx).await.map_err(Failure::internal)?;
+    let taken: bool = sqlx::query_scalar("select exists (select 1 from account)").fetch_one(&mut *tx).await.map_err(Failure::internal)?;
+    let user = if taken { None } else { insert(&mut tx, &request.user_name).await? };
+    let user = user.ok_or_else(|| Failure::conflict("This deployment has users already; make keys with `aod admin key create`"))?;
+    let key = CreateKeyRequest {
+        user_id: user.user_id.to_string(),
+        name: request.key_name,
+        key_hash: request.key_hash,
+        prefix: request.prefix,
+        expires_at_us: None,
+    };
+    let key = keys::insert(&mut tx, key).await?;
+    tx.commit().await.map_err(Failure::internal)?;
+    Ok(key)
 }

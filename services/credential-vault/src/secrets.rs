@@ -4,13 +4,14 @@ use bus::Failure;
 use contract::{
     common::Empty,
     vault::{
-        Credential, DeleteCredentialRequest, ListCredentialsReply, ListCredentialsRequest, PutCredentialRequest, PutSecretReply,
-        PutSecretRequest,
+        Credential, DeleteCredentialRequest, DeleteSecretsRequest, ListCredentialsReply, ListCredentialsRequest, PutCredentialRequest,
+        PutSecretReply, PutSecretRequest,
     },
 };
+use serde_json::Value;
 use sqlx::PgPool;
 use time::OffsetDateTime;
-use types::{CredentialKind, ErrorCode, SecretId, Timestamp, UserId};
+use types::{CredentialKind, ErrorCode, SecretId, Timestamp, UserId, agent::keep_redacted};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
@@ -74,7 +75,7 @@ pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Resu
     let text = std::str::from_utf8(&value).ok().filter(|text| !text.is_empty() && text.len() <= CREDENTIAL_BYTES_MAX);
     let text = text.filter(|text| !text.contains(['\0', '\n', '\r'])).ok_or_else(|| {
         let message = format!("Value error, a credential is one line of 1 to {CREDENTIAL_BYTES_MAX} bytes");
-        Failure::new(ErrorCode::Unprocessable, message).at_field("value")
+        Failure::new(ErrorCode::Unprocessable, message).at_field("value", "***")
     })?;
     let hint = hint(text);
     let mut tx = vault.pool.begin().await.map_err(Failure::internal)?;
@@ -141,17 +142,34 @@ pub async fn delete_credential(vault: Vault, request: DeleteCredentialRequest) -
     if deleted.rows_affected() == 0 { Err(Failure::not_found("Credential not found")) } else { Ok(Empty {}) }
 }
 
+/// Keeps a document of secrets. One that follows another takes over what is redacted in it, and is that other where nothing changed.
 pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSecretReply, Failure> {
     let value = Zeroizing::new(request.value);
+    let user = user(&request.user_id)?;
+    let malformed = || Failure::invalid("A secret is a JSON object");
+    let new: Value = serde_json::from_slice(&value).map_err(|_| malformed())?;
+    let base = match &request.base_secret_id {
+        None => None,
+        Some(id) => Some(read(&vault, user, id, &request.kind).await?),
+    };
+    let new = if request.keep_redacted {
+        keep_redacted(new, base.as_ref()).ok_or_else(|| Failure::invalid("A redacted value has nothing that it could keep"))?
+    } else {
+        new
+    };
+    if let (Some(id), true) = (request.base_secret_id, base.as_ref() == Some(&new)) {
+        return Ok(PutSecretReply { secret_id: id });
+    }
+    let value = Zeroizing::new(new.to_string());
     let id = SecretId::new();
-    let binding = Binding { user: user(&request.user_id)?, kind: &request.kind, secret: id };
-    let sealed = vault.keys.encrypt(&value, &binding).map_err(Failure::internal)?;
+    let binding = Binding { user, kind: &request.kind, secret: id };
+    let sealed = vault.keys.encrypt(value.as_bytes(), &binding).map_err(Failure::internal)?;
     sqlx::query(
         "insert into secret (secret_id, user_id, kind, is_credential, hint, key_version, wrapped_key, ciphertext)
          values ($1, $2, $3, false, '', $4, $5, $6)",
     )
     .bind(id.uuid())
-    .bind(binding.user.uuid())
+    .bind(user.uuid())
     .bind(binding.kind)
     .bind(sealed.key_version)
     .bind(sealed.wrapped_key)
@@ -160,6 +178,35 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     .await
     .map_err(Failure::internal)?;
     Ok(PutSecretReply { secret_id: id.to_string() })
+}
+
+/// A user's document of a kind.
+async fn read(vault: &Vault, user: UserId, id: &str, kind: &str) -> Result<Value, Failure> {
+    let missing = || Failure::not_found("Secret not found");
+    let id: SecretId = id.parse().map_err(|_| missing())?;
+    let row: Option<SecretRow> = sqlx::query_as(
+        "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
+         from secret
+         where secret_id = $1 and user_id = $2 and kind = $3 and not is_credential",
+    )
+    .bind(id.uuid())
+    .bind(user.uuid())
+    .bind(kind)
+    .fetch_optional(&vault.pool)
+    .await
+    .map_err(Failure::internal)?;
+    let plaintext = vault.open(row.ok_or_else(missing)?)?;
+    serde_json::from_slice(&plaintext).map_err(Failure::internal)
+}
+
+pub async fn delete_secrets(vault: Vault, request: DeleteSecretsRequest) -> Result<Empty, Failure> {
+    let ids: Vec<Uuid> = request.secret_ids.iter().filter_map(|id| id.parse::<SecretId>().ok()).map(SecretId::uuid).collect();
+    sqlx::query("delete from secret where secret_id = any($1) and not is_credential")
+        .bind(ids)
+        .execute(&vault.pool)
+        .await
+        .map_err(Failure::internal)?;
+    Ok(Empty {})
 }
 
 pub fn user(text: &str) -> Result<UserId, Failure> {

@@ -118,7 +118,7 @@ async fn bad_values_are_refused_and_users_see_their_own() {
     let (_vault, gateway, ..) = Vault::start().await;
     for bad in ["", "two\nlines", "nul\0"] {
         let failure = gateway.call::<rpc::PutCredential>(&put(UserId::new(), bad), SOON).await.unwrap_err();
-        assert_eq!((failure.code, failure.field.as_deref()), (ErrorCode::Unprocessable, Some("value")), "{bad:?}");
+        assert_eq!((failure.code, failure.field.map(|field| field.name).as_deref()), (ErrorCode::Unprocessable, Some("value")), "{bad:?}");
     }
     gateway.call::<rpc::PutCredential>(&put(UserId::new(), "sk-sentinel-0001"), SOON).await.unwrap();
     let list = ListCredentialsRequest { user_id: UserId::new().to_string() };

@@ -1,118 +1,430 @@
-//! Agents (contract §4): create, get, list.
+//! Agents (contract §4): templates that sessions run.
 
-use axum::{
-    Json,
-    extract::{Path, State},
-    http::StatusCode,
-};
+mod mcp;
+mod skills;
+
+use axum::{Json, extract::State, http::StatusCode};
+use bus::Failure;
 use contract::{
     rpc,
-    scheduler::{Agent, CreateAgentRequest, GetAgentRequest},
+    scheduler::{self, CreateAgentRequest, Cursor, GetAgentRequest, UpdateAgentRequest},
 };
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
 use types::{
-    ModelRef, Provider, Runtime, Timestamp,
+    ErrorCode, McpServer, ModelRef, Provider, Runtime, Skill, Timestamp,
     limits::{BODY_BYTES_MAX, MODEL_CHARS_MAX, NAME_CHARS_MAX},
     model::{ModelError, quoted},
 };
+use utoipa::ToSchema;
 
 use crate::{
     App,
     auth::Caller,
-    body::{Body, FieldError},
+    body::{Body, FieldError, Fields},
     error::ApiError,
-    page::{Page, envelope},
+    idempotency::{Created, IdempotencyKey, IdempotencyParams},
+    openapi::Conflict,
+    page::{Listed, Page, PageParams, listed},
+    path::{Id, IdParams},
+    secrets::Kept,
 };
 
-pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Result<(StatusCode, Json<Value>), ApiError> {
+/// An agent.
+#[derive(Serialize, ToSchema)]
+pub struct Agent {
+    #[schema(format = Uuid)]
+    id: String,
+    #[schema(pattern = "^agent$")]
+    r#type: &'static str,
+    name: String,
+    description: Option<String>,
+    /// Instructions that precede the first prompt.
+    system: Option<String>,
+    /// `provider/model_id`
+    #[schema(example = "anthropic/claude-sonnet-4-5")]
+    model: String,
+    #[schema(example = "claude")]
+    runtime: String,
+    /// The model's provider.
+    provider: Option<&'static str>,
+    #[schema(format = Uuid)]
+    environment_id: Option<String>,
+    skills: Vec<Skill>,
+    /// Secret values are answered as `***`.
+    mcp_servers: Vec<McpServer>,
+    metadata: Map<String, Value>,
+    version: u32,
+    #[schema(format = DateTime)]
+    created_at: String,
+    #[schema(format = DateTime)]
+    updated_at: String,
+    #[schema(format = DateTime)]
+    archived_at: Option<String>,
+}
+
+/// An agent as it was at a version.
+#[derive(Serialize, ToSchema)]
+pub struct AgentVersion {
+    /// The agent's id.
+    #[schema(format = Uuid)]
+    id: String,
+    #[schema(pattern = "^agent$")]
+    r#type: &'static str,
+    name: String,
+    description: Option<String>,
+    system: Option<String>,
+    model: String,
+    runtime: String,
+    provider: Option<&'static str>,
+    #[schema(format = Uuid)]
+    environment_id: Option<String>,
+    skills: Vec<Skill>,
+    mcp_servers: Vec<McpServer>,
+    metadata: Map<String, Value>,
+    version: u32,
+    #[schema(format = DateTime)]
+    created_at: String,
+}
+
+impl From<scheduler::Agent> for Agent {
+    fn from(agent: scheduler::Agent) -> Self {
+        let (updated_at, archived_at) = (time(agent.updated_at_us), agent.archived_at_us.map(time));
+        let AgentVersion {
+            id,
+            r#type,
+            name,
+            description,
+            system,
+            model,
+            runtime,
+            provider,
+            environment_id,
+            skills,
+            mcp_servers,
+            metadata,
+            version,
+            created_at,
+        } = agent.into();
+        Self {
+            id,
+            r#type,
+            name,
+            description,
+            system,
+            model,
+            runtime,
+            provider,
+            environment_id,
+            skills,
+            mcp_servers,
+            metadata,
+            version,
+            created_at,
+            updated_at,
+            archived_at,
+        }
+    }
+}
+
+impl From<scheduler::Agent> for AgentVersion {
+    fn from(agent: scheduler::Agent) -> Self {
+        let provider = agent.runtime.parse().ok().and_then(|runtime| ModelRef::parse(runtime, &agent.model).ok()?.provider());
+        Self {
+            id: agent.agent_id,
+            r#type: "agent",
+            name: agent.name,
+            description: filled(agent.description),
+            system: filled(agent.system),
+            model: agent.model,
+            runtime: agent.runtime,
+            provider: provider.map(Provider::as_str),
+            environment_id: agent.environment_id,
+            skills: serde_json::from_str(&agent.skills).unwrap_or_default(),
+            mcp_servers: serde_json::from_str(&agent.mcp_servers).unwrap_or_default(),
+            metadata: serde_json::from_str(&agent.metadata).unwrap_or_default(),
+            version: agent.version,
+            created_at: time(agent.created_at_us),
+        }
+    }
+}
+
+/// The contract writes an empty text as null.
+pub fn filled(text: String) -> Option<String> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
+/// A time as the contract writes it.
+pub fn time(micros: i64) -> String {
+    Timestamp::from_unix_micros(micros).to_string()
+}
+
+/// A new agent.
+#[derive(ToSchema)]
+pub struct CreateAgent {
+    #[schema(max_length = 200)]
+    name: String,
+    /// `provider/model_id`; the provider may be left out where the runtime has just one
+    #[schema(max_length = 100, example = "claude-sonnet-4-5")]
+    model: String,
+    /// `claude`, `codex`, `gemini` or `opencode`. Required unless `provider` is given
+    #[schema(example = "claude")]
+    runtime: Option<String>,
+    /// `anthropic`, `openai` or `google`: stands for the provider's own runtime
+    provider: Option<String>,
+    system: Option<String>,
+    description: Option<String>,
+    environment_id: Option<String>,
+    #[schema(max_items = 20)]
+    skills: Option<Vec<Skill>>,
+    /// `type` may be left out: `url`
+    #[schema(max_items = 20)]
+    mcp_servers: Option<Vec<McpServer>>,
+    metadata: Option<Map<String, Value>>,
+}
+
+impl CreateAgent {
+    fn read(fields: &mut Fields) -> Self {
+        let (name, model) = (fields.string("name", NAME_CHARS_MAX), fields.string("model", MODEL_CHARS_MAX));
+        let provider = fields.optional_string("provider", BODY_BYTES_MAX);
+        let runtime = match provider {
+            Some(_) => fields.optional_string("runtime", BODY_BYTES_MAX),
+            None => Some(fields.string("runtime", BODY_BYTES_MAX)),
+        };
+        Self {
+            name,
+            model,
+            runtime,
+            provider,
+            system: fields.optional_string("system", BODY_BYTES_MAX),
+            description: fields.optional_string("description", BODY_BYTES_MAX),
+            environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
+            skills: skills::read(fields),
+            mcp_servers: mcp::read(fields),
+            metadata: fields.object("metadata"),
+        }
+    }
+}
+
+/// Make an agent
+#[utoipa::path(post, path = "/agents", tag = "agents", params(IdempotencyParams), request_body = CreateAgent,
+    responses((status = 201, description = "The agent, at version 1", body = Agent), Conflict))]
+pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Agent>, ApiError> {
     let mut fields = body.fields()?;
-    let name = fields.string("name", NAME_CHARS_MAX);
-    let model = fields.string("model", MODEL_CHARS_MAX);
-    let provider = fields.optional_string("provider", 32);
-    let runtime =
-        if provider.is_some() { fields.optional_string("runtime", BODY_BYTES_MAX) } else { Some(fields.string("runtime", BODY_BYTES_MAX)) };
-    let system = fields.optional_string("system", BODY_BYTES_MAX).unwrap_or_default();
-    let description = fields.optional_string("description", BODY_BYTES_MAX).unwrap_or_default();
-    let environment_id = fields.optional_string("environment_id", BODY_BYTES_MAX);
-    fields.not_yet("skills");
-    fields.not_yet("mcp_servers");
-    let metadata = fields.object("metadata");
-    let without_nul = !system.contains('\0') && !description.contains('\0') && !name.contains('\0') && !model.contains('\0');
-    if !without_nul || Value::Object(metadata.clone()).to_string().contains("\\u0000") {
-        fields.add(FieldError::value("name", "text must not contain NUL", Value::Null));
+    let agent = CreateAgent::read(&mut fields);
+    let servers = agent.mcp_servers.unwrap_or_default();
+    // Nothing is stored yet that `***` could stand for.
+    if let Some(error) = mcp::nothing_stored(&servers, &[]) {
+        fields.add(error);
     }
     fields.finish()?;
-    let runtime = choose_runtime(&app, runtime.as_deref(), provider.as_deref())?;
-    let model = ModelRef::parse(runtime, &model).map_err(|error| match error {
-        ModelError::Unknown(_) => ApiError::fields(vec![FieldError::value("model", &error.to_string(), model.into())]),
-        ModelError::NotServed { .. } => ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, &error.to_string()),
-    })?;
+    let runtime = choose_runtime(&app, agent.runtime.as_deref(), agent.provider.as_deref())?;
+    let model = ModelRef::parse(runtime, &with_provider(agent.model, agent.provider.as_deref())).map_err(unservable)?;
+    let kept = mcp::keep(&app, &caller.user_id, &servers, None).await?;
     let request = CreateAgentRequest {
         user_id: caller.user_id,
-        name,
-        description,
-        system,
+        name: agent.name,
+        description: agent.description.unwrap_or_default(),
+        system: agent.system.unwrap_or_default(),
         model: model.as_str().to_owned(),
         runtime: runtime.as_str().to_owned(),
-        environment_id,
-        metadata: Value::Object(metadata).to_string(),
+        environment_id: agent.environment_id,
+        metadata: json(&agent.metadata.unwrap_or_default()),
+        skills: json(&agent.skills.unwrap_or_default()),
+        mcp_servers: mcp::redacted(servers),
+        mcp_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
+        once: key.once(&body),
     };
-    let agent = app.call::<rpc::CreateAgent>(&request).await?;
-    Ok((StatusCode::CREATED, Json(describe(agent))))
+    let reply = app.bus.call::<rpc::CreateAgent>(&request, crate::RPC_DEADLINE).await;
+    app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
+    let reply = reply?;
+    Ok(Created { status: StatusCode::CREATED, body: reply.agent.unwrap_or_default().into(), replayed: reply.replayed })
+}
+
+/// JSON for the bus. What we serialize has text for keys.
+pub fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+/// A bare model id with the provider that was named beside it.
+fn with_provider(model: String, provider: Option<&str>) -> String {
+    match provider {
+        Some(provider) if !model.contains('/') => format!("{provider}/{model}"),
+        _ => model,
+    }
+}
+
+fn unservable(error: ModelError) -> ApiError {
+    match &error {
+        ModelError::Unknown(model) => ApiError::fields(vec![FieldError::value("model", &error.to_string(), model.as_str().into())]),
+        ModelError::NotServed { .. } => ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, &error.to_string()),
+    }
 }
 
 /// The runtime by its name, or the one that a provider stands for.
 fn choose_runtime(app: &App, runtime: Option<&str>, provider: Option<&str>) -> Result<Runtime, ApiError> {
     let bad = |text: String| ApiError::new(StatusCode::BAD_REQUEST, &text);
     let known = app.runtimes();
+    let provider: Option<Provider> = match provider {
+        None => None,
+        Some(name) => Some(name.parse().map_err(|()| {
+            bad(format!("Unknown provider: {name}. Must be one of: {}", quoted(Provider::ALL.iter().map(|p| p.as_str()))))
+        })?),
+    };
     if let Some(name) = runtime {
         let found = name.parse().ok().filter(|runtime| known.contains(runtime));
         return found.ok_or_else(|| bad(format!("Unknown runtime: {name}. Must be one of: {}", quoted(known.iter().map(|r| r.as_str())))));
     }
-    let name = provider.unwrap_or_default();
-    match name.parse() {
-        Ok(Provider::Anthropic) => Ok(Runtime::Claude),
-        Ok(Provider::Openai) => Ok(Runtime::Codex),
-        Ok(Provider::Google) => Ok(Runtime::Gemini),
-        Err(()) => Err(bad(format!("Unknown provider: {name}. Must be one of: {}", quoted(Provider::ALL.iter().map(|p| p.as_str()))))),
-    }
-}
-
-pub async fn get(State(app): State<App>, caller: Caller, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    let agent = app.call::<rpc::GetAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id }).await?;
-    Ok(Json(describe(agent)))
-}
-
-pub async fn list(State(app): State<App>, caller: Caller, page: Page) -> Result<Json<Value>, ApiError> {
-    let reply = app.call::<rpc::ListAgents>(&page.request(caller)).await?;
-    let last = reply.agents.last().map(|agent| (agent.created_at_us, agent.agent_id.clone()));
-    Ok(envelope(reply.agents.into_iter().map(describe).collect(), reply.has_more, last))
-}
-
-fn describe(agent: Agent) -> Value {
-    let provider = agent.runtime.parse().ok().and_then(|runtime| ModelRef::parse(runtime, &agent.model).ok()?.provider());
-    let filled = |text: String| Some(text).filter(|text| !text.is_empty());
-    json!({
-        "id": agent.agent_id,
-        "type": "agent",
-        "name": agent.name,
-        "description": filled(agent.description),
-        "system": filled(agent.system),
-        "model": agent.model,
-        "runtime": agent.runtime,
-        "provider": provider.map(Provider::as_str),
-        "environment_id": agent.environment_id,
-        "skills": [],
-        "mcp_servers": [],
-        "metadata": serde_json::from_str::<Value>(&agent.metadata).unwrap_or_else(|_| json!({})),
-        "version": agent.version,
-        "created_at": time(agent.created_at_us),
-        "updated_at": time(agent.updated_at_us),
-        "archived_at": agent.archived_at_us.map(time),
+    Ok(match provider {
+        None | Some(Provider::Anthropic) => Runtime::Claude,
+        Some(Provider::Openai) => Runtime::Codex,
+        Some(Provider::Google) => Runtime::Gemini,
     })
 }
 
-/// A time as the contract writes it.
-pub fn time(micros: i64) -> String {
-    Timestamp::from_unix_micros(micros).to_string()
+/// A change of an agent. What is absent or null stays as it is.
+#[derive(ToSchema)]
+pub struct UpdateAgent {
+    /// The version that the change is made to
+    version: i64,
+    #[schema(max_length = 200)]
+    name: Option<String>,
+    #[schema(max_length = 100)]
+    model: Option<String>,
+    runtime: Option<String>,
+    provider: Option<String>,
+    system: Option<String>,
+    description: Option<String>,
+    /// Null detaches the environment
+    environment_id: Option<String>,
+    #[schema(max_items = 20)]
+    skills: Option<Vec<Skill>>,
+    /// `***` in the place of a header's or variable's value keeps the stored one
+    #[schema(max_items = 20)]
+    mcp_servers: Option<Vec<McpServer>>,
+    /// Merged per key; `""` deletes one
+    metadata: Option<Map<String, Value>>,
+}
+
+impl UpdateAgent {
+    fn read(fields: &mut Fields) -> Self {
+        Self {
+            version: fields.required_integer("version"),
+            name: fields.optional_string("name", NAME_CHARS_MAX),
+            model: fields.optional_string("model", MODEL_CHARS_MAX),
+            runtime: fields.optional_string("runtime", BODY_BYTES_MAX),
+            provider: fields.optional_string("provider", BODY_BYTES_MAX),
+            system: fields.optional_string("system", BODY_BYTES_MAX),
+            description: fields.optional_string("description", BODY_BYTES_MAX),
+            environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
+            skills: skills::read(fields),
+            mcp_servers: mcp::read(fields),
+            metadata: fields.object("metadata"),
+        }
+    }
+}
+
+/// Change an agent
+#[utoipa::path(put, path = "/agents/{id}", tag = "agents", params(IdParams), request_body = UpdateAgent,
+    responses((status = 200, description = "The agent; where anything changed, at its next version", body = Agent), Conflict))]
+pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Body) -> Result<Json<Agent>, ApiError> {
+    let mut fields = body.fields()?;
+    let detach_environment = fields.is_null("environment_id");
+    let change = UpdateAgent::read(&mut fields);
+    fields.finish()?;
+    let runtime = match (&change.runtime, &change.provider) {
+        (None, None) => None,
+        (runtime, provider) => Some(choose_runtime(&app, runtime.as_deref(), provider.as_deref())?),
+    };
+    let servers = match change.mcp_servers {
+        None => None,
+        Some(servers) => Some(keep_servers(&app, &caller, &id, change.version, servers).await?),
+    };
+    let (mcp_servers, kept, secrets_of_version) = match servers {
+        None => (None, None, None),
+        Some(ServersOfVersion { redacted, kept, version }) => (Some(redacted), kept, Some(version)),
+    };
+    let provider = change.provider;
+    let request = UpdateAgentRequest {
+        user_id: caller.user_id,
+        agent_id: id,
+        version: change.version,
+        name: change.name,
+        description: change.description,
+        system: change.system,
+        model: change.model.map(|model| with_provider(model, provider.as_deref())),
+        runtime: runtime.map(|runtime| runtime.as_str().to_owned()),
+        environment_id: change.environment_id,
+        detach_environment,
+        metadata: change.metadata.as_ref().map(json),
+        skills: change.skills.as_ref().map(json),
+        mcp_servers,
+        mcp_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
+        secrets_of_version,
+    };
+    let reply = app.bus.call::<rpc::UpdateAgent>(&request, crate::RPC_DEADLINE).await;
+    app.forget_unless_used(kept, &reply, |_| true).await;
+    Ok(Json(reply?.into()))
+}
+
+/// MCP servers as a change has them, their secrets in the vault.
+struct ServersOfVersion {
+    redacted: String,
+    kept: Option<Kept>,
+    /// The version that the values behind `***` are of.
+    version: u32,
+}
+
+async fn keep_servers(app: &App, caller: &Caller, id: &str, version: i64, servers: Vec<McpServer>) -> Result<ServersOfVersion, ApiError> {
+    let request = GetAgentRequest { user_id: caller.user_id.clone(), agent_id: id.to_owned() };
+    let current = match app.bus.call::<rpc::GetAgent>(&request, crate::RPC_DEADLINE).await {
+        Ok(agent) => agent,
+        // The scheduler says so itself, when it is the turn of that check.
+        Err(Failure { code: ErrorCode::NotFound, .. }) => scheduler::Agent::default(),
+        Err(failure) => return Err(failure.into()),
+    };
+    let seen = current.version;
+    let mut kept = None;
+    if i64::from(seen) == version && current.archived_at_us.is_none() {
+        let stored: Vec<McpServer> = serde_json::from_str(&current.mcp_servers).unwrap_or_default();
+        if let Some(error) = mcp::nothing_stored(&servers, &stored) {
+            return Err(ApiError::fields(vec![error]));
+        }
+        kept = mcp::keep(app, &caller.user_id, &servers, current.mcp_secret_id).await?;
+    }
+    Ok(ServersOfVersion { redacted: mcp::redacted(servers), kept, version: seen })
+}
+
+/// Get an agent
+#[utoipa::path(get, path = "/agents/{id}", tag = "agents", params(IdParams),
+    responses((status = 200, description = "The agent, also when it is archived", body = Agent)))]
+pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Agent>, ApiError> {
+    let agent = app.call::<rpc::GetAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id }).await?;
+    Ok(Json(agent.into()))
+}
+
+/// Archive an agent
+#[utoipa::path(post, path = "/agents/{id}/archive", tag = "agents", params(IdParams),
+    responses((status = 200, description = "The agent, archived", body = Agent), Conflict))]
+pub async fn archive(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Agent>, ApiError> {
+    let agent = app.call::<rpc::ArchiveAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id }).await?;
+    Ok(Json(agent.into()))
+}
+
+/// List agents that are not archived, newest first
+#[utoipa::path(get, path = "/agents", tag = "agents", params(PageParams),
+    responses((status = 200, description = "A page of agents", body = Listed<Agent>)))]
+pub async fn list(State(app): State<App>, caller: Caller, page: Page) -> Result<Json<Listed<Agent>>, ApiError> {
+    let reply = app.call::<rpc::ListAgents>(&page.request(caller)).await?;
+    let cursor = |agent: &scheduler::Agent| Cursor { position: agent.created_at_us, id: agent.agent_id.clone() };
+    Ok(listed(reply.agents, reply.has_more, cursor, Agent::from))
+}
+
+/// List the versions of an agent, newest first
+#[utoipa::path(get, path = "/agents/{id}/versions", tag = "agents", params(IdParams, PageParams),
+    responses((status = 200, description = "A page of versions", body = Listed<AgentVersion>)))]
+pub async fn versions(State(app): State<App>, caller: Caller, Id(id): Id, page: Page) -> Result<Json<Listed<AgentVersion>>, ApiError> {
+    let reply = app.call::<rpc::ListAgentVersions>(&page.request_parts(caller, id)).await?;
+    let cursor = |agent: &scheduler::Agent| Cursor { position: agent.version.into(), id: String::new() };
+    Ok(listed(reply.agents, reply.has_more, cursor, AgentVersion::from))
 }

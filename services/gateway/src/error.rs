@@ -5,8 +5,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bus::{Failure, trace};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
 use types::ErrorCode;
+use utoipa::ToSchema;
 
 use crate::body::FieldError;
 
@@ -50,8 +52,8 @@ impl From<Failure> for ApiError {
             ErrorCode::Unavailable | ErrorCode::DeadlineExceeded => (StatusCode::SERVICE_UNAVAILABLE, Some(1)),
             ErrorCode::Internal => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
-        if let (ErrorCode::Unprocessable, Some(field)) = (failure.code, &failure.field) {
-            return Self::fields(vec![FieldError::value(field, &failure.message, Value::Null)]);
+        if let (ErrorCode::Unprocessable, Some(field)) = (failure.code, failure.field) {
+            return Self::fields(vec![FieldError::value(&field.name, &failure.message, field.input.into())]);
         }
         let numbers = failure.numbers.into_iter().collect();
         Self { status, detail: failure.message.into(), numbers, retry_after_seconds }
@@ -77,7 +79,48 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// `{"detail": ...}` of an answer that is no failure.
-pub fn detail(text: &str) -> axum::Json<Value> {
-    axum::Json(json!({ "detail": text }))
+/// The answer to a deletion.
+#[derive(Serialize, ToSchema)]
+pub struct Detail {
+    detail: &'static str,
+}
+
+impl Detail {
+    pub fn new(detail: &'static str) -> axum::Json<Self> {
+        axum::Json(Self { detail })
+    }
+}
+
+/// The body of every failure.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what is built field by field")]
+pub struct ErrorBody {
+    detail: ErrorDetail,
+    /// The request, for whoever looks into it.
+    request_id: Option<String>,
+    /// Of a quota: how many sessions may be active.
+    limit: Option<u32>,
+    /// Of a quota: how many are.
+    active: Option<u32>,
+}
+
+/// What went wrong: a sentence, or every field that is missing or wrong.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "describes what is built field by field")]
+pub enum ErrorDetail {
+    Text(String),
+    Fields(Vec<FieldErrorBody>),
+}
+
+/// What is wrong with one field.
+#[derive(Serialize, ToSchema)]
+pub struct FieldErrorBody {
+    #[schema(example = "missing")]
+    r#type: String,
+    /// Where: names of fields, and indexes of lists.
+    loc: Vec<Value>,
+    msg: String,
+    /// What was sent there.
+    input: Value,
 }

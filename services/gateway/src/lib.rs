@@ -10,20 +10,25 @@ mod credentials;
 mod environments;
 mod error;
 mod health;
+mod idempotency;
 mod keys;
+mod openapi;
 mod page;
+mod path;
 mod router;
+mod secrets;
 mod sessions;
 mod stream;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use axum::serve::ListenerExt as _;
+use axum::serve::Listener;
 use bus::Bus;
 use contract::access;
 use service::{Env, Lifecycle};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 use types::Runtime;
 
@@ -84,6 +89,9 @@ struct App {
     stop: CancellationToken,
 }
 
+/// A connection whose client takes nothing for this long is closed; its reader resumes by id (contract §7).
+const WRITE_STALL_MAX: Duration = Duration::from_secs(30);
+
 /// How long the gateway waits for another service before it answers 503.
 const RPC_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -118,14 +126,31 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let router = router::router(app);
     let stop = lifecycle.stop_token();
     lifecycle.spawn("http", async move {
-        // Events leave at once.
-        let listener = listener.tap_io(|stream| {
-            let _ = stream.set_nodelay(true);
-        });
-        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+        let served = axum::serve(Patient(listener), router).with_graceful_shutdown(stop.cancelled_owned()).await;
         if let Err(error) = served {
             tracing::error!(%error, "http server ended");
         }
     });
     Ok(())
+}
+
+/// Accepts connections whose patience with a client that takes nothing is bounded.
+struct Patient(TcpListener);
+
+impl Listener for Patient {
+    type Io = Pin<Box<TimeoutStream<TcpStream>>>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
+        let (stream, addr) = Listener::accept(&mut self.0).await;
+        // Events leave at once.
+        let _ = stream.set_nodelay(true);
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(WRITE_STALL_MAX));
+        (Box::pin(stream), addr)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
 }

@@ -5,54 +5,77 @@ use axum::{
     http::{StatusCode, request::Parts},
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use contract::scheduler::{Cursor, ListRequest};
+use contract::scheduler::{Cursor, ListPartsRequest, ListRequest};
 use prost::Message as _;
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 use types::limits::PAGE_MAX;
+use utoipa::{IntoParams, ToSchema};
 
 use crate::{auth::Caller, error::ApiError};
 
 /// Which page of a list is wanted.
 #[derive(Debug)]
 pub struct Page {
-    limit: u32,
-    before: Option<Cursor>,
+    pub limit: u32,
+    pub after: Option<Cursor>,
 }
 
-#[derive(Deserialize)]
-struct Params {
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct PageParams {
+    /// How many items at most: 1 to 1000, 1000 by default
+    #[param(value_type = Option<u32>, minimum = 1, maximum = 1000)]
     limit: Option<String>,
+    /// Where the page begins: the `next_cursor` of the page before
     cursor: Option<String>,
+}
+
+pub fn bad_query(text: &str) -> ApiError {
+    ApiError::new(StatusCode::BAD_REQUEST, text)
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Page {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let bad = |text: &str| ApiError::new(StatusCode::BAD_REQUEST, text);
-        let Query(params) = Query::<Params>::from_request_parts(parts, state).await.map_err(|_| bad("Malformed query"))?;
+        let params = Query::<PageParams>::from_request_parts(parts, state).await;
+        let Query(params) = params.map_err(|_| bad_query("Malformed query"))?;
         let limit = params.limit.map(|text| text.parse::<u32>().ok().filter(|limit| (1..=PAGE_MAX).contains(limit)));
         let limit = match limit {
             None => PAGE_MAX,
             Some(Some(limit)) => limit,
-            Some(None) => return Err(bad("limit must be an integer from 1 to 1000")),
+            Some(None) => return Err(bad_query("limit must be an integer from 1 to 1000")),
         };
-        let before = params.cursor.map(|text| decode(&text).ok_or_else(|| bad("Invalid cursor"))).transpose()?;
-        Ok(Self { limit, before })
+        let after = params.cursor.map(|text| decode(&text).ok_or_else(|| bad_query("Invalid cursor"))).transpose()?;
+        Ok(Self { limit, after })
     }
 }
 
 impl Page {
     pub fn request(self, caller: Caller) -> ListRequest {
-        ListRequest { user_id: caller.user_id, limit: self.limit, before: self.before }
+        ListRequest { user_id: caller.user_id, limit: self.limit, after: self.after, ..ListRequest::default() }
+    }
+
+    /// Of the versions of an agent or an environment, or the turns of a session.
+    pub fn request_parts(self, caller: Caller, id: String) -> ListPartsRequest {
+        ListPartsRequest { user_id: caller.user_id, id, limit: self.limit, after: self.after }
     }
 }
 
-/// The list envelope. `last` is where the next page begins.
-pub fn envelope(data: Vec<Value>, has_more: bool, last: Option<(i64, String)>) -> axum::Json<Value> {
-    let next = last.filter(|_| has_more).map(|(created_at_us, id)| encode(&Cursor { created_at_us, id }));
-    axum::Json(json!({ "data": data, "has_more": has_more, "next_cursor": next }))
+/// A page of a list.
+#[derive(Serialize, ToSchema)]
+pub struct Listed<T> {
+    data: Vec<T>,
+    /// Whether more follow.
+    has_more: bool,
+    /// Where the next page begins.
+    next_cursor: Option<String>,
+}
+
+/// Describes a page's rows; the last one tells where the next page begins.
+pub fn listed<R, T>(rows: Vec<R>, has_more: bool, cursor: impl Fn(&R) -> Cursor, describe: impl Fn(R) -> T) -> axum::Json<Listed<T>> {
+    let next_cursor = rows.last().filter(|_| has_more).map(|row| encode(&cursor(row)));
+    axum::Json(Listed { data: rows.into_iter().map(describe).collect(), has_more, next_cursor })
 }
 
 fn encode(cursor: &Cursor) -> String {
@@ -71,8 +94,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_cursor_survives_its_text(created_at_us: i64, id: String) {
-            let cursor = Cursor { created_at_us, id };
+        fn a_cursor_survives_its_text(position: i64, id: String) {
+            let cursor = Cursor { position, id };
             prop_assert_eq!(decode(&encode(&cursor)), Some(cursor));
         }
 

@@ -8,7 +8,6 @@ use axum::{
     http::{HeaderName, HeaderValue, Method, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
-    routing::{delete, get, post, put},
 };
 use bus::trace::{self, TraceContext};
 use tower_http::{
@@ -16,35 +15,53 @@ use tower_http::{
     cors::{AllowOrigin, CorsLayer},
 };
 
-use crate::{App, agents, credentials, environments, error::ApiError, health, keys, sessions, stream};
+use utoipa::OpenApi as _;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::SwaggerUi;
+
+use crate::{App, agents, credentials, environments, error::ApiError, health, idempotency, keys, openapi, sessions, stream};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// Every route, and the document that describes them. A route is registered by its description: they cannot part ways.
+pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
+    let (router, document) = OpenApiRouter::with_openapi(openapi::Base::openapi())
+        .routes(routes!(agents::list, agents::create))
+        .routes(routes!(agents::get, agents::update))
+        .routes(routes!(agents::archive))
+        .routes(routes!(agents::versions))
+        .routes(routes!(environments::list, environments::create))
+        .routes(routes!(environments::get, environments::update))
+        .routes(routes!(environments::archive))
+        .routes(routes!(environments::delete))
+        .routes(routes!(environments::versions))
+        .routes(routes!(sessions::list, sessions::create))
+        .routes(routes!(sessions::get))
+        .routes(routes!(sessions::turns))
+        .routes(routes!(sessions::prompt))
+        .routes(routes!(stream::stream))
+        .routes(routes!(sessions::terminate))
+        .routes(routes!(sessions::delete))
+        .routes(routes!(credentials::list))
+        .routes(routes!(credentials::put, credentials::delete))
+        .routes(routes!(keys::list, keys::create))
+        .routes(routes!(keys::deactivate))
+        .routes(routes!(health::health))
+        .routes(routes!(health::livez))
+        .routes(routes!(health::readyz))
+        .split_for_parts();
+    (router, openapi::complete(document))
+}
+
 pub fn router(app: App) -> Router {
     let cors = cors(&app.config.cors_origins);
-    Router::new()
-        // For whoever watches over the service.
-        .route("/health", get(health::health))
-        .route("/livez", get(health::livez))
-        .route("/readyz", get(health::readyz))
-        // For users.
-        .route("/agents", get(agents::list).post(agents::create))
-        .route("/agents/{id}", get(agents::get))
-        .route("/environments", get(environments::list).post(environments::create))
-        .route("/environments/{id}", get(environments::get))
-        .route("/sessions", get(sessions::list).post(sessions::create))
-        .route("/sessions/{id}", get(sessions::get))
-        .route("/sessions/{id}/turns", get(sessions::turns))
-        .route("/sessions/{id}/prompt", post(sessions::prompt))
-        .route("/sessions/{id}/terminate", post(sessions::terminate))
-        .route("/sessions/{id}/stream", get(stream::stream))
-        .route("/credentials", get(credentials::list))
-        .route("/credentials/{kind}", put(credentials::put).delete(credentials::delete))
-        .route("/api-keys", get(keys::list).post(keys::create))
-        .route("/api-keys/{id}", delete(keys::deactivate))
+    let (router, document) = routes();
+    router
+        // The page that shows the document, with all that it needs.
+        .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
         .method_not_allowed_fallback(|| async { ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed") })
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "Not found") })
-        // Outermost last: request id and trace, then hosts, then panics, then origins.
+        // Outermost last: origins, panics, hosts, then request id and trace.
         .layer(cors)
         .layer(CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| {
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "Internal error").into_response()
@@ -69,7 +86,7 @@ fn cors(origins: &[String]) -> CorsLayer {
             HeaderName::from_static("last-event-id"),
             HeaderName::from_static("idempotency-key"),
         ])
-        .expose_headers([REQUEST_ID, header::RETRY_AFTER])
+        .expose_headers([REQUEST_ID, header::RETRY_AFTER, idempotency::REPLAYED])
         .max_age(std::time::Duration::from_secs(86_400))
 }
 

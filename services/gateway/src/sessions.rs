@@ -1,149 +1,451 @@
 //! Sessions and turns (contract §6).
 
+use std::collections::BTreeMap;
+
 use axum::{
     Json,
-    extract::{Path, State},
-    http::StatusCode,
+    extract::{FromRequestParts, Query, State},
+    http::{StatusCode, request::Parts},
 };
 use contract::{
+    common::Empty,
     rpc,
-    scheduler::{CreateSessionRequest, GetSessionRequest, PromptRequest, Session, TerminateRequest, Turn},
+    scheduler::{self, CreateSessionRequest, Cursor, DeleteSessionRequest, GetSessionRequest, PromptRequest, TerminateRequest},
     vault::ListCredentialsRequest,
 };
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 use types::{
-    SessionStatus,
-    limits::{BODY_BYTES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN},
+    AgentId, EnvironmentId, Repository, SessionStatus,
+    limits::{BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, URL_CHARS_MAX},
+    model::quoted,
+    repository::{RepositoryTag, RepositoryUrl, check_mount_path},
 };
+use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     App,
-    agents::time,
+    agents::{json, time},
     auth::Caller,
     body::{Body, Fields},
-    error::ApiError,
-    page::{Page, envelope},
+    environments::read_env_vars,
+    error::{ApiError, Detail},
+    idempotency::{Created, IdempotencyKey, IdempotencyParams},
+    openapi::{Conflict, QuotaUsedUp},
+    page::{Listed, Page, PageParams, bad_query, listed},
+    path::{Id, IdParams},
+    secrets::{Kept, Kind},
 };
 
-pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Result<(StatusCode, Json<Value>), ApiError> {
+/// A session.
+#[derive(Serialize, ToSchema)]
+pub struct Session {
+    #[schema(format = Uuid)]
+    id: String,
+    #[schema(format = Uuid)]
+    agent_id: Option<String>,
+    #[schema(format = Uuid)]
+    environment_id: Option<String>,
+    runtime: String,
+    provider: Option<String>,
+    status: Status,
+    exit_code: Option<i32>,
+    #[schema(format = DateTime)]
+    created_at: String,
+    #[schema(format = DateTime)]
+    updated_at: String,
+    resources: Vec<Repository>,
+    turn_count: u32,
+    current_turn: Option<u32>,
+    metadata: BTreeMap<String, String>,
+    failure: Option<Failure>,
+}
+
+/// `pending`, `running`, `completed`, `failed` or `terminated`.
+#[derive(Serialize, ToSchema)]
+#[schema(pattern = "^(pending|running|completed|failed|terminated)$")]
+pub struct Status(String);
+
+/// Why a session failed, where not by its exit code.
+#[derive(Serialize, ToSchema)]
+pub struct Failure {
+    stage: String,
+    message: String,
+}
+
+impl From<scheduler::Session> for Session {
+    fn from(session: scheduler::Session) -> Self {
+        Self {
+            id: session.session_id,
+            agent_id: session.agent_id,
+            environment_id: session.environment_id,
+            runtime: session.runtime,
+            provider: session.provider,
+            status: Status(session.status),
+            exit_code: session.exit_code,
+            created_at: time(session.created_at_us),
+            updated_at: time(session.updated_at_us),
+            resources: serde_json::from_str(&session.resources).unwrap_or_default(),
+            turn_count: session.turn_count,
+            current_turn: Some(session.turn_count),
+            metadata: serde_json::from_str(&session.metadata).unwrap_or_default(),
+            failure: session.failure.map(|failure| Failure { stage: failure.stage, message: failure.message }),
+        }
+    }
+}
+
+/// A turn.
+#[derive(Serialize, ToSchema)]
+pub struct Turn {
+    turn_number: u32,
+    prompt: String,
+    #[schema(pattern = "^(pending|running|completed|failed)$")]
+    status: String,
+    exit_code: Option<i32>,
+    #[schema(format = DateTime)]
+    created_at: String,
+    #[schema(format = DateTime)]
+    started_at: Option<String>,
+    #[schema(format = DateTime)]
+    ended_at: Option<String>,
+}
+
+impl From<scheduler::Turn> for Turn {
+    fn from(turn: scheduler::Turn) -> Self {
+        Self {
+            turn_number: turn.turn_number,
+            prompt: turn.prompt,
+            status: turn.status,
+            exit_code: turn.exit_code,
+            created_at: time(turn.created_at_us),
+            started_at: turn.started_at_us.map(time),
+            ended_at: turn.ended_at_us.map(time),
+        }
+    }
+}
+
+/// A session that was accepted.
+#[derive(Serialize, ToSchema)]
+pub struct Accepted {
+    #[schema(format = Uuid)]
+    id: String,
+    status: Status,
+    stream_url: String,
+    #[schema(format = Uuid)]
+    environment_id: Option<String>,
+    resources: Vec<Repository>,
+    current_turn: u32,
+}
+
+/// A turn that was accepted.
+#[derive(Serialize, ToSchema)]
+pub struct AcceptedTurn {
+    #[schema(format = Uuid)]
+    id: String,
+    status: Status,
+    stream_url: String,
+    current_turn: u32,
+}
+
+/// A session that was terminated.
+#[derive(Serialize, ToSchema)]
+pub struct Terminated {
+    #[schema(format = Uuid)]
+    id: String,
+    status: Status,
+}
+
+fn stream_url(id: &str) -> String {
+    format!("/sessions/{id}/stream")
+}
+
+/// A new session.
+#[derive(ToSchema)]
+pub struct CreateSession {
+    agent_id: String,
+    prompt: String,
+    /// Seconds for each turn; the deployment's default is 600
+    #[schema(minimum = 10, maximum = 3600)]
+    timeout: Option<u32>,
+    /// Instead of the agent's own
+    environment_id: Option<String>,
+    #[schema(max_items = 10)]
+    resources: Option<Vec<Resource>>,
+    /// Stored encrypted, never answered; they override all other variables
+    secret_env_vars: Option<BTreeMap<String, String>>,
+    metadata: Option<BTreeMap<String, String>>,
+}
+
+/// A repository to begin with.
+#[derive(ToSchema)]
+pub struct Resource {
+    r#type: RepositoryTag,
+    /// `https://github.com/<owner>/<repo>`
+    #[schema(max_length = 500, example = "https://github.com/octocat/Hello-World")]
+    url: String,
+    /// Absolute; `/workspace/<repo>` where it is absent
+    #[schema(max_length = 500)]
+    mount_path: Option<String>,
+    /// Stored encrypted and never answered
+    authorization_token: Option<String>,
+}
+
+impl CreateSession {
+    fn read(fields: &mut Fields) -> Self {
+        Self {
+            agent_id: fields.string("agent_id", BODY_BYTES_MAX),
+            prompt: fields.string("prompt", BODY_BYTES_MAX),
+            timeout: read_timeout(fields),
+            environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
+            resources: read_resources(fields),
+            secret_env_vars: read_env_vars(fields, "secret_env_vars"),
+            metadata: fields.string_map("metadata"),
+        }
+    }
+}
+
+fn read_timeout(fields: &mut Fields) -> Option<u32> {
+    let seconds = fields.integer("timeout", i64::from(TIMEOUT_SECONDS_MIN), i64::from(TIMEOUT_SECONDS_MAX));
+    seconds.and_then(|seconds| u32::try_from(seconds).ok())
+}
+
+fn read_resources(fields: &mut Fields) -> Option<Vec<Resource>> {
+    let resources = fields.objects("resources", RESOURCES_MAX, read_resource)?;
+    let mut paths: Vec<&str> = resources.iter().filter_map(|resource| resource.mount_path.as_deref()).collect();
+    paths.sort_unstable();
+    if let Some([path, _]) = paths.array_windows().find(|[one, other]| one == other) {
+        fields.refuse("resources", &format!("duplicate mount_path: {path}"));
+    }
+    Some(resources)
+}
+
+/// A resource with its URL as it is echoed and its path filled in.
+fn read_resource(item: &mut Fields) -> Resource {
+    item.literal("type", "github_repository");
+    let url = item.string("url", URL_CHARS_MAX);
+    let repository = RepositoryUrl::parse(&url);
+    if repository.is_none() && !url.is_empty() {
+        item.refuse("url", "url must be https://github.com/<owner>/<repo>");
+    }
+    let mount_path = item.optional_string("mount_path", URL_CHARS_MAX);
+    if let Some(error) = mount_path.as_deref().and_then(|path| check_mount_path(path).err()) {
+        item.refuse("mount_path", &error.to_string());
+    }
+    let authorization_token = item.optional_string("authorization_token", BODY_BYTES_MAX);
+    if authorization_token.as_deref().is_some_and(|token| token.is_empty() || token.chars().any(|c| c.is_control() || c.is_whitespace())) {
+        item.refuse("authorization_token", "a token is one word");
+    }
+    Resource {
+        r#type: RepositoryTag::GithubRepository,
+        mount_path: mount_path.or_else(|| repository.as_ref().map(RepositoryUrl::default_mount_path)),
+        url: repository.map(|repository| repository.to_string()).unwrap_or_default(),
+        authorization_token,
+    }
+}
+
+/// A session's own secrets, as they lie in the vault.
+#[derive(Serialize)]
+struct SessionSecrets {
+    env: BTreeMap<String, String>,
+    /// By the path that their repositories lie at.
+    tokens: BTreeMap<String, String>,
+}
+
+/// Start a session
+#[utoipa::path(post, path = "/sessions", tag = "sessions", params(IdempotencyParams), request_body = CreateSession,
+    responses((status = 202, description = "The session will run", body = Accepted), (status = 404, description = "No such agent or environment", body = crate::error::ErrorBody), Conflict, QuotaUsedUp))]
+pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Accepted>, ApiError> {
     let mut fields = body.fields()?;
-    let agent_id = fields.string("agent_id", BODY_BYTES_MAX);
-    let prompt = fields.string("prompt", BODY_BYTES_MAX);
-    let timeout_seconds = timeout(&app, &mut fields);
-    let environment_id = fields.optional_string("environment_id", BODY_BYTES_MAX);
-    fields.not_yet("resources");
-    fields.not_yet("secret_env_vars");
-    let metadata = fields.string_map("metadata");
+    let session = CreateSession::read(&mut fields);
     fields.finish()?;
     let stored = app.call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id.clone() }).await?;
+    let (resources, tokens) = split_tokens(session.resources.unwrap_or_default());
+    let secrets = SessionSecrets { env: session.secret_env_vars.unwrap_or_default(), tokens };
+    let kept = keep(&app, &caller, &secrets).await?;
     let request = CreateSessionRequest {
         user_id: caller.user_id,
-        agent_id,
-        prompt,
-        timeout_seconds,
-        environment_id,
+        agent_id: session.agent_id,
+        prompt: session.prompt,
+        timeout_seconds: session.timeout.unwrap_or(app.config.default_timeout_seconds),
+        environment_id: session.environment_id,
         credential_kinds: stored.credentials.into_iter().map(|credential| credential.kind).collect(),
         session_limit: caller.session_limit.unwrap_or(app.config.default_session_limit),
-        // Postgres' JSON keeps no NUL.
-        metadata: Value::Object(metadata).to_string().replace("\\u0000", "\\ufffd"),
+        metadata: json(&session.metadata.unwrap_or_default()),
+        resources: json(&resources),
+        secret_id: kept.as_ref().map(|kept| kept.id.clone()),
+        secret_env_var_names: secrets.env.into_keys().collect(),
+        once: key.once(&body),
     };
-    let session = app.call::<rpc::CreateSession>(&request).await?;
-    let mut answer = accepted(&session);
-    if let Some(object) = answer.as_object_mut() {
-        object.insert("environment_id".to_owned(), session.environment_id.into());
-        object.insert("resources".to_owned(), json!([]));
+    let reply = app.bus.call::<rpc::CreateSession>(&request, crate::RPC_DEADLINE).await;
+    app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
+    let reply = reply?;
+    let session = reply.session.unwrap_or_default();
+    let accepted = Accepted {
+        stream_url: stream_url(&session.session_id),
+        resources: serde_json::from_str(&session.resources).unwrap_or_default(),
+        id: session.session_id,
+        status: Status(session.status),
+        environment_id: session.environment_id,
+        current_turn: session.turn_count,
+    };
+    Ok(Created { status: StatusCode::ACCEPTED, body: accepted, replayed: reply.replayed })
+}
+
+async fn keep(app: &App, caller: &Caller, secrets: &SessionSecrets) -> Result<Option<Kept>, ApiError> {
+    if secrets.env.is_empty() && secrets.tokens.is_empty() {
+        return Ok(None);
     }
-    Ok((StatusCode::ACCEPTED, Json(answer)))
+    app.keep(&caller.user_id, Kind::Session, secrets, None).await.map(Some)
 }
 
-fn timeout(app: &App, fields: &mut Fields) -> u32 {
-    let seconds = fields.integer("timeout", i64::from(TIMEOUT_SECONDS_MIN), i64::from(TIMEOUT_SECONDS_MAX));
-    seconds.and_then(|seconds| u32::try_from(seconds).ok()).unwrap_or(app.config.default_timeout_seconds)
+/// Repositories as everybody may see them, and their tokens by path.
+fn split_tokens(resources: Vec<Resource>) -> (Vec<Repository>, BTreeMap<String, String>) {
+    let mut tokens = BTreeMap::new();
+    let mut repositories = Vec::with_capacity(resources.len());
+    for Resource { r#type: kind, url, mount_path, authorization_token } in resources {
+        let mount_path = mount_path.unwrap_or_default();
+        if let Some(token) = authorization_token {
+            tokens.insert(mount_path.clone(), token);
+        }
+        repositories.push(Repository { kind, url, mount_path });
+    }
+    (repositories, tokens)
 }
 
-fn accepted(session: &Session) -> Value {
-    json!({
-        "id": session.session_id,
-        "status": session.status,
-        "stream_url": format!("/sessions/{}/stream", session.session_id),
-        "current_turn": session.turn_count,
-    })
-}
-
-async fn find(app: &App, caller: &Caller, id: &str) -> Result<Session, ApiError> {
+async fn find(app: &App, caller: &Caller, id: &str) -> Result<scheduler::Session, ApiError> {
     let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id.to_owned(), recorded_through: 0 };
     app.call::<rpc::GetSession>(&request).await
 }
 
-pub async fn get(State(app): State<App>, caller: Caller, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    Ok(Json(describe(find(&app, &caller, &id).await?)))
+/// Get a session
+#[utoipa::path(get, path = "/sessions/{id}", tag = "sessions", params(IdParams),
+    responses((status = 200, description = "The session", body = Session)))]
+pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Session>, ApiError> {
+    Ok(Json(find(&app, &caller, &id).await?.into()))
 }
 
-pub async fn list(State(app): State<App>, caller: Caller, page: Page) -> Result<Json<Value>, ApiError> {
-    let reply = app.call::<rpc::ListSessions>(&page.request(caller)).await?;
-    let last = reply.sessions.last().map(|session| (session.created_at_us, session.session_id.clone()));
-    Ok(envelope(reply.sessions.into_iter().map(describe).collect(), reply.has_more, last))
+/// Which sessions a list holds.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct Filter {
+    /// `pending`, `running`, `completed`, `failed` or `terminated`
+    status: Option<String>,
+    #[param(format = Uuid)]
+    agent_id: Option<String>,
+    #[param(format = Uuid)]
+    environment_id: Option<String>,
 }
 
-pub async fn turns(State(app): State<App>, caller: Caller, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    let request = GetSessionRequest { user_id: caller.user_id, session_id: id, recorded_through: 0 };
-    let reply = app.call::<rpc::ListTurns>(&request).await?;
-    Ok(Json(json!({ "data": reply.turns.into_iter().map(describe_turn).collect::<Vec<_>>() })))
+impl<S: Send + Sync> FromRequestParts<S> for Filter {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let filter = Query::<Self>::from_request_parts(parts, state).await;
+        let Query(filter) = filter.map_err(|_| bad_query("Malformed query"))?;
+        if filter.status.as_deref().is_some_and(|status| status.parse::<SessionStatus>().is_err()) {
+            let known = quoted(SessionStatus::ALL.iter().map(|status| status.as_str()));
+            return Err(bad_query(&format!("status must be one of: {known}")));
+        }
+        if filter.agent_id.as_deref().is_some_and(|id| id.parse::<AgentId>().is_err()) {
+            return Err(bad_query("agent_id must be a lowercase UUID"));
+        }
+        if filter.environment_id.as_deref().is_some_and(|id| id.parse::<EnvironmentId>().is_err()) {
+            return Err(bad_query("environment_id must be a lowercase UUID"));
+        }
+        Ok(filter)
+    }
 }
 
-/// The state is checked before the body; the scheduler checks it again, where it counts.
+/// List sessions, newest first
+#[utoipa::path(get, path = "/sessions", tag = "sessions", params(PageParams, Filter),
+    responses((status = 200, description = "A page of sessions", body = Listed<Session>)))]
+pub async fn list(State(app): State<App>, caller: Caller, page: Page, filter: Filter) -> Result<Json<Listed<Session>>, ApiError> {
+    let Filter { status, agent_id, environment_id } = filter;
+    let request = scheduler::ListRequest { status, agent_id, environment_id, ..page.request(caller) };
+    let reply = app.call::<rpc::ListSessions>(&request).await?;
+    let cursor = |row: &scheduler::Session| Cursor { position: row.created_at_us, id: row.session_id.clone() };
+    Ok(listed(reply.sessions, reply.has_more, cursor, Session::from))
+}
+
+/// List the turns of a session, oldest first
+#[utoipa::path(get, path = "/sessions/{id}/turns", tag = "sessions", params(IdParams, PageParams),
+    responses((status = 200, description = "A page of turns", body = Listed<Turn>)))]
+pub async fn turns(State(app): State<App>, caller: Caller, Id(id): Id, page: Page) -> Result<Json<Listed<Turn>>, ApiError> {
+    let reply = app.call::<rpc::ListTurns>(&page.request_parts(caller, id)).await?;
+    let cursor = |row: &scheduler::Turn| Cursor { position: row.turn_number.into(), id: String::new() };
+    Ok(listed(reply.turns, reply.has_more, cursor, Turn::from))
+}
+
+/// A new turn.
+#[derive(ToSchema)]
+pub struct Prompt {
+    prompt: String,
+    /// Seconds for this turn; the deployment's default is 600
+    #[schema(minimum = 10, maximum = 3600)]
+    timeout: Option<u32>,
+}
+
+impl Prompt {
+    fn read(body: &Body) -> Result<Self, ApiError> {
+        let mut fields = body.fields()?;
+        let prompt = Self { prompt: fields.string("prompt", BODY_BYTES_MAX), timeout: read_timeout(&mut fields) };
+        fields.finish()?;
+        Ok(prompt)
+    }
+}
+
+/// Prompt a completed session again
+#[utoipa::path(post, path = "/sessions/{id}/prompt", tag = "sessions", params(IdParams, IdempotencyParams), request_body = Prompt,
+    responses((status = 202, description = "The turn will run", body = AcceptedTurn), Conflict))]
 pub async fn prompt(
     State(app): State<App>,
     caller: Caller,
-    Path(id): Path<String>,
+    Id(id): Id,
+    key: IdempotencyKey,
     body: Body,
-) -> Result<(StatusCode, Json<Value>), ApiError> {
-    let session = find(&app, &caller, &id).await?;
-    if let Some(refusal) = session.status.parse::<SessionStatus>().ok().and_then(SessionStatus::prompt_refusal) {
-        return Err(ApiError::new(StatusCode::CONFLICT, refusal));
-    }
-    let mut fields = body.fields()?;
-    let prompt = fields.string("prompt", BODY_BYTES_MAX);
-    let timeout_seconds = timeout(&app, &mut fields);
-    fields.finish()?;
-    let request = PromptRequest { user_id: caller.user_id, session_id: id, prompt, timeout_seconds };
-    let session = app.call::<rpc::Prompt>(&request).await?;
-    Ok((StatusCode::ACCEPTED, Json(accepted(&session))))
+) -> Result<Created<AcceptedTurn>, ApiError> {
+    let prompt = match Prompt::read(&body) {
+        Ok(prompt) => prompt,
+        // The state is checked before the body.
+        Err(error) => {
+            let status = find(&app, &caller, &id).await?.status.parse::<SessionStatus>().ok();
+            let refusal = status.and_then(SessionStatus::prompt_refusal);
+            return Err(refusal.map_or(error, |refusal| ApiError::new(StatusCode::CONFLICT, refusal)));
+        }
+    };
+    let request = PromptRequest {
+        user_id: caller.user_id,
+        session_id: id,
+        prompt: prompt.prompt,
+        timeout_seconds: prompt.timeout.unwrap_or(app.config.default_timeout_seconds),
+        once: key.once(&body),
+    };
+    let reply = app.call::<rpc::Prompt>(&request).await?;
+    let session = reply.session.unwrap_or_default();
+    let accepted = AcceptedTurn {
+        stream_url: stream_url(&session.session_id),
+        id: session.session_id,
+        status: Status(session.status),
+        current_turn: session.turn_count,
+    };
+    Ok(Created { status: StatusCode::ACCEPTED, body: accepted, replayed: reply.replayed })
 }
 
-pub async fn terminate(State(app): State<App>, caller: Caller, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+/// Terminate a session
+///
+/// Its agent is killed and its sandbox deleted, at whatever stage it is.
+#[utoipa::path(post, path = "/sessions/{id}/terminate", tag = "sessions", params(IdParams),
+    responses((status = 200, description = "The session is terminated", body = Terminated), Conflict))]
+pub async fn terminate(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Terminated>, ApiError> {
     let session = app.call::<rpc::Terminate>(&TerminateRequest { user_id: caller.user_id, session_id: id }).await?;
-    Ok(Json(json!({ "id": session.session_id, "status": session.status })))
+    Ok(Json(Terminated { id: session.session_id, status: Status(session.status) }))
 }
 
-fn describe(session: Session) -> Value {
-    let failure = session.failure.map(|failure| json!({ "stage": failure.stage, "message": failure.message }));
-    json!({
-        "id": session.session_id,
-        "agent_id": session.agent_id,
-        "environment_id": session.environment_id,
-        "runtime": session.runtime,
-        "provider": session.provider,
-        "status": session.status,
-        "exit_code": session.exit_code,
-        "created_at": time(session.created_at_us),
-        "updated_at": time(session.updated_at_us),
-        "resources": [],
-        "turn_count": session.turn_count,
-        "current_turn": session.turn_count,
-        "metadata": serde_json::from_str::<Value>(&session.metadata).unwrap_or_else(|_| json!({})),
-        "failure": failure,
-    })
-}
-
-fn describe_turn(turn: Turn) -> Value {
-    json!({
-        "turn_number": turn.turn_number,
-        "prompt": turn.prompt,
-        "status": turn.status,
-        "exit_code": turn.exit_code,
-        "created_at": time(turn.created_at_us),
-        "started_at": turn.started_at_us.map(time),
-        "ended_at": turn.ended_at_us.map(time),
-    })
+/// Delete a session that is not active
+///
+/// Its turns, events, secrets and sandbox go with it.
+#[utoipa::path(delete, path = "/sessions/{id}/delete", tag = "sessions", params(IdParams),
+    responses((status = 200, description = "The session is gone", body = Detail), Conflict))]
+pub async fn delete(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Detail>, ApiError> {
+    let Empty {} = app.call::<rpc::DeleteSession>(&DeleteSessionRequest { user_id: caller.user_id, session_id: id }).await?;
+    Ok(Detail::new("Session deleted"))
 }

@@ -8,7 +8,7 @@ mod reader;
 
 use axum::{
     body::Body,
-    extract::{Path, Query, State},
+    extract::{Query, State, rejection::QueryRejection},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
@@ -16,23 +16,51 @@ use contract::{rpc, scheduler::GetSessionRequest};
 use serde::Deserialize;
 use types::SessionId;
 
-use crate::{App, auth::Caller, error::ApiError, stream::reader::Reader};
+use utoipa::IntoParams;
 
-#[derive(Debug, Deserialize)]
+use crate::{
+    App,
+    auth::Caller,
+    error::ApiError,
+    page::bad_query,
+    path::{Id, IdParams},
+    stream::{event::StreamEvent, reader::Reader},
+};
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct Params {
+    /// Only events with a greater id follow
+    #[param(value_type = Option<u64>)]
     since: Option<String>,
 }
 
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "describes a header")]
+pub struct LastEventId {
+    /// As `since`, which it overrides
+    #[param(rename = "Last-Event-ID")]
+    last_event_id: Option<u64>,
+}
+
+/// Follow a session
+///
+/// Server-sent events: all that the session has shown, then what it goes on to show, until its current turn ends. A comment is sent
+/// after 15 s of silence.
+#[utoipa::path(get, path = "/sessions/{id}/stream", tag = "sessions", params(IdParams, Params, LastEventId),
+    responses((status = 200, description = "Events, one `data:` line each", body = StreamEvent, content_type = "text/event-stream")))]
 pub async fn stream(
     State(app): State<App>,
     caller: Caller,
-    Path(id): Path<String>,
-    Query(params): Query<Params>,
+    Id(id): Id,
+    params: Result<Query<Params>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let session_id: SessionId = id.parse().map_err(|_| ApiError::not_found("Session"))?;
     let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id, recorded_through: 0 };
     let session = app.call::<rpc::GetSession>(&request).await?;
+    let Query(params) = params.map_err(|_| bad_query("Malformed query"))?;
     let last_event_id = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("?")).filter(|text| !text.is_empty());
     let since = resume_point(last_event_id.or(params.since.as_deref()))?;
     let reader = Reader::new(app, caller, session_id, session, since);

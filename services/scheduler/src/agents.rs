@@ -1,15 +1,18 @@
 //! Agents: templates that sessions run. Every version is kept.
 
 use bus::Failure;
-use contract::scheduler::{Agent, CreateAgentRequest, GetAgentRequest, ListAgentsReply, ListRequest};
-use serde_json::Value;
+use contract::scheduler::{
+    Agent, CreateAgentReply, CreateAgentRequest, GetAgentRequest, ListAgentsReply, ListPartsRequest, ListRequest, UpdateAgentRequest,
+};
+use serde_json::{Map, Value};
+use sqlx::PgConnection;
 use time::OffsetDateTime;
-use types::{AgentId, EnvironmentId, UserId};
+use types::{AgentId, EnvironmentId, ErrorCode, ModelRef, Runtime, SecretId, UserId, agent::merge_metadata, model::ModelError};
 use uuid::Uuid;
 
-use crate::{Scheduler, environments, micros, page_size, page_start, unsigned};
+use crate::{Scheduler, Window, environments, micros, now, once, parsed_json, unsigned, version_mismatch};
 
-#[derive(sqlx::FromRow)]
+#[derive(Clone, PartialEq, sqlx::FromRow)]
 struct AgentRow {
     agent_id: Uuid,
     name: String,
@@ -19,6 +22,9 @@ struct AgentRow {
     runtime: String,
     environment_id: Option<Uuid>,
     metadata: Value,
+    skills: Value,
+    mcp_servers: Value,
+    mcp_secret_id: Option<Uuid>,
     version: i32,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
@@ -40,59 +46,204 @@ impl From<AgentRow> for Agent {
             updated_at_us: micros(row.updated_at),
             archived_at_us: row.archived_at.map(micros),
             metadata: row.metadata.to_string(),
+            skills: row.skills.to_string(),
+            mcp_servers: row.mcp_servers.to_string(),
+            mcp_secret_id: row.mcp_secret_id.map(|id| id.to_string()),
         }
     }
 }
 
-pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result<Agent, Failure> {
+fn missing() -> Failure {
+    Failure::not_found("Agent not found")
+}
+
+/// An environment that an agent may be given.
+async fn usable_environment(tx: &mut PgConnection, user: UserId, id: &str) -> Result<Uuid, Failure> {
+    let id: EnvironmentId = id.parse().map_err(|_| environments::missing())?;
+    let archived = environments::find_archived(tx, user, id).await?.ok_or_else(environments::missing)?;
+    if archived {
+        return Err(Failure::conflict("Cannot assign an archived environment to an agent"));
+    }
+    Ok(id.uuid())
+}
+
+pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
+    const ROUTE: &str = "agents";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let metadata: Value = serde_json::from_str(&request.metadata).map_err(|_| Failure::invalid("Malformed metadata"))?;
-    let environment = match &request.environment_id {
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    if let Some(agent) = once::earlier(&mut tx, user, ROUTE, request.once.as_ref()).await? {
+        return Ok(CreateAgentReply { agent: Some(agent), replayed: true });
+    }
+    let environment_id = match &request.environment_id {
         None => None,
-        Some(id) => {
-            let id: EnvironmentId = id.parse().map_err(|_| environments::missing())?;
-            let archived = environments::find_archived(&scheduler.pool, user, id).await?.ok_or_else(environments::missing)?;
-            if archived {
-                return Err(Failure::conflict("Cannot assign an archived environment to an agent"));
-            }
-            Some(id.uuid())
-        }
+        Some(id) => Some(usable_environment(&mut tx, user, id).await?),
     };
-    let row: AgentRow = sqlx::query_as(
-        "with a as (
-            insert into agent (agent_id, user_id, environment_id) values ($1, $2, $3)
-            returning *
-         ), v as (
-            insert into agent_version (agent_id, version, name, description, system, model, runtime, environment_id, metadata)
-            values ($1, 1, $4, $5, $6, $7, $8, $3, $9)
-            returning *
-         )
-         select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata,
-                a.version, a.created_at, a.updated_at, a.archived_at
-         from a, v",
+    let now = now();
+    let row = AgentRow {
+        agent_id: AgentId::new().uuid(),
+        name: request.name,
+        description: request.description,
+        system: request.system,
+        model: request.model,
+        runtime: request.runtime,
+        environment_id,
+        metadata: parsed_json(&request.metadata)?,
+        skills: parsed_json(&request.skills)?,
+        mcp_servers: parsed_json(&request.mcp_servers)?,
+        mcp_secret_id: secret(request.mcp_secret_id.as_deref())?,
+        version: 1,
+        created_at: now,
+        updated_at: now,
+        archived_at: None,
+    };
+    sqlx::query("insert into agent (agent_id, user_id, environment_id, created_at, updated_at) values ($1, $2, $3, $4, $4)")
+        .bind(row.agent_id)
+        .bind(user.uuid())
+        .bind(environment_id)
+        .bind(now)
+        .execute(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
+    insert_version(&mut tx, &row).await?;
+    let agent = Agent::from(row);
+    once::remember(&mut tx, user, ROUTE, request.once.as_ref(), &agent).await?;
+    tx.commit().await.map_err(Failure::internal)?;
+    Ok(CreateAgentReply { agent: Some(agent), replayed: false })
+}
+
+fn secret(id: Option<&str>) -> Result<Option<Uuid>, Failure> {
+    let id = id.map(str::parse::<SecretId>).transpose().map_err(|_| Failure::invalid("Malformed secret id"))?;
+    Ok(id.map(SecretId::uuid))
+}
+
+async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Failure> {
+    sqlx::query(
+        "insert into agent_version (agent_id, version, name, description, system, model, runtime, environment_id, metadata, skills,
+                                    mcp_servers, mcp_secret_id, created_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
     )
-    .bind(AgentId::new().uuid())
-    .bind(user.uuid())
-    .bind(environment)
-    .bind(request.name)
-    .bind(request.description)
-    .bind(request.system)
-    .bind(request.model)
-    .bind(request.runtime)
-    .bind(metadata)
-    .fetch_one(&scheduler.pool)
+    .bind(row.agent_id)
+    .bind(row.version)
+    .bind(&row.name)
+    .bind(&row.description)
+    .bind(&row.system)
+    .bind(&row.model)
+    .bind(&row.runtime)
+    .bind(row.environment_id)
+    .bind(&row.metadata)
+    .bind(&row.skills)
+    .bind(&row.mcp_servers)
+    .bind(row.mcp_secret_id)
+    .bind(row.updated_at)
+    .execute(tx)
     .await
     .map_err(Failure::internal)?;
-    Ok(row.into())
+    Ok(())
+}
+
+/// Checks in the contract's order (§4); a real change is a new version.
+pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result<Agent, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let environment_id = match &request.environment_id {
+        None => None,
+        Some(id) => Some(usable_environment(&mut tx, user, id).await?),
+    };
+    let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
+    let current: AgentRow = sqlx::query_as(
+        "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
+                v.mcp_servers, v.mcp_secret_id, a.version, a.created_at, a.updated_at, a.archived_at
+         from agent a
+         join agent_version v using (agent_id, version)
+         where a.agent_id = $1 and a.user_id = $2
+         for update of a",
+    )
+    .bind(agent.uuid())
+    .bind(user.uuid())
+    .fetch_optional(&mut *tx)
+    .await
+    .map_err(Failure::internal)?
+    .ok_or_else(missing)?;
+    if current.archived_at.is_some() {
+        return Err(Failure::conflict("Cannot update an archived agent"));
+    }
+    version_mismatch(current.version, request.version, request.secrets_of_version)?;
+
+    let mut new = current.clone();
+    new.name = request.name.unwrap_or(new.name);
+    new.description = request.description.unwrap_or(new.description);
+    new.system = request.system.unwrap_or(new.system);
+    if request.model.is_some() || request.runtime.is_some() {
+        let runtime = request.runtime.unwrap_or(new.runtime);
+        let parsed: Runtime = runtime.parse().map_err(|()| Failure::internal(format!("agent {agent} has runtime {runtime}")))?;
+        let model = request.model.unwrap_or(new.model);
+        new.model = ModelRef::parse(parsed, &model).map_err(|error| unservable(&error, &model))?.as_str().to_owned();
+        new.runtime = runtime;
+    }
+    if request.detach_environment || environment_id.is_some() {
+        new.environment_id = environment_id;
+    }
+    if let Some(change) = &request.metadata {
+        let change: Map<String, Value> = serde_json::from_str(change).map_err(|_| Failure::invalid("Malformed metadata"))?;
+        let old = current.metadata.as_object().cloned().unwrap_or_default();
+        new.metadata = Value::Object(merge_metadata(old, change));
+    }
+    if let Some(skills) = &request.skills {
+        new.skills = parsed_json(skills)?;
+    }
+    if let Some(servers) = &request.mcp_servers {
+        new.mcp_servers = parsed_json(servers)?;
+        new.mcp_secret_id = secret(request.mcp_secret_id.as_deref())?;
+    }
+    if new == current {
+        return Ok(current.into());
+    }
+    new.version += 1;
+    new.updated_at = now();
+    insert_version(&mut tx, &new).await?;
+    sqlx::query("update agent set version = $2, environment_id = $3, updated_at = $4 where agent_id = $1")
+        .bind(new.agent_id)
+        .bind(new.version)
+        .bind(new.environment_id)
+        .bind(new.updated_at)
+        .execute(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
+    tx.commit().await.map_err(Failure::internal)?;
+    Ok(new.into())
+}
+
+fn unservable(error: &ModelError, model: &str) -> Failure {
+    let failure = Failure::new(ErrorCode::Unprocessable, error.to_string());
+    match error {
+        ModelError::Unknown(_) => failure.at_field("model", model),
+        ModelError::NotServed { .. } => failure,
+    }
+}
+
+pub async fn archive(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent, Failure> {
+    let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let archived = sqlx::query(
+        "update agent
+         set archived_at = now(), updated_at = now()
+         where agent_id = $1 and user_id = $2 and archived_at is null",
+    )
+    .bind(agent.uuid())
+    .bind(user.uuid())
+    .execute(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?;
+    let agent = get(scheduler, request).await?;
+    if archived.rows_affected() == 0 { Err(Failure::conflict("Agent is already archived")) } else { Ok(agent) }
 }
 
 pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent, Failure> {
-    let missing = || Failure::not_found("Agent not found");
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
     let row: Option<AgentRow> = sqlx::query_as(
-        "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata,
-                a.version, a.created_at, a.updated_at, a.archived_at
+        "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
+                v.mcp_servers, v.mcp_secret_id, a.version, a.created_at, a.updated_at, a.archived_at
          from agent a
          join agent_version v using (agent_id, version)
          where a.agent_id = $1 and a.user_id = $2",
@@ -107,10 +258,10 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgentsReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let (limit, (time, id)) = (page_size(request.limit), page_start(request.before.as_ref())?);
+    let window = Window::by_time(request.limit, request.after.as_ref())?;
     let mut rows: Vec<AgentRow> = sqlx::query_as(
-        "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata,
-                a.version, a.created_at, a.updated_at, a.archived_at
+        "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
+                v.mcp_servers, v.mcp_secret_id, a.version, a.created_at, a.updated_at, a.archived_at
          from agent a
          join agent_version v using (agent_id, version)
          where a.user_id = $1 and a.archived_at is null and (a.created_at, a.agent_id) < ($2, $3)
@@ -118,13 +269,35 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgen
          limit $4",
     )
     .bind(user.uuid())
-    .bind(time)
-    .bind(id)
-    .bind(limit as i64 + 1)
+    .bind(window.time)
+    .bind(window.id)
+    .bind(window.rows())
     .fetch_all(&scheduler.pool)
     .await
     .map_err(Failure::internal)?;
-    let has_more = rows.len() > limit;
-    rows.truncate(limit);
+    let has_more = window.trim(&mut rows);
+    Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
+}
+
+/// The snapshots of an agent, newest first. Both times of each are the snapshot's.
+pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListAgentsReply, Failure> {
+    let agent: AgentId = request.id.parse().map_err(|_| missing())?;
+    get(scheduler.clone(), GetAgentRequest { user_id: request.user_id, agent_id: request.id }).await?;
+    let window = Window::by_number_downwards(request.limit, request.after.as_ref());
+    let mut rows: Vec<AgentRow> = sqlx::query_as(
+        "select agent_id, name, description, system, model, runtime, environment_id, metadata, skills, mcp_servers, mcp_secret_id,
+                version, created_at, created_at as updated_at, null::timestamptz as archived_at
+         from agent_version
+         where agent_id = $1 and version < $2
+         order by version desc
+         limit $3",
+    )
+    .bind(agent.uuid())
+    .bind(window.number)
+    .bind(window.rows())
+    .fetch_all(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?;
+    let has_more = window.trim(&mut rows);
     Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
 }

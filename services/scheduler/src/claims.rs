@@ -6,22 +6,21 @@ use bus::Failure;
 use contract::{
     rpc,
     scheduler::{
-        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, RecordedEvent, Settled, SpriteClaim, TurnSpec,
-        claim_turn_reply::Verdict,
+        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, Settled, SpriteClaim, TurnSpec, claim_turn_reply::Verdict,
     },
     vault::MintLeaseRequest,
 };
 use serde_json::Value;
 use sqlx::Row as _;
 use types::{
-    CredentialKind, Runtime, SessionId, SessionStatus,
+    CredentialKind, Runtime, SessionId, SessionStatus, UserId,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
 };
 use uuid::Uuid;
 
 use crate::{
     Scheduler, deadlines,
-    sessions::{SessionRow, lock, missing},
+    sessions::{lock, missing, newest_event},
     unsigned,
 };
 
@@ -40,7 +39,12 @@ struct TurnRow {
     packages: Option<Value>,
     setup_script: Option<String>,
     networking: Option<Value>,
+    skills: Value,
+    mcp_servers: Value,
+    resources: Value,
     env_vars_secret_id: Option<Uuid>,
+    mcp_secret_id: Option<Uuid>,
+    secret_id: Option<Uuid>,
 }
 
 /// Raises the turn's epoch, so that an earlier claimant is fenced off, and gives all that running it takes.
@@ -53,7 +57,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
     };
     if session.status()? == SessionStatus::Terminated {
         drop(tx);
-        let destroy = Some(sprite_claim(&scheduler, &session).await?);
+        let destroy = Some(sprite_claim(&scheduler, UserId::from_uuid(session.user_id), id, session.sprite).await?);
         return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy })) });
     }
     let turn: Option<TurnRow> = sqlx::query_as(
@@ -64,7 +68,8 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
             returning session_id, epoch, prompt, timeout_seconds
          )
          select c.epoch, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
-                ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id
+                ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
+                s.resources, s.secret_id
          from claimed c
          join session s using (session_id)
          join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -84,26 +89,16 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         scheduler.outbox.notify_one();
         return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
     }
-    let last_event = sqlx::query("select event_id, payload from event where session_id = $1 order by event_id desc limit 1")
-        .bind(id.uuid())
-        .fetch_optional(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
-    let last_event = match last_event {
-        None => None,
-        Some(row) => Some(RecordedEvent {
-            event_id: row.try_get::<i64, _>(0).map_err(Failure::internal)?.unsigned_abs(),
-            payload: row.try_get::<Vec<u8>, _>(1).map_err(Failure::internal)?.into(),
-        }),
-    };
     tx.commit().await.map_err(Failure::internal)?;
+    let last_event = newest_event(&scheduler, id).await?;
 
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
     let timeout_seconds = unsigned(turn.timeout_seconds);
     let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]);
-    let secrets = turn.env_vars_secret_id.iter().map(ToString::to_string).collect();
+    let secrets = [turn.env_vars_secret_id, turn.mcp_secret_id, turn.secret_id];
+    let secrets = secrets.iter().flatten().map(ToString::to_string).collect();
     let life = PROVISIONING_MAX + SETTLE_GRACE + Duration::from_secs(u64::from(timeout_seconds));
-    let lease_id = mint(&scheduler, &session, &format!("turn {number}"), kinds, secrets, life).await?;
+    let lease_id = mint(&scheduler, UserId::from_uuid(session.user_id), id, &format!("turn {number}"), kinds, secrets, life).await?;
     let empty = || Value::Object(serde_json::Map::new());
     Ok(ClaimTurnReply {
         verdict: Some(Verdict::Run(TurnSpec {
@@ -122,35 +117,48 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
                 networking: turn.networking.unwrap_or_else(empty).to_string(),
             }),
             last_event,
+            skills: turn.skills.to_string(),
+            mcp_servers: turn.mcp_servers.to_string(),
+            resources: turn.resources.to_string(),
         })),
     })
 }
 
-/// What it takes to delete a session's Sprite.
+/// What it takes to delete a session's Sprite; also when the session itself is deleted.
 pub async fn sprite(scheduler: Scheduler, request: ClaimSpriteRequest) -> Result<SpriteClaim, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    let session = lock(&mut tx, id, None).await?.ok_or_else(missing)?;
-    drop(tx);
-    sprite_claim(&scheduler, &session).await
+    let row = sqlx::query(
+        "select user_id, sprite from session where session_id = $1
+         union all
+         select user_id, sprite from deleted_session where session_id = $1
+         limit 1",
+    )
+    .bind(id.uuid())
+    .fetch_optional(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?
+    .ok_or_else(missing)?;
+    let user = UserId::from_uuid(row.try_get(0).map_err(Failure::internal)?);
+    sprite_claim(&scheduler, user, id, row.try_get(1).map_err(Failure::internal)?).await
 }
 
-async fn sprite_claim(scheduler: &Scheduler, session: &SessionRow) -> Result<SpriteClaim, Failure> {
-    let lease_id = mint(scheduler, session, "destroy", [CredentialKind::Sprites], Vec::new(), Duration::from_secs(300)).await?;
-    Ok(SpriteClaim { sprite: session.sprite.clone(), lease_id })
+async fn sprite_claim(scheduler: &Scheduler, user: UserId, session: SessionId, sprite: String) -> Result<SpriteClaim, Failure> {
+    let lease_id = mint(scheduler, user, session, "destroy", [CredentialKind::Sprites], Vec::new(), Duration::from_secs(300)).await?;
+    Ok(SpriteClaim { sprite, lease_id })
 }
 
 async fn mint(
     scheduler: &Scheduler,
-    session: &SessionRow,
+    user: UserId,
+    session: SessionId,
     purpose: &str,
     kinds: impl IntoIterator<Item = CredentialKind>,
     secret_ids: Vec<String>,
     life: Duration,
 ) -> Result<String, Failure> {
     let request = MintLeaseRequest {
-        user_id: session.user_id.to_string(),
-        session_id: session.session_id.to_string(),
+        user_id: user.to_string(),
+        session_id: session.to_string(),
         purpose: purpose.to_owned(),
         credential_kinds: kinds.into_iter().map(|kind| kind.as_str().to_owned()).collect(),
         secret_ids,

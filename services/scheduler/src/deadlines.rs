@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler,
-    sessions::{SessionRow, enqueue, lock},
+    sessions::{SessionRow, enqueue, lock, session_columns},
     termination::{enqueue_destroy, tell},
     unsigned,
 };
@@ -75,13 +75,13 @@ pub async fn settle(tx: &mut PgConnection, session: SessionRow, turn: i32, messa
     if settled.rows_affected() == 0 {
         return Ok(());
     }
-    let failed: Option<SessionRow> = sqlx::query_as(
+    let failed: Option<SessionRow> = sqlx::query_as(concat!(
         "update session
          set status = 'failed', failure_stage = 'deadline', failure_message = $3, updated_at = now()
          where session_id = $1 and turn_count = $2 and status in ('pending', 'running')
-         returning session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
-                   failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at",
-    )
+         returning ",
+        session_columns!()
+    ))
     .bind(id.uuid())
     .bind(turn)
     .bind(message)
@@ -94,5 +94,5 @@ pub async fn settle(tx: &mut PgConnection, session: SessionRow, turn: i32, messa
     let event = SessionEvent { turn: unsigned(turn), epoch: 0, checkpoint: None, kind: Some(Kind::TurnEnded(ended)) };
     enqueue(tx, &subject::session_log(id), &event).await?;
     enqueue_destroy(tx, &failed).await?;
-    tell(tx, &failed, unsigned(turn)).await
+    tell(tx, &failed, &failed.status, unsigned(turn)).await
 }

@@ -1,16 +1,22 @@
 //! Environments: how a sandbox is set up. Values of variables are in the vault.
 
 use bus::Failure;
-use contract::scheduler::{CreateEnvironmentRequest, Environment, GetEnvironmentRequest, ListEnvironmentsReply, ListRequest};
+use contract::{
+    common::Empty,
+    scheduler::{
+        CreateEnvironmentReply, CreateEnvironmentRequest, Environment, GetEnvironmentRequest, ListEnvironmentsReply, ListPartsRequest,
+        ListRequest, UpdateEnvironmentRequest,
+    },
+};
 use serde_json::Value;
-use sqlx::PgPool;
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 use types::{EnvironmentId, SecretId, UserId};
 use uuid::Uuid;
 
-use crate::{Scheduler, micros, page_size, page_start, unsigned};
+use crate::{Scheduler, Window, micros, now, once, parsed_json, unsigned, version_mismatch};
 
-#[derive(sqlx::FromRow)]
+#[derive(Clone, PartialEq, sqlx::FromRow)]
 struct EnvironmentRow {
     environment_id: Uuid,
     name: String,
@@ -18,6 +24,7 @@ struct EnvironmentRow {
     setup_script: String,
     networking: Value,
     env_var_names: Vec<String>,
+    env_vars_secret_id: Option<Uuid>,
     version: i32,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
@@ -37,6 +44,7 @@ impl From<EnvironmentRow> for Environment {
             created_at_us: micros(row.created_at),
             updated_at_us: micros(row.updated_at),
             archived_at_us: row.archived_at.map(micros),
+            env_vars_secret_id: row.env_vars_secret_id.map(|id| id.to_string()),
         }
     }
 }
@@ -46,47 +54,189 @@ pub fn missing() -> Failure {
 }
 
 /// Whether an environment of the user is archived; `None` when there is no such environment.
-pub async fn find_archived(pool: &PgPool, user: UserId, id: EnvironmentId) -> Result<Option<bool>, Failure> {
+pub async fn find_archived(tx: &mut PgConnection, user: UserId, id: EnvironmentId) -> Result<Option<bool>, Failure> {
     sqlx::query_scalar("select archived_at is not null from environment where environment_id = $1 and user_id = $2")
         .bind(id.uuid())
         .bind(user.uuid())
-        .fetch_optional(pool)
+        .fetch_optional(tx)
         .await
         .map_err(Failure::internal)
 }
 
-pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<Environment, Failure> {
+/// A name that another active environment of the user has is refused by the table itself.
+fn refused(error: sqlx::Error, name: &str) -> Failure {
+    if store::violates(&error, "environment_name_is_unique") {
+        Failure::conflict(format!("An active environment named '{name}' exists."))
+    } else {
+        Failure::internal(error)
+    }
+}
+
+fn secret(id: Option<&str>) -> Result<Option<Uuid>, Failure> {
+    let id = id.map(str::parse::<SecretId>).transpose().map_err(|_| Failure::invalid("Malformed secret id"))?;
+    Ok(id.map(SecretId::uuid))
+}
+
+pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
+    const ROUTE: &str = "environments";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let json = |text: &str| serde_json::from_str::<Value>(text).map_err(|_| Failure::invalid("Malformed environment"));
-    let secret = request.env_vars_secret_id.as_deref().map(str::parse::<SecretId>).transpose();
-    let row: Result<EnvironmentRow, sqlx::Error> = sqlx::query_as(
-        "with e as (
-            insert into environment (environment_id, user_id, name) values ($1, $2, $3)
-            returning *
-         ), v as (
-            insert into environment_version
-                (environment_id, version, name, packages, setup_script, networking, env_var_names, env_vars_secret_id)
-            values ($1, 1, $3, $4, $5, $6, $7, $8)
-            returning *
-         )
-         select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names,
-                e.version, e.created_at, e.updated_at, e.archived_at
-         from e, v",
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    if let Some(environment) = once::earlier(&mut tx, user, ROUTE, request.once.as_ref()).await? {
+        return Ok(CreateEnvironmentReply { environment: Some(environment), replayed: true });
+    }
+    let now = now();
+    let row = EnvironmentRow {
+        environment_id: EnvironmentId::new().uuid(),
+        name: request.name,
+        packages: parsed_json(&request.packages)?,
+        setup_script: request.setup_script,
+        networking: parsed_json(&request.networking)?,
+        env_var_names: request.env_var_names,
+        env_vars_secret_id: secret(request.env_vars_secret_id.as_deref())?,
+        version: 1,
+        created_at: now,
+        updated_at: now,
+        archived_at: None,
+    };
+    sqlx::query("insert into environment (environment_id, user_id, name, created_at, updated_at) values ($1, $2, $3, $4, $4)")
+        .bind(row.environment_id)
+        .bind(user.uuid())
+        .bind(&row.name)
+        .bind(now)
+        .execute(&mut *tx)
+        .await
+        .map_err(|error| refused(error, &row.name))?;
+    insert_version(&mut tx, &row).await?;
+    let environment = Environment::from(row);
+    once::remember(&mut tx, user, ROUTE, request.once.as_ref(), &environment).await?;
+    tx.commit().await.map_err(Failure::internal)?;
+    Ok(CreateEnvironmentReply { environment: Some(environment), replayed: false })
+}
+
+async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(), Failure> {
+    sqlx::query(
+        "insert into environment_version (environment_id, version, name, packages, setup_script, networking, env_var_names,
+                                          env_vars_secret_id, created_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
     )
-    .bind(EnvironmentId::new().uuid())
+    .bind(row.environment_id)
+    .bind(row.version)
+    .bind(&row.name)
+    .bind(&row.packages)
+    .bind(&row.setup_script)
+    .bind(&row.networking)
+    .bind(&row.env_var_names)
+    .bind(row.env_vars_secret_id)
+    .bind(row.updated_at)
+    .execute(tx)
+    .await
+    .map_err(Failure::internal)?;
+    Ok(())
+}
+
+/// Checks in the contract's order (§5); a real change is a new version.
+pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> Result<Environment, Failure> {
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let current: EnvironmentRow = sqlx::query_as(
+        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
+                e.version, e.created_at, e.updated_at, e.archived_at
+         from environment e
+         join environment_version v using (environment_id, version)
+         where e.environment_id = $1 and e.user_id = $2
+         for update of e",
+    )
+    .bind(environment.uuid())
     .bind(user.uuid())
-    .bind(&request.name)
-    .bind(json(&request.packages)?)
-    .bind(request.setup_script)
-    .bind(json(&request.networking)?)
-    .bind(request.env_var_names)
-    .bind(secret.map_err(|_| Failure::invalid("Malformed secret id"))?.map(SecretId::uuid))
-    .fetch_one(&scheduler.pool)
-    .await;
-    match row {
-        Ok(row) => Ok(row.into()),
-        Err(error) if store::violates(&error, "environment_name_is_unique") => {
-            Err(Failure::conflict(format!("An active environment named '{}' exists.", request.name)))
+    .fetch_optional(&mut *tx)
+    .await
+    .map_err(Failure::internal)?
+    .ok_or_else(missing)?;
+    if current.archived_at.is_some() {
+        return Err(Failure::conflict("Cannot update an archived environment"));
+    }
+    version_mismatch(current.version, request.version, request.secrets_of_version)?;
+
+    let mut new = current.clone();
+    new.name = request.name.unwrap_or(new.name);
+    new.setup_script = request.setup_script.unwrap_or(new.setup_script);
+    if let Some(packages) = &request.packages {
+        new.packages = parsed_json(packages)?;
+    }
+    if let Some(networking) = &request.networking {
+        new.networking = parsed_json(networking)?;
+    }
+    if let Some(vars) = request.env_vars {
+        new.env_vars_secret_id = secret(vars.secret_id.as_deref())?;
+        new.env_var_names = vars.names;
+    }
+    if new == current {
+        return Ok(current.into());
+    }
+    new.version += 1;
+    new.updated_at = now();
+    sqlx::query("update environment set name = $2, version = $3, updated_at = $4 where environment_id = $1")
+        .bind(new.environment_id)
+        .bind(&new.name)
+        .bind(new.version)
+        .bind(new.updated_at)
+        .execute(&mut *tx)
+        .await
+        .map_err(|error| refused(error, &new.name))?;
+    insert_version(&mut tx, &new).await?;
+    tx.commit().await.map_err(Failure::internal)?;
+    Ok(new.into())
+}
+
+pub async fn archive(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result<Environment, Failure> {
+    let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let archived = sqlx::query(
+        "update environment
+         set archived_at = now(), updated_at = now()
+         where environment_id = $1 and user_id = $2 and archived_at is null",
+    )
+    .bind(environment.uuid())
+    .bind(user.uuid())
+    .execute(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?;
+    let environment = get(scheduler, request).await?;
+    if archived.rows_affected() == 0 { Err(Failure::conflict("Environment is already archived")) } else { Ok(environment) }
+}
+
+/// Sessions hold on to their environment; its variables' values go with it.
+pub async fn delete(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result<Empty, Failure> {
+    let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    sqlx::query(
+        "insert into unused_secret (secret_id)
+         select distinct v.env_vars_secret_id
+         from environment e
+         join environment_version v using (environment_id)
+         where e.environment_id = $1 and e.user_id = $2 and v.env_vars_secret_id is not null
+         on conflict do nothing",
+    )
+    .bind(environment.uuid())
+    .bind(user.uuid())
+    .execute(&mut *tx)
+    .await
+    .map_err(Failure::internal)?;
+    let deleted = sqlx::query("delete from environment where environment_id = $1 and user_id = $2")
+        .bind(environment.uuid())
+        .bind(user.uuid())
+        .execute(&mut *tx)
+        .await;
+    match deleted {
+        Ok(deleted) if deleted.rows_affected() == 0 => Err(missing()),
+        Ok(_) => {
+            tx.commit().await.map_err(Failure::internal)?;
+            Ok(Empty {})
+        }
+        Err(error) if store::violates(&error, "session_environment_id_fkey") => {
+            Err(Failure::conflict("Cannot delete environment with existing sessions"))
         }
         Err(error) => Err(Failure::internal(error)),
     }
@@ -96,7 +246,7 @@ pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let row: Option<EnvironmentRow> = sqlx::query_as(
-        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names,
+        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
                 e.version, e.created_at, e.updated_at, e.archived_at
          from environment e
          join environment_version v using (environment_id, version)
@@ -112,9 +262,9 @@ pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvironmentsReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let (limit, (time, id)) = (page_size(request.limit), page_start(request.before.as_ref())?);
+    let window = Window::by_time(request.limit, request.after.as_ref())?;
     let mut rows: Vec<EnvironmentRow> = sqlx::query_as(
-        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names,
+        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
                 e.version, e.created_at, e.updated_at, e.archived_at
          from environment e
          join environment_version v using (environment_id, version)
@@ -123,13 +273,35 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvi
          limit $4",
     )
     .bind(user.uuid())
-    .bind(time)
-    .bind(id)
-    .bind(limit as i64 + 1)
+    .bind(window.time)
+    .bind(window.id)
+    .bind(window.rows())
     .fetch_all(&scheduler.pool)
     .await
     .map_err(Failure::internal)?;
-    let has_more = rows.len() > limit;
-    rows.truncate(limit);
+    let has_more = window.trim(&mut rows);
+    Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
+}
+
+/// The snapshots of an environment, newest first. Both times of each are the snapshot's.
+pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListEnvironmentsReply, Failure> {
+    let environment: EnvironmentId = request.id.parse().map_err(|_| missing())?;
+    get(scheduler.clone(), GetEnvironmentRequest { user_id: request.user_id, environment_id: request.id }).await?;
+    let window = Window::by_number_downwards(request.limit, request.after.as_ref());
+    let mut rows: Vec<EnvironmentRow> = sqlx::query_as(
+        "select environment_id, name, packages, setup_script, networking, env_var_names, env_vars_secret_id, version, created_at,
+                created_at as updated_at, null::timestamptz as archived_at
+         from environment_version
+         where environment_id = $1 and version < $2
+         order by version desc
+         limit $3",
+    )
+    .bind(environment.uuid())
+    .bind(window.number)
+    .bind(window.rows())
+    .fetch_all(&scheduler.pool)
+    .await
+    .map_err(Failure::internal)?;
+    let has_more = window.trim(&mut rows);
     Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
 }

@@ -7,7 +7,9 @@
 mod agents;
 mod claims;
 mod deadlines;
+mod deletion;
 mod environments;
+mod once;
 mod recorder;
 mod relay;
 mod sessions;
@@ -17,7 +19,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use bus::{Bus, Failure, responder::Responder};
-use contract::{access, common, rpc, topology};
+use contract::{access, common, rpc, scheduler::Cursor, topology};
 use service::{Env, Lifecycle};
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -47,7 +49,10 @@ impl Config {
     }
 }
 
-const MIGRATIONS: &[store::Step] = &[(1, "sessions", include_str!("../../../migrations/scheduler/0001_sessions.sql"))];
+const MIGRATIONS: &[store::Step] = &[
+    (1, "sessions", include_str!("../../../migrations/scheduler/0001_sessions.sql")),
+    (2, "whole contract", include_str!("../../../migrations/scheduler/0002_whole_contract.sql")),
+];
 
 /// What every request works with.
 #[derive(Clone)]
@@ -87,15 +92,23 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     };
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("recorder", recorder::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", deadlines::run(scheduler.clone(), lifecycle.stop_token()));
 
     let responder = Responder::start(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token()).await?;
     responder.serve::<rpc::SchedulerHealth, _, _>(health).await?;
     responder.serve::<rpc::CreateAgent, _, _>(agents::create).await?;
     responder.serve::<rpc::GetAgent, _, _>(agents::get).await?;
+    responder.serve::<rpc::UpdateAgent, _, _>(agents::update).await?;
+    responder.serve::<rpc::ArchiveAgent, _, _>(agents::archive).await?;
+    responder.serve::<rpc::ListAgentVersions, _, _>(agents::versions).await?;
     responder.serve::<rpc::ListAgents, _, _>(agents::list).await?;
     responder.serve::<rpc::CreateEnvironment, _, _>(environments::create).await?;
     responder.serve::<rpc::GetEnvironment, _, _>(environments::get).await?;
+    responder.serve::<rpc::UpdateEnvironment, _, _>(environments::update).await?;
+    responder.serve::<rpc::ArchiveEnvironment, _, _>(environments::archive).await?;
+    responder.serve::<rpc::DeleteEnvironment, _, _>(environments::delete).await?;
+    responder.serve::<rpc::ListEnvironmentVersions, _, _>(environments::versions).await?;
     responder.serve::<rpc::ListEnvironments, _, _>(environments::list).await?;
     responder.serve::<rpc::CreateSession, _, _>(sessions::create).await?;
     responder.serve::<rpc::GetSession, _, _>(sessions::get).await?;
@@ -103,6 +116,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ListTurns, _, _>(sessions::turns).await?;
     responder.serve::<rpc::Prompt, _, _>(sessions::prompt).await?;
     responder.serve::<rpc::ReadEvents, _, _>(sessions::events).await?;
+    responder.serve::<rpc::DeleteSession, _, _>(deletion::delete).await?;
     responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
     responder.serve::<rpc::ClaimSprite, _, _>(claims::sprite).await?;
@@ -115,6 +129,12 @@ async fn health(scheduler: Scheduler, _: common::Empty) -> Result<common::Empty,
     Ok(common::Empty {})
 }
 
+/// This moment, as precise as Postgres keeps it.
+fn now() -> OffsetDateTime {
+    let time = OffsetDateTime::now_utc();
+    time.replace_microsecond(time.microsecond()).unwrap_or(time)
+}
+
 fn micros(time: OffsetDateTime) -> i64 {
     Timestamp::from(time).unix_micros()
 }
@@ -124,17 +144,66 @@ fn unsigned(number: i32) -> u32 {
     u32::try_from(number).unwrap_or_default()
 }
 
-/// Where a page begins: rows older than the cursor, or all.
-fn page_start(before: Option<&contract::scheduler::Cursor>) -> Result<(OffsetDateTime, uuid::Uuid), Failure> {
-    let malformed = || Failure::invalid("Invalid cursor");
-    let Some(cursor) = before else {
-        return Ok((OffsetDateTime::now_utc() + time::Duration::days(1), uuid::Uuid::max()));
-    };
-    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(cursor.created_at_us) * 1000).map_err(|_| malformed())?;
-    Ok((time, cursor.id.parse().map_err(|_| malformed())?))
+/// JSON that the gateway has checked.
+fn parsed_json(text: &str) -> Result<serde_json::Value, Failure> {
+    serde_json::from_str(text).map_err(|_| Failure::invalid("Malformed JSON on the bus"))
 }
 
-/// One more row than asked for tells whether there are more.
-fn page_size(limit: u32) -> usize {
-    limit.clamp(1, types::limits::PAGE_MAX) as usize
+/// Optimistic concurrency: a change applies to the version that its author saw, and its secrets to the version they were taken from.
+fn version_mismatch(current: i32, sent: i64, secrets_of: Option<u32>) -> Result<(), Failure> {
+    let seen = secrets_of.map_or(i64::from(current), i64::from);
+    match [i64::from(current), seen].into_iter().find(|version| *version != sent) {
+        Some(expected) => Err(Failure::conflict(format!("Version mismatch: expected {expected}, got {sent}"))),
+        None => Ok(()),
+    }
+}
+
+/// Which rows a page holds.
+struct Window {
+    time: OffsetDateTime,
+    id: uuid::Uuid,
+    number: i32,
+    limit: usize,
+}
+
+impl Window {
+    /// Rows older than the cursor, or all.
+    fn by_time(limit: u32, after: Option<&Cursor>) -> Result<Self, Failure> {
+        let malformed = || Failure::invalid("Invalid cursor");
+        let (time, id) = match after {
+            None => (OffsetDateTime::now_utc() + time::Duration::days(1), uuid::Uuid::max()),
+            Some(cursor) => (
+                OffsetDateTime::from_unix_timestamp_nanos(i128::from(cursor.position) * 1000).map_err(|_| malformed())?,
+                cursor.id.parse().map_err(|_| malformed())?,
+            ),
+        };
+        Ok(Self { time, id, ..Self::by_number_upwards(limit, None) })
+    }
+
+    /// Parts with a smaller number than the cursor's, or all.
+    fn by_number_downwards(limit: u32, after: Option<&Cursor>) -> Self {
+        Self { number: after.map_or(i32::MAX, number), ..Self::by_number_upwards(limit, None) }
+    }
+
+    /// Parts with a greater number than the cursor's, or all.
+    fn by_number_upwards(limit: u32, after: Option<&Cursor>) -> Self {
+        let limit = limit.clamp(1, types::limits::PAGE_MAX) as usize;
+        Self { time: OffsetDateTime::UNIX_EPOCH, id: uuid::Uuid::nil(), number: after.map_or(0, number), limit }
+    }
+
+    /// How many rows to ask for: one more than wanted tells whether there are more.
+    fn rows(&self) -> i64 {
+        self.limit as i64 + 1
+    }
+
+    /// Leaves the rows of the page; whether there were more.
+    fn trim<T>(&self, rows: &mut Vec<T>) -> bool {
+        let has_more = rows.len() > self.limit;
+        rows.truncate(self.limit);
+        has_more
+    }
+}
+
+fn number(cursor: &Cursor) -> i32 {
+    i32::try_from(cursor.position).unwrap_or(if cursor.position < 0 { 0 } else { i32::MAX })
 }

@@ -20,7 +20,7 @@ use types::{Backoff, SessionId, limits::SETTLE_GRACE};
 
 use crate::{
     Scheduler,
-    sessions::{SessionRow, lock},
+    sessions::{SessionRow, lock, session_columns},
     termination::tell,
     unsigned,
 };
@@ -176,13 +176,13 @@ impl Change {
         // Postgres keeps no NUL in text.
         let clean = |text: String| text.replace('\0', "\u{fffd}");
         let (stage, message) = ended.failure.map(|failure| (clean(failure.stage), clean(failure.message))).unzip();
-        let row: SessionRow = sqlx::query_as(
+        let row: SessionRow = sqlx::query_as(concat!(
             "update session
              set status = $2, exit_code = $3, failure_stage = $4, failure_message = $5, updated_at = now()
              where session_id = $1
-             returning session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
-                       failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at",
-        )
+             returning ",
+            session_columns!()
+        ))
         .bind(id.uuid())
         .bind(status)
         .bind(ended.exit_code)
@@ -191,7 +191,7 @@ impl Change {
         .fetch_one(&mut *tx)
         .await
         .map_err(Failure::internal)?;
-        tell(tx, &row, unsigned(turn)).await
+        tell(tx, &row, &row.status, unsigned(turn)).await
     }
 }
 

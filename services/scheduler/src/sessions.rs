@@ -6,21 +6,30 @@ use bus::{Failure, trace};
 use contract::{
     runner::RunTurn,
     scheduler::{
-        CreateSessionRequest, GetSessionRequest, ListRequest, ListSessionsReply, ListTurnsReply, PromptRequest, ReadEventsReply,
-        ReadEventsRequest, RecordedEvent, Session, Turn,
+        CreateSessionReply, CreateSessionRequest, GetSessionRequest, ListPartsRequest, ListRequest, ListSessionsReply, ListTurnsReply,
+        PromptRequest, ReadEventsReply, ReadEventsRequest, RecordedEvent, Session, Turn,
     },
     session, subject,
 };
 use serde_json::Value;
-use sqlx::{PgConnection, Row as _};
+use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use time::OffsetDateTime;
 use types::{
-    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Runtime, SessionId, SessionStatus, SpriteName, UserId,
+    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Runtime, SecretId, SessionId, SessionStatus, SpriteName, UserId,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
 };
 use uuid::Uuid;
 
-use crate::{Scheduler, environments, micros, page_size, page_start, unsigned};
+use crate::{Scheduler, Window, environments, micros, once, parsed_json, unsigned};
+
+/// The columns of a [`SessionRow`], by name: a migration then changes no statement that a running replica has prepared.
+macro_rules! session_columns {
+    () => {
+        "session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage, failure_message,
+         turn_count, metadata, resources, sprite_destroyed_at, created_at, updated_at"
+    };
+}
+pub(crate) use session_columns;
 
 pub fn missing() -> Failure {
     Failure::not_found("Session not found")
@@ -41,6 +50,7 @@ pub struct SessionRow {
     pub failure_message: Option<String>,
     pub turn_count: i32,
     pub metadata: Value,
+    pub resources: Value,
     pub sprite_destroyed_at: Option<OffsetDateTime>,
     pub created_at: OffsetDateTime,
     pub updated_at: OffsetDateTime,
@@ -68,6 +78,7 @@ impl From<SessionRow> for Session {
             turn_count: unsigned(row.turn_count),
             failure,
             metadata: row.metadata.to_string(),
+            resources: row.resources.to_string(),
         }
     }
 }
@@ -86,10 +97,14 @@ struct Template {
 }
 
 /// Checks in the contract's order (§6), then one transaction: session, turn 1, job.
-pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<Session, Failure> {
+pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
+    const ROUTE: &str = "sessions";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    if let Some(session) = once::earlier(&mut tx, user, ROUTE, request.once.as_ref()).await? {
+        return Ok(CreateSessionReply { session: Some(session), replayed: true });
+    }
     let agent: AgentId = request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
-    let metadata: Value = serde_json::from_str(&request.metadata).map_err(|_| Failure::invalid("Malformed metadata"))?;
     let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);
     let template: Template = sqlx::query_as(
         "select a.version as agent_version, a.archived_at is not null as agent_archived, av.runtime, av.model,
@@ -103,7 +118,7 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     .bind(agent.uuid())
     .bind(user.uuid())
     .bind(override_id.as_ref().and_then(|id| id.as_ref().ok()).map(|id| id.uuid()))
-    .fetch_optional(&scheduler.pool)
+    .fetch_optional(&mut *tx)
     .await
     .map_err(Failure::internal)?
     .ok_or_else(|| Failure::not_found("Agent not found"))?;
@@ -117,20 +132,23 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
         return Err(Failure::conflict("Cannot create session with archived environment"));
     }
     let runtime: Runtime = template.runtime.parse().map_err(|()| Failure::internal(format!("agent {agent} has an unknown runtime")))?;
-    check_credentials(runtime, &request.credential_kinds, template.env_var_names.as_deref().unwrap_or_default())?;
+    let mut brought = template.env_var_names.unwrap_or_default();
+    brought.extend(request.secret_env_var_names);
+    check_credentials(runtime, &request.credential_kinds, &brought)?;
     let model = ModelRef::parse(runtime, &template.model).map_err(Failure::internal)?;
 
+    let secret = request.secret_id.as_deref().map(str::parse::<SecretId>).transpose();
+    let secret = secret.map_err(|_| Failure::invalid("Malformed secret id"))?.map(SecretId::uuid);
     let id = SessionId::new();
     let sprite = SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
     enforce_quota(&mut tx, user, request.session_limit).await?;
-    let row: SessionRow = sqlx::query_as(
+    let row: SessionRow = sqlx::query_as(concat!(
         "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
-                              sprite, conversation_id, metadata, status, turn_count)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 'pending', 1)
-         returning session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
-                   failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at",
-    )
+                              sprite, conversation_id, metadata, resources, secret_id, status, turn_count)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 'pending', 1)
+         returning ",
+        session_columns!()
+    ))
     .bind(id.uuid())
     .bind(user.uuid())
     .bind(agent.uuid())
@@ -141,14 +159,21 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     .bind(model.provider().map(types::Provider::as_str))
     .bind(sprite.as_str())
     .bind(Uuid::new_v4())
-    .bind(metadata)
+    .bind(parsed_json(&request.metadata)?)
+    .bind(parsed_json(&request.resources)?)
+    .bind(secret)
     .fetch_one(&mut *tx)
     .await
-    .map_err(Failure::internal)?;
+    .map_err(|error| {
+        // Deleted a moment ago.
+        if store::violates(&error, "session_environment_id_fkey") { environments::missing() } else { Failure::internal(error) }
+    })?;
     insert_turn(&mut tx, id, 1, &request.prompt, request.timeout_seconds).await?;
+    let session = Session::from(row);
+    once::remember(&mut tx, user, ROUTE, request.once.as_ref(), &session).await?;
     tx.commit().await.map_err(Failure::internal)?;
     scheduler.outbox.notify_one();
-    Ok(row.into())
+    Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 
 /// One of the runtime's credentials is stored, or the environment brings it; and there is an account to make Sprites in.
@@ -193,8 +218,7 @@ async fn insert_turn(tx: &mut PgConnection, session: SessionId, number: i32, pro
     )
     .bind(session.uuid())
     .bind(number)
-    // Postgres keeps no NUL in text, and no shell or CLI reads one.
-    .bind(prompt.replace('\0', "\u{fffd}"))
+    .bind(prompt)
     .bind(i32::try_from(timeout_seconds).unwrap_or(i32::MAX))
     .bind(deadline.as_secs_f64())
     .execute(&mut *tx)
@@ -216,12 +240,13 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
     if request.recorded_through > 0 {
         wait_until_recorded(&scheduler, request.recorded_through).await?;
     }
-    let row: Option<SessionRow> = sqlx::query_as(
-        "select session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
-                failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at
+    let row: Option<SessionRow> = sqlx::query_as(concat!(
+        "select ",
+        session_columns!(),
+        "
          from session
-         where session_id = $1 and user_id = $2",
-    )
+         where session_id = $1 and user_id = $2"
+    ))
     .bind(session.uuid())
     .bind(user.uuid())
     .fetch_optional(&scheduler.pool)
@@ -246,24 +271,33 @@ async fn wait_until_recorded(scheduler: &Scheduler, event_id: u64) -> Result<(),
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSessionsReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let (limit, (time, id)) = (page_size(request.limit), page_start(request.before.as_ref())?);
-    let mut rows: Vec<SessionRow> = sqlx::query_as(
-        "select session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
-                failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at
-         from session
+    let window = Window::by_time(request.limit, request.after.as_ref())?;
+    let agent =
+        request.agent_id.as_deref().map(str::parse::<AgentId>).transpose().map_err(|_| Failure::invalid("agent_id must be an id"))?;
+    let environment = request.environment_id.as_deref().map(str::parse::<EnvironmentId>).transpose();
+    let environment = environment.map_err(|_| Failure::invalid("environment_id must be an id"))?;
+    let mut rows: Vec<SessionRow> = sqlx::query_as(concat!(
+        "select ",
+        session_columns!(),
+        " from session
          where user_id = $1 and (created_at, session_id) < ($2, $3)
+           and ($5::text is null or status = $5)
+           and ($6::uuid is null or agent_id = $6)
+           and ($7::uuid is null or environment_id = $7)
          order by created_at desc, session_id desc
-         limit $4",
-    )
+         limit $4"
+    ))
     .bind(user.uuid())
-    .bind(time)
-    .bind(id)
-    .bind(limit as i64 + 1)
+    .bind(window.time)
+    .bind(window.id)
+    .bind(window.rows())
+    .bind(request.status)
+    .bind(agent.map(AgentId::uuid))
+    .bind(environment.map(EnvironmentId::uuid))
     .fetch_all(&scheduler.pool)
     .await
     .map_err(Failure::internal)?;
-    let has_more = rows.len() > limit;
-    rows.truncate(limit);
+    let has_more = window.trim(&mut rows);
     Ok(ListSessionsReply { sessions: rows.into_iter().map(Session::from).collect(), has_more })
 }
 
@@ -278,19 +312,24 @@ struct TurnRow {
     ended_at: Option<OffsetDateTime>,
 }
 
-pub async fn turns(scheduler: Scheduler, request: GetSessionRequest) -> Result<ListTurnsReply, Failure> {
-    let session = get(scheduler.clone(), request).await?;
-    let id: SessionId = session.session_id.parse().map_err(|_| missing())?;
-    let rows: Vec<TurnRow> = sqlx::query_as(
+pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListTurnsReply, Failure> {
+    let id: SessionId = request.id.parse().map_err(|_| missing())?;
+    get(scheduler.clone(), GetSessionRequest { user_id: request.user_id, session_id: request.id, recorded_through: 0 }).await?;
+    let window = Window::by_number_upwards(request.limit, request.after.as_ref());
+    let mut rows: Vec<TurnRow> = sqlx::query_as(
         "select turn_number, prompt, status, exit_code, created_at, started_at, ended_at
          from turn
-         where session_id = $1
-         order by turn_number",
+         where session_id = $1 and turn_number > $2
+         order by turn_number
+         limit $3",
     )
     .bind(id.uuid())
+    .bind(window.number)
+    .bind(window.rows())
     .fetch_all(&scheduler.pool)
     .await
     .map_err(Failure::internal)?;
+    let has_more = window.trim(&mut rows);
     let turn = |row: TurnRow| Turn {
         turn_number: unsigned(row.turn_number),
         prompt: row.prompt,
@@ -300,14 +339,18 @@ pub async fn turns(scheduler: Scheduler, request: GetSessionRequest) -> Result<L
         started_at_us: row.started_at.map(micros),
         ended_at_us: row.ended_at.map(micros),
     };
-    Ok(ListTurnsReply { turns: rows.into_iter().map(turn).collect() })
+    Ok(ListTurnsReply { turns: rows.into_iter().map(turn).collect(), has_more })
 }
 
 /// The next turn of a completed session. Of two racing prompts one finds the session completed.
-pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<Session, Failure> {
+pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<CreateSessionReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    let route = format!("sessions/{session}/prompt");
     let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    if let Some(session) = once::earlier(&mut tx, user, &route, request.once.as_ref()).await? {
+        return Ok(CreateSessionReply { session: Some(session), replayed: true });
+    }
     let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(missing)?;
     if let Some(refusal) = row.status()?.prompt_refusal() {
         return Err(Failure::conflict(refusal));
@@ -317,32 +360,35 @@ pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<Sess
     }
     let turn = row.turn_count + 1;
     insert_turn(&mut tx, session, turn, &request.prompt, request.timeout_seconds).await?;
-    let row: SessionRow = sqlx::query_as(
+    let row: SessionRow = sqlx::query_as(concat!(
         "update session
          set status = 'pending', exit_code = null, failure_stage = null, failure_message = null, turn_count = $2, updated_at = now()
          where session_id = $1
-         returning session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
-                   failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at",
-    )
+         returning ",
+        session_columns!()
+    ))
     .bind(session.uuid())
     .bind(turn)
     .fetch_one(&mut *tx)
     .await
     .map_err(Failure::internal)?;
+    let session = Session::from(row);
+    once::remember(&mut tx, user, &route, request.once.as_ref(), &session).await?;
     tx.commit().await.map_err(Failure::internal)?;
     scheduler.outbox.notify_one();
-    Ok(row.into())
+    Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 
 /// A session's row, locked; of one user, or of whoever owns it.
 pub async fn lock(tx: &mut PgConnection, session: SessionId, user: Option<UserId>) -> Result<Option<SessionRow>, Failure> {
-    sqlx::query_as(
-        "select session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
-                failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at
+    sqlx::query_as(concat!(
+        "select ",
+        session_columns!(),
+        "
          from session
          where session_id = $1 and ($2::uuid is null or user_id = $2)
-         for update",
-    )
+         for update"
+    ))
     .bind(session.uuid())
     .bind(user.map(UserId::uuid))
     .fetch_optional(tx)
@@ -378,12 +424,26 @@ pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<
     .fetch_all(&scheduler.pool)
     .await
     .map_err(Failure::internal)?;
-    let event = |row: sqlx::postgres::PgRow| -> Result<RecordedEvent, sqlx::Error> {
-        let payload: Vec<u8> = row.try_get(1)?;
-        Ok(RecordedEvent { event_id: row.try_get::<i64, _>(0)?.unsigned_abs(), payload: payload.into() })
-    };
-    let events = rows.into_iter().map(event).collect::<Result<_, _>>().map_err(Failure::internal)?;
-    Ok(ReadEventsReply { events })
+    let events: Vec<_> = rows.iter().map(recorded_event).collect::<Result<_, _>>()?;
+    let newest = if events.is_empty() { newest_event(&scheduler, session).await? } else { None };
+    Ok(ReadEventsReply { events, newest })
+}
+
+fn recorded_event(row: &PgRow) -> Result<RecordedEvent, Failure> {
+    Ok(RecordedEvent {
+        event_id: row.try_get::<i64, _>(0).map_err(Failure::internal)?.unsigned_abs(),
+        payload: row.try_get::<Vec<u8>, _>(1).map_err(Failure::internal)?.into(),
+    })
+}
+
+/// The last event of a session that is on record.
+pub async fn newest_event(scheduler: &Scheduler, session: SessionId) -> Result<Option<RecordedEvent>, Failure> {
+    let row = sqlx::query("select event_id, payload from event where session_id = $1 order by event_id desc limit 1")
+        .bind(session.uuid())
+        .fetch_optional(&scheduler.pool)
+        .await
+        .map_err(Failure::internal)?;
+    row.as_ref().map(recorded_event).transpose()
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use types::{SessionId, SessionStatus, SpriteName, Timestamp, UserId};
 
 use crate::{
     Scheduler,
-    sessions::{SessionRow, enqueue, lock, missing},
+    sessions::{SessionRow, enqueue, lock, missing, session_columns},
 };
 
 /// Terminates from any state but terminated. The state is settled here and now; what runs is stopped by what follows from it:
@@ -39,18 +39,18 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
     let event = SessionEvent { turn, epoch: 0, checkpoint: None, kind: Some(Kind::Terminated(Terminated {})) };
     enqueue(&mut tx, &subject::session_log(session), &event).await?;
     enqueue_destroy(&mut tx, &row).await?;
-    let row: SessionRow = sqlx::query_as(
+    let row: SessionRow = sqlx::query_as(concat!(
         "update session
          set status = 'terminated', updated_at = now()
          where session_id = $1
-         returning session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage,
-                   failure_message, turn_count, metadata, sprite_destroyed_at, created_at, updated_at",
-    )
+         returning ",
+        session_columns!()
+    ))
     .bind(session.uuid())
     .fetch_one(&mut *tx)
     .await
     .map_err(Failure::internal)?;
-    tell(&mut tx, &row, turn).await?;
+    tell(&mut tx, &row, &row.status, turn).await?;
     tx.commit().await.map_err(Failure::internal)?;
     scheduler.outbox.notify_one();
     scheduler.bus.hint(subject::terminate_hint(session)).await;
@@ -64,8 +64,8 @@ pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<
     enqueue(tx, &subject::sprite_destroy(&sprite), &job).await
 }
 
-/// Tells other services of a session's new status.
-pub async fn tell(tx: &mut PgConnection, row: &SessionRow, turn: u32) -> Result<(), Failure> {
+/// Tells other services what became of a session: its new status, or `deleted`.
+pub async fn tell(tx: &mut PgConnection, row: &SessionRow, what: &str, turn: u32) -> Result<(), Failure> {
     let session = SessionId::from_uuid(row.session_id);
     let fact = SessionChanged {
         session_id: session.to_string(),
@@ -75,13 +75,18 @@ pub async fn tell(tx: &mut PgConnection, row: &SessionRow, turn: u32) -> Result<
         exit_code: row.exit_code,
         at_us: Timestamp::now().unix_micros(),
     };
-    enqueue(tx, &subject::session_lifecycle(&row.status, session), &fact).await
+    enqueue(tx, &subject::session_lifecycle(what, session), &fact).await
 }
 
 /// A Sprite is gone: nothing of the session needs secrets any more.
 pub async fn sprite_destroyed(scheduler: Scheduler, request: SpriteDestroyedRequest) -> Result<Empty, Failure> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     sqlx::query("update session set sprite_destroyed_at = now() where session_id = $1 and sprite_destroyed_at is null")
+        .bind(session.uuid())
+        .execute(&scheduler.pool)
+        .await
+        .map_err(Failure::internal)?;
+    sqlx::query("update deleted_session set sprite_destroyed_at = now() where session_id = $1")
         .bind(session.uuid())
         .execute(&scheduler.pool)
         .await

@@ -68,9 +68,11 @@ impl World {
             model: "none".to_owned(),
             runtime: "shell".to_owned(),
             metadata: "{}".to_owned(),
+            skills: "[]".to_owned(),
+            mcp_servers: "[]".to_owned(),
             ..CreateAgentRequest::default()
         };
-        self.gateway.call::<rpc::CreateAgent>(&request, SOON).await.unwrap().agent_id
+        self.gateway.call::<rpc::CreateAgent>(&request, SOON).await.unwrap().agent.unwrap().agent_id
     }
 
     async fn create(&self, agent: &str, limit: u32) -> Result<Session, Failure> {
@@ -82,9 +84,10 @@ impl World {
             credential_kinds: vec!["backend:sprites".to_owned()],
             session_limit: limit,
             metadata: "{}".to_owned(),
+            resources: "[]".to_owned(),
             ..CreateSessionRequest::default()
         };
-        self.gateway.call::<rpc::CreateSession>(&request, SOON).await
+        Ok(self.gateway.call::<rpc::CreateSession>(&request, SOON).await?.session.unwrap())
     }
 
     async fn get(&self, session: &str, recorded_through: u64) -> Session {
@@ -123,8 +126,13 @@ async fn a_turns_end_completes_the_session_and_one_of_racing_prompts_wins() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     assert_eq!(world.complete(&session, 1).await.status, "completed");
-    let request =
-        PromptRequest { user_id: world.user.to_string(), session_id: session.clone(), prompt: "again".to_owned(), timeout_seconds: 60 };
+    let request = PromptRequest {
+        user_id: world.user.to_string(),
+        session_id: session.clone(),
+        prompt: "again".to_owned(),
+        timeout_seconds: 60,
+        once: None,
+    };
     let results = join_all((0..20).map(|_| world.gateway.call::<rpc::Prompt>(&request, SOON))).await;
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
     let refused = results.into_iter().find_map(Result::err).unwrap();

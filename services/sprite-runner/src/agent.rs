@@ -65,10 +65,10 @@ impl Agent {
         format!("{}/{}", self.turn_dir, if stderr { "stderr" } else { "stdout" })
     }
 
-    /// Later lines win: stored credentials, what the runtime and we set, then the environment's own variables.
+    /// Later lines win: stored credentials, what the runtime and we set, the environment's variables, the session's own.
     pub fn env_file(&self, secrets: &Secrets) -> String {
         let plain = self.plain_vars.iter().map(|(name, value)| (name.clone(), SecretString::from(value.as_str())));
-        let vars = secrets.credential_vars().into_iter().chain(plain).chain(secrets.environment_vars());
+        let vars = secrets.credential_vars().into_iter().chain(plain).chain(secrets.vars());
         vars.map(|(name, value)| format!("{name}={}\n", quote(value.expose_secret()))).collect()
     }
 

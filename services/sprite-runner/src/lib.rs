@@ -11,6 +11,7 @@ mod provision;
 mod record;
 mod runtimes;
 mod secrets;
+mod setup;
 mod turn;
 mod utf8;
 

@@ -3,21 +3,23 @@
 
 use std::time::{Duration, Instant};
 
-use contract::scheduler::TurnSpec;
 use sprites::{Client, ExecRequest, Sprite};
-use types::{Stage, StageState};
+use types::{Skill, Stage, StageState};
 
 use crate::{
     agent::{Agent, quote},
     record::{Fenced, Record},
-    runtimes::Adapter,
+    runtimes::{Adapter, Skills},
     secrets::Secrets,
+    setup::{self, Setup, Step},
 };
 
 /// No single stage takes longer.
 const STAGE_MAX: Duration = Duration::from_secs(600);
 /// How much of a failed script's last words its user is told.
 const TAIL_CHARS: usize = 2000;
+
+const GIT_CREDENTIALS: &str = "/home/sprite/.aod/git-credentials";
 
 /// Why provisioning stopped.
 #[derive(Debug)]
@@ -35,7 +37,7 @@ impl From<Fenced> for StageFailed {
 pub struct Provisioning<'a> {
     pub client: &'a Client,
     pub sprite: &'a Sprite,
-    pub spec: &'a TurnSpec,
+    pub setup: &'a Setup,
     pub secrets: &'a Secrets,
     pub agent: &'a Agent,
     pub adapter: &'static dyn Adapter,
@@ -48,12 +50,25 @@ impl Provisioning<'_> {
         if let Some(executable) = self.adapter.executable() {
             stage(record, Stage::InstallRuntime, self.find(executable)).await?;
         }
-        stage(record, Stage::EnvFile, self.write_env()).await?;
-        if let Some(script) = self.setup_script() {
-            stage(record, Stage::ProvisionSetup, self.run_setup(script)).await?;
+        // In force before anything that the user wrote runs.
+        if let Some(hosts) = self.setup.allowed_hosts() {
+            stage(record, Stage::NetworkPolicy, self.limit_network(hosts)).await?;
         }
-        if !self.adapter.config_files().is_empty() {
-            stage(record, Stage::RuntimeConfig, self.write_config()).await?;
+        stage(record, Stage::EnvFile, self.write_env()).await?;
+        let credentials = self.setup.git_credentials(self.secrets);
+        if !credentials.is_empty() {
+            stage(record, Stage::GitCredentials, self.write_git_credentials(credentials)).await?;
+        }
+        let steps = self.setup.steps();
+        if !steps.is_empty() {
+            stage(record, Stage::ProvisionSetup, self.run_steps(steps)).await?;
+        }
+        let config = self.adapter.config_files(&self.secrets.fill_in(self.setup.mcp_servers.clone()));
+        if !config.is_empty() {
+            stage(record, Stage::RuntimeConfig, self.write_config(config)).await?;
+        }
+        if let Some(skills) = self.adapter.skills().filter(|_| !self.setup.skills.is_empty()) {
+            stage(record, Stage::Skills, self.add_skills(skills)).await?;
         }
         Ok(())
     }
@@ -71,15 +86,32 @@ impl Provisioning<'_> {
         env.and(tools).map_err(|error| error.to_string())
     }
 
-    /// The environment's own script. (Packages come with the other managers' support.)
-    fn setup_script(&self) -> Option<&str> {
-        let script = self.spec.environment.as_ref().map(|environment| environment.setup_script.as_str())?;
-        (!script.trim().is_empty()).then_some(script)
+    async fn limit_network(&self, hosts: &[String]) -> Result<(), String> {
+        let limited = self.sprite.limit_network(hosts).await;
+        limited.map_err(|error| format!("this sandbox cannot limit its network: {error}"))
     }
 
-    async fn run_setup(&self, script: &str) -> Result<(), String> {
+    async fn write_git_credentials(&self, credentials: String) -> Result<(), String> {
+        self.sprite.write(GIT_CREDENTIALS, credentials, 0o600).await.map_err(|error| error.to_string())?;
+        // A token is for its own repository, not for all of the host's.
+        let script = format!(
+            "git config --global credential.helper 'store --file {GIT_CREDENTIALS}' && \
+             git config --global credential.https://github.com.useHttpPath true"
+        );
+        self.run_step(&Step { what: "setting git up".to_owned(), script }).await
+    }
+
+    async fn run_steps(&self, steps: Vec<Step>) -> Result<(), String> {
+        for step in &steps {
+            self.run_step(step).await?;
+        }
+        Ok(())
+    }
+
+    /// Runs a script with the session's variables. Its text goes by file: an argument would be seen in a URL.
+    async fn run_step(&self, step: &Step) -> Result<(), String> {
         const PATH: &str = "/home/sprite/.aod/setup.sh";
-        self.sprite.write(PATH, script.to_owned(), 0o700).await.map_err(|error| error.to_string())?;
+        self.sprite.write(PATH, step.script.clone(), 0o700).await.map_err(|error| error.to_string())?;
         let command = format!("set -a; . {}; set +a; exec bash {PATH}", Agent::ENV_FILE);
         let request = ExecRequest { argv: &["bash", "-c", &command], max_run_after_disconnect: Some(STAGE_MAX), ..ExecRequest::default() };
         let finished = self.sprite.run(&request, STAGE_MAX).await.map_err(|error| error.to_string())?;
@@ -89,12 +121,25 @@ impl Provisioning<'_> {
         let said = String::from_utf8_lossy(if finished.stderr.is_empty() { &finished.stdout } else { &finished.stderr }).into_owned();
         let skip = said.chars().count().saturating_sub(TAIL_CHARS);
         let tail: String = said.chars().skip(skip).collect();
-        Err(format!("the setup script exited with {}: {}", finished.code, tail.trim()))
+        Err(format!("{} exited with {}: {}", step.what, finished.code, tail.trim()))
     }
 
-    async fn write_config(&self) -> Result<(), String> {
-        for (path, content) in self.adapter.config_files() {
+    async fn write_config(&self, files: Vec<(&'static str, String)>) -> Result<(), String> {
+        for (path, content) in files {
             self.sprite.write(path, content, 0o600).await.map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    async fn add_skills(&self, skills: Skills) -> Result<(), String> {
+        for skill in &self.setup.skills {
+            match skill {
+                Skill::Inline(skill) => {
+                    let path = format!("{}/{}/SKILL.md", skills.folder, skill.name);
+                    self.sprite.write(&path, skill.content.clone(), 0o644).await.map_err(|error| error.to_string())?;
+                }
+                Skill::Github(skill) => self.run_step(&setup::install_skill(skill, skills.installer_name)).await?,
+            }
         }
         Ok(())
     }

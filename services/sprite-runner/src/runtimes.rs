@@ -3,7 +3,7 @@
 mod claude;
 mod shell;
 
-use types::Runtime;
+use types::{McpServer, Runtime};
 
 use crate::ModelEndpoints;
 
@@ -26,6 +26,15 @@ pub enum Stdin {
     Empty,
 }
 
+/// Where skills go.
+#[derive(Clone, Copy, Debug)]
+pub struct Skills {
+    /// One folder for each skill, with its `SKILL.md`.
+    pub folder: &'static str,
+    /// What the installer of skills from GitHub calls the CLI.
+    pub installer_name: &'static str,
+}
+
 /// How to run one CLI. Prompts never go into arguments: those are seen by whoever lists processes.
 pub trait Adapter: Sync {
     /// What must be on the Sprite's PATH, where anything must.
@@ -34,8 +43,10 @@ pub trait Adapter: Sync {
     fn stdin(&self) -> Stdin;
     /// Variables that are no secrets.
     fn env(&self, models: &ModelEndpoints) -> Vec<(String, String)>;
-    /// Files to write before the first turn, by absolute path.
-    fn config_files(&self) -> Vec<(&'static str, String)>;
+    /// Files to write before the first turn, by absolute path. They may hold the secrets of MCP servers.
+    fn config_files(&self, mcp_servers: &[McpServer]) -> Vec<(&'static str, String)>;
+    /// Where the CLI finds skills, if it knows any.
+    fn skills(&self) -> Option<Skills>;
 }
 
 /// The adapter of a runtime, where this runner has one.

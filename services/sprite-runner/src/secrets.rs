@@ -10,14 +10,26 @@ use contract::{
 use prost::Message as _;
 use sealing::OneTimeKey;
 use secrecy::{ExposeSecret as _, SecretString};
-use types::CredentialKind;
+use serde::{Deserialize, de::DeserializeOwned};
+use types::{CredentialKind, McpServer};
 use zeroize::Zeroize as _;
 
 use crate::Runner;
 
 const DEADLINE: Duration = Duration::from_secs(10);
-/// The kind that an environment's variables are put into the vault with: a JSON object.
+/// The kinds that documents are put into the vault with. Each is a JSON object.
 const ENV_VARS: &str = "env_vars";
+const MCP_SERVERS: &str = "mcp_servers";
+const SESSION: &str = "session";
+
+/// A session's own secrets, as the gateway put them.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct SessionDocument {
+    env: BTreeMap<String, String>,
+    /// By the path that their repositories lie at.
+    tokens: BTreeMap<String, String>,
+}
 
 /// Secrets by what they are for. Cannot be printed; wiped when dropped.
 #[derive(Debug)]
@@ -55,10 +67,31 @@ impl Secrets {
         CredentialKind::ALL.into_iter().filter_map(var).collect()
     }
 
-    /// The environment's own variables, by name.
-    pub fn environment_vars(&self) -> Vec<(String, SecretString)> {
-        let vars: BTreeMap<String, String> =
-            self.0.get(ENV_VARS).and_then(|text| serde_json::from_str(text.expose_secret()).ok()).unwrap_or_default();
-        vars.into_iter().map(|(name, value)| (name, value.into())).collect()
+    fn document<T: DeserializeOwned + Default>(&self, kind: &str) -> T {
+        self.0.get(kind).and_then(|text| serde_json::from_str(text.expose_secret()).ok()).unwrap_or_default()
+    }
+
+    /// The environment's variables, then the session's own, which override them.
+    pub fn vars(&self) -> Vec<(String, SecretString)> {
+        let environment: BTreeMap<String, String> = self.document(ENV_VARS);
+        let session: SessionDocument = self.document(SESSION);
+        environment.into_iter().chain(session.env).map(|(name, value)| (name, value.into())).collect()
+    }
+
+    /// The tokens of repositories, by the path that those lie at.
+    pub fn repository_tokens(&self) -> BTreeMap<String, SecretString> {
+        let session: SessionDocument = self.document(SESSION);
+        session.tokens.into_iter().map(|(path, token)| (path, token.into())).collect()
+    }
+
+    /// MCP servers with the values that are redacted everywhere else.
+    pub fn fill_in(&self, mut servers: Vec<McpServer>) -> Vec<McpServer> {
+        let values: BTreeMap<String, BTreeMap<String, String>> = self.document(MCP_SERVERS);
+        for server in &mut servers {
+            if let Some(values) = values.get(&server.name) {
+                server.secrets_mut().extend(values.clone());
+            }
+        }
+        servers
     }
 }

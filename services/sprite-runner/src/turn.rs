@@ -16,6 +16,7 @@ use crate::{
     record::{Fenced, Position, Record},
     runtimes,
     secrets::Secrets,
+    setup::Setup,
 };
 
 /// How a turn left this runner's hands.
@@ -127,9 +128,10 @@ async fn work(
     let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
     let sprite = client.sprite(name);
     let agent = Agent::new(session, turn, spec, adapter, &runner.models);
+    let setup = Setup::read(spec).map_err(|error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}")))?;
 
     if turn == 1 && !record.checkpoint.started {
-        let provisioning = Provisioning { client: &client, sprite: &sprite, spec, secrets, agent: &agent, adapter };
+        let provisioning = Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, agent: &agent, adapter };
         if let Err(stopped) = provisioning.run(record).await.map_err(Stopped::from) {
             if matches!(stopped, Stopped::Failed { .. }) {
                 // A failed session is never resumed, and its Sprite costs money.

@@ -21,11 +21,59 @@ pub struct EnsureUserRequest {
     pub name: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FindUserRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateUserRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListUsersReply {
+    #[prost(message, repeated, tag = "1")]
+    pub users: ::prost::alloc::vec::Vec<User>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetUserActiveRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(bool, tag = "2")]
+    pub is_active: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetQuotaRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    /// Absent: the deployment's default.
+    #[prost(uint32, optional, tag = "2")]
+    pub session_limit: ::core::option::Option<u32>,
+}
+/// The first user and key of an empty deployment.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BootstrapRequest {
+    #[prost(string, tag = "1")]
+    pub user_name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key_name: ::prost::alloc::string::String,
+    #[prost(bytes = "vec", tag = "3")]
+    pub key_hash: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "4")]
+    pub prefix: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct User {
     #[prost(string, tag = "1")]
     pub user_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub is_active: bool,
+    #[prost(uint32, optional, tag = "4")]
+    pub session_limit: ::core::option::Option<u32>,
+    #[prost(int64, tag = "5")]
+    pub created_at_us: i64,
 }
 /// Whoever shows the key makes it; only its hash travels.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -62,11 +110,18 @@ pub struct Key {
 pub struct ListKeysRequest {
     #[prost(string, tag = "1")]
     pub user_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// The key that the page begins behind.
+    #[prost(string, optional, tag = "3")]
+    pub after_key_id: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListKeysReply {
     #[prost(message, repeated, tag = "1")]
     pub keys: ::prost::alloc::vec::Vec<Key>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DeactivateKeyRequest {

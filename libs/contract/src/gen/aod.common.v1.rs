@@ -15,4 +15,7 @@ pub struct Error {
     /// The field at fault, where one is: the gateway answers with a list of field errors then.
     #[prost(string, optional, tag = "4")]
     pub field: ::core::option::Option<::prost::alloc::string::String>,
+    /// What the field holds.
+    #[prost(string, optional, tag = "5")]
+    pub input: ::core::option::Option<::prost::alloc::string::String>,
 }

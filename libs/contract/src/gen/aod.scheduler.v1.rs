@@ -26,6 +26,24 @@ pub struct Agent {
     /// JSON object.
     #[prost(string, tag = "12")]
     pub metadata: ::prost::alloc::string::String,
+    /// JSON list of types::Skill.
+    #[prost(string, tag = "13")]
+    pub skills: ::prost::alloc::string::String,
+    /// JSON list of types::McpServer; secret values are "***".
+    #[prost(string, tag = "14")]
+    pub mcp_servers: ::prost::alloc::string::String,
+    /// Where the vault keeps those values.
+    #[prost(string, optional, tag = "15")]
+    pub mcp_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+}
+/// A client's Idempotency-Key: the request takes effect once, however often it comes.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Once {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// SHA-256 of the request's body.
+    #[prost(bytes = "vec", tag = "2")]
+    pub body_hash: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateAgentRequest {
@@ -45,6 +63,58 @@ pub struct CreateAgentRequest {
     pub environment_id: ::core::option::Option<::prost::alloc::string::String>,
     #[prost(string, tag = "8")]
     pub metadata: ::prost::alloc::string::String,
+    #[prost(string, tag = "9")]
+    pub skills: ::prost::alloc::string::String,
+    #[prost(string, tag = "10")]
+    pub mcp_servers: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "11")]
+    pub mcp_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(message, optional, tag = "12")]
+    pub once: ::core::option::Option<Once>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateAgentReply {
+    #[prost(message, optional, tag = "1")]
+    pub agent: ::core::option::Option<Agent>,
+    /// The answer to an earlier request with the same key.
+    #[prost(bool, tag = "2")]
+    pub replayed: bool,
+}
+/// What is absent stays as it is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateAgentRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub agent_id: ::prost::alloc::string::String,
+    #[prost(int64, tag = "3")]
+    pub version: i64,
+    #[prost(string, optional, tag = "4")]
+    pub name: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "5")]
+    pub description: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "6")]
+    pub system: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "7")]
+    pub model: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "8")]
+    pub runtime: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "9")]
+    pub environment_id: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(bool, tag = "10")]
+    pub detach_environment: bool,
+    /// Merged per key; "" deletes one.
+    #[prost(string, optional, tag = "11")]
+    pub metadata: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "12")]
+    pub skills: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "13")]
+    pub mcp_servers: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "14")]
+    pub mcp_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// The version that the kept secret values were taken from.
+    #[prost(uint32, optional, tag = "15")]
+    pub secrets_of_version: ::core::option::Option<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetAgentRequest {
@@ -59,16 +129,37 @@ pub struct ListRequest {
     pub user_id: ::prost::alloc::string::String,
     #[prost(uint32, tag = "2")]
     pub limit: u32,
-    /// Rows older than this one, by its creation time and id.
+    /// Where the page begins: behind this row.
     #[prost(message, optional, tag = "3")]
-    pub before: ::core::option::Option<Cursor>,
+    pub after: ::core::option::Option<Cursor>,
+    /// Sessions alone.
+    #[prost(string, optional, tag = "4")]
+    pub status: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "5")]
+    pub agent_id: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "6")]
+    pub environment_id: ::core::option::Option<::prost::alloc::string::String>,
 }
+/// A place in a list: what the list is sorted by, and the row's id where that is not unique.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Cursor {
+    /// Microseconds of the row's creation; of versions and turns, their number.
     #[prost(int64, tag = "1")]
-    pub created_at_us: i64,
+    pub position: i64,
     #[prost(string, tag = "2")]
     pub id: ::prost::alloc::string::String,
+}
+/// The versions of an agent or an environment, or the turns of a session.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListPartsRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub limit: u32,
+    #[prost(message, optional, tag = "4")]
+    pub after: ::core::option::Option<Cursor>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListAgentsReply {
@@ -101,6 +192,9 @@ pub struct Environment {
     pub updated_at_us: i64,
     #[prost(int64, optional, tag = "10")]
     pub archived_at_us: ::core::option::Option<i64>,
+    /// Where the vault keeps the variables' values.
+    #[prost(string, optional, tag = "11")]
+    pub env_vars_secret_id: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateEnvironmentRequest {
@@ -119,6 +213,46 @@ pub struct CreateEnvironmentRequest {
     /// Where the vault keeps the values.
     #[prost(string, optional, tag = "7")]
     pub env_vars_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(message, optional, tag = "8")]
+    pub once: ::core::option::Option<Once>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateEnvironmentReply {
+    #[prost(message, optional, tag = "1")]
+    pub environment: ::core::option::Option<Environment>,
+    #[prost(bool, tag = "2")]
+    pub replayed: bool,
+}
+/// Variables: their names and where the vault keeps their values, replaced together.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EnvVars {
+    #[prost(string, repeated, tag = "1")]
+    pub names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "2")]
+    pub secret_id: ::core::option::Option<::prost::alloc::string::String>,
+}
+/// What is absent stays as it is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateEnvironmentRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub environment_id: ::prost::alloc::string::String,
+    #[prost(int64, tag = "3")]
+    pub version: i64,
+    #[prost(string, optional, tag = "4")]
+    pub name: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "5")]
+    pub packages: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "6")]
+    pub setup_script: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "7")]
+    pub networking: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(message, optional, tag = "8")]
+    pub env_vars: ::core::option::Option<EnvVars>,
+    /// The version that the variables were compared with.
+    #[prost(uint32, optional, tag = "9")]
+    pub secrets_of_version: ::core::option::Option<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetEnvironmentRequest {
@@ -153,6 +287,23 @@ pub struct CreateSessionRequest {
     pub session_limit: u32,
     #[prost(string, tag = "8")]
     pub metadata: ::prost::alloc::string::String,
+    /// JSON list of types::Repository.
+    #[prost(string, tag = "9")]
+    pub resources: ::prost::alloc::string::String,
+    /// Where the vault keeps the session's own variables and the repositories' tokens.
+    #[prost(string, optional, tag = "10")]
+    pub secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "11")]
+    pub secret_env_var_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(message, optional, tag = "12")]
+    pub once: ::core::option::Option<Once>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateSessionReply {
+    #[prost(message, optional, tag = "1")]
+    pub session: ::core::option::Option<Session>,
+    #[prost(bool, tag = "2")]
+    pub replayed: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Session {
@@ -180,6 +331,8 @@ pub struct Session {
     pub failure: ::core::option::Option<super::super::session::v1::Failure>,
     #[prost(string, tag = "12")]
     pub metadata: ::prost::alloc::string::String,
+    #[prost(string, tag = "13")]
+    pub resources: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetSessionRequest {
@@ -202,6 +355,8 @@ pub struct ListSessionsReply {
 pub struct ListTurnsReply {
     #[prost(message, repeated, tag = "1")]
     pub turns: ::prost::alloc::vec::Vec<Turn>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Turn {
@@ -230,9 +385,18 @@ pub struct PromptRequest {
     pub prompt: ::prost::alloc::string::String,
     #[prost(uint32, tag = "4")]
     pub timeout_seconds: u32,
+    #[prost(message, optional, tag = "5")]
+    pub once: ::core::option::Option<Once>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TerminateRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeleteSessionRequest {
     #[prost(string, tag = "1")]
     pub user_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
@@ -259,6 +423,9 @@ pub struct RecordedEvent {
 pub struct ReadEventsReply {
     #[prost(message, repeated, tag = "1")]
     pub events: ::prost::alloc::vec::Vec<RecordedEvent>,
+    /// Where there are none: the newest event there is.
+    #[prost(message, optional, tag = "2")]
+    pub newest: ::core::option::Option<RecordedEvent>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClaimTurnRequest {
@@ -319,6 +486,12 @@ pub struct TurnSpec {
     /// The newest recorded event, for when the stream has lost it.
     #[prost(message, optional, tag = "11")]
     pub last_event: ::core::option::Option<RecordedEvent>,
+    #[prost(string, tag = "12")]
+    pub skills: ::prost::alloc::string::String,
+    #[prost(string, tag = "13")]
+    pub mcp_servers: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub resources: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {

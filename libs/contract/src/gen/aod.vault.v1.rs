@@ -46,13 +46,26 @@ pub struct PutSecretRequest {
     pub user_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub kind: ::prost::alloc::string::String,
+    /// A JSON object.
     #[prost(bytes = "vec", tag = "3")]
     pub value: ::prost::alloc::vec::Vec<u8>,
+    /// The secret that this one follows: an equal value keeps its id.
+    #[prost(string, optional, tag = "4")]
+    pub base_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// Where the value says "***", the base's value stays.
+    #[prost(bool, tag = "5")]
+    pub keep_redacted: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PutSecretReply {
     #[prost(string, tag = "1")]
     pub secret_id: ::prost::alloc::string::String,
+}
+/// Secrets that nothing refers to any more. Credentials are not deleted so.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeleteSecretsRequest {
+    #[prost(string, repeated, tag = "1")]
+    pub secret_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MintLeaseRequest {

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use contract::session::{SessionEvent, session_event::Kind};
 use prost::Message as _;
 use serde::Serialize;
-use serde_json::{Value, json, ser::Formatter};
+use serde_json::ser::Formatter;
+use utoipa::ToSchema;
 
 /// An event of a session's record.
 #[derive(Debug)]
@@ -30,45 +31,83 @@ pub enum Visible {
     Hidden,
 }
 
+/// What a stream carries.
+#[derive(Serialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum StreamEvent<'a> {
+    /// First on every connection.
+    Start { runtime: &'a str, provider: Option<&'a str>, session_id: String },
+    /// Provisioning goes on.
+    Stage {
+        id: u64,
+        stage: &'a str,
+        /// `started`, `done` or `failed`.
+        state: &'a str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        duration_ms: Option<u64>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        message: Option<&'a str>,
+    },
+    /// Before a turn's first output on this connection. Without an `id:` line.
+    TurnStart { id: u64, turn: u32 },
+    /// What the agent prints.
+    Output {
+        id: u64,
+        /// `stdout` or `stderr`.
+        stream: &'a str,
+        data: &'a str,
+        turn: u32,
+    },
+    /// The current turn exited: the stream ends.
+    Exit { id: u64, code: i32, turn: u32 },
+    /// The current turn failed without an exit code: the stream ends.
+    Error { id: u64, message: &'a str, turn: u32 },
+    /// The session was terminated: the stream ends.
+    Terminated { id: u64, message: &'a str },
+    /// Nothing came for long: this connection ends.
+    Stale { id: u64, message: &'a str },
+}
+
 impl Event {
     /// Reads an event of the record. What cannot be read is hidden.
     #[must_use]
     pub fn decode(id: u64, payload: Bytes) -> Self {
         let event = SessionEvent::decode(payload).unwrap_or_default();
         let turn = event.turn;
-        let kind = match event.kind {
-            Some(Kind::Stage(stage)) => {
-                let mut body = json!({ "type": "stage", "id": id, "stage": stage.stage, "state": stage.state });
-                if let Some(object) = body.as_object_mut() {
-                    object.extend(stage.duration_ms.map(|ms| ("duration_ms".to_owned(), ms.into())));
-                    object.extend(stage.message.map(|message| ("message".to_owned(), message.into())));
-                }
-                Visible::Stage(frame(id, &body))
-            }
-            Some(Kind::Output(output)) => {
-                // Chunks end at characters, so that what is invalid here is invalid in the whole.
-                let body = OutputBody {
-                    kind: "output",
+        let kind = match &event.kind {
+            Some(Kind::Stage(stage)) => Visible::Stage(frame(
+                id,
+                &StreamEvent::Stage {
                     id,
-                    stream: if output.stderr { "stderr" } else { "stdout" },
-                    data: &String::from_utf8_lossy(&output.data),
-                    turn,
-                };
-                Visible::Output(frame(id, &body))
+                    stage: &stage.stage,
+                    state: &stage.state,
+                    duration_ms: stage.duration_ms,
+                    message: stage.message.as_deref(),
+                },
+            )),
+            Some(Kind::Output(output)) => {
+                let stream = if output.stderr { "stderr" } else { "stdout" };
+                // Chunks end at characters, so that what is invalid here is invalid in the whole.
+                let data = String::from_utf8_lossy(&output.data);
+                Visible::Output(frame(id, &StreamEvent::Output { id, stream, data: &data, turn }))
             }
-            Some(Kind::TurnEnded(ended)) => Visible::TurnEnd(match (ended.exit_code, ended.failure) {
-                (Some(code), _) => frame(id, &json!({ "type": "exit", "id": id, "code": code, "turn": turn })),
+            Some(Kind::TurnEnded(ended)) => Visible::TurnEnd(match (ended.exit_code, &ended.failure) {
+                (Some(code), _) => frame(id, &StreamEvent::Exit { id, code, turn }),
                 (None, failure) => {
-                    let message = failure.map_or_else(|| "Session failed".to_owned(), |failure| failure.message);
-                    frame(id, &json!({ "type": "error", "id": id, "message": message, "turn": turn }))
+                    let message = failure.as_ref().map_or("Session failed", |failure| failure.message.as_str());
+                    frame(id, &StreamEvent::Error { id, message, turn })
                 }
             }),
-            Some(Kind::Terminated(_)) => {
-                Visible::Terminated(frame(id, &json!({ "type": "terminated", "id": id, "message": "Session terminated" })))
-            }
+            Some(Kind::Terminated(_)) => Visible::Terminated(frame(id, &StreamEvent::Terminated { id, message: "Session terminated" })),
             Some(Kind::TurnStarted(_) | Kind::TakenOver(_)) | None => Visible::Hidden,
         };
         Self { id, turn, kind }
+    }
+
+    /// Whether nothing follows in a session that is settled.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
+        matches!(self.kind, Visible::TurnEnd(_) | Visible::Terminated(_))
     }
 
     /// Bytes that the event occupies.
@@ -81,18 +120,8 @@ impl Event {
     }
 }
 
-#[derive(Serialize)]
-struct OutputBody<'a> {
-    #[serde(rename = "type")]
-    kind: &'static str,
-    id: u64,
-    stream: &'static str,
-    data: &'a str,
-    turn: u32,
-}
-
 /// An SSE event with an id line.
-fn frame(id: u64, body: &impl Serialize) -> Bytes {
+fn frame(id: u64, body: &StreamEvent<'_>) -> Bytes {
     let mut bytes = format!("id: {id}\ndata: ").into_bytes();
     write_ascii(&mut bytes, body);
     bytes.extend_from_slice(b"\n\n");
@@ -100,7 +129,7 @@ fn frame(id: u64, body: &impl Serialize) -> Bytes {
 }
 
 /// An SSE event without one: a reader that resumes does not resume from it.
-pub fn anonymous_frame(body: &Value) -> Bytes {
+pub fn anonymous_frame(body: &StreamEvent<'_>) -> Bytes {
     let mut bytes = b"data: ".to_vec();
     write_ascii(&mut bytes, body);
     bytes.extend_from_slice(b"\n\n");
@@ -138,6 +167,7 @@ impl Formatter for Ascii {
 mod tests {
     use contract::session::Output;
     use proptest::prelude::*;
+    use serde_json::Value;
 
     use super::*;
 

@@ -8,15 +8,14 @@ use contract::{
     scheduler::{GetSessionRequest, ReadEventsRequest, Session},
 };
 use futures::Stream;
-use serde_json::json;
 use tokio::time::Instant;
 use types::{Backoff, SessionId, SessionStatus};
 
 use crate::{
-    App, RPC_DEADLINE,
+    App, RPC_DEADLINE, WRITE_STALL_MAX,
     auth::Caller,
     stream::{
-        event::{Event, Visible, anonymous_frame},
+        event::{Event, StreamEvent, Visible, anonymous_frame},
         hub::Hub,
     },
 };
@@ -48,9 +47,13 @@ pub struct Reader {
     hub: Option<Arc<Hub>>,
     state: State,
     last_event_at: Instant,
+    /// When the socket last asked for more.
+    asked_at: Instant,
     failures: u32,
     /// Where a settled session's end has not come yet: when to stop waiting for it.
     end_due: Option<Instant>,
+    /// The last event on record, where the record held nothing new.
+    newest: Option<Event>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -76,8 +79,10 @@ impl Reader {
             hub: None,
             state: State::Starting,
             last_event_at: Instant::now(),
+            asked_at: Instant::now(),
             failures: 0,
             end_due: None,
+            newest: None,
         }
     }
 
@@ -90,13 +95,17 @@ impl Reader {
     }
 
     async fn next(&mut self) -> Option<Bytes> {
+        self.asked_at = Instant::now();
         loop {
             match self.state {
                 State::Ended => return None,
                 State::Starting => {
                     self.state = State::Reading;
-                    let start = json!({ "type": "start", "runtime": self.runtime, "provider": self.provider, "session_id": self.session_id.to_string() });
-                    return Some(anonymous_frame(&start));
+                    return Some(anonymous_frame(&StreamEvent::Start {
+                        runtime: &self.runtime,
+                        provider: self.provider.as_deref(),
+                        session_id: self.session_id.to_string(),
+                    }));
                 }
                 State::Reading => {}
             }
@@ -127,7 +136,7 @@ impl Reader {
                 Visible::Output(frame) => {
                     if self.announced_turn != Some(event.turn) {
                         self.announced_turn = Some(event.turn);
-                        bytes.extend_from_slice(&anonymous_frame(&json!({ "type": "turn_start", "id": event.id, "turn": event.turn })));
+                        bytes.extend_from_slice(&anonymous_frame(&StreamEvent::TurnStart { id: event.id, turn: event.turn }));
                     }
                     bytes.extend_from_slice(frame);
                 }
@@ -198,6 +207,7 @@ impl Reader {
         match self.app.bus.call::<rpc::ReadEvents>(&request, RPC_DEADLINE).await {
             Ok(reply) => {
                 self.failures = 0;
+                self.newest = reply.newest.map(|event| Event::decode(event.event_id, event.payload));
                 let events = reply.events.into_iter().map(|event| Arc::new(Event::decode(event.event_id, event.payload)));
                 self.pending.extend(events);
                 true
@@ -233,6 +243,11 @@ impl Reader {
                 }
                 return;
             }
+            // The client has its end already.
+            Some(SessionStatus::Failed | SessionStatus::Terminated) if self.newest.as_ref().is_some_and(Event::is_end) => {
+                self.state = State::Ended;
+                return;
+            }
             // Settled by the scheduler, perhaps: then its end may still be on its way.
             Some(SessionStatus::Failed | SessionStatus::Terminated) => self.end_due = Some(Instant::now() + END_WAIT),
             _ => {}
@@ -264,7 +279,8 @@ impl Reader {
         if now >= stale_at {
             self.state = State::Ended;
             let seconds = self.app.config.stream_stale.as_secs();
-            return Some(anonymous_frame(&json!({ "type": "stale", "id": self.cursor, "message": format!("No output for {seconds}s") })));
+            let message = format!("No output for {seconds}s");
+            return Some(anonymous_frame(&StreamEvent::Stale { id: self.cursor, message: &message }));
         }
         Some(Bytes::from_static(b": heartbeat\n\n"))
     }
@@ -272,8 +288,19 @@ impl Reader {
 
 const RING_TAKE: usize = 512;
 
+impl Reader {
+    /// Whether the connection ended because its client took nothing for as long as is waited for.
+    fn pending_bytes_stalled(&self) -> bool {
+        !self.pending.is_empty() && self.asked_at.elapsed() >= WRITE_STALL_MAX
+    }
+}
+
 impl Drop for Reader {
     fn drop(&mut self) {
         metrics::gauge!("aod_stream_clients").decrement(1);
+        if self.state != State::Ended && self.pending_bytes_stalled() {
+            metrics::counter!("aod_stream_cuts_total").increment(1);
+            tracing::info!(session = %self.session_id, cursor = self.cursor, "a reader that took nothing was cut");
+        }
     }
 }

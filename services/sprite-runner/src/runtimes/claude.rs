@@ -1,8 +1,9 @@
 //! Claude Code.
 
-use types::Provider;
+use serde_json::{Map, Value, json};
+use types::{McpServer, Provider, agent::McpTransport};
 
-use super::{Adapter, Launch, Stdin};
+use super::{Adapter, Launch, Skills, Stdin};
 use crate::ModelEndpoints;
 
 pub struct Claude;
@@ -37,9 +38,25 @@ impl Adapter for Claude {
         env
     }
 
-    fn config_files(&self) -> Vec<(&'static str, String)> {
+    fn config_files(&self, mcp_servers: &[McpServer]) -> Vec<(&'static str, String)> {
         // Asked nothing at its first start.
-        vec![("/home/sprite/.claude.json", r#"{"hasCompletedOnboarding":true}"#.to_owned())]
+        let mut config = json!({ "hasCompletedOnboarding": true });
+        let servers: Map<String, Value> = mcp_servers.iter().map(|server| (server.name.clone(), mcp_server(&server.transport))).collect();
+        if let (Some(config), false) = (config.as_object_mut(), servers.is_empty()) {
+            config.insert("mcpServers".to_owned(), servers.into());
+        }
+        vec![("/home/sprite/.claude.json", config.to_string())]
+    }
+
+    fn skills(&self) -> Option<Skills> {
+        Some(Skills { folder: "/home/sprite/.claude/skills", installer_name: "claude-code" })
+    }
+}
+
+fn mcp_server(transport: &McpTransport) -> Value {
+    match transport {
+        McpTransport::Url { url, headers } => json!({ "type": "http", "url": url, "headers": headers }),
+        McpTransport::Stdio { command, args, env } => json!({ "type": "stdio", "command": command, "args": args, "env": env }),
     }
 }
 

@@ -1,6 +1,8 @@
 //! The prompt as a bash script: for load tests, fault tests and first steps.
 
-use super::{Adapter, Launch, Stdin};
+use types::McpServer;
+
+use super::{Adapter, Launch, Skills, Stdin};
 use crate::ModelEndpoints;
 
 pub struct Shell;
@@ -22,7 +24,11 @@ impl Adapter for Shell {
         Vec::new()
     }
 
-    fn config_files(&self) -> Vec<(&'static str, String)> {
+    fn config_files(&self, _: &[McpServer]) -> Vec<(&'static str, String)> {
         Vec::new()
+    }
+
+    fn skills(&self) -> Option<Skills> {
+        None
     }
 }

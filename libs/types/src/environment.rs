@@ -1,0 +1,178 @@
+//! What an environment is made of: packages, variables, networking (contract §5).
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PackageManager {
+    Apt,
+    Cargo,
+    Gem,
+    Go,
+    Npm,
+    Pip,
+}
+
+impl PackageManager {
+    /// In the order in which they install.
+    pub const ALL: [Self; 6] = [Self::Apt, Self::Cargo, Self::Gem, Self::Go, Self::Npm, Self::Pip];
+
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Apt => "apt",
+            Self::Cargo => "cargo",
+            Self::Gem => "gem",
+            Self::Go => "go",
+            Self::Npm => "npm",
+            Self::Pip => "pip",
+        }
+    }
+}
+
+impl fmt::Display for PackageManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for PackageManager {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|manager| manager.as_str() == text).ok_or(())
+    }
+}
+
+/// A package with its version, as a package manager takes it: never an option, never shell syntax.
+#[must_use]
+pub fn is_package(text: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "@/._+-=~^<>[],:".contains(c);
+    !text.is_empty() && !text.starts_with('-') && text.chars().all(allowed)
+}
+
+/// `[A-Za-z_][A-Za-z0-9_]*`
+#[must_use]
+pub fn is_variable(text: &str) -> bool {
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.chars().all(word) && text.chars().next().is_some_and(|first| !first.is_ascii_digit())
+}
+
+/// What a sandbox may reach.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Networking {
+    #[serde(rename = "type")]
+    pub kind: NetworkingKind,
+    /// Host names; `*.x` stands for every name below `x`. Of `limited` networks alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allowed_hosts: Option<Vec<String>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkingKind {
+    /// Everything.
+    #[default]
+    Unrestricted,
+    /// The allowed hosts and no other.
+    Limited,
+}
+
+impl Default for Networking {
+    fn default() -> Self {
+        Self { kind: NetworkingKind::Unrestricted, allowed_hosts: None }
+    }
+}
+
+/// A host name that may begin with `*.`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPattern<'a> {
+    wildcard: bool,
+    name: &'a str,
+}
+
+impl<'a> HostPattern<'a> {
+    /// `None` for what cannot name a host: a URL, a port, an empty label.
+    #[must_use]
+    pub fn parse(text: &'a str) -> Option<Self> {
+        let (wildcard, name) = text.strip_prefix("*.").map_or((false, text), |name| (true, name));
+        let label = |label: &str| {
+            (1..=63).contains(&label.len())
+                && label.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-' || c == b'_')
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+        };
+        (text.len() <= 253 && name.split('.').all(label)).then_some(Self { wildcard, name })
+    }
+
+    /// Whether a host may be reached by this pattern. `*.x` does not stand for `x` itself.
+    #[must_use]
+    pub fn allows(&self, host: &str) -> bool {
+        let host = host.strip_suffix('.').unwrap_or(host);
+        if !self.wildcard {
+            return host.eq_ignore_ascii_case(self.name);
+        }
+        let Some(at) = host.len().checked_sub(self.name.len() + 1).filter(|at| *at > 0 && host.is_char_boundary(*at)) else { return false };
+        let (_, tail) = host.split_at(at);
+        tail.strip_prefix('.').is_some_and(|tail| tail.eq_ignore_ascii_case(self.name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn packages_are_no_options_and_no_shell() {
+        for good in ["ripgrep@14.0.0", "requests>=2,<3", "uvicorn[standard]", "@scope/pkg", "golang.org/x/tools/cmd/goimports@latest"] {
+            assert!(is_package(good), "{good}");
+        }
+        for bad in ["", "-y", "--pre", "a b", "a;b", "$(x)", "a\nb", "é", "a|b", "a&b", "'a'"] {
+            assert!(!is_package(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn variables_have_the_names_that_shells_take() {
+        assert!(is_variable("_A1") && is_variable("PATH"));
+        assert!(!is_variable("") && !is_variable("1A") && !is_variable("A-B") && !is_variable("É"));
+    }
+
+    #[test]
+    fn a_wildcard_stands_for_names_below() {
+        let pattern = HostPattern::parse("*.github.com").unwrap();
+        assert!(pattern.allows("api.github.com") && pattern.allows("A.B.GitHub.com."));
+        for host in ["github.com", "evilgithub.com", ".github.com", "github.com.evil.org", "", "ü.github.org"] {
+            assert!(!pattern.allows(host), "{host}");
+        }
+        assert!(HostPattern::parse("Example.com").unwrap().allows("example.COM"));
+        for bad in ["", "*", "*.", "a..b", "http://x", "x:80", "a*.b", "-a.b", "a b", "x/y", "*.*.x", "é.fr"] {
+            assert_eq!(HostPattern::parse(bad), None, "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_pattern_and_no_host_panics(pattern: String, host: String) {
+            if let Some(pattern) = HostPattern::parse(&pattern) {
+                let _ = pattern.allows(&host);
+            }
+        }
+
+        #[test]
+        fn a_wildcard_is_one_or_more_labels(name in "[a-z]{1,5}(\\.[a-z]{1,5}){0,2}", below in "[a-z]{1,5}(\\.[a-z]{1,5}){0,2}") {
+            let text = format!("*.{name}");
+            let pattern = HostPattern::parse(&text).unwrap();
+            let (deeper, glued) = (format!("{below}.{name}"), format!("{below}{name}"));
+            prop_assert!(pattern.allows(&deeper));
+            let is_below = glued.ends_with(&format!(".{name}"));
+            prop_assert_eq!(pattern.allows(&glued), is_below);
+            prop_assert!(!HostPattern::parse(&name).unwrap().allows(&deeper));
+        }
+    }
+}

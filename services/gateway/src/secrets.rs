@@ -1,0 +1,70 @@
+//! Secrets on their way to the vault: handed on as they arrive; from there on there is only a reference.
+
+use bus::Failure;
+use contract::{
+    rpc,
+    vault::{DeleteSecretsRequest, PutSecretRequest},
+};
+use serde::Serialize;
+use types::ErrorCode;
+
+use crate::{App, error::ApiError};
+
+/// What a document of secrets belongs to.
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// An environment's variables.
+    EnvVars,
+    /// The headers and variables of an agent's MCP servers.
+    McpServers,
+    /// A session's own variables, and its repositories' tokens.
+    Session,
+}
+
+impl Kind {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::EnvVars => "env_vars",
+            Self::McpServers => "mcp_servers",
+            Self::Session => "session",
+        }
+    }
+}
+
+/// A document in the vault.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    pub id: String,
+    /// Made just now: if nothing comes to refer to it, it has to go.
+    fresh: bool,
+}
+
+impl App {
+    /// Keeps a document. One that follows another keeps that one's values where it says `***`, and its id where it is equal.
+    pub async fn keep(&self, user_id: &str, kind: Kind, value: &impl Serialize, base: Option<String>) -> Result<Kept, ApiError> {
+        let value = serde_json::to_vec(value).map_err(Failure::internal)?;
+        let keep_redacted = matches!(kind, Kind::McpServers);
+        let request = PutSecretRequest {
+            user_id: user_id.to_owned(),
+            kind: kind.as_str().to_owned(),
+            value,
+            base_secret_id: base.clone(),
+            keep_redacted,
+        };
+        let id = self.call::<rpc::PutSecret>(&request).await?.secret_id;
+        Ok(Kept { fresh: base.as_ref() != Some(&id), id })
+    }
+
+    /// Sees to it that a document which nothing came to refer to does not stay behind.
+    pub async fn forget_unless_used<T>(&self, kept: Option<Kept>, result: &Result<T, Failure>, used: impl FnOnce(&T) -> bool) {
+        let Some(kept) = kept.filter(|kept| kept.fresh) else { return };
+        let unused = match result {
+            Ok(reply) => !used(reply),
+            // It may have been done all the same.
+            Err(failure) => !matches!(failure.code, ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Internal),
+        };
+        if unused && let Err(error) = self.call::<rpc::DeleteSecrets>(&DeleteSecretsRequest { secret_ids: vec![kept.id] }).await {
+            tracing::warn!(?error, "an unused secret stays in the vault");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Requests that take effect once, however often they come (contract §1, `Idempotency-Key`).
+//!
+//! The answer is written in the transaction of what it tells of: after a crash at any moment either both are there or neither is.
+
+use bus::Failure;
+use contract::scheduler::Once;
+use prost::Message;
+use sqlx::{PgConnection, Row as _};
+use types::{ErrorCode, UserId};
+
+/// The answer to an earlier request with the same key. Without a key there is none.
+///
+/// # Errors
+/// When such a request is under way, or had another body.
+pub async fn earlier<R: Message + Default>(
+    tx: &mut PgConnection,
+    user: UserId,
+    route: &str,
+    once: Option<&Once>,
+) -> Result<Option<R>, Failure> {
+    let Some(once) = once else { return Ok(None) };
+    // Held until the transaction ends.
+    let alone: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 1))")
+        .bind(format!("{user} {route} {}", once.key))
+        .fetch_one(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
+    if !alone {
+        return Err(Failure::conflict("A request with this Idempotency-Key is still in progress"));
+    }
+    let row = sqlx::query(
+        "select body_hash, reply
+         from answered_once
+         where user_id = $1 and route = $2 and key = $3 and created_at > now() - interval '24 hours'",
+    )
+    .bind(user.uuid())
+    .bind(route)
+    .bind(&once.key)
+    .fetch_optional(tx)
+    .await
+    .map_err(Failure::internal)?;
+    let Some(row) = row else { return Ok(None) };
+    if row.try_get::<Vec<u8>, _>(0).map_err(Failure::internal)? != once.body_hash {
+        return Err(Failure::new(ErrorCode::Unprocessable, "This Idempotency-Key was used with another request body"));
+    }
+    let reply: Vec<u8> = row.try_get(1).map_err(Failure::internal)?;
+    R::decode(reply.as_slice()).map(Some).map_err(Failure::internal)
+}
+
+/// Remembers the answer, to commit with what it tells of.
+pub async fn remember(tx: &mut PgConnection, user: UserId, route: &str, once: Option<&Once>, reply: &impl Message) -> Result<(), Failure> {
+    let Some(once) = once else { return Ok(()) };
+    // A row that is older than a day may still be there.
+    sqlx::query(
+        "insert into answered_once (user_id, route, key, body_hash, reply)
+         values ($1, $2, $3, $4, $5)
+         on conflict (user_id, route, key) do update set body_hash = $4, reply = $5, created_at = now()",
+    )
+    .bind(user.uuid())
+    .bind(route)
+    .bind(&once.key)
+    .bind(&once.body_hash)
+    .bind(reply.encode_to_vec())
+    .execute(tx)
+    .await
+    .map_err(Failure::internal)?;
+    Ok(())
+}
