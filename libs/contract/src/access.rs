@@ -108,7 +108,25 @@ pub const OPERATOR: Access = Access {
     subscribe: &[],
 };
 
-pub const ALL: [Access; 6] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, OPERATOR];
+/// Services that follow sessions: they read what happens, and can do nothing about it.
+pub const EVENTS: Access = Access {
+    user: "events",
+    publish: &[
+        "$JS.API.INFO",
+        "$JS.API.STREAM.INFO.LIFECYCLE",
+        "$JS.API.STREAM.INFO.EVENTS",
+        "$JS.API.CONSUMER.CREATE.LIFECYCLE.>",
+        "$JS.API.CONSUMER.CREATE.EVENTS.>",
+        "$JS.API.CONSUMER.INFO.LIFECYCLE.*",
+        "$JS.API.CONSUMER.INFO.EVENTS.*",
+        "$JS.API.CONSUMER.MSG.NEXT.LIFECYCLE.*",
+        "$JS.API.CONSUMER.MSG.NEXT.EVENTS.*",
+        "$JS.ACK.LIFECYCLE.>",
+    ],
+    subscribe: &[],
+};
+
+pub const ALL: [Access; 7] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, OPERATOR, EVENTS];
 
 /// The server's `authorization` block.
 #[must_use]

@@ -1,15 +1,18 @@
 //! The commands and their arguments.
 
-use std::{io::Read as _, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
-use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand};
+use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 
 use crate::{
+    admin,
     client::{Api, ApiFailure},
+    credential::Kind,
     dev,
     output::{Output, Table},
-    run,
+    run, secret_input,
 };
 
 /// Run AI coding agents in sandboxes, and follow what they do.
@@ -47,6 +50,8 @@ enum Command {
     /// API keys
     #[command(subcommand)]
     Keys(Keys),
+    /// For operators: users, keys, quotas, credentials
+    Admin(admin::AdminArgs),
     /// Run the whole stack on this machine
     Dev(dev::DevArgs),
     /// Print completions for a shell
@@ -72,6 +77,13 @@ enum Agents {
         #[arg(long)]
         environment: Option<String>,
     },
+    /// The versions of an agent, newest first
+    Versions {
+        id: String,
+    },
+    Archive {
+        id: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -89,6 +101,17 @@ enum Envs {
         /// A file of NAME=value lines
         #[arg(long)]
         env_file: Option<PathBuf>,
+    },
+    /// The versions of an environment, newest first
+    Versions {
+        id: String,
+    },
+    Archive {
+        id: String,
+    },
+    /// Delete an environment that no session refers to
+    Delete {
+        id: String,
     },
 }
 
@@ -118,20 +141,10 @@ enum Sessions {
     Terminate {
         id: String,
     },
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Kind {
-    #[value(name = "provider:anthropic")]
-    Anthropic,
-    #[value(name = "provider:openai")]
-    Openai,
-    #[value(name = "provider:google")]
-    Google,
-    #[value(name = "runtime_token:claude-oauth")]
-    ClaudeOauth,
-    #[value(name = "backend:sprites")]
-    Sprites,
+    /// Delete a session that is not active, with all that belongs to it
+    Delete {
+        id: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -163,6 +176,15 @@ impl Cli {
     pub async fn run(self) -> ExitCode {
         match self.command {
             Command::Dev(args) => return dev::run(args).await,
+            Command::Admin(args) => {
+                return match args.run(self.output).await {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => {
+                        eprintln!("aod admin: {error}");
+                        ExitCode::FAILURE
+                    }
+                };
+            }
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Self::command(), "aod", &mut std::io::stdout());
                 return ExitCode::SUCCESS;
@@ -188,6 +210,7 @@ impl Command {
     async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
         const AGENTS: Table = Table(&["id", "name", "runtime", "model", "created_at"]);
         const ENVS: Table = Table(&["id", "name", "version", "created_at"]);
+        const VERSIONS: Table = Table(&["version", "name", "created_at"]);
         const SESSIONS: Table = Table(&["id", "status", "runtime", "exit_code", "turn_count", "created_at"]);
         const TURNS: Table = Table(&["turn_number", "status", "exit_code", "started_at", "ended_at", "prompt"]);
         const CREDENTIALS: Table = Table(&["kind", "hint", "updated_at"]);
@@ -199,6 +222,11 @@ impl Command {
                 let body = json!({ "name": name, "model": model, "runtime": runtime, "system": system, "environment_id": environment });
                 output.one(&api.post("/agents", &body).await?);
             }
+            Self::Agents(Agents::Versions { id }) => output.list(&api.list(&format!("/agents/{id}/versions")).await?, VERSIONS),
+            Self::Agents(Agents::Archive { id }) => output.one(&api.post(&format!("/agents/{id}/archive"), &Value::Null).await?),
+            Self::Envs(Envs::Versions { id }) => output.list(&api.list(&format!("/environments/{id}/versions")).await?, VERSIONS),
+            Self::Envs(Envs::Archive { id }) => output.one(&api.post(&format!("/environments/{id}/archive"), &Value::Null).await?),
+            Self::Envs(Envs::Delete { id }) => output.one(&api.delete(&format!("/environments/{id}/delete")).await?),
             Self::Envs(Envs::List) => output.list(&api.list("/environments").await?, ENVS),
             Self::Envs(Envs::Get { id }) => output.one(&api.get(&format!("/environments/{id}")).await?),
             Self::Envs(Envs::Create { name, setup_script, env_file }) => {
@@ -221,39 +249,22 @@ impl Command {
                 output.one(&api.post(&format!("/sessions/{id}/prompt"), &json!({ "prompt": prompt })).await?);
             }
             Self::Sessions(Sessions::Terminate { id }) => output.one(&api.post(&format!("/sessions/{id}/terminate"), &Value::Null).await?),
+            Self::Sessions(Sessions::Delete { id }) => output.one(&api.delete(&format!("/sessions/{id}/delete")).await?),
             Self::Credentials(Credentials::List) => output.list(&api.list("/credentials").await?, CREDENTIALS),
             Self::Credentials(Credentials::Set { kind }) => {
-                let value = read_secret()?;
-                output.one(&api.put(&format!("/credentials/{}", kind.name()), &json!({ "value": value })).await?);
+                let value = secret_input::read().map_err(ApiFailure::Local)?;
+                output.one(&api.put(&format!("/credentials/{}", kind.name()), &json!({ "value": value.expose_secret() })).await?);
             }
             Self::Credentials(Credentials::Delete { kind }) => output.one(&api.delete(&format!("/credentials/{}", kind.name())).await?),
             Self::Keys(Keys::List) => output.list(&api.list("/api-keys").await?, KEYS),
             Self::Keys(Keys::Create { name }) => output.one(&api.post("/api-keys", &json!({ "name": name })).await?),
             Self::Keys(Keys::Revoke { id }) => output.one(&api.delete(&format!("/api-keys/{id}")).await?),
-            Self::Run(_) | Self::Logs(_) | Self::Dev(_) | Self::Completions { .. } => {}
+            Self::Run(_) | Self::Logs(_) | Self::Dev(_) | Self::Admin(_) | Self::Completions { .. } => {}
         }
         Ok(())
     }
 }
 
-impl Kind {
-    fn name(self) -> String {
-        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-    }
-}
-
 fn read_file(path: &PathBuf) -> Result<String, ApiFailure> {
     std::fs::read_to_string(path).map_err(|error| ApiFailure::Local(format!("{} cannot be read: {error}", path.display())))
-}
-
-/// Never an argument: those are seen by whoever lists processes, and kept by shells.
-fn read_secret() -> Result<String, ApiFailure> {
-    use std::io::IsTerminal as _;
-    if std::io::stdin().is_terminal() {
-        eprintln!("Type the value, then Enter and Ctrl-D:");
-    }
-    let mut text = String::new();
-    std::io::stdin().read_to_string(&mut text).map_err(|error| ApiFailure::Local(format!("standard input cannot be read: {error}")))?;
-    let text = text.trim_end_matches(['\r', '\n']).to_owned();
-    if text.is_empty() { Err(ApiFailure::Local("standard input held no value".to_owned())) } else { Ok(text) }
 }

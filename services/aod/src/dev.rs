@@ -132,3 +132,18 @@ fn welcome(stack: &Stack, took: std::time::Duration) {
          Ctrl-C stops everything."
     ));
 }
+
+/// How the operator reaches the bus of the stack that runs on a data directory.
+pub fn operator(data_dir: Option<PathBuf>) -> Result<bus::Config, String> {
+    let dir = data_dir.map_or_else(data::default_dir, Ok).map_err(|error| error.to_string())?;
+    let path = dir.join(data::READY_FILE);
+    let text = std::fs::read_to_string(&path)
+        .map_err(|error| format!("NATS_URL is not set, and no `aod dev` runs here ({} cannot be read: {error})", path.display()))?;
+    let unreadable = || format!("{} is not of this version of aod", path.display());
+    let running: serde_json::Value = serde_json::from_str(&text).map_err(|_| unreadable())?;
+    let mut url: url::Url =
+        running.get("nats_url").and_then(serde_json::Value::as_str).and_then(|url| url.parse().ok()).ok_or_else(unreadable)?;
+    let password = url.password().unwrap_or_default().to_owned();
+    let _ = (url.set_username(""), url.set_password(None));
+    Ok(crate::admin::operator_config(url.to_string(), password.into()))
+}

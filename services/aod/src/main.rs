@@ -1,10 +1,13 @@
 //! `aod`: the client of the API, and `aod dev`, the whole stack on one machine.
 
+mod admin;
 mod cli;
 mod client;
+mod credential;
 mod dev;
 mod output;
 mod run;
+mod secret_input;
 
 use std::process::ExitCode;
 

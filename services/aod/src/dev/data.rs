@@ -14,6 +14,9 @@ use types::ApiKey;
 
 use crate::dev::{DevError, tools::Tools};
 
+/// What a running stack is and how it is reached, in its data directory.
+pub const READY_FILE: &str = "running.json";
+
 /// A data directory that this process alone uses.
 #[derive(Debug)]
 pub struct DataDir {
@@ -54,11 +57,7 @@ impl DataDir {
     /// Opens or makes the directory, and locks it.
     pub fn open(path: Option<PathBuf>, _: &Tools) -> Result<Self, DevError> {
         let root = rustix::process::geteuid().is_root();
-        let path = match path {
-            Some(path) => path,
-            None if root => "/var/lib/aod/dev".into(),
-            None => default_dir()?,
-        };
+        let path = path.map_or_else(default_dir, Ok)?;
         let unfit =
             |what: &str, error: &dyn std::fmt::Display| DevError::Unfit(format!("data directory {} {what}: {error}", path.display()));
         fs::DirBuilder::new().recursive(true).mode(0o711).create(&path).map_err(|error| unfit("cannot be made", &error))?;
@@ -91,7 +90,10 @@ impl DataDir {
     }
 }
 
-fn default_dir() -> Result<PathBuf, DevError> {
+pub fn default_dir() -> Result<PathBuf, DevError> {
+    if rustix::process::geteuid().is_root() {
+        return Ok("/var/lib/aod/dev".into());
+    }
     let home =
         std::env::home_dir().ok_or_else(|| DevError::Unfit("there is no home directory; choose a place with --data-dir".to_owned()))?;
     Ok(home.join(".local/share/aod/dev"))
@@ -113,7 +115,17 @@ fn find_user() -> Result<User, DevError> {
 impl Secrets {
     fn load(path: &Path) -> anyhow::Result<Self> {
         if let Ok(text) = fs::read_to_string(path) {
-            return Ok(serde_json::from_str(&text)?);
+            let mut secrets: Self = serde_json::from_str(&text)?;
+            let known = secrets.nats_passwords.len();
+            for access in access::ALL {
+                if secrets.nats_password(access.user).is_empty() {
+                    secrets.nats_passwords.push((access.user.to_owned(), random()?));
+                }
+            }
+            if secrets.nats_passwords.len() > known {
+                secrets.save(path)?;
+            }
+            return Ok(secrets);
         }
         let secrets = Self {
             postgres_password: random()?,
@@ -126,12 +138,16 @@ impl Secrets {
             sprites_token: random()?,
             api_key: ApiKey::generate()?.reveal().to_owned(),
         };
+        secrets.save(path)?;
+        Ok(secrets)
+    }
+
+    fn save(&self, path: &Path) -> anyhow::Result<()> {
         let draft = path.with_extension("draft");
         let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
-        file.write_all(serde_json::to_string_pretty(&secrets)?.as_bytes())?;
+        file.write_all(serde_json::to_string_pretty(self)?.as_bytes())?;
         file.sync_all()?;
-        fs::rename(draft, path)?;
-        Ok(secrets)
+        Ok(fs::rename(draft, path)?)
     }
 
     pub fn service_password(&self, service: &str) -> &str {

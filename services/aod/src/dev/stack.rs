@@ -15,7 +15,7 @@ use sqlx::{Connection as _, PgConnection};
 
 use crate::dev::{
     DevError, bootstrap,
-    data::DataDir,
+    data::{DataDir, READY_FILE},
     supervisor::{Probe, Process, Spec},
     tools::Tools,
 };
@@ -148,7 +148,7 @@ impl Stack {
         let (mut servers, mut services): (Vec<_>, Vec<_>) = std::mem::take(&mut self.processes).into_iter().partition(is_server);
         futures::future::join_all(services.iter_mut().map(|process| process.stop(SERVICES_STOP))).await;
         futures::future::join_all(servers.iter_mut().map(|process| process.stop(SERVERS_STOP))).await;
-        if let Some(path) = &self.ready_file {
+        for path in self.ready_files() {
             let _ = fs::remove_file(path);
         }
     }
@@ -331,8 +331,12 @@ impl Stack {
     }
 
     /// What was started, for programs: written whole or not at all.
+    /// In the data directory, where `aod admin` finds it; and where it was asked for.
+    fn ready_files(&self) -> impl Iterator<Item = PathBuf> {
+        [self.data.join(READY_FILE)].into_iter().chain(self.ready_file.clone())
+    }
+
     fn write_ready_file(&self) -> Result<(), DevError> {
-        let Some(path) = &self.ready_file else { return Ok(()) };
         let mut services: Map<String, Value> = Map::new();
         for process in &self.processes {
             let list = services.entry(process.spec.service).or_insert_with(|| json!([]));
@@ -347,17 +351,21 @@ impl Stack {
             "sprites_url": format!("http://{}", self.sprites),
             "sprites_token": secrets.sprites_token,
             "nats_url": format!("nats://operator:{}@{}", secrets.nats_password("operator"), self.nats),
+            "events_url": format!("nats://events:{}@{}", secrets.nats_password("events"), self.nats),
             "database_url": self.database_url("postgres", &secrets.postgres_password, DATABASE),
             "model_url": self.model.map(|addr| format!("http://{addr}")),
             "services": services,
         });
-        let written = || -> std::io::Result<()> {
+        let write = |path: &Path| -> std::io::Result<()> {
             use std::os::unix::fs::OpenOptionsExt as _;
             let draft = path.with_extension("draft");
             let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
             file.write_all(format!("{ready:#}\n").as_bytes())?;
             fs::rename(draft, path)
         };
-        written().map_err(|error| DevError::Unfit(format!("ready file {} cannot be written: {error}", path.display())))
+        for path in self.ready_files() {
+            write(&path).map_err(|error| DevError::Unfit(format!("ready file {} cannot be written: {error}", path.display())))?;
+        }
+        Ok(())
     }
 }

@@ -1,0 +1,323 @@
+//! For operators: users, keys, quotas and credentials, straight on the bus.
+
+use std::{path::PathBuf, time::Duration};
+
+use bus::{Bus, Failure};
+use clap::{Args, Subcommand};
+use contract::{
+    access,
+    auth::{
+        BootstrapRequest, CreateKeyRequest, CreateUserRequest, DeactivateKeyRequest, FindUserRequest, Key, ListKeysRequest,
+        SetQuotaRequest, SetUserActiveRequest, User,
+    },
+    common::Empty,
+    rpc::{self, Rpc},
+    vault::{Credential, DeleteCredentialRequest, ListCredentialsRequest, PutCredentialRequest},
+};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde_json::{Value, json};
+use types::{ApiKey, Timestamp, limits::PAGE_MAX};
+
+use crate::{
+    credential::Kind,
+    dev,
+    output::{Output, Table},
+    secret_input,
+};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Reaches the bus as the user `operator`: at NATS_URL with the password in NATS_PASSWORD (or in the file that \
+                        NATS_PASSWORD_FILE names). Without NATS_URL, the stack that `aod dev` runs on this machine is meant.")]
+pub struct AdminArgs {
+    /// The data directory of the `aod dev` that is meant
+    #[arg(long, global = true, conflicts_with = "nats_url")]
+    data_dir: Option<PathBuf>,
+    /// Where NATS is
+    #[arg(long, env = "NATS_URL", global = true, hide_env_values = true)]
+    nats_url: Option<String>,
+    #[command(subcommand)]
+    command: Admin,
+}
+
+#[derive(Debug, Subcommand)]
+enum Admin {
+    /// Make the first user and key of an empty deployment; the key is shown this once
+    Bootstrap {
+        /// The user's name
+        #[arg(long, default_value = "admin")]
+        user: String,
+    },
+    /// Users: owners of everything else
+    #[command(subcommand)]
+    User(Users),
+    /// The keys of a user
+    #[command(subcommand)]
+    Key(Keys),
+    /// How many sessions a user may have active at once
+    #[command(subcommand)]
+    Quota(Quotas),
+    /// The credentials of a user
+    #[command(subcommand)]
+    Credential(Credentials),
+}
+
+#[derive(Debug, Subcommand)]
+enum Users {
+    Create {
+        name: String,
+    },
+    List,
+    /// None of the user's keys works until the user is enabled again
+    Disable {
+        name: String,
+    },
+    Enable {
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Keys {
+    /// Make a key; it is shown this once
+    Create {
+        user: String,
+        /// What the key is for
+        #[arg(long, default_value = "operator")]
+        name: String,
+        /// Days until it expires; never without
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+        expires_in_days: Option<u32>,
+    },
+    List {
+        user: String,
+    },
+    Revoke {
+        user: String,
+        /// The key's id
+        id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Quotas {
+    /// Set a user's limit
+    Set {
+        user: String,
+        /// A number from 1, or `default`
+        limit: Limit,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Limit(Option<u32>);
+
+impl std::str::FromStr for Limit {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "default" => Ok(Self(None)),
+            text => text.parse().ok().filter(|limit| *limit > 0).map(|limit| Self(Some(limit))).ok_or("a number from 1, or `default`"),
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Credentials {
+    /// Store a credential; its value is asked for, or read from standard input
+    Set {
+        user: String,
+        kind: Kind,
+    },
+    List {
+        user: String,
+    },
+    Delete {
+        user: String,
+        kind: Kind,
+    },
+}
+
+/// Why a command failed, in words for whoever typed it.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    #[error("{0}")]
+    Local(String),
+    #[error(transparent)]
+    Connect(#[from] bus::ConnectError),
+    #[error("{}", .0.message)]
+    Refused(#[from] Failure),
+}
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+impl AdminArgs {
+    pub async fn run(self, output: Output) -> Result<(), AdminError> {
+        // Asked for before anything is connected: people take their time.
+        let value = match &self.command {
+            Admin::Credential(Credentials::Set { .. }) => Some(secret_input::read().map_err(AdminError::Local)?),
+            _ => None,
+        };
+        let config = match self.nats_url {
+            Some(url) => bus_at(url)?,
+            None => dev::operator(self.data_dir).map_err(AdminError::Local)?,
+        };
+        let operator = Operator { bus: Bus::connect(&config).await?, output };
+        operator.run(self.command, value).await
+    }
+}
+
+fn bus_at(url: String) -> Result<bus::Config, AdminError> {
+    let mut env = service::Env::from_process("aod admin", "");
+    let password = env.secret("NATS_PASSWORD", "the operator's password on the bus");
+    match env.finish() {
+        service::env::Verdict::Refused(problems) => Err(AdminError::Local(problems)),
+        _ => Ok(operator_config(url, password)),
+    }
+}
+
+/// The bus, as its user `operator`.
+pub fn operator_config(url: String, password: SecretString) -> bus::Config {
+    bus::Config { url, user: access::OPERATOR.user, password, name: format!("aod-admin/{}", std::process::id()) }
+}
+
+struct Operator {
+    bus: Bus,
+    output: Output,
+}
+
+impl Operator {
+    async fn call<R: Rpc>(&self, request: &R::Request) -> Result<R::Reply, AdminError> {
+        Ok(self.bus.call::<R>(request, DEADLINE).await?)
+    }
+
+    async fn user(&self, name: String) -> Result<String, AdminError> {
+        Ok(self.call::<rpc::FindUser>(&FindUserRequest { name }).await?.user_id)
+    }
+
+    async fn run(self, command: Admin, value: Option<SecretString>) -> Result<(), AdminError> {
+        const USERS: Table = Table(&["name", "id", "is_active", "session_limit", "created_at"]);
+        const KEYS: Table = Table(&["id", "name", "prefix", "is_active", "expires_at", "last_used_at"]);
+        const CREDENTIALS: Table = Table(&["kind", "hint", "updated_at"]);
+        match command {
+            Admin::Bootstrap { user } => {
+                let key = new_key()?;
+                let request = BootstrapRequest {
+                    user_name: user,
+                    key_name: "bootstrap".to_owned(),
+                    key_hash: key.hash().as_bytes().to_vec(),
+                    prefix: key.display_prefix(),
+                };
+                let made = self.call::<rpc::Bootstrap>(&request).await?;
+                self.show_new_key(&made, &key);
+            }
+            Admin::User(Users::Create { name }) => {
+                self.output.one(&describe_user(&self.call::<rpc::CreateUser>(&CreateUserRequest { name }).await?));
+            }
+            Admin::User(Users::List) => {
+                let users = self.call::<rpc::ListUsers>(&Empty {}).await?.users;
+                self.output.list(&users.iter().map(describe_user).collect::<Vec<_>>(), USERS);
+            }
+            Admin::User(Users::Disable { name }) => self.set_active(name, false).await?,
+            Admin::User(Users::Enable { name }) => self.set_active(name, true).await?,
+            Admin::Key(Keys::Create { user, name, expires_in_days }) => {
+                let user_id = self.user(user).await?;
+                let key = new_key()?;
+                let expires_at_us = expires_in_days.map(|days| Timestamp::now().unix_micros() + i64::from(days) * 86_400_000_000);
+                let request = CreateKeyRequest {
+                    user_id,
+                    name,
+                    key_hash: key.hash().as_bytes().to_vec(),
+                    prefix: key.display_prefix(),
+                    expires_at_us,
+                };
+                let made = self.call::<rpc::CreateKey>(&request).await?;
+                self.show_new_key(&made, &key);
+            }
+            Admin::Key(Keys::List { user }) => {
+                let user_id = self.user(user).await?;
+                let request = ListKeysRequest { user_id, limit: PAGE_MAX, after_key_id: None };
+                let keys = self.call::<rpc::ListKeys>(&request).await?.keys;
+                self.output.list(&keys.iter().map(describe_key).collect::<Vec<_>>(), KEYS);
+            }
+            Admin::Key(Keys::Revoke { user, id }) => {
+                let user_id = self.user(user).await?;
+                let key = self.call::<rpc::DeactivateKey>(&DeactivateKeyRequest { user_id, key_id: id }).await?;
+                self.output.one(&describe_key(&key));
+            }
+            Admin::Quota(Quotas::Set { user, limit }) => {
+                let user_id = self.user(user).await?;
+                let user = self.call::<rpc::SetQuota>(&SetQuotaRequest { user_id, session_limit: limit.0 }).await?;
+                self.output.one(&describe_user(&user));
+            }
+            Admin::Credential(Credentials::Set { user, kind }) => {
+                let user_id = self.user(user).await?;
+                let value = value.unwrap_or_default().expose_secret().as_bytes().to_vec();
+                let stored = self.call::<rpc::PutCredential>(&PutCredentialRequest { user_id, kind: kind.name(), value }).await?;
+                self.output.one(&describe_credential(&stored));
+            }
+            Admin::Credential(Credentials::List { user }) => {
+                let user_id = self.user(user).await?;
+                let stored = self.call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id }).await?.credentials;
+                self.output.list(&stored.iter().map(describe_credential).collect::<Vec<_>>(), CREDENTIALS);
+            }
+            Admin::Credential(Credentials::Delete { user, kind }) => {
+                let user_id = self.user(user).await?;
+                self.call::<rpc::DeleteCredential>(&DeleteCredentialRequest { user_id, kind: kind.name() }).await?;
+                self.output.one(&json!({ "detail": "Credential deleted" }));
+            }
+        }
+        Ok(())
+    }
+
+    async fn set_active(&self, name: String, is_active: bool) -> Result<(), AdminError> {
+        let user_id = self.user(name).await?;
+        let user = self.call::<rpc::SetUserActive>(&SetUserActiveRequest { user_id, is_active }).await?;
+        self.output.one(&describe_user(&user));
+        Ok(())
+    }
+
+    fn show_new_key(&self, made: &Key, key: &ApiKey) {
+        let mut described = describe_key(made);
+        if let Some(object) = described.as_object_mut() {
+            object.insert("key".to_owned(), key.reveal().into());
+        }
+        self.output.one(&described);
+    }
+}
+
+fn new_key() -> Result<ApiKey, AdminError> {
+    ApiKey::generate().map_err(|error| AdminError::Local(format!("no randomness: {error}")))
+}
+
+fn time(micros: i64) -> String {
+    Timestamp::from_unix_micros(micros).to_string()
+}
+
+fn describe_user(user: &User) -> Value {
+    json!({
+        "name": user.name,
+        "id": user.user_id,
+        "is_active": user.is_active,
+        "session_limit": user.session_limit,
+        "created_at": time(user.created_at_us),
+    })
+}
+
+fn describe_key(key: &Key) -> Value {
+    json!({
+        "id": key.key_id,
+        "name": key.name,
+        "prefix": key.prefix,
+        "is_active": key.is_active,
+        "created_at": time(key.created_at_us),
+        "expires_at": key.expires_at_us.map(time),
+        "last_used_at": key.last_used_at_us.map(time),
+    })
+}
+
+fn describe_credential(credential: &Credential) -> Value {
+    // The deployment's own token has no date.
+    let updated_at = (credential.updated_at_us > 0).then(|| time(credential.updated_at_us));
+    json!({ "kind": credential.kind, "hint": credential.hint, "updated_at": updated_at })
+}
