@@ -91,7 +91,7 @@ for name in "$@"; do
 done
 
 # --- Python, for the client tests ------------------------------------------------------------------
-wanted="aod-sdk==$AOD_SDK_VERSION sprites-py==$SPRITES_PY_VERSION"
+wanted="aod-sdk==$AOD_SDK_VERSION sprites-py==$SPRITES_PY_VERSION schemathesis==$SCHEMATHESIS_VERSION pytest==$PYTEST_VERSION"
 if [ "$(cat $venv/wanted 2>/dev/null)" != "$wanted" ]; then
     say "installing $wanted"
     python3 -m venv $venv

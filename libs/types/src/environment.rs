@@ -63,7 +63,8 @@ pub fn is_variable(text: &str) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Networking {
-    #[serde(rename = "type")]
+    /// Where it is absent: `unrestricted`.
+    #[serde(rename = "type", default)]
     pub kind: NetworkingKind,
     /// Host names; `*.x` stands for every name below `x`. Of `limited` networks alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]

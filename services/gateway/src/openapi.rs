@@ -82,10 +82,18 @@ pub fn complete(mut document: Document) -> Document {
     for (path, item) in &mut document.paths.paths {
         let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
         for operation in operations.into_iter().flatten() {
+            name(operation);
             add_failures(operation, path.contains('{'));
         }
     }
     document
+}
+
+/// `agents_list`: handlers of different resources have the same names.
+fn name(operation: &mut Operation) {
+    let tag = operation.tags.iter().flatten().next().map(|tag| tag.replace('-', "_")).unwrap_or_default();
+    let name = operation.operation_id.take().unwrap_or_default();
+    operation.operation_id = Some(format!("{tag}_{name}"));
 }
 
 fn add_failures(operation: &mut Operation, names_a_resource: bool) {
