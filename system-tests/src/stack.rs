@@ -20,6 +20,8 @@ pub struct Options {
     pub scripted_model: bool,
     pub runners: u16,
     pub no_restart: bool,
+    /// Settings of the services.
+    pub settings: &'static [(&'static str, &'static str)],
 }
 
 /// A running stack, ended when dropped.
@@ -70,6 +72,7 @@ impl Stack {
         if options.no_restart {
             command.arg("--no-restart");
         }
+        command.envs(options.settings.iter().copied());
         let log = std::fs::File::create(data.path().join("dev.log"))?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         // The kernel ties the child to the thread that starts it: one that stays.

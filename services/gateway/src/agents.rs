@@ -184,7 +184,7 @@ pub struct CreateAgent {
 }
 
 impl CreateAgent {
-    fn read(fields: &mut Fields) -> Self {
+    pub(crate) fn read(fields: &mut Fields) -> Self {
         let (name, model) = (fields.string("name", NAME_CHARS_MAX), fields.string("model", MODEL_CHARS_MAX));
         let provider = fields.optional_string("provider", BODY_BYTES_MAX);
         let runtime = match provider {
@@ -208,7 +208,7 @@ impl CreateAgent {
 
 /// Make an agent
 #[utoipa::path(post, path = "/agents", tag = "agents", params(IdempotencyParams), request_body = CreateAgent,
-    responses((status = 201, description = "The agent, at version 1", body = Agent), Conflict))]
+    responses((status = 201, description = "The agent, at version 1", body = Agent), (status = 404, description = "No such environment", body = crate::error::ErrorBody), Conflict))]
 pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Agent>, ApiError> {
     let mut fields = body.fields()?;
     let agent = CreateAgent::read(&mut fields);
@@ -307,7 +307,7 @@ pub struct UpdateAgent {
 }
 
 impl UpdateAgent {
-    fn read(fields: &mut Fields) -> Self {
+    pub(crate) fn read(fields: &mut Fields) -> Self {
         Self {
             version: fields.required_integer("version"),
             name: fields.optional_string("name", NAME_CHARS_MAX),

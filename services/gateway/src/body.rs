@@ -65,6 +65,11 @@ impl Body {
         }
     }
 
+    #[cfg(test)]
+    pub fn from_json(value: &Value) -> Self {
+        Self(value.to_string().into_bytes())
+    }
+
     pub fn sha256(&self) -> Vec<u8> {
         Sha256::digest(&self.0).to_vec()
     }
@@ -126,6 +131,14 @@ impl Fields {
             }
             Some(_) => self.optional_string(name, chars_max).unwrap_or_default(),
         }
+    }
+
+    /// A text that must be there; the message names it, for the list that it is in does not.
+    pub fn named_string(&mut self, name: &str, chars_max: usize) -> Option<String> {
+        if self.get(name).is_none() {
+            self.refuse(name, &format!("{name} is required"));
+        }
+        self.optional_string(name, chars_max)
     }
 
     pub fn optional_string(&mut self, name: &str, chars_max: usize) -> Option<String> {

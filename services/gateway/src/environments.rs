@@ -111,7 +111,7 @@ pub struct CreateEnvironment {
 }
 
 impl CreateEnvironment {
-    fn read(fields: &mut Fields) -> Self {
+    pub(crate) fn read(fields: &mut Fields) -> Self {
         Self {
             name: fields.string("name", NAME_CHARS_MAX),
             packages: read_packages(fields),
@@ -215,7 +215,7 @@ pub struct UpdateEnvironment {
 }
 
 impl UpdateEnvironment {
-    fn read(fields: &mut Fields) -> Self {
+    pub(crate) fn read(fields: &mut Fields) -> Self {
         Self {
             version: fields.required_integer("version"),
             name: fields.optional_string("name", NAME_CHARS_MAX),

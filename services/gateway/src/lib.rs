@@ -19,6 +19,8 @@ mod router;
 mod secrets;
 mod sessions;
 mod stream;
+#[cfg(test)]
+mod wire_tests;
 
 use std::{io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
@@ -48,6 +50,7 @@ pub struct ApiConfig {
     pub default_session_limit: u32,
     pub shell_runtime: bool,
     pub stream_stale: Duration,
+    pub slow_reader: Duration,
     pub cors_origins: Vec<String>,
     pub allowed_hosts: Vec<String>,
 }
@@ -67,6 +70,11 @@ impl Config {
                 ),
                 shell_runtime: env.parsed("ENABLE_SHELL_RUNTIME", "allow the shell runtime", false),
                 stream_stale: env.seconds("STREAM_STALE_SECONDS", "how long a stream may be silent before it ends", 600),
+                slow_reader: env.seconds(
+                    "AOD_SLOW_READER_SECONDS",
+                    "how long a client may take nothing before its connection is closed",
+                    30,
+                ),
                 cors_origins: list(env.parsed("AOD_CORS_ORIGINS", "origins that browsers may call from", "*".to_owned())),
                 allowed_hosts: list(env.parsed("ALLOWED_HOSTS", "Host headers that are answered", "*".to_owned())),
             },
@@ -88,9 +96,6 @@ struct App {
     lifecycle: Lifecycle,
     stop: CancellationToken,
 }
-
-/// A connection whose client takes nothing for this long is closed; its reader resumes by id (contract §7).
-const WRITE_STALL_MAX: Duration = Duration::from_secs(30);
 
 /// How long the gateway waits for another service before it answers 503.
 const RPC_DEADLINE: Duration = Duration::from_secs(10);
@@ -123,10 +128,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         lifecycle: lifecycle.clone(),
         stop: lifecycle.stop_token(),
     };
+    let listener = Patient { listener, patience: app.config.slow_reader };
     let router = router::router(app);
     let stop = lifecycle.stop_token();
     lifecycle.spawn("http", async move {
-        let served = axum::serve(Patient(listener), router).with_graceful_shutdown(stop.cancelled_owned()).await;
+        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
         if let Err(error) = served {
             tracing::error!(%error, "http server ended");
         }
@@ -135,22 +141,26 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
 }
 
 /// Accepts connections whose patience with a client that takes nothing is bounded.
-struct Patient(TcpListener);
+/// A reader that is cut so resumes by id (contract §7).
+struct Patient {
+    listener: TcpListener,
+    patience: Duration,
+}
 
 impl Listener for Patient {
     type Io = Pin<Box<TimeoutStream<TcpStream>>>;
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        let (stream, addr) = Listener::accept(&mut self.0).await;
+        let (stream, addr) = Listener::accept(&mut self.listener).await;
         // Events leave at once.
         let _ = stream.set_nodelay(true);
         let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(WRITE_STALL_MAX));
+        stream.set_write_timeout(Some(self.patience));
         (Box::pin(stream), addr)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr()
+        self.listener.local_addr()
     }
 }

@@ -190,7 +190,7 @@ pub struct Resource {
 }
 
 impl CreateSession {
-    fn read(fields: &mut Fields) -> Self {
+    pub(crate) fn read(fields: &mut Fields) -> Self {
         Self {
             agent_id: fields.string("agent_id", BODY_BYTES_MAX),
             prompt: fields.string("prompt", BODY_BYTES_MAX),

@@ -16,7 +16,7 @@ use contract::{rpc, scheduler::GetSessionRequest};
 use serde::Deserialize;
 use types::SessionId;
 
-use utoipa::IntoParams;
+use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     App,
@@ -24,14 +24,14 @@ use crate::{
     error::ApiError,
     page::bad_query,
     path::{Id, IdParams},
-    stream::{event::StreamEvent, reader::Reader},
+    stream::reader::Reader,
 };
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct Params {
     /// Only events with a greater id follow
-    #[param(value_type = Option<u64>)]
+    #[param(pattern = "^[0-9]*$")]
     since: Option<String>,
 }
 
@@ -40,8 +40,19 @@ pub struct Params {
 #[expect(dead_code, reason = "describes a header")]
 pub struct LastEventId {
     /// As `since`, which it overrides
-    #[param(rename = "Last-Event-ID")]
-    last_event_id: Option<u64>,
+    #[param(rename = "Last-Event-ID", pattern = "^[0-9]*$")]
+    last_event_id: Option<String>,
+}
+
+/// A server-sent event.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes what is written line by line")]
+pub struct ServerSentEvent {
+    /// Where a client that reconnects goes on. Absent on `start`, `turn_start` and `stale`.
+    #[schema(pattern = "^[0-9]+$")]
+    id: Option<String>,
+    /// A `StreamEvent` as JSON, in ASCII.
+    data: String,
 }
 
 /// Follow a session
@@ -49,7 +60,7 @@ pub struct LastEventId {
 /// Server-sent events: all that the session has shown, then what it goes on to show, until its current turn ends. A comment is sent
 /// after 15 s of silence.
 #[utoipa::path(get, path = "/sessions/{id}/stream", tag = "sessions", params(IdParams, Params, LastEventId),
-    responses((status = 200, description = "Events, one `data:` line each", body = StreamEvent, content_type = "text/event-stream")))]
+    responses((status = 200, description = "Events, one `data:` line each", body = ServerSentEvent, content_type = "text/event-stream")))]
 pub async fn stream(
     State(app): State<App>,
     caller: Caller,
@@ -62,7 +73,8 @@ pub async fn stream(
     let session = app.call::<rpc::GetSession>(&request).await?;
     let Query(params) = params.map_err(|_| bad_query("Malformed query"))?;
     let last_event_id = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("?")).filter(|text| !text.is_empty());
-    let since = resume_point(last_event_id.or(params.since.as_deref()))?;
+    let since = resume_point(params.since.as_deref())?;
+    let since = if last_event_id.is_some() { resume_point(last_event_id)? } else { since };
     let reader = Reader::new(app, caller, session_id, session, since);
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),

@@ -150,13 +150,19 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
         Some(id) => Some(usable_environment(&mut tx, user, id).await?),
     };
     let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
+    // Locked by itself: a lock within the join below would see the row's newest version beside the join's older one.
+    sqlx::query("select from agent where agent_id = $1 and user_id = $2 for update")
+        .bind(agent.uuid())
+        .bind(user.uuid())
+        .execute(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
     let current: AgentRow = sqlx::query_as(
         "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
                 v.mcp_servers, v.mcp_secret_id, a.version, a.created_at, a.updated_at, a.archived_at
          from agent a
          join agent_version v using (agent_id, version)
-         where a.agent_id = $1 and a.user_id = $2
-         for update of a",
+         where a.agent_id = $1 and a.user_id = $2",
     )
     .bind(agent.uuid())
     .bind(user.uuid())

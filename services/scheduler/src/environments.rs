@@ -139,13 +139,19 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    // Locked by itself: a lock within the join below would see the row's newest version beside the join's older one.
+    sqlx::query("select from environment where environment_id = $1 and user_id = $2 for update")
+        .bind(environment.uuid())
+        .bind(user.uuid())
+        .execute(&mut *tx)
+        .await
+        .map_err(Failure::internal)?;
     let current: EnvironmentRow = sqlx::query_as(
         "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
                 e.version, e.created_at, e.updated_at, e.archived_at
          from environment e
          join environment_version v using (environment_id, version)
-         where e.environment_id = $1 and e.user_id = $2
-         for update of e",
+         where e.environment_id = $1 and e.user_id = $2",
     )
     .bind(environment.uuid())
     .bind(user.uuid())

@@ -1,7 +1,5 @@
 //! Errors and shapes of the public contract, and the published client.
 
-use std::process::Command;
-
 use reqwest::Method;
 use serde_json::{Value, json};
 use system_tests::{Options, Stack};
@@ -157,41 +155,6 @@ async fn what_is_down_is_answered_at_once_and_named() {
 }
 
 #[tokio::test]
-async fn lists_come_in_pages_newest_first() {
-    let stack = Stack::start(Options::default()).await.unwrap();
-    let mut made = Vec::new();
-    for _ in 0..5 {
-        made.push(stack.agent("shell").await.unwrap());
-    }
-    made.reverse();
-    let (mut seen, mut cursor) = (Vec::new(), String::new());
-    loop {
-        let page = stack.get(&format!("/agents?limit=2{cursor}")).await.unwrap().body;
-        seen.extend(page["data"].as_array().unwrap().iter().map(|agent| agent["id"].as_str().unwrap().to_owned()));
-        match page["next_cursor"].as_str() {
-            Some(next) => cursor = format!("&cursor={next}"),
-            None => break,
-        }
-    }
-    assert_eq!(seen, made);
-    for bad in ["limit=0", "limit=1001", "limit=x", "cursor=%00", "cursor=zzzz"] {
-        assert_eq!(stack.get(&format!("/agents?{bad}")).await.unwrap().status, 400, "{bad}");
-    }
-}
-
-#[tokio::test]
-async fn output_of_every_nasty_kind_arrives_as_it_was_written() {
-    let stack = Stack::start(Options::default()).await.unwrap();
-    // U+2028, U+0085, an emoji split across writes, invalid bytes, NUL.
-    let prompt =
-        r"printf 'a\342\200\250b\302\205c'; printf '\360\237'; sleep 0.3; printf '\230\200'; printf '\377x\000y'; printf 'end\342\202'";
-    let session = stack.session("shell", prompt).await.unwrap();
-    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
-    let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
-    assert_eq!(output, "a\u{2028}b\u{85}c😀\u{fffd}x\0yend\u{fffd}");
-}
-
-#[tokio::test]
 async fn a_burst_of_output_arrives_whole() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let session = stack.session("shell", "head -c 20000000 /dev/zero | tr '\\0' x; echo; seq 1 200000 >&2").await.unwrap();
@@ -206,17 +169,149 @@ async fn a_burst_of_output_arrives_whole() {
     println!("21 MB in {:?}, {} events", begun.elapsed(), events.len());
 }
 
+/// Whatever is sent: an answer of the 4xx sort, quickly, or a connection that is closed.
 #[tokio::test]
-async fn the_published_python_client_works_unmodified() {
-    let stack = Stack::start(Options { scripted_model: true, ..Options::default() }).await.unwrap();
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let output = Command::new(root.join("../.venv/bin/python"))
-        .arg(root.join("clients/sdk_first_steps.py"))
-        .env("AOD_API_URL", stack.ready_text("/api_url"))
-        .env("AOD_API_TOKEN", stack.ready_text("/api_key"))
-        .env("SPRITES_URL", stack.ready_text("/sprites_url"))
-        .env("SPRITES_TOKEN", stack.ready_text("/sprites_token"))
-        .output()
-        .expect("`make setup` makes the Python environment");
-    assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+async fn nothing_that_is_sent_is_answered_with_500() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let (url, key) = (stack.ready_text("/api_url"), stack.ready_text("/api_key"));
+    let host = url.strip_prefix("http://").unwrap().to_owned();
+    let auth = format!("Authorization: Bearer {key}\r\n");
+    let session = stack.session("shell", "true").await.unwrap();
+    let post = |body: &[u8]| {
+        [format!("POST /agents HTTP/1.1\r\nHost: x\r\n{auth}Content-Length: {}\r\n\r\n", body.len()).as_bytes(), body].concat()
+    };
+    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\n{auth}\r\n").into_bytes();
+    let nested = |open: &str, close: &str| {
+        format!(r#"{{"name":"n","model":"m","runtime":"shell","metadata":{{"a":{}1{}}}}}"#, open.repeat(200), close.repeat(200))
+    };
+    let with = |field: &str| format!(r#"{{"name":"n","model":"m","runtime":"shell",{field}}}"#).into_bytes();
+    let requests: Vec<(&str, Vec<u8>, u16)> = vec![
+        ("deep nesting", post(nested("[", "]").as_bytes()), 400),
+        ("deeper nesting", post("[".repeat(2_000_000).as_bytes()), 400),
+        ("a huge number", post(&with(&format!(r#""metadata":{{"a":{}}}"#, "9".repeat(100_000)))), 400),
+        ("a huge exponent", post(&with(r#""metadata":{"a":1e400}"#)), 400),
+        ("a small exponent", post(&with(r#""metadata":{"a":1e-400}"#)), 201),
+        ("a lone surrogate", post(&with(r#""system":"\ud800""#)), 400),
+        ("a lone surrogate for a key", post(&with(r#""metadata":{"\udfff":"x"}"#)), 400),
+        ("NUL", post(&with(r#""metadata":{"a":["\u0000"]}"#)), 422),
+        ("bad UTF-8", post(&[&b"{\"name\":\""[..], b"\xc3\x28", b"\"}"].concat()), 400),
+        ("a byte order mark", post(b"\xef\xbb\xbf{}"), 400),
+        ("a doubled field", post(&with(r#""name":5"#)), 422),
+        ("the largest body", post(&with(&format!(r#""system":"{}""#, "x".repeat(2_621_440 - 60)))), 201),
+        ("a body that is too large", post(&vec![b' '; 2_621_441]), 413),
+        ("a body of NULs", post(&[0; 1000]), 400),
+        ("no such path, encoded", get("/agents/%ff"), 404),
+        ("a path out of the tree", get("/agents/..%2f..%2fetc"), 404),
+        ("a bad query", get("/agents?limit=%ff"), 400),
+        ("a query of junk", get("/agents?&&=&%=&limit"), 400),
+        ("a stream from nowhere", get(&format!("/sessions/{session}/stream?since=%00")), 400),
+        ("a long path", get(&format!("/agents/{}", "a".repeat(7000))), 404),
+        ("a longer path", get(&format!("/agents/{}", "a".repeat(70_000))), 414),
+        ("a flood of headers", format!("GET /agents HTTP/1.1\r\nHost: x\r\n{}\r\n", "X-A: b\r\n".repeat(500)).into_bytes(), 431),
+        ("a large header", format!("GET /agents HTTP/1.1\r\nHost: x\r\nX-A: {}\r\n\r\n", "b".repeat(1_000_000)).into_bytes(), 431),
+        ("a key of bytes", b"GET /agents HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n".to_vec(), 401),
+        (
+            "an idempotency key of bytes",
+            format!("POST /agents HTTP/1.1\r\nHost: x\r\n{auth}Idempotency-Key: \u{e9}\r\nContent-Length: 2\r\n\r\n{{}}").into_bytes(),
+            400,
+        ),
+        ("a length that lies", format!("POST /agents HTTP/1.1\r\nHost: x\r\n{auth}Content-Length: x\r\n\r\n").into_bytes(), 400),
+        (
+            "two lengths",
+            format!("POST /agents HTTP/1.1\r\nHost: x\r\n{auth}Content-Length: 2\r\nContent-Length: 3\r\n\r\n{{}}").into_bytes(),
+            400,
+        ),
+        ("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00".to_vec(), 400),
+        ("an odd method", format!("BREW /agents HTTP/1.1\r\nHost: x\r\n{auth}\r\n").into_bytes(), 405),
+    ];
+    for (what, request, expected) in requests {
+        let status = raw_status(&host, &request).await;
+        assert_eq!(status, Some(expected), "{what}");
+    }
+    assert_eq!(stack.get("/health").await.unwrap().status, 200);
+}
+
+/// The status that a raw request is answered with.
+async fn raw_status(host: &str, request: &[u8]) -> Option<u16> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut socket = tokio::net::TcpStream::connect(host).await.unwrap();
+    let (mut reader, mut writer) = socket.split();
+    let (mut answer, mut buffer) = (Vec::new(), [0; 4096]);
+    // An answer may come before all of the request was taken.
+    let write = async {
+        let _ = writer.write_all(request).await;
+        std::future::pending::<()>().await;
+    };
+    let read = async {
+        while !answer.windows(2).any(|pair| pair == b"\r\n") {
+            match reader.read(&mut buffer).await {
+                Ok(0) | Err(_) => break,
+                Ok(count) => answer.extend_from_slice(&buffer[..count]),
+            }
+        }
+    };
+    tokio::select! {
+        () = write => {}
+        () = read => {}
+        () = tokio::time::sleep(std::time::Duration::from_secs(10)) => {}
+    }
+    std::str::from_utf8(&answer).ok()?.split(' ').nth(1)?.parse().ok()
+}
+
+#[tokio::test]
+async fn a_browser_may_call_from_another_origin() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let session = stack.session("shell", "echo hi").await.unwrap();
+    let url = format!("{}/sessions/{session}/stream", stack.ready_text("/api_url"));
+    let wanted = "authorization,content-type,last-event-id,idempotency-key";
+    let preflight = stack.http.request(Method::OPTIONS, &url).header("origin", "https://app.example");
+    let preflight = preflight.header("access-control-request-method", "GET").header("access-control-request-headers", wanted);
+    let answer = preflight.send().await.unwrap();
+    assert_eq!((answer.status().as_u16(), answer.headers()["access-control-allow-origin"].to_str().unwrap()), (200, "*"));
+    let allowed = answer.headers()["access-control-allow-headers"].to_str().unwrap().to_ascii_lowercase();
+    assert!(wanted.split(',').all(|header| allowed.contains(header)), "{allowed}");
+    let methods = answer.headers()["access-control-allow-methods"].to_str().unwrap().to_owned();
+    assert!(["GET", "POST", "PUT", "DELETE"].iter().all(|method| methods.contains(method)), "{methods}");
+    let stream =
+        stack.http.get(&url).header("origin", "https://app.example").bearer_auth(stack.ready_text("/api_key")).send().await.unwrap();
+    assert_eq!(stream.headers()["access-control-allow-origin"], "*");
+    assert!(stream.text().await.unwrap().contains("hi\\n"));
+    // A refusal can be read too, with its request id.
+    let refused = stack.http.get(&url).header("origin", "https://app.example").send().await.unwrap();
+    assert_eq!((refused.status().as_u16(), &refused.headers()["access-control-allow-origin"]), (401, &"*".parse().unwrap()));
+    assert!(refused.headers()["access-control-expose-headers"].to_str().unwrap().contains("x-request-id"));
+}
+
+#[tokio::test]
+async fn the_document_is_shown_by_a_page_that_needs_no_other_host() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let url = stack.ready_text("/api_url");
+    let text =
+        async |path: &str| stack.http.get(format!("{url}{path}")).send().await.unwrap().error_for_status().unwrap().text().await.unwrap();
+    let page = text("/docs").await;
+    let assets: Vec<&str> = page.split(['"', '\'']).filter(|part| part.ends_with(".js") || part.ends_with(".css")).collect();
+    assert!(assets.len() >= 3 && !page.contains("https://") && !page.contains("http://"), "{page}");
+    for asset in assets {
+        assert!(!text(&format!("/docs/{}", asset.trim_start_matches("./"))).await.is_empty());
+    }
+    assert!(text("/docs/swagger-initializer.js").await.contains("/openapi.json"));
+    let document: Value = serde_json::from_str(&text("/openapi.json").await).unwrap();
+    assert_eq!(document["openapi"], "3.1.0");
+    // What is described is there, and wants a key unless it says otherwise; what is not described is refused.
+    for (path, item) in document["paths"].as_object().unwrap() {
+        let path = path.replace("{id}", "00000000-0000-4000-8000-000000000000").replace("{kind}", "provider:openai");
+        for method in ["GET", "PUT", "POST", "DELETE", "PATCH"] {
+            let operation = &item[method.to_lowercase()];
+            let answer = stack.http.request(method.parse().unwrap(), format!("{url}{path}")).send().await.unwrap();
+            let open = !operation["security"].is_null();
+            let expected = if operation.is_null() {
+                405
+            } else if open {
+                200
+            } else {
+                401
+            };
+            assert_eq!(answer.status().as_u16(), expected, "{method} {path}");
+        }
+    }
 }

@@ -6,7 +6,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 
-const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, no_restart: false };
+const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, no_restart: false, settings: &[] };
 const LINES: usize = 100;
 
 /// Runs a turn that prints numbered lines, disturbs it after the twentieth, and gives the longest pause in its output.

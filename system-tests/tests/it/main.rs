@@ -3,8 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod agents;
+mod clients;
 mod command_line;
 mod contract;
 mod dev;
 mod faults;
+mod resources;
 mod sprites_api;
+mod streams;

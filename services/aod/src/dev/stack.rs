@@ -64,6 +64,20 @@ fn free_ports(count: usize) -> Result<Vec<SocketAddr>, DevError> {
     Err(DevError::Broken("no free ports".to_owned()))
 }
 
+/// Variables of `aod dev`'s own environment that its services see too: what a developer may want to try.
+const PASSED_ON: &[&str] = &[
+    "PATH",
+    "HOME",
+    "RUST_LOG",
+    "RUST_BACKTRACE",
+    "ALLOWED_HOSTS",
+    "AOD_CORS_ORIGINS",
+    "AOD_SLOW_READER_SECONDS",
+    "DEFAULT_MAX_CONCURRENT_SESSIONS",
+    "DEFAULT_TIMEOUT",
+    "STREAM_STALE_SECONDS",
+];
+
 impl Stack {
     pub fn new(
         tools: Tools,
@@ -275,7 +289,7 @@ impl Stack {
     /// The services, their settings and where they tell that they are ready.
     fn services(&self) -> Result<Vec<Spec>, DevError> {
         let secrets = &self.data.secrets;
-        let shared = std::env::vars().filter(|(name, _)| matches!(name.as_str(), "PATH" | "RUST_LOG" | "RUST_BACKTRACE" | "HOME"));
+        let shared = std::env::vars().filter(|(name, _)| PASSED_ON.contains(&name.as_str()));
         let shared: Vec<(String, String)> = shared.chain([("AOD_STOP_GRACE_SECONDS".to_owned(), "3".to_owned())]).collect();
         let mut ports = self.admin.iter().copied();
         let mut specs = Vec::new();
@@ -330,12 +344,12 @@ impl Stack {
         Ok(specs)
     }
 
-    /// What was started, for programs: written whole or not at all.
     /// In the data directory, where `aod admin` finds it; and where it was asked for.
     fn ready_files(&self) -> impl Iterator<Item = PathBuf> {
         [self.data.join(READY_FILE)].into_iter().chain(self.ready_file.clone())
     }
 
+    /// What was started, for programs: written whole or not at all.
     fn write_ready_file(&self) -> Result<(), DevError> {
         let mut services: Map<String, Value> = Map::new();
         for process in &self.processes {

@@ -46,11 +46,11 @@ fn read_one(item: &mut Fields) -> McpServer {
 
 /// A text that must be there and say something.
 fn filled(item: &mut Fields, name: &str) -> String {
-    let text = item.string(name, BODY_BYTES_MAX);
-    if text.is_empty() && item.names().any(|key| key == name) && !item.is_null(name) {
+    let text = item.named_string(name, BODY_BYTES_MAX);
+    if text.as_deref() == Some("") {
         item.refuse(name, &format!("{name} must not be empty"));
     }
-    text
+    text.unwrap_or_default()
 }
 
 /// What is wrong where `***` stands for a value that is not stored.

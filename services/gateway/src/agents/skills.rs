@@ -32,10 +32,11 @@ fn read_one(item: &mut Fields) -> Skill {
 
 fn read_github(item: &mut Fields) -> GithubSkill {
     item.literal("type", "github");
-    let source = item.string("source", BODY_BYTES_MAX);
-    if !source.is_empty() && !is_skill_source(&source) {
+    let source = item.named_string("source", BODY_BYTES_MAX);
+    if source.as_deref().is_some_and(|source| !is_skill_source(source)) {
         item.refuse("source", "source must be owner/repo");
     }
+    let source = source.unwrap_or_default();
     let description = item.optional_string("description", SKILL_DESCRIPTION_CHARS_MAX);
     let name = item.optional_string("name", BODY_BYTES_MAX);
     if name.as_deref().is_some_and(|name| !is_skill_name(name)) {
@@ -47,14 +48,14 @@ fn read_github(item: &mut Fields) -> GithubSkill {
 const NAME_RULE: &str = "name must match [a-z0-9][a-z0-9-]{0,63}";
 
 fn read_inline(item: &mut Fields) -> InlineSkill {
-    let name = item.string("name", BODY_BYTES_MAX);
-    if item.names().any(|key| key == "name") && !name.is_empty() && !is_skill_name(&name) {
+    let name = item.named_string("name", BODY_BYTES_MAX);
+    if name.as_deref().is_some_and(|name| !is_skill_name(name)) {
         item.refuse("name", NAME_RULE);
     }
-    let description = item.string("description", SKILL_DESCRIPTION_CHARS_MAX);
-    let content = item.string("content", BODY_BYTES_MAX);
-    if content.len() > SKILL_CONTENT_BYTES_MAX {
+    let description = item.named_string("description", SKILL_DESCRIPTION_CHARS_MAX);
+    let content = item.named_string("content", BODY_BYTES_MAX);
+    if content.as_ref().is_some_and(|content| content.len() > SKILL_CONTENT_BYTES_MAX) {
         item.refuse("content", &format!("content must be at most {SKILL_CONTENT_BYTES_MAX} bytes"));
     }
-    InlineSkill { name, description, content }
+    InlineSkill { name: name.unwrap_or_default(), description: description.unwrap_or_default(), content: content.unwrap_or_default() }
 }

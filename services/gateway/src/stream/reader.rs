@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use types::{Backoff, SessionId, SessionStatus};
 
 use crate::{
-    App, RPC_DEADLINE, WRITE_STALL_MAX,
+    App, RPC_DEADLINE,
     auth::Caller,
     stream::{
         event::{Event, StreamEvent, Visible, anonymous_frame},
@@ -291,7 +291,7 @@ const RING_TAKE: usize = 512;
 impl Reader {
     /// Whether the connection ended because its client took nothing for as long as is waited for.
     fn pending_bytes_stalled(&self) -> bool {
-        !self.pending.is_empty() && self.asked_at.elapsed() >= WRITE_STALL_MAX
+        !self.pending.is_empty() && self.asked_at.elapsed() >= self.app.config.slow_reader
     }
 }
 

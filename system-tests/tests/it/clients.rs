@@ -1,0 +1,82 @@
+//! Programs that others publish, unmodified, against the running stack.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::json;
+use system_tests::{Options, Stack};
+
+/// A program of the Python environment that the set-up makes, pointed at a stack.
+fn python(stack: &Stack, program: &str) -> Command {
+    let mut command = Command::new(root().join("../.venv/bin").join(program));
+    command
+        .env("AOD_READY", stack.data_dir().join("running.json"))
+        .env("AOD_BIN", testkit::services::binary("aod").unwrap())
+        .env("SPRITES_URL", stack.ready_text("/sprites_url"))
+        .env("SPRITES_TOKEN", stack.ready_text("/sprites_token"))
+        .env("AOD_API_URL", stack.ready_text("/api_url"))
+        .env("AOD_API_TOKEN", stack.ready_text("/api_key"));
+    command
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
+}
+
+async fn succeeds(mut command: Command) -> String {
+    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap();
+    let output = output.unwrap_or_else(|error| panic!("`make setup` makes the Python environment: {error}"));
+    let text = format!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{text}");
+    text
+}
+
+#[tokio::test]
+async fn the_published_clients_run_claude_and_drive_sprites() {
+    let stack = Stack::start(Options { scripted_model: true, ..Options::default() }).await.unwrap();
+    let mut command = python(&stack, "python");
+    command.arg(root().join("clients/sdk_first_steps.py"));
+    succeeds(command).await;
+}
+
+#[tokio::test]
+async fn every_method_error_and_stream_of_aod_sdk() {
+    let stack = Stack::start(Options { scripted_model: true, ..Options::default() }).await.unwrap();
+    let mut command = python(&stack, "python");
+    command.args(["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]).arg(root().join("clients/test_aod_sdk.py"));
+    succeeds(command).await;
+}
+
+/// Requests that are made from the document, right ones and wrong ones: no 5xx, no answer that is not described.
+#[tokio::test]
+async fn schemathesis_finds_nothing() {
+    let stack = Stack::start(Options { scripted_model: true, ..Options::default() }).await.unwrap();
+    // What there is to be found: else most answers are 404.
+    let agent = stack.agent("shell").await.unwrap();
+    let environment = stack.post("/environments", json!({ "name": "e" })).await.unwrap().text("id").to_owned();
+    let session = stack.session("shell", "echo hi").await.unwrap();
+    stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("schemathesis.toml");
+    let ids = [("agents", &agent), ("environments", &environment), ("sessions", &session)];
+    let mut text = String::from("[warnings]\nenabled = false\n");
+    for (resource, id) in ids {
+        text += &format!("[[operations]]\ninclude-path-regex = \"^/{resource}/\"\nparameters = {{ \"path.id\" = \"{id}\" }}\n");
+    }
+    std::fs::write(&config, text).unwrap();
+    let checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method,\
+                  allow_header_conformance,negative_data_rejection,ignored_auth";
+    let mut command = python(&stack, "schemathesis");
+    command
+        .current_dir(dir.path())
+        .arg("--config-file")
+        .arg(&config)
+        .arg("run")
+        .arg(format!("{}/openapi.json", stack.ready_text("/api_url")));
+    command.args(["-H", &format!("Authorization: Bearer {}", stack.ready_text("/api_key")), "-c", checks, "--seed", "7", "--no-color"]);
+    command.args(["--max-examples", "15", "--request-timeout", "20", "--continue-on-failure"]);
+    let report = succeeds(command).await;
+    assert!(report.contains("Operations:       30 selected / 30 total"), "{report}");
+}
