@@ -1,5 +1,7 @@
 //! What the workspace generates from its own sources. Tests compare it with what is committed.
 
+pub mod asyncapi;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -43,8 +45,13 @@ pub fn write_messages(out: &Path) -> Result<()> {
         .context("writing messages")
 }
 
-/// The rendered files of `nats/`, by path from the root.
-#[must_use]
-pub fn nats_files() -> Vec<(&'static str, String)> {
-    vec![("nats/permissions.conf", contract::access::render_permissions())]
+/// The rendered files, by path from the root.
+///
+/// # Errors
+/// When what they are rendered from cannot be read.
+pub fn rendered_files() -> Result<Vec<(&'static str, String)>> {
+    Ok(vec![
+        ("nats/permissions.conf", contract::access::render_permissions()),
+        ("docs/asyncapi.json", asyncapi::render().context("docs/asyncapi.json")?),
+    ])
 }

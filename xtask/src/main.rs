@@ -1,4 +1,4 @@
-//! `cargo xtask gen` writes what is generated: bus messages and the NATS configuration.
+//! `cargo xtask gen` writes what is generated: bus messages, the NATS configuration and the document of the bus.
 
 use anyhow::{Result, bail};
 
@@ -6,8 +6,12 @@ fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("gen") => {
             xtask::write_messages(&xtask::root().join(xtask::MESSAGES))?;
-            for (path, text) in xtask::nats_files() {
-                std::fs::write(xtask::root().join(path), text)?;
+            for (path, text) in xtask::rendered_files()? {
+                let path = xtask::root().join(path);
+                if let Some(folder) = path.parent() {
+                    std::fs::create_dir_all(folder)?;
+                }
+                std::fs::write(path, text)?;
             }
             Ok(())
         }

@@ -21,7 +21,7 @@ const ALLOWED: [(&str, &[&str]); 8] = [
 
 /// Libraries that only some may use directly, so that their subject stays in one place.
 const WRAPPED: [(&str, &[&str]); 4] = [
-    ("async-nats", &["bus"]),
+    ("async-nats", &["bus", "session-events", "system-tests"]),
     ("aes-gcm", &["sealing", "credential-vault"]),
     ("x25519-dalek", &["sealing"]),
     ("tokio-tungstenite", &["sprites"]),
@@ -91,6 +91,50 @@ fn folders_are_named_like_their_crates_and_share_the_workspaces_rules() {
     }
 }
 
+/// The document of the bus tells of every subject that anybody may use, and of no other.
+#[test]
+fn the_document_of_the_bus_is_complete() {
+    let document: Value = serde_json::from_str(&xtask::asyncapi::render().unwrap()).unwrap();
+    let addresses: Vec<String> =
+        document["channels"].as_object().unwrap().values().filter_map(|channel| channel["address"].as_str()).map(str::to_owned).collect();
+    let described = |pattern: &str| addresses.iter().any(|address| matches(pattern, address));
+    for access in contract::access::ALL {
+        for pattern in access.publish.iter().chain(access.subscribe).filter(|pattern| pattern.starts_with("aod.")) {
+            assert!(described(pattern), "{} may use {pattern}, which is not described", access.user);
+        }
+    }
+    for stream in contract::topology::STREAMS {
+        assert!(stream.subjects.iter().all(|pattern| described(pattern)), "{}", stream.name);
+    }
+    for address in &addresses {
+        let used = contract::access::ALL.iter().any(|access| access.publish.iter().any(|pattern| matches(pattern, address)));
+        assert!(used, "nobody may publish {address}");
+    }
+    let text = document.to_string();
+    let references = text.split("\"$ref\":\"#").skip(1).map(|rest| rest.split('"').next().unwrap());
+    for reference in references {
+        assert!(document.pointer(reference).is_some(), "{reference} is not there");
+    }
+    for message in document["components"]["messages"].as_object().unwrap().values() {
+        let (package, name) = message["name"].as_str().unwrap().rsplit_once('.').unwrap();
+        let proto = document["components"]["schemas"][package]["schema"].as_str().unwrap();
+        assert!(proto.contains(&format!("message {name} {{")), "{package} has no {name}");
+    }
+}
+
+/// Whether a pattern of NATS covers an address, whose parameters stand for one word each.
+fn matches(pattern: &str, address: &str) -> bool {
+    let (mut pattern, mut address) = (pattern.split('.'), address.split('.'));
+    loop {
+        match (pattern.next(), address.next()) {
+            (Some(">"), Some(_)) | (None, None) => return true,
+            (Some("*"), Some(_)) => {}
+            (Some(p), Some(a)) if p == a || a.starts_with('{') => {}
+            _ => return false,
+        }
+    }
+}
+
 #[test]
 fn generated_files_are_up_to_date() {
     let fresh = tempfile::tempdir().unwrap();
@@ -102,7 +146,7 @@ fn generated_files_are_up_to_date() {
         compared += 1;
     }
     assert_eq!(compared, std::fs::read_dir(root().join(xtask::MESSAGES)).unwrap().count());
-    for (path, text) in xtask::nats_files() {
+    for (path, text) in xtask::rendered_files().unwrap() {
         assert!(std::fs::read_to_string(root().join(path)).unwrap() == text, "{path} differs: run `cargo xtask gen`");
     }
 }

@@ -11,10 +11,22 @@ pub trait Rpc {
     const IDEMPOTENT: bool;
 }
 
+/// A request, for those who describe the bus.
+#[derive(Debug)]
+pub struct RpcInfo {
+    pub name: &'static str,
+    pub subject: &'static str,
+    /// `module::Message`, as in this crate.
+    pub request: &'static str,
+    pub reply: &'static str,
+    pub idempotent: bool,
+    pub meaning: &'static str,
+}
+
 macro_rules! rpcs {
-    ($($(#[$doc:meta])* $name:ident: $request:ty => $reply:ty, $subject:literal, idempotent: $idempotent:literal;)*) => {
+    ($($(#[doc = $doc:literal])* $name:ident: $request:ty => $reply:ty, $subject:literal, idempotent: $idempotent:literal;)*) => {
         $(
-            $(#[$doc])*
+            $(#[doc = $doc])*
             #[derive(Debug)]
             pub struct $name;
 
@@ -26,8 +38,15 @@ macro_rules! rpcs {
             }
         )*
 
-        /// Every request subject there is.
-        pub const SUBJECTS: &[&str] = &[$($subject),*];
+        /// Every request there is.
+        pub const RPCS: &[RpcInfo] = &[$(RpcInfo {
+            name: stringify!($name),
+            subject: $subject,
+            request: stringify!($request),
+            reply: stringify!($reply),
+            idempotent: $idempotent,
+            meaning: concat!($($doc),*),
+        }),*];
     };
 }
 

@@ -47,6 +47,65 @@ pub fn dead_letter(owner: &str) -> String {
     format!("aod.dlq.{owner}.v1.message.rejected")
 }
 
+/// What is published, for those who describe the bus.
+#[derive(Debug)]
+pub struct Publication {
+    pub name: &'static str,
+    pub address: &'static str,
+    /// The keys of the address, and what they are.
+    pub parameters: &'static [(&'static str, &'static str)],
+    /// `module::Message`, as in this crate; none where the subject says it all.
+    pub message: Option<&'static str>,
+    pub meaning: &'static str,
+}
+
+const SESSION: (&str, &str) = ("session", "The session's id");
+
+pub const PUBLICATIONS: &[Publication] = &[
+    Publication {
+        name: "SessionLog",
+        address: "aod.log.session.v1.{session}",
+        parameters: &[SESSION],
+        message: Some("session::SessionEvent"),
+        meaning: "All that a session shows, in order: stages, output, the ends of turns. The sequence in the stream EVENTS is the public event id.",
+    },
+    Publication {
+        name: "SessionLifecycle",
+        address: "aod.evt.scheduler.v1.session.{what}.{session}",
+        parameters: &[("what", "`completed`, `failed`, `terminated` or `deleted`"), SESSION],
+        message: Some("scheduler::SessionChanged"),
+        meaning: "A fact about a session, for other services. May come twice; kept in the stream LIFECYCLE.",
+    },
+    Publication {
+        name: "RunTurn",
+        address: "aod.cmd.runner.v1.turn.run.{session}",
+        parameters: &[SESSION],
+        message: Some("runner::RunTurn"),
+        meaning: "A turn to be run by one of the runners. Kept in the work queue JOBS until it is acknowledged.",
+    },
+    Publication {
+        name: "DestroySprite",
+        address: "aod.cmd.runner.v1.sprite.destroy.{sprite}",
+        parameters: &[("sprite", "The Sprite's name")],
+        message: Some("runner::DestroySprite"),
+        meaning: "A Sprite to be deleted by one of the runners. Kept in the work queue JOBS until it is acknowledged.",
+    },
+    Publication {
+        name: "TerminateHint",
+        address: "aod.hint.runner.v1.session.terminate.{session}",
+        parameters: &[SESSION],
+        message: None,
+        meaning: "Wakes the runner of a session that was terminated. Losing it costs latency alone.",
+    },
+    Publication {
+        name: "DeadLetter",
+        address: "aod.dlq.{owner}.v1.message.rejected",
+        parameters: &[("owner", "Who could not handle it")],
+        message: None,
+        meaning: "A message that could not be handled, as it came, with the reason in a header. Kept in the stream DLQ.",
+    },
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;

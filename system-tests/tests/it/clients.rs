@@ -25,9 +25,9 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
 }
 
+/// `make setup` makes what is started here.
 async fn succeeds(mut command: Command) -> String {
-    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap();
-    let output = output.unwrap_or_else(|error| panic!("`make setup` makes the Python environment: {error}"));
+    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
     let text = format!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{text}");
     text
@@ -79,4 +79,52 @@ async fn schemathesis_finds_nothing() {
     command.args(["--max-examples", "15", "--request-timeout", "20", "--continue-on-failure"]);
     let report = succeeds(command).await;
     assert!(report.contains("Operations:       30 selected / 30 total"), "{report}");
+}
+
+/// The example of a service that follows sessions on the bus, as the user that can only read.
+#[tokio::test]
+async fn a_service_follows_sessions_on_the_bus_and_can_do_no_more() {
+    use tokio::io::{AsyncBufReadExt as _, BufReader};
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let url: url::Url = stack.ready_text("/events_url").parse().unwrap();
+    let address = format!("nats://{}:{}", url.host_str().unwrap(), url.port().unwrap());
+    let example = |args: &[&str]| {
+        let mut command = tokio::process::Command::new(testkit::services::binary("session-events").unwrap());
+        command.args(args).env("NATS_URL", &address).env("NATS_PASSWORD", url.password().unwrap()).kill_on_drop(true);
+        command
+    };
+    let mut following = example(&[]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(following.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next_line().await.unwrap().as_deref(), Some("following"));
+    let session = stack.session("shell", "echo heard; exit 4").await.unwrap();
+    stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let mut heard = Vec::new();
+    while !heard.last().is_some_and(|line: &String| line.contains("failed")) {
+        heard.push(lines.next_line().await.unwrap().unwrap());
+    }
+    assert!(heard.last().unwrap().ends_with(&format!("session {session} turn 1 failed exit code 4")), "{heard:?}");
+    let output = example(&[&session]).output().await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "heard\n");
+
+    // The same user can neither write nor read anything else.
+    let client = async_nats::ConnectOptions::new().user_and_password("events".to_owned(), url.password().unwrap().to_owned());
+    let client = client.custom_inbox_prefix("_INBOX_events").request_timeout(Some(std::time::Duration::from_millis(300)));
+    let client = client.connect(&address).await.unwrap();
+    let jetstream = async_nats::jetstream::new(client.clone());
+    assert!(jetstream.publish(format!("aod.log.session.v1.{session}"), "x".into()).await.unwrap().await.is_err());
+    for subject in [
+        "aod.rpc.auth.v1.user.list",
+        "aod.rpc.vault.v1.lease.redeem",
+        "$JS.API.STREAM.INFO.JOBS",
+        "$JS.API.STREAM.PURGE.EVENTS",
+        "$JS.API.STREAM.DELETE.EVENTS",
+        "$JS.API.CONSUMER.CREATE.JOBS.x",
+    ] {
+        assert!(client.request(subject, "".into()).await.is_err(), "{subject}");
+    }
+    let mut others = client.subscribe("aod.>").await.unwrap();
+    let session = stack.session("shell", "true").await.unwrap();
+    stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    assert!(tokio::time::timeout(std::time::Duration::from_millis(300), futures::StreamExt::next(&mut others)).await.is_err());
+    assert_eq!(stack.stream(&session, 0).await.unwrap().all().await.unwrap().last().unwrap()["type"], "exit");
 }
