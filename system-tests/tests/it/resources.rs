@@ -266,3 +266,45 @@ async fn a_deleted_session_leaves_nothing() {
     let sprites: Value = sprites.send().await.unwrap().json().await.unwrap();
     assert_eq!(sprites["sprites"], json!([]));
 }
+
+#[tokio::test]
+async fn what_an_agent_asks_for_lies_in_its_sandbox() {
+    let stack = Stack::start(Options { scripted_model: true, ..Options::default() }).await.unwrap();
+    let skill = json!({ "name": "greet", "description": "how to greet", "content": "# Say hello\n" });
+    let servers = json!([{ "name": "files", "type": "stdio", "command": "true", "env": { "TOKEN": "sentinel" } }]);
+    let agent = json!({ "name": "a", "model": "claude-sonnet-4-5", "runtime": "claude", "skills": [skill], "mcp_servers": servers });
+    let agent = stack.post("/agents", agent).await.unwrap().text("id").to_owned();
+    let session = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "write a haiku" })).await.unwrap();
+    let events = stack.stream(session.text("id"), 0).await.unwrap().all().await.unwrap();
+    let done: Vec<_> = events.iter().filter(|event| event["state"] == "done").map(|event| event["stage"].as_str().unwrap()).collect();
+    assert_eq!(done, ["create_sprite", "install_runtime", "env_file", "runtime_config", "skills"]);
+    assert_eq!(events.last().unwrap()["code"], 0);
+    let sprites = async |path: &str, query: &[(&str, &str)]| {
+        let request = stack.http.get(format!("{}/v1/sprites{path}", stack.ready_text("/sprites_url"))).query(query);
+        request.bearer_auth(stack.ready_text("/sprites_token")).send().await.unwrap().error_for_status().unwrap().text().await.unwrap()
+    };
+    let list: Value = serde_json::from_str(&sprites("", &[]).await).unwrap();
+    let name = list["sprites"][0]["name"].as_str().unwrap();
+    let file = async |path: &str| sprites(&format!("/{name}/fs/read"), &[("path", path), ("workingDir", "/")]).await;
+    assert_eq!(file("/home/sprite/.claude/skills/greet/SKILL.md").await, "# Say hello\n");
+    let config: Value = serde_json::from_str(&file("/home/sprite/.claude.json").await).unwrap();
+    assert_eq!(config["mcpServers"]["files"]["env"]["TOKEN"], "sentinel");
+    assert!(!Value::from(events).to_string().contains("sentinel"));
+}
+
+/// A sandbox that cannot limit its network runs nothing that wants it limited.
+#[tokio::test]
+async fn a_network_that_cannot_be_limited_is_a_failure_and_not_an_open_network() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let environment = json!({ "name": "e", "setup_script": "echo ran", "networking": { "type": "limited", "allowed_hosts": ["x.org"] } });
+    let environment = stack.post("/environments", environment).await.unwrap().text("id").to_owned();
+    let agent = stack.agent("shell").await.unwrap();
+    let session = json!({ "agent_id": agent, "prompt": "echo ran", "environment_id": environment });
+    let session = stack.post("/sessions", session).await.unwrap().text("id").to_owned();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let last = events.last().unwrap();
+    assert!(last["message"].as_str().unwrap().starts_with("Provisioning failed at network_policy: this sandbox cannot limit"), "{last}");
+    assert!(events.iter().all(|event| event["type"] != "output"));
+    let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
+    assert_eq!((session.text("status"), &session.body["failure"]["stage"]), ("failed", &json!("network_policy")));
+}
