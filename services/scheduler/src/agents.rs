@@ -7,10 +7,10 @@ use contract::scheduler::{
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
-use types::{AgentId, EnvironmentId, ErrorCode, ModelRef, Runtime, SecretId, UserId, agent::merge_metadata, model::ModelError};
+use types::{AgentId, EnvironmentId, ErrorCode, ModelRef, Runtime, UserId, agent::merge_metadata, model::ModelError};
 use uuid::Uuid;
 
-use crate::{Scheduler, Window, environments, micros, now, once, parsed_json, unsigned, version_mismatch};
+use crate::{Scheduler, Window, environments, micros, now, once, parsed_json, secret_id, unsigned, version_mismatch};
 
 #[derive(Clone, PartialEq, sqlx::FromRow)]
 struct AgentRow {
@@ -90,7 +90,7 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
         metadata: parsed_json(&request.metadata)?,
         skills: parsed_json(&request.skills)?,
         mcp_servers: parsed_json(&request.mcp_servers)?,
-        mcp_secret_id: secret(request.mcp_secret_id.as_deref())?,
+        mcp_secret_id: secret_id(request.mcp_secret_id.as_deref())?,
         version: 1,
         created_at: now,
         updated_at: now,
@@ -109,11 +109,6 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
     once::remember(&mut tx, user, ROUTE, request.once.as_ref(), &agent).await?;
     tx.commit().await.map_err(Failure::internal)?;
     Ok(CreateAgentReply { agent: Some(agent), replayed: false })
-}
-
-fn secret(id: Option<&str>) -> Result<Option<Uuid>, Failure> {
-    let id = id.map(str::parse::<SecretId>).transpose().map_err(|_| Failure::invalid("Malformed secret id"))?;
-    Ok(id.map(SecretId::uuid))
 }
 
 async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Failure> {
@@ -199,7 +194,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     }
     if let Some(servers) = &request.mcp_servers {
         new.mcp_servers = parsed_json(servers)?;
-        new.mcp_secret_id = secret(request.mcp_secret_id.as_deref())?;
+        new.mcp_secret_id = secret_id(request.mcp_secret_id.as_deref())?;
     }
     if new == current {
         return Ok(current.into());

@@ -11,10 +11,10 @@ use contract::{
 use serde_json::Value;
 use sqlx::PgConnection;
 use time::OffsetDateTime;
-use types::{EnvironmentId, SecretId, UserId};
+use types::{EnvironmentId, UserId};
 use uuid::Uuid;
 
-use crate::{Scheduler, Window, micros, now, once, parsed_json, unsigned, version_mismatch};
+use crate::{Scheduler, Window, micros, now, once, parsed_json, secret_id, unsigned, version_mismatch};
 
 #[derive(Clone, PartialEq, sqlx::FromRow)]
 struct EnvironmentRow {
@@ -72,11 +72,6 @@ fn refused(error: sqlx::Error, name: &str) -> Failure {
     }
 }
 
-fn secret(id: Option<&str>) -> Result<Option<Uuid>, Failure> {
-    let id = id.map(str::parse::<SecretId>).transpose().map_err(|_| Failure::invalid("Malformed secret id"))?;
-    Ok(id.map(SecretId::uuid))
-}
-
 pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
     const ROUTE: &str = "environments";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
@@ -92,7 +87,7 @@ pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> 
         setup_script: request.setup_script,
         networking: parsed_json(&request.networking)?,
         env_var_names: request.env_var_names,
-        env_vars_secret_id: secret(request.env_vars_secret_id.as_deref())?,
+        env_vars_secret_id: secret_id(request.env_vars_secret_id.as_deref())?,
         version: 1,
         created_at: now,
         updated_at: now,
@@ -174,7 +169,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
         new.networking = parsed_json(networking)?;
     }
     if let Some(vars) = request.env_vars {
-        new.env_vars_secret_id = secret(vars.secret_id.as_deref())?;
+        new.env_vars_secret_id = secret_id(vars.secret_id.as_deref())?;
         new.env_var_names = vars.names;
     }
     if new == current {

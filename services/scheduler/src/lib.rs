@@ -24,7 +24,7 @@ use service::{Env, Lifecycle};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
-use types::Timestamp;
+use types::{SecretId, Timestamp};
 
 #[derive(Debug)]
 pub struct Config {
@@ -147,6 +147,12 @@ fn unsigned(number: i32) -> u32 {
 /// JSON that the gateway has checked.
 fn parsed_json(text: &str) -> Result<serde_json::Value, Failure> {
     serde_json::from_str(text).map_err(|_| Failure::invalid("Malformed JSON on the bus"))
+}
+
+/// A reference to the vault.
+fn secret_id(text: Option<&str>) -> Result<Option<uuid::Uuid>, Failure> {
+    let id = text.map(str::parse::<SecretId>).transpose().map_err(|_| Failure::invalid("Malformed secret id"))?;
+    Ok(id.map(SecretId::uuid))
 }
 
 /// Optimistic concurrency: a change applies to the version that its author saw, and its secrets to the version they were taken from.

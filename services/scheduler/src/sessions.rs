@@ -15,12 +15,12 @@ use serde_json::Value;
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use time::OffsetDateTime;
 use types::{
-    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Runtime, SecretId, SessionId, SessionStatus, SpriteName, UserId,
+    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Runtime, SessionId, SessionStatus, SpriteName, UserId,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
 };
 use uuid::Uuid;
 
-use crate::{Scheduler, Window, environments, micros, once, parsed_json, unsigned};
+use crate::{Scheduler, Window, environments, micros, once, parsed_json, secret_id, unsigned};
 
 /// The columns of a [`SessionRow`], by name: a migration then changes no statement that a running replica has prepared.
 macro_rules! session_columns {
@@ -137,8 +137,6 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     check_credentials(runtime, &request.credential_kinds, &brought)?;
     let model = ModelRef::parse(runtime, &template.model).map_err(Failure::internal)?;
 
-    let secret = request.secret_id.as_deref().map(str::parse::<SecretId>).transpose();
-    let secret = secret.map_err(|_| Failure::invalid("Malformed secret id"))?.map(SecretId::uuid);
     let id = SessionId::new();
     let sprite = SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
     enforce_quota(&mut tx, user, request.session_limit).await?;
@@ -161,7 +159,7 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     .bind(Uuid::new_v4())
     .bind(parsed_json(&request.metadata)?)
     .bind(parsed_json(&request.resources)?)
-    .bind(secret)
+    .bind(secret_id(request.secret_id.as_deref())?)
     .fetch_one(&mut *tx)
     .await
     .map_err(|error| {

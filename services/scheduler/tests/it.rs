@@ -11,7 +11,7 @@ use contract::{
     rpc,
     scheduler::{
         ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, GetSessionRequest, PromptRequest, ReadEventsRequest, Session,
-        TerminateRequest, claim_turn_reply::Verdict,
+        TerminateRequest, UpdateAgentRequest, claim_turn_reply::Verdict,
     },
     session::{Output, SessionEvent, TurnEnded, TurnStarted, session_event::Kind},
     subject,
@@ -211,4 +211,31 @@ async fn an_event_that_cannot_be_read_holds_up_nothing() {
     // One of a session that nobody knows.
     world.append(&SessionId::new().to_string(), 1, Kind::TurnStarted(TurnStarted {})).await;
     assert_eq!(world.complete(&session, 1).await.status, "completed");
+}
+
+#[tokio::test]
+async fn a_later_edit_changes_nothing_for_a_sessions_next_turn() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let session = world.create(&agent, 10).await.unwrap().session_id;
+    world.complete(&session, 1).await;
+    let change = UpdateAgentRequest {
+        user_id: world.user.to_string(),
+        agent_id: agent,
+        version: 1,
+        model: Some("newer".to_owned()),
+        ..UpdateAgentRequest::default()
+    };
+    assert_eq!(world.gateway.call::<rpc::UpdateAgent>(&change, SOON).await.unwrap().version, 2);
+    let prompt = PromptRequest {
+        user_id: world.user.to_string(),
+        session_id: session.clone(),
+        prompt: "again".to_owned(),
+        timeout_seconds: 60,
+        once: None,
+    };
+    world.gateway.call::<rpc::Prompt>(&prompt, SOON).await.unwrap();
+    let claim = ClaimTurnRequest { session_id: session, turn: 2, runner: "r".to_owned() };
+    let Some(Verdict::Run(spec)) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict else { panic!("settled") };
+    assert_eq!((spec.model.as_str(), spec.prompt.as_str(), spec.system.as_str()), ("none", "again", ""));
 }
