@@ -1,5 +1,6 @@
 //! A running stack for black-box tests: `aod dev`, spoken to over HTTP as any user would.
 
+pub mod faults;
 mod stack;
 mod stream;
 

@@ -11,6 +11,7 @@ use contract::{
 use prost::Message as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use service::Env;
+use tokio::sync::watch;
 use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};
 
 use crate::{Failure, trace};
@@ -57,6 +58,8 @@ pub enum ConnectError {
 pub struct Bus {
     pub(crate) client: Client,
     pub(crate) jetstream: jetstream::Context,
+    /// How often it was connected: what was under way on an earlier connection gets no answer.
+    pub(crate) connections: watch::Receiver<u64>,
 }
 
 impl Bus {
@@ -65,6 +68,7 @@ impl Bus {
     /// # Errors
     /// [`ConnectError`] when nobody answers, or the server is not fit for us.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
+        let (counter, connections) = watch::channel(0_u64);
         let servers: Vec<String> = config.url.split(',').map(|url| url.trim().to_owned()).collect();
         let connect = ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned())
             .name(&config.name)
@@ -72,12 +76,17 @@ impl Bus {
             .connection_timeout(Duration::from_secs(5))
             .ping_interval(Duration::from_secs(10))
             .subscription_capacity(16 * 1024)
-            .event_callback(|event| async move {
-                match event {
-                    async_nats::Event::Connected => tracing::info!("bus connected"),
-                    other => {
-                        metrics::counter!("aod_bus_connection_events_total").increment(1);
-                        tracing::warn!(event = %other, "bus connection");
+            .event_callback(move |event| {
+                if event == async_nats::Event::Connected {
+                    counter.send_modify(|connections| *connections += 1);
+                }
+                async move {
+                    match event {
+                        async_nats::Event::Connected => tracing::info!("bus connected"),
+                        other => {
+                            metrics::counter!("aod_bus_connection_events_total").increment(1);
+                            tracing::warn!(event = %other, "bus connection");
+                        }
                     }
                 }
             })
@@ -93,7 +102,7 @@ impl Bus {
         }
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(Duration::from_secs(5));
-        Ok(Self { client, jetstream })
+        Ok(Self { client, jetstream, connections })
     }
 
     /// Whether the connection is up right now.

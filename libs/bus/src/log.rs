@@ -11,6 +11,7 @@ use async_nats::jetstream::{
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
+use tokio::sync::watch;
 
 use crate::{Bus, client::trace_headers, trace};
 
@@ -64,8 +65,9 @@ impl Bus {
         if let Some(sequence) = expected {
             message = message.expected_last_subject_sequence(sequence);
         }
-        let pending = self.jetstream.send_publish(subject, message).await.map_err(AppendError::Unacknowledged)?;
-        Ok(PendingAppend(pending))
+        let connections = self.next_connection();
+        let ack = self.jetstream.send_publish(subject, message).await.map_err(AppendError::Unacknowledged)?;
+        Ok(PendingAppend { ack, connections })
     }
 
     /// The newest entry of a subject.
@@ -91,10 +93,18 @@ impl Bus {
         Ok(())
     }
 
-    /// Follows one subject from a sequence on: in order, without gaps, mended after every loss of the connection.
+    /// The connections that come after the one at hand.
+    fn next_connection(&self) -> watch::Receiver<u64> {
+        let mut connections = self.connections.clone();
+        connections.mark_unchanged();
+        connections
+    }
+
+    /// Follows one subject from a sequence on: in order and without gaps.
     ///
     /// # Errors
-    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow anew.
+    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow anew, from the last entry.
+    /// A connection that was lost is one: the server may have forgotten who followed, and to find out takes half a minute.
     pub async fn follow(
         &self,
         stream: &'static str,
@@ -109,32 +119,58 @@ impl Bus {
             deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from_sequence.max(1) },
             ..OrderedConfig::default()
         };
+        let connections = self.next_connection();
         let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
         let consumer = stream.create_consumer(config).await.map_err(|error| ReadError(error.into()))?;
         let messages = consumer.messages().await.map_err(|error| ReadError(error.into()))?;
-        Ok(messages
-            .map(|message| {
-                let message = message.map_err(|error| ReadError(error.into()))?;
-                let sequence = message.info().map_err(ReadError)?.stream_sequence;
-                Ok(Entry { sequence, subject: message.subject.to_string(), payload: message.payload.clone() })
-            })
-            .boxed())
+        let entries = messages.map(|message| {
+            let message = message.map_err(|error| ReadError(error.into()))?;
+            let sequence = message.info().map_err(ReadError)?.stream_sequence;
+            Ok(Entry { sequence, subject: message.subject.to_string(), payload: message.payload.clone() })
+        });
+        let until_reconnected = futures::stream::unfold((entries, Some(connections)), |(mut entries, connections)| async move {
+            let mut connections = connections?;
+            tokio::select! {
+                biased;
+                entry = entries.next() => entry.map(|entry| (entry, (entries, Some(connections)))),
+                () = reconnected(&mut connections) => Some((Err(ReadError("the connection was lost".into())), (entries, None))),
+            }
+        });
+        Ok(until_reconnected.boxed())
     }
 }
 
 /// A message on its way into a stream.
 #[derive(Debug)]
-pub struct PendingAppend(jetstream::context::PublishAckFuture);
+pub struct PendingAppend {
+    ack: jetstream::context::PublishAckFuture,
+    connections: watch::Receiver<u64>,
+}
+
+/// An acknowledgement takes milliseconds; one that takes longer is most likely lost.
+const ACK_WAIT: Duration = Duration::from_secs(5);
 
 impl PendingAppend {
     /// # Errors
     /// [`AppendError`].
-    pub async fn acknowledged(self) -> Result<u64, AppendError> {
-        match tokio::time::timeout(Duration::from_secs(10), self.0).await {
-            Ok(Ok(ack)) => Ok(ack.sequence),
-            Ok(Err(error)) if error.kind() == PublishErrorKind::WrongLastSequence => Err(AppendError::Superseded),
-            Ok(Err(error)) => Err(AppendError::Unacknowledged(error)),
-            Err(_) => Err(AppendError::Unacknowledged(PublishErrorKind::TimedOut.into())),
+    pub async fn acknowledged(mut self) -> Result<u64, AppendError> {
+        let ack = tokio::select! {
+            ack = self.ack => ack,
+            // Sent on a connection that is no more: its acknowledgement does not come on another.
+            () = reconnected(&mut self.connections) => Err(PublishErrorKind::BrokenPipe.into()),
+            () = tokio::time::sleep(ACK_WAIT) => Err(PublishErrorKind::TimedOut.into()),
+        };
+        match ack {
+            Ok(ack) => Ok(ack.sequence),
+            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Err(AppendError::Superseded),
+            Err(error) => Err(AppendError::Unacknowledged(error)),
         }
+    }
+}
+
+/// Returns when there is another connection than the one at hand.
+async fn reconnected(connections: &mut watch::Receiver<u64>) {
+    if connections.changed().await.is_err() {
+        std::future::pending::<()>().await;
     }
 }

@@ -1,7 +1,9 @@
 //! Makes streams and consumers as the contract declares them, and reports what differs.
 
 use async_nats::jetstream::{
+    ErrorCode,
     consumer::{AckPolicy, PullConsumer, pull},
+    context::{GetStreamError, GetStreamErrorKind},
     stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
 };
 use contract::topology::{ConsumerSpec, Retention, StreamSpec};
@@ -59,6 +61,22 @@ impl Bus {
         if same { Ok(()) } else { Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") }) }
     }
 
+    /// Those of the streams that the server does not have.
+    ///
+    /// # Errors
+    /// [`TopologyError`] when the server does not say.
+    pub async fn missing_streams(&self, specs: &[StreamSpec]) -> Result<Vec<&'static str>, TopologyError> {
+        let mut missing = Vec::new();
+        for spec in specs {
+            match self.jetstream.get_stream(spec.name).await {
+                Ok(_) => {}
+                Err(error) if is_not_found(&error) => missing.push(spec.name),
+                Err(error) => return Err(TopologyError::Stream { name: spec.name, source: error.into() }),
+            }
+        }
+        Ok(missing)
+    }
+
     /// Makes or updates a durable pull consumer.
     ///
     /// # Errors
@@ -92,4 +110,8 @@ impl Bus {
         let stream = self.jetstream.get_stream_no_info(spec.stream).await.map_err(|error| failed(error.into()))?;
         stream.get_consumer(spec.name).await.map_err(failed)
     }
+}
+
+fn is_not_found(error: &GetStreamError) -> bool {
+    matches!(error.kind(), GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
 }

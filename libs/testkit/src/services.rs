@@ -5,7 +5,7 @@ use std::{
     process::{Child, Command},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 
 use crate::process::spawn_tied;
 
@@ -13,15 +13,14 @@ use crate::process::spawn_tied;
 #[derive(Debug)]
 pub struct Service(Child);
 
-/// Where `cargo build` puts our binaries: two folders above a test's own.
+/// Where `cargo build` puts our binaries: beside this one, or a folder above a test's own.
 ///
 /// # Errors
 /// When the binary was not built.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
-    let path = own.ancestors().nth(2).context("no target folder")?.join(name);
-    ensure!(path.is_file(), "{} is not there: run `cargo build` first", path.display());
-    Ok(path)
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.with_context(|| format!("{name} is not beside {}: run `cargo build` first", own.display()))
 }
 
 /// Starts a service with these settings.

@@ -13,13 +13,14 @@ mod once;
 mod recorder;
 mod relay;
 mod sessions;
+mod streams;
 mod termination;
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use bus::{Bus, Failure, responder::Responder};
-use contract::{access, common, rpc, scheduler::Cursor, topology};
+use contract::{access, common, rpc, scheduler::Cursor};
 use service::{Env, Lifecycle};
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -64,6 +65,7 @@ struct Scheduler {
     outbox: Arc<Notify>,
     /// The newest event that this replica's recorder wrote down.
     recorded: watch::Sender<u64>,
+    stream_replicas: usize,
 }
 
 /// Connects, makes the streams, and begins to serve.
@@ -75,21 +77,16 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
-    for stream in &topology::STREAMS {
-        let first = if stream.name == topology::EVENTS.name { recorder::first_sequence(&pool).await? } else { 1 };
-        bus.ensure_stream(stream, first, config.stream_replicas).await?;
-    }
-    for consumer in &topology::CONSUMERS {
-        bus.ensure_consumer(consumer).await?;
-    }
-
     let scheduler = Scheduler {
         pool,
         bus: bus.clone(),
         sprite_name_prefix: config.sprite_name_prefix.into(),
         outbox: Arc::new(Notify::new()),
         recorded: watch::Sender::new(0),
+        stream_replicas: config.stream_replicas,
     };
+    streams::ensure(&scheduler).await?;
+    lifecycle.spawn("streams", streams::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("recorder", recorder::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));

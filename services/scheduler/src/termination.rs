@@ -60,8 +60,12 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
 /// The job that deletes a session's Sprite.
 pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), Failure> {
     let sprite: SpriteName = row.sprite.parse().map_err(Failure::internal)?;
-    let job = DestroySprite { session_id: row.session_id.to_string(), sprite: sprite.to_string() };
-    enqueue(tx, &subject::sprite_destroy(&sprite), &job).await
+    destroy_job(tx, SessionId::from_uuid(row.session_id), &sprite).await
+}
+
+pub async fn destroy_job(tx: &mut PgConnection, session: SessionId, sprite: &SpriteName) -> Result<(), Failure> {
+    let job = DestroySprite { session_id: session.to_string(), sprite: sprite.to_string() };
+    enqueue(tx, &subject::sprite_destroy(sprite), &job).await
 }
 
 /// Tells other services what became of a session: its new status, or `deleted`.

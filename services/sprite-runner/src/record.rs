@@ -26,6 +26,8 @@ pub enum Fenced {
     Terminated,
     /// Another runner has the turn, or the scheduler settled it.
     Superseded,
+    /// The stream has forgotten the session: its limits were reached, or it was made anew. What is in Postgres is where to go on from.
+    Forgotten,
 }
 
 /// How far the turn got, as the newest event tells.
@@ -142,7 +144,7 @@ impl Record {
                         return Ok(());
                     }
                     Writer::Other(fenced) => return Err(fenced),
-                    Writer::Nobody => self.last_sequence = 0,
+                    Writer::Nobody => return Err(Fenced::Forgotten),
                     Writer::Unknown => {
                         attempt += 1;
                         tokio::time::sleep(RETRY.jittered(attempt)).await;

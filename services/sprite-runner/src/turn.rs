@@ -105,6 +105,7 @@ fn end_of(fenced: Fenced) -> End {
     match fenced {
         Fenced::Terminated => End::Terminated,
         Fenced::Superseded => End::Superseded,
+        Fenced::Forgotten => End::HandBack,
     }
 }
 

@@ -72,7 +72,7 @@ async fn of_twenty_prompts_on_a_completed_session_one_is_accepted() {
     let session = stack.session("shell", "true").await.unwrap();
     stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let path = format!("/sessions/{session}/prompt");
-    let answers = join_all((0..20).map(|n| stack.post(&path, json!({ "prompt": format!("echo {n}; sleep 1") })))).await;
+    let answers = join_all((0..20).map(|n| stack.post(&path, json!({ "prompt": format!("echo {n}; sleep 6") })))).await;
     let mut statuses: Vec<_> = answers.into_iter().map(|answer| answer.unwrap().status).collect();
     statuses.sort_unstable();
     assert_eq!((statuses[0], &statuses[1..]), (202, [409; 19].as_slice()));

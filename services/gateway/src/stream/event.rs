@@ -7,6 +7,7 @@ use contract::session::{SessionEvent, session_event::Kind};
 use prost::Message as _;
 use serde::Serialize;
 use serde_json::ser::Formatter;
+use types::SessionStatus;
 use utoipa::ToSchema;
 
 /// An event of a session's record.
@@ -104,10 +105,14 @@ impl Event {
         Self { id, turn, kind }
     }
 
-    /// Whether nothing follows in a session that is settled.
+    /// Whether nothing follows in a session that is settled so, at this turn.
     #[must_use]
-    pub fn is_end(&self) -> bool {
-        matches!(self.kind, Visible::TurnEnd(_) | Visible::Terminated(_))
+    pub fn is_end(&self, settled: SessionStatus, turn: u32) -> bool {
+        match self.kind {
+            Visible::Terminated(_) => true,
+            Visible::TurnEnd(_) => settled != SessionStatus::Terminated && self.turn == turn,
+            _ => false,
+        }
     }
 
     /// Bytes that the event occupies.

@@ -24,8 +24,8 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 const PAGE_EVENTS: u32 = 2000;
 /// What is written to the socket at a time.
 const CHUNK_BYTES: usize = 64 * 1024;
-/// How long the end of a settled session may take to arrive on the bus.
-const END_WAIT: Duration = Duration::from_secs(5);
+/// How long the end of a settled session may take to arrive where nothing of it is on record: it may have been there once.
+const END_WAIT: Duration = Duration::from_secs(30);
 /// How long a turn's end waits for the record, so that a client which asks next finds what it was told.
 const RECORD_WAIT: Duration = Duration::from_secs(5);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(1), attempts: 20 };
@@ -243,13 +243,15 @@ impl Reader {
                 }
                 return;
             }
-            // The client has its end already.
-            Some(SessionStatus::Failed | SessionStatus::Terminated) if self.newest.as_ref().is_some_and(Event::is_end) => {
-                self.state = State::Ended;
-                return;
-            }
-            // Settled by the scheduler, perhaps: then its end may still be on its way.
-            Some(SessionStatus::Failed | SessionStatus::Terminated) => self.end_due = Some(Instant::now() + END_WAIT),
+            // Settled by the scheduler, perhaps: then its end is still on its way. Or the client has it already.
+            Some(settled @ (SessionStatus::Failed | SessionStatus::Terminated)) => match &self.newest {
+                Some(newest) if newest.is_end(settled, self.turn_count) => {
+                    self.state = State::Ended;
+                    return;
+                }
+                Some(_) => {}
+                None => self.end_due = Some(Instant::now() + END_WAIT),
+            },
             _ => {}
         }
         self.hub = Some(self.app.hubs.join(self.session_id, self.cursor));
