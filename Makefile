@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
-.PHONY: setup build demo dev test fmt lint clean
+.PHONY: setup build demo dev test faults fmt lint clean
 
 # Says nothing when nothing is missing. AGENTS="claude codex gemini opencode" installs more CLIs than the default.
 setup:
@@ -23,6 +23,11 @@ dev: build
 test: build
 	$(CARGO) test --workspace --no-run --quiet
 	$(BIN)/testkit-run $(CARGO) test --workspace --quiet
+
+# The stack under attack, for some ten minutes, and a table of what was lost. ARGS="--seed 7 --only runner" and others are passed on.
+faults: build
+	@$(CARGO) build --quiet -p system-tests --bin faults
+	@$(BIN)/faults $(ARGS)
 
 fmt:
 	$(CARGO) fmt --all

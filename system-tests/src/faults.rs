@@ -68,6 +68,18 @@ pub const FAULTS: &[Fault] = &[
     Fault { how: How::LoseStreams, ..kill("the JetStream store lost", &["nats"]) },
 ];
 
+/// The faults after which nothing at all may be lost, doubled or failed.
+#[must_use]
+pub fn harmless() -> Vec<Fault> {
+    FAULTS.iter().filter(|fault| !fault.may_lose_sandboxes && fault.how != How::LoseStreams).copied().collect()
+}
+
+/// A fault by its name.
+#[must_use]
+pub fn named(name: &str) -> Option<Fault> {
+    FAULTS.iter().find(|fault| fault.name == name).copied()
+}
+
 /// How to attack.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {

@@ -78,7 +78,11 @@ impl Bus {
             .subscription_capacity(16 * 1024)
             .event_callback(move |event| {
                 if event == async_nats::Event::Connected {
-                    counter.send_modify(|connections| *connections += 1);
+                    // The first is the one that is waited for here.
+                    counter.send_if_modified(|connections| {
+                        *connections += 1;
+                        *connections > 1
+                    });
                 }
                 async move {
                     match event {

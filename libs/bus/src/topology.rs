@@ -77,6 +77,16 @@ impl Bus {
         Ok(missing)
     }
 
+    /// The sequence of the newest entry that a stream has had.
+    ///
+    /// # Errors
+    /// [`TopologyError`] when the server does not say.
+    pub async fn last_sequence(&self, spec: &StreamSpec) -> Result<u64, TopologyError> {
+        let stream = self.jetstream.get_stream(spec.name).await;
+        let stream = stream.map_err(|error| TopologyError::Stream { name: spec.name, source: error.into() })?;
+        Ok(stream.cached_info().state.last_sequence)
+    }
+
     /// Makes or updates a durable pull consumer.
     ///
     /// # Errors

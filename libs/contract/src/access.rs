@@ -82,7 +82,7 @@ pub const RUNNER: Access = Access {
     publish: &[
         "aod.log.session.v1.*",
         "aod.dlq.runner.>",
-        "aod.rpc.scheduler.v1.turn.claim",
+        "aod.rpc.scheduler.v1.turn.*",
         "aod.rpc.scheduler.v1.sprite.>",
         "aod.rpc.vault.v1.lease.redeem",
         "$JS.API.STREAM.INFO.JOBS",

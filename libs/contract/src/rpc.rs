@@ -105,6 +105,8 @@ rpcs! {
     ReadEvents: scheduler::ReadEventsRequest => scheduler::ReadEventsReply, "aod.rpc.scheduler.v1.session.events", idempotent: true;
     /// What a turn needs to run; raises its epoch. For runners.
     ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", idempotent: true;
+    /// A runner could not go on with a turn, and says why.
+    HandBackTurn: scheduler::HandBackTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", idempotent: true;
     /// What it takes to delete a session's Sprite. For runners.
     ClaimSprite: scheduler::ClaimSpriteRequest => scheduler::SpriteClaim, "aod.rpc.scheduler.v1.sprite.claim", idempotent: true;
     SpriteDestroyed: scheduler::SpriteDestroyedRequest => common::Empty, "aod.rpc.scheduler.v1.sprite.destroyed", idempotent: true;

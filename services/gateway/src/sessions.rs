@@ -58,6 +58,8 @@ pub struct Session {
     current_turn: Option<u32>,
     metadata: BTreeMap<String, String>,
     failure: Option<Failure>,
+    /// Of a single session that is pending: what it waits for.
+    waiting_on: Option<String>,
 }
 
 /// `pending`, `running`, `completed`, `failed` or `terminated`.
@@ -88,6 +90,7 @@ impl From<scheduler::Session> for Session {
             turn_count: session.turn_count,
             current_turn: Some(session.turn_count),
             metadata: serde_json::from_str(&session.metadata).unwrap_or_default(),
+            waiting_on: session.waiting_on,
             failure: session.failure.map(|failure| Failure { stage: failure.stage, message: failure.message }),
         }
     }

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use bus::Failure;
 use contract::{
+    common::Empty,
     rpc,
     scheduler::{
-        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, Settled, SpriteClaim, TurnSpec, claim_turn_reply::Verdict,
+        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, HandBackTurnRequest, Settled, SpriteClaim, TurnSpec,
+        claim_turn_reply::Verdict,
     },
     vault::MintLeaseRequest,
 };
@@ -26,11 +28,13 @@ use crate::{
 
 /// A job that came back this often will not go better the next time.
 const EPOCH_MAX: i32 = 100;
+const REASON_CHARS_MAX: usize = 1000;
 const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(sqlx::FromRow)]
 struct TurnRow {
     epoch: i32,
+    handed_back_reason: Option<String>,
     prompt: String,
     timeout_seconds: i32,
     conversation_id: Uuid,
@@ -65,9 +69,9 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
             update turn
             set epoch = epoch + 1
             where session_id = $1 and turn_number = $2 and status in ('pending', 'running')
-            returning session_id, epoch, prompt, timeout_seconds
+            returning session_id, epoch, handed_back_reason, prompt, timeout_seconds
          )
-         select c.epoch, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
+         select c.epoch, c.handed_back_reason, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
                 s.resources, s.secret_id
          from claimed c
@@ -84,7 +88,8 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
     };
     if turn.epoch > EPOCH_MAX {
-        deadlines::settle(&mut tx, session, number, &format!("Given up after {EPOCH_MAX} attempts")).await?;
+        let reason = turn.handed_back_reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+        deadlines::settle(&mut tx, session, number, &format!("Given up after {EPOCH_MAX} attempts{reason}")).await?;
         tx.commit().await.map_err(Failure::internal)?;
         scheduler.outbox.notify_one();
         return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
@@ -122,6 +127,21 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
             resources: turn.resources.to_string(),
         })),
     })
+}
+
+/// A runner could not go on: why is kept for the turn's user. A claim that was overtaken has no say.
+pub async fn hand_back(scheduler: Scheduler, request: HandBackTurnRequest) -> Result<Empty, Failure> {
+    let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    let reason: String = request.reason.chars().filter(|c| *c != '\0').take(REASON_CHARS_MAX).collect();
+    sqlx::query("update turn set handed_back_reason = $4 where session_id = $1 and turn_number = $2 and epoch = $3")
+        .bind(id.uuid())
+        .bind(i32::try_from(request.turn).map_err(|_| missing())?)
+        .bind(i32::try_from(request.epoch).map_err(|_| missing())?)
+        .bind(reason)
+        .execute(&scheduler.pool)
+        .await
+        .map_err(Failure::internal)?;
+    Ok(Empty {})
 }
 
 /// What it takes to delete a session's Sprite; also when the session itself is deleted.

@@ -36,7 +36,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 
 async fn settle_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
     let overdue = sqlx::query(
-        "select session_id, turn_number, timeout_seconds
+        "select session_id, turn_number, timeout_seconds, status, handed_back_reason
          from turn
          where status in ('pending', 'running') and deadline_at < now()
          order by deadline_at
@@ -50,10 +50,17 @@ async fn settle_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
         let session = SessionId::from_uuid(row.try_get::<Uuid, _>(0).map_err(Failure::internal)?);
         let turn: i32 = row.try_get(1).map_err(Failure::internal)?;
         let timeout: i32 = row.try_get(2).map_err(Failure::internal)?;
+        let message = match row.try_get::<&str, _>(3).map_err(Failure::internal)? {
+            "pending" => {
+                let reason: Option<String> = row.try_get(4).map_err(Failure::internal)?;
+                format!("Turn could not be started in time: {}", reason.as_deref().unwrap_or("no runner finished setting it up"))
+            }
+            _ => format!("Turn timed out after {timeout}s"),
+        };
         let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
         if let Some(session) = lock(&mut tx, session, None).await? {
             metrics::counter!("aod_deadline_settlements_total").increment(1);
-            settle(&mut tx, session, turn, &format!("Turn timed out after {timeout}s")).await?;
+            settle(&mut tx, session, turn, &message).await?;
             tx.commit().await.map_err(Failure::internal)?;
             scheduler.outbox.notify_one();
         }

@@ -9,6 +9,7 @@ mod claims;
 mod deadlines;
 mod deletion;
 mod environments;
+mod gauges;
 mod once;
 mod recorder;
 mod relay;
@@ -53,6 +54,7 @@ impl Config {
 const MIGRATIONS: &[store::Step] = &[
     (1, "sessions", include_str!("../../../migrations/scheduler/0001_sessions.sql")),
     (2, "whole contract", include_str!("../../../migrations/scheduler/0002_whole_contract.sql")),
+    (3, "handed back", include_str!("../../../migrations/scheduler/0003_handed_back.sql")),
 ];
 
 /// What every request works with.
@@ -90,6 +92,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("recorder", recorder::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", deadlines::run(scheduler.clone(), lifecycle.stop_token()));
 
     let responder = Responder::start(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token()).await?;
@@ -116,6 +119,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::DeleteSession, _, _>(deletion::delete).await?;
     responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
+    responder.serve::<rpc::HandBackTurn, _, _>(claims::hand_back).await?;
     responder.serve::<rpc::ClaimSprite, _, _>(claims::sprite).await?;
     responder.serve::<rpc::SpriteDestroyed, _, _>(termination::sprite_destroyed).await?;
     Ok(())

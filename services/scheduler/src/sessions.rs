@@ -79,6 +79,7 @@ impl From<SessionRow> for Session {
             failure,
             metadata: row.metadata.to_string(),
             resources: row.resources.to_string(),
+            waiting_on: None,
         }
     }
 }
@@ -250,7 +251,29 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
     .fetch_optional(&scheduler.pool)
     .await
     .map_err(Failure::internal)?;
-    row.map(Session::from).ok_or_else(missing)
+    let mut session = row.map(Session::from).ok_or_else(missing)?;
+    if session.status == SessionStatus::Pending.as_str() {
+        session.waiting_on = waiting_on(&scheduler, &session).await?;
+    }
+    Ok(session)
+}
+
+/// What a pending turn waits for, in words for its user.
+async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<String>, Failure> {
+    let id: SessionId = session.session_id.parse().map_err(|_| missing())?;
+    let row = sqlx::query("select epoch, handed_back_reason from turn where session_id = $1 and turn_number = $2")
+        .bind(id.uuid())
+        .bind(i32::try_from(session.turn_count).unwrap_or(i32::MAX))
+        .fetch_optional(&scheduler.pool)
+        .await
+        .map_err(Failure::internal)?;
+    let Some(row) = row else { return Ok(None) };
+    let (epoch, reason): (i32, Option<String>) = (row.try_get(0).map_err(Failure::internal)?, row.try_get(1).map_err(Failure::internal)?);
+    Ok(Some(match (epoch, reason) {
+        (0, _) => "a free runner".to_owned(),
+        (_, Some(reason)) => format!("another attempt: {reason}"),
+        (_, None) => "its sandbox".to_owned(),
+    }))
 }
 
 /// Waits for the recorder, here or in another replica. The caller's deadline ends it.

@@ -177,7 +177,10 @@ async fn an_overdue_turn_is_settled_with_a_reason() {
     let mut admin = world.database.admin().await.unwrap();
     sqlx::query("update scheduler.turn set deadline_at = now() - interval '1 second'").execute(&mut admin).await.unwrap();
     eventually("the session fails", || async { world.get(&session, 0).await.status == "failed" }).await;
-    assert_eq!(world.get(&session, 0).await.failure.unwrap().message, "Turn timed out after 60s");
+    assert_eq!(
+        world.get(&session, 0).await.failure.unwrap().message,
+        "Turn could not be started in time: no runner finished setting it up"
+    );
 }
 
 #[tokio::test]

@@ -29,8 +29,13 @@ set -a
 set +a
 [ "$STDIN" = prompt ] && STDIN=$spool/prompt
 cd /workspace 2>/dev/null || cd "$HOME" || finish 'exit 127'
-setsid @argv@ <"$STDIN" >>"$spool/stdout" 2>>"$spool/stderr" 9>&- &
+AOD_TURN=$MARK setsid @argv@ <"$STDIN" >>"$spool/stdout" 2>>"$spool/stderr" 9>&- &
 agent=$!
+
+# What the agent started, wherever it went: the mark is in its environment.
+marked() {
+    grep -lzxs "AOD_TURN=$MARK" /proc/[0-9]*/environ | cut -d/ -f3
+}
 
 # Holds the Sprite awake, and ends the turn when its time is up.
 watch() {
@@ -43,12 +48,15 @@ watch() {
         sleep $((left < 60 ? left : 60))
     done
     : >"$spool/timed-out"
-    kill -TERM -- -$agent 2>/dev/null
-    sleep "$KILL_GRACE"
-    kill -KILL -- -$agent 2>/dev/null
+    kill -TERM -- -$agent $(marked) 2>/dev/null
+    for ((tenths = 0; tenths < KILL_GRACE * 10; tenths++)); do
+        kill -0 -- -$agent 2>/dev/null || [ -n "$(marked)" ] || return 0
+        sleep 0.1
+    done
+    kill -KILL -- -$agent $(marked) 2>/dev/null
 }
-export -f watch
-export TIMEOUT KILL_GRACE spool agent
+export -f watch marked
+export TIMEOUT KILL_GRACE MARK spool agent
 setsid bash -c watch </dev/null >/dev/null 2>&1 9>&- &
 watcher=$!
 
@@ -56,8 +64,8 @@ wait $agent
 code=$?
 cd "$spool" || exit 1
 if [ -e timed-out ]; then
-    # What ignores TERM has its grace, then goes with the rest of its group.
-    kill -0 -- -$agent 2>/dev/null && wait $watcher
+    # What ignores TERM has its grace, then goes too.
+    wait $watcher
     finish timeout
 fi
 kill -KILL -- -$watcher 2>/dev/null

@@ -48,6 +48,7 @@ impl Agent {
         let settings = [
             ("TIMEOUT", spec.timeout_seconds.to_string()),
             ("KILL_GRACE", KILL_GRACE.as_secs().to_string()),
+            ("MARK", format!("{session}/{turn}")),
             ("STDIN", stdin.to_owned()),
             ("ENV_FILE", Self::ENV_FILE.to_owned()),
             ("TRACE", quote(&traceparent)),

@@ -6,7 +6,7 @@ use bus::work::{HAND_BACK, Job, Outcome};
 use contract::{
     rpc,
     runner::{DestroySprite, RunTurn},
-    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, claim_turn_reply::Verdict},
+    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, HandBackTurnRequest, claim_turn_reply::Verdict},
 };
 use futures::StreamExt as _;
 use prost::Message as _;
@@ -59,7 +59,7 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         }
         None => return Outcome::Retry(again),
     };
-    let sprite = spec.sprite.clone();
+    let (sprite, epoch) = (spec.sprite.clone(), spec.epoch);
     let stop = runner.stop.clone();
     tokio::select! {
         // Handed over at once: whoever takes it goes on where the record ends.
@@ -77,8 +77,11 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
             turn::End::Settled => Outcome::Done,
             turn::End::Superseded => Outcome::Leave,
             turn::End::Terminated => Outcome::Retry(Duration::ZERO),
-            turn::End::HandBack => {
-                tracing::info!(%session, sprite, "handing the turn back");
+            turn::End::HandBack(reason) => {
+                tracing::info!(%session, sprite, reason, "handing the turn back");
+                // Told to whoever asks; losing it costs the reason alone.
+                let told = HandBackTurnRequest { session_id: session.to_string(), turn: job.turn, epoch, reason };
+                let _ = runner.bus.call::<rpc::HandBackTurn>(&told, CLAIM_DEADLINE).await;
                 Outcome::Retry(again)
             }
         },

@@ -29,7 +29,7 @@ pub enum End {
     /// The session was terminated: its Sprite has to go.
     Terminated,
     /// Something that has nothing to do with the turn is in the way: somebody shall try again.
-    HandBack,
+    HandBack(String),
 }
 
 /// Why a turn could not go on.
@@ -69,7 +69,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec)
         Ok(Position::Fenced(fenced)) => return end_of(fenced),
         Err(error) => {
             tracing::warn!(%session, %error, "record cannot be read");
-            return End::HandBack;
+            return End::HandBack("its record cannot be read".to_owned());
         }
     };
     if epoch > 1 {
@@ -83,7 +83,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec)
         Ok(secrets) => secrets,
         Err(error) => {
             tracing::warn!(%session, %error, "secrets cannot be redeemed");
-            return End::HandBack;
+            return End::HandBack(format!("its secrets cannot be had: {}", error.message));
         }
     };
     let ended = match work(runner, session, turn, &spec, &secrets, &mut record).await {
@@ -105,7 +105,7 @@ fn end_of(fenced: Fenced) -> End {
     match fenced {
         Fenced::Terminated => End::Terminated,
         Fenced::Superseded => End::Superseded,
-        Fenced::Forgotten => End::HandBack,
+        Fenced::Forgotten => End::HandBack("its record was lost, and goes on from what is in the database".to_owned()),
     }
 }
 

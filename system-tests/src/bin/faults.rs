@@ -15,7 +15,7 @@ struct Args {
     #[arg(long, default_value_t = 20)]
     sessions: usize,
     /// How long each session prints, in seconds
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 8)]
     seconds: u64,
     /// How often each fault strikes
     #[arg(long, default_value_t = 2)]

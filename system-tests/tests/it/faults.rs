@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use system_tests::{Options, Stack};
+use system_tests::{
+    Options, Stack,
+    faults::{self, Plan},
+};
 
 const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, no_restart: false, settings: &[] };
 const LINES: usize = 100;
@@ -91,4 +94,56 @@ async fn an_agent_in_a_sprite_that_dies_ends_its_turn_with_a_reason() {
     assert_eq!(stack.http.delete(format!("{sprites}/{name}")).bearer_auth(&token).send().await.unwrap().status(), 204);
     let rest = events.all().await.unwrap();
     assert_eq!(rest.last().unwrap()["message"], "The sandbox disappeared while the agent was running");
+}
+
+/// A short run of `make faults`.
+#[tokio::test]
+async fn a_mix_of_faults_loses_doubles_and_fails_nothing() {
+    let stack = faults::stack().await.unwrap();
+    let plan = Plan { seed: 5, sessions: 8, seconds: 8, injections: 5 };
+    let outcome = faults::attack(&stack, &faults::harmless(), "a mix", plan).await.unwrap();
+    println!("{outcome}");
+    assert!(outcome.is_good() && outcome.failed == 0, "{outcome}");
+}
+
+#[tokio::test]
+async fn the_store_of_the_streams_may_be_lost() {
+    let stack = faults::stack().await.unwrap();
+    let fault = faults::named("the JetStream store lost").unwrap();
+    let plan = Plan { seed: 6, sessions: 5, seconds: 6, injections: 1 };
+    let outcome = faults::attack(&stack, &[fault], fault.name, plan).await.unwrap();
+    println!("{outcome}");
+    assert!(outcome.is_good() && outcome.failed == 0, "{outcome}");
+}
+
+/// What left the agent's process group is the agent's all the same.
+#[tokio::test]
+async fn a_turn_that_times_out_takes_its_whole_tree_with_it() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let stubborn = r#"setsid -f bash -c 'trap "" TERM; while :; do echo >>/home/sprite/alive; sleep 0.1; done'; echo begun; sleep 100"#;
+    let agent = stack.agent("shell").await.unwrap();
+    let session = stack.post("/sessions", json!({ "agent_id": agent, "prompt": stubborn, "timeout": 10 })).await.unwrap();
+    let events = stack.stream(session.text("id"), 0).await.unwrap().all().await.unwrap();
+    assert_eq!(events.last().unwrap()["message"], "Turn timed out after 10s");
+    let list = stack.http.get(format!("{}/v1/sprites", stack.ready_text("/sprites_url"))).bearer_auth(stack.ready_text("/sprites_token"));
+    let list: Value = list.send().await.unwrap().json().await.unwrap();
+    let name = list["sprites"][0]["name"].as_str().unwrap().to_owned();
+    let alive = async || {
+        let url = format!("{}/v1/sprites/{name}/fs/read", stack.ready_text("/sprites_url"));
+        let request = stack.http.get(url).query(&[("path", "/home/sprite/alive"), ("workingDir", "/")]);
+        request.bearer_auth(stack.ready_text("/sprites_token")).send().await.unwrap().bytes().await.unwrap().len()
+    };
+    let before = alive().await;
+    assert!(before > 0);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(alive().await, before, "it still runs");
+}
+
+/// A turn that nobody runs says what it waits for.
+#[tokio::test]
+async fn a_session_that_waits_says_why() {
+    let stack = Stack::start(Options { no_restart: true, ..Options::default() }).await.unwrap();
+    Stack::signal(&stack.pids("sprite-runner"), Signal::KILL);
+    let session = format!("/sessions/{}", stack.session("shell", "true").await.unwrap());
+    assert_eq!(stack.get(&session).await.unwrap().text("waiting_on"), "a free runner");
 }

@@ -333,6 +333,9 @@ pub struct Session {
     pub metadata: ::prost::alloc::string::String,
     #[prost(string, tag = "13")]
     pub resources: ::prost::alloc::string::String,
+    /// What a pending turn waits for.
+    #[prost(string, optional, tag = "14")]
+    pub waiting_on: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetSessionRequest {
@@ -451,6 +454,19 @@ pub mod claim_turn_reply {
         #[prost(message, tag = "2")]
         Settled(super::Settled),
     }
+}
+/// A runner gives a turn back: somebody shall try again.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HandBackTurnRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub turn: u32,
+    #[prost(uint32, tag = "3")]
+    pub epoch: u32,
+    /// What was in the way, for the turn's user.
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Settled {

@@ -1,0 +1,46 @@
+//! How far behind everything is, for whoever watches: queues, the outbox, the recorder.
+
+use std::time::Duration;
+
+use contract::topology;
+use sqlx::Row as _;
+use tokio_util::sync::CancellationToken;
+
+use crate::{Scheduler, recorder};
+
+const EVERY: Duration = Duration::from_secs(5);
+
+pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if let Some(Err(error)) = stop.run_until_cancelled(measure(&scheduler)).await {
+            tracing::debug!("{:#}", error.context("cannot be measured now"));
+        }
+    }
+}
+
+async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
+    let row = sqlx::query(
+        "select count(*) filter (where status = 'pending'),
+                coalesce(extract(epoch from now() - min(created_at) filter (where status = 'pending')), 0)::float8,
+                count(*) filter (where status = 'running'),
+                (select count(*) from outbox),
+                (select coalesce(extract(epoch from now() - min(created_at)), 0)::float8 from outbox),
+                (select count(*) from deleted_session)
+         from turn
+         where status in ('pending', 'running')",
+    )
+    .fetch_one(&scheduler.pool)
+    .await?;
+    metrics::gauge!("aod_turns_pending").set(row.try_get::<i64, _>(0)? as f64);
+    metrics::gauge!("aod_oldest_pending_turn_seconds").set(row.try_get::<f64, _>(1)?);
+    metrics::gauge!("aod_turns_running").set(row.try_get::<i64, _>(2)? as f64);
+    metrics::gauge!("aod_outbox_messages").set(row.try_get::<i64, _>(3)? as f64);
+    metrics::gauge!("aod_oldest_outbox_message_seconds").set(row.try_get::<f64, _>(4)?);
+    metrics::gauge!("aod_deleted_sessions_to_purge").set(row.try_get::<i64, _>(5)? as f64);
+    let recorded = recorder::recorded_through(&scheduler.pool).await?;
+    let newest = scheduler.bus.last_sequence(&topology::EVENTS).await?;
+    metrics::gauge!("aod_recorder_lag_events").set(newest.saturating_sub(recorded) as f64);
+    Ok(())
+}
