@@ -109,5 +109,9 @@ rpcs! {
     HandBackTurn: scheduler::HandBackTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", idempotent: true;
     /// What it takes to delete a session's Sprite. For runners.
     ClaimSprite: scheduler::ClaimSpriteRequest => scheduler::SpriteClaim, "aod.rpc.scheduler.v1.sprite.claim", idempotent: true;
+    /// What it takes to search an account for Sprites that no session knows. For runners.
+    ClaimSweep: scheduler::ClaimSweepRequest => scheduler::ClaimSweepReply, "aod.rpc.scheduler.v1.sprite.claim_sweep", idempotent: true;
+    /// Which of these Sprites no session knows.
+    FindOrphans: scheduler::FindOrphansRequest => scheduler::FindOrphansReply, "aod.rpc.scheduler.v1.sprite.find_orphans", idempotent: true;
     SpriteDestroyed: scheduler::SpriteDestroyedRequest => common::Empty, "aod.rpc.scheduler.v1.sprite.destroyed", idempotent: true;
 }

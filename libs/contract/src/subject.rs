@@ -1,6 +1,6 @@
 //! Subjects that carry a key. Keys come from id types, which cannot hold `.`, `*`, `>` or a space.
 
-use types::{SessionId, SpriteName};
+use types::{SessionId, SpriteName, UserId};
 
 /// A session's record.
 #[must_use]
@@ -29,6 +29,13 @@ pub fn sprite_destroy(sprite: &SpriteName) -> String {
 }
 
 pub const SPRITE_DESTROYS: &str = "aod.cmd.runner.v1.sprite.destroy.*";
+
+#[must_use]
+pub fn sprite_sweep(user: UserId) -> String {
+    format!("aod.cmd.runner.v1.sprite.sweep.{user}")
+}
+
+pub const SPRITE_SWEEPS: &str = "aod.cmd.runner.v1.sprite.sweep.*";
 
 /// A fact for other services: `session.completed` and the like.
 #[must_use]
@@ -89,6 +96,13 @@ pub const PUBLICATIONS: &[Publication] = &[
         parameters: &[("sprite", "The Sprite's name")],
         message: Some("runner::DestroySprite"),
         meaning: "A Sprite to be deleted by one of the runners. Kept in the work queue JOBS until it is acknowledged.",
+    },
+    Publication {
+        name: "SweepSprites",
+        address: "aod.cmd.runner.v1.sprite.sweep.{user}",
+        parameters: &[("user", "The user's id")],
+        message: Some("runner::SweepSprites"),
+        meaning: "An account to be searched for Sprites that no session knows. Kept in the work queue JOBS until it is acknowledged.",
     },
     Publication {
         name: "TerminateHint",

@@ -83,7 +83,7 @@ pub const STREAMS: [StreamSpec; 4] = [JOBS, EVENTS, LIFECYCLE, DLQ];
 pub const RUNNER: ConsumerSpec = ConsumerSpec {
     stream: JOBS.name,
     name: "runner",
-    filters: &[subject::TURN_RUNS, subject::SPRITE_DESTROYS],
+    filters: &[subject::TURN_RUNS, subject::SPRITE_DESTROYS, subject::SPRITE_SWEEPS],
     ack_wait: types::limits::JOB_LEASE,
     max_ack_pending: 100_000,
 };

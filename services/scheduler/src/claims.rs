@@ -167,7 +167,7 @@ async fn sprite_claim(scheduler: &Scheduler, user: UserId, session: SessionId, s
     Ok(SpriteClaim { sprite, lease_id })
 }
 
-async fn mint(
+pub async fn mint(
     scheduler: &Scheduler,
     user: UserId,
     session: SessionId,

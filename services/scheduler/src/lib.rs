@@ -11,13 +11,14 @@ mod deletion;
 mod environments;
 mod gauges;
 mod once;
+mod orphans;
 mod recorder;
 mod relay;
 mod sessions;
 mod streams;
 mod termination;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use bus::{Bus, Failure, responder::Responder};
@@ -34,6 +35,7 @@ pub struct Config {
     pub store: store::Config,
     pub sprite_name_prefix: String,
     pub stream_replicas: usize,
+    pub orphan_sweep: Duration,
 }
 
 impl Config {
@@ -42,9 +44,11 @@ impl Config {
             bus: bus::Config::from_env(env, &access::SCHEDULER),
             store: store::Config::from_env(env),
             sprite_name_prefix: env.parsed("SPRITE_NAME_PREFIX", "what the names of our Sprites begin with", "aod".to_owned()),
+            orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for Sprites that no session knows", 900),
             stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "copies of each stream in a NATS cluster", 1),
         };
-        if types::SpriteName::for_session(&config.sprite_name_prefix, types::SessionId::new()).is_err() {
+        // A deployment's own eight characters follow the prefix.
+        if types::SpriteName::for_session(&format!("{}-00000000", config.sprite_name_prefix), types::SessionId::new()).is_err() {
             env.refuse("SPRITE_NAME_PREFIX may hold lowercase letters, digits and hyphens, and not begin with one");
         }
         config
@@ -55,6 +59,7 @@ const MIGRATIONS: &[store::Step] = &[
     (1, "sessions", include_str!("../../../migrations/scheduler/0001_sessions.sql")),
     (2, "whole contract", include_str!("../../../migrations/scheduler/0002_whole_contract.sql")),
     (3, "handed back", include_str!("../../../migrations/scheduler/0003_handed_back.sql")),
+    (4, "orphans", include_str!("../../../migrations/scheduler/0004_orphans.sql")),
 ];
 
 /// What every request works with.
@@ -80,18 +85,19 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
     let scheduler = Scheduler {
-        pool,
         bus: bus.clone(),
-        sprite_name_prefix: config.sprite_name_prefix.into(),
+        sprite_name_prefix: format!("{}-{}", config.sprite_name_prefix, orphans::deployment(&pool).await?).into(),
         outbox: Arc::new(Notify::new()),
         recorded: watch::Sender::new(0),
         stream_replicas: config.stream_replicas,
+        pool,
     };
     streams::ensure(&scheduler).await?;
     lifecycle.spawn("streams", streams::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("recorder", recorder::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("orphans", orphans::run(scheduler.clone(), config.orphan_sweep, lifecycle.stop_token()));
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", deadlines::run(scheduler.clone(), lifecycle.stop_token()));
 
@@ -121,6 +127,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
     responder.serve::<rpc::HandBackTurn, _, _>(claims::hand_back).await?;
     responder.serve::<rpc::ClaimSprite, _, _>(claims::sprite).await?;
+    responder.serve::<rpc::ClaimSweep, _, _>(orphans::claim).await?;
+    responder.serve::<rpc::FindOrphans, _, _>(orphans::find).await?;
     responder.serve::<rpc::SpriteDestroyed, _, _>(termination::sprite_destroyed).await?;
     Ok(())
 }

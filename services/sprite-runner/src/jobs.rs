@@ -5,14 +5,14 @@ use std::time::Duration;
 use bus::work::{HAND_BACK, Job, Outcome};
 use contract::{
     rpc,
-    runner::{DestroySprite, RunTurn},
+    runner::{DestroySprite, RunTurn, SweepSprites},
     scheduler::{ClaimSpriteRequest, ClaimTurnRequest, HandBackTurnRequest, claim_turn_reply::Verdict},
 };
 use futures::StreamExt as _;
 use prost::Message as _;
 use types::{Backoff, ErrorCode, SessionId};
 
-use crate::{Runner, destroy, turn};
+use crate::{Runner, destroy, sweep, turn};
 
 const CLAIM_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
@@ -24,6 +24,11 @@ pub async fn handle(runner: Runner, job: Job) -> Outcome {
     if job.subject.contains(".turn.run.") {
         match RunTurn::decode(job.payload.clone()) {
             Ok(message) => Box::pin(run_turn(runner, message, again)).await,
+            Err(error) => Outcome::Reject(format!("malformed job: {error}")),
+        }
+    } else if job.subject.contains(".sprite.sweep.") {
+        match SweepSprites::decode(job.payload.clone()) {
+            Ok(message) => sweep::run(&runner, message, job.delivery, again).await,
             Err(error) => Outcome::Reject(format!("malformed job: {error}")),
         }
     } else {

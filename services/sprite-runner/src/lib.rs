@@ -12,6 +12,7 @@ mod record;
 mod runtimes;
 mod secrets;
 mod setup;
+mod sweep;
 mod turn;
 mod utf8;
 

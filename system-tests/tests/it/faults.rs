@@ -147,3 +147,31 @@ async fn a_session_that_waits_says_why() {
     let session = format!("/sessions/{}", stack.session("shell", "true").await.unwrap());
     assert_eq!(stack.get(&session).await.unwrap().text("waiting_on"), "a free runner");
 }
+
+/// Nobody pays for a sandbox that no session knows; and nobody loses one that another deployment made.
+#[tokio::test]
+async fn a_sandbox_that_no_session_knows_is_found_and_deleted() {
+    let stack = Stack::start(Options { settings: &[("AOD_ORPHAN_SWEEP_SECONDS", "1")], ..Options::default() }).await.unwrap();
+    let session = stack.session("shell", "true").await.unwrap();
+    stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let (url, token) = (format!("{}/v1/sprites", stack.ready_text("/sprites_url")), stack.ready_text("/sprites_token"));
+    let names = async || {
+        let list: Value = stack.http.get(&url).bearer_auth(&token).send().await.unwrap().json().await.unwrap();
+        list["sprites"].as_array().unwrap().iter().map(|sprite| sprite["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let own = names().await[0].clone();
+    let prefix = own.rsplit_once('-').unwrap().0.to_owned();
+    let (orphan, foreign) = (format!("{prefix}-{}", "0".repeat(20)), format!("aod-ffffffff-{}", "0".repeat(20)));
+    for name in [&orphan, &foreign] {
+        let made = stack.http.post(&url).bearer_auth(&token).json(&json!({ "name": name })).send().await.unwrap();
+        assert!(made.status().is_success(), "{}", made.status());
+    }
+    testkit::eventually("the orphan is gone", || async { !names().await.contains(&orphan) }).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let mut left = names().await;
+    left.sort();
+    let mut expected = [own, foreign];
+    expected.sort();
+    assert_eq!(left, expected);
+    assert_eq!(stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "true" })).await.unwrap().status, 202);
+}

@@ -15,3 +15,9 @@ pub struct DestroySprite {
     #[prost(string, tag = "2")]
     pub sprite: ::prost::alloc::string::String,
 }
+/// Search a user's Sprites account for those that no session knows, and delete them.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SweepSprites {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+}
