@@ -62,16 +62,24 @@ pub const FAULTS: &[Fault] = &[
     stop("NATS stopped", &["nats"]),
     pause("NATS paused", &["nats"], 4),
     kill("Postgres killed", &["postgres"]),
-    pause("Postgres paused", &["postgres"], 10),
+    // INT is how Postgres is asked to end without waiting for its clients.
+    Fault { how: How::Signal(Signal::INT), ..stop("Postgres stopped", &["postgres"]) },
+    pause("Postgres paused", &["postgres"], 5),
+    pause("Postgres paused for a minute", &["postgres"], 60),
     kill("local-sprites killed", &["local-sprites"]),
     Fault { may_lose_sandboxes: true, ..stop("local-sprites stopped", &["local-sprites"]) },
     Fault { how: How::LoseStreams, ..kill("the JetStream store lost", &["nats"]) },
 ];
 
-/// The faults after which nothing at all may be lost, doubled or failed.
+/// The faults after which nothing at all may be lost, doubled or failed; without those that take long.
 #[must_use]
 pub fn harmless() -> Vec<Fault> {
-    FAULTS.iter().filter(|fault| !fault.may_lose_sandboxes && fault.how != How::LoseStreams).copied().collect()
+    let harmless = |fault: &&Fault| match fault.how {
+        How::LoseStreams => false,
+        How::Pause(time) => time < Duration::from_secs(10),
+        How::Signal(_) => !fault.may_lose_sandboxes,
+    };
+    FAULTS.iter().filter(harmless).copied().collect()
 }
 
 /// A fault by its name.
@@ -158,7 +166,8 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
     let disturb = async {
         // Turns are under way, most of them.
         tokio::time::sleep(Duration::from_millis(1500)).await;
-        for injection in 0..plan.injections {
+        let long = faults.iter().any(|fault| matches!(fault.how, How::Pause(time) if time >= Duration::from_secs(10)));
+        for injection in 0..if long { 1 } else { plan.injections } {
             let fault = faults.get(rng.usize(..faults.len())).context("no faults")?;
             inject(stack, fault, &mut rng).await.with_context(|| format!("injection {injection}: {}", fault.name))?;
             let rest = plan.seconds * 1000 / (plan.injections as u64 + 1);
@@ -208,7 +217,7 @@ impl Script {
 
     /// Starts the session, however often that takes; an idempotency key keeps it one.
     async fn start(&self, stack: &Stack, agent: &str) -> Result<String> {
-        let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": self.text, "timeout": 120 })).await?;
+        let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": self.text, "timeout": 300 })).await?;
         ensure!(answer.status == 202, "{answer:?}");
         Ok(answer.text("id").to_owned())
     }
@@ -251,7 +260,7 @@ async fn follow(stack: &Stack, session: &str) -> Result<Followed> {
     let mut followed = Followed { stdout: String::new(), end: Value::Null, ids: Vec::new(), worst_pause: Duration::ZERO, connections: 0 };
     let begun = Instant::now();
     let mut last_output = None;
-    while begun.elapsed() < Duration::from_secs(180) {
+    while begun.elapsed() < Duration::from_secs(400) {
         let since = followed.ids.last().copied().unwrap_or_default();
         followed.connections += 1;
         if let Ok(mut events) = stack.stream(session, since).await {

@@ -14,6 +14,7 @@ mod once;
 mod orphans;
 mod recorder;
 mod relay;
+mod retention;
 mod sessions;
 mod streams;
 mod termination;
@@ -29,6 +30,8 @@ use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
 use types::{SecretId, Timestamp};
 
+pub use crate::retention::Retention;
+
 #[derive(Debug)]
 pub struct Config {
     pub bus: bus::Config,
@@ -36,6 +39,7 @@ pub struct Config {
     pub sprite_name_prefix: String,
     pub stream_replicas: usize,
     pub orphan_sweep: Duration,
+    pub retention: Retention,
 }
 
 impl Config {
@@ -44,6 +48,11 @@ impl Config {
             bus: bus::Config::from_env(env, &access::SCHEDULER),
             store: store::Config::from_env(env),
             sprite_name_prefix: env.parsed("SPRITE_NAME_PREFIX", "what the names of our Sprites begin with", "aod".to_owned()),
+            retention: Retention {
+                event_days: Some(env.parsed("EVENT_RETENTION_DAYS", "days that events are kept; 0: for ever", 0)).filter(|days| *days > 0),
+                session_days: Some(env.parsed("SESSION_RETENTION_DAYS", "days that settled sessions are kept; 0: for ever", 0))
+                    .filter(|days| *days > 0),
+            },
             orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for Sprites that no session knows", 900),
             stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "copies of each stream in a NATS cluster", 1),
         };
@@ -60,6 +69,7 @@ const MIGRATIONS: &[store::Step] = &[
     (2, "whole contract", include_str!("../../../migrations/scheduler/0002_whole_contract.sql")),
     (3, "handed back", include_str!("../../../migrations/scheduler/0003_handed_back.sql")),
     (4, "orphans", include_str!("../../../migrations/scheduler/0004_orphans.sql")),
+    (5, "events by day", include_str!("../../../migrations/scheduler/0005_events_by_day.sql")),
 ];
 
 /// What every request works with.
@@ -92,12 +102,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         stream_replicas: config.stream_replicas,
         pool,
     };
+    retention::make_days(&scheduler.pool).await?;
     streams::ensure(&scheduler).await?;
     lifecycle.spawn("streams", streams::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("recorder", recorder::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("orphans", orphans::run(scheduler.clone(), config.orphan_sweep, lifecycle.stop_token()));
+    lifecycle.spawn("retention", retention::run(scheduler.clone(), config.retention, lifecycle.stop_token()));
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", deadlines::run(scheduler.clone(), lifecycle.stop_token()));
 

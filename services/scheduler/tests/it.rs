@@ -18,9 +18,11 @@ use contract::{
 };
 use futures::future::join_all;
 use prost::Message as _;
+use scheduler::Retention;
 use service::Lifecycle;
 use testkit::{Database, Nats, eventually};
 use types::{ErrorCode, SessionId, UserId};
+use uuid::Uuid;
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -58,6 +60,7 @@ impl World {
             sprite_name_prefix: "aod".to_owned(),
             stream_replicas: 1,
             orphan_sweep: Duration::from_secs(900),
+            retention: Retention { event_days: Some(3), session_days: Some(3) },
         };
         scheduler::run(config, lifecycle.clone()).await.unwrap();
     }
@@ -370,4 +373,49 @@ async fn whatever_happens_at_once_ends_in_one_state() {
             Err(failure) => assert!(deleted.is_ok() && failure.code == ErrorCode::NotFound),
         }
     }
+}
+
+#[tokio::test]
+async fn what_is_old_goes_and_what_is_not_stays() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let (old, new) = (world.create(&agent, 10).await.unwrap().session_id, world.create(&agent, 10).await.unwrap().session_id);
+    let active = world.create(&agent, 10).await.unwrap().session_id;
+    for session in [&old, &new] {
+        world.complete(session, 1).await;
+    }
+    let mut admin = world.database.admin().await.unwrap();
+    let mut run = async |statement: &'static str| sqlx::raw_sql(statement).execute(&mut admin).await.unwrap();
+    run("create table scheduler.event_20200101 partition of scheduler.event for values from ('2020-01-01') to ('2020-01-02');
+         insert into scheduler.event (session_id, event_id, recorded_on, payload)
+         select session_id, event_id - 1000000, '2020-01-01', payload from scheduler.event;
+         alter table scheduler.event_20200101 owner to scheduler")
+    .await;
+    let id: Uuid = old.parse().unwrap();
+    for session in [id, active.parse().unwrap()] {
+        sqlx::query("update scheduler.session set updated_at = now() - interval '4 days' where session_id = $1")
+            .bind(session)
+            .execute(&mut world.database.admin().await.unwrap())
+            .await
+            .unwrap();
+    }
+    // Another replica, which does what is to be done when it starts.
+    world.run_scheduler(&Lifecycle::new()).await;
+    let get = async |session: &str| {
+        let request = GetSessionRequest { user_id: world.user.to_string(), session_id: session.to_owned(), recorded_through: 0 };
+        world.gateway.call::<rpc::GetSession>(&request, SOON).await
+    };
+    eventually("the old session is gone", || async { get(&old).await.is_err_and(|failure| failure.code == ErrorCode::NotFound) }).await;
+    eventually("the old day is gone", || async {
+        let there: bool = sqlx::query_scalar("select to_regclass('scheduler.event_20200101') is not null")
+            .fetch_one(&mut world.database.admin().await.unwrap())
+            .await
+            .unwrap();
+        !there
+    })
+    .await;
+    // An active session is never old, and a stream whose first events are gone goes on with the next.
+    assert!(get(&active).await.is_ok() && get(&new).await.is_ok());
+    let read = ReadEventsRequest { session_id: new, after: 0, limit: 100 };
+    assert_eq!(world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events.len(), 2);
 }
