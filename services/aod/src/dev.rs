@@ -39,6 +39,9 @@ pub struct DevArgs {
     /// Serve a scripted model, so that agents run with no key and no network
     #[arg(long)]
     scripted_model: bool,
+    /// Another Sprites API for the runners; its token is stored with `aod credentials set backend:sprites`
+    #[arg(long, env = "SPRITES_BASE_URL")]
+    sprites_url: Option<String>,
     /// How many runners to start
     #[arg(long, default_value_t = 1)]
     runners: u16,
@@ -92,7 +95,7 @@ async fn serve(args: DevArgs) -> Result<(), DevError> {
         .map_err(|error| DevError::Unfit(format!("port {} cannot be used: {error}; choose another with --port", args.port)))?;
     let tools = Tools::find(args.scripted_model)?;
     let data = DataDir::open(args.data_dir.clone(), &tools)?;
-    let mut stack = Stack::new(tools, data, api, args.scripted_model, args.runners.max(1), !args.no_restart, args.ready_file.clone())?;
+    let mut stack = Stack::new(tools, data, api, args)?;
 
     let begun = std::time::Instant::now();
     let started = tokio::select! {

@@ -11,3 +11,4 @@ mod faults;
 mod resources;
 mod sprites_api;
 mod streams;
+mod transport;

@@ -18,7 +18,7 @@ const USER: &str = "dev";
 const SCRIPTED_MODEL_KEY: &str = "scripted-model-needs-no-key";
 
 /// Harmless at every start.
-pub async fn user(config: &bus::Config, secrets: &Secrets, scripted_model: bool) -> anyhow::Result<()> {
+pub async fn user(config: &bus::Config, secrets: &Secrets, own_sprites: bool, scripted_model: bool) -> anyhow::Result<()> {
     let bus = Bus::connect(config).await?;
     let user = bus.call::<rpc::EnsureUser>(&EnsureUserRequest { name: USER.to_owned() }, DEADLINE).await?;
     let key = ApiKey::parse(&secrets.api_key)?;
@@ -33,7 +33,10 @@ pub async fn user(config: &bus::Config, secrets: &Secrets, scripted_model: bool)
         };
         bus.call::<rpc::CreateKey>(&request, DEADLINE).await?;
     }
-    let mut credentials = vec![(CredentialKind::Sprites, secrets.sprites_token.as_str())];
+    let mut credentials = Vec::new();
+    if own_sprites {
+        credentials.push((CredentialKind::Sprites, secrets.sprites_token.as_str()));
+    }
     if scripted_model {
         credentials.extend(Provider::ALL.map(|provider| (CredentialKind::Provider(provider), SCRIPTED_MODEL_KEY)));
     }

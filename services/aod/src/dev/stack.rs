@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use sqlx::{Connection as _, PgConnection};
 
 use crate::dev::{
-    DevError, bootstrap,
+    DevArgs, DevError, bootstrap,
     data::{DataDir, READY_FILE},
     supervisor::{Probe, Process, Spec},
     tools::Tools,
@@ -36,6 +36,8 @@ pub struct Stack {
     postgres: SocketAddr,
     nats: SocketAddr,
     sprites: SocketAddr,
+    /// The Sprites API that the runners use instead of our own.
+    other_sprites: Option<String>,
     model: Option<SocketAddr>,
     admin: Vec<SocketAddr>,
     runners: u16,
@@ -82,15 +84,8 @@ const PASSED_ON: &[&str] = &[
 ];
 
 impl Stack {
-    pub fn new(
-        tools: Tools,
-        data: DataDir,
-        api: SocketAddr,
-        scripted_model: bool,
-        runners: u16,
-        restart: bool,
-        ready_file: Option<PathBuf>,
-    ) -> Result<Self, DevError> {
+    pub fn new(tools: Tools, data: DataDir, api: SocketAddr, args: DevArgs) -> Result<Self, DevError> {
+        let runners = args.runners.max(1);
         let ports = free_ports(4 + SERVICES + usize::from(runners))?;
         let [postgres, nats, sprites, model, admin @ ..] = ports.as_slice() else {
             return Err(DevError::Broken("no free ports".to_owned()));
@@ -99,14 +94,15 @@ impl Stack {
             postgres: *postgres,
             nats: *nats,
             sprites: *sprites,
-            model: scripted_model.then_some(*model),
+            other_sprites: args.sprites_url,
+            model: args.scripted_model.then_some(*model),
             admin: admin.to_vec(),
             tools,
             data,
             api,
             runners,
-            restart,
-            ready_file,
+            restart: !args.no_restart,
+            ready_file: args.ready_file,
             processes: Vec::new(),
         })
     }
@@ -139,8 +135,8 @@ impl Stack {
         for process in &mut self.processes {
             process.ready(START_MAX).await?;
         }
-        let model = self.model.is_some();
-        bootstrap::user(&self.nats_config("operator"), &self.data.secrets, model).await.map_err(DevError::broken)?;
+        let (model, own_sprites) = (self.model.is_some(), self.other_sprites.is_none());
+        bootstrap::user(&self.nats_config("operator"), &self.data.secrets, own_sprites, model).await.map_err(DevError::broken)?;
         self.write_ready_file()
     }
 
@@ -334,7 +330,8 @@ impl Stack {
         add("scheduler".to_owned(), "scheduler", [nats("scheduler"), vec![database("scheduler")]].concat())?;
         for number in 1..=self.runners {
             let mut runner = nats("runner");
-            runner.push(("SPRITES_BASE_URL", format!("http://{}", self.sprites)));
+            let sprites = self.other_sprites.clone().unwrap_or_else(|| format!("http://{}", self.sprites));
+            runner.push(("SPRITES_BASE_URL", sprites));
             if let Some(model) = self.model {
                 for name in ["AOD_MODEL_BASE_URL_ANTHROPIC", "AOD_MODEL_BASE_URL_OPENAI", "AOD_MODEL_BASE_URL_GOOGLE"] {
                     runner.push((name, format!("http://{model}")));
