@@ -115,6 +115,13 @@ impl Bus {
         self.client.connection_state() == async_nats::connection::State::Connected
     }
 
+    /// The connections that come after the one at hand.
+    pub(crate) fn next_connection(&self) -> watch::Receiver<u64> {
+        let mut connections = self.connections.clone();
+        connections.mark_unchanged();
+        connections
+    }
+
     /// Sends a request and waits for its answer, at most `deadline`.
     ///
     /// # Errors
@@ -135,7 +142,13 @@ impl Bus {
         let mut headers = trace_headers();
         headers.insert(header::DEADLINE, unix_millis(SystemTime::now() + deadline).to_string());
         let message = async_nats::Request::new().payload(request.encode_to_vec().into()).headers(headers).timeout(Some(deadline));
-        let reply = self.client.send_request(R::SUBJECT, message).await.map_err(|error| match error.kind() {
+        let mut connections = self.next_connection();
+        let reply = tokio::select! {
+            reply = self.client.send_request(R::SUBJECT, message) => reply,
+            // Its answer does not come on another connection than the one it was asked on.
+            () = reconnected(&mut connections) => return Err(Failure::unavailable("The message bus")),
+        };
+        let reply = reply.map_err(|error| match error.kind() {
             RequestErrorKind::NoResponders => Failure::unavailable(owner(R::SUBJECT)),
             RequestErrorKind::TimedOut => {
                 Failure::new(ErrorCode::DeadlineExceeded, format!("{} did not answer in time", owner(R::SUBJECT)))
@@ -171,6 +184,13 @@ impl Bus {
     /// Sends what is buffered, so that nothing is lost by an exit. Bounded by `limit`.
     pub async fn flush(&self, limit: Duration) {
         let _ = tokio::time::timeout(limit, self.client.flush()).await;
+    }
+}
+
+/// Returns when there is another connection than the one at hand: what was under way on that gets no answer.
+pub(crate) async fn reconnected(connections: &mut watch::Receiver<u64>) {
+    if connections.changed().await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 

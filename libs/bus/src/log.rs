@@ -13,7 +13,11 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use tokio::sync::watch;
 
-use crate::{Bus, client::trace_headers, trace};
+use crate::{
+    Bus,
+    client::{reconnected, trace_headers},
+    trace,
+};
 
 /// An append that is not in the stream, as far as is known.
 #[derive(Debug, thiserror::Error)]
@@ -93,13 +97,6 @@ impl Bus {
         Ok(())
     }
 
-    /// The connections that come after the one at hand.
-    fn next_connection(&self) -> watch::Receiver<u64> {
-        let mut connections = self.connections.clone();
-        connections.mark_unchanged();
-        connections
-    }
-
     /// Follows one subject from a sequence on: in order and without gaps.
     ///
     /// # Errors
@@ -165,12 +162,5 @@ impl PendingAppend {
             Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Err(AppendError::Superseded),
             Err(error) => Err(AppendError::Unacknowledged(error)),
         }
-    }
-}
-
-/// Returns when there is another connection than the one at hand.
-async fn reconnected(connections: &mut watch::Receiver<u64>) {
-    if connections.changed().await.is_err() {
-        std::future::pending::<()>().await;
     }
 }
