@@ -10,8 +10,8 @@ use contract::{
     common::Empty,
     rpc,
     scheduler::{
-        ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, DeleteSessionRequest, GetSessionRequest, PromptRequest,
-        ReadEventsRequest, Session, TerminateRequest, UpdateAgentRequest, claim_turn_reply::Verdict,
+        ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, DeleteSessionRequest, GetSessionRequest, HandBackTurnRequest,
+        PromptRequest, ReadEventsRequest, Session, TerminateRequest, UpdateAgentRequest, claim_turn_reply::Verdict,
     },
     session::{Output, SessionEvent, TurnEnded, TurnStarted, session_event::Kind},
     subject,
@@ -418,4 +418,28 @@ async fn what_is_old_goes_and_what_is_not_stays() {
     assert!(get(&active).await.is_ok() && get(&new).await.is_ok());
     let read = ReadEventsRequest { session_id: new, after: 0, limit: 100 };
     assert_eq!(world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events.len(), 2);
+}
+
+#[tokio::test]
+async fn a_turn_that_nobody_can_run_is_given_up_with_the_last_reason() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned() };
+    let Some(Verdict::Run(spec)) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict else { panic!("settled") };
+    let hand_back = |epoch, reason: &str| HandBackTurnRequest { session_id: session.clone(), turn: 1, epoch, reason: reason.to_owned() };
+    world.runner.call::<rpc::HandBackTurn>(&hand_back(spec.epoch, "no sandbox to be had"), SOON).await.unwrap();
+    // One that was overtaken has no say.
+    world.runner.call::<rpc::HandBackTurn>(&hand_back(spec.epoch + 1, "nonsense"), SOON).await.unwrap();
+    assert_eq!(world.get(&session, 0).await.waiting_on.as_deref(), Some("another attempt: no sandbox to be had"));
+    for _ in 0..99 {
+        let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict;
+        assert!(matches!(verdict, Some(Verdict::Run(_))));
+    }
+    let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict;
+    assert!(matches!(verdict, Some(Verdict::Settled(_))));
+    let now = world.get(&session, 0).await;
+    assert_eq!(
+        (now.status.as_str(), now.failure.unwrap().message.as_str()),
+        ("failed", "Given up after 100 attempts: no sandbox to be had")
+    );
 }
