@@ -46,6 +46,8 @@ pub struct Stack {
     processes: Vec<Process>,
 }
 
+const START_ATTEMPTS: u32 = 5;
+
 /// The services beside the runners that have a port for their health.
 const SERVICES: usize = 6;
 
@@ -85,26 +87,35 @@ const PASSED_ON: &[&str] = &[
 
 impl Stack {
     pub fn new(tools: Tools, data: DataDir, api: SocketAddr, args: DevArgs) -> Result<Self, DevError> {
-        let runners = args.runners.max(1);
-        let ports = free_ports(4 + SERVICES + usize::from(runners))?;
-        let [postgres, nats, sprites, model, admin @ ..] = ports.as_slice() else {
-            return Err(DevError::Broken("no free ports".to_owned()));
-        };
-        Ok(Self {
-            postgres: *postgres,
-            nats: *nats,
-            sprites: *sprites,
+        let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let mut stack = Self {
+            postgres: nowhere,
+            nats: nowhere,
+            sprites: nowhere,
             other_sprites: args.sprites_url,
-            model: args.scripted_model.then_some(*model),
-            admin: admin.to_vec(),
+            model: args.scripted_model.then_some(nowhere),
+            admin: Vec::new(),
             tools,
             data,
             api,
-            runners,
+            runners: args.runners.max(1),
             restart: !args.no_restart,
             ready_file: args.ready_file,
             processes: Vec::new(),
-        })
+        };
+        stack.choose_ports()?;
+        Ok(stack)
+    }
+
+    fn choose_ports(&mut self) -> Result<(), DevError> {
+        let ports = free_ports(4 + SERVICES + usize::from(self.runners))?;
+        let [postgres, nats, sprites, model, admin @ ..] = ports.as_slice() else {
+            return Err(DevError::Broken("no free ports".to_owned()));
+        };
+        (self.postgres, self.nats, self.sprites) = (*postgres, *nats, *sprites);
+        self.model = self.model.map(|_| *model);
+        self.admin = admin.to_vec();
+        Ok(())
     }
 
     pub fn api_url(&self) -> String {
@@ -123,8 +134,22 @@ impl Stack {
         self.model.is_some()
     }
 
-    /// Starts everything and returns when all of it answers.
+    /// Starts everything and returns when all of it answers. A port may be taken between its choice and its use: then others are tried.
     pub async fn start(&mut self) -> Result<(), DevError> {
+        let mut attempts = 1;
+        loop {
+            match self.start_once().await {
+                Err(DevError::Broken(error)) if attempts < START_ATTEMPTS && error.to_lowercase().contains("address already in use") => {
+                    attempts += 1;
+                    self.stop().await;
+                    self.choose_ports()?;
+                }
+                started => return started,
+            }
+        }
+    }
+
+    async fn start_once(&mut self) -> Result<(), DevError> {
         self.start_postgres().await?;
         self.start_nats().await?;
         let services = self.services()?;
