@@ -167,19 +167,20 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
         // Turns are under way, most of them.
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let long = faults.iter().any(|fault| matches!(fault.how, How::Pause(time) if time >= Duration::from_secs(10)));
-        for injection in 0..if long { 1 } else { plan.injections } {
+        let injections = if long { 1 } else { plan.injections };
+        for injection in 0..injections {
             let fault = faults.get(rng.usize(..faults.len())).context("no faults")?;
             inject(stack, fault, &mut rng).await.with_context(|| format!("injection {injection}: {}", fault.name))?;
-            let rest = plan.seconds * 1000 / (plan.injections as u64 + 1);
+            let rest = plan.seconds * 1000 / (injections as u64 + 1);
             tokio::time::sleep(Duration::from_millis(rng.u64(rest / 2..=rest))).await;
         }
-        Ok::<_, anyhow::Error>(())
+        Ok::<_, anyhow::Error>(injections)
     };
     let (followed, disturbed) = tokio::join!(follow, disturb);
-    disturbed?;
+    let injected = disturbed?;
     let mut outcome = Outcome {
         fault: name,
-        injected: plan.injections,
+        injected,
         sessions: plan.sessions,
         lines: 0,
         lost: 0,

@@ -258,6 +258,10 @@ impl Stack {
 
 impl Drop for Stack {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.data.disable_cleanup(true);
+            eprintln!("what the stack logged stays in {}", self.data.path().display());
+        }
         Self::signal(&[self.child.id()], Signal::TERM);
         let _ = self.child.wait();
     }

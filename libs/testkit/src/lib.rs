@@ -20,7 +20,8 @@ use std::{future::Future, time::Duration};
 /// # Panics
 /// When it does not come to hold.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
-    for _ in 0..2000 {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while tokio::time::Instant::now() < deadline {
         if condition().await {
             return;
         }

@@ -1,6 +1,6 @@
 //! What an agent is made of beside its texts: skills, MCP servers, metadata (contract §4).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -78,8 +78,8 @@ pub fn is_skill_source(text: &str) -> bool {
     text.split_once('/').is_some_and(|(owner, repo)| crate::repository::is_owner(owner) && crate::repository::is_name(repo))
 }
 
-/// An MCP server that an agent may call.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// An MCP server that an agent may call. Its secrets cannot be printed.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct McpServer {
     pub name: String,
@@ -87,7 +87,7 @@ pub struct McpServer {
     pub transport: McpTransport,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum McpTransport {
@@ -105,6 +105,12 @@ pub enum McpTransport {
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         env: BTreeMap<String, String>,
     },
+}
+
+impl fmt::Debug for McpServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("McpServer").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 impl McpServer {
@@ -173,6 +179,7 @@ mod tests {
         let text = json!({ "name": "a", "type": "url", "url": "https://x", "headers": { "Authorization": "Bearer t" } });
         let server: McpServer = serde_json::from_value(text.clone()).unwrap();
         assert_eq!(serde_json::to_value(&server).unwrap(), text);
+        assert!(!format!("{server:?}").contains("Bearer"));
         assert_eq!(serde_json::to_value(server.redacted()).unwrap()["headers"]["Authorization"], "***");
     }
 

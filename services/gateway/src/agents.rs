@@ -33,6 +33,18 @@ use crate::{
 /// An agent.
 #[derive(Serialize, ToSchema)]
 pub struct Agent {
+    #[serde(flatten)]
+    snapshot: AgentVersion,
+    #[schema(format = DateTime)]
+    updated_at: String,
+    #[schema(format = DateTime)]
+    archived_at: Option<String>,
+}
+
+/// An agent as it was at a version.
+#[derive(Serialize, ToSchema)]
+pub struct AgentVersion {
+    /// The agent's id.
     #[schema(format = Uuid)]
     id: String,
     #[schema(pattern = "^agent$")]
@@ -57,73 +69,12 @@ pub struct Agent {
     version: u32,
     #[schema(format = DateTime)]
     created_at: String,
-    #[schema(format = DateTime)]
-    updated_at: String,
-    #[schema(format = DateTime)]
-    archived_at: Option<String>,
-}
-
-/// An agent as it was at a version.
-#[derive(Serialize, ToSchema)]
-pub struct AgentVersion {
-    /// The agent's id.
-    #[schema(format = Uuid)]
-    id: String,
-    #[schema(pattern = "^agent$")]
-    r#type: &'static str,
-    name: String,
-    description: Option<String>,
-    system: Option<String>,
-    model: String,
-    runtime: String,
-    provider: Option<&'static str>,
-    #[schema(format = Uuid)]
-    environment_id: Option<String>,
-    skills: Vec<Skill>,
-    mcp_servers: Vec<McpServer>,
-    metadata: Map<String, Value>,
-    version: u32,
-    #[schema(format = DateTime)]
-    created_at: String,
 }
 
 impl From<scheduler::Agent> for Agent {
     fn from(agent: scheduler::Agent) -> Self {
         let (updated_at, archived_at) = (time(agent.updated_at_us), agent.archived_at_us.map(time));
-        let AgentVersion {
-            id,
-            r#type,
-            name,
-            description,
-            system,
-            model,
-            runtime,
-            provider,
-            environment_id,
-            skills,
-            mcp_servers,
-            metadata,
-            version,
-            created_at,
-        } = agent.into();
-        Self {
-            id,
-            r#type,
-            name,
-            description,
-            system,
-            model,
-            runtime,
-            provider,
-            environment_id,
-            skills,
-            mcp_servers,
-            metadata,
-            version,
-            created_at,
-            updated_at,
-            archived_at,
-        }
+        Self { snapshot: agent.into(), updated_at, archived_at }
     }
 }
 

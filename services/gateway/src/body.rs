@@ -9,7 +9,7 @@ use axum::{
 };
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
-use types::limits::BODY_BYTES_MAX;
+use types::{agent::REDACTED, limits::BODY_BYTES_MAX};
 
 use crate::error::ApiError;
 
@@ -37,8 +37,7 @@ impl FieldError {
     }
 }
 
-/// A JSON body as it came; parsed, but not looked at.
-#[derive(Debug)]
+/// A JSON body as it came. It may hold secrets: it cannot be printed.
 pub struct Body(Vec<u8>);
 
 impl<S: Send + Sync> FromRequest<S> for Body {
@@ -76,7 +75,6 @@ impl Body {
 }
 
 /// An object's fields, read one after the other; what is wrong is remembered until [`Self::finish`].
-#[derive(Debug)]
 pub struct Fields {
     object: Map<String, Value>,
     loc: Vec<Value>,
@@ -99,7 +97,10 @@ impl Fields {
     }
 
     fn error(&mut self, kind: &'static str, name: &str, msg: impl Into<String>, input: Value) {
-        let loc = self.loc.iter().cloned().chain([name.into()]).collect();
+        let loc: Vec<Value> = self.loc.iter().cloned().chain([name.into()]).collect();
+        // What is missing is shown with what is there beside it.
+        let secret = kind != "missing" && loc.iter().filter_map(Value::as_str).any(is_secret);
+        let input = if secret { REDACTED.into() } else { without_secrets(input) };
         self.errors.push(FieldError { kind, loc, msg: msg.into(), input });
     }
 
@@ -309,6 +310,25 @@ impl Fields {
     }
 }
 
+/// Fields whose contents no answer shows, not even the one that refuses them (contract §3 to §6).
+fn is_secret(name: &str) -> bool {
+    matches!(name, "authorization_token" | "env" | "env_vars" | "headers" | "secret_env_vars" | "value")
+}
+
+fn without_secrets(input: Value) -> Value {
+    match input {
+        Value::Object(object) => {
+            let shown = object.into_iter().map(|(name, value)| {
+                let value = if is_secret(&name) { REDACTED.into() } else { without_secrets(value) };
+                (name, value)
+            });
+            shown.collect()
+        }
+        Value::Array(items) => items.into_iter().map(without_secrets).collect(),
+        other => other,
+    }
+}
+
 /// Neither Postgres nor any shell can hold one.
 const WITHOUT_NUL: &str = "text must not contain NUL";
 
@@ -410,6 +430,24 @@ mod tests {
         assert!(Body(b"[1]".to_vec()).fields().is_err());
         assert!(Body("[".repeat(100_000).into_bytes()).fields().is_err());
         assert!(Body(br#"{"a": "\ud800"}"#.to_vec()).fields().is_err());
+    }
+
+    #[test]
+    fn a_refusal_shows_no_secret() {
+        let mut fields = fields(
+            r#"{"secret_env_vars": {"A-B": "sentinel", "C": 5}, "value": "sentinel\u0000", "env_vars": "sentinel",
+                "list": [{"headers": {"X": "sentinel"}}, "x"]}"#,
+        );
+        fields.string("agent_id", 9);
+        fields.string("value", 99);
+        fields.string_map("env_vars");
+        fields.string_map("secret_env_vars");
+        fields.refuse("secret_env_vars", "bad name");
+        fields.objects("list", 9, |item| item.string("name", 9));
+        fields.refuse("list", "bad list");
+        let shown: Vec<Value> = fields.errors.into_iter().map(FieldError::into_json).collect();
+        assert_eq!(shown.len(), 8, "{shown:?}");
+        assert!(!Value::from(shown).to_string().contains("sentinel"));
     }
 
     #[test]

@@ -33,20 +33,8 @@ use crate::{
 /// An environment. The values of its variables are never answered.
 #[derive(Serialize, ToSchema)]
 pub struct Environment {
-    #[schema(format = Uuid)]
-    id: String,
-    #[schema(pattern = "^environment$")]
-    r#type: &'static str,
-    name: String,
-    /// Packages by their manager: `apt`, `cargo`, `gem`, `go`, `npm`, `pip`.
-    packages: BTreeMap<String, Vec<String>>,
-    /// A bash script that sets the sandbox up.
-    setup_script: Option<String>,
-    networking: Networking,
-    env_var_names: Vec<String>,
-    version: u32,
-    #[schema(format = DateTime)]
-    created_at: String,
+    #[serde(flatten)]
+    snapshot: EnvironmentVersion,
     #[schema(format = DateTime)]
     updated_at: String,
     #[schema(format = DateTime)]
@@ -62,7 +50,9 @@ pub struct EnvironmentVersion {
     #[schema(pattern = "^environment$")]
     r#type: &'static str,
     name: String,
+    /// Packages by their manager: `apt`, `cargo`, `gem`, `go`, `npm`, `pip`.
     packages: BTreeMap<String, Vec<String>>,
+    /// A bash script that sets the sandbox up.
     setup_script: Option<String>,
     networking: Networking,
     env_var_names: Vec<String>,
@@ -74,9 +64,7 @@ pub struct EnvironmentVersion {
 impl From<scheduler::Environment> for Environment {
     fn from(environment: scheduler::Environment) -> Self {
         let (updated_at, archived_at) = (time(environment.updated_at_us), environment.archived_at_us.map(time));
-        let EnvironmentVersion { id, r#type, name, packages, setup_script, networking, env_var_names, version, created_at } =
-            environment.into();
-        Self { id, r#type, name, packages, setup_script, networking, env_var_names, version, created_at, updated_at, archived_at }
+        Self { snapshot: environment.into(), updated_at, archived_at }
     }
 }
 

@@ -24,7 +24,7 @@ pub struct IdempotencyKey(Option<String>);
 #[expect(dead_code, reason = "describes a header")]
 pub struct IdempotencyParams {
     /// The same key with the same body gets the same answer for 24 hours, and creates once
-    #[param(rename = "Idempotency-Key", min_length = 1, max_length = 255, pattern = "^[!-~]+$")]
+    #[param(rename = "Idempotency-Key", min_length = 1, max_length = 255, pattern = "^[ -~]+$")]
     idempotency_key: Option<String>,
 }
 

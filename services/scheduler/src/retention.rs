@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use bus::Failure;
 use contract::scheduler::DeleteSessionRequest;
-use sqlx::{PgPool, Row as _};
+use sqlx::{PgConnection, PgPool, Row as _};
+use store::leader::Leadership;
 use time::{Date, OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
 use tokio_util::sync::CancellationToken;
 use types::ErrorCode;
@@ -20,6 +21,8 @@ pub struct Retention {
     pub session_days: Option<u16>,
 }
 
+/// Any number that no other lock of ours has.
+const LOCK: i64 = 0x0061_6f64_6461_7973;
 const EVERY: Duration = Duration::from_secs(60);
 const DAYS_AHEAD: i64 = 7;
 const SESSIONS_AT_A_TIME: i64 = 100;
@@ -30,20 +33,25 @@ pub async fn run(scheduler: Scheduler, retention: Retention, stop: CancellationT
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        let kept = async {
-            make_days(&scheduler.pool).await?;
-            if let Some(days) = retention.event_days {
-                drop_days(&scheduler.pool, days).await?;
-            }
-            if let Some(days) = retention.session_days {
-                while delete_sessions(&scheduler, days).await? {}
-            }
-            anyhow::Ok(())
-        };
-        if let Some(Err(error)) = stop.run_until_cancelled(kept).await {
+        if let Some(Err(error)) = stop.run_until_cancelled(keep(&scheduler, retention)).await {
             tracing::warn!("{:#}", error.context("retention is not kept now; trying again"));
         }
     }
+}
+
+async fn keep(scheduler: &Scheduler, retention: Retention) -> anyhow::Result<()> {
+    make_days(&scheduler.pool).await?;
+    if let Some(days) = retention.event_days
+        && let Some(mut leadership) = Leadership::try_acquire(&scheduler.pool, LOCK).await?
+    {
+        let dropped = drop_days(leadership.connection(), days).await;
+        leadership.resign().await;
+        dropped?;
+    }
+    if let Some(days) = retention.session_days {
+        while delete_sessions(scheduler, days).await? {}
+    }
+    Ok(())
 }
 
 fn today() -> Date {
@@ -55,33 +63,48 @@ fn today() -> Date {
 /// # Errors
 /// When Postgres refuses.
 pub async fn make_days(pool: &PgPool) -> anyhow::Result<()> {
+    let mut tx = pool.begin().await?;
+    // Two replicas that make a table at once would both find it missing.
+    sqlx::query("select pg_advisory_xact_lock($1)").bind(LOCK).execute(&mut *tx).await?;
     for ahead in 0..=DAYS_AHEAD {
         let day = today() + time::Duration::days(ahead);
         let (table, next) = (format!("{TABLE_PREFIX}{}", day.format(DAY)?), day + time::Duration::days(1));
-        // Made of a date alone. Of two replicas at once, one finds it there.
+        // Made of a date alone.
         let statement = format!("create table if not exists {table} partition of event for values from ('{day}') to ('{next}')");
-        sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(pool).await?;
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut *tx).await?;
     }
+    tx.commit().await?;
     Ok(())
 }
 
-/// Drops the tables of days that are over by so many days. Online: a table is detached while others read and write the rest.
-async fn drop_days(pool: &PgPool, days: u16) -> anyhow::Result<()> {
+/// Drops the tables of days that are over by so many days. Online: a table is detached while others read and write the rest. What an
+/// earlier attempt left half detached, or detached and not dropped, is finished.
+async fn drop_days(connection: &mut PgConnection, days: u16) -> anyhow::Result<()> {
     let oldest_kept = today() - time::Duration::days(i64::from(days));
-    let tables: Vec<String> = sqlx::query_scalar(
-        "select child.relname::text
-         from pg_inherits
-         join pg_class child on child.oid = inhrelid
-         where inhparent = 'event'::regclass",
+    let tables = sqlx::query(
+        "select c.relname::text, i.inhdetachpending
+         from pg_class c
+         left join pg_inherits i on i.inhrelid = c.oid and i.inhparent = 'event'::regclass
+         where c.relkind = 'r' and c.relnamespace = current_schema()::regnamespace and c.relname ~ '^event_[0-9]{8}$'",
     )
-    .fetch_all(pool)
+    .fetch_all(&mut *connection)
     .await?;
-    for table in tables {
-        let day = table.strip_prefix(TABLE_PREFIX).and_then(|day| Date::parse(day, DAY).ok());
+    for row in tables {
+        let name: String = row.try_get(0)?;
+        let day = name.strip_prefix(TABLE_PREFIX).and_then(|day| Date::parse(day, DAY).ok());
         let Some(day) = day.filter(|day| *day < oldest_kept) else { continue };
         let table = format!("{TABLE_PREFIX}{}", day.format(DAY)?);
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("alter table event detach partition {table} concurrently"))).execute(pool).await?;
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop table {table}"))).execute(pool).await?;
+        let detach = match row.try_get::<Option<bool>, _>(1)? {
+            Some(false) => Some("concurrently"),
+            Some(true) => Some("finalize"),
+            None => None,
+        };
+        if let Some(how) = detach {
+            sqlx::raw_sql(sqlx::AssertSqlSafe(format!("alter table event detach partition {table} {how}")))
+                .execute(&mut *connection)
+                .await?;
+        }
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop table {table}"))).execute(&mut *connection).await?;
         metrics::counter!("aod_event_days_dropped_total").increment(1);
         tracing::info!(%day, "events of a day are dropped, by EVENT_RETENTION_DAYS");
     }

@@ -389,7 +389,9 @@ async fn what_is_old_goes_and_what_is_not_stays() {
     run("create table scheduler.event_20200101 partition of scheduler.event for values from ('2020-01-01') to ('2020-01-02');
          insert into scheduler.event (session_id, event_id, recorded_on, payload)
          select session_id, event_id - 1000000, '2020-01-01', payload from scheduler.event;
-         alter table scheduler.event_20200101 owner to scheduler")
+         alter table scheduler.event_20200101 owner to scheduler;
+         create table scheduler.event_20200102 (detached_and_not_dropped integer);
+         alter table scheduler.event_20200102 owner to scheduler")
     .await;
     let id: Uuid = old.parse().unwrap();
     for session in [id, active.parse().unwrap()] {
@@ -407,10 +409,12 @@ async fn what_is_old_goes_and_what_is_not_stays() {
     };
     eventually("the old session is gone", || async { get(&old).await.is_err_and(|failure| failure.code == ErrorCode::NotFound) }).await;
     eventually("the old day is gone", || async {
-        let there: bool = sqlx::query_scalar("select to_regclass('scheduler.event_20200101') is not null")
-            .fetch_one(&mut world.database.admin().await.unwrap())
-            .await
-            .unwrap();
+        let there: bool = sqlx::query_scalar(
+            "select coalesce(to_regclass('scheduler.event_20200101'), to_regclass('scheduler.event_20200102')) is not null",
+        )
+        .fetch_one(&mut world.database.admin().await.unwrap())
+        .await
+        .unwrap();
         !there
     })
     .await;

@@ -108,11 +108,12 @@ impl Provisioning<'_> {
         Ok(())
     }
 
-    /// Runs a script with the session's variables. Its text goes by file: an argument would be seen in a URL.
+    /// Runs a script with the session's variables. Its text goes by file: an argument would be seen in a URL. One at a time, and each
+    /// runner's from a file of its own: a runner that lost its job may have left one running.
     async fn run_step(&self, step: &Step) -> Result<(), String> {
-        const PATH: &str = "/home/sprite/.aod/setup.sh";
-        self.sprite.write(PATH, step.script.clone(), 0o700).await.map_err(|error| error.to_string())?;
-        let command = format!("set -a; . {}; set +a; exec bash {PATH}", Agent::ENV_FILE);
+        let path = format!("/home/sprite/.aod/setup-{}.sh", self.setup.epoch);
+        self.sprite.write(&path, step.script.clone(), 0o700).await.map_err(|error| error.to_string())?;
+        let command = format!("set -a; . {}; set +a; exec flock /home/sprite/.aod/setup.lock bash {path}", Agent::ENV_FILE);
         let request = ExecRequest { argv: &["bash", "-c", &command], max_run_after_disconnect: Some(STAGE_MAX), ..ExecRequest::default() };
         let finished = self.sprite.run(&request, STAGE_MAX).await.map_err(|error| error.to_string())?;
         if finished.code == 0 {

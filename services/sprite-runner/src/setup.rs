@@ -10,6 +10,8 @@ use crate::{agent::quote, secrets::Secrets};
 
 #[derive(Debug)]
 pub struct Setup {
+    /// Which claim of the turn this is: a predecessor's steps may still run.
+    pub epoch: u32,
     packages: BTreeMap<String, Vec<String>>,
     script: String,
     networking: Networking,
@@ -33,6 +35,7 @@ impl Setup {
         let json = |text: &str, empty: &str| if text.is_empty() { empty.to_owned() } else { text.to_owned() };
         let networking = json(&environment.networking, "{}");
         Ok(Self {
+            epoch: spec.epoch,
             packages: serde_json::from_str(&json(&environment.packages, "{}"))?,
             script: environment.setup_script,
             networking: if networking == "{}" { Networking::default() } else { serde_json::from_str(&networking)? },
@@ -69,14 +72,8 @@ impl Setup {
             let names = self.packages.get(manager.as_str()).filter(|names| !names.is_empty())?;
             Some(Step { what: format!("installing {manager} packages"), script: install(manager, names) })
         });
-        let clones = self.repositories.iter().map(|repository| Step {
-            what: format!("cloning {}", repository.url),
-            script: format!(
-                "GIT_TERMINAL_PROMPT=0 git clone --depth=1 --quiet {} {}\n",
-                quote(&repository.url),
-                quote(&repository.mount_path)
-            ),
-        });
+        let clones =
+            self.repositories.iter().map(|repository| Step { what: format!("cloning {}", repository.url), script: clone(repository) });
         let script = (!self.script.trim().is_empty()).then(|| Step { what: "the setup script".to_owned(), script: self.script.clone() });
         packages.chain(clones).chain(script).collect()
     }
@@ -95,7 +92,7 @@ fn install(manager: PackageManager, names: &[String]) -> String {
         PackageManager::Gem => format!("set -e\n{as_root}{}", words.iter().map(|word| gem(word)).collect::<String>()),
         PackageManager::Go => format!("set -e\n{}", each("go install")),
         PackageManager::Npm => format!("npm install --global --no-fund --no-audit -- {all}\n"),
-        PackageManager::Pip => format!("pip install --quiet --break-system-packages -- {all} || pip install --quiet -- {all}\n"),
+        PackageManager::Pip => format!("PIP_BREAK_SYSTEM_PACKAGES=1 pip install --quiet -- {all}\n"),
     }
 }
 
@@ -105,6 +102,15 @@ fn gem(word: &str) -> String {
         Some((name, version)) => format!("$root gem install --silent {name} --version {version}\n"),
         None => format!("$root gem install --silent {word}\n"),
     }
+}
+
+/// Harmless twice: what a clone that broke off has left is swept away, and one that is whole stays as it is.
+fn clone(repository: &Repository) -> String {
+    let (url, path, draft) =
+        (quote(&repository.url), quote(&repository.mount_path), quote(&format!("{}.aod-clone", repository.mount_path)));
+    format!(
+        "set -e\n[ -e {path}/.git ] && exit 0\nrm -rf {draft}\nGIT_TERMINAL_PROMPT=0 git clone --depth=1 --quiet {url} {draft}\nmv -T {draft} {path}\n"
+    )
 }
 
 /// A skill from GitHub, by the installer that knows every CLI.

@@ -130,7 +130,7 @@ async fn a_key_makes_a_request_take_effect_once() {
     assert_eq!(named("racing", &stack.get("/agents").await.unwrap().body), 1);
     assert_eq!(named("once", &stack.get("/environments").await.unwrap().body), 1);
     assert_eq!(stack.get(&format!("/sessions/{session}/turns")).await.unwrap().body["data"].as_array().unwrap().len(), 2);
-    // Somebody else's key is another key: the same one of another user is tried in vain. And repetitions left no secret behind.
+    // Repetitions left no secret behind.
     assert_eq!(count(&stack, "select count(*) from vault.secret where not is_credential").await, 3);
 }
 
@@ -250,17 +250,16 @@ async fn a_deleted_session_leaves_nothing() {
     let deleted = stack.call(Method::DELETE, &format!("/sessions/{session}/delete"), None).await.unwrap();
     assert_eq!((deleted.status, deleted.text("detail")), (200, "Session deleted"));
     assert_eq!(stack.get(&format!("/sessions/{session}/stream")).await.unwrap().status, 404);
-    eventually("all of it is gone", || async {
-        count(
-            &stack,
-            "select (select count(*) from scheduler.event) + (select count(*) from scheduler.turn) + (select count(*) from scheduler.deleted_session)
-                  + (select count(*) from scheduler.unused_secret) + (select count(*) from vault.secret where not is_credential)
-                  + (select count(*) from vault.lease where revoked_at is null)",
-        )
-        .await
-            == 0
-    })
-    .await;
+    for (what, query) in [
+        ("events", "select count(*) from scheduler.event"),
+        ("turns", "select count(*) from scheduler.turn"),
+        ("deletions under way", "select count(*) from scheduler.deleted_session"),
+        ("unused secrets", "select count(*) from scheduler.unused_secret"),
+        ("secrets", "select count(*) from vault.secret where not is_credential"),
+        ("leases", "select count(*) from vault.lease where revoked_at is null and purpose <> 'sweep'"),
+    ] {
+        eventually(&format!("no {what}"), || async { count(&stack, query).await == 0 }).await;
+    }
     let sprites =
         stack.http.get(format!("{}/v1/sprites", stack.ready_text("/sprites_url"))).bearer_auth(stack.ready_text("/sprites_token"));
     let sprites: Value = sprites.send().await.unwrap().json().await.unwrap();
@@ -307,4 +306,51 @@ async fn a_network_that_cannot_be_limited_is_a_failure_and_not_an_open_network()
     assert!(events.iter().all(|event| event["type"] != "output"));
     let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
     assert_eq!((session.text("status"), &session.body["failure"]["stage"]), ("failed", &json!("network_policy")));
+}
+
+/// A real clone from a real git server: git itself is told that GitHub is here.
+#[tokio::test]
+async fn a_repository_lies_at_its_mount_path() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let served = tempfile::tempdir().unwrap();
+    let origin = served.path().join("o/r");
+    let git = async |args: &[&str]| {
+        let mut command = tokio::process::Command::new("git");
+        command.arg("-C").arg(&origin).args(["-c", "user.name=t", "-c", "user.email=t@example.org"]).args(args);
+        assert!(command.status().await.unwrap().success(), "git {args:?}");
+    };
+    std::fs::create_dir_all(&origin).unwrap();
+    std::fs::write(origin.join("hello"), "from the repository\n").unwrap();
+    git(&["init", "-q"]).await;
+    git(&["add", "."]).await;
+    git(&["commit", "-q", "-m", "first"]).await;
+    let port = testkit::free_port().unwrap();
+    // Not by way of `git daemon`, which would leave it running when it is killed itself.
+    let programs = std::process::Command::new("git").arg("--exec-path").output().unwrap().stdout;
+    let mut daemon = tokio::process::Command::new(format!("{}/git-daemon", String::from_utf8(programs).unwrap().trim()));
+    daemon.args(["--export-all", "--listen=127.0.0.1", &format!("--port={port}"), &format!("--base-path={}", served.path().display())]);
+    let _daemon = daemon.kill_on_drop(true).spawn().unwrap();
+    eventually("git serves", || async { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
+    let vars = json!({
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": format!("url.git://127.0.0.1:{port}/.insteadOf"),
+        "GIT_CONFIG_VALUE_0": "https://github.com/",
+    });
+    let environment = stack.post("/environments", json!({ "name": "e", "env_vars": vars })).await.unwrap().text("id").to_owned();
+    let agent = stack.agent("shell").await.unwrap();
+    let resources = json!([
+        { "type": "github_repository", "url": "https://github.com/o/r.git", "authorization_token": "ghp_sentinel" },
+        { "type": "github_repository", "url": "https://github.com/o/r", "mount_path": "/workspace/second one" },
+    ]);
+    // The script that cloned is run again, as a successor of a runner that died would.
+    let prompt = "bash /home/sprite/.aod/setup-1.sh; cat /workspace/r/hello '/workspace/second one/hello'; ls /workspace; \
+                  stat -c %a /home/sprite/.aod/git-credentials; cat /home/sprite/.aod/git-credentials | md5sum";
+    let session = json!({ "agent_id": agent, "prompt": prompt, "environment_id": environment, "resources": resources });
+    let session = stack.post("/sessions", session).await.unwrap().text("id").to_owned();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
+    assert!(output.starts_with("from the repository\nfrom the repository\nr\nsecond one\n600\n"), "{output} {:?}", events.last());
+    assert_eq!(events.last().unwrap()["code"], 0);
+    let done: Vec<_> = events.iter().filter(|event| event["state"] == "done").map(|event| event["stage"].as_str().unwrap()).collect();
+    assert_eq!(done, ["create_sprite", "env_file", "git_credentials", "provision_setup"]);
 }

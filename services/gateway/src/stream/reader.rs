@@ -47,8 +47,8 @@ pub struct Reader {
     hub: Option<Arc<Hub>>,
     state: State,
     last_event_at: Instant,
-    /// When the socket last asked for more.
-    asked_at: Instant,
+    /// When bytes were handed to the socket that it has not asked for more since.
+    handed_at: Option<Instant>,
     failures: u32,
     /// Where a settled session's end has not come yet: when to stop waiting for it.
     end_due: Option<Instant>,
@@ -79,7 +79,7 @@ impl Reader {
             hub: None,
             state: State::Starting,
             last_event_at: Instant::now(),
-            asked_at: Instant::now(),
+            handed_at: None,
             failures: 0,
             end_due: None,
             newest: None,
@@ -89,13 +89,14 @@ impl Reader {
     /// The bytes of the response. Nothing is read ahead of what the socket takes.
     pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, Infallible>> {
         futures::stream::unfold(self, |mut reader| async move {
+            reader.handed_at = None;
             let bytes = reader.next().await?;
+            reader.handed_at = Some(Instant::now());
             Some((Ok(bytes), reader))
         })
     }
 
     async fn next(&mut self) -> Option<Bytes> {
-        self.asked_at = Instant::now();
         loop {
             match self.state {
                 State::Ended => return None,
@@ -290,17 +291,10 @@ impl Reader {
 
 const RING_TAKE: usize = 512;
 
-impl Reader {
-    /// Whether the connection ended because its client took nothing for as long as is waited for.
-    fn pending_bytes_stalled(&self) -> bool {
-        !self.pending.is_empty() && self.asked_at.elapsed() >= self.app.config.slow_reader
-    }
-}
-
 impl Drop for Reader {
     fn drop(&mut self) {
         metrics::gauge!("aod_stream_clients").decrement(1);
-        if self.state != State::Ended && self.pending_bytes_stalled() {
+        if self.handed_at.is_some_and(|handed| handed.elapsed() >= self.app.config.slow_reader) {
             metrics::counter!("aod_stream_cuts_total").increment(1);
             tracing::info!(session = %self.session_id, cursor = self.cursor, "a reader that took nothing was cut");
         }
