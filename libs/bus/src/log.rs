@@ -40,6 +40,8 @@ pub struct Entry {
     pub sequence: u64,
     pub subject: String,
     pub payload: Bytes,
+    /// The sequence that the writer took for the subject's last (0: none), where it said so. It tells a follower what it has missed.
+    pub follows: Option<u64>,
 }
 
 impl Bus {
@@ -81,7 +83,12 @@ impl Bus {
     pub async fn last(&self, stream: &'static str, subject: &str) -> Result<Option<Entry>, ReadError> {
         let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
         match stream.get_last_raw_message_by_subject(subject).await {
-            Ok(message) => Ok(Some(Entry { sequence: message.sequence, subject: message.subject.to_string(), payload: message.payload })),
+            Ok(message) => Ok(Some(Entry {
+                sequence: message.sequence,
+                subject: message.subject.to_string(),
+                follows: follows(&message.headers),
+                payload: message.payload,
+            })),
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
             Err(error) => Err(ReadError(error.into())),
         }
@@ -97,7 +104,18 @@ impl Bus {
         Ok(())
     }
 
-    /// Follows one subject from a sequence on: in order and without gaps.
+    /// Removes every entry up to a sequence.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the stream does not answer.
+    pub async fn trim(&self, stream: &'static str, through: u64) -> Result<(), ReadError> {
+        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+        stream.purge().sequence(through + 1).await.map_err(|error| ReadError(error.into()))?;
+        Ok(())
+    }
+
+    /// Follows one subject from a sequence on: in order, and all that the stream still holds. What is trimmed before it was delivered is
+    /// left out: [`Entry::follows`] tells.
     ///
     /// # Errors
     /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow anew, from the last entry.
@@ -123,7 +141,8 @@ impl Bus {
         let entries = messages.map(|message| {
             let message = message.map_err(|error| ReadError(error.into()))?;
             let sequence = message.info().map_err(ReadError)?.stream_sequence;
-            Ok(Entry { sequence, subject: message.subject.to_string(), payload: message.payload.clone() })
+            let follows = message.headers.as_ref().and_then(follows);
+            Ok(Entry { sequence, subject: message.subject.to_string(), payload: message.payload.clone(), follows })
         });
         let until_reconnected = futures::stream::unfold((entries, Some(connections)), |(mut entries, connections)| async move {
             let mut connections = connections?;
@@ -135,6 +154,10 @@ impl Bus {
         });
         Ok(until_reconnected.boxed())
     }
+}
+
+fn follows(headers: &async_nats::HeaderMap) -> Option<u64> {
+    headers.get(async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE)?.as_str().parse().ok()
 }
 
 /// A message on its way into a stream.

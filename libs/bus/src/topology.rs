@@ -21,6 +21,18 @@ pub enum TopologyError {
     Drift { name: &'static str, what: String },
 }
 
+/// What a stream holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    pub first_sequence: u64,
+    /// The newest entry that it has had.
+    pub last_sequence: u64,
+    pub bytes: u64,
+    pub bytes_max: u64,
+    /// The newest entry of those that were removed from its beginning; 0 where it has never lost one.
+    pub trimmed_through: u64,
+}
+
 impl Bus {
     /// Makes or updates a stream. Where it has to be made, its first sequence is `first_sequence`.
     ///
@@ -77,14 +89,22 @@ impl Bus {
         Ok(missing)
     }
 
-    /// The sequence of the newest entry that a stream has had.
+    /// What a stream holds.
     ///
     /// # Errors
     /// [`TopologyError`] when the server does not say.
-    pub async fn last_sequence(&self, spec: &StreamSpec) -> Result<u64, TopologyError> {
+    pub async fn extent(&self, spec: &StreamSpec) -> Result<Extent, TopologyError> {
         let stream = self.jetstream.get_stream(spec.name).await;
         let stream = stream.map_err(|error| TopologyError::Stream { name: spec.name, source: error.into() })?;
-        Ok(stream.cached_info().state.last_sequence)
+        let info = stream.cached_info();
+        let begun = info.config.first_sequence.unwrap_or(1).max(1);
+        Ok(Extent {
+            first_sequence: info.state.first_sequence,
+            last_sequence: info.state.last_sequence,
+            bytes: info.state.bytes,
+            bytes_max: u64::try_from(info.config.max_bytes).unwrap_or(u64::MAX),
+            trimmed_through: if info.state.first_sequence > begun { info.state.first_sequence - 1 } else { 0 },
+        })
     }
 
     /// Makes or updates a durable pull consumer.

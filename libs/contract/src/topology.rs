@@ -46,14 +46,15 @@ pub const JOBS: StreamSpec = StreamSpec {
     duplicate_window: Duration::from_secs(600),
 };
 
-/// Full, it drops the oldest, which has long been recorded in Postgres: its size is how far the recorder may lag behind.
+/// The scheduler trims what is recorded when room is needed. Full, it refuses, and whoever writes waits: its size is how far the recorder
+/// may lag behind.
 pub const EVENTS: StreamSpec = StreamSpec {
     name: "EVENTS",
     subjects: &[subject::SESSION_LOGS],
     retention: Retention::Limits,
     max_age: DAY.saturating_mul(3),
     max_bytes: 8 * GIB,
-    refuse_when_full: false,
+    refuse_when_full: true,
     duplicate_window: Duration::from_secs(120),
 };
 

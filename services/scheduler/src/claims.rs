@@ -21,7 +21,7 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, deadlines,
+    Scheduler, deadlines, recorder,
     sessions::{lock, missing, newest_event},
     unsigned,
 };
@@ -95,6 +95,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
     }
     tx.commit().await.map_err(Failure::internal)?;
+    let recorded_through = recorder::recorded_through(&scheduler.pool).await.map_err(Failure::internal)?;
     let last_event = newest_event(&scheduler, id).await?;
 
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
@@ -122,6 +123,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
                 networking: turn.networking.unwrap_or_else(empty).to_string(),
             }),
             last_event,
+            recorded_through,
             skills: turn.skills.to_string(),
             mcp_servers: turn.mcp_servers.to_string(),
             resources: turn.resources.to_string(),

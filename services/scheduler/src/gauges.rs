@@ -40,7 +40,7 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
     metrics::gauge!("aod_oldest_outbox_message_seconds").set(row.try_get::<f64, _>(4)?);
     metrics::gauge!("aod_deleted_sessions_to_purge").set(row.try_get::<i64, _>(5)? as f64);
     let recorded = recorder::recorded_through(&scheduler.pool).await?;
-    let newest = scheduler.bus.last_sequence(&topology::EVENTS).await?;
+    let newest = scheduler.bus.extent(&topology::EVENTS).await?.last_sequence;
     metrics::gauge!("aod_recorder_lag_events").set(newest.saturating_sub(recorded) as f64);
     Ok(())
 }

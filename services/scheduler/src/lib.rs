@@ -38,6 +38,7 @@ pub struct Config {
     pub store: store::Config,
     pub sprite_name_prefix: String,
     pub stream_replicas: usize,
+    pub events_max_bytes: i64,
     pub orphan_sweep: Duration,
     pub retention: Retention,
 }
@@ -54,8 +55,16 @@ impl Config {
                     .filter(|days| *days > 0),
             },
             orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for Sprites that no session knows", 900),
+            events_max_bytes: env.parsed(
+                "AOD_EVENTS_MAX_BYTES",
+                "size of the stream of events: how much output waits there while Postgres is away",
+                contract::topology::EVENTS.max_bytes,
+            ),
             stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "copies of each stream in a NATS cluster", 1),
         };
+        if config.events_max_bytes < EVENTS_BYTES_MIN {
+            env.refuse("AOD_EVENTS_MAX_BYTES has to be 1048576 or more");
+        }
         // A deployment's own eight characters follow the prefix.
         if types::SpriteName::for_session(&format!("{}-00000000", config.sprite_name_prefix), types::SessionId::new()).is_err() {
             env.refuse("SPRITE_NAME_PREFIX may hold lowercase letters, digits and hyphens, and not begin with one");
@@ -63,6 +72,9 @@ impl Config {
         config
     }
 }
+
+/// Room for one event of the greatest size, and others beside it.
+const EVENTS_BYTES_MIN: i64 = 1024 * 1024;
 
 const MIGRATIONS: &[store::Step] = &[
     (1, "sessions", include_str!("../../../migrations/scheduler/0001_sessions.sql")),
@@ -83,6 +95,7 @@ struct Scheduler {
     /// The newest event that this replica's recorder wrote down.
     recorded: watch::Sender<u64>,
     stream_replicas: usize,
+    events_max_bytes: i64,
 }
 
 /// Connects, makes the streams, and begins to serve.
@@ -100,6 +113,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         outbox: Arc::new(Notify::new()),
         recorded: watch::Sender::new(0),
         stream_replicas: config.stream_replicas,
+        events_max_bytes: config.events_max_bytes,
         pool,
     };
     retention::make_days(&scheduler.pool).await?;

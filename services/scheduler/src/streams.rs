@@ -1,4 +1,4 @@
-//! The streams, made at the start and made again when they are lost: JetStream may be lost whole.
+//! The streams, made at the start, trimmed when they grow, and made again when they are lost: JetStream may be lost whole.
 //!
 //! What Postgres holds is enough to go on. A stream of events that is made anew begins above every id that anybody may have seen, and
 //! the jobs that were lost with their stream are queued again: they are harmless twice.
@@ -22,8 +22,12 @@ const EVERY: Duration = Duration::from_secs(1);
 /// When the server refuses, or kept something else.
 pub async fn ensure(scheduler: &Scheduler) -> anyhow::Result<()> {
     for stream in &topology::STREAMS {
-        let first = if stream.name == topology::EVENTS.name { recorder::first_sequence(&scheduler.pool).await? } else { 1 };
-        scheduler.bus.ensure_stream(stream, first, scheduler.stream_replicas).await?;
+        let (mut stream, mut first) = (*stream, 1);
+        if stream.name == topology::EVENTS.name {
+            stream.max_bytes = scheduler.events_max_bytes;
+            first = recorder::first_sequence(&scheduler.pool).await?;
+        }
+        scheduler.bus.ensure_stream(&stream, first, scheduler.stream_replicas).await?;
     }
     for consumer in &topology::CONSUMERS {
         scheduler.bus.ensure_consumer(consumer).await?;
@@ -36,7 +40,11 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         match scheduler.bus.missing_streams(&topology::STREAMS).await {
-            Ok(missing) if missing.is_empty() => {}
+            Ok(missing) if missing.is_empty() => {
+                if let Err(error) = trim(&scheduler).await {
+                    tracing::debug!("{:#}", error.context("events are not trimmed now"));
+                }
+            }
             Ok(missing) => {
                 tracing::error!(?missing, "streams are lost; making them anew");
                 metrics::counter!("aod_streams_lost_total").increment(missing.len() as u64);
@@ -48,6 +56,21 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
             Err(_) => {}
         }
     }
+}
+
+/// Makes room in the stream of events before it is full: of what is recorded, the older half goes.
+async fn trim(scheduler: &Scheduler) -> anyhow::Result<()> {
+    let extent = scheduler.bus.extent(&topology::EVENTS).await?;
+    if extent.bytes <= extent.bytes_max / 2 {
+        return Ok(());
+    }
+    let middle = extent.first_sequence.midpoint(extent.last_sequence);
+    let through = middle.min(recorder::recorded_through(&scheduler.pool).await?);
+    if through >= extent.first_sequence {
+        scheduler.bus.trim(topology::EVENTS.name, through).await?;
+        metrics::counter!("aod_events_trimmed_total").increment(through + 1 - extent.first_sequence);
+    }
+    Ok(())
 }
 
 async fn restore(scheduler: &Scheduler, missing: &[&'static str]) -> anyhow::Result<()> {

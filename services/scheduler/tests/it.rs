@@ -59,6 +59,7 @@ impl World {
             store: self.database.config("scheduler"),
             sprite_name_prefix: "aod".to_owned(),
             stream_replicas: 1,
+            events_max_bytes: contract::topology::EVENTS.max_bytes,
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: Some(3), session_days: Some(3) },
         };

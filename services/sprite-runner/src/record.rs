@@ -8,6 +8,7 @@ use std::time::Duration;
 use bus::{
     Bus,
     log::{AppendError, ReadError},
+    topology::TopologyError,
 };
 use contract::{
     scheduler::RecordedEvent,
@@ -28,6 +29,16 @@ pub enum Fenced {
     Superseded,
     /// The stream has forgotten the session: its limits were reached, or it was made anew. What is in Postgres is where to go on from.
     Forgotten,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Extent(#[from] TopologyError),
+    #[error("the stream was trimmed since the turn was claimed")]
+    Trimmed,
 }
 
 /// How far the turn got, as the newest event tells.
@@ -52,18 +63,24 @@ pub struct Record {
 }
 
 impl Record {
-    /// Finds the end of the record. `recorded` is the newest event in Postgres, for a stream that has forgotten it.
+    /// Finds the end of the record. `recorded` is the newest event in Postgres, for a stream that has forgotten it; it counts where the
+    /// stream was trimmed no further than `recorded_through`.
     ///
     /// # Errors
-    /// When the stream does not answer.
+    /// When the stream does not answer, or was trimmed further.
     pub async fn open(
         bus: &Bus,
         session: SessionId,
         turn: u32,
         epoch: u32,
         recorded: Option<RecordedEvent>,
-    ) -> Result<Position, ReadError> {
+        recorded_through: u64,
+    ) -> Result<Position, OpenError> {
         let last = bus.last(topology::EVENTS.name, &subject::session_log(session)).await?;
+        let may_have_more = (turn, epoch) != (1, 1);
+        if last.is_none() && may_have_more && bus.extent(&topology::EVENTS).await?.trimmed_through > recorded_through {
+            return Err(OpenError::Trimmed);
+        }
         let last_sequence = last.as_ref().map_or(0, |entry| entry.sequence);
         let payload = last.map(|entry| entry.payload).or_else(|| recorded.map(|event| event.payload));
         let last = payload.and_then(|payload| SessionEvent::decode(payload).ok());

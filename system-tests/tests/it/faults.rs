@@ -175,3 +175,63 @@ async fn a_sandbox_that_no_session_knows_is_found_and_deleted() {
     assert_eq!(left, expected);
     assert_eq!(stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "true" })).await.unwrap().status, 202);
 }
+
+/// Postgres is away, and the stream that waits for it is full: the runner waits too. What is recorded makes room for what comes.
+#[tokio::test]
+async fn a_full_stream_of_events_makes_runners_wait_and_loses_nothing() {
+    let settings = &[("AOD_EVENTS_MAX_BYTES", "1048576")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    let quiet = stack.session("shell", "echo first; until [ -e /home/sprite/go ]; do sleep 0.2; done; echo second").await.unwrap();
+    let mut quiet_events = stack.stream(&quiet, 0).await.unwrap();
+    quiet_events.until_output("first\n").await.unwrap();
+    let loud = stack.session("shell", "for i in $(seq 30); do seq 1 20000; sleep 0.1; done").await.unwrap();
+    let mut loud_events = stack.stream(&loud, 0).await.unwrap();
+    let begun = loud_events.until_output("1\n").await.unwrap();
+
+    Stack::signal(&stack.pids("postgres"), Signal::STOP);
+    let runner_log = || std::fs::read_to_string(stack.data_dir().join("logs/sprite-runner-1.log")).unwrap();
+    testkit::eventually("the stream is full", || async { runner_log().contains("maximum bytes exceeded") }).await;
+    Stack::signal(&stack.pids("postgres"), Signal::CONT);
+
+    let once: String = (1..=20000).map(|i| format!("{i}\n")).collect();
+    let expected = once.repeat(30);
+    let text = |events: &[Value]| events.iter().filter_map(|event| event["data"].as_str()).collect::<String>();
+    let rest = loud_events.all().await.unwrap();
+    assert!(begun + &text(&rest) == expected, "what was streamed is what was printed");
+    assert_eq!(rest.last().unwrap()["code"], 0);
+    let replay = stack.stream(&loud, 0).await.unwrap().all().await.unwrap();
+    assert!(text(&replay) == expected, "and so is what is replayed");
+
+    // Meanwhile nothing of the quiet session is left in the stream: its runner and its reader find their way from the record.
+    let sprites = format!("{}/v1/sprites", stack.ready_text("/sprites_url"));
+    let token = stack.ready_text("/sprites_token");
+    let list: Value = stack.http.get(&sprites).bearer_auth(&token).send().await.unwrap().json().await.unwrap();
+    for sprite in list["sprites"].as_array().unwrap() {
+        let url = format!("{sprites}/{}/fs/write", sprite["name"].as_str().unwrap());
+        let request = stack.http.put(url).query(&[("path", "/home/sprite/go"), ("workingDir", "/")]).bearer_auth(&token);
+        assert!(request.body("").send().await.unwrap().status().is_success());
+    }
+    let rest = quiet_events.all().await.unwrap();
+    assert_eq!(text(&rest), "second\n");
+    assert_eq!(rest.last().unwrap()["code"], 0);
+}
+
+/// What a gateway follows is trimmed before it comes to it: it sees that something is missing, and reads the record.
+#[tokio::test]
+async fn a_gateway_that_was_asleep_shows_what_was_trimmed_meanwhile() {
+    let settings = &[("AOD_EVENTS_MAX_BYTES", "1048576")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    let session =
+        stack.session("shell", "perl -e '$|=1; for (1..6000) { print \"$_\\n\"; select undef, undef, undef, 0.001 }'").await.unwrap();
+    let mut events = stack.stream(&session, 0).await.unwrap();
+    let mut output = events.until_output("1\n").await.unwrap();
+    let gateway = stack.pids("gateway");
+    Stack::signal(&gateway, Signal::STOP);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    Stack::signal(&gateway, Signal::CONT);
+    while let Some(event) = events.next().await.unwrap() {
+        output.push_str(event["data"].as_str().unwrap_or_default());
+    }
+    let expected: String = (1..=6000).map(|i| format!("{i}\n")).collect();
+    assert!(output == expected, "{} bytes of {}", output.len(), expected.len());
+}

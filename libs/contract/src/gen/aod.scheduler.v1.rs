@@ -508,6 +508,9 @@ pub struct TurnSpec {
     pub mcp_servers: ::prost::alloc::string::String,
     #[prost(string, tag = "14")]
     pub resources: ::prost::alloc::string::String,
+    /// The record held every event up to this one before `last_event` was read: the stream may have been trimmed so far.
+    #[prost(uint64, tag = "15")]
+    pub recorded_through: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {

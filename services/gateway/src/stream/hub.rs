@@ -41,6 +41,12 @@ pub struct Hub {
     _stop: DropGuard,
 }
 
+/// What comes up to `floor` has to be read from the record.
+#[derive(Clone, Copy, Debug)]
+pub struct Behind {
+    pub floor: u64,
+}
+
 /// Every event after `floor`, as far as the bus has brought them.
 struct Ring {
     floor: u64,
@@ -89,8 +95,12 @@ async fn follow(bus: Bus, session: SessionId, mut after: u64, hub: Weak<Hub>) {
                 if entry.sequence <= after {
                     continue;
                 }
-                after = entry.sequence;
                 let Some(hub) = hub.upgrade() else { break };
+                // The entry before it was never delivered here: it was trimmed, and is on record.
+                if !entry.follows.is_some_and(|before| before <= after && (before > 0 || after == 0)) {
+                    hub.skip_to(entry.sequence - 1);
+                }
+                after = entry.sequence;
                 hub.push(Event::decode(entry.sequence, entry.payload));
             }
             Ok::<_, bus::log::ReadError>(())
@@ -107,6 +117,12 @@ async fn follow(bus: Bus, session: SessionId, mut after: u64, hub: Weak<Hub>) {
 }
 
 impl Hub {
+    /// Up to here the record has what the ring has not.
+    fn skip_to(&self, floor: u64) {
+        let mut ring = locked(&self.ring);
+        *ring = Ring { floor, events: VecDeque::new(), bytes: 0 };
+    }
+
     fn push(&self, event: Event) {
         let id = event.id;
         {
@@ -127,13 +143,16 @@ impl Hub {
         self.newest.subscribe()
     }
 
-    /// Events after `cursor`, at most `limit`; `None` when the ring no longer reaches back that far.
-    pub fn after(&self, cursor: u64, limit: usize) -> Option<Vec<Arc<Event>>> {
+    /// Events after `cursor`, at most `limit`.
+    ///
+    /// # Errors
+    /// [`Behind`] when the ring no longer reaches back that far.
+    pub fn after(&self, cursor: u64, limit: usize) -> Result<Vec<Arc<Event>>, Behind> {
         let ring = locked(&self.ring);
         if cursor < ring.floor {
-            return None;
+            return Err(Behind { floor: ring.floor });
         }
         let from = ring.events.partition_point(|event| event.id <= cursor);
-        Some(ring.events.iter().skip(from).take(limit).cloned().collect())
+        Ok(ring.events.iter().skip(from).take(limit).cloned().collect())
     }
 }

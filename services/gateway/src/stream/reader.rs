@@ -16,7 +16,7 @@ use crate::{
     auth::Caller,
     stream::{
         event::{Event, StreamEvent, Visible, anonymous_frame},
-        hub::Hub,
+        hub::{Behind, Hub},
     },
 };
 
@@ -183,15 +183,12 @@ impl Reader {
     async fn fetch(&mut self) -> Option<Bytes> {
         if let Some(hub) = self.hub.clone() {
             match hub.after(self.cursor, RING_TAKE) {
-                Some(events) if events.is_empty() => return self.wait(&hub).await,
-                Some(events) => self.pending.extend(events),
-                // Too slow for the ring: back to the record.
-                None => {
+                Ok(events) if events.is_empty() => return self.wait(&hub).await,
+                Ok(events) => self.pending.extend(events),
+                // Too slow for the ring, or the bus has left something out: back to the record.
+                Err(Behind { floor }) => {
                     metrics::counter!("aod_stream_fallbacks_total").increment(1);
-                    self.read_page().await;
-                    if self.pending.is_empty() {
-                        tokio::time::sleep(Duration::from_millis(20)).await;
-                    }
+                    self.catch_up(floor).await;
                 }
             }
             return None;
@@ -224,6 +221,17 @@ impl Reader {
                 }
                 false
             }
+        }
+    }
+
+    /// Reads on in the record until the ring has what comes next.
+    async fn catch_up(&mut self, floor: u64) {
+        if !self.read_page().await || !self.pending.is_empty() {
+            return;
+        }
+        // Nothing up to the floor is left to read, once the record reaches so far.
+        if self.session(floor, RECORD_WAIT).await.is_some() && self.read_page().await && self.pending.is_empty() {
+            self.cursor = floor;
         }
     }
 
