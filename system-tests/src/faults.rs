@@ -22,8 +22,6 @@ pub struct Fault {
     pub name: &'static str,
     services: &'static [&'static str],
     how: How,
-    /// Sandboxes may be lost with it: a turn may fail, with a reason, at once.
-    may_lose_sandboxes: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,15 +34,15 @@ enum How {
 }
 
 const fn kill(name: &'static str, services: &'static [&'static str]) -> Fault {
-    Fault { name, services, how: How::Signal(Signal::KILL), may_lose_sandboxes: false }
+    Fault { name, services, how: How::Signal(Signal::KILL) }
 }
 
 const fn stop(name: &'static str, services: &'static [&'static str]) -> Fault {
-    Fault { name, services, how: How::Signal(Signal::TERM), may_lose_sandboxes: false }
+    Fault { name, services, how: How::Signal(Signal::TERM) }
 }
 
 const fn pause(name: &'static str, services: &'static [&'static str], seconds: u64) -> Fault {
-    Fault { name, services, how: How::Pause(Duration::from_secs(seconds)), may_lose_sandboxes: false }
+    Fault { name, services, how: How::Pause(Duration::from_secs(seconds)) }
 }
 
 /// Every fault that the suite knows.
@@ -67,7 +65,7 @@ pub const FAULTS: &[Fault] = &[
     pause("Postgres paused", &["postgres"], 5),
     pause("Postgres paused for a minute", &["postgres"], 60),
     kill("local-sprites killed", &["local-sprites"]),
-    Fault { may_lose_sandboxes: true, ..stop("local-sprites stopped", &["local-sprites"]) },
+    stop("local-sprites stopped", &["local-sprites"]),
     Fault { how: How::LoseStreams, ..kill("the JetStream store lost", &["nats"]) },
 ];
 
@@ -77,7 +75,7 @@ pub fn harmless() -> Vec<Fault> {
     let harmless = |fault: &&Fault| match fault.how {
         How::LoseStreams => false,
         How::Pause(time) => time < Duration::from_secs(10),
-        How::Signal(_) => !fault.may_lose_sandboxes,
+        How::Signal(_) => true,
     };
     FAULTS.iter().filter(harmless).copied().collect()
 }
@@ -189,10 +187,9 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
         worst_pause: Duration::ZERO,
         wrong: Vec::new(),
     };
-    let may_fail = faults.iter().any(|fault| fault.may_lose_sandboxes);
     let may_repeat = faults.iter().any(|fault| fault.how == How::LoseStreams);
     for ((session, script), live) in started.iter().zip(&scripts).zip(followed?) {
-        judge(stack, session, script, live, may_fail, may_repeat, &mut outcome).await.with_context(|| format!("session {session}"))?;
+        judge(stack, session, script, live, may_repeat, &mut outcome).await.with_context(|| format!("session {session}"))?;
     }
     Ok(outcome)
 }
@@ -288,24 +285,13 @@ async fn follow(stack: &Stack, session: &str) -> Result<Followed> {
     bail!("session {session} did not end: {:?}", stack.get(&format!("/sessions/{session}")).await.map(|answer| answer.body))
 }
 
-async fn judge(
-    stack: &Stack,
-    session: &str,
-    script: &Script,
-    live: Followed,
-    may_fail: bool,
-    may_repeat: bool,
-    outcome: &mut Outcome,
-) -> Result<()> {
+async fn judge(stack: &Stack, session: &str, script: &Script, live: Followed, may_repeat: bool, outcome: &mut Outcome) -> Result<()> {
     let mut wrong = Vec::new();
     outcome.worst_pause = outcome.worst_pause.max(live.worst_pause);
     let failed = live.end["type"] != "exit" || live.end["code"] != script.code;
     if failed {
         outcome.failed += 1;
-        let reason = live.end["message"].as_str().unwrap_or_default();
-        if !may_fail || reason.is_empty() {
-            wrong.push(format!("ended with {} and not with exit code {}", live.end, script.code));
-        }
+        wrong.push(format!("ended with {} and not with exit code {}", live.end, script.code));
     }
     if !live.ids.is_sorted_by(|one, next| one < next) {
         wrong.push("ids do not grow".to_owned());

@@ -29,6 +29,7 @@ pub struct Lifecycle {
 struct Shared {
     ready: AtomicBool,
     crashed: AtomicBool,
+    interrupted: AtomicBool,
     checks: Mutex<Vec<Check>>,
 }
 
@@ -41,7 +42,12 @@ impl Default for Lifecycle {
 impl Lifecycle {
     #[must_use]
     pub fn new() -> Self {
-        let shared = Shared { ready: AtomicBool::new(false), crashed: AtomicBool::new(false), checks: Mutex::default() };
+        let shared = Shared {
+            ready: AtomicBool::new(false),
+            crashed: AtomicBool::new(false),
+            interrupted: AtomicBool::new(false),
+            checks: Mutex::default(),
+        };
         Self { stop: CancellationToken::new(), tasks: TaskTracker::new(), shared: Arc::new(shared) }
     }
 
@@ -82,6 +88,12 @@ impl Lifecycle {
         self.shared.ready.store(true, Ordering::Relaxed);
     }
 
+    /// Whether the stop was asked for by SIGINT: for good, as by Ctrl-C, and not for a restart.
+    #[must_use]
+    pub fn was_interrupted(&self) -> bool {
+        self.shared.interrupted.load(Ordering::Relaxed)
+    }
+
     /// Why the process should get no traffic now; empty when it is ready.
     #[must_use]
     pub fn unready(&self) -> Vec<&'static str> {
@@ -103,7 +115,10 @@ impl Lifecycle {
         };
         let requested = tokio::select! {
             _ = terminate.recv() => true,
-            _ = interrupt.recv() => true,
+            _ = interrupt.recv() => {
+                self.shared.interrupted.store(true, Ordering::Relaxed);
+                true
+            }
             () = self.stop.cancelled() => false,
         };
         tracing::info!(requested, "stopping");

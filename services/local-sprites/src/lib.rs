@@ -29,8 +29,6 @@ pub struct Config {
     pub data_dir: PathBuf,
     pub agents_dir: Option<PathBuf>,
     pub isolation: Isolation,
-    /// Ends the Sprites with the server, rather than let them run on for the next one.
-    pub kill_on_exit: bool,
 }
 
 impl Config {
@@ -41,12 +39,13 @@ impl Config {
             data_dir: env.required("LOCAL_SPRITES_DATA_DIR", "where the Sprites' files are kept").into(),
             agents_dir: env.optional("LOCAL_SPRITES_AGENTS_DIR", "installed agent CLIs, mounted read-only at /opt/agents").map(Into::into),
             isolation: env.parsed("LOCAL_SPRITES_ISOLATION", "overlay (as root), readonly, or auto", Isolation::Auto),
-            kill_on_exit: env.parsed("LOCAL_SPRITES_KILL_ON_EXIT", "end the Sprites when the server stops", false),
         }
     }
 }
 
-/// Proves that a sandbox can be made here, takes up the Sprites that are there, and begins to serve.
+/// Serves until a signal: on SIGINT (Ctrl-C) what runs in the Sprites is ended too; on SIGTERM, as for a restart, it runs on.
+///
+/// Proves first that a sandbox can be made here, and takes up the Sprites that are there.
 ///
 /// # Errors
 /// When this machine cannot isolate a Sprite, or the address cannot be bound.
@@ -55,7 +54,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let registry = Arc::new(Registry::load(config.data_dir, sandboxes, lifecycle.tracker()).await.context("LOCAL_SPRITES_DATA_DIR")?);
     let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
     let router = api::router(registry.clone(), config.token, lifecycle.tracker());
-    let stop = lifecycle.stop_token();
+    let (stop, life) = (lifecycle.stop_token(), lifecycle.clone());
     lifecycle.spawn("api", async move {
         // Small frames leave at once.
         let listener = listener.tap_io(|stream| {
@@ -67,7 +66,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
             () = stop.cancelled() => {}
             served = serve => if let Err(error) = served { tracing::error!(%error, "api ended") },
         }
-        if config.kill_on_exit {
+        // Otherwise they run on, and the next server takes them up.
+        if life.was_interrupted() {
             registry.kill_all().await;
         }
     });

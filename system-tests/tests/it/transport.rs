@@ -11,10 +11,11 @@ use std::{
 
 use futures::future::join_all;
 use reqwest::Method;
+use rustix::process::Signal;
 use serde_json::json;
 use system_tests::{Options, Stack};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
@@ -24,6 +25,7 @@ struct Cutter {
     target: OnceLock<SocketAddr>,
     execs: AtomicUsize,
     cut: AtomicUsize,
+    lost: AtomicUsize,
 }
 
 impl Cutter {
@@ -52,6 +54,14 @@ impl Cutter {
         let allowance = if number == 0 { 700 } else { fastrand::usize(1..6000) };
         let (mut from_client, mut to_client) = client.split();
         let (mut from_server, mut to_server) = server.split();
+        // And some lose a part of what was printed, without a word.
+        if number > 0 && number.is_multiple_of(3) {
+            tokio::select! {
+                _ = self.lose_frames(&mut from_server, &mut to_client) => {}
+                _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+            }
+            return;
+        }
         let down = async {
             let (mut left, mut buffer) = (allowance, vec![0; 4096]);
             loop {
@@ -80,11 +90,48 @@ impl Cutter {
     }
 }
 
+impl Cutter {
+    /// Forwards a WebSocket but for some of its frames.
+    async fn lose_frames(&self, from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
+        let (mut from, mut upgrade) = (BufReader::new(from), Vec::new());
+        while !upgrade.ends_with(b"\r\n\r\n") {
+            upgrade.push(from.read_u8().await?);
+        }
+        to.write_all(&upgrade).await?;
+        loop {
+            // A server's frames are not masked: RFC 6455 §5.2.
+            let mut frame = vec![from.read_u8().await?, from.read_u8().await?];
+            let (opcode, extended) = (
+                frame[0] & 0x0f,
+                match frame[1] {
+                    126 => 2,
+                    127 => 8,
+                    _ => 0,
+                },
+            );
+            let start = frame.len();
+            frame.resize(start + extended, 0);
+            from.read_exact(&mut frame[start..]).await?;
+            let length =
+                if extended == 0 { u64::from(frame[1]) } else { frame[start..].iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte)) };
+            let start = frame.len();
+            frame.resize(start + usize::try_from(length).unwrap(), 0);
+            from.read_exact(&mut frame[start..]).await?;
+            if opcode == 2 && fastrand::u8(..8) == 0 {
+                self.lost.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            to.write_all(&frame).await?;
+        }
+    }
+}
+
 #[tokio::test]
 async fn whatever_becomes_of_the_sockets_the_spool_wins() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let cutter = Arc::new(Cutter { target: OnceLock::new(), execs: AtomicUsize::new(0), cut: AtomicUsize::new(0) });
+    let cutter =
+        Arc::new(Cutter { target: OnceLock::new(), execs: AtomicUsize::new(0), cut: AtomicUsize::new(0), lost: AtomicUsize::new(0) });
     let mut serving = JoinSet::new();
     serving.spawn(cutter.clone().serve(listener));
     let settings: &'static [(&str, &str)] = Box::leak(Box::new([("SPRITES_BASE_URL", &*url.leak())]));
@@ -105,9 +152,45 @@ async fn whatever_becomes_of_the_sockets_the_spool_wins() {
         assert_eq!(events.last().unwrap()["code"], 9);
     });
     join_all(judged).await;
-    let (execs, cut) = (cutter.execs.load(Ordering::Relaxed), cutter.cut.load(Ordering::Relaxed));
-    println!("{execs} execs, {cut} of them cut");
-    assert!(cut >= 12, "{cut} of {execs} were cut");
+    let [execs, cut, lost] = [&cutter.execs, &cutter.cut, &cutter.lost].map(|count| count.load(Ordering::Relaxed));
+    println!("{execs} execs, {cut} of them cut; {lost} frames of others lost");
+    assert!(cut >= 12 && lost >= 5, "{cut} of {execs} were cut, {lost} frames lost");
+}
+
+/// As the real service does with Sprites that seem idle: everything in it stands still, and no socket says so.
+#[tokio::test]
+async fn a_sprite_that_is_paused_for_long_goes_on_where_it_was() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let session = stack.session("shell", "for i in $(seq 60); do echo line $i; sleep 0.05; done; exit 4").await.unwrap();
+    let mut events = stack.stream(&session, 0).await.unwrap();
+    let mut output = events.until_output("line 20\n").await.unwrap();
+    let paused = inside_sprites(&stack);
+    assert!(paused.len() > 3, "{paused:?}");
+    Stack::signal(&paused, Signal::STOP);
+    // Longer than the runner waits for a sign of life.
+    tokio::time::sleep(Duration::from_secs(22)).await;
+    Stack::signal(&paused, Signal::CONT);
+    let rest = events.all().await.unwrap();
+    output.extend(rest.iter().filter_map(|event| event["data"].as_str()));
+    assert_eq!(output, (1..=60).map(|i| format!("line {i}\n")).collect::<String>());
+    assert_eq!(rest.last().unwrap()["code"], 4);
+    let log = std::fs::read_to_string(stack.data_dir().join("logs/sprite-runner-1.log")).unwrap();
+    assert!(log.contains("fell silent"), "{log}");
+}
+
+/// The processes that run in the stack's sandboxes: those of the namespaces of what its runner started there.
+fn inside_sprites(stack: &Stack) -> Vec<u32> {
+    let processes = || std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<u32>().ok());
+    let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let servers = stack.pids("local-sprites");
+    let parent = |pid: u32| -> Option<u32> {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+    };
+    let of_stack = |pid: u32| std::iter::successors(Some(pid), |pid| parent(*pid).filter(|pid| *pid > 1)).any(|pid| servers.contains(&pid));
+    let own = namespace(std::process::id());
+    let sandboxes: Vec<_> = processes().filter(|pid| of_stack(*pid)).map(namespace).filter(|it| it.is_some() && *it != own).collect();
+    processes().filter(|pid| sandboxes.contains(&namespace(*pid))).collect()
 }
 
 #[tokio::test]

@@ -330,7 +330,8 @@ impl Stack {
                 args: Vec::new(),
                 env,
                 user: None,
-                stop_signal: Signal::TERM,
+                // It ends what runs in the Sprites too.
+                stop_signal: if program == "local-sprites" { Signal::INT } else { Signal::TERM },
                 probe: Probe::Ready(admin),
             });
             Ok(())
@@ -343,7 +344,6 @@ impl Stack {
             ("LOCAL_SPRITES_ADDR", self.sprites.to_string()),
             ("LOCAL_SPRITES_TOKEN", secrets.sprites_token.clone()),
             ("LOCAL_SPRITES_DATA_DIR", self.data.join("sprites").display().to_string()),
-            ("LOCAL_SPRITES_KILL_ON_EXIT", "true".to_owned()),
         ];
         sprites.extend(self.tools.agents.as_ref().map(|dir| ("LOCAL_SPRITES_AGENTS_DIR", dir.display().to_string())));
         add("local-sprites".to_owned(), "local-sprites", sprites)?;
