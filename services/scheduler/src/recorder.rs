@@ -6,12 +6,13 @@
 
 use std::time::Duration;
 
+use anyhow::Context as _;
 use bus::{Failure, log::Entry};
 use contract::{
     session::{SessionEvent, TurnEnded, session_event::Kind},
     subject, topology,
 };
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use prost::Message as _;
 use sqlx::{Connection as _, PgConnection, PgPool};
 use store::leader::Leadership;
@@ -28,6 +29,8 @@ use crate::{
 /// Any number that no other lock of ours has.
 const LOCK: i64 = 0x0061_6f64_7265_6331;
 const BATCH: usize = 1000;
+/// A batch is in memory several times over while it is written.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
 const IDLE: Duration = Duration::from_secs(1);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 /// How many events can have been in a lost stream without being recorded. Ids must not come twice.
@@ -72,17 +75,24 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 
 async fn record(scheduler: &Scheduler, leadership: &mut Leadership, stop: &CancellationToken, failures: &mut u32) -> anyhow::Result<()> {
     let from = recorded_through(&scheduler.pool).await? + 1;
-    let entries = scheduler.bus.follow(topology::EVENTS.name, subject::SESSION_LOGS.to_owned(), from).await?;
-    // As many as there are, and no waiting for more.
-    let mut batches = entries.ready_chunks(BATCH);
+    let mut stream = scheduler.bus.follow(topology::EVENTS.name, subject::SESSION_LOGS.to_owned(), from).await?;
     while !stop.is_cancelled() {
-        let Ok(batch) = tokio::time::timeout(IDLE, batches.next()).await else {
+        let Ok(first) = tokio::time::timeout(IDLE, stream.next()).await else {
             // The lock is in this connection: losing one is losing the other.
             leadership.connection().ping().await?;
             continue;
         };
-        let entries = batch.unwrap_or_default().into_iter().collect::<Result<Vec<Entry>, _>>()?;
-        let Some(last) = entries.last().map(|entry| entry.sequence) else { anyhow::bail!("the stream ended") };
+        let first = first.context("the stream ended")??;
+        let (mut last, mut bytes, mut entries) = (first.sequence, first.payload.len(), vec![first]);
+        // As many as there are, and no waiting for more.
+        while entries.len() < BATCH
+            && bytes < BATCH_BYTES
+            && let Some(Some(entry)) = stream.next().now_or_never()
+        {
+            let entry = entry?;
+            (last, bytes) = (entry.sequence, bytes + entry.payload.len());
+            entries.push(entry);
+        }
         let woken = write(leadership.connection(), &entries).await?;
         *failures = 0;
         metrics::counter!("aod_events_recorded_total").increment(entries.len() as u64);
