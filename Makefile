@@ -19,7 +19,8 @@ demo:
 dev: build
 	@$(BIN)/aod dev $(ARGS)
 
-# Every test. One Postgres serves the whole run.
+# Every test, with every CLI. One Postgres serves the whole run.
+test: AGENTS = claude codex gemini opencode
 test: build
 	$(CARGO) test --workspace --no-run --quiet
 	$(BIN)/testkit-run $(CARGO) test --workspace --quiet

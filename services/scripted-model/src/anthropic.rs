@@ -14,20 +14,17 @@ use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use serde_json::{Value, json};
 
-use crate::script::{Answer, Question, Script};
-
-/// A key that is always refused, for trying out what then happens.
-const BAD_KEY: &str = "invalid";
-/// Text of one delta of a long answer.
-const DELTA_CHARS: usize = 4096;
+use crate::{
+    BAD_KEY, is, parts,
+    script::{Answer, Question, Script, TOOL_SEARCH},
+    unique_id,
+};
 
 pub fn router(script: Arc<Script>) -> Router {
     Router::new()
-        .route("/", get(|| async { "scripted model\n" }))
         .route("/v1/messages", post(messages))
         .route("/v1/messages/count_tokens", post(|| async { Json(json!({ "input_tokens": 100 })) }))
         .route("/v1/models", get(|| async { Json(json!({ "data": [], "has_more": false })) }))
-        .fallback(|| async { failure(StatusCode::NOT_FOUND, "not_found_error", "Not found") })
         .layer(DefaultBodyLimit::max(64 << 20))
         .with_state(script)
 }
@@ -75,15 +72,16 @@ fn blocks(message: &Value) -> Vec<Value> {
     }
 }
 
-fn is(value: &Value, name: &str, text: &str) -> bool {
-    value.get(name).and_then(Value::as_str) == Some(text)
-}
-
 /// What a person wrote: the CLI's own reminders left out.
 fn written(message: &Value) -> String {
     let texts = blocks(message).into_iter().filter_map(|block| block.get("text").and_then(Value::as_str).map(str::to_owned));
     let own = texts.filter_map(|text| text.split("<system-reminder>").next().map(|own| own.trim().to_owned()));
     own.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
+}
+
+/// Whether it looks for a tool that is there and not offered yet.
+fn searches(message: &Value) -> bool {
+    blocks(message).iter().any(|block| is(block, "type", "tool_use") && is(block, "name", TOOL_SEARCH))
 }
 
 fn question(request: &Value) -> Question {
@@ -98,7 +96,8 @@ fn question(request: &Value) -> Question {
         prompt: last_prompt.and_then(|index| messages.get(index)).map(written).unwrap_or_default(),
         first_prompt: messages.iter().find(is_prompt).map(written).unwrap_or_default(),
         tool_result: result.as_ref().map(written).unwrap_or_default(),
-        answered: since.iter().filter(|message| is(message, "role", "assistant")).count(),
+        answered: since.iter().filter(|message| is(message, "role", "assistant") && !searches(message)).count(),
+        searched: since.iter().any(searches),
         tools: request
             .get("tools")
             .and_then(Value::as_array)
@@ -122,27 +121,21 @@ impl Message {
         if self.tool.is_some() { "tool_use" } else { "end_turn" }
     }
 
-    /// One that nothing else in the conversation has: a CLI takes messages of one id for one message.
-    fn id(prefix: &str) -> String {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_nanos());
-        format!("{prefix}_{now:x}")
-    }
-
     fn whole(&self) -> Value {
         let mut content = Vec::new();
         if !self.text.is_empty() {
             content.push(json!({ "type": "text", "text": self.text }));
         }
         if let Some((name, input)) = &self.tool {
-            content.push(json!({ "type": "tool_use", "id": Self::id("toolu"), "name": name, "input": input }));
+            content.push(json!({ "type": "tool_use", "id": unique_id("toolu"), "name": name, "input": input }));
         }
-        json!({ "id": Self::id("msg"), "type": "message", "role": "assistant", "model": self.model, "content": content,
+        json!({ "id": unique_id("msg"), "type": "message", "role": "assistant", "model": self.model, "content": content,
                 "stop_reason": self.stop_reason(), "stop_sequence": null, "usage": self.usage() })
     }
 
     fn stream(self, delay: Duration) -> Response {
         let mut events = vec![json!({ "type": "message_start", "message": {
-            "id": Self::id("msg"), "type": "message", "role": "assistant", "model": self.model, "content": [],
+            "id": unique_id("msg"), "type": "message", "role": "assistant", "model": self.model, "content": [],
             "stop_reason": null, "stop_sequence": null, "usage": { "input_tokens": 100, "output_tokens": 1 } } })];
         let mut index = 0;
         if !self.text.is_empty() || self.tool.is_none() {
@@ -154,7 +147,7 @@ impl Message {
             index += 1;
         }
         if let Some((name, input)) = &self.tool {
-            let block = json!({ "type": "tool_use", "id": Self::id("toolu"), "name": name, "input": {} });
+            let block = json!({ "type": "tool_use", "id": unique_id("toolu"), "name": name, "input": {} });
             events.push(json!({ "type": "content_block_start", "index": index, "content_block": block }));
             let delta = json!({ "type": "input_json_delta", "partial_json": input.to_string() });
             events.push(json!({ "type": "content_block_delta", "index": index, "delta": delta }));
@@ -172,15 +165,6 @@ impl Message {
         });
         ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(body)).into_response()
     }
-}
-
-/// A trickle goes word by word, anything else in large parts.
-fn parts(text: &str, delay: Duration) -> Vec<String> {
-    if !delay.is_zero() {
-        return text.split_inclusive(' ').map(str::to_owned).collect();
-    }
-    let characters: Vec<char> = text.chars().collect();
-    characters.chunks(DELTA_CHARS).map(|chunk| chunk.iter().collect()).collect()
 }
 
 #[cfg(test)]

@@ -27,8 +27,11 @@ struct Step {
     repeat: Option<usize>,
     /// Between words.
     delay_ms: u64,
+    /// Its name; where CLIs call it differently, all its names with `|` between.
     tool: Option<String>,
     input: Value,
+    /// A command, run by whichever tool the CLI has for that; after `tool`, where that one is not offered.
+    shell: Option<String>,
     /// Fails with this HTTP status.
     status: Option<String>,
     error: String,
@@ -42,6 +45,8 @@ pub struct Question {
     pub tool_result: String,
     /// How often the model has answered within the turn.
     pub answered: usize,
+    /// Whether a tool was looked for within the turn.
+    pub searched: bool,
     pub tools: Vec<String>,
 }
 
@@ -82,10 +87,34 @@ impl Script {
             return Answer::Fail { status: fill(status).parse().unwrap_or(500), message: fill(&step.error) };
         }
         // A tool that was not offered is not called: CLIs also ask for titles and the like.
-        let tool =
-            step.tool.as_ref().filter(|tool| question.tools.contains(tool)).map(|tool| (tool.clone(), fill_json(&step.input, &fill)));
+        let named = step.tool.as_ref().and_then(|names| names.split('|').find(|name| question.tools.iter().any(|tool| tool == name)));
+        let named = named.map(|name| (name.to_owned(), fill_json(&step.input, &fill)));
+        let tool = named
+            .or_else(|| search_call(question, step.tool.as_deref()?))
+            .or_else(|| shell_call(&question.tools, &fill(step.shell.as_deref()?)));
         Answer::Say { text: fill(&step.text).repeat(step.repeat.unwrap_or(1)), tool, delay: Duration::from_millis(step.delay_ms) }
     }
+}
+
+/// By which Claude Code's models look for a tool that is there and not offered yet.
+pub const TOOL_SEARCH: &str = "ToolSearch";
+
+fn search_call(question: &Question, names: &str) -> Option<(String, Value)> {
+    let can_search = !question.searched && question.tools.iter().any(|tool| tool == TOOL_SEARCH);
+    let name = names.split('|').next().filter(|name| can_search && name.starts_with("mcp__"))?;
+    Some((TOOL_SEARCH.to_owned(), serde_json::json!({ "query": format!("select:{name}") })))
+}
+
+/// What each CLI calls its shell, and its shell the command.
+const SHELLS: [(&str, &str); 4] = [("Bash", "command"), ("exec_command", "cmd"), ("run_shell_command", "command"), ("bash", "command")];
+
+fn shell_call(tools: &[String], command: &str) -> Option<(String, Value)> {
+    let (name, argument) = SHELLS.into_iter().find(|(name, _)| tools.iter().any(|tool| tool == name))?;
+    let mut input = serde_json::json!({ argument: command });
+    if name != "exec_command" {
+        input.as_object_mut()?.insert("description".to_owned(), "As the script says".into());
+    }
+    Some((name.to_owned(), input))
 }
 
 fn fill_json(value: &Value, fill: &impl Fn(&str) -> String) -> Value {

@@ -29,7 +29,20 @@ set -a
 set +a
 [ "$STDIN" = prompt ] && STDIN=$spool/prompt
 cd /workspace 2>/dev/null || cd "$HOME" || finish 'exit 127'
-AOD_TURN=$MARK setsid @argv@ <"$STDIN" >>"$spool/stdout" 2>>"$spool/stderr" 9>&- &
+prepare() {
+    :
+    @prepare@
+}
+prepare </dev/null >/dev/null 2>>"$spool/stderr" 9>&-
+CONVERSATION=$(
+    @find@
+)
+if [ -n "$CONVERSATION" ]; then
+    set -- @resume@
+else
+    set -- @begin@
+fi
+AOD_TURN=$MARK setsid "$@" <"$STDIN" >>"$spool/stdout" 2>>"$spool/stderr" 9>&- &
 agent=$!
 
 # What the agent started, wherever it went: the mark is in its environment.

@@ -13,7 +13,7 @@ use crate::{
     ModelEndpoints,
     provision::StageFailed,
     record::Record,
-    runtimes::{Adapter, Launch, Stdin},
+    runtimes::{Adapter, CONVERSATION, Launch, Stdin},
     secrets::Secrets,
 };
 
@@ -38,8 +38,10 @@ impl Agent {
         let turn_dir = format!("/home/sprite/.aod/turn-{turn}");
         let prompt_path = format!("{turn_dir}/prompt");
         let model_id = spec.model.split_once('/').map_or(spec.model.as_str(), |(_, id)| id);
-        let launch = Launch { first_turn: turn == 1, model_id, conversation_id: &spec.conversation_id, prompt_path: &prompt_path };
-        let argv: Vec<String> = adapter.argv(&launch).iter().map(|arg| quote(arg)).collect();
+        let launch = Launch { model: &spec.model, model_id, conversation_id: &spec.conversation_id, prompt_path: &prompt_path };
+        let word = |arg: &String| if arg == CONVERSATION { format!("\"{CONVERSATION}\"") } else { quote(arg) };
+        let line = |argv: Vec<String>| argv.iter().map(word).collect::<Vec<_>>().join(" ");
+        let find = if turn > 1 { adapter.find_conversation(&launch) } else { String::new() };
         let stdin = match adapter.stdin() {
             Stdin::Prompt => "prompt",
             Stdin::Empty => "/dev/null",
@@ -54,7 +56,12 @@ impl Agent {
             ("TRACE", quote(&traceparent)),
         ];
         let settings: String = settings.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
-        let script = RUN_AGENT.replace("# @settings@\n", &settings).replace("@argv@", &argv.join(" "));
+        let script = RUN_AGENT
+            .replace("# @settings@\n", &settings)
+            .replace("@prepare@", adapter.prepare())
+            .replace("@find@", &find)
+            .replace("@resume@", &line(adapter.resume(&launch)))
+            .replace("@begin@", &line(adapter.begin(&launch)));
         let prompt = if spec.system.is_empty() { spec.prompt.clone() } else { format!("{}\n\n{}", spec.system, spec.prompt) };
         let mut plain_vars = adapter.env(models);
         plain_vars.push(("AOD_SESSION_ID".to_owned(), session.to_string()));

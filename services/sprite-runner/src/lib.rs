@@ -59,9 +59,9 @@ impl Config {
             sprites_base_url: env.parsed("SPRITES_BASE_URL", "the Sprites API", "https://api.sprites.dev".to_owned()),
             concurrency: env.parsed("AOD_RUNNER_CONCURRENCY", "sessions that this runner works for at a time", 64),
             models: ModelEndpoints {
-                anthropic: env.optional("AOD_MODEL_BASE_URL_ANTHROPIC", "Anthropic's models, by another address"),
-                openai: env.optional("AOD_MODEL_BASE_URL_OPENAI", "OpenAI's models, by another address"),
-                google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "Google's models, by another address"),
+                anthropic: env.optional("AOD_MODEL_BASE_URL_ANTHROPIC", "Anthropic's models, by another address, without its /v1"),
+                openai: env.optional("AOD_MODEL_BASE_URL_OPENAI", "OpenAI's models, by another address, without its /v1"),
+                google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "Google's models, by another address, without its /v1beta"),
             },
         }
     }

@@ -7,6 +7,7 @@ use sprites::{Client, ExecRequest, Sprite};
 use types::{Skill, Stage, StageState};
 
 use crate::{
+    ModelEndpoints,
     agent::{Agent, quote},
     record::{Fenced, Record},
     runtimes::{Adapter, Skills},
@@ -41,6 +42,7 @@ pub struct Provisioning<'a> {
     pub secrets: &'a Secrets,
     pub agent: &'a Agent,
     pub adapter: &'static dyn Adapter,
+    pub models: &'a ModelEndpoints,
 }
 
 impl Provisioning<'_> {
@@ -63,7 +65,7 @@ impl Provisioning<'_> {
         if !steps.is_empty() {
             stage(record, Stage::ProvisionSetup, self.run_steps(steps)).await?;
         }
-        let config = self.adapter.config_files(&self.secrets.fill_in(self.setup.mcp_servers.clone()));
+        let config = self.adapter.config_files(&self.secrets.fill_in(self.setup.mcp_servers.clone()), self.models);
         if !config.is_empty() {
             stage(record, Stage::RuntimeConfig, self.write_config(config)).await?;
         }

@@ -118,10 +118,10 @@ async fn work(
     record: &mut Record,
 ) -> Result<TurnEnded, Stopped> {
     let failed = |stage: Stage, message: String| Stopped::Failed { stage: stage.to_string(), message };
-    let runtime = spec.runtime.parse::<Runtime>().ok();
-    let Some(adapter) = runtime.and_then(runtimes::adapter) else {
+    let Ok(runtime) = spec.runtime.parse::<Runtime>() else {
         return Err(failed(Stage::InstallRuntime, format!("Runtime {} is not available on this deployment", spec.runtime)));
     };
+    let adapter = runtimes::adapter(runtime);
     let Some(token) = secrets.credential(CredentialKind::Sprites) else {
         return Err(failed(Stage::CreateSprite, "No backend credentials configured".to_owned()));
     };
@@ -132,7 +132,8 @@ async fn work(
     let setup = Setup::read(spec).map_err(|error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}")))?;
 
     if turn == 1 && !record.checkpoint.started {
-        let provisioning = Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, agent: &agent, adapter };
+        let provisioning =
+            Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, agent: &agent, adapter, models: &runner.models };
         if let Err(stopped) = provisioning.run(record).await.map_err(Stopped::from) {
             if matches!(stopped, Stopped::Failed { .. }) {
                 // A failed session is never resumed, and its Sprite costs money.

@@ -9,6 +9,7 @@ mod contract;
 mod dev;
 mod faults;
 mod resources;
+mod runtimes;
 mod sprites_api;
 mod streams;
 mod transport;

@@ -3,27 +3,33 @@
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
-use super::{Adapter, Launch, Skills, Stdin};
-use crate::ModelEndpoints;
+use super::{Adapter, CONVERSATION, Launch, Skills};
+use crate::{ModelEndpoints, agent::quote};
 
 pub struct Claude;
+
+fn argv(launch: &Launch<'_>, option: &str, conversation: &str) -> Vec<String> {
+    let words = ["claude", "--dangerously-skip-permissions", "--print", "--verbose", "--output-format", "stream-json", "--model"];
+    words.into_iter().chain([launch.model_id, option, conversation]).map(str::to_owned).collect()
+}
 
 impl Adapter for Claude {
     fn executable(&self) -> Option<&'static str> {
         Some("claude")
     }
 
-    fn argv(&self, launch: &Launch<'_>) -> Vec<String> {
-        let conversation = if launch.first_turn { "--session-id" } else { "--resume" };
-        let mut argv: Vec<String> = ["claude", "--dangerously-skip-permissions", "--print", "--verbose", "--output-format", "stream-json"]
-            .map(str::to_owned)
-            .into();
-        argv.extend(["--model", launch.model_id, conversation, launch.conversation_id].map(str::to_owned));
-        argv
+    fn begin(&self, launch: &Launch<'_>) -> Vec<String> {
+        argv(launch, "--session-id", launch.conversation_id)
     }
 
-    fn stdin(&self) -> Stdin {
-        Stdin::Prompt
+    fn resume(&self, launch: &Launch<'_>) -> Vec<String> {
+        argv(launch, "--resume", CONVERSATION)
+    }
+
+    /// A first turn that was killed early may have begun none.
+    fn find_conversation(&self, launch: &Launch<'_>) -> String {
+        let id = quote(launch.conversation_id);
+        format!("compgen -G \"${{CLAUDE_CONFIG_DIR:-$HOME/.claude}}/projects/*/\"{id}.jsonl >/dev/null && echo {id}")
     }
 
     fn env(&self, models: &ModelEndpoints) -> Vec<(String, String)> {
@@ -38,7 +44,7 @@ impl Adapter for Claude {
         env
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer]) -> Vec<(&'static str, String)> {
+    fn config_files(&self, mcp_servers: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
         // Asked nothing at its first start.
         let mut config = json!({ "hasCompletedOnboarding": true });
         let servers: Map<String, Value> = mcp_servers.iter().map(|server| (server.name.clone(), mcp_server(&server.transport))).collect();
@@ -66,9 +72,8 @@ mod tests {
 
     #[test]
     fn a_later_turn_resumes_the_conversation_by_its_id() {
-        let mut launch = Launch { first_turn: true, model_id: "claude-x", conversation_id: "c0ffee", prompt_path: "/p" };
-        assert!(Claude.argv(&launch).join(" ").ends_with("--model claude-x --session-id c0ffee"));
-        launch.first_turn = false;
-        assert!(Claude.argv(&launch).join(" ").ends_with("--model claude-x --resume c0ffee"));
+        let launch = Launch { model: "anthropic/claude-x", model_id: "claude-x", conversation_id: "c0ffee", prompt_path: "/p" };
+        assert!(Claude.begin(&launch).join(" ").ends_with("--model claude-x --session-id c0ffee"));
+        assert!(Claude.resume(&launch).join(" ").ends_with("--model claude-x --resume $CONVERSATION"));
     }
 }

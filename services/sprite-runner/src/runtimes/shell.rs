@@ -12,8 +12,17 @@ impl Adapter for Shell {
         None
     }
 
-    fn argv(&self, launch: &Launch<'_>) -> Vec<String> {
+    fn begin(&self, launch: &Launch<'_>) -> Vec<String> {
         vec!["bash".to_owned(), launch.prompt_path.to_owned()]
+    }
+
+    /// There is no conversation to go on with.
+    fn resume(&self, launch: &Launch<'_>) -> Vec<String> {
+        self.begin(launch)
+    }
+
+    fn find_conversation(&self, _: &Launch<'_>) -> String {
+        String::new()
     }
 
     fn stdin(&self) -> Stdin {
@@ -24,7 +33,7 @@ impl Adapter for Shell {
         Vec::new()
     }
 
-    fn config_files(&self, _: &[McpServer]) -> Vec<(&'static str, String)> {
+    fn config_files(&self, _: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
         Vec::new()
     }
 

@@ -1,0 +1,104 @@
+//! Every agent CLI, for real, against the scripted model: a tool, a conversation that goes on, an MCP server, a key that is refused.
+
+use futures::future::join_all;
+use serde_json::{Value, json};
+use system_tests::{Options, Stack};
+
+const RUNTIMES: [(&str, &str); 4] = [
+    ("claude", "anthropic/claude-sonnet-4-5"),
+    ("codex", "openai/gpt-5.2-codex"),
+    ("gemini", "google/gemini-2.5-pro"),
+    ("opencode", "openai/gpt-5.2"),
+];
+const MODEL: Options = Options { scripted_model: true, runners: 1, no_restart: false, settings: &[] };
+
+/// An MCP server that any CLI can start: JSON-RPC, a message a line.
+const MCP_SERVER: &str = r#"cat >/workspace/echo.py <<'END'
+import json, os, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if "id" not in message: continue
+    method, params = message["method"], message.get("params") or {}
+    if method == "initialize":
+        result = {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}}, "serverInfo": {"name": "echo", "version": "1"}}
+    elif method == "tools/list":
+        schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+        result = {"tools": [{"name": "say", "description": "Says it again", "inputSchema": schema}]}
+    elif method == "tools/call":
+        text = params["arguments"]["text"] + " " + os.environ["SUFFIX"]
+        result = {"content": [{"type": "text", "text": text}]}
+    else:
+        result = {}
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+END
+"#;
+
+struct Turn {
+    output: String,
+    end: Value,
+}
+
+async fn turn(stack: &Stack, session: &str, since: u64) -> Turn {
+    let events = stack.stream(session, since).await.unwrap().all().await.unwrap();
+    let output = events.iter().filter_map(|event| event["data"].as_str()).collect();
+    Turn { output, end: events.last().unwrap().clone() }
+}
+
+impl Turn {
+    #[track_caller]
+    fn succeeded_saying(&self, runtime: &str, text: &str) {
+        assert_eq!((&self.end["type"], &self.end["code"]), (&json!("exit"), &json!(0)), "{runtime}: {} {}", self.end, self.output);
+        assert!(self.output.contains(text), "{runtime}: {text:?} is not in {}", self.output);
+    }
+}
+
+async fn prompt(stack: &Stack, session: &str, before: &Turn, text: &str) -> Turn {
+    let answer = stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": text })).await.unwrap();
+    assert_eq!(answer.status, 202, "{answer:?}");
+    turn(stack, session, before.end["id"].as_u64().unwrap()).await
+}
+
+#[tokio::test]
+async fn every_cli_runs_a_tool_remembers_its_first_turn_and_calls_an_mcp_server() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let environment = json!({ "name": "e", "setup_script": MCP_SERVER });
+    let environment = stack.post("/environments", environment).await.unwrap().text("id").to_owned();
+    let runs = RUNTIMES.map(async |(runtime, model)| {
+        let servers = json!([{ "name": "echo", "type": "stdio", "command": "python3", "args": ["/workspace/echo.py"], "env": { "SUFFIX": "by MCP" } }]);
+        let agent = json!({ "name": runtime, "model": model, "runtime": runtime, "system": "Be brief.", "mcp_servers": servers });
+        let agent = stack.post("/agents", agent).await.unwrap();
+        assert_eq!(agent.status, 201, "{agent:?}");
+        let request = "run: echo made by $AOD_MODEL >/workspace/made; cat /workspace/made";
+        let body = json!({ "agent_id": agent.text("id"), "prompt": request, "environment_id": environment });
+        let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+        let first = turn(&stack, &session, 0).await;
+        first.succeeded_saying(runtime, &format!("made by {model}"));
+        let second = prompt(&stack, &session, &first, "what was my first message?").await;
+        second.succeeded_saying(runtime, "Your first message was: Be brief.");
+        let third = prompt(&stack, &session, &second, "echo by MCP: seven").await;
+        third.succeeded_saying(runtime, "seven by MCP");
+    });
+    join_all(runs).await;
+}
+
+#[tokio::test]
+async fn a_key_that_is_refused_fails_the_turn_in_the_clis_own_words() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let keys = json!({ "ANTHROPIC_API_KEY": "invalid", "OPENAI_API_KEY": "invalid", "GEMINI_API_KEY": "invalid" });
+    let runs = RUNTIMES.map(async |(runtime, model)| {
+        let agent = json!({ "name": runtime, "model": model, "runtime": runtime });
+        let agent = stack.post("/agents", agent).await.unwrap().text("id").to_owned();
+        let body = json!({ "agent_id": agent, "prompt": "hello", "secret_env_vars": keys });
+        let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+        // This one tries a refused key again for minutes, and says so.
+        if runtime == "claude" {
+            stack.stream(&session, 0).await.unwrap().until_output("authentication_failed").await.unwrap();
+            return;
+        }
+        let ended = turn(&stack, &session, 0).await;
+        let said = ended.output.to_lowercase();
+        assert!(said.contains("api key") || said.contains("401"), "{runtime}: {}", ended.output);
+        assert!(ended.end["type"] == "exit" && ended.end["code"] != 0, "{runtime}: {} {}", ended.end, ended.output);
+    });
+    join_all(runs).await;
+}
