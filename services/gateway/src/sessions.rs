@@ -110,6 +110,28 @@ pub struct Turn {
     started_at: Option<String>,
     #[schema(format = DateTime)]
     ended_at: Option<String>,
+    /// As the agent reported it; null where it did not.
+    usage: Option<Usage>,
+}
+
+/// What a turn used. What its agent did not report is null.
+#[derive(Serialize, ToSchema)]
+pub struct Usage {
+    input_tokens: Option<u64>,
+    output_tokens: Option<u64>,
+    cost_usd: Option<f64>,
+    model: Option<String>,
+}
+
+impl From<contract::session::Usage> for Usage {
+    fn from(usage: contract::session::Usage) -> Self {
+        Self {
+            input_tokens: usage.input_tokens,
+            output_tokens: usage.output_tokens,
+            cost_usd: usage.cost_micro_usd.map(|cost| cost as f64 / 1e6),
+            model: usage.model,
+        }
+    }
 }
 
 impl From<scheduler::Turn> for Turn {
@@ -122,6 +144,7 @@ impl From<scheduler::Turn> for Turn {
             created_at: time(turn.created_at_us),
             started_at: turn.started_at_us.map(time),
             ended_at: turn.ended_at_us.map(time),
+            usage: turn.usage.map(Usage::from),
         }
     }
 }

@@ -97,7 +97,7 @@ pub async fn settle(tx: &mut PgConnection, session: SessionRow, turn: i32, messa
     .map_err(Failure::internal)?;
     let Some(failed) = failed else { return Ok(()) };
     let failure = session::Failure { stage: "deadline".to_owned(), message: message.to_owned() };
-    let ended = TurnEnded { exit_code: None, failure: Some(failure) };
+    let ended = TurnEnded { failure: Some(failure), ..TurnEnded::default() };
     let event = SessionEvent { turn: unsigned(turn), epoch: 0, checkpoint: None, kind: Some(Kind::TurnEnded(ended)) };
     enqueue(tx, &subject::session_log(id), &event).await?;
     enqueue_destroy(tx, &failed).await?;

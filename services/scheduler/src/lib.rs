@@ -82,6 +82,7 @@ const MIGRATIONS: &[store::Step] = &[
     (3, "handed back", include_str!("../../../migrations/scheduler/0003_handed_back.sql")),
     (4, "orphans", include_str!("../../../migrations/scheduler/0004_orphans.sql")),
     (5, "events by day", include_str!("../../../migrations/scheduler/0005_events_by_day.sql")),
+    (6, "usage", include_str!("../../../migrations/scheduler/0006_usage.sql")),
 ];
 
 /// What every request works with.

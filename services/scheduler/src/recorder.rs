@@ -22,7 +22,7 @@ use types::{Backoff, SessionId, limits::SETTLE_GRACE};
 use crate::{
     Scheduler,
     sessions::{SessionRow, lock, session_columns},
-    termination::tell,
+    termination::tell_end,
     unsigned,
 };
 
@@ -167,24 +167,30 @@ impl Change {
 
     async fn ended(tx: &mut PgConnection, id: SessionId, turn: i32, ended: TurnEnded) -> Result<(), Failure> {
         let Some(session) = lock(tx, id, None).await? else { return Ok(()) };
+        // Postgres keeps no NUL in text.
+        let clean = |text: String| text.replace('\0', "\u{fffd}");
+        let count = |count: Option<u64>| count.and_then(|count| i64::try_from(count).ok());
+        let usage = ended.usage.clone().unwrap_or_default();
         let status = if ended.exit_code == Some(0) { "completed" } else { "failed" };
         let settled = sqlx::query(
             "update turn
-             set status = $3, exit_code = $4, ended_at = now()
+             set status = $3, exit_code = $4, ended_at = now(), input_tokens = $5, output_tokens = $6, cost_micro_usd = $7, model_used = $8
              where session_id = $1 and turn_number = $2 and status in ('pending', 'running')",
         )
         .bind(id.uuid())
         .bind(turn)
         .bind(status)
         .bind(ended.exit_code)
+        .bind(count(usage.input_tokens))
+        .bind(count(usage.output_tokens))
+        .bind(count(usage.cost_micro_usd))
+        .bind(usage.model.clone().map(clean))
         .execute(&mut *tx)
         .await
         .map_err(Failure::internal)?;
         if settled.rows_affected() == 0 || session.turn_count != turn || !session.status()?.is_active() {
             return Ok(());
         }
-        // Postgres keeps no NUL in text.
-        let clean = |text: String| text.replace('\0', "\u{fffd}");
         let (stage, message) = ended.failure.map(|failure| (clean(failure.stage), clean(failure.message))).unzip();
         let row: SessionRow = sqlx::query_as(concat!(
             "update session
@@ -201,7 +207,7 @@ impl Change {
         .fetch_one(&mut *tx)
         .await
         .map_err(Failure::internal)?;
-        tell(tx, &row, &row.status, unsigned(turn)).await
+        tell_end(tx, &row, &row.status, unsigned(turn), ended.usage).await
     }
 }
 

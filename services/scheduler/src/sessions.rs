@@ -331,6 +331,23 @@ struct TurnRow {
     created_at: OffsetDateTime,
     started_at: Option<OffsetDateTime>,
     ended_at: Option<OffsetDateTime>,
+    input_tokens: Option<i64>,
+    output_tokens: Option<i64>,
+    cost_micro_usd: Option<i64>,
+    model_used: Option<String>,
+}
+
+impl TurnRow {
+    fn usage(&self) -> Option<session::Usage> {
+        let count = |count: Option<i64>| count.map(i64::unsigned_abs);
+        let usage = session::Usage {
+            input_tokens: count(self.input_tokens),
+            output_tokens: count(self.output_tokens),
+            cost_micro_usd: count(self.cost_micro_usd),
+            model: self.model_used.clone(),
+        };
+        (usage != session::Usage::default()).then_some(usage)
+    }
 }
 
 pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListTurnsReply, Failure> {
@@ -338,7 +355,8 @@ pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<Li
     get(scheduler.clone(), GetSessionRequest { user_id: request.user_id, session_id: request.id, recorded_through: 0 }).await?;
     let window = Window::by_number_upwards(request.limit, request.after.as_ref());
     let mut rows: Vec<TurnRow> = sqlx::query_as(
-        "select turn_number, prompt, status, exit_code, created_at, started_at, ended_at
+        "select turn_number, prompt, status, exit_code, created_at, started_at, ended_at,
+                input_tokens, output_tokens, cost_micro_usd, model_used
          from turn
          where session_id = $1 and turn_number > $2
          order by turn_number
@@ -352,6 +370,7 @@ pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<Li
     .map_err(Failure::internal)?;
     let has_more = window.trim(&mut rows);
     let turn = |row: TurnRow| Turn {
+        usage: row.usage(),
         turn_number: unsigned(row.turn_number),
         prompt: row.prompt,
         status: row.status,

@@ -8,7 +8,7 @@ use contract::{
     rpc,
     runner::DestroySprite,
     scheduler::{Session, SessionChanged, SpriteDestroyedRequest, TerminateRequest},
-    session::{SessionEvent, Terminated, session_event::Kind},
+    session::{SessionEvent, Terminated, Usage, session_event::Kind},
     subject,
     vault::RevokeLeasesRequest,
 };
@@ -70,6 +70,11 @@ pub async fn destroy_job(tx: &mut PgConnection, session: SessionId, sprite: &Spr
 
 /// Tells other services what became of a session: its new status, or `deleted`.
 pub async fn tell(tx: &mut PgConnection, row: &SessionRow, what: &str, turn: u32) -> Result<(), Failure> {
+    tell_end(tx, row, what, turn, None).await
+}
+
+/// As [`tell`], of a turn that ended by itself.
+pub async fn tell_end(tx: &mut PgConnection, row: &SessionRow, what: &str, turn: u32, usage: Option<Usage>) -> Result<(), Failure> {
     let session = SessionId::from_uuid(row.session_id);
     let fact = SessionChanged {
         session_id: session.to_string(),
@@ -78,6 +83,7 @@ pub async fn tell(tx: &mut PgConnection, row: &SessionRow, what: &str, turn: u32
         turn,
         exit_code: row.exit_code,
         at_us: Timestamp::now().unix_micros(),
+        usage,
     };
     enqueue(tx, &subject::session_lifecycle(what, session), &fact).await
 }

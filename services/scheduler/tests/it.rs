@@ -109,7 +109,7 @@ impl World {
 
     async fn complete(&self, session: &str, turn: u32) -> Session {
         self.append(session, turn, Kind::TurnStarted(TurnStarted {})).await;
-        let end = self.append(session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(0), failure: None })).await;
+        let end = self.append(session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })).await;
         self.get(session, end).await
     }
 }
@@ -317,7 +317,8 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
                 _ => {
                     let (code, stale) = (i32::from(rng.u8(..2)), now.turn > 1 && rng.bool());
                     let turn = if stale { now.turn - 1 } else { now.turn };
-                    let id = world.append(&session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(code), failure: None })).await;
+                    let id =
+                        world.append(&session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(code), ..TurnEnded::default() })).await;
                     world.get(&session, id).await;
                     if now.is_active() && !stale {
                         model = Some(Model { status: if code == 0 { "completed" } else { "failed" }, ..now });
@@ -353,7 +354,7 @@ async fn whatever_happens_at_once_ends_in_one_state() {
             world.gateway.call::<rpc::Terminate>(&terminate, SOON),
             world.gateway.call::<rpc::DeleteSession>(&delete, SOON),
             world.runner.call::<rpc::ClaimTurn>(&claim, SOON),
-            world.append(&session, 1, Kind::TurnEnded(TurnEnded { exit_code: Some(0), failure: None })),
+            world.append(&session, 1, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })),
         );
         assert!(terminated.is_ok() || deleted.is_ok(), "round {round}: {terminated:?}, {deleted:?}");
         // Written down, whatever became of the session.

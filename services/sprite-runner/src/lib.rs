@@ -14,6 +14,7 @@ mod secrets;
 mod setup;
 mod sweep;
 mod turn;
+mod usage;
 mod utf8;
 
 use std::sync::Arc;

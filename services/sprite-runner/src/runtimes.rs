@@ -8,7 +8,7 @@ mod shell;
 
 use types::{McpServer, Runtime};
 
-use crate::ModelEndpoints;
+use crate::{ModelEndpoints, usage};
 
 /// What a CLI needs to know about a turn.
 #[derive(Debug)]
@@ -69,6 +69,10 @@ pub trait Adapter: Sync {
     fn env(&self, models: &ModelEndpoints) -> Vec<(String, String)>;
     /// Files to write before the first turn, by absolute path. They may hold the secrets of MCP servers.
     fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)>;
+    /// How to read what a turn used, where the CLI says so.
+    fn usage(&self) -> Option<usage::Reader> {
+        None
+    }
     /// Where the CLI finds skills, if it knows any.
     fn skills(&self) -> Option<Skills>;
 }

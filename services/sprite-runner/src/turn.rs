@@ -17,6 +17,7 @@ use crate::{
     runtimes,
     secrets::Secrets,
     setup::Setup,
+    usage,
 };
 
 /// How a turn left this runner's hands.
@@ -91,7 +92,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec)
         Err(Stopped::Fenced(fenced)) => return end_of(fenced),
         Err(Stopped::Failed { stage, message }) => {
             tracing::info!(%session, turn, stage, message, "turn failed");
-            TurnEnded { exit_code: None, failure: Some(Failure { stage, message }) }
+            TurnEnded { failure: Some(Failure { stage, message }), ..TurnEnded::default() }
         }
     };
     match record.ended(ended).await {
@@ -149,12 +150,19 @@ async fn work(
     })?;
     let status = follow::to_the_end(&client, &sprite, &agent, record).await?;
     Ok(match status {
-        Status::Exited(code) => TurnEnded { exit_code: Some(i32::from(code)), failure: None },
+        Status::Exited(code) => {
+            let bytes = record.checkpoint.stdout_offset;
+            let usage = match adapter.usage() {
+                Some(reader) => usage::read(&sprite, &agent.spool(false), bytes, reader).await,
+                None => None,
+            };
+            TurnEnded { exit_code: Some(i32::from(code)), failure: None, usage }
+        }
         Status::TimedOut => without_exit_code("timeout", format!("Turn timed out after {}s", spec.timeout_seconds)),
         Status::Lost => without_exit_code("sandbox", "The sandbox restarted while the agent was running".to_owned()),
     })
 }
 
 fn without_exit_code(stage: &str, message: String) -> TurnEnded {
-    TurnEnded { exit_code: None, failure: Some(Failure { stage: stage.to_owned(), message }) }
+    TurnEnded { failure: Some(Failure { stage: stage.to_owned(), message }), ..TurnEnded::default() }
 }

@@ -77,6 +77,12 @@ async fn every_cli_runs_a_tool_remembers_its_first_turn_and_calls_an_mcp_server(
         second.succeeded_saying(runtime, "Your first message was: Be brief.");
         let third = prompt(&stack, &session, &second, "echo by MCP: seven").await;
         third.succeeded_saying(runtime, "seven by MCP");
+        let turns = stack.get(&format!("/sessions/{session}/turns")).await.unwrap();
+        for turn in turns.body["data"].as_array().unwrap() {
+            let usage = &turn["usage"];
+            assert!(usage["input_tokens"].as_u64() >= Some(100) && usage["output_tokens"].as_u64() >= Some(1), "{runtime}: {usage}");
+            assert_eq!(usage["cost_usd"].is_number(), ["claude", "opencode"].contains(&runtime), "{runtime}: {usage}");
+        }
     });
     join_all(runs).await;
 }

@@ -377,6 +377,8 @@ pub struct Turn {
     pub started_at_us: ::core::option::Option<i64>,
     #[prost(int64, optional, tag = "7")]
     pub ended_at_us: ::core::option::Option<i64>,
+    #[prost(message, optional, tag = "8")]
+    pub usage: ::core::option::Option<super::super::session::v1::Usage>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PromptRequest {
@@ -581,4 +583,7 @@ pub struct SessionChanged {
     pub exit_code: ::core::option::Option<i32>,
     #[prost(int64, tag = "6")]
     pub at_us: i64,
+    /// Of a turn that ended.
+    #[prost(message, optional, tag = "7")]
+    pub usage: ::core::option::Option<super::super::session::v1::Usage>,
 }

@@ -74,6 +74,22 @@ pub struct TurnEnded {
     pub exit_code: ::core::option::Option<i32>,
     #[prost(message, optional, tag = "2")]
     pub failure: ::core::option::Option<Failure>,
+    /// As the agent reported it.
+    #[prost(message, optional, tag = "3")]
+    pub usage: ::core::option::Option<Usage>,
+}
+/// What a turn used; what the agent did not report is absent.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Usage {
+    #[prost(uint64, optional, tag = "1")]
+    pub input_tokens: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "2")]
+    pub output_tokens: ::core::option::Option<u64>,
+    /// Millionths of a US dollar.
+    #[prost(uint64, optional, tag = "3")]
+    pub cost_micro_usd: ::core::option::Option<u64>,
+    #[prost(string, optional, tag = "4")]
+    pub model: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Failure {

@@ -1,10 +1,15 @@
 //! Claude Code.
 
+use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
 use super::{Adapter, CONVERSATION, Launch, Skills};
-use crate::{ModelEndpoints, agent::quote};
+use crate::{
+    ModelEndpoints,
+    agent::quote,
+    usage::{Printed, Reader, greatest, micro_dollars, number},
+};
 
 pub struct Claude;
 
@@ -54,9 +59,25 @@ impl Adapter for Claude {
         vec![("/home/sprite/.claude.json", config.to_string())]
     }
 
+    fn usage(&self) -> Option<Reader> {
+        Some(usage)
+    }
+
     fn skills(&self) -> Option<Skills> {
         Some(Skills { folder: "/home/sprite/.claude/skills", installer_name: "claude-code" })
     }
+}
+
+fn usage(printed: &Printed) -> Option<Usage> {
+    let result = printed.last("result")?;
+    let read = ["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"];
+    let read: Vec<u64> = read.iter().filter_map(|name| number(result, &format!("/usage/{name}"))).collect();
+    Some(Usage {
+        input_tokens: (!read.is_empty()).then(|| read.iter().sum()),
+        output_tokens: number(result, "/usage/output_tokens"),
+        cost_micro_usd: micro_dollars(result, "/total_cost_usd"),
+        model: greatest(result.get("modelUsage"), "outputTokens"),
+    })
 }
 
 fn mcp_server(transport: &McpTransport) -> Value {

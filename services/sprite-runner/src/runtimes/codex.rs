@@ -1,10 +1,14 @@
 //! Codex CLI.
 
+use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
 use super::{Adapter, CONVERSATION, Launch, Skills, first_id};
-use crate::ModelEndpoints;
+use crate::{
+    ModelEndpoints,
+    usage::{Printed, Reader, number},
+};
 
 pub struct Codex;
 
@@ -67,9 +71,22 @@ impl Adapter for Codex {
         vec![("/home/sprite/.codex/config.toml", toml::to_string(&config).unwrap_or_default())]
     }
 
+    fn usage(&self) -> Option<Reader> {
+        Some(usage)
+    }
+
     fn skills(&self) -> Option<Skills> {
         Some(Skills { folder: "/home/sprite/.codex/skills", installer_name: "codex" })
     }
+}
+
+fn usage(printed: &Printed) -> Option<Usage> {
+    let completed = printed.last("turn.completed")?;
+    Some(Usage {
+        input_tokens: number(completed, "/usage/input_tokens"),
+        output_tokens: number(completed, "/usage/output_tokens"),
+        ..Usage::default()
+    })
 }
 
 /// `${NAME}` alone, which Codex reads from its environment.

@@ -1,10 +1,15 @@
 //! Gemini CLI.
 
+use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
 use super::{Adapter, CONVERSATION, Launch, Skills};
-use crate::{ModelEndpoints, agent::quote};
+use crate::{
+    ModelEndpoints,
+    agent::quote,
+    usage::{Printed, Reader, greatest, number},
+};
 
 pub struct Gemini;
 
@@ -50,9 +55,23 @@ impl Adapter for Gemini {
         vec![("/home/sprite/.gemini/settings.json", settings.to_string())]
     }
 
+    fn usage(&self) -> Option<Reader> {
+        Some(usage)
+    }
+
     fn skills(&self) -> Option<Skills> {
         Some(Skills { folder: "/home/sprite/.gemini/skills", installer_name: "gemini-cli" })
     }
+}
+
+fn usage(printed: &Printed) -> Option<Usage> {
+    let stats = printed.last("result")?.get("stats")?;
+    Some(Usage {
+        input_tokens: number(stats, "/input_tokens"),
+        output_tokens: number(stats, "/output_tokens"),
+        cost_micro_usd: None,
+        model: greatest(stats.get("models"), "total_tokens"),
+    })
 }
 
 fn mcp_server(transport: &McpTransport) -> Value {

@@ -1,10 +1,14 @@
 //! opencode: models of every provider.
 
+use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
 use super::{Adapter, CONVERSATION, Launch, Skills, first_id};
-use crate::ModelEndpoints;
+use crate::{
+    ModelEndpoints,
+    usage::{Printed, Reader, micro_dollars, number},
+};
 
 pub struct Opencode;
 
@@ -56,9 +60,30 @@ impl Adapter for Opencode {
         vec![("/home/sprite/.config/opencode/opencode.json", config.to_string())]
     }
 
+    fn usage(&self) -> Option<Reader> {
+        Some(usage)
+    }
+
     fn skills(&self) -> Option<Skills> {
         Some(Skills { folder: "/home/sprite/.config/opencode/skills", installer_name: "opencode" })
     }
+}
+
+/// It reports each step, and not their sum.
+fn usage(printed: &Printed) -> Option<Usage> {
+    let is_step = |record: &&Value| record.get("type").and_then(Value::as_str) == Some("step_finish");
+    let steps: Vec<&Value> = printed.records.iter().filter(is_step).collect();
+    if steps.is_empty() || !printed.whole {
+        return None;
+    }
+    let total = |name: &str| -> u64 { steps.iter().filter_map(|step| number(step, &format!("/part/tokens/{name}"))).sum() };
+    let costs: Vec<u64> = steps.iter().filter_map(|step| micro_dollars(step, "/part/cost")).collect();
+    Some(Usage {
+        input_tokens: Some(["input", "cache/read", "cache/write"].map(total).iter().sum()),
+        output_tokens: Some(["output", "reasoning"].map(total).iter().sum()),
+        cost_micro_usd: (!costs.is_empty()).then(|| costs.iter().sum()),
+        model: None,
+    })
 }
 
 /// It writes variables as `{env:NAME}`.
