@@ -102,6 +102,8 @@ pub const OPERATOR: Access = Access {
         "aod.rpc.auth.>",
         "aod.rpc.vault.v1.health.check",
         "aod.rpc.vault.v1.credential.>",
+        "aod.rpc.vault.v1.key.*",
+        "aod.rpc.vault.v1.audit.*",
         "aod.rpc.scheduler.v1.health.check",
         "$SRV.>",
     ],

@@ -79,6 +79,12 @@ rpcs! {
     /// The secrets of a lease, sealed to a one-time key. For runners.
     RedeemLease: vault::RedeemLeaseRequest => vault::RedeemLeaseReply, "aod.rpc.vault.v1.lease.redeem", idempotent: true;
     RevokeLeases: vault::RevokeLeasesRequest => common::Empty, "aod.rpc.vault.v1.lease.revoke", idempotent: true;
+    /// One step of moving secrets to the newest key-encryption key. For operators.
+    RotateKeys: vault::RotateKeysRequest => vault::RotateKeysReply, "aod.rpc.vault.v1.key.rotate", idempotent: true;
+    /// Which key-encryption keys are in use. For operators.
+    KeyStatus: common::Empty => vault::KeyStatusReply, "aod.rpc.vault.v1.key.status", idempotent: true;
+    /// Who redeemed which leases. For operators.
+    ListRedemptions: vault::ListRedemptionsRequest => vault::ListRedemptionsReply, "aod.rpc.vault.v1.audit.list", idempotent: true;
 
     SchedulerHealth: common::Empty => common::Empty, "aod.rpc.scheduler.v1.health.check", idempotent: true;
     CreateAgent: scheduler::CreateAgentRequest => scheduler::CreateAgentReply, "aod.rpc.scheduler.v1.agent.create", idempotent: false;

@@ -12,7 +12,10 @@ use contract::{
     },
     common::Empty,
     rpc::{self, Rpc},
-    vault::{Credential, DeleteCredentialRequest, ListCredentialsRequest, PutCredentialRequest},
+    vault::{
+        Credential, DeleteCredentialRequest, KeyStatus, ListCredentialsRequest, ListRedemptionsRequest, PutCredentialRequest, Redemption,
+        RotateKeysRequest,
+    },
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
@@ -59,6 +62,26 @@ enum Admin {
     /// The credentials of a user
     #[command(subcommand)]
     Credential(Credentials),
+    /// The keys that stored secrets are encrypted with
+    #[command(subcommand)]
+    Vault(Vault),
+    /// Who had which secrets unsealed, the newest first
+    Audit {
+        /// Only of this session
+        #[arg(long)]
+        session: Option<String>,
+        /// How many redemptions
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Vault {
+    /// Which versions of the key are in use
+    Status,
+    /// Move every secret to the newest version; may be broken off and begun again at any time
+    Rotate,
 }
 
 #[derive(Debug, Subcommand)]
@@ -198,6 +221,7 @@ impl Operator {
     async fn run(self, command: Admin, value: Option<SecretString>) -> Result<(), AdminError> {
         const USERS: Table = Table(&["name", "id", "is_active", "session_limit", "created_at"]);
         const KEYS: Table = Table(&["id", "name", "prefix", "is_active", "expires_at", "last_used_at"]);
+        const KEY_VERSIONS: Table = Table(&["version", "is_current", "is_configured", "secrets"]);
         const CREDENTIALS: Table = Table(&["kind", "hint", "updated_at"]);
         match command {
             Admin::Bootstrap { user } => {
@@ -266,7 +290,53 @@ impl Operator {
                 self.call::<rpc::DeleteCredential>(&DeleteCredentialRequest { user_id, kind: kind.name() }).await?;
                 self.output.one(&json!({ "detail": "Credential deleted" }));
             }
+            Admin::Vault(Vault::Status) => {
+                let keys = self.call::<rpc::KeyStatus>(&Empty {}).await?.keys;
+                self.output.list(&keys.iter().map(describe_key_version).collect::<Vec<_>>(), KEY_VERSIONS);
+            }
+            Admin::Vault(Vault::Rotate) => self.rotate().await?,
+            Admin::Audit { session, limit } => self.audit(session, limit).await?,
         }
+        Ok(())
+    }
+
+    /// Step by step, until no secret of an older version is left.
+    async fn rotate(&self) -> Result<(), AdminError> {
+        let (mut rotated, mut damaged, mut after) = (0, Vec::new(), None);
+        loop {
+            let step = self.call::<rpc::RotateKeys>(&RotateKeysRequest { after_secret_id: after }).await?;
+            rotated += step.rotated;
+            damaged.extend(step.damaged_secret_ids);
+            eprintln!("{rotated} moved to key version {}, {} left", step.version, step.remaining);
+            let at_the_end = step.last_secret_id.is_none();
+            after = step.last_secret_id;
+            if !damaged.is_empty() && at_the_end {
+                let ids = damaged.join(", ");
+                return Err(AdminError::Local(format!("{} secrets do not open and were left as they are: {ids}", damaged.len())));
+            }
+            if step.remaining == 0 {
+                let detail =
+                    format!("Every secret is under key version {}; older keys may be removed from FIELD_ENCRYPTION_KEY", step.version);
+                self.output.one(&json!({ "detail": detail, "version": step.version, "rotated": rotated }));
+                return Ok(());
+            }
+        }
+    }
+
+    async fn audit(&self, session_id: Option<String>, limit: u32) -> Result<(), AdminError> {
+        const REDEMPTIONS: Table = Table(&["redeemed_at", "session", "purpose", "runner", "outcome", "kinds"]);
+        let (mut redemptions, mut before) = (Vec::new(), None);
+        while redemptions.len() < limit as usize {
+            let page = (limit - u32::try_from(redemptions.len()).unwrap_or(limit)).min(PAGE_MAX);
+            let request = ListRedemptionsRequest { session_id: session_id.clone(), limit: page, before };
+            let reply = self.call::<rpc::ListRedemptions>(&request).await?.redemptions;
+            before = reply.last().map(|redemption| redemption.redemption_id);
+            redemptions.extend(reply.iter().map(describe_redemption));
+            if reply.len() < page as usize {
+                break;
+            }
+        }
+        self.output.list(&redemptions, REDEMPTIONS);
         Ok(())
     }
 
@@ -320,4 +390,20 @@ fn describe_credential(credential: &Credential) -> Value {
     // The deployment's own token has no date.
     let updated_at = (credential.updated_at_us > 0).then(|| time(credential.updated_at_us));
     json!({ "kind": credential.kind, "hint": credential.hint, "updated_at": updated_at })
+}
+
+fn describe_key_version(key: &KeyStatus) -> Value {
+    json!({ "version": key.version, "is_current": key.is_current, "is_configured": key.is_configured, "secrets": key.secrets })
+}
+
+fn describe_redemption(redemption: &Redemption) -> Value {
+    json!({
+        "redeemed_at": time(redemption.redeemed_at_us),
+        "session": redemption.session_id,
+        "purpose": redemption.purpose,
+        "runner": redemption.runner,
+        "outcome": redemption.outcome,
+        "kinds": redemption.kinds.join(","),
+        "lease": redemption.lease_id,
+    })
 }

@@ -2,18 +2,11 @@
 //! versioned key-encryption key. Associated data binds both to the owner, the kind and the id, so that a row moved to another place
 //! does not open.
 
-use aes_gcm::{
-    Aes256Gcm, KeyInit as _, Nonce,
-    aead::{Aead as _, Payload},
-};
-use hkdf::Hkdf;
-use secrecy::{ExposeSecret as _, SecretString};
-use sha2::Sha256;
+use aes_gcm::{Aes256Gcm, KeyInit as _};
 use types::{SecretId, UserId};
 use zeroize::Zeroizing;
 
-const NONCE_BYTES: usize = 12;
-const KEY_BYTES: usize = 32;
+use crate::keyring::{KEY_BYTES, KeyVersion, Keyring, decrypt, encrypt};
 
 /// What a secret belongs to. Opening it for anything else fails.
 #[derive(Debug)]
@@ -32,7 +25,7 @@ impl Binding<'_> {
 /// A secret as it lies in the table.
 #[derive(Debug, PartialEq)]
 pub struct Sealed {
-    pub key_version: i32,
+    pub key_version: KeyVersion,
     /// Nonce and ciphertext of the data key.
     pub wrapped_key: Vec<u8>,
     /// Nonce and ciphertext of the secret.
@@ -45,66 +38,43 @@ pub enum EnvelopeError {
     NoRandomness,
     #[error("encryption failed")]
     Encrypt,
+    #[error("key version {version} encrypts, and is not configured here")]
+    UnknownCurrentKey { version: KeyVersion },
     #[error("secret {secret} was encrypted with key version {version}, which is not configured")]
-    UnknownKey { secret: SecretId, version: i32 },
+    UnknownKey { secret: SecretId, version: KeyVersion },
     #[error("secret {secret} was tampered with, or the key is wrong")]
     Damaged { secret: SecretId },
 }
 
-/// The key-encryption keys. The newest encrypts; all of them decrypt.
-pub struct Keyring {
-    current: i32,
-    keys: Vec<(i32, Aes256Gcm)>,
-}
-
 impl Keyring {
-    /// Key version 1, derived from the configured secret.
-    pub fn derive(secret: &SecretString) -> Result<Self, EnvelopeError> {
-        let mut key = Zeroizing::new([0_u8; KEY_BYTES]);
-        Hkdf::<Sha256>::new(None, secret.expose_secret().as_bytes())
-            .expand(b"aod vault key-encryption key v1", key.as_mut())
-            .map_err(|_| EnvelopeError::Encrypt)?;
-        let cipher = Aes256Gcm::new_from_slice(key.as_ref()).map_err(|_| EnvelopeError::Encrypt)?;
-        Ok(Self { current: 1, keys: vec![(1, cipher)] })
-    }
-
-    pub fn encrypt(&self, plaintext: &[u8], binding: &Binding<'_>) -> Result<Sealed, EnvelopeError> {
+    pub fn encrypt(&self, version: KeyVersion, plaintext: &[u8], binding: &Binding<'_>) -> Result<Sealed, EnvelopeError> {
         let mut data_key = Zeroizing::new([0_u8; KEY_BYTES]);
         getrandom::fill(data_key.as_mut()).map_err(|_| EnvelopeError::NoRandomness)?;
         let cipher = Aes256Gcm::new_from_slice(data_key.as_ref()).map_err(|_| EnvelopeError::Encrypt)?;
         let aad = binding.associated_data();
-        let (version, wrapping) = self.keys.iter().find(|(version, _)| *version == self.current).ok_or(EnvelopeError::Encrypt)?;
-        Ok(Sealed {
-            key_version: *version,
-            wrapped_key: encrypt(wrapping, data_key.as_ref(), &aad)?,
-            ciphertext: encrypt(&cipher, plaintext, &aad)?,
-        })
+        let wrapped_key = self.wrap(version, data_key.as_ref(), &aad).ok_or(EnvelopeError::UnknownCurrentKey { version })??;
+        Ok(Sealed { key_version: version, wrapped_key, ciphertext: encrypt(&cipher, plaintext, &aad)? })
     }
 
     pub fn decrypt(&self, sealed: &Sealed, binding: &Binding<'_>) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
         let damaged = || EnvelopeError::Damaged { secret: binding.secret };
-        let (_, wrapping) = self
-            .keys
-            .iter()
-            .find(|(version, _)| *version == sealed.key_version)
-            .ok_or(EnvelopeError::UnknownKey { secret: binding.secret, version: sealed.key_version })?;
         let aad = binding.associated_data();
-        let data_key = decrypt(wrapping, &sealed.wrapped_key, &aad).ok_or_else(damaged)?;
+        let data_key = self.data_key(sealed.key_version, &sealed.wrapped_key, &aad, binding.secret)?;
         let cipher = Aes256Gcm::new_from_slice(&data_key).map_err(|_| damaged())?;
         decrypt(&cipher, &sealed.ciphertext, &aad).ok_or_else(damaged)
     }
-}
 
-fn encrypt(cipher: &Aes256Gcm, plaintext: &[u8], aad: &[u8]) -> Result<Vec<u8>, EnvelopeError> {
-    let mut nonce = [0_u8; NONCE_BYTES];
-    getrandom::fill(&mut nonce).map_err(|_| EnvelopeError::NoRandomness)?;
-    let ciphertext = cipher.encrypt(&Nonce::from(nonce), Payload { msg: plaintext, aad }).map_err(|_| EnvelopeError::Encrypt)?;
-    Ok([nonce.as_slice(), &ciphertext].concat())
-}
+    /// A data key, wrapped by another version. What it encrypts stays as it is.
+    pub fn rewrap(&self, from: KeyVersion, wrapped_key: &[u8], to: KeyVersion, binding: &Binding<'_>) -> Result<Vec<u8>, EnvelopeError> {
+        let aad = binding.associated_data();
+        let data_key = self.data_key(from, wrapped_key, &aad, binding.secret)?;
+        self.wrap(to, &data_key, &aad).ok_or(EnvelopeError::UnknownCurrentKey { version: to })?
+    }
 
-fn decrypt(cipher: &Aes256Gcm, sealed: &[u8], aad: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
-    let (nonce, ciphertext) = sealed.split_first_chunk::<NONCE_BYTES>()?;
-    cipher.decrypt(&Nonce::from(*nonce), Payload { msg: ciphertext, aad }).ok().map(Zeroizing::new)
+    fn data_key(&self, version: KeyVersion, wrapped: &[u8], aad: &[u8], secret: SecretId) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
+        let opened = self.unwrap(version, wrapped, aad).ok_or(EnvelopeError::UnknownKey { secret, version })?;
+        opened.ok_or(EnvelopeError::Damaged { secret })
+    }
 }
 
 #[cfg(test)]
@@ -112,14 +82,14 @@ mod tests {
     use super::*;
 
     fn keyring(text: &str) -> Keyring {
-        Keyring::derive(&text.to_owned().into()).unwrap()
+        Keyring::parse(&text.to_owned().into()).unwrap()
     }
 
     #[test]
     fn a_secret_opens_only_where_it_belongs() {
         let keys = keyring("0123456789abcdef");
         let binding = Binding { user: UserId::new(), kind: "provider:anthropic", secret: SecretId::new() };
-        let sealed = keys.encrypt(b"sk-secret", &binding).unwrap();
+        let sealed = keys.encrypt(1, b"sk-secret", &binding).unwrap();
         assert_eq!(keys.decrypt(&sealed, &binding).unwrap().as_slice(), b"sk-secret");
         let damaged = Err(EnvelopeError::Damaged { secret: binding.secret });
         assert_eq!(keys.decrypt(&sealed, &Binding { kind: "provider:openai", ..binding }).map(|_| ()), damaged);
@@ -131,7 +101,7 @@ mod tests {
     fn a_damaged_row_is_an_error_that_names_it() {
         let keys = keyring("0123456789abcdef");
         let binding = Binding { user: UserId::new(), kind: "k", secret: SecretId::new() };
-        let sealed = || keys.encrypt(b"value", &binding).unwrap();
+        let sealed = || keys.encrypt(1, b"value", &binding).unwrap();
         let damaged = Err(EnvelopeError::Damaged { secret: binding.secret });
         for index in [0, 12, 20] {
             let mut row = sealed();
@@ -146,5 +116,17 @@ mod tests {
         assert_eq!(keys.decrypt(&row, &binding).map(|_| ()), damaged, "truncated");
         let row = Sealed { key_version: 9, ..sealed() };
         assert_eq!(keys.decrypt(&row, &binding).map(|_| ()), Err(EnvelopeError::UnknownKey { secret: binding.secret, version: 9 }));
+    }
+
+    #[test]
+    fn a_key_that_was_wrapped_anew_opens_without_the_old_version() {
+        let keys = keyring("1:0123456789abcdef 2:abcdef0123456789");
+        let binding = Binding { user: UserId::new(), kind: "k", secret: SecretId::new() };
+        let old = keys.encrypt(1, b"value", &binding).unwrap();
+        let wrapped_key = keys.rewrap(1, &old.wrapped_key, 2, &binding).unwrap();
+        let new = Sealed { key_version: 2, wrapped_key, ciphertext: old.ciphertext };
+        assert_eq!(keyring("2:abcdef0123456789").decrypt(&new, &binding).unwrap().as_slice(), b"value");
+        let moved = keys.rewrap(1, &old.wrapped_key, 2, &Binding { kind: "other", ..binding });
+        assert_eq!(moved, Err(EnvelopeError::Damaged { secret: binding.secret }));
     }
 }

@@ -1,5 +1,7 @@
 //! Leases: the right of one piece of work to have some secrets unsealed for a while.
 
+use std::time::Duration;
+
 use bus::Failure;
 use contract::{
     common::Empty,
@@ -8,24 +10,27 @@ use contract::{
 use prost::Message as _;
 use secrecy::ExposeSecret as _;
 use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
 use types::{CredentialKind, LeaseId, SecretId, SessionId};
 use uuid::Uuid;
 use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::{
     Vault,
+    audit::{self, Outcome, Redeemed},
     secrets::{SecretRow, user},
 };
 
 /// No turn runs longer than this, so no lease needs to.
 const TTL_SECONDS_MAX: u32 = 2 * 60 * 60;
+const FORGET_INTERVAL: Duration = Duration::from_secs(600);
 
 pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseReply, Failure> {
     let id = LeaseId::new();
     let secrets: Result<Vec<Uuid>, _> = request.secret_ids.iter().map(|id| id.parse::<SecretId>().map(SecretId::uuid)).collect();
     sqlx::query(
-        "insert into lease (lease_id, user_id, session_id, purpose, credential_kinds, secret_ids, expires_at)
-         values ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7))",
+        "insert into lease (lease_id, user_id, session_id, purpose, credential_kinds, secret_ids, expires_at, epoch)
+         values ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8)",
     )
     .bind(id.uuid())
     .bind(user(&request.user_id)?.uuid())
@@ -34,6 +39,7 @@ pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseRe
     .bind(&request.credential_kinds)
     .bind(secrets.map_err(|_| Failure::invalid("Malformed secret id"))?)
     .bind(f64::from(request.ttl_seconds.clamp(1, TTL_SECONDS_MAX)))
+    .bind(i64::from(request.epoch))
     .execute(&vault.pool)
     .await
     .map_err(Failure::internal)?;
@@ -44,6 +50,7 @@ pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseRe
 struct LeaseRow {
     user_id: Uuid,
     session_id: Uuid,
+    purpose: String,
     credential_kinds: Vec<String>,
     secret_ids: Vec<Uuid>,
     usable: bool,
@@ -52,8 +59,13 @@ struct LeaseRow {
 pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemLeaseReply, Failure> {
     let refused = || Failure::not_found("Lease not found, expired or revoked");
     let id: LeaseId = request.lease_id.parse().map_err(|_| refused())?;
+    // Whoever has claimed the work meanwhile has a lease of a higher epoch.
     let lease: Option<LeaseRow> = sqlx::query_as(
-        "select user_id, session_id, credential_kinds, secret_ids, (revoked_at is null and expires_at > now()) as usable
+        "select user_id, session_id, purpose, credential_kinds, secret_ids,
+                revoked_at is null and expires_at > now() and not exists (
+                    select 1 from lease later
+                    where later.session_id = lease.session_id and later.purpose = lease.purpose and later.epoch > lease.epoch
+                ) as usable
          from lease
          where lease_id = $1",
     )
@@ -61,9 +73,16 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
     .fetch_optional(&vault.pool)
     .await
     .map_err(Failure::internal)?;
-    let Some(lease) = lease.filter(|lease| lease.usable) else {
-        audit(&vault.pool, id, None, &request.runner, "refused", &[]).await?;
-        return Err(refused());
+    let write_down = async |lease: Option<&LeaseRow>, outcome, kinds: &[String]| {
+        let (session, purpose) = (lease.map(|lease| lease.session_id), lease.map(|lease| lease.purpose.as_str()));
+        audit::write(&vault.pool, &Redeemed { lease: id, session, purpose, runner: &request.runner, outcome, kinds }).await
+    };
+    let lease = match lease {
+        Some(lease) if lease.usable => lease,
+        unusable => {
+            write_down(unusable.as_ref(), Outcome::Refused, &[]).await?;
+            return Err(refused());
+        }
     };
     let mut bundle = bundle(&vault, &lease).await?;
     let kinds: Vec<String> = bundle.secrets.iter().map(|secret| secret.kind.clone()).collect();
@@ -72,8 +91,26 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
     let sealed = sealing::seal(&request.public_key, &plaintext, request.lease_id.as_bytes())
         .map_err(|error| Failure::invalid(format!("The lease cannot be sealed: {error}")))?;
     // Written before the answer leaves: there is no redemption without its audit.
-    audit(&vault.pool, id, Some(lease.session_id), &request.runner, "granted", &kinds).await?;
+    write_down(Some(&lease), Outcome::Granted, &kinds).await?;
     Ok(RedeemLeaseReply { sealed })
+}
+
+/// Leases that ended long ago are forgotten; who redeemed them stays in the audit.
+pub async fn forget_expired(pool: PgPool, stop: CancellationToken) {
+    loop {
+        let forgotten = sqlx::query(
+            "delete from lease where lease_id in (select lease_id from lease where expires_at < now() - interval '1 day' limit 10000)",
+        )
+        .execute(&pool)
+        .await;
+        if let Err(error) = forgotten {
+            tracing::warn!(%error, "expired leases stay for now");
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(FORGET_INTERVAL) => {}
+        }
+    }
 }
 
 /// The lease's secrets, opened. Credentials that are gone meanwhile are left out; the deployment's Sprites token steps in.
@@ -92,7 +129,7 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
     let mut secrets = Vec::with_capacity(rows.len());
     for row in rows {
         let kind = row.kind.clone();
-        secrets.push(BundledSecret { kind, value: vault.open(row)?.to_vec() });
+        secrets.push(BundledSecret { kind, value: row.open(&vault.keys)?.to_vec() });
     }
     let sprites = CredentialKind::Sprites.as_str();
     let wanted = lease.credential_kinds.iter().any(|kind| kind == sprites) && secrets.iter().all(|secret| secret.kind != sprites);
@@ -100,19 +137,6 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
         secrets.push(BundledSecret { kind: sprites.to_owned(), value: shared.expose_secret().as_bytes().to_vec() });
     }
     Ok(Bundle { secrets })
-}
-
-async fn audit(pool: &PgPool, lease: LeaseId, session: Option<Uuid>, runner: &str, outcome: &str, kinds: &[String]) -> Result<(), Failure> {
-    sqlx::query("insert into redemption (lease_id, session_id, runner, outcome, kinds) values ($1, $2, $3, $4, $5)")
-        .bind(lease.uuid())
-        .bind(session)
-        .bind(runner)
-        .bind(outcome)
-        .bind(kinds)
-        .execute(pool)
-        .await
-        .map_err(Failure::internal)?;
-    Ok(())
 }
 
 pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty, Failure> {

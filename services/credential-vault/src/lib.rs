@@ -1,8 +1,12 @@
 //! The only place where a secret is encrypted or decrypted. Schema `vault`; holds the key-encryption keys.
 //!
-//! [`envelope`] is how a secret lies in the table; [`secrets`] and [`leases`] are what others may ask for.
+//! [`keyring`] holds the key-encryption keys, [`envelope`] is how a secret lies in the table; [`secrets`], [`leases`], [`keys`] and
+//! [`audit`] are what others may ask for.
 
+mod audit;
 mod envelope;
+mod keyring;
+mod keys;
 mod leases;
 mod secrets;
 
@@ -15,7 +19,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use service::{Env, Lifecycle};
 use sqlx::PgPool;
 
-use crate::envelope::{Binding, Keyring};
+use crate::{envelope::Binding, keyring::Keyring};
 
 #[derive(Debug)]
 pub struct Config {
@@ -26,26 +30,28 @@ pub struct Config {
     pub shared_sprites_token: Option<SecretString>,
 }
 
-/// Shorter keys can be guessed.
-const ENCRYPTION_KEY_CHARS_MIN: usize = 16;
-
 impl Config {
     pub fn from_env(env: &mut Env) -> Self {
         let config = Self {
             bus: bus::Config::from_env(env, &access::VAULT),
             store: store::Config::from_env(env),
-            encryption_key: env.secret("FIELD_ENCRYPTION_KEY", "what the key-encryption key is derived from"),
+            encryption_key: env
+                .secret("FIELD_ENCRYPTION_KEY", "what the key-encryption keys are derived from: one text, or several as VERSION:TEXT"),
             shared_sprites_token: env.optional_secret("SPRITES_API_KEY", "the deployment's own Sprites token"),
         };
-        let length = config.encryption_key.expose_secret().chars().count();
-        if (1..ENCRYPTION_KEY_CHARS_MIN).contains(&length) {
-            env.refuse(format!("FIELD_ENCRYPTION_KEY has {length} characters; {ENCRYPTION_KEY_CHARS_MIN} or more are needed"));
+        if !config.encryption_key.expose_secret().is_empty()
+            && let Err(error) = Keyring::parse(&config.encryption_key)
+        {
+            env.refuse(error.to_string());
         }
         config
     }
 }
 
-const MIGRATIONS: &[store::Step] = &[(1, "secrets and leases", include_str!("../../../migrations/vault/0001_secrets_and_leases.sql"))];
+const MIGRATIONS: &[store::Step] = &[
+    (1, "secrets and leases", include_str!("../../../migrations/vault/0001_secrets_and_leases.sql")),
+    (2, "key versions", include_str!("../../../migrations/vault/0002_key_versions.sql")),
+];
 
 /// What every request works with.
 #[derive(Clone)]
@@ -61,9 +67,9 @@ struct Vault {
 /// When Postgres or the bus cannot be reached, or the key is not the one that the stored secrets were encrypted with.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let pool = store::open(&config.store, "credential-vault", MIGRATIONS).await?;
-    let keys = Arc::new(Keyring::derive(&config.encryption_key).context("FIELD_ENCRYPTION_KEY")?);
-    let vault = Vault { pool, keys, shared_sprites_token: config.shared_sprites_token.map(Arc::new) };
-    secrets::prove_key(&vault).await.context("FIELD_ENCRYPTION_KEY does not open the secrets that are stored")?;
+    let keys = Arc::new(Keyring::parse(&config.encryption_key)?);
+    keys::prove(&pool, &keys).await.context("FIELD_ENCRYPTION_KEY")?;
+    let vault = Vault { pool: pool.clone(), keys, shared_sprites_token: config.shared_sprites_token.map(Arc::new) };
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
@@ -78,13 +84,17 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::MintLease, _, _>(leases::mint).await?;
     responder.serve::<rpc::RedeemLease, _, _>(leases::redeem).await?;
     responder.serve::<rpc::RevokeLeases, _, _>(leases::revoke).await?;
+    responder.serve::<rpc::RotateKeys, _, _>(keys::rotate).await?;
+    responder.serve::<rpc::KeyStatus, _, _>(keys::status).await?;
+    responder.serve::<rpc::ListRedemptions, _, _>(audit::list).await?;
+    lifecycle.spawn("leases", leases::forget_expired(pool, lifecycle.stop_token()));
     Ok(())
 }
 
 /// A real encryption and decryption, and a real query.
 async fn health(vault: Vault, _: common::Empty) -> Result<common::Empty, Failure> {
     let binding = Binding { user: types::UserId::new(), kind: "health", secret: types::SecretId::new() };
-    let sealed = vault.keys.encrypt(b"health", &binding).map_err(Failure::internal)?;
+    let sealed = vault.keys.encrypt(vault.keys.newest(), b"health", &binding).map_err(Failure::internal)?;
     vault.keys.decrypt(&sealed, &binding).map_err(Failure::internal)?;
     sqlx::query("select 1 from secret limit 1").fetch_optional(&vault.pool).await.map_err(Failure::internal)?;
     Ok(common::Empty {})

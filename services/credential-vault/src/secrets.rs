@@ -18,6 +18,8 @@ use zeroize::Zeroizing;
 use crate::{
     Vault,
     envelope::{Binding, Sealed},
+    keyring::Keyring,
+    keys,
 };
 
 const CREDENTIAL_BYTES_MAX: usize = 16 * 1024;
@@ -32,23 +34,25 @@ pub struct SecretRow {
     pub ciphertext: Vec<u8>,
 }
 
-impl Vault {
-    pub fn open(&self, row: SecretRow) -> Result<Zeroizing<Vec<u8>>, Failure> {
-        let binding = Binding { user: UserId::from_uuid(row.user_id), kind: &row.kind, secret: SecretId::from_uuid(row.secret_id) };
-        let sealed = Sealed { key_version: row.key_version, wrapped_key: row.wrapped_key, ciphertext: row.ciphertext };
-        self.keys.decrypt(&sealed, &binding).map_err(Failure::internal)
+impl SecretRow {
+    pub fn open(self, keys: &Keyring) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let binding = Binding { user: UserId::from_uuid(self.user_id), kind: &self.kind, secret: SecretId::from_uuid(self.secret_id) };
+        let sealed = Sealed { key_version: self.key_version, wrapped_key: self.wrapped_key, ciphertext: self.ciphertext };
+        keys.decrypt(&sealed, &binding).map_err(Failure::internal)
     }
 }
 
-/// Opens one stored secret, if there is any: a wrong key is found at the start and not at the first session.
-pub async fn prove_key(vault: &Vault) -> anyhow::Result<()> {
-    let row: Option<SecretRow> = sqlx::query_as(
-        "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext from secret order by key_version desc limit 1",
-    )
-    .fetch_optional(&vault.pool)
-    .await?;
+/// Opens one stored secret, if there is any.
+///
+/// # Errors
+/// When it does not open.
+pub async fn open_one(pool: &PgPool, keys: &Keyring) -> anyhow::Result<()> {
+    let row: Option<SecretRow> =
+        sqlx::query_as("select secret_id, user_id, kind, key_version, wrapped_key, ciphertext from secret limit 1")
+            .fetch_optional(pool)
+            .await?;
     if let Some(row) = row {
-        vault.open(row)?;
+        row.open(keys)?;
     }
     Ok(())
 }
@@ -94,7 +98,8 @@ pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Resu
     .await
     .map_err(Failure::internal)?;
     let binding = Binding { user, kind: kind.as_str(), secret: SecretId::from_uuid(id) };
-    let sealed = vault.keys.encrypt(&value, &binding).map_err(Failure::internal)?;
+    let version = keys::current(&mut tx).await?;
+    let sealed = vault.keys.encrypt(version, &value, &binding).map_err(Failure::internal)?;
     let row: CredentialRow = sqlx::query_as(
         "update secret
          set hint = $2, key_version = $3, wrapped_key = $4, ciphertext = $5
@@ -163,7 +168,9 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     let value = Zeroizing::new(new.to_string());
     let id = SecretId::new();
     let binding = Binding { user, kind: &request.kind, secret: id };
-    let sealed = vault.keys.encrypt(value.as_bytes(), &binding).map_err(Failure::internal)?;
+    let mut tx = vault.pool.begin().await.map_err(Failure::internal)?;
+    let version = keys::current(&mut tx).await?;
+    let sealed = vault.keys.encrypt(version, value.as_bytes(), &binding).map_err(Failure::internal)?;
     sqlx::query(
         "insert into secret (secret_id, user_id, kind, is_credential, hint, key_version, wrapped_key, ciphertext)
          values ($1, $2, $3, false, '', $4, $5, $6)",
@@ -174,9 +181,10 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     .bind(sealed.key_version)
     .bind(sealed.wrapped_key)
     .bind(sealed.ciphertext)
-    .execute(&vault.pool)
+    .execute(&mut *tx)
     .await
     .map_err(Failure::internal)?;
+    tx.commit().await.map_err(Failure::internal)?;
     Ok(PutSecretReply { secret_id: id.to_string() })
 }
 
@@ -195,7 +203,7 @@ async fn read(vault: &Vault, user: UserId, id: &str, kind: &str) -> Result<Value
     .fetch_optional(&vault.pool)
     .await
     .map_err(Failure::internal)?;
-    let plaintext = vault.open(row.ok_or_else(missing)?)?;
+    let plaintext = row.ok_or_else(missing)?.open(&vault.keys)?;
     serde_json::from_slice(&plaintext).map_err(Failure::internal)
 }
 

@@ -2,14 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::time::Duration;
+use std::{sync::Mutex, time::Duration};
 
 use bus::Bus;
 use contract::{
     access, rpc,
-    vault::{Bundle, ListCredentialsRequest, MintLeaseRequest, PutCredentialRequest, RedeemLeaseRequest, RevokeLeasesRequest},
+    vault::{
+        Bundle, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest, RedeemLeaseRequest,
+        RevokeLeasesRequest, RotateKeysReply, RotateKeysRequest,
+    },
 };
 use credential_vault::Config;
+use futures::{StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
 use sealing::OneTimeKey;
 use service::Lifecycle;
@@ -22,6 +26,7 @@ const SOON: Duration = Duration::from_secs(5);
 struct Vault {
     nats: Nats,
     database: Database,
+    running: Mutex<Vec<Lifecycle>>,
 }
 
 impl Vault {
@@ -34,9 +39,25 @@ impl Vault {
         }
     }
 
+    async fn run(&self, key: &str) -> anyhow::Result<()> {
+        let lifecycle = Lifecycle::new();
+        self.running.lock().unwrap().push(lifecycle.clone());
+        credential_vault::run(self.config(key), lifecycle).await
+    }
+
+    async fn stop_all(&self) {
+        let running = std::mem::take(&mut *self.running.lock().unwrap());
+        for lifecycle in running {
+            lifecycle.stop_token().cancel();
+            let tasks = lifecycle.tracker();
+            tasks.close();
+            tasks.wait().await;
+        }
+    }
+
     async fn start() -> (Self, Bus, Bus, Bus) {
-        let vault = Self { nats: Nats::start().unwrap(), database: Database::create().await.unwrap() };
-        credential_vault::run(vault.config("0123456789abcdef"), Lifecycle::new()).await.unwrap();
+        let vault = Self { nats: Nats::start().unwrap(), database: Database::create().await.unwrap(), running: Mutex::default() };
+        vault.run("0123456789abcdef").await.unwrap();
         let connect = |access| vault.nats.connect(access);
         let buses =
             (connect(&access::GATEWAY).await.unwrap(), connect(&access::SCHEDULER).await.unwrap(), connect(&access::RUNNER).await.unwrap());
@@ -48,7 +69,7 @@ fn put(user: UserId, value: &str) -> PutCredentialRequest {
     PutCredentialRequest { user_id: user.to_string(), kind: "provider:anthropic".to_owned(), value: value.into() }
 }
 
-async fn lease(scheduler: &Bus, user: UserId, session: SessionId) -> String {
+async fn lease(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32) -> String {
     let request = MintLeaseRequest {
         user_id: user.to_string(),
         session_id: session.to_string(),
@@ -56,6 +77,7 @@ async fn lease(scheduler: &Bus, user: UserId, session: SessionId) -> String {
         credential_kinds: vec!["provider:anthropic".to_owned(), "backend:sprites".to_owned()],
         secret_ids: Vec::new(),
         ttl_seconds: 60,
+        epoch,
     };
     scheduler.call::<rpc::MintLease>(&request, SOON).await.unwrap().lease_id
 }
@@ -69,7 +91,7 @@ async fn a_secret_reaches_the_runner_that_redeems_its_lease_and_nobody_else() {
     let replaced = gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0002"), SOON).await.unwrap();
     assert_eq!(replaced.created_at_us, stored.created_at_us);
 
-    let lease_id = lease(&scheduler, user, session).await;
+    let lease_id = lease(&scheduler, user, session, 1).await;
     let key = OneTimeKey::generate().unwrap();
     let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
@@ -85,17 +107,137 @@ async fn a_secret_reaches_the_runner_that_redeems_its_lease_and_nobody_else() {
     scheduler.call::<rpc::RevokeLeases>(&RevokeLeasesRequest { session_id: session.to_string() }, SOON).await.unwrap();
     let refused = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::NotFound);
-    let audit: Vec<(String, String)> =
-        sqlx::query_as("select runner, outcome from vault.redemption order by redemption_id").fetch_all(&mut admin).await.unwrap();
-    assert_eq!(audit, [("r1".to_owned(), "granted".to_owned()), ("r1".to_owned(), "refused".to_owned())]);
+    let operator = vault.nats.connect(&access::OPERATOR).await.unwrap();
+    let of_session = ListRedemptionsRequest { session_id: Some(session.to_string()), limit: 10, before: None };
+    let audit = operator.call::<rpc::ListRedemptions>(&of_session, SOON).await.unwrap().redemptions;
+    let told: Vec<_> =
+        audit.iter().map(|r| (r.purpose.as_deref().unwrap(), r.runner.as_str(), r.outcome.as_str(), r.kinds.len())).collect();
+    assert_eq!(told, [("turn 1", "r1", "refused", 0), ("turn 1", "r1", "granted", 1)]);
+    for change in ["update vault.redemption set runner = 'x'", "delete from vault.redemption", "truncate vault.redemption"] {
+        let refused = sqlx::raw_sql(change).execute(&mut admin).await.unwrap_err();
+        assert!(refused.to_string().contains("append-only"), "{change}: {refused}");
+    }
+}
+
+#[tokio::test]
+async fn a_claim_that_was_overtaken_gets_no_secret() {
+    let (_vault, gateway, scheduler, runner) = Vault::start().await;
+    let (user, session) = (UserId::new(), SessionId::new());
+    gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
+    let redeem = async |lease_id: String| {
+        let public_key = OneTimeKey::generate().unwrap().public().to_vec();
+        runner.call::<rpc::RedeemLease>(&RedeemLeaseRequest { lease_id, public_key, runner: "r1".to_owned() }, SOON).await
+    };
+    // In whichever order the two were minted.
+    let (second, first) = (lease(&scheduler, user, session, 2).await, lease(&scheduler, user, session, 1).await);
+    assert_eq!(redeem(first).await.unwrap_err().code, ErrorCode::NotFound);
+    redeem(second.clone()).await.unwrap();
+    redeem(second).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_bus_never_carries_a_secret_in_the_clear_from_vault_to_runner_even_for_a_bad_key() {
+    let (_vault, gateway, scheduler, runner) = Vault::start().await;
+    let user = UserId::new();
+    gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
+    // Points of low order would make the shared secret known to everybody.
+    for bad in [vec![], vec![0; 32], vec![1; 31], [vec![1], vec![0; 31]].concat()] {
+        let lease_id = lease(&scheduler, user, SessionId::new(), 1).await;
+        let request = RedeemLeaseRequest { lease_id, public_key: bad.clone(), runner: "r1".to_owned() };
+        let refused = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::InvalidArgument, "{bad:?}");
+    }
+}
+
+const OLD: &str = "1:0123456789abcdef";
+const BOTH: &str = "1:0123456789abcdef 2:fedcba9876543210";
+const NEW: &str = "2:fedcba9876543210";
+
+async fn rotate(operator: &Bus, after_secret_id: Option<String>) -> RotateKeysReply {
+    operator.call::<rpc::RotateKeys>(&RotateKeysRequest { after_secret_id }, SOON).await.unwrap()
+}
+
+#[tokio::test]
+async fn keys_are_rotated_while_two_replicas_serve_and_the_old_one_is_removed() {
+    let (vault, gateway, scheduler, runner) = Vault::start().await;
+    let users: Vec<UserId> = (0..1200).map(|_| UserId::new()).collect();
+    let gateway = &gateway;
+    let puts = users.iter().map(|user| async move { gateway.call::<rpc::PutCredential>(&put(*user, "sk-before"), SOON).await });
+    futures::stream::iter(puts).buffer_unordered(16).try_collect::<Vec<_>>().await.unwrap();
+    vault.stop_all().await;
+    for _ in 0..2 {
+        vault.run(BOTH).await.unwrap();
+    }
+    let operator = vault.nats.connect(&access::OPERATOR).await.unwrap();
+    let walk = async || {
+        let mut after = None;
+        loop {
+            let step = rotate(&operator, after).await;
+            assert_eq!((step.version, step.damaged_secret_ids.len()), (2, 0));
+            if step.last_secret_id.is_none() {
+                return step.remaining;
+            }
+            after = step.last_secret_id;
+        }
+    };
+    // Broken off after a step; then two at once, while secrets are written and read.
+    let first = rotate(&operator, None).await;
+    assert_eq!((first.rotated, first.remaining), (500, 700));
+    let written = async {
+        for user in users.iter().step_by(10) {
+            gateway.call::<rpc::PutCredential>(&put(*user, "sk-during"), SOON).await.unwrap();
+            let lease_id = lease(&scheduler, *user, SessionId::new(), 1).await;
+            let public_key = OneTimeKey::generate().unwrap().public().to_vec();
+            runner.call::<rpc::RedeemLease>(&RedeemLeaseRequest { lease_id, public_key, runner: "r1".to_owned() }, SOON).await.unwrap();
+        }
+    };
+    let (one, other, ()) = tokio::join!(walk(), walk(), written);
+    assert_eq!((one, other), (0, 0));
+
+    let keys = operator.call::<rpc::KeyStatus>(&Default::default(), SOON).await.unwrap().keys;
+    let told: Vec<_> = keys.iter().map(|key| (key.version, key.is_current, key.secrets)).collect();
+    assert_eq!(told, [(1, false, 0), (2, true, 1200)]);
+    vault.stop_all().await;
+    vault.run(NEW).await.unwrap();
+    let lease_id = lease(&scheduler, users[1], SessionId::new(), 1).await;
+    let key = OneTimeKey::generate().unwrap();
+    let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+    let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
+    let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
+    assert_eq!(bundle.secrets[0].value, b"sk-before");
+    // Whoever comes with the old key alone is turned away, and told why.
+    let refused = format!("{:#}", vault.run(OLD).await.unwrap_err());
+    assert!(refused.contains("FIELD_ENCRYPTION_KEY: key version 2 is in use and is not configured"), "{refused}");
+    let refused = format!("{:#}", vault.run("2:another key, as long").await.unwrap_err());
+    assert!(refused.contains("FIELD_ENCRYPTION_KEY"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_damaged_secret_stays_behind_by_name_and_the_others_are_rotated() {
+    let (vault, gateway, ..) = Vault::start().await;
+    let users = [UserId::new(), UserId::new(), UserId::new()];
+    for user in users {
+        gateway.call::<rpc::PutCredential>(&put(user, "sk-before"), SOON).await.unwrap();
+    }
+    let mut admin = vault.database.admin().await.unwrap();
+    let damaged: (uuid::Uuid,) = sqlx::query_as("update vault.secret set wrapped_key = 'x' where user_id = $1 returning secret_id")
+        .bind(users[1].uuid())
+        .fetch_one(&mut admin)
+        .await
+        .unwrap();
+    vault.stop_all().await;
+    vault.run(BOTH).await.unwrap();
+    let operator = vault.nats.connect(&access::OPERATOR).await.unwrap();
+    let step = rotate(&operator, None).await;
+    assert_eq!((step.rotated, step.remaining, step.damaged_secret_ids), (2, 1, vec![damaged.0.to_string()]));
 }
 
 #[tokio::test]
 async fn a_wrong_key_is_refused_at_the_start() {
     let (vault, gateway, ..) = Vault::start().await;
     gateway.call::<rpc::PutCredential>(&put(UserId::new(), "sk-sentinel-0001"), SOON).await.unwrap();
-    let error = credential_vault::run(vault.config("another key, as long"), Lifecycle::new()).await.unwrap_err();
-    assert!(format!("{error:#}").contains("FIELD_ENCRYPTION_KEY"), "{error:#}");
+    let error = format!("{:#}", vault.run("another key, as long").await.unwrap_err());
+    assert_eq!(error, "FIELD_ENCRYPTION_KEY: key version 1 is not the key that it was when it encrypted");
 }
 
 #[tokio::test]
@@ -108,7 +250,7 @@ async fn a_row_that_was_swapped_is_an_error_and_not_another_value() {
     let mut admin = vault.database.admin().await.unwrap();
     let swap = "update vault.secret s set wrapped_key = o.wrapped_key, ciphertext = o.ciphertext from vault.secret o where s.user_id = $1 and o.user_id = $2";
     sqlx::query(swap).bind(one.uuid()).bind(other.uuid()).execute(&mut admin).await.unwrap();
-    let lease_id = lease(&scheduler, one, SessionId::new()).await;
+    let lease_id = lease(&scheduler, one, SessionId::new(), 1).await;
     let request = RedeemLeaseRequest { lease_id, public_key: OneTimeKey::generate().unwrap().public().to_vec(), runner: "r1".to_owned() };
     assert_eq!(runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap_err().code, ErrorCode::Internal);
 }

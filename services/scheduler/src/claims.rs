@@ -29,6 +29,8 @@ use crate::{
 /// A job that came back this often will not go better the next time.
 const EPOCH_MAX: i32 = 100;
 const REASON_CHARS_MAX: usize = 1000;
+/// For deleting one Sprite.
+const DESTROY_LIFE: Duration = Duration::from_secs(300);
 const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(sqlx::FromRow)]
@@ -100,11 +102,20 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
 
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
     let timeout_seconds = unsigned(turn.timeout_seconds);
-    let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]);
+    let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]).collect::<Vec<_>>();
     let secrets = [turn.env_vars_secret_id, turn.mcp_secret_id, turn.secret_id];
     let secrets = secrets.iter().flatten().map(ToString::to_string).collect();
     let life = PROVISIONING_MAX + SETTLE_GRACE + Duration::from_secs(u64::from(timeout_seconds));
-    let lease_id = mint(&scheduler, UserId::from_uuid(session.user_id), id, &format!("turn {number}"), kinds, secrets, life).await?;
+    let grant = Grant {
+        user: UserId::from_uuid(session.user_id),
+        session: id,
+        purpose: &format!("turn {number}"),
+        epoch: unsigned(turn.epoch),
+        kinds: &kinds,
+        secret_ids: secrets,
+        life,
+    };
+    let lease_id = mint(&scheduler, grant).await?;
     let empty = || Value::Object(serde_json::Map::new());
     Ok(ClaimTurnReply {
         verdict: Some(Verdict::Run(TurnSpec {
@@ -165,26 +176,33 @@ pub async fn sprite(scheduler: Scheduler, request: ClaimSpriteRequest) -> Result
 }
 
 async fn sprite_claim(scheduler: &Scheduler, user: UserId, session: SessionId, sprite: String) -> Result<SpriteClaim, Failure> {
-    let lease_id = mint(scheduler, user, session, "destroy", [CredentialKind::Sprites], Vec::new(), Duration::from_secs(300)).await?;
+    let kinds = &[CredentialKind::Sprites];
+    let grant = Grant { user, session, purpose: "destroy", epoch: 0, kinds, secret_ids: Vec::new(), life: DESTROY_LIFE };
+    let lease_id = mint(scheduler, grant).await?;
     Ok(SpriteClaim { sprite, lease_id })
 }
 
-pub async fn mint(
-    scheduler: &Scheduler,
-    user: UserId,
-    session: SessionId,
-    purpose: &str,
-    kinds: impl IntoIterator<Item = CredentialKind>,
-    secret_ids: Vec<String>,
-    life: Duration,
-) -> Result<String, Failure> {
+/// The right to have some secrets for a piece of work.
+pub struct Grant<'a> {
+    pub user: UserId,
+    pub session: SessionId,
+    pub purpose: &'a str,
+    /// Which claim of the work this is for: a later one's lease ends it.
+    pub epoch: u32,
+    pub kinds: &'a [CredentialKind],
+    pub secret_ids: Vec<String>,
+    pub life: Duration,
+}
+
+pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, Failure> {
     let request = MintLeaseRequest {
-        user_id: user.to_string(),
-        session_id: session.to_string(),
-        purpose: purpose.to_owned(),
-        credential_kinds: kinds.into_iter().map(|kind| kind.as_str().to_owned()).collect(),
-        secret_ids,
-        ttl_seconds: u32::try_from(life.as_secs()).unwrap_or(u32::MAX),
+        user_id: grant.user.to_string(),
+        session_id: grant.session.to_string(),
+        purpose: grant.purpose.to_owned(),
+        credential_kinds: grant.kinds.iter().map(|kind| kind.as_str().to_owned()).collect(),
+        secret_ids: grant.secret_ids,
+        ttl_seconds: u32::try_from(grant.life.as_secs()).unwrap_or(u32::MAX),
+        epoch: grant.epoch,
     };
     Ok(scheduler.bus.call::<rpc::MintLease>(&request, VAULT_DEADLINE).await?.lease_id)
 }

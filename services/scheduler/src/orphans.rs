@@ -15,7 +15,11 @@ use tokio_util::sync::CancellationToken;
 use types::{CredentialKind, SessionId, UserId};
 use uuid::Uuid;
 
-use crate::{Scheduler, claims, sessions::enqueue};
+use crate::{
+    Scheduler,
+    claims::{self, Grant},
+    sessions::enqueue,
+};
 
 const LEASE: Duration = Duration::from_secs(300);
 
@@ -56,7 +60,9 @@ async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
 pub async fn claim(scheduler: Scheduler, request: ClaimSweepRequest) -> Result<ClaimSweepReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     // No session's: an id of its own, that the audit shows.
-    let lease_id = claims::mint(&scheduler, user, SessionId::new(), "sweep", [CredentialKind::Sprites], Vec::new(), LEASE).await?;
+    let kinds = &[CredentialKind::Sprites];
+    let grant = Grant { user, session: SessionId::new(), purpose: "sweep", epoch: 0, kinds, secret_ids: Vec::new(), life: LEASE };
+    let lease_id = claims::mint(&scheduler, grant).await?;
     Ok(ClaimSweepReply { lease_id, name_prefix: format!("{}-", scheduler.sprite_name_prefix) })
 }
 

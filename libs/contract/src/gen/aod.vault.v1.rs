@@ -82,6 +82,9 @@ pub struct MintLeaseRequest {
     pub secret_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(uint32, tag = "6")]
     pub ttl_seconds: u32,
+    /// Which claim of the work this is for: a later one's lease ends it.
+    #[prost(uint32, tag = "7")]
+    pub epoch: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MintLeaseReply {
@@ -124,4 +127,86 @@ pub struct BundledSecret {
     pub kind: ::prost::alloc::string::String,
     #[prost(bytes = "vec", tag = "2")]
     pub value: ::prost::alloc::vec::Vec<u8>,
+}
+/// One step of a rotation.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateKeysRequest {
+    /// Where the step before ended; absent at the begin.
+    #[prost(string, optional, tag = "1")]
+    pub after_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateKeysReply {
+    /// The version that encrypts now.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Secrets that this step moved to it.
+    #[prost(uint64, tag = "2")]
+    pub rotated: u64,
+    /// Secrets of older versions that are left.
+    #[prost(uint64, tag = "3")]
+    pub remaining: u64,
+    /// Where the next step goes on; absent at the end.
+    #[prost(string, optional, tag = "4")]
+    pub last_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// Secrets of this step that do not open.
+    #[prost(string, repeated, tag = "5")]
+    pub damaged_secret_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct KeyStatusReply {
+    #[prost(message, repeated, tag = "1")]
+    pub keys: ::prost::alloc::vec::Vec<KeyStatus>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct KeyStatus {
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    #[prost(bool, tag = "2")]
+    pub is_current: bool,
+    /// In the vault that answered.
+    #[prost(bool, tag = "3")]
+    pub is_configured: bool,
+    /// How many secrets' data keys are wrapped by it.
+    #[prost(uint64, tag = "4")]
+    pub secrets: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListRedemptionsRequest {
+    #[prost(string, optional, tag = "1")]
+    pub session_id: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Only older ones than this.
+    #[prost(int64, optional, tag = "3")]
+    pub before: ::core::option::Option<i64>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListRedemptionsReply {
+    /// The newest first.
+    #[prost(message, repeated, tag = "1")]
+    pub redemptions: ::prost::alloc::vec::Vec<Redemption>,
+}
+/// Who had which lease unsealed.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Redemption {
+    #[prost(int64, tag = "1")]
+    pub redemption_id: i64,
+    #[prost(int64, tag = "2")]
+    pub redeemed_at_us: i64,
+    #[prost(string, tag = "3")]
+    pub lease_id: ::prost::alloc::string::String,
+    /// Absent where no such lease was known.
+    #[prost(string, optional, tag = "4")]
+    pub session_id: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "5")]
+    pub purpose: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, tag = "6")]
+    pub runner: ::prost::alloc::string::String,
+    /// "granted" or "refused".
+    #[prost(string, tag = "7")]
+    pub outcome: ::prost::alloc::string::String,
+    /// What was in it, by kind.
+    #[prost(string, repeated, tag = "8")]
+    pub kinds: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }

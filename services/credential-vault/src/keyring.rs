@@ -1,0 +1,165 @@
+//! The key-encryption keys: how they are configured, and how data keys are wrapped by them.
+
+use std::collections::BTreeMap;
+
+use aes_gcm::{
+    Aes256Gcm, KeyInit as _, Nonce,
+    aead::{Aead as _, Payload},
+};
+use hkdf::Hkdf;
+use secrecy::{ExposeSecret as _, SecretString};
+use sha2::Sha256;
+use zeroize::Zeroizing;
+
+use crate::envelope::EnvelopeError;
+
+const NONCE_BYTES: usize = 12;
+pub const KEY_BYTES: usize = 32;
+/// Shorter keys can be guessed.
+const KEY_CHARS_MIN: usize = 16;
+const PROOF_TEXT: &[u8] = b"aod vault";
+
+/// Which key-encryption key wrapped a data key: from 1, and the newest has the highest.
+pub type KeyVersion = i32;
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum KeyringError {
+    #[error("FIELD_ENCRYPTION_KEY: key version {version} has {chars} characters; {KEY_CHARS_MIN} or more are needed")]
+    TooShort { version: KeyVersion, chars: usize },
+    #[error("FIELD_ENCRYPTION_KEY holds key version {version} twice")]
+    Twice { version: KeyVersion },
+    #[error(
+        "FIELD_ENCRYPTION_KEY: with several keys each is VERSION:KEY, on lines of their own or separated by spaces; entry {entry} is not"
+    )]
+    Malformed { entry: usize },
+}
+
+/// Every configured key, derived from what is configured.
+pub struct Keyring {
+    ciphers: BTreeMap<KeyVersion, Aes256Gcm>,
+    newest: KeyVersion,
+}
+
+impl Keyring {
+    /// Reads `FIELD_ENCRYPTION_KEY`: one key, which is version 1; or several as `VERSION:KEY`, separated by white space.
+    ///
+    /// # Errors
+    /// [`KeyringError`]; none says anything about a key but its length.
+    pub fn parse(configured: &SecretString) -> Result<Self, KeyringError> {
+        let text = configured.expose_secret();
+        let versioned: Vec<Option<(KeyVersion, &str)>> = text.split_whitespace().map(versioned).collect();
+        let entries = if versioned.iter().any(Option::is_some) {
+            let entries = versioned.into_iter().enumerate().map(|(index, entry)| entry.ok_or(KeyringError::Malformed { entry: index + 1 }));
+            entries.collect::<Result<Vec<_>, _>>()?
+        } else {
+            vec![(1, text)]
+        };
+        let (mut ciphers, mut newest) = (BTreeMap::new(), 1);
+        for (version, key) in entries {
+            let chars = key.chars().count();
+            if chars < KEY_CHARS_MIN {
+                return Err(KeyringError::TooShort { version, chars });
+            }
+            if ciphers.insert(version, derive(version, key)).is_some() {
+                return Err(KeyringError::Twice { version });
+            }
+            newest = newest.max(version);
+        }
+        Ok(Self { ciphers, newest })
+    }
+
+    /// The version that a rotation leads to.
+    pub fn newest(&self) -> KeyVersion {
+        self.newest
+    }
+
+    pub fn holds(&self, version: KeyVersion) -> bool {
+        self.ciphers.contains_key(&version)
+    }
+
+    pub fn versions(&self) -> impl Iterator<Item = KeyVersion> + '_ {
+        self.ciphers.keys().copied()
+    }
+
+    /// Wraps a data key; none where the version is not configured.
+    pub fn wrap(&self, version: KeyVersion, data_key: &[u8], aad: &[u8]) -> Option<Result<Vec<u8>, EnvelopeError>> {
+        Some(encrypt(self.ciphers.get(&version)?, data_key, aad))
+    }
+
+    /// Unwraps a data key: none where the version is not configured, then none where it does not open.
+    pub fn unwrap(&self, version: KeyVersion, wrapped: &[u8], aad: &[u8]) -> Option<Option<Zeroizing<Vec<u8>>>> {
+        Some(decrypt(self.ciphers.get(&version)?, wrapped, aad))
+    }
+
+    /// What only this version of the key opens.
+    pub fn prove(&self, version: KeyVersion) -> Option<Result<Vec<u8>, EnvelopeError>> {
+        self.wrap(version, PROOF_TEXT, &proof_aad(version))
+    }
+
+    /// Whether the configured key is the one that made the proof.
+    pub fn is_proven_by(&self, version: KeyVersion, proof: &[u8]) -> bool {
+        self.unwrap(version, proof, &proof_aad(version)).flatten().is_some_and(|text| text.as_slice() == PROOF_TEXT)
+    }
+}
+
+fn versioned(entry: &str) -> Option<(KeyVersion, &str)> {
+    let (version, key) = entry.split_once(':')?;
+    let version = version.parse().ok().filter(|version| *version > 0)?;
+    Some((version, key))
+}
+
+fn proof_aad(version: KeyVersion) -> Vec<u8> {
+    format!("aod vault key proof\0{version}").into_bytes()
+}
+
+fn derive(version: KeyVersion, text: &str) -> Aes256Gcm {
+    let mut key = Zeroizing::new([0_u8; KEY_BYTES]);
+    let label = format!("aod vault key-encryption key v{version}");
+    // 32 bytes are far from what HKDF can give.
+    let _ = Hkdf::<Sha256>::new(None, text.as_bytes()).expand(label.as_bytes(), key.as_mut());
+    Aes256Gcm::new(&(*key).into())
+}
+
+/// Nonce and ciphertext.
+pub fn encrypt(cipher: &Aes256Gcm, plaintext: &[u8], aad: &[u8]) -> Result<Vec<u8>, EnvelopeError> {
+    let mut nonce = [0_u8; NONCE_BYTES];
+    getrandom::fill(&mut nonce).map_err(|_| EnvelopeError::NoRandomness)?;
+    let ciphertext = cipher.encrypt(&Nonce::from(nonce), Payload { msg: plaintext, aad }).map_err(|_| EnvelopeError::Encrypt)?;
+    Ok([nonce.as_slice(), &ciphertext].concat())
+}
+
+pub fn decrypt(cipher: &Aes256Gcm, sealed: &[u8], aad: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+    let (nonce, ciphertext) = sealed.split_first_chunk::<NONCE_BYTES>()?;
+    cipher.decrypt(&Nonce::from(*nonce), Payload { msg: ciphertext, aad }).ok().map(Zeroizing::new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Vec<KeyVersion>, KeyringError> {
+        Keyring::parse(&text.to_owned().into()).map(|keys| keys.versions().collect())
+    }
+
+    #[test]
+    fn one_key_is_version_1_and_several_say_theirs() {
+        assert_eq!(parse("0123456789abcdef"), Ok(vec![1]));
+        assert_eq!(parse("a passphrase of several words"), Ok(vec![1]));
+        assert_eq!(parse("2:abcdef0123456789\n1:0123456789abcdef\n"), Ok(vec![1, 2]));
+        assert_eq!(parse("too short"), Err(KeyringError::TooShort { version: 1, chars: 9 }));
+        assert_eq!(parse("1:0123456789abcdef 2:short"), Err(KeyringError::TooShort { version: 2, chars: 5 }));
+        assert_eq!(parse("1:0123456789abcdef 1:abcdef0123456789"), Err(KeyringError::Twice { version: 1 }));
+        assert_eq!(parse("1:0123456789abcdef abcdef0123456789"), Err(KeyringError::Malformed { entry: 2 }));
+        assert_eq!(parse("1:0123456789abcdef 0:abcdef0123456789"), Err(KeyringError::Malformed { entry: 2 }));
+    }
+
+    #[test]
+    fn a_key_is_known_by_its_proof() {
+        let keys = Keyring::parse(&"1:0123456789abcdef 2:abcdef0123456789".to_owned().into()).unwrap();
+        let proof = keys.prove(1).unwrap().unwrap();
+        assert!(keys.is_proven_by(1, &proof));
+        assert!(!keys.is_proven_by(2, &proof));
+        let other = Keyring::parse(&"1:abcdef0123456789".to_owned().into()).unwrap();
+        assert!(!other.is_proven_by(1, &proof));
+    }
+}
