@@ -16,7 +16,6 @@ use crate::{
     agent::Agent,
     record::{Fenced, Record},
     turn::Stopped,
-    utf8::incomplete_tail,
 };
 
 /// The follower gives a sign of life every 5 s.
@@ -80,15 +79,16 @@ pub async fn to_the_end(client: &Client, sprite: &Sprite, agent: &Agent, record:
         let halves = published?;
         let broken = match read {
             Ok(status) => {
-                // Half a character is all there will be.
+                // What waited for more: none will come.
                 for (stderr, rest) in [false, true].into_iter().zip(halves) {
-                    if !rest.is_empty() {
-                        record.output(stderr, rest.into()).await?;
+                    let mut rest = Bytes::from(rest);
+                    while let Some(piece) = record.masker.next(&mut rest, true) {
+                        record.output(stderr, piece).await?;
                     }
                 }
                 return Ok(status);
             }
-            // Half a character that was read is not on record: it is read again.
+            // What was read and held back is not on record: it is read again.
             Err(broken) => broken,
         };
         attempt = if progress(record) > before { 1 } else { attempt + 1 };
@@ -223,7 +223,7 @@ fn parse_header(header: &str) -> Option<(u8, u64, usize, u32)> {
     (tag.len() == 1 && fields.next().is_none()).then_some(parsed)
 }
 
-/// Puts chunks on record until the reader is done; neighbours of one stream go together. Gives the half characters that are left.
+/// Puts chunks on record until the reader is done; neighbours of one stream go together. Gives what was held back at the ends.
 async fn publish(record: &mut Record, mut chunks: mpsc::Receiver<Chunk>) -> Result<[Vec<u8>; 2], Fenced> {
     let mut pending: VecDeque<Chunk> = VecDeque::new();
     let mut carry = [Vec::new(), Vec::new()];
@@ -248,28 +248,17 @@ async fn publish(record: &mut Record, mut chunks: mpsc::Receiver<Chunk>) -> Resu
                 None => break,
             }
         }
-        let tail = data.split_off(data.len() - incomplete_tail(&data));
-        if first.stderr {
-            *stderr = tail
-        } else {
-            *stdout = tail
-        }
         let mut data = Bytes::from(data);
-        while !data.is_empty() {
-            let part = cut(&mut data);
-            record.output(first.stderr, part).await?;
+        while let Some(piece) = record.masker.next(&mut data, false) {
+            record.output(first.stderr, piece).await?;
+        }
+        if first.stderr {
+            *stderr = data.into();
+        } else {
+            *stdout = data.into();
         }
     }
     Ok(carry)
-}
-
-/// The next event's worth, not ending inside a character.
-fn cut(data: &mut Bytes) -> Bytes {
-    if data.len() <= OUTPUT_EVENT_BYTES_MAX {
-        return data.split_to(data.len());
-    }
-    let head = data.get(..OUTPUT_EVENT_BYTES_MAX).unwrap_or_default();
-    data.split_to(OUTPUT_EVENT_BYTES_MAX - incomplete_tail(head))
 }
 
 enum CatchUp {
@@ -289,12 +278,11 @@ async fn catch_up(sprite: &Sprite, agent: &Agent, record: &mut Record) -> Result
         let mut carry = Vec::new();
         while let Some(chunk) = file.next().await {
             carry.extend_from_slice(&chunk.map_err(CatchUp::Unreadable)?);
-            let tail = carry.split_off(carry.len() - incomplete_tail(&carry));
-            let mut data = Bytes::from(std::mem::replace(&mut carry, tail));
-            while !data.is_empty() {
-                let part = cut(&mut data);
-                record.output(stderr, part).await.map_err(CatchUp::Fenced)?;
+            let mut data = Bytes::from(std::mem::take(&mut carry));
+            while let Some(piece) = record.masker.next(&mut data, false) {
+                record.output(stderr, piece).await.map_err(CatchUp::Fenced)?;
             }
+            carry = data.into();
         }
     }
     Ok(())

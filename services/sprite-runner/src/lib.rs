@@ -7,6 +7,7 @@ mod agent;
 mod destroy;
 mod follow;
 mod jobs;
+mod mask;
 mod provision;
 mod record;
 mod runtimes;
@@ -32,6 +33,8 @@ pub struct Config {
     pub sprites_base_url: String,
     pub concurrency: usize,
     pub models: ModelEndpoints,
+    /// Whether a session's secrets are masked in what its agent prints.
+    pub mask_output: bool,
 }
 
 /// Where each provider's models are, when not at the provider's own address.
@@ -64,6 +67,7 @@ impl Config {
                 openai: env.optional("AOD_MODEL_BASE_URL_OPENAI", "OpenAI's models, by another address, without its /v1"),
                 google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "Google's models, by another address, without its /v1beta"),
             },
+            mask_output: env.parsed("AOD_MASK_SECRETS", "show *** for a session's secrets where its agent prints them", false),
         }
     }
 }
@@ -75,6 +79,7 @@ struct Runner {
     http: reqwest::Client,
     sprites_base_url: Arc<str>,
     models: Arc<ModelEndpoints>,
+    mask_output: bool,
     /// Shown in audits: which process redeemed a lease.
     name: Arc<str>,
     stop: CancellationToken,
@@ -94,6 +99,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         http: sprites::http_client()?,
         sprites_base_url: config.sprites_base_url.into(),
         models: Arc::new(config.models),
+        mask_output: config.mask_output,
         name: name.into(),
         stop: lifecycle.stop_token(),
     };

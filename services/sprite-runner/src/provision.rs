@@ -161,6 +161,7 @@ async fn stage(record: &mut Record, stage: Stage, work: impl Future<Output = Res
     match done {
         Ok(()) => Ok(record.stage(stage, StageState::Done, Some(took), None).await?),
         Err(message) => {
+            let message = record.secrets.text(&message);
             record.stage(stage, StageState::Failed, Some(took), Some(message.clone())).await?;
             Err(StageFailed::Failed { stage, message })
         }

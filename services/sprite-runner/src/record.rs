@@ -18,6 +18,8 @@ use contract::{
 use prost::Message as _;
 use types::{Backoff, SessionId, Stage, StageState};
 
+use crate::mask::{Masker, Piece};
+
 const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(2), attempts: u32::MAX };
 
 /// Why a writer has to stop.
@@ -60,6 +62,10 @@ pub struct Record {
     epoch: u32,
     last_sequence: u64,
     pub checkpoint: Checkpoint,
+    /// What our own messages may not show.
+    pub secrets: Masker,
+    /// What the agent's output may not show.
+    pub masker: Masker,
 }
 
 impl Record {
@@ -97,7 +103,16 @@ impl Record {
             }
             _ => Checkpoint::default(),
         };
-        Ok(Position::Open(Box::new(Self { bus: bus.clone(), session, turn, epoch, last_sequence, checkpoint })))
+        Ok(Position::Open(Box::new(Self {
+            bus: bus.clone(),
+            session,
+            turn,
+            epoch,
+            last_sequence,
+            checkpoint,
+            secrets: Masker::default(),
+            masker: Masker::default(),
+        })))
     }
 
     /// Makes this runner the writer: whoever wrote before is refused from here on.
@@ -126,15 +141,15 @@ impl Record {
     }
 
     /// Output that follows what is on record: the next bytes of its stream.
-    pub async fn output(&mut self, stderr: bool, data: bytes::Bytes) -> Result<(), Fenced> {
+    pub async fn output(&mut self, stderr: bool, piece: Piece) -> Result<(), Fenced> {
         let (name, offset) = match stderr {
             false => ("stdout", &mut self.checkpoint.stdout_offset),
             true => ("stderr", &mut self.checkpoint.stderr_offset),
         };
         let id = format!("{name}/{offset}");
-        *offset += data.len() as u64;
-        metrics::counter!("aod_output_bytes_total").increment(data.len() as u64);
-        self.append(&id, Kind::Output(Output { stderr, data })).await
+        *offset += piece.spooled;
+        metrics::counter!("aod_output_bytes_total").increment(piece.spooled);
+        self.append(&id, Kind::Output(Output { stderr, data: piece.data })).await
     }
 
     pub async fn ended(&mut self, ended: TurnEnded) -> Result<(), Fenced> {

@@ -11,10 +11,11 @@ use prost::Message as _;
 use sealing::OneTimeKey;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
 use types::{CredentialKind, McpServer};
-use zeroize::Zeroize as _;
+use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::Runner;
+use crate::{Runner, mask::Masker};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// The kinds that documents are put into the vault with. Each is a JSON object.
@@ -57,6 +58,18 @@ impl Secrets {
         Ok(Self(secrets))
     }
 
+    /// Finds every value in texts.
+    pub fn masker(&self) -> Masker {
+        let mut values: Vec<Zeroizing<String>> = Vec::new();
+        for (kind, secret) in &self.0 {
+            match kind.as_str() {
+                ENV_VARS | MCP_SERVERS | SESSION => collect_texts(self.document(kind), &mut values),
+                _ => values.push(secret.expose_secret().to_owned().into()),
+            }
+        }
+        Masker::new(values.iter().map(|value| value.as_str()))
+    }
+
     pub fn credential(&self, kind: CredentialKind) -> Option<&SecretString> {
         self.0.get(kind.as_str())
     }
@@ -93,5 +106,14 @@ impl Secrets {
             }
         }
         servers
+    }
+}
+
+fn collect_texts(value: Value, texts: &mut Vec<Zeroizing<String>>) {
+    match value {
+        Value::String(text) => texts.push(text.into()),
+        Value::Array(values) => values.into_iter().for_each(|value| collect_texts(value, texts)),
+        Value::Object(fields) => fields.into_iter().for_each(|(_, value)| collect_texts(value, texts)),
+        _ => {}
     }
 }

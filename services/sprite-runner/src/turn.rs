@@ -87,10 +87,15 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec)
             return End::HandBack(format!("its secrets cannot be had: {}", error.message));
         }
     };
+    record.secrets = secrets.masker();
+    if runner.mask_output {
+        record.masker = record.secrets.clone();
+    }
     let ended = match work(runner, session, turn, &spec, &secrets, &mut record).await {
         Ok(ended) => ended,
         Err(Stopped::Fenced(fenced)) => return end_of(fenced),
         Err(Stopped::Failed { stage, message }) => {
+            let message = record.secrets.text(&message);
             tracing::info!(%session, turn, stage, message, "turn failed");
             TurnEnded { failure: Some(Failure { stage, message }), ..TurnEnded::default() }
         }
