@@ -9,7 +9,7 @@ use axum::{
 use bus::Failure;
 use contract::{auth::VerifyKeyRequest, rpc};
 use moka::future::Cache;
-use types::{ApiKey, KeyHash};
+use types::{ApiKey, ErrorCode, KeyHash};
 
 use crate::{App, RPC_DEADLINE, error::ApiError};
 
@@ -38,17 +38,28 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let malformed = || ApiError::unauthorized("Missing or malformed Authorization header");
-        let header = parts.headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).ok_or_else(malformed)?;
-        let (scheme, token) = header.split_once(' ').ok_or_else(malformed)?;
-        if !scheme.eq_ignore_ascii_case("bearer") || token.trim().is_empty() {
-            return Err(malformed());
+        let token = bearer(parts).ok_or_else(|| ApiError::unauthorized("Missing or malformed Authorization header"))?;
+        let hash = ApiKey::parse(token).ok().map(|key| key.hash());
+        let client = app.limits.client(parts);
+        app.limits.check_failures(client, hash).map_err(|later| ApiError::try_later("Too many failed authentications", later))?;
+        let verified = match hash {
+            Some(hash) => app.keys.0.try_get_with(hash, verify(app, hash)).await.map_err(|failure| (*failure).clone()),
+            None => Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key")),
+        };
+        if verified.as_ref().is_err_and(|failure| failure.code == ErrorCode::Unauthenticated) {
+            app.limits.note_failure(client);
         }
-        let key = ApiKey::parse(token.trim()).map_err(|_| ApiError::unauthorized("Invalid API key"))?;
-        let hash = key.hash();
-        let verified = app.keys.0.try_get_with(hash, verify(app, hash)).await;
-        verified.map_err(|failure| ApiError::from((*failure).clone()))
+        let caller = verified?;
+        if let Some(hash) = hash {
+            app.limits.check_rate(hash).map_err(|later| ApiError::try_later("Too many requests", later))?;
+        }
+        Ok(caller)
     }
+}
+
+fn bearer(parts: &Parts) -> Option<&str> {
+    let (scheme, token) = parts.headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    Some(token.trim()).filter(|token| scheme.eq_ignore_ascii_case("bearer") && !token.is_empty())
 }
 
 async fn verify(app: &App, hash: KeyHash) -> Result<Caller, Failure> {

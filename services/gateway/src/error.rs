@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use types::ErrorCode;
 use utoipa::ToSchema;
 
-use crate::body::FieldError;
+use crate::{body::FieldError, limits::TryLater};
 
 /// A failed request, as its caller sees it.
 #[derive(Debug)]
@@ -33,6 +33,10 @@ impl ApiError {
 
     pub fn not_found(resource: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, &format!("{resource} not found"))
+    }
+
+    pub fn try_later(detail: &str, later: TryLater) -> Self {
+        Self { retry_after_seconds: Some(later.seconds), ..Self::new(StatusCode::TOO_MANY_REQUESTS, detail) }
     }
 
     pub fn unauthorized(detail: &str) -> Self {

@@ -12,29 +12,29 @@ mod error;
 mod health;
 mod idempotency;
 mod keys;
+mod limits;
 mod openapi;
 mod page;
 mod path;
 mod router;
 mod secrets;
+mod server;
 mod sessions;
 mod stream;
 #[cfg(test)]
 mod wire_tests;
 
-use std::{io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU32, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use axum::serve::Listener;
 use bus::Bus;
 use contract::access;
 use service::{Env, Lifecycle};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_io_timeout::TimeoutStream;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use types::Runtime;
 
-use crate::{auth::KeyCache, stream::hub::Hubs};
+use crate::{auth::KeyCache, limits::Limits, stream::hub::Hubs};
 
 #[derive(Debug)]
 pub struct Config {
@@ -53,6 +53,8 @@ pub struct ApiConfig {
     pub slow_reader: Duration,
     pub cors_origins: Vec<String>,
     pub allowed_hosts: Vec<String>,
+    pub connections: usize,
+    pub limits: limits::Settings,
 }
 
 impl Config {
@@ -76,9 +78,30 @@ impl Config {
                     30,
                 ),
                 cors_origins: list(env.parsed("AOD_CORS_ORIGINS", "origins that browsers may call from", "*".to_owned())),
-                allowed_hosts: list(env.parsed("ALLOWED_HOSTS", "Host headers that are answered", "*".to_owned())),
+                allowed_hosts: list(env.parsed(
+                    "ALLOWED_HOSTS",
+                    "Host headers that are answered; .example.com is all of a domain",
+                    "*".to_owned(),
+                )),
+                connections: env.parsed("AOD_MAX_CONNECTIONS", "connections that are open at a time", 16_384),
+                limits: limits::Settings {
+                    failures_per_minute: NonZeroU32::new(env.parsed(
+                        "AOD_AUTH_FAILURES_PER_MINUTE",
+                        "failed authentications from one address before it is refused; 0: any number",
+                        60,
+                    )),
+                    requests_per_second: NonZeroU32::new(env.parsed(
+                        "AOD_REQUESTS_PER_SECOND",
+                        "requests of one API key to this gateway; 0: any number",
+                        0,
+                    )),
+                    trusted_proxies: env.parsed("AOD_TRUSTED_PROXIES", "proxies in front that append to X-Forwarded-For", 0),
+                },
             },
         };
+        if config.api.connections == 0 {
+            env.refuse("AOD_MAX_CONNECTIONS must be at least 1");
+        }
         if !(10..=3600).contains(&config.api.default_timeout_seconds) {
             env.refuse("DEFAULT_TIMEOUT must be from 10 to 3600");
         }
@@ -92,6 +115,7 @@ struct App {
     bus: Bus,
     config: Arc<ApiConfig>,
     keys: KeyCache,
+    limits: Limits,
     hubs: Arc<Hubs>,
     lifecycle: Lifecycle,
     stop: CancellationToken,
@@ -122,45 +146,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     tracing::info!(addr = %config.addr, "listening");
     let app = App {
         keys: KeyCache::new(),
+        limits: Limits::new(&config.api.limits),
         hubs: Arc::new(Hubs::new(bus.clone(), lifecycle.tracker())),
         bus,
         config: Arc::new(config.api),
         lifecycle: lifecycle.clone(),
         stop: lifecycle.stop_token(),
     };
-    let listener = Patient { listener, patience: app.config.slow_reader };
-    let router = router::router(app);
-    let stop = lifecycle.stop_token();
-    lifecycle.spawn("http", async move {
-        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
-        if let Err(error) = served {
-            tracing::error!(%error, "http server ended");
-        }
-    });
+    let limits = server::Limits { connections: app.config.connections, patience: app.config.slow_reader };
+    lifecycle.spawn("limits", app.limits.clone().tidy(lifecycle.stop_token()));
+    lifecycle.spawn("http", server::serve(listener, router::router(app), limits, lifecycle.stop_token()));
     Ok(())
-}
-
-/// Accepts connections whose patience with a client that takes nothing is bounded.
-/// A reader that is cut so resumes by id (contract §7).
-struct Patient {
-    listener: TcpListener,
-    patience: Duration,
-}
-
-impl Listener for Patient {
-    type Io = Pin<Box<TimeoutStream<TcpStream>>>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, SocketAddr) {
-        let (stream, addr) = Listener::accept(&mut self.listener).await;
-        // Events leave at once.
-        let _ = stream.set_nodelay(true);
-        let mut stream = TimeoutStream::new(stream);
-        stream.set_write_timeout(Some(self.patience));
-        (Box::pin(stream), addr)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
 }

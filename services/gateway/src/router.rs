@@ -61,13 +61,14 @@ pub fn router(app: App) -> Router {
         .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
         .method_not_allowed_fallback(|| async { ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed") })
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "Not found") })
-        // Outermost last: origins, panics, hosts, then request id and trace.
+        // Outermost last: origins, panics, hosts, then request id and trace, then what browsers may do.
         .layer(cors)
         .layer(CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| {
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "Internal error").into_response()
         }))
         .layer(middleware::from_fn_with_state(app.clone(), check_host))
         .layer(middleware::from_fn(observe))
+        .layer(middleware::from_fn(protect))
         .with_state(app)
 }
 
@@ -108,13 +109,72 @@ async fn observe(request: Request, next: Next) -> Response {
     response
 }
 
+/// Probes come by address, and learn nothing.
+const PROBES: [&str; 2] = ["/livez", "/readyz"];
+
 async fn check_host(State(app): State<App>, request: Request, next: Next) -> Response {
-    let allowed = &app.config.allowed_hosts;
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    let host = host.rsplit_once(':').map_or(host, |(name, _)| name);
-    if allowed.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(host)) {
+    let allowed = app.config.allowed_hosts.iter().any(|allowed| is_host(allowed, host));
+    if allowed || PROBES.contains(&request.uri().path()) {
         next.run(request).await
     } else {
         ApiError::new(StatusCode::BAD_REQUEST, "Host not allowed").into_response()
+    }
+}
+
+/// Whether a `Host` header, with its port or without, is meant by an entry of `ALLOWED_HOSTS`.
+fn is_host(allowed: &str, host: &str) -> bool {
+    let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
+    let name = if has_port { host.rsplit_once(':').map_or(host, |(name, _)| name) } else { host };
+    let name = name.to_ascii_lowercase();
+    match (allowed, allowed.to_ascii_lowercase()) {
+        ("*", _) => true,
+        (_, domain) if domain.starts_with('.') => name.ends_with(&domain) || domain.strip_prefix('.') == Some(&name),
+        (_, exact) => name == exact,
+    }
+}
+
+/// What browsers may do with an answer: nothing but show the documentation.
+async fn protect(request: Request, next: Next) -> Response {
+    let documentation = request.uri().path().starts_with("/docs");
+    let mut response = next.run(request).await;
+    let policy = if documentation {
+        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
+    } else {
+        "default-src 'none'; frame-ancestors 'none'"
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CONTENT_SECURITY_POLICY, policy),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_matched_with_and_without_ports() {
+        for (allowed, host, expected) in [
+            ("*", "", true),
+            ("api.example.com", "API.example.com:8777", true),
+            ("api.example.com", "api.example.com.evil.org", false),
+            (".example.com", "a.b.example.com", true),
+            (".example.com", "example.com:80", true),
+            (".example.com", "evilexample.com", false),
+            ("[::1]", "[::1]:8777", true),
+            ("[::1]", "[::1]", true),
+            ("127.0.0.1", "127.0.0.1", true),
+            ("127.0.0.1", "", false),
+        ] {
+            assert_eq!(is_host(allowed, host), expected, "{allowed} {host}");
+        }
     }
 }
