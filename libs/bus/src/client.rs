@@ -1,6 +1,9 @@
 //! The connection, and typed requests.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use async_nats::{Client, ConnectOptions, HeaderMap, RequestErrorKind, jetstream};
 use contract::{
@@ -27,6 +30,8 @@ pub struct Config {
     /// One of [`access::ALL`].
     pub user: &'static str,
     pub password: SecretString,
+    /// Certificates (PEM) of who signed the server's. With them, or with `tls://`, nothing goes unencrypted.
+    pub ca_file: Option<PathBuf>,
     /// Shown by the server's monitoring: `<service>/<instance>`.
     pub name: String,
 }
@@ -35,7 +40,12 @@ impl Config {
     /// The settings of a service, as a user of the bus.
     pub fn from_env(env: &mut Env, access: &Access) -> Self {
         Self {
-            url: env.parsed("NATS_URL", "where NATS is; several servers separated by commas", "nats://127.0.0.1:4222".to_owned()),
+            ca_file: env.optional("NATS_CA_FILE", "certificate authority of a NATS server with TLS, as PEM").map(PathBuf::from),
+            url: env.parsed(
+                "NATS_URL",
+                "where NATS is, tls:// for TLS; several servers separated by commas",
+                "nats://127.0.0.1:4222".to_owned(),
+            ),
             user: access.user,
             password: env.secret("NATS_PASSWORD", "this service's password on the bus"),
             name: format!("{}/{}", access.user, std::process::id()),
@@ -45,7 +55,7 @@ impl Config {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    #[error("cannot connect to NATS at {url}")]
+    #[error("cannot connect to NATS at {url}: {source}")]
     Connect { url: String, source: async_nats::ConnectError },
     #[error("the NATS server is version {found}; 2.12 or later is needed")]
     ServerTooOld { found: String },
@@ -70,7 +80,7 @@ impl Bus {
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         let (counter, connections) = watch::channel(0_u64);
         let servers: Vec<String> = config.url.split(',').map(|url| url.trim().to_owned()).collect();
-        let connect = ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned())
+        let mut options = ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned())
             .name(&config.name)
             .custom_inbox_prefix(access::inbox(config.user))
             .connection_timeout(Duration::from_secs(5))
@@ -94,9 +104,11 @@ impl Bus {
                     }
                 }
             })
-            .reconnect_delay_callback(|attempt| Duration::from_millis((50 * attempt.min(40)) as u64))
-            .connect(servers);
-        let client = connect.await.map_err(|source| ConnectError::Connect { url: config.url.clone(), source })?;
+            .reconnect_delay_callback(|attempt| Duration::from_millis((50 * attempt.min(40)) as u64));
+        if let Some(ca_file) = &config.ca_file {
+            options = options.add_root_certificates(ca_file.clone()).require_tls(true);
+        }
+        let client = options.connect(servers).await.map_err(|source| ConnectError::Connect { url: config.url.clone(), source })?;
         let info = client.server_info();
         if !version_suffices(&info.version) {
             return Err(ConnectError::ServerTooOld { found: info.version });
@@ -178,7 +190,8 @@ impl Bus {
     pub async fn hints(&self, subject: String) -> Result<impl futures::Stream<Item = ()> + Unpin + use<>, Failure> {
         use futures::StreamExt as _;
         let subscription = self.client.subscribe(subject).await.map_err(Failure::internal)?;
-        Ok(subscription.map(|_| ()))
+        // One with a reply subject is a stream's message that somebody had delivered here, and no hint.
+        Ok(subscription.filter(|hint| std::future::ready(hint.reply.is_none())).map(|_| ()))
     }
 
     /// Sends what is buffered, so that nothing is lost by an exit. Bounded by `limit`.

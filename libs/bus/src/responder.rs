@@ -65,6 +65,10 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
                     () = stop.cancelled() => break,
                     request = endpoint.next() => match request { Some(request) => request, None => break },
                 };
+                if is_delivery(&request.message) {
+                    tracing::warn!(subject = R::SUBJECT, "a stream's message came as a request; not served");
+                    continue;
+                }
                 let Ok(permit) = permits.clone().try_acquire_owned() else {
                     answer(&request, R::SUBJECT, Err::<R::Reply, _>(Failure::new(ErrorCode::Unavailable, "The service is overloaded")))
                         .await;
@@ -97,6 +101,12 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
         });
         Ok(())
     }
+}
+
+/// Whether a stream sent this, and nobody asked: whoever may make consumers can have a stream's messages delivered to any subject, also
+/// to one that they may not publish to.
+fn is_delivery(message: &async_nats::Message) -> bool {
+    message.reply.as_ref().is_none_or(|reply| reply.starts_with("$JS."))
 }
 
 /// Returns when the server has taken note of everything that was sent before: a message to ourselves comes back behind it. (A flush

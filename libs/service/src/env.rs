@@ -107,6 +107,18 @@ impl Env {
         }
     }
 
+    /// Whether this is a deployment that people rely on (`AOD_ENV=production`): what is fine on a laptop is refused there.
+    pub fn is_production(&mut self) -> bool {
+        match self.parsed("AOD_ENV", "production refuses insecure settings", "development".to_owned()).as_str() {
+            "production" => true,
+            "development" => false,
+            _ => {
+                self.problems.push("AOD_ENV is production or development".to_owned());
+                false
+            }
+        }
+    }
+
     /// Adds a problem that only the service can see.
     pub fn refuse(&mut self, problem: impl Into<String>) {
         self.problems.push(problem.into());

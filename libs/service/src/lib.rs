@@ -9,6 +9,7 @@ use std::{fmt, future::Future, process::ExitCode};
 
 pub use env::Env;
 pub use lifecycle::Lifecycle;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// A service refused its settings.
 const EXIT_SETTINGS: u8 = 2;
@@ -38,6 +39,7 @@ where
         }
     }
     telemetry::init(chassis.json_logs);
+    raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -60,6 +62,14 @@ where
         tracing::info!(service = name, "ready");
         lifecycle.wait(chassis.stop_grace).await
     })
+}
+
+/// As many open files as the system allows: each connection is one, and shells often give a process 1024.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).is_err() {
+        tracing::warn!(limit = ?limit.current, "the limit of open files stays as it is");
+    }
 }
 
 /// Settings that every service has.

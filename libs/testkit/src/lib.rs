@@ -8,6 +8,7 @@ pub mod nats;
 pub mod postgres;
 mod process;
 pub mod services;
+pub mod tls;
 
 pub use nats::Nats;
 pub use postgres::Database;

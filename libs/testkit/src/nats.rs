@@ -18,6 +18,7 @@ use tempfile::TempDir;
 use crate::{
     docker::Container,
     process::{free_port, spawn_tied},
+    tls::Tls,
 };
 
 const CONF: &str = include_str!("../../../nats/nats-server.conf");
@@ -29,6 +30,7 @@ pub struct Nats {
     port: u16,
     dir: TempDir,
     running: Option<Running>,
+    tls: Option<Tls>,
 }
 
 #[derive(Debug)]
@@ -41,10 +43,22 @@ impl Nats {
     /// # Errors
     /// When there is no nats-server on this machine, nor Docker.
     pub fn start() -> anyhow::Result<Self> {
+        Self::start_with(None)
+    }
+
+    /// A server that takes encrypted connections only.
+    ///
+    /// # Errors
+    /// When there is no nats-server on this machine.
+    pub fn start_tls() -> anyhow::Result<Self> {
+        Self::start_with(Some(Tls::generate()?))
+    }
+
+    fn start_with(tls: Option<Tls>) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("aod-nats-").tempdir()?;
         std::fs::write(dir.path().join("nats-server.conf"), CONF)?;
         std::fs::write(dir.path().join("permissions.conf"), PERMISSIONS)?;
-        let mut nats = Self { port: free_port()?, dir, running: None };
+        let mut nats = Self { port: free_port()?, dir, running: None, tls };
         nats.run()?;
         Ok(nats)
     }
@@ -55,6 +69,9 @@ impl Nats {
         let running = if let Some(program) = find_program() {
             let mut command = Command::new(program);
             command.arg("-c").arg(conf).args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-sd"]).arg(self.dir.path().join("store"));
+            if let Some(tls) = &self.tls {
+                command.arg("--tls").arg("--tlscert").arg(tls.certificate_file()).arg("--tlskey").arg(tls.key_file());
+            }
             command.envs(passwords);
             Running::Process(spawn_tied(command)?)
         } else {
@@ -96,13 +113,20 @@ impl Nats {
     /// The settings of a user of the bus.
     #[must_use]
     pub fn config(&self, access: &Access) -> bus::Config {
-        bus::Config { url: self.url(), user: access.user, password: password(access).into(), name: format!("test/{}", access.user) }
+        bus::Config {
+            url: self.url(),
+            user: access.user,
+            password: password(access).into(),
+            ca_file: self.tls.as_ref().map(|tls| tls.ca_file()),
+            name: format!("test/{}", access.user),
+        }
     }
 
     /// `NATS_URL`.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
+        let scheme = if self.tls.is_some() { "tls" } else { "nats" };
+        format!("{scheme}://127.0.0.1:{}", self.port)
     }
 
     /// `NATS_PASSWORD` of a user.

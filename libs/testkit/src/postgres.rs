@@ -1,6 +1,7 @@
 //! A real Postgres.
 
 use std::{
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command},
     sync::{Mutex, PoisonError},
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 use crate::{
     docker::Container,
     process::{free_port, spawn_tied},
+    tls::Tls,
 };
 
 /// Names the server of the run: a URL of its superuser, with no database.
@@ -39,6 +41,19 @@ impl Server {
     /// # Errors
     /// When there is no Postgres on this machine, nor Docker.
     pub fn start() -> anyhow::Result<Self> {
+        Self::start_with(None)
+    }
+
+    /// A server that speaks TLS.
+    ///
+    /// # Errors
+    /// When there is no Postgres on this machine.
+    pub fn start_tls(tls: &Tls) -> anyhow::Result<Self> {
+        ensure!(find_bin().is_some(), "PostgreSQL is not on this machine; `make setup` installs it");
+        Self::start_with(Some(tls))
+    }
+
+    fn start_with(tls: Option<&Tls>) -> anyhow::Result<Self> {
         let Some(bin) = find_bin() else {
             ensure!(Container::available(), "neither PostgreSQL nor Docker is on this machine; `make setup` installs the first");
             let port = free_port()?;
@@ -85,6 +100,18 @@ impl Server {
             ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "full_page_writes=off", "max_connections=300"]
         {
             postgres.args(["-c", setting]);
+        }
+        if let Some(tls) = tls {
+            for (setting, from) in [("ssl_cert_file", tls.certificate_file()), ("ssl_key_file", tls.key_file())] {
+                let path = data.path().join(setting);
+                std::fs::copy(from, &path)?;
+                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+                if let Some((uid, gid)) = user {
+                    std::os::unix::fs::chown(&path, Some(uid), Some(gid))?;
+                }
+                postgres.args(["-c", &format!("{setting}={}", path.display())]);
+            }
+            postgres.args(["-c", "ssl=on"]);
         }
         let child = spawn_tied(postgres)?;
         Ok(Self { url: format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}"), running: Running::Process { child, _data: data } })
@@ -139,7 +166,14 @@ impl Database {
     /// # Errors
     /// When the server cannot be started or reached.
     pub async fn create() -> anyhow::Result<Self> {
-        let url = server_url()?;
+        Self::create_on(server_url()?).await
+    }
+
+    /// A database of another server.
+    ///
+    /// # Errors
+    /// When it cannot be reached.
+    pub async fn create_on(url: String) -> anyhow::Result<Self> {
         let name = format!("test_{}", uuid::Uuid::new_v4().simple());
         let mut admin = connect(&url).await?;
         sqlx::query("select pg_advisory_lock($1)").bind(PROVISION_LOCK).execute(&mut admin).await?;

@@ -30,7 +30,7 @@ use crate::{
 
 #[derive(Debug, Args)]
 #[command(after_help = "Reaches the bus as the user `operator`: at NATS_URL with the password in NATS_PASSWORD (or in the file that \
-                        NATS_PASSWORD_FILE names). Without NATS_URL, the stack that `aod dev` runs on this machine is meant.")]
+                        NATS_PASSWORD_FILE names), over TLS where NATS_CA_FILE names a certificate authority. Without NATS_URL, the stack that `aod dev` runs on this machine is meant.")]
 pub struct AdminArgs {
     /// The data directory of the `aod dev` that is meant
     #[arg(long, global = true, conflicts_with = "nats_url")]
@@ -193,15 +193,16 @@ impl AdminArgs {
 fn bus_at(url: String) -> Result<bus::Config, AdminError> {
     let mut env = service::Env::from_process("aod admin", "");
     let password = env.secret("NATS_PASSWORD", "the operator's password on the bus");
+    let ca_file = env.optional("NATS_CA_FILE", "certificate authority of a NATS server with TLS, as PEM").map(PathBuf::from);
     match env.finish() {
         service::env::Verdict::Refused(problems) => Err(AdminError::Local(problems)),
-        _ => Ok(operator_config(url, password)),
+        _ => Ok(operator_config(url, password, ca_file)),
     }
 }
 
 /// The bus, as its user `operator`.
-pub fn operator_config(url: String, password: SecretString) -> bus::Config {
-    bus::Config { url, user: access::OPERATOR.user, password, name: format!("aod-admin/{}", std::process::id()) }
+pub fn operator_config(url: String, password: SecretString, ca_file: Option<PathBuf>) -> bus::Config {
+    bus::Config { url, user: access::OPERATOR.user, password, ca_file, name: format!("aod-admin/{}", std::process::id()) }
 }
 
 struct Operator {

@@ -38,6 +38,7 @@ pub enum KeyringError {
 pub struct Keyring {
     ciphers: BTreeMap<KeyVersion, Aes256Gcm>,
     newest: KeyVersion,
+    shortest: usize,
 }
 
 impl Keyring {
@@ -54,7 +55,7 @@ impl Keyring {
         } else {
             vec![(1, text)]
         };
-        let (mut ciphers, mut newest) = (BTreeMap::new(), 1);
+        let (mut ciphers, mut newest, mut shortest) = (BTreeMap::new(), 1, usize::MAX);
         for (version, key) in entries {
             let chars = key.chars().count();
             if chars < KEY_CHARS_MIN {
@@ -64,8 +65,14 @@ impl Keyring {
                 return Err(KeyringError::Twice { version });
             }
             newest = newest.max(version);
+            shortest = shortest.min(chars);
         }
-        Ok(Self { ciphers, newest })
+        Ok(Self { ciphers, newest, shortest })
+    }
+
+    /// The shortest configured key, in characters.
+    pub fn shortest(&self) -> usize {
+        self.shortest
     }
 
     /// The version that a rotation leads to.

@@ -30,6 +30,9 @@ pub struct Config {
     pub shared_sprites_token: Option<SecretString>,
 }
 
+/// As `openssl rand -base64 32` gives more.
+const PRODUCTION_KEY_CHARS_MIN: usize = 32;
+
 impl Config {
     pub fn from_env(env: &mut Env) -> Self {
         let config = Self {
@@ -39,10 +42,18 @@ impl Config {
                 .secret("FIELD_ENCRYPTION_KEY", "what the key-encryption keys are derived from: one text, or several as VERSION:TEXT"),
             shared_sprites_token: env.optional_secret("SPRITES_API_KEY", "the deployment's own Sprites token"),
         };
-        if !config.encryption_key.expose_secret().is_empty()
-            && let Err(error) = Keyring::parse(&config.encryption_key)
-        {
-            env.refuse(error.to_string());
+        let production = env.is_production();
+        // One that is missing was refused already.
+        if !config.encryption_key.expose_secret().is_empty() {
+            match Keyring::parse(&config.encryption_key) {
+                Err(error) => env.refuse(error.to_string()),
+                Ok(keys) if production && keys.shortest() < PRODUCTION_KEY_CHARS_MIN => {
+                    env.refuse(format!(
+                        "FIELD_ENCRYPTION_KEY: keys have {PRODUCTION_KEY_CHARS_MIN} characters or more (AOD_ENV=production)"
+                    ));
+                }
+                Ok(_) => {}
+            }
         }
         config
     }

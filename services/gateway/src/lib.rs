@@ -99,6 +99,14 @@ impl Config {
                 },
             },
         };
+        if env.is_production() {
+            if config.api.allowed_hosts.iter().any(|host| host == "*") {
+                env.refuse("ALLOWED_HOSTS must name the hosts that are answered (AOD_ENV=production)");
+            }
+            if config.api.shell_runtime {
+                env.refuse("ENABLE_SHELL_RUNTIME must be off (AOD_ENV=production)");
+            }
+        }
         if config.api.connections == 0 {
             env.refuse("AOD_MAX_CONNECTIONS must be at least 1");
         }

@@ -81,6 +81,16 @@ impl DataDir {
         Ok(Self { path, secrets, postgres_user, _lock: lock })
     }
 
+    /// Puts a service's secret into a file that the owner alone can read; the variable that names the file.
+    pub fn write_secret(&self, service: &str, variable: &str, value: &str) -> Result<(String, String), DevError> {
+        let dir = self.join("secrets").join(service);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(DevError::broken)?;
+        let path = dir.join(variable);
+        let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path).map_err(DevError::broken)?;
+        file.write_all(value.as_bytes()).map_err(DevError::broken)?;
+        Ok((format!("{variable}_FILE"), path.display().to_string()))
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

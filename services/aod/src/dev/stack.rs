@@ -89,6 +89,9 @@ const PASSED_ON: &[&str] = &[
     "STREAM_STALE_SECONDS",
 ];
 
+/// What services get from files of their own: other processes of the user may read an environment.
+const SECRETS: &[&str] = &["DATABASE_URL", "FIELD_ENCRYPTION_KEY", "LOCAL_SPRITES_TOKEN", "NATS_PASSWORD"];
+
 impl Stack {
     pub fn new(tools: Tools, data: DataDir, api: SocketAddr, args: DevArgs) -> Result<Self, DevError> {
         let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -310,6 +313,7 @@ impl Stack {
             url: format!("nats://{}", self.nats),
             user,
             password: self.data.secrets.nats_password(user).to_owned().into(),
+            ca_file: None,
             name: format!("aod-dev/{user}"),
         }
     }
@@ -323,7 +327,11 @@ impl Stack {
         let mut specs = Vec::new();
         let mut add = |name: String, program: &'static str, env: Vec<(&str, String)>| -> Result<(), DevError> {
             let admin = ports.next().ok_or_else(|| DevError::Broken("no free port".to_owned()))?;
-            let own = env.into_iter().map(|(name, value)| (name.to_owned(), value));
+            let given = |(variable, value): (&str, String)| match SECRETS.contains(&variable) {
+                true => self.data.write_secret(&name, variable, &value),
+                false => Ok((variable.to_owned(), value)),
+            };
+            let own = env.into_iter().map(given).collect::<Result<Vec<_>, _>>()?;
             let env = shared.iter().cloned().chain(own).chain([("AOD_ADMIN_ADDR".to_owned(), admin.to_string())]).collect();
             specs.push(Spec {
                 log: self.data.join(&format!("logs/{name}.log")),

@@ -1,0 +1,126 @@
+//! What strangers can do to the gateway, and what it tells browsers.
+
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::json;
+use system_tests::{Options, Stack};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+use types::ApiKey;
+
+fn address(stack: &Stack) -> String {
+    stack.ready_text("/api_url").trim_start_matches("http://").to_owned()
+}
+
+/// When the server closes a connection on which this comes, byte by byte.
+async fn closed_after(stack: &Stack, bytes: &[u8], pause: Duration) -> Duration {
+    let begun = Instant::now();
+    let mut connection = TcpStream::connect(address(stack)).await.unwrap();
+    let (mut read, mut write) = connection.split();
+    let trickle = async {
+        for byte in bytes {
+            if write.write_all(&[*byte]).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(pause).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    let mut answer = Vec::new();
+    tokio::select! {
+        () = trickle => {}
+        _ = read.read_to_end(&mut answer) => {}
+        () = tokio::time::sleep(Duration::from_secs(50)) => {}
+    }
+    begun.elapsed()
+}
+
+#[tokio::test]
+async fn connections_that_dawdle_are_closed_and_hold_up_nobody() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let key = stack.ready_text("/api_key");
+    let head = format!("GET /agents HTTP/1.1\r\nhost: x\r\nx-slow: {}", "a".repeat(1000));
+    let body = format!("POST /agents HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-length: 5000\r\n\r\n");
+    let (silent, slow_head, slow_body) =
+        tokio::join!(closed_after(&stack, b"", Duration::ZERO), closed_after(&stack, head.as_bytes(), Duration::from_millis(100)), async {
+            let mut connection = TcpStream::connect(address(&stack)).await.unwrap();
+            connection.write_all(body.as_bytes()).await.unwrap();
+            let (begun, mut answer) = (Instant::now(), vec![0; 1000]);
+            let read = tokio::time::timeout(Duration::from_secs(50), connection.read(&mut answer)).await.unwrap().unwrap();
+            assert!(answer[..read].starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&answer[..read]));
+            begun.elapsed()
+        },);
+    for (what, took) in [("silent", silent), ("slow head", slow_head), ("slow body", slow_body)] {
+        assert!((25..40).contains(&took.as_secs()), "{what}: {took:?}");
+    }
+    // Three hundred of them, and somebody else is served at once.
+    let mut idle = Vec::new();
+    for _ in 0..300 {
+        idle.push(TcpStream::connect(address(&stack)).await.unwrap());
+    }
+    let begun = Instant::now();
+    assert_eq!(stack.get("/agents").await.unwrap().status, 200);
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    // A head that is too large is refused before it is there.
+    let mut connection = TcpStream::connect(address(&stack)).await.unwrap();
+    let large = format!("GET / HTTP/1.1\r\nhost: x\r\nx-large: {}\r\n\r\n", "a".repeat(200_000));
+    let _ = connection.write_all(large.as_bytes()).await;
+    let mut answer = vec![0; 100];
+    let read = connection.read(&mut answer).await.unwrap_or(0);
+    assert!(read == 0 || answer.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&answer));
+}
+
+#[tokio::test]
+async fn guessing_keys_is_slowed_and_a_key_has_its_rate() {
+    let settings = &[("AOD_AUTH_FAILURES_PER_MINUTE", "5"), ("AOD_REQUESTS_PER_SECOND", "50")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    assert_eq!(stack.get("/agents").await.unwrap().status, 200);
+    let url = format!("{}/agents", stack.ready_text("/api_url"));
+    let guess = async || {
+        let guessed = ApiKey::generate().unwrap();
+        let response = stack.http.get(&url).bearer_auth(guessed.reveal()).send().await.unwrap();
+        (response.status().as_u16(), response.headers().get("retry-after").cloned())
+    };
+    for _ in 0..5 {
+        assert_eq!(guess().await.0, 401);
+    }
+    let (status, retry_after) = guess().await;
+    assert_eq!((status, retry_after.unwrap().to_str().unwrap()), (429, "60"));
+    // Whoever has a key that works is not held up.
+    assert_eq!(stack.get("/agents").await.unwrap().status, 200);
+
+    let asked = futures::future::join_all((0..300).map(|_| stack.get("/agents"))).await;
+    let refused: Vec<_> = asked.into_iter().map(Result::unwrap).filter(|answer| answer.status == 429).collect();
+    assert!((100..300).contains(&refused.len()), "{}", refused.len());
+    assert_eq!(refused[0].text("detail"), "Too many requests");
+    let wait: u64 = refused[0].headers["retry-after"].to_str().unwrap().parse().unwrap();
+    tokio::time::sleep(Duration::from_secs(wait)).await;
+    assert_eq!(stack.get("/agents").await.unwrap().status, 200);
+}
+
+#[tokio::test]
+async fn answers_tell_browsers_to_do_nothing_with_them() {
+    let settings = &[("ALLOWED_HOSTS", "127.0.0.1,.example.com")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    for path in ["/agents", "/nowhere", "/docs/", "/livez"] {
+        let headers = stack.call(Method::GET, path, None).await.unwrap().headers;
+        let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        assert_eq!(header("x-content-type-options"), "nosniff", "{path}");
+        assert_eq!(header("x-frame-options"), "DENY", "{path}");
+        assert!(header("content-security-policy").contains("frame-ancestors 'none'"), "{path}");
+        assert!(!header("cache-control").is_empty(), "{path}");
+    }
+    let as_host = async |host: &str, path: &str| {
+        let url = format!("{}{path}", stack.ready_text("/api_url"));
+        let request = stack.http.get(url).header("host", host).bearer_auth(stack.ready_text("/api_key"));
+        request.send().await.unwrap().status().as_u16()
+    };
+    assert_eq!(as_host("evil.org", "/agents").await, 400);
+    assert_eq!(as_host("api.example.com:443", "/agents").await, 200);
+    assert_eq!(as_host("10.0.0.7:8777", "/readyz").await, 200, "probes come by address");
+    let refused = stack.post("/agents", json!({ "name": "x".repeat(3_000_000) })).await.unwrap();
+    assert_eq!(refused.status, 413);
+}
