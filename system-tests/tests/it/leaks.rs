@@ -1,1 +1,286 @@
+//! Secrets stay where they belong: sentinels in every place where a user can put one, then a search of everything that the stack wrote,
+//! said, and ran.
 
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use system_tests::{Options, Stack};
+
+/// What no place but the Sprite may hold. Their first characters are what a hint may show: the last four are told by the contract.
+const SENTINELS: [(&str, &str); 9] = [
+    ("credential", "sk-ant-SENTINELcredential0001"),
+    ("openai", "sk-oai-SENTINELopenai0002"),
+    ("env_vars", "SENTINELenvironmentvariable0003"),
+    ("session env", "SENTINELsessionvariable0004"),
+    ("repository token", "ghp_SENTINELrepositorytoken0005"),
+    ("mcp header", "SENTINELmcpheader0006"),
+    ("mcp env", "SENTINELmcpenv0007"),
+    ("api key", ""),
+    ("sprites token", ""),
+];
+
+/// What all of them but the generated ones have in common.
+const MARK: &[u8] = b"SENTINEL";
+
+struct Search {
+    needles: Vec<(String, Vec<u8>)>,
+    found: Vec<String>,
+    places: usize,
+}
+
+impl Search {
+    fn new(stack: &Stack) -> Self {
+        let generated = |name: &str| match name {
+            "api key" => stack.ready_text("/api_key"),
+            "sprites token" => stack.ready_text("/sprites_token"),
+            _ => String::new(),
+        };
+        let mut needles = Vec::new();
+        for (name, value) in SENTINELS {
+            let value = if value.is_empty() { generated(name) } else { value.to_owned() };
+            assert!(value.len() > 12, "{name}");
+            needles.push((name.to_owned(), value.clone().into_bytes()));
+            // As Postgres' bytea, and as basic authentication, would show it.
+            needles.push((format!("{name} in hex"), value.bytes().map(|byte| format!("{byte:02x}")).collect::<String>().into_bytes()));
+        }
+        Self { needles, found: Vec::new(), places: 0 }
+    }
+
+    fn look(&mut self, place: &str, bytes: &[u8]) {
+        self.places += 1;
+        for (name, needle) in &self.needles {
+            if memchr(bytes, needle) {
+                self.found.push(format!("{name} in {place}"));
+            }
+        }
+        if memchr(bytes, MARK) {
+            self.found.push(format!("a part of a sentinel in {place}"));
+        }
+    }
+
+    fn look_in(&mut self, dir: &Path, leave_out: &[PathBuf]) {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if leave_out.contains(&path) {
+                continue;
+            }
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => self.look_in(&path, leave_out),
+                Ok(kind) if kind.is_file() => self.look(&path.display().to_string(), &std::fs::read(&path).unwrap_or_default()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Command lines and environments of the machine's processes, but for those inside of Sprites.
+    fn look_at_processes(&mut self) {
+        let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        let own = namespace("self");
+        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+            let pid = entry.file_name().to_string_lossy().into_owned();
+            // This test itself has the sentinels in its memory, not in its arguments.
+            if !pid.bytes().all(|byte| byte.is_ascii_digit()) || namespace(&pid) != own {
+                continue;
+            }
+            for file in ["cmdline", "environ"] {
+                let bytes = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+                self.look(
+                    &format!("{file} of {pid} ({})", std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim()),
+                    &bytes,
+                );
+            }
+        }
+    }
+}
+
+fn memchr(haystack: &[u8], needle: &[u8]) -> bool {
+    haystack.windows(needle.len()).any(|window| window == needle)
+}
+
+/// What the API says about everything there is.
+async fn everything_told(stack: &Stack, sessions: &[String]) -> Vec<(String, String)> {
+    let mut told = Vec::new();
+    let mut paths: Vec<String> =
+        ["/agents", "/environments", "/sessions", "/credentials", "/keys", "/health", "/openapi.json"].map(str::to_owned).into();
+    for session in sessions {
+        paths.extend([format!("/sessions/{session}"), format!("/sessions/{session}/turns")]);
+    }
+    for list in ["/agents", "/environments"] {
+        for item in stack.get(list).await.unwrap().body["data"].as_array().unwrap() {
+            let id = item["id"].as_str().unwrap();
+            paths.extend([format!("{list}/{id}"), format!("{list}/{id}/versions")]);
+        }
+    }
+    for path in paths {
+        let answer = stack.get(&path).await.unwrap();
+        told.push((path, format!("{:?} {}", answer.headers, answer.body)));
+    }
+    told
+}
+
+#[tokio::test]
+async fn no_secret_is_anywhere_but_in_its_sprite() {
+    let settings = &[("RUST_LOG", "trace"), ("DEFAULT_TIMEOUT", "60")];
+    let stack = Stack::start(Options { scripted_model: true, runners: 2, settings, ..Options::default() }).await.unwrap();
+    let of = |name: &str| SENTINELS.iter().find(|(known, _)| *known == name).unwrap().1;
+    for (kind, value) in [("provider:anthropic", of("credential")), ("provider:openai", of("openai"))] {
+        let stored = stack.call(Method::PUT, &format!("/credentials/{}", kind), Some(json!({ "value": value }))).await.unwrap();
+        assert!(stored.status < 300, "{stored:?}");
+    }
+    // The user's own token for the Sprites API; local-sprites knows this one.
+    let sprites = json!({ "value": stack.ready_text("/sprites_token") });
+    assert!(stack.call(Method::PUT, "/credentials/backend:sprites", Some(sprites)).await.unwrap().status < 300);
+
+    let environment =
+        json!({ "name": "e", "env_vars": { "FROM_ENVIRONMENT": of("env_vars") }, "setup_script": "test -n \"$FROM_ENVIRONMENT\"" });
+    let environment = stack.post("/environments", environment).await.unwrap();
+    assert_eq!(environment.status, 201, "{environment:?}");
+    let mcp_servers = json!([
+        { "name": "remote", "type": "url", "url": "http://127.0.0.1:9/mcp", "headers": { "Authorization": format!("Bearer {}", of("mcp header")) } },
+        { "name": "local", "type": "stdio", "command": "true", "env": { "TOKEN": of("mcp env") } },
+    ]);
+    let mut sessions = Vec::new();
+    for (runtime, prompt) in [
+        ("claude", "hello"),
+        // The prompt sees what the agent sees, and says only that it does.
+        ("shell", "test ${#FROM_ENVIRONMENT} -gt 20 && test ${#FROM_SESSION} -gt 20 && echo all there; sleep 3"),
+    ] {
+        let agent = json!({ "name": runtime, "model": "claude-sonnet-4-5", "runtime": runtime, "mcp_servers": mcp_servers });
+        let agent = stack.post("/agents", agent).await.unwrap();
+        assert_eq!(agent.status, 201, "{agent:?}");
+        let body = json!({
+            "agent_id": agent.text("id"),
+            "environment_id": environment.text("id"),
+            "prompt": prompt,
+            "secret_env_vars": { "FROM_SESSION": of("session env") },
+        });
+        let session = stack.post("/sessions", body).await.unwrap();
+        assert_eq!(session.status, 202, "{session:?}");
+        sessions.push(session.text("id").to_owned());
+    }
+    let mut search = Search::new(&stack);
+    let mut shell = stack.stream(&sessions[1], 0).await.unwrap();
+    shell.until_output("all there").await.unwrap();
+    search.look_at_processes();
+    for session in &sessions {
+        let events = stack.stream(session, 0).await.unwrap().all().await.unwrap();
+        assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
+    }
+    // A second turn, and one that fails while its repository is cloned: the token is refused by nobody, for nobody is there.
+    let second = stack.post(&format!("/sessions/{}/prompt", sessions[0]), json!({ "prompt": "hello again" })).await.unwrap();
+    assert_eq!(second.status, 202, "{second:?}");
+    let agent = stack.agent("shell").await.unwrap();
+    let url = "https://github.com/acme/private";
+    let repository = json!({ "type": "github_repository", "url": url, "authorization_token": of("repository token") });
+    let failing = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "true", "resources": [repository] })).await.unwrap();
+    assert_eq!(failing.status, 202, "{failing:?}");
+    sessions.push(failing.text("id").to_owned());
+    let mut streams = BTreeMap::new();
+    for session in &sessions {
+        let events = stack.stream(session, 0).await.unwrap().all().await.unwrap();
+        streams.insert(session.clone(), events);
+    }
+    let failed = streams[&sessions[2]].iter().any(|event| event["type"] == "error" || event["state"] == "failed");
+    assert!(failed, "{:?}", streams[&sessions[2]]);
+    // Wrong bodies with secrets in them: what is told is what is wrong, not what was sent.
+    let wrong = json!({ "agent_id": agent, "prompt": 5, "secret_env_vars": { "1 bad name": of("session env") }, "resources": [{ "type": "x", "authorization_token": of("repository token") }] });
+    let wrong = stack.post("/sessions", wrong).await.unwrap();
+    assert_eq!(wrong.status, 422);
+    search.look("a 422", wrong.body.to_string().as_bytes());
+
+    for (path, answer) in everything_told(&stack, &sessions).await {
+        search.look(&format!("GET {path}"), answer.as_bytes());
+    }
+    for (session, events) in &streams {
+        search.look(&format!("the stream of {session}"), Value::Array(events.clone()).to_string().as_bytes());
+    }
+    search.look("what aod dev printed", without_the_key(&stack).as_bytes());
+    for service in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "local-sprites"] {
+        for pid in stack.pids(service) {
+            let port = listening_ports(pid);
+            for port in port {
+                if let Ok(answer) = stack.http.get(format!("http://127.0.0.1:{port}/metrics")).send().await {
+                    search.look(&format!("the metrics of {service}"), answer.text().await.unwrap_or_default().as_bytes());
+                }
+            }
+        }
+    }
+    let dump = Command::new("sh")
+        .args(["-c", "PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -1):$PATH; exec pg_dump \"$0\"", &stack.ready_text("/database_url")])
+        .output()
+        .unwrap();
+    assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
+    assert!(memchr(&dump.stdout, b"COPY vault.secret") && memchr(&dump.stdout, b"COPY scheduler.event"), "the dump holds nothing");
+    search.look("the dump of Postgres", &dump.stdout);
+
+    // The stack's own keys are in files of its own; the Sprites' own files are where secrets belong.
+    let data = stack.data_dir().to_owned();
+    let own: Vec<PathBuf> =
+        ["secrets", "secrets.json", "sprites", "ready.json", "running.json", "dev.log"].iter().map(|name| data.join(name)).collect();
+    search.look_in(&data, &own);
+    assert!(search.places > 100, "{} places", search.places);
+    assert!(search.found.is_empty(), "{:#?}", search.found);
+
+    // And there, only its owner reads them.
+    let mut in_sprites = Vec::new();
+    modes_of_files_with_secrets(&data.join("sprites"), &mut in_sprites);
+    assert!(!in_sprites.is_empty(), "the search would not find a secret where one is");
+    let readable: Vec<_> = in_sprites.iter().filter(|(_, mode)| mode & 0o077 != 0).collect();
+    assert!(readable.is_empty(), "{readable:?}");
+}
+
+/// `aod dev` shows the key that it made, once, to whoever started it.
+fn without_the_key(stack: &Stack) -> String {
+    stack.log().replace(&stack.ready_text("/api_key"), "")
+}
+
+fn modes_of_files_with_secrets(dir: &Path, found: &mut Vec<(PathBuf, u32)>) {
+    use std::os::unix::fs::PermissionsExt as _;
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => modes_of_files_with_secrets(&entry.path(), found),
+            Ok(kind) if kind.is_file() && memchr(&std::fs::read(entry.path()).unwrap_or_default(), MARK) => {
+                found.push((entry.path(), entry.metadata().unwrap().permissions().mode()));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The ports that a process listens on, as the kernel tells.
+fn listening_ports(pid: u32) -> Vec<u16> {
+    let sockets: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|fd| Some(std::fs::read_link(fd.path()).ok()?.to_str()?.strip_prefix("socket:[")?.trim_end_matches(']').to_owned()))
+        .collect();
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).unwrap_or_default();
+    let lines = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let listening = lines.filter(|fields| fields[3] == "0A" && sockets.iter().any(|inode| inode == fields[9]));
+    listening.filter_map(|fields| u16::from_str_radix(fields[1].split(':').nth(1)?, 16).ok()).collect()
+}
+
+#[tokio::test]
+async fn secrets_that_an_agent_prints_are_masked_where_that_is_wanted() {
+    let settings = &[("AOD_MASK_SECRETS", "true")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    let agent = stack.agent("shell").await.unwrap();
+    let secret = "SENTINELsessionvariable0004";
+    // Whole, cut into pieces with pauses between them, on stderr, and as the last thing there is.
+    let prompt = "echo whole $S; printf '%s' \"${S:0:9}\"; sleep 0.7; printf '%s' \"${S:9:5}\"; sleep 0.7; echo \"${S:14}\"; \
+                  echo \"err $S\" >&2; printf 'SENTINELsession and then '; sleep 0.5; printf '%s' \"$S\"";
+    let body = json!({ "agent_id": agent, "prompt": prompt, "secret_env_vars": { "S": secret } });
+    let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let text = |stream: &str| -> String {
+        events.iter().filter(|event| event["stream"] == stream).filter_map(|event| event["data"].as_str()).collect()
+    };
+    assert_eq!(text("stdout"), "whole ***\n***\nSENTINELsession and then ***", "{events:?}");
+    assert_eq!(text("stderr"), "err ***\n");
+}
