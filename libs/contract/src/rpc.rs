@@ -38,6 +38,15 @@ macro_rules! rpcs {
             }
         )*
 
+        /// Reads bytes as every message of every request.
+        #[cfg(test)]
+        fn decode_all(bytes: &[u8]) {
+            use prost::Message as _;
+            $(
+                let _ = (<$request>::decode(bytes), <$reply>::decode(bytes));
+            )*
+        }
+
         /// Every request there is.
         pub const RPCS: &[RpcInfo] = &[$(RpcInfo {
             name: stringify!($name),
@@ -120,4 +129,36 @@ rpcs! {
     /// Which of these Sprites no session knows.
     FindOrphans: scheduler::FindOrphansRequest => scheduler::FindOrphansReply, "aod.rpc.scheduler.v1.sprite.find_orphans", idempotent: true;
     SpriteDestroyed: scheduler::SpriteDestroyedRequest => common::Empty, "aod.rpc.scheduler.v1.sprite.destroyed", idempotent: true;
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use prost::Message as _;
+
+    use super::*;
+    use crate::session::SessionEvent;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_message_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            decode_all(&bytes);
+            if let Ok(event) = SessionEvent::decode(bytes.as_slice()) {
+                prop_assert_eq!(SessionEvent::decode(event.encode_to_vec().as_slice()).unwrap(), event);
+            }
+        }
+
+        /// Closer to what is sent: fields with texts and numbers, in any order and number.
+        #[test]
+        fn any_fields_are_a_message_or_an_error(fields in proptest::collection::vec((1_u8..20, "\\PC{0,20}", any::<u64>()), 0..20)) {
+            let mut bytes = Vec::new();
+            for (number, text, varint) in fields {
+                bytes.extend([number << 3 | 2, text.len() as u8]);
+                bytes.extend_from_slice(text.as_bytes());
+                bytes.push(number << 3);
+                prost::encoding::encode_varint(varint, &mut bytes);
+            }
+            decode_all(&bytes);
+        }
+    }
 }

@@ -79,7 +79,20 @@ impl TryFrom<&[u8]> for KeyHash {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_key_or_refused_and_a_key_is_its_text(text in "\\PC{0,60}|aod_[A-Za-z0-9_-]{40,46}|aod_\\PC{43}") {
+            if let Ok(key) = ApiKey::parse(&text) {
+                prop_assert_eq!(key.reveal(), &text);
+                prop_assert_eq!(text.len(), LENGTH);
+                prop_assert!(text.is_ascii());
+            }
+        }
+    }
 
     #[test]
     fn a_generated_key_has_the_published_form() {

@@ -98,7 +98,18 @@ fn resume_point(text: Option<&str>) -> Result<u64, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_resume_point_or_refused(text in "\\PC{0,30}|[ +0-9]{0,30}") {
+            if let (Ok(point), Ok(number)) = (resume_point(Some(&text)), text.trim().parse::<u64>()) {
+                prop_assert_eq!(point, number);
+            }
+        }
+    }
 
     #[test]
     fn a_resume_point_is_a_number_that_is_not_negative() {

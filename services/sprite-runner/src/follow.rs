@@ -290,7 +290,44 @@ async fn catch_up(sprite: &Sprite, agent: &Agent, record: &mut Record) -> Result
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Frames with something wrong in them: cut, changed, repeated, in another order.
+    fn damaged_frames() -> impl Strategy<Value = Vec<u8>> {
+        let piece = prop_oneof![
+            (0_u64..40, "[a-z]{0,12}").prop_map(|(offset, data)| frame('O', offset, &data)),
+            (0_u64..40, "[a-z]{0,12}").prop_map(|(offset, data)| frame('E', offset, &data)),
+            Just(frame('T', 0, "")),
+            (0_u64..80).prop_map(|offset| frame('X', offset, "exit 0")),
+            proptest::collection::vec(any::<u8>(), 0..30),
+            "[OETX] [0-9]{1,25} [0-9]{1,25} [0-9]{1,12}\n".prop_map(String::into_bytes),
+        ];
+        proptest::collection::vec(piece, 0..12).prop_map(|pieces| pieces.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_comes_only_what_continues_the_spool_is_taken(bytes in damaged_frames(), cut in 1_usize..64) {
+            let mut frames = Frames::new((0, 0));
+            let (mut stdout, mut stderr) = (0, 0);
+            'all: for part in bytes.chunks(cut) {
+                frames.push(part);
+                loop {
+                    match frames.next() {
+                        Ok(Some(Frame::Output(chunk))) if chunk.stderr => stderr += chunk.data.len() as u64,
+                        Ok(Some(Frame::Output(chunk))) => stdout += chunk.data.len() as u64,
+                        Ok(Some(Frame::Alive)) => {}
+                        Ok(Some(Frame::End(_))) | Err(_) => break 'all,
+                        Ok(None) => break,
+                    }
+                }
+                prop_assert!(frames.buffer.len() <= FRAME_BYTES_MAX + HEADER_BYTES_MAX);
+            }
+            prop_assert_eq!((frames.stdout_offset, frames.stderr_offset), (stdout, stderr));
+        }
+    }
 
     fn frame(tag: char, offset: u64, data: &str) -> Vec<u8> {
         let sum: u32 = data.bytes().map(u32::from).sum();

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use contract::access;
 use reqwest::Method;
 use serde_json::json;
 use system_tests::{Options, Stack};
@@ -123,4 +124,89 @@ async fn answers_tell_browsers_to_do_nothing_with_them() {
     assert_eq!(as_host("10.0.0.7:8777", "/readyz").await, 200, "probes come by address");
     let refused = stack.post("/agents", json!({ "name": "x".repeat(3_000_000) })).await.unwrap();
     assert_eq!(refused.status, 413);
+}
+
+/// Whoever has a service's password sends what it may send, garbled: it is answered, quickly, and the other services live on.
+#[tokio::test]
+async fn garbage_on_the_bus_is_answered_and_harms_nobody() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let session = stack.session("shell", "true").await.unwrap();
+    stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let secrets = std::fs::read_to_string(stack.data_dir().join("secrets.json")).unwrap();
+    let secrets: serde_json::Value = serde_json::from_str(&secrets).unwrap();
+    let address = stack.ready_text("/events_url").rsplit('@').next().unwrap().to_owned();
+    let mut random = fastrand::Rng::with_seed(20_261_124);
+    let (mut asked, mut refused) = (0, 0);
+    for access in [access::GATEWAY, access::RUNNER, access::SCHEDULER, access::OPERATOR] {
+        let passwords = secrets["nats_passwords"].as_array().unwrap();
+        let password = passwords.iter().find(|pair| pair[0] == access.user).unwrap()[1].as_str().unwrap().to_owned();
+        let options = async_nats::ConnectOptions::with_user_and_password(access.user.to_owned(), password);
+        let client = options.custom_inbox_prefix(access.inbox()).connect(&address).await.unwrap();
+        for rpc in contract::rpc::RPCS.iter().filter(|rpc| access.publish.iter().any(|allowed| matches(allowed, rpc.subject))) {
+            for round in 0..40 {
+                let payload = match round % 4 {
+                    0 => (0..random.usize(..200)).map(|_| random.u8(..)).collect(),
+                    // Fields that are there, with texts that are ids, or are not.
+                    1 => fields(&mut random, &session),
+                    2 => fields(&mut random, "'; drop table session; --\0\u{202e}"),
+                    _ => fields(&mut random, &"x".repeat(10_000)),
+                };
+                // Some wait for what does not come, until their caller's deadline.
+                let deadline = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap() + Duration::from_millis(500);
+                let mut headers = async_nats::HeaderMap::new();
+                headers.insert(contract::header::DEADLINE, deadline.as_millis().to_string());
+                let reply = client.request_with_headers(rpc.subject, headers, payload.into());
+                let reply = tokio::time::timeout(Duration::from_secs(5), reply).await;
+                let reply = reply.unwrap_or_else(|_| panic!("{} did not answer", rpc.subject)).unwrap();
+                asked += 1;
+                refused += u32::from(reply.headers.is_some());
+            }
+        }
+    }
+    assert!(asked > 1000 && refused > asked / 2, "{asked} {refused}");
+    for process in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner"] {
+        let log = std::fs::read_dir(stack.data_dir().join("logs"))
+            .unwrap()
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(process));
+        for entry in log {
+            let text = std::fs::read_to_string(entry.path()).unwrap();
+            assert!(!text.contains("panicked"), "{text}");
+        }
+    }
+    assert_eq!(stack.get("/health").await.unwrap().status, 200);
+    let session = stack.session("shell", "echo still here").await.unwrap();
+    stack.stream(&session, 0).await.unwrap().until_output("still here").await.unwrap();
+}
+
+/// A message of some fields, as protobuf writes them.
+fn fields(random: &mut fastrand::Rng, text: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for number in 1..=random.u8(1..8) {
+        if random.bool() {
+            bytes.push(number << 3 | 2);
+            let mut length = text.len();
+            while length >= 128 {
+                bytes.push((length & 127) as u8 | 128);
+                length >>= 7;
+            }
+            bytes.push(length as u8);
+            bytes.extend_from_slice(text.as_bytes());
+        } else {
+            bytes.extend([number << 3, random.u8(..128)]);
+        }
+    }
+    bytes
+}
+
+fn matches(pattern: &str, subject: &str) -> bool {
+    let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
+    loop {
+        match (pattern.next(), subject.next()) {
+            (Some(">"), Some(_)) | (None, None) => return true,
+            (Some("*"), Some(_)) => {}
+            (Some(p), Some(s)) if p == s => {}
+            _ => return false,
+        }
+    }
 }
