@@ -64,31 +64,8 @@ if ! { have nats-server && new_enough nats-server; } && ! { [ -x "$tools/bin/nat
     new_enough "$tools/bin/nats-server" || { say "the nats-server that was installed does not run"; exit 1; }
 fi
 
-# --- agent CLIs, each in a folder of its own, mounted read-only into Sprites ------------------------
-agent() { # name, npm package, version, path of the executable in the package
-    local dir=$tools/agents/$1-$3
-    if [ ! -e "$dir/done" ]; then
-        say "installing $2 $3"
-        rm -rf "$dir"
-        mkdir -p "$dir"
-        npm install --prefix "$dir" --no-fund --no-audit --loglevel=error "$2@$3" >/dev/null 2>"$dir/npm.log" || { cat "$dir/npm.log" >&2; exit 1; }
-        touch "$dir/done"
-    fi
-    mkdir -p "$tools/agents/bin"
-    [ "$(readlink "$tools/agents/bin/$1" 2>/dev/null)" = "../$1-$3/node_modules/$4" ] || ln -sfn "../$1-$3/node_modules/$4" "$tools/agents/bin/$1"
-    [ -x "$tools/agents/bin/$1" ] || { say "$2 $3 has no executable $4"; exit 1; }
-}
-case $(uname -m) in aarch64) arch=arm64 ;; *) arch=x64 ;; esac
-for name in "$@"; do
-    case $name in
-        none) ;;
-        claude) agent claude @anthropic-ai/claude-code "$CLAUDE_CODE_VERSION" "@anthropic-ai/claude-code-linux-$arch/claude" ;;
-        codex) agent codex @openai/codex "$CODEX_VERSION" .bin/codex ;;
-        gemini) agent gemini @google/gemini-cli "$GEMINI_CLI_VERSION" .bin/gemini ;;
-        opencode) agent opencode opencode-ai "$OPENCODE_VERSION" .bin/opencode ;;
-        *) say "unknown agent $name"; exit 2 ;;
-    esac
-done
+# --- agent CLIs, mounted read-only into Sprites -----------------------------------------------------
+scripts/agents.sh "$tools/agents" "$@"
 
 # --- Python, for the client tests ------------------------------------------------------------------
 wanted="aod-sdk==$AOD_SDK_VERSION sprites-py==$SPRITES_PY_VERSION schemathesis==$SCHEMATHESIS_VERSION pytest==$PYTEST_VERSION"

@@ -1,6 +1,11 @@
 //! Health and metrics, on a listener of their own that the world does not see.
 
-use std::net::SocketAddr;
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr},
+    process::ExitCode,
+    time::Duration,
+};
 
 use axum::{Router, http::StatusCode, routing::get};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -39,6 +44,30 @@ pub async fn serve(addr: SocketAddr, lifecycle: &Lifecycle) -> std::io::Result<(
         }
     });
     Ok(())
+}
+
+/// Asks a running process, for health checks in containers that hold nothing but the service.
+pub(crate) fn check_ready(addr: SocketAddr) -> ExitCode {
+    const WAIT: Duration = Duration::from_secs(2);
+    let ask = || -> std::io::Result<String> {
+        let mut connection = std::net::TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, addr.port())), WAIT)?;
+        connection.set_read_timeout(Some(WAIT))?;
+        connection.write_all(b"GET /readyz HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        connection.take(4096).read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    match ask() {
+        Ok(answer) if answer.split(' ').nth(1) == Some("200") => ExitCode::SUCCESS,
+        Ok(answer) => {
+            eprintln!("{}", answer.lines().last().unwrap_or_default());
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("not ready: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn recorder() -> Option<PrometheusHandle> {

@@ -23,11 +23,16 @@ pub enum Verdict {
     Refused(String),
 }
 
+/// Whether the process was started with this argument.
+pub(crate) fn has_argument(wanted: &str) -> bool {
+    std::env::args().skip(1).any(|arg| arg == wanted)
+}
+
 impl Env {
     /// The process's own environment and arguments.
     #[must_use]
     pub fn from_process(name: &'static str, about: &'static str) -> Self {
-        let help_wanted = std::env::args().skip(1).any(|arg| arg == "--help" || arg == "-h");
+        let help_wanted = has_argument("--help") || has_argument("-h");
         let variables = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
         Self { help_wanted, ..Self::from_variables(name, about, variables) }
     }
@@ -128,7 +133,11 @@ impl Env {
     #[must_use]
     pub fn finish(self) -> Verdict {
         if self.help_wanted {
-            let mut text = format!("{}: {}\n\nSettings, from the environment:\n", self.name, self.about);
+            let mut text = format!(
+                "{}: {}\n\n  --check-ready  ask the process that runs with the same AOD_ADMIN_ADDR whether it is ready; 0 if it is\n\n\
+                 Settings, from the environment:\n",
+                self.name, self.about
+            );
             for (name, meaning, kind) in &self.described {
                 let _ = writeln!(text, "  {name:<32} {meaning} ({kind})");
             }

@@ -38,6 +38,9 @@ where
             return ExitCode::from(EXIT_SETTINGS);
         }
     }
+    if env::has_argument("--check-ready") {
+        return admin::check_ready(chassis.admin_addr);
+    }
     telemetry::init(chassis.json_logs);
     raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

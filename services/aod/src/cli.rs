@@ -10,7 +10,7 @@ use crate::{
     admin,
     client::{Api, ApiFailure},
     credential::Kind,
-    dev,
+    deploy, dev,
     output::{Output, Table},
     run, secret_input,
 };
@@ -52,6 +52,9 @@ enum Command {
     Keys(Keys),
     /// For operators: users, keys, quotas, credentials
     Admin(admin::AdminArgs),
+    /// For setting a deployment up: its secrets, and what the services need in Postgres
+    #[command(subcommand)]
+    Deploy(deploy::DeployArgs),
     /// Run the whole stack on this machine
     Dev(dev::DevArgs),
     /// Print completions for a shell
@@ -185,6 +188,15 @@ impl Cli {
                     }
                 };
             }
+            Command::Deploy(args) => {
+                return match args.run().await {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => {
+                        eprintln!("aod deploy: {error}");
+                        ExitCode::FAILURE
+                    }
+                };
+            }
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Self::command(), "aod", &mut std::io::stdout());
                 return ExitCode::SUCCESS;
@@ -259,7 +271,7 @@ impl Command {
             Self::Keys(Keys::List) => output.list(&api.list("/api-keys").await?, KEYS),
             Self::Keys(Keys::Create { name }) => output.one(&api.post("/api-keys", &json!({ "name": name })).await?),
             Self::Keys(Keys::Revoke { id }) => output.one(&api.delete(&format!("/api-keys/{id}")).await?),
-            Self::Run(_) | Self::Logs(_) | Self::Dev(_) | Self::Admin(_) | Self::Completions { .. } => {}
+            Self::Run(_) | Self::Logs(_) | Self::Dev(_) | Self::Admin(_) | Self::Deploy(_) | Self::Completions { .. } => {}
         }
         Ok(())
     }

@@ -4,8 +4,10 @@ mod admin;
 mod cli;
 mod client;
 mod credential;
+mod deploy;
 mod dev;
 mod output;
+mod random;
 mod run;
 mod secret_input;
 

@@ -12,7 +12,10 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use types::ApiKey;
 
-use crate::dev::{DevError, tools::Tools};
+use crate::{
+    dev::{DevError, tools::Tools},
+    random,
+};
 
 /// What a running stack is and how it is reached, in its data directory.
 pub const READY_FILE: &str = "running.json";
@@ -129,7 +132,7 @@ impl Secrets {
             let known = secrets.nats_passwords.len();
             for access in access::ALL {
                 if secrets.nats_password(access.user).is_empty() {
-                    secrets.nats_passwords.push((access.user.to_owned(), random()?));
+                    secrets.nats_passwords.push((access.user.to_owned(), random::secret()?));
                 }
             }
             if secrets.nats_passwords.len() > known {
@@ -138,14 +141,17 @@ impl Secrets {
             return Ok(secrets);
         }
         let secrets = Self {
-            postgres_password: random()?,
+            postgres_password: random::secret()?,
             service_passwords: store::provision::SERVICES
                 .iter()
-                .map(|name| Ok((String::from(*name), random()?)))
+                .map(|name| Ok((String::from(*name), random::secret()?)))
                 .collect::<anyhow::Result<_>>()?,
-            nats_passwords: access::ALL.iter().map(|access| Ok((access.user.to_owned(), random()?))).collect::<anyhow::Result<_>>()?,
-            encryption_key: random()?,
-            sprites_token: random()?,
+            nats_passwords: access::ALL
+                .iter()
+                .map(|access| Ok((access.user.to_owned(), random::secret()?)))
+                .collect::<anyhow::Result<_>>()?,
+            encryption_key: random::secret()?,
+            sprites_token: random::secret()?,
             api_key: ApiKey::generate()?.reveal().to_owned(),
         };
         secrets.save(path)?;
@@ -171,11 +177,4 @@ impl Secrets {
 
 fn find<'a>(pairs: &'a [(String, String)], name: &str) -> &'a str {
     pairs.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value)
-}
-
-/// 32 random bytes in hex: safe in URLs, files and configurations.
-fn random() -> anyhow::Result<String> {
-    let mut bytes = [0_u8; 32];
-    getrandom::fill(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -1,0 +1,79 @@
+# One image per service: `docker build --target gateway .` Every service runs as user 65532 and writes nothing to its own file system.
+ARG RUST_VERSION=1.95
+
+FROM rust:${RUST_VERSION}-slim-bookworm AS build
+# `dev` builds in a third of the time.
+ARG PROFILE=release
+WORKDIR /src
+COPY . .
+RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
+    cargo build --locked --profile "$PROFILE" --bins && \
+    mkdir /out && \
+    for name in gateway auth credential-vault scheduler sprite-runner local-sprites scripted-model aod; do \
+        install -s target/$([ "$PROFILE" = dev ] && echo debug || echo "$PROFILE")/$name /out/; \
+    done
+
+FROM debian:bookworm-slim AS runtime
+RUN apt-get update && \
+    apt-get install -y --no-install-recommends ca-certificates && \
+    rm -rf /var/lib/apt/lists/* && \
+    groupadd --gid 65532 aod && useradd --uid 65532 --gid aod --no-create-home --shell /usr/sbin/nologin aod
+ENV AOD_ADMIN_ADDR=0.0.0.0:9464
+USER 65532:65532
+
+FROM runtime AS gateway
+COPY --from=build /out/gateway /usr/local/bin/
+ENV AOD_LISTEN_ADDR=0.0.0.0:8777
+EXPOSE 8777 9464
+ENTRYPOINT ["gateway"]
+
+FROM runtime AS auth
+COPY --from=build /out/auth /usr/local/bin/
+EXPOSE 9464
+ENTRYPOINT ["auth"]
+
+FROM runtime AS credential-vault
+COPY --from=build /out/credential-vault /usr/local/bin/
+EXPOSE 9464
+ENTRYPOINT ["credential-vault"]
+
+FROM runtime AS scheduler
+COPY --from=build /out/scheduler /usr/local/bin/
+EXPOSE 9464
+ENTRYPOINT ["scheduler"]
+
+FROM runtime AS sprite-runner
+COPY --from=build /out/sprite-runner /usr/local/bin/
+EXPOSE 9464
+ENTRYPOINT ["sprite-runner"]
+
+FROM runtime AS scripted-model
+COPY --from=build /out/scripted-model /usr/local/bin/
+ENV SCRIPTED_MODEL_ADDR=0.0.0.0:8779
+EXPOSE 8779
+ENTRYPOINT ["scripted-model"]
+
+# The command line: client, operator tool, and what prepares a deployment.
+FROM runtime AS aod
+COPY --from=build /out/aod /usr/local/bin/
+ENTRYPOINT ["aod"]
+
+# The agents' CLIs. "claude codex gemini opencode" are all; gemini wants a newer Node.js than Debian 12 has.
+FROM debian:bookworm-slim AS agents
+ARG AGENTS=claude
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates nodejs npm
+COPY scripts /scripts
+RUN /scripts/agents.sh /agents $AGENTS
+
+# A sandbox server makes namespaces and mounts: it runs as root of a privileged container. Its Sprites see this image's system directories.
+FROM debian:bookworm-slim AS local-sprites
+RUN apt-get update && \
+    apt-get install -y --no-install-recommends \
+        bubblewrap ca-certificates curl git nodejs npm perl-base procps python3 python3-pip python3-venv ripgrep util-linux && \
+    rm -rf /var/lib/apt/lists/*
+COPY --from=build /out/local-sprites /usr/local/bin/
+COPY --from=agents /agents /opt/agents
+ENV AOD_ADMIN_ADDR=0.0.0.0:9464 LOCAL_SPRITES_ADDR=0.0.0.0:8778 LOCAL_SPRITES_DATA_DIR=/var/lib/sprites LOCAL_SPRITES_AGENTS_DIR=/opt/agents
+VOLUME /var/lib/sprites
+EXPOSE 8778 9464
+ENTRYPOINT ["local-sprites"]

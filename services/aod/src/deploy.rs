@@ -1,0 +1,169 @@
+//! For those who set a deployment up: its secrets, made once, and what the services need in Postgres. Both may be done again at any time.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{ErrorKind, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, chown},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use clap::Subcommand;
+use contract::access;
+use secrecy::ExposeSecret as _;
+use sqlx::{Connection as _, PgConnection};
+
+use crate::random;
+
+/// How long a database may take to come up.
+const DATABASE_WAIT: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Subcommand)]
+pub enum DeployArgs {
+    /// Make the secrets of a deployment, a folder of files for each service; what is there already stays
+    #[command(after_help = "Each file is named after the setting that it is for: mount a service's folder, and set \
+                            NATS_PASSWORD_FILE=…/NATS_PASSWORD and so on. `nats/passwords.conf` is for the server, `database/` for \
+                            `aod deploy database` and for Postgres' own first start.")]
+    Secrets {
+        /// Where the folders are
+        dir: PathBuf,
+        /// Where Postgres will be, and the database's name
+        #[arg(long, default_value = "postgres:5432/aod")]
+        database: String,
+        /// The user id that the services run as
+        #[arg(long)]
+        owner: Option<u32>,
+    },
+    /// Make each service's role and schema in a database, or set their passwords anew
+    #[command(after_help = "Connects at DATABASE_URL (or as the file says that DATABASE_URL_FILE names), as the database's owner.")]
+    Database {
+        /// The folder of passwords, a file for each service's role
+        #[arg(long)]
+        passwords: PathBuf,
+    },
+}
+
+impl DeployArgs {
+    /// # Errors
+    /// In words for whoever typed the command.
+    pub async fn run(self) -> Result<(), String> {
+        match self {
+            Self::Secrets { dir, database, owner } => Secrets { dir, owner }.make(&database),
+            Self::Database { passwords } => provision(&passwords).await,
+        }
+    }
+}
+
+/// The folder of a service, by the name of its user on the bus or its role in Postgres.
+fn folder(user: &str) -> &str {
+    match user {
+        "vault" => "credential-vault",
+        "runner" => "sprite-runner",
+        user => user,
+    }
+}
+
+struct Secrets {
+    dir: PathBuf,
+    owner: Option<u32>,
+}
+
+impl Secrets {
+    fn make(&self, database: &str) -> Result<(), String> {
+        let mut nats = String::from("# Made by `aod deploy secrets`; read by nats-server.conf.\n");
+        for access in access::ALL {
+            let password = self.keep(folder(access.user), "NATS_PASSWORD")?;
+            nats.push_str(&format!("{}: \"{password}\"\n", access.password_variable()));
+        }
+        self.put("nats", "passwords.conf", &nats)?;
+        for role in store::provision::SERVICES {
+            let password = self.keep("database", role)?;
+            self.put(folder(role), "DATABASE_URL", &format!("postgres://{role}:{password}@{database}"))?;
+        }
+        let password = self.keep("database", "postgres")?;
+        self.put("database", "DATABASE_URL", &format!("postgres://postgres:{password}@{database}"))?;
+        self.keep("credential-vault", "FIELD_ENCRYPTION_KEY")?;
+        let token = self.keep("local-sprites", "LOCAL_SPRITES_TOKEN")?;
+        self.put("credential-vault", "SPRITES_API_KEY", &token)
+    }
+
+    /// The secret that is there, or a new one.
+    fn keep(&self, folder: &str, name: &str) -> Result<String, String> {
+        let path = self.dir.join(folder).join(name);
+        match fs::read_to_string(&path) {
+            Ok(secret) if !secret.is_empty() => Ok(secret),
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(format!("{} cannot be read: {error}", path.display())),
+            _ => {
+                let fresh = random::secret().map_err(|error| format!("no randomness: {error}"))?;
+                self.put(folder, name, &fresh).map(|()| fresh)
+            }
+        }
+    }
+
+    /// Written whole or not at all.
+    fn put(&self, folder: &str, name: &str, content: &str) -> Result<(), String> {
+        let dir = self.dir.join(folder);
+        let draft = dir.join(format!(".{name}.draft"));
+        let write = || -> std::io::Result<()> {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+            let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o400).open(&draft)?;
+            file.write_all(content.as_bytes())?;
+            file.sync_all()?;
+            for path in [&dir, &draft] {
+                chown(path, self.owner, self.owner)?;
+            }
+            fs::rename(&draft, dir.join(name))
+        };
+        write().map_err(|error| {
+            let _ = fs::remove_file(&draft);
+            format!("{} cannot be written: {error}", dir.join(name).display())
+        })
+    }
+}
+
+async fn provision(passwords: &Path) -> Result<(), String> {
+    let mut env = service::Env::from_process("aod deploy database", "");
+    let url = env.secret("DATABASE_URL", "postgres:// URL of the database's owner");
+    if let service::env::Verdict::Refused(problems) = env.finish() {
+        return Err(problems);
+    }
+    let begun = Instant::now();
+    let mut owner = loop {
+        match PgConnection::connect(url.expose_secret()).await {
+            Ok(connection) => break connection,
+            Err(error) if begun.elapsed() > DATABASE_WAIT => return Err(format!("Postgres does not take connections: {error}")),
+            Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
+        }
+    };
+    for role in store::provision::SERVICES {
+        let path = passwords.join(role);
+        let password = fs::read_to_string(&path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
+        let provisioned = store::provision::provision(&mut owner, role, password.trim_end()).await;
+        provisioned.map_err(|error| format!("role {role} cannot be made: {error}"))?;
+        eprintln!("role and schema {role}: ready");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn secrets_are_made_once_and_only_their_owner_reads_them() {
+        let dir = std::env::temp_dir().join(format!("aod-deploy-{}", std::process::id()));
+        let secrets = Secrets { dir: dir.clone(), owner: None };
+        secrets.make("db:5432/aod").unwrap();
+        let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap();
+        let (key, url) = (read("credential-vault/FIELD_ENCRYPTION_KEY"), read("auth/DATABASE_URL"));
+        secrets.make("elsewhere:5432/aod").unwrap();
+        assert_eq!(read("credential-vault/FIELD_ENCRYPTION_KEY"), key);
+        assert_eq!(read("auth/DATABASE_URL"), url.replace("db:", "elsewhere:"));
+        assert_eq!(read("local-sprites/LOCAL_SPRITES_TOKEN"), read("credential-vault/SPRITES_API_KEY"));
+        assert!(read("nats/passwords.conf").contains(&format!("NATS_PASSWORD_RUNNER: \"{}\"", read("sprite-runner/NATS_PASSWORD"))));
+        assert_eq!(fs::metadata(dir.join("auth/DATABASE_URL")).unwrap().permissions().mode() & 0o777, 0o400);
+        fs::remove_dir_all(dir).unwrap();
+    }
+}
