@@ -65,7 +65,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates
 COPY scripts /scripts
 RUN /scripts/agents.sh /agents $AGENTS
 
-# A sandbox server makes namespaces and mounts: it runs as root of a privileged container. Its Sprites see this image's system directories.
+# A sandbox server makes namespaces and mounts: it runs as root, with SYS_ADMIN. Its Sprites see this image's system directories.
 FROM debian:bookworm-slim AS local-sprites
 RUN apt-get update && \
     apt-get install -y --no-install-recommends \

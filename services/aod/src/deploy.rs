@@ -22,7 +22,7 @@ const DATABASE_WAIT: Duration = Duration::from_secs(60);
 pub enum DeployArgs {
     /// Make the secrets of a deployment, a folder of files for each service; what is there already stays
     #[command(after_help = "Each file is named after the setting that it is for: mount a service's folder, and set \
-                            NATS_PASSWORD_FILE=…/NATS_PASSWORD and so on. `nats/passwords.conf` is for the server, `database/` for \
+                            NATS_PASSWORD_FILE=…/NATS_PASSWORD and so on. `nats/passwords.env` is for the server's environment, `database/` for \
                             `aod deploy database` and for Postgres' own first start.")]
     Secrets {
         /// Where the folders are
@@ -70,12 +70,12 @@ struct Secrets {
 
 impl Secrets {
     fn make(&self, database: &str) -> Result<(), String> {
-        let mut nats = String::from("# Made by `aod deploy secrets`; read by nats-server.conf.\n");
+        let mut nats = String::from("# Made by `aod deploy secrets`: what nats/permissions.conf takes from the server's environment.\n");
         for access in access::ALL {
             let password = self.keep(folder(access.user), "NATS_PASSWORD")?;
-            nats.push_str(&format!("{}: \"{password}\"\n", access.password_variable()));
+            nats.push_str(&format!("{}={password}\n", access.password_variable()));
         }
-        self.put("nats", "passwords.conf", &nats)?;
+        self.put("nats", "passwords.env", &nats)?;
         for role in store::provision::SERVICES {
             let password = self.keep("database", role)?;
             self.put(folder(role), "DATABASE_URL", &format!("postgres://{role}:{password}@{database}"))?;
@@ -162,7 +162,7 @@ mod tests {
         assert_eq!(read("credential-vault/FIELD_ENCRYPTION_KEY"), key);
         assert_eq!(read("auth/DATABASE_URL"), url.replace("db:", "elsewhere:"));
         assert_eq!(read("local-sprites/LOCAL_SPRITES_TOKEN"), read("credential-vault/SPRITES_API_KEY"));
-        assert!(read("nats/passwords.conf").contains(&format!("NATS_PASSWORD_RUNNER: \"{}\"", read("sprite-runner/NATS_PASSWORD"))));
+        assert!(read("nats/passwords.env").contains(&format!("NATS_PASSWORD_RUNNER={}\n", read("sprite-runner/NATS_PASSWORD"))));
         assert_eq!(fs::metadata(dir.join("auth/DATABASE_URL")).unwrap().permissions().mode() & 0o777, 0o400);
         fs::remove_dir_all(dir).unwrap();
     }

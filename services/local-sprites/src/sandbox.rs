@@ -10,7 +10,7 @@ use std::{
     fmt,
     fs::{self, File},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::Stdio,
     str::FromStr,
@@ -194,11 +194,8 @@ impl Sandboxes {
         if let Some(agents) = &self.agents_dir {
             command.arg("--ro-bind").arg(agents).arg(AGENTS);
         }
-        // The resolver's file is often a link into /run, which is the Sprite's own.
-        if let Ok(resolver) = fs::canonicalize("/etc/resolv.conf")
-            .and_then(|path| path.starts_with("/run").then_some(path).ok_or(io::ErrorKind::Other.into()))
-        {
-            command.arg("--ro-bind").arg(&resolver).arg(&resolver);
+        for file in files_beside_the_overlay() {
+            command.arg("--ro-bind").arg(&file).arg(&file);
         }
         command.args(["--chdir", HOME, "--info-fd", "2", "--", "/bin/sh", "-c", "echo ready; exec >&-; exec sleep infinity"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear().env("PATH", PATH);
@@ -383,4 +380,12 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     file.write_all(content)?;
     file.sync_data()?;
     fs::rename(draft, path)
+}
+/// How names are resolved, where an overlay of `/etc` does not show it: files that are links into `/run`, which is the Sprite's own, and
+/// files that are mounts themselves, as in containers.
+fn files_beside_the_overlay() -> Vec<PathBuf> {
+    let device = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.dev());
+    let beside = |path: &PathBuf| path.starts_with("/run") || device(path) != device(Path::new("/etc"));
+    let files = ["/etc/resolv.conf", "/etc/hosts"].into_iter().filter_map(|file| fs::canonicalize(file).ok());
+    files.filter(beside).collect()
 }

@@ -103,6 +103,38 @@ async fn guessing_keys_is_slowed_and_a_key_has_its_rate() {
 }
 
 #[tokio::test]
+async fn a_revoked_key_ends_on_every_gateway_within_a_second() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let secrets = std::fs::read_to_string(stack.data_dir().join("secrets.json")).unwrap();
+    let secrets: serde_json::Value = serde_json::from_str(&secrets).unwrap();
+    let passwords = secrets["nats_passwords"].as_array().unwrap();
+    let password = passwords.iter().find(|pair| pair[0] == "gateway").unwrap()[1].as_str().unwrap();
+    let nats = format!("nats://{}", stack.ready_text("/events_url").rsplit('@').next().unwrap());
+    let listen = format!("127.0.0.1:{}", testkit::free_port().unwrap());
+    let settings = [("NATS_URL", nats.as_str()), ("NATS_PASSWORD", password), ("AOD_LISTEN_ADDR", listen.as_str())];
+    let _second = testkit::services::start("gateway", &settings).unwrap();
+
+    let key = stack.post("/api-keys", json!({ "name": "to be revoked" })).await.unwrap();
+    let gateways = [stack.ready_text("/api_url"), format!("http://{listen}")];
+    let status = async |gateway: &str| {
+        let answer = stack.http.get(format!("{gateway}/agents")).bearer_auth(key.text("key")).send().await;
+        answer.map_or(0, |answer| answer.status().as_u16())
+    };
+    for gateway in &gateways {
+        testkit::eventually("the key works", async || status(gateway).await == 200).await;
+    }
+    let revoked = stack.call(Method::DELETE, &format!("/api-keys/{}", key.text("id")), None).await.unwrap();
+    assert!(revoked.status < 300, "{revoked:?}");
+    let begun = Instant::now();
+    for gateway in &gateways {
+        while status(gateway).await != 401 {
+            assert!(begun.elapsed() < Duration::from_millis(1200), "{gateway} still takes it");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn answers_tell_browsers_to_do_nothing_with_them() {
     let settings = &[("ALLOWED_HOSTS", "127.0.0.1,.example.com")];
     let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();

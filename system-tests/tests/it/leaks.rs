@@ -106,7 +106,7 @@ fn memchr(haystack: &[u8], needle: &[u8]) -> bool {
 async fn everything_told(stack: &Stack, sessions: &[String]) -> Vec<(String, String)> {
     let mut told = Vec::new();
     let mut paths: Vec<String> =
-        ["/agents", "/environments", "/sessions", "/credentials", "/keys", "/health", "/openapi.json"].map(str::to_owned).into();
+        ["/agents", "/environments", "/sessions", "/credentials", "/api-keys", "/health", "/openapi.json"].map(str::to_owned).into();
     for session in sessions {
         paths.extend([format!("/sessions/{session}"), format!("/sessions/{session}/turns")]);
     }
