@@ -1,9 +1,9 @@
 //! For those who set a deployment up: its secrets, made once, and what the services need in Postgres. Both may be done again at any time.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, OpenOptions, Permissions},
     io::{ErrorKind, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, chown},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -105,7 +105,9 @@ impl Secrets {
         let dir = self.dir.join(folder);
         let draft = dir.join(format!(".{name}.draft"));
         let write = || -> std::io::Result<()> {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+            fs::create_dir_all(&dir)?;
+            // A volume is there already, open to all.
+            fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
             let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o400).open(&draft)?;
             file.write_all(content.as_bytes())?;
             file.sync_all()?;
@@ -147,8 +149,6 @@ async fn provision(passwords: &Path) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     #[test]
