@@ -21,6 +21,16 @@ impl Provider {
         }
     }
 
+    /// Where the provider's models are.
+    #[must_use]
+    pub const fn host(self) -> &'static str {
+        match self {
+            Self::Anthropic => "api.anthropic.com",
+            Self::Google => "generativelanguage.googleapis.com",
+            Self::Openai => "api.openai.com",
+        }
+    }
+
     /// The variable that the provider's own tools read a key from.
     #[must_use]
     pub const fn env_var(self) -> &'static str {

@@ -26,6 +26,7 @@ use url::form_urlencoded;
 use crate::{
     exec::{self, ExecSession, Output, locked},
     files::{self, Root},
+    network::Policy,
     registry::{Record, Registry, RegistryError, Sprite},
     sandbox::HOME,
 };
@@ -56,6 +57,7 @@ pub fn router(registry: Arc<Registry>, token: SecretString, tasks: TaskTracker) 
         .route("/fs/rename", post(rename_file))
         .route("/fs/copy", post(copy_file))
         .route("/fs/chmod", post(chmod_file))
+        .route("/policy/network", get(get_policy).post(set_policy))
         .route("/upgrade", post(|| async { StatusCode::NO_CONTENT }))
         .layer(middleware::from_fn(versioned));
     Router::new()
@@ -96,7 +98,8 @@ impl IntoResponse for RegistryError {
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::Exists => StatusCode::CONFLICT,
             Self::Closed => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Sandbox(_) | Self::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Unlimited => StatusCode::NOT_IMPLEMENTED,
+            Self::Sandbox(_) | Self::Record(_) | Self::Network(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         if status.is_server_error() {
             tracing::error!(error = %self, "request failed");
@@ -156,6 +159,20 @@ async fn get_sprite(State(api): State<Api>, Path(name): Path<String>) -> Result<
 
 async fn delete_sprite(State(api): State<Api>, Path(name): Path<String>) -> Result<StatusCode, RegistryError> {
     api.registry.delete(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn get_policy(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Policy>, RegistryError> {
+    Ok(Json(api.registry.get(&name)?.record().policy))
+}
+
+async fn set_policy(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<StatusCode, Response> {
+    let wrong = |why: String| (StatusCode::BAD_REQUEST, Json(json!({ "error": format!("invalid network policy: {why}") }))).into_response();
+    let policy: Policy = serde_json::from_slice(&body).map_err(|error| wrong(error.to_string()))?;
+    if let Some(problem) = policy.problem() {
+        return Err(wrong(problem));
+    }
+    api.registry.set_policy(&name, policy).await.map_err(IntoResponse::into_response)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -6,6 +6,7 @@
 mod api;
 mod exec;
 mod files;
+mod network;
 mod registry;
 mod sandbox;
 
@@ -29,6 +30,7 @@ pub struct Config {
     pub data_dir: PathBuf,
     pub agents_dir: Option<PathBuf>,
     pub isolation: Isolation,
+    pub private_hosts: Vec<String>,
 }
 
 impl Config {
@@ -39,6 +41,13 @@ impl Config {
             data_dir: env.required("LOCAL_SPRITES_DATA_DIR", "where the Sprites' files are kept").into(),
             agents_dir: env.optional("LOCAL_SPRITES_AGENTS_DIR", "installed agent CLIs, mounted read-only at /opt/agents").map(Into::into),
             isolation: env.parsed("LOCAL_SPRITES_ISOLATION", "overlay (as root), readonly, or auto", Isolation::Auto),
+            private_hosts: {
+                let hosts = env.optional(
+                    "LOCAL_SPRITES_PRIVATE_HOSTS",
+                    "hosts, or host:port, that Sprites with a network policy may reach although they are private, separated by commas",
+                );
+                hosts.unwrap_or_default().split(',').map(|host| host.trim().to_owned()).filter(|host| !host.is_empty()).collect()
+            },
         }
     }
 }
@@ -51,7 +60,9 @@ impl Config {
 /// When this machine cannot isolate a Sprite, or the address cannot be bound.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let sandboxes = Sandboxes::prepare(config.isolation, &config.data_dir, config.agents_dir.as_deref()).await?;
-    let registry = Arc::new(Registry::load(config.data_dir, sandboxes, lifecycle.tracker()).await.context("LOCAL_SPRITES_DATA_DIR")?);
+    let registry = Arc::new(
+        Registry::load(config.data_dir, sandboxes, config.private_hosts, lifecycle.tracker()).await.context("LOCAL_SPRITES_DATA_DIR")?,
+    );
     let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
     let router = api::router(registry.clone(), config.token, lifecycle.tracker());
     let (stop, life) = (lifecycle.stop_token(), lifecycle.clone());

@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use crate::{
     exec::ExecSession,
+    network::{Gate, Policy},
     sandbox::{Holder, SandboxError, Sandboxes, write_atomically},
 };
 
@@ -28,6 +29,8 @@ pub struct Record {
     pub created_at_us: i64,
     #[serde(default)]
     pub labels: Vec<String>,
+    #[serde(default)]
+    pub policy: Policy,
     holder: Option<Holder>,
 }
 
@@ -38,6 +41,8 @@ pub struct Sprite {
     record: Mutex<Record>,
     /// Held while the sandbox is started, or the Sprite deleted.
     boot: tokio::sync::Mutex<Life>,
+    /// Its way out, where its network is limited and its sandbox is running.
+    gate: Mutex<Option<Arc<Gate>>>,
     pub sessions: Mutex<HashMap<String, Arc<ExecSession>>>,
 }
 
@@ -57,6 +62,10 @@ pub enum RegistryError {
     Closed,
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    #[error("this server cannot limit a Sprite's network: it does not run as root")]
+    Unlimited,
+    #[error("the network policy cannot be put into force: {0}")]
+    Network(#[source] io::Error),
     #[error("the Sprite's record cannot be kept: {0}")]
     Record(#[from] io::Error),
 }
@@ -65,6 +74,8 @@ pub enum RegistryError {
 pub struct Registry {
     dir: PathBuf,
     sandboxes: Sandboxes,
+    /// What limited Sprites may reach although it is private: the deployment's own services.
+    private_hosts: Arc<[String]>,
     sprites: Mutex<BTreeMap<String, Arc<Sprite>>>,
     /// No Sprite is made or started any more.
     closed: AtomicBool,
@@ -77,7 +88,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Registry {
     /// Takes up the Sprites that are on disk. What was half made is deleted.
-    pub async fn load(data_dir: PathBuf, sandboxes: Sandboxes, tasks: TaskTracker) -> io::Result<Self> {
+    pub async fn load(data_dir: PathBuf, sandboxes: Sandboxes, private_hosts: Vec<String>, tasks: TaskTracker) -> io::Result<Self> {
         let dir = data_dir.join("sprites");
         fs::create_dir_all(&dir)?;
         let mut sprites = BTreeMap::new();
@@ -92,7 +103,68 @@ impl Registry {
             }
         }
         tracing::info!(sprites = sprites.len(), "Sprites taken up");
-        Ok(Self { dir, sandboxes, sprites: Mutex::new(sprites), closed: AtomicBool::new(false), tasks })
+        let registry = Self {
+            dir,
+            sandboxes,
+            private_hosts: private_hosts.into(),
+            sprites: Mutex::new(sprites),
+            closed: AtomicBool::new(false),
+            tasks,
+        };
+        // What runs in them goes on; their ways out ended with the server that was here before.
+        let running: Vec<_> = locked(&registry.sprites).values().cloned().collect();
+        for sprite in running {
+            if let Some(holder) = sprite.record().holder.filter(|holder| holder.is_alive())
+                && let Err(error) = registry.open_gate(&sprite, holder)
+            {
+                tracing::warn!(%error, sprite = sprite.record().name, "a limited Sprite is cut off");
+            }
+        }
+        Ok(registry)
+    }
+
+    /// Opens the way out of a limited Sprite.
+    fn open_gate(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
+        let policy = sprite.record().policy;
+        let gate = match holder.has_own_network() {
+            true => Some(Gate::open(holder.pid, policy, self.private_hosts.clone(), &self.tasks).map_err(RegistryError::Network)?),
+            false => None,
+        };
+        if let Some(before) = std::mem::replace(&mut *locked(&sprite.gate), gate) {
+            before.close();
+        }
+        Ok(())
+    }
+
+    /// Puts rules into force. Between limited and unlimited the sandbox is started anew, and what runs in it ends.
+    pub async fn set_policy(self: &Arc<Self>, name: &str, policy: Policy) -> Result<(), RegistryError> {
+        let (registry, sprite) = (self.clone(), self.get(name)?);
+        if policy.is_limited() && !self.sandboxes.can_limit_network() {
+            return Err(RegistryError::Unlimited);
+        }
+        self.uninterrupted(async move {
+            let life = sprite.boot.lock().await;
+            if *life == Life::Deleted {
+                return Err(RegistryError::NotFound);
+            }
+            let limited = policy.is_limited();
+            locked(&sprite.record).policy = policy.clone();
+            registry.sandboxes.show_policy(&sprite.dir, &policy)?;
+            match sprite.record().holder.filter(|holder| holder.is_alive()) {
+                Some(holder) if holder.has_own_network() == limited => {
+                    if let Some(gate) = locked(&sprite.gate).as_ref() {
+                        gate.set_policy(policy);
+                    }
+                    sprite.keep_record()
+                }
+                Some(holder) => {
+                    holder.kill().await;
+                    registry.boot(&sprite).await.map(|_| ())
+                }
+                None => sprite.keep_record(),
+            }
+        })
+        .await
     }
 
     /// Runs work that must not be left half done when whoever asked for it goes away.
@@ -109,8 +181,14 @@ impl Registry {
     }
 
     async fn make(&self, name: &SpriteName, labels: Vec<String>) -> Result<Record, RegistryError> {
-        let record =
-            Record { id: Uuid::new_v4(), name: name.to_string(), created_at_us: Timestamp::now().unix_micros(), labels, holder: None };
+        let record = Record {
+            id: Uuid::new_v4(),
+            name: name.to_string(),
+            created_at_us: Timestamp::now().unix_micros(),
+            labels,
+            policy: Policy::default(),
+            holder: None,
+        };
         // A directory of its own for each life of a name: a deletion that still goes on does not touch a new one.
         let sprite = Arc::new(Sprite::new(self.dir.join(format!("{name}.{}", record.id.simple())), record));
         let mut booting = sprite.boot.lock().await;
@@ -158,6 +236,9 @@ impl Registry {
         self.uninterrupted(async move {
             let mut life = sprite.boot.lock().await;
             *life = Life::Deleted;
+            if let Some(gate) = locked(&sprite.gate).take() {
+                gate.close();
+            }
             registry.sandboxes.destroy(&sprite.dir, sprite.record().holder).await;
             Ok(())
         })
@@ -188,13 +269,11 @@ impl Registry {
     }
 
     async fn boot(&self, sprite: &Sprite) -> Result<Holder, RegistryError> {
-        let holder = self.sandboxes.boot(&sprite.dir, &sprite.record().name).await?;
-        let record = {
-            let mut record = locked(&sprite.record);
-            record.holder = Some(holder);
-            record.clone()
-        };
-        write_atomically(&sprite.dir.join("sprite.json"), &serde_json::to_vec(&record).map_err(io::Error::other)?)?;
+        let record = sprite.record();
+        let holder = self.sandboxes.boot(&sprite.dir, &record.name, record.policy.is_limited()).await?;
+        locked(&sprite.record).holder = Some(holder);
+        sprite.keep_record()?;
+        self.open_gate(sprite, holder)?;
         Ok(holder)
     }
 
@@ -215,11 +294,22 @@ impl Registry {
 
 impl Sprite {
     fn new(dir: PathBuf, record: Record) -> Self {
-        Self { dir, record: Mutex::new(record), boot: tokio::sync::Mutex::new(Life::Usable), sessions: Mutex::default() }
+        Self {
+            dir,
+            record: Mutex::new(record),
+            boot: tokio::sync::Mutex::new(Life::Usable),
+            gate: Mutex::default(),
+            sessions: Mutex::default(),
+        }
     }
 
     pub fn record(&self) -> Record {
         locked(&self.record).clone()
+    }
+
+    fn keep_record(&self) -> Result<(), RegistryError> {
+        let record = serde_json::to_vec(&self.record()).map_err(io::Error::other)?;
+        Ok(write_atomically(&self.dir.join("sprite.json"), &record)?)
     }
 }
 

@@ -28,6 +28,8 @@ use tokio::{
     process::Command,
 };
 
+use crate::network;
+
 /// The user that a Sprite's processes see themselves as (sprites-api.md §11.1).
 const USER: &str = "sprite";
 const UID: &str = "1001";
@@ -94,8 +96,11 @@ pub struct Sandboxes {
 /// The process that keeps a sandbox alive. Its start time tells it from a later process of the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    pid: i32,
+    pub pid: i32,
     start_time: u64,
+    /// Whether it is in a network namespace of its own.
+    #[serde(default)]
+    own_network: bool,
 }
 
 impl Sandboxes {
@@ -116,10 +121,13 @@ impl Sandboxes {
         let probe = data_dir.join("probe");
         let _ = fs::remove_dir_all(&probe);
         sandboxes.make_files(&probe)?;
-        let holder = sandboxes.boot(&probe, "probe").await?;
+        let holder = sandboxes.boot(&probe, "probe", false).await?;
         sandboxes.destroy(&probe, Some(holder)).await;
         let kind = if overlay { "overlay" } else { "read-only root" };
-        tracing::info!(isolation = kind, "sandboxes work; the network is this machine's own, and resources are not limited");
+        tracing::info!(
+            isolation = kind,
+            "sandboxes work; without a policy the network is this machine's own, and resources are not limited"
+        );
         Ok(sandboxes)
     }
 
@@ -159,16 +167,19 @@ impl Sandboxes {
     }
 
     /// Starts the sandbox of a Sprite whose files are there.
-    pub async fn boot(&self, dir: &Path, hostname: &str) -> Result<Holder, SandboxError> {
-        let booted = self.start_holder(dir, hostname).await;
+    pub async fn boot(&self, dir: &Path, hostname: &str, own_network: bool) -> Result<Holder, SandboxError> {
+        let booted = self.start_holder(dir, hostname, own_network).await;
         // The sandbox has its own view of the overlays; this machine's table of mounts is left as it was.
         self.unmount(dir);
         booted
     }
 
-    async fn start_holder(&self, dir: &Path, hostname: &str) -> Result<Holder, SandboxError> {
+    async fn start_holder(&self, dir: &Path, hostname: &str, own_network: bool) -> Result<Holder, SandboxError> {
         let mut command = Command::new("bwrap");
         command.args(["--unshare-user", "--uid", UID, "--gid", UID, "--unshare-pid", "--unshare-ipc", "--unshare-uts"]);
+        if own_network {
+            command.arg("--unshare-net");
+        }
         command.args(["--hostname", hostname]);
         command.arg("--bind").arg(dir.join("files")).arg("/");
         for name in Self::system_dirs() {
@@ -221,7 +232,22 @@ impl Sandboxes {
         // Tokio reaps the process when the handle is gone: nothing is left behind either way.
         drop(child);
         let start_time = start_time(pid).ok_or_else(|| SandboxError::Boot("it ended at once".to_owned()))?;
-        Ok(Holder { pid, start_time })
+        Ok(Holder { pid, start_time, own_network })
+    }
+
+    /// Lets a Sprite read its own rules (sprites-api.md §8.1).
+    pub fn show_policy(&self, dir: &Path, policy: &network::Policy) -> Result<(), SandboxError> {
+        let show = || -> io::Result<()> {
+            let shown = dir.join("files/.sprite/policy");
+            fs::create_dir_all(&shown)?;
+            write_atomically(&shown.join("network.json"), &serde_json::to_vec(policy).map_err(io::Error::other)?)
+        };
+        show().map_err(io_error("the policy cannot be shown"))
+    }
+
+    /// Whether a sandbox's network can be limited here: its namespace is entered from outside, which takes root.
+    pub fn can_limit_network(&self) -> bool {
+        self.overlay
     }
 
     /// Ends everything inside and deletes the files.
@@ -333,12 +359,24 @@ impl Holder {
         File::open(format!("/proc/{}/root", self.pid))
     }
 
+    /// Whether this is the sandbox that a policy asks for.
+    pub fn has_own_network(self) -> bool {
+        self.own_network
+    }
+
     /// A command that runs inside, with its own environment and directory.
     pub fn enter(self, dir: &str, argv: &[String], env: &[(String, String)]) -> Command {
         let mut command = Command::new("nsenter");
         command.arg("--target").arg(self.pid.to_string());
-        command.args(["--user", "--mount", "--pid", "--ipc", "--uts", "--preserve-credentials", "--", "/usr/bin/env", "-C", dir, "--"]);
+        command.args(["--user", "--mount", "--pid", "--ipc", "--uts", "--preserve-credentials"]);
+        if self.own_network {
+            command.arg("--net");
+        }
+        command.args(["--", "/usr/bin/env", "-C", dir, "--"]);
         command.args(argv).env_clear().envs([("PATH", PATH), ("HOME", HOME), ("USER", USER), ("LANG", "C.UTF-8")]);
+        if self.own_network {
+            command.envs(network::proxy_variables());
+        }
         command.envs(env.iter().map(|(name, value)| (name, value)));
         command.process_group(0);
         command

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     BAD_KEY, is, parts,
-    script::{Answer, Question, Script, TOOL_SEARCH},
+    script::{Answer, Question, Script, TOOL_SEARCH, mark},
     unique_id,
 };
 
@@ -93,6 +93,7 @@ fn question(request: &Value) -> Question {
     let since = messages.get(last_prompt.map_or(0, |index| index + 1)..).unwrap_or_default();
     let result = messages.iter().rev().flat_map(blocks).find(|block| is(block, "type", "tool_result"));
     Question {
+        mark: mark(request),
         prompt: last_prompt.and_then(|index| messages.get(index)).map(written).unwrap_or_default(),
         first_prompt: messages.iter().find(is_prompt).map(written).unwrap_or_default(),
         tool_result: result.as_ref().map(written).unwrap_or_default(),

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::{
     BAD_KEY, is, parts,
-    script::{Answer, Question, Script},
+    script::{Answer, Question, Script, mark},
 };
 
 pub fn router(script: Arc<Script>) -> Router {
@@ -123,6 +123,7 @@ fn question(request: &Value) -> Question {
     let tools = request.get("tools").and_then(Value::as_array).into_iter().flatten();
     let declared = tools.filter_map(|tool| tool.get("functionDeclarations").or(tool.get("function_declarations"))?.as_array()).flatten();
     Question {
+        mark: mark(request),
         prompt: last_prompt.and_then(|index| contents.get(index)).map(written).unwrap_or_default(),
         first_prompt: contents.iter().find(is_prompt).map(written).unwrap_or_default(),
         tool_result: match result.map(|result| (result.get("output").and_then(Value::as_str), result)) {

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::{
     BAD_KEY, is, parts,
-    script::{Answer, Question, Script},
+    script::{Answer, Question, Script, mark},
     unique_id,
 };
 
@@ -152,6 +152,7 @@ fn question(request: &Value) -> Question {
     let since = items.get(last_prompt.map_or(0, |index| index + 1)..).unwrap_or_default();
     let result = items.iter().rev().find(|item| is(item, "type", "function_call_output")).and_then(|item| item.get("output"));
     Question {
+        mark: mark(request),
         prompt: last_prompt.and_then(|index| items.get(index)).map(written).unwrap_or_default(),
         first_prompt: items.iter().find(is_prompt).map(written).unwrap_or_default(),
         tool_result: match result {

@@ -1,7 +1,7 @@
 //! What the model says. A script is a list of rules; the first whose `when` is in the prompt answers, step by step: one step for each
 //! time the model is asked within a turn, so that a tool call has its follow-up.
 //!
-//! Texts may hold `{prompt}`, `{first_prompt}`, `{tool_result}` and `{after}` (what stands behind `when` in the prompt).
+//! Texts may hold `{prompt}`, `{first_prompt}`, `{tool_result}`, `{mark}` and `{after}` (what stands behind `when` in the prompt).
 
 use std::time::Duration;
 
@@ -48,6 +48,16 @@ pub struct Question {
     /// Whether a tool was looked for within the turn.
     pub searched: bool,
     pub tools: Vec<String>,
+    /// The first `MARK-` with a number anywhere in the request: proves that something reached the model.
+    pub mark: String,
+}
+
+/// See [`Question::mark`].
+#[must_use]
+pub fn mark(request: &Value) -> String {
+    let text = request.to_string();
+    let Some((_, after)) = text.split_once("MARK-") else { return "no mark".to_owned() };
+    format!("MARK-{}", after.chars().take_while(char::is_ascii_digit).collect::<String>())
 }
 
 #[derive(Debug, PartialEq)]
@@ -82,6 +92,7 @@ impl Script {
                 .replace("{first_prompt}", &question.first_prompt)
                 .replace("{tool_result}", &question.tool_result)
                 .replace("{after}", after)
+                .replace("{mark}", &question.mark)
         };
         if let Some(status) = &step.status {
             return Answer::Fail { status: fill(status).parse().unwrap_or(500), message: fill(&step.error) };

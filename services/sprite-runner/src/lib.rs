@@ -54,6 +54,13 @@ impl ModelEndpoints {
             Provider::Google => self.google.as_deref(),
         }
     }
+
+    /// The host of a provider's models: what an agent has to reach whatever else it may.
+    #[must_use]
+    pub fn host(&self, provider: Provider) -> String {
+        let configured = self.base_url(provider).and_then(|url| reqwest::Url::parse(url).ok()?.host_str().map(str::to_owned));
+        configured.unwrap_or_else(|| provider.host().to_owned())
+    }
 }
 
 impl Config {

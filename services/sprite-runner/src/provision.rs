@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use sprites::{Client, ExecRequest, Sprite};
-use types::{Skill, Stage, StageState};
+use types::{Runtime, Skill, Stage, StageState};
 
 use crate::{
     ModelEndpoints,
@@ -41,6 +41,7 @@ pub struct Provisioning<'a> {
     pub setup: &'a Setup,
     pub secrets: &'a Secrets,
     pub agent: &'a Agent,
+    pub runtime: Runtime,
     pub adapter: &'static dyn Adapter,
     pub models: &'a ModelEndpoints,
 }
@@ -89,7 +90,9 @@ impl Provisioning<'_> {
     }
 
     async fn limit_network(&self, hosts: &[String]) -> Result<(), String> {
-        let limited = self.sprite.limit_network(hosts).await;
+        let models = self.runtime.providers().iter().map(|provider| self.models.host(*provider));
+        let hosts: Vec<String> = hosts.iter().cloned().chain(models).collect();
+        let limited = self.sprite.limit_network(&hosts).await;
         limited.map_err(|error| format!("this sandbox cannot limit its network: {error}"))
     }
 

@@ -138,8 +138,16 @@ async fn work(
     let setup = Setup::read(spec).map_err(|error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}")))?;
 
     if turn == 1 && !record.checkpoint.started {
-        let provisioning =
-            Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, agent: &agent, adapter, models: &runner.models };
+        let provisioning = Provisioning {
+            client: &client,
+            sprite: &sprite,
+            setup: &setup,
+            secrets,
+            agent: &agent,
+            runtime,
+            adapter,
+            models: &runner.models,
+        };
         if let Err(stopped) = provisioning.run(record).await.map_err(Stopped::from) {
             if matches!(stopped, Stopped::Failed { .. }) {
                 // A failed session is never resumed, and its Sprite costs money.

@@ -10,6 +10,7 @@ mod dev;
 mod faults;
 mod hardening;
 mod leaks;
+mod network;
 mod permissions;
 mod resources;
 mod runtimes;

@@ -108,3 +108,78 @@ async fn a_key_that_is_refused_fails_the_turn_in_the_clis_own_words() {
     });
     join_all(runs).await;
 }
+
+/// An MCP server over HTTP, outside of the sandbox, that wants a header.
+async fn mcp_over_http() -> String {
+    use axum::{Json, http::HeaderMap, http::StatusCode, response::IntoResponse as _, routing::post};
+    let answer = async |headers: HeaderMap, Json(message): Json<Value>| {
+        if headers.get("authorization").and_then(|value| value.to_str().ok()) != Some("Bearer a-secret-token") {
+            return StatusCode::UNAUTHORIZED.into_response();
+        }
+        if message.get("id").is_none() {
+            return StatusCode::ACCEPTED.into_response();
+        }
+        let result = match message["method"].as_str().unwrap() {
+            "initialize" => json!({
+                "protocolVersion": message["params"]["protocolVersion"],
+                "capabilities": { "tools": {} },
+                "serverInfo": { "name": "echo", "version": "1" },
+            }),
+            "tools/list" => {
+                let schema = json!({ "type": "object", "properties": { "text": { "type": "string" } }, "required": ["text"] });
+                json!({ "tools": [{ "name": "say", "description": "Says it again", "inputSchema": schema }] })
+            }
+            "tools/call" => {
+                let text = format!("{} over HTTP", message["params"]["arguments"]["text"].as_str().unwrap());
+                json!({ "content": [{ "type": "text", "text": text }] })
+            }
+            _ => json!({}),
+        };
+        Json(json!({ "jsonrpc": "2.0", "id": message["id"], "result": result })).into_response()
+    };
+    let router = axum::Router::new().route("/mcp", post(answer));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::task::spawn(axum::serve(listener, router).into_future());
+    format!("http://{address}/mcp")
+}
+
+#[tokio::test]
+async fn every_cli_calls_an_mcp_server_over_http_and_knows_its_skills() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let url = mcp_over_http().await;
+    let runs = RUNTIMES.map(async |(runtime, model)| {
+        let servers = json!([{ "name": "echo", "type": "url", "url": url, "headers": { "Authorization": "Bearer a-secret-token" } }]);
+        let content = "Look at the sea and say what colour it has.";
+        let skills = json!([{ "type": "inline", "name": "sea-colour", "description": "Knows the colour of the sea, MARK-4711", "content": content }]);
+        let agent = json!({ "name": runtime, "model": model, "runtime": runtime, "mcp_servers": servers, "skills": skills });
+        let agent = stack.post("/agents", agent).await.unwrap();
+        assert_eq!(agent.status, 201, "{agent:?}");
+        let body = json!({ "agent_id": agent.text("id"), "prompt": "echo by MCP: seven" });
+        let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+        let first = turn(&stack, &session, 0).await;
+        first.succeeded_saying(runtime, "seven over HTTP");
+        // A skill's description is in what the CLI tells its model.
+        prompt(&stack, &session, &first, "say the mark").await.succeeded_saying(runtime, "The mark is MARK-4711");
+    });
+    join_all(runs).await;
+}
+
+/// A model that is broken, or has had enough: the CLI says so, and the turn ends.
+#[tokio::test]
+async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let runs = RUNTIMES.into_iter().flat_map(|run| [(run, "500"), (run, "429")]).map(async |((runtime, model), status)| {
+        let agent = json!({ "name": format!("{runtime} {status}"), "model": model, "runtime": runtime });
+        let agent = stack.post("/agents", agent).await.unwrap().text("id").to_owned();
+        let body = json!({ "agent_id": agent, "prompt": format!("fail with {status}"), "timeout": 40 });
+        let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+        let ended = turn(&stack, &session, 0).await;
+        let said = ended.output.to_lowercase();
+        let told = [status, "the script says so", "overloaded", "rate limit", "quota", "retry"].iter().any(|word| said.contains(word));
+        assert!(told, "{runtime} {status}: {} {}", ended.end, ended.output);
+        assert_ne!(ended.end["code"], 0, "{runtime} {status}: {} {}", ended.end, ended.output);
+        eprintln!("{runtime} {status}: {}", ended.end);
+    });
+    join_all(runs).await;
+}

@@ -356,6 +356,8 @@ impl Stack {
             ("LOCAL_SPRITES_TOKEN", secrets.sprites_token.clone()),
             ("LOCAL_SPRITES_DATA_DIR", self.data.join("sprites").display().to_string()),
         ];
+        // Limited Sprites reach the model too.
+        sprites.extend(self.model.map(|model| ("LOCAL_SPRITES_PRIVATE_HOSTS", model.to_string())));
         sprites.extend(self.tools.agents.as_ref().map(|dir| ("LOCAL_SPRITES_AGENTS_DIR", dir.display().to_string())));
         add("local-sprites".to_owned(), "local-sprites", sprites)?;
         if let Some(model) = self.model {

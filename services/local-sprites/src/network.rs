@@ -1,0 +1,409 @@
+//! Who a Sprite may talk to (sprites-api.md §8.1).
+//!
+//! A Sprite with rules has a network namespace of its own, in which there is nothing but a proxy: its environment names it
+//! (`HTTP_PROXY`, `HTTPS_PROXY`), and what goes another way has no route. The proxy listens inside of the namespace and connects
+//! outside of it, by name, where a rule allows that.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// Where the proxy is, as the Sprite sees it.
+const PROXY: &str = "127.0.0.1:3128";
+const HEAD_BYTES_MAX: usize = 32 * 1024;
+const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
+const CONNECT_MAX: Duration = Duration::from_secs(15);
+/// Connections of one Sprite at a time.
+const CONNECTIONS_MAX: usize = 512;
+const RULES_MAX: usize = 1000;
+
+/// What development needs: the meaning of `{"include":"defaults"}`.
+const DEFAULTS: [&str; 24] = [
+    "github.com",
+    "*.github.com",
+    "*.githubusercontent.com",
+    "gitlab.com",
+    "registry.npmjs.org",
+    "registry.yarnpkg.com",
+    "nodejs.org",
+    "pypi.org",
+    "files.pythonhosted.org",
+    "crates.io",
+    "*.crates.io",
+    "static.rust-lang.org",
+    "rubygems.org",
+    "*.rubygems.org",
+    "proxy.golang.org",
+    "sum.golang.org",
+    "deb.debian.org",
+    "security.debian.org",
+    "*.ubuntu.com",
+    "registry-1.docker.io",
+    "*.docker.io",
+    "api.anthropic.com",
+    "api.openai.com",
+    "generativelanguage.googleapis.com",
+];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    Allow,
+    Deny,
+}
+
+/// A host or a pattern of hosts, or a list that everybody knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+pub enum Rule {
+    Domain { domain: String, action: Action },
+    Include { include: String },
+}
+
+/// The rules of a Sprite. None at all: everything is allowed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    pub rules: Vec<Rule>,
+}
+
+impl Policy {
+    pub fn is_limited(&self) -> bool {
+        !self.rules.is_empty()
+    }
+
+    /// What is wrong with the rules, if anything is.
+    pub fn problem(&self) -> Option<String> {
+        if self.rules.len() > RULES_MAX {
+            return Some(format!("at most {RULES_MAX} rules"));
+        }
+        self.rules.iter().find_map(|rule| match rule {
+            Rule::Include { include } => (include != "defaults").then(|| format!("unknown include {include:?}")),
+            Rule::Domain { domain, .. } => {
+                let name = domain.strip_prefix("*.").unwrap_or(domain);
+                let known = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
+                let fine = domain == "*" || (1..=253).contains(&name.len()) && name.chars().all(known);
+                (!fine).then(|| format!("invalid domain {domain:?}"))
+            }
+        })
+    }
+
+    /// The exact name wins over a pattern, the longer pattern over the shorter, and what nobody names is refused.
+    fn allows(&self, host: &str) -> bool {
+        let host = host.trim_end_matches('.').to_ascii_lowercase();
+        let defaults = DEFAULTS.iter().map(|domain| (*domain, Action::Allow));
+        let included = self.rules.iter().any(|rule| matches!(rule, Rule::Include { .. }));
+        let own = self.rules.iter().filter_map(|rule| match rule {
+            Rule::Domain { domain, action } => Some((domain.as_str(), *action)),
+            Rule::Include { .. } => None,
+        });
+        let matching = own.chain(defaults.filter(|_| included)).filter_map(|(domain, action)| Some((weight(domain, &host)?, action)));
+        // Of equals a refusal wins.
+        let best = matching.max_by_key(|(weight, action)| (*weight, *action == Action::Deny));
+        best.is_none_or(|(_, action)| action == Action::Allow) && (best.is_some() || !self.is_limited())
+    }
+}
+
+/// How closely a domain of a rule names a host; none if it does not.
+fn weight(domain: &str, host: &str) -> Option<usize> {
+    let domain = domain.to_ascii_lowercase();
+    if domain == "*" {
+        return Some(0);
+    }
+    match domain.strip_prefix('*') {
+        Some(suffix) => (host.len() > suffix.len() && host.ends_with(suffix)).then_some(suffix.len()),
+        None => (domain == host).then_some(usize::MAX),
+    }
+}
+
+/// The variables that send a Sprite's programs to its proxy.
+pub fn proxy_variables() -> impl Iterator<Item = (&'static str, String)> {
+    let names = ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"];
+    // Node.js looks at them when told to.
+    names.into_iter().map(|name| (name, format!("http://{PROXY}"))).chain([("NODE_USE_ENV_PROXY", "1".to_owned())])
+}
+
+/// A Sprite's way out.
+#[derive(Debug)]
+pub struct Gate {
+    policy: Mutex<Policy>,
+    /// Hosts that may be private addresses: those of the deployment's own services, never what users name.
+    private_hosts: Arc<[String]>,
+    slots: Arc<Semaphore>,
+    /// Ends the connections that were made under rules that do not hold any more.
+    connections: Mutex<CancellationToken>,
+    closed: CancellationToken,
+}
+
+impl Gate {
+    /// Opens a proxy in the network namespace of a process.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, tasks: &TaskTracker) -> io::Result<Arc<Self>> {
+        let listener = listen_inside(Path::new(&format!("/proc/{pid}/ns/net")))?;
+        let gate = Arc::new(Self {
+            policy: Mutex::new(policy),
+            private_hosts,
+            slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            connections: Mutex::default(),
+            closed: CancellationToken::new(),
+        });
+        tasks.spawn(gate.clone().serve(TcpListener::from_std(listener)?, tasks.clone()));
+        Ok(gate)
+    }
+
+    /// Puts other rules into force; connections that are open are cut.
+    pub fn set_policy(&self, policy: Policy) {
+        *locked(&self.policy) = policy;
+        std::mem::take(&mut *locked(&self.connections)).cancel();
+    }
+
+    /// Ends all connections; there will be no other.
+    pub fn close(&self) {
+        self.closed.cancel();
+        locked(&self.connections).cancel();
+    }
+
+    async fn serve(self: Arc<Self>, listener: TcpListener, tasks: TaskTracker) {
+        loop {
+            let Some(accepted) = self.closed.run_until_cancelled(listener.accept()).await else { return };
+            let Ok((client, _)) = accepted else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            let Ok(slot) = self.slots.clone().try_acquire_owned() else { continue };
+            let (gate, cut) = (self.clone(), locked(&self.connections).clone());
+            tasks.spawn(async move {
+                let _ = cut.run_until_cancelled(gate.connection(client)).await;
+                drop(slot);
+            });
+        }
+    }
+
+    async fn connection(&self, mut client: TcpStream) -> io::Result<()> {
+        let _ = client.set_nodelay(true);
+        let Ok(Ok(Some((request, rest)))) = tokio::time::timeout(HEAD_TIME_MAX, read_head(&mut client)).await else {
+            return answer(&mut client, "400 Bad Request", "not a request that a proxy understands").await;
+        };
+        let mut server = match self.dial(&request.host, request.port).await {
+            Ok(server) => server,
+            Err(Refused::Policy) => {
+                tracing::info!(host = request.host, port = request.port, "refused by the Sprite's network policy");
+                let why = format!("{} is not allowed by this sandbox's network policy", request.host);
+                return answer(&mut client, "403 Forbidden", &why).await;
+            }
+            Err(Refused::Unreachable(error)) => {
+                return answer(&mut client, "502 Bad Gateway", &format!("{} cannot be reached: {error}", request.host)).await;
+            }
+        };
+        match request.forward {
+            None => client.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").await?,
+            Some(head) => server.write_all(&head).await?,
+        }
+        server.write_all(&rest).await?;
+        copy_bidirectional(&mut client, &mut server).await.map(|_| ())
+    }
+
+    async fn dial(&self, host: &str, port: u16) -> Result<TcpStream, Refused> {
+        if !locked(&self.policy).allows(host) {
+            return Err(Refused::Policy);
+        }
+        let private_allowed = self.private_hosts.iter().any(|own| own.eq_ignore_ascii_case(host) || *own == format!("{host}:{port}"));
+        let unreachable = |error: io::Error| Refused::Unreachable(error.to_string());
+        let connect = async {
+            let addresses: Vec<SocketAddr> =
+                tokio::net::lookup_host((host.trim_matches(['[', ']']), port)).await.map_err(unreachable)?.collect();
+            // An allowed name that leads to this machine or its network is not what was allowed.
+            let addresses: Vec<_> = addresses.into_iter().filter(|address| private_allowed || is_public(address.ip())).collect();
+            if addresses.is_empty() {
+                return Err(Refused::Policy);
+            }
+            let server = TcpStream::connect(addresses.as_slice()).await.map_err(unreachable)?;
+            let _ = server.set_nodelay(true);
+            Ok(server)
+        };
+        tokio::time::timeout(CONNECT_MAX, connect).await.unwrap_or_else(|_| Err(Refused::Unreachable("it does not answer".to_owned())))
+    }
+}
+
+enum Refused {
+    Policy,
+    Unreachable(String),
+}
+
+/// What is asked of a proxy.
+#[derive(Debug, PartialEq, Eq)]
+struct Asked {
+    host: String,
+    port: u16,
+    /// The head as the server gets it; none where a tunnel is wanted.
+    forward: Option<Vec<u8>>,
+}
+
+/// The head of a request, and what came behind it.
+async fn read_head(client: &mut TcpStream) -> io::Result<Option<(Asked, Vec<u8>)>> {
+    let mut bytes = Vec::new();
+    loop {
+        if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
+            let rest = bytes.split_off(end + 4);
+            return Ok(parse_head(&bytes).map(|asked| (asked, rest)));
+        }
+        if bytes.len() > HEAD_BYTES_MAX || client.read_buf(&mut bytes).await? == 0 {
+            return Ok(None);
+        }
+    }
+}
+
+fn parse_head(head: &[u8]) -> Option<Asked> {
+    let head = std::str::from_utf8(head).ok()?;
+    let (first, headers) = head.split_once("\r\n")?;
+    let [method, target, version] = first.split(' ').collect::<Vec<_>>().try_into().ok()?;
+    if method == "CONNECT" {
+        let (host, port) = target.rsplit_once(':')?;
+        return Some(Asked { host: host.to_owned(), port: port.parse().ok()?, forward: None });
+    }
+    let url = target.strip_prefix("http://")?;
+    let (authority, path) = url.find('/').map_or((url, "/"), |slash| url.split_at(slash));
+    let authority = authority.rsplit_once('@').map_or(authority, |(_, authority)| authority);
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => (host, port.parse().ok()?),
+        _ => (authority, 80),
+    };
+    // One request for each connection: the next may be for another host.
+    let kept = headers.split("\r\n").filter(|line| {
+        let name = line.split(':').next().unwrap_or_default().to_ascii_lowercase();
+        !line.is_empty() && !["connection", "proxy-connection", "proxy-authorization", "keep-alive"].contains(&name.as_str())
+    });
+    let lines: Vec<String> = [format!("{method} {path} {version}")].into_iter().chain(kept.map(str::to_owned)).collect();
+    let forward = format!("{}\r\nConnection: close\r\n\r\n", lines.join("\r\n"));
+    Some(Asked { host: host.to_owned(), port, forward: Some(forward.into_bytes()) })
+}
+
+async fn answer(client: &mut TcpStream, status: &str, why: &str) -> io::Result<()> {
+    let body = format!("{why}\n");
+    let head = format!("HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    client.write_all(format!("{head}{body}").as_bytes()).await?;
+    client.shutdown().await
+}
+
+/// A listener in another network namespace. Sockets stay in the one that they were made in, whoever uses them.
+fn listen_inside(namespace: &Path) -> io::Result<std::net::TcpListener> {
+    let namespace = std::fs::File::open(namespace)?;
+    let listen = move || {
+        move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), Some(LinkNameSpaceType::Network))?;
+        let listener = std::net::TcpListener::bind(PROXY)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    // A thread of its own: it stays in that namespace, and ends.
+    std::thread::spawn(listen).join().unwrap_or_else(|_| Err(io::Error::other("the namespace cannot be entered")))
+}
+
+fn is_public(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => {
+            let shared = v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64;
+            let multicast_or_reserved = v4.octets()[0] >= 224;
+            let special = v4.is_loopback() || v4.is_private() || v4.is_link_local() || v4.is_unspecified() || v4.octets()[0] == 0;
+            !(special || shared || multicast_or_reserved)
+        }
+        IpAddr::V6(v6) => {
+            let first = v6.segments()[0];
+            !(v6.is_loopback() || v6.is_unspecified() || first & 0xfe00 == 0xfc00 || first & 0xffc0 == 0xfe80 || first >= 0xff00)
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn policy(rules: serde_json::Value) -> Policy {
+        serde_json::from_value(serde_json::json!({ "rules": rules })).unwrap()
+    }
+
+    #[test]
+    fn the_closest_rule_wins_and_what_nobody_names_is_refused() {
+        let rules = policy(serde_json::json!([
+            { "domain": "*", "action": "deny" },
+            { "domain": "*.example.org", "action": "allow" },
+            { "domain": "secret.example.org", "action": "deny" },
+            { "domain": "Exact.net", "action": "allow" },
+        ]));
+        for (host, expected) in [
+            ("a.example.org", true),
+            ("a.b.EXAMPLE.org.", true),
+            ("secret.example.org", false),
+            ("example.org", false),
+            ("evilexample.org", false),
+            ("exact.net", true),
+            ("x.exact.net", false),
+            ("", false),
+        ] {
+            assert_eq!(rules.allows(host), expected, "{host}");
+        }
+        let defaults = policy(serde_json::json!([{ "include": "defaults" }, { "domain": "pypi.org", "action": "deny" }]));
+        assert!(defaults.allows("github.com") && defaults.allows("api.github.com"));
+        assert!(!defaults.allows("pypi.org") && !defaults.allows("example.org"));
+        assert!(Policy::default().allows("anything") && !Policy::default().is_limited());
+    }
+
+    #[test]
+    fn bad_rules_are_named() {
+        assert!(policy(serde_json::json!([{ "domain": "a b", "action": "allow" }])).problem().unwrap().contains("a b"));
+        assert!(policy(serde_json::json!([{ "include": "everything" }])).problem().unwrap().contains("everything"));
+        assert_eq!(policy(serde_json::json!([{ "domain": "*.a-b.c", "action": "allow" }])).problem(), None);
+        assert!(serde_json::from_value::<Policy>(serde_json::json!({ "rules": [{ "domain": "x", "action": "maybe" }] })).is_err());
+    }
+
+    #[test]
+    fn requests_to_a_proxy_are_read() {
+        let connect = parse_head(b"CONNECT api.x.org:443 HTTP/1.1\r\nHost: api.x.org\r\n\r\n").unwrap();
+        assert_eq!(connect, Asked { host: "api.x.org".to_owned(), port: 443, forward: None });
+        let get =
+            parse_head(b"GET http://u:p@x.org:81/a?b HTTP/1.1\r\nHost: x.org\r\nProxy-Connection: keep-alive\r\nA: 1\r\n\r\n").unwrap();
+        assert_eq!((get.host.as_str(), get.port), ("x.org", 81));
+        let head = String::from_utf8(get.forward.unwrap()).unwrap();
+        assert_eq!(head, "GET /a?b HTTP/1.1\r\nHost: x.org\r\nA: 1\r\nConnection: close\r\n\r\n");
+        for bad in ["", "GET / HTTP/1.1\r\n\r\n", "CONNECT x HTTP/1.1\r\n\r\n", "CONNECT x:99999 HTTP/1.1\r\n\r\n", "\u{fffd}\r\n\r\n"] {
+            assert_eq!(parse_head(bad.as_bytes()), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn this_machine_and_its_networks_are_not_public() {
+        for private in [
+            "127.0.0.1",
+            "10.1.2.3",
+            "192.168.0.1",
+            "172.16.0.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "0.0.0.0",
+            "::1",
+            "fd00::1",
+            "fe80::1",
+            "::ffff:127.0.0.1",
+        ] {
+            assert!(!is_public(private.parse().unwrap()), "{private}");
+        }
+        assert!(is_public("93.184.216.34".parse().unwrap()) && is_public("2606:2800::1".parse().unwrap()));
+    }
+}
