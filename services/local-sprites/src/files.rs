@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RawMode, ResolveFlag
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// A Sprite's root.
+#[derive(Debug)]
 pub struct Root(File);
 
 /// An entry of a directory, or a file that lists itself.

@@ -21,6 +21,8 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use crate::files::Root;
+
 /// Where the proxy is, as the Sprite sees it.
 const PROXY: &str = "127.0.0.1:3128";
 const HEAD_BYTES_MAX: usize = 32 * 1024;
@@ -145,14 +147,38 @@ pub struct Gate {
     /// Ends the connections that were made under rules that do not hold any more.
     connections: Mutex<CancellationToken>,
     closed: CancellationToken,
+    refusals: Mutex<Refusals>,
+}
+
+/// What was refused, for the Sprite to read: each host and port once.
+#[derive(Debug)]
+struct Refusals {
+    files: Root,
+    hosts: Vec<String>,
+}
+
+impl Refusals {
+    const FILE: &str = "/.sprite/policy/refused";
+    const HOSTS_MAX: usize = 200;
+
+    fn add(&mut self, host: String) {
+        if self.hosts.len() >= Self::HOSTS_MAX || self.hosts.contains(&host) {
+            return;
+        }
+        self.hosts.push(host);
+        let text: String = self.hosts.iter().flat_map(|host| [host.as_str(), "\n"]).collect();
+        if let Err(error) = self.files.write(Path::new(Self::FILE), text.as_bytes(), 0o644, true) {
+            tracing::debug!(%error, "the Sprite is not told what was refused");
+        }
+    }
 }
 
 impl Gate {
-    /// Opens a proxy in the network namespace of a process.
+    /// Opens a proxy in the network namespace of a process. What is refused is told in `files`.
     ///
     /// # Errors
     /// When the namespace cannot be entered.
-    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, tasks: &TaskTracker) -> io::Result<Arc<Self>> {
+    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, files: Root, tasks: &TaskTracker) -> io::Result<Arc<Self>> {
         let listener = listen_inside(Path::new(&format!("/proc/{pid}/ns/net")))?;
         let gate = Arc::new(Self {
             policy: Mutex::new(policy),
@@ -160,6 +186,7 @@ impl Gate {
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             connections: Mutex::default(),
             closed: CancellationToken::new(),
+            refusals: Mutex::new(Refusals { files, hosts: Vec::new() }),
         });
         tasks.spawn(gate.clone().serve(TcpListener::from_std(listener)?, tasks.clone()));
         Ok(gate)
@@ -202,6 +229,7 @@ impl Gate {
             Ok(server) => server,
             Err(Refused::Policy) => {
                 tracing::info!(host = request.host, port = request.port, "refused by the Sprite's network policy");
+                locked(&self.refusals).add(format!("{}:{}", request.host, request.port));
                 let why = format!("{} is not allowed by this sandbox's network policy", request.host);
                 return answer(&mut client, "403 Forbidden", &why).await;
             }

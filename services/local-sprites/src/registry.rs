@@ -2,8 +2,9 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs, io,
-    path::PathBuf,
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -17,6 +18,7 @@ use uuid::Uuid;
 
 use crate::{
     exec::ExecSession,
+    files::Root,
     network::{Gate, Policy},
     sandbox::{Holder, SandboxError, Sandboxes, write_atomically},
 };
@@ -127,7 +129,9 @@ impl Registry {
     fn open_gate(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
         let policy = sprite.record().policy;
         let gate = match holder.has_own_network() {
-            true => Some(Gate::open(holder.pid, policy, self.private_hosts.clone(), &self.tasks).map_err(RegistryError::Network)?),
+            true => Some(
+                Gate::open(holder.pid, policy, self.private_hosts.clone(), sprite.files()?, &self.tasks).map_err(RegistryError::Network)?,
+            ),
             false => None,
         };
         if let Some(before) = std::mem::replace(&mut *locked(&sprite.gate), gate) {
@@ -149,7 +153,7 @@ impl Registry {
             }
             let limited = policy.is_limited();
             locked(&sprite.record).policy = policy.clone();
-            registry.sandboxes.show_policy(&sprite.dir, &policy)?;
+            sprite.show_policy(&policy)?;
             match sprite.record().holder.filter(|holder| holder.is_alive()) {
                 Some(holder) if holder.has_own_network() == limited => {
                     if let Some(gate) = locked(&sprite.gate).as_ref() {
@@ -305,6 +309,16 @@ impl Sprite {
 
     pub fn record(&self) -> Record {
         locked(&self.record).clone()
+    }
+
+    /// The Sprite's own files, whether it runs or not. What it put there leads nowhere else.
+    fn files(&self) -> io::Result<Root> {
+        Ok(Root::new(File::open(self.dir.join("files"))?))
+    }
+
+    /// Lets a Sprite read its own rules (sprites-api.md §8.1).
+    fn show_policy(&self, policy: &Policy) -> io::Result<()> {
+        self.files()?.write(Path::new("/.sprite/policy/network.json"), &serde_json::to_vec(policy)?, 0o644, true)
     }
 
     fn keep_record(&self) -> Result<(), RegistryError> {

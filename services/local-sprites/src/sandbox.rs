@@ -235,16 +235,6 @@ impl Sandboxes {
         Ok(Holder { pid, start_time, own_network })
     }
 
-    /// Lets a Sprite read its own rules (sprites-api.md §8.1).
-    pub fn show_policy(&self, dir: &Path, policy: &network::Policy) -> Result<(), SandboxError> {
-        let show = || -> io::Result<()> {
-            let shown = dir.join("files/.sprite/policy");
-            fs::create_dir_all(&shown)?;
-            write_atomically(&shown.join("network.json"), &serde_json::to_vec(policy).map_err(io::Error::other)?)
-        };
-        show().map_err(io_error("the policy cannot be shown"))
-    }
-
     /// Whether a sandbox's network can be limited here: its namespace is entered from outside, which takes root.
     pub fn can_limit_network(&self) -> bool {
         self.overlay

@@ -33,6 +33,9 @@ prepare() {
     :
     @prepare@
 }
+# Where a sandbox tells what its network policy refused.
+refused=/.sprite/policy/refused
+cat $refused >"$spool/refused-before" 2>/dev/null
 prepare </dev/null >/dev/null 2>>"$spool/stderr" 9>&-
 CONVERSATION=$(
     @find@
@@ -76,6 +79,7 @@ watcher=$!
 wait $agent
 code=$?
 cd "$spool" || exit 1
+[ ! -s $refused ] || grep -vxFf refused-before $refused | sed 's/^/refused by the network policy: /' >>stderr
 if [ -e timed-out ]; then
     # What ignores TERM has its grace, then goes too.
     wait $watcher

@@ -142,7 +142,7 @@ impl Provisioning<'_> {
             match skill {
                 Skill::Inline(skill) => {
                     let path = format!("{}/{}/SKILL.md", skills.folder, skill.name);
-                    self.sprite.write(&path, skill.content.clone(), 0o644).await.map_err(|error| error.to_string())?;
+                    self.sprite.write(&path, setup::skill_file(skill), 0o644).await.map_err(|error| error.to_string())?;
                 }
                 Skill::Github(skill) => self.run_step(&setup::install_skill(skill, skills.installer_name)).await?,
             }

@@ -4,7 +4,12 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use contract::scheduler::TurnSpec;
 use secrecy::ExposeSecret as _;
-use types::{McpServer, Networking, PackageManager, Repository, Skill, agent::GithubSkill, environment::NetworkingKind};
+use serde_json::Value;
+use types::{
+    McpServer, Networking, PackageManager, Repository, Skill,
+    agent::{GithubSkill, InlineSkill},
+    environment::NetworkingKind,
+};
 
 use crate::{agent::quote, secrets::Secrets};
 
@@ -18,6 +23,16 @@ pub struct Setup {
     repositories: Vec<Repository>,
     pub skills: Vec<Skill>,
     pub mcp_servers: Vec<McpServer>,
+}
+
+/// The text of an inline skill's `SKILL.md`: CLIs know a skill by its front matter. One that its author wrote stays.
+pub fn skill_file(skill: &InlineSkill) -> String {
+    if skill.content.starts_with("---\n") {
+        return skill.content.clone();
+    }
+    // A JSON string is a YAML string.
+    let description = Value::from(skill.description.as_str());
+    format!("---\nname: {}\ndescription: {description}\n---\n\n{}", skill.name, skill.content)
 }
 
 /// A script, and what it does.
@@ -154,6 +169,18 @@ mod tests {
         assert!(setup.steps()[1].script.contains("'requests>=2'") && setup.steps()[2].script.contains("'/work/a b'"));
         assert_eq!(setup.allowed_hosts(), Some(["*.x.org".to_owned()].as_slice()));
         assert_eq!(Setup::read(&TurnSpec::default()).unwrap().allowed_hosts(), None);
+    }
+
+    #[test]
+    fn a_skill_has_front_matter() {
+        let skill = |content: &str| InlineSkill {
+            name: "sea".to_owned(),
+            description: "Knows: \"blue\"\nand green".to_owned(),
+            content: content.to_owned(),
+        };
+        let file = "---\nname: sea\ndescription: \"Knows: \\\"blue\\\"\\nand green\"\n---\n\nLook.";
+        assert_eq!(skill_file(&skill("Look.")), file);
+        assert_eq!(skill_file(&skill("---\nname: own\n---\nLook.")), "---\nname: own\n---\nLook.");
     }
 
     #[test]

@@ -38,12 +38,14 @@ async fn only_what_is_allowed_is_reached() {
         "tell timeout 5 bash -c 'echo x > /dev/tcp/93.184.216.34/443'".to_owned(),
         "tell timeout 5 bash -c 'echo x > /dev/udp/93.184.216.34/53'".to_owned(),
         // What the rules are, for whoever wonders.
-        "grep -o '\"domain\":\"[^\"]*\"' /.sprite/policy/network.json | tr '\\n' ' '".to_owned(),
+        "grep -o '\"domain\":\"[^\"]*\"' /.sprite/policy/network.json | tr '\\n' ' '; echo".to_owned(),
     ];
     let prompt = format!("{tell} {}", probes.join("; "));
     let (events, output) = limited(&stack, "shell", &prompt, json!(["127.0.0.1", "localhost", "*.example.com"])).await;
     let said: Vec<&str> = output.lines().collect();
+    let (refused, said): (Vec<&str>, Vec<&str>) = said.into_iter().partition(|line| line.starts_with("refused by the network policy: "));
     assert_eq!(said.len(), 12, "{output}\n{events:?}");
+    assert!(refused.iter().any(|line| line.ends_with(" example.org:80")) && refused.len() == 4, "{refused:?} {said:?}");
     assert!(said[0].starts_with("0:reached") && said[1].starts_with("0:reached"), "{output}");
     for (probe, said) in probes.iter().zip(&said).skip(2).take(9) {
         assert!(!said.starts_with("0:"), "{probe}: {said}");

@@ -18,7 +18,10 @@ impl Adapter for Opencode {
     }
 
     fn begin(&self, launch: &Launch<'_>) -> Vec<String> {
-        ["opencode", "run", "--auto", "--format", "json", "--model", launch.model].map(str::to_owned).into()
+        // A model that fails is tried again without a word, but in the log.
+        ["opencode", "run", "--auto", "--format", "json", "--print-logs", "--log-level", "ERROR", "--model", launch.model]
+            .map(str::to_owned)
+            .into()
     }
 
     fn resume(&self, launch: &Launch<'_>) -> Vec<String> {
