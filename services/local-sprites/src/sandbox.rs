@@ -153,6 +153,7 @@ impl Sandboxes {
             }
             if self.overlay {
                 self.link_agents(&layer(dir, "usr").join("upper/local/bin"))?;
+                give_root_in_name(|name| layer(dir, name).join("upper"))?;
             }
             let etc = if self.overlay { layer(dir, "etc").join("upper") } else { dir.to_path_buf() };
             for (file, entry) in [("passwd", format!("{USER}:x:{UID}:{UID}::{HOME}:/bin/bash\n")), ("group", format!("{USER}:x:{UID}:\n"))]
@@ -409,6 +410,21 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     file.sync_data()?;
     fs::rename(draft, path)
 }
+/// A `sudo`, which set-up scripts and package managers expect; and a package manager that does without a second user.
+fn give_root_in_name(upper: impl Fn(&str) -> PathBuf) -> io::Result<()> {
+    let bin = upper("usr").join("local/bin");
+    fs::create_dir_all(&bin)?;
+    fs::write(bin.join("sudo"), include_str!("../scripts/sudo.sh"))?;
+    fs::set_permissions(bin.join("sudo"), fs::Permissions::from_mode(0o755))?;
+    let apt = upper("etc").join("apt/apt.conf.d");
+    fs::create_dir_all(&apt)?;
+    fs::write(apt.join("99local-sprites"), "APT::Sandbox::User \"root\";\n")?;
+    // What it downloaded is another user's here.
+    let lists = upper("var/lib/apt").join("lists");
+    fs::create_dir_all(lists.join("partial"))?;
+    opaque(&lists)
+}
+
 /// How names are resolved, where an overlay of `/etc` does not show it: files that are links into `/run`, which is the Sprite's own, and
 /// files that are mounts themselves, as in containers.
 fn files_beside_the_overlay() -> Vec<PathBuf> {

@@ -285,16 +285,31 @@ async fn what_an_agent_asks_for_lies_in_its_sandbox() {
     let list: Value = serde_json::from_str(&sprites("", &[]).await).unwrap();
     let name = list["sprites"][0]["name"].as_str().unwrap();
     let file = async |path: &str| sprites(&format!("/{name}/fs/read"), &[("path", path), ("workingDir", "/")]).await;
-    assert_eq!(file("/home/sprite/.claude/skills/greet/SKILL.md").await, "# Say hello\n");
+    let skill = "---\nname: greet\ndescription: \"how to greet\"\n---\n\n# Say hello\n";
+    assert_eq!(file("/home/sprite/.claude/skills/greet/SKILL.md").await, skill);
     let config: Value = serde_json::from_str(&file("/home/sprite/.claude.json").await).unwrap();
     assert_eq!(config["mcpServers"]["files"]["env"]["TOKEN"], "sentinel");
     assert!(!Value::from(events).to_string().contains("sentinel"));
 }
 
+/// Set-up scripts and package managers write as root, and see their own system alone.
+#[tokio::test]
+async fn sudo_changes_the_sandbox_and_nothing_else() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let prompt = "sudo id -u; sudo -E -n TOLD=yes env | grep TOLD; sudo touch /usr/bin/made-by-sudo && ls /usr/bin/made-by-sudo; \
+                  sudo -u nobody true || echo refused; sudo cat /etc/shadow || echo hidden";
+    let session = stack.session("shell", prompt).await.unwrap();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let said: String = events.iter().filter(|event| event["stream"] == "stdout").filter_map(|event| event["data"].as_str()).collect();
+    assert_eq!(said, "0\nTOLD=yes\n/usr/bin/made-by-sudo\nrefused\nhidden\n", "{events:?}");
+    assert!(!std::path::Path::new("/usr/bin/made-by-sudo").exists());
+}
+
 /// A sandbox that cannot limit its network runs nothing that wants it limited.
 #[tokio::test]
 async fn a_network_that_cannot_be_limited_is_a_failure_and_not_an_open_network() {
-    let stack = Stack::start(Options::default()).await.unwrap();
+    let settings = &[("LOCAL_SPRITES_ISOLATION", "readonly")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
     let environment = json!({ "name": "e", "setup_script": "echo ran", "networking": { "type": "limited", "allowed_hosts": ["x.org"] } });
     let environment = stack.post("/environments", environment).await.unwrap().text("id").to_owned();
     let agent = stack.agent("shell").await.unwrap();
