@@ -130,6 +130,20 @@ pub const EVENTS: Access = Access {
 
 pub const ALL: [Access; 7] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, OPERATOR, EVENTS];
 
+/// Whether a subject is one of those that a pattern of NATS means.
+#[must_use]
+pub fn matches(pattern: &str, subject: &str) -> bool {
+    let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
+    loop {
+        match (pattern.next(), subject.next()) {
+            (Some(">"), Some(_)) | (None, None) => return true,
+            (Some("*"), Some(_)) => {}
+            (Some(p), Some(s)) if p == s => {}
+            _ => return false,
+        }
+    }
+}
+
 /// The server's `authorization` block.
 #[must_use]
 pub fn render_permissions() -> String {
@@ -164,18 +178,6 @@ fn list(subjects: &[&str]) -> String {
 mod tests {
     use super::*;
     use crate::rpc;
-
-    fn matches(pattern: &str, subject: &str) -> bool {
-        let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
-        loop {
-            match (pattern.next(), subject.next()) {
-                (Some(">"), Some(_)) | (None, None) => return true,
-                (Some("*"), Some(_)) => {}
-                (Some(p), Some(s)) if p == s => {}
-                _ => return false,
-            }
-        }
-    }
 
     #[test]
     fn every_request_is_served_by_one_service_and_called_by_somebody() {

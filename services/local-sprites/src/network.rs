@@ -174,18 +174,26 @@ impl Refusals {
 }
 
 impl Gate {
-    /// Opens a proxy in the network namespace of a process. What is refused is told in `files`.
+    /// Opens a proxy in the network namespace of a process. What is refused is told in `files`. It ends at the stop too:
+    /// the next server opens another.
     ///
     /// # Errors
     /// When the namespace cannot be entered.
-    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, files: Root, tasks: &TaskTracker) -> io::Result<Arc<Self>> {
+    pub fn open(
+        pid: i32,
+        policy: Policy,
+        private_hosts: Arc<[String]>,
+        files: Root,
+        (tasks, stop): (&TaskTracker, &CancellationToken),
+    ) -> io::Result<Arc<Self>> {
         let listener = listen_inside(Path::new(&format!("/proc/{pid}/ns/net")))?;
+        let closed = stop.child_token();
         let gate = Arc::new(Self {
             policy: Mutex::new(policy),
             private_hosts,
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
-            connections: Mutex::default(),
-            closed: CancellationToken::new(),
+            connections: Mutex::new(closed.child_token()),
+            closed,
             refusals: Mutex::new(Refusals { files, hosts: Vec::new() }),
         });
         tasks.spawn(gate.clone().serve(TcpListener::from_std(listener)?, tasks.clone()));
@@ -195,13 +203,12 @@ impl Gate {
     /// Puts other rules into force; connections that are open are cut.
     pub fn set_policy(&self, policy: Policy) {
         *locked(&self.policy) = policy;
-        std::mem::take(&mut *locked(&self.connections)).cancel();
+        std::mem::replace(&mut *locked(&self.connections), self.closed.child_token()).cancel();
     }
 
     /// Ends all connections; there will be no other.
     pub fn close(&self) {
         self.closed.cancel();
-        locked(&self.connections).cancel();
     }
 
     async fn serve(self: Arc<Self>, listener: TcpListener, tasks: TaskTracker) {

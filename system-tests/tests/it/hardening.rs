@@ -174,7 +174,7 @@ async fn garbage_on_the_bus_is_answered_and_harms_nobody() {
         let password = passwords.iter().find(|pair| pair[0] == access.user).unwrap()[1].as_str().unwrap().to_owned();
         let options = async_nats::ConnectOptions::with_user_and_password(access.user.to_owned(), password);
         let client = options.custom_inbox_prefix(access.inbox()).connect(&address).await.unwrap();
-        for rpc in contract::rpc::RPCS.iter().filter(|rpc| access.publish.iter().any(|allowed| matches(allowed, rpc.subject))) {
+        for rpc in contract::rpc::RPCS.iter().filter(|rpc| access.publish.iter().any(|allowed| access::matches(allowed, rpc.subject))) {
             for round in 0..40 {
                 let payload = match round % 4 {
                     0 => (0..random.usize(..200)).map(|_| random.u8(..)).collect(),
@@ -229,16 +229,4 @@ fn fields(random: &mut fastrand::Rng, text: &str) -> Vec<u8> {
         }
     }
     bytes
-}
-
-fn matches(pattern: &str, subject: &str) -> bool {
-    let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
-    loop {
-        match (pattern.next(), subject.next()) {
-            (Some(">"), Some(_)) | (None, None) => return true,
-            (Some("*"), Some(_)) => {}
-            (Some(p), Some(s)) if p == s => {}
-            _ => return false,
-        }
-    }
 }

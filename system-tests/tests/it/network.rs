@@ -1,5 +1,6 @@
 //! Environments with `limited` networking: what is allowed is reached by name, through the proxy; nothing else is, in any way.
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 
@@ -75,7 +76,11 @@ async fn an_agent_reaches_its_model_and_goes_on_after_a_restart_of_the_sandbox_s
     let session = stack.post("/sessions", body).await.unwrap();
     let mut events = stack.stream(session.text("id"), 0).await.unwrap();
     events.until_output("begun").await.unwrap();
-    Stack::signal(&stack.pids("local-sprites"), rustix::process::Signal::KILL);
+    // Told to stop, then killed.
+    let before = stack.pids("local-sprites");
+    Stack::signal(&before, Signal::TERM);
+    testkit::eventually("another server", async || stack.pids("local-sprites") != before && !stack.pids("local-sprites").is_empty()).await;
+    Stack::signal(&stack.pids("local-sprites"), Signal::KILL);
     let events = events.all().await.unwrap();
     let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
     assert!(output.contains("last ") && !output.ends_with("last 000"), "{output}");
