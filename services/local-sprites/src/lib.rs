@@ -61,9 +61,7 @@ impl Config {
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let sandboxes = Sandboxes::prepare(config.isolation, &config.data_dir, config.agents_dir.as_deref()).await?;
     let registry = Arc::new(
-        Registry::load(config.data_dir, sandboxes, config.private_hosts, lifecycle.tracker(), lifecycle.stop_token())
-            .await
-            .context("LOCAL_SPRITES_DATA_DIR")?,
+        Registry::load(config.data_dir, sandboxes, config.private_hosts, lifecycle.tracker()).await.context("LOCAL_SPRITES_DATA_DIR")?,
     );
     let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
     let router = api::router(registry.clone(), config.token, lifecycle.tracker());

@@ -18,8 +18,9 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
+    task::JoinSet,
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 
 use crate::files::Root;
 
@@ -147,6 +148,8 @@ pub struct Gate {
     /// Ends the connections that were made under rules that do not hold any more.
     connections: Mutex<CancellationToken>,
     closed: CancellationToken,
+    /// The task that accepts; it ends when the gate is closed, and its connections with it.
+    server: Mutex<JoinSet<()>>,
     refusals: Mutex<Refusals>,
 }
 
@@ -174,29 +177,24 @@ impl Refusals {
 }
 
 impl Gate {
-    /// Opens a proxy in the network namespace of a process. What is refused is told in `files`. It ends at the stop too:
-    /// the next server opens another.
+    /// Opens a proxy in the network namespace of a process. What is refused is told in `files`. A stop does not wait
+    /// for it, and it serves as long as this process: what runs in the Sprite goes on meanwhile.
     ///
     /// # Errors
     /// When the namespace cannot be entered.
-    pub fn open(
-        pid: i32,
-        policy: Policy,
-        private_hosts: Arc<[String]>,
-        files: Root,
-        (tasks, stop): (&TaskTracker, &CancellationToken),
-    ) -> io::Result<Arc<Self>> {
+    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, files: Root) -> io::Result<Arc<Self>> {
         let listener = listen_inside(Path::new(&format!("/proc/{pid}/ns/net")))?;
-        let closed = stop.child_token();
+        let closed = CancellationToken::new();
         let gate = Arc::new(Self {
             policy: Mutex::new(policy),
             private_hosts,
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             connections: Mutex::new(closed.child_token()),
             closed,
+            server: Mutex::default(),
             refusals: Mutex::new(Refusals { files, hosts: Vec::new() }),
         });
-        tasks.spawn(gate.clone().serve(TcpListener::from_std(listener)?, tasks.clone()));
+        locked(&gate.server).spawn(gate.clone().serve(TcpListener::from_std(listener)?));
         Ok(gate)
     }
 
@@ -211,8 +209,10 @@ impl Gate {
         self.closed.cancel();
     }
 
-    async fn serve(self: Arc<Self>, listener: TcpListener, tasks: TaskTracker) {
+    async fn serve(self: Arc<Self>, listener: TcpListener) {
+        let mut connections = JoinSet::new();
         loop {
+            while connections.try_join_next().is_some() {}
             let Some(accepted) = self.closed.run_until_cancelled(listener.accept()).await else { return };
             let Ok((client, _)) = accepted else {
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -220,7 +220,7 @@ impl Gate {
             };
             let Ok(slot) = self.slots.clone().try_acquire_owned() else { continue };
             let (gate, cut) = (self.clone(), locked(&self.connections).clone());
-            tasks.spawn(async move {
+            connections.spawn(async move {
                 let _ = cut.run_until_cancelled(gate.connection(client)).await;
                 drop(slot);
             });

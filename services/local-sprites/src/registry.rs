@@ -12,7 +12,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::task::TaskTracker;
 use types::{SpriteName, Timestamp};
 use uuid::Uuid;
 
@@ -82,7 +82,6 @@ pub struct Registry {
     /// No Sprite is made or started any more.
     closed: AtomicBool,
     tasks: TaskTracker,
-    stop: CancellationToken,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -91,13 +90,7 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Registry {
     /// Takes up the Sprites that are on disk. What was half made is deleted.
-    pub async fn load(
-        data_dir: PathBuf,
-        sandboxes: Sandboxes,
-        private_hosts: Vec<String>,
-        tasks: TaskTracker,
-        stop: CancellationToken,
-    ) -> io::Result<Self> {
+    pub async fn load(data_dir: PathBuf, sandboxes: Sandboxes, private_hosts: Vec<String>, tasks: TaskTracker) -> io::Result<Self> {
         let dir = data_dir.join("sprites");
         fs::create_dir_all(&dir)?;
         let mut sprites = BTreeMap::new();
@@ -119,7 +112,6 @@ impl Registry {
             sprites: Mutex::new(sprites),
             closed: AtomicBool::new(false),
             tasks,
-            stop,
         };
         // What runs in them goes on; their ways out ended with the server that was here before.
         let running: Vec<_> = locked(&registry.sprites).values().cloned().collect();
@@ -137,10 +129,7 @@ impl Registry {
     fn open_gate(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
         let policy = sprite.record().policy;
         let gate = match holder.has_own_network() {
-            true => Some(
-                Gate::open(holder.pid, policy, self.private_hosts.clone(), sprite.files()?, (&self.tasks, &self.stop))
-                    .map_err(RegistryError::Network)?,
-            ),
+            true => Some(Gate::open(holder.pid, policy, self.private_hosts.clone(), sprite.files()?).map_err(RegistryError::Network)?),
             false => None,
         };
         if let Some(before) = std::mem::replace(&mut *locked(&sprite.gate), gate) {
