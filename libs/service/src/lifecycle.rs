@@ -4,6 +4,7 @@
 //! leaves with a code that tells its supervisor to start it again.
 
 use std::{
+    fmt,
     future::Future,
     process::ExitCode,
     sync::{
@@ -31,6 +32,12 @@ struct Shared {
     crashed: AtomicBool,
     interrupted: AtomicBool,
     checks: Mutex<Vec<Check>>,
+}
+
+impl fmt::Debug for Lifecycle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lifecycle").field("stopping", &self.stop.is_cancelled()).finish_non_exhaustive()
+    }
 }
 
 impl Default for Lifecycle {

@@ -4,36 +4,60 @@
 //! for the next one, as much as the real service keeps.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
+    fs, io,
+    os::unix::ffi::OsStrExt as _,
+    path::PathBuf,
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use bytes::{Bytes, BytesMut};
-use rustix::process::{Pid, Signal};
+use bytes::{BufMut as _, Bytes, BytesMut};
+use rustix::process::Signal;
+use service::Lifecycle;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     process::{Child, ChildStdin},
     sync::{mpsc, watch},
 };
-use tokio_util::task::TaskTracker;
 use types::Timestamp;
 
-use crate::{registry::Sprite, sandbox::Holder};
+use crate::{
+    launch::exit_code,
+    process::Process,
+    registry::Sprite,
+    sandbox::{self, Holder},
+    terminal::{Size, Terminal},
+};
 
 /// Bytes of one frame; well under every client's limit (sprites-api.md §3.2).
 const FRAME_BYTES: usize = 64 * 1024;
+/// What is on its way from a command to this server.
+const PIPE_BYTES: usize = 1024 * 1024;
 /// What an attaching client is shown of the past.
 const REPLAY_BYTES: usize = 64 * 1024;
 /// How long output that a daemon still holds open is waited for after the command's own exit.
 const LINGER: Duration = Duration::from_millis(200);
+/// A client that takes nothing for so long is not there any more.
+const SEND_MAX: Duration = Duration::from_secs(300);
+/// Ended sessions that are known to have ended.
+const ENDED_KEPT: usize = 64;
+const END_OF_FILE: u8 = 4;
 
-/// Output of one of the two streams.
+/// What a client is told of a command. When the channel ends before the exit, the command goes on without this client.
 #[derive(Clone, Debug)]
-pub struct Output {
-    pub stderr: bool,
-    pub data: Bytes,
+pub enum Event {
+    /// The stream's byte, and output of it.
+    Output(Bytes),
+    Exit(u8),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stream {
+    Stdout = 1,
+    Stderr = 2,
 }
 
 /// What to run.
@@ -43,31 +67,66 @@ pub struct Request {
     pub env: Vec<(String, String)>,
     pub dir: String,
     pub stdin: bool,
-    /// How long the command goes on when its last client is gone.
-    pub max_run_after_disconnect: Duration,
+    pub terminal: Option<Size>,
+    /// How long the command goes on when its last client is gone; for ever where none.
+    pub max_run_after_disconnect: Option<Duration>,
+}
+
+/// The commands of a Sprite, by id.
+#[derive(Debug, Default)]
+pub struct Sessions {
+    running: HashMap<String, Arc<ExecSession>>,
+    ended: VecDeque<String>,
+}
+
+impl Sessions {
+    pub fn get(&self, id: &str) -> Option<Arc<ExecSession>> {
+        self.running.get(id).cloned()
+    }
+
+    /// Whether there was such a command, not long ago.
+    pub fn has_ended(&self, id: &str) -> bool {
+        self.ended.iter().any(|ended| ended == id)
+    }
+
+    pub fn all(&self) -> Vec<Arc<ExecSession>> {
+        let mut all: Vec<_> = self.running.values().cloned().collect();
+        all.sort_by_key(|session| session.created);
+        all
+    }
+
+    fn end(&mut self, id: &str) {
+        self.running.remove(id);
+        self.ended.push_back(id.to_owned());
+        if self.ended.len() > ENDED_KEPT {
+            self.ended.pop_front();
+        }
+    }
 }
 
 /// A running command. Exited ones are forgotten at once.
 #[derive(Debug)]
 pub struct ExecSession {
     pub id: String,
-    pub command: String,
-    pub dir: String,
     pub created: Timestamp,
-    group: Option<Pid>,
+    pub dir: String,
+    argv: Vec<String>,
+    launcher: Process,
+    terminal: Option<(Arc<Terminal>, Mutex<Size>)>,
     clients: Mutex<Clients>,
     stdin: mpsc::Sender<Option<Bytes>>,
     exit: watch::Receiver<Option<u8>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Clients {
-    attached: Vec<mpsc::Sender<Output>>,
-    replay: VecDeque<Output>,
-    /// Grows with every byte of output.
+    attached: Vec<mpsc::Sender<Event>>,
+    replay: VecDeque<Bytes>,
+    /// Bytes of output so far.
     seen: usize,
-    /// No output will come any more.
-    ended: bool,
+    last_activity: Instant,
+    /// Nothing will come any more but this.
+    exit: Option<u8>,
 }
 
 impl ExecSession {
@@ -76,57 +135,106 @@ impl ExecSession {
         sprite: &Arc<Sprite>,
         holder: Holder,
         request: Request,
-        tasks: &TaskTracker,
-    ) -> std::io::Result<(Arc<Self>, mpsc::Receiver<Output>)> {
-        let mut command = holder.enter(&request.dir, &request.argv, &request.env);
-        let stdin = if request.stdin { Stdio::piped() } else { Stdio::null() };
-        let mut child = command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        lifecycle: &Lifecycle,
+    ) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
+        let launch = sprite.launch(holder, PathBuf::from(&request.dir), request.terminal.is_some());
+        let mut command = launch.command(&request.argv)?;
+        command.envs(sandbox::environment(holder));
+        command.envs(sprite.environment());
+        let mut terminal = None;
+        if let Some(size) = request.terminal {
+            let (master, slave) = Terminal::open(holder, size, sprite.owner())?;
+            command.env("TERM", "xterm-256color");
+            command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
+            terminal = Some((Arc::new(master), Mutex::new(size)));
+        } else {
+            command.stdin(if request.stdin { Stdio::piped() } else { Stdio::null() }).stdout(Stdio::piped()).stderr(Stdio::piped());
+        }
+        command.envs(request.env.iter().map(|(name, value)| (name, value)));
+        let mut child = command.spawn()?;
+        // Its own ends of the terminal are closed here: the last one that is open is the Sprite's.
+        drop(command);
+        let launcher = child.id().and_then(|id| Process::find(i32::try_from(id).ok()?));
+        let launcher = launcher.ok_or_else(|| io::Error::other("the command ended before it began"))?;
         let (stdin_tx, stdin_rx) = mpsc::channel(16);
         let (exit_tx, exit) = watch::channel(None);
         let session = Arc::new(Self {
-            id: child.id().unwrap_or_default().to_string(),
-            command: request.argv.join(" "),
-            dir: request.dir,
+            id: launcher.pid.to_string(),
             created: Timestamp::now(),
-            group,
-            clients: Mutex::default(),
+            dir: request.dir,
+            argv: request.argv,
+            launcher,
+            terminal,
+            clients: Mutex::new(Clients::default()),
             stdin: stdin_tx,
             exit,
         });
         let output = session.attach();
-        locked(&sprite.sessions).insert(session.id.clone(), session.clone());
-        if let Some(stdin) = child.stdin.take() {
-            tasks.spawn(feed(stdin, stdin_rx));
+        locked(&sprite.sessions).running.insert(session.id.clone(), session.clone());
+        let tasks = lifecycle.tracker();
+        match (&session.terminal, child.stdin.take()) {
+            (Some((terminal, _)), _) => drop(tasks.spawn(type_into(terminal.clone(), stdin_rx, lifecycle.clone()))),
+            (None, Some(stdin)) => drop(tasks.spawn(feed(stdin, stdin_rx, lifecycle.clone()))),
+            (None, None) => {}
         }
-        tasks.spawn(session.clone().supervise(sprite.clone(), child, exit_tx, request.max_run_after_disconnect));
+        let supervise = session.clone().supervise(sprite.clone(), child, exit_tx, request.max_run_after_disconnect);
+        let stop = lifecycle.stop_token();
+        // At a stop the command is left alone, and its clients hear no exit.
+        tasks.spawn(async move { stop.run_until_cancelled(supervise).await });
         Ok((session, output))
     }
 
     /// Output from now on, after a replay of the newest.
-    pub fn attach(&self) -> mpsc::Receiver<Output> {
+    pub fn attach(&self) -> mpsc::Receiver<Event> {
         let mut clients = locked(&self.clients);
         // Room for the whole replay, so that it never waits.
         let (sender, receiver) = mpsc::channel(16 + clients.replay.len());
         for output in &clients.replay {
-            let _ = sender.try_send(output.clone());
+            let _ = sender.try_send(Event::Output(output.clone()));
         }
-        if !clients.ended {
-            clients.attached.push(sender);
+        match clients.exit {
+            Some(code) => drop(sender.try_send(Event::Exit(code))),
+            None => clients.attached.push(sender),
         }
         receiver
     }
 
+    /// Lets all clients go; the command goes on.
+    pub fn disconnect(&self) {
+        locked(&self.clients).attached.clear();
+    }
+
     /// Bytes for the command's standard input; `None` ends it. Ignored by a command that reads none.
     pub async fn feed(&self, data: Option<Bytes>) {
+        locked(&self.clients).last_activity = Instant::now();
         let _ = self.stdin.send(data).await;
     }
 
-    /// Sends a signal to the command's process group.
+    /// Sends a signal to the command's process group; with a terminal, to the one in the foreground.
     pub fn signal(&self, signal: Signal) {
-        if let Some(group) = self.group {
-            let _ = rustix::process::kill_process_group(group, signal);
+        match self.terminal.as_ref().and_then(|(terminal, _)| terminal.foreground()) {
+            Some(group) => drop(rustix::process::kill_process_group(group, signal)),
+            None => self.launcher.signal_command(signal),
         }
+    }
+
+    /// Ends the command for certain.
+    pub fn kill(&self) {
+        self.signal(Signal::KILL);
+        self.launcher.signal_command(Signal::KILL);
+    }
+
+    pub fn resize(&self, size: Size) {
+        if let Some((terminal, current)) = &self.terminal
+            && terminal.resize(size).is_ok()
+        {
+            *locked(current) = size;
+        }
+    }
+
+    /// The terminal's size, where there is one.
+    pub fn terminal(&self) -> Option<Size> {
+        self.terminal.as_ref().map(|(_, size)| *locked(size))
     }
 
     /// The exit status, once there is one.
@@ -138,15 +246,42 @@ impl ExecSession {
         !locked(&self.clients).attached.is_empty()
     }
 
-    async fn supervise(self: Arc<Self>, sprite: Arc<Sprite>, mut child: Child, exit: watch::Sender<Option<u8>>, linger: Duration) {
+    /// What runs now: what a command became is not always what was asked for.
+    pub fn command(&self) -> String {
+        let running = || {
+            let pid = self.launcher.child()?;
+            let executable = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+            let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let arguments = line.split(|byte| *byte == 0).skip(1).filter(|argument| !argument.is_empty());
+            let words = std::iter::once(executable.as_os_str().as_bytes()).chain(arguments);
+            Some(words.map(String::from_utf8_lossy).collect::<Vec<_>>().join(" "))
+        };
+        running().unwrap_or_else(|| self.argv.join(" "))
+    }
+
+    pub fn asked_command(&self) -> String {
+        self.argv.join(" ")
+    }
+
+    /// How long nothing was written or read, and how much was written in a second, on average.
+    pub fn activity(&self) -> (Duration, f64) {
+        let age = (Timestamp::now().unix_micros() - self.created.unix_micros()).max(1);
+        let clients = locked(&self.clients);
+        (clients.last_activity.elapsed(), clients.seen as f64 * 1e6 / age as f64)
+    }
+
+    async fn supervise(self: Arc<Self>, sprite: Arc<Sprite>, mut child: Child, exit: watch::Sender<Option<u8>>, max_run: Option<Duration>) {
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let pumps = async {
-            tokio::join!(self.pump(stdout, false), self.pump(stderr, true));
+            match &self.terminal {
+                Some((terminal, _)) => self.pump_terminal(terminal).await,
+                None => drop(tokio::join!(self.pump(stdout, Stream::Stdout), self.pump(stderr, Stream::Stderr))),
+            }
         };
         let mut pumps = std::pin::pin!(pumps);
         let mut drained = false;
         let status = {
-            let mut abandoned = std::pin::pin!(self.abandoned(linger));
+            let mut abandoned = std::pin::pin!(self.abandoned(max_run));
             let mut killed = false;
             loop {
                 tokio::select! {
@@ -154,7 +289,7 @@ impl ExecSession {
                     () = &mut pumps, if !drained => drained = true,
                     () = &mut abandoned, if !killed => {
                         killed = true;
-                        self.signal(Signal::KILL);
+                        self.kill();
                     }
                 }
             }
@@ -163,13 +298,17 @@ impl ExecSession {
             // What the command wrote is in the pipes; a daemon that keeps them open is not waited for.
             let _ = self.drain(pumps).await;
         }
-        locked(&sprite.sessions).remove(&self.id);
-        {
+        let code = status.map_or(u8::MAX, exit_code);
+        locked(&sprite.sessions).end(&self.id);
+        let attached = {
             let mut clients = locked(&self.clients);
-            clients.ended = true;
-            clients.attached.clear();
+            clients.exit = Some(code);
+            std::mem::take(&mut clients.attached)
+        };
+        exit.send_replace(Some(code));
+        for client in attached {
+            let _ = client.send_timeout(Event::Exit(code), SEND_MAX).await;
         }
-        exit.send_replace(Some(status.map_or(255, exit_code)));
     }
 
     /// Waits for the pipes to end, or to be silent for a while.
@@ -182,72 +321,104 @@ impl ExecSession {
         }
     }
 
-    async fn pump(&self, pipe: Option<impl AsyncRead + Unpin>, stderr: bool) {
+    async fn pump(&self, pipe: Option<impl AsyncRead + Unpin + std::os::fd::AsFd>, stream: Stream) {
         let Some(mut pipe) = pipe else { return };
+        let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES);
         let mut buffer = BytesMut::with_capacity(FRAME_BYTES);
-        while let Ok(read) = pipe.read_buf(&mut buffer).await {
-            if read == 0 {
-                return;
+        loop {
+            buffer.put_u8(stream as u8);
+            match (&mut pipe).take(FRAME_BYTES as u64 - 1).read_buf(&mut buffer).await {
+                Ok(read) if read > 0 => self.publish(buffer.split().freeze()).await,
+                _ => return,
             }
-            self.publish(Output { stderr, data: buffer.split().freeze() }).await;
             buffer.reserve(FRAME_BYTES);
         }
     }
 
-    async fn publish(&self, output: Output) {
+    async fn pump_terminal(&self, terminal: &Terminal) {
+        let mut buffer = BytesMut::new();
+        loop {
+            buffer.put_u8(Stream::Stdout as u8);
+            match terminal.read(&mut buffer).await {
+                Ok(read) if read > 0 => self.publish(buffer.split().freeze()).await,
+                _ => return,
+            }
+        }
+    }
+
+    async fn publish(&self, output: Bytes) {
         let attached = {
             let mut clients = locked(&self.clients);
             clients.remember(output.clone());
             clients.attached.clone()
         };
         for client in attached {
-            let _ = client.send(output.clone()).await;
+            if client.send_timeout(Event::Output(output.clone()), SEND_MAX).await.is_err() {
+                locked(&self.clients).attached.retain(|other| !other.same_channel(&client));
+            }
         }
-        locked(&self.clients).attached.retain(|client| !client.is_closed());
     }
 
-    /// Returns when nobody has been attached for `linger`.
-    async fn abandoned(&self, linger: Duration) {
+    /// Returns when nobody has been attached for as long as the command may go on alone.
+    async fn abandoned(&self, max_run: Option<Duration>) {
         const CHECK: Duration = Duration::from_millis(500);
+        let Some(max_run) = max_run else { return std::future::pending().await };
         let mut alone = Duration::ZERO;
-        while alone < linger {
-            tokio::time::sleep(CHECK.min(linger)).await;
+        while alone < max_run {
+            tokio::time::sleep(CHECK.min(max_run)).await;
             let attached = {
                 let mut clients = locked(&self.clients);
                 clients.attached.retain(|client| !client.is_closed());
                 !clients.attached.is_empty()
             };
-            alone = if attached { Duration::ZERO } else { alone + CHECK.min(linger) };
+            alone = if attached { Duration::ZERO } else { alone + CHECK.min(max_run) };
         }
+    }
+}
+
+impl Default for Clients {
+    fn default() -> Self {
+        Self { attached: Vec::new(), replay: VecDeque::new(), seen: 0, last_activity: Instant::now(), exit: None }
     }
 }
 
 impl Clients {
-    fn remember(&mut self, output: Output) {
-        self.seen += output.data.len();
+    fn remember(&mut self, output: Bytes) {
+        self.last_activity = Instant::now();
+        self.seen += output.len() - 1;
         self.replay.push_back(output);
-        let mut held: usize = self.replay.iter().map(|output| output.data.len()).sum();
+        let mut held: usize = self.replay.iter().map(Bytes::len).sum();
         while held > REPLAY_BYTES
             && let Some(oldest) = self.replay.pop_front()
         {
-            held -= oldest.data.len();
+            held -= oldest.len();
         }
     }
 }
 
-async fn feed(mut stdin: ChildStdin, mut data: mpsc::Receiver<Option<Bytes>>) {
-    while let Some(Some(bytes)) = data.recv().await {
-        if stdin.write_all(&bytes).await.is_err() {
-            return;
+async fn feed(mut stdin: ChildStdin, mut data: mpsc::Receiver<Option<Bytes>>, lifecycle: Lifecycle) {
+    let stop = lifecycle.stop_token();
+    let feed = async {
+        while let Some(Some(bytes)) = data.recv().await {
+            if stdin.write_all(&bytes).await.is_err() {
+                return;
+            }
         }
-    }
+    };
+    stop.run_until_cancelled(feed).await;
 }
 
-/// The one-byte status: signals are 128 + n.
-fn exit_code(status: std::process::ExitStatus) -> u8 {
-    use std::os::unix::process::ExitStatusExt as _;
-    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
-    u8::try_from(code).unwrap_or(255)
+async fn type_into(terminal: Arc<Terminal>, mut data: mpsc::Receiver<Option<Bytes>>, lifecycle: Lifecycle) {
+    let stop = lifecycle.stop_token();
+    let typing = async {
+        while let Some(bytes) = data.recv().await {
+            let typed = bytes.unwrap_or_else(|| Bytes::from_static(&[END_OF_FILE]));
+            if terminal.write_all(&typed).await.is_err() {
+                return;
+            }
+        }
+    };
+    stop.run_until_cancelled(typing).await;
 }
 
 /// `TERM`, `SIGTERM`, `term` or `15`.
@@ -261,6 +432,9 @@ pub fn parse_signal(text: &str) -> Option<Signal> {
         "USR1" | "10" => Signal::USR1,
         "USR2" | "12" => Signal::USR2,
         "TERM" | "15" => Signal::TERM,
+        "CONT" | "18" => Signal::CONT,
+        "STOP" | "19" => Signal::STOP,
+        "WINCH" | "28" => Signal::WINCH,
         _ => return None,
     })
 }

@@ -2,18 +2,32 @@
 //! nor a race leads out of it.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::{Component, Path, PathBuf},
 };
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RawMode, ResolveFlags, Stat};
+use rustix::{
+    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RawMode, ResolveFlags, Stat},
+    io::Errno,
+    process::{Gid, Uid},
+};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-/// A Sprite's root.
+/// Entries of one answer. A tree that has more is an error, not an answer that lacks some.
+const ENTRIES_MAX: usize = 100_000;
+
+/// A Sprite's root, and whom new files are for.
 #[derive(Debug)]
-pub struct Root(File);
+pub struct Root {
+    dir: File,
+    owner: Option<u32>,
+}
 
 /// An entry of a directory, or a file that lists itself.
 #[derive(Debug, serde::Serialize)]
@@ -45,14 +59,16 @@ pub fn absolute(working_dir: &str, path: &str) -> PathBuf {
 }
 
 impl Root {
-    pub fn new(root: File) -> Self {
-        Self(root)
+    /// `owner` as this machine names it; this server itself where none.
+    pub fn new(dir: File, owner: Option<u32>) -> Self {
+        Self { dir, owner }
     }
 
-    fn open(&self, path: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+    pub fn open(&self, path: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
         let relative = path.strip_prefix("/").unwrap_or(path);
         let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
-        Ok(rustix::fs::openat2(self.0.as_fd(), relative, flags | OFlags::CLOEXEC, mode, ResolveFlags::IN_ROOT)?)
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        Ok(rustix::fs::openat2(self.dir.as_fd(), relative, flags | OFlags::CLOEXEC, mode, resolve)?)
     }
 
     /// The directory that a path's last name is in, and that name.
@@ -82,10 +98,26 @@ impl Root {
             self.make_dirs(parent, depth)?;
         }
         let mode = Mode::from_raw_mode(mode as RawMode);
-        // Created with its final mode: a secret is never readable in between.
-        let fd = self.open(path, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NONBLOCK, mode)?;
+        let flags = OFlags::WRONLY | OFlags::TRUNC | OFlags::NONBLOCK;
+        let fd = match self.open(path, flags, Mode::empty()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // Created with its final mode: a secret is never readable in between.
+                let fd = self.open(path, flags | OFlags::CREATE, mode)?;
+                self.give(&fd)?;
+                fd
+            }
+            there => there?,
+        };
         rustix::fs::fchmod(&fd, mode)?;
         File::from(fd).write_all(content)
+    }
+
+    /// A new file or directory is its owner's.
+    fn give(&self, fd: impl AsFd) -> io::Result<()> {
+        match self.owner {
+            Some(owner) => Ok(rustix::fs::fchown(fd, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)))?),
+            None => Ok(()),
+        }
     }
 
     fn make_dirs(&self, path: &Path, depth: usize) -> io::Result<()> {
@@ -97,12 +129,14 @@ impl Root {
         }
         let (parent, name) = self.parent(path)?;
         match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
-            Err(error) if error != rustix::io::Errno::EXIST => Err(error.into()),
-            _ => Ok(()),
+            Ok(()) => self.give(rustix::fs::openat(&parent, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?),
+            Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 
-    pub fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
+    /// What is in a directory, or the file itself; with `recursive`, what is below it too.
+    pub fn list(&self, path: &Path, recursive: bool) -> io::Result<Vec<Entry>> {
         let fd = self.open(path, OFlags::PATH, Mode::empty())?;
         let stat = rustix::fs::fstat(&fd)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
@@ -110,24 +144,17 @@ impl Root {
         }
         let dir = self.open(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
         let mut entries = Vec::new();
-        for item in Dir::read_from(&dir)? {
-            let item = item?;
-            let name = item.file_name().to_string_lossy().into_owned();
-            if name == "." || name == ".." {
-                continue;
-            }
-            // One that is deleted meanwhile is not in the list.
-            if let Ok(stat) = rustix::fs::statat(&dir, item.file_name(), AtFlags::SYMLINK_NOFOLLOW) {
-                entries.push(entry(&path.join(name), &stat));
-            }
-        }
-        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        list_into(&dir, path, recursive, &mut entries)?;
+        entries.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(entries)
     }
 
-    pub fn delete(&self, path: &Path, recursive: bool) -> io::Result<()> {
+    /// Gives what was deleted.
+    pub fn delete(&self, path: &Path, recursive: bool) -> io::Result<Vec<PathBuf>> {
         let (parent, name) = self.parent(path)?;
-        delete_at(parent.as_fd(), name, recursive)
+        let mut deleted = Vec::new();
+        delete_at(parent.as_fd(), name, path, recursive, &mut deleted)?;
+        Ok(deleted)
     }
 
     pub fn rename(&self, source: &Path, dest: &Path) -> io::Result<()> {
@@ -135,8 +162,40 @@ impl Root {
         Ok(rustix::fs::renameat(&from, source, &to, dest)?)
     }
 
-    /// Copies one file; gives its size.
-    pub fn copy(&self, source: &Path, dest: &Path) -> io::Result<u64> {
+    /// Copies a file, or with `recursive` a directory; gives what was copied where, and how many bytes.
+    pub fn copy(&self, source: &Path, dest: &Path, recursive: bool) -> io::Result<(Vec<(PathBuf, PathBuf)>, u64)> {
+        let stat = rustix::fs::fstat(self.open(source, OFlags::PATH, Mode::empty())?)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            let bytes = self.copy_file(source, dest)?;
+            return Ok((vec![(source.to_owned(), dest.to_owned())], bytes));
+        }
+        if !recursive {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
+        if dest.starts_with(source) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.make_dirs(dest, usize::MAX)?;
+        let (mut copied, mut bytes) = (vec![(source.to_owned(), dest.to_owned())], 0);
+        for entry in self.list(source, true)? {
+            let from = PathBuf::from(&entry.path);
+            let to = dest.join(from.strip_prefix(source).unwrap_or(&from));
+            match entry.kind {
+                "directory" => self.make_dirs(&to, usize::MAX)?,
+                "symlink" => {
+                    let (parent, name) = self.parent(&from)?;
+                    let target = rustix::fs::readlinkat(&parent, name, Vec::new())?;
+                    let (parent, name) = self.parent(&to)?;
+                    rustix::fs::symlinkat(target.as_c_str(), &parent, name)?;
+                }
+                _ => bytes += self.copy_file(&from, &to)?,
+            }
+            copied.push((from, to));
+        }
+        Ok((copied, bytes))
+    }
+
+    fn copy_file(&self, source: &Path, dest: &Path) -> io::Result<u64> {
         let (mut file, size) = self.read(source, 0)?;
         let mode = rustix::fs::fstat(&file)?.st_mode & 0o7777;
         let mut content = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
@@ -145,31 +204,86 @@ impl Root {
         Ok(size)
     }
 
-    pub fn chmod(&self, path: &Path, mode: u32) -> io::Result<()> {
-        let fd = self.open(path, OFlags::PATH, Mode::empty())?;
-        // fchmod refuses O_PATH descriptors; their name under /proc is the same file, resolved already.
-        let name = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
-        Ok(rustix::fs::chmodat(CWD, name, Mode::from_raw_mode(mode as RawMode), AtFlags::empty())?)
+    /// Gives what was changed.
+    pub fn chmod(&self, path: &Path, mode: u32, recursive: bool) -> io::Result<Vec<PathBuf>> {
+        let mode = Mode::from_raw_mode(mode as RawMode);
+        self.change(path, recursive, |fd| Ok(rustix::fs::chmodat(CWD, named(fd), mode, AtFlags::empty())?))
+    }
+
+    /// Gives what was changed. Owners as this machine names them.
+    pub fn chown(&self, path: &Path, uid: Option<u32>, gid: Option<u32>, recursive: bool) -> io::Result<Vec<PathBuf>> {
+        let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+        self.change(path, recursive, |fd| Ok(rustix::fs::chownat(CWD, named(fd), uid, gid, AtFlags::empty())?))
+    }
+
+    /// Does something to a file, and with `recursive` to all below it that are no symlinks.
+    fn change(&self, path: &Path, recursive: bool, change: impl Fn(&OwnedFd) -> io::Result<()>) -> io::Result<Vec<PathBuf>> {
+        let mut changed = vec![path.to_owned()];
+        let top = self.open(path, OFlags::PATH, Mode::empty())?;
+        let is_dir = FileType::from_raw_mode(rustix::fs::fstat(&top)?.st_mode) == FileType::Directory;
+        if recursive && is_dir {
+            let below = self.list(path, true)?.into_iter().filter(|entry| entry.kind != "symlink").map(|entry| entry.path.into());
+            changed.extend(below);
+        }
+        for path in &changed {
+            change(&self.open(path, OFlags::PATH, Mode::empty())?)?;
+        }
+        Ok(changed)
     }
 }
 
-fn delete_at(parent: impl AsFd, name: &Path, recursive: bool) -> io::Result<()> {
+/// Some calls refuse `O_PATH` descriptors; their name under `/proc` is the same file, resolved already.
+fn named(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(fd))
+}
+
+fn list_into(dir: impl AsFd, path: &Path, recursive: bool, entries: &mut Vec<Entry>) -> io::Result<()> {
+    for item in Dir::read_from(&dir)? {
+        let item = item?;
+        let name = Path::new(OsStr::from_bytes(item.file_name().to_bytes()));
+        if item.file_name() == c"." || item.file_name() == c".." {
+            continue;
+        }
+        // One that is deleted meanwhile is not in the list.
+        let Ok(stat) = rustix::fs::statat(&dir, item.file_name(), AtFlags::SYMLINK_NOFOLLOW) else { continue };
+        if entries.len() >= ENTRIES_MAX {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("more than {ENTRIES_MAX} entries")));
+        }
+        let path = path.join(name);
+        entries.push(entry(&path, &stat));
+        if recursive && FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            if let Ok(below) = rustix::fs::openat(&dir, item.file_name(), flags, Mode::empty()) {
+                list_into(&below, &path, recursive, entries)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn delete_at(parent: impl AsFd, name: &Path, path: &Path, recursive: bool, deleted: &mut Vec<PathBuf>) -> io::Result<()> {
     match rustix::fs::unlinkat(&parent, name, AtFlags::empty()) {
-        Err(rustix::io::Errno::ISDIR) => {}
-        other => return Ok(other?),
+        Err(Errno::ISDIR) => {}
+        other => {
+            other?;
+            deleted.push(path.to_owned());
+            return Ok(());
+        }
     }
     if recursive {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let dir = rustix::fs::openat(&parent, name, flags, Mode::empty())?;
         for item in Dir::read_from(&dir)? {
             let item = item?;
-            let name = item.file_name();
-            if name != c"." && name != c".." {
-                delete_at(&dir, Path::new(std::ffi::OsStr::new(&*name.to_string_lossy())), true)?;
+            if item.file_name() != c"." && item.file_name() != c".." {
+                let name = Path::new(OsStr::from_bytes(item.file_name().to_bytes()));
+                delete_at(&dir, name, &path.join(name), true, deleted)?;
             }
         }
     }
-    Ok(rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR)?)
+    rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR)?;
+    deleted.push(path.to_owned());
+    Ok(())
 }
 
 fn entry(path: &Path, stat: &Stat) -> Entry {
@@ -207,15 +321,15 @@ mod tests {
         std::fs::write(dir.path().join("inside"), "yes").unwrap();
         std::os::unix::fs::symlink("/inside", dir.path().join("link")).unwrap();
         std::os::unix::fs::symlink("/../../../../../../etc/passwd", dir.path().join("out")).unwrap();
-        let root = Root::new(File::open(dir.path()).unwrap());
+        let root = Root::new(File::open(dir.path()).unwrap(), None);
         let mut text = String::new();
         root.read(Path::new("/link"), 0).unwrap().0.read_to_string(&mut text).unwrap();
         assert_eq!(text, "yes");
         assert_eq!(root.read(Path::new("/out"), 0).unwrap_err().kind(), io::ErrorKind::NotFound);
         root.write(Path::new("/a/b/c"), b"x", 0o600, true).unwrap();
-        assert_eq!(root.list(Path::new("/a/b/c")).unwrap()[0].mode, "0600");
+        assert_eq!(root.list(Path::new("/a/b/c"), false).unwrap()[0].mode, "0600");
         root.delete(Path::new("/a"), true).unwrap();
-        assert_eq!(root.list(Path::new("/a")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(root.list(Path::new("/a"), false).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(std::fs::read(dir.path().join("inside")).unwrap(), b"yes");
     }
 }

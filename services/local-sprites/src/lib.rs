@@ -1,16 +1,36 @@
 //! A Sprites-compatible server on this machine, so that nobody needs an account.
 //!
-//! [`sandbox`] makes a Sprite's namespaces and root; [`registry`] keeps the Sprites; [`exec`] runs commands in them; [`files`] is the
-//! file API; [`api`] speaks the wire format of the Sprites API. What is not served answers 404.
+//! [`sandbox`] makes a Sprite's namespaces and root over its [`disk`], [`cgroup`] limits it, and [`launch`] is how commands get in, less
+//! what [`seccomp`] refuses; [`registry`] keeps the Sprites; [`exec`] runs commands in them, some in a [`terminal`]; [`services`] keeps
+//! programs running; [`checkpoint`] keeps and puts back a disk; [`network`] limits who is reached; [`files`] is the file API, [`watch`]
+//! tells of changes and [`ports`] of ports; [`tasks`] hold a Sprite awake; [`api`] speaks the wire format of the Sprites API; [`chaos`]
+//! makes trouble for tests. What is not served answers 404.
 
 mod api;
+mod cgroup;
+mod chaos;
+mod checkpoint;
+mod disk;
 mod exec;
 mod files;
+pub mod launch;
 mod network;
+mod ports;
+mod process;
 mod registry;
 mod sandbox;
+mod seccomp;
+mod services;
+mod tasks;
+mod terminal;
+mod watch;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use anyhow::Context as _;
 use axum::serve::ListenerExt as _;
@@ -19,18 +39,24 @@ use service::{Env, Lifecycle};
 use tokio::net::TcpListener;
 
 use crate::{
+    api::Api,
+    cgroup::{Cgroups, Limits},
+    chaos::{Chaos, Troubles},
     registry::Registry,
     sandbox::{Isolation, Sandboxes},
 };
 
 #[derive(Debug)]
 pub struct Config {
-    pub addr: SocketAddr,
-    pub token: SecretString,
-    pub data_dir: PathBuf,
-    pub agents_dir: Option<PathBuf>,
-    pub isolation: Isolation,
-    pub private_hosts: Vec<String>,
+    addr: SocketAddr,
+    token: SecretString,
+    data_dir: PathBuf,
+    agents_dir: Option<PathBuf>,
+    isolation: Isolation,
+    private_hosts: Vec<String>,
+    limits: Limits,
+    disk_bytes: Option<u64>,
+    chaos: Chaos,
 }
 
 impl Config {
@@ -48,6 +74,26 @@ impl Config {
                 );
                 hosts.unwrap_or_default().split(',').map(|host| host.trim().to_owned()).filter(|host| !host.is_empty()).collect()
             },
+            limits: Limits {
+                memory_bytes: env.parsed("LOCAL_SPRITES_MEMORY_MB", "memory of a Sprite, in MiB", 4096_u64) << 20,
+                cpu_milli: {
+                    let cpus = env.parsed("LOCAL_SPRITES_CPUS", "CPUs of a Sprite, such as 1.5; 0 for all", 0.0_f64);
+                    (cpus.is_finite() && cpus > 0.0).then_some((cpus * 1000.0) as u64)
+                },
+                processes: env.parsed("LOCAL_SPRITES_PROCESSES", "processes of a Sprite, threads counted", 4096),
+            },
+            disk_bytes: {
+                let mb = env.parsed("LOCAL_SPRITES_DISK_MB", "disk of a Sprite, in MiB, taken as it is used; 0 for no limit", 20_480_u64);
+                (mb > 0).then_some(mb << 20)
+            },
+            chaos: {
+                let argument = std::env::args().skip_while(|argument| argument != "--chaos").nth(1);
+                let chaos = env.parsed("LOCAL_SPRITES_CHAOS", chaos::HELP, Chaos::default());
+                argument.map_or(Some(chaos), |text| text.parse().ok()).unwrap_or_else(|| {
+                    env.refuse(format!("--chaos is not valid ({})", chaos::HELP));
+                    Chaos::default()
+                })
+            },
         }
     }
 }
@@ -59,12 +105,24 @@ impl Config {
 /// # Errors
 /// When this machine cannot isolate a Sprite, or the address cannot be bound.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
-    let sandboxes = Sandboxes::prepare(config.isolation, &config.data_dir, config.agents_dir.as_deref()).await?;
-    let registry = Arc::new(
-        Registry::load(config.data_dir, sandboxes, config.private_hosts, lifecycle.tracker()).await.context("LOCAL_SPRITES_DATA_DIR")?,
-    );
+    let sandboxes = Sandboxes::prepare(config.isolation, &config.data_dir, config.agents_dir.as_deref(), config.disk_bytes).await?;
+    let cgroups = Cgroups::find(&instance(&config.data_dir), config.limits);
+    let missing = cgroups.missing();
+    if !missing.is_empty() {
+        tracing::warn!(missing = missing.join(", "), "not limited on this machine: it offers no control groups for that");
+    }
+    let troubles = Arc::new(Troubles::new(config.chaos));
+    anyhow::ensure!(!troubles.pauses() || cgroups.can_freeze(), "LOCAL_SPRITES_CHAOS: no Sprite can be paused here");
+    let registry = Registry::load(&config.data_dir, sandboxes, cgroups, config.private_hosts, lifecycle.clone()).await;
+    let api = Api { registry: registry.context("LOCAL_SPRITES_DATA_DIR")?, troubles };
+    for sprite in api.registry.all() {
+        api::inside::open(&api, &sprite);
+    }
     let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
-    let router = api::router(registry.clone(), config.token, lifecycle.tracker());
+    let router = api::router(&api, config.token);
+    if api.troubles.pauses() {
+        lifecycle.spawn("pauses", api.troubles.clone().pause_idle(api.registry.clone(), lifecycle.clone()));
+    }
     let (stop, life) = (lifecycle.stop_token(), lifecycle.clone());
     lifecycle.spawn("api", async move {
         // Small frames leave at once.
@@ -79,8 +137,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         }
         // Otherwise they run on, and the next server takes them up.
         if life.was_interrupted() {
-            registry.kill_all().await;
+            api.registry.kill_all().await;
         }
     });
     Ok(())
+}
+
+/// Tells this server's control groups from those of others on the machine, and is the same after a restart.
+fn instance(data_dir: &std::path::Path) -> String {
+    let mut hasher = DefaultHasher::new();
+    data_dir.canonicalize().unwrap_or_else(|_| data_dir.to_owned()).hash(&mut hasher);
+    format!("local-sprites-{:016x}", hasher.finish())
 }

@@ -7,8 +7,8 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    path::PathBuf,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -22,7 +22,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::files::Root;
+use crate::exec::locked;
 
 /// Where the proxy is, as the Sprite sees it.
 const PROXY: &str = "127.0.0.1:3128";
@@ -156,12 +156,11 @@ pub struct Gate {
 /// What was refused, for the Sprite to read: each host and port once.
 #[derive(Debug)]
 struct Refusals {
-    files: Root,
+    file: PathBuf,
     hosts: Vec<String>,
 }
 
 impl Refusals {
-    const FILE: &str = "/.sprite/policy/refused";
     const HOSTS_MAX: usize = 200;
 
     fn add(&mut self, host: String) {
@@ -170,20 +169,25 @@ impl Refusals {
         }
         self.hosts.push(host);
         let text: String = self.hosts.iter().flat_map(|host| [host.as_str(), "\n"]).collect();
-        if let Err(error) = self.files.write(Path::new(Self::FILE), text.as_bytes(), 0o644, true) {
+        if let Err(error) = std::fs::write(&self.file, text) {
             tracing::debug!(%error, "the Sprite is not told what was refused");
         }
     }
 }
 
 impl Gate {
-    /// Opens a proxy in the network namespace of a process. What is refused is told in `files`. A stop does not wait
-    /// for it, and it serves as long as this process: what runs in the Sprite goes on meanwhile.
+    /// Opens a proxy in the network namespace of a process. What is refused is told in a file, which begins empty. A stop does
+    /// not wait for it, and it serves as long as this process: what runs in the Sprite goes on meanwhile.
     ///
     /// # Errors
     /// When the namespace cannot be entered.
-    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, files: Root) -> io::Result<Arc<Self>> {
-        let listener = listen_inside(Path::new(&format!("/proc/{pid}/ns/net")))?;
+    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, told: PathBuf) -> io::Result<Arc<Self>> {
+        let listener = inside(pid, || {
+            let listener = std::net::TcpListener::bind(PROXY)?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        })?;
+        std::fs::write(&told, "")?;
         let closed = CancellationToken::new();
         let gate = Arc::new(Self {
             policy: Mutex::new(policy),
@@ -192,7 +196,7 @@ impl Gate {
             connections: Mutex::new(closed.child_token()),
             closed,
             server: Mutex::default(),
-            refusals: Mutex::new(Refusals { files, hosts: Vec::new() }),
+            refusals: Mutex::new(Refusals { file: told, hosts: Vec::new() }),
         });
         locked(&gate.server).spawn(gate.clone().serve(TcpListener::from_std(listener)?));
         Ok(gate)
@@ -334,17 +338,15 @@ async fn answer(client: &mut TcpStream, status: &str, why: &str) -> io::Result<(
     client.shutdown().await
 }
 
-/// A listener in another network namespace. Sockets stay in the one that they were made in, whoever uses them.
-fn listen_inside(namespace: &Path) -> io::Result<std::net::TcpListener> {
-    let namespace = std::fs::File::open(namespace)?;
-    let listen = move || {
+/// Makes a socket in a process's network namespace. Sockets stay in the one that they were made in, whoever uses them.
+pub fn inside<T: Send + 'static>(pid: i32, make: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
+    let make = move || {
         move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), Some(LinkNameSpaceType::Network))?;
-        let listener = std::net::TcpListener::bind(PROXY)?;
-        listener.set_nonblocking(true)?;
-        Ok(listener)
+        make()
     };
     // A thread of its own: it stays in that namespace, and ends.
-    std::thread::spawn(listen).join().unwrap_or_else(|_| Err(io::Error::other("the namespace cannot be entered")))
+    std::thread::spawn(make).join().unwrap_or_else(|_| Err(io::Error::other("the namespace cannot be entered")))
 }
 
 fn is_public(address: IpAddr) -> bool {
@@ -360,10 +362,6 @@ fn is_public(address: IpAddr) -> bool {
             !(v6.is_loopback() || v6.is_unspecified() || first & 0xfe00 == 0xfc00 || first & 0xffc0 == 0xfe80 || first >= 0xff00)
         }
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

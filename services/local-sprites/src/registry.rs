@@ -1,26 +1,30 @@
-//! The Sprites of this server: made, found, listed, deleted. A restart finds them as they were.
+//! The Sprites of this server: made, found, listed, changed, deleted. A restart finds them as they were.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    fs::{self, File},
-    io,
+    collections::BTreeMap,
+    fs, io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
-use tokio_util::task::TaskTracker;
+use service::Lifecycle;
+use tokio::task::JoinSet;
 use types::{SpriteName, Timestamp};
 use uuid::Uuid;
 
 use crate::{
-    exec::ExecSession,
-    files::Root,
+    cgroup::{Cgroup, Cgroups},
+    exec::{Sessions, locked},
+    launch::{Launch, Privileges},
     network::{Gate, Policy},
     sandbox::{Holder, SandboxError, Sandboxes, write_atomically},
+    services::{Definition, Services},
+    tasks::Tasks,
 };
 
 /// What is kept of a Sprite on disk.
@@ -29,11 +33,53 @@ pub struct Record {
     pub id: Uuid,
     pub name: String,
     pub created_at_us: i64,
-    #[serde(default)]
-    pub labels: Vec<String>,
-    #[serde(default)]
+    pub updated_at_us: i64,
+    pub settings: Settings,
     pub policy: Policy,
+    pub privileges: Option<PrivilegesPolicy>,
+    pub memory_limit_mb: Option<u64>,
+    pub services: BTreeMap<String, Definition>,
+    /// Checkpoints made so far; their numbers are not used again.
+    pub checkpoints_made: u32,
     holder: Option<Holder>,
+}
+
+/// What a Sprite is created with, and what can be changed later.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Settings {
+    pub labels: Vec<String>,
+    pub environment: BTreeMap<String, String>,
+    pub url_auth: Option<String>,
+}
+
+/// sprites-api.md §8.2. Programs never gain rights by being started here, whatever it says; there are no devices to give.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PrivilegesPolicy {
+    #[serde(default)]
+    pub profile: Privileges,
+    #[serde(default)]
+    pub devices: Vec<String>,
+    #[serde(default)]
+    pub no_new_privileges: bool,
+}
+
+/// Whether a Sprite's processes run, are stopped where they were, or are gone (sprites-api.md §2.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Running,
+    Warm,
+    Cold,
+}
+
+impl Status {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Warm => "warm",
+            Self::Cold => "cold",
+        }
+    }
 }
 
 /// A Sprite.
@@ -41,15 +87,26 @@ pub struct Record {
 pub struct Sprite {
     dir: PathBuf,
     record: Mutex<Record>,
-    /// Held while the sandbox is started, or the Sprite deleted.
+    /// Held while the sandbox is started, copied or paused, or the Sprite deleted.
     boot: tokio::sync::Mutex<Life>,
+    /// Its limits, while its sandbox is there.
+    group: Mutex<Option<Cgroup>>,
     /// Its way out, where its network is limited and its sandbox is running.
     gate: Mutex<Option<Arc<Gate>>>,
-    pub sessions: Mutex<HashMap<String, Arc<ExecSession>>>,
+    paused: AtomicBool,
+    last_used: Mutex<Instant>,
+    /// The owner of what the file API makes, as this machine names it.
+    owner: Option<u32>,
+    pub sessions: Mutex<Sessions>,
+    pub services: Services,
+    /// What holds it awake.
+    pub tasks: Tasks,
+    /// Serves its own management socket; ends with the Sprite.
+    pub inside: Mutex<JoinSet<()>>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Life {
+pub enum Life {
     Usable,
     Deleted,
 }
@@ -68,6 +125,12 @@ pub enum RegistryError {
     Unlimited,
     #[error("the network policy cannot be put into force: {0}")]
     Network(#[source] io::Error),
+    #[error("the limits cannot be set: {0}")]
+    Limits(#[source] io::Error),
+    #[error("checkpoint not found")]
+    NoCheckpoint,
+    #[error("the checkpoint failed: {0}")]
+    Checkpoint(#[source] io::Error),
     #[error("the Sprite's record cannot be kept: {0}")]
     Record(#[from] io::Error),
 }
@@ -75,67 +138,96 @@ pub enum RegistryError {
 #[derive(Debug)]
 pub struct Registry {
     dir: PathBuf,
-    sandboxes: Sandboxes,
+    pub(crate) sandboxes: Sandboxes,
+    cgroups: Cgroups,
     /// What limited Sprites may reach although it is private: the deployment's own services.
     private_hosts: Arc<[String]>,
     sprites: Mutex<BTreeMap<String, Arc<Sprite>>>,
     /// No Sprite is made or started any more.
     closed: AtomicBool,
-    tasks: TaskTracker,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) lifecycle: Lifecycle,
 }
 
 impl Registry {
     /// Takes up the Sprites that are on disk. What was half made is deleted.
-    pub async fn load(data_dir: PathBuf, sandboxes: Sandboxes, private_hosts: Vec<String>, tasks: TaskTracker) -> io::Result<Self> {
-        let dir = data_dir.join("sprites");
+    pub async fn load(
+        data_dir: &Path,
+        sandboxes: Sandboxes,
+        cgroups: Cgroups,
+        private_hosts: Vec<String>,
+        lifecycle: Lifecycle,
+    ) -> io::Result<Arc<Self>> {
+        let dir = data_dir.canonicalize()?.join("sprites");
         fs::create_dir_all(&dir)?;
-        let mut sprites = BTreeMap::new();
-        for entry in fs::read_dir(&dir)? {
-            let path = entry?.path();
-            let record = fs::read(path.join("sprite.json")).ok().and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
-            match record {
-                Some(record) => {
-                    sprites.insert(record.name.clone(), Arc::new(Sprite::new(path, record)));
-                }
-                None => sandboxes.destroy(&path, None).await,
-            }
-        }
-        tracing::info!(sprites = sprites.len(), "Sprites taken up");
-        let registry = Self {
+        let registry = Arc::new(Self {
             dir,
             sandboxes,
+            cgroups,
             private_hosts: private_hosts.into(),
-            sprites: Mutex::new(sprites),
+            sprites: Mutex::default(),
             closed: AtomicBool::new(false),
-            tasks,
-        };
-        // What runs in them goes on; their ways out ended with the server that was here before.
-        let running: Vec<_> = locked(&registry.sprites).values().cloned().collect();
-        for sprite in running {
-            if let Some(holder) = sprite.record().holder.filter(|holder| holder.is_alive())
-                && let Err(error) = registry.open_gate(&sprite, holder)
-            {
-                tracing::warn!(%error, sprite = sprite.record().name, "a limited Sprite is cut off");
+            lifecycle,
+        });
+        for entry in fs::read_dir(&registry.dir)? {
+            let path = entry?.path();
+            match fs::read(path.join("sprite.json")) {
+                Ok(bytes) => match serde_json::from_slice::<Record>(&bytes) {
+                    Ok(record) => registry.take_up(path, record).await?,
+                    Err(error) => tracing::warn!(%error, path = %path.display(), "a Sprite of another version is left alone"),
+                },
+                Err(_) => registry.sandboxes.destroy(&path, None).await,
             }
         }
+        tracing::info!(sprites = locked(&registry.sprites).len(), "Sprites taken up");
         Ok(registry)
+    }
+
+    /// What runs in a Sprite goes on; its way out, its services' keeper and its socket ended with the server that was here before.
+    async fn take_up(self: &Arc<Self>, path: PathBuf, record: Record) -> io::Result<()> {
+        self.sandboxes.disks().recover(&path)?;
+        let (name, holder) = (record.name.clone(), record.holder.filter(|holder| holder.is_alive()));
+        let sprite = Arc::new(Sprite::new(path, record, self.sandboxes.owner()));
+        locked(&self.sprites).insert(name.clone(), sprite.clone());
+        let Some(holder) = holder else { return Ok(()) };
+        holder.release().await;
+        let attached = async {
+            self.limit(&sprite)?;
+            if let Some(group) = &*locked(&sprite.group) {
+                let _ = group.freeze(false);
+            }
+            self.open_gate(&sprite, holder)
+        };
+        if let Err(error) = attached.await {
+            tracing::warn!(%error, sprite = name, "a Sprite that was taken up is cut off");
+        }
+        sprite.services.start_all(&sprite, holder, &self.lifecycle);
+        Ok(())
     }
 
     /// Opens the way out of a limited Sprite.
     fn open_gate(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
         let policy = sprite.record().policy;
         let gate = match holder.has_own_network() {
-            true => Some(Gate::open(holder.pid, policy, self.private_hosts.clone(), sprite.files()?).map_err(RegistryError::Network)?),
+            true => {
+                let told = sprite.inside_dir().join("policy/refused");
+                Some(Gate::open(holder.process.pid, policy, self.private_hosts.clone(), told).map_err(RegistryError::Network)?)
+            }
             false => None,
         };
         if let Some(before) = std::mem::replace(&mut *locked(&sprite.gate), gate) {
             before.close();
         }
         Ok(())
+    }
+
+    fn limit(&self, sprite: &Sprite) -> Result<Cgroup, RegistryError> {
+        let record = sprite.record();
+        let group = self.cgroups.group(&record.id.simple().to_string()).map_err(RegistryError::Limits)?;
+        if let Some(limit) = record.memory_limit_mb {
+            group.limit_memory(limit << 20).map_err(RegistryError::Limits)?;
+        }
+        *locked(&sprite.group) = Some(group.clone());
+        Ok(group)
     }
 
     /// Puts rules into force. Between limited and unlimited the sandbox is started anew, and what runs in it ends.
@@ -145,54 +237,66 @@ impl Registry {
             return Err(RegistryError::Unlimited);
         }
         self.uninterrupted(async move {
-            let life = sprite.boot.lock().await;
-            if *life == Life::Deleted {
-                return Err(RegistryError::NotFound);
-            }
+            let _life = sprite.hold().await?;
             let limited = policy.is_limited();
             locked(&sprite.record).policy = policy.clone();
-            sprite.show_policy(&policy)?;
-            match sprite.record().holder.filter(|holder| holder.is_alive()) {
+            // A Sprite may read its own rules (sprites-api.md §8.1).
+            fs::write(sprite.inside_dir().join("policy/network.json"), serde_json::to_vec(&policy).map_err(io::Error::other)?)?;
+            match sprite.holder() {
                 Some(holder) if holder.has_own_network() == limited => {
                     if let Some(gate) = locked(&sprite.gate).as_ref() {
                         gate.set_policy(policy);
                     }
                     sprite.keep_record()
                 }
-                Some(holder) => {
-                    holder.kill().await;
-                    registry.boot(&sprite).await.map(|_| ())
-                }
+                Some(_) => registry.reboot(&sprite).await.map(|_| ()),
                 None => sprite.keep_record(),
             }
         })
         .await
     }
 
+    /// The memory that a Sprite may use; this server's default where none.
+    pub fn set_memory_limit(&self, name: &str, limit_mb: Option<u64>) -> Result<(), RegistryError> {
+        let sprite = self.get(name)?;
+        let bytes = limit_mb.map_or(self.cgroups.default_memory_bytes(), |mb| mb << 20);
+        if let Some(group) = &*locked(&sprite.group) {
+            group.limit_memory(bytes).map_err(RegistryError::Limits)?;
+        }
+        sprite.change(|record| record.memory_limit_mb = limit_mb)
+    }
+
     /// Runs work that must not be left half done when whoever asked for it goes away.
-    async fn uninterrupted<T: Send + 'static>(
+    pub(crate) async fn uninterrupted<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, RegistryError>> + Send + 'static,
     ) -> Result<T, RegistryError> {
-        self.tasks.spawn(work).await.unwrap_or(Err(RegistryError::Closed))
+        self.lifecycle.tracker().spawn(work).await.unwrap_or(Err(RegistryError::Closed))
     }
 
-    pub async fn create(self: &Arc<Self>, name: SpriteName, labels: Vec<String>) -> Result<Record, RegistryError> {
+    pub async fn create(self: &Arc<Self>, name: SpriteName, settings: Settings) -> Result<Arc<Sprite>, RegistryError> {
         let registry = self.clone();
-        self.uninterrupted(async move { registry.make(&name, labels).await }).await
+        self.uninterrupted(async move { registry.make(&name, settings).await }).await
     }
 
-    async fn make(&self, name: &SpriteName, labels: Vec<String>) -> Result<Record, RegistryError> {
+    async fn make(&self, name: &SpriteName, settings: Settings) -> Result<Arc<Sprite>, RegistryError> {
+        let now = Timestamp::now().unix_micros();
         let record = Record {
             id: Uuid::new_v4(),
             name: name.to_string(),
-            created_at_us: Timestamp::now().unix_micros(),
-            labels,
+            created_at_us: now,
+            updated_at_us: now,
+            settings,
             policy: Policy::default(),
+            privileges: None,
+            memory_limit_mb: None,
+            services: BTreeMap::new(),
+            checkpoints_made: 0,
             holder: None,
         };
         // A directory of its own for each life of a name: a deletion that still goes on does not touch a new one.
-        let sprite = Arc::new(Sprite::new(self.dir.join(format!("{name}.{}", record.id.simple())), record));
+        let dir = self.dir.join(format!("{name}.{}", record.id.simple()));
+        let sprite = Arc::new(Sprite::new(dir, record, self.sandboxes.owner()));
         let mut booting = sprite.boot.lock().await;
         {
             let mut sprites = locked(&self.sprites);
@@ -205,7 +309,7 @@ impl Registry {
             sprites.insert(name.to_string(), sprite.clone());
         }
         let made = async {
-            self.sandboxes.make_files(&sprite.dir)?;
+            self.sandboxes.make_files(&sprite.dir).await?;
             self.boot(&sprite).await
         };
         if let Err(error) = made.await {
@@ -214,21 +318,23 @@ impl Registry {
             self.sandboxes.destroy(&sprite.dir, None).await;
             return Err(error);
         }
-        Ok(sprite.record())
+        drop(booting);
+        Ok(sprite)
     }
 
     pub fn get(&self, name: &str) -> Result<Arc<Sprite>, RegistryError> {
         locked(&self.sprites).get(name).cloned().ok_or(RegistryError::NotFound)
     }
 
+    pub fn all(&self) -> Vec<Arc<Sprite>> {
+        locked(&self.sprites).values().cloned().collect()
+    }
+
     /// At most `limit` Sprites whose names begin with `prefix`, after a name; and whether there are more.
-    pub fn list(&self, prefix: &str, after: &str, limit: usize) -> (Vec<Record>, bool) {
+    pub fn list(&self, prefix: &str, after: &str, limit: usize) -> (Vec<Arc<Sprite>>, bool) {
         let sprites = locked(&self.sprites);
-        let mut matching = sprites.values().filter(|sprite| {
-            let name = &locked(&sprite.record).name;
-            name.starts_with(prefix) && name.as_str() > after
-        });
-        let page = matching.by_ref().take(limit).map(|sprite| sprite.record()).collect();
+        let mut matching = sprites.iter().filter(|(name, _)| name.starts_with(prefix) && name.as_str() > after);
+        let page = matching.by_ref().take(limit).map(|(_, sprite)| sprite.clone()).collect();
         (page, matching.next().is_some())
     }
 
@@ -238,96 +344,246 @@ impl Registry {
         self.uninterrupted(async move {
             let mut life = sprite.boot.lock().await;
             *life = Life::Deleted;
-            if let Some(gate) = locked(&sprite.gate).take() {
-                gate.close();
-            }
-            registry.sandboxes.destroy(&sprite.dir, sprite.record().holder).await;
+            locked(&sprite.inside).abort_all();
+            sprite.services.forget_all();
+            registry.end(&sprite).await;
+            registry.sandboxes.destroy(&sprite.dir, None).await;
             Ok(())
         })
         .await
     }
 
+    /// Ends what runs in a Sprite. Whoever calls holds its `boot`.
+    pub(crate) async fn end(&self, sprite: &Sprite) {
+        if let Some(gate) = locked(&sprite.gate).take() {
+            gate.close();
+        }
+        let group = locked(&sprite.group).take();
+        if sprite.paused.swap(false, Ordering::SeqCst)
+            && let Some(group) = &group
+        {
+            // What is frozen does not even die.
+            let _ = group.freeze(false);
+        }
+        if let Some(holder) = sprite.record().holder {
+            holder.kill().await;
+        }
+        if let Some(group) = group {
+            group.remove().await;
+        }
+    }
+
     /// The Sprite's sandbox, started where it is not running.
     pub async fn wake(self: &Arc<Self>, sprite: &Arc<Sprite>) -> Result<Holder, RegistryError> {
-        let life = sprite.boot.lock().await;
-        if *life == Life::Deleted {
-            return Err(RegistryError::NotFound);
-        }
-        if let Some(holder) = sprite.record().holder.filter(|holder| holder.is_alive()) {
+        if let Some(holder) = self.awake(sprite).await? {
             return Ok(holder);
         }
-        drop(life);
         let (registry, sprite) = (self.clone(), sprite.clone());
         self.uninterrupted(async move {
-            let life = sprite.boot.lock().await;
             // Somebody else may have done it, or deleted it, meanwhile.
-            match sprite.record().holder.filter(|holder| holder.is_alive()) {
-                _ if *life == Life::Deleted => Err(RegistryError::NotFound),
-                Some(holder) => Ok(holder),
-                None => registry.boot(&sprite).await,
+            if let Some(holder) = registry.awake(&sprite).await? {
+                return Ok(holder);
             }
+            let _life = sprite.hold().await?;
+            registry.boot(&sprite).await
         })
         .await
     }
 
-    async fn boot(&self, sprite: &Sprite) -> Result<Holder, RegistryError> {
+    async fn awake(&self, sprite: &Sprite) -> Result<Option<Holder>, RegistryError> {
+        let _life = sprite.hold().await?;
+        sprite.touch();
+        let holder = sprite.holder();
+        if holder.is_some() && sprite.paused.swap(false, Ordering::SeqCst) {
+            let group = locked(&sprite.group).clone();
+            group.map_or(Ok(()), |group| group.freeze(false)).map_err(RegistryError::Limits)?;
+        }
+        Ok(holder)
+    }
+
+    /// Stops all that runs in a Sprite where it is, and cuts its connections: what the real service does with an idle one.
+    pub async fn pause(&self, sprite: &Sprite) -> Result<(), RegistryError> {
+        let _life = sprite.hold().await?;
+        let group = locked(&sprite.group).clone();
+        if sprite.holder().is_some()
+            && let Some(group) = group
+        {
+            group.freeze(true).map_err(RegistryError::Limits)?;
+            sprite.paused.store(true, Ordering::SeqCst);
+            sprite.disconnect();
+        }
+        Ok(())
+    }
+
+    /// Ends all that runs in a Sprite; its disk stays.
+    pub async fn stop(&self, sprite: &Sprite) -> Result<(), RegistryError> {
+        let _life = sprite.hold().await?;
+        self.end(sprite).await;
+        Ok(())
+    }
+
+    /// Ends all that runs in a Sprite and starts its sandbox anew.
+    pub async fn restart(self: &Arc<Self>, name: &str) -> Result<Holder, RegistryError> {
+        let (registry, sprite) = (self.clone(), self.get(name)?);
+        self.uninterrupted(async move {
+            let _life = sprite.hold().await?;
+            registry.reboot(&sprite).await
+        })
+        .await
+    }
+
+    pub(crate) async fn reboot(&self, sprite: &Arc<Sprite>) -> Result<Holder, RegistryError> {
+        self.end(sprite).await;
+        self.boot(sprite).await
+    }
+
+    /// Whoever calls holds the Sprite's `boot`.
+    pub(crate) async fn boot(&self, sprite: &Arc<Sprite>) -> Result<Holder, RegistryError> {
         let record = sprite.record();
-        let holder = self.sandboxes.boot(&sprite.dir, &record.name, record.policy.is_limited()).await?;
+        let holder = match sprite.holder() {
+            // Somebody was faster.
+            Some(holder) => return Ok(holder),
+            None if self.closed.load(Ordering::SeqCst) => return Err(RegistryError::Closed),
+            None => self.sandboxes.boot(&sprite.dir, &record.name, record.policy.is_limited()).await?,
+        };
         locked(&sprite.record).holder = Some(holder);
-        sprite.keep_record()?;
-        self.open_gate(sprite, holder)?;
+        let attached = async {
+            sprite.keep_record()?;
+            self.limit(sprite)?.add(holder.process.pid).map_err(RegistryError::Limits)?;
+            self.open_gate(sprite, holder)
+        };
+        if let Err(error) = attached.await {
+            // Nothing runs without its limits.
+            self.end(sprite).await;
+            return Err(error);
+        }
+        sprite.touch();
+        sprite.services.start_all(sprite, holder, &self.lifecycle);
         Ok(holder)
     }
 
     /// Ends what runs in all Sprites, once and for all: none is started any more. Their files stay.
     pub async fn kill_all(&self) {
         self.closed.store(true, Ordering::SeqCst);
-        let sprites: Vec<_> = locked(&self.sprites).values().cloned().collect();
         let kill = |sprite: Arc<Sprite>| async move {
             // One that is being started right now is waited for.
             *sprite.boot.lock().await = Life::Deleted;
-            if let Some(holder) = sprite.record().holder {
-                holder.kill().await;
-            }
+            self.end(&sprite).await;
         };
-        futures::future::join_all(sprites.into_iter().map(kill)).await;
+        futures::future::join_all(self.all().into_iter().map(kill)).await;
+        self.cgroups.remove();
     }
 }
 
 impl Sprite {
-    fn new(dir: PathBuf, record: Record) -> Self {
+    fn new(dir: PathBuf, record: Record, owner: Option<u32>) -> Self {
         Self {
             dir,
             record: Mutex::new(record),
             boot: tokio::sync::Mutex::new(Life::Usable),
+            group: Mutex::default(),
             gate: Mutex::default(),
+            paused: AtomicBool::new(false),
+            last_used: Mutex::new(Instant::now()),
+            owner,
             sessions: Mutex::default(),
+            services: Services::default(),
+            tasks: Tasks::default(),
+            inside: Mutex::default(),
         }
+    }
+
+    /// Waits until nobody else starts, copies or deletes the Sprite, and keeps it so.
+    pub(crate) async fn hold(&self) -> Result<tokio::sync::MutexGuard<'_, Life>, RegistryError> {
+        let life = self.boot.lock().await;
+        if *life == Life::Deleted { Err(RegistryError::NotFound) } else { Ok(life) }
     }
 
     pub fn record(&self) -> Record {
         locked(&self.record).clone()
     }
 
-    /// The Sprite's own files, whether it runs or not. What it put there leads nowhere else.
-    fn files(&self) -> io::Result<Root> {
-        Ok(Root::new(File::open(self.dir.join("files"))?))
+    pub fn name(&self) -> String {
+        locked(&self.record).name.clone()
     }
 
-    /// Lets a Sprite read its own rules (sprites-api.md §8.1).
-    fn show_policy(&self, policy: &Policy) -> io::Result<()> {
-        self.files()?.write(Path::new("/.sprite/policy/network.json"), &serde_json::to_vec(policy)?, 0o644, true)
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What the Sprite sees, and only reads, at `/.sprite`.
+    pub fn inside_dir(&self) -> PathBuf {
+        self.dir.join("inside")
+    }
+
+    pub fn owner(&self) -> Option<u32> {
+        self.owner
+    }
+
+    /// The sandbox, while it is there.
+    pub fn holder(&self) -> Option<Holder> {
+        locked(&self.record).holder.filter(|holder| holder.is_alive())
+    }
+
+    pub fn status(&self) -> Status {
+        match self.holder() {
+            Some(_) if self.paused.load(Ordering::SeqCst) => Status::Warm,
+            Some(_) => Status::Running,
+            None => Status::Cold,
+        }
+    }
+
+    /// How a command of this Sprite starts.
+    pub fn launch(&self, holder: Holder, dir: PathBuf, terminal: bool) -> Launch {
+        let limits = locked(&self.group).as_ref().map(Cgroup::entrances).unwrap_or_default();
+        let privileges = locked(&self.record).privileges.as_ref().map(|policy| policy.profile).unwrap_or_default();
+        Launch { holder, limits, privileges, dir, terminal }
+    }
+
+    /// The environment that it was created with.
+    pub fn environment(&self) -> BTreeMap<String, String> {
+        locked(&self.record).settings.environment.clone()
+    }
+
+    /// Changes what is kept of it.
+    pub fn change(&self, change: impl FnOnce(&mut Record)) -> Result<(), RegistryError> {
+        {
+            let mut record = locked(&self.record);
+            change(&mut record);
+            record.updated_at_us = Timestamp::now().unix_micros();
+        }
+        self.keep_record()
     }
 
     fn keep_record(&self) -> Result<(), RegistryError> {
-        let record = serde_json::to_vec(&self.record()).map_err(io::Error::other)?;
-        Ok(write_atomically(&self.dir.join("sprite.json"), &record)?)
+        // Written while locked: the newest is what stays.
+        let record = locked(&self.record);
+        let bytes = serde_json::to_vec(&*record).map_err(io::Error::other)?;
+        Ok(write_atomically(&self.dir.join("sprite.json"), &bytes)?)
     }
-}
 
-impl Record {
-    /// `running` while the sandbox is up; `cold` when only its files are there.
-    pub fn status(&self) -> &'static str {
-        if self.holder.is_some_and(Holder::is_alive) { "running" } else { "cold" }
+    fn touch(&self) {
+        *locked(&self.last_used) = Instant::now();
+    }
+
+    /// Cuts its clients off; what they started goes on.
+    pub fn disconnect(&self) {
+        for session in locked(&self.sessions).all() {
+            session.disconnect();
+        }
+    }
+
+    /// How long nobody used it; none at all while something holds it awake (sprites-api.md §11.3).
+    pub fn idle(&self) -> Duration {
+        if self.tasks.any() {
+            return Duration::ZERO;
+        }
+        let used = locked(&self.last_used).elapsed();
+        let sessions = locked(&self.sessions).all();
+        let idle_session = |session: &Arc<crate::exec::ExecSession>| match session.terminal() {
+            Some(_) if session.is_attached() => Duration::ZERO,
+            _ => session.activity().0,
+        };
+        sessions.iter().map(idle_session).fold(used, Duration::min)
     }
 }

@@ -1,10 +1,10 @@
 //! A Sprite's sandbox: user, mount, PID, IPC and UTS namespaces of its own, made by bubblewrap, over a root that is copied on write.
 //!
-//! A Sprite's root is a directory of its own. This machine's system directories are laid over it, and nothing else of this machine:
+//! A Sprite's root is a directory of its own disk. This machine's system directories are laid over it, and nothing else of this machine:
 //! as root through overlays, so that a Sprite may change them for itself; otherwise read-only. A mask layer hides keys and passwords.
 //!
-//! A holder process keeps the namespaces alive. Commands enter them with `nsenter`; killing the holder kills everything inside. The
-//! holder outlives this server, so that a restart takes the Sprite up as it runs.
+//! A holder process keeps the namespaces alive. Commands enter them with [`crate::launch`]; killing the holder kills everything inside.
+//! The holder outlives this server, so that a restart takes the Sprite up as it runs.
 
 use std::{
     fmt,
@@ -24,28 +24,35 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
-    process::Command,
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    process::{Child, Command},
 };
 
-use crate::network;
+use crate::{
+    disk::{Disks, Frozen},
+    process::Process,
+    seccomp,
+};
 
 /// The user that a Sprite's processes see themselves as (sprites-api.md §11.1).
 const USER: &str = "sprite";
-const UID: &str = "1001";
 pub const HOME: &str = "/home/sprite";
 /// Where the agent CLIs are mounted.
 const AGENTS: &str = "/opt/agents";
-pub const PATH: &str = "/opt/agents/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const PATH: &str = "/opt/agents/bin:/.sprite/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const BOOT_MAX: Duration = Duration::from_secs(20);
+/// A Sprite's users, but for its root, are these of the machine's, which are nobody's.
+const FOREIGN_UIDS: u32 = 200_000;
 
 /// What a Sprite sees of this machine. Where one is a link (`/bin` to `usr/bin`), the Sprite has the same link.
 const SYSTEM: [&str; 10] = ["bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "etc", "var/lib/dpkg", "var/lib/apt"];
 /// Within that, what it does not see.
 const HIDDEN: [&str; 8] =
     ["etc/shadow", "etc/shadow-", "etc/gshadow", "etc/gshadow-", "etc/sudoers", "etc/sudoers.d", "etc/ssh", "etc/ssl/private"];
-/// What a Sprite has of its own.
-const OWN: [&str; 10] = ["home/sprite", "root", "tmp", "workspace", "var/tmp", "var/log", "var/cache", "var/lib", "srv", "opt"];
+/// What a Sprite has of its own; the first three are its user's.
+const OWN: [&str; 12] =
+    ["home/sprite", "workspace", "srv", "root", "tmp", "var/tmp", "var/log", "var/cache", "var/lib", "opt", "var/spool", ".sprite"];
+const OWN_OF_THE_USER: usize = 3;
 
 /// How Sprites are kept apart from this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,23 +96,30 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
 #[derive(Debug)]
 pub struct Sandboxes {
     overlay: bool,
-    mask: PathBuf,
+    disks: Disks,
+    /// What is made once for all Sprites: the mask, the first disk, the files that a Sprite only reads.
+    shared: PathBuf,
     agents_dir: Option<PathBuf>,
 }
 
-/// The process that keeps a sandbox alive. Its start time tells it from a later process of the same number.
+/// The process that keeps a sandbox alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    pub pid: i32,
-    start_time: u64,
+    pub process: Process,
     /// Whether it is in a network namespace of its own.
-    #[serde(default)]
     own_network: bool,
+    /// Whether it has users of its own, root among them.
+    users: bool,
 }
 
 impl Sandboxes {
     /// Chooses the isolation and proves it with a sandbox.
-    pub async fn prepare(isolation: Isolation, data_dir: &Path, agents_dir: Option<&Path>) -> Result<Self, SandboxError> {
+    pub async fn prepare(
+        isolation: Isolation,
+        data_dir: &Path,
+        agents_dir: Option<&Path>,
+        disk_bytes: Option<u64>,
+    ) -> Result<Self, SandboxError> {
         let root = rustix::process::geteuid().is_root();
         let overlay = match isolation {
             Isolation::Auto => root,
@@ -114,79 +128,122 @@ impl Sandboxes {
         };
         fs::create_dir_all(data_dir).map_err(io_error("the data directory cannot be made"))?;
         let data_dir = data_dir.canonicalize().map_err(io_error("the data directory cannot be found"))?;
-        let sandboxes = Self { overlay, mask: data_dir.join("mask"), agents_dir: agents_dir.map(Path::to_path_buf) };
-        if overlay {
-            sandboxes.build_mask().map_err(io_error("the mask layer cannot be made"))?;
-        }
+        let shared = data_dir.join("shared");
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(&shared).map_err(io_error("the data directory cannot be written to"))?;
+        let mut sandboxes = Self { overlay, disks: Disks::Directories, shared, agents_dir: agents_dir.map(Path::to_path_buf) };
+        sandboxes.share().map_err(io_error("what Sprites share cannot be made"))?;
+        let disk_bytes = disk_bytes.filter(|_| overlay);
+        let template = sandboxes.shared.join("template");
+        let made = Disks::prepare(&template, disk_bytes, |content| sandboxes.fill(content)).await;
+        sandboxes.disks = made.map_err(io_error("a first disk cannot be made"))?;
         let probe = data_dir.join("probe");
         let _ = fs::remove_dir_all(&probe);
-        sandboxes.make_files(&probe)?;
+        sandboxes.make_files(&probe).await?;
         let holder = sandboxes.boot(&probe, "probe", false).await?;
         sandboxes.destroy(&probe, Some(holder)).await;
         let kind = if overlay { "overlay" } else { "read-only root" };
-        tracing::info!(
-            isolation = kind,
-            "sandboxes work; without a policy the network is this machine's own, and resources are not limited"
-        );
+        tracing::info!(isolation = kind, disks = ?sandboxes.disks, "sandboxes work; without a policy the network is this machine's own");
         Ok(sandboxes)
     }
 
-    /// Writes a new Sprite's files.
-    pub fn make_files(&self, dir: &Path) -> Result<(), SandboxError> {
-        let make = || -> io::Result<()> {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-            let root = dir.join("files");
-            for own in OWN {
-                fs::create_dir_all(root.join(own))?;
-            }
-            fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
-            for name in SYSTEM {
-                match fs::read_link(Path::new("/").join(name)) {
-                    Ok(link) => std::os::unix::fs::symlink(link, root.join(name))?,
-                    Err(_) if self.overlay => {
-                        for part in ["upper", "work", "merged"] {
-                            fs::create_dir_all(layer(dir, name).join(part))?;
-                        }
+    pub fn disks(&self) -> Disks {
+        self.disks
+    }
+
+    /// What is the same for all Sprites, and theirs to read only.
+    fn share(&self) -> io::Result<()> {
+        if self.overlay {
+            self.build_mask()?;
+        }
+        for (file, entry) in [
+            ("passwd", format!("{USER}:x:{uid}:{uid}::{HOME}:/bin/bash\n", uid = Holder::UID)),
+            ("group", format!("{USER}:x:{}:\n", Holder::UID)),
+        ] {
+            let mut text = fs::read_to_string(Path::new("/etc").join(file)).unwrap_or_default();
+            text.push_str(&entry);
+            fs::write(self.shared.join(file), text)?;
+        }
+        fs::write(self.shared.join("seccomp.bpf"), seccomp::program()?)?;
+        script(&self.shared.join("sprite-env"), include_str!("../scripts/sprite-env.sh"))
+    }
+
+    /// The content of a new Sprite's disk.
+    fn fill(&self, content: &Path) -> io::Result<()> {
+        let root = content.join("files");
+        for own in OWN {
+            fs::create_dir_all(root.join(own))?;
+        }
+        for open in ["tmp", "var/tmp"] {
+            fs::set_permissions(root.join(open), fs::Permissions::from_mode(0o1777))?;
+        }
+        for name in SYSTEM {
+            match fs::read_link(Path::new("/").join(name)) {
+                Ok(link) => std::os::unix::fs::symlink(link, root.join(name))?,
+                Err(_) if self.overlay => {
+                    for part in ["upper", "work", "merged"] {
+                        fs::create_dir_all(layer(content, name).join(part))?;
                     }
-                    Err(_) => {}
                 }
+                Err(_) => {}
             }
-            if self.overlay {
-                self.link_agents(&layer(dir, "usr").join("upper/local/bin"))?;
-                give_root_in_name(|name| layer(dir, name).join("upper"))?;
+        }
+        if !self.overlay {
+            return Ok(());
+        }
+        for own in &OWN[..OWN_OF_THE_USER] {
+            let owner = Some(Holder::owner_outside(Holder::UID));
+            std::os::unix::fs::chown(root.join(own), owner, owner)?;
+        }
+        let upper = |name: &str| layer(content, name).join("upper");
+        for file in ["passwd", "group"] {
+            fs::copy(self.shared.join(file), upper("etc").join(file))?;
+        }
+        let bin = upper("usr").join("local/bin");
+        fs::create_dir_all(&bin)?;
+        self.link_agents(&bin)?;
+        script(&bin.join("sudo"), include_str!("../scripts/sudo.sh"))?;
+        // What this machine's package manager downloaded is for another user.
+        let lists = upper("var/lib/apt").join("lists");
+        fs::create_dir_all(&lists)?;
+        opaque(&lists)
+    }
+
+    /// Writes a new Sprite's files.
+    pub async fn make_files(&self, dir: &Path) -> Result<(), SandboxError> {
+        let make = async {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+            // What the server tells the Sprite; nothing that the Sprite writes is there.
+            for part in ["inside/bin", "inside/policy", "inside/logs/services"] {
+                fs::create_dir_all(dir.join(part))?;
             }
-            let etc = if self.overlay { layer(dir, "etc").join("upper") } else { dir.to_path_buf() };
-            for (file, entry) in [("passwd", format!("{USER}:x:{UID}:{UID}::{HOME}:/bin/bash\n")), ("group", format!("{USER}:x:{UID}:\n"))]
-            {
-                let mut text = fs::read_to_string(Path::new("/etc").join(file)).unwrap_or_default();
-                text.push_str(&entry);
-                fs::write(etc.join(file), text)?;
-            }
-            Ok(())
+            fs::copy(self.shared.join("sprite-env"), dir.join("inside/bin/sprite-env"))?;
+            fs::write(dir.join("inside/version.txt"), concat!(env!("CARGO_PKG_VERSION"), "\n"))?;
+            self.disks.copy(&self.shared.join("template"), dir).await
         };
-        make().map_err(io_error("a Sprite's files cannot be made"))
+        make.await.map_err(io_error("a Sprite's files cannot be made"))
     }
 
     /// Starts the sandbox of a Sprite whose files are there.
     pub async fn boot(&self, dir: &Path, hostname: &str, own_network: bool) -> Result<Holder, SandboxError> {
         let booted = self.start_holder(dir, hostname, own_network).await;
-        // The sandbox has its own view of the overlays; this machine's table of mounts is left as it was.
+        // The sandbox has its own view of the mounts; this machine's table is left as it was.
         self.unmount(dir);
         booted
     }
 
     async fn start_holder(&self, dir: &Path, hostname: &str, own_network: bool) -> Result<Holder, SandboxError> {
-        let mut command = Command::new("bwrap");
-        command.args(["--unshare-user", "--uid", UID, "--gid", UID, "--unshare-pid", "--unshare-ipc", "--unshare-uts"]);
+        let content = self.disks.mount(dir).await.map_err(io_error("the disk cannot be mounted"))?;
+        let mut command = self.bubblewrap();
+        command.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts"]);
         if own_network {
             command.arg("--unshare-net");
         }
         command.args(["--hostname", hostname]);
-        command.arg("--bind").arg(dir.join("files")).arg("/");
+        command.arg("--bind").arg(content.join("files")).arg("/");
         for name in Self::system_dirs() {
             let path = Path::new("/").join(name);
             if self.overlay {
-                let merged = self.mount(dir, name).map_err(io_error("the overlay cannot be mounted"))?;
+                let merged = self.mount(&content, name).map_err(io_error("the overlay cannot be mounted"))?;
                 command.arg("--bind").arg(merged).arg(path);
             } else {
                 command.arg("--ro-bind").arg(&path).arg(&path);
@@ -194,9 +251,10 @@ impl Sandboxes {
         }
         if !self.overlay {
             for file in ["passwd", "group"] {
-                command.arg("--ro-bind").arg(dir.join(file)).arg(Path::new("/etc").join(file));
+                command.arg("--ro-bind").arg(self.shared.join(file)).arg(Path::new("/etc").join(file));
             }
         }
+        command.arg("--ro-bind").arg(dir.join("inside")).arg("/.sprite");
         command.args(["--proc", "/proc", "--tmpfs", "/run"]);
         if self.overlay {
             command.args(["--dev", "/dev", "--tmpfs", "/dev/shm"]);
@@ -210,35 +268,93 @@ impl Sandboxes {
             command.arg("--ro-bind").arg(&file).arg(&file);
         }
         command.args(["--chdir", HOME, "--info-fd", "2", "--", "/bin/sh", "-c", "echo ready; exec >&-; exec sleep infinity"]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear().env("PATH", PATH);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear().env("PATH", PATH);
         // A group of its own: a signal to the server's group does not reach it.
         command.process_group(0);
         let mut child = command.spawn().map_err(io_error("bwrap cannot be started (is bubblewrap installed?)"))?;
-        // bwrap tells the holder's number, or what is wrong, on standard error; the holder itself tells when all is set up.
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let mut report = String::new();
-        let ready = async {
-            let (mut stdout, mut stderr) = (BufReader::new(stdout?), stderr?);
-            let mut line = String::new();
-            let (told, set_up) = tokio::join!(stderr.read_to_string(&mut report), stdout.read_line(&mut line));
-            (told.is_ok() && set_up.is_ok() && line == "ready\n").then_some(())
-        };
-        let ready = tokio::time::timeout(BOOT_MAX, ready).await.ok().flatten();
+        let ready = tokio::time::timeout(BOOT_MAX, self.await_ready(&mut child, &mut report)).await;
         let info: serde_json::Value = serde_json::from_str(&report).unwrap_or_default();
         let pid = info.get("child-pid").and_then(serde_json::Value::as_i64).and_then(|pid| i32::try_from(pid).ok());
-        let (Some(()), Some(pid)) = (ready, pid) else {
+        let (Ok(Ok(())), Some(pid)) = (&ready, pid) else {
             let _ = child.start_kill();
-            return Err(SandboxError::Boot(report.trim().to_owned()));
+            let why = match ready {
+                Ok(Err(error)) if report.trim().is_empty() => error.to_string(),
+                _ => report.trim().to_owned(),
+            };
+            return Err(SandboxError::Boot(why));
         };
         // Tokio reaps the process when the handle is gone: nothing is left behind either way.
         drop(child);
-        let start_time = start_time(pid).ok_or_else(|| SandboxError::Boot("it ended at once".to_owned()))?;
-        Ok(Holder { pid, start_time, own_network })
+        let process = Process::find(pid).ok_or_else(|| SandboxError::Boot("it ended at once".to_owned()))?;
+        Ok(Holder { process, own_network, users: self.overlay })
+    }
+
+    /// Bubblewrap in a user namespace: as root with all of a Sprite's users, which only we can give it; otherwise with one.
+    fn bubblewrap(&self) -> Command {
+        let program = self.shared.join("seccomp.bpf");
+        let wrapped = r#"exec 9<"$1"; shift; exec bwrap --seccomp 9 "$@""#;
+        let mut command = if self.overlay {
+            let mut command = Command::new("unshare");
+            command.args(["--user", "--", "/bin/sh", "-c", &format!("echo unshared; read -r _; {wrapped}"), "sh"]).arg(program);
+            command
+        } else {
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", wrapped, "sh"]).arg(program);
+            command.args(["--unshare-user", "--uid", &Holder::UID.to_string(), "--gid", &Holder::UID.to_string()]);
+            command
+        };
+        command.kill_on_drop(false);
+        command
+    }
+
+    /// Bubblewrap tells the holder's number, or what is wrong, on standard error; the holder itself tells when all is set up.
+    async fn await_ready(&self, child: &mut Child, report: &mut String) -> io::Result<()> {
+        let broken = || io::Error::other("it has no standard streams");
+        let mut stdin = child.stdin.take().ok_or_else(broken)?;
+        let (mut stdout, mut stderr) = (BufReader::new(child.stdout.take().ok_or_else(broken)?), child.stderr.take().ok_or_else(broken)?);
+        let mut line = String::new();
+        if self.overlay {
+            stdout.read_line(&mut line).await?;
+            if line == "unshared\n" {
+                let pid = child.id().ok_or_else(broken)?;
+                give_users(pid)?;
+                stdin.write_all(b"go\n").await?;
+            }
+            line.clear();
+        }
+        drop(stdin);
+        let (told, set_up) = tokio::join!(stderr.read_to_string(report), stdout.read_line(&mut line));
+        told?;
+        set_up?;
+        if line == "ready\n" { Ok(()) } else { Err(io::Error::other("it ended at once")) }
     }
 
     /// Whether a sandbox's network can be limited here: its namespace is entered from outside, which takes root.
     pub fn can_limit_network(&self) -> bool {
         self.overlay
+    }
+
+    /// The owner of what the file API makes, as this server names it; none where a Sprite has one user.
+    pub fn owner(&self) -> Option<u32> {
+        self.overlay.then(|| Holder::owner_outside(Holder::UID))
+    }
+
+    pub fn has_users(&self) -> bool {
+        self.overlay
+    }
+
+    /// Copies a Sprite's disk as it is now; what runs in it waits meanwhile.
+    pub async fn snapshot(&self, dir: &Path, holder: Option<Holder>, to: &Path) -> io::Result<()> {
+        let frozen = match holder {
+            Some(holder) if self.disks == Disks::Images => Some(Frozen::freeze(holder.root_path()).await?),
+            _ => None,
+        };
+        let copied = self.disks.copy(dir, to).await;
+        if let Some(frozen) = frozen {
+            frozen.thaw().await?;
+        }
+        copied
     }
 
     /// Ends everything inside and deletes the files.
@@ -259,7 +375,10 @@ impl Sandboxes {
     fn unmount(&self, dir: &Path) {
         if self.overlay {
             for name in Self::system_dirs() {
-                let _ = rustix::mount::unmount(layer(dir, name).join("merged"), UnmountFlags::DETACH);
+                let _ = rustix::mount::unmount(layer(&dir.join("disk"), name).join("merged"), UnmountFlags::DETACH);
+            }
+            if self.disks == Disks::Images {
+                Disks::unmount(dir);
             }
         }
     }
@@ -281,8 +400,8 @@ impl Sandboxes {
     }
 
     /// Lays a Sprite's own changes over a system directory; gives where.
-    fn mount(&self, dir: &Path, name: &str) -> io::Result<PathBuf> {
-        let (layer, mask) = (layer(dir, name), self.mask.join(name));
+    fn mount(&self, content: &Path, name: &str) -> io::Result<PathBuf> {
+        let (layer, mask) = (layer(content, name), self.mask().join(name));
         let merged = layer.join("merged");
         // What a killed server left mounted is mounted anew.
         let _ = rustix::mount::unmount(&merged, UnmountFlags::DETACH);
@@ -296,14 +415,18 @@ impl Sandboxes {
 
     /// The layer that hides: an opaque directory where one is to look empty, a whiteout where a file is not to be.
     fn build_mask(&self) -> io::Result<()> {
-        let _ = fs::remove_dir_all(&self.mask);
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.mask)?;
+        let _ = fs::remove_dir_all(self.mask());
+        fs::create_dir_all(self.mask())?;
         HIDDEN.iter().try_for_each(|path| self.hide(Path::new(path)))
+    }
+
+    fn mask(&self) -> PathBuf {
+        self.shared.join("mask")
     }
 
     fn hide(&self, path: &Path) -> io::Result<()> {
         let Ok(metadata) = fs::symlink_metadata(Path::new("/").join(path)) else { return Ok(()) };
-        let masked = self.mask.join(path);
+        let masked = self.mask().join(path);
         if let Some(parent) = masked.parent() {
             fs::create_dir_all(parent)?;
         }
@@ -331,8 +454,8 @@ fn bind_devices(command: &mut Command) {
 }
 
 /// Where a Sprite's own changes to a system directory are kept.
-fn layer(dir: &Path, name: &str) -> PathBuf {
-    dir.join("layers").join(name.replace('/', "-"))
+fn layer(content: &Path, name: &str) -> PathBuf {
+    content.join("layers").join(name.replace('/', "-"))
 }
 
 fn opaque(dir: &Path) -> io::Result<()> {
@@ -340,14 +463,33 @@ fn opaque(dir: &Path) -> io::Result<()> {
 }
 
 impl Holder {
+    /// The user that commands run as, within.
+    pub const UID: u32 = 1001;
+    /// Users that a sandbox has, numbered from 0, where it has users of its own.
+    pub const UIDS: u32 = 65_536;
+
+    /// The machine's number of one of a sandbox's users.
+    pub fn owner_outside(inside: u32) -> u32 {
+        if inside == 0 { 0 } else { FOREIGN_UIDS + inside }
+    }
+
     /// Whether the sandbox still runs.
     pub fn is_alive(self) -> bool {
-        start_time(self.pid) == Some(self.start_time)
+        self.process.is_alive()
     }
 
     /// The Sprite's root, as this server can open it.
     pub fn root(self) -> io::Result<File> {
-        File::open(format!("/proc/{}/root", self.pid))
+        File::open(self.root_path())
+    }
+
+    fn root_path(self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root", self.process.pid))
+    }
+
+    /// What a killed server left waiting goes on.
+    pub async fn release(self) {
+        Frozen::release(self.root_path()).await;
     }
 
     /// Whether this is the sandbox that a policy asks for.
@@ -355,22 +497,14 @@ impl Holder {
         self.own_network
     }
 
-    /// A command that runs inside, with its own environment and directory.
-    pub fn enter(self, dir: &str, argv: &[String], env: &[(String, String)]) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg("--target").arg(self.pid.to_string());
-        command.args(["--user", "--mount", "--pid", "--ipc", "--uts", "--preserve-credentials"]);
-        if self.own_network {
-            command.arg("--net");
-        }
-        command.args(["--", "/usr/bin/env", "-C", dir, "--"]);
-        command.args(argv).env_clear().envs([("PATH", PATH), ("HOME", HOME), ("USER", USER), ("LANG", "C.UTF-8")]);
-        if self.own_network {
-            command.envs(network::proxy_variables());
-        }
-        command.envs(env.iter().map(|(name, value)| (name, value)));
-        command.process_group(0);
-        command
+    pub fn has_users(self) -> bool {
+        self.users
+    }
+
+    /// Whether a process, as this server numbers them, is one of the sandbox's.
+    pub fn contains(self, pid: i32) -> bool {
+        let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        namespace(self.process.pid).is_some_and(|own| namespace(pid) == Some(own))
     }
 
     /// Kills every process of the sandbox and waits until they are gone.
@@ -378,7 +512,7 @@ impl Holder {
         if !self.is_alive() {
             return;
         }
-        if let Some(pid) = Pid::from_raw(self.pid) {
+        if let Some(pid) = Pid::from_raw(self.process.pid) {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
         for _ in 0..200 {
@@ -387,19 +521,8 @@ impl Holder {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        tracing::warn!(pid = self.pid, "a sandbox does not die");
+        tracing::warn!(pid = self.process.pid, "a sandbox does not die");
     }
-}
-
-/// When a process started, in clock ticks since the boot; none for one that is gone or a zombie.
-fn start_time(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name is in parentheses and may hold anything.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }
 
 /// Writes a file so that a reader sees the old content or the new, never a part.
@@ -410,19 +533,29 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     file.sync_data()?;
     fs::rename(draft, path)
 }
-/// A `sudo`, which set-up scripts and package managers expect; and a package manager that does without a second user.
-fn give_root_in_name(upper: impl Fn(&str) -> PathBuf) -> io::Result<()> {
-    let bin = upper("usr").join("local/bin");
-    fs::create_dir_all(&bin)?;
-    fs::write(bin.join("sudo"), include_str!("../scripts/sudo.sh"))?;
-    fs::set_permissions(bin.join("sudo"), fs::Permissions::from_mode(0o755))?;
-    let apt = upper("etc").join("apt/apt.conf.d");
-    fs::create_dir_all(&apt)?;
-    fs::write(apt.join("99local-sprites"), "APT::Sandbox::User \"root\";\n")?;
-    // What it downloaded is another user's here.
-    let lists = upper("var/lib/apt").join("lists");
-    fs::create_dir_all(lists.join("partial"))?;
-    opaque(&lists)
+
+/// The environment that every command has.
+pub fn environment(holder: Holder) -> Vec<(&'static str, String)> {
+    let own = [("PATH", PATH), ("HOME", HOME), ("USER", USER), ("LOGNAME", USER), ("SHELL", "/bin/bash"), ("LANG", "C.UTF-8")];
+    let mut environment: Vec<_> = own.into_iter().map(|(name, value)| (name, value.to_owned())).collect();
+    if holder.own_network {
+        environment.extend(crate::network::proxy_variables());
+    }
+    environment
+}
+
+/// Gives a new user namespace a Sprite's users. Its root is this server's, and the others are nobody's.
+fn give_users(pid: u32) -> io::Result<()> {
+    for map in ["uid_map", "gid_map"] {
+        let users = format!("0 0 1\n1 {} {}\n", Holder::owner_outside(1), Holder::UIDS - 1);
+        fs::write(format!("/proc/{pid}/{map}"), users)?;
+    }
+    Ok(())
+}
+
+fn script(path: &Path, text: &str) -> io::Result<()> {
+    fs::write(path, text)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
 }
 
 /// How names are resolved, where an overlay of `/etc` does not show it: files that are links into `/run`, which is the Sprite's own, and

@@ -1,0 +1,147 @@
+//! The API that a Sprite's own programs see, at `/.sprite/api.sock` (sprites-api.md §11.1): what holds it awake, its services, its
+//! checkpoints, its network policy to read. Nothing of any other Sprite.
+
+use std::{fs, io, os::fd::AsRawFd as _, os::unix::fs::PermissionsExt as _, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{Path, Request, State},
+    http::{Method, StatusCode, Uri},
+    response::{IntoResponse as _, Response},
+    routing::get,
+};
+use serde_json::{Value, json};
+use tokio::net::UnixListener;
+use tower::ServiceExt as _;
+
+use super::{Api, Failure, failure, invalid, not_served, parse_duration, routes};
+use crate::{
+    exec::locked,
+    registry::Sprite,
+    tasks::{Task, TaskError},
+};
+
+const SOCKET: &str = "api.sock";
+const NAME_CHARS_MAX: usize = 200;
+
+/// Opens the socket of a Sprite. The Sprite owns its server, and ends it.
+pub fn open(api: &Api, sprite: &Arc<Sprite>) {
+    match bind(sprite) {
+        Ok(listener) => {
+            let mut server = locked(&sprite.inside);
+            server.abort_all();
+            let router = router(api, sprite);
+            server.spawn(async move {
+                let _ = axum::serve(listener, router).await;
+            });
+        }
+        Err(error) => tracing::warn!(%error, sprite = sprite.name(), "a Sprite has no management socket"),
+    }
+}
+
+fn bind(sprite: &Sprite) -> io::Result<UnixListener> {
+    let dir = sprite.inside_dir();
+    let _ = fs::remove_file(dir.join(SOCKET));
+    // A socket's path is short; the directory's may not be.
+    let opened = fs::File::open(&dir)?;
+    let listener = UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd()))?;
+    // Whoever is in the Sprite may use it.
+    fs::set_permissions(dir.join(SOCKET), fs::Permissions::from_mode(0o666))?;
+    Ok(listener)
+}
+
+#[derive(Clone)]
+struct Inside {
+    name: String,
+    sprite: std::sync::Weak<Sprite>,
+    whole: Router,
+}
+
+fn router(api: &Api, sprite: &Arc<Sprite>) -> Router {
+    let inside = Inside { name: sprite.name(), sprite: Arc::downgrade(sprite), whole: routes(api) };
+    Router::new()
+        .route("/v1/tasks", get(list).post(create).put(extend_named))
+        .route("/v1/tasks/{task}", get(show).put(extend).delete(remove))
+        .fallback(forward)
+        .with_state(inside)
+}
+
+/// The rest is the API's own, for this Sprite.
+async fn forward(State(inside): State<Inside>, mut request: Request) -> Response {
+    let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).to_owned();
+    let Some(below) = path.strip_prefix("/v1") else { return not_served().await.into_response() };
+    let own = ["/services", "/checkpoint"].iter().any(|own| below.starts_with(own));
+    let to_read = below == "/policy/network" && request.method() == Method::GET;
+    let Ok(uri) = format!("/v1/sprites/{}{below}", inside.name).parse::<Uri>() else { return not_served().await.into_response() };
+    if !own && !to_read {
+        return not_served().await.into_response();
+    }
+    *request.uri_mut() = uri;
+    inside.whole.clone().oneshot(request).await.unwrap_or_else(|never| match never {})
+}
+
+impl Inside {
+    fn sprite(&self) -> Result<Arc<Sprite>, Failure> {
+        self.sprite.upgrade().ok_or_else(|| failure(StatusCode::NOT_FOUND, "sprite not found"))
+    }
+
+    fn set(&self, name: &str, body: &Value, replace: bool) -> Result<Json<Value>, Failure> {
+        if name.is_empty() || name.chars().count() > NAME_CHARS_MAX {
+            return Err(invalid("a task has a name, of at most 200 characters"));
+        }
+        let expire = match body.get("expire") {
+            Some(Value::String(text)) => parse_duration(text),
+            Some(seconds) => seconds.as_u64().map(Duration::from_secs),
+            None => None,
+        };
+        let expire = expire.ok_or_else(|| invalid("expire is required: seconds, or a text such as \"5m\""))?;
+        match self.sprite()?.tasks.set(name, expire, replace) {
+            Ok(task) => Ok(Json(describe(name, &task))),
+            Err(error @ TaskError::Exists) => Err(failure(StatusCode::CONFLICT, &error.to_string())),
+            Err(error) => Err(invalid(error.to_string())),
+        }
+    }
+}
+
+fn describe(name: &str, task: &Task) -> Value {
+    json!({ "name": name, "started_at": task.started_at.to_string(), "expires_at": task.expires_at.to_string() })
+}
+
+fn parse(body: &Bytes) -> Result<Value, Failure> {
+    serde_json::from_slice(body).map_err(|_| invalid("invalid JSON"))
+}
+
+fn named(body: &Value) -> String {
+    body.get("name").and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+async fn list(State(inside): State<Inside>) -> Result<Json<Value>, Failure> {
+    let tasks: Vec<_> = inside.sprite()?.tasks.list().iter().map(|(name, task)| describe(name, task)).collect();
+    Ok(Json(json!({ "tasks": tasks })))
+}
+
+async fn create(State(inside): State<Inside>, body: Bytes) -> Result<Response, Failure> {
+    let body = parse(&body)?;
+    Ok((StatusCode::CREATED, inside.set(&named(&body), &body, false)?).into_response())
+}
+
+async fn extend_named(State(inside): State<Inside>, body: Bytes) -> Result<Json<Value>, Failure> {
+    let body = parse(&body)?;
+    inside.set(&named(&body), &body, true)
+}
+
+async fn extend(State(inside): State<Inside>, Path(task): Path<String>, body: Bytes) -> Result<Json<Value>, Failure> {
+    inside.set(&task, &parse(&body)?, true)
+}
+
+async fn show(State(inside): State<Inside>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+    match inside.sprite()?.tasks.get(&name) {
+        Some(task) => Ok(Json(describe(&name, &task))),
+        None => Err(failure(StatusCode::NOT_FOUND, "task not found")),
+    }
+}
+
+async fn remove(State(inside): State<Inside>, Path(name): Path<String>) -> Result<StatusCode, Failure> {
+    if inside.sprite()?.tasks.remove(&name) { Ok(StatusCode::NO_CONTENT) } else { Err(failure(StatusCode::NOT_FOUND, "task not found")) }
+}

@@ -1,0 +1,87 @@
+//! What a Sprite may reach, do and use (sprites-api.md §8).
+
+use axum::{
+    Json,
+    body::Bytes,
+    extract::{Path, State},
+    http::StatusCode,
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Api, Failure, invalid};
+use crate::{network::Policy, registry::PrivilegesPolicy};
+
+const MEMORY_MB_MIN: u64 = 64;
+const MEMORY_MB_MAX: u64 = 1 << 20;
+
+fn parse<'a, T: Deserialize<'a>>(what: &str, body: &'a Bytes) -> Result<T, Failure> {
+    serde_json::from_slice(body).map_err(|error| invalid(format!("invalid {what} policy: {error}")))
+}
+
+pub async fn network(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Policy>, Failure> {
+    Ok(Json(api.registry.get(&name)?.record().policy))
+}
+
+pub async fn set_network(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<StatusCode, Failure> {
+    let policy: Policy = parse("network", &body)?;
+    if let Some(problem) = policy.problem() {
+        return Err(invalid(format!("invalid network policy: {problem}")));
+    }
+    api.registry.set_policy(&name, policy).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub async fn privileges(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<PrivilegesPolicy>, Failure> {
+    Ok(Json(api.registry.get(&name)?.record().privileges.unwrap_or_default()))
+}
+
+/// Holds for what is started from now on.
+pub async fn set_privileges(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<StatusCode, Failure> {
+    let policy: PrivilegesPolicy = parse("privileges", &body)?;
+    if !policy.devices.is_empty() {
+        return Err(invalid("this server has no devices to give"));
+    }
+    let sprite = api.registry.get(&name)?;
+    sprite.change(|record| record.privileges = Some(policy))?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub async fn clear_privileges(State(api): State<Api>, Path(name): Path<String>) -> Result<StatusCode, Failure> {
+    api.registry.get(&name)?.change(|record| record.privileges = None)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+struct ResourcesPolicy {
+    memory: Option<Memory>,
+}
+
+#[derive(Deserialize)]
+struct Memory {
+    limit_mb: Option<u64>,
+}
+
+pub async fn resources(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+    let limit = api.registry.get(&name)?.record().memory_limit_mb;
+    Ok(Json(match limit {
+        Some(limit_mb) => json!({ "memory": { "limit_mb": limit_mb, "autoscale": false } }),
+        None => json!({}),
+    }))
+}
+
+pub async fn set_resources(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<StatusCode, Failure> {
+    let policy: ResourcesPolicy = parse("resources", &body)?;
+    let limit_mb = policy.memory.and_then(|memory| memory.limit_mb);
+    if limit_mb.is_some_and(|limit| !(MEMORY_MB_MIN..=MEMORY_MB_MAX).contains(&limit)) {
+        let range = format!("memory.limit_mb is between {MEMORY_MB_MIN} and {MEMORY_MB_MAX}");
+        return Err(invalid(range));
+    }
+    api.registry.set_memory_limit(&name, limit_mb)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub async fn clear_resources(State(api): State<Api>, Path(name): Path<String>) -> Result<StatusCode, Failure> {
+    api.registry.set_memory_limit(&name, None)?;
+    Ok(StatusCode::NO_CONTENT)
+}

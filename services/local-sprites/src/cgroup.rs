@@ -1,0 +1,229 @@
+//! Limits of memory, CPU and processes, by control groups of version 1 or 2; and the freezer, by which a Sprite is paused.
+//!
+//! Each Sprite has a group below this server's own. What a machine does not offer is told at start, and then not limited.
+
+use std::{
+    fmt,
+    fs::{self, OpenOptions},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// Where Linux shows control groups.
+const MOUNT: &str = "/sys/fs/cgroup";
+/// The scheduler's period, in microseconds; a limit of CPUs is a part of it.
+const CPU_PERIOD_US: u64 = 100_000;
+
+/// What one Sprite may use.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub memory_bytes: u64,
+    /// In thousandths of a CPU; all of them where none.
+    pub cpu_milli: Option<u64>,
+    pub processes: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Controller {
+    Memory,
+    Processes,
+    Cpu,
+    Freezer,
+}
+
+impl Controller {
+    const ALL: [Self; 4] = [Self::Memory, Self::Processes, Self::Cpu, Self::Freezer];
+
+    /// Its name in both versions.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Processes => "pids",
+            Self::Cpu => "cpu",
+            Self::Freezer => "freezer",
+        }
+    }
+}
+
+impl fmt::Display for Controller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Memory => "memory",
+            Self::Processes => "processes",
+            Self::Cpu => "CPU",
+            Self::Freezer => "pausing",
+        })
+    }
+}
+
+/// The groups of this server's Sprites: a directory for each controller that works here. With version 2 it is the same for all.
+#[derive(Debug)]
+pub struct Cgroups {
+    unified: bool,
+    parents: Vec<(Controller, PathBuf)>,
+    limits: Limits,
+}
+
+impl Cgroups {
+    /// Finds what this machine offers. `instance` tells servers of one machine apart.
+    pub fn find(instance: &str, limits: Limits) -> Self {
+        let membership = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let unified = Path::new(MOUNT).join("cgroup.controllers").exists();
+        let parents = match unified {
+            true => Self::delegate(&membership, instance),
+            false => Controller::ALL.into_iter().filter_map(|one| Some((one, Self::hierarchy(&membership, one, instance)?))).collect(),
+        };
+        Self { unified, parents, limits }
+    }
+
+    /// What cannot be limited here.
+    pub fn missing(&self) -> Vec<String> {
+        let there = |one: &Controller| self.parents.iter().any(|(controller, _)| controller == one);
+        Controller::ALL.iter().filter(|one| !there(one)).map(Controller::to_string).collect()
+    }
+
+    pub fn can_freeze(&self) -> bool {
+        self.parents.iter().any(|(controller, _)| *controller == Controller::Freezer)
+    }
+
+    /// Version 1: a controller's own hierarchy. A container sees its own part of it as the whole.
+    fn hierarchy(membership: &str, controller: Controller, instance: &str) -> Option<PathBuf> {
+        let own = membership.lines().find_map(|line| {
+            let [_, controllers, path] = line.splitn(3, ':').collect::<Vec<_>>().try_into().ok()?;
+            controllers.split(',').any(|name| name == controller.name()).then(|| path.trim_start_matches('/').to_owned())
+        })?;
+        let mount = Path::new(MOUNT).join(controller.name());
+        let parent = [mount.join(own), mount].into_iter().find(|path| path.is_dir())?.join(instance);
+        make(&parent).ok()?;
+        Some(parent)
+    }
+
+    /// Version 2: controllers are given to groups below only by a group that holds no process itself, so this server moves into one of
+    /// its own beside its Sprites'.
+    fn delegate(membership: &str, instance: &str) -> Vec<(Controller, PathBuf)> {
+        let own = membership.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        let own = Path::new(MOUNT).join(own.trim_end_matches("/server"));
+        let parent = own.join(instance);
+        let give = |group: &Path, controller: Controller| put(&group.join("cgroup.subtree_control"), &format!("+{}", controller.name()));
+        if !own.join("cgroup.type").exists() || make(&own.join("server")).is_ok_and(|()| put(&own.join("server/cgroup.procs"), "0").is_ok())
+        {
+            let _ = make(&parent);
+        }
+        let given = Controller::ALL.into_iter().filter(|one| match one {
+            // Part of every group.
+            Controller::Freezer => parent.join("cgroup.freeze").exists(),
+            other => give(&own, *other).and_then(|()| give(&parent, *other)).is_ok(),
+        });
+        given.map(|one| (one, parent.clone())).collect()
+    }
+
+    /// A Sprite's group, with this server's limits; one that is there is taken up as it is.
+    ///
+    /// # Errors
+    /// When a limit cannot be set.
+    pub fn group(&self, id: &str) -> io::Result<Cgroup> {
+        let groups: Vec<_> = self.parents.iter().map(|(controller, parent)| (*controller, parent.join(id))).collect();
+        let group = Cgroup { unified: self.unified, groups };
+        for (_, path) in &group.groups {
+            make(path)?;
+        }
+        group.limit_memory(self.limits.memory_bytes)?;
+        let (processes, period) = (self.limits.processes.to_string(), CPU_PERIOD_US.to_string());
+        group.set(Controller::Processes, "pids.max", "pids.max", &processes)?;
+        if let Some(milli) = self.limits.cpu_milli {
+            let quota = (milli * CPU_PERIOD_US / 1000).to_string();
+            match self.unified {
+                true => group.set(Controller::Cpu, "cpu.max", "", &format!("{quota} {period}"))?,
+                false => {
+                    group.set(Controller::Cpu, "", "cpu.cfs_period_us", &period)?;
+                    group.set(Controller::Cpu, "", "cpu.cfs_quota_us", &quota)?;
+                }
+            }
+        }
+        Ok(group)
+    }
+
+    pub fn default_memory_bytes(&self) -> u64 {
+        self.limits.memory_bytes
+    }
+
+    /// Takes the server's own directories away, where no Sprite runs any more.
+    pub fn remove(&self) {
+        for (_, parent) in &self.parents {
+            let _ = fs::remove_dir(parent);
+        }
+    }
+}
+
+/// The limits of one Sprite.
+#[derive(Clone, Debug)]
+pub struct Cgroup {
+    unified: bool,
+    groups: Vec<(Controller, PathBuf)>,
+}
+
+impl Cgroup {
+    /// The files that a process writes `0` to in order to be limited.
+    pub fn entrances(&self) -> Vec<PathBuf> {
+        let mut files: Vec<_> = self.groups.iter().map(|(_, path)| path.join("cgroup.procs")).collect();
+        files.dedup();
+        files
+    }
+
+    pub fn add(&self, pid: i32) -> io::Result<()> {
+        self.entrances().iter().try_for_each(|file| put(file, &pid.to_string()))
+    }
+
+    /// # Errors
+    /// When what the Sprite uses already is more.
+    pub fn limit_memory(&self, bytes: u64) -> io::Result<()> {
+        let bytes = bytes.to_string();
+        self.set(Controller::Memory, "memory.max", "memory.limit_in_bytes", &bytes)?;
+        // No way around it by swap, where the kernel counts that.
+        let _ = self.set(Controller::Memory, "memory.swap.max", "memory.memsw.limit_in_bytes", if self.unified { "0" } else { &bytes });
+        Ok(())
+    }
+
+    /// Stops all processes where they are, or lets them go on.
+    pub fn freeze(&self, frozen: bool) -> io::Result<()> {
+        let value = match (self.unified, frozen) {
+            (true, true) => "1",
+            (true, false) => "0",
+            (false, true) => "FROZEN",
+            (false, false) => "THAWED",
+        };
+        self.set(Controller::Freezer, "cgroup.freeze", "freezer.state", value)
+    }
+
+    fn set(&self, controller: Controller, v2: &str, v1: &str, value: &str) -> io::Result<()> {
+        match self.groups.iter().find(|(one, _)| *one == controller) {
+            Some((_, path)) => put(&path.join(if self.unified { v2 } else { v1 }), value),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the group away once its processes are gone; the kernel is a moment behind them.
+    pub async fn remove(&self) {
+        for (_, path) in &self.groups {
+            for _ in 0..100 {
+                match fs::remove_dir(path) {
+                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy => tokio::time::sleep(Duration::from_millis(5)).await,
+                    _ => break,
+                }
+            }
+        }
+    }
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Control files are written whole, and are never made.
+fn put(file: &Path, value: &str) -> io::Result<()> {
+    OpenOptions::new().write(true).open(file)?.write_all(value.as_bytes())
+}

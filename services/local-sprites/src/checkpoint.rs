@@ -1,0 +1,108 @@
+//! Checkpoints of a Sprite's disk: what it has written, kept under a number, and put back (sprites-api.md §7).
+
+use std::{fs, io, path::PathBuf, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+use types::Timestamp;
+
+use crate::{
+    registry::{Registry, RegistryError, Sprite},
+    sandbox::write_atomically,
+};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Checkpoint {
+    pub id: String,
+    pub created_at_us: i64,
+    pub comment: Option<String>,
+}
+
+/// A checkpoint's name: `v` and a number, so never a path.
+fn is_id(id: &str) -> bool {
+    id.strip_prefix('v').is_some_and(|number| !number.is_empty() && number.len() < 10 && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+fn dir(sprite: &Sprite) -> PathBuf {
+    sprite.dir().join("checkpoints")
+}
+
+fn read(sprite: &Sprite, id: &str) -> Result<Checkpoint, RegistryError> {
+    let found = || serde_json::from_slice(&fs::read(dir(sprite).join(id).join("checkpoint.json")).ok()?).ok();
+    if is_id(id) { found().ok_or(RegistryError::NoCheckpoint) } else { Err(RegistryError::NoCheckpoint) }
+}
+
+/// All of a Sprite's, the oldest first.
+pub fn list(sprite: &Sprite) -> Vec<Checkpoint> {
+    let entries = fs::read_dir(dir(sprite)).into_iter().flatten().flatten();
+    let mut all: Vec<_> = entries.filter_map(|entry| read(sprite, entry.file_name().to_str()?).ok()).collect();
+    all.sort_by_key(|checkpoint| checkpoint.created_at_us);
+    all
+}
+
+pub fn get(sprite: &Sprite, id: &str) -> Result<Checkpoint, RegistryError> {
+    read(sprite, id)
+}
+
+impl Registry {
+    /// Keeps a Sprite's disk as it is now. What runs in it waits meanwhile.
+    pub async fn make_checkpoint(self: &Arc<Self>, sprite: &Arc<Sprite>, comment: Option<String>) -> Result<Checkpoint, RegistryError> {
+        let (registry, sprite) = (self.clone(), sprite.clone());
+        self.uninterrupted(async move {
+            let _life = sprite.hold().await?;
+            let number = sprite.record().checkpoints_made;
+            // Its number is used up before it is there: a later one never takes its place.
+            sprite.change(|record| record.checkpoints_made += 1)?;
+            let checkpoint = Checkpoint { id: format!("v{number}"), created_at_us: Timestamp::now().unix_micros(), comment };
+            let draft = dir(&sprite).join("draft");
+            let copy = async {
+                remove(&draft)?;
+                fs::create_dir_all(&draft)?;
+                registry.sandboxes.snapshot(sprite.dir(), sprite.holder(), &draft).await?;
+                write_atomically(&draft.join("checkpoint.json"), &serde_json::to_vec(&checkpoint)?)?;
+                fs::rename(&draft, dir(&sprite).join(&checkpoint.id))
+            };
+            if let Err(error) = copy.await {
+                let _ = remove(&draft);
+                return Err(RegistryError::Checkpoint(error));
+            }
+            Ok(checkpoint)
+        })
+        .await
+    }
+
+    /// Puts a Sprite's disk back as it was. All that runs in the Sprite ends, and it is started anew.
+    pub async fn restore_checkpoint(self: &Arc<Self>, sprite: &Arc<Sprite>, id: &str) -> Result<(), RegistryError> {
+        let checkpoint = read(sprite, id)?;
+        let (registry, sprite) = (self.clone(), sprite.clone());
+        self.uninterrupted(async move {
+            let _life = sprite.hold().await?;
+            let disks = registry.sandboxes.disks();
+            let draft = dir(&sprite).join("draft");
+            let copy = async {
+                remove(&draft)?;
+                fs::create_dir_all(&draft)?;
+                disks.copy(&dir(&sprite).join(&checkpoint.id), &draft).await
+            };
+            copy.await.map_err(RegistryError::Checkpoint)?;
+            registry.end(&sprite).await;
+            disks.replace(sprite.dir(), &draft).and_then(|()| remove(&draft)).map_err(RegistryError::Checkpoint)?;
+            registry.boot(&sprite).await.map(|_| ())
+        })
+        .await
+    }
+
+    pub async fn delete_checkpoint(&self, sprite: &Sprite, id: &str) -> Result<(), RegistryError> {
+        let checkpoint = read(sprite, id)?;
+        let _life = sprite.hold().await?;
+        // Not in the list from here on, even when it is left half deleted.
+        fs::remove_file(dir(sprite).join(&checkpoint.id).join("checkpoint.json")).map_err(RegistryError::Checkpoint)?;
+        remove(&dir(sprite).join(&checkpoint.id)).map_err(RegistryError::Checkpoint)
+    }
+}
+
+fn remove(dir: &std::path::Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,159 @@
+//! A Sprite's disk: all that it writes. An image of a file system of its own, which cannot grow over its size, where this machine has
+//! loop devices; otherwise a directory without a limit.
+//!
+//! A new disk is a copy of a template, and a checkpoint is a copy of a disk: on file systems that share blocks (Btrfs, XFS) nothing is
+//! copied until it is written; elsewhere what was written is copied, and holes are not.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use rustix::mount::UnmountFlags;
+use tokio::process::Command;
+
+const COMMAND_MAX: Duration = Duration::from_secs(300);
+/// Where a disk's content is found in a Sprite's directory while it is mounted.
+const CONTENT: &str = "disk";
+const IMAGE: &str = "disk.img";
+
+/// How disks are kept here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disks {
+    Images,
+    Directories,
+}
+
+impl Disks {
+    /// Makes the template, which `fill` writes the content of, and finds out by it what works here.
+    ///
+    /// # Errors
+    /// When not even a directory works; why there is no limit goes to the log.
+    pub async fn prepare(template: &Path, bytes: Option<u64>, fill: impl Fn(&Path) -> io::Result<()>) -> io::Result<Self> {
+        if let Some(bytes) = bytes {
+            match Self::prepare_image(template, bytes, &fill).await {
+                Ok(()) => return Ok(Self::Images),
+                Err(error) => tracing::warn!(%error, "disks of Sprites are not limited: no image of a file system can be made and mounted"),
+            }
+        }
+        reset(template)?;
+        fill(&template.join(CONTENT))?;
+        Ok(Self::Directories)
+    }
+
+    async fn prepare_image(template: &Path, bytes: u64, fill: &impl Fn(&Path) -> io::Result<()>) -> io::Result<()> {
+        reset(template)?;
+        let image = template.join(IMAGE);
+        fs::File::create(&image)?.set_len(bytes)?;
+        let options = ["-q", "-F", "-m", "0", "-J", "size=4", "-E", "lazy_itable_init=1,lazy_journal_init=1"];
+        run(Command::new("mkfs.ext4").args(options).arg(&image)).await?;
+        Self::Images.mount(template).await?;
+        let filled = fill(&template.join(CONTENT));
+        Self::unmount(template);
+        filled
+    }
+
+    /// The content of a Sprite's disk, mounted until [`Self::unmount`] or until the last sandbox that has it ends.
+    pub async fn mount(self, dir: &Path) -> io::Result<PathBuf> {
+        let content = dir.join(CONTENT);
+        if self == Self::Images && !is_mounted(&content)? {
+            run(Command::new("mount").args(["-t", "ext4", "-o", "loop,noatime,nosuid,nodev,discard"]).arg(dir.join(IMAGE)).arg(&content))
+                .await?;
+        }
+        Ok(content)
+    }
+
+    /// Takes a disk out of this machine's own table of mounts; sandboxes keep theirs.
+    pub fn unmount(dir: &Path) {
+        let _ = rustix::mount::unmount(dir.join(CONTENT), UnmountFlags::DETACH);
+    }
+
+    /// Copies a disk that nobody writes to.
+    ///
+    /// # Errors
+    /// When there is no room for it; what was copied by then is in the way of nothing.
+    pub async fn copy(self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut command = Command::new("cp");
+        command.args(["--archive", "--reflink=auto", "--sparse=always"]);
+        match self {
+            Self::Images => {
+                fs::create_dir_all(to.join(CONTENT))?;
+                run(command.arg(from.join(IMAGE)).arg(to.join(IMAGE))).await
+            }
+            Self::Directories => run(command.arg(from.join(CONTENT)).arg(to.join(CONTENT))).await,
+        }
+    }
+
+    /// Puts a copy in a disk's place. Whenever it is broken off, [`Self::recover`] finds one or the other whole.
+    pub fn replace(self, dir: &Path, by: &Path) -> io::Result<()> {
+        match self {
+            Self::Images => fs::rename(by.join(IMAGE), dir.join(IMAGE)),
+            Self::Directories => {
+                let old = dir.join("disk.old");
+                fs::rename(dir.join(CONTENT), &old)?;
+                fs::rename(by.join(CONTENT), dir.join(CONTENT))?;
+                fs::remove_dir_all(old)
+            }
+        }
+    }
+
+    /// Repairs what a server left that was killed.
+    pub fn recover(self, dir: &Path) -> io::Result<()> {
+        let (content, old) = (dir.join(CONTENT), dir.join("disk.old"));
+        if self == Self::Directories && old.exists() {
+            if content.exists() { fs::remove_dir_all(old)? } else { fs::rename(old, content)? }
+        }
+        Ok(())
+    }
+}
+
+/// What is written waits until the returned guard's [`Frozen::thaw`], so that a copy is whole.
+#[derive(Debug)]
+pub struct Frozen(PathBuf);
+
+impl Frozen {
+    /// `root` is the root directory of the sandbox that the disk is mounted in.
+    pub async fn freeze(root: PathBuf) -> io::Result<Self> {
+        run(Command::new("fsfreeze").arg("--freeze").arg(&root)).await?;
+        Ok(Self(root))
+    }
+
+    pub async fn thaw(self) -> io::Result<()> {
+        run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.0)).await
+    }
+
+    /// What a killed server left frozen goes on.
+    pub async fn release(root: PathBuf) {
+        let _ = Self(root).thaw().await;
+    }
+}
+
+fn reset(template: &Path) -> io::Result<()> {
+    Disks::unmount(template);
+    match fs::remove_dir_all(template) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::create_dir_all(template.join(CONTENT))
+}
+
+fn is_mounted(content: &Path) -> io::Result<bool> {
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
+    Ok(device(content)? != device(content.parent().unwrap_or(content))?)
+}
+
+/// Runs one of the system's tools to its end.
+async fn run(command: &mut Command) -> io::Result<()> {
+    let name = command.as_std().get_program().to_string_lossy().into_owned();
+    let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = tokio::time::timeout(COMMAND_MAX, output).await.map_err(|_| io::Error::other(format!("{name} does not end")))?;
+    let output = output.map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(io::Error::other(format!("{name}: {}", said.trim().lines().last().unwrap_or("failed without a word"))))
+}

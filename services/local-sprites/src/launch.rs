@@ -1,0 +1,179 @@
+//! The way into a sandbox. This program, started anew as `local-sprites launch`, joins the sandbox's limits and namespaces, gives up
+//! what a Sprite's processes are not to have, and only then runs the command: nothing of the Sprite runs with more.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::{fd::AsFd as _, unix::process::CommandExt as _, unix::process::ExitStatusExt as _},
+    path::PathBuf,
+    process::{Command, ExitCode, ExitStatus},
+};
+
+use rustix::{
+    fs::Mode,
+    process::{Gid, Pid, PidfdFlags, Uid, pidfd_open, umask},
+    thread::{
+        CapabilitySet, CapabilitySets, ThreadNameSpaceType, configure_capability_in_ambient_set, move_into_thread_name_spaces,
+        remove_capability_from_bounding_set, set_capabilities, set_keep_capabilities, set_no_new_privs, set_thread_groups,
+        set_thread_res_gid, set_thread_res_uid,
+    },
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{sandbox::Holder, seccomp};
+
+/// The first argument of this program as a launcher.
+pub const COMMAND: &str = "launch";
+/// The command was not started: the sandbox could not be entered.
+const EXIT_NOT_ENTERED: u8 = 125;
+/// As a shell says it.
+const EXIT_NOT_EXECUTABLE: u8 = 126;
+const EXIT_NOT_FOUND: u8 = 127;
+
+/// What a command of a Sprite starts as.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Launch {
+    pub holder: Holder,
+    /// The `cgroup.procs` files of the Sprite's limits.
+    pub limits: Vec<PathBuf>,
+    pub privileges: Privileges,
+    pub dir: PathBuf,
+    /// Whether standard input is a terminal that the command is to control.
+    pub terminal: bool,
+}
+
+/// What a Sprite's processes may do beside what their user may (sprites-api.md §8.2 and §11.2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Privileges {
+    /// Nothing.
+    Minimal,
+    /// What containers usually may: files of other users, other users' names, low ports.
+    #[default]
+    #[serde(alias = "")]
+    Standard,
+    /// Mounts and networks of the Sprite's own, and looking into processes, too.
+    Privileged,
+}
+
+impl Privileges {
+    fn capabilities(self) -> CapabilitySet {
+        let standard = CapabilitySet::CHOWN
+            | CapabilitySet::DAC_OVERRIDE
+            | CapabilitySet::FOWNER
+            | CapabilitySet::FSETID
+            | CapabilitySet::KILL
+            | CapabilitySet::SETGID
+            | CapabilitySet::SETUID
+            | CapabilitySet::SETPCAP
+            | CapabilitySet::NET_BIND_SERVICE
+            | CapabilitySet::NET_RAW
+            | CapabilitySet::SYS_CHROOT
+            | CapabilitySet::MKNOD
+            | CapabilitySet::AUDIT_WRITE
+            | CapabilitySet::SETFCAP;
+        match self {
+            Self::Minimal => CapabilitySet::empty(),
+            Self::Standard => standard,
+            Self::Privileged => standard | CapabilitySet::SYS_ADMIN | CapabilitySet::NET_ADMIN | CapabilitySet::SYS_PTRACE,
+        }
+    }
+}
+
+impl Launch {
+    /// A command of this server that runs `argv` inside.
+    ///
+    /// # Errors
+    /// When the launch cannot be written down, which does not happen.
+    pub fn command(&self, argv: &[String]) -> io::Result<tokio::process::Command> {
+        let mut command = tokio::process::Command::new("/proc/self/exe");
+        command.args([COMMAND, &serde_json::to_string(self)?]).args(argv).env_clear();
+        // A group of its own: a signal to the server's group does not reach it.
+        command.process_group(0);
+        Ok(command)
+    }
+
+    fn enter(&self) -> io::Result<()> {
+        for limit in &self.limits {
+            fs::write(limit, "0")?;
+        }
+        let gone = || io::Error::other("the sandbox is gone");
+        let sandbox = pidfd_open(Pid::from_raw(self.holder.process.pid).ok_or_else(gone)?, PidfdFlags::empty()).map_err(|_| gone())?;
+        // The number may be another process's by now; the descriptor stays what it is.
+        if !self.holder.is_alive() {
+            return Err(gone());
+        }
+        let mut namespaces = ThreadNameSpaceType::USER
+            | ThreadNameSpaceType::MOUNT
+            | ThreadNameSpaceType::PROCESS_ID
+            | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+            | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
+        namespaces.set(ThreadNameSpaceType::NETWORK, self.holder.has_own_network());
+        move_into_thread_name_spaces(sandbox.as_fd(), namespaces)?;
+        self.give_up_privileges()?;
+        umask(Mode::from_raw_mode(0o022));
+        std::env::set_current_dir(&self.dir)
+            .map_err(|error| io::Error::new(error.kind(), format!("cannot change to {}: {error}", self.dir.display())))
+    }
+
+    /// The order matters: each step takes away what a later one would have needed.
+    fn give_up_privileges(&self) -> io::Result<()> {
+        let kept = if self.holder.has_users() { self.privileges.capabilities() } else { CapabilitySet::empty() };
+        let known = CapabilitySet::from_bits_truncate((1 << 41) - 1);
+        for capability in (known - kept).iter() {
+            // One that this kernel does not know cannot be had either.
+            let _ = remove_capability_from_bounding_set(capability);
+        }
+        if self.holder.has_users() {
+            let (user, group) = (Uid::from_raw(Holder::UID), Gid::from_raw(Holder::UID));
+            set_thread_groups(&[])?;
+            set_keep_capabilities(true)?;
+            set_thread_res_gid(group, group, group)?;
+            set_thread_res_uid(user, user, user)?;
+        }
+        set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: kept })?;
+        for capability in kept.iter() {
+            configure_capability_in_ambient_set(capability, true)?;
+        }
+        set_no_new_privs(true)?;
+        seccomp::apply()
+    }
+}
+
+/// Runs the launcher: its arguments are a [`Launch`] and the command. Ends as the command does.
+pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let launch = arguments.next().and_then(|text| serde_json::from_str::<Launch>(text.to_str()?).ok());
+    let (Some(launch), Some(program)) = (launch, arguments.next()) else {
+        eprintln!("local-sprites: {COMMAND} is for the server itself");
+        return ExitCode::from(2);
+    };
+    if let Err(error) = launch.enter() {
+        eprintln!("local-sprites: {error}");
+        return ExitCode::from(EXIT_NOT_ENTERED);
+    }
+    let mut command = if launch.terminal {
+        // The command leads a session of its own, and the terminal is that session's.
+        let mut command = Command::new("/usr/bin/setsid");
+        command.args(["--ctty", "--"]).arg(&program);
+        command
+    } else {
+        let mut command = Command::new(&program);
+        command.process_group(0);
+        command
+    };
+    let status = command.args(arguments).spawn().and_then(|mut child| child.wait());
+    match status {
+        Ok(status) => ExitCode::from(exit_code(status)),
+        Err(error) => {
+            eprintln!("local-sprites: {}: {error}", program.display());
+            let found = error.kind() != io::ErrorKind::NotFound;
+            ExitCode::from(if found { EXIT_NOT_EXECUTABLE } else { EXIT_NOT_FOUND })
+        }
+    }
+}
+
+/// The one-byte status: signals are 128 + n.
+pub fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    u8::try_from(code).unwrap_or(u8::MAX)
+}

@@ -1,0 +1,50 @@
+//! Processes of this machine that outlive this server: found again by number and start time.
+
+use std::fs;
+
+use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
+
+/// A process. Its start time tells it from a later one of the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: i32,
+    start_time: u64,
+}
+
+impl Process {
+    /// The process that has this number now.
+    pub fn find(pid: i32) -> Option<Self> {
+        Some(Self { pid, start_time: start_time(pid)? })
+    }
+
+    pub fn is_alive(self) -> bool {
+        start_time(self.pid) == Some(self.start_time)
+    }
+
+    /// The number of its first child, as this server counts.
+    pub fn child(self) -> Option<i32> {
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).ok()?;
+        children.split_whitespace().next()?.parse().ok()
+    }
+
+    /// Sends a signal to what a launcher started, and all of its group; to the launcher while it has started nothing.
+    pub fn signal_command(self, signal: Signal) {
+        if self.is_alive()
+            && let Some(group) = Pid::from_raw(self.child().unwrap_or(self.pid))
+        {
+            let _ = rustix::process::kill_process_group(group, signal);
+        }
+    }
+}
+
+/// When a process started, in clock ticks since the boot; none for one that is gone or a zombie.
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name is in parentheses and may hold anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}

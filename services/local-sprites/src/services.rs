@@ -1,0 +1,541 @@
+//! Services of a Sprite (sprites-api.md §9): started when it boots, in the order of their needs, and again when they end.
+//!
+//! A service writes to two named pipes that it holds open itself, so that it outlives this server and loses no line: the next server
+//! reads on. What it writes goes to a log that the Sprite can read.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use rustix::{
+    fs::{CWD, FileType, Mode},
+    process::Signal,
+};
+use serde::{Deserialize, Serialize};
+use service::Lifecycle;
+use tokio::{
+    io::AsyncReadExt as _,
+    net::unix::pipe,
+    process::Child,
+    sync::{broadcast, watch},
+};
+use types::{Backoff, Timestamp};
+
+use crate::{
+    exec::{Stream, locked},
+    launch::exit_code,
+    process::Process,
+    registry::{RegistryError, Sprite},
+    sandbox::{self, HOME, Holder},
+};
+
+/// Delays before a service that ended is started again.
+const RESTART: Backoff = Backoff { base: Duration::from_millis(500), max: Duration::from_secs(30), attempts: u32::MAX };
+/// One that ran so long begins with the shortest delay again.
+const STEADY: Duration = Duration::from_secs(60);
+const LOG_BYTES_MAX: u64 = 10 * 1024 * 1024;
+const LINE_BYTES_MAX: usize = 64 * 1024;
+/// How long a service's last words are waited for.
+const DRAIN: Duration = Duration::from_millis(50);
+const EVENTS_HELD: usize = 1024;
+const SERVICES_MAX: usize = 100;
+
+/// What a service is, as its user wrote it; and what is known of it when this server is started anew.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Definition {
+    pub cmd: String,
+    #[serde(default)]
+    pub args: Vec<String>,
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    #[serde(default)]
+    pub dir: Option<String>,
+    #[serde(default)]
+    pub needs: Vec<String>,
+    #[serde(default)]
+    pub http_port: Option<u16>,
+    /// Its user stopped it: it is not started by itself.
+    #[serde(default)]
+    pub stopped: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    #[default]
+    Stopped,
+    Starting,
+    Running,
+    Stopping,
+    Failed,
+}
+
+/// How a service is now.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    pub status: Status,
+    pub process: Option<Process>,
+    pub started_at: Option<Timestamp>,
+    pub error: Option<String>,
+    pub restart_count: u32,
+    pub next_restart_at: Option<Timestamp>,
+}
+
+/// What happens to a service, for who watches.
+#[derive(Clone, Debug)]
+pub enum Event {
+    Started,
+    Output(Stream, String),
+    Exit(Option<u8>),
+    Error(String),
+    Stopping,
+    Stopped(Option<u8>),
+}
+
+/// A service that was ended by its user takes this long to end by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    Running,
+    Stopped(Duration),
+    /// Nobody keeps it any more; its processes are somebody else's to end.
+    Forgotten,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    #[error("service not found")]
+    NotFound,
+    #[error("service is not running")]
+    NotRunning,
+    #[error("another service already has an HTTP port configured")]
+    PortTaken,
+    #[error("at most {SERVICES_MAX} services")]
+    TooMany,
+    #[error(transparent)]
+    Sprite(#[from] RegistryError),
+}
+
+#[derive(Debug, Default)]
+pub struct Services(Mutex<BTreeMap<String, Arc<Unit>>>);
+
+/// One service, and the task that keeps it running.
+#[derive(Debug)]
+pub struct Unit {
+    name: String,
+    state: Mutex<State>,
+    events: broadcast::Sender<Event>,
+    /// What the keeper is to see to; it is there while somebody listens.
+    wanted: watch::Sender<Wanted>,
+}
+
+/// Where a Sprite's log of a service is, for this server.
+pub fn log_path(sprite: &Sprite, name: &str) -> PathBuf {
+    sprite.inside_dir().join(format!("logs/services/{name}.log"))
+}
+
+/// A name of the API's paths, and of files.
+pub fn is_name(name: &str) -> bool {
+    let fine = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    (1..=63).contains(&name.len()) && name.chars().all(fine) && !name.starts_with('.') && name != "signal"
+}
+
+impl Services {
+    pub fn unit(&self, name: &str) -> Result<Arc<Unit>, ServiceError> {
+        locked(&self.0).get(name).cloned().ok_or(ServiceError::NotFound)
+    }
+
+    /// A service that is defined, whether it was ever started or not.
+    pub fn defined(&self, sprite: &Sprite, name: &str) -> Result<Arc<Unit>, ServiceError> {
+        if sprite.record().services.contains_key(name) { Ok(self.known(name)) } else { Err(ServiceError::NotFound) }
+    }
+
+    /// Makes a service, or replaces one that was ended before.
+    pub fn put(&self, sprite: &Sprite, name: &str, definition: Definition) -> Result<Arc<Unit>, ServiceError> {
+        let services = sprite.record().services;
+        if services.len() >= SERVICES_MAX && !services.contains_key(name) {
+            return Err(ServiceError::TooMany);
+        }
+        let taken = |(other, with): (&String, &Definition)| other != name && with.http_port.is_some();
+        if definition.http_port.is_some() && services.iter().any(taken) {
+            return Err(ServiceError::PortTaken);
+        }
+        sprite.change(|record| drop(record.services.insert(name.to_owned(), definition)))?;
+        Ok(self.known(name))
+    }
+
+    fn known(&self, name: &str) -> Arc<Unit> {
+        locked(&self.0).entry(name.to_owned()).or_insert_with(|| Arc::new(Unit::new(name))).clone()
+    }
+
+    pub fn remove(&self, sprite: &Sprite, name: &str) -> Result<(), ServiceError> {
+        locked(&self.0).remove(name).ok_or(ServiceError::NotFound)?;
+        for pipe in pipes(sprite, name) {
+            let _ = fs::remove_file(pipe);
+        }
+        Ok(sprite.change(|record| drop(record.services.remove(name)))?)
+    }
+
+    /// Starts what is to run, what others need first; takes up what runs already.
+    pub fn start_all(&self, sprite: &Arc<Sprite>, holder: Holder, lifecycle: &Lifecycle) {
+        let definitions = sprite.record().services;
+        let mut order = Vec::new();
+        for name in definitions.keys() {
+            add_with_needs(name, &definitions, &mut order);
+        }
+        for name in order {
+            let unit = self.known(name);
+            if !definitions[name].stopped {
+                unit.start(sprite, holder, lifecycle);
+            }
+        }
+    }
+
+    /// Nothing is started any more.
+    pub fn forget_all(&self) {
+        for unit in locked(&self.0).values() {
+            unit.wanted.send_replace(Wanted::Forgotten);
+        }
+    }
+}
+
+fn add_with_needs<'a>(name: &'a String, definitions: &'a BTreeMap<String, Definition>, order: &mut Vec<&'a String>) {
+    if order.len() > definitions.len() || order.contains(&name) {
+        return;
+    }
+    // Marked first: needs that go in a circle are started in some order.
+    let place = order.len();
+    order.push(name);
+    for need in definitions.get(name).map(|definition| definition.needs.as_slice()).unwrap_or_default() {
+        if let Some((need, _)) = definitions.get_key_value(need) {
+            add_with_needs(need, definitions, order);
+        }
+    }
+    let own = order.remove(place);
+    order.push(own);
+}
+
+impl Unit {
+    fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            state: Mutex::default(),
+            events: broadcast::Sender::new(EVENTS_HELD),
+            wanted: watch::Sender::new(Wanted::Running),
+        }
+    }
+
+    pub fn state(&self) -> State {
+        locked(&self.state).clone()
+    }
+
+    /// Whether it runs, or is about to.
+    pub fn is_kept(&self) -> bool {
+        !matches!(locked(&self.state).status, Status::Stopped | Status::Failed)
+    }
+
+    pub fn watch(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    fn tell(&self, event: Event) {
+        // Nobody may be watching.
+        let _ = self.events.send(event);
+    }
+
+    fn set(&self, change: impl FnOnce(&mut State)) {
+        change(&mut locked(&self.state));
+    }
+
+    /// Starts the service where it is not running.
+    pub fn start(self: &Arc<Self>, sprite: &Arc<Sprite>, holder: Holder, lifecycle: &Lifecycle) {
+        // One keeper at a time: it listens as long as it lives.
+        let mut state = locked(&self.state);
+        if state.status != Status::Stopped && state.status != Status::Failed {
+            return;
+        }
+        let before = state.process.take();
+        *state = State { status: Status::Starting, process: before, ..State::default() };
+        drop(state);
+        self.wanted.send_replace(Wanted::Running);
+        let (unit, sprite, stop) = (self.clone(), sprite.clone(), lifecycle.stop_token());
+        let wanted = self.wanted.subscribe();
+        // At a stop of this server the service runs on.
+        lifecycle.tracker().spawn(async move { stop.run_until_cancelled(unit.keep(sprite, holder, wanted)).await });
+    }
+
+    /// Ends the service, by force after a while; and waits for that.
+    pub async fn stop(&self, grace: Duration) -> Result<(), ServiceError> {
+        if !self.is_kept() {
+            return Err(ServiceError::NotRunning);
+        }
+        self.wanted.send_replace(Wanted::Stopped(grace));
+        // The keeper lets go of its end when it is done.
+        let gone = self.wanted.closed();
+        let _ = tokio::time::timeout(grace + Duration::from_secs(5), gone).await;
+        Ok(())
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<(), ServiceError> {
+        let state = locked(&self.state);
+        let process = state.process.filter(|process| process.is_alive()).ok_or(ServiceError::NotRunning)?;
+        process.signal_command(signal);
+        Ok(())
+    }
+
+    /// Runs the service, again and again, until it is to stop.
+    async fn keep(self: Arc<Self>, sprite: Arc<Sprite>, holder: Holder, mut wanted: watch::Receiver<Wanted>) {
+        let mut failures = 0;
+        loop {
+            let begun = std::time::Instant::now();
+            let ended = match self.run(&sprite, holder, &mut wanted).await {
+                Ok(ended) => ended,
+                Err(error) => {
+                    self.tell(Event::Error(error.to_string()));
+                    self.set(|state| state.error = Some(error.to_string()));
+                    None
+                }
+            };
+            let _ = fs::remove_file(pid_file(&sprite, &self.name));
+            self.set(|state| state.process = None);
+            let now = *wanted.borrow();
+            match now {
+                Wanted::Stopped(_) => {
+                    self.set(|state| *state = State { restart_count: state.restart_count, ..State::default() });
+                    self.tell(Event::Stopped(ended));
+                    return;
+                }
+                Wanted::Forgotten => return,
+                Wanted::Running => {}
+            }
+            self.tell(Event::Exit(ended));
+            if !holder.is_alive() {
+                // It is started when the Sprite is.
+                self.set(|state| state.status = Status::Stopped);
+                return;
+            }
+            failures = if begun.elapsed() > STEADY { 1 } else { failures + 1 };
+            let delay = RESTART.jittered(failures.min(16));
+            let at = Timestamp::from_unix_micros(Timestamp::now().unix_micros() + i64::try_from(delay.as_micros()).unwrap_or(0));
+            self.set(|state| {
+                state.status = Status::Starting;
+                state.restart_count += 1;
+                state.next_restart_at = Some(at);
+            });
+            if tokio::time::timeout(delay, changed(&mut wanted)).await.is_ok() {
+                self.set(|state| state.status = Status::Stopped);
+                self.tell(Event::Stopped(None));
+                return;
+            }
+        }
+    }
+
+    /// Runs the service once, or follows a run that goes on from before; gives its exit status where that can be known.
+    async fn run(&self, sprite: &Arc<Sprite>, holder: Holder, wanted: &mut watch::Receiver<Wanted>) -> io::Result<Option<u8>> {
+        let mut output = Outputs::open(sprite, &self.name)?;
+        let before = fs::read(pid_file(sprite, &self.name)).ok().and_then(|bytes| serde_json::from_slice::<Process>(&bytes).ok());
+        let (process, mut child) = match before.filter(|process| process.is_alive()) {
+            Some(process) => (process, None),
+            None => {
+                let child = self.spawn(sprite, holder)?;
+                let process = child.id().and_then(|id| Process::find(i32::try_from(id).ok()?));
+                (process.ok_or_else(|| io::Error::other("it ended before it began"))?, Some(child))
+            }
+        };
+        sandbox::write_atomically(&pid_file(sprite, &self.name), &serde_json::to_vec(&process)?)?;
+        self.set(|state| {
+            state.status = Status::Running;
+            state.process = Some(process);
+            state.started_at = Some(Timestamp::now());
+            state.error = None;
+            state.next_restart_at = None;
+        });
+        self.tell(Event::Started);
+        let mut ended = std::pin::pin!(ended(&mut child, process));
+        let code = loop {
+            tokio::select! {
+                biased;
+                line = output.next(LINE_BYTES_MAX) => self.log(sprite, line?)?,
+                code = &mut ended => break code,
+                change = changed(wanted) => match change {
+                    Wanted::Stopped(grace) => break self.end(sprite, process, &mut output, ended.as_mut(), grace).await?,
+                    _ => return Ok(None),
+                },
+            }
+        };
+        while let Ok(line) = tokio::time::timeout(DRAIN, output.next(LINE_BYTES_MAX)).await {
+            self.log(sprite, line?)?;
+        }
+        for line in output.rest() {
+            self.log(sprite, line)?;
+        }
+        Ok(code)
+    }
+
+    async fn end(
+        &self,
+        sprite: &Sprite,
+        process: Process,
+        output: &mut Outputs,
+        mut ended: std::pin::Pin<&mut impl Future<Output = Option<u8>>>,
+        grace: Duration,
+    ) -> io::Result<Option<u8>> {
+        self.set(|state| state.status = Status::Stopping);
+        self.tell(Event::Stopping);
+        process.signal_command(Signal::TERM);
+        let mut out_of_patience = std::pin::pin!(tokio::time::sleep(grace));
+        let mut killed = false;
+        loop {
+            tokio::select! {
+                biased;
+                line = output.next(LINE_BYTES_MAX) => self.log(sprite, line?)?,
+                code = &mut ended => return Ok(code),
+                () = &mut out_of_patience, if !killed => {
+                    killed = true;
+                    process.signal_command(Signal::KILL);
+                }
+            }
+        }
+    }
+
+    fn spawn(&self, sprite: &Arc<Sprite>, holder: Holder) -> io::Result<Child> {
+        let definition = sprite.record().services.remove(&self.name).ok_or_else(|| io::Error::other("it is defined no more"))?;
+        let dir = definition.dir.filter(|dir| !dir.is_empty()).unwrap_or_else(|| HOME.to_owned());
+        let argv: Vec<_> = std::iter::once(definition.cmd).chain(definition.args).collect();
+        let mut command = sprite.launch(holder, dir.into(), false).command(&argv)?;
+        command.envs(sandbox::environment(holder)).envs(sprite.environment()).envs(definition.env);
+        let [stdout, stderr] = pipes(sprite, &self.name).map(|pipe| OpenOptions::new().read(true).write(true).open(pipe));
+        command.stdin(Stdio::null()).stdout(stdout?).stderr(stderr?).spawn()
+    }
+
+    fn log(&self, sprite: &Sprite, (stream, line): (Stream, Vec<u8>)) -> io::Result<()> {
+        let path = log_path(sprite, &self.name);
+        let text = String::from_utf8_lossy(&line);
+        let name = if stream == Stream::Stdout { "stdout" } else { "stderr" };
+        let mut file = OpenOptions::new().create(true).append(true).open(&path)?;
+        if file.metadata()?.len() > LOG_BYTES_MAX {
+            fs::rename(&path, path.with_extension("log.1"))?;
+            file = File::create(&path)?;
+        }
+        writeln!(file, "{} [{name}] {}", Timestamp::now(), text.trim_end_matches('\n'))?;
+        self.tell(Event::Output(stream, text.into_owned()));
+        Ok(())
+    }
+}
+
+/// Waits until the service is not to run any more.
+async fn changed(wanted: &mut watch::Receiver<Wanted>) -> Wanted {
+    wanted.wait_for(|wanted| *wanted != Wanted::Running).await.map_or(Wanted::Forgotten, |wanted| *wanted)
+}
+
+/// Waits for a process to end; the status of one that an earlier server started is not to be had.
+async fn ended(child: &mut Option<Child>, process: Process) -> Option<u8> {
+    match child {
+        Some(child) => child.wait().await.ok().map(exit_code),
+        None => {
+            while process.is_alive() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            None
+        }
+    }
+}
+
+fn pid_file(sprite: &Sprite, name: &str) -> PathBuf {
+    sprite.dir().join(format!("services/{name}.process"))
+}
+
+fn pipes(sprite: &Sprite, name: &str) -> [PathBuf; 2] {
+    ["stdout", "stderr"].map(|stream| sprite.dir().join(format!("services/{name}.{stream}")))
+}
+
+/// The reading ends of a service's pipes, line by line.
+struct Outputs {
+    stdout: Lines,
+    stderr: Lines,
+}
+
+struct Lines {
+    pipe: pipe::Receiver,
+    held: Vec<u8>,
+}
+
+impl Outputs {
+    fn open(sprite: &Sprite, name: &str) -> io::Result<Self> {
+        fs::create_dir_all(sprite.dir().join("services"))?;
+        let [stdout, stderr] = pipes(sprite, name).map(|path| Lines::open(&path));
+        Ok(Self { stdout: stdout?, stderr: stderr? })
+    }
+
+    /// The next line of either; cut where it is longer than `max`.
+    async fn next(&mut self, max: usize) -> io::Result<(Stream, Vec<u8>)> {
+        tokio::select! {
+            line = self.stdout.next(max) => Ok((Stream::Stdout, line?)),
+            line = self.stderr.next(max) => Ok((Stream::Stderr, line?)),
+        }
+    }
+
+    /// What ended without an end of line.
+    fn rest(self) -> impl Iterator<Item = (Stream, Vec<u8>)> {
+        [(Stream::Stdout, self.stdout.held), (Stream::Stderr, self.stderr.held)].into_iter().filter(|(_, rest)| !rest.is_empty())
+    }
+}
+
+impl Lines {
+    fn open(path: &Path) -> io::Result<Self> {
+        match rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0) {
+            Err(error) if error != rustix::io::Errno::EXIST => return Err(error.into()),
+            _ => {}
+        }
+        // Opened for writing too, so that it never ends.
+        Ok(Self { pipe: pipe::OpenOptions::new().read_write(true).open_receiver(path)?, held: Vec::new() })
+    }
+
+    /// Loses nothing when it is dropped before it is done.
+    async fn next(&mut self, max: usize) -> io::Result<Vec<u8>> {
+        loop {
+            if let Some(end) =
+                self.held.iter().position(|byte| *byte == b'\n').map(|end| end + 1).or((self.held.len() >= max).then_some(max))
+            {
+                let rest = self.held.split_off(end);
+                return Ok(std::mem::replace(&mut self.held, rest));
+            }
+            self.pipe.read_buf(&mut self.held).await?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_need_starts_first_and_circles_end() {
+        let needing = |needs: &[&str]| Definition { needs: needs.iter().map(|need| (*need).to_owned()).collect(), ..Definition::default() };
+        let order = |definitions: &[(&str, &[&str])]| {
+            let definitions: BTreeMap<_, _> = definitions.iter().map(|(name, needs)| ((*name).to_owned(), needing(needs))).collect();
+            let mut order = Vec::new();
+            for name in definitions.keys() {
+                add_with_needs(name, &definitions, &mut order);
+            }
+            order.into_iter().cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(order(&[("a", &["c", "gone"]), ("b", &[]), ("c", &["b"])]), ["b", "c", "a"]);
+        let circle = order(&[("a", &["b"]), ("b", &["c"]), ("c", &["a"]), ("d", &["d", "a"])]);
+        assert_eq!(circle.len(), 4);
+        assert_eq!(circle.last().unwrap(), "d");
+    }
+
+    #[test]
+    fn names_are_no_paths() {
+        assert!(is_name("web-1_a.b"));
+        for bad in ["", "signal", "../x", "a/b", ".hidden", &"x".repeat(64)] {
+            assert!(!is_name(bad), "{bad}");
+        }
+    }
+}
