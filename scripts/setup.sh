@@ -22,12 +22,13 @@ have perl || packages+=(perl-base)
 have curl || packages+=(curl ca-certificates)
 have cc || packages+=(gcc libc6-dev)
 have git || packages+=(git)
+have mkfs.ext4 || [ -x /sbin/mkfs.ext4 ] || packages+=(e2fsprogs)
 have python3 || packages+=(python3)
 have_venv || packages+=(python3-venv)
 have npm || packages+=(nodejs npm)
 if [ ${#packages[@]} -gt 0 ]; then
     if ! have apt-get; then
-        say "please install, by this system's own means: PostgreSQL (14 or later), bubblewrap, util-linux, perl, curl, a C compiler, python3 with venv, Node.js with npm"
+        say "please install, by this system's own means: PostgreSQL (14 or later), bubblewrap, util-linux, e2fsprogs, perl, curl, a C compiler, python3 with venv, Node.js with npm"
         say "(missing here: ${packages[*]})"
         exit 2
     fi
@@ -75,4 +76,16 @@ if [ "$(cat $venv/wanted 2>/dev/null)" != "$wanted" ]; then
     # shellcheck disable=SC2086
     $venv/bin/pip install -q --disable-pip-version-check $wanted
     echo "$wanted" >$venv/wanted
+fi
+
+# --- Node.js and its client of the Sprites API, for the client tests ---------------------------------
+case $(uname -m) in aarch64) arch=arm64 ;; *) arch=x64 ;; esac
+wanted="node-linux-$arch@$NODE_VERSION @fly/sprites@$FLY_SPRITES_VERSION"
+if [ "$(cat $venv/node/wanted 2>/dev/null)" != "$wanted" ]; then
+    say "installing $wanted"
+    mkdir -p $venv/node
+    # shellcheck disable=SC2086
+    npm install --prefix $venv/node --no-fund --no-audit --loglevel=error $wanted >/dev/null
+    ln -sfn node_modules/node-linux-$arch/bin/node $venv/node/node
+    echo "$wanted" >$venv/node/wanted
 fi

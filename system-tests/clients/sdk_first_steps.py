@@ -66,7 +66,8 @@ def start(script):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(sprite.run("bash", "-c", script, capture_output=True).returncode))
     thread.start()
-    while not (sessions := [session for session in sprite.list_sessions() if script in session.command]):
+    # What runs now: a shell becomes its last command.
+    while not (sessions := [session for session in sprite.list_sessions() if "sleep" in session.command]):
         time.sleep(0.05)
     return thread, codes, sessions[0]
 

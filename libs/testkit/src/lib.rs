@@ -12,7 +12,7 @@ pub mod tls;
 
 pub use nats::Nats;
 pub use postgres::Database;
-pub use process::free_port;
+pub use process::{free_port, spawn_tied};
 
 use std::{future::Future, time::Duration};
 

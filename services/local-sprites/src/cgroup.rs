@@ -15,6 +15,9 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// The scheduler's period, in microseconds; a limit of CPUs is a part of it.
 const CPU_PERIOD_US: u64 = 100_000;
 
+/// Where a Sprite's processes are, below the group that has its limits: a Sprite may become root over what it sees of its own group.
+const INSIDE: &str = "inside";
+
 /// What one Sprite may use.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -127,6 +130,7 @@ impl Cgroups {
         let group = Cgroup { unified: self.unified, groups };
         for (_, path) in &group.groups {
             make(path)?;
+            make(&path.join(INSIDE))?;
         }
         group.limit_memory(self.limits.memory_bytes)?;
         let (processes, period) = (self.limits.processes.to_string(), CPU_PERIOD_US.to_string());
@@ -166,7 +170,7 @@ pub struct Cgroup {
 impl Cgroup {
     /// The files that a process writes `0` to in order to be limited.
     pub fn entrances(&self) -> Vec<PathBuf> {
-        let mut files: Vec<_> = self.groups.iter().map(|(_, path)| path.join("cgroup.procs")).collect();
+        let mut files: Vec<_> = self.groups.iter().map(|(_, path)| path.join(INSIDE).join("cgroup.procs")).collect();
         files.dedup();
         files
     }
@@ -179,9 +183,13 @@ impl Cgroup {
     /// When what the Sprite uses already is more.
     pub fn limit_memory(&self, bytes: u64) -> io::Result<()> {
         let bytes = bytes.to_string();
+        // No way around it by swap, where the kernel counts that. In version 1 the sum is never less than the part, so it is raised
+        // first, or else lowered last.
+        let swap =
+            || self.set(Controller::Memory, "memory.swap.max", "memory.memsw.limit_in_bytes", if self.unified { "0" } else { &bytes });
+        let _ = swap();
         self.set(Controller::Memory, "memory.max", "memory.limit_in_bytes", &bytes)?;
-        // No way around it by swap, where the kernel counts that.
-        let _ = self.set(Controller::Memory, "memory.swap.max", "memory.memsw.limit_in_bytes", if self.unified { "0" } else { &bytes });
+        let _ = swap();
         Ok(())
     }
 
@@ -205,9 +213,9 @@ impl Cgroup {
 
     /// Takes the group away once its processes are gone; the kernel is a moment behind them.
     pub async fn remove(&self) {
-        for (_, path) in &self.groups {
+        for path in self.groups.iter().flat_map(|(_, path)| [path.join(INSIDE), path.clone()]) {
             for _ in 0..100 {
-                match fs::remove_dir(path) {
+                match fs::remove_dir(&path) {
                     Err(error) if error.kind() == io::ErrorKind::ResourceBusy => tokio::time::sleep(Duration::from_millis(5)).await,
                     _ => break,
                 }

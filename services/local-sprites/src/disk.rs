@@ -51,7 +51,9 @@ impl Disks {
         let options = ["-q", "-F", "-m", "0", "-J", "size=4", "-E", "lazy_itable_init=1,lazy_journal_init=1"];
         run(Command::new("mkfs.ext4").args(options).arg(&image)).await?;
         Self::Images.mount(template).await?;
-        let filled = fill(&template.join(CONTENT));
+        let content = template.join(CONTENT);
+        // Written out here: a sandbox that is being made beside this one may hold the mount a moment longer, and the image be copied.
+        let filled = fill(&content).and_then(|()| Ok(rustix::fs::syncfs(fs::File::open(&content)?)?));
         Self::unmount(template);
         filled
     }

@@ -52,7 +52,7 @@ pub enum Privileges {
     #[default]
     #[serde(alias = "")]
     Standard,
-    /// Mounts and networks of the Sprite's own, and looking into processes, too.
+    /// Its own network too. Not what would let it undo its sandbox: mounts, and looking into the processes that hold it.
     Privileged,
 }
 
@@ -75,7 +75,7 @@ impl Privileges {
         match self {
             Self::Minimal => CapabilitySet::empty(),
             Self::Standard => standard,
-            Self::Privileged => standard | CapabilitySet::SYS_ADMIN | CapabilitySet::NET_ADMIN | CapabilitySet::SYS_PTRACE,
+            Self::Privileged => standard | CapabilitySet::NET_ADMIN | CapabilitySet::IPC_LOCK | CapabilitySet::SYS_NICE,
         }
     }
 }

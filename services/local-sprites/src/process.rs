@@ -31,9 +31,11 @@ impl Process {
     /// Sends a signal to what a launcher started, and all of its group; to the launcher while it has started nothing.
     pub fn signal_command(self, signal: Signal) {
         if self.is_alive()
-            && let Some(group) = Pid::from_raw(self.child().unwrap_or(self.pid))
+            && let Some(command) = Pid::from_raw(self.child().unwrap_or(self.pid))
+            && rustix::process::kill_process_group(command, signal).is_err()
         {
-            let _ = rustix::process::kill_process_group(group, signal);
+            // One that was started just now leads no group yet.
+            let _ = rustix::process::kill_process(command, signal);
         }
     }
 }

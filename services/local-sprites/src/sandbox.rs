@@ -257,6 +257,9 @@ impl Sandboxes {
         command.arg("--ro-bind").arg(dir.join("inside")).arg("/.sprite");
         command.args(["--proc", "/proc", "--tmpfs", "/run"]);
         if self.overlay {
+            hide_kernel(&mut command);
+        }
+        if self.overlay {
             command.args(["--dev", "/dev", "--tmpfs", "/dev/shm"]);
         } else {
             bind_devices(&mut command);
@@ -267,7 +270,18 @@ impl Sandboxes {
         for file in files_beside_the_overlay() {
             command.arg("--ro-bind").arg(&file).arg(&file);
         }
-        command.args(["--chdir", HOME, "--info-fd", "2", "--", "/bin/sh", "-c", "echo ready; exec >&-; exec sleep infinity"]);
+        command.args([
+            "--cap-drop",
+            "ALL",
+            "--chdir",
+            HOME,
+            "--info-fd",
+            "2",
+            "--",
+            "/bin/sh",
+            "-c",
+            "echo ready; exec >&-; exec sleep infinity",
+        ]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear().env("PATH", PATH);
         // A group of its own: a signal to the server's group does not reach it.
         command.process_group(0);
@@ -436,6 +450,28 @@ impl Sandboxes {
         } else {
             rustix::fs::mknodat(CWD, &masked, FileType::CharacterDevice, Mode::empty(), 0)?;
             Ok(())
+        }
+    }
+}
+
+/// A Sprite's root is this machine's to the kernel, which lets it write there what all of the machine goes by. What is mounted over
+/// them cannot be taken away without rights that nothing in a Sprite has, and no other `/proc` can be mounted while it is there.
+fn hide_kernel(command: &mut Command) {
+    for read_only in ["/proc/sys", "/proc/fs"] {
+        command.args(["--ro-bind-try", read_only, read_only]);
+    }
+    for file in
+        ["kcore", "keys", "kmsg", "kpagecount", "kpageflags", "sched_debug", "slabinfo", "sysrq-trigger", "timer_list", "vmallocinfo"]
+    {
+        let file = Path::new("/proc").join(file);
+        if file.exists() {
+            command.arg("--ro-bind").arg("/dev/null").arg(file);
+        }
+    }
+    for dir in ["acpi", "asound", "driver", "scsi"] {
+        let dir = Path::new("/proc").join(dir);
+        if dir.is_dir() {
+            command.arg("--tmpfs").arg(&dir).arg("--remount-ro").arg(dir);
         }
     }
 }

@@ -289,7 +289,7 @@ impl Unit {
     }
 
     /// Runs the service, again and again, until it is to stop.
-    async fn keep(self: Arc<Self>, sprite: Arc<Sprite>, holder: Holder, mut wanted: watch::Receiver<Wanted>) {
+    async fn keep(self: Arc<Self>, sprite: Arc<Sprite>, mut holder: Holder, mut wanted: watch::Receiver<Wanted>) {
         let mut failures = 0;
         loop {
             let begun = std::time::Instant::now();
@@ -315,9 +315,16 @@ impl Unit {
             }
             self.tell(Event::Exit(ended));
             if !holder.is_alive() {
-                // It is started when the Sprite is.
-                self.set(|state| state.status = Status::Stopped);
-                return;
+                // The Sprite was started anew, or will be, and starts its services then. Decided while the state is locked: it is this
+                // keeper that goes on, or the next one.
+                let mut state = locked(&self.state);
+                match sprite.holder() {
+                    Some(next) => holder = next,
+                    None => {
+                        state.status = Status::Stopped;
+                        return;
+                    }
+                }
             }
             failures = if begun.elapsed() > STEADY { 1 } else { failures + 1 };
             let delay = RESTART.jittered(failures.min(16));

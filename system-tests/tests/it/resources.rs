@@ -297,11 +297,11 @@ async fn what_an_agent_asks_for_lies_in_its_sandbox() {
 async fn sudo_changes_the_sandbox_and_nothing_else() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let prompt = "sudo id -u; sudo -E -n TOLD=yes env | grep TOLD; sudo touch /usr/bin/made-by-sudo && ls /usr/bin/made-by-sudo; \
-                  sudo -u nobody true || echo refused; sudo cat /etc/shadow || echo hidden";
+                  sudo -u nobody id -un; sudo cat /etc/shadow || echo hidden";
     let session = stack.session("shell", prompt).await.unwrap();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let said: String = events.iter().filter(|event| event["stream"] == "stdout").filter_map(|event| event["data"].as_str()).collect();
-    assert_eq!(said, "0\nTOLD=yes\n/usr/bin/made-by-sudo\nrefused\nhidden\n", "{events:?}");
+    assert_eq!(said, "0\nTOLD=yes\n/usr/bin/made-by-sudo\nnobody\nhidden\n", "{events:?}");
     assert!(!std::path::Path::new("/usr/bin/made-by-sudo").exists());
 }
 

@@ -122,3 +122,26 @@ async fn a_sprites_api_that_is_down_fails_the_turn_after_bounded_retries() {
     assert!(message.starts_with("Provisioning failed at create_sprite: the Sprites API cannot be reached"), "{message}");
     assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
 }
+
+/// Pauses, cut sockets, lost output, a slow creation, false answers: what the real service does now and then, all at once and often.
+#[tokio::test]
+async fn a_turn_loses_nothing_to_what_the_real_service_does() {
+    const CHAOS: &[(&str, &str)] = &[("LOCAL_SPRITES_CHAOS", "pause=2,drop-sockets=40,lose-output=65536,slow-create=1,spurious=5")];
+    let stack = Stack::start(Options { settings: CHAOS, ..Options::default() }).await.unwrap();
+    // Bursts, and silences in which the Sprite would be paused, were it not held awake.
+    let script = "for burst in 1 2 3; do seq $((burst * 20000 - 19999)) $((burst * 20000)); sleep 3; done";
+    let session = stack.session("shell", script).await.unwrap();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let last = events.last().unwrap();
+    assert_eq!((&last["type"], &last["code"]), (&json!("exit"), &json!(0)), "{last}");
+    let output: String = events.iter().filter(|event| event["stream"] == "stdout").filter_map(|event| event["data"].as_str()).collect();
+    let expected: String = (1..=60_000).map(|number| format!("{number}\n")).collect();
+    assert!(output == expected, "{} bytes of {}", output.len(), expected.len());
+    // The next turn wakes what was paused meanwhile.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let answer = stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "echo awake" })).await.unwrap();
+    assert_eq!(answer.status, 202, "{answer:?}");
+    let since = events.iter().filter_map(|event| event["id"].as_u64()).max().unwrap();
+    let second = stack.stream(&session, since).await.unwrap().all().await.unwrap();
+    assert!(second.iter().any(|event| event["data"] == "awake\n"), "{second:?}");
+}

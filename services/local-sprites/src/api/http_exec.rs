@@ -17,8 +17,10 @@ use super::{Api, Failure, Query, exec, failure};
 use crate::exec::{Event, ExecSession, Stream};
 
 const FRAME_BYTES_MAX: usize = 32 * 1024;
-/// Between two frames. At 5 ms no client was seen to read two at once.
-const PACE: Duration = Duration::from_millis(10);
+/// Between two frames. At 5 ms no client was seen to read two at once on a machine at rest.
+const PACE: Duration = Duration::from_millis(15);
+/// Before the exit frame: read together with output, it would be taken for output.
+const EXIT_PACE: Duration = Duration::from_millis(50);
 const EXIT: u8 = 3;
 
 pub async fn run(State(api): State<Api>, Path(name): Path<String>, RawQuery(query): RawQuery, body: Body) -> Result<Response, Failure> {
@@ -109,6 +111,6 @@ async fn pace(mut output: mpsc::Receiver<Event>, frames: mpsc::Sender<Bytes>) {
         }
         next = Instant::now() + PACE;
     }
-    tokio::time::sleep_until(next).await;
+    tokio::time::sleep(EXIT_PACE).await;
     let _ = frames.send(Bytes::copy_from_slice(&[EXIT, code])).await;
 }

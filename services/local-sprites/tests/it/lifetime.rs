@@ -1,0 +1,88 @@
+//! Sprites outlive their server, however it ends.
+
+use std::{fs, path::Path, time::Duration};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use sprites::ExecRequest;
+
+use crate::server::{Server, TOKEN, bash, said};
+
+async fn call(server: &Server, method: reqwest::Method, path: &str, body: Value) -> (u16, String) {
+    let url = format!("{}/v1/sprites/{path}", server.url());
+    let response = sprites::http_client().unwrap().request(method, url).bearer_auth(TOKEN).json(&body).send().await.unwrap();
+    (response.status().as_u16(), response.text().await.unwrap())
+}
+
+#[tokio::test]
+async fn what_runs_in_a_sprite_survives_a_kill_and_a_stop_of_the_server() {
+    let mut server = Server::start(&[]).await;
+    let sprite = server.sprite("survivor").await;
+    bash(&sprite, "(setsid sh -c 'n=0; while true; do n=$((n+1)); echo $n >> ticks; sleep 0.05; done' >/dev/null 2>&1 &)").await;
+    let service = json!({ "cmd": "sh", "args": ["-c", "n=0; while true; do n=$((n+1)); echo line $n; sleep 0.02; done"] });
+    let (status, _) = call(&server, reqwest::Method::PUT, "survivor/services/counter?duration=100ms", service).await;
+    assert_eq!(status, 200);
+    let pid = said(&sprite, "pgrep -f 'echo line' | head -1").await;
+    for signal in [Signal::KILL, Signal::TERM] {
+        server.end(signal).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        server.run().await;
+        assert_eq!(said(&sprite, "pgrep -f 'echo line' | head -1").await, pid, "the service is the same process");
+        let before: u64 = said(&sprite, "tail -1 ticks").await.trim().parse().unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(said(&sprite, "tail -1 ticks").await.trim().parse::<u64>().unwrap() > before, "the daemon goes on");
+    }
+    let log = said(&sprite, "cut -d' ' -f2- /.sprite/logs/services/counter.log").await;
+    let numbers: Vec<u64> = log.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+    assert!(numbers.len() > 20 && numbers.iter().zip(1..).all(|(number, expected)| *number == expected), "no line is lost: {log}");
+    // Ended with the server when that is what its user means.
+    server.end(Signal::INT).await;
+    server.run().await;
+    assert_eq!(said(&sprite, "pgrep -fc 'ech[o] $n'; ls ticks").await, "0\nticks\n", "its programs end, its disk stays");
+}
+
+#[tokio::test]
+async fn a_stop_does_not_wait_for_commands_and_their_clients_hear_no_false_exit() {
+    let mut server = Server::start(&[]).await;
+    let sprite = server.sprite("busy").await;
+    let request = ExecRequest { argv: &["sleep", "1000"], ..ExecRequest::default() };
+    let exec = sprite.exec(&request).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let begun = std::time::Instant::now();
+    server.end(Signal::TERM).await;
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(matches!(exec.finish().await, Err(sprites::Error::Interrupted)));
+    server.run().await;
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_a_deleted_sprite() {
+    let server = Server::start(&[]).await;
+    let sprite = server.sprite("gone").await;
+    bash(&sprite, "(setsid sleep 4242 >/dev/null 2>&1 &)").await;
+    server.client().delete(sprite.name()).await.unwrap();
+    assert_eq!(server.status("/v1/sprites/gone").await, 404);
+    let left = |dir: &Path| fs::read_dir(dir).unwrap().count();
+    assert_eq!(left(&server.data.path().join("sprites")), 0);
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok());
+    assert_eq!(lines.filter(|line| line.contains("4242")).count(), 0);
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(server.data.path().to_str().unwrap()), "{mounts}");
+}
+
+#[tokio::test]
+async fn a_checkpoint_is_whole_while_the_sprite_writes() {
+    let server = Server::start(&[]).await;
+    let sprite = server.sprite("writer").await;
+    // A writer that keeps two files equal, one behind the other.
+    bash(&sprite, "(setsid sh -c 'n=0; while true; do n=$((n+1)); echo $n >> a; echo $n >> b; done' >/dev/null 2>&1 &)").await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let (status, told) = call(&server, reqwest::Method::POST, "writer/checkpoint", json!({})).await;
+    assert!(status == 200 && told.contains("Checkpoint v0 created"), "{told}");
+    assert!(said(&sprite, "x=$(wc -l < a); sleep 0.2; y=$(wc -l < a); [ $y -gt $x ] && echo goes on").await.contains("goes on"));
+    let (_, told) = call(&server, reqwest::Method::POST, "writer/checkpoints/v0/restore", json!({})).await;
+    assert!(told.contains("Restored to v0"), "{told}");
+    let lines = said(&sprite, "echo $(( $(wc -l < a) - $(wc -l < b) )); seq 1 $(wc -l < a) | cmp - a").await;
+    assert!(["0\n", "1\n"].contains(&lines.as_str()), "{lines}");
+}

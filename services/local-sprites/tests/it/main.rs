@@ -1,0 +1,9 @@
+//! The server as its users meet it: its binary, real sandboxes, the published clients.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod chaos;
+mod clients;
+mod isolation;
+mod lifetime;
+mod server;
