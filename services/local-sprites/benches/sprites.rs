@@ -40,7 +40,7 @@ async fn run() -> anyhow::Result<()> {
     report("a Sprite is made", create.await?, "bwrap true", sandbox);
 
     let sprite = client.sprite("made-1".parse()?);
-    let exec = times(200, || run_true(&sprite)).await?;
+    let exec = times(200, async || run_true(&sprite).await).await?;
     report("exec of `true`, a connection for each", exec, "bwrap true", sandbox);
 
     let begun = Instant::now();
@@ -48,7 +48,7 @@ async fn run() -> anyhow::Result<()> {
         client.ensure(&format!("made-{number}").parse()?).await?;
     }
     println!("Sprites 51 to 100: {:?} each", begun.elapsed() / 50);
-    let full = times(200, || run_true(&sprite)).await?;
+    let full = times(200, async || run_true(&sprite).await).await?;
     report("exec of `true`, 100 Sprites there", full, "bwrap true", sandbox);
     let begun = Instant::now();
     let all = (1..=100).map(|number| {
@@ -124,7 +124,7 @@ async fn run_true(sprite: &Sprite) -> anyhow::Result<()> {
 }
 
 /// The median and the 99th of a hundred.
-async fn times<F: Future<Output = anyhow::Result<()>>>(count: usize, mut work: impl FnMut() -> F) -> anyhow::Result<(Duration, Duration)> {
+async fn times(count: usize, mut work: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<(Duration, Duration)> {
     let mut all = Vec::new();
     for _ in 0..count {
         let begun = Instant::now();
