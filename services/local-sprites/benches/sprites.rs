@@ -31,7 +31,11 @@ async fn run() -> anyhow::Result<()> {
     let client = Client::new(sprites::http_client()?, &format!("http://127.0.0.1:{port}"), TOKEN.to_owned().into());
     testkit::eventually("the server answers", async || client.list("").await.is_ok()).await;
 
-    let sandbox = times(50, async || Ok(drop(bubblewrap(&["true"]).output()?))).await?;
+    let sandbox = times(50, async || {
+        bubblewrap(&["true"]).output()?;
+        Ok(())
+    })
+    .await?;
     let mut number = 0;
     let create = times(50, async || {
         number += 1;
