@@ -69,7 +69,7 @@ RUN /scripts/agents.sh /agents $AGENTS
 FROM debian:bookworm-slim AS local-sprites
 RUN apt-get update && \
     apt-get install -y --no-install-recommends \
-        bubblewrap ca-certificates curl git nodejs npm perl-base procps python3 python3-pip python3-venv ripgrep util-linux && \
+        bubblewrap ca-certificates curl e2fsprogs git mount nodejs npm perl-base procps python3 python3-pip python3-venv ripgrep util-linux && \
     rm -rf /var/lib/apt/lists/*
 COPY --from=build /out/local-sprites /usr/local/bin/
 COPY --from=agents /agents /opt/agents
