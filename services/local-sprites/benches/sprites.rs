@@ -30,7 +30,14 @@ async fn run() -> anyhow::Result<()> {
     let mut server = testkit::spawn_tied(command)?;
     let client = Client::new(sprites::http_client()?, &format!("http://127.0.0.1:{port}"), TOKEN.to_owned().into());
     testkit::eventually("the server answers", async || client.list("").await.is_ok()).await;
+    let measured = measure(&client).await;
+    // What runs in its Sprites ends with it.
+    rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::INT)?;
+    server.wait()?;
+    measured
+}
 
+async fn measure(client: &Client) -> anyhow::Result<()> {
     let sandbox = times(50, async || {
         bubblewrap(&["true"]).output()?;
         Ok(())
@@ -83,8 +90,6 @@ async fn run() -> anyhow::Result<()> {
         client.delete(&format!("made-{number}").parse()?).await?;
     }
     println!("a Sprite is deleted: {:?}", begun.elapsed() / 100);
-    rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::INT)?;
-    server.wait()?;
     Ok(())
 }
 

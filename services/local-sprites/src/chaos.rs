@@ -174,7 +174,7 @@ impl Troubles {
             for sprite in registry.all() {
                 let idle = sprite.idle().as_secs_f64();
                 let done = match sprite.status() {
-                    Status::Running if idle > pause => registry.pause(&sprite).await,
+                    Status::Running if idle > pause => registry.pause(&sprite, Duration::from_secs_f64(pause)).await,
                     Status::Warm if self.chaos.cold.is_some_and(|cold| idle > pause + cold) => registry.stop(&sprite).await,
                     _ => Ok(()),
                 };

@@ -115,6 +115,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     anyhow::ensure!(!troubles.pauses() || cgroups.can_freeze(), "LOCAL_SPRITES_CHAOS: no Sprite can be paused here");
     let registry = Registry::load(&config.data_dir, sandboxes, cgroups, config.private_hosts, lifecycle.clone()).await;
     let api = Api { registry: registry.context("LOCAL_SPRITES_DATA_DIR")?, troubles };
+    api.registry.prepare_next();
     for sprite in api.registry.all() {
         api::inside::open(&api, &sprite);
     }

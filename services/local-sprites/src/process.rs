@@ -13,13 +13,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process that has this number now.
+    /// The process that has this number now; of a child that was not waited for yet, also one that has ended.
     pub fn find(pid: i32) -> Option<Self> {
-        Some(Self { pid, start_time: start_time(pid)? })
+        Some(Self { pid, start_time: look(pid)?.1 })
     }
 
     pub fn is_alive(self) -> bool {
-        start_time(self.pid) == Some(self.start_time)
+        look(self.pid) == Some((State::Alive, self.start_time))
     }
 
     /// The number of its first child, as this server counts.
@@ -40,13 +40,17 @@ impl Process {
     }
 }
 
-/// When a process started, in clock ticks since the boot; none for one that is gone or a zombie.
-fn start_time(pid: i32) -> Option<u64> {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Alive,
+    Ended,
+}
+
+/// Whether a process lives, and when it started, in clock ticks since the boot.
+fn look(pid: i32) -> Option<(State, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name is in parentheses and may hold anything.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
+    let state = if matches!(fields.next()?, "Z" | "X") { State::Ended } else { State::Alive };
+    Some((state, fields.nth(18)?.parse().ok()?))
 }

@@ -276,7 +276,15 @@ impl Registry {
 
     pub async fn create(self: &Arc<Self>, name: SpriteName, settings: Settings) -> Result<Arc<Sprite>, RegistryError> {
         let registry = self.clone();
-        self.uninterrupted(async move { registry.make(&name, settings).await }).await
+        let made = self.uninterrupted(async move { registry.make(&name, settings).await }).await;
+        self.prepare_next();
+        made
+    }
+
+    /// Has a disk ready for the next Sprite.
+    pub fn prepare_next(self: &Arc<Self>) {
+        let registry = self.clone();
+        self.lifecycle.tracker().spawn(async move { registry.sandboxes.make_spare().await });
     }
 
     async fn make(&self, name: &SpriteName, settings: Settings) -> Result<Arc<Sprite>, RegistryError> {
@@ -402,10 +410,12 @@ impl Registry {
     }
 
     /// Stops all that runs in a Sprite where it is, and cuts its connections: what the real service does with an idle one.
-    pub async fn pause(&self, sprite: &Sprite) -> Result<(), RegistryError> {
+    pub async fn pause(&self, sprite: &Sprite, after: Duration) -> Result<(), RegistryError> {
         let _life = sprite.hold().await?;
         let group = locked(&sprite.group).clone();
-        if sprite.holder().is_some()
+        // Somebody may have come meanwhile.
+        if sprite.idle() > after
+            && sprite.holder().is_some()
             && let Some(group) = group
         {
             group.freeze(true).map_err(RegistryError::Limits)?;

@@ -28,6 +28,8 @@ use tokio::{
     process::{Child, Command},
 };
 
+use uuid::Uuid;
+
 use crate::{
     disk::{Disks, Frozen},
     process::Process,
@@ -152,6 +154,12 @@ impl Sandboxes {
 
     /// What is the same for all Sprites, and theirs to read only.
     fn share(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.shared)?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with("spare") {
+                // Another server's, of another template perhaps.
+                fs::remove_dir_all(entry.path())?;
+            }
+        }
         if self.overlay {
             self.build_mask()?;
         }
@@ -211,16 +219,40 @@ impl Sandboxes {
     /// Writes a new Sprite's files.
     pub async fn make_files(&self, dir: &Path) -> Result<(), SandboxError> {
         let make = async {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+            if fs::rename(self.spare(), dir).is_err() {
+                self.copy_template(dir).await?;
+            }
             // What the server tells the Sprite; nothing that the Sprite writes is there.
             for part in ["inside/bin", "inside/policy", "inside/logs/services"] {
                 fs::create_dir_all(dir.join(part))?;
             }
             fs::copy(self.shared.join("sprite-env"), dir.join("inside/bin/sprite-env"))?;
-            fs::write(dir.join("inside/version.txt"), concat!(env!("CARGO_PKG_VERSION"), "\n"))?;
-            self.disks.copy(&self.shared.join("template"), dir).await
+            fs::write(dir.join("inside/version.txt"), concat!(env!("CARGO_PKG_VERSION"), "\n"))
         };
         make.await.map_err(io_error("a Sprite's files cannot be made"))
+    }
+
+    async fn copy_template(&self, dir: &Path) -> io::Result<()> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        self.disks.copy(&self.shared.join("template"), dir).await
+    }
+
+    fn spare(&self) -> PathBuf {
+        self.shared.join("spare")
+    }
+
+    /// Copies a disk ahead, so that the next Sprite does not wait for that. Not having one is no harm.
+    pub async fn make_spare(&self) {
+        if self.spare().exists() {
+            return;
+        }
+        let draft = self.shared.join(format!("spare.{}", Uuid::new_v4().simple()));
+        let copied = self.copy_template(&draft).await.and_then(|()| fs::rename(&draft, self.spare()));
+        if let Err(error) = copied {
+            // Somebody else's may be there by now.
+            tracing::debug!(%error, "no spare disk");
+            let _ = fs::remove_dir_all(draft);
+        }
     }
 
     /// Starts the sandbox of a Sprite whose files are there.
@@ -457,21 +489,12 @@ impl Sandboxes {
 /// A Sprite's root is this machine's to the kernel, which lets it write there what all of the machine goes by. What is mounted over
 /// them cannot be taken away without rights that nothing in a Sprite has, and no other `/proc` can be mounted while it is there.
 fn hide_kernel(command: &mut Command) {
-    for read_only in ["/proc/sys", "/proc/fs"] {
+    for read_only in ["/proc/sys", "/proc/fs", "/proc/acpi", "/proc/scsi"] {
         command.args(["--ro-bind-try", read_only, read_only]);
     }
-    for file in
-        ["kcore", "keys", "kmsg", "kpagecount", "kpageflags", "sched_debug", "slabinfo", "sysrq-trigger", "timer_list", "vmallocinfo"]
-    {
-        let file = Path::new("/proc").join(file);
-        if file.exists() {
-            command.arg("--ro-bind").arg("/dev/null").arg(file);
-        }
-    }
-    for dir in ["acpi", "asound", "driver", "scsi"] {
-        let dir = Path::new("/proc").join(dir);
-        if dir.is_dir() {
-            command.arg("--tmpfs").arg(&dir).arg("--remount-ro").arg(dir);
+    for file in ["/proc/kcore", "/proc/sysrq-trigger"] {
+        if Path::new(file).exists() {
+            command.args(["--ro-bind", "/dev/null", file]);
         }
     }
 }
