@@ -20,7 +20,7 @@ pub use exec::{Exec, ExecEvent, ExecRequest, Finished};
 
 /// Delays between attempts of one call: about 20 s in all.
 const RETRY: Backoff = Backoff { base: Duration::from_millis(250), max: Duration::from_secs(8), attempts: 6 };
-/// A Sprite that was there may seem not to be, for a moment.
+/// A Sprite that was there may seem not to be, for a moment: believed when it was said so often, other trouble not counted.
 const SPURIOUS_NOT_FOUND_ATTEMPTS: u32 = 3;
 /// A server that asks for more patience than this has failed the call.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
@@ -144,7 +144,7 @@ impl Client {
 
     /// Sends a request that may be sent twice, until it is answered or the attempts are used up.
     async fn send(&self, absence: Absence, request: impl Fn() -> RequestBuilder) -> Result<Response, Error> {
-        let mut attempt = 1;
+        let (mut attempt, mut not_found) = (1, 0);
         loop {
             let error = match request().send().await {
                 Ok(response) if response.status().is_success() => return Ok(response),
@@ -152,8 +152,9 @@ impl Client {
                 Err(error) => Error::transport(error),
             };
             let delay = match &error {
-                Error::NotFound { .. } if absence == Absence::Spurious && attempt < SPURIOUS_NOT_FOUND_ATTEMPTS => {
-                    Some(RETRY.jittered(attempt))
+                Error::NotFound { .. } if absence == Absence::Spurious => {
+                    not_found += 1;
+                    (not_found < SPURIOUS_NOT_FOUND_ATTEMPTS).then(|| RETRY.jittered(not_found))
                 }
                 error if error.is_transient() => RETRY.delay(attempt).map(|delay| delay.max(error.retry_after().unwrap_or_default())),
                 _ => None,
@@ -257,7 +258,7 @@ impl Sprite {
     /// # Errors
     /// [`Error`], after a bounded number of attempts.
     pub async fn run(&self, request: &ExecRequest<'_>, limit: Duration) -> Result<Finished, Error> {
-        let mut attempt = 1;
+        let (mut attempt, mut not_found) = (1, 0);
         loop {
             let once = Box::pin(async { self.exec(request).await?.finish().await });
             let error = match tokio::time::timeout(limit, once).await {
@@ -265,7 +266,8 @@ impl Sprite {
                 Ok(Err(error)) => error,
                 Err(_) => return Err(Error::Timeout),
             };
-            let spurious = matches!(error, Error::NotFound { .. }) && attempt < SPURIOUS_NOT_FOUND_ATTEMPTS;
+            not_found += u32::from(matches!(error, Error::NotFound { .. }));
+            let spurious = matches!(error, Error::NotFound { .. }) && not_found < SPURIOUS_NOT_FOUND_ATTEMPTS;
             let delay = if spurious || error.is_transient() { RETRY.delay(attempt) } else { None };
             let Some(delay) = delay else { return Err(error) };
             tokio::time::sleep(delay.max(error.retry_after().unwrap_or_default()).min(RETRY_AFTER_MAX)).await;
