@@ -8,13 +8,13 @@ use crate::server::{Server, bash, said};
 
 #[tokio::test]
 async fn trouble_with_calls_is_outlived() {
-    let server = Server::start(&[("LOCAL_SPRITES_CHAOS", "spurious=20,slow-create=0.5")]).await;
+    let server = Server::start(&[("LOCAL_SPRITES_CHAOS", "spurious=9,slow-create=0.5")]).await;
     for number in 0..4 {
         let sprite = server.sprite(&format!("t-{number}")).await;
         for file in 0..5 {
             let path = format!("/home/sprite/{file}");
             let content = format!("{number}-{file}");
-            // Three spurious 404 for one call are believed: once in some thousands of calls here.
+            // Three spurious 404 for one call are believed: once in tens of thousands of calls here.
             sprite.write(&path, content, 0o600).await.unwrap();
         }
         assert_eq!(said(&sprite, "cat 0 4").await, format!("{number}-0{number}-4"));
