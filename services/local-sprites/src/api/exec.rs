@@ -157,6 +157,9 @@ fn attach_to(
     }))
 }
 
+/// Bytes for a command's standard input, or its end.
+type Input = Option<Bytes>;
+
 /// One client of a command.
 struct Conversation {
     api: Api,
@@ -192,6 +195,8 @@ impl Conversation {
         let mut keepalive = tokio::time::interval(KEEPALIVE);
         keepalive.reset();
         let mut sent_bytes = 0;
+        // What the command does not read yet. Its output goes on meanwhile, or each would wait for the other for ever.
+        let mut held: Option<Input> = None;
         loop {
             let sent = tokio::select! {
                 event = output.recv() => match event {
@@ -210,9 +215,13 @@ impl Conversation {
                     None => return,
                 },
                 _ = keepalive.tick() => socket.send(Message::text(r#"{"type":"keepalive"}"#)).await,
-                message = socket.recv() => match message {
+                () = self.session.feed(held.clone().flatten()), if held.is_some() => {
+                    held = None;
+                    Ok(())
+                }
+                message = socket.recv(), if held.is_none() => match message {
                     Some(Ok(message)) => {
-                        self.take_input(message, size.is_some()).await;
+                        held = self.take(message, size.is_some());
                         Ok(())
                     }
                     _ => return,
@@ -225,21 +234,23 @@ impl Conversation {
         }
     }
 
-    async fn take_input(&mut self, message: Message, terminal: bool) {
+    /// Does what a message says; gives what of it the command is to read.
+    fn take(&mut self, message: Message, terminal: bool) -> Option<Input> {
         match message {
             Message::Binary(bytes) if terminal => {
                 let is_first = std::mem::take(&mut self.drops_first_end);
-                if !(is_first && bytes[..] == [STDIN_END]) {
-                    self.session.feed(Some(bytes)).await;
-                }
+                (!(is_first && bytes[..] == [STDIN_END])).then_some(Some(bytes))
             }
             Message::Binary(bytes) => match bytes.first() {
-                Some(&STDIN) => self.session.feed(Some(bytes.slice(1..))).await,
-                Some(&STDIN_END) => self.session.feed(None).await,
-                _ => {}
+                Some(&STDIN) => Some(Some(bytes.slice(1..))),
+                Some(&STDIN_END) => Some(None),
+                _ => None,
             },
-            Message::Text(text) => self.control(&serde_json::from_str(&text).unwrap_or_default()),
-            _ => {}
+            Message::Text(text) => {
+                self.control(&serde_json::from_str(&text).unwrap_or_default());
+                None
+            }
+            _ => None,
         }
     }
 

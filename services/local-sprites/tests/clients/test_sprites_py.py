@@ -121,6 +121,11 @@ def test_no_output_is_lost(sprite):
     assert (len(lines), lines[0], lines[-2], done.stderr) == (2_000_001, b"1", b"2000000", b"end\n")
 
 
+def test_input_and_output_do_not_wait_for_each_other(sprite):
+    data = b"x" * 20_000_000
+    assert sprite.command("cat", stdin=io.BytesIO(data), timeout=60).output() == data
+
+
 def test_a_terminal(sprite):
     done = sprite.run("bash", "-c", "stty size; tty; test -t 1 && exit 4", tty=True, tty_rows=33, tty_cols=101, capture_output=True)
     assert (done.returncode, done.stdout.split()) == (4, [b"33", b"101", b"/dev/pts/0"]), done
