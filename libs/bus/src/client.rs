@@ -15,6 +15,7 @@ use prost::Message as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use service::Env;
 use tokio::sync::watch;
+use tracing::Instrument as _;
 use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};
 
 use crate::{Failure, trace};
@@ -78,6 +79,7 @@ impl Bus {
     /// # Errors
     /// [`ConnectError`] when nobody answers, or the server is not fit for us.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
+        describe_metrics();
         let (counter, connections) = watch::channel(0_u64);
         let servers: Vec<String> = config.url.split(',').map(|url| url.trim().to_owned()).collect();
         let mut options = ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned())
@@ -139,15 +141,18 @@ impl Bus {
     /// # Errors
     /// What the other side failed with; `Unavailable` when nobody serves the subject, `DeadlineExceeded` when no answer came.
     pub async fn call<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
-        let answer = self.call_once::<R>(request, deadline).await;
-        match answer {
-            // Nobody was there to receive it, so that sending it again is safe: a service may be restarting.
-            Err(failure) if failure.code == ErrorCode::Unavailable && R::IDEMPOTENT => {
-                tokio::time::sleep(Duration::from_millis(100).min(deadline / 4)).await;
-                self.call_once::<R>(request, deadline).await
+        let call = async {
+            let answer = self.call_once::<R>(request, deadline).await;
+            match answer {
+                // Nobody was there to receive it, so that sending it again is safe: a service may be restarting.
+                Err(failure) if failure.code == ErrorCode::Unavailable && R::IDEMPOTENT => {
+                    tokio::time::sleep(Duration::from_millis(100).min(deadline / 4)).await;
+                    self.call_once::<R>(request, deadline).await
+                }
+                answer => answer,
             }
-            answer => answer,
-        }
+        };
+        call.instrument(tracing::info_span!("call", otel.kind = "client", subject = R::SUBJECT)).await
     }
 
     async fn call_once<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
@@ -200,6 +205,14 @@ impl Bus {
     }
 }
 
+/// Names what this crate counts.
+fn describe_metrics() {
+    metrics::describe_counter!("aod_bus_requests_total", "requests served, by subject and code");
+    metrics::describe_histogram!("aod_bus_request_seconds", metrics::Unit::Seconds, "requests served, by subject");
+    metrics::describe_counter!("aod_bus_connection_events_total", "losses of the connection to NATS, and other trouble with it");
+    metrics::describe_counter!("aod_jobs_redelivered_total", "jobs that were delivered more than once");
+}
+
 /// Returns when there is another connection than the one at hand: what was under way on that gets no answer.
 pub(crate) async fn reconnected(connections: &mut watch::Receiver<u64>) {
     if connections.changed().await.is_err() {
@@ -209,8 +222,8 @@ pub(crate) async fn reconnected(connections: &mut watch::Receiver<u64>) {
 
 pub(crate) fn trace_headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
-    if let Some(context) = trace::current() {
-        headers.insert(header::TRACEPARENT, context.to_string());
+    if let Some(traceparent) = trace::traceparent() {
+        headers.insert(header::TRACEPARENT, traceparent);
     }
     headers
 }

@@ -16,7 +16,6 @@ use tokio::sync::watch;
 use crate::{
     Bus,
     client::{reconnected, trace_headers},
-    trace,
 };
 
 /// An append that is not in the stream, as far as is known.
@@ -127,7 +126,7 @@ impl Bus {
         from_sequence: u64,
     ) -> Result<impl Stream<Item = Result<Entry, ReadError>> + Send + Unpin + use<>, ReadError> {
         // Named, so that permissions can tell which stream a consumer is made on.
-        let name = trace::TraceContext::root().trace_id();
+        let name = self.client.new_inbox().rsplit('.').next().unwrap_or_default().to_owned();
         let config = OrderedConfig {
             name: Some(name),
             filter_subject: subject,

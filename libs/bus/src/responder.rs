@@ -15,6 +15,7 @@ use futures::StreamExt as _;
 use prost::Message as _;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{Instrument as _, field};
 use types::ErrorCode;
 
 use crate::{Bus, Failure, client::unix_millis, trace};
@@ -78,19 +79,25 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
                 tasks.spawn(async move {
                     let headers = request.message.headers.as_ref();
                     let text = |name| headers.and_then(|headers: &HeaderMap| headers.get(name)).map(|value| value.as_str().to_owned());
-                    let context = text(header::TRACEPARENT).as_deref().and_then(trace::TraceContext::parse);
+                    let span = tracing::info_span!(
+                        "serve",
+                        otel.kind = "server",
+                        subject = R::SUBJECT,
+                        trace_id = field::Empty,
+                        code = field::Empty
+                    );
+                    trace::follow(&span, text(header::TRACEPARENT).as_deref());
                     let left = time_left(text(header::DEADLINE).as_deref());
                     let work = async {
                         let message = R::Request::decode(request.message.payload.clone())
                             .map_err(|error| Failure::invalid(format!("Malformed request: {error}")))?;
                         handler(state, message).await
                     };
-                    let work = trace::scope(context.unwrap_or_else(trace::TraceContext::root), work);
                     let started = Instant::now();
-                    let result = tokio::time::timeout(left, work)
+                    let result = tokio::time::timeout(left, work.instrument(span.clone()))
                         .await
                         .unwrap_or_else(|_| Err(Failure::new(ErrorCode::DeadlineExceeded, "The service ran out of time")));
-                    observe(R::SUBJECT, started.elapsed(), result.as_ref().err());
+                    span.record("code", observe(R::SUBJECT, started.elapsed(), result.as_ref().err()));
                     answer(&request, R::SUBJECT, result).await;
                     drop(permit);
                 });
@@ -136,10 +143,12 @@ async fn answer<M: prost::Message>(request: &async_nats::service::Request, subje
     }
 }
 
-fn observe(subject: &'static str, elapsed: Duration, failure: Option<&Failure>) {
+/// Counts a request that was served; gives its code.
+fn observe(subject: &'static str, elapsed: Duration, failure: Option<&Failure>) -> &'static str {
     let code = failure.map_or("ok", |failure| failure.code.as_str());
     metrics::counter!("aod_bus_requests_total", "subject" => subject, "code" => code).increment(1);
     metrics::histogram!("aod_bus_request_seconds", "subject" => subject).record(elapsed);
+    code
 }
 
 /// What is left of the caller's patience; a minute where it did not say.

@@ -24,6 +24,7 @@ pub enum TopologyError {
 /// What a stream holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
+    pub messages: u64,
     pub first_sequence: u64,
     /// The newest entry that it has had.
     pub last_sequence: u64,
@@ -31,6 +32,15 @@ pub struct Extent {
     pub bytes_max: u64,
     /// The newest entry of those that were removed from its beginning; 0 where it has never lost one.
     pub trimmed_through: u64,
+}
+
+/// Messages of a consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backlog {
+    /// Not delivered yet.
+    pub waiting: u64,
+    /// Delivered and not acknowledged.
+    pub in_hand: u64,
 }
 
 impl Bus {
@@ -101,6 +111,7 @@ impl Bus {
         Ok(Extent {
             first_sequence: info.state.first_sequence,
             last_sequence: info.state.last_sequence,
+            messages: info.state.messages,
             bytes: info.state.bytes,
             bytes_max: u64::try_from(info.config.max_bytes).unwrap_or(u64::MAX),
             trimmed_through: if info.state.first_sequence > begun { info.state.first_sequence - 1 } else { 0 },
@@ -132,6 +143,16 @@ impl Bus {
         } else {
             Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") })
         }
+    }
+
+    /// How much there is to do for a consumer.
+    ///
+    /// # Errors
+    /// [`TopologyError`] when the server does not say.
+    pub async fn backlog(&self, spec: &ConsumerSpec) -> Result<Backlog, TopologyError> {
+        let consumer = self.consumer(spec).await?;
+        let info = consumer.cached_info();
+        Ok(Backlog { waiting: info.num_pending, in_hand: u64::try_from(info.num_ack_pending).unwrap_or_default() })
     }
 
     /// A consumer that somebody else makes.

@@ -12,6 +12,7 @@ use contract::{header, subject, topology::ConsumerSpec};
 use futures::StreamExt as _;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{Instrument as _, field};
 use types::Backoff;
 
 use crate::{Bus, Failure, topology::TopologyError, trace};
@@ -109,8 +110,10 @@ where
                 continue;
             };
             let (bus, handler) = (bus.clone(), handler.clone());
+            metrics::gauge!("aod_runner_jobs").increment(1);
             tasks.spawn(async move {
                 handle(&bus, spec, message, &*handler).await;
+                metrics::gauge!("aod_runner_jobs").decrement(1);
                 drop(permit);
             });
         }
@@ -125,13 +128,14 @@ where
 {
     let delivery = message.info().map_or(1, |info| u64::try_from(info.delivered).unwrap_or(1));
     let parent = message.headers.as_ref().and_then(|headers| headers.get(header::TRACEPARENT)).map(|value| value.as_str().to_owned());
-    let context = parent.as_deref().and_then(trace::TraceContext::parse).unwrap_or_else(trace::TraceContext::root);
+    let span = tracing::info_span!("job", otel.kind = "consumer", consumer = spec.name, delivery, trace_id = field::Empty);
+    trace::follow(&span, parent.as_deref());
     let (message, acker) = message.split();
     let job = Job { subject: message.subject.to_string(), payload: message.payload, delivery };
     if delivery > 1 {
         metrics::counter!("aod_jobs_redelivered_total", "consumer" => spec.name).increment(1);
     }
-    let outcome = keep_in_hand(&acker, spec.ack_wait / 3, trace::scope(context, handler(job.clone()))).await;
+    let outcome = keep_in_hand(&acker, spec.ack_wait / 3, handler(job.clone()).instrument(span)).await;
     let settled = match outcome {
         Outcome::Done => acker.double_ack().await,
         Outcome::Retry(delay) => acker.ack_with(AckKind::Nak(Some(delay))).await,

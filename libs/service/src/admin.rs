@@ -13,7 +13,8 @@ use tokio::net::TcpListener;
 
 use crate::Lifecycle;
 
-const SECONDS: [f64; 12] = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
+/// Bounds of histograms, from a query to a long turn.
+const SECONDS: [f64; 17] = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0];
 
 /// Serves `/livez` (the process runs), `/readyz` (it should get traffic) and `/metrics` until the stop.
 ///

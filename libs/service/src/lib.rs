@@ -41,7 +41,13 @@ where
     if env::has_argument("--check-ready") {
         return admin::check_ready(chassis.admin_addr);
     }
-    telemetry::init(chassis.json_logs);
+    let _telemetry = match telemetry::init(name, &chassis.telemetry) {
+        Ok(telemetry) => telemetry,
+        Err(error) => {
+            eprintln!("{name}: OTEL_EXPORTER_OTLP_ENDPOINT cannot be used: {error}");
+            return ExitCode::from(EXIT_SETTINGS);
+        }
+    };
     raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -78,7 +84,7 @@ fn raise_file_limit() {
 /// Settings that every service has.
 struct Chassis {
     admin_addr: std::net::SocketAddr,
-    json_logs: bool,
+    telemetry: telemetry::Settings,
     stop_grace: std::time::Duration,
 }
 
@@ -86,7 +92,7 @@ impl Chassis {
     fn from_env(env: &mut Env) -> Self {
         Self {
             admin_addr: env.parsed("AOD_ADMIN_ADDR", "where /livez, /readyz and /metrics listen", ([127, 0, 0, 1], 9464).into()),
-            json_logs: env.parsed("AOD_LOG_JSON", "log lines as JSON", false),
+            telemetry: telemetry::Settings::from_env(env),
             stop_grace: env.seconds("AOD_STOP_GRACE_SECONDS", "how long work in hand may go on after SIGTERM", 25),
         }
     }

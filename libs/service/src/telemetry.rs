@@ -1,12 +1,87 @@
-//! Logs to standard error: text for people, JSON for machines. `RUST_LOG` sets the level.
+//! Logs to standard error, text for people or JSON for machines; `RUST_LOG` sets the level. Traces by OTLP, where `OTEL_*` says to.
+//!
+//! A trace's id is there with and without an exporter: it is the request's id, in answers and in log lines.
 
-use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt};
+use std::time::Duration;
+
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_otlp::ExporterBuildError;
+use opentelemetry_sdk::{
+    Resource,
+    trace::{Sampler, SdkTracerProvider},
+};
+use tracing_subscriber::{EnvFilter, Layer as _, filter::LevelFilter, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+use crate::Env;
 
 /// Libraries that print what they carry at level TRACE, secrets among it. They are held at DEBUG, whatever `RUST_LOG` says.
 const CARRIERS: [&str; 3] = ["async_nats", "tokio_tungstenite", "tungstenite"];
+/// How long an exit waits for a collector to take the last spans.
+const FLUSH_MAX: Duration = Duration::from_secs(2);
 
-/// Sets the process's subscriber; a second call changes nothing.
-pub fn init(json: bool) {
+/// What a service tells of itself, and where.
+#[derive(Debug)]
+pub struct Settings {
+    json_logs: bool,
+    export_traces: bool,
+}
+
+impl Settings {
+    pub fn from_env(env: &mut Env) -> Self {
+        let json_logs = env.parsed("AOD_LOG_JSON", "log lines as JSON", false);
+        env.optional("RUST_LOG", "what is logged: a level, or one for each module, as in info,sprite_runner=debug");
+        let endpoint = env.optional("OTEL_EXPORTER_OTLP_ENDPOINT", "where traces go, by OTLP over HTTP (protobuf); nowhere if unset");
+        let traces = env.optional("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "the same as a whole URL, with /v1/traces");
+        // The exporter reads the rest by itself, as the standard has it.
+        env.optional("OTEL_EXPORTER_OTLP_HEADERS", "headers for the collector, name=value, separated by commas");
+        env.optional("OTEL_RESOURCE_ATTRIBUTES", "what every span says of its process, name=value, separated by commas");
+        env.optional("OTEL_TRACES_SAMPLER", "which traces are sent; parentbased_always_on if unset");
+        env.optional("OTEL_TRACES_SAMPLER_ARG", "the sampler's share, 0 to 1, where it has one");
+        let disabled = env.parsed("OTEL_SDK_DISABLED", "send no traces, whatever else is set", false);
+        Self { json_logs, export_traces: !disabled && (endpoint.is_some() || traces.is_some()) }
+    }
+}
+
+/// The process's telemetry. Spans that wait to be sent are sent when it is dropped.
+#[derive(Debug)]
+pub struct Telemetry {
+    tracer: SdkTracerProvider,
+}
+
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        if let Err(error) = self.tracer.shutdown_with_timeout(FLUSH_MAX) {
+            tracing::warn!(%error, "the last spans were not sent");
+        }
+    }
+}
+
+/// Sets the process's subscriber; a second one changes nothing. Not to be called within a runtime: the exporter has one of its own.
+///
+/// # Errors
+/// When an endpoint is no URL.
+pub fn init(service: &'static str, settings: &Settings) -> Result<Telemetry, ExporterBuildError> {
+    let provider = SdkTracerProvider::builder().with_resource(Resource::builder().with_service_name(service).build());
+    let provider = if settings.export_traces {
+        provider.with_batch_exporter(opentelemetry_otlp::SpanExporter::builder().with_http().build()?)
+    } else {
+        // Ids, and nothing kept for anybody.
+        provider.with_sampler(Sampler::AlwaysOff)
+    };
+    let tracer = provider.build();
+    let traces = tracing_opentelemetry::layer()
+        .with_tracer(tracer.tracer("aod"))
+        .with_location(false)
+        .with_threads(false)
+        .with_tracked_inactivity(false)
+        .with_filter(LevelFilter::INFO);
+    let logs = fmt::layer().with_writer(std::io::stderr);
+    let logs = if settings.json_logs { logs.json().flatten_event(true).boxed() } else { logs.with_ansi(false).boxed() };
+    let _ = tracing_subscriber::registry().with(logs.with_filter(log_filter())).with(traces).try_init();
+    Ok(Telemetry { tracer })
+}
+
+fn log_filter() -> EnvFilter {
     let mut filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn,sqlx=warn"));
     // Where nobody asks for TRACE there is nothing to hold.
     for carrier in CARRIERS {
@@ -15,6 +90,5 @@ pub fn init(json: bool) {
             filter = filter.add_directive(directive);
         }
     }
-    let logs = fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let _ = if json { logs.json().flatten_event(true).try_init() } else { logs.with_ansi(false).try_init() };
+    filter
 }

@@ -65,6 +65,22 @@ impl Error {
         }
     }
 
+    /// What it is, for a metric's label.
+    #[must_use]
+    pub(crate) const fn kind(&self) -> &'static str {
+        match self {
+            Self::Unauthorized { .. } => "unauthorized",
+            Self::NotFound { .. } => "not_found",
+            Self::Conflict { .. } => "conflict",
+            Self::RateLimited { .. } => "rate_limited",
+            Self::Rejected { .. } => "rejected",
+            Self::Failed { .. } => "failed",
+            Self::Transport(_) => "transport",
+            Self::Timeout => "timeout",
+            Self::Interrupted => "interrupted",
+        }
+    }
+
     /// The same call may work a little later.
     #[must_use]
     pub const fn is_transient(&self) -> bool {

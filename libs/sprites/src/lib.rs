@@ -6,13 +6,17 @@
 mod error;
 mod exec;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, header};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
+use tracing::{Instrument as _, field};
 use types::{Backoff, SpriteName};
 
 pub use error::Error;
@@ -80,7 +84,7 @@ impl Client {
     pub async fn ensure(&self, name: &SpriteName) -> Result<(), Error> {
         let body = serde_json::json!({ "name": name.as_str(), "wait_for_capacity": true });
         let request = || self.request(Method::POST, "/v1/sprites").timeout(CREATE_TIMEOUT).json(&body);
-        match self.send(Absence::Expected, request).await {
+        match self.send("create", Absence::Expected, request).await {
             Ok(_) | Err(Error::Conflict { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -91,7 +95,7 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub async fn delete(&self, name: &SpriteName) -> Result<(), Error> {
-        match self.send(Absence::Expected, || self.request(Method::DELETE, &format!("/v1/sprites/{name}"))).await {
+        match self.send("delete", Absence::Expected, || self.request(Method::DELETE, &format!("/v1/sprites/{name}"))).await {
             Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -102,7 +106,7 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub async fn exists(&self, name: &SpriteName) -> Result<bool, Error> {
-        match self.send(Absence::Spurious, || self.request(Method::GET, &format!("/v1/sprites/{name}"))).await {
+        match self.send("get", Absence::Spurious, || self.request(Method::GET, &format!("/v1/sprites/{name}"))).await {
             Ok(_) => Ok(true),
             Err(Error::NotFound { .. }) => Ok(false),
             Err(error) => Err(error),
@@ -123,7 +127,7 @@ impl Client {
                     None => request,
                 }
             };
-            let reply: ListReply = self.send(Absence::Expected, request).await?.json().await.map_err(Error::transport)?;
+            let reply: ListReply = self.send("list", Absence::Expected, request).await?.json().await.map_err(Error::transport)?;
             names.extend(reply.sprites.into_iter().map(|listed| listed.name));
             token = reply.next_continuation_token.filter(|_| reply.has_more);
             if token.is_none() {
@@ -143,7 +147,16 @@ impl Client {
     }
 
     /// Sends a request that may be sent twice, until it is answered or the attempts are used up.
-    async fn send(&self, absence: Absence, request: impl Fn() -> RequestBuilder) -> Result<Response, Error> {
+    async fn send(&self, operation: &'static str, absence: Absence, request: impl Fn() -> RequestBuilder) -> Result<Response, Error> {
+        observed(operation, self.send_repeatedly(operation, absence, request)).await
+    }
+
+    async fn send_repeatedly(
+        &self,
+        operation: &'static str,
+        absence: Absence,
+        request: impl Fn() -> RequestBuilder,
+    ) -> Result<Response, Error> {
         let (mut attempt, mut not_found) = (1, 0);
         loop {
             let error = match request().send().await {
@@ -160,11 +173,25 @@ impl Client {
                 _ => None,
             };
             let Some(delay) = delay.filter(|delay| *delay <= RETRY_AFTER_MAX) else { return Err(error) };
+            metrics::counter!("aod_sprites_retries_total", "operation" => operation).increment(1);
             tracing::debug!(%error, attempt, ?delay, "Sprites API call failed; trying again");
             tokio::time::sleep(delay).await;
             attempt += 1;
         }
     }
+}
+
+/// Counts and times a call, its repetitions included, and gives it a span.
+async fn observed<T>(operation: &'static str, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let span = tracing::info_span!("sprites", otel.kind = "client", otel.name = format!("sprites {operation}"), outcome = field::Empty);
+    let begun = Instant::now();
+    // Boxed: a call's state is large, and so would be every future around it.
+    let result = Box::pin(call).instrument(span.clone()).await;
+    let outcome = result.as_ref().err().map_or("ok", Error::kind);
+    span.record("outcome", outcome);
+    metrics::counter!("aod_sprites_requests_total", "operation" => operation, "outcome" => outcome).increment(1);
+    metrics::histogram!("aod_sprites_request_seconds", "operation" => operation).record(begun.elapsed());
+    result
 }
 
 /// One Sprite of an account.
@@ -188,7 +215,7 @@ impl Sprite {
         let (content, mode) = (content.into(), format!("{mode:04o}"));
         let query = [("path", path), ("workingDir", "/"), ("mode", mode.as_str()), ("mkdirParents", "true")];
         let url = format!("/v1/sprites/{}/fs/write", self.name);
-        self.client.send(Absence::Spurious, || self.client.request(Method::PUT, &url).query(&query).body(content.clone())).await?;
+        self.client.send("write", Absence::Spurious, || self.client.request(Method::PUT, &url).query(&query).body(content.clone())).await?;
         Ok(())
     }
 
@@ -203,7 +230,7 @@ impl Sprite {
             let request = self.client.request(Method::GET, &url).timeout(Duration::from_secs(600)).query(&query);
             if offset > 0 { request.header(header::RANGE, format!("bytes={offset}-")) } else { request }
         };
-        let response = match self.client.send(Absence::Expected, request).await {
+        let response = match self.client.send("read", Absence::Expected, request).await {
             Ok(response) => response,
             Err(Error::Rejected { status: StatusCode::RANGE_NOT_SATISFIABLE, .. }) => return Ok(futures::stream::empty().boxed()),
             Err(error) => return Err(error),
@@ -241,7 +268,7 @@ impl Sprite {
         let allowed = hosts.iter().map(|host| serde_json::json!({ "domain": host, "action": "allow" }));
         let rules: Vec<_> = allowed.chain([serde_json::json!({ "domain": "*", "action": "deny" })]).collect();
         let (url, body) = (format!("/v1/sprites/{}/policy/network", self.name), serde_json::json!({ "rules": rules }));
-        self.client.send(Absence::Spurious, || self.client.request(Method::POST, &url).json(&body)).await?;
+        self.client.send("limit_network", Absence::Spurious, || self.client.request(Method::POST, &url).json(&body)).await?;
         Ok(())
     }
 
@@ -250,7 +277,7 @@ impl Sprite {
     /// # Errors
     /// [`Error`].
     pub async fn exec(&self, request: &ExecRequest<'_>) -> Result<Exec, Error> {
-        Exec::connect(&self.client.base_url, &self.client.token, &self.name, request).await
+        observed("exec", Exec::connect(&self.client.base_url, &self.client.token, &self.name, request)).await
     }
 
     /// Runs a command that may run twice, and waits for its end, at most `limit`; the newest 64 KiB of each stream are kept.
@@ -270,6 +297,7 @@ impl Sprite {
             let spurious = matches!(error, Error::NotFound { .. }) && not_found < SPURIOUS_NOT_FOUND_ATTEMPTS;
             let delay = if spurious || error.is_transient() { RETRY.delay(attempt) } else { None };
             let Some(delay) = delay else { return Err(error) };
+            metrics::counter!("aod_sprites_retries_total", "operation" => "exec").increment(1);
             tokio::time::sleep(delay.max(error.retry_after().unwrap_or_default()).min(RETRY_AFTER_MAX)).await;
             attempt += 1;
         }

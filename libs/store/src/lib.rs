@@ -13,6 +13,9 @@ use sqlx::{
     migrate::{Migration, MigrationType, Migrator},
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
 };
+use tokio_util::sync::CancellationToken;
+
+const OBSERVE_EVERY: Duration = Duration::from_secs(5);
 
 /// How to reach a service's own database.
 #[derive(Debug)]
@@ -63,6 +66,18 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
     let migrator = Migrator { migrations: Cow::Owned(migrations.collect()), ..Migrator::DEFAULT };
     migrator.run(&pool).await?;
     Ok(pool)
+}
+
+/// Counts a pool's connections for whoever watches, until the stop.
+pub async fn observe(pool: PgPool, stop: CancellationToken) {
+    metrics::describe_gauge!("aod_db_connections", "connections to Postgres, by state");
+    metrics::describe_gauge!("aod_db_connections_max", "as many as this process may have");
+    metrics::gauge!("aod_db_connections_max").set(f64::from(pool.options().get_max_connections()));
+    while stop.run_until_cancelled(tokio::time::sleep(OBSERVE_EVERY)).await.is_some() {
+        let (all, idle) = (f64::from(pool.size()), pool.num_idle() as f64);
+        metrics::gauge!("aod_db_connections", "state" => "idle").set(idle);
+        metrics::gauge!("aod_db_connections", "state" => "used").set((all - idle).max(0.0));
+    }
 }
 
 /// Whether an error is the violation of a named constraint.

@@ -29,6 +29,7 @@ const MIGRATIONS: &[store::Step] = &[(1, "users and keys", include_str!("../../.
 /// When Postgres or the bus cannot be reached.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let pool = store::open(&config.store, "auth", MIGRATIONS).await?;
+    lifecycle.spawn("pool", store::observe(pool.clone(), lifecycle.stop_token()));
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());

@@ -48,6 +48,19 @@ pub enum EnvelopeError {
 
 impl Keyring {
     pub fn encrypt(&self, version: KeyVersion, plaintext: &[u8], binding: &Binding<'_>) -> Result<Sealed, EnvelopeError> {
+        counted("encrypt", self.seal(version, plaintext, binding))
+    }
+
+    pub fn decrypt(&self, sealed: &Sealed, binding: &Binding<'_>) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
+        counted("decrypt", self.open(sealed, binding))
+    }
+
+    /// A data key, wrapped by another version. What it encrypts stays as it is.
+    pub fn rewrap(&self, from: KeyVersion, wrapped_key: &[u8], to: KeyVersion, binding: &Binding<'_>) -> Result<Vec<u8>, EnvelopeError> {
+        counted("rewrap", self.wrap_anew(from, wrapped_key, to, binding))
+    }
+
+    fn seal(&self, version: KeyVersion, plaintext: &[u8], binding: &Binding<'_>) -> Result<Sealed, EnvelopeError> {
         let mut data_key = Zeroizing::new([0_u8; KEY_BYTES]);
         getrandom::fill(data_key.as_mut()).map_err(|_| EnvelopeError::NoRandomness)?;
         let cipher = Aes256Gcm::new_from_slice(data_key.as_ref()).map_err(|_| EnvelopeError::Encrypt)?;
@@ -56,7 +69,7 @@ impl Keyring {
         Ok(Sealed { key_version: version, wrapped_key, ciphertext: encrypt(&cipher, plaintext, &aad)? })
     }
 
-    pub fn decrypt(&self, sealed: &Sealed, binding: &Binding<'_>) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
+    fn open(&self, sealed: &Sealed, binding: &Binding<'_>) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
         let damaged = || EnvelopeError::Damaged { secret: binding.secret };
         let aad = binding.associated_data();
         let data_key = self.data_key(sealed.key_version, &sealed.wrapped_key, &aad, binding.secret)?;
@@ -64,8 +77,7 @@ impl Keyring {
         decrypt(&cipher, &sealed.ciphertext, &aad).ok_or_else(damaged)
     }
 
-    /// A data key, wrapped by another version. What it encrypts stays as it is.
-    pub fn rewrap(&self, from: KeyVersion, wrapped_key: &[u8], to: KeyVersion, binding: &Binding<'_>) -> Result<Vec<u8>, EnvelopeError> {
+    fn wrap_anew(&self, from: KeyVersion, wrapped_key: &[u8], to: KeyVersion, binding: &Binding<'_>) -> Result<Vec<u8>, EnvelopeError> {
         let aad = binding.associated_data();
         let data_key = self.data_key(from, wrapped_key, &aad, binding.secret)?;
         self.wrap(to, &data_key, &aad).ok_or(EnvelopeError::UnknownCurrentKey { version: to })?
@@ -75,6 +87,12 @@ impl Keyring {
         let opened = self.unwrap(version, wrapped, aad).ok_or(EnvelopeError::UnknownKey { secret, version })?;
         opened.ok_or(EnvelopeError::Damaged { secret })
     }
+}
+
+fn counted<T>(operation: &'static str, result: Result<T, EnvelopeError>) -> Result<T, EnvelopeError> {
+    let outcome = if result.is_ok() { "ok" } else { "failed" };
+    metrics::counter!("aod_vault_operations_total", "operation" => operation, "outcome" => outcome).increment(1);
+    result
 }
 
 #[cfg(test)]

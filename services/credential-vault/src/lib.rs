@@ -8,6 +8,7 @@ mod envelope;
 mod keyring;
 mod keys;
 mod leases;
+pub mod metrics;
 mod secrets;
 
 use std::sync::Arc;
@@ -77,7 +78,9 @@ struct Vault {
 /// # Errors
 /// When Postgres or the bus cannot be reached, or the key is not the one that the stored secrets were encrypted with.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    crate::metrics::describe();
     let pool = store::open(&config.store, "credential-vault", MIGRATIONS).await?;
+    lifecycle.spawn("pool", store::observe(pool.clone(), lifecycle.stop_token()));
     let keys = Arc::new(Keyring::parse(&config.encryption_key)?);
     keys::prove(&pool, &keys).await.context("FIELD_ENCRYPTION_KEY")?;
     let vault = Vault { pool: pool.clone(), keys, shared_sprites_token: config.shared_sprites_token.map(Arc::new) };

@@ -69,8 +69,8 @@ impl IntoResponse for ApiError {
         let mut body = Map::new();
         body.insert("detail".to_owned(), self.detail);
         body.extend(self.numbers.into_iter().map(|(name, number)| (name, number.into())));
-        if let Some(context) = trace::current() {
-            body.insert("request_id".to_owned(), context.trace_id().into());
+        if let Some(id) = trace::id() {
+            body.insert("request_id".to_owned(), id.into());
         }
         let mut response = (self.status, axum::Json(Value::Object(body))).into_response();
         if self.status == StatusCode::UNAUTHORIZED {

@@ -13,6 +13,7 @@ mod health;
 mod idempotency;
 mod keys;
 mod limits;
+pub mod metrics;
 mod openapi;
 mod page;
 mod path;
@@ -147,6 +148,7 @@ impl App {
 /// # Errors
 /// When the bus cannot be reached or the address cannot be bound.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    crate::metrics::describe();
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());

@@ -9,12 +9,12 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse as _, Response},
 };
-use bus::trace::{self, TraceContext};
+use bus::trace;
 use tower_http::{
     catch_panic::CatchPanicLayer,
     cors::{AllowOrigin, CorsLayer},
 };
-
+use tracing::{Instrument as _, field};
 use utoipa::OpenApi as _;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
@@ -93,19 +93,30 @@ fn cors(origins: &[String]) -> CorsLayer {
 
 /// Gives every request a trace, whose id is the request's, and every response its id.
 async fn observe(request: Request, next: Next) -> Response {
-    let parent = request.headers().get(contract::header::TRACEPARENT).and_then(|value| value.to_str().ok()).and_then(TraceContext::parse);
-    let context = parent.unwrap_or_else(TraceContext::root);
+    let parent = request.headers().get(contract::header::TRACEPARENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
     let (method, begun) = (request.method().clone(), Instant::now());
-    let mut response = trace::scope(context, next.run(request)).await;
-    if let Ok(id) = HeaderValue::from_str(&context.trace_id()) {
+    let span = tracing::info_span!(
+        "request",
+        otel.kind = "server",
+        otel.name = format!("{method} {route}"),
+        http.request.method = %method,
+        http.route = route,
+        http.response.status_code = field::Empty,
+        trace_id = field::Empty,
+    );
+    trace::follow(&span, parent.as_deref());
+    let id = span.in_scope(trace::id);
+    let mut response = next.run(request).instrument(span.clone()).await;
+    if let Some(Ok(id)) = id.as_deref().map(HeaderValue::from_str) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     let status = response.status().as_u16();
     metrics::counter!("aod_http_requests_total", "route" => route.clone(), "method" => method.to_string(), "status" => status.to_string())
         .increment(1);
     metrics::histogram!("aod_http_request_seconds", "route" => route.clone()).record(begun.elapsed());
-    tracing::debug!(request = %context.trace_id(), %method, route, status, "request");
+    span.record("http.response.status_code", status);
+    span.in_scope(|| tracing::debug!("answered"));
     response
 }
 

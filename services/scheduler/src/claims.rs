@@ -36,6 +36,7 @@ const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(sqlx::FromRow)]
 struct TurnRow {
     epoch: i32,
+    age_seconds: f64,
     handed_back_reason: Option<String>,
     prompt: String,
     timeout_seconds: i32,
@@ -71,9 +72,10 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
             update turn
             set epoch = epoch + 1
             where session_id = $1 and turn_number = $2 and status in ('pending', 'running')
-            returning session_id, epoch, handed_back_reason, prompt, timeout_seconds
+            returning session_id, epoch, extract(epoch from now() - created_at)::float8 as age_seconds, handed_back_reason, prompt,
+                      timeout_seconds
          )
-         select c.epoch, c.handed_back_reason, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
+         select c.epoch, c.age_seconds, c.handed_back_reason, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
                 s.resources, s.secret_id
          from claimed c
@@ -97,6 +99,9 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
     }
     tx.commit().await.map_err(Failure::internal)?;
+    if turn.epoch == 1 {
+        metrics::histogram!("aod_turn_wait_seconds").record(turn.age_seconds);
+    }
     let recorded_through = recorder::recorded_through(&scheduler.pool).await.map_err(Failure::internal)?;
     let last_event = newest_event(&scheduler, id).await?;
 

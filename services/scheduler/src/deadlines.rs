@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler,
+    metrics::{Observation, Outcome},
     sessions::{SessionRow, enqueue, lock, session_columns},
     termination::{enqueue_destroy, tell},
     unsigned,
@@ -60,8 +61,12 @@ async fn settle_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
         let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
         if let Some(session) = lock(&mut tx, session, None).await? {
             metrics::counter!("aod_deadline_settlements_total").increment(1);
-            settle(&mut tx, session, turn, &message).await?;
+            let runtime = session.runtime.clone();
+            let seconds = settle(&mut tx, session, turn, &message).await?;
             tx.commit().await.map_err(Failure::internal)?;
+            if let Some(seconds) = seconds {
+                Observation::Ended { runtime, outcome: Outcome::Deadline, seconds }.count();
+            }
             scheduler.outbox.notify_one();
         }
     }
@@ -69,18 +74,21 @@ async fn settle_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
 }
 
 /// Fails a turn that is not settled yet, with its session: the state, the record's event, the Sprite's end, the fact for others.
-pub async fn settle(tx: &mut PgConnection, session: SessionRow, turn: i32, message: &str) -> Result<(), Failure> {
+/// Gives how many seconds the turn took, if it was this that ended it.
+pub async fn settle(tx: &mut PgConnection, session: SessionRow, turn: i32, message: &str) -> Result<Option<f64>, Failure> {
     let id = SessionId::from_uuid(session.session_id);
-    let settled = sqlx::query(
-        "update turn set status = 'failed', ended_at = now() where session_id = $1 and turn_number = $2 and status in ('pending', 'running')",
+    let seconds: Option<f64> = sqlx::query_scalar(
+        "update turn set status = 'failed', ended_at = now()
+         where session_id = $1 and turn_number = $2 and status in ('pending', 'running')
+         returning extract(epoch from now() - created_at)::float8",
     )
     .bind(id.uuid())
     .bind(turn)
-    .execute(&mut *tx)
+    .fetch_optional(&mut *tx)
     .await
     .map_err(Failure::internal)?;
-    if settled.rows_affected() == 0 {
-        return Ok(());
+    if seconds.is_none() {
+        return Ok(None);
     }
     let failed: Option<SessionRow> = sqlx::query_as(concat!(
         "update session
@@ -95,11 +103,12 @@ pub async fn settle(tx: &mut PgConnection, session: SessionRow, turn: i32, messa
     .fetch_optional(&mut *tx)
     .await
     .map_err(Failure::internal)?;
-    let Some(failed) = failed else { return Ok(()) };
+    let Some(failed) = failed else { return Ok(seconds) };
     let failure = session::Failure { stage: "deadline".to_owned(), message: message.to_owned() };
     let ended = TurnEnded { failure: Some(failure), ..TurnEnded::default() };
     let event = SessionEvent { turn: unsigned(turn), epoch: 0, checkpoint: None, kind: Some(Kind::TurnEnded(ended)) };
     enqueue(tx, &subject::session_log(id), &event).await?;
     enqueue_destroy(tx, &failed).await?;
-    tell(tx, &failed, &failed.status, unsigned(turn)).await
+    tell(tx, &failed, &failed.status, unsigned(turn)).await?;
+    Ok(seconds)
 }

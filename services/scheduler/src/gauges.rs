@@ -42,5 +42,16 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
     let recorded = recorder::recorded_through(&scheduler.pool).await?;
     let newest = scheduler.bus.extent(&topology::EVENTS).await?.last_sequence;
     metrics::gauge!("aod_recorder_lag_events").set(newest.saturating_sub(recorded) as f64);
+    for spec in &topology::STREAMS {
+        let extent = scheduler.bus.extent(spec).await?;
+        metrics::gauge!("aod_stream_bytes", "stream" => spec.name).set(extent.bytes as f64);
+        metrics::gauge!("aod_stream_bytes_max", "stream" => spec.name).set(extent.bytes_max as f64);
+        if spec.name == topology::DLQ.name {
+            metrics::gauge!("aod_dead_letters").set(extent.messages as f64);
+        }
+    }
+    let backlog = scheduler.bus.backlog(&topology::RUNNER).await?;
+    metrics::gauge!("aod_jobs_waiting").set(backlog.waiting as f64);
+    metrics::gauge!("aod_jobs_in_hand").set(backlog.in_hand as f64);
     Ok(())
 }

@@ -10,6 +10,7 @@ mod deadlines;
 mod deletion;
 mod environments;
 mod gauges;
+pub mod metrics;
 mod once;
 mod orphans;
 mod recorder;
@@ -104,7 +105,9 @@ struct Scheduler {
 /// # Errors
 /// When Postgres or the bus cannot be reached, or a stream cannot be made as it was declared.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    crate::metrics::describe();
     let pool = store::open(&config.store, "scheduler", MIGRATIONS).await?;
+    lifecycle.spawn("pool", store::observe(pool.clone(), lifecycle.stop_token()));
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());

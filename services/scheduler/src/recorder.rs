@@ -21,6 +21,7 @@ use types::{Backoff, SessionId, limits::SETTLE_GRACE};
 
 use crate::{
     Scheduler,
+    metrics::{Observation, Outcome},
     sessions::{SessionRow, lock, session_columns},
     termination::tell_end,
     unsigned,
@@ -136,8 +137,9 @@ async fn write(connection: &mut PgConnection, entries: &[Entry]) -> anyhow::Resu
     .execute(&mut *tx)
     .await?;
     let woken = !changes.is_empty();
+    let mut observations = Vec::new();
     for (session, turn, change) in changes {
-        change.apply(&mut tx, session, i32::try_from(turn)?).await?;
+        observations.extend(change.apply(&mut tx, session, i32::try_from(turn)?).await?);
     }
     sqlx::query(
         "insert into recorded (stream, event_id) values ($1, $2)
@@ -148,6 +150,7 @@ async fn write(connection: &mut PgConnection, entries: &[Entry]) -> anyhow::Resu
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
+    observations.into_iter().for_each(Observation::count);
     Ok(woken)
 }
 
@@ -158,24 +161,26 @@ enum Change {
 }
 
 impl Change {
-    async fn apply(self, tx: &mut PgConnection, session: SessionId, turn: i32) -> Result<(), Failure> {
+    async fn apply(self, tx: &mut PgConnection, session: SessionId, turn: i32) -> Result<Option<Observation>, Failure> {
         match self {
             Self::Started => started(tx, session, turn).await,
             Self::Ended(ended) => Self::ended(tx, session, turn, ended).await,
         }
     }
 
-    async fn ended(tx: &mut PgConnection, id: SessionId, turn: i32, ended: TurnEnded) -> Result<(), Failure> {
-        let Some(session) = lock(tx, id, None).await? else { return Ok(()) };
+    async fn ended(tx: &mut PgConnection, id: SessionId, turn: i32, ended: TurnEnded) -> Result<Option<Observation>, Failure> {
+        let Some(session) = lock(tx, id, None).await? else { return Ok(None) };
         // Postgres keeps no NUL in text.
         let clean = |text: String| text.replace('\0', "\u{fffd}");
         let count = |count: Option<u64>| count.and_then(|count| i64::try_from(count).ok());
         let usage = ended.usage.clone().unwrap_or_default();
         let status = if ended.exit_code == Some(0) { "completed" } else { "failed" };
-        let settled = sqlx::query(
+        let outcome = Outcome::of(&ended);
+        let seconds: Option<f64> = sqlx::query_scalar(
             "update turn
              set status = $3, exit_code = $4, ended_at = now(), input_tokens = $5, output_tokens = $6, cost_micro_usd = $7, model_used = $8
-             where session_id = $1 and turn_number = $2 and status in ('pending', 'running')",
+             where session_id = $1 and turn_number = $2 and status in ('pending', 'running')
+             returning extract(epoch from now() - created_at)::float8",
         )
         .bind(id.uuid())
         .bind(turn)
@@ -185,11 +190,13 @@ impl Change {
         .bind(count(usage.output_tokens))
         .bind(count(usage.cost_micro_usd))
         .bind(usage.model.clone().map(clean))
-        .execute(&mut *tx)
+        .fetch_optional(&mut *tx)
         .await
         .map_err(Failure::internal)?;
-        if settled.rows_affected() == 0 || session.turn_count != turn || !session.status()?.is_active() {
-            return Ok(());
+        let Some(seconds) = seconds else { return Ok(None) };
+        let observation = Some(Observation::Ended { runtime: session.runtime.clone(), outcome, seconds });
+        if session.turn_count != turn || !session.status()?.is_active() {
+            return Ok(observation);
         }
         let (stage, message) = ended.failure.map(|failure| (clean(failure.stage), clean(failure.message))).unzip();
         let row: SessionRow = sqlx::query_as(concat!(
@@ -207,29 +214,31 @@ impl Change {
         .fetch_one(&mut *tx)
         .await
         .map_err(Failure::internal)?;
-        tell_end(tx, &row, &row.status, unsigned(turn), ended.usage).await
+        tell_end(tx, &row, &row.status, unsigned(turn), ended.usage).await?;
+        Ok(observation)
     }
 }
 
-async fn started(tx: &mut PgConnection, id: SessionId, turn: i32) -> Result<(), Failure> {
+async fn started(tx: &mut PgConnection, id: SessionId, turn: i32) -> Result<Option<Observation>, Failure> {
     // From here on the turn's own timeout counts, and provisioning no longer does.
-    sqlx::query(
+    let started: Option<(f64, String)> = sqlx::query_as(
         "with started as (
             update turn
             set status = 'running', started_at = now(), deadline_at = now() + make_interval(secs => timeout_seconds + $3)
             where session_id = $1 and turn_number = $2 and status = 'pending'
-            returning session_id
+            returning session_id, created_at
          )
          update session s
          set status = 'running', updated_at = now()
          from started
-         where s.session_id = started.session_id and s.status = 'pending' and s.turn_count = $2",
+         where s.session_id = started.session_id and s.status = 'pending' and s.turn_count = $2
+         returning extract(epoch from now() - started.created_at)::float8, s.runtime",
     )
     .bind(id.uuid())
     .bind(turn)
     .bind(SETTLE_GRACE.as_secs_f64())
-    .execute(tx)
+    .fetch_optional(tx)
     .await
     .map_err(Failure::internal)?;
-    Ok(())
+    Ok(started.map(|(seconds, runtime)| Observation::Started { runtime, seconds }))
 }

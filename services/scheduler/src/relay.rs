@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use bus::trace::{self, TraceContext};
+use bus::trace;
 use futures::{StreamExt as _, stream::FuturesUnordered};
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, field};
 use types::Backoff;
 
 use crate::Scheduler;
@@ -55,12 +56,13 @@ async fn publish_batch(scheduler: &Scheduler) -> anyhow::Result<usize> {
     let mut in_flight = FuturesUnordered::new();
     for row in rows {
         let bus = scheduler.bus.clone();
-        let context = row.traceparent.as_deref().and_then(TraceContext::parse).unwrap_or_else(TraceContext::root);
+        let span = tracing::info_span!("publish", otel.kind = "producer", trace_id = field::Empty);
+        trace::follow(&span, row.traceparent.as_deref());
         let publish = async move {
             let appended = bus.append(row.subject.clone(), row.payload.into(), &row.id.to_string(), None).await;
             (row.id, row.subject, appended)
         };
-        in_flight.push(trace::scope(context, publish));
+        in_flight.push(publish.instrument(span));
     }
     let mut published = Vec::with_capacity(count);
     let mut failed = None;

@@ -229,7 +229,7 @@ async fn insert_turn(tx: &mut PgConnection, session: SessionId, number: i32, pro
 
 /// Adds a message to the transaction, as part of the trace at hand.
 pub async fn enqueue(tx: &mut PgConnection, subject: &str, message: &impl prost::Message) -> Result<(), Failure> {
-    let traceparent = trace::current().map(|context| context.to_string());
+    let traceparent = trace::traceparent();
     store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref()).await.map_err(Failure::internal)
 }
 

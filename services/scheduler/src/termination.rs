@@ -17,6 +17,7 @@ use types::{SessionId, SessionStatus, SpriteName, Timestamp, UserId};
 
 use crate::{
     Scheduler,
+    metrics::{Observation, Outcome},
     sessions::{SessionRow, enqueue, lock, missing, session_columns},
 };
 
@@ -30,11 +31,14 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
     if row.status()? == SessionStatus::Terminated {
         return Err(Failure::conflict("Session is already terminated"));
     }
-    sqlx::query("update turn set status = 'failed', ended_at = now() where session_id = $1 and status in ('pending', 'running')")
-        .bind(session.uuid())
-        .execute(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
+    let ended: Option<f64> = sqlx::query_scalar(
+        "update turn set status = 'failed', ended_at = now() where session_id = $1 and status in ('pending', 'running')
+         returning extract(epoch from now() - created_at)::float8",
+    )
+    .bind(session.uuid())
+    .fetch_optional(&mut *tx)
+    .await
+    .map_err(Failure::internal)?;
     let turn = u32::try_from(row.turn_count).unwrap_or_default();
     let event = SessionEvent { turn, epoch: 0, checkpoint: None, kind: Some(Kind::Terminated(Terminated {})) };
     enqueue(&mut tx, &subject::session_log(session), &event).await?;
@@ -54,6 +58,9 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
     tx.commit().await.map_err(Failure::internal)?;
     scheduler.outbox.notify_one();
     scheduler.bus.hint(subject::terminate_hint(session)).await;
+    if let Some(seconds) = ended {
+        Observation::Ended { runtime: row.runtime.clone(), outcome: Outcome::Terminated, seconds }.count();
+    }
     Ok(row.into())
 }
 

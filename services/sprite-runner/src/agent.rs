@@ -46,7 +46,7 @@ impl Agent {
             Stdin::Prompt => "prompt",
             Stdin::Empty => "/dev/null",
         };
-        let traceparent = bus::trace::current().map(|context| context.to_string()).unwrap_or_default();
+        let traceparent = bus::trace::traceparent().unwrap_or_default();
         let settings = [
             ("TIMEOUT", spec.timeout_seconds.to_string()),
             ("KILL_GRACE", KILL_GRACE.as_secs().to_string()),

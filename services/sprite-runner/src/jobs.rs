@@ -10,6 +10,7 @@ use contract::{
 };
 use futures::StreamExt as _;
 use prost::Message as _;
+use tracing::Instrument as _;
 use types::{Backoff, ErrorCode, SessionId};
 
 use crate::{Runner, destroy, sweep, turn};
@@ -66,6 +67,7 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
     };
     let (sprite, epoch) = (spec.sprite.clone(), spec.epoch);
     let stop = runner.stop.clone();
+    let span = tracing::info_span!("turn", %session, turn = job.turn, epoch, runtime = spec.runtime);
     tokio::select! {
         // Handed over at once: whoever takes it goes on where the record ends.
         () = stop.cancelled() => Outcome::Retry(HAND_BACK),
@@ -78,7 +80,7 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
                 Err(_) => Outcome::Retry(again),
             }
         }
-        end = turn::run(&runner, session, job.turn, spec) => match end {
+        end = turn::run(&runner, session, job.turn, spec).instrument(span) => match end {
             turn::End::Settled => Outcome::Done,
             turn::End::Superseded => Outcome::Leave,
             turn::End::Terminated => Outcome::Retry(Duration::ZERO),

@@ -8,6 +8,7 @@ mod destroy;
 mod follow;
 mod jobs;
 mod mask;
+pub mod metrics;
 mod provision;
 mod record;
 mod runtimes;
@@ -97,6 +98,7 @@ struct Runner {
 /// # Errors
 /// When the bus cannot be reached.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    crate::metrics::describe();
     let name = config.bus.name.clone();
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
@@ -112,7 +114,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     };
     let stop = lifecycle.stop_token();
     lifecycle.spawn("jobs", async move {
-        bus::work::run(bus.clone(), &topology::RUNNER, config.concurrency.max(1), stop, move |job| jobs::handle(runner.clone(), job)).await;
+        let concurrency = config.concurrency.max(1);
+        ::metrics::gauge!("aod_runner_capacity").set(concurrency as f64);
+        bus::work::run(bus.clone(), &topology::RUNNER, concurrency, stop, move |job| jobs::handle(runner.clone(), job)).await;
         // The hand-backs must leave before the process does.
         bus.flush(std::time::Duration::from_secs(2)).await;
     });

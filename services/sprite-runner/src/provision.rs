@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use sprites::{Client, ExecRequest, Sprite};
+use tracing::Instrument as _;
 use types::{Runtime, Skill, Stage, StageState};
 
 use crate::{
@@ -158,12 +159,14 @@ async fn stage(record: &mut Record, stage: Stage, work: impl Future<Output = Res
     }
     record.stage(stage, StageState::Started, None, None).await?;
     let begun = Instant::now();
+    let work = work.instrument(tracing::info_span!("stage", otel.name = stage.as_str()));
     let done = tokio::time::timeout(STAGE_MAX, work).await.unwrap_or_else(|_| Err(format!("not done after {} s", STAGE_MAX.as_secs())));
     let took = begun.elapsed();
     metrics::histogram!("aod_stage_seconds", "stage" => stage.as_str()).record(took);
     match done {
         Ok(()) => Ok(record.stage(stage, StageState::Done, Some(took), None).await?),
         Err(message) => {
+            metrics::counter!("aod_stages_failed_total", "stage" => stage.as_str()).increment(1);
             let message = record.secrets.text(&message);
             record.stage(stage, StageState::Failed, Some(took), Some(message.clone())).await?;
             Err(StageFailed::Failed { stage, message })

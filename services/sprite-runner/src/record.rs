@@ -3,7 +3,7 @@
 //! Every append names the sequence that it follows. A runner that lost its job is refused by the stream, looks who wrote, and stops.
 //! Each event says how far its writer is, so that the newest event is all that a successor needs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bus::{
     Bus,
@@ -66,6 +66,8 @@ pub struct Record {
     pub secrets: Masker,
     /// What the agent's output may not show.
     pub masker: Masker,
+    /// When this runner took the turn, until the agent's first output.
+    silent_since: Option<Instant>,
 }
 
 impl Record {
@@ -112,6 +114,7 @@ impl Record {
             checkpoint,
             secrets: Masker::default(),
             masker: Masker::default(),
+            silent_since: (epoch == 1).then(Instant::now),
         })))
     }
 
@@ -147,6 +150,9 @@ impl Record {
             true => ("stderr", &mut self.checkpoint.stderr_offset),
         };
         let id = format!("{name}/{offset}");
+        if let Some(opened) = self.silent_since.take() {
+            metrics::histogram!("aod_first_output_seconds").record(opened.elapsed());
+        }
         *offset += piece.spooled;
         metrics::counter!("aod_output_bytes_total").increment(piece.spooled);
         self.append(&id, Kind::Output(Output { stderr, data: piece.data })).await

@@ -52,6 +52,8 @@ pub struct Reader {
     failures: u32,
     /// Where a settled session's end has not come yet: when to stop waiting for it.
     end_due: Option<Instant>,
+    /// When the client came, until the first event.
+    silent_since: Option<Instant>,
     /// The last event on record, where the record held nothing new.
     newest: Option<Event>,
 }
@@ -79,6 +81,7 @@ impl Reader {
             hub: None,
             state: State::Starting,
             last_event_at: Instant::now(),
+            silent_since: Some(Instant::now()),
             handed_at: None,
             failures: 0,
             end_due: None,
@@ -111,6 +114,9 @@ impl Reader {
                 State::Reading => {}
             }
             if !self.pending.is_empty() {
+                if let Some(opened) = self.silent_since.take() {
+                    metrics::histogram!("aod_stream_first_event_seconds").record(opened.elapsed());
+                }
                 let bytes = self.render().await;
                 if !bytes.is_empty() {
                     return Some(bytes);

@@ -1,0 +1,88 @@
+//! What the scheduler counts. Gauges are set by [`crate::gauges`].
+
+use contract::session::TurnEnded;
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, histogram};
+
+/// Names this service's metrics and says what they mean.
+pub fn describe() {
+    describe_counter!("aod_turns_ended_total", "turns that ended, by runtime and outcome");
+    describe_histogram!("aod_turn_seconds", Unit::Seconds, "from a prompt's acceptance to its turn's end on record");
+    describe_histogram!("aod_turn_start_seconds", Unit::Seconds, "from a prompt's acceptance to its agent's start on record");
+    describe_histogram!("aod_turn_wait_seconds", Unit::Seconds, "from a prompt's acceptance to the first runner that took it");
+    describe_counter!("aod_deadline_settlements_total", "turns that nobody settled by their deadline");
+    describe_counter!("aod_events_recorded_total", "events written to Postgres");
+    describe_counter!("aod_events_trimmed_total", "recorded events removed from the stream to make room");
+    describe_counter!("aod_event_days_dropped_total", "days of events removed by retention");
+    describe_counter!("aod_streams_lost_total", "streams that the bus lost, and that were made again");
+    describe_gauge!("aod_turns_pending", "turns that no agent runs for yet");
+    describe_gauge!("aod_oldest_pending_turn_seconds", Unit::Seconds, "age of the oldest of them");
+    describe_gauge!("aod_turns_running", "turns whose agent runs");
+    describe_gauge!("aod_outbox_messages", "messages that wait to be published");
+    describe_gauge!("aod_oldest_outbox_message_seconds", Unit::Seconds, "age of the oldest of them");
+    describe_gauge!("aod_deleted_sessions_to_purge", "deleted sessions whose events are still there");
+    describe_gauge!("aod_recorder_lag_events", "events in the stream that are not in Postgres yet");
+    describe_gauge!("aod_jobs_waiting", "jobs that no runner has taken: what to scale runners by");
+    describe_gauge!("aod_jobs_in_hand", "jobs that runners have in hand");
+    describe_gauge!("aod_stream_bytes", Unit::Bytes, "size of each stream of the bus");
+    describe_gauge!("aod_stream_bytes_max", Unit::Bytes, "the size at which each stream is full");
+    describe_gauge!("aod_dead_letters", "jobs that could not be handled, kept for whoever looks");
+}
+
+/// How a turn ended, for a label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Completed,
+    /// The agent's exit status was not 0.
+    Failed,
+    /// A stage of the set-up failed.
+    Provisioning,
+    Timeout,
+    /// The Sprite restarted under its agent.
+    Sandbox,
+    /// Settled by the backstop.
+    Deadline,
+    Terminated,
+}
+
+impl Outcome {
+    pub fn of(ended: &TurnEnded) -> Self {
+        match (ended.failure.as_ref().map(|failure| failure.stage.as_str()), ended.exit_code) {
+            (Some("timeout"), _) => Self::Timeout,
+            (Some("sandbox"), _) => Self::Sandbox,
+            (Some(_), _) => Self::Provisioning,
+            (None, Some(0)) => Self::Completed,
+            (None, _) => Self::Failed,
+        }
+    }
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Provisioning => "provisioning",
+            Self::Timeout => "timeout",
+            Self::Sandbox => "sandbox",
+            Self::Deadline => "deadline",
+            Self::Terminated => "terminated",
+        }
+    }
+}
+
+/// What happened to a turn: counted when it is committed.
+#[derive(Debug)]
+pub enum Observation {
+    Started { runtime: String, seconds: f64 },
+    Ended { runtime: String, outcome: Outcome, seconds: f64 },
+}
+
+impl Observation {
+    pub fn count(self) {
+        match self {
+            Self::Started { runtime, seconds } => histogram!("aod_turn_start_seconds", "runtime" => runtime).record(seconds),
+            Self::Ended { runtime, outcome, seconds } => {
+                counter!("aod_turns_ended_total", "runtime" => runtime.clone(), "outcome" => outcome.as_str()).increment(1);
+                histogram!("aod_turn_seconds", "runtime" => runtime).record(seconds);
+            }
+        }
+    }
+}
