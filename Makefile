@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
-.PHONY: setup build demo dev test faults fmt lint clean
+.PHONY: setup build demo dev test faults reference fmt lint clean
 
 # Says nothing when nothing is missing. AGENTS="claude codex gemini opencode" installs more CLIs than the default.
 setup:
@@ -29,6 +29,10 @@ test: build
 faults: build
 	@$(CARGO) build --quiet -p system-tests --bin faults
 	@$(BIN)/faults $(ARGS)
+
+# docs/configuration.md, from what the services say at --help.
+reference: build
+	@$(CARGO) run --quiet -p system-tests --bin reference
 
 fmt:
 	$(CARGO) fmt --all

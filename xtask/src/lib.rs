@@ -1,6 +1,7 @@
 //! What the workspace generates from its own sources. Tests compare it with what is committed.
 
 pub mod asyncapi;
+pub mod metrics;
 
 use std::path::{Path, PathBuf};
 
@@ -53,5 +54,6 @@ pub fn rendered_files() -> Result<Vec<(&'static str, String)>> {
     Ok(vec![
         ("nats/permissions.conf", contract::access::render_permissions()),
         ("docs/asyncapi.json", asyncapi::render().context("docs/asyncapi.json")?),
+        ("docs/metrics.md", metrics::render().context("docs/metrics.md")?),
     ])
 }

@@ -150,3 +150,45 @@ fn generated_files_are_up_to_date() {
         assert!(std::fs::read_to_string(root().join(path)).unwrap() == text, "{path} differs: run `cargo xtask gen`");
     }
 }
+
+#[test]
+fn every_metric_is_described_and_every_description_is_of_one() {
+    let described: BTreeMap<String, xtask::metrics::Metric> = xtask::metrics::described().unwrap().into_values().flatten().collect();
+    let used = xtask::metrics::used().unwrap();
+    assert!(used.len() > 40, "{used:?}");
+    for name in &used {
+        assert!(described.contains_key(name), "{name} is not described");
+    }
+    for name in described.keys() {
+        assert!(used.contains(name), "{name} is described, and nothing counts it");
+    }
+}
+
+/// The names in an expression of Prometheus that are ours.
+fn metrics_in(expression: &str) -> Vec<&str> {
+    expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').filter(|word| word.starts_with("aod_")).collect()
+}
+
+/// Dashboard and alerts use metrics that exist, and each alert has its section in the runbook.
+#[test]
+fn what_watches_the_services_knows_them() {
+    let described: BTreeMap<String, xtask::metrics::Metric> = xtask::metrics::described().unwrap().into_values().flatten().collect();
+    let exists = |name: &str| {
+        let base = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+        described.contains_key(name) || base.and_then(|base| described.get(base)).is_some_and(|metric| metric.kind == "histogram")
+    };
+    let runbook = std::fs::read_to_string(root().join("docs/runbook.md")).unwrap();
+    let alerts = std::fs::read_to_string(root().join("observability/alerts.yaml")).unwrap();
+    let dashboard = std::fs::read_to_string(root().join("observability/dashboard.json")).unwrap();
+    let used: Vec<&str> = metrics_in(&alerts).into_iter().chain(metrics_in(&dashboard)).collect();
+    assert!(used.len() > 30, "{used:?}");
+    for name in used {
+        assert!(exists(name), "{name} is watched, and nothing counts it");
+    }
+    let names: Vec<&str> = alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    assert!(names.len() > 10, "{names:?}");
+    for name in names {
+        assert!(runbook.contains(&format!("\n## {name}\n")), "the runbook has no section {name}");
+        assert!(alerts.contains(&format!("docs/runbook.md#{}", name.to_lowercase())), "{name} does not lead to its section");
+    }
+}

@@ -6,6 +6,7 @@
 //! Policy lives here and not in handlers: deadlines, acknowledgements, redelivery, trace headers.
 
 mod client;
+pub mod dead_letters;
 mod failure;
 pub mod log;
 pub mod responder;

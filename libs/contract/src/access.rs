@@ -105,6 +105,8 @@ pub const OPERATOR: Access = Access {
         "aod.rpc.vault.v1.key.*",
         "aod.rpc.vault.v1.audit.*",
         "aod.rpc.scheduler.v1.health.check",
+        "$JS.API.STREAM.INFO.DLQ",
+        "$JS.API.STREAM.MSG.GET.DLQ",
         "$SRV.>",
     ],
     subscribe: &[],

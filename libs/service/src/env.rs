@@ -139,7 +139,7 @@ impl Env {
                 self.name, self.about
             );
             for (name, meaning, kind) in &self.described {
-                let _ = writeln!(text, "  {name:<32} {meaning} ({kind})");
+                let _ = writeln!(text, "  {name:<32}  {meaning} ({kind})");
             }
             return Verdict::Help(text);
         }

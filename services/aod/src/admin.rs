@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use bus::{Bus, Failure};
+use bus::{Bus, Failure, dead_letters::DeadLetter};
 use clap::{Args, Subcommand};
 use contract::{
     access,
@@ -65,6 +65,12 @@ enum Admin {
     /// The keys that stored secrets are encrypted with
     #[command(subcommand)]
     Vault(Vault),
+    /// Jobs that could not be handled, the newest first
+    DeadLetters {
+        /// How many
+        #[arg(long, default_value_t = 100)]
+        limit: usize,
+    },
     /// Who had which secrets unsealed, the newest first
     Audit {
         /// Only of this session
@@ -296,6 +302,7 @@ impl Operator {
                 self.output.list(&keys.iter().map(describe_key_version).collect::<Vec<_>>(), KEY_VERSIONS);
             }
             Admin::Vault(Vault::Rotate) => self.rotate().await?,
+            Admin::DeadLetters { limit } => self.dead_letters(limit).await?,
             Admin::Audit { session, limit } => self.audit(session, limit).await?,
         }
         Ok(())
@@ -322,6 +329,20 @@ impl Operator {
                 return Ok(());
             }
         }
+    }
+
+    async fn dead_letters(&self, limit: usize) -> Result<(), AdminError> {
+        const LETTERS: Table = Table(&["buried_at", "subject", "reason"]);
+        let letters = self.bus.dead_letters(limit).await?;
+        let describe = |letter: &DeadLetter| {
+            json!({
+                "buried_at": letter.buried_at.to_string(),
+                "subject": letter.subject,
+                "reason": letter.reason,
+            })
+        };
+        self.output.list(&letters.iter().map(describe).collect::<Vec<_>>(), LETTERS);
+        Ok(())
     }
 
     async fn audit(&self, session_id: Option<String>, limit: u32) -> Result<(), AdminError> {

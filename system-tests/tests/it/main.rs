@@ -11,6 +11,7 @@ mod faults;
 mod hardening;
 mod leaks;
 mod network;
+mod observability;
 mod permissions;
 mod resources;
 mod runtimes;

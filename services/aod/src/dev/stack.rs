@@ -78,19 +78,28 @@ const PASSED_ON: &[&str] = &[
     "AOD_AUTH_FAILURES_PER_MINUTE",
     "AOD_CORS_ORIGINS",
     "AOD_EVENTS_MAX_BYTES",
+    "AOD_LOG_JSON",
     "AOD_MASK_SECRETS",
     "AOD_ORPHAN_SWEEP_SECONDS",
     "AOD_REQUESTS_PER_SECOND",
     "AOD_SLOW_READER_SECONDS",
-    "LOCAL_SPRITES_CHAOS",
-    "LOCAL_SPRITES_CPUS",
-    "LOCAL_SPRITES_DISK_MB",
-    "LOCAL_SPRITES_MEMORY_MB",
-    "LOCAL_SPRITES_PROCESSES",
     "DEFAULT_MAX_CONCURRENT_SESSIONS",
     "DEFAULT_TIMEOUT",
     "EVENT_RETENTION_DAYS",
+    "LOCAL_SPRITES_CHAOS",
+    "LOCAL_SPRITES_CPUS",
+    "LOCAL_SPRITES_DISK_MB",
     "LOCAL_SPRITES_ISOLATION",
+    "LOCAL_SPRITES_MEMORY_MB",
+    "LOCAL_SPRITES_PROCESSES",
+    "OTEL_BSP_SCHEDULE_DELAY",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_RESOURCE_ATTRIBUTES",
+    "OTEL_SDK_DISABLED",
+    "OTEL_TRACES_SAMPLER",
+    "OTEL_TRACES_SAMPLER_ARG",
     "SESSION_RETENTION_DAYS",
     "STREAM_STALE_SECONDS",
 ];
@@ -400,7 +409,11 @@ impl Stack {
         for process in &self.processes {
             let list = services.entry(process.spec.service).or_insert_with(|| json!([]));
             if let (Some(list), Some(pid)) = (list.as_array_mut(), process.pid()) {
-                list.push(json!({ "pid": pid, "log": process.spec.log }));
+                let mut service = json!({ "pid": pid, "log": process.spec.log });
+                if let (Some(service), Probe::Ready(admin)) = (service.as_object_mut(), &process.spec.probe) {
+                    service.insert("admin_url".to_owned(), format!("http://{admin}").into());
+                }
+                list.push(service);
             }
         }
         let secrets = &self.data.secrets;
