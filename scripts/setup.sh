@@ -68,8 +68,8 @@ fi
 # --- agent CLIs, mounted read-only into Sprites -----------------------------------------------------
 scripts/agents.sh "$tools/agents" "$@"
 
-# --- Python, for the client tests ------------------------------------------------------------------
-wanted="aod-sdk==$AOD_SDK_VERSION sprites-py==$SPRITES_PY_VERSION schemathesis==$SCHEMATHESIS_VERSION pytest==$PYTEST_VERSION"
+# --- Python, for the tests of clients and of the chart ------------------------------------------------------------------
+wanted="aod-sdk==$AOD_SDK_VERSION sprites-py==$SPRITES_PY_VERSION schemathesis==$SCHEMATHESIS_VERSION pytest==$PYTEST_VERSION helm-python-sdk==$HELM_PYTHON_SDK_VERSION kubernetes-validate==$KUBERNETES_VALIDATE_VERSION"
 if [ "$(cat $venv/wanted 2>/dev/null)" != "$wanted" ]; then
     say "installing $wanted"
     python3 -m venv $venv

@@ -51,8 +51,14 @@ pub fn write_messages(out: &Path) -> Result<()> {
 /// # Errors
 /// When what they are rendered from cannot be read.
 pub fn rendered_files() -> Result<Vec<(&'static str, String)>> {
+    let copy = |path: &str| std::fs::read_to_string(root().join(path)).with_context(|| path.to_owned());
     Ok(vec![
         ("nats/permissions.conf", contract::access::render_permissions()),
+        // A chart holds all that it installs.
+        ("helm/agent-on-demand/files/permissions.conf", contract::access::render_permissions()),
+        ("helm/agent-on-demand/files/nats-server.conf", copy("nats/nats-server.conf")?),
+        ("helm/agent-on-demand/files/alerts.yaml", copy("observability/alerts.yaml")?),
+        ("helm/agent-on-demand/files/dashboard.json", copy("observability/dashboard.json")?),
         ("docs/asyncapi.json", asyncapi::render().context("docs/asyncapi.json")?),
         ("docs/metrics.md", metrics::render().context("docs/metrics.md")?),
     ])

@@ -57,6 +57,8 @@ enum Command {
     Deploy(deploy::DeployArgs),
     /// Run the whole stack on this machine
     Dev(dev::DevArgs),
+    /// Whether the API and all that is behind it is healthy; 0 if it is. Needs no key
+    Health,
     /// Print completions for a shell
     Completions { shell: clap_complete::Shell },
 }
@@ -197,6 +199,18 @@ impl Cli {
                     }
                 };
             }
+            Command::Health => {
+                return match crate::client::health(&self.api_url).await {
+                    Ok((healthy, checks)) => {
+                        self.output.one(&checks);
+                        if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+                    }
+                    Err(error) => {
+                        eprintln!("aod: {error}");
+                        ExitCode::FAILURE
+                    }
+                };
+            }
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Self::command(), "aod", &mut std::io::stdout());
                 return ExitCode::SUCCESS;
@@ -271,7 +285,7 @@ impl Command {
             Self::Keys(Keys::List) => output.list(&api.list("/api-keys").await?, KEYS),
             Self::Keys(Keys::Create { name }) => output.one(&api.post("/api-keys", &json!({ "name": name })).await?),
             Self::Keys(Keys::Revoke { id }) => output.one(&api.delete(&format!("/api-keys/{id}")).await?),
-            Self::Run(_) | Self::Logs(_) | Self::Dev(_) | Self::Admin(_) | Self::Deploy(_) | Self::Completions { .. } => {}
+            Self::Run(_) | Self::Logs(_) | Self::Dev(_) | Self::Admin(_) | Self::Deploy(_) | Self::Health | Self::Completions { .. } => {}
         }
         Ok(())
     }

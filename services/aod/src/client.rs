@@ -121,6 +121,15 @@ impl Api {
     }
 }
 
+/// What the API says of its health, and whether that is good.
+pub async fn health(base_url: &str) -> Result<(bool, Value), ApiFailure> {
+    let api = Api::new(base_url, SecretString::default())?;
+    let request = api.http.get(format!("{}/health", api.base_url)).timeout(Duration::from_secs(30));
+    let response = request.send().await.map_err(|error| api.unreachable(&error))?;
+    let healthy = response.status().is_success();
+    Ok((healthy, response.json().await.map_err(|error| api.unreachable(&error))?))
+}
+
 fn describe_field_error(error: &Value) -> String {
     let text = |name: &str| error.get(name).and_then(Value::as_str).unwrap_or_default();
     let loc: Vec<String> = error

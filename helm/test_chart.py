@@ -1,0 +1,237 @@
+"""The chart, rendered for several kinds of deployment. No cluster is needed."""
+
+import base64
+import pathlib
+import re
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+from helm_python import chart as charts
+
+ROOT = pathlib.Path(__file__).parent
+PATH = ROOT / "agent-on-demand"
+SERVICES = ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner"]
+VERSIONS = ["1.28", "1.31", "1.34"]
+# Kinds of others, whose schemas are not Kubernetes' own.
+FOREIGN = {"ScaledObject", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
+
+REAL = {"nats": {"url": "nats://nats.bus:4222"}}
+FULL = {
+    "image": {"repository": "registry.example.com/aod", "tag": "1.2.3", "pullSecrets": [{"name": "pull"}]},
+    "nats": {"url": "tls://a.example.com:4222,tls://b.example.com:4222", "caSecret": "nats-ca", "streamReplicas": 3, "monitoring": "nats.bus:8222"},
+    "env": {"RUST_LOG": "debug"},
+    "traces": {"endpoint": "http://collector.monitoring:4318"},
+    "gateway": {
+        "allowedHosts": ["api.example.com"],
+        "autoscaling": {"enabled": True},
+        "ingress": {"enabled": True, "className": "nginx", "host": "api.example.com", "tlsSecret": "api-tls", "annotations": {"a/b": "c"}},
+        "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["api.example.com"]},
+        "nodeSelector": {"a": "b"},
+        "tolerations": [{"key": "k", "operator": "Exists"}],
+    },
+    "credential-vault": {"existingSecret": "sealed", "sharedSpritesToken": True},
+    "sprite-runner": {"autoscaling": {"kind": "keda", "prometheusAddress": "http://prometheus:9090"}, "env": {"AOD_MASK_SECRETS": True}},
+    "networkPolicy": {"metricsFrom": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}], "gatewayFrom": [{"namespaceSelector": {}}]},
+    "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}, "prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}},
+}
+PLAIN_HPA = {**REAL, "sprite-runner": {"autoscaling": {"kind": "hpa"}}, "database": {"provision": False}, "networkPolicy": {"enabled": False}}
+TRIAL = {"trial": {"enabled": True, "scriptedModel": True, "storageClass": "fast"}}
+SETS = {"real": REAL, "full": FULL, "plain-hpa": PLAIN_HPA, "trial": TRIAL}
+
+
+def render(values, **options):
+    with charts.Chart.load(PATH) as chart:
+        chart.validate_schema(values)
+        rendered = chart.render(values, name="aod", namespace="agents", revision=1, is_install=True, **options)
+    return [document for path, text in rendered.items() if path.endswith(".yaml") for document in yaml.safe_load_all(text) if document]
+
+
+def find(documents, kind, name):
+    return next(d for d in documents if d["kind"] == kind and d["metadata"]["name"] == f"aod-agent-on-demand-{name}")
+
+
+def pods(documents):
+    for document in documents:
+        if document["kind"] == "Pod":
+            yield document["metadata"]["name"], document
+        elif document["kind"] in ("Deployment", "StatefulSet", "Job"):
+            yield document["metadata"]["name"], document["spec"]["template"]
+
+
+def settings(pod):
+    return {variable["name"]: variable.get("value") for variable in pod["spec"]["containers"][0].get("env", [])}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_lint_has_nothing_to_say(name):
+    report = charts.lint(PATH, SETS[name], strict=True)
+    assert [m for m in report["messages"] if m["severity"] > 1] == [] and report["errors"] in ([], None), report
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", SETS)
+def test_every_manifest_is_valid(name, version):
+    documents = render(SETS[name])
+    names = [(d["apiVersion"], d["kind"], d["metadata"]["name"]) for d in documents]
+    assert len(names) == len(set(names))
+    validated = 0
+    for document in documents:
+        if document["kind"] not in FOREIGN:
+            kubernetes_validate.validate(document, version, strict=True)
+            validated += 1
+    assert validated > 15
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_services_run_with_as_few_rights_as_pods_can(name):
+    documents = render(SETS[name])
+    for pod_name, pod in pods(documents):
+        spec = pod["spec"]
+        assert spec["automountServiceAccountToken"] is False, pod_name
+        if "local-sprites" in pod_name:
+            continue
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault", pod_name
+        for container in spec["containers"]:
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False and security["capabilities"]["drop"] == ["ALL"], pod_name
+            assert "postgres" in pod_name or security["readOnlyRootFilesystem"], pod_name
+            assert container["resources"]["limits"]["memory"] and container["resources"]["requests"]["cpu"], pod_name
+
+
+def mounted(pod):
+    for volume in pod["spec"].get("volumes", []):
+        if "secret" in volume:
+            for item in volume["secret"].get("items", [{"key": None}]):
+                yield volume["secret"]["secretName"], item["key"]
+
+
+def test_each_service_sees_its_own_secrets_and_the_vault_alone_its_key():
+    documents = render(FULL)
+    for service in SERVICES:
+        pod = find(documents, "Deployment", service)["spec"]["template"]
+        own = "sealed" if service == "credential-vault" else f"aod-agent-on-demand-{service}"
+        assert {name for name, _ in mounted(pod)} == {own, "nats-ca"}
+        assert ("FIELD_ENCRYPTION_KEY" in [key for _, key in mounted(pod)]) == (service == "credential-vault")
+        # No secret's value is in an environment.
+        assert all("PASSWORD" not in name or name.endswith("_FILE") for name in settings(pod))
+    assert not [d for d in documents if d["kind"] == "Secret"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_setting_is_one_that_the_service_knows(name):
+    reference = (ROOT / "../docs/configuration.md").read_text()
+    for pod_name, pod in pods(render(SETS[name])):
+        if re.search("postgres|nats$|-test$|-database", pod_name):
+            continue
+        component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+        own = reference.split(f"\n## {component}\n")[1].split("\n## ")[0] + reference.split("\n## Every service\n")[1].split("\n## ")[0]
+        known = re.findall(r"^\| `([A-Z_]+)(\[_FILE\])?`", own, re.M)
+        known = {n for n, _ in known} | {f"{n}_FILE" for n, file in known if file}
+        assert set(settings(pod)) <= known, (component, set(settings(pod)) - known)
+
+
+def test_the_gateway_alone_is_public_and_runners_alone_reach_out():
+    documents = render(REAL)
+    for service in SERVICES:
+        policy = find(documents, "NetworkPolicy", service)["spec"]
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        open_ports = [port["port"] for rule in policy["ingress"] for port in rule["ports"]]
+        assert open_ports == (["admin", "api"] if service == "gateway" else ["admin"])
+        reached = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
+        database = {5432} if service in ("auth", "credential-vault", "scheduler") else set()
+        assert reached == {53, 4222} | database | ({443} if service == "sprite-runner" else set())
+    assert [d["metadata"]["name"] for d in documents if d["kind"] == "Service" and not d["metadata"]["name"].endswith("-metrics")] == [
+        "aod-agent-on-demand-gateway"
+    ]
+
+
+def test_a_pod_gets_more_time_than_its_service_takes_to_stop():
+    documents = render(REAL)
+    for service in SERVICES:
+        pod = find(documents, "Deployment", service)["spec"]["template"]
+        pause = pod["spec"]["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])[1]
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= int(settings(pod)["AOD_STOP_GRACE_SECONDS"]) + int(pause) + 10
+
+
+def test_what_selects_finds_something():
+    documents = render(FULL)
+    labels = [pod["metadata"]["labels"].items() for _, pod in pods(documents)]
+    for document in documents:
+        spec = document.get("spec", {})
+        selector = {"Service": spec.get("selector"), "PodDisruptionBudget": spec.get("selector", {}).get("matchLabels"),
+                    "NetworkPolicy": spec.get("podSelector", {}).get("matchLabels")}.get(document["kind"])
+        if selector:
+            assert [1 for found in labels if selector.items() <= found] == [1], document["metadata"]["name"]
+        ports = {p["name"] for _, pod in pods(documents) for c in pod["spec"]["containers"] for p in c.get("ports", [])}
+        if document["kind"] == "Service":
+            assert {p.get("targetPort", p["name"]) for p in spec["ports"]} <= ports
+    monitor = next(d for d in documents if d["kind"] == "ServiceMonitor")
+    watched = [d for d in documents if d["kind"] == "Service" and monitor["spec"]["selector"]["matchLabels"].items() <= d["metadata"]["labels"].items()]
+    assert len(watched) == len(SERVICES)
+    # The alerts' `up{job=~"aod.*"}` finds them.
+    assert monitor["spec"]["endpoints"][0]["relabelings"][0]["replacement"] == "aod-$1"
+
+
+def test_runners_scale_by_what_waits():
+    triggers = next(d for d in render(FULL) if d["kind"] == "ScaledObject")["spec"]["triggers"]
+    assert triggers[0]["metadata"] == {"natsServerMonitoringEndpoint": "nats.bus:8222", "account": "$G", "stream": "JOBS", "consumer": "runner", "lagThreshold": "48"}
+    assert "aod_jobs_in_hand" in triggers[1]["metadata"]["query"]
+    metrics = find(render(PLAIN_HPA), "HorizontalPodAutoscaler", "sprite-runner")["spec"]["metrics"]
+    assert [m["external"]["metric"]["name"] for m in metrics] == ["aod_jobs_waiting", "aod_jobs_in_hand"]
+    # Whoever is scaled has no number of its own, that an upgrade would go back to.
+    for values, scaled in ((FULL, {"gateway", "sprite-runner"}), (REAL, set())):
+        documents = render(values)
+        assert {s for s in SERVICES if "replicas" not in find(documents, "Deployment", s)["spec"]} == scaled
+
+
+def test_streams_pass_the_ingress():
+    ingress = next(d for d in render(FULL) if d["kind"] == "Ingress")
+    annotations = ingress["metadata"]["annotations"]
+    assert annotations["nginx.ingress.kubernetes.io/proxy-buffering"] == "off" and annotations["a/b"] == "c"
+    assert int(annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"]) > 600
+    assert next(d for d in render(FULL) if d["kind"] == "HTTPRoute")["spec"]["rules"][0]["timeouts"] == {"request": "0s"}
+
+
+def test_the_database_is_made_before_the_services_need_it():
+    job = find(render(REAL), "Job", "database")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    assert not [d for d in render(PLAIN_HPA) if d["kind"] == "Job"]
+    # The trial's own Postgres is not there before the rest.
+    assert "annotations" not in find(render(TRIAL), "Job", "database-1")["metadata"]
+
+
+def test_a_trials_secrets_fit_each_other():
+    documents = render(TRIAL)
+    secrets = {d["metadata"]["name"].removeprefix("aod-agent-on-demand-"): {k: base64.b64decode(v).decode() for k, v in d["data"].items()}
+               for d in documents if d["kind"] == "Secret"}
+    permissions = (PATH / "files/permissions.conf").read_text()
+    assert set(re.findall(r"\$(NATS_PASSWORD_\w+)", permissions)) == set(secrets["nats"])
+    for service, user in zip(SERVICES, ["gateway", "auth", "vault", "scheduler", "runner"]):
+        assert secrets[service]["NATS_PASSWORD"] == secrets["nats"][f"NATS_PASSWORD_{user.upper()}"]
+        if "DATABASE_URL" in secrets[service]:
+            assert secrets[service]["DATABASE_URL"] == f"postgres://{user}:{secrets['database'][user]}@aod-agent-on-demand-postgres:5432/aod"
+        pod = find(documents, "Deployment", service)["spec"]["template"]
+        assert {(name.removeprefix("aod-agent-on-demand-"), key) for name, key in mounted(pod)} <= {(n, k) for n, keys in secrets.items() for k in keys}
+    assert secrets["credential-vault"]["SPRITES_API_KEY"] == secrets["local-sprites"]["LOCAL_SPRITES_TOKEN"]
+    values = [value for name, keys in secrets.items() if name == "trial" for value in keys.values()]
+    assert len(values) == len(set(values)) and all(len(value) == 40 for value in values)
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ({"gatway": {}}, "gatway"),
+    ({"sprite-runner": {"autoscaling": {"kind": "cron"}}}, "kind"),
+    ({"nats": {"url": "http://nats"}}, "url"),
+    ({"gateway": {"replicas": "two"}}, "replicas"),
+])
+def test_wrong_values_are_refused(wrong, named):
+    with pytest.raises(helm_python.HelmError, match=named):
+        render({**REAL, **wrong})
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(helm_python.HelmError, match="nats.url"):
+        render({})
+    with pytest.raises(helm_python.HelmError, match="nats.monitoring"):
+        render({**REAL, "sprite-runner": {"autoscaling": {"kind": "keda"}}})

@@ -1,0 +1,12 @@
+//! The Helm chart, rendered and checked without a cluster.
+
+use std::{path::Path, process::Command};
+
+#[test]
+fn the_chart_is_valid_for_every_kind_of_deployment() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut command = Command::new(root.join(".venv/bin/python"));
+    command.args(["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]).arg(root.join("helm/test_chart.py"));
+    let output = command.env("PYTHONDONTWRITEBYTECODE", "1").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
