@@ -151,8 +151,8 @@ def test_a_pod_gets_more_time_than_its_service_takes_to_stop():
     documents = render(REAL)
     for service in SERVICES:
         pod = find(documents, "Deployment", service)["spec"]["template"]
-        pause = pod["spec"]["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])[1]
-        assert pod["spec"]["terminationGracePeriodSeconds"] >= int(settings(pod)["AOD_STOP_GRACE_SECONDS"]) + int(pause) + 10
+        grace = int(settings(pod)["AOD_STOP_GRACE_SECONDS"])
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= grace + 10 and grace >= int(settings(pod).get("AOD_DRAIN_SECONDS", 0)) + 10
 
 
 def test_what_selects_finds_something():

@@ -19,6 +19,8 @@ use crate::stream::Events;
 pub struct Options {
     pub scripted_model: bool,
     pub runners: u16,
+    /// Of each other service.
+    pub replicas: u16,
     pub no_restart: bool,
     /// Settings of the services.
     pub settings: &'static [(&'static str, &'static str)],
@@ -66,6 +68,7 @@ impl Stack {
         command.args(["--pdeathsig", "TERM", "--"]).arg(testkit::services::binary("aod")?);
         command.arg("dev").arg("--data-dir").arg(data.path()).arg("--ready-file").arg(data.path().join("ready.json"));
         command.args(["--port", &testkit::free_port()?.to_string(), "--runners", &options.runners.max(1).to_string()]);
+        command.args(["--replicas", &options.replicas.max(1).to_string()]);
         if options.scripted_model {
             command.arg("--scripted-model");
         }

@@ -65,6 +65,8 @@ capabilities: { drop: [ALL] }
 {{- if .root.Values.traces.endpoint }}{{ $_ := set $settings "OTEL_EXPORTER_OTLP_ENDPOINT" .root.Values.traces.endpoint }}{{ end -}}
 {{- if and (has .name (list "gateway" "credential-vault")) (not .root.Values.trial.enabled) }}{{ $_ := set $settings "AOD_ENV" "production" }}{{ end -}}
 {{- if eq .name "gateway" }}
+{{- /* Until every proxy has heard that this pod goes. */}}
+{{- $_ := set $settings "AOD_DRAIN_SECONDS" "10" }}
 {{- $_ := set $settings "AOD_TRUSTED_PROXIES" (toString $values.trustedProxies) }}
 {{- if $values.allowedHosts }}{{ $_ := set $settings "ALLOWED_HOSTS" (join "," $values.allowedHosts) }}{{ end }}
 {{- if .root.Values.trial.enabled }}{{ $_ := set $settings "ENABLE_SHELL_RUNTIME" "true" }}{{ end }}

@@ -41,6 +41,8 @@ use crate::{auth::KeyCache, limits::Limits, stream::hub::Hubs};
 pub struct Config {
     pub bus: bus::Config,
     pub addr: SocketAddr,
+    /// How long requests are still taken after the stop was asked for.
+    pub drain: Duration,
     pub api: ApiConfig,
 }
 
@@ -64,6 +66,11 @@ impl Config {
         let config = Self {
             bus: bus::Config::from_env(env, &access::GATEWAY),
             addr: env.parsed("AOD_LISTEN_ADDR", "where the API listens", ([127, 0, 0, 1], 8777).into()),
+            drain: Duration::from_secs(env.parsed(
+                "AOD_DRAIN_SECONDS",
+                "how long requests are still taken after SIGTERM, until a load balancer sends them elsewhere",
+                5,
+            )),
             api: ApiConfig {
                 default_timeout_seconds: env.parsed("DEFAULT_TIMEOUT", "a turn's timeout where none is given, in seconds", 600),
                 default_session_limit: env.parsed(
@@ -127,7 +134,7 @@ struct App {
     limits: Limits,
     hubs: Arc<Hubs>,
     lifecycle: Lifecycle,
-    stop: CancellationToken,
+    ending: server::Ending,
 }
 
 /// How long the gateway waits for another service before it answers 503.
@@ -154,6 +161,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.add_check("bus", move || connection.is_connected());
     let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on AOD_LISTEN_ADDR {}", config.addr))?;
     tracing::info!(addr = %config.addr, "listening");
+    let ending = server::Ending { lifecycle: lifecycle.clone(), drain: config.drain, closing: CancellationToken::new() };
     let app = App {
         keys: KeyCache::new(),
         limits: Limits::new(&config.api.limits),
@@ -161,10 +169,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         bus,
         config: Arc::new(config.api),
         lifecycle: lifecycle.clone(),
-        stop: lifecycle.stop_token(),
+        ending: ending.clone(),
     };
     let limits = server::Limits { connections: app.config.connections, patience: app.config.slow_reader };
     lifecycle.spawn("limits", app.limits.clone().tidy(lifecycle.stop_token()));
-    lifecycle.spawn("http", server::serve(listener, router::router(app), limits, lifecycle.stop_token()));
+    lifecycle.spawn("http", server::serve(listener, router::router(app), limits, ending));
     Ok(())
 }

@@ -19,7 +19,7 @@ use utoipa::OpenApi as _;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
-use crate::{App, agents, credentials, environments, error::ApiError, health, idempotency, keys, openapi, sessions, stream};
+use crate::{App, agents, credentials, environments, error::ApiError, health, idempotency, keys, openapi, server, sessions, stream};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -69,6 +69,7 @@ pub fn router(app: App) -> Router {
         .layer(middleware::from_fn_with_state(app.clone(), check_host))
         .layer(middleware::from_fn(observe))
         .layer(middleware::from_fn(protect))
+        .layer(middleware::from_fn_with_state(app.ending.clone(), server::send_elsewhere))
         .with_state(app)
 }
 

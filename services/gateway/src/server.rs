@@ -5,13 +5,17 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use axum::{
     Router,
     body::Body,
-    extract::{ConnectInfo, Request},
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderValue, header},
+    middleware::Next,
+    response::Response,
 };
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
 };
+use service::Lifecycle;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -35,8 +39,39 @@ pub struct Limits {
     pub patience: Duration,
 }
 
-/// Serves until the stop; then requests in hand are finished.
-pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: CancellationToken) {
+/// When a server ends.
+#[derive(Clone)]
+pub struct Ending {
+    /// Knows that it was told to stop. It goes on answering, each answer the last on its connection, so that clients go elsewhere.
+    pub lifecycle: Lifecycle,
+    /// How long that may take them.
+    pub drain: Duration,
+    /// Nothing new is taken any more; streams end, to be resumed elsewhere.
+    pub closing: CancellationToken,
+}
+
+impl Ending {
+    async fn closed(&self) {
+        self.lifecycle.stop_token().cancelled().await;
+        // Ctrl-C is for good.
+        if !self.lifecycle.was_interrupted() {
+            tokio::time::sleep(self.drain).await;
+        }
+    }
+}
+
+/// Asks clients of a server that was told to stop to come back on another connection.
+pub async fn send_elsewhere(State(ending): State<Ending>, request: Request<Body>, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    if ending.lifecycle.stop_token().is_cancelled() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// Serves until the end; then requests in hand are finished.
+pub async fn serve(listener: TcpListener, router: Router, limits: Limits, ending: Ending) {
+    let mut closed = std::pin::pin!(ending.closed());
     let (slots, connections, graceful) = (Arc::new(Semaphore::new(limits.connections)), TaskTracker::new(), GracefulShutdown::new());
     loop {
         let accepted = async {
@@ -44,7 +79,10 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
             let slot = slots.clone().acquire_owned().await.ok();
             (slot, listener.accept().await)
         };
-        let Some((slot, accepted)) = stop.run_until_cancelled(accepted).await else { break };
+        let (slot, accepted) = tokio::select! {
+            () = &mut closed => break,
+            accepted = accepted => accepted,
+        };
         let (stream, addr) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -63,6 +101,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
         });
     }
     drop(listener);
+    ending.closing.cancel();
     graceful.shutdown().await;
     connections.close();
     connections.wait().await;

@@ -9,7 +9,7 @@ use system_tests::{
     faults::{self, Plan},
 };
 
-const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, no_restart: false, settings: &[] };
+const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, replicas: 1, no_restart: false, settings: &[] };
 const LINES: usize = 100;
 
 /// Runs a turn that prints numbered lines, disturbs it after the twentieth, and gives the longest pause in its output.

@@ -15,6 +15,7 @@ mod network;
 mod observability;
 mod permissions;
 mod resources;
+mod rolling;
 mod runtimes;
 mod sprites_api;
 mod streams;

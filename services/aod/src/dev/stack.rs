@@ -33,6 +33,8 @@ pub struct Stack {
     tools: Tools,
     data: DataDir,
     api: SocketAddr,
+    /// The gateways beyond the first.
+    other_apis: Vec<SocketAddr>,
     postgres: SocketAddr,
     nats: SocketAddr,
     sprites: SocketAddr,
@@ -41,6 +43,7 @@ pub struct Stack {
     model: Option<SocketAddr>,
     admin: Vec<SocketAddr>,
     runners: u16,
+    replicas: u16,
     restart: bool,
     ready_file: Option<PathBuf>,
     processes: Vec<Process>,
@@ -48,8 +51,9 @@ pub struct Stack {
 
 const START_ATTEMPTS: u32 = 5;
 
-/// The services beside the runners that have a port for their health.
-const SERVICES: usize = 6;
+/// The services that there is one of, and those that there may be more of, beside the runners. Each has a port for its health.
+const SINGLE: usize = 2;
+const REPLICATED: usize = 4;
 
 /// Ports that are free now, each another. Not from the range that the kernel gives to outgoing connections, and at random, so that
 /// nobody takes one before its server does: not a connection, nor another stack that starts at the same time.
@@ -77,12 +81,14 @@ const PASSED_ON: &[&str] = &[
     "ALLOWED_HOSTS",
     "AOD_AUTH_FAILURES_PER_MINUTE",
     "AOD_CORS_ORIGINS",
+    "AOD_DRAIN_SECONDS",
     "AOD_EVENTS_MAX_BYTES",
     "AOD_LOG_JSON",
     "AOD_MASK_SECRETS",
     "AOD_ORPHAN_SWEEP_SECONDS",
     "AOD_REQUESTS_PER_SECOND",
     "AOD_SLOW_READER_SECONDS",
+    "AOD_STOP_GRACE_SECONDS",
     "DEFAULT_MAX_CONCURRENT_SESSIONS",
     "DEFAULT_TIMEOUT",
     "EVENT_RETENTION_DAYS",
@@ -120,6 +126,8 @@ impl Stack {
             tools,
             data,
             api,
+            other_apis: Vec::new(),
+            replicas: args.replicas,
             runners: args.runners.max(1),
             restart: !args.no_restart,
             ready_file: args.ready_file,
@@ -130,7 +138,9 @@ impl Stack {
     }
 
     fn choose_ports(&mut self) -> Result<(), DevError> {
-        let ports = free_ports(4 + SERVICES + usize::from(self.runners))?;
+        let (replicas, runners) = (usize::from(self.replicas), usize::from(self.runners));
+        let mut ports = free_ports(4 + SINGLE + replicas * REPLICATED + runners + replicas - 1)?;
+        self.other_apis = ports.split_off(ports.len() - (replicas - 1));
         let [postgres, nats, sprites, model, admin @ ..] = ports.as_slice() else {
             return Err(DevError::Broken("no free ports".to_owned()));
         };
@@ -337,7 +347,11 @@ impl Stack {
     fn services(&self) -> Result<Vec<Spec>, DevError> {
         let secrets = &self.data.secrets;
         let shared = std::env::vars().filter(|(name, _)| PASSED_ON.contains(&name.as_str()));
-        let shared: Vec<(String, String)> = shared.chain([("AOD_STOP_GRACE_SECONDS".to_owned(), "3".to_owned())]).collect();
+        let shared: Vec<(String, String)> = [("AOD_STOP_GRACE_SECONDS", "3"), ("AOD_DRAIN_SECONDS", "0")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into_iter()
+            .chain(shared)
+            .collect();
         let mut ports = self.admin.iter().copied();
         let mut specs = Vec::new();
         let mut add = |name: String, program: &'static str, env: Vec<(&str, String)>| -> Result<(), DevError> {
@@ -378,10 +392,16 @@ impl Stack {
         if let Some(model) = self.model {
             add("scripted-model".to_owned(), "scripted-model", vec![("SCRIPTED_MODEL_ADDR", model.to_string())])?;
         }
-        add("auth".to_owned(), "auth", [nats("auth"), vec![database("auth")]].concat())?;
-        let vault = vec![database("vault"), ("FIELD_ENCRYPTION_KEY", secrets.encryption_key.clone())];
-        add("credential-vault".to_owned(), "credential-vault", [nats("vault"), vault].concat())?;
-        add("scheduler".to_owned(), "scheduler", [nats("scheduler"), vec![database("scheduler")]].concat())?;
+        for name in self.replicas_of("auth") {
+            add(name, "auth", [nats("auth"), vec![database("auth")]].concat())?;
+        }
+        for name in self.replicas_of("credential-vault") {
+            let vault = vec![database("vault"), ("FIELD_ENCRYPTION_KEY", secrets.encryption_key.clone())];
+            add(name, "credential-vault", [nats("vault"), vault].concat())?;
+        }
+        for name in self.replicas_of("scheduler") {
+            add(name, "scheduler", [nats("scheduler"), vec![database("scheduler")]].concat())?;
+        }
         for number in 1..=self.runners {
             let mut runner = nats("runner");
             let sprites = self.other_sprites.clone().unwrap_or_else(|| format!("http://{}", self.sprites));
@@ -393,9 +413,21 @@ impl Stack {
             }
             add(format!("sprite-runner-{number}"), "sprite-runner", runner)?;
         }
-        let gateway = vec![("AOD_LISTEN_ADDR", self.api.to_string()), ("ENABLE_SHELL_RUNTIME", "true".to_owned())];
-        add("gateway".to_owned(), "gateway", [nats("gateway"), gateway].concat())?;
+        for (name, addr) in self.replicas_of("gateway").zip(self.apis()) {
+            let gateway = vec![("AOD_LISTEN_ADDR", addr.to_string()), ("ENABLE_SHELL_RUNTIME", "true".to_owned())];
+            add(name, "gateway", [nats("gateway"), gateway].concat())?;
+        }
         Ok(specs)
+    }
+
+    /// `auth`, `auth-2` and so on.
+    fn replicas_of(&self, service: &'static str) -> impl Iterator<Item = String> + use<> {
+        (1..=self.replicas).map(move |number| if number == 1 { service.to_owned() } else { format!("{service}-{number}") })
+    }
+
+    /// Where gateways listen.
+    fn apis(&self) -> impl Iterator<Item = SocketAddr> {
+        [self.api].into_iter().chain(self.other_apis.iter().copied())
     }
 
     /// In the data directory, where `aod admin` finds it; and where it was asked for.
@@ -419,6 +451,7 @@ impl Stack {
         let secrets = &self.data.secrets;
         let ready = json!({
             "api_url": self.api_url(),
+            "api_urls": self.apis().map(|addr| format!("http://{addr}")).collect::<Vec<_>>(),
             "api_key": secrets.api_key,
             "sprites_url": format!("http://{}", self.sprites),
             "sprites_token": secrets.sprites_token,

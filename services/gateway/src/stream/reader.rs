@@ -282,7 +282,7 @@ impl Reader {
         let until = [Some(Instant::now() + HEARTBEAT), Some(stale_at), self.end_due].into_iter().flatten().min()?;
         tokio::select! {
             _ = newest.changed() => return None,
-            () = self.app.stop.cancelled() => {
+            () = self.app.ending.closing.cancelled() => {
                 self.state = State::Ended;
                 return None;
             }
