@@ -21,6 +21,7 @@ pub struct Options {
     pub runners: u16,
     /// Of each other service.
     pub replicas: u16,
+    pub nats_servers: u16,
     pub no_restart: bool,
     /// Settings of the services.
     pub settings: &'static [(&'static str, &'static str)],
@@ -68,7 +69,7 @@ impl Stack {
         command.args(["--pdeathsig", "TERM", "--"]).arg(testkit::services::binary("aod")?);
         command.arg("dev").arg("--data-dir").arg(data.path()).arg("--ready-file").arg(data.path().join("ready.json"));
         command.args(["--port", &testkit::free_port()?.to_string(), "--runners", &options.runners.max(1).to_string()]);
-        command.args(["--replicas", &options.replicas.max(1).to_string()]);
+        command.args(["--replicas", &options.replicas.max(1).to_string(), "--nats-servers", &options.nats_servers.max(1).to_string()]);
         if options.scripted_model {
             command.arg("--scripted-model");
         }

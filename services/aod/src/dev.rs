@@ -45,6 +45,9 @@ pub struct DevArgs {
     /// How many runners to start
     #[arg(long, default_value_t = 1)]
     runners: u16,
+    /// How many NATS servers to start; three keep three copies of everything, and any one of them may fail
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=5))]
+    nats_servers: u16,
     /// How many of each other service to start; the gateways beyond the first listen on ports of their own
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=8))]
     replicas: u16,

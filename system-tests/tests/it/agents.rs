@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 use types::Runtime;
 
-const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, no_restart: false, settings: &[] };
+const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
 
 fn text<'a>(event: &'a Value, name: &str) -> &'a str {
     event[name].as_str().unwrap_or_default()

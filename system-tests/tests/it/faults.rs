@@ -9,7 +9,7 @@ use system_tests::{
     faults::{self, Plan},
 };
 
-const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, replicas: 1, no_restart: false, settings: &[] };
+const TWO_RUNNERS: Options = Options { scripted_model: false, runners: 2, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
 const LINES: usize = 100;
 
 /// Runs a turn that prints numbered lines, disturbs it after the twentieth, and gives the longest pause in its output.
@@ -114,6 +114,24 @@ async fn the_store_of_the_streams_may_be_lost() {
     let outcome = faults::attack(&stack, &[fault], fault.name, plan).await.unwrap();
     println!("{outcome}");
     assert!(outcome.is_good() && outcome.failed == 0, "{outcome}");
+}
+
+/// Three servers keep three copies of each stream: one after the other is killed while a turn runs, the leaders among them.
+#[tokio::test]
+async fn any_server_of_a_cluster_may_die() {
+    let stack = Stack::start(Options { runners: 2, nats_servers: 3, ..Options::default() }).await.unwrap();
+    for number in 0..3 {
+        let pause = disturbed(&stack, async |_| {
+            let servers = stack.pids("nats");
+            assert_eq!(servers.len(), 3);
+            Stack::signal(&servers[number..=number], Signal::KILL);
+        })
+        .await;
+        println!("server {number} killed: output paused for {pause:?}");
+        testkit::eventually("it is back", || async { stack.pids("nats").len() == 3 }).await;
+        // Until it has caught up, no other may fail.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
 }
 
 /// What left the agent's process group is the agent's all the same.

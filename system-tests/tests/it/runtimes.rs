@@ -11,7 +11,7 @@ const RUNTIMES: [(&str, &str); 4] = [
     ("gemini", "google/gemini-2.5-pro"),
     ("opencode", "openai/gpt-5.2"),
 ];
-const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, no_restart: false, settings: &[] };
+const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
 
 /// An MCP server that any CLI can start: JSON-RPC, a message a line.
 const MCP_SERVER: &str = r#"cat >/workspace/echo.py <<'END'

@@ -13,14 +13,18 @@ use rustix::process::Signal;
 use serde_json::{Map, Value, json};
 use sqlx::{Connection as _, PgConnection};
 
-use crate::dev::{
-    DevArgs, DevError, bootstrap,
-    data::{DataDir, READY_FILE},
-    supervisor::{Probe, Process, Spec},
-    tools::Tools,
+use crate::{
+    dev::{
+        DevArgs, DevError, bootstrap,
+        data::{DataDir, READY_FILE},
+        supervisor::{Probe, Process, Spec},
+        tools::Tools,
+    },
+    random,
 };
 
 const NATS_CONF: &str = include_str!("../../../../nats/nats-server.conf");
+const NATS_CLUSTER_CONF: &str = include_str!("../../../../nats/cluster.conf");
 const NATS_PERMISSIONS: &str = include_str!("../../../../nats/permissions.conf");
 const START_MAX: Duration = Duration::from_secs(60);
 /// All children are gone within 10 s of a signal: the services first, then what they need.
@@ -36,7 +40,7 @@ pub struct Stack {
     /// The gateways beyond the first.
     other_apis: Vec<SocketAddr>,
     postgres: SocketAddr,
-    nats: SocketAddr,
+    nats: Vec<NatsAddrs>,
     sprites: SocketAddr,
     /// The Sprites API that the runners use instead of our own.
     other_sprites: Option<String>,
@@ -47,6 +51,13 @@ pub struct Stack {
     restart: bool,
     ready_file: Option<PathBuf>,
     processes: Vec<Process>,
+}
+
+/// Where a NATS server listens, for clients and for its peers.
+#[derive(Clone, Copy)]
+struct NatsAddrs {
+    client: SocketAddr,
+    peer: SocketAddr,
 }
 
 const START_ATTEMPTS: u32 = 5;
@@ -118,7 +129,7 @@ impl Stack {
         let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let mut stack = Self {
             postgres: nowhere,
-            nats: nowhere,
+            nats: vec![NatsAddrs { client: nowhere, peer: nowhere }; usize::from(args.nats_servers)],
             sprites: nowhere,
             other_sprites: args.sprites_url,
             model: args.scripted_model.then_some(nowhere),
@@ -139,12 +150,14 @@ impl Stack {
 
     fn choose_ports(&mut self) -> Result<(), DevError> {
         let (replicas, runners) = (usize::from(self.replicas), usize::from(self.runners));
-        let mut ports = free_ports(4 + SINGLE + replicas * REPLICATED + runners + replicas - 1)?;
+        let mut ports = free_ports(3 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len())?;
         self.other_apis = ports.split_off(ports.len() - (replicas - 1));
-        let [postgres, nats, sprites, model, admin @ ..] = ports.as_slice() else {
+        let nats = ports.split_off(ports.len() - 2 * self.nats.len());
+        self.nats = nats.chunks_exact(2).map(|pair| NatsAddrs { client: pair[0], peer: pair[1] }).collect();
+        let [postgres, sprites, model, admin @ ..] = ports.as_slice() else {
             return Err(DevError::Broken("no free ports".to_owned()));
         };
-        (self.postgres, self.nats, self.sprites) = (*postgres, *nats, *sprites);
+        (self.postgres, self.sprites) = (*postgres, *sprites);
         self.model = self.model.map(|_| *model);
         self.admin = admin.to_vec();
         Ok(())
@@ -310,32 +323,55 @@ impl Stack {
 
     async fn start_nats(&mut self) -> Result<(), DevError> {
         let dir = self.data.join("nats");
-        for (name, text) in [("nats-server.conf", NATS_CONF), ("permissions.conf", NATS_PERMISSIONS)] {
+        let confs = [("nats-server.conf", NATS_CONF), ("cluster.conf", NATS_CLUSTER_CONF), ("permissions.conf", NATS_PERMISSIONS)];
+        for (name, text) in confs {
             fs::write(dir.join(name), text).map_err(DevError::broken)?;
         }
-        let mut args = vec!["-c".to_owned(), dir.join("nats-server.conf").display().to_string(), "-a".to_owned(), "127.0.0.1".to_owned()];
-        args.extend(["-p".to_owned(), self.nats.port().to_string(), "-sd".to_owned(), dir.join("store").display().to_string()]);
-        let password = |access: &access::Access| (access.password_variable(), self.data.secrets.nats_password(access.user).to_owned());
-        let spec = Spec {
-            name: "nats".to_owned(),
-            service: "nats",
-            program: self.tools.nats_server.clone(),
-            args,
-            env: access::ALL.iter().map(password).collect(),
-            user: None,
-            stop_signal: Signal::TERM,
-            probe: Probe::Connect(self.nats),
-            log: self.data.join("logs/nats.log"),
-        };
-        let mut process = Process::start(spec, &self.tools)?;
-        let ready = process.ready(START_MAX).await;
-        self.processes.push(process);
-        ready
+        // Known to these servers alone, for as long as they run.
+        let cluster_password = random::secret().map_err(DevError::broken)?;
+        let routes: Vec<String> = self.nats.iter().map(|addrs| format!("nats://cluster:{cluster_password}@{}", addrs.peer)).collect();
+        let first = self.processes.len();
+        for (number, addrs) in (1..).zip(&self.nats) {
+            let (name, alone) = (if number == 1 { "nats".to_owned() } else { format!("nats-{number}") }, self.nats.len() == 1);
+            let conf = dir.join(if alone { "nats-server.conf" } else { "cluster.conf" });
+            let store = dir.join(if number == 1 { "store".to_owned() } else { format!("store-{number}") });
+            let mut args = vec!["-c".to_owned(), conf.display().to_string(), "-a".to_owned(), "127.0.0.1".to_owned()];
+            args.extend(["-p".to_owned(), addrs.client.port().to_string(), "-sd".to_owned(), store.display().to_string()]);
+            if !alone {
+                args.extend(["--cluster".to_owned(), format!("nats://{}", addrs.peer)]);
+            }
+            let password = |access: &access::Access| (access.password_variable(), self.data.secrets.nats_password(access.user).to_owned());
+            let peer = [
+                ("NATS_SERVER_NAME".to_owned(), name.clone()),
+                ("NATS_CLUSTER_PASSWORD".to_owned(), cluster_password.clone()),
+                ("NATS_ROUTES".to_owned(), json!(routes).to_string()),
+            ];
+            let spec = Spec {
+                log: self.data.join(&format!("logs/{name}.log")),
+                name,
+                service: "nats",
+                program: self.tools.nats_server.clone(),
+                args,
+                env: access::ALL.iter().map(password).chain(peer).collect(),
+                user: None,
+                stop_signal: Signal::TERM,
+                probe: Probe::Connect(addrs.client),
+            };
+            self.processes.push(Process::start(spec, &self.tools)?);
+        }
+        for process in &mut self.processes[first..] {
+            process.ready(START_MAX).await?;
+        }
+        Ok(())
+    }
+
+    fn nats_url(&self) -> String {
+        self.nats.iter().map(|addrs| format!("nats://{}", addrs.client)).collect::<Vec<_>>().join(",")
     }
 
     fn nats_config(&self, user: &'static str) -> bus::Config {
         bus::Config {
-            url: format!("nats://{}", self.nats),
+            url: self.nats_url(),
             user,
             password: self.data.secrets.nats_password(user).to_owned().into(),
             ca_file: None,
@@ -376,8 +412,7 @@ impl Stack {
             });
             Ok(())
         };
-        let nats =
-            |user: &str| vec![("NATS_URL", format!("nats://{}", self.nats)), ("NATS_PASSWORD", secrets.nats_password(user).to_owned())];
+        let nats = |user: &str| vec![("NATS_URL", self.nats_url()), ("NATS_PASSWORD", secrets.nats_password(user).to_owned())];
         let database = |service: &str| ("DATABASE_URL", self.database_url(service, secrets.service_password(service), DATABASE));
 
         let mut sprites = vec![
@@ -400,7 +435,8 @@ impl Stack {
             add(name, "credential-vault", [nats("vault"), vault].concat())?;
         }
         for name in self.replicas_of("scheduler") {
-            add(name, "scheduler", [nats("scheduler"), vec![database("scheduler")]].concat())?;
+            let copies = ("AOD_STREAM_REPLICAS", self.nats.len().min(3).to_string());
+            add(name, "scheduler", [nats("scheduler"), vec![database("scheduler"), copies]].concat())?;
         }
         for number in 1..=self.runners {
             let mut runner = nats("runner");
@@ -449,14 +485,15 @@ impl Stack {
             }
         }
         let secrets = &self.data.secrets;
+        let nats = self.nats.first().map(|addrs| addrs.client.to_string()).unwrap_or_default();
         let ready = json!({
             "api_url": self.api_url(),
             "api_urls": self.apis().map(|addr| format!("http://{addr}")).collect::<Vec<_>>(),
             "api_key": secrets.api_key,
             "sprites_url": format!("http://{}", self.sprites),
             "sprites_token": secrets.sprites_token,
-            "nats_url": format!("nats://operator:{}@{}", secrets.nats_password("operator"), self.nats),
-            "events_url": format!("nats://events:{}@{}", secrets.nats_password("events"), self.nats),
+            "nats_url": format!("nats://operator:{}@{nats}", secrets.nats_password("operator")),
+            "events_url": format!("nats://events:{}@{nats}", secrets.nats_password("events")),
             "database_url": self.database_url("postgres", &secrets.postgres_password, DATABASE),
             "model_url": self.model.map(|addr| format!("http://{addr}")),
             "services": services,
