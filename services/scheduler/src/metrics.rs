@@ -26,6 +26,9 @@ pub fn describe() {
     describe_gauge!("aod_stream_bytes", Unit::Bytes, "size of each stream of the bus");
     describe_gauge!("aod_stream_bytes_max", Unit::Bytes, "the size at which each stream is full");
     describe_gauge!("aod_dead_letters", "jobs that could not be handled, kept for whoever looks");
+    // There from the beginning: an increase from nothing is none to Prometheus.
+    counter!("aod_deadline_settlements_total").increment(0);
+    counter!("aod_streams_lost_total").increment(0);
 }
 
 /// How a turn ended, for a label.

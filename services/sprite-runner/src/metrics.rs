@@ -1,6 +1,6 @@
 //! What a runner counts.
 
-use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram};
 
 /// Names this service's metrics and says what they mean.
 pub fn describe() {
@@ -17,4 +17,8 @@ pub fn describe() {
     describe_counter!("aod_sprites_requests_total", "calls of the Sprites API, by operation and outcome");
     describe_counter!("aod_sprites_retries_total", "calls of the Sprites API that were repeated");
     describe_histogram!("aod_sprites_request_seconds", Unit::Seconds, "calls of the Sprites API, repetitions included");
+    // There from the beginning: an increase from nothing is none to Prometheus.
+    counter!("aod_takeovers_total").increment(0);
+    counter!("aod_follow_interruptions_total").increment(0);
+    counter!("aod_orphans_deleted_total").increment(0);
 }

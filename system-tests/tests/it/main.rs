@@ -3,10 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod agents;
-mod chart;
+mod backup;
 mod clients;
 mod command_line;
 mod contract;
+mod deployment;
 mod dev;
 mod faults;
 mod hardening;

@@ -53,7 +53,7 @@ async fn a_trace_leads_from_the_request_to_the_agent() {
     let settings = Box::leak(Box::new([("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint), ("OTEL_BSP_SCHEDULE_DELAY", "200")]));
     let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
     let agent = stack.agent("shell").await.unwrap();
-    let body = json!({ "agent_id": agent, "prompt": "echo at-$TRACEPARENT-", "env": { "TOKEN": "a-secret-value" } });
+    let body = json!({ "agent_id": agent, "prompt": "echo at-$TRACEPARENT-", "secret_env_vars": { "TOKEN": "a-secret-value" } });
     let posted = stack.post("/sessions", body).await.unwrap();
     assert_eq!(posted.status, 202, "{posted:?}");
     let trace = posted.headers["x-request-id"].to_str().unwrap().to_owned();

@@ -1,0 +1,73 @@
+"""docker-compose.yml, read as Compose reads it, and by Compose itself where there is one."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES = COMPOSE["services"]
+OURS = ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "local-sprites", "scripted-model"]
+
+
+def test_the_world_sees_nothing():
+    for name, service in SERVICES.items():
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), (name, port)
+
+
+def test_images_are_pinned():
+    for name, service in SERVICES.items():
+        repository, _, tag = service["image"].rpartition(":")
+        assert repository and (tag != "latest") and (service["image"].startswith("aod/") or re.search(r"\d", tag)), name
+
+
+def test_all_but_the_sandboxes_run_with_few_rights():
+    for name, service in SERVICES.items():
+        if name in ("postgres", "local-sprites"):
+            continue
+        assert service["read_only"] and service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"], name
+        # Root once, for the files that it gives to others.
+        assert service.get("user") != "0:0" or service["network_mode"] == "none", name
+
+
+def test_each_service_has_an_image_a_check_of_its_health_and_settings_that_it_knows():
+    targets = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    reference = (ROOT / "docs/configuration.md").read_text()
+    everywhere = reference.split("\n## Every service\n")[1].split("\n## ")[0]
+    for name in OURS:
+        service = SERVICES[name]
+        assert service["build"]["target"] == name and name in targets
+        assert service["healthcheck"]["test"] == ["CMD", name, "--check-ready"]
+        known = re.findall(r"^\| `([A-Z_]+)(\[_FILE\])?`", everywhere + reference.split(f"\n## {name}\n")[1].split("\n## ")[0], re.M)
+        known = {setting for setting, _ in known} | {f"{setting}_FILE" for setting, file in known if file}
+        environment = {}
+        for part in [service.get("environment", {})]:
+            environment.update(part)
+        assert set(environment) <= known, (name, set(environment) - known)
+
+
+def test_what_is_mounted_is_there():
+    for name, service in SERVICES.items():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert (ROOT / source).is_file() if source.startswith("./") else source in COMPOSE["volumes"], (name, volume)
+
+
+def test_prometheus_asks_every_service():
+    config = yaml.safe_load((ROOT / "observability/prometheus.yaml").read_text())
+    asked = {job["dns_sd_configs"][0]["names"][0] for job in config["scrape_configs"]}
+    assert asked == set(OURS) - {"scripted-model"}
+
+
+@pytest.mark.skipif(not shutil.which("docker"), reason="no Docker here")
+@pytest.mark.parametrize("files", [["docker-compose.yml"], ["docker-compose.yml", "docker-compose.cloud.yml"]])
+def test_compose_accepts_it(files):
+    if subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
+        pytest.skip("no Compose here")
+    arguments = [argument for file in files for argument in ("-f", file)]
+    subprocess.run(["docker", "compose", *arguments, "--profile", "*", "config", "--quiet"], cwd=ROOT, check=True)
