@@ -1,6 +1,6 @@
 //! Scenarios over the running stack. Each file is one part of what a user relies on.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod agents;
 mod backup;
