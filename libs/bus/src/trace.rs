@@ -14,6 +14,9 @@ use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
+/// `00-`, 32 digits, `-`, 16 digits, `-01`.
+const TRACEPARENT_BYTES: usize = 55;
+
 /// Makes a span part of the trace that a `traceparent` names, of a new one where it names none, and shows the trace's id in the span's
 /// field `trace_id`.
 pub fn follow(span: &Span, traceparent: Option<&str>) {
@@ -44,7 +47,9 @@ fn id_of(span: &Span) -> Option<String> {
 }
 
 fn parent(traceparent: Option<&str>) -> Context {
-    let headers = traceparent.map(|value| (header::TRACEPARENT.to_owned(), value.to_owned()));
+    // The propagator takes shorter ids than there are.
+    let headers =
+        traceparent.filter(|value| value.len() >= TRACEPARENT_BYTES).map(|value| (header::TRACEPARENT.to_owned(), value.to_owned()));
     TraceContextPropagator::new().extract_with_context(&Context::new(), &headers.into_iter().collect::<HashMap<_, _>>())
 }
 

@@ -49,12 +49,12 @@ pub enum Outcome {
 
 impl Outcome {
     pub fn of(ended: &TurnEnded) -> Self {
-        match (ended.failure.as_ref().map(|failure| failure.stage.as_str()), ended.exit_code) {
-            (Some("timeout"), _) => Self::Timeout,
-            (Some("sandbox"), _) => Self::Sandbox,
-            (Some(_), _) => Self::Provisioning,
-            (None, Some(0)) => Self::Completed,
-            (None, _) => Self::Failed,
+        match (ended.exit_code, ended.failure.as_ref().map(|failure| failure.stage.as_str())) {
+            (Some(0), _) => Self::Completed,
+            (Some(_), _) | (None, None) => Self::Failed,
+            (None, Some("timeout")) => Self::Timeout,
+            (None, Some("sandbox")) => Self::Sandbox,
+            (None, Some(_)) => Self::Provisioning,
         }
     }
 

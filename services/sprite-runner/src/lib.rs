@@ -5,6 +5,7 @@
 
 mod agent;
 mod destroy;
+mod diagnosis;
 mod follow;
 mod jobs;
 mod mask;

@@ -10,6 +10,7 @@ use types::{Runtime, Skill, Stage, StageState};
 use crate::{
     ModelEndpoints,
     agent::{Agent, quote},
+    diagnosis,
     record::{Fenced, Record},
     runtimes::{Adapter, Skills},
     secrets::Secrets,
@@ -128,7 +129,9 @@ impl Provisioning<'_> {
         let said = String::from_utf8_lossy(if finished.stderr.is_empty() { &finished.stdout } else { &finished.stderr }).into_owned();
         let skip = said.chars().count().saturating_sub(TAIL_CHARS);
         let tail: String = said.chars().skip(skip).collect();
-        Err(format!("{} exited with {}: {}", step.what, finished.code, tail.trim()))
+        let cause = diagnosis::of_script(finished.code, &said, self.setup.allowed_hosts().is_some());
+        let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+        Err(format!("{} exited with {}{cause}: {}", step.what, finished.code, tail.trim()))
     }
 
     async fn write_config(&self, files: Vec<(&'static str, String)>) -> Result<(), String> {

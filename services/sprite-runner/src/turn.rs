@@ -6,11 +6,13 @@ use contract::{
     scheduler::TurnSpec,
     session::{Failure, TurnEnded},
 };
+use sprites::Sprite;
 use types::{CredentialKind, Runtime, SessionId, SpriteName, Stage};
 
 use crate::{
     Runner,
     agent::Agent,
+    diagnosis,
     follow::{self, Status},
     provision::{Provisioning, StageFailed},
     record::{Fenced, Position, Record},
@@ -19,6 +21,9 @@ use crate::{
     setup::Setup,
     usage,
 };
+
+/// The stage of a failure that is the agent's own.
+const AGENT: &str = "agent";
 
 /// How a turn left this runner's hands.
 #[derive(Debug, PartialEq, Eq)]
@@ -169,11 +174,25 @@ async fn work(
                 Some(reader) => usage::read(&sprite, &agent.spool(false), bytes, reader).await,
                 None => None,
             };
-            TurnEnded { exit_code: Some(i32::from(code)), failure: None, usage }
+            let failure = if code == 0 || runtime == Runtime::Shell { None } else { diagnose(&sprite, &agent, record, code).await };
+            TurnEnded { exit_code: Some(i32::from(code)), failure, usage }
         }
         Status::TimedOut => without_exit_code("timeout", format!("Turn timed out after {}s", spec.timeout_seconds)),
         Status::Lost => without_exit_code("sandbox", "The sandbox restarted while the agent was running".to_owned()),
     })
+}
+
+/// What an agent's end is put down to, where its last words say.
+async fn diagnose(sprite: &Sprite, agent: &Agent, record: &Record, code: u8) -> Option<Failure> {
+    const LAST_BYTES: u64 = 8 * 1024;
+    let (stdout, stderr) = (agent.spool(false), agent.spool(true));
+    let (stdout, stderr) = tokio::join!(
+        usage::tail(sprite, &stdout, record.checkpoint.stdout_offset, LAST_BYTES),
+        usage::tail(sprite, &stderr, record.checkpoint.stderr_offset, LAST_BYTES),
+    );
+    let said = [stdout, stderr].into_iter().flatten().collect::<Vec<_>>().join("\n");
+    let cause = diagnosis::of_agent(code, &said)?;
+    Some(Failure { stage: AGENT.to_owned(), message: format!("The agent exited with {code}: {cause}") })
 }
 
 fn without_exit_code(stage: &str, message: String) -> TurnEnded {

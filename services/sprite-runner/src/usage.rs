@@ -24,18 +24,23 @@ pub struct Printed {
 /// Reads a CLI's report.
 pub type Reader = fn(&Printed) -> Option<Usage>;
 
-/// Reads the end of a spool of so many bytes; nothing where it cannot be read.
+/// Reads a CLI's report from the end of a spool of so many bytes; nothing where it cannot be read.
 pub async fn read(sprite: &Sprite, spool: &str, bytes: u64, reader: Reader) -> Option<Usage> {
-    let offset = bytes.saturating_sub(TAIL_BYTES);
+    let tail = tail(sprite, spool, bytes, TAIL_BYTES).await?;
+    reader(&Printed { records: records(&tail), whole: bytes <= TAIL_BYTES })
+}
+
+/// The last bytes of a spool, at most so many; nothing where it cannot be read.
+pub async fn tail(sprite: &Sprite, spool: &str, bytes: u64, most: u64) -> Option<String> {
     let tail = async {
-        let (mut chunks, mut tail) = (sprite.read_from(spool, offset).await?, Vec::new());
+        let (mut chunks, mut tail) = (sprite.read_from(spool, bytes.saturating_sub(most)).await?, Vec::new());
         while let Some(chunk) = chunks.next().await {
             tail.extend_from_slice(&chunk?);
         }
         Ok::<_, sprites::Error>(tail)
     };
     let tail = tokio::time::timeout(DEADLINE, tail).await.ok()?.ok()?;
-    reader(&Printed { records: records(&String::from_utf8_lossy(&tail)), whole: offset == 0 })
+    Some(String::from_utf8_lossy(&tail).into_owned())
 }
 
 fn records(text: &str) -> Vec<Value> {

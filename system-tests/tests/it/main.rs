@@ -9,6 +9,7 @@ mod command_line;
 mod contract;
 mod deployment;
 mod dev;
+mod failures;
 mod faults;
 mod hardening;
 mod leaks;

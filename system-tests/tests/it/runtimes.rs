@@ -106,6 +106,9 @@ async fn a_key_that_is_refused_fails_the_turn_in_the_clis_own_words() {
         let said = ended.output.to_lowercase();
         assert!(said.contains("api key") || said.contains("401"), "{runtime}: {}", ended.output);
         assert!(ended.end["type"] == "exit" && ended.end["code"] != 0, "{runtime}: {} {}", ended.end, ended.output);
+        let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
+        let told = session.body["failure"]["message"].as_str().unwrap_or_default();
+        assert!(told.ends_with("the model's provider refused the API key"), "{runtime}: {told}: {}", ended.output);
     });
     join_all(runs).await;
 }
@@ -183,7 +186,8 @@ async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
             .any(|word| said.contains(word));
         assert!(told, "{runtime} {status}: {} {}", ended.end, ended.output);
         assert_ne!(ended.end["code"], 0, "{runtime} {status}: {} {}", ended.end, ended.output);
-        eprintln!("{runtime} {status}: {}", ended.end);
+        let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
+        eprintln!("{runtime} {status}: {} {}", ended.end, session.body["failure"]);
     });
     join_all(runs).await;
 }

@@ -1,0 +1,82 @@
+//! What goes wrong for users, and what they are told: each in words that say what to do.
+
+use axum::{Router, http::StatusCode};
+use futures::future::join_all;
+use serde_json::{Value, json};
+use system_tests::{Options, Stack};
+use tokio::task::JoinSet;
+
+/// A session whose set-up fails; what it is told.
+async fn failure(stack: &Stack, environment: Value, resources: Value) -> Value {
+    let mut body = json!({ "name": format!("e-{}", fastrand::u64(..)) });
+    body.as_object_mut().unwrap().extend(environment.as_object().unwrap().clone());
+    let environment = stack.post("/environments", body).await.unwrap();
+    assert_eq!(environment.status, 201, "{environment:?}");
+    let agent = stack.agent("shell").await.unwrap();
+    let body = json!({ "agent_id": agent, "environment_id": environment.text("id"), "prompt": "true", "resources": resources });
+    let session = stack.post("/sessions", body).await.unwrap();
+    assert_eq!(session.status, 202, "{session:?}");
+    let events = stack.stream(session.text("id"), 0).await.unwrap().all().await.unwrap();
+    let session = stack.get(&format!("/sessions/{}", session.text("id"))).await.unwrap();
+    assert_eq!(session.text("status"), "failed", "{session:?}");
+    let failure = session.body["failure"].clone();
+    assert_eq!(events.last().unwrap()["message"], failure["message"]);
+    failure
+}
+
+/// A server that lets nobody read its repositories.
+async fn locked_git_server() -> (String, JoinSet<()>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let locked = || async { (StatusCode::UNAUTHORIZED, [("www-authenticate", "Basic realm=\"git\"")]) };
+    let mut serving = JoinSet::new();
+    serving.spawn(async move { axum::serve(listener, Router::new().fallback(locked)).await.unwrap() });
+    (format!("http://{addr}/"), serving)
+}
+
+#[tokio::test]
+async fn each_way_in_which_a_set_up_fails_has_its_own_words() {
+    let settings = &[("LOCAL_SPRITES_DISK_MB", "96"), ("LOCAL_SPRITES_MEMORY_MB", "192")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    let (git, _serving) = locked_git_server().await;
+    let as_github = json!({ "env_vars": {
+        "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": format!("url.{git}.insteadOf"), "GIT_CONFIG_VALUE_0": "https://github.com/",
+    }});
+    let repository = json!([{ "type": "github_repository", "url": "https://github.com/o/private" }]);
+    let nobody = "aod-no-such-package-4711";
+    let limited = json!({ "type": "limited", "allowed_hosts": ["example.com"] });
+    let cases = [
+        (json!({ "setup_script": "echo first; echo the reason >&2; exit 3" }), json!([]), "the setup script exited with 3: the reason"),
+        (json!({ "setup_script": "head -c 200M /dev/zero >/workspace/big" }), json!([]), "the sandbox's disk is full"),
+        (json!({ "setup_script": "python3 -c 'x = bytearray(600 << 20)'" }), json!([]), "the sandbox ran out of memory"),
+        (json!({ "packages": { "pip": [nobody] } }), json!([]), "installing pip packages exited with 1: there is no such package"),
+        (json!({ "packages": { "npm": [nobody] } }), json!([]), "there is no such package"),
+        (json!({ "packages": { "apt": [nobody] } }), json!([]), "there is no such package"),
+        (as_github, repository, "o/private exited with 128: there is no such repository, or its authorization_token"),
+        (json!({ "networking": limited, "packages": { "pip": [nobody] } }), json!([]), "the environment's network policy blocks"),
+    ];
+    let told = join_all(cases.iter().map(async |(environment, resources, words)| {
+        let failure = failure(&stack, environment.clone(), resources.clone()).await;
+        (words, failure)
+    }))
+    .await;
+    for (words, failure) in told {
+        assert!(failure["message"].as_str().unwrap().contains(*words), "{words}: {failure}");
+        assert_eq!(failure["stage"], "provision_setup");
+    }
+}
+
+/// Packages that are there are there for the agent.
+#[tokio::test]
+async fn packages_are_installed_for_the_agent() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let packages = json!({ "pip": ["six==1.17.0"], "npm": ["is-odd@3.0.1"], "apt": ["hello"] });
+    let environment = stack.post("/environments", json!({ "name": "packages", "packages": packages })).await.unwrap();
+    let agent = stack.agent("shell").await.unwrap();
+    let prompt = "hello; python3 -c 'import six; print(six.__version__)'; NODE_PATH=$(npm root -g) node -p 'require(\"is-odd\")(3)'";
+    let body = json!({ "agent_id": agent, "environment_id": environment.text("id"), "prompt": prompt });
+    let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
+    assert_eq!(output, "Hello, world!\n1.17.0\ntrue\n", "{:?}", events.last());
+}
