@@ -40,7 +40,8 @@ pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
 pub fn free_port() -> anyhow::Result<u16> {
     for _ in 0..1000 {
         let [a, b, ..] = *uuid::Uuid::new_v4().as_bytes();
-        let port = 20_000 + u16::from_be_bytes([a, b]) % 12_000;
+        // Below are the blocks of `aod dev`.
+        let port = 30_240 + u16::from_be_bytes([a, b]) % 2_500;
         if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return Ok(port);
         }

@@ -43,7 +43,7 @@ pub struct DevArgs {
     #[arg(long, env = "SPRITES_BASE_URL")]
     sprites_url: Option<String>,
     /// How many runners to start
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     runners: u16,
     /// How many NATS servers to start; three keep three copies of everything, and any one of them may fail
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=5))]

@@ -128,9 +128,14 @@ fn clone(repository: &Repository) -> String {
     )
 }
 
-/// A skill from GitHub, by the installer that knows every CLI.
+/// A skill from GitHub, by the installer that knows every CLI. It wants Node.js 22.20 or later: where there is none, one for itself.
 pub fn install_skill(skill: &GithubSkill, agent: &str) -> Step {
-    let mut script = format!("npx -y skills@latest add {} --global --agent {agent} --yes", quote(&skill.source));
+    let mut script = format!(
+        "new='const [a, b] = process.versions.node.split(\".\"); process.exit(a > 22 || (a == 22 && b >= 20) ? 0 : 1)'\n\
+         node -e \"$new\" && node= || node='-p node@24'\n\
+         npx -y $node -p skills@1 -- skills add {} --global --agent {agent} --yes",
+        quote(&skill.source)
+    );
     if let Some(name) = &skill.name {
         // Writing to a String cannot fail.
         let _ = write!(script, " --skill {}", quote(name));

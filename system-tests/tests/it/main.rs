@@ -11,6 +11,7 @@ mod deployment;
 mod dev;
 mod failures;
 mod faults;
+mod git;
 mod hardening;
 mod leaks;
 mod network;

@@ -9,6 +9,8 @@ use sqlx::{Connection as _, PgConnection};
 use system_tests::{Answer, Options, Stack};
 use testkit::eventually;
 
+use crate::git::GitServer;
+
 async fn put(stack: &Stack, path: &str, body: Value) -> Answer {
     stack.call(Method::PUT, path, Some(body)).await.unwrap()
 }
@@ -327,30 +329,8 @@ async fn a_network_that_cannot_be_limited_is_a_failure_and_not_an_open_network()
 #[tokio::test]
 async fn a_repository_lies_at_its_mount_path() {
     let stack = Stack::start(Options::default()).await.unwrap();
-    let served = tempfile::tempdir().unwrap();
-    let origin = served.path().join("o/r");
-    let git = async |args: &[&str]| {
-        let mut command = tokio::process::Command::new("git");
-        command.arg("-C").arg(&origin).args(["-c", "user.name=t", "-c", "user.email=t@example.org"]).args(args);
-        assert!(command.status().await.unwrap().success(), "git {args:?}");
-    };
-    std::fs::create_dir_all(&origin).unwrap();
-    std::fs::write(origin.join("hello"), "from the repository\n").unwrap();
-    git(&["init", "-q"]).await;
-    git(&["add", "."]).await;
-    git(&["commit", "-q", "-m", "first"]).await;
-    let port = testkit::free_port().unwrap();
-    // Not by way of `git daemon`, which would leave it running when it is killed itself.
-    let programs = std::process::Command::new("git").arg("--exec-path").output().unwrap().stdout;
-    let mut daemon = tokio::process::Command::new(format!("{}/git-daemon", String::from_utf8(programs).unwrap().trim()));
-    daemon.args(["--export-all", "--listen=127.0.0.1", &format!("--port={port}"), &format!("--base-path={}", served.path().display())]);
-    let _daemon = daemon.kill_on_drop(true).spawn().unwrap();
-    eventually("git serves", || async { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
-    let vars = json!({
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": format!("url.git://127.0.0.1:{port}/.insteadOf"),
-        "GIT_CONFIG_VALUE_0": "https://github.com/",
-    });
+    let served = GitServer::start("o/r", "hello", "from the repository\n").await;
+    let vars = served.as_github();
     let environment = stack.post("/environments", json!({ "name": "e", "env_vars": vars })).await.unwrap().text("id").to_owned();
     let agent = stack.agent("shell").await.unwrap();
     let resources = json!([

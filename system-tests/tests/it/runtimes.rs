@@ -5,6 +5,8 @@ use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 use tokio::task::JoinSet;
 
+use crate::git::GitServer;
+
 const RUNTIMES: [(&str, &str); 4] = [
     ("claude", "anthropic/claude-sonnet-4-5"),
     ("codex", "openai/gpt-5.2-codex"),
@@ -188,6 +190,24 @@ async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
         assert_ne!(ended.end["code"], 0, "{runtime} {status}: {} {}", ended.end, ended.output);
         let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
         eprintln!("{runtime} {status}: {} {}", ended.end, session.body["failure"]);
+    });
+    join_all(runs).await;
+}
+
+/// By the real installer, from a git server in GitHub's place.
+#[tokio::test]
+async fn every_cli_knows_a_skill_from_github() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let skill = "---\nname: sea-colour\ndescription: Knows the colour of the sea, MARK-815\n---\n\nLook at it.\n";
+    let served = GitServer::start("o/skills", "sea-colour/SKILL.md", skill).await;
+    let environment = stack.post("/environments", json!({ "name": "e", "env_vars": served.as_github() })).await.unwrap();
+    let runs = RUNTIMES.map(async |(runtime, model)| {
+        let skills = json!([{ "type": "github", "source": "o/skills", "name": "sea-colour", "description": "the sea" }]);
+        let agent = stack.post("/agents", json!({ "name": runtime, "model": model, "runtime": runtime, "skills": skills })).await.unwrap();
+        assert_eq!(agent.status, 201, "{agent:?}");
+        let body = json!({ "agent_id": agent.text("id"), "environment_id": environment.text("id"), "prompt": "say the mark" });
+        let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+        turn(&stack, &session, 0).await.succeeded_saying(runtime, "The mark is MARK-815");
     });
     join_all(runs).await;
 }

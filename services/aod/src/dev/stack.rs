@@ -46,6 +46,8 @@ pub struct Stack {
     other_sprites: Option<String>,
     model: Option<SocketAddr>,
     admin: Vec<SocketAddr>,
+    /// Held for as long as the stack is there.
+    ports: Option<Ports>,
     runners: u16,
     replicas: u16,
     restart: bool,
@@ -66,21 +68,34 @@ const START_ATTEMPTS: u32 = 5;
 const SINGLE: usize = 2;
 const REPLICATED: usize = 4;
 
-/// Ports that are free now, each another. Not from the range that the kernel gives to outgoing connections, and at random, so that
-/// nobody takes one before its server does: not a connection, nor another stack that starts at the same time.
-fn free_ports(count: usize) -> Result<Vec<SocketAddr>, DevError> {
+/// Ports for one stack. Its services may be started again at any time, and their ports are free meanwhile: so a stack has a block of
+/// ports to itself, for as long as it holds the block's first. Not from the range that the kernel gives to outgoing connections.
+struct Ports {
+    _block: TcpListener,
+    addrs: Vec<SocketAddr>,
+}
+
+impl Ports {
     const FIRST: u16 = 20_000;
-    const RANGE: u32 = 12_000;
-    let mut listeners = Vec::with_capacity(count);
-    for _ in 0..10_000 {
-        if listeners.len() == count {
-            return listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>().map_err(DevError::broken);
+    const BLOCK: u16 = 128;
+    const BLOCKS: u32 = 80;
+    const ATTEMPTS: u32 = 400;
+
+    fn claim(count: usize) -> Result<Self, DevError> {
+        for _ in 0..Self::ATTEMPTS {
+            let number = getrandom::u32().map_err(DevError::broken)? % Self::BLOCKS;
+            let first = Self::FIRST + u16::try_from(number).unwrap_or_default() * Self::BLOCK;
+            let Ok(block) = TcpListener::bind((Ipv4Addr::LOCALHOST, first)) else { continue };
+            // Somebody who knows nothing of blocks may have taken one.
+            let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+            let addrs = (first + 1..first + Self::BLOCK).filter(free).take(count).map(|port| (Ipv4Addr::LOCALHOST, port).into());
+            let addrs: Vec<SocketAddr> = addrs.collect();
+            if addrs.len() == count {
+                return Ok(Self { _block: block, addrs });
+            }
         }
-        let offset = getrandom::u32().map_err(DevError::broken)? % RANGE;
-        let port = FIRST + u16::try_from(offset).unwrap_or_default();
-        listeners.extend(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
+        Err(DevError::Broken("no free ports".to_owned()))
     }
-    Err(DevError::Broken("no free ports".to_owned()))
 }
 
 /// Variables of `aod dev`'s own environment that its services see too: what a developer may want to try.
@@ -134,6 +149,7 @@ impl Stack {
             other_sprites: args.sprites_url,
             model: args.scripted_model.then_some(nowhere),
             admin: Vec::new(),
+            ports: None,
             tools,
             data,
             api,
@@ -150,7 +166,8 @@ impl Stack {
 
     fn choose_ports(&mut self) -> Result<(), DevError> {
         let (replicas, runners) = (usize::from(self.replicas), usize::from(self.runners));
-        let mut ports = free_ports(3 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len())?;
+        let claimed = Ports::claim(3 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len())?;
+        let mut ports = claimed.addrs.clone();
         self.other_apis = ports.split_off(ports.len() - (replicas - 1));
         let nats = ports.split_off(ports.len() - 2 * self.nats.len());
         self.nats = nats.chunks_exact(2).map(|pair| NatsAddrs { client: pair[0], peer: pair[1] }).collect();
@@ -160,6 +177,7 @@ impl Stack {
         (self.postgres, self.sprites) = (*postgres, *sprites);
         self.model = self.model.map(|_| *model);
         self.admin = admin.to_vec();
+        self.ports = Some(claimed);
         Ok(())
     }
 

@@ -261,7 +261,10 @@ impl Reader {
             // Settled by the scheduler, perhaps: then its end is still on its way. Or the client has it already.
             Some(settled @ (SessionStatus::Failed | SessionStatus::Terminated)) => match &self.newest {
                 Some(newest) if newest.is_end(settled, self.turn_count) => {
-                    self.state = State::Ended;
+                    // One that came right after the page was read is in the next.
+                    if newest.id <= self.cursor {
+                        self.state = State::Ended;
+                    }
                     return;
                 }
                 Some(_) => {}
