@@ -101,4 +101,37 @@ mod tests {
         assert_eq!(usage(Runtime::Opencode, opencode), expected(200, 10, Some(490), None));
         assert_eq!(usage(Runtime::Claude, "no JSON\n{\"type\":\"system\"}"), None);
     }
+
+    /// What the CLIs of the versions that the set-up installs printed, byte by byte: `transcripts/RUNTIME-VERSION.NAME.jsonl`.
+    fn transcript(runtime: Runtime, name: &str) -> String {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let versions = std::fs::read_to_string(root.join("../../scripts/versions.env")).unwrap();
+        let variable = match runtime {
+            Runtime::Claude => "CLAUDE_CODE_VERSION=",
+            Runtime::Codex => "CODEX_VERSION=",
+            Runtime::Gemini => "GEMINI_CLI_VERSION=",
+            _ => "OPENCODE_VERSION=",
+        };
+        let version = versions.lines().find_map(|line| line.strip_prefix(variable)).unwrap();
+        let path = root.join(format!("transcripts/{runtime}-{version}.{name}"));
+        std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+
+    #[test]
+    fn the_transcripts_of_each_cli_are_understood() {
+        for (runtime, output, cost, model) in [
+            (Runtime::Claude, 55, Some(1725), Some("claude-sonnet-4-5")),
+            (Runtime::Codex, 80, None, None),
+            (Runtime::Gemini, 73, None, Some("gemini-2.5-pro")),
+            (Runtime::Opencode, 55, Some(1295), None),
+        ] {
+            let expected =
+                Usage { input_tokens: Some(300), output_tokens: Some(output), cost_micro_usd: cost, model: model.map(str::to_owned) };
+            assert_eq!(usage(runtime, &transcript(runtime, "completed.jsonl")), Some(expected), "{runtime}");
+        }
+        for runtime in [Runtime::Codex, Runtime::Gemini, Runtime::Opencode] {
+            let said = transcript(runtime, "refused.jsonl") + &transcript(runtime, "refused.stderr");
+            assert_eq!(crate::diagnosis::of_agent(1, &said), Some(crate::diagnosis::Cause::KeyRefused), "{runtime}");
+        }
+    }
 }
