@@ -1,13 +1,14 @@
 //! Where only Docker is there: the same servers from images. Used when a program is not found and `docker` answers.
 
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 
-/// A container that is removed when dropped.
+/// A container that is removed when dropped, and when this process ends without that.
 #[derive(Debug)]
 pub struct Container {
-    id: String,
+    /// Waits for the end of its standard input, which is this process's end at the latest.
+    remover: Child,
 }
 
 impl Container {
@@ -26,12 +27,17 @@ impl Container {
         let output =
             Command::new("docker").args(["run", "--rm", "--detach"]).args(options).arg(image).args(args).output().context("docker")?;
         ensure!(output.status.success(), "docker run {image}: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(Self { id: String::from_utf8(output.stdout)?.trim().to_owned() })
+        let id = String::from_utf8(output.stdout)?.trim().to_owned();
+        let mut remover = Command::new("sh");
+        remover.args(["-c", "read -r _; exec docker rm --force \"$0\"", &id]);
+        let remover = remover.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        Ok(Self { remover })
     }
 }
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let _ = Command::new("docker").args(["rm", "--force", &self.id]).output();
+        drop(self.remover.stdin.take());
+        let _ = self.remover.wait();
     }
 }

@@ -76,13 +76,17 @@ impl Nats {
             Running::Process(spawn_tied(command)?)
         } else {
             ensure!(Container::available(), "neither nats-server nor Docker is on this machine; `make setup` installs the first");
+            // As its own user, so that the folder can be removed; its store outlives a restart.
+            let store = self.dir.path().join("store");
+            std::fs::create_dir_all(&store)?;
+            let user = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
             let (publish, volume) = (format!("127.0.0.1:{}:4222", self.port), format!("{}:/conf:ro", self.dir.path().display()));
+            let data = format!("{}:/store", store.display());
             let variables = passwords.map(|(name, value)| format!("{name}={value}"));
-            let mut options = vec!["--publish", publish.as_str(), "--volume", volume.as_str()];
+            let mut options =
+                vec!["--publish", publish.as_str(), "--volume", volume.as_str(), "--volume", data.as_str(), "--user", user.as_str()];
             options.extend(variables.iter().flat_map(|variable| ["--env", variable.as_str()]));
-            Running::Container {
-                _container: Container::run(&options, "nats:2.12", &["-c", "/conf/nats-server.conf", "-sd", "/tmp/store"])?,
-            }
+            Running::Container { _container: Container::run(&options, "nats:2.12", &["-c", "/conf/nats-server.conf", "-sd", "/store"])? }
         };
         self.running = Some(running);
         for _ in 0..1000 {
