@@ -194,6 +194,17 @@ def test_streams_pass_the_ingress():
     assert next(d for d in render(FULL) if d["kind"] == "HTTPRoute")["spec"]["rules"][0]["timeouts"] == {"request": "0s"}
 
 
+def test_the_gateway_answers_to_its_names_and_starts_in_production():
+    for values, hosts in ((REAL, []), (FULL, ["api.example.com"])):
+        documents = render(values)
+        environment = settings(find(documents, "Deployment", "gateway")["spec"]["template"])
+        own = ["aod-agent-on-demand-gateway", "aod-agent-on-demand-gateway.agents.svc"]
+        assert environment["AOD_ENV"] == "production" and environment["ALLOWED_HOSTS"].split(",") == own + hosts
+        # `helm test` calls it by the first.
+        test = next(d for d in documents if d["kind"] == "Pod")
+        assert test["spec"]["containers"][0]["args"][1].startswith(f"http://{own[0]}:")
+
+
 def test_the_database_is_made_before_the_services_need_it():
     job = find(render(REAL), "Job", "database")
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"

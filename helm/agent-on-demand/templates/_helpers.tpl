@@ -68,7 +68,11 @@ capabilities: { drop: [ALL] }
 {{- /* Until every proxy has heard that this pod goes. */}}
 {{- $_ := set $settings "AOD_DRAIN_SECONDS" "10" }}
 {{- $_ := set $settings "AOD_TRUSTED_PROXIES" (toString $values.trustedProxies) }}
-{{- if $values.allowedHosts }}{{ $_ := set $settings "ALLOWED_HOSTS" (join "," $values.allowedHosts) }}{{ end }}
+{{- /* By its name in the cluster, for `helm test` and others there; and as the world calls it. */}}
+{{- $own := printf "%s-gateway" (include "aod.fullname" .root) }}
+{{- $hosts := concat (list $own (printf "%s.%s.svc" $own .root.Release.Namespace)) $values.allowedHosts $values.httpRoute.hostnames }}
+{{- if $values.ingress.enabled }}{{ $hosts = append $hosts $values.ingress.host }}{{ end }}
+{{- $_ := set $settings "ALLOWED_HOSTS" (ternary "*" ($hosts | uniq | join ",") .root.Values.trial.enabled) }}
 {{- if .root.Values.trial.enabled }}{{ $_ := set $settings "ENABLE_SHELL_RUNTIME" "true" }}{{ end }}
 {{- end }}
 {{- if eq .name "scheduler" }}{{ $_ := set $settings "AOD_STREAM_REPLICAS" (toString .root.Values.nats.streamReplicas) }}{{ end }}

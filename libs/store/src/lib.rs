@@ -63,7 +63,8 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
     let migrations = steps.iter().map(|(version, description, sql)| {
         Migration::new(*version, Cow::Borrowed(*description), MigrationType::Simple, SqlStr::from_static(sql), false)
     });
-    let migrator = Migrator { migrations: Cow::Owned(migrations.collect()), ..Migrator::DEFAULT };
+    // What is there and not known here is a newer release's, and only adds: an old replica starts again during an upgrade, and after a rollback.
+    let migrator = Migrator { migrations: Cow::Owned(migrations.collect()), ignore_missing: true, ..Migrator::DEFAULT };
     migrator.run(&pool).await?;
     Ok(pool)
 }
