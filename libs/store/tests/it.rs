@@ -1,7 +1,5 @@
 //! Migrations, on a real server.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use store::Step;
 use testkit::Database;
 
