@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
-.PHONY: setup build demo dev test faults reference fmt lint clean
+.PHONY: setup build demo dev test faults bench reference fmt lint clean
 
 # Says nothing when nothing is missing. AGENTS="claude codex gemini opencode" installs more CLIs than the default.
 setup:
@@ -29,6 +29,12 @@ test: build
 faults: build
 	@$(CARGO) build --quiet -p system-tests --bin faults
 	@$(BIN)/faults $(ARGS)
+
+# How fast it is, beside floors of the same run: the whole stack, then the sandboxes. ARGS=replay measures one thing of the first.
+bench: setup
+	@$(CARGO) build --release --workspace --bins
+	@$(CARGO) bench --quiet -p system-tests --bench stack -- $(ARGS)
+	@$(CARGO) bench --quiet -p local-sprites
 
 # docs/configuration.md, from what the services say at --help.
 reference: build

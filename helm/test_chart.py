@@ -176,7 +176,7 @@ def test_what_selects_finds_something():
 
 def test_runners_scale_by_what_waits():
     triggers = next(d for d in render(FULL) if d["kind"] == "ScaledObject")["spec"]["triggers"]
-    assert triggers[0]["metadata"] == {"natsServerMonitoringEndpoint": "nats.bus:8222", "account": "$G", "stream": "JOBS", "consumer": "runner", "lagThreshold": "48"}
+    assert triggers[0]["metadata"] == {"natsServerMonitoringEndpoint": "nats.bus:8222", "account": "AOD", "stream": "JOBS", "consumer": "runner", "lagThreshold": "48"}
     assert "aod_jobs_in_hand" in triggers[1]["metadata"]["query"]
     metrics = find(render(PLAIN_HPA), "HorizontalPodAutoscaler", "sprite-runner")["spec"]["metrics"]
     assert [m["external"]["metric"]["name"] for m in metrics] == ["aod_jobs_waiting", "aod_jobs_in_hand"]

@@ -1,5 +1,6 @@
 """docker-compose.yml, read as Compose reads it, and by Compose itself where there is one."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -56,6 +57,13 @@ def test_what_is_mounted_is_there():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert (ROOT / source).is_file() if source.startswith("./") else source in COMPOSE["volumes"], (name, volume)
+
+
+def test_every_secret_has_a_volume(tmp_path):
+    """`aod deploy secrets` runs with a root that it cannot write to."""
+    subprocess.run([os.environ.get("AOD", "aod"), "deploy", "secrets", tmp_path], check=True, timeout=60, stdout=subprocess.DEVNULL)
+    mounted = [volume.split(":")[1] for volume in SERVICES["secrets"]["volumes"]]
+    assert sorted(f"/secrets/{folder.name}" for folder in tmp_path.iterdir()) == sorted(mounted)
 
 
 def test_prometheus_asks_every_service():

@@ -32,6 +32,8 @@ pub struct Stack {
     child: Child,
     data: TempDir,
     pub http: reqwest::Client,
+    /// Without a limit on the whole: a stream is as long as its session.
+    streams: reqwest::Client,
 }
 
 /// An answer of the API.
@@ -89,7 +91,8 @@ impl Stack {
         });
         let child = receiver.recv()??;
         let http = reqwest::Client::builder().timeout(Duration::from_secs(60)).build()?;
-        let mut stack = Self { child, data, http };
+        let streams = reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).build()?;
+        let mut stack = Self { child, data, http, streams };
         let begun = Instant::now();
         while !stack.ready_file().exists() {
             let ended = stack.child.try_wait()?;
@@ -215,12 +218,18 @@ impl Stack {
     /// # Errors
     /// When it is refused.
     pub async fn stream(&self, session: &str, since: u64) -> anyhow::Result<Events> {
+        Ok(Events::new(self.open_stream(session, since).await?))
+    }
+
+    /// As [`Self::stream`], unread.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn open_stream(&self, session: &str, since: u64) -> anyhow::Result<reqwest::Response> {
         let url = format!("{}/sessions/{session}/stream?since={since}", self.ready_text("/api_url"));
-        // No limit on the whole: a stream is as long as its session.
-        let client = reqwest::Client::builder().build()?;
-        let response = client.get(url).bearer_auth(self.ready_text("/api_key")).send().await?;
+        let response = self.streams.get(url).bearer_auth(self.ready_text("/api_key")).send().await?;
         ensure!(response.status().is_success(), "stream: {}", response.status());
-        Ok(Events::new(response))
+        Ok(response)
     }
 
     /// The command line, pointed at this stack.

@@ -1,28 +1,26 @@
 //! Who may do what on the bus. NATS enforces it: `nats/permissions.conf` is rendered from this table.
 
-use std::fmt::Write as _;
-
 /// A user of the bus: each service has its own, and may use only its own subjects.
 #[derive(Clone, Copy, Debug)]
 pub struct Access {
-    /// The NATS user, and the middle of the variable that holds its password: `NATS_PASSWORD_<USER>`.
+    /// The NATS user, see [`password_variable`].
     pub user: &'static str,
     pub publish: &'static [&'static str],
     pub subscribe: &'static [&'static str],
 }
 
 impl Access {
-    /// The variable that the server reads the user's password from.
-    #[must_use]
-    pub fn password_variable(&self) -> String {
-        format!("NATS_PASSWORD_{}", self.user.to_uppercase())
-    }
-
     /// Where the user's replies arrive: nobody else may listen there.
     #[must_use]
     pub fn inbox(&self) -> String {
         inbox(self.user)
     }
+}
+
+/// The variable that the server reads a user's password from.
+#[must_use]
+pub fn password_variable(user: &str) -> String {
+    format!("NATS_PASSWORD_{}", user.to_uppercase())
 }
 
 /// The inbox prefix of a user.
@@ -132,6 +130,17 @@ pub const EVENTS: Access = Access {
 
 pub const ALL: [Access; 7] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, OPERATOR, EVENTS];
 
+/// The account of all of these: what is said in it, other accounts of the same servers do not hear.
+pub const ACCOUNT: &str = "AOD";
+
+/// The user of the servers' own account: it reports on servers and removes one from a cluster, and hears nothing of [`ACCOUNT`].
+pub const SYSTEM: &str = "system";
+
+/// Every user that the servers know.
+pub fn users() -> impl Iterator<Item = &'static str> {
+    ALL.iter().map(|access| access.user).chain([SYSTEM])
+}
+
 /// Whether a subject is one of those that a pattern of NATS means.
 #[must_use]
 pub fn matches(pattern: &str, subject: &str) -> bool {
@@ -146,34 +155,51 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
     }
 }
 
-/// The server's `authorization` block.
+/// The servers' accounts, with their users.
 #[must_use]
 pub fn render_permissions() -> String {
-    let mut text = String::from(
-        "# Rendered from libs/contract/src/access.rs by `cargo xtask gen`. Passwords come from the server's environment.\nauthorization {\n  users = [\n",
-    );
-    for access in ALL {
-        let inbox = format!("{}.>", access.inbox());
-        // Its own inbox a user may also write to: how it learns that the server has taken note of what it sent.
-        let publish: Vec<_> = access.publish.iter().copied().chain([inbox.as_str()]).collect();
-        let subscribe: Vec<_> = access.subscribe.iter().copied().chain([inbox.as_str()]).collect();
-        // Writing to a String cannot fail.
-        let _ = writeln!(
-            text,
-            "    {{\n      user: {}\n      password: ${}\n      permissions: {{\n        publish: {{ allow: {} }}\n        subscribe: {{ allow: {} }}\n        allow_responses: {{ max: 1, expires: \"1m\" }}\n      }}\n    }}",
-            access.user,
-            access.password_variable(),
-            list(&publish),
-            list(&subscribe),
-        );
-    }
-    text.push_str("  ]\n}\n");
-    text
+    let users: String = ALL.iter().map(render_user).collect();
+    let system_password = password_variable(SYSTEM);
+    format!(
+        "# Rendered from libs/contract/src/access.rs by `cargo xtask gen`. Passwords come from the server's environment.
+accounts {{
+  {ACCOUNT} {{
+    jetstream: enabled
+    users: [
+{users}    ]
+  }}
+  SYS {{
+    users: [{{ user: {SYSTEM}, password: ${system_password} }}]
+  }}
+}}
+system_account: SYS
+"
+    )
 }
 
-fn list(subjects: &[&str]) -> String {
-    let quoted: Vec<_> = subjects.iter().map(|subject| format!("{subject:?}")).collect();
-    format!("[{}]", quoted.join(", "))
+fn render_user(access: &Access) -> String {
+    let inbox = format!("{}.>", access.inbox());
+    // Its own inbox a user may also write to: how it learns that the server has taken note of what it sent.
+    let allow = |subjects: &[&str]| {
+        let quoted: Vec<_> = subjects.iter().copied().chain([inbox.as_str()]).map(|subject| format!("{subject:?}")).collect();
+        quoted.join(", ")
+    };
+    format!(
+        "      {{
+        user: {}
+        password: ${}
+        permissions: {{
+          publish: {{ allow: [{}] }}
+          subscribe: {{ allow: [{}] }}
+          allow_responses: {{ max: 1, expires: \"1m\" }}
+        }}
+      }}
+",
+        access.user,
+        password_variable(access.user),
+        allow(access.publish),
+        allow(access.subscribe),
+    )
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ struct Listed {
     name: String,
 }
 
-/// Whether a call may find nothing because the Sprite is not there.
+/// Whether a 404 is believed at once: a file may well not be there; a Sprite may only seem not to be, and a creation has nothing to miss.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Absence {
     Expected,
@@ -84,7 +84,7 @@ impl Client {
     pub async fn ensure(&self, name: &SpriteName) -> Result<(), Error> {
         let body = serde_json::json!({ "name": name.as_str(), "wait_for_capacity": true });
         let request = || self.request(Method::POST, "/v1/sprites").timeout(CREATE_TIMEOUT).json(&body);
-        match self.send("create", Absence::Expected, request).await {
+        match self.send("create", Absence::Spurious, request).await {
             Ok(_) | Err(Error::Conflict { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -95,7 +95,7 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub async fn delete(&self, name: &SpriteName) -> Result<(), Error> {
-        match self.send("delete", Absence::Expected, || self.request(Method::DELETE, &format!("/v1/sprites/{name}"))).await {
+        match self.send("delete", Absence::Spurious, || self.request(Method::DELETE, &format!("/v1/sprites/{name}"))).await {
             Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -127,7 +127,7 @@ impl Client {
                     None => request,
                 }
             };
-            let reply: ListReply = self.send("list", Absence::Expected, request).await?.json().await.map_err(Error::transport)?;
+            let reply: ListReply = self.send("list", Absence::Spurious, request).await?.json().await.map_err(Error::transport)?;
             names.extend(reply.sprites.into_iter().map(|listed| listed.name));
             token = reply.next_continuation_token.filter(|_| reply.has_more);
             if token.is_none() {

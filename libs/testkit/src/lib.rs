@@ -3,6 +3,7 @@
 //! One Postgres serves a whole run (`testkit-run COMMAND` starts it and tells the tests by [`postgres::URL_VARIABLE`]); where a test
 //! runs alone, its process starts one for itself. Each test has a database of its own, and a nats-server of its own.
 
+pub mod bench;
 pub mod docker;
 pub mod nats;
 pub mod postgres;

@@ -65,7 +65,7 @@ impl Nats {
 
     fn run(&mut self) -> anyhow::Result<()> {
         let conf = self.dir.path().join("nats-server.conf");
-        let passwords = access::ALL.map(|access| (access.password_variable(), password(&access)));
+        let passwords = access::users().map(|user| (access::password_variable(user), password(user)));
         let running = if let Some(program) = find_program() {
             let mut command = Command::new(program);
             command.arg("-c").arg(conf).args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-sd"]).arg(self.dir.path().join("store"));
@@ -82,7 +82,7 @@ impl Nats {
             let user = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
             let (publish, volume) = (format!("127.0.0.1:{}:4222", self.port), format!("{}:/conf:ro", self.dir.path().display()));
             let data = format!("{}:/store", store.display());
-            let variables = passwords.map(|(name, value)| format!("{name}={value}"));
+            let variables: Vec<_> = passwords.map(|(name, value)| format!("{name}={value}")).collect();
             let mut options =
                 vec!["--publish", publish.as_str(), "--volume", volume.as_str(), "--volume", data.as_str(), "--user", user.as_str()];
             options.extend(variables.iter().flat_map(|variable| ["--env", variable.as_str()]));
@@ -120,7 +120,7 @@ impl Nats {
         bus::Config {
             url: self.url(),
             user: access.user,
-            password: password(access).into(),
+            password: password(access.user).into(),
             ca_file: self.tls.as_ref().map(|tls| tls.ca_file()),
             name: format!("test/{}", access.user),
         }
@@ -135,8 +135,8 @@ impl Nats {
 
     /// `NATS_PASSWORD` of a user.
     #[must_use]
-    pub fn password(&self, access: &Access) -> String {
-        password(access)
+    pub fn password(&self, user: &str) -> String {
+        password(user)
     }
 
     /// Connects as a user of the bus.
@@ -169,8 +169,8 @@ impl Drop for Nats {
     }
 }
 
-fn password(access: &Access) -> String {
-    format!("test-{}", access.user)
+fn password(user: &str) -> String {
+    format!("test-{user}")
 }
 
 /// The one that was asked for, the set-up script's, or the one on PATH; new enough, or none.

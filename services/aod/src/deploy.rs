@@ -71,9 +71,9 @@ struct Secrets {
 impl Secrets {
     fn make(&self, database: &str) -> Result<(), String> {
         let mut nats = String::from("# Made by `aod deploy secrets`: what nats/permissions.conf takes from the server's environment.\n");
-        for access in access::ALL {
-            let password = self.keep(folder(access.user), "NATS_PASSWORD")?;
-            nats.push_str(&format!("{}={password}\n", access.password_variable()));
+        for user in access::users() {
+            let password = self.keep(folder(user), "NATS_PASSWORD")?;
+            nats.push_str(&format!("{}={password}\n", access::password_variable(user)));
         }
         self.put("nats", "passwords.env", &nats)?;
         for role in store::provision::SERVICES {

@@ -68,7 +68,7 @@ impl Config {
             addr: env.parsed("AOD_LISTEN_ADDR", "where the API listens", ([127, 0, 0, 1], 8777).into()),
             drain: Duration::from_secs(env.parsed(
                 "AOD_DRAIN_SECONDS",
-                "how long requests are still taken after SIGTERM, until a load balancer sends them elsewhere",
+                "how long requests are still taken after SIGTERM, until a load balancer sends them elsewhere; longer than it keeps an idle connection",
                 5,
             )),
             api: ApiConfig {

@@ -10,6 +10,7 @@ use axum::{
     middleware::Next,
     response::Response,
 };
+use futures::FutureExt as _;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -30,6 +31,8 @@ const HEAD_BYTES_MAX: usize = 64 * 1024;
 const HEADERS_MAX: usize = 100;
 /// After an accept that failed: for want of file descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// What was the last to connect sends its request within this time.
+const LAST_REQUESTS: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -73,6 +76,16 @@ pub async fn send_elsewhere(State(ending): State<Ending>, request: Request<Body>
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, ending: Ending) {
     let mut closed = std::pin::pin!(ending.closed());
     let (slots, connections, graceful) = (Arc::new(Semaphore::new(limits.connections)), TaskTracker::new(), GracefulShutdown::new());
+    let begin = |stream, addr, slot| {
+        metrics::counter!("aod_http_connections_total").increment(1);
+        let connection = graceful.watch(connection(stream, addr, router.clone(), limits.patience));
+        connections.spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%addr, %error, "connection ended");
+            }
+            drop(slot);
+        });
+    };
     loop {
         let accepted = async {
             // The semaphore is never closed.
@@ -83,25 +96,22 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, ending
             () = &mut closed => break,
             accepted = accepted => accepted,
         };
-        let (stream, addr) = match accepted {
-            Ok(accepted) => accepted,
+        match accepted {
+            Ok((stream, addr)) => begin(stream, addr, slot),
             Err(error) => {
                 tracing::warn!(%error, "connection not accepted");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
             }
-        };
-        metrics::counter!("aod_http_connections_total").increment(1);
-        let connection = graceful.watch(connection(stream, addr, router.clone(), limits.patience));
-        connections.spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%addr, %error, "connection ended");
-            }
-            drop(slot);
-        });
+        }
+    }
+    // A client's kernel has told it that these are connected.
+    while let Some(Ok((stream, addr))) = listener.accept().now_or_never() {
+        begin(stream, addr, None);
     }
     drop(listener);
     ending.closing.cancel();
+    // The shutdown closes a connection that no request has come on.
+    tokio::time::sleep(LAST_REQUESTS).await;
     graceful.shutdown().await;
     connections.close();
     connections.wait().await;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use sprites::{Client, ExecEvent, ExecRequest, Sprite};
+use testkit::bench::{Times, report_rate};
 
 const TOKEN: &str = "t";
 const STREAM_BYTES: usize = 1 << 30;
@@ -38,29 +39,29 @@ async fn run() -> anyhow::Result<()> {
 }
 
 async fn measure(client: &Client) -> anyhow::Result<()> {
-    let sandbox = times(50, async || {
+    let sandbox = Times::of(50, async || {
         bubblewrap(&["true"]).output()?;
         Ok(())
     })
     .await?;
     let mut number = 0;
-    let create = times(50, async || {
+    let create = Times::of(50, async || {
         number += 1;
         Ok(client.ensure(&format!("made-{number}").parse()?).await?)
     });
-    report("a Sprite is made", create.await?, "bwrap true", sandbox);
+    create.await?.report("a Sprite is made", "bwrap true", &sandbox);
 
     let sprite = client.sprite("made-1".parse()?);
-    let exec = times(200, async || run_true(&sprite).await).await?;
-    report("exec of `true`, a connection for each", exec, "bwrap true", sandbox);
+    let exec = Times::of(200, async || run_true(&sprite).await).await?;
+    exec.report("exec of `true`, a connection for each", "bwrap true", &sandbox);
 
     let begun = Instant::now();
     for number in 51..=100 {
         client.ensure(&format!("made-{number}").parse()?).await?;
     }
     println!("Sprites 51 to 100: {:?} each", begun.elapsed() / 50);
-    let full = times(200, async || run_true(&sprite).await).await?;
-    report("exec of `true`, 100 Sprites there", full, "bwrap true", sandbox);
+    let full = Times::of(200, async || run_true(&sprite).await).await?;
+    full.report("exec of `true`, 100 Sprites there", "bwrap true", &sandbox);
     let begun = Instant::now();
     let all = (1..=100).map(|number| {
         let client = client.clone();
@@ -83,7 +84,7 @@ async fn measure(client: &Client) -> anyhow::Result<()> {
     }
     anyhow::ensure!(received == STREAM_BYTES, "exec lost {}", STREAM_BYTES - received);
     let ours = rate(begun.elapsed());
-    println!("stdout of exec: {ours:.0} MB/s; through bwrap and a pipe: {floor:.0} MB/s; ratio {:.2}", ours / floor);
+    report_rate("stdout of exec", "MB", ours, "through bwrap and a pipe", floor);
 
     let begun = Instant::now();
     for number in 1..=100 {
@@ -130,23 +131,6 @@ async fn run_true(sprite: &Sprite) -> anyhow::Result<()> {
     let finished = sprite.exec(&request).await?.finish().await?;
     anyhow::ensure!(finished.code == 0, "{finished:?}");
     Ok(())
-}
-
-/// The median and the 99th of a hundred.
-async fn times(count: usize, mut work: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<(Duration, Duration)> {
-    let mut all = Vec::new();
-    for _ in 0..count {
-        let begun = Instant::now();
-        work().await?;
-        all.push(begun.elapsed());
-    }
-    all.sort();
-    Ok((all[count / 2], all[count * 99 / 100]))
-}
-
-fn report(what: &str, ours: (Duration, Duration), floor_name: &str, floor: (Duration, Duration)) {
-    let ratio = ours.0.as_secs_f64() / floor.0.as_secs_f64();
-    println!("{what}: p50 {:?}, p99 {:?}; {floor_name}: p50 {:?}, p99 {:?}; ratio {ratio:.1}", ours.0, ours.1, floor.0, floor.1);
 }
 
 fn rate(time: Duration) -> f64 {

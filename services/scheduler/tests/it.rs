@@ -40,7 +40,7 @@ impl World {
         let (nats, database) = (Nats::start().unwrap(), Database::create().await.unwrap());
         let settings = [
             ("NATS_URL", &*nats.url()),
-            ("NATS_PASSWORD", &*nats.password(&access::VAULT)),
+            ("NATS_PASSWORD", &*nats.password(access::VAULT.user)),
             ("DATABASE_URL", &*database.url("vault")),
             ("FIELD_ENCRYPTION_KEY", "0123456789abcdef"),
         ];

@@ -3,6 +3,8 @@
 //! `run-agent.sh` runs the CLI detached and spools its output to files, then writes its exit status, atomically. It never depends on
 //! anybody watching, starts at most once however often it is called, and enforces the turn's timeout itself.
 
+use std::iter;
+
 use bytes::Bytes;
 use contract::scheduler::TurnSpec;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -19,6 +21,8 @@ use crate::{
 
 const RUN_AGENT: &str = include_str!("../scripts/run-agent.sh");
 const FOLLOW: &str = include_str!("../scripts/follow.pl");
+/// Where pip, cargo and go put what they install for a user: after what the Sprite has, and looked up by set-up scripts and agents alike.
+const OWN_PROGRAMS: &str = "PATH=$PATH:$HOME/.local/bin:${CARGO_HOME:-$HOME/.cargo}/bin:${GOBIN:-${GOPATH:-$HOME/go}/bin}\n";
 const FOLLOW_PATH: &str = "/home/sprite/.aod/follow.pl";
 
 /// One turn's agent.
@@ -73,11 +77,12 @@ impl Agent {
         format!("{}/{}", self.turn_dir, if stderr { "stderr" } else { "stdout" })
     }
 
-    /// Later lines win: stored credentials, what the runtime and we set, the environment's variables, the session's own.
+    /// Later lines win: where programs are, stored credentials, what the runtime and we set, the environment's variables, the session's own.
     pub fn env_file(&self, secrets: &Secrets) -> String {
         let plain = self.plain_vars.iter().map(|(name, value)| (name.clone(), SecretString::from(value.as_str())));
         let vars = secrets.credential_vars().into_iter().chain(plain).chain(secrets.vars());
-        vars.map(|(name, value)| format!("{name}={}\n", quote(value.expose_secret()))).collect()
+        let lines = vars.map(|(name, value)| format!("{name}={}\n", quote(value.expose_secret())));
+        iter::once(OWN_PROGRAMS.to_owned()).chain(lines).collect()
     }
 
     /// What every turn of the session uses.

@@ -95,14 +95,8 @@ pub fn of_script(code: u8, said: &str, limited: bool) -> Option<Cause> {
     (code == KILLED || any(OUT_OF_MEMORY)).then_some(Cause::OutOfMemory)
 }
 
-const QUOTA_USED_UP: &[&str] = &[
-    "insufficient_quota",
-    "credit balance is too low",
-    "exceeded your current quota",
-    "billing_hard_limit",
-    "quota exceeded",
-    "resource_exhausted",
-];
+const QUOTA_USED_UP: &[&str] =
+    &["insufficient_quota", "credit balance is too low", "exceeded your current quota", "billing_hard_limit", "quota exceeded"];
 const KEY_REFUSED: &[&str] = &[
     "authentication_error",
     "authentication_failed",
@@ -119,12 +113,23 @@ const KEY_REFUSED: &[&str] = &[
 ];
 const MODEL_REFUSED: &[&str] =
     &["model_not_found", "not_found_error", "unknown model", "model is not supported", "model not found", "issue with the selected model"];
-const RATE_LIMITED: &[&str] = &["rate_limit", "rate limit", "too many requests", "error: 429", "status 429", "\"statuscode\":429"];
-const PROVIDER_FAILED: &[&str] =
-    &["overloaded", "internal server error", "api_error", "error: 500", "error: 503", "status 500", "\"statuscode\":500", "high demand"];
+const RATE_LIMITED: &[&str] =
+    &["rate_limit", "rate limit", "resource_exhausted", "too many requests", "error: 429", "status 429", "\"statuscode\":429"];
+const PROVIDER_FAILED: &[&str] = &[
+    "overloaded",
+    "server_error",
+    "ai_apicallerror",
+    "internal server error",
+    "api_error",
+    "error: 500",
+    "error: 503",
+    "status 500",
+    "\"statuscode\":500",
+    "high demand",
+];
 
-/// Of an agent that left with another status than 0, from the last that it printed.
-pub fn of_agent(code: u8, said: &str) -> Option<Cause> {
+/// Of an agent that left with another status than 0, or was ended when its time was up, from the last that it printed.
+pub fn of_agent(code: Option<u8>, said: &str) -> Option<Cause> {
     let said = said.to_lowercase();
     let causes = [
         (DISK_FULL, Cause::DiskFull),
@@ -135,7 +140,7 @@ pub fn of_agent(code: u8, said: &str) -> Option<Cause> {
         (PROVIDER_FAILED, Cause::ProviderFailed),
     ];
     let found = causes.iter().find(|(texts, _)| texts.iter().any(|text| said.contains(text))).map(|(_, cause)| *cause);
-    found.or_else(|| (code == KILLED).then_some(Cause::OutOfMemory))
+    found.or_else(|| (code == Some(KILLED)).then_some(Cause::OutOfMemory))
 }
 
 #[cfg(test)]
@@ -162,9 +167,11 @@ mod tests {
 
     #[test]
     fn an_agents_end_is_diagnosed_only_where_it_is_known() {
-        assert_eq!(of_agent(1, r#"{"type":"error","message":"401 Unauthorized: Incorrect API key"}"#), Some(Cause::KeyRefused));
-        assert_eq!(of_agent(1, "429 You exceeded your current quota"), Some(Cause::QuotaUsedUp));
-        assert_eq!(of_agent(137, ""), Some(Cause::OutOfMemory));
-        assert_eq!(of_agent(1, "tests failed"), None);
+        assert_eq!(of_agent(Some(1), r#"{"type":"error","message":"401 Unauthorized: Incorrect API key"}"#), Some(Cause::KeyRefused));
+        assert_eq!(of_agent(Some(1), "429 You exceeded your current quota"), Some(Cause::QuotaUsedUp));
+        assert_eq!(of_agent(Some(137), ""), Some(Cause::OutOfMemory));
+        assert_eq!(of_agent(None, r#"{"subtype":"api_retry","error_status":500,"error":"server_error"}"#), Some(Cause::ProviderFailed));
+        assert_eq!(of_agent(None, r#"{"code":429,"status":"RESOURCE_EXHAUSTED"}"#), Some(Cause::RateLimited));
+        assert_eq!(of_agent(Some(1), "tests failed"), None);
     }
 }

@@ -12,7 +12,7 @@ use types::{CredentialKind, Runtime, SessionId, SpriteName, Stage};
 use crate::{
     Runner,
     agent::Agent,
-    diagnosis,
+    diagnosis::{self, Cause},
     follow::{self, Status},
     provision::{Provisioning, StageFailed},
     record::{Fenced, Position, Record},
@@ -174,16 +174,22 @@ async fn work(
                 Some(reader) => usage::read(&sprite, &agent.spool(false), bytes, reader).await,
                 None => None,
             };
-            let failure = if code == 0 || runtime == Runtime::Shell { None } else { diagnose(&sprite, &agent, record, code).await };
+            let cause = if code == 0 || runtime == Runtime::Shell { None } else { diagnose(&sprite, &agent, record, Some(code)).await };
+            let failure = cause.map(|cause| Failure { stage: AGENT.to_owned(), message: format!("The agent exited with {code}: {cause}") });
             TurnEnded { exit_code: Some(i32::from(code)), failure, usage }
         }
-        Status::TimedOut => without_exit_code("timeout", format!("Turn timed out after {}s", spec.timeout_seconds)),
+        Status::TimedOut => {
+            // CLIs ask a model that fails again and again, for longer than many a turn may take.
+            let cause = if runtime == Runtime::Shell { None } else { diagnose(&sprite, &agent, record, None).await };
+            let hint = cause.map(|cause| format!(". Its last output suggests that {cause}")).unwrap_or_default();
+            without_exit_code("timeout", format!("Turn timed out after {}s{hint}", spec.timeout_seconds))
+        }
         Status::Lost => without_exit_code("sandbox", "The sandbox restarted while the agent was running".to_owned()),
     })
 }
 
-/// What an agent's end is put down to, where its last words say.
-async fn diagnose(sprite: &Sprite, agent: &Agent, record: &Record, code: u8) -> Option<Failure> {
+/// What an agent's end is put down to, where its last words say; without a status where it was ended.
+async fn diagnose(sprite: &Sprite, agent: &Agent, record: &Record, code: Option<u8>) -> Option<Cause> {
     const LAST_BYTES: u64 = 8 * 1024;
     let (stdout, stderr) = (agent.spool(false), agent.spool(true));
     let (stdout, stderr) = tokio::join!(
@@ -191,8 +197,7 @@ async fn diagnose(sprite: &Sprite, agent: &Agent, record: &Record, code: u8) -> 
         usage::tail(sprite, &stderr, record.checkpoint.stderr_offset, LAST_BYTES),
     );
     let said = [stdout, stderr].into_iter().flatten().collect::<Vec<_>>().join("\n");
-    let cause = diagnosis::of_agent(code, &said)?;
-    Some(Failure { stage: AGENT.to_owned(), message: format!("The agent exited with {code}: {cause}") })
+    diagnosis::of_agent(code, &said)
 }
 
 fn without_exit_code(stage: &str, message: String) -> TurnEnded {

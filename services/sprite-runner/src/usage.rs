@@ -131,7 +131,7 @@ mod tests {
         }
         for runtime in [Runtime::Codex, Runtime::Gemini, Runtime::Opencode] {
             let said = transcript(runtime, "refused.jsonl") + &transcript(runtime, "refused.stderr");
-            assert_eq!(crate::diagnosis::of_agent(1, &said), Some(crate::diagnosis::Cause::KeyRefused), "{runtime}");
+            assert_eq!(crate::diagnosis::of_agent(Some(1), &said), Some(crate::diagnosis::Cause::KeyRefused), "{runtime}");
         }
     }
 }

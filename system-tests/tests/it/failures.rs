@@ -65,18 +65,3 @@ async fn each_way_in_which_a_set_up_fails_has_its_own_words() {
         assert_eq!(failure["stage"], "provision_setup");
     }
 }
-
-/// Packages that are there are there for the agent.
-#[tokio::test]
-async fn packages_are_installed_for_the_agent() {
-    let stack = Stack::start(Options::default()).await.unwrap();
-    let packages = json!({ "pip": ["six==1.17.0"], "npm": ["is-odd@3.0.1"], "apt": ["hello"] });
-    let environment = stack.post("/environments", json!({ "name": "packages", "packages": packages })).await.unwrap();
-    let agent = stack.agent("shell").await.unwrap();
-    let prompt = "hello; python3 -c 'import six; print(six.__version__)'; NODE_PATH=$(npm root -g) node -p 'require(\"is-odd\")(3)'";
-    let body = json!({ "agent_id": agent, "environment_id": environment.text("id"), "prompt": prompt });
-    let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
-    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
-    let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
-    assert_eq!(output, "Hello, world!\n1.17.0\ntrue\n", "{:?}", events.last());
-}

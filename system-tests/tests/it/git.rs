@@ -1,9 +1,14 @@
 //! A real git server, in GitHub's place: git itself is told that GitHub is here.
 
+use std::process::Stdio;
+
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use testkit::eventually;
-use tokio::process::{Child, Command};
+use testkit::{eventually, tls::Tls};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::{Child, Command},
+};
 
 /// Ended when dropped.
 pub struct GitServer {
@@ -46,6 +51,61 @@ impl GitServer {
             "GIT_CONFIG_COUNT": "1",
             "GIT_CONFIG_KEY_0": format!("url.git://127.0.0.1:{}/.insteadOf", self.port),
             "GIT_CONFIG_VALUE_0": "https://github.com/",
+        })
+    }
+}
+
+/// github.com with repositories that each want a token of their own: reached by way of a proxy, over TLS, as git reaches the real one.
+/// Ended when dropped.
+pub struct PrivateGitHub {
+    served: TempDir,
+    _tls: Tls,
+    _server: Child,
+    port: u16,
+}
+
+impl PrivateGitHub {
+    /// Serves repositories, each `owner/name` with its token.
+    pub async fn start(repositories: &[(&str, &str)]) -> Self {
+        let served = tempfile::tempdir().unwrap();
+        let tls = Tls::generate().unwrap();
+        let mut server = Command::new("python3");
+        server.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/git/private_github.py")).arg(served.path()).arg(tls.certificate_file());
+        server.arg(tls.key_file()).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+        let mut server = server.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).await.unwrap();
+        let github = Self { served, _tls: tls, _server: server, port: line.trim().parse().unwrap() };
+        for (name, token) in repositories {
+            let path = github.served.path().join(name);
+            std::fs::create_dir_all(&path).unwrap();
+            github.git(name, &["init", "-q", "--bare", "-b", "main"]).await;
+            github.git(name, &["config", "http.receivepack", "true"]).await;
+            let tree = github.git(name, &["hash-object", "-t", "tree", "-w", "/dev/null"]).await;
+            let commit = github.git(name, &["commit-tree", &tree, "-m", "first"]).await;
+            github.git(name, &["update-ref", "refs/heads/main", &commit]).await;
+            std::fs::write(path.join("token"), token).unwrap();
+        }
+        github
+    }
+
+    /// What git says of a repository, asked on the server.
+    pub async fn git(&self, repository: &str, args: &[&str]) -> String {
+        let mut command = Command::new("git");
+        command.arg("-C").arg(self.served.path().join(repository)).args(["-c", "user.name=t", "-c", "user.email=t@example.org"]).args(args);
+        let output = command.output().await.unwrap();
+        assert!(output.status.success(), "git {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// Variables by which git finds it under its real name. Its certificate is nobody's that a Sprite knows.
+    pub fn as_github(&self) -> Value {
+        json!({
+            "GIT_CONFIG_COUNT": "2",
+            "GIT_CONFIG_KEY_0": "http.proxy",
+            "GIT_CONFIG_VALUE_0": format!("http://127.0.0.1:{}", self.port),
+            "GIT_CONFIG_KEY_1": "http.sslVerify",
+            "GIT_CONFIG_VALUE_1": "false",
         })
     }
 }

@@ -21,9 +21,13 @@ struct Thief {
 
 impl Thief {
     async fn of(nats: &Nats, access: &Access) -> Self {
+        Self::login(nats, access.user).await
+    }
+
+    async fn login(nats: &Nats, user: &str) -> Self {
         let (sender, errors) = tokio::sync::mpsc::unbounded_channel();
-        let options = async_nats::ConnectOptions::with_user_and_password(access.user.to_owned(), nats.password(access))
-            .custom_inbox_prefix(access.inbox())
+        let options = async_nats::ConnectOptions::with_user_and_password(user.to_owned(), nats.password(user))
+            .custom_inbox_prefix(access::inbox(user))
             .event_callback(move |event| {
                 let _ = sender.send(event.to_string());
                 std::future::ready(())
@@ -74,6 +78,26 @@ async fn nobody_hears_what_is_not_for_them() {
         let own = format!("{}.x", access.inbox());
         assert!(thief.may_subscribe(&own).await, "{} cannot hear its own answers: the check checks nothing", access.user);
     }
+}
+
+#[tokio::test]
+async fn the_servers_own_account_reports_on_them_and_hears_nothing_of_ours() {
+    let nats = Nats::start().unwrap();
+    let scheduler = nats.with_streams().await.unwrap();
+    let system = Thief::login(&nats, access::SYSTEM).await;
+    let report = system.client.request("$SYS.REQ.SERVER.PING.JSZ", "".into()).await.unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&report.payload).unwrap();
+    assert!(report["data"]["streams"].as_u64() >= Some(4), "{report}");
+
+    let mut heard = system.client.subscribe("aod.>").await.unwrap();
+    let mut thief = Thief::of(&nats, &access::RUNNER).await;
+    system.client.flush().await.unwrap();
+    let log = subject::session_log(types::SessionId::new());
+    assert!(thief.may_publish(&log).await);
+    system.client.publish(log, "".into()).await.unwrap();
+    assert!(futures::StreamExt::next(&mut heard).await.is_some_and(|message| message.payload.is_empty()), "its own message is heard");
+    assert!(tokio::time::timeout(A_MOMENT, futures::StreamExt::next(&mut heard)).await.is_err(), "and the runner's is not");
+    drop(scheduler);
 }
 
 #[tokio::test]

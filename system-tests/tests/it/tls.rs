@@ -15,7 +15,7 @@ async fn a_service_reaches_both_over_tls_and_refuses_who_cannot_prove_itself() {
     let url = |ca: &str| format!("{}?sslmode=verify-full&sslrootcert={ca}", database.url("auth"));
     let ca = tls.ca_file().display().to_string();
     let nats_ca = nats.config(&access::AUTH).ca_file.unwrap().display().to_string();
-    let password = nats.password(&access::AUTH);
+    let password = nats.password(access::AUTH.user);
     let settings = |database_url: &str, nats_url: &str, nats_ca: &str| {
         [("DATABASE_URL", database_url), ("NATS_URL", nats_url), ("NATS_CA_FILE", nats_ca), ("NATS_PASSWORD", password.as_str())]
             .map(|(name, value)| (name, value.to_owned()))

@@ -130,9 +130,9 @@ impl Secrets {
         if let Ok(text) = fs::read_to_string(path) {
             let mut secrets: Self = serde_json::from_str(&text)?;
             let known = secrets.nats_passwords.len();
-            for access in access::ALL {
-                if secrets.nats_password(access.user).is_empty() {
-                    secrets.nats_passwords.push((access.user.to_owned(), random::secret()?));
+            for user in access::users() {
+                if secrets.nats_password(user).is_empty() {
+                    secrets.nats_passwords.push((user.to_owned(), random::secret()?));
                 }
             }
             if secrets.nats_passwords.len() > known {
@@ -146,10 +146,7 @@ impl Secrets {
                 .iter()
                 .map(|name| Ok((String::from(*name), random::secret()?)))
                 .collect::<anyhow::Result<_>>()?,
-            nats_passwords: access::ALL
-                .iter()
-                .map(|access| Ok((access.user.to_owned(), random::secret()?)))
-                .collect::<anyhow::Result<_>>()?,
+            nats_passwords: access::users().map(|user| Ok((user.to_owned(), random::secret()?))).collect::<anyhow::Result<_>>()?,
             encryption_key: random::secret()?,
             sprites_token: random::secret()?,
             api_key: ApiKey::generate()?.reveal().to_owned(),

@@ -358,7 +358,7 @@ impl Stack {
             if !alone {
                 args.extend(["--cluster".to_owned(), format!("nats://{}", addrs.peer)]);
             }
-            let password = |access: &access::Access| (access.password_variable(), self.data.secrets.nats_password(access.user).to_owned());
+            let password = |user| (access::password_variable(user), self.data.secrets.nats_password(user).to_owned());
             let peer = [
                 ("NATS_SERVER_NAME".to_owned(), name.clone()),
                 ("NATS_CLUSTER_PASSWORD".to_owned(), cluster_password.clone()),
@@ -370,7 +370,7 @@ impl Stack {
                 service: "nats",
                 program: self.tools.nats_server.clone(),
                 args,
-                env: access::ALL.iter().map(password).chain(peer).collect(),
+                env: access::users().map(password).chain(peer).collect(),
                 user: None,
                 stop_signal: Signal::TERM,
                 probe: Probe::Connect(addrs.client),
