@@ -3,10 +3,11 @@
 
 use std::{
     ffi::OsString,
-    fs, io,
+    fs,
+    io::{self, Read as _},
     os::{fd::AsFd as _, unix::process::CommandExt as _, unix::process::ExitStatusExt as _},
     path::PathBuf,
-    process::{Command, ExitCode, ExitStatus},
+    process::{Command, ExitCode, ExitStatus, Stdio},
 };
 
 use rustix::{
@@ -40,6 +41,9 @@ pub struct Launch {
     pub dir: PathBuf,
     /// Whether standard input is a terminal that the command is to control.
     pub terminal: bool,
+    /// Whether it waits for a byte on standard input, which the command then does not have. It is there when what starts it has it on
+    /// record; where that died before, nothing runs that nobody knows of.
+    pub held: bool,
 }
 
 /// What a Sprite's processes may do beside what their user may (sprites-api.md §8.2 and §11.2).
@@ -147,6 +151,9 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         eprintln!("local-sprites: {COMMAND} is for the server itself");
         return ExitCode::from(2);
     };
+    if launch.held && io::stdin().read_exact(&mut [0]).is_err() {
+        return ExitCode::from(EXIT_NOT_ENTERED);
+    }
     if let Err(error) = launch.enter() {
         eprintln!("local-sprites: {error}");
         return ExitCode::from(EXIT_NOT_ENTERED);
@@ -161,6 +168,9 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         command.process_group(0);
         command
     };
+    if launch.held {
+        command.stdin(Stdio::null());
+    }
     let status = command.args(arguments).spawn().and_then(|mut child| child.wait());
     match status {
         Ok(status) => ExitCode::from(exit_code(status)),

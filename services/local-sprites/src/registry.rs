@@ -547,7 +547,7 @@ impl Sprite {
     pub fn launch(&self, holder: Holder, dir: PathBuf, terminal: bool) -> Launch {
         let limits = locked(&self.group).as_ref().map(Cgroup::entrances).unwrap_or_default();
         let privileges = locked(&self.record).privileges.as_ref().map(|policy| policy.profile).unwrap_or_default();
-        Launch { holder, limits, privileges, dir, terminal }
+        Launch { holder, limits, privileges, dir, terminal, held: false }
     }
 
     /// The environment that it was created with.

@@ -1,35 +1,31 @@
-//! Services of a Sprite (sprites-api.md §9): started when it boots, in the order of their needs, and again when they end.
-//!
-//! A service writes to two named pipes that it holds open itself, so that it outlives this server and loses no line: the next server
-//! reads on. What it writes goes to a log that the Sprite can read.
+//! Services of a Sprite (sprites-api.md §9): started when it boots, in the order of their needs, and again when they end. They outlive this
+//! server, and the next one keeps them on.
+
+mod output;
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, OpenOptions},
-    io::{self, Write as _},
-    path::{Path, PathBuf},
+    fs, io,
+    path::PathBuf,
     process::Stdio,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use rustix::{
-    fs::{CWD, FileType, Mode},
-    process::Signal,
-};
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use service::Lifecycle;
 use tokio::{
-    io::AsyncReadExt as _,
-    net::unix::pipe,
+    io::AsyncWriteExt as _,
     process::Child,
     sync::{broadcast, watch},
 };
 use types::{Backoff, Timestamp};
 
+use self::output::{Files, Output};
 use crate::{
     exec::{Stream, locked},
-    launch::exit_code,
+    launch::{Launch, exit_code},
     process::Process,
     registry::{RegistryError, Sprite},
     sandbox::{self, HOME, Holder},
@@ -39,8 +35,6 @@ use crate::{
 const RESTART: Backoff = Backoff { base: Duration::from_millis(500), max: Duration::from_secs(30), attempts: u32::MAX };
 /// One that ran so long begins with the shortest delay again.
 const STEADY: Duration = Duration::from_secs(60);
-const LOG_BYTES_MAX: u64 = 10 * 1024 * 1024;
-const LINE_BYTES_MAX: usize = 64 * 1024;
 /// How long a service's last words are waited for.
 const DRAIN: Duration = Duration::from_millis(50);
 const EVENTS_HELD: usize = 1024;
@@ -175,9 +169,7 @@ impl Services {
 
     pub fn remove(&self, sprite: &Sprite, name: &str) -> Result<(), ServiceError> {
         locked(&self.0).remove(name).ok_or(ServiceError::NotFound)?;
-        for pipe in pipes(sprite, name) {
-            let _ = fs::remove_file(pipe);
-        }
+        files(sprite, name).remove();
         Ok(sprite.change(|record| drop(record.services.remove(name)))?)
     }
 
@@ -344,7 +336,7 @@ impl Unit {
 
     /// Runs the service once, or follows a run that goes on from before; gives its exit status where that can be known.
     async fn run(&self, sprite: &Arc<Sprite>, holder: Holder, wanted: &mut watch::Receiver<Wanted>) -> io::Result<Option<u8>> {
-        let mut output = Outputs::open(sprite, &self.name)?;
+        let mut output = Output::open(&files(sprite, &self.name))?;
         let before = fs::read(pid_file(sprite, &self.name)).ok().and_then(|bytes| serde_json::from_slice::<Process>(&bytes).ok());
         let (process, mut child) = match before.filter(|process| process.is_alive()) {
             Some(process) => (process, None),
@@ -355,6 +347,9 @@ impl Unit {
             }
         };
         sandbox::write_atomically(&pid_file(sprite, &self.name), &serde_json::to_vec(&process)?)?;
+        if let Some(mut go) = child.as_mut().and_then(|child| child.stdin.take()) {
+            go.write_all(b"\n").await?;
+        }
         self.set(|state| {
             state.status = Status::Running;
             state.process = Some(process);
@@ -367,28 +362,25 @@ impl Unit {
         let code = loop {
             tokio::select! {
                 biased;
-                line = output.next(LINE_BYTES_MAX) => self.log(sprite, line?)?,
+                line = output.next() => self.tell_line(line?),
                 code = &mut ended => break code,
                 change = changed(wanted) => match change {
-                    Wanted::Stopped(grace) => break self.end(sprite, process, &mut output, ended.as_mut(), grace).await?,
+                    Wanted::Stopped(grace) => break self.end(process, &mut output, ended.as_mut(), grace).await?,
                     _ => return Ok(None),
                 },
             }
         };
-        while let Ok(line) = tokio::time::timeout(DRAIN, output.next(LINE_BYTES_MAX)).await {
-            self.log(sprite, line?)?;
+        while let Ok(line) = tokio::time::timeout(DRAIN, output.next()).await {
+            self.tell_line(line?);
         }
-        for line in output.rest() {
-            self.log(sprite, line)?;
-        }
+        output.rest()?.into_iter().for_each(|line| self.tell_line(line));
         Ok(code)
     }
 
     async fn end(
         &self,
-        sprite: &Sprite,
         process: Process,
-        output: &mut Outputs,
+        output: &mut Output,
         mut ended: std::pin::Pin<&mut impl Future<Output = Option<u8>>>,
         grace: Duration,
     ) -> io::Result<Option<u8>> {
@@ -400,7 +392,7 @@ impl Unit {
         loop {
             tokio::select! {
                 biased;
-                line = output.next(LINE_BYTES_MAX) => self.log(sprite, line?)?,
+                line = output.next() => self.tell_line(line?),
                 code = &mut ended => return Ok(code),
                 () = &mut out_of_patience, if !killed => {
                     killed = true;
@@ -410,28 +402,19 @@ impl Unit {
         }
     }
 
+    /// Starts it as far as to wait for a word that it is on record.
     fn spawn(&self, sprite: &Arc<Sprite>, holder: Holder) -> io::Result<Child> {
         let definition = sprite.record().services.remove(&self.name).ok_or_else(|| io::Error::other("it is defined no more"))?;
         let dir = definition.dir.filter(|dir| !dir.is_empty()).unwrap_or_else(|| HOME.to_owned());
         let argv: Vec<_> = std::iter::once(definition.cmd).chain(definition.args).collect();
-        let mut command = sprite.launch(holder, dir.into(), false).command(&argv)?;
+        let mut command = Launch { held: true, ..sprite.launch(holder, dir.into(), false) }.command(&argv)?;
         command.envs(sandbox::environment(holder)).envs(sprite.environment()).envs(definition.env);
-        let [stdout, stderr] = pipes(sprite, &self.name).map(|pipe| OpenOptions::new().read(true).write(true).open(pipe));
-        command.stdin(Stdio::null()).stdout(stdout?).stderr(stderr?).spawn()
+        let [stdout, stderr] = files(sprite, &self.name).writers()?;
+        command.stdin(Stdio::piped()).stdout(stdout).stderr(stderr).spawn()
     }
 
-    fn log(&self, sprite: &Sprite, (stream, line): (Stream, Vec<u8>)) -> io::Result<()> {
-        let path = log_path(sprite, &self.name);
-        let text = String::from_utf8_lossy(&line);
-        let name = if stream == Stream::Stdout { "stdout" } else { "stderr" };
-        let mut file = OpenOptions::new().create(true).append(true).open(&path)?;
-        if file.metadata()?.len() > LOG_BYTES_MAX {
-            fs::rename(&path, path.with_extension("log.1"))?;
-            file = File::create(&path)?;
-        }
-        writeln!(file, "{} [{name}] {}", Timestamp::now(), text.trim_end_matches('\n'))?;
-        self.tell(Event::Output(stream, text.into_owned()));
-        Ok(())
+    fn tell_line(&self, (stream, line): (Stream, String)) {
+        self.tell(Event::Output(stream, line));
     }
 }
 
@@ -457,64 +440,8 @@ fn pid_file(sprite: &Sprite, name: &str) -> PathBuf {
     sprite.dir().join(format!("services/{name}.process"))
 }
 
-fn pipes(sprite: &Sprite, name: &str) -> [PathBuf; 2] {
-    ["stdout", "stderr"].map(|stream| sprite.dir().join(format!("services/{name}.{stream}")))
-}
-
-/// The reading ends of a service's pipes, line by line.
-struct Outputs {
-    stdout: Lines,
-    stderr: Lines,
-}
-
-struct Lines {
-    pipe: pipe::Receiver,
-    held: Vec<u8>,
-}
-
-impl Outputs {
-    fn open(sprite: &Sprite, name: &str) -> io::Result<Self> {
-        fs::create_dir_all(sprite.dir().join("services"))?;
-        let [stdout, stderr] = pipes(sprite, name).map(|path| Lines::open(&path));
-        Ok(Self { stdout: stdout?, stderr: stderr? })
-    }
-
-    /// The next line of either; cut where it is longer than `max`.
-    async fn next(&mut self, max: usize) -> io::Result<(Stream, Vec<u8>)> {
-        tokio::select! {
-            line = self.stdout.next(max) => Ok((Stream::Stdout, line?)),
-            line = self.stderr.next(max) => Ok((Stream::Stderr, line?)),
-        }
-    }
-
-    /// What ended without an end of line.
-    fn rest(self) -> impl Iterator<Item = (Stream, Vec<u8>)> {
-        [(Stream::Stdout, self.stdout.held), (Stream::Stderr, self.stderr.held)].into_iter().filter(|(_, rest)| !rest.is_empty())
-    }
-}
-
-impl Lines {
-    fn open(path: &Path) -> io::Result<Self> {
-        match rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0) {
-            Err(error) if error != rustix::io::Errno::EXIST => return Err(error.into()),
-            _ => {}
-        }
-        // Opened for writing too, so that it never ends.
-        Ok(Self { pipe: pipe::OpenOptions::new().read_write(true).open_receiver(path)?, held: Vec::new() })
-    }
-
-    /// Loses nothing when it is dropped before it is done.
-    async fn next(&mut self, max: usize) -> io::Result<Vec<u8>> {
-        loop {
-            if let Some(end) =
-                self.held.iter().position(|byte| *byte == b'\n').map(|end| end + 1).or((self.held.len() >= max).then_some(max))
-            {
-                let rest = self.held.split_off(end);
-                return Ok(std::mem::replace(&mut self.held, rest));
-            }
-            self.pipe.read_buf(&mut self.held).await?;
-        }
-    }
+fn files(sprite: &Sprite, name: &str) -> Files {
+    Files::new(&sprite.dir().join("services"), name, log_path(sprite, name))
 }
 
 #[cfg(test)]

@@ -19,13 +19,13 @@ async fn what_runs_in_a_sprite_survives_a_kill_and_a_stop_of_the_server() {
     let mut server = Server::start(&[]).await;
     let sprite = server.sprite("survivor").await;
     bash(&sprite, "(setsid sh -c 'n=0; while true; do n=$((n+1)); echo $n >> ticks; sleep 0.05; done' >/dev/null 2>&1 &)").await;
-    let service = json!({ "cmd": "sh", "args": ["-c", "n=0; while true; do n=$((n+1)); echo line $n; sleep 0.02; done"] });
+    let service = json!({ "cmd": "sh", "args": ["-c", "n=0; while true; do n=$((n+1)); echo line $n; sleep 0.002; done"] });
     let (status, _) = call(&server, reqwest::Method::PUT, "survivor/services/counter?duration=100ms", service).await;
     assert_eq!(status, 200);
     let pid = said(&sprite, "pgrep -f 'echo line' | head -1").await;
-    for signal in [Signal::KILL, Signal::TERM] {
+    for signal in [Signal::KILL, Signal::TERM, Signal::KILL, Signal::KILL, Signal::KILL] {
         server.end(signal).await;
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
         server.run().await;
         assert_eq!(said(&sprite, "pgrep -f 'echo line' | head -1").await, pid, "the service is the same process");
         let before: u64 = said(&sprite, "tail -1 ticks").await.trim().parse().unwrap();
@@ -39,6 +39,25 @@ async fn what_runs_in_a_sprite_survives_a_kill_and_a_stop_of_the_server() {
     server.end(Signal::INT).await;
     server.run().await;
     assert_eq!(said(&sprite, "pgrep -fc 'ech[o] $n'; ls ticks").await, "0\nticks\n", "its programs end, its disk stays");
+}
+
+#[tokio::test]
+async fn a_service_that_prints_a_lot_loses_and_doubles_no_line_when_the_server_is_killed() {
+    const LINES: usize = 150_000;
+    let mut server = Server::start(&[]).await;
+    let sprite = server.sprite("printer").await;
+    let service = json!({ "cmd": "sh", "args": ["-c", format!("seq 1 {LINES}; exec sleep 1000")] });
+    let (status, _) = call(&server, reqwest::Method::PUT, "printer/services/burst?duration=1ms", service).await;
+    assert_eq!(status, 200);
+    for delay in [1, 20, 50, 100, 200].map(Duration::from_millis) {
+        server.end(Signal::KILL).await;
+        server.run().await;
+        tokio::time::sleep(delay).await;
+    }
+    let log = "/.sprite/logs/services/burst.log";
+    let last = format!("tail -1 {log}");
+    testkit::eventually("the last line is logged", async || said(&sprite, &last).await.ends_with(&format!(" {LINES}\n"))).await;
+    assert_eq!(said(&sprite, &format!("cut -d' ' -f3 {log} | diff - <(seq 1 {LINES}) | head -20")).await, "");
 }
 
 #[tokio::test]
