@@ -6,12 +6,14 @@ usage() {
     exit 1
 }
 user=root
+keep_home=
 while [ $# -gt 0 ]; do
     case $1 in
         --) shift; break ;;
         -u | --user) [ $# -gt 1 ] || usage; user=$2; shift 2 ;;
         -v | --validate | -k) exit 0 ;;
-        -[EHnSib]* | --preserve-env* | --non-interactive | --set-home | --login | --stdin) shift ;;
+        -E | --preserve-env) keep_home=yes; shift ;;
+        -[EHnSib]* | --preserve-env=* | --non-interactive | --set-home | --login | --stdin) shift ;;
         -*) usage ;;
         *) break ;;
     esac
@@ -19,5 +21,6 @@ done
 [ $# -gt 0 ] || usage
 entry=$(getent passwd "$user") || { echo "sudo: unknown user $user" >&2; exit 1; }
 group=$(echo "$entry" | cut -d: -f4)
-home=$(echo "$entry" | cut -d: -f6)
+home=${keep_home:+$HOME}
+home=${home:-$(echo "$entry" | cut -d: -f6)}
 exec setpriv --reuid "$user" --regid "$group" --init-groups env HOME="$home" USER="$user" LOGNAME="$user" SUDO_USER="$(id -un)" "$@"

@@ -68,15 +68,20 @@ async fn usable_environment(tx: &mut PgConnection, user: UserId, id: &str) -> Re
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let outcome = create_in(&mut tx, request).await;
+    once::finish(tx, outcome).await
+}
+
+async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
     const ROUTE: &str = "agents";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    if let Some(agent) = once::earlier(&mut tx, user, ROUTE, request.once.as_ref()).await? {
+    if let Some(agent) = once::earlier(tx, user, ROUTE, request.once.as_ref()).await? {
         return Ok(CreateAgentReply { agent: Some(agent), replayed: true });
     }
     let environment_id = match &request.environment_id {
         None => None,
-        Some(id) => Some(usable_environment(&mut tx, user, id).await?),
+        Some(id) => Some(usable_environment(tx, user, id).await?),
     };
     let now = now();
     let row = AgentRow {
@@ -104,10 +109,9 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
         .execute(&mut *tx)
         .await
         .map_err(Failure::internal)?;
-    insert_version(&mut tx, &row).await?;
+    insert_version(tx, &row).await?;
     let agent = Agent::from(row);
-    once::remember(&mut tx, user, ROUTE, request.once.as_ref(), &agent).await?;
-    tx.commit().await.map_err(Failure::internal)?;
+    once::remember(tx, user, ROUTE, request.once.as_ref(), &agent).await?;
     Ok(CreateAgentReply { agent: Some(agent), replayed: false })
 }
 

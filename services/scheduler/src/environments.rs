@@ -73,10 +73,15 @@ fn refused(error: sqlx::Error, name: &str) -> Failure {
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let outcome = create_in(&mut tx, request).await;
+    once::finish(tx, outcome).await
+}
+
+async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
     const ROUTE: &str = "environments";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    if let Some(environment) = once::earlier(&mut tx, user, ROUTE, request.once.as_ref()).await? {
+    if let Some(environment) = once::earlier(tx, user, ROUTE, request.once.as_ref()).await? {
         return Ok(CreateEnvironmentReply { environment: Some(environment), replayed: true });
     }
     let now = now();
@@ -101,10 +106,9 @@ pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> 
         .execute(&mut *tx)
         .await
         .map_err(|error| refused(error, &row.name))?;
-    insert_version(&mut tx, &row).await?;
+    insert_version(tx, &row).await?;
     let environment = Environment::from(row);
-    once::remember(&mut tx, user, ROUTE, request.once.as_ref(), &environment).await?;
-    tx.commit().await.map_err(Failure::internal)?;
+    once::remember(tx, user, ROUTE, request.once.as_ref(), &environment).await?;
     Ok(CreateEnvironmentReply { environment: Some(environment), replayed: false })
 }
 

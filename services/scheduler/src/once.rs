@@ -5,7 +5,7 @@
 use bus::Failure;
 use contract::scheduler::Once;
 use prost::Message;
-use sqlx::{PgConnection, Row as _};
+use sqlx::{PgConnection, PgTransaction, Row as _};
 use types::{ErrorCode, UserId};
 
 /// The answer to an earlier request with the same key. Without a key there is none.
@@ -65,4 +65,16 @@ pub async fn remember(tx: &mut PgConnection, user: UserId, route: &str, once: Op
     .await
     .map_err(Failure::internal)?;
     Ok(())
+}
+
+/// Ends the transaction before its outcome is told: a repetition that comes right then does not find its key still in use.
+pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, Failure>) -> Result<T, Failure> {
+    match outcome {
+        Ok(reply) => tx.commit().await.map(|()| reply).map_err(Failure::internal),
+        Err(failure) => {
+            // Where that fails the connection is lost, and the key with it.
+            let _ = tx.rollback().await;
+            Err(failure)
+        }
+    }
 }

@@ -99,10 +99,17 @@ struct Template {
 
 /// Checks in the contract's order (§6), then one transaction: session, turn 1, job.
 pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let outcome = create_in(&scheduler, &mut tx, request).await;
+    let reply = once::finish(tx, outcome).await?;
+    scheduler.outbox.notify_one();
+    Ok(reply)
+}
+
+async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
     const ROUTE: &str = "sessions";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    if let Some(session) = once::earlier(&mut tx, user, ROUTE, request.once.as_ref()).await? {
+    if let Some(session) = once::earlier(tx, user, ROUTE, request.once.as_ref()).await? {
         return Ok(CreateSessionReply { session: Some(session), replayed: true });
     }
     let agent: AgentId = request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
@@ -140,7 +147,7 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
 
     let id = SessionId::new();
     let sprite = SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
-    enforce_quota(&mut tx, user, request.session_limit).await?;
+    enforce_quota(tx, user, request.session_limit).await?;
     let row: SessionRow = sqlx::query_as(concat!(
         "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
                               sprite, conversation_id, metadata, resources, secret_id, status, turn_count)
@@ -167,11 +174,9 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
         // Deleted a moment ago.
         if store::violates(&error, "session_environment_id_fkey") { environments::missing() } else { Failure::internal(error) }
     })?;
-    insert_turn(&mut tx, id, 1, &request.prompt, request.timeout_seconds).await?;
+    insert_turn(tx, id, 1, &request.prompt, request.timeout_seconds).await?;
     let session = Session::from(row);
-    once::remember(&mut tx, user, ROUTE, request.once.as_ref(), &session).await?;
-    tx.commit().await.map_err(Failure::internal)?;
-    scheduler.outbox.notify_one();
+    once::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
     Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 
@@ -384,14 +389,21 @@ pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<Li
 
 /// The next turn of a completed session. Of two racing prompts one finds the session completed.
 pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<CreateSessionReply, Failure> {
+    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let outcome = prompt_in(&mut tx, request).await;
+    let reply = once::finish(tx, outcome).await?;
+    scheduler.outbox.notify_one();
+    Ok(reply)
+}
+
+async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<CreateSessionReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let route = format!("sessions/{session}/prompt");
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    if let Some(session) = once::earlier(&mut tx, user, &route, request.once.as_ref()).await? {
+    if let Some(session) = once::earlier(tx, user, &route, request.once.as_ref()).await? {
         return Ok(CreateSessionReply { session: Some(session), replayed: true });
     }
-    let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(missing)?;
+    let row = lock(tx, session, Some(user)).await?.ok_or_else(missing)?;
     if let Some(refusal) = row.status()?.prompt_refusal() {
         return Err(Failure::conflict(refusal));
     }
@@ -399,7 +411,7 @@ pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<Crea
         return Err(Failure::conflict("Session backend is no longer available; start a new session."));
     }
     let turn = row.turn_count + 1;
-    insert_turn(&mut tx, session, turn, &request.prompt, request.timeout_seconds).await?;
+    insert_turn(tx, session, turn, &request.prompt, request.timeout_seconds).await?;
     let row: SessionRow = sqlx::query_as(concat!(
         "update session
          set status = 'pending', exit_code = null, failure_stage = null, failure_message = null, turn_count = $2, updated_at = now()
@@ -413,9 +425,7 @@ pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<Crea
     .await
     .map_err(Failure::internal)?;
     let session = Session::from(row);
-    once::remember(&mut tx, user, &route, request.once.as_ref(), &session).await?;
-    tx.commit().await.map_err(Failure::internal)?;
-    scheduler.outbox.notify_one();
+    once::remember(tx, user, &route, request.once.as_ref(), &session).await?;
     Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 

@@ -89,7 +89,8 @@ pub fn of_script(code: u8, said: &str, limited: bool) -> Option<Cause> {
     if any(CLONE_DENIED) {
         return Some(Cause::CloneDenied);
     }
-    if any(PACKAGE_NOT_FOUND) {
+    // Where no name is resolved, managers say that too.
+    if any(PACKAGE_NOT_FOUND) && !any(NOT_RESOLVED) {
         return Some(Cause::PackageNotFound);
     }
     (code == KILLED || any(OUT_OF_MEMORY)).then_some(Cause::OutOfMemory)
@@ -159,6 +160,7 @@ mod tests {
             (128, "fatal: unable to access 'https://x/': CONNECT tunnel failed, response 403", true, Some(Cause::PolicyBlocked)),
             (6, "curl: (6) Could not resolve host: x", true, Some(Cause::PolicyBlocked)),
             (6, "curl: (6) Could not resolve host: x", false, None),
+            (2, "Could not find a valid gem 'x', here is why: SocketError: getaddrinfo: Name or service not known", false, None),
             (1, "make: *** [all] Error 1", false, None),
         ] {
             assert_eq!(of_script(code, said, limited), cause, "{said}");

@@ -104,7 +104,7 @@ fn install(manager: PackageManager, names: &[String]) -> String {
             "set -e\nexport DEBIAN_FRONTEND=noninteractive\n{as_root}$root apt-get -q update\n$root apt-get -q install -y --no-install-recommends {all}\n"
         ),
         PackageManager::Cargo => format!("set -e\n{}", each("cargo install --quiet --")),
-        PackageManager::Gem => format!("set -e\n{as_root}{}", words.iter().map(|word| gem(word)).collect::<String>()),
+        PackageManager::Gem => format!("set -e\n{as_root}{}", names.iter().map(|name| gem(name)).collect::<String>()),
         PackageManager::Go => format!("set -e\n{}", each("go install")),
         PackageManager::Npm => format!("npm install --global --no-fund --no-audit -- {all}\n"),
         PackageManager::Pip => format!("PIP_BREAK_SYSTEM_PACKAGES=1 pip install --quiet -- {all}\n"),
@@ -112,11 +112,10 @@ fn install(manager: PackageManager, names: &[String]) -> String {
 }
 
 /// `name`, or `name@version` as the other managers write it.
-fn gem(word: &str) -> String {
-    match word.split_once('@') {
-        Some((name, version)) => format!("$root gem install --silent {name} --version {version}\n"),
-        None => format!("$root gem install --silent {word}\n"),
-    }
+fn gem(package: &str) -> String {
+    let (name, version) = package.split_once('@').unwrap_or((package, ""));
+    let version = if version.is_empty() { String::new() } else { format!(" --version {}", quote(version)) };
+    format!("$root gem install --no-document {}{version}\n", quote(name))
 }
 
 /// Harmless twice: what a clone that broke off has left is swept away, and one that is whole stays as it is.
@@ -174,6 +173,13 @@ mod tests {
         assert!(setup.steps()[1].script.contains("'requests>=2'") && setup.steps()[2].script.contains("'/work/a b'"));
         assert_eq!(setup.allowed_hosts(), Some(["*.x.org".to_owned()].as_slice()));
         assert_eq!(Setup::read(&TurnSpec::default()).unwrap().allowed_hosts(), None);
+    }
+
+    #[test]
+    fn a_gem_may_have_a_version_or_a_range_of_them() {
+        assert_eq!(gem("rake"), "$root gem install --no-document rake\n");
+        assert_eq!(gem("rake@13.0.6"), "$root gem install --no-document rake --version 13.0.6\n");
+        assert_eq!(gem("rake@~>13,<14"), "$root gem install --no-document rake --version '~>13,<14'\n");
     }
 
     #[test]

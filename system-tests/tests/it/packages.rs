@@ -1,8 +1,9 @@
 //! What an environment's packages are for: the agent finds them.
 
-use std::process::Stdio;
+use std::{process::Stdio, time::Duration};
 
 use serde_json::json;
+use sprites::{Client, ExecRequest};
 use system_tests::{Options, Stack};
 use testkit::eventually;
 use tokio::process::{Child, Command};
@@ -36,16 +37,55 @@ async fn module_proxy() -> (tempfile::TempDir, Child, u16) {
     (dir, server, port)
 }
 
-/// By the real managers; all but Go's from their own registries. Compilers come by apt, which is first.
+/// A gem, `greet`, and where its server is to listen: what RubyGems itself makes of them, in a Sprite that then serves them.
+const GEM_SERVER: &str = r#"
+    set -e
+    export DEBIAN_FRONTEND=noninteractive
+    sudo -E apt-get -qq update
+    sudo -E apt-get -qq install -y --no-install-recommends ruby
+    mkdir -p greet/bin served/gems
+    cd greet
+    printf '#!/usr/bin/ruby\nputs "hello from ruby"\n' >bin/greet-by-gem
+    chmod +x bin/greet-by-gem
+    echo 'Gem::Specification.new("greet", "1.0.0") { |gem| gem.summary, gem.authors = "says hello", ["us"]
+        gem.files, gem.executables = ["bin/greet-by-gem"], ["greet-by-gem"] }' >greet.gemspec
+    gem build --quiet --output ../served/gems/greet-1.0.0.gem greet.gemspec
+    cd ../served
+    gem generate_index --quiet --directory .
+    setsid python3 -m http.server --bind 127.0.0.1 PORT >/dev/null 2>&1 &"#;
+
+async fn gem_server(client: &Client) -> u16 {
+    let (name, port) = ("gems".parse().unwrap(), testkit::free_port().unwrap());
+    client.ensure(&name).await.unwrap();
+    let script = GEM_SERVER.replace("PORT", &port.to_string());
+    let request = ExecRequest { argv: &["bash", "-c", &script], ..ExecRequest::default() };
+    let made = client.sprite(name).run(&request, Duration::from_secs(300)).await.unwrap();
+    assert_eq!(made.code, 0, "{made:?}");
+    eventually("gems are served", || async { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
+    port
+}
+
+/// Has the session's Sprite take its gems from there, as a company's own image would: before packages are installed, of which apt's are first.
+async fn use_gem_server(client: &Client, port: u16) {
+    let names = async || client.list("aod-").await.unwrap();
+    eventually("the session has a Sprite", async || !names().await.is_empty()).await;
+    let sprite = client.sprite(names().await[0].parse().unwrap());
+    sprite.write("/home/sprite/.gemrc", format!(":sources: ['http://127.0.0.1:{port}/']\n"), 0o644).await.unwrap();
+}
+
+/// By the real managers, all six; Go's and Ruby's from servers of the test's, the others from their own registries. Compilers come by apt, which is first.
 #[tokio::test]
 async fn packages_are_installed_for_the_agent() {
     let stack = Stack::start(Options::default()).await.unwrap();
+    let client = Client::new(sprites::http_client().unwrap(), &stack.ready_text("/sprites_url"), stack.ready_text("/sprites_token").into());
     let (_modules, _server, port) = module_proxy().await;
+    let gems = gem_server(&client).await;
     let environment = json!({
         "name": "packages",
         "packages": {
-            "apt": ["hello", "cargo-web", "golang-go"],
+            "apt": ["hello", "cargo-web", "golang-go", "ruby"],
             "cargo": ["ungrammar2json@1.0.0"],
+            "gem": ["greet@~>1.0"],
             "go": ["example.org/greet@v1.0.0"],
             "npm": ["is-odd@3.0.1"],
             "pip": ["six==1.17.0"],
@@ -54,12 +94,13 @@ async fn packages_are_installed_for_the_agent() {
     });
     let environment = stack.post("/environments", environment).await.unwrap();
     let agent = stack.agent("shell").await.unwrap();
-    let prompt = r#"hello; echo "Name = 'a'" | ungrammar2json; greet 2>&1
+    let prompt = r#"hello; echo "Name = 'a'" | ungrammar2json; greet 2>&1; greet-by-gem
         NODE_PATH=$(npm root -g) node -p 'require("is-odd")(3)'; python3 -c 'import six; print(six.__version__)'"#;
     let body = json!({ "agent_id": agent, "environment_id": environment.text("id"), "prompt": prompt });
     let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+    use_gem_server(&client, gems).await;
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
-    let expected = "Hello, world!\n{\"Name\":{\"token\":\"a\"}}\nhello from go\ntrue\n1.17.0\n";
+    let expected = "Hello, world!\n{\"Name\":{\"token\":\"a\"}}\nhello from go\nhello from ruby\ntrue\n1.17.0\n";
     assert_eq!(output, expected, "{:?}", events.last());
 }

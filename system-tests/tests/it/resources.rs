@@ -109,7 +109,8 @@ async fn a_key_makes_a_request_take_effect_once() {
     ] {
         let (first, replayed, made) = send(&path, "k 1", body.clone()).await;
         assert_eq!((first, replayed), (status, false), "{path}: {made}");
-        for _ in 0..2 {
+        // Also right after one another.
+        for _ in 0..20 {
             assert_eq!(send(&path, "k 1", body.clone()).await, (status, true, made.clone()), "{path}");
         }
         let mut other = body.clone();
@@ -119,6 +120,11 @@ async fn a_key_makes_a_request_take_effect_once() {
         for bad in ["", &"x".repeat(256)] {
             assert_eq!(send(&path, bad, body.clone()).await.0, 400);
         }
+    }
+    // A refusal leaves the key free.
+    for _ in 0..20 {
+        let unknown = json!({ "agent_id": types::AgentId::new().to_string(), "prompt": "echo hi" });
+        assert_eq!(send("/sessions", "k 2", unknown).await.0, 404);
     }
     // At once: one takes effect, the others see its answer or that it is under way.
     let body = json!({ "name": "racing", "model": "m", "runtime": "shell" });
