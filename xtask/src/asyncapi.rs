@@ -6,9 +6,10 @@ use contract::{
     access,
     rpc::{RPCS, RpcInfo},
     subject::{PUBLICATIONS, Publication},
-    topology::{Retention, STREAMS, StreamSpec},
+    topology::{Retention, StreamSpec, streams},
 };
 use serde_json::{Map, Value, json};
+use types::Partition;
 
 use crate::{FILES, PROTO, root};
 
@@ -44,7 +45,7 @@ pub fn render() -> std::io::Result<String> {
             "nats": {
                 "host": "localhost:4222",
                 "protocol": "nats",
-                "description": format!("NATS 2.12 or later. Services of others connect as the user `{}`, which may read LIFECYCLE and EVENTS alone.", access::EVENTS.user),
+                "description": format!("NATS 2.12 or later. Services of others connect as the user `{}`, which may read LIFECYCLE and EVENTS alone. EVENTS_1 to EVENTS_7 are there as EVENT_PARTITIONS says.", access::EVENTS.user),
                 "security": [{ "$ref": "#/components/securitySchemes/user" }]
             }
         },
@@ -55,7 +56,7 @@ pub fn render() -> std::io::Result<String> {
             "schemas": schemas,
             "securitySchemes": { "user": { "type": "userPassword", "description": "A user of the bus: its own subjects and no others" } }
         },
-        "x-nats-streams": STREAMS.iter().map(describe_stream).collect::<Vec<_>>()
+        "x-nats-streams": streams(Partition::all()).map(describe_stream).collect::<Vec<_>>()
     });
     Ok(format!("{document:#}\n"))
 }
@@ -133,7 +134,7 @@ fn add_publication(
     );
 }
 
-fn describe_stream(stream: &StreamSpec) -> Value {
+fn describe_stream(stream: StreamSpec) -> Value {
     let seconds = |duration: Duration| duration.as_secs();
     json!({
         "name": stream.name,

@@ -29,7 +29,7 @@ use contract::{
 };
 use futures::StreamExt as _;
 use prost::Message as _;
-use types::{SessionId, Timestamp};
+use types::{Partition, SessionId, Timestamp};
 
 /// Follow what happens to sessions, on the bus.
 #[derive(Parser)]
@@ -78,16 +78,21 @@ async fn follow_lifecycle(jetstream: &jetstream::Context) -> Result<()> {
     Ok(())
 }
 
-/// One session's record: a subject of its own, in the order of what happened.
+/// One session's record: a subject of its own, in the order of what happened. It is in one of the partitions.
 async fn follow_output(jetstream: &jetstream::Context, session: SessionId) -> Result<()> {
-    let config = pull::OrderedConfig {
-        deliver_policy: DeliverPolicy::All,
-        filter_subject: subject::session_log(session),
-        name: Some(unique_name()),
-        ..Default::default()
-    };
-    let consumer = jetstream.get_stream_no_info(topology::EVENTS.name).await?.create_consumer(config).await?;
-    let mut events = consumer.messages().await?;
+    let mut partitions = Vec::new();
+    for partition in Partition::all() {
+        // There are as many as the deployment has.
+        let Ok(stream) = jetstream.get_stream(topology::events(partition).name).await else { continue };
+        let config = pull::OrderedConfig {
+            deliver_policy: DeliverPolicy::All,
+            filter_subject: subject::session_log(session, partition),
+            name: Some(unique_name()),
+            ..Default::default()
+        };
+        partitions.push(stream.create_consumer(config).await?.messages().await?);
+    }
+    let mut events = futures::stream::select_all(partitions);
     while let Some(message) = events.next().await {
         match SessionEvent::decode(message?.payload.clone())?.kind {
             Some(Kind::Output(output)) if output.stderr => std::io::stderr().write_all(&output.data)?,

@@ -18,7 +18,7 @@ use contract::{access, auth, rpc, subject, topology, vault};
 use futures::StreamExt as _;
 use testkit::{Nats, eventually};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use types::{ErrorCode, SessionId};
+use types::{ErrorCode, Partition, SessionId};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -63,7 +63,7 @@ async fn a_log_has_one_writer() {
     let nats = Nats::start().unwrap();
     nats.with_streams().await.unwrap();
     let runner = nats.connect(&access::RUNNER).await.unwrap();
-    let log = subject::session_log(SessionId::new());
+    let log = subject::session_log(SessionId::new(), Partition::FIRST);
     let first = runner.append(log.clone(), "one".into(), "id-1", Some(0)).await.unwrap();
     assert_eq!(runner.append(log.clone(), "one".into(), "id-1", None).await.unwrap(), first, "a repetition is no second entry");
     let repeated = runner.append(log.clone(), "one".into(), "id-1", Some(0)).await;
@@ -72,7 +72,7 @@ async fn a_log_has_one_writer() {
     let second = runner.append(log.clone(), "two".into(), "id-3", Some(first)).await.unwrap();
     let last = runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap();
     assert_eq!((last.sequence, last.payload.as_ref()), (second, b"two".as_slice()));
-    assert!(runner.last(topology::EVENTS.name, &subject::session_log(SessionId::new())).await.unwrap().is_none());
+    assert!(runner.last(topology::EVENTS.name, &subject::session_log(SessionId::new(), Partition::FIRST)).await.unwrap().is_none());
 }
 
 #[tokio::test]
@@ -80,7 +80,7 @@ async fn following_goes_on_after_the_server_was_killed() {
     let mut nats = Nats::start().unwrap();
     nats.with_streams().await.unwrap();
     let (runner, gateway) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
-    let log = subject::session_log(SessionId::new());
+    let log = subject::session_log(SessionId::new(), Partition::FIRST);
     let first = runner.append(log.clone(), "1".into(), "1", None).await.unwrap();
     let mut entries = gateway.follow(topology::EVENTS.name, log.clone(), first).await.unwrap();
     assert_eq!(entries.next().await.unwrap().unwrap().payload, "1");

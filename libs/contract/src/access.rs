@@ -1,4 +1,10 @@
 //! Who may do what on the bus. NATS enforces it: `nats/permissions.conf` is rendered from this table.
+//!
+//! What it says of the stream EVENTS goes for each of its partitions.
+
+use types::Partition;
+
+use crate::topology;
 
 /// A user of the bus: each service has its own, and may use only its own subjects.
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +20,16 @@ impl Access {
     #[must_use]
     pub fn inbox(&self) -> String {
         inbox(self.user)
+    }
+
+    /// What the user may publish to, for each partition.
+    fn publish_everywhere(&self) -> impl Iterator<Item = String> {
+        self.publish.iter().flat_map(|subject| match subject.split_once(".EVENTS") {
+            None => vec![(*subject).to_owned()],
+            Some((before, after)) => {
+                Partition::all().map(|partition| format!("{before}.{}{after}", topology::events(partition).name)).collect()
+            }
+        })
     }
 }
 
@@ -79,6 +95,7 @@ pub const RUNNER: Access = Access {
     user: "runner",
     publish: &[
         "aod.log.session.v1.*",
+        "aod.log.session.v1.*.*",
         "aod.dlq.runner.>",
         "aod.rpc.scheduler.v1.turn.*",
         "aod.rpc.scheduler.v1.sprite.>",
@@ -180,8 +197,8 @@ system_account: SYS
 fn render_user(access: &Access) -> String {
     let inbox = format!("{}.>", access.inbox());
     // Its own inbox a user may also write to: how it learns that the server has taken note of what it sent.
-    let allow = |subjects: &[&str]| {
-        let quoted: Vec<_> = subjects.iter().copied().chain([inbox.as_str()]).map(|subject| format!("{subject:?}")).collect();
+    let allow = |subjects: &mut dyn Iterator<Item = String>| {
+        let quoted: Vec<_> = subjects.chain([inbox.clone()]).map(|subject| format!("{subject:?}")).collect();
         quoted.join(", ")
     };
     format!(
@@ -197,8 +214,8 @@ fn render_user(access: &Access) -> String {
 ",
         access.user,
         password_variable(access.user),
-        allow(access.publish),
-        allow(access.subscribe),
+        allow(&mut access.publish_everywhere()),
+        allow(&mut access.subscribe.iter().map(ToString::to_string)),
     )
 }
 

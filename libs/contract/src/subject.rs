@@ -1,20 +1,22 @@
 //! Subjects that carry a key. Keys come from id types, which cannot hold `.`, `*`, `>` or a space.
 
-use types::{SessionId, SpriteName, UserId};
+use types::{Partition, SessionId, SpriteName, UserId};
 
-/// A session's record.
+/// A session's record. Its last word tells partitions but the first, so that each has a pattern of its own.
 #[must_use]
-pub fn session_log(session: SessionId) -> String {
-    format!("aod.log.session.v1.{session}")
+pub fn session_log(session: SessionId, partition: Partition) -> String {
+    match partition.number() {
+        0 => format!("aod.log.session.v1.{session}"),
+        number => format!("aod.log.session.v1.{session}.{number}"),
+    }
 }
 
 /// The session a record's subject belongs to.
 #[must_use]
 pub fn parse_session_log(subject: &str) -> Option<SessionId> {
-    subject.strip_prefix("aod.log.session.v1.")?.parse().ok()
+    let key = subject.strip_prefix("aod.log.session.v1.")?;
+    key.split_once('.').map_or(key, |(session, _)| session).parse().ok()
 }
-
-pub const SESSION_LOGS: &str = "aod.log.session.v1.*";
 
 #[must_use]
 pub fn turn_run(session: SessionId) -> String {
@@ -77,6 +79,13 @@ pub const PUBLICATIONS: &[Publication] = &[
         meaning: "All that a session shows, in order: stages, output, the ends of turns. The sequence in the stream EVENTS is the public event id.",
     },
     Publication {
+        name: "SessionLogOfPartition",
+        address: "aod.log.session.v1.{session}.{partition}",
+        parameters: &[SESSION, ("partition", "The number of the session's partition, where it is not the first: 1 to 7")],
+        message: Some("session::SessionEvent"),
+        meaning: "The same, of a session that was made while EVENT_PARTITIONS was more than 1. Partition 3 is the stream EVENTS_3.",
+    },
+    Publication {
         name: "SessionLifecycle",
         address: "aod.evt.scheduler.v1.session.{what}.{session}",
         parameters: &[("what", "`completed`, `failed`, `terminated` or `deleted`"), SESSION],
@@ -127,7 +136,9 @@ mod tests {
     #[test]
     fn a_logs_subject_gives_its_session_back() {
         let session = SessionId::new();
-        assert_eq!(parse_session_log(&session_log(session)), Some(session));
+        for partition in Partition::all() {
+            assert_eq!(parse_session_log(&session_log(session, partition)), Some(session));
+        }
         assert_eq!(parse_session_log("aod.log.session.v1.x"), None);
         assert_eq!(parse_session_log("aod.evt.scheduler.v1.session.completed"), None);
     }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use types::Partition;
+
 use crate::subject;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -46,11 +48,11 @@ pub const JOBS: StreamSpec = StreamSpec {
     duplicate_window: Duration::from_secs(600),
 };
 
-/// The scheduler trims what is recorded when room is needed. Full, it refuses, and whoever writes waits: its size is how far the recorder
-/// may lag behind.
+/// The first partition of the sessions' records. The scheduler trims what is recorded when room is needed. Full, it refuses, and whoever
+/// writes waits: its size is how far the recorder may lag behind.
 pub const EVENTS: StreamSpec = StreamSpec {
     name: "EVENTS",
-    subjects: &[subject::SESSION_LOGS],
+    subjects: &["aod.log.session.v1.*"],
     retention: Retention::Limits,
     max_age: DAY.saturating_mul(3),
     max_bytes: 8 * GIB,
@@ -78,7 +80,40 @@ pub const DLQ: StreamSpec = StreamSpec {
     duplicate_window: Duration::from_secs(120),
 };
 
-pub const STREAMS: [StreamSpec; 4] = [JOBS, EVENTS, LIFECYCLE, DLQ];
+static PARTITIONS: [StreamSpec; Partition::COUNT_MAX as usize] = [
+    EVENTS,
+    partition("EVENTS_1", &["aod.log.session.v1.*.1"]),
+    partition("EVENTS_2", &["aod.log.session.v1.*.2"]),
+    partition("EVENTS_3", &["aod.log.session.v1.*.3"]),
+    partition("EVENTS_4", &["aod.log.session.v1.*.4"]),
+    partition("EVENTS_5", &["aod.log.session.v1.*.5"]),
+    partition("EVENTS_6", &["aod.log.session.v1.*.6"]),
+    partition("EVENTS_7", &["aod.log.session.v1.*.7"]),
+];
+
+const fn partition(name: &'static str, subjects: &'static [&'static str]) -> StreamSpec {
+    StreamSpec { name, subjects, ..EVENTS }
+}
+
+/// The stream that holds the records of a partition's sessions.
+#[must_use]
+pub fn events(partition: Partition) -> &'static StreamSpec {
+    &PARTITIONS[usize::from(partition.number())]
+}
+
+/// The partition that a stream is, where it is one.
+#[must_use]
+pub fn partition_of(stream: &str) -> Option<Partition> {
+    Partition::all().find(|partition| events(*partition).name == stream)
+}
+
+/// Beside those of the partitions.
+pub const OTHERS: [StreamSpec; 3] = [JOBS, LIFECYCLE, DLQ];
+
+/// All streams of a deployment with these partitions.
+pub fn streams(partitions: impl IntoIterator<Item = Partition>) -> impl Iterator<Item = StreamSpec> {
+    OTHERS.into_iter().chain(partitions.into_iter().map(|partition| *events(partition)))
+}
 
 /// All runners share it: a job goes to one of them, and comes back when that one falls silent.
 pub const RUNNER: ConsumerSpec = ConsumerSpec {
@@ -90,3 +125,24 @@ pub const RUNNER: ConsumerSpec = ConsumerSpec {
 };
 
 pub const CONSUMERS: [ConsumerSpec; 1] = [RUNNER];
+
+#[cfg(test)]
+mod tests {
+    use types::SessionId;
+
+    use super::*;
+    use crate::access;
+
+    #[test]
+    fn a_sessions_record_is_in_the_stream_of_its_partition_and_in_no_other() {
+        let session = SessionId::new();
+        for partition in Partition::all() {
+            let log = subject::session_log(session, partition);
+            let holds = |spec: &StreamSpec| spec.subjects.iter().any(|pattern| access::matches(pattern, &log));
+            let streams: Vec<_> = streams(Partition::all()).filter(holds).map(|spec| spec.name).collect();
+            assert_eq!(streams, [events(partition).name]);
+            assert_eq!(partition_of(events(partition).name), Some(partition));
+        }
+        assert_eq!(partition_of("JOBS"), None);
+    }
+}

@@ -14,6 +14,7 @@ use contract::{
     topology,
 };
 use tempfile::TempDir;
+use types::Partition;
 
 use crate::{
     docker::Container,
@@ -153,8 +154,8 @@ impl Nats {
     /// When the server refuses.
     pub async fn with_streams(&self) -> anyhow::Result<Bus> {
         let bus = self.connect(&access::SCHEDULER).await?;
-        for stream in &topology::STREAMS {
-            bus.ensure_stream(stream, 1, 1).await?;
+        for stream in topology::streams([Partition::FIRST]) {
+            bus.ensure_stream(&stream, 1, 1).await?;
         }
         for consumer in &topology::CONSUMERS {
             bus.ensure_consumer(consumer).await?;

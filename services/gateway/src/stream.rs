@@ -14,7 +14,7 @@ use axum::{
 };
 use contract::{rpc, scheduler::GetSessionRequest};
 use serde::Deserialize;
-use types::SessionId;
+use types::{Partition, SessionId};
 
 use utoipa::{IntoParams, ToSchema};
 
@@ -75,7 +75,9 @@ pub async fn stream(
     let last_event_id = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("?")).filter(|text| !text.is_empty());
     let since = resume_point(params.since.as_deref())?;
     let since = if last_event_id.is_some() { resume_point(last_event_id)? } else { since };
-    let reader = Reader::new(app, caller, session_id, session, since);
+    let partition = Partition::new(session.event_partition);
+    let partition = partition.ok_or_else(|| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "This gateway is older than the session"))?;
+    let reader = Reader::new(app, caller, session_id, partition, session, since);
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),

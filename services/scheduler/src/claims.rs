@@ -102,7 +102,8 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
     if turn.epoch == 1 {
         metrics::histogram!("aod_turn_wait_seconds").record(turn.age_seconds);
     }
-    let recorded_through = recorder::recorded_through(&scheduler.pool).await.map_err(Failure::internal)?;
+    let partition = session.partition()?;
+    let recorded_through = recorder::recorded_through(&scheduler.pool, partition).await.map_err(Failure::internal)?;
     let last_event = newest_event(&scheduler, id).await?;
 
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
@@ -140,6 +141,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
             }),
             last_event,
             recorded_through,
+            event_partition: partition.number().into(),
             skills: turn.skills.to_string(),
             mcp_servers: turn.mcp_servers.to_string(),
             resources: turn.resources.to_string(),

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler,
-    sessions::{lock, missing},
+    sessions::{lock, missing, partition},
     termination::{enqueue_destroy, tell},
     unsigned,
 };
@@ -33,12 +33,12 @@ pub async fn delete(scheduler: Scheduler, request: DeleteSessionRequest) -> Resu
     sqlx::query(
         "with gone as (
             delete from session where session_id = $1
-            returning session_id, user_id, sprite, sprite_destroyed_at, secret_id
+            returning session_id, user_id, sprite, sprite_destroyed_at, secret_id, event_partition
          ), forgotten as (
             insert into unused_secret (secret_id) select secret_id from gone where secret_id is not null
          )
-         insert into deleted_session (session_id, user_id, sprite, sprite_destroyed_at)
-         select session_id, user_id, sprite, sprite_destroyed_at from gone",
+         insert into deleted_session (session_id, user_id, sprite, sprite_destroyed_at, event_partition)
+         select session_id, user_id, sprite, sprite_destroyed_at, event_partition from gone",
     )
     .bind(session.uuid())
     .execute(&mut *tx)
@@ -78,7 +78,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 async fn purge_one(scheduler: &Scheduler) -> Result<bool, Failure> {
     let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
     let row = sqlx::query(
-        "select session_id
+        "select session_id, event_partition
          from deleted_session
          where deleted_at < now() - interval '2 seconds' and (purged_at is null or sprite_destroyed_at is not null)
          limit 1
@@ -89,6 +89,7 @@ async fn purge_one(scheduler: &Scheduler) -> Result<bool, Failure> {
     .map_err(Failure::internal)?;
     let Some(row) = row else { return Ok(false) };
     let session = SessionId::from_uuid(row.try_get::<Uuid, _>(0).map_err(Failure::internal)?);
+    let partition = partition(row.try_get(1).map_err(Failure::internal)?)?;
     loop {
         let deleted = sqlx::query(
             "delete from event
@@ -103,7 +104,7 @@ async fn purge_one(scheduler: &Scheduler) -> Result<bool, Failure> {
             break;
         }
     }
-    scheduler.bus.purge(topology::EVENTS.name, &subject::session_log(session)).await.map_err(Failure::internal)?;
+    scheduler.bus.purge(topology::events(partition).name, &subject::session_log(session, partition)).await.map_err(Failure::internal)?;
     // Its Sprite is gone too: then nothing is left, and nothing refers to its leases.
     let done = sqlx::query("delete from deleted_session where session_id = $1 and sprite_destroyed_at is not null")
         .bind(session.uuid())

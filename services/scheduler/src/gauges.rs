@@ -39,17 +39,19 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
     metrics::gauge!("aod_outbox_messages").set(row.try_get::<i64, _>(3)? as f64);
     metrics::gauge!("aod_oldest_outbox_message_seconds").set(row.try_get::<f64, _>(4)?);
     metrics::gauge!("aod_deleted_sessions_to_purge").set(row.try_get::<i64, _>(5)? as f64);
-    let recorded = recorder::recorded_through(&scheduler.pool).await?;
-    let newest = scheduler.bus.extent(&topology::EVENTS).await?.last_sequence;
-    metrics::gauge!("aod_recorder_lag_events").set(newest.saturating_sub(recorded) as f64);
-    for spec in &topology::STREAMS {
-        let extent = scheduler.bus.extent(spec).await?;
+    let mut lag = 0;
+    for spec in topology::streams(recorder::partitions(scheduler).await?) {
+        let extent = scheduler.bus.extent(&spec).await?;
+        if let Some(partition) = topology::partition_of(spec.name) {
+            lag += extent.last_sequence.saturating_sub(recorder::recorded_through(&scheduler.pool, partition).await?);
+        }
         metrics::gauge!("aod_stream_bytes", "stream" => spec.name).set(extent.bytes as f64);
         metrics::gauge!("aod_stream_bytes_max", "stream" => spec.name).set(extent.bytes_max as f64);
         if spec.name == topology::DLQ.name {
             metrics::gauge!("aod_dead_letters").set(extent.messages as f64);
         }
     }
+    metrics::gauge!("aod_recorder_lag_events").set(lag as f64);
     let backlog = scheduler.bus.backlog(&topology::RUNNER).await?;
     metrics::gauge!("aod_jobs_waiting").set(backlog.waiting as f64);
     metrics::gauge!("aod_jobs_in_hand").set(backlog.in_hand as f64);

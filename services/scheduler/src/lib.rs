@@ -20,7 +20,7 @@ mod sessions;
 mod streams;
 mod termination;
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZeroU8, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use bus::{Bus, Failure, responder::Responder};
@@ -28,8 +28,8 @@ use contract::{access, common, rpc, scheduler::Cursor};
 use service::{Env, Lifecycle};
 use sqlx::PgPool;
 use time::OffsetDateTime;
-use tokio::sync::{Notify, watch};
-use types::{SecretId, Timestamp};
+use tokio::sync::Notify;
+use types::{Partition, SecretId, Timestamp};
 
 pub use crate::retention::Retention;
 
@@ -40,6 +40,7 @@ pub struct Config {
     pub sprite_name_prefix: String,
     pub stream_replicas: usize,
     pub events_max_bytes: i64,
+    pub event_partitions: NonZeroU8,
     pub orphan_sweep: Duration,
     pub retention: Retention,
 }
@@ -58,13 +59,21 @@ impl Config {
             orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for Sprites that no session knows", 900),
             events_max_bytes: env.parsed(
                 "AOD_EVENTS_MAX_BYTES",
-                "size of the stream of events: how much output waits there while Postgres is away",
+                "size of the streams of events together: how much output waits there while Postgres is away",
                 contract::topology::EVENTS.max_bytes,
+            ),
+            event_partitions: env.parsed(
+                "EVENT_PARTITIONS",
+                "streams that new sessions' events are spread over; at most 8",
+                NonZeroU8::MIN,
             ),
             stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "copies of each stream in a NATS cluster", 1),
         };
         if config.events_max_bytes < EVENTS_BYTES_MIN {
             env.refuse("AOD_EVENTS_MAX_BYTES has to be 1048576 or more");
+        }
+        if config.event_partitions.get() > Partition::COUNT_MAX {
+            env.refuse("EVENT_PARTITIONS has to be 8 or less");
         }
         // A deployment's own eight characters follow the prefix.
         if types::SpriteName::for_session(&format!("{}-00000000", config.sprite_name_prefix), types::SessionId::new()).is_err() {
@@ -84,6 +93,7 @@ const MIGRATIONS: &[store::Step] = &[
     (4, "orphans", include_str!("../../../migrations/scheduler/0004_orphans.sql")),
     (5, "events by day", include_str!("../../../migrations/scheduler/0005_events_by_day.sql")),
     (6, "usage", include_str!("../../../migrations/scheduler/0006_usage.sql")),
+    (7, "event partitions", include_str!("../../../migrations/scheduler/0007_event_partitions.sql")),
 ];
 
 /// What every request works with.
@@ -94,8 +104,8 @@ struct Scheduler {
     sprite_name_prefix: Arc<str>,
     /// Wakes the relay after a commit.
     outbox: Arc<Notify>,
-    /// The newest event that this replica's recorder wrote down.
-    recorded: watch::Sender<u64>,
+    recorded: recorder::Recorded,
+    event_partitions: NonZeroU8,
     stream_replicas: usize,
     events_max_bytes: i64,
 }
@@ -115,7 +125,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         bus: bus.clone(),
         sprite_name_prefix: format!("{}-{}", config.sprite_name_prefix, orphans::deployment(&pool).await?).into(),
         outbox: Arc::new(Notify::new()),
-        recorded: watch::Sender::new(0),
+        recorded: recorder::Recorded::default(),
+        event_partitions: config.event_partitions,
         stream_replicas: config.stream_replicas,
         events_max_bytes: config.events_max_bytes,
         pool,

@@ -1,10 +1,10 @@
-//! The recorder: what the EVENTS stream holds, written to Postgres, and the states moved along by it.
+//! The recorder: what the streams of events hold, written to Postgres, and the states moved along by it.
 //!
-//! One replica records at a time, in the stream's order, so that the record of a session never has a hole below its newest event:
+//! One replica at a time records a partition, in the stream's order, so that the record of a session never has a hole below its newest event:
 //! readers may take a page of it for complete. How far it got is in the same transaction as what it wrote, so that whoever goes on
 //! begins with the next event. Acknowledgements to the stream would not do: one that is missing comes back late, and out of order.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use bus::{Failure, log::Entry};
@@ -16,8 +16,9 @@ use futures::{FutureExt as _, StreamExt as _};
 use prost::Message as _;
 use sqlx::{Connection as _, PgConnection, PgPool};
 use store::leader::Leadership;
+use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
-use types::{Backoff, SessionId, limits::SETTLE_GRACE};
+use types::{Backoff, Partition, SessionId, limits::SETTLE_GRACE};
 
 use crate::{
     Scheduler,
@@ -27,37 +28,81 @@ use crate::{
     unsigned,
 };
 
-/// Any number that no other lock of ours has.
+/// Of the first partition; those of the others follow. Any numbers that no other lock of ours has.
 const LOCK: i64 = 0x0061_6f64_7265_6331;
 const BATCH: usize = 1000;
 /// A batch is in memory several times over while it is written.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// How soon a partition that another replica begins is recorded here too.
+const PARTITIONS_EVERY: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(1);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 /// How many events can have been in a lost stream without being recorded. Ids must not come twice.
 const UNRECORDED_MAX: u64 = 1_000_000;
 
+/// How far this replica has recorded each partition: its newest event.
+#[derive(Clone, Default)]
+pub struct Recorded(Arc<[watch::Sender<u64>; Partition::COUNT_MAX as usize]>);
+
+impl Recorded {
+    pub fn of(&self, partition: Partition) -> &watch::Sender<u64> {
+        &self.0[usize::from(partition.number())]
+    }
+}
+
+/// Puts it on record that sessions are born in these partitions, for every replica to see.
+pub async fn begin_partitions(scheduler: &Scheduler) -> Result<(), sqlx::Error> {
+    let streams: Vec<_> =
+        Partition::all().take(scheduler.event_partitions.get().into()).map(|partition| topology::events(partition).name).collect();
+    sqlx::query("insert into recorded (stream, event_id) select stream, 0 from unnest($1::text[]) as stream on conflict do nothing")
+        .bind(streams)
+        .execute(&scheduler.pool)
+        .await?;
+    Ok(())
+}
+
+/// The partitions in which sessions are born or were.
+pub async fn partitions(scheduler: &Scheduler) -> Result<Vec<Partition>, sqlx::Error> {
+    let streams: Vec<String> = sqlx::query_scalar("select stream from recorded order by stream").fetch_all(&scheduler.pool).await?;
+    Ok(streams.iter().filter_map(|stream| topology::partition_of(stream)).collect())
+}
+
 /// Where a stream that is made anew has to begin: above every id that anybody may have seen.
-pub async fn first_sequence(pool: &PgPool) -> Result<u64, sqlx::Error> {
-    Ok(match recorded_through(pool).await? {
+pub async fn first_sequence(pool: &PgPool, partition: Partition) -> Result<u64, sqlx::Error> {
+    Ok(match recorded_through(pool, partition).await? {
         0 => 1,
         through => through + UNRECORDED_MAX,
     })
 }
 
-/// The newest event on record.
-pub async fn recorded_through(pool: &PgPool) -> Result<u64, sqlx::Error> {
+/// The newest event of a partition that is on record.
+pub async fn recorded_through(pool: &PgPool, partition: Partition) -> Result<u64, sqlx::Error> {
+    let stream = topology::events(partition).name;
     let through: Option<i64> =
-        sqlx::query_scalar("select event_id from recorded where stream = $1").bind(topology::EVENTS.name).fetch_optional(pool).await?;
+        sqlx::query_scalar("select event_id from recorded where stream = $1").bind(stream).fetch_optional(pool).await?;
     Ok(through.map_or(0, i64::unsigned_abs))
 }
 
+/// A recorder for each partition; one that another replica begins has its own here too.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
+    let (mut recorders, mut begun) = (JoinSet::new(), BTreeSet::new());
+    let mut ticks = tokio::time::interval(PARTITIONS_EVERY);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        for partition in partitions(&scheduler).await.unwrap_or_default() {
+            if begun.insert(partition) {
+                recorders.spawn(record_partition(scheduler.clone(), partition, stop.clone()));
+            }
+        }
+    }
+    recorders.join_all().await;
+}
+
+async fn record_partition(scheduler: Scheduler, partition: Partition, stop: CancellationToken) {
     let mut failures = 0;
     while !stop.is_cancelled() {
-        match Leadership::try_acquire(&scheduler.pool, LOCK).await {
+        match Leadership::try_acquire(&scheduler.pool, LOCK + i64::from(partition.number())).await {
             Ok(Some(mut leadership)) => {
-                let recorded = record(&scheduler, &mut leadership, &stop, &mut failures).await;
+                let recorded = record(&scheduler, partition, &mut leadership, &stop, &mut failures).await;
                 leadership.resign().await;
                 if let Err(error) = recorded {
                     failures += 1;
@@ -74,9 +119,16 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     }
 }
 
-async fn record(scheduler: &Scheduler, leadership: &mut Leadership, stop: &CancellationToken, failures: &mut u32) -> anyhow::Result<()> {
-    let from = recorded_through(&scheduler.pool).await? + 1;
-    let mut stream = scheduler.bus.follow(topology::EVENTS.name, subject::SESSION_LOGS.to_owned(), from).await?;
+async fn record(
+    scheduler: &Scheduler,
+    partition: Partition,
+    leadership: &mut Leadership,
+    stop: &CancellationToken,
+    failures: &mut u32,
+) -> anyhow::Result<()> {
+    let from = recorded_through(&scheduler.pool, partition).await? + 1;
+    let spec = topology::events(partition);
+    let mut stream = scheduler.bus.follow(spec.name, spec.subjects.concat(), from).await?;
     while !stop.is_cancelled() {
         let Ok(first) = tokio::time::timeout(IDLE, stream.next()).await else {
             // The lock is in this connection: losing one is losing the other.
@@ -94,10 +146,10 @@ async fn record(scheduler: &Scheduler, leadership: &mut Leadership, stop: &Cance
             (last, bytes) = (entry.sequence, bytes + entry.payload.len());
             entries.push(entry);
         }
-        let woken = write(leadership.connection(), &entries).await?;
+        let woken = write(leadership.connection(), spec.name, &entries).await?;
         *failures = 0;
         metrics::counter!("aod_events_recorded_total").increment(entries.len() as u64);
-        scheduler.recorded.send_replace(last);
+        scheduler.recorded.of(partition).send_replace(last);
         if woken {
             scheduler.outbox.notify_one();
         }
@@ -106,7 +158,7 @@ async fn record(scheduler: &Scheduler, leadership: &mut Leadership, stop: &Cance
 }
 
 /// Writes a batch and what follows from it; tells whether the outbox got something.
-async fn write(connection: &mut PgConnection, entries: &[Entry]) -> anyhow::Result<bool> {
+async fn write(connection: &mut PgConnection, stream: &str, entries: &[Entry]) -> anyhow::Result<bool> {
     let (mut sessions, mut ids, mut payloads, mut changes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for entry in entries {
         let event = SessionEvent::decode(entry.payload.clone());
@@ -145,7 +197,7 @@ async fn write(connection: &mut PgConnection, entries: &[Entry]) -> anyhow::Resu
         "insert into recorded (stream, event_id) values ($1, $2)
          on conflict (stream) do update set event_id = greatest(recorded.event_id, excluded.event_id)",
     )
-    .bind(topology::EVENTS.name)
+    .bind(stream)
     .bind(entries.last().map(|entry| entry.sequence as i64).unwrap_or_default())
     .execute(&mut *tx)
     .await?;

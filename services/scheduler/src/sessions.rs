@@ -15,7 +15,7 @@ use serde_json::Value;
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use time::OffsetDateTime;
 use types::{
-    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Runtime, SessionId, SessionStatus, SpriteName, UserId,
+    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
 };
 use uuid::Uuid;
@@ -26,7 +26,7 @@ use crate::{Scheduler, Window, environments, micros, once, parsed_json, secret_i
 macro_rules! session_columns {
     () => {
         "session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage, failure_message,
-         turn_count, metadata, resources, sprite_destroyed_at, created_at, updated_at"
+         turn_count, metadata, resources, sprite_destroyed_at, event_partition, created_at, updated_at"
     };
 }
 pub(crate) use session_columns;
@@ -52,6 +52,7 @@ pub struct SessionRow {
     pub metadata: Value,
     pub resources: Value,
     pub sprite_destroyed_at: Option<OffsetDateTime>,
+    pub event_partition: i16,
     pub created_at: OffsetDateTime,
     pub updated_at: OffsetDateTime,
 }
@@ -60,6 +61,16 @@ impl SessionRow {
     pub fn status(&self) -> Result<SessionStatus, Failure> {
         self.status.parse().map_err(|()| Failure::internal(format!("session {} has status {}", self.session_id, self.status)))
     }
+
+    pub fn partition(&self) -> Result<Partition, Failure> {
+        partition(self.event_partition)
+    }
+}
+
+/// As a column holds it.
+pub fn partition(number: i16) -> Result<Partition, Failure> {
+    let known = u32::try_from(number).ok().and_then(Partition::new);
+    known.ok_or_else(|| Failure::internal(format!("this release knows no partition {number}")))
 }
 
 impl From<SessionRow> for Session {
@@ -80,6 +91,7 @@ impl From<SessionRow> for Session {
             metadata: row.metadata.to_string(),
             resources: row.resources.to_string(),
             waiting_on: None,
+            event_partition: u32::try_from(row.event_partition).unwrap_or(u32::MAX),
         }
     }
 }
@@ -150,8 +162,8 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     enforce_quota(tx, user, request.session_limit).await?;
     let row: SessionRow = sqlx::query_as(concat!(
         "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
-                              sprite, conversation_id, metadata, resources, secret_id, status, turn_count)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 'pending', 1)
+                              sprite, conversation_id, metadata, resources, secret_id, event_partition, status, turn_count)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'pending', 1)
          returning ",
         session_columns!()
     ))
@@ -168,6 +180,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .bind(parsed_json(&request.metadata)?)
     .bind(parsed_json(&request.resources)?)
     .bind(secret_id(request.secret_id.as_deref())?)
+    .bind(i16::from(Partition::of_new(id, scheduler.event_partitions).number()))
     .fetch_one(&mut *tx)
     .await
     .map_err(|error| {
@@ -242,7 +255,7 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     if request.recorded_through > 0 {
-        wait_until_recorded(&scheduler, request.recorded_through).await?;
+        wait_until_recorded(&scheduler, session, request.recorded_through).await?;
     }
     let row: Option<SessionRow> = sqlx::query_as(concat!(
         "select ",
@@ -282,12 +295,18 @@ async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<S
 }
 
 /// Waits for the recorder, here or in another replica. The caller's deadline ends it.
-async fn wait_until_recorded(scheduler: &Scheduler, event_id: u64) -> Result<(), Failure> {
-    let mut recorded = scheduler.recorded.subscribe();
+async fn wait_until_recorded(scheduler: &Scheduler, session: SessionId, event_id: u64) -> Result<(), Failure> {
+    let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
+        .bind(session.uuid())
+        .fetch_optional(&scheduler.pool)
+        .await
+        .map_err(Failure::internal)?;
+    let partition = partition(number.ok_or_else(missing)?)?;
+    let mut recorded = scheduler.recorded.of(partition).subscribe();
     while *recorded.borrow_and_update() < event_id {
         // This replica's recorder tells at once; another replica's is asked now and then.
         let _ = tokio::time::timeout(Duration::from_millis(50), recorded.changed()).await;
-        let through = crate::recorder::recorded_through(&scheduler.pool).await.map_err(Failure::internal)?;
+        let through = crate::recorder::recorded_through(&scheduler.pool, partition).await.map_err(Failure::internal)?;
         if through >= event_id {
             break;
         }

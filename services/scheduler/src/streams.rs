@@ -9,10 +9,10 @@ use bus::Failure;
 use contract::{runner::RunTurn, subject, topology};
 use sqlx::Row as _;
 use tokio_util::sync::CancellationToken;
-use types::{SessionId, SpriteName};
+use types::{Partition, SessionId, SpriteName};
 use uuid::Uuid;
 
-use crate::{Scheduler, recorder, sessions::enqueue, termination::destroy_job, unsigned};
+use crate::{EVENTS_BYTES_MIN, Scheduler, recorder, sessions::enqueue, termination::destroy_job, unsigned};
 
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -21,11 +21,14 @@ const EVERY: Duration = Duration::from_secs(1);
 /// # Errors
 /// When the server refuses, or kept something else.
 pub async fn ensure(scheduler: &Scheduler) -> anyhow::Result<()> {
-    for stream in &topology::STREAMS {
-        let (mut stream, mut first) = (*stream, 1);
-        if stream.name == topology::EVENTS.name {
-            stream.max_bytes = scheduler.events_max_bytes;
-            first = recorder::first_sequence(&scheduler.pool).await?;
+    recorder::begin_partitions(scheduler).await?;
+    let partitions = recorder::partitions(scheduler).await?;
+    let share = scheduler.events_max_bytes / i64::try_from(partitions.len().max(1))?;
+    for mut stream in topology::streams(partitions) {
+        let mut first = 1;
+        if let Some(partition) = topology::partition_of(stream.name) {
+            stream.max_bytes = share.max(EVENTS_BYTES_MIN);
+            first = recorder::first_sequence(&scheduler.pool, partition).await?;
         }
         scheduler.bus.ensure_stream(&stream, first, scheduler.stream_replicas).await?;
     }
@@ -39,10 +42,14 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        match scheduler.bus.missing_streams(&topology::STREAMS).await {
+        let Ok(partitions) = recorder::partitions(&scheduler).await else { continue };
+        let streams: Vec<_> = topology::streams(partitions.iter().copied()).collect();
+        match scheduler.bus.missing_streams(&streams).await {
             Ok(missing) if missing.is_empty() => {
-                if let Err(error) = trim(&scheduler).await {
-                    tracing::debug!("{:#}", error.context("events are not trimmed now"));
+                for partition in partitions {
+                    if let Err(error) = trim(&scheduler, partition).await {
+                        tracing::debug!("{:#}", error.context("events are not trimmed now"));
+                    }
                 }
             }
             Ok(missing) => {
@@ -59,15 +66,16 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 }
 
 /// Makes room in the stream of events before it is full: of what is recorded, the older half goes.
-async fn trim(scheduler: &Scheduler) -> anyhow::Result<()> {
-    let extent = scheduler.bus.extent(&topology::EVENTS).await?;
+async fn trim(scheduler: &Scheduler, partition: Partition) -> anyhow::Result<()> {
+    let stream = topology::events(partition);
+    let extent = scheduler.bus.extent(stream).await?;
     if extent.bytes <= extent.bytes_max / 2 {
         return Ok(());
     }
     let middle = extent.first_sequence.midpoint(extent.last_sequence);
-    let through = middle.min(recorder::recorded_through(&scheduler.pool).await?);
+    let through = middle.min(recorder::recorded_through(&scheduler.pool, partition).await?);
     if through >= extent.first_sequence {
-        scheduler.bus.trim(topology::EVENTS.name, through).await?;
+        scheduler.bus.trim(stream.name, through).await?;
         metrics::counter!("aod_events_trimmed_total").increment(through + 1 - extent.first_sequence);
     }
     Ok(())
@@ -75,7 +83,7 @@ async fn trim(scheduler: &Scheduler) -> anyhow::Result<()> {
 
 async fn restore(scheduler: &Scheduler, missing: &[&'static str]) -> anyhow::Result<()> {
     // Before the stream is there again: a replica that dies in between leaves it missing, and another does all of it.
-    if missing.contains(&topology::JOBS.name) || missing.contains(&topology::EVENTS.name) {
+    if missing.iter().any(|stream| *stream == topology::JOBS.name || topology::partition_of(stream).is_some()) {
         let queued = queue_again(scheduler).await?;
         tracing::warn!(queued, "jobs of what is under way are queued again");
     }

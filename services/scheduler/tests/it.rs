@@ -21,7 +21,7 @@ use prost::Message as _;
 use scheduler::Retention;
 use service::Lifecycle;
 use testkit::{Database, Nats, eventually};
-use types::{ErrorCode, SessionId, UserId};
+use types::{ErrorCode, Partition, SessionId, UserId};
 use uuid::Uuid;
 
 const SOON: Duration = Duration::from_secs(5);
@@ -60,6 +60,7 @@ impl World {
             sprite_name_prefix: "aod".to_owned(),
             stream_replicas: 1,
             events_max_bytes: contract::topology::EVENTS.max_bytes,
+            event_partitions: std::num::NonZeroU8::MIN,
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: Some(3), session_days: Some(3) },
         };
@@ -104,7 +105,7 @@ impl World {
         let session: SessionId = session.parse().unwrap();
         let event = SessionEvent { turn, epoch: 1, checkpoint: None, kind: Some(kind) };
         let id = SessionId::new().to_string();
-        self.runner.append(subject::session_log(session), event.encode_to_vec().into(), &id, None).await.unwrap()
+        self.runner.append(subject::session_log(session, Partition::FIRST), event.encode_to_vec().into(), &id, None).await.unwrap()
     }
 
     async fn complete(&self, session: &str, turn: u32) -> Session {
@@ -215,7 +216,7 @@ async fn an_event_that_cannot_be_read_holds_up_nothing() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let id: SessionId = session.parse().unwrap();
-    world.runner.append(subject::session_log(id), vec![0xff; 20].into(), "garbage", None).await.unwrap();
+    world.runner.append(subject::session_log(id, Partition::FIRST), vec![0xff; 20].into(), "garbage", None).await.unwrap();
     // One of a session that nobody knows.
     world.append(&SessionId::new().to_string(), 1, Kind::TurnStarted(TurnStarted {})).await;
     assert_eq!(world.complete(&session, 1).await.status, "completed");

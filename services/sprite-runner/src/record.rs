@@ -11,12 +11,12 @@ use bus::{
     topology::TopologyError,
 };
 use contract::{
-    scheduler::RecordedEvent,
+    scheduler::TurnSpec,
     session::{Checkpoint, Output, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
     subject, topology,
 };
 use prost::Message as _;
-use types::{Backoff, SessionId, Stage, StageState};
+use types::{Backoff, Partition, SessionId, Stage, StageState};
 
 use crate::mask::{Masker, Piece};
 
@@ -41,6 +41,8 @@ pub enum OpenError {
     Extent(#[from] TopologyError),
     #[error("the stream was trimmed since the turn was claimed")]
     Trimmed,
+    #[error("this release knows no partition {0}")]
+    UnknownPartition(u32),
 }
 
 /// How far the turn got, as the newest event tells.
@@ -58,6 +60,9 @@ pub enum Position {
 pub struct Record {
     bus: Bus,
     session: SessionId,
+    /// The stream and the subject in it.
+    stream: &'static str,
+    log: String,
     turn: u32,
     epoch: u32,
     last_sequence: u64,
@@ -71,26 +76,22 @@ pub struct Record {
 }
 
 impl Record {
-    /// Finds the end of the record. `recorded` is the newest event in Postgres, for a stream that has forgotten it; it counts where the
-    /// stream was trimmed no further than `recorded_through`.
+    /// Finds the end of the record. Where the stream has forgotten it, that is the newest event in Postgres, which the claim brought; it
+    /// counts where the stream was trimmed no further than what was recorded then.
     ///
     /// # Errors
     /// When the stream does not answer, or was trimmed further.
-    pub async fn open(
-        bus: &Bus,
-        session: SessionId,
-        turn: u32,
-        epoch: u32,
-        recorded: Option<RecordedEvent>,
-        recorded_through: u64,
-    ) -> Result<Position, OpenError> {
-        let last = bus.last(topology::EVENTS.name, &subject::session_log(session)).await?;
+    pub async fn open(bus: &Bus, session: SessionId, turn: u32, spec: &TurnSpec) -> Result<Position, OpenError> {
+        let epoch = spec.epoch;
+        let partition = Partition::new(spec.event_partition).ok_or(OpenError::UnknownPartition(spec.event_partition))?;
+        let (stream, log) = (topology::events(partition), subject::session_log(session, partition));
+        let last = bus.last(stream.name, &log).await?;
         let may_have_more = (turn, epoch) != (1, 1);
-        if last.is_none() && may_have_more && bus.extent(&topology::EVENTS).await?.trimmed_through > recorded_through {
+        if last.is_none() && may_have_more && bus.extent(stream).await?.trimmed_through > spec.recorded_through {
             return Err(OpenError::Trimmed);
         }
         let last_sequence = last.as_ref().map_or(0, |entry| entry.sequence);
-        let payload = last.map(|entry| entry.payload).or_else(|| recorded.map(|event| event.payload));
+        let payload = last.map(|entry| entry.payload).or_else(|| spec.last_event.as_ref().map(|event| event.payload.clone()));
         let last = payload.and_then(|payload| SessionEvent::decode(payload).ok());
         let checkpoint = match last {
             Some(event) if matches!(event.kind, Some(Kind::Terminated(_))) => return Ok(Position::Fenced(Fenced::Terminated)),
@@ -108,6 +109,8 @@ impl Record {
         Ok(Position::Open(Box::new(Self {
             bus: bus.clone(),
             session,
+            stream: stream.name,
+            log,
             turn,
             epoch,
             last_sequence,
@@ -170,7 +173,7 @@ impl Record {
         let id = format!("{}/{}/{what}", self.session, self.turn);
         let mut attempt = 0;
         loop {
-            match self.bus.append(subject::session_log(self.session), payload.clone(), &id, Some(self.last_sequence)).await {
+            match self.bus.append(self.log.clone(), payload.clone(), &id, Some(self.last_sequence)).await {
                 Ok(sequence) => {
                     self.last_sequence = sequence;
                     return Ok(());
@@ -198,7 +201,7 @@ impl Record {
     }
 
     async fn who_wrote(&self, payload: &[u8]) -> Writer {
-        let last = match self.bus.last(topology::EVENTS.name, &subject::session_log(self.session)).await {
+        let last = match self.bus.last(self.stream, &self.log).await {
             Ok(Some(last)) => last,
             Ok(None) => return Writer::Nobody,
             Err(_) => return Writer::Unknown,

@@ -69,7 +69,7 @@ impl From<StageFailed> for Stopped {
 pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec) -> End {
     let epoch = spec.epoch;
     tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn in hand");
-    let mut record = match Record::open(&runner.bus, session, turn, epoch, spec.last_event.clone(), spec.recorded_through).await {
+    let mut record = match Record::open(&runner.bus, session, turn, &spec).await {
         Ok(Position::Open(record)) => record,
         Ok(Position::Ended) => return End::Settled,
         Ok(Position::Fenced(fenced)) => return end_of(fenced),

@@ -17,6 +17,7 @@ mod leaks;
 mod network;
 mod observability;
 mod packages;
+mod partitions;
 mod permissions;
 mod repositories;
 mod resources;

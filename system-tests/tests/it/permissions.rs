@@ -92,7 +92,7 @@ async fn the_servers_own_account_reports_on_them_and_hears_nothing_of_ours() {
     let mut heard = system.client.subscribe("aod.>").await.unwrap();
     let mut thief = Thief::of(&nats, &access::RUNNER).await;
     system.client.flush().await.unwrap();
-    let log = subject::session_log(types::SessionId::new());
+    let log = subject::session_log(types::SessionId::new(), types::Partition::FIRST);
     assert!(thief.may_publish(&log).await);
     system.client.publish(log, "".into()).await.unwrap();
     assert!(futures::StreamExt::next(&mut heard).await.is_some_and(|message| message.payload.is_empty()), "its own message is heard");
@@ -105,7 +105,8 @@ async fn each_may_ask_for_its_own_job_and_nothing_else() {
     let nats = Nats::start().unwrap();
     let _streams = nats.with_streams().await.unwrap();
     let session = types::SessionId::new();
-    let log = subject::session_log(session);
+    let log = subject::session_log(session, types::Partition::FIRST);
+    let elsewhere = subject::session_log(session, types::Partition::new(3).unwrap());
     let forbidden: [(&Access, &[&str]); 5] = [
         (
             &access::GATEWAY,
@@ -123,10 +124,12 @@ async fn each_may_ask_for_its_own_job_and_nothing_else() {
                 "aod.hint.runner.v1.session.terminate.x",
                 "$JS.API.STREAM.DELETE.EVENTS",
                 "$JS.API.STREAM.PURGE.EVENTS",
+                "$JS.API.STREAM.PURGE.EVENTS_1",
                 "$JS.API.STREAM.MSG.GET.JOBS",
                 "$JS.API.CONSUMER.MSG.NEXT.JOBS.runner",
                 "$JS.API.CONSUMER.CREATE.JOBS.x",
                 &log,
+                &elsewhere,
             ],
         ),
         (
@@ -142,7 +145,9 @@ async fn each_may_ask_for_its_own_job_and_nothing_else() {
                 "aod.evt.scheduler.v1.session.completed.x",
                 "$JS.API.STREAM.DELETE.EVENTS",
                 "$JS.API.STREAM.PURGE.EVENTS",
+                "$JS.API.STREAM.PURGE.EVENTS_1",
                 "$JS.API.CONSUMER.CREATE.EVENTS.x",
+                "$JS.API.CONSUMER.CREATE.EVENTS_7.x",
                 "$JS.API.CONSUMER.DELETE.JOBS.runner",
             ],
         ),
@@ -150,6 +155,7 @@ async fn each_may_ask_for_its_own_job_and_nothing_else() {
             &access::EVENTS,
             &[
                 &log,
+                &elsewhere,
                 "aod.evt.scheduler.v1.session.completed.x",
                 "aod.rpc.auth.v1.key.verify",
                 "aod.rpc.vault.v1.credential.list",

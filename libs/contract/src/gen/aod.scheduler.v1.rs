@@ -336,6 +336,9 @@ pub struct Session {
     /// What a pending turn waits for.
     #[prost(string, optional, tag = "14")]
     pub waiting_on: ::core::option::Option<::prost::alloc::string::String>,
+    /// Which of the streams holds its record; as a types::Partition.
+    #[prost(uint32, tag = "15")]
+    pub event_partition: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetSessionRequest {
@@ -513,6 +516,9 @@ pub struct TurnSpec {
     /// The record held every event up to this one before `last_event` was read: the stream may have been trimmed so far.
     #[prost(uint64, tag = "15")]
     pub recorded_through: u64,
+    /// Which of the streams holds the session's record; as a types::Partition.
+    #[prost(uint32, tag = "16")]
+    pub event_partition: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {

@@ -18,7 +18,7 @@ use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
 };
-use types::{Backoff, SessionId};
+use types::{Backoff, Partition, SessionId};
 
 use crate::stream::event::Event;
 
@@ -64,7 +64,7 @@ impl Hubs {
     }
 
     /// The session's hub; a new one follows the bus from `after`.
-    pub fn join(&self, session: SessionId, after: u64) -> Arc<Hub> {
+    pub fn join(&self, session: SessionId, partition: Partition, after: u64) -> Arc<Hub> {
         let mut hubs = locked(&self.hubs);
         if let Some(hub) = hubs.get(&session).and_then(Weak::upgrade) {
             return hub;
@@ -75,7 +75,7 @@ impl Hubs {
         let hub = Arc::new(Hub { ring: Mutex::new(ring), newest: watch::Sender::new(after), _stop: stop.clone().drop_guard() });
         hubs.insert(session, Arc::downgrade(&hub));
         metrics::gauge!("aod_followed_sessions").set(hubs.len() as f64);
-        let follow = follow(self.bus.clone(), session, after, Arc::downgrade(&hub));
+        let follow = follow(self.bus.clone(), session, partition, after, Arc::downgrade(&hub));
         self.tasks.spawn(async move {
             stop.run_until_cancelled(follow).await;
         });
@@ -83,11 +83,11 @@ impl Hubs {
     }
 }
 
-async fn follow(bus: Bus, session: SessionId, mut after: u64, hub: Weak<Hub>) {
+async fn follow(bus: Bus, session: SessionId, partition: Partition, mut after: u64, hub: Weak<Hub>) {
     let mut failures = 0;
     loop {
         let followed = async {
-            let mut entries = bus.follow(topology::EVENTS.name, subject::session_log(session), after + 1).await?;
+            let mut entries = bus.follow(topology::events(partition).name, subject::session_log(session, partition), after + 1).await?;
             while let Some(entry) = entries.next().await {
                 let entry = entry?;
                 failures = 0;

@@ -9,7 +9,7 @@ use contract::{
 };
 use futures::Stream;
 use tokio::time::Instant;
-use types::{Backoff, SessionId, SessionStatus};
+use types::{Backoff, Partition, SessionId, SessionStatus};
 
 use crate::{
     App, RPC_DEADLINE,
@@ -35,6 +35,7 @@ pub struct Reader {
     app: App,
     caller: Caller,
     session_id: SessionId,
+    partition: Partition,
     runtime: String,
     provider: Option<String>,
     /// The newest turn that is known of.
@@ -66,12 +67,13 @@ enum State {
 }
 
 impl Reader {
-    pub fn new(app: App, caller: Caller, session_id: SessionId, session: Session, since: u64) -> Self {
+    pub fn new(app: App, caller: Caller, session_id: SessionId, partition: Partition, session: Session, since: u64) -> Self {
         metrics::gauge!("aod_stream_clients").increment(1);
         Self {
             app,
             caller,
             session_id,
+            partition,
             runtime: session.runtime,
             provider: session.provider,
             turn_count: session.turn_count,
@@ -272,7 +274,7 @@ impl Reader {
             },
             _ => {}
         }
-        self.hub = Some(self.app.hubs.join(self.session_id, self.cursor));
+        self.hub = Some(self.app.hubs.join(self.session_id, self.partition, self.cursor));
     }
 
     /// Waits for the next event, a heartbeat's time, or the end of everybody's patience.
