@@ -13,6 +13,7 @@ mod gauges;
 pub mod metrics;
 mod once;
 mod orphans;
+mod quota;
 mod recorder;
 mod relay;
 mod retention;
@@ -94,6 +95,7 @@ const MIGRATIONS: &[store::Step] = &[
     (5, "events by day", include_str!("../../../migrations/scheduler/0005_events_by_day.sql")),
     (6, "usage", include_str!("../../../migrations/scheduler/0006_usage.sql")),
     (7, "event partitions", include_str!("../../../migrations/scheduler/0007_event_partitions.sql")),
+    (8, "active sessions", include_str!("../../../migrations/scheduler/0008_active_sessions.sql")),
 ];
 
 /// What every request works with.

@@ -15,12 +15,12 @@ use serde_json::Value;
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use time::OffsetDateTime;
 use types::{
-    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId,
+    AgentId, CredentialKind, EnvironmentId, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
 };
 use uuid::Uuid;
 
-use crate::{Scheduler, Window, environments, micros, once, parsed_json, secret_id, unsigned};
+use crate::{Scheduler, Window, environments, micros, once, parsed_json, quota, secret_id, unsigned};
 
 /// The columns of a [`SessionRow`], by name: a migration then changes no statement that a running replica has prepared.
 macro_rules! session_columns {
@@ -159,7 +159,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
 
     let id = SessionId::new();
     let sprite = SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
-    enforce_quota(tx, user, request.session_limit).await?;
+    quota::enforce(tx, user, request.session_limit).await?;
     let row: SessionRow = sqlx::query_as(concat!(
         "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
                               sprite, conversation_id, metadata, resources, secret_id, event_partition, status, turn_count)
@@ -205,25 +205,6 @@ fn check_credentials(runtime: Runtime, stored: &[String], env_vars: &[String]) -
         return Err(Failure::invalid("No backend credentials configured"));
     }
     Ok(())
-}
-
-/// Counts the user's active sessions under a lock that all of the user's creations take in turn.
-async fn enforce_quota(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<(), Failure> {
-    sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 0))")
-        .bind(format!("quota {user}"))
-        .execute(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
-    let active: i64 = sqlx::query_scalar("select count(*) from session where user_id = $1 and status in ('pending', 'running')")
-        .bind(user.uuid())
-        .fetch_one(tx)
-        .await
-        .map_err(Failure::internal)?;
-    if active < i64::from(limit) {
-        return Ok(());
-    }
-    let message = format!("Concurrent session limit reached ({active}/{limit}). Terminate an active session before starting a new one.");
-    Err(Failure::new(ErrorCode::ResourceExhausted, message).with_number("limit", i64::from(limit)).with_number("active", active))
 }
 
 /// A pending turn, and the job that runs it.

@@ -108,6 +108,18 @@ impl World {
         self.runner.append(subject::session_log(session, Partition::FIRST), event.encode_to_vec().into(), &id, None).await.unwrap()
     }
 
+    /// What quotas are checked by is what there is.
+    async fn counts_are_right(&self) {
+        let (counted, active): (i64, i64) = sqlx::query_as(
+            "select (select coalesce(sum(sessions), 0) from scheduler.active_sessions),
+                    (select count(*) from scheduler.session where status in ('pending', 'running'))",
+        )
+        .fetch_one(&mut self.database.admin().await.unwrap())
+        .await
+        .unwrap();
+        assert_eq!(counted, active);
+    }
+
     async fn complete(&self, session: &str, turn: u32) -> Session {
         self.append(session, turn, Kind::TurnStarted(TurnStarted {})).await;
         let end = self.append(session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })).await;
@@ -125,6 +137,27 @@ async fn of_concurrent_creates_exactly_the_quota_gets_through() {
     let failure = refused.into_iter().next().unwrap().unwrap_err();
     assert_eq!(failure.message, "Concurrent session limit reached (10/10). Terminate an active session before starting a new one.");
     assert_eq!((failure.code, failure.numbers["limit"], failure.numbers["active"]), (ErrorCode::ResourceExhausted, 10, 10));
+}
+
+/// Creations that go side by side far below a large quota, and one by one near it, let no more through either.
+#[tokio::test]
+async fn a_large_quota_is_kept_too_and_what_ends_makes_room() {
+    const LIMIT: u32 = 1200;
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let mut sessions = Vec::new();
+    for _ in 0..27 {
+        let created = join_all((0..50).map(|_| world.create(&agent, LIMIT))).await;
+        sessions.extend(created.into_iter().flatten());
+    }
+    assert_eq!(sessions.len(), LIMIT as usize);
+    assert!(world.create(&agent, LIMIT).await.is_err());
+    for session in &sessions[..3] {
+        assert_eq!(world.complete(&session.session_id, 1).await.status, "completed");
+    }
+    let created = join_all((0..20).map(|_| world.create(&agent, LIMIT))).await;
+    assert_eq!(created.iter().filter(|created| created.is_ok()).count(), 3);
+    world.counts_are_right().await;
 }
 
 #[tokio::test]
@@ -332,6 +365,7 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
             assert_eq!(seen, model.map(|model| (model.status.to_owned(), model.turn)), "{log:?}");
         }
     }
+    world.counts_are_right().await;
 }
 
 /// All at once on one session: termination wins over everything but deletion, and nothing is in between.
@@ -376,6 +410,7 @@ async fn whatever_happens_at_once_ends_in_one_state() {
             Err(failure) => assert!(deleted.is_ok() && failure.code == ErrorCode::NotFound),
         }
     }
+    world.counts_are_right().await;
 }
 
 #[tokio::test]
