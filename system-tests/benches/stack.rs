@@ -4,6 +4,7 @@
 //! Postgres, NATS, the sandboxes and this load share the machine. Machines differ and are noisy: read the ratios.
 
 use std::{
+    collections::BTreeSet,
     convert::Infallible,
     sync::Mutex,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -11,14 +12,17 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use axum::response::sse::{Event, Sse};
-use futures::{StreamExt as _, future::try_join_all, stream};
+use futures::{StreamExt as _, TryStreamExt as _, future::try_join_all, stream};
 use rustix::process::Signal;
 use serde_json::json;
 use sprites::{ExecEvent, ExecRequest, Sprite};
 use sqlx::{PgPool, postgres::PgPoolOptions, types::Uuid};
 use system_tests::{Events, Options, Stack};
 use testkit::bench::{Times, report_rate};
-use tokio::time::{Instant as Tick, sleep_until};
+use tokio::{
+    task::JoinSet,
+    time::{Instant as Tick, sleep_until},
+};
 
 const OPTIONS: Options = Options {
     scripted_model: false,
@@ -36,7 +40,11 @@ const CLOCK: &str = "perl -MTime::HiRes=time,sleep -e '$| = 1; for (1..500) { pr
 const BULK_BYTES: usize = 100_000_000;
 const BULK: &str = "head -c 100000000 /dev/zero | tr '\\0' x | fold -w 99";
 const EVENTS: usize = 1_000_000;
-const READERS: usize = 1000;
+const READERS: usize = 10_000;
+/// Two hundred lines, when all readers are there.
+const CUE: &str = "/home/sprite/cue";
+const ON_CUE: &str = "until [ -e /home/sprite/cue ]; do sleep 0.05; done
+    perl -MTime::HiRes=sleep -e '$| = 1; for (1..200) { print \"a line that an agent has printed\\n\"; sleep 0.002 }'";
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -45,6 +53,9 @@ async fn main() -> Result<()> {
     let is_wanted = |name: &str| name.contains(&wanted);
     if is_wanted("accept") {
         accept().await?;
+    }
+    if is_wanted("readers") {
+        readers().await?;
     }
     let stack = Stack::start(OPTIONS).await?;
     if is_wanted("run") {
@@ -58,9 +69,6 @@ async fn main() -> Result<()> {
     }
     if is_wanted("replay") {
         replay(&stack).await?;
-    }
-    if is_wanted("readers") {
-        readers(&stack).await?;
     }
     Ok(())
 }
@@ -270,38 +278,54 @@ async fn replay(stack: &Stack) -> Result<()> {
     Ok(())
 }
 
-/// Many readers of one session, each of the whole.
-async fn readers(stack: &Stack) -> Result<()> {
-    let id = stack.session("shell", CLOCK).await?;
-    let memory = resident_kb(stack)?;
-    let (mut texts, mut streams) = (Vec::new(), Vec::new());
-    for _ in 0..READERS {
-        streams.push(stack.open_stream(&id, 0).await?);
-    }
-    let grown = (resident_kb(stack)? - memory) / READERS as f64;
+/// Readers of one session, all there before it prints, in a gateway that has seen nothing else.
+async fn readers() -> Result<()> {
+    let stack = Stack::start(OPTIONS).await?;
+    let id = stack.session("shell", ON_CUE).await?;
     let mut first = stack.stream(&id, 0).await?;
-    while let Some(event) = first.next().await? {
-        texts.push(event.to_string());
-    }
-    drop(streams);
+    while first.next().await?.context("no start")?["stage"] != "runtime_start" {}
+    let memory = resident_kb(&stack)?;
+    let opened = stream::iter(0..READERS).map(|_| stack.open_stream(&id, 0)).buffer_unordered(CALLERS);
+    let streams = opened.try_collect::<Vec<_>>().await?;
+    let grown = (resident_kb(&stack)? - memory) / READERS as f64;
+
+    let client = client(&stack)?;
+    let name = client.list("aod-").await?.pop().context("no sandbox")?.parse()?;
     let begun = Instant::now();
-    let counts = try_join_all((0..READERS).map(|_| count_events(stack, &id, 0))).await?;
-    let ours = per_second(counts.iter().sum(), begun);
-    ensure!(counts.iter().all(|count| *count == texts.len()), "some readers missed events");
+    let mut counting: JoinSet<_> = streams.into_iter().map(count).collect();
+    client.sprite(name).write(CUE, "", 0o644).await?;
+    let (mut counts, mut total) = (BTreeSet::new(), 0);
+    while let Some(counted) = counting.join_next().await {
+        let events = counted??;
+        counts.insert(events);
+        total += events;
+    }
+    let ours = per_second(total, begun);
+    let texts: Vec<_> = stack.stream(&id, 0).await?.all().await?.iter().map(ToString::to_string).collect();
+    ensure!(counts.iter().eq([&texts.len()]), "some readers missed events: {counts:?} of {}", texts.len());
 
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}/", listener.local_addr()?);
-    let events = texts.clone();
-    let answer =
-        async move || Sse::new(stream::iter(events.clone().into_iter().map(|text| Ok::<_, Infallible>(Event::default().data(text)))));
+    let (cue, waiting) = tokio::sync::watch::channel(());
+    let answer = async move || {
+        let (texts, mut waiting) = (texts.clone(), waiting.clone());
+        let events = stream::once(async move { waiting.changed().await }).flat_map(move |_| stream::iter(texts.clone()));
+        Sse::new(events.map(|text| Ok::<_, Infallible>(Event::default().data(text))))
+    };
     let router = axum::Router::new().route("/", axum::routing::get(answer));
-    let mut server = tokio::task::JoinSet::new();
+    let mut server = JoinSet::new();
     server.spawn(axum::serve(listener, router).into_future());
+    let opened = stream::iter(0..READERS).map(|_| stack.http.get(&url).send()).buffer_unordered(CALLERS);
+    let streams = opened.try_collect::<Vec<_>>().await?;
     let begun = Instant::now();
-    let counts = try_join_all((0..READERS).map(async |_| count(stack.http.get(&url).send().await?).await)).await?;
-    let floor = per_second(counts.iter().sum(), begun);
-    report_rate("events to 1000 readers at once", "events", ours, "axum, out of memory", floor);
-    println!("a reader of a live session: {grown:.0} KB of the gateway");
+    let mut counting: JoinSet<_> = streams.into_iter().map(count).collect();
+    cue.send_replace(());
+    let mut total = 0;
+    while let Some(counted) = counting.join_next().await {
+        total += counted??;
+    }
+    report_rate("events to 10000 readers at once", "events", ours, "axum, out of memory", per_second(total, begun));
+    println!("a reader of a live session: {grown:.1} KB of the gateway");
     Ok(())
 }
 

@@ -14,6 +14,7 @@ mod disk;
 mod exec;
 mod files;
 pub mod launch;
+pub mod metrics;
 mod network;
 mod ports;
 mod process;
@@ -105,6 +106,7 @@ impl Config {
 /// # Errors
 /// When this machine cannot isolate a Sprite, or the address cannot be bound.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    crate::metrics::describe();
     let sandboxes = Sandboxes::prepare(config.isolation, &config.data_dir, config.agents_dir.as_deref(), config.disk_bytes).await?;
     let cgroups = Cgroups::find(&instance(&config.data_dir), config.limits);
     let missing = cgroups.missing();

@@ -334,6 +334,10 @@ impl Registry {
         locked(&self.sprites).get(name).cloned().ok_or(RegistryError::NotFound)
     }
 
+    pub fn count(&self) -> usize {
+        locked(&self.sprites).len()
+    }
+
     pub fn all(&self) -> Vec<Arc<Sprite>> {
         locked(&self.sprites).values().cloned().collect()
     }

@@ -116,7 +116,7 @@ async fn metrics_tell_what_happened_and_name_nobody() {
     // Gauges are set every five seconds.
     tokio::time::sleep(Duration::from_secs(6)).await;
     let mut pages = BTreeMap::new();
-    for service in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner"] {
+    for service in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "local-sprites"] {
         pages.insert(service, metrics(&stack, service).await);
     }
     for (service, sample) in [
@@ -137,6 +137,9 @@ async fn metrics_tell_what_happened_and_name_nobody() {
         ("gateway", "aod_http_requests_total{route=\"/sessions\",method=\"POST\",status=\"202\"} 2"),
         ("gateway", "# HELP aod_http_requests_total"),
         ("credential-vault", "aod_vault_operations_total{operation=\"encrypt\",outcome=\"ok\"}"),
+        ("local-sprites", "local_sprites_requests_total{route=\"/v1/sprites\",status=\"201\"} 2"),
+        ("local-sprites", "local_sprites_request_seconds_count{route=\"/v1/sprites/{name}/exec\"}"),
+        ("local-sprites", "local_sprites_sprites "),
         ("auth", "aod_bus_requests_total{subject=\"aod.rpc.auth.v1.key.verify\",code=\"ok\"}"),
     ] {
         let page = &pages[service];

@@ -10,12 +10,16 @@ mod policies;
 mod services;
 mod sprites;
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json, Router,
     body::{Body, Bytes},
-    extract::{DefaultBodyLimit, Request, State},
+    extract::{DefaultBodyLimit, MatchedPath, Request, State},
     http::{HeaderValue, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -48,6 +52,7 @@ pub fn router(api: &Api, token: SecretString) -> Router {
     routes(api)
         .layer(middleware::from_fn_with_state(api.clone(), trouble))
         .layer(middleware::from_fn_with_state(Arc::new(token), authenticate))
+        .layer(middleware::from_fn_with_state(api.clone(), count))
 }
 
 fn routes(api: &Api) -> Router {
@@ -100,6 +105,17 @@ async fn authenticate(State(token): State<Arc<SecretString>>, request: Request, 
     } else {
         failure(StatusCode::UNAUTHORIZED, "authentication failed").into_response()
     }
+}
+
+async fn count(State(api): State<Api>, request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
+    let begun = Instant::now();
+    let response = next.run(request).await;
+    let status = response.status().as_u16().to_string();
+    metrics::counter!("local_sprites_requests_total", "route" => route.clone(), "status" => status).increment(1);
+    metrics::histogram!("local_sprites_request_seconds", "route" => route).record(begun.elapsed());
+    metrics::gauge!("local_sprites_sprites").set(api.registry.count() as f64);
+    response
 }
 
 /// Answers wrongly now and then, where a test asks for that.
