@@ -37,6 +37,7 @@ const RESTART: Backoff = Backoff { base: Duration::from_millis(500), max: Durati
 const STEADY: Duration = Duration::from_secs(60);
 /// How long a service's last words are waited for.
 const DRAIN: Duration = Duration::from_millis(50);
+const DRAIN_MAX: Duration = Duration::from_secs(2);
 const EVENTS_HELD: usize = 1024;
 const SERVICES_MAX: usize = 100;
 
@@ -293,7 +294,10 @@ impl Unit {
                     None
                 }
             };
-            let _ = fs::remove_file(pid_file(&sprite, &self.name));
+            // Where its output could not be logged, on a full disk say, it may run on, and is followed again.
+            if !self.state().process.is_some_and(Process::is_alive) {
+                let _ = fs::remove_file(pid_file(&sprite, &self.name));
+            }
             self.set(|state| state.process = None);
             let now = *wanted.borrow();
             match now {
@@ -360,20 +364,25 @@ impl Unit {
         self.tell(Event::Started);
         let mut ended = std::pin::pin!(ended(&mut child, process));
         let code = loop {
+            // In any order: a service that prints without end is ended too.
             tokio::select! {
-                biased;
-                line = output.next() => self.tell_line(line?),
+                lines = output.next() => self.tell_lines(lines?),
                 code = &mut ended => break code,
                 change = changed(wanted) => match change {
-                    Wanted::Stopped(grace) => break self.end(process, &mut output, ended.as_mut(), grace).await?,
+                    Wanted::Stopped(grace) => break self.end(process, &mut output, ended.as_mut(), grace).await,
                     _ => return Ok(None),
                 },
             }
         };
-        while let Ok(line) = tokio::time::timeout(DRAIN, output.next()).await {
-            self.tell_line(line?);
-        }
-        output.rest()?.into_iter().for_each(|line| self.tell_line(line));
+        // What it has left running may go on writing.
+        let drained = async {
+            while let Ok(lines) = tokio::time::timeout(DRAIN, output.next()).await {
+                self.tell_lines(lines?);
+            }
+            io::Result::Ok(())
+        };
+        tokio::time::timeout(DRAIN_MAX, drained).await.unwrap_or(Ok(()))?;
+        self.tell_lines(output.rest()?);
         Ok(code)
     }
 
@@ -383,17 +392,23 @@ impl Unit {
         output: &mut Output,
         mut ended: std::pin::Pin<&mut impl Future<Output = Option<u8>>>,
         grace: Duration,
-    ) -> io::Result<Option<u8>> {
+    ) -> Option<u8> {
         self.set(|state| state.status = Status::Stopping);
         self.tell(Event::Stopping);
         process.signal_command(Signal::TERM);
         let mut out_of_patience = std::pin::pin!(tokio::time::sleep(grace));
-        let mut killed = false;
+        let (mut killed, mut logged) = (false, true);
         loop {
             tokio::select! {
-                biased;
-                line = output.next() => self.tell_line(line?),
-                code = &mut ended => return Ok(code),
+                lines = output.next(), if logged => match lines {
+                    Ok(lines) => self.tell_lines(lines),
+                    // It ends all the same; what it says meanwhile waits in its pipes.
+                    Err(error) => {
+                        logged = false;
+                        self.tell(Event::Error(error.to_string()));
+                    }
+                },
+                code = &mut ended => return code,
                 () = &mut out_of_patience, if !killed => {
                     killed = true;
                     process.signal_command(Signal::KILL);
@@ -413,8 +428,10 @@ impl Unit {
         command.stdin(Stdio::piped()).stdout(stdout).stderr(stderr).spawn()
     }
 
-    fn tell_line(&self, (stream, line): (Stream, String)) {
-        self.tell(Event::Output(stream, line));
+    fn tell_lines(&self, lines: Vec<(Stream, String)>) {
+        for (stream, line) in lines {
+            self.tell(Event::Output(stream, line));
+        }
     }
 }
 

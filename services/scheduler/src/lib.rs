@@ -137,7 +137,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     streams::ensure(&scheduler).await?;
     lifecycle.spawn("streams", streams::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
-    lifecycle.spawn("recorder", recorder::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("recorders", recorder::run(scheduler.clone(), lifecycle.clone()));
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("orphans", orphans::run(scheduler.clone(), config.orphan_sweep, lifecycle.stop_token()));
     lifecycle.spawn("retention", retention::run(scheduler.clone(), config.retention, lifecycle.stop_token()));

@@ -14,9 +14,10 @@ use contract::{
 };
 use futures::{FutureExt as _, StreamExt as _};
 use prost::Message as _;
+use service::Lifecycle;
 use sqlx::{Connection as _, PgConnection, PgPool};
 use store::leader::Leadership;
-use tokio::{sync::watch, task::JoinSet};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use types::{Backoff, Partition, SessionId, limits::SETTLE_GRACE};
 
@@ -84,17 +85,16 @@ pub async fn recorded_through(pool: &PgPool, partition: Partition) -> Result<u64
 }
 
 /// A recorder for each partition; one that another replica begins has its own here too.
-pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    let (mut recorders, mut begun) = (JoinSet::new(), BTreeSet::new());
+pub async fn run(scheduler: Scheduler, lifecycle: Lifecycle) {
+    let (stop, mut begun) = (lifecycle.stop_token(), BTreeSet::new());
     let mut ticks = tokio::time::interval(PARTITIONS_EVERY);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         for partition in partitions(&scheduler).await.unwrap_or_default() {
             if begun.insert(partition) {
-                recorders.spawn(record_partition(scheduler.clone(), partition, stop.clone()));
+                lifecycle.spawn("recorder", record_partition(scheduler.clone(), partition, stop.clone()));
             }
         }
     }
-    recorders.join_all().await;
 }
 
 async fn record_partition(scheduler: Scheduler, partition: Partition, stop: CancellationToken) {

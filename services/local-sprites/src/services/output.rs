@@ -5,6 +5,7 @@
 //! spools are logged and how long the log was. What a killed server logged beyond that is cut off, and logged again by the next one.
 
 use std::{
+    fmt::Write as _,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
@@ -84,14 +85,15 @@ impl Output {
         Ok(Self { stdout, stderr, log: Log::open(&files.log, known.map(|known| known.log))?, position })
     }
 
-    /// The next line of either, which is in the log by now. Loses nothing when it is dropped before it is done.
-    pub async fn next(&mut self) -> io::Result<(Stream, String)> {
+    /// The next lines of either, which are in the log by now. Loses nothing when it is dropped before it is done.
+    pub async fn next(&mut self) -> io::Result<Vec<(Stream, String)>> {
+        // There may always be more, and others want to run too.
+        tokio::task::yield_now().await;
         loop {
-            if let Some(end) = self.stdout.line() {
-                return self.record(Stream::Stdout, end);
-            }
-            if let Some(end) = self.stderr.line() {
-                return self.record(Stream::Stderr, end);
+            for (stream, bytes) in [(Stream::Stdout, self.stdout.whole()), (Stream::Stderr, self.stderr.whole())] {
+                if bytes > 0 {
+                    return self.record(stream, bytes);
+                }
             }
             tokio::select! {
                 moved = self.stdout.fill() => moved?,
@@ -102,22 +104,23 @@ impl Output {
 
     /// What ended without an end of line.
     pub fn rest(&mut self) -> io::Result<Vec<(Stream, String)>> {
-        let rests = [(Stream::Stdout, self.stdout.held.len()), (Stream::Stderr, self.stderr.held.len())];
-        rests.into_iter().filter(|(_, bytes)| *bytes > 0).map(|(stream, bytes)| self.record(stream, bytes)).collect()
+        let (stdout, stderr) = (self.stdout.held.len(), self.stderr.held.len());
+        Ok([self.record(Stream::Stdout, stdout)?, self.record(Stream::Stderr, stderr)?].concat())
     }
 
     /// Logs the first `bytes` of what is held.
-    fn record(&mut self, stream: Stream, bytes: usize) -> io::Result<(Stream, String)> {
+    fn record(&mut self, stream: Stream, bytes: usize) -> io::Result<Vec<(Stream, String)>> {
         if self.log.is_full() {
             self.log.rotate()?;
             self.note()?;
         }
         let source = if stream == Stream::Stdout { &mut self.stdout } else { &mut self.stderr };
-        let text = String::from_utf8_lossy(&source.held[..bytes]).into_owned();
-        self.log.append(stream, &text)?;
+        let lines = source.held[..bytes].split_inclusive(|byte| *byte == b'\n').flat_map(|line| line.chunks(LINE_BYTES_MAX));
+        let lines: Vec<_> = lines.map(|line| (stream, String::from_utf8_lossy(line).into_owned())).collect();
+        self.log.append(&lines)?;
         source.take(bytes)?;
         self.note()?;
-        Ok((stream, text))
+        Ok(lines)
     }
 
     fn note(&self) -> io::Result<()> {
@@ -181,10 +184,13 @@ impl Source {
         Ok(Self { pipe, spool, spooled, logged, held })
     }
 
-    /// Where the next line ends.
-    fn line(&self) -> Option<usize> {
-        let end = self.held.iter().take(LINE_BYTES_MAX).position(|byte| *byte == b'\n').map(|end| end + 1);
-        end.or((self.held.len() >= LINE_BYTES_MAX).then_some(LINE_BYTES_MAX))
+    /// How much of what is held is whole lines, or the beginning of one that is too long.
+    fn whole(&self) -> usize {
+        match self.held.iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => end + 1,
+            None if self.held.len() >= LINE_BYTES_MAX => LINE_BYTES_MAX,
+            None => 0,
+        }
     }
 
     /// Waits for output, and moves it into the spool.
@@ -245,15 +251,19 @@ impl Log {
         Ok(())
     }
 
-    fn append(&mut self, stream: Stream, text: &str) -> io::Result<()> {
-        let name = if stream == Stream::Stdout { "stdout" } else { "stderr" };
-        let line = format!("{} [{name}] {}\n", Timestamp::now(), text.trim_end_matches('\n'));
-        if let Err(error) = self.file.write_all(line.as_bytes()) {
+    fn append(&mut self, lines: &[(Stream, String)]) -> io::Result<()> {
+        let (now, mut text) = (Timestamp::now(), String::new());
+        for (stream, line) in lines {
+            let name = if *stream == Stream::Stdout { "stdout" } else { "stderr" };
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{now} [{name}] {}", line.trim_end_matches('\n'));
+        }
+        if let Err(error) = self.file.write_all(text.as_bytes()) {
             // A full disk may have taken a part.
             self.file.set_len(self.len)?;
             return Err(error);
         }
-        self.len += line.len() as u64;
+        self.len += text.len() as u64;
         Ok(())
     }
 }
@@ -278,9 +288,11 @@ mod tests {
     }
 
     async fn follow(output: &mut Output, lines: usize) {
-        for _ in 0..lines {
-            output.next().await.unwrap();
+        let mut followed = 0;
+        while followed < lines {
+            followed += output.next().await.unwrap().len();
         }
+        assert_eq!(followed, lines);
     }
 
     /// As a kill leaves it: the files of one moment, whatever was done to them afterwards.
@@ -289,16 +301,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let files = files(dir.path());
         let mut output = Output::open(&files).unwrap();
-        write(&files, "one\ntwo\nthr");
+        write(&files, "one\n");
         follow(&mut output, 1).await;
-        // Killed with lines in the spool and none in the pipe.
+        write(&files, "two\nthr");
+        // Killed with a line in the spool and none in the pipe.
+        output.stdout.fill().await.unwrap();
         drop(output);
         let mut output = Output::open(&files).unwrap();
         follow(&mut output, 1).await;
-        write(&files, "ee\nfour\nfour\n");
         // Killed after the log, before the position.
         let position = fs::read(files.own("position")).unwrap();
+        write(&files, "ee\nfour\n");
         follow(&mut output, 2).await;
+        write(&files, "four\n");
         drop(output);
         fs::write(files.own("position"), position).unwrap();
         assert_eq!(logged(&files), ["one", "two", "three", "four"]);

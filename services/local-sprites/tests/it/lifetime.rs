@@ -61,6 +61,25 @@ async fn a_service_that_prints_a_lot_loses_and_doubles_no_line_when_the_server_i
 }
 
 #[tokio::test]
+async fn a_service_that_prints_without_end_is_stopped_and_so_is_one_that_leaves_such_a_program_behind() {
+    let server = Server::start(&[]).await;
+    let sprite = server.sprite("endless").await;
+    let left_behind = "setsid yes left & exec sleep 1000";
+    for (name, script) in [("yes", "exec yes"), ("parent", left_behind)] {
+        let service = json!({ "cmd": "sh", "args": ["-c", script] });
+        let (status, _) = call(&server, reqwest::Method::PUT, &format!("endless/services/{name}?duration=100ms"), service).await;
+        assert_eq!(status, 200);
+        let begun = std::time::Instant::now();
+        let (status, told) = call(&server, reqwest::Method::POST, &format!("endless/services/{name}/stop?timeout=1s"), json!({})).await;
+        assert!(status == 200 && told.contains("\"type\":\"stopped\""), "{name}: {told}");
+        assert!(begun.elapsed() < Duration::from_secs(5), "{name}: {:?}", begun.elapsed());
+        let (_, state) = call(&server, reqwest::Method::GET, &format!("endless/services/{name}"), json!({})).await;
+        assert!(state.contains("\"status\":\"stopped\""), "{name}: {state}");
+    }
+    assert_eq!(said(&sprite, "pgrep -fc 'slee[p] 1000|exec ye[s]'").await, "0\n");
+}
+
+#[tokio::test]
 async fn a_stop_does_not_wait_for_commands_and_their_clients_hear_no_false_exit() {
     let mut server = Server::start(&[]).await;
     let sprite = server.sprite("busy").await;
