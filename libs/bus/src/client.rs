@@ -2,7 +2,7 @@
 
 use std::{
     path::PathBuf,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use async_nats::{Client, ConnectOptions, HeaderMap, RequestErrorKind, jetstream};
@@ -136,21 +136,25 @@ impl Bus {
         connections
     }
 
-    /// Sends a request and waits for its answer, at most `deadline`.
+    /// Sends a request and waits for its answer, at most `deadline`. One that is harmless twice is sent once more where nobody was there to
+    /// receive it, or no answer came in a third of the time: a service may be restarting, or have died with the request.
     ///
     /// # Errors
     /// What the other side failed with; `Unavailable` when nobody serves the subject, `DeadlineExceeded` when no answer came.
     pub async fn call<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
         let call = async {
-            let answer = self.call_once::<R>(request, deadline).await;
-            match answer {
-                // Nobody was there to receive it, so that sending it again is safe: a service may be restarting.
-                Err(failure) if failure.code == ErrorCode::Unavailable && R::IDEMPOTENT => {
-                    tokio::time::sleep(Duration::from_millis(100).min(deadline / 4)).await;
-                    self.call_once::<R>(request, deadline).await
-                }
-                answer => answer,
+            if !R::IDEMPOTENT {
+                return self.call_once::<R>(request, deadline).await;
             }
+            let until = Instant::now() + deadline;
+            match self.call_once::<R>(request, deadline / 3).await {
+                Err(failure) if failure.code == ErrorCode::Unavailable => {
+                    tokio::time::sleep(Duration::from_millis(100).min(deadline / 4)).await;
+                }
+                Err(failure) if failure.code == ErrorCode::DeadlineExceeded => {}
+                answer => return answer,
+            }
+            self.call_once::<R>(request, until.saturating_duration_since(Instant::now())).await
         };
         call.instrument(tracing::info_span!("call", otel.kind = "client", subject = R::SUBJECT)).await
     }

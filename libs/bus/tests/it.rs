@@ -50,6 +50,35 @@ async fn nobody_to_answer_is_known_at_once_and_a_slow_answer_by_its_deadline() {
 }
 
 #[tokio::test]
+async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_harmless() {
+    let nats = Nats::start().unwrap();
+    let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::OPERATOR).await.unwrap());
+    let calls = Arc::new(AtomicUsize::new(0));
+    let responder = Responder::start(&server, "auth", calls.clone(), TaskTracker::new(), CancellationToken::new()).await.unwrap();
+    let first_is_lost = |calls: Arc<AtomicUsize>| async move {
+        if calls.fetch_add(1, Ordering::SeqCst) == 0 {
+            std::future::pending::<()>().await;
+        }
+    };
+    let found = move |calls, _: auth::FindUserRequest| async move {
+        first_is_lost(calls).await;
+        Ok(auth::User::default())
+    };
+    let created = move |calls, _: auth::CreateUserRequest| async move {
+        first_is_lost(calls).await;
+        Ok(auth::User::default())
+    };
+    responder.serve::<rpc::FindUser, _, _>(found).await.unwrap();
+    responder.serve::<rpc::CreateUser, _, _>(created).await.unwrap();
+    let begun = std::time::Instant::now();
+    assert!(client.call::<rpc::FindUser>(&auth::FindUserRequest::default(), Duration::from_secs(3)).await.is_ok());
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    assert_eq!(calls.swap(0, Ordering::SeqCst), 2);
+    let failure = client.call::<rpc::CreateUser>(&auth::CreateUserRequest::default(), Duration::from_secs(1)).await.unwrap_err();
+    assert_eq!((failure.code, calls.load(Ordering::SeqCst)), (ErrorCode::DeadlineExceeded, 1));
+}
+
+#[tokio::test]
 async fn the_server_refuses_what_a_user_may_not_do() {
     let nats = Nats::start().unwrap();
     let gateway = nats.connect(&access::GATEWAY).await.unwrap();
