@@ -14,7 +14,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode},
+    fs::{CWD, FallocateFlags, FileType, Mode, fallocate},
     pipe::{SpliceFlags, splice},
 };
 use tokio::net::unix::pipe;
@@ -27,7 +27,7 @@ const LOG_BYTES_MAX: u64 = 10 * 1024 * 1024;
 const LINE_BYTES_MAX: usize = 64 * 1024;
 /// How much is moved at once: what a pipe holds.
 const MOVE_BYTES_MAX: usize = 64 * 1024;
-/// A spool that is logged whole is begun anew beyond this.
+/// So much of a spool is logged before its room is given back.
 const SPOOL_BYTES_MAX: u64 = 1024 * 1024;
 
 /// The files of one service's output.
@@ -118,8 +118,14 @@ impl Output {
         let lines = source.held[..bytes].split_inclusive(|byte| *byte == b'\n').flat_map(|line| line.chunks(LINE_BYTES_MAX));
         let lines: Vec<_> = lines.map(|line| (stream, String::from_utf8_lossy(line).into_owned())).collect();
         self.log.append(&lines)?;
-        source.take(bytes)?;
+        source.held.drain(..bytes);
+        source.logged += bytes as u64;
+        // Noted before anything of the spool goes: until then it may have to be logged again.
         self.note()?;
+        let source = if stream == Stream::Stdout { &mut self.stdout } else { &mut self.stderr };
+        if source.trim()? {
+            self.note()?;
+        }
         Ok(lines)
     }
 
@@ -163,6 +169,8 @@ struct Source {
     spool: File,
     spooled: u64,
     logged: u64,
+    /// Up to here its room was given back.
+    trimmed: u64,
     /// The spool from `logged` on.
     held: Vec<u8>,
 }
@@ -181,7 +189,7 @@ impl Source {
         let logged = if logged > spooled { 0 } else { logged };
         let mut held = vec![0; usize::try_from(spooled - logged).map_err(io::Error::other)?];
         spool.read_exact_at(&mut held, logged)?;
-        Ok(Self { pipe, spool, spooled, logged, held })
+        Ok(Self { pipe, spool, spooled, logged, trimmed: 0, held })
     }
 
     /// How much of what is held is whole lines, or the beginning of one that is too long.
@@ -211,15 +219,21 @@ impl Source {
         }
     }
 
-    /// Marks the first `bytes` as logged.
-    fn take(&mut self, bytes: usize) -> io::Result<()> {
-        self.held.drain(..bytes);
-        self.logged += bytes as u64;
-        if self.held.is_empty() && self.logged > SPOOL_BYTES_MAX {
-            self.spool.set_len(0)?;
-            (self.spooled, self.logged) = (0, 0);
+    /// Gives back the room of what is logged; true where the spool was begun anew. A busy service's may never be logged whole: there a hole
+    /// is left, and offsets stay what they are.
+    fn trim(&mut self) -> io::Result<bool> {
+        if self.logged - self.trimmed < SPOOL_BYTES_MAX {
+            return Ok(false);
         }
-        Ok(())
+        if self.held.is_empty() {
+            self.spool.set_len(0)?;
+            (self.spooled, self.logged, self.trimmed) = (0, 0, 0);
+            return Ok(true);
+        }
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&self.spool, hole, self.trimmed, self.logged - self.trimmed)?;
+        self.trimmed = self.logged;
+        Ok(false)
     }
 }
 
@@ -335,11 +349,12 @@ mod tests {
         }
         let spool = fs::metadata(files.own("stdout.spool")).unwrap().len();
         assert!(spool < SPOOL_BYTES_MAX, "{spool}");
-        drop(output);
-        // The spool was begun anew, and the position is from before.
-        fs::write(files.own("stdout.spool"), b"").unwrap();
+        // Killed when the spool was begun anew, before that was noted.
         let before = logged(&files).len();
+        output.stdout.spool.set_len(0).unwrap();
+        drop(output);
         let mut output = Output::open(&files).unwrap();
+        assert_eq!(logged(&files).len(), before);
         write(&files, "next\n");
         follow(&mut output, 1).await;
         assert_eq!(logged(&files).len(), before + 1);
@@ -350,6 +365,28 @@ mod tests {
         write(&files, "last\n");
         follow(&mut output, 1).await;
         assert_eq!(logged(&files), ["last"]);
+    }
+
+    /// Each read ends within a line: the spool is never logged whole.
+    #[tokio::test]
+    async fn the_spool_of_a_busy_service_takes_no_more_and_more_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = files(dir.path());
+        let mut output = Output::open(&files).unwrap();
+        write(&files, "begun ");
+        for _ in 0..200 {
+            write(&files, &("x".repeat(30_000) + "\nbegun "));
+            follow(&mut output, 1).await;
+        }
+        let spool = fs::metadata(files.own("stdout.spool")).unwrap();
+        let room = std::os::unix::fs::MetadataExt::blocks(&spool) * 512;
+        assert!(spool.len() > 5 * SPOOL_BYTES_MAX && room < 2 * SPOOL_BYTES_MAX, "{room} bytes for {}", spool.len());
+        drop(output);
+        let mut output = Output::open(&files).unwrap();
+        write(&files, "ended\n");
+        follow(&mut output, 1).await;
+        let lines = logged(&files);
+        assert_eq!((lines.len(), lines.last().unwrap().as_str()), (201, "begun ended"));
     }
 
     #[tokio::test]
