@@ -102,6 +102,9 @@ pub struct Sandboxes {
     /// What is made once for all Sprites: the mask, the first disk, the files that a Sprite only reads.
     shared: PathBuf,
     agents_dir: Option<PathBuf>,
+    /// How much a file system in memory holds. Files there count as the Sprite's memory: were they all of it, nothing could run any more, not
+    /// even what removes them.
+    memory_files_bytes: u64,
 }
 
 /// The process that keeps a sandbox alive.
@@ -121,6 +124,7 @@ impl Sandboxes {
         data_dir: &Path,
         agents_dir: Option<&Path>,
         disk_bytes: Option<u64>,
+        memory_bytes: u64,
     ) -> Result<Self, SandboxError> {
         let root = rustix::process::geteuid().is_root();
         let overlay = match isolation {
@@ -132,7 +136,8 @@ impl Sandboxes {
         let data_dir = data_dir.canonicalize().map_err(io_error("the data directory cannot be found"))?;
         let shared = data_dir.join("shared");
         fs::DirBuilder::new().recursive(true).mode(0o755).create(&shared).map_err(io_error("the data directory cannot be written to"))?;
-        let mut sandboxes = Self { overlay, disks: Disks::Directories, shared, agents_dir: agents_dir.map(Path::to_path_buf) };
+        let agents_dir = agents_dir.map(Path::to_path_buf);
+        let mut sandboxes = Self { overlay, disks: Disks::Directories, shared, agents_dir, memory_files_bytes: memory_bytes / 4 };
         sandboxes.share().map_err(io_error("what Sprites share cannot be made"))?;
         let disk_bytes = disk_bytes.filter(|_| overlay);
         let template = sandboxes.shared.join("template");
@@ -287,12 +292,13 @@ impl Sandboxes {
             }
         }
         command.arg("--ro-bind").arg(dir.join("inside")).arg("/.sprite");
-        command.args(["--proc", "/proc", "--tmpfs", "/run"]);
+        let size = self.memory_files_bytes.to_string();
+        command.args(["--proc", "/proc", "--size", &size, "--tmpfs", "/run"]);
         if self.overlay {
             hide_kernel(&mut command);
         }
         if self.overlay {
-            command.args(["--dev", "/dev", "--tmpfs", "/dev/shm"]);
+            command.args(["--dev", "/dev", "--size", &size, "--tmpfs", "/dev/shm"]);
         } else {
             bind_devices(&mut command);
         }
