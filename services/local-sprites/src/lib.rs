@@ -76,7 +76,11 @@ impl Config {
                 hosts.unwrap_or_default().split(',').map(|host| host.trim().to_owned()).filter(|host| !host.is_empty()).collect()
             },
             limits: Limits {
-                memory_bytes: env.parsed("LOCAL_SPRITES_MEMORY_MB", "memory of a Sprite, in MiB; files in /dev/shm and /run are a quarter of it each at most", 4096_u64) << 20,
+                memory_bytes: env.parsed(
+                    "LOCAL_SPRITES_MEMORY_MB",
+                    "memory of a Sprite, in MiB; files in /dev/shm and /run are a quarter of it each at most",
+                    4096_u64,
+                ) << 20,
                 cpu_milli: {
                     let cpus = env.parsed("LOCAL_SPRITES_CPUS", "CPUs of a Sprite, such as 1.5; 0 for all", 0.0_f64);
                     (cpus.is_finite() && cpus > 0.0).then_some((cpus * 1000.0) as u64)
