@@ -118,10 +118,12 @@ rpcs! {
     DeleteSession: scheduler::DeleteSessionRequest => common::Empty, "aod.rpc.scheduler.v1.session.delete", idempotent: false;
     /// A page of a session's record.
     ReadEvents: scheduler::ReadEventsRequest => scheduler::ReadEventsReply, "aod.rpc.scheduler.v1.session.events", idempotent: true;
-    /// What a turn needs to run; raises its epoch. For runners.
+    /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what running it takes. For runners.
     ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", idempotent: true;
-    /// A runner could not go on with a turn, and says why.
-    HandBackTurn: scheduler::HandBackTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", idempotent: true;
+    /// Releases a turn, with the reason where an attempt failed. For runners.
+    ReleaseTurn: scheduler::ReleaseTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", idempotent: true;
+    /// Extends a runner's lease and compares the turns it holds with those it owns. For runners.
+    Heartbeat: scheduler::HeartbeatRequest => scheduler::HeartbeatReply, "aod.rpc.scheduler.v1.turn.heartbeat", idempotent: true;
     /// What it takes to delete a session's Sprite. For runners.
     ClaimSprite: scheduler::ClaimSpriteRequest => scheduler::SpriteClaim, "aod.rpc.scheduler.v1.sprite.claim", idempotent: true;
     /// What it takes to search an account for Sprites that no session knows. For runners.

@@ -1,6 +1,7 @@
 //! Postgres, as every service uses it: a pool with limits, migrations, a role and schema of one's own, an outbox, leadership.
 
 pub mod leader;
+pub mod lease;
 pub mod outbox;
 pub mod provision;
 
@@ -61,7 +62,9 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
         .await
         .map_err(OpenError::Connect)?;
     let migrations = steps.iter().map(|(version, description, sql)| {
-        Migration::new(*version, Cow::Borrowed(*description), MigrationType::Simple, SqlStr::from_static(sql), false)
+        // As in sqlx's own migration files: an index on a live table is created concurrently, which no transaction allows.
+        let no_tx = sql.starts_with("-- no-transaction");
+        Migration::new(*version, Cow::Borrowed(*description), MigrationType::Simple, SqlStr::from_static(sql), no_tx)
     });
     // What is there and not known here is a newer release's, and only adds: an old replica starts again during an upgrade, and after a rollback.
     let migrator = Migrator { migrations: Cow::Owned(migrations.collect()), ignore_missing: true, ..Migrator::DEFAULT };

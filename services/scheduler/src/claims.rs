@@ -7,7 +7,7 @@ use contract::{
     common::Empty,
     rpc,
     scheduler::{
-        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, HandBackTurnRequest, Settled, SpriteClaim, TurnSpec,
+        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, ReleaseTurnRequest, Settled, SpriteClaim, TurnSpec,
         claim_turn_reply::Verdict,
     },
     vault::MintLeaseRequest,
@@ -150,7 +150,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
 }
 
 /// A runner could not go on: why is kept for the turn's user. A claim that was overtaken has no say.
-pub async fn hand_back(scheduler: Scheduler, request: HandBackTurnRequest) -> Result<Empty, Failure> {
+pub async fn hand_back(scheduler: Scheduler, request: ReleaseTurnRequest) -> Result<Empty, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let reason: String = request.reason.chars().filter(|c| *c != '\0').take(REASON_CHARS_MAX).collect();
     sqlx::query("update turn set handed_back_reason = $4 where session_id = $1 and turn_number = $2 and epoch = $3")

@@ -106,7 +106,7 @@ pub async fn settle(tx: &mut PgConnection, session: SessionRow, turn: i32, messa
     let Some(failed) = failed else { return Ok(seconds) };
     let failure = session::Failure { stage: "deadline".to_owned(), message: message.to_owned() };
     let ended = TurnEnded { failure: Some(failure), ..TurnEnded::default() };
-    let event = SessionEvent { turn: unsigned(turn), epoch: 0, checkpoint: None, kind: Some(Kind::TurnEnded(ended)) };
+    let event = SessionEvent { turn: unsigned(turn), epoch: 0, follows: None, checkpoint: None, kind: Some(Kind::TurnEnded(ended)) };
     enqueue(tx, &subject::session_log(id, failed.partition()?), &event).await?;
     enqueue_destroy(tx, &failed).await?;
     tell(tx, &failed, &failed.status, unsigned(turn)).await?;

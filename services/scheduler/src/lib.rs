@@ -96,6 +96,10 @@ const MIGRATIONS: &[store::Step] = &[
     (6, "usage", include_str!("../../../migrations/scheduler/0006_usage.sql")),
     (7, "event partitions", include_str!("../../../migrations/scheduler/0007_event_partitions.sql")),
     (8, "active sessions", include_str!("../../../migrations/scheduler/0008_active_sessions.sql")),
+    (9, "runner leases", include_str!("../../../migrations/scheduler/0009_runner_leases.sql")),
+    (10, "turn without owner", include_str!("../../../migrations/scheduler/0010_turn_without_owner.sql")),
+    (15, "turn by owner", include_str!("../../../migrations/scheduler/0015_turn_by_owner.sql")),
+    (16, "sprite to destroy", include_str!("../../../migrations/scheduler/0016_sprite_to_destroy.sql")),
 ];
 
 /// What every request works with.
@@ -168,7 +172,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::DeleteSession, _, _>(deletion::delete).await?;
     responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
-    responder.serve::<rpc::HandBackTurn, _, _>(claims::hand_back).await?;
+    responder.serve::<rpc::ReleaseTurn, _, _>(claims::hand_back).await?;
     responder.serve::<rpc::ClaimSprite, _, _>(claims::sprite).await?;
     responder.serve::<rpc::ClaimSweep, _, _>(orphans::claim).await?;
     responder.serve::<rpc::FindOrphans, _, _>(orphans::find).await?;

@@ -177,11 +177,21 @@ async fn write(connection: &mut PgConnection, stream: &str, entries: &[Entry]) -
     }
     let mut tx = connection.begin().await?;
     sqlx::query(
-        "insert into event (session_id, event_id, payload)
-         select e.session_id, e.event_id, e.payload
-         from unnest($1::uuid[], $2::bigint[], $3::bytea[]) as e (session_id, event_id, payload)
+        "with written as (
+            insert into event (session_id, event_id, recorded_on, payload)
+            select e.session_id, e.event_id, (now() at time zone 'utc')::date, e.payload
+            from unnest($1::uuid[], $2::bigint[], $3::bytea[]) as e (session_id, event_id, payload)
+            join session s using (session_id)
+            on conflict do nothing
+            returning session_id, event_id, recorded_on
+         )
+         insert into event_log as l (session_id, last_event_id, first_day, last_day)
+         select w.session_id, max(w.event_id), min((s.created_at at time zone 'utc')::date), max(w.recorded_on)
+         from written w
          join session s using (session_id)
-         on conflict do nothing",
+         group by w.session_id
+         on conflict (session_id) do update
+         set last_event_id = greatest(l.last_event_id, excluded.last_event_id), last_day = greatest(l.last_day, excluded.last_day)",
     )
     .bind(&sessions)
     .bind(&ids)

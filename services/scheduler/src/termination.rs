@@ -40,7 +40,7 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
     .await
     .map_err(Failure::internal)?;
     let turn = u32::try_from(row.turn_count).unwrap_or_default();
-    let event = SessionEvent { turn, epoch: 0, checkpoint: None, kind: Some(Kind::Terminated(Terminated {})) };
+    let event = SessionEvent { turn, follows: None, epoch: 0, checkpoint: None, kind: Some(Kind::Terminated(Terminated {})) };
     enqueue(&mut tx, &subject::session_log(session, row.partition()?), &event).await?;
     enqueue_destroy(&mut tx, &row).await?;
     let row: SessionRow = sqlx::query_as(concat!(

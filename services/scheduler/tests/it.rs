@@ -10,8 +10,8 @@ use contract::{
     common::Empty,
     rpc,
     scheduler::{
-        ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, DeleteSessionRequest, GetSessionRequest, HandBackTurnRequest,
-        PromptRequest, ReadEventsRequest, Session, TerminateRequest, UpdateAgentRequest, claim_turn_reply::Verdict,
+        ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, DeleteSessionRequest, GetSessionRequest, PromptRequest,
+        ReadEventsRequest, ReleaseTurnRequest, Session, TerminateRequest, UpdateAgentRequest, claim_turn_reply::Verdict,
     },
     session::{Output, SessionEvent, TurnEnded, TurnStarted, session_event::Kind},
     subject,
@@ -103,7 +103,7 @@ impl World {
 
     async fn append(&self, session: &str, turn: u32, kind: Kind) -> u64 {
         let session: SessionId = session.parse().unwrap();
-        let event = SessionEvent { turn, epoch: 1, checkpoint: None, kind: Some(kind) };
+        let event = SessionEvent { turn, epoch: 1, follows: None, checkpoint: None, kind: Some(kind) };
         let id = SessionId::new().to_string();
         self.runner.append(subject::session_log(session, Partition::FIRST), event.encode_to_vec().into(), &id, None).await.unwrap()
     }
@@ -188,7 +188,7 @@ async fn terminate_wins_over_a_late_completion_and_only_once() {
     assert_eq!(world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap().status, "terminated");
     assert_eq!(world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap_err().message, "Session is already terminated");
     assert_eq!(world.complete(&session, 1).await.status, "terminated");
-    let claim = ClaimTurnRequest { session_id: session, turn: 1, runner: "r".to_owned() };
+    let claim = ClaimTurnRequest { session_id: session, turn: 1, runner: "r".to_owned(), ..Default::default() };
     let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
     assert!(matches!(verdict, Verdict::Settled(settled) if settled.destroy.is_some()), "what exists of its Sprite has to go");
 }
@@ -197,7 +197,7 @@ async fn terminate_wins_over_a_late_completion_and_only_once() {
 async fn every_claim_raises_the_epoch_until_the_turn_is_settled() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
-    let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned() };
+    let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned(), ..Default::default() };
     for expected in 1..=3 {
         let Verdict::Run(spec) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap() else {
             panic!("settled")
@@ -277,7 +277,7 @@ async fn a_later_edit_changes_nothing_for_a_sessions_next_turn() {
         once: None,
     };
     world.gateway.call::<rpc::Prompt>(&prompt, SOON).await.unwrap();
-    let claim = ClaimTurnRequest { session_id: session, turn: 2, runner: "r".to_owned() };
+    let claim = ClaimTurnRequest { session_id: session, turn: 2, runner: "r".to_owned(), ..Default::default() };
     let Some(Verdict::Run(spec)) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict else { panic!("settled") };
     assert_eq!((spec.model.as_str(), spec.prompt.as_str(), spec.system.as_str()), ("none", "again", ""));
 }
@@ -343,7 +343,7 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
                 }
                 // A takeover: another claim, and it changes nothing that a user sees.
                 4 => {
-                    let claim = ClaimTurnRequest { session_id: ids.1, turn: now.turn, runner: "r".to_owned() };
+                    let claim = ClaimTurnRequest { session_id: ids.1, turn: now.turn, runner: "r".to_owned(), ..Default::default() };
                     let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
                     assert_eq!(matches!(verdict, Verdict::Run(_)), now.is_active(), "{log:?}");
                 }
@@ -383,7 +383,7 @@ async fn whatever_happens_at_once_ends_in_one_state() {
             PromptRequest { user_id: user.clone(), session_id: session.clone(), prompt: "p".to_owned(), timeout_seconds: 60, once: None };
         let terminate = TerminateRequest { user_id: user.clone(), session_id: session.clone() };
         let delete = DeleteSessionRequest { user_id: user.clone(), session_id: session.clone() };
-        let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned() };
+        let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned(), ..Default::default() };
         let (prompted, terminated, deleted, _, ended) = tokio::join!(
             world.gateway.call::<rpc::Prompt>(&prompt, SOON),
             world.gateway.call::<rpc::Terminate>(&terminate, SOON),
@@ -466,12 +466,12 @@ async fn what_is_old_goes_and_what_is_not_stays() {
 async fn a_turn_that_nobody_can_run_is_given_up_with_the_last_reason() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
-    let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned() };
+    let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned(), ..Default::default() };
     let Some(Verdict::Run(spec)) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict else { panic!("settled") };
-    let hand_back = |epoch, reason: &str| HandBackTurnRequest { session_id: session.clone(), turn: 1, epoch, reason: reason.to_owned() };
-    world.runner.call::<rpc::HandBackTurn>(&hand_back(spec.epoch, "no sandbox to be had"), SOON).await.unwrap();
+    let hand_back = |epoch, reason: &str| ReleaseTurnRequest { session_id: session.clone(), turn: 1, epoch, reason: reason.to_owned() };
+    world.runner.call::<rpc::ReleaseTurn>(&hand_back(spec.epoch, "no sandbox to be had"), SOON).await.unwrap();
     // One that was overtaken has no say.
-    world.runner.call::<rpc::HandBackTurn>(&hand_back(spec.epoch + 1, "nonsense"), SOON).await.unwrap();
+    world.runner.call::<rpc::ReleaseTurn>(&hand_back(spec.epoch + 1, "nonsense"), SOON).await.unwrap();
     assert_eq!(world.get(&session, 0).await.waiting_on.as_deref(), Some("another attempt: no sandbox to be had"));
     for _ in 0..99 {
         let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict;

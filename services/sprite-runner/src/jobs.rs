@@ -6,7 +6,7 @@ use bus::work::{HAND_BACK, Job, Outcome};
 use contract::{
     rpc,
     runner::{DestroySprite, RunTurn, SweepSprites},
-    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, HandBackTurnRequest, claim_turn_reply::Verdict},
+    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, claim_turn_reply::Verdict},
 };
 use futures::StreamExt as _;
 use prost::Message as _;
@@ -47,7 +47,8 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         Ok(hints) => hints,
         Err(_) => return Outcome::Retry(again),
     };
-    let claim = ClaimTurnRequest { session_id: job.session_id.clone(), turn: job.turn, runner: runner.name.to_string() };
+    let claim =
+        ClaimTurnRequest { session_id: job.session_id.clone(), turn: job.turn, runner: runner.name.to_string(), ..Default::default() };
     let verdict = match runner.bus.call::<rpc::ClaimTurn>(&claim, CLAIM_DEADLINE).await {
         Ok(reply) => reply.verdict,
         Err(error) => {
@@ -63,7 +64,8 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
                 Some(claim) => destroy::outcome(destroy::sprite(&runner, session, &claim).await, again),
             };
         }
-        None => return Outcome::Retry(again),
+        Some(Verdict::Owned(_)) => return Outcome::Done,
+        Some(Verdict::LeaseExpired(_)) | None => return Outcome::Retry(again),
     };
     let (sprite, epoch) = (spec.sprite.clone(), spec.epoch);
     let stop = runner.stop.clone();
@@ -87,8 +89,8 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
             turn::End::HandBack(reason) => {
                 tracing::info!(%session, sprite, reason, "handing the turn back");
                 // Told to whoever asks; losing it costs the reason alone.
-                let told = HandBackTurnRequest { session_id: session.to_string(), turn: job.turn, epoch, reason };
-                let _ = runner.bus.call::<rpc::HandBackTurn>(&told, CLAIM_DEADLINE).await;
+                let told = ReleaseTurnRequest { session_id: session.to_string(), turn: job.turn, epoch, reason };
+                let _ = runner.bus.call::<rpc::ReleaseTurn>(&told, CLAIM_DEADLINE).await;
                 Outcome::Retry(again)
             }
         },

@@ -168,7 +168,8 @@ impl Record {
     /// Appends and waits for the acknowledgement, for as long as it takes: nothing is dropped because the bus is slow or full.
     /// The task's owner ends the wait.
     async fn append(&mut self, what: &str, kind: Kind) -> Result<(), Fenced> {
-        let event = SessionEvent { turn: self.turn, epoch: self.epoch, checkpoint: Some(self.checkpoint.clone()), kind: Some(kind) };
+        let event =
+            SessionEvent { turn: self.turn, epoch: self.epoch, follows: None, checkpoint: Some(self.checkpoint.clone()), kind: Some(kind) };
         let payload = bytes::Bytes::from(event.encode_to_vec());
         let id = format!("{}/{}/{what}", self.session, self.turn);
         let mut attempt = 0;

@@ -443,10 +443,13 @@ pub struct ClaimTurnRequest {
     pub turn: u32,
     #[prost(string, tag = "3")]
     pub runner: ::prost::alloc::string::String,
+    /// The runner's lease, see HeartbeatRequest: it becomes the owner of the turn.
+    #[prost(string, tag = "4")]
+    pub runner_lease: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClaimTurnReply {
-    #[prost(oneof = "claim_turn_reply::Verdict", tags = "1, 2")]
+    #[prost(oneof = "claim_turn_reply::Verdict", tags = "1, 2, 3, 4")]
     pub verdict: ::core::option::Option<claim_turn_reply::Verdict>,
 }
 /// Nested message and enum types in `ClaimTurnReply`.
@@ -458,20 +461,62 @@ pub mod claim_turn_reply {
         /// Settled already: nothing to run.
         #[prost(message, tag = "2")]
         Settled(super::Settled),
+        /// Another runner owns it and its lease is valid: nothing to do.
+        #[prost(message, tag = "3")]
+        Owned(super::Owned),
+        /// The claimant's own lease has expired: it needs a new one first.
+        #[prost(message, tag = "4")]
+        LeaseExpired(super::LeaseExpired),
     }
 }
-/// A runner gives a turn back: somebody shall try again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Owned {}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseExpired {}
+/// A runner releases a turn that it owns: it is offered to others. Ignored if the claim is stale.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct HandBackTurnRequest {
+pub struct ReleaseTurnRequest {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
     #[prost(uint32, tag = "2")]
     pub turn: u32,
     #[prost(uint32, tag = "3")]
     pub epoch: u32,
-    /// What was in the way, for the turn's user.
+    /// What went wrong, for the turn's user. Empty where nothing did, as when a runner shuts down; otherwise it counts as a failed attempt.
     #[prost(string, tag = "4")]
     pub reason: ::prost::alloc::string::String,
+}
+/// A runner's sign of life, which extends its lease, and the turns it works on.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HeartbeatRequest {
+    /// Chosen by the runner; a UUID. A lease that expired is gone for good: the runner then stops its turns and chooses a new one.
+    #[prost(string, tag = "1")]
+    pub runner_lease: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub runner: ::prost::alloc::string::String,
+    /// The first heartbeat of a lease creates it.
+    #[prost(bool, tag = "3")]
+    pub first: bool,
+    #[prost(message, repeated, tag = "4")]
+    pub held: ::prost::alloc::vec::Vec<HeldTurn>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeldTurn {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub turn: u32,
+    #[prost(uint32, tag = "3")]
+    pub epoch: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HeartbeatReply {
+    /// The lease does not exist any more; its turns were offered to others.
+    #[prost(bool, tag = "1")]
+    pub expired: bool,
+    /// Those of the held turns that the runner does not own: settled, or claimed by another.
+    #[prost(message, repeated, tag = "2")]
+    pub lost: ::prost::alloc::vec::Vec<HeldTurn>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Settled {
@@ -513,7 +558,7 @@ pub struct TurnSpec {
     pub mcp_servers: ::prost::alloc::string::String,
     #[prost(string, tag = "14")]
     pub resources: ::prost::alloc::string::String,
-    /// The record held every event up to this one before `last_event` was read: the stream may have been trimmed so far.
+    /// Every event up to this one was persisted before `last_event` was read: the stream may have been trimmed so far.
     #[prost(uint64, tag = "15")]
     pub recorded_through: u64,
     /// Which of the streams holds the session's record; as a types::Partition.

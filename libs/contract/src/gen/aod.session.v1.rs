@@ -10,6 +10,10 @@ pub struct SessionEvent {
     /// How far the writer is after this event: all that a successor needs to go on.
     #[prost(message, optional, tag = "3")]
     pub checkpoint: ::core::option::Option<Checkpoint>,
+    /// The event of this session that the writer continues: the newest it knows, from the stream or from Postgres; 0 for the first.
+    /// The projector refuses an event that does not continue the persisted log. Absent in events of earlier releases.
+    #[prost(uint64, optional, tag = "4")]
+    pub follows: ::core::option::Option<u64>,
     #[prost(oneof = "session_event::Kind", tags = "10, 11, 12, 13, 14, 15")]
     pub kind: ::core::option::Option<session_event::Kind>,
 }
