@@ -17,6 +17,8 @@ pub struct Failure {
     pub numbers: HashMap<String, i64>,
     /// The field at fault, where one is.
     pub field: Option<Box<Field>>,
+    /// Whether Postgres rolled the transaction back in favour of others, so that it may be run again. Does not cross the bus.
+    pub rolled_back: bool,
 }
 
 /// A field, and what it holds.
@@ -28,7 +30,7 @@ pub struct Field {
 
 impl Failure {
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), numbers: HashMap::new(), field: None }
+        Self { code, message: message.into(), numbers: HashMap::new(), field: None, rolled_back: false }
     }
 
     pub fn not_found(message: impl Into<String>) -> Self {
@@ -81,8 +83,42 @@ impl Failure {
         let error = common::Error::decode(STANDARD.decode(text).ok()?.as_slice()).ok()?;
         let input = error.input.unwrap_or_default();
         let field = error.field.map(|name| Box::new(Field { name, input }));
-        Some(Self { code: error.code.parse().ok()?, message: error.message, numbers: error.numbers, field })
+        Some(Self { code: error.code.parse().ok()?, message: error.message, numbers: error.numbers, field, rolled_back: false })
     }
+}
+
+/// Errors of Postgres: `Unavailable` where the same request may succeed later, a defect of ours otherwise.
+#[cfg(feature = "postgres")]
+impl From<sqlx::Error> for Failure {
+    fn from(error: sqlx::Error) -> Self {
+        let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+        let code = code.as_deref().unwrap_or_default();
+        if !is_unavailable(&error, code) {
+            return Self::internal(error);
+        }
+        tracing::warn!(%error, "Postgres is not available");
+        Self { rolled_back: matches!(code, DEADLOCK_DETECTED | SERIALIZATION_FAILURE), ..Self::unavailable("The database") }
+    }
+}
+
+#[cfg(feature = "postgres")]
+const DEADLOCK_DETECTED: &str = "40P01";
+#[cfg(feature = "postgres")]
+const SERIALIZATION_FAILURE: &str = "40001";
+
+/// Whether an error says nothing about the request. `code` is its SQLSTATE.
+#[cfg(feature = "postgres")]
+fn is_unavailable(error: &sqlx::Error, code: &str) -> bool {
+    use sqlx::Error;
+    let transient =
+        matches!(error, Error::PoolTimedOut | Error::PoolClosed | Error::WorkerCrashed | Error::Io(_) | Error::Tls(_) | Error::BeginFailed);
+    // Connections (08), shutdown and start-up (57P), resources such as connections, disk or memory (53); a cancelled statement, a wait
+    // for a lock or an idle transaction that took too long; and a server that is read-only, as after a failover.
+    transient
+        || code.starts_with("08")
+        || code.starts_with("57P")
+        || code.starts_with("53")
+        || matches!(code, "57014" | "55P03" | "25P03" | "25006" | DEADLOCK_DETECTED | SERIALIZATION_FAILURE)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::{borrow::Cow, str::FromStr as _, time::Duration};
 use secrecy::{ExposeSecret as _, SecretString};
 use service::Env;
 use sqlx::{
-    AssertSqlSafe, SqlStr,
+    AssertSqlSafe, PgConnection, SqlStr,
     migrate::{Migration, MigrationType, Migrator},
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
 };
@@ -54,10 +54,24 @@ pub type Step = (i64, &'static str, &'static str);
 pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool, OpenError> {
     let options = PgConnectOptions::from_str(config.url.expose_secret()).map_err(OpenError::Url)?;
     // No statement of ours takes long: one that does is stuck, and its locks hold up others.
-    let options = options.application_name(name).options([("statement_timeout", "30s"), ("idle_in_transaction_session_timeout", "30s")]);
+    let options = options.application_name(name).options([
+        ("statement_timeout", "30s"),
+        ("idle_in_transaction_session_timeout", "30s"),
+        // A client that vanished without a word, with its machine say, loses its locks within seconds.
+        ("tcp_keepalives_idle", "5"),
+        ("tcp_keepalives_interval", "2"),
+        ("tcp_keepalives_count", "3"),
+        ("tcp_user_timeout", "10s"),
+    ]);
     let pool = PgPoolOptions::new()
         .max_connections(config.max_connections)
         .acquire_timeout(Duration::from_secs(5))
+        // In place of sqlx's own ping: a connection to a server that is no primary any more, as after a failover, is closed.
+        .test_before_acquire(false)
+        .before_acquire(|connection, _| Box::pin(is_primary(connection)))
+        .after_connect(|connection, _| {
+            Box::pin(async { if is_primary(connection).await? { Ok(()) } else { Err(sqlx::Error::Protocol(NOT_PRIMARY.to_owned())) } })
+        })
         .connect_with(options)
         .await
         .map_err(OpenError::Connect)?;
@@ -70,6 +84,12 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
     let migrator = Migrator { migrations: Cow::Owned(migrations.collect()), ignore_missing: true, ..Migrator::DEFAULT };
     migrator.run(&pool).await?;
     Ok(pool)
+}
+
+const NOT_PRIMARY: &str = "the Postgres server is a standby; it takes no writes";
+
+async fn is_primary(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("select not pg_is_in_recovery()").fetch_one(connection).await
 }
 
 /// Counts a pool's connections for whoever watches, until the stop.

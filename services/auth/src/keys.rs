@@ -32,8 +32,7 @@ pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKey
     )
     .bind(hash.as_bytes().as_slice())
     .fetch_optional(&pool)
-    .await
-    .map_err(Failure::internal)?
+    .await?
     .ok_or_else(|| refused("Invalid API key"))?;
     if !key.is_active || !key.user_is_active {
         return Err(refused("API key is inactive"));
@@ -47,8 +46,7 @@ pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKey
         )
         .bind(key.key_id)
         .execute(&pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     }
     Ok(VerifyKeyReply {
         user_id: key.user_id.to_string(),
@@ -84,7 +82,7 @@ impl From<KeyRow> for Key {
 }
 
 pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Failure> {
-    let mut connection = pool.acquire().await.map_err(Failure::internal)?;
+    let mut connection = pool.acquire().await?;
     insert(&mut connection, request).await
 }
 
@@ -129,8 +127,7 @@ pub async fn list(pool: PgPool, request: ListKeysRequest) -> Result<ListKeysRepl
     .bind(after.map(KeyId::uuid))
     .bind(limit as i64 + 1)
     .fetch_all(&pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let has_more = rows.len() > limit;
     rows.truncate(limit);
     Ok(ListKeysReply { keys: rows.into_iter().map(Key::from).collect(), has_more })
@@ -149,7 +146,6 @@ pub async fn deactivate(pool: PgPool, request: DeactivateKeyRequest) -> Result<K
     .bind(key.uuid())
     .bind(user.uuid())
     .fetch_optional(&pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     row.map(Key::from).ok_or_else(missing)
 }

@@ -51,6 +51,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
 }
 
 async fn health(pool: PgPool, _: common::Empty) -> Result<common::Empty, bus::Failure> {
-    sqlx::query("select 1 from account limit 1").fetch_optional(&pool).await.map_err(bus::Failure::internal)?;
+    sqlx::query("select 1 from account limit 1").fetch_optional(&pool).await?;
     Ok(common::Empty {})
 }

@@ -60,7 +60,7 @@ pub async fn ensure(pool: PgPool, request: EnsureUserRequest) -> Result<User, Fa
 
 pub async fn create(pool: PgPool, request: CreateUserRequest) -> Result<User, Failure> {
     check_name(&request.name)?;
-    let mut connection = pool.acquire().await.map_err(Failure::internal)?;
+    let mut connection = pool.acquire().await?;
     insert(&mut connection, &request.name)
         .await?
         .map(User::from)
@@ -77,15 +77,14 @@ async fn insert(connection: &mut PgConnection, name: &str) -> Result<Option<User
     .bind(name)
     .fetch_optional(connection)
     .await
-    .map_err(Failure::internal)
+    .map_err(Failure::from)
 }
 
 pub async fn find(pool: PgPool, request: FindUserRequest) -> Result<User, Failure> {
     let row: Option<UserRow> = sqlx::query_as("select user_id, name, is_active, session_limit, created_at from account where name = $1")
         .bind(&request.name)
         .fetch_optional(&pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     row.map(User::from).ok_or_else(missing)
 }
 
@@ -93,8 +92,7 @@ pub async fn list(pool: PgPool, _: Empty) -> Result<ListUsersReply, Failure> {
     let rows: Vec<UserRow> =
         sqlx::query_as("select user_id, name, is_active, session_limit, created_at from account order by name limit 10000")
             .fetch_all(&pool)
-            .await
-            .map_err(Failure::internal)?;
+            .await?;
     Ok(ListUsersReply { users: rows.into_iter().map(User::from).collect() })
 }
 
@@ -108,8 +106,7 @@ pub async fn set_active(pool: PgPool, request: SetUserActiveRequest) -> Result<U
     .bind(user.uuid())
     .bind(request.is_active)
     .fetch_optional(&pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     row.map(User::from).ok_or_else(missing)
 }
 
@@ -124,17 +121,16 @@ pub async fn set_quota(pool: PgPool, request: SetQuotaRequest) -> Result<User, F
     .bind(user.uuid())
     .bind(limit)
     .fetch_optional(&pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     row.map(User::from).ok_or_else(missing)
 }
 
 /// The first user and key, where there is no user yet: of two at once, one.
 pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, Failure> {
     check_name(&request.user_name)?;
-    let mut tx = pool.begin().await.map_err(Failure::internal)?;
-    sqlx::query("lock table account in exclusive mode").execute(&mut *tx).await.map_err(Failure::internal)?;
-    let taken: bool = sqlx::query_scalar("select exists (select 1 from account)").fetch_one(&mut *tx).await.map_err(Failure::internal)?;
+    let mut tx = pool.begin().await?;
+    sqlx::query("lock table account in exclusive mode").execute(&mut *tx).await?;
+    let taken: bool = sqlx::query_scalar("select exists (select 1 from account)").fetch_one(&mut *tx).await?;
     let user = if taken { None } else { insert(&mut tx, &request.user_name).await? };
     let user = user.ok_or_else(|| Failure::conflict("This deployment has users already; make keys with `aod admin key create`"))?;
     let key = CreateKeyRequest {
@@ -145,6 +141,6 @@ pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, F
         expires_at_us: None,
     };
     let key = keys::insert(&mut tx, key).await?;
-    tx.commit().await.map_err(Failure::internal)?;
+    tx.commit().await?;
     Ok(key)
 }

@@ -70,8 +70,7 @@ pub async fn write(pool: &PgPool, redeemed: &Redeemed<'_>) -> Result<(), Failure
         .bind(redeemed.outcome.as_str())
         .bind(redeemed.kinds)
         .execute(pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     Ok(())
 }
 
@@ -90,7 +89,6 @@ pub async fn list(vault: Vault, request: ListRedemptionsRequest) -> Result<ListR
     .bind(request.before.unwrap_or(i64::MAX))
     .bind(i64::from(request.limit.clamp(1, PAGE_MAX)))
     .fetch_all(&vault.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     Ok(ListRedemptionsReply { redemptions: rows.into_iter().map(Redemption::from).collect() })
 }

@@ -69,7 +69,7 @@ async fn introduce(connection: &mut PgConnection, keys: &Keyring, version: KeyVe
 
 /// The version to encrypt with. It stays so until the transaction ends.
 pub async fn current(tx: &mut PgConnection) -> Result<KeyVersion, Failure> {
-    sqlx::query_scalar("select version from current_key for share").fetch_one(tx).await.map_err(Failure::internal)
+    sqlx::query_scalar("select version from current_key for share").fetch_one(tx).await.map_err(Failure::from)
 }
 
 #[derive(sqlx::FromRow)]
@@ -88,7 +88,7 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
     let after = after.map_err(|_| Failure::invalid("Malformed secret id"))?.map_or(Uuid::nil(), SecretId::uuid);
     make_current(&vault, newest).await?;
 
-    let mut tx = vault.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = vault.pool.begin().await?;
     let rows: Vec<Wrapped> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key
          from secret
@@ -101,8 +101,7 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
     .bind(after)
     .bind(BATCH)
     .fetch_all(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let last = rows.last().map(|row| SecretId::from_uuid(row.secret_id).to_string());
     let (mut ids, mut wrapped_keys, mut damaged) = (Vec::new(), Vec::new(), Vec::new());
     for row in rows {
@@ -130,14 +129,10 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
     .bind(&wrapped_keys)
     .bind(newest)
     .execute(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
-    tx.commit().await.map_err(Failure::internal)?;
-    let remaining: i64 = sqlx::query_scalar("select count(*) from secret where key_version < $1")
-        .bind(newest)
-        .fetch_one(&vault.pool)
-        .await
-        .map_err(Failure::internal)?;
+    .await?;
+    tx.commit().await?;
+    let remaining: i64 =
+        sqlx::query_scalar("select count(*) from secret where key_version < $1").bind(newest).fetch_one(&vault.pool).await?;
     Ok(RotateKeysReply {
         version: unsigned(newest),
         rotated: ids.len() as u64,
@@ -149,15 +144,11 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
 
 /// Waits for those who encrypt with the version before.
 async fn make_current(vault: &Vault, newest: KeyVersion) -> Result<(), Failure> {
-    let mut tx = vault.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = vault.pool.begin().await?;
     introduce(&mut tx, &vault.keys, newest).await.map_err(|error| Failure::conflict(format!("{error:#}")))?;
-    sqlx::query("update current_key set version = $1 where version < $1")
-        .bind(newest)
-        .execute(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
-    let current: KeyVersion = sqlx::query_scalar("select version from current_key").fetch_one(&mut *tx).await.map_err(Failure::internal)?;
-    tx.commit().await.map_err(Failure::internal)?;
+    sqlx::query("update current_key set version = $1 where version < $1").bind(newest).execute(&mut *tx).await?;
+    let current: KeyVersion = sqlx::query_scalar("select version from current_key").fetch_one(&mut *tx).await?;
+    tx.commit().await?;
     if current > newest {
         let message = format!("Key version {current} encrypts already; the newest configured here is {newest}");
         return Err(Failure::conflict(message));
@@ -176,10 +167,8 @@ pub async fn status(vault: Vault, _: Empty) -> Result<KeyStatusReply, Failure> {
     )
     .bind(vault.keys.versions().collect::<Vec<_>>())
     .fetch_all(&vault.pool)
-    .await
-    .map_err(Failure::internal)?;
-    let current: KeyVersion =
-        sqlx::query_scalar("select version from current_key").fetch_one(&vault.pool).await.map_err(Failure::internal)?;
+    .await?;
+    let current: KeyVersion = sqlx::query_scalar("select version from current_key").fetch_one(&vault.pool).await?;
     let keys = counts.into_iter().map(|(version, secrets)| KeyStatus {
         version: unsigned(version),
         is_current: version == current,

@@ -41,8 +41,7 @@ pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseRe
     .bind(f64::from(request.ttl_seconds.clamp(1, TTL_SECONDS_MAX)))
     .bind(i64::from(request.epoch))
     .execute(&vault.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     Ok(MintLeaseReply { lease_id: id.to_string() })
 }
 
@@ -71,8 +70,7 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
     )
     .bind(id.uuid())
     .fetch_optional(&vault.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let write_down = async |lease: Option<&LeaseRow>, outcome, kinds: &[String]| {
         let (session, purpose) = (lease.map(|lease| lease.session_id), lease.map(|lease| lease.purpose.as_str()));
         audit::write(&vault.pool, &Redeemed { lease: id, session, purpose, runner: &request.runner, outcome, kinds }).await
@@ -124,8 +122,7 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
     .bind(&lease.credential_kinds)
     .bind(&lease.secret_ids)
     .fetch_all(&vault.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let mut secrets = Vec::with_capacity(rows.len());
     for row in rows {
         let kind = row.kind.clone();
@@ -143,8 +140,7 @@ pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty,
     sqlx::query("update lease set revoked_at = now() where session_id = $1 and revoked_at is null")
         .bind(session(&request.session_id)?.uuid())
         .execute(&vault.pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     Ok(Empty {})
 }
 

@@ -110,6 +110,6 @@ async fn health(vault: Vault, _: common::Empty) -> Result<common::Empty, Failure
     let binding = Binding { user: types::UserId::new(), kind: "health", secret: types::SecretId::new() };
     let sealed = vault.keys.encrypt(vault.keys.newest(), b"health", &binding).map_err(Failure::internal)?;
     vault.keys.decrypt(&sealed, &binding).map_err(Failure::internal)?;
-    sqlx::query("select 1 from secret limit 1").fetch_optional(&vault.pool).await.map_err(Failure::internal)?;
+    sqlx::query("select 1 from secret limit 1").fetch_optional(&vault.pool).await?;
     Ok(common::Empty {})
 }

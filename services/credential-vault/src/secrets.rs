@@ -82,7 +82,7 @@ pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Resu
         Failure::new(ErrorCode::Unprocessable, message).at_field("value", "***")
     })?;
     let hint = hint(text);
-    let mut tx = vault.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = vault.pool.begin().await?;
     // The id of a credential that is replaced stays, for the encryption is bound to it.
     let fresh = SecretId::new();
     let id: Uuid = sqlx::query_scalar(
@@ -95,8 +95,7 @@ pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Resu
     .bind(user.uuid())
     .bind(kind.as_str())
     .fetch_one(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let binding = Binding { user, kind: kind.as_str(), secret: SecretId::from_uuid(id) };
     let version = keys::current(&mut tx).await?;
     let sealed = vault.keys.encrypt(version, &value, &binding).map_err(Failure::internal)?;
@@ -112,9 +111,8 @@ pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Resu
     .bind(sealed.wrapped_key)
     .bind(sealed.ciphertext)
     .fetch_one(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
-    tx.commit().await.map_err(Failure::internal)?;
+    .await?;
+    tx.commit().await?;
     Ok(row.into())
 }
 
@@ -134,7 +132,7 @@ async fn credentials(pool: &PgPool, user: UserId) -> Result<Vec<CredentialRow>, 
         .bind(user.uuid())
         .fetch_all(pool)
         .await
-        .map_err(Failure::internal)
+        .map_err(Failure::from)
 }
 
 pub async fn delete_credential(vault: Vault, request: DeleteCredentialRequest) -> Result<Empty, Failure> {
@@ -142,8 +140,7 @@ pub async fn delete_credential(vault: Vault, request: DeleteCredentialRequest) -
         .bind(user(&request.user_id)?.uuid())
         .bind(&request.kind)
         .execute(&vault.pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     if deleted.rows_affected() == 0 { Err(Failure::not_found("Credential not found")) } else { Ok(Empty {}) }
 }
 
@@ -168,7 +165,7 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     let value = Zeroizing::new(new.to_string());
     let id = SecretId::new();
     let binding = Binding { user, kind: &request.kind, secret: id };
-    let mut tx = vault.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = vault.pool.begin().await?;
     let version = keys::current(&mut tx).await?;
     let sealed = vault.keys.encrypt(version, value.as_bytes(), &binding).map_err(Failure::internal)?;
     sqlx::query(
@@ -182,9 +179,8 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     .bind(sealed.wrapped_key)
     .bind(sealed.ciphertext)
     .execute(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
-    tx.commit().await.map_err(Failure::internal)?;
+    .await?;
+    tx.commit().await?;
     Ok(PutSecretReply { secret_id: id.to_string() })
 }
 
@@ -201,19 +197,14 @@ async fn read(vault: &Vault, user: UserId, id: &str, kind: &str) -> Result<Value
     .bind(user.uuid())
     .bind(kind)
     .fetch_optional(&vault.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let plaintext = row.ok_or_else(missing)?.open(&vault.keys)?;
     serde_json::from_slice(&plaintext).map_err(Failure::internal)
 }
 
 pub async fn delete_secrets(vault: Vault, request: DeleteSecretsRequest) -> Result<Empty, Failure> {
     let ids: Vec<Uuid> = request.secret_ids.iter().filter_map(|id| id.parse::<SecretId>().ok()).map(SecretId::uuid).collect();
-    sqlx::query("delete from secret where secret_id = any($1) and not is_credential")
-        .bind(ids)
-        .execute(&vault.pool)
-        .await
-        .map_err(Failure::internal)?;
+    sqlx::query("delete from secret where secret_id = any($1) and not is_credential").bind(ids).execute(&vault.pool).await?;
     Ok(Empty {})
 }
 

@@ -68,9 +68,12 @@ async fn usable_environment(tx: &mut PgConnection, user: UserId, id: &str) -> Re
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    let outcome = create_in(&mut tx, request).await;
-    once::finish(tx, outcome).await
+    once::retried(|| async {
+        let mut tx = scheduler.pool.begin().await?;
+        let outcome = create_in(&mut tx, request.clone()).await;
+        once::finish(tx, outcome).await
+    })
+    .await
 }
 
 async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
@@ -107,8 +110,7 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
         .bind(environment_id)
         .bind(now)
         .execute(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     insert_version(tx, &row).await?;
     let agent = Agent::from(row);
     once::remember(tx, user, ROUTE, request.once.as_ref(), &agent).await?;
@@ -135,15 +137,14 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
     .bind(row.mcp_secret_id)
     .bind(row.updated_at)
     .execute(tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     Ok(())
 }
 
 /// Checks in the contract's order (§4); a real change is a new version.
 pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result<Agent, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = scheduler.pool.begin().await?;
     let environment_id = match &request.environment_id {
         None => None,
         Some(id) => Some(usable_environment(&mut tx, user, id).await?),
@@ -154,8 +155,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
         .bind(agent.uuid())
         .bind(user.uuid())
         .execute(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     let current: AgentRow = sqlx::query_as(
         "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
                 v.mcp_servers, v.mcp_secret_id, a.version, a.created_at, a.updated_at, a.archived_at
@@ -166,8 +166,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     .bind(agent.uuid())
     .bind(user.uuid())
     .fetch_optional(&mut *tx)
-    .await
-    .map_err(Failure::internal)?
+    .await?
     .ok_or_else(missing)?;
     if current.archived_at.is_some() {
         return Err(Failure::conflict("Cannot update an archived agent"));
@@ -212,9 +211,8 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
         .bind(new.environment_id)
         .bind(new.updated_at)
         .execute(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
-    tx.commit().await.map_err(Failure::internal)?;
+        .await?;
+    tx.commit().await?;
     Ok(new.into())
 }
 
@@ -237,8 +235,7 @@ pub async fn archive(scheduler: Scheduler, request: GetAgentRequest) -> Result<A
     .bind(agent.uuid())
     .bind(user.uuid())
     .execute(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let agent = get(scheduler, request).await?;
     if archived.rows_affected() == 0 { Err(Failure::conflict("Agent is already archived")) } else { Ok(agent) }
 }
@@ -256,8 +253,7 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
     .bind(agent.uuid())
     .bind(user.uuid())
     .fetch_optional(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     row.map(Agent::from).ok_or_else(missing)
 }
 
@@ -278,8 +274,7 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgen
     .bind(window.id)
     .bind(window.rows())
     .fetch_all(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let has_more = window.trim(&mut rows);
     Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
 }
@@ -301,8 +296,7 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
     .bind(window.number)
     .bind(window.rows())
     .fetch_all(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let has_more = window.trim(&mut rows);
     Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
 }

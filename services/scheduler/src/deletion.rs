@@ -16,7 +16,7 @@ use types::{SessionId, SessionStatus, UserId};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler,
+    Scheduler, once,
     sessions::{lock, missing, partition},
     termination::{enqueue_destroy, tell},
     unsigned,
@@ -25,7 +25,13 @@ use crate::{
 pub async fn delete(scheduler: Scheduler, request: DeleteSessionRequest) -> Result<Empty, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    once::retried(|| delete_row(&scheduler, user, session)).await?;
+    scheduler.outbox.notify_one();
+    Ok(Empty {})
+}
+
+async fn delete_row(scheduler: &Scheduler, user: UserId, session: SessionId) -> Result<(), Failure> {
+    let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(missing)?;
     if matches!(row.status()?, SessionStatus::Pending | SessionStatus::Running) {
         return Err(Failure::conflict("Cannot delete an active session"));
@@ -42,15 +48,13 @@ pub async fn delete(scheduler: Scheduler, request: DeleteSessionRequest) -> Resu
     )
     .bind(session.uuid())
     .execute(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     if row.sprite_destroyed_at.is_none() {
         enqueue_destroy(&mut tx, &row).await?;
     }
     tell(&mut tx, &row, "deleted", unsigned(row.turn_count)).await?;
-    tx.commit().await.map_err(Failure::internal)?;
-    scheduler.outbox.notify_one();
-    Ok(Empty {})
+    tx.commit().await?;
+    Ok(())
 }
 
 const EVERY: Duration = Duration::from_secs(1);
@@ -76,7 +80,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 
 /// Removes one deleted session's events; false when there is none. A moment after the deletion, when nothing writes them any more.
 async fn purge_one(scheduler: &Scheduler) -> Result<bool, Failure> {
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = scheduler.pool.begin().await?;
     let row = sqlx::query(
         "select session_id, event_partition
          from deleted_session
@@ -85,11 +89,10 @@ async fn purge_one(scheduler: &Scheduler) -> Result<bool, Failure> {
          for update skip locked",
     )
     .fetch_optional(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let Some(row) = row else { return Ok(false) };
-    let session = SessionId::from_uuid(row.try_get::<Uuid, _>(0).map_err(Failure::internal)?);
-    let partition = partition(row.try_get(1).map_err(Failure::internal)?)?;
+    let session = SessionId::from_uuid(row.try_get::<Uuid, _>(0)?);
+    let partition = partition(row.try_get(1)?)?;
     loop {
         let deleted = sqlx::query(
             "delete from event
@@ -98,8 +101,7 @@ async fn purge_one(scheduler: &Scheduler) -> Result<bool, Failure> {
         .bind(session.uuid())
         .bind(EVENTS_AT_A_TIME)
         .execute(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
         if deleted.rows_affected() < EVENTS_AT_A_TIME.unsigned_abs() {
             break;
         }
@@ -109,38 +111,26 @@ async fn purge_one(scheduler: &Scheduler) -> Result<bool, Failure> {
     let done = sqlx::query("delete from deleted_session where session_id = $1 and sprite_destroyed_at is not null")
         .bind(session.uuid())
         .execute(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     if done.rows_affected() > 0 {
         let revoke = RevokeLeasesRequest { session_id: session.to_string() };
         scheduler.bus.call::<rpc::RevokeLeases>(&revoke, VAULT_DEADLINE).await?;
     } else {
-        sqlx::query("update deleted_session set purged_at = now() where session_id = $1")
-            .bind(session.uuid())
-            .execute(&mut *tx)
-            .await
-            .map_err(Failure::internal)?;
+        sqlx::query("update deleted_session set purged_at = now() where session_id = $1").bind(session.uuid()).execute(&mut *tx).await?;
     }
-    tx.commit().await.map_err(Failure::internal)?;
+    tx.commit().await?;
     Ok(true)
 }
 
 async fn forget_secrets(scheduler: &Scheduler) -> Result<(), Failure> {
-    let ids: Vec<Uuid> = sqlx::query_scalar("select secret_id from unused_secret limit $1")
-        .bind(SECRETS_AT_A_TIME)
-        .fetch_all(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+    let ids: Vec<Uuid> =
+        sqlx::query_scalar("select secret_id from unused_secret limit $1").bind(SECRETS_AT_A_TIME).fetch_all(&scheduler.pool).await?;
     if ids.is_empty() {
         return Ok(());
     }
     let request = DeleteSecretsRequest { secret_ids: ids.iter().map(Uuid::to_string).collect() };
     scheduler.bus.call::<rpc::DeleteSecrets>(&request, VAULT_DEADLINE).await?;
-    sqlx::query("delete from unused_secret where secret_id = any($1)")
-        .bind(ids)
-        .execute(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+    sqlx::query("delete from unused_secret where secret_id = any($1)").bind(ids).execute(&scheduler.pool).await?;
     Ok(())
 }
 
@@ -153,7 +143,6 @@ async fn forget_answers(scheduler: &Scheduler) -> Result<(), Failure> {
          )",
     )
     .execute(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     Ok(())
 }

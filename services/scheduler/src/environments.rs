@@ -60,7 +60,7 @@ pub async fn find_archived(tx: &mut PgConnection, user: UserId, id: EnvironmentI
         .bind(user.uuid())
         .fetch_optional(tx)
         .await
-        .map_err(Failure::internal)
+        .map_err(Failure::from)
 }
 
 /// A name that another active environment of the user has is refused by the table itself.
@@ -73,9 +73,12 @@ fn refused(error: sqlx::Error, name: &str) -> Failure {
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    let outcome = create_in(&mut tx, request).await;
-    once::finish(tx, outcome).await
+    once::retried(|| async {
+        let mut tx = scheduler.pool.begin().await?;
+        let outcome = create_in(&mut tx, request.clone()).await;
+        once::finish(tx, outcome).await
+    })
+    .await
 }
 
 async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
@@ -128,8 +131,7 @@ async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(
     .bind(row.env_vars_secret_id)
     .bind(row.updated_at)
     .execute(tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     Ok(())
 }
 
@@ -137,14 +139,13 @@ async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(
 pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> Result<Environment, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = scheduler.pool.begin().await?;
     // Locked by itself: a lock within the join below would see the row's newest version beside the join's older one.
     sqlx::query("select from environment where environment_id = $1 and user_id = $2 for update")
         .bind(environment.uuid())
         .bind(user.uuid())
         .execute(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     let current: EnvironmentRow = sqlx::query_as(
         "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
                 e.version, e.created_at, e.updated_at, e.archived_at
@@ -155,8 +156,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
     .bind(environment.uuid())
     .bind(user.uuid())
     .fetch_optional(&mut *tx)
-    .await
-    .map_err(Failure::internal)?
+    .await?
     .ok_or_else(missing)?;
     if current.archived_at.is_some() {
         return Err(Failure::conflict("Cannot update an archived environment"));
@@ -190,7 +190,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
         .await
         .map_err(|error| refused(error, &new.name))?;
     insert_version(&mut tx, &new).await?;
-    tx.commit().await.map_err(Failure::internal)?;
+    tx.commit().await?;
     Ok(new.into())
 }
 
@@ -205,8 +205,7 @@ pub async fn archive(scheduler: Scheduler, request: GetEnvironmentRequest) -> Re
     .bind(environment.uuid())
     .bind(user.uuid())
     .execute(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let environment = get(scheduler, request).await?;
     if archived.rows_affected() == 0 { Err(Failure::conflict("Environment is already archived")) } else { Ok(environment) }
 }
@@ -215,7 +214,7 @@ pub async fn archive(scheduler: Scheduler, request: GetEnvironmentRequest) -> Re
 pub async fn delete(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result<Empty, Failure> {
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = scheduler.pool.begin().await?;
     sqlx::query(
         "insert into unused_secret (secret_id)
          select distinct v.env_vars_secret_id
@@ -227,8 +226,7 @@ pub async fn delete(scheduler: Scheduler, request: GetEnvironmentRequest) -> Res
     .bind(environment.uuid())
     .bind(user.uuid())
     .execute(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let deleted = sqlx::query("delete from environment where environment_id = $1 and user_id = $2")
         .bind(environment.uuid())
         .bind(user.uuid())
@@ -237,7 +235,7 @@ pub async fn delete(scheduler: Scheduler, request: GetEnvironmentRequest) -> Res
     match deleted {
         Ok(deleted) if deleted.rows_affected() == 0 => Err(missing()),
         Ok(_) => {
-            tx.commit().await.map_err(Failure::internal)?;
+            tx.commit().await?;
             Ok(Empty {})
         }
         Err(error) if store::violates(&error, "session_environment_id_fkey") => {
@@ -260,8 +258,7 @@ pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result
     .bind(environment.uuid())
     .bind(user.uuid())
     .fetch_optional(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     row.map(Environment::from).ok_or_else(missing)
 }
 
@@ -282,8 +279,7 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvi
     .bind(window.id)
     .bind(window.rows())
     .fetch_all(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let has_more = window.trim(&mut rows);
     Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
 }
@@ -305,8 +301,7 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
     .bind(window.number)
     .bind(window.rows())
     .fetch_all(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let has_more = window.trim(&mut rows);
     Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
 }

@@ -181,7 +181,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
 }
 
 async fn health(scheduler: Scheduler, _: common::Empty) -> Result<common::Empty, Failure> {
-    sqlx::query("select 1 from session limit 1").fetch_optional(&scheduler.pool).await.map_err(Failure::internal)?;
+    sqlx::query("select 1 from session limit 1").fetch_optional(&scheduler.pool).await?;
     Ok(common::Empty {})
 }
 

@@ -2,11 +2,13 @@
 //!
 //! The answer is written in the transaction of what it tells of: after a crash at any moment either both are there or neither is.
 
+use std::time::Duration;
+
 use bus::Failure;
 use contract::scheduler::Once;
 use prost::Message;
 use sqlx::{PgConnection, PgTransaction, Row as _};
-use types::{ErrorCode, UserId};
+use types::{Backoff, ErrorCode, UserId};
 
 /// The answer to an earlier request with the same key. Without a key there is none.
 ///
@@ -23,8 +25,7 @@ pub async fn earlier<R: Message + Default>(
     let alone: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 1))")
         .bind(format!("{user} {route} {}", once.key))
         .fetch_one(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     if !alone {
         return Err(Failure::conflict("A request with this Idempotency-Key is still in progress"));
     }
@@ -37,13 +38,12 @@ pub async fn earlier<R: Message + Default>(
     .bind(route)
     .bind(&once.key)
     .fetch_optional(tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let Some(row) = row else { return Ok(None) };
-    if row.try_get::<Vec<u8>, _>(0).map_err(Failure::internal)? != once.body_hash {
+    if row.try_get::<Vec<u8>, _>(0)? != once.body_hash {
         return Err(Failure::new(ErrorCode::Unprocessable, "This Idempotency-Key was used with another request body"));
     }
-    let reply: Vec<u8> = row.try_get(1).map_err(Failure::internal)?;
+    let reply: Vec<u8> = row.try_get(1)?;
     R::decode(reply.as_slice()).map(Some).map_err(Failure::internal)
 }
 
@@ -62,15 +62,14 @@ pub async fn remember(tx: &mut PgConnection, user: UserId, route: &str, once: Op
     .bind(&once.body_hash)
     .bind(reply.encode_to_vec())
     .execute(tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     Ok(())
 }
 
 /// Ends the transaction before its outcome is told: a repetition that comes right then does not find its key still in use.
 pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, Failure>) -> Result<T, Failure> {
     match outcome {
-        Ok(reply) => tx.commit().await.map(|()| reply).map_err(Failure::internal),
+        Ok(reply) => tx.commit().await.map(|()| reply).map_err(Failure::from),
         Err(failure) => {
             // Where that fails the connection is lost, and the key with it.
             let _ = tx.rollback().await;
@@ -78,3 +77,19 @@ pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, Failure>) -> Re
         }
     }
 }
+
+/// Runs a whole transaction again, a few times, while Postgres rolls it back in favour of others: a deadlock, or a conflict of writes.
+pub async fn retried<T, F>(mut transaction: impl FnMut() -> F) -> Result<T, Failure>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    for attempt in 1..CONFLICT.attempts {
+        match transaction().await {
+            Err(failure) if failure.rolled_back => tokio::time::sleep(CONFLICT.jittered(attempt)).await,
+            outcome => return outcome,
+        }
+    }
+    transaction().await
+}
+
+const CONFLICT: Backoff = Backoff { base: Duration::from_millis(10), max: Duration::from_millis(200), attempts: 4 };

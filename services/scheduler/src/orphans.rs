@@ -35,7 +35,7 @@ pub async fn run(scheduler: Scheduler, every: Duration, stop: CancellationToken)
 }
 
 async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
+    let mut tx = scheduler.pool.begin().await?;
     let users: Vec<Uuid> = sqlx::query_scalar(
         "insert into sprite_sweep (user_id, queued_at)
          select user_id, now()
@@ -45,13 +45,12 @@ async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
     )
     .bind(every.as_secs_f64() / 2.0)
     .fetch_all(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     for user in users {
         let user = UserId::from_uuid(user);
         enqueue(&mut tx, &subject::sprite_sweep(user), &SweepSprites { user_id: user.to_string() }).await?;
     }
-    tx.commit().await.map_err(Failure::internal)?;
+    tx.commit().await?;
     scheduler.outbox.notify_one();
     Ok(())
 }
@@ -78,8 +77,7 @@ pub async fn find(scheduler: Scheduler, request: FindOrphansRequest) -> Result<F
     )
     .bind(ours)
     .fetch_all(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     Ok(FindOrphansReply { names })
 }
 

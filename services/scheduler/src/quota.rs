@@ -19,14 +19,14 @@ pub async fn enforce(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<
     if limit > SMALL {
         // Made of an id alone. A lock cannot be exchanged for the other kind; it goes with its savepoint.
         let shared = format!("savepoint quota; select pg_advisory_xact_lock_shared{lock}");
-        sqlx::raw_sql(sqlx::AssertSqlSafe(shared)).execute(&mut *tx).await.map_err(Failure::internal)?;
+        sqlx::raw_sql(sqlx::AssertSqlSafe(shared)).execute(&mut *tx).await?;
         let (active, under_way) = count(tx, user).await?;
         if active + under_way < i64::from(limit) {
             return Ok(());
         }
-        sqlx::raw_sql("rollback to savepoint quota").execute(&mut *tx).await.map_err(Failure::internal)?;
+        sqlx::raw_sql("rollback to savepoint quota").execute(&mut *tx).await?;
     }
-    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("select pg_advisory_xact_lock{lock}"))).execute(&mut *tx).await.map_err(Failure::internal)?;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("select pg_advisory_xact_lock{lock}"))).execute(&mut *tx).await?;
     let (active, _) = count(tx, user).await?;
     if active < i64::from(limit) {
         return Ok(());
@@ -45,5 +45,5 @@ async fn count(tx: &mut PgConnection, user: UserId) -> Result<(i64, i64), Failur
     .bind(user.uuid())
     .fetch_one(tx)
     .await
-    .map_err(Failure::internal)
+    .map_err(Failure::from)
 }

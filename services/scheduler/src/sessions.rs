@@ -111,9 +111,12 @@ struct Template {
 
 /// Checks in the contract's order (§6), then one transaction: session, turn 1, job.
 pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    let outcome = create_in(&scheduler, &mut tx, request).await;
-    let reply = once::finish(tx, outcome).await?;
+    let reply = once::retried(|| async {
+        let mut tx = scheduler.pool.begin().await?;
+        let outcome = create_in(&scheduler, &mut tx, request.clone()).await;
+        once::finish(tx, outcome).await
+    })
+    .await?;
     scheduler.outbox.notify_one();
     Ok(reply)
 }
@@ -139,8 +142,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .bind(user.uuid())
     .bind(override_id.as_ref().and_then(|id| id.as_ref().ok()).map(|id| id.uuid()))
     .fetch_optional(&mut *tx)
-    .await
-    .map_err(Failure::internal)?
+    .await?
     .ok_or_else(|| Failure::not_found("Agent not found"))?;
     if template.agent_archived {
         return Err(Failure::conflict("Cannot create session with archived agent"));
@@ -185,7 +187,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .await
     .map_err(|error| {
         // Deleted a moment ago.
-        if store::violates(&error, "session_environment_id_fkey") { environments::missing() } else { Failure::internal(error) }
+        if store::violates(&error, "session_environment_id_fkey") { environments::missing() } else { error.into() }
     })?;
     insert_turn(tx, id, 1, &request.prompt, request.timeout_seconds).await?;
     let session = Session::from(row);
@@ -220,8 +222,7 @@ async fn insert_turn(tx: &mut PgConnection, session: SessionId, number: i32, pro
     .bind(i32::try_from(timeout_seconds).unwrap_or(i32::MAX))
     .bind(deadline.as_secs_f64())
     .execute(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let job = RunTurn { session_id: session.to_string(), turn: unsigned(number) };
     enqueue(tx, &subject::turn_run(session), &job).await
 }
@@ -229,7 +230,7 @@ async fn insert_turn(tx: &mut PgConnection, session: SessionId, number: i32, pro
 /// Adds a message to the transaction, as part of the trace at hand.
 pub async fn enqueue(tx: &mut PgConnection, subject: &str, message: &impl prost::Message) -> Result<(), Failure> {
     let traceparent = trace::traceparent();
-    store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref()).await.map_err(Failure::internal)
+    store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref()).await.map_err(Failure::from)
 }
 
 pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Session, Failure> {
@@ -248,8 +249,7 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
     .bind(session.uuid())
     .bind(user.uuid())
     .fetch_optional(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let mut session = row.map(Session::from).ok_or_else(missing)?;
     if session.status == SessionStatus::Pending.as_str() {
         session.waiting_on = waiting_on(&scheduler, &session).await?;
@@ -264,10 +264,9 @@ async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<S
         .bind(id.uuid())
         .bind(i32::try_from(session.turn_count).unwrap_or(i32::MAX))
         .fetch_optional(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     let Some(row) = row else { return Ok(None) };
-    let (epoch, reason): (i32, Option<String>) = (row.try_get(0).map_err(Failure::internal)?, row.try_get(1).map_err(Failure::internal)?);
+    let (epoch, reason): (i32, Option<String>) = (row.try_get(0)?, row.try_get(1)?);
     Ok(Some(match (epoch, reason) {
         (0, _) => "a free runner".to_owned(),
         (_, Some(reason)) => format!("another attempt: {reason}"),
@@ -280,14 +279,13 @@ async fn wait_until_recorded(scheduler: &Scheduler, session: SessionId, event_id
     let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
         .bind(session.uuid())
         .fetch_optional(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     let partition = partition(number.ok_or_else(missing)?)?;
     let mut recorded = scheduler.recorded.of(partition).subscribe();
     while *recorded.borrow_and_update() < event_id {
         // This replica's recorder tells at once; another replica's is asked now and then.
         let _ = tokio::time::timeout(Duration::from_millis(50), recorded.changed()).await;
-        let through = crate::recorder::recorded_through(&scheduler.pool, partition).await.map_err(Failure::internal)?;
+        let through = crate::recorder::recorded_through(&scheduler.pool, partition).await?;
         if through >= event_id {
             break;
         }
@@ -321,8 +319,7 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
     .bind(agent.map(AgentId::uuid))
     .bind(environment.map(EnvironmentId::uuid))
     .fetch_all(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let has_more = window.trim(&mut rows);
     Ok(ListSessionsReply { sessions: rows.into_iter().map(Session::from).collect(), has_more })
 }
@@ -371,8 +368,7 @@ pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<Li
     .bind(window.number)
     .bind(window.rows())
     .fetch_all(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let has_more = window.trim(&mut rows);
     let turn = |row: TurnRow| Turn {
         usage: row.usage(),
@@ -389,9 +385,12 @@ pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<Li
 
 /// The next turn of a completed session. Of two racing prompts one finds the session completed.
 pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<CreateSessionReply, Failure> {
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    let outcome = prompt_in(&mut tx, request).await;
-    let reply = once::finish(tx, outcome).await?;
+    let reply = once::retried(|| async {
+        let mut tx = scheduler.pool.begin().await?;
+        let outcome = prompt_in(&mut tx, request.clone()).await;
+        once::finish(tx, outcome).await
+    })
+    .await?;
     scheduler.outbox.notify_one();
     Ok(reply)
 }
@@ -422,8 +421,7 @@ async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<Crea
     .bind(session.uuid())
     .bind(turn)
     .fetch_one(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let session = Session::from(row);
     once::remember(tx, user, &route, request.once.as_ref(), &session).await?;
     Ok(CreateSessionReply { session: Some(session), replayed: false })
@@ -443,7 +441,7 @@ pub async fn lock(tx: &mut PgConnection, session: SessionId, user: Option<UserId
     .bind(user.map(UserId::uuid))
     .fetch_optional(tx)
     .await
-    .map_err(Failure::internal)
+    .map_err(Failure::from)
 }
 
 /// A page of the record: at most this many bytes, so that an answer fits a message.
@@ -472,18 +470,14 @@ pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<
     .bind(i64::from(request.limit.clamp(1, 5000)))
     .bind(PAGE_BYTES_MAX)
     .fetch_all(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?;
+    .await?;
     let events: Vec<_> = rows.iter().map(recorded_event).collect::<Result<_, _>>()?;
     let newest = if events.is_empty() { newest_event(&scheduler, session).await? } else { None };
     Ok(ReadEventsReply { events, newest })
 }
 
 fn recorded_event(row: &PgRow) -> Result<RecordedEvent, Failure> {
-    Ok(RecordedEvent {
-        event_id: row.try_get::<i64, _>(0).map_err(Failure::internal)?.unsigned_abs(),
-        payload: row.try_get::<Vec<u8>, _>(1).map_err(Failure::internal)?.into(),
-    })
+    Ok(RecordedEvent { event_id: row.try_get::<i64, _>(0)?.unsigned_abs(), payload: row.try_get::<Vec<u8>, _>(1)?.into() })
 }
 
 /// The last event of a session that is on record.
@@ -491,8 +485,7 @@ pub async fn newest_event(scheduler: &Scheduler, session: SessionId) -> Result<O
     let row = sqlx::query("select event_id, payload from event where session_id = $1 order by event_id desc limit 1")
         .bind(session.uuid())
         .fetch_optional(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     row.as_ref().map(recorded_event).transpose()
 }
 
