@@ -6,9 +6,13 @@ use serde::{Deserialize, Serialize};
 use types::Timestamp;
 
 use crate::{
+    disk::Disks,
     registry::{Registry, RegistryError, Sprite},
     sandbox::write_atomically,
 };
+
+/// Checkpoints of one Sprite at a time.
+pub const CHECKPOINTS_MAX: usize = 5;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Checkpoint {
@@ -49,6 +53,10 @@ impl Registry {
         let (registry, sprite) = (self.clone(), sprite.clone());
         self.uninterrupted(async move {
             let _life = sprite.hold().await?;
+            if list(&sprite).len() >= CHECKPOINTS_MAX {
+                return Err(RegistryError::TooManyCheckpoints);
+            }
+            registry.check_room(&sprite).await?;
             let number = sprite.record().checkpoints_made;
             // Its number is used up before it is there: a later one never takes its place.
             sprite.change(|record| record.checkpoints_made += 1)?;
@@ -68,6 +76,18 @@ impl Registry {
             Ok(checkpoint)
         })
         .await
+    }
+
+    /// Refuses a checkpoint that would have the disk and its copies hold more than the disk may.
+    async fn check_room(&self, sprite: &Sprite) -> Result<(), RegistryError> {
+        let Some(limit) = self.sandboxes.disk_bytes() else { return Ok(()) };
+        let (disk, kept) = (sprite.dir().to_path_buf(), dir(sprite));
+        let used = tokio::task::spawn_blocking(move || {
+            let copies = fs::read_dir(kept).into_iter().flatten().flatten();
+            Disks::image_bytes(&disk) * 2 + copies.map(|copy| Disks::image_bytes(&copy.path())).sum::<u64>()
+        });
+        let used = used.await.map_err(|_| RegistryError::Closed)?;
+        if used > limit { Err(RegistryError::CheckpointsTooLarge) } else { Ok(()) }
     }
 
     /// Puts a Sprite's disk back as it was. All that runs in the Sprite ends, and it is started anew.

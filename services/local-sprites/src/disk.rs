@@ -15,10 +15,14 @@ use std::{
 use rustix::mount::UnmountFlags;
 use tokio::process::Command;
 
+use crate::tree;
+
 const COMMAND_MAX: Duration = Duration::from_secs(300);
 /// Where a disk's content is found in a Sprite's directory while it is mounted.
 const CONTENT: &str = "disk";
 const IMAGE: &str = "disk.img";
+/// The unit of `st_blocks`.
+const BLOCK_BYTES: u64 = 512;
 
 /// How disks are kept here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +72,11 @@ impl Disks {
         Ok(content)
     }
 
+    /// The blocks that a disk's image takes on this machine; 0 where disks are directories.
+    pub fn image_bytes(dir: &Path) -> u64 {
+        fs::metadata(dir.join(IMAGE)).map_or(0, |metadata| metadata.blocks() * BLOCK_BYTES)
+    }
+
     /// Takes a disk out of this machine's own table of mounts; sandboxes keep theirs.
     pub fn unmount(dir: &Path) {
         let _ = rustix::mount::unmount(dir.join(CONTENT), UnmountFlags::DETACH);
@@ -78,14 +87,18 @@ impl Disks {
     /// # Errors
     /// When there is no room for it; what was copied by then is in the way of nothing.
     pub async fn copy(self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut command = Command::new("cp");
-        command.args(["--archive", "--reflink=auto", "--sparse=always"]);
         match self {
             Self::Images => {
                 fs::create_dir_all(to.join(CONTENT))?;
-                run(command.arg(from.join(IMAGE)).arg(to.join(IMAGE))).await
+                let mut command = Command::new("cp");
+                command.args(["--archive", "--reflink=auto", "--sparse=always"]).arg(from.join(IMAGE)).arg(to.join(IMAGE));
+                run(&mut command).await
             }
-            Self::Directories => run(command.arg(from.join(CONTENT)).arg(to.join(CONTENT))).await,
+            Self::Directories => {
+                let (from, to) = (from.join(CONTENT), to.join(CONTENT));
+                // Not by a program that names files by path: the Sprite may put a link in a directory's place meanwhile.
+                tokio::task::spawn_blocking(move || tree::copy(&from, &to)).await?
+            }
         }
     }
 

@@ -24,6 +24,7 @@ mod seccomp;
 mod services;
 mod tasks;
 mod terminal;
+mod tree;
 mod watch;
 
 use std::{

@@ -129,6 +129,10 @@ pub enum RegistryError {
     Limits(#[source] io::Error),
     #[error("checkpoint not found")]
     NoCheckpoint,
+    #[error("a Sprite has at most {} checkpoints; delete one first", crate::checkpoint::CHECKPOINTS_MAX)]
+    TooManyCheckpoints,
+    #[error("the disk and its checkpoints would hold more than the Sprite's disk limit; delete a checkpoint first")]
+    CheckpointsTooLarge,
     #[error("the checkpoint failed: {0}")]
     Checkpoint(#[source] io::Error),
     #[error("the Sprite's record cannot be kept: {0}")]

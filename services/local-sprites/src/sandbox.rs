@@ -99,6 +99,8 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
 pub struct Sandboxes {
     overlay: bool,
     disks: Disks,
+    /// What a Sprite's disk holds at most, where disks are images.
+    disk_bytes: Option<u64>,
     /// What is made once for all Sprites: the mask, the first disk, the files that a Sprite only reads.
     shared: PathBuf,
     agents_dir: Option<PathBuf>,
@@ -137,7 +139,8 @@ impl Sandboxes {
         let shared = data_dir.join("shared");
         fs::DirBuilder::new().recursive(true).mode(0o755).create(&shared).map_err(io_error("the data directory cannot be written to"))?;
         let agents_dir = agents_dir.map(Path::to_path_buf);
-        let mut sandboxes = Self { overlay, disks: Disks::Directories, shared, agents_dir, memory_files_bytes: memory_bytes / 4 };
+        let mut sandboxes =
+            Self { overlay, disks: Disks::Directories, disk_bytes, shared, agents_dir, memory_files_bytes: memory_bytes / 4 };
         sandboxes.share().map_err(io_error("what Sprites share cannot be made"))?;
         let disk_bytes = disk_bytes.filter(|_| overlay);
         let template = sandboxes.shared.join("template");
@@ -151,6 +154,11 @@ impl Sandboxes {
         let kind = if overlay { "overlay" } else { "read-only root" };
         tracing::info!(isolation = kind, disks = ?sandboxes.disks, "sandboxes work; without a policy the network is this machine's own");
         Ok(sandboxes)
+    }
+
+    /// What a Sprite's disk holds at most; none where it is a directory.
+    pub fn disk_bytes(&self) -> Option<u64> {
+        self.disk_bytes.filter(|_| self.disks == Disks::Images)
     }
 
     pub fn disks(&self) -> Disks {

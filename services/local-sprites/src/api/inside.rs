@@ -5,14 +5,21 @@ use std::{fs, io, os::fd::AsRawFd as _, os::unix::fs::PermissionsExt as _, sync:
 
 use axum::{
     Json, Router,
-    body::Bytes,
-    extract::{Path, Request, State},
+    body::{Body, Bytes},
+    extract::{DefaultBodyLimit, Path, Request, State},
     http::{Method, StatusCode, Uri},
     response::{IntoResponse as _, Response},
     routing::get,
 };
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use tokio::net::UnixListener;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+    task::JoinSet,
+};
+use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt as _;
 
 use super::{Api, Failure, failure, invalid, not_served, parse_duration, routes};
@@ -24,6 +31,20 @@ use crate::{
 
 const SOCKET: &str = "api.sock";
 const NAME_CHARS_MAX: usize = 200;
+/// Bounds of what one Sprite can hold of this server, which all Sprites share.
+const BODY_BYTES_MAX: usize = 64 * 1024;
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+const HEADERS_MAX: usize = 64;
+/// Open connections; more wait in the kernel until one ends.
+const CONNECTIONS_MAX: usize = 32;
+const HEAD_TIME_MAX: Duration = Duration::from_secs(10);
+/// A request's body has to be there, and its answer has to begin, within this time.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
+/// A client that reads nothing for so long is disconnected.
+const WRITE_TIME_MAX: Duration = Duration::from_secs(30);
+/// As long as the longest watch of a service.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(3700);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Opens the socket of a Sprite. The Sprite owns its server, and ends it.
 pub fn open(api: &Api, sprite: &Arc<Sprite>) {
@@ -32,12 +53,49 @@ pub fn open(api: &Api, sprite: &Arc<Sprite>) {
             let mut server = locked(&sprite.inside);
             server.abort_all();
             let router = router(api, sprite);
-            server.spawn(async move {
-                let _ = axum::serve(listener, router).await;
-            });
+            server.spawn(serve(listener, router));
         }
         Err(error) => tracing::warn!(%error, sprite = sprite.name(), "a Sprite has no management socket"),
     }
+}
+
+/// Accepts until the Sprite ends, which ends the connections too.
+async fn serve(listener: UnixListener, router: Router) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let router = router.clone();
+                connections.spawn(async move {
+                    let _ = tokio::time::timeout(CONNECTION_TIME_MAX, connection(stream, router)).await;
+                    drop(slot);
+                });
+            }
+            Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+        }
+    }
+}
+
+async fn connection(stream: UnixStream, router: Router) -> hyper::Result<()> {
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(WRITE_TIME_MAX));
+    let service = service_fn(move |request: Request<Incoming>| {
+        let answer = router.clone().oneshot(request.map(Body::new));
+        async move {
+            let late = || failure(StatusCode::REQUEST_TIMEOUT, "the request took too long").into_response();
+            tokio::time::timeout(ANSWER_TIME_MAX, answer).await.unwrap_or_else(|_| Ok(late()))
+        }
+    });
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .serve_connection(TokioIo::new(Box::pin(stream)), service)
+        .await
 }
 
 fn bind(sprite: &Sprite) -> io::Result<UnixListener> {
@@ -59,11 +117,12 @@ struct Inside {
 }
 
 fn router(api: &Api, sprite: &Arc<Sprite>) -> Router {
-    let inside = Inside { name: sprite.name(), sprite: Arc::downgrade(sprite), whole: routes(api) };
+    let inside = Inside { name: sprite.name(), sprite: Arc::downgrade(sprite), whole: routes(api, BODY_BYTES_MAX) };
     Router::new()
         .route("/v1/tasks", get(list).post(create).put(extend_named))
         .route("/v1/tasks/{task}", get(show).put(extend).delete(remove))
         .fallback(forward)
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(inside)
 }
 

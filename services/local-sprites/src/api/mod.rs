@@ -49,13 +49,13 @@ pub struct Api {
 
 /// The whole API, for whoever has the token.
 pub fn router(api: &Api, token: SecretString) -> Router {
-    routes(api)
+    routes(api, BODY_BYTES_MAX)
         .layer(middleware::from_fn_with_state(api.clone(), trouble))
         .layer(middleware::from_fn_with_state(Arc::new(token), authenticate))
         .layer(middleware::from_fn_with_state(api.clone(), count))
 }
 
-fn routes(api: &Api) -> Router {
+fn routes(api: &Api, body_bytes_max: usize) -> Router {
     let sprite = Router::new()
         .route("/", get(sprites::get).put(sprites::update).delete(sprites::delete))
         .route("/upgrade", post(sprites::upgrade))
@@ -94,7 +94,7 @@ fn routes(api: &Api) -> Router {
         .route("/v1/sprites", get(sprites::list).post(sprites::create))
         .nest("/v1/sprites/{name}", sprite)
         .fallback(any(not_served))
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(DefaultBodyLimit::max(body_bytes_max))
         .with_state(api.clone())
 }
 
@@ -170,6 +170,7 @@ impl From<RegistryError> for Failure {
             RegistryError::NotFound | RegistryError::NoCheckpoint => StatusCode::NOT_FOUND,
             RegistryError::Exists => StatusCode::CONFLICT,
             RegistryError::Closed => StatusCode::SERVICE_UNAVAILABLE,
+            RegistryError::TooManyCheckpoints | RegistryError::CheckpointsTooLarge => StatusCode::CONFLICT,
             RegistryError::Unlimited => StatusCode::NOT_IMPLEMENTED,
             RegistryError::Sandbox(_)
             | RegistryError::Record(_)

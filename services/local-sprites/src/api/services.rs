@@ -16,7 +16,7 @@ use tokio::sync::{
 };
 use types::Timestamp;
 
-use super::{Api, Failure, Query, invalid, lines};
+use super::{Api, Failure, Query, failure, invalid, lines};
 use crate::{
     exec::{Stream, parse_signal},
     registry::Sprite,
@@ -27,6 +27,8 @@ use crate::{
 const WATCH: Duration = Duration::from_secs(5);
 const WATCH_MAX: Duration = Duration::from_secs(3600);
 const STOP_GRACE: Duration = Duration::from_secs(10);
+/// A definition is kept in the Sprite's record, which every change rewrites.
+const DEFINITION_BYTES_MAX: usize = 16 * 1024;
 const LINES: usize = 100;
 const LINES_MAX: usize = 10_000;
 
@@ -139,6 +141,9 @@ pub async fn put(
 ) -> Result<Response, Failure> {
     if !is_name(&service) {
         return Err(invalid("a service's name is up to 63 letters, digits, '-', '_' and '.', and not \"signal\""));
+    }
+    if body.len() > DEFINITION_BYTES_MAX {
+        return Err(failure(StatusCode::PAYLOAD_TOO_LARGE, "a service's definition is at most 16 KiB"));
     }
     let mut definition: Definition = serde_json::from_slice(&body).map_err(|error| invalid(format!("invalid service: {error}")))?;
     definition.stopped = false;

@@ -4,6 +4,7 @@
 
 mod chaos;
 mod clients;
+mod escape;
 mod isolation;
 mod lifetime;
 mod server;

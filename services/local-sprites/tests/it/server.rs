@@ -28,8 +28,10 @@ impl Server {
 
     /// Starts a server over the same data.
     pub async fn run(&mut self) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_local-sprites"));
+        // As when whoever starts it has a directory open: 7 is the machine's root.
+        let mut command = Command::new("/bin/sh");
         command
+            .args(["-c", "exec 7</; exec \"$0\"", env!("CARGO_BIN_EXE_local-sprites")])
             .env("LOCAL_SPRITES_ADDR", format!("127.0.0.1:{}", self.port))
             .env("LOCAL_SPRITES_TOKEN", TOKEN)
             .env("LOCAL_SPRITES_DATA_DIR", self.data.path())
