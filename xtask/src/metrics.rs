@@ -73,6 +73,7 @@ pub fn render() -> Result<String> {
     for (crate_name, metrics) in described()? {
         let heading = match crate_name.as_str() {
             "bus" => "Every service that is on the bus".to_owned(),
+            "service" => "Every service".to_owned(),
             "store" => "Every service with a database".to_owned(),
             other => other.to_owned(),
         };

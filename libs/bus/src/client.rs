@@ -161,6 +161,7 @@ impl Bus {
 
     async fn call_once<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
         let mut headers = trace_headers();
+        headers.insert(header::TIMEOUT, deadline.as_millis().to_string());
         headers.insert(header::DEADLINE, unix_millis(SystemTime::now() + deadline).to_string());
         let message = async_nats::Request::new().payload(request.encode_to_vec().into()).headers(headers).timeout(Some(deadline));
         let mut connections = self.next_connection();
@@ -174,6 +175,7 @@ impl Bus {
             RequestErrorKind::TimedOut => {
                 Failure::new(ErrorCode::DeadlineExceeded, format!("{} did not answer in time", owner(R::SUBJECT)))
             }
+            RequestErrorKind::MaxPayloadExceeded => Failure::internal(format!("{}: {error}", R::SUBJECT)),
             _ => {
                 tracing::warn!(%error, subject = R::SUBJECT, "request not sent");
                 Failure::unavailable("The message bus")

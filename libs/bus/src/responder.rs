@@ -7,7 +7,7 @@ use std::{
 };
 
 use async_nats::{
-    HeaderMap,
+    HeaderMap, PublishError,
     service::{Service, ServiceExt as _, error::Error as ServiceError},
 };
 use contract::{header, rpc::Rpc};
@@ -16,7 +16,7 @@ use prost::Message as _;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, field};
-use types::ErrorCode;
+use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};
 
 use crate::{Bus, Failure, client::unix_millis, trace};
 
@@ -87,7 +87,8 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
                         code = field::Empty
                     );
                     trace::follow(&span, text(header::TRACEPARENT).as_deref());
-                    let left = time_left(text(header::DEADLINE).as_deref());
+                    let left =
+                        time_left(text(header::TIMEOUT).as_deref(), text(header::DEADLINE).as_deref(), unix_millis(SystemTime::now()));
                     let work = async {
                         let message = R::Request::decode(request.message.payload.clone())
                             .map_err(|error| Failure::invalid(format!("Malformed request: {error}")))?;
@@ -130,17 +131,23 @@ async fn settle(client: &async_nats::Client) -> Result<(), Failure> {
 
 async fn answer<M: prost::Message>(request: &async_nats::service::Request, subject: &str, result: Result<M, Failure>) {
     let sent = match result {
-        Ok(reply) => request.respond(Ok(reply.encode_to_vec().into())).await,
-        Err(failure) => {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::ERROR, failure.to_header());
-            let error = ServiceError { status: failure.code.as_str().to_owned(), code: 1 + failure.code as usize };
-            request.respond_with_headers(Err(error), headers).await
+        // Larger than a message: told at once, for the caller would wait for nothing.
+        Ok(reply) if reply.encoded_len() > MESSAGE_BYTES_MAX => {
+            refuse(request, &Failure::internal(format!("an answer of {} bytes to {subject}", reply.encoded_len()))).await
         }
+        Ok(reply) => request.respond(Ok(reply.encode_to_vec().into())).await,
+        Err(failure) => refuse(request, &failure).await,
     };
     if let Err(error) = sent {
         tracing::warn!(%error, subject, "answer not sent");
     }
+}
+
+async fn refuse(request: &async_nats::service::Request, failure: &Failure) -> Result<(), PublishError> {
+    let mut headers = HeaderMap::new();
+    headers.insert(header::ERROR, failure.to_header());
+    let error = ServiceError { status: failure.code.as_str().to_owned(), code: 1 + failure.code as usize };
+    request.respond_with_headers(Err(error), headers).await
 }
 
 /// Counts a request that was served; gives its code.
@@ -151,14 +158,33 @@ fn observe(subject: &'static str, elapsed: Duration, failure: Option<&Failure>) 
     code
 }
 
-/// What is left of the caller's patience; a minute where it did not say.
-fn time_left(deadline: Option<&str>) -> Duration {
-    let Some(deadline) = deadline.and_then(|text| text.parse::<u128>().ok()) else { return Duration::from_secs(60) };
-    let left = deadline.saturating_sub(unix_millis(SystemTime::now()));
-    Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX)).min(Duration::from_secs(60))
+/// The longest that a request may take, also where its caller does not say.
+const TIMEOUT_MAX: Duration = Duration::from_secs(60);
+
+/// How long the caller still waits: as it says, or by the clock where it is of the release before. `now` in milliseconds since the epoch.
+fn time_left(timeout: Option<&str>, deadline: Option<&str>, now: u128) -> Duration {
+    let number = |text: Option<&str>| text.and_then(|text| text.parse::<u128>().ok());
+    let left = number(timeout).or_else(|| number(deadline).map(|deadline| deadline.saturating_sub(now)));
+    left.map_or(TIMEOUT_MAX, |left| Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX)).min(TIMEOUT_MAX))
 }
 
 /// `aod.rpc.auth.v1.key.verify` → `key-verify`: names of endpoints hold no dots.
 fn endpoint_name(subject: &str) -> String {
     subject.split('.').skip(4).collect::<Vec<_>>().join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timeout_does_not_depend_on_clocks_and_a_deadline_alone_does() {
+        let ms = Duration::from_millis;
+        assert_eq!(time_left(Some("3000"), Some("1"), 1_000_000), ms(3000), "the caller's clock is far behind");
+        assert_eq!(time_left(None, Some("5000"), 4000), ms(1000));
+        assert_eq!(time_left(None, Some("5000"), 6000), ms(0));
+        assert_eq!(time_left(None, None, 0), TIMEOUT_MAX);
+        assert_eq!(time_left(Some("99999999"), None, 0), TIMEOUT_MAX);
+        assert_eq!(time_left(Some("x"), Some("y"), 0), TIMEOUT_MAX);
+    }
 }

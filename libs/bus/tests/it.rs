@@ -50,6 +50,21 @@ async fn nobody_to_answer_is_known_at_once_and_a_slow_answer_by_its_deadline() {
 }
 
 #[tokio::test]
+async fn an_answer_larger_than_a_message_is_an_error_at_once() {
+    let nats = Nats::start().unwrap();
+    let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let responder = Responder::start(&server, "auth", (), TaskTracker::new(), CancellationToken::new()).await.unwrap();
+    let huge = |(), _: auth::VerifyKeyRequest| async {
+        Ok(auth::VerifyKeyReply { user_id: "x".repeat(9 * 1024 * 1024), ..auth::VerifyKeyReply::default() })
+    };
+    responder.serve::<rpc::VerifyKey, _, _>(huge).await.unwrap();
+    let begun = std::time::Instant::now();
+    let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON * 4).await.unwrap_err();
+    assert_eq!(failure.code, ErrorCode::Internal);
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_harmless() {
     let nats = Nats::start().unwrap();
     let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::OPERATOR).await.unwrap());

@@ -3,12 +3,14 @@
 pub mod admin;
 pub mod env;
 pub mod lifecycle;
+pub mod periodic;
 pub mod telemetry;
 
 use std::{fmt, future::Future, process::ExitCode};
 
 pub use env::Env;
 pub use lifecycle::Lifecycle;
+pub use periodic::periodically;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// A service refused its settings.
