@@ -2,16 +2,16 @@
 
 pub mod leader;
 pub mod lease;
+mod migrate;
 pub mod outbox;
 pub mod provision;
 
-use std::{borrow::Cow, str::FromStr as _, time::Duration};
+use std::{str::FromStr as _, time::Duration};
 
 use secrecy::{ExposeSecret as _, SecretString};
 use service::Env;
 use sqlx::{
-    AssertSqlSafe, PgConnection, SqlStr,
-    migrate::{Migration, MigrationType, Migrator},
+    AssertSqlSafe, PgConnection,
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},
 };
 use tokio_util::sync::CancellationToken;
@@ -53,16 +53,16 @@ pub type Step = (i64, &'static str, &'static str);
 /// [`OpenError`].
 pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool, OpenError> {
     let options = PgConnectOptions::from_str(config.url.expose_secret()).map_err(OpenError::Url)?;
-    // No statement of ours takes long: one that does is stuck, and its locks hold up others.
     let options = options.application_name(name).options([
-        ("statement_timeout", "30s"),
-        ("idle_in_transaction_session_timeout", "30s"),
         // A client that vanished without a word, with its machine say, loses its locks within seconds.
         ("tcp_keepalives_idle", "5"),
         ("tcp_keepalives_interval", "2"),
         ("tcp_keepalives_count", "3"),
         ("tcp_user_timeout", "10s"),
     ]);
+    migrate::run(options.clone(), steps).await?;
+    // No statement of ours takes long: one that does is stuck, and its locks hold up others.
+    let options = options.options([("statement_timeout", "30s"), ("idle_in_transaction_session_timeout", "30s")]);
     let pool = PgPoolOptions::new()
         .max_connections(config.max_connections)
         .acquire_timeout(Duration::from_secs(5))
@@ -75,14 +75,6 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
         .connect_with(options)
         .await
         .map_err(OpenError::Connect)?;
-    let migrations = steps.iter().map(|(version, description, sql)| {
-        // As in sqlx's own migration files: an index on a live table is created concurrently, which no transaction allows.
-        let no_tx = sql.starts_with("-- no-transaction");
-        Migration::new(*version, Cow::Borrowed(*description), MigrationType::Simple, SqlStr::from_static(sql), no_tx)
-    });
-    // What is there and not known here is a newer release's, and only adds: an old replica starts again during an upgrade, and after a rollback.
-    let migrator = Migrator { migrations: Cow::Owned(migrations.collect()), ignore_missing: true, ..Migrator::DEFAULT };
-    migrator.run(&pool).await?;
     Ok(pool)
 }
 

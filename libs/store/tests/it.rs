@@ -1,10 +1,14 @@
 //! Migrations, on a real server.
 
+use std::time::{Duration, Instant};
+
+use sqlx::Connection as _;
 use store::Step;
-use testkit::Database;
+use testkit::{Database, eventually};
 
 const OLD: &[Step] = &[(1, "first", "create table first (id int)")];
 const NEW: &[Step] = &[OLD[0], (2, "second", "create table second (id int)")];
+const INDEX: Step = (3, "index", "-- no-transaction\ncreate index concurrently if not exists first_by_id on first (id)");
 
 /// In an upgrade old replicas start again beside new ones; and a rollback is one to the release before.
 #[tokio::test]
@@ -14,4 +18,61 @@ async fn a_release_starts_on_the_schema_of_the_next() {
     for steps in [OLD, NEW, OLD, NEW] {
         store::open(&config, "test", steps).await.unwrap();
     }
+}
+
+/// Each waits for the other's migrations; an index that is built concurrently waits for no replica that waits.
+#[tokio::test]
+async fn replicas_that_start_together_migrate_once() {
+    let database = Database::create().await.unwrap();
+    let config = database.config("auth");
+    let steps = &[NEW[0], NEW[1], INDEX];
+    let (one, two, three) =
+        tokio::join!(store::open(&config, "test", steps), store::open(&config, "test", steps), store::open(&config, "test", steps));
+    assert!(one.is_ok() && two.is_ok() && three.is_ok());
+}
+
+#[tokio::test]
+async fn an_index_whose_build_was_interrupted_is_built_again() {
+    let database = Database::create().await.unwrap();
+    let config = database.config("auth");
+    store::open(&config, "test", OLD).await.unwrap();
+    let mut admin = database.admin().await.unwrap();
+    // What a build leaves that is interrupted, by a duplicate here.
+    sqlx::raw_sql("insert into auth.first values (1), (1)").execute(&mut admin).await.unwrap();
+    sqlx::raw_sql("create unique index concurrently first_by_id on auth.first (id)").execute(&mut admin).await.unwrap_err();
+    store::open(&config, "test", &[OLD[0], INDEX]).await.unwrap();
+    let valid: bool =
+        sqlx::query_scalar("select indisvalid and not indisunique from pg_index where indexrelid = 'auth.first_by_id'::regclass")
+            .fetch_one(&mut admin)
+            .await
+            .unwrap();
+    assert!(valid);
+}
+
+/// A migration that cannot have its table's lock gives way to who uses the table, and tries again.
+#[tokio::test]
+async fn a_migration_that_waits_for_a_lock_holds_nobody_up() {
+    let database = Database::create().await.unwrap();
+    let config = database.config("auth");
+    store::open(&config, "test", OLD).await.unwrap();
+    let mut backup = database.admin().await.unwrap();
+    sqlx::raw_sql("begin; select count(*) from auth.first").execute(&mut backup).await.unwrap();
+    let steps = [OLD[0], (2, "column", "alter table first add column name text")];
+    let upgrade = async { store::open(&config, "test", &steps).await.map(drop) };
+    let others = async {
+        let mut user = database.admin().await.unwrap();
+        eventually("the migration waits for the lock", || async {
+            let waits = "select exists (select from pg_locks where not granted and relation = 'auth.first'::regclass)";
+            sqlx::query_scalar(waits).fetch_one(&mut database.admin().await.unwrap()).await.unwrap()
+        })
+        .await;
+        let begun = Instant::now();
+        sqlx::raw_sql("insert into auth.first (id) values (1)").execute(&mut user).await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        assert!(sqlx::raw_sql("select name from auth.first").execute(&mut user).await.is_err());
+        backup.close().await.unwrap();
+    };
+    let (upgraded, ()) = tokio::join!(upgrade, others);
+    upgraded.unwrap();
+    sqlx::raw_sql("select name from auth.first").execute(&mut database.admin().await.unwrap()).await.unwrap();
 }
