@@ -29,6 +29,27 @@ pub enum AppendError {
     Unacknowledged(#[source] jetstream::context::PublishError),
 }
 
+impl AppendError {
+    /// Whether the message is larger than the server takes: it will never be in a stream.
+    #[must_use]
+    pub fn is_too_large(&self) -> bool {
+        self.kind() == Some(PublishErrorKind::MaxPayloadExceeded)
+    }
+
+    /// Whether no stream has the subject.
+    #[must_use]
+    pub fn has_no_stream(&self) -> bool {
+        self.kind() == Some(PublishErrorKind::StreamNotFound)
+    }
+
+    fn kind(&self) -> Option<PublishErrorKind> {
+        match self {
+            Self::Superseded => None,
+            Self::Unacknowledged(error) => Some(error.kind()),
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 #[error("the stream cannot be read")]
 pub struct ReadError(#[source] Box<dyn std::error::Error + Send + Sync>);

@@ -24,6 +24,7 @@ use crate::{
 /// No turn runs longer than this, so no lease needs to.
 const TTL_SECONDS_MAX: u32 = 2 * 60 * 60;
 const FORGET_INTERVAL: Duration = Duration::from_secs(600);
+const FORGET_AT_A_TIME: u64 = 10_000;
 
 pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseReply, Failure> {
     let id = LeaseId::new();
@@ -95,20 +96,24 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
 
 /// Leases that ended long ago are forgotten; who redeemed them stays in the audit.
 pub async fn forget_expired(pool: PgPool, stop: CancellationToken) {
-    loop {
-        let forgotten = sqlx::query(
-            "delete from lease where lease_id in (select lease_id from lease where expires_at < now() - interval '1 day' limit 10000)",
-        )
-        .execute(&pool)
-        .await;
-        if let Err(error) = forgotten {
-            tracing::warn!(%error, "expired leases stay for now");
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(FORGET_INTERVAL) => {}
-        }
-    }
+    service::periodically("leases", FORGET_INTERVAL, stop, || async {
+        // As many as there are: two for each session add up to millions a day.
+        while forget_some(&pool).await? == FORGET_AT_A_TIME {}
+        Ok::<_, sqlx::Error>(())
+    })
+    .await;
+}
+
+async fn forget_some(pool: &PgPool) -> Result<u64, sqlx::Error> {
+    let forgotten = sqlx::query(
+        "delete from lease where lease_id = any (array(
+             select lease_id from lease where expires_at < now() - interval '1 day' order by expires_at limit $1 for update skip locked
+         ))",
+    )
+    .bind(FORGET_AT_A_TIME as i64)
+    .execute(pool)
+    .await?;
+    Ok(forgotten.rows_affected())
 }
 
 /// The lease's secrets, opened. Credentials that are gone meanwhile are left out; the deployment's Sprites token steps in.

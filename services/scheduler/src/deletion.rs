@@ -10,13 +10,12 @@ use contract::{
     subject, topology,
     vault::{DeleteSecretsRequest, RevokeLeasesRequest},
 };
-use sqlx::Row as _;
 use tokio_util::sync::CancellationToken;
 use types::{SessionId, SessionStatus, UserId};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, once,
+    Scheduler, event_log, once,
     sessions::{lock, missing, partition},
     termination::{enqueue_destroy, tell},
     unsigned,
@@ -58,68 +57,88 @@ async fn delete_row(scheduler: &Scheduler, user: UserId, session: SessionId) -> 
 }
 
 const EVERY: Duration = Duration::from_secs(1);
-const EVENTS_AT_A_TIME: i64 = 10_000;
+/// One replica purges a session for no longer; then another may.
+const PURGE_MAX: Duration = Duration::from_secs(60);
+/// When a session that could not be purged is tried again.
+const PURGE_AGAIN: Duration = Duration::from_secs(30);
 const SECRETS_AT_A_TIME: i64 = 100;
 const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Removes what deleted sessions have left. Replicas share the work by row locks; what one leaves undone the next finds.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        let swept = async {
-            while purge_one(&scheduler).await? {}
-            forget_secrets(&scheduler).await?;
-            forget_answers(&scheduler).await
-        };
-        if let Some(Err(error)) = stop.run_until_cancelled(swept).await {
-            tracing::warn!(%error, "what was deleted is not yet removed; trying again");
-        }
-    }
+    service::periodically("deletion", EVERY, stop, || async {
+        // Each part by itself: one that fails holds up no other.
+        let parts = [purge(&scheduler).await, forget_secrets(&scheduler).await, forget_answers(&scheduler).await];
+        parts.into_iter().collect::<Result<(), Failure>>()
+    })
+    .await;
 }
 
-/// Removes one deleted session's events; false when there is none. A moment after the deletion, when nothing writes them any more.
-async fn purge_one(scheduler: &Scheduler) -> Result<bool, Failure> {
-    let mut tx = scheduler.pool.begin().await?;
-    let row = sqlx::query(
-        "select session_id, event_partition
-         from deleted_session
-         where deleted_at < now() - interval '2 seconds' and (purged_at is null or sprite_destroyed_at is not null)
-         limit 1
-         for update skip locked",
-    )
-    .fetch_optional(&mut *tx)
-    .await?;
-    let Some(row) = row else { return Ok(false) };
-    let session = SessionId::from_uuid(row.try_get::<Uuid, _>(0)?);
-    let partition = partition(row.try_get(1)?)?;
-    loop {
-        let deleted = sqlx::query(
-            "delete from event
-             where session_id = $1 and event_id in (select event_id from event where session_id = $1 order by event_id limit $2)",
-        )
-        .bind(session.uuid())
-        .bind(EVENTS_AT_A_TIME)
-        .execute(&scheduler.pool)
-        .await?;
-        if deleted.rows_affected() < EVENTS_AT_A_TIME.unsigned_abs() {
-            break;
+/// Removes the events of deleted sessions, a moment after the deletion, when nothing writes them any more.
+async fn purge(scheduler: &Scheduler) -> Result<(), Failure> {
+    while let Some(session) = next_to_purge(scheduler).await? {
+        if let Err(error) = purge_one(scheduler, session).await {
+            tracing::warn!(%error, session_id = %session, "failed to purge a deleted session; will retry");
+            sqlx::query("update deleted_session set purge_after = now() + make_interval(secs => $2) where session_id = $1")
+                .bind(session.uuid())
+                .bind(PURGE_AGAIN.as_secs_f64())
+                .execute(&scheduler.pool)
+                .await?;
         }
     }
-    scheduler.bus.purge(topology::events(partition).name, &subject::session_log(session, partition)).await.map_err(Failure::internal)?;
-    // Its Sprite is gone too: then nothing is left, and nothing refers to its leases.
-    let done = sqlx::query("delete from deleted_session where session_id = $1 and sprite_destroyed_at is not null")
+    Ok(())
+}
+
+/// The deleted session that is due longest; the others' turn comes while it is worked on.
+async fn next_to_purge(scheduler: &Scheduler) -> Result<Option<SessionId>, Failure> {
+    let session: Option<Uuid> = sqlx::query_scalar(
+        "update deleted_session set purge_after = now() + make_interval(secs => $1)
+         where session_id = (
+             select session_id
+             from deleted_session
+             where (purged_at is null or sprite_destroyed_at is not null)
+               and purge_after < now() and deleted_at < now() - interval '2 seconds'
+             order by purge_after
+             limit 1
+             for update skip locked
+         )
+         returning session_id",
+    )
+    .bind(PURGE_MAX.as_secs_f64())
+    .fetch_optional(&scheduler.pool)
+    .await?;
+    Ok(session.map(SessionId::from_uuid))
+}
+
+async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Failure> {
+    let number: i16 = sqlx::query_scalar("select event_partition from deleted_session where session_id = $1")
         .bind(session.uuid())
-        .execute(&mut *tx)
+        .fetch_one(&scheduler.pool)
         .await?;
+    let partition = partition(number)?;
+    event_log::purge(&scheduler.pool, session).await?;
+    scheduler.bus.purge(topology::events(partition).name, &subject::session_log(session, partition)).await.map_err(Failure::internal)?;
+    let mut tx = scheduler.pool.begin().await?;
+    // Its Sprite is gone too: then nothing is left, and nothing refers to its leases. The user's account is searched once more.
+    let done = sqlx::query(
+        "with done as (delete from deleted_session where session_id = $1 and sprite_destroyed_at is not null returning user_id)
+         insert into sprite_sweep (user_id, queued_at) select user_id, 'epoch' from done
+         on conflict (user_id) do update set changed_at = now()",
+    )
+    .bind(session.uuid())
+    .execute(&mut *tx)
+    .await?;
     if done.rows_affected() > 0 {
         let revoke = RevokeLeasesRequest { session_id: session.to_string() };
         scheduler.bus.call::<rpc::RevokeLeases>(&revoke, VAULT_DEADLINE).await?;
     } else {
-        sqlx::query("update deleted_session set purged_at = now() where session_id = $1").bind(session.uuid()).execute(&mut *tx).await?;
+        sqlx::query("update deleted_session set purged_at = now(), purge_after = now() where session_id = $1")
+            .bind(session.uuid())
+            .execute(&mut *tx)
+            .await?;
     }
     tx.commit().await?;
-    Ok(true)
+    Ok(())
 }
 
 async fn forget_secrets(scheduler: &Scheduler) -> Result<(), Failure> {

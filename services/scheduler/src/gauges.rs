@@ -11,13 +11,7 @@ use crate::{Scheduler, recorder};
 const EVERY: Duration = Duration::from_secs(5);
 
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        if let Some(Err(error)) = stop.run_until_cancelled(measure(&scheduler)).await {
-            tracing::debug!("{:#}", error.context("cannot be measured now"));
-        }
-    }
+    service::periodically("gauges", EVERY, stop, || measure(&scheduler)).await;
 }
 
 async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
@@ -27,7 +21,8 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
                 count(*) filter (where status = 'running'),
                 (select count(*) from outbox),
                 (select coalesce(extract(epoch from now() - min(created_at)), 0)::float8 from outbox),
-                (select count(*) from deleted_session)
+                (select count(*) from deleted_session),
+                (select count(*) from outbox_dead)
          from turn
          where status in ('pending', 'running')",
     )
@@ -39,6 +34,7 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
     metrics::gauge!("aod_outbox_messages").set(row.try_get::<i64, _>(3)? as f64);
     metrics::gauge!("aod_oldest_outbox_message_seconds").set(row.try_get::<f64, _>(4)?);
     metrics::gauge!("aod_deleted_sessions_to_purge").set(row.try_get::<i64, _>(5)? as f64);
+    metrics::gauge!("aod_outbox_dead_messages").set(row.try_get::<i64, _>(6)? as f64);
     let mut lag = 0;
     for spec in topology::streams(recorder::partitions(scheduler).await?) {
         let extent = scheduler.bus.extent(&spec).await?;

@@ -9,6 +9,7 @@ mod claims;
 mod deadlines;
 mod deletion;
 mod environments;
+mod event_log;
 mod gauges;
 pub mod metrics;
 mod once;
@@ -98,6 +99,10 @@ const MIGRATIONS: &[store::Step] = &[
     (8, "active sessions", include_str!("../../../migrations/scheduler/0008_active_sessions.sql")),
     (9, "runner leases", include_str!("../../../migrations/scheduler/0009_runner_leases.sql")),
     (10, "turn without owner", include_str!("../../../migrations/scheduler/0010_turn_without_owner.sql")),
+    (11, "due work", include_str!("../../../migrations/scheduler/0011_due_work.sql")),
+    (12, "session by agent", include_str!("../../../migrations/scheduler/0012_session_by_agent.sql")),
+    (13, "session by environment", include_str!("../../../migrations/scheduler/0013_session_by_environment.sql")),
+    (14, "session by change", include_str!("../../../migrations/scheduler/0014_session_by_change.sql")),
     (15, "turn by owner", include_str!("../../../migrations/scheduler/0015_turn_by_owner.sql")),
     (16, "sprite to destroy", include_str!("../../../migrations/scheduler/0016_sprite_to_destroy.sql")),
 ];

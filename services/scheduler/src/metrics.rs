@@ -13,12 +13,14 @@ pub fn describe() {
     describe_counter!("aod_events_recorded_total", "events written to Postgres");
     describe_counter!("aod_events_trimmed_total", "recorded events removed from the stream to make room");
     describe_counter!("aod_event_days_dropped_total", "days of events removed by retention");
+    describe_gauge!("aod_event_days_due", "days of events that retention has yet to remove; one goes each hour");
     describe_counter!("aod_streams_lost_total", "streams that the bus lost, and that were made again");
     describe_gauge!("aod_turns_pending", "turns that no agent runs for yet");
     describe_gauge!("aod_oldest_pending_turn_seconds", Unit::Seconds, "age of the oldest turn that no agent runs for yet");
     describe_gauge!("aod_turns_running", "turns whose agent runs");
     describe_gauge!("aod_outbox_messages", "messages that wait to be published");
     describe_gauge!("aod_oldest_outbox_message_seconds", Unit::Seconds, "age of the oldest message that waits to be published");
+    describe_gauge!("aod_outbox_dead_messages", "messages that no stream takes, set aside for an operator");
     describe_gauge!("aod_deleted_sessions_to_purge", "deleted sessions whose events are still there");
     describe_gauge!("aod_recorder_lag_events", "events in the stream that are not in Postgres yet");
     describe_gauge!("aod_jobs_waiting", "jobs that no runner has taken: what to scale runners by");

@@ -25,13 +25,7 @@ const LEASE: Duration = Duration::from_secs(300);
 
 /// Queues a search of every user's account, once in a while, whichever replica comes first.
 pub async fn run(scheduler: Scheduler, every: Duration, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(every);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        if let Some(Err(error)) = stop.run_until_cancelled(queue(&scheduler, every)).await {
-            tracing::warn!(%error, "the search for orphaned Sprites is not queued");
-        }
-    }
+    service::periodically("orphans", every, stop, || queue(&scheduler, every)).await;
 }
 
 async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {

@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use bus::Failure;
 use contract::scheduler::DeleteSessionRequest;
-use sqlx::{PgConnection, PgPool, Row as _};
-use store::leader::Leadership;
-use time::{Date, OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
+use sqlx::{PgConnection, PgPool};
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use types::ErrorCode;
 use uuid::Uuid;
@@ -24,113 +23,163 @@ pub struct Retention {
 /// Any number that no other lock of ours has.
 const LOCK: i64 = 0x0061_6f64_6461_7973;
 const EVERY: Duration = Duration::from_secs(60);
-const DAYS_AHEAD: i64 = 7;
+const DAYS_AHEAD: i32 = 7;
 const SESSIONS_AT_A_TIME: i64 = 100;
-const DAY: &[BorrowedFormatItem<'_>] = format_description!("[year][month][day]");
 const TABLE_PREFIX: &str = "event_";
+const LEASE: &str = "event-retention";
+/// One day of events is dropped in this time and no more: a clock that is wrong, or a setting, is noticed before everything is gone.
+const DROP_EVERY: Duration = Duration::from_secs(60 * 60);
+/// The clocks of Postgres and of this replica must agree so far.
+const SKEW_MAX: Duration = Duration::from_secs(60 * 60);
 
 pub async fn run(scheduler: Scheduler, retention: Retention, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        if let Some(Err(error)) = stop.run_until_cancelled(keep(&scheduler, retention)).await {
-            tracing::warn!("{:#}", error.context("retention is not kept now; trying again"));
-        }
-    }
+    let owner = Uuid::new_v4();
+    service::periodically("retention", EVERY, stop, || keep(&scheduler, retention, owner)).await;
 }
 
-async fn keep(scheduler: &Scheduler, retention: Retention) -> anyhow::Result<()> {
+async fn keep(scheduler: &Scheduler, retention: Retention, owner: Uuid) -> anyhow::Result<()> {
     make_days(&scheduler.pool).await?;
-    if let Some(days) = retention.event_days
-        && let Some(mut leadership) = Leadership::try_acquire(&scheduler.pool, LOCK).await?
-    {
-        let dropped = drop_days(leadership.connection(), days).await;
-        leadership.resign().await;
-        dropped?;
+    if let Some(days) = retention.event_days {
+        drop_due_day(&scheduler.pool, days, owner).await?;
     }
     if let Some(days) = retention.session_days {
-        while delete_sessions(scheduler, days).await? {}
+        delete_sessions(scheduler, days).await?;
     }
     Ok(())
 }
 
-fn today() -> Date {
-    OffsetDateTime::now_utc().date()
-}
-
-/// Makes the tables of today and of the days to come, where they are not there.
+/// Makes the tables of today and of the days to come, where they are not there. Today is Postgres' day, in UTC.
+///
+/// A table is attached when it is finished, which reads and writes of the others do not notice. That waits for no more than a second, for
+/// instance behind another change of tables; the next run tries again.
 ///
 /// # Errors
 /// When Postgres refuses.
 pub async fn make_days(pool: &PgPool) -> anyhow::Result<()> {
+    if missing_days(&mut *pool.acquire().await?).await?.is_empty() {
+        return Ok(());
+    }
     let mut tx = pool.begin().await?;
+    sqlx::raw_sql("set local lock_timeout = '1s'").execute(&mut *tx).await?;
     // Two replicas that make a table at once would both find it missing.
-    sqlx::query("select pg_advisory_xact_lock($1)").bind(LOCK).execute(&mut *tx).await?;
-    for ahead in 0..=DAYS_AHEAD {
-        let day = today() + time::Duration::days(ahead);
-        let (table, next) = (format!("{TABLE_PREFIX}{}", day.format(DAY)?), day + time::Duration::days(1));
-        // Made of a date alone.
-        let statement = format!("create table if not exists {table} partition of event for values from ('{day}') to ('{next}')");
+    let alone: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock($1)").bind(LOCK).fetch_one(&mut *tx).await?;
+    if !alone {
+        return Ok(());
+    }
+    for (table, day, next) in missing_days(&mut tx).await? {
+        // Made of a date alone. With the constraint, attaching has nothing to check.
+        let statement = format!(
+            "create table {table} (like event including all, constraint day check (recorded_on >= '{day}' and recorded_on < '{next}'));
+             alter table event attach partition {table} for values from ('{day}') to ('{next}');
+             alter table {table} drop constraint day"
+        );
         sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut *tx).await?;
     }
     tx.commit().await?;
     Ok(())
 }
 
-/// Drops the tables of days that are over by so many days. Online: a table is detached while others read and write the rest. What an
+/// The days that have no table yet: its name, the day, and the day after.
+async fn missing_days(connection: &mut PgConnection) -> Result<Vec<(String, String, String)>, sqlx::Error> {
+    sqlx::query_as(
+        "select $2 || to_char(day, 'YYYYMMDD'), to_char(day, 'YYYY-MM-DD'), to_char(day + 1, 'YYYY-MM-DD')
+         from (select (now() at time zone 'utc')::date + ahead as day from generate_series(0, $1) as ahead) days
+         where not exists (
+             select from pg_inherits join pg_class on oid = inhrelid
+             where inhparent = 'event'::regclass and relname = $2 || to_char(day, 'YYYYMMDD')
+         )
+         order by day",
+    )
+    .bind(DAYS_AHEAD)
+    .bind(TABLE_PREFIX)
+    .fetch_all(connection)
+    .await
+}
+
+/// Drops the oldest table of the days that are over by so many days. Online: it is detached while others read and write the rest. What an
 /// earlier attempt left half detached, or detached and not dropped, is finished.
-async fn drop_days(connection: &mut PgConnection, days: u16) -> anyhow::Result<()> {
-    let oldest_kept = today() - time::Duration::days(i64::from(days));
-    let tables = sqlx::query(
-        "select c.relname::text, i.inhdetachpending
+async fn drop_due_day(pool: &PgPool, days: u16, owner: Uuid) -> anyhow::Result<()> {
+    // By Postgres' clock, which the days are named by.
+    let due: Vec<(String, Option<bool>, f64)> = sqlx::query_as(
+        "select c.relname::text, case when i.inhrelid is not null then i.inhdetachpending end, extract(epoch from now())::float8
          from pg_class c
          left join pg_inherits i on i.inhrelid = c.oid and i.inhparent = 'event'::regclass
-         where c.relkind = 'r' and c.relnamespace = current_schema()::regnamespace and c.relname ~ '^event_[0-9]{8}$'",
+         where c.relkind = 'r' and c.relnamespace = current_schema()::regnamespace and c.relname ~ ('^' || $2 || '[0-9]{8}$')
+           and c.relname < $2 || to_char((now() at time zone 'utc')::date - $1, 'YYYYMMDD')
+         order by c.relname",
     )
-    .fetch_all(&mut *connection)
+    .bind(i32::from(days))
+    .bind(TABLE_PREFIX)
+    .fetch_all(pool)
     .await?;
-    for row in tables {
-        let name: String = row.try_get(0)?;
-        let day = name.strip_prefix(TABLE_PREFIX).and_then(|day| Date::parse(day, DAY).ok());
-        let Some(day) = day.filter(|day| *day < oldest_kept) else { continue };
-        let table = format!("{TABLE_PREFIX}{}", day.format(DAY)?);
-        let detach = match row.try_get::<Option<bool>, _>(1)? {
-            Some(false) => Some("concurrently"),
-            Some(true) => Some("finalize"),
-            None => None,
-        };
-        if let Some(how) = detach {
-            sqlx::raw_sql(sqlx::AssertSqlSafe(format!("alter table event detach partition {table} {how}")))
-                .execute(&mut *connection)
-                .await?;
-        }
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop table {table}"))).execute(&mut *connection).await?;
-        metrics::counter!("aod_event_days_dropped_total").increment(1);
-        tracing::info!(%day, "events of a day are dropped, by EVENT_RETENTION_DAYS");
+    // Detached already, by an attempt that did not get to the end: gone from the log.
+    for (table, ..) in due.iter().filter(|(_, detach_pending, _)| detach_pending.is_none()) {
+        drop_day(pool, table, None).await?;
     }
+    let due: Vec<_> = due.into_iter().filter_map(|(table, detach_pending, time)| Some((table, detach_pending?, time))).collect();
+    metrics::gauge!("aod_event_days_due").set(due.len() as f64);
+    let Some((table, detach_pending, database_time)) = due.into_iter().next() else { return Ok(()) };
+    let skew = (database_time - OffsetDateTime::now_utc().unix_timestamp() as f64).abs();
+    anyhow::ensure!(skew < SKEW_MAX.as_secs_f64(), "no events are dropped: the clocks of Postgres and the scheduler differ by {skew:.0} s");
+    let Some(lease) = store::lease::acquire(pool, owner, &[LEASE.to_owned()], DROP_EVERY).await?.pop() else { return Ok(()) };
+    let dropped = drop_day(pool, &table, Some(detach_pending)).await;
+    if dropped.is_err() {
+        lease.release(pool).await?;
+    }
+    dropped?;
+    metrics::counter!("aod_event_days_dropped_total").increment(1);
+    tracing::info!(table, "dropped a day of events by EVENT_RETENTION_DAYS");
     Ok(())
 }
 
-/// Deletes sessions that were settled so many days ago, as their users would; true when there may be more.
-async fn delete_sessions(scheduler: &Scheduler, days: u16) -> anyhow::Result<bool> {
-    let rows = sqlx::query(
-        "select session_id, user_id
-         from session
-         where status in ('completed', 'failed', 'terminated') and updated_at < now() - make_interval(days => $1)
-         limit $2",
-    )
-    .bind(i32::from(days))
-    .bind(SESSIONS_AT_A_TIME)
-    .fetch_all(&scheduler.pool)
-    .await?;
-    for row in &rows {
-        let request =
-            DeleteSessionRequest { session_id: row.try_get::<Uuid, _>(0)?.to_string(), user_id: row.try_get::<Uuid, _>(1)?.to_string() };
-        match deletion::delete(scheduler.clone(), request).await {
-            // Prompted again, or deleted, a moment ago.
-            Ok(_) | Err(Failure { code: ErrorCode::Conflict | ErrorCode::NotFound, .. }) => {}
-            Err(failure) => return Err(failure.into()),
+/// `table` is a name that the database itself returned.
+async fn drop_day(pool: &PgPool, table: &str, detach_pending: Option<bool>) -> Result<(), sqlx::Error> {
+    let detach = match detach_pending {
+        Some(false) => Some("concurrently"),
+        Some(true) => Some("finalize"),
+        None => None,
+    };
+    if let Some(how) = detach {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("alter table event detach partition {table} {how}"))).execute(pool).await?;
+    }
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop table {table}"))).execute(pool).await?;
+    Ok(())
+}
+
+/// Deletes the sessions that were settled so many days ago, as their users would. One that cannot be deleted holds up no other.
+async fn delete_sessions(scheduler: &Scheduler, days: u16) -> anyhow::Result<()> {
+    let (mut after, mut failed) = ((OffsetDateTime::UNIX_EPOCH, Uuid::nil()), 0);
+    loop {
+        let rows: Vec<(Uuid, Uuid, OffsetDateTime)> = sqlx::query_as(
+            "select session_id, user_id, updated_at
+             from session
+             where status in ('completed', 'failed', 'terminated') and updated_at < now() - make_interval(days => $1)
+               and updated_at >= $2 and (updated_at, session_id) > ($2, $3)
+             order by updated_at, session_id
+             limit $4",
+        )
+        .bind(i32::from(days))
+        .bind(after.0)
+        .bind(after.1)
+        .bind(SESSIONS_AT_A_TIME)
+        .fetch_all(&scheduler.pool)
+        .await?;
+        for (session, user, updated_at) in &rows {
+            after = (*updated_at, *session);
+            let request = DeleteSessionRequest { session_id: session.to_string(), user_id: user.to_string() };
+            match deletion::delete(scheduler.clone(), request).await {
+                // Prompted again, or deleted, a moment ago.
+                Ok(_) | Err(Failure { code: ErrorCode::Conflict | ErrorCode::NotFound, .. }) => {}
+                Err(error) => {
+                    failed += 1;
+                    tracing::warn!(%error, session_id = %session, "session not deleted by SESSION_RETENTION_DAYS; will retry");
+                }
+            }
+        }
+        if (rows.len() as i64) < SESSIONS_AT_A_TIME {
+            break;
         }
     }
-    Ok(rows.len() as i64 == SESSIONS_AT_A_TIME)
+    anyhow::ensure!(failed == 0, "{failed} sessions are not deleted");
+    Ok(())
 }

@@ -12,7 +12,7 @@ use contract::{
     session, subject,
 };
 use serde_json::Value;
-use sqlx::{PgConnection, Row as _, postgres::PgRow};
+use sqlx::{PgConnection, Row as _};
 use time::OffsetDateTime;
 use types::{
     AgentId, CredentialKind, EnvironmentId, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId,
@@ -20,7 +20,7 @@ use types::{
 };
 use uuid::Uuid;
 
-use crate::{Scheduler, Window, environments, micros, once, parsed_json, quota, secret_id, unsigned};
+use crate::{Scheduler, Window, environments, event_log, micros, once, parsed_json, quota, secret_id, unsigned};
 
 /// The columns of a [`SessionRow`], by name: a migration then changes no statement that a running replica has prepared.
 macro_rules! session_columns {
@@ -444,49 +444,16 @@ pub async fn lock(tx: &mut PgConnection, session: SessionId, user: Option<UserId
     .map_err(Failure::from)
 }
 
-/// A page of the record: at most this many bytes, so that an answer fits a message.
-const PAGE_BYTES_MAX: i64 = 4 * 1024 * 1024;
-
 pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    // The running total stops the page before it grows too large; its first row is always in it.
-    let rows = sqlx::query(
-        "select event_id, payload
-         from (
-             select event_id, payload, sum(length(payload)) over (order by event_id) - length(payload) as before
-             from (
-                 select event_id, payload
-                 from event
-                 where session_id = $1 and event_id > $2
-                 order by event_id
-                 limit $3
-             ) page
-         ) sized
-         where before < $4
-         order by event_id",
-    )
-    .bind(session.uuid())
-    .bind(i64::try_from(request.after).unwrap_or(i64::MAX))
-    .bind(i64::from(request.limit.clamp(1, 5000)))
-    .bind(PAGE_BYTES_MAX)
-    .fetch_all(&scheduler.pool)
-    .await?;
-    let events: Vec<_> = rows.iter().map(recorded_event).collect::<Result<_, _>>()?;
+    let events = event_log::page(&scheduler.pool, session, request.after, request.limit).await?;
     let newest = if events.is_empty() { newest_event(&scheduler, session).await? } else { None };
     Ok(ReadEventsReply { events, newest })
 }
 
-fn recorded_event(row: &PgRow) -> Result<RecordedEvent, Failure> {
-    Ok(RecordedEvent { event_id: row.try_get::<i64, _>(0)?.unsigned_abs(), payload: row.try_get::<Vec<u8>, _>(1)?.into() })
-}
-
 /// The last event of a session that is on record.
 pub async fn newest_event(scheduler: &Scheduler, session: SessionId) -> Result<Option<RecordedEvent>, Failure> {
-    let row = sqlx::query("select event_id, payload from event where session_id = $1 order by event_id desc limit 1")
-        .bind(session.uuid())
-        .fetch_optional(&scheduler.pool)
-        .await?;
-    row.as_ref().map(recorded_event).transpose()
+    event_log::newest(&scheduler.pool, session).await
 }
 
 #[cfg(test)]

@@ -1,0 +1,222 @@
+//! The persisted event log of a session: read and removed by the days on which it was written.
+//!
+//! Events are kept in a table for each day, by the thousand where they are kept for ever. A query that does not name the day opens and
+//! locks every one of them. So each query here names its days, as literals: parameters would be known too late to leave tables out of a
+//! plan that is kept (docs/adr/0001-event-log-reads-name-their-days.md).
+
+use bus::Failure;
+use contract::scheduler::RecordedEvent;
+use sqlx::{AssertSqlSafe, PgPool, Row as _, postgres::PgRow};
+use time::Date;
+use types::SessionId;
+
+/// A page of the log: at most this many bytes and one event more, so that an answer fits a message.
+const PAGE_BYTES_MAX: i64 = 4 * 1024 * 1024;
+const DELETED_AT_A_TIME: u64 = 10_000;
+
+/// The days on which a session's events were written, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Days {
+    first: Date,
+    last: Date,
+    /// The last day that is known to have events, where one is.
+    newest: Option<Date>,
+}
+
+impl Days {
+    /// `None` when the session is not known.
+    async fn of(pool: &PgPool, session: SessionId) -> Result<Option<Self>, sqlx::Error> {
+        // What is written while this is read may be of the next day. A session's row is older than its events: it is believed more than the
+        // log's own first day, which a projector of the release before did not keep.
+        let row = sqlx::query(
+            "select least(l.first_day, (s.created_at at time zone 'utc')::date),
+                    case when l.last_day < today - 1 then l.last_day else today + 1 end,
+                    l.last_day
+             from (select $1::uuid as session_id, (now() at time zone 'utc')::date as today) asked
+             left join session s using (session_id)
+             left join event_log l using (session_id)",
+        )
+        .bind(session.uuid())
+        .fetch_one(pool)
+        .await?;
+        let first: Option<Date> = row.try_get(0)?;
+        let (last, newest) = (row.try_get(1)?, row.try_get(2)?);
+        Ok(first.map(|first| Self { first, last, newest }))
+    }
+
+    /// As a condition of SQL. It holds dates alone.
+    fn condition(self) -> String {
+        format!("recorded_on between '{}' and '{}'", self.first, self.last)
+    }
+}
+
+fn page_query(days: Days) -> String {
+    // The running total stops the page before it grows too large; its first event is always in it.
+    format!(
+        "select event_id, payload
+         from (
+             select event_id, payload, sum(length(payload)) over (order by event_id) - length(payload) as before
+             from (
+                 select event_id, payload
+                 from event
+                 where session_id = $1 and event_id > $2 and {}
+                 order by event_id
+                 limit $3
+             ) page
+         ) sized
+         where before < $4
+         order by event_id",
+        days.condition()
+    )
+}
+
+fn newest_query(days: Days) -> String {
+    format!("select event_id, payload from event where session_id = $1 and {} order by event_id desc limit 1", days.condition())
+}
+
+/// The events that follow one, oldest first: at most `limit`, and fewer where they are large.
+pub async fn page(pool: &PgPool, session: SessionId, after: u64, limit: u32) -> Result<Vec<RecordedEvent>, Failure> {
+    let Some(days) = Days::of(pool, session).await? else { return Ok(Vec::new()) };
+    let rows = sqlx::query(AssertSqlSafe(page_query(days)))
+        .bind(session.uuid())
+        .bind(i64::try_from(after).unwrap_or(i64::MAX))
+        .bind(i64::from(limit.clamp(1, 5000)))
+        .bind(PAGE_BYTES_MAX)
+        .fetch_all(pool)
+        .await?;
+    Ok(rows.iter().map(event).collect::<Result<_, _>>()?)
+}
+
+/// The last event that is persisted.
+pub async fn newest(pool: &PgPool, session: SessionId) -> Result<Option<RecordedEvent>, Failure> {
+    let Some(days) = Days::of(pool, session).await? else { return Ok(None) };
+    let days = Days { first: days.newest.unwrap_or(days.first), ..days };
+    let row = sqlx::query(AssertSqlSafe(newest_query(days))).bind(session.uuid()).fetch_optional(pool).await?;
+    Ok(row.as_ref().map(event).transpose()?)
+}
+
+fn event(row: &PgRow) -> Result<RecordedEvent, sqlx::Error> {
+    Ok(RecordedEvent { event_id: row.try_get::<i64, _>(0)?.unsigned_abs(), payload: row.try_get::<Vec<u8>, _>(1)?.into() })
+}
+
+/// Removes the log of a session that is deleted. Safe to interrupt and rerun.
+pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), Failure> {
+    // Without a row there is no log, or one of the release before, which may be of any day.
+    let condition = Days::of(pool, session).await?.map_or_else(|| "true".to_owned(), Days::condition);
+    let statement = format!(
+        "delete from event
+         where session_id = $1 and {condition}
+           and event_id in (select event_id from event where session_id = $1 and {condition} order by event_id limit {DELETED_AT_A_TIME})"
+    );
+    loop {
+        let deleted = sqlx::query(AssertSqlSafe(statement.clone())).bind(session.uuid()).execute(pool).await?;
+        if deleted.rows_affected() < DELETED_AT_A_TIME {
+            break;
+        }
+    }
+    sqlx::query("delete from event_log where session_id = $1").bind(session.uuid()).execute(pool).await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use sqlx::PgConnection;
+    use testkit::Database;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    /// A database as it is after so many days, with a session of today.
+    async fn after_days(days: i32) -> (PgPool, SessionId) {
+        let database = Database::create().await.unwrap();
+        let pool = store::open(&database.config("scheduler"), "test", crate::MIGRATIONS).await.unwrap();
+        let mut connection = pool.acquire().await.unwrap();
+        for from in (1..=days).step_by(50) {
+            // Few at a time: a transaction locks all that it makes.
+            let make = format!(
+                "do $$ declare day date; begin
+                     for ago in {from}..{} loop
+                         day := (now() at time zone 'utc')::date - ago;
+                         execute format('create table %I partition of event for values from (%L) to (%L)',
+                                        'event_' || to_char(day, 'YYYYMMDD'), day, day + 1);
+                     end loop;
+                 end $$",
+                (from + 49).min(days)
+            );
+            sqlx::raw_sql(AssertSqlSafe(make)).execute(&mut *connection).await.unwrap();
+        }
+        let session = SessionId::new();
+        sqlx::query(
+            "with today as (select (now() at time zone 'utc')::date as day),
+                  events as (insert into event (session_id, event_id, recorded_on, payload)
+                             select $1, id, day, convert_to(repeat('x', 100), 'UTF8') from today, generate_series(1, 2000) as id)
+             insert into event_log (session_id, last_event_id, first_day, last_day) select $1, 2000, day, day from today",
+        )
+        .bind(session.uuid())
+        .execute(&mut *connection)
+        .await
+        .unwrap();
+        sqlx::raw_sql("analyze event").execute(&mut *connection).await.unwrap();
+        (pool, session)
+    }
+
+    async fn tables_in_plan(connection: &mut PgConnection, query: String, session: SessionId) -> usize {
+        let plan: Vec<String> = sqlx::query_scalar(AssertSqlSafe(format!("explain {query}")))
+            .bind(session.uuid())
+            .bind(0_i64)
+            .bind(100_i64)
+            .bind(PAGE_BYTES_MAX)
+            .fetch_all(connection)
+            .await
+            .unwrap();
+        plan.iter().filter(|line| line.contains(" on event_")).count()
+    }
+
+    #[tokio::test]
+    async fn reading_a_log_costs_the_same_however_many_days_are_kept() {
+        let (pool, session) = after_days(400).await;
+        let days = Days::of(&pool, session).await.unwrap().unwrap();
+        let mut connection = pool.acquire().await.unwrap();
+        // The plan that is kept for every session, not one for this.
+        sqlx::raw_sql("set plan_cache_mode = force_generic_plan").execute(&mut *connection).await.unwrap();
+        assert!(tables_in_plan(&mut connection, page_query(days), session).await <= 2);
+        let newest = newest_query(days).replace("$1", "$1 and $2::bigint + $3::bigint + $4::bigint is not null");
+        assert!(tables_in_plan(&mut connection, newest, session).await <= 2);
+        assert_eq!(page(&pool, session, 1900, 1000).await.unwrap().len(), 100);
+        assert_eq!(super::newest(&pool, session).await.unwrap().unwrap().event_id, 2000);
+        purge(&pool, session).await.unwrap();
+        assert!(page(&pool, session, 0, 10).await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    #[ignore = "a measurement"]
+    async fn page_latency_by_days_kept() {
+        for days in [8, 100, 365, 800] {
+            let (pool, session) = after_days(days).await;
+            let mut times = Vec::new();
+            for _ in 0..500 {
+                let begun = Instant::now();
+                page(&pool, session, 1900, 100).await.unwrap();
+                times.push(begun.elapsed());
+            }
+            times.sort();
+            let unnamed = "select event_id, payload from event where session_id = $1 and event_id > $2 order by event_id limit 100";
+            let mut before = Vec::new();
+            for _ in 0..100 {
+                let begun = Instant::now();
+                sqlx::query(unnamed).bind(session.uuid()).bind(1900_i64).fetch_all(&pool).await.unwrap();
+                before.push(begun.elapsed());
+            }
+            before.sort();
+            let ms = |time: Duration| time.as_secs_f64() * 1e3;
+            println!(
+                "{days} days: p50 {:.2} ms, p99 {:.2} ms; without the days p50 {:.2} ms",
+                ms(times[250]),
+                ms(times[495]),
+                ms(before[50])
+            );
+        }
+    }
+}
