@@ -1,4 +1,4 @@
-//! Durable streams: appending with a message id and an expected sequence, reading the last entry, following.
+//! Durable streams: appending with an expected sequence, publishing with a message id, reading the newest entry, following.
 
 use std::time::Duration;
 
@@ -11,12 +11,14 @@ use async_nats::jetstream::{
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
-use tokio::sync::watch;
 
 use crate::{
     Bus,
     client::{reconnected, trace_headers},
 };
+
+/// An acknowledgement takes milliseconds; one that takes longer is most likely lost.
+const ACK_WAIT: Duration = Duration::from_secs(5);
 
 /// An append that is not in the stream, as far as is known.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +26,7 @@ pub enum AppendError {
     /// Somebody else wrote to the subject since: the writer's view is stale.
     #[error("another writer appended first")]
     Superseded,
-    /// Not acknowledged; it may be in the stream all the same. Safe to repeat with the same message id.
+    /// Not acknowledged; it may be in the stream all the same.
     #[error("the append was not acknowledged")]
     Unacknowledged(#[source] jetstream::context::PublishError),
 }
@@ -65,35 +67,41 @@ pub struct Entry {
 }
 
 impl Bus {
-    /// Appends a message and waits for the stream's acknowledgement; gives its sequence.
+    /// Appends to a log with one writer, and waits for the stream's acknowledgement: succeeds only while `expected` is the subject's last
+    /// sequence (0: it has none). Returns the new sequence.
     ///
-    /// `message_id` makes a repetition harmless. With `expected` set, the append succeeds only while that is the subject's last sequence;
-    /// the server looks at that first, so that a repetition of one's own stored entry is superseded too: compare it with [`Self::last`].
+    /// The server looks at the expectation first, so that repeating an append that is stored already is superseded by itself: compare the
+    /// newest entry ([`Self::last`]).
     ///
     /// # Errors
     /// [`AppendError`].
-    pub async fn append(&self, subject: String, payload: Bytes, message_id: &str, expected: Option<u64>) -> Result<u64, AppendError> {
-        self.begin_append(subject, payload, message_id, expected).await?.acknowledged().await
+    pub async fn append(&self, subject: String, payload: Bytes, expected: u64) -> Result<u64, AppendError> {
+        self.send(subject, message(payload).expected_last_subject_sequence(expected)).await
     }
 
-    /// Sends a message to its stream without waiting, so that several are in flight at once.
+    /// Publishes a message to its stream, and waits for the acknowledgement. Returns its sequence. Within the stream's deduplication
+    /// window a message id makes it idempotent.
     ///
     /// # Errors
-    /// [`AppendError::Unacknowledged`] when it could not even be sent.
-    pub async fn begin_append(
-        &self,
-        subject: String,
-        payload: Bytes,
-        message_id: &str,
-        expected: Option<u64>,
-    ) -> Result<PendingAppend, AppendError> {
-        let mut message = PublishMessage::build().payload(payload).headers(trace_headers()).message_id(message_id);
-        if let Some(sequence) = expected {
-            message = message.expected_last_subject_sequence(sequence);
-        }
-        let connections = self.next_connection();
+    /// [`AppendError::Unacknowledged`].
+    pub async fn publish(&self, subject: String, payload: Bytes, message_id: &str) -> Result<u64, AppendError> {
+        self.send(subject, message(payload).message_id(message_id)).await
+    }
+
+    async fn send(&self, subject: String, message: PublishMessage) -> Result<u64, AppendError> {
+        let mut connections = self.next_connection();
         let ack = self.jetstream.send_publish(subject, message).await.map_err(AppendError::Unacknowledged)?;
-        Ok(PendingAppend { ack, connections })
+        let ack = tokio::select! {
+            ack = ack => ack,
+            // Sent on a connection that is no more: its acknowledgement does not come on another.
+            () = reconnected(&mut connections) => Err(PublishErrorKind::BrokenPipe.into()),
+            () = tokio::time::sleep(ACK_WAIT) => Err(PublishErrorKind::TimedOut.into()),
+        };
+        match ack {
+            Ok(ack) => Ok(ack.sequence),
+            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Err(AppendError::Superseded),
+            Err(error) => Err(AppendError::Unacknowledged(error)),
+        }
     }
 
     /// The newest entry of a subject.
@@ -176,34 +184,10 @@ impl Bus {
     }
 }
 
+fn message(payload: Bytes) -> PublishMessage {
+    PublishMessage::build().payload(payload).headers(trace_headers())
+}
+
 fn follows(headers: &async_nats::HeaderMap) -> Option<u64> {
     headers.get(async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE)?.as_str().parse().ok()
-}
-
-/// A message on its way into a stream.
-#[derive(Debug)]
-pub struct PendingAppend {
-    ack: jetstream::context::PublishAckFuture,
-    connections: watch::Receiver<u64>,
-}
-
-/// An acknowledgement takes milliseconds; one that takes longer is most likely lost.
-const ACK_WAIT: Duration = Duration::from_secs(5);
-
-impl PendingAppend {
-    /// # Errors
-    /// [`AppendError`].
-    pub async fn acknowledged(mut self) -> Result<u64, AppendError> {
-        let ack = tokio::select! {
-            ack = self.ack => ack,
-            // Sent on a connection that is no more: its acknowledgement does not come on another.
-            () = reconnected(&mut self.connections) => Err(PublishErrorKind::BrokenPipe.into()),
-            () = tokio::time::sleep(ACK_WAIT) => Err(PublishErrorKind::TimedOut.into()),
-        };
-        match ack {
-            Ok(ack) => Ok(ack.sequence),
-            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Err(AppendError::Superseded),
-            Err(error) => Err(AppendError::Unacknowledged(error)),
-        }
-    }
 }

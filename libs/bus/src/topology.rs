@@ -1,5 +1,7 @@
 //! Makes streams and consumers as the contract declares them, and reports what differs.
 
+use std::time::SystemTime;
+
 use async_nats::jetstream::{
     ErrorCode,
     consumer::{AckPolicy, PullConsumer, pull},
@@ -14,6 +16,8 @@ use crate::Bus;
 pub enum TopologyError {
     #[error("stream {name} cannot be made or changed")]
     Stream { name: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("stream {name} does not exist")]
+    StreamNotFound { name: &'static str },
     #[error("consumer {name} cannot be made or read")]
     Consumer { name: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
     /// The server accepted a setting and then did not keep it.
@@ -24,6 +28,8 @@ pub enum TopologyError {
 /// What a stream holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
+    /// When it was created, which tells it from another stream of the same name.
+    pub created_at: SystemTime,
     pub messages: u64,
     pub first_sequence: u64,
     /// The newest entry that it has had.
@@ -83,32 +89,45 @@ impl Bus {
         if same { Ok(()) } else { Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") }) }
     }
 
-    /// Those of the streams that the server does not have.
+    /// What a stream holds; `None` where the server does not have it.
     ///
     /// # Errors
     /// [`TopologyError`] when the server does not say.
-    pub async fn missing_streams(&self, specs: &[StreamSpec]) -> Result<Vec<&'static str>, TopologyError> {
-        let mut missing = Vec::new();
-        for spec in specs {
-            match self.jetstream.get_stream(spec.name).await {
-                Ok(_) => {}
-                Err(error) if is_not_found(&error) => missing.push(spec.name),
-                Err(error) => return Err(TopologyError::Stream { name: spec.name, source: error.into() }),
-            }
+    pub async fn find_stream(&self, spec: &StreamSpec) -> Result<Option<Extent>, TopologyError> {
+        match self.extent(spec).await {
+            Ok(extent) => Ok(Some(extent)),
+            Err(TopologyError::StreamNotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
         }
-        Ok(missing)
+    }
+
+    /// Deletes a stream with all that it holds. One that does not exist is fine.
+    ///
+    /// # Errors
+    /// [`TopologyError`] when the server refuses or does not answer.
+    pub async fn delete_stream(&self, spec: &StreamSpec) -> Result<(), TopologyError> {
+        match self.jetstream.delete_stream(spec.name).await {
+            Ok(_) => Ok(()),
+            Err(error) => match self.find_stream(spec).await {
+                Ok(None) => Ok(()),
+                _ => Err(TopologyError::Stream { name: spec.name, source: error.into() }),
+            },
+        }
     }
 
     /// What a stream holds.
     ///
     /// # Errors
-    /// [`TopologyError`] when the server does not say.
+    /// [`TopologyError`] when the server does not say, or does not have the stream.
     pub async fn extent(&self, spec: &StreamSpec) -> Result<Extent, TopologyError> {
-        let stream = self.jetstream.get_stream(spec.name).await;
-        let stream = stream.map_err(|error| TopologyError::Stream { name: spec.name, source: error.into() })?;
+        let stream = self.jetstream.get_stream(spec.name).await.map_err(|error| match is_not_found(&error) {
+            true => TopologyError::StreamNotFound { name: spec.name },
+            false => TopologyError::Stream { name: spec.name, source: error.into() },
+        })?;
         let info = stream.cached_info();
         let begun = info.config.first_sequence.unwrap_or(1).max(1);
         Ok(Extent {
+            created_at: SystemTime::from(info.created),
             first_sequence: info.state.first_sequence,
             last_sequence: info.state.last_sequence,
             messages: info.state.messages,

@@ -1,4 +1,5 @@
-//! Work-queue consumption. The handler decides what becomes of a job; this module acknowledges, keeps it in hand, and hands it back.
+//! Work-queue consumption. The handler decides what becomes of a job; this module acknowledges it, extends its ack deadline while the
+//! handler decides, and releases it.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -9,7 +10,7 @@ use async_nats::jetstream::{
 };
 use bytes::Bytes;
 use contract::{header, subject, topology::ConsumerSpec};
-use futures::StreamExt as _;
+use futures::{StreamExt as _, future::BoxFuture};
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, field};
@@ -33,13 +34,12 @@ pub struct Job {
 }
 
 /// What becomes of a job.
-#[derive(Debug)]
 pub enum Outcome {
     Done,
+    /// Acknowledged, and worked on from then on: the queue has done its part, and what keeps the work alive is elsewhere.
+    Accepted(BoxFuture<'static, ()>),
     /// Deliver it again, to anybody, after this long.
     Retry(Duration),
-    /// Somebody else has it in hand now: neither acknowledged nor handed back.
-    Leave,
     /// It can never be handled: to the dead letters, with the reason.
     Reject(String),
 }
@@ -138,8 +138,14 @@ where
     let outcome = keep_in_hand(&acker, spec.ack_wait / 3, handler(job.clone()).instrument(span)).await;
     let settled = match outcome {
         Outcome::Done => acker.double_ack().await,
+        Outcome::Accepted(work) => {
+            if let Err(error) = acker.double_ack().await {
+                tracing::debug!(%error, subject = job.subject, "acknowledgement not sent; the job will be delivered again and ignored");
+            }
+            work.await;
+            return;
+        }
         Outcome::Retry(delay) => acker.ack_with(AckKind::Nak(Some(delay))).await,
-        Outcome::Leave => return,
         Outcome::Reject(reason) => {
             tracing::error!(subject = job.subject, reason, "job rejected");
             match bus.bury(&job, &reason).await {

@@ -108,12 +108,11 @@ async fn a_log_has_one_writer() {
     nats.with_streams().await.unwrap();
     let runner = nats.connect(&access::RUNNER).await.unwrap();
     let log = subject::session_log(SessionId::new(), Partition::FIRST);
-    let first = runner.append(log.clone(), "one".into(), "id-1", Some(0)).await.unwrap();
-    assert_eq!(runner.append(log.clone(), "one".into(), "id-1", None).await.unwrap(), first, "a repetition is no second entry");
-    let repeated = runner.append(log.clone(), "one".into(), "id-1", Some(0)).await;
+    let first = runner.append(log.clone(), "one".into(), 0).await.unwrap();
+    let repeated = runner.append(log.clone(), "one".into(), 0).await;
     assert!(matches!(repeated, Err(AppendError::Superseded)), "the expectation is looked at first: {repeated:?}");
-    assert!(matches!(runner.append(log.clone(), "two".into(), "id-2", Some(0)).await, Err(AppendError::Superseded)));
-    let second = runner.append(log.clone(), "two".into(), "id-3", Some(first)).await.unwrap();
+    assert!(matches!(runner.append(log.clone(), "two".into(), 0).await, Err(AppendError::Superseded)));
+    let second = runner.append(log.clone(), "two".into(), first).await.unwrap();
     let last = runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap();
     assert_eq!((last.sequence, last.payload.as_ref()), (second, b"two".as_slice()));
     assert!(runner.last(topology::EVENTS.name, &subject::session_log(SessionId::new(), Partition::FIRST)).await.unwrap().is_none());
@@ -125,13 +124,13 @@ async fn following_goes_on_after_the_server_was_killed() {
     nats.with_streams().await.unwrap();
     let (runner, gateway) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
     let log = subject::session_log(SessionId::new(), Partition::FIRST);
-    let first = runner.append(log.clone(), "1".into(), "1", None).await.unwrap();
+    let first = runner.publish(log.clone(), "1".into(), "1").await.unwrap();
     let mut entries = gateway.follow(topology::EVENTS.name, log.clone(), first).await.unwrap();
     assert_eq!(entries.next().await.unwrap().unwrap().payload, "1");
     nats.restart().unwrap();
     let mut appended = false;
     for _ in 0..100 {
-        if runner.append(log.clone(), "2".into(), "2", None).await.is_ok() {
+        if runner.publish(log.clone(), "2".into(), "2").await.is_ok() {
             appended = true;
             break;
         }
@@ -171,7 +170,7 @@ async fn a_job_handed_back_comes_again_and_one_done_does_not() {
     };
     let tasks = TaskTracker::new();
     tasks.spawn(work::run(runner, &topology::RUNNER, 4, stop.clone(), handler));
-    scheduler.append(subject::turn_run(SessionId::new()), "job".into(), "job-1", None).await.unwrap();
+    scheduler.publish(subject::turn_run(SessionId::new()), "job".into(), "job-1").await.unwrap();
     eventually("two deliveries", || async { seen.load(Ordering::SeqCst) == 2 }).await;
     tokio::time::sleep(types::limits::JOB_LEASE * 3).await;
     assert_eq!(seen.load(Ordering::SeqCst), 2);

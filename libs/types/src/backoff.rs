@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Exponential delays with full jitter: attempt `n` waits a random time up to `base * 2^n`, at most `max`.
+/// Exponential delays with equal jitter: attempt `n` waits between half of `base * 2^(n-1)` and all of it, at most `max`.
 #[derive(Clone, Copy, Debug)]
 pub struct Backoff {
     pub base: Duration,
@@ -23,12 +23,13 @@ impl Backoff {
     pub fn jittered(&self, attempt: u32) -> Duration {
         let ceiling = self.base.saturating_mul(1_u32 << attempt.saturating_sub(1).min(16)).min(self.max);
         // Half fixed, half random: never zero, so that a failing peer is not hammered.
-        ceiling / 2 + ceiling.mul_f64(random_unit() / 2.0)
+        ceiling / 2 + ceiling.mul_f64(random_fraction() / 2.0)
     }
 }
 
-/// A number in `[0, 1)`; 0.5 where the system gives no randomness, for jitter needs no secrecy.
-fn random_unit() -> f64 {
+/// A random number in `[0, 1)`, for jitter; 0.5 where the system gives no randomness, for jitter needs no secrecy.
+#[must_use]
+pub fn random_fraction() -> f64 {
     getrandom::u32().map_or(0.5, |bits| f64::from(bits) / (f64::from(u32::MAX) + 1.0))
 }
 

@@ -19,7 +19,7 @@ pub mod timestamp;
 
 pub use agent::{McpServer, Skill};
 pub use api_key::{ApiKey, KeyHash};
-pub use backoff::Backoff;
+pub use backoff::{Backoff, random_fraction};
 pub use credential::CredentialKind;
 pub use environment::{Networking, PackageManager};
 pub use error::ErrorCode;

@@ -1,19 +1,21 @@
-//! What runners ask before they touch anything: is this still to be done, and with what.
+//! What runners ask before they touch anything: is this still to be done, by whom, and with what. And their heartbeats.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use bus::Failure;
 use contract::{
     common::Empty,
     rpc,
     scheduler::{
-        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, ReleaseTurnRequest, Settled, SpriteClaim, TurnSpec,
-        claim_turn_reply::Verdict,
+        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, HeartbeatReply, HeartbeatRequest, HeldTurn, LeaseExpired,
+        Owned, ReleaseTurnRequest, Settled, SpriteClaim, TurnSpec, claim_turn_reply::Verdict,
     },
+    subject, topology,
     vault::MintLeaseRequest,
 };
+use rules::ownership::{self, Held};
 use serde_json::Value;
-use sqlx::Row as _;
+use sqlx::{PgConnection, Row as _};
 use types::{
     CredentialKind, Runtime, SessionId, SessionStatus, UserId,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
@@ -21,14 +23,14 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, deadlines, recorder,
-    sessions::{lock, missing, newest_event},
+    Scheduler, projector,
+    sessions::{SessionRow, lock, missing, newest_event, partition},
     unsigned,
 };
 
-/// A job that came back this often will not go better the next time.
-const EPOCH_MAX: i32 = 100;
 const REASON_CHARS_MAX: usize = 1000;
+/// How soon a turn is offered again whose secrets could not be leased.
+const VAULT_AWAY: Duration = Duration::from_secs(1);
 /// For deleting one Sprite.
 const DESTROY_LIFE: Duration = Duration::from_secs(300);
 const VAULT_DEADLINE: Duration = Duration::from_secs(5);
@@ -37,7 +39,6 @@ const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 struct TurnRow {
     epoch: i32,
     age_seconds: f64,
-    handed_back_reason: Option<String>,
     prompt: String,
     timeout_seconds: i32,
     conversation_id: Uuid,
@@ -54,28 +55,43 @@ struct TurnRow {
     secret_id: Option<Uuid>,
 }
 
-/// Raises the turn's epoch, so that an earlier claimant is fenced off, and gives all that running it takes.
+/// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant is fenced off, and returns all that
+/// running it takes.
 pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<ClaimTurnReply, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let number = i32::try_from(request.turn).map_err(|_| missing())?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    let Some(session) = lock(&mut tx, id, None).await? else {
-        return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
-    };
-    if session.status()? == SessionStatus::Terminated {
+    let claimant: Uuid = request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
+    let answer = |verdict| Ok(ClaimTurnReply { verdict: Some(verdict) });
+    let mut tx = scheduler.pool.begin().await?;
+    // The lease first: whoever deletes it locks its turns next.
+    let valid = sqlx::query("select from runner_lease where lease_id = $1 for key share").bind(claimant).fetch_optional(&mut *tx);
+    if valid.await?.is_none() {
+        return answer(Verdict::LeaseExpired(LeaseExpired {}));
+    }
+    let Some(session) = lock(&mut tx, id, None).await? else { return answer(Verdict::Settled(Settled { destroy: None })) };
+    let status = session.status()?;
+    if status == SessionStatus::Terminated {
         drop(tx);
         let destroy = Some(sprite_claim(&scheduler, UserId::from_uuid(session.user_id), id, session.sprite).await?);
-        return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy })) });
+        return answer(Verdict::Settled(Settled { destroy }));
     }
-    let turn: Option<TurnRow> = sqlx::query_as(
+    let verdict = match turn_to_claim(&mut tx, &session, number).await? {
+        Some(turn) => ownership::claim(status, turn, claimant),
+        None => ownership::Verdict::Settled,
+    };
+    match verdict {
+        ownership::Verdict::Run => {}
+        ownership::Verdict::Owned => return answer(Verdict::Owned(Owned {})),
+        ownership::Verdict::Settled => return answer(Verdict::Settled(Settled { destroy: None })),
+    }
+    let turn: TurnRow = sqlx::query_as(
         "with claimed as (
             update turn
-            set epoch = epoch + 1
-            where session_id = $1 and turn_number = $2 and status in ('pending', 'running')
-            returning session_id, epoch, extract(epoch from now() - created_at)::float8 as age_seconds, handed_back_reason, prompt,
-                      timeout_seconds
+            set epoch = epoch + 1, owner = $3, claimed_at = now(), offer_after = now(), offers = 0
+            where session_id = $1 and turn_number = $2
+            returning session_id, epoch, extract(epoch from now() - created_at)::float8 as age_seconds, prompt, timeout_seconds
          )
-         select c.epoch, c.age_seconds, c.handed_back_reason, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
+         select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
                 s.resources, s.secret_id
          from claimed c
@@ -85,27 +101,44 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
     )
     .bind(id.uuid())
     .bind(number)
-    .fetch_optional(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
-    let Some(turn) = turn.filter(|_| number == session.turn_count) else {
-        return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
-    };
-    if turn.epoch > EPOCH_MAX {
-        let reason = turn.handed_back_reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-        deadlines::settle(&mut tx, session, number, &format!("Given up after {EPOCH_MAX} attempts{reason}")).await?;
-        tx.commit().await.map_err(Failure::internal)?;
-        scheduler.outbox.notify_one();
-        return Ok(ClaimTurnReply { verdict: Some(Verdict::Settled(Settled { destroy: None })) });
-    }
-    tx.commit().await.map_err(Failure::internal)?;
+    .bind(claimant)
+    .fetch_one(&mut *tx)
+    .await?;
+    tx.commit().await?;
     if turn.epoch == 1 {
         metrics::histogram!("aod_turn_wait_seconds").record(turn.age_seconds);
     }
-    let partition = session.partition()?;
-    let recorded_through = recorder::recorded_through(&scheduler.pool, partition).await.map_err(Failure::internal)?;
-    let last_event = newest_event(&scheduler, id).await?;
+    let epoch = unsigned(turn.epoch);
+    match specification(&scheduler, id, number, session, turn).await {
+        Ok(spec) => answer(Verdict::Run(spec)),
+        Err(failure) => {
+            // Not the turn's fault, and no failed attempt: the vault is away, say.
+            release_claim(&scheduler, id, number, epoch, None, VAULT_AWAY).await?;
+            Err(failure)
+        }
+    }
+}
 
+async fn turn_to_claim(tx: &mut PgConnection, session: &SessionRow, number: i32) -> Result<Option<ownership::Turn>, Failure> {
+    let row = sqlx::query("select status, owner from turn where session_id = $1 and turn_number = $2 for update")
+        .bind(session.session_id)
+        .bind(number)
+        .fetch_optional(tx)
+        .await?;
+    let Some(row) = row else { return Ok(None) };
+    let status: &str = row.try_get(0)?;
+    Ok(Some(ownership::Turn {
+        status: status.parse().map_err(|()| Failure::internal(format!("a turn has the status {status}")))?,
+        is_current: number == session.turn_count,
+        owner: row.try_get(1)?,
+    }))
+}
+
+/// What it takes to run a claimed turn.
+async fn specification(scheduler: &Scheduler, id: SessionId, number: i32, session: SessionRow, turn: TurnRow) -> Result<TurnSpec, Failure> {
+    let partition = session.partition()?;
+    let recorded_through = projector::projected_through(&scheduler.pool, partition).await?;
+    let last_event = newest_event(scheduler, id).await?;
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
     let timeout_seconds = unsigned(turn.timeout_seconds);
     let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]).collect::<Vec<_>>();
@@ -121,65 +154,187 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         secret_ids: secrets,
         life,
     };
-    let lease_id = mint(&scheduler, grant).await?;
+    let lease_id = mint(scheduler, grant).await?;
     let empty = || Value::Object(serde_json::Map::new());
-    Ok(ClaimTurnReply {
-        verdict: Some(Verdict::Run(TurnSpec {
-            sprite: session.sprite,
-            epoch: unsigned(turn.epoch),
-            lease_id,
-            runtime: session.runtime,
-            model: turn.model,
-            system: if number == 1 { turn.system } else { String::new() },
-            prompt: turn.prompt,
-            timeout_seconds,
-            conversation_id: turn.conversation_id.to_string(),
-            environment: Some(EnvironmentSpec {
-                packages: turn.packages.unwrap_or_else(empty).to_string(),
-                setup_script: turn.setup_script.unwrap_or_default(),
-                networking: turn.networking.unwrap_or_else(empty).to_string(),
-            }),
-            last_event,
-            recorded_through,
-            event_partition: partition.number().into(),
-            skills: turn.skills.to_string(),
-            mcp_servers: turn.mcp_servers.to_string(),
-            resources: turn.resources.to_string(),
-        })),
+    Ok(TurnSpec {
+        sprite: session.sprite,
+        epoch: unsigned(turn.epoch),
+        lease_id,
+        runtime: session.runtime,
+        model: turn.model,
+        system: if number == 1 { turn.system } else { String::new() },
+        prompt: turn.prompt,
+        timeout_seconds,
+        conversation_id: turn.conversation_id.to_string(),
+        environment: Some(EnvironmentSpec {
+            packages: turn.packages.unwrap_or_else(empty).to_string(),
+            setup_script: turn.setup_script.unwrap_or_default(),
+            networking: turn.networking.unwrap_or_else(empty).to_string(),
+        }),
+        last_event,
+        recorded_through,
+        event_partition: partition.number().into(),
+        skills: turn.skills.to_string(),
+        mcp_servers: turn.mcp_servers.to_string(),
+        resources: turn.resources.to_string(),
     })
 }
 
-/// A runner could not go on: why is kept for the turn's user. A claim that was overtaken has no say.
-pub async fn hand_back(scheduler: Scheduler, request: ReleaseTurnRequest) -> Result<Empty, Failure> {
+/// Releases a turn to other runners. With a reason it counts as a failed attempt, and the reason is kept for the turn's user. Ignored if
+/// the claim is stale.
+pub async fn release(scheduler: Scheduler, request: ReleaseTurnRequest) -> Result<Empty, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    let number = i32::try_from(request.turn).map_err(|_| missing())?;
     let reason: String = request.reason.chars().filter(|c| *c != '\0').take(REASON_CHARS_MAX).collect();
-    sqlx::query("update turn set handed_back_reason = $4 where session_id = $1 and turn_number = $2 and epoch = $3")
-        .bind(id.uuid())
-        .bind(i32::try_from(request.turn).map_err(|_| missing())?)
-        .bind(i32::try_from(request.epoch).map_err(|_| missing())?)
-        .bind(reason)
-        .execute(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+    let reason = (!reason.is_empty()).then_some(reason);
+    release_claim(&scheduler, id, number, request.epoch, reason, Duration::ZERO).await?;
     Ok(Empty {})
 }
 
-/// What it takes to delete a session's Sprite; also when the session itself is deleted.
+async fn release_claim(
+    scheduler: &Scheduler,
+    id: SessionId,
+    number: i32,
+    epoch: u32,
+    reason: Option<String>,
+    wait: Duration,
+) -> Result<(), Failure> {
+    let mut tx = scheduler.pool.begin().await?;
+    let failed = i32::from(reason.is_some());
+    let failures: Option<i32> = sqlx::query_scalar(
+        "update turn
+         set owner = null, failures = failures + $4, handed_back_reason = coalesce($5, handed_back_reason), offers = 0,
+             offer_after = now() + make_interval(secs => $6),
+             -- A turn that cannot be started is given up; one whose agent runs has its own deadline.
+             deadline_at = case when status = 'pending' and failures + $4 > $7 then now() else deadline_at end
+         where session_id = $1 and turn_number = $2 and epoch = $3 and owner is not null
+         returning failures",
+    )
+    .bind(id.uuid())
+    .bind(number)
+    .bind(i32::try_from(epoch).map_err(|_| missing())?)
+    .bind(failed)
+    .bind(reason)
+    .bind(wait.as_secs_f64())
+    .bind(ownership::FAILURES_MAX as i32)
+    .fetch_optional(&mut *tx)
+    .await?;
+    if let Some(failures) = failures.filter(|_| failed > 0) {
+        sqlx::query("update turn set offer_after = now() + make_interval(secs => $3) where session_id = $1 and turn_number = $2")
+            .bind(id.uuid())
+            .bind(number)
+            .bind(ownership::after_failure(unsigned(failures)).as_secs_f64())
+            .execute(&mut *tx)
+            .await?;
+    }
+    tx.commit().await?;
+    scheduler.released.notify_one();
+    Ok(())
+}
+
+/// Extends a runner's lease, and compares the turns that it holds with those that it owns.
+pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Result<HeartbeatReply, Failure> {
+    let lease: Uuid = request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
+    let statement = match request.first {
+        true => {
+            "insert into runner_lease (lease_id, runner, expires_at) values ($1, $3, now() + make_interval(secs => $2))
+             on conflict (lease_id) do update set expires_at = excluded.expires_at"
+        }
+        false => "update runner_lease set expires_at = now() + make_interval(secs => $2), runner = $3 where lease_id = $1",
+    };
+    let extended =
+        sqlx::query(statement).bind(lease).bind(ownership::LEASE.as_secs_f64()).bind(&request.runner).execute(&scheduler.pool).await?;
+    if extended.rows_affected() == 0 {
+        return Ok(HeartbeatReply { expired: true, lost: Vec::new() });
+    }
+    let held: Vec<Held> = request.held.iter().filter_map(parse_held).collect();
+    let ended: Vec<(Held, u64)> = request.held.iter().filter_map(|turn| Some((parse_held(turn)?, turn.ended?))).collect();
+    let lost_ends = lost_ends(&scheduler, &ended).await?;
+    let rows =
+        sqlx::query("select session_id, turn_number, epoch, claimed_at > now() - make_interval(secs => $2) from turn where owner = $1")
+            .bind(lease)
+            .bind(ownership::CLAIM_GRACE.as_secs_f64())
+            .fetch_all(&scheduler.pool)
+            .await?;
+    let mut owned = Vec::with_capacity(rows.len());
+    for row in rows {
+        let read = || -> Result<_, sqlx::Error> {
+            let (session, turn, epoch): (Uuid, i32, i32) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            Ok((Held { session, turn: unsigned(turn), epoch: unsigned(epoch) }, row.try_get(3)?))
+        };
+        owned.push(read()?);
+    }
+    let mut differences = ownership::compare(&held, &owned);
+    for turn in lost_ends.into_iter().filter(|turn| owned.iter().any(|(owned, _)| owned == turn)) {
+        tracing::error!(session = %turn.session, turn = turn.turn, "the turn's end was lost with its stream; it is offered again");
+        purge_log(&scheduler, turn.session).await?;
+        differences.forgotten.push(turn);
+        differences.lost.push(turn);
+    }
+    for turn in &differences.forgotten {
+        release_claim(&scheduler, SessionId::from_uuid(turn.session), turn.turn as i32, turn.epoch, None, Duration::ZERO).await?;
+    }
+    let lost = differences.lost.iter().map(|held| HeldTurn {
+        session_id: SessionId::from_uuid(held.session).to_string(),
+        turn: held.turn,
+        epoch: held.epoch,
+        ended: None,
+    });
+    Ok(HeartbeatReply { expired: false, lost: lost.collect() })
+}
+
+fn parse_held(turn: &HeldTurn) -> Option<Held> {
+    let session: SessionId = turn.session_id.parse().ok()?;
+    Some(Held { session: session.uuid(), turn: turn.turn, epoch: turn.epoch })
+}
+
+/// Those of the ended turns whose ends the projector has passed. Read before the turns' owners: an end that was persisted has taken its
+/// turn's owner away by then.
+async fn lost_ends(scheduler: &Scheduler, ended: &[(Held, u64)]) -> Result<BTreeSet<Held>, Failure> {
+    if ended.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let sessions: Vec<Uuid> = ended.iter().map(|(held, _)| held.session).collect();
+    let rows = sqlx::query("select session_id, event_partition from session where session_id = any($1)")
+        .bind(sessions)
+        .fetch_all(&scheduler.pool)
+        .await?;
+    let mut lost = BTreeSet::new();
+    for row in rows {
+        let (session, number): (Uuid, i16) = (row.try_get(0)?, row.try_get(1)?);
+        let projected = projector::projected_through(&scheduler.pool, partition(number)?).await?;
+        lost.extend(ended.iter().filter(|(held, id)| held.session == session && *id <= projected).map(|(held, _)| *held));
+    }
+    Ok(lost)
+}
+
+/// Empties a session's subject in its stream, so that the next writer continues the persisted log.
+async fn purge_log(scheduler: &Scheduler, session: Uuid) -> Result<(), Failure> {
+    let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
+        .bind(session)
+        .fetch_optional(&scheduler.pool)
+        .await?;
+    let Some(number) = number else { return Ok(()) };
+    let partition = partition(number)?;
+    let log = subject::session_log(SessionId::from_uuid(session), partition);
+    scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(Failure::internal)
+}
+
+/// What it takes to delete a session's Sprite, where it has to go; also when the session itself is deleted.
 pub async fn sprite(scheduler: Scheduler, request: ClaimSpriteRequest) -> Result<SpriteClaim, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let row = sqlx::query(
-        "select user_id, sprite from session where session_id = $1
+        "select user_id, sprite from session where session_id = $1 and destroy_after is not null
          union all
          select user_id, sprite from deleted_session where session_id = $1
          limit 1",
     )
     .bind(id.uuid())
     .fetch_optional(&scheduler.pool)
-    .await
-    .map_err(Failure::internal)?
+    .await?
     .ok_or_else(missing)?;
-    let user = UserId::from_uuid(row.try_get(0).map_err(Failure::internal)?);
-    sprite_claim(&scheduler, user, id, row.try_get(1).map_err(Failure::internal)?).await
+    let user = UserId::from_uuid(row.try_get(0)?);
+    sprite_claim(&scheduler, user, id, row.try_get(1)?).await
 }
 
 async fn sprite_claim(scheduler: &Scheduler, user: UserId, session: SessionId, sprite: String) -> Result<SpriteClaim, Failure> {

@@ -1,21 +1,22 @@
 //! The record: agents, environments, sessions, turns, events; the state machine; what should run next. Schema `scheduler`.
 //!
 //! Requests change rows and, in the same transaction, write what others must hear of to the outbox; [`relay`] publishes it. What
-//! runners report comes back through the EVENTS stream; [`recorder`] writes it down and moves the states along. [`deadlines`] settles
-//! whatever neither of them settled in time.
+//! runners report comes back through the EVENTS stream; [`projector`] persists it and advances sessions and turns. [`reconciler`] offers
+//! turns that no runner owns; [`ending`] ends those that are overdue.
 
 mod agents;
 mod claims;
-mod deadlines;
 mod deletion;
+mod ending;
 mod environments;
 mod event_log;
 mod gauges;
 pub mod metrics;
 mod once;
 mod orphans;
+mod projector;
 mod quota;
-mod recorder;
+mod reconciler;
 mod relay;
 mod retention;
 mod sessions;
@@ -115,7 +116,9 @@ struct Scheduler {
     sprite_name_prefix: Arc<str>,
     /// Wakes the relay after a commit.
     outbox: Arc<Notify>,
-    recorded: recorder::Recorded,
+    /// Wakes the reconciler when a turn was released.
+    released: Arc<Notify>,
+    projected: projector::Projected,
     event_partitions: NonZeroU8,
     stream_replicas: usize,
     events_max_bytes: i64,
@@ -136,22 +139,24 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         bus: bus.clone(),
         sprite_name_prefix: format!("{}-{}", config.sprite_name_prefix, orphans::deployment(&pool).await?).into(),
         outbox: Arc::new(Notify::new()),
-        recorded: recorder::Recorded::default(),
+        released: Arc::new(Notify::new()),
+        projected: projector::Projected::default(),
         event_partitions: config.event_partitions,
         stream_replicas: config.stream_replicas,
         events_max_bytes: config.events_max_bytes,
         pool,
     };
     retention::make_days(&scheduler.pool).await?;
-    streams::ensure(&scheduler).await?;
+    streams::ready(&scheduler).await?;
     lifecycle.spawn("streams", streams::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
-    lifecycle.spawn("recorders", recorder::run(scheduler.clone(), lifecycle.clone()));
+    lifecycle.spawn("projectors", projector::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("reconciler", reconciler::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("orphans", orphans::run(scheduler.clone(), config.orphan_sweep, lifecycle.stop_token()));
     lifecycle.spawn("retention", retention::run(scheduler.clone(), config.retention, lifecycle.stop_token()));
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
-    lifecycle.spawn("deadlines", deadlines::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("deadlines", ending::run_deadlines(scheduler.clone(), lifecycle.stop_token()));
 
     let responder = Responder::start(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token()).await?;
     responder.serve::<rpc::SchedulerHealth, _, _>(health).await?;
@@ -177,7 +182,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::DeleteSession, _, _>(deletion::delete).await?;
     responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
-    responder.serve::<rpc::ReleaseTurn, _, _>(claims::hand_back).await?;
+    responder.serve::<rpc::Heartbeat, _, _>(claims::heartbeat).await?;
+    responder.serve::<rpc::ReleaseTurn, _, _>(claims::release).await?;
     responder.serve::<rpc::ClaimSprite, _, _>(claims::sprite).await?;
     responder.serve::<rpc::ClaimSweep, _, _>(orphans::claim).await?;
     responder.serve::<rpc::FindOrphans, _, _>(orphans::find).await?;

@@ -1,7 +1,8 @@
 //! What the scheduler counts. Gauges are set by [`crate::gauges`].
 
-use contract::session::TurnEnded;
+use contract::session::session_event::Kind;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, histogram};
+use rules::state::DEADLINE;
 
 /// Names this service's metrics and says what they mean.
 pub fn describe() {
@@ -9,8 +10,11 @@ pub fn describe() {
     describe_histogram!("aod_turn_seconds", Unit::Seconds, "from a prompt's acceptance to its turn's end on record");
     describe_histogram!("aod_turn_start_seconds", Unit::Seconds, "from a prompt's acceptance to its agent's start on record");
     describe_histogram!("aod_turn_wait_seconds", Unit::Seconds, "from a prompt's acceptance to the first runner that took it");
-    describe_counter!("aod_deadline_settlements_total", "turns that nobody settled by their deadline");
-    describe_counter!("aod_events_recorded_total", "events written to Postgres");
+    describe_counter!("aod_deadline_settlements_total", "turns that were ended at their deadline by the scheduler");
+    describe_counter!("aod_events_recorded_total", "events persisted in Postgres");
+    describe_counter!("aod_event_log_gaps_total", "events that did not continue their session's persisted log");
+    describe_counter!("aod_runner_leases_expired_total", "runners that sent no heartbeat and lost their turns");
+    describe_counter!("aod_turns_offered_again_total", "offers of turns that had no owner, beyond the first");
     describe_counter!("aod_events_trimmed_total", "recorded events removed from the stream to make room");
     describe_counter!("aod_event_days_dropped_total", "days of events removed by retention");
     describe_gauge!("aod_event_days_due", "days of events that retention has yet to remove; one goes each hour");
@@ -31,6 +35,8 @@ pub fn describe() {
     // There from the beginning: an increase from nothing is none to Prometheus.
     counter!("aod_deadline_settlements_total").increment(0);
     counter!("aod_streams_lost_total").increment(0);
+    counter!("aod_event_log_gaps_total").increment(0);
+    counter!("aod_runner_leases_expired_total").increment(0);
 }
 
 /// How a turn ended, for a label.
@@ -50,10 +56,12 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    pub fn of(ended: &TurnEnded) -> Self {
+    pub fn of(kind: &Kind) -> Self {
+        let Kind::TurnEnded(ended) = kind else { return Self::Terminated };
         match (ended.exit_code, ended.failure.as_ref().map(|failure| failure.stage.as_str())) {
             (Some(0), _) => Self::Completed,
             (Some(_), _) | (None, None) => Self::Failed,
+            (None, Some(DEADLINE)) => Self::Deadline,
             (None, Some("timeout")) => Self::Timeout,
             (None, Some("sandbox")) => Self::Sandbox,
             (None, Some(_)) => Self::Provisioning,

@@ -181,7 +181,7 @@ async fn publish(scheduler: &Scheduler, row: Row) -> (Uuid, Fate) {
     let span = tracing::info_span!("publish", otel.kind = "producer", trace_id = field::Empty);
     trace::follow(&span, row.traceparent.as_deref());
     let id = row.id.to_string();
-    let appended = scheduler.bus.append(row.subject.clone(), row.payload.into(), &id, None).instrument(span.clone()).await;
+    let appended = scheduler.bus.publish(row.subject.clone(), row.payload.into(), &id).instrument(span.clone()).await;
     let fate = fate(&appended, row.age);
     if let Err(error) = appended {
         let _entered = span.entered();

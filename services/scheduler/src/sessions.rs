@@ -213,14 +213,15 @@ fn check_credentials(runtime: Runtime, stored: &[String], env_vars: &[String]) -
 async fn insert_turn(tx: &mut PgConnection, session: SessionId, number: i32, prompt: &str, timeout_seconds: u32) -> Result<(), Failure> {
     let deadline = PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
     sqlx::query(
-        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at)
-         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5))",
+        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after)
+         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5), 1, now() + make_interval(secs => $6))",
     )
     .bind(session.uuid())
     .bind(number)
     .bind(prompt)
     .bind(i32::try_from(timeout_seconds).unwrap_or(i32::MAX))
     .bind(deadline.as_secs_f64())
+    .bind(rules::ownership::next_offer(1).as_secs_f64())
     .execute(&mut *tx)
     .await?;
     let job = RunTurn { session_id: session.to_string(), turn: unsigned(number) };
@@ -275,17 +276,17 @@ async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<S
 }
 
 /// Waits for the recorder, here or in another replica. The caller's deadline ends it.
-async fn wait_until_recorded(scheduler: &Scheduler, session: SessionId, event_id: u64) -> Result<(), Failure> {
+pub async fn wait_until_recorded(scheduler: &Scheduler, session: SessionId, event_id: u64) -> Result<(), Failure> {
     let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
         .bind(session.uuid())
         .fetch_optional(&scheduler.pool)
         .await?;
     let partition = partition(number.ok_or_else(missing)?)?;
-    let mut recorded = scheduler.recorded.of(partition).subscribe();
+    let mut recorded = scheduler.projected.of(partition).subscribe();
     while *recorded.borrow_and_update() < event_id {
         // This replica's recorder tells at once; another replica's is asked now and then.
         let _ = tokio::time::timeout(Duration::from_millis(50), recorded.changed()).await;
-        let through = crate::recorder::recorded_through(&scheduler.pool, partition).await?;
+        let through = crate::projector::projected_through(&scheduler.pool, partition).await?;
         if through >= event_id {
             break;
         }

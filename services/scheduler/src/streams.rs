@@ -1,122 +1,245 @@
-//! The streams, made at the start, trimmed when they grow, and made again when they are lost: JetStream may be lost whole.
+//! The streams: created at the start, trimmed when they grow, and recreated when they are not the ones that were published to.
 //!
-//! What Postgres holds is enough to go on. A stream of events that is made anew begins above every id that anybody may have seen, and
-//! the jobs that were lost with their stream are queued again: they are harmless twice.
+//! JetStream may be lost whole, come back without its tail, or be exchanged. Postgres knows each stream's generation: when it was created,
+//! and the highest sequence seen or persisted. One replica compares both every second. An EVENTS stream of another generation is deleted
+//! and recreated above every id that anyone may have seen; writers then continue from what is persisted. What waited in a lost queue is
+//! offered again by the reconciler.
 
 use std::time::Duration;
 
-use bus::Failure;
-use contract::{runner::RunTurn, subject, topology};
-use sqlx::Row as _;
+use anyhow::Context as _;
+use contract::topology::{self, StreamSpec};
+use rules::generation::{self, Condition, Known, Seen};
+use store::lease::{self, Lease};
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
-use types::{Partition, SessionId, SpriteName};
+use types::Partition;
 use uuid::Uuid;
 
-use crate::{EVENTS_BYTES_MIN, Scheduler, recorder, sessions::enqueue, termination::destroy_job, unsigned};
+use crate::{EVENTS_BYTES_MIN, Scheduler, projector, reconciler};
 
 const EVERY: Duration = Duration::from_secs(1);
+const LEASE: Duration = Duration::from_secs(10);
+/// The longest that a pass may take.
+const PASS_MAX: Duration = Duration::from_secs(30);
+const LEASE_NAME: &str = "streams";
 
-/// Makes the streams and consumers as they are declared.
+/// Creates what is missing before anything else starts, or waits until another replica has.
 ///
 /// # Errors
-/// When the server refuses, or kept something else.
-pub async fn ensure(scheduler: &Scheduler) -> anyhow::Result<()> {
-    recorder::begin_partitions(scheduler).await?;
-    let partitions = recorder::partitions(scheduler).await?;
-    let share = scheduler.events_max_bytes / i64::try_from(partitions.len().max(1))?;
-    for mut stream in topology::streams(partitions) {
-        let mut first = 1;
-        if let Some(partition) = topology::partition_of(stream.name) {
-            stream.max_bytes = share.max(EVENTS_BYTES_MIN);
-            first = recorder::first_sequence(&scheduler.pool, partition).await?;
+/// When the server refuses, or kept another configuration than it was given.
+pub async fn ready(scheduler: &Scheduler) -> anyhow::Result<()> {
+    let owner = Uuid::now_v7();
+    loop {
+        if let Some(lease) = acquire(scheduler, owner).await? {
+            let checked = async {
+                configure(scheduler).await?;
+                check(scheduler).await
+            };
+            let checked = checked.await;
+            lease.release(&scheduler.pool).await?;
+            return checked;
         }
-        scheduler.bus.ensure_stream(&stream, first, scheduler.stream_replicas).await?;
+        // Another replica takes care of them. Where it died and a stream is missing, its lease expires.
+        if exist(scheduler).await? {
+            return configure(scheduler).await;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    for consumer in &topology::CONSUMERS {
-        scheduler.bus.ensure_consumer(consumer).await?;
+}
+
+async fn exist(scheduler: &Scheduler) -> anyhow::Result<bool> {
+    for spec in specs(scheduler).await? {
+        if scheduler.bus.find_stream(&spec).await?.is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+async fn acquire(scheduler: &Scheduler, owner: Uuid) -> Result<Option<Lease>, sqlx::Error> {
+    Ok(lease::acquire(&scheduler.pool, owner, &[LEASE_NAME.to_owned()], LEASE).await?.pop())
+}
+
+pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
+    let (owner, mut held): (_, Option<Lease>) = (Uuid::now_v7(), None);
+    let mut ticks = tokio::time::interval(EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        let pass = async {
+            held = match held.take() {
+                Some(lease) => {
+                    let mut connection = scheduler.pool.acquire().await?;
+                    lease.extend(&mut connection, LEASE).await?.then_some(lease)
+                }
+                None => acquire(&scheduler, owner).await?,
+            };
+            if held.is_some() { check(&scheduler).await } else { Ok(()) }
+        };
+        match tokio::time::timeout(PASS_MAX, pass).await {
+            Ok(Ok(())) => {}
+            // The bus or Postgres does not answer: that is no loss.
+            Ok(Err(error)) => tracing::debug!(error = format!("{error:#}"), "streams cannot be checked now"),
+            Err(_) => tracing::warn!("checking the streams took too long; will retry"),
+        }
+    }
+    if let Some(lease) = held {
+        let _ = tokio::time::timeout(EVERY, lease.release(&scheduler.pool)).await;
+    }
+}
+
+/// Brings the streams and consumers that exist to their declared configuration, and creates partitions that are new.
+async fn configure(scheduler: &Scheduler) -> anyhow::Result<()> {
+    for partition in Partition::all().take(scheduler.event_partitions.get().into()) {
+        let spec = topology::events(partition);
+        if scheduler.bus.find_stream(spec).await?.is_none() && !is_known(scheduler, spec).await? {
+            create(scheduler, spec, 1).await?;
+            let extent = scheduler.bus.extent(spec).await?;
+            let seen = Seen { created_at: micros(extent.created_at.into()), last_sequence: extent.last_sequence };
+            let mut connection = scheduler.pool.acquire().await?;
+            remember(&mut connection, spec, seen).await?;
+        }
+        // Persisted once its stream exists: no other replica takes it for lost.
+        projector::begin_partition(&scheduler.pool, partition).await?;
+    }
+    for spec in specs(scheduler).await? {
+        if scheduler.bus.find_stream(&spec).await?.is_some() {
+            scheduler.bus.ensure_stream(&spec, 1, scheduler.stream_replicas).await?;
+        }
     }
     Ok(())
 }
 
-pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        let Ok(partitions) = recorder::partitions(&scheduler).await else { continue };
-        let streams: Vec<_> = topology::streams(partitions.iter().copied()).collect();
-        match scheduler.bus.missing_streams(&streams).await {
-            Ok(missing) if missing.is_empty() => {
-                for partition in partitions {
-                    if let Err(error) = trim(&scheduler, partition).await {
-                        tracing::debug!("{:#}", error.context("events are not trimmed now"));
-                    }
-                }
-            }
-            Ok(missing) => {
-                tracing::error!(?missing, "streams are lost; making them anew");
-                metrics::counter!("aod_streams_lost_total").increment(missing.len() as u64);
-                if let Err(error) = restore(&scheduler, &missing).await {
-                    tracing::warn!("{:#}", error.context("streams are not made yet; trying again"));
-                }
-            }
-            // Nobody answers: that is no loss.
-            Err(_) => {}
-        }
-    }
+async fn is_known(scheduler: &Scheduler, spec: &StreamSpec) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select from stream_generation where stream = $1) or exists (select from recorded where stream = $1 and event_id > 0)",
+    )
+    .bind(spec.name)
+    .fetch_one(&scheduler.pool)
+    .await
 }
 
-/// Makes room in the stream of events before it is full: of what is recorded, the older half goes.
-async fn trim(scheduler: &Scheduler, partition: Partition) -> anyhow::Result<()> {
-    let stream = topology::events(partition);
-    let extent = scheduler.bus.extent(stream).await?;
+/// Every stream of this deployment, with its share of the room for events.
+async fn specs(scheduler: &Scheduler) -> anyhow::Result<Vec<StreamSpec>> {
+    let partitions = projector::partitions(&scheduler.pool).await?;
+    let share = scheduler.events_max_bytes / i64::try_from(partitions.len().max(1))?;
+    let sized = |mut spec: StreamSpec| {
+        if topology::partition_of(spec.name).is_some() {
+            spec.max_bytes = share.max(EVENTS_BYTES_MIN);
+        }
+        spec
+    };
+    Ok(topology::streams(partitions).map(sized).collect())
+}
+
+/// Compares each stream with its generation, and puts right what differs.
+async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
+    for spec in specs(scheduler).await? {
+        let partition = topology::partition_of(spec.name);
+        let persisted = match partition {
+            Some(partition) => projector::projected_through(&scheduler.pool, partition).await?,
+            None => 0,
+        };
+        let known = known(scheduler, &spec).await?;
+        let extent = scheduler.bus.find_stream(&spec).await?;
+        let seen = extent.map(|extent| Seen { created_at: micros(extent.created_at.into()), last_sequence: extent.last_sequence });
+        let condition = generation::condition(known, persisted, seen);
+        match (condition, seen) {
+            (Condition::Intact, Some(seen)) => {
+                if known.is_none_or(|known| known.high_watermark != seen.last_sequence) {
+                    remember(&mut *scheduler.pool.acquire().await?, &spec, seen).await?;
+                }
+            }
+            _ => restore(scheduler, &spec, condition, known, persisted).await.with_context(|| format!("{} is {condition:?}", spec.name))?,
+        }
+        if let (Condition::Intact, Some(partition)) = (condition, partition) {
+            trim(scheduler, &spec, partition).await?;
+        }
+    }
+    for consumer in &topology::CONSUMERS {
+        if scheduler.bus.backlog(consumer).await.is_err() {
+            scheduler.bus.ensure_consumer(consumer).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes a stream the one that is published to from now on. What is known of it is written last: a replica that dies before leaves the
+/// stream in question, and the next pass does all of it again.
+async fn restore(
+    scheduler: &Scheduler,
+    spec: &StreamSpec,
+    condition: Condition,
+    known: Option<Known>,
+    persisted: u64,
+) -> anyhow::Result<()> {
+    let is_log = topology::partition_of(spec.name).is_some();
+    if condition != Condition::New {
+        metrics::counter!("aod_streams_lost_total").increment(1);
+        tracing::error!(stream = spec.name, ?condition, persisted, "the stream is not the one that was published to");
+    }
+    // What a queue or the lifecycle stream still holds is true; a log that differs from the persisted one is not.
+    if is_log && matches!(condition, Condition::Exchanged | Condition::SetBack) {
+        scheduler.bus.delete_stream(spec).await?;
+    }
+    if is_log || matches!(condition, Condition::New | Condition::Lost) {
+        create(scheduler, spec, generation::first_sequence(known, persisted)).await?;
+    }
+    for consumer in topology::CONSUMERS.iter().filter(|consumer| consumer.stream == spec.name) {
+        scheduler.bus.ensure_consumer(consumer).await?;
+    }
+    let extent = scheduler.bus.extent(spec).await?;
+    let seen = Seen { created_at: micros(extent.created_at.into()), last_sequence: extent.last_sequence };
+    let mut tx = scheduler.pool.begin().await?;
+    if condition != Condition::New {
+        reconciler::offer_all(&mut tx).await?;
+    }
+    remember(&mut tx, spec, seen).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+async fn create(scheduler: &Scheduler, spec: &StreamSpec, first_sequence: u64) -> anyhow::Result<()> {
+    Ok(scheduler.bus.ensure_stream(spec, first_sequence, scheduler.stream_replicas).await?)
+}
+
+async fn known(scheduler: &Scheduler, spec: &StreamSpec) -> Result<Option<Known>, sqlx::Error> {
+    let row: Option<(OffsetDateTime, i64)> = sqlx::query_as("select created_at, high_watermark from stream_generation where stream = $1")
+        .bind(spec.name)
+        .fetch_optional(&scheduler.pool)
+        .await?;
+    Ok(row.map(|(created_at, high_watermark)| Known { created_at, high_watermark: high_watermark.unsigned_abs() }))
+}
+
+async fn remember(connection: &mut sqlx::PgConnection, spec: &StreamSpec, seen: Seen) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert into stream_generation (stream, created_at, high_watermark) values ($1, $2, $3)
+         on conflict (stream) do update set created_at = $2, high_watermark = $3",
+    )
+    .bind(spec.name)
+    .bind(seen.created_at)
+    .bind(seen.last_sequence as i64)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// As precise as Postgres keeps it.
+fn micros(time: OffsetDateTime) -> OffsetDateTime {
+    time.replace_microsecond(time.microsecond()).unwrap_or(time)
+}
+
+/// Makes room in a stream of events before it is full: removes the older half, as far as it is persisted.
+async fn trim(scheduler: &Scheduler, spec: &StreamSpec, partition: Partition) -> anyhow::Result<()> {
+    let extent = scheduler.bus.extent(spec).await?;
     if extent.bytes <= extent.bytes_max / 2 {
         return Ok(());
     }
     let middle = extent.first_sequence.midpoint(extent.last_sequence);
-    let through = middle.min(recorder::recorded_through(&scheduler.pool, partition).await?);
+    let through = middle.min(projector::projected_through(&scheduler.pool, partition).await?);
     if through >= extent.first_sequence {
-        scheduler.bus.trim(stream.name, through).await?;
+        scheduler.bus.trim(spec.name, through).await?;
         metrics::counter!("aod_events_trimmed_total").increment(through + 1 - extent.first_sequence);
     }
     Ok(())
-}
-
-async fn restore(scheduler: &Scheduler, missing: &[&'static str]) -> anyhow::Result<()> {
-    // Before the stream is there again: a replica that dies in between leaves it missing, and another does all of it.
-    if missing.iter().any(|stream| *stream == topology::JOBS.name || topology::partition_of(stream).is_some()) {
-        let queued = queue_again(scheduler).await?;
-        tracing::warn!(queued, "jobs of what is under way are queued again");
-    }
-    ensure(scheduler).await?;
-    scheduler.outbox.notify_one();
-    Ok(())
-}
-
-/// Queues every turn that is not settled, and every Sprite that has to go.
-async fn queue_again(scheduler: &Scheduler) -> Result<usize, Failure> {
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    let turns = sqlx::query("select session_id, turn_number from turn where status in ('pending', 'running')")
-        .fetch_all(&mut *tx)
-        .await
-        .map_err(Failure::internal)?;
-    for row in &turns {
-        let session = SessionId::from_uuid(row.try_get::<Uuid, _>(0).map_err(Failure::internal)?);
-        let turn = unsigned(row.try_get(1).map_err(Failure::internal)?);
-        enqueue(&mut tx, &subject::turn_run(session), &RunTurn { session_id: session.to_string(), turn }).await?;
-    }
-    let sprites = sqlx::query(
-        "select session_id, sprite from session where status = 'terminated' and sprite_destroyed_at is null
-         union all
-         select session_id, sprite from deleted_session where sprite_destroyed_at is null",
-    )
-    .fetch_all(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
-    for row in &sprites {
-        let session = SessionId::from_uuid(row.try_get::<Uuid, _>(0).map_err(Failure::internal)?);
-        let sprite: SpriteName = row.try_get::<String, _>(1).map_err(Failure::internal)?.parse().map_err(Failure::internal)?;
-        destroy_job(&mut tx, session, &sprite).await?;
-    }
-    tx.commit().await.map_err(Failure::internal)?;
-    Ok(turns.len() + sprites.len())
 }

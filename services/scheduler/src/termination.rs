@@ -8,64 +8,81 @@ use contract::{
     rpc,
     runner::DestroySprite,
     scheduler::{Session, SessionChanged, SpriteDestroyedRequest, TerminateRequest},
-    session::{SessionEvent, Terminated, Usage, session_event::Kind},
+    session::{Terminated, Usage, session_event::Kind},
     subject,
     vault::RevokeLeasesRequest,
 };
+use rules::ending::Ending;
 use sqlx::PgConnection;
 use types::{SessionId, SessionStatus, SpriteName, Timestamp, UserId};
 
 use crate::{
     Scheduler,
-    metrics::{Observation, Outcome},
-    sessions::{SessionRow, enqueue, lock, missing, session_columns},
+    ending::{self, Appended},
+    projector,
+    sessions::{self, SessionRow, enqueue, missing, session_columns},
+    unsigned,
 };
 
-/// Terminates from any state but terminated. The state is settled here and now; what runs is stopped by what follows from it:
-/// the record's last event fences the runner off, a hint wakes it, and a job deletes the Sprite whoever made it.
+/// Long enough for a projector that takes over from one that died.
+const PROJECTED_WITHIN: Duration = Duration::from_secs(8);
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// Terminates from any state but terminated. The termination is an event of the session's log: the log's order decides whether a turn
+/// ended before. What runs is stopped by what follows from it: the event fences the runner off, a hint wakes it, and a job deletes the
+/// Sprite.
 pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Result<Session, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    let mut tx = scheduler.pool.begin().await.map_err(Failure::internal)?;
-    let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(missing)?;
+    let row = find(&scheduler, session, user).await?;
+    let already = || Failure::conflict("Session is already terminated");
     if row.status()? == SessionStatus::Terminated {
-        return Err(Failure::conflict("Session is already terminated"));
+        return Err(already());
     }
-    let ended: Option<f64> = sqlx::query_scalar(
-        "update turn set status = 'failed', ended_at = now() where session_id = $1 and status in ('pending', 'running')
-         returning extract(epoch from now() - created_at)::float8",
-    )
-    .bind(session.uuid())
-    .fetch_optional(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
-    let turn = u32::try_from(row.turn_count).unwrap_or_default();
-    let event = SessionEvent { turn, follows: None, epoch: 0, checkpoint: None, kind: Some(Kind::Terminated(Terminated {})) };
-    enqueue(&mut tx, &subject::session_log(session, row.partition()?), &event).await?;
-    enqueue_destroy(&mut tx, &row).await?;
-    let row: SessionRow = sqlx::query_as(concat!(
-        "update session
-         set status = 'terminated', updated_at = now()
-         where session_id = $1
-         returning ",
-        session_columns!()
-    ))
-    .bind(session.uuid())
-    .fetch_one(&mut *tx)
-    .await
-    .map_err(Failure::internal)?;
-    tell(&mut tx, &row, &row.status, turn).await?;
-    tx.commit().await.map_err(Failure::internal)?;
-    scheduler.outbox.notify_one();
+    let (partition, turn) = (row.partition()?, unsigned(row.turn_count));
+    let kind = Kind::Terminated(Terminated {});
+    let appended = async {
+        loop {
+            match ending::append(&scheduler, session, partition, Ending::Termination, turn, &kind).await? {
+                Appended::Here(id) => return Ok(id),
+                Appended::Before => return Err(already()),
+                Appended::Later => tokio::time::sleep(AGAIN).await,
+            }
+        }
+    };
+    let unavailable = || Failure::unavailable("The event log");
+    let id = tokio::time::timeout(PROJECTED_WITHIN, appended).await.map_err(|_| unavailable())??;
     scheduler.bus.hint(subject::terminate_hint(session)).await;
-    if let Some(seconds) = ended {
-        Observation::Ended { runtime: row.runtime.clone(), outcome: Outcome::Terminated, seconds }.count();
+    let projected = sessions::wait_until_recorded(&scheduler, session, id);
+    tokio::time::timeout(PROJECTED_WITHIN, projected).await.map_err(|_| unavailable())??;
+    // The projector has applied it, unless the log was found broken before it: a termination holds all the same.
+    let mut tx = scheduler.pool.begin().await?;
+    let observation = projector::apply(&mut tx, session, turn, &kind).await?;
+    tx.commit().await?;
+    scheduler.outbox.notify_one();
+    if let Some(observation) = observation {
+        observation.count();
     }
-    Ok(row.into())
+    Ok(find(&scheduler, session, user).await?.into())
 }
 
-/// The job that deletes a session's Sprite.
+async fn find(scheduler: &Scheduler, session: SessionId, user: UserId) -> Result<SessionRow, Failure> {
+    let row = sqlx::query_as(concat!("select ", session_columns!(), " from session where session_id = $1 and user_id = $2"))
+        .bind(session.uuid())
+        .bind(user.uuid())
+        .fetch_optional(&scheduler.pool)
+        .await?;
+    row.ok_or_else(missing)
+}
+
+/// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The session may be deleted already.
 pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), Failure> {
+    for table in [
+        "update session set destroy_after = now() + interval '10 minutes' where session_id = $1",
+        "update deleted_session set destroy_after = now() + interval '10 minutes' where session_id = $1",
+    ] {
+        sqlx::query(table).bind(row.session_id).execute(&mut *tx).await?;
+    }
     let sprite: SpriteName = row.sprite.parse().map_err(Failure::internal)?;
     destroy_job(tx, SessionId::from_uuid(row.session_id), &sprite).await
 }
@@ -101,12 +118,10 @@ pub async fn sprite_destroyed(scheduler: Scheduler, request: SpriteDestroyedRequ
     sqlx::query("update session set sprite_destroyed_at = now() where session_id = $1 and sprite_destroyed_at is null")
         .bind(session.uuid())
         .execute(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     sqlx::query("update deleted_session set sprite_destroyed_at = now() where session_id = $1")
         .bind(session.uuid())
         .execute(&scheduler.pool)
-        .await
-        .map_err(Failure::internal)?;
+        .await?;
     scheduler.bus.call::<rpc::RevokeLeases>(&RevokeLeasesRequest { session_id: session.to_string() }, Duration::from_secs(5)).await
 }

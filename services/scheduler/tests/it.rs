@@ -10,8 +10,9 @@ use contract::{
     common::Empty,
     rpc,
     scheduler::{
-        ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, DeleteSessionRequest, GetSessionRequest, PromptRequest,
-        ReadEventsRequest, ReleaseTurnRequest, Session, TerminateRequest, UpdateAgentRequest, claim_turn_reply::Verdict,
+        ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, DeleteSessionRequest, GetSessionRequest, HeartbeatReply,
+        HeartbeatRequest, HeldTurn, PromptRequest, ReadEventsRequest, ReleaseTurnRequest, Session, TerminateRequest, TurnSpec,
+        UpdateAgentRequest, claim_turn_reply::Verdict,
     },
     session::{Output, SessionEvent, TurnEnded, TurnStarted, session_event::Kind},
     subject,
@@ -32,6 +33,8 @@ struct World {
     gateway: Bus,
     runner: Bus,
     user: UserId,
+    /// The lease that claims are made with.
+    lease: Uuid,
     _vault: testkit::services::Service,
 }
 
@@ -47,8 +50,15 @@ impl World {
         let vault = testkit::services::start("credential-vault", &settings).unwrap();
         let gateway = nats.connect(&access::GATEWAY).await.unwrap();
         eventually("the vault answers", || async { gateway.call::<rpc::VaultHealth>(&Empty {}, SOON).await.is_ok() }).await;
-        let world =
-            Self { gateway, _vault: vault, runner: nats.connect(&access::RUNNER).await.unwrap(), nats, database, user: UserId::new() };
+        let world = Self {
+            gateway,
+            _vault: vault,
+            runner: nats.connect(&access::RUNNER).await.unwrap(),
+            nats,
+            database,
+            user: UserId::new(),
+            lease: Uuid::now_v7(),
+        };
         world.run_scheduler(&Lifecycle::new()).await;
         world
     }
@@ -65,6 +75,29 @@ impl World {
             retention: Retention { event_days: Some(3), session_days: Some(3) },
         };
         scheduler::run(config, lifecycle.clone()).await.unwrap();
+    }
+
+    async fn heartbeat(&self, lease: Uuid, first: bool, held: Vec<HeldTurn>) -> HeartbeatReply {
+        let request = HeartbeatRequest { runner_lease: lease.to_string(), runner: "r".to_owned(), first, held };
+        self.runner.call::<rpc::Heartbeat>(&request, SOON).await.unwrap()
+    }
+
+    /// Claims a turn with a valid lease.
+    async fn claim_with(&self, lease: Uuid, session: &str, turn: u32) -> Verdict {
+        self.heartbeat(lease, true, Vec::new()).await;
+        let claim = ClaimTurnRequest { session_id: session.to_owned(), turn, runner: "r".to_owned(), runner_lease: lease.to_string() };
+        self.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap()
+    }
+
+    async fn claim(&self, session: &str, turn: u32) -> Verdict {
+        self.claim_with(self.lease, session, turn).await
+    }
+
+    /// Claims a turn that is to be run.
+    async fn run(&self, session: &str, turn: u32) -> TurnSpec {
+        let verdict = self.claim(session, turn).await;
+        let Verdict::Run(spec) = verdict else { unreachable!("{verdict:?}") };
+        spec
     }
 
     async fn agent(&self) -> String {
@@ -105,7 +138,7 @@ impl World {
         let session: SessionId = session.parse().unwrap();
         let event = SessionEvent { turn, epoch: 1, follows: None, checkpoint: None, kind: Some(kind) };
         let id = SessionId::new().to_string();
-        self.runner.append(subject::session_log(session, Partition::FIRST), event.encode_to_vec().into(), &id, None).await.unwrap()
+        self.runner.publish(subject::session_log(session, Partition::FIRST), event.encode_to_vec().into(), &id).await.unwrap()
     }
 
     /// What quotas are checked by is what there is.
@@ -188,8 +221,7 @@ async fn terminate_wins_over_a_late_completion_and_only_once() {
     assert_eq!(world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap().status, "terminated");
     assert_eq!(world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap_err().message, "Session is already terminated");
     assert_eq!(world.complete(&session, 1).await.status, "terminated");
-    let claim = ClaimTurnRequest { session_id: session, turn: 1, runner: "r".to_owned(), ..Default::default() };
-    let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
+    let verdict = world.claim(&session, 1).await;
     assert!(matches!(verdict, Verdict::Settled(settled) if settled.destroy.is_some()), "what exists of its Sprite has to go");
 }
 
@@ -197,15 +229,11 @@ async fn terminate_wins_over_a_late_completion_and_only_once() {
 async fn every_claim_raises_the_epoch_until_the_turn_is_settled() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
-    let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned(), ..Default::default() };
     for expected in 1..=3 {
-        let Verdict::Run(spec) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap() else {
-            panic!("settled")
-        };
-        assert_eq!(spec.epoch, expected);
+        assert_eq!(world.run(&session, 1).await.epoch, expected);
     }
     world.complete(&session, 1).await;
-    let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
+    let verdict = world.claim(&session, 1).await;
     assert!(matches!(verdict, Verdict::Settled(settled) if settled.destroy.is_none()));
 }
 
@@ -249,7 +277,7 @@ async fn an_event_that_cannot_be_read_holds_up_nothing() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let id: SessionId = session.parse().unwrap();
-    world.runner.append(subject::session_log(id, Partition::FIRST), vec![0xff; 20].into(), "garbage", None).await.unwrap();
+    world.runner.publish(subject::session_log(id, Partition::FIRST), vec![0xff; 20].into(), "garbage").await.unwrap();
     // One of a session that nobody knows.
     world.append(&SessionId::new().to_string(), 1, Kind::TurnStarted(TurnStarted {})).await;
     assert_eq!(world.complete(&session, 1).await.status, "completed");
@@ -277,8 +305,7 @@ async fn a_later_edit_changes_nothing_for_a_sessions_next_turn() {
         once: None,
     };
     world.gateway.call::<rpc::Prompt>(&prompt, SOON).await.unwrap();
-    let claim = ClaimTurnRequest { session_id: session, turn: 2, runner: "r".to_owned(), ..Default::default() };
-    let Some(Verdict::Run(spec)) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict else { panic!("settled") };
+    let spec = world.run(&session, 2).await;
     assert_eq!((spec.model.as_str(), spec.prompt.as_str(), spec.system.as_str()), ("none", "again", ""));
 }
 
@@ -343,8 +370,7 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
                 }
                 // A takeover: another claim, and it changes nothing that a user sees.
                 4 => {
-                    let claim = ClaimTurnRequest { session_id: ids.1, turn: now.turn, runner: "r".to_owned(), ..Default::default() };
-                    let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
+                    let verdict = world.claim(&session, now.turn).await;
                     assert_eq!(matches!(verdict, Verdict::Run(_)), now.is_active(), "{log:?}");
                 }
                 // The end of this turn, or once more that of the one before.
@@ -383,12 +409,11 @@ async fn whatever_happens_at_once_ends_in_one_state() {
             PromptRequest { user_id: user.clone(), session_id: session.clone(), prompt: "p".to_owned(), timeout_seconds: 60, once: None };
         let terminate = TerminateRequest { user_id: user.clone(), session_id: session.clone() };
         let delete = DeleteSessionRequest { user_id: user.clone(), session_id: session.clone() };
-        let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned(), ..Default::default() };
         let (prompted, terminated, deleted, _, ended) = tokio::join!(
             world.gateway.call::<rpc::Prompt>(&prompt, SOON),
             world.gateway.call::<rpc::Terminate>(&terminate, SOON),
             world.gateway.call::<rpc::DeleteSession>(&delete, SOON),
-            world.runner.call::<rpc::ClaimTurn>(&claim, SOON),
+            world.claim(&session, 1),
             world.append(&session, 1, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })),
         );
         assert!(terminated.is_ok() || deleted.is_ok(), "round {round}: {terminated:?}, {deleted:?}");
@@ -466,22 +491,155 @@ async fn what_is_old_goes_and_what_is_not_stays() {
 async fn a_turn_that_nobody_can_run_is_given_up_with_the_last_reason() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
-    let claim = ClaimTurnRequest { session_id: session.clone(), turn: 1, runner: "r".to_owned(), ..Default::default() };
-    let Some(Verdict::Run(spec)) = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict else { panic!("settled") };
-    let hand_back = |epoch, reason: &str| ReleaseTurnRequest { session_id: session.clone(), turn: 1, epoch, reason: reason.to_owned() };
-    world.runner.call::<rpc::ReleaseTurn>(&hand_back(spec.epoch, "no sandbox to be had"), SOON).await.unwrap();
-    // One that was overtaken has no say.
-    world.runner.call::<rpc::ReleaseTurn>(&hand_back(spec.epoch + 1, "nonsense"), SOON).await.unwrap();
+    let release = async |epoch, reason: &str| {
+        let request = ReleaseTurnRequest { session_id: session.clone(), turn: 1, epoch, reason: reason.to_owned() };
+        world.runner.call::<rpc::ReleaseTurn>(&request, SOON).await.unwrap();
+    };
+    let epoch = world.run(&session, 1).await.epoch;
+    release(epoch, "no sandbox to be had").await;
+    // A stale claim releases nothing.
+    release(epoch + 1, "nonsense").await;
     assert_eq!(world.get(&session, 0).await.waiting_on.as_deref(), Some("another attempt: no sandbox to be had"));
-    for _ in 0..99 {
-        let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict;
-        assert!(matches!(verdict, Some(Verdict::Run(_))));
+    // Takeovers without a failure do not count.
+    for _ in 0..110 {
+        let epoch = world.run(&session, 1).await.epoch;
+        release(epoch, "").await;
     }
-    let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict;
-    assert!(matches!(verdict, Some(Verdict::Settled(_))));
+    for _ in 0..100 {
+        let epoch = world.run(&session, 1).await.epoch;
+        release(epoch, "no sandbox to be had").await;
+    }
+    eventually("the turn is given up", || async { world.get(&session, 0).await.status == "failed" }).await;
+    assert!(matches!(world.claim(&session, 1).await, Verdict::Settled(_)));
     let now = world.get(&session, 0).await;
     assert_eq!(
         (now.status.as_str(), now.failure.unwrap().message.as_str()),
         ("failed", "Given up after 100 attempts: no sandbox to be had")
     );
+}
+
+/// What `turn` says of a session's first turn.
+async fn owner(world: &World, session: &str) -> Option<Uuid> {
+    let id: Uuid = session.parse().unwrap();
+    sqlx::query_scalar("select owner from scheduler.turn where session_id = $1 and turn_number = 1")
+        .bind(id)
+        .fetch_one(&mut world.database.admin().await.unwrap())
+        .await
+        .unwrap()
+}
+
+async fn execute(world: &World, statement: &'static str) {
+    sqlx::raw_sql(statement).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_second_job_for_an_owned_turn_is_ignored_until_its_lease_expires() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let (first, second) = (Uuid::now_v7(), Uuid::now_v7());
+    assert!(matches!(world.claim_with(first, &session, 1).await, Verdict::Run(spec) if spec.epoch == 1));
+    assert!(matches!(world.claim_with(second, &session, 1).await, Verdict::Owned(_)));
+    // The first runner falls silent: its turn has no owner any more, and is offered again.
+    eventually("the turn is offered again", || async { owner(&world, &session).await.is_none() }).await;
+    assert!(matches!(world.claim_with(second, &session, 1).await, Verdict::Run(spec) if spec.epoch == 2));
+    assert!(world.heartbeat(first, false, Vec::new()).await.expired);
+    let claim = ClaimTurnRequest { session_id: session, turn: 1, runner: "r".to_owned(), runner_lease: first.to_string() };
+    let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
+    assert!(matches!(verdict, Verdict::LeaseExpired(_)));
+}
+
+#[tokio::test]
+async fn a_heartbeat_finds_turns_that_were_lost_and_turns_that_were_forgotten() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let (mine, others) = (world.create(&agent, 10).await.unwrap().session_id, world.create(&agent, 10).await.unwrap().session_id);
+    world.run(&mine, 1).await;
+    world.claim_with(Uuid::now_v7(), &others, 1).await;
+    let held = |session: &String| HeldTurn { session_id: session.clone(), turn: 1, epoch: 1, ended: None };
+    let reply = world.heartbeat(world.lease, false, vec![held(&mine), held(&others)]).await;
+    assert_eq!(reply.lost, [held(&others)]);
+    // The answer to its claim was lost: this runner does not know that it owns the turn.
+    world.heartbeat(world.lease, false, Vec::new()).await;
+    assert_eq!(owner(&world, &mine).await, Some(world.lease), "the answer may be on its way");
+    execute(&world, "update scheduler.turn set claimed_at = now() - interval '1 minute'").await;
+    world.heartbeat(world.lease, false, Vec::new()).await;
+    assert_eq!(owner(&world, &mine).await, None);
+}
+
+/// An end that lies below what the projector has passed was lost with its stream.
+#[tokio::test]
+async fn a_turn_whose_end_was_lost_is_offered_again() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let session = world.create(&agent, 10).await.unwrap().session_id;
+    world.run(&session, 1).await;
+    let other = world.create(&agent, 10).await.unwrap().session_id;
+    world.complete(&other, 1).await;
+    let held = HeldTurn { session_id: session.clone(), turn: 1, epoch: 1, ended: Some(1) };
+    assert_eq!(world.heartbeat(world.lease, false, vec![held.clone()]).await.lost, [held].map(|held| HeldTurn { ended: None, ..held }));
+    assert_eq!(owner(&world, &session).await, None);
+}
+
+#[tokio::test]
+async fn an_event_that_does_not_continue_the_log_is_not_persisted_and_its_turn_is_released() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    world.run(&session, 1).await;
+    let log = subject::session_log(session.parse().unwrap(), Partition::FIRST);
+    let event = |follows, text: &str| SessionEvent {
+        turn: 1,
+        epoch: 1,
+        follows: Some(follows),
+        checkpoint: None,
+        kind: Some(Kind::Output(Output { stderr: false, data: text.to_owned().into() })),
+    };
+    let first = world.runner.append(log.clone(), event(0, "one").encode_to_vec().into(), 0).await.unwrap();
+    // Something is missing between the two.
+    let broken = world.runner.append(log.clone(), event(first + 1, "three").encode_to_vec().into(), first).await.unwrap();
+    world.get(&session, broken).await;
+    let read = ReadEventsRequest { session_id: session.clone(), after: 0, limit: 10 };
+    let events = world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events;
+    assert_eq!(events.iter().map(|event| event.event_id).collect::<Vec<_>>(), [first]);
+    assert_eq!(owner(&world, &session).await, None, "whoever claims it next reads the output again");
+    assert!(world.runner.last("EVENTS", &log).await.unwrap().is_none(), "and continues the persisted log");
+    let again = world.runner.append(log, event(first, "two").encode_to_vec().into(), 0).await.unwrap();
+    world.get(&session, again).await;
+    assert_eq!(world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events.len(), 2);
+}
+
+/// A store that lost its tail, or that was exchanged for another: the stream is recreated above every id that was used.
+#[tokio::test]
+async fn a_stream_that_is_not_the_one_that_was_published_to_is_recreated() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    world.complete(&session, 1).await;
+    let scheduler = world.nats.connect(&access::SCHEDULER).await.unwrap();
+    let begins_at = async || scheduler.extent(&contract::topology::EVENTS).await.map_or(0, |extent| extent.last_sequence + 1);
+    for statement in [
+        "update scheduler.stream_generation set high_watermark = high_watermark + 30",
+        "update scheduler.stream_generation set created_at = created_at - interval '1 second'",
+    ] {
+        let before = begins_at().await;
+        execute(&world, statement).await;
+        eventually("the stream begins far above", || async { begins_at().await > before + 900_000 }).await;
+        let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+        assert_eq!(world.complete(&session, 1).await.status, "completed", "and is projected");
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_never_overrules_an_end_that_waits_to_be_projected() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    world.append(&session, 1, Kind::TurnStarted(TurnStarted {})).await;
+    eventually("it runs", || async { world.get(&session, 0).await.status == "running" }).await;
+    // Nothing is projected while another replica seems to lead.
+    execute(&world, "update scheduler.lease set epoch = epoch + 1, owner = gen_random_uuid(), expires_at = now() + interval '4 seconds' where name like 'projector%'").await;
+    world.append(&session, 1, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })).await;
+    execute(&world, "update scheduler.turn set deadline_at = now() - interval '1 minute'").await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(world.get(&session, 0).await.status, "running");
+    eventually("the end is projected", || async { world.get(&session, 0).await.status != "running" }).await;
+    let now = world.get(&session, 0).await;
+    assert_eq!((now.status.as_str(), now.exit_code), ("completed", Some(0)));
 }

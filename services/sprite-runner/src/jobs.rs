@@ -1,22 +1,26 @@
-//! What a job means now. The scheduler knows whether it still is to be done; the record knows how far it got.
+//! What a job means now. The scheduler knows whether it still is to be done, and who owns it; the log knows how far it got.
 
 use std::time::Duration;
 
-use bus::work::{HAND_BACK, Job, Outcome};
+use bus::work::{Job, Outcome};
 use contract::{
     rpc,
     runner::{DestroySprite, RunTurn, SweepSprites},
-    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, claim_turn_reply::Verdict},
+    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, TurnSpec, claim_turn_reply::Verdict},
 };
 use futures::StreamExt as _;
 use prost::Message as _;
 use tracing::Instrument as _;
 use types::{Backoff, ErrorCode, SessionId};
 
-use crate::{Runner, destroy, sweep, turn};
+use crate::{Runner, destroy, lease::Hold, sweep, turn};
 
 const CLAIM_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
+/// How soon a job is delivered again that came while this runner had no lease.
+const NO_LEASE: Duration = Duration::from_millis(200);
+/// After a termination that this runner noticed itself. The job for the Sprite goes on trying.
+const DESTROY_ATTEMPTS: u32 = 4;
 /// A Sprite that cannot be deleted this often is left to the dead letters and to whoever reads them.
 const DESTROY_DELIVERIES_MAX: u64 = 50;
 
@@ -40,60 +44,99 @@ pub async fn handle(runner: Runner, job: Job) -> Outcome {
     }
 }
 
+/// Claims a turn. Once it is owned, the job has done its part: the turn goes on under this runner's lease.
 async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
     let Ok(session) = job.session_id.parse::<SessionId>() else { return Outcome::Reject("malformed session id".to_owned()) };
+    let Some(lease) = runner.turns.lease() else { return Outcome::Retry(NO_LEASE) };
+    let Some(hold) = runner.turns.hold(session, job.turn) else { return Outcome::Done };
     // Subscribed before the claim: a termination is seen by the one or the other.
-    let mut terminated = match runner.bus.hints(contract::subject::terminate_hint(session)).await {
-        Ok(hints) => hints,
-        Err(_) => return Outcome::Retry(again),
+    let Ok(terminated) = runner.bus.hints(contract::subject::terminate_hint(session)).await else { return Outcome::Retry(again) };
+    let claim = ClaimTurnRequest {
+        session_id: job.session_id.clone(),
+        turn: job.turn,
+        runner: runner.name.to_string(),
+        runner_lease: lease.to_string(),
     };
-    let claim =
-        ClaimTurnRequest { session_id: job.session_id.clone(), turn: job.turn, runner: runner.name.to_string(), ..Default::default() };
     let verdict = match runner.bus.call::<rpc::ClaimTurn>(&claim, CLAIM_DEADLINE).await {
         Ok(reply) => reply.verdict,
         Err(error) => {
-            tracing::warn!(%session, %error, "turn cannot be claimed; handing it back");
+            tracing::warn!(%session, %error, "failed to claim a turn; will retry");
             return Outcome::Retry(again);
         }
     };
-    let spec = match verdict {
-        Some(Verdict::Run(spec)) => spec,
-        Some(Verdict::Settled(settled)) => {
-            return match settled.destroy {
-                None => Outcome::Done,
-                Some(claim) => destroy::outcome(destroy::sprite(&runner, session, &claim).await, again),
-            };
+    match verdict {
+        Some(Verdict::Run(spec)) => {
+            hold.claimed(spec.epoch);
+            let span = tracing::info_span!("turn", %session, turn = job.turn, epoch = spec.epoch, runtime = spec.runtime);
+            Outcome::Accepted(Box::pin(own(runner, session, job.turn, spec, hold, terminated).instrument(span)))
         }
-        Some(Verdict::Owned(_)) => return Outcome::Done,
-        Some(Verdict::LeaseExpired(_)) | None => return Outcome::Retry(again),
-    };
-    let (sprite, epoch) = (spec.sprite.clone(), spec.epoch);
-    let stop = runner.stop.clone();
-    let span = tracing::info_span!("turn", %session, turn = job.turn, epoch, runtime = spec.runtime);
-    tokio::select! {
-        // Handed over at once: whoever takes it goes on where the record ends.
-        () = stop.cancelled() => Outcome::Retry(HAND_BACK),
-        _ = terminated.next() => {
-            tracing::info!(%session, "terminated while in hand");
-            // This runner may just have been making the Sprite: it is deleted here too, whoever else does.
-            let request = ClaimSpriteRequest { session_id: session.to_string(), runner: runner.name.to_string() };
-            match runner.bus.call::<rpc::ClaimSprite>(&request, CLAIM_DEADLINE).await {
-                Ok(claim) => destroy::outcome(destroy::sprite(&runner, session, &claim).await, again),
-                Err(_) => Outcome::Retry(again),
-            }
-        }
-        end = turn::run(&runner, session, job.turn, spec).instrument(span) => match end {
-            turn::End::Settled => Outcome::Done,
-            turn::End::Superseded => Outcome::Leave,
-            turn::End::Terminated => Outcome::Retry(Duration::ZERO),
-            turn::End::HandBack(reason) => {
-                tracing::info!(%session, sprite, reason, "handing the turn back");
-                // Told to whoever asks; losing it costs the reason alone.
-                let told = ReleaseTurnRequest { session_id: session.to_string(), turn: job.turn, epoch, reason };
-                let _ = runner.bus.call::<rpc::ReleaseTurn>(&told, CLAIM_DEADLINE).await;
-                Outcome::Retry(again)
-            }
+        Some(Verdict::Settled(settled)) => match settled.destroy {
+            None => Outcome::Done,
+            Some(claim) => destroy::outcome(destroy::sprite(&runner, session, &claim).await, again),
         },
+        Some(Verdict::Owned(_)) => Outcome::Done,
+        Some(Verdict::LeaseExpired(_)) => Outcome::Retry(NO_LEASE),
+        None => Outcome::Retry(again),
+    }
+}
+
+/// Runs a turn that this runner owns until it ends, is lost, or is released.
+async fn own(
+    runner: Runner,
+    session: SessionId,
+    turn: u32,
+    spec: TurnSpec,
+    hold: Hold,
+    mut terminated: impl futures::Stream<Item = ()> + Unpin + Send,
+) {
+    let (sprite, epoch) = (spec.sprite.clone(), spec.epoch);
+    let (stop, lost) = (runner.stop.clone(), hold.lost.clone());
+    let end = tokio::select! {
+        // Released at once: the next runner continues where the log ends.
+        () = stop.cancelled() => turn::End::Released(String::new()),
+        () = lost.cancelled() => {
+            tracing::info!(%session, turn, "turn is not owned any more; stopping");
+            return;
+        }
+        _ = terminated.next() => turn::End::Terminated,
+        end = turn::run(&runner, session, turn, spec) => end,
+    };
+    match end {
+        turn::End::Settled(id) => hold.ended(id),
+        turn::End::Terminated => {
+            tracing::info!(%session, turn, "session was terminated");
+            // This runner may just have been creating the Sprite: it is deleted here too, beside the job that does so.
+            destroy_now(&runner, session).await;
+        }
+        turn::End::Superseded => release(&runner, session, turn, epoch, String::new()).await,
+        turn::End::Released(reason) => {
+            tracing::info!(%session, turn, sprite, reason, "releasing the turn");
+            release(&runner, session, turn, epoch, reason).await;
+        }
+    }
+}
+
+/// Lets others have the turn. Should no answer come, the next heartbeats do not name it.
+async fn release(runner: &Runner, session: SessionId, turn: u32, epoch: u32, reason: String) {
+    let request = ReleaseTurnRequest { session_id: session.to_string(), turn, epoch, reason };
+    if let Err(error) = runner.bus.call::<rpc::ReleaseTurn>(&request, CLAIM_DEADLINE).await {
+        tracing::warn!(%session, turn, %error, "release not answered");
+    }
+}
+
+async fn destroy_now(runner: &Runner, session: SessionId) {
+    let request = ClaimSpriteRequest { session_id: session.to_string(), runner: runner.name.to_string() };
+    for attempt in 1..=DESTROY_ATTEMPTS {
+        let destroyed = match runner.bus.call::<rpc::ClaimSprite>(&request, CLAIM_DEADLINE).await {
+            Ok(claim) => destroy::sprite(runner, session, &claim).await,
+            // Its termination may not be persisted yet.
+            Err(failure) => Err(failure.to_string()),
+        };
+        match destroyed {
+            Ok(()) => return,
+            Err(reason) => tracing::debug!(%session, attempt, reason, "Sprite not deleted here"),
+        }
+        tokio::time::sleep(RETRY.jittered(attempt)).await;
     }
 }
 

@@ -1,6 +1,6 @@
-//! Takes jobs, drives the Sprites API, publishes what happens. Keeps nothing: a runner that dies is replaced by any other.
+//! Claims turns, drives the Sprites API, publishes what happens. Keeps nothing: a runner that dies is replaced by any other.
 //!
-//! [`jobs`] decides what a job means now; [`turn`] runs one; [`provision`] sets the Sprite up; [`agent`] starts the agent detached and
+//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`agent`] starts the agent detached and
 //! [`follow`] reads its spool; [`record`] appends to the session's record as its one writer; [`runtimes`] knows the CLIs.
 
 mod agent;
@@ -8,6 +8,7 @@ mod destroy;
 mod diagnosis;
 mod follow;
 mod jobs;
+mod lease;
 mod mask;
 pub mod metrics;
 mod provision;
@@ -89,6 +90,8 @@ struct Runner {
     sprites_base_url: Arc<str>,
     models: Arc<ModelEndpoints>,
     mask_output: bool,
+    /// The turns that this process holds.
+    turns: lease::Turns,
     /// Shown in audits: which process redeemed a lease.
     name: Arc<str>,
     stop: CancellationToken,
@@ -110,15 +113,22 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         sprites_base_url: config.sprites_base_url.into(),
         models: Arc::new(config.models),
         mask_output: config.mask_output,
+        turns: lease::Turns::new(),
         name: name.into(),
         stop: lifecycle.stop_token(),
     };
     let stop = lifecycle.stop_token();
+    let heartbeats = runner.turns.clone().keep(bus.clone(), runner.name.clone(), lifecycle.stop_token());
+    lifecycle.spawn("heartbeats", heartbeats);
     lifecycle.spawn("jobs", async move {
         let concurrency = config.concurrency.max(1);
         ::metrics::gauge!("aod_runner_capacity").set(concurrency as f64);
+        let turns = runner.turns.clone();
+        if stop.run_until_cancelled(turns.registered()).await.is_none() {
+            return;
+        }
         bus::work::run(bus.clone(), &topology::RUNNER, concurrency, stop, move |job| jobs::handle(runner.clone(), job)).await;
-        // The hand-backs must leave before the process does.
+        // What was released must leave before the process does.
         bus.flush(std::time::Duration::from_secs(2)).await;
     });
     Ok(())

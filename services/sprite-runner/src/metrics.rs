@@ -4,14 +4,15 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogra
 
 /// Names this service's metrics and says what they mean.
 pub fn describe() {
-    describe_gauge!("aod_runner_jobs", "jobs that this runner has in hand");
-    describe_gauge!("aod_runner_capacity", "jobs that it would take");
+    describe_gauge!("aod_runner_jobs", "jobs and turns that this runner works on");
+    describe_gauge!("aod_runner_capacity", "most jobs and turns that this runner works on at a time");
+    describe_counter!("aod_runner_leases_lost_total", "leases that expired because this runner's heartbeats did not arrive");
     describe_histogram!("aod_stage_seconds", Unit::Seconds, "stages of a session's set-up");
     describe_counter!("aod_stages_failed_total", "stages that failed");
     describe_histogram!("aod_first_output_seconds", Unit::Seconds, "from a turn's claim to the first byte of its agent on record");
     describe_counter!("aod_output_bytes_total", Unit::Bytes, "output put on record");
     describe_counter!("aod_takeovers_total", "turns taken over from another runner");
-    describe_counter!("aod_leases_lost_total", "turns lost to another runner, or terminated");
+    describe_counter!("aod_leases_lost_total", "turns whose log another writer continued, or that were terminated");
     describe_counter!("aod_follow_interruptions_total", "connections to an agent's output that were lost and made again");
     describe_counter!("aod_orphans_deleted_total", "Sprites deleted that no session knew");
     describe_counter!("aod_sprites_requests_total", "calls of the Sprites API, by operation and outcome");

@@ -10,12 +10,14 @@ use bus::{
     log::{AppendError, ReadError},
     topology::TopologyError,
 };
+use bytes::Bytes;
 use contract::{
     scheduler::TurnSpec,
     session::{Checkpoint, Output, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
     subject, topology,
 };
 use prost::Message as _;
+use rules::position::Newest;
 use types::{Backoff, Partition, SessionId, Stage, StageState};
 
 use crate::mask::{Masker, Piece};
@@ -29,7 +31,7 @@ pub enum Fenced {
     Terminated,
     /// Another runner has the turn, or the scheduler settled it.
     Superseded,
-    /// The stream has forgotten the session: its limits were reached, or it was made anew. What is in Postgres is where to go on from.
+    /// The stream was trimmed, recreated or set back: the log goes on from what is persisted.
     Forgotten,
 }
 
@@ -41,6 +43,8 @@ pub enum OpenError {
     Extent(#[from] TopologyError),
     #[error("the stream was trimmed since the turn was claimed")]
     Trimmed,
+    #[error("the newest event cannot be read by this release")]
+    Unreadable,
     #[error("this release knows no partition {0}")]
     UnknownPartition(u32),
 }
@@ -48,10 +52,10 @@ pub enum OpenError {
 /// How far the turn got, as the newest event tells.
 #[derive(Debug)]
 pub enum Position {
-    /// Go on from here.
+    /// Continue from here.
     Open(Box<Record>),
-    /// Its end is on record.
-    Ended,
+    /// The turn's end is in the log, with this id.
+    Ended(u64),
     Fenced(Fenced),
 }
 
@@ -65,7 +69,12 @@ pub struct Record {
     log: String,
     turn: u32,
     epoch: u32,
+    /// The subject's last sequence, as far as this writer knows.
     last_sequence: u64,
+    /// The newest event of the session, which the next one continues.
+    follows: u64,
+    /// Ids up to this one were persisted when the turn was claimed: an event that gets one of them is in a stream that was set back.
+    floor: u64,
     pub checkpoint: Checkpoint,
     /// What our own messages may not show.
     pub secrets: Masker,
@@ -90,21 +99,21 @@ impl Record {
         if last.is_none() && may_have_more && bus.extent(stream).await?.trimmed_through > spec.recorded_through {
             return Err(OpenError::Trimmed);
         }
-        let last_sequence = last.as_ref().map_or(0, |entry| entry.sequence);
-        let payload = last.map(|entry| entry.payload).or_else(|| spec.last_event.as_ref().map(|event| event.payload.clone()));
-        let last = payload.and_then(|payload| SessionEvent::decode(payload).ok());
-        let checkpoint = match last {
-            Some(event) if matches!(event.kind, Some(Kind::Terminated(_))) => return Ok(Position::Fenced(Fenced::Terminated)),
-            Some(event) if event.turn == turn => {
-                if matches!(event.kind, Some(Kind::TurnEnded(_))) {
-                    return Ok(Position::Ended);
-                }
-                if event.epoch > epoch {
-                    return Ok(Position::Fenced(Fenced::Superseded));
-                }
-                event.checkpoint.unwrap_or_default()
-            }
-            _ => Checkpoint::default(),
+        let decode = |id: u64, payload: Bytes| Some((id, SessionEvent::decode(payload).ok()?));
+        let streamed = match last {
+            // A runner that cannot read what an other wrote must not begin again at offset 0.
+            Some(entry) => Some(decode(entry.sequence, entry.payload).ok_or(OpenError::Unreadable)?),
+            None => None,
+        };
+        let persisted = match &spec.last_event {
+            Some(event) => Some(decode(event.event_id, event.payload.clone()).ok_or(OpenError::Unreadable)?),
+            None => None,
+        };
+        let (last_sequence, follows, checkpoint) = match rules::position::position(newest(&streamed), newest(&persisted), turn, epoch) {
+            rules::position::Position::Open { expected, follows, checkpoint } => (expected, follows, checkpoint),
+            rules::position::Position::Ended { id } => return Ok(Position::Ended(id)),
+            rules::position::Position::Terminated => return Ok(Position::Fenced(Fenced::Terminated)),
+            rules::position::Position::Superseded => return Ok(Position::Fenced(Fenced::Superseded)),
         };
         Ok(Position::Open(Box::new(Self {
             bus: bus.clone(),
@@ -114,6 +123,8 @@ impl Record {
             turn,
             epoch,
             last_sequence,
+            follows,
+            floor: spec.recorded_through,
             checkpoint,
             secrets: Masker::default(),
             masker: Masker::default(),
@@ -123,8 +134,7 @@ impl Record {
 
     /// Makes this runner the writer: whoever wrote before is refused from here on.
     pub async fn take_over(&mut self) -> Result<(), Fenced> {
-        let id = format!("taken-over/{}", self.epoch);
-        self.append(&id, Kind::TakenOver(TakenOver {})).await
+        self.append(Kind::TakenOver(TakenOver {})).await
     }
 
     pub async fn stage(&mut self, stage: Stage, state: StageState, took: Option<Duration>, message: Option<String>) -> Result<(), Fenced> {
@@ -133,8 +143,7 @@ impl Record {
         }
         let duration_ms = took.map(|took| u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
         let changed = StageChanged { stage: stage.as_str().to_owned(), state: state.as_str().to_owned(), duration_ms, message };
-        let id = format!("stage/{stage}/{state}/{}", self.epoch);
-        self.append(&id, Kind::Stage(changed)).await
+        self.append(Kind::Stage(changed)).await
     }
 
     pub fn is_done(&self, stage: Stage) -> bool {
@@ -143,48 +152,47 @@ impl Record {
 
     pub async fn started(&mut self) -> Result<(), Fenced> {
         self.checkpoint.started = true;
-        self.append("started", Kind::TurnStarted(TurnStarted {})).await
+        self.append(Kind::TurnStarted(TurnStarted {})).await
     }
 
     /// Output that follows what is on record: the next bytes of its stream.
     pub async fn output(&mut self, stderr: bool, piece: Piece) -> Result<(), Fenced> {
-        let (name, offset) = match stderr {
-            false => ("stdout", &mut self.checkpoint.stdout_offset),
-            true => ("stderr", &mut self.checkpoint.stderr_offset),
+        let offset = match stderr {
+            false => &mut self.checkpoint.stdout_offset,
+            true => &mut self.checkpoint.stderr_offset,
         };
-        let id = format!("{name}/{offset}");
         if let Some(opened) = self.silent_since.take() {
             metrics::histogram!("aod_first_output_seconds").record(opened.elapsed());
         }
         *offset += piece.spooled;
         metrics::counter!("aod_output_bytes_total").increment(piece.spooled);
-        self.append(&id, Kind::Output(Output { stderr, data: piece.data })).await
+        self.append(Kind::Output(Output { stderr, data: piece.data })).await
     }
 
-    pub async fn ended(&mut self, ended: TurnEnded) -> Result<(), Fenced> {
-        self.append("ended", Kind::TurnEnded(ended)).await
+    /// Ends the turn. Returns the id of its end.
+    pub async fn ended(&mut self, ended: TurnEnded) -> Result<u64, Fenced> {
+        self.append(Kind::TurnEnded(ended)).await?;
+        Ok(self.last_sequence)
     }
 
     /// Appends and waits for the acknowledgement, for as long as it takes: nothing is dropped because the bus is slow or full.
     /// The task's owner ends the wait.
-    async fn append(&mut self, what: &str, kind: Kind) -> Result<(), Fenced> {
-        let event =
-            SessionEvent { turn: self.turn, epoch: self.epoch, follows: None, checkpoint: Some(self.checkpoint.clone()), kind: Some(kind) };
-        let payload = bytes::Bytes::from(event.encode_to_vec());
-        let id = format!("{}/{}/{what}", self.session, self.turn);
+    async fn append(&mut self, kind: Kind) -> Result<(), Fenced> {
+        let event = SessionEvent {
+            turn: self.turn,
+            epoch: self.epoch,
+            checkpoint: Some(self.checkpoint.clone()),
+            follows: Some(self.follows),
+            kind: Some(kind),
+        };
+        let payload = Bytes::from(event.encode_to_vec());
         let mut attempt = 0;
-        loop {
-            match self.bus.append(self.log.clone(), payload.clone(), &id, Some(self.last_sequence)).await {
-                Ok(sequence) => {
-                    self.last_sequence = sequence;
-                    return Ok(());
-                }
+        let sequence = loop {
+            match self.bus.append(self.log.clone(), payload.clone(), self.last_sequence).await {
+                Ok(sequence) => break sequence,
                 Err(AppendError::Superseded) => match self.who_wrote(&payload).await {
                     // Stored by an earlier attempt whose acknowledgement was lost.
-                    Writer::Ourselves(sequence) => {
-                        self.last_sequence = sequence;
-                        return Ok(());
-                    }
+                    Writer::Ourselves(sequence) => break sequence,
                     Writer::Other(fenced) => return Err(fenced),
                     Writer::Nobody => return Err(Fenced::Forgotten),
                     Writer::Unknown => {
@@ -194,11 +202,16 @@ impl Record {
                 },
                 Err(AppendError::Unacknowledged(error)) => {
                     attempt += 1;
-                    tracing::warn!(session = %self.session, %error, attempt, "event not acknowledged; trying again");
+                    tracing::warn!(session = %self.session, %error, attempt, "event not acknowledged; will retry");
                     tokio::time::sleep(RETRY.jittered(attempt)).await;
                 }
             }
+        };
+        if sequence <= self.floor {
+            return Err(Fenced::Forgotten);
         }
+        (self.last_sequence, self.follows) = (sequence, sequence);
+        Ok(())
     }
 
     async fn who_wrote(&self, payload: &[u8]) -> Writer {
@@ -211,6 +224,9 @@ impl Record {
         if last.payload == payload {
             return Writer::Ourselves(last.sequence);
         }
+        if last.sequence < self.last_sequence {
+            return Writer::Nobody;
+        }
         match SessionEvent::decode(last.payload).ok().and_then(|event| event.kind) {
             Some(Kind::Terminated(_)) => Writer::Other(Fenced::Terminated),
             _ => Writer::Other(Fenced::Superseded),
@@ -218,11 +234,15 @@ impl Record {
     }
 }
 
+fn newest(event: &Option<(u64, SessionEvent)>) -> Option<Newest<'_>> {
+    event.as_ref().map(|(id, event)| Newest { id: *id, event })
+}
+
 /// Who wrote the newest entry.
 enum Writer {
     Ourselves(u64),
     Other(Fenced),
-    /// The stream has forgotten the session: its limits were reached, or it was made anew.
+    /// The stream does not hold what this writer wrote: it was trimmed, recreated or set back.
     Nobody,
     /// The stream does not answer.
     Unknown,

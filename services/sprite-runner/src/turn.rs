@@ -25,17 +25,17 @@ use crate::{
 /// The stage of a failure that is the agent's own.
 const AGENT: &str = "agent";
 
-/// How a turn left this runner's hands.
+/// How a runner's work on a turn ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum End {
-    /// Its end is on record.
-    Settled,
-    /// Another has it.
+    /// The turn's end is in the log, with this id.
+    Settled(u64),
+    /// Another writes the log.
     Superseded,
     /// The session was terminated: its Sprite has to go.
     Terminated,
-    /// Something that has nothing to do with the turn is in the way: somebody shall try again.
-    HandBack(String),
+    /// Released for another attempt. The reason says which infrastructure failure was in the way; it is empty where none was.
+    Released(String),
 }
 
 /// Why a turn could not go on.
@@ -68,14 +68,14 @@ impl From<StageFailed> for Stopped {
 
 pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec) -> End {
     let epoch = spec.epoch;
-    tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn in hand");
+    tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn claimed");
     let mut record = match Record::open(&runner.bus, session, turn, &spec).await {
         Ok(Position::Open(record)) => record,
-        Ok(Position::Ended) => return End::Settled,
+        Ok(Position::Ended(id)) => return End::Settled(id),
         Ok(Position::Fenced(fenced)) => return end_of(fenced),
         Err(error) => {
             tracing::warn!(%session, %error, "record cannot be read");
-            return End::HandBack("its record cannot be read".to_owned());
+            return End::Released("its record cannot be read".to_owned());
         }
     };
     if epoch > 1 {
@@ -89,7 +89,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec)
         Ok(secrets) => secrets,
         Err(error) => {
             tracing::warn!(%session, %error, "secrets cannot be redeemed");
-            return End::HandBack(format!("its secrets cannot be had: {}", error.message));
+            return End::Released(format!("its secrets cannot be had: {}", error.message));
         }
     };
     record.secrets = secrets.masker();
@@ -106,7 +106,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec)
         }
     };
     match record.ended(ended).await {
-        Ok(()) => End::Settled,
+        Ok(id) => End::Settled(id),
         Err(fenced) => end_of(fenced),
     }
 }
@@ -116,7 +116,8 @@ fn end_of(fenced: Fenced) -> End {
     match fenced {
         Fenced::Terminated => End::Terminated,
         Fenced::Superseded => End::Superseded,
-        Fenced::Forgotten => End::HandBack("its record was lost, and goes on from what is in the database".to_owned()),
+        // The log goes on from what is persisted, which the next claim brings.
+        Fenced::Forgotten => End::Released(String::new()),
     }
 }
 

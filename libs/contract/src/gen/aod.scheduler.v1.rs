@@ -508,6 +508,10 @@ pub struct HeldTurn {
     pub turn: u32,
     #[prost(uint32, tag = "3")]
     pub epoch: u32,
+    /// The id of the turn's end in the log, once it is there. Held until the end is persisted: an end that the projector passed without
+    /// persisting it was lost with its stream, and the turn is offered again.
+    #[prost(uint64, optional, tag = "4")]
+    pub ended: ::core::option::Option<u64>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HeartbeatReply {

@@ -1,0 +1,206 @@
+//! Ends that do not come from a runner: deadlines and terminations. Both append to the session's log and leave the rest to the projector,
+//! so that the log alone decides who was first.
+
+use std::time::Duration;
+
+use bus::{Failure, log::AppendError};
+use contract::{
+    session::{self, SessionEvent, TurnEnded, session_event::Kind},
+    subject, topology,
+};
+use prost::Message as _;
+use rules::{
+    ending::{self, Ending, Log, Step},
+    state::DEADLINE,
+};
+use sqlx::Row as _;
+use tokio_util::sync::CancellationToken;
+use types::{Backoff, Partition, SessionId};
+use uuid::Uuid;
+
+use crate::{
+    Scheduler, projector,
+    sessions::{enqueue, partition},
+    unsigned,
+};
+
+const EVERY: Duration = Duration::from_secs(1);
+const BATCH: i64 = 100;
+/// Appends that were overtaken by another writer.
+const ATTEMPTS: u32 = 20;
+const RETRY: Backoff = Backoff { base: Duration::from_millis(5), max: Duration::from_millis(100), attempts: u32::MAX };
+/// A turn whose deadline is over by so much is ended without the log: the bus has been away all this time.
+const WITHOUT_LOG_AFTER: Duration = Duration::from_secs(15 * 60);
+
+/// What became of an attempt to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Appended {
+    /// The end is in the log, with this id.
+    Here(u64),
+    /// The log had ended before.
+    Before,
+    /// Not possible now: the projector is behind, the stream has to be recreated, or others keep writing.
+    Later,
+}
+
+/// Appends an end to a session's log, if the log is still where it is thought to be.
+///
+/// # Errors
+/// When Postgres or the bus does not answer.
+pub async fn append(
+    scheduler: &Scheduler,
+    session: SessionId,
+    partition: Partition,
+    ending: Ending,
+    turn: u32,
+    kind: &Kind,
+) -> Result<Appended, Failure> {
+    let (stream, log) = (topology::events(partition).name, subject::session_log(session, partition));
+    let unavailable = || Failure::unavailable("The event log");
+    let mut sent: Option<Vec<u8>> = None;
+    for attempt in 1..=ATTEMPTS {
+        let (projected, mut persisted) = (projected_through(scheduler, partition).await?, newest_id(scheduler, session).await?);
+        let streamed = scheduler.bus.last(stream, &log).await.map_err(|_| unavailable())?;
+        let event = match &streamed {
+            None => {
+                // Trimmed, so all of it is persisted by now.
+                persisted = newest_id(scheduler, session).await?;
+                None
+            }
+            Some(entry) => match SessionEvent::decode(entry.payload.clone()) {
+                Ok(event) => Some((entry.sequence, event)),
+                Err(_) => return Ok(Appended::Later),
+            },
+        };
+        let step = ending::step(ending, Log { streamed: event.as_ref().map(|(sequence, event)| (*sequence, event)), persisted, projected });
+        let (expected, follows) = match (step, &streamed) {
+            (Step::Ended, Some(entry)) if sent.as_deref() == Some(&entry.payload) => return Ok(Appended::Here(entry.sequence)),
+            (Step::Ended, _) => return Ok(Appended::Before),
+            (Step::Wait, _) => return Ok(Appended::Later),
+            (Step::Append { expected, follows }, _) => (expected, follows),
+        };
+        let checkpoint = event.and_then(|(_, event)| event.checkpoint);
+        let payload = SessionEvent { turn, epoch: 0, checkpoint, follows: Some(follows), kind: Some(kind.clone()) }.encode_to_vec();
+        match scheduler.bus.append(log.clone(), payload.clone().into(), expected).await {
+            Ok(sequence) if sequence > persisted => return Ok(Appended::Here(sequence)),
+            // Below ids that were used: the stream was set back, and is about to be recreated.
+            Ok(_) => return Ok(Appended::Later),
+            Err(AppendError::Superseded) => {}
+            Err(AppendError::Unacknowledged(error)) => {
+                tracing::debug!(%session, %error, "end not acknowledged; looking again");
+            }
+        }
+        sent = Some(payload);
+        tokio::time::sleep(RETRY.jittered(attempt)).await;
+    }
+    Ok(Appended::Later)
+}
+
+async fn projected_through(scheduler: &Scheduler, partition: Partition) -> Result<u64, Failure> {
+    projector::projected_through(&scheduler.pool, partition).await.map_err(Failure::internal)
+}
+
+async fn newest_id(scheduler: &Scheduler, session: SessionId) -> Result<u64, Failure> {
+    let newest: Option<i64> = sqlx::query_scalar("select last_event_id from event_log where session_id = $1")
+        .bind(session.uuid())
+        .fetch_optional(&scheduler.pool)
+        .await?;
+    Ok(newest.map_or(0, i64::unsigned_abs))
+}
+
+/// Ends turns that no one ended by their deadline. Takes no input and asks the table each time, so that it does the same after a crash
+/// as on any other day.
+pub async fn run_deadlines(scheduler: Scheduler, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        match tokio::time::timeout(Duration::from_secs(30), end_overdue(&scheduler)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "failed to look for overdue turns; will retry"),
+            Err(_) => tracing::warn!("looking for overdue turns took too long; will retry"),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Overdue {
+    session: SessionId,
+    partition: Partition,
+    turn: u32,
+    message: String,
+    /// Whether the log is waited for no longer.
+    without_log: bool,
+}
+
+async fn end_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
+    let rows = sqlx::query(
+        "select t.session_id, t.turn_number, t.timeout_seconds, t.status, t.handed_back_reason, s.event_partition,
+                t.deadline_at < now() - make_interval(secs => $2), t.failures
+         from turn t
+         join session s using (session_id)
+         where t.status in ('pending', 'running') and t.deadline_at < now()
+         order by t.deadline_at
+         limit $1",
+    )
+    .bind(BATCH)
+    .bind(WITHOUT_LOG_AFTER.as_secs_f64())
+    .fetch_all(&scheduler.pool)
+    .await?;
+    for row in rows {
+        let overdue = overdue(&row)?;
+        let ended = end(scheduler, &overdue).await;
+        if let Err(error) = ended {
+            tracing::warn!(session = %overdue.session, turn = overdue.turn, %error, "failed to end an overdue turn; will retry");
+        }
+    }
+    Ok(())
+}
+
+fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, Failure> {
+    let read = || -> Result<_, sqlx::Error> {
+        let (id, turn, timeout): (Uuid, i32, i32) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let (status, reason): (&str, Option<&str>) = (row.try_get(3)?, row.try_get(4)?);
+        let (number, without_log, failures): (i16, bool, i32) = (row.try_get(5)?, row.try_get(6)?, row.try_get(7)?);
+        Ok((id, turn, timeout, status, reason, number, without_log, failures))
+    };
+    let (id, turn, timeout, status, reason, number, without_log, failures) = read()?;
+    let message = match (status, unsigned(failures) > rules::ownership::FAILURES_MAX) {
+        (_, true) => {
+            let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+            format!("Given up after {} attempts{reason}", rules::ownership::FAILURES_MAX)
+        }
+        ("pending", _) => format!("Turn could not be started in time: {}", reason.unwrap_or("no runner finished setting it up")),
+        _ => format!("Turn timed out after {timeout}s"),
+    };
+    Ok(Overdue { session: SessionId::from_uuid(id), partition: partition(number)?, turn: unsigned(turn), message, without_log })
+}
+
+async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), Failure> {
+    let failure = session::Failure { stage: DEADLINE.to_owned(), message: overdue.message.clone() };
+    let kind = Kind::TurnEnded(TurnEnded { failure: Some(failure), ..TurnEnded::default() });
+    let (session, turn) = (overdue.session, overdue.turn);
+    let appended = append(scheduler, session, overdue.partition, Ending::Deadline { turn }, turn, &kind).await;
+    match appended {
+        Ok(Appended::Here(_)) => {
+            metrics::counter!("aod_deadline_settlements_total").increment(1);
+            tracing::info!(%session, turn, message = overdue.message, "ended an overdue turn");
+            Ok(())
+        }
+        _ if overdue.without_log => {
+            tracing::error!(%session, turn, "ended an overdue turn without its log, which could not be written for too long");
+            metrics::counter!("aod_deadline_settlements_total").increment(1);
+            let mut tx = scheduler.pool.begin().await?;
+            let observation = projector::apply(&mut tx, session, turn, &kind).await?;
+            let event = SessionEvent { turn, kind: Some(kind), ..SessionEvent::default() };
+            enqueue(&mut tx, &subject::session_log(session, overdue.partition), &event).await?;
+            tx.commit().await?;
+            scheduler.outbox.notify_one();
+            if let Some(observation) = observation {
+                observation.count();
+            }
+            Ok(())
+        }
+        Ok(Appended::Before | Appended::Later) => Ok(()),
+        Err(error) => Err(error),
+    }
+}

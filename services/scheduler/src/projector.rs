@@ -1,0 +1,435 @@
+//! Projects the EVENTS streams into Postgres and advances sessions and turns.
+//!
+//! One replica at a time projects a partition, in the stream's order, so that a session's persisted log never has a hole below its newest
+//! event: readers may take a page of it for complete. Each batch is one transaction: the lease, the events, what follows from them, and
+//! how far the projector got. Acknowledgements to the stream would not do: an unacknowledged event is redelivered behind newer ones.
+//!
+//! Each event names the one it continues. An event that does not continue the persisted log is never persisted: the session's subject is
+//! purged and its turn released, so that the next runner goes on from the persisted log and reads the agent's output again.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use bus::{Failure, log::Entry};
+use contract::{
+    session::{SessionEvent, TurnEnded, session_event::Kind},
+    subject, topology,
+};
+use futures::{FutureExt as _, StreamExt as _};
+use prost::Message as _;
+use rules::{
+    chain::{self, Link},
+    state::{self, State, Transition},
+};
+use sqlx::{Connection as _, PgConnection, PgPool, Row as _};
+use store::lease::{self, Lease};
+use tokio::{sync::watch, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use types::{Backoff, Partition, SessionId, TurnStatus, limits::SETTLE_GRACE};
+use uuid::Uuid;
+
+use crate::{
+    Scheduler,
+    metrics::{Observation, Outcome},
+    sessions::{SessionRow, lock, session_columns},
+    termination::{enqueue_destroy, tell_end},
+    unsigned,
+};
+
+const BATCH: usize = 1000;
+/// A batch is in memory several times over while it is written.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// How long a projector leads without a sign of life. Each batch extends the lease, and an idle projector does so too.
+const LEASE: Duration = Duration::from_secs(2);
+const IDLE: Duration = Duration::from_millis(700);
+/// How often a replica looks for partitions that no one projects.
+const STANDBY: Duration = Duration::from_millis(500);
+/// The longest that one step in Postgres or on the bus may take. A connection that is slower is dropped.
+const STEP_MAX: Duration = Duration::from_secs(5);
+const RETRY: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
+
+/// How far this replica has projected each partition: the id of its newest event.
+#[derive(Clone, Default)]
+pub struct Projected(Arc<[watch::Sender<u64>; Partition::COUNT_MAX as usize]>);
+
+impl Projected {
+    pub fn of(&self, partition: Partition) -> &watch::Sender<u64> {
+        &self.0[usize::from(partition.number())]
+    }
+}
+
+/// Persists that a partition has sessions, for every replica to see.
+pub async fn begin_partition(pool: &PgPool, partition: Partition) -> Result<(), sqlx::Error> {
+    sqlx::query("insert into recorded (stream, event_id) values ($1, 0) on conflict do nothing")
+        .bind(topology::events(partition).name)
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+/// The partitions in which sessions were created so far.
+pub async fn partitions(pool: &PgPool) -> Result<Vec<Partition>, sqlx::Error> {
+    let streams: Vec<String> = sqlx::query_scalar("select stream from recorded order by stream").fetch_all(pool).await?;
+    Ok(streams.iter().filter_map(|stream| topology::partition_of(stream)).collect())
+}
+
+/// The id of a partition's newest persisted event.
+pub async fn projected_through(pool: &PgPool, partition: Partition) -> Result<u64, sqlx::Error> {
+    let stream = topology::events(partition).name;
+    let through: Option<i64> =
+        sqlx::query_scalar("select event_id from recorded where stream = $1").bind(stream).fetch_optional(pool).await?;
+    Ok(through.map_or(0, i64::unsigned_abs))
+}
+
+/// Projects the partitions that no other replica projects.
+pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
+    let owner = Uuid::now_v7();
+    let (mut led, mut projectors) = (BTreeSet::new(), JoinSet::new());
+    let mut failures = 0;
+    loop {
+        let wait = if failures == 0 { STANDBY } else { RETRY.jittered(failures) };
+        tokio::select! {
+            () = stop.cancelled() => break,
+            Some(ended) = projectors.join_next() => {
+                match ended {
+                    Ok(partition) => led.remove(&partition),
+                    Err(_) => break,
+                };
+                // At once: the lease was released, and may well be acquired again.
+                failures = failures.max(1);
+                continue;
+            }
+            () = tokio::time::sleep(wait) => {}
+        }
+        let acquired = async {
+            let free = partitions(&scheduler.pool).await?.into_iter().filter(|partition| !led.contains(partition));
+            let names: Vec<_> = free.map(lease_name).collect();
+            if names.is_empty() { Ok(Vec::new()) } else { lease::acquire(&scheduler.pool, owner, &names, LEASE).await }
+        };
+        match step(acquired).await {
+            Ok(leases) => {
+                failures = 0;
+                for lease in leases {
+                    let Some(partition) = lease.name.strip_prefix("projector:").and_then(topology::partition_of) else { continue };
+                    led.insert(partition);
+                    projectors.spawn(lead(scheduler.clone(), partition, lease, stop.clone()));
+                }
+            }
+            Err(error) => {
+                failures += 1;
+                tracing::warn!(error = format!("{error:#}"), "failed to look for partitions to project; will retry");
+            }
+        }
+    }
+    while projectors.join_next().await.is_some() {}
+}
+
+fn lease_name(partition: Partition) -> String {
+    format!("projector:{}", topology::events(partition).name)
+}
+
+/// Runs one step under its time limit.
+async fn step<T, E: Into<anyhow::Error>>(work: impl Future<Output = Result<T, E>>) -> anyhow::Result<T> {
+    match tokio::time::timeout(STEP_MAX, work).await {
+        Ok(done) => done.map_err(Into::into),
+        Err(_) => anyhow::bail!("no answer within {} s", STEP_MAX.as_secs()),
+    }
+}
+
+async fn lead(scheduler: Scheduler, partition: Partition, lease: Lease, stop: CancellationToken) -> Partition {
+    if let Err(error) = project(&scheduler, partition, &lease, &stop).await {
+        tracing::warn!(partition = partition.number(), error = format!("{error:#}"), "projecting was interrupted; will retry");
+    }
+    let _ = step(lease.release(&scheduler.pool)).await;
+    partition
+}
+
+async fn project(scheduler: &Scheduler, partition: Partition, lease: &Lease, stop: &CancellationToken) -> anyhow::Result<()> {
+    // A connection of its own: one that hangs is dropped with this future, and holds up no one else.
+    let mut connection = step(scheduler.pool.acquire()).await?.detach();
+    let from = step(projected_through(&scheduler.pool, partition)).await? + 1;
+    let spec = topology::events(partition);
+    let mut stream = step(scheduler.bus.follow(spec.name, spec.subjects.concat(), from)).await?;
+    tracing::debug!(stream = spec.name, from, "projecting");
+    while !stop.is_cancelled() {
+        let Ok(first) = tokio::time::timeout(IDLE, stream.next()).await else {
+            ensure!(step(lease.extend(&mut connection, LEASE)).await?, "another replica leads");
+            continue;
+        };
+        let first = first.context("the stream ended")??;
+        let (mut last, mut bytes, mut entries) = (first.sequence, first.payload.len(), vec![first]);
+        // As many as there are, without waiting for more.
+        while entries.len() < BATCH
+            && bytes < BATCH_BYTES
+            && let Some(Some(entry)) = stream.next().now_or_never()
+        {
+            let entry = entry?;
+            (last, bytes) = (entry.sequence, bytes + entry.payload.len());
+            entries.push(entry);
+        }
+        let woken = step(write(scheduler, &mut connection, partition, lease, &entries)).await?;
+        metrics::counter!("aod_events_recorded_total").increment(entries.len() as u64);
+        scheduler.projected.of(partition).send_replace(last);
+        if woken {
+            scheduler.outbox.notify_one();
+        }
+    }
+    let _ = connection.close().await;
+    Ok(())
+}
+
+/// An event that continues its session's log.
+struct Accepted<'a> {
+    session: SessionId,
+    entry: &'a Entry,
+    event: SessionEvent,
+}
+
+/// Writes a batch and what follows from it. Returns whether the outbox got something.
+async fn write(
+    scheduler: &Scheduler,
+    connection: &mut PgConnection,
+    partition: Partition,
+    lease: &Lease,
+    entries: &[Entry],
+) -> anyhow::Result<bool> {
+    let mut tx = connection.begin().await?;
+    ensure!(lease.extend(&mut tx, LEASE).await?, "another replica leads");
+    let (accepted, broken) = follow_chains(&mut tx, entries).await?;
+    let sessions: Vec<_> = accepted.iter().map(|accepted| accepted.session.uuid()).collect();
+    let ids: Vec<_> = accepted.iter().map(|accepted| accepted.entry.sequence as i64).collect();
+    let payloads: Vec<_> = accepted.iter().map(|accepted| accepted.entry.payload.as_ref()).collect();
+    sqlx::query(
+        "with written as (
+            insert into event (session_id, event_id, recorded_on, payload)
+            select e.session_id, e.event_id, (now() at time zone 'utc')::date, e.payload
+            from unnest($1::uuid[], $2::bigint[], $3::bytea[]) as e (session_id, event_id, payload)
+            join session s using (session_id)
+            on conflict do nothing
+            returning session_id, event_id, recorded_on
+         )
+         insert into event_log as l (session_id, last_event_id, first_day, last_day)
+         select w.session_id, max(w.event_id), min((s.created_at at time zone 'utc')::date), max(w.recorded_on)
+         from written w
+         join session s using (session_id)
+         group by w.session_id
+         on conflict (session_id) do update
+         set last_event_id = greatest(l.last_event_id, excluded.last_event_id), last_day = greatest(l.last_day, excluded.last_day)",
+    )
+    .bind(&sessions)
+    .bind(&ids)
+    .bind(&payloads)
+    .execute(&mut *tx)
+    .await?;
+    let (mut observations, mut woken) = (Vec::new(), false);
+    for Accepted { session, event, .. } in &accepted {
+        if let Some(kind) = event.kind.as_ref().filter(|kind| changes_state(kind)) {
+            woken = true;
+            observations.extend(apply(&mut tx, *session, event.turn, kind).await?);
+        }
+    }
+    for session in &broken {
+        repair(scheduler, &mut tx, partition, *session).await?;
+    }
+    sqlx::query(
+        "insert into recorded (stream, event_id) values ($1, $2)
+         on conflict (stream) do update set event_id = greatest(recorded.event_id, excluded.event_id)",
+    )
+    .bind(topology::events(partition).name)
+    .bind(entries.last().map(|entry| entry.sequence as i64).unwrap_or_default())
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    observations.into_iter().for_each(Observation::count);
+    Ok(woken)
+}
+
+fn changes_state(kind: &Kind) -> bool {
+    matches!(kind, Kind::TurnStarted(_) | Kind::TurnEnded(_) | Kind::Terminated(_))
+}
+
+/// Splits a batch into the events that continue their sessions' logs, and the sessions whose chain is broken.
+async fn follow_chains<'a>(tx: &mut PgConnection, entries: &'a [Entry]) -> anyhow::Result<(Vec<Accepted<'a>>, BTreeSet<SessionId>)> {
+    let mut read = Vec::with_capacity(entries.len());
+    for entry in entries {
+        match (subject::parse_session_log(&entry.subject), SessionEvent::decode(entry.payload.clone())) {
+            (Some(session), Ok(event)) => read.push(Accepted { session, entry, event }),
+            _ => tracing::error!(subject = entry.subject, event_id = entry.sequence, "skipped an unreadable event"),
+        }
+    }
+    let sessions: BTreeSet<Uuid> = read.iter().map(|each| each.session.uuid()).collect();
+    // Sessions that were deleted have no row: what still comes of them is dropped.
+    let rows =
+        sqlx::query("select session_id, last_event_id from session left join event_log using (session_id) where session_id = any($1)")
+            .bind(sessions.into_iter().collect::<Vec<_>>())
+            .fetch_all(&mut *tx)
+            .await?;
+    let mut newest = HashMap::with_capacity(rows.len());
+    for row in rows {
+        newest.insert(row.try_get::<Uuid, _>(0)?, row.try_get::<Option<i64>, _>(1)?.map(i64::unsigned_abs));
+    }
+    let (mut accepted, mut broken) = (Vec::with_capacity(read.len()), BTreeSet::new());
+    for each in read {
+        let Some(persisted) = newest.get_mut(&each.session.uuid()) else { continue };
+        let mut link = chain::link(*persisted, each.entry.sequence, each.event.follows);
+        if link == Link::Broken && !broken.contains(&each.session) {
+            // The log's end is kept in a row of its own since this release: an earlier one may have written events without it.
+            *persisted = newest_persisted(tx, each.session).await?.max(*persisted);
+            link = chain::link(*persisted, each.entry.sequence, each.event.follows);
+        }
+        match link {
+            Link::Continues => {
+                *persisted = Some(each.entry.sequence);
+                accepted.push(each);
+            }
+            Link::Old => tracing::warn!(session = %each.session, event_id = each.entry.sequence, "skipped an event whose id was used"),
+            Link::Broken => {
+                if broken.insert(each.session) {
+                    tracing::error!(
+                        session = %each.session,
+                        event_id = each.entry.sequence,
+                        follows = each.event.follows,
+                        persisted = *persisted,
+                        "event does not continue the persisted log; its turn is released to read the output again"
+                    );
+                }
+            }
+        }
+    }
+    Ok((accepted, broken))
+}
+
+async fn newest_persisted(tx: &mut PgConnection, session: SessionId) -> Result<Option<u64>, sqlx::Error> {
+    let newest: Option<i64> =
+        sqlx::query_scalar("select max(event_id) from event where session_id = $1").bind(session.uuid()).fetch_one(tx).await?;
+    Ok(newest.map(i64::unsigned_abs))
+}
+
+/// Has a broken log continued from its persisted end. The subject is purged before the position moves on: should this process die in
+/// between, the events come again and are refused again, or are gone and were never persisted.
+async fn repair(scheduler: &Scheduler, tx: &mut PgConnection, partition: Partition, session: SessionId) -> anyhow::Result<()> {
+    metrics::counter!("aod_event_log_gaps_total").increment(1);
+    scheduler.bus.purge(topology::events(partition).name, &subject::session_log(session, partition)).await?;
+    sqlx::query(
+        "update turn set owner = null, offer_after = now(), offers = 0
+         where session_id = $1 and status in ('pending', 'running')",
+    )
+    .bind(session.uuid())
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Applies an event to its turn and session. Idempotent: see [`state::next`].
+pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: &Kind) -> Result<Option<Observation>, Failure> {
+    let Some(session) = lock(tx, id, None).await? else { return Ok(None) };
+    let current_turn = unsigned(session.turn_count);
+    // A termination ends whichever turn there is.
+    let number = if matches!(kind, Kind::Terminated(_)) { current_turn } else { event_turn };
+    let turn = sqlx::query(
+        "select status, extract(epoch from now() - created_at)::float8 from turn where session_id = $1 and turn_number = $2 for update",
+    )
+    .bind(id.uuid())
+    .bind(i32::try_from(number).unwrap_or(i32::MAX))
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(turn) = turn else { return Ok(None) };
+    let seconds: f64 = turn.try_get(1)?;
+    let status: &str = turn.try_get(0)?;
+    let status: TurnStatus = status.parse().map_err(|()| Failure::internal(format!("a turn has the status {status}")))?;
+    let transition = state::next(State { session: session.status()?, current_turn, turn: status }, number, kind);
+    if transition == Transition::default() {
+        return Ok(None);
+    }
+    let ended = match kind {
+        Kind::TurnEnded(ended) => ended.clone(),
+        _ => TurnEnded::default(),
+    };
+    if let Some(status) = transition.turn {
+        update_turn(tx, id, number, status, &ended).await?;
+    }
+    let session = update_session(tx, session, &transition, &ended).await?;
+    if transition.session.is_some_and(|status| !status.is_active()) {
+        tell_end(tx, &session, &session.status, number, ended.usage.clone()).await?;
+    }
+    if transition.destroy {
+        enqueue_destroy(tx, &session).await?;
+    }
+    let runtime = session.runtime;
+    Ok(transition.turn.map(|status| match status {
+        TurnStatus::Running => Observation::Started { runtime, seconds },
+        _ => Observation::Ended { runtime, outcome: Outcome::of(kind), seconds },
+    }))
+}
+
+/// Postgres keeps no NUL in text.
+fn without_nul(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
+async fn update_turn(tx: &mut PgConnection, id: SessionId, number: u32, status: TurnStatus, ended: &TurnEnded) -> Result<(), Failure> {
+    let number = i32::try_from(number).unwrap_or(i32::MAX);
+    if status == TurnStatus::Running {
+        // From here on the turn's own timeout counts, and the set-up's no longer does.
+        sqlx::query(
+            "update turn set status = $3, started_at = now(), deadline_at = now() + make_interval(secs => timeout_seconds + $4)
+             where session_id = $1 and turn_number = $2",
+        )
+        .bind(id.uuid())
+        .bind(number)
+        .bind(status.as_str())
+        .bind(SETTLE_GRACE.as_secs_f64())
+        .execute(tx)
+        .await?;
+        return Ok(());
+    }
+    let count = |count: Option<u64>| count.and_then(|count| i64::try_from(count).ok());
+    let usage = ended.usage.clone().unwrap_or_default();
+    sqlx::query(
+        "update turn
+         set status = $3, exit_code = $4, ended_at = now(), owner = null, input_tokens = $5, output_tokens = $6, cost_micro_usd = $7,
+             model_used = $8
+         where session_id = $1 and turn_number = $2",
+    )
+    .bind(id.uuid())
+    .bind(number)
+    .bind(status.as_str())
+    .bind(ended.exit_code)
+    .bind(count(usage.input_tokens))
+    .bind(count(usage.output_tokens))
+    .bind(count(usage.cost_micro_usd))
+    .bind(usage.model.as_deref().map(without_nul))
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+async fn update_session(
+    tx: &mut PgConnection,
+    session: SessionRow,
+    transition: &Transition,
+    ended: &TurnEnded,
+) -> Result<SessionRow, Failure> {
+    let Some(status) = transition.session else { return Ok(session) };
+    let failure = ended.failure.as_ref();
+    sqlx::query_as(concat!(
+        "update session
+         set status = $2, exit_code = coalesce($3, exit_code), failure_stage = coalesce($4, failure_stage),
+             failure_message = coalesce($5, failure_message), updated_at = now()
+         where session_id = $1
+         returning ",
+        session_columns!()
+    ))
+    .bind(session.session_id)
+    .bind(status.as_str())
+    .bind(ended.exit_code)
+    .bind(failure.map(|failure| without_nul(&failure.stage)))
+    .bind(failure.map(|failure| without_nul(&failure.message)))
+    .fetch_one(tx)
+    .await
+    .map_err(Into::into)
+}

@@ -1,0 +1,176 @@
+//! Compares what should run with who works on it, and offers again what no one works on: whatever the reason. A dead runner, a lost
+//! or set-back queue, a restored backup and a lost answer all look the same here: an unsettled turn without an owner.
+//!
+//! Any replica does it, several at once: rows are locked and skipped, and a second offer costs a message.
+
+use std::time::{Duration, Instant};
+
+use contract::{runner::RunTurn, subject};
+use rules::ownership;
+use sqlx::Row as _;
+use tokio_util::sync::CancellationToken;
+use types::{SessionId, SpriteName};
+use uuid::Uuid;
+
+use crate::{Scheduler, sessions::enqueue, termination::destroy_job, unsigned};
+
+const EVERY: Duration = Duration::from_millis(250);
+/// The longest that a pass may take.
+const PASS_MAX: Duration = Duration::from_secs(5);
+/// A pass that took longer than this met a busy Postgres, where heartbeats may be late as well.
+const SMOOTH: Duration = Duration::from_millis(700);
+const BATCH: i64 = 256;
+
+pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut smooth_since: Option<Instant> = None;
+    let mut last_pass = Instant::now();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = ticks.tick() => {}
+            () = scheduler.released.notified() => {}
+        }
+        // A lease may look expired because its heartbeats could not be written. So leases expire only in front of a replica for which
+        // bus, Postgres and its own process were all fast for as long as a lease lasts.
+        let late = last_pass.elapsed() > EVERY + SMOOTH;
+        if late || !scheduler.bus.is_connected() {
+            smooth_since = None;
+        }
+        last_pass = Instant::now();
+        let may_expire = smooth_since.is_some_and(|since| since.elapsed() >= ownership::LEASE);
+        match tokio::time::timeout(PASS_MAX, pass(&scheduler, may_expire)).await {
+            Ok(Ok(offered)) => {
+                if offered > 0 {
+                    scheduler.outbox.notify_one();
+                }
+                smooth_since = if last_pass.elapsed() > SMOOTH { None } else { smooth_since.or(Some(Instant::now())) };
+            }
+            Ok(Err(error)) => {
+                smooth_since = None;
+                tracing::warn!(error = format!("{error:#}"), "reconciler pass failed; will retry");
+            }
+            Err(_) => {
+                smooth_since = None;
+                tracing::warn!("reconciler pass took too long; will retry");
+            }
+        }
+    }
+}
+
+async fn pass(scheduler: &Scheduler, may_expire: bool) -> anyhow::Result<usize> {
+    if may_expire {
+        expire_leases(scheduler).await?;
+    }
+    Ok(offer_turns(scheduler).await? + offer_destructions(scheduler).await?)
+}
+
+/// Deletes the leases of runners that fell silent. The reference in their turns goes with them.
+async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
+    let expired: Vec<String> = sqlx::query_scalar(
+        "delete from runner_lease
+         where lease_id in (select lease_id from runner_lease where expires_at < now() for update skip locked)
+         returning runner",
+    )
+    .fetch_all(&scheduler.pool)
+    .await?;
+    for runner in &expired {
+        metrics::counter!("aod_runner_leases_expired_total").increment(1);
+        tracing::warn!(runner, "runner lease expired; its turns are offered to others");
+    }
+    Ok(())
+}
+
+async fn offer_turns(scheduler: &Scheduler) -> anyhow::Result<usize> {
+    let mut tx = scheduler.pool.begin().await?;
+    let due = sqlx::query(
+        "select session_id, turn_number, offers
+         from turn
+         where owner is null and status in ('pending', 'running') and offer_after <= now()
+         order by offer_after
+         limit $1
+         for update skip locked",
+    )
+    .bind(BATCH)
+    .fetch_all(&mut *tx)
+    .await?;
+    if due.is_empty() {
+        return Ok(0);
+    }
+    let (mut sessions, mut turns, mut waits) = (Vec::new(), Vec::new(), Vec::new());
+    for row in &due {
+        let (session, turn, offers): (Uuid, i32, i32) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        sessions.push(session);
+        turns.push(turn);
+        waits.push(ownership::next_offer(unsigned(offers) + 1).as_secs_f64());
+        let session = SessionId::from_uuid(session);
+        let job = RunTurn { session_id: session.to_string(), turn: unsigned(turn) };
+        enqueue(&mut tx, &subject::turn_run(session), &job).await?;
+    }
+    sqlx::query(
+        "update turn t
+         set offers = t.offers + 1, offer_after = now() + make_interval(secs => d.wait)
+         from unnest($1::uuid[], $2::integer[], $3::float8[]) as d (session_id, turn_number, wait)
+         where t.session_id = d.session_id and t.turn_number = d.turn_number",
+    )
+    .bind(&sessions)
+    .bind(&turns)
+    .bind(&waits)
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    metrics::counter!("aod_turns_offered_again_total").increment(due.len() as u64);
+    Ok(due.len())
+}
+
+/// Sprites that have to go and are still there. The job in the queue is tried again by itself; this covers a queue that was lost.
+/// Less and less often: a Sprite may be undeletable for want of its user's credentials.
+async fn offer_destructions(scheduler: &Scheduler) -> anyhow::Result<usize> {
+    let mut tx = scheduler.pool.begin().await?;
+    let mut offered = 0;
+    for statement in [
+        "with due as (
+            select session_id from session
+            where destroy_after <= now() and destroy_after is not null and sprite_destroyed_at is null
+            limit $1 for update skip locked
+         )
+         update session s set destroy_after = now() + greatest('10 minutes', least('1 day', now() - s.updated_at))
+         from due where s.session_id = due.session_id
+         returning s.session_id, s.sprite",
+        "with due as (
+            select session_id from deleted_session
+            where destroy_after <= now() and sprite_destroyed_at is null
+            limit $1 for update skip locked
+         )
+         update deleted_session s set destroy_after = now() + greatest('10 minutes', least('1 day', now() - s.deleted_at))
+         from due where s.session_id = due.session_id
+         returning s.session_id, s.sprite",
+    ] {
+        let due = sqlx::query(statement).bind(BATCH).fetch_all(&mut *tx).await?;
+        offered += due.len();
+        for row in due {
+            let sprite: SpriteName = row.try_get::<String, _>(1)?.parse()?;
+            destroy_job(&mut tx, SessionId::from_uuid(row.try_get(0)?), &sprite).await?;
+        }
+    }
+    tx.commit().await?;
+    Ok(offered)
+}
+
+/// Offers everything that waits in the queue again, at the next pass: the queue was lost, or lost something.
+///
+/// # Errors
+/// When Postgres refuses.
+pub async fn offer_all(tx: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("update turn set offer_after = now(), offers = 0 where owner is null and status in ('pending', 'running')")
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query("update session set destroy_after = now() where destroy_after is not null and sprite_destroyed_at is null")
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query("update deleted_session set destroy_after = now() where destroy_after is not null and sprite_destroyed_at is null")
+        .execute(tx)
+        .await?;
+    Ok(())
+}
