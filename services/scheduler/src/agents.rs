@@ -10,7 +10,11 @@ use time::OffsetDateTime;
 use types::{AgentId, EnvironmentId, ErrorCode, ModelRef, Runtime, UserId, agent::merge_metadata, model::ModelError};
 use uuid::Uuid;
 
-use crate::{Scheduler, Window, environments, micros, now, once, parsed_json, secret_id, unsigned, version_mismatch};
+use crate::{
+    Scheduler, environments, micros, now, once,
+    page::{List, Window, check_size},
+    parsed_json, secret_id, unsigned, version_mismatch,
+};
 
 #[derive(Clone, PartialEq, sqlx::FromRow)]
 struct AgentRow {
@@ -118,6 +122,10 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
 }
 
 async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Failure> {
+    // Fields that are changed one by one could add up to more than an answer may hold.
+    let texts = [&row.name, &row.description, &row.system].map(String::len).into_iter().sum::<usize>();
+    let documents = [&row.metadata, &row.skills, &row.mcp_servers].map(|value| value.to_string().len()).into_iter().sum::<usize>();
+    check_size("agent", texts + documents)?;
     sqlx::query(
         "insert into agent_version (agent_id, version, name, description, system, model, runtime, environment_id, metadata, skills,
                                     mcp_servers, mcp_secret_id, created_at)
@@ -260,43 +268,39 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgentsReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let window = Window::by_time(request.limit, request.after.as_ref())?;
-    let mut rows: Vec<AgentRow> = sqlx::query_as(
-        "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
-                v.mcp_servers, v.mcp_secret_id, a.version, a.created_at, a.updated_at, a.archived_at
-         from agent a
-         join agent_version v using (agent_id, version)
-         where a.user_id = $1 and a.archived_at is null and (a.created_at, a.agent_id) < ($2, $3)
-         order by a.created_at desc, a.agent_id desc
-         limit $4",
-    )
-    .bind(user.uuid())
-    .bind(window.time)
-    .bind(window.id)
-    .bind(window.rows())
-    .fetch_all(&scheduler.pool)
-    .await?;
-    let has_more = window.trim(&mut rows);
+    let list = List {
+        keys: "select agent_id from agent where user_id = $1 and archived_at is null and (created_at, agent_id) < ($3, $4)
+               order by created_at desc, agent_id desc limit $2 + 1",
+        table: "agent a join agent_version v using (agent_id, version)",
+        by_key: "agent_id",
+        bytes: VERSION_BYTES,
+        columns: "agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills, v.mcp_servers,
+                  v.mcp_secret_id, version, a.created_at, a.updated_at, a.archived_at",
+    };
+    let page = list.read(&scheduler.pool, |query| query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id));
+    let (rows, has_more): (Vec<AgentRow>, _) = page.await?;
     Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
 }
+
+/// The size of a version `v` in an answer, at least.
+const VERSION_BYTES: &str = "octet_length(v.name) + octet_length(v.description) + octet_length(v.system) + octet_length(v.metadata::text)
+                             + octet_length(v.skills::text) + octet_length(v.mcp_servers::text) + 500";
 
 /// The snapshots of an agent, newest first. Both times of each are the snapshot's.
 pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListAgentsReply, Failure> {
     let agent: AgentId = request.id.parse().map_err(|_| missing())?;
     get(scheduler.clone(), GetAgentRequest { user_id: request.user_id, agent_id: request.id }).await?;
     let window = Window::by_number_downwards(request.limit, request.after.as_ref());
-    let mut rows: Vec<AgentRow> = sqlx::query_as(
-        "select agent_id, name, description, system, model, runtime, environment_id, metadata, skills, mcp_servers, mcp_secret_id,
-                version, created_at, created_at as updated_at, null::timestamptz as archived_at
-         from agent_version
-         where agent_id = $1 and version < $2
-         order by version desc
-         limit $3",
-    )
-    .bind(agent.uuid())
-    .bind(window.number)
-    .bind(window.rows())
-    .fetch_all(&scheduler.pool)
-    .await?;
-    let has_more = window.trim(&mut rows);
+    let list = List {
+        keys: "select version from agent_version where agent_id = $1 and version < $3 order by version desc limit $2 + 1",
+        table: "agent_version v",
+        by_key: "agent_id = $1 and version",
+        bytes: VERSION_BYTES,
+        columns:
+            "agent_id, name, description, system, model, runtime, environment_id, metadata, skills, mcp_servers, mcp_secret_id, version,
+                  created_at, created_at as updated_at, null::timestamptz as archived_at",
+    };
+    let page = list.read(&scheduler.pool, |query| query.bind(agent.uuid()).bind(window.limit).bind(window.number));
+    let (rows, has_more): (Vec<AgentRow>, _) = page.await?;
     Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
 }

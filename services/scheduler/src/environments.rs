@@ -14,7 +14,11 @@ use time::OffsetDateTime;
 use types::{EnvironmentId, UserId};
 use uuid::Uuid;
 
-use crate::{Scheduler, Window, micros, now, once, parsed_json, secret_id, unsigned, version_mismatch};
+use crate::{
+    Scheduler, micros, now, once,
+    page::{List, Window, check_size},
+    parsed_json, secret_id, unsigned, version_mismatch,
+};
 
 #[derive(Clone, PartialEq, sqlx::FromRow)]
 struct EnvironmentRow {
@@ -116,6 +120,10 @@ async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> 
 }
 
 async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(), Failure> {
+    // Fields that are changed one by one could add up to more than an answer may hold.
+    let names = row.env_var_names.iter().map(String::len).sum::<usize>();
+    let documents = [&row.packages, &row.networking].map(|value| value.to_string().len()).into_iter().sum::<usize>();
+    check_size("environment", row.name.len() + row.setup_script.len() + names + documents)?;
     sqlx::query(
         "insert into environment_version (environment_id, version, name, packages, setup_script, networking, env_var_names,
                                           env_vars_secret_id, created_at)
@@ -265,43 +273,39 @@ pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvironmentsReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let window = Window::by_time(request.limit, request.after.as_ref())?;
-    let mut rows: Vec<EnvironmentRow> = sqlx::query_as(
-        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
-                e.version, e.created_at, e.updated_at, e.archived_at
-         from environment e
-         join environment_version v using (environment_id, version)
-         where e.user_id = $1 and e.archived_at is null and (e.created_at, e.environment_id) < ($2, $3)
-         order by e.created_at desc, e.environment_id desc
-         limit $4",
-    )
-    .bind(user.uuid())
-    .bind(window.time)
-    .bind(window.id)
-    .bind(window.rows())
-    .fetch_all(&scheduler.pool)
-    .await?;
-    let has_more = window.trim(&mut rows);
+    let list = List {
+        keys:
+            "select environment_id from environment where user_id = $1 and archived_at is null and (created_at, environment_id) < ($3, $4)
+               order by created_at desc, environment_id desc limit $2 + 1",
+        table: "environment e join environment_version v using (environment_id, version)",
+        by_key: "environment_id",
+        bytes: VERSION_BYTES,
+        columns: "environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id, version,
+                  e.created_at, e.updated_at, e.archived_at",
+    };
+    let page = list.read(&scheduler.pool, |query| query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id));
+    let (rows, has_more): (Vec<EnvironmentRow>, _) = page.await?;
     Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
 }
+
+/// The size of a version `v` in an answer, at least.
+const VERSION_BYTES: &str = "octet_length(v.name) + octet_length(v.setup_script) + octet_length(v.packages::text)
+                             + octet_length(v.networking::text) + octet_length(v.env_var_names::text) + 500";
 
 /// The snapshots of an environment, newest first. Both times of each are the snapshot's.
 pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListEnvironmentsReply, Failure> {
     let environment: EnvironmentId = request.id.parse().map_err(|_| missing())?;
     get(scheduler.clone(), GetEnvironmentRequest { user_id: request.user_id, environment_id: request.id }).await?;
     let window = Window::by_number_downwards(request.limit, request.after.as_ref());
-    let mut rows: Vec<EnvironmentRow> = sqlx::query_as(
-        "select environment_id, name, packages, setup_script, networking, env_var_names, env_vars_secret_id, version, created_at,
-                created_at as updated_at, null::timestamptz as archived_at
-         from environment_version
-         where environment_id = $1 and version < $2
-         order by version desc
-         limit $3",
-    )
-    .bind(environment.uuid())
-    .bind(window.number)
-    .bind(window.rows())
-    .fetch_all(&scheduler.pool)
-    .await?;
-    let has_more = window.trim(&mut rows);
+    let list = List {
+        keys: "select version from environment_version where environment_id = $1 and version < $3 order by version desc limit $2 + 1",
+        table: "environment_version v",
+        by_key: "environment_id = $1 and version",
+        bytes: VERSION_BYTES,
+        columns: "environment_id, name, packages, setup_script, networking, env_var_names, env_vars_secret_id, version, created_at,
+                  created_at as updated_at, null::timestamptz as archived_at",
+    };
+    let page = list.read(&scheduler.pool, |query| query.bind(environment.uuid()).bind(window.limit).bind(window.number));
+    let (rows, has_more): (Vec<EnvironmentRow>, _) = page.await?;
     Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
 }

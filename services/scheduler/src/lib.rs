@@ -14,6 +14,7 @@ mod gauges;
 pub mod metrics;
 mod once;
 mod orphans;
+mod page;
 mod projector;
 mod quota;
 mod reconciler;
@@ -27,7 +28,7 @@ use std::{num::NonZeroU8, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use bus::{Bus, Failure, responder::Responder};
-use contract::{access, common, rpc, scheduler::Cursor};
+use contract::{access, common, rpc};
 use service::{Env, Lifecycle};
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -229,54 +230,4 @@ fn version_mismatch(current: i32, sent: i64, secrets_of: Option<u32>) -> Result<
         Some(expected) => Err(Failure::conflict(format!("Version mismatch: expected {expected}, got {sent}"))),
         None => Ok(()),
     }
-}
-
-/// Which rows a page holds.
-struct Window {
-    time: OffsetDateTime,
-    id: uuid::Uuid,
-    number: i32,
-    limit: usize,
-}
-
-impl Window {
-    /// Rows older than the cursor, or all.
-    fn by_time(limit: u32, after: Option<&Cursor>) -> Result<Self, Failure> {
-        let malformed = || Failure::invalid("Invalid cursor");
-        let (time, id) = match after {
-            None => (OffsetDateTime::now_utc() + time::Duration::days(1), uuid::Uuid::max()),
-            Some(cursor) => (
-                OffsetDateTime::from_unix_timestamp_nanos(i128::from(cursor.position) * 1000).map_err(|_| malformed())?,
-                cursor.id.parse().map_err(|_| malformed())?,
-            ),
-        };
-        Ok(Self { time, id, ..Self::by_number_upwards(limit, None) })
-    }
-
-    /// Parts with a smaller number than the cursor's, or all.
-    fn by_number_downwards(limit: u32, after: Option<&Cursor>) -> Self {
-        Self { number: after.map_or(i32::MAX, number), ..Self::by_number_upwards(limit, None) }
-    }
-
-    /// Parts with a greater number than the cursor's, or all.
-    fn by_number_upwards(limit: u32, after: Option<&Cursor>) -> Self {
-        let limit = limit.clamp(1, types::limits::PAGE_MAX) as usize;
-        Self { time: OffsetDateTime::UNIX_EPOCH, id: uuid::Uuid::nil(), number: after.map_or(0, number), limit }
-    }
-
-    /// How many rows to ask for: one more than wanted tells whether there are more.
-    fn rows(&self) -> i64 {
-        self.limit as i64 + 1
-    }
-
-    /// Leaves the rows of the page; whether there were more.
-    fn trim<T>(&self, rows: &mut Vec<T>) -> bool {
-        let has_more = rows.len() > self.limit;
-        rows.truncate(self.limit);
-        has_more
-    }
-}
-
-fn number(cursor: &Cursor) -> i32 {
-    i32::try_from(cursor.position).unwrap_or(if cursor.position < 0 { 0 } else { i32::MAX })
 }

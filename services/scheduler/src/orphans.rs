@@ -23,27 +23,50 @@ use crate::{
 
 const LEASE: Duration = Duration::from_secs(300);
 
-/// Queues a search of every user's account, once in a while, whichever replica comes first.
+/// A user's account is searched until this many intervals after the last change of a session: a Sprite that is made late, by a runner that
+/// was paused for instance, is found too.
+const INTERVALS: f64 = 4.0;
+/// Users whose accounts have not been searched for so long are forgotten here.
+const FORGET_AFTER_DAYS: i32 = 7;
+
+/// Queues a search of the accounts of users whose sessions changed, once in a while, whichever replica comes first.
 pub async fn run(scheduler: Scheduler, every: Duration, stop: CancellationToken) {
     service::periodically("orphans", every, stop, || queue(&scheduler, every)).await;
 }
 
 async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
     let mut tx = scheduler.pool.begin().await?;
+    // Since the last search but some, however long ago that was: while no scheduler ran, nothing was searched.
     let users: Vec<Uuid> = sqlx::query_scalar(
-        "insert into sprite_sweep (user_id, queued_at)
-         select user_id, now()
-         from (select user_id from session union select user_id from deleted_session union select user_id from sprite_sweep) known
-         on conflict (user_id) do update set queued_at = now() where sprite_sweep.queued_at < now() - make_interval(secs => $1)
+        "with since as (
+             select least(now(), coalesce((select max(queued_at) from sprite_sweep), '-infinity')) - make_interval(secs => $1 * $2) as time
+         ), changed as (
+             select distinct user_id from session, since where updated_at > since.time
+             union select user_id from deleted_session, since where deleted_at > since.time
+             union select user_id from sprite_sweep, since where changed_at > since.time
+         )
+         insert into sprite_sweep (user_id, queued_at)
+         select user_id, now() from changed
+         on conflict (user_id) do update set queued_at = now() where sprite_sweep.queued_at < now() - make_interval(secs => $1 / 2)
          returning user_id",
     )
-    .bind(every.as_secs_f64() / 2.0)
+    .bind(every.as_secs_f64())
+    .bind(INTERVALS)
     .fetch_all(&mut *tx)
     .await?;
     for user in users {
         let user = UserId::from_uuid(user);
         enqueue(&mut tx, &subject::sprite_sweep(user), &SweepSprites { user_id: user.to_string() }).await?;
     }
+    // The newest stays: it says when was searched last.
+    sqlx::query(
+        "delete from sprite_sweep
+         where greatest(queued_at, changed_at) < now() - make_interval(days => $1)
+           and queued_at < (select max(queued_at) from sprite_sweep)",
+    )
+    .bind(FORGET_AFTER_DAYS)
+    .execute(&mut *tx)
+    .await?;
     tx.commit().await?;
     scheduler.outbox.notify_one();
     Ok(())

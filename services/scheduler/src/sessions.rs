@@ -20,7 +20,11 @@ use types::{
 };
 use uuid::Uuid;
 
-use crate::{Scheduler, Window, environments, event_log, micros, once, parsed_json, quota, secret_id, unsigned};
+use crate::{
+    Scheduler, environments, event_log, micros, once,
+    page::{List, Window},
+    parsed_json, quota, secret_id, unsigned,
+};
 
 /// The columns of a [`SessionRow`], by name: a migration then changes no statement that a running replica has prepared.
 macro_rules! session_columns {
@@ -301,27 +305,27 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
         request.agent_id.as_deref().map(str::parse::<AgentId>).transpose().map_err(|_| Failure::invalid("agent_id must be an id"))?;
     let environment = request.environment_id.as_deref().map(str::parse::<EnvironmentId>).transpose();
     let environment = environment.map_err(|_| Failure::invalid("environment_id must be an id"))?;
-    let mut rows: Vec<SessionRow> = sqlx::query_as(concat!(
-        "select ",
-        session_columns!(),
-        " from session
-         where user_id = $1 and (created_at, session_id) < ($2, $3)
-           and ($5::text is null or status = $5)
-           and ($6::uuid is null or agent_id = $6)
-           and ($7::uuid is null or environment_id = $7)
-         order by created_at desc, session_id desc
-         limit $4"
-    ))
-    .bind(user.uuid())
-    .bind(window.time)
-    .bind(window.id)
-    .bind(window.rows())
-    .bind(request.status)
-    .bind(agent.map(AgentId::uuid))
-    .bind(environment.map(EnvironmentId::uuid))
-    .fetch_all(&scheduler.pool)
-    .await?;
-    let has_more = window.trim(&mut rows);
+    // A filter that is not asked for is not in the statement: a plan that is kept would have to suit it.
+    let filter = |asked: bool, with: &'static str, without: &'static str| if asked { with } else { without };
+    let keys = format!(
+        "select session_id from session where user_id = $1 and (created_at, session_id) < ($3, $4) and {} and {} and {}
+         order by created_at desc, session_id desc limit $2 + 1",
+        filter(request.status.is_some(), "status = $5", "$5::text is null"),
+        filter(agent.is_some(), "agent_id = $6", "$6::uuid is null"),
+        filter(environment.is_some(), "environment_id = $7", "$7::uuid is null"),
+    );
+    let list = List {
+        keys: &keys,
+        table: "session",
+        by_key: "session_id",
+        bytes: "octet_length(metadata::text) + octet_length(resources::text) + coalesce(octet_length(failure_message), 0) + 1000",
+        columns: session_columns!(),
+    };
+    let page = list.read(&scheduler.pool, |query| {
+        let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
+        query.bind(request.status.clone()).bind(agent.map(AgentId::uuid)).bind(environment.map(EnvironmentId::uuid))
+    });
+    let (rows, has_more): (Vec<SessionRow>, _) = page.await?;
     Ok(ListSessionsReply { sessions: rows.into_iter().map(Session::from).collect(), has_more })
 }
 
@@ -357,20 +361,16 @@ pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<Li
     let id: SessionId = request.id.parse().map_err(|_| missing())?;
     get(scheduler.clone(), GetSessionRequest { user_id: request.user_id, session_id: request.id, recorded_through: 0 }).await?;
     let window = Window::by_number_upwards(request.limit, request.after.as_ref());
-    let mut rows: Vec<TurnRow> = sqlx::query_as(
-        "select turn_number, prompt, status, exit_code, created_at, started_at, ended_at,
-                input_tokens, output_tokens, cost_micro_usd, model_used
-         from turn
-         where session_id = $1 and turn_number > $2
-         order by turn_number
-         limit $3",
-    )
-    .bind(id.uuid())
-    .bind(window.number)
-    .bind(window.rows())
-    .fetch_all(&scheduler.pool)
-    .await?;
-    let has_more = window.trim(&mut rows);
+    let list = List {
+        keys: "select turn_number from turn where session_id = $1 and turn_number > $3 order by turn_number limit $2 + 1",
+        table: "turn",
+        by_key: "session_id = $1 and turn_number",
+        bytes: "octet_length(prompt) + 500",
+        columns: "turn_number, prompt, status, exit_code, created_at, started_at, ended_at, input_tokens, output_tokens, cost_micro_usd,
+                  model_used",
+    };
+    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(window.limit).bind(window.number));
+    let (rows, has_more): (Vec<TurnRow>, _) = page.await?;
     let turn = |row: TurnRow| Turn {
         usage: row.usage(),
         turn_number: unsigned(row.turn_number),

@@ -5,12 +5,18 @@
 use std::time::{Duration, Instant};
 
 use bus::Bus;
-use contract::{access, common::Empty, rpc, scheduler::CreateAgentRequest};
+use contract::{
+    access,
+    common::Empty,
+    rpc,
+    scheduler::{CreateAgentRequest, CreateEnvironmentRequest, Cursor, ListPartsRequest, ListRequest},
+};
 use scheduler::Retention;
 use service::Lifecycle;
 use sqlx::{Connection as _, PgConnection};
 use testkit::{Database, Nats, eventually, postgres::Server};
 use types::{ErrorCode, UserId};
+use uuid::Uuid;
 
 const SOON: Duration = Duration::from_secs(15);
 
@@ -162,4 +168,189 @@ async fn a_day_is_made_and_events_are_written_while_a_backup_reads() {
         .unwrap();
     assert!(there, "the day's table is made while the backup reads");
     backup.close().await.unwrap();
+}
+
+/// Reads a whole list page by page; how many rows each page had.
+async fn pages<T>(mut page: impl AsyncFnMut(Option<Cursor>) -> (Vec<T>, bool), cursor: impl Fn(&T) -> Cursor) -> Vec<usize> {
+    let (mut counts, mut after) = (Vec::new(), None);
+    loop {
+        let (rows, has_more) = page(after).await;
+        counts.push(rows.len());
+        if !has_more {
+            return counts;
+        }
+        after = rows.last().map(&cursor);
+    }
+}
+
+#[tokio::test]
+async fn lists_of_the_largest_rows_are_read_page_by_page() {
+    const ROWS: usize = 9;
+    let large = "x".repeat(2_500_000);
+    let json = format!(r#"{{"k":"{large}"}}"#);
+    let database = Database::create().await.unwrap();
+    let world = World::start(&database).await;
+    let user = world.user.to_string();
+    let by_time = |position, id: &str| Cursor { position, id: id.to_owned() };
+    let by_number = |number: u32| Cursor { position: number.into(), id: String::new() };
+    let list = |limit, after| ListRequest { user_id: user.clone(), limit, after, ..ListRequest::default() };
+    let parts = |id: &str, after| ListPartsRequest { user_id: user.clone(), id: id.to_owned(), limit: 1000, after };
+    let gateway = &world.gateway;
+
+    let (mut agent, mut environment) = (String::new(), String::new());
+    for n in 0..ROWS {
+        let request = CreateAgentRequest { metadata: json.clone(), ..world.agent() };
+        agent = gateway.call::<rpc::CreateAgent>(&request, SOON).await.unwrap().agent.unwrap().agent_id;
+        let request = CreateEnvironmentRequest {
+            user_id: user.clone(),
+            name: n.to_string(),
+            packages: "{}".to_owned(),
+            networking: "{}".to_owned(),
+            setup_script: large.clone(),
+            ..CreateEnvironmentRequest::default()
+        };
+        environment = gateway.call::<rpc::CreateEnvironment>(&request, SOON).await.unwrap().environment.unwrap().environment_id;
+    }
+    let mut admin = database.admin().await.unwrap();
+    let copies = "with one as (select * from scheduler.agent_version where agent_id = $1)
+         insert into scheduler.agent_version (agent_id, version, name, description, system, model, runtime, metadata, skills, mcp_servers)
+         select agent_id, n, name, description, system, model, runtime, metadata, skills, mcp_servers from one, generate_series(2, 9) as n";
+    sqlx::query(copies).bind(agent.parse::<Uuid>().unwrap()).execute(&mut admin).await.unwrap();
+    let copies = "with one as (select * from scheduler.environment_version where environment_id = $1)
+         insert into scheduler.environment_version (environment_id, version, name, packages, setup_script, networking, env_var_names)
+         select environment_id, n, name, packages, setup_script, networking, env_var_names from one, generate_series(2, 9) as n";
+    sqlx::query(copies).bind(environment.parse::<Uuid>().unwrap()).execute(&mut admin).await.unwrap();
+    let session = Uuid::new_v4();
+    sqlx::query(
+        "insert into scheduler.session (session_id, user_id, agent_id, agent_version, runtime, sprite, conversation_id, metadata, status, turn_count)
+         select case when n = 1 then $1 else gen_random_uuid() end, $2, $3, 1, 'shell', 's', gen_random_uuid(),
+                jsonb_build_object('k', repeat('x', 2500000)), 'completed', 9
+         from generate_series(1, 9) as n",
+    )
+    .bind(session)
+    .bind(world.user.uuid())
+    .bind(agent.parse::<Uuid>().unwrap())
+    .execute(&mut admin)
+    .await
+    .unwrap();
+    sqlx::query(
+        "insert into scheduler.turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at)
+         select $1, n, repeat('x', 2500000), 60, 'completed', now() from generate_series(1, 9) as n",
+    )
+    .bind(session)
+    .execute(&mut admin)
+    .await
+    .unwrap();
+
+    let agents = async |after| {
+        let reply = gateway.call::<rpc::ListAgents>(&list(1000, after), SOON).await.unwrap();
+        (reply.agents, reply.has_more)
+    };
+    // Two rows reach the bound of bytes.
+    let expected = [2, 2, 2, 2, 1];
+    assert_eq!(pages(agents, |row| by_time(row.created_at_us, &row.agent_id)).await, expected);
+    let versions = async |after| {
+        let reply = gateway.call::<rpc::ListAgentVersions>(&parts(&agent, after), SOON).await.unwrap();
+        (reply.agents, reply.has_more)
+    };
+    assert_eq!(pages(versions, |row| by_number(row.version)).await, expected);
+    let environments = async |after| {
+        let reply = gateway.call::<rpc::ListEnvironments>(&list(1000, after), SOON).await.unwrap();
+        (reply.environments, reply.has_more)
+    };
+    assert_eq!(pages(environments, |row| by_time(row.created_at_us, &row.environment_id)).await, expected);
+    let versions = async |after| {
+        let reply = gateway.call::<rpc::ListEnvironmentVersions>(&parts(&environment, after), SOON).await.unwrap();
+        (reply.environments, reply.has_more)
+    };
+    assert_eq!(pages(versions, |row| by_number(row.version)).await, expected);
+    for filter in [None, Some(agent.clone())] {
+        let sessions = async |after| {
+            let request = ListRequest { agent_id: filter.clone(), ..list(1000, after) };
+            let reply = gateway.call::<rpc::ListSessions>(&request, SOON).await.unwrap();
+            (reply.sessions, reply.has_more)
+        };
+        assert_eq!(pages(sessions, |row| by_time(row.created_at_us, &row.session_id)).await, expected);
+    }
+    let turns = async |after| {
+        let reply = gateway.call::<rpc::ListTurns>(&parts(&session.to_string(), after), SOON).await.unwrap();
+        (reply.turns, reply.has_more)
+    };
+    assert_eq!(pages(turns, |row| by_number(row.turn_number)).await, expected);
+}
+
+#[tokio::test]
+async fn a_page_of_small_rows_ends_with_its_limit() {
+    let database = Database::create().await.unwrap();
+    let world = World::start(&database).await;
+    for _ in 0..10 {
+        world.gateway.call::<rpc::CreateAgent>(&world.agent(), SOON).await.unwrap();
+    }
+    for (limit, expected) in [(10, vec![10]), (11, vec![10]), (5, vec![5, 5]), (9, vec![9, 1])] {
+        let agents = async |after| {
+            let request = ListRequest { user_id: world.user.to_string(), limit, after, ..ListRequest::default() };
+            let reply = world.gateway.call::<rpc::ListAgents>(&request, SOON).await.unwrap();
+            (reply.agents, reply.has_more)
+        };
+        assert_eq!(pages(agents, |row| Cursor { position: row.created_at_us, id: row.agent_id.clone() }).await, expected);
+    }
+    let nobody = ListRequest { user_id: UserId::new().to_string(), limit: 10, ..ListRequest::default() };
+    let reply = world.gateway.call::<rpc::ListAgents>(&nobody, SOON).await.unwrap();
+    assert!(reply.agents.is_empty() && !reply.has_more);
+}
+
+/// Accounts of users that did nothing cost nothing.
+#[tokio::test]
+async fn the_accounts_of_users_whose_sessions_changed_are_searched_and_no_others() {
+    let database = Database::create().await.unwrap();
+    let world = World::start(&database).await;
+    let mut admin = database.admin().await.unwrap();
+    let [idle, active, deleted, purged] = [(); 4].map(|()| Uuid::new_v4());
+    for (user, age) in [(idle, "2 hours"), (active, "10 minutes")] {
+        sqlx::query(
+            "insert into scheduler.session (session_id, user_id, agent_version, runtime, sprite, conversation_id, metadata, status, turn_count, updated_at)
+             values (gen_random_uuid(), $1, 1, 'shell', 's', gen_random_uuid(), '{}', 'completed', 1, now() - $2::interval)",
+        )
+        .bind(user)
+        .bind(age)
+        .execute(&mut admin)
+        .await
+        .unwrap();
+    }
+    sqlx::query("insert into scheduler.deleted_session (session_id, user_id, sprite) values (gen_random_uuid(), $1, 's')")
+        .bind(deleted)
+        .execute(&mut admin)
+        .await
+        .unwrap();
+    // The last search was 16 minutes ago, of users long idle as well; one row has been idle for so long that it is forgotten.
+    sqlx::query(
+        "insert into scheduler.sprite_sweep (user_id, queued_at, changed_at)
+         values ($1, now() - interval '16 minutes', now() - interval '1 day'), ($2, now() - interval '16 minutes', now()),
+                ($3, now() - interval '8 days', now() - interval '8 days')",
+    )
+    .bind(idle)
+    .bind(purged)
+    .bind(Uuid::new_v4())
+    .execute(&mut admin)
+    .await
+    .unwrap();
+    World::run_scheduler(&world.nats, &database).await;
+    let mut searched = Vec::new();
+    for _ in 0..100 {
+        searched =
+            sqlx::query_scalar::<_, Uuid>("select user_id from scheduler.sprite_sweep where queued_at > now() - interval '1 minute'")
+                .fetch_all(&mut admin)
+                .await
+                .unwrap();
+        if searched.len() >= 3 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    searched.sort();
+    let mut expected = [active, deleted, purged];
+    expected.sort();
+    assert_eq!(searched, expected);
+    let known: i64 = sqlx::query_scalar("select count(*) from scheduler.sprite_sweep").fetch_one(&mut admin).await.unwrap();
+    assert_eq!(known, 4);
 }

@@ -13,6 +13,8 @@ use types::CredentialKind;
 use crate::{Runner, secrets::Secrets};
 
 const DEADLINE: Duration = Duration::from_secs(10);
+/// A question about so many names fits a message.
+const NAMES_AT_A_TIME: usize = 1000;
 /// The next search comes by itself: this one is not tried for long.
 const DELIVERIES_MAX: u64 = 3;
 
@@ -34,15 +36,21 @@ async fn sweep(runner: &Runner, job: SweepSprites) -> Result<(), String> {
     let Some(token) = secrets.credential(CredentialKind::Sprites) else { return Ok(()) };
     let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
     let names = client.list(&claim.name_prefix).await.map_err(|error| error.to_string())?;
-    if names.is_empty() {
-        return Ok(());
+    let mut failed = None;
+    for names in names.chunks(NAMES_AT_A_TIME) {
+        let request = FindOrphansRequest { names: names.to_vec() };
+        let orphans = runner.bus.call::<rpc::FindOrphans>(&request, DEADLINE).await.map_err(|error| error.to_string())?;
+        for name in orphans.names {
+            let Ok(name) = name.parse() else { continue };
+            match client.delete(&name).await {
+                Ok(()) => {
+                    metrics::counter!("aod_orphans_deleted_total").increment(1);
+                    tracing::warn!(sprite = %name, "a Sprite that no session knows is deleted");
+                }
+                // The others all the same.
+                Err(error) => failed = Some(error.to_string()),
+            }
+        }
     }
-    let orphans = runner.bus.call::<rpc::FindOrphans>(&FindOrphansRequest { names }, DEADLINE).await.map_err(|error| error.to_string())?;
-    for name in orphans.names {
-        let Ok(name) = name.parse() else { continue };
-        client.delete(&name).await.map_err(|error| error.to_string())?;
-        metrics::counter!("aod_orphans_deleted_total").increment(1);
-        tracing::warn!(sprite = %name, "a Sprite that no session knows is deleted");
-    }
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }

@@ -1,0 +1,110 @@
+//! Pages of lists: bounded by rows, and by bytes within Postgres, so that no answer is larger than a message and none is loaded that is.
+
+use bus::Failure;
+use contract::scheduler::Cursor;
+use sqlx::{AssertSqlSafe, FromRow, PgPool, Postgres, Row as _, postgres::PgRow, query::Query};
+use time::OffsetDateTime;
+use types::ErrorCode;
+use uuid::Uuid;
+
+/// A page ends with the row that reaches this many bytes, and no row is larger than that: together they fit a message.
+const BYTES_MAX: u32 = (types::limits::MESSAGE_BYTES_MAX / 2) as u32 - 64 * 1024;
+
+/// Refuses what would not fit an answer together with the rest of a page.
+///
+/// # Errors
+/// When it is larger than a page may grow.
+pub fn check_size(what: &str, bytes: usize) -> Result<(), Failure> {
+    if bytes <= BYTES_MAX as usize {
+        return Ok(());
+    }
+    Err(Failure::new(ErrorCode::Unprocessable, format!("The {what} is too large: its fields may hold {BYTES_MAX} bytes together")))
+}
+
+/// Where a page begins, and how many rows it may hold.
+pub struct Window {
+    pub time: OffsetDateTime,
+    pub id: Uuid,
+    pub number: i32,
+    pub limit: i64,
+}
+
+impl Window {
+    /// Rows older than the cursor, or all.
+    pub fn by_time(limit: u32, after: Option<&Cursor>) -> Result<Self, Failure> {
+        let malformed = || Failure::invalid("Invalid cursor");
+        let (time, id) = match after {
+            None => (OffsetDateTime::now_utc() + time::Duration::days(1), Uuid::max()),
+            Some(cursor) => (
+                OffsetDateTime::from_unix_timestamp_nanos(i128::from(cursor.position) * 1000).map_err(|_| malformed())?,
+                cursor.id.parse().map_err(|_| malformed())?,
+            ),
+        };
+        Ok(Self { time, id, ..Self::by_number_upwards(limit, None) })
+    }
+
+    /// Parts with a smaller number than the cursor's, or all.
+    pub fn by_number_downwards(limit: u32, after: Option<&Cursor>) -> Self {
+        Self { number: after.map_or(i32::MAX, number), ..Self::by_number_upwards(limit, None) }
+    }
+
+    /// Parts with a greater number than the cursor's, or all.
+    pub fn by_number_upwards(limit: u32, after: Option<&Cursor>) -> Self {
+        let limit = limit.clamp(1, types::limits::PAGE_MAX).into();
+        Self { time: OffsetDateTime::UNIX_EPOCH, id: Uuid::nil(), number: after.map_or(0, number), limit }
+    }
+}
+
+fn number(cursor: &Cursor) -> i32 {
+    i32::try_from(cursor.position).unwrap_or(if cursor.position < 0 { 0 } else { i32::MAX })
+}
+
+/// A list, in SQL. In all its parts `$1` is whose list it is and `$2` how many rows the page may hold; further parameters are `keys`' own.
+pub struct List<'a> {
+    /// Selects the keys of rows, in the list's order: one column, `limit $2 + 1`.
+    pub keys: &'a str,
+    pub table: &'a str,
+    /// Finds a row of the table by its key, which follows. Ends in the key's column.
+    pub by_key: &'a str,
+    /// How large a row is, at least as large as in the answer.
+    pub bytes: &'a str,
+    pub columns: &'a str,
+}
+
+impl List<'_> {
+    /// The sizes of rows are added up one by one, and only until the page is full: to know a size is to read the row.
+    fn sql(&self) -> String {
+        let Self { keys, table, by_key, bytes, columns } = self;
+        format!(
+            "with recursive keys as materialized (select array({keys}) as ids),
+             page as (
+                 select 0 as n, 0::bigint as bytes, 0::bigint as before
+                 union all
+                 select page.n + 1, sized.bytes, page.before + page.bytes
+                 from page, keys, lateral (select ({bytes})::bigint as bytes from {table} where {by_key} = keys.ids[page.n + 1]) sized
+                 where page.before < {BYTES_MAX}
+             )
+             select {columns}, exists (select from page where n > $2 or before >= {BYTES_MAX}) as has_more
+             from page, keys, {table}
+             where {by_key} = keys.ids[page.n] and page.n between 1 and $2 and page.before < {BYTES_MAX}
+             order by page.n"
+        )
+    }
+
+    /// Reads a page; tells whether there are more rows. `bind` binds the parameters.
+    ///
+    /// # Errors
+    /// When Postgres refuses.
+    pub async fn read<T>(
+        &self,
+        pool: &PgPool,
+        bind: impl for<'q> FnOnce(Query<'q, Postgres, sqlx::postgres::PgArguments>) -> Query<'q, Postgres, sqlx::postgres::PgArguments>,
+    ) -> Result<(Vec<T>, bool), Failure>
+    where
+        T: for<'r> FromRow<'r, PgRow>,
+    {
+        let rows = bind(sqlx::query(AssertSqlSafe(self.sql()))).fetch_all(pool).await?;
+        let has_more = rows.last().map(|row| row.try_get("has_more")).transpose()?.unwrap_or_default();
+        Ok((rows.iter().map(T::from_row).collect::<Result<_, _>>()?, has_more))
+    }
+}
