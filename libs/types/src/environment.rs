@@ -59,6 +59,36 @@ pub fn is_variable(text: &str) -> bool {
     text.chars().all(word) && text.chars().next().is_some_and(|first| !first.is_ascii_digit())
 }
 
+/// Set by the supervisor of an agent, or by every shell: a value of the user's would not reach the agent.
+const RESERVED_VARIABLES: [&str; 2] = ["AOD_TURN", "_"];
+/// The kernel starts no program with a longer `NAME=value`, its NUL included (`MAX_ARG_STRLEN`).
+const VARIABLE_BYTES_MAX: usize = 128 * 1024;
+/// All variables of an environment, and all of a session: both fit into the 2 MiB that the kernel takes, with room for arguments.
+pub const VARIABLES_BYTES_MAX: usize = 512 * 1024;
+
+/// Why a variable cannot be given to an agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VariableError {
+    #[error("is set by the service")]
+    Reserved,
+    #[error("is too large: name and value must be at most {} bytes together", VARIABLE_BYTES_MAX - 2)]
+    TooLarge,
+    #[error("holds a NUL")]
+    Nul,
+}
+
+/// # Errors
+/// Why no program can be started with this variable.
+pub fn check_variable(name: &str, value: &str) -> Result<(), VariableError> {
+    if RESERVED_VARIABLES.contains(&name) {
+        return Err(VariableError::Reserved);
+    }
+    if name.len() + value.len() + "=\0".len() > VARIABLE_BYTES_MAX {
+        return Err(VariableError::TooLarge);
+    }
+    if value.contains('\0') { Err(VariableError::Nul) } else { Ok(()) }
+}
+
 /// What a sandbox may reach.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
@@ -142,6 +172,19 @@ mod tests {
     fn variables_have_the_names_that_shells_take() {
         assert!(is_variable("_A1") && is_variable("PATH"));
         assert!(!is_variable("") && !is_variable("1A") && !is_variable("A-B") && !is_variable("É"));
+    }
+
+    #[test]
+    fn what_no_program_can_be_started_with_is_refused() {
+        assert_eq!(check_variable("PATH", "/x:$PATH"), Ok(()));
+        assert_eq!(check_variable("AOD_TURN", ""), Err(VariableError::Reserved));
+        assert_eq!(check_variable("A", "a\0b"), Err(VariableError::Nul));
+        let longest = "x".repeat(131_072 - "BIG=".len() - 1);
+        assert_eq!(check_variable("BIG", &longest), Ok(()));
+        assert_eq!(check_variable("BIG_", &longest), Err(VariableError::TooLarge));
+        // The kernel agrees.
+        let runs = |name: &str| std::process::Command::new("true").env(name, &longest).status().is_ok();
+        assert!(runs("BIG") && !runs("BIG_"));
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod model;
 pub mod partition;
 pub mod repository;
 pub mod session;
+pub mod skill;
 pub mod sprite_name;
 pub mod timestamp;
 

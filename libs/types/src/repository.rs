@@ -13,6 +13,37 @@ pub struct Repository {
     /// `https://github.com/<owner>/<repo>`
     pub url: String,
     pub mount_path: String,
+    /// What is checked out; the default branch where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkout: Option<Checkout>,
+}
+
+/// What of a repository is checked out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum Checkout {
+    Branch { name: String },
+    Commit { sha: String },
+}
+
+/// A branch as `git check-ref-format` takes it, and no option.
+#[must_use]
+pub fn is_branch(text: &str) -> bool {
+    let allowed = |c: char| !c.is_control() && !" ~^:?*[\\".contains(c);
+    (1..=250).contains(&text.len())
+        && text.chars().all(allowed)
+        && !text.starts_with('-')
+        && text != "@"
+        && !["..", "@{"].iter().any(|bad| text.contains(bad))
+        && !text.ends_with('.')
+        && text.split('/').all(|part| !part.is_empty() && !part.starts_with('.') && !part.ends_with(".lock"))
+}
+
+/// A whole commit id, SHA-1 or SHA-256.
+#[must_use]
+pub fn is_commit(text: &str) -> bool {
+    matches!(text.len(), 40 | 64) && text.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c))
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,6 +150,18 @@ mod tests {
         ] {
             assert_eq!(RepositoryUrl::parse(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn branches_and_commits_are_what_git_takes() {
+        for good in ["main", "feature/a-b", "é", "a.b", "@x"] {
+            assert!(is_branch(good), "{good}");
+        }
+        for bad in ["", "-x", "a..b", "a b", "/a", "a/", "a//b", ".a", "a/.b", "a.lock", "a/b.lock/c", "@", "a@{b", "a\n", "a\\b", "a."] {
+            assert!(!is_branch(bad), "{bad:?}");
+        }
+        assert!(is_commit(&"0a".repeat(20)) && is_commit(&"0a".repeat(32)));
+        assert!(!is_commit("HEAD") && !is_commit(&"0A".repeat(20)) && !is_commit(&"0a".repeat(19)));
     }
 
     #[test]

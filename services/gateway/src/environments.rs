@@ -12,7 +12,7 @@ use contract::{
 use serde::Serialize;
 use types::{
     ErrorCode, Networking, PackageManager,
-    environment::{HostPattern, NetworkingKind, is_package, is_variable},
+    environment::{HostPattern, NetworkingKind, VARIABLES_BYTES_MAX, check_variable, is_package, is_variable},
     limits::{BODY_BYTES_MAX, NAME_CHARS_MAX},
 };
 use utoipa::ToSchema;
@@ -135,6 +135,12 @@ pub fn read_env_vars(fields: &mut Fields, name: &str) -> Option<BTreeMap<String,
     let vars = fields.string_map(name)?;
     for key in vars.keys().filter(|key| !is_variable(key)) {
         fields.refuse(name, &format!("Invalid environment variable name: {key}"));
+    }
+    for (key, error) in vars.iter().filter_map(|(key, value)| Some((key, check_variable(key, value).err()?))) {
+        fields.refuse(name, &format!("The variable {key} {error}"));
+    }
+    if vars.iter().map(|(key, value)| key.len() + value.len() + 2).sum::<usize>() > VARIABLES_BYTES_MAX {
+        fields.refuse(name, &format!("The variables are too large: at most {VARIABLES_BYTES_MAX} bytes together"));
     }
     Some(vars)
 }

@@ -18,7 +18,7 @@ use types::{
     AgentId, EnvironmentId, Repository, SessionStatus,
     limits::{BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, URL_CHARS_MAX},
     model::quoted,
-    repository::{RepositoryTag, RepositoryUrl, check_mount_path},
+    repository::{Checkout, RepositoryTag, RepositoryUrl, check_mount_path, is_branch, is_commit},
 };
 use utoipa::{IntoParams, ToSchema};
 
@@ -211,6 +211,8 @@ pub struct Resource {
     /// Absolute; `/workspace/<repo>` where it is absent
     #[schema(max_length = 500)]
     mount_path: Option<String>,
+    /// What is checked out; the default branch where it is absent
+    checkout: Option<Checkout>,
     /// Stored encrypted and never answered
     authorization_token: Option<String>,
 }
@@ -264,7 +266,31 @@ fn read_resource(item: &mut Fields) -> Resource {
         r#type: RepositoryTag::GithubRepository,
         mount_path: mount_path.or_else(|| repository.as_ref().map(RepositoryUrl::default_mount_path)),
         url: repository.map(|repository| repository.to_string()).unwrap_or_default(),
+        checkout: item.nested("checkout", read_checkout).flatten(),
         authorization_token,
+    }
+}
+
+fn read_checkout(checkout: &mut Fields) -> Option<Checkout> {
+    match checkout.named_string("type", BODY_BYTES_MAX)?.as_str() {
+        "branch" => {
+            let name = checkout.named_string("name", BODY_BYTES_MAX)?;
+            if !is_branch(&name) {
+                checkout.refuse("name", "name must be the name of a branch");
+            }
+            Some(Checkout::Branch { name })
+        }
+        "commit" => {
+            let sha = checkout.named_string("sha", BODY_BYTES_MAX)?;
+            if !is_commit(&sha) {
+                checkout.refuse("sha", "sha must be a whole commit id, in lower case");
+            }
+            Some(Checkout::Commit { sha })
+        }
+        _ => {
+            checkout.refuse("type", "type must be 'branch' or 'commit'");
+            None
+        }
     }
 }
 
@@ -327,12 +353,12 @@ async fn keep(app: &App, caller: &Caller, secrets: &SessionSecrets) -> Result<Op
 fn split_tokens(resources: Vec<Resource>) -> (Vec<Repository>, BTreeMap<String, String>) {
     let mut tokens = BTreeMap::new();
     let mut repositories = Vec::with_capacity(resources.len());
-    for Resource { r#type: kind, url, mount_path, authorization_token } in resources {
+    for Resource { r#type: kind, url, mount_path, checkout, authorization_token } in resources {
         let mount_path = mount_path.unwrap_or_default();
         if let Some(token) = authorization_token {
             tokens.insert(mount_path.clone(), token);
         }
-        repositories.push(Repository { kind, url, mount_path });
+        repositories.push(Repository { kind, url, mount_path, checkout });
     }
     (repositories, tokens)
 }

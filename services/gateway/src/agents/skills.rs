@@ -4,6 +4,7 @@ use types::{
     Skill,
     agent::{GithubSkill, GithubTag, InlineSkill, is_skill_name, is_skill_source},
     limits::{AGENT_ITEMS_MAX, BODY_BYTES_MAX, SKILL_CONTENT_BYTES_MAX, SKILL_DESCRIPTION_CHARS_MAX},
+    skill::check_content,
 };
 
 use crate::body::Fields;
@@ -56,6 +57,8 @@ fn read_inline(item: &mut Fields) -> InlineSkill {
     let content = item.named_string("content", BODY_BYTES_MAX);
     if content.as_ref().is_some_and(|content| content.len() > SKILL_CONTENT_BYTES_MAX) {
         item.refuse("content", &format!("content must be at most {SKILL_CONTENT_BYTES_MAX} bytes"));
+    } else if let Some(error) = content.as_deref().and_then(|content| check_content(content).err()) {
+        item.refuse("content", &error.to_string());
     }
     InlineSkill { name: name.unwrap_or_default(), description: description.unwrap_or_default(), content: content.unwrap_or_default() }
 }
