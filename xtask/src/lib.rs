@@ -18,6 +18,8 @@ const FILES: [&str; 6] = [
     "aod/vault/v1/vault.proto",
     "aod/scheduler/v1/scheduler.proto",
 ];
+/// The agent host's journal and inputs: files and streams of bytes, not messages on the bus.
+const HOST_FILE: &str = "aod/host/v1/host.proto";
 
 /// The repository's root.
 #[must_use]
@@ -31,16 +33,18 @@ pub fn root() -> PathBuf {
 /// When a `.proto` file does not compile, or `out` cannot be written.
 pub fn write_messages(out: &Path) -> Result<()> {
     let proto = root().join(PROTO);
-    let descriptors = protox::compile(FILES.map(|file| proto.join(file)), [&proto]).context("compiling .proto files")?;
+    let descriptors =
+        protox::compile(FILES.iter().chain([&HOST_FILE]).map(|file| proto.join(file)), [&proto]).context("compiling .proto files")?;
     std::fs::create_dir_all(out)?;
     prost_build::Config::new()
         .out_dir(out)
-        .bytes([".aod.session.v1.Output.data", ".aod.scheduler.v1.RecordedEvent.payload"])
+        .bytes([".aod.session.v1.Output.data", ".aod.host.v1.Output.data", ".aod.scheduler.v1.RecordedEvent.payload"])
         .skip_debug([
             ".aod.vault.v1.PutCredentialRequest",
             ".aod.vault.v1.PutSecretRequest",
             ".aod.vault.v1.BundledSecret",
             ".aod.vault.v1.Bundle",
+            ".aod.host.v1.Variable",
         ])
         .compile_fds(descriptors)
         .context("writing messages")

@@ -32,6 +32,11 @@ pub mod proto {
                 include!("gen/aod.common.v1.rs");
             }
         }
+        pub mod host {
+            pub mod v1 {
+                include!("gen/aod.host.v1.rs");
+            }
+        }
         pub mod runner {
             pub mod v1 {
                 include!("gen/aod.runner.v1.rs");
@@ -56,5 +61,13 @@ pub mod proto {
 }
 
 pub use proto::aod::{
-    auth::v1 as auth, common::v1 as common, runner::v1 as runner, scheduler::v1 as scheduler, session::v1 as session, vault::v1 as vault,
+    auth::v1 as auth, common::v1 as common, host::v1 as host, runner::v1 as runner, scheduler::v1 as scheduler, session::v1 as session,
+    vault::v1 as vault,
 };
+
+/// Values of variables may be secrets.
+impl std::fmt::Debug for host::Variable {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Variable").field("name", &self.name).finish_non_exhaustive()
+    }
+}

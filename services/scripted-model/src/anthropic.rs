@@ -72,11 +72,11 @@ fn blocks(message: &Value) -> Vec<Value> {
     }
 }
 
-/// What a person wrote: the CLI's own reminders left out.
+/// What a person wrote: the CLI's own reminders, and what it notes of an interrupt, left out.
 fn written(message: &Value) -> String {
     let texts = blocks(message).into_iter().filter_map(|block| block.get("text").and_then(Value::as_str).map(str::to_owned));
     let own = texts.filter_map(|text| text.split("<system-reminder>").next().map(|own| own.trim().to_owned()));
-    own.filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n")
+    own.filter(|text| !text.is_empty() && !text.starts_with("[Request interrupted")).collect::<Vec<_>>().join("\n")
 }
 
 /// Whether it looks for a tool that is there and not offered yet.
@@ -87,8 +87,8 @@ fn searches(message: &Value) -> bool {
 fn question(request: &Value) -> Question {
     let none = Vec::new();
     let messages = request.get("messages").and_then(Value::as_array).unwrap_or(&none);
-    let has_result = |message: &Value| blocks(message).iter().any(|block| is(block, "type", "tool_result"));
-    let is_prompt = |message: &&Value| is(message, "role", "user") && !has_result(message) && !written(message).is_empty();
+    // A prompt may stand beside the result of a tool that was interrupted.
+    let is_prompt = |message: &&Value| is(message, "role", "user") && !written(message).is_empty();
     let last_prompt = messages.iter().rposition(|message| is_prompt(&message));
     let since = messages.get(last_prompt.map_or(0, |index| index + 1)..).unwrap_or_default();
     let result = messages.iter().rev().flat_map(blocks).find(|block| is(block, "type", "tool_result"));

@@ -1,0 +1,158 @@
+//! The agent CLIs. Each adapter is a pure state machine in one file: lines of the CLI and inputs go in, [`Effect`]s come out.
+//! A further runtime is one file and one line in [`ALL`].
+
+mod claude;
+mod json;
+mod shell;
+
+use contract::host::{Capabilities, Spec, ToolResult, ToolUse, decision::Verdict, event, turn_ended};
+
+pub use shell::script;
+
+use crate::{http, prepare};
+
+/// What a CLI's file declares.
+pub struct Runtime {
+    pub name: &'static str,
+    /// The pinned version that its transcripts are of.
+    pub version: &'static str,
+    pub capabilities: Capabilities,
+    pub new: fn(&Spec) -> Box<dyn Adapter>,
+}
+
+pub const ALL: [&Runtime; 2] = [&claude::RUNTIME, &shell::RUNTIME];
+
+pub fn find(name: &str) -> Option<&'static Runtime> {
+    ALL.into_iter().find(|runtime| runtime.name == name)
+}
+
+/// How a program's standard streams are connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stdio {
+    /// One socket pair is standard input and output, another standard error: neither can be opened through `/proc`.
+    Protocol,
+    /// Nothing to read, and a pipe each for output and errors, which programs may open as `/dev/stdout`.
+    Output,
+}
+
+/// A program to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launch {
+    pub argv: Vec<String>,
+    /// Below the session's variables.
+    pub env: Vec<(String, String)>,
+    pub stdio: Stdio,
+    /// Done as the user before the start.
+    pub prepare: Vec<prepare::Action>,
+    /// Whether the program and all that it starts are ended with the turn: true for all but set-up steps.
+    pub belongs_to_turns: bool,
+}
+
+/// What an adapter wants done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// The CLI takes a message now.
+    Ready,
+    Conversation {
+        id: String,
+        model: String,
+    },
+    /// A line for the CLI's standard input, without its end.
+    Send(String),
+    Http(http::Request),
+    /// Something the agent did; `parent` is the call id of the subagent's tool use.
+    Event {
+        parent: Option<String>,
+        kind: event::Kind,
+    },
+    ToolUse {
+        parent: Option<String>,
+        tool: ToolUse,
+    },
+    /// `call` is the tool use's `call_id`.
+    ToolResult {
+        call: String,
+        result: ToolResult,
+    },
+    Ask(Ask),
+    /// The CLI no longer waits for an answer.
+    Unask {
+        key: String,
+    },
+    TurnEnded {
+        reason: turn_ended::Reason,
+        message: String,
+        usage: Option<contract::host::ModelUsage>,
+    },
+}
+
+/// The CLI waits for a decision.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Ask {
+    /// The adapter's name for the request.
+    pub key: String,
+    /// The call id of the tool use.
+    pub call: String,
+    pub tool: String,
+    pub mcp_server: String,
+    pub input_json: String,
+    pub diff: String,
+    pub reason: String,
+}
+
+/// The effects of one step.
+#[derive(Debug, Default)]
+pub struct Out(pub Vec<Effect>);
+
+impl Out {
+    pub fn push(&mut self, effect: Effect) {
+        self.0.push(effect);
+    }
+
+    pub fn event(&mut self, kind: event::Kind) {
+        self.0.push(Effect::Event { parent: None, kind });
+    }
+}
+
+/// How a CLI that is no longer needed ends of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Close {
+    EndOfInput,
+    Terminate,
+}
+
+/// A CLI's protocol. Whatever the CLI prints, no method panics, and no end of a turn is reported that the CLI did not report.
+pub trait Adapter {
+    /// The program for a message. `conversation` is the one to resume. Forgets what a former process had open.
+    fn launch(&mut self, conversation: Option<&str>, first_message: &str) -> Launch;
+
+    /// The process runs.
+    fn started(&mut self, out: &mut Out);
+
+    /// Begins a turn. Called only after [`Effect::Ready`] and while no turn runs.
+    fn message(&mut self, text: &str, out: &mut Out);
+
+    /// Adds a message to the running turn. False: the CLI cannot.
+    fn steer(&mut self, _text: &str, _out: &mut Out) -> bool {
+        false
+    }
+
+    /// Ends the running turn politely. False: the CLI cannot, and its processes are ended instead.
+    fn interrupt(&mut self, _out: &mut Out) -> bool {
+        false
+    }
+
+    fn decide(&mut self, _key: &str, _verdict: Verdict, _message: &str, _out: &mut Out) {}
+
+    /// A line of standard output, without its end.
+    fn line(&mut self, _line: &[u8], _out: &mut Out) {}
+
+    fn http(&mut self, _reply: &http::Reply, _out: &mut Out) {}
+
+    /// The process is gone: what its exit means for the running turn, where it is an end.
+    fn exited(&mut self, _code: i32, _out: &mut Out) {}
+
+    fn close(&self) -> Close {
+        Close::EndOfInput
+    }
+}

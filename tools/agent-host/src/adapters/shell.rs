@@ -1,0 +1,50 @@
+//! The message as a bash script: one process per turn.
+
+use contract::host::{Capabilities, Spec, turn_ended::Reason};
+
+use super::{Adapter, Effect, Launch, Out, Runtime, Stdio};
+
+pub const RUNTIME: Runtime = Runtime {
+    name: "shell",
+    version: "",
+    capabilities: Capabilities {
+        steer: false,
+        permission_requests: false,
+        deny_with_message: false,
+        partial_messages: false,
+        usage: 0,
+        fork: false,
+        interrupt: true,
+        stays_alive: false,
+    },
+    new: |_: &Spec| Box::new(Shell),
+};
+
+struct Shell;
+
+impl Adapter for Shell {
+    fn launch(&mut self, _: Option<&str>, first_message: &str) -> Launch {
+        script(first_message, "prompt", true)
+    }
+
+    fn started(&mut self, out: &mut Out) {
+        out.push(Effect::Ready);
+    }
+
+    fn message(&mut self, _: &str, _: &mut Out) {}
+
+    fn exited(&mut self, code: i32, out: &mut Out) {
+        let reason = if code == 0 { Reason::Completed } else { Reason::Failed };
+        out.push(Effect::TurnEnded { reason, message: String::new(), usage: None });
+    }
+}
+
+/// A script for bash, whose error messages call it by its name.
+pub fn script(text: &str, name: &str, belongs_to_turns: bool) -> Launch {
+    let argv = if text.len() <= crate::process::ARGUMENT_BYTES_MAX {
+        vec!["bash".to_owned(), "-c".to_owned(), text.to_owned(), name.to_owned()]
+    } else {
+        vec!["bash".to_owned(), text.to_owned()]
+    };
+    Launch { argv, env: Vec::new(), stdio: Stdio::Output, prepare: Vec::new(), belongs_to_turns }
+}

@@ -1,0 +1,886 @@
+//! What the host does next: inputs, the CLI's output, exits and time go in, [`Action`]s come out. No I/O.
+
+use std::collections::{HashMap, VecDeque};
+
+use contract::host::{
+    Capabilities, CliExited, CliStarted, DecisionRequested, DecisionSettled, Evaluation, Event, HostEnded, HostStarted, Input,
+    InputAccepted, InputSettled, Message, ModelUsage, Output, Spec, Step, StepEnded, StepStarted, ToolUse, TurnEnded, TurnStarted,
+    WhenBusy, decision::Verdict, decision_settled::How, event, host_ended, input, input_settled::Outcome, output::Stream, record,
+    turn_ended::Reason,
+};
+use prost::Message as _;
+
+use crate::{
+    adapters::{Adapter, Ask, Close, Effect, Launch, Out, Stdio, script},
+    http,
+    state::State,
+};
+
+const LINE_BYTES_MAX: usize = 32 << 20;
+const TEXT_BYTES_MAX: usize = 256 << 10;
+const INPUT_ID_BYTES_MAX: usize = 64;
+const MESSAGE_BYTES_MAX: usize = 1 << 20;
+const QUEUE_BYTES_MAX: usize = 2 << 20;
+const CALLS_MAX: usize = 10_000;
+/// How long a CLI that was asked to end may take, and one that was killed may be waited for.
+const CLOSE_MS: u64 = 2_000;
+const KILLED_MS: u64 = 10_000;
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    Record(record::Kind),
+    Start(Launch),
+    Send(Vec<u8>),
+    Http(http::Request),
+    CloseInput,
+    /// SIGTERM to all that belongs to turns, or to the running step.
+    Terminate,
+    /// SIGKILL to the same, until nothing is left.
+    Kill,
+    /// What a finished step or program left running is not ended later.
+    SpareLeftovers,
+    Persisted(u64),
+    /// Whether the sandbox has to stay awake.
+    Awake(bool),
+    Exit,
+}
+
+struct Turn {
+    message: Message,
+    /// The CLI has the message.
+    delivered: bool,
+    /// Why the host ends the turn, where it does.
+    ending: Option<Reason>,
+    deadline: Option<u64>,
+}
+
+struct RunningStep {
+    input_id: String,
+    step: Step,
+    since: u64,
+    deadline: Option<u64>,
+    ending: Option<Reason>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Program {
+    None,
+    Starting,
+    /// The CLI runs; `ready`: it takes messages.
+    Cli {
+        ready: bool,
+    },
+    Closing,
+    Step,
+}
+
+pub struct Core {
+    spec: Spec,
+    adapter: Box<dyn Adapter>,
+    capabilities: Capabilities,
+    state: State,
+    program: Program,
+    stdio: Stdio,
+    turn: Option<Turn>,
+    step: Option<RunningStep>,
+    /// Messages whose text is in the state's queue; the session's rules.
+    allowed: Vec<String>,
+    /// Open requests: id and the adapter's key.
+    asks: Vec<(u64, String)>,
+    waiting_since: Option<u64>,
+    calls: HashMap<String, u64>,
+    line: Vec<u8>,
+    line_is_too_long: bool,
+    /// When the program's processes are killed, and when a killed one is given up.
+    kill_at: Option<u64>,
+    give_up_at: Option<u64>,
+    idle_at: Option<u64>,
+    quiet_since: u64,
+    stopping: bool,
+    exited: bool,
+    awake: bool,
+    actions: Vec<Action>,
+}
+
+impl Core {
+    /// Takes a journal over. `lost` says what ended what a former host had open.
+    pub fn new(spec: Spec, adapter: Box<dyn Adapter>, capabilities: Capabilities, state: State, lost: Reason, now: u64) -> Self {
+        let mut core = Self {
+            spec,
+            adapter,
+            capabilities,
+            state,
+            program: Program::None,
+            stdio: Stdio::Output,
+            turn: None,
+            step: None,
+            allowed: Vec::new(),
+            asks: Vec::new(),
+            waiting_since: None,
+            calls: HashMap::new(),
+            line: Vec::new(),
+            line_is_too_long: false,
+            kill_at: None,
+            give_up_at: None,
+            idle_at: None,
+            quiet_since: now,
+            stopping: false,
+            exited: false,
+            awake: false,
+            actions: Vec::new(),
+        };
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let generation = core.state.generation + 1;
+        core.record(record::Kind::HostStarted(HostStarted { generation, version, capabilities: Some(capabilities) }));
+        for request in core.state.requests.clone() {
+            let settled = DecisionSettled { id: request.id, how: How::Void.into(), input_id: String::new() };
+            core.record(record::Kind::DecisionSettled(settled));
+        }
+        let message = match lost {
+            Reason::SandboxLost => "The sandbox restarted while the agent was running",
+            _ => "The agent host was killed inside the sandbox",
+        };
+        if let Some(turn) = core.state.turn.clone() {
+            let ended = TurnEnded { turn: turn.turn, reason: lost.into(), message: message.to_owned(), ..TurnEnded::default() };
+            core.record(record::Kind::TurnEnded(ended));
+        }
+        if let Some(step) = core.state.step.clone() {
+            let ended = StepEnded { input_id: step.input_id, name: step.name, reason: lost.into(), ..StepEnded::default() };
+            core.record(record::Kind::StepEnded(ended));
+        }
+        core.advance(now);
+        core
+    }
+
+    pub fn take_actions(&mut self) -> Vec<Action> {
+        std::mem::take(&mut self.actions)
+    }
+
+    #[cfg(test)]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    pub const fn is_working(&self) -> bool {
+        self.turn.is_some() || self.step.is_some()
+    }
+
+    fn record(&mut self, kind: record::Kind) {
+        self.state.apply(&contract::host::Record { at_us: 0, kind: Some(kind.clone()) });
+        self.actions.push(Action::Record(kind));
+    }
+
+    fn settle(&mut self, id: &str, outcome: Outcome, message: &str) {
+        let settled = InputSettled { id: id.to_owned(), outcome: outcome.into(), message: message.to_owned() };
+        self.record(record::Kind::InputSettled(settled));
+    }
+
+    fn next_event_id(&self) -> u64 {
+        self.state.last_event_id + 1
+    }
+
+    // --- inputs ---------------------------------------------------------------------------------
+
+    pub fn input(&mut self, input: Input, now: u64) {
+        if let Some(input::Kind::Persisted(persisted)) = &input.kind {
+            self.actions.push(Action::Persisted(persisted.offset));
+            return;
+        }
+        if input.id.is_empty() || input.id.len() > INPUT_ID_BYTES_MAX || self.state.has_accepted(&input.id) || self.exited {
+            return;
+        }
+        self.quiet_since = now;
+        let id = input.id.clone();
+        let queued: usize = self.state.queued.iter().map(prost::Message::encoded_len).sum();
+        let bytes = input.encoded_len();
+        let refusal = match &input.kind {
+            None => Some("this release of the agent host does not know this kind of input"),
+            Some(_) if bytes > MESSAGE_BYTES_MAX => Some("the input is larger than 1 MiB"),
+            Some(input::Kind::Message(_) | input::Kind::Step(_)) if queued + bytes > QUEUE_BYTES_MAX => Some("the queue is full"),
+            Some(input::Kind::Message(_) | input::Kind::Step(_)) if self.stopping => Some("the session is stopping"),
+            Some(_) => None,
+        };
+        if let Some(message) = refusal {
+            let stub = Input { id: id.clone(), kind: None };
+            self.record(record::Kind::InputAccepted(InputAccepted { input: Some(stub) }));
+            self.settle(&id, Outcome::Refused, message);
+            return;
+        }
+        self.record(record::Kind::InputAccepted(InputAccepted { input: Some(input.clone()) }));
+        match input.kind {
+            Some(input::Kind::Message(message)) if self.is_working() => match message.when_busy() {
+                WhenBusy::Queue => {}
+                WhenBusy::Steer if self.steer(&message.text, now) => self.settle(&id, Outcome::Applied, ""),
+                WhenBusy::Steer | WhenBusy::Interrupt => self.end_work(Reason::Interrupted, now),
+            },
+            Some(input::Kind::Interrupt(_)) => {
+                self.end_work(Reason::Interrupted, now);
+                self.settle(&id, Outcome::Applied, "");
+            }
+            Some(input::Kind::Decision(decision)) => {
+                self.decide(&id, decision.request, decision.verdict(), &decision.message, now);
+            }
+            Some(input::Kind::Withdraw(withdraw)) => {
+                if self.state.queued.iter().any(|input| input.id == withdraw.input_id) {
+                    self.settle(&withdraw.input_id, Outcome::Withdrawn, "");
+                    self.settle(&id, Outcome::Applied, "");
+                } else {
+                    self.settle(&id, Outcome::Refused, "no such input is queued");
+                }
+            }
+            Some(input::Kind::Stop(_)) => {
+                self.settle(&id, Outcome::Applied, "");
+                self.stopping = true;
+                for queued in self.state.queued.clone() {
+                    self.settle(&queued.id, Outcome::Withdrawn, "the session was stopped");
+                }
+                self.end_work(Reason::Stopped, now);
+            }
+            Some(input::Kind::Message(_) | input::Kind::Step(_) | input::Kind::Persisted(_)) | None => {}
+        }
+        self.advance(now);
+    }
+
+    fn steer(&mut self, text: &str, now: u64) -> bool {
+        if !self.turn.as_ref().is_some_and(|turn| turn.delivered && turn.ending.is_none()) {
+            return false;
+        }
+        let mut out = Out::default();
+        let steered = self.adapter.steer(text, &mut out);
+        self.apply(out, now);
+        steered
+    }
+
+    fn decide(&mut self, input: &str, request: u64, verdict: Verdict, message: &str, now: u64) {
+        let Some(index) = self.asks.iter().position(|(id, _)| *id == request) else {
+            self.settle(input, Outcome::Refused, "no such request is open");
+            return;
+        };
+        let how = match verdict {
+            Verdict::Allow | Verdict::AllowForSession => How::Allowed,
+            Verdict::Deny => How::Denied,
+            Verdict::Unspecified => {
+                self.settle(input, Outcome::Refused, "the decision has no verdict");
+                return;
+            }
+        };
+        let (_, key) = self.asks.swap_remove(index);
+        if verdict == Verdict::AllowForSession {
+            let tool = self.state.requests.iter().find(|open| open.id == request).map(|open| open.tool.clone());
+            self.allowed.extend(tool);
+        }
+        self.record(record::Kind::DecisionSettled(DecisionSettled { id: request, how: how.into(), input_id: input.to_owned() }));
+        self.settle(input, Outcome::Applied, "");
+        self.resume_clock(now);
+        let mut out = Out::default();
+        self.adapter.decide(&key, verdict, message, &mut out);
+        self.apply(out, now);
+    }
+
+    /// Settles every open request without an answer.
+    fn settle_asks(&mut self, how: How, now: u64) {
+        for (id, _) in std::mem::take(&mut self.asks) {
+            self.record(record::Kind::DecisionSettled(DecisionSettled { id, how: how.into(), input_id: String::new() }));
+        }
+        self.resume_clock(now);
+    }
+
+    /// A turn's time stands still while a decision is awaited.
+    fn resume_clock(&mut self, now: u64) {
+        if !self.asks.is_empty() {
+            return;
+        }
+        if let (Some(since), Some(turn)) = (self.waiting_since.take(), &mut self.turn) {
+            turn.deadline = turn.deadline.map(|deadline| deadline + (now - since));
+        }
+    }
+
+    // --- what runs ------------------------------------------------------------------------------
+
+    /// Begins whatever can begin.
+    fn advance(&mut self, now: u64) {
+        if self.stopping && !self.is_working() {
+            match self.program {
+                Program::None if !self.exited => {
+                    self.exited = true;
+                    self.actions.push(Action::Kill);
+                    self.exit(host_ended::Reason::Stopped);
+                }
+                Program::Cli { .. } => self.close(now),
+                _ => {}
+            }
+            return;
+        }
+        if !self.is_working()
+            && let Some(input) = self.state.queued.first().cloned()
+        {
+            match (input.kind, self.program) {
+                (Some(input::Kind::Message(message)), Program::None | Program::Cli { .. }) => self.begin_turn(&input.id, message, now),
+                (Some(input::Kind::Step(step)), Program::None) => self.begin_step(input.id, step, now),
+                (Some(input::Kind::Step(_)), Program::Cli { .. }) => self.close(now),
+                _ => {}
+            }
+        }
+        let awake = self.is_working() && self.asks.is_empty();
+        if awake != self.awake {
+            self.awake = awake;
+            self.actions.push(Action::Awake(awake));
+        }
+    }
+
+    fn begin_turn(&mut self, input_id: &str, message: Message, now: u64) {
+        let started = TurnStarted { turn: message.turn, input_id: input_id.to_owned(), timeout_seconds: message.timeout_seconds };
+        self.record(record::Kind::TurnStarted(started));
+        let deadline = (message.timeout_seconds > 0).then(|| now + u64::from(message.timeout_seconds) * 1000);
+        let text = message.text.clone();
+        self.turn = Some(Turn { message, delivered: false, ending: None, deadline });
+        self.idle_at = None;
+        self.calls.clear();
+        match self.program {
+            Program::None => {
+                let conversation = Some(self.state.conversation_id.clone()).filter(|id| !id.is_empty());
+                let launch = self.adapter.launch(conversation.as_deref(), &text);
+                self.start(launch);
+            }
+            Program::Cli { ready: true } => self.deliver(now),
+            _ => {}
+        }
+    }
+
+    fn begin_step(&mut self, input_id: String, step: Step, now: u64) {
+        self.record(record::Kind::StepStarted(StepStarted { input_id: input_id.clone(), name: step.name.clone() }));
+        let launch = script(&step.script, &step.name, false);
+        let deadline = (step.timeout_seconds > 0).then(|| now + u64::from(step.timeout_seconds) * 1000);
+        self.step = Some(RunningStep { input_id, step, since: now, deadline, ending: None });
+        self.start(launch);
+    }
+
+    fn start(&mut self, launch: Launch) {
+        self.program = Program::Starting;
+        self.stdio = launch.stdio;
+        self.line.clear();
+        self.line_is_too_long = false;
+        self.actions.push(Action::Start(launch));
+    }
+
+    pub fn started(&mut self, pid: u32, now: u64) {
+        if let Some(step) = &self.step {
+            self.program = Program::Step;
+            if step.ending.is_some() {
+                self.actions.push(Action::Terminate);
+            }
+            return;
+        }
+        if self.turn.as_ref().is_some_and(|turn| turn.ending.is_some()) {
+            self.actions.push(Action::Terminate);
+        }
+        let resumed = !self.state.conversation_id.is_empty() && self.capabilities.stays_alive;
+        self.record(record::Kind::CliStarted(CliStarted { pid, resumed }));
+        self.program = Program::Cli { ready: false };
+        let mut out = Out::default();
+        self.adapter.started(&mut out);
+        self.apply(out, now);
+    }
+
+    pub fn start_failed(&mut self, error: &str, now: u64) {
+        self.program = Program::None;
+        if let Some(step) = self.step.take() {
+            self.step_ended(step, None, Reason::Failed, now);
+        } else {
+            self.end_turn(Reason::Failed, None, error.to_owned(), None, now);
+        }
+        self.advance(now);
+    }
+
+    fn deliver(&mut self, now: u64) {
+        let Some(turn) = &mut self.turn else { return };
+        turn.delivered = true;
+        let text = std::mem::take(&mut turn.message.text);
+        let id = self.state.turn.as_ref().map(|turn| turn.input_id.clone()).unwrap_or_default();
+        self.settle(&id, Outcome::Applied, "");
+        let mut out = Out::default();
+        self.adapter.message(&text, &mut out);
+        self.apply(out, now);
+    }
+
+    /// Ends the running turn or step, politely where the CLI can.
+    fn end_work(&mut self, reason: Reason, now: u64) {
+        let grace = if self.spec.kill_grace_ms == 0 { 10_000 } else { u64::from(self.spec.kill_grace_ms) };
+        if let Some(step) = &mut self.step {
+            if step.ending.is_none() {
+                step.ending = Some(reason);
+                self.kill_at = Some(now + grace);
+                if self.program == Program::Step {
+                    self.actions.push(Action::Terminate);
+                }
+            }
+            return;
+        }
+        let Some(turn) = &mut self.turn else { return };
+        if turn.ending.is_some() {
+            return;
+        }
+        turn.ending = Some(reason);
+        self.kill_at = Some(now + grace);
+        let mut out = Out::default();
+        if turn.delivered && self.adapter.interrupt(&mut out) {
+            // Requests that the adapter does not withdraw are void for the CLI all the same.
+            self.apply(out, now);
+        } else if matches!(self.program, Program::Cli { .. }) {
+            self.actions.push(Action::Terminate);
+        }
+    }
+
+    fn end_turn(&mut self, reason: Reason, exit_code: Option<i32>, message: String, usage: Option<ModelUsage>, now: u64) {
+        let Some(turn) = self.turn.take() else { return };
+        let how = if matches!(self.program, Program::None) { How::Void } else { How::Withdrawn };
+        self.settle_asks(how, now);
+        self.waiting_since = None;
+        let reason = turn.ending.unwrap_or(reason);
+        let message = match turn.ending {
+            Some(Reason::Failed) => "The sandbox's disk is full: the agent's output could not be kept".to_owned(),
+            Some(_) => String::new(),
+            None => shorten(message),
+        };
+        let ended = TurnEnded { turn: turn.message.turn, reason: reason.into(), exit_code, message, usage };
+        self.record(record::Kind::TurnEnded(ended));
+        self.kill_at = None;
+        self.quiet_since = now;
+        if matches!(self.program, Program::Cli { .. }) {
+            if reason == Reason::TimedOut {
+                // Whatever the CLI left running has had its time as well.
+                self.program = Program::Closing;
+                self.give_up_at = Some(now + KILLED_MS);
+                self.actions.push(Action::Kill);
+            } else {
+                self.idle_at = Some(now + u64::from(self.spec.idle_seconds) * 1000);
+            }
+        }
+    }
+
+    fn close(&mut self, now: u64) {
+        self.program = Program::Closing;
+        self.idle_at = None;
+        self.kill_at = Some(now + CLOSE_MS);
+        self.actions.push(match self.adapter.close() {
+            Close::EndOfInput => Action::CloseInput,
+            Close::Terminate => Action::Terminate,
+        });
+    }
+
+    fn step_ended(&mut self, step: RunningStep, exit_code: Option<i32>, reason: Reason, now: u64) {
+        let reason = step.ending.unwrap_or(reason);
+        let duration_ms = now.saturating_sub(step.since);
+        let ended = StepEnded { input_id: step.input_id.clone(), name: step.step.name, exit_code, reason: reason.into(), duration_ms };
+        self.record(record::Kind::StepEnded(ended));
+        self.settle(&step.input_id, Outcome::Applied, "");
+        self.kill_at = None;
+        self.quiet_since = now;
+    }
+
+    /// The program is gone, and all that it wrote was passed to [`Self::output`].
+    pub fn exited(&mut self, code: i32, now: u64) {
+        if matches!(self.program, Program::None) {
+            return;
+        }
+        self.give_up_at = None;
+        if let Some(step) = self.step.take() {
+            self.program = Program::None;
+            let reason = if code == 0 { Reason::Completed } else { Reason::Failed };
+            let timed_out = step.ending.is_some();
+            self.step_ended(step, Some(code), reason, now);
+            self.actions.push(if timed_out { Action::Kill } else { Action::SpareLeftovers });
+            self.advance(now);
+            return;
+        }
+        self.record(record::Kind::CliExited(CliExited { exit_code: code, message: String::new() }));
+        if let Program::Cli { .. } = self.program {
+            self.flush_line(now);
+        }
+        let had_ending = self.turn.as_ref().is_some_and(|turn| turn.ending.is_some());
+        let mut out = Out::default();
+        self.adapter.exited(code, &mut out);
+        self.program = Program::None;
+        self.idle_at = None;
+        self.kill_at = None;
+        for effect in out.0 {
+            if let Effect::TurnEnded { reason, message, usage } = effect {
+                self.end_turn(reason, Some(code), message, usage, now);
+            }
+        }
+        if self.turn.is_some() {
+            let message = format!("The agent's process ended with status {code} before its turn did");
+            self.end_turn(Reason::CliLost, Some(code), message, None, now);
+        }
+        let orderly = !self.capabilities.stays_alive && !had_ending;
+        self.actions.push(if orderly { Action::SpareLeftovers } else { Action::Kill });
+        self.advance(now);
+    }
+
+    // --- what the CLI says ----------------------------------------------------------------------
+
+    pub fn output(&mut self, stream: Stream, data: Vec<u8>, now: u64) {
+        if data.is_empty() {
+            return;
+        }
+        let is_protocol = stream == Stream::Stdout && self.stdio == Stdio::Protocol;
+        let copy = if is_protocol { data.clone() } else { Vec::new() };
+        self.record(record::Kind::Output(Output { stream: stream.into(), data: data.into() }));
+        for part in copy.split_inclusive(|byte| *byte == b'\n') {
+            if self.line.len() + part.len() > LINE_BYTES_MAX {
+                self.line_is_too_long = true;
+                self.line.clear();
+            }
+            if !self.line_is_too_long {
+                self.line.extend_from_slice(part);
+            }
+            if part.ends_with(b"\n") {
+                self.flush_line(now);
+            }
+        }
+    }
+
+    fn flush_line(&mut self, now: u64) {
+        let line = std::mem::take(&mut self.line);
+        if !std::mem::take(&mut self.line_is_too_long) {
+            let line = line.strip_suffix(b"\n").unwrap_or(&line);
+            let mut out = Out::default();
+            if !line.is_empty() {
+                self.adapter.line(line, &mut out);
+            }
+            self.apply(out, now);
+        }
+    }
+
+    pub fn http(&mut self, reply: &http::Reply, now: u64) {
+        if let http::Reply::Event { data, .. } = reply {
+            let line = [data.as_bytes(), b"\n"].concat();
+            self.record(record::Kind::Output(Output { stream: Stream::Stdout.into(), data: line.into() }));
+        }
+        let mut out = Out::default();
+        self.adapter.http(reply, &mut out);
+        self.apply(out, now);
+    }
+
+    fn apply(&mut self, out: Out, now: u64) {
+        let mut effects: VecDeque<Effect> = out.0.into();
+        while let Some(effect) = effects.pop_front() {
+            let mut more = Out::default();
+            self.apply_one(effect, now, &mut more);
+            // What an answer causes comes before what was said after the question.
+            more.0.into_iter().rev().for_each(|effect| effects.push_front(effect));
+        }
+        self.advance(now);
+    }
+
+    fn apply_one(&mut self, effect: Effect, now: u64, more: &mut Out) {
+        match effect {
+            Effect::Ready => {
+                if let Program::Cli { ready } = &mut self.program {
+                    *ready = true;
+                    if self.turn.as_ref().is_some_and(|turn| !turn.delivered && turn.ending.is_none()) {
+                        self.deliver(now);
+                    } else if self.turn.as_ref().is_some_and(|turn| !turn.delivered) {
+                        self.end_turn(Reason::Interrupted, None, String::new(), None, now);
+                    }
+                }
+            }
+            Effect::Conversation { id, model } => {
+                let resumed = self.state.conversation_id == id;
+                let kind = event::Kind::ConversationStarted(contract::host::ConversationStarted { conversation_id: id, model, resumed });
+                self.event(None, kind);
+            }
+            Effect::Send(line) => self.actions.push(Action::Send([line.as_bytes(), b"\n"].concat())),
+            Effect::Http(request) => self.actions.push(Action::Http(request)),
+            Effect::Event { parent, kind } => {
+                if self.spec.partial_messages || !matches!(kind, event::Kind::Delta(_)) {
+                    self.event(parent.as_deref(), kind);
+                }
+            }
+            Effect::ToolUse { parent, tool } => self.tool_use(parent.as_deref(), tool),
+            Effect::ToolResult { call, mut result } => {
+                result.tool_use = self.calls.get(&call).copied().unwrap_or_default();
+                result.content = shorten(result.content);
+                self.event(None, event::Kind::ToolResult(result));
+            }
+            Effect::Ask(ask) => self.ask(ask, now, more),
+            Effect::Unask { key } => {
+                if let Some(index) = self.asks.iter().position(|(_, asked)| *asked == key) {
+                    let (id, _) = self.asks.swap_remove(index);
+                    let settled = DecisionSettled { id, how: How::Withdrawn.into(), input_id: String::new() };
+                    self.record(record::Kind::DecisionSettled(settled));
+                    self.resume_clock(now);
+                }
+            }
+            Effect::TurnEnded { reason, message, usage } => {
+                if self.turn.as_ref().is_some_and(|turn| turn.delivered) {
+                    self.end_turn(reason, None, message, usage, now);
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, parent: Option<&str>, kind: event::Kind) {
+        let kind = match kind {
+            event::Kind::Message(mut message) => {
+                message.text = shorten(message.text);
+                event::Kind::Message(message)
+            }
+            event::Kind::Thinking(mut thinking) => {
+                thinking.text = shorten(thinking.text);
+                event::Kind::Thinking(thinking)
+            }
+            other => other,
+        };
+        let parent = parent.and_then(|call| self.calls.get(call)).copied().unwrap_or_default();
+        let event = Event { id: self.next_event_id(), parent, kind: Some(kind) };
+        self.record(record::Kind::Event(event));
+    }
+
+    /// Puts a tool use into the journal, once for each call.
+    fn tool_use(&mut self, parent: Option<&str>, mut tool: ToolUse) {
+        if self.calls.contains_key(&tool.call_id) {
+            return;
+        }
+        if self.calls.len() < CALLS_MAX {
+            self.calls.insert(tool.call_id.clone(), self.next_event_id());
+        }
+        tool.evaluation = self.evaluate(&tool.name).into();
+        tool.input_json = shorten_json(tool.input_json);
+        self.event(parent, event::Kind::ToolUse(tool));
+    }
+
+    fn evaluate(&self, tool: &str) -> Evaluation {
+        if self.allowed.iter().any(|allowed| allowed == tool) {
+            return Evaluation::Allow;
+        }
+        let Some(permissions) = &self.spec.permissions else { return Evaluation::Allow };
+        let matches = |pattern: &str| match pattern.strip_suffix('*') {
+            Some(prefix) => tool.starts_with(prefix),
+            None => tool == pattern,
+        };
+        let found = permissions.rules.iter().find(|rule| matches(&rule.tool)).map(contract::host::PermissionRule::evaluation);
+        match found.unwrap_or(permissions.otherwise()) {
+            Evaluation::Unspecified => Evaluation::Allow,
+            evaluation => evaluation,
+        }
+    }
+
+    fn ask(&mut self, ask: Ask, now: u64, more: &mut Out) {
+        let tool = ToolUse {
+            name: ask.tool.clone(),
+            mcp_server: ask.mcp_server,
+            input_json: ask.input_json.clone(),
+            call_id: ask.call.clone(),
+            evaluation: 0,
+        };
+        self.tool_use(None, tool);
+        let id = self.calls.get(&ask.call).copied().unwrap_or(self.state.last_event_id);
+        let ending = self.turn.as_ref().is_none_or(|turn| turn.ending.is_some());
+        match self.evaluate(&ask.tool) {
+            _ if ending => self.adapter.decide(&ask.key, Verdict::Deny, "The turn is ending", more),
+            Evaluation::Allow | Evaluation::Unspecified => self.adapter.decide(&ask.key, Verdict::Allow, "", more),
+            Evaluation::Deny => self.adapter.decide(&ask.key, Verdict::Deny, "The session's rules do not permit this tool", more),
+            Evaluation::Ask => {
+                if self.asks.iter().any(|(open, key)| *open == id || *key == ask.key) {
+                    return;
+                }
+                let input_json = shorten_json(ask.input_json);
+                let request = DecisionRequested { id, tool: ask.tool, input_json, diff: shorten(ask.diff), reason: shorten(ask.reason) };
+                self.record(record::Kind::DecisionRequested(request));
+                self.asks.push((id, ask.key));
+                self.waiting_since.get_or_insert(now);
+            }
+        }
+    }
+
+    // --- time -----------------------------------------------------------------------------------
+
+    /// `has_clients`: someone reads the journal.
+    pub fn tick(&mut self, has_clients: bool, now: u64) {
+        let due = |at: Option<u64>| at.is_some_and(|at| at <= now);
+        let turn_deadline = self.turn.as_ref().and_then(|turn| turn.deadline).filter(|_| self.waiting_since.is_none());
+        if due(turn_deadline) || due(self.step.as_ref().and_then(|step| step.deadline)) {
+            self.end_work(Reason::TimedOut, now);
+        }
+        if due(self.kill_at) {
+            self.kill_at = None;
+            if !matches!(self.program, Program::None) {
+                self.give_up_at = Some(now + KILLED_MS);
+                self.actions.push(Action::Kill);
+            }
+        }
+        if due(self.give_up_at) {
+            self.exited(137, now);
+        }
+        if due(self.idle_at) && !self.is_working() {
+            self.close(now);
+        }
+        let linger = if self.spec.linger_seconds == 0 { 600 } else { u64::from(self.spec.linger_seconds) } * 1000;
+        let is_idle = !self.is_working() && self.state.queued.is_empty() && self.program == Program::None;
+        if has_clients {
+            self.quiet_since = now;
+        } else if is_idle && !self.exited && now.saturating_sub(self.quiet_since) >= linger {
+            self.exit(host_ended::Reason::Lingered);
+        }
+    }
+
+    /// When [`Self::tick`] has something to do, at the latest.
+    pub fn next_tick(&self) -> Option<u64> {
+        let turn = self.turn.as_ref().filter(|turn| turn.ending.is_none()).and_then(|turn| turn.deadline);
+        let turn = turn.filter(|_| self.waiting_since.is_none());
+        let step = self.step.as_ref().filter(|step| step.ending.is_none()).and_then(|step| step.deadline);
+        [turn, step, self.kill_at, self.give_up_at, self.idle_at].into_iter().flatten().min()
+    }
+
+    fn exit(&mut self, reason: host_ended::Reason) {
+        self.exited = true;
+        self.record(record::Kind::HostEnded(HostEnded { reason: reason.into(), message: String::new() }));
+        self.actions.push(Action::Exit);
+    }
+
+    /// The journal cannot take what the program writes, and no room came: what is running ends.
+    pub fn journal_is_full(&mut self, now: u64) {
+        self.end_work(Reason::Failed, now);
+    }
+}
+
+/// A text that fits into an event; the raw output has all of it.
+fn shorten(mut text: String) -> String {
+    if text.len() > TEXT_BYTES_MAX {
+        let left_out = text.len() - TEXT_BYTES_MAX;
+        let mut end = TEXT_BYTES_MAX;
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+        text.push_str(&format!("\n[{left_out} bytes left out]"));
+    }
+    text
+}
+
+/// A tool's input; one that is too long is told as a text.
+fn shorten_json(text: String) -> String {
+    if text.len() <= TEXT_BYTES_MAX {
+        return text;
+    }
+    serde_json::json!({ "shortened": shorten(text) }).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::host::{Interrupt, TurnEnded, Withdraw};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::adapters::find;
+
+    fn core(state: State) -> Core {
+        let spec = Spec { runtime: "shell".to_owned(), ..Spec::default() };
+        let runtime = find("shell").unwrap();
+        Core::new(spec.clone(), (runtime.new)(&spec), runtime.capabilities, state, Reason::HostLost, 0)
+    }
+
+    fn message(id: u32, when_busy: WhenBusy) -> Input {
+        let message = Message { turn: id, text: format!("echo {id}"), timeout_seconds: 0, when_busy: when_busy.into() };
+        Input { id: format!("m{id}"), kind: Some(input::Kind::Message(message)) }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Happening {
+        Deliver(Input),
+        ProgramExits,
+        HostIsKilled,
+        TimePasses(u64),
+    }
+
+    fn happenings() -> impl Strategy<Value = Vec<Happening>> {
+        let busy = prop_oneof![Just(WhenBusy::Queue), Just(WhenBusy::Interrupt), Just(WhenBusy::Steer)];
+        let happening = prop_oneof![
+            4 => (1_u32..6, busy).prop_map(|(id, busy)| Happening::Deliver(message(id, busy))),
+            1 => (0_u32..4).prop_map(|id| Happening::Deliver(Input { id: format!("i{id}"), kind: Some(input::Kind::Interrupt(Interrupt {})) })),
+            1 => (0_u32..6).prop_map(|id| {
+                let withdraw = Withdraw { input_id: format!("m{id}") };
+                Happening::Deliver(Input { id: format!("w{id}"), kind: Some(input::Kind::Withdraw(withdraw)) })
+            }),
+            3 => Just(Happening::ProgramExits),
+            1 => Just(Happening::HostIsKilled),
+            1 => (1_u64..20_000).prop_map(Happening::TimePasses),
+        ];
+        proptest::collection::vec(happening, 1..40)
+    }
+
+    proptest! {
+        /// Deliveries repeated, late and in any order, exits, kills of the host: each message is one turn at most, turns follow one
+        /// another, each that began ends once, and at rest nothing that was accepted is left over.
+        #[test]
+        fn every_accepted_message_is_one_turn_or_none(happenings in happenings()) {
+            let mut core = core(State::default());
+            let (mut now, mut records, mut runs) = (0, Vec::new(), false);
+            let mut settle = |core: &mut Core, now: u64, runs: &mut bool| {
+                loop {
+                    let actions = core.take_actions();
+                    if actions.is_empty() {
+                        return;
+                    }
+                    for action in actions {
+                        match action {
+                            Action::Record(kind) => records.push(kind),
+                            Action::Start(_) => {
+                                assert!(!*runs, "two programs");
+                                *runs = true;
+                                core.started(1, now);
+                            }
+                            Action::Kill | Action::Terminate if *runs => {
+                                *runs = false;
+                                core.exited(143, now);
+                            }
+                            _ => {}
+                        }
+                    }
+                }
+            };
+            let rest = [Happening::TimePasses(1), Happening::ProgramExits].into_iter().cycle().take(40);
+            for happening in happenings.into_iter().chain(rest) {
+                match happening {
+                    Happening::Deliver(input) => core.input(input, now),
+                    Happening::ProgramExits if runs => {
+                        runs = false;
+                        core.exited(0, now);
+                    }
+                    Happening::ProgramExits => {}
+                    Happening::HostIsKilled => {
+                        runs = false;
+                        core = self::core(core.state().clone());
+                    }
+                    Happening::TimePasses(ms) => {
+                        now += ms;
+                        core.tick(true, now);
+                    }
+                }
+                settle(&mut core, now, &mut runs);
+            }
+            let mut open: Option<u32> = None;
+            let mut turns = Vec::new();
+            for kind in &records {
+                match kind {
+                    record::Kind::TurnStarted(started) => {
+                        prop_assert!(open.is_none() && !turns.contains(&started.turn), "{records:?}");
+                        open = Some(started.turn);
+                        turns.push(started.turn);
+                    }
+                    record::Kind::TurnEnded(TurnEnded { turn, .. }) => prop_assert_eq!(open.take(), Some(*turn)),
+                    _ => {}
+                }
+            }
+            let settled = |id: &str| records.iter().filter(|kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == id)).count();
+            for kind in &records {
+                if let record::Kind::InputAccepted(accepted) = kind {
+                    let id = &accepted.input.as_ref().unwrap().id;
+                    prop_assert!(settled(id) <= 1, "{id} settled twice");
+                }
+            }
+            prop_assert!(open.is_none() && core.state().queued.is_empty(), "{:?}", core.state());
+        }
+    }
+}

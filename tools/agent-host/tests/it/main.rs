@@ -1,0 +1,7 @@
+//! The host as a process: started, attached to, killed.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod clis;
+mod shell;
+mod support;
