@@ -5,7 +5,7 @@
 //! and recreated above every id that anyone may have seen; writers then continue from what is persisted. What waited in a lost queue is
 //! offered again by the reconciler.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use contract::topology::{self, StreamSpec};
@@ -13,7 +13,7 @@ use rules::generation::{self, Condition, Known, Seen};
 use store::lease::{self, Lease};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
-use types::Partition;
+use types::{Backoff, Partition};
 use uuid::Uuid;
 
 use crate::{EVENTS_BYTES_MIN, Scheduler, projector, reconciler};
@@ -23,29 +23,46 @@ const LEASE: Duration = Duration::from_secs(10);
 /// The longest that a pass may take.
 const PASS_MAX: Duration = Duration::from_secs(30);
 const LEASE_NAME: &str = "streams";
+const READY_WITHIN: Duration = Duration::from_secs(60);
+const RETRY: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 
-/// Creates what is missing before anything else starts, or waits until another replica has.
+/// Creates what is missing before anything else starts, or waits until another replica has. A cluster of NATS servers that has just
+/// started takes a while to elect its leaders.
 ///
 /// # Errors
-/// When the server refuses, or kept another configuration than it was given.
+/// When the server refuses, kept another configuration than it was given, or does not answer for a minute.
 pub async fn ready(scheduler: &Scheduler) -> anyhow::Result<()> {
-    let owner = Uuid::now_v7();
+    let (owner, begun) = (Uuid::now_v7(), Instant::now());
+    let mut attempt = 0;
     loop {
-        if let Some(lease) = acquire(scheduler, owner).await? {
-            let checked = async {
-                configure(scheduler).await?;
-                check(scheduler).await
-            };
-            let checked = checked.await;
-            lease.release(&scheduler.pool).await?;
-            return checked;
+        match prepare(scheduler, owner).await {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) if begun.elapsed() > READY_WITHIN => return Err(error),
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "streams are not ready; will retry"),
         }
-        // Another replica takes care of them. Where it died and a stream is missing, its lease expires.
-        if exist(scheduler).await? {
-            return configure(scheduler).await;
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        attempt += 1;
+        tokio::time::sleep(RETRY.jittered(attempt)).await;
     }
+}
+
+/// Returns whether the streams are there.
+async fn prepare(scheduler: &Scheduler, owner: Uuid) -> anyhow::Result<bool> {
+    if let Some(lease) = acquire(scheduler, owner).await? {
+        let checked = async {
+            configure(scheduler).await?;
+            check(scheduler).await
+        };
+        let checked = checked.await;
+        lease.release(&scheduler.pool).await?;
+        return checked.map(|()| true);
+    }
+    // Another replica takes care of them. Where it died and a stream is missing, its lease expires.
+    if exist(scheduler).await? {
+        configure(scheduler).await?;
+        return Ok(true);
+    }
+    Ok(false)
 }
 
 async fn exist(scheduler: &Scheduler) -> anyhow::Result<bool> {
