@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -22,27 +23,35 @@ pub struct Fault {
     pub name: &'static str,
     services: &'static [&'static str],
     how: How,
+    /// The time limit of the turns that are disturbed, in seconds.
+    timeout: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum How {
     Signal(Signal),
-    /// Stopped for a while, then woken.
+    /// Stopped for a while, with all child processes, then continued.
     Pause(Duration),
     /// Killed, and all that the streams hold is gone.
     LoseStreams,
+    /// Killed, and the streams come back as they were a while ago.
+    SetStreamsBack,
+    /// The connection over which events are projected hangs: its server process is stopped for a while, and nothing else.
+    HangProjector(Duration),
+    /// Every unsettled turn gets a second job.
+    SecondJobs,
 }
 
 const fn kill(name: &'static str, services: &'static [&'static str]) -> Fault {
-    Fault { name, services, how: How::Signal(Signal::KILL) }
+    Fault { name, services, how: How::Signal(Signal::KILL), timeout: 300 }
 }
 
 const fn stop(name: &'static str, services: &'static [&'static str]) -> Fault {
-    Fault { name, services, how: How::Signal(Signal::TERM) }
+    Fault { name, services, how: How::Signal(Signal::TERM), timeout: 300 }
 }
 
 const fn pause(name: &'static str, services: &'static [&'static str], seconds: u64) -> Fault {
-    Fault { name, services, how: How::Pause(Duration::from_secs(seconds)) }
+    Fault { name, services, how: How::Pause(Duration::from_secs(seconds)), timeout: 300 }
 }
 
 /// Every fault that the suite knows.
@@ -64,18 +73,25 @@ pub const FAULTS: &[Fault] = &[
     Fault { how: How::Signal(Signal::INT), ..stop("Postgres stopped", &["postgres"]) },
     pause("Postgres paused", &["postgres"], 5),
     pause("Postgres paused for a minute", &["postgres"], 60),
+    // Longer than the turns' time limit and the grace after it: they end meanwhile, and nothing of that reaches Postgres.
+    Fault { timeout: 12, ..pause("Postgres away past deadlines", &["postgres"], 90) },
+    Fault { how: How::HangProjector(Duration::from_secs(15)), ..kill("the projector's connection hangs", &["postgres"]) },
     kill("local-sprites killed", &["local-sprites"]),
     stop("local-sprites stopped", &["local-sprites"]),
     Fault { how: How::LoseStreams, ..kill("the JetStream store lost", &["nats"]) },
+    // A scheduler then starts on an empty store.
+    Fault { how: How::LoseStreams, ..kill("the store and schedulers lost", &["nats", "scheduler"]) },
+    Fault { how: How::SetStreamsBack, ..kill("the JetStream store set back", &["nats"]) },
+    Fault { how: How::SecondJobs, ..kill("two jobs for each turn", &["postgres"]) },
 ];
 
 /// The faults after which nothing at all may be lost, doubled or failed; without those that take long.
 #[must_use]
 pub fn harmless() -> Vec<Fault> {
     let harmless = |fault: &&Fault| match fault.how {
-        How::LoseStreams => false,
+        How::LoseStreams | How::SetStreamsBack | How::HangProjector(_) => false,
         How::Pause(time) => time < Duration::from_secs(10),
-        How::Signal(_) => true,
+        How::Signal(_) | How::SecondJobs => true,
     };
     FAULTS.iter().filter(harmless).copied().collect()
 }
@@ -119,14 +135,14 @@ impl Outcome {
         self.wrong.is_empty()
     }
 
-    pub const HEADER: &'static str = "fault                         injected  sessions    lines  lost  doubled  failed  worst pause";
+    pub const HEADER: &'static str = "fault                             injected  sessions    lines  lost  doubled  failed  worst pause";
 }
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{:<28} {:>9} {:>9} {:>8} {:>5} {:>8} {:>7} {:>10.2} s",
+            "{:<32} {:>9} {:>9} {:>8} {:>5} {:>8} {:>7} {:>10.2} s",
             self.fault,
             self.injected,
             self.sessions,
@@ -143,12 +159,12 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// A stack for attacks: what dies is started again.
+/// A stack for attacks, with two of everything: what dies is started again.
 ///
 /// # Errors
 /// When it does not start.
 pub async fn stack() -> Result<Stack> {
-    Stack::start(Options { runners: 2, ..Options::default() }).await
+    Stack::start(Options { runners: 2, replicas: 2, ..Options::default() }).await
 }
 
 /// Runs sessions, disturbs them, and judges what became of them.
@@ -159,12 +175,14 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
     let mut rng = Rng::with_seed(plan.seed);
     let scripts: Vec<Script> = (0..plan.sessions).map(|_| Script::new(&mut rng, plan.seconds)).collect();
     let agent = stack.agent("shell").await?;
-    let started = try_join_all(scripts.iter().map(|script| script.start(stack, &agent))).await?;
+    let timeout = faults.iter().map(|fault| fault.timeout).min().unwrap_or(300);
+    let started = try_join_all(scripts.iter().map(|script| script.start(stack, &agent, timeout))).await?;
     let follow = try_join_all(started.iter().map(|session| follow(stack, session)));
     let disturb = async {
         // Turns are under way, most of them.
         tokio::time::sleep(Duration::from_millis(1500)).await;
-        let long = faults.iter().any(|fault| matches!(fault.how, How::Pause(time) if time >= Duration::from_secs(10)));
+        let long =
+            faults.iter().any(|fault| matches!(fault.how, How::Pause(time) | How::HangProjector(time) if time >= Duration::from_secs(10)));
         let injections = if long { 1 } else { plan.injections };
         for injection in 0..injections {
             let fault = faults.get(rng.usize(..faults.len())).context("no faults")?;
@@ -187,7 +205,7 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
         worst_pause: Duration::ZERO,
         wrong: Vec::new(),
     };
-    let may_repeat = faults.iter().any(|fault| fault.how == How::LoseStreams);
+    let may_repeat = faults.iter().any(|fault| matches!(fault.how, How::LoseStreams | How::SetStreamsBack));
     for ((session, script), live) in started.iter().zip(&scripts).zip(followed?) {
         judge(stack, session, script, live, may_repeat, &mut outcome).await.with_context(|| format!("session {session}"))?;
     }
@@ -214,8 +232,8 @@ impl Script {
     }
 
     /// Starts the session, however often that takes; an idempotency key keeps it one.
-    async fn start(&self, stack: &Stack, agent: &str) -> Result<String> {
-        let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": self.text, "timeout": 300 })).await?;
+    async fn start(&self, stack: &Stack, agent: &str, timeout: u32) -> Result<String> {
+        let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": self.text, "timeout": timeout })).await?;
         ensure!(answer.status == 202, "{answer:?}");
         Ok(answer.text("id").to_owned())
     }
@@ -231,18 +249,70 @@ async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Result<()> {
     match fault.how {
         How::Signal(signal) => Stack::signal(&pids, signal),
         How::Pause(time) => {
-            Stack::signal(&pids, Signal::STOP);
+            // Postgres works in child processes: stopping the first one alone would stop new connections only.
+            let tree: Vec<u32> = pids.iter().flat_map(|pid| with_children(*pid)).collect();
+            Stack::signal(&tree, Signal::STOP);
             tokio::time::sleep(time).await;
-            Stack::signal(&pids, Signal::CONT);
+            Stack::signal(&tree, Signal::CONT);
         }
         How::LoseStreams => {
-            // Stopped first, so that it is not up again before its files are gone.
+            // Stopped first, so that nothing is up again before the files are gone.
             Stack::signal(&pids, Signal::STOP);
             std::fs::remove_dir_all(stack.data_dir().join("nats/store"))?;
             Stack::signal(&pids, Signal::KILL);
         }
+        How::SetStreamsBack => {
+            let (store, copy) = (stack.data_dir().join("nats/store"), stack.data_dir().join("nats/copy"));
+            Stack::signal(&pids, Signal::STOP);
+            run(Command::new("cp").arg("--archive").arg(&store).arg(&copy))?;
+            Stack::signal(&pids, Signal::CONT);
+            tokio::time::sleep(SET_BACK).await;
+            Stack::signal(&pids, Signal::STOP);
+            std::fs::remove_dir_all(&store)?;
+            std::fs::rename(&copy, &store)?;
+            Stack::signal(&pids, Signal::KILL);
+        }
+        How::HangProjector(time) => {
+            let statement = "select pid from pg_stat_activity where application_name like 'scheduler projector%'";
+            let hung: Vec<u32> = sql(stack, statement)?.lines().filter_map(|pid| pid.parse().ok()).collect();
+            ensure!(!hung.is_empty(), "no connection of a projector is found");
+            Stack::signal(&hung, Signal::STOP);
+            tokio::time::sleep(time).await;
+            Stack::signal(&hung, Signal::CONT);
+        }
+        How::SecondJobs => {
+            // A message RunTurn, written by hand: the session's id in field 1, the turn in field 2.
+            sql(
+                stack,
+                "insert into scheduler.outbox (outbox_id, subject, payload)
+                 select gen_random_uuid(), 'aod.cmd.runner.v1.turn.run.' || session_id,
+                        decode('0a24', 'hex') || convert_to(session_id::text, 'UTF8') || decode('1001', 'hex')
+                 from scheduler.turn where status in ('pending', 'running')",
+            )?;
+        }
     }
     Ok(())
+}
+
+/// How far the streams are set back.
+const SET_BACK: Duration = Duration::from_secs(2);
+
+/// A process and its children.
+fn with_children(pid: u32) -> Vec<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    std::iter::once(pid).chain(children.split_whitespace().filter_map(|child| child.parse().ok())).collect()
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Runs a statement in the stack's database, as its owner.
+fn sql(stack: &Stack, statement: &str) -> Result<String> {
+    let url = stack.ready_text("/database_url");
+    run(Command::new("psql").args(["--no-psqlrc", "--tuples-only", "--no-align", "--set", "ON_ERROR_STOP=1", "--command", statement, &url]))
 }
 
 /// What a stream showed that was open throughout, by reconnecting.

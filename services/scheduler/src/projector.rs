@@ -151,8 +151,11 @@ async fn lead(scheduler: Scheduler, partition: Partition, lease: Lease, stop: Ca
 async fn project(scheduler: &Scheduler, partition: Partition, lease: &Lease, stop: &CancellationToken) -> anyhow::Result<()> {
     // A connection of its own: one that hangs is dropped with this future, and holds up no one else.
     let mut connection = step(scheduler.pool.acquire()).await?.detach();
-    let from = step(projected_through(&scheduler.pool, partition)).await? + 1;
     let spec = topology::events(partition);
+    // For whoever looks at Postgres.
+    let name = format!("scheduler projector {}", spec.name);
+    step(sqlx::query("select set_config('application_name', $1, false)").bind(name).execute(&mut connection)).await?;
+    let from = step(projected_through(&scheduler.pool, partition)).await? + 1;
     let mut stream = step(scheduler.bus.follow(spec.name, spec.subjects.concat(), from)).await?;
     tracing::debug!(stream = spec.name, from, "projecting");
     while !stop.is_cancelled() {

@@ -42,7 +42,7 @@ async fn main() -> Result<ExitCode> {
             }
             Err(error) => {
                 good = false;
-                println!("{:<28} {error:#}", fault.name);
+                println!("{:<32} {error:#}", fault.name);
             }
         }
     }
