@@ -5,7 +5,10 @@
 //! and recreated above every id that anyone may have seen; writers then continue from what is persisted. What waited in a lost queue is
 //! offered again by the reconciler.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use contract::topology::{self, StreamSpec};
@@ -105,10 +108,17 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     }
 }
 
-/// Brings the streams and consumers that exist to their declared configuration, and creates partitions that are new.
+/// Brings the streams that exist to their declared configuration, and creates those of partitions that are new.
 async fn configure(scheduler: &Scheduler) -> anyhow::Result<()> {
-    for partition in Partition::all().take(scheduler.event_partitions.get().into()) {
-        let spec = topology::events(partition);
+    let specs = specs(scheduler).await?;
+    // First those that exist: they may have to give room to others.
+    for spec in &specs {
+        if scheduler.bus.find_stream(spec).await?.is_some() {
+            scheduler.bus.ensure_stream(spec, 1, scheduler.stream_replicas).await?;
+        }
+    }
+    for spec in &specs {
+        let Some(partition) = topology::partition_of(spec.name) else { continue };
         if scheduler.bus.find_stream(spec).await?.is_none() && !is_known(scheduler, spec).await? {
             create(scheduler, spec, 1).await?;
             let extent = scheduler.bus.extent(spec).await?;
@@ -118,11 +128,6 @@ async fn configure(scheduler: &Scheduler) -> anyhow::Result<()> {
         }
         // Persisted once its stream exists: no other replica takes it for lost.
         projector::begin_partition(&scheduler.pool, partition).await?;
-    }
-    for spec in specs(scheduler).await? {
-        if scheduler.bus.find_stream(&spec).await?.is_some() {
-            scheduler.bus.ensure_stream(&spec, 1, scheduler.stream_replicas).await?;
-        }
     }
     Ok(())
 }
@@ -138,8 +143,9 @@ async fn is_known(scheduler: &Scheduler, spec: &StreamSpec) -> Result<bool, sqlx
 
 /// Every stream of this deployment, with its share of the room for events.
 async fn specs(scheduler: &Scheduler) -> anyhow::Result<Vec<StreamSpec>> {
-    let partitions = projector::partitions(&scheduler.pool).await?;
-    let share = scheduler.events_max_bytes / i64::try_from(partitions.len().max(1))?;
+    let mut partitions: BTreeSet<_> = projector::partitions(&scheduler.pool).await?.into_iter().collect();
+    partitions.extend(Partition::all().take(scheduler.event_partitions.get().into()));
+    let share = scheduler.events_max_bytes / i64::try_from(partitions.len())?;
     let sized = |mut spec: StreamSpec| {
         if topology::partition_of(spec.name).is_some() {
             spec.max_bytes = share.max(EVENTS_BYTES_MIN);
