@@ -31,7 +31,7 @@ gateway: { secrets: [NATS_PASSWORD] }
 auth: { secrets: [NATS_PASSWORD, DATABASE_URL] }
 {{- $shared := or .Values.trial.enabled (index .Values "credential-vault" "sharedSpritesToken") }}
 credential-vault: { secrets: [NATS_PASSWORD, DATABASE_URL, FIELD_ENCRYPTION_KEY{{ if $shared }}, SPRITES_API_KEY{{ end }}] }
-scheduler: { secrets: [NATS_PASSWORD, DATABASE_URL] }
+scheduler: { secrets: [NATS_PASSWORD, DATABASE_URL, AOD_DEPLOYMENT_ID] }
 sprite-runner: { secrets: [NATS_PASSWORD] }
 {{- end }}
 

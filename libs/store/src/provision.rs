@@ -30,6 +30,16 @@ pub async fn provision(admin: &mut PgConnection, service: &str, password: &str) 
     Ok(())
 }
 
+/// Makes a database that was copied from another deployment this one's own: no Sprite of the other deployment is touched any more. Its
+/// sessions can be read and not prompted, and turns that ran are ended. No scheduler may run meanwhile.
+///
+/// # Errors
+/// When the connection may not, or the schema is not that of this release.
+pub async fn adopt(admin: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(include_str!("adopt.sql")).execute(admin).await?;
+    Ok(())
+}
+
 fn quote_identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }

@@ -41,6 +41,12 @@ pub enum DeployArgs {
         #[arg(long)]
         passwords: PathBuf,
     },
+    /// Make a copy of another deployment's database this deployment's own
+    #[command(after_help = "For staging systems and restore drills: run it on the copy, after `aod deploy database` and before the first \
+                            scheduler starts. The other deployment's sandboxes are then left alone; the sessions of the copy can be read and not \
+                            prompted. Do not run it on a backup that replaces its deployment: keep AOD_DEPLOYMENT_ID instead.\n\nConnects at \
+                            DATABASE_URL (or as the file says that DATABASE_URL_FILE names), as the database's owner.")]
+    Adopt,
 }
 
 impl DeployArgs {
@@ -50,6 +56,12 @@ impl DeployArgs {
         match self {
             Self::Secrets { dir, database, owner } => Secrets { dir, owner }.make(&database),
             Self::Database { passwords } => provision(&passwords).await,
+            Self::Adopt => {
+                let mut owner = connect("aod deploy adopt").await?;
+                store::provision::adopt(&mut owner).await.map_err(|error| format!("the database cannot be adopted: {error}"))?;
+                eprintln!("the database is this deployment's own");
+                Ok(())
+            }
         }
     }
 }
@@ -83,6 +95,7 @@ impl Secrets {
         let password = self.keep("database", "postgres")?;
         self.put("database", "DATABASE_URL", &format!("postgres://postgres:{password}@{database}"))?;
         self.keep("credential-vault", "FIELD_ENCRYPTION_KEY")?;
+        self.keep("scheduler", "AOD_DEPLOYMENT_ID")?;
         let token = self.keep("local-sprites", "LOCAL_SPRITES_TOKEN")?;
         self.put("credential-vault", "SPRITES_API_KEY", &token)
     }
@@ -123,20 +136,25 @@ impl Secrets {
     }
 }
 
-async fn provision(passwords: &Path) -> Result<(), String> {
-    let mut env = service::Env::from_process("aod deploy database", "");
+/// Connects as the database's owner, for a command.
+async fn connect(command: &'static str) -> Result<PgConnection, String> {
+    let mut env = service::Env::from_process(command, "");
     let url = env.secret("DATABASE_URL", "postgres:// URL of the database's owner");
     if let service::env::Verdict::Refused(problems) = env.finish() {
         return Err(problems);
     }
     let begun = Instant::now();
-    let mut owner = loop {
+    loop {
         match PgConnection::connect(url.expose_secret()).await {
-            Ok(connection) => break connection,
+            Ok(connection) => return Ok(connection),
             Err(error) if begun.elapsed() > DATABASE_WAIT => return Err(format!("Postgres does not take connections: {error}")),
             Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
         }
-    };
+    }
+}
+
+async fn provision(passwords: &Path) -> Result<(), String> {
+    let mut owner = connect("aod deploy database").await?;
     for role in store::provision::SERVICES {
         let path = passwords.join(role);
         let password = fs::read_to_string(&path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;

@@ -29,6 +29,7 @@ use std::{num::NonZeroU8, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use bus::{Bus, Failure, responder::Responder};
 use contract::{access, common, rpc};
+use secrecy::SecretString;
 use service::{Env, Lifecycle};
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -42,6 +43,8 @@ pub struct Config {
     pub bus: bus::Config,
     pub store: store::Config,
     pub sprite_name_prefix: String,
+    /// Kept outside of the database, to tell a copy of it.
+    pub deployment_id: SecretString,
     pub stream_replicas: usize,
     pub events_max_bytes: i64,
     pub event_partitions: NonZeroU8,
@@ -54,6 +57,8 @@ impl Config {
         let config = Self {
             bus: bus::Config::from_env(env, &access::SCHEDULER),
             store: store::Config::from_env(env),
+            deployment_id: env
+                .secret("AOD_DEPLOYMENT_ID", "any text that no other deployment has, never changed: it tells a copy of the database"),
             sprite_name_prefix: env.parsed("SPRITE_NAME_PREFIX", "what the names of our Sprites begin with", "aod".to_owned()),
             retention: Retention {
                 event_days: Some(env.parsed("EVENT_RETENTION_DAYS", "days that events are kept; 0: for ever", 0)).filter(|days| *days > 0),
@@ -107,6 +112,7 @@ const MIGRATIONS: &[store::Step] = &[
     (14, "session by change", include_str!("../../../migrations/scheduler/0014_session_by_change.sql")),
     (15, "turn by owner", include_str!("../../../migrations/scheduler/0015_turn_by_owner.sql")),
     (16, "sprite to destroy", include_str!("../../../migrations/scheduler/0016_sprite_to_destroy.sql")),
+    (20, "deployment owner", include_str!("../../../migrations/scheduler/0020_deployment_owner.sql")),
 ];
 
 /// What every request works with.
@@ -138,7 +144,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.add_check("bus", move || connection.is_connected());
     let scheduler = Scheduler {
         bus: bus.clone(),
-        sprite_name_prefix: format!("{}-{}", config.sprite_name_prefix, orphans::deployment(&pool).await?).into(),
+        sprite_name_prefix: format!("{}-{}", config.sprite_name_prefix, orphans::deployment(&pool, &config.deployment_id).await?).into(),
         outbox: Arc::new(Notify::new()),
         released: Arc::new(Notify::new()),
         projected: projector::Projected::default(),

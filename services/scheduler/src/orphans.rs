@@ -11,6 +11,7 @@ use contract::{
     scheduler::{ClaimSweepReply, ClaimSweepRequest, FindOrphansReply, FindOrphansRequest},
     subject,
 };
+use secrecy::{ExposeSecret as _, SecretString};
 use tokio_util::sync::CancellationToken;
 use types::{CredentialKind, SessionId, UserId};
 use uuid::Uuid;
@@ -36,14 +37,16 @@ pub async fn run(scheduler: Scheduler, every: Duration, stop: CancellationToken)
 
 async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
     let mut tx = scheduler.pool.begin().await?;
-    // Since the last search but some, however long ago that was: while no scheduler ran, nothing was searched.
+    // Where none was searched for longer than that, as after a restore, what changed meanwhile may not be known: then everyone's.
     let users: Vec<Uuid> = sqlx::query_scalar(
         "with since as (
-             select least(now(), coalesce((select max(queued_at) from sprite_sweep), '-infinity')) - make_interval(secs => $1 * $2) as time
+             select now() - make_interval(secs => $1 * $2) as time,
+                    coalesce((select max(queued_at) from sprite_sweep), '-infinity') < now() - make_interval(secs => $1 * $2) as is_unknown
          ), changed as (
              select distinct user_id from session, since where updated_at > since.time
              union select user_id from deleted_session, since where deleted_at > since.time
              union select user_id from sprite_sweep, since where changed_at > since.time
+             union select user_id from agent, since where since.is_unknown
          )
          insert into sprite_sweep (user_id, queued_at)
          select user_id, now() from changed
@@ -98,7 +101,21 @@ pub async fn find(scheduler: Scheduler, request: FindOrphansRequest) -> Result<F
     Ok(FindOrphansReply { names })
 }
 
-/// Which deployment this is.
-pub async fn deployment(pool: &sqlx::PgPool) -> Result<String, sqlx::Error> {
-    sqlx::query_scalar("select deployment_id from deployment").fetch_one(pool).await
+/// The name of this deployment in those of its Sprites.
+///
+/// `id` is the setting AOD_DEPLOYMENT_ID. The first scheduler that has one puts it into the database; in another deployment, which has a copy
+/// of that database, it differs.
+///
+/// # Errors
+/// When it differs: everything that a scheduler does with Sprites would be done to those of the other deployment.
+pub async fn deployment(pool: &sqlx::PgPool, id: &SecretString) -> anyhow::Result<String> {
+    let id = id.expose_secret();
+    sqlx::query("update deployment set owner = $1 where owner is null").bind(id).execute(pool).await?;
+    let (name, owner): (String, String) = sqlx::query_as("select deployment_id, owner from deployment").fetch_one(pool).await?;
+    anyhow::ensure!(
+        owner == id,
+        "this database belongs to another deployment: its AOD_DEPLOYMENT_ID is not this one's. Set AOD_DEPLOYMENT_ID to that deployment's where \
+         this is a restored backup of it; run `aod deploy adopt` where this is a copy beside it, so that its sandboxes are left alone"
+    );
+    Ok(name)
 }

@@ -68,6 +68,7 @@ impl World {
             bus: self.nats.config(&access::SCHEDULER),
             store: self.database.config("scheduler"),
             sprite_name_prefix: "aod".to_owned(),
+            deployment_id: "deployment-of-tests".into(),
             stream_replicas: 1,
             events_max_bytes: contract::topology::EVENTS.max_bytes,
             event_partitions: std::num::NonZeroU8::MIN,

@@ -36,17 +36,22 @@ impl World {
     }
 
     async fn run_scheduler(nats: &Nats, database: &Database) {
+        Self::run_scheduler_of("deployment-of-tests", &Lifecycle::new(), nats, database).await.unwrap();
+    }
+
+    async fn run_scheduler_of(deployment_id: &str, lifecycle: &Lifecycle, nats: &Nats, database: &Database) -> anyhow::Result<()> {
         let config = scheduler::Config {
             bus: nats.config(&access::SCHEDULER),
             store: database.config("scheduler"),
             sprite_name_prefix: "aod".to_owned(),
+            deployment_id: deployment_id.into(),
             stream_replicas: 1,
             events_max_bytes: contract::topology::EVENTS.max_bytes,
             event_partitions: std::num::NonZeroU8::MIN,
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: None, session_days: None },
         };
-        scheduler::run(config, Lifecycle::new()).await.unwrap();
+        scheduler::run(config, lifecycle.clone()).await
     }
 
     fn agent(&self) -> CreateAgentRequest {
@@ -353,4 +358,63 @@ async fn the_accounts_of_users_whose_sessions_changed_are_searched_and_no_others
     assert_eq!(searched, expected);
     let known: i64 = sqlx::query_scalar("select count(*) from scheduler.sprite_sweep").fetch_one(&mut admin).await.unwrap();
     assert_eq!(known, 4);
+    // A backup is restored: the accounts of users whose later sessions it does not know are searched too.
+    world.gateway.call::<rpc::CreateAgent>(&world.agent(), SOON).await.unwrap();
+    sqlx::raw_sql("update scheduler.sprite_sweep set queued_at = now() - interval '1 day', changed_at = now() - interval '1 day'")
+        .execute(&mut admin)
+        .await
+        .unwrap();
+    World::run_scheduler(&world.nats, &database).await;
+    eventually("everyone's account is searched", || async {
+        let searched = "select exists (select from scheduler.sprite_sweep where user_id = $1 and queued_at > now() - interval '1 minute')";
+        sqlx::query_scalar(searched).bind(world.user.uuid()).fetch_one(&mut database.admin().await.unwrap()).await.unwrap()
+    })
+    .await;
+}
+
+/// A staging system that starts from a copy of production's database, with the same Sprites token.
+#[tokio::test]
+async fn a_copy_of_the_database_is_refused_until_it_is_adopted_and_names_no_sprite_of_the_other_then() {
+    let database = Database::create().await.unwrap();
+    let (production, lifecycle) = (Nats::start().unwrap(), Lifecycle::new());
+    World::run_scheduler_of("production", &lifecycle, &production, &database).await.unwrap();
+    let mut admin = database.admin().await.unwrap();
+    let name = "select deployment_id from scheduler.deployment";
+    let before: String = sqlx::query_scalar(name).fetch_one(&mut admin).await.unwrap();
+    sqlx::query(
+        "with sessions as (
+             insert into scheduler.session (session_id, user_id, agent_version, runtime, sprite, conversation_id, metadata, status, turn_count)
+             select gen_random_uuid(), gen_random_uuid(), 1, 'shell', 'aod-' || $1 || '-' || n, gen_random_uuid(), '{}', status, 1
+             from unnest(array['completed', 'running']) with ordinality as s (status, n)
+             returning session_id, status
+         )
+         insert into scheduler.turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at)
+         select session_id, 1, 'p', 60, status, now() + interval '1 hour' from sessions",
+    )
+    .bind(&before)
+    .execute(&mut admin)
+    .await
+    .unwrap();
+
+    // The database is the copy from here on.
+    lifecycle.stop_token().cancel();
+    lifecycle.tracker().close();
+    lifecycle.tracker().wait().await;
+    let (staging, lifecycle) = (Nats::start().unwrap(), Lifecycle::new());
+    let refused = World::run_scheduler_of("staging", &lifecycle, &staging, &database).await.unwrap_err();
+    assert!(refused.to_string().starts_with("this database belongs to another deployment"), "{refused}");
+    store::provision::adopt(&mut admin).await.unwrap();
+    World::run_scheduler_of("staging", &lifecycle, &staging, &database).await.unwrap();
+    let adopted: String = sqlx::query_scalar(name).fetch_one(&mut admin).await.unwrap();
+    assert_ne!(adopted, before);
+    let sprites: Vec<String> = sqlx::query_scalar("select sprite from scheduler.session").fetch_all(&mut admin).await.unwrap();
+    assert!(sprites.len() == 2 && sprites.iter().all(|sprite| sprite.contains(&adopted)), "{sprites:?}");
+    for _ in 0..200 {
+        let active = "select count(*) from scheduler.session where status in ('pending', 'running')";
+        if sqlx::query_scalar::<_, i64>(active).fetch_one(&mut admin).await.unwrap() == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("what ran when the copy was made does not end");
 }

@@ -46,6 +46,9 @@ pub struct Secrets {
     pub service_passwords: Vec<(String, String)>,
     pub nats_passwords: Vec<(String, String)>,
     pub encryption_key: String,
+    /// Empty in a directory of a release before.
+    #[serde(default)]
+    pub deployment_id: String,
     pub sprites_token: String,
     pub api_key: String,
 }
@@ -135,7 +138,11 @@ impl Secrets {
                     secrets.nats_passwords.push((user.to_owned(), random::secret()?));
                 }
             }
-            if secrets.nats_passwords.len() > known {
+            let identified = !secrets.deployment_id.is_empty();
+            if !identified {
+                secrets.deployment_id = random::secret()?;
+            }
+            if secrets.nats_passwords.len() > known || !identified {
                 secrets.save(path)?;
             }
             return Ok(secrets);
@@ -148,6 +155,7 @@ impl Secrets {
                 .collect::<anyhow::Result<_>>()?,
             nats_passwords: access::users().map(|user| Ok((user.to_owned(), random::secret()?))).collect::<anyhow::Result<_>>()?,
             encryption_key: random::secret()?,
+            deployment_id: random::secret()?,
             sprites_token: random::secret()?,
             api_key: ApiKey::generate()?.reveal().to_owned(),
         };

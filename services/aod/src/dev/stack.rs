@@ -138,7 +138,7 @@ const PASSED_ON: &[&str] = &[
 ];
 
 /// What services get from files of their own: other processes of the user may read an environment.
-const SECRETS: &[&str] = &["DATABASE_URL", "FIELD_ENCRYPTION_KEY", "LOCAL_SPRITES_TOKEN", "NATS_PASSWORD"];
+const SECRETS: &[&str] = &["AOD_DEPLOYMENT_ID", "DATABASE_URL", "FIELD_ENCRYPTION_KEY", "LOCAL_SPRITES_TOKEN", "NATS_PASSWORD"];
 
 impl Stack {
     pub fn new(tools: Tools, data: DataDir, api: SocketAddr, args: DevArgs) -> Result<Self, DevError> {
@@ -455,7 +455,8 @@ impl Stack {
         }
         for name in self.replicas_of("scheduler") {
             let copies = ("AOD_STREAM_REPLICAS", self.nats.len().min(3).to_string());
-            add(name, "scheduler", [nats("scheduler"), vec![database("scheduler"), copies]].concat())?;
+            let deployment = ("AOD_DEPLOYMENT_ID", secrets.deployment_id.clone());
+            add(name, "scheduler", [nats("scheduler"), vec![database("scheduler"), deployment, copies]].concat())?;
         }
         for number in 1..=self.runners {
             let mut runner = nats("runner");
