@@ -71,6 +71,8 @@ pub struct Bus {
     pub(crate) jetstream: jetstream::Context,
     /// How often it was connected: what was under way on an earlier connection gets no answer.
     pub(crate) connections: watch::Receiver<u64>,
+    /// How often a subscription of this connection was too slow, so that messages were dropped.
+    pub(crate) drops: watch::Receiver<u64>,
 }
 
 impl Bus {
@@ -81,6 +83,7 @@ impl Bus {
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         describe_metrics();
         let (counter, connections) = watch::channel(0_u64);
+        let (dropped, drops) = watch::channel(0_u64);
         let servers: Vec<String> = config.url.split(',').map(|url| url.trim().to_owned()).collect();
         let mut options = ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned())
             .name(&config.name)
@@ -95,6 +98,9 @@ impl Bus {
                         *connections += 1;
                         *connections > 1
                     });
+                }
+                if matches!(event, async_nats::Event::SlowConsumer(_)) {
+                    dropped.send_modify(|drops| *drops += 1);
                 }
                 async move {
                     match event {
@@ -120,7 +126,7 @@ impl Bus {
         }
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(Duration::from_secs(5));
-        Ok(Self { client, jetstream, connections })
+        Ok(Self { client, jetstream, connections, drops })
     }
 
     /// Whether the connection is up right now.

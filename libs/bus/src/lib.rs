@@ -1,6 +1,7 @@
 //! The only crate that speaks NATS.
 //!
 //! [`Bus`] connects and calls; [`responder`] serves requests as a NATS micro-service; [`log`] appends to and follows the streams;
+//! [`live`] subscribes to what they republish;
 //! [`work`] takes jobs from a work queue; [`topology`] makes streams and consumers as the contract declares them.
 //!
 //! Policy lives here and not in handlers: deadlines, acknowledgements, redelivery, trace headers.
@@ -8,6 +9,7 @@
 mod client;
 pub mod dead_letters;
 mod failure;
+pub mod live;
 pub mod log;
 pub mod responder;
 pub mod topology;

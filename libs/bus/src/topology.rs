@@ -6,9 +6,9 @@ use async_nats::jetstream::{
     ErrorCode,
     consumer::{AckPolicy, PullConsumer, pull},
     context::{GetStreamError, GetStreamErrorKind},
-    stream::{Config, DiscardPolicy, RetentionPolicy, StorageType},
+    stream::{Config, DiscardPolicy, Republish, RetentionPolicy, StorageType},
 };
-use contract::topology::{ConsumerSpec, Retention, StreamSpec};
+use contract::topology::{CONSUMERS_MAX, ConsumerSpec, Retention, StreamSpec};
 
 use crate::Bus;
 
@@ -58,7 +58,7 @@ impl Bus {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Stream { name: spec.name, source };
         let existing = self.jetstream.get_stream(spec.name).await.ok();
         let first_sequence = existing.as_ref().map_or(Some(first_sequence.max(1)), |stream| stream.cached_info().config.first_sequence);
-        let config = Config {
+        let mut config = Config {
             name: spec.name.to_owned(),
             subjects: spec.subjects.iter().map(ToString::to_string).collect(),
             retention: match spec.retention {
@@ -74,17 +74,29 @@ impl Bus {
             max_message_size: -1,
             max_messages: -1,
             max_messages_per_subject: -1,
-            max_consumers: -1,
+            max_consumers: CONSUMERS_MAX,
+            republish: spec.republish.map(|republish| Republish {
+                source: republish.from.to_owned(),
+                destination: republish.to.to_owned(),
+                headers_only: false,
+            }),
             first_sequence,
             ..Config::default()
         };
-        self.jetstream.create_or_update_stream(config.clone()).await.map_err(|error| failed(error.into()))?;
+        if let Err(error) = self.jetstream.create_or_update_stream(config.clone()).await {
+            // Servers before 2.15 do not change this limit of a stream that exists; there, its -1 means no limit.
+            let unlimited = existing.filter(|stream| stream.cached_info().config.max_consumers == -1);
+            config.max_consumers = unlimited.map(|_| -1).ok_or_else(|| failed(error.into()))?;
+            self.jetstream.create_or_update_stream(config.clone()).await.map_err(|error| failed(error.into()))?;
+        }
         let kept = self.jetstream.get_stream(spec.name).await.map_err(|error| failed(error.into()))?.cached_info().config.clone();
         let same = kept.subjects == config.subjects
             && kept.retention == config.retention
             && kept.max_age == config.max_age
             && kept.max_bytes == config.max_bytes
             && kept.discard == config.discard
+            && kept.max_consumers == config.max_consumers
+            && kept.republish == config.republish
             && kept.duplicate_window == config.duplicate_window;
         if same { Ok(()) } else { Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") }) }
     }

@@ -16,6 +16,7 @@ use bus::{
 };
 use contract::{access, auth, rpc, subject, topology, vault};
 use futures::StreamExt as _;
+use secrecy::ExposeSecret as _;
 use testkit::{Nats, eventually};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use types::{ErrorCode, Partition, SessionId};
@@ -122,10 +123,10 @@ async fn a_log_has_one_writer() {
 async fn following_goes_on_after_the_server_was_killed() {
     let mut nats = Nats::start().unwrap();
     nats.with_streams().await.unwrap();
-    let (runner, gateway) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let (runner, projector) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::SCHEDULER).await.unwrap());
     let log = subject::session_log(SessionId::new(), Partition::FIRST);
     let first = runner.publish(log.clone(), "1".into(), "1").await.unwrap();
-    let mut entries = gateway.follow(topology::EVENTS.name, log.clone(), first).await.unwrap();
+    let mut entries = projector.follow(topology::EVENTS.name, log.clone(), first).await.unwrap();
     assert_eq!(entries.next().await.unwrap().unwrap().payload, "1");
     nats.restart().unwrap();
     let mut appended = false;
@@ -141,7 +142,7 @@ async fn following_goes_on_after_the_server_was_killed() {
     let next = tokio::time::timeout(Duration::from_secs(15), entries.next()).await;
     let entry = match next {
         Ok(Some(Ok(entry))) => entry,
-        _ => gateway.follow(topology::EVENTS.name, log, first + 1).await.unwrap().next().await.unwrap().unwrap(),
+        _ => projector.follow(topology::EVENTS.name, log, first + 1).await.unwrap().next().await.unwrap().unwrap(),
     };
     assert_eq!(entry.payload, "2");
 }
@@ -177,4 +178,54 @@ async fn a_job_handed_back_comes_again_and_one_done_does_not() {
     stop.cancel();
     tasks.close();
     tasks.wait().await;
+}
+
+#[tokio::test]
+async fn a_live_subscription_carries_each_entrys_sequence_and_the_one_before_it() {
+    let mut nats = Nats::start().unwrap();
+    let scheduler = nats.with_streams().await.unwrap();
+    scheduler.ensure_stream(topology::events(Partition::new(3).unwrap()), 1, 1).await.unwrap();
+    let (runner, gateway) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    for partition in [Partition::new(3).unwrap(), Partition::FIRST] {
+        let session = SessionId::new();
+        let log = subject::session_log(session, partition);
+        let first = runner.append(log.clone(), "1".into(), 0).await.unwrap();
+        let mut live = gateway.live(session, partition).await.unwrap();
+        // Also orders the subscription before what is appended next.
+        assert_eq!(gateway.last(topology::events(partition).name, &log).await.unwrap().unwrap().sequence, first);
+        runner.append(subject::session_log(SessionId::new(), partition), "x".into(), 0).await.unwrap();
+        let second = runner.append(log.clone(), "2".into(), first).await.unwrap();
+        let entry = live.next().await.unwrap();
+        assert_eq!((entry.sequence, entry.previous, entry.payload.as_ref()), (second, first, b"2".as_slice()));
+        if partition != Partition::FIRST {
+            continue;
+        }
+        nats.restart().unwrap();
+        assert_eq!(live.next().await.unwrap_err(), bus::live::Interrupted);
+        eventually("the stream is back", || async { gateway.last(topology::EVENTS.name, &log).await.is_ok() }).await;
+        let third = runner.append(log.clone(), "3".into(), second).await.unwrap();
+        let entry = live.next().await.unwrap();
+        assert_eq!((entry.sequence, entry.previous), (third, second));
+    }
+}
+
+#[tokio::test]
+async fn a_stream_of_an_earlier_release_is_brought_up_to_date() {
+    let nats = Nats::start().unwrap();
+    let config = nats.config(&access::SCHEDULER);
+    let options = async_nats::ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned())
+        .custom_inbox_prefix(access::SCHEDULER.inbox());
+    let jetstream = async_nats::jetstream::new(options.connect(config.url).await.unwrap());
+    let earlier = async_nats::jetstream::stream::Config {
+        name: topology::EVENTS.name.to_owned(),
+        subjects: topology::EVENTS.subjects.iter().map(ToString::to_string).collect(),
+        max_bytes: topology::EVENTS.max_bytes,
+        max_consumers: -1,
+        ..Default::default()
+    };
+    jetstream.create_stream(earlier).await.unwrap();
+    nats.with_streams().await.unwrap();
+    let kept = jetstream.get_stream(topology::EVENTS.name).await.unwrap().cached_info().config.clone();
+    assert_eq!(kept.max_consumers, topology::CONSUMERS_MAX);
+    assert!(kept.republish.is_some());
 }

@@ -57,13 +57,9 @@ pub const GATEWAY: Access = Access {
         "aod.rpc.scheduler.v1.agent.>",
         "aod.rpc.scheduler.v1.environment.>",
         "aod.rpc.scheduler.v1.session.>",
-        "$JS.API.STREAM.INFO.EVENTS",
-        "$JS.API.CONSUMER.CREATE.EVENTS.>",
-        "$JS.API.CONSUMER.DELETE.EVENTS.>",
-        "$JS.API.CONSUMER.INFO.EVENTS.>",
-        "$JS.API.CONSUMER.MSG.NEXT.EVENTS.>",
+        "$JS.API.STREAM.MSG.GET.EVENTS",
     ],
-    subscribe: &[],
+    subscribe: &["aod.live.session.v1.>"],
 };
 
 pub const AUTH: Access = Access { user: "auth", publish: &[], subscribe: &["aod.rpc.auth.>", "$SRV.>"] };
@@ -142,7 +138,7 @@ pub const EVENTS: Access = Access {
         "$JS.API.CONSUMER.MSG.NEXT.EVENTS.*",
         "$JS.ACK.LIFECYCLE.>",
     ],
-    subscribe: &[],
+    subscribe: &["aod.live.session.v1.>"],
 };
 
 pub const ALL: [Access; 7] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, OPERATOR, EVENTS];

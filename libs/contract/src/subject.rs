@@ -11,6 +11,15 @@ pub fn session_log(session: SessionId, partition: Partition) -> String {
     }
 }
 
+/// Where the server publishes the entries of a session's log again, for plain subscribers.
+#[must_use]
+pub fn session_live(session: SessionId, partition: Partition) -> String {
+    match partition.number() {
+        0 => format!("aod.live.session.v1.{session}"),
+        number => format!("aod.live.session.v1.{session}.{number}"),
+    }
+}
+
 /// The session a record's subject belongs to.
 #[must_use]
 pub fn parse_session_log(subject: &str) -> Option<SessionId> {
@@ -86,6 +95,20 @@ pub const PUBLICATIONS: &[Publication] = &[
         meaning: "The same, of a session that was made while EVENT_PARTITIONS was more than 1. Partition 3 is the stream EVENTS_3.",
     },
     Publication {
+        name: "SessionLive",
+        address: "aod.live.session.v1.{session}",
+        parameters: &[SESSION],
+        message: Some("session::SessionEvent"),
+        meaning: "Each entry of SessionLog, published again by the NATS server when it is stored, at most once. The header Nats-Sequence is the event id, Nats-Last-Sequence the id of the session's entry before it: where that is not the last one you have, you missed something.",
+    },
+    Publication {
+        name: "SessionLiveOfPartition",
+        address: "aod.live.session.v1.{session}.{partition}",
+        parameters: &[SESSION, ("partition", "The number of the session's partition, where it is not the first: 1 to 7")],
+        message: Some("session::SessionEvent"),
+        meaning: "The same, of SessionLogOfPartition.",
+    },
+    Publication {
         name: "SessionLifecycle",
         address: "aod.evt.scheduler.v1.session.{what}.{session}",
         parameters: &[("what", "`completed`, `failed`, `terminated` or `deleted`"), SESSION],
@@ -132,6 +155,16 @@ pub const PUBLICATIONS: &[Publication] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_live_subject_is_the_logs_subject_republished() {
+        let session = SessionId::new();
+        for partition in Partition::all() {
+            let republish = crate::topology::events(partition).republish.unwrap();
+            let (from, to) = (republish.from.trim_end_matches('>'), republish.to.trim_end_matches('>'));
+            assert_eq!(session_log(session, partition).replacen(from, to, 1), session_live(session, partition));
+        }
+    }
 
     #[test]
     fn a_logs_subject_gives_its_session_back() {

@@ -27,7 +27,19 @@ pub struct StreamSpec {
     /// A full stream refuses what is new, rather than lose what it holds.
     pub refuse_when_full: bool,
     pub duplicate_window: Duration,
+    /// Where the server publishes each stored message again, for plain subscribers.
+    pub republish: Option<Republish>,
 }
+
+/// A mapping of subjects: what is stored under `from` is published under `to`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Republish {
+    pub from: &'static str,
+    pub to: &'static str,
+}
+
+/// Consumers that a stream may have. nats-server 2.15 takes -1 for 1000.
+pub const CONSUMERS_MAX: i32 = 100_000;
 
 #[derive(Clone, Copy, Debug)]
 pub struct ConsumerSpec {
@@ -46,6 +58,7 @@ pub const JOBS: StreamSpec = StreamSpec {
     max_bytes: GIB,
     refuse_when_full: true,
     duplicate_window: Duration::from_secs(600),
+    republish: None,
 };
 
 /// The first partition of the sessions' records. The scheduler trims what is recorded when room is needed. Full, it refuses, and whoever
@@ -58,6 +71,7 @@ pub const EVENTS: StreamSpec = StreamSpec {
     max_bytes: 8 * GIB,
     refuse_when_full: true,
     duplicate_window: Duration::from_secs(120),
+    republish: Some(Republish { from: "aod.log.session.v1.>", to: "aod.live.session.v1.>" }),
 };
 
 pub const LIFECYCLE: StreamSpec = StreamSpec {
@@ -68,6 +82,7 @@ pub const LIFECYCLE: StreamSpec = StreamSpec {
     max_bytes: GIB,
     refuse_when_full: false,
     duplicate_window: Duration::from_secs(600),
+    republish: None,
 };
 
 pub const DLQ: StreamSpec = StreamSpec {
@@ -78,6 +93,7 @@ pub const DLQ: StreamSpec = StreamSpec {
     max_bytes: GIB,
     refuse_when_full: false,
     duplicate_window: Duration::from_secs(120),
+    republish: None,
 };
 
 static PARTITIONS: [StreamSpec; Partition::COUNT_MAX as usize] = [

@@ -418,6 +418,9 @@ pub struct ReadEventsRequest {
     pub after: u64,
     #[prost(uint32, tag = "3")]
     pub limit: u32,
+    /// The page ends before it grows larger, but for its first event. 0: as large as a message allows.
+    #[prost(uint32, tag = "4")]
+    pub max_bytes: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RecordedEvent {
@@ -434,6 +437,13 @@ pub struct ReadEventsReply {
     /// Where there are none: the newest event there is.
     #[prost(message, optional, tag = "2")]
     pub newest: ::core::option::Option<RecordedEvent>,
+    /// Where there are none: every event of the session up to this id was persisted when the page was read, so none is missing in between.
+    /// 0: not known.
+    #[prost(uint64, tag = "3")]
+    pub projected: u64,
+    /// Where there are none: the session does not exist any more.
+    #[prost(bool, tag = "4")]
+    pub session_deleted: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClaimTurnRequest {
