@@ -30,7 +30,7 @@ const OPTIONS: Options = Options {
     replicas: 1,
     nats_servers: 1,
     no_restart: false,
-    settings: &[("DEFAULT_MAX_CONCURRENT_SESSIONS", "1000000"), ("RUST_LOG", "error")],
+    settings: &[("DEFAULT_MAX_CONCURRENT_SESSIONS", "1000000"), ("AOD_MAX_STREAMS_PER_KEY", "1000000"), ("RUST_LOG", "error")],
 };
 const CALLERS: usize = 32;
 const LOAD: Duration = Duration::from_secs(5);

@@ -22,6 +22,7 @@ const KEYS_MAX: u64 = 100_000;
 pub struct Caller {
     pub user_id: String,
     pub session_limit: Option<u32>,
+    pub key: KeyHash,
 }
 
 /// Keys that were just verified. Concurrent requests with one key ask once.
@@ -43,7 +44,7 @@ impl FromRequestParts<App> for Caller {
         let client = app.limits.client(parts);
         app.limits.check_failures(client, hash).map_err(|later| ApiError::try_later("Too many failed authentications", later))?;
         let verified = match hash {
-            Some(hash) => app.keys.0.try_get_with(hash, verify(app, hash)).await.map_err(|failure| (*failure).clone()),
+            Some(hash) => verify(app, hash).await,
             None => Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key")),
         };
         if verified.as_ref().is_err_and(|failure| failure.code == ErrorCode::Unauthenticated) {
@@ -62,8 +63,15 @@ fn bearer(parts: &Parts) -> Option<&str> {
     Some(token.trim()).filter(|token| scheme.eq_ignore_ascii_case("bearer") && !token.is_empty())
 }
 
-async fn verify(app: &App, hash: KeyHash) -> Result<Caller, Failure> {
-    let request = VerifyKeyRequest { key_hash: hash.as_bytes().to_vec() };
-    let reply = app.bus.call::<rpc::VerifyKey>(&request, RPC_DEADLINE).await?;
-    Ok(Caller { user_id: reply.user_id, session_limit: reply.session_limit })
+/// The user of a key that works.
+///
+/// # Errors
+/// `Unauthenticated` when it does not, and why; others when auth does not answer.
+pub async fn verify(app: &App, key: KeyHash) -> Result<Caller, Failure> {
+    let ask = async {
+        let request = VerifyKeyRequest { key_hash: key.as_bytes().to_vec() };
+        let reply = app.bus.call::<rpc::VerifyKey>(&request, RPC_DEADLINE).await?;
+        Ok(Caller { user_id: reply.user_id, session_limit: reply.session_limit, key })
+    };
+    app.keys.0.try_get_with(key, ask).await.map_err(|failure: std::sync::Arc<Failure>| (*failure).clone())
 }

@@ -35,7 +35,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use types::Runtime;
 
-use crate::{auth::KeyCache, limits::Limits, stream::hub::Hubs};
+use crate::{
+    auth::KeyCache,
+    limits::Limits,
+    stream::{hub::Hubs, open::OpenStreams},
+};
 
 #[derive(Debug)]
 pub struct Config {
@@ -54,6 +58,7 @@ pub struct ApiConfig {
     pub shell_runtime: bool,
     pub stream_stale: Duration,
     pub slow_reader: Duration,
+    pub streams_per_key: usize,
     pub cors_origins: Vec<String>,
     pub allowed_hosts: Vec<String>,
     pub connections: usize,
@@ -85,6 +90,7 @@ impl Config {
                     "how long a client may take nothing before its connection is closed",
                     30,
                 ),
+                streams_per_key: env.parsed("AOD_MAX_STREAMS_PER_KEY", "streams that one API key may have open on this gateway", 2000),
                 cors_origins: list(env.parsed("AOD_CORS_ORIGINS", "origins that browsers may call from", "*".to_owned())),
                 allowed_hosts: list(env.parsed(
                     "ALLOWED_HOSTS",
@@ -115,6 +121,9 @@ impl Config {
                 env.refuse("ENABLE_SHELL_RUNTIME must be off (AOD_ENV=production)");
             }
         }
+        if config.api.streams_per_key == 0 {
+            env.refuse("AOD_MAX_STREAMS_PER_KEY must be at least 1");
+        }
         if config.api.connections == 0 {
             env.refuse("AOD_MAX_CONNECTIONS must be at least 1");
         }
@@ -133,6 +142,7 @@ struct App {
     keys: KeyCache,
     limits: Limits,
     hubs: Arc<Hubs>,
+    streams: OpenStreams,
     lifecycle: Lifecycle,
     ending: server::Ending,
 }
@@ -166,6 +176,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         keys: KeyCache::new(),
         limits: Limits::new(&config.api.limits),
         hubs: Arc::new(Hubs::new(bus.clone(), lifecycle.tracker())),
+        streams: OpenStreams::new(config.api.streams_per_key, lifecycle.tracker()),
         bus,
         config: Arc::new(config.api),
         lifecycle: lifecycle.clone(),

@@ -11,6 +11,11 @@ pub fn describe() {
     describe_gauge!("aod_stream_clients", "clients that follow a session");
     describe_gauge!("aod_followed_sessions", "sessions that they follow");
     describe_histogram!("aod_stream_first_event_seconds", Unit::Seconds, "from a stream's start to its first event on record");
+    describe_gauge!(
+        "aod_sessions_read_from_postgres",
+        "sessions that they follow in Postgres, for the live subscription missed something or is interrupted"
+    );
+    describe_counter!("aod_live_gaps_total", "entries that a live subscription missed, and that were read from Postgres");
     describe_counter!("aod_stream_fallbacks_total", "slow readers that went back to the record");
     describe_counter!("aod_stream_cuts_total", "readers that were cut for taking nothing");
     // There from the beginning: an increase from nothing is none to Prometheus.

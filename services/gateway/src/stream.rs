@@ -1,10 +1,15 @@
-//! The stream of a session (contract §7): history from the record in bounded pages until it meets the bus, then the bus.
+//! The stream of a session (contract §7): history from the event log in Postgres, in bounded pages, then what is appended live.
 //!
-//! [`event`] is what clients see of an event; [`hub`] follows a session once for all its readers; [`reader`] is one connection.
+//! [`reader`] is one connection and [`progress`] its pure part; [`hub`] follows a session for all its readers and [`tail`] is its pure part;
+//! [`history`] reads pages; [`event`] is what clients see of an event; [`open`] counts the streams of each key.
 
 pub mod event;
+mod history;
 pub mod hub;
+pub mod open;
+mod progress;
 mod reader;
+mod tail;
 
 use axum::{
     body::Body,
@@ -12,9 +17,12 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
-use contract::{rpc, scheduler::GetSessionRequest};
+use contract::{
+    rpc,
+    scheduler::{GetSessionRequest, Session},
+};
 use serde::Deserialize;
-use types::{Partition, SessionId};
+use types::{Partition, SessionId, SessionStatus};
 
 use utoipa::{IntoParams, ToSchema};
 
@@ -22,9 +30,10 @@ use crate::{
     App,
     auth::Caller,
     error::ApiError,
+    limits::TryLater,
     page::bad_query,
     path::{Id, IdParams},
-    stream::reader::Reader,
+    stream::{event::Event, open::TooManyStreams, reader::Reader},
 };
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -58,9 +67,10 @@ pub struct ServerSentEvent {
 /// Follow a session
 ///
 /// Server-sent events: all that the session has shown, then what it goes on to show, until its current turn ends. A comment is sent
-/// after 15 s of silence.
+/// after 15 s of silence. A browser's `EventSource` reconnects after the end, with `Last-Event-ID`: it is told by 204 that nothing follows.
 #[utoipa::path(get, path = "/sessions/{id}/stream", tag = "sessions", params(IdParams, Params, LastEventId),
-    responses((status = 200, description = "Events, one `data:` line each", body = ServerSentEvent, content_type = "text/event-stream")))]
+    responses((status = 200, description = "Events, one `data:` line each", body = ServerSentEvent, content_type = "text/event-stream"),
+              (status = 204, description = "The current turn ended, and the event of `Last-Event-ID` was its last")))]
 pub async fn stream(
     State(app): State<App>,
     caller: Caller,
@@ -74,16 +84,34 @@ pub async fn stream(
     let Query(params) = params.map_err(|_| bad_query("Malformed query"))?;
     let last_event_id = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("?")).filter(|text| !text.is_empty());
     let since = resume_point(params.since.as_deref())?;
-    let since = if last_event_id.is_some() { resume_point(last_event_id)? } else { since };
+    let resumed = last_event_id.map(|text| resume_point(Some(text))).transpose()?;
+    let since = resumed.unwrap_or(since);
+    if let Some(last) = resumed
+        && has_end(&app, session_id, &session, last).await?
+    {
+        return Ok(StatusCode::NO_CONTENT.into_response());
+    }
     let partition = Partition::new(session.event_partition);
     let partition = partition.ok_or_else(|| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "This gateway is older than the session"))?;
-    let reader = Reader::new(app, caller, session_id, partition, session, since);
+    let open = app.streams.open(&app, caller.key).map_err(|TooManyStreams { max }| {
+        let detail = format!("This API key has {max} streams open, as many as it may. Close some, or have several readers share one.");
+        ApiError::try_later(&detail, TryLater { seconds: 5 })
+    })?;
+    let reader = Reader::new(app, caller, open, (session_id, partition), session, since);
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),
         (header::HeaderName::from_static("x-accel-buffering"), "no"),
     ];
     Ok((headers, Body::from_stream(reader.into_stream())).into_response())
+}
+
+/// Whether a client that has an event has the end of the session's current turn.
+async fn has_end(app: &App, session_id: SessionId, session: &Session, last: u64) -> Result<bool, ApiError> {
+    let Some(settled) = session.status.parse::<SessionStatus>().ok().filter(|status| !status.is_active()) else { return Ok(false) };
+    let page = history::read_page(&app.bus, session_id, last, 1).await?;
+    let newest = page.newest.map(|event| Event::decode(event.event_id, event.payload));
+    Ok(newest.is_some_and(|newest| newest.id <= last && progress::is_end_of(&newest, settled, session.turn_count)))
 }
 
 /// The id after which events are wanted.

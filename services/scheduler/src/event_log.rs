@@ -11,7 +11,7 @@ use time::Date;
 use types::SessionId;
 
 /// A page of the log: at most this many bytes and one event more, so that an answer fits a message.
-const PAGE_BYTES_MAX: i64 = 4 * 1024 * 1024;
+const PAGE_BYTES_MAX: u32 = 4 * 1024 * 1024;
 const DELETED_AT_A_TIME: u64 = 10_000;
 
 /// The days on which a session's events were written, both included.
@@ -74,14 +74,15 @@ fn newest_query(days: Days) -> String {
     format!("select event_id, payload from event where session_id = $1 and {} order by event_id desc limit 1", days.condition())
 }
 
-/// The events that follow one, oldest first: at most `limit`, and fewer where they are large.
-pub async fn page(pool: &PgPool, session: SessionId, after: u64, limit: u32) -> Result<Vec<RecordedEvent>, Failure> {
+/// The events that follow one, oldest first: at most `limit`, and fewer where they hold more than `max_bytes` (0: [`PAGE_BYTES_MAX`]).
+pub async fn page(pool: &PgPool, session: SessionId, after: u64, limit: u32, max_bytes: u32) -> Result<Vec<RecordedEvent>, Failure> {
+    let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
     let Some(days) = Days::of(pool, session).await? else { return Ok(Vec::new()) };
     let rows = sqlx::query(AssertSqlSafe(page_query(days)))
         .bind(session.uuid())
         .bind(i64::try_from(after).unwrap_or(i64::MAX))
         .bind(i64::from(limit.clamp(1, 5000)))
-        .bind(PAGE_BYTES_MAX)
+        .bind(i64::from(max_bytes))
         .fetch_all(pool)
         .await?;
     Ok(rows.iter().map(event).collect::<Result<_, _>>()?)
@@ -167,7 +168,7 @@ mod tests {
             .bind(session.uuid())
             .bind(0_i64)
             .bind(100_i64)
-            .bind(PAGE_BYTES_MAX)
+            .bind(i64::from(PAGE_BYTES_MAX))
             .fetch_all(connection)
             .await
             .unwrap();
@@ -184,10 +185,10 @@ mod tests {
         assert!(tables_in_plan(&mut connection, page_query(days), session).await <= 2);
         let newest = newest_query(days).replace("$1", "$1 and $2::bigint + $3::bigint + $4::bigint is not null");
         assert!(tables_in_plan(&mut connection, newest, session).await <= 2);
-        assert_eq!(page(&pool, session, 1900, 1000).await.unwrap().len(), 100);
+        assert_eq!(page(&pool, session, 1900, 1000, 0).await.unwrap().len(), 100);
         assert_eq!(super::newest(&pool, session).await.unwrap().unwrap().event_id, 2000);
         purge(&pool, session).await.unwrap();
-        assert!(page(&pool, session, 0, 10).await.unwrap().is_empty());
+        assert!(page(&pool, session, 0, 10, 0).await.unwrap().is_empty());
     }
 
     #[tokio::test]
@@ -198,7 +199,7 @@ mod tests {
             let mut times = Vec::new();
             for _ in 0..500 {
                 let begun = Instant::now();
-                page(&pool, session, 1900, 100).await.unwrap();
+                page(&pool, session, 1900, 100, 0).await.unwrap();
                 times.push(begun.elapsed());
             }
             times.sort();

@@ -447,9 +447,20 @@ pub async fn lock(tx: &mut PgConnection, session: SessionId, user: Option<UserId
 
 pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    let events = event_log::page(&scheduler.pool, session, request.after, request.limit).await?;
-    let newest = if events.is_empty() { newest_event(&scheduler, session).await? } else { None };
-    Ok(ReadEventsReply { events, newest })
+    let events = event_log::page(&scheduler.pool, session, request.after, request.limit, request.max_bytes).await?;
+    if !events.is_empty() {
+        return Ok(ReadEventsReply { events, ..ReadEventsReply::default() });
+    }
+    let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
+        .bind(session.uuid())
+        .fetch_optional(&scheduler.pool)
+        .await?;
+    let Some(number) = number else { return Ok(ReadEventsReply { session_deleted: true, ..ReadEventsReply::default() }) };
+    // In this order: what was persisted up to there is seen by the query after it.
+    let projected = crate::projector::projected_through(&scheduler.pool, partition(number)?).await?;
+    let newest = newest_event(&scheduler, session).await?;
+    let is_complete = newest.as_ref().is_none_or(|newest| newest.event_id <= request.after);
+    Ok(ReadEventsReply { newest, projected: if is_complete { projected } else { 0 }, ..ReadEventsReply::default() })
 }
 
 /// The last event of a session that is on record.

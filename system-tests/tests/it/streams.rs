@@ -44,11 +44,156 @@ async fn every_line_is_what_the_contract_says() {
         }
     }
     let last = blocks.last().unwrap().lines().next().unwrap().strip_prefix("id: ").unwrap();
-    // The header wins; what lies behind the end is only the start.
-    assert_eq!(raw(&stack, &session, Some(("last-event-id", last))).await, format!("{start}\n\n"));
+    // Behind the end is only the start.
     let begun = Instant::now();
-    assert_eq!(raw(&stack, &session, Some(("last-event-id", "99999999999999999999"))).await, format!("{start}\n\n"));
-    assert!(begun.elapsed() < Duration::from_secs(2));
+    for since in [last, "99999999999999999999"] {
+        let url = format!("{}/sessions/{session}/stream?since={since}", stack.ready_text("/api_url"));
+        let response = unlimited().get(url).bearer_auth(stack.ready_text("/api_key")).send().await.unwrap();
+        assert_eq!(response.text().await.unwrap(), format!("{start}\n\n"));
+        // A browser's EventSource reconnects for ever, but after this.
+        assert_eq!(resumed(&stack, &session, since).await, 204);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(4));
+    let before: u64 = last.parse::<u64>().unwrap() - 1;
+    assert_eq!(resumed(&stack, &session, &before.to_string()).await, 200);
+}
+
+/// The status that a client which resumes from an event gets.
+async fn resumed(stack: &Stack, session: &str, last_event_id: &str) -> u16 {
+    let url = format!("{}/sessions/{session}/stream?since=0", stack.ready_text("/api_url"));
+    let request = unlimited().get(url).bearer_auth(stack.ready_text("/api_key")).header("last-event-id", last_event_id);
+    request.send().await.unwrap().status().as_u16()
+}
+
+#[tokio::test]
+async fn a_reader_beyond_the_end_harms_no_other() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let session = stack.session("shell", "sleep 1; for i in $(seq 40); do echo line $i; sleep 0.1; done").await.unwrap();
+    let _beyond = [stack.stream(&session, u64::MAX).await.unwrap(), stack.stream(&session, 1_000_000_000_000_000).await.unwrap()];
+    let mut events = stack.stream(&session, 0).await.unwrap();
+    events.until_output("line 1\n").await.unwrap();
+    let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
+    events.until_output("line 2\n").await.unwrap();
+    while let Some(event) = events.next().await.unwrap() {
+        longest = longest.max(last.elapsed());
+        last = Instant::now();
+        if event["type"] == "exit" {
+            assert!(longest < Duration::from_millis(2500), "a pause of {longest:?}");
+            return;
+        }
+    }
+    panic!("no exit");
+}
+
+#[tokio::test]
+async fn a_session_that_is_terminated_and_deleted_ends_its_streams() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let mut sessions = Vec::new();
+    for _ in 0..6 {
+        let session = stack.session("shell", "echo begun; sleep 60").await.unwrap();
+        let mut events = stack.stream(&session, 0).await.unwrap();
+        events.until_output("begun").await.unwrap();
+        sessions.push((session, events));
+    }
+    for (session, _) in &sessions {
+        assert_eq!(stack.post(&format!("/sessions/{session}/terminate"), json!({})).await.unwrap().status, 200);
+        assert_eq!(stack.call(reqwest::Method::DELETE, &format!("/sessions/{session}/delete"), None).await.unwrap().status, 200);
+    }
+    let begun = Instant::now();
+    for (session, events) in sessions {
+        let rest = events.all().await.unwrap();
+        assert_eq!(rest.last().unwrap()["type"], "terminated", "{session}: {rest:?}");
+        assert_eq!(rest.iter().filter(|event| event["type"] == "terminated").count(), 1);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_stream_ends_soon_after_its_key_stops_working() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let session = stack.session("shell", "echo begun; sleep 60").await.unwrap();
+    let key = stack.post("/api-keys", json!({ "name": "short" })).await.unwrap();
+    let url = format!("{}/sessions/{session}/stream", stack.ready_text("/api_url"));
+    let stream = unlimited().get(url).bearer_auth(key.text("key")).send().await.unwrap();
+    assert_eq!(stream.status(), 200);
+    let path = format!("/api-keys/{}", key.text("id"));
+    assert_eq!(stack.call(reqwest::Method::DELETE, &path, None).await.unwrap().status, 200);
+    let begun = Instant::now();
+    let text = stream.text().await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    let last: Value = serde_json::from_str(text.trim_end().rsplit_once("data: ").unwrap().1).unwrap();
+    assert_eq!((&last["type"], &last["message"]), (&json!("error"), &json!("API key is inactive")));
+}
+
+#[tokio::test]
+async fn a_key_has_a_bounded_number_of_streams() {
+    let stack = Stack::start(Options { settings: &[("AOD_MAX_STREAMS_PER_KEY", "3")], ..Options::default() }).await.unwrap();
+    let session = stack.session("shell", "sleep 60").await.unwrap();
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        streams.push(stack.open_stream(&session, 0).await.unwrap());
+    }
+    let path = format!("/sessions/{session}/stream");
+    let refused = stack.get(&path).await.unwrap();
+    assert_eq!((refused.status, &refused.headers["retry-after"]), (429, &"5".parse().unwrap()));
+    assert!(refused.text("detail").starts_with("This API key has 3 streams open"), "{refused:?}");
+    streams.pop();
+    testkit::eventually("one may be opened again", || async { stack.open_stream(&session, 0).await.is_ok() }).await;
+}
+
+/// What the gateway has in memory, in kB.
+fn resident_kb(stack: &Stack) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", stack.pids("gateway")[0])).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[tokio::test]
+async fn readers_of_history_that_take_nothing_cost_little_memory() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    // Bytes that are no UTF-8 take six times as many on the wire.
+    let session = stack.session("shell", "head -c 12000000 /dev/zero | tr '\\0' '\\377'").await.unwrap();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let characters: usize = events.iter().filter_map(|event| event["data"].as_str()).map(|data| data.chars().count()).sum();
+    assert_eq!(characters, 12_000_000);
+    // Another gateway, whose allocator has nothing left over.
+    Stack::signal(&stack.pids("gateway"), rustix::process::Signal::KILL);
+    testkit::eventually("a gateway is back", || async { stack.get("/health").await.is_ok_and(|health| health.status == 200) }).await;
+    let before = resident_kb(&stack);
+    let mut readers = Vec::new();
+    for _ in 0..20 {
+        readers.push(stack.open_stream(&session, 0).await.unwrap());
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let each = resident_kb(&stack).saturating_sub(before) / 20;
+    println!("{each} kB for each reader");
+    assert!(each < 1024, "{each} kB for each reader");
+}
+
+#[tokio::test]
+async fn more_sessions_are_followed_than_a_stream_has_consumers_by_default() {
+    const FOLLOWED: usize = 1100;
+    let settings = &[("DEFAULT_MAX_CONCURRENT_SESSIONS", "5000")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    // Nothing runs, so that all stay pending.
+    Stack::signal(&stack.pids("sprite-runner"), rustix::process::Signal::STOP);
+    let agent = stack.agent("shell").await.unwrap();
+    let mut followed = Vec::new();
+    for _ in 0..FOLLOWED {
+        let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "true" })).await.unwrap();
+        assert_eq!(answer.status, 202, "{answer:?}");
+        let session = answer.text("id").to_owned();
+        let mut events = stack.stream(&session, 0).await.unwrap();
+        assert_eq!(events.next().await.unwrap().unwrap()["type"], "start");
+        followed.push((session, events));
+    }
+    // The projector begins anew, beside all who follow.
+    Stack::signal(&stack.pids("scheduler"), rustix::process::Signal::KILL);
+    testkit::eventually("the scheduler is back", || async { stack.get("/health").await.is_ok_and(|health| health.status == 200) }).await;
+    for (session, events) in followed.into_iter().rev().step_by(100) {
+        assert_eq!(stack.post(&format!("/sessions/{session}/terminate"), json!({})).await.unwrap().status, 200);
+        assert_eq!(events.all().await.unwrap().last().unwrap()["type"], "terminated");
+    }
 }
 
 #[tokio::test]

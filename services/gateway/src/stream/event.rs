@@ -3,14 +3,15 @@
 use std::io;
 
 use bytes::Bytes;
-use contract::session::{SessionEvent, session_event::Kind};
+use contract::session::{Output, SessionEvent, session_event::Kind};
 use prost::Message as _;
 use serde::Serialize;
 use serde_json::ser::Formatter;
-use types::SessionStatus;
 use utoipa::ToSchema;
 
-/// An event of a session's record.
+pub const TERMINATED: &str = "Session terminated";
+
+/// An event of a session's log.
 #[derive(Debug)]
 pub struct Event {
     pub id: u64,
@@ -52,6 +53,7 @@ pub enum StreamEvent<'a> {
     /// Before a turn's first output on this connection. Without an `id:` line.
     TurnStart { id: u64, turn: u32 },
     /// What the agent prints.
+    #[expect(dead_code, reason = "describes what OutputFrame writes")]
     Output {
         id: u64,
         /// `stdout` or `stderr`.
@@ -70,12 +72,16 @@ pub enum StreamEvent<'a> {
 }
 
 impl Event {
-    /// Reads an event of the record. What cannot be read is hidden.
+    /// Reads an event of the log. One that cannot be read is hidden.
     #[must_use]
     pub fn decode(id: u64, payload: Bytes) -> Self {
-        let event = SessionEvent::decode(payload).unwrap_or_default();
+        Self::new(id, SessionEvent::decode(payload).unwrap_or_default())
+    }
+
+    #[must_use]
+    pub fn new(id: u64, event: SessionEvent) -> Self {
         let turn = event.turn;
-        let kind = match &event.kind {
+        let kind = match event.kind {
             Some(Kind::Stage(stage)) => Visible::Stage(frame(
                 id,
                 &StreamEvent::Stage {
@@ -86,12 +92,7 @@ impl Event {
                     message: stage.message.as_deref(),
                 },
             )),
-            Some(Kind::Output(output)) => {
-                let stream = if output.stderr { "stderr" } else { "stdout" };
-                // Chunks end at characters, so that what is invalid here is invalid in the whole.
-                let data = String::from_utf8_lossy(&output.data);
-                Visible::Output(frame(id, &StreamEvent::Output { id, stream, data: &data, turn }))
-            }
+            Some(Kind::Output(output)) => Visible::Output(OutputFrame::new(id, turn, output).whole()),
             Some(Kind::TurnEnded(ended)) => Visible::TurnEnd(match (ended.exit_code, &ended.failure) {
                 (Some(code), _) => frame(id, &StreamEvent::Exit { id, code, turn }),
                 (None, failure) => {
@@ -99,20 +100,10 @@ impl Event {
                     frame(id, &StreamEvent::Error { id, message, turn })
                 }
             }),
-            Some(Kind::Terminated(_)) => Visible::Terminated(frame(id, &StreamEvent::Terminated { id, message: "Session terminated" })),
+            Some(Kind::Terminated(_)) => Visible::Terminated(frame(id, &StreamEvent::Terminated { id, message: TERMINATED })),
             Some(Kind::TurnStarted(_) | Kind::TakenOver(_)) | None => Visible::Hidden,
         };
         Self { id, turn, kind }
-    }
-
-    /// Whether nothing follows in a session that is settled so, at this turn.
-    #[must_use]
-    pub fn is_end(&self, settled: SessionStatus, turn: u32) -> bool {
-        match self.kind {
-            Visible::Terminated(_) => true,
-            Visible::TurnEnd(_) => settled != SessionStatus::Terminated && self.turn == turn,
-            _ => false,
-        }
     }
 
     /// Bytes that the event occupies.
@@ -139,6 +130,94 @@ pub fn anonymous_frame(body: &StreamEvent<'_>) -> Bytes {
     write_ascii(&mut bytes, body);
     bytes.extend_from_slice(b"\n\n");
     bytes.into()
+}
+
+/// An output event's lines, written piece by piece: what they hold escaped is up to six times as large.
+#[derive(Debug)]
+pub struct OutputFrame {
+    id: u64,
+    turn: u32,
+    output: Output,
+    /// Bytes of the output that were written; none before the head was.
+    at: Option<usize>,
+}
+
+impl OutputFrame {
+    pub fn new(id: u64, turn: u32, output: Output) -> Self {
+        Self { id, turn, output, at: None }
+    }
+
+    fn whole(mut self) -> Bytes {
+        let mut bytes = Vec::with_capacity(self.output.data.len() + 128);
+        self.write(&mut bytes, usize::MAX);
+        bytes.into()
+    }
+
+    /// Appends until `bytes` holds some `size` bytes. Returns whether the frame is complete.
+    pub fn write(&mut self, bytes: &mut Vec<u8>, size: usize) -> bool {
+        let Self { id, turn, output, at } = self;
+        let mut done = at.unwrap_or_else(|| {
+            let stream = if output.stderr { "stderr" } else { "stdout" };
+            let head = format!("id: {id}\ndata: {{\"type\":\"output\",\"id\":{id},\"stream\":\"{stream}\",\"data\":\"");
+            bytes.extend_from_slice(head.as_bytes());
+            0
+        });
+        // Chunks end at characters, so that what is invalid here is invalid in the whole.
+        'chunks: for chunk in output.data.get(done..).unwrap_or_default().utf8_chunks() {
+            let mut valid = chunk.valid();
+            while !valid.is_empty() {
+                if bytes.len() >= size {
+                    break 'chunks;
+                }
+                let (piece, rest) = valid.split_at(valid.floor_char_boundary(PIECE_BYTES));
+                escape(bytes, piece);
+                done += piece.len();
+                valid = rest;
+            }
+            if bytes.len() >= size {
+                break;
+            }
+            if !chunk.invalid().is_empty() {
+                bytes.extend_from_slice(br"\ufffd");
+                done += chunk.invalid().len();
+            }
+        }
+        *at = Some(done);
+        let is_complete = done == output.data.len();
+        if is_complete {
+            bytes.extend_from_slice(format!("\",\"turn\":{turn}}}\n\n").as_bytes());
+        }
+        is_complete
+    }
+}
+
+/// Output that is escaped between two looks at the size.
+const PIECE_BYTES: usize = 4096;
+
+/// Appends the inside of a JSON string in ASCII.
+fn escape(bytes: &mut Vec<u8>, text: &str) {
+    let is_special = |byte: &u8| !matches!(byte, b' '..=b'~') || matches!(byte, b'"' | b'\\');
+    let mut rest = text;
+    while let Some(at) = rest.as_bytes().iter().position(is_special) {
+        let (plain, special) = rest.split_at(at);
+        bytes.extend_from_slice(plain.as_bytes());
+        let mut characters = special.chars();
+        match characters.next() {
+            Some('\n') => bytes.extend_from_slice(br"\n"),
+            Some('"') => bytes.extend_from_slice(br#"\""#),
+            Some('\\') => bytes.extend_from_slice(br"\\"),
+            Some('\t') => bytes.extend_from_slice(br"\t"),
+            Some('\r') => bytes.extend_from_slice(br"\r"),
+            Some(character) => {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    bytes.extend_from_slice(format!("\\u{unit:04x}").as_bytes());
+                }
+            }
+            None => {}
+        }
+        rest = characters.as_str();
+    }
+    bytes.extend_from_slice(rest.as_bytes());
 }
 
 /// JSON in pure ASCII: the published client splits lines at U+0085, U+2028 and U+2029 too (contract §7).
@@ -170,7 +249,6 @@ impl Formatter for Ascii {
 
 #[cfg(test)]
 mod tests {
-    use contract::session::Output;
     use proptest::prelude::*;
     use serde_json::Value;
 
@@ -199,6 +277,25 @@ mod tests {
             prop_assert!(frame.is_ascii());
             let json: Value = serde_json::from_str(frame.split_once("data: ").unwrap().1.trim_end()).unwrap();
             prop_assert_eq!(json["data"].as_str(), Some(text.as_str()));
+        }
+
+        #[test]
+        fn pieces_are_the_whole(data: Vec<u8>, text: String, repeated in 1_usize..4000, size in 1_usize..9000) {
+            let data: Bytes = [data, text.into_bytes()].concat().repeat(repeated).into();
+            let output = Output { stderr: true, data: data.clone() };
+            let mut frame = OutputFrame::new(7, 3, output.clone());
+            let (mut pieces, mut is_complete) = (Vec::new(), false);
+            while !is_complete {
+                let mut piece = Vec::new();
+                is_complete = frame.write(&mut piece, size);
+                prop_assert!(piece.len() <= size + 6 * PIECE_BYTES + 200);
+                pieces.extend(piece);
+            }
+            prop_assert!(pieces == OutputFrame::new(7, 3, output).whole());
+            let text = std::str::from_utf8(&pieces).unwrap();
+            let json: Value = serde_json::from_str(text.split_once("data: ").unwrap().1).unwrap();
+            let expected = serde_json::json!({ "type": "output", "id": 7, "stream": "stderr", "data": String::from_utf8_lossy(&data), "turn": 3 });
+            prop_assert!(json == expected);
         }
     }
 }

@@ -1,57 +1,73 @@
-//! A hub follows one session on the bus, once, for all the readers that this gateway has of it.
-//!
-//! It keeps the newest events in a ring of bounded size. A reader takes from the ring what comes after its own place; one that has
-//! fallen out of the ring reads the record instead, until it is back. So no reader has a buffer of its own, and none slows another.
-//! A hub lives as long as somebody reads.
+//! A hub follows one session for all the readers that this gateway has of it: by a live subscription, and by the event log in Postgres
+//! where that missed something or is interrupted. It keeps the newest events in a [`Tail`]; readers take from it what comes after their own
+//! place, and read the event log in Postgres themselves where they have fallen behind it. So no reader has a buffer of its own, and none
+//! slows another. A hub lives as long as it has readers.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
-use bus::Bus;
-use contract::{subject, topology};
-use futures::StreamExt as _;
-use tokio::sync::watch;
+use bus::{
+    Bus, Failure,
+    live::{Entry, Interrupted, Live},
+};
+use contract::{
+    rpc,
+    scheduler::{GetSessionRequest, ReadEventsReply, Session},
+    subject, topology,
+};
+use futures::future::BoxFuture;
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
+};
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
 };
-use types::{Backoff, Partition, SessionId};
+use types::{Backoff, Partition, SessionId, random_fraction};
 
-use crate::stream::event::Event;
+use crate::stream::{
+    event::Event,
+    history::{self, PAGE_BYTES},
+    tail::{Last, Need, Read, Tail},
+};
 
-const RING_EVENTS_MAX: usize = 4096;
-const RING_BYTES_MAX: usize = 4 * 1024 * 1024;
-const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(2), attempts: u32::MAX };
+/// Requests of all hubs together, to NATS and to the scheduler each.
+const REQUESTS_MAX: usize = 64;
+/// Between reads of the event log while it has to tell what the subscription does not.
+const RETRY: Backoff = Backoff { base: Duration::from_millis(10), max: Duration::from_secs(1), attempts: u32::MAX };
+/// The stream is asked first where a log ends; Postgres when it takes longer than this.
+const STREAM_WAIT: Duration = Duration::from_millis(250);
+/// How often a silent hub compares itself with Postgres: what a cluster of NATS servers loses between them, nothing else tells.
+const CHECK_INTERVAL: Duration = Duration::from_secs(60);
+/// How long a turn's end waits until it is persisted, so that a client which asks next finds what it was told.
+const PERSISTED_WAIT: Duration = Duration::from_secs(5);
 
 /// The hubs of this gateway.
 pub struct Hubs {
     bus: Bus,
     tasks: TaskTracker,
+    requests: Arc<Semaphore>,
     hubs: Mutex<HashMap<SessionId, Weak<Hub>>>,
 }
 
 /// One followed session.
 pub struct Hub {
-    ring: Mutex<Ring>,
-    /// The newest event's id.
-    newest: watch::Sender<u64>,
+    session: SessionId,
+    shared: Arc<Shared>,
+    hubs: Weak<Hubs>,
     _stop: DropGuard,
 }
 
-/// What comes up to `floor` has to be read from the record.
-#[derive(Clone, Copy, Debug)]
-pub struct Behind {
-    pub floor: u64,
-}
-
-/// Every event after `floor`, as far as the bus has brought them.
-struct Ring {
-    floor: u64,
-    events: VecDeque<Arc<Event>>,
-    bytes: usize,
+struct Shared {
+    tail: Mutex<Tail>,
+    /// Changes with the tail.
+    changes: watch::Sender<u64>,
+    /// The last turn's end that was asked about: its event, and the session at that time.
+    ended: tokio::sync::Mutex<Option<(u64, Option<Session>)>>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -60,99 +76,282 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Hubs {
     pub fn new(bus: Bus, tasks: TaskTracker) -> Self {
-        Self { bus, tasks, hubs: Mutex::default() }
+        Self { bus, tasks, requests: Arc::new(Semaphore::new(REQUESTS_MAX)), hubs: Mutex::default() }
     }
 
-    /// The session's hub; a new one follows the bus from `after`.
-    pub fn join(&self, session: SessionId, partition: Partition, after: u64) -> Arc<Hub> {
+    /// Returns the session's hub; a new one subscribes at once.
+    pub fn join(self: &Arc<Self>, session: SessionId, partition: Partition) -> Arc<Hub> {
         let mut hubs = locked(&self.hubs);
         if let Some(hub) = hubs.get(&session).and_then(Weak::upgrade) {
             return hub;
         }
-        hubs.retain(|_, hub| hub.strong_count() > 0);
         let stop = CancellationToken::new();
-        let ring = Ring { floor: after, events: VecDeque::new(), bytes: 0 };
-        let hub = Arc::new(Hub { ring: Mutex::new(ring), newest: watch::Sender::new(after), _stop: stop.clone().drop_guard() });
+        let (tail, changes) = (Mutex::new(Tail::new()), watch::Sender::new(0));
+        let shared = Arc::new(Shared { tail, changes, ended: tokio::sync::Mutex::default() });
+        let hub = Arc::new(Hub { session, shared: shared.clone(), hubs: Arc::downgrade(self), _stop: stop.clone().drop_guard() });
         hubs.insert(session, Arc::downgrade(&hub));
         metrics::gauge!("aod_followed_sessions").set(hubs.len() as f64);
-        let follow = follow(self.bus.clone(), session, partition, after, Arc::downgrade(&hub));
+        let follower = Follower { bus: self.bus.clone(), requests: self.requests.clone(), session, partition, shared, gap: None };
         self.tasks.spawn(async move {
-            stop.run_until_cancelled(follow).await;
+            stop.run_until_cancelled(follower.run()).await;
         });
         hub
     }
 }
 
-async fn follow(bus: Bus, session: SessionId, partition: Partition, mut after: u64, hub: Weak<Hub>) {
-    let mut failures = 0;
-    loop {
-        let followed = async {
-            let mut entries = bus.follow(topology::events(partition).name, subject::session_log(session, partition), after + 1).await?;
-            while let Some(entry) = entries.next().await {
-                let entry = entry?;
-                failures = 0;
-                // A consumer that was made anew may begin with what is known.
-                if entry.sequence <= after {
-                    continue;
-                }
-                let Some(hub) = hub.upgrade() else { break };
-                // The entry before it was never delivered here: it was trimmed, and is on record.
-                if !entry.follows.is_some_and(|before| before <= after && (before > 0 || after == 0)) {
-                    hub.skip_to(entry.sequence - 1);
-                }
-                after = entry.sequence;
-                hub.push(Event::decode(entry.sequence, entry.payload));
-            }
-            Ok::<_, bus::log::ReadError>(())
-        };
-        if let Err(error) = followed.await {
-            tracing::info!(%session, %error, "following was interrupted; going on");
+impl Drop for Hub {
+    fn drop(&mut self) {
+        let Some(hubs) = self.hubs.upgrade() else { return };
+        let mut hubs = locked(&hubs.hubs);
+        // Another may have taken its place.
+        if hubs.get(&self.session).is_some_and(|hub| hub.strong_count() == 0) {
+            hubs.remove(&self.session);
+            metrics::gauge!("aod_followed_sessions").set(hubs.len() as f64);
         }
-        if hub.strong_count() == 0 {
-            return;
-        }
-        failures += 1;
-        tokio::time::sleep(RETRY.jittered(failures)).await;
     }
 }
 
 impl Hub {
-    /// Up to here the record has what the ring has not.
-    fn skip_to(&self, floor: u64) {
-        let mut ring = locked(&self.ring);
-        *ring = Ring { floor, events: VecDeque::new(), bytes: 0 };
-    }
-
-    fn push(&self, event: Event) {
-        let id = event.id;
-        {
-            let mut ring = locked(&self.ring);
-            ring.bytes += event.size();
-            ring.events.push_back(Arc::new(event));
-            while ring.events.len() > RING_EVENTS_MAX || ring.bytes > RING_BYTES_MAX {
-                let Some(oldest) = ring.events.pop_front() else { break };
-                ring.bytes -= oldest.size();
-                ring.floor = oldest.id;
-            }
-        }
-        self.newest.send_replace(id);
-    }
-
-    /// Tells of new events.
-    pub fn newest(&self) -> watch::Receiver<u64> {
-        self.newest.subscribe()
+    /// Changes whenever [`Self::read`] may return something else.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.changes.subscribe()
     }
 
     /// Events after `cursor`, at most `limit`.
-    ///
-    /// # Errors
-    /// [`Behind`] when the ring no longer reaches back that far.
-    pub fn after(&self, cursor: u64, limit: usize) -> Result<Vec<Arc<Event>>, Behind> {
-        let ring = locked(&self.ring);
-        if cursor < ring.floor {
-            return Err(Behind { floor: ring.floor });
+    pub fn read(&self, cursor: u64, limit: usize) -> Read {
+        locked(&self.shared.tail).read(cursor, limit)
+    }
+
+    /// The event after `cursor` that may end the stream.
+    pub fn end_after(&self, cursor: u64) -> Option<Arc<Event>> {
+        locked(&self.shared.tail).end_after(cursor)
+    }
+
+    /// The session as it is once a turn's end is persisted. Readers of the same end share the answer. `None` where none came in time.
+    pub async fn session_at_end(&self, bus: &Bus, user_id: &str, event_id: u64) -> Option<Session> {
+        let mut ended = self.shared.ended.lock().await;
+        if let Some((id, session)) = &*ended
+            && *id == event_id
+        {
+            return session.clone();
         }
-        let from = ring.events.partition_point(|event| event.id <= cursor);
-        Ok(ring.events.iter().skip(from).take(limit).cloned().collect())
+        let session = session_once_persisted(bus, user_id, self.session, event_id).await;
+        *ended = Some((event_id, session.clone()));
+        session
+    }
+}
+
+/// The session as it is once an event is persisted. `None` where no answer came in time.
+pub async fn session_once_persisted(bus: &Bus, user_id: &str, session: SessionId, event_id: u64) -> Option<Session> {
+    let request = GetSessionRequest { user_id: user_id.to_owned(), session_id: session.to_string(), recorded_through: event_id };
+    bus.call::<rpc::GetSession>(&request, PERSISTED_WAIT).await.ok()
+}
+
+/// What fills a hub's tail.
+struct Follower {
+    bus: Bus,
+    requests: Arc<Semaphore>,
+    session: SessionId,
+    partition: Partition,
+    shared: Arc<Shared>,
+    /// Counted while the subscription does not tell everything.
+    gap: Option<Unfollowed>,
+}
+
+enum Answer {
+    Last(Option<Last>, Option<u64>),
+    Newest(u64),
+    Page(ReadEventsReply),
+    Deleted,
+    Failed(Failure),
+}
+
+type Request = BoxFuture<'static, Answer>;
+
+impl Follower {
+    async fn run(mut self) {
+        let mut live = self.subscribe().await;
+        let (mut last, mut page) = (None::<Request>, None::<Request>);
+        let (mut attempts, mut check_at) = (0, next_check());
+        loop {
+            let (need, is_unknown, end) = {
+                let tail = locked(&self.shared.tail);
+                (tail.need(), tail.is_unknown(), tail.end())
+            };
+            match need {
+                Need::Nothing => (self.gap, last, attempts) = (None, None, 0),
+                Need::Last => {
+                    self.gap.get_or_insert_with(Unfollowed::new);
+                    last.get_or_insert_with(|| self.ask_last(is_unknown, RETRY.jittered(attempts).min(pause(attempts))));
+                    let delay = if is_unknown { STREAM_WAIT } else { RETRY.jittered(attempts.max(1)) };
+                    page.get_or_insert_with(|| if is_unknown { self.ask_newest(delay) } else { self.ask_page(end, delay) });
+                }
+                Need::Persisted { after } => {
+                    self.gap.get_or_insert_with(Unfollowed::new);
+                    page.get_or_insert_with(|| self.ask_page(after, RETRY.jittered(attempts).min(pause(attempts))));
+                }
+            }
+            tokio::select! {
+                entry = live.next() => match entry {
+                    Ok(entry) => {
+                        check_at = next_check();
+                        if self.offer(entry) {
+                            // What was asked for before does not tell of it.
+                            (page, attempts) = (None, 0);
+                        }
+                    }
+                    Err(Interrupted) => {
+                        locked(&self.shared.tail).interrupt();
+                        (last, page, attempts) = (None, None, 0);
+                        if live.is_closed() {
+                            tokio::time::sleep(RETRY.max).await;
+                            live = self.subscribe().await;
+                        }
+                    }
+                },
+                answer = pending(&mut last) => {
+                    // A page that was asked for before does not tell what came until now.
+                    (last, page) = (None, None);
+                    attempts += u32::from(matches!(answer, Answer::Failed(_)));
+                    self.apply(answer);
+                }
+                answer = pending(&mut page) => {
+                    page = None;
+                    attempts = if matches!(&answer, Answer::Page(page) if !page.events.is_empty()) { 0 } else { attempts + 1 };
+                    self.apply(answer);
+                }
+                () = tokio::time::sleep_until(check_at) => {
+                    check_at = next_check();
+                    page.get_or_insert_with(|| self.ask_page(end, Duration::ZERO));
+                }
+            }
+        }
+    }
+
+    async fn subscribe(&self) -> Live {
+        let mut attempts = 0;
+        loop {
+            match self.bus.live(self.session, self.partition).await {
+                Ok(live) => return live,
+                // The connection is closed for good: the process is about to end.
+                Err(_) => tokio::time::sleep(RETRY.jittered(attempts)).await,
+            }
+            attempts += 1;
+        }
+    }
+
+    fn offer(&self, entry: Entry) -> bool {
+        let is_gap = locked(&self.shared.tail).offer(entry);
+        if is_gap {
+            metrics::counter!("aod_live_gaps_total").increment(1);
+        }
+        self.shared.changes.send_modify(|change| *change += 1);
+        is_gap
+    }
+
+    fn apply(&self, answer: Answer) {
+        let mut tail = locked(&self.shared.tail);
+        match answer {
+            Answer::Last(last, newest) => tail.join(last, newest),
+            Answer::Newest(newest) => tail.start_without_stream(newest),
+            Answer::Page(page) => {
+                let events = page.events.into_iter().map(|event| Event::decode(event.event_id, event.payload));
+                tail.add_persisted(events, page.projected);
+            }
+            Answer::Deleted => tail.delete(),
+            Answer::Failed(error) => {
+                tracing::debug!(session_id = %self.session, %error, "a followed session's event log cannot be read; will retry");
+                return;
+            }
+        }
+        drop(tail);
+        self.shared.changes.send_modify(|change| *change += 1);
+    }
+
+    /// Asks the stream where the log ends; where it holds nothing of it and `needs_newest`, Postgres too.
+    fn ask_last(&self, needs_newest: bool, delay: Duration) -> Request {
+        let (bus, requests, session, partition) = (self.bus.clone(), self.requests.clone(), self.session, self.partition);
+        Box::pin(async move {
+            tokio::time::sleep(delay).await;
+            let permit = requests.acquire_owned().await;
+            let stream = topology::events(partition).name;
+            let answer = match bus.last(stream, &subject::session_log(session, partition)).await {
+                Ok(Some(last)) => {
+                    let entry = Entry { sequence: last.sequence, previous: last.follows.unwrap_or_default(), payload: last.payload };
+                    Answer::Last(Some(Last { entry, follows: last.follows }), None)
+                }
+                Ok(None) if !needs_newest => Answer::Last(None, None),
+                Ok(None) => match history::newest(&bus, session).await {
+                    Ok(Some(newest)) => Answer::Last(None, Some(newest)),
+                    Ok(None) => Answer::Deleted,
+                    Err(failure) => Answer::Failed(failure),
+                },
+                Err(error) => {
+                    tracing::debug!(session_id = %session, error = %anyhow::Error::new(error).root_cause(), "failed to read a log's last entry; will retry");
+                    Answer::Failed(Failure::unavailable("The message bus"))
+                }
+            };
+            drop(permit);
+            answer
+        })
+    }
+
+    fn ask_newest(&self, delay: Duration) -> Request {
+        let (bus, requests, session) = (self.bus.clone(), self.requests.clone(), self.session);
+        Box::pin(async move {
+            tokio::time::sleep(delay).await;
+            let _permit = requests.acquire_owned().await;
+            match history::newest(&bus, session).await {
+                Ok(Some(newest)) => Answer::Newest(newest),
+                Ok(None) => Answer::Deleted,
+                Err(failure) => Answer::Failed(failure),
+            }
+        })
+    }
+
+    fn ask_page(&self, after: u64, delay: Duration) -> Request {
+        let (bus, requests, session) = (self.bus.clone(), self.requests.clone(), self.session);
+        Box::pin(async move {
+            tokio::time::sleep(delay).await;
+            let _permit = requests.acquire_owned().await;
+            match history::read_page(&bus, session, after, PAGE_BYTES).await {
+                Ok(page) if page.session_deleted => Answer::Deleted,
+                Ok(page) => Answer::Page(page),
+                Err(failure) => Answer::Failed(failure),
+            }
+        })
+    }
+}
+
+/// The answer to a request, where there is one.
+async fn pending(request: &mut Option<Request>) -> Answer {
+    match request {
+        Some(request) => request.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The first attempt is made at once.
+fn pause(attempts: u32) -> Duration {
+    if attempts == 0 { Duration::ZERO } else { Duration::MAX }
+}
+
+fn next_check() -> Instant {
+    Instant::now() + CHECK_INTERVAL.mul_f64(0.5 + random_fraction() / 2.0)
+}
+
+/// A session whose subscription does not tell everything at the moment.
+struct Unfollowed;
+
+impl Unfollowed {
+    fn new() -> Self {
+        metrics::gauge!("aod_sessions_read_from_postgres").increment(1);
+        Self
+    }
+}
+
+impl Drop for Unfollowed {
+    fn drop(&mut self) {
+        metrics::gauge!("aod_sessions_read_from_postgres").decrement(1);
     }
 }

@@ -1,36 +1,43 @@
-//! One connection to a session's stream.
+//! One connection to a session's stream: reads what [`Progress`] asks for, and writes what the socket takes.
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bus::Failure;
+use bytes::Bytes;
 use contract::{
     rpc,
-    scheduler::{GetSessionRequest, ReadEventsRequest, Session},
+    scheduler::{GetSessionRequest, ReadEventsReply, Session},
+    session::{SessionEvent, session_event::Kind},
 };
-use futures::Stream;
-use tokio::time::Instant;
-use types::{Backoff, Partition, SessionId, SessionStatus};
+use futures::{Stream, future::BoxFuture};
+use prost::Message as _;
+use tokio::{sync::watch, time::Instant};
+use types::{Backoff, ErrorCode, Partition, SessionId, SessionStatus};
 
 use crate::{
     App, RPC_DEADLINE,
     auth::Caller,
     stream::{
-        event::{Event, StreamEvent, Visible, anonymous_frame},
-        hub::{Behind, Hub},
+        event::{Event, OutputFrame, StreamEvent, TERMINATED, Visible, anonymous_frame},
+        history::{self, Stored},
+        hub::{Hub, session_once_persisted},
+        open::OpenStream,
+        progress::{EndOfLog, Progress},
+        tail::Read,
     },
 };
 
 const HEARTBEAT: Duration = Duration::from_secs(15);
-const PAGE_EVENTS: u32 = 2000;
 /// What is written to the socket at a time.
 const CHUNK_BYTES: usize = 64 * 1024;
-/// How long the end of a settled session may take to arrive where nothing of it is on record: it may have been there once.
+/// Events that are taken from a hub at a time.
+const EVENTS_AT_A_TIME: usize = 512;
+/// How long the end of a settled session may take to arrive where Postgres does not have it: it may have had it once.
 const END_WAIT: Duration = Duration::from_secs(30);
-/// How long a turn's end waits for the record, so that a client which asks next finds what it was told.
-const RECORD_WAIT: Duration = Duration::from_secs(5);
-const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(1), attempts: 20 };
+/// Between reads of an event log that has nothing new, or cannot be read. The first is made at once.
+const RETRY: Backoff = Backoff { base: Duration::from_millis(5), max: Duration::from_secs(1), attempts: u32::MAX };
 
-/// Where a connection is in its session's stream.
+/// One connection.
 pub struct Reader {
     app: App,
     caller: Caller,
@@ -38,57 +45,104 @@ pub struct Reader {
     partition: Partition,
     runtime: String,
     provider: Option<String>,
-    /// The newest turn that is known of.
-    turn_count: u32,
-    /// The last event that was passed.
-    cursor: u64,
-    /// The turn whose `turn_start` was sent last.
-    announced_turn: Option<u32>,
-    pending: VecDeque<Arc<Event>>,
-    hub: Option<Arc<Hub>>,
+    stream: OpenStream,
+    progress: Progress,
+    pending: VecDeque<Pending>,
+    /// An output event of which a part was written.
+    partial: Option<OutputFrame>,
+    /// Whether the turn's end at the front of `pending` ends the stream; by its event.
+    verdict: Option<(u64, bool)>,
+    hub: Option<(Arc<Hub>, watch::Receiver<u64>)>,
+    request: Option<BoxFuture<'static, Answer>>,
+    /// Requests in a row that brought nothing.
+    attempts: u32,
+    /// The hub's tail begins after this event: everything up to it is read from Postgres.
+    floor: u64,
     state: State,
     last_event_at: Instant,
     /// When bytes were handed to the socket that it has not asked for more since.
     handed_at: Option<Instant>,
-    failures: u32,
     /// Where a settled session's end has not come yet: when to stop waiting for it.
     end_due: Option<Instant>,
     /// When the client came, until the first event.
     silent_since: Option<Instant>,
-    /// The last event on record, where the record held nothing new.
-    newest: Option<Event>,
+    /// Sent last, without an id to resume from.
+    farewell: Option<Bytes>,
 }
 
-#[derive(PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Starting,
     Reading,
+    /// The event log was read to its end, and the session is asked for; for the second time in a row or not.
+    AtEnd {
+        is_second: bool,
+    },
     Ended,
 }
 
+/// An event that is to be sent.
+enum Pending {
+    Shared(Arc<Event>),
+    Stored(Stored),
+}
+
+/// What a request brought.
+enum Answer {
+    Page(Result<ReadEventsReply, Failure>),
+    /// The session, and the newest persisted event before it was asked for.
+    Session(Result<Session, Failure>, Option<Event>),
+    /// The session once a turn's end was persisted.
+    TurnEnd {
+        id: u64,
+        turn: u32,
+        session: Option<Session>,
+    },
+}
+
 impl Reader {
-    pub fn new(app: App, caller: Caller, session_id: SessionId, partition: Partition, session: Session, since: u64) -> Self {
-        metrics::gauge!("aod_stream_clients").increment(1);
-        Self {
+    pub fn new(
+        app: App,
+        caller: Caller,
+        stream: OpenStream,
+        (session_id, partition): (SessionId, Partition),
+        session: Session,
+        since: u64,
+    ) -> Self {
+        let mut reader = Self {
+            progress: Progress::new(since, session.turn_count),
             app,
             caller,
             session_id,
             partition,
             runtime: session.runtime,
             provider: session.provider,
-            turn_count: session.turn_count,
-            cursor: since,
-            announced_turn: None,
+            stream,
             pending: VecDeque::new(),
+            partial: None,
+            verdict: None,
             hub: None,
+            request: None,
+            attempts: 0,
+            floor: 0,
             state: State::Starting,
             last_event_at: Instant::now(),
             silent_since: Some(Instant::now()),
             handed_at: None,
-            failures: 0,
             end_due: None,
-            newest: None,
+            farewell: None,
+        };
+        // Subscribed before the history is read: nothing is appended in between unseen.
+        if session.status.parse().is_ok_and(SessionStatus::is_active) {
+            reader.join();
         }
+        reader
+    }
+
+    fn join(&mut self) {
+        let hub = self.app.hubs.join(self.session_id, self.partition);
+        let changes = hub.changes();
+        self.hub = Some((hub, changes));
     }
 
     /// The bytes of the response. Nothing is read ahead of what the socket takes.
@@ -102,220 +156,326 @@ impl Reader {
     }
 
     async fn next(&mut self) -> Option<Bytes> {
+        if self.state == State::Starting {
+            self.state = State::Reading;
+            return Some(anonymous_frame(&StreamEvent::Start {
+                runtime: &self.runtime,
+                provider: self.provider.as_deref(),
+                session_id: self.session_id.to_string(),
+            }));
+        }
+        let heartbeat_at = Instant::now() + HEARTBEAT;
         loop {
-            match self.state {
-                State::Ended => return None,
-                State::Starting => {
-                    self.state = State::Reading;
-                    return Some(anonymous_frame(&StreamEvent::Start {
-                        runtime: &self.runtime,
-                        provider: self.provider.as_deref(),
-                        session_id: self.session_id.to_string(),
-                    }));
-                }
-                State::Reading => {}
+            let bytes = self.render();
+            if !bytes.is_empty() {
+                return Some(bytes);
             }
-            if !self.pending.is_empty() {
-                if let Some(opened) = self.silent_since.take() {
-                    metrics::histogram!("aod_stream_first_event_seconds").record(opened.elapsed());
-                }
-                let bytes = self.render().await;
-                if !bytes.is_empty() {
-                    return Some(bytes);
+            if self.state == State::Ended {
+                return self.farewell.take();
+            }
+            if self.plan() && self.wait(heartbeat_at).await {
+                return Some(Bytes::from_static(b": heartbeat\n\n"));
+            }
+        }
+    }
+
+    /// Turns pending events into bytes: a chunk's worth, up to a turn's end that has to be asked about, or the end of the stream.
+    fn render(&mut self) -> Bytes {
+        let mut bytes = Vec::new();
+        while bytes.len() < CHUNK_BYTES && self.state != State::Ended {
+            if let Some(frame) = &mut self.partial {
+                if frame.write(&mut bytes, CHUNK_BYTES) {
+                    self.partial = None;
                 }
                 continue;
             }
-            if let Some(bytes) = self.fetch().await {
-                return Some(bytes);
-            }
-        }
-    }
-
-    /// Turns pending events into bytes, up to a chunk's worth or the end of the stream.
-    async fn render(&mut self) -> Bytes {
-        let mut bytes = BytesMut::new();
-        while bytes.len() < CHUNK_BYTES
-            && let Some(event) = self.pending.pop_front()
-        {
-            self.cursor = event.id;
-            self.last_event_at = Instant::now();
-            match &event.kind {
-                Visible::Hidden => {}
-                Visible::Stage(frame) => bytes.extend_from_slice(frame),
+            let Some(next) = self.pending.front() else { break };
+            let event = match next {
+                Pending::Shared(event) => event.clone(),
+                Pending::Stored(stored) => match self.begin_output(stored.clone(), &mut bytes) {
+                    None => continue,
+                    Some(event) => Arc::new(event),
+                },
+            };
+            let frame = match &event.kind {
+                Visible::Hidden => None,
+                Visible::Stage(frame) => Some(frame),
                 Visible::Output(frame) => {
-                    if self.announced_turn != Some(event.turn) {
-                        self.announced_turn = Some(event.turn);
-                        bytes.extend_from_slice(&anonymous_frame(&StreamEvent::TurnStart { id: event.id, turn: event.turn }));
-                    }
-                    bytes.extend_from_slice(frame);
+                    self.announce(event.id, event.turn, &mut bytes);
+                    Some(frame)
                 }
-                Visible::TurnEnd(frame) => {
-                    if self.is_current_end(&event).await {
-                        bytes.extend_from_slice(frame);
-                        self.state = State::Ended;
-                        break;
-                    }
+                Visible::TurnEnd(frame) => match self.verdict {
+                    Some((id, is_end)) if id == event.id => is_end.then_some(frame),
+                    _ if self.progress.may_end(event.turn) => break,
+                    _ => None,
+                },
+                Visible::Terminated(frame) => Some(frame),
+            };
+            if frame.is_some() && matches!(event.kind, Visible::TurnEnd(_) | Visible::Terminated(_)) {
+                self.state = State::Ended;
+            }
+            self.pass(event.id);
+            if let Some(frame) = frame {
+                if bytes.is_empty() && frame.len() >= CHUNK_BYTES {
+                    // Shared by all who read it.
+                    return frame.clone();
                 }
-                Visible::Terminated(frame) => {
-                    bytes.extend_from_slice(frame);
-                    self.state = State::Ended;
-                    break;
-                }
+                bytes.extend_from_slice(frame);
             }
         }
-        bytes.freeze()
+        bytes.into()
     }
 
-    /// Whether a turn's end is the session's: not that of an older turn, and not overtaken by a termination.
-    async fn is_current_end(&mut self, event: &Event) -> bool {
-        if event.turn < self.turn_count {
-            return false;
-        }
-        match self.session(event.id, RECORD_WAIT).await {
-            Some(session) => {
-                self.turn_count = session.turn_count;
-                event.turn == session.turn_count && session.status != SessionStatus::Terminated.as_str()
+    /// Begins to write a stored event where it is output; returns it where it is something else.
+    fn begin_output(&mut self, stored: Stored, bytes: &mut Vec<u8>) -> Option<Event> {
+        let mut event = SessionEvent::decode(stored.payload).unwrap_or_default();
+        match event.kind.take() {
+            Some(Kind::Output(output)) => {
+                self.announce(stored.id, event.turn, bytes);
+                self.partial = Some(OutputFrame::new(stored.id, event.turn, output));
+                self.pass(stored.id);
+                None
             }
-            // The record is late; the end is true all the same.
-            None => true,
+            kind => Some(Event::new(stored.id, SessionEvent { kind, ..event })),
         }
     }
 
-    /// The session as it is once the record holds an event.
-    async fn session(&self, recorded_through: u64, deadline: Duration) -> Option<Session> {
-        let request = GetSessionRequest { user_id: self.caller.user_id.clone(), session_id: self.session_id.to_string(), recorded_through };
-        self.app.bus.call::<rpc::GetSession>(&request, deadline).await.ok()
+    fn announce(&mut self, id: u64, turn: u32, bytes: &mut Vec<u8>) {
+        if self.progress.begins_turn(turn) {
+            bytes.extend_from_slice(&anonymous_frame(&StreamEvent::TurnStart { id, turn }));
+        }
     }
 
-    /// Gets more events, from the ring or the record; gives bytes only to keep the connection alive, or to say goodbye.
-    async fn fetch(&mut self) -> Option<Bytes> {
-        if let Some(hub) = self.hub.clone() {
-            match hub.after(self.cursor, RING_TAKE) {
-                Ok(events) if events.is_empty() => return self.wait(&hub).await,
-                Ok(events) => self.pending.extend(events),
-                // Too slow for the ring, or the bus has left something out: back to the record.
-                Err(Behind { floor }) => {
-                    metrics::counter!("aod_stream_fallbacks_total").increment(1);
-                    self.catch_up(floor).await;
-                }
+    fn pass(&mut self, id: u64) {
+        self.pending.pop_front();
+        self.progress.cursor = id;
+        self.last_event_at = Instant::now();
+        if let Some(opened) = self.silent_since.take() {
+            metrics::histogram!("aod_stream_first_event_seconds").record(opened.elapsed());
+        }
+    }
+
+    /// Makes the request that is needed next, or takes what the hub has. Returns whether there is something to wait for.
+    fn plan(&mut self) -> bool {
+        if self.request.is_some() {
+            return true;
+        }
+        if let Some(pending) = self.pending.front() {
+            // Only a turn's end waits here.
+            if let Pending::Shared(event) = pending {
+                self.request = Some(self.ask_turn_end(event.id, event.turn));
+            } else if let Some(Pending::Stored(stored)) = self.pending.pop_front() {
+                let event = Arc::new(Event::decode(stored.id, stored.payload));
+                self.pending.push_front(Pending::Shared(event));
             }
-            return None;
+            return self.request.is_some();
         }
-        if self.read_page().await && self.pending.is_empty() {
-            self.reach_the_end_of_the_record().await;
-        }
-        None
-    }
-
-    /// Reads the next page of the record; false when it could not be read.
-    async fn read_page(&mut self) -> bool {
-        let request = ReadEventsRequest { session_id: self.session_id.to_string(), after: self.cursor, limit: PAGE_EVENTS };
-        match self.app.bus.call::<rpc::ReadEvents>(&request, RPC_DEADLINE).await {
-            Ok(reply) => {
-                self.failures = 0;
-                self.newest = reply.newest.map(|event| Event::decode(event.event_id, event.payload));
-                let events = reply.events.into_iter().map(|event| Arc::new(Event::decode(event.event_id, event.payload)));
-                self.pending.extend(events);
+        let Some((hub, changes)) = &mut self.hub else {
+            // What the event log ends with decides what to do then.
+            self.request = Some(self.ask_page());
+            return true;
+        };
+        // Before the tail is looked at: what changes from here on wakes.
+        changes.mark_unchanged();
+        match hub.read(self.progress.cursor, EVENTS_AT_A_TIME) {
+            Read::Events(events) => {
+                self.attempts = 0;
+                self.pending.extend(events.into_iter().map(Pending::Shared));
+                false
+            }
+            Read::Wait => true,
+            // Until the hub knows more.
+            Read::Unknown if self.attempts > 0 => true,
+            Read::Unknown => {
+                self.request = Some(self.ask_page());
                 true
             }
-            Err(error) => {
-                self.failures += 1;
-                match RETRY.delay(self.failures) {
-                    Some(delay) => tokio::time::sleep(delay).await,
-                    None => {
-                        tracing::warn!(session = %self.session_id, %error, "record cannot be read; ending a stream");
-                        self.state = State::Ended;
-                    }
+            Read::Behind { floor } => {
+                if self.floor != floor && self.floor > 0 {
+                    metrics::counter!("aod_stream_fallbacks_total").increment(1);
                 }
+                self.floor = floor;
+                self.request = Some(self.ask_page());
+                true
+            }
+            Read::Deleted => {
+                self.end_as_deleted();
                 false
             }
         }
     }
 
-    /// Reads on in the record until the ring has what comes next.
-    async fn catch_up(&mut self, floor: u64) {
-        if !self.read_page().await || !self.pending.is_empty() {
-            return;
-        }
-        // Nothing up to the floor is left to read, once the record reaches so far.
-        if self.session(floor, RECORD_WAIT).await.is_some() && self.read_page().await && self.pending.is_empty() {
-            self.cursor = floor;
-        }
-    }
-
-    /// All that is on record was read: the rest comes from the bus, if any is to come.
-    async fn reach_the_end_of_the_record(&mut self) {
-        let status = match self.session(0, RPC_DEADLINE).await {
-            Some(session) => {
-                self.turn_count = session.turn_count;
-                session.status.parse::<SessionStatus>().ok()
-            }
-            None => None,
-        };
-        match status {
-            // Its end is on record: it came between the page and the status, or the client has it already and resumes behind it.
-            Some(SessionStatus::Completed) => {
-                if self.read_page().await && self.pending.is_empty() {
-                    self.state = State::Ended;
-                }
-                return;
-            }
-            // Settled by the scheduler, perhaps: then its end is still on its way. Or the client has it already.
-            Some(settled @ (SessionStatus::Failed | SessionStatus::Terminated)) => match &self.newest {
-                Some(newest) if newest.is_end(settled, self.turn_count) => {
-                    // One that came right after the page was read is in the next.
-                    if newest.id <= self.cursor {
-                        self.state = State::Ended;
-                    }
-                    return;
-                }
-                Some(_) => {}
-                None => self.end_due = Some(Instant::now() + END_WAIT),
-            },
-            _ => {}
-        }
-        self.hub = Some(self.app.hubs.join(self.session_id, self.partition, self.cursor));
-    }
-
-    /// Waits for the next event, a heartbeat's time, or the end of everybody's patience.
-    async fn wait(&mut self, hub: &Hub) -> Option<Bytes> {
-        let mut newest = hub.newest();
-        if *newest.borrow_and_update() > self.cursor {
-            return None;
-        }
+    /// Waits for the request or the hub, or until the stream ends. Returns whether the connection has to be kept alive.
+    async fn wait(&mut self, heartbeat_at: Instant) -> bool {
         let stale_at = self.last_event_at + self.app.config.stream_stale;
-        let until = [Some(Instant::now() + HEARTBEAT), Some(stale_at), self.end_due].into_iter().flatten().min()?;
+        let until = [Some(heartbeat_at), Some(stale_at), self.end_due].into_iter().flatten().min().unwrap_or(heartbeat_at);
+        let is_asking = self.request.is_some();
+        let changed = async {
+            match &mut self.hub {
+                // What was asked for comes before what the hub has.
+                Some((_, changes)) if !is_asking => {
+                    if changes.changed().await.is_err() {
+                        std::future::pending::<()>().await;
+                    }
+                }
+                _ => std::future::pending().await,
+            }
+        };
+        let answered = async {
+            match &mut self.request {
+                Some(request) => request.await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            _ = newest.changed() => return None,
+            answer = answered => {
+                self.request = None;
+                self.apply(answer);
+                return false;
+            }
+            () = changed => {
+                self.attempts = 0;
+                return false;
+            }
             () = self.app.ending.closing.cancelled() => {
                 self.state = State::Ended;
-                return None;
+                return false;
+            }
+            reason = self.stream.refused() => {
+                let turn = self.progress.turn_count();
+                self.end(&StreamEvent::Error { id: self.progress.cursor, message: &reason, turn });
+                return false;
             }
             () = tokio::time::sleep_until(until) => {}
         }
         let now = Instant::now();
         if self.end_due.is_some_and(|due| now >= due) {
             self.state = State::Ended;
-            return None;
+        } else if now >= stale_at {
+            let message = format!("No output for {}s", self.app.config.stream_stale.as_secs());
+            self.end(&StreamEvent::Stale { id: self.progress.cursor, message: &message });
+        } else {
+            return now >= heartbeat_at;
         }
-        if now >= stale_at {
-            self.state = State::Ended;
-            let seconds = self.app.config.stream_stale.as_secs();
-            let message = format!("No output for {seconds}s");
-            return Some(anonymous_frame(&StreamEvent::Stale { id: self.cursor, message: &message }));
+        false
+    }
+
+    fn apply(&mut self, answer: Answer) {
+        match answer {
+            Answer::Page(Ok(page)) if page.session_deleted => self.end_as_deleted(),
+            Answer::Page(Ok(page)) if page.events.is_empty() => self.at_end_of_page(page),
+            Answer::Page(Ok(page)) => {
+                self.attempts = 0;
+                self.pending.extend(page.events.into_iter().map(|event| Pending::Stored(event.into())));
+            }
+            Answer::Page(Err(error)) => self.retry(&error),
+            Answer::Session(Err(error), _) if error.code == ErrorCode::NotFound => self.end_as_deleted(),
+            Answer::Session(Err(error), _) => self.retry(&error),
+            Answer::Session(Ok(session), newest) => self.at_end_of_log(&session, newest.as_ref()),
+            Answer::TurnEnd { id, turn, session } => {
+                let session = session.map(|session| (session.turn_count, session.status.parse().ok()));
+                self.verdict = Some((id, self.progress.is_end(turn, session)));
+            }
         }
-        Some(Bytes::from_static(b": heartbeat\n\n"))
+    }
+
+    fn retry(&mut self, error: &Failure) {
+        self.attempts += 1;
+        tracing::debug!(session_id = %self.session_id, %error, attempt = self.attempts, "event log cannot be read; will retry");
+    }
+
+    /// Nothing after the cursor is persisted.
+    fn at_end_of_page(&mut self, page: ReadEventsReply) {
+        if self.hub.is_some() {
+            self.attempts += 1;
+            if page.projected >= self.floor && self.floor > self.progress.cursor {
+                self.progress.cursor = self.floor;
+                self.attempts = 0;
+            }
+            return;
+        }
+        self.attempts = 0;
+        if self.state == State::Reading {
+            self.state = State::AtEnd { is_second: false };
+        }
+        let newest = page.newest.map(|event| Event::decode(event.event_id, event.payload));
+        self.request = Some(self.ask_session(newest));
+    }
+
+    fn at_end_of_log(&mut self, session: &Session, newest: Option<&Event>) {
+        self.progress.learn_turn_count(session.turn_count);
+        let is_second = self.state == State::AtEnd { is_second: true };
+        let end = self.progress.at_end_of_log(session.status.parse().ok(), newest, is_second);
+        match end {
+            EndOfLog::Ended => self.state = State::Ended,
+            EndOfLog::ReadAgain => self.state = State::AtEnd { is_second: true },
+            EndOfLog::Follow | EndOfLog::EndMissing => {
+                self.state = State::Reading;
+                self.end_due = (end == EndOfLog::EndMissing).then(|| Instant::now() + END_WAIT);
+                self.join();
+            }
+        }
+    }
+
+    /// A session that is gone had ended: with what the hub has of it, or terminated.
+    fn end_as_deleted(&mut self) {
+        if let Some((hub, _)) = &self.hub
+            && let Some(end) = hub.end_after(self.progress.cursor)
+        {
+            self.verdict = Some((end.id, true));
+            self.pending.push_back(Pending::Shared(end));
+            return;
+        }
+        self.end(&StreamEvent::Terminated { id: self.progress.cursor, message: TERMINATED });
+    }
+
+    fn end(&mut self, last: &StreamEvent<'_>) {
+        self.state = State::Ended;
+        self.farewell = Some(anonymous_frame(last));
+    }
+
+    fn ask_page(&self) -> BoxFuture<'static, Answer> {
+        let (bus, session, after) = (self.app.bus.clone(), self.session_id, self.progress.cursor);
+        let max_bytes = history::page_bytes(self.stream.count_all());
+        let delay = self.delay();
+        Box::pin(async move {
+            tokio::time::sleep(delay).await;
+            Answer::Page(history::read_page(&bus, session, after, max_bytes).await)
+        })
+    }
+
+    fn ask_session(&self, newest: Option<Event>) -> BoxFuture<'static, Answer> {
+        let (bus, delay) = (self.app.bus.clone(), self.delay());
+        let request =
+            GetSessionRequest { user_id: self.caller.user_id.clone(), session_id: self.session_id.to_string(), recorded_through: 0 };
+        Box::pin(async move {
+            tokio::time::sleep(delay).await;
+            Answer::Session(bus.call::<rpc::GetSession>(&request, RPC_DEADLINE).await, newest)
+        })
+    }
+
+    fn ask_turn_end(&self, id: u64, turn: u32) -> BoxFuture<'static, Answer> {
+        let (bus, user_id, session_id) = (self.app.bus.clone(), self.caller.user_id.clone(), self.session_id);
+        let hub = self.hub.as_ref().map(|(hub, _)| hub.clone());
+        Box::pin(async move {
+            let session = match hub {
+                Some(hub) => hub.session_at_end(&bus, &user_id, id).await,
+                None => session_once_persisted(&bus, &user_id, session_id, id).await,
+            };
+            Answer::TurnEnd { id, turn, session }
+        })
+    }
+
+    fn delay(&self) -> Duration {
+        if self.attempts == 0 { Duration::ZERO } else { RETRY.jittered(self.attempts) }
     }
 }
 
-const RING_TAKE: usize = 512;
-
 impl Drop for Reader {
     fn drop(&mut self) {
-        metrics::gauge!("aod_stream_clients").decrement(1);
         if self.handed_at.is_some_and(|handed| handed.elapsed() >= self.app.config.slow_reader) {
             metrics::counter!("aod_stream_cuts_total").increment(1);
-            tracing::info!(session = %self.session_id, cursor = self.cursor, "a reader that took nothing was cut");
+            tracing::info!(session_id = %self.session_id, cursor = self.progress.cursor, "closed slow SSE connection");
         }
     }
 }

@@ -1,0 +1,76 @@
+//! Pages of a session's event log in Postgres, bounded in bytes.
+
+use bus::{Bus, Failure};
+use bytes::{Bytes, BytesMut};
+use contract::{
+    rpc,
+    scheduler::{ReadEventsReply, ReadEventsRequest, RecordedEvent},
+};
+use types::SessionId;
+
+use crate::RPC_DEADLINE;
+
+const PAGE_EVENTS: u32 = 2000;
+pub const PAGE_BYTES: u32 = 256 * 1024;
+const PAGE_BYTES_MIN: u32 = 32 * 1024;
+/// Pages of all readers together are bounded by about this much, as long as [`PAGE_BYTES_MIN`] is enough for each.
+const ALL_PAGES_BYTES: u32 = 128 * 1024 * 1024;
+
+/// Bytes of a page when so many streams are open.
+pub fn page_bytes(streams: usize) -> u32 {
+    let streams = u32::try_from(streams.max(1)).unwrap_or(u32::MAX);
+    (ALL_PAGES_BYTES / streams).clamp(PAGE_BYTES_MIN, PAGE_BYTES)
+}
+
+/// Reads the events after one.
+///
+/// # Errors
+/// When the scheduler or its database is away.
+pub async fn read_page(bus: &Bus, session: SessionId, after: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
+    let request = ReadEventsRequest { session_id: session.to_string(), after, limit: PAGE_EVENTS, max_bytes };
+    let mut reply = bus.call::<rpc::ReadEvents>(&request, RPC_DEADLINE).await?;
+    detach(&mut reply.events);
+    Ok(reply)
+}
+
+/// Copies payloads out of the connection's buffer, which they would hold in memory, into one of their size.
+fn detach(events: &mut [RecordedEvent]) {
+    let mut buffer = BytesMut::with_capacity(events.iter().map(|event| event.payload.len()).sum());
+    for event in events {
+        buffer.extend_from_slice(&event.payload);
+        event.payload = buffer.split().freeze();
+    }
+}
+
+/// The newest persisted event of a session; 0 where it has none. `None` where the session was deleted.
+///
+/// # Errors
+/// When the scheduler or its database is away.
+pub async fn newest(bus: &Bus, session: SessionId) -> Result<Option<u64>, Failure> {
+    let reply = read_page(bus, session, u64::MAX, 1).await?;
+    Ok((!reply.session_deleted).then(|| reply.newest.map_or(0, |event| event.event_id)))
+}
+
+/// An event that is decoded when it is sent.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    pub id: u64,
+    pub payload: Bytes,
+}
+
+impl From<RecordedEvent> for Stored {
+    fn from(event: RecordedEvent) -> Self {
+        Self { id: event.event_id, payload: event.payload }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_shrink_when_many_read() {
+        assert_eq!((page_bytes(0), page_bytes(512), page_bytes(16_384)), (PAGE_BYTES, PAGE_BYTES, PAGE_BYTES_MIN));
+        assert_eq!(page_bytes(1024), 128 * 1024);
+    }
+}
