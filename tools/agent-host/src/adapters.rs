@@ -2,10 +2,13 @@
 //! A further runtime is one file and one line in [`ALL`].
 
 mod claude;
+mod codex;
+mod gemini;
 mod json;
+mod opencode;
 mod shell;
 
-use contract::host::{Capabilities, Spec, ToolResult, ToolUse, decision::Verdict, event, turn_ended};
+use contract::host::{Capabilities, Spec, ToolResult, ToolUse, capabilities, decision::Verdict, event, turn_ended};
 
 pub use shell::script;
 
@@ -16,14 +19,53 @@ pub struct Runtime {
     pub name: &'static str,
     /// The pinned version that its transcripts are of.
     pub version: &'static str,
+    pub protocol: &'static str,
+    /// What tools are called in events and in permission rules.
+    pub tools: &'static str,
+    /// What the CLI's protocol does not tell or do.
+    pub gaps: &'static str,
     pub capabilities: Capabilities,
     pub new: fn(&Spec) -> Box<dyn Adapter>,
 }
 
-pub const ALL: [&Runtime; 2] = [&claude::RUNTIME, &shell::RUNTIME];
+pub const ALL: [&Runtime; 5] = [&claude::RUNTIME, &codex::RUNTIME, &gemini::RUNTIME, &opencode::RUNTIME, &shell::RUNTIME];
 
 pub fn find(name: &str) -> Option<&'static Runtime> {
     ALL.into_iter().find(|runtime| runtime.name == name)
+}
+
+/// docs/runtimes.md.
+pub fn document() -> String {
+    let mut text = "\
+# What each runtime supports
+
+Generated from the adapters of the agent host: `cargo run -p agent-host -- runtimes > docs/runtimes.md`. The tests in `tools/agent-host/tests/it/clis.rs` run each CLI of the pinned version against the scripted model and prove the rows.
+
+"
+    .to_owned();
+    let names = ALL.map(|runtime| runtime.name).join(" | ");
+    text.push_str(&format!("| | {names} |\n|{}\n", " --- |".repeat(ALL.len() + 1)));
+    let mut row = |what: &str, cell: &dyn Fn(&'static Runtime) -> &'static str| {
+        text.push_str(&format!("| {what} | {} |\n", ALL.map(cell).join(" | ")));
+    };
+    let yes = |yes: bool| if yes { "yes" } else { "no" };
+    row("version", &|runtime| if runtime.version.is_empty() { "any bash" } else { runtime.version });
+    row("protocol", &|runtime| runtime.protocol);
+    row("the process serves several turns", &|runtime| yes(runtime.capabilities.stays_alive));
+    row("a turn can be interrupted", &|runtime| yes(runtime.capabilities.interrupt));
+    row("a message can join a running turn", &|runtime| yes(runtime.capabilities.steer));
+    row("tools can be asked about", &|runtime| yes(runtime.capabilities.permission_requests));
+    row("a denial's reason reaches the model", &|runtime| yes(runtime.capabilities.deny_with_message));
+    row("partial messages", &|runtime| yes(runtime.capabilities.partial_messages));
+    row("usage", &|runtime| match runtime.capabilities.usage() {
+        capabilities::Usage::None => "no",
+        capabilities::Usage::PerTurn => "per turn",
+        capabilities::Usage::PerRequest => "per model request",
+    });
+    row("the CLI can fork a conversation (no input of the host does yet)", &|runtime| yes(runtime.capabilities.fork));
+    row("names of tools in events and rules", &|runtime| runtime.tools);
+    row("known gaps", &|runtime| runtime.gaps);
+    text
 }
 
 /// How a program's standard streams are connected.
@@ -75,6 +117,8 @@ pub enum Effect {
         result: ToolResult,
     },
     Ask(Ask),
+    /// The process can begin no turn: it is ended, and its exit is the turn's end.
+    Unusable,
     /// The CLI no longer waits for an answer.
     Unask {
         key: String,
@@ -126,8 +170,8 @@ pub trait Adapter {
     /// The program for a message. `conversation` is the one to resume. Forgets what a former process had open.
     fn launch(&mut self, conversation: Option<&str>, first_message: &str) -> Launch;
 
-    /// The process runs.
-    fn started(&mut self, out: &mut Out);
+    /// The process runs, in that folder.
+    fn started(&mut self, cwd: &str, out: &mut Out);
 
     /// Begins a turn. Called only after [`Effect::Ready`] and while no turn runs.
     fn message(&mut self, text: &str, out: &mut Out);
@@ -156,3 +200,6 @@ pub trait Adapter {
         Close::EndOfInput
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -87,6 +87,8 @@ pub struct Core {
     allowed: Vec<String>,
     /// Open requests: id and the adapter's key.
     asks: Vec<(u64, String)>,
+    /// Calls of this turn that were allowed: some CLIs ask more than once about one.
+    permitted: Vec<u64>,
     waiting_since: Option<u64>,
     calls: HashMap<String, u64>,
     line: Vec<u8>,
@@ -116,6 +118,7 @@ impl Core {
             step: None,
             allowed: Vec::new(),
             asks: Vec::new(),
+            permitted: Vec::new(),
             waiting_since: None,
             calls: HashMap::new(),
             line: Vec::new(),
@@ -271,6 +274,9 @@ impl Core {
         }
         self.record(record::Kind::DecisionSettled(DecisionSettled { id: request, how: how.into(), input_id: input.to_owned() }));
         self.settle(input, Outcome::Applied, "");
+        if how == How::Allowed {
+            self.permitted.push(request);
+        }
         self.resume_clock(now);
         let mut out = Out::default();
         self.adapter.decide(&key, verdict, message, &mut out);
@@ -336,6 +342,7 @@ impl Core {
         self.turn = Some(Turn { message, delivered: false, ending: None, deadline });
         self.idle_at = None;
         self.calls.clear();
+        self.permitted.clear();
         match self.program {
             Program::None => {
                 let conversation = Some(self.state.conversation_id.clone()).filter(|id| !id.is_empty());
@@ -363,7 +370,7 @@ impl Core {
         self.actions.push(Action::Start(launch));
     }
 
-    pub fn started(&mut self, pid: u32, now: u64) {
+    pub fn started(&mut self, pid: u32, cwd: &str, now: u64) {
         if let Some(step) = &self.step {
             self.program = Program::Step;
             if step.ending.is_some() {
@@ -378,7 +385,7 @@ impl Core {
         self.record(record::Kind::CliStarted(CliStarted { pid, resumed }));
         self.program = Program::Cli { ready: false };
         let mut out = Out::default();
-        self.adapter.started(&mut out);
+        self.adapter.started(cwd, &mut out);
         self.apply(out, now);
     }
 
@@ -603,6 +610,10 @@ impl Core {
                 result.content = shorten(result.content);
                 self.event(None, event::Kind::ToolResult(result));
             }
+            Effect::Unusable => {
+                self.actions.push(Action::Terminate);
+                self.kill_at = Some(now + CLOSE_MS);
+            }
             Effect::Ask(ask) => self.ask(ask, now, more),
             Effect::Unask { key } => {
                 if let Some(index) = self.asks.iter().position(|(_, asked)| *asked == key) {
@@ -681,6 +692,7 @@ impl Core {
             _ if ending => self.adapter.decide(&ask.key, Verdict::Deny, "The turn is ending", more),
             Evaluation::Allow | Evaluation::Unspecified => self.adapter.decide(&ask.key, Verdict::Allow, "", more),
             Evaluation::Deny => self.adapter.decide(&ask.key, Verdict::Deny, "The session's rules do not permit this tool", more),
+            Evaluation::Ask if self.permitted.contains(&id) => self.adapter.decide(&ask.key, Verdict::Allow, "", more),
             Evaluation::Ask => {
                 if self.asks.iter().any(|(open, key)| *open == id || *key == ask.key) {
                     return;
@@ -829,7 +841,7 @@ mod tests {
                             Action::Start(_) => {
                                 assert!(!*runs, "two programs");
                                 *runs = true;
-                                core.started(1, now);
+                                core.started(1, "/", now);
                             }
                             Action::Kill | Action::Terminate if *runs => {
                                 *runs = false;

@@ -313,7 +313,9 @@ impl Host {
     }
 
     fn start_program(&mut self, launch: &Launch) {
-        let started = process::prepare(&self.spec, &self.user, launch).and_then(|()| process::start(&self.spec, &self.user, launch));
+        let folder = process::folder(&self.spec, &self.user);
+        let prepared = process::prepare(&self.spec, &self.user, launch);
+        let started = prepared.and_then(|()| process::start(&self.spec, &self.user, &folder, launch));
         let now = monotonic_ms();
         match started {
             Ok(program) => {
@@ -329,7 +331,7 @@ impl Host {
                     quiet_since: now,
                     gone_since: now,
                 });
-                self.core.started(pid, now);
+                self.core.started(pid, &folder, now);
             }
             Err(error) => self.core.start_failed(&format!("{} could not be started: {error}", self.spec.runtime), now),
         }

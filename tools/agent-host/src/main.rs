@@ -4,8 +4,6 @@
 //! journal says is open, [`attach`] carries it to the runner; [`process`] starts and ends programs, [`prepare`] works in the user's home.
 //! docs/agent-host.md describes how a runner uses it.
 
-#![expect(dead_code, reason = "for the adapters that follow")]
-
 mod adapters;
 mod attach;
 mod client;
@@ -26,6 +24,7 @@ Usage:
   agent-host start --dir DIR --spec FILE    Start the host detached, unless it runs; return when it serves
   agent-host attach --dir DIR --from OFFSET Write the journal from an offset; pass inputs on from standard input
   agent-host dump --dir DIR                 Print the journal for people
+  agent-host runtimes                       Print what each runtime supports, as Markdown
 
 Exit status of attach: 0 the host ended, 3 the host was lost (start it again), 4 the journal has no such offset";
 
@@ -46,6 +45,10 @@ fn main() -> ExitCode {
             attach::run(Path::new(dir), offset).unwrap_or_else(|error| failed(&error.to_string()))
         }
         ["dump", "--dir", dir] => attach::dump(Path::new(dir)).unwrap_or_else(|error| failed(&error.to_string())),
+        ["runtimes"] => {
+            print!("{}", adapters::document());
+            ExitCode::SUCCESS
+        }
         // What the host itself starts.
         ["run", "--dir", dir] => host::run(Path::new(dir)),
         ["exec", ..] => process::exec(arguments.get(1..).unwrap_or_default()),
@@ -64,6 +67,14 @@ fn main() -> ExitCode {
 /// A variable of this process's environment, where it is text.
 fn variable(name: &str) -> Option<String> {
     std::env::var_os(name)?.into_string().ok()
+}
+
+/// A word that no one guesses.
+fn random_hex() -> String {
+    let mut bytes = [0_u8; 16];
+    // Without random bytes there is no secret to keep: the file is part of every sandbox.
+    let _ = std::fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes));
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Microseconds since the epoch.

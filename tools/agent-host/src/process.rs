@@ -131,8 +131,15 @@ fn environment(spec: &Spec, user: &User, launch: &Launch) -> Vec<(String, String
     env
 }
 
+/// Where programs work: the first of the session's folders that exists, else the user's home.
+pub fn folder(spec: &Spec, user: &User) -> String {
+    let found = spec.working_directories.iter().find(|folder| Path::new(folder).is_dir()).cloned();
+    let home = spec.env.iter().rev().find(|variable| variable.name == "HOME").map(|variable| variable.value.clone());
+    found.or(home).unwrap_or_else(|| user.home.clone())
+}
+
 /// Starts a program as the user, in a session and process group of its own. It dies with the host's main thread.
-pub fn start(spec: &Spec, user: &User, launch: &Launch) -> io::Result<Program> {
+pub fn start(spec: &Spec, user: &User, folder: &str, launch: &Launch) -> io::Result<Program> {
     let own_end = |fd: OwnedFd| -> io::Result<OwnedFd> {
         rustix::io::ioctl_fionbio(&fd, true)?;
         Ok(fd)
@@ -150,7 +157,7 @@ pub fn start(spec: &Spec, user: &User, launch: &Launch) -> io::Result<Program> {
     };
     let program = std::env::current_exe()?;
     let mut command = Command::new(program);
-    command.arg("exec").arg(exec_user(user)).arg(spec.working_directories.join("\n"));
+    command.arg("exec").arg(exec_user(user)).arg(folder);
     // Lives until the program is started.
     let mut script = None;
     for argument in &launch.argv {
@@ -206,14 +213,14 @@ fn exec_user(user: &User) -> String {
     if user.other { format!("{}:{}:{}", user.uid, user.gid, groups.join(",")) } else { String::new() }
 }
 
-/// `agent-host exec USER FOLDERS PROGRAM ARGUMENT...`: becomes the user, then the program.
+/// `agent-host exec USER FOLDER PROGRAM ARGUMENT...`: becomes the user, then the program.
 pub fn exec(arguments: &[String]) -> ExitCode {
-    let [user, folders, program, rest @ ..] = arguments else { return ExitCode::from(2) };
+    let [user, folder, program, rest @ ..] = arguments else { return ExitCode::from(2) };
     let error = match become_user(user) {
         Err(error) => io::Error::from(error),
         Ok(()) => {
             let home = crate::variable("HOME").unwrap_or_else(|| "/".to_owned());
-            let entered = folders.lines().chain([home.as_str(), "/"]).any(|folder| std::env::set_current_dir(folder).is_ok());
+            let entered = [folder.as_str(), home.as_str(), "/"].iter().any(|folder| std::env::set_current_dir(folder).is_ok());
             if entered { Command::new(program).args(rest).exec() } else { io::Error::other("no folder to work in") }
         }
     };

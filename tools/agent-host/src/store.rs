@@ -82,7 +82,8 @@ impl Store {
         self.end - self.first
     }
 
-    pub const fn end(&self) -> u64 {
+    #[cfg(test)]
+    const fn end(&self) -> u64 {
         self.end
     }
 

@@ -13,6 +13,9 @@ use super::{Adapter, Ask, Effect, Launch, Out, Runtime, Stdio, json::*};
 pub const RUNTIME: Runtime = Runtime {
     name: "claude",
     version: "2.1.330",
+    protocol: "newline-delimited JSON (`stream-json`)",
+    tools: "the CLI's own (`Bash`, `Edit`, ...); MCP: `mcp__server__tool`",
+    gaps: "the interrupted command's output is not in its result",
     capabilities: Capabilities {
         steer: true,
         permission_requests: true,
@@ -259,7 +262,7 @@ impl Adapter for Claude {
         Launch { argv, env, stdio: Stdio::Protocol, prepare: Vec::new(), belongs_to_turns: true }
     }
 
-    fn started(&mut self, out: &mut Out) {
+    fn started(&mut self, _: &str, out: &mut Out) {
         let hook = json!({ "matcher": "*", "hookCallbackIds": ["gate"], "timeout": 31_536_000 });
         let request = json!({ "subtype": "initialize", "hooks": { "PreToolUse": [hook] } });
         out.push(Effect::Send(json!({ "type": "control_request", "request_id": INITIALIZE, "request": request }).to_string()));

@@ -7,6 +7,9 @@ use super::{Adapter, Effect, Launch, Out, Runtime, Stdio};
 pub const RUNTIME: Runtime = Runtime {
     name: "shell",
     version: "",
+    protocol: "a bash script per turn",
+    tools: "none",
+    gaps: "no conversation",
     capabilities: Capabilities {
         steer: false,
         permission_requests: false,
@@ -27,7 +30,7 @@ impl Adapter for Shell {
         script(first_message, "prompt", true)
     }
 
-    fn started(&mut self, out: &mut Out) {
+    fn started(&mut self, _: &str, out: &mut Out) {
         out.push(Effect::Ready);
     }
 

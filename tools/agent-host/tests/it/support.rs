@@ -61,6 +61,17 @@ impl Host {
         Attached { child, stdin, chunks, decoder: Decoder::new(from) }
     }
 
+    /// What the journal's first segment holds.
+    pub fn whole_journal(&self) -> (Vec<record::Kind>, u64) {
+        let mut decoder = Decoder::new(0);
+        decoder.push(&std::fs::read(self.dir().join("journal").join(format!("{:020}.seg", 0))).unwrap());
+        let mut kinds = Vec::new();
+        while let Ok(Some(Frame::Record { record, .. })) = decoder.next() {
+            kinds.extend(record.kind);
+        }
+        (kinds, decoder.offset())
+    }
+
     /// The pid of the host's process, which is the only one with the folder as `run --dir`.
     pub fn pid(&self) -> Option<i32> {
         let wanted = format!("run\0--dir\0{}\0", self.dir().display());
@@ -173,8 +184,7 @@ impl Attached {
                 Some(frame) => return Ok(frame),
                 None => match self.chunks.recv_timeout(until.saturating_duration_since(Instant::now())) {
                     Ok(chunk) => self.decoder.push(&chunk),
-                    Err(RecvTimeoutError::Disconnected) => return Err(None),
-                    Err(RecvTimeoutError::Timeout) => panic!("nothing more was written"),
+                    Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => return Err(None),
                 },
             }
         }
@@ -194,7 +204,7 @@ impl Attached {
                     }
                 }
                 Ok(_) => {}
-                Err(control) => panic!("ended with {control:?} after {kinds:#?}"),
+                Err(control) => panic!("ended with {control:?} after\n{}", show(&kinds)),
             }
         }
     }
@@ -246,4 +256,17 @@ pub fn output(kinds: &[record::Kind]) -> (String, String) {
         String::from_utf8_lossy(&parts.collect::<Vec<_>>().concat()).into_owned()
     };
     (of(0), of(1))
+}
+
+/// Records for people, each shortened.
+pub fn show(kinds: &[record::Kind]) -> String {
+    let lines = kinds.iter().map(|kind| {
+        let mut line = match kind {
+            record::Kind::Output(output) => format!("Output({}): {}", output.stream, String::from_utf8_lossy(&output.data)),
+            kind => format!("{kind:?}"),
+        };
+        line.truncate(line.floor_char_boundary(600));
+        line
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
