@@ -1,6 +1,5 @@
-//! Postgres, as every service uses it: a pool with limits, migrations, a role and schema of one's own, an outbox, leadership.
+//! Postgres, as every service uses it: a pool with limits, migrations, a role and schema of one's own, an outbox, leases.
 
-pub mod leader;
 pub mod lease;
 mod migrate;
 pub mod outbox;
@@ -16,6 +15,8 @@ use sqlx::{
 };
 use tokio_util::sync::CancellationToken;
 
+/// How long a request waits for a connection. Less than a third of what callers wait for an answer, so that they learn why there is none.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 const OBSERVE_EVERY: Duration = Duration::from_secs(5);
 
 /// How to reach a service's own database.
@@ -65,7 +66,7 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
     let options = options.options([("statement_timeout", "30s"), ("idle_in_transaction_session_timeout", "30s")]);
     let pool = PgPoolOptions::new()
         .max_connections(config.max_connections)
-        .acquire_timeout(Duration::from_secs(5))
+        .acquire_timeout(ACQUIRE_TIMEOUT)
         // In place of sqlx's own ping: a connection to a server that is no primary any more, as after a failover, is closed.
         .test_before_acquire(false)
         .before_acquire(|connection, _| Box::pin(is_primary(connection)))

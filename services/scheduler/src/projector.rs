@@ -27,7 +27,10 @@ use rules::{
 };
 use sqlx::{Connection as _, PgConnection, PgPool, Row as _};
 use store::lease::{self, Lease};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{Mutex, watch},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 use types::{Backoff, Partition, SessionId, TurnStatus, limits::SETTLE_GRACE};
 use uuid::Uuid;
@@ -54,11 +57,44 @@ const RETRY: Backoff = Backoff { base: Duration::from_millis(100), max: Duration
 
 /// How far this replica has projected each partition: the id of its newest event.
 #[derive(Clone, Default)]
-pub struct Projected(Arc<[watch::Sender<u64>; Partition::COUNT_MAX as usize]>);
+pub struct Projected(Arc<[Position; Partition::COUNT_MAX as usize]>);
+
+#[derive(Default)]
+struct Position {
+    newest: watch::Sender<u64>,
+    /// Held by the one of those who wait that asks Postgres, on behalf of all.
+    poll: Mutex<()>,
+}
+
+/// How often Postgres is asked how far another replica has projected a partition.
+const POLL: Duration = Duration::from_millis(50);
 
 impl Projected {
     pub fn of(&self, partition: Partition) -> &watch::Sender<u64> {
-        &self.0[usize::from(partition.number())]
+        &self.0[usize::from(partition.number())].newest
+    }
+
+    /// Returns when an event of the partition is persisted, by this replica or another. However many wait, one asks Postgres.
+    pub async fn wait(&self, pool: &PgPool, partition: Partition, event_id: u64) -> Result<(), sqlx::Error> {
+        let Position { newest, poll } = &self.0[usize::from(partition.number())];
+        let mut news = newest.subscribe();
+        while *news.borrow_and_update() < event_id {
+            let polled = async {
+                let _polling = poll.lock().await;
+                let through = projected_through(pool, partition).await?;
+                newest.send_if_modified(|newest| through > std::mem::replace(newest, through.max(*newest)));
+                if through < event_id {
+                    tokio::time::sleep(POLL).await;
+                }
+                Ok::<_, sqlx::Error>(())
+            };
+            tokio::select! {
+                // This replica's projector tells at once.
+                _ = news.changed() => {}
+                polled = polled => polled?,
+            }
+        }
+        Ok(())
     }
 }
 

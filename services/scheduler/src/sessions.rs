@@ -286,16 +286,7 @@ pub async fn wait_until_recorded(scheduler: &Scheduler, session: SessionId, even
         .fetch_optional(&scheduler.pool)
         .await?;
     let partition = partition(number.ok_or_else(missing)?)?;
-    let mut recorded = scheduler.projected.of(partition).subscribe();
-    while *recorded.borrow_and_update() < event_id {
-        // This replica's recorder tells at once; another replica's is asked now and then.
-        let _ = tokio::time::timeout(Duration::from_millis(50), recorded.changed()).await;
-        let through = crate::projector::projected_through(&scheduler.pool, partition).await?;
-        if through >= event_id {
-            break;
-        }
-    }
-    Ok(())
+    Ok(scheduler.projected.wait(&scheduler.pool, partition, event_id).await?)
 }
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSessionsReply, Failure> {

@@ -9,8 +9,9 @@ use contract::{
     access,
     common::Empty,
     rpc,
-    scheduler::{CreateAgentRequest, CreateEnvironmentRequest, Cursor, ListPartsRequest, ListRequest},
+    scheduler::{CreateAgentRequest, CreateEnvironmentRequest, Cursor, GetSessionRequest, ListPartsRequest, ListRequest},
 };
+use futures::future::join_all;
 use scheduler::Retention;
 use service::Lifecycle;
 use sqlx::{Connection as _, PgConnection};
@@ -417,4 +418,42 @@ async fn a_copy_of_the_database_is_refused_until_it_is_adopted_and_names_no_spri
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("what ran when the copy was made does not end");
+}
+
+/// When the projector lags, every reader that is behind waits for it.
+#[tokio::test]
+async fn however_many_wait_for_the_projector_one_asks_postgres() {
+    const WAITING: usize = 200;
+    let database = Database::create().await.unwrap();
+    let world = World::start(&database).await;
+    let mut admin = database.admin().await.unwrap();
+    let session: Uuid = sqlx::query_scalar(
+        "insert into scheduler.session (session_id, user_id, agent_version, runtime, sprite, conversation_id, metadata, status, turn_count)
+         values (gen_random_uuid(), $1, 1, 'shell', 's', gen_random_uuid(), '{}', 'completed', 1) returning session_id",
+    )
+    .bind(world.user.uuid())
+    .fetch_one(&mut admin)
+    .await
+    .unwrap();
+    let commits = async || {
+        // Statistics are written once in a while.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let count = "select xact_commit from pg_stat_database where datname = current_database()";
+        sqlx::query_scalar::<_, i64>(count).fetch_one(&mut database.admin().await.unwrap()).await.unwrap()
+    };
+    let before = commits().await;
+    let request = GetSessionRequest { user_id: world.user.to_string(), session_id: session.to_string(), recorded_through: 1_000_000 };
+    let waiting = join_all((0..WAITING).map(|_| world.gateway.call::<rpc::GetSession>(&request, Duration::from_secs(3)))).await;
+    assert!(waiting.iter().all(Result::is_err));
+    // Each was tried twice, and looked its session up; the scheduler's own loops make some. One query each 50 ms would be 12,000.
+    let made = commits().await - before;
+    assert!(made < 1500, "{made} transactions");
+    // All of them hear of it.
+    let persisted = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        sqlx::query("update scheduler.recorded set event_id = 1000000").execute(&mut admin).await.unwrap();
+    };
+    let waiting = join_all((0..WAITING).map(|_| world.gateway.call::<rpc::GetSession>(&request, SOON)));
+    let (waiting, ()) = tokio::join!(waiting, persisted);
+    assert!(waiting.iter().all(Result::is_ok));
 }
