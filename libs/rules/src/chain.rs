@@ -3,6 +3,28 @@
 //! A stream that lost its tail, was restored from a snapshot or was written to by someone with an older view shows up here: an event
 //! that does not continue the persisted log. It is never persisted over the gap; the log's owner reads the agent's output again.
 
+use contract::session::SessionEvent;
+
+/// Names one event of a session. An id alone does not: a stream that was set back gives it again, to a later claim.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mark {
+    pub id: u64,
+    pub epoch: u32,
+}
+
+impl Mark {
+    #[must_use]
+    pub fn of(id: u64, event: &SessionEvent) -> Self {
+        Self { id, epoch: event.epoch }
+    }
+
+    /// What an event follows, where it says so.
+    #[must_use]
+    pub fn followed_by(event: &SessionEvent) -> Option<Self> {
+        Some(Self { id: event.follows?, epoch: event.follows_epoch })
+    }
+}
+
 /// How an event of the stream relates to the persisted log of its session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {
@@ -17,12 +39,12 @@ pub enum Link {
 /// Relates an event to the newest persisted one of its session (`None`: there is none). Events of earlier releases do not say what they
 /// follow, and are taken as they come.
 #[must_use]
-pub fn link(persisted: Option<u64>, event_id: u64, follows: Option<u64>) -> Link {
-    if persisted.is_some_and(|newest| event_id <= newest) {
+pub fn link(persisted: Option<Mark>, event_id: u64, follows: Option<Mark>) -> Link {
+    if persisted.is_some_and(|newest| event_id <= newest.id) {
         return Link::Old;
     }
     match follows {
-        Some(follows) if follows != persisted.unwrap_or(0) => Link::Broken,
+        Some(follows) if follows != persisted.unwrap_or_default() => Link::Broken,
         _ => Link::Continues,
     }
 }
@@ -33,12 +55,14 @@ mod tests {
 
     #[test]
     fn only_the_next_event_continues_the_log() {
-        assert_eq!(link(None, 7, Some(0)), Link::Continues);
-        assert_eq!(link(Some(7), 9, Some(7)), Link::Continues);
-        assert_eq!(link(Some(7), 7, Some(5)), Link::Old);
-        assert_eq!(link(Some(7), 9, Some(8)), Link::Broken, "8 is missing");
-        assert_eq!(link(Some(7), 9, Some(5)), Link::Broken, "its writer did not know 7");
-        assert_eq!(link(None, 9, Some(8)), Link::Broken);
-        assert_eq!(link(Some(7), 9, None), Link::Continues, "an earlier release");
+        let mark = |id, epoch| Some(Mark { id, epoch });
+        assert_eq!(link(None, 7, mark(0, 0)), Link::Continues);
+        assert_eq!(link(mark(7, 1), 9, mark(7, 1)), Link::Continues);
+        assert_eq!(link(mark(7, 1), 7, mark(5, 1)), Link::Old);
+        assert_eq!(link(mark(7, 1), 9, mark(8, 1)), Link::Broken, "8 is missing");
+        assert_eq!(link(mark(7, 1), 9, mark(5, 1)), Link::Broken, "its writer did not know 7");
+        assert_eq!(link(mark(7, 1), 9, mark(7, 2)), Link::Broken, "that was another 7");
+        assert_eq!(link(None, 9, mark(8, 1)), Link::Broken);
+        assert_eq!(link(mark(7, 1), 9, None), Link::Continues, "an earlier release");
     }
 }

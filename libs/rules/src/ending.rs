@@ -3,6 +3,8 @@
 
 use contract::session::{SessionEvent, session_event::Kind};
 
+use crate::chain::Mark;
+
 /// What is to be ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -12,13 +14,11 @@ pub enum Ending {
     Termination,
 }
 
-/// What is known of the log.
+/// What is known of the log: its newest event in the stream and in Postgres, each with its id.
 #[derive(Clone, Copy, Debug)]
 pub struct Log<'a> {
-    /// The newest event in the stream.
     pub streamed: Option<(u64, &'a SessionEvent)>,
-    /// The id of the newest persisted event; 0: none.
-    pub persisted: u64,
+    pub persisted: Option<(u64, &'a SessionEvent)>,
     /// How far the projector got in the stream.
     pub projected: u64,
 }
@@ -26,7 +26,7 @@ pub struct Log<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Append the end, if `expected` is still the subject's last sequence. It continues the event `follows`.
-    Append { expected: u64, follows: u64 },
+    Append { expected: u64, follows: Mark },
     /// Decide again later: the projector has not caught up.
     Wait,
     /// The log has ended already.
@@ -36,26 +36,25 @@ pub enum Step {
 /// Decides how to end. A deadline is judged on complete information: while events wait to be projected, the turn may have ended.
 #[must_use]
 pub fn step(ending: Ending, log: Log<'_>) -> Step {
-    let Some((sequence, event)) = log.streamed else {
-        return Step::Append { expected: 0, follows: log.persisted };
-    };
-    if matches!(event.kind, Some(Kind::Terminated(_))) {
+    // What the projector has passed is persisted, or was not part of the log.
+    let waiting = log.streamed.filter(|(id, _)| *id > log.projected);
+    let newest = waiting.or(log.persisted);
+    let kind = newest.and_then(|(_, event)| event.kind.as_ref());
+    if matches!(kind, Some(Kind::Terminated(_))) {
         return Step::Ended;
     }
-    let on_its_way = sequence > log.projected;
-    if let Ending::Deadline { turn } = ending
-        && sequence > log.persisted
-    {
-        if event.turn > turn || (event.turn == turn && matches!(event.kind, Some(Kind::TurnEnded(_)))) {
+    if let (Ending::Deadline { turn }, Some((_, event))) = (ending, newest) {
+        if event.turn > turn || (event.turn == turn && matches!(kind, Some(Kind::TurnEnded(_)))) {
             return Step::Ended;
         }
-        if on_its_way {
+        if waiting.is_some() {
             return Step::Wait;
         }
     }
-    // An event that the projector passed without persisting it is not part of the log.
-    let follows = if on_its_way { sequence.max(log.persisted) } else { log.persisted };
-    Step::Append { expected: sequence, follows }
+    Step::Append {
+        expected: log.streamed.map_or(0, |(id, _)| id),
+        follows: newest.map_or(Mark::default(), |(id, event)| Mark::of(id, event)),
+    }
 }
 
 #[cfg(test)]
@@ -72,21 +71,29 @@ mod tests {
     fn a_deadline_waits_for_the_projector_and_never_overrules_an_end() {
         let output = event(1, Kind::Output(Output::default()));
         let ended = event(1, Kind::TurnEnded(TurnEnded::default()));
-        let deadline = |event, projected| {
-            step(Ending::Deadline { turn: 1 }, Log { streamed: Some((9, event)), persisted: 9.min(projected), projected })
-        };
-        assert_eq!(deadline(&output, 9), Step::Append { expected: 9, follows: 9 });
-        assert_eq!(deadline(&output, 8), Step::Wait);
-        assert_eq!(deadline(&ended, 8), Step::Ended, "its exit is on the way to Postgres");
+        let deadline = |streamed, persisted, projected| step(Ending::Deadline { turn: 1 }, Log { streamed, persisted, projected });
+        assert_eq!(deadline(Some((9, &output)), Some((9, &output)), 9), Step::Append { expected: 9, follows: Mark { id: 9, epoch: 0 } });
+        assert_eq!(deadline(Some((9, &output)), Some((7, &output)), 8), Step::Wait);
+        assert_eq!(deadline(Some((9, &ended)), Some((7, &output)), 8), Step::Ended, "its exit is on the way to Postgres");
+        assert_eq!(deadline(None, Some((7, &ended)), 8), Step::Ended, "its exit was trimmed from the stream");
+        assert_eq!(
+            deadline(Some((9, &ended)), Some((7, &output)), 20),
+            Step::Append { expected: 9, follows: Mark { id: 7, epoch: 0 } },
+            "the exit was lost"
+        );
     }
 
     #[test]
-    fn a_termination_is_appended_once_and_never_below_persisted_events() {
+    fn a_termination_is_appended_once() {
         let (output, terminated) = (event(1, Kind::Output(Output::default())), event(1, Kind::Terminated(Terminated {})));
-        let termination = |streamed, persisted| step(Ending::Termination, Log { streamed, persisted, projected: 0 });
-        assert_eq!(termination(Some((9, &output)), 5), Step::Append { expected: 9, follows: 9 });
-        assert_eq!(termination(Some((9, &terminated)), 9), Step::Ended);
-        assert_eq!(termination(Some((9, &output)), 12), Step::Append { expected: 9, follows: 12 }, "the stream was set back");
-        assert_eq!(termination(None, 12), Step::Append { expected: 0, follows: 12 }, "the stream was trimmed");
+        let termination = |streamed, persisted| step(Ending::Termination, Log { streamed, persisted, projected: 8 });
+        assert_eq!(termination(Some((9, &output)), Some((5, &output))), Step::Append { expected: 9, follows: Mark { id: 9, epoch: 0 } });
+        assert_eq!(termination(Some((9, &terminated)), Some((5, &output))), Step::Ended);
+        assert_eq!(
+            termination(Some((4, &output)), Some((8, &output))),
+            Step::Append { expected: 4, follows: Mark { id: 8, epoch: 0 } },
+            "set back"
+        );
+        assert_eq!(termination(None, Some((8, &output))), Step::Append { expected: 0, follows: Mark { id: 8, epoch: 0 } }, "trimmed");
     }
 }

@@ -2,6 +2,8 @@
 
 use contract::session::{Checkpoint, SessionEvent, session_event::Kind};
 
+use crate::chain::Mark;
+
 /// The newest event of a session, from the stream or from Postgres.
 #[derive(Clone, Copy, Debug)]
 pub struct Newest<'a> {
@@ -13,7 +15,7 @@ pub struct Newest<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Position {
     /// Append with `expected` as the subject's last sequence; the next event continues the event `follows`.
-    Open { expected: u64, follows: u64, checkpoint: Checkpoint },
+    Open { expected: u64, follows: Mark, checkpoint: Checkpoint },
     /// The turn's end is in the log, with this id.
     Ended { id: u64 },
     /// The session was terminated.
@@ -29,9 +31,9 @@ pub enum Position {
 pub fn position(streamed: Option<Newest<'_>>, persisted: Option<Newest<'_>>, turn: u32, epoch: u32) -> Position {
     let expected = streamed.map_or(0, |newest| newest.id);
     let Some(newest) = [persisted, streamed].into_iter().flatten().max_by_key(|newest| newest.id) else {
-        return Position::Open { expected, follows: 0, checkpoint: Checkpoint::default() };
+        return Position::Open { expected, follows: Mark::default(), checkpoint: Checkpoint::default() };
     };
-    let open = |checkpoint| Position::Open { expected, follows: newest.id, checkpoint };
+    let open = |checkpoint| Position::Open { expected, follows: Mark::of(newest.id, newest.event), checkpoint };
     match &newest.event.kind {
         Some(Kind::Terminated(_)) => Position::Terminated,
         _ if newest.event.turn != turn => open(Checkpoint::default()),
@@ -49,7 +51,7 @@ mod tests {
 
     fn event(epoch: u32, kind: Kind, stdout_offset: u64) -> SessionEvent {
         let checkpoint = Some(Checkpoint { stdout_offset, ..Checkpoint::default() });
-        SessionEvent { turn: 1, epoch, checkpoint, follows: None, kind: Some(kind) }
+        SessionEvent { turn: 1, epoch, checkpoint, kind: Some(kind), ..SessionEvent::default() }
     }
 
     #[test]
@@ -57,9 +59,9 @@ mod tests {
         let output = event(1, Kind::Output(Output::default()), 70);
         let taken_over = event(1, Kind::TakenOver(TakenOver {}), 40);
         let (streamed, persisted) = (Newest { id: 9, event: &output }, Newest { id: 5, event: &taken_over });
-        let open = |expected, follows, stdout_offset| Position::Open {
+        let open = |expected, id: u64, stdout_offset| Position::Open {
             expected,
-            follows,
+            follows: Mark { id, epoch: u32::from(id > 0) },
             checkpoint: Checkpoint { stdout_offset, ..Checkpoint::default() },
         };
         assert_eq!(position(Some(streamed), Some(persisted), 1, 2), open(9, 9, 70));

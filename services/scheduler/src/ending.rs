@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use bus::{Failure, log::AppendError};
+use bytes::Bytes;
 use contract::{
     session::{self, SessionEvent, TurnEnded, session_event::Kind},
     subject, topology,
@@ -19,7 +20,7 @@ use types::{Backoff, Partition, SessionId};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, projector,
+    Scheduler, event_log, projector,
     sessions::{enqueue, partition},
     unsigned,
 };
@@ -59,30 +60,36 @@ pub async fn append(
     let unavailable = || Failure::unavailable("The event log");
     let mut sent: Option<Vec<u8>> = None;
     for attempt in 1..=ATTEMPTS {
-        let (projected, mut persisted) = (projected_through(scheduler, partition).await?, newest_id(scheduler, session).await?);
+        let projected = projected_through(scheduler, partition).await?;
         let streamed = scheduler.bus.last(stream, &log).await.map_err(|_| unavailable())?;
-        let event = match &streamed {
-            None => {
-                // Trimmed, so all of it is persisted by now.
-                persisted = newest_id(scheduler, session).await?;
-                None
-            }
-            Some(entry) => match SessionEvent::decode(entry.payload.clone()) {
-                Ok(event) => Some((entry.sequence, event)),
-                Err(_) => return Ok(Appended::Later),
-            },
+        let streamed = streamed.map(|entry| (entry.sequence, entry.payload));
+        // Read last: what the projector has passed is persisted by now.
+        let persisted = event_log::newest(&scheduler.pool, session).await?.map(|event| (event.event_id, event.payload));
+        let (streamed_event, persisted_event) = (decode(&streamed)?, decode(&persisted)?);
+        let state = Log {
+            streamed: streamed_event.as_ref().map(|(id, event)| (*id, event)),
+            persisted: persisted_event.as_ref().map(|(id, event)| (*id, event)),
+            projected,
         };
-        let step = ending::step(ending, Log { streamed: event.as_ref().map(|(sequence, event)| (*sequence, event)), persisted, projected });
-        let (expected, follows) = match (step, &streamed) {
-            (Step::Ended, Some(entry)) if sent.as_deref() == Some(&entry.payload) => return Ok(Appended::Here(entry.sequence)),
+        let (expected, follows) = match (ending::step(ending, state), &streamed) {
+            (Step::Ended, Some((id, payload))) if sent.as_deref() == Some(payload.as_ref()) => return Ok(Appended::Here(*id)),
             (Step::Ended, _) => return Ok(Appended::Before),
             (Step::Wait, _) => return Ok(Appended::Later),
             (Step::Append { expected, follows }, _) => (expected, follows),
         };
-        let checkpoint = event.and_then(|(_, event)| event.checkpoint);
-        let payload = SessionEvent { turn, epoch: 0, checkpoint, follows: Some(follows), kind: Some(kind.clone()) }.encode_to_vec();
+        let checkpoint = [&streamed_event, &persisted_event].into_iter().flatten().find(|(id, _)| *id == follows.id);
+        let event = SessionEvent {
+            turn,
+            epoch: 0,
+            checkpoint: checkpoint.and_then(|(_, event)| event.checkpoint.clone()),
+            follows: Some(follows.id),
+            follows_epoch: follows.epoch,
+            kind: Some(kind.clone()),
+        };
+        let payload = event.encode_to_vec();
+        let floor = persisted.map_or(0, |(id, _)| id);
         match scheduler.bus.append(log.clone(), payload.clone().into(), expected).await {
-            Ok(sequence) if sequence > persisted => return Ok(Appended::Here(sequence)),
+            Ok(sequence) if sequence > floor => return Ok(Appended::Here(sequence)),
             // Below ids that were used: the stream was set back, and is about to be recreated.
             Ok(_) => return Ok(Appended::Later),
             Err(AppendError::Superseded) => {}
@@ -97,15 +104,13 @@ pub async fn append(
 }
 
 async fn projected_through(scheduler: &Scheduler, partition: Partition) -> Result<u64, Failure> {
-    projector::projected_through(&scheduler.pool, partition).await.map_err(Failure::internal)
+    projector::projected_through(&scheduler.pool, partition).await.map_err(Into::into)
 }
 
-async fn newest_id(scheduler: &Scheduler, session: SessionId) -> Result<u64, Failure> {
-    let newest: Option<i64> = sqlx::query_scalar("select last_event_id from event_log where session_id = $1")
-        .bind(session.uuid())
-        .fetch_optional(&scheduler.pool)
-        .await?;
-    Ok(newest.map_or(0, i64::unsigned_abs))
+fn decode(event: &Option<(u64, Bytes)>) -> Result<Option<(u64, SessionEvent)>, Failure> {
+    let Some((id, payload)) = event else { return Ok(None) };
+    let event = SessionEvent::decode(payload.clone()).map_err(|_| Failure::internal("the newest event cannot be read by this release"))?;
+    Ok(Some((*id, event)))
 }
 
 /// Ends turns that no one ended by their deadline. Takes no input and asks the table each time, so that it does the same after a crash

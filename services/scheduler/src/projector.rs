@@ -22,7 +22,7 @@ use contract::{
 use futures::{FutureExt as _, StreamExt as _};
 use prost::Message as _;
 use rules::{
-    chain::{self, Link},
+    chain::{self, Link, Mark},
     state::{self, State, Transition},
 };
 use sqlx::{Connection as _, PgConnection, PgPool, Row as _};
@@ -241,6 +241,7 @@ async fn write(
     let (accepted, broken) = follow_chains(&mut tx, entries).await?;
     let sessions: Vec<_> = accepted.iter().map(|accepted| accepted.session.uuid()).collect();
     let ids: Vec<_> = accepted.iter().map(|accepted| accepted.entry.sequence as i64).collect();
+    let epochs: Vec<_> = accepted.iter().map(|accepted| accepted.event.epoch as i32).collect();
     let payloads: Vec<_> = accepted.iter().map(|accepted| accepted.entry.payload.as_ref()).collect();
     sqlx::query(
         "with written as (
@@ -249,19 +250,20 @@ async fn write(
             from unnest($1::uuid[], $2::bigint[], $3::bytea[]) as e (session_id, event_id, payload)
             join session s using (session_id)
             on conflict do nothing
-            returning session_id, event_id, recorded_on
          )
-         insert into event_log as l (session_id, last_event_id, first_day, last_day)
-         select w.session_id, max(w.event_id), min((s.created_at at time zone 'utc')::date), max(w.recorded_on)
-         from written w
+         insert into event_log as l (session_id, last_event_id, last_epoch, first_day, last_day)
+         select distinct on (e.session_id)
+                e.session_id, e.event_id, e.epoch, (s.created_at at time zone 'utc')::date, (now() at time zone 'utc')::date
+         from unnest($1::uuid[], $2::bigint[], $4::integer[]) as e (session_id, event_id, epoch)
          join session s using (session_id)
-         group by w.session_id
+         order by e.session_id, e.event_id desc
          on conflict (session_id) do update
-         set last_event_id = greatest(l.last_event_id, excluded.last_event_id), last_day = greatest(l.last_day, excluded.last_day)",
+         set last_event_id = excluded.last_event_id, last_epoch = excluded.last_epoch, last_day = greatest(l.last_day, excluded.last_day)",
     )
     .bind(&sessions)
     .bind(&ids)
     .bind(&payloads)
+    .bind(&epochs)
     .execute(&mut *tx)
     .await?;
     let (mut observations, mut woken) = (Vec::new(), false);
@@ -302,27 +304,31 @@ async fn follow_chains<'a>(tx: &mut PgConnection, entries: &'a [Entry]) -> anyho
     }
     let sessions: BTreeSet<Uuid> = read.iter().map(|each| each.session.uuid()).collect();
     // Sessions that were deleted have no row: what still comes of them is dropped.
-    let rows =
-        sqlx::query("select session_id, last_event_id from session left join event_log using (session_id) where session_id = any($1)")
-            .bind(sessions.into_iter().collect::<Vec<_>>())
-            .fetch_all(&mut *tx)
-            .await?;
+    let rows = sqlx::query(
+        "select session_id, last_event_id, last_epoch from session left join event_log using (session_id) where session_id = any($1)",
+    )
+    .bind(sessions.into_iter().collect::<Vec<_>>())
+    .fetch_all(&mut *tx)
+    .await?;
     let mut newest = HashMap::with_capacity(rows.len());
     for row in rows {
-        newest.insert(row.try_get::<Uuid, _>(0)?, row.try_get::<Option<i64>, _>(1)?.map(i64::unsigned_abs));
+        let (id, epoch): (Option<i64>, Option<i32>) = (row.try_get(1)?, row.try_get(2)?);
+        let mark = id.map(|id| Mark { id: id.unsigned_abs(), epoch: epoch.map_or(0, unsigned) });
+        newest.insert(row.try_get::<Uuid, _>(0)?, mark);
     }
     let (mut accepted, mut broken) = (Vec::with_capacity(read.len()), BTreeSet::new());
     for each in read {
         let Some(persisted) = newest.get_mut(&each.session.uuid()) else { continue };
-        let mut link = chain::link(*persisted, each.entry.sequence, each.event.follows);
+        let follows = Mark::followed_by(&each.event);
+        let mut link = chain::link(*persisted, each.entry.sequence, follows);
         if link == Link::Broken && !broken.contains(&each.session) {
             // The log's end is kept in a row of its own since this release: an earlier one may have written events without it.
-            *persisted = newest_persisted(tx, each.session).await?.max(*persisted);
-            link = chain::link(*persisted, each.entry.sequence, each.event.follows);
+            *persisted = newest_persisted(tx, each.session).await?;
+            link = chain::link(*persisted, each.entry.sequence, follows);
         }
         match link {
             Link::Continues => {
-                *persisted = Some(each.entry.sequence);
+                *persisted = Some(Mark::of(each.entry.sequence, &each.event));
                 accepted.push(each);
             }
             Link::Old => tracing::warn!(session = %each.session, event_id = each.entry.sequence, "skipped an event whose id was used"),
@@ -332,7 +338,7 @@ async fn follow_chains<'a>(tx: &mut PgConnection, entries: &'a [Entry]) -> anyho
                         session = %each.session,
                         event_id = each.entry.sequence,
                         follows = each.event.follows,
-                        persisted = *persisted,
+                        persisted = persisted.map(|mark| mark.id),
                         "event does not continue the persisted log; its turn is released to read the output again"
                     );
                 }
@@ -342,10 +348,13 @@ async fn follow_chains<'a>(tx: &mut PgConnection, entries: &'a [Entry]) -> anyho
     Ok((accepted, broken))
 }
 
-async fn newest_persisted(tx: &mut PgConnection, session: SessionId) -> Result<Option<u64>, sqlx::Error> {
-    let newest: Option<i64> =
-        sqlx::query_scalar("select max(event_id) from event where session_id = $1").bind(session.uuid()).fetch_one(tx).await?;
-    Ok(newest.map(i64::unsigned_abs))
+async fn newest_persisted(tx: &mut PgConnection, session: SessionId) -> anyhow::Result<Option<Mark>> {
+    let newest: Option<(i64, Vec<u8>)> =
+        sqlx::query_as("select event_id, payload from event where session_id = $1 order by event_id desc limit 1")
+            .bind(session.uuid())
+            .fetch_optional(tx)
+            .await?;
+    newest.map(|(id, payload)| Ok(Mark::of(id.unsigned_abs(), &SessionEvent::decode(payload.as_slice())?))).transpose()
 }
 
 /// Has a broken log continued from its persisted end. The subject is purged before the position moves on: should this process die in

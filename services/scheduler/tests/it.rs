@@ -137,7 +137,7 @@ impl World {
 
     async fn append(&self, session: &str, turn: u32, kind: Kind) -> u64 {
         let session: SessionId = session.parse().unwrap();
-        let event = SessionEvent { turn, epoch: 1, follows: None, checkpoint: None, kind: Some(kind) };
+        let event = SessionEvent { turn, epoch: 1, checkpoint: None, kind: Some(kind), ..SessionEvent::default() };
         let id = SessionId::new().to_string();
         self.runner.publish(subject::session_log(session, Partition::FIRST), event.encode_to_vec().into(), &id).await.unwrap()
     }
@@ -591,6 +591,7 @@ async fn an_event_that_does_not_continue_the_log_is_not_persisted_and_its_turn_i
         turn: 1,
         epoch: 1,
         follows: Some(follows),
+        follows_epoch: u32::from(follows > 0),
         checkpoint: None,
         kind: Some(Kind::Output(Output { stderr: false, data: text.to_owned().into() })),
     };

@@ -17,7 +17,7 @@ use contract::{
     subject, topology,
 };
 use prost::Message as _;
-use rules::position::Newest;
+use rules::{chain::Mark, position::Newest};
 use types::{Backoff, Partition, SessionId, Stage, StageState};
 
 use crate::mask::{Masker, Piece};
@@ -72,7 +72,7 @@ pub struct Record {
     /// The subject's last sequence, as far as this writer knows.
     last_sequence: u64,
     /// The newest event of the session, which the next one continues.
-    follows: u64,
+    follows: Mark,
     /// Ids up to this one were persisted when the turn was claimed: an event that gets one of them is in a stream that was set back.
     floor: u64,
     pub checkpoint: Checkpoint,
@@ -182,7 +182,8 @@ impl Record {
             turn: self.turn,
             epoch: self.epoch,
             checkpoint: Some(self.checkpoint.clone()),
-            follows: Some(self.follows),
+            follows: Some(self.follows.id),
+            follows_epoch: self.follows.epoch,
             kind: Some(kind),
         };
         let payload = Bytes::from(event.encode_to_vec());
@@ -210,7 +211,7 @@ impl Record {
         if sequence <= self.floor {
             return Err(Fenced::Forgotten);
         }
-        (self.last_sequence, self.follows) = (sequence, sequence);
+        (self.last_sequence, self.follows) = (sequence, Mark { id: sequence, epoch: self.epoch });
         Ok(())
     }
 

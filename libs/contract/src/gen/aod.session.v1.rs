@@ -14,6 +14,9 @@ pub struct SessionEvent {
     /// The projector refuses an event that does not continue the persisted log. Absent in events of earlier releases.
     #[prost(uint64, optional, tag = "4")]
     pub follows: ::core::option::Option<u64>,
+    /// The epoch of that event. A stream that was set back gives an id again; with its epoch it names one event.
+    #[prost(uint32, tag = "5")]
+    pub follows_epoch: u32,
     #[prost(oneof = "session_event::Kind", tags = "10, 11, 12, 13, 14, 15")]
     pub kind: ::core::option::Option<session_event::Kind>,
 }

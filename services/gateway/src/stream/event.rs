@@ -256,7 +256,7 @@ mod tests {
 
     fn output(data: &[u8]) -> String {
         let kind = Some(Kind::Output(Output { stderr: false, data: Bytes::copy_from_slice(data) }));
-        let payload = SessionEvent { turn: 2, epoch: 1, follows: None, checkpoint: None, kind }.encode_to_vec();
+        let payload = SessionEvent { turn: 2, epoch: 1, kind, ..SessionEvent::default() }.encode_to_vec();
         let Visible::Output(frame) = Event::decode(9, payload.into()).kind else { panic!("hidden") };
         String::from_utf8(frame.to_vec()).unwrap()
     }
