@@ -1,51 +1,50 @@
-# The two commands of the README, and what they are made of.
+# Run `make` for the list of targets.
 SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
-.PHONY: setup build demo dev test faults bench reference fmt lint clean
+.DEFAULT_GOAL = help
+.PHONY: help setup build demo dev test faults bench reference fmt lint clean
 
-# Says nothing when nothing is missing. AGENTS="claude codex gemini opencode" installs more CLIs than the default.
-setup:
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+# Prints nothing when nothing is missing. AGENTS="claude codex gemini opencode" installs more CLIs than the default.
+setup: ## Install missing dependencies
 	@scripts/setup.sh $(AGENTS)
 
-build: setup
+build: setup ## Build everything in debug mode
 	@$(CARGO) build --quiet
 
-# Everything once, end to end: a real Claude Code session in a sandbox, two turns, no account.
-demo:
+demo: ## Set up, build, start the stack and run a Claude Code session with two turns; needs no account
 	@scripts/demo.sh
 
-# The stack, until Ctrl-C. ARGS="--scripted-model" and others are passed on.
-dev: build
+dev: build ## Run the stack until Ctrl-C (ARGS=--scripted-model: agents need no key)
 	@$(BIN)/aod dev $(ARGS)
 
-# Every test, with every CLI. One Postgres serves the whole run.
+# One Postgres serves the whole run.
 test: AGENTS = claude codex gemini opencode
-test: build
+test: build ## Run every test, with every agent CLI
 	$(CARGO) test --workspace --no-run --quiet
 	$(BIN)/testkit-run $(CARGO) test --workspace --quiet
 
-# The stack under attack, for some ten minutes, and a table of what was lost. ARGS="--seed 7 --only runner" and others are passed on.
-faults: build
+faults: build ## Inject faults into a stack for about ten minutes and print what was lost (ARGS="--seed 7 --only runner")
 	@$(CARGO) build --quiet -p system-tests --bin faults
 	@$(BIN)/faults $(ARGS)
 
-# How fast it is, beside floors of the same run: the whole stack, then the sandboxes. ARGS=replay measures one thing of the first.
-bench: setup
+bench: setup ## Measure throughput and latency beside the floors of the same run (ARGS=replay: one benchmark)
 	@$(CARGO) build --release --workspace --bins
 	@$(CARGO) bench --quiet -p system-tests --bench stack -- $(ARGS)
 	@$(CARGO) bench --quiet -p local-sprites
 
-# docs/configuration.md, from what the services say at --help.
-reference: build
+reference: build ## Regenerate docs/configuration.md from the services' --help
 	@$(CARGO) run --quiet -p system-tests --bin reference
 
-fmt:
+fmt: ## Format the code
 	$(CARGO) fmt --all
 
-lint:
+lint: ## Check formatting and run clippy with warnings denied
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 
-clean:
+clean: ## Delete build output
 	$(CARGO) clean

@@ -18,7 +18,6 @@ use crate::{error::ErrorBody, stream::event::StreamEvent};
 #[openapi(
     info(
         title = "Agent on Demand",
-        version = "1",
         description = "Runs AI coding agents in sandboxes and streams what they do: define an agent, post a session, follow it live, prompt it again."
     ),
     security(("key" = [])),
