@@ -5,7 +5,7 @@ pub mod metrics;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 /// Where the generated bus messages are committed.
 pub const MESSAGES: &str = "libs/contract/src/gen";
@@ -48,6 +48,27 @@ pub fn write_messages(out: &Path) -> Result<()> {
         ])
         .compile_fds(descriptors)
         .context("writing messages")
+}
+
+/// The largest static agent host: it is uploaded into sandboxes.
+const AGENT_HOST_BYTES_MAX: u64 = 4 << 20;
+
+/// Builds the agent host as one static file for this machine's architecture.
+///
+/// # Errors
+/// When it does not build, or is too large.
+pub fn build_agent_host() -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = std::process::Command::new(cargo);
+    command.current_dir(root()).args(["rustc", "--quiet", "-p", "agent-host", "--bin", "agent-host", "--profile", "agent-host"]);
+    // No libc of the sandbox is needed. Only the last step of the build differs: dependencies stay as they are.
+    let status = command.args(["--", "-C", "target-feature=+crt-static"]).status().context("cargo rustc")?;
+    ensure!(status.success(), "the agent host does not build");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let file = target.join("agent-host/agent-host");
+    let bytes = std::fs::metadata(&file).with_context(|| file.display().to_string())?.len();
+    ensure!(bytes <= AGENT_HOST_BYTES_MAX, "the agent host has {bytes} bytes, more than {AGENT_HOST_BYTES_MAX}");
+    Ok(file)
 }
 
 /// The rendered files, by path from the root.

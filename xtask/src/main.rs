@@ -1,4 +1,5 @@
 //! `cargo xtask gen` writes what is generated: bus messages, the NATS configuration and the document of the bus.
+//! `cargo xtask agent-host` builds the agent host as one static file, and prints where it is.
 
 use anyhow::{Result, bail};
 
@@ -15,6 +16,10 @@ fn main() -> Result<()> {
             }
             Ok(())
         }
-        _ => bail!("usage: cargo xtask gen"),
+        Some("agent-host") => {
+            println!("{}", xtask::build_agent_host()?.display());
+            Ok(())
+        }
+        _ => bail!("usage: cargo xtask gen | agent-host"),
     }
 }

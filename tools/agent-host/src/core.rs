@@ -25,6 +25,8 @@ const CALLS_MAX: usize = 10_000;
 /// How long a CLI that was asked to end may take, and one that was killed may be waited for.
 const CLOSE_MS: u64 = 2_000;
 const KILLED_MS: u64 = 10_000;
+/// How long a CLI may take until it accepts a message: its MCP servers may have to be installed first.
+const READY_MS: u64 = 180_000;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
@@ -97,6 +99,8 @@ pub struct Core {
     kill_at: Option<u64>,
     give_up_at: Option<u64>,
     idle_at: Option<u64>,
+    /// When a CLI that takes no message yet is given up.
+    ready_by: Option<u64>,
     quiet_since: u64,
     stopping: bool,
     exited: bool,
@@ -126,6 +130,7 @@ impl Core {
             kill_at: None,
             give_up_at: None,
             idle_at: None,
+            ready_by: None,
             quiet_since: now,
             stopping: false,
             exited: false,
@@ -384,6 +389,7 @@ impl Core {
         let resumed = !self.state.conversation_id.is_empty() && self.capabilities.stays_alive;
         self.record(record::Kind::CliStarted(CliStarted { pid, resumed }));
         self.program = Program::Cli { ready: false };
+        self.ready_by = Some(now + READY_MS);
         let mut out = Out::default();
         self.adapter.started(cwd, &mut out);
         self.apply(out, now);
@@ -475,6 +481,12 @@ impl Core {
         });
     }
 
+    /// Ends a CLI that can begin or finish no turn.
+    fn end_cli(&mut self, now: u64) {
+        self.actions.push(Action::Terminate);
+        self.kill_at = Some(now + CLOSE_MS);
+    }
+
     fn step_ended(&mut self, step: RunningStep, exit_code: Option<i32>, reason: Reason, now: u64) {
         let reason = step.ending.unwrap_or(reason);
         let duration_ms = now.saturating_sub(step.since);
@@ -508,8 +520,7 @@ impl Core {
         let mut out = Out::default();
         self.adapter.exited(code, &mut out);
         self.program = Program::None;
-        self.idle_at = None;
-        self.kill_at = None;
+        (self.idle_at, self.ready_by, self.kill_at) = (None, None, None);
         for effect in out.0 {
             if let Effect::TurnEnded { reason, message, usage } = effect {
                 self.end_turn(reason, Some(code), message, usage, now);
@@ -585,6 +596,7 @@ impl Core {
             Effect::Ready => {
                 if let Program::Cli { ready } = &mut self.program {
                     *ready = true;
+                    self.ready_by = None;
                     if self.turn.as_ref().is_some_and(|turn| !turn.delivered && turn.ending.is_none()) {
                         self.deliver(now);
                     } else if self.turn.as_ref().is_some_and(|turn| !turn.delivered) {
@@ -610,10 +622,7 @@ impl Core {
                 result.content = shorten(result.content);
                 self.event(None, event::Kind::ToolResult(result));
             }
-            Effect::Unusable => {
-                self.actions.push(Action::Terminate);
-                self.kill_at = Some(now + CLOSE_MS);
-            }
+            Effect::Unusable => self.end_cli(now),
             Effect::Ask(ask) => self.ask(ask, now, more),
             Effect::Unask { key } => {
                 if let Some(index) = self.asks.iter().position(|(_, asked)| *asked == key) {
@@ -722,6 +731,10 @@ impl Core {
                 self.actions.push(Action::Kill);
             }
         }
+        if due(self.ready_by) {
+            self.ready_by = None;
+            self.end_cli(now);
+        }
         if due(self.give_up_at) {
             self.exited(137, now);
         }
@@ -742,7 +755,7 @@ impl Core {
         let turn = self.turn.as_ref().filter(|turn| turn.ending.is_none()).and_then(|turn| turn.deadline);
         let turn = turn.filter(|_| self.waiting_since.is_none());
         let step = self.step.as_ref().filter(|step| step.ending.is_none()).and_then(|step| step.deadline);
-        [turn, step, self.kill_at, self.give_up_at, self.idle_at].into_iter().flatten().min()
+        [turn, step, self.kill_at, self.give_up_at, self.idle_at, self.ready_by].into_iter().flatten().min()
     }
 
     fn exit(&mut self, reason: host_ended::Reason) {

@@ -183,6 +183,8 @@ impl Host {
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(|error| failed("subreaper", error.into()))?;
         // Above the agent, where that is permitted: what runs out of memory is not the supervisor.
         let _ = fs::write("/proc/self/oom_score_adj", "-900");
+        // Nor do programs of the same user look into it.
+        let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
 
         let (run_path, run) = (dir.join("sandbox-run"), process::sandbox_run());
         let lost = if fs::read_to_string(&run_path).is_ok_and(|former| former != run) { Reason::SandboxLost } else { Reason::HostLost };

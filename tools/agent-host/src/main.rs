@@ -52,7 +52,6 @@ fn main() -> ExitCode {
         // What the host itself starts.
         ["run", "--dir", dir] => host::run(Path::new(dir)),
         ["exec", ..] => process::exec(arguments.get(1..).unwrap_or_default()),
-        ["prepare"] => prepare::run(),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");
             ExitCode::SUCCESS

@@ -27,7 +27,7 @@ pub fn to_json(actions: &[Action]) -> String {
     Value::Array(actions.iter().map(action).collect()).to_string()
 }
 
-/// `agent-host prepare`: carries out the actions on standard input.
+/// Carries out the actions on standard input.
 pub fn run() -> ExitCode {
     let mut text = String::new();
     let home = PathBuf::from(crate::variable("HOME").unwrap_or_else(|| "/".to_owned()));

@@ -26,6 +26,8 @@ use crate::adapters::{Launch, Stdio as LaunchStdio};
 
 /// In the environment of every process that works on turns.
 pub const MARK: &str = "AOD_HOST_SESSION";
+/// In place of a program: the adapter's actions, in this process. The user need not be able to start the host's file.
+const PREPARE: &str = "--prepare";
 const PIPE_BYTES: usize = 1 << 20;
 /// An argument that is longer is passed as a file.
 pub const ARGUMENT_BYTES_MAX: usize = 100_000;
@@ -192,13 +194,13 @@ pub fn start(spec: &Spec, user: &User, folder: &str, launch: &Launch) -> io::Res
     Ok(Program { pid, pidfd, stdout: own_end(stdout)?, stderr: own_end(stderr)?, has_stdin })
 }
 
-/// Runs `agent-host prepare` as the user, with the adapter's actions on its standard input, and waits for it.
+/// Carries out an adapter's actions as the user, in a process of its own that reads them from standard input.
 pub fn prepare(spec: &Spec, user: &User, launch: &Launch) -> io::Result<()> {
     if launch.prepare.is_empty() {
         return Ok(());
     }
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("exec").arg(exec_user(user)).arg("").arg(std::env::current_exe()?).arg("prepare");
+    command.arg("exec").arg(exec_user(user)).arg("").arg(PREPARE);
     command.envs(environment(spec, user, launch)).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
@@ -218,6 +220,7 @@ pub fn exec(arguments: &[String]) -> ExitCode {
     let [user, folder, program, rest @ ..] = arguments else { return ExitCode::from(2) };
     let error = match become_user(user) {
         Err(error) => io::Error::from(error),
+        Ok(()) if program == PREPARE => return crate::prepare::run(),
         Ok(()) => {
             let home = crate::variable("HOME").unwrap_or_else(|| "/".to_owned());
             let entered = [folder.as_str(), home.as_str(), "/"].iter().any(|folder| std::env::set_current_dir(folder).is_ok());

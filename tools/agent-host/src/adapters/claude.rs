@@ -32,6 +32,7 @@ pub const RUNTIME: Runtime = Runtime {
 const INITIALIZE: &str = "initialize";
 /// A conversation that was never written cannot be resumed, and one that was cannot be begun.
 const BEGIN_OR_RESUME: &str = r#"id=$1 && shift
+[ -n "$id" ] || exec claude "$@"
 for file in "${CLAUDE_CONFIG_DIR:-$HOME/.claude}"/projects/*/"$id".jsonl; do
     [ ! -e "$file" ] || exec claude --resume "$id" "$@"
 done

@@ -8,8 +8,8 @@ use std::{
 };
 
 use contract::host::{
-    Evaluation, Event, PermissionRule, Permissions, Spec, ToolResult, ToolUse, TurnEnded, Variable, decision::Verdict, event, record,
-    turn_ended::Reason,
+    Evaluation, Event, Message, PermissionRule, Permissions, Spec, ToolResult, ToolUse, TurnEnded, Variable, WhenBusy, decision::Verdict,
+    event, input, record, turn_ended::Reason,
 };
 
 use crate::support::{Attached, Host, eventually, is_running, output, show};
@@ -223,7 +223,7 @@ fn record_transcript(chat: &Chat) {
 const ENDLESS: &str = "run: while :; do sleep 1.375; done";
 
 /// What every CLI does: tools, a second turn in the living process, interrupts, a resumed conversation, allow and deny.
-fn conversation(runtime: &str, shell: &str, has_output: bool) {
+fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     let model = Model::start();
     let Some(host) = host(runtime, &model, &[]) else { return };
     let mut chat = Chat::new(host);
@@ -264,6 +264,20 @@ fn conversation(runtime: &str, shell: &str, has_output: bool) {
     let (kinds, ended) = chat.ended();
     assert_eq!(ended.reason(), Reason::Interrupted, "{}", show(&kinds));
     eventually(|| !is_running("sleep\u{0}1.375"));
+
+    // A message for the running turn: part of it where the CLI can, else the next turn in place of this one.
+    chat.send("slowly");
+    chat.until_event(|kind| matches!(kind, event::Kind::Delta(_)));
+    let message = Message { turn: 90, text: "say the mark".to_owned(), timeout_seconds: 0, when_busy: WhenBusy::Steer.into() };
+    chat.attached.send("steered", input::Kind::Message(message));
+    let (mut kinds, mut ended) = chat.ended();
+    if !steers {
+        assert_eq!(ended.reason(), Reason::Interrupted, "{}", show(&kinds));
+        (kinds, ended) = chat.ended();
+        assert_eq!(ended.turn, 90);
+    }
+    assert_eq!(ended.reason(), Reason::Completed, "{}", show(&kinds));
+    assert!(said(&kinds).contains("MARK-4711"), "{}", show(&kinds));
 
     // A model that refuses the request is an error, and the CLI goes on.
     chat.send("fail with 400");
@@ -311,20 +325,32 @@ fn conversation(runtime: &str, shell: &str, has_output: bool) {
 
 #[test]
 fn claude() {
-    conversation("claude", "Bash", true);
+    conversation("claude", "Bash", true, true);
 }
 
 #[test]
 fn codex() {
-    conversation("codex", "shell", true);
+    conversation("codex", "shell", true, true);
 }
 
 #[test]
 fn gemini() {
-    conversation("gemini", "run_shell_command", false);
+    conversation("gemini", "run_shell_command", false, false);
 }
 
 #[test]
 fn opencode() {
-    conversation("opencode", "bash", true);
+    conversation("opencode", "bash", true, false);
+}
+
+#[test]
+fn an_idle_cli_is_closed_and_its_conversation_resumed() {
+    let model = Model::start();
+    let Some(mut host) = host("claude", &model, &[]) else { return };
+    host.spec.idle_seconds = 1;
+    let mut chat = Chat::new(host);
+    chat.completed("the first words");
+    chat.attached.until(|kind| matches!(kind, record::Kind::CliExited(_)));
+    let kinds = chat.completed("What was my first message");
+    assert!(said(&kinds).contains("the first words"), "{}", show(&kinds));
 }

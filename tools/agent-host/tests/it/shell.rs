@@ -286,7 +286,7 @@ fn a_specification_that_cannot_be_followed_is_refused_with_its_reason() {
     let host = Host::new(Spec { runtime: "cobol".to_owned(), ..Spec::default() });
     let spec = host.folder.path().join("spec");
     std::fs::write(&spec, prost::Message::encode_to_vec(&host.spec)).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_agent-host"));
+    let mut command = Command::new(crate::support::program());
     let output = command.args(["start", "--dir"]).arg(host.dir()).arg("--spec").arg(&spec).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "agent-host: runtime cobol is not known\n");
     assert_eq!(output.status.code(), Some(1));

@@ -16,6 +16,11 @@ use prost::Message as _;
 
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The host under test: another build of it with `AOD_AGENT_HOST`.
+pub fn program() -> PathBuf {
+    std::env::var_os("AOD_AGENT_HOST").map_or_else(|| env!("CARGO_BIN_EXE_agent-host").into(), PathBuf::from)
+}
+
 pub struct Host {
     pub folder: tempfile::TempDir,
     pub spec: Spec,
@@ -39,13 +44,13 @@ impl Host {
     pub fn start(&self) {
         let spec = self.folder.path().join("spec");
         std::fs::write(&spec, self.spec.encode_to_vec()).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_agent-host"));
+        let mut command = Command::new(program());
         let output = command.args(["start", "--dir"]).arg(self.dir()).arg("--spec").arg(spec).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
     pub fn attach(&self, from: u64) -> Attached {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_agent-host"));
+        let mut command = Command::new(program());
         command.args(["attach", "--dir"]).arg(self.dir()).args(["--from", &from.to_string()]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
