@@ -65,14 +65,37 @@ RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates
 COPY scripts /scripts
 RUN /scripts/agents.sh /agents $AGENTS
 
-# A sandbox server makes namespaces and mounts: it runs as root, with SYS_ADMIN. Its Sprites see this image's system directories.
+# What Sprites see as their system, as scripts/rootfs.sh makes it elsewhere: its users are nobody outside of a Sprite.
+FROM debian:bookworm-slim AS sprite
+RUN apt-get update && \
+    apt-get install -y --no-install-recommends \
+        bzip2 ca-certificates curl file g++ gcc git iproute2 jq less libc6-dev lsof make nano netcat-openbsd openssh-client patch perl \
+        pkg-config procps psmisc python3 python3-pip python3-venv ripgrep unzip util-linux wget xz-utils zip && \
+    rm -rf /var/lib/apt/lists/*
+COPY scripts/versions.env /tmp/
+RUN apt-get update && apt-get install -y --no-install-recommends nodejs npm && . /tmp/versions.env && \
+    case $(uname -m) in aarch64) arch=arm64 ;; *) arch=x64 ;; esac && \
+    npm install --prefix /tmp/node --no-fund --no-audit "node-linux-$arch@$NODE_VERSION" "npm@$NPM_VERSION" && \
+    apt-get purge -y --autoremove nodejs npm && rm -rf /var/lib/apt/lists/* && \
+    mkdir -p /usr/local/lib/node_modules && cp /tmp/node/node_modules/node-linux-$arch/bin/node /usr/local/bin/node && \
+    cp -R /tmp/node/node_modules/npm /usr/local/lib/node_modules/npm && \
+    ln -s ../lib/node_modules/npm/bin/npm-cli.js /usr/local/bin/npm && ln -s ../lib/node_modules/npm/bin/npx-cli.js /usr/local/bin/npx && \
+    rm -rf /tmp/* /root/.npm
+FROM debian:bookworm-slim AS rootfs
+RUN apt-get update && apt-get install -y --no-install-recommends python3
+COPY --from=sprite / /rootfs
+COPY scripts/foreign-owners.py /
+RUN rm -rf /rootfs/dev /rootfs/proc /rootfs/sys && mkdir /rootfs/dev /rootfs/proc /rootfs/sys && python3 /foreign-owners.py /rootfs
+
+# A sandbox server makes namespaces, networks and mounts: it runs as root, with SYS_ADMIN and NET_ADMIN.
 FROM debian:bookworm-slim AS local-sprites
 RUN apt-get update && \
     apt-get install -y --no-install-recommends \
-        bubblewrap ca-certificates curl e2fsprogs git mount nodejs npm perl-base procps python3 python3-pip python3-venv ripgrep util-linux && \
+        bubblewrap ca-certificates e2fsprogs iproute2 mount passt runc util-linux && \
     rm -rf /var/lib/apt/lists/*
 COPY --from=build /out/local-sprites /usr/local/bin/
 COPY --from=agents /agents /opt/agents
+COPY --from=rootfs /rootfs /usr/lib/local-sprites/rootfs
 ENV AOD_ADMIN_ADDR=0.0.0.0:9464 LOCAL_SPRITES_ADDR=0.0.0.0:8778 LOCAL_SPRITES_DATA_DIR=/var/lib/sprites LOCAL_SPRITES_AGENTS_DIR=/opt/agents
 VOLUME /var/lib/sprites
 EXPOSE 8778 9464

@@ -17,6 +17,10 @@ have_venv() { python3 -c 'import venv, ensurepip' 2>/dev/null; }
 packages=()
 have_postgres || packages+=(postgresql)
 have bwrap || packages+=(bubblewrap)
+have runc || [ -x /usr/sbin/runc ] || packages+=(runc)
+have pasta || packages+=(passt)
+have ip || [ -x /sbin/ip ] || packages+=(iproute2)
+have mmdebstrap || packages+=(mmdebstrap)
 have setpriv && have nsenter || packages+=(util-linux)
 have perl || packages+=(perl-base)
 have curl || packages+=(curl ca-certificates)
@@ -28,7 +32,7 @@ have_venv || packages+=(python3-venv)
 have npm || packages+=(nodejs npm)
 if [ ${#packages[@]} -gt 0 ]; then
     if ! have apt-get; then
-        say "please install, by this system's own means: PostgreSQL (14 or later), bubblewrap, util-linux, e2fsprogs, perl, curl, a C compiler, python3 with venv, Node.js with npm"
+        say "please install, by this system's own means: PostgreSQL (14 or later), bubblewrap, runc, passt, iproute2, mmdebstrap, util-linux, e2fsprogs, perl, curl, a C compiler, python3 with venv, Node.js with npm"
         say "(missing here: ${packages[*]})"
         exit 2
     fi
@@ -63,6 +67,14 @@ if ! { have nats-server && new_enough nats-server; } && ! { [ -x "$tools/bin/nat
     mkdir -p "$tools/bin"
     install -m 755 "$binary" "$tools/bin/nats-server.draft" && mv "$tools/bin/nats-server.draft" "$tools/bin/nats-server"
     new_enough "$tools/bin/nats-server" || { say "the nats-server that was installed does not run"; exit 1; }
+fi
+
+# --- the root file system of Sprites; making one takes root ---------------------------------------------
+if [ "$(id -u)" = 0 ]; then
+    scripts/rootfs.sh "$tools/rootfs"
+elif [ ! -e "$tools/rootfs" ]; then
+    have sudo || { say "please run as root: scripts/rootfs.sh $tools/rootfs"; exit 2; }
+    sudo scripts/rootfs.sh "$tools/rootfs"
 fi
 
 # --- agent CLIs, mounted read-only into Sprites -----------------------------------------------------

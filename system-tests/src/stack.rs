@@ -27,6 +27,16 @@ pub struct Options {
     pub settings: &'static [(&'static str, &'static str)],
 }
 
+impl Options {
+    /// With ports of this machine's loopback that Sprites reach at their own: there is no other way from one to a test's server.
+    pub fn reaching(self, ports: &[u16]) -> Self {
+        let hosts: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        let setting = ("LOCAL_SPRITES_PRIVATE_HOSTS", &*Box::leak(hosts.join(",").into_boxed_str()));
+        let settings = self.settings.iter().copied().chain([setting]).collect::<Vec<_>>();
+        Self { settings: Box::leak(settings.into_boxed_slice()), ..self }
+    }
+}
+
 /// A running stack, ended when dropped.
 pub struct Stack {
     child: Child,

@@ -15,7 +15,14 @@ pub use nats::Nats;
 pub use postgres::Database;
 pub use process::{free_port, spawn_tied};
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, path::PathBuf, time::Duration};
+
+/// The root file system of Sprites that the set-up makes.
+pub fn rootfs() -> PathBuf {
+    let of = |name: &str, below: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(|dir| PathBuf::from(dir).join(below));
+    let tools = of("AOD_TOOLS_DIR", "").or_else(|| of("XDG_DATA_HOME", "aod/tools")).or_else(|| of("HOME", ".local/share/aod/tools"));
+    tools.unwrap_or_else(|| "/var/lib/aod/tools".into()).join("rootfs")
+}
 
 /// Waits until a condition holds, for 20 s at most. Tests wait on states, never on time.
 ///

@@ -26,6 +26,7 @@ async fn run() -> anyhow::Result<()> {
         .env("LOCAL_SPRITES_ADDR", format!("127.0.0.1:{port}"))
         .env("LOCAL_SPRITES_TOKEN", TOKEN)
         .env("LOCAL_SPRITES_DATA_DIR", data.path())
+        .env("LOCAL_SPRITES_ROOTFS", testkit::rootfs())
         .env("AOD_ADMIN_ADDR", "127.0.0.1:0")
         .env("RUST_LOG", "error");
     let mut server = testkit::spawn_tied(command)?;

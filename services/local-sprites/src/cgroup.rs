@@ -86,6 +86,11 @@ impl Cgroups {
         Controller::ALL.iter().filter(|one| !there(one)).map(Controller::to_string).collect()
     }
 
+    /// Whether anything can be limited here.
+    pub fn any(&self) -> bool {
+        !self.parents.is_empty()
+    }
+
     pub fn can_freeze(&self) -> bool {
         self.parents.iter().any(|(controller, _)| *controller == Controller::Freezer)
     }

@@ -64,12 +64,17 @@ impl Disks {
 
     /// The content of a Sprite's disk, mounted until [`Self::unmount`] or until the last sandbox that has it ends.
     pub async fn mount(self, dir: &Path) -> io::Result<PathBuf> {
-        let content = dir.join(CONTENT);
+        let content = Self::content(dir);
         if self == Self::Images && !is_mounted(&content)? {
             run(Command::new("mount").args(["-t", "ext4", "-o", "loop,noatime,nosuid,nodev,discard"]).arg(dir.join(IMAGE)).arg(&content))
                 .await?;
         }
         Ok(content)
+    }
+
+    /// Where a disk's content is while it is mounted.
+    pub fn content(dir: &Path) -> PathBuf {
+        dir.join(CONTENT)
     }
 
     /// The blocks that a disk's image takes on this machine; 0 where disks are directories.
@@ -130,7 +135,7 @@ impl Disks {
 pub struct Frozen(PathBuf);
 
 impl Frozen {
-    /// `root` is the root directory of the sandbox that the disk is mounted in.
+    /// `root` is where the disk is mounted.
     pub async fn freeze(root: PathBuf) -> io::Result<Self> {
         run(Command::new("fsfreeze").arg("--freeze").arg(&root)).await?;
         Ok(Self(root))

@@ -31,6 +31,53 @@ const EXIT_NOT_ENTERED: u8 = 125;
 const EXIT_NOT_EXECUTABLE: u8 = 126;
 const EXIT_NOT_FOUND: u8 = 127;
 
+/// The first argument of this program as what sets a sandbox's own limits.
+pub const LIMIT_COMMAND: &str = "limit-namespace";
+/// What a user namespace's own limits are: no namespaces within, and of what the whole machine shares a part.
+const NAMESPACE_LIMITS: [(&str, &str); 9] = [
+    ("max_cgroup_namespaces", "0"),
+    ("max_inotify_instances", "64"),
+    ("max_inotify_watches", "65536"),
+    ("max_ipc_namespaces", "0"),
+    ("max_mnt_namespaces", "0"),
+    ("max_net_namespaces", "0"),
+    ("max_pid_namespaces", "0"),
+    ("max_user_namespaces", "0"),
+    ("max_uts_namespaces", "0"),
+];
+const LIMIT_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Sets the limits of a sandbox's user namespace.
+///
+/// # Errors
+/// When not all of them are in force.
+pub async fn limit_namespace(pid: i32) -> io::Result<()> {
+    let mut command = tokio::process::Command::new("/proc/self/exe");
+    command.args([LIMIT_COMMAND, &pid.to_string()]).env_clear().stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(LIMIT_MAX, command.output()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    if output.status.success() { Ok(()) } else { Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned())) }
+}
+
+/// Joins the user namespace of a process, and no other, and sets its limits there: each such namespace has its own.
+pub fn limit_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let mut set = || {
+        let pid = arguments.next().and_then(|text| Pid::from_raw(text.to_str()?.parse().ok()?)).ok_or(rustix::io::Errno::INVAL)?;
+        let sandbox = pidfd_open(pid, PidfdFlags::empty())?;
+        move_into_thread_name_spaces(sandbox.as_fd(), ThreadNameSpaceType::USER)?;
+        NAMESPACE_LIMITS.iter().try_for_each(|(name, value)| {
+            let file = format!("/proc/sys/user/{name}");
+            fs::write(&file, value).map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))
+        })
+    };
+    match set() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("local-sprites: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// What a command of a Sprite starts as.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Launch {

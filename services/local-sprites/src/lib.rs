@@ -16,15 +16,18 @@ mod files;
 pub mod launch;
 pub mod metrics;
 mod network;
+mod oci;
 mod ports;
 mod process;
 mod registry;
+mod runtime;
 mod sandbox;
 mod seccomp;
 mod services;
 mod tasks;
 mod terminal;
 mod tree;
+mod uplink;
 mod watch;
 
 use std::{
@@ -45,8 +48,12 @@ use crate::{
     cgroup::{Cgroups, Limits},
     chaos::{Chaos, Troubles},
     registry::Registry,
+    runtime::Program,
     sandbox::{Isolation, Sandboxes},
 };
+
+/// Where the root file system of Sprites is, where nothing else is said.
+const ROOTFS: &str = "/usr/lib/local-sprites/rootfs";
 
 #[derive(Debug)]
 pub struct Config {
@@ -55,6 +62,8 @@ pub struct Config {
     data_dir: PathBuf,
     agents_dir: Option<PathBuf>,
     isolation: Isolation,
+    runtime: Program,
+    rootfs: PathBuf,
     private_hosts: Vec<String>,
     limits: Limits,
     disk_bytes: Option<u64>,
@@ -69,10 +78,14 @@ impl Config {
             data_dir: env.required("LOCAL_SPRITES_DATA_DIR", "where the Sprites' files are kept").into(),
             agents_dir: env.optional("LOCAL_SPRITES_AGENTS_DIR", "installed agent CLIs, mounted read-only at /opt/agents").map(Into::into),
             isolation: env.parsed("LOCAL_SPRITES_ISOLATION", "overlay (as root), readonly, or auto", Isolation::Auto),
+            runtime: env.parsed("LOCAL_SPRITES_RUNTIME", "the OCI runtime that makes sandboxes, as root: runc or crun", Program::default()),
+            rootfs: env
+                .optional("LOCAL_SPRITES_ROOTFS", "the root file system of Sprites, as scripts/rootfs.sh makes it")
+                .map_or_else(|| PathBuf::from(ROOTFS), Into::into),
             private_hosts: {
                 let hosts = env.optional(
                     "LOCAL_SPRITES_PRIVATE_HOSTS",
-                    "hosts, or host:port, that Sprites with a network policy may reach although they are private, separated by commas",
+                    "host:port, separated by commas: what Sprites may reach although it is private; 127.0.0.1:port is found at a Sprite's own loopback",
                 );
                 hosts.unwrap_or_default().split(',').map(|host| host.trim().to_owned()).filter(|host| !host.is_empty()).collect()
             },
@@ -112,10 +125,23 @@ impl Config {
 /// When this machine cannot isolate a Sprite, or the address cannot be bound.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     crate::metrics::describe();
-    let (agents, memory) = (config.agents_dir.as_deref(), config.limits.memory_bytes);
-    let sandboxes = Sandboxes::prepare(config.isolation, &config.data_dir, agents, config.disk_bytes, memory).await?;
-    let cgroups = Cgroups::find(&instance(&config.data_dir), config.limits);
+    std::fs::create_dir_all(&config.data_dir).context("LOCAL_SPRITES_DATA_DIR")?;
+    let instance = instance(&config.data_dir);
+    let cgroups = Cgroups::find(&instance, config.limits);
     let missing = cgroups.missing();
+    let kind = sandbox::Kind {
+        isolation: config.isolation,
+        runtime: config.runtime,
+        rootfs: config.rootfs,
+        agents_dir: config.agents_dir,
+        disk_bytes: config.disk_bytes,
+        memory_bytes: config.limits.memory_bytes,
+        forwards: network::Forward::of(&config.private_hosts),
+        loopback_ports: network::loopback_ports(&config.private_hosts),
+        instance,
+        cgroups: cgroups.any(),
+    };
+    let sandboxes = Sandboxes::prepare(kind, &config.data_dir).await?;
     if !missing.is_empty() {
         tracing::warn!(missing = missing.join(", "), "not limited on this machine: it offers no control groups for that");
     }

@@ -8,8 +8,10 @@ fn main() -> ExitCode {
     // machine's file system.
     close_fds::set_fds_cloexec(FIRST_OTHER_DESCRIPTOR, &[]);
     let mut arguments = std::env::args_os().skip(1);
-    if arguments.next().is_some_and(|first| first == local_sprites::launch::COMMAND) {
-        return local_sprites::launch::main(arguments);
+    match arguments.next().as_ref().and_then(|first| first.to_str()) {
+        Some(local_sprites::launch::COMMAND) => return local_sprites::launch::main(arguments),
+        Some(local_sprites::launch::LIMIT_COMMAND) => return local_sprites::launch::limit_main(arguments),
+        _ => {}
     }
     service::main(
         "local-sprites",

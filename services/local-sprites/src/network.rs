@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
@@ -148,6 +148,8 @@ pub struct Gate {
     /// Ends the connections that were made under rules that do not hold any more.
     connections: Mutex<CancellationToken>,
     closed: CancellationToken,
+    /// A process in the Sprite's network.
+    pid: i32,
     /// The task that accepts; it ends when the gate is closed, and its connections with it.
     server: Mutex<JoinSet<()>>,
     refusals: Mutex<Refusals>,
@@ -195,6 +197,7 @@ impl Gate {
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             connections: Mutex::new(closed.child_token()),
             closed,
+            pid,
             server: Mutex::default(),
             refusals: Mutex::new(Refusals { file: told, hosts: Vec::new() }),
         });
@@ -257,6 +260,10 @@ impl Gate {
     }
 
     async fn dial(&self, host: &str, port: u16) -> Result<TcpStream, Refused> {
+        let named = self.private_hosts.iter().any(|own| *own == format!("{host}:{port}"));
+        if let Some(loopback) = loopback(host).filter(|_| !named) {
+            return dial_inside(self.pid, SocketAddr::new(loopback, port)).await;
+        }
         if !locked(&self.policy).allows(host) {
             return Err(Refused::Policy);
         }
@@ -275,6 +282,92 @@ impl Gate {
             Ok(server)
         };
         tokio::time::timeout(CONNECT_MAX, connect).await.unwrap_or_else(|_| Err(Refused::Unreachable("it does not answer".to_owned())))
+    }
+}
+
+/// A Sprite's loopback is its own: what a program means by it, where all that it asks for goes through the proxy.
+fn loopback(host: &str) -> Option<IpAddr> {
+    let host = host.trim_matches(['[', ']']);
+    if host.eq_ignore_ascii_case("localhost") {
+        return Some(Ipv4Addr::LOCALHOST.into());
+    }
+    host.parse::<IpAddr>().ok().filter(|address| address.to_canonical().is_loopback())
+}
+
+async fn dial_inside(pid: i32, address: SocketAddr) -> Result<TcpStream, Refused> {
+    let connect = move || {
+        let stream = inside(pid, move || std::net::TcpStream::connect_timeout(&address, CONNECT_MAX))?;
+        stream.set_nonblocking(true)?;
+        TcpStream::from_std(stream)
+    };
+    let runtime = tokio::runtime::Handle::current();
+    let connected = tokio::task::spawn_blocking(move || {
+        let _entered = runtime.enter();
+        connect()
+    });
+    let connected = connected.await.unwrap_or_else(|_| Err(io::Error::other("it cannot be reached")));
+    connected.map_err(|error| Refused::Unreachable(error.to_string()))
+}
+
+/// What the deployment names that Sprites reach although it is private, and that is not on the machine's loopback: the server carries
+/// connections there, from an address of the Sprite's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forward {
+    pub host: String,
+    port: u16,
+    /// Where it is found in a Sprite.
+    pub address: Ipv4Addr,
+}
+
+impl Forward {
+    /// The address is the host's own where it is one, and otherwise one that the Sprite's `/etc/hosts` gives its name.
+    pub fn of(private_hosts: &[String]) -> Vec<Self> {
+        let named = private_hosts.iter().filter_map(|host| host.rsplit_once(':')).filter(|(host, _)| loopback(host).is_none());
+        let named = named.filter_map(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
+        let addressed = named.zip(1u8..).map(|((host, port), number)| {
+            let address = host.parse().unwrap_or_else(|_| Ipv4Addr::new(127, 77, 0, number));
+            Self { host, port, address }
+        });
+        addressed.collect()
+    }
+
+    /// Listens in the network namespace of a process, until the returned tasks are dropped.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub fn open_all(forwards: &[Self], pid: i32) -> io::Result<JoinSet<()>> {
+        let mut servers = JoinSet::new();
+        for forward in forwards {
+            let address = SocketAddr::from((forward.address, forward.port));
+            let listener = inside(pid, move || {
+                let listener = std::net::TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                Ok(listener)
+            })?;
+            servers.spawn(forward.clone().serve(TcpListener::from_std(listener)?));
+        }
+        Ok(servers)
+    }
+
+    async fn serve(self, listener: TcpListener) {
+        let (slots, mut connections) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), JoinSet::new());
+        loop {
+            while connections.try_join_next().is_some() {}
+            let Ok(slot) = slots.clone().acquire_owned().await else { return };
+            let Ok((mut client, _)) = listener.accept().await else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            let (host, port) = (self.host.clone(), self.port);
+            connections.spawn(async move {
+                let connect = TcpStream::connect((host.as_str(), port));
+                if let Ok(Ok(mut server)) = tokio::time::timeout(CONNECT_MAX, connect).await {
+                    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+                    let _ = copy_bidirectional(&mut client, &mut server).await;
+                }
+                drop(slot);
+            });
+        }
     }
 }
 
@@ -336,6 +429,15 @@ async fn answer(client: &mut TcpStream, status: &str, why: &str) -> io::Result<(
     let head = format!("HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
     client.write_all(format!("{head}{body}").as_bytes()).await?;
     client.shutdown().await
+}
+
+/// The ports of this machine's loopback among the deployment's own hosts.
+pub fn loopback_ports(private_hosts: &[String]) -> Vec<u16> {
+    let port = |host: &String| {
+        let (name, port) = host.rsplit_once(':')?;
+        matches!(name, "127.0.0.1" | "localhost").then(|| port.parse().ok()).flatten()
+    };
+    private_hosts.iter().filter_map(port).collect()
 }
 
 /// Makes a socket in a process's network namespace. Sockets stay in the one that they were made in, whoever uses them.
@@ -404,6 +506,17 @@ mod tests {
         assert!(policy(serde_json::json!([{ "include": "everything" }])).problem().unwrap().contains("everything"));
         assert_eq!(policy(serde_json::json!([{ "domain": "*.a-b.c", "action": "allow" }])).problem(), None);
         assert!(serde_json::from_value::<Policy>(serde_json::json!({ "rules": [{ "domain": "x", "action": "maybe" }] })).is_err());
+    }
+
+    #[test]
+    fn private_hosts_are_found_at_addresses_of_the_sprite() {
+        let hosts = ["127.0.0.1:8779", "model:80", "10.1.2.3:443", "localhost:90", "only-a-host"].map(str::to_owned);
+        assert_eq!(loopback_ports(&hosts), [8779, 90]);
+        let found: Vec<_> = Forward::of(&hosts).into_iter().map(|forward| (forward.host, forward.address.to_string())).collect();
+        let expected = [("model", "127.77.0.1"), ("10.1.2.3", "10.1.2.3")];
+        assert_eq!(found, expected.map(|(host, address)| (host.to_owned(), address.to_owned())));
+        assert!(loopback("[::1]").is_some() && loopback("LocalHost").is_some() && loopback("127.9.9.9").is_some());
+        assert!(loopback("example.org").is_none() && loopback("10.0.0.1").is_none());
     }
 
     #[test]

@@ -22,6 +22,15 @@ impl Process {
         look(self.pid) == Some((State::Alive, self.start_time))
     }
 
+    /// Ends it for certain.
+    pub fn kill(self) {
+        if self.is_alive()
+            && let Some(pid) = Pid::from_raw(self.pid)
+        {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    }
+
     /// The number of its first child, as this server counts.
     pub fn child(self) -> Option<i32> {
         let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).ok()?;

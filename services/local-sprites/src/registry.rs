@@ -21,8 +21,8 @@ use crate::{
     cgroup::{Cgroup, Cgroups},
     exec::{Sessions, locked},
     launch::{Launch, Privileges},
-    network::{Gate, Policy},
-    sandbox::{Holder, SandboxError, Sandboxes, write_atomically},
+    network::{Forward, Gate, Policy},
+    sandbox::{Holder, Network, SandboxError, Sandboxes, container_id, write_atomically},
     services::{Definition, Services},
     tasks::Tasks,
 };
@@ -93,6 +93,8 @@ pub struct Sprite {
     group: Mutex<Option<Cgroup>>,
     /// Its way out, where its network is limited and its sandbox is running.
     gate: Mutex<Option<Arc<Gate>>>,
+    /// Carry its connections to private services that the deployment names.
+    forwards: Mutex<JoinSet<()>>,
     paused: AtomicBool,
     last_used: Mutex<Instant>,
     /// The owner of what the file API makes, as this machine names it.
@@ -182,6 +184,8 @@ impl Registry {
                 Err(_) => registry.sandboxes.destroy(&path, None).await,
             }
         }
+        let known: Vec<String> = registry.all().iter().map(|sprite| container_id(sprite.dir())).collect();
+        registry.sandboxes.remove_strays(&known).await;
         tracing::info!(sprites = locked(&registry.sprites).len(), "Sprites taken up");
         Ok(registry)
     }
@@ -192,8 +196,12 @@ impl Registry {
         let (name, holder) = (record.name.clone(), record.holder.filter(|holder| holder.is_alive()));
         let sprite = Arc::new(Sprite::new(path, record, self.sandboxes.owner()));
         locked(&self.sprites).insert(name.clone(), sprite.clone());
-        let Some(holder) = holder else { return Ok(()) };
-        holder.release().await;
+        let Some(holder) = holder else {
+            // What it left behind when it ended is removed.
+            self.sandboxes.end(&sprite.dir, sprite.record().holder).await;
+            return Ok(());
+        };
+        self.sandboxes.release(&sprite.dir).await;
         let attached = async {
             self.limit(&sprite)?;
             if let Some(group) = &*locked(&sprite.group) {
@@ -208,19 +216,24 @@ impl Registry {
         Ok(())
     }
 
-    /// Opens the way out of a limited Sprite.
+    /// Opens what this server carries of a Sprite's traffic: the way out of a limited one, and the ways to private services.
     fn open_gate(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
         let policy = sprite.record().policy;
-        let gate = match holder.has_own_network() {
-            true => {
+        let gate = match holder.network() {
+            Network::Limited => {
                 let told = sprite.inside_dir().join("policy/refused");
                 Some(Gate::open(holder.process.pid, policy, self.private_hosts.clone(), told).map_err(RegistryError::Network)?)
             }
-            false => None,
+            Network::Machine | Network::Public => None,
         };
         if let Some(before) = std::mem::replace(&mut *locked(&sprite.gate), gate) {
             before.close();
         }
+        let forwards = match holder.network() {
+            Network::Public => Forward::open_all(self.sandboxes.forwards(), holder.process.pid).map_err(RegistryError::Network)?,
+            Network::Machine | Network::Limited => JoinSet::new(),
+        };
+        *locked(&sprite.forwards) = forwards;
         Ok(())
     }
 
@@ -237,17 +250,14 @@ impl Registry {
     /// Puts rules into force. Between limited and unlimited the sandbox is started anew, and what runs in it ends.
     pub async fn set_policy(self: &Arc<Self>, name: &str, policy: Policy) -> Result<(), RegistryError> {
         let (registry, sprite) = (self.clone(), self.get(name)?);
-        if policy.is_limited() && !self.sandboxes.can_limit_network() {
-            return Err(RegistryError::Unlimited);
-        }
+        let network = self.sandboxes.network(policy.is_limited()).ok_or(RegistryError::Unlimited)?;
         self.uninterrupted(async move {
             let _life = sprite.hold().await?;
-            let limited = policy.is_limited();
             locked(&sprite.record).policy = policy.clone();
             // A Sprite may read its own rules (sprites-api.md §8.1).
             fs::write(sprite.inside_dir().join("policy/network.json"), serde_json::to_vec(&policy).map_err(io::Error::other)?)?;
             match sprite.holder() {
-                Some(holder) if holder.has_own_network() == limited => {
+                Some(holder) if holder.network() == network => {
                     if let Some(gate) = locked(&sprite.gate).as_ref() {
                         gate.set_policy(policy);
                     }
@@ -374,6 +384,7 @@ impl Registry {
         if let Some(gate) = locked(&sprite.gate).take() {
             gate.close();
         }
+        locked(&sprite.forwards).abort_all();
         let group = locked(&sprite.group).take();
         if sprite.paused.swap(false, Ordering::SeqCst)
             && let Some(group) = &group
@@ -381,9 +392,7 @@ impl Registry {
             // What is frozen does not even die.
             let _ = group.freeze(false);
         }
-        if let Some(holder) = sprite.record().holder {
-            holder.kill().await;
-        }
+        self.sandboxes.end(&sprite.dir, sprite.record().holder).await;
         if let Some(group) = group {
             group.remove().await;
         }
@@ -462,7 +471,12 @@ impl Registry {
             // Somebody was faster.
             Some(holder) => return Ok(holder),
             None if self.closed.load(Ordering::SeqCst) => return Err(RegistryError::Closed),
-            None => self.sandboxes.boot(&sprite.dir, &record.name, record.policy.is_limited()).await?,
+            None => {
+                let network = self.sandboxes.network(record.policy.is_limited()).ok_or(RegistryError::Unlimited)?;
+                // What is left of one that ended by itself is in the way.
+                self.sandboxes.end(&sprite.dir, record.holder).await;
+                self.sandboxes.boot(&sprite.dir, &record.name, network).await?
+            }
         };
         locked(&sprite.record).holder = Some(holder);
         let attached = async {
@@ -501,6 +515,7 @@ impl Sprite {
             boot: tokio::sync::Mutex::new(Life::Usable),
             group: Mutex::default(),
             gate: Mutex::default(),
+            forwards: Mutex::default(),
             paused: AtomicBool::new(false),
             last_used: Mutex::new(Instant::now()),
             owner,

@@ -1,16 +1,19 @@
-//! A Sprite's sandbox: user, mount, PID, IPC and UTS namespaces of its own, made by bubblewrap, over a root that is copied on write.
+//! A Sprite's sandbox: a container that an OCI runtime makes, with user, mount, PID, IPC, UTS and network namespaces of its own.
 //!
-//! A Sprite's root is a directory of its own disk. This machine's system directories are laid over it, and nothing else of this machine:
-//! as root through overlays, so that a Sprite may change them for itself; otherwise read-only. A mask layer hides keys and passwords.
+//! Its root is an image of a Linux system, read-only and the same for all, under a layer of the Sprite's own disk. It holds nothing of
+//! this machine. The owners of the image's files say which of this machine's user ids the Sprites' users are; none of them may be a
+//! user of this machine.
 //!
 //! A holder process keeps the namespaces alive. Commands enter them with [`crate::launch`]; killing the holder kills everything inside.
 //! The holder outlives this server, so that a restart takes the Sprite up as it runs.
+//!
+//! Without root, bubblewrap makes a sandbox with one user over the image, read-only.
 
 use std::{
     fmt,
     fs::{self, File},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, lchown},
     path::{Path, PathBuf},
     process::Stdio,
     str::FromStr,
@@ -18,13 +21,12 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, XattrFlags},
     mount::{MountFlags, UnmountFlags},
     process::{Pid, Signal},
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
     process::{Child, Command},
 };
 
@@ -32,8 +34,13 @@ use uuid::Uuid;
 
 use crate::{
     disk::{Disks, Frozen},
+    launch,
+    network::Forward,
+    oci::{self, Access},
     process::Process,
+    runtime::{Program, Runtime},
     seccomp,
+    uplink::{self, Namespace},
 };
 
 /// The user that a Sprite's processes see themselves as (sprites-api.md §11.1).
@@ -43,18 +50,18 @@ pub const HOME: &str = "/home/sprite";
 const AGENTS: &str = "/opt/agents";
 const PATH: &str = "/opt/agents/bin:/.sprite/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const BOOT_MAX: Duration = Duration::from_secs(20);
-/// A Sprite's users, but for its root, are these of the machine's, which are nobody's.
-const FOREIGN_UIDS: u32 = 200_000;
-
-/// What a Sprite sees of this machine. Where one is a link (`/bin` to `usr/bin`), the Sprite has the same link.
-const SYSTEM: [&str; 10] = ["bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "etc", "var/lib/dpkg", "var/lib/apt"];
-/// Within that, what it does not see.
-const HIDDEN: [&str; 8] =
-    ["etc/shadow", "etc/shadow-", "etc/gshadow", "etc/gshadow-", "etc/sudoers", "etc/sudoers.d", "etc/ssh", "etc/ssl/private"];
-/// What a Sprite has of its own; the first three are its user's.
-const OWN: [&str; 12] =
-    ["home/sprite", "workspace", "srv", "root", "tmp", "var/tmp", "var/log", "var/cache", "var/lib", "opt", "var/spool", ".sprite"];
-const OWN_OF_THE_USER: usize = 3;
+/// Directories of the Sprite's user.
+const USERS_DIRECTORIES: [&str; 3] = ["home/sprite", "workspace", "srv"];
+/// Without root: what can be written to.
+const WRITABLE: [&str; 5] = ["home/sprite", "workspace", "srv", "tmp", "var/tmp"];
+/// What is made anew in such a sandbox.
+const NOT_OF_THE_IMAGE: [&str; 9] = ["dev", "home", "opt", "proc", "run", "srv", "sys", "tmp", "workspace"];
+/// What something is mounted on.
+const MOUNT_POINTS: [&str; 4] = [".sprite", "opt/agents", "dev", "proc"];
+/// Keeps the namespaces. Nobody in the Sprite is its parent's child for ever: whoever ends is forgotten at once.
+const HOLDER: [&str; 3] = ["/bin/sh", "-c", "trap '' CHLD; exec sleep infinity"];
+/// Where sandboxes are put together: whoever is nobody has to find the way to their roots.
+const RUN_DIR: &str = "/run";
 
 /// How Sprites are kept apart from this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,43 +101,76 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> SandboxError {
     move |source| SandboxError::Io { what, source }
 }
 
+/// What this server is told about sandboxes.
+#[derive(Clone, Debug)]
+pub struct Kind {
+    pub isolation: Isolation,
+    pub runtime: Program,
+    /// The image of a Linux system that all Sprites have.
+    pub rootfs: PathBuf,
+    pub agents_dir: Option<PathBuf>,
+    pub disk_bytes: Option<u64>,
+    pub memory_bytes: u64,
+    /// Ports of this machine's loopback that Sprites find at their own.
+    pub loopback_ports: Vec<u16>,
+    /// Other private services that Sprites reach.
+    pub forwards: Vec<Forward>,
+    /// Tells servers of one machine apart.
+    pub instance: String,
+    /// Whether this machine has control groups to write to.
+    pub cgroups: bool,
+}
+
 /// Makes sandboxes of one kind.
 #[derive(Debug)]
 pub struct Sandboxes {
-    overlay: bool,
+    kind: Kind,
+    /// The runtime, and the first of the machine's user ids that a Sprite's are; none without root.
+    containers: Option<Containers>,
     disks: Disks,
-    /// What a Sprite's disk holds at most, where disks are images.
-    disk_bytes: Option<u64>,
-    /// What is made once for all Sprites: the mask, the first disk, the files that a Sprite only reads.
+    /// What is made once for all Sprites: the first disk, the files that a Sprite only reads.
     shared: PathBuf,
-    agents_dir: Option<PathBuf>,
     /// How much a file system in memory holds. Files there count as the Sprite's memory: were they all of it, nothing could run any more, not
     /// even what removes them.
     memory_files_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Containers {
+    runtime: Runtime,
+    first_user: u32,
+    /// Where sandboxes are put together.
+    run_dir: PathBuf,
 }
 
 /// The process that keeps a sandbox alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
     pub process: Process,
-    /// Whether it is in a network namespace of its own.
-    own_network: bool,
-    /// Whether it has users of its own, root among them.
-    users: bool,
+    network: Network,
+    /// The process that carries its traffic to public addresses.
+    uplink: Option<Process>,
+    /// The first of this machine's user ids that its users are; none where it has one user, who is this server's.
+    first_user: Option<u32>,
+}
+
+/// What a sandbox's network is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// This machine's own: all that there is without root.
+    Machine,
+    /// One of its own, with a way to public addresses.
+    Public,
+    /// One of its own, with nothing but a proxy.
+    Limited,
 }
 
 impl Sandboxes {
     /// Chooses the isolation and proves it with a sandbox.
-    pub async fn prepare(
-        isolation: Isolation,
-        data_dir: &Path,
-        agents_dir: Option<&Path>,
-        disk_bytes: Option<u64>,
-        memory_bytes: u64,
-    ) -> Result<Self, SandboxError> {
-        let root = rustix::process::geteuid().is_root();
-        let overlay = match isolation {
-            Isolation::Auto => root,
+    pub async fn prepare(kind: Kind, data_dir: &Path) -> Result<Self, SandboxError> {
+        let root = match kind.isolation {
+            Isolation::Auto => rustix::process::geteuid().is_root(),
             Isolation::Overlay => true,
             Isolation::ReadOnly => false,
         };
@@ -138,27 +178,46 @@ impl Sandboxes {
         let data_dir = data_dir.canonicalize().map_err(io_error("the data directory cannot be found"))?;
         let shared = data_dir.join("shared");
         fs::DirBuilder::new().recursive(true).mode(0o755).create(&shared).map_err(io_error("the data directory cannot be written to"))?;
-        let agents_dir = agents_dir.map(Path::to_path_buf);
-        let mut sandboxes =
-            Self { overlay, disks: Disks::Directories, disk_bytes, shared, agents_dir, memory_files_bytes: memory_bytes / 4 };
+        let no_rootfs = io_error("LOCAL_SPRITES_ROOTFS has no Linux system (scripts/rootfs.sh makes one)");
+        let rootfs = kind.rootfs.canonicalize().and_then(|dir| Ok((fs::metadata(dir.join("bin/sh"))?, dir))).map_err(no_rootfs)?.1;
+        let containers = match root {
+            true => Some(Containers::prepare(&kind, &rootfs)?),
+            false => None,
+        };
+        let memory_files_bytes = kind.memory_bytes / 4;
+        let kind = Kind { rootfs, ..kind };
+        let disk_bytes = kind.disk_bytes.filter(|_| root);
+        let mut sandboxes = Self { kind, containers, disks: Disks::Directories, shared, memory_files_bytes };
         sandboxes.share().map_err(io_error("what Sprites share cannot be made"))?;
-        let disk_bytes = disk_bytes.filter(|_| overlay);
         let template = sandboxes.shared.join("template");
         let made = Disks::prepare(&template, disk_bytes, |content| sandboxes.fill(content)).await;
         sandboxes.disks = made.map_err(io_error("a first disk cannot be made"))?;
         let probe = data_dir.join("probe");
-        let _ = fs::remove_dir_all(&probe);
+        sandboxes.destroy(&probe, None).await;
         sandboxes.make_files(&probe).await?;
-        let holder = sandboxes.boot(&probe, "probe", false).await?;
+        let network = if root { Network::Public } else { Network::Machine };
+        let holder = sandboxes.boot(&probe, "probe", network).await?;
         sandboxes.destroy(&probe, Some(holder)).await;
-        let kind = if overlay { "overlay" } else { "read-only root" };
-        tracing::info!(isolation = kind, disks = ?sandboxes.disks, "sandboxes work; without a policy the network is this machine's own");
+        let runtime = if root { sandboxes.kind.runtime.name() } else { "bubblewrap, with a read-only root" };
+        tracing::info!(runtime, rootfs = %sandboxes.kind.rootfs.display(), disks = ?sandboxes.disks, "sandboxes work");
         Ok(sandboxes)
+    }
+
+    /// Removes containers of this server that no Sprite on record holds.
+    pub async fn remove_strays(&self, known: &[String]) {
+        let Some(containers) = &self.containers else { return };
+        for id in containers.runtime.list().into_iter().filter(|id| !known.contains(id)) {
+            let _ = containers.runtime.delete(&id).await;
+        }
     }
 
     /// What a Sprite's disk holds at most; none where it is a directory.
     pub fn disk_bytes(&self) -> Option<u64> {
-        self.disk_bytes.filter(|_| self.disks == Disks::Images)
+        self.kind.disk_bytes.filter(|_| self.disks == Disks::Images)
+    }
+
+    pub fn forwards(&self) -> &[Forward] {
+        &self.kind.forwards
     }
 
     pub fn disks(&self) -> Disks {
@@ -173,60 +232,42 @@ impl Sandboxes {
                 fs::remove_dir_all(entry.path())?;
             }
         }
-        if self.overlay {
-            self.build_mask()?;
-        }
         for (file, entry) in [
             ("passwd", format!("{USER}:x:{uid}:{uid}::{HOME}:/bin/bash\n", uid = Holder::UID)),
             ("group", format!("{USER}:x:{}:\n", Holder::UID)),
         ] {
-            let mut text = fs::read_to_string(Path::new("/etc").join(file)).unwrap_or_default();
-            text.push_str(&entry);
+            let mut text = fs::read_to_string(self.kind.rootfs.join("etc").join(file)).unwrap_or_default();
+            if !text.contains(&format!("\n{USER}:")) {
+                text.push_str(&entry);
+            }
             fs::write(self.shared.join(file), text)?;
         }
-        fs::write(self.shared.join("seccomp.bpf"), seccomp::program()?)?;
+        if self.containers.is_none() {
+            fs::write(self.shared.join("seccomp.bpf"), seccomp::program()?)?;
+            fs::write(self.shared.join("hosts"), hosts("sprite", &[]))?;
+        }
         script(&self.shared.join("sprite-env"), include_str!("../scripts/sprite-env.sh"))
     }
 
-    /// The content of a new Sprite's disk.
+    /// The content of a new Sprite's disk: the layer over the image, or, without root, the directories that can be written to.
     fn fill(&self, content: &Path) -> io::Result<()> {
-        let root = content.join("files");
-        for own in OWN {
-            fs::create_dir_all(root.join(own))?;
+        let upper = content.join("upper");
+        let Some(containers) = &self.containers else {
+            return WRITABLE.iter().try_for_each(|own| fs::create_dir_all(upper.join(own)));
+        };
+        fs::create_dir_all(content.join("work"))?;
+        for own in USERS_DIRECTORIES.iter().chain(&MOUNT_POINTS).chain(&["etc", "usr/local/bin"]) {
+            fs::create_dir_all(upper.join(own))?;
         }
-        for open in ["tmp", "var/tmp"] {
-            fs::set_permissions(root.join(open), fs::Permissions::from_mode(0o1777))?;
-        }
-        for name in SYSTEM {
-            match fs::read_link(Path::new("/").join(name)) {
-                Ok(link) => std::os::unix::fs::symlink(link, root.join(name))?,
-                Err(_) if self.overlay => {
-                    for part in ["upper", "work", "merged"] {
-                        fs::create_dir_all(layer(content, name).join(part))?;
-                    }
-                }
-                Err(_) => {}
-            }
-        }
-        if !self.overlay {
-            return Ok(());
-        }
-        for own in &OWN[..OWN_OF_THE_USER] {
-            let owner = Some(Holder::owner_outside(Holder::UID));
-            std::os::unix::fs::chown(root.join(own), owner, owner)?;
-        }
-        let upper = |name: &str| layer(content, name).join("upper");
         for file in ["passwd", "group"] {
-            fs::copy(self.shared.join(file), upper("etc").join(file))?;
+            fs::copy(self.shared.join(file), upper.join("etc").join(file))?;
         }
-        let bin = upper("usr").join("local/bin");
-        fs::create_dir_all(&bin)?;
+        let bin = upper.join("usr/local/bin");
         self.link_agents(&bin)?;
         script(&bin.join("sudo"), include_str!("../scripts/sudo.sh"))?;
-        // What this machine's package manager downloaded is for another user.
-        let lists = upper("var/lib/apt").join("lists");
-        fs::create_dir_all(&lists)?;
-        opaque(&lists)
+        give(&upper, containers.first_user)?;
+        let user = Some(containers.first_user + Holder::UID);
+        USERS_DIRECTORIES.iter().try_for_each(|own| lchown(upper.join(own), user, user))
     }
 
     /// Writes a new Sprite's files.
@@ -269,66 +310,117 @@ impl Sandboxes {
     }
 
     /// Starts the sandbox of a Sprite whose files are there.
-    pub async fn boot(&self, dir: &Path, hostname: &str, own_network: bool) -> Result<Holder, SandboxError> {
-        let booted = self.start_holder(dir, hostname, own_network).await;
-        // The sandbox has its own view of the mounts; this machine's table is left as it was.
-        self.unmount(dir);
+    pub async fn boot(&self, dir: &Path, hostname: &str, network: Network) -> Result<Holder, SandboxError> {
+        let content = self.disks.mount(dir).await.map_err(io_error("the disk cannot be mounted"))?;
+        let Some(containers) = &self.containers else { return self.boot_as_user(dir, &content, hostname).await };
+        let booted = self.boot_container(containers, dir, &content, hostname, network).await;
+        // The sandbox has its own view of the mounts; the root in this machine's table is not needed any more.
+        let _ = rustix::mount::unmount(containers.place(dir).join("root"), UnmountFlags::DETACH);
+        if booted.is_err() {
+            self.end(dir, None).await;
+        }
         booted
     }
 
-    async fn start_holder(&self, dir: &Path, hostname: &str, own_network: bool) -> Result<Holder, SandboxError> {
-        let content = self.disks.mount(dir).await.map_err(io_error("the disk cannot be mounted"))?;
+    async fn boot_container(
+        &self,
+        containers: &Containers,
+        dir: &Path,
+        content: &Path,
+        hostname: &str,
+        network: Network,
+    ) -> Result<Holder, SandboxError> {
+        let id = container_id(dir);
+        let place = containers.place(dir);
+        let root = place.join("root");
+        self.mount_root(content, &root).map_err(io_error("the root file system cannot be mounted"))?;
+        let bundle = dir.join("bundle");
+        fs::create_dir_all(&bundle).map_err(io_error("a Sprite's files cannot be made"))?;
+        let resolver = if network == Network::Public { format!("nameserver {}\n", uplink::NAME_SERVER) } else { String::new() };
+        for (file, text) in [("hosts", hosts(hostname, &self.kind.forwards)), ("resolv.conf", resolver)] {
+            let write = || fs::write(bundle.join(file), text).and_then(|()| give(&bundle.join(file), containers.first_user));
+            write().map_err(io_error("a Sprite's files cannot be made"))?;
+        }
+        let addresses = self.kind.forwards.iter().map(|forward| forward.address).collect();
+        let namespace = Namespace::make(place.join("net"), addresses).await;
+        let namespace = namespace.map_err(io_error("a network namespace cannot be made"))?;
+        let mut binds = vec![
+            ("/.sprite", dir.join("inside"), Access::ReadOnly),
+            ("/etc/hosts", bundle.join("hosts"), Access::ReadWrite),
+            ("/etc/resolv.conf", bundle.join("resolv.conf"), Access::ReadWrite),
+        ];
+        binds.extend(self.kind.agents_dir.clone().map(|agents| (AGENTS, agents, Access::ReadOnly)));
+        let cgroups = self.kind.cgroups.then(|| format!("/{}-containers/{id}", self.kind.instance));
+        let config = oci::Sandbox {
+            root: &root,
+            hostname,
+            users: (containers.first_user, Holder::UIDS),
+            network: namespace.path(),
+            cgroups: cgroups.as_deref(),
+            memory_files_bytes: self.memory_files_bytes,
+            binds,
+            command: &HOLDER,
+            path: PATH,
+        };
+        let config = config.config();
+        let connect = async {
+            match network {
+                Network::Public => namespace.connect(&self.kind.loopback_ports, bundle.join("uplink")).await.map(Some),
+                Network::Machine | Network::Limited => Ok(None),
+            }
+        };
+        let (started, uplink) = tokio::join!(containers.runtime.start(&id, &bundle, &config), connect);
+        let end_uplink = |error: io::Error| {
+            if let Ok(Some(uplink)) = &uplink {
+                uplink.kill();
+            }
+            SandboxError::Boot(error.to_string())
+        };
+        let pid = started.map_err(end_uplink)?;
+        let uplink = uplink.map_err(|error| SandboxError::Boot(error.to_string()))?;
+        let gone = || SandboxError::Boot("it ended at once".to_owned());
+        let process = Process::find(pid).ok_or_else(gone)?;
+        launch::limit_namespace(pid).await.map_err(io_error("the user namespace cannot be limited"))?;
+        Ok(Holder { process, network, uplink, first_user: Some(containers.first_user) })
+    }
+
+    /// Lays a Sprite's own layer over the image.
+    fn mount_root(&self, content: &Path, root: &Path) -> io::Result<()> {
+        fs::create_dir_all(root)?;
+        let (upper, work) = (content.join("upper"), content.join("work"));
+        let options = format!("lowerdir={},upperdir={},workdir={}", self.kind.rootfs.display(), upper.display(), work.display());
+        let options = std::ffi::CString::new(options).map_err(io::Error::other)?;
+        Ok(rustix::mount::mount("overlay", root, "overlay", MountFlags::NODEV | MountFlags::NOSUID, options.as_c_str())?)
+    }
+
+    async fn boot_as_user(&self, dir: &Path, content: &Path, hostname: &str) -> Result<Holder, SandboxError> {
         let mut command = self.bubblewrap();
-        command.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts"]);
-        if own_network {
-            command.arg("--unshare-net");
+        command.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", hostname]);
+        command.arg("--tmpfs").arg("/");
+        let entries = fs::read_dir(&self.kind.rootfs).map_err(io_error("the root file system cannot be read"))?.flatten();
+        for entry in entries.filter(|entry| !NOT_OF_THE_IMAGE.iter().any(|own| entry.file_name() == *own)) {
+            let there = Path::new("/").join(entry.file_name());
+            match fs::read_link(entry.path()) {
+                Ok(link) => command.arg("--symlink").arg(link).arg(there),
+                Err(_) => command.arg("--ro-bind").arg(entry.path()).arg(there),
+            };
         }
-        command.args(["--hostname", hostname]);
-        command.arg("--bind").arg(content.join("files")).arg("/");
-        for name in Self::system_dirs() {
-            let path = Path::new("/").join(name);
-            if self.overlay {
-                let merged = self.mount(&content, name).map_err(io_error("the overlay cannot be mounted"))?;
-                command.arg("--bind").arg(merged).arg(path);
-            } else {
-                command.arg("--ro-bind").arg(&path).arg(&path);
-            }
+        for own in WRITABLE {
+            command.arg("--bind").arg(content.join("upper").join(own)).arg(Path::new("/").join(own));
         }
-        if !self.overlay {
-            for file in ["passwd", "group"] {
-                command.arg("--ro-bind").arg(self.shared.join(file)).arg(Path::new("/etc").join(file));
-            }
+        for file in ["passwd", "group", "hosts"] {
+            command.arg("--ro-bind").arg(self.shared.join(file)).arg(Path::new("/etc").join(file));
         }
+        command.args(["--ro-bind-try", "/etc/resolv.conf", "/etc/resolv.conf"]);
         command.arg("--ro-bind").arg(dir.join("inside")).arg("/.sprite");
-        let size = self.memory_files_bytes.to_string();
-        command.args(["--proc", "/proc", "--size", &size, "--tmpfs", "/run"]);
-        if self.overlay {
-            hide_kernel(&mut command);
-        }
-        if self.overlay {
-            command.args(["--dev", "/dev", "--size", &size, "--tmpfs", "/dev/shm"]);
-        } else {
-            bind_devices(&mut command);
-        }
-        if let Some(agents) = &self.agents_dir {
+        command.args(["--proc", "/proc", "--size", &self.memory_files_bytes.to_string(), "--tmpfs", "/run"]);
+        bind_devices(&mut command);
+        if let Some(agents) = &self.kind.agents_dir {
             command.arg("--ro-bind").arg(agents).arg(AGENTS);
         }
-        for file in files_beside_the_overlay() {
-            command.arg("--ro-bind").arg(&file).arg(&file);
-        }
-        command.args([
-            "--cap-drop",
-            "ALL",
-            "--chdir",
-            HOME,
-            "--info-fd",
-            "2",
-            "--",
-            "/bin/sh",
-            "-c",
-            "echo ready; exec >&-; exec sleep infinity",
-        ]);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear().env("PATH", PATH);
+        command.args(["--cap-drop", "ALL", "--chdir", HOME, "--info-fd", "2", "--", "/bin/sh", "-c"]);
+        command.arg("echo ready; exec >&-; exec sleep infinity");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear().env("PATH", PATH);
         // A group of its own: a signal to the server's group does not reach it.
         command.process_group(0);
         let mut child = command.spawn().map_err(io_error("bwrap cannot be started (is bubblewrap installed?)"))?;
@@ -347,23 +439,14 @@ impl Sandboxes {
         // Tokio reaps the process when the handle is gone: nothing is left behind either way.
         drop(child);
         let process = Process::find(pid).ok_or_else(|| SandboxError::Boot("it ended at once".to_owned()))?;
-        Ok(Holder { process, own_network, users: self.overlay })
+        Ok(Holder { process, network: Network::Machine, uplink: None, first_user: None })
     }
 
-    /// Bubblewrap in a user namespace: as root with all of a Sprite's users, which only we can give it; otherwise with one.
+    /// Bubblewrap in a user namespace with one user.
     fn bubblewrap(&self) -> Command {
-        let program = self.shared.join("seccomp.bpf");
-        let wrapped = r#"exec 9<"$1"; shift; exec bwrap --seccomp 9 "$@""#;
-        let mut command = if self.overlay {
-            let mut command = Command::new("unshare");
-            command.args(["--user", "--", "/bin/sh", "-c", &format!("echo unshared; read -r _; {wrapped}"), "sh"]).arg(program);
-            command
-        } else {
-            let mut command = Command::new("/bin/sh");
-            command.args(["-c", wrapped, "sh"]).arg(program);
-            command.args(["--unshare-user", "--uid", &Holder::UID.to_string(), "--gid", &Holder::UID.to_string()]);
-            command
-        };
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", r#"exec 9<"$1"; shift; exec bwrap --seccomp 9 "$@""#, "sh"]).arg(self.shared.join("seccomp.bpf"));
+        command.args(["--unshare-user", "--uid", &Holder::UID.to_string(), "--gid", &Holder::UID.to_string()]);
         command.kill_on_drop(false);
         command
     }
@@ -371,43 +454,41 @@ impl Sandboxes {
     /// Bubblewrap tells the holder's number, or what is wrong, on standard error; the holder itself tells when all is set up.
     async fn await_ready(&self, child: &mut Child, report: &mut String) -> io::Result<()> {
         let broken = || io::Error::other("it has no standard streams");
-        let mut stdin = child.stdin.take().ok_or_else(broken)?;
         let (mut stdout, mut stderr) = (BufReader::new(child.stdout.take().ok_or_else(broken)?), child.stderr.take().ok_or_else(broken)?);
         let mut line = String::new();
-        if self.overlay {
-            stdout.read_line(&mut line).await?;
-            if line == "unshared\n" {
-                let pid = child.id().ok_or_else(broken)?;
-                give_users(pid)?;
-                stdin.write_all(b"go\n").await?;
-            }
-            line.clear();
-        }
-        drop(stdin);
         let (told, set_up) = tokio::join!(stderr.read_to_string(report), stdout.read_line(&mut line));
         told?;
         set_up?;
         if line == "ready\n" { Ok(()) } else { Err(io::Error::other("it ended at once")) }
     }
 
-    /// Whether a sandbox's network can be limited here: its namespace is entered from outside, which takes root.
-    pub fn can_limit_network(&self) -> bool {
-        self.overlay
+    /// What the network of a Sprite is under a policy.
+    ///
+    /// # Errors
+    /// When a policy cannot be put into force here: that takes root.
+    pub fn network(&self, limited: bool) -> Option<Network> {
+        match (self.containers.is_some(), limited) {
+            (true, true) => Some(Network::Limited),
+            (true, false) => Some(Network::Public),
+            (false, true) => None,
+            (false, false) => Some(Network::Machine),
+        }
+    }
+
+    /// The first of this machine's user ids that Sprites' users are; none where a Sprite has one user.
+    pub fn first_user(&self) -> Option<u32> {
+        self.containers.as_ref().map(|containers| containers.first_user)
     }
 
     /// The owner of what the file API makes, as this server names it; none where a Sprite has one user.
     pub fn owner(&self) -> Option<u32> {
-        self.overlay.then(|| Holder::owner_outside(Holder::UID))
-    }
-
-    pub fn has_users(&self) -> bool {
-        self.overlay
+        self.first_user().map(|first| first + Holder::UID)
     }
 
     /// Copies a Sprite's disk as it is now; what runs in it waits meanwhile.
     pub async fn snapshot(&self, dir: &Path, holder: Option<Holder>, to: &Path) -> io::Result<()> {
         let frozen = match holder {
-            Some(holder) if self.disks == Disks::Images => Some(Frozen::freeze(holder.root_path()).await?),
+            Some(_) if self.disks == Disks::Images => Some(Frozen::freeze(Disks::content(dir)).await?),
             _ => None,
         };
         let copied = self.disks.copy(dir, to).await;
@@ -417,12 +498,33 @@ impl Sandboxes {
         copied
     }
 
-    /// Ends everything inside and deletes the files.
-    pub async fn destroy(&self, dir: &Path, holder: Option<Holder>) {
+    /// What a killed server left waiting goes on.
+    pub async fn release(&self, dir: &Path) {
+        if self.disks == Disks::Images {
+            Frozen::release(Disks::content(dir)).await;
+        }
+    }
+
+    /// Ends everything inside; the disk stays.
+    pub async fn end(&self, dir: &Path, holder: Option<Holder>) {
         if let Some(holder) = holder {
             holder.kill().await;
         }
-        self.unmount(dir);
+        if let Some(containers) = &self.containers {
+            let _ = containers.runtime.delete(&container_id(dir)).await;
+            let place = containers.place(dir);
+            Namespace::remove(&place.join("net"));
+            let _ = rustix::mount::unmount(place.join("root"), UnmountFlags::DETACH);
+            let _ = fs::remove_dir_all(place);
+        }
+        if self.disks == Disks::Images {
+            Disks::unmount(dir);
+        }
+    }
+
+    /// Ends everything inside and deletes the files.
+    pub async fn destroy(&self, dir: &Path, holder: Option<Holder>) {
+        self.end(dir, holder).await;
         let dir = dir.to_path_buf();
         let removed = tokio::task::spawn_blocking(move || fs::remove_dir_all(dir)).await;
         if let Ok(Err(error)) = removed
@@ -432,20 +534,9 @@ impl Sandboxes {
         }
     }
 
-    fn unmount(&self, dir: &Path) {
-        if self.overlay {
-            for name in Self::system_dirs() {
-                let _ = rustix::mount::unmount(layer(&dir.join("disk"), name).join("merged"), UnmountFlags::DETACH);
-            }
-            if self.disks == Disks::Images {
-                Disks::unmount(dir);
-            }
-        }
-    }
-
     /// Login shells set a PATH of their own: there the CLIs are found too.
     fn link_agents(&self, bin: &Path) -> io::Result<()> {
-        let Some(agents) = &self.agents_dir else { return Ok(()) };
+        let Some(agents) = &self.kind.agents_dir else { return Ok(()) };
         fs::create_dir_all(bin)?;
         for entry in fs::read_dir(agents.join("bin"))? {
             let name = entry?.file_name();
@@ -453,64 +544,70 @@ impl Sandboxes {
         }
         Ok(())
     }
+}
 
-    /// The system directories that are no links here.
-    fn system_dirs() -> impl Iterator<Item = &'static str> {
-        SYSTEM.into_iter().filter(|name| fs::symlink_metadata(Path::new("/").join(name)).is_ok_and(|metadata| metadata.is_dir()))
-    }
-
-    /// Lays a Sprite's own changes over a system directory; gives where.
-    fn mount(&self, content: &Path, name: &str) -> io::Result<PathBuf> {
-        let (layer, mask) = (layer(content, name), self.mask().join(name));
-        let merged = layer.join("merged");
-        // What a killed server left mounted is mounted anew.
-        let _ = rustix::mount::unmount(&merged, UnmountFlags::DETACH);
-        let mask = if mask.exists() { format!("{}:", mask.display()) } else { String::new() };
-        let (upper, work) = (layer.join("upper"), layer.join("work"));
-        let options = format!("lowerdir={mask}/{name},upperdir={},workdir={}", upper.display(), work.display());
-        let options = std::ffi::CString::new(options).map_err(io::Error::other)?;
-        rustix::mount::mount("overlay", &merged, "overlay", MountFlags::empty(), options.as_c_str())?;
-        Ok(merged)
-    }
-
-    /// The layer that hides: an opaque directory where one is to look empty, a whiteout where a file is not to be.
-    fn build_mask(&self) -> io::Result<()> {
-        let _ = fs::remove_dir_all(self.mask());
-        fs::create_dir_all(self.mask())?;
-        HIDDEN.iter().try_for_each(|path| self.hide(Path::new(path)))
-    }
-
-    fn mask(&self) -> PathBuf {
-        self.shared.join("mask")
-    }
-
-    fn hide(&self, path: &Path) -> io::Result<()> {
-        let Ok(metadata) = fs::symlink_metadata(Path::new("/").join(path)) else { return Ok(()) };
-        let masked = self.mask().join(path);
-        if let Some(parent) = masked.parent() {
-            fs::create_dir_all(parent)?;
+impl Containers {
+    fn prepare(kind: &Kind, rootfs: &Path) -> Result<Self, SandboxError> {
+        let owner = fs::metadata(rootfs).map_err(io_error("LOCAL_SPRITES_ROOTFS cannot be read"))?.uid();
+        if owner < Holder::UIDS {
+            let why =
+                "LOCAL_SPRITES_ROOTFS belongs to users of this machine; scripts/rootfs.sh gives its files to users that are nobody here";
+            return Err(SandboxError::Boot(why.to_owned()));
         }
-        if metadata.is_dir() {
-            fs::create_dir_all(&masked)?;
-            opaque(&masked)
-        } else {
-            rustix::fs::mknodat(CWD, &masked, FileType::CharacterDevice, Mode::empty(), 0)?;
-            Ok(())
+        let run_dir = Path::new(RUN_DIR).join(&kind.instance);
+        let make = || {
+            fs::create_dir_all(&run_dir)?;
+            // Only the way through, for whoever is nobody.
+            fs::set_permissions(&run_dir, fs::Permissions::from_mode(0o711))
+        };
+        make().map_err(io_error("/run cannot be written to"))?;
+        share_inotify();
+        Ok(Self { runtime: Runtime::new(kind.runtime, run_dir.join("runtime"), kind.cgroups), first_user: owner, run_dir })
+    }
+}
+
+impl Containers {
+    /// Where a sandbox is put together, and its network is while it lives.
+    fn place(&self, dir: &Path) -> PathBuf {
+        self.run_dir.join(container_id(dir))
+    }
+}
+
+/// Inotify instances count against whoever makes user namespaces, which is root for all Sprites. Each Sprite has a limit of its own; this
+/// is so that they do not take them from each other.
+fn share_inotify() {
+    const FILE: &str = "/proc/sys/fs/inotify/max_user_instances";
+    const INSTANCES: u32 = 8192;
+    let now = fs::read_to_string(FILE).ok().and_then(|text| text.trim().parse::<u32>().ok());
+    if now.is_some_and(|now| now < INSTANCES) {
+        match fs::write(FILE, INSTANCES.to_string()) {
+            Ok(()) => tracing::info!(instances = INSTANCES, "raised this machine's limit of inotify instances"),
+            Err(error) => tracing::warn!(%error, "Sprites share the inotify instances that this machine allows its root"),
         }
     }
 }
 
-/// A Sprite's root is this machine's to the kernel, which lets it write there what all of the machine goes by. What is mounted over
-/// them cannot be taken away without rights that nothing in a Sprite has, and no other `/proc` can be mounted while it is there.
-fn hide_kernel(command: &mut Command) {
-    for read_only in ["/proc/sys", "/proc/fs", "/proc/acpi", "/proc/scsi"] {
-        command.args(["--ro-bind-try", read_only, read_only]);
-    }
-    for file in ["/proc/kcore", "/proc/sysrq-trigger"] {
-        if Path::new(file).exists() {
-            command.args(["--ro-bind", "/dev/null", file]);
+/// A container is called as its Sprite's directory: by something that no other ever has.
+pub fn container_id(dir: &Path) -> String {
+    let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    name.rsplit('.').next().unwrap_or_default().to_owned()
+}
+
+fn hosts(hostname: &str, forwards: &[Forward]) -> String {
+    let named = forwards.iter().filter(|forward| forward.address.is_loopback());
+    let named: String = named.map(|forward| format!("{} {}\n", forward.address, forward.host)).collect();
+    format!("127.0.0.1 localhost\n::1 localhost ip6-localhost\n127.0.1.1 {hostname}\n{named}")
+}
+
+/// Gives a tree to a sandbox's root.
+fn give(path: &Path, owner: u32) -> io::Result<()> {
+    lchown(path, Some(owner), Some(owner))?;
+    if fs::symlink_metadata(path)?.is_dir() {
+        for entry in fs::read_dir(path)? {
+            give(&entry?.path(), owner)?;
         }
     }
+    Ok(())
 }
 
 /// The devices that programs expect. For its own `--dev` bwrap would put a second user namespace inside the first where it is not root,
@@ -526,25 +623,11 @@ fn bind_devices(command: &mut Command) {
     }
 }
 
-/// Where a Sprite's own changes to a system directory are kept.
-fn layer(content: &Path, name: &str) -> PathBuf {
-    content.join("layers").join(name.replace('/', "-"))
-}
-
-fn opaque(dir: &Path) -> io::Result<()> {
-    Ok(rustix::fs::setxattr(dir, "trusted.overlay.opaque", b"y", XattrFlags::empty())?)
-}
-
 impl Holder {
     /// The user that commands run as, within.
     pub const UID: u32 = 1001;
     /// Users that a sandbox has, numbered from 0, where it has users of its own.
     pub const UIDS: u32 = 65_536;
-
-    /// The machine's number of one of a sandbox's users.
-    pub fn owner_outside(inside: u32) -> u32 {
-        if inside == 0 { 0 } else { FOREIGN_UIDS + inside }
-    }
 
     /// Whether the sandbox still runs.
     pub fn is_alive(self) -> bool {
@@ -560,18 +643,17 @@ impl Holder {
         PathBuf::from(format!("/proc/{}/root", self.process.pid))
     }
 
-    /// What a killed server left waiting goes on.
-    pub async fn release(self) {
-        Frozen::release(self.root_path()).await;
+    /// Whether this is the sandbox that a policy asks for.
+    pub fn network(self) -> Network {
+        self.network
     }
 
-    /// Whether this is the sandbox that a policy asks for.
     pub fn has_own_network(self) -> bool {
-        self.own_network
+        self.network != Network::Machine
     }
 
     pub fn has_users(self) -> bool {
-        self.users
+        self.first_user.is_some()
     }
 
     /// Whether a process, as this server numbers them, is one of the sandbox's.
@@ -581,7 +663,10 @@ impl Holder {
     }
 
     /// Kills every process of the sandbox and waits until they are gone.
-    pub async fn kill(self) {
+    async fn kill(self) {
+        if let Some(uplink) = self.uplink {
+            uplink.kill();
+        }
         if !self.is_alive() {
             return;
         }
@@ -611,31 +696,13 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
 pub fn environment(holder: Holder) -> Vec<(&'static str, String)> {
     let own = [("PATH", PATH), ("HOME", HOME), ("USER", USER), ("LOGNAME", USER), ("SHELL", "/bin/bash"), ("LANG", "C.UTF-8")];
     let mut environment: Vec<_> = own.into_iter().map(|(name, value)| (name, value.to_owned())).collect();
-    if holder.own_network {
+    if holder.network == Network::Limited {
         environment.extend(crate::network::proxy_variables());
     }
     environment
 }
 
-/// Gives a new user namespace a Sprite's users. Its root is this server's, and the others are nobody's.
-fn give_users(pid: u32) -> io::Result<()> {
-    for map in ["uid_map", "gid_map"] {
-        let users = format!("0 0 1\n1 {} {}\n", Holder::owner_outside(1), Holder::UIDS - 1);
-        fs::write(format!("/proc/{pid}/{map}"), users)?;
-    }
-    Ok(())
-}
-
 fn script(path: &Path, text: &str) -> io::Result<()> {
     fs::write(path, text)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
-}
-
-/// How names are resolved, where an overlay of `/etc` does not show it: files that are links into `/run`, which is the Sprite's own, and
-/// files that are mounts themselves, as in containers.
-fn files_beside_the_overlay() -> Vec<PathBuf> {
-    let device = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.dev());
-    let beside = |path: &PathBuf| path.starts_with("/run") || device(path) != device(Path::new("/etc"));
-    let files = ["/etc/resolv.conf", "/etc/hosts"].into_iter().filter_map(|file| fs::canonicalize(file).ok());
-    files.filter(beside).collect()
 }

@@ -25,20 +25,20 @@ async fn failure(stack: &Stack, environment: Value, resources: Value) -> Value {
 }
 
 /// A server that lets nobody read its repositories.
-async fn locked_git_server() -> (String, JoinSet<()>) {
+async fn locked_git_server() -> (String, u16, JoinSet<()>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let locked = || async { (StatusCode::UNAUTHORIZED, [("www-authenticate", "Basic realm=\"git\"")]) };
     let mut serving = JoinSet::new();
     serving.spawn(async move { axum::serve(listener, Router::new().fallback(locked)).await.unwrap() });
-    (format!("http://{addr}/"), serving)
+    (format!("http://{addr}/"), addr.port(), serving)
 }
 
 #[tokio::test]
 async fn each_way_in_which_a_set_up_fails_has_its_own_words() {
-    let settings = &[("LOCAL_SPRITES_DISK_MB", "96"), ("LOCAL_SPRITES_MEMORY_MB", "192")];
-    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
-    let (git, _serving) = locked_git_server().await;
+    let settings = &[("LOCAL_SPRITES_DISK_MB", "160"), ("LOCAL_SPRITES_MEMORY_MB", "192")];
+    let (git, port, _serving) = locked_git_server().await;
+    let stack = Stack::start(Options { settings, ..Options::default() }.reaching(&[port])).await.unwrap();
     let as_github = json!({ "env_vars": {
         "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": format!("url.{git}.insteadOf"), "GIT_CONFIG_VALUE_0": "https://github.com/",
     }});

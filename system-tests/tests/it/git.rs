@@ -14,7 +14,7 @@ use tokio::{
 pub struct GitServer {
     _served: TempDir,
     _daemon: Child,
-    port: u16,
+    pub port: u16,
 }
 
 impl GitServer {
@@ -61,7 +61,7 @@ pub struct PrivateGitHub {
     served: TempDir,
     _tls: Tls,
     _server: Child,
-    port: u16,
+    pub port: u16,
 }
 
 impl PrivateGitHub {

@@ -30,14 +30,11 @@ async fn module_proxy() -> (tempfile::TempDir, Child, u16) {
     zipped.current_dir(&source).args(["-c", zip]).arg(served.join("v1.0.0.zip")).args(files);
     assert!(zipped.status().await.unwrap().success());
     let port = testkit::free_port().unwrap();
-    let mut server = Command::new("python3");
-    server.args(["-m", "http.server", "--bind", "127.0.0.1", "--directory"]).arg(dir.path().join("served")).arg(port.to_string());
-    let server = server.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true).spawn().unwrap();
-    eventually("modules are served", || async { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
+    let server = serve(&dir.path().join("served"), port).await;
     (dir, server, port)
 }
 
-/// A gem, `greet`, and where its server is to listen: what RubyGems itself makes of them, in a Sprite that then serves them.
+/// A gem, `greet`, and the index of a server that has it: what RubyGems itself makes of them, in a Sprite.
 const GEM_SERVER: &str = r#"
     set -e
     export DEBIAN_FRONTEND=noninteractive
@@ -52,17 +49,30 @@ const GEM_SERVER: &str = r#"
     gem build --quiet --output ../served/gems/greet-1.0.0.gem greet.gemspec
     cd ../served
     gem generate_index --quiet --directory .
-    setsid python3 -m http.server --bind 127.0.0.1 PORT >/dev/null 2>&1 &"#;
+    tar -c -f ../served.tar ."#;
 
-async fn gem_server(client: &Client) -> u16 {
-    let (name, port) = ("gems".parse().unwrap(), testkit::free_port().unwrap());
+async fn gem_server(client: &Client, port: u16) -> (tempfile::TempDir, Child) {
+    let name = "gems".parse().unwrap();
     client.ensure(&name).await.unwrap();
-    let script = GEM_SERVER.replace("PORT", &port.to_string());
-    let request = ExecRequest { argv: &["bash", "-c", &script], ..ExecRequest::default() };
-    let made = client.sprite(name).run(&request, Duration::from_secs(300)).await.unwrap();
+    let request = ExecRequest { argv: &["bash", "-c", GEM_SERVER], ..ExecRequest::default() };
+    let sprite = client.sprite(name);
+    let made = sprite.run(&request, Duration::from_secs(300)).await.unwrap();
     assert_eq!(made.code, 0, "{made:?}");
-    eventually("gems are served", || async { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
-    port
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("served.tar"), sprite.read("/home/sprite/served.tar").await.unwrap()).unwrap();
+    let unpacked = Command::new("tar").arg("-x").arg("-f").arg(dir.path().join("served.tar")).arg("-C").arg(dir.path()).status();
+    assert!(unpacked.await.unwrap().success());
+    let server = serve(dir.path(), port).await;
+    (dir, server)
+}
+
+/// A directory, over HTTP.
+async fn serve(dir: &std::path::Path, port: u16) -> Child {
+    let mut server = Command::new("python3");
+    server.args(["-m", "http.server", "--bind", "127.0.0.1", "--directory"]).arg(dir).arg(port.to_string());
+    let server = server.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true).spawn().unwrap();
+    eventually("files are served", || async { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
+    server
 }
 
 /// Has the session's Sprite take its gems from there, as a company's own image would: before packages are installed, of which apt's are first.
@@ -76,10 +86,11 @@ async fn use_gem_server(client: &Client, port: u16) {
 /// By the real managers, all six; Go's and Ruby's from servers of the test's, the others from their own registries. Compilers come by apt, which is first.
 #[tokio::test]
 async fn packages_are_installed_for_the_agent() {
-    let stack = Stack::start(Options::default()).await.unwrap();
-    let client = Client::new(sprites::http_client().unwrap(), &stack.ready_text("/sprites_url"), stack.ready_text("/sprites_token").into());
     let (_modules, _server, port) = module_proxy().await;
-    let gems = gem_server(&client).await;
+    let gems = testkit::free_port().unwrap();
+    let stack = Stack::start(Options::default().reaching(&[port, gems])).await.unwrap();
+    let client = Client::new(sprites::http_client().unwrap(), &stack.ready_text("/sprites_url"), stack.ready_text("/sprites_token").into());
+    let (_gems, _gem_server) = gem_server(&client, gems).await;
     let environment = json!({
         "name": "packages",
         "packages": {

@@ -32,8 +32,8 @@ fn output(events: &[Value]) -> String {
 
 #[tokio::test]
 async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
-    let stack = Stack::start(Options::default()).await.unwrap();
     let github = PrivateGitHub::start(&[("acme/one", "ghp_one/@:"), ("acme/two", "ghp_two"), ("acme/other", "ghp_other")]).await;
+    let stack = Stack::start(Options::default().reaching(&[github.port])).await.unwrap();
     let resources = json!([repository("acme/one", Some("ghp_one/@:")), repository("acme/two", Some("ghp_two"))]);
     let prompt = r#"
         git config --global user.name Agent; git config --global user.email agent@example.org
@@ -55,8 +55,8 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
 
 #[tokio::test]
 async fn a_private_repository_without_its_token_is_a_clear_failure() {
-    let stack = Stack::start(Options::default()).await.unwrap();
     let github = PrivateGitHub::start(&[("acme/one", "ghp_right")]).await;
+    let stack = Stack::start(Options::default().reaching(&[github.port])).await.unwrap();
     for token in [None, Some("ghp_wrong_4711")] {
         let (session, events) = run(&stack, &github, json!([repository("acme/one", token)]), "true").await;
         let failure = stack.get(&format!("/sessions/{session}")).await.unwrap().body["failure"].clone();

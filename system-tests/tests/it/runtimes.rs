@@ -116,7 +116,7 @@ async fn a_key_that_is_refused_fails_the_turn_in_the_clis_own_words() {
 }
 
 /// An MCP server over HTTP, outside of the sandbox, that wants a header.
-async fn mcp_over_http() -> (String, JoinSet<std::io::Result<()>>) {
+async fn mcp_over_http() -> (String, u16, JoinSet<std::io::Result<()>>) {
     use axum::{Json, http::HeaderMap, http::StatusCode, response::IntoResponse as _, routing::post};
     let answer = async |headers: HeaderMap, Json(message): Json<Value>| {
         if headers.get("authorization").and_then(|value| value.to_str().ok()) != Some("Bearer a-secret-token") {
@@ -148,13 +148,13 @@ async fn mcp_over_http() -> (String, JoinSet<std::io::Result<()>>) {
     let address = listener.local_addr().unwrap();
     let mut server = JoinSet::new();
     server.spawn(axum::serve(listener, router).into_future());
-    (format!("http://{address}/mcp"), server)
+    (format!("http://{address}/mcp"), address.port(), server)
 }
 
 #[tokio::test]
 async fn every_cli_calls_an_mcp_server_over_http_and_knows_its_skills() {
-    let stack = Stack::start(MODEL).await.unwrap();
-    let (url, _server) = mcp_over_http().await;
+    let (url, port, _server) = mcp_over_http().await;
+    let stack = Stack::start(MODEL.reaching(&[port])).await.unwrap();
     let runs = RUNTIMES.map(async |(runtime, model)| {
         let servers = json!([{ "name": "echo", "type": "url", "url": url, "headers": { "Authorization": "Bearer a-secret-token" } }]);
         let content = "Look at the sea and say what colour it has.";
@@ -198,9 +198,9 @@ async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
 /// By the real installer, from a git server in GitHub's place.
 #[tokio::test]
 async fn every_cli_knows_a_skill_from_github() {
-    let stack = Stack::start(MODEL).await.unwrap();
     let skill = "---\nname: sea-colour\ndescription: Knows the colour of the sea, MARK-815\n---\n\nLook at it.\n";
     let served = GitServer::start("o/skills", "sea-colour/SKILL.md", skill).await;
+    let stack = Stack::start(MODEL.reaching(&[served.port])).await.unwrap();
     let environment = stack.post("/environments", json!({ "name": "e", "env_vars": served.as_github() })).await.unwrap();
     let runs = RUNTIMES.map(async |(runtime, model)| {
         let skills = json!([{ "type": "github", "source": "o/skills", "name": "sea-colour", "description": "the sea" }]);

@@ -126,6 +126,7 @@ const PASSED_ON: &[&str] = &[
     "LOCAL_SPRITES_ISOLATION",
     "LOCAL_SPRITES_MEMORY_MB",
     "LOCAL_SPRITES_PROCESSES",
+    "LOCAL_SPRITES_RUNTIME",
     "OTEL_BSP_SCHEDULE_DELAY",
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     "OTEL_EXPORTER_OTLP_HEADERS",
@@ -440,8 +441,12 @@ impl Stack {
             ("LOCAL_SPRITES_TOKEN", secrets.sprites_token.clone()),
             ("LOCAL_SPRITES_DATA_DIR", self.data.join("sprites").display().to_string()),
         ];
-        // Limited Sprites reach the model too.
-        sprites.extend(self.model.map(|model| ("LOCAL_SPRITES_PRIVATE_HOSTS", model.to_string())));
+        // What Sprites reach of this machine: the model, and what the user names.
+        let named = super::tools::env("LOCAL_SPRITES_PRIVATE_HOSTS").unwrap_or_default();
+        let private: Vec<String> =
+            self.model.map(|model| model.to_string()).into_iter().chain([named]).filter(|host| !host.is_empty()).collect();
+        sprites.push(("LOCAL_SPRITES_PRIVATE_HOSTS", private.join(",")));
+        sprites.push(("LOCAL_SPRITES_ROOTFS", self.tools.rootfs.display().to_string()));
         sprites.extend(self.tools.agents.as_ref().map(|dir| ("LOCAL_SPRITES_AGENTS_DIR", dir.display().to_string())));
         add("local-sprites".to_owned(), "local-sprites", sprites)?;
         if let Some(model) = self.model {

@@ -22,13 +22,15 @@ pub struct Tools {
     pub nats_server: PathBuf,
     /// The agent CLIs, where any are installed.
     pub agents: Option<PathBuf>,
+    /// The root file system of Sprites.
+    pub rootfs: PathBuf,
     /// Runs a program as another user, and lets it end with this one.
     pub setpriv: PathBuf,
     /// Puts a program into namespaces of its own.
     pub unshare: PathBuf,
 }
 
-fn env(name: &str) -> Option<String> {
+pub fn env(name: &str) -> Option<String> {
     std::env::vars().find(|(key, _)| key == name).map(|(_, value)| value).filter(|value| !value.is_empty())
 }
 
@@ -52,7 +54,11 @@ impl Tools {
                 return Err(DevError::Unfit(format!("{service} is not beside {}; `cargo build` makes all of them", own.display())));
             }
         }
-        for tool in ["bwrap", "nsenter"] {
+        let rootfs = env("LOCAL_SPRITES_ROOTFS").map_or_else(|| tools_dir().join("rootfs"), PathBuf::from);
+        if !rootfs.join("bin/sh").exists() {
+            return Err(DevError::Unfit(format!("{} holds no root file system for Sprites; {SET_UP}", rootfs.display())));
+        }
+        for tool in if rustix::process::geteuid().is_root() { ["runc", "pasta"] } else { ["bwrap", "nsenter"] } {
             on_path(tool).ok_or_else(|| missing(tool))?;
         }
         let postgres = find_postgres()?;
@@ -66,6 +72,7 @@ impl Tools {
             initdb,
             nats_server,
             agents,
+            rootfs,
             setpriv: on_path("setpriv").ok_or_else(|| missing("setpriv"))?,
             unshare: on_path("unshare").ok_or_else(|| missing("unshare"))?,
         })

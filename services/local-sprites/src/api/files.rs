@@ -217,12 +217,12 @@ pub async fn chmod(State(api): State<Api>, Path(name): Path<String>, body: Bytes
 
 pub async fn chown(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<Json<Value>, Failure> {
     let change = Change::parse(&body).ok_or_else(|| invalid("invalid JSON"))?;
-    if !api.registry.sandboxes.has_users() {
+    let Some(first_user) = api.registry.sandboxes.first_user() else {
         return Err(failure(StatusCode::NOT_IMPLEMENTED, "a Sprite has one user on this server, which does not run as root"));
-    }
+    };
     let recursive = change.is("recursive");
     let (uid, gid) = (change.0.get("uid").cloned().unwrap_or_default(), change.0.get("gid").cloned().unwrap_or_default());
-    let outside = Holder::owner_outside;
+    let outside = move |inside: u32| first_user + inside;
     let changed = in_root(&api, &name, change.target("path"), move |root, path| {
         let (uid, gid) = (id_of(root, "/etc/passwd", &uid)?, id_of(root, "/etc/group", &gid)?);
         let paths = root.chown(path, uid.map(outside), gid.map(outside), recursive)?;

@@ -1,6 +1,6 @@
 //! Attacks that worked once, by name of what they are after. Each gets nothing.
 
-use std::{fs, time::Duration};
+use std::{fs, os::unix::fs::MetadataExt as _, time::Duration};
 
 use serde_json::{Value, json};
 
@@ -107,4 +107,175 @@ async fn a_checkpoint_copies_nothing_of_the_machine() {
     assert!(told.contains("Restored to v0"), "{told}");
     assert!(!said(&sprite, "cat t/d/marker t/old/marker").await.contains("the machine's"));
     assert_eq!(said(&sprite, "sudo id -u; touch t/new && echo writes").await, "0\nwrites\n");
+}
+
+/// What a Sprite's root is to the machine: nobody.
+#[tokio::test]
+async fn nothing_of_the_machines_own_is_changed_by_a_sprites_root() {
+    let server = Server::start(&[]).await;
+    let sprite = server.sprite("root").await;
+    let changed = |path: &str| fs::metadata(path).map(|metadata| (metadata.ctime(), metadata.ctime_nsec(), metadata.mode())).unwrap();
+    let before = ["/dev/full", "/dev/null", "/proc/meminfo"].map(changed);
+    for attempt in [
+        "sudo chmod 666 /dev/full",
+        "sudo chown root /dev/null",
+        "sudo chmod 400 /proc/execdomains",
+        "sudo chmod 400 /proc/meminfo",
+        "sudo mknod /tmp/disk b 7 0 && sudo head -c 1 /tmp/disk",
+        "sudo sh -c 'echo x >> /.sprite/version.txt'",
+        "sudo head -c 1 /proc/kpageflags | grep .",
+        "sudo head -c 1 /proc/kallsyms | grep .",
+        "echo x | sudo tee /proc/sys/kernel/hostname",
+        "echo 1 | sudo tee /proc/sys/user/max_user_namespaces",
+    ] {
+        let finished = bash(&sprite, attempt).await;
+        assert_ne!(finished.code, 0, "{attempt}: {}", String::from_utf8_lossy(&finished.stdout));
+    }
+    assert_eq!(["/dev/full", "/dev/null", "/proc/meminfo"].map(changed), before);
+    // Its users are none of the machine's.
+    bash(&sprite, "(setsid sudo sleep 54321 >/dev/null 2>&1 &); sleep 0.2").await;
+    let sleeps = fs::read_dir("/proc").unwrap().flatten().filter(|entry| {
+        fs::read_to_string(entry.path().join("cmdline")).is_ok_and(|line| line.starts_with("sleep\0") && line.contains("54321"))
+    });
+    let owners: Vec<u32> = sleeps.filter_map(|entry| Some(fs::metadata(entry.path()).ok()?.uid())).collect();
+    assert!(!owners.is_empty() && owners.iter().all(|owner| *owner > 1 << 30), "{owners:?}");
+    // Its first program is its own image's, which it changes for itself alone.
+    let shells = format!("{}/bin/sleep", testkit::rootfs().display());
+    let image = changed(&shells);
+    bash(&sprite, "sudo chmod 000 /proc/1/exe; sudo chown 0 /bin/sleep").await;
+    assert_eq!(changed(&shells), image);
+}
+
+#[tokio::test]
+async fn no_namespaces_are_made_within_and_no_rights_gained() {
+    let server = Server::start(&[]).await;
+    let sprite = server.sprite("nested").await;
+    for attempt in [
+        "unshare -U true",
+        "unshare -Urmn true",
+        "sudo unshare -m true",
+        "sudo unshare -n true",
+        "sudo unshare -p -f true",
+        "sudo unshare -rmC true",
+        "sudo mount -t tmpfs x /mnt",
+        "sudo mount -t cgroup -o memory x /mnt",
+        "sudo mount -o remount,rw /.sprite",
+        "sudo umount /proc/sys",
+        "sudo nsenter -t 1 -m true",
+        "sudo ip route del unreachable 10.0.0.0/8",
+        "sudo ip link set lo down",
+    ] {
+        assert_ne!(bash(&sprite, attempt).await.code, 0, "{attempt}");
+    }
+    let calls = r#"
+import ctypes, errno, socket, struct
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *arguments):
+    ctypes.set_errno(0)
+    result = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+    return errno.errorcode.get(ctypes.get_errno(), 'done') if result < 0 else 'done'
+def family(number):
+    try: socket.socket(number, socket.SOCK_STREAM).close()
+    except OSError as error: return errno.errorcode[error.errno]
+    return 'done'
+print('io_uring', call(425, 1, 0), 'bpf', call(321, 0, 0, 0), 'keyctl', call(250, 0, 0), 'userfaultfd', call(323, 0))
+print('clone3', call(435, 0, 0), 'unshare', call(272, 0x10000000), 'setns', call(308, 0, 0), 'fsopen', call(430, 0, 0))
+print('x32', call(0x40000000 | 39), 'kexec', call(246, 0, 0, 0, 0), 'handle', call(304, 0, 0, 0), 'perf', call(298, 0, 0, 0, 0, 0))
+print('vsock', family(40), 'alg', family(38), 'inet', family(2))
+"#;
+    sprite.write("/home/sprite/calls.py", calls, 0o644).await.unwrap();
+    let expected = "io_uring EPERM bpf EPERM keyctl EPERM userfaultfd EPERM\nclone3 ENOSYS unshare EPERM setns EPERM fsopen EPERM\n\
+                    x32 EPERM kexec EPERM handle EPERM perf EPERM\nvsock EPERM alg EPERM inet done\n";
+    #[cfg(target_arch = "x86_64")]
+    for run in ["python3 calls.py", "sudo python3 /home/sprite/calls.py"] {
+        assert_eq!(said(&sprite, run).await, expected, "{run}");
+    }
+    // The process that holds the sandbox is under the same filter, should a Sprite's root take it over.
+    assert_eq!(said(&sprite, "sudo grep -c '^Seccomp:.2' /proc/1/status").await, "1\n");
+}
+
+/// Whatever all Sprites and the machine share is had in part.
+#[tokio::test]
+async fn one_sprite_does_not_take_what_all_share() {
+    let server = Server::start(&[]).await;
+    let (greedy, other) = (server.sprite("greedy").await, server.sprite("other").await);
+    let instances = "import ctypes\nn = 0\nwhile n < 1000 and ctypes.CDLL(None).inotify_init() >= 0: n += 1\nprint(n, flush=True)\n\
+                     import time, sys\nif len(sys.argv) > 1: time.sleep(60)\n";
+    for sprite in [&greedy, &other] {
+        sprite.write("/home/sprite/instances.py", instances, 0o644).await.unwrap();
+    }
+    bash(&greedy, "(setsid python3 instances.py hold >held 2>&1 &); for n in $(seq 50); do [ -s held ] && break; sleep 0.1; done").await;
+    assert_eq!(said(&greedy, "cat held").await, "64\n");
+    assert_eq!(said(&other, "python3 instances.py").await, "64\n");
+}
+
+/// A Sprite reaches nothing of the machine and of other Sprites, but what the deployment names; and its loopback is its own.
+#[tokio::test]
+async fn the_machine_is_not_reached_but_for_what_is_named() {
+    let served = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let other = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let (port, unnamed) = (served.local_addr().unwrap().port(), other.local_addr().unwrap().port());
+    let answer = async |listener: tokio::net::TcpListener| loop {
+        let Ok((mut client, _)) = listener.accept().await else { return };
+        // Read first: what is not read when the connection ends takes the answer with it.
+        let _ = tokio::io::AsyncReadExt::read(&mut client, &mut [0; 1024]).await;
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut client, b"HTTP/1.0 200 OK\r\n\r\nthe machine's").await;
+    };
+    let mut answering = tokio::task::JoinSet::new();
+    answering.spawn(answer(served));
+    answering.spawn(answer(other));
+    let probe = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    probe.connect("192.0.2.77:9").unwrap();
+    let machine = probe.local_addr().unwrap().ip();
+    let named = format!("127.0.0.1:{port},{machine}:{port}");
+    let mut server = Server::start(&[("LOCAL_SPRITES_PRIVATE_HOSTS", &named)]).await;
+    let (sprite, neighbour) = (server.sprite("one").await, server.sprite("two").await);
+    let api = server.port;
+    bash(&neighbour, "(setsid python3 -m http.server 8123 >/dev/null 2>&1 &); sleep 0.5").await;
+    for (host, refused) in
+        [("127.0.0.1", api), ("127.0.0.1", unnamed), ("[::1]", api), ("localhost", api), ("192.0.0.1", api), ("192.0.0.1", 22)]
+            .map(|(host, port)| (host.to_owned(), port))
+            .into_iter()
+            .chain([(machine.to_string(), api), (machine.to_string(), unnamed), (machine.to_string(), 22)])
+            .chain(
+                ["10.0.0.1", "172.17.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "192.0.0.2"].map(|host| (host.to_owned(), 8123)),
+            )
+    {
+        let get = format!("curl -sS -m 3 http://{host}:{refused}/");
+        let got = bash(&sprite, &get).await;
+        let text = String::from_utf8_lossy(&got.stdout);
+        let ours = ["authentication", "machine's", "Directory listing", "SSH"].iter().any(|mark| text.contains(mark));
+        // The Sprite's own way out is an address that some networks have something at.
+        assert!(!ours && (got.code != 0 || host == "192.0.0.1"), "{get}: {text}");
+    }
+    let reaches = |host: &str| format!("curl -sS -m 5 http://{host}:{port}/");
+    for host in ["127.0.0.1".to_owned(), machine.to_string()] {
+        assert_eq!(said(&sprite, &reaches(&host)).await, "the machine's", "{host}");
+    }
+    // The port of the server itself, on the Sprite's own loopback: nobody of the machine comes there, whenever the server restarts.
+    let thief = format!(
+        "import socket\ns = socket.create_server(('127.0.0.1', {api}))\nprint('bound', flush=True)\nc = s.accept()[0]\nprint(c.recv(9999), flush=True)\n"
+    );
+    sprite.write("/home/sprite/thief.py", thief, 0o644).await.unwrap();
+    bash(&sprite, "(setsid python3 thief.py >stolen 2>&1 &); sleep 0.5").await;
+    server.end(rustix::process::Signal::KILL).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    server.run().await;
+    assert_eq!(said(&sprite, "cat stolen").await, "bound\n");
+    // What carries its traffic outlives the server.
+    assert_eq!(said(&sprite, &reaches("127.0.0.1")).await, "the machine's");
+    assert_eq!(said(&sprite, &reaches(&machine.to_string())).await, "the machine's");
+}
+
+/// With rules: its own servers are reached as programs reach them, by the proxy that their environment names.
+#[tokio::test]
+async fn a_limited_sprite_reaches_its_own_loopback() {
+    let server = Server::start(&[]).await;
+    let sprite = server.sprite("own").await;
+    sprite.limit_network(&["example.com".to_owned()]).await.unwrap();
+    let script = "echo mine > page; (setsid python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 &); sleep 1; \
+                  for host in localhost 127.0.0.1; do curl -sS -m 5 http://$host:8000/page; done; \
+                  python3 -c \"import urllib.request as u; print(u.urlopen('http://localhost:8000/page', timeout=5).read().decode(), end='')\"; \
+                  cat /.sprite/policy/refused";
+    assert_eq!(said(&sprite, script).await, "mine\nmine\nmine\n");
 }

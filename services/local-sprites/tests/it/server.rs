@@ -35,6 +35,7 @@ impl Server {
             .env("LOCAL_SPRITES_ADDR", format!("127.0.0.1:{}", self.port))
             .env("LOCAL_SPRITES_TOKEN", TOKEN)
             .env("LOCAL_SPRITES_DATA_DIR", self.data.path())
+            .env("LOCAL_SPRITES_ROOTFS", testkit::rootfs())
             .env("AOD_ADMIN_ADDR", "127.0.0.1:0")
             .envs(self.settings.iter().cloned())
             .stdout(Stdio::null());
