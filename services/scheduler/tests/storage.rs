@@ -457,3 +457,72 @@ async fn however_many_wait_for_the_projector_one_asks_postgres() {
     let (waiting, ()) = tokio::join!(waiting, persisted);
     assert!(waiting.iter().all(Result::is_ok));
 }
+
+/// What grows with the sessions that there are, measured: `cargo test -p scheduler --test storage busy -- --ignored --nocapture`.
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn a_busy_year_slows_nothing_down() {
+    let database = Database::create().await.unwrap();
+    let world = World::start(&database).await;
+    let mut admin = database.admin().await.unwrap();
+    let request = world.agent();
+    let agents = join_all((0..2).map(|_| world.gateway.call::<rpc::CreateAgent>(&request, SOON))).await;
+    let agents: Vec<Uuid> = agents.into_iter().map(|agent| agent.unwrap().agent.unwrap().agent_id.parse().unwrap()).collect();
+    // A million sessions of 10,000 users in a year; every fifth is one user's, of whose two agents the second was used a hundred times.
+    sqlx::query(
+        "insert into scheduler.session (session_id, user_id, agent_id, agent_version, runtime, sprite, conversation_id, metadata, status, turn_count,
+                                        created_at, updated_at, sprite_destroyed_at)
+         select gen_random_uuid(),
+                case when n % 5 = 0 then $1 else md5((n % 10000)::text)::uuid end,
+                case when n % 5 = 0 then case when n % 10000 = 0 then $3 else $2 end end,
+                1, 'shell', 'aod-00000000-' || n, gen_random_uuid(), '{\"team\": \"blue\"}', 'completed', 1, at, at, at
+         from generate_series(1, 1000000) as n, lateral (select now() - interval '365 days' * n / 1000000 as at) time",
+    )
+    .bind(world.user.uuid())
+    .bind(agents[0])
+    .bind(agents[1])
+    .execute(&mut admin)
+    .await
+    .unwrap();
+    sqlx::raw_sql("vacuum analyze scheduler.session").execute(&mut admin).await.unwrap();
+    let median = |mut times: Vec<Duration>| {
+        times.sort();
+        times[times.len() / 2]
+    };
+    for (what, agent, limit) in [
+        ("GET /sessions?limit=50", None, 50),
+        ("GET /sessions?limit=1000", None, 1000),
+        ("GET /sessions?agent_id= of the much used agent", Some(agents[0]), 50),
+        ("GET /sessions?agent_id= of the little used agent", Some(agents[1]), 50),
+    ] {
+        let mut times = Vec::new();
+        for _ in 0..20 {
+            let request =
+                ListRequest { user_id: world.user.to_string(), limit, agent_id: agent.map(|id| id.to_string()), ..ListRequest::default() };
+            let begun = Instant::now();
+            let reply = world.gateway.call::<rpc::ListSessions>(&request, SOON).await.unwrap();
+            times.push(begun.elapsed());
+            assert!(reply.has_more && reply.sessions.len() == limit as usize);
+        }
+        println!("{what}: {:?}", median(times));
+    }
+    // A pass of every loop, that of retention with nothing to do included.
+    for (what, statement) in [
+        (
+            "retention",
+            "select session_id from scheduler.session
+             where status in ('completed', 'failed', 'terminated') and updated_at < now() - interval '366 days'
+               and updated_at >= '1970-01-01' and (updated_at, session_id) > ('1970-01-01', '00000000-0000-0000-0000-000000000000')
+             order by updated_at, session_id limit 100",
+        ),
+        ("sweep", "select distinct user_id from scheduler.session where updated_at > now() - interval '1 hour'"),
+    ] {
+        let mut times = Vec::new();
+        for _ in 0..20 {
+            let begun = Instant::now();
+            sqlx::query(statement).fetch_all(&mut admin).await.unwrap();
+            times.push(begun.elapsed());
+        }
+        println!("{what}: {:?}", median(times));
+    }
+}
