@@ -5,23 +5,23 @@
 
 use contract::session::SessionEvent;
 
-/// Names one event of a session. An id alone does not: a stream that was set back gives it again, to a later claim.
+/// Names one event of a session. An id alone does not: a stream that was set back gives it again, to another event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
     pub id: u64,
-    pub epoch: u32,
+    pub tag: u64,
 }
 
 impl Mark {
     #[must_use]
     pub fn of(id: u64, event: &SessionEvent) -> Self {
-        Self { id, epoch: event.epoch }
+        Self { id, tag: event.tag }
     }
 
     /// What an event follows, where it says so.
     #[must_use]
     pub fn followed_by(event: &SessionEvent) -> Option<Self> {
-        Some(Self { id: event.follows?, epoch: event.follows_epoch })
+        Some(Self { id: event.follows?, tag: event.follows_tag })
     }
 }
 
@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn only_the_next_event_continues_the_log() {
-        let mark = |id, epoch| Some(Mark { id, epoch });
+        let mark = |id, tag| Some(Mark { id, tag });
         assert_eq!(link(None, 7, mark(0, 0)), Link::Continues);
         assert_eq!(link(mark(7, 1), 9, mark(7, 1)), Link::Continues);
         assert_eq!(link(mark(7, 1), 7, mark(5, 1)), Link::Old);

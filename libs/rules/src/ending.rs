@@ -72,13 +72,13 @@ mod tests {
         let output = event(1, Kind::Output(Output::default()));
         let ended = event(1, Kind::TurnEnded(TurnEnded::default()));
         let deadline = |streamed, persisted, projected| step(Ending::Deadline { turn: 1 }, Log { streamed, persisted, projected });
-        assert_eq!(deadline(Some((9, &output)), Some((9, &output)), 9), Step::Append { expected: 9, follows: Mark { id: 9, epoch: 0 } });
+        assert_eq!(deadline(Some((9, &output)), Some((9, &output)), 9), Step::Append { expected: 9, follows: Mark { id: 9, tag: 0 } });
         assert_eq!(deadline(Some((9, &output)), Some((7, &output)), 8), Step::Wait);
         assert_eq!(deadline(Some((9, &ended)), Some((7, &output)), 8), Step::Ended, "its exit is on the way to Postgres");
         assert_eq!(deadline(None, Some((7, &ended)), 8), Step::Ended, "its exit was trimmed from the stream");
         assert_eq!(
             deadline(Some((9, &ended)), Some((7, &output)), 20),
-            Step::Append { expected: 9, follows: Mark { id: 7, epoch: 0 } },
+            Step::Append { expected: 9, follows: Mark { id: 7, tag: 0 } },
             "the exit was lost"
         );
     }
@@ -87,13 +87,13 @@ mod tests {
     fn a_termination_is_appended_once() {
         let (output, terminated) = (event(1, Kind::Output(Output::default())), event(1, Kind::Terminated(Terminated {})));
         let termination = |streamed, persisted| step(Ending::Termination, Log { streamed, persisted, projected: 8 });
-        assert_eq!(termination(Some((9, &output)), Some((5, &output))), Step::Append { expected: 9, follows: Mark { id: 9, epoch: 0 } });
+        assert_eq!(termination(Some((9, &output)), Some((5, &output))), Step::Append { expected: 9, follows: Mark { id: 9, tag: 0 } });
         assert_eq!(termination(Some((9, &terminated)), Some((5, &output))), Step::Ended);
         assert_eq!(
             termination(Some((4, &output)), Some((8, &output))),
-            Step::Append { expected: 4, follows: Mark { id: 8, epoch: 0 } },
+            Step::Append { expected: 4, follows: Mark { id: 8, tag: 0 } },
             "set back"
         );
-        assert_eq!(termination(None, Some((8, &output))), Step::Append { expected: 0, follows: Mark { id: 8, epoch: 0 } }, "trimmed");
+        assert_eq!(termination(None, Some((8, &output))), Step::Append { expected: 0, follows: Mark { id: 8, tag: 0 } }, "trimmed");
     }
 }

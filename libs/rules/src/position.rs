@@ -51,7 +51,7 @@ mod tests {
 
     fn event(epoch: u32, kind: Kind, stdout_offset: u64) -> SessionEvent {
         let checkpoint = Some(Checkpoint { stdout_offset, ..Checkpoint::default() });
-        SessionEvent { turn: 1, epoch, checkpoint, kind: Some(kind), ..SessionEvent::default() }
+        SessionEvent { turn: 1, epoch, checkpoint, tag: 1, kind: Some(kind), ..SessionEvent::default() }
     }
 
     #[test]
@@ -61,7 +61,7 @@ mod tests {
         let (streamed, persisted) = (Newest { id: 9, event: &output }, Newest { id: 5, event: &taken_over });
         let open = |expected, id: u64, stdout_offset| Position::Open {
             expected,
-            follows: Mark { id, epoch: u32::from(id > 0) },
+            follows: Mark { id, tag: u64::from(id > 0) },
             checkpoint: Checkpoint { stdout_offset, ..Checkpoint::default() },
         };
         assert_eq!(position(Some(streamed), Some(persisted), 1, 2), open(9, 9, 70));

@@ -45,13 +45,15 @@ struct Decisions {
 
 const RIGHT: Decisions = Decisions { link: chain::link, ending: ending::step, claim: ownership::claim, position: position::position };
 
+type Entry = (u64, usize, SessionEvent);
+
 #[derive(Clone, Debug)]
 struct Stream {
     created: i64,
     first: u64,
     last: u64,
     trimmed_through: u64,
-    entries: Vec<(u64, usize, SessionEvent)>,
+    entries: Vec<Entry>,
 }
 
 impl Stream {
@@ -145,7 +147,7 @@ struct End {
 
 #[derive(Debug, Default)]
 struct Scheduler {
-    projector: Option<(u64, Vec<(u64, usize, SessionEvent)>)>,
+    projector: Option<(u64, Vec<Entry>)>,
     end: Option<End>,
     /// A stream that it recreated, and has not told Postgres of.
     recreated: Option<Seen>,
@@ -353,7 +355,7 @@ impl World {
             self.queue.push_back(session);
         }
         let (lease, held) = (self.runners[index].lease, self.runners[index].holds.contains_key(&session));
-        if held || self.leases.get(&lease).is_none() {
+        if held || !self.leases.contains_key(&lease) {
             return;
         }
         let row = &mut self.rows[session];
@@ -403,8 +405,9 @@ impl World {
                     if id <= *floor {
                         return false;
                     }
-                    let ended = matches!(sent.take().and_then(|event| event.kind), Some(Kind::TurnEnded(_)));
-                    (*expected, *follows) = (id, Mark { id, epoch: hold.epoch });
+                    let event = sent.take().unwrap_or_default();
+                    let (tag, ended) = (event.tag, matches!(event.kind, Some(Kind::TurnEnded(_))));
+                    (*expected, *follows) = (id, Mark { id, tag });
                     if ended {
                         hold.phase = Phase::Ended(id);
                     }
@@ -433,8 +436,9 @@ impl World {
                         turn: TURN,
                         epoch: hold.epoch,
                         checkpoint: Some(checkpoint.clone()),
+                        tag: self.rng.u64(..),
                         follows: Some(follows.id),
-                        follows_epoch: follows.epoch,
+                        follows_tag: follows.tag,
                         kind: Some(kind),
                     });
                     return true;
@@ -603,7 +607,7 @@ impl World {
         }
     }
 
-    fn write(&mut self, batch: &[(u64, usize, SessionEvent)]) {
+    fn write(&mut self, batch: &[Entry]) {
         let mut broken = Vec::new();
         for (id, session, event) in batch {
             let persisted = self.logs[*session].last().map(|(id, event)| Mark::of(*id, event));
@@ -684,8 +688,9 @@ impl World {
                         turn: TURN,
                         epoch: 0,
                         checkpoint,
+                        tag: self.rng.u64(..),
                         follows: Some(follows.id),
-                        follows_epoch: follows.epoch,
+                        follows_tag: follows.tag,
                         kind: Some(kind),
                     },
                 ));
@@ -746,7 +751,7 @@ impl World {
             }
             self.step();
         }
-        panic!("stuck: {:?}\nrunners {:?}\nstream {:?}\nprojected {}", self.rows, self.runners, self.stream, self.projected);
+        unreachable!("stuck: {:?}\nrunners {:?}\nstream {:?}\nprojected {}", self.rows, self.runners, self.stream, self.projected);
     }
 }
 
@@ -827,7 +832,7 @@ fn a_planted_mistake_is_found() {
             "events are told apart by their ids alone",
             Decisions {
                 link: |persisted, id, follows| {
-                    let by_id = |mark: Mark| Mark { epoch: 0, ..mark };
+                    let by_id = |mark: Mark| Mark { tag: 0, ..mark };
                     chain::link(persisted.map(by_id), id, follows.map(by_id))
                 },
                 ..RIGHT

@@ -83,7 +83,8 @@ pub async fn append(
             epoch: 0,
             checkpoint: checkpoint.and_then(|(_, event)| event.checkpoint.clone()),
             follows: Some(follows.id),
-            follows_epoch: follows.epoch,
+            follows_tag: follows.tag,
+            tag: Uuid::new_v4().as_u64_pair().1,
             kind: Some(kind.clone()),
         };
         let payload = event.encode_to_vec();

@@ -112,7 +112,7 @@ const MIGRATIONS: &[store::Step] = &[
     (14, "session by change", include_str!("../../../migrations/scheduler/0014_session_by_change.sql")),
     (15, "turn by owner", include_str!("../../../migrations/scheduler/0015_turn_by_owner.sql")),
     (16, "sprite to destroy", include_str!("../../../migrations/scheduler/0016_sprite_to_destroy.sql")),
-    (17, "epoch of the last event", include_str!("../../../migrations/scheduler/0017_epoch_of_the_last_event.sql")),
+    (17, "tag of the last event", include_str!("../../../migrations/scheduler/0017_tag_of_the_last_event.sql")),
     (20, "deployment owner", include_str!("../../../migrations/scheduler/0020_deployment_owner.sql")),
 ];
 

@@ -241,7 +241,8 @@ async fn write(
     let (accepted, broken) = follow_chains(&mut tx, entries).await?;
     let sessions: Vec<_> = accepted.iter().map(|accepted| accepted.session.uuid()).collect();
     let ids: Vec<_> = accepted.iter().map(|accepted| accepted.entry.sequence as i64).collect();
-    let epochs: Vec<_> = accepted.iter().map(|accepted| accepted.event.epoch as i32).collect();
+    // Any 64 bits: Postgres has no unsigned integers.
+    let tags: Vec<_> = accepted.iter().map(|accepted| accepted.event.tag.cast_signed()).collect();
     let payloads: Vec<_> = accepted.iter().map(|accepted| accepted.entry.payload.as_ref()).collect();
     sqlx::query(
         "with written as (
@@ -251,19 +252,19 @@ async fn write(
             join session s using (session_id)
             on conflict do nothing
          )
-         insert into event_log as l (session_id, last_event_id, last_epoch, first_day, last_day)
+         insert into event_log as l (session_id, last_event_id, last_tag, first_day, last_day)
          select distinct on (e.session_id)
-                e.session_id, e.event_id, e.epoch, (s.created_at at time zone 'utc')::date, (now() at time zone 'utc')::date
-         from unnest($1::uuid[], $2::bigint[], $4::integer[]) as e (session_id, event_id, epoch)
+                e.session_id, e.event_id, e.tag, (s.created_at at time zone 'utc')::date, (now() at time zone 'utc')::date
+         from unnest($1::uuid[], $2::bigint[], $4::bigint[]) as e (session_id, event_id, tag)
          join session s using (session_id)
          order by e.session_id, e.event_id desc
          on conflict (session_id) do update
-         set last_event_id = excluded.last_event_id, last_epoch = excluded.last_epoch, last_day = greatest(l.last_day, excluded.last_day)",
+         set last_event_id = excluded.last_event_id, last_tag = excluded.last_tag, last_day = greatest(l.last_day, excluded.last_day)",
     )
     .bind(&sessions)
     .bind(&ids)
     .bind(&payloads)
-    .bind(&epochs)
+    .bind(&tags)
     .execute(&mut *tx)
     .await?;
     let (mut observations, mut woken) = (Vec::new(), false);
@@ -305,15 +306,15 @@ async fn follow_chains<'a>(tx: &mut PgConnection, entries: &'a [Entry]) -> anyho
     let sessions: BTreeSet<Uuid> = read.iter().map(|each| each.session.uuid()).collect();
     // Sessions that were deleted have no row: what still comes of them is dropped.
     let rows = sqlx::query(
-        "select session_id, last_event_id, last_epoch from session left join event_log using (session_id) where session_id = any($1)",
+        "select session_id, last_event_id, last_tag from session left join event_log using (session_id) where session_id = any($1)",
     )
     .bind(sessions.into_iter().collect::<Vec<_>>())
     .fetch_all(&mut *tx)
     .await?;
     let mut newest = HashMap::with_capacity(rows.len());
     for row in rows {
-        let (id, epoch): (Option<i64>, Option<i32>) = (row.try_get(1)?, row.try_get(2)?);
-        let mark = id.map(|id| Mark { id: id.unsigned_abs(), epoch: epoch.map_or(0, unsigned) });
+        let (id, tag): (Option<i64>, Option<i64>) = (row.try_get(1)?, row.try_get(2)?);
+        let mark = id.map(|id| Mark { id: id.unsigned_abs(), tag: tag.map_or(0, i64::cast_unsigned) });
         newest.insert(row.try_get::<Uuid, _>(0)?, mark);
     }
     let (mut accepted, mut broken) = (Vec::with_capacity(read.len()), BTreeSet::new());

@@ -591,9 +591,9 @@ async fn an_event_that_does_not_continue_the_log_is_not_persisted_and_its_turn_i
         turn: 1,
         epoch: 1,
         follows: Some(follows),
-        follows_epoch: u32::from(follows > 0),
         checkpoint: None,
         kind: Some(Kind::Output(Output { stderr: false, data: text.to_owned().into() })),
+        ..SessionEvent::default()
     };
     let first = world.runner.append(log.clone(), event(0, "one").encode_to_vec().into(), 0).await.unwrap();
     // Something is missing between the two.

@@ -19,6 +19,7 @@ use contract::{
 use prost::Message as _;
 use rules::{chain::Mark, position::Newest};
 use types::{Backoff, Partition, SessionId, Stage, StageState};
+use uuid::Uuid;
 
 use crate::mask::{Masker, Piece};
 
@@ -178,12 +179,14 @@ impl Record {
     /// Appends and waits for the acknowledgement, for as long as it takes: nothing is dropped because the bus is slow or full.
     /// The task's owner ends the wait.
     async fn append(&mut self, kind: Kind) -> Result<(), Fenced> {
+        let tag = Uuid::new_v4().as_u64_pair().1;
         let event = SessionEvent {
             turn: self.turn,
             epoch: self.epoch,
             checkpoint: Some(self.checkpoint.clone()),
             follows: Some(self.follows.id),
-            follows_epoch: self.follows.epoch,
+            follows_tag: self.follows.tag,
+            tag,
             kind: Some(kind),
         };
         let payload = Bytes::from(event.encode_to_vec());
@@ -211,7 +214,7 @@ impl Record {
         if sequence <= self.floor {
             return Err(Fenced::Forgotten);
         }
-        (self.last_sequence, self.follows) = (sequence, Mark { id: sequence, epoch: self.epoch });
+        (self.last_sequence, self.follows) = (sequence, Mark { id: sequence, tag });
         Ok(())
     }
 
@@ -221,7 +224,7 @@ impl Record {
             Ok(None) => return Writer::Nobody,
             Err(_) => return Writer::Unknown,
         };
-        // Epoch and offsets are in it: no two events of a session are the same.
+        // Its tag is in it: no two events are the same.
         if last.payload == payload {
             return Writer::Ourselves(last.sequence);
         }

@@ -14,9 +14,12 @@ pub struct SessionEvent {
     /// The projector refuses an event that does not continue the persisted log. Absent in events of earlier releases.
     #[prost(uint64, optional, tag = "4")]
     pub follows: ::core::option::Option<u64>,
-    /// The epoch of that event. A stream that was set back gives an id again; with its epoch it names one event.
-    #[prost(uint32, tag = "5")]
-    pub follows_epoch: u32,
+    /// The tag of that event.
+    #[prost(fixed64, tag = "6")]
+    pub follows_tag: u64,
+    /// Random. A stream that was set back gives an id again; with its tag it names one event.
+    #[prost(fixed64, tag = "7")]
+    pub tag: u64,
     #[prost(oneof = "session_event::Kind", tags = "10, 11, 12, 13, 14, 15")]
     pub kind: ::core::option::Option<session_event::Kind>,
 }
