@@ -68,7 +68,7 @@ rpcs! {
     DeactivateKey: auth::DeactivateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.deactivate", idempotent: true;
     FindUser: auth::FindUserRequest => auth::User, "aod.rpc.auth.v1.user.find", idempotent: true;
     CreateUser: auth::CreateUserRequest => auth::User, "aod.rpc.auth.v1.user.create", idempotent: false;
-    ListUsers: common::Empty => auth::ListUsersReply, "aod.rpc.auth.v1.user.list", idempotent: true;
+    ListUsers: auth::ListUsersRequest => auth::ListUsersReply, "aod.rpc.auth.v1.user.list", idempotent: true;
     SetUserActive: auth::SetUserActiveRequest => auth::User, "aod.rpc.auth.v1.user.set_active", idempotent: true;
     SetQuota: auth::SetQuotaRequest => auth::User, "aod.rpc.auth.v1.quota.set", idempotent: true;
     /// Makes the first user and key, where there are none. For operators.

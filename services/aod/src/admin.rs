@@ -8,7 +8,7 @@ use contract::{
     access,
     auth::{
         BootstrapRequest, CreateKeyRequest, CreateUserRequest, DeactivateKeyRequest, FindUserRequest, Key, ListKeysRequest,
-        SetQuotaRequest, SetUserActiveRequest, User,
+        ListUsersRequest, SetQuotaRequest, SetUserActiveRequest, User,
     },
     common::Empty,
     rpc::{self, Rpc},
@@ -246,7 +246,15 @@ impl Operator {
                 self.output.one(&describe_user(&self.call::<rpc::CreateUser>(&CreateUserRequest { name }).await?));
             }
             Admin::User(Users::List) => {
-                let users = self.call::<rpc::ListUsers>(&Empty {}).await?.users;
+                let (mut users, mut request) = (Vec::new(), ListUsersRequest::default());
+                loop {
+                    let page = self.call::<rpc::ListUsers>(&request).await?;
+                    request.after_name = page.users.last().map(|user| user.name.clone()).unwrap_or_default();
+                    users.extend(page.users);
+                    if !page.has_more {
+                        break;
+                    }
+                }
                 self.output.list(&users.iter().map(describe_user).collect::<Vec<_>>(), USERS);
             }
             Admin::User(Users::Disable { name }) => self.set_active(name, false).await?,

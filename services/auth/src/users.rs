@@ -1,16 +1,13 @@
 //! Users: owners of everything else. For operators.
 
 use bus::Failure;
-use contract::{
-    auth::{
-        BootstrapRequest, CreateKeyRequest, CreateUserRequest, EnsureUserRequest, FindUserRequest, Key, ListUsersReply, SetQuotaRequest,
-        SetUserActiveRequest, User,
-    },
-    common::Empty,
+use contract::auth::{
+    BootstrapRequest, CreateKeyRequest, CreateUserRequest, EnsureUserRequest, FindUserRequest, Key, ListUsersReply, ListUsersRequest,
+    SetQuotaRequest, SetUserActiveRequest, User,
 };
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
-use types::{Timestamp, UserId};
+use types::{Timestamp, UserId, limits::PAGE_MAX};
 use uuid::Uuid;
 
 use crate::keys;
@@ -88,12 +85,16 @@ pub async fn find(pool: PgPool, request: FindUserRequest) -> Result<User, Failur
     row.map(User::from).ok_or_else(missing)
 }
 
-pub async fn list(pool: PgPool, _: Empty) -> Result<ListUsersReply, Failure> {
-    let rows: Vec<UserRow> =
-        sqlx::query_as("select user_id, name, is_active, session_limit, created_at from account order by name limit 10000")
+pub async fn list(pool: PgPool, request: ListUsersRequest) -> Result<ListUsersReply, Failure> {
+    let mut rows: Vec<UserRow> =
+        sqlx::query_as("select user_id, name, is_active, session_limit, created_at from account where name > $1 order by name limit $2")
+            .bind(request.after_name)
+            .bind(i64::from(PAGE_MAX) + 1)
             .fetch_all(&pool)
             .await?;
-    Ok(ListUsersReply { users: rows.into_iter().map(User::from).collect() })
+    let has_more = rows.len() > PAGE_MAX as usize;
+    rows.truncate(PAGE_MAX as usize);
+    Ok(ListUsersReply { users: rows.into_iter().map(User::from).collect(), has_more })
 }
 
 /// A user that is not active has no active key.

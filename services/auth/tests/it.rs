@@ -8,10 +8,9 @@ use bus::Bus;
 use contract::{
     access,
     auth::{
-        BootstrapRequest, CreateKeyRequest, CreateUserRequest, FindUserRequest, ListKeysRequest, SetQuotaRequest, SetUserActiveRequest,
-        VerifyKeyRequest,
+        BootstrapRequest, CreateKeyRequest, CreateUserRequest, FindUserRequest, ListKeysRequest, ListUsersRequest, SetQuotaRequest,
+        SetUserActiveRequest, VerifyKeyRequest,
     },
-    common::Empty,
     rpc,
 };
 use futures::future::join_all;
@@ -23,7 +22,7 @@ const SOON: Duration = Duration::from_secs(5);
 
 struct Auth {
     _nats: Nats,
-    _database: Database,
+    database: Database,
     operator: Bus,
     gateway: Bus,
 }
@@ -34,7 +33,7 @@ impl Auth {
         let config = auth::Config { bus: nats.config(&access::AUTH), store: database.config("auth") };
         auth::run(config, Lifecycle::new()).await.unwrap();
         let (operator, gateway) = (nats.connect(&access::OPERATOR).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
-        Self { _nats: nats, _database: database, operator, gateway }
+        Self { _nats: nats, database, operator, gateway }
     }
 
     async fn verify(&self, key: &ApiKey) -> Result<Option<u32>, String> {
@@ -65,7 +64,19 @@ async fn an_empty_deployment_is_bootstrapped_once() {
     assert!(auth.verify(&won[0].1.0).await.is_ok());
     let refused = results.iter().find_map(|result| result.as_ref().err()).unwrap();
     assert_eq!(refused.code, ErrorCode::Conflict);
-    assert_eq!(auth.operator.call::<rpc::ListUsers>(&Empty {}, SOON).await.unwrap().users.len(), 1);
+    assert_eq!(auth.operator.call::<rpc::ListUsers>(&ListUsersRequest::default(), SOON).await.unwrap().users.len(), 1);
+}
+
+#[tokio::test]
+async fn users_are_listed_page_by_page() {
+    let auth = Auth::start().await;
+    let names = "insert into auth.account (user_id, name, created_at) select gen_random_uuid(), 'user-' || n, now() from generate_series(1, 1500) as n";
+    sqlx::query(names).execute(&mut auth.database.admin().await.unwrap()).await.unwrap();
+    let first = auth.operator.call::<rpc::ListUsers>(&ListUsersRequest::default(), SOON).await.unwrap();
+    assert_eq!((first.users.len(), first.has_more), (1000, true));
+    let after_name = first.users.last().unwrap().name.clone();
+    let rest = auth.operator.call::<rpc::ListUsers>(&ListUsersRequest { after_name }, SOON).await.unwrap();
+    assert_eq!((rest.users.len(), rest.has_more), (500, false));
 }
 
 #[tokio::test]

@@ -30,10 +30,19 @@ pub struct CreateUserRequest {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
 }
+/// A page of users, by name. Nothing set: the first page.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListUsersRequest {
+    /// The page begins behind the user of this name.
+    #[prost(string, tag = "1")]
+    pub after_name: ::prost::alloc::string::String,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListUsersReply {
     #[prost(message, repeated, tag = "1")]
     pub users: ::prost::alloc::vec::Vec<User>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SetUserActiveRequest {
