@@ -9,7 +9,7 @@ use std::{
 
 use contract::host::{
     Evaluation, Event, Message, PermissionRule, Permissions, Spec, ToolResult, ToolUse, TurnEnded, Variable, WhenBusy, decision::Verdict,
-    event, input, record, turn_ended::Reason,
+    decision_settled::How, event, input, input_settled::Outcome, record, turn_ended::Reason,
 };
 
 use crate::support::{Attached, Host, eventually, is_running, output, show};
@@ -83,32 +83,62 @@ fn host(runtime: &str, model: &Model, ask_for: &[&str]) -> Option<Host> {
     ];
     host.spec.env = env.map(|(name, value)| Variable { name: name.to_owned(), value: value.to_owned() }).into();
     host.spec.working_directories = vec![work.to_str().unwrap().to_owned()];
-    configure(runtime, &home, &url);
+    host.spec.mcp_servers = vec!["echo".to_owned()];
+    let echo = work.join("echo.py");
+    std::fs::write(&echo, MCP_SERVER).unwrap();
+    configure(runtime, &home, &url, echo.to_str().unwrap());
     Some(host)
 }
 
+/// An MCP server that any CLI can start: JSON-RPC, a message a line.
+const MCP_SERVER: &str = r#"import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if "id" not in message: continue
+    method, params = message["method"], message.get("params") or {}
+    if method == "initialize":
+        result = {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}}, "serverInfo": {"name": "echo", "version": "1"}}
+    elif method == "tools/list":
+        schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+        result = {"tools": [{"name": "say", "description": "Says it again", "inputSchema": schema}]}
+    elif method == "tools/call":
+        text = params["arguments"]["text"] + " by MCP"
+        result = {"content": [{"type": "text", "text": text}]}
+    else:
+        result = {}
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+"#;
+
 /// What the runner writes into the home: see its `runtimes`.
-fn configure(runtime: &str, home: &Path, url: &str) {
+fn configure(runtime: &str, home: &Path, url: &str, echo: &str) {
     let (path, text) = match runtime {
-        "claude" => (".claude.json", "{\"hasCompletedOnboarding\":true}".to_owned()),
+        "claude" => (
+            ".claude.json",
+            format!(
+                r#"{{"hasCompletedOnboarding":true,"mcpServers":{{"echo":{{"type":"stdio","command":"python3","args":["{echo}"]}}}}}}"#
+            ),
+        ),
         "codex" => (
             ".codex/config.toml",
             format!(
                 "check_for_update_on_startup = false\nmodel_provider = \"scripted\"\n[analytics]\nenabled = false\n\
                  [model_providers.scripted]\nname = \"scripted\"\nbase_url = \"{url}/v1\"\nwire_api = \"responses\"\n\
-                 requires_openai_auth = true\nsupports_websockets = false\n"
+                 requires_openai_auth = true\nsupports_websockets = false\n\
+                 [mcp_servers.echo]\ncommand = \"python3\"\nargs = [\"{echo}\"]\n"
             ),
         ),
         "gemini" => (
             ".gemini/settings.json",
-            "{\"security\":{\"auth\":{\"selectedType\":\"gemini-api-key\"}},\"general\":{\"enableAutoUpdate\":false},\
-             \"privacy\":{\"usageStatisticsEnabled\":false}}"
-                .to_owned(),
+            format!(
+                r#"{{"security":{{"auth":{{"selectedType":"gemini-api-key"}}}},"general":{{"enableAutoUpdate":false}},
+                   "privacy":{{"usageStatisticsEnabled":false}},"mcpServers":{{"echo":{{"command":"python3","args":["{echo}"]}}}}}}"#
+            ),
         ),
         _ => (
             ".config/opencode/opencode.json",
             format!(
-                "{{\"share\":\"disabled\",\"autoupdate\":false,\"provider\":{{\"anthropic\":{{\"options\":{{\"baseURL\":\"{url}/v1\"}}}}}}}}"
+                r#"{{"share":"disabled","autoupdate":false,"provider":{{"anthropic":{{"options":{{"baseURL":"{url}/v1"}}}}}},
+                   "mcp":{{"echo":{{"type":"local","command":["python3","{echo}"],"enabled":true}}}}}}"#
             ),
         ),
     };
@@ -250,6 +280,14 @@ fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
 
     record_transcript(&chat);
 
+    // A tool of an MCP server, whose name is told apart from the tool's.
+    let kinds = chat.completed("echo by MCP: seven");
+    let tools = self::tools(&kinds);
+    let Some((tool, result)) = tools.iter().find(|(tool, _)| tool.mcp_server == "echo") else { panic!("{tools:?}\n{}", show(&kinds)) };
+    assert!(tool.name.contains("say") && tool.input_json.contains("seven") | !has_output, "{tool:?}");
+    assert!(result.as_ref().is_some_and(|result| !result.is_error), "{tools:?}\n{}", show(&kinds));
+    assert!(said(&kinds).contains("seven by MCP"), "{}", show(&kinds));
+
     // Interrupted while the model writes.
     chat.send("slowly");
     chat.until_event(|kind| matches!(kind, event::Kind::Delta(_)));
@@ -315,7 +353,9 @@ fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     chat.restart_host();
     let (kinds, ended) = chat.ended();
     assert_eq!(ended.reason(), Reason::HostLost);
-    let void = kinds.iter().any(|kind| matches!(kind, record::Kind::DecisionSettled(settled) if settled.id == request && settled.how == 4));
+    let void = kinds
+        .iter()
+        .any(|kind| matches!(kind, record::Kind::DecisionSettled(settled) if settled.id == request && settled.how() == How::Void));
     assert!(void && !denied.exists(), "{}", show(&kinds));
 
     chat.attached.stop();
@@ -344,13 +384,61 @@ fn opencode() {
 }
 
 #[test]
-fn an_idle_cli_is_closed_and_its_conversation_resumed() {
+fn a_cli_that_was_idle_or_killed_is_started_again_with_its_conversation() {
     let model = Model::start();
-    let Some(mut host) = host("claude", &model, &[]) else { return };
+    let Some(mut host) = host("claude", &model, &["Bash"]) else { return };
     host.spec.idle_seconds = 1;
     let mut chat = Chat::new(host);
     chat.completed("the first words");
     chat.attached.until(|kind| matches!(kind, record::Kind::CliExited(_)));
     let kinds = chat.completed("What was my first message");
     assert!(said(&kinds).contains("the first words"), "{}", show(&kinds));
+
+    // Killed while it asks: the request is void, the turn ends at once, and nothing ran.
+    let file = chat.host.folder.path().join("file");
+    chat.send(&format!("run: touch {}", file.display()));
+    let (request, asked) = chat.asked();
+    let started = [kinds, asked].concat().into_iter().rev().find_map(|kind| match kind {
+        record::Kind::CliStarted(started) => Some(started.pid),
+        _ => None,
+    });
+    crate::support::kill(started.unwrap().try_into().unwrap());
+    let (kinds, ended) = chat.ended();
+    assert_eq!((ended.reason(), ended.exit_code), (Reason::CliLost, Some(137)), "{}", show(&kinds));
+    assert!(
+        kinds
+            .iter()
+            .any(|kind| matches!(kind, record::Kind::DecisionSettled(settled) if settled.id == request && settled.how() == How::Void))
+    );
+    chat.attached.decide("late", request, Verdict::Allow, "");
+    let refused = |kind: &record::Kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == "late" && settled.outcome() == Outcome::Refused);
+    chat.attached.until(refused);
+    let kinds = chat.completed("What was my first message");
+    assert!(said(&kinds).contains("the first words") && !file.exists(), "{}", show(&kinds));
+}
+
+/// Printed: `cargo test -p agent-host --test it warm -- --ignored --nocapture`.
+#[test]
+#[ignore = "prints figures"]
+fn warm_follow_ups() {
+    for runtime in ["claude", "codex", "gemini", "opencode"] {
+        let model = Model::start();
+        let Some(host) = host(runtime, &model, &[]) else { continue };
+        let mut chat = Chat::new(host);
+        let start = std::time::Instant::now();
+        chat.completed("hello");
+        let cold = start.elapsed();
+        let mut times: Vec<_> = (0..20)
+            .map(|number| {
+                let start = std::time::Instant::now();
+                chat.send(&format!("hello {number}"));
+                chat.until_event(|kind| matches!(kind, event::Kind::Delta(_)));
+                let elapsed = start.elapsed();
+                chat.ended();
+                elapsed
+            })
+            .collect();
+        times.sort();
+        println!("{runtime}: message to first delta, p50: {:?}; first turn with the CLI's start: {cold:?}", times[10]);
+    }
 }
