@@ -8,6 +8,12 @@ pub const BODY_BYTES_MAX: usize = 2_621_440;
 pub const MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub const NAME_CHARS_MAX: usize = 200;
 pub const MODEL_CHARS_MAX: usize = 100;
+/// An agent's system prompt and an environment's setup script.
+pub const TEXT_CHARS_MAX: usize = 256 * 1024;
+/// Items of a list or an object that has no limit of its own: hosts, packages of one manager, variables, metadata.
+pub const ITEMS_MAX: usize = 1000;
+/// Metadata as JSON.
+pub const METADATA_BYTES_MAX: usize = 16 * 1024;
 /// Skills, and MCP servers, of an agent.
 pub const AGENT_ITEMS_MAX: usize = 20;
 pub const SKILL_DESCRIPTION_CHARS_MAX: usize = 1024;

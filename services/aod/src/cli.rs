@@ -20,7 +20,7 @@ use crate::{
 #[command(name = "aod", version, about, max_term_width = 100)]
 pub struct Cli {
     /// The API to call
-    #[arg(long, env = "AOD_API_URL", default_value = "http://localhost:8777", global = true)]
+    #[arg(long, env = "AOD_API_URL", default_value = "http://127.0.0.1:8777", global = true)]
     api_url: String,
     /// How answers are printed
     #[arg(long, value_enum, default_value_t = Output::Text, global = true)]

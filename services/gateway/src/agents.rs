@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use types::{
     ErrorCode, McpServer, ModelRef, Provider, Runtime, Skill, Timestamp,
-    limits::{BODY_BYTES_MAX, MODEL_CHARS_MAX, NAME_CHARS_MAX},
+    limits::{BODY_BYTES_MAX, MODEL_CHARS_MAX, NAME_CHARS_MAX, TEXT_CHARS_MAX},
     model::{ModelError, quoted},
 };
 use utoipa::ToSchema;
@@ -123,6 +123,7 @@ pub struct CreateAgent {
     runtime: Option<String>,
     /// `anthropic`, `openai` or `google`: stands for the provider's own runtime
     provider: Option<String>,
+    #[schema(max_length = 262_144)]
     system: Option<String>,
     description: Option<String>,
     environment_id: Option<String>,
@@ -147,12 +148,12 @@ impl CreateAgent {
             model,
             runtime,
             provider,
-            system: fields.optional_string("system", BODY_BYTES_MAX),
+            system: fields.optional_string("system", TEXT_CHARS_MAX),
             description: fields.optional_string("description", BODY_BYTES_MAX),
             environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
             skills: skills::read(fields),
             mcp_servers: mcp::read(fields),
-            metadata: fields.object("metadata"),
+            metadata: fields.metadata("metadata"),
         }
     }
 }
@@ -244,6 +245,7 @@ pub struct UpdateAgent {
     model: Option<String>,
     runtime: Option<String>,
     provider: Option<String>,
+    #[schema(max_length = 262_144)]
     system: Option<String>,
     description: Option<String>,
     /// Null detaches the environment
@@ -265,12 +267,12 @@ impl UpdateAgent {
             model: fields.optional_string("model", MODEL_CHARS_MAX),
             runtime: fields.optional_string("runtime", BODY_BYTES_MAX),
             provider: fields.optional_string("provider", BODY_BYTES_MAX),
-            system: fields.optional_string("system", BODY_BYTES_MAX),
+            system: fields.optional_string("system", TEXT_CHARS_MAX),
             description: fields.optional_string("description", BODY_BYTES_MAX),
             environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
             skills: skills::read(fields),
             mcp_servers: mcp::read(fields),
-            metadata: fields.object("metadata"),
+            metadata: fields.metadata("metadata"),
         }
     }
 }

@@ -42,13 +42,12 @@ impl FromRequestParts<App> for Caller {
         let token = bearer(parts).ok_or_else(|| ApiError::unauthorized("Missing or malformed Authorization header"))?;
         let hash = ApiKey::parse(token).ok().map(|key| key.hash());
         let client = app.limits.client(parts);
-        app.limits.check_failures(client, hash).map_err(|later| ApiError::try_later("Too many failed authentications", later))?;
         let verified = match hash {
             Some(hash) => verify(app, hash).await,
             None => Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key")),
         };
         if verified.as_ref().is_err_and(|failure| failure.code == ErrorCode::Unauthenticated) {
-            app.limits.note_failure(client);
+            app.limits.note_failure(client).map_err(|later| ApiError::try_later("Too many failed authentications", later))?;
         }
         let caller = verified?;
         if let Some(hash) = hash {

@@ -9,12 +9,23 @@ use axum::{
 };
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
-use types::{agent::REDACTED, limits::BODY_BYTES_MAX};
+use types::{
+    agent::REDACTED,
+    limits::{BODY_BYTES_MAX, ITEMS_MAX, METADATA_BYTES_MAX},
+};
 
 use crate::error::ApiError;
 
 /// A body that takes longer to arrive is not waited for.
 const BODY_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// An answer shows so many errors at most, of so many bytes together: it does not grow with what was sent.
+const ERRORS_MAX: usize = 100;
+const ERRORS_BYTES_MAX: usize = 64 * 1024;
+/// How much of what was sent an error shows.
+const ECHO_BYTES_MAX: usize = 4096;
+/// How long a message is, and a name in `loc`.
+const MESSAGE_BYTES_MAX: usize = 512;
 
 /// One thing that is wrong with one field.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +45,20 @@ impl FieldError {
 
     pub fn into_json(self) -> Value {
         json!({ "type": self.kind, "loc": self.loc, "msg": self.msg, "input": self.input })
+    }
+
+    /// Cut to what an answer shows of it.
+    fn shortened(self) -> Self {
+        let name = |part: Value| match part {
+            Value::String(name) => shortened(&name, MESSAGE_BYTES_MAX).into(),
+            index => index,
+        };
+        Self {
+            kind: self.kind,
+            loc: self.loc.into_iter().map(name).collect(),
+            msg: shortened(&self.msg, MESSAGE_BYTES_MAX),
+            input: echo(&self.input, &mut { ECHO_BYTES_MAX }),
+        }
     }
 }
 
@@ -56,10 +81,10 @@ impl Body {
     pub fn fields(&self) -> Result<Fields, ApiError> {
         let value: Value = serde_json::from_slice(&self.0).map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "Invalid JSON"))?;
         match value {
-            Value::Object(object) => Ok(Fields { object, loc: Vec::new(), errors: Vec::new() }),
+            Value::Object(object) => Ok(Fields { object, loc: Vec::new(), errors: Vec::new(), errors_bytes: 0 }),
             input => {
                 let msg = "Input should be a valid dictionary".to_owned();
-                Err(ApiError::fields(vec![FieldError { kind: "model_type", loc: Vec::new(), msg, input }]))
+                Err(ApiError::fields(vec![FieldError { kind: "model_type", loc: Vec::new(), msg, input }.shortened()]))
             }
         }
     }
@@ -79,6 +104,8 @@ pub struct Fields {
     object: Map<String, Value>,
     loc: Vec<Value>,
     errors: Vec<FieldError>,
+    /// Of the errors as they are answered.
+    errors_bytes: usize,
 }
 
 impl Fields {
@@ -100,22 +127,57 @@ impl Fields {
         let loc: Vec<Value> = self.loc.iter().cloned().chain([name.into()]).collect();
         // What is missing is shown with what is there beside it.
         let secret = kind != "missing" && loc.iter().filter_map(Value::as_str).any(is_secret);
-        let input = if secret { REDACTED.into() } else { without_secrets(input) };
-        self.errors.push(FieldError { kind, loc, msg: msg.into(), input });
+        let input = if secret { REDACTED.into() } else { input };
+        self.add(FieldError { kind, loc, msg: msg.into(), input });
     }
 
+    /// Remembers an error, as long as there is room for it in an answer.
     pub fn add(&mut self, error: FieldError) {
-        self.errors.push(error);
+        if self.errors.len() >= ERRORS_MAX {
+            return;
+        }
+        let error = error.shortened();
+        let bytes = error.clone().into_json().to_string().len();
+        if self.errors_bytes + bytes <= ERRORS_BYTES_MAX {
+            self.errors_bytes += bytes;
+            self.errors.push(error);
+        }
     }
 
     /// Adds that the rules of the domain refuse a field, and why.
     pub fn refuse(&mut self, name: &str, why: &str) {
-        let input = self.object.get(name).cloned().unwrap_or_default();
+        let input = self.object.get(name).map(|value| echo(value, &mut { ECHO_BYTES_MAX })).unwrap_or_default();
         self.error("value_error", name, format!("Value error, {why}"), input);
     }
 
+    /// As [`Self::refuse`], for items of a field: says why of the first, shows it alone, and counts the others.
+    pub fn refuse_items<'a>(&mut self, name: &str, mut items: impl Iterator<Item = &'a str>, why: impl FnOnce(&str) -> String) {
+        let Some(first) = items.next() else { return };
+        let more = match items.count() {
+            0 => String::new(),
+            more => format!(" (and {more} more)"),
+        };
+        let why = why(&shortened(first, MESSAGE_BYTES_MAX / 2));
+        self.error("value_error", name, format!("Value error, {why}{more}"), first.into());
+    }
+
+    /// Refuses a text that holds nothing but white space; what is no text was refused already.
+    pub fn refuse_blank(&mut self, name: &str) {
+        if self.object.get(name).and_then(Value::as_str).is_some_and(|text| text.trim().is_empty()) {
+            self.refuse(name, &format!("{name} must not be empty"));
+        }
+    }
+
+    fn refuse_more_than(&mut self, name: &str, count: usize, max: usize) -> bool {
+        if count > max {
+            self.refuse(name, &format!("{name} holds {count} items; at most {max} are allowed"));
+        }
+        count > max
+    }
+
     fn missing(&mut self, name: &str) {
-        let input = Value::Object(self.object.clone());
+        let mut left = ECHO_BYTES_MAX;
+        let input = Value::Object(echo_object(&self.object, &mut left));
         self.error("missing", name, "Field required", input);
     }
 
@@ -218,9 +280,35 @@ impl Fields {
         }
     }
 
+    /// An object of anything, but small.
+    pub fn metadata(&mut self, name: &str) -> Option<Map<String, Value>> {
+        let object = self.object(name)?;
+        self.check_metadata(name, object.len(), &object);
+        Some(object)
+    }
+
+    /// An object of texts, but small.
+    pub fn string_metadata(&mut self, name: &str) -> Option<BTreeMap<String, String>> {
+        let map = self.string_map(name)?;
+        self.check_metadata(name, map.len(), &map);
+        Some(map)
+    }
+
+    fn check_metadata(&mut self, name: &str, count: usize, value: &impl serde::Serialize) {
+        if !self.refuse_more_than(name, count, ITEMS_MAX) {
+            let bytes = serde_json::to_vec(value).map_or(0, |json| json.len());
+            if bytes > METADATA_BYTES_MAX {
+                self.refuse(name, &format!("{name} holds {bytes} bytes as JSON; at most {METADATA_BYTES_MAX} are allowed"));
+            }
+        }
+    }
+
     /// An object of texts.
     pub fn string_map(&mut self, name: &str) -> Option<BTreeMap<String, String>> {
         let object = self.object(name)?;
+        if self.refuse_more_than(name, object.len(), ITEMS_MAX) {
+            return None;
+        }
         let mut map = BTreeMap::new();
         self.within(name, |fields| {
             for (key, value) in object {
@@ -238,6 +326,9 @@ impl Fields {
     /// A list of texts.
     pub fn strings(&mut self, name: &str) -> Option<Vec<String>> {
         let items = self.list(name)?;
+        if self.refuse_more_than(name, items.len(), ITEMS_MAX) {
+            return None;
+        }
         let mut texts = Vec::with_capacity(items.len());
         for (index, item) in items.into_iter().enumerate() {
             match item {
@@ -245,7 +336,7 @@ impl Fields {
                 other => {
                     let loc = self.loc.iter().cloned().chain([name.into(), index.into()]).collect();
                     let msg = "Input should be a valid string".to_owned();
-                    self.errors.push(FieldError { kind: "string_type", loc, msg, input: other });
+                    self.add(FieldError { kind: "string_type", loc, msg, input: other });
                 }
             }
         }
@@ -265,8 +356,7 @@ impl Fields {
     /// A list of objects, each read in turn.
     pub fn objects<T>(&mut self, name: &str, max: usize, mut read: impl FnMut(&mut Self) -> T) -> Option<Vec<T>> {
         let items = self.list(name)?;
-        if items.len() > max {
-            self.refuse(name, &format!("{name} holds {} items; at most {max} are allowed", items.len()));
+        if self.refuse_more_than(name, items.len(), max) {
             return None;
         }
         let mut values = Vec::with_capacity(items.len());
@@ -274,13 +364,13 @@ impl Fields {
             let loc: Vec<Value> = self.loc.iter().cloned().chain([name.into(), index.into()]).collect();
             match item {
                 Value::Object(object) => {
-                    let mut fields = Self { object, loc, errors: Vec::new() };
+                    let mut fields = Self { object, loc, errors: Vec::new(), errors_bytes: 0 };
                     values.push(read(&mut fields));
-                    self.errors.extend(fields.errors);
+                    fields.errors.into_iter().for_each(|error| self.add(error));
                 }
                 input => {
                     let msg = format!("Value error, {name}[{index}] must be an object");
-                    self.errors.push(FieldError { kind: "value_error", loc, msg, input });
+                    self.add(FieldError { kind: "value_error", loc, msg, input });
                 }
             }
         }
@@ -291,9 +381,9 @@ impl Fields {
     pub fn nested<T>(&mut self, name: &str, read: impl FnOnce(&mut Self) -> T) -> Option<T> {
         let object = self.object(name)?;
         let loc = self.loc.iter().cloned().chain([name.into()]).collect();
-        let mut fields = Self { object, loc, errors: Vec::new() };
+        let mut fields = Self { object, loc, errors: Vec::new(), errors_bytes: 0 };
         let value = read(&mut fields);
-        self.errors.extend(fields.errors);
+        fields.errors.into_iter().for_each(|error| self.add(error));
         Some(value)
     }
 
@@ -315,18 +405,58 @@ fn is_secret(name: &str) -> bool {
     matches!(name, "authorization_token" | "env" | "env_vars" | "headers" | "secret_env_vars" | "value")
 }
 
-fn without_secrets(input: Value) -> Value {
-    match input {
-        Value::Object(object) => {
-            let shown = object.into_iter().map(|(name, value)| {
-                let value = if is_secret(&name) { REDACTED.into() } else { without_secrets(value) };
-                (name, value)
-            });
-            shown.collect()
+/// What an error shows of a value: its beginning, without secrets. `left` is what it may still take, in bytes.
+fn echo(value: &Value, left: &mut usize) -> Value {
+    match value {
+        Value::String(text) => {
+            let shown = shortened(text, *left);
+            *left = left.saturating_sub(text.len());
+            shown.into()
         }
-        Value::Array(items) => items.into_iter().map(without_secrets).collect(),
-        other => other,
+        Value::Array(items) => {
+            let mut shown = Vec::new();
+            for item in items {
+                if *left == 0 {
+                    shown.push(CUT.into());
+                    break;
+                }
+                *left = left.saturating_sub(1);
+                shown.push(echo(item, left));
+            }
+            shown.into()
+        }
+        Value::Object(object) => echo_object(object, left).into(),
+        other => {
+            *left = left.saturating_sub(8);
+            other.clone()
+        }
     }
+}
+
+fn echo_object(object: &Map<String, Value>, left: &mut usize) -> Map<String, Value> {
+    let mut shown = Map::new();
+    for (name, value) in object {
+        if *left == 0 {
+            shown.insert(CUT.to_owned(), CUT.into());
+            break;
+        }
+        let key = shortened(name, *left);
+        *left = left.saturating_sub(name.len() + 1);
+        let value = if is_secret(name) { REDACTED.into() } else { echo(value, left) };
+        shown.insert(key, value);
+    }
+    shown
+}
+
+/// Stands for what is not shown.
+const CUT: &str = "…";
+
+fn shortened(text: &str, bytes_max: usize) -> String {
+    if text.len() <= bytes_max {
+        return text.to_owned();
+    }
+    let (shown, _) = text.split_at(text.floor_char_boundary(bytes_max));
+    format!("{shown}{CUT}")
 }
 
 /// Neither Postgres nor any shell can hold one.
@@ -430,6 +560,62 @@ mod tests {
         assert!(Body(b"[1]".to_vec()).fields().is_err());
         assert!(Body("[".repeat(100_000).into_bytes()).fields().is_err());
         assert!(Body(br#"{"a": "\ud800"}"#.to_vec()).fields().is_err());
+    }
+
+    /// The answer to an environment of one field, and the time it took.
+    fn refused(field: &str, value: Value) -> (usize, Duration) {
+        let mut fields = Body::from_json(&json!({ "name": "x", field: value })).fields().unwrap();
+        let begun = std::time::Instant::now();
+        crate::environments::CreateEnvironment::read(&mut fields);
+        crate::agents::CreateAgent::read(&mut fields);
+        let errors = fields.errors;
+        assert!(!errors.is_empty(), "{field}");
+        let shown: Vec<Value> = errors.into_iter().map(FieldError::into_json).collect();
+        (Value::from(shown).to_string().len(), begun.elapsed())
+    }
+
+    #[test]
+    fn an_answer_does_not_grow_with_what_is_wrong() {
+        let hosts = |count: usize| json!({ "type": "limited", "allowed_hosts": vec![""; count] });
+        let vars = |count: usize| Value::Object((0..count).map(|n| (n.to_string(), "".into())).collect());
+        let huge = "é/".repeat(1_000_000);
+        for (field, value) in [
+            ("networking", hosts(900)),
+            ("networking", hosts(800_000)),
+            ("networking", json!({ "type": "limited", "allowed_hosts": [huge] })),
+            ("networking", json!({ "type": "limited", "allowed_hosts": vec![5; 900] })),
+            ("env_vars", vars(900)),
+            ("env_vars", vars(200_000)),
+            ("env_vars", json!({ huge.clone(): 5 })),
+            ("packages", vars(200_000)),
+            ("packages", json!({ huge.clone(): [] })),
+            ("packages", json!({ "apt": vec!["a b"; 800_000] })),
+            ("metadata", vars(900)),
+            ("metadata", json!({ "a": huge })),
+            ("mcp_servers", json!(vec![vars(5000); 20])),
+            ("skills", json!(vec![vars(5000); 20])),
+            ("setup_script", huge.clone().into()),
+            ("system", huge.clone().into()),
+            ("name", json!(vec![vars(10); 10_000])),
+        ] {
+            let (bytes, time) = refused(field, value);
+            assert!(bytes <= ERRORS_BYTES_MAX + 1024, "{field}: {bytes} bytes");
+            assert!(time < Duration::from_secs(5), "{field}: {time:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_echo_is_bounded_and_whole_where_it_fits(text: String, repeated in 0_usize..2000) {
+            let value = json!({ "a": [text.repeat(repeated), { text.clone(): [1, null, true] }] });
+            let shown = echo(&value, &mut { ECHO_BYTES_MAX });
+            let raw: usize = text.len() * (repeated + 1) + 64;
+            if raw <= ECHO_BYTES_MAX && !is_secret(&text) {
+                prop_assert_eq!(shown, value);
+            } else {
+                prop_assert!(shown.to_string().len() <= 6 * ECHO_BYTES_MAX + 256);
+            }
+        }
     }
 
     #[test]

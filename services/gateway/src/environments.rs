@@ -13,7 +13,7 @@ use serde::Serialize;
 use types::{
     ErrorCode, Networking, PackageManager,
     environment::{HostPattern, NetworkingKind, VARIABLES_BYTES_MAX, check_variable, is_package, is_variable},
-    limits::{BODY_BYTES_MAX, NAME_CHARS_MAX},
+    limits::{BODY_BYTES_MAX, NAME_CHARS_MAX, TEXT_CHARS_MAX},
 };
 use utoipa::ToSchema;
 
@@ -94,6 +94,7 @@ pub struct CreateEnvironment {
     packages: Option<BTreeMap<String, Vec<String>>>,
     /// Stored encrypted and never answered
     env_vars: Option<BTreeMap<String, String>>,
+    #[schema(max_length = 262_144)]
     setup_script: Option<String>,
     networking: Option<Networking>,
 }
@@ -104,7 +105,7 @@ impl CreateEnvironment {
             name: fields.string("name", NAME_CHARS_MAX),
             packages: read_packages(fields),
             env_vars: read_env_vars(fields, "env_vars"),
-            setup_script: fields.optional_string("setup_script", BODY_BYTES_MAX),
+            setup_script: fields.optional_string("setup_script", TEXT_CHARS_MAX),
             networking: read_networking(fields),
         }
     }
@@ -113,17 +114,13 @@ impl CreateEnvironment {
 fn read_packages(fields: &mut Fields) -> Option<BTreeMap<String, Vec<String>>> {
     let managers: Vec<String> = fields.object("packages")?.keys().cloned().collect();
     let unknown: Vec<String> = managers.iter().filter(|name| name.parse::<PackageManager>().is_err()).cloned().collect();
-    for name in &unknown {
-        fields.refuse("packages", &format!("Unknown package manager: {name}"));
-    }
+    fields.refuse_items("packages", unknown.iter().map(String::as_str), |name| format!("Unknown package manager: {name}"));
     fields.nested("packages", |packages| {
         let mut by_manager = BTreeMap::new();
-        for manager in managers.into_iter().filter(|name| !unknown.contains(name)) {
+        for manager in managers.into_iter().filter(|name| name.parse::<PackageManager>().is_ok()) {
             let Some(names) = packages.strings(&manager) else { continue };
-            if let Some(bad) = names.iter().find(|name| !is_package(name)) {
-                let why = format!("not a package name: {bad:?}");
-                packages.refuse(&manager, &why);
-            }
+            let bad = names.iter().map(String::as_str).filter(|name| !is_package(name));
+            packages.refuse_items(&manager, bad, |name| format!("not a package name: {name:?}"));
             by_manager.insert(manager, names);
         }
         by_manager
@@ -133,9 +130,8 @@ fn read_packages(fields: &mut Fields) -> Option<BTreeMap<String, Vec<String>>> {
 /// Variables, by names that shells take.
 pub fn read_env_vars(fields: &mut Fields, name: &str) -> Option<BTreeMap<String, String>> {
     let vars = fields.string_map(name)?;
-    for key in vars.keys().filter(|key| !is_variable(key)) {
-        fields.refuse(name, &format!("Invalid environment variable name: {key}"));
-    }
+    let bad = vars.keys().map(String::as_str).filter(|key| !is_variable(key));
+    fields.refuse_items(name, bad, |key| format!("Invalid environment variable name: {key}"));
     for (key, error) in vars.iter().filter_map(|(key, value)| Some((key, check_variable(key, value).err()?))) {
         fields.refuse(name, &format!("The variable {key} {error}"));
     }
@@ -156,10 +152,8 @@ fn read_networking(fields: &mut Fields) -> Option<Networking> {
             }
         };
         let hosts = networking.strings("allowed_hosts");
-        for host in hosts.iter().flatten().filter(|host| HostPattern::parse(host).is_none()) {
-            let why = format!("not a host name: {host:?}");
-            networking.refuse("allowed_hosts", &why);
-        }
+        let bad = hosts.iter().flatten().map(String::as_str).filter(|host| HostPattern::parse(host).is_none());
+        networking.refuse_items("allowed_hosts", bad, |host| format!("not a host name: {host:?}"));
         let allowed_hosts = match kind {
             NetworkingKind::Unrestricted => None,
             NetworkingKind::Limited => Some(hosts.unwrap_or_default()),
@@ -204,6 +198,7 @@ pub struct UpdateEnvironment {
     packages: Option<BTreeMap<String, Vec<String>>>,
     /// Replaces all variables
     env_vars: Option<BTreeMap<String, String>>,
+    #[schema(max_length = 262_144)]
     setup_script: Option<String>,
     networking: Option<Networking>,
 }
@@ -215,7 +210,7 @@ impl UpdateEnvironment {
             name: fields.optional_string("name", NAME_CHARS_MAX),
             packages: read_packages(fields),
             env_vars: read_env_vars(fields, "env_vars"),
-            setup_script: fields.optional_string("setup_script", BODY_BYTES_MAX),
+            setup_script: fields.optional_string("setup_script", TEXT_CHARS_MAX),
             networking: read_networking(fields),
         }
     }

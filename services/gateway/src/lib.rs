@@ -37,6 +37,7 @@ use types::Runtime;
 
 use crate::{
     auth::KeyCache,
+    health::HealthCache,
     limits::Limits,
     stream::{hub::Hubs, open::OpenStreams},
 };
@@ -101,7 +102,7 @@ impl Config {
                 limits: limits::Settings {
                     failures_per_minute: NonZeroU32::new(env.parsed(
                         "AOD_AUTH_FAILURES_PER_MINUTE",
-                        "failed authentications from one address before it is refused; 0: any number",
+                        "failed authentications from one address before more are answered 429; keys that work never are; 0: any number",
                         60,
                     )),
                     requests_per_second: NonZeroU32::new(env.parsed(
@@ -141,6 +142,7 @@ struct App {
     config: Arc<ApiConfig>,
     keys: KeyCache,
     limits: Limits,
+    health: HealthCache,
     hubs: Arc<Hubs>,
     streams: OpenStreams,
     lifecycle: Lifecycle,
@@ -175,6 +177,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let app = App {
         keys: KeyCache::new(),
         limits: Limits::new(&config.api.limits),
+        health: HealthCache::new(),
         hubs: Arc::new(Hubs::new(bus.clone(), lifecycle.tracker())),
         streams: OpenStreams::new(config.api.streams_per_key, lifecycle.tracker()),
         bus,

@@ -19,9 +19,6 @@ use types::KeyHash;
 /// Failures are counted over this time from the first.
 const FAILURES_COUNTED: Duration = Duration::from_secs(60);
 const ADDRESSES_MAX: u64 = 100_000;
-/// A key that worked is not held up by the failures of others behind the same address.
-const KNOWN: Duration = Duration::from_secs(3600);
-const KEYS_MAX: u64 = 100_000;
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 /// How many proxies append to this header is configured; what stands before theirs is anybody's word.
 const FORWARDED_FOR: &str = "x-forwarded-for";
@@ -48,7 +45,6 @@ pub struct Limits(Arc<Shared>);
 struct Shared {
     failures_max: Option<NonZeroU32>,
     failures: Cache<IpAddr, Arc<AtomicU32>>,
-    known: Cache<KeyHash, ()>,
     requests: Option<DefaultKeyedRateLimiter<KeyHash>>,
     trusted_proxies: usize,
 }
@@ -58,7 +54,6 @@ impl Limits {
         Self(Arc::new(Shared {
             failures_max: settings.failures_per_minute,
             failures: Cache::builder().max_capacity(ADDRESSES_MAX).time_to_live(FAILURES_COUNTED).build(),
-            known: Cache::builder().max_capacity(KEYS_MAX).time_to_live(KNOWN).build(),
             // A burst of two seconds' worth.
             requests: settings.requests_per_second.map(|rate| {
                 RateLimiter::keyed(Quota::per_second(rate).allow_burst(rate.saturating_mul(NonZeroU32::MIN.saturating_add(1))))
@@ -79,28 +74,19 @@ impl Limits {
         network(forwarded.unwrap_or(peer))
     }
 
-    /// Refuses an address that failed too often, unless its key worked lately.
-    pub fn check_failures(&self, client: IpAddr, key: Option<KeyHash>) -> Result<(), TryLater> {
-        let failed = self.0.failures.get(&client).map_or(0, |count| count.load(Ordering::Relaxed));
-        let known = || key.is_some_and(|key| self.0.known.contains_key(&key));
-        match self.0.failures_max {
-            Some(max) if failed >= max.get() && !known() => Err(TryLater { seconds: FAILURES_COUNTED.as_secs() as u32 }),
-            _ => Ok(()),
-        }
-    }
-
-    pub fn note_failure(&self, client: IpAddr) {
+    /// Counts a failed authentication. A key that works is never held up: nobody can guess one, and others may share the address.
+    ///
+    /// # Errors
+    /// [`TryLater`] where the address failed too often.
+    pub fn note_failure(&self, client: IpAddr) -> Result<(), TryLater> {
         metrics::counter!("aod_auth_failures_total").increment(1);
-        if self.0.failures_max.is_some() {
-            self.0.failures.get_with(client, Arc::default).fetch_add(1, Ordering::Relaxed);
-        }
+        let Some(max) = self.0.failures_max else { return Ok(()) };
+        let before = self.0.failures.get_with(client, Arc::default).fetch_add(1, Ordering::Relaxed);
+        if before < max.get() { Ok(()) } else { Err(TryLater { seconds: FAILURES_COUNTED.as_secs() as u32 }) }
     }
 
     /// Counts a request of a key that works.
     pub fn check_rate(&self, key: KeyHash) -> Result<(), TryLater> {
-        if !self.0.known.contains_key(&key) {
-            self.0.known.insert(key, ());
-        }
         let Some(requests) = &self.0.requests else { return Ok(()) };
         requests.check_key(&key).map_err(|refused| {
             let wait = refused.wait_time_from(requests.clock().now());
@@ -158,19 +144,14 @@ mod tests {
     }
 
     #[test]
-    fn failures_hold_up_whoever_is_unknown_and_no_other_address() {
+    fn an_address_that_fails_too_often_is_told_to_wait_and_no_other_is() {
         let limits = limits(0);
         let (bad, good): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
-        let key = types::ApiKey::generate().unwrap().hash();
-        limits.check_rate(key).unwrap();
         for _ in 0..3 {
-            limits.check_failures(bad, None).unwrap();
-            limits.note_failure(bad);
+            limits.note_failure(bad).unwrap();
         }
-        assert_eq!(limits.check_failures(bad, None), Err(TryLater { seconds: 60 }));
-        assert_eq!(limits.check_failures(bad, Some(types::ApiKey::generate().unwrap().hash())), Err(TryLater { seconds: 60 }));
-        limits.check_failures(bad, Some(key)).unwrap();
-        limits.check_failures(good, None).unwrap();
+        assert_eq!(limits.note_failure(bad), Err(TryLater { seconds: 60 }));
+        limits.note_failure(good).unwrap();
     }
 
     #[test]

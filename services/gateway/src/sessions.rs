@@ -188,6 +188,7 @@ fn stream_url(id: &str) -> String {
 #[derive(ToSchema)]
 pub struct CreateSession {
     agent_id: String,
+    #[schema(min_length = 1, pattern = r"\S")]
     prompt: String,
     /// Seconds for each turn; the deployment's default is 600
     #[schema(minimum = 10, maximum = 3600)]
@@ -221,14 +222,21 @@ impl CreateSession {
     pub(crate) fn read(fields: &mut Fields) -> Self {
         Self {
             agent_id: fields.string("agent_id", BODY_BYTES_MAX),
-            prompt: fields.string("prompt", BODY_BYTES_MAX),
+            prompt: read_prompt(fields),
             timeout: read_timeout(fields),
             environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
             resources: read_resources(fields),
             secret_env_vars: read_env_vars(fields, "secret_env_vars"),
-            metadata: fields.string_map("metadata"),
+            metadata: fields.string_metadata("metadata"),
         }
     }
+}
+
+/// No CLI can do anything with a prompt of nothing but white space.
+fn read_prompt(fields: &mut Fields) -> String {
+    let prompt = fields.string("prompt", BODY_BYTES_MAX);
+    fields.refuse_blank("prompt");
+    prompt
 }
 
 fn read_timeout(fields: &mut Fields) -> Option<u32> {
@@ -430,6 +438,7 @@ pub async fn turns(State(app): State<App>, caller: Caller, Id(id): Id, page: Pag
 /// A new turn.
 #[derive(ToSchema)]
 pub struct Prompt {
+    #[schema(min_length = 1, pattern = r"\S")]
     prompt: String,
     /// Seconds for this turn; the deployment's default is 600
     #[schema(minimum = 10, maximum = 3600)]
@@ -439,7 +448,7 @@ pub struct Prompt {
 impl Prompt {
     fn read(body: &Body) -> Result<Self, ApiError> {
         let mut fields = body.fields()?;
-        let prompt = Self { prompt: fields.string("prompt", BODY_BYTES_MAX), timeout: read_timeout(&mut fields) };
+        let prompt = Self { prompt: read_prompt(&mut fields), timeout: read_timeout(&mut fields) };
         fields.finish()?;
         Ok(prompt)
     }
