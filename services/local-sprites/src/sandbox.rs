@@ -316,8 +316,10 @@ impl Sandboxes {
         let booted = self.boot_container(containers, dir, &content, hostname, network).await;
         // The sandbox has its own view of the mounts; the root in this machine's table is not needed any more.
         let _ = rustix::mount::unmount(containers.place(dir).join("root"), UnmountFlags::DETACH);
-        if booted.is_err() {
-            self.end(dir, None).await;
+        match booted {
+            // The disk neither: nothing is left mounted when this server is killed.
+            Ok(_) => self.unmount_disk(dir),
+            Err(_) => self.end(dir, None).await,
         }
         booted
     }
@@ -488,20 +490,30 @@ impl Sandboxes {
     /// Copies a Sprite's disk as it is now; what runs in it waits meanwhile.
     pub async fn snapshot(&self, dir: &Path, holder: Option<Holder>, to: &Path) -> io::Result<()> {
         let frozen = match holder {
-            Some(_) if self.disks == Disks::Images => Some(Frozen::freeze(Disks::content(dir)).await?),
+            // The same file system once more, to freeze it by.
+            Some(_) if self.disks == Disks::Images => Some(Frozen::freeze(self.disks.mount(dir).await?).await?),
             _ => None,
         };
         let copied = self.disks.copy(dir, to).await;
         if let Some(frozen) = frozen {
             frozen.thaw().await?;
         }
+        self.unmount_disk(dir);
         copied
+    }
+
+    fn unmount_disk(&self, dir: &Path) {
+        if self.disks == Disks::Images {
+            Disks::unmount(dir);
+        }
     }
 
     /// What a killed server left waiting goes on.
     pub async fn release(&self, dir: &Path) {
         if self.disks == Disks::Images {
+            // Mounted here only while it was frozen; elsewhere this does nothing.
             Frozen::release(Disks::content(dir)).await;
+            Disks::unmount(dir);
         }
     }
 
@@ -517,9 +529,7 @@ impl Sandboxes {
             let _ = rustix::mount::unmount(place.join("root"), UnmountFlags::DETACH);
             let _ = fs::remove_dir_all(place);
         }
-        if self.disks == Disks::Images {
-            Disks::unmount(dir);
-        }
+        self.unmount_disk(dir);
     }
 
     /// Ends everything inside and deletes the files.
