@@ -1,4 +1,4 @@
-//! What an agent is made of beside its texts: skills, MCP servers, metadata (contract §4).
+//! What an agent is made of beside its texts: skills, MCP servers, metadata (docs/api.md §4).
 
 use std::{collections::BTreeMap, fmt};
 

@@ -1,4 +1,4 @@
-//! API keys (contract §2): `aod_` and 32 random bytes in URL-safe base64 without padding, 47 characters.
+//! API keys (docs/api.md §2): `aod_` and 32 random bytes in URL-safe base64 without padding, 47 characters.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use secrecy::{ExposeSecret as _, SecretString};

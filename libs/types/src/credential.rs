@@ -1,4 +1,4 @@
-//! What kinds of credentials a user can store (contract §3).
+//! What kinds of credentials a user can store (docs/api.md §3).
 
 use std::{fmt, str::FromStr};
 

@@ -1,4 +1,4 @@
-//! What an environment is made of: packages, variables, networking (contract §5).
+//! What an environment is made of: packages, variables, networking (docs/api.md §5).
 
 use std::{fmt, str::FromStr};
 

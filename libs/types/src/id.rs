@@ -1,4 +1,4 @@
-//! Typed ids: lowercase UUIDs on the wire (contract §1), never mixed up in code.
+//! Typed ids: lowercase UUIDs on the wire (docs/api.md §1), never mixed up in code.
 
 use std::{fmt, str::FromStr};
 

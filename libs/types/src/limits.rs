@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Largest request body the gateway reads (contract §1).
+/// Largest request body the gateway reads (docs/api.md §1).
 pub const BODY_BYTES_MAX: usize = 2_621_440;
 /// Largest message on the bus: a request body, its envelope and some room. `nats/` sets the same.
 pub const MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;

@@ -1,4 +1,4 @@
-//! Runtimes, the providers they serve, and model names (contract §4).
+//! Runtimes, the providers they serve, and model names (docs/api.md §4).
 
 use std::{fmt, str::FromStr};
 

@@ -1,4 +1,4 @@
-//! Repositories that a session begins with (contract §6).
+//! Repositories that a session begins with (docs/api.md §6).
 
 use std::fmt;
 

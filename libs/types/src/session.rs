@@ -1,4 +1,4 @@
-//! States of sessions and turns, and the stages of a Sprite's set-up (contract §6, §7).
+//! States of sessions and turns, and the stages of a Sprite's set-up (docs/api.md §6, §7).
 
 use std::{fmt, str::FromStr};
 

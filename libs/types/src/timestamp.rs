@@ -1,4 +1,4 @@
-//! Times on the wire: RFC 3339, `+00:00`, six fractional digits (contract §1).
+//! Times on the wire: RFC 3339, `+00:00`, six fractional digits (docs/api.md §1).
 
 use std::{fmt, str::FromStr};
 
