@@ -416,6 +416,6 @@ async fn spool(stack: &Stack, session: &str) -> Result<String> {
     let list: Value = serde_json::from_str(&get("", &[("max_results", "1000")]).await?)?;
     let names = list["sprites"].as_array().into_iter().flatten().filter_map(|sprite| sprite["name"].as_str());
     let name = names.into_iter().find(|name| name.ends_with(&tail)).context("the session has no sandbox")?.to_owned();
-    let file = "/home/sprite/.aod/turn-1/stdout";
+    let file = "/var/lib/aod/turn-1/stdout";
     Ok(get(&format!("/{name}/fs/read"), &[("path", file), ("workingDir", "/")]).await?)
 }

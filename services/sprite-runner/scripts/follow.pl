@@ -1,16 +1,17 @@
 #!/usr/bin/perl
 # Follows a turn's spool and writes frames to standard output: `<tag> <offset> <length> <checksum>\n` and the bytes.
 #   O, E  bytes of stdout, stderr        T  nothing new, but alive
-#   X     how the agent ended, with the number of bytes of both files that came before; the last frame
-# usage: follow.pl DIR STDOUT_OFFSET STDERR_OFFSET
+#   X     how the job ended, with the number of bytes of both files that came before; the last frame
+# usage: follow.pl DIR [STDOUT_OFFSET STDERR_OFFSET]; without offsets only T and X come, and X counts no bytes
 use strict;
 use warnings;
 use Config;
 use Fcntl qw(:flock);
 
 my ($dir, $stdout_offset, $stderr_offset) = @ARGV;
+my $supervise = $0 =~ s/[^\/]*$/supervise.pl/r;
 chdir $dir or die "follow: $dir: $!\n";
-my @spool = (["O", "stdout", $stdout_offset, undef], ["E", "stderr", $stderr_offset, undef]);
+my @spool = defined $stdout_offset ? (["O", "stdout", $stdout_offset, undef], ["E", "stderr", $stderr_offset, undef]) : ();
 
 # Woken by inotify, which Perl has no name for; where that fails, by a short sleep.
 my %numbers = ("x86_64" => [294, 254], "aarch64" => [26, 27]);
@@ -40,19 +41,20 @@ sub status {
     return $line;
 }
 
-# Nobody holds the lock of an agent that was started: it is gone.
+# Nobody holds the lock of a job that was started: its supervisor is gone.
 sub is_lost {
     return 0 unless -e "started";
-    open(my $lock, ">>", "lock") or return 0;
-    return flock($lock, LOCK_EX | LOCK_NB);
+    open(my $lock, "<", "lock") or return 0;
+    return flock($lock, LOCK_SH | LOCK_NB);
 }
 
 my ($silent_since, $checked) = (time, time);
 my ($status, $whole);
 while (1) {
-    # What the files hold once the status is there is the agent's; whatever a daemon of its writes later is not.
+    # The status comes after the spool's last byte.
     if (!defined $status && defined($status = status())) {
-        $whole = (-s "stdout" || 0) + (-s "stderr" || 0);
+        $whole = 0;
+        $whole += -s $_->[1] || 0 for @spool;
     }
     my $moved = 0;
     for my $file (@spool) {
@@ -68,7 +70,8 @@ while (1) {
         $file->[2] += $count;
         $moved = 1;
     }
-    my $read = $spool[0][2] + $spool[1][2];
+    my $read = 0;
+    $read += $_->[2] for @spool;
     if (defined $status && $read >= $whole) {
         frame("X", $read, $status);
         exit 0;
@@ -79,10 +82,8 @@ while (1) {
     }
     if (time > $checked) {
         $checked = time;
-        if (is_lost() && !defined status()) {
-            frame("X", $read, "lost");
-            exit 0;
-        }
+        # It says what became of the job.
+        system($^X, $supervise, $dir) if is_lost() && !defined status();
     }
     if (time - $silent_since >= 5) {
         frame("T", 0, "");

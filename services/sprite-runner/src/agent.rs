@@ -1,93 +1,101 @@
 //! The agent in its Sprite: its files, and how it is started.
 //!
-//! `run-agent.sh` runs the CLI detached and spools its output to files, then writes its exit status, atomically. It never depends on
-//! anybody watching, starts at most once however often it is called, and enforces the turn's timeout itself.
+//! A turn's agent is a [`Job`], started by `launch.sh`, which becomes the CLI.
 
-use std::iter;
+use std::time::Duration;
 
 use bytes::Bytes;
 use contract::scheduler::TurnSpec;
 use secrecy::{ExposeSecret as _, SecretString};
 use sprites::Sprite;
-use types::{SessionId, Stage, StageState, limits::KILL_GRACE};
+use types::{SessionId, Stage, StageState};
 
 use crate::{
     ModelEndpoints,
+    job::{self, Job},
     provision::StageFailed,
     record::Record,
-    runtimes::{Adapter, CONVERSATION, Launch, Stdin},
+    runtimes::{Adapter, CONVERSATION, Launch, Stdin, SystemPrompt},
     secrets::Secrets,
 };
 
-const RUN_AGENT: &str = include_str!("../scripts/run-agent.sh");
-const FOLLOW: &str = include_str!("../scripts/follow.pl");
-/// Where pip, cargo and go put what they install for a user: after what the Sprite has, and looked up by set-up scripts and agents alike.
-const OWN_PROGRAMS: &str = "PATH=$PATH:$HOME/.local/bin:${CARGO_HOME:-$HOME/.cargo}/bin:${GOBIN:-${GOPATH:-$HOME/go}/bin}\n";
-const FOLLOW_PATH: &str = "/home/sprite/.aod/follow.pl";
+const LAUNCH: &str = include_str!("../scripts/launch.sh");
+/// How long a turn's output is waited for once its agent has ended: filters that it writes through, children that end shortly after it.
+const DRAIN: Duration = Duration::from_secs(2);
 
 /// One turn's agent.
 #[derive(Debug)]
 pub struct Agent {
     turn_dir: String,
-    script: String,
+    settings: String,
+    launch: String,
     prompt: Bytes,
     plain_vars: Vec<(String, String)>,
 }
 
 impl Agent {
-    /// What the session's processes find in their environment. Sourced by a shell.
-    pub const ENV_FILE: &'static str = "/home/sprite/.aod/env";
-
-    pub fn new(session: SessionId, turn: u32, spec: &TurnSpec, adapter: &dyn Adapter, models: &ModelEndpoints) -> Self {
-        let turn_dir = format!("/home/sprite/.aod/turn-{turn}");
+    /// `working_dir`: where the agent works, if there is such a directory.
+    pub fn new(
+        session: SessionId,
+        turn: u32,
+        spec: &TurnSpec,
+        adapter: &dyn Adapter,
+        models: &ModelEndpoints,
+        working_dir: Option<&str>,
+    ) -> Self {
+        let turn_dir = format!("{}/turn-{turn}", job::ROOT);
         let prompt_path = format!("{turn_dir}/prompt");
         let model_id = spec.model.split_once('/').map_or(spec.model.as_str(), |(_, id)| id);
         let launch = Launch { model: &spec.model, model_id, conversation_id: &spec.conversation_id, prompt_path: &prompt_path };
         let word = |arg: &String| if arg == CONVERSATION { format!("\"{CONVERSATION}\"") } else { quote(arg) };
         let line = |argv: Vec<String>| argv.iter().map(word).collect::<Vec<_>>().join(" ");
-        let find = if turn > 1 { adapter.find_conversation(&launch) } else { String::new() };
-        let stdin = match adapter.stdin() {
-            Stdin::Prompt => "prompt",
-            Stdin::Empty => "/dev/null",
+        let options = match adapter.system_prompt() {
+            // Only the first turn brings the text; every turn of the CLI's needs it.
+            SystemPrompt::Option { option, path } => format!("[ ! -s {path} ] || set -- \"$@\" {option} {path}"),
+            SystemPrompt::Instructions(_) | SystemPrompt::BeforeThePrompt => String::new(),
         };
-        let traceparent = bus::trace::traceparent().unwrap_or_default();
-        let settings = [
-            ("TIMEOUT", spec.timeout_seconds.to_string()),
-            ("KILL_GRACE", KILL_GRACE.as_secs().to_string()),
-            ("MARK", format!("{session}/{turn}")),
-            ("STDIN", stdin.to_owned()),
-            ("ENV_FILE", Self::ENV_FILE.to_owned()),
-            ("TRACE", quote(&traceparent)),
-        ];
-        let settings: String = settings.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
-        let script = RUN_AGENT
-            .replace("# @settings@\n", &settings)
+        let script = LAUNCH
             .replace("@prepare@", adapter.prepare())
-            .replace("@find@", &find)
+            .replace("@find@", if turn > 1 { adapter.find_conversation(&launch) } else { ":".to_owned() }.as_str())
             .replace("@resume@", &line(adapter.resume(&launch)))
-            .replace("@begin@", &line(adapter.begin(&launch)));
-        let prompt = if spec.system.is_empty() { spec.prompt.clone() } else { format!("{}\n\n{}", spec.system, spec.prompt) };
+            .replace("@begin@", &line(adapter.begin(&launch)))
+            .replace("@options@", &options);
+        let traceparent = bus::trace::traceparent().unwrap_or_default();
+        let launch_path = format!("{turn_dir}/launch.sh");
+        let settings = Job {
+            mark: format!("{session}/{turn}"),
+            timeout: Duration::from_secs(spec.timeout_seconds.into()),
+            drain: DRAIN,
+            stdin: match adapter.stdin() {
+                Stdin::Prompt => &prompt_path,
+                Stdin::Empty => "/dev/null",
+            },
+            working_dirs: working_dir.into_iter().chain(["/workspace", "/home/sprite", "/"]).collect(),
+            vars: vec![("TRACEPARENT", &traceparent)],
+            // Not what BASH_ENV names: that is for the agent's own shells.
+            argv: vec!["/bin/bash", "-p", &launch_path],
+        }
+        .settings();
+        let prompt = match adapter.system_prompt() {
+            SystemPrompt::BeforeThePrompt if !spec.system.is_empty() => format!("{}\n\n{}", spec.system, spec.prompt),
+            _ => spec.prompt.clone(),
+        };
+        let prompt = if adapter.is_shell() { prompt.replace("\r\n", "\n") } else { prompt };
         let mut plain_vars = adapter.env(models);
         plain_vars.push(("AOD_SESSION_ID".to_owned(), session.to_string()));
         plain_vars.push(("AOD_MODEL".to_owned(), spec.model.clone()));
-        Self { turn_dir, script, prompt: prompt.into(), plain_vars }
+        Self { turn_dir, settings, launch: script, prompt: prompt.into(), plain_vars }
     }
 
     pub fn spool(&self, stderr: bool) -> String {
         format!("{}/{}", self.turn_dir, if stderr { "stderr" } else { "stdout" })
     }
 
-    /// Later lines win: where programs are, stored credentials, what the runtime and we set, the environment's variables, the session's own.
-    pub fn env_file(&self, secrets: &Secrets) -> String {
+    /// Later ones win: stored credentials, what the runtime and we set, the environment's variables, the session's own.
+    pub fn env_file(&self, secrets: &Secrets) -> Vec<u8> {
         let plain = self.plain_vars.iter().map(|(name, value)| (name.clone(), SecretString::from(value.as_str())));
         let vars = secrets.credential_vars().into_iter().chain(plain).chain(secrets.vars());
-        let lines = vars.map(|(name, value)| format!("{name}={}\n", quote(value.expose_secret())));
-        iter::once(OWN_PROGRAMS.to_owned()).chain(lines).collect()
-    }
-
-    /// What every turn of the session uses.
-    pub async fn write_tools(&self, sprite: &Sprite) -> Result<(), sprites::Error> {
-        sprite.write(FOLLOW_PATH, FOLLOW, 0o700).await
+        vars.flat_map(|(name, value)| format!("{name}={}\0", value.expose_secret()).into_bytes()).collect()
     }
 
     /// Puts the turn's files in place and its start on record. The agent itself is started by [`Self::follow_command`].
@@ -96,16 +104,21 @@ impl Agent {
             return Ok(());
         }
         record.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
-        let (script_path, prompt_path) = (format!("{}/run-agent.sh", self.turn_dir), format!("{}/prompt", self.turn_dir));
-        let (script, prompt) =
-            tokio::join!(sprite.write(&script_path, self.script.clone(), 0o700), sprite.write(&prompt_path, self.prompt.clone(), 0o600),);
-        script.and(prompt).map_err(|error| StageFailed::Failed { stage: Stage::RuntimeStart, message: error.to_string() })?;
+        let path = |name: &str| format!("{}/{name}", self.turn_dir);
+        let (job, launch, prompt) = (path("job"), path("launch.sh"), path("prompt"));
+        let (job, launch, prompt) = tokio::join!(
+            sprite.write(&job, self.settings.clone(), 0o600),
+            sprite.write(&launch, self.launch.clone(), 0o700),
+            sprite.write(&prompt, self.prompt.clone(), 0o600),
+        );
+        let written = job.and(launch).and(prompt);
+        written.map_err(|error| StageFailed::Failed { stage: Stage::RuntimeStart, message: error.to_string() })?;
         Ok(record.started().await?)
     }
 
     /// Starts the agent if it was not, then follows its spool from the given offsets.
     pub fn follow_command(&self, stdout_offset: u64, stderr_offset: u64) -> String {
-        format!("bash {0}/run-agent.sh && exec perl {FOLLOW_PATH} {0} {stdout_offset} {stderr_offset}", self.turn_dir)
+        job::follow_command(&self.turn_dir, "job", Some((stdout_offset, stderr_offset)))
     }
 }
 

@@ -4,7 +4,10 @@
 //! again by offset through the file API, and the exec is started anew. While one event is on its way to the stream more output comes
 //! in, so that events grow as the load does.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use futures::StreamExt as _;
@@ -14,34 +17,63 @@ use types::{Backoff, limits::OUTPUT_EVENT_BYTES_MAX};
 
 use crate::{
     agent::Agent,
+    job::Status,
     record::{Fenced, Record},
     turn::Stopped,
 };
 
 /// The follower gives a sign of life every 5 s.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
-/// Attempts without a byte of progress before the Sprite is given up: some two minutes.
-const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(15), attempts: 14 };
+/// Between attempts; how long they go on is decided by [`Contact`].
+const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(15), attempts: u32::MAX };
 /// Chunks between the reader and the record: a slow record slows the reader, and through it the follower.
 const CHUNKS: usize = 32;
 /// A frame's header is shorter than this.
 const HEADER_BYTES_MAX: usize = 80;
 const FRAME_BYTES_MAX: usize = 1024 * 1024;
 
-/// How the agent ended, by its exit file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    Exited(u8),
-    TimedOut,
-    Lost,
+/// A Sprite that was in contact under this claim is tried again for so long before another runner tries, with a fresh lease.
+const OUT_OF_CONTACT_MAX: Duration = Duration::from_secs(120);
+/// A Sprite that never was in contact under this claim is given up after so long.
+const NEVER_IN_CONTACT_MAX: Duration = Duration::from_secs(60);
+
+/// When a Sprite last let itself be followed under this claim. Measured in time: long silences and often cut sockets are no failures.
+#[derive(Debug)]
+pub struct Contact {
+    claimed: Instant,
+    last: Option<Instant>,
+    attempt: u32,
 }
 
-impl Status {
-    fn parse(text: &str) -> Option<Self> {
-        match text.trim() {
-            "timeout" => Some(Self::TimedOut),
-            "lost" => Some(Self::Lost),
-            exit => exit.strip_prefix("exit ")?.parse().ok().map(Self::Exited),
+/// What an interruption means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    Retry(Duration),
+    /// A fresh lease, or another runner, may do better.
+    Release,
+    Fail,
+}
+
+impl Contact {
+    pub fn new() -> Self {
+        Self { claimed: Instant::now(), last: None, attempt: 0 }
+    }
+
+    /// A frame came.
+    fn made(&mut self, now: Instant) {
+        (self.last, self.attempt) = (Some(now), 0);
+    }
+
+    /// `unauthorized`: the credentials were refused, which more attempts with the same do not change.
+    fn interrupted(&mut self, now: Instant, unauthorized: bool) -> Next {
+        let attempt = self.attempt;
+        self.attempt += 1;
+        match self.last {
+            Some(_) if unauthorized => Next::Release,
+            Some(last) if now.duration_since(last) > OUT_OF_CONTACT_MAX => Next::Release,
+            None if now.duration_since(self.claimed) > NEVER_IN_CONTACT_MAX => Next::Fail,
+            // The first time is most often a socket that was dropped: no wait.
+            _ => Next::Retry(if attempt == 0 { Duration::ZERO } else { RETRY.jittered(attempt) }),
         }
     }
 }
@@ -69,13 +101,19 @@ enum Broken {
 }
 
 /// Follows the agent until its exit status is known and all its output is on record.
-pub async fn to_the_end(client: &Client, sprite: &Sprite, agent: &Agent, record: &mut Record) -> Result<Status, Stopped> {
-    let mut attempt = 0;
+pub async fn to_the_end(
+    client: &Client,
+    sprite: &Sprite,
+    agent: &Agent,
+    record: &mut Record,
+    contact: &mut Contact,
+) -> Result<Status, Stopped> {
     loop {
         let before = progress(record);
         let (sender, chunks) = mpsc::channel(CHUNKS);
         let offsets = (record.checkpoint.stdout_offset, record.checkpoint.stderr_offset);
-        let (read, published) = tokio::join!(read_live(sprite, agent, offsets, sender), publish(record, chunks));
+        let command = agent.follow_command(offsets.0, offsets.1);
+        let (read, published) = tokio::join!(read_live(sprite, &command, Frames::new(offsets), sender, contact), publish(record, chunks));
         let halves = published?;
         let broken = match read {
             Ok(status) => {
@@ -91,28 +129,59 @@ pub async fn to_the_end(client: &Client, sprite: &Sprite, agent: &Agent, record:
             // What was read and held back is not on record: it is read again.
             Err(broken) => broken,
         };
-        attempt = if progress(record) > before { 1 } else { attempt + 1 };
-        tracing::info!(sprite = %sprite.name(), %broken, attempt, "following was interrupted; reading the spool by offset");
-        metrics::counter!("aod_follow_interruptions_total").increment(1);
-        if let Broken::Sprites(Error::NotFound { .. }) = broken
-            && matches!(client.exists(sprite.name()).await, Ok(false))
-        {
+        if matches!(broken, Broken::Sprites(Error::NotFound { .. })) && matches!(client.exists(sprite.name()).await, Ok(false)) {
             return Err(lost("The sandbox disappeared while the agent was running".to_owned()));
         }
-        if let Broken::Sprites(error @ Error::Unauthorized { .. }) = &broken {
-            return Err(lost(format!("The agent can no longer be followed: {error}")));
-        }
-        let caught_up = catch_up(sprite, agent, record).await;
-        match caught_up {
+        match catch_up(sprite, agent, record).await {
             Ok(()) => {}
             Err(CatchUp::Fenced(fenced)) => return Err(fenced.into()),
             Err(CatchUp::Unreadable(error)) => tracing::info!(%error, "spool cannot be read now"),
         }
-        let Some(delay) = RETRY.delay(attempt) else { return Err(lost(format!("The agent can no longer be followed: {broken}"))) };
-        // The first time is most often a socket that was dropped: no wait.
-        if attempt > 1 {
-            tokio::time::sleep(delay).await;
+        if progress(record) > before {
+            contact.made(Instant::now());
         }
+        wait_after(contact, &broken).await.map_err(|gone| match gone {
+            Gone::Released(reason) => Stopped::Released(reason),
+            Gone::Failed(why) => lost(format!("The agent can no longer be followed: {why}")),
+        })?;
+    }
+}
+
+/// Why a job is not followed any more by this runner.
+#[derive(Debug)]
+pub enum Gone {
+    Released(String),
+    Failed(String),
+}
+
+/// Waits before the next attempt, where there is to be one.
+async fn wait_after(contact: &mut Contact, broken: &Broken) -> Result<(), Gone> {
+    let unauthorized = matches!(broken, Broken::Sprites(Error::Unauthorized { .. }));
+    let next = contact.interrupted(Instant::now(), unauthorized);
+    tracing::info!(%broken, ?next, "following was interrupted");
+    metrics::counter!("aod_follow_interruptions_total").increment(1);
+    match next {
+        Next::Retry(delay) => {
+            tokio::time::sleep(delay).await;
+            Ok(())
+        }
+        Next::Release => Err(Gone::Released(format!("its sandbox can no longer be followed: {broken}"))),
+        Next::Fail => Err(Gone::Failed(broken.to_string())),
+    }
+}
+
+/// Starts a job if it was not started, and waits for its end. What it prints stays in its spool.
+pub async fn job(client: &Client, sprite: &Sprite, command: &str, contact: &mut Contact) -> Result<Status, Gone> {
+    loop {
+        let (sender, _chunks) = mpsc::channel(1);
+        let broken = match read_live(sprite, command, Frames::new((0, 0)), sender, contact).await {
+            Ok(status) => return Ok(status),
+            Err(broken) => broken,
+        };
+        if matches!(broken, Broken::Sprites(Error::NotFound { .. })) && matches!(client.exists(sprite.name()).await, Ok(false)) {
+            return Err(Gone::Failed("the sandbox disappeared".to_owned()));
+        }
+        wait_after(contact, &broken).await?;
     }
 }
 
@@ -124,16 +193,21 @@ fn lost(message: String) -> Stopped {
     Stopped::Failed { stage: "sandbox".to_owned(), message }
 }
 
-async fn read_live(sprite: &Sprite, agent: &Agent, offsets: (u64, u64), chunks: mpsc::Sender<Chunk>) -> Result<Status, Broken> {
-    let command = agent.follow_command(offsets.0, offsets.1);
-    let request = ExecRequest { argv: &["bash", "-c", &command], dir: "/", max_run_after_disconnect: Some(Duration::from_secs(1)) };
+async fn read_live(
+    sprite: &Sprite,
+    command: &str,
+    frames: Frames,
+    chunks: mpsc::Sender<Chunk>,
+    contact: &mut Contact,
+) -> Result<Status, Broken> {
+    let request = ExecRequest { argv: &["bash", "-c", command], dir: "/", max_run_after_disconnect: Some(Duration::from_secs(1)) };
     let mut exec = sprite.exec(&request).await?;
-    let status = read_frames(&mut exec, Frames::new(offsets), &chunks).await;
+    let status = read_frames(&mut exec, frames, &chunks, contact).await;
     exec.close().await;
     status
 }
 
-async fn read_frames(exec: &mut Exec, mut frames: Frames, chunks: &mpsc::Sender<Chunk>) -> Result<Status, Broken> {
+async fn read_frames(exec: &mut Exec, mut frames: Frames, chunks: &mpsc::Sender<Chunk>, contact: &mut Contact) -> Result<Status, Broken> {
     let mut said = Vec::new();
     loop {
         let event = tokio::time::timeout(SILENCE_MAX, exec.next()).await.map_err(|_| Broken::Silent)??;
@@ -143,6 +217,7 @@ async fn read_frames(exec: &mut Exec, mut frames: Frames, chunks: &mpsc::Sender<
             ExecEvent::Exit(code) => return Err(Broken::Ended { code, said: String::from_utf8_lossy(&said).trim().to_owned() }),
         }
         while let Some(frame) = frames.next()? {
+            contact.made(Instant::now());
             match frame {
                 Frame::Output(chunk) => chunks.send(chunk).await.map_err(|_| Broken::Unread)?,
                 Frame::Alive => {}
@@ -347,6 +422,27 @@ mod tests {
     }
 
     #[test]
+    fn a_healthy_turn_outlives_cut_sockets_and_refused_credentials() {
+        let begun = Instant::now();
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let mut contact = Contact { claimed: begun, last: None, attempt: 0 };
+        assert_eq!(contact.interrupted(at(0), false), Next::Retry(Duration::ZERO));
+        for second in 1..60 {
+            assert!(matches!(contact.interrupted(at(second), second % 2 == 0), Next::Retry(_)), "{second}");
+        }
+        assert_eq!(contact.interrupted(at(61), false), Next::Fail, "never in contact");
+        assert_eq!(contact.interrupted(at(61), true), Next::Fail);
+        for round in 0..50 {
+            contact.made(at(100 + round));
+            assert_eq!(contact.interrupted(at(101 + round), false), Next::Retry(Duration::ZERO), "cut again and again");
+        }
+        assert!(matches!(contact.interrupted(at(269), false), Next::Retry(_)));
+        assert_eq!(contact.interrupted(at(270), false), Next::Release);
+        contact.made(at(300));
+        assert_eq!(contact.interrupted(at(301), true), Next::Release, "a fresh lease may be good");
+    }
+
+    #[test]
     fn frames_are_found_however_the_bytes_are_cut() {
         let bytes: Vec<u8> = [frame('O', 5, "one\n"), frame('T', 0, ""), frame('O', 9, "two"), frame('X', 12, "exit 3")].concat();
         for cut in 1..bytes.len() {
@@ -356,7 +452,7 @@ mod tests {
                 frames.push(part);
                 text.push_str(&collect(&mut frames).unwrap());
             }
-            assert_eq!(text, "one\n.twoExited(3)", "cut {cut}");
+            assert_eq!(text, "one\n.twoExited { code: 3, dropped: 0 }", "cut {cut}");
         }
     }
 
@@ -368,7 +464,10 @@ mod tests {
             let mut frames = Frames::new((0, 0));
             frames.push(&damaged);
             let read = collect(&mut frames);
-            assert!(!matches!(&read, Ok(text) if text.ends_with("Exited(0)")), "bytes {from}.. lost unnoticed: {read:?}");
+            assert!(
+                !matches!(&read, Ok(text) if text.ends_with("Exited { code: 0, dropped: 0 }")),
+                "bytes {from}.. lost unnoticed: {read:?}"
+            );
         }
     }
 

@@ -1,12 +1,13 @@
 //! Claims turns, drives the Sprites API, publishes what happens. Keeps nothing: a runner that dies is replaced by any other.
 //!
-//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`agent`] starts the agent detached and
-//! [`follow`] reads its spool; [`record`] appends to the session's record as its one writer; [`runtimes`] knows the CLIs.
+//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`job`] is what
+//! runs detached in a Sprite, a step of the set-up or an [`agent`]; [`follow`] reads its spool; [`record`] appends to the session's record as its one writer; [`runtimes`] knows the CLIs.
 
 mod agent;
 mod destroy;
 mod diagnosis;
 mod follow;
+mod job;
 mod jobs;
 mod lease;
 mod mask;

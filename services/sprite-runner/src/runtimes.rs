@@ -6,9 +6,11 @@ mod gemini;
 mod opencode;
 mod shell;
 
+use std::{collections::BTreeSet, time::Duration};
+
 use types::{McpServer, Runtime};
 
-use crate::{ModelEndpoints, usage};
+use crate::{ModelEndpoints, job::ROOT, usage};
 
 /// What a CLI needs to know about a turn.
 #[derive(Debug)]
@@ -23,12 +25,15 @@ pub struct Launch<'a> {
     pub prompt_path: &'a str,
 }
 
+/// An MCP server that is not there by then is left out, where the CLI can be told so: a turn does not wait for it.
+pub const MCP_START_LIMIT: Duration = Duration::from_secs(20);
+
 /// Stands in an argument list for what [`Adapter::find_conversation`] found.
-pub const CONVERSATION: &str = "$CONVERSATION";
+pub const CONVERSATION: &str = "$1";
 
 /// Shell: the first value of a field in the JSON that the earlier turns have printed.
 fn first_id(field: &str) -> String {
-    format!("grep -hom1 '\"{field}\":\"[A-Za-z0-9_-]*\"' /home/sprite/.aod/turn-*/stdout | head -n 1 | cut -d '\"' -f 4")
+    format!("grep -hom1 '\"{field}\":\"[A-Za-z0-9_-]*\"' {ROOT}/turn-*/stdout | head -n 1 | cut -d '\"' -f 4")
 }
 
 /// What the CLI reads on standard input.
@@ -36,6 +41,43 @@ fn first_id(field: &str) -> String {
 pub enum Stdin {
     Prompt,
     Empty,
+}
+
+/// How a CLI takes an agent's `system`, so that prompts arrive as they were typed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SystemPrompt {
+    /// From a file that an option names.
+    Option { option: &'static str, path: &'static str },
+    /// From a file of instructions that it reads by itself.
+    Instructions(&'static str),
+    /// Not at all.
+    BeforeThePrompt,
+}
+
+impl SystemPrompt {
+    /// The file to write before the first turn.
+    pub fn path(self) -> Option<&'static str> {
+        match self {
+            Self::Option { path, .. } | Self::Instructions(path) => Some(path),
+            Self::BeforeThePrompt => None,
+        }
+    }
+}
+
+/// Names as every CLI takes them: ASCII letters, digits, `_` and `-`. Names that become the same get numbers.
+pub fn mcp_names(mut servers: Vec<McpServer>) -> Vec<McpServer> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    // Names that need no change have the first right to them.
+    let mut taken: BTreeSet<String> =
+        servers.iter().filter(|server| server.name.chars().all(allowed)).map(|server| server.name.clone()).collect();
+    for server in servers.iter_mut().filter(|server| !server.name.chars().all(allowed)) {
+        let plain: String = server.name.chars().map(|c| if allowed(c) { c } else { '_' }).collect();
+        let numbered = (2_u32..).map(|number| format!("{plain}_{number}"));
+        let name = std::iter::once(plain.clone()).chain(numbered).find(|name| !taken.contains(name)).unwrap_or_default();
+        taken.insert(name.clone());
+        server.name = name;
+    }
+    servers
 }
 
 /// Where skills go.
@@ -58,6 +100,11 @@ pub trait Adapter: Sync {
     /// Shell: prints the id of the conversation that an earlier turn began; nothing where none did. Never "the last one": an agent may
     /// start others of its kind.
     fn find_conversation(&self, launch: &Launch<'_>) -> String;
+    fn system_prompt(&self) -> SystemPrompt;
+    /// Whether a prompt is a script.
+    fn is_shell(&self) -> bool {
+        false
+    }
     fn stdin(&self) -> Stdin {
         Stdin::Prompt
     }
@@ -86,5 +133,35 @@ pub fn adapter(runtime: Runtime) -> &'static dyn Adapter {
         Runtime::Gemini => &gemini::Gemini,
         Runtime::Opencode => &opencode::Opencode,
         Runtime::Shell => &shell::Shell,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use types::agent::McpTransport;
+
+    use super::*;
+
+    fn named(names: &[String]) -> Vec<String> {
+        let transport = McpTransport::Url { url: String::new(), headers: std::collections::BTreeMap::new() };
+        let servers = names.iter().map(|name| McpServer { name: name.clone(), transport: transport.clone() }).collect();
+        mcp_names(servers).into_iter().map(|server| server.name).collect()
+    }
+
+    #[test]
+    fn mcp_servers_get_names_that_every_cli_takes() {
+        let names = ["Salesforce DX", "na\u{ef}ve", "a_b", "a b", "a.b", "\u{6d77}"].map(str::to_owned);
+        assert_eq!(named(&names), ["Salesforce_DX", "na_ve", "a_b", "a_b_2", "a_b_3", "_"]);
+    }
+
+    proptest! {
+        #[test]
+        fn mapped_names_are_plain_and_unique(names in proptest::collection::btree_set("[ab _.é2]{1,4}", 0..20)) {
+            let names: Vec<String> = names.into_iter().collect();
+            let mapped = named(&names);
+            prop_assert_eq!(mapped.iter().collect::<BTreeSet<_>>().len(), names.len());
+            prop_assert!(mapped.iter().all(|name| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')));
+        }
     }
 }

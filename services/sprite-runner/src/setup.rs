@@ -4,11 +4,8 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use contract::scheduler::TurnSpec;
 use secrecy::ExposeSecret as _;
-use serde_json::Value;
 use types::{
-    McpServer, Networking, PackageManager, Repository, Skill,
-    agent::{GithubSkill, InlineSkill},
-    environment::NetworkingKind,
+    McpServer, Networking, PackageManager, Repository, Skill, agent::GithubSkill, environment::NetworkingKind, repository::Checkout,
 };
 
 use crate::{agent::quote, secrets::Secrets};
@@ -21,18 +18,9 @@ pub struct Setup {
     script: String,
     networking: Networking,
     repositories: Vec<Repository>,
+    pub system: String,
     pub skills: Vec<Skill>,
     pub mcp_servers: Vec<McpServer>,
-}
-
-/// The text of an inline skill's `SKILL.md`: CLIs know a skill by its front matter. One that its author wrote stays.
-pub fn skill_file(skill: &InlineSkill) -> String {
-    if skill.content.starts_with("---\n") {
-        return skill.content.clone();
-    }
-    // A JSON string is a YAML string.
-    let description = Value::from(skill.description.as_str());
-    format!("---\nname: {}\ndescription: {description}\n---\n\n{}", skill.name, skill.content)
 }
 
 /// A script, and what it does.
@@ -52,12 +40,22 @@ impl Setup {
         Ok(Self {
             epoch: spec.epoch,
             packages: serde_json::from_str(&json(&environment.packages, "{}"))?,
-            script: environment.setup_script,
+            // A browser's text fields send such line ends; a shell takes them for parts of names.
+            script: environment.setup_script.replace("\r\n", "\n"),
             networking: if networking == "{}" { Networking::default() } else { serde_json::from_str(&networking)? },
             repositories: serde_json::from_str(&json(&spec.resources, "[]"))?,
+            system: spec.system.clone(),
             skills: serde_json::from_str(&json(&spec.skills, "[]"))?,
             mcp_servers: serde_json::from_str(&json(&spec.mcp_servers, "[]"))?,
         })
+    }
+
+    /// The only repository is where the agent works.
+    pub fn working_dir(&self) -> Option<&str> {
+        match self.repositories.as_slice() {
+            [only] => Some(&only.mount_path),
+            _ => None,
+        }
     }
 
     /// The hosts that alone may be reached, where not all may.
@@ -87,8 +85,11 @@ impl Setup {
             let names = self.packages.get(manager.as_str()).filter(|names| !names.is_empty())?;
             Some(Step { what: format!("installing {manager} packages"), script: install(manager, names) })
         });
+        // A repository inside of another comes after it, in whichever order they were given.
+        let mut repositories: Vec<&Repository> = self.repositories.iter().collect();
+        repositories.sort_by_key(|repository| repository.mount_path.split('/').count());
         let clones =
-            self.repositories.iter().map(|repository| Step { what: format!("cloning {}", repository.url), script: clone(repository) });
+            repositories.into_iter().map(|repository| Step { what: format!("cloning {}", repository.url), script: clone(repository) });
         let script = (!self.script.trim().is_empty()).then(|| Step { what: "the setup script".to_owned(), script: self.script.clone() });
         packages.chain(clones).chain(script).collect()
     }
@@ -118,12 +119,34 @@ fn gem(package: &str) -> String {
     format!("$root gem install --no-document {}{version}\n", quote(name))
 }
 
-/// Harmless twice: what a clone that broke off has left is swept away, and one that is whole stays as it is.
+/// The author of commits, where nobody else is configured.
+const AUTHOR: [(&str, &str); 2] = [("user.name", "Agent on Demand"), ("user.email", "agent@agent-on-demand.invalid")];
+
+/// Idempotent: removes what an interrupted clone left, and leaves a whole one as it is. The tips of all branches can be checked out; their
+/// contents are fetched when they are needed. A submodule that cannot be fetched does not fail the session.
 fn clone(repository: &Repository) -> String {
     let (url, path, draft) =
         (quote(&repository.url), quote(&repository.mount_path), quote(&format!("{}.aod-clone", repository.mount_path)));
+    let identity: String = AUTHOR
+        .iter()
+        .map(|(key, value)| format!("git config --get {key} >/dev/null || git config --global {key} {}\n", quote(value)))
+        .collect();
+    let (branch, commit) = match &repository.checkout {
+        None => (String::new(), String::new()),
+        Some(Checkout::Branch { name }) => (format!("--branch {} ", quote(name)), String::new()),
+        Some(Checkout::Commit { sha }) => (
+            String::new(),
+            format!(
+                "git -C {draft} fetch --depth=1 --quiet origin {sha}\ngit -C {draft} -c advice.detachedHead=false checkout --quiet {sha}\n"
+            ),
+        ),
+    };
+    let submodules = format!("git -C {draft} submodule update --init --recursive --quiet");
     format!(
-        "set -e\n[ -e {path}/.git ] && exit 0\nrm -rf {draft}\nGIT_TERMINAL_PROMPT=0 git clone --depth=1 --quiet {url} {draft}\nmv -T {draft} {path}\n"
+        "set -e\nexport GIT_TERMINAL_PROMPT=0\n{identity}[ -e {path}/.git ] && exit 0\nrm -rf {draft}\n\
+         git clone --depth=1 --no-single-branch --filter=blob:none --quiet {branch}{url} {draft}\n{commit}\
+         [ ! -e {draft}/.gitmodules ] || {submodules} --depth=1 || {submodules} || echo 'warning: not every submodule was fetched' >&2\n\
+         mv -T {draft} {path}\n"
     )
 }
 
@@ -180,18 +203,6 @@ mod tests {
         assert_eq!(gem("rake"), "$root gem install --no-document rake\n");
         assert_eq!(gem("rake@13.0.6"), "$root gem install --no-document rake --version 13.0.6\n");
         assert_eq!(gem("rake@~>13,<14"), "$root gem install --no-document rake --version '~>13,<14'\n");
-    }
-
-    #[test]
-    fn a_skill_has_front_matter() {
-        let skill = |content: &str| InlineSkill {
-            name: "sea".to_owned(),
-            description: "Knows: \"blue\"\nand green".to_owned(),
-            content: content.to_owned(),
-        };
-        let file = "---\nname: sea\ndescription: \"Knows: \\\"blue\\\"\\nand green\"\n---\n\nLook.";
-        assert_eq!(skill_file(&skill("Look.")), file);
-        assert_eq!(skill_file(&skill("---\nname: own\n---\nLook.")), "---\nname: own\n---\nLook.");
     }
 
     #[test]

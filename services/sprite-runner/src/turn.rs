@@ -1,7 +1,5 @@
 //! One turn, from wherever its record ends to its end.
 
-use std::time::Duration;
-
 use contract::{
     scheduler::TurnSpec,
     session::{Failure, TurnEnded},
@@ -13,7 +11,9 @@ use crate::{
     Runner,
     agent::Agent,
     diagnosis::{self, Cause},
-    follow::{self, Status},
+    follow::{self, Contact},
+    job::Status,
+    mask::Piece,
     provision::{Provisioning, StageFailed},
     record::{Fenced, Position, Record},
     runtimes,
@@ -42,6 +42,8 @@ pub enum End {
 #[derive(Debug)]
 pub enum Stopped {
     Fenced(Fenced),
+    /// This runner cannot go on, and another attempt may: its lease of secrets is not good any more, or the sandbox does not answer it.
+    Released(String),
     /// The turn failed, and this is what its user is told.
     Failed {
         stage: String,
@@ -59,6 +61,7 @@ impl From<StageFailed> for Stopped {
     fn from(failed: StageFailed) -> Self {
         match failed {
             StageFailed::Fenced(fenced) => Self::Fenced(fenced),
+            StageFailed::Released(reason) => Self::Released(reason),
             StageFailed::Failed { stage, message } => {
                 Self::Failed { stage: stage.to_string(), message: format!("Provisioning failed at {stage}: {message}") }
             }
@@ -99,6 +102,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec)
     let ended = match work(runner, session, turn, &spec, &secrets, &mut record).await {
         Ok(ended) => ended,
         Err(Stopped::Fenced(fenced)) => return end_of(fenced),
+        Err(Stopped::Released(reason)) => return End::Released(record.secrets.text(&reason)),
         Err(Stopped::Failed { stage, message }) => {
             let message = record.secrets.text(&message);
             tracing::info!(%session, turn, stage, message, "turn failed");
@@ -140,13 +144,15 @@ async fn work(
     let name: SpriteName = spec.sprite.parse().map_err(|_| failed(Stage::CreateSprite, "The Sprite's name is not valid".to_owned()))?;
     let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
     let sprite = client.sprite(name);
-    let agent = Agent::new(session, turn, spec, adapter, &runner.models);
     let setup = Setup::read(spec).map_err(|error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}")))?;
+    let agent = Agent::new(session, turn, spec, adapter, &runner.models, setup.working_dir());
+    let mut contact = Contact::new();
 
     if turn == 1 && !record.checkpoint.started {
         let provisioning = Provisioning {
             client: &client,
             sprite: &sprite,
+            session,
             setup: &setup,
             secrets,
             agent: &agent,
@@ -154,28 +160,32 @@ async fn work(
             adapter,
             models: &runner.models,
         };
-        if let Err(stopped) = provisioning.run(record).await.map_err(Stopped::from) {
-            if matches!(stopped, Stopped::Failed { .. }) {
-                // A failed session is never resumed, and its Sprite costs money.
-                let _ = tokio::time::timeout(Duration::from_secs(30), client.delete(sprite.name())).await;
-            }
-            return Err(stopped);
-        }
+        provisioning.run(record, &mut contact).await?;
     }
     let start = agent.start(&sprite, record).await;
     start.map_err(|error| match error {
-        StageFailed::Fenced(fenced) => Stopped::Fenced(fenced),
         StageFailed::Failed { stage, message } => failed(stage, format!("The agent could not be started: {message}")),
+        other => other.into(),
     })?;
-    let status = follow::to_the_end(&client, &sprite, &agent, record).await?;
+    let status = follow::to_the_end(&client, &sprite, &agent, record, &mut contact).await?;
     Ok(match status {
-        Status::Exited(code) => {
+        Status::Exited { code, dropped } => {
+            if dropped > 0 {
+                // Where room was found again, the spool says where it is missing; here it is certain to be read.
+                let note = format!("[aod] the sandbox's disk was full: {dropped} bytes of output were lost\n");
+                record.output(true, Piece { spooled: 0, data: note.into() }).await?;
+            }
             let bytes = record.checkpoint.stdout_offset;
             let usage = match adapter.usage() {
                 Some(reader) => usage::read(&sprite, &agent.spool(false), bytes, reader).await,
                 None => None,
             };
-            let cause = if code == 0 || runtime == Runtime::Shell { None } else { diagnose(&sprite, &agent, record, Some(code)).await };
+            let cause = match (code, runtime) {
+                (0, _) => None,
+                _ if dropped > 0 => Some(Cause::DiskFull),
+                (_, Runtime::Shell) => None,
+                _ => diagnose(&sprite, &agent, record, Some(code)).await,
+            };
             let failure = cause.map(|cause| Failure { stage: AGENT.to_owned(), message: format!("The agent exited with {code}: {cause}") });
             TurnEnded { exit_code: Some(i32::from(code)), failure, usage }
         }
@@ -184,6 +194,10 @@ async fn work(
             let cause = if runtime == Runtime::Shell { None } else { diagnose(&sprite, &agent, record, None).await };
             let hint = cause.map(|cause| format!(". Its last output suggests that {cause}")).unwrap_or_default();
             without_exit_code("timeout", format!("Turn timed out after {}s{hint}", spec.timeout_seconds))
+        }
+        Status::Killed => {
+            let message = "The process that supervises the agent was killed, and what was left of the agent was stopped";
+            without_exit_code("sandbox", message.to_owned())
         }
         Status::Lost => without_exit_code("sandbox", "The sandbox restarted while the agent was running".to_owned()),
     })

@@ -33,9 +33,16 @@ pub async fn read(sprite: &Sprite, spool: &str, bytes: u64, reader: Reader) -> O
 /// The last bytes of a spool, at most so many; nothing where it cannot be read.
 pub async fn tail(sprite: &Sprite, spool: &str, bytes: u64, most: u64) -> Option<String> {
     let tail = async {
-        let (mut chunks, mut tail) = (sprite.read_from(spool, bytes.saturating_sub(most)).await?, Vec::new());
+        let from = bytes.saturating_sub(most);
+        let wanted = usize::try_from(bytes - from).unwrap_or(usize::MAX);
+        let (mut chunks, mut tail) = (sprite.read_from(spool, from).await?, Vec::new());
+        // A file that has grown, or a server that sends more than was asked for, is read no further.
         while let Some(chunk) = chunks.next().await {
             tail.extend_from_slice(&chunk?);
+            if tail.len() >= wanted {
+                tail.truncate(wanted);
+                break;
+            }
         }
         Ok::<_, sprites::Error>(tail)
     };

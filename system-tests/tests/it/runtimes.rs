@@ -70,7 +70,7 @@ async fn every_cli_runs_a_tool_remembers_its_first_turn_and_calls_an_mcp_server(
     let more = [("opencode", "anthropic/claude-sonnet-4-5"), ("opencode", "google/gemini-2.5-pro")];
     let runs = RUNTIMES.into_iter().chain(more).map(async |(runtime, model)| {
         let servers = json!([{ "name": "echo", "type": "stdio", "command": "python3", "args": ["/workspace/echo.py"], "env": { "SUFFIX": "by MCP" } }]);
-        let agent = json!({ "name": format!("{runtime} {model}"), "model": model, "runtime": runtime, "system": "Be brief.", "mcp_servers": servers });
+        let agent = json!({ "name": format!("{runtime} {model}"), "model": model, "runtime": runtime, "system": "Be brief. MARK-4711", "mcp_servers": servers });
         let agent = stack.post("/agents", agent).await.unwrap();
         assert_eq!(agent.status, 201, "{agent:?}");
         let request = "run: echo made by $AOD_MODEL >/workspace/made; cat /workspace/made";
@@ -79,8 +79,11 @@ async fn every_cli_runs_a_tool_remembers_its_first_turn_and_calls_an_mcp_server(
         let first = turn(&stack, &session, 0).await;
         first.succeeded_saying(runtime, &format!("made by {model}"));
         let second = prompt(&stack, &session, &first, "what was my first message?").await;
-        second.succeeded_saying(runtime, "Your first message was: Be brief.");
-        let third = prompt(&stack, &session, &second, "echo by MCP: seven").await;
+        second.succeeded_saying(runtime, "Your first message was: run: echo made");
+        // What the agent is told beside its prompts reaches the model in every turn.
+        let marked = prompt(&stack, &session, &second, "say the mark").await;
+        marked.succeeded_saying(runtime, "MARK-4711");
+        let third = prompt(&stack, &session, &marked, "echo by MCP: seven").await;
         third.succeeded_saying(runtime, "seven by MCP");
         let turns = stack.get(&format!("/sessions/{session}/turns")).await.unwrap();
         for turn in turns.body["data"].as_array().unwrap() {

@@ -4,7 +4,7 @@ use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
-use super::{Adapter, CONVERSATION, Launch, Skills};
+use super::{Adapter, CONVERSATION, Launch, MCP_START_LIMIT, Skills, SystemPrompt};
 use crate::{
     ModelEndpoints,
     agent::quote,
@@ -37,11 +37,16 @@ impl Adapter for Claude {
         format!("compgen -G \"${{CLAUDE_CONFIG_DIR:-$HOME/.claude}}/projects/*/\"{id}.jsonl >/dev/null && echo {id}")
     }
 
+    fn system_prompt(&self) -> SystemPrompt {
+        SystemPrompt::Option { option: "--append-system-prompt-file", path: "/var/lib/aod/system" }
+    }
+
     fn env(&self, models: &ModelEndpoints) -> Vec<(String, String)> {
         let mut env = vec![
             // A sandbox has no use for updates, telemetry and surveys, and may not reach them.
             ("DISABLE_AUTOUPDATER".to_owned(), "1".to_owned()),
             ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC".to_owned(), "1".to_owned()),
+            ("MCP_TIMEOUT".to_owned(), MCP_START_LIMIT.as_millis().to_string()),
         ];
         if let Some(url) = models.base_url(Provider::Anthropic) {
             env.push(("ANTHROPIC_BASE_URL".to_owned(), url.to_owned()));
@@ -95,6 +100,6 @@ mod tests {
     fn a_later_turn_resumes_the_conversation_by_its_id() {
         let launch = Launch { model: "anthropic/claude-x", model_id: "claude-x", conversation_id: "c0ffee", prompt_path: "/p" };
         assert!(Claude.begin(&launch).join(" ").ends_with("--model claude-x --session-id c0ffee"));
-        assert!(Claude.resume(&launch).join(" ").ends_with("--model claude-x --resume $CONVERSATION"));
+        assert!(Claude.resume(&launch).join(" ").ends_with("--model claude-x --resume $1"));
     }
 }

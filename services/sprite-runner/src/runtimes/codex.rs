@@ -4,7 +4,7 @@ use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
-use super::{Adapter, CONVERSATION, Launch, Skills, first_id};
+use super::{Adapter, CONVERSATION, Launch, MCP_START_LIMIT, Skills, SystemPrompt, first_id};
 use crate::{
     ModelEndpoints,
     usage::{Printed, Reader, number},
@@ -48,7 +48,11 @@ impl Adapter for Codex {
 
     /// It takes its key from a file of its own, which it writes with mode 0600.
     fn prepare(&self) -> &'static str {
-        "[ -z \"$OPENAI_API_KEY\" ] || said=$(printenv OPENAI_API_KEY | codex login --with-api-key 2>&1) || echo \"$said\" >&2"
+        "[ -z \"$OPENAI_API_KEY\" ] || (said=$(printenv OPENAI_API_KEY | codex login --with-api-key 2>&1) || echo \"$said\" >&2)"
+    }
+
+    fn system_prompt(&self) -> SystemPrompt {
+        SystemPrompt::Instructions("/home/sprite/.codex/AGENTS.md")
     }
 
     fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
@@ -95,10 +99,13 @@ fn variable(value: &str) -> Option<&str> {
 }
 
 fn mcp_server(transport: &McpTransport) -> Value {
+    let limit = MCP_START_LIMIT.as_secs();
     match transport {
-        McpTransport::Stdio { command, args, env } => json!({ "command": command, "args": args, "env": env }),
+        McpTransport::Stdio { command, args, env } => {
+            json!({ "command": command, "args": args, "env": env, "startup_timeout_sec": limit })
+        }
         McpTransport::Url { url, headers } => {
-            let mut server = Map::from_iter([("url".to_owned(), json!(url))]);
+            let mut server = Map::from_iter([("url".to_owned(), json!(url)), ("startup_timeout_sec".to_owned(), json!(limit))]);
             let (mut literal, mut variables) = (Map::new(), Map::new());
             for (name, value) in headers {
                 let bearer = value.strip_prefix("Bearer ").and_then(variable).filter(|_| name.eq_ignore_ascii_case("authorization"));
@@ -141,7 +148,7 @@ mod tests {
         let files = Codex.config_files(&[server], &ModelEndpoints { openai: Some("http://m/".to_owned()), ..ModelEndpoints::default() });
         let config: Value = toml::from_str(&files[0].1).unwrap();
         assert_eq!(config["openai_base_url"], "http://m/v1");
-        let expected = json!({ "url": "https://mcp.example", "bearer_token_env_var": "TOKEN", "env_http_headers": { "X-Key": "KEY" },
+        let expected = json!({ "url": "https://mcp.example", "startup_timeout_sec": 20, "bearer_token_env_var": "TOKEN", "env_http_headers": { "X-Key": "KEY" },
                                "http_headers": { "X-Plain": "a \"b\"" } });
         assert_eq!(config["mcp_servers"]["one"], expected);
     }

@@ -4,7 +4,7 @@ use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
-use super::{Adapter, CONVERSATION, Launch, Skills};
+use super::{Adapter, CONVERSATION, Launch, Skills, SystemPrompt};
 use crate::{
     ModelEndpoints,
     agent::quote,
@@ -36,6 +36,10 @@ impl Adapter for Gemini {
         let beginning = launch.conversation_id.get(..8).unwrap_or(launch.conversation_id);
         let id = quote(launch.conversation_id);
         format!("compgen -G \"$HOME/.gemini/tmp/*/chats/session-*-{beginning}.json*\" >/dev/null && echo {id}")
+    }
+
+    fn system_prompt(&self) -> SystemPrompt {
+        SystemPrompt::Instructions("/home/sprite/.gemini/GEMINI.md")
     }
 
     fn env(&self, models: &ModelEndpoints) -> Vec<(String, String)> {

@@ -4,7 +4,7 @@ use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
-use super::{Adapter, CONVERSATION, Launch, Skills, first_id};
+use super::{Adapter, CONVERSATION, Launch, Skills, SystemPrompt, first_id};
 use crate::{
     ModelEndpoints,
     usage::{Printed, Reader, micro_dollars, number},
@@ -38,6 +38,10 @@ impl Adapter for Opencode {
     /// It knows Google's key by another name.
     fn prepare(&self) -> &'static str {
         "[ -z \"$GEMINI_API_KEY\" ] || export GOOGLE_GENERATIVE_AI_API_KEY=\"${GOOGLE_GENERATIVE_AI_API_KEY:-$GEMINI_API_KEY}\""
+    }
+
+    fn system_prompt(&self) -> SystemPrompt {
+        SystemPrompt::Instructions("/home/sprite/.config/opencode/AGENTS.md")
     }
 
     fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {

@@ -2,7 +2,7 @@
 
 use types::McpServer;
 
-use super::{Adapter, Launch, Skills, Stdin};
+use super::{Adapter, Launch, Skills, Stdin, SystemPrompt};
 use crate::ModelEndpoints;
 
 pub struct Shell;
@@ -27,6 +27,14 @@ impl Adapter for Shell {
 
     fn stdin(&self) -> Stdin {
         Stdin::Empty
+    }
+
+    fn system_prompt(&self) -> SystemPrompt {
+        SystemPrompt::BeforeThePrompt
+    }
+
+    fn is_shell(&self) -> bool {
+        true
     }
 
     fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
