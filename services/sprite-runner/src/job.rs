@@ -14,6 +14,9 @@ pub const ROOT: &str = "/var/lib/aod";
 pub const ENV_FILE: &str = "/var/lib/aod/env";
 
 const SUPERVISE: &str = include_str!("../scripts/supervise.pl");
+const MCP_START: &str = include_str!("../scripts/mcp-start.pl");
+/// Runs an MCP server that has to answer within a limit.
+pub const MCP_START_PATH: &str = "/var/lib/aod/mcp-start.pl";
 const FOLLOW: &str = include_str!("../scripts/follow.pl");
 
 /// What `supervise.pl` reads.
@@ -87,8 +90,12 @@ impl Status {
 /// Writes what every job of a session needs.
 pub async fn write_tools(sprite: &Sprite) -> Result<(), sprites::Error> {
     let (supervise, follow) = (format!("{ROOT}/supervise.pl"), format!("{ROOT}/follow.pl"));
-    let (supervise, follow) = tokio::join!(sprite.write(&supervise, SUPERVISE, 0o700), sprite.write(&follow, FOLLOW, 0o700));
-    supervise.and(follow)
+    let (supervise, follow, mcp_start) = tokio::join!(
+        sprite.write(&supervise, SUPERVISE, 0o700),
+        sprite.write(&follow, FOLLOW, 0o700),
+        sprite.write(MCP_START_PATH, MCP_START, 0o755),
+    );
+    supervise.and(follow).and(mcp_start)
 }
 
 /// Shell: starts the job if it was not started, then reports on it from the given offsets of its spool; on its end alone without them.

@@ -10,7 +10,11 @@ use std::{collections::BTreeSet, time::Duration};
 
 use types::{McpServer, Runtime};
 
-use crate::{ModelEndpoints, job::ROOT, usage};
+use crate::{
+    ModelEndpoints,
+    job::{MCP_START_PATH, ROOT},
+    usage,
+};
 
 /// What a CLI needs to know about a turn.
 #[derive(Debug)]
@@ -27,6 +31,12 @@ pub struct Launch<'a> {
 
 /// An MCP server that is not there by then is left out, where the CLI can be told so: a turn does not wait for it.
 pub const MCP_START_LIMIT: Duration = Duration::from_secs(20);
+
+/// An MCP server's command, under [`MCP_START_LIMIT`]: for CLIs whose own limit is as long as that of a call.
+fn limited_command(command: &str, args: &[String]) -> Vec<String> {
+    let limited = ["perl", MCP_START_PATH, &MCP_START_LIMIT.as_secs().to_string(), command].map(str::to_owned);
+    limited.into_iter().chain(args.iter().cloned()).collect()
+}
 
 /// Stands in an argument list for what [`Adapter::find_conversation`] found.
 pub const CONVERSATION: &str = "$1";

@@ -25,5 +25,6 @@ mod rolling;
 mod runtimes;
 mod sprites_api;
 mod streams;
+mod supervision;
 mod tls;
 mod transport;

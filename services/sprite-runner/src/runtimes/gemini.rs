@@ -4,7 +4,7 @@ use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
-use super::{Adapter, CONVERSATION, Launch, Skills, SystemPrompt};
+use super::{Adapter, CONVERSATION, Launch, Skills, SystemPrompt, limited_command};
 use crate::{
     ModelEndpoints,
     agent::quote,
@@ -81,6 +81,10 @@ fn usage(printed: &Printed) -> Option<Usage> {
 fn mcp_server(transport: &McpTransport) -> Value {
     match transport {
         McpTransport::Url { url, headers } => json!({ "httpUrl": url, "headers": headers, "trust": true }),
-        McpTransport::Stdio { command, args, env } => json!({ "command": command, "args": args, "env": env, "trust": true }),
+        McpTransport::Stdio { command, args, env } => {
+            let argv = limited_command(command, args);
+            let (command, args) = argv.split_first().unwrap_or((command, args));
+            json!({ "command": command, "args": args, "env": env, "trust": true })
+        }
     }
 }

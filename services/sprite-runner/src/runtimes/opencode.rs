@@ -4,7 +4,7 @@ use contract::session::Usage;
 use serde_json::{Map, Value, json};
 use types::{McpServer, Provider, agent::McpTransport};
 
-use super::{Adapter, CONVERSATION, Launch, Skills, SystemPrompt, first_id};
+use super::{Adapter, CONVERSATION, Launch, Skills, SystemPrompt, first_id, limited_command};
 use crate::{
     ModelEndpoints,
     usage::{Printed, Reader, micro_dollars, number},
@@ -113,8 +113,7 @@ fn mcp_server(transport: &McpTransport) -> Value {
             json!({ "type": "remote", "url": url, "headers": headers, "enabled": true, "oauth": false })
         }
         McpTransport::Stdio { command, args, env } => {
-            let command: Vec<&String> = [command].into_iter().chain(args).collect();
-            json!({ "type": "local", "command": command, "environment": env, "enabled": true })
+            json!({ "type": "local", "command": limited_command(command, args), "environment": env, "enabled": true })
         }
     }
 }
