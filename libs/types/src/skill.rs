@@ -77,8 +77,20 @@ pub fn skill_file(skill: &InlineSkill) -> String {
     // JSON is YAML.
     let plain = |key: &String| key.bytes().all(|c| c.is_ascii_alphabetic() || c == b'_' || c == b'-') && !key.is_empty();
     let key = |key: &String| if plain(key) { key.clone() } else { Value::from(key.as_str()).to_string() };
-    let lines: String = fields.iter().map(|(name, value)| format!("{}: {value}\n", key(name))).collect();
+    let value = |value: &Value| match value.as_str() {
+        Some(text) if is_plain(text) => text.to_owned(),
+        _ => value.to_string(),
+    };
+    let lines: String = fields.iter().map(|(name, field)| format!("{}: {}\n", key(name), value(field))).collect();
     format!("---\n{lines}---\n\n{}", parts.body.trim_start_matches('\n'))
+}
+
+/// A skill's name that no YAML reader takes for anything but a text.
+fn is_plain(text: &str) -> bool {
+    const OTHER: [&str; 10] = ["true", "false", "null", "yes", "no", "on", "off", "y", "n", "nan"];
+    text.starts_with(|c: char| c.is_ascii_lowercase())
+        && text.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-')
+        && !OTHER.contains(&text)
 }
 
 #[cfg(test)]
@@ -104,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_text_without_front_matter_gets_it() {
-        let added = "---\nname: \"sea\"\ndescription: \"Knows: \\\"blue\\\"\"\n---\n\n";
+        let added = "---\nname: sea\ndescription: \"Knows: \\\"blue\\\"\"\n---\n\n";
         for body in ["Look.", "---\nText below a rule.\n", "---\nText between two rules.\n---\nMore.", "----\nname: x\n---\n", ""] {
             assert_eq!(file(body), format!("{added}{body}"), "{body:?}");
         }
@@ -116,7 +128,7 @@ mod tests {
         let text = file("---\nallowed-tools: [Bash, Read]\n\"an odd key\": {a: 1}\nname: own\n---\n\nLook.");
         assert_eq!(
             text,
-            "---\ndescription: \"Knows: \\\"blue\\\"\"\nallowed-tools: [\"Bash\",\"Read\"]\n\"an odd key\": {\"a\":1}\nname: \"own\"\n---\n\nLook."
+            "---\ndescription: \"Knows: \\\"blue\\\"\"\nallowed-tools: [\"Bash\",\"Read\"]\n\"an odd key\": {\"a\":1}\nname: own\n---\n\nLook."
         );
     }
 

@@ -52,7 +52,7 @@ impl Agent {
         let options = match adapter.system_prompt() {
             // Only the first turn brings the text; every turn of the CLI's needs it.
             SystemPrompt::Option { option, path } => format!("[ ! -s {path} ] || set -- \"$@\" {option} {path}"),
-            SystemPrompt::Instructions(_) | SystemPrompt::BeforeThePrompt => String::new(),
+            SystemPrompt::Instructions(_) | SystemPrompt::Settings | SystemPrompt::BeforeThePrompt => String::new(),
         };
         let script = LAUNCH
             .replace("@prepare@", adapter.prepare())

@@ -97,7 +97,7 @@ impl Provisioning<'_> {
             stage(record, Stage::ProvisionSetup, self.run_steps(steps, contact)).await?;
         }
         let servers = runtimes::mcp_names(self.secrets.fill_in(self.setup.mcp_servers.clone()));
-        let mut config = self.adapter.config_files(&servers, self.models);
+        let mut config = self.adapter.config_files(&servers, self.models, &self.setup.system);
         config
             .extend(self.adapter.system_prompt().path().map(|path| (path, self.setup.system.clone())).filter(|(_, text)| !text.is_empty()));
         if !config.is_empty() {

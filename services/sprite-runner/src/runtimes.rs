@@ -60,6 +60,8 @@ pub enum SystemPrompt {
     Option { option: &'static str, path: &'static str },
     /// From a file of instructions that it reads by itself.
     Instructions(&'static str),
+    /// In its settings.
+    Settings,
     /// Not at all.
     BeforeThePrompt,
 }
@@ -69,7 +71,7 @@ impl SystemPrompt {
     pub fn path(self) -> Option<&'static str> {
         match self {
             Self::Option { path, .. } | Self::Instructions(path) => Some(path),
-            Self::BeforeThePrompt => None,
+            Self::Settings | Self::BeforeThePrompt => None,
         }
     }
 }
@@ -125,7 +127,7 @@ pub trait Adapter: Sync {
     /// Variables that are no secrets.
     fn env(&self, models: &ModelEndpoints) -> Vec<(String, String)>;
     /// Files to write before the first turn, by absolute path. They may hold the secrets of MCP servers.
-    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)>;
+    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints, system: &str) -> Vec<(&'static str, String)>;
     /// How to read what a turn used, where the CLI says so.
     fn usage(&self) -> Option<usage::Reader> {
         None

@@ -54,7 +54,7 @@ impl Adapter for Claude {
         env
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
+    fn config_files(&self, mcp_servers: &[McpServer], _: &ModelEndpoints, _: &str) -> Vec<(&'static str, String)> {
         // Asked nothing at its first start.
         let mut config = json!({ "hasCompletedOnboarding": true });
         let servers: Map<String, Value> = mcp_servers.iter().map(|server| (server.name.clone(), mcp_server(&server.transport))).collect();

@@ -52,18 +52,21 @@ impl Adapter for Codex {
     }
 
     fn system_prompt(&self) -> SystemPrompt {
-        SystemPrompt::Instructions("/home/sprite/.codex/AGENTS.md")
+        SystemPrompt::Settings
     }
 
     fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
         Vec::new()
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)> {
+    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints, system: &str) -> Vec<(&'static str, String)> {
         let mut config = Map::from_iter([
             ("check_for_update_on_startup".to_owned(), json!(false)),
             ("analytics".to_owned(), json!({ "enabled": false })),
         ]);
+        if !system.is_empty() {
+            config.insert("developer_instructions".to_owned(), system.into());
+        }
         if let Some(url) = models.base_url(Provider::Openai) {
             config.insert("openai_base_url".to_owned(), format!("{}/v1", url.trim_end_matches('/')).into());
         }
@@ -145,8 +148,13 @@ mod tests {
         let headers = headers.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect::<BTreeMap<_, _>>();
         let transport = McpTransport::Url { url: "https://mcp.example".to_owned(), headers };
         let server = McpServer { name: "one".to_owned(), transport };
-        let files = Codex.config_files(&[server], &ModelEndpoints { openai: Some("http://m/".to_owned()), ..ModelEndpoints::default() });
+        let files = Codex.config_files(
+            &[server],
+            &ModelEndpoints { openai: Some("http://m/".to_owned()), ..ModelEndpoints::default() },
+            "Be \"brief\".\n",
+        );
         let config: Value = toml::from_str(&files[0].1).unwrap();
+        assert_eq!(config["developer_instructions"], "Be \"brief\".\n");
         assert_eq!(config["openai_base_url"], "http://m/v1");
         let expected = json!({ "url": "https://mcp.example", "startup_timeout_sec": 20, "bearer_token_env_var": "TOKEN", "env_http_headers": { "X-Key": "KEY" },
                                "http_headers": { "X-Plain": "a \"b\"" } });

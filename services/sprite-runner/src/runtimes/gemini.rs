@@ -47,7 +47,7 @@ impl Adapter for Gemini {
         url.map(|url| ("GOOGLE_GEMINI_BASE_URL".to_owned(), url.to_owned())).into_iter().collect()
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
+    fn config_files(&self, mcp_servers: &[McpServer], _: &ModelEndpoints, _: &str) -> Vec<(&'static str, String)> {
         let servers: Map<String, Value> = mcp_servers.iter().map(|server| (server.name.clone(), mcp_server(&server.transport))).collect();
         // A sandbox has no use for updates and telemetry, and may not reach them.
         let settings = json!({

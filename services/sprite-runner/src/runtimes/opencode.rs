@@ -49,7 +49,7 @@ impl Adapter for Opencode {
         ["OPENCODE_DISABLE_MODELS_FETCH", "OPENCODE_DISABLE_AUTOUPDATE"].map(|name| (name.to_owned(), "1".to_owned())).into()
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)> {
+    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints, _: &str) -> Vec<(&'static str, String)> {
         let versions =
             [(Provider::Anthropic, "anthropic", "v1"), (Provider::Openai, "openai", "v1"), (Provider::Google, "google", "v1beta")];
         let providers = versions.into_iter().filter_map(|(provider, name, version)| {

@@ -41,7 +41,7 @@ impl Adapter for Shell {
         Vec::new()
     }
 
-    fn config_files(&self, _: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
+    fn config_files(&self, _: &[McpServer], _: &ModelEndpoints, _: &str) -> Vec<(&'static str, String)> {
         Vec::new()
     }
 
