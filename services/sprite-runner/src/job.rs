@@ -5,6 +5,7 @@
 
 use std::{fmt::Write as _, time::Duration};
 
+use futures::future::try_join_all;
 use sprites::Sprite;
 use types::limits::KILL_GRACE;
 
@@ -89,13 +90,9 @@ impl Status {
 
 /// Writes what every job of a session needs.
 pub async fn write_tools(sprite: &Sprite) -> Result<(), sprites::Error> {
-    let (supervise, follow) = (format!("{ROOT}/supervise.pl"), format!("{ROOT}/follow.pl"));
-    let (supervise, follow, mcp_start) = tokio::join!(
-        sprite.write(&supervise, SUPERVISE, 0o700),
-        sprite.write(&follow, FOLLOW, 0o700),
-        sprite.write(MCP_START_PATH, MCP_START, 0o755),
-    );
-    supervise.and(follow).and(mcp_start)
+    let tools = [("supervise.pl", SUPERVISE, 0o700), ("follow.pl", FOLLOW, 0o700), ("mcp-start.pl", MCP_START, 0o755)];
+    let written = tools.map(async |(name, text, mode)| sprite.write(&format!("{ROOT}/{name}"), text, mode).await);
+    try_join_all(written).await.map(drop)
 }
 
 /// Shell: starts the job if it was not started, then reports on it from the given offsets of its spool; on its end alone without them.
