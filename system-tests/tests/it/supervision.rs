@@ -37,7 +37,7 @@ async fn environment(stack: &Stack, setup_script: &str) -> String {
 
 /// Each prompt, what it prints and its exit code.
 const PROMPTS: [(&str, &str, i64); 12] = [
-    ("echo one; echo two >/dev/stdout; echo three | tee /dev/stdout >/dev/null; echo four", "one\ntwo\nthree\nfour\n", 0),
+    ("echo one; echo two >/dev/stdout; echo three | tee /dev/stderr 2>/dev/null; echo four", "one\ntwo\nthree\nfour\n", 0),
     ("echo one; echo two | dd of=/dev/stdout 2>/dev/null; echo three >>/dev/stdout", "one\ntwo\nthree\n", 0),
     ("echo one; echo two >/proc/self/fd/1; : >/dev/stderr; echo three", "one\ntwo\nthree\n", 0),
     ("exec > >(sed -u s/^/x:/); echo a; echo b", "x:a\nx:b\n", 0),
