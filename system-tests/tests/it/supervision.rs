@@ -43,7 +43,7 @@ const PROMPTS: [(&str, &str, i64); 12] = [
     ("exec > >(sed -u s/^/x:/); echo a; echo b", "x:a\nx:b\n", 0),
     ("(sleep 1; echo late) & echo first; exit 4", "first\nlate\n", 4),
     ("(sleep 60; echo too late) & echo first; exit 4", "first\n", 4),
-    ("pkill bash; pkill perl; pkill -f aod; sleep 0.3; echo after; exit 5", "after\n", 5),
+    ("pkill perl; pkill -f supervise; pkill -x aod; sleep 0.3; echo after; exit 5", "after\n", 5),
     ("kill -9 $PPID 2>/dev/null; echo after; exit 5", "after\n", 5),
     ("kill -9 -1; echo after; exit 6", "after\n", 6),
     ("rm -rf ~ 2>/dev/null; echo after; exit 7", "after\n", 7),
