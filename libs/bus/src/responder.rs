@@ -61,9 +61,17 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
         let (handler, permits) = (Arc::new(handler), Arc::new(Semaphore::new(CONCURRENCY)));
         let (state, service, tasks, stop) = (self.state.clone(), self.service.clone(), self.tasks.clone(), self.stop.clone());
         self.tasks.spawn(async move {
+            let mut stopping = false;
             loop {
                 let request = tokio::select! {
-                    () = stop.cancelled() => break,
+                    // No more are delivered from here on; those that were are served before the loop ends.
+                    () = stop.cancelled(), if !stopping => {
+                        stopping = true;
+                        if endpoint.stop().await.is_err() {
+                            break;
+                        }
+                        continue;
+                    }
                     request = endpoint.next() => match request { Some(request) => request, None => break },
                 };
                 if is_delivery(&request.message) {
@@ -104,7 +112,6 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
                 });
             }
             // Requests that were accepted still get their answers: the tracker waits for them.
-            let _ = endpoint.stop().await;
             drop(service);
         });
         Ok(())
