@@ -197,3 +197,50 @@ fn what_watches_the_services_knows_them() {
         assert!(alerts.contains(&format!("docs/runbook.md#{}", name.to_lowercase())), "{name} does not lead to its section");
     }
 }
+
+/// Every tracked Markdown file, by its path from the root.
+fn prose() -> Vec<(String, String)> {
+    let output = Command::new("git").args(["ls-files", "-z", "*.md"]).current_dir(root()).output().unwrap();
+    let paths = String::from_utf8(output.stdout).unwrap();
+    let read = |path: &str| (path.to_owned(), std::fs::read_to_string(root().join(path)).unwrap());
+    paths.split('\0').filter(|path| !path.is_empty()).map(read).collect()
+}
+
+#[test]
+fn links_in_documents_lead_to_files_of_the_repository() {
+    let prose = prose();
+    assert!(prose.len() > 10, "{}", prose.len());
+    for (path, text) in prose {
+        let folder = root().join(&path).parent().unwrap().to_owned();
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for target in targets.filter(|target| !target.contains("://") && !target.starts_with('#')) {
+            let file = target.split('#').next().unwrap();
+            assert!(folder.join(file).exists(), "{path} links to {target}, which does not exist");
+        }
+    }
+}
+
+/// Phrases of the old, private dialect. Add to the list what has been rewritten everywhere.
+const BANNED_PHRASES: &[&str] =
+    &["had which secrets unsealed", "harmless twice and beside", "leave dead what dies", "may be broken off and begun again"];
+
+#[test]
+fn documents_avoid_banned_phrases() {
+    for (path, text) in prose() {
+        let text = text.to_lowercase();
+        for phrase in BANNED_PHRASES {
+            assert!(!text.contains(phrase), "{path} says {phrase:?}");
+        }
+    }
+}
+
+#[test]
+fn one_version_is_everywhere() {
+    let version = env!("CARGO_PKG_VERSION");
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
+    let chart = read("helm/agent-on-demand/Chart.yaml");
+    for line in [format!("version: {version}"), format!("appVersion: {version}")] {
+        assert!(chart.lines().any(|found| found == line), "the chart lacks {line}");
+    }
+    assert!(read("CHANGELOG.md").contains(&format!("\n## [{version}]")), "CHANGELOG.md has no section {version}");
+}

@@ -29,13 +29,15 @@ use crate::{
 };
 
 #[derive(Debug, Args)]
-#[command(after_help = "Reaches the bus as the user `operator`: at NATS_URL with the password in NATS_PASSWORD (or in the file that \
-                        NATS_PASSWORD_FILE names), over TLS where NATS_CA_FILE names a certificate authority. Without NATS_URL, the stack that `aod dev` runs on this machine is meant.")]
+#[command(
+    after_help = "Connects to NATS_URL as the user `operator` with NATS_PASSWORD or NATS_PASSWORD_FILE; NATS_CA_FILE names the certificate \
+                        authority of a server with TLS. Without NATS_URL, connects to the stack that `aod dev` runs on this machine."
+)]
 pub struct AdminArgs {
-    /// The data directory of the `aod dev` that is meant
+    /// Data directory of the `aod dev` stack to manage
     #[arg(long, global = true, conflicts_with = "nats_url")]
     data_dir: Option<PathBuf>,
-    /// Where NATS is
+    /// URL of NATS
     #[arg(long, env = "NATS_URL", global = true, hide_env_values = true)]
     nats_url: Option<String>,
     #[command(subcommand)]
@@ -44,39 +46,39 @@ pub struct AdminArgs {
 
 #[derive(Debug, Subcommand)]
 enum Admin {
-    /// Make the first user and key of an empty deployment; the key is shown this once
+    /// Create the first user and API key of an empty deployment; the key is shown only once
     Bootstrap {
-        /// The user's name
+        /// Name of the user
         #[arg(long, default_value = "admin")]
         user: String,
     },
-    /// Users: owners of everything else
+    /// Manage users
     #[command(subcommand)]
     User(Users),
-    /// The keys of a user
+    /// Manage the API keys of a user
     #[command(subcommand)]
     Key(Keys),
-    /// How many sessions a user may have active at once
+    /// Manage how many sessions a user may have active at once
     #[command(subcommand)]
     Quota(Quotas),
-    /// The credentials of a user
+    /// Manage the credentials of a user
     #[command(subcommand)]
     Credential(Credentials),
-    /// The keys that stored secrets are encrypted with
+    /// Manage the keys that stored secrets are encrypted with
     #[command(subcommand)]
     Vault(Vault),
-    /// Jobs that could not be handled, the newest first
+    /// List dead-lettered jobs, newest first
     DeadLetters {
-        /// How many
+        /// Print at most this many jobs
         #[arg(long, default_value_t = 100)]
         limit: usize,
     },
-    /// Who had which secrets unsealed, the newest first
+    /// List which runner redeemed which secrets, newest first
     Audit {
-        /// Only of this session
+        /// Only redemptions of this session
         #[arg(long)]
         session: Option<String>,
-        /// How many redemptions
+        /// Print at most this many redemptions
         #[arg(long, default_value_t = 100)]
         limit: u32,
     },
@@ -84,53 +86,66 @@ enum Admin {
 
 #[derive(Debug, Subcommand)]
 enum Vault {
-    /// Which versions of the key are in use
+    /// Print which key versions are in use
     Status,
-    /// Move every secret to the newest version; may be broken off and begun again at any time
+    /// Re-wrap all secrets with the newest key version (safe to interrupt and rerun)
     Rotate,
 }
 
 #[derive(Debug, Subcommand)]
 enum Users {
+    /// Create a user
     Create {
+        /// Name of the user
         name: String,
     },
+    /// List users
     List,
-    /// None of the user's keys works until the user is enabled again
+    /// Disable a user: none of its keys work until it is enabled again
     Disable {
+        /// Name of the user
         name: String,
     },
+    /// Enable a disabled user
     Enable {
+        /// Name of the user
         name: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 enum Keys {
-    /// Make a key; it is shown this once
+    /// Create a key; it is shown only once
+    #[command(after_help = "Example:\n  aod admin key create alice --expires-in-days 90")]
     Create {
+        /// Name of the user
         user: String,
         /// What the key is for
         #[arg(long, default_value = "operator")]
         name: String,
-        /// Days until it expires; never without
+        /// Days until the key expires; without this it never does
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..=36_500))]
         expires_in_days: Option<u32>,
     },
+    /// List the keys of a user
     List {
+        /// Name of the user
         user: String,
     },
+    /// Deactivate a key
     Revoke {
+        /// Name of the user
         user: String,
-        /// The key's id
+        /// Id of the key
         id: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 enum Quotas {
-    /// Set a user's limit
+    /// Set the limit of a user
     Set {
+        /// Name of the user
         user: String,
         /// A number from 1, or `default`
         limit: Limit,
@@ -155,14 +170,21 @@ impl std::str::FromStr for Limit {
 enum Credentials {
     /// Store a credential; its value is asked for, or read from standard input
     Set {
+        /// Name of the user
         user: String,
+        /// What the credential is for
         kind: Kind,
     },
+    /// List the stored credentials of a user; values are never shown
     List {
+        /// Name of the user
         user: String,
     },
+    /// Delete a credential
     Delete {
+        /// Name of the user
         user: String,
+        /// What the credential is for
         kind: Kind,
     },
 }
@@ -323,7 +345,7 @@ impl Operator {
             let step = self.call::<rpc::RotateKeys>(&RotateKeysRequest { after_secret_id: after }).await?;
             rotated += step.rotated;
             damaged.extend(step.damaged_secret_ids);
-            eprintln!("{rotated} moved to key version {}, {} left", step.version, step.remaining);
+            note!("{rotated} moved to key version {}, {} left", step.version, step.remaining);
             let at_the_end = step.last_secret_id.is_none();
             after = step.last_secret_id;
             if !damaged.is_empty() && at_the_end {

@@ -1,296 +1,474 @@
 //! The commands and their arguments.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use secrecy::ExposeSecret as _;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{
     admin,
-    client::{Api, ApiFailure},
+    client::{Api, ApiFailure, Page},
     credential::Kind,
     deploy, dev,
     output::{Output, Table},
+    prompt::PromptArgs,
     run, secret_input,
 };
 
-/// Run AI coding agents in sandboxes, and follow what they do.
+/// Run AI coding agents in sandboxes and stream what they do
 #[derive(Debug, Parser)]
-#[command(name = "aod", version, about, max_term_width = 100)]
+#[command(
+    name = "aod",
+    version,
+    about = "Run AI coding agents in sandboxes and stream what they do",
+    after_help = "Client commands read the API key from AOD_API_TOKEN.\n\n\
+                  Exit status: 0 on success, 1 on failure, 2 on wrong usage; `aod run` exits with the turn's exit code.\n\n\
+                  Examples:\n  aod dev --scripted-model\n  aod run 'write a haiku'\n  aod run --runtime shell 'echo hi'\n  aod logs -f SESSION",
+    max_term_width = 100
+)]
 pub struct Cli {
-    /// The API to call
-    #[arg(long, env = "AOD_API_URL", default_value = "http://127.0.0.1:8777", global = true)]
-    api_url: String,
-    /// How answers are printed
+    /// Output format
     #[arg(long, value_enum, default_value_t = Output::Text, global = true)]
     output: Output,
     #[command(subcommand)]
     command: Command,
 }
 
+/// Where the API is.
+#[derive(Debug, Args)]
+pub struct ApiArgs {
+    /// URL of the API
+    #[arg(long, env = "AOD_API_URL", default_value = "http://127.0.0.1:8777", global = true)]
+    api_url: String,
+}
+
+/// Client commands of one kind of resource.
+#[derive(Debug, Args)]
+struct Client<C: Subcommand> {
+    #[command(flatten)]
+    api: ApiArgs,
+    #[command(subcommand)]
+    command: C,
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a prompt in a new session and follow it; the exit code is the turn's
-    Run(run::RunArgs),
-    /// Print what a session has shown, and with -f what it goes on to show
-    Logs(run::LogsArgs),
-    /// Agents: templates that sessions run
-    #[command(subcommand)]
-    Agents(Agents),
-    /// Environments: how sandboxes are set up
-    #[command(subcommand)]
-    Envs(Envs),
-    /// Sessions: an agent running, turn after turn
-    #[command(subcommand)]
-    Sessions(Sessions),
-    /// Credentials: what agents call models with
-    #[command(subcommand)]
-    Credentials(Credentials),
-    /// API keys
-    #[command(subcommand)]
-    Keys(Keys),
-    /// For operators: users, keys, quotas, credentials
+    /// Run a prompt in a new session and print its output; exits with the turn's exit code
+    #[command(after_help = run::RUN_EXAMPLES)]
+    Run {
+        #[command(flatten)]
+        api: ApiArgs,
+        #[command(flatten)]
+        args: Box<run::RunArgs>,
+    },
+    /// Print a session's output; with -f also what it writes from now on
+    #[command(after_help = "Examples:\n  aod logs SESSION\n  aod logs -f --since 1200 SESSION")]
+    Logs {
+        #[command(flatten)]
+        api: ApiArgs,
+        #[command(flatten)]
+        args: run::LogsArgs,
+    },
+    /// Manage agents: what a session runs (runtime, model, instructions)
+    Agents(Client<Agents>),
+    /// Manage environments: how sandboxes are set up
+    Envs(Client<Envs>),
+    /// Manage sessions: one agent running turn after turn in one sandbox
+    Sessions(Client<Sessions>),
+    /// Manage credentials: the keys that agents call models with
+    Credentials(Client<Credentials>),
+    /// Manage API keys
+    Keys(Client<Keys>),
+    /// Manage users, keys, quotas and stored secrets as the operator, over NATS
     Admin(admin::AdminArgs),
-    /// For setting a deployment up: its secrets, and what the services need in Postgres
+    /// Prepare a deployment: generate secrets, create database roles and schemas
     #[command(subcommand)]
     Deploy(deploy::DeployArgs),
-    /// Run the whole stack on this machine
+    /// Run the whole stack on this machine until Ctrl-C
     Dev(dev::DevArgs),
-    /// Whether the API and all that is behind it is healthy; 0 if it is. Needs no key
-    Health,
-    /// Print completions for a shell
-    Completions { shell: clap_complete::Shell },
+    /// Print the health of the API and of the services behind it; exits with 0 if healthy, needs no key
+    Health(ApiArgs),
+    /// Print shell completions
+    #[command(after_help = "Example:\n  aod completions bash > /etc/bash_completion.d/aod")]
+    Completions {
+        /// Shell to complete for
+        shell: clap_complete::Shell,
+    },
 }
 
 #[derive(Debug, Subcommand)]
 enum Agents {
-    List,
+    /// List agents that are not archived, newest first
+    List(Page),
+    /// Print an agent
     Get {
+        /// Id of the agent
         id: String,
     },
+    /// Create an agent
+    #[command(
+        after_help = "Example:\n  aod agents create --name reviewer --runtime claude --model claude-sonnet-4-5 --system 'Review code.'"
+    )]
     Create {
+        /// Name, at most 200 characters
         #[arg(long)]
         name: String,
+        /// Model, with or without its provider: claude-sonnet-4-5 or anthropic/claude-sonnet-4-5
         #[arg(long)]
         model: String,
+        /// Runtime: claude, codex, gemini, opencode, or shell where the deployment allows it
         #[arg(long)]
         runtime: String,
-        /// Instructions that precede the first prompt
+        /// System prompt
         #[arg(long)]
         system: Option<String>,
-        #[arg(long)]
+        /// Id of the environment that sessions use by default
+        #[arg(long, value_name = "ID")]
         environment: Option<String>,
     },
-    /// The versions of an agent, newest first
+    /// List the versions of an agent, newest first
     Versions {
+        /// Id of the agent
         id: String,
+        #[command(flatten)]
+        page: Page,
     },
+    /// Archive an agent: it can no longer be changed or start sessions
     Archive {
+        /// Id of the agent
         id: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 enum Envs {
-    List,
+    /// List environments that are not archived, newest first
+    List(Page),
+    /// Print an environment
     Get {
+        /// Id of the environment
         id: String,
     },
+    /// Create an environment
+    #[command(after_help = "Example:\n  aod envs create --name python --setup-script setup.sh --env-file .env")]
     Create {
+        /// Name, unique among your active environments
         #[arg(long)]
         name: String,
-        /// A bash script that sets the sandbox up
-        #[arg(long)]
+        /// Bash script that sets up the sandbox
+        #[arg(long, value_name = "FILE")]
         setup_script: Option<PathBuf>,
-        /// A file of NAME=value lines
-        #[arg(long)]
+        /// File of NAME=VALUE lines; empty lines and lines that start with # are skipped
+        #[arg(long, value_name = "FILE")]
         env_file: Option<PathBuf>,
     },
-    /// The versions of an environment, newest first
+    /// List the versions of an environment, newest first
     Versions {
+        /// Id of the environment
         id: String,
+        #[command(flatten)]
+        page: Page,
     },
+    /// Archive an environment: it can no longer be changed or used by new sessions
     Archive {
+        /// Id of the environment
         id: String,
     },
     /// Delete an environment that no session refers to
     Delete {
+        /// Id of the environment
         id: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 enum Sessions {
-    List,
+    /// List sessions, newest first
+    List(Page),
+    /// Print a session
     Get {
+        /// Id of the session
         id: String,
     },
+    /// Start a session without following it; `aod run` follows
+    #[command(after_help = "Example:\n  aod sessions create --agent AGENT 'write a haiku'")]
     Create {
-        #[arg(long)]
+        /// Id of the agent
+        #[arg(long, value_name = "ID")]
         agent: String,
         /// Seconds for each turn, 10 to 3600
-        #[arg(long)]
+        #[arg(long, value_name = "SECONDS")]
         timeout: Option<u32>,
-        prompt: String,
+        #[command(flatten)]
+        prompt: PromptArgs,
     },
-    /// The turns of a session
+    /// List the turns of a session, oldest first
     Turns {
+        /// Id of the session
         id: String,
+        #[command(flatten)]
+        page: Page,
     },
-    /// The next turn of a completed session
+    /// Start the next turn of a completed session without following it
     Prompt {
+        /// Id of the session
         id: String,
-        prompt: String,
+        #[command(flatten)]
+        prompt: PromptArgs,
     },
+    /// Stop a session and delete its sandbox
     Terminate {
+        /// Id of the session
         id: String,
     },
-    /// Delete a session that is not active, with all that belongs to it
+    /// Delete a session that is not active, with its output
     Delete {
+        /// Id of the session
         id: String,
     },
 }
 
 #[derive(Debug, Subcommand)]
 enum Credentials {
+    /// List stored credentials; values are never shown
     List,
-    /// Store a credential; its value is read from standard input
+    /// Store a credential; its value is asked for, or read from standard input
+    #[command(after_help = "Example:\n  aod credentials set provider:anthropic < key.txt")]
     Set {
+        /// What the credential is for
         kind: Kind,
     },
+    /// Delete a credential
     Delete {
+        /// What the credential is for
         kind: Kind,
     },
 }
 
 #[derive(Debug, Subcommand)]
 enum Keys {
-    List,
-    /// Make a key; it is shown this once
+    /// List API keys, newest first
+    List(Page),
+    /// Create an API key; it is shown only once
     Create {
+        /// Name, at most 100 characters
         #[arg(long)]
         name: String,
     },
+    /// Deactivate an API key
     Revoke {
+        /// Id of the key
         id: String,
     },
 }
 
 impl Cli {
     pub async fn run(self) -> ExitCode {
+        let output = self.output;
         match self.command {
-            Command::Dev(args) => return dev::run(args).await,
-            Command::Admin(args) => {
-                return match args.run(self.output).await {
-                    Ok(()) => ExitCode::SUCCESS,
-                    Err(error) => {
-                        eprintln!("aod admin: {error}");
-                        ExitCode::FAILURE
-                    }
-                };
-            }
-            Command::Deploy(args) => {
-                return match args.run().await {
-                    Ok(()) => ExitCode::SUCCESS,
-                    Err(error) => {
-                        eprintln!("aod deploy: {error}");
-                        ExitCode::FAILURE
-                    }
-                };
-            }
-            Command::Health => {
-                return match crate::client::health(&self.api_url).await {
-                    Ok((healthy, checks)) => {
-                        self.output.one(&checks);
-                        if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-                    }
-                    Err(error) => {
-                        eprintln!("aod: {error}");
-                        ExitCode::FAILURE
-                    }
-                };
-            }
+            Command::Dev(args) => dev::run(args).await,
+            Command::Admin(args) => finish("aod admin", args.run(output).await.map(|()| ExitCode::SUCCESS)),
+            Command::Deploy(args) => finish("aod deploy", args.run().await.map(|()| ExitCode::SUCCESS)),
             Command::Completions { shell } => {
-                clap_complete::generate(shell, &mut Self::command(), "aod", &mut std::io::stdout());
-                return ExitCode::SUCCESS;
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "aod", &mut script);
+                crate::output::write(&script);
+                ExitCode::SUCCESS
             }
-            _ => {}
+            Command::Health(api) => {
+                let health = crate::client::health(&api.api_url).await;
+                finish(
+                    "aod",
+                    health.map(|(healthy, checks)| {
+                        output.one(&checks);
+                        if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+                    }),
+                )
+            }
+            Command::Run { api, args } => finish("aod", async { run::run(&api.connect()?, *args, output).await }.await),
+            Command::Logs { api, args } => finish("aod", async { run::logs(&api.connect()?, args, output).await }.await),
+            Command::Agents(client) => client.call(output).await,
+            Command::Envs(client) => client.call(output).await,
+            Command::Sessions(client) => client.call(output).await,
+            Command::Credentials(client) => client.call(output).await,
+            Command::Keys(client) => client.call(output).await,
         }
-        let done = async {
-            let api = Api::from_env(&self.api_url)?;
-            match self.command {
-                Command::Run(args) => run::run(&api, args, self.output).await,
-                Command::Logs(args) => run::logs(&api, args, self.output).await,
-                command => command.call(&api, self.output).await.map(|()| ExitCode::SUCCESS),
-            }
-        };
-        done.await.unwrap_or_else(|error: ApiFailure| {
-            eprintln!("aod: {error}");
-            ExitCode::FAILURE
-        })
     }
 }
 
-impl Command {
+fn finish<E: std::fmt::Display>(name: &str, result: Result<ExitCode, E>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        note!("{name}: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+impl ApiArgs {
+    fn connect(&self) -> Result<Api, ApiFailure> {
+        Api::from_env(&self.api_url)
+    }
+}
+
+/// A command that calls the API and prints the answer.
+trait Call: Subcommand {
+    async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure>;
+}
+
+impl<C: Call> Client<C> {
+    async fn call(self, output: Output) -> ExitCode {
+        finish("aod", async { self.command.call(&self.api.connect()?, output).await.map(|()| ExitCode::SUCCESS) }.await)
+    }
+}
+
+/// Prints one page of a list, and on standard error how to get the next one.
+async fn list(api: &Api, path: &str, page: &Page, output: Output, table: Table) -> Result<(), ApiFailure> {
+    let (rows, next) = api.page(path, page).await?;
+    output.list(&rows, table);
+    if let Some(cursor) = next {
+        note!("There are more: repeat the command with --cursor {cursor}");
+    }
+    Ok(())
+}
+
+const VERSIONS: Table = Table(&["version", "name", "created_at"]);
+
+impl Call for Agents {
     async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
         const AGENTS: Table = Table(&["id", "name", "runtime", "model", "created_at"]);
-        const ENVS: Table = Table(&["id", "name", "version", "created_at"]);
-        const VERSIONS: Table = Table(&["version", "name", "created_at"]);
-        const SESSIONS: Table = Table(&["id", "status", "runtime", "exit_code", "turn_count", "created_at"]);
-        const TURNS: Table = Table(&["turn_number", "status", "exit_code", "started_at", "ended_at", "prompt"]);
-        const CREDENTIALS: Table = Table(&["kind", "hint", "updated_at"]);
-        const KEYS: Table = Table(&["id", "name", "prefix", "is_active", "last_used_at"]);
         match self {
-            Self::Agents(Agents::List) => output.list(&api.list("/agents").await?, AGENTS),
-            Self::Agents(Agents::Get { id }) => output.one(&api.get(&format!("/agents/{id}")).await?),
-            Self::Agents(Agents::Create { name, model, runtime, system, environment }) => {
+            Self::List(page) => list(api, "/agents", &page, output, AGENTS).await?,
+            Self::Get { id } => output.one(&api.get(&format!("/agents/{id}")).await?),
+            Self::Create { name, model, runtime, system, environment } => {
                 let body = json!({ "name": name, "model": model, "runtime": runtime, "system": system, "environment_id": environment });
                 output.one(&api.post("/agents", &body).await?);
             }
-            Self::Agents(Agents::Versions { id }) => output.list(&api.list(&format!("/agents/{id}/versions")).await?, VERSIONS),
-            Self::Agents(Agents::Archive { id }) => output.one(&api.post(&format!("/agents/{id}/archive"), &Value::Null).await?),
-            Self::Envs(Envs::Versions { id }) => output.list(&api.list(&format!("/environments/{id}/versions")).await?, VERSIONS),
-            Self::Envs(Envs::Archive { id }) => output.one(&api.post(&format!("/environments/{id}/archive"), &Value::Null).await?),
-            Self::Envs(Envs::Delete { id }) => output.one(&api.delete(&format!("/environments/{id}/delete")).await?),
-            Self::Envs(Envs::List) => output.list(&api.list("/environments").await?, ENVS),
-            Self::Envs(Envs::Get { id }) => output.one(&api.get(&format!("/environments/{id}")).await?),
-            Self::Envs(Envs::Create { name, setup_script, env_file }) => {
-                let script = setup_script.map(|path| read_file(&path)).transpose()?;
-                let vars = env_file.map(|path| read_file(&path)).transpose()?.unwrap_or_default();
-                let vars: serde_json::Map<String, Value> = vars
-                    .lines()
-                    .filter(|line| !line.trim().is_empty() && !line.starts_with('#'))
-                    .filter_map(|line| line.split_once('=').map(|(name, value)| (name.trim().to_owned(), value.into())))
-                    .collect();
-                output.one(&api.post("/environments", &json!({ "name": name, "setup_script": script, "env_vars": vars })).await?);
-            }
-            Self::Sessions(Sessions::List) => output.list(&api.list("/sessions").await?, SESSIONS),
-            Self::Sessions(Sessions::Get { id }) => output.one(&api.get(&format!("/sessions/{id}")).await?),
-            Self::Sessions(Sessions::Create { agent, timeout, prompt }) => {
-                output.one(&api.post("/sessions", &json!({ "agent_id": agent, "prompt": prompt, "timeout": timeout })).await?);
-            }
-            Self::Sessions(Sessions::Turns { id }) => output.list(&api.list(&format!("/sessions/{id}/turns")).await?, TURNS),
-            Self::Sessions(Sessions::Prompt { id, prompt }) => {
-                output.one(&api.post(&format!("/sessions/{id}/prompt"), &json!({ "prompt": prompt })).await?);
-            }
-            Self::Sessions(Sessions::Terminate { id }) => output.one(&api.post(&format!("/sessions/{id}/terminate"), &Value::Null).await?),
-            Self::Sessions(Sessions::Delete { id }) => output.one(&api.delete(&format!("/sessions/{id}/delete")).await?),
-            Self::Credentials(Credentials::List) => output.list(&api.list("/credentials").await?, CREDENTIALS),
-            Self::Credentials(Credentials::Set { kind }) => {
-                let value = secret_input::read().map_err(ApiFailure::Local)?;
-                output.one(&api.put(&format!("/credentials/{}", kind.name()), &json!({ "value": value.expose_secret() })).await?);
-            }
-            Self::Credentials(Credentials::Delete { kind }) => output.one(&api.delete(&format!("/credentials/{}", kind.name())).await?),
-            Self::Keys(Keys::List) => output.list(&api.list("/api-keys").await?, KEYS),
-            Self::Keys(Keys::Create { name }) => output.one(&api.post("/api-keys", &json!({ "name": name })).await?),
-            Self::Keys(Keys::Revoke { id }) => output.one(&api.delete(&format!("/api-keys/{id}")).await?),
-            Self::Run(_) | Self::Logs(_) | Self::Dev(_) | Self::Admin(_) | Self::Deploy(_) | Self::Health | Self::Completions { .. } => {}
+            Self::Versions { id, page } => list(api, &format!("/agents/{id}/versions"), &page, output, VERSIONS).await?,
+            Self::Archive { id } => output.one(&api.post(&format!("/agents/{id}/archive"), &Value::Null).await?),
         }
         Ok(())
     }
 }
 
-fn read_file(path: &PathBuf) -> Result<String, ApiFailure> {
-    std::fs::read_to_string(path).map_err(|error| ApiFailure::Local(format!("{} cannot be read: {error}", path.display())))
+impl Call for Envs {
+    async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
+        const ENVS: Table = Table(&["id", "name", "version", "created_at"]);
+        match self {
+            Self::List(page) => list(api, "/environments", &page, output, ENVS).await?,
+            Self::Get { id } => output.one(&api.get(&format!("/environments/{id}")).await?),
+            Self::Create { name, setup_script, env_file } => {
+                let script = setup_script.map(|path| read_file(&path)).transpose()?;
+                let variables = env_file.map(|path| read_variables(&path)).transpose()?.unwrap_or_default();
+                output.one(&api.post("/environments", &json!({ "name": name, "setup_script": script, "env_vars": variables })).await?);
+            }
+            Self::Versions { id, page } => list(api, &format!("/environments/{id}/versions"), &page, output, VERSIONS).await?,
+            Self::Archive { id } => output.one(&api.post(&format!("/environments/{id}/archive"), &Value::Null).await?),
+            Self::Delete { id } => output.one(&api.delete(&format!("/environments/{id}/delete")).await?),
+        }
+        Ok(())
+    }
+}
+
+impl Call for Sessions {
+    async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
+        const SESSIONS: Table = Table(&["id", "status", "runtime", "exit_code", "turn_count", "created_at"]);
+        const TURNS: Table = Table(&["turn_number", "status", "exit_code", "started_at", "ended_at", "prompt"]);
+        match self {
+            Self::List(page) => list(api, "/sessions", &page, output, SESSIONS).await?,
+            Self::Get { id } => output.one(&api.get(&format!("/sessions/{id}")).await?),
+            Self::Create { agent, timeout, prompt } => {
+                output.one(&api.post("/sessions", &json!({ "agent_id": agent, "prompt": prompt.read()?, "timeout": timeout })).await?);
+            }
+            Self::Turns { id, page } => list(api, &format!("/sessions/{id}/turns"), &page, output, TURNS).await?,
+            Self::Prompt { id, prompt } => {
+                output.one(&api.post(&format!("/sessions/{id}/prompt"), &json!({ "prompt": prompt.read()? })).await?);
+            }
+            Self::Terminate { id } => output.one(&api.post(&format!("/sessions/{id}/terminate"), &Value::Null).await?),
+            Self::Delete { id } => output.one(&api.delete(&format!("/sessions/{id}/delete")).await?),
+        }
+        Ok(())
+    }
+}
+
+impl Call for Credentials {
+    async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
+        const CREDENTIALS: Table = Table(&["kind", "hint", "updated_at"]);
+        match self {
+            // There is one of each kind at most.
+            Self::List => output.list(&api.page("/credentials", &Page::default()).await?.0, CREDENTIALS),
+            Self::Set { kind } => {
+                let value = secret_input::read().map_err(ApiFailure::Local)?;
+                output.one(&api.put(&format!("/credentials/{}", kind.name()), &json!({ "value": value.expose_secret() })).await?);
+            }
+            Self::Delete { kind } => output.one(&api.delete(&format!("/credentials/{}", kind.name())).await?),
+        }
+        Ok(())
+    }
+}
+
+impl Call for Keys {
+    async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
+        const KEYS: Table = Table(&["id", "name", "prefix", "is_active", "last_used_at"]);
+        match self {
+            Self::List(page) => list(api, "/api-keys", &page, output, KEYS).await?,
+            Self::Create { name } => output.one(&api.post("/api-keys", &json!({ "name": name })).await?),
+            Self::Revoke { id } => output.one(&api.delete(&format!("/api-keys/{id}")).await?),
+        }
+        Ok(())
+    }
+}
+
+/// Reads a whole file as text.
+pub fn read_file(path: &Path) -> Result<String, ApiFailure> {
+    std::fs::read_to_string(path).map_err(|error| ApiFailure::Local(format!("cannot read {}: {error}", path.display())))
+}
+
+/// Reads a file of `NAME=VALUE` lines. A line without `=` is an error, for it would be lost in silence.
+fn read_variables(path: &Path) -> Result<Map<String, Value>, ApiFailure> {
+    let text = read_file(path)?;
+    let lines = text.lines().zip(1..).filter(|(line, _)| !line.trim().is_empty() && !line.trim_start().starts_with('#'));
+    let variable = |(line, number): (&str, u32)| {
+        let wrong = || ApiFailure::Local(format!("{}, line {number}: not NAME=VALUE", path.display()));
+        line.split_once('=').map(|(name, value)| (name.trim().to_owned(), value.into())).ok_or_else(wrong)
+    };
+    lines.map(variable).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Visits every command with what leads to it.
+    fn visit(command: &clap::Command, path: &str, check: &mut impl FnMut(&clap::Command, &str)) {
+        check(command, path);
+        command.get_subcommands().for_each(|sub| visit(sub, &format!("{path} {}", sub.get_name()), check));
+    }
+
+    #[test]
+    fn every_command_argument_and_flag_has_a_help_text() {
+        Cli::command().debug_assert();
+        let mut missing = Vec::new();
+        visit(&Cli::command(), "aod", &mut |command, path| {
+            if command.get_about().is_none() {
+                missing.push(path.to_owned());
+            }
+            missing.extend(command.get_arguments().filter(|arg| arg.get_help().is_none()).map(|arg| format!("{path}: {}", arg.get_id())));
+        });
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+
+    #[test]
+    fn only_commands_that_call_the_api_take_its_url() {
+        visit(&Cli::command(), "aod", &mut |command, path| {
+            let takes_url = command.get_arguments().any(|arg| arg.get_id() == "api_url");
+            let is_client = ["run", "logs", "agents", "envs", "sessions", "credentials", "keys", "health"];
+            let depth = path.split(' ').count();
+            assert!(depth != 2 || takes_url == is_client.contains(&command.get_name()), "{path}");
+        });
+        Cli::try_parse_from(["aod", "sessions", "list", "--api-url", "http://x"]).unwrap();
+        Cli::try_parse_from(["aod", "dev", "--api-url", "http://x"]).unwrap_err();
+    }
 }

@@ -20,24 +20,24 @@ const DATABASE_WAIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Subcommand)]
 pub enum DeployArgs {
-    /// Make the secrets of a deployment, a folder of files for each service; what is there already stays
-    #[command(after_help = "Each file is named after the setting that it is for: mount a service's folder, and set \
+    /// Generate the secrets of a deployment, one folder of files for each service; existing files are kept
+    #[command(after_help = "Each file is named after the setting that it is for. Mount a service's folder, and set \
                             NATS_PASSWORD_FILE=…/NATS_PASSWORD and so on. `nats/passwords.env` is for the server's environment, `database/` for \
                             `aod deploy database` and for Postgres' own first start.")]
     Secrets {
-        /// Where the folders are
+        /// Directory to create the folders in
         dir: PathBuf,
-        /// Where Postgres will be, and the database's name
+        /// Host, port and name of the database
         #[arg(long, default_value = "postgres:5432/aod")]
         database: String,
-        /// The user id that the services run as
+        /// User id that the services run as; it owns the files
         #[arg(long)]
         owner: Option<u32>,
     },
-    /// Make each service's role and schema in a database, or set their passwords anew
-    #[command(after_help = "Connects at DATABASE_URL (or as the file says that DATABASE_URL_FILE names), as the database's owner.")]
+    /// Create each service's role and schema in a database, or reset the passwords of existing roles
+    #[command(after_help = "Connects to DATABASE_URL (or to the URL in DATABASE_URL_FILE) as the owner of the database.")]
     Database {
-        /// The folder of passwords, a file for each service's role
+        /// Folder of passwords, one file for each role
         #[arg(long)]
         passwords: PathBuf,
     },
@@ -59,7 +59,7 @@ impl DeployArgs {
             Self::Adopt => {
                 let mut owner = connect("aod deploy adopt").await?;
                 store::provision::adopt(&mut owner).await.map_err(|error| format!("the database cannot be adopted: {error}"))?;
-                eprintln!("the database is this deployment's own");
+                note!("the database is this deployment's own");
                 Ok(())
             }
         }
@@ -160,7 +160,7 @@ async fn provision(passwords: &Path) -> Result<(), String> {
         let password = fs::read_to_string(&path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
         let provisioned = store::provision::provision(&mut owner, role, password.trim_end()).await;
         provisioned.map_err(|error| format!("role {role} cannot be made: {error}"))?;
-        eprintln!("role and schema {role}: ready");
+        note!("role and schema {role}: ready");
     }
     Ok(())
 }

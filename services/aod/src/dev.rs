@@ -5,6 +5,7 @@
 
 mod bootstrap;
 mod data;
+mod settings;
 mod stack;
 mod supervisor;
 mod tools;
@@ -19,39 +20,38 @@ use std::{
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{
-    dev::{data::DataDir, stack::Stack, tools::Tools},
-    output::print,
-};
+use crate::dev::{data::DataDir, stack::Stack, tools::Tools};
 
-/// Run the whole stack on this machine: Postgres, NATS, the five services and a sandbox server.
+/// Runs the whole stack on this machine: Postgres, NATS, the five services and a sandbox server.
 #[derive(Debug, Args)]
+#[command(after_help = "Every setting of a service (docs/configuration.md) that is set in the environment reaches that service.\n\n\
+                        Examples:\n  aod dev --scripted-model\n  EVENT_RETENTION_DAYS=7 aod dev --port 0 --ready-file ready.json")]
 pub struct DevArgs {
-    /// Where everything is kept; a second start goes on with it
+    /// Directory of all data, secrets and logs; a later start continues with it
     #[arg(long)]
     data_dir: Option<PathBuf>,
-    /// The API's port, on loopback
+    /// Port of the API on 127.0.0.1; 0 chooses a free one
     #[arg(long, default_value_t = 8777)]
     port: u16,
-    /// Write what was started, as JSON, when all is ready
+    /// Write URLs, keys and process ids to this file as JSON once everything is ready
     #[arg(long)]
     ready_file: Option<PathBuf>,
-    /// Serve a scripted model, so that agents run with no key and no network
+    /// Serve a scripted model, so that agents need no provider key and no network
     #[arg(long)]
     scripted_model: bool,
-    /// Another Sprites API for the runners; its token is stored with `aod credentials set backend:sprites`
+    /// URL of another Sprites API for the runners; store its token with `aod credentials set backend:sprites`
     #[arg(long, env = "SPRITES_BASE_URL")]
     sprites_url: Option<String>,
-    /// How many runners to start
+    /// Number of runners
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     runners: u16,
-    /// How many NATS servers to start; three keep three copies of everything, and any one of them may fail
+    /// Number of NATS servers; three keep three copies of each stream, and any one of them may fail
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=5))]
     nats_servers: u16,
-    /// How many of each other service to start; the gateways beyond the first listen on ports of their own
+    /// Replicas of each other service; further gateways listen on ports of their own
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=8))]
     replicas: u16,
-    /// Leave dead what dies
+    /// Do not restart processes that exit
     #[arg(long)]
     no_restart: bool,
 }
@@ -83,7 +83,7 @@ pub async fn run(args: DevArgs) -> ExitCode {
     match serve(args).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("aod dev: {error}");
+            note!("aod dev: {error}");
             match error {
                 DevError::Unfit(_) => ExitCode::from(2),
                 DevError::Broken(_) => ExitCode::FAILURE,
@@ -97,8 +97,9 @@ async fn serve(args: DevArgs) -> Result<(), DevError> {
         return Err(DevError::Broken("signals cannot be received".to_owned()));
     };
     let api = SocketAddr::from((Ipv4Addr::LOCALHOST, args.port));
-    TcpListener::bind(api)
-        .map_err(|error| DevError::Unfit(format!("port {} cannot be used: {error}; choose another with --port", args.port)))?;
+    TcpListener::bind(api).map_err(|error| {
+        DevError::Unfit(format!("port {} cannot be used: {error}; choose another with --port, or 0 for a free one", args.port))
+    })?;
     let tools = Tools::find(args.scripted_model)?;
     let data = DataDir::open(args.data_dir.clone(), &tools)?;
     let mut stack = Stack::new(tools, data, api, args)?;
@@ -119,21 +120,27 @@ async fn serve(args: DevArgs) -> Result<(), DevError> {
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     };
-    eprintln!("aod dev: stopping");
+    note!("aod dev: stopping");
     stack.stop().await;
     ended
 }
 
+/// Writes to standard output. The stack runs on where nobody reads that.
+fn announce(text: &str) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
 fn welcome(stack: &Stack, took: std::time::Duration) {
     let (url, key) = (stack.api_url(), stack.api_key());
-    print(&format!(
+    announce(&format!(
         "Agent on Demand is ready after {:.1} s. Data and logs: {}\n\n  URL  {url}\n  key  {key}\n",
         took.as_secs_f64(),
         stack.data_dir().display()
     ));
     let (runtime, model, prompt) =
         if stack.has_model() { ("claude", "claude-sonnet-4-5", "write a haiku") } else { ("shell", "none", "echo hi") };
-    print(&format!(
+    announce(&format!(
         "export AOD_API_URL={url} AOD_API_TOKEN={key}\n\
          curl -s $AOD_API_URL/agents -H \"Authorization: Bearer $AOD_API_TOKEN\" -d '{{\"name\":\"first\",\"model\":\"{model}\",\"runtime\":\"{runtime}\"}}'\n\
          curl -s $AOD_API_URL/sessions -H \"Authorization: Bearer $AOD_API_TOKEN\" -d '{{\"agent_id\":\"ID of the agent\",\"prompt\":\"{prompt}\"}}'\n\

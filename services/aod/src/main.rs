@@ -1,12 +1,14 @@
-//! `aod`: the client of the API, and `aod dev`, the whole stack on one machine.
+//! `aod`: client of the public API, operator commands, and `aod dev`, which runs the whole stack on one machine.
 
+#[macro_use]
+mod output;
 mod admin;
 mod cli;
 mod client;
 mod credential;
 mod deploy;
 mod dev;
-mod output;
+mod prompt;
 mod random;
 mod run;
 mod secret_input;
@@ -21,7 +23,7 @@ fn main() -> ExitCode {
     match runtime {
         Ok(runtime) => runtime.block_on(cli::Cli::parse().run()),
         Err(error) => {
-            eprintln!("aod: cannot start: {error}");
+            note!("aod: cannot start: {error}");
             ExitCode::FAILURE
         }
     }

@@ -1,9 +1,17 @@
-//! How answers are printed: columns for people, JSON for programs.
+//! Output: columns for people, JSON for programs.
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 
 use clap::ValueEnum;
 use serde_json::Value;
+
+/// Writes a line to standard error. Unlike `eprintln!` it does not panic where that is closed or full.
+macro_rules! note {
+    ($($arg:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($arg)*);
+    }};
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Output {
@@ -56,7 +64,22 @@ fn cell(value: &Value) -> String {
     }
 }
 
-/// A line on standard output. A reader that went away (`| head`) is no error of ours.
+/// Exit status after a closed pipe: what a shell reports for SIGPIPE.
+const EXIT_CLOSED_PIPE: i32 = 141;
+
+/// Writes a line to standard output.
 pub fn print(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+    write(format!("{line}\n").as_bytes());
+}
+
+/// Writes to standard output. Ends the process where that fails: without a message after a closed pipe (`| head`), with one after any
+/// other error, so that a full disk is never mistaken for success.
+pub fn write(bytes: &[u8]) {
+    let mut stdout = std::io::stdout().lock();
+    let Err(error) = stdout.write_all(bytes).and_then(|()| stdout.flush()) else { return };
+    if error.kind() == ErrorKind::BrokenPipe {
+        std::process::exit(EXIT_CLOSED_PIPE);
+    }
+    note!("aod: cannot write to standard output: {error}");
+    std::process::exit(1);
 }

@@ -1,59 +1,155 @@
-//! `aod run` and `aod logs`: sessions as a person watches them.
+//! `aod run` and `aod logs`: run a session and print its events for a person.
 
-use std::{io::Write as _, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{
     client::{
-        Api, ApiFailure,
+        Api, ApiFailure, Page,
         stream::{Next, follow},
     },
-    output::{Output, print},
+    output::{Output, print, write},
+    prompt::PromptArgs,
 };
+
+/// Examples of `aod run`.
+pub const RUN_EXAMPLES: &str = "Examples:
+  aod run 'write a haiku'
+  aod run --session SESSION 'and another one'
+  aod run --runtime codex --repo https://github.com/owner/repo 'fix the failing test'
+  aod run --secret-env NPM_TOKEN --env CI=true --prompt-file task.md
+  git diff | aod run --runtime claude -";
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// claude, codex, gemini, opencode; shell where the deployment allows it
+    /// Runtime: claude, codex, gemini, opencode, or shell where the deployment allows it
     #[arg(long, default_value = "claude")]
     runtime: String,
-    /// The model; by default one that suits the runtime
+    /// Model; the default depends on the runtime
     #[arg(long)]
     model: Option<String>,
-    /// An agent that exists, instead of one made for this
-    #[arg(long, conflicts_with_all = ["runtime", "model"])]
+    /// Id of an existing agent, instead of one made for the runtime and model
+    #[arg(long, value_name = "ID", conflicts_with_all = ["runtime", "model"])]
     agent: Option<String>,
-    /// A completed session to go on with
-    #[arg(long, conflicts_with_all = ["runtime", "model", "agent"])]
+    /// Id of a completed session: run the prompt as its next turn
+    #[arg(long, value_name = "ID", conflicts_with_all = ["runtime", "model", "agent", "environment", "env", "secret_env", "repo", "metadata"])]
     session: Option<String>,
+    /// Id of the environment
+    #[arg(long, value_name = "ID")]
+    environment: Option<String>,
+    /// Set an environment variable of the agent; repeatable
+    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
+    env: Vec<(String, String)>,
+    /// Pass on a variable of this process, or a file's content, as a secret; repeatable
+    #[arg(long, value_name = "NAME|NAME=@FILE", value_parser = secret_source)]
+    secret_env: Vec<SecretSource>,
+    /// Clone a GitHub repository, by default to /workspace/<repo>; repeatable
+    #[arg(long, value_name = "URL[=PATH]")]
+    repo: Vec<String>,
+    /// Attach metadata to the session; repeatable
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    metadata: Vec<(String, String)>,
     /// Seconds for the turn, 10 to 3600
-    #[arg(long)]
+    #[arg(long, value_name = "SECONDS")]
     timeout: Option<u32>,
-    /// Print what the agent writes as it is, without making it readable
+    /// Print the session's id and exit without following it
+    #[arg(long)]
+    detach: bool,
+    /// Print output as the agent writes it, instead of a readable form
     #[arg(long)]
     raw: bool,
-    prompt: String,
+    #[command(flatten)]
+    prompt: PromptArgs,
 }
 
 #[derive(Debug, Args)]
 pub struct LogsArgs {
+    /// Id of the session
     session: String,
-    /// Go on as long as the session does
+    /// Continue until the session's turn ends
     #[arg(short, long)]
     follow: bool,
-    /// Only events after this id
-    #[arg(long, default_value_t = 0)]
+    /// Print only events after this event id
+    #[arg(long, default_value_t = 0, value_name = "ID")]
     since: u64,
-    /// Print what the agent writes as it is, without making it readable
+    /// Print output as the agent writes it, instead of a readable form
     #[arg(long)]
     raw: bool,
 }
 
-pub async fn run(api: &Api, args: RunArgs, output: Output) -> Result<ExitCode, ApiFailure> {
+/// Where a secret variable comes from: values are never arguments, which other users of the machine can read.
+#[derive(Clone, Debug)]
+struct SecretSource {
+    name: String,
+    file: Option<PathBuf>,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+fn secret_source(text: &str) -> Result<SecretSource, String> {
+    match text.split_once('=') {
+        None if !text.is_empty() => Ok(SecretSource { name: text.to_owned(), file: None }),
+        Some((name, file)) if !name.is_empty() && file.len() > 1 && file.starts_with('@') => {
+            Ok(SecretSource { name: name.to_owned(), file: Some(file[1..].into()) })
+        }
+        _ => Err("expected NAME or NAME=@FILE; a value would be visible to other users of this machine".to_owned()),
+    }
+}
+
+impl SecretSource {
+    fn read(&self) -> Result<String, ApiFailure> {
+        match &self.file {
+            Some(path) => Ok(crate::cli::read_file(path)?.trim_end_matches(['\r', '\n']).to_owned()),
+            None => {
+                let value = std::env::var_os(&self.name).and_then(|value| value.into_string().ok());
+                value.ok_or_else(|| ApiFailure::Local(format!("--secret-env {0}: the variable {0} is not set", self.name)))
+            }
+        }
+    }
+}
+
+/// Returns a repository as the API takes it. A URL has no `=`, so what follows one is the mount path.
+fn resource(text: &str) -> Value {
+    let (url, mount_path) = text.split_once('=').map_or((text, None), |(url, path)| (url, Some(path)));
+    let mut resource = json!({ "type": "github_repository", "url": url });
+    if let (Some(object), Some(path)) = (resource.as_object_mut(), mount_path) {
+        object.insert("mount_path".to_owned(), path.into());
+    }
+    resource
+}
+
+impl RunArgs {
+    /// Returns the body of `POST /sessions`. The API has one kind of session variables, so plain ones are sent as secrets too.
+    fn session_body(&self, agent: &str, prompt: &str) -> Result<Value, ApiFailure> {
+        let mut variables: Map<String, Value> = self.env.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
+        for source in &self.secret_env {
+            variables.insert(source.name.clone(), source.read()?.into());
+        }
+        let metadata: Map<String, Value> = self.metadata.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
+        Ok(json!({
+            "agent_id": agent,
+            "prompt": prompt,
+            "timeout": self.timeout,
+            "environment_id": self.environment,
+            "resources": self.repo.iter().map(|repo| resource(repo)).collect::<Vec<_>>(),
+            "secret_env_vars": variables,
+            "metadata": metadata,
+        }))
+    }
+}
+
+pub async fn run(api: &Api, mut args: RunArgs, output: Output) -> Result<ExitCode, ApiFailure> {
+    let prompt = std::mem::take(&mut args.prompt).read()?;
     let (session, turn) = match &args.session {
         Some(session) => {
-            let body = json!({ "prompt": args.prompt, "timeout": args.timeout });
+            let body = json!({ "prompt": prompt, "timeout": args.timeout });
             (session.clone(), api.post(&format!("/sessions/{session}/prompt"), &body).await?)
         }
         None => {
@@ -61,27 +157,41 @@ pub async fn run(api: &Api, args: RunArgs, output: Output) -> Result<ExitCode, A
                 Some(agent) => agent.clone(),
                 None => find_or_create_agent(api, &args).await?,
             };
-            let created = api.post("/sessions", &json!({ "agent_id": agent, "prompt": args.prompt, "timeout": args.timeout })).await?;
+            let created = api.post("/sessions", &args.session_body(&agent, &prompt)?).await?;
             (text(&created, "id").to_owned(), created)
         }
     };
-    eprintln!("session {session}");
+    if args.detach {
+        match output {
+            Output::Json => output.one(&turn),
+            Output::Text => print(&session),
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    note!("session {session}");
     let turn = turn.get("current_turn").and_then(Value::as_u64).unwrap_or(1);
-    watch(api, &session, 0, None, Printer { output, raw: args.raw, only_turn: Some(turn), partial: String::new() }).await
+    watch(api, &session, 0, None, Printer::new(output, args.raw, Some(turn))).await
 }
 
 pub async fn logs(api: &Api, args: LogsArgs, output: Output) -> Result<ExitCode, ApiFailure> {
     let idle = (!args.follow).then_some(Duration::from_millis(700));
-    watch(api, &args.session, args.since, idle, Printer { output, raw: args.raw, only_turn: None, partial: String::new() }).await
+    watch(api, &args.session, args.since, idle, Printer::new(output, args.raw, None)).await
 }
 
-/// The agent of an earlier run with the same runtime and model, or a new one.
+/// Returns the agent of an earlier run with the same runtime and model, or creates one.
 async fn find_or_create_agent(api: &Api, args: &RunArgs) -> Result<String, ApiFailure> {
     let model = args.model.clone().unwrap_or_else(|| default_model(&args.runtime).to_owned());
     let name = format!("aod run: {} {model}", args.runtime);
-    let agents = api.list("/agents").await?;
-    if let Some(agent) = agents.iter().find(|agent| text(agent, "name") == name && text(agent, "runtime") == args.runtime) {
-        return Ok(text(agent, "id").to_owned());
+    let mut page = Page::default();
+    loop {
+        let (agents, next) = api.page("/agents", &page).await?;
+        if let Some(agent) = agents.iter().find(|agent| text(agent, "name") == name && text(agent, "runtime") == args.runtime) {
+            return Ok(text(agent, "id").to_owned());
+        }
+        if next.is_none() {
+            break;
+        }
+        page.cursor = next;
     }
     let agent = api.post("/agents", &json!({ "name": name, "model": model, "runtime": args.runtime })).await?;
     Ok(text(&agent, "id").to_owned())
@@ -116,7 +226,7 @@ async fn watch(api: &Api, session: &str, since: u64, idle: Option<Duration>, mut
     tokio::select! {
         followed = following => followed?,
         _ = tokio::signal::ctrl_c() => {
-            eprintln!("\nNo longer following; the session goes on. To follow again: aod logs -f {session}\nTo stop it: aod sessions terminate {session}");
+            note!("\nStopped following; the session continues. Follow it again: aod logs -f {session}\nStop it: aod sessions terminate {session}");
             return Ok(ExitCode::from(130));
         }
     }
@@ -128,11 +238,30 @@ struct Printer {
     output: Output,
     raw: bool,
     only_turn: Option<u64>,
-    /// A line of standard output that is not whole yet.
+    /// Start of a line of standard output that has not ended yet.
     partial: String,
+    /// Runtime of the session, from the `start` event.
+    runtime: String,
 }
 
+/// Exit code of a shell whose command does not exist.
+const NOT_FOUND: i64 = 127;
+
 impl Printer {
+    fn new(output: Output, raw: bool, only_turn: Option<u64>) -> Self {
+        Self { output, raw, only_turn, partial: String::new(), runtime: String::new() }
+    }
+
+    /// Says how to install the runtime's CLI where it is missing.
+    fn explain_missing(&self) {
+        if !matches!(self.runtime.as_str(), "" | "shell") {
+            let runtime = &self.runtime;
+            note!(
+                "{runtime} is not installed in the sandbox. With `aod dev`: make setup AGENTS={runtime}, then start it again. Elsewhere: install it on the sandbox's PATH."
+            );
+        }
+    }
+
     fn print(&mut self, event: &Value) {
         if self.output == Output::Json {
             print(&event.to_string());
@@ -143,14 +272,13 @@ impl Printer {
             return;
         }
         match text(event, "type") {
+            "start" => text(event, "runtime").clone_into(&mut self.runtime),
             "stage" => self.stage(event),
             "output" if text(event, "stream") == "stderr" => {
-                let _ = write!(std::io::stderr(), "{}", text(event, "data"));
+                use std::io::Write as _;
+                let _ = std::io::stderr().write_all(text(event, "data").as_bytes());
             }
-            "output" if self.raw => {
-                let _ = write!(std::io::stdout(), "{}", text(event, "data"));
-                let _ = std::io::stdout().flush();
-            }
+            "output" if self.raw => write(text(event, "data").as_bytes()),
             "output" => {
                 self.partial.push_str(text(event, "data"));
                 while let Some(end) = self.partial.find('\n') {
@@ -164,10 +292,20 @@ impl Printer {
                 }
                 match event.get("code").and_then(Value::as_i64) {
                     Some(0) | None => {}
-                    Some(code) => eprintln!("exit code {code}"),
+                    Some(code) => {
+                        note!("exit code {code}");
+                        if code == NOT_FOUND {
+                            self.explain_missing();
+                        }
+                    }
                 }
             }
-            "error" | "terminated" | "stale" => eprintln!("{}", text(event, "message")),
+            "error" | "terminated" | "stale" => {
+                note!("{}", text(event, "message"));
+                if text(event, "message").contains("is not installed") {
+                    self.explain_missing();
+                }
+            }
             _ => {}
         }
     }
@@ -179,8 +317,8 @@ impl Printer {
         }
         let duration = event.get("duration_ms").and_then(Value::as_u64).map(|ms| format!(" ({ms} ms)")).unwrap_or_default();
         match text(event, "state") {
-            "done" => eprintln!("· {}{duration}", text(event, "stage")),
-            "failed" => eprintln!("✗ {}{duration}: {}", text(event, "stage"), text(event, "message")),
+            "done" => note!("· {}{duration}", text(event, "stage")),
+            "failed" => note!("✗ {}{duration}: {}", text(event, "stage"), text(event, "message")),
             _ => {}
         }
     }
@@ -213,5 +351,26 @@ fn show_line(line: &str) {
         "result" if record.get("is_error").and_then(Value::as_bool) == Some(true) => print(&format!("✗ {}", text(&record, "result"))),
         "system" | "result" | "rate_limit_event" | "stream_event" => {}
         _ => print(line),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_never_an_argument() {
+        assert!(secret_source("TOKEN").is_ok() && secret_source("TOKEN=@/run/token").is_ok());
+        for text in ["", "=", "TOKEN=", "TOKEN=hunter2", "TOKEN=@", "=@file"] {
+            assert!(secret_source(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_repository_may_name_its_mount_path() {
+        let url = "https://github.com/owner/repo";
+        assert_eq!(resource(url), json!({ "type": "github_repository", "url": url }));
+        let mounted = json!({ "type": "github_repository", "url": url, "mount_path": "/src" });
+        assert_eq!(resource(&format!("{url}=/src")), mounted);
     }
 }

@@ -1,4 +1,4 @@
-//! Following a session: server-sent events, resumed by id for as long as it takes.
+//! Follows a session: server-sent events, resumed by id after every interruption.
 
 use std::time::Duration;
 
@@ -19,8 +19,8 @@ pub enum Next {
     Stop,
 }
 
-/// Gives every event after `since` to `receive`, once, until it has enough or the session's turn has ended.
-/// With `idle` set, also until nothing has come for that long.
+/// Passes every event after `since` to `receive` exactly once, until it returns [`Next::Stop`] or the session's turn ends. With `idle`
+/// set, also returns after that long without an event.
 pub async fn follow(
     api: &Api,
     session: &str,
@@ -67,7 +67,11 @@ pub async fn follow(
         }
         attempt += 1;
         let Some(delay) = RETRY.delay(attempt) else {
-            return Err(ApiFailure::Unreachable { url: api.base_url.clone(), reason: "the stream broke off again and again".to_owned() });
+            return Err(ApiFailure::Unreachable {
+                url: api.base_url.clone(),
+                reason: "the stream was interrupted too often".to_owned(),
+                hint: String::new(),
+            });
         };
         tokio::time::sleep(delay).await;
     }

@@ -17,6 +17,7 @@ use crate::{
     dev::{
         DevArgs, DevError, bootstrap,
         data::{DataDir, READY_FILE},
+        settings::Settings,
         supervisor::{Probe, Process, Spec},
         tools::Tools,
     },
@@ -37,6 +38,9 @@ pub struct Stack {
     tools: Tools,
     data: DataDir,
     api: SocketAddr,
+    /// Whether the API's port is one of the stack's block (`--port 0`).
+    chooses_api_port: bool,
+    settings: Settings,
     /// The gateways beyond the first.
     other_apis: Vec<SocketAddr>,
     postgres: SocketAddr,
@@ -98,46 +102,8 @@ impl Ports {
     }
 }
 
-/// Variables of `aod dev`'s own environment that its services see too: what a developer may want to try.
-const PASSED_ON: &[&str] = &[
-    "PATH",
-    "HOME",
-    "RUST_LOG",
-    "RUST_BACKTRACE",
-    "ALLOWED_HOSTS",
-    "AOD_AUTH_FAILURES_PER_MINUTE",
-    "AOD_CORS_ORIGINS",
-    "AOD_DRAIN_SECONDS",
-    "AOD_EVENTS_MAX_BYTES",
-    "AOD_LOG_JSON",
-    "AOD_MASK_SECRETS",
-    "AOD_ORPHAN_SWEEP_SECONDS",
-    "AOD_REQUESTS_PER_SECOND",
-    "AOD_SLOW_READER_SECONDS",
-    "AOD_MAX_STREAMS_PER_KEY",
-    "AOD_STOP_GRACE_SECONDS",
-    "DEFAULT_MAX_CONCURRENT_SESSIONS",
-    "DEFAULT_TIMEOUT",
-    "EVENT_PARTITIONS",
-    "EVENT_RETENTION_DAYS",
-    "LOCAL_SPRITES_CHAOS",
-    "LOCAL_SPRITES_CPUS",
-    "LOCAL_SPRITES_DISK_MB",
-    "LOCAL_SPRITES_ISOLATION",
-    "LOCAL_SPRITES_MEMORY_MB",
-    "LOCAL_SPRITES_PROCESSES",
-    "LOCAL_SPRITES_RUNTIME",
-    "OTEL_BSP_SCHEDULE_DELAY",
-    "OTEL_EXPORTER_OTLP_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_HEADERS",
-    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-    "OTEL_RESOURCE_ATTRIBUTES",
-    "OTEL_SDK_DISABLED",
-    "OTEL_TRACES_SAMPLER",
-    "OTEL_TRACES_SAMPLER_ARG",
-    "SESSION_RETENTION_DAYS",
-    "STREAM_STALE_SECONDS",
-];
+/// The programs that are asked for their settings.
+const PROGRAMS: &[&str] = &["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "local-sprites", "scripted-model"];
 
 /// What services get from files of their own: other processes of the user may read an environment.
 const SECRETS: &[&str] = &["AOD_DEPLOYMENT_ID", "DATABASE_URL", "FIELD_ENCRYPTION_KEY", "LOCAL_SPRITES_TOKEN", "NATS_PASSWORD"];
@@ -153,9 +119,11 @@ impl Stack {
             model: args.scripted_model.then_some(nowhere),
             admin: Vec::new(),
             ports: None,
+            settings: Settings::load(&tools.services, PROGRAMS)?,
             tools,
             data,
             api,
+            chooses_api_port: api.port() == 0,
             other_apis: Vec::new(),
             replicas: args.replicas,
             runners: args.runners.max(1),
@@ -169,8 +137,12 @@ impl Stack {
 
     fn choose_ports(&mut self) -> Result<(), DevError> {
         let (replicas, runners) = (usize::from(self.replicas), usize::from(self.runners));
-        let claimed = Ports::claim(3 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len())?;
+        let claimed = Ports::claim(3 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len() + 1)?;
         let mut ports = claimed.addrs.clone();
+        let api = ports.pop();
+        if let Some(api) = api.filter(|_| self.chooses_api_port) {
+            self.api = api;
+        }
         self.other_apis = ports.split_off(ports.len() - (replicas - 1));
         let nats = ports.split_off(ports.len() - 2 * self.nats.len());
         self.nats = nats.chunks_exact(2).map(|pair| NatsAddrs { client: pair[0], peer: pair[1] }).collect();
@@ -403,12 +375,7 @@ impl Stack {
     /// The services, their settings and where they tell that they are ready.
     fn services(&self) -> Result<Vec<Spec>, DevError> {
         let secrets = &self.data.secrets;
-        let shared = std::env::vars().filter(|(name, _)| PASSED_ON.contains(&name.as_str()));
-        let shared: Vec<(String, String)> = [("AOD_STOP_GRACE_SECONDS", "3"), ("AOD_DRAIN_SECONDS", "0")]
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .into_iter()
-            .chain(shared)
-            .collect();
+        let settings = &self.settings;
         let mut ports = self.admin.iter().copied();
         let mut specs = Vec::new();
         let mut add = |name: String, program: &'static str, env: Vec<(&str, String)>| -> Result<(), DevError> {
@@ -417,8 +384,13 @@ impl Stack {
                 true => self.data.write_secret(&name, variable, &value),
                 false => Ok((variable.to_owned(), value)),
             };
+            let set_here: Vec<&str> = env.iter().map(|(variable, _)| *variable).chain(["AOD_ADMIN_ADDR"]).collect();
+            let defaults = [("AOD_STOP_GRACE_SECONDS", "3"), ("AOD_DRAIN_SECONDS", "0")];
+            let defaults = defaults.map(|(variable, value)| (variable.to_owned(), value.to_owned()));
+            let from_environment = settings.of(program, &set_here);
             let own = env.into_iter().map(given).collect::<Result<Vec<_>, _>>()?;
-            let env = shared.iter().cloned().chain(own).chain([("AOD_ADMIN_ADDR".to_owned(), admin.to_string())]).collect();
+            let admin_addr = ("AOD_ADMIN_ADDR".to_owned(), admin.to_string());
+            let env = defaults.into_iter().chain(from_environment).chain(own).chain([admin_addr]).collect();
             specs.push(Spec {
                 log: self.data.join(&format!("logs/{name}.log")),
                 name,
@@ -470,6 +442,9 @@ impl Stack {
             runner.push(("SPRITES_BASE_URL", sprites));
             if let Some(model) = self.model {
                 for name in ["AOD_MODEL_BASE_URL_ANTHROPIC", "AOD_MODEL_BASE_URL_OPENAI", "AOD_MODEL_BASE_URL_GOOGLE"] {
+                    if settings.has(name) {
+                        continue;
+                    }
                     runner.push((name, format!("http://{model}")));
                 }
             }

@@ -103,7 +103,7 @@ impl Process {
             self.child = None;
             self.deaths = if self.started_at.elapsed() > STARTED_WELL { 1 } else { self.deaths + 1 };
             let delay = RESTART.jittered(self.deaths);
-            eprintln!("aod dev: {} ended with {status}{}", self.spec.name, if restart { "; starting it again" } else { "" });
+            note!("aod dev: {} ended with {status}{}", self.spec.name, if restart { "; starting it again" } else { "" });
             self.restart_at = restart.then(|| Instant::now() + delay);
             return !restart;
         }
@@ -111,7 +111,7 @@ impl Process {
             match self.spawn(tools) {
                 Ok(()) => return true,
                 Err(error) => {
-                    eprintln!("aod dev: {error}");
+                    note!("aod dev: {error}");
                     self.restart_at = Some(Instant::now() + RESTART.max);
                 }
             }
@@ -130,7 +130,7 @@ impl Process {
         self.signal(self.spec.stop_signal);
         let Some(child) = &mut self.child else { return };
         if tokio::time::timeout(limit, child.wait()).await.is_err() {
-            eprintln!("aod dev: {} does not end; killing it", self.spec.name);
+            note!("aod dev: {} does not end; killing it", self.spec.name);
             let _ = child.kill().await;
         }
         self.child = None;

@@ -31,7 +31,7 @@ pub struct Tools {
 }
 
 pub fn env(name: &str) -> Option<String> {
-    std::env::vars().find(|(key, _)| key == name).map(|(_, value)| value).filter(|value| !value.is_empty())
+    std::env::var_os(name).and_then(|value| value.into_string().ok()).filter(|value| !value.is_empty())
 }
 
 /// Where the set-up script puts what the distribution does not have.
