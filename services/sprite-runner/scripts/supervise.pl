@@ -68,7 +68,20 @@ sub sandbox {
 
 sub uptime { return (split / /, read_file("/proc/uptime"))[0] || time }
 
-# The processes that the job started, wherever they went.
+# What runs of the job, wherever it went: this program adopts what its children leave behind. It does not look into their environments,
+# which root may not do without a right that would reach further.
+sub descendants {
+    my %children;
+    for my $stat (glob "/proc/[0-9]*/stat") {
+        my ($pid, $state, $parent) = read_file($stat) =~ /^(\d+) \(.*\) (\S) (\d+)/s or next;
+        push @{ $children{$parent} }, $pid if $state ne "Z";
+    }
+    my @found = @{ delete $children{$$} // [] };
+    for (my $next = 0; $next < @found; $next++) { push @found, @{ delete $children{ $found[$next] } // [] } }
+    return @found;
+}
+
+# What an earlier supervisor's job left running.
 sub marked {
     my $mark = "AOD_TURN=$job{mark}";
     return grep { $_ != $$ && ("\0" . read_file("/proc/$_/environ") . "\0") =~ /\0\Q$mark\E\0/ } map { m{^/proc/(\d+)$} } glob "/proc/[0-9]*";
@@ -137,6 +150,8 @@ pipe(my $stdout, my $stdout_end) or die "supervise: $!\n";
 pipe(my $stderr, my $stderr_end) or die "supervise: $!\n";
 pipe(my $go, my $start) or die "supervise: $!\n";
 fcntl($_, 1031, 1 << 20) for $stdout, $stderr;
+# PR_SET_CHILD_SUBREAPER
+syscall($system_call->{prctl}, 36, 1, 0, 0, 0) if $system_call->{prctl};
 defined(my $agent = fork) or die "supervise: $!\n";
 if (!$agent) {
     close $start;
@@ -280,13 +295,13 @@ my $drained = $now + $job{drain};
 if (!defined $code) {
     # What ignores TERM has its grace, then goes too.
     my $killed = $now + $job{kill_grace};
-    kill "TERM", -$agent, marked();
-    while ($now < $killed && ((kill 0, -$agent) || marked())) {
+    kill "TERM", -$agent, descendants();
+    while ($now < $killed && ((kill 0, -$agent) || descendants())) {
         move(0.1, \&spool);
         reap();
         $now = uptime();
     }
-    kill "KILL", -$agent, marked();
+    kill "KILL", -$agent, descendants();
     $drained = uptime() + 0.5;
 }
 sub is_open { return grep { $_->{pipe} } @spool }
