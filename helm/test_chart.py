@@ -202,7 +202,7 @@ def test_the_gateway_answers_to_its_names_and_starts_in_production():
         assert environment["AOD_ENV"] == "production" and environment["ALLOWED_HOSTS"].split(",") == own + hosts
         # `helm test` calls it by the first.
         test = next(d for d in documents if d["kind"] == "Pod")
-        assert test["spec"]["containers"][0]["args"][1].startswith(f"http://{own[0]}:")
+        assert test["spec"]["containers"][0]["args"][2].startswith(f"http://{own[0]}:")
 
 
 def test_the_database_is_made_before_the_services_need_it():
