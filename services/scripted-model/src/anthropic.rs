@@ -76,15 +76,11 @@ fn blocks(message: &Value) -> Vec<Value> {
 fn written(message: &Value) -> String {
     let texts = blocks(message).into_iter().filter_map(|block| block.get("text").and_then(Value::as_str).map(str::to_owned));
     let own = texts.filter_map(|text| text.split("<system-reminder>").next().map(|own| own.trim().to_owned()));
-    own.filter(|text| !text.is_empty() && !text.starts_with(INTERRUPTED)).collect::<Vec<_>>().join("\n")
+    own.filter(|text| !text.is_empty() && !NOTES.iter().any(|note| text.starts_with(note))).collect::<Vec<_>>().join("\n")
 }
 
-/// How the CLI notes an interrupt in the conversation.
-const INTERRUPTED: &str = "[Request interrupted";
-
-fn was_interrupted(message: &Value) -> bool {
-    blocks(message).iter().any(|block| block.get("text").and_then(Value::as_str).is_some_and(|text| text.starts_with(INTERRUPTED)))
-}
+/// What the CLI writes of itself: an interrupt, and a tool that it offers from then on.
+const NOTES: [&str; 2] = ["[Request interrupted", "Tool loaded."];
 
 /// Whether it looks for a tool that is there and not offered yet.
 fn searches(message: &Value) -> bool {
@@ -94,11 +90,8 @@ fn searches(message: &Value) -> bool {
 fn question(request: &Value) -> Question {
     let none = Vec::new();
     let messages = request.get("messages").and_then(Value::as_array).unwrap_or(&none);
-    let has_result = |message: &Value| blocks(message).iter().any(|block| is(block, "type", "tool_result"));
-    // Beside a tool's result the CLI writes words of its own; a prompt stands there only after an interrupt.
-    let is_prompt = |message: &&Value| {
-        is(message, "role", "user") && (!has_result(message) || was_interrupted(message)) && !written(message).is_empty()
-    };
+    // A prompt may stand beside the result of a tool that was interrupted.
+    let is_prompt = |message: &&Value| is(message, "role", "user") && !written(message).is_empty();
     let last_prompt = messages.iter().rposition(|message| is_prompt(&message));
     let since = messages.get(last_prompt.map_or(0, |index| index + 1)..).unwrap_or_default();
     let result = messages.iter().rev().flat_map(blocks).find(|block| is(block, "type", "tool_result"));
