@@ -124,6 +124,8 @@ rpcs! {
     ReleaseTurn: scheduler::ReleaseTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", idempotent: true;
     /// Extends a runner's lease and compares the turns it holds with those it owns. For runners.
     Heartbeat: scheduler::HeartbeatRequest => scheduler::HeartbeatReply, "aod.rpc.scheduler.v1.turn.heartbeat", idempotent: true;
+    /// The inputs that wait for a turn. For its runner.
+    FetchInputs: scheduler::FetchInputsRequest => scheduler::FetchInputsReply, "aod.rpc.scheduler.v1.turn.inputs", idempotent: true;
     /// What it takes to delete a session's Sprite. For runners.
     ClaimSprite: scheduler::ClaimSpriteRequest => scheduler::SpriteClaim, "aod.rpc.scheduler.v1.sprite.claim", idempotent: true;
     /// What it takes to search an account for Sprites that no session knows. For runners.

@@ -60,6 +60,12 @@ pub fn terminate_hint(session: SessionId) -> String {
     format!("aod.hint.runner.v1.session.terminate.{session}")
 }
 
+/// Tells the runner that works for a session of new inputs: it fetches them.
+#[must_use]
+pub fn inputs_hint(session: SessionId) -> String {
+    format!("aod.hint.runner.v1.session.inputs.{session}")
+}
+
 #[must_use]
 pub fn dead_letter(owner: &str) -> String {
     format!("aod.dlq.{owner}.v1.message.rejected")
@@ -142,6 +148,13 @@ pub const PUBLICATIONS: &[Publication] = &[
         parameters: &[SESSION],
         message: None,
         meaning: "Wakes the runner of a session that was terminated. Losing it costs latency alone.",
+    },
+    Publication {
+        name: "InputsHint",
+        address: "aod.hint.runner.v1.session.inputs.{session}",
+        parameters: &[SESSION],
+        message: None,
+        meaning: "Tells the runner of a session that inputs wait for it. Losing it costs latency alone: heartbeats tell it too.",
     },
     Publication {
         name: "DeadLetter",

@@ -67,11 +67,11 @@ mod tests {
     fn kinds() -> impl Strategy<Value = Kind> {
         let failure = prop_oneof![Just(None), Just(Some("deadline")), Just(Some("provision_setup")), Just(Some("timeout"))];
         prop_oneof![
-            Just(Kind::TurnStarted(TurnStarted {})),
+            Just(Kind::TurnStarted(TurnStarted::default())),
             Just(Kind::Terminated(Terminated {})),
             (proptest::option::of(0..3), failure).prop_map(|(exit_code, stage)| {
                 let failure = stage.map(|stage| Failure { stage: stage.to_owned(), message: String::new() });
-                Kind::TurnEnded(TurnEnded { exit_code, failure, usage: None })
+                Kind::TurnEnded(TurnEnded { exit_code, failure, ..TurnEnded::default() })
             }),
         ]
     }
@@ -105,7 +105,7 @@ mod tests {
         let state = State { session: SessionStatus::Running, current_turn: 1, turn: TurnStatus::Running };
         let ended = |exit_code, stage: Option<&str>| {
             let failure = stage.map(|stage| Failure { stage: stage.to_owned(), message: String::new() });
-            next(state, 1, &Kind::TurnEnded(TurnEnded { exit_code, failure, usage: None })).destroy
+            next(state, 1, &Kind::TurnEnded(TurnEnded { exit_code, failure, ..TurnEnded::default() })).destroy
         };
         assert!(ended(None, Some("provision_setup")) && ended(None, Some("deadline")));
         assert!(!ended(Some(1), None) && !ended(Some(1), Some("agent")) && !ended(None, Some("timeout")) && !ended(Some(0), None));

@@ -422,7 +422,7 @@ impl World {
                     } else if !checkpoint.started {
                         checkpoint.started = true;
                         agent.started = true;
-                        Kind::TurnStarted(TurnStarted {})
+                        Kind::TurnStarted(TurnStarted::default())
                     } else if agent.produced > offset {
                         let size = self.rng.u64(1..=agent.produced - offset);
                         checkpoint.stdout_offset += size;

@@ -177,6 +177,7 @@ async fn specification(scheduler: &Scheduler, id: SessionId, number: i32, sessio
         skills: turn.skills.to_string(),
         mcp_servers: turn.mcp_servers.to_string(),
         resources: turn.resources.to_string(),
+        ..TurnSpec::default()
     })
 }
 
@@ -245,7 +246,7 @@ pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Resul
     let extended =
         sqlx::query(statement).bind(lease).bind(ownership::LEASE.as_secs_f64()).bind(&request.runner).execute(&scheduler.pool).await?;
     if extended.rows_affected() == 0 {
-        return Ok(HeartbeatReply { expired: true, lost: Vec::new() });
+        return Ok(HeartbeatReply { expired: true, ..HeartbeatReply::default() });
     }
     let held: Vec<Held> = request.held.iter().filter_map(parse_held).collect();
     let ended: Vec<(Held, u64)> = request.held.iter().filter_map(|turn| Some((parse_held(turn)?, turn.ended?))).collect();
@@ -280,7 +281,7 @@ pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Resul
         epoch: held.epoch,
         ended: None,
     });
-    Ok(HeartbeatReply { expired: false, lost: lost.collect() })
+    Ok(HeartbeatReply { lost: lost.collect(), ..HeartbeatReply::default() })
 }
 
 fn parse_held(turn: &HeldTurn) -> Option<Held> {

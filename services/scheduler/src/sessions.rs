@@ -343,6 +343,7 @@ impl TurnRow {
             output_tokens: count(self.output_tokens),
             cost_micro_usd: count(self.cost_micro_usd),
             model: self.model_used.clone(),
+            ..session::Usage::default()
         };
         (usage != session::Usage::default()).then_some(usage)
     }

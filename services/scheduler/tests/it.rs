@@ -155,7 +155,7 @@ impl World {
     }
 
     async fn complete(&self, session: &str, turn: u32) -> Session {
-        self.append(session, turn, Kind::TurnStarted(TurnStarted {})).await;
+        self.append(session, turn, Kind::TurnStarted(TurnStarted::default())).await;
         let end = self.append(session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })).await;
         self.get(session, end).await
     }
@@ -280,7 +280,7 @@ async fn an_event_that_cannot_be_read_holds_up_nothing() {
     let id: SessionId = session.parse().unwrap();
     world.runner.publish(subject::session_log(id, Partition::FIRST), vec![0xff; 20].into(), "garbage").await.unwrap();
     // One of a session that nobody knows.
-    world.append(&SessionId::new().to_string(), 1, Kind::TurnStarted(TurnStarted {})).await;
+    world.append(&SessionId::new().to_string(), 1, Kind::TurnStarted(TurnStarted::default())).await;
     assert_eq!(world.complete(&session, 1).await.status, "completed");
 }
 
@@ -363,7 +363,7 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
                     }
                 }
                 3 => {
-                    let id = world.append(&session, now.turn, Kind::TurnStarted(TurnStarted {})).await;
+                    let id = world.append(&session, now.turn, Kind::TurnStarted(TurnStarted::default())).await;
                     world.get(&session, id).await;
                     if now.status == "pending" {
                         model = Some(Model { status: "running", ..now });
@@ -633,7 +633,7 @@ async fn a_stream_that_is_not_the_one_that_was_published_to_is_recreated() {
 async fn a_deadline_never_overrules_an_end_that_waits_to_be_projected() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
-    world.append(&session, 1, Kind::TurnStarted(TurnStarted {})).await;
+    world.append(&session, 1, Kind::TurnStarted(TurnStarted::default())).await;
     eventually("it runs", || async { world.get(&session, 0).await.status == "running" }).await;
     // Nothing is projected while another replica seems to lead.
     execute(&world, "update scheduler.lease set epoch = epoch + 1, owner = gen_random_uuid(), expires_at = now() + interval '4 seconds' where name like 'projector%'").await;

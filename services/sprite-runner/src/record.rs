@@ -153,7 +153,7 @@ impl Record {
 
     pub async fn started(&mut self) -> Result<(), Fenced> {
         self.checkpoint.started = true;
-        self.append(Kind::TurnStarted(TurnStarted {})).await
+        self.append(Kind::TurnStarted(TurnStarted::default())).await
     }
 
     /// Output that follows what is on record: the next bytes of its stream.

@@ -187,7 +187,7 @@ async fn work(
                 _ => diagnose(&sprite, &agent, record, Some(code)).await,
             };
             let failure = cause.map(|cause| Failure { stage: AGENT.to_owned(), message: format!("The agent exited with {code}: {cause}") });
-            TurnEnded { exit_code: Some(i32::from(code)), failure, usage }
+            TurnEnded { exit_code: Some(i32::from(code)), failure, usage, ..TurnEnded::default() }
         }
         Status::TimedOut => {
             // CLIs ask a model that fails again and again, for longer than many a turn may take.

@@ -95,7 +95,13 @@ mod tests {
         let claude = r#"{"type":"assistant"}
 {"type":"result","subtype":"success","total_cost_usd":0.002145,"usage":{"input_tokens":200,"cache_creation_input_tokens":7,"cache_read_input_tokens":3,"output_tokens":2},"modelUsage":{"claude-haiku-4-5":{"outputTokens":1},"claude-sonnet-4-5":{"outputTokens":43}}}"#;
         let expected = |input, output, cost: Option<u64>, model: Option<&str>| {
-            Some(Usage { input_tokens: Some(input), output_tokens: Some(output), cost_micro_usd: cost, model: model.map(str::to_owned) })
+            Some(Usage {
+                input_tokens: Some(input),
+                output_tokens: Some(output),
+                cost_micro_usd: cost,
+                model: model.map(str::to_owned),
+                ..Usage::default()
+            })
         };
         assert_eq!(usage(Runtime::Claude, claude), expected(210, 2, Some(2145), Some("claude-sonnet-4-5")));
         let codex = r#"{"type":"turn.completed","usage":{"input_tokens":300,"cached_input_tokens":0,"output_tokens":16,"reasoning_output_tokens":0}}"#;
@@ -132,8 +138,13 @@ mod tests {
             (Runtime::Gemini, 73, None, Some("gemini-2.5-pro")),
             (Runtime::Opencode, 55, Some(1295), None),
         ] {
-            let expected =
-                Usage { input_tokens: Some(300), output_tokens: Some(output), cost_micro_usd: cost, model: model.map(str::to_owned) };
+            let expected = Usage {
+                input_tokens: Some(300),
+                output_tokens: Some(output),
+                cost_micro_usd: cost,
+                model: model.map(str::to_owned),
+                ..Usage::default()
+            };
             assert_eq!(usage(runtime, &transcript(runtime, "completed.jsonl")), Some(expected), "{runtime}");
         }
         for runtime in [Runtime::Codex, Runtime::Gemini, Runtime::Opencode] {

@@ -531,6 +531,25 @@ pub struct HeartbeatReply {
     /// Those of the held turns that the runner does not own: settled, or claimed by another.
     #[prost(message, repeated, tag = "2")]
     pub lost: ::prost::alloc::vec::Vec<HeldTurn>,
+    /// Those of the held turns for which inputs wait: the runner fetches them.
+    #[prost(message, repeated, tag = "3")]
+    pub with_inputs: ::prost::alloc::vec::Vec<HeldTurn>,
+}
+/// The inputs of a turn that are not settled yet, oldest first. Their delivery is noted; they are delivered again until the log says what
+/// became of them.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FetchInputsRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub turn: u32,
+    #[prost(uint32, tag = "3")]
+    pub epoch: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FetchInputsReply {
+    #[prost(message, repeated, tag = "1")]
+    pub inputs: ::prost::alloc::vec::Vec<super::super::host::v1::Input>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Settled {
@@ -551,7 +570,6 @@ pub struct TurnSpec {
     pub runtime: ::prost::alloc::string::String,
     #[prost(string, tag = "5")]
     pub model: ::prost::alloc::string::String,
-    /// Empty after the first turn.
     #[prost(string, tag = "6")]
     pub system: ::prost::alloc::string::String,
     #[prost(string, tag = "7")]
@@ -578,6 +596,12 @@ pub struct TurnSpec {
     /// Which of the streams holds the session's record; as a types::Partition.
     #[prost(uint32, tag = "16")]
     pub event_partition: u32,
+    /// JSON of types::Permissions; empty: everything is allowed.
+    #[prost(string, tag = "17")]
+    pub permissions: ::prost::alloc::string::String,
+    /// The input that became this turn, where it was queued.
+    #[prost(string, tag = "18")]
+    pub input_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {

@@ -101,7 +101,17 @@ impl Event {
                 }
             }),
             Some(Kind::Terminated(_)) => Visible::Terminated(frame(id, &StreamEvent::Terminated { id, message: TERMINATED })),
-            Some(Kind::TurnStarted(_) | Kind::TakenOver(_)) | None => Visible::Hidden,
+            // GET /sessions/{id}/events shows what is not raw output.
+            Some(
+                Kind::TurnStarted(_)
+                | Kind::TakenOver(_)
+                | Kind::Agent(_)
+                | Kind::StageOutput(_)
+                | Kind::DecisionRequested(_)
+                | Kind::DecisionSettled(_)
+                | Kind::InputSettled(_),
+            )
+            | None => Visible::Hidden,
         };
         Self { id, turn, kind }
     }

@@ -82,6 +82,7 @@ fn usage(printed: &Printed) -> Option<Usage> {
         output_tokens: number(result, "/usage/output_tokens"),
         cost_micro_usd: micro_dollars(result, "/total_cost_usd"),
         model: greatest(result.get("modelUsage"), "outputTokens"),
+        ..Usage::default()
     })
 }
 

@@ -75,6 +75,7 @@ fn usage(printed: &Printed) -> Option<Usage> {
         output_tokens: number(stats, "/output_tokens"),
         cost_micro_usd: None,
         model: greatest(stats.get("models"), "total_tokens"),
+        ..Usage::default()
     })
 }
 

@@ -90,6 +90,7 @@ fn usage(printed: &Printed) -> Option<Usage> {
         output_tokens: Some(["output", "reasoning"].map(total).iter().sum()),
         cost_micro_usd: (!costs.is_empty()).then(|| costs.iter().sum()),
         model: None,
+        ..Usage::default()
     })
 }
 
