@@ -25,6 +25,12 @@ impl Mark {
     }
 }
 
+/// The time of the next event: times ascend within a session, whatever its writers' clocks say.
+#[must_use]
+pub fn next_time(last_at_us: i64, now_us: i64) -> i64 {
+    now_us.max(last_at_us.saturating_add(1))
+}
+
 /// How an event of the stream relates to the persisted log of its session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {

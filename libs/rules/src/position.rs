@@ -14,8 +14,8 @@ pub struct Newest<'a> {
 /// Where to continue.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Position {
-    /// Append with `expected` as the subject's last sequence; the next event continues the event `follows`.
-    Open { expected: u64, follows: Mark, checkpoint: Checkpoint },
+    /// Append with `expected` as the subject's last sequence; the next event continues the event `follows`, which was written at `at_us`.
+    Open { expected: u64, follows: Mark, checkpoint: Checkpoint, at_us: i64 },
     /// The turn's end is in the log, with this id.
     Ended { id: u64 },
     /// The session was terminated.
@@ -31,9 +31,9 @@ pub enum Position {
 pub fn position(streamed: Option<Newest<'_>>, persisted: Option<Newest<'_>>, turn: u32, epoch: u32) -> Position {
     let expected = streamed.map_or(0, |newest| newest.id);
     let Some(newest) = [persisted, streamed].into_iter().flatten().max_by_key(|newest| newest.id) else {
-        return Position::Open { expected, follows: Mark::default(), checkpoint: Checkpoint::default() };
+        return Position::Open { expected, follows: Mark::default(), checkpoint: Checkpoint::default(), at_us: 0 };
     };
-    let open = |checkpoint| Position::Open { expected, follows: Mark::of(newest.id, newest.event), checkpoint };
+    let open = |checkpoint| Position::Open { expected, follows: Mark::of(newest.id, newest.event), checkpoint, at_us: newest.event.at_us };
     match &newest.event.kind {
         Some(Kind::Terminated(_)) => Position::Terminated,
         _ if newest.event.turn != turn => open(Checkpoint::default()),
@@ -58,11 +58,13 @@ mod tests {
     fn the_later_of_stream_and_claim_counts() {
         let output = event(1, Kind::Output(Output::default()), 70);
         let taken_over = event(1, Kind::TakenOver(TakenOver {}), 40);
+        let (output, taken_over) = (SessionEvent { at_us: 9, ..output }, SessionEvent { at_us: 5, ..taken_over });
         let (streamed, persisted) = (Newest { id: 9, event: &output }, Newest { id: 5, event: &taken_over });
         let open = |expected, id: u64, stdout_offset| Position::Open {
             expected,
             follows: Mark { id, tag: u64::from(id > 0) },
             checkpoint: Checkpoint { stdout_offset, ..Checkpoint::default() },
+            at_us: id as i64,
         };
         assert_eq!(position(Some(streamed), Some(persisted), 1, 2), open(9, 9, 70));
         assert_eq!(position(None, Some(persisted), 1, 2), open(0, 5, 40));

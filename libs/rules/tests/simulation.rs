@@ -388,7 +388,7 @@ impl World {
                 let streamed = streamed.map(|(id, event)| Newest { id, event });
                 let persisted = persisted.as_ref().map(|(id, event)| Newest { id: *id, event });
                 match (self.decisions.position)(streamed, persisted, TURN, hold.epoch) {
-                    Position::Open { expected, follows, checkpoint } => {
+                    Position::Open { expected, follows, checkpoint, .. } => {
                         let taken_over = hold.epoch == 1;
                         hold.phase = Phase::Open { expected, follows, floor: *projected, checkpoint, taken_over, sent: None, acked: None };
                         true
@@ -440,6 +440,7 @@ impl World {
                         follows: Some(follows.id),
                         follows_tag: follows.tag,
                         kind: Some(kind),
+                        ..SessionEvent::default()
                     });
                     return true;
                 }
@@ -692,6 +693,7 @@ impl World {
                         follows: Some(follows.id),
                         follows_tag: follows.tag,
                         kind: Some(kind),
+                        ..SessionEvent::default()
                     },
                 ));
                 self.schedulers[index].end = Some(end);

@@ -11,12 +11,13 @@ use contract::{
 };
 use prost::Message as _;
 use rules::{
+    chain,
     ending::{self, Ending, Log, Step},
     state::DEADLINE,
 };
 use sqlx::Row as _;
 use tokio_util::sync::CancellationToken;
-use types::{Backoff, Partition, SessionId};
+use types::{Backoff, Partition, SessionId, Timestamp};
 use uuid::Uuid;
 
 use crate::{
@@ -77,14 +78,16 @@ pub async fn append(
             (Step::Wait, _) => return Ok(Appended::Later),
             (Step::Append { expected, follows }, _) => (expected, follows),
         };
-        let checkpoint = [&streamed_event, &persisted_event].into_iter().flatten().find(|(id, _)| *id == follows.id);
+        let newest = [&streamed_event, &persisted_event].into_iter().flatten().find(|(id, _)| *id == follows.id);
+        let newest = newest.map(|(_, event)| event);
         let event = SessionEvent {
             turn,
             epoch: 0,
-            checkpoint: checkpoint.and_then(|(_, event)| event.checkpoint.clone()),
+            checkpoint: newest.and_then(|event| event.checkpoint.clone()),
             follows: Some(follows.id),
             follows_tag: follows.tag,
             tag: Uuid::new_v4().as_u64_pair().1,
+            at_us: chain::next_time(newest.map_or(0, |event| event.at_us), Timestamp::now().unix_micros()),
             kind: Some(kind.clone()),
         };
         let payload = event.encode_to_vec();
@@ -197,7 +200,7 @@ async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), Failure> {
             metrics::counter!("aod_deadline_settlements_total").increment(1);
             let mut tx = scheduler.pool.begin().await?;
             let observation = projector::apply(&mut tx, session, turn, &kind).await?;
-            let event = SessionEvent { turn, kind: Some(kind), ..SessionEvent::default() };
+            let event = SessionEvent { turn, at_us: Timestamp::now().unix_micros(), kind: Some(kind), ..SessionEvent::default() };
             enqueue(&mut tx, &subject::session_log(session, overdue.partition), &event).await?;
             tx.commit().await?;
             scheduler.outbox.notify_one();

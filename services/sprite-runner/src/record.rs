@@ -17,8 +17,11 @@ use contract::{
     subject, topology,
 };
 use prost::Message as _;
-use rules::{chain::Mark, position::Newest};
-use types::{Backoff, Partition, SessionId, Stage, StageState};
+use rules::{
+    chain::{self, Mark},
+    position::Newest,
+};
+use types::{Backoff, Partition, SessionId, Stage, StageState, Timestamp};
 use uuid::Uuid;
 
 use crate::mask::{Masker, Piece};
@@ -74,6 +77,8 @@ pub struct Record {
     last_sequence: u64,
     /// The newest event of the session, which the next one continues.
     follows: Mark,
+    /// When that was written.
+    last_at_us: i64,
     /// Ids up to this one were persisted when the turn was claimed: an event that gets one of them is in a stream that was set back.
     floor: u64,
     pub checkpoint: Checkpoint,
@@ -110,12 +115,13 @@ impl Record {
             Some(event) => Some(decode(event.event_id, event.payload.clone()).ok_or(OpenError::Unreadable)?),
             None => None,
         };
-        let (last_sequence, follows, checkpoint) = match rules::position::position(newest(&streamed), newest(&persisted), turn, epoch) {
-            rules::position::Position::Open { expected, follows, checkpoint } => (expected, follows, checkpoint),
-            rules::position::Position::Ended { id } => return Ok(Position::Ended(id)),
-            rules::position::Position::Terminated => return Ok(Position::Fenced(Fenced::Terminated)),
-            rules::position::Position::Superseded => return Ok(Position::Fenced(Fenced::Superseded)),
-        };
+        let (last_sequence, follows, checkpoint, last_at_us) =
+            match rules::position::position(newest(&streamed), newest(&persisted), turn, epoch) {
+                rules::position::Position::Open { expected, follows, checkpoint, at_us } => (expected, follows, checkpoint, at_us),
+                rules::position::Position::Ended { id } => return Ok(Position::Ended(id)),
+                rules::position::Position::Terminated => return Ok(Position::Fenced(Fenced::Terminated)),
+                rules::position::Position::Superseded => return Ok(Position::Fenced(Fenced::Superseded)),
+            };
         Ok(Position::Open(Box::new(Self {
             bus: bus.clone(),
             session,
@@ -125,6 +131,7 @@ impl Record {
             epoch,
             last_sequence,
             follows,
+            last_at_us,
             floor: spec.recorded_through,
             checkpoint,
             secrets: Masker::default(),
@@ -180,6 +187,7 @@ impl Record {
     /// The task's owner ends the wait.
     async fn append(&mut self, kind: Kind) -> Result<(), Fenced> {
         let tag = Uuid::new_v4().as_u64_pair().1;
+        self.last_at_us = chain::next_time(self.last_at_us, Timestamp::now().unix_micros());
         let event = SessionEvent {
             turn: self.turn,
             epoch: self.epoch,
@@ -187,6 +195,7 @@ impl Record {
             follows: Some(self.follows.id),
             follows_tag: self.follows.tag,
             tag,
+            at_us: self.last_at_us,
             kind: Some(kind),
         };
         let payload = Bytes::from(event.encode_to_vec());

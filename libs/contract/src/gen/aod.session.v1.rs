@@ -20,6 +20,9 @@ pub struct SessionEvent {
     /// Random. A stream that was set back gives an id again; with its tag it names one event.
     #[prost(fixed64, tag = "7")]
     pub tag: u64,
+    /// When it was written: microseconds since the epoch, later than every earlier event of the session. 0 in events of earlier releases.
+    #[prost(int64, tag = "8")]
+    pub at_us: i64,
     #[prost(
         oneof = "session_event::Kind",
         tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20"
