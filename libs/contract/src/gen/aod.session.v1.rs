@@ -95,6 +95,9 @@ pub struct OpenTool {
     pub journal_id: u64,
     #[prost(uint64, tag = "2")]
     pub event_id: u64,
+    /// The tool is an MCP server's.
+    #[prost(bool, tag = "3")]
+    pub is_mcp: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StageChanged {
@@ -133,6 +136,9 @@ pub struct AgentEvent {
     /// The event that shows the tool use of the subagent that did it. 0: the main agent.
     #[prost(uint64, tag = "3")]
     pub parent: u64,
+    /// Of a tool result: the tool is an MCP server's.
+    #[prost(bool, tag = "4")]
+    pub is_mcp: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StageOutput {
