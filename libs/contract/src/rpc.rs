@@ -114,6 +114,18 @@ rpcs! {
     ListSessions: scheduler::ListRequest => scheduler::ListSessionsReply, "aod.rpc.scheduler.v1.session.list", idempotent: true;
     ListTurns: scheduler::ListPartsRequest => scheduler::ListTurnsReply, "aod.rpc.scheduler.v1.session.turns", idempotent: true;
     Prompt: scheduler::PromptRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.prompt", idempotent: false;
+    /// The inputs of a session, newest first.
+    ListInputs: scheduler::ListPartsRequest => scheduler::ListInputsReply, "aod.rpc.scheduler.v1.session.inputs", idempotent: true;
+    /// Changes the text of a queued message.
+    ChangeInput: scheduler::ChangeInputRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.change_input", idempotent: true;
+    /// Withdraws a queued message.
+    WithdrawInput: scheduler::WithdrawInputRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.withdraw_input", idempotent: false;
+    /// Ends the work of the running turn; the session goes on.
+    Interrupt: scheduler::InterruptRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.interrupt", idempotent: true;
+    /// The permission requests of a session, newest first.
+    ListPermissionRequests: scheduler::ListPermissionRequestsRequest => scheduler::ListPermissionRequestsReply, "aod.rpc.scheduler.v1.session.requests", idempotent: true;
+    /// Answers a permission request, once.
+    Decide: scheduler::DecideRequest => scheduler::PermissionRequest, "aod.rpc.scheduler.v1.session.decide", idempotent: false;
     Terminate: scheduler::TerminateRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.terminate", idempotent: false;
     DeleteSession: scheduler::DeleteSessionRequest => common::Empty, "aod.rpc.scheduler.v1.session.delete", idempotent: false;
     /// A page of a session's record.

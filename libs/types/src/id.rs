@@ -73,6 +73,8 @@ ids! {
     EnvironmentId,
     /// An agent running, turn after turn, in one Sprite.
     SessionId,
+    /// A message, an interrupt or a decision.
+    InputId,
     /// A row of the vault.
     SecretId,
     /// The right to have some secrets unsealed for one piece of work.

@@ -25,6 +25,15 @@ pub const IDEMPOTENCY_KEY_CHARS_MAX: usize = 255;
 pub const TIMEOUT_SECONDS_MIN: u32 = 10;
 pub const TIMEOUT_SECONDS_MAX: u32 = 3600;
 pub const PAGE_MAX: u32 = 1000;
+/// Rules of an agent's permissions.
+pub const PERMISSION_RULES_MAX: usize = 100;
+/// The longest that a permission request may wait before its default applies.
+pub const DECISION_SECONDS_MAX: u32 = 7 * 24 * 3600;
+/// Messages that wait for a session's turn to end, and their bytes together: those of one answer to a runner.
+pub const QUEUED_INPUTS_MAX: usize = 100;
+pub const QUEUED_BYTES_MAX: usize = 6 * 1024 * 1024;
+/// What a denial tells the model.
+pub const DENY_MESSAGE_CHARS_MAX: usize = 4096;
 
 /// Output of one event: large enough to carry a burst cheaply, small enough for every SSE client's buffers.
 pub const OUTPUT_EVENT_BYTES_MAX: usize = 128 * 1024;

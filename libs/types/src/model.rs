@@ -95,6 +95,31 @@ impl Runtime {
     }
 }
 
+/// What a runtime's CLI lets its users do while a turn runs. The adapters of the agent host declare the same, as a test there makes sure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuntimeCapabilities {
+    /// A message can join a running turn.
+    pub steer: bool,
+    /// It asks before it uses a tool.
+    pub permission_requests: bool,
+    /// What is said with a denial reaches the model.
+    pub deny_with_message: bool,
+    pub interrupt: bool,
+}
+
+impl Runtime {
+    #[must_use]
+    pub const fn capabilities(self) -> RuntimeCapabilities {
+        let (steer, permission_requests, deny_with_message) = match self {
+            Self::Claude | Self::Codex => (true, true, true),
+            Self::Gemini => (false, true, false),
+            Self::Opencode => (false, true, true),
+            Self::Shell => (false, false, false),
+        };
+        RuntimeCapabilities { steer, permission_requests, deny_with_message, interrupt: true }
+    }
+}
+
 impl fmt::Display for Runtime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())

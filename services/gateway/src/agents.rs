@@ -186,6 +186,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         mcp_servers: mcp::redacted(servers),
         mcp_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         once: key.once(&body),
+        ..CreateAgentRequest::default()
     };
     let reply = app.bus.call::<rpc::CreateAgent>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
@@ -314,6 +315,7 @@ pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Bo
         mcp_servers,
         mcp_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         secrets_of_version,
+        ..UpdateAgentRequest::default()
     };
     let reply = app.bus.call::<rpc::UpdateAgent>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |_| true).await;

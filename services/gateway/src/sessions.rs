@@ -479,6 +479,7 @@ pub async fn prompt(
         prompt: prompt.prompt,
         timeout_seconds: prompt.timeout.unwrap_or(app.config.default_timeout_seconds),
         once: key.once(&body),
+        ..PromptRequest::default()
     };
     let reply = app.call::<rpc::Prompt>(&request).await?;
     let session = reply.session.unwrap_or_default();

@@ -53,6 +53,7 @@ impl From<AgentRow> for Agent {
             skills: row.skills.to_string(),
             mcp_servers: row.mcp_servers.to_string(),
             mcp_secret_id: row.mcp_secret_id.map(|id| id.to_string()),
+            ..Self::default()
         }
     }
 }

@@ -96,6 +96,7 @@ impl From<SessionRow> for Session {
             resources: row.resources.to_string(),
             waiting_on: None,
             event_partition: u32::try_from(row.event_partition).unwrap_or(u32::MAX),
+            ..Self::default()
         }
     }
 }

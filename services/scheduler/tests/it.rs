@@ -204,7 +204,7 @@ async fn a_turns_end_completes_the_session_and_one_of_racing_prompts_wins() {
         session_id: session.clone(),
         prompt: "again".to_owned(),
         timeout_seconds: 60,
-        once: None,
+        ..PromptRequest::default()
     };
     let results = join_all((0..20).map(|_| world.gateway.call::<rpc::Prompt>(&request, SOON))).await;
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
@@ -303,7 +303,7 @@ async fn a_later_edit_changes_nothing_for_a_sessions_next_turn() {
         session_id: session.clone(),
         prompt: "again".to_owned(),
         timeout_seconds: 60,
-        once: None,
+        ..PromptRequest::default()
     };
     world.gateway.call::<rpc::Prompt>(&prompt, SOON).await.unwrap();
     let spec = world.run(&session, 2).await;
@@ -341,8 +341,13 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
             log.push(format!("{now:?}, step {step}"));
             match step {
                 0 => {
-                    let request =
-                        PromptRequest { user_id: ids.0, session_id: ids.1, prompt: "p".to_owned(), timeout_seconds: 60, once: None };
+                    let request = PromptRequest {
+                        user_id: ids.0,
+                        session_id: ids.1,
+                        prompt: "p".to_owned(),
+                        timeout_seconds: 60,
+                        ..PromptRequest::default()
+                    };
                     let done = world.gateway.call::<rpc::Prompt>(&request, SOON).await;
                     assert_eq!(done.is_ok(), now.status == "completed", "{log:?}");
                     if done.is_ok() {
@@ -406,8 +411,13 @@ async fn whatever_happens_at_once_ends_in_one_state() {
         if round % 2 == 0 {
             world.complete(&session, 1).await;
         }
-        let prompt =
-            PromptRequest { user_id: user.clone(), session_id: session.clone(), prompt: "p".to_owned(), timeout_seconds: 60, once: None };
+        let prompt = PromptRequest {
+            user_id: user.clone(),
+            session_id: session.clone(),
+            prompt: "p".to_owned(),
+            timeout_seconds: 60,
+            ..PromptRequest::default()
+        };
         let terminate = TerminateRequest { user_id: user.clone(), session_id: session.clone() };
         let delete = DeleteSessionRequest { user_id: user.clone(), session_id: session.clone() };
         let (prompted, terminated, deleted, _, ended) = tokio::join!(

@@ -64,6 +64,8 @@ struct RunningStep {
     ending: Option<Reason>,
 }
 
+const NOT_JOINED: &str = "no running turn takes a message";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Program {
     None,
@@ -156,6 +158,11 @@ impl Core {
             let ended = StepEnded { input_id: step.input_id, name: step.name, reason: lost.into(), ..StepEnded::default() };
             core.record(record::Kind::StepEnded(ended));
         }
+        // Accepted a moment before the end of the host that could have passed it on.
+        let joins = |input: &Input| matches!(&input.kind, Some(input::Kind::Message(message)) if message.when_busy() == WhenBusy::Join);
+        for message in core.state.queued.clone().into_iter().filter(joins) {
+            core.settle(&message.id, Outcome::Refused, NOT_JOINED);
+        }
         core.advance(now);
         core
     }
@@ -216,8 +223,15 @@ impl Core {
         }
         self.record(record::Kind::InputAccepted(InputAccepted { input: Some(input.clone()) }));
         match input.kind {
+            Some(input::Kind::Message(message)) if message.when_busy() == WhenBusy::Join => {
+                if self.is_working() && self.steer(&message.text, now) {
+                    self.settle(&id, Outcome::Applied, "");
+                } else {
+                    self.settle(&id, Outcome::Refused, NOT_JOINED);
+                }
+            }
             Some(input::Kind::Message(message)) if self.is_working() => match message.when_busy() {
-                WhenBusy::Queue => {}
+                WhenBusy::Queue | WhenBusy::Join => {}
                 WhenBusy::Steer if self.steer(&message.text, now) => self.settle(&id, Outcome::Applied, ""),
                 WhenBusy::Steer | WhenBusy::Interrupt => self.end_work(Reason::Interrupted, now),
             },
@@ -820,7 +834,7 @@ mod tests {
     }
 
     fn happenings() -> impl Strategy<Value = Vec<Happening>> {
-        let busy = prop_oneof![Just(WhenBusy::Queue), Just(WhenBusy::Interrupt), Just(WhenBusy::Steer)];
+        let busy = prop_oneof![Just(WhenBusy::Queue), Just(WhenBusy::Interrupt), Just(WhenBusy::Steer), Just(WhenBusy::Join)];
         let happening = prop_oneof![
             4 => (1_u32..6, busy).prop_map(|(id, busy)| Happening::Deliver(message(id, busy))),
             1 => (0_u32..4).prop_map(|id| Happening::Deliver(Input { id: format!("i{id}"), kind: Some(input::Kind::Interrupt(Interrupt {})) })),
@@ -906,6 +920,12 @@ mod tests {
                 }
             }
             prop_assert!(open.is_none() && core.state().queued.is_empty(), "{:?}", core.state());
+            let began = |id: &str| records.iter().any(|kind| matches!(kind, record::Kind::TurnStarted(turn) if turn.input_id == id));
+            for kind in &records {
+                if let record::Kind::InputAccepted(InputAccepted { input: Some(Input { id, kind: Some(input::Kind::Message(message)) }) }) = kind {
+                    prop_assert!(message.when_busy() != WhenBusy::Join || !began(id), "{id} became a turn");
+                }
+            }
         }
     }
 }

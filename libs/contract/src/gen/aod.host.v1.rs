@@ -1011,6 +1011,8 @@ pub enum WhenBusy {
     Interrupt = 1,
     /// It joins the running turn where the CLI can; else the running turn is interrupted.
     Steer = 2,
+    /// It joins the running turn, or is refused: it never becomes a turn of its own.
+    Join = 3,
 }
 impl WhenBusy {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1022,6 +1024,7 @@ impl WhenBusy {
             Self::Queue => "WHEN_BUSY_QUEUE",
             Self::Interrupt => "WHEN_BUSY_INTERRUPT",
             Self::Steer => "WHEN_BUSY_STEER",
+            Self::Join => "WHEN_BUSY_JOIN",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -1030,6 +1033,7 @@ impl WhenBusy {
             "WHEN_BUSY_QUEUE" => Some(Self::Queue),
             "WHEN_BUSY_INTERRUPT" => Some(Self::Interrupt),
             "WHEN_BUSY_STEER" => Some(Self::Steer),
+            "WHEN_BUSY_JOIN" => Some(Self::Join),
             _ => None,
         }
     }

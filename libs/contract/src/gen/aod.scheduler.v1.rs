@@ -35,6 +35,9 @@ pub struct Agent {
     /// Where the vault keeps those values.
     #[prost(string, optional, tag = "15")]
     pub mcp_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// JSON of types::Permissions; empty: everything is allowed.
+    #[prost(string, tag = "16")]
+    pub permissions: ::prost::alloc::string::String,
 }
 /// A client's Idempotency-Key: the request takes effect once, however often it comes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -71,6 +74,8 @@ pub struct CreateAgentRequest {
     pub mcp_secret_id: ::core::option::Option<::prost::alloc::string::String>,
     #[prost(message, optional, tag = "12")]
     pub once: ::core::option::Option<Once>,
+    #[prost(string, tag = "13")]
+    pub permissions: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateAgentReply {
@@ -115,6 +120,8 @@ pub struct UpdateAgentRequest {
     /// The version that the kept secret values were taken from.
     #[prost(uint32, optional, tag = "15")]
     pub secrets_of_version: ::core::option::Option<u32>,
+    #[prost(string, optional, tag = "16")]
+    pub permissions: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetAgentRequest {
@@ -339,6 +346,156 @@ pub struct Session {
     /// Which of the streams holds its record; as a types::Partition.
     #[prost(uint32, tag = "15")]
     pub event_partition: u32,
+    /// Of a prompt's answer: the input that it became, where the session was busy.
+    #[prost(message, optional, tag = "16")]
+    pub input: ::core::option::Option<Input>,
+    /// Of a single session: its messages that wait for the turn's end.
+    #[prost(uint32, optional, tag = "17")]
+    pub queued_inputs: ::core::option::Option<u32>,
+}
+/// Something that a user sends while a turn runs. The proto of its row.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Input {
+    #[prost(string, tag = "1")]
+    pub input_id: ::prost::alloc::string::String,
+    /// A types::InputKind.
+    #[prost(string, tag = "2")]
+    pub kind: ::prost::alloc::string::String,
+    /// A types::InputStatus.
+    #[prost(string, tag = "3")]
+    pub status: ::prost::alloc::string::String,
+    /// Of a message.
+    #[prost(string, tag = "4")]
+    pub text: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "5")]
+    pub timeout_seconds: u32,
+    /// Of a message that joins the running turn.
+    #[prost(bool, tag = "6")]
+    pub steers: bool,
+    /// The turn that it belongs to; a queued message has none yet.
+    #[prost(uint32, optional, tag = "7")]
+    pub turn: ::core::option::Option<u32>,
+    /// Of a decision: the request that it answers.
+    #[prost(uint64, optional, tag = "8")]
+    pub request_id: ::core::option::Option<u64>,
+    /// Of a decision: a types::Verdict.
+    #[prost(string, tag = "9")]
+    pub verdict: ::prost::alloc::string::String,
+    /// Why it was refused.
+    #[prost(string, tag = "10")]
+    pub message: ::prost::alloc::string::String,
+    /// The API key that sent it; empty: no one did (a time-out).
+    #[prost(string, tag = "11")]
+    pub key_id: ::prost::alloc::string::String,
+    #[prost(int64, tag = "12")]
+    pub created_at_us: i64,
+    #[prost(int64, optional, tag = "13")]
+    pub delivered_at_us: ::core::option::Option<i64>,
+    #[prost(int64, optional, tag = "14")]
+    pub settled_at_us: ::core::option::Option<i64>,
+    /// What the model reads with a denial.
+    #[prost(string, tag = "15")]
+    pub deny_message: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListInputsReply {
+    #[prost(message, repeated, tag = "1")]
+    pub inputs: ::prost::alloc::vec::Vec<Input>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
+}
+/// Changes the text of a queued message.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChangeInputRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub input_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub text: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WithdrawInputRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub input_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct InterruptRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub key_id: ::prost::alloc::string::String,
+}
+/// The agent asks whether it may use a tool.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PermissionRequest {
+    /// The event that shows the tool use.
+    #[prost(uint64, tag = "1")]
+    pub request_id: u64,
+    #[prost(uint32, tag = "2")]
+    pub turn: u32,
+    #[prost(string, tag = "3")]
+    pub tool: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub input_json: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub diff: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub reason: ::prost::alloc::string::String,
+    /// A types::RequestStatus.
+    #[prost(string, tag = "7")]
+    pub status: ::prost::alloc::string::String,
+    #[prost(int64, tag = "8")]
+    pub created_at_us: i64,
+    #[prost(int64, optional, tag = "9")]
+    pub settled_at_us: ::core::option::Option<i64>,
+    /// The answer, once there is one; it may be on its way to the agent.
+    #[prost(message, optional, tag = "10")]
+    pub answer: ::core::option::Option<Input>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListPermissionRequestsRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "3")]
+    pub status: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(uint32, tag = "4")]
+    pub limit: u32,
+    #[prost(message, optional, tag = "5")]
+    pub after: ::core::option::Option<Cursor>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListPermissionRequestsReply {
+    #[prost(message, repeated, tag = "1")]
+    pub requests: ::prost::alloc::vec::Vec<PermissionRequest>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DecideRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub request_id: u64,
+    /// A types::Verdict.
+    #[prost(string, tag = "4")]
+    pub verdict: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub message: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub key_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetSessionRequest {
@@ -395,6 +552,12 @@ pub struct PromptRequest {
     pub timeout_seconds: u32,
     #[prost(message, optional, tag = "5")]
     pub once: ::core::option::Option<Once>,
+    /// A types::WhenBusy; empty: `reject`.
+    #[prost(string, tag = "6")]
+    pub when_busy: ::prost::alloc::string::String,
+    /// The API key that sends it.
+    #[prost(string, tag = "7")]
+    pub key_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TerminateRequest {

@@ -176,3 +176,15 @@ fn the_document_of_runtimes_is_up_to_date() {
     let committed = std::fs::read_to_string(path).unwrap_or_default();
     assert!(committed == document(), "run: cargo run -p agent-host -- runtimes > docs/runtimes.md");
 }
+
+#[test]
+fn the_api_knows_what_each_adapter_supports() {
+    for declared in ALL {
+        let runtime: types::Runtime = declared.name.parse().unwrap();
+        let known = runtime.capabilities();
+        let Capabilities { steer, permission_requests, deny_with_message, interrupt, .. } = declared.capabilities;
+        let declared = types::model::RuntimeCapabilities { steer, permission_requests, deny_with_message, interrupt };
+        assert_eq!(known, declared, "{runtime}");
+    }
+    assert_eq!(types::Runtime::ALL.len(), ALL.len());
+}

@@ -1,0 +1,77 @@
+//! What an agent may do without asking (docs/api.md §4).
+
+use serde::{Deserialize, Serialize};
+
+use crate::session::named;
+
+named! {
+    #[derive(Serialize, Deserialize, Default)]
+    #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+    #[serde(rename_all = "lowercase")]
+    Evaluation {
+        #[default]
+        Allow = "allow",
+        /// The turn waits for a user's decision.
+        Ask = "ask",
+        Deny = "deny",
+    }
+}
+
+/// The first rule that names a tool decides; `default` where none does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Permissions {
+    #[serde(default)]
+    pub default: Evaluation,
+    #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(max_items = 100))]
+    pub rules: Vec<PermissionRule>,
+    /// Seconds after which an open request is decided by `on_timeout`. Absent: it waits for its user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schema(minimum = 1, maximum = 604_800))]
+    pub timeout_seconds: Option<u32>,
+    /// `allow` or `deny`; `deny` where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_timeout: Option<TimeoutDecision>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct PermissionRule {
+    /// A tool as the runtime calls it; `*` at the end matches any rest.
+    #[cfg_attr(feature = "schema", schema(min_length = 1, max_length = 200, example = "Bash"))]
+    pub tool: String,
+    pub evaluation: Evaluation,
+}
+
+named! {
+    #[derive(Serialize, Deserialize)]
+    #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+    #[serde(rename_all = "lowercase")]
+    TimeoutDecision {
+        Allow = "allow",
+        Deny = "deny",
+    }
+}
+
+impl Permissions {
+    /// Whether anything but "allow" can come of them: runtimes that cannot ask can do no more than that.
+    #[must_use]
+    pub fn restrict(&self) -> bool {
+        self.default != Evaluation::Allow || self.rules.iter().any(|rule| rule.evaluation != Evaluation::Allow)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_stricter_than_allow_restricts() {
+        let permissions = |text: &str| serde_json::from_str::<Permissions>(text).unwrap();
+        assert!(!permissions("{}").restrict());
+        assert!(!permissions(r#"{"rules":[{"tool":"Bash","evaluation":"allow"}]}"#).restrict());
+        assert!(permissions(r#"{"rules":[{"tool":"Bash","evaluation":"ask"}]}"#).restrict());
+        assert!(permissions(r#"{"default":"deny"}"#).restrict());
+    }
+}
