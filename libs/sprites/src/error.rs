@@ -53,7 +53,7 @@ impl Error {
 
     pub(crate) fn from_status(status: StatusCode, body: &str, header: Option<Duration>) -> Self {
         let (message, in_body) = describe(body);
-        // The body's own hint wins (sprites-api.md §1.2).
+        // The body's own hint wins (docs/sprites-api.md §1.2).
         let retry_after = in_body.or(header);
         match status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Self::Unauthorized { message },

@@ -1,4 +1,4 @@
-//! Exec over WebSocket, without a terminal (sprites-api.md §3): binary frames with a stream byte, JSON text frames for control.
+//! Exec over WebSocket, without a terminal (docs/sprites-api.md §3): binary frames with a stream byte, JSON text frames for control.
 
 use std::time::Duration;
 

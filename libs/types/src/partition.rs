@@ -1,4 +1,4 @@
-//! Partitions of the sessions' records (design §3).
+//! Partitions of the event log: which stream holds a session's events (ARCHITECTURE.md).
 
 use std::num::NonZeroU8;
 

@@ -1,4 +1,4 @@
-//! Names of Sprites: a DNS label (sprites-api.md §2.5), ours by its prefix.
+//! Names of Sprites: a DNS label (docs/sprites-api.md §2.5), ours by its prefix.
 
 use std::{fmt, str::FromStr};
 

@@ -18,7 +18,7 @@ struct Verified {
     used_recently: bool,
 }
 
-/// Who calls. The texts of refusals are the contract's (§2).
+/// Who calls. The texts of refusals are the contract's (docs/api.md §2).
 pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKeyReply, Failure> {
     let refused = |message: &str| Failure::new(ErrorCode::Unauthenticated, message);
     let hash = KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| refused("Invalid API key"))?;

@@ -1,4 +1,4 @@
-//! Agents (contract §4): templates that sessions run.
+//! Agents (docs/api.md §4): templates that sessions run.
 
 mod mcp;
 mod skills;

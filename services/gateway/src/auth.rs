@@ -13,7 +13,7 @@ use types::{ApiKey, ErrorCode, KeyHash};
 
 use crate::{App, RPC_DEADLINE, error::ApiError};
 
-/// A deactivated key stops working within a second (contract §2).
+/// A deactivated key stops working within a second (docs/api.md §2).
 const REMEMBERED: Duration = Duration::from_millis(800);
 const KEYS_MAX: u64 = 100_000;
 

@@ -1,4 +1,4 @@
-//! Request bodies, checked field by field. Several errors come together, in the shape of pydantic v2 (contract §1).
+//! Request bodies, checked field by field. Several errors come together, in the shape of pydantic v2 (docs/api.md §1).
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -400,7 +400,7 @@ impl Fields {
     }
 }
 
-/// Fields whose contents no answer shows, not even the one that refuses them (contract §3 to §6).
+/// Fields whose contents no answer shows, not even the one that refuses them (docs/api.md §3 to §6).
 fn is_secret(name: &str) -> bool {
     matches!(name, "authorization_token" | "env" | "env_vars" | "headers" | "secret_env_vars" | "value")
 }

@@ -1,4 +1,4 @@
-//! Stored credentials (contract §3). A value goes to the vault and never comes back.
+//! Stored credentials (docs/api.md §3). A value goes to the vault and never comes back.
 
 use axum::{Json, extract::State};
 use contract::{

@@ -1,4 +1,4 @@
-//! Environments (contract §5): how a sandbox is set up.
+//! Environments (docs/api.md §5): how a sandbox is set up.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Where a failure becomes an HTTP answer: the one place that knows statuses and the public error body (contract §1).
+//! Where a failure becomes an HTTP answer: the one place that knows statuses and the public error body (docs/api.md §1).
 
 use axum::{
     http::{HeaderValue, StatusCode, header},

@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: a request that creates takes effect once, however often it is sent (contract §1).
+//! `Idempotency-Key`: a request that creates takes effect once, however often it is sent (docs/api.md §1).
 
 use axum::{
     Json,

@@ -1,4 +1,4 @@
-//! API keys (contract §2). Made here and shown once; only the hash travels on.
+//! API keys (docs/api.md §2). Made here and shown once; only the hash travels on.
 
 use axum::{Json, extract::State, http::StatusCode};
 use bus::Failure;

@@ -38,7 +38,7 @@ const LAST_REQUESTS: Duration = Duration::from_millis(200);
 pub struct Limits {
     /// Open connections; more wait to be accepted.
     pub connections: usize,
-    /// How long a client may take nothing of what is sent to it. One that is cut so resumes by id (contract §7).
+    /// How long a client may take nothing of what is sent to it. One that is cut so resumes by id (docs/api.md §7).
     pub patience: Duration,
 }
 

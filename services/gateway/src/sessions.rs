@@ -1,4 +1,4 @@
-//! Sessions and turns (contract §6).
+//! Sessions and turns (docs/api.md §6).
 
 use std::collections::BTreeMap;
 

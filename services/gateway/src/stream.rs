@@ -1,4 +1,4 @@
-//! The stream of a session (contract §7): history from the event log in Postgres, in bounded pages, then what is appended live.
+//! The stream of a session (docs/api.md §7): history from the event log in Postgres, in bounded pages, then what is appended live.
 //!
 //! [`reader`] is one connection and [`progress`] its pure part; [`hub`] follows a session for all its readers and [`tail`] is its pure part;
 //! [`history`] reads pages; [`event`] is what clients see of an event; [`open`] counts the streams of each key.

@@ -1,4 +1,4 @@
-//! What the real service is known to do to its clients, for their tests (sprites-api.md §1.2, §3.8, §3.9, §11.3): given with
+//! What the real service is known to do to its clients, for their tests (docs/sprites-api.md §1.2, §3.8, §3.9, §11.3): given with
 //! `LOCAL_SPRITES_CHAOS` or `--chaos`, nothing of it otherwise.
 
 use std::{

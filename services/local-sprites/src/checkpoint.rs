@@ -1,4 +1,4 @@
-//! Checkpoints of a Sprite's disk: what it has written, kept under a number, and put back (sprites-api.md §7).
+//! Checkpoints of a Sprite's disk: what it has written, kept under a number, and put back (docs/sprites-api.md §7).
 
 use std::{fs, io, path::PathBuf, sync::Arc};
 

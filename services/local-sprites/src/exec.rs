@@ -31,7 +31,7 @@ use crate::{
     terminal::{Size, Terminal},
 };
 
-/// Bytes of one frame; well under every client's limit (sprites-api.md §3.2).
+/// Bytes of one frame; well under every client's limit (docs/sprites-api.md §3.2).
 const FRAME_BYTES: usize = 64 * 1024;
 /// What is on its way from a command to this server.
 const PIPE_BYTES: usize = 1024 * 1024;

@@ -1,4 +1,4 @@
-//! The file API (sprites-api.md §6). Every path is resolved by the kernel inside the Sprite's root, so that neither `..` nor a symlink
+//! The file API (docs/sprites-api.md §6). Every path is resolved by the kernel inside the Sprite's root, so that neither `..` nor a symlink
 //! nor a race leads out of it.
 
 use std::{
@@ -92,7 +92,7 @@ impl Root {
     }
 
     pub fn write(&self, path: &Path, content: &[u8], mode: u32, parents: bool) -> io::Result<()> {
-        // The SDKs make a directory by writing `.keep` into it (§6): its parent is made whatever they say.
+        // The SDKs make a directory by writing `.keep` into it (docs/sprites-api.md §6): its parent is made whatever they say.
         let depth = if parents { usize::MAX } else { usize::from(path.file_name().is_some_and(|name| name == ".keep")) };
         if let Some(parent) = path.parent() {
             self.make_dirs(parent, depth)?;

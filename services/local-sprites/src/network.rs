@@ -1,4 +1,4 @@
-//! Who a Sprite may talk to (sprites-api.md §8.1).
+//! Who a Sprite may talk to (docs/sprites-api.md §8.1).
 //!
 //! A Sprite with rules has a network namespace of its own, in which there is nothing but a proxy: its environment names it
 //! (`HTTP_PROXY`, `HTTPS_PROXY`), and what goes another way has no route. The proxy listens inside of the namespace and connects

@@ -52,7 +52,7 @@ pub struct Settings {
     pub url_auth: Option<String>,
 }
 
-/// sprites-api.md §8.2. Programs never gain rights by being started here, whatever it says; there are no devices to give.
+/// docs/sprites-api.md §8.2. Programs never gain rights by being started here, whatever it says; there are no devices to give.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PrivilegesPolicy {
@@ -64,7 +64,7 @@ pub struct PrivilegesPolicy {
     pub no_new_privileges: bool,
 }
 
-/// Whether a Sprite's processes run, are stopped where they were, or are gone (sprites-api.md §2.3).
+/// Whether a Sprite's processes run, are stopped where they were, or are gone (docs/sprites-api.md §2.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     Running,
@@ -254,7 +254,7 @@ impl Registry {
         self.uninterrupted(async move {
             let _life = sprite.hold().await?;
             locked(&sprite.record).policy = policy.clone();
-            // A Sprite may read its own rules (sprites-api.md §8.1).
+            // A Sprite may read its own rules (docs/sprites-api.md §8.1).
             fs::write(sprite.inside_dir().join("policy/network.json"), serde_json::to_vec(&policy).map_err(io::Error::other)?)?;
             match sprite.holder() {
                 Some(holder) if holder.network() == network => {
@@ -606,7 +606,7 @@ impl Sprite {
         }
     }
 
-    /// How long nobody used it; none at all while something holds it awake (sprites-api.md §11.3).
+    /// How long nobody used it; none at all while something holds it awake (docs/sprites-api.md §11.3).
     pub fn idle(&self) -> Duration {
         if self.tasks.any() {
             return Duration::ZERO;

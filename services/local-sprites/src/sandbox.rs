@@ -43,7 +43,7 @@ use crate::{
     uplink::{self, Namespace},
 };
 
-/// The user that a Sprite's processes see themselves as (sprites-api.md §11.1).
+/// The user that a Sprite's processes see themselves as (docs/sprites-api.md §11.1).
 const USER: &str = "sprite";
 pub const HOME: &str = "/home/sprite";
 /// Where the agent CLIs are mounted.

@@ -1,4 +1,4 @@
-//! Services of a Sprite (sprites-api.md §9): started when it boots, in the order of their needs, and again when they end. They outlive this
+//! Services of a Sprite (docs/sprites-api.md §9): started when it boots, in the order of their needs, and again when they end. They outlive this
 //! server, and the next one keeps them on.
 
 mod output;

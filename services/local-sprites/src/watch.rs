@@ -1,4 +1,4 @@
-//! Changes of a Sprite's files as they happen (sprites-api.md §6), by inotify, which sees what passes through the Sprite's own mounts.
+//! Changes of a Sprite's files as they happen (docs/sprites-api.md §6), by inotify, which sees what passes through the Sprite's own mounts.
 
 use std::{
     collections::HashMap,

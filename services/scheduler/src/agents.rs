@@ -150,7 +150,7 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
     Ok(())
 }
 
-/// Checks in the contract's order (§4); a real change is a new version.
+/// Checks in the contract's order (docs/api.md §4); a real change is a new version.
 pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result<Agent, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;

@@ -143,7 +143,7 @@ async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(
     Ok(())
 }
 
-/// Checks in the contract's order (§5); a real change is a new version.
+/// Checks in the contract's order (docs/api.md §5); a real change is a new version.
 pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> Result<Environment, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;

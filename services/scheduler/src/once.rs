@@ -1,4 +1,4 @@
-//! Requests that take effect once, however often they come (contract §1, `Idempotency-Key`).
+//! Requests that take effect once, however often they come (docs/api.md §1, `Idempotency-Key`).
 //!
 //! The answer is written in the transaction of what it tells of: after a crash at any moment either both are there or neither is.
 

@@ -1,4 +1,4 @@
-//! A user's quota of active sessions (contract §2): of creations at once no more get through than there is room for.
+//! A user's quota of active sessions (docs/api.md §2): of creations at once no more get through than there is room for.
 //!
 //! Counts are of what is committed. Far below a large quota, creations share a lock and do not wait for one another: as many as Postgres has
 //! connections can be under way, and they all fit. Near it, and where it is small, they go one by one.

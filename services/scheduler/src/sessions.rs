@@ -114,7 +114,7 @@ struct Template {
     env_var_names: Option<Vec<String>>,
 }
 
-/// Checks in the contract's order (§6), then one transaction: session, turn 1, job.
+/// Checks in the contract's order (docs/api.md §6), then one transaction: session, turn 1, job.
 pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
     let reply = once::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;

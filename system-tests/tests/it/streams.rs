@@ -1,4 +1,4 @@
-//! The stream, to the letter of the contract (§7).
+//! The stream, to the letter of the contract (docs/api.md §7).
 
 use std::time::{Duration, Instant};
 

@@ -99,7 +99,7 @@ impl Cutter {
         }
         to.write_all(&upgrade).await?;
         loop {
-            // A server's frames are not masked: RFC 6455 §5.2.
+            // A server's frames are not masked: RFC 6455, section 5.2.
             let mut frame = vec![from.read_u8().await?, from.read_u8().await?];
             let (opcode, extended) = (
                 frame[0] & 0x0f,

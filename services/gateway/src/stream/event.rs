@@ -230,7 +230,7 @@ fn escape(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend_from_slice(rest.as_bytes());
 }
 
-/// JSON in pure ASCII: the published client splits lines at U+0085, U+2028 and U+2029 too (contract §7).
+/// JSON in pure ASCII: the published client splits lines at U+0085, U+2028 and U+2029 too (docs/api.md §7).
 fn write_ascii(bytes: &mut Vec<u8>, body: &impl Serialize) {
     let mut serializer = serde_json::Serializer::with_formatter(bytes, Ascii);
     // Writing into memory does not fail, and no body of ours has keys that are no strings.

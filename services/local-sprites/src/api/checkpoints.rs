@@ -1,4 +1,4 @@
-//! Checkpoints (sprites-api.md §7). What is done is told as it is done; a failure is the last line of a reply that began well.
+//! Checkpoints (docs/sprites-api.md §7). What is done is told as it is done; a failure is the last line of a reply that began well.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Commands over WebSockets, their list, and how they are ended (sprites-api.md §3 and §4).
+//! Commands over WebSockets, their list, and how they are ended (docs/sprites-api.md §3 and §4).
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,11 +25,11 @@ use crate::{
     terminal::Size,
 };
 
-/// The JS client gives a silent socket up after 45 s (§3.5).
+/// The JS client gives a silent socket up after 45 s (docs/sprites-api.md §3.5).
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// How long the client has to close the socket after the exit frame.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
-/// A command without a terminal goes on so long after its last client is gone (§3.1).
+/// A command without a terminal goes on so long after its last client is gone (docs/sprites-api.md §3.1).
 const MAX_RUN_AFTER_DISCONNECT: Duration = Duration::from_secs(10);
 const KILL_GRACE: Duration = Duration::from_secs(10);
 const KILL_GRACE_MAX: Duration = Duration::from_secs(600);
@@ -144,7 +144,8 @@ fn attach_to(
     headers: &axum::http::HeaderMap,
 ) -> Result<Response, Failure> {
     let session = locked(&sprite.sessions).get(id).ok_or_else(|| not_found(id))?;
-    // It sends an end of input before it can know that it is attached to a terminal, where that would log somebody out (§3.7).
+    // sprites-py sends an end of input before it can know that it is attached to a terminal, where that would log a shell out
+    // (docs/sprites-api.md §3.7).
     let is_python = headers.get(header::USER_AGENT).is_some_and(|agent| agent.as_bytes().starts_with(b"sprites-py"));
     let drops_first_end = is_python && session.terminal().is_some();
     let (api, sprite) = (api.clone(), sprite.clone());
@@ -284,7 +285,7 @@ async fn refuse(mut socket: WebSocket, message: &str) {
     }
 }
 
-/// The exit, then a moment for the client to close first (§3.6).
+/// The exit, then a moment for the client to close first (docs/sprites-api.md §3.6).
 async fn finish(mut socket: WebSocket, code: u8, terminal: bool) {
     let exit = json!({ "type": "exit", "exit_code": code }).to_string();
     if !terminal && socket.send(Message::binary(vec![EXIT, code])).await.is_err() {
@@ -315,7 +316,7 @@ pub async fn kill(
         let ended = locked(&sprite.sessions).has_ended(&id);
         return Err(if ended { failure(StatusCode::GONE, &format!("session has exited: {id}")) } else { not_found(&id) });
     };
-    // Some clients send a query, some a JSON body (§4.2).
+    // Some clients send a query, some a JSON body (docs/sprites-api.md §4.2).
     let (query, body): (_, Value) = (Query::parse(query), serde_json::from_slice(&body).unwrap_or_default());
     let signal = query.get("signal").or_else(|| body.get("signal").and_then(Value::as_str)).unwrap_or("SIGTERM").to_owned();
     let number = exec::parse_signal(&signal).ok_or_else(|| invalid("unknown signal"))?;

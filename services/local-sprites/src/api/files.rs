@@ -1,4 +1,4 @@
-//! The file API (sprites-api.md §6).
+//! The file API (docs/sprites-api.md §6).
 
 use std::{
     collections::HashMap,

@@ -1,4 +1,4 @@
-//! The API that a Sprite's own programs see, at `/.sprite/api.sock` (sprites-api.md §11.1): what holds it awake, its services, its
+//! The API that a Sprite's own programs see, at `/.sprite/api.sock` (docs/sprites-api.md §11.1): what holds it awake, its services, its
 //! checkpoints, its network policy to read. Nothing of any other Sprite.
 
 use std::{fs, io, os::fd::AsRawFd as _, os::unix::fs::PermissionsExt as _, sync::Arc, time::Duration};

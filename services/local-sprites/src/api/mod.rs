@@ -38,7 +38,7 @@ use crate::{
 };
 
 const BODY_BYTES_MAX: usize = 256 * 1024 * 1024;
-/// What clients take for the version of a Sprite's environment (§1.3).
+/// What clients take for the version of a Sprite's environment (docs/sprites-api.md §1.3).
 const SPRITE_VERSION: HeaderValue = HeaderValue::from_static("v0.0.1-rc48");
 
 #[derive(Clone, Debug)]

@@ -1,4 +1,4 @@
-//! Into a Sprite's ports, and which there are (sprites-api.md §10, §6).
+//! Into a Sprite's ports, and which there are (docs/sprites-api.md §10, §6).
 
 use std::{collections::BTreeSet, io, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -1,4 +1,4 @@
-//! What a Sprite may reach, do and use (sprites-api.md §8).
+//! What a Sprite may reach, do and use (docs/sprites-api.md §8).
 
 use axum::{
     Json,

@@ -1,4 +1,4 @@
-//! Services (sprites-api.md §9): what they are, how they are, and what happens to them for a while after each call.
+//! Services (docs/sprites-api.md §9): what they are, how they are, and what happens to them for a while after each call.
 
 use std::{fs, sync::Arc, time::Duration};
 

@@ -1,4 +1,4 @@
-//! Sprites themselves: made, listed, changed, deleted (sprites-api.md §2).
+//! Sprites themselves: made, listed, changed, deleted (docs/sprites-api.md §2).
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -121,7 +121,7 @@ pub async fn list(State(api): State<Api>, RawQuery(query): RawQuery, headers: He
         "sprites": sprites.iter().map(|sprite| describe(sprite)).collect::<Vec<_>>(),
         "has_more": has_more,
         "next_continuation_token": token,
-        // Some clients look for the counts here, some there (§2.4).
+        // Some clients look for the counts here, some there (docs/sprites-api.md §2.4).
         "org": organization,
     });
     if let (Some(reply), Value::Object(counts)) = (reply.as_object_mut(), organization) {
