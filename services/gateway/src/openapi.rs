@@ -12,7 +12,10 @@ use utoipa::{
     },
 };
 
-use crate::{error::ErrorBody, stream::event::StreamEvent};
+use crate::{
+    error::ErrorBody,
+    stream::{event::StreamEvent, typed::TypedEvent},
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -21,7 +24,7 @@ use crate::{error::ErrorBody, stream::event::StreamEvent};
         description = "Runs AI coding agents in sandboxes and streams what they do: define an agent, post a session, follow it live, prompt it again."
     ),
     security(("key" = [])),
-    components(schemas(ErrorBody, StreamEvent)),
+    components(schemas(ErrorBody, StreamEvent, TypedEvent)),
     tags(
         (name = "agents", description = "Templates that sessions run"),
         (name = "environments", description = "How sandboxes are set up"),

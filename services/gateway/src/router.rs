@@ -40,6 +40,7 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(sessions::turns))
         .routes(routes!(sessions::prompt))
         .routes(routes!(stream::stream))
+        .routes(routes!(stream::events::events))
         .routes(routes!(sessions::terminate))
         .routes(routes!(sessions::delete))
         .routes(routes!(credentials::list))

@@ -1,15 +1,19 @@
 //! The stream of a session (docs/api.md §7): history from the event log in Postgres, in bounded pages, then what is appended live.
 //!
+//! [`events`] are the typed events, [`typed`] their shapes, [`follow`] one connection that follows them.
 //! [`reader`] is one connection and [`progress`] its pure part; [`hub`] follows a session for all its readers and [`tail`] is its pure part;
 //! [`history`] reads pages; [`event`] is what clients see of an event; [`open`] counts the streams of each key.
 
 pub mod event;
+pub mod events;
+mod follow;
 mod history;
 pub mod hub;
 pub mod open;
 mod progress;
 mod reader;
 mod tail;
+pub mod typed;
 
 use axum::{
     body::Body,
@@ -33,7 +37,11 @@ use crate::{
     limits::TryLater,
     page::bad_query,
     path::{Id, IdParams},
-    stream::{event::Event, open::TooManyStreams, reader::Reader},
+    stream::{
+        event::Event,
+        open::{OpenStream, TooManyStreams},
+        reader::Reader,
+    },
 };
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -78,32 +86,53 @@ pub async fn stream(
     params: Result<Query<Params>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let session_id: SessionId = id.parse().map_err(|_| ApiError::not_found("Session"))?;
-    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id, recorded_through: 0 };
-    let session = app.call::<rpc::GetSession>(&request).await?;
+    let (session_id, session) = find(&app, &caller, id).await?;
     let Query(params) = params.map_err(|_| bad_query("Malformed query"))?;
-    let last_event_id = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("?")).filter(|text| !text.is_empty());
-    let since = resume_point(params.since.as_deref())?;
-    let resumed = last_event_id.map(|text| resume_point(Some(text))).transpose()?;
+    let last_event_id = last_event_id(&headers);
+    let since = resume_point("since", params.since.as_deref())?;
+    let resumed = last_event_id.map(|text| resume_point("since", Some(text))).transpose()?;
     let since = resumed.unwrap_or(since);
     if let Some(last) = resumed
         && has_end(&app, session_id, &session, last).await?
     {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
+    let (partition, open) = (partition(&session)?, open(&app, &caller)?);
+    let reader = Reader::new(app, caller, open, (session_id, partition), session, since);
+    Ok(sse(Body::from_stream(reader.into_stream())))
+}
+
+/// A session of the caller's.
+pub async fn find(app: &App, caller: &Caller, id: String) -> Result<(SessionId, Session), ApiError> {
+    let session_id: SessionId = id.parse().map_err(|_| ApiError::not_found("Session"))?;
+    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id, recorded_through: 0 };
+    Ok((session_id, app.call::<rpc::GetSession>(&request).await?))
+}
+
+fn partition(session: &Session) -> Result<Partition, ApiError> {
     let partition = Partition::new(session.event_partition);
-    let partition = partition.ok_or_else(|| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "This gateway is older than the session"))?;
-    let open = app.streams.open(&app, caller.key).map_err(|TooManyStreams { max }| {
+    partition.ok_or_else(|| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "This gateway is older than the session"))
+}
+
+fn open(app: &App, caller: &Caller) -> Result<OpenStream, ApiError> {
+    app.streams.open(app, caller.key).map_err(|TooManyStreams { max }| {
         let detail = format!("This API key has {max} streams open, as many as it may. Close some, or have several readers share one.");
         ApiError::try_later(&detail, TryLater { seconds: 5 })
-    })?;
-    let reader = Reader::new(app, caller, open, (session_id, partition), session, since);
+    })
+}
+
+fn sse(body: Body) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),
         (header::HeaderName::from_static("x-accel-buffering"), "no"),
     ];
-    Ok((headers, Body::from_stream(reader.into_stream())).into_response())
+    (headers, body).into_response()
+}
+
+/// What a client that reconnects had last.
+fn last_event_id(headers: &HeaderMap) -> Option<&str> {
+    headers.get("last-event-id").map(|value| value.to_str().unwrap_or("?")).filter(|text| !text.is_empty())
 }
 
 /// Whether a client that has an event has the end of the session's current turn.
@@ -115,8 +144,8 @@ async fn has_end(app: &App, session_id: SessionId, session: &Session, last: u64)
 }
 
 /// The id after which events are wanted.
-fn resume_point(text: Option<&str>) -> Result<u64, ApiError> {
-    let invalid = || ApiError::new(StatusCode::BAD_REQUEST, "since must be an integer");
+fn resume_point(name: &str, text: Option<&str>) -> Result<u64, ApiError> {
+    let invalid = || ApiError::new(StatusCode::BAD_REQUEST, &format!("{name} must be an integer"));
     let Some(text) = text.map(str::trim).filter(|text| !text.is_empty()) else { return Ok(0) };
     let digits = text.strip_prefix('+').unwrap_or(text);
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -135,7 +164,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_is_a_resume_point_or_refused(text in "\\PC{0,30}|[ +0-9]{0,30}") {
-            if let (Ok(point), Ok(number)) = (resume_point(Some(&text)), text.trim().parse::<u64>()) {
+            if let (Ok(point), Ok(number)) = (resume_point("since", Some(&text)), text.trim().parse::<u64>()) {
                 prop_assert_eq!(point, number);
             }
         }
@@ -143,11 +172,11 @@ mod tests {
 
     #[test]
     fn a_resume_point_is_a_number_that_is_not_negative() {
-        assert_eq!(resume_point(None).ok(), Some(0));
-        assert_eq!(resume_point(Some(" 7 ")).ok(), Some(7));
-        assert_eq!(resume_point(Some("99999999999999999999999")).ok(), Some(u64::MAX));
+        assert_eq!(resume_point("since", None).ok(), Some(0));
+        assert_eq!(resume_point("since", Some(" 7 ")).ok(), Some(7));
+        assert_eq!(resume_point("since", Some("99999999999999999999999")).ok(), Some(u64::MAX));
         for bad in ["-1", "x", "1.5", "+", "٣"] {
-            assert!(resume_point(Some(bad)).is_err(), "{bad}");
+            assert!(resume_point("since", Some(bad)).is_err(), "{bad}");
         }
     }
 }

@@ -7,11 +7,13 @@ use contract::{
     common::Empty,
     rpc,
     scheduler::DeleteSessionRequest,
+    session::{Deleted, SessionEvent, session_event::Kind},
     subject, topology,
     vault::{DeleteSecretsRequest, RevokeLeasesRequest},
 };
+use prost::Message as _;
 use tokio_util::sync::CancellationToken;
-use types::{SessionId, SessionStatus, UserId};
+use types::{SessionId, SessionStatus, Timestamp, UserId};
 use uuid::Uuid;
 
 use crate::{
@@ -117,7 +119,12 @@ async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Fail
         .await?;
     let partition = partition(number)?;
     event_log::purge(&scheduler.pool, session).await?;
-    scheduler.bus.purge(topology::events(partition).name, &subject::session_log(session, partition)).await.map_err(Failure::internal)?;
+    let log = subject::session_log(session, partition);
+    // Nothing else tells those who follow an idle session.
+    let deleted = SessionEvent { at_us: Timestamp::now().unix_micros(), kind: Some(Kind::Deleted(Deleted {})), ..SessionEvent::default() };
+    let told = scheduler.bus.publish(log.clone(), deleted.encode_to_vec().into(), &format!("deleted-{session}")).await;
+    told.map_err(Failure::internal)?;
+    scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(Failure::internal)?;
     let mut tx = scheduler.pool.begin().await?;
     // Its Sprite is gone too: then nothing is left, and nothing refers to its leases. The user's account is searched once more.
     let done = sqlx::query(

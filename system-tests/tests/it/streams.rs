@@ -240,3 +240,57 @@ async fn a_reader_that_takes_nothing_is_cut_and_slows_nobody() {
     let output: String = seen.iter().chain(&rest).filter_map(|event| event["data"].as_str()).collect();
     assert!(output == expected);
 }
+
+#[tokio::test]
+async fn typed_events_are_listed_and_followed_from_turn_to_turn() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let session = stack.session("shell", "seq 20000; echo é >&2").await.unwrap();
+    let url = format!("{}/sessions/{session}/events?stream=true", stack.ready_text("/api_url"));
+    let follow =
+        |after: &str| unlimited().get(&url).bearer_auth(stack.ready_text("/api_key")).header("last-event-id", after.to_owned()).send();
+    let mut followed = follow("0").await.unwrap();
+    assert_eq!(followed.headers()["content-type"], "text/event-stream");
+    let mut text = String::new();
+    until_idle(&mut followed, &mut text, 1).await;
+    let answer = stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "exit 3" })).await.unwrap();
+    assert_eq!(answer.status, 202);
+    until_idle(&mut followed, &mut text, 2).await;
+    let streamed: Vec<Value> =
+        text.lines().filter_map(|line| line.strip_prefix("data: ")).map(|json| serde_json::from_str(json).unwrap()).collect();
+    let (mut listed, mut after) = (Vec::new(), 0);
+    loop {
+        let page = stack.get(&format!("/sessions/{session}/events?limit=3&after={after}")).await.unwrap();
+        assert_eq!(page.status, 200);
+        listed.extend(page.body["data"].as_array().unwrap().clone());
+        if page.body["has_more"] == false {
+            break;
+        }
+        after = page.body["last_id"].as_u64().unwrap();
+    }
+    assert_eq!(streamed, listed);
+    let of_type = |name: &str| listed.iter().filter(|event| event["type"] == name).collect::<Vec<_>>();
+    let (running, idle) = (of_type("session.status_running"), of_type("session.status_idle"));
+    assert_eq!(running[1]["turn"], 2);
+    assert_eq!((&idle[0]["stop_reason"]["type"], &idle[0]["exit_code"]), (&json!("end_turn"), &json!(0)));
+    assert_eq!((&idle[1]["stop_reason"]["type"], &idle[1]["exit_code"]), (&json!("failed"), &json!(3)));
+    assert!(listed.windows(2).all(|pair| pair[0]["id"].as_u64() < pair[1]["id"].as_u64()));
+    assert!(listed.windows(2).all(|pair| pair[0]["processed_at"].as_str() < pair[1]["processed_at"].as_str()));
+    // A client that resumes gets the rest, once.
+    let resume_at = listed.len() - 2;
+    let (mut resumed, mut rest) = (follow(&listed[resume_at]["id"].to_string()).await.unwrap(), String::new());
+    until_idle(&mut resumed, &mut rest, 1).await;
+    assert_eq!(rest.matches("data: ").count(), 1);
+    assert_eq!(stack.call(reqwest::Method::DELETE, &format!("/sessions/{session}/delete"), None).await.unwrap().status, 200);
+    while let Some(chunk) = tokio::time::timeout(Duration::from_secs(10), followed.chunk()).await.unwrap().unwrap() {
+        text.push_str(std::str::from_utf8(&chunk).unwrap());
+    }
+    assert!(text.contains("\"type\":\"session.deleted\""), "{text}");
+}
+
+/// Reads until so many turns have ended.
+async fn until_idle(response: &mut reqwest::Response, text: &mut String, turns: usize) {
+    while text.matches("session.status_idle").count() < turns || !text.ends_with("\n\n") {
+        let chunk = tokio::time::timeout(Duration::from_secs(30), response.chunk()).await.unwrap().unwrap().expect("the stream goes on");
+        text.push_str(std::str::from_utf8(&chunk).unwrap());
+    }
+}

@@ -25,7 +25,7 @@ pub struct SessionEvent {
     pub at_us: i64,
     #[prost(
         oneof = "session_event::Kind",
-        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20"
+        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21"
     )]
     pub kind: ::core::option::Option<session_event::Kind>,
 }
@@ -58,6 +58,9 @@ pub mod session_event {
         DecisionSettled(super::DecisionSettled),
         #[prost(message, tag = "20")]
         InputSettled(super::InputSettled),
+        /// The session was deleted. For those who follow the stream: its events are purged next.
+        #[prost(message, tag = "21")]
+        Deleted(super::Deleted),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -222,6 +225,8 @@ pub struct Failure {
 pub struct Terminated {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TakenOver {}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Deleted {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum StopReason {

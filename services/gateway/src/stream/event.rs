@@ -1,6 +1,6 @@
 //! What clients see of an event. Encoded once, and shared by all who read it.
 
-use std::io;
+use std::{io, sync::OnceLock};
 
 use bytes::Bytes;
 use contract::session::{Output, SessionEvent, session_event::Kind};
@@ -8,6 +8,8 @@ use prost::Message as _;
 use serde::Serialize;
 use serde_json::ser::Formatter;
 use utoipa::ToSchema;
+
+use crate::stream::typed::TypedEvent;
 
 pub const TERMINATED: &str = "Session terminated";
 
@@ -17,6 +19,9 @@ pub struct Event {
     pub id: u64,
     pub turn: u32,
     pub kind: Visible,
+    /// All of it, where it is not output.
+    source: Option<Box<SessionEvent>>,
+    typed: OnceLock<Option<Bytes>>,
 }
 
 /// What an event is to a reader.
@@ -78,10 +83,21 @@ impl Event {
         Self::new(id, SessionEvent::decode(payload).unwrap_or_default())
     }
 
+    /// As [`Self::decode`], for those who read the typed view alone: output is hidden.
+    #[must_use]
+    pub fn decode_typed(id: u64, payload: Bytes) -> Self {
+        let mut event = SessionEvent::decode(payload).unwrap_or_default();
+        event.kind = event.kind.filter(|kind| !matches!(kind, Kind::Output(_)));
+        Self::new(id, event)
+    }
+
     #[must_use]
     pub fn new(id: u64, event: SessionEvent) -> Self {
         let turn = event.turn;
-        let kind = match event.kind {
+        if let Some(Kind::Output(output)) = event.kind {
+            return Self::shown(id, turn, Visible::Output(OutputFrame::new(id, turn, output).whole()));
+        }
+        let kind = match &event.kind {
             Some(Kind::Stage(stage)) => Visible::Stage(frame(
                 id,
                 &StreamEvent::Stage {
@@ -92,7 +108,6 @@ impl Event {
                     message: stage.message.as_deref(),
                 },
             )),
-            Some(Kind::Output(output)) => Visible::Output(OutputFrame::new(id, turn, output).whole()),
             Some(Kind::TurnEnded(ended)) => Visible::TurnEnd(match (ended.exit_code, &ended.failure) {
                 (Some(code), _) => frame(id, &StreamEvent::Exit { id, code, turn }),
                 (None, failure) => {
@@ -103,31 +118,61 @@ impl Event {
             Some(Kind::Terminated(_)) => Visible::Terminated(frame(id, &StreamEvent::Terminated { id, message: TERMINATED })),
             // GET /sessions/{id}/events shows what is not raw output.
             Some(
-                Kind::TurnStarted(_)
+                Kind::Output(_)
+                | Kind::TurnStarted(_)
                 | Kind::TakenOver(_)
                 | Kind::Agent(_)
                 | Kind::StageOutput(_)
                 | Kind::DecisionRequested(_)
                 | Kind::DecisionSettled(_)
-                | Kind::InputSettled(_),
+                | Kind::InputSettled(_)
+                | Kind::Deleted(_),
             )
             | None => Visible::Hidden,
         };
-        Self { id, turn, kind }
+        Self { source: Some(Box::new(event)), ..Self::shown(id, turn, kind) }
+    }
+
+    pub fn shown(id: u64, turn: u32, kind: Visible) -> Self {
+        Self { id, turn, kind, source: None, typed: OnceLock::new() }
+    }
+
+    /// A client that sees it may ask for what it changed: it is shown once that is persisted.
+    pub fn changes_state(&self) -> bool {
+        let kind = self.source.as_ref().and_then(|source| source.kind.as_ref());
+        matches!(
+            kind,
+            Some(Kind::TurnStarted(_) | Kind::TurnEnded(_) | Kind::DecisionRequested(_) | Kind::DecisionSettled(_) | Kind::InputSettled(_))
+        )
+    }
+
+    /// Nothing follows it in the typed view.
+    pub fn is_last(&self) -> bool {
+        let kind = self.source.as_ref().and_then(|source| source.kind.as_ref());
+        matches!(kind, Some(Kind::Terminated(_) | Kind::Deleted(_)))
+    }
+
+    /// The event's lines in the typed view, written once for all readers. None where that leaves it out.
+    pub fn typed(&self) -> Option<&Bytes> {
+        let write = || TypedEvent::of(self.id, self.source.as_deref()?.clone()).map(|event| frame(self.id, &event));
+        self.typed.get_or_init(write).as_ref()
     }
 
     /// Bytes that the event occupies.
     #[must_use]
     pub fn size(&self) -> usize {
-        match &self.kind {
-            Visible::Stage(frame) | Visible::Output(frame) | Visible::TurnEnd(frame) | Visible::Terminated(frame) => frame.len() + 64,
-            Visible::Hidden => 64,
-        }
+        // The typed view is about as large as what it shows.
+        let source = self.source.as_ref().map_or(0, |source| 2 * source.encoded_len() + 256);
+        let frame = match &self.kind {
+            Visible::Stage(frame) | Visible::Output(frame) | Visible::TurnEnd(frame) | Visible::Terminated(frame) => frame.len(),
+            Visible::Hidden => 0,
+        };
+        source + frame + 64
     }
 }
 
 /// An SSE event with an id line.
-fn frame(id: u64, body: &StreamEvent<'_>) -> Bytes {
+fn frame(id: u64, body: &impl Serialize) -> Bytes {
     let mut bytes = format!("id: {id}\ndata: ").into_bytes();
     write_ascii(&mut bytes, body);
     bytes.extend_from_slice(b"\n\n");
@@ -135,7 +180,7 @@ fn frame(id: u64, body: &StreamEvent<'_>) -> Bytes {
 }
 
 /// An SSE event without one: a reader that resumes does not resume from it.
-pub fn anonymous_frame(body: &StreamEvent<'_>) -> Bytes {
+pub fn anonymous_frame(body: &impl Serialize) -> Bytes {
     let mut bytes = b"data: ".to_vec();
     write_ascii(&mut bytes, body);
     bytes.extend_from_slice(b"\n\n");
@@ -240,6 +285,11 @@ fn write_ascii(bytes: &mut Vec<u8>, body: &impl Serialize) {
 struct Ascii;
 
 impl Formatter for Ascii {
+    /// What is beyond ASCII in JSON that comes ready-made is in strings.
+    fn write_raw_fragment<W: ?Sized + io::Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+        self.write_string_fragment(writer, fragment)
+    }
+
     fn write_string_fragment<W: ?Sized + io::Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
         let mut rest = fragment;
         while let Some(at) = rest.find(|c: char| !c.is_ascii() || c == '\x7f') {

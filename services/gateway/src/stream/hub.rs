@@ -127,7 +127,7 @@ impl Hub {
         locked(&self.shared.tail).end_after(cursor)
     }
 
-    /// The session as it is once a turn's end is persisted. Readers of the same end share the answer. `None` where none came in time.
+    /// The session as it is once an event is persisted. Readers of the same event share the answer. `None` where none came in time.
     pub async fn session_at_end(&self, bus: &Bus, user_id: &str, event_id: u64) -> Option<Session> {
         let mut ended = self.shared.ended.lock().await;
         if let Some((id, session)) = &*ended

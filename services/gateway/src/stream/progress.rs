@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     fn event(id: u64, turn: u32, kind: Visible) -> Event {
-        Event { id, turn, kind }
+        Event::shown(id, turn, kind)
     }
 
     fn turn_end(id: u64, turn: u32) -> Event {
