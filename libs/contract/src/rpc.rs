@@ -63,7 +63,7 @@ rpcs! {
     /// Answers when auth can read its tables.
     AuthHealth: common::Empty => common::Empty, "aod.rpc.auth.v1.health.check", idempotent: true;
     VerifyKey: auth::VerifyKeyRequest => auth::VerifyKeyReply, "aod.rpc.auth.v1.key.verify", idempotent: true;
-    CreateKey: auth::CreateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.create", idempotent: false;
+    CreateKey: auth::CreateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.create", idempotent: true;
     ListKeys: auth::ListKeysRequest => auth::ListKeysReply, "aod.rpc.auth.v1.key.list", idempotent: true;
     DeactivateKey: auth::DeactivateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.deactivate", idempotent: true;
     FindUser: auth::FindUserRequest => auth::User, "aod.rpc.auth.v1.user.find", idempotent: true;
@@ -81,7 +81,7 @@ rpcs! {
     PutCredential: vault::PutCredentialRequest => vault::Credential, "aod.rpc.vault.v1.credential.put", idempotent: true;
     ListCredentials: vault::ListCredentialsRequest => vault::ListCredentialsReply, "aod.rpc.vault.v1.credential.list", idempotent: true;
     DeleteCredential: vault::DeleteCredentialRequest => common::Empty, "aod.rpc.vault.v1.credential.delete", idempotent: false;
-    PutSecret: vault::PutSecretRequest => vault::PutSecretReply, "aod.rpc.vault.v1.secret.put", idempotent: false;
+    PutSecret: vault::PutSecretRequest => vault::PutSecretReply, "aod.rpc.vault.v1.secret.put", idempotent: true;
     DeleteSecrets: vault::DeleteSecretsRequest => common::Empty, "aod.rpc.vault.v1.secret.delete", idempotent: true;
     /// Grants a session's runner some secrets for a while. For the scheduler.
     MintLease: vault::MintLeaseRequest => vault::MintLeaseReply, "aod.rpc.vault.v1.lease.mint", idempotent: true;
@@ -96,24 +96,24 @@ rpcs! {
     ListRedemptions: vault::ListRedemptionsRequest => vault::ListRedemptionsReply, "aod.rpc.vault.v1.audit.list", idempotent: true;
 
     SchedulerHealth: common::Empty => common::Empty, "aod.rpc.scheduler.v1.health.check", idempotent: true;
-    CreateAgent: scheduler::CreateAgentRequest => scheduler::CreateAgentReply, "aod.rpc.scheduler.v1.agent.create", idempotent: false;
+    CreateAgent: scheduler::CreateAgentRequest => scheduler::CreateAgentReply, "aod.rpc.scheduler.v1.agent.create", idempotent: true;
     GetAgent: scheduler::GetAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.get", idempotent: true;
     UpdateAgent: scheduler::UpdateAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.update", idempotent: false;
     ArchiveAgent: scheduler::GetAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.archive", idempotent: false;
     ListAgentVersions: scheduler::ListPartsRequest => scheduler::ListAgentsReply, "aod.rpc.scheduler.v1.agent.versions", idempotent: true;
     ListAgents: scheduler::ListRequest => scheduler::ListAgentsReply, "aod.rpc.scheduler.v1.agent.list", idempotent: true;
-    CreateEnvironment: scheduler::CreateEnvironmentRequest => scheduler::CreateEnvironmentReply, "aod.rpc.scheduler.v1.environment.create", idempotent: false;
+    CreateEnvironment: scheduler::CreateEnvironmentRequest => scheduler::CreateEnvironmentReply, "aod.rpc.scheduler.v1.environment.create", idempotent: true;
     GetEnvironment: scheduler::GetEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.get", idempotent: true;
     UpdateEnvironment: scheduler::UpdateEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.update", idempotent: false;
     ArchiveEnvironment: scheduler::GetEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.archive", idempotent: false;
     DeleteEnvironment: scheduler::GetEnvironmentRequest => common::Empty, "aod.rpc.scheduler.v1.environment.delete", idempotent: false;
     ListEnvironmentVersions: scheduler::ListPartsRequest => scheduler::ListEnvironmentsReply, "aod.rpc.scheduler.v1.environment.versions", idempotent: true;
     ListEnvironments: scheduler::ListRequest => scheduler::ListEnvironmentsReply, "aod.rpc.scheduler.v1.environment.list", idempotent: true;
-    CreateSession: scheduler::CreateSessionRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.create", idempotent: false;
+    CreateSession: scheduler::CreateSessionRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.create", idempotent: true;
     GetSession: scheduler::GetSessionRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.get", idempotent: true;
     ListSessions: scheduler::ListRequest => scheduler::ListSessionsReply, "aod.rpc.scheduler.v1.session.list", idempotent: true;
     ListTurns: scheduler::ListPartsRequest => scheduler::ListTurnsReply, "aod.rpc.scheduler.v1.session.turns", idempotent: true;
-    Prompt: scheduler::PromptRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.prompt", idempotent: false;
+    Prompt: scheduler::PromptRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.prompt", idempotent: true;
     /// The inputs of a session, newest first.
     ListInputs: scheduler::ListPartsRequest => scheduler::ListInputsReply, "aod.rpc.scheduler.v1.session.inputs", idempotent: true;
     /// Changes the text of a queued message.

@@ -62,8 +62,16 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
         ("tcp_user_timeout", "10s"),
     ]);
     migrate::run(options.clone(), steps).await?;
-    // No statement of ours takes long: one that does is stuck, and its locks hold up others.
-    let options = options.options([("statement_timeout", "30s"), ("idle_in_transaction_session_timeout", "30s")]);
+    let options = options.options([
+        // No statement of ours takes long: one that does is stuck, and its locks hold up others.
+        ("statement_timeout", "30s"),
+        // A replica that was paused, or lost its machine, in the middle of a transaction.
+        ("idle_in_transaction_session_timeout", "10s"),
+        // Less than callers wait, so that they learn why: a server process that is stopped keeps its locks, which no setting of its own ends.
+        ("lock_timeout", "5s"),
+        // A statement whose client is gone, as after `kill -9`, ends and gives its locks back.
+        ("client_connection_check_interval", "2s"),
+    ]);
     let pool = PgPoolOptions::new()
         .max_connections(config.max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)

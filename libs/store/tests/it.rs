@@ -1,4 +1,4 @@
-//! Migrations, on a real server.
+//! Migrations and connections, on a real server.
 
 use std::time::{Duration, Instant};
 
@@ -75,4 +75,45 @@ async fn a_migration_that_waits_for_a_lock_holds_nobody_up() {
     let (upgraded, ()) = tokio::join!(upgrade, others);
     upgraded.unwrap();
     sqlx::raw_sql("select name from auth.first").execute(&mut database.admin().await.unwrap()).await.unwrap();
+}
+
+/// Whoever waits for a lock that is not given back learns it within seconds; and what a client leaves behind ends by itself.
+#[tokio::test]
+async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
+    let database = Database::create().await.unwrap();
+    let config = database.config("auth");
+    let pool = store::open(&config, "test", OLD).await.unwrap();
+    sqlx::query("insert into first values (1)").execute(&pool).await.unwrap();
+    // Without limits, as a server process that was stopped in the middle of a transaction.
+    let mut admin = database.admin().await.unwrap();
+    sqlx::raw_sql("begin; update auth.first set id = 2").execute(&mut admin).await.unwrap();
+    let begun = Instant::now();
+    let refused = sqlx::query("update first set id = 3").execute(&pool).await.unwrap_err();
+    assert_eq!(refused.as_database_error().and_then(|error| error.code()).as_deref(), Some("55P03"), "{refused}");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    sqlx::raw_sql("rollback").execute(&mut admin).await.unwrap();
+
+    // A client that is paused in a transaction.
+    let mut paused = pool.begin().await.unwrap();
+    sqlx::query("update first set id = 4").execute(&mut *paused).await.unwrap();
+    let begun = Instant::now();
+    sqlx::raw_sql("set lock_timeout = 0; update auth.first set id = 5").execute(&mut admin).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    assert!(paused.commit().await.is_err());
+
+    // A client that is gone while its statement runs, with its runtime: nothing reads the rest of the answer.
+    let client = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    client.spawn(async move {
+        let pool = store::open(&config, "test", OLD).await.unwrap();
+        sqlx::raw_sql("begin; update first set id = 6; select pg_sleep(25)").execute(&pool).await
+    });
+    eventually("it runs", || async {
+        let running = "select count(*) from pg_stat_activity where query like '%pg_sleep(25)%' and wait_event = 'PgSleep'";
+        sqlx::query_scalar::<_, i64>(running).fetch_one(&pool).await.unwrap() == 1
+    })
+    .await;
+    client.shutdown_background();
+    let begun = Instant::now();
+    sqlx::raw_sql("update auth.first set id = 7").execute(&mut admin).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }

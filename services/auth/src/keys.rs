@@ -81,6 +81,7 @@ impl From<KeyRow> for Key {
     }
 }
 
+/// Stores a key. The same key again, of the same user, is the one that is there.
 pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Failure> {
     let mut connection = pool.acquire().await?;
     insert(&mut connection, request).await
@@ -94,6 +95,7 @@ pub async fn insert(connection: &mut PgConnection, request: CreateKeyRequest) ->
     let row: Result<KeyRow, sqlx::Error> = sqlx::query_as(
         "insert into api_key (key_id, user_id, key_hash, prefix, name, expires_at)
          values ($1, $2, $3, $4, $5, $6)
+         on conflict (key_hash) do update set key_hash = excluded.key_hash where api_key.user_id = excluded.user_id
          returning key_id, name, prefix, is_active, created_at, expires_at, last_used_at",
     )
     .bind(KeyId::new().uuid())

@@ -94,8 +94,13 @@ async fn a_users_keys_work_as_long_as_the_user_may() {
         prefix: key.display_prefix(),
         expires_at_us: None,
     };
-    auth.operator.call::<rpc::CreateKey>(&request, SOON).await.unwrap();
+    let created = auth.operator.call::<rpc::CreateKey>(&request, SOON).await.unwrap();
     assert_eq!(auth.verify(&key).await, Ok(None));
+    // Asked again, as by a gateway that got no answer: one key. The same key of another user is refused.
+    assert_eq!(auth.operator.call::<rpc::CreateKey>(&request, SOON).await.unwrap().key_id, created.key_id);
+    let other = auth.operator.call::<rpc::CreateUser>(&CreateUserRequest { name: "other".to_owned() }, SOON).await.unwrap();
+    let stolen = CreateKeyRequest { user_id: other.user_id, ..request.clone() };
+    assert!(auth.operator.call::<rpc::CreateKey>(&stolen, SOON).await.is_err());
     let quota = |session_limit| SetQuotaRequest { user_id: user.user_id.clone(), session_limit };
     auth.operator.call::<rpc::SetQuota>(&quota(Some(7)), SOON).await.unwrap();
     assert_eq!(auth.verify(&key).await, Ok(Some(7)));

@@ -163,14 +163,18 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
         return Ok(PutSecretReply { secret_id: id });
     }
     let value = Zeroizing::new(new.to_string());
-    let id = SecretId::new();
+    let id = match request.secret_id.as_str() {
+        "" => SecretId::new(),
+        id => id.parse().map_err(|_| Failure::invalid("The id is not a lowercase UUID"))?,
+    };
     let binding = Binding { user, kind: &request.kind, secret: id };
     let mut tx = vault.pool.begin().await?;
     let version = keys::current(&mut tx).await?;
     let sealed = vault.keys.encrypt(version, value.as_bytes(), &binding).map_err(Failure::internal)?;
     sqlx::query(
         "insert into secret (secret_id, user_id, kind, is_credential, hint, key_version, wrapped_key, ciphertext)
-         values ($1, $2, $3, false, '', $4, $5, $6)",
+         values ($1, $2, $3, false, '', $4, $5, $6)
+         on conflict (secret_id) do nothing",
     )
     .bind(id.uuid())
     .bind(user.uuid())

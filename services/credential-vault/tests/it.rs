@@ -8,8 +8,8 @@ use bus::Bus;
 use contract::{
     access, rpc,
     vault::{
-        Bundle, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest, RedeemLeaseRequest,
-        RevokeLeasesRequest, RotateKeysReply, RotateKeysRequest,
+        Bundle, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest, PutSecretRequest,
+        RedeemLeaseRequest, RevokeLeasesRequest, RotateKeysReply, RotateKeysRequest,
     },
 };
 use credential_vault::Config;
@@ -19,7 +19,7 @@ use sealing::OneTimeKey;
 use service::Lifecycle;
 use sqlx::Row as _;
 use testkit::{Database, Nats};
-use types::{ErrorCode, SessionId, UserId};
+use types::{ErrorCode, SecretId, SessionId, UserId};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -63,6 +63,28 @@ impl Vault {
             (connect(&access::GATEWAY).await.unwrap(), connect(&access::SCHEDULER).await.unwrap(), connect(&access::RUNNER).await.unwrap());
         (vault, buses.0, buses.1, buses.2)
     }
+}
+
+/// A gateway that gets no answer asks another replica.
+#[tokio::test]
+async fn a_document_that_is_stored_again_under_its_id_is_stored_once() {
+    let (vault, gateway, ..) = Vault::start().await;
+    let (id, user) = (SecretId::new().to_string(), UserId::new());
+    let request = |value: &str| PutSecretRequest {
+        user_id: user.to_string(),
+        kind: "session".to_owned(),
+        value: value.as_bytes().to_vec(),
+        secret_id: id.clone(),
+        ..PutSecretRequest::default()
+    };
+    for _ in 0..3 {
+        assert_eq!(gateway.call::<rpc::PutSecret>(&request(r#"{"a":"1"}"#), SOON).await.unwrap().secret_id, id);
+    }
+    let malformed = PutSecretRequest { secret_id: "x".to_owned(), ..request("{}") };
+    assert_eq!(gateway.call::<rpc::PutSecret>(&malformed, SOON).await.unwrap_err().code, ErrorCode::InvalidArgument);
+    let stored: i64 =
+        sqlx::query_scalar("select count(*) from vault.secret").fetch_one(&mut vault.database.admin().await.unwrap()).await.unwrap();
+    assert_eq!(stored, 1);
 }
 
 fn put(user: UserId, value: &str) -> PutCredentialRequest {

@@ -12,7 +12,7 @@ use contract::{
 use serde::Serialize;
 use serde_json::{Map, Value};
 use types::{
-    ErrorCode, McpServer, ModelRef, Provider, Runtime, Skill, Timestamp,
+    AgentId, ErrorCode, McpServer, ModelRef, Provider, Runtime, Skill, Timestamp,
     limits::{BODY_BYTES_MAX, MODEL_CHARS_MAX, NAME_CHARS_MAX, TEXT_CHARS_MAX},
     model::{ModelError, quoted},
 };
@@ -186,6 +186,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         mcp_servers: mcp::redacted(servers),
         mcp_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         once: key.once(&body),
+        agent_id: AgentId::new().to_string(),
         ..CreateAgentRequest::default()
     };
     let reply = app.bus.call::<rpc::CreateAgent>(&request, crate::RPC_DEADLINE).await;

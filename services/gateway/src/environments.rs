@@ -11,7 +11,7 @@ use contract::{
 };
 use serde::Serialize;
 use types::{
-    ErrorCode, Networking, PackageManager,
+    EnvironmentId, ErrorCode, Networking, PackageManager,
     environment::{HostPattern, NetworkingKind, VARIABLES_BYTES_MAX, check_variable, is_package, is_variable},
     limits::{BODY_BYTES_MAX, NAME_CHARS_MAX, TEXT_CHARS_MAX},
 };
@@ -180,6 +180,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         env_var_names: vars.into_keys().collect(),
         env_vars_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         once: key.once(&body),
+        environment_id: EnvironmentId::new().to_string(),
     };
     let reply = app.bus.call::<rpc::CreateEnvironment>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;

@@ -10,6 +10,7 @@ use contract::scheduler::Once;
 use serde::Serialize;
 use types::limits::IDEMPOTENCY_KEY_CHARS_MAX;
 use utoipa::IntoParams;
+use uuid::Uuid;
 
 use crate::{body::Body, error::ApiError};
 
@@ -43,7 +44,13 @@ impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
 
 impl IdempotencyKey {
     pub fn once(self, body: &Body) -> Option<Once> {
-        self.0.map(|key| Once { key, body_hash: body.sha256() })
+        self.0.map(|key| Once { key, body_hash: body.sha256(), is_of_one_request: false })
+    }
+
+    /// As [`Self::once`]; without a key of the client's, under one that makes this request's own attempts one.
+    pub fn once_or_own(self, body: &Body) -> Once {
+        let own = || Once { key: Uuid::now_v7().to_string(), body_hash: Vec::new(), is_of_one_request: true };
+        self.once(body).unwrap_or_else(own)
     }
 }
 

@@ -6,7 +6,7 @@ use contract::{
     vault::{DeleteSecretsRequest, PutSecretRequest},
 };
 use serde::Serialize;
-use types::ErrorCode;
+use types::{ErrorCode, SecretId};
 
 use crate::{App, error::ApiError};
 
@@ -50,6 +50,7 @@ impl App {
             value,
             base_secret_id: base.clone(),
             keep_redacted,
+            secret_id: SecretId::new().to_string(),
         };
         let id = self.call::<rpc::PutSecret>(&request).await?.secret_id;
         Ok(Kept { fresh: base.as_ref() != Some(&id), id })

@@ -15,7 +15,7 @@ use contract::{
 };
 use serde::{Deserialize, Serialize};
 use types::{
-    AgentId, EnvironmentId, Repository, SessionStatus,
+    AgentId, EnvironmentId, Repository, SessionId, SessionStatus,
     limits::{BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, URL_CHARS_MAX},
     model::quoted,
     repository::{Checkout, RepositoryTag, RepositoryUrl, check_mount_path, is_branch, is_commit},
@@ -334,6 +334,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         secret_env_var_names: secrets.env.into_keys().collect(),
         once: key.once(&body),
+        session_id: SessionId::new().to_string(),
     };
     let reply = app.bus.call::<rpc::CreateSession>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
@@ -473,12 +474,14 @@ pub async fn prompt(
             return Err(refusal.map_or(error, |refusal| ApiError::new(StatusCode::CONFLICT, refusal)));
         }
     };
+    let once = key.once_or_own(&body);
+    let replays = !once.is_of_one_request;
     let request = PromptRequest {
         user_id: caller.user_id,
         session_id: id,
         prompt: prompt.prompt,
         timeout_seconds: prompt.timeout.unwrap_or(app.config.default_timeout_seconds),
-        once: key.once(&body),
+        once: Some(once),
         ..PromptRequest::default()
     };
     let reply = app.call::<rpc::Prompt>(&request).await?;
@@ -489,7 +492,7 @@ pub async fn prompt(
         status: Status(session.status),
         current_turn: session.turn_count,
     };
-    Ok(Created { status: StatusCode::ACCEPTED, body: accepted, replayed: reply.replayed })
+    Ok(Created { status: StatusCode::ACCEPTED, body: accepted, replayed: reply.replayed && replays })
 }
 
 /// Terminate a session

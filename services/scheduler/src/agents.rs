@@ -73,19 +73,30 @@ async fn usable_environment(tx: &mut PgConnection, user: UserId, id: &str) -> Re
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
-    once::retried(|| async {
+    let outcome = once::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&mut tx, request.clone()).await;
         once::finish(tx, outcome).await
     })
-    .await
+    .await;
+    let (user_id, agent_id) = (request.user_id, request.agent_id.clone());
+    let earlier = async {
+        let agent = get(scheduler.clone(), GetAgentRequest { user_id, agent_id }).await?;
+        Ok(CreateAgentReply { agent: Some(agent), replayed: false })
+    };
+    once::or_created_earlier(outcome, &request.agent_id, earlier).await
 }
 
 async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
     const ROUTE: &str = "agents";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    if let Some(agent) = once::earlier(tx, user, ROUTE, request.once.as_ref()).await? {
-        return Ok(CreateAgentReply { agent: Some(agent), replayed: true });
+    let id = once::chosen(&request.agent_id, AgentId::new)?;
+    if request.once.is_some() {
+        once::wait_for_earlier_attempts(tx, &request.agent_id).await?;
+    }
+    if let Some(agent) = once::earlier::<Agent>(tx, user, ROUTE, request.once.as_ref()).await? {
+        let replayed = agent.agent_id != request.agent_id;
+        return Ok(CreateAgentReply { agent: Some(agent), replayed });
     }
     let environment_id = match &request.environment_id {
         None => None,
@@ -93,7 +104,7 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
     };
     let now = now();
     let row = AgentRow {
-        agent_id: AgentId::new().uuid(),
+        agent_id: id.uuid(),
         name: request.name,
         description: request.description,
         system: request.system,
@@ -115,7 +126,8 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
         .bind(environment_id)
         .bind(now)
         .execute(&mut *tx)
-        .await?;
+        .await
+        .map_err(|error| once::not_inserted(error, "agent_pkey"))?;
     insert_version(tx, &row).await?;
     let agent = Agent::from(row);
     once::remember(tx, user, ROUTE, request.once.as_ref(), &agent).await?;

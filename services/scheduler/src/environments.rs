@@ -72,28 +72,39 @@ fn refused(error: sqlx::Error, name: &str) -> Failure {
     if store::violates(&error, "environment_name_is_unique") {
         Failure::conflict(format!("An active environment named '{name}' exists."))
     } else {
-        Failure::internal(error)
+        once::not_inserted(error, "environment_pkey")
     }
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
-    once::retried(|| async {
+    let outcome = once::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&mut tx, request.clone()).await;
         once::finish(tx, outcome).await
     })
-    .await
+    .await;
+    let (user_id, environment_id) = (request.user_id, request.environment_id.clone());
+    let earlier = async {
+        let environment = get(scheduler.clone(), GetEnvironmentRequest { user_id, environment_id }).await?;
+        Ok(CreateEnvironmentReply { environment: Some(environment), replayed: false })
+    };
+    once::or_created_earlier(outcome, &request.environment_id, earlier).await
 }
 
 async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
     const ROUTE: &str = "environments";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    if let Some(environment) = once::earlier(tx, user, ROUTE, request.once.as_ref()).await? {
-        return Ok(CreateEnvironmentReply { environment: Some(environment), replayed: true });
+    let id = once::chosen(&request.environment_id, EnvironmentId::new)?;
+    if request.once.is_some() {
+        once::wait_for_earlier_attempts(tx, &request.environment_id).await?;
+    }
+    if let Some(environment) = once::earlier::<Environment>(tx, user, ROUTE, request.once.as_ref()).await? {
+        let replayed = environment.environment_id != request.environment_id;
+        return Ok(CreateEnvironmentReply { environment: Some(environment), replayed });
     }
     let now = now();
     let row = EnvironmentRow {
-        environment_id: EnvironmentId::new().uuid(),
+        environment_id: id.uuid(),
         name: request.name,
         packages: parsed_json(&request.packages)?,
         setup_script: request.setup_script,

@@ -21,13 +21,15 @@ pub async fn earlier<R: Message + Default>(
     once: Option<&Once>,
 ) -> Result<Option<R>, Failure> {
     let Some(once) = once else { return Ok(None) };
+    let lock = format!("{user} {route} {}", once.key);
     // Held until the transaction ends.
-    let alone: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 1))")
-        .bind(format!("{user} {route} {}", once.key))
-        .fetch_one(&mut *tx)
-        .await?;
-    if !alone {
-        return Err(Failure::conflict("A request with this Idempotency-Key is still in progress"));
+    if once.is_of_one_request {
+        wait_for_earlier_attempts(tx, &lock).await?;
+    } else {
+        let alone = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 1))").bind(lock).fetch_one(&mut *tx);
+        if !alone.await? {
+            return Err(Failure::conflict("A request with this Idempotency-Key is still in progress"));
+        }
     }
     let row = sqlx::query(
         "select body_hash, reply
@@ -45,6 +47,38 @@ pub async fn earlier<R: Message + Default>(
     }
     let reply: Vec<u8> = row.try_get(1)?;
     R::decode(reply.as_slice()).map(Some).map_err(Failure::internal)
+}
+
+/// Waits until other attempts of the same request have ended, in this replica or in another. `request` is what they share.
+pub async fn wait_for_earlier_attempts(tx: &mut PgConnection, request: &str) -> Result<(), Failure> {
+    sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 2))").bind(request).execute(tx).await?;
+    Ok(())
+}
+
+/// The outcome of a creation under an id that its caller chose. Where it failed, an earlier attempt may have made what is asked for: that is
+/// then the reason for which it failed, or the answer all the same.
+pub async fn or_created_earlier<R>(
+    outcome: Result<R, Failure>,
+    id: &str,
+    find: impl Future<Output = Result<R, Failure>>,
+) -> Result<R, Failure> {
+    match outcome {
+        Err(failure) if !id.is_empty() => find.await.map_err(|_| failure),
+        outcome => outcome,
+    }
+}
+
+/// The id that a caller chose for what it creates, or a new one.
+///
+/// # Errors
+/// When it is none.
+pub fn chosen<I: std::str::FromStr>(id: &str, new: impl FnOnce() -> I) -> Result<I, Failure> {
+    if id.is_empty() { Ok(new()) } else { id.parse().map_err(|_| Failure::invalid("The id is not a lowercase UUID")) }
+}
+
+/// The failure of an insert: one whose id is there already is another attempt of the same request.
+pub fn not_inserted(error: sqlx::Error, primary_key: &str) -> Failure {
+    if store::violates(&error, primary_key) { Failure::conflict("It exists already") } else { error.into() }
 }
 
 /// Remembers the answer, to commit with what it tells of.

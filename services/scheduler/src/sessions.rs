@@ -116,12 +116,18 @@ struct Template {
 
 /// Checks in the contract's order (docs/api.md §6), then one transaction: session, turn 1, job.
 pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
-    let reply = once::retried(|| async {
+    let outcome = once::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&scheduler, &mut tx, request.clone()).await;
         once::finish(tx, outcome).await
     })
-    .await?;
+    .await;
+    let (user_id, session_id) = (request.user_id, request.session_id.clone());
+    let earlier = async {
+        let session = get(scheduler.clone(), GetSessionRequest { user_id, session_id, recorded_through: 0 }).await?;
+        Ok(CreateSessionReply { session: Some(session), replayed: false })
+    };
+    let reply = once::or_created_earlier(outcome, &request.session_id, earlier).await?;
     scheduler.outbox.notify_one();
     Ok(reply)
 }
@@ -129,8 +135,13 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
 async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
     const ROUTE: &str = "sessions";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    if let Some(session) = once::earlier(tx, user, ROUTE, request.once.as_ref()).await? {
-        return Ok(CreateSessionReply { session: Some(session), replayed: true });
+    let id = once::chosen(&request.session_id, SessionId::new)?;
+    if request.once.is_some() {
+        once::wait_for_earlier_attempts(tx, &request.session_id).await?;
+    }
+    if let Some(session) = once::earlier::<Session>(tx, user, ROUTE, request.once.as_ref()).await? {
+        let replayed = session.session_id != request.session_id;
+        return Ok(CreateSessionReply { session: Some(session), replayed });
     }
     let agent: AgentId = request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
     let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);
@@ -164,7 +175,6 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     check_credentials(runtime, &request.credential_kinds, &brought)?;
     let model = ModelRef::parse(runtime, &template.model).map_err(Failure::internal)?;
 
-    let id = SessionId::new();
     let sprite = SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
     quota::enforce(tx, user, request.session_limit).await?;
     let row: SessionRow = sqlx::query_as(concat!(
@@ -192,7 +202,11 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .await
     .map_err(|error| {
         // Deleted a moment ago.
-        if store::violates(&error, "session_environment_id_fkey") { environments::missing() } else { error.into() }
+        if store::violates(&error, "session_environment_id_fkey") {
+            environments::missing()
+        } else {
+            once::not_inserted(error, "session_pkey")
+        }
     })?;
     insert_turn(tx, id, 1, &request.prompt, request.timeout_seconds).await?;
     let session = Session::from(row);

@@ -39,14 +39,18 @@ pub struct Agent {
     #[prost(string, tag = "16")]
     pub permissions: ::prost::alloc::string::String,
 }
-/// A client's Idempotency-Key: the request takes effect once, however often it comes.
+/// A key under which a request takes effect once, however often it comes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Once {
+    /// A client's Idempotency-Key, or one that the gateway chose.
     #[prost(string, tag = "1")]
     pub key: ::prost::alloc::string::String,
     /// SHA-256 of the request's body.
     #[prost(bytes = "vec", tag = "2")]
     pub body_hash: ::prost::alloc::vec::Vec<u8>,
+    /// The gateway chose the key for a single request: whoever comes with it is another attempt, which waits for the one before it.
+    #[prost(bool, tag = "3")]
+    pub is_of_one_request: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateAgentRequest {
@@ -76,6 +80,9 @@ pub struct CreateAgentRequest {
     pub once: ::core::option::Option<Once>,
     #[prost(string, tag = "13")]
     pub permissions: ::prost::alloc::string::String,
+    /// Chosen by the caller: creating it again is the same as creating it once.
+    #[prost(string, tag = "20")]
+    pub agent_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateAgentReply {
@@ -222,6 +229,9 @@ pub struct CreateEnvironmentRequest {
     pub env_vars_secret_id: ::core::option::Option<::prost::alloc::string::String>,
     #[prost(message, optional, tag = "8")]
     pub once: ::core::option::Option<Once>,
+    /// Chosen by the caller: creating it again is the same as creating it once.
+    #[prost(string, tag = "20")]
+    pub environment_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateEnvironmentReply {
@@ -304,6 +314,9 @@ pub struct CreateSessionRequest {
     pub secret_env_var_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(message, optional, tag = "12")]
     pub once: ::core::option::Option<Once>,
+    /// Chosen by the caller: creating it again is the same as creating it once.
+    #[prost(string, tag = "20")]
+    pub session_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateSessionReply {

@@ -55,6 +55,9 @@ pub struct PutSecretRequest {
     /// Where the value says "***", the base's value stays.
     #[prost(bool, tag = "5")]
     pub keep_redacted: bool,
+    /// Chosen by the caller: storing it again is the same as storing it once.
+    #[prost(string, tag = "20")]
+    pub secret_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PutSecretReply {
