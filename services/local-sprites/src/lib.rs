@@ -61,6 +61,7 @@ pub struct Config {
     token: SecretString,
     data_dir: PathBuf,
     agents_dir: Option<PathBuf>,
+    agent_host: Option<PathBuf>,
     isolation: Isolation,
     runtime: Program,
     rootfs: PathBuf,
@@ -77,6 +78,9 @@ impl Config {
             token: env.secret("LOCAL_SPRITES_TOKEN", "the bearer token that callers must send"),
             data_dir: env.required("LOCAL_SPRITES_DATA_DIR", "where the Sprites' files are kept").into(),
             agents_dir: env.optional("LOCAL_SPRITES_AGENTS_DIR", "installed agent CLIs, mounted read-only at /opt/agents").map(Into::into),
+            agent_host: env
+                .optional("LOCAL_SPRITES_AGENT_HOST", "a static agent-host, mounted read-only at /opt/aod/agent-host")
+                .map(Into::into),
             isolation: env.parsed("LOCAL_SPRITES_ISOLATION", "overlay (as root), readonly, or auto", Isolation::Auto),
             runtime: env.parsed("LOCAL_SPRITES_RUNTIME", "the OCI runtime that makes sandboxes, as root: runc or crun", Program::default()),
             rootfs: env
@@ -134,6 +138,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         runtime: config.runtime,
         rootfs: config.rootfs,
         agents_dir: config.agents_dir,
+        agent_host: config.agent_host,
         disk_bytes: config.disk_bytes,
         memory_bytes: config.limits.memory_bytes,
         forwards: network::Forward::of(&config.private_hosts),

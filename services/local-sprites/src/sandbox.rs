@@ -48,6 +48,8 @@ const USER: &str = "sprite";
 pub const HOME: &str = "/home/sprite";
 /// Where the agent CLIs are mounted.
 const AGENTS: &str = "/opt/agents";
+/// Where the agent host is mounted: one file.
+const AGENT_HOST: &str = "/opt/aod/agent-host";
 const PATH: &str = "/opt/agents/bin:/.sprite/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const BOOT_MAX: Duration = Duration::from_secs(20);
 /// Directories of the Sprite's user.
@@ -57,7 +59,7 @@ const WRITABLE: [&str; 5] = ["home/sprite", "workspace", "srv", "tmp", "var/tmp"
 /// What is made anew in such a sandbox.
 const NOT_OF_THE_IMAGE: [&str; 9] = ["dev", "home", "opt", "proc", "run", "srv", "sys", "tmp", "workspace"];
 /// What something is mounted on.
-const MOUNT_POINTS: [&str; 4] = [".sprite", "opt/agents", "dev", "proc"];
+const MOUNT_POINTS: [&str; 5] = [".sprite", "opt/agents", "opt/aod", "dev", "proc"];
 /// Keeps the namespaces. Nobody in the Sprite is its parent's child for ever: whoever ends is forgotten at once.
 const HOLDER: [&str; 3] = ["/bin/sh", "-c", "trap '' CHLD; exec sleep infinity"];
 /// Where sandboxes are put together: whoever is nobody has to find the way to their roots.
@@ -109,6 +111,8 @@ pub struct Kind {
     /// The image of a Linux system that all Sprites have.
     pub rootfs: PathBuf,
     pub agents_dir: Option<PathBuf>,
+    /// The static program that runs agents inside.
+    pub agent_host: Option<PathBuf>,
     pub disk_bytes: Option<u64>,
     pub memory_bytes: u64,
     /// Ports of this machine's loopback that Sprites find at their own.
@@ -185,7 +189,9 @@ impl Sandboxes {
             false => None,
         };
         let memory_files_bytes = kind.memory_bytes / 4;
-        let kind = Kind { rootfs, ..kind };
+        let agent_host = kind.agent_host.as_deref().map(program_for_all).transpose();
+        let agent_host = agent_host.map_err(io_error("LOCAL_SPRITES_AGENT_HOST is no program that everyone may run"))?;
+        let kind = Kind { rootfs, agent_host, ..kind };
         let disk_bytes = kind.disk_bytes.filter(|_| root);
         let mut sandboxes = Self { kind, containers, disks: Disks::Directories, shared, memory_files_bytes };
         sandboxes.share().map_err(io_error("what Sprites share cannot be made"))?;
@@ -352,6 +358,7 @@ impl Sandboxes {
             ("/etc/resolv.conf", bundle.join("resolv.conf"), Access::ReadWrite),
         ];
         binds.extend(self.kind.agents_dir.clone().map(|agents| (AGENTS, agents, Access::ReadOnly)));
+        binds.extend(self.kind.agent_host.clone().map(|file| (AGENT_HOST, file, Access::ReadOnly)));
         let cgroups = self.kind.cgroups.then(|| format!("/{}-containers/{id}", self.kind.instance));
         let config = oci::Sandbox {
             root: &root,
@@ -419,6 +426,9 @@ impl Sandboxes {
         bind_devices(&mut command);
         if let Some(agents) = &self.kind.agents_dir {
             command.arg("--ro-bind").arg(agents).arg(AGENTS);
+        }
+        if let Some(file) = &self.kind.agent_host {
+            command.arg("--ro-bind").arg(file).arg(AGENT_HOST);
         }
         command.args(["--cap-drop", "ALL", "--chdir", HOME, "--info-fd", "2", "--", "/bin/sh", "-c"]);
         command.arg("echo ready; exec >&-; exec sleep infinity");
@@ -618,6 +628,15 @@ fn give(path: &Path, owner: u32) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The file at a path that a sandbox's users, who are nobody here, may run.
+fn program_for_all(path: &Path) -> io::Result<PathBuf> {
+    const READ_AND_RUN: u32 = 0o005;
+    let path = path.canonicalize()?;
+    let metadata = fs::metadata(&path)?;
+    let usable = metadata.is_file() && metadata.mode() & READ_AND_RUN == READ_AND_RUN;
+    if usable { Ok(path) } else { Err(io::ErrorKind::PermissionDenied.into()) }
 }
 
 /// The devices that programs expect. For its own `--dev` bwrap would put a second user namespace inside the first where it is not root,

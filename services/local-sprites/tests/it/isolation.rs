@@ -1,6 +1,6 @@
 //! Ways out of a Sprite, tried.
 
-use std::{fs, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
 use sprites::{Error, ExecRequest};
 
@@ -58,6 +58,28 @@ async fn a_sprite_sees_nothing_of_the_machine() {
         assert_ne!(finished.code, 0, "{attempt}: {}", String::from_utf8_lossy(&finished.stdout));
     }
     assert_eq!(said(&sprite, "echo still here").await, "still here\n");
+}
+
+/// The same file is in all Sprites: none of them changes it.
+#[tokio::test]
+async fn the_agent_host_is_there_to_run_and_not_to_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("agent-host");
+    fs::write(&file, "#!/bin/sh\necho the agent host\n").unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut server = Server::start(&[("LOCAL_SPRITES_AGENT_HOST", file.to_str().unwrap())]).await;
+    let sprite = server.sprite("hosted").await;
+    let host = "/opt/aod/agent-host";
+    assert_eq!(said(&sprite, host).await, "the agent host\n");
+    for attempt in ["echo x >", "rm", "chmod 777", "chown sprite", "touch", "mv /bin/true"] {
+        let finished = bash(&sprite, &format!("sudo sh -c '{attempt} {host}'")).await;
+        assert_ne!(finished.code, 0, "{attempt}");
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "#!/bin/sh\necho the agent host\n");
+    // Also after a start anew, over the disk that is there.
+    server.end(rustix::process::Signal::INT).await;
+    server.run().await;
+    assert_eq!(said(&sprite, host).await, "the agent host\n");
 }
 
 #[tokio::test]
