@@ -7,6 +7,7 @@
 pub mod chain;
 pub mod ending;
 pub mod generation;
+pub mod inputs;
 pub mod ownership;
 pub mod position;
 pub mod state;

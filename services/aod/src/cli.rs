@@ -5,9 +5,10 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use secrecy::ExposeSecret as _;
 use serde_json::{Map, Value, json};
+use types::Evaluation;
 
 use crate::{
     admin,
@@ -111,7 +112,7 @@ enum Agents {
     },
     /// Create an agent
     #[command(
-        after_help = "Example:\n  aod agents create --name reviewer --runtime claude --model claude-sonnet-4-5 --system 'Review code.'"
+        after_help = "Example:\n  aod agents create --name reviewer --runtime claude --model claude-sonnet-4-5 --system 'Review code.' --permission Bash=ask"
     )]
     Create {
         /// Name, at most 200 characters
@@ -129,6 +130,12 @@ enum Agents {
         /// Id of the environment that sessions use by default
         #[arg(long, value_name = "ID")]
         environment: Option<String>,
+        /// What a tool may do without asking (allow, ask or deny); `*` at a name's end matches any rest; repeatable, the first match decides
+        #[arg(long, value_name = "TOOL=EVALUATION", value_parser = permission, conflicts_with = "permissions")]
+        permission: Vec<(String, Evaluation)>,
+        /// Read the permissions from a JSON file, as the API takes them
+        #[arg(long, value_name = "FILE")]
+        permissions: Option<PathBuf>,
     },
     /// List the versions of an agent, newest first
     Versions {
@@ -213,12 +220,73 @@ enum Sessions {
         #[command(flatten)]
         page: Page,
     },
-    /// Start the next turn of a completed session without following it
+    /// Start the next turn of a session without following it
+    #[command(after_help = "Example:\n  aod sessions prompt SESSION --when-busy queue 'and then run the tests'")]
     Prompt {
         /// Id of the session
         id: String,
+        /// What to do while a turn runs
+        #[arg(long, value_enum)]
+        when_busy: Option<WhenBusy>,
         #[command(flatten)]
         prompt: PromptArgs,
+    },
+    /// Interrupt the running turn; the session goes on
+    Interrupt {
+        /// Id of the session
+        id: String,
+    },
+    /// List what was sent to a session while its turns ran, newest first
+    Inputs {
+        /// Id of the session
+        id: String,
+        #[command(flatten)]
+        page: Page,
+    },
+    /// Change the text of a queued message
+    Edit {
+        /// Id of the session
+        id: String,
+        /// Id of the input
+        input: String,
+        #[command(flatten)]
+        prompt: PromptArgs,
+    },
+    /// Withdraw a queued message
+    Withdraw {
+        /// Id of the session
+        id: String,
+        /// Id of the input
+        input: String,
+    },
+    /// List the permission requests of a session, newest first
+    Requests {
+        /// Id of the session
+        id: String,
+        #[command(flatten)]
+        page: Page,
+    },
+    /// Allow what the agent asks for
+    #[command(after_help = "Example:\n  aod sessions approve SESSION")]
+    Approve {
+        /// Id of the session
+        id: String,
+        /// Id of the request; not needed while only one is open
+        request: Option<u64>,
+        /// Do not ask about this tool again in this session
+        #[arg(long)]
+        for_session: bool,
+    },
+    /// Deny what the agent asks for
+    #[command(after_help = "Example:\n  aod sessions deny SESSION --message 'Use the staging database.'")]
+    Deny {
+        /// Id of the session
+        id: String,
+        /// Id of the request; not needed while only one is open
+        request: Option<u64>,
+        /// What the model reads
+        #[arg(long)]
+        message: Option<String>,
     },
     /// Stop a session and delete its sandbox
     Terminate {
@@ -230,6 +298,46 @@ enum Sessions {
         /// Id of the session
         id: String,
     },
+}
+
+/// What a prompt does while a turn runs.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum WhenBusy {
+    /// Refuse the prompt
+    Reject,
+    /// Begin the next turn with it
+    Queue,
+    /// The same, and interrupt the running turn
+    Interrupt,
+    /// Have it join the running turn
+    Steer,
+}
+
+impl WhenBusy {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Reject => "reject",
+            Self::Queue => "queue",
+            Self::Interrupt => "interrupt",
+            Self::Steer => "steer",
+        }
+    }
+}
+
+fn permission(text: &str) -> Result<(String, Evaluation), String> {
+    let rule = text.rsplit_once('=').filter(|(tool, _)| !tool.is_empty());
+    let rule = rule.and_then(|(tool, evaluation)| Some((tool.to_owned(), evaluation.parse().ok()?)));
+    rule.ok_or_else(|| "expected TOOL=allow, TOOL=ask or TOOL=deny".to_owned())
+}
+
+/// Returns an agent's permissions as the API takes them; null where none were given.
+fn permissions(rules: &[(String, Evaluation)], file: Option<&Path>) -> Result<Value, ApiFailure> {
+    if let Some(path) = file {
+        let text = read_file(path)?;
+        return serde_json::from_str(&text).map_err(|error| ApiFailure::Local(format!("{}: {error}", path.display())));
+    }
+    let rules: Vec<Value> = rules.iter().map(|(tool, evaluation)| json!({ "tool": tool, "evaluation": evaluation.as_str() })).collect();
+    Ok(if rules.is_empty() { Value::Null } else { json!({ "rules": rules }) })
 }
 
 #[derive(Debug, Subcommand)]
@@ -342,8 +450,12 @@ impl Call for Agents {
         match self {
             Self::List(page) => list(api, "/agents", &page, output, AGENTS).await?,
             Self::Get { id } => output.one(&api.get(&format!("/agents/{id}")).await?),
-            Self::Create { name, model, runtime, system, environment } => {
-                let body = json!({ "name": name, "model": model, "runtime": runtime, "system": system, "environment_id": environment });
+            Self::Create { name, model, runtime, system, environment, permission, permissions: file } => {
+                let permissions = permissions(&permission, file.as_deref())?;
+                let body = json!({
+                    "name": name, "model": model, "runtime": runtime, "system": system, "environment_id": environment,
+                    "permissions": permissions,
+                });
                 output.one(&api.post("/agents", &body).await?);
             }
             Self::Versions { id, page } => list(api, &format!("/agents/{id}/versions"), &page, output, VERSIONS).await?,
@@ -375,6 +487,8 @@ impl Call for Envs {
 impl Call for Sessions {
     async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
         const SESSIONS: Table = Table(&["id", "status", "runtime", "exit_code", "turn_count", "created_at"]);
+        const INPUTS: Table = Table(&["id", "kind", "status", "turn", "created_at", "text"]);
+        const REQUESTS: Table = Table(&["id", "turn", "tool", "status", "created_at", "input"]);
         const TURNS: Table = Table(&["turn_number", "status", "exit_code", "started_at", "ended_at", "prompt"]);
         match self {
             Self::List(page) => list(api, "/sessions", &page, output, SESSIONS).await?,
@@ -383,13 +497,51 @@ impl Call for Sessions {
                 output.one(&api.post("/sessions", &json!({ "agent_id": agent, "prompt": prompt.read()?, "timeout": timeout })).await?);
             }
             Self::Turns { id, page } => list(api, &format!("/sessions/{id}/turns"), &page, output, TURNS).await?,
-            Self::Prompt { id, prompt } => {
-                output.one(&api.post(&format!("/sessions/{id}/prompt"), &json!({ "prompt": prompt.read()? })).await?);
+            Self::Prompt { id, when_busy, prompt } => {
+                let body = json!({ "prompt": prompt.read()?, "when_busy": when_busy.map(WhenBusy::name) });
+                output.one(&api.post(&format!("/sessions/{id}/prompt"), &body).await?);
             }
+            Self::Interrupt { id } => output.one(&api.post(&format!("/sessions/{id}/interrupt"), &Value::Null).await?),
+            Self::Inputs { id, page } => list(api, &format!("/sessions/{id}/inputs"), &page, output, INPUTS).await?,
+            Self::Edit { id, input, prompt } => {
+                output.one(&api.patch(&format!("/sessions/{id}/inputs/{input}"), &json!({ "text": prompt.read()? })).await?);
+            }
+            Self::Withdraw { id, input } => output.one(&api.delete(&format!("/sessions/{id}/inputs/{input}")).await?),
+            Self::Requests { id, page } => list(api, &format!("/sessions/{id}/requests"), &page, output, REQUESTS).await?,
+            Self::Approve { id, request, for_session } => {
+                let decision = if for_session { "allow_for_session" } else { "allow" };
+                output.one(&decide(api, &id, request, decision, None).await?);
+            }
+            Self::Deny { id, request, message } => output.one(&decide(api, &id, request, "deny", message.as_deref()).await?),
             Self::Terminate { id } => output.one(&api.post(&format!("/sessions/{id}/terminate"), &Value::Null).await?),
             Self::Delete { id } => output.one(&api.delete(&format!("/sessions/{id}/delete")).await?),
         }
         Ok(())
+    }
+}
+
+/// Answers a permission request: the one that is named, or the only one that is open.
+async fn decide(api: &Api, session: &str, request: Option<u64>, decision: &str, message: Option<&str>) -> Result<Value, ApiFailure> {
+    let request = match request {
+        Some(request) => request,
+        None => only_request(api, session).await?,
+    };
+    let body = json!({ "decision": decision, "message": message });
+    api.post(&format!("/sessions/{session}/requests/{request}"), &body).await
+}
+
+async fn only_request(api: &Api, session: &str) -> Result<u64, ApiFailure> {
+    let answer = api.get(&format!("/sessions/{session}/requests?status=open")).await?;
+    let requests = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    // Those that were answered are still open until the agent has read it.
+    let open: Vec<&Value> = requests.iter().filter(|request| request.get("answer").is_none_or(Value::is_null)).collect();
+    match open.as_slice() {
+        [] => Err(ApiFailure::Local("no permission request is open".to_owned())),
+        [request] => Ok(request.get("id").and_then(Value::as_u64).unwrap_or_default()),
+        several => {
+            let ids: Vec<String> = several.iter().map(|request| format!("{} ({})", request["id"], request["tool"])).collect();
+            Err(ApiFailure::Local(format!("several permission requests are open, name one: {}", ids.join(", "))))
+        }
     }
 }
 

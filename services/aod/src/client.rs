@@ -79,6 +79,10 @@ impl Api {
         self.call(Method::PUT, path, Some(body)).await
     }
 
+    pub async fn patch(&self, path: &str, body: &Value) -> Result<Value, ApiFailure> {
+        self.call(Method::PATCH, path, Some(body)).await
+    }
+
     pub async fn delete(&self, path: &str) -> Result<Value, ApiFailure> {
         self.call(Method::DELETE, path, None).await
     }

@@ -6,6 +6,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use crate::{
+    cli::WhenBusy,
     client::{
         Api, ApiFailure, Page,
         stream::{Next, follow},
@@ -36,6 +37,9 @@ pub struct RunArgs {
     /// Id of a completed session: run the prompt as its next turn
     #[arg(long, value_name = "ID", conflicts_with_all = ["runtime", "model", "agent", "environment", "env", "secret_env", "repo", "metadata"])]
     session: Option<String>,
+    /// With --session: what to do while a turn of it runs
+    #[arg(long, value_enum, requires = "session")]
+    when_busy: Option<WhenBusy>,
     /// Id of the environment
     #[arg(long, value_name = "ID")]
     environment: Option<String>,
@@ -149,7 +153,7 @@ pub async fn run(api: &Api, mut args: RunArgs, output: Output) -> Result<ExitCod
     let prompt = std::mem::take(&mut args.prompt).read()?;
     let (session, turn) = match &args.session {
         Some(session) => {
-            let body = json!({ "prompt": prompt, "timeout": args.timeout });
+            let body = json!({ "prompt": prompt, "timeout": args.timeout, "when_busy": args.when_busy.map(WhenBusy::name) });
             (session.clone(), api.post(&format!("/sessions/{session}/prompt"), &body).await?)
         }
         None => {
@@ -169,13 +173,47 @@ pub async fn run(api: &Api, mut args: RunArgs, output: Output) -> Result<ExitCod
         return Ok(ExitCode::SUCCESS);
     }
     note!("session {session}");
-    let turn = turn.get("current_turn").and_then(Value::as_u64).unwrap_or(1);
-    watch(api, &session, 0, None, Printer::new(output, args.raw, Some(turn))).await
+    let current = turn.get("current_turn").and_then(Value::as_u64).unwrap_or(1);
+    // A message that waits begins a turn of its own; one that joins the running turn is part of it.
+    let waits = turn.pointer("/input/when_busy").and_then(Value::as_str) == Some("queue");
+    let turn = if waits { queued_turn(api, &session, &turn).await? } else { current };
+    watch(api, &session, 0, None, Printer::new(output, args.raw, Some(turn)), OnInterrupt::Interrupt).await
 }
 
 pub async fn logs(api: &Api, args: LogsArgs, output: Output) -> Result<ExitCode, ApiFailure> {
     let idle = (!args.follow).then_some(Duration::from_millis(700));
-    watch(api, &args.session, args.since, idle, Printer::new(output, args.raw, None)).await
+    watch(api, &args.session, args.since, idle, Printer::new(output, args.raw, None), OnInterrupt::Detach).await
+}
+
+/// Waits until a queued message begins a turn, and returns its number.
+async fn queued_turn(api: &Api, session: &str, accepted: &Value) -> Result<u64, ApiFailure> {
+    let id = accepted.pointer("/input/id").and_then(Value::as_str).unwrap_or_default();
+    note!("queued; waiting for the running turn to end. Withdraw it: aod sessions withdraw {session} {id}");
+    loop {
+        let answer = api.get(&format!("/sessions/{session}/inputs")).await?;
+        let inputs = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let Some(input) = inputs.iter().find(|input| text(input, "id") == id) else {
+            return Err(ApiFailure::Local("the message is not in the session's queue".to_owned()));
+        };
+        if let Some(turn) = input.get("turn").and_then(Value::as_u64) {
+            return Ok(turn);
+        }
+        if text(input, "status") != "queued" {
+            return Err(ApiFailure::Local(format!("the message was {}: {}", text(input, "status"), text(input, "reason"))));
+        }
+        tokio::time::sleep(QUEUE_POLL).await;
+    }
+}
+
+const QUEUE_POLL: Duration = Duration::from_millis(500);
+
+/// What Ctrl-C does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OnInterrupt {
+    /// Interrupts the turn; the second one stops following.
+    Interrupt,
+    /// Stops following.
+    Detach,
 }
 
 /// Returns the agent of an earlier run with the same runtime and model, or creates one.
@@ -210,27 +248,82 @@ fn text<'a>(value: &'a Value, name: &str) -> &'a str {
     value.get(name).and_then(Value::as_str).unwrap_or_default()
 }
 
-async fn watch(api: &Api, session: &str, since: u64, idle: Option<Duration>, mut printer: Printer) -> Result<ExitCode, ApiFailure> {
-    let mut code = ExitCode::SUCCESS;
-    let following = follow(api, session, since, idle, |event| {
-        printer.print(event);
-        match text(event, "type") {
-            "exit" => {
-                code = ExitCode::from(event.get("code").and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+async fn watch(
+    api: &Api,
+    session: &str,
+    since: u64,
+    idle: Option<Duration>,
+    mut printer: Printer,
+    mut on_interrupt: OnInterrupt,
+) -> Result<ExitCode, ApiFailure> {
+    let (mut code, mut overtaken) = (ExitCode::SUCCESS, None);
+    let only_turn = printer.only_turn;
+    {
+        let following = follow(api, session, since, idle, |event| {
+            printer.print(event);
+            match text(event, "type") {
+                // A queued message began the next turn at once: the stream shows the end of the newest turn alone.
+                "turn_start" if only_turn.is_some_and(|turn| event.get("turn").and_then(Value::as_u64) > Some(turn)) => {
+                    overtaken = only_turn;
+                }
+                "exit" => {
+                    code = ExitCode::from(event.get("code").and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1));
+                }
+                "error" | "terminated" => code = ExitCode::FAILURE,
+                _ => return Next::Continue,
             }
-            "error" | "terminated" => code = ExitCode::FAILURE,
-            _ => return Next::Continue,
-        }
-        Next::Stop
-    });
-    tokio::select! {
-        followed = following => followed?,
-        _ = tokio::signal::ctrl_c() => {
-            note!("\nStopped following; the session continues. Follow it again: aod logs -f {session}\nStop it: aod sessions terminate {session}");
-            return Ok(ExitCode::from(130));
+            Next::Stop
+        });
+        let mut following = std::pin::pin!(following);
+        loop {
+            tokio::select! {
+                followed = &mut following => {
+                    followed?;
+                    break;
+                }
+                _ = tokio::signal::ctrl_c() => {
+                    if !interrupt_or_detach(api, session, &mut on_interrupt).await {
+                        return Ok(ExitCode::from(130));
+                    }
+                }
+            }
         }
     }
-    Ok(code)
+    match overtaken {
+        Some(turn) => code_of(api, session, turn).await,
+        None => Ok(code),
+    }
+}
+
+/// Does what Ctrl-C does. Returns whether following goes on.
+async fn interrupt_or_detach(api: &Api, session: &str, on_interrupt: &mut OnInterrupt) -> bool {
+    if std::mem::replace(on_interrupt, OnInterrupt::Detach) == OnInterrupt::Interrupt {
+        match api.post(&format!("/sessions/{session}/interrupt"), &Value::Null).await {
+            Ok(_) => {
+                note!("\nInterrupting the turn; press Ctrl-C again to stop following");
+                return true;
+            }
+            Err(error) => note!("\ncannot interrupt the turn: {error}"),
+        }
+    }
+    note!("\nStopped following; the session continues. Follow it again: aod logs -f {session}\nStop it: aod sessions terminate {session}");
+    false
+}
+
+/// Returns the exit code of a turn that ended.
+async fn code_of(api: &Api, session: &str, turn: u64) -> Result<ExitCode, ApiFailure> {
+    let mut page = Page::default();
+    loop {
+        let (turns, next) = api.page(&format!("/sessions/{session}/turns"), &page).await?;
+        if let Some(turn) = turns.iter().find(|each| each.get("turn_number").and_then(Value::as_u64) == Some(turn)) {
+            let code = turn.get("exit_code").and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok());
+            return Ok(ExitCode::from(code.unwrap_or(1)));
+        }
+        if next.is_none() {
+            return Ok(ExitCode::FAILURE);
+        }
+        page.cursor = next;
+    }
 }
 
 /// Prints events for a person: output to standard output, everything else to standard error.

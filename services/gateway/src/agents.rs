@@ -1,6 +1,7 @@
 //! Agents (docs/api.md §4): templates that sessions run.
 
 mod mcp;
+mod permissions;
 mod skills;
 
 use axum::{Json, extract::State, http::StatusCode};
@@ -12,7 +13,7 @@ use contract::{
 use serde::Serialize;
 use serde_json::{Map, Value};
 use types::{
-    AgentId, ErrorCode, McpServer, ModelRef, Provider, Runtime, Skill, Timestamp,
+    AgentId, ErrorCode, McpServer, ModelRef, Permissions, Provider, Runtime, Skill, Timestamp,
     limits::{BODY_BYTES_MAX, MODEL_CHARS_MAX, NAME_CHARS_MAX, TEXT_CHARS_MAX},
     model::{ModelError, quoted},
 };
@@ -65,6 +66,7 @@ pub struct AgentVersion {
     skills: Vec<Skill>,
     /// Secret values are answered as `***`.
     mcp_servers: Vec<McpServer>,
+    permissions: Permissions,
     metadata: Map<String, Value>,
     version: u32,
     #[schema(format = DateTime)]
@@ -93,6 +95,7 @@ impl From<scheduler::Agent> for AgentVersion {
             environment_id: agent.environment_id,
             skills: serde_json::from_str(&agent.skills).unwrap_or_default(),
             mcp_servers: serde_json::from_str(&agent.mcp_servers).unwrap_or_default(),
+            permissions: serde_json::from_str(&agent.permissions).unwrap_or_default(),
             metadata: serde_json::from_str(&agent.metadata).unwrap_or_default(),
             version: agent.version,
             created_at: time(agent.created_at_us),
@@ -132,6 +135,8 @@ pub struct CreateAgent {
     /// `type` may be left out: `url`
     #[schema(max_items = 20)]
     mcp_servers: Option<Vec<McpServer>>,
+    /// What it may do without asking; everything where they are absent
+    permissions: Option<Permissions>,
     metadata: Option<Map<String, Value>>,
 }
 
@@ -153,6 +158,7 @@ impl CreateAgent {
             environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
             skills: skills::read(fields),
             mcp_servers: mcp::read(fields),
+            permissions: permissions::read(fields),
             metadata: fields.metadata("metadata"),
         }
     }
@@ -187,7 +193,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         mcp_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         once: key.once(&body),
         agent_id: AgentId::new().to_string(),
-        ..CreateAgentRequest::default()
+        permissions: agent.permissions.as_ref().map(json).unwrap_or_default(),
     };
     let reply = app.bus.call::<rpc::CreateAgent>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
@@ -257,6 +263,8 @@ pub struct UpdateAgent {
     /// `***` in the place of a header's or variable's value keeps the stored one
     #[schema(max_items = 20)]
     mcp_servers: Option<Vec<McpServer>>,
+    /// They replace the earlier ones
+    permissions: Option<Permissions>,
     /// Merged per key; `""` deletes one
     metadata: Option<Map<String, Value>>,
 }
@@ -274,6 +282,7 @@ impl UpdateAgent {
             environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
             skills: skills::read(fields),
             mcp_servers: mcp::read(fields),
+            permissions: permissions::read(fields),
             metadata: fields.metadata("metadata"),
         }
     }
@@ -316,7 +325,7 @@ pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Bo
         mcp_servers,
         mcp_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         secrets_of_version,
-        ..UpdateAgentRequest::default()
+        permissions: change.permissions.as_ref().map(json),
     };
     let reply = app.bus.call::<rpc::UpdateAgent>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |_| true).await;

@@ -22,6 +22,7 @@ const KEYS_MAX: u64 = 100_000;
 pub struct Caller {
     pub user_id: String,
     pub session_limit: Option<u32>,
+    pub key_id: String,
     pub key: KeyHash,
 }
 
@@ -70,7 +71,7 @@ pub async fn verify(app: &App, key: KeyHash) -> Result<Caller, Failure> {
     let ask = async {
         let request = VerifyKeyRequest { key_hash: key.as_bytes().to_vec() };
         let reply = app.bus.call::<rpc::VerifyKey>(&request, RPC_DEADLINE).await?;
-        Ok(Caller { user_id: reply.user_id, session_limit: reply.session_limit, key })
+        Ok(Caller { user_id: reply.user_id, session_limit: reply.session_limit, key_id: reply.key_id, key })
     };
     app.keys.0.try_get_with(key, ask).await.map_err(|failure: std::sync::Arc<Failure>| (*failure).clone())
 }

@@ -11,6 +11,7 @@ mod environments;
 mod error;
 mod health;
 mod idempotency;
+mod inputs;
 mod keys;
 mod limits;
 pub mod metrics;

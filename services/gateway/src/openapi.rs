@@ -82,7 +82,7 @@ pub fn complete(mut document: Document) -> Document {
     let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("aod_…").description(Some("An API key")).build();
     document.components.get_or_insert_default().add_security_scheme("key", SecurityScheme::Http(scheme));
     for (path, item) in &mut document.paths.paths {
-        let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
+        let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.patch, &mut item.delete];
         for operation in operations.into_iter().flatten() {
             name(operation);
             add_failures(operation, path.contains('{'));

@@ -12,6 +12,20 @@ use crate::error::ApiError;
 #[derive(Debug)]
 pub struct Id(pub String);
 
+/// The `{id}` of a path, and the id of a part after it.
+#[derive(Debug)]
+pub struct Part(pub String, pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Part {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Path((id, part)) =
+            Path::from_request_parts(parts, state).await.map_err(|_| ApiError::new(StatusCode::NOT_FOUND, "Not found"))?;
+        Ok(Self(id, part))
+    }
+}
+
 #[derive(IntoParams)]
 #[into_params(parameter_in = Path)]
 #[expect(dead_code, reason = "describes a path")]

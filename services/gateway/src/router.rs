@@ -19,7 +19,9 @@ use utoipa::OpenApi as _;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
-use crate::{App, agents, credentials, environments, error::ApiError, health, idempotency, keys, openapi, server, sessions, stream};
+use crate::{
+    App, agents, credentials, environments, error::ApiError, health, idempotency, inputs, keys, openapi, server, sessions, stream,
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -41,6 +43,11 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(sessions::prompt))
         .routes(routes!(stream::stream))
         .routes(routes!(stream::events::events))
+        .routes(routes!(inputs::list_inputs))
+        .routes(routes!(inputs::change_input, inputs::withdraw_input))
+        .routes(routes!(inputs::interrupt))
+        .routes(routes!(inputs::list_requests))
+        .routes(routes!(inputs::decide))
         .routes(routes!(sessions::terminate))
         .routes(routes!(sessions::delete))
         .routes(routes!(credentials::list))
@@ -82,7 +89,7 @@ fn cors(origins: &[String]) -> CorsLayer {
     };
     CorsLayer::new()
         .allow_origin(allow)
-        .allow_methods([Method::GET, Method::POST, Method::PUT, Method::DELETE])
+        .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
         .allow_headers([
             header::AUTHORIZATION,
             header::CONTENT_TYPE,

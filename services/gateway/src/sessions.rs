@@ -15,7 +15,7 @@ use contract::{
 };
 use serde::{Deserialize, Serialize};
 use types::{
-    AgentId, EnvironmentId, Repository, SessionId, SessionStatus,
+    AgentId, EnvironmentId, Repository, SessionId, SessionStatus, WhenBusy,
     limits::{BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, URL_CHARS_MAX},
     model::quoted,
     repository::{Checkout, RepositoryTag, RepositoryUrl, check_mount_path, is_branch, is_commit},
@@ -30,6 +30,7 @@ use crate::{
     environments::read_env_vars,
     error::{ApiError, Detail},
     idempotency::{Created, IdempotencyKey, IdempotencyParams},
+    inputs::Input,
     openapi::{Conflict, QuotaUsedUp},
     page::{Listed, Page, PageParams, bad_query, listed},
     path::{Id, IdParams},
@@ -58,8 +59,10 @@ pub struct Session {
     current_turn: Option<u32>,
     metadata: BTreeMap<String, String>,
     failure: Option<Failure>,
-    /// Of a single session that is pending: what it waits for.
+    /// Of a single session: what its pending turn waits for, or which decision its running turn does.
     waiting_on: Option<String>,
+    /// Of a single session: how many messages wait for its turn to end.
+    queued_inputs: Option<u32>,
 }
 
 /// `pending`, `running`, `completed`, `failed` or `terminated`.
@@ -91,6 +94,7 @@ impl From<scheduler::Session> for Session {
             current_turn: Some(session.turn_count),
             metadata: serde_json::from_str(&session.metadata).unwrap_or_default(),
             waiting_on: session.waiting_on,
+            queued_inputs: session.queued_inputs,
             failure: session.failure.map(|failure| Failure { stage: failure.stage, message: failure.message }),
         }
     }
@@ -170,6 +174,9 @@ pub struct AcceptedTurn {
     status: Status,
     stream_url: String,
     current_turn: u32,
+    /// Where a turn was running: the message, which waits or joins it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    input: Option<Input>,
 }
 
 /// A session that was terminated.
@@ -444,20 +451,34 @@ pub struct Prompt {
     /// Seconds for this turn; the deployment's default is 600
     #[schema(minimum = 10, maximum = 3600)]
     timeout: Option<u32>,
+    /// What to do while a turn runs: `reject` (the default), `queue` (begin the next turn), `interrupt` (the same, and interrupt the
+    /// running one) or `steer` (join the running turn)
+    #[schema(pattern = "^(reject|queue|interrupt|steer)$")]
+    when_busy: Option<String>,
 }
 
 impl Prompt {
     fn read(body: &Body) -> Result<Self, ApiError> {
         let mut fields = body.fields()?;
-        let prompt = Self { prompt: read_prompt(&mut fields), timeout: read_timeout(&mut fields) };
+        let prompt = Self { prompt: read_prompt(&mut fields), timeout: read_timeout(&mut fields), when_busy: read_when_busy(&mut fields) };
         fields.finish()?;
         Ok(prompt)
     }
 }
 
-/// Prompt a completed session again
+fn read_when_busy(fields: &mut Fields) -> Option<String> {
+    let when_busy = fields.optional_string("when_busy", BODY_BYTES_MAX);
+    if when_busy.as_deref().is_some_and(|text| text.parse::<WhenBusy>().is_err()) {
+        fields.refuse("when_busy", &format!("when_busy must be one of: {}", quoted(WhenBusy::ALL.iter().map(|when| when.as_str()))));
+    }
+    when_busy
+}
+
+/// Prompt a session again
+///
+/// While a turn runs, `when_busy` says what becomes of the prompt.
 #[utoipa::path(post, path = "/sessions/{id}/prompt", tag = "sessions", params(IdParams, IdempotencyParams), request_body = Prompt,
-    responses((status = 202, description = "The turn will run", body = AcceptedTurn), Conflict))]
+    responses((status = 202, description = "The turn will run, or the message waits", body = AcceptedTurn), Conflict))]
 pub async fn prompt(
     State(app): State<App>,
     caller: Caller,
@@ -467,6 +488,7 @@ pub async fn prompt(
 ) -> Result<Created<AcceptedTurn>, ApiError> {
     let prompt = match Prompt::read(&body) {
         Ok(prompt) => prompt,
+        Err(error) if body.fields().is_ok_and(|fields| fields.names().any(|name| name == "when_busy")) => return Err(error),
         // The state is checked before the body.
         Err(error) => {
             let status = find(&app, &caller, &id).await?.status.parse::<SessionStatus>().ok();
@@ -482,7 +504,8 @@ pub async fn prompt(
         prompt: prompt.prompt,
         timeout_seconds: prompt.timeout.unwrap_or(app.config.default_timeout_seconds),
         once: Some(once),
-        ..PromptRequest::default()
+        when_busy: prompt.when_busy.unwrap_or_default(),
+        key_id: caller.key_id,
     };
     let reply = app.call::<rpc::Prompt>(&request).await?;
     let session = reply.session.unwrap_or_default();
@@ -491,6 +514,7 @@ pub async fn prompt(
         id: session.session_id,
         status: Status(session.status),
         current_turn: session.turn_count,
+        input: session.input.map(Input::from),
     };
     Ok(Created { status: StatusCode::ACCEPTED, body: accepted, replayed: reply.replayed && replays })
 }

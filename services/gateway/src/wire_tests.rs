@@ -7,6 +7,7 @@ use crate::{
     agents::{CreateAgent, UpdateAgent},
     body::{Body, Fields},
     environments::{CreateEnvironment, UpdateEnvironment},
+    inputs::{ChangeInput, Decision},
     router,
     sessions::CreateSession,
 };
@@ -102,6 +103,42 @@ async fn wrong_sessions() {
         { "agent_id": "a", "prompt": "p", "resources": ["x", { "type": "gitlab", "url": "https://gitlab.com/o/r", "mount_path": "/" }] },
         { "agent_id": "a", "prompt": "p", "resources": [{ "url": "https://github.com/o/r", "mount_path": "/a/../b", "authorization_token": "a b" }] },
         { "agent_id": "a", "prompt": "p", "resources": [{ "type": "github_repository", "url": "https://github.com/o/r" }, { "type": "github_repository", "url": "https://github.com/x/r" }] },
+    ));
+}
+
+#[tokio::test]
+async fn wrong_permissions() {
+    let agent = |permissions: Value| json!({ "name": "n", "model": "m", "runtime": "claude", "permissions": permissions });
+    let mut answers = Vec::new();
+    for permissions in [
+        json!("ask"),
+        json!({ "default": "maybe", "rules": "x" }),
+        json!({ "default": 1, "rules": [{}, 5, { "tool": "", "evaluation": "ask" }, { "tool": "a*b", "evaluation": null }] }),
+        json!({ "rules": [{ "tool": "Bash", "evaluation": "never" }, { "tool": "mcp__*", "evaluation": "deny" }] }),
+        json!({ "timeout_seconds": 0, "on_timeout": "ask" }),
+        json!({ "rules": (0..101).map(|n| json!({ "tool": format!("t{n}"), "evaluation": "ask" })).collect::<Vec<_>>() }),
+        json!({ "default": "ask", "rules": [{ "tool": "*", "evaluation": "allow" }], "timeout_seconds": 60, "on_timeout": "allow" }),
+    ] {
+        let answer = refusal(agent(permissions.clone()), CreateAgent::read).await;
+        let errors = answer["body"]["detail"].as_array().cloned().unwrap_or_default();
+        let errors: Vec<_> = errors.iter().map(|error| json!([error["loc"], error["msg"]])).collect();
+        let sent = if errors.is_empty() { permissions } else { json!(permissions.to_string().chars().take(200).collect::<String>()) };
+        answers.push(json!({ "sent": sent, "errors": errors }));
+    }
+    insta::assert_json_snapshot!(answers);
+}
+
+#[tokio::test]
+async fn wrong_inputs() {
+    insta::assert_json_snapshot!(refusals!(ChangeInput::read, {}, { "text": " " }, { "text": 5 }, { "text": "fine" }));
+    insta::assert_json_snapshot!(refusals!(
+        Decision::read,
+        {},
+        { "decision": "yes" },
+        { "decision": "allow", "message": "why" },
+        { "decision": "deny", "message": 5 },
+        { "decision": "deny", "message": "not that" },
+        { "decision": "allow_for_session" },
     ));
 }
 

@@ -7,7 +7,7 @@ use contract::scheduler::{
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
-use types::{AgentId, EnvironmentId, ErrorCode, ModelRef, Runtime, UserId, agent::merge_metadata, model::ModelError};
+use types::{AgentId, EnvironmentId, ErrorCode, ModelRef, Permissions, Runtime, UserId, agent::merge_metadata, model::ModelError};
 use uuid::Uuid;
 
 use crate::{
@@ -29,6 +29,7 @@ struct AgentRow {
     skills: Value,
     mcp_servers: Value,
     mcp_secret_id: Option<Uuid>,
+    permissions: Option<Value>,
     version: i32,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
@@ -53,7 +54,7 @@ impl From<AgentRow> for Agent {
             skills: row.skills.to_string(),
             mcp_servers: row.mcp_servers.to_string(),
             mcp_secret_id: row.mcp_secret_id.map(|id| id.to_string()),
-            ..Self::default()
+            permissions: row.permissions.map(|permissions| permissions.to_string()).unwrap_or_default(),
         }
     }
 }
@@ -70,6 +71,29 @@ async fn usable_environment(tx: &mut PgConnection, user: UserId, id: &str) -> Re
         return Err(Failure::conflict("Cannot assign an archived environment to an agent"));
     }
     Ok(id.uuid())
+}
+
+/// As a column has them: null where they allow everything.
+fn permissions(text: &str) -> Result<Option<Value>, Failure> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let permissions: Permissions = serde_json::from_str(text).map_err(|_| Failure::invalid("Malformed permissions"))?;
+    if permissions == Permissions::default() {
+        return Ok(None);
+    }
+    serde_json::to_value(permissions).map(Some).map_err(Failure::internal)
+}
+
+/// A runtime that cannot ask cannot be restricted either.
+fn check_permissions(agent: &AgentRow) -> Result<(), Failure> {
+    let permissions = agent.permissions.clone().map(serde_json::from_value::<Permissions>).transpose().map_err(Failure::internal)?;
+    let can_ask = agent.runtime.parse::<Runtime>().is_ok_and(|runtime| runtime.capabilities().permission_requests);
+    if can_ask || !permissions.is_some_and(|permissions| permissions.restrict()) {
+        return Ok(());
+    }
+    let message = format!("Runtime {} cannot ask before it uses a tool: its permissions have to be 'allow'", agent.runtime);
+    Err(Failure::new(ErrorCode::Unprocessable, message))
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
@@ -115,11 +139,13 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
         skills: parsed_json(&request.skills)?,
         mcp_servers: parsed_json(&request.mcp_servers)?,
         mcp_secret_id: secret_id(request.mcp_secret_id.as_deref())?,
+        permissions: permissions(&request.permissions)?,
         version: 1,
         created_at: now,
         updated_at: now,
         archived_at: None,
     };
+    check_permissions(&row)?;
     sqlx::query("insert into agent (agent_id, user_id, environment_id, created_at, updated_at) values ($1, $2, $3, $4, $4)")
         .bind(row.agent_id)
         .bind(user.uuid())
@@ -137,12 +163,13 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
 async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Failure> {
     // Fields that are changed one by one could add up to more than an answer may hold.
     let texts = [&row.name, &row.description, &row.system].map(String::len).into_iter().sum::<usize>();
-    let documents = [&row.metadata, &row.skills, &row.mcp_servers].map(|value| value.to_string().len()).into_iter().sum::<usize>();
+    let documents = [Some(&row.metadata), Some(&row.skills), Some(&row.mcp_servers), row.permissions.as_ref()];
+    let documents = documents.into_iter().flatten().map(|value| value.to_string().len()).sum::<usize>();
     check_size("agent", texts + documents)?;
     sqlx::query(
         "insert into agent_version (agent_id, version, name, description, system, model, runtime, environment_id, metadata, skills,
-                                    mcp_servers, mcp_secret_id, created_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+                                    mcp_servers, mcp_secret_id, created_at, permissions)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
     )
     .bind(row.agent_id)
     .bind(row.version)
@@ -157,6 +184,7 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
     .bind(&row.mcp_servers)
     .bind(row.mcp_secret_id)
     .bind(row.updated_at)
+    .bind(&row.permissions)
     .execute(tx)
     .await?;
     Ok(())
@@ -179,7 +207,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
         .await?;
     let current: AgentRow = sqlx::query_as(
         "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
-                v.mcp_servers, v.mcp_secret_id, a.version, a.created_at, a.updated_at, a.archived_at
+                v.mcp_servers, v.mcp_secret_id, v.permissions, a.version, a.created_at, a.updated_at, a.archived_at
          from agent a
          join agent_version v using (agent_id, version)
          where a.agent_id = $1 and a.user_id = $2",
@@ -220,6 +248,10 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
         new.mcp_servers = parsed_json(servers)?;
         new.mcp_secret_id = secret_id(request.mcp_secret_id.as_deref())?;
     }
+    if let Some(change) = &request.permissions {
+        new.permissions = permissions(change)?;
+    }
+    check_permissions(&new)?;
     if new == current {
         return Ok(current.into());
     }
@@ -266,7 +298,7 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
     let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
     let row: Option<AgentRow> = sqlx::query_as(
         "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
-                v.mcp_servers, v.mcp_secret_id, a.version, a.created_at, a.updated_at, a.archived_at
+                v.mcp_servers, v.mcp_secret_id, v.permissions, a.version, a.created_at, a.updated_at, a.archived_at
          from agent a
          join agent_version v using (agent_id, version)
          where a.agent_id = $1 and a.user_id = $2",
@@ -288,7 +320,7 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgen
         by_key: "agent_id",
         bytes: VERSION_BYTES,
         columns: "agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills, v.mcp_servers,
-                  v.mcp_secret_id, version, a.created_at, a.updated_at, a.archived_at",
+                  v.mcp_secret_id, v.permissions, version, a.created_at, a.updated_at, a.archived_at",
     };
     let page = list.read(&scheduler.pool, |query| query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id));
     let (rows, has_more): (Vec<AgentRow>, _) = page.await?;
@@ -296,7 +328,7 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgen
 }
 
 /// The size of a version `v` in an answer, at least.
-const VERSION_BYTES: &str = "octet_length(v.name) + octet_length(v.description) + octet_length(v.system) + octet_length(v.metadata::text)
+const VERSION_BYTES: &str = "coalesce(octet_length(v.permissions::text), 0) + octet_length(v.name) + octet_length(v.description) + octet_length(v.system) + octet_length(v.metadata::text)
                              + octet_length(v.skills::text) + octet_length(v.mcp_servers::text) + 500";
 
 /// The snapshots of an agent, newest first. Both times of each are the snapshot's.
@@ -310,8 +342,8 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
         by_key: "agent_id = $1 and version",
         bytes: VERSION_BYTES,
         columns:
-            "agent_id, name, description, system, model, runtime, environment_id, metadata, skills, mcp_servers, mcp_secret_id, version,
-                  created_at, created_at as updated_at, null::timestamptz as archived_at",
+            "agent_id, name, description, system, model, runtime, environment_id, metadata, skills, mcp_servers, mcp_secret_id, permissions,
+                  version, created_at, created_at as updated_at, null::timestamptz as archived_at",
     };
     let page = list.read(&scheduler.pool, |query| query.bind(agent.uuid()).bind(window.limit).bind(window.number));
     let (rows, has_more): (Vec<AgentRow>, _) = page.await?;

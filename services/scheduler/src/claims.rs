@@ -53,6 +53,8 @@ struct TurnRow {
     env_vars_secret_id: Option<Uuid>,
     mcp_secret_id: Option<Uuid>,
     secret_id: Option<Uuid>,
+    permissions: Option<Value>,
+    input_id: Option<Uuid>,
 }
 
 /// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant is fenced off, and returns all that
@@ -89,11 +91,11 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
             update turn
             set epoch = epoch + 1, owner = $3, claimed_at = now(), offer_after = now(), offers = 0
             where session_id = $1 and turn_number = $2
-            returning session_id, epoch, extract(epoch from now() - created_at)::float8 as age_seconds, prompt, timeout_seconds
+            returning session_id, epoch, extract(epoch from now() - created_at)::float8 as age_seconds, prompt, timeout_seconds, input_id
          )
          select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
-                s.resources, s.secret_id
+                s.resources, s.secret_id, av.permissions, c.input_id
          from claimed c
          join session s using (session_id)
          join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -162,7 +164,8 @@ async fn specification(scheduler: &Scheduler, id: SessionId, number: i32, sessio
         lease_id,
         runtime: session.runtime,
         model: turn.model,
-        system: if number == 1 { turn.system } else { String::new() },
+        // What precedes a script is no instruction to an agent: it runs once.
+        system: if number == 1 || runtime != Runtime::Shell { turn.system } else { String::new() },
         prompt: turn.prompt,
         timeout_seconds,
         conversation_id: turn.conversation_id.to_string(),
@@ -177,7 +180,8 @@ async fn specification(scheduler: &Scheduler, id: SessionId, number: i32, sessio
         skills: turn.skills.to_string(),
         mcp_servers: turn.mcp_servers.to_string(),
         resources: turn.resources.to_string(),
-        ..TurnSpec::default()
+        permissions: turn.permissions.map(|permissions| permissions.to_string()).unwrap_or_default(),
+        input_id: turn.input_id.map(|id| id.to_string()).unwrap_or_default(),
     })
 }
 
@@ -251,19 +255,29 @@ pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Resul
     let held: Vec<Held> = request.held.iter().filter_map(parse_held).collect();
     let ended: Vec<(Held, u64)> = request.held.iter().filter_map(|turn| Some((parse_held(turn)?, turn.ended?))).collect();
     let lost_ends = lost_ends(&scheduler, &ended).await?;
-    let rows =
-        sqlx::query("select session_id, turn_number, epoch, claimed_at > now() - make_interval(secs => $2) from turn where owner = $1")
-            .bind(lease)
-            .bind(ownership::CLAIM_GRACE.as_secs_f64())
-            .fetch_all(&scheduler.pool)
-            .await?;
-    let mut owned = Vec::with_capacity(rows.len());
+    let rows = sqlx::query(
+        "select session_id, turn_number, epoch, claimed_at > now() - make_interval(secs => $2),
+                    status = 'running' and exists (
+                        select from input i
+                        where i.session_id = turn.session_id and i.turn_number = turn.turn_number and i.status in ('queued', 'delivered')
+                    )
+             from turn where owner = $1",
+    )
+    .bind(lease)
+    .bind(ownership::CLAIM_GRACE.as_secs_f64())
+    .fetch_all(&scheduler.pool)
+    .await?;
+    let (mut owned, mut with_inputs) = (Vec::with_capacity(rows.len()), Vec::new());
     for row in rows {
         let read = || -> Result<_, sqlx::Error> {
             let (session, turn, epoch): (Uuid, i32, i32) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
             Ok((Held { session, turn: unsigned(turn), epoch: unsigned(epoch) }, row.try_get(3)?))
         };
-        owned.push(read()?);
+        let turn: (Held, bool) = read()?;
+        if row.try_get(4)? {
+            with_inputs.push(turn.0);
+        }
+        owned.push(turn);
     }
     let mut differences = ownership::compare(&held, &owned);
     for turn in lost_ends.into_iter().filter(|turn| owned.iter().any(|(owned, _)| owned == turn)) {
@@ -275,13 +289,16 @@ pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Resul
     for turn in &differences.forgotten {
         release_claim(&scheduler, SessionId::from_uuid(turn.session), turn.turn as i32, turn.epoch, None, Duration::ZERO).await?;
     }
-    let lost = differences.lost.iter().map(|held| HeldTurn {
-        session_id: SessionId::from_uuid(held.session).to_string(),
-        turn: held.turn,
-        epoch: held.epoch,
-        ended: None,
-    });
-    Ok(HeartbeatReply { lost: lost.collect(), ..HeartbeatReply::default() })
+    let turns = |turns: Vec<Held>| {
+        let turn = |held: Held| HeldTurn {
+            session_id: SessionId::from_uuid(held.session).to_string(),
+            turn: held.turn,
+            epoch: held.epoch,
+            ended: None,
+        };
+        turns.into_iter().map(turn).collect()
+    };
+    Ok(HeartbeatReply { expired: false, lost: turns(differences.lost), with_inputs: turns(with_inputs) })
 }
 
 fn parse_held(turn: &HeldTurn) -> Option<Held> {

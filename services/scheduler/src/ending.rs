@@ -21,7 +21,9 @@ use types::{Backoff, Partition, SessionId, Timestamp};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, event_log, projector,
+    Scheduler, event_log,
+    inputs::{self, At},
+    projector,
     sessions::{enqueue, partition},
     unsigned,
 };
@@ -128,6 +130,11 @@ pub async fn run_deadlines(scheduler: Scheduler, stop: CancellationToken) {
             Ok(Err(error)) => tracing::warn!(%error, "failed to look for overdue turns; will retry"),
             Err(_) => tracing::warn!("looking for overdue turns took too long; will retry"),
         }
+        match tokio::time::timeout(Duration::from_secs(30), inputs::decide_overdue(&scheduler)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "failed to look for overdue permission requests; will retry"),
+            Err(_) => tracing::warn!("looking for overdue permission requests took too long; will retry"),
+        }
     }
 }
 
@@ -147,7 +154,7 @@ async fn end_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
                 t.deadline_at < now() - make_interval(secs => $2), t.failures
          from turn t
          join session s using (session_id)
-         where t.status in ('pending', 'running') and t.deadline_at < now()
+         where t.status in ('pending', 'running') and t.deadline_at < now() and t.waiting_since is null
          order by t.deadline_at
          limit $1",
     )
@@ -199,7 +206,8 @@ async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), Failure> {
             tracing::error!(%session, turn, "ended an overdue turn without its log, which could not be written for too long");
             metrics::counter!("aod_deadline_settlements_total").increment(1);
             let mut tx = scheduler.pool.begin().await?;
-            let observation = projector::apply(&mut tx, session, turn, &kind).await?;
+            let at = At::new(0, Timestamp::now().unix_micros());
+            let observation = projector::apply(&mut tx, session, turn, &kind, at).await?.observation;
             let event = SessionEvent { turn, at_us: Timestamp::now().unix_micros(), kind: Some(kind), ..SessionEvent::default() };
             enqueue(&mut tx, &subject::session_log(session, overdue.partition), &event).await?;
             tx.commit().await?;

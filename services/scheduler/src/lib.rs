@@ -11,6 +11,7 @@ mod ending;
 mod environments;
 mod event_log;
 mod gauges;
+mod inputs;
 pub mod metrics;
 mod once;
 mod orphans;
@@ -114,6 +115,7 @@ const MIGRATIONS: &[store::Step] = &[
     (16, "sprite to destroy", include_str!("../../../migrations/scheduler/0016_sprite_to_destroy.sql")),
     (17, "tag of the last event", include_str!("../../../migrations/scheduler/0017_tag_of_the_last_event.sql")),
     (20, "deployment owner", include_str!("../../../migrations/scheduler/0020_deployment_owner.sql")),
+    (50, "inputs", include_str!("../../../migrations/scheduler/0050_inputs.sql")),
 ];
 
 /// What every request works with.
@@ -188,6 +190,13 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::Prompt, _, _>(sessions::prompt).await?;
     responder.serve::<rpc::ReadEvents, _, _>(sessions::events).await?;
     responder.serve::<rpc::DeleteSession, _, _>(deletion::delete).await?;
+    responder.serve::<rpc::ListInputs, _, _>(inputs::list).await?;
+    responder.serve::<rpc::ChangeInput, _, _>(inputs::change_text).await?;
+    responder.serve::<rpc::WithdrawInput, _, _>(inputs::withdraw).await?;
+    responder.serve::<rpc::Interrupt, _, _>(inputs::interrupt).await?;
+    responder.serve::<rpc::ListPermissionRequests, _, _>(inputs::requests).await?;
+    responder.serve::<rpc::Decide, _, _>(inputs::decide).await?;
+    responder.serve::<rpc::FetchInputs, _, _>(inputs::fetch).await?;
     responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
     responder.serve::<rpc::Heartbeat, _, _>(claims::heartbeat).await?;

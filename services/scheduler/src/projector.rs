@@ -37,6 +37,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler,
+    inputs::{self, At},
     metrics::{Observation, Outcome},
     sessions::{SessionRow, lock, session_columns},
     termination::{enqueue_destroy, tell_end},
@@ -267,11 +268,14 @@ async fn write(
     .bind(&tags)
     .execute(&mut *tx)
     .await?;
-    let (mut observations, mut woken) = (Vec::new(), false);
-    for Accepted { session, event, .. } in &accepted {
+    let (mut observations, mut hints, mut woken) = (Vec::new(), Vec::new(), false);
+    for Accepted { session, event, entry } in &accepted {
         if let Some(kind) = event.kind.as_ref().filter(|kind| changes_state(kind)) {
             woken = true;
-            observations.extend(apply(&mut tx, *session, event.turn, kind).await?);
+            let at = At::new(entry.sequence, event.at_us);
+            let Applied { observation, inputs_wait } = apply(&mut tx, *session, event.turn, kind, at).await?;
+            observations.extend(observation);
+            hints.extend(inputs_wait.then_some(*session));
         }
     }
     for session in &broken {
@@ -287,11 +291,14 @@ async fn write(
     .await?;
     tx.commit().await?;
     observations.into_iter().for_each(Observation::count);
+    for session in hints {
+        scheduler.bus.hint(subject::inputs_hint(session)).await;
+    }
     Ok(woken)
 }
 
 fn changes_state(kind: &Kind) -> bool {
-    matches!(kind, Kind::TurnStarted(_) | Kind::TurnEnded(_) | Kind::Terminated(_))
+    matches!(kind, Kind::TurnStarted(_) | Kind::TurnEnded(_) | Kind::Terminated(_)) || inputs::concerns(kind)
 }
 
 /// Splits a batch into the events that continue their sessions' logs, and the sessions whose chain is broken.
@@ -373,26 +380,40 @@ async fn repair(scheduler: &Scheduler, tx: &mut PgConnection, partition: Partiti
     Ok(())
 }
 
+/// What applying an event has changed.
+#[derive(Default)]
+pub struct Applied {
+    pub observation: Option<Observation>,
+    /// Inputs wait for the runner of the turn that began.
+    inputs_wait: bool,
+}
+
 /// Applies an event to its turn and session. Idempotent: see [`state::next`].
-pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: &Kind) -> Result<Option<Observation>, Failure> {
-    let Some(session) = lock(tx, id, None).await? else { return Ok(None) };
+pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: &Kind, at: At) -> Result<Applied, Failure> {
+    let Some(session) = lock(tx, id, None).await? else { return Ok(Applied::default()) };
+    if inputs::concerns(kind) {
+        inputs::apply(tx, &session, event_turn, kind, at).await?;
+        return Ok(Applied::default());
+    }
     let current_turn = unsigned(session.turn_count);
     // A termination ends whichever turn there is.
     let number = if matches!(kind, Kind::Terminated(_)) { current_turn } else { event_turn };
     let turn = sqlx::query(
-        "select status, extract(epoch from now() - created_at)::float8 from turn where session_id = $1 and turn_number = $2 for update",
+        "select status, extract(epoch from now() - created_at)::float8, waiting_since is not null,
+                exists (select from input where session_id = $1 and status in ('queued', 'delivered'))
+         from turn where session_id = $1 and turn_number = $2 for update",
     )
     .bind(id.uuid())
     .bind(i32::try_from(number).unwrap_or(i32::MAX))
     .fetch_optional(&mut *tx)
     .await?;
-    let Some(turn) = turn else { return Ok(None) };
-    let seconds: f64 = turn.try_get(1)?;
+    let Some(turn) = turn else { return Ok(Applied::default()) };
+    let (seconds, has_requests, has_inputs): (f64, bool, bool) = (turn.try_get(1)?, turn.try_get(2)?, turn.try_get(3)?);
     let status: &str = turn.try_get(0)?;
     let status: TurnStatus = status.parse().map_err(|()| Failure::internal(format!("a turn has the status {status}")))?;
     let transition = state::next(State { session: session.status()?, current_turn, turn: status }, number, kind);
     if transition == Transition::default() {
-        return Ok(None);
+        return Ok(Applied::default());
     }
     let ended = match kind {
         Kind::TurnEnded(ended) => ended.clone(),
@@ -401,6 +422,15 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
     if let Some(status) = transition.turn {
         update_turn(tx, id, number, status, &ended).await?;
     }
+    let inputs_wait = has_inputs && transition.turn == Some(TurnStatus::Running) && inputs::turn_started(tx, id, number).await?;
+    if transition.turn.is_some_and(|status| status != TurnStatus::Running) {
+        if has_inputs {
+            inputs::turn_ended(tx, id, number, &ended).await?;
+        }
+        if has_requests {
+            inputs::void_requests(tx, id).await?;
+        }
+    }
     let session = update_session(tx, session, &transition, &ended).await?;
     if transition.session.is_some_and(|status| !status.is_active()) {
         tell_end(tx, &session, &session.status, number, ended.usage.clone()).await?;
@@ -408,15 +438,19 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
     if transition.destroy {
         enqueue_destroy(tx, &session).await?;
     }
+    if has_inputs {
+        inputs::go_on(tx, &session).await?;
+    }
     let runtime = session.runtime;
-    Ok(transition.turn.map(|status| match status {
+    let observation = transition.turn.map(|status| match status {
         TurnStatus::Running => Observation::Started { runtime, seconds },
         _ => Observation::Ended { runtime, outcome: Outcome::of(kind), seconds },
-    }))
+    });
+    Ok(Applied { observation, inputs_wait })
 }
 
 /// Postgres keeps no NUL in text.
-fn without_nul(text: &str) -> String {
+pub fn without_nul(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
 }
 
@@ -440,7 +474,7 @@ async fn update_turn(tx: &mut PgConnection, id: SessionId, number: u32, status: 
     let usage = ended.usage.clone().unwrap_or_default();
     sqlx::query(
         "update turn
-         set status = $3, exit_code = $4, ended_at = now(), owner = null, input_tokens = $5, output_tokens = $6, cost_micro_usd = $7,
+         set status = $3, exit_code = $4, ended_at = now(), owner = null, waiting_since = null, input_tokens = $5, output_tokens = $6, cost_micro_usd = $7,
              model_used = $8
          where session_id = $1 and turn_number = $2",
     )

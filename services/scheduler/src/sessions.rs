@@ -15,13 +15,14 @@ use serde_json::Value;
 use sqlx::{PgConnection, Row as _};
 use time::OffsetDateTime;
 use types::{
-    AgentId, CredentialKind, EnvironmentId, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId,
+    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId,
+    WhenBusy,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
 };
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, environments, event_log, micros, once,
+    Scheduler, environments, event_log, inputs, micros, once,
     page::{List, Window},
     parsed_json, quota, secret_id, unsigned,
 };
@@ -208,7 +209,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
             once::not_inserted(error, "session_pkey")
         }
     })?;
-    insert_turn(tx, id, 1, &request.prompt, request.timeout_seconds).await?;
+    insert_turn(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
     let session = Session::from(row);
     once::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
     Ok(CreateSessionReply { session: Some(session), replayed: false })
@@ -229,11 +230,18 @@ fn check_credentials(runtime: Runtime, stored: &[String], env_vars: &[String]) -
 }
 
 /// A pending turn, and the job that runs it.
-async fn insert_turn(tx: &mut PgConnection, session: SessionId, number: i32, prompt: &str, timeout_seconds: u32) -> Result<(), Failure> {
+async fn insert_turn(
+    tx: &mut PgConnection,
+    session: SessionId,
+    number: i32,
+    prompt: &str,
+    timeout_seconds: u32,
+    input: Option<Uuid>,
+) -> Result<(), Failure> {
     let deadline = PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
     sqlx::query(
-        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after)
-         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5), 1, now() + make_interval(secs => $6))",
+        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after, input_id)
+         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5), 1, now() + make_interval(secs => $6), $7)",
     )
     .bind(session.uuid())
     .bind(number)
@@ -241,6 +249,7 @@ async fn insert_turn(tx: &mut PgConnection, session: SessionId, number: i32, pro
     .bind(i32::try_from(timeout_seconds).unwrap_or(i32::MAX))
     .bind(deadline.as_secs_f64())
     .bind(rules::ownership::next_offer(1).as_secs_f64())
+    .bind(input)
     .execute(&mut *tx)
     .await?;
     let job = RunTurn { session_id: session.to_string(), turn: unsigned(number) };
@@ -255,9 +264,9 @@ pub async fn enqueue(tx: &mut PgConnection, subject: &str, message: &impl prost:
 
 pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Session, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
-    let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     if request.recorded_through > 0 {
-        wait_until_recorded(&scheduler, session, request.recorded_through).await?;
+        wait_until_recorded(&scheduler, id, request.recorded_through).await?;
     }
     let row: Option<SessionRow> = sqlx::query_as(concat!(
         "select ",
@@ -266,13 +275,22 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
          from session
          where session_id = $1 and user_id = $2"
     ))
-    .bind(session.uuid())
+    .bind(id.uuid())
     .bind(user.uuid())
     .fetch_optional(&scheduler.pool)
     .await?;
     let mut session = row.map(Session::from).ok_or_else(missing)?;
-    if session.status == SessionStatus::Pending.as_str() {
-        session.waiting_on = waiting_on(&scheduler, &session).await?;
+    match session.status.parse() {
+        Ok(SessionStatus::Pending) => {
+            session.waiting_on = waiting_on(&scheduler, &session).await?;
+            session.queued_inputs = Some(inputs::waiting(&scheduler, id).await?.0);
+        }
+        Ok(SessionStatus::Running) => {
+            let (queued, request) = inputs::waiting(&scheduler, id).await?;
+            session.waiting_on = request.map(|(request, tool)| format!("a decision on {tool} (request {request})"));
+            session.queued_inputs = Some(queued);
+        }
+        _ => session.queued_inputs = Some(0),
     }
     Ok(session)
 }
@@ -400,6 +418,10 @@ pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<Crea
     })
     .await?;
     scheduler.outbox.notify_one();
+    let session = reply.session.as_ref().filter(|session| session.input.is_some());
+    if let Some(id) = session.and_then(|session| session.session_id.parse().ok()) {
+        scheduler.bus.hint(subject::inputs_hint(id)).await;
+    }
     Ok(reply)
 }
 
@@ -411,28 +433,63 @@ async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<Crea
         return Ok(CreateSessionReply { session: Some(session), replayed: true });
     }
     let row = lock(tx, session, Some(user)).await?.ok_or_else(missing)?;
+    let when_busy = when_busy(&request, &row)?;
+    if row.status()?.is_active() && when_busy != WhenBusy::Reject {
+        let input = inputs::enqueue(tx, &row, &request, when_busy == WhenBusy::Steer).await?;
+        if when_busy == WhenBusy::Interrupt {
+            inputs::interrupt_in(tx, &row, &request.key_id).await?;
+        }
+        let session = Session { input: Some(input), ..Session::from(row) };
+        once::remember(tx, user, &route, request.once.as_ref(), &session).await?;
+        return Ok(CreateSessionReply { session: Some(session), replayed: false });
+    }
     if let Some(refusal) = row.status()?.prompt_refusal() {
         return Err(Failure::conflict(refusal));
     }
     if row.sprite_destroyed_at.is_some() {
         return Err(Failure::conflict("Session backend is no longer available; start a new session."));
     }
-    let turn = row.turn_count + 1;
-    insert_turn(tx, session, turn, &request.prompt, request.timeout_seconds).await?;
-    let row: SessionRow = sqlx::query_as(concat!(
+    let row = begin_turn(tx, &row, &request.prompt, request.timeout_seconds, None).await?;
+    let session = Session::from(row);
+    once::remember(tx, user, &route, request.once.as_ref(), &session).await?;
+    Ok(CreateSessionReply { session: Some(session), replayed: false })
+}
+
+/// The next turn of a session whose turn is settled; `input` became it.
+pub async fn begin_turn(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+    prompt: &str,
+    timeout_seconds: u32,
+    input: Option<Uuid>,
+) -> Result<SessionRow, Failure> {
+    let turn = session.turn_count + 1;
+    insert_turn(tx, SessionId::from_uuid(session.session_id), turn, prompt, timeout_seconds, input).await?;
+    let row = sqlx::query_as(concat!(
         "update session
          set status = 'pending', exit_code = null, failure_stage = null, failure_message = null, turn_count = $2, updated_at = now()
          where session_id = $1
          returning ",
         session_columns!()
     ))
-    .bind(session.uuid())
+    .bind(session.session_id)
     .bind(turn)
-    .fetch_one(&mut *tx)
+    .fetch_one(tx)
     .await?;
-    let session = Session::from(row);
-    once::remember(tx, user, &route, request.once.as_ref(), &session).await?;
-    Ok(CreateSessionReply { session: Some(session), replayed: false })
+    Ok(row)
+}
+
+fn when_busy(request: &PromptRequest, session: &SessionRow) -> Result<WhenBusy, Failure> {
+    if request.when_busy.is_empty() {
+        return Ok(WhenBusy::Reject);
+    }
+    let when_busy = request.when_busy.parse().map_err(|()| Failure::invalid("Unknown when_busy"))?;
+    let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal("a session has an unknown runtime"))?;
+    if when_busy == WhenBusy::Steer && !runtime.capabilities().steer {
+        let message = format!("Runtime {runtime} takes no message while a turn runs: when_busy can be 'reject', 'queue' or 'interrupt'");
+        return Err(Failure::new(ErrorCode::Unprocessable, message));
+    }
+    Ok(when_busy)
 }
 
 /// A session's row, locked; of one user, or of whoever owns it.

@@ -19,6 +19,7 @@ use types::{SessionId, SessionStatus, SpriteName, Timestamp, UserId};
 use crate::{
     Scheduler,
     ending::{self, Appended},
+    inputs::At,
     projector,
     sessions::{self, SessionRow, enqueue, missing, session_columns},
     unsigned,
@@ -57,7 +58,8 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
     tokio::time::timeout(PROJECTED_WITHIN, projected).await.map_err(|_| unavailable())??;
     // The projector has applied it, unless the log was found broken before it: a termination holds all the same.
     let mut tx = scheduler.pool.begin().await?;
-    let observation = projector::apply(&mut tx, session, turn, &kind).await?;
+    let at = At::new(id, Timestamp::now().unix_micros());
+    let observation = projector::apply(&mut tx, session, turn, &kind, at).await?.observation;
     tx.commit().await?;
     scheduler.outbox.notify_one();
     if let Some(observation) = observation {
