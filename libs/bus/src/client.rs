@@ -2,16 +2,20 @@
 
 use std::{
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use async_nats::{Client, ConnectOptions, HeaderMap, RequestErrorKind, jetstream};
+use async_nats::{Client, ConnectOptions, HeaderMap, Message, RequestErrorKind, jetstream};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use contract::{
     access::{self, Access},
     header,
     rpc::Rpc,
 };
 use prost::Message as _;
+use sealing::KeyPair;
 use secrecy::{ExposeSecret as _, SecretString};
 use service::Env;
 use tokio::sync::watch;
@@ -60,6 +64,8 @@ pub enum ConnectError {
     Connect { url: String, source: async_nats::ConnectError },
     #[error("the NATS server is version {found}; 2.12 or later is needed")]
     ServerTooOld { found: String },
+    #[error("the operating system provides no randomness")]
+    NoRandomness,
     #[error("the NATS server takes messages of {found} bytes; {MESSAGE_BYTES_MAX} are needed (max_payload)")]
     PayloadTooSmall { found: usize },
 }
@@ -73,6 +79,8 @@ pub struct Bus {
     pub(crate) connections: watch::Receiver<u64>,
     /// How often a subscription of this connection was too slow, so that messages were dropped.
     pub(crate) drops: watch::Receiver<u64>,
+    /// What replies are sealed to, where others could read them.
+    reply_key: Option<Arc<KeyPair>>,
 }
 
 impl Bus {
@@ -124,9 +132,11 @@ impl Bus {
         if info.max_payload < MESSAGE_BYTES_MAX {
             return Err(ConnectError::PayloadTooSmall { found: info.max_payload });
         }
+        let sealed = access::SEALED_REPLIES.contains(&config.user);
+        let reply_key = sealed.then(|| KeyPair::generate().map(Arc::new)).transpose().map_err(|_| ConnectError::NoRandomness)?;
         let mut jetstream = jetstream::new(client.clone());
         jetstream.set_timeout(Duration::from_secs(5));
-        Ok(Self { client, jetstream, connections, drops })
+        Ok(Self { client, jetstream, connections, drops, reply_key })
     }
 
     /// Whether the connection is up right now.
@@ -169,6 +179,9 @@ impl Bus {
         let mut headers = trace_headers();
         headers.insert(header::TIMEOUT, deadline.as_millis().to_string());
         headers.insert(header::DEADLINE, unix_millis(SystemTime::now() + deadline).to_string());
+        if let Some(key) = &self.reply_key {
+            headers.insert(header::REPLY_KEY, STANDARD.encode(key.public()));
+        }
         let message = async_nats::Request::new().payload(request.encode_to_vec().into()).headers(headers).timeout(Some(deadline));
         let mut connections = self.next_connection();
         let reply = tokio::select! {
@@ -190,12 +203,26 @@ impl Bus {
         if let Some(error) = reply.headers.as_ref().and_then(|headers| headers.get(header::ERROR)) {
             return Err(Failure::from_header(error.as_str()).unwrap_or_else(|| Failure::internal("an error header that cannot be read")));
         }
-        R::Reply::decode(reply.payload).map_err(Failure::internal)
+        let payload = self.unseal(R::SUBJECT, &reply)?;
+        R::Reply::decode(payload).map_err(Failure::internal)
+    }
+
+    /// A reply's message. Services of the release before do not seal.
+    fn unseal(&self, subject: &str, reply: &Message) -> Result<Bytes, Failure> {
+        match (&self.reply_key, is_marked(reply, header::SEALED)) {
+            (_, false) => Ok(reply.payload.clone()),
+            (Some(key), true) => {
+                key.open(&reply.payload, subject.as_bytes()).map(|message| Bytes::copy_from_slice(&message)).map_err(Failure::internal)
+            }
+            (None, true) => Err(Failure::internal("a sealed reply that was not asked for")),
+        }
     }
 
     /// Sends a hint: at most once, to whoever listens right now.
     pub async fn hint(&self, subject: String) {
-        if let Err(error) = self.client.publish(subject, bytes::Bytes::new()).await {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::HINT, "1");
+        if let Err(error) = self.client.publish_with_headers(subject, headers, Bytes::new()).await {
             tracing::debug!(%error, "hint not sent");
         }
     }
@@ -207,8 +234,7 @@ impl Bus {
     pub async fn hints(&self, subject: String) -> Result<impl futures::Stream<Item = ()> + Unpin + use<>, Failure> {
         use futures::StreamExt as _;
         let subscription = self.client.subscribe(subject).await.map_err(Failure::internal)?;
-        // One with a reply subject is a stream's message that somebody had delivered here, and no hint.
-        Ok(subscription.filter(|hint| std::future::ready(hint.reply.is_none())).map(|_| ()))
+        Ok(subscription.filter(|message| std::future::ready(is_hint(message))).map(|_| ()))
     }
 
     /// Sends what is buffered, so that nothing is lost by an exit. Bounded by `limit`.
@@ -217,9 +243,20 @@ impl Bus {
     }
 }
 
+/// Whether a service sent this as a hint. Who may read a stream can have the server send other things to the subject of one: a stream's
+/// messages, which have a reply subject, heartbeats, which have a status, and answers to requests, which have no headers.
+fn is_hint(message: &Message) -> bool {
+    message.reply.is_none() && message.status.is_none() && is_marked(message, header::HINT)
+}
+
+fn is_marked(message: &Message, header: &str) -> bool {
+    message.headers.as_ref().and_then(|headers| headers.get(header)).is_some_and(|value| value.as_str() == "1")
+}
+
 /// Names what this crate counts.
 fn describe_metrics() {
     metrics::describe_counter!("aod_bus_requests_total", "requests served, by subject and code");
+    metrics::describe_counter!("aod_bus_requests_refused_total", "requests whose reply subject is no caller's inbox, by subject");
     metrics::describe_histogram!("aod_bus_request_seconds", metrics::Unit::Seconds, "requests served, by subject");
     metrics::describe_counter!("aod_bus_connection_events_total", "losses of the connection to NATS, and other trouble with it");
     metrics::describe_counter!("aod_jobs_redelivered_total", "jobs that were delivered more than once");

@@ -1,6 +1,6 @@
 //! The only crate that speaks NATS.
 //!
-//! [`Bus`] connects and calls; [`responder`] serves requests as a NATS micro-service; [`log`] appends to and follows the streams;
+//! [`Bus`] connects and calls; [`responder`] serves requests; [`log`] appends to and follows the streams;
 //! [`live`] subscribes to what they republish;
 //! [`work`] takes jobs from a work queue; [`topology`] makes streams and consumers as the contract declares them.
 //!

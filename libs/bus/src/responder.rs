@@ -1,4 +1,4 @@
-//! Serving requests, as a NATS micro-service: `nats micro ls` and `nats micro stats` show it.
+//! Serving requests: a queue subscription for each kind, shared with the other replicas of the service.
 
 use std::{
     future::Future,
@@ -6,12 +6,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use async_nats::{
-    HeaderMap, PublishError,
-    service::{Service, ServiceExt as _, error::Error as ServiceError},
-};
-use contract::{header, rpc::Rpc};
-use futures::StreamExt as _;
+use async_nats::{Client, HeaderMap, Message, PublishError, Subscriber};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use contract::{access, header, rpc::Rpc};
+use futures::{FutureExt as _, StreamExt as _};
 use prost::Message as _;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -20,31 +19,32 @@ use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};
 
 use crate::{Bus, Failure, client::unix_millis, trace};
 
-/// Requests of one subject in hand at a time; more are refused rather than queued.
+/// Requests of one subject in flight at a time; more are refused rather than queued.
 const CONCURRENCY: usize = 512;
 const SETTLE_MAX: Duration = Duration::from_secs(5);
+/// More digits than a server reads: it takes such a limit for none and ends the subscription at once, whereas the client goes on delivering
+/// what is on the wire. A plain unsubscribe, and the client's own drain, drop that.
+const NOW: u64 = u64::MAX;
 
 /// A service's endpoints. Each request runs in its own task, ends by its caller's deadline, and is always answered.
 ///
 /// `S` is what the handlers work with: each gets a clone of it.
 pub struct Responder<S> {
     state: S,
-    /// Its endpoints live as long as it does: their tasks hold it.
-    service: Arc<Service>,
-    client: async_nats::Client,
+    /// The queue group of the service's replicas.
+    group: String,
+    client: Client,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
 impl<S: Clone + Send + Sync + 'static> Responder<S> {
-    /// # Errors
-    /// When the connection is closed for good.
-    pub async fn start(bus: &Bus, name: &str, state: S, tasks: TaskTracker, stop: CancellationToken) -> Result<Self, Failure> {
-        let service = bus.client.service_builder().queue_group(name).start(name, "1.0.0").await.map_err(Failure::internal)?;
-        Ok(Self { state, service: Arc::new(service), client: bus.client.clone(), tasks, stop })
+    #[must_use]
+    pub fn new(bus: &Bus, group: &str, state: S, tasks: TaskTracker, stop: CancellationToken) -> Self {
+        Self { state, group: group.to_owned(), client: bus.client.clone(), tasks, stop }
     }
 
-    /// Serves one kind of request until the stop.
+    /// Serves one kind of request until the stop. Requests that the server has routed here by then are still served.
     ///
     /// # Errors
     /// When the subject cannot be subscribed to.
@@ -54,107 +54,164 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
         H: Fn(S, R::Request) -> F + Send + Sync + 'static,
         F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
     {
-        let mut endpoint =
-            self.service.endpoint_builder().name(endpoint_name(R::SUBJECT)).add(R::SUBJECT).await.map_err(Failure::internal)?;
+        let requests = self.client.queue_subscribe(R::SUBJECT, self.group.clone()).await.map_err(Failure::internal)?;
         // The server knows of it before anybody is told that we are ready.
         settle(&self.client).await?;
-        let (handler, permits) = (Arc::new(handler), Arc::new(Semaphore::new(CONCURRENCY)));
-        let (state, service, tasks, stop) = (self.state.clone(), self.service.clone(), self.tasks.clone(), self.stop.clone());
+        let endpoint = Arc::new(Endpoint {
+            client: self.client.clone(),
+            inboxes: access::callers(R::SUBJECT).map(|user| format!("{}.", access::inbox(user))).collect(),
+            permits: Arc::new(Semaphore::new(CONCURRENCY)),
+            tasks: self.tasks.clone(),
+        });
+        let accept = {
+            let (endpoint, state, handler) = (endpoint.clone(), self.state.clone(), Arc::new(handler));
+            move |request| endpoint.accept::<R, S, H, F>(request, state.clone(), handler.clone())
+        };
+        let stop = self.stop.clone();
         self.tasks.spawn(async move {
-            let mut stopping = false;
-            loop {
-                let request = tokio::select! {
-                    // No more are delivered from here on; those that were are served before the loop ends.
-                    () = stop.cancelled(), if !stopping => {
-                        stopping = true;
-                        if endpoint.stop().await.is_err() {
-                            break;
-                        }
-                        continue;
-                    }
-                    request = endpoint.next() => match request { Some(request) => request, None => break },
-                };
-                if is_delivery(&request.message) {
-                    tracing::warn!(subject = R::SUBJECT, "a stream's message came as a request; not served");
-                    continue;
-                }
-                let Ok(permit) = permits.clone().try_acquire_owned() else {
-                    answer(&request, R::SUBJECT, Err::<R::Reply, _>(Failure::new(ErrorCode::Unavailable, "The service is overloaded")))
-                        .await;
-                    continue;
-                };
-                let (state, handler) = (state.clone(), handler.clone());
-                tasks.spawn(async move {
-                    let headers = request.message.headers.as_ref();
-                    let text = |name| headers.and_then(|headers: &HeaderMap| headers.get(name)).map(|value| value.as_str().to_owned());
-                    let span = tracing::info_span!(
-                        "serve",
-                        otel.kind = "server",
-                        subject = R::SUBJECT,
-                        trace_id = field::Empty,
-                        code = field::Empty
-                    );
-                    trace::follow(&span, text(header::TRACEPARENT).as_deref());
-                    let left =
-                        time_left(text(header::TIMEOUT).as_deref(), text(header::DEADLINE).as_deref(), unix_millis(SystemTime::now()));
-                    let work = async {
-                        let message = R::Request::decode(request.message.payload.clone())
-                            .map_err(|error| Failure::invalid(format!("Malformed request: {error}")))?;
-                        handler(state, message).await
-                    };
-                    let started = Instant::now();
-                    let result = tokio::time::timeout(left, work.instrument(span.clone()))
-                        .await
-                        .unwrap_or_else(|_| Err(Failure::new(ErrorCode::DeadlineExceeded, "The service ran out of time")));
-                    span.record("code", observe(R::SUBJECT, started.elapsed(), result.as_ref().err()));
-                    answer(&request, R::SUBJECT, result).await;
-                    drop(permit);
-                });
-            }
-            // Requests that were accepted still get their answers: the tracker waits for them.
-            drop(service);
+            receive(requests, &endpoint.client, stop, accept).await;
+            // The last answers leave before the process may.
+            let _ = endpoint.permits.acquire_many(CONCURRENCY as u32).await;
+            let _ = settle(&endpoint.client).await;
         });
         Ok(())
     }
 }
 
-/// Whether a stream sent this, and nobody asked: whoever may make consumers can have a stream's messages delivered to any subject, also
-/// to one that they may not publish to.
-fn is_delivery(message: &async_nats::Message) -> bool {
-    message.reply.as_ref().is_none_or(|reply| reply.starts_with("$JS."))
+/// Passes requests on until the stop, then those that are still on the wire.
+async fn receive(mut requests: Subscriber, client: &Client, stop: CancellationToken, accept: impl Fn(Message)) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            request = requests.next() => match request { Some(request) => accept(request), None => return },
+        }
+    }
+    if requests.unsubscribe_after(NOW).await.is_err() {
+        return;
+    }
+    let mut settled = std::pin::pin!(settle(client));
+    loop {
+        tokio::select! {
+            _ = &mut settled => break,
+            request = requests.next() => match request { Some(request) => accept(request), None => return },
+        }
+    }
+    // Delivered before the server confirmed, and not yet taken.
+    while let Some(Some(request)) = requests.next().now_or_never() {
+        accept(request);
+    }
 }
 
-/// Returns when the server has taken note of everything that was sent before: a message to ourselves comes back behind it. (A flush
-/// ends when the bytes have left.)
-async fn settle(client: &async_nats::Client) -> Result<(), Failure> {
+/// What the requests of one subject share.
+struct Endpoint {
+    client: Client,
+    /// What the reply subjects of those begin with who may ask.
+    inboxes: Vec<String>,
+    permits: Arc<Semaphore>,
+    tasks: TaskTracker,
+}
+
+impl Endpoint {
+    /// Serves a request in a task of its own.
+    fn accept<R, S, H, F>(self: &Arc<Self>, request: Message, state: S, handler: Arc<H>)
+    where
+        R: Rpc,
+        S: Send + 'static,
+        H: Fn(S, R::Request) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
+    {
+        if !self.may_answer(request.reply.as_deref()) {
+            // Whoever may create consumers can have a stream's messages delivered to any subject, and any request can name any reply.
+            tracing::warn!(
+                subject = R::SUBJECT,
+                reply = request.reply.as_deref(),
+                "request refused: its reply subject is no caller's inbox"
+            );
+            metrics::counter!("aod_bus_requests_refused_total", "subject" => R::SUBJECT).increment(1);
+            return;
+        }
+        let (endpoint, permit) = (self.clone(), self.permits.clone().try_acquire_owned());
+        self.tasks.spawn(async move {
+            let result = match &permit {
+                Ok(_) => serve_one::<R, S, H, F>(&request, state, &*handler).await,
+                Err(_) => Err(Failure::new(ErrorCode::Unavailable, "The service is overloaded")),
+            };
+            if let Err(error) = endpoint.answer(request, R::SUBJECT, result).await {
+                tracing::warn!(%error, subject = R::SUBJECT, "answer not sent");
+            }
+            drop(permit);
+        });
+    }
+
+    fn may_answer(&self, reply: Option<&str>) -> bool {
+        reply.is_some_and(|reply| self.inboxes.iter().any(|inbox| reply.starts_with(inbox)))
+    }
+
+    async fn answer<M: prost::Message>(&self, request: Message, subject: &str, result: Result<M, Failure>) -> Result<(), PublishError> {
+        let Some(reply) = request.reply else { return Ok(()) };
+        let mut headers = HeaderMap::new();
+        let payload = result.and_then(|message| {
+            let payload = match request.headers.as_ref().and_then(|headers| headers.get(header::REPLY_KEY)) {
+                None => message.encode_to_vec(),
+                Some(key) => {
+                    headers.insert(header::SEALED, "1");
+                    seal(key.as_str(), &message.encode_to_vec(), subject)?
+                }
+            };
+            // Refused at once, for the caller would wait for nothing.
+            match payload.len() {
+                bytes if bytes > MESSAGE_BYTES_MAX => Err(Failure::internal(format!("an answer of {bytes} bytes to {subject}"))),
+                _ => Ok(payload),
+            }
+        });
+        let payload = payload.unwrap_or_else(|failure| {
+            headers = HeaderMap::new();
+            headers.insert(header::ERROR, failure.to_header());
+            Vec::new()
+        });
+        self.client.publish_with_headers(reply, headers, Bytes::from(payload)).await
+    }
+}
+
+/// Seals a reply to the key that its caller named.
+fn seal(key: &str, message: &[u8], subject: &str) -> Result<Vec<u8>, Failure> {
+    let key = STANDARD.decode(key).map_err(|_| Failure::invalid("Malformed reply key"))?;
+    sealing::seal(&key, message, subject.as_bytes()).map_err(|error| Failure::invalid(format!("The reply cannot be sealed: {error}")))
+}
+
+async fn serve_one<R, S, H, F>(request: &Message, state: S, handler: &H) -> Result<R::Reply, Failure>
+where
+    R: Rpc,
+    H: Fn(S, R::Request) -> F,
+    F: Future<Output = Result<R::Reply, Failure>>,
+{
+    let text = |name| request.headers.as_ref().and_then(|headers| headers.get(name)).map(|value| value.as_str().to_owned());
+    let span = tracing::info_span!("serve", otel.kind = "server", subject = R::SUBJECT, trace_id = field::Empty, code = field::Empty);
+    trace::follow(&span, text(header::TRACEPARENT).as_deref());
+    let left = time_left(text(header::TIMEOUT).as_deref(), text(header::DEADLINE).as_deref(), unix_millis(SystemTime::now()));
+    let work = async {
+        let message =
+            R::Request::decode(request.payload.clone()).map_err(|error| Failure::invalid(format!("Malformed request: {error}")))?;
+        handler(state, message).await
+    };
+    let started = Instant::now();
+    let result = tokio::time::timeout(left, work.instrument(span.clone()))
+        .await
+        .unwrap_or_else(|_| Err(Failure::new(ErrorCode::DeadlineExceeded, "The service ran out of time")));
+    span.record("code", observe(R::SUBJECT, started.elapsed(), result.as_ref().err()));
+    result
+}
+
+/// Returns when the server has processed everything that was sent before: a message to ourselves comes back behind it. (A flush ends when
+/// the bytes have left.)
+async fn settle(client: &Client) -> Result<(), Failure> {
     let inbox = client.new_inbox();
     let mut echo = client.subscribe(inbox.clone()).await.map_err(Failure::internal)?;
-    client.publish(inbox, bytes::Bytes::new()).await.map_err(Failure::internal)?;
+    client.publish(inbox, Bytes::new()).await.map_err(Failure::internal)?;
     match tokio::time::timeout(SETTLE_MAX, echo.next()).await {
         Ok(Some(_)) => Ok(()),
         _ => Err(Failure::unavailable("The message bus")),
     }
-}
-
-async fn answer<M: prost::Message>(request: &async_nats::service::Request, subject: &str, result: Result<M, Failure>) {
-    let sent = match result {
-        // Larger than a message: told at once, for the caller would wait for nothing.
-        Ok(reply) if reply.encoded_len() > MESSAGE_BYTES_MAX => {
-            refuse(request, &Failure::internal(format!("an answer of {} bytes to {subject}", reply.encoded_len()))).await
-        }
-        Ok(reply) => request.respond(Ok(reply.encode_to_vec().into())).await,
-        Err(failure) => refuse(request, &failure).await,
-    };
-    if let Err(error) = sent {
-        tracing::warn!(%error, subject, "answer not sent");
-    }
-}
-
-async fn refuse(request: &async_nats::service::Request, failure: &Failure) -> Result<(), PublishError> {
-    let mut headers = HeaderMap::new();
-    headers.insert(header::ERROR, failure.to_header());
-    let error = ServiceError { status: failure.code.as_str().to_owned(), code: 1 + failure.code as usize };
-    request.respond_with_headers(Err(error), headers).await
 }
 
 /// Counts a request that was served; gives its code.
@@ -173,11 +230,6 @@ fn time_left(timeout: Option<&str>, deadline: Option<&str>, now: u128) -> Durati
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<u128>().ok());
     let left = number(timeout).or_else(|| number(deadline).map(|deadline| deadline.saturating_sub(now)));
     left.map_or(TIMEOUT_MAX, |left| Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX)).min(TIMEOUT_MAX))
-}
-
-/// `aod.rpc.auth.v1.key.verify` → `key-verify`: names of endpoints hold no dots.
-fn endpoint_name(subject: &str) -> String {
-    subject.split('.').skip(4).collect::<Vec<_>>().join("-")
 }
 
 #[cfg(test)]

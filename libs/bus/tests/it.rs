@@ -1,5 +1,7 @@
 //! The bus library against a real nats-server.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     sync::{
         Arc,
@@ -27,7 +29,7 @@ const SOON: Duration = Duration::from_secs(5);
 async fn a_failure_arrives_as_it_was_meant() {
     let nats = Nats::start().unwrap();
     let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
-    let responder = Responder::start(&server, "auth", (), TaskTracker::new(), CancellationToken::new()).await.unwrap();
+    let responder = Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
     let fail =
         |(), _: auth::VerifyKeyRequest| async { Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1)) };
     responder.serve::<rpc::VerifyKey, _, _>(fail).await.unwrap();
@@ -43,7 +45,7 @@ async fn nobody_to_answer_is_known_at_once_and_a_slow_answer_by_its_deadline() {
     let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
     assert_eq!(failure.code, ErrorCode::Unavailable);
     assert!(begun.elapsed() < Duration::from_secs(1));
-    let responder = Responder::start(&server, "auth", (), TaskTracker::new(), CancellationToken::new()).await.unwrap();
+    let responder = Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
     let hang = |(), _: auth::VerifyKeyRequest| async { std::future::pending().await };
     responder.serve::<rpc::VerifyKey, _, _>(hang).await.unwrap();
     let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), Duration::from_millis(300)).await.unwrap_err();
@@ -54,7 +56,7 @@ async fn nobody_to_answer_is_known_at_once_and_a_slow_answer_by_its_deadline() {
 async fn an_answer_larger_than_a_message_is_an_error_at_once() {
     let nats = Nats::start().unwrap();
     let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
-    let responder = Responder::start(&server, "auth", (), TaskTracker::new(), CancellationToken::new()).await.unwrap();
+    let responder = Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
     let huge = |(), _: auth::VerifyKeyRequest| async {
         Ok(auth::VerifyKeyReply { user_id: "x".repeat(9 * 1024 * 1024), ..auth::VerifyKeyReply::default() })
     };
@@ -70,7 +72,7 @@ async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_harmle
     let nats = Nats::start().unwrap();
     let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::OPERATOR).await.unwrap());
     let calls = Arc::new(AtomicUsize::new(0));
-    let responder = Responder::start(&server, "auth", calls.clone(), TaskTracker::new(), CancellationToken::new()).await.unwrap();
+    let responder = Responder::new(&server, "auth", calls.clone(), TaskTracker::new(), CancellationToken::new());
     let first_is_lost = |calls: Arc<AtomicUsize>| async move {
         if calls.fetch_add(1, Ordering::SeqCst) == 0 {
             std::future::pending::<()>().await;
@@ -228,4 +230,154 @@ async fn a_stream_of_an_earlier_release_is_brought_up_to_date() {
     let kept = jetstream.get_stream(topology::EVENTS.name).await.unwrap().cached_info().config.clone();
     assert_eq!(kept.max_consumers, topology::CONSUMERS_MAX);
     assert!(kept.republish.is_some());
+}
+
+/// A connection that does what its thief wants.
+async fn raw(nats: &Nats, access: &access::Access) -> async_nats::Client {
+    let config = nats.config(access);
+    let options = async_nats::ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned());
+    options.custom_inbox_prefix(access.inbox()).connect(config.url).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_request_makes_a_service_publish_nowhere_but_to_a_callers_inbox() {
+    let nats = Nats::start().unwrap();
+    nats.with_streams().await.unwrap();
+    let (server, runner) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::RUNNER).await.unwrap());
+    let calls = Arc::new(AtomicUsize::new(0));
+    let responder = Responder::new(&server, "auth", calls.clone(), TaskTracker::new(), CancellationToken::new());
+    let count = |calls: Arc<AtomicUsize>, _: contract::common::Empty| async move {
+        calls.fetch_add(1, Ordering::SeqCst);
+        Ok(contract::common::Empty {})
+    };
+    responder.serve::<rpc::AuthHealth, _, _>(count).await.unwrap();
+    let session = SessionId::new();
+    let log = subject::session_log(session, Partition::FIRST);
+    let mut hints = runner.hints(subject::terminate_hint(session)).await.unwrap();
+    let mut events_inbox = raw(&nats, &access::EVENTS).await.subscribe("_INBOX_events.>").await.unwrap();
+    for thief in [&access::OPERATOR, &access::GATEWAY] {
+        let client = raw(&nats, thief).await;
+        for reply in [subject::terminate_hint(session), log.clone(), subject::turn_run(session), "_INBOX_events.x".to_owned()] {
+            client.publish_with_reply("aod.rpc.auth.v1.health.check", reply, "".into()).await.unwrap();
+        }
+        // Processed behind those.
+        let answer = client.request("aod.rpc.auth.v1.health.check", "".into()).await.unwrap();
+        assert!(answer.headers.is_none_or(|headers| headers.get(contract::header::ERROR).is_none()));
+    }
+    assert_eq!(calls.load(Ordering::SeqCst), 2, "requests with such reply subjects are not even served");
+    assert!(tokio::time::timeout(Duration::from_millis(300), hints.next()).await.is_err());
+    assert!(tokio::time::timeout(Duration::from_millis(10), events_inbox.next()).await.is_err());
+    assert!(runner.last(topology::EVENTS.name, &log).await.unwrap().is_none());
+    // And the server would not have let the service.
+    let stolen = raw(&nats, &access::AUTH).await;
+    for subject in [subject::terminate_hint(session), log.clone(), "_INBOX_events.x".to_owned()] {
+        stolen.publish(subject, "".into()).await.unwrap();
+    }
+    stolen.flush().await.unwrap();
+    assert!(tokio::time::timeout(Duration::from_millis(300), hints.next()).await.is_err());
+    assert!(tokio::time::timeout(Duration::from_millis(10), events_inbox.next()).await.is_err());
+    assert!(runner.last(topology::EVENTS.name, &log).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn nothing_that_a_stream_or_the_server_sends_to_its_subject_is_a_hint() {
+    use async_nats::jetstream::consumer::{AckPolicy, push};
+    let nats = Nats::start().unwrap();
+    let scheduler = nats.with_streams().await.unwrap();
+    let runner = nats.connect(&access::RUNNER).await.unwrap();
+    let session = SessionId::new();
+    let hint = subject::terminate_hint(session);
+    let mut hints = runner.hints(hint.clone()).await.unwrap();
+    let mut seen = raw(&nats, &access::RUNNER).await.subscribe(hint.clone()).await.unwrap();
+    scheduler.publish("aod.evt.scheduler.v1.session.completed.x".to_owned(), "1".into(), "1").await.unwrap();
+    let events = raw(&nats, &access::EVENTS).await;
+    let stream = async_nats::jetstream::new(events.clone()).get_stream_no_info("LIFECYCLE").await.unwrap();
+    let deliver = push::Config {
+        name: Some("a".to_owned()),
+        deliver_subject: hint.clone(),
+        ack_policy: AckPolicy::None,
+        idle_heartbeat: Duration::from_millis(100),
+        ..push::Config::default()
+    };
+    stream.create_consumer(deliver).await.unwrap();
+    events.publish_with_reply("$JS.API.INFO", hint.clone(), "".into()).await.unwrap();
+    let pull = async_nats::jetstream::consumer::pull::Config { name: Some("b".to_owned()), ..Default::default() };
+    stream.create_consumer(pull).await.unwrap();
+    events.publish_with_reply("$JS.API.CONSUMER.MSG.NEXT.LIFECYCLE.b", hint.clone(), "2".into()).await.unwrap();
+    // A delivery, an answer, two more deliveries or a status, and heartbeats.
+    for kind in 0..6 {
+        assert!(tokio::time::timeout(SOON, seen.next()).await.is_ok(), "the check checks nothing: {kind}");
+    }
+    assert!(tokio::time::timeout(Duration::from_millis(300), hints.next()).await.is_err());
+    scheduler.hint(hint).await;
+    assert!(tokio::time::timeout(SOON, hints.next()).await.is_ok());
+}
+
+#[tokio::test]
+async fn another_process_of_the_same_user_cannot_read_a_runners_replies() {
+    let nats = Nats::start().unwrap();
+    let (server, runner) = (nats.connect(&access::SCHEDULER).await.unwrap(), nats.connect(&access::RUNNER).await.unwrap());
+    let responder = Responder::new(&server, "scheduler", (), TaskTracker::new(), CancellationToken::new());
+    let tell = |(), _: contract::scheduler::ClaimSpriteRequest| async {
+        Ok(contract::scheduler::SpriteClaim { lease_id: "sentinel-of-another".to_owned(), ..Default::default() })
+    };
+    responder.serve::<rpc::ClaimSprite, _, _>(tell).await.unwrap();
+    let mut heard = raw(&nats, &access::RUNNER).await.subscribe("_INBOX_runner.>").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let claim = runner.call::<rpc::ClaimSprite>(&Default::default(), SOON).await.unwrap();
+    assert_eq!(claim.lease_id, "sentinel-of-another");
+    let message = tokio::time::timeout(SOON, heard.next()).await.unwrap().unwrap();
+    assert!(!message.payload.is_empty() && !message.payload.windows(8).any(|window| window == b"sentinel"));
+}
+
+/// One of two replicas is restarted again and again under load.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_fails_no_request_and_delays_none_to_its_timeout() {
+    let nats = Nats::start().unwrap();
+    let client = nats.connect(&access::GATEWAY).await.unwrap();
+    let start = async || {
+        let bus = nats.connect(&access::AUTH).await.unwrap();
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let responder = Responder::new(&bus, "auth", (), tasks.clone(), stop.clone());
+        // Not retried by callers: one that is lost is an error.
+        let create = |(), _: auth::CreateKeyRequest| async {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            Ok(auth::Key::default())
+        };
+        responder.serve::<rpc::CreateKey, _, _>(create).await.unwrap();
+        (tasks, stop)
+    };
+    let _steady = start().await;
+    let done = CancellationToken::new();
+    let mut load = tokio::task::JoinSet::new();
+    for _ in 0..64 {
+        let (client, done) = (client.clone(), done.clone());
+        load.spawn(async move {
+            let (mut requests, mut failures, mut slowest) = (0_u32, Vec::new(), Duration::ZERO);
+            while !done.is_cancelled() {
+                let begun = std::time::Instant::now();
+                if let Err(failure) = client.call::<rpc::CreateKey>(&auth::CreateKeyRequest::default(), SOON).await {
+                    failures.push(failure);
+                }
+                (requests, slowest) = (requests + 1, slowest.max(begun.elapsed()));
+            }
+            (requests, failures, slowest)
+        });
+    }
+    for _ in 0..25 {
+        let (tasks, stop) = start().await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        stop.cancel();
+        tasks.close();
+        tokio::time::timeout(SOON, tasks.wait()).await.unwrap();
+        // The connection is gone with its responder, as at a process' exit.
+    }
+    done.cancel();
+    let (mut requests, mut slowest) = (0, Duration::ZERO);
+    for (count, failures, worst) in load.join_all().await {
+        assert_eq!(failures, [], "lost requests");
+        (requests, slowest) = (requests + count, slowest.max(worst));
+    }
+    println!("{requests} requests, the slowest took {slowest:?}");
+    assert!(requests > 1000 && slowest < Duration::from_secs(3), "{requests} requests, the slowest took {slowest:?}");
 }

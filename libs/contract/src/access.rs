@@ -4,7 +4,7 @@
 
 use types::Partition;
 
-use crate::topology;
+use crate::{rpc, topology};
 
 /// A user of the bus: each service has its own, and may use only its own subjects.
 #[derive(Clone, Copy, Debug)]
@@ -16,10 +16,24 @@ pub struct Access {
 }
 
 impl Access {
-    /// Where the user's replies arrive: nobody else may listen there.
+    /// Where the user's replies arrive: no other user may listen there.
     #[must_use]
     pub fn inbox(&self) -> String {
         inbox(self.user)
+    }
+
+    /// The inboxes of the users whose requests this one serves. It may publish to no other reply subject: NATS does not check which one a
+    /// request names.
+    pub fn inboxes_to_answer(&self) -> impl Iterator<Item = String> {
+        let serves = |subject: &str| self.subscribe.iter().any(|pattern| matches(pattern, subject));
+        let served: Vec<_> = rpc::RPCS.iter().map(|rpc| rpc.subject).filter(|subject| serves(subject)).collect();
+        ALL.iter().filter(move |other| served.iter().any(|subject| other.may_publish(subject))).map(Self::inbox)
+    }
+
+    /// Whether the user may publish to a subject.
+    #[must_use]
+    pub fn may_publish(&self, subject: &str) -> bool {
+        self.publish.iter().any(|pattern| matches(pattern, subject))
     }
 
     /// What the user may publish to, for each partition.
@@ -31,6 +45,11 @@ impl Access {
             }
         })
     }
+}
+
+/// The users who may send a request.
+pub fn callers(subject: &str) -> impl Iterator<Item = &'static str> {
+    ALL.iter().filter(move |access| access.may_publish(subject)).map(|access| access.user)
 }
 
 /// The variable that the server reads a user's password from.
@@ -62,9 +81,9 @@ pub const GATEWAY: Access = Access {
     subscribe: &["aod.live.session.v1.>"],
 };
 
-pub const AUTH: Access = Access { user: "auth", publish: &[], subscribe: &["aod.rpc.auth.>", "$SRV.>"] };
+pub const AUTH: Access = Access { user: "auth", publish: &[], subscribe: &["aod.rpc.auth.>"] };
 
-pub const VAULT: Access = Access { user: "vault", publish: &[], subscribe: &["aod.rpc.vault.>", "$SRV.>"] };
+pub const VAULT: Access = Access { user: "vault", publish: &[], subscribe: &["aod.rpc.vault.>"] };
 
 pub const SCHEDULER: Access = Access {
     user: "scheduler",
@@ -84,7 +103,7 @@ pub const SCHEDULER: Access = Access {
         "$JS.API.CONSUMER.DELETE.EVENTS.>",
         "$JS.API.CONSUMER.MSG.NEXT.EVENTS.>",
     ],
-    subscribe: &["aod.rpc.scheduler.>", "$SRV.>"],
+    subscribe: &["aod.rpc.scheduler.>"],
 };
 
 pub const RUNNER: Access = Access {
@@ -118,7 +137,6 @@ pub const OPERATOR: Access = Access {
         "aod.rpc.scheduler.v1.health.check",
         "$JS.API.STREAM.INFO.DLQ",
         "$JS.API.STREAM.MSG.GET.DLQ",
-        "$SRV.>",
     ],
     subscribe: &[],
 };
@@ -140,6 +158,10 @@ pub const EVENTS: Access = Access {
     ],
     subscribe: &["aod.live.session.v1.>"],
 };
+
+/// Users that several processes of different trust share: each could read the replies to the others, so they are sealed to a key of the
+/// process that asked.
+pub const SEALED_REPLIES: &[&str] = &[RUNNER.user];
 
 pub const ALL: [Access; 7] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, OPERATOR, EVENTS];
 
@@ -192,11 +214,12 @@ system_account: SYS
 
 fn render_user(access: &Access) -> String {
     let inbox = format!("{}.>", access.inbox());
-    // Its own inbox a user may also write to: how it learns that the server has taken note of what it sent.
     let allow = |subjects: &mut dyn Iterator<Item = String>| {
         let quoted: Vec<_> = subjects.chain([inbox.clone()]).map(|subject| format!("{subject:?}")).collect();
         quoted.join(", ")
     };
+    // A message to its own inbox tells a user that the server has processed what it sent before.
+    let answers = access.inboxes_to_answer().map(|inbox| format!("{inbox}.>"));
     format!(
         "      {{
         user: {}
@@ -204,13 +227,12 @@ fn render_user(access: &Access) -> String {
         permissions: {{
           publish: {{ allow: [{}] }}
           subscribe: {{ allow: [{}] }}
-          allow_responses: {{ max: 1, expires: \"1m\" }}
         }}
       }}
 ",
         access.user,
         password_variable(access.user),
-        allow(&mut access.publish_everywhere()),
+        allow(&mut access.publish_everywhere().chain(answers)),
         allow(&mut access.subscribe.iter().map(ToString::to_string)),
     )
 }
@@ -218,7 +240,6 @@ fn render_user(access: &Access) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rpc;
 
     #[test]
     fn every_request_is_served_by_one_service_and_called_by_somebody() {
@@ -231,10 +252,21 @@ mod tests {
 
     #[test]
     fn leases_are_minted_by_the_scheduler_and_redeemed_by_runners_alone() {
-        let callers =
-            |subject: &str| ALL.iter().filter(|a| a.publish.iter().any(|p| matches(p, subject))).map(|a| a.user).collect::<Vec<_>>();
+        let callers = |subject| callers(subject).collect::<Vec<_>>();
         assert_eq!(callers("aod.rpc.vault.v1.lease.mint"), ["scheduler"]);
         assert_eq!(callers("aod.rpc.vault.v1.lease.redeem"), ["runner"]);
         assert_eq!(callers("aod.rpc.scheduler.v1.turn.claim"), ["runner"]);
+    }
+
+    #[test]
+    fn only_the_inboxes_of_callers_are_answered_and_nothing_else_is_open_to_reply_subjects() {
+        let answered = |access: &Access| access.inboxes_to_answer().collect::<Vec<_>>();
+        assert_eq!(answered(&AUTH), ["_INBOX_gateway", "_INBOX_operator"]);
+        assert_eq!(answered(&VAULT), ["_INBOX_gateway", "_INBOX_scheduler", "_INBOX_runner", "_INBOX_operator"]);
+        assert_eq!(answered(&SCHEDULER), ["_INBOX_gateway", "_INBOX_runner", "_INBOX_operator"]);
+        for access in [GATEWAY, RUNNER, OPERATOR, EVENTS] {
+            assert!(answered(&access).is_empty(), "{}", access.user);
+        }
+        assert!(!render_permissions().contains("allow_responses"));
     }
 }

@@ -13,3 +13,9 @@ pub const DLQ_REASON: &str = "Aod-Dlq-Reason";
 pub const DLQ_SUBJECT: &str = "Aod-Dlq-Subject";
 /// A failed reply's `common.v1.Error`, in base64.
 pub const ERROR: &str = "Aod-Error";
+/// Marks a hint: nothing that a stream delivers or a server answers carries it.
+pub const HINT: &str = "Aod-Hint";
+/// The X25519 public key, in base64, that a request's reply is to be sealed to.
+pub const REPLY_KEY: &str = "Aod-Reply-Key";
+/// Marks a sealed reply.
+pub const SEALED: &str = "Aod-Sealed";

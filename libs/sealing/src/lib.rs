@@ -1,7 +1,7 @@
-//! Bundles sealed to a one-time X25519 key: the vault seals, the runner opens, and the bus between them reads nothing.
+//! Messages sealed to an X25519 public key: the bus between sender and recipient reads nothing.
 //!
 //! `sealed = sender's ephemeral public key (32) || AES-256-GCM ciphertext`, under a key derived with HKDF-SHA256 from the shared
-//! secret and both public keys. Each key seals one message, so the nonce is fixed.
+//! secret and both public keys. Each message has an ephemeral key and so a derived key of its own: the nonce is fixed.
 
 use aes_gcm::{
     Aes256Gcm, KeyInit as _, Nonce,
@@ -22,19 +22,34 @@ pub enum SealError {
     BadPublicKey,
     #[error("the operating system gives no randomness")]
     NoRandomness,
-    #[error("the bundle cannot be sealed")]
+    #[error("the message cannot be sealed")]
     Failed,
 }
 
 /// Sealed to another key, bound to another context, or tampered with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the sealed bundle cannot be opened")]
+#[error("the sealed message cannot be opened")]
 pub struct OpenError;
 
-/// A key for one bundle. The secret half never leaves it and is wiped with it.
-pub struct OneTimeKey(StaticSecret);
+/// Length of what sealing adds to a message, in bytes.
+pub const OVERHEAD: usize = KEY_BYTES + 16;
 
-impl OneTimeKey {
+/// A recipient's key pair. The secret half never leaves it and is wiped with it.
+pub struct KeyPair(StaticSecret);
+
+impl std::fmt::Debug for KeyPair {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("KeyPair").finish_non_exhaustive()
+    }
+}
+
+impl KeyPair {
+    /// The pair that belongs to a secret of 32 random bytes.
+    #[must_use]
+    pub fn from_secret(secret: &[u8; KEY_BYTES]) -> Self {
+        Self(StaticSecret::from(*secret))
+    }
+
     /// # Errors
     /// [`SealError::NoRandomness`].
     pub fn generate() -> Result<Self, SealError> {
@@ -52,7 +67,7 @@ impl OneTimeKey {
     ///
     /// # Errors
     /// [`OpenError`], without saying why: an attacker learns nothing from it.
-    pub fn open(self, sealed: &[u8], context: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
+    pub fn open(&self, sealed: &[u8], context: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
         let (sender, ciphertext) = sealed.split_first_chunk::<KEY_BYTES>().ok_or(OpenError)?;
         let sender = PublicKey::from(*sender);
         let shared = self.0.diffie_hellman(&sender);
@@ -68,7 +83,7 @@ impl OneTimeKey {
 /// [`SealError`].
 pub fn seal(recipient: &[u8], plaintext: &[u8], context: &[u8]) -> Result<Vec<u8>, SealError> {
     let recipient = PublicKey::from(<[u8; KEY_BYTES]>::try_from(recipient).map_err(|_| SealError::BadPublicKey)?);
-    let ephemeral = OneTimeKey::generate()?;
+    let ephemeral = KeyPair::generate()?;
     let sender = PublicKey::from(&ephemeral.0);
     let shared = ephemeral.0.diffie_hellman(&recipient);
     let cipher = cipher(&shared, &sender, &recipient).ok_or(SealError::BadPublicKey)?;
@@ -95,12 +110,11 @@ mod tests {
 
     #[test]
     fn only_the_right_key_and_context_open_a_bundle() {
-        let (key, other) = (OneTimeKey::generate().unwrap(), OneTimeKey::generate().unwrap());
+        let (key, other) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
         let sealed = seal(&key.public(), b"secret", b"lease 1").unwrap();
         assert!(!sealed.windows(6).any(|window| window == b"secret"));
         assert_eq!(other.open(&sealed, b"lease 1").err(), Some(OpenError));
-        let key2 = OneTimeKey(key.0.clone());
-        assert_eq!(key2.open(&sealed, b"lease 2").err(), Some(OpenError));
+        assert_eq!(key.open(&sealed, b"lease 2").err(), Some(OpenError));
         assert_eq!(key.open(&sealed, b"lease 1").unwrap().as_slice(), b"secret");
     }
 
@@ -113,7 +127,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_changed_byte_never_opens(plaintext: Vec<u8>, index: prop::sample::Index, flip in 1_u8..) {
-            let key = OneTimeKey::generate().unwrap();
+            let key = KeyPair::generate().unwrap();
             let mut sealed = seal(&key.public(), &plaintext, b"").unwrap();
             let index = index.index(sealed.len());
             sealed[index] ^= flip;
@@ -122,7 +136,7 @@ mod tests {
 
         #[test]
         fn garbage_never_opens(sealed: Vec<u8>) {
-            prop_assert_eq!(OneTimeKey::generate().unwrap().open(&sealed, b"").err(), Some(OpenError));
+            prop_assert_eq!(KeyPair::generate().unwrap().open(&sealed, b"").err(), Some(OpenError));
         }
     }
 }

@@ -34,7 +34,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
 
-    let responder = Responder::start(&bus, "auth", pool, lifecycle.tracker(), lifecycle.stop_token()).await?;
+    let responder = Responder::new(&bus, "auth", pool, lifecycle.tracker(), lifecycle.stop_token());
     responder.serve::<rpc::AuthHealth, _, _>(health).await?;
     responder.serve::<rpc::VerifyKey, _, _>(keys::verify).await?;
     responder.serve::<rpc::CreateKey, _, _>(keys::create).await?;

@@ -88,7 +88,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
 
-    let responder = Responder::start(&bus, "credential-vault", vault, lifecycle.tracker(), lifecycle.stop_token()).await?;
+    let responder = Responder::new(&bus, "credential-vault", vault, lifecycle.tracker(), lifecycle.stop_token());
     responder.serve::<rpc::VaultHealth, _, _>(health).await?;
     responder.serve::<rpc::PutCredential, _, _>(secrets::put_credential).await?;
     responder.serve::<rpc::ListCredentials, _, _>(secrets::list_credentials).await?;

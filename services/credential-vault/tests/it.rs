@@ -15,7 +15,7 @@ use contract::{
 use credential_vault::Config;
 use futures::{StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
-use sealing::OneTimeKey;
+use sealing::KeyPair;
 use service::Lifecycle;
 use sqlx::Row as _;
 use testkit::{Database, Nats};
@@ -114,7 +114,7 @@ async fn a_secret_reaches_the_runner_that_redeems_its_lease_and_nobody_else() {
     assert_eq!(replaced.created_at_us, stored.created_at_us);
 
     let lease_id = lease(&scheduler, user, session, 1).await;
-    let key = OneTimeKey::generate().unwrap();
+    let key = KeyPair::generate().unwrap();
     let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
     assert!(!sealed.windows(8).any(|window| window == b"sentinel"));
@@ -147,7 +147,7 @@ async fn a_claim_that_was_overtaken_gets_no_secret() {
     let (user, session) = (UserId::new(), SessionId::new());
     gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
     let redeem = async |lease_id: String| {
-        let public_key = OneTimeKey::generate().unwrap().public().to_vec();
+        let public_key = KeyPair::generate().unwrap().public().to_vec();
         runner.call::<rpc::RedeemLease>(&RedeemLeaseRequest { lease_id, public_key, runner: "r1".to_owned() }, SOON).await
     };
     // In whichever order the two were minted.
@@ -209,7 +209,7 @@ async fn keys_are_rotated_while_two_replicas_serve_and_the_old_one_is_removed() 
         for user in users.iter().step_by(10) {
             gateway.call::<rpc::PutCredential>(&put(*user, "sk-during"), SOON).await.unwrap();
             let lease_id = lease(&scheduler, *user, SessionId::new(), 1).await;
-            let public_key = OneTimeKey::generate().unwrap().public().to_vec();
+            let public_key = KeyPair::generate().unwrap().public().to_vec();
             runner.call::<rpc::RedeemLease>(&RedeemLeaseRequest { lease_id, public_key, runner: "r1".to_owned() }, SOON).await.unwrap();
         }
     };
@@ -222,7 +222,7 @@ async fn keys_are_rotated_while_two_replicas_serve_and_the_old_one_is_removed() 
     vault.stop_all().await;
     vault.run(NEW).await.unwrap();
     let lease_id = lease(&scheduler, users[1], SessionId::new(), 1).await;
-    let key = OneTimeKey::generate().unwrap();
+    let key = KeyPair::generate().unwrap();
     let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
     let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
@@ -273,7 +273,7 @@ async fn a_row_that_was_swapped_is_an_error_and_not_another_value() {
     let swap = "update vault.secret s set wrapped_key = o.wrapped_key, ciphertext = o.ciphertext from vault.secret o where s.user_id = $1 and o.user_id = $2";
     sqlx::query(swap).bind(one.uuid()).bind(other.uuid()).execute(&mut admin).await.unwrap();
     let lease_id = lease(&scheduler, one, SessionId::new(), 1).await;
-    let request = RedeemLeaseRequest { lease_id, public_key: OneTimeKey::generate().unwrap().public().to_vec(), runner: "r1".to_owned() };
+    let request = RedeemLeaseRequest { lease_id, public_key: KeyPair::generate().unwrap().public().to_vec(), runner: "r1".to_owned() };
     assert_eq!(runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap_err().code, ErrorCode::Internal);
 }
 

@@ -338,11 +338,12 @@ async fn purge_log(scheduler: &Scheduler, session: Uuid) -> Result<(), Failure> 
     scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(Failure::internal)
 }
 
-/// What it takes to delete a session's Sprite, where it has to go; also when the session itself is deleted.
+/// What it takes to delete a session's Sprite: of a session that was terminated, failed or was deleted, and of no other.
 pub async fn sprite(scheduler: Scheduler, request: ClaimSpriteRequest) -> Result<SpriteClaim, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let row = sqlx::query(
-        "select user_id, sprite from session where session_id = $1 and destroy_after is not null
+        "select user_id, sprite from session
+         where session_id = $1 and destroy_after is not null and status in ('terminated', 'failed')
          union all
          select user_id, sprite from deleted_session where session_id = $1
          limit 1",

@@ -168,7 +168,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", ending::run_deadlines(scheduler.clone(), lifecycle.stop_token()));
 
-    let responder = Responder::start(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token()).await?;
+    let responder = Responder::new(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token());
     responder.serve::<rpc::SchedulerHealth, _, _>(health).await?;
     responder.serve::<rpc::CreateAgent, _, _>(agents::create).await?;
     responder.serve::<rpc::GetAgent, _, _>(agents::get).await?;

@@ -11,7 +11,7 @@ use contract::{
     host::{self, WhenBusy, decision_settled::How, input_settled::Outcome},
     rpc,
     scheduler::{
-        self as scheduler_messages, ChangeInputRequest, ClaimTurnRequest, CreateAgentRequest, CreateEnvironmentRequest,
+        self as scheduler_messages, ChangeInputRequest, ClaimSpriteRequest, ClaimTurnRequest, CreateAgentRequest, CreateEnvironmentRequest,
         CreateSessionRequest, DecideRequest, DeleteSessionRequest, FetchInputsRequest, GetSessionRequest, HeartbeatReply, HeartbeatRequest,
         HeldTurn, InterruptRequest, ListPartsRequest, ListPermissionRequestsRequest, Once, PermissionRequest, PromptRequest,
         ReadEventsRequest, ReleaseTurnRequest, Session, TerminateRequest, TurnSpec, UpdateAgentRequest, WithdrawInputRequest,
@@ -315,6 +315,37 @@ async fn terminate_wins_over_a_late_completion_and_only_once() {
     assert_eq!(world.complete(&session, 1).await.status, "terminated");
     let verdict = world.claim(&session, 1).await;
     assert!(matches!(verdict, Verdict::Settled(settled) if settled.destroy.is_some()), "what exists of its Sprite has to go");
+}
+
+#[tokio::test]
+async fn a_sprite_may_be_deleted_of_a_terminated_failed_or_deleted_session_alone() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let claim = async |session: &str| {
+        let request = ClaimSpriteRequest { session_id: session.to_owned(), runner: "r".to_owned() };
+        world.runner.call::<rpc::ClaimSprite>(&request, SOON).await.map(|claim| claim.sprite)
+    };
+    let session = world.create(&agent, 10).await.unwrap().session_id;
+    let refused = async |session: &str| claim(session).await.unwrap_err().code == ErrorCode::NotFound;
+    assert!(refused(&session).await, "pending");
+    world.run(&session, 1).await;
+    world.append(&session, 1, Kind::TurnStarted(TurnStarted::default())).await;
+    eventually("it runs", || async { world.get(&session, 0).await.status == "running" }).await;
+    assert!(refused(&session).await, "running");
+    // Whatever else may be wrong: the status decides.
+    execute(&world, "update scheduler.session set destroy_after = now() + interval '1 day'").await;
+    assert!(refused(&session).await, "running, marked by mistake");
+    execute(&world, "update scheduler.session set destroy_after = null").await;
+    world.complete(&session, 1).await;
+    assert!(refused(&session).await, "completed");
+    let delete = DeleteSessionRequest { user_id: world.user.to_string(), session_id: session.clone() };
+    world.gateway.call::<rpc::DeleteSession>(&delete, SOON).await.unwrap();
+    assert!(claim(&session).await.is_ok(), "deleted");
+
+    let terminated = world.create(&agent, 10).await.unwrap().session_id;
+    let request = TerminateRequest { user_id: world.user.to_string(), session_id: terminated.clone() };
+    world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap();
+    assert!(claim(&terminated).await.is_ok(), "terminated");
 }
 
 #[tokio::test]

@@ -260,3 +260,26 @@ enum Writer {
     /// The stream does not answer.
     Unknown,
 }
+
+#[cfg(test)]
+mod tests {
+    use testkit::Nats;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_runner_that_cannot_read_the_newest_event_stops_and_does_not_begin_again() {
+        let nats = Nats::start().unwrap();
+        nats.with_streams().await.unwrap();
+        let bus = nats.connect(&contract::access::RUNNER).await.unwrap();
+        let (session, spec) = (SessionId::new(), TurnSpec { epoch: 2, ..TurnSpec::default() });
+        let log = subject::session_log(session, Partition::FIRST);
+        let checkpoint = Checkpoint { stdout_offset: 70, ..Checkpoint::default() };
+        let event = SessionEvent { turn: 1, epoch: 1, checkpoint: Some(checkpoint), tag: 1, ..SessionEvent::default() };
+        let first = bus.append(log.clone(), event.encode_to_vec().into(), 0).await.unwrap();
+        let Ok(Position::Open(record)) = Record::open(&bus, session, 1, &spec).await else { unreachable!("it continues") };
+        assert_eq!(record.checkpoint.stdout_offset, 70);
+        bus.append(log, vec![0xff; 20].into(), first).await.unwrap();
+        assert!(matches!(Record::open(&bus, session, 1, &spec).await, Err(OpenError::Unreadable)));
+    }
+}

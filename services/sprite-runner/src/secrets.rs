@@ -8,7 +8,7 @@ use contract::{
     vault::{Bundle, RedeemLeaseRequest},
 };
 use prost::Message as _;
-use sealing::OneTimeKey;
+use sealing::KeyPair;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -42,7 +42,7 @@ impl Secrets {
     /// # Errors
     /// When the vault refuses or does not answer.
     pub async fn redeem(runner: &Runner, lease_id: &str) -> Result<Self, Failure> {
-        let key = OneTimeKey::generate().map_err(Failure::internal)?;
+        let key = KeyPair::generate().map_err(Failure::internal)?;
         let request =
             RedeemLeaseRequest { lease_id: lease_id.to_owned(), public_key: key.public().to_vec(), runner: runner.name.to_string() };
         let reply = runner.bus.call::<rpc::RedeemLease>(&request, DEADLINE).await?;

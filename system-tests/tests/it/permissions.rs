@@ -166,8 +166,28 @@ async fn each_may_ask_for_its_own_job_and_nothing_else() {
                 "$JS.API.CONSUMER.CREATE.JOBS.x",
             ],
         ),
-        (&access::AUTH, &["aod.rpc.vault.v1.credential.list", "aod.rpc.scheduler.v1.session.list", "$JS.API.STREAM.LIST", &log]),
-        (&access::VAULT, &["aod.rpc.auth.v1.key.create", "aod.rpc.scheduler.v1.session.list", "$JS.API.STREAM.LIST", &log]),
+        (
+            &access::AUTH,
+            &[
+                "aod.rpc.vault.v1.credential.list",
+                "aod.rpc.scheduler.v1.session.list",
+                "aod.hint.runner.v1.session.terminate.x",
+                "_INBOX_runner.x",
+                "$JS.API.STREAM.LIST",
+                &log,
+            ],
+        ),
+        (
+            &access::VAULT,
+            &[
+                "aod.rpc.auth.v1.key.create",
+                "aod.rpc.scheduler.v1.session.list",
+                "aod.hint.runner.v1.session.terminate.x",
+                "_INBOX_events.x",
+                "$JS.API.STREAM.LIST",
+                &log,
+            ],
+        ),
     ];
     for (access, subjects) in forbidden {
         let mut thief = Thief::of(&nats, access).await;
@@ -196,7 +216,14 @@ async fn a_stream_that_is_delivered_to_a_service_is_neither_hint_nor_request() {
     let stream = async_nats::jetstream::new(reader).get_stream_no_info("EVENTS").await.unwrap();
     let id: types::SessionId = session.parse().unwrap();
     for (name, deliver_subject) in [("a", subject::terminate_hint(id)), ("b", rpc::RPCS[0].subject.to_owned())] {
-        let deliver = push::Config { name: Some(name.to_owned()), deliver_subject, ack_policy: AckPolicy::None, ..push::Config::default() };
+        let deliver = push::Config {
+            name: Some(name.to_owned()),
+            deliver_subject,
+            ack_policy: AckPolicy::None,
+            // Heartbeats have no reply subject.
+            idle_heartbeat: Duration::from_millis(200),
+            ..push::Config::default()
+        };
         // Should the server come to refuse this, so much the better: then the test is to go.
         stream.create_consumer(deliver).await.unwrap();
     }
