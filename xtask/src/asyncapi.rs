@@ -36,8 +36,8 @@ pub fn render() -> std::io::Result<String> {
         "info": {
             "title": "Agent on Demand: the bus",
             "version": "1",
-            "description": "How the services of Agent on Demand talk to each other over NATS, and where other services can listen. \
-                            What is `rpc` is request and reply; `cmd`, `log`, `evt` and `dlq` are kept in JetStream streams; `hint` may be lost.",
+            "description": "How the services of Agent on Demand communicate over NATS, and which subjects other services may read. \
+                            `rpc` subjects are request and reply; `cmd`, `log`, `evt` and `dlq` are stored in JetStream streams; `hint` messages may be lost.",
             "license": { "name": "MIT OR Apache-2.0" }
         },
         "defaultContentType": CONTENT_TYPE,
@@ -45,7 +45,7 @@ pub fn render() -> std::io::Result<String> {
             "nats": {
                 "host": "localhost:4222",
                 "protocol": "nats",
-                "description": format!("NATS 2.12 or later. Services of others connect as the user `{}`, which may read LIFECYCLE and EVENTS alone. EVENTS_1 to EVENTS_7 are there as EVENT_PARTITIONS says.", access::EVENTS.user),
+                "description": format!("NATS 2.12 or later. Other services connect as the user `{}`, which may read only LIFECYCLE and EVENTS. EVENTS_1 to EVENTS_7 exist as far as EVENT_PARTITIONS says.", access::EVENTS.user),
                 "security": [{ "$ref": "#/components/securitySchemes/user" }]
             }
         },
@@ -54,7 +54,7 @@ pub fn render() -> std::io::Result<String> {
         "components": {
             "messages": messages,
             "schemas": schemas,
-            "securitySchemes": { "user": { "type": "userPassword", "description": "A user of the bus: its own subjects and no others" } }
+            "securitySchemes": { "user": { "type": "userPassword", "description": "A NATS user, restricted to its own subjects" } }
         },
         "x-nats-streams": streams(Partition::all()).map(describe_stream).collect::<Vec<_>>()
     });
@@ -83,7 +83,7 @@ fn reference(name: &str) -> Value {
 
 fn add_request(rpc: &RpcInfo, channels: &mut Map<String, Value>, operations: &mut Map<String, Value>, messages: &mut Map<String, Value>) {
     let (request, reply) = (add_message(rpc.request, messages), add_message(rpc.reply, messages));
-    let idempotent = if rpc.idempotent { "Harmless twice." } else { "Not to be repeated blindly." };
+    let idempotent = if rpc.idempotent { "Safe to retry." } else { "Not safe to retry without knowing whether it took effect." };
     channels.insert(
         rpc.name.to_owned(),
         json!({
@@ -142,7 +142,7 @@ fn describe_stream(stream: StreamSpec) -> Value {
         "retention": match stream.retention { Retention::Limits => "limits", Retention::WorkQueue => "workqueue" },
         "max_age_seconds": seconds(stream.max_age),
         "max_bytes": stream.max_bytes,
-        "when_full": if stream.refuse_when_full { "refuses what is new" } else { "drops the oldest" },
+        "when_full": if stream.refuse_when_full { "refuses new messages" } else { "drops the oldest" },
         "duplicate_window_seconds": seconds(stream.duplicate_window)
     })
 }

@@ -1,6 +1,7 @@
 //! What the workspace generates from its own sources. Tests compare it with what is committed.
 
 pub mod asyncapi;
+pub mod bus;
 pub mod metrics;
 
 use std::path::{Path, PathBuf};
@@ -85,6 +86,7 @@ pub fn rendered_files() -> Result<Vec<(&'static str, String)>> {
         ("helm/agent-on-demand/files/alerts.yaml", copy("observability/alerts.yaml")?),
         ("helm/agent-on-demand/files/dashboard.json", copy("observability/dashboard.json")?),
         ("docs/asyncapi.json", asyncapi::render().context("docs/asyncapi.json")?),
+        ("docs/bus.md", bus::render().context("docs/bus.md")?),
         ("docs/metrics.md", metrics::render().context("docs/metrics.md")?),
     ])
 }

@@ -60,59 +60,93 @@ macro_rules! rpcs {
 }
 
 rpcs! {
-    /// Answers when auth can read its tables.
+    /// Answers when auth can query its tables.
     AuthHealth: common::Empty => common::Empty, "aod.rpc.auth.v1.health.check", idempotent: true;
+    /// Finds the user of an API key by its hash.
     VerifyKey: auth::VerifyKeyRequest => auth::VerifyKeyReply, "aod.rpc.auth.v1.key.verify", idempotent: true;
+    /// Creates an API key of a user.
     CreateKey: auth::CreateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.create", idempotent: true;
+    /// Lists the API keys of a user, newest first.
     ListKeys: auth::ListKeysRequest => auth::ListKeysReply, "aod.rpc.auth.v1.key.list", idempotent: true;
+    /// Deactivates an API key.
     DeactivateKey: auth::DeactivateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.deactivate", idempotent: true;
+    /// Finds a user by name. For operators.
     FindUser: auth::FindUserRequest => auth::User, "aod.rpc.auth.v1.user.find", idempotent: true;
+    /// Creates a user. For operators.
     CreateUser: auth::CreateUserRequest => auth::User, "aod.rpc.auth.v1.user.create", idempotent: false;
+    /// Lists users. For operators.
     ListUsers: auth::ListUsersRequest => auth::ListUsersReply, "aod.rpc.auth.v1.user.list", idempotent: true;
+    /// Enables or disables a user. For operators.
     SetUserActive: auth::SetUserActiveRequest => auth::User, "aod.rpc.auth.v1.user.set_active", idempotent: true;
+    /// Sets how many sessions of a user may be active at once. For operators.
     SetQuota: auth::SetQuotaRequest => auth::User, "aod.rpc.auth.v1.quota.set", idempotent: true;
-    /// Makes the first user and key, where there are none. For operators.
+    /// Creates the first user and key; fails if any user exists. For operators.
     Bootstrap: auth::BootstrapRequest => auth::Key, "aod.rpc.auth.v1.user.bootstrap", idempotent: false;
-    /// Finds the user of that name, or makes it. For operators.
+    /// Finds the user of a name, or creates it. For operators.
     EnsureUser: auth::EnsureUserRequest => auth::User, "aod.rpc.auth.v1.user.ensure", idempotent: true;
 
     /// Answers after a real encryption and decryption.
     VaultHealth: common::Empty => common::Empty, "aod.rpc.vault.v1.health.check", idempotent: true;
+    /// Stores a credential of a user, encrypted.
     PutCredential: vault::PutCredentialRequest => vault::Credential, "aod.rpc.vault.v1.credential.put", idempotent: true;
+    /// Lists the credentials of a user, without their values.
     ListCredentials: vault::ListCredentialsRequest => vault::ListCredentialsReply, "aod.rpc.vault.v1.credential.list", idempotent: true;
+    /// Deletes a credential of a user.
     DeleteCredential: vault::DeleteCredentialRequest => common::Empty, "aod.rpc.vault.v1.credential.delete", idempotent: false;
+    /// Stores the secret values of an agent, environment or session, encrypted.
     PutSecret: vault::PutSecretRequest => vault::PutSecretReply, "aod.rpc.vault.v1.secret.put", idempotent: true;
+    /// Deletes stored secret values.
     DeleteSecrets: vault::DeleteSecretsRequest => common::Empty, "aod.rpc.vault.v1.secret.delete", idempotent: true;
-    /// Grants a session's runner some secrets for a while. For the scheduler.
+    /// Grants a runner the secrets of a session for a limited time. For the scheduler.
     MintLease: vault::MintLeaseRequest => vault::MintLeaseReply, "aod.rpc.vault.v1.lease.mint", idempotent: true;
-    /// The secrets of a lease, sealed to a one-time key. For runners.
+    /// Returns the secrets of a lease, encrypted to a one-time key. For runners.
     RedeemLease: vault::RedeemLeaseRequest => vault::RedeemLeaseReply, "aod.rpc.vault.v1.lease.redeem", idempotent: true;
+    /// Revokes the leases of a session.
     RevokeLeases: vault::RevokeLeasesRequest => common::Empty, "aod.rpc.vault.v1.lease.revoke", idempotent: true;
-    /// One step of moving secrets to the newest key-encryption key. For operators.
+    /// Re-wraps one batch of secrets with the newest key-encryption key. For operators.
     RotateKeys: vault::RotateKeysRequest => vault::RotateKeysReply, "aod.rpc.vault.v1.key.rotate", idempotent: true;
-    /// Which key-encryption keys are in use. For operators.
+    /// Returns which key-encryption keys are in use. For operators.
     KeyStatus: common::Empty => vault::KeyStatusReply, "aod.rpc.vault.v1.key.status", idempotent: true;
-    /// Who redeemed which leases. For operators.
+    /// Lists which runner redeemed which leases. For operators.
     ListRedemptions: vault::ListRedemptionsRequest => vault::ListRedemptionsReply, "aod.rpc.vault.v1.audit.list", idempotent: true;
 
+    /// Answers when the scheduler can query its tables.
     SchedulerHealth: common::Empty => common::Empty, "aod.rpc.scheduler.v1.health.check", idempotent: true;
+    /// Creates an agent.
     CreateAgent: scheduler::CreateAgentRequest => scheduler::CreateAgentReply, "aod.rpc.scheduler.v1.agent.create", idempotent: true;
+    /// Returns an agent.
     GetAgent: scheduler::GetAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.get", idempotent: true;
+    /// Changes an agent: a new version, unless nothing changed.
     UpdateAgent: scheduler::UpdateAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.update", idempotent: false;
+    /// Archives an agent.
     ArchiveAgent: scheduler::GetAgentRequest => scheduler::Agent, "aod.rpc.scheduler.v1.agent.archive", idempotent: false;
+    /// Lists the versions of an agent, newest first.
     ListAgentVersions: scheduler::ListPartsRequest => scheduler::ListAgentsReply, "aod.rpc.scheduler.v1.agent.versions", idempotent: true;
+    /// Lists the agents of a user that are not archived.
     ListAgents: scheduler::ListRequest => scheduler::ListAgentsReply, "aod.rpc.scheduler.v1.agent.list", idempotent: true;
+    /// Creates an environment.
     CreateEnvironment: scheduler::CreateEnvironmentRequest => scheduler::CreateEnvironmentReply, "aod.rpc.scheduler.v1.environment.create", idempotent: true;
+    /// Returns an environment.
     GetEnvironment: scheduler::GetEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.get", idempotent: true;
+    /// Changes an environment: a new version, unless nothing changed.
     UpdateEnvironment: scheduler::UpdateEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.update", idempotent: false;
+    /// Archives an environment.
     ArchiveEnvironment: scheduler::GetEnvironmentRequest => scheduler::Environment, "aod.rpc.scheduler.v1.environment.archive", idempotent: false;
+    /// Deletes an environment that no session uses.
     DeleteEnvironment: scheduler::GetEnvironmentRequest => common::Empty, "aod.rpc.scheduler.v1.environment.delete", idempotent: false;
+    /// Lists the versions of an environment, newest first.
     ListEnvironmentVersions: scheduler::ListPartsRequest => scheduler::ListEnvironmentsReply, "aod.rpc.scheduler.v1.environment.versions", idempotent: true;
+    /// Lists the environments of a user that are not archived.
     ListEnvironments: scheduler::ListRequest => scheduler::ListEnvironmentsReply, "aod.rpc.scheduler.v1.environment.list", idempotent: true;
+    /// Creates a session with its first turn.
     CreateSession: scheduler::CreateSessionRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.create", idempotent: true;
+    /// Returns a session.
     GetSession: scheduler::GetSessionRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.get", idempotent: true;
+    /// Lists the sessions of a user.
     ListSessions: scheduler::ListRequest => scheduler::ListSessionsReply, "aod.rpc.scheduler.v1.session.list", idempotent: true;
+    /// Lists the turns of a session.
     ListTurns: scheduler::ListPartsRequest => scheduler::ListTurnsReply, "aod.rpc.scheduler.v1.session.turns", idempotent: true;
+    /// Starts the next turn of a session.
     Prompt: scheduler::PromptRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.prompt", idempotent: true;
     /// The inputs of a session, newest first.
     ListInputs: scheduler::ListPartsRequest => scheduler::ListInputsReply, "aod.rpc.scheduler.v1.session.inputs", idempotent: true;
@@ -126,11 +160,13 @@ rpcs! {
     ListPermissionRequests: scheduler::ListPermissionRequestsRequest => scheduler::ListPermissionRequestsReply, "aod.rpc.scheduler.v1.session.requests", idempotent: true;
     /// Answers a permission request, once.
     Decide: scheduler::DecideRequest => scheduler::PermissionRequest, "aod.rpc.scheduler.v1.session.decide", idempotent: false;
+    /// Terminates a session.
     Terminate: scheduler::TerminateRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.terminate", idempotent: false;
+    /// Deletes a session.
     DeleteSession: scheduler::DeleteSessionRequest => common::Empty, "aod.rpc.scheduler.v1.session.delete", idempotent: false;
-    /// A page of a session's record.
+    /// Returns a page of a session's event log.
     ReadEvents: scheduler::ReadEventsRequest => scheduler::ReadEventsReply, "aod.rpc.scheduler.v1.session.events", idempotent: true;
-    /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what running it takes. For runners.
+    /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what is needed to run it. For runners.
     ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", idempotent: true;
     /// Releases a turn, with the reason where an attempt failed. For runners.
     ReleaseTurn: scheduler::ReleaseTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", idempotent: true;
@@ -138,12 +174,13 @@ rpcs! {
     Heartbeat: scheduler::HeartbeatRequest => scheduler::HeartbeatReply, "aod.rpc.scheduler.v1.turn.heartbeat", idempotent: true;
     /// The inputs that wait for a turn. For its runner.
     FetchInputs: scheduler::FetchInputsRequest => scheduler::FetchInputsReply, "aod.rpc.scheduler.v1.turn.inputs", idempotent: true;
-    /// What it takes to delete a session's Sprite. For runners.
+    /// Returns what is needed to delete a session's Sprite. For runners.
     ClaimSprite: scheduler::ClaimSpriteRequest => scheduler::SpriteClaim, "aod.rpc.scheduler.v1.sprite.claim", idempotent: true;
-    /// What it takes to search an account for Sprites that no session knows. For runners.
+    /// Returns what is needed to search an account for orphaned Sprites. For runners.
     ClaimSweep: scheduler::ClaimSweepRequest => scheduler::ClaimSweepReply, "aod.rpc.scheduler.v1.sprite.claim_sweep", idempotent: true;
-    /// Which of these Sprites no session knows.
+    /// Returns which of these Sprites belong to no session. For runners.
     FindOrphans: scheduler::FindOrphansRequest => scheduler::FindOrphansReply, "aod.rpc.scheduler.v1.sprite.find_orphans", idempotent: true;
+    /// Reports that a Sprite was deleted. For runners.
     SpriteDestroyed: scheduler::SpriteDestroyedRequest => common::Empty, "aod.rpc.scheduler.v1.sprite.destroyed", idempotent: true;
 }
 

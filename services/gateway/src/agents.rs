@@ -164,7 +164,7 @@ impl CreateAgent {
     }
 }
 
-/// Make an agent
+/// Create an agent
 #[utoipa::path(post, path = "/agents", tag = "agents", params(IdempotencyParams), request_body = CreateAgent,
     responses((status = 201, description = "The agent, at version 1", body = Agent), (status = 404, description = "No such environment", body = crate::error::ErrorBody), Conflict))]
 pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Agent>, ApiError> {
@@ -290,7 +290,7 @@ impl UpdateAgent {
 
 /// Change an agent
 #[utoipa::path(put, path = "/agents/{id}", tag = "agents", params(IdParams), request_body = UpdateAgent,
-    responses((status = 200, description = "The agent; where anything changed, at its next version", body = Agent), Conflict))]
+    responses((status = 200, description = "The agent; its version is raised if anything changed", body = Agent), Conflict))]
 pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Body) -> Result<Json<Agent>, ApiError> {
     let mut fields = body.fields()?;
     let detach_environment = fields.is_null("environment_id");
@@ -362,7 +362,7 @@ async fn keep_servers(app: &App, caller: &Caller, id: &str, version: i64, server
 
 /// Get an agent
 #[utoipa::path(get, path = "/agents/{id}", tag = "agents", params(IdParams),
-    responses((status = 200, description = "The agent, also when it is archived", body = Agent)))]
+    responses((status = 200, description = "The agent, archived or not", body = Agent)))]
 pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Agent>, ApiError> {
     let agent = app.call::<rpc::GetAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id }).await?;
     Ok(Json(agent.into()))

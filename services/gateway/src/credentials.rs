@@ -72,7 +72,7 @@ fn known(kind: &str) -> Result<CredentialKind, ApiError> {
 
 /// Store a credential
 #[utoipa::path(put, path = "/credentials/{kind}", tag = "credentials", params(KindParams), request_body = PutCredential,
-    responses((status = 200, description = "It is stored", body = Credential)))]
+    responses((status = 200, description = "The credential was stored", body = Credential)))]
 pub async fn put(State(app): State<App>, caller: Caller, Id(kind): Id, body: Body) -> Result<Json<Credential>, ApiError> {
     let kind = known(&kind)?;
     let mut fields = body.fields()?;
@@ -84,7 +84,7 @@ pub async fn put(State(app): State<App>, caller: Caller, Id(kind): Id, body: Bod
 
 /// List stored credentials
 #[utoipa::path(get, path = "/credentials", tag = "credentials",
-    responses((status = 200, description = "What is stored, without the values", body = Credentials)))]
+    responses((status = 200, description = "The stored credentials, without their values", body = Credentials)))]
 pub async fn list(State(app): State<App>, caller: Caller) -> Result<Json<Credentials>, ApiError> {
     let reply = app.call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id }).await?;
     // The deployment's own Sprites token is no user's: it has no date.
@@ -94,7 +94,7 @@ pub async fn list(State(app): State<App>, caller: Caller) -> Result<Json<Credent
 
 /// Delete a credential
 #[utoipa::path(delete, path = "/credentials/{kind}", tag = "credentials", params(KindParams),
-    responses((status = 200, description = "It is gone", body = Detail)))]
+    responses((status = 200, description = "The credential was deleted", body = Detail)))]
 pub async fn delete(State(app): State<App>, caller: Caller, Id(kind): Id) -> Result<Json<Detail>, ApiError> {
     let kind = known(&kind)?;
     app.call::<rpc::DeleteCredential>(&DeleteCredentialRequest { user_id: caller.user_id, kind: kind.as_str().to_owned() }).await?;

@@ -162,7 +162,7 @@ fn read_networking(fields: &mut Fields) -> Option<Networking> {
     })
 }
 
-/// Make an environment
+/// Create an environment
 #[utoipa::path(post, path = "/environments", tag = "environments", params(IdempotencyParams), request_body = CreateEnvironment,
     responses((status = 201, description = "The environment, at version 1", body = Environment), Conflict))]
 pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Environment>, ApiError> {
@@ -219,7 +219,7 @@ impl UpdateEnvironment {
 
 /// Change an environment
 #[utoipa::path(put, path = "/environments/{id}", tag = "environments", params(IdParams), request_body = UpdateEnvironment,
-    responses((status = 200, description = "The environment; where anything changed, at its next version", body = Environment), Conflict))]
+    responses((status = 200, description = "The environment; its version is raised if anything changed", body = Environment), Conflict))]
 pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Body) -> Result<Json<Environment>, ApiError> {
     let mut fields = body.fields()?;
     let change = UpdateEnvironment::read(&mut fields);
@@ -273,7 +273,7 @@ async fn keep_vars(
 
 /// Get an environment
 #[utoipa::path(get, path = "/environments/{id}", tag = "environments", params(IdParams),
-    responses((status = 200, description = "The environment, also when it is archived", body = Environment)))]
+    responses((status = 200, description = "The environment, archived or not", body = Environment)))]
 pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Environment>, ApiError> {
     let request = GetEnvironmentRequest { user_id: caller.user_id, environment_id: id };
     Ok(Json(app.call::<rpc::GetEnvironment>(&request).await?.into()))
@@ -287,9 +287,9 @@ pub async fn archive(State(app): State<App>, caller: Caller, Id(id): Id) -> Resu
     Ok(Json(app.call::<rpc::ArchiveEnvironment>(&request).await?.into()))
 }
 
-/// Delete an environment that no session refers to
+/// Delete an environment that no session uses
 #[utoipa::path(delete, path = "/environments/{id}/delete", tag = "environments", params(IdParams),
-    responses((status = 200, description = "The environment is gone", body = Detail), Conflict))]
+    responses((status = 200, description = "The environment was deleted", body = Detail), Conflict))]
 pub async fn delete(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Detail>, ApiError> {
     let request = GetEnvironmentRequest { user_id: caller.user_id, environment_id: id };
     let Empty {} = app.call::<rpc::DeleteEnvironment>(&request).await?;

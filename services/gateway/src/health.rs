@@ -51,9 +51,9 @@ impl Checks {
 
 /// Check the whole service
 ///
-/// A real query of every service, and a real encryption in the vault; at most once a second.
+/// Runs a query in every service and an encryption in the vault, at most once a second.
 #[utoipa::path(get, path = "/health", tag = "health", security(()),
-    responses((status = 200, description = "All is well", body = Health), (status = 503, description = "Something is not", body = Health)))]
+    responses((status = 200, description = "All dependencies are healthy", body = Health), (status = 503, description = "At least one dependency is not", body = Health)))]
 pub async fn health(State(app): State<App>) -> (StatusCode, Json<Health>) {
     let checks = app.health.0.get_with((), check(&app)).await;
     let (status, word) = if checks.are_ok() { (StatusCode::OK, OK) } else { (StatusCode::SERVICE_UNAVAILABLE, "unhealthy") };
@@ -75,17 +75,17 @@ async fn check(app: &App) -> Checks {
     }
 }
 
-/// Whether this process lives
+/// Liveness probe
 #[utoipa::path(get, path = "/livez", tag = "health", security(()),
-    responses((status = 200, description = "It does", body = String, content_type = "text/plain")))]
+    responses((status = 200, description = "The process is running", body = String, content_type = "text/plain")))]
 pub async fn livez() -> &'static str {
     "ok\n"
 }
 
-/// Whether this process can serve
+/// Readiness probe
 #[utoipa::path(get, path = "/readyz", tag = "health", security(()),
-    responses((status = 200, description = "It can", body = String, content_type = "text/plain"),
-              (status = 503, description = "It cannot, and why", body = String, content_type = "text/plain")))]
+    responses((status = 200, description = "The service is ready", body = String, content_type = "text/plain"),
+              (status = 503, description = "The service is not ready, and why", body = String, content_type = "text/plain")))]
 pub async fn readyz(State(app): State<App>) -> (StatusCode, String) {
     match app.lifecycle.unready() {
         reasons if reasons.is_empty() => (StatusCode::OK, "ok\n".to_owned()),

@@ -67,14 +67,14 @@ impl From<auth::Key> for Key {
 pub struct CreateKey {
     #[schema(max_length = 100)]
     name: String,
-    /// When it stops working; never where it is absent
+    /// When the key expires; absent for a key that never does
     #[schema(format = DateTime)]
     expires_at: Option<String>,
 }
 
-/// Make an API key
+/// Create an API key
 #[utoipa::path(post, path = "/api-keys", tag = "api-keys", request_body = CreateKey,
-    responses((status = 201, description = "The key, shown this once", body = NewKey)))]
+    responses((status = 201, description = "The key; its value is shown only in this response", body = NewKey)))]
 pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Result<(StatusCode, Json<NewKey>), ApiError> {
     let mut fields = body.fields()?;
     let name = fields.string("name", 100);
@@ -111,7 +111,7 @@ pub async fn list(State(app): State<App>, caller: Caller, page: Page) -> Result<
 
 /// Deactivate an API key
 #[utoipa::path(delete, path = "/api-keys/{id}", tag = "api-keys", params(IdParams),
-    responses((status = 200, description = "It works no more", body = Detail)))]
+    responses((status = 200, description = "API key deactivated", body = Detail)))]
 pub async fn deactivate(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Detail>, ApiError> {
     app.call::<rpc::DeactivateKey>(&DeactivateKeyRequest { user_id: caller.user_id, key_id: id }).await?;
     Ok(Detail::new("API key deactivated"))

@@ -1,4 +1,4 @@
-//! The OpenAPI document. Operations describe themselves beside their handlers; here is what they share.
+//! The OpenAPI document, which a running gateway serves. Operations are described beside their handlers; this module adds what they share.
 
 use std::collections::BTreeMap;
 
@@ -21,17 +21,17 @@ use crate::{
 #[openapi(
     info(
         title = "Agent on Demand",
-        description = "Runs AI coding agents in sandboxes and streams what they do: define an agent, post a session, follow it live, prompt it again."
+        description = "Runs AI coding agents in sandboxes and streams their output. Define an agent, start a session, follow it live, send the next prompt."
     ),
     security(("key" = [])),
     components(schemas(ErrorBody, StreamEvent, TypedEvent)),
     tags(
         (name = "agents", description = "Templates that sessions run"),
         (name = "environments", description = "How sandboxes are set up"),
-        (name = "sessions", description = "An agent running, turn after turn, in one sandbox"),
-        (name = "credentials", description = "What agents call models with"),
-        (name = "api-keys", description = "What users call this API with"),
-        (name = "health", description = "For whoever watches over the service"),
+        (name = "sessions", description = "An agent that runs in one sandbox, turn by turn"),
+        (name = "credentials", description = "Keys with which agents call models and sandboxes"),
+        (name = "api-keys", description = "Keys with which users call this API"),
+        (name = "health", description = "Health checks"),
     )
 )]
 pub struct Base;
@@ -49,7 +49,7 @@ fn field_errors() -> RefOr<Response> {
         "detail": [{ "type": "missing", "loc": ["name"], "msg": "Field required", "input": {} }],
         "request_id": "4bf92f3577b34da6a3ce929d0e0e4736"
     }));
-    ResponseBuilder::new().description("Fields that are missing or wrong").content("application/json", content).build().into()
+    ResponseBuilder::new().description("Invalid or missing fields").content("application/json", content).build().into()
 }
 
 /// The state of the resource refuses the request.
@@ -57,11 +57,14 @@ pub struct Conflict;
 
 impl IntoResponses for Conflict {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
-        BTreeMap::from([("409".to_owned(), failure("The state of the resource refuses it", "Version mismatch: expected 3, got 2"))])
+        BTreeMap::from([(
+            "409".to_owned(),
+            failure("The current state of the resource does not allow the request", "Version mismatch: expected 3, got 2"),
+        )])
     }
 }
 
-/// The user has as many active sessions as are allowed.
+/// The user has reached the limit of active sessions.
 pub struct QuotaUsedUp;
 
 impl IntoResponses for QuotaUsedUp {
@@ -72,12 +75,12 @@ impl IntoResponses for QuotaUsedUp {
             "limit": 100, "active": 100, "request_id": "4bf92f3577b34da6a3ce929d0e0e4736"
         }));
         let response =
-            ResponseBuilder::new().description("As many sessions are active as are allowed").content("application/json", content);
+            ResponseBuilder::new().description("The user has reached the limit of active sessions").content("application/json", content);
         BTreeMap::from([("429".to_owned(), response.build().into())])
     }
 }
 
-/// Adds what is the same for every operation of its sort.
+/// Adds the security scheme, unique operation names and the failures that operations have in common.
 pub fn complete(mut document: Document) -> Document {
     let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("aod_…").description(Some("An API key")).build();
     document.components.get_or_insert_default().add_security_scheme("key", SecurityScheme::Http(scheme));
@@ -99,21 +102,21 @@ fn name(operation: &mut Operation) {
 }
 
 fn add_failures(operation: &mut Operation, names_a_resource: bool) {
-    // Open to everybody: nothing but itself can fail.
+    // Operations without authentication describe their failures themselves.
     if operation.security.is_some() {
         return;
     }
     let mut failures = vec![
-        ("400", failure("Something about the request is malformed", "Invalid JSON")),
-        ("401", failure("Nobody is known by that key", "Invalid API key")),
-        ("503", failure("A part of the service does not answer; try again", "scheduler is not available")),
+        ("400", failure("Malformed request", "Invalid JSON")),
+        ("401", failure("The API key is missing, unknown or inactive", "Invalid API key")),
+        ("503", failure("A dependency is unavailable; retry after the time in `Retry-After`", "scheduler is not available")),
     ];
     if names_a_resource {
-        failures.push(("404", failure("There is no such resource, or it is somebody else's", "Session not found")));
+        failures.push(("404", failure("The resource does not exist or belongs to another user", "Session not found")));
     }
     if operation.request_body.is_some() {
-        failures.push(("408", failure("The body took too long to arrive", "Request body took too long")));
-        failures.push(("413", failure("The body is larger than 2,621,440 bytes", "Request body too large")));
+        failures.push(("408", failure("The request body did not arrive in time", "Request body took too long")));
+        failures.push(("413", failure("The request body is larger than 2,621,440 bytes", "Request body too large")));
         failures.push(("422", field_errors()));
     }
     for (status, response) in failures {

@@ -319,7 +319,7 @@ struct SessionSecrets {
 
 /// Start a session
 #[utoipa::path(post, path = "/sessions", tag = "sessions", params(IdempotencyParams), request_body = CreateSession,
-    responses((status = 202, description = "The session will run", body = Accepted), (status = 404, description = "No such agent or environment", body = crate::error::ErrorBody), Conflict, QuotaUsedUp))]
+    responses((status = 202, description = "The session was accepted", body = Accepted), (status = 404, description = "No such agent or environment", body = crate::error::ErrorBody), Conflict, QuotaUsedUp))]
 pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Accepted>, ApiError> {
     let mut fields = body.fields()?;
     let session = CreateSession::read(&mut fields);
@@ -478,7 +478,7 @@ fn read_when_busy(fields: &mut Fields) -> Option<String> {
 ///
 /// While a turn runs, `when_busy` says what becomes of the prompt.
 #[utoipa::path(post, path = "/sessions/{id}/prompt", tag = "sessions", params(IdParams, IdempotencyParams), request_body = Prompt,
-    responses((status = 202, description = "The turn will run, or the message waits", body = AcceptedTurn), Conflict))]
+    responses((status = 202, description = "The turn, or the queued message, was accepted", body = AcceptedTurn), Conflict))]
 pub async fn prompt(
     State(app): State<App>,
     caller: Caller,
@@ -521,9 +521,9 @@ pub async fn prompt(
 
 /// Terminate a session
 ///
-/// Its agent is killed and its sandbox deleted, at whatever stage it is.
+/// Kills the agent and deletes the sandbox, also while it is being provisioned.
 #[utoipa::path(post, path = "/sessions/{id}/terminate", tag = "sessions", params(IdParams),
-    responses((status = 200, description = "The session is terminated", body = Terminated), Conflict))]
+    responses((status = 200, description = "The session was terminated", body = Terminated), Conflict))]
 pub async fn terminate(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Terminated>, ApiError> {
     let session = app.call::<rpc::Terminate>(&TerminateRequest { user_id: caller.user_id, session_id: id }).await?;
     Ok(Json(Terminated { id: session.session_id, status: Status(session.status) }))
@@ -531,9 +531,9 @@ pub async fn terminate(State(app): State<App>, caller: Caller, Id(id): Id) -> Re
 
 /// Delete a session that is not active
 ///
-/// Its turns, events, secrets and sandbox go with it.
+/// Also deletes its turns, events, secrets and sandbox.
 #[utoipa::path(delete, path = "/sessions/{id}/delete", tag = "sessions", params(IdParams),
-    responses((status = 200, description = "The session is gone", body = Detail), Conflict))]
+    responses((status = 200, description = "The session was deleted", body = Detail), Conflict))]
 pub async fn delete(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Detail>, ApiError> {
     let Empty {} = app.call::<rpc::DeleteSession>(&DeleteSessionRequest { user_id: caller.user_id, session_id: id }).await?;
     Ok(Detail::new("Session deleted"))

@@ -74,11 +74,11 @@ pub struct ServerSentEvent {
 
 /// Follow a session
 ///
-/// Server-sent events: all that the session has shown, then what it goes on to show, until its current turn ends. A comment is sent
-/// after 15 s of silence. A browser's `EventSource` reconnects after the end, with `Last-Event-ID`: it is told by 204 that nothing follows.
+/// Server-sent events: the session's history, then live events until its current turn ends. A comment is sent after 15 s of silence.
+/// A browser's `EventSource` reconnects after the end with `Last-Event-ID`; the answer 204 tells it to stop.
 #[utoipa::path(get, path = "/sessions/{id}/stream", tag = "sessions", params(IdParams, Params, LastEventId),
-    responses((status = 200, description = "Events, one `data:` line each", body = ServerSentEvent, content_type = "text/event-stream"),
-              (status = 204, description = "The current turn ended, and the event of `Last-Event-ID` was its last")))]
+    responses((status = 200, description = "Server-sent events, one `data:` line each", body = ServerSentEvent, content_type = "text/event-stream"),
+              (status = 204, description = "The current turn has ended, and `Last-Event-ID` is its last event")))]
 pub async fn stream(
     State(app): State<App>,
     caller: Caller,

@@ -58,9 +58,9 @@ pub struct EventPage {
 
 /// List or follow typed events
 ///
-/// What the agent does, under the names of the Managed Agents API: messages, tool uses and their results, plans, usage, errors, requests for
-/// a permission, and the session's own events. With `Accept: text/event-stream` or `stream=true`: all events after `after` or
-/// `Last-Event-ID`, then what follows, from turn to turn until the session is terminated or deleted; a comment is sent after 10 s of silence.
+/// What the agent does, under the names of the Managed Agents API: messages, tool uses and their results, plans, usage, errors, permission
+/// requests, and the session's own events. With `Accept: text/event-stream` or `stream=true`: all events after `after` or
+/// `Last-Event-ID`, then live events, across turns until the session is terminated or deleted; a comment is sent after 10 s of silence.
 #[utoipa::path(get, path = "/sessions/{id}/events", tag = "sessions", params(IdParams, Params, LastEventId),
     responses((status = 200, description = "A page of events; with `Accept: text/event-stream`, one `data:` line with each `TypedEvent`",
                content((EventPage = "application/json"), (super::ServerSentEvent = "text/event-stream")))))]
