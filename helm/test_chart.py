@@ -1,6 +1,7 @@
 """The chart, rendered for several kinds of deployment. No cluster is needed."""
 
 import base64
+import ipaddress
 import pathlib
 import re
 
@@ -145,6 +146,22 @@ def test_the_gateway_alone_is_public_and_runners_alone_reach_out():
     assert [d["metadata"]["name"] for d in documents if d["kind"] == "Service" and not d["metadata"]["name"].endswith("-metrics")] == [
         "aod-agent-on-demand-gateway"
     ]
+
+
+def test_sandboxes_reach_public_addresses_and_nothing_of_the_cluster():
+    documents = render({**TRIAL, "networkPolicy": {"sandboxesExcept": ["203.0.113.10/32"]}})
+    policy = find(documents, "NetworkPolicy", "local-sprites")["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert all("to" in rule for rule in policy["egress"]), "a rule without peers reaches everything"
+    blocks = [peer["ipBlock"] for rule in policy["egress"] if "ports" not in rule for peer in rule["to"]]
+    assert [block["cidr"] for block in blocks] == ["0.0.0.0/0"]
+    closed = [ipaddress.ip_network(cidr) for cidr in blocks[0]["except"]]
+    # The metadata service, pods and services of clusters, the API server that was named.
+    for address in ("169.254.169.254", "100.100.100.200", "10.96.0.1", "172.20.0.1", "192.168.0.1", "203.0.113.10"):
+        assert any(ipaddress.ip_address(address) in network for network in closed), address
+    assert not any(ipaddress.ip_address("1.1.1.1") in network for network in closed)
+    peers = [peer for rule in policy["ingress"] if rule["ports"] == [{"port": "api"}] for peer in rule["from"]]
+    assert [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in peers] == ["sprite-runner"]
 
 
 def test_a_pod_gets_more_time_than_its_service_takes_to_stop():

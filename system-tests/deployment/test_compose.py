@@ -36,6 +36,13 @@ def test_all_but_the_sandboxes_run_with_few_rights():
         assert service.get("user") != "0:0" or service["network_mode"] == "none", name
 
 
+def test_sandboxes_share_a_network_with_those_alone_who_need_them():
+    networks = {name: set(service.get("networks", ["default"])) for name, service in SERVICES.items() if "network_mode" not in service}
+    assert networks["local-sprites"] == {"sandboxes"}
+    assert {name for name, joined in networks.items() if "sandboxes" in joined} == {"local-sprites", "scripted-model", "sprite-runner", "prometheus"}
+    assert set().union(*networks.values()) <= set(COMPOSE["networks"])
+
+
 def test_each_service_has_an_image_a_check_of_its_health_and_settings_that_it_knows():
     targets = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.M)
     reference = (ROOT / "docs/configuration.md").read_text()
