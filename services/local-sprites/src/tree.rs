@@ -115,7 +115,10 @@ impl Copier {
                 own(target.as_fd(), &opened)
             }
             FileType::Symlink => {
-                let link = readlinkat(from, name, Vec::new())?;
+                let link = match readlinkat(from, name, Vec::new()) {
+                    Err(Errno::INVAL) => return Ok(()),
+                    read => read?,
+                };
                 symlinkat(link.as_c_str(), to, name)?;
                 owner_at(to, name, &stat)
             }
