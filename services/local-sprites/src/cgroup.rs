@@ -27,6 +27,14 @@ pub struct Limits {
     pub processes: u64,
 }
 
+/// What all Sprites together may use; nothing is limited where none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SharedLimits {
+    pub memory_bytes: Option<u64>,
+    pub cpu_milli: Option<u64>,
+    pub processes: Option<u64>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Controller {
     Memory,
@@ -86,6 +94,42 @@ impl Cgroups {
         Controller::ALL.iter().filter(|one| !there(one)).map(Controller::to_string).collect()
     }
 
+    /// Limits all Sprites together.
+    ///
+    /// # Errors
+    /// When a limit cannot be set, such as less memory than they use already.
+    pub fn limit_all(&self, limits: SharedLimits) -> io::Result<()> {
+        let all = Cgroup { unified: self.unified, groups: self.parents.clone() };
+        if let Some(bytes) = limits.memory_bytes {
+            all.limit_memory(bytes)?;
+        }
+        if let Some(processes) = limits.processes {
+            all.set(Controller::Processes, "pids.max", "pids.max", &processes.to_string())?;
+        }
+        limits.cpu_milli.map_or(Ok(()), |milli| all.limit_cpus(milli))
+    }
+
+    /// The memory that this server and its Sprites were given by whoever made its own group; none where that is not limited.
+    pub fn own_memory_limit(&self) -> Option<u64> {
+        let file = if self.unified { "memory.max" } else { "memory.limit_in_bytes" };
+        fs::read_to_string(self.parent(Controller::Memory)?.parent()?.join(file)).ok()?.trim().parse().ok()
+    }
+
+    /// The memory that all Sprites together use, without what the kernel can take back at once.
+    pub fn memory_used(&self) -> Option<u64> {
+        let parent = self.parent(Controller::Memory)?;
+        let (used, reclaimable) =
+            if self.unified { ("memory.current", "inactive_file ") } else { ("memory.usage_in_bytes", "total_inactive_file ") };
+        let used: u64 = fs::read_to_string(parent.join(used)).ok()?.trim().parse().ok()?;
+        let stat = fs::read_to_string(parent.join("memory.stat")).ok()?;
+        let reclaimable = stat.lines().find_map(|line| line.strip_prefix(reclaimable)?.parse::<u64>().ok());
+        Some(used.saturating_sub(reclaimable.unwrap_or_default()))
+    }
+
+    fn parent(&self, controller: Controller) -> Option<&Path> {
+        self.parents.iter().find(|(one, _)| *one == controller).map(|(_, path)| path.as_path())
+    }
+
     /// Whether anything can be limited here.
     pub fn any(&self) -> bool {
         !self.parents.is_empty()
@@ -138,17 +182,9 @@ impl Cgroups {
             make(&path.join(INSIDE))?;
         }
         group.limit_memory(self.limits.memory_bytes)?;
-        let (processes, period) = (self.limits.processes.to_string(), CPU_PERIOD_US.to_string());
-        group.set(Controller::Processes, "pids.max", "pids.max", &processes)?;
+        group.set(Controller::Processes, "pids.max", "pids.max", &self.limits.processes.to_string())?;
         if let Some(milli) = self.limits.cpu_milli {
-            let quota = (milli * CPU_PERIOD_US / 1000).to_string();
-            match self.unified {
-                true => group.set(Controller::Cpu, "cpu.max", "", &format!("{quota} {period}"))?,
-                false => {
-                    group.set(Controller::Cpu, "", "cpu.cfs_period_us", &period)?;
-                    group.set(Controller::Cpu, "", "cpu.cfs_quota_us", &quota)?;
-                }
-            }
+            group.limit_cpus(milli)?;
         }
         Ok(group)
     }
@@ -196,6 +232,15 @@ impl Cgroup {
         self.set(Controller::Memory, "memory.max", "memory.limit_in_bytes", &bytes)?;
         let _ = swap();
         Ok(())
+    }
+
+    fn limit_cpus(&self, milli: u64) -> io::Result<()> {
+        let (quota, period) = ((milli * CPU_PERIOD_US / 1000).to_string(), CPU_PERIOD_US.to_string());
+        if self.unified {
+            return self.set(Controller::Cpu, "cpu.max", "", &format!("{quota} {period}"));
+        }
+        self.set(Controller::Cpu, "", "cpu.cfs_period_us", &period)?;
+        self.set(Controller::Cpu, "", "cpu.cfs_quota_us", &quota)
     }
 
     /// Stops all processes where they are, or lets them go on.

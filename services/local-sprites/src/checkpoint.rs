@@ -1,6 +1,10 @@
 //! Checkpoints of a Sprite's disk: what it has written, kept under a number, and put back (docs/sprites-api.md §7).
 
-use std::{fs, io, path::PathBuf, sync::Arc};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 use types::Timestamp;
@@ -13,6 +17,9 @@ use crate::{
 
 /// Checkpoints of one Sprite at a time.
 pub const CHECKPOINTS_MAX: usize = 5;
+
+/// Where they are in a Sprite's directory.
+const DIRECTORY: &str = "checkpoints";
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Checkpoint {
@@ -27,7 +34,13 @@ fn is_id(id: &str) -> bool {
 }
 
 fn dir(sprite: &Sprite) -> PathBuf {
-    sprite.dir().join("checkpoints")
+    sprite.dir().join(DIRECTORY)
+}
+
+/// The blocks of this machine that a Sprite's disk and its checkpoints take; 0 where disks are directories.
+pub fn disk_bytes(sprite_dir: &Path) -> u64 {
+    let copies = fs::read_dir(sprite_dir.join(DIRECTORY)).into_iter().flatten().flatten();
+    Disks::image_bytes(sprite_dir) + copies.map(|copy| Disks::image_bytes(&copy.path())).sum::<u64>()
 }
 
 fn read(sprite: &Sprite, id: &str) -> Result<Checkpoint, RegistryError> {
@@ -81,11 +94,8 @@ impl Registry {
     /// Refuses a checkpoint that would have the disk and its copies hold more than the disk may.
     async fn check_room(&self, sprite: &Sprite) -> Result<(), RegistryError> {
         let Some(limit) = self.sandboxes.disk_bytes() else { return Ok(()) };
-        let (disk, kept) = (sprite.dir().to_path_buf(), dir(sprite));
-        let used = tokio::task::spawn_blocking(move || {
-            let copies = fs::read_dir(kept).into_iter().flatten().flatten();
-            Disks::image_bytes(&disk) * 2 + copies.map(|copy| Disks::image_bytes(&copy.path())).sum::<u64>()
-        });
+        let disk = sprite.dir().to_path_buf();
+        let used = tokio::task::spawn_blocking(move || Disks::image_bytes(&disk) + disk_bytes(&disk));
         let used = used.await.map_err(|_| RegistryError::Closed)?;
         if used > limit { Err(RegistryError::CheckpointsTooLarge) } else { Ok(()) }
     }
@@ -120,7 +130,7 @@ impl Registry {
     }
 }
 
-fn remove(dir: &std::path::Path) -> io::Result<()> {
+fn remove(dir: &Path) -> io::Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

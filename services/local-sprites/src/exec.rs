@@ -243,7 +243,7 @@ impl ExecSession {
     }
 
     pub fn is_attached(&self) -> bool {
-        !locked(&self.clients).attached.is_empty()
+        locked(&self.clients).attached.iter().any(|client| !client.is_closed())
     }
 
     /// What runs now: what a command became is not always what was asked for.

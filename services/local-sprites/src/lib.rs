@@ -1,12 +1,13 @@
 //! A Sprites-compatible server on this machine, so that nobody needs an account.
 //!
-//! [`sandbox`] makes a Sprite's namespaces and root over its [`disk`], [`cgroup`] limits it, and [`launch`] is how commands get in, less
+//! [`sandbox`] makes a Sprite's namespaces and root over its [`disk`], [`cgroup`] limits it, [`budget`] limits all together, and [`launch`] is how commands get in, less
 //! what [`seccomp`] refuses; [`registry`] keeps the Sprites; [`exec`] runs commands in them, some in a [`terminal`]; [`services`] keeps
 //! programs running; [`checkpoint`] keeps and puts back a disk; [`network`] limits who is reached; [`files`] is the file API, [`watch`]
 //! tells of changes and [`ports`] of ports; [`tasks`] hold a Sprite awake; [`api`] speaks the wire format of the Sprites API; [`chaos`]
 //! makes trouble for tests. What is not served answers 404.
 
 mod api;
+mod budget;
 mod cgroup;
 mod chaos;
 mod checkpoint;
@@ -35,6 +36,7 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -45,6 +47,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     api::Api,
+    budget::{Budget, Idle},
     cgroup::{Cgroups, Limits},
     chaos::{Chaos, Troubles},
     registry::Registry,
@@ -68,6 +71,7 @@ pub struct Config {
     private_hosts: Vec<String>,
     limits: Limits,
     disk_bytes: Option<u64>,
+    budget: Budget,
     chaos: Chaos,
 }
 
@@ -108,6 +112,40 @@ impl Config {
             disk_bytes: {
                 let mb = env.parsed("LOCAL_SPRITES_DISK_MB", "disk of a Sprite, in MiB, taken as it is used; 0 for no limit", 20_480_u64);
                 (mb > 0).then_some(mb << 20)
+            },
+            budget: Budget {
+                memory_bytes: {
+                    let mb = env.parsed(
+                        "LOCAL_SPRITES_TOTAL_MEMORY_MB",
+                        "memory of all Sprites together, in MiB; 0 for all of the machine's but 2 GiB",
+                        0_u64,
+                    );
+                    (mb > 0).then_some(mb << 20)
+                },
+                cpu_milli: {
+                    let cpus = env.parsed("LOCAL_SPRITES_TOTAL_CPUS", "CPUs of all Sprites together, such as 1.5; 0 for all", 0.0_f64);
+                    (cpus.is_finite() && cpus > 0.0).then_some((cpus * 1000.0) as u64)
+                },
+                disk_reserve_bytes: env.parsed(
+                    "LOCAL_SPRITES_DISK_RESERVE_MB",
+                    "what Sprites leave free of the disk that LOCAL_SPRITES_DATA_DIR is on, in MiB; at most a quarter of it",
+                    4096_u64,
+                ) << 20,
+                idle: Idle {
+                    freeze_after: {
+                        let seconds =
+                            env.parsed("LOCAL_SPRITES_FREEZE_AFTER_S", "an idle Sprite is frozen after so many seconds; 0 for never", 300);
+                        (seconds > 0).then_some(Duration::from_secs(seconds))
+                    },
+                    stop_after: {
+                        let seconds = env.parsed(
+                            "LOCAL_SPRITES_STOP_AFTER_S",
+                            "a frozen Sprite is stopped after so many seconds more; 0 for never",
+                            3600,
+                        );
+                        (seconds > 0).then_some(Duration::from_secs(seconds))
+                    },
+                },
             },
             chaos: {
                 let argument = std::env::args().skip_while(|argument| argument != "--chaos").nth(1);
@@ -152,7 +190,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     }
     let troubles = Arc::new(Troubles::new(config.chaos));
     anyhow::ensure!(!troubles.pauses() || cgroups.can_freeze(), "LOCAL_SPRITES_CHAOS: no Sprite can be paused here");
-    let registry = Registry::load(&config.data_dir, sandboxes, cgroups, config.private_hosts, lifecycle.clone()).await;
+    let registry = Registry::load(&config.data_dir, sandboxes, cgroups, config.budget, config.private_hosts, lifecycle.clone()).await;
     let api = Api { registry: registry.context("LOCAL_SPRITES_DATA_DIR")?, troubles };
     api.registry.prepare_next();
     for sprite in api.registry.all() {
@@ -163,6 +201,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     if api.troubles.pauses() {
         lifecycle.spawn("pauses", api.troubles.clone().pause_idle(api.registry.clone(), lifecycle.clone()));
     }
+    lifecycle.spawn("budget", budget::keep(api.registry.clone(), lifecycle.clone()));
     let (stop, life) = (lifecycle.stop_token(), lifecycle.clone());
     lifecycle.spawn("api", async move {
         // Small frames leave at once.

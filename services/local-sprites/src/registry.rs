@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -18,7 +18,9 @@ use types::{SpriteName, Timestamp};
 use uuid::Uuid;
 
 use crate::{
-    cgroup::{Cgroup, Cgroups},
+    budget::{self, Budget, Space},
+    cgroup::{Cgroup, Cgroups, SharedLimits},
+    checkpoint,
     exec::{Sessions, locked},
     launch::{Launch, Privileges},
     network::{Forward, Gate, Policy},
@@ -97,6 +99,8 @@ pub struct Sprite {
     forwards: Mutex<JoinSet<()>>,
     paused: AtomicBool,
     last_used: Mutex<Instant>,
+    /// Open connections that are no commands' clients.
+    connections: AtomicUsize,
     /// The owner of what the file API makes, as this machine names it.
     owner: Option<u32>,
     pub sessions: Mutex<Sessions>,
@@ -105,6 +109,17 @@ pub struct Sprite {
     pub tasks: Tasks,
     /// Serves its own management socket; ends with the Sprite.
     pub inside: Mutex<JoinSet<()>>,
+}
+
+/// An open connection to a Sprite.
+#[derive(Debug)]
+pub struct Connection(Arc<Sprite>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.connections.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -123,6 +138,8 @@ pub enum RegistryError {
     Closed,
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    #[error("this server's disk is nearly full: delete Sprites or checkpoints, then retry")]
+    DiskFull,
     #[error("this server cannot limit a Sprite's network: it does not run as root")]
     Unlimited,
     #[error("the network policy cannot be put into force: {0}")]
@@ -146,6 +163,9 @@ pub struct Registry {
     dir: PathBuf,
     pub(crate) sandboxes: Sandboxes,
     cgroups: Cgroups,
+    budget: Budget,
+    /// The memory of all Sprites together.
+    memory_bytes: Option<u64>,
     /// What limited Sprites may reach although it is private: the deployment's own services.
     private_hosts: Arc<[String]>,
     sprites: Mutex<BTreeMap<String, Arc<Sprite>>>,
@@ -160,15 +180,24 @@ impl Registry {
         data_dir: &Path,
         sandboxes: Sandboxes,
         cgroups: Cgroups,
+        budget: Budget,
         private_hosts: Vec<String>,
         lifecycle: Lifecycle,
     ) -> io::Result<Arc<Self>> {
         let dir = data_dir.canonicalize()?.join("sprites");
         fs::create_dir_all(&dir)?;
+        let total = [budget::machine_memory(), cgroups.own_memory_limit()].into_iter().flatten().min();
+        let memory_bytes = total.map(|total| budget.memory(total));
+        let limits = SharedLimits { memory_bytes, cpu_milli: budget.cpu_milli, processes: budget::processes() };
+        if let Err(error) = cgroups.limit_all(limits) {
+            tracing::warn!(%error, ?limits, "failed to limit what all Sprites use together");
+        }
         let registry = Arc::new(Self {
             dir,
             sandboxes,
             cgroups,
+            budget,
+            memory_bytes,
             private_hosts: private_hosts.into(),
             sprites: Mutex::default(),
             closed: AtomicBool::new(false),
@@ -426,9 +455,53 @@ impl Registry {
         Ok(holder)
     }
 
+    pub fn budget(&self) -> Budget {
+        self.budget
+    }
+
+    /// The file system that holds the disks.
+    pub fn disk_space(&self) -> Option<Space> {
+        let stat = rustix::fs::statvfs(&self.dir).ok()?;
+        let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+        Some(Space { total_bytes: bytes(stat.f_blocks), free_bytes: bytes(stat.f_bavail) })
+    }
+
+    /// The memory that all Sprites together use, and may use.
+    pub fn memory(&self) -> Option<(u64, u64)> {
+        Some((self.cgroups.memory_used()?, self.memory_bytes?))
+    }
+
+    /// Refuses to start a Sprite while the machine's disk is nearly full.
+    fn check_disk(&self, sprite: &Sprite) -> Result<(), RegistryError> {
+        let Some(disk) = self.disk_space().filter(|disk| self.budget.is_full(*disk)) else { return Ok(()) };
+        let all: Vec<u64> = self.all().iter().map(|sprite| checkpoint::disk_bytes(sprite.dir())).collect();
+        let average = all.iter().sum::<u64>() / (all.len() as u64).max(1);
+        if self.budget.may_start(disk, checkpoint::disk_bytes(sprite.dir()), average) { Ok(()) } else { Err(RegistryError::DiskFull) }
+    }
+
+    /// Freezes a Sprite that nobody is connected to.
+    pub async fn pause_unused(&self, sprite: &Sprite, after: Duration) -> Result<(), RegistryError> {
+        let _life = sprite.hold().await?;
+        if sprite.is_in_use() { Ok(()) } else { self.freeze(sprite, after) }
+    }
+
+    /// Stops a frozen Sprite, unless somebody woke it meanwhile.
+    pub async fn stop_unused(&self, sprite: &Sprite) -> Result<(), RegistryError> {
+        let _life = sprite.hold().await?;
+        if sprite.status() == Status::Warm && !sprite.is_in_use() {
+            self.end(sprite).await;
+        }
+        Ok(())
+    }
+
     /// Stops all that runs in a Sprite where it is, and cuts its connections: what the real service does with an idle one.
     pub async fn pause(&self, sprite: &Sprite, after: Duration) -> Result<(), RegistryError> {
         let _life = sprite.hold().await?;
+        self.freeze(sprite, after)
+    }
+
+    /// Whoever calls holds the Sprite's `boot`.
+    fn freeze(&self, sprite: &Sprite, after: Duration) -> Result<(), RegistryError> {
         let group = locked(&sprite.group).clone();
         // Somebody may have come meanwhile.
         if sprite.idle() > after
@@ -473,6 +546,7 @@ impl Registry {
             None if self.closed.load(Ordering::SeqCst) => return Err(RegistryError::Closed),
             None => {
                 let network = self.sandboxes.network(record.policy.is_limited()).ok_or(RegistryError::Unlimited)?;
+                self.check_disk(sprite)?;
                 // What is left of one that ended by itself is in the way.
                 self.sandboxes.end(&sprite.dir, record.holder).await;
                 self.sandboxes.boot(&sprite.dir, &record.name, network).await?
@@ -518,6 +592,7 @@ impl Sprite {
             forwards: Mutex::default(),
             paused: AtomicBool::new(false),
             last_used: Mutex::new(Instant::now()),
+            connections: AtomicUsize::new(0),
             owner,
             sessions: Mutex::default(),
             services: Services::default(),
@@ -593,6 +668,17 @@ impl Sprite {
         let record = locked(&self.record);
         let bytes = serde_json::to_vec(&*record).map_err(io::Error::other)?;
         Ok(write_atomically(&self.dir.join("sprite.json"), &bytes)?)
+    }
+
+    /// Holds the Sprite in use until the guard is dropped.
+    pub fn connect(self: &Arc<Self>) -> Connection {
+        self.connections.fetch_add(1, Ordering::SeqCst);
+        Connection(self.clone())
+    }
+
+    /// Whether somebody is connected to it, or to a command in it.
+    pub fn is_in_use(&self) -> bool {
+        self.connections.load(Ordering::SeqCst) > 0 || locked(&self.sessions).all().iter().any(|session| session.is_attached())
     }
 
     fn touch(&self) {

@@ -317,9 +317,8 @@ impl Sandboxes {
 
     /// Starts the sandbox of a Sprite whose files are there.
     pub async fn boot(&self, dir: &Path, hostname: &str, network: Network) -> Result<Holder, SandboxError> {
-        let content = self.disks.mount(dir).await.map_err(io_error("the disk cannot be mounted"))?;
-        let Some(containers) = &self.containers else { return self.boot_as_user(dir, &content, hostname).await };
-        let booted = self.boot_container(containers, dir, &content, hostname, network).await;
+        let Some(containers) = &self.containers else { return self.boot_as_user(dir, hostname).await };
+        let booted = self.boot_container(containers, dir, hostname, network).await;
         // The sandbox has its own view of the mounts; the root in this machine's table is not needed any more.
         let _ = rustix::mount::unmount(containers.place(dir).join("root"), UnmountFlags::DETACH);
         match booted {
@@ -330,18 +329,19 @@ impl Sandboxes {
         booted
     }
 
-    async fn boot_container(
-        &self,
-        containers: &Containers,
-        dir: &Path,
-        content: &Path,
-        hostname: &str,
-        network: Network,
-    ) -> Result<Holder, SandboxError> {
+    async fn boot_container(&self, containers: &Containers, dir: &Path, hostname: &str, network: Network) -> Result<Holder, SandboxError> {
         let id = container_id(dir);
         let place = containers.place(dir);
         let root = place.join("root");
-        self.mount_root(content, &root).map_err(io_error("the root file system cannot be mounted"))?;
+        fs::create_dir_all(&root).map_err(io_error("/run cannot be written to"))?;
+        let mount = async {
+            let content = self.mount_disk(dir).await?;
+            self.mount_root(&content, &root).map_err(io_error("the root file system cannot be mounted"))
+        };
+        let addresses = self.kind.forwards.iter().map(|forward| forward.address).collect();
+        let (mounted, namespace) = tokio::join!(mount, Namespace::make(place.join("net"), addresses));
+        mounted?;
+        let namespace = namespace.map_err(io_error("a network namespace cannot be made"))?;
         let bundle = dir.join("bundle");
         fs::create_dir_all(&bundle).map_err(io_error("a Sprite's files cannot be made"))?;
         let resolver = if network == Network::Public { format!("nameserver {}\n", uplink::NAME_SERVER) } else { String::new() };
@@ -349,9 +349,6 @@ impl Sandboxes {
             let write = || fs::write(bundle.join(file), text).and_then(|()| give(&bundle.join(file), containers.first_user));
             write().map_err(io_error("a Sprite's files cannot be made"))?;
         }
-        let addresses = self.kind.forwards.iter().map(|forward| forward.address).collect();
-        let namespace = Namespace::make(place.join("net"), addresses).await;
-        let namespace = namespace.map_err(io_error("a network namespace cannot be made"))?;
         let mut binds = vec![
             ("/.sprite", dir.join("inside"), Access::ReadOnly),
             ("/etc/hosts", bundle.join("hosts"), Access::ReadWrite),
@@ -393,16 +390,20 @@ impl Sandboxes {
         Ok(Holder { process, network, uplink, first_user: Some(containers.first_user) })
     }
 
+    async fn mount_disk(&self, dir: &Path) -> Result<PathBuf, SandboxError> {
+        self.disks.mount(dir).await.map_err(io_error("the disk cannot be mounted"))
+    }
+
     /// Lays a Sprite's own layer over the image.
     fn mount_root(&self, content: &Path, root: &Path) -> io::Result<()> {
-        fs::create_dir_all(root)?;
         let (upper, work) = (content.join("upper"), content.join("work"));
         let options = format!("lowerdir={},upperdir={},workdir={}", self.kind.rootfs.display(), upper.display(), work.display());
         let options = std::ffi::CString::new(options).map_err(io::Error::other)?;
         Ok(rustix::mount::mount("overlay", root, "overlay", MountFlags::NODEV | MountFlags::NOSUID, options.as_c_str())?)
     }
 
-    async fn boot_as_user(&self, dir: &Path, content: &Path, hostname: &str) -> Result<Holder, SandboxError> {
+    async fn boot_as_user(&self, dir: &Path, hostname: &str) -> Result<Holder, SandboxError> {
+        let content = self.mount_disk(dir).await?;
         let mut command = self.bubblewrap();
         command.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", hostname]);
         command.arg("--tmpfs").arg("/");

@@ -50,6 +50,7 @@ async fn in_root<T: Send + 'static>(
 ) -> Result<T, Failure> {
     let sprite = api.registry.get(name)?;
     let holder = api.registry.wake(&sprite).await?;
+    let _connection = sprite.connect();
     let owner = sprite.owner().map(|user| if whose == For::Root { 0 } else { user });
     let shown = path.clone();
     let done = tokio::task::spawn_blocking(move || operation(&Root::new(holder.root()?, owner), &path)).await;
@@ -255,7 +256,9 @@ fn id_of(root: &Root, table: &str, id: &Value) -> io::Result<Option<u32>> {
 pub async fn watch(State(api): State<Api>, Path(name): Path<String>, upgrade: WebSocketUpgrade) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
     let holder = api.registry.wake(&sprite).await?;
+    let connection = sprite.connect();
     Ok(upgrade.on_upgrade(move |mut socket| async move {
+        let _connection = connection;
         if let Err(error) = tell_changes(&mut socket, holder).await {
             let _ = socket.send(text(&json!({ "type": "error", "message": error.to_string() }))).await;
         }

@@ -170,6 +170,7 @@ impl From<RegistryError> for Failure {
             RegistryError::NotFound | RegistryError::NoCheckpoint => StatusCode::NOT_FOUND,
             RegistryError::Exists => StatusCode::CONFLICT,
             RegistryError::Closed => StatusCode::SERVICE_UNAVAILABLE,
+            RegistryError::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
             RegistryError::TooManyCheckpoints | RegistryError::CheckpointsTooLarge => StatusCode::CONFLICT,
             RegistryError::Unlimited => StatusCode::NOT_IMPLEMENTED,
             RegistryError::Sandbox(_)

@@ -35,7 +35,9 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 pub async fn proxy(State(api): State<Api>, Path(name): Path<String>, upgrade: WebSocketUpgrade) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
     let holder = api.registry.wake(&sprite).await?;
+    let connection = sprite.connect();
     Ok(upgrade.on_upgrade(move |mut socket| async move {
+        let _connection = connection;
         match connect(&mut socket, holder).await {
             Ok((stream, target)) => {
                 let connected = json!({ "status": "connected", "target": target.to_string() });
