@@ -221,13 +221,34 @@ fn links_in_documents_lead_to_files_of_the_repository() {
 }
 
 /// Phrases of the old, private dialect. Add to the list what has been rewritten everywhere.
-const BANNED_PHRASES: &[&str] =
-    &["had which secrets unsealed", "harmless twice and beside", "leave dead what dies", "may be broken off and begun again"];
+const BANNED_PHRASES: &[&str] = &[
+    "had which secrets unsealed",
+    "harmless twice",
+    "leave dead what dies",
+    "may be broken off and begun again",
+    "made anew",
+    "makes the streams anew",
+    "nobody",
+    "somebody",
+    "whoever",
+    "what lies in",
+    "takes what waits",
+    "shown this once",
+    "of one's own",
+    "hands its turns",
+    "handed back",
+    "put on record",
+    "is on record",
+    "work in hand",
+    "stands still meanwhile",
+    "map to hold in the head",
+];
 
 #[test]
 fn documents_avoid_banned_phrases() {
     for (path, text) in prose() {
-        let text = text.to_lowercase();
+        // Names of tests in backticks and the examples of the style guide are quotations.
+        let text: String = text.split(['`', '"']).step_by(2).collect::<String>().to_lowercase();
         for phrase in BANNED_PHRASES {
             assert!(!text.contains(phrase), "{path} says {phrase:?}");
         }

@@ -62,7 +62,7 @@ where
         };
         if let Err(error) = pulled.await {
             failures += 1;
-            tracing::warn!(error = %Chain(&error), consumer = spec.name, "jobs cannot be pulled; trying again");
+            tracing::warn!(error = %Chain(&error), consumer = spec.name, "failed to pull jobs; will retry");
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = tokio::time::sleep(RECONNECT.jittered(failures)) => {}
