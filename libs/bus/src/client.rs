@@ -46,13 +46,9 @@ impl Config {
     pub fn from_env(env: &mut Env, access: &Access) -> Self {
         Self {
             ca_file: env.optional("NATS_CA_FILE", "certificate authority of a NATS server with TLS, as PEM").map(PathBuf::from),
-            url: env.parsed(
-                "NATS_URL",
-                "where NATS is, tls:// for TLS; several servers separated by commas",
-                "nats://127.0.0.1:4222".to_owned(),
-            ),
+            url: env.parsed("NATS_URL", "URLs of NATS servers, separated by commas; tls:// for TLS", "nats://127.0.0.1:4222".to_owned()),
             user: access.user,
-            password: env.secret("NATS_PASSWORD", "this service's password on the bus"),
+            password: env.secret("NATS_PASSWORD", "NATS password of this service"),
             name: format!("{}/{}", access.user, std::process::id()),
         }
     }

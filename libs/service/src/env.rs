@@ -29,7 +29,7 @@ pub(crate) fn has_argument(wanted: &str) -> bool {
 }
 
 impl Env {
-    /// The process's own environment and arguments.
+    /// Reads the environment and the arguments of this process.
     #[must_use]
     pub fn from_process(name: &'static str, about: &'static str) -> Self {
         let help_wanted = has_argument("--help") || has_argument("-h");
@@ -37,41 +37,41 @@ impl Env {
         Self { help_wanted, ..Self::from_variables(name, about, variables) }
     }
 
-    /// Given variables, for tests.
+    /// Reads the given variables, for tests.
     #[must_use]
     pub fn from_variables(name: &'static str, about: &'static str, variables: HashMap<String, String>) -> Self {
         Self { name, about, variables, help_wanted: false, described: Vec::new(), problems: Vec::new() }
     }
 
-    /// A value with a default. An empty variable counts as unset.
+    /// Reads a value with a default. An empty variable counts as unset.
     pub fn parsed<T: FromStr + ToString>(&mut self, name: &str, meaning: &'static str, default: T) -> T {
         self.described.push((name.to_owned(), meaning, format!("default {}", default.to_string())));
         match self.get(name).map(|text| text.parse()) {
             None => default,
             Some(Ok(value)) => value,
             Some(Err(_)) => {
-                self.problems.push(format!("{name} is not valid ({meaning})"));
+                self.problems.push(format!("{name} has an invalid value ({meaning})"));
                 default
             }
         }
     }
 
-    /// A value that may be absent.
+    /// Reads a value that may be absent.
     pub fn optional(&mut self, name: &str, meaning: &'static str) -> Option<String> {
         self.described.push((name.to_owned(), meaning, "optional".to_owned()));
         self.get(name)
     }
 
-    /// A value that must be there.
+    /// Reads a value that must be present.
     pub fn required(&mut self, name: &str, meaning: &'static str) -> String {
         self.described.push((name.to_owned(), meaning, "required".to_owned()));
         self.get(name).unwrap_or_else(|| {
-            self.problems.push(format!("{name} is missing ({meaning})"));
+            self.problems.push(format!("{name} must be set ({meaning})"));
             String::new()
         })
     }
 
-    /// A number of seconds, at least one.
+    /// Reads a number of seconds, at least one.
     pub fn seconds(&mut self, name: &str, meaning: &'static str, default: u64) -> Duration {
         let seconds = self.parsed(name, meaning, default);
         if seconds == 0 {
@@ -80,24 +80,24 @@ impl Env {
         Duration::from_secs(seconds)
     }
 
-    /// A secret, from the variable or from the file that `<name>_FILE` names.
+    /// Reads a secret, from the variable or from the file that `<name>_FILE` names.
     pub fn secret(&mut self, name: &str, meaning: &'static str) -> SecretString {
         match self.optional_secret(name, meaning) {
             Some(secret) => secret,
             None => {
-                self.problems.push(format!("{name} (or {name}_FILE) is missing ({meaning})"));
+                self.problems.push(format!("{name} or {name}_FILE must be set ({meaning})"));
                 SecretString::default()
             }
         }
     }
 
-    /// As [`Self::secret`], where there may be none.
+    /// Like [`Self::secret`], for a secret that may be absent.
     pub fn optional_secret(&mut self, name: &str, meaning: &'static str) -> Option<SecretString> {
         self.described.push((format!("{name}[_FILE]"), meaning, "secret".to_owned()));
         let path = self.get(&format!("{name}_FILE"));
         match (self.get(name), path) {
             (Some(_), Some(_)) => {
-                self.problems.push(format!("{name} and {name}_FILE are both set"));
+                self.problems.push(format!("only one of {name} and {name}_FILE may be set"));
                 None
             }
             (Some(value), None) => Some(value.into()),
@@ -112,29 +112,29 @@ impl Env {
         }
     }
 
-    /// Whether this is a deployment that people rely on (`AOD_ENV=production`): what is fine on a laptop is refused there.
+    /// Whether this is a production deployment (`AOD_ENV=production`), which refuses insecure settings.
     pub fn is_production(&mut self) -> bool {
         match self.parsed("AOD_ENV", "production refuses insecure settings", "development".to_owned()).as_str() {
             "production" => true,
             "development" => false,
             _ => {
-                self.problems.push("AOD_ENV is production or development".to_owned());
+                self.problems.push("AOD_ENV must be production or development".to_owned());
                 false
             }
         }
     }
 
-    /// Adds a problem that only the service can see.
+    /// Adds a problem that only the service can detect.
     pub fn refuse(&mut self, problem: impl Into<String>) {
         self.problems.push(problem.into());
     }
 
-    /// Judges what was read.
+    /// Returns whether the settings are valid, or the help text if it was requested.
     #[must_use]
     pub fn finish(self) -> Verdict {
         if self.help_wanted {
             let mut text = format!(
-                "{}: {}\n\n  --check-ready  ask the process that runs with the same AOD_ADMIN_ADDR whether it is ready; 0 if it is\n\n\
+                "{}: {}\n\n  --check-ready  exit with 0 if the process with the same AOD_ADMIN_ADDR is ready\n\n\
                  Settings, from the environment:\n",
                 self.name, self.about
             );
@@ -146,7 +146,7 @@ impl Env {
         if self.problems.is_empty() {
             return Verdict::Ready;
         }
-        Verdict::Refused(format!("{} wrong with the settings:\n  {}", count(self.problems.len()), self.problems.join("\n  ")))
+        Verdict::Refused(format!("invalid configuration ({}):\n  {}", count(self.problems.len()), self.problems.join("\n  ")))
     }
 
     fn get(&self, name: &str) -> Option<String> {
@@ -155,7 +155,7 @@ impl Env {
 }
 
 fn count(problems: usize) -> String {
-    if problems == 1 { "one thing is".to_owned() } else { format!("{problems} things are") }
+    if problems == 1 { "1 error".to_owned() } else { format!("{problems} errors") }
 }
 
 #[cfg(test)]

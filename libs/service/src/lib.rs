@@ -93,9 +93,9 @@ struct Chassis {
 impl Chassis {
     fn from_env(env: &mut Env) -> Self {
         Self {
-            admin_addr: env.parsed("AOD_ADMIN_ADDR", "where /livez, /readyz and /metrics listen", ([127, 0, 0, 1], 9464).into()),
+            admin_addr: env.parsed("AOD_ADMIN_ADDR", "listen address of /livez, /readyz and /metrics", ([127, 0, 0, 1], 9464).into()),
             telemetry: telemetry::Settings::from_env(env),
-            stop_grace: env.seconds("AOD_STOP_GRACE_SECONDS", "how long work in hand may go on after SIGTERM", 25),
+            stop_grace: env.seconds("AOD_STOP_GRACE_SECONDS", "how long work in flight may continue after SIGTERM", 25),
         }
     }
 }

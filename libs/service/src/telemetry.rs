@@ -29,15 +29,16 @@ pub struct Settings {
 impl Settings {
     pub fn from_env(env: &mut Env) -> Self {
         let json_logs = env.parsed("AOD_LOG_JSON", "log lines as JSON", false);
-        env.optional("RUST_LOG", "what is logged: a level, or one for each module, as in info,sprite_runner=debug");
-        let endpoint = env.optional("OTEL_EXPORTER_OTLP_ENDPOINT", "where traces go, by OTLP over HTTP (protobuf); nowhere if unset");
-        let traces = env.optional("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "the same as a whole URL, with /v1/traces");
+        env.optional("RUST_LOG", "log filter: a level, or one for each module, as in info,sprite_runner=debug");
+        let endpoint =
+            env.optional("OTEL_EXPORTER_OTLP_ENDPOINT", "URL of the trace collector (OTLP over HTTP, protobuf); no traces if unset");
+        let traces = env.optional("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "the same as a complete URL, with /v1/traces");
         // The exporter reads the rest by itself, as the standard has it.
-        env.optional("OTEL_EXPORTER_OTLP_HEADERS", "headers for the collector, name=value, separated by commas");
-        env.optional("OTEL_RESOURCE_ATTRIBUTES", "what every span says of its process, name=value, separated by commas");
+        env.optional("OTEL_EXPORTER_OTLP_HEADERS", "headers for the collector: comma-separated name=value");
+        env.optional("OTEL_RESOURCE_ATTRIBUTES", "resource attributes of every span: comma-separated name=value");
         env.optional("OTEL_TRACES_SAMPLER", "which traces are sent; parentbased_always_on if unset");
-        env.optional("OTEL_TRACES_SAMPLER_ARG", "the sampler's share, 0 to 1, where it has one");
-        let disabled = env.parsed("OTEL_SDK_DISABLED", "send no traces, whatever else is set", false);
+        env.optional("OTEL_TRACES_SAMPLER_ARG", "ratio of the sampler, 0 to 1, if it has one");
+        let disabled = env.parsed("OTEL_SDK_DISABLED", "disable traces", false);
         Self { json_logs, export_traces: !disabled && (endpoint.is_some() || traces.is_some()) }
     }
 }

@@ -30,7 +30,7 @@ impl Config {
     pub fn from_env(env: &mut Env) -> Self {
         Self {
             url: env.secret("DATABASE_URL", "postgres:// URL of this service's own role"),
-            max_connections: env.parsed("AOD_DATABASE_CONNECTIONS", "most connections to Postgres", 16),
+            max_connections: env.parsed("AOD_DATABASE_CONNECTIONS", "maximum number of connections to Postgres", 16),
         }
     }
 }
@@ -96,7 +96,7 @@ async fn is_primary(connection: &mut PgConnection) -> Result<bool, sqlx::Error> 
 /// Counts a pool's connections for whoever watches, until the stop.
 pub async fn observe(pool: PgPool, stop: CancellationToken) {
     metrics::describe_gauge!("aod_db_connections", "connections to Postgres, by state");
-    metrics::describe_gauge!("aod_db_connections_max", "as many as this process may have");
+    metrics::describe_gauge!("aod_db_connections_max", "maximum number of connections to Postgres");
     metrics::gauge!("aod_db_connections_max").set(f64::from(pool.options().get_max_connections()));
     while stop.run_until_cancelled(tokio::time::sleep(OBSERVE_EVERY)).await.is_some() {
         let (all, idle) = (f64::from(pool.size()), pool.num_idle() as f64);

@@ -39,9 +39,9 @@ impl Config {
         let config = Self {
             bus: bus::Config::from_env(env, &access::VAULT),
             store: store::Config::from_env(env),
-            encryption_key: env
-                .secret("FIELD_ENCRYPTION_KEY", "what the key-encryption keys are derived from: one text, or several as VERSION:TEXT"),
-            shared_sprites_token: env.optional_secret("SPRITES_API_KEY", "the deployment's own Sprites token"),
+            encryption_key: env.secret("FIELD_ENCRYPTION_KEY", "key-encryption keys: one secret text, or several as VERSION:TEXT"),
+            shared_sprites_token: env
+                .optional_secret("SPRITES_API_KEY", "Sprites API token of the deployment, for users without their own"),
         };
         let production = env.is_production();
         // One that is missing was refused already.

@@ -72,46 +72,46 @@ impl Config {
         let list = |text: String| text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect();
         let config = Self {
             bus: bus::Config::from_env(env, &access::GATEWAY),
-            addr: env.parsed("AOD_LISTEN_ADDR", "where the API listens", ([127, 0, 0, 1], 8777).into()),
+            addr: env.parsed("AOD_LISTEN_ADDR", "listen address of the API", ([127, 0, 0, 1], 8777).into()),
             drain: Duration::from_secs(env.parsed(
                 "AOD_DRAIN_SECONDS",
-                "how long requests are still taken after SIGTERM, until a load balancer sends them elsewhere; longer than it keeps an idle connection",
+                "how long requests are still accepted after SIGTERM; must exceed the idle timeout of a load balancer's connections",
                 5,
             )),
             api: ApiConfig {
-                default_timeout_seconds: env.parsed("DEFAULT_TIMEOUT", "a turn's timeout where none is given, in seconds", 600),
+                default_timeout_seconds: env.parsed("DEFAULT_TIMEOUT", "default timeout of a turn, in seconds", 600),
                 default_session_limit: env.parsed(
                     "DEFAULT_MAX_CONCURRENT_SESSIONS",
-                    "active sessions of a user without a limit of its own",
+                    "maximum number of active sessions of a user without a quota",
                     100,
                 ),
                 shell_runtime: env.parsed("ENABLE_SHELL_RUNTIME", "allow the shell runtime", false),
-                stream_stale: env.seconds("STREAM_STALE_SECONDS", "how long a stream may be silent before it ends", 600),
+                stream_stale: env.seconds("STREAM_STALE_SECONDS", "how long a stream may be without events before it ends", 600),
                 slow_reader: env.seconds(
                     "AOD_SLOW_READER_SECONDS",
-                    "how long a client may take nothing before its connection is closed",
+                    "how long a client may accept no data before its connection is closed",
                     30,
                 ),
-                streams_per_key: env.parsed("AOD_MAX_STREAMS_PER_KEY", "streams that one API key may have open on this gateway", 2000),
-                cors_origins: list(env.parsed("AOD_CORS_ORIGINS", "origins that browsers may call from", "*".to_owned())),
+                streams_per_key: env.parsed("AOD_MAX_STREAMS_PER_KEY", "maximum number of open streams per API key on this gateway", 2000),
+                cors_origins: list(env.parsed("AOD_CORS_ORIGINS", "comma-separated origins from which browsers may call", "*".to_owned())),
                 allowed_hosts: list(env.parsed(
                     "ALLOWED_HOSTS",
-                    "Host headers that are answered; .example.com is all of a domain",
+                    "comma-separated accepted Host headers; .example.com matches the domain and its subdomains",
                     "*".to_owned(),
                 )),
-                connections: env.parsed("AOD_MAX_CONNECTIONS", "connections that are open at a time", 16_384),
+                connections: env.parsed("AOD_MAX_CONNECTIONS", "maximum number of open connections", 16_384),
                 limits: limits::Settings {
                     failures_per_minute: NonZeroU32::new(env.parsed(
                         "AOD_AUTH_FAILURES_PER_MINUTE",
-                        "failed authentications from one address before more are answered 429; keys that work never are; 0: any number",
+                        "failed authentications per address before further failures are answered 429; valid keys are never limited; 0: no limit",
                         60,
                     )),
                     requests_per_second: NonZeroU32::new(env.parsed(
                         "AOD_REQUESTS_PER_SECOND",
-                        "requests of one API key to this gateway; 0: any number",
+                        "maximum requests per second of one API key on this gateway; 0: no limit",
                         0,
                     )),
-                    trusted_proxies: env.parsed("AOD_TRUSTED_PROXIES", "proxies in front that append to X-Forwarded-For", 0),
+                    trusted_proxies: env.parsed("AOD_TRUSTED_PROXIES", "number of proxies in front that append to X-Forwarded-For", 0),
                 },
             },
         };

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The names of the switches, for `--help`.
-pub const HELP: &str = "troubles for tests, separated by commas: pause=SECONDS, cold=SECONDS, drop-sockets=PERCENT, lose-output=BYTES, \
+pub const HELP: &str = "faults to inject, for tests, separated by commas: pause=SECONDS, cold=SECONDS, drop-sockets=PERCENT, lose-output=BYTES, \
                         slow-create=SECONDS, creates-per-minute=N, spurious=PERCENT, long-url=BYTES";
 
 /// Which troubles, and how much of each.

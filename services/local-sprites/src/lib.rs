@@ -78,22 +78,22 @@ pub struct Config {
 impl Config {
     pub fn from_env(env: &mut Env) -> Self {
         Self {
-            addr: env.parsed("LOCAL_SPRITES_ADDR", "where the API listens", ([127, 0, 0, 1], 8778).into()),
+            addr: env.parsed("LOCAL_SPRITES_ADDR", "listen address of the API", ([127, 0, 0, 1], 8778).into()),
             token: env.secret("LOCAL_SPRITES_TOKEN", "the bearer token that callers must send"),
-            data_dir: env.required("LOCAL_SPRITES_DATA_DIR", "where the Sprites' files are kept").into(),
+            data_dir: env.required("LOCAL_SPRITES_DATA_DIR", "directory of the Sprites' disks and state").into(),
             agents_dir: env.optional("LOCAL_SPRITES_AGENTS_DIR", "installed agent CLIs, mounted read-only at /opt/agents").map(Into::into),
             agent_host: env
                 .optional("LOCAL_SPRITES_AGENT_HOST", "a static agent-host, mounted read-only at /opt/aod/agent-host")
                 .map(Into::into),
             isolation: env.parsed("LOCAL_SPRITES_ISOLATION", "overlay (as root), readonly, or auto", Isolation::Auto),
-            runtime: env.parsed("LOCAL_SPRITES_RUNTIME", "the OCI runtime that makes sandboxes, as root: runc or crun", Program::default()),
+            runtime: env.parsed("LOCAL_SPRITES_RUNTIME", "OCI runtime that creates sandboxes, as root: runc or crun", Program::default()),
             rootfs: env
-                .optional("LOCAL_SPRITES_ROOTFS", "the root file system of Sprites, as scripts/rootfs.sh makes it")
+                .optional("LOCAL_SPRITES_ROOTFS", "root file system of Sprites, created by scripts/rootfs.sh")
                 .map_or_else(|| PathBuf::from(ROOTFS), Into::into),
             private_hosts: {
                 let hosts = env.optional(
                     "LOCAL_SPRITES_PRIVATE_HOSTS",
-                    "host:port, separated by commas: what Sprites may reach although it is private; 127.0.0.1:port is found at a Sprite's own loopback",
+                    "comma-separated host:port: private addresses that Sprites may reach; 127.0.0.1:port appears on a Sprite's own loopback",
                 );
                 hosts.unwrap_or_default().split(',').map(|host| host.trim().to_owned()).filter(|host| !host.is_empty()).collect()
             },
@@ -104,45 +104,42 @@ impl Config {
                     4096_u64,
                 ) << 20,
                 cpu_milli: {
-                    let cpus = env.parsed("LOCAL_SPRITES_CPUS", "CPUs of a Sprite, such as 1.5; 0 for all", 0.0_f64);
+                    let cpus = env.parsed("LOCAL_SPRITES_CPUS", "CPUs of a Sprite, such as 1.5; 0: all", 0.0_f64);
                     (cpus.is_finite() && cpus > 0.0).then_some((cpus * 1000.0) as u64)
                 },
-                processes: env.parsed("LOCAL_SPRITES_PROCESSES", "processes of a Sprite, threads counted", 4096),
+                processes: env.parsed("LOCAL_SPRITES_PROCESSES", "maximum number of processes and threads of a Sprite", 4096),
             },
             disk_bytes: {
-                let mb = env.parsed("LOCAL_SPRITES_DISK_MB", "disk of a Sprite, in MiB, taken as it is used; 0 for no limit", 20_480_u64);
+                let mb = env.parsed("LOCAL_SPRITES_DISK_MB", "disk of a Sprite, in MiB, allocated as it is used; 0: no limit", 20_480_u64);
                 (mb > 0).then_some(mb << 20)
             },
             budget: Budget {
                 memory_bytes: {
                     let mb = env.parsed(
                         "LOCAL_SPRITES_TOTAL_MEMORY_MB",
-                        "memory of all Sprites together, in MiB; 0 for all of the machine's but 2 GiB",
+                        "memory of all Sprites together, in MiB; 0: the machine's memory except 2 GiB",
                         0_u64,
                     );
                     (mb > 0).then_some(mb << 20)
                 },
                 cpu_milli: {
-                    let cpus = env.parsed("LOCAL_SPRITES_TOTAL_CPUS", "CPUs of all Sprites together, such as 1.5; 0 for all", 0.0_f64);
+                    let cpus = env.parsed("LOCAL_SPRITES_TOTAL_CPUS", "CPUs of all Sprites together, such as 1.5; 0: all", 0.0_f64);
                     (cpus.is_finite() && cpus > 0.0).then_some((cpus * 1000.0) as u64)
                 },
                 disk_reserve_bytes: env.parsed(
                     "LOCAL_SPRITES_DISK_RESERVE_MB",
-                    "what Sprites leave free of the disk that LOCAL_SPRITES_DATA_DIR is on, in MiB; at most a quarter of it",
+                    "free space that Sprites leave on the disk of LOCAL_SPRITES_DATA_DIR, in MiB; at most a quarter of the disk",
                     4096_u64,
                 ) << 20,
                 idle: Idle {
                     freeze_after: {
                         let seconds =
-                            env.parsed("LOCAL_SPRITES_FREEZE_AFTER_S", "an idle Sprite is frozen after so many seconds; 0 for never", 300);
+                            env.parsed("LOCAL_SPRITES_FREEZE_AFTER_S", "seconds after which an idle Sprite is frozen; 0: never", 300);
                         (seconds > 0).then_some(Duration::from_secs(seconds))
                     },
                     stop_after: {
-                        let seconds = env.parsed(
-                            "LOCAL_SPRITES_STOP_AFTER_S",
-                            "a frozen Sprite is stopped after so many seconds more; 0 for never",
-                            3600,
-                        );
+                        let seconds =
+                            env.parsed("LOCAL_SPRITES_STOP_AFTER_S", "seconds after which a frozen Sprite is stopped; 0: never", 3600);
                         (seconds > 0).then_some(Duration::from_secs(seconds))
                     },
                 },

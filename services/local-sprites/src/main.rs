@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     }
     service::main(
         "local-sprites",
-        "a Sprites-compatible server that keeps each Sprite in a sandbox on this machine",
+        "serves the Sprites API with sandboxes on this machine",
         local_sprites::Config::from_env,
         local_sprites::run,
     )

@@ -59,25 +59,25 @@ impl Config {
             bus: bus::Config::from_env(env, &access::SCHEDULER),
             store: store::Config::from_env(env),
             deployment_id: env
-                .secret("AOD_DEPLOYMENT_ID", "any text that no other deployment has, never changed: it tells a copy of the database"),
-            sprite_name_prefix: env.parsed("SPRITE_NAME_PREFIX", "what the names of our Sprites begin with", "aod".to_owned()),
+                .secret("AOD_DEPLOYMENT_ID", "id of this deployment: any unique text, never changed; guards against a copied database"),
+            sprite_name_prefix: env.parsed("SPRITE_NAME_PREFIX", "prefix of Sprite names", "aod".to_owned()),
             retention: Retention {
-                event_days: Some(env.parsed("EVENT_RETENTION_DAYS", "days that events are kept; 0: for ever", 0)).filter(|days| *days > 0),
-                session_days: Some(env.parsed("SESSION_RETENTION_DAYS", "days that settled sessions are kept; 0: for ever", 0))
+                event_days: Some(env.parsed("EVENT_RETENTION_DAYS", "days that events are kept; 0: forever", 0)).filter(|days| *days > 0),
+                session_days: Some(env.parsed("SESSION_RETENTION_DAYS", "days that settled sessions are kept; 0: forever", 0))
                     .filter(|days| *days > 0),
             },
-            orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for Sprites that no session knows", 900),
+            orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for orphaned Sprites", 900),
             events_max_bytes: env.parsed(
                 "AOD_EVENTS_MAX_BYTES",
-                "size of the streams of events together: how much output waits there while Postgres is away",
+                "total size of the EVENTS streams: how much output they hold while Postgres is away",
                 contract::topology::EVENTS.max_bytes,
             ),
             event_partitions: env.parsed(
                 "EVENT_PARTITIONS",
-                "streams that new sessions' events are spread over; at most 8",
+                "number of EVENTS streams over which new sessions are spread; at most 8",
                 NonZeroU8::MIN,
             ),
-            stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "copies of each stream in a NATS cluster", 1),
+            stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "replicas of each stream in a NATS cluster", 1),
         };
         if config.events_max_bytes < EVENTS_BYTES_MIN {
             env.refuse("AOD_EVENTS_MAX_BYTES has to be 1048576 or more");

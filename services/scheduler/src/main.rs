@@ -1,5 +1,10 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::main("scheduler", "the record of sessions, and what should run next", scheduler::Config::from_env, scheduler::run)
+    service::main(
+        "scheduler",
+        "stores sessions and their event logs, and decides what runs next",
+        scheduler::Config::from_env,
+        scheduler::run,
+    )
 }

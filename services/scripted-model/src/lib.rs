@@ -51,8 +51,8 @@ pub struct Config {
 impl Config {
     pub fn from_env(env: &mut Env) -> Self {
         Self {
-            addr: env.parsed("SCRIPTED_MODEL_ADDR", "where the model listens", ([127, 0, 0, 1], 8779).into()),
-            script: env.optional("SCRIPTED_MODEL_SCRIPT", "a script file; the built-in one where none is given").map(Into::into),
+            addr: env.parsed("SCRIPTED_MODEL_ADDR", "listen address of the model", ([127, 0, 0, 1], 8779).into()),
+            script: env.optional("SCRIPTED_MODEL_SCRIPT", "script file; the built-in script if unset").map(Into::into),
         }
     }
 }

@@ -71,14 +71,14 @@ impl Config {
     pub fn from_env(env: &mut Env) -> Self {
         Self {
             bus: bus::Config::from_env(env, &access::RUNNER),
-            sprites_base_url: env.parsed("SPRITES_BASE_URL", "the Sprites API", "https://api.sprites.dev".to_owned()),
-            concurrency: env.parsed("AOD_RUNNER_CONCURRENCY", "sessions that this runner works for at a time", 64),
+            sprites_base_url: env.parsed("SPRITES_BASE_URL", "base URL of the Sprites API", "https://api.sprites.dev".to_owned()),
+            concurrency: env.parsed("AOD_RUNNER_CONCURRENCY", "maximum number of sessions that this runner works on at a time", 64),
             models: ModelEndpoints {
-                anthropic: env.optional("AOD_MODEL_BASE_URL_ANTHROPIC", "Anthropic's models, by another address, without its /v1"),
-                openai: env.optional("AOD_MODEL_BASE_URL_OPENAI", "OpenAI's models, by another address, without its /v1"),
-                google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "Google's models, by another address, without its /v1beta"),
+                anthropic: env.optional("AOD_MODEL_BASE_URL_ANTHROPIC", "base URL for Anthropic's models, without /v1"),
+                openai: env.optional("AOD_MODEL_BASE_URL_OPENAI", "base URL for OpenAI's models, without /v1"),
+                google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "base URL for Google's models, without /v1beta"),
             },
-            mask_output: env.parsed("AOD_MASK_SECRETS", "show *** for a session's secrets where its agent prints them", false),
+            mask_output: env.parsed("AOD_MASK_SECRETS", "mask a session's secrets in its agent's output as ***", false),
         }
     }
 }
