@@ -15,7 +15,7 @@ const ALLOWED: [(&str, &[&str]); 10] = [
     ("rules", &["types", "contract"]),
     ("journal", &["contract"]),
     ("service", &["types"]),
-    ("bus", &["types", "contract", "service"]),
+    ("bus", &["types", "contract", "service", "sealing"]),
     ("store", &["types", "service"]),
     ("sprites", &["types"]),
     ("testkit", &["types", "contract", "bus", "service", "store"]),

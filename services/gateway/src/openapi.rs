@@ -1,4 +1,4 @@
-//! The OpenAPI document, which a running gateway serves. Operations are described beside their handlers; this module adds what they share.
+//! The OpenAPI document, committed as `docs/openapi.json`. Operations are described beside their handlers; this module adds what they share.
 
 use std::collections::BTreeMap;
 
@@ -121,5 +121,22 @@ fn add_failures(operation: &mut Operation, names_a_resource: bool) {
     }
     for (status, response) in failures {
         operation.responses.responses.entry(status.to_owned()).or_insert(response);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    const COMMITTED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/openapi.json");
+
+    /// `INSTA_UPDATE=always` writes the file, as it does snapshots.
+    #[test]
+    fn the_committed_document_is_up_to_date() {
+        let (_, document) = crate::router::routes();
+        let document = format!("{}\n", document.to_pretty_json().unwrap());
+        if std::env::var("INSTA_UPDATE").as_deref() == Ok("always") {
+            std::fs::write(COMMITTED, &document).unwrap();
+        }
+        let committed = std::fs::read_to_string(COMMITTED).unwrap_or_default();
+        assert!(committed == document, "docs/openapi.json differs: run `INSTA_UPDATE=always cargo test -p gateway`");
     }
 }
