@@ -11,7 +11,9 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     mkdir /out && \
     for name in gateway auth credential-vault scheduler sprite-runner local-sprites scripted-model aod; do \
         install -s target/$([ "$PROFILE" = dev ] && echo debug || echo "$PROFILE")/$name /out/; \
-    done
+    done && \
+    # Runs inside of sandboxes, whatever libc those have.
+    install "$(cargo run --locked --quiet --package xtask -- agent-host)" /out/
 
 FROM debian:bookworm-slim AS runtime
 RUN apt-get update && \
@@ -43,7 +45,7 @@ EXPOSE 9464
 ENTRYPOINT ["scheduler"]
 
 FROM runtime AS sprite-runner
-COPY --from=build /out/sprite-runner /usr/local/bin/
+COPY --from=build /out/sprite-runner /out/agent-host /usr/local/bin/
 EXPOSE 9464
 ENTRYPOINT ["sprite-runner"]
 
@@ -93,7 +95,8 @@ RUN apt-get update && \
     apt-get install -y --no-install-recommends \
         bubblewrap ca-certificates e2fsprogs iproute2 mount passt runc util-linux && \
     rm -rf /var/lib/apt/lists/*
-COPY --from=build /out/local-sprites /usr/local/bin/
+COPY --from=build /out/local-sprites /out/agent-host /usr/local/bin/
+ENV LOCAL_SPRITES_AGENT_HOST=/usr/local/bin/agent-host
 COPY --from=agents /agents /opt/agents
 COPY --from=rootfs /rootfs /usr/lib/local-sprites/rootfs
 ENV AOD_ADMIN_ADDR=0.0.0.0:9464 LOCAL_SPRITES_ADDR=0.0.0.0:8778 LOCAL_SPRITES_DATA_DIR=/var/lib/sprites LOCAL_SPRITES_AGENTS_DIR=/opt/agents

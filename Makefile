@@ -12,8 +12,9 @@ help: ## List the targets
 setup: ## Install missing dependencies
 	@scripts/setup.sh $(AGENTS)
 
-build: setup ## Build everything in debug mode
+build: setup ## Build everything in debug mode, and the agent host as it is put into sandboxes
 	@$(CARGO) build --quiet
+	@$(CARGO) run --quiet -p xtask -- agent-host >/dev/null
 
 demo: ## Set up, build, start the stack and run a Claude Code session with two turns; needs no account
 	@scripts/demo.sh
@@ -33,6 +34,7 @@ faults: build ## Inject faults into a stack for about ten minutes and print what
 
 bench: setup ## Measure throughput and latency beside the floors of the same run (ARGS=replay: one benchmark)
 	@$(CARGO) build --release --workspace --bins
+	@$(CARGO) run --quiet -p xtask -- agent-host >/dev/null
 	@$(CARGO) bench --quiet -p system-tests --bench stack -- $(ARGS)
 	@$(CARGO) bench --quiet -p local-sprites
 

@@ -1,5 +1,5 @@
 //! The promise under attack: sessions print numbered lines while parts of the stack are killed, stopped, paused and restarted. Then
-//! what was streamed, what is replayed and what the spool holds are compared.
+//! what was streamed, what is replayed and what the agent wrote are compared.
 
 use std::{
     collections::BTreeMap,
@@ -219,13 +219,16 @@ struct Script {
     code: i64,
 }
 
+/// Where an agent keeps a copy of its output.
+const OWN_COPY: &str = "/home/sprite/written";
+
 impl Script {
     fn new(rng: &mut Rng, seconds: u64) -> Self {
         let pause_ms = rng.u64(5..60);
         let lines = usize::try_from(seconds * 1000 / (pause_ms + 1)).unwrap_or(1);
         let (width, code, seed) = (rng.usize(1..400), i64::from(rng.u8(0..100)), rng.u32(..));
         let text = format!(
-            "exec perl -e '$|=1; srand({seed}); for $i (1..{lines}) {{ print \"$i \", \"x\" x int(rand({width})), \"\\n\"; select(undef, undef, undef, rand({}) / 1000) }} exit {code}'",
+            "exec perl -e '$|=1; srand({seed}); open($own, \">\", \"{OWN_COPY}\"); for $i (1..{lines}) {{ $line = \"$i \" . \"x\" x int(rand({width})) . \"\\n\"; print $own $line; print $line; select(undef, undef, undef, rand({}) / 1000) }} close $own; exit {code}'",
             pause_ms * 2
         );
         Self { text, lines, code }
@@ -389,9 +392,9 @@ async fn judge(stack: &Stack, session: &str, script: &Script, live: Followed, ma
         wrong.push(format!("{lost} lines lost (first {missing:?}), {doubled} doubled"));
     }
     if !failed {
-        let spool = spool(stack, session).await?;
-        if spool != replayed {
-            wrong.push(format!("the spool holds {} bytes, the replay {}", spool.len(), replayed.len()));
+        let written = own_copy(stack, session).await?;
+        if written != replayed {
+            wrong.push(format!("the agent wrote {} bytes, the replay has {}", written.len(), replayed.len()));
         }
     }
     let state = stack.get(&format!("/sessions/{session}")).await?;
@@ -404,8 +407,8 @@ async fn judge(stack: &Stack, session: &str, script: &Script, live: Followed, ma
     Ok(())
 }
 
-/// The agent's own file, in its sandbox.
-async fn spool(stack: &Stack, session: &str) -> Result<String> {
+/// What the agent wrote, as it says itself in a file of its sandbox.
+async fn own_copy(stack: &Stack, session: &str) -> Result<String> {
     let base = format!("{}/v1/sprites", stack.ready_text("/sprites_url"));
     let token = stack.ready_text("/sprites_token");
     let get = async |path: &str, query: &[(&str, &str)]| -> reqwest::Result<String> {
@@ -416,6 +419,5 @@ async fn spool(stack: &Stack, session: &str) -> Result<String> {
     let list: Value = serde_json::from_str(&get("", &[("max_results", "1000")]).await?)?;
     let names = list["sprites"].as_array().into_iter().flatten().filter_map(|sprite| sprite["name"].as_str());
     let name = names.into_iter().find(|name| name.ends_with(&tail)).context("the session has no sandbox")?.to_owned();
-    let file = "/var/lib/aod/turn-1/stdout";
-    Ok(get(&format!("/{name}/fs/read"), &[("path", file), ("workingDir", "/")]).await?)
+    Ok(get(&format!("/{name}/fs/read"), &[("path", OWN_COPY), ("workingDir", "/")]).await?)
 }

@@ -36,11 +36,16 @@ pub fn position(streamed: Option<Newest<'_>>, persisted: Option<Newest<'_>>, tur
     let open = |checkpoint| Position::Open { expected, follows: Mark::of(newest.id, newest.event), checkpoint, at_us: newest.event.at_us };
     match &newest.event.kind {
         Some(Kind::Terminated(_)) => Position::Terminated,
-        _ if newest.event.turn != turn => open(Checkpoint::default()),
+        _ if newest.event.turn != turn => open(following(newest.event.checkpoint.as_ref())),
         Some(Kind::TurnEnded(_)) => Position::Ended { id: newest.id },
         _ if newest.event.epoch > epoch => Position::Superseded,
         _ => open(newest.event.checkpoint.clone().unwrap_or_default()),
     }
+}
+
+/// A new turn's checkpoint: the agent host's journal goes on, all else begins.
+fn following(former: Option<&Checkpoint>) -> Checkpoint {
+    Checkpoint { journal_offset: former.map_or(0, |former| former.journal_offset), ..Checkpoint::default() }
 }
 
 #[cfg(test)]
@@ -71,6 +76,14 @@ mod tests {
         assert_eq!(position(Some(Newest { id: 4, event: &output }), Some(persisted), 1, 2), open(4, 5, 40), "set back");
         assert_eq!(position(None, None, 1, 1), open(0, 0, 0));
         assert_eq!(position(Some(streamed), None, 2, 1), open(9, 9, 0), "an earlier turn's checkpoint is not this one's");
+    }
+
+    #[test]
+    fn a_turn_goes_on_in_the_journal_where_the_one_before_it_ended() {
+        let checkpoint = Checkpoint { journal_offset: 4711, journal_stdout: 9, stdout_offset: 9, started: true, ..Checkpoint::default() };
+        let ended = SessionEvent { checkpoint: Some(checkpoint), ..event(1, Kind::TurnEnded(TurnEnded::default()), 0) };
+        let Position::Open { checkpoint, .. } = position(Some(Newest { id: 9, event: &ended }), None, 2, 1) else { panic!("not open") };
+        assert_eq!(checkpoint, Checkpoint { journal_offset: 4711, ..Checkpoint::default() });
     }
 
     #[test]

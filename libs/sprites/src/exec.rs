@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{SinkExt as _, StreamExt as _};
+use futures::{
+    SinkExt as _, StreamExt as _,
+    stream::{SplitSink, SplitStream},
+};
 use reqwest::StatusCode;
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::net::TcpStream;
@@ -18,6 +21,9 @@ use crate::{Error, error::retry_after};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(20);
 const KEPT_BYTES: usize = 64 * 1024;
+/// In front of bytes for standard input.
+const STDIN: u8 = 0;
+const STDIN_BYTES: usize = 64 * 1024;
 
 /// A command: an argument vector, no shell.
 #[derive(Clone, Debug, Default)]
@@ -27,6 +33,8 @@ pub struct ExecRequest<'a> {
     pub dir: &'a str,
     /// How long the command may go on when its connection is lost; the server's default where none.
     pub max_run_after_disconnect: Option<Duration>,
+    /// Whether the command reads what [`ExecInput::send`] sends; else it finds its standard input empty.
+    pub stdin: bool,
 }
 
 /// What a running command tells.
@@ -45,9 +53,22 @@ pub struct Finished {
     pub stderr: Vec<u8>,
 }
 
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
 /// A running command's connection. Dropping it leaves the command to the server's rules.
 pub struct Exec {
-    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    output: ExecOutput,
+    input: ExecInput,
+}
+
+/// What the command tells.
+pub struct ExecOutput {
+    socket: SplitStream<Socket>,
+}
+
+/// What the command is told.
+pub struct ExecInput {
+    socket: SplitSink<Socket, Message>,
 }
 
 impl Exec {
@@ -63,7 +84,10 @@ impl Exec {
         // Boxed: a TLS handshake's state is large, and so would be every future around it.
         let connect = Box::pin(tokio_tungstenite::connect_async_with_config(handshake, Some(config), true));
         match tokio::time::timeout(HANDSHAKE_TIMEOUT, connect).await {
-            Ok(Ok((socket, _))) => Ok(Self { socket }),
+            Ok(Ok((socket, _))) => {
+                let (sink, stream) = socket.split();
+                Ok(Self { output: ExecOutput { socket: stream }, input: ExecInput { socket: sink } })
+            }
             Ok(Err(tungstenite::Error::Http(response))) => {
                 let status = StatusCode::from_u16(response.status().as_u16()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
                 let body = response.body().as_deref().map(String::from_utf8_lossy).unwrap_or_default();
@@ -75,6 +99,40 @@ impl Exec {
         }
     }
 
+    /// As [`ExecOutput::next`].
+    ///
+    /// # Errors
+    /// As [`ExecOutput::next`].
+    pub async fn next(&mut self) -> Result<ExecEvent, Error> {
+        self.output.next().await
+    }
+
+    /// Both directions, for use side by side.
+    #[must_use]
+    pub fn split(self) -> (ExecOutput, ExecInput) {
+        (self.output, self.input)
+    }
+
+    /// Reads to the end.
+    ///
+    /// # Errors
+    /// As [`ExecOutput::next`].
+    pub async fn finish(mut self) -> Result<Finished, Error> {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        loop {
+            match self.next().await? {
+                ExecEvent::Stdout(data) => keep_newest(&mut stdout, &data),
+                ExecEvent::Stderr(data) => keep_newest(&mut stderr, &data),
+                ExecEvent::Exit(code) => {
+                    self.input.close().await;
+                    return Ok(Finished { code, stdout, stderr });
+                }
+            }
+        }
+    }
+}
+
+impl ExecOutput {
     /// The next event. After [`ExecEvent::Exit`] there is no other.
     ///
     /// # Errors
@@ -94,29 +152,24 @@ impl Exec {
             }
         }
     }
+}
 
-    /// Reads to the end.
+impl ExecInput {
+    /// Sends bytes to the command's standard input; waits while the command does not read.
     ///
     /// # Errors
-    /// As [`Self::next`].
-    pub async fn finish(mut self) -> Result<Finished, Error> {
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        loop {
-            match self.next().await? {
-                ExecEvent::Stdout(data) => keep_newest(&mut stdout, &data),
-                ExecEvent::Stderr(data) => keep_newest(&mut stderr, &data),
-                ExecEvent::Exit(code) => {
-                    self.close().await;
-                    return Ok(Finished { code, stdout, stderr });
-                }
-            }
+    /// [`Error::Interrupted`] when the connection is lost.
+    pub async fn send(&mut self, data: &[u8]) -> Result<(), Error> {
+        for part in data.chunks(STDIN_BYTES) {
+            let frame = [&[STDIN], part].concat();
+            self.socket.send(Message::Binary(frame.into())).await.map_err(|_| Error::Interrupted)?;
         }
+        Ok(())
     }
 
     /// Says goodbye; does not wait for an answer.
     pub async fn close(mut self) {
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.socket.close(None)).await;
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.socket.flush()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.socket.close()).await;
     }
 }
 
@@ -140,7 +193,7 @@ fn query(request: &ExecRequest<'_>) -> String {
     if let Some(limit) = request.max_run_after_disconnect {
         query.append_pair("max_run_after_disconnect", &format!("{}s", limit.as_secs()));
     }
-    query.append_pair("stdin", "false");
+    query.append_pair("stdin", if request.stdin { "true" } else { "false" });
     query.finish()
 }
 
@@ -150,7 +203,8 @@ mod tests {
 
     #[test]
     fn a_query_is_the_sdks() {
-        let request = ExecRequest { argv: &["ok", "a b"], dir: "/w d", max_run_after_disconnect: Some(Duration::from_secs(1)) };
+        let request =
+            ExecRequest { argv: &["ok", "a b"], dir: "/w d", max_run_after_disconnect: Some(Duration::from_secs(1)), stdin: false };
         assert_eq!(query(&request), "cmd=ok&cmd=a+b&path=ok&dir=%2Fw+d&max_run_after_disconnect=1s&stdin=false");
     }
 }

@@ -20,7 +20,7 @@ use tracing::{Instrument as _, field};
 use types::{Backoff, SpriteName};
 
 pub use error::Error;
-pub use exec::{Exec, ExecEvent, ExecRequest, Finished};
+pub use exec::{Exec, ExecEvent, ExecInput, ExecOutput, ExecRequest, Finished};
 
 /// Delays between attempts of one call: about 20 s in all.
 const RETRY: Backoff = Backoff { base: Duration::from_millis(250), max: Duration::from_secs(8), attempts: 6 };

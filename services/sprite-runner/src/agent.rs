@@ -1,125 +1,143 @@
-//! The agent in its Sprite: its files, and how it is started.
-//!
-//! A turn's agent is a [`Job`], started by `launch.sh`, which becomes the CLI.
+//! What the agent host is told about a session's agent, and a turn's message to it.
 
 use std::time::Duration;
 
-use bytes::Bytes;
-use contract::scheduler::TurnSpec;
-use secrecy::{ExposeSecret as _, SecretString};
-use sprites::Sprite;
-use types::{SessionId, Stage, StageState};
-
-use crate::{
-    ModelEndpoints,
-    job::{self, Job},
-    provision::StageFailed,
-    record::Record,
-    runtimes::{Adapter, CONVERSATION, Launch, Stdin, SystemPrompt},
-    secrets::Secrets,
+use contract::{
+    host::{Evaluation, Input, Message, PermissionRule, Permissions, Spec, Variable, WhenBusy, input},
+    scheduler::TurnSpec,
 };
+use prost::Message as _;
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+use types::{Runtime, SessionId, limits::KILL_GRACE};
+use zeroize::Zeroizing;
 
-const LAUNCH: &str = include_str!("../scripts/launch.sh");
-/// How long a turn's output is waited for once its agent has ended: filters that it writes through, children that end shortly after it.
+use crate::{ModelEndpoints, playback, runtimes::Adapter, secrets::Secrets, setup::Setup};
+
+/// How long output of children that an agent or a step left running is waited for.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// One turn's agent.
+/// A session's agent, without its secrets.
 #[derive(Debug)]
 pub struct Agent {
-    turn_dir: String,
-    settings: String,
-    launch: String,
-    prompt: Bytes,
+    spec: Spec,
     plain_vars: Vec<(String, String)>,
+    prompt: String,
 }
 
 impl Agent {
-    /// `working_dir`: where the agent works, if there is such a directory.
+    /// # Errors
+    /// When the scheduler sent what this runner does not understand.
     pub fn new(
         session: SessionId,
-        turn: u32,
         spec: &TurnSpec,
-        adapter: &dyn Adapter,
+        (runtime, adapter): (Runtime, &dyn Adapter),
         models: &ModelEndpoints,
-        working_dir: Option<&str>,
-    ) -> Self {
-        let turn_dir = format!("{}/turn-{turn}", job::ROOT);
-        let prompt_path = format!("{turn_dir}/prompt");
+        setup: &Setup,
+        idle: Duration,
+    ) -> Result<Self, serde_json::Error> {
         let model_id = spec.model.split_once('/').map_or(spec.model.as_str(), |(_, id)| id);
-        let launch = Launch { model: &spec.model, model_id, conversation_id: &spec.conversation_id, prompt_path: &prompt_path };
-        let word = |arg: &String| if arg == CONVERSATION { format!("\"{CONVERSATION}\"") } else { quote(arg) };
-        let line = |argv: Vec<String>| argv.iter().map(word).collect::<Vec<_>>().join(" ");
-        let options = match adapter.system_prompt() {
-            // Only the first turn brings the text; every turn of the CLI's needs it.
-            SystemPrompt::Option { option, path } => format!("[ ! -s {path} ] || set -- \"$@\" {option} {path}"),
-            SystemPrompt::Instructions(_) | SystemPrompt::Settings | SystemPrompt::BeforeThePrompt => String::new(),
-        };
-        let script = LAUNCH
-            .replace("@prepare@", adapter.prepare())
-            .replace("@find@", if turn > 1 { adapter.find_conversation(&launch) } else { ":".to_owned() }.as_str())
-            .replace("@resume@", &line(adapter.resume(&launch)))
-            .replace("@begin@", &line(adapter.begin(&launch)))
-            .replace("@options@", &options);
-        let traceparent = bus::trace::traceparent().unwrap_or_default();
-        let launch_path = format!("{turn_dir}/launch.sh");
-        let settings = Job {
-            mark: format!("{session}/{turn}"),
-            timeout: Duration::from_secs(spec.timeout_seconds.into()),
-            drain: DRAIN,
-            stdin: match adapter.stdin() {
-                Stdin::Prompt => &prompt_path,
-                Stdin::Empty => "/dev/null",
-            },
-            working_dirs: working_dir.into_iter().chain(["/workspace", "/home/sprite", "/"]).collect(),
-            vars: vec![("TRACEPARENT", &traceparent)],
-            // Not what BASH_ENV names: that is for the agent's own shells.
-            argv: vec!["/bin/bash", "-p", &launch_path],
-        }
-        .settings();
-        let prompt = match adapter.system_prompt() {
-            SystemPrompt::BeforeThePrompt if !spec.system.is_empty() => format!("{}\n\n{}", spec.system, spec.prompt),
+        let is_shell = runtime == Runtime::Shell;
+        // A shell has no instructions of its own: it runs them first.
+        let prompt = match (is_shell, spec.system.is_empty()) {
+            (true, false) => format!("{}\n\n{}", spec.system, spec.prompt),
             _ => spec.prompt.clone(),
         };
-        let prompt = if adapter.is_shell() { prompt.replace("\r\n", "\n") } else { prompt };
         let mut plain_vars = adapter.env(models);
         plain_vars.push(("AOD_SESSION_ID".to_owned(), session.to_string()));
         plain_vars.push(("AOD_MODEL".to_owned(), spec.model.clone()));
-        Self { turn_dir, settings, launch: script, prompt: prompt.into(), plain_vars }
+        plain_vars.push(("TRACEPARENT".to_owned(), bus::trace::traceparent().unwrap_or_default()));
+        let spec = Spec {
+            session_id: session.to_string(),
+            runtime: runtime.as_str().to_owned(),
+            model: if runtime == Runtime::Opencode { spec.model.clone() } else { model_id.to_owned() },
+            system: if is_shell { String::new() } else { spec.system.clone() },
+            conversation_id: spec.conversation_id.clone(),
+            working_directories: setup.working_dir().into_iter().chain(["/workspace"]).map(str::to_owned).collect(),
+            idle_seconds: u32::try_from(idle.as_secs()).unwrap_or(u32::MAX),
+            kill_grace_ms: u32::try_from(KILL_GRACE.as_millis()).unwrap_or(u32::MAX),
+            drain_quiet_ms: u32::try_from(DRAIN.as_millis()).unwrap_or(u32::MAX),
+            permissions: permissions(&spec.permissions)?,
+            refused_log: "/.sprite/policy/refused".to_owned(),
+            tasks_socket: "/.sprite/api.sock".to_owned(),
+            mcp_servers: crate::runtimes::mcp_names(setup.mcp_servers.clone()).into_iter().map(|server| server.name).collect(),
+            ..Spec::default()
+        };
+        Ok(Self {
+            spec,
+            plain_vars,
+            // A browser's text fields send line ends that a shell takes for parts of names.
+            prompt: if is_shell { prompt.replace("\r\n", "\n") } else { prompt },
+        })
     }
 
-    pub fn spool(&self, stderr: bool) -> String {
-        format!("{}/{}", self.turn_dir, if stderr { "stderr" } else { "stdout" })
-    }
-
-    /// Later ones win: stored credentials, what the runtime and we set, the environment's variables, the session's own.
-    pub fn env_file(&self, secrets: &Secrets) -> Vec<u8> {
+    /// The specification of the session's host. Later variables win: stored credentials, what the runtime and we set, the environment's
+    /// variables, the session's own.
+    pub fn spec(&self, secrets: &Secrets) -> Zeroizing<Vec<u8>> {
         let plain = self.plain_vars.iter().map(|(name, value)| (name.clone(), SecretString::from(value.as_str())));
         let vars = secrets.credential_vars().into_iter().chain(plain).chain(secrets.vars());
-        vars.flat_map(|(name, value)| format!("{name}={}\0", value.expose_secret()).into_bytes()).collect()
+        let env: Vec<Variable> = vars.map(|(name, value)| Variable { name, value: value.expose_secret().to_owned() }).collect();
+        let append_path = program_folders(&env);
+        Zeroizing::new(Spec { env, append_path, ..self.spec.clone() }.encode_to_vec())
     }
 
-    /// Puts the turn's files in place and its start on record. The agent itself is started by [`Self::follow_command`].
-    pub async fn start(&self, sprite: &Sprite, record: &mut Record) -> Result<(), StageFailed> {
-        if record.checkpoint.started {
-            return Ok(());
+    /// What begins a turn. A turn that still runs was given up by everyone else.
+    pub fn message(&self, turn: u32, timeout_seconds: u32) -> Input {
+        let message = Message { turn, text: self.prompt.clone(), timeout_seconds, when_busy: WhenBusy::Interrupt.into() };
+        Input { id: playback::turn_input(turn), kind: Some(input::Kind::Message(message)) }
+    }
+}
+
+/// Where pip, cargo and go put programs.
+fn program_folders(env: &[Variable]) -> Vec<String> {
+    let value =
+        |name: &str| env.iter().rev().find(|variable| variable.name == name && !variable.value.is_empty()).map(|variable| &variable.value);
+    let below = |name: &str, usual: &str| format!("{}/bin", value(name).map_or(usual, String::as_str));
+    let go = value("GOBIN").cloned().unwrap_or_else(|| below("GOPATH", "~/go"));
+    vec!["~/.local/bin".to_owned(), below("CARGO_HOME", "~/.cargo"), go]
+}
+
+/// An agent's permissions, as the scheduler keeps them.
+#[derive(Deserialize)]
+struct Rules {
+    #[serde(default)]
+    default: Option<Verdict>,
+    #[serde(default)]
+    rules: Vec<Rule>,
+}
+
+#[derive(Deserialize)]
+struct Rule {
+    tool: String,
+    evaluation: Verdict,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Allow,
+    Ask,
+    Deny,
+}
+
+impl Verdict {
+    fn evaluation(self) -> i32 {
+        match self {
+            Self::Allow => Evaluation::Allow,
+            Self::Ask => Evaluation::Ask,
+            Self::Deny => Evaluation::Deny,
         }
-        record.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
-        let path = |name: &str| format!("{}/{name}", self.turn_dir);
-        let (job, launch, prompt) = (path("job"), path("launch.sh"), path("prompt"));
-        let (job, launch, prompt) = tokio::join!(
-            sprite.write(&job, self.settings.clone(), 0o600),
-            sprite.write(&launch, self.launch.clone(), 0o700),
-            sprite.write(&prompt, self.prompt.clone(), 0o600),
-        );
-        let written = job.and(launch).and(prompt);
-        written.map_err(|error| StageFailed::Failed { stage: Stage::RuntimeStart, message: error.to_string() })?;
-        Ok(record.started().await?)
+        .into()
     }
+}
 
-    /// Starts the agent if it was not, then follows its spool from the given offsets.
-    pub fn follow_command(&self, stdout_offset: u64, stderr_offset: u64) -> String {
-        job::follow_command(&self.turn_dir, "job", Some((stdout_offset, stderr_offset)))
+fn permissions(json: &str) -> Result<Option<Permissions>, serde_json::Error> {
+    if json.is_empty() {
+        return Ok(None);
     }
+    let Rules { default, rules } = serde_json::from_str(json)?;
+    let rules = rules.into_iter().map(|rule| PermissionRule { tool: rule.tool, evaluation: rule.evaluation.evaluation() }).collect();
+    Ok(Some(Permissions { rules, otherwise: default.map_or(0, Verdict::evaluation) }))
 }
 
 /// One word of a POSIX shell.
@@ -136,6 +154,24 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn permissions_are_read_as_the_scheduler_keeps_them() {
+        assert_eq!(permissions("").unwrap(), None);
+        let read = permissions(r#"{"default":"ask","rules":[{"tool":"Bash","evaluation":"deny"},{"tool":"Read","evaluation":"allow"}]}"#);
+        let rule = |tool: &str, evaluation: Evaluation| PermissionRule { tool: tool.to_owned(), evaluation: evaluation.into() };
+        let rules = vec![rule("Bash", Evaluation::Deny), rule("Read", Evaluation::Allow)];
+        assert_eq!(read.unwrap(), Some(Permissions { rules, otherwise: Evaluation::Ask.into() }));
+        // What is not understood is no permission.
+        assert!(permissions(r#"{"default":"maybe"}"#).is_err());
+    }
+
+    #[test]
+    fn programs_are_found_where_the_users_variables_put_them() {
+        let env = [("CARGO_HOME", "/c"), ("GOPATH", "/g")].map(|(name, value)| Variable { name: name.to_owned(), value: value.to_owned() });
+        assert_eq!(program_folders(&env), ["~/.local/bin", "/c/bin", "/g/bin"]);
+        assert_eq!(program_folders(&[]), ["~/.local/bin", "~/.cargo/bin", "~/go/bin"]);
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(50))]

@@ -126,6 +126,8 @@ const PROVIDER_FAILED: &[&str] = &[
     "error: 503",
     "status 500",
     "\"statuscode\":500",
+    "\"code\":500",
+    "\"code\":503",
     "high demand",
 ];
 
@@ -174,6 +176,7 @@ mod tests {
         assert_eq!(of_agent(Some(137), ""), Some(Cause::OutOfMemory));
         assert_eq!(of_agent(None, r#"{"subtype":"api_retry","error_status":500,"error":"server_error"}"#), Some(Cause::ProviderFailed));
         assert_eq!(of_agent(None, r#"{"code":429,"status":"RESOURCE_EXHAUSTED"}"#), Some(Cause::RateLimited));
+        assert_eq!(of_agent(None, r#"{"error":{"code":500,"status":"INTERNAL"}}"#), Some(Cause::ProviderFailed));
         assert_eq!(of_agent(Some(1), "tests failed"), None);
     }
 }

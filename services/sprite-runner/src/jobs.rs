@@ -13,7 +13,12 @@ use prost::Message as _;
 use tracing::Instrument as _;
 use types::{Backoff, ErrorCode, SessionId};
 
-use crate::{Runner, destroy, lease::Hold, sweep, turn};
+use crate::{
+    Runner, destroy,
+    inputs::{self, Inputs},
+    lease::Hold,
+    sweep, turn,
+};
 
 const CLAIM_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
@@ -91,6 +96,13 @@ async fn own(
 ) {
     let (sprite, epoch) = (spec.sprite.clone(), spec.epoch);
     let (stop, lost) = (runner.stop.clone(), hold.lost.clone());
+    let inputs = match Inputs::follow(&runner.bus, inputs::Turn { session, turn, epoch }, hold.inputs.clone()).await {
+        Ok(inputs) => inputs,
+        Err(error) => {
+            tracing::warn!(%error, "failed to subscribe to hints of inputs");
+            return release(&runner, session, turn, epoch, String::new()).await;
+        }
+    };
     let end = tokio::select! {
         // Released at once: the next runner continues where the log ends.
         () = stop.cancelled() => turn::End::Released(String::new()),
@@ -99,7 +111,7 @@ async fn own(
             return;
         }
         _ = terminated.next() => turn::End::Terminated,
-        end = turn::run(&runner, session, turn, spec) => end,
+        end = turn::run(&runner, session, turn, spec, inputs) => end,
     };
     match end {
         turn::End::Settled(id) => hold.ended(id),

@@ -13,7 +13,7 @@ use contract::{
     rpc,
     scheduler::{HeartbeatReply, HeartbeatRequest, HeldTurn},
 };
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use types::{SessionId, random_fraction};
 use uuid::Uuid;
@@ -46,6 +46,7 @@ struct Entry {
     /// The id of the turn's end, once it is in the log.
     ended: Option<u64>,
     lost: CancellationToken,
+    inputs: Arc<Notify>,
 }
 
 /// A turn that this process holds, until it is dropped.
@@ -55,6 +56,8 @@ pub struct Hold {
     key: Key,
     /// Cancelled when the turn is not this runner's any more.
     pub lost: CancellationToken,
+    /// Notified when inputs of the turn wait at the scheduler.
+    pub inputs: Arc<Notify>,
 }
 
 impl Turns {
@@ -74,13 +77,13 @@ impl Turns {
 
     /// Begins to hold a turn; `None` where this process holds it already.
     pub fn hold(&self, session: SessionId, turn: u32) -> Option<Hold> {
-        let (key, lost) = ((session, turn), CancellationToken::new());
+        let (key, lost, inputs) = ((session, turn), CancellationToken::new(), Arc::new(Notify::new()));
         let mut state = self.lock();
         if state.held.contains_key(&key) {
             return None;
         }
-        state.held.insert(key, Entry { epoch: None, ended: None, lost: lost.clone() });
-        Some(Hold { turns: self.clone(), key, lost })
+        state.held.insert(key, Entry { epoch: None, ended: None, lost: lost.clone(), inputs: inputs.clone() });
+        Some(Hold { turns: self.clone(), key, lost, inputs })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -108,6 +111,17 @@ impl Turns {
         }
     }
 
+    /// Tells turns of inputs that wait for them.
+    fn tell_of_inputs(&self, turns: &[HeldTurn]) {
+        let state = self.lock();
+        for turn in turns {
+            let Ok(session) = turn.session_id.parse() else { continue };
+            if let Some(entry) = state.held.get(&(session, turn.turn)).filter(|entry| entry.epoch == Some(turn.epoch)) {
+                entry.inputs.notify_one();
+            }
+        }
+    }
+
     /// Stops all turns: their lease is gone.
     fn lose_all(&self) {
         let mut state = self.lock();
@@ -131,6 +145,7 @@ impl Turns {
                 }
                 Ok(reply) => {
                     self.lose(&reply.lost);
+                    self.tell_of_inputs(&reply.with_inputs);
                     if first {
                         first = false;
                         self.lease.send_replace(Some(lease));

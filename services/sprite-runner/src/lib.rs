@@ -1,17 +1,20 @@
 //! Claims turns, drives the Sprites API, publishes what happens. Keeps nothing: a runner that dies is replaced by any other.
 //!
-//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`job`] is what
-//! runs detached in a Sprite, a step of the set-up or an [`agent`]; [`follow`] reads its spool; [`record`] appends to the session's record as its one writer; [`runtimes`] knows the CLIs.
+//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`host`] is
+//! the connection to the agent host, which runs set-up steps and the [`agent`]; [`inputs`] fetches what is sent to a running turn;
+//! [`playback`] decides which events the host's journal becomes; [`record`] appends them to the session's log as its one writer;
+//! [`runtimes`] knows what the CLIs need.
 
 mod agent;
 mod destroy;
 mod diagnosis;
-mod follow;
-mod job;
+mod host;
+mod inputs;
 mod jobs;
 mod lease;
 mod mask;
 pub mod metrics;
+mod playback;
 mod provision;
 mod record;
 mod runtimes;
@@ -19,10 +22,9 @@ mod secrets;
 mod setup;
 mod sweep;
 mod turn;
-mod usage;
 mod utf8;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use bus::Bus;
@@ -39,6 +41,10 @@ pub struct Config {
     pub models: ModelEndpoints,
     /// Whether a session's secrets are masked in what its agent prints.
     pub mask_output: bool,
+    /// How long an agent's process is kept after its turn.
+    pub agent_idle: Duration,
+    /// The agent host's file, where it is not beside the runner.
+    pub agent_host: Option<String>,
 }
 
 /// Where each provider's models are, when not at the provider's own address.
@@ -79,6 +85,12 @@ impl Config {
                 google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "base URL for Google's models, without /v1beta"),
             },
             mask_output: env.parsed("AOD_MASK_SECRETS", "mask a session's secrets in its agent's output as ***", false),
+            agent_idle: Duration::from_secs(env.parsed(
+                "AOD_AGENT_IDLE_SECONDS",
+                "how long an agent's process is kept for its next turn; 0: not at all",
+                300,
+            )),
+            agent_host: env.optional("AOD_AGENT_HOST", "the agent host's file, if not beside the runner's own"),
         }
     }
 }
@@ -91,6 +103,9 @@ struct Runner {
     sprites_base_url: Arc<str>,
     models: Arc<ModelEndpoints>,
     mask_output: bool,
+    agent_idle: Duration,
+    /// What is put into Sprites to run agents.
+    program: host::Program,
     /// The turns that this process holds.
     turns: lease::Turns,
     /// Shown in audits: which process redeemed a lease.
@@ -101,10 +116,11 @@ struct Runner {
 /// Connects and begins to take jobs.
 ///
 /// # Errors
-/// When the bus cannot be reached.
+/// When the bus cannot be reached, or there is no agent host to put into Sprites.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     crate::metrics::describe();
     let name = config.bus.name.clone();
+    let program = host::Program::load(config.agent_host.as_deref()).map_err(|error| anyhow::anyhow!("the agent host: {error}"))?;
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
@@ -114,6 +130,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         sprites_base_url: config.sprites_base_url.into(),
         models: Arc::new(config.models),
         mask_output: config.mask_output,
+        agent_idle: config.agent_idle,
+        program,
         turns: lease::Turns::new(),
         name: name.into(),
         stop: lifecycle.stop_token(),
@@ -130,7 +148,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         }
         bus::work::run(bus.clone(), &topology::RUNNER, concurrency, stop, move |job| jobs::handle(runner.clone(), job)).await;
         // What was released must leave before the process does.
-        bus.flush(std::time::Duration::from_secs(2)).await;
+        bus.flush(Duration::from_secs(2)).await;
     });
     Ok(())
 }

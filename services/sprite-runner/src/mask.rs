@@ -13,11 +13,11 @@ const SECRET_BYTES_MIN: usize = 8;
 const SECRET_BYTES_MAX: usize = OUTPUT_EVENT_BYTES_MAX / 2;
 const MASK: &[u8] = b"***";
 
-/// Some bytes of the spool, as they go on record.
+/// Some bytes of a stream, as they go into the log.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// How many bytes of the spool these are.
-    pub spooled: u64,
+    /// How many bytes of the stream these are.
+    pub consumed: u64,
     pub data: Bytes,
 }
 
@@ -52,6 +52,10 @@ impl Masker {
         Self { secrets, finder }
     }
 
+    pub const fn has_secrets(&self) -> bool {
+        self.finder.is_some()
+    }
+
     /// A text without any secret.
     pub fn text(&self, text: &str) -> String {
         match &self.finder {
@@ -77,11 +81,11 @@ impl Masker {
             return None;
         }
         if taken == 0 {
-            return Some(Piece { spooled: end as u64, data: data.split_to(end) });
+            return Some(Piece { consumed: end as u64, data: data.split_to(end) });
         }
         masked.extend_from_slice(head.get(taken..end).unwrap_or_default());
         let _ = data.split_to(end);
-        Some(Piece { spooled: end as u64, data: masked.into() })
+        Some(Piece { consumed: end as u64, data: masked.into() })
     }
 
     /// How many bytes at the end are the beginning of a secret.
@@ -107,18 +111,18 @@ mod tests {
 
     /// What goes on record when the bytes come in these parts.
     fn record(masker: &Masker, parts: &[&[u8]]) -> (Vec<u8>, u64) {
-        let (mut out, mut spooled, mut carry) = (Vec::new(), 0, Vec::new());
+        let (mut out, mut consumed, mut carry) = (Vec::new(), 0, Vec::new());
         for (index, part) in parts.iter().enumerate() {
             carry.extend_from_slice(part);
             let mut data = Bytes::from(std::mem::take(&mut carry));
             while let Some(piece) = masker.next(&mut data, index + 1 == parts.len()) {
-                spooled += piece.spooled;
+                consumed += piece.consumed;
                 out.extend_from_slice(&piece.data);
             }
             carry = data.to_vec();
         }
         assert!(carry.is_empty(), "left: {carry:?}");
-        (out, spooled)
+        (out, consumed)
     }
 
     #[test]
@@ -129,9 +133,9 @@ mod tests {
         for first in 0..text.len() {
             for second in first..text.len() {
                 let parts = [&text.as_bytes()[..first], &text.as_bytes()[first..second], &text.as_bytes()[second..]];
-                let (out, spooled) = record(&masker, &parts);
+                let (out, consumed) = record(&masker, &parts);
                 assert_eq!(String::from_utf8(out).unwrap(), expected, "{first} {second}");
-                assert_eq!(spooled, text.len() as u64);
+                assert_eq!(consumed, text.len() as u64);
             }
         }
         assert_eq!(masker.text(text), expected);
@@ -141,18 +145,18 @@ mod tests {
     fn what_could_become_a_secret_waits_and_nothing_else_does() {
         let masker = Masker::new(["sk-sentinel-1"]);
         let mut data = Bytes::from_static(b"hello sk-sen");
-        assert_eq!(masker.next(&mut data, false), Some(Piece { spooled: 6, data: Bytes::from_static(b"hello ") }));
+        assert_eq!(masker.next(&mut data, false), Some(Piece { consumed: 6, data: Bytes::from_static(b"hello ") }));
         assert_eq!(masker.next(&mut data, false), None);
-        assert_eq!(masker.next(&mut data, true), Some(Piece { spooled: 6, data: Bytes::from_static(b"sk-sen") }));
-        assert_eq!(Masker::default().next(&mut Bytes::from_static(b"sk-sen"), false).unwrap().spooled, 6);
+        assert_eq!(masker.next(&mut data, true), Some(Piece { consumed: 6, data: Bytes::from_static(b"sk-sen") }));
+        assert_eq!(Masker::default().next(&mut Bytes::from_static(b"sk-sen"), false).unwrap().consumed, 6);
     }
 
     #[test]
     fn a_secret_across_the_largest_event_is_masked() {
         let masker = Masker::new(["sk-sentinel-1"]);
         let text = ["x".repeat(OUTPUT_EVENT_BYTES_MAX - 5).as_str(), "sk-sentinel-1", "y"].concat();
-        let (out, spooled) = record(&masker, &[text.as_bytes()]);
-        assert_eq!((out.len(), spooled), (text.len() - 10, text.len() as u64));
+        let (out, consumed) = record(&masker, &[text.as_bytes()]);
+        assert_eq!((out.len(), consumed), (text.len() - 10, text.len() as u64));
         assert!(out.ends_with(b"x***y"));
     }
 
@@ -162,8 +166,8 @@ mod tests {
             let masker = Masker::new(["secretab", "absecret", "cabsecreté"]);
             let parts: Vec<&[u8]> = parts.iter().map(|part| part.as_bytes()).collect();
             let whole = parts.concat();
-            let (out, spooled) = record(&masker, &parts);
-            prop_assert_eq!(spooled, whole.len() as u64);
+            let (out, consumed) = record(&masker, &parts);
+            prop_assert_eq!(consumed, whole.len() as u64);
             prop_assert_eq!(String::from_utf8(out).unwrap(), masker.text(std::str::from_utf8(&whole).unwrap()));
             let mut plain = Vec::new();
             record(&Masker::default(), &parts).0.clone_into(&mut plain);

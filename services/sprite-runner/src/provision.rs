@@ -1,36 +1,34 @@
-//! Setting a new Sprite up, stage by stage, each stage an event. Every stage may be run twice: a successor begins with the first that
-//! is not on record as done.
+//! Setting a new Sprite up, stage by stage, each stage an event. A successor begins with the first that is not in the log as done;
+//! scripts run under the agent host, which runs each once, whoever asks.
 
 use std::{
     fmt,
     time::{Duration, Instant},
 };
 
+use contract::host::{Input, Step as HostStep, StepEnded, input, turn_ended::Reason};
 use sprites::{Client, ExecRequest, Sprite};
 use tracing::Instrument as _;
-use types::{Runtime, SessionId, Skill, Stage, StageState};
+use types::{Runtime, Skill, Stage, StageState};
 
 use crate::{
     ModelEndpoints,
-    agent::{Agent, quote},
+    agent::quote,
     diagnosis,
-    follow::{self, Contact, Gone},
-    job::{self, Job, Status},
+    host::{Gone, Link},
+    playback::Playback,
     record::{Fenced, Record},
     runtimes::{self, Adapter, Skills},
     secrets::Secrets,
     setup::{self, Setup, Step},
 };
 
-/// No single stage takes longer.
+/// No single step takes longer.
 const STAGE_MAX: Duration = Duration::from_secs(600);
 /// How much of a failed script's last words its user is told, of each stream.
 const TAIL_BYTES: usize = 2000;
-/// How long a step's output is waited for once its script has ended.
-const DRAIN: Duration = Duration::from_secs(1);
-
-/// How long a failure waits for what the script said.
-const SAID_DEADLINE: Duration = Duration::from_secs(20);
+/// How much of the journal is kept for a successor that has to tell what a failed script said.
+const KEPT_BYTES: u64 = 64 << 20;
 
 const GIT_CREDENTIALS: &str = "/home/sprite/.aod/git-credentials";
 
@@ -49,6 +47,7 @@ pub enum StageFailed {
 /// Why a stage's work stopped.
 #[derive(Debug)]
 enum Trouble {
+    Fenced(Fenced),
     Released(String),
     Failed(String),
 }
@@ -65,20 +64,25 @@ impl From<Fenced> for StageFailed {
     }
 }
 
+/// The agent host while it runs set-up steps.
+pub struct StepRunner {
+    pub link: Link,
+    pub playback: Playback,
+}
+
 pub struct Provisioning<'a> {
     pub client: &'a Client,
     pub sprite: &'a Sprite,
-    pub session: SessionId,
     pub setup: &'a Setup,
     pub secrets: &'a Secrets,
-    pub agent: &'a Agent,
     pub runtime: Runtime,
     pub adapter: &'static dyn Adapter,
     pub models: &'a ModelEndpoints,
 }
 
 impl Provisioning<'_> {
-    pub async fn run(&self, record: &mut Record, contact: &mut Contact) -> Result<(), StageFailed> {
+    /// What comes before the agent host: the Sprite itself.
+    pub async fn create(&self, record: &mut Record) -> Result<(), StageFailed> {
         stage(record, Stage::CreateSprite, async { Ok(self.client.ensure(self.sprite.name()).await?) }).await?;
         if let Some(executable) = self.adapter.executable() {
             stage(record, Stage::InstallRuntime, self.find(executable)).await?;
@@ -87,24 +91,36 @@ impl Provisioning<'_> {
         if let Some(hosts) = self.setup.allowed_hosts() {
             stage(record, Stage::NetworkPolicy, self.limit_network(hosts)).await?;
         }
-        stage(record, Stage::EnvFile, self.write_env()).await?;
+        Ok(())
+    }
+
+    /// All else.
+    pub async fn set_up(&self, record: &mut Record, host: &mut StepRunner) -> Result<(), StageFailed> {
+        stage(record, Stage::EnvFile, host.reach()).await?;
         let credentials = self.setup.git_credentials(self.secrets);
-        if !credentials.is_empty() {
-            stage(record, Stage::GitCredentials, self.write_git_credentials(credentials, contact)).await?;
+        if !credentials.is_empty()
+            && let Some(course) = Course::begin(record, Stage::GitCredentials).await?
+        {
+            let done = self.write_git_credentials(credentials, record, host).await;
+            course.end(record, done).await?;
         }
         let steps = self.setup.steps();
-        if !steps.is_empty() {
-            stage(record, Stage::ProvisionSetup, self.run_steps(steps, contact)).await?;
+        if !steps.is_empty()
+            && let Some(course) = Course::begin(record, Stage::ProvisionSetup).await?
+        {
+            let done = self.run_steps(Stage::ProvisionSetup, &steps, record, host).await;
+            course.end(record, done).await?;
         }
         let servers = runtimes::mcp_names(self.secrets.fill_in(self.setup.mcp_servers.clone()));
-        let mut config = self.adapter.config_files(&servers, self.models, &self.setup.system);
-        config
-            .extend(self.adapter.system_prompt().path().map(|path| (path, self.setup.system.clone())).filter(|(_, text)| !text.is_empty()));
+        let config = self.adapter.config_files(&servers, self.models);
         if !config.is_empty() {
             stage(record, Stage::RuntimeConfig, self.write_config(config)).await?;
         }
-        if let Some(skills) = self.adapter.skills().filter(|_| !self.setup.skills.is_empty()) {
-            stage(record, Stage::Skills, self.add_skills(skills, contact)).await?;
+        if let Some(skills) = self.adapter.skills().filter(|_| !self.setup.skills.is_empty())
+            && let Some(course) = Course::begin(record, Stage::Skills).await?
+        {
+            let done = self.add_skills(skills, record, host).await;
+            course.end(record, done).await?;
         }
         Ok(())
     }
@@ -116,12 +132,6 @@ impl Provisioning<'_> {
         if found.code == 0 { Ok(()) } else { Err(format!("{executable} is not installed in the Sprite").into()) }
     }
 
-    async fn write_env(&self) -> Result<(), Trouble> {
-        let env = self.agent.env_file(self.secrets);
-        let (env, tools) = tokio::join!(self.sprite.write(job::ENV_FILE, env, 0o600), job::write_tools(self.sprite));
-        Ok(env.and(tools)?)
-    }
-
     async fn limit_network(&self, hosts: &[String]) -> Result<(), Trouble> {
         let models = self.runtime.providers().iter().map(|provider| self.models.host(*provider));
         let hosts: Vec<String> = hosts.iter().cloned().chain(models).collect();
@@ -129,90 +139,103 @@ impl Provisioning<'_> {
         limited.map_err(|error| format!("this sandbox cannot limit its network: {error}").into())
     }
 
-    async fn write_git_credentials(&self, credentials: String, contact: &mut Contact) -> Result<(), Trouble> {
+    async fn write_git_credentials(&self, credentials: String, record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
         self.sprite.write(GIT_CREDENTIALS, credentials, 0o600).await?;
         // A token is for its own repository, not for all of the host's.
         let script = format!(
             "git config --global credential.helper 'store --file {GIT_CREDENTIALS}' && \
              git config --global credential.https://github.com.useHttpPath true"
         );
-        self.run_step("git", &Step { what: "setting git up".to_owned(), script }, contact).await
+        let step = Step { what: "setting git up".to_owned(), script };
+        self.run_steps(Stage::GitCredentials, &[step], record, host).await
     }
 
-    async fn run_steps(&self, steps: Vec<Step>, contact: &mut Contact) -> Result<(), Trouble> {
+    /// Runs scripts one after the other, with the session's variables.
+    async fn run_steps(&self, stage: Stage, steps: &[Step], record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
+        let ids: Vec<String> = (1..=steps.len()).map(|number| format!("step-{stage}-{number}")).collect();
+        host.playback.enter_stage(stage.as_str());
         for (number, step) in steps.iter().enumerate() {
-            self.run_step(&format!("setup-{}", number + 1), step, contact).await?;
+            let (Some(id), Some(later)) = (ids.get(number), ids.get(number + 1..)) else { break };
+            let ended = host.run(id, later, step, record).await?;
+            let code = match ended.reason() {
+                Reason::TimedOut => return Err(format!("{} was not done after {} s", step.what, STAGE_MAX.as_secs()).into()),
+                Reason::HostLost => return Err(format!("{} was ended: the agent host was killed", step.what).into()),
+                Reason::SandboxLost => return Err(format!("{} was ended: the sandbox restarted", step.what).into()),
+                _ => ended.exit_code.and_then(|code| u8::try_from(code).ok()),
+            };
+            let Some(code) = code else { return Err(format!("{} could not be run", step.what).into()) };
+            if code != 0 {
+                let (stdout, stderr) = (host.playback.tail(false), host.playback.tail(true));
+                let cause = diagnosis::of_script(code, &format!("{stderr}\n{stdout}"), self.setup.allowed_hosts().is_some());
+                let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+                return Err(format!("{} exited with {code}{cause}: {}", step.what, last_words(&stdout, &stderr)).into());
+            }
         }
         Ok(())
     }
 
-    /// Runs a script once, with the session's variables, whoever follows it: a successor finds it under way, or done. Its text goes by
-    /// file: an argument would be seen in a URL. Each claim writes files of its own, since a script may not change while it runs.
-    async fn run_step(&self, name: &str, step: &Step, contact: &mut Contact) -> Result<(), Trouble> {
-        let epoch = self.setup.epoch;
-        let dir = format!("{}/{name}", job::ROOT);
-        let (script_path, job) = (format!("{dir}/script-{epoch}"), format!("job-{epoch}"));
-        let settings = Job {
-            mark: format!("{}/{name}", self.session),
-            timeout: STAGE_MAX,
-            drain: DRAIN,
-            stdin: "/dev/null",
-            working_dirs: vec!["/home/sprite", "/"],
-            vars: Vec::new(),
-            argv: vec!["/bin/bash", &script_path],
-        }
-        .settings();
-        let job_path = format!("{dir}/{job}");
-        let (script, settings) =
-            tokio::join!(self.sprite.write(&script_path, step.script.clone(), 0o700), self.sprite.write(&job_path, settings, 0o600));
-        script.and(settings)?;
-        let status = follow::job(self.client, self.sprite, &job::follow_command(&dir, &job, None), contact).await;
-        let status = status.map_err(|gone| match gone {
-            Gone::Released(reason) => Trouble::Released(reason),
-            Gone::Failed(why) => Trouble::Failed(format!("{} can no longer be followed: {why}", step.what)),
-        })?;
-        let code = match status {
-            Status::Exited { code: 0, .. } => return Ok(()),
-            Status::Exited { code, .. } => code,
-            Status::TimedOut => return Err(format!("{} was not done after {} s", step.what, STAGE_MAX.as_secs()).into()),
-            Status::Killed => return Err(format!("{} was ended: the process that supervises it was killed", step.what).into()),
-            Status::Lost => return Err(format!("{} was ended: the sandbox restarted", step.what).into()),
-        };
-        let (stdout, stderr) = tokio::join!(self.said(&dir, "stdout"), self.said(&dir, "stderr"));
-        let cause = diagnosis::of_script(code, &format!("{stderr}\n{stdout}"), self.setup.allowed_hosts().is_some());
-        let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
-        Err(format!("{} exited with {code}{cause}: {}", step.what, last_words(&stdout, &stderr)).into())
-    }
-
-    /// The end of what a step printed; nothing where it cannot be read.
-    async fn said(&self, dir: &str, stream: &str) -> String {
-        let path = format!("{dir}/{stream}");
-        let request = ExecRequest { argv: &["tail", "-c", "65536", &path], dir: "/", ..ExecRequest::default() };
-        let finished = self.sprite.run(&request, SAID_DEADLINE).await;
-        finished.map(|finished| String::from_utf8_lossy(&finished.stdout).into_owned()).unwrap_or_default()
-    }
-
     async fn write_config(&self, files: Vec<(&'static str, String)>) -> Result<(), Trouble> {
+        self.sprite.write(runtimes::MCP_START_PATH, runtimes::MCP_START, 0o755).await?;
         for (path, content) in files {
             self.sprite.write(path, content, 0o600).await?;
         }
         Ok(())
     }
 
-    async fn add_skills(&self, skills: Skills, contact: &mut Contact) -> Result<(), Trouble> {
-        for (number, skill) in self.setup.skills.iter().enumerate() {
+    async fn add_skills(&self, skills: Skills, record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
+        let mut steps = Vec::new();
+        for skill in &self.setup.skills {
             match skill {
                 Skill::Inline(skill) => {
                     let path = format!("{}/{}/SKILL.md", skills.folder, skill.name);
                     self.sprite.write(&path, types::skill::skill_file(skill), 0o644).await?;
                 }
-                Skill::Github(skill) => {
-                    let step = setup::install_skill(skill, skills.installer_name);
-                    self.run_step(&format!("skill-{}", number + 1), &step, contact).await?;
-                }
+                Skill::Github(skill) => steps.push(setup::install_skill(skill, skills.installer_name)),
             }
         }
-        Ok(())
+        self.run_steps(Stage::Skills, &steps, record, host).await
+    }
+}
+
+impl StepRunner {
+    /// Waits until the host runs.
+    async fn reach(&mut self) -> Result<(), Trouble> {
+        self.playback.absorb(self.link.next().await).map_err(trouble)
+    }
+
+    /// Runs a step, or finds that it was run. The journal is read meanwhile, and what it tells goes into the log.
+    async fn run(&mut self, id: &str, later: &[String], step: &Step, record: &mut Record) -> Result<StepEnded, Trouble> {
+        let host_step =
+            HostStep { name: step.what.clone(), script: step.script.clone(), timeout_seconds: STAGE_MAX.as_secs().try_into().unwrap_or(0) };
+        self.link.send(Input { id: id.to_owned(), kind: Some(input::Kind::Step(host_step)) }).await;
+        loop {
+            while let Some(emitted) = self.playback.next() {
+                let id = record.play(emitted).await.map_err(Trouble::Fenced)?;
+                self.playback.appended(id);
+            }
+            if let Some(ended) = self.playback.step(id, later) {
+                self.link.accepted(id.to_owned()).await;
+                return Ok(ended);
+            }
+            let mut incoming = Some(self.link.next().await);
+            while let Some(came) = incoming {
+                self.playback.absorb(came).map_err(trouble)?;
+                incoming = if self.playback.is_drained() { self.link.try_next() } else { None };
+            }
+            self.playback.settle();
+            if let Some(offset) = self.playback.persisted().checked_sub(KEPT_BYTES) {
+                self.link.persisted(offset).await;
+            }
+        }
+    }
+}
+
+fn trouble(gone: Gone) -> Trouble {
+    match gone {
+        Gone::Released(reason) => Trouble::Released(reason),
+        Gone::Failed(why) => Trouble::Failed(why),
+        Gone::JournalLost => Trouble::Failed("the agent host's journal was deleted".to_owned()),
+        Gone::SandboxLost => Trouble::Failed("the sandbox disappeared".to_owned()),
     }
 }
 
@@ -229,28 +252,46 @@ fn last_words(stdout: &str, stderr: &str) -> String {
     }
 }
 
-/// Runs a stage and puts its course on record; one that is done is left alone.
-async fn stage(record: &mut Record, stage: Stage, work: impl Future<Output = Result<(), Trouble>>) -> Result<(), StageFailed> {
-    if record.is_done(stage) {
-        return Ok(());
+/// A stage that was begun.
+struct Course {
+    stage: Stage,
+    begun: Instant,
+}
+
+impl Course {
+    /// None: the stage is done.
+    async fn begin(record: &mut Record, stage: Stage) -> Result<Option<Self>, StageFailed> {
+        if record.is_done(stage) {
+            return Ok(None);
+        }
+        record.stage(stage, StageState::Started, None, None).await?;
+        Ok(Some(Self { stage, begun: Instant::now() }))
     }
-    record.stage(stage, StageState::Started, None, None).await?;
-    let begun = Instant::now();
+
+    async fn end(self, record: &mut Record, done: Result<(), Trouble>) -> Result<(), StageFailed> {
+        let (stage, took) = (self.stage, self.begun.elapsed());
+        metrics::histogram!("aod_stage_seconds", "stage" => stage.as_str()).record(took);
+        match done {
+            Ok(()) => Ok(record.stage(stage, StageState::Done, Some(took), None).await?),
+            Err(Trouble::Fenced(fenced)) => Err(fenced.into()),
+            Err(Trouble::Released(reason)) => Err(StageFailed::Released(reason)),
+            Err(Trouble::Failed(message)) => {
+                metrics::counter!("aod_stages_failed_total", "stage" => stage.as_str()).increment(1);
+                let message = record.secrets.text(&message);
+                record.stage(stage, StageState::Failed, Some(took), Some(message.clone())).await?;
+                Err(StageFailed::Failed { stage, message })
+            }
+        }
+    }
+}
+
+/// Runs a stage and puts its course into the log; one that is done is left alone.
+async fn stage(record: &mut Record, stage: Stage, work: impl Future<Output = Result<(), Trouble>>) -> Result<(), StageFailed> {
+    let Some(course) = Course::begin(record, stage).await? else { return Ok(()) };
     let work = work.instrument(tracing::info_span!("stage", otel.name = stage.as_str()));
     let done =
         tokio::time::timeout(STAGE_MAX, work).await.unwrap_or_else(|_| Err(format!("not done after {} s", STAGE_MAX.as_secs()).into()));
-    let took = begun.elapsed();
-    metrics::histogram!("aod_stage_seconds", "stage" => stage.as_str()).record(took);
-    match done {
-        Ok(()) => Ok(record.stage(stage, StageState::Done, Some(took), None).await?),
-        Err(Trouble::Released(reason)) => Err(StageFailed::Released(reason)),
-        Err(Trouble::Failed(message)) => {
-            metrics::counter!("aod_stages_failed_total", "stage" => stage.as_str()).increment(1);
-            let message = record.secrets.text(&message);
-            record.stage(stage, StageState::Failed, Some(took), Some(message.clone())).await?;
-            Err(StageFailed::Failed { stage, message })
-        }
-    }
+    course.end(record, done).await
 }
 
 #[cfg(test)]

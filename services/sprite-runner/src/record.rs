@@ -13,7 +13,7 @@ use bus::{
 use bytes::Bytes;
 use contract::{
     scheduler::TurnSpec,
-    session::{Checkpoint, Output, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
+    session::{Checkpoint, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
     subject, topology,
 };
 use prost::Message as _;
@@ -24,7 +24,10 @@ use rules::{
 use types::{Backoff, Partition, SessionId, Stage, StageState, Timestamp};
 use uuid::Uuid;
 
-use crate::mask::{Masker, Piece};
+use crate::{
+    mask::Masker,
+    playback::{self, Emitted, Place},
+};
 
 const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(2), attempts: u32::MAX };
 
@@ -115,13 +118,17 @@ impl Record {
             Some(event) => Some(decode(event.event_id, event.payload.clone()).ok_or(OpenError::Unreadable)?),
             None => None,
         };
-        let (last_sequence, follows, checkpoint, last_at_us) =
+        let (last_sequence, follows, mut checkpoint, last_at_us) =
             match rules::position::position(newest(&streamed), newest(&persisted), turn, epoch) {
                 rules::position::Position::Open { expected, follows, checkpoint, at_us } => (expected, follows, checkpoint, at_us),
                 rules::position::Position::Ended { id } => return Ok(Position::Ended(id)),
                 rules::position::Position::Terminated => return Ok(Position::Fenced(Fenced::Terminated)),
                 rules::position::Position::Superseded => return Ok(Position::Fenced(Fenced::Superseded)),
             };
+        let newest = [&streamed, &persisted].into_iter().flatten().find(|(id, event)| *id == follows.id && event.turn == turn);
+        if let Some((id, event)) = newest {
+            playback::own_tool(event.kind.as_ref(), *id, &mut checkpoint);
+        }
         Ok(Position::Open(Box::new(Self {
             bus: bus.clone(),
             session,
@@ -158,23 +165,29 @@ impl Record {
         self.checkpoint.stages_done.iter().any(|done| done == stage.as_str())
     }
 
-    pub async fn started(&mut self) -> Result<(), Fenced> {
-        self.checkpoint.started = true;
-        self.append(Kind::TurnStarted(TurnStarted::default())).await
+    /// The turn's message is about to be sent to the agent host, whose journal is read from this offset.
+    pub async fn started(&mut self, prompt: String, input_id: String, journal_offset: u64) -> Result<(), Fenced> {
+        let stages_done = std::mem::take(&mut self.checkpoint.stages_done);
+        self.checkpoint = Checkpoint { stages_done, started: true, journal_offset, ..Checkpoint::default() };
+        self.append(Kind::TurnStarted(TurnStarted { prompt, input_id })).await
     }
 
-    /// Output that follows what is on record: the next bytes of its stream.
-    pub async fn output(&mut self, stderr: bool, piece: Piece) -> Result<(), Fenced> {
-        let offset = match stderr {
-            false => &mut self.checkpoint.stdout_offset,
-            true => &mut self.checkpoint.stderr_offset,
-        };
-        if let Some(opened) = self.silent_since.take() {
-            metrics::histogram!("aod_first_output_seconds").record(opened.elapsed());
+    /// Appends what the journal tells; returns the event's id.
+    pub async fn play(&mut self, emitted: Emitted) -> Result<u64, Fenced> {
+        emitted.place.apply(&mut self.checkpoint);
+        if let Kind::Output(output) = &emitted.kind {
+            if let Some(opened) = self.silent_since.take() {
+                metrics::histogram!("aod_first_output_seconds").record(opened.elapsed());
+            }
+            metrics::counter!("aod_output_bytes_total").increment(output.data.len() as u64);
         }
-        *offset += piece.spooled;
-        metrics::counter!("aod_output_bytes_total").increment(piece.spooled);
-        self.append(Kind::Output(Output { stderr, data: piece.data })).await
+        self.append(emitted.kind).await?;
+        Ok(self.last_sequence)
+    }
+
+    /// Goes on from there in the journal, with the next event.
+    pub fn go_on_from(&mut self, place: Place) {
+        place.apply(&mut self.checkpoint);
     }
 
     /// Ends the turn. Returns the id of its end.

@@ -12,13 +12,10 @@ use crate::{agent::quote, secrets::Secrets};
 
 #[derive(Debug)]
 pub struct Setup {
-    /// Which claim of the turn this is: a predecessor's steps may still run.
-    pub epoch: u32,
     packages: BTreeMap<String, Vec<String>>,
     script: String,
     networking: Networking,
     repositories: Vec<Repository>,
-    pub system: String,
     pub skills: Vec<Skill>,
     pub mcp_servers: Vec<McpServer>,
 }
@@ -38,13 +35,11 @@ impl Setup {
         let json = |text: &str, empty: &str| if text.is_empty() { empty.to_owned() } else { text.to_owned() };
         let networking = json(&environment.networking, "{}");
         Ok(Self {
-            epoch: spec.epoch,
             packages: serde_json::from_str(&json(&environment.packages, "{}"))?,
             // A browser's text fields send such line ends; a shell takes them for parts of names.
             script: environment.setup_script.replace("\r\n", "\n"),
             networking: if networking == "{}" { Networking::default() } else { serde_json::from_str(&networking)? },
             repositories: serde_json::from_str(&json(&spec.resources, "[]"))?,
-            system: spec.system.clone(),
             skills: serde_json::from_str(&json(&spec.skills, "[]"))?,
             mcp_servers: serde_json::from_str(&json(&spec.mcp_servers, "[]"))?,
         })

@@ -1,26 +1,35 @@
-//! One turn, from wherever its record ends to its end.
+//! One turn, from wherever its log ends to its end.
+
+use std::time::Duration;
 
 use contract::{
+    host::{self as agent_host, Input, turn_ended::Reason},
     scheduler::TurnSpec,
-    session::{Failure, TurnEnded},
+    session::{Failure, StopReason, TurnEnded, Usage},
 };
-use sprites::Sprite;
-use types::{CredentialKind, Runtime, SessionId, SpriteName, Stage};
+use tokio::time::Instant;
+use types::{CredentialKind, Runtime, SessionId, SpriteName, Stage, StageState};
 
 use crate::{
     Runner,
     agent::Agent,
     diagnosis::{self, Cause},
-    follow::{self, Contact},
-    job::Status,
-    mask::Piece,
-    provision::{Provisioning, StageFailed},
+    host::{Access, Gone, Incoming, Link},
+    inputs::Inputs,
+    playback::{Playback, Scope},
+    provision::{Provisioning, StageFailed, StepRunner},
     record::{Fenced, Position, Record},
     runtimes,
     secrets::Secrets,
     setup::Setup,
-    usage,
 };
+
+/// How much of the journal may be in the log before the host is told that it may delete it.
+const PERSISTED_STEP: u64 = 1 << 20;
+/// How long nothing has to come from an agent that waits for a decision, before its sandbox may sleep.
+const REST_AFTER: Duration = Duration::from_secs(1);
+/// How much of the last words of an agent is looked at for the cause of its failure.
+const SAID_BYTES: usize = 8 << 10;
 
 /// The stage of a failure that is the agent's own.
 const AGENT: &str = "agent";
@@ -69,7 +78,7 @@ impl From<StageFailed> for Stopped {
     }
 }
 
-pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec) -> End {
+pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec, inputs: Inputs) -> End {
     let epoch = spec.epoch;
     tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn claimed");
     let mut record = match Record::open(&runner.bus, session, turn, &spec).await {
@@ -99,7 +108,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec)
     if runner.mask_output {
         record.masker = record.secrets.clone();
     }
-    let ended = match work(runner, session, turn, &spec, &secrets, &mut record).await {
+    let ended = match Box::pin(work(runner, session, turn, &spec, &secrets, &mut record, inputs)).await {
         Ok(ended) => ended,
         Err(Stopped::Fenced(fenced)) => return end_of(fenced),
         Err(Stopped::Released(reason)) => return End::Released(record.secrets.text(&reason)),
@@ -132,6 +141,7 @@ async fn work(
     spec: &TurnSpec,
     secrets: &Secrets,
     record: &mut Record,
+    inputs: Inputs,
 ) -> Result<TurnEnded, Stopped> {
     let failed = |stage: Stage, message: String| Stopped::Failed { stage: stage.to_string(), message };
     let Ok(runtime) = spec.runtime.parse::<Runtime>() else {
@@ -142,79 +152,189 @@ async fn work(
         return Err(failed(Stage::CreateSprite, "No backend credentials configured".to_owned()));
     };
     let name: SpriteName = spec.sprite.parse().map_err(|_| failed(Stage::CreateSprite, "The Sprite's name is not valid".to_owned()))?;
+    let started = record.checkpoint.started;
+    if started && record.checkpoint.journal_offset == 0 {
+        // An earlier release kept no journal, and what it left in the Sprite is no longer understood.
+        let message = "The turn was started by an earlier release of the runner and cannot be continued; send the prompt again";
+        return Err(Stopped::Failed { stage: "sandbox".to_owned(), message: message.to_owned() });
+    }
     let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
     let sprite = client.sprite(name);
-    let setup = Setup::read(spec).map_err(|error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}")))?;
-    let agent = Agent::new(session, turn, spec, adapter, &runner.models, setup.working_dir());
-    let mut contact = Contact::new();
-
-    if turn == 1 && !record.checkpoint.started {
-        let provisioning = Provisioning {
-            client: &client,
-            sprite: &sprite,
-            session,
-            setup: &setup,
-            secrets,
-            agent: &agent,
-            runtime,
-            adapter,
-            models: &runner.models,
-        };
-        provisioning.run(record, &mut contact).await?;
+    let unreadable = |error: serde_json::Error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}"));
+    let setup = Setup::read(spec).map_err(unreadable)?;
+    let agent = Agent::new(session, spec, (runtime, adapter), &runner.models, &setup, runner.agent_idle).map_err(unreadable)?;
+    let provisioning = Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, runtime, adapter, models: &runner.models };
+    let is_new = turn == 1 && !started;
+    if is_new {
+        provisioning.create(record).await?;
     }
-    let start = agent.start(&sprite, record).await;
-    start.map_err(|error| match error {
-        StageFailed::Failed { stage, message } => failed(stage, format!("The agent could not be started: {message}")),
-        other => other.into(),
-    })?;
-    let status = follow::to_the_end(&client, &sprite, &agent, record, &mut contact).await?;
-    Ok(match status {
-        Status::Exited { code, dropped } => {
-            if dropped > 0 {
-                // Where room was found again, the spool says where it is missing; here it is certain to be read.
-                let note = format!("[aod] the sandbox's disk was full: {dropped} bytes of output were lost\n");
-                record.output(true, Piece { spooled: 0, data: note.into() }).await?;
+    let offset = record.checkpoint.journal_offset;
+    let mut link = Link::open(Access {
+        client: client.clone(),
+        sprite: sprite.clone(),
+        program: runner.program.clone(),
+        spec: agent.spec(secrets),
+        // A set-up's journal is read again by each runner: what a failed script said is told.
+        from: if is_new { 0 } else { offset },
+        may_run: offset > 0,
+        may_skip: !started,
+    });
+    let mut position = 0;
+    if is_new {
+        let scope = Scope::SetUp { stage: "", logged_below: offset };
+        let playback = Playback::new(scope, record.secrets.clone(), &record.checkpoint);
+        let mut host = StepRunner { link, playback };
+        provisioning.set_up(record, &mut host).await?;
+        position = host.playback.position().max(offset);
+        link = host.link;
+    }
+    if !started {
+        record.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
+        // Where the turn's records are looked for. A journal that was lost between turns is no loss.
+        if position == 0 {
+            position = match link.next().await {
+                Incoming::Attached(offset) => offset,
+                Incoming::Record { next, .. } => next,
+                Incoming::Gone(gone) => return Err(stopped(gone)),
+            };
+        }
+        record.started(record.masker.text(&spec.prompt), spec.input_id.clone(), position).await?;
+    }
+    let mut playback = Playback::new(Scope::Turn(turn), record.masker.clone(), &record.checkpoint);
+    if !playback.has_begun() {
+        link.send(agent.message(turn, spec.timeout_seconds)).await;
+    }
+    play(record, &mut playback, &mut link, inputs).await?;
+    record.go_on_from(playback.checkpoint());
+    let ended = playback.ended().cloned().unwrap_or_default();
+    Ok(end(runtime, &ended, spec.timeout_seconds, &playback))
+}
+
+fn stopped(gone: Gone) -> Stopped {
+    let lost = |message: String| Stopped::Failed { stage: "sandbox".to_owned(), message };
+    match gone {
+        Gone::Released(reason) => Stopped::Released(reason),
+        Gone::Failed(why) => lost(format!("The agent can no longer be followed: {why}")),
+        Gone::JournalLost => lost("The agent host's journal was deleted inside the sandbox".to_owned()),
+        Gone::SandboxLost => lost("The sandbox disappeared while the agent was running".to_owned()),
+    }
+}
+
+/// Puts into the log what the journal tells, until the turn's end, and passes inputs on.
+async fn play(record: &mut Record, playback: &mut Playback, link: &mut Link, mut inputs: Inputs) -> Result<(), Stopped> {
+    let mut waiting: Vec<Input> = Vec::new();
+    let (mut persisted, mut resting, mut quiet_since) = (record.checkpoint.journal_offset, false, Instant::now());
+    loop {
+        while let Some(emitted) = playback.next() {
+            let id = record.play(emitted).await?;
+            playback.appended(id);
+        }
+        if playback.ended().is_some() {
+            return Ok(());
+        }
+        if playback.persisted() >= persisted + PERSISTED_STEP {
+            persisted = playback.persisted();
+            link.persisted(persisted).await;
+        }
+        // Inputs are for the turn's agent: not for what ran before it.
+        if playback.has_begun() {
+            for input in waiting.drain(..) {
+                resting = false;
+                link.send(input).await;
             }
-            let bytes = record.checkpoint.stdout_offset;
-            let usage = match adapter.usage() {
-                Some(reader) => usage::read(&sprite, &agent.spool(false), bytes, reader).await,
-                None => None,
-            };
-            let cause = match (code, runtime) {
-                (0, _) => None,
-                _ if dropped > 0 => Some(Cause::DiskFull),
-                (_, Runtime::Shell) => None,
-                _ => diagnose(&sprite, &agent, record, Some(code)).await,
-            };
-            let failure = cause.map(|cause| Failure { stage: AGENT.to_owned(), message: format!("The agent exited with {code}: {cause}") });
-            TurnEnded { exit_code: Some(i32::from(code)), failure, usage, ..TurnEnded::default() }
         }
-        Status::TimedOut => {
+        let may_rest = playback.awaits_decision() && !resting;
+        tokio::select! {
+            incoming = link.next() => {
+                (resting, quiet_since) = (false, Instant::now());
+                let mut incoming = Some(incoming);
+                while let Some(came) = incoming {
+                    playback.absorb(came).map_err(stopped)?;
+                    incoming = if playback.is_drained() { link.try_next() } else { None };
+                }
+                playback.settle();
+            }
+            input = inputs.next() => {
+                playback.knows(&input);
+                waiting.push(input);
+            }
+            () = tokio::time::sleep_until(quiet_since + REST_AFTER), if may_rest => {
+                resting = true;
+                link.rest().await;
+            }
+        }
+    }
+}
+
+/// What the turn's end in the journal means for its user.
+fn end(runtime: Runtime, ended: &agent_host::TurnEnded, timeout_seconds: u32, playback: &Playback) -> TurnEnded {
+    let usage = ended.usage.as_ref().map(usage);
+    let exited = |code: i32, stop_reason: StopReason, failure: Option<Failure>| TurnEnded {
+        exit_code: Some(code),
+        failure,
+        usage: usage.clone(),
+        stop_reason: stop_reason.into(),
+    };
+    let without_code = |stage: &str, message: String| TurnEnded {
+        failure: Some(Failure { stage: stage.to_owned(), message }),
+        usage: usage.clone(),
+        ..TurnEnded::default()
+    };
+    let agent_failed = |message: String| Some(Failure { stage: AGENT.to_owned(), message });
+    let code = ended.exit_code.unwrap_or(1);
+    match ended.reason() {
+        Reason::Completed if runtime == Runtime::Shell => exited(ended.exit_code.unwrap_or(0), StopReason::EndTurn, None),
+        Reason::Completed => exited(0, StopReason::EndTurn, None),
+        Reason::Interrupted => exited(0, StopReason::Interrupted, None),
+        Reason::TimedOut => {
             // CLIs ask a model that fails again and again, for longer than many a turn may take.
-            let cause = if runtime == Runtime::Shell { None } else { diagnose(&sprite, &agent, record, None).await };
+            let cause = if runtime == Runtime::Shell { None } else { diagnose(playback, None, &ended.message) };
             let hint = cause.map(|cause| format!(". Its last output suggests that {cause}")).unwrap_or_default();
-            without_exit_code("timeout", format!("Turn timed out after {}s{hint}", spec.timeout_seconds))
+            without_code("timeout", format!("Turn timed out after {timeout_seconds}s{hint}"))
         }
-        Status::Killed => {
-            let message = "The process that supervises the agent was killed, and what was left of the agent was stopped";
-            without_exit_code("sandbox", message.to_owned())
+        // A script's own status, whatever it is.
+        Reason::Failed if runtime == Runtime::Shell && ended.message.is_empty() => exited(code, StopReason::EndTurn, None),
+        Reason::Failed => {
+            let what = ended.exit_code.map_or_else(|| "The agent failed".to_owned(), |code| format!("The agent exited with {code}"));
+            let cause = diagnose(playback, ended.exit_code, &ended.message).map(|cause| cause.to_string());
+            let cause = cause.or_else(|| Some(ended.message.clone()).filter(|message| !message.is_empty()));
+            exited(code, StopReason::Unspecified, cause.and_then(|cause| agent_failed(format!("{what}: {cause}"))))
         }
-        Status::Lost => without_exit_code("sandbox", "The sandbox restarted while the agent was running".to_owned()),
-    })
+        Reason::Limit => exited(code, StopReason::Limit, agent_failed(or(&ended.message, "The agent reached a limit"))),
+        Reason::Refused => exited(code, StopReason::Refused, agent_failed(or(&ended.message, "The model refused"))),
+        Reason::CliLost => {
+            let cause = diagnose(playback, ended.exit_code, "").map(|cause| format!(": {cause}")).unwrap_or_default();
+            without_code("sandbox", format!("{}{cause}", or(&ended.message, "The agent's process ended before its turn did")))
+        }
+        Reason::HostLost | Reason::SandboxLost | Reason::Stopped | Reason::Unspecified => {
+            without_code("sandbox", or(&ended.message, "The agent was stopped inside the sandbox"))
+        }
+    }
+}
+
+fn or(message: &str, otherwise: &str) -> String {
+    if message.is_empty() { otherwise } else { message }.to_owned()
 }
 
 /// What an agent's end is put down to, where its last words say; without a status where it was ended.
-async fn diagnose(sprite: &Sprite, agent: &Agent, record: &Record, code: Option<u8>) -> Option<Cause> {
-    const LAST_BYTES: u64 = 8 * 1024;
-    let (stdout, stderr) = (agent.spool(false), agent.spool(true));
-    let (stdout, stderr) = tokio::join!(
-        usage::tail(sprite, &stdout, record.checkpoint.stdout_offset, LAST_BYTES),
-        usage::tail(sprite, &stderr, record.checkpoint.stderr_offset, LAST_BYTES),
-    );
-    let said = [stdout, stderr].into_iter().flatten().collect::<Vec<_>>().join("\n");
-    diagnosis::of_agent(code, &said)
+fn diagnose(playback: &Playback, code: Option<i32>, message: &str) -> Option<Cause> {
+    let last = |text: &str| {
+        let from = (text.len().saturating_sub(SAID_BYTES)..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+        text.get(from..).unwrap_or_default().to_owned()
+    };
+    let said = [message.to_owned(), last(&playback.tail(false)), last(&playback.tail(true))].join("\n");
+    diagnosis::of_agent(code.and_then(|code| u8::try_from(code).ok()), &said)
 }
 
-fn without_exit_code(stage: &str, message: String) -> TurnEnded {
-    TurnEnded { failure: Some(Failure { stage: stage.to_owned(), message }), ..TurnEnded::default() }
+/// The sum of what came in, with what of it came from or went into a cache.
+fn usage(used: &agent_host::ModelUsage) -> Usage {
+    Usage {
+        input_tokens: Some(used.input_tokens + used.cache_read_tokens + used.cache_write_tokens),
+        output_tokens: Some(used.output_tokens),
+        cost_micro_usd: used.cost_micro_usd,
+        model: Some(used.model.clone()).filter(|model| !model.is_empty()),
+        cache_read_tokens: Some(used.cache_read_tokens),
+        cache_write_tokens: Some(used.cache_write_tokens),
+        reasoning_tokens: Some(used.reasoning_tokens),
+    }
 }

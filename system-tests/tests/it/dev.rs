@@ -41,7 +41,7 @@ async fn a_second_start_goes_on_with_the_data_and_a_stop_leaves_no_process() {
     let in_use = dev(&["--port", "0", "--data-dir", stack.data_dir().to_str().unwrap()]);
     assert!(refusal(&in_use).contains("is in use by another aod dev"));
 
-    let session = stack.session("shell", "echo kept").await.unwrap();
+    let session = stack.session("shell", "echo kept | tee ~/kept").await.unwrap();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let key = stack.ready_text("/api_key");
     let marker = stack.data_dir().to_str().unwrap().to_owned();
@@ -58,7 +58,7 @@ async fn a_second_start_goes_on_with_the_data_and_a_stop_leaves_no_process() {
     assert_eq!(again.ready_text("/api_key"), key);
     assert_eq!(again.stream(&session, 0).await.unwrap().all().await.unwrap(), events);
     // The Sprite was put to sleep with the stack, and its conversation goes on in it.
-    let next = again.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "ls -d /var/lib/aod/turn-1" })).await.unwrap();
+    let next = again.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "grep kept ~/kept" })).await.unwrap();
     assert_eq!(next.status, 202, "{next:?}");
     let events = again.stream(&session, events.last().unwrap()["id"].as_u64().unwrap()).await.unwrap().all().await.unwrap();
     assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");

@@ -343,8 +343,7 @@ async fn a_repository_lies_at_its_mount_path() {
         { "type": "github_repository", "url": "https://github.com/o/r.git", "authorization_token": "ghp_sentinel" },
         { "type": "github_repository", "url": "https://github.com/o/r", "mount_path": "/workspace/second one" },
     ]);
-    // The script that cloned is run again, as a successor of a runner that died would.
-    let prompt = "bash /var/lib/aod/setup-1/script-1; cat /workspace/r/hello '/workspace/second one/hello'; ls /workspace; \
+    let prompt = "cat /workspace/r/hello '/workspace/second one/hello'; ls /workspace; \
                   stat -c %a /home/sprite/.aod/git-credentials; cat /home/sprite/.aod/git-credentials | md5sum";
     let session = json!({ "agent_id": agent, "prompt": prompt, "environment_id": environment, "resources": resources });
     let session = stack.post("/sessions", session).await.unwrap().text("id").to_owned();

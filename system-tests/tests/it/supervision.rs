@@ -115,7 +115,7 @@ async fn a_setup_script_runs_once_however_often_its_runner_is_replaced() {
     let stack = Stack::start(Options { runners: 2, settings, ..Options::default() }).await.unwrap();
     let environment = environment(&stack, "set -e; mkdir /home/sprite/once; sleep 9; echo done >/home/sprite/once/done").await;
     let agent = stack.agent("shell").await.unwrap();
-    let body = json!({ "agent_id": agent, "environment_id": environment, "prompt": "cat ~/once/done; ls /var/lib/aod" });
+    let body = json!({ "agent_id": agent, "environment_id": environment, "prompt": "cat ~/once/done" });
     let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
     stack.runner_of(&session).await.unwrap();
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
@@ -126,11 +126,11 @@ async fn a_setup_script_runs_once_however_often_its_runner_is_replaced() {
         }
     }
     let ended = follow(&stack, &session).await;
-    assert!(ended.stdout.starts_with("done\n") && ended.stdout.contains("setup-1"), "{} {} {}", ended.stdout, ended.stderr, ended.end);
+    assert_eq!(ended.stdout, "done\n", "{} {}", ended.stderr, ended.end);
     assert_eq!(ended.end["code"], 0);
 }
 
-/// The exit code has its room; what could be written of the output is kept, and what was lost is told.
+/// The exit code has its room; and output that is in the log needs none.
 #[tokio::test]
 async fn a_full_disk_takes_no_exit_code() {
     let settings = &[("LOCAL_SPRITES_DISK_MB", "64")];
@@ -144,7 +144,8 @@ async fn a_full_disk_takes_no_exit_code() {
     {
         assert_eq!(ended.end["code"], 3, "{prompt}: {}", ended.end);
         if prompt.contains("yes") {
-            assert!(ended.stdout.starts_with("begun\ny\n") && ended.stderr.contains("the sandbox's disk was full"), "{}", ended.stderr);
+            // More than the disk holds.
+            assert_eq!((ended.stdout.len(), ended.stdout.starts_with("begun\ny\n")), (6 + (100 << 20), true), "{}", ended.stderr);
         }
     }
 }

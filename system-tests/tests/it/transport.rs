@@ -127,7 +127,7 @@ impl Cutter {
 }
 
 #[tokio::test]
-async fn whatever_becomes_of_the_sockets_the_spool_wins() {
+async fn whatever_becomes_of_the_sockets_no_output_is_lost() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let cutter =

@@ -81,6 +81,8 @@ pub enum Stdio {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
     pub argv: Vec<String>,
+    /// The last argument: a file with this text. Whoever lists processes does not see it.
+    pub script: Option<String>,
     /// Below the session's variables.
     pub env: Vec<(String, String)>,
     pub stdio: Stdio,

@@ -63,7 +63,12 @@ impl Tail {
 
     /// Reads what there is, and finds the whole frames in it.
     fn step(&mut self) -> io::Result<Step> {
-        let starts = segments(&self.folder)?;
+        let starts = match segments(&self.folder) {
+            Ok(starts) => starts,
+            // The journal was deleted under its host.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Step::Unreadable { first: 0, end: 0 }),
+            Err(error) => return Err(error),
+        };
         let (start, file) = match &self.segment {
             Some(segment) => segment,
             None => {
@@ -132,10 +137,22 @@ fn tell(kind: control::Kind) -> io::Result<()> {
 pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
     let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
     let folder = journal_path(dir);
-    inotify::add_watch(&watch, &folder, inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE)?;
+    match inotify::add_watch(&watch, &folder, inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE) {
+        Ok(_) => {}
+        Err(rustix::io::Errno::NOENT) if from == 0 => {
+            tell(control::Kind::HostLost(HostLost {}))?;
+            return Ok(ExitCode::from(HOST_LOST));
+        }
+        Err(rustix::io::Errno::NOENT) => {
+            tell(control::Kind::Unreadable(Unreadable { first: 0, end: 0 }))?;
+            return Ok(ExitCode::from(UNREADABLE));
+        }
+        Err(error) => return Err(error.into()),
+    }
     let mut host = UnixStream::connect(socket_path(dir)).ok();
     let mut tail = Tail::new(folder, from);
-    let (mut stdin_open, mut input, mut told) = (true, Vec::new(), monotonic_ms());
+    // A reader that is at the end hears at once that it is.
+    let (mut stdin_open, mut input, mut told) = (true, Vec::new(), monotonic_ms().saturating_sub(ALIVE_MS));
     let mut host_is_gone = false;
     loop {
         match tail.step()? {

@@ -19,8 +19,9 @@ use crate::{
 const LINE_BYTES_MAX: usize = 32 << 20;
 const TEXT_BYTES_MAX: usize = 256 << 10;
 const INPUT_ID_BYTES_MAX: usize = 64;
-const MESSAGE_BYTES_MAX: usize = 1 << 20;
-const QUEUE_BYTES_MAX: usize = 2 << 20;
+/// A prompt that the API takes fits; and a snapshot with a full queue fits into a frame.
+const MESSAGE_BYTES_MAX: usize = 3 << 20;
+const QUEUE_BYTES_MAX: usize = MESSAGE_BYTES_MAX + (64 << 10);
 const CALLS_MAX: usize = 10_000;
 /// How long a CLI that was asked to end may take, and one that was killed may be waited for.
 const CLOSE_MS: u64 = 2_000;
@@ -210,7 +211,7 @@ impl Core {
         let bytes = input.encoded_len();
         let refusal = match &input.kind {
             None => Some("this release of the agent host does not know this kind of input"),
-            Some(_) if bytes > MESSAGE_BYTES_MAX => Some("the input is larger than 1 MiB"),
+            Some(_) if bytes > MESSAGE_BYTES_MAX => Some("the input is larger than 3 MiB"),
             Some(input::Kind::Message(_) | input::Kind::Step(_)) if queued + bytes > QUEUE_BYTES_MAX => Some("the queue is full"),
             Some(input::Kind::Message(_) | input::Kind::Step(_)) if self.stopping => Some("the session is stopping"),
             Some(_) => None,
@@ -375,7 +376,7 @@ impl Core {
 
     fn begin_step(&mut self, input_id: String, step: Step, now: u64) {
         self.record(record::Kind::StepStarted(StepStarted { input_id: input_id.clone(), name: step.name.clone() }));
-        let launch = script(&step.script, &step.name, false);
+        let launch = script(&step.script, false);
         let deadline = (step.timeout_seconds > 0).then(|| now + u64::from(step.timeout_seconds) * 1000);
         self.step = Some(RunningStep { input_id, step, since: now, deadline, ending: None });
         self.start(launch);
@@ -511,18 +512,26 @@ impl Core {
         self.quiet_since = now;
     }
 
+    /// Whether what the program leaves running may go on.
+    pub fn spares_leftovers(&self) -> bool {
+        match (&self.step, &self.turn) {
+            (Some(step), _) => step.ending.is_none(),
+            (None, turn) => !self.capabilities.stays_alive && turn.as_ref().is_none_or(|turn| turn.ending.is_none()),
+        }
+    }
+
     /// The program is gone, and all that it wrote was passed to [`Self::output`].
     pub fn exited(&mut self, code: i32, now: u64) {
         if matches!(self.program, Program::None) {
             return;
         }
         self.give_up_at = None;
+        let spares = self.spares_leftovers();
         if let Some(step) = self.step.take() {
             self.program = Program::None;
             let reason = if code == 0 { Reason::Completed } else { Reason::Failed };
-            let timed_out = step.ending.is_some();
             self.step_ended(step, Some(code), reason, now);
-            self.actions.push(if timed_out { Action::Kill } else { Action::SpareLeftovers });
+            self.actions.push(if spares { Action::SpareLeftovers } else { Action::Kill });
             self.advance(now);
             return;
         }
@@ -530,7 +539,6 @@ impl Core {
         if let Program::Cli { .. } = self.program {
             self.flush_line(now);
         }
-        let had_ending = self.turn.as_ref().is_some_and(|turn| turn.ending.is_some());
         let mut out = Out::default();
         self.adapter.exited(code, &mut out);
         self.program = Program::None;
@@ -544,8 +552,7 @@ impl Core {
             let message = format!("The agent's process ended with status {code} before its turn did");
             self.end_turn(Reason::CliLost, Some(code), message, None, now);
         }
-        let orderly = !self.capabilities.stays_alive && !had_ending;
-        self.actions.push(if orderly { Action::SpareLeftovers } else { Action::Kill });
+        self.actions.push(if spares { Action::SpareLeftovers } else { Action::Kill });
         self.advance(now);
     }
 

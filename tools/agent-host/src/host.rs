@@ -9,6 +9,7 @@ use std::{
         unix::{
             fs::{DirBuilderExt as _, OpenOptionsExt as _},
             net::{UnixListener, UnixStream},
+            process::CommandExt as _,
         },
     },
     path::{Path, PathBuf},
@@ -41,8 +42,10 @@ const HTTP_REPLIES: usize = 256;
 const CLIENTS_MAX: usize = 16;
 /// How long output waits for room on the disk.
 const FULL_MS: u64 = 30_000;
-/// How long a finished program's output is read, while background processes write on.
-const DRAIN_MS: u64 = 10_000;
+/// How long a finished program's output is read at most, while background processes write on.
+const DRAIN_MS: u64 = 2_000;
+/// Outputs of finished programs that background processes still hold open.
+const LATE_MAX: usize = 64;
 const AWAKE_MS: u64 = 60_000;
 const JOURNAL_BYTES_MAX: u64 = 1 << 30;
 
@@ -59,17 +62,29 @@ pub fn journal_path(dir: &Path) -> PathBuf {
 }
 
 /// `agent-host start`: starts the host detached, unless it runs, and returns when it serves.
-pub fn start(dir: &Path, spec: &Path) -> Result<(), String> {
+///
+/// `user`: whom programs run as, where the specification names no one.
+pub fn start(dir: &Path, spec: &Path, user: &str) -> Result<(), String> {
     let failed = |what: &str, error: io::Error| format!("{what}: {error}");
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| failed("cannot create the folder", error))?;
     let bytes = fs::read(spec).map_err(|error| failed("cannot read the specification", error))?;
-    Spec::decode(bytes.as_slice()).map_err(|error| format!("the specification is not valid: {error}"))?;
-    let program = std::env::current_exe().map_err(|error| failed("cannot find this program", error))?;
-    let mut command = Command::new(program);
-    command.arg("run").arg("--dir").arg(dir).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).current_dir("/");
+    let mut spec = Spec::decode(bytes.as_slice()).map_err(|error| format!("the specification is not valid: {error}"))?;
+    if spec.user.is_empty() {
+        user.clone_into(&mut spec.user);
+    }
+    let mut command = Command::new(process::SELF);
+    command
+        .arg0("agent-host")
+        .arg("run")
+        .arg("--dir")
+        .arg(dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .current_dir("/");
     let mut child = command.spawn().map_err(|error| failed("cannot start the host", error))?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(&bytes).map_err(|error| failed("cannot pass the specification on", error))?;
+        stdin.write_all(&spec.encode_to_vec()).map_err(|error| failed("cannot pass the specification on", error))?;
     }
     let mut answer = String::new();
     if let Some(stdout) = child.stdout.take() {
@@ -97,6 +112,7 @@ pub fn run(dir: &Path) -> ExitCode {
     let mut bytes = Vec::new();
     let read = io::stdin().read_to_end(&mut bytes);
     let _ = rustix::process::setsid();
+    let _ = rustix::thread::set_name(c"agent-host");
     let host = match read.map_err(|error| error.to_string()).and_then(|_| Host::open(dir, &bytes)) {
         Ok(Some(host)) => host,
         Ok(None) => {
@@ -145,6 +161,8 @@ struct Host {
     listener: UnixListener,
     clients: Vec<Client>,
     running: Option<Running>,
+    /// What background processes write after their program's end goes nowhere; without a reader they would be killed.
+    late: VecDeque<OwnedFd>,
     /// In order: a line for the CLI waits until the records before it are written.
     actions: VecDeque<Action>,
     full_since: Option<u64>,
@@ -165,6 +183,7 @@ enum Source {
     Stdout,
     Stderr,
     Exit,
+    Late(usize),
 }
 
 impl Host {
@@ -190,7 +209,7 @@ impl Host {
         let lost = if fs::read_to_string(&run_path).is_ok_and(|former| former != run) { Reason::SandboxLost } else { Reason::HostLost };
         let store = Store::open(&journal_path(dir), SEGMENT_BYTES).map_err(|error| failed("cannot open the journal", error))?;
         fs::write(&run_path, run).map_err(|error| failed("cannot write to the folder", error))?;
-        end_marked(&spec.session_id);
+        process::end_marked(&user, &spec.session_id);
 
         let _ = fs::remove_file(socket_path(dir));
         let listener = UnixListener::bind(socket_path(dir)).map_err(|error| failed("cannot listen", error))?;
@@ -209,6 +228,7 @@ impl Host {
             listener,
             clients: Vec::new(),
             running: None,
+            late: VecDeque::new(),
             actions: VecDeque::new(),
             full_since: None,
             spared: Vec::new(),
@@ -232,7 +252,7 @@ impl Host {
             self.reap();
             self.finish_program();
             self.stay_awake();
-            self.core.tick(!self.clients.is_empty(), monotonic_ms());
+            self.core.tick(!self.clients.is_empty() || !self.late.is_empty(), monotonic_ms());
         }
         let _ = fs::remove_file(socket_path(&self.dir));
         Ok(())
@@ -351,6 +371,7 @@ impl Host {
     fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
         let mut waited = vec![(Source::Listener, self.listener.as_fd(), PollFlags::IN), (Source::Wake, self.wake.as_fd(), PollFlags::IN)];
         waited.extend(self.clients.iter().enumerate().map(|(index, client)| (Source::Client(index), client.stream.as_fd(), PollFlags::IN)));
+        waited.extend(self.late.iter().enumerate().map(|(index, fd)| (Source::Late(index), fd.as_fd(), PollFlags::IN)));
         if let Some(running) = &self.running {
             let read = if self.takes_output() { PollFlags::IN } else { PollFlags::empty() };
             let write = if running.to_cli.is_empty() || running.input_closed { PollFlags::empty() } else { PollFlags::OUT };
@@ -391,7 +412,7 @@ impl Host {
     }
 
     fn handle(&mut self, ready: &[(Source, PollFlags)]) {
-        let mut gone = Vec::new();
+        let (mut gone, mut silent) = (Vec::new(), Vec::new());
         for (source, events) in ready {
             match source {
                 Source::Listener => {
@@ -418,6 +439,12 @@ impl Host {
                     }
                 }
                 Source::Stderr => self.read_output(Stream::Stderr),
+                Source::Late(index) => {
+                    let read = self.late.get(*index).map(|fd| rustix::io::read(fd, &mut [0; 64 << 10]));
+                    if !matches!(read, Some(Ok(1..) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR))) {
+                        silent.push(*index);
+                    }
+                }
                 Source::Exit => {}
             }
         }
@@ -428,6 +455,9 @@ impl Host {
             while let Ok(reply) = self.http.1.try_recv() {
                 self.core.http(&reply, monotonic_ms());
             }
+        }
+        for index in silent.into_iter().rev() {
+            self.late.remove(index);
         }
         for index in gone.into_iter().rev() {
             self.clients.remove(index);
@@ -535,7 +565,16 @@ impl Host {
         let is_quiet = now >= (running.quiet_since + self.drain_quiet_ms()).min(running.gone_since + DRAIN_MS);
         if self.takes_output() && (is_read || is_quiet) {
             self.read_refusals();
-            self.running = None;
+            if !is_read && self.core.spares_leftovers() {
+                const NOTE: &str =
+                    "[aod] processes that were left running still write to this output; what they write from now on is lost\n";
+                self.core.output(Stream::Stderr, NOTE.as_bytes().to_vec(), now);
+            }
+            if let Some(running) = self.running.take() {
+                let open = [(running.stdout_open, running.program.stdout), (running.stderr_open, running.program.stderr)];
+                self.late.extend(open.into_iter().filter(|(open, _)| *open).map(|(_, fd)| fd));
+                self.late.drain(..self.late.len().saturating_sub(LATE_MAX));
+            }
             self.core.exited(code, now);
         }
     }
@@ -576,16 +615,4 @@ fn take_lock(lock: &File) -> bool {
         }
         flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok()
     })
-}
-
-/// Ends what a former host's turns left behind.
-fn end_marked(session: &str) {
-    for _ in 0..200 {
-        let pids = process::marked(session);
-        if pids.is_empty() {
-            return;
-        }
-        process::signal(&pids, Signal::KILL);
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }

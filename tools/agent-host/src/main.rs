@@ -25,18 +25,32 @@ Usage:
   agent-host attach --dir DIR --from OFFSET Write the journal from an offset; pass inputs on from standard input
   agent-host dump --dir DIR                 Print the journal for people
   agent-host runtimes                       Print what each runtime supports, as Markdown
+  agent-host root COMMAND ...               Become root first, where the sandbox lets its user; the CLI keeps running as that user
 
 Exit status of attach: 0 the host ended, 3 the host was lost (start it again), 4 the journal has no such offset";
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
+    let mut arguments: Vec<String> = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
+    // Whom programs run as, where the host became root.
+    let mut user = String::new();
+    match arguments.first().map(String::as_str) {
+        Some("root") => {
+            arguments.remove(0);
+            user = process::become_root(&arguments);
+        }
+        Some("root-of") if arguments.len() > 1 => {
+            arguments.remove(0);
+            user = arguments.remove(0);
+        }
+        _ => {}
+    }
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let failed = |message: &str| {
         eprintln!("agent-host: {message}");
         ExitCode::FAILURE
     };
     match words.as_slice() {
-        ["start", "--dir", dir, "--spec", spec] => match host::start(Path::new(dir), Path::new(spec)) {
+        ["start", "--dir", dir, "--spec", spec] => match host::start(Path::new(dir), Path::new(spec), &user) {
             Ok(()) => ExitCode::SUCCESS,
             Err(message) => failed(&message),
         },

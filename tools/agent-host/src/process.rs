@@ -20,6 +20,10 @@ use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
     pipe::{PipeFlags, fcntl_setpipe_size, pipe_with},
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
+    thread::{
+        CapabilitySet, CapabilitySets, capability_is_in_ambient_set, configure_capability_in_ambient_set, set_capabilities,
+        set_keep_capabilities,
+    },
 };
 
 use crate::adapters::{Launch, Stdio as LaunchStdio};
@@ -29,6 +33,10 @@ pub const MARK: &str = "AOD_HOST_SESSION";
 /// In place of a program: the adapter's actions, in this process. The user need not be able to start the host's file.
 const PREPARE: &str = "--prepare";
 const PIPE_BYTES: usize = 1 << 20;
+/// In place of a program: ends what is marked with the session, which only its own user can see.
+const END_MARKED: &str = "--end-marked";
+/// This program, whatever became of its file.
+pub const SELF: &str = "/proc/self/exe";
 /// An argument that is longer is passed as a file.
 pub const ARGUMENT_BYTES_MAX: usize = 100_000;
 
@@ -79,7 +87,7 @@ impl User {
             let fields: Vec<&str> = line.split(':').collect();
             let &[login, _, uid, gid, _, home, shell] = fields.as_slice() else { return None };
             let (uid, gid) = (uid.parse().ok()?, gid.parse().ok()?);
-            if !(login == name || (name.is_empty() && uid == own)) {
+            if !(login == name || fields.get(2) == Some(&name) || (name.is_empty() && uid == own)) {
                 return None;
             }
             let member = |line: &str| {
@@ -120,17 +128,47 @@ fn environment(spec: &Spec, user: &User, launch: &Launch) -> Vec<(String, String
     // A name with `=` or a NUL cannot be passed on at all.
     env.retain(|(name, value)| !name.is_empty() && !name.contains(['=', '\0']) && !value.contains('\0'));
     let home = env.iter().rev().find(|(name, _)| name == "HOME").map_or(user.home.clone(), |(_, home)| home.clone());
-    let path = env.iter().rev().find(|(name, _)| name == "PATH").map(|(_, path)| path.clone());
-    let path = path.or_else(|| crate::variable("PATH")).unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".to_owned());
+    let own = crate::variable("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".to_owned());
+    let given = env.iter().filter(|(name, _)| name == "PATH");
+    let path = given.fold(own.clone(), |path, (_, given)| expand_path(given, &path));
     let appended = spec.append_path.iter().map(|folder| match folder.strip_prefix("~/") {
         Some(rest) => format!("{home}/{rest}"),
         None => folder.clone(),
     });
-    env.push(("PATH".to_owned(), [path].into_iter().chain(appended).collect::<Vec<_>>().join(":")));
+    // What the sandbox has is found whatever the user's PATH is.
+    let mut folders: Vec<String> = Vec::new();
+    for folder in path.split(':').chain(own.split(':')).map(str::to_owned).chain(appended) {
+        if !folder.is_empty() && !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    }
+    env.push(("PATH".to_owned(), folders.join(":")));
     if launch.belongs_to_turns {
         env.push((MARK.to_owned(), spec.session_id.clone()));
     }
     env
+}
+
+/// A `PATH` as people write it in a shell.
+fn expand_path(given: &str, path: &str) -> String {
+    let mut expanded = String::new();
+    let mut rest = given;
+    while let Some(at) = rest.find('$') {
+        let (before, reference) = rest.split_at(at);
+        expanded.push_str(before);
+        let plain = reference.strip_prefix("$PATH").filter(|after| !after.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_'));
+        match reference.strip_prefix("${PATH}").or(plain) {
+            Some(after) => {
+                expanded.push_str(path);
+                rest = after;
+            }
+            None => {
+                expanded.push('$');
+                rest = reference.get(1..).unwrap_or_default();
+            }
+        }
+    }
+    expanded + rest
 }
 
 /// Where programs work: the first of the session's folders that exists, else the user's home.
@@ -157,20 +195,19 @@ pub fn start(spec: &Spec, user: &User, folder: &str, launch: &Launch) -> io::Res
         }
         Ok((read, write))
     };
-    let program = std::env::current_exe()?;
-    let mut command = Command::new(program);
+    let mut command = Command::new(SELF);
     command.arg("exec").arg(exec_user(user)).arg(folder);
-    // Lives until the program is started.
-    let mut script = None;
-    for argument in &launch.argv {
-        if argument.len() <= ARGUMENT_BYTES_MAX {
+    // They live until the program is started.
+    let mut files = Vec::new();
+    for (argument, is_file) in launch.argv.iter().map(|argument| (argument, false)).chain(launch.script.iter().map(|text| (text, true))) {
+        if !is_file && argument.len() <= ARGUMENT_BYTES_MAX {
             command.arg(argument);
             continue;
         }
         let file = File::from(memfd_create("script", MemfdFlags::empty())?);
         io::Write::write_all(&mut &file, argument.as_bytes())?;
         command.arg(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        script = Some(file);
+        files.push(file);
     }
     command.envs(environment(spec, user, launch));
     let (stdout, stderr, has_stdin) = match launch.stdio {
@@ -188,7 +225,7 @@ pub fn start(spec: &Spec, user: &User, folder: &str, launch: &Launch) -> io::Res
         }
     };
     let child = command.spawn()?;
-    drop(script);
+    drop(files);
     let pid = Pid::from_child(&child);
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     Ok(Program { pid, pidfd, stdout: own_end(stdout)?, stderr: own_end(stderr)?, has_stdin })
@@ -199,7 +236,7 @@ pub fn prepare(spec: &Spec, user: &User, launch: &Launch) -> io::Result<()> {
     if launch.prepare.is_empty() {
         return Ok(());
     }
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = Command::new(SELF);
     command.arg("exec").arg(exec_user(user)).arg("").arg(PREPARE);
     command.envs(environment(spec, user, launch)).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = command.spawn()?;
@@ -221,6 +258,10 @@ pub fn exec(arguments: &[String]) -> ExitCode {
     let error = match become_user(user) {
         Err(error) => io::Error::from(error),
         Ok(()) if program == PREPARE => return crate::prepare::run(),
+        Ok(()) if program == END_MARKED => {
+            rest.iter().for_each(|session| kill_marked(session));
+            return ExitCode::SUCCESS;
+        }
         Ok(()) => {
             let home = crate::variable("HOME").unwrap_or_else(|| "/".to_owned());
             let entered = [folder.as_str(), home.as_str(), "/"].iter().any(|folder| std::env::set_current_dir(folder).is_ok());
@@ -243,11 +284,48 @@ fn become_user(user: &str) -> rustix::io::Result<()> {
             fields.next().unwrap_or_default().split(',').filter_map(|group| Some(Gid::from_raw(group.parse().ok()?))).collect();
         rustix::thread::set_thread_groups(&groups)?;
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        // What the sandbox's user may beside its own: all but to signal other users' processes, the host among them.
+        let kept = ambient() - CapabilitySet::KILL;
+        if !kept.is_empty() {
+            set_keep_capabilities(true)?;
+        }
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        if !kept.is_empty() {
+            set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: kept })?;
+            kept.iter().try_for_each(|capability| configure_capability_in_ambient_set(capability, true))?;
+        }
     }
     // After the user: a change of user clears it.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+}
+
+/// Rights that the sandbox gives its user's processes.
+fn ambient() -> CapabilitySet {
+    let all = CapabilitySet::from_bits_truncate((1 << 41) - 1);
+    all.iter().filter(|capability| capability_is_in_ambient_set(*capability).unwrap_or(false)).collect()
+}
+
+/// Becomes root, by right or by `sudo`; stays what it is where neither works. Returns whom it was, where it became root.
+pub fn become_root(command: &[String]) -> String {
+    let uid = rustix::process::getuid();
+    if uid.is_root() {
+        return String::new();
+    }
+    let (root, group) = (Uid::ROOT, Gid::ROOT);
+    if rustix::thread::set_thread_res_gid(group, group, group).is_ok() && rustix::thread::set_thread_res_uid(root, root, root).is_ok() {
+        let _ = rustix::thread::set_thread_groups(&[]);
+        return uid.as_raw().to_string();
+    }
+    let quiet = || Command::new("sudo").args(["-n", "true"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if let (Ok(program), true) = (std::env::current_exe(), quiet().is_ok_and(|status| status.success())) {
+        let path = format!("PATH={}", crate::variable("PATH").unwrap_or_default());
+        let mut sudo = Command::new("sudo");
+        // It keeps no PATH of its caller's.
+        sudo.args(["-n", "-E", "env"]).arg(path).arg(program).args(["root-of", &uid.as_raw().to_string()]).args(command);
+        let _ = sudo.exec();
+    }
+    String::new()
 }
 
 /// The parent of each process.
@@ -290,9 +368,31 @@ fn is_marked(pid: Pid, session: &str) -> bool {
 }
 
 /// Processes of the session's turns that no longer descend from this host: a former host's.
-pub fn marked(session: &str) -> Vec<Pid> {
+fn marked(session: &str) -> Vec<Pid> {
     let own = rustix::process::getpid();
     parents().into_iter().map(|(pid, _)| pid).filter(|pid| *pid != own && is_marked(*pid, session)).collect()
+}
+
+/// Ends what a former host's turns left behind.
+pub fn end_marked(user: &User, session: &str) {
+    if user.other {
+        // Only its own user may look into a process's environment.
+        let mut command = Command::new(SELF);
+        command.arg("exec").arg(exec_user(user)).arg("").args([END_MARKED, session]);
+        let _ = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    }
+    kill_marked(session);
+}
+
+fn kill_marked(session: &str) {
+    for _ in 0..200 {
+        let pids = marked(session);
+        if pids.is_empty() {
+            return;
+        }
+        signal(&pids, Signal::KILL);
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
 }
 
 pub fn signal(pids: &[Pid], signal: Signal) {
@@ -336,12 +436,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_path_may_refer_to_the_one_before_it() {
+        for (given, expanded) in [
+            ("/x:$PATH", "/x:/bin"),
+            ("${PATH}:/x", "/bin:/x"),
+            ("/x:$PATHS:$", "/x:$PATHS:$"),
+            ("$PATH", "/bin"),
+            ("/\u{e9}$HOME", "/\u{e9}$HOME"),
+        ] {
+            assert_eq!(expand_path(given, "/bin"), expanded);
+        }
+    }
+
+    #[test]
     fn a_user_has_the_groups_that_name_it() {
         let passwd = "root:x:0:0:root:/root:/bin/bash\nsprite:x:1000:1001::/home/sprite:/bin/zsh\n";
         let group = "sudo:x:27:a,sprite\ndocker:x:99:b\nsprite:x:1001:\n";
         let user = User::parse(passwd, group, "sprite", 0).unwrap();
         assert_eq!((user.uid, user.gid, user.groups, user.home.as_str()), (1000, 1001, vec![27, 1001], "/home/sprite"));
         assert!(user.other);
+        assert_eq!(User::parse(passwd, group, "1000", 0).unwrap().name, "sprite");
         assert_eq!(User::parse(passwd, group, "", 0).unwrap().name, "root");
         assert_eq!(User::parse(passwd, group, "none", 0), None);
     }

@@ -90,6 +90,9 @@ pub struct Checkpoint {
     /// Tool uses without a result: the writer's memory of which event of the log shows which event of the journal.
     #[prost(message, repeated, tag = "9")]
     pub open_tools: ::prost::alloc::vec::Vec<OpenTool>,
+    /// The journal's ids of the decisions that the agent waits for.
+    #[prost(uint64, repeated, tag = "10")]
+    pub open_requests: ::prost::alloc::vec::Vec<u64>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenTool {

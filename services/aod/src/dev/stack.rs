@@ -420,6 +420,7 @@ impl Stack {
         sprites.push(("LOCAL_SPRITES_PRIVATE_HOSTS", private.join(",")));
         sprites.push(("LOCAL_SPRITES_ROOTFS", self.tools.rootfs.display().to_string()));
         sprites.extend(self.tools.agents.as_ref().map(|dir| ("LOCAL_SPRITES_AGENTS_DIR", dir.display().to_string())));
+        sprites.push(("LOCAL_SPRITES_AGENT_HOST", self.tools.agent_host.display().to_string()));
         add("local-sprites".to_owned(), "local-sprites", sprites)?;
         if let Some(model) = self.model {
             add("scripted-model".to_owned(), "scripted-model", vec![("SCRIPTED_MODEL_ADDR", model.to_string())])?;
@@ -440,6 +441,7 @@ impl Stack {
             let mut runner = nats("runner");
             let sprites = self.other_sprites.clone().unwrap_or_else(|| format!("http://{}", self.sprites));
             runner.push(("SPRITES_BASE_URL", sprites));
+            runner.push(("AOD_AGENT_HOST", self.tools.agent_host.display().to_string()));
             if let Some(model) = self.model {
                 for name in ["AOD_MODEL_BASE_URL_ANTHROPIC", "AOD_MODEL_BASE_URL_OPENAI", "AOD_MODEL_BASE_URL_GOOGLE"] {
                     if settings.has(name) {

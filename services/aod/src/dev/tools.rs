@@ -22,6 +22,8 @@ pub struct Tools {
     pub nats_server: PathBuf,
     /// The agent CLIs, where any are installed.
     pub agents: Option<PathBuf>,
+    /// What runs agents in Sprites.
+    pub agent_host: PathBuf,
     /// The root file system of Sprites.
     pub rootfs: PathBuf,
     /// Runs a program as another user, and lets it end with this one.
@@ -54,6 +56,7 @@ impl Tools {
                 return Err(DevError::Unfit(format!("{service} is not beside {}; `cargo build` makes all of them", own.display())));
             }
         }
+        let agent_host = find_agent_host(&services)?;
         let rootfs = env("LOCAL_SPRITES_ROOTFS").map_or_else(|| tools_dir().join("rootfs"), PathBuf::from);
         if !rootfs.join("bin/sh").exists() {
             return Err(DevError::Unfit(format!("{} holds no root file system for Sprites; {SET_UP}", rootfs.display())));
@@ -72,6 +75,7 @@ impl Tools {
             initdb,
             nats_server,
             agents,
+            agent_host,
             rootfs,
             setpriv: on_path("setpriv").ok_or_else(|| missing("setpriv"))?,
             unshare: on_path("unshare").ok_or_else(|| missing("unshare"))?,
@@ -112,6 +116,16 @@ fn on_path(program: &str) -> Option<PathBuf> {
     let path = env("PATH")?;
     let candidates = path.split(':').map(|dir| Path::new(dir).join(program));
     candidates.chain([Path::new("/usr/sbin").join(program)]).find(|path| is_executable(path))
+}
+
+/// The one that was asked for, else the newer one of the usual build and of the static build, which has a profile of its own.
+fn find_agent_host(services: &Path) -> Result<PathBuf, DevError> {
+    if let Some(path) = env("AOD_AGENT_HOST") {
+        return Ok(path.into());
+    }
+    let built = [services.join("agent-host"), services.with_file_name("agent-host").join("agent-host")];
+    let newest = built.iter().filter(|path| is_executable(path)).max_by_key(|path| path.metadata().and_then(|file| file.modified()).ok());
+    newest.cloned().ok_or_else(|| DevError::Unfit("agent-host is not built; `cargo xtask agent-host` builds it".to_owned()))
 }
 
 /// The newest of the distribution's servers, or the one on PATH.

@@ -2,7 +2,7 @@
 
 use types::McpServer;
 
-use super::{Adapter, Launch, Skills, Stdin, SystemPrompt};
+use super::{Adapter, Skills};
 use crate::ModelEndpoints;
 
 pub struct Shell;
@@ -12,36 +12,11 @@ impl Adapter for Shell {
         None
     }
 
-    fn begin(&self, launch: &Launch<'_>) -> Vec<String> {
-        vec!["bash".to_owned(), launch.prompt_path.to_owned()]
-    }
-
-    /// There is no conversation to go on with.
-    fn resume(&self, launch: &Launch<'_>) -> Vec<String> {
-        self.begin(launch)
-    }
-
-    fn find_conversation(&self, _: &Launch<'_>) -> String {
-        String::new()
-    }
-
-    fn stdin(&self) -> Stdin {
-        Stdin::Empty
-    }
-
-    fn system_prompt(&self) -> SystemPrompt {
-        SystemPrompt::BeforeThePrompt
-    }
-
-    fn is_shell(&self) -> bool {
-        true
-    }
-
     fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
         Vec::new()
     }
 
-    fn config_files(&self, _: &[McpServer], _: &ModelEndpoints, _: &str) -> Vec<(&'static str, String)> {
+    fn config_files(&self, _: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
         Vec::new()
     }
 

@@ -260,7 +260,7 @@ impl Adapter for Claude {
             ("CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS", "1"),
         ];
         let env = env.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-        Launch { argv, env, stdio: Stdio::Protocol, prepare: Vec::new(), belongs_to_turns: true }
+        Launch { argv, script: None, env, stdio: Stdio::Protocol, prepare: Vec::new(), belongs_to_turns: true }
     }
 
     fn started(&mut self, _: &str, out: &mut Out) {

@@ -393,6 +393,7 @@ impl Adapter for Codex {
             .map(|key| prepare::Action::Write { path: ".codex/auth.json".to_owned(), text: json!({ "OPENAI_API_KEY": key }).to_string() });
         Launch {
             argv: ["codex", "app-server"].map(str::to_owned).into(),
+            script: None,
             env: Vec::new(),
             stdio: Stdio::Protocol,
             prepare: prepare.into_iter().collect(),

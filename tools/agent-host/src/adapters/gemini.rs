@@ -288,7 +288,7 @@ impl Adapter for Gemini {
         }
         // Its second process costs as much memory again.
         let env = vec![("GEMINI_CLI_NO_RELAUNCH".to_owned(), "true".to_owned())];
-        Launch { argv, env, stdio: Stdio::Protocol, prepare, belongs_to_turns: true }
+        Launch { argv, script: None, env, stdio: Stdio::Protocol, prepare, belongs_to_turns: true }
     }
 
     fn started(&mut self, cwd: &str, out: &mut Out) {

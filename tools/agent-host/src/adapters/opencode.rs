@@ -337,7 +337,7 @@ impl Adapter for Opencode {
         if permissions.rules.iter().any(|rule| decides(rule.evaluation())) || decides(permissions.otherwise()) {
             env.push(("OPENCODE_PERMISSION".to_owned(), json!({ "*": "ask" }).to_string()));
         }
-        Launch { argv, env, stdio: Stdio::Protocol, prepare: Vec::new(), belongs_to_turns: true }
+        Launch { argv, script: None, env, stdio: Stdio::Protocol, prepare: Vec::new(), belongs_to_turns: true }
     }
 
     /// It is ready when it says where it listens: a request before that is never answered.

@@ -27,7 +27,7 @@ struct Shell;
 
 impl Adapter for Shell {
     fn launch(&mut self, _: Option<&str>, first_message: &str) -> Launch {
-        script(first_message, "prompt", true)
+        script(first_message, true)
     }
 
     fn started(&mut self, _: &str, out: &mut Out) {
@@ -42,12 +42,14 @@ impl Adapter for Shell {
     }
 }
 
-/// A script for bash, whose error messages call it by its name.
-pub fn script(text: &str, name: &str, belongs_to_turns: bool) -> Launch {
-    let argv = if text.len() <= crate::process::ARGUMENT_BYTES_MAX {
-        vec!["bash".to_owned(), "-c".to_owned(), text.to_owned(), name.to_owned()]
-    } else {
-        vec!["bash".to_owned(), text.to_owned()]
-    };
-    Launch { argv, env: Vec::new(), stdio: Stdio::Output, prepare: Vec::new(), belongs_to_turns }
+/// A script for bash.
+pub fn script(text: &str, belongs_to_turns: bool) -> Launch {
+    Launch {
+        argv: vec!["bash".to_owned()],
+        script: Some(text.to_owned()),
+        env: Vec::new(),
+        stdio: Stdio::Output,
+        prepare: Vec::new(),
+        belongs_to_turns,
+    }
 }

@@ -33,7 +33,7 @@ fn turns_run_one_after_another_with_exact_output_and_status() {
     let (kinds, _) = attached.turn(4, &long);
     assert_eq!(output(&kinds).0.len(), 300_001);
     let (kinds, ended) = attached.turn(5, "no-such-command");
-    assert!(output(&kinds).1.contains("prompt: line 1: no-such-command: command not found"));
+    assert!(output(&kinds).1.contains("line 1: no-such-command: command not found"));
     assert_eq!(ended.exit_code, Some(127));
 
     attached.stop();
