@@ -156,7 +156,7 @@ where
         }
     };
     if let Err(error) = settled {
-        tracing::warn!(%error, subject = job.subject, "acknowledgement not sent; the job will come again");
+        tracing::warn!(%error, subject = job.subject, "failed to acknowledge a job; it will be redelivered");
     }
 }
 

@@ -79,7 +79,7 @@ where
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     if setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).is_err() {
-        tracing::warn!(limit = ?limit.current, "the limit of open files stays as it is");
+        tracing::warn!(limit = ?limit.current, "failed to raise the limit of open files");
     }
 }
 

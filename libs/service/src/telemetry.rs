@@ -52,7 +52,7 @@ pub struct Telemetry {
 impl Drop for Telemetry {
     fn drop(&mut self) {
         if let Err(error) = self.tracer.shutdown_with_timeout(FLUSH_MAX) {
-            tracing::warn!(%error, "the last spans were not sent");
+            tracing::warn!(%error, "failed to send the last spans");
         }
     }
 }

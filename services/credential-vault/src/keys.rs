@@ -113,7 +113,7 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
                 wrapped_keys.push(wrapped);
             }
             Err(error @ EnvelopeError::Damaged { .. }) => {
-                tracing::error!(%error, "left behind by the rotation");
+                tracing::error!(%error, "rotation skipped a secret");
                 damaged.push(secret.to_string());
             }
             Err(error) => return Err(Failure::conflict(format!("The rotation cannot go on: {error}"))),

@@ -65,7 +65,7 @@ impl App {
             Err(failure) => !matches!(failure.code, ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Internal),
         };
         if unused && let Err(error) = self.call::<rpc::DeleteSecrets>(&DeleteSecretsRequest { secret_ids: vec![kept.id] }).await {
-            tracing::warn!(?error, "an unused secret stays in the vault");
+            tracing::warn!(?error, "failed to delete an unused secret");
         }
     }
 }

@@ -77,7 +77,7 @@ async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
     .await?;
     for runner in &expired {
         metrics::counter!("aod_runner_leases_expired_total").increment(1);
-        tracing::warn!(runner, "runner lease expired; its turns are offered to others");
+        tracing::warn!(runner, "runner lease expired; releasing its turns");
     }
     Ok(())
 }

@@ -199,7 +199,7 @@ async fn restore(
     let is_log = topology::partition_of(spec.name).is_some();
     if condition != Condition::New {
         metrics::counter!("aod_streams_lost_total").increment(1);
-        tracing::error!(stream = spec.name, ?condition, persisted, "the stream is not the one that was published to");
+        tracing::error!(stream = spec.name, ?condition, persisted, "stream was lost, replaced or set back");
     }
     // What a queue or the lifecycle stream still holds is true; a log that differs from the persisted one is not.
     if is_log && matches!(condition, Condition::Exchanged | Condition::SetBack) {

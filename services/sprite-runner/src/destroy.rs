@@ -30,7 +30,7 @@ pub fn outcome(destroyed: Result<(), String>, again: Duration) -> Outcome {
     match destroyed {
         Ok(()) => Outcome::Done,
         Err(reason) => {
-            tracing::warn!(reason, "Sprite not deleted; trying again");
+            tracing::warn!(reason, "failed to delete a Sprite; will retry");
             Outcome::Retry(again)
         }
     }

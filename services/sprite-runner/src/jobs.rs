@@ -107,7 +107,7 @@ async fn own(
         // Released at once: the next runner continues where the log ends.
         () = stop.cancelled() => turn::End::Released(String::new()),
         () = lost.cancelled() => {
-            tracing::info!(%session, turn, "turn is not owned any more; stopping");
+            tracing::info!(%session, turn, "lost ownership of the turn; stopping");
             return;
         }
         _ = terminated.next() => turn::End::Terminated,

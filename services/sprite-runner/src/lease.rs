@@ -136,7 +136,7 @@ impl Turns {
             let request = HeartbeatRequest { runner_lease: lease.to_string(), runner: runner.to_string(), first, held: self.held() };
             match bus.call::<rpc::Heartbeat>(&request, DEADLINE).await {
                 Ok(HeartbeatReply { expired: true, .. }) => {
-                    tracing::warn!(%lease, "runner lease expired; its turns stop here");
+                    tracing::warn!(%lease, "runner lease expired; stopping its turns");
                     metrics::counter!("aod_runner_leases_lost_total").increment(1);
                     self.lease.send_replace(None);
                     self.lose_all();

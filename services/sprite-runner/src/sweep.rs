@@ -22,7 +22,7 @@ pub async fn run(runner: &Runner, job: SweepSprites, delivery: u64, again: Durat
     match sweep(runner, job).await {
         Ok(()) => Outcome::Done,
         Err(reason) if delivery >= DELIVERIES_MAX => {
-            tracing::warn!(reason, "an account was not searched for orphaned Sprites");
+            tracing::warn!(reason, "failed to search an account for orphaned Sprites");
             Outcome::Done
         }
         Err(_) => Outcome::Retry(again),
@@ -45,7 +45,7 @@ async fn sweep(runner: &Runner, job: SweepSprites) -> Result<(), String> {
             match client.delete(&name).await {
                 Ok(()) => {
                     metrics::counter!("aod_orphans_deleted_total").increment(1);
-                    tracing::warn!(sprite = %name, "a Sprite that no session knows is deleted");
+                    tracing::warn!(sprite = %name, "deleting an orphaned Sprite");
                 }
                 // The others all the same.
                 Err(error) => failed = Some(error.to_string()),
