@@ -21,7 +21,7 @@ pub struct State {
 pub struct Transition {
     pub session: Option<SessionStatus>,
     pub turn: Option<TurnStatus>,
-    /// The Sprite has to go.
+    /// The Sprite must be destroyed.
     pub destroy: bool,
 }
 
@@ -51,7 +51,7 @@ pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
     }
 }
 
-/// Whether a turn's end leaves a Sprite that nobody can use: its set-up failed, or nobody ended it in time.
+/// Whether a turn's end leaves an unusable Sprite: its set-up failed, or its deadline passed.
 fn leaves_nothing(ended: &TurnEnded) -> bool {
     let stage = ended.failure.as_ref().map(|failure| failure.stage.as_str());
     ended.exit_code.is_none() && stage.is_some_and(|stage| stage == DEADLINE || stage.parse::<Stage>().is_ok())

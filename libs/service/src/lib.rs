@@ -1,4 +1,4 @@
-//! The chassis of every service: settings from the environment, telemetry, a life with a beginning and an end, health.
+//! What every service needs: settings from the environment, telemetry, start and shutdown, health.
 
 pub mod admin;
 pub mod env;

@@ -1,4 +1,4 @@
-//! What a call can fail with, in words that a user of the product can act on.
+//! Errors of calls, in words that a user can act on.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// An error of the HTTP client, without the URL that it likes to name.
+    /// Converts an error of the HTTP client, without its URL.
     pub(crate) fn transport(error: reqwest::Error) -> Self {
         if error.is_timeout() {
             return Self::Timeout;
@@ -65,7 +65,7 @@ impl Error {
         }
     }
 
-    /// What it is, for a metric's label.
+    /// Returns the value of the metric label `outcome`.
     #[must_use]
     pub(crate) const fn kind(&self) -> &'static str {
         match self {
@@ -81,13 +81,13 @@ impl Error {
         }
     }
 
-    /// The same call may work a little later.
+    /// Whether the same call may succeed later.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
         matches!(self, Self::RateLimited { .. } | Self::Failed { .. } | Self::Transport(_) | Self::Timeout | Self::Interrupted)
     }
 
-    /// How long the server asked to be left alone.
+    /// Returns how long the server asked to wait.
     #[must_use]
     pub const fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -101,7 +101,7 @@ pub(crate) fn retry_after(headers: &header::HeaderMap) -> Option<Duration> {
     headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
 }
 
-/// What a body says, shortened; and the patience it asks for.
+/// Returns the message of a body, shortened, and its `retry_after_seconds`.
 fn describe(body: &str) -> (String, Option<Duration>) {
     let Ok(json) = serde_json::from_str::<Value>(body) else {
         let text = body.trim();
@@ -118,13 +118,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_of_html_is_not_shown_to_anybody() {
+    fn html_bodies_are_not_shown() {
         let error = Error::from_status(StatusCode::BAD_GATEWAY, "<html><body>secrets</body></html>", None);
         assert_eq!(error.to_string(), "the Sprites API failed (status 502): an HTML page");
     }
 
     #[test]
-    fn the_bodys_patience_wins_over_the_headers() {
+    fn retry_after_of_the_body_takes_precedence_over_the_header() {
         let body = r#"{"error":"sprite_creation_rate_limited","message":"slow down","retry_after_seconds":7}"#;
         let error = Error::from_status(StatusCode::TOO_MANY_REQUESTS, body, Some(Duration::from_secs(1)));
         assert_eq!(error.retry_after(), Some(Duration::from_secs(7)));

@@ -37,7 +37,7 @@ pub struct ExecRequest<'a> {
     pub stdin: bool,
 }
 
-/// What a running command tells.
+/// An event of a running command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExecEvent {
     Stdout(Bytes),
@@ -45,7 +45,7 @@ pub enum ExecEvent {
     Exit(u8),
 }
 
-/// A command that ended. The newest output only: what must be whole goes through a file.
+/// The result of a command, with only the newest 64 KiB of each stream. Read complete output from a file.
 #[derive(Clone, Debug)]
 pub struct Finished {
     pub code: u8,
@@ -55,7 +55,7 @@ pub struct Finished {
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-/// A running command's connection. Dropping it leaves the command to the server's rules.
+/// The connection of a running command. After it is dropped, `max_run_after_disconnect` applies.
 pub struct Exec {
     output: ExecOutput,
     input: ExecInput,
@@ -167,7 +167,7 @@ impl ExecInput {
         Ok(())
     }
 
-    /// Says goodbye; does not wait for an answer.
+    /// Closes the connection without waiting for the server.
     pub async fn close(mut self) {
         let _ = tokio::time::timeout(Duration::from_secs(1), self.socket.close()).await;
     }
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_query_is_the_sdks() {
+    fn the_query_equals_that_of_the_sdks() {
         let request =
             ExecRequest { argv: &["ok", "a b"], dir: "/w d", max_run_after_disconnect: Some(Duration::from_secs(1)), stdin: false };
         assert_eq!(query(&request), "cmd=ok&cmd=a+b&path=ok&dir=%2Fw+d&max_run_after_disconnect=1s&stdin=false");

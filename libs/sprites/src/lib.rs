@@ -1,7 +1,7 @@
-//! A client of the Sprites API. Knows nothing of which server answers: ours on this machine, or Fly.io's.
+//! A client of the Sprites API, for Fly.io's service and for `local-sprites` alike (docs/sprites-api.md).
 //!
-//! Calls that may be repeated are repeated a bounded number of times, with jitter, as the server asks (`Retry-After`). What the real
-//! service is known to do is expected: 5xx with an HTML page, a create that failed and yet happened, a 404 for a Sprite that is there.
+//! Idempotent calls are retried a bounded number of times, with jitter, after the time that the server asks for (`Retry-After`). The client
+//! expects what the real service is known to do: 5xx with an HTML page, a creation that fails and still takes effect, spurious 404s.
 
 mod error;
 mod exec;
@@ -24,12 +24,12 @@ pub use exec::{Exec, ExecEvent, ExecInput, ExecOutput, ExecRequest, Finished};
 
 /// Delays between attempts of one call: about 20 s in all.
 const RETRY: Backoff = Backoff { base: Duration::from_millis(250), max: Duration::from_secs(8), attempts: 6 };
-/// A Sprite that was there may seem not to be, for a moment: believed when it was said so often, other trouble not counted.
+/// Number of 404s after which a Sprite is considered gone: the API occasionally returns spurious ones. Other errors do not count.
 const SPURIOUS_NOT_FOUND_ATTEMPTS: u32 = 3;
-/// A server that asks for more patience than this has failed the call.
+/// The longest `Retry-After` that is honoured; a longer one fails the call.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Making a Sprite may wait for capacity.
+/// A creation may wait for capacity.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(120);
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -77,7 +77,7 @@ impl Client {
         Self { http, base_url: base_url.trim_end_matches('/').into(), token }
     }
 
-    /// Makes the Sprite, or finds that it is there: the name is the caller's own, so an existing one is its own work.
+    /// Creates the Sprite, or succeeds if it exists: names are unique to the caller, so an existing one is its own.
     ///
     /// # Errors
     /// [`Error`].

@@ -1,4 +1,4 @@
-//! Postgres, as every service uses it: a pool with limits, migrations, a role and schema of one's own, an outbox, leases.
+//! Postgres for services: a bounded connection pool, migrations, one role and schema per service, an outbox, leases.
 
 pub mod lease;
 mod migrate;

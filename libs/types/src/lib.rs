@@ -1,4 +1,4 @@
-//! What every part of the system agrees on: ids, states, codes, limits and the rules of the domain.
+//! Types that all crates share: ids, states, codes, limits and the rules of the domain.
 //!
 //! Pure by rule: no I/O, no async, and no dependency on any other crate of ours.
 

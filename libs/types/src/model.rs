@@ -31,7 +31,7 @@ impl Provider {
         }
     }
 
-    /// The variable that the provider's own tools read a key from.
+    /// The environment variable from which the provider's own tools read a key.
     #[must_use]
     pub const fn env_var(self) -> &'static str {
         match self {
@@ -68,7 +68,7 @@ pub enum Runtime {
 
 impl Runtime {
     pub const ALL: [Self; 5] = [Self::Claude, Self::Codex, Self::Gemini, Self::Opencode, Self::Shell];
-    /// The four that every deployment knows, in the order of the contract's message.
+    /// The four runtimes of every deployment, in the order in which error messages list them.
     pub const AGENTS: [Self; 4] = [Self::Claude, Self::Codex, Self::Gemini, Self::Opencode];
 
     #[must_use]
@@ -95,14 +95,14 @@ impl Runtime {
     }
 }
 
-/// What a runtime's CLI lets its users do while a turn runs. The adapters of the agent host declare the same, as a test there makes sure.
+/// Actions that a runtime's CLI supports while a turn runs. A test of the agent host checks that its adapters declare the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RuntimeCapabilities {
     /// A message can join a running turn.
     pub steer: bool,
     /// It asks before it uses a tool.
     pub permission_requests: bool,
-    /// What is said with a denial reaches the model.
+    /// The reason of a denial reaches the model.
     pub deny_with_message: bool,
     pub interrupt: bool,
 }
@@ -141,7 +141,7 @@ pub struct ModelRef {
     provider: Option<Provider>,
 }
 
-/// Why a model cannot be used with a runtime. The texts are the contract's.
+/// Why a model cannot be used with a runtime. The texts are fixed by docs/api.md §4.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ModelError {
     #[error("Unknown model: {0}")]
@@ -151,7 +151,7 @@ pub enum ModelError {
 }
 
 impl ModelRef {
-    /// Takes a bare model id for the runtime's provider where it has just one.
+    /// Parses a model. A bare model id belongs to the runtime's provider if the runtime has only one.
     ///
     /// # Errors
     /// [`ModelError`] when the provider is unknown or not served by the runtime.
@@ -196,7 +196,7 @@ impl ModelRef {
     }
 }
 
-/// `['a', 'b']`: how the contract's messages write a list.
+/// Renders a list as `['a', 'b']`, as the API's error messages do.
 pub fn quoted<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     let names: Vec<_> = names.into_iter().map(|name| format!("'{name}'")).collect();
     format!("[{}]", names.join(", "))

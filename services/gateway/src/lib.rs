@@ -1,7 +1,7 @@
-//! HTTP and SSE to the world. Keeps nothing: any number of replicas serve the same.
+//! Serves HTTP and server-sent events to clients. Stores nothing, so any number of replicas serve the same clients.
 //!
-//! [`router`] is every public route on one page; a file per resource holds its handlers; [`body`] checks what is sent, in the shapes of
-//! the contract; [`error`] is the one place where a failure becomes a status; [`stream`] follows sessions.
+//! [`router`] is every public route on one page; a file per resource holds its handlers; [`body`] validates requests, with the errors of
+//! docs/api.md; [`error`] is the one place where a failure becomes a status; [`stream`] follows sessions.
 
 mod agents;
 mod auth;

@@ -1,4 +1,4 @@
-//! A Sprites-compatible server on this machine, so that nobody needs an account.
+//! A server of the Sprites API for this machine, so that no account is needed.
 //!
 //! [`sandbox`] makes a Sprite's namespaces and root over its [`disk`], [`cgroup`] limits it, [`budget`] limits all together, and [`launch`] is how commands get in, less
 //! what [`seccomp`] refuses; [`registry`] keeps the Sprites; [`exec`] runs commands in them, some in a [`terminal`]; [`services`] keeps

@@ -1,4 +1,4 @@
-//! The record: agents, environments, sessions, turns, events; the state machine; what should run next. Schema `scheduler`.
+//! Stores agents, environments, sessions, turns and events, and decides what runs next. Schema `scheduler`.
 //!
 //! Requests change rows and, in the same transaction, write what others must hear of to the outbox; [`relay`] publishes it. What
 //! runners report comes back through the EVENTS stream; [`projector`] persists it and advances sessions and turns. [`reconciler`] offers

@@ -1,4 +1,4 @@
-//! Claims turns, drives the Sprites API, publishes what happens. Keeps nothing: a runner that dies is replaced by any other.
+//! Claims turns, drives the Sprites API, and appends events. Stores nothing: any other runner can replace one that dies.
 //!
 //! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`host`] is
 //! the connection to the agent host, which runs set-up steps and the [`agent`]; [`inputs`] fetches what is sent to a running turn;
