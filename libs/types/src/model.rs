@@ -21,7 +21,7 @@ impl Provider {
         }
     }
 
-    /// Where the provider's models are.
+    /// Returns the host name of the provider's API.
     #[must_use]
     pub const fn host(self) -> &'static str {
         match self {
