@@ -521,7 +521,7 @@ impl Call for Sessions {
 }
 
 /// Answers a permission request: the one that is named, or the only one that is open.
-async fn decide(api: &Api, session: &str, request: Option<u64>, decision: &str, message: Option<&str>) -> Result<Value, ApiFailure> {
+pub async fn decide(api: &Api, session: &str, request: Option<u64>, decision: &str, message: Option<&str>) -> Result<Value, ApiFailure> {
     let request = match request {
         Some(request) => request,
         None => only_request(api, session).await?,

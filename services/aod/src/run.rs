@@ -1,5 +1,8 @@
 //! `aod run` and `aod logs`: run a session and print its events for a person.
 
+mod typed;
+mod watch;
+
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::Args;
@@ -9,7 +12,7 @@ use crate::{
     cli::WhenBusy,
     client::{
         Api, ApiFailure, Page,
-        stream::{Next, follow},
+        stream::{Next, Source, follow},
     },
     output::{Output, print, write},
     prompt::PromptArgs,
@@ -177,12 +180,37 @@ pub async fn run(api: &Api, mut args: RunArgs, output: Output) -> Result<ExitCod
     // A message that waits begins a turn of its own; one that joins the running turn is part of it.
     let waits = turn.pointer("/input/when_busy").and_then(Value::as_str) == Some("queue");
     let turn = if waits { queued_turn(api, &session, &turn).await? } else { current };
-    watch(api, &session, 0, None, Printer::new(output, args.raw, Some(turn)), OnInterrupt::Interrupt).await
+    if shows_typed_events(api, &session, output, args.raw).await? {
+        let watched = watch::watch(api, &session, 0, Some(turn), OnInterrupt::Interrupt).await?;
+        if watched.agent_seen {
+            return Ok(watched.code);
+        }
+        // A CLI that could not start has said why in its output.
+    }
+    follow_output(api, &session, 0, None, Printer::new(output, args.raw, Some(turn)), OnInterrupt::Interrupt).await
 }
 
 pub async fn logs(api: &Api, args: LogsArgs, output: Output) -> Result<ExitCode, ApiFailure> {
     let idle = (!args.follow).then_some(Duration::from_millis(700));
-    watch(api, &args.session, args.since, idle, Printer::new(output, args.raw, None), OnInterrupt::Detach).await
+    if shows_typed_events(api, &args.session, output, args.raw).await? {
+        let watched = match args.follow {
+            true => watch::watch(api, &args.session, args.since, None, OnInterrupt::Detach).await?,
+            false => watch::list(api, &args.session, args.since).await?,
+        };
+        // A session of an earlier release has no typed events.
+        if watched.agent_seen || args.since > 0 {
+            return Ok(watched.code);
+        }
+    }
+    follow_output(api, &args.session, args.since, idle, Printer::new(output, args.raw, None), OnInterrupt::Detach).await
+}
+
+/// Whether a session's typed events are shown instead of its output: a shell has output alone.
+async fn shows_typed_events(api: &Api, session: &str, output: Output, raw: bool) -> Result<bool, ApiFailure> {
+    if raw || output == Output::Json {
+        return Ok(false);
+    }
+    Ok(text(&api.get(&format!("/sessions/{session}")).await?, "runtime") != "shell")
 }
 
 /// Waits until a queued message begins a turn, and returns its number.
@@ -248,7 +276,7 @@ fn text<'a>(value: &'a Value, name: &str) -> &'a str {
     value.get(name).and_then(Value::as_str).unwrap_or_default()
 }
 
-async fn watch(
+async fn follow_output(
     api: &Api,
     session: &str,
     since: u64,
@@ -259,16 +287,14 @@ async fn watch(
     let (mut code, mut overtaken) = (ExitCode::SUCCESS, None);
     let only_turn = printer.only_turn;
     {
-        let following = follow(api, session, since, idle, |event| {
+        let following = follow(api, session, Source::Output, since, idle, |event| {
             printer.print(event);
             match text(event, "type") {
                 // A queued message began the next turn at once: the stream shows the end of the newest turn alone.
                 "turn_start" if only_turn.is_some_and(|turn| event.get("turn").and_then(Value::as_u64) > Some(turn)) => {
                     overtaken = only_turn;
                 }
-                "exit" => {
-                    code = ExitCode::from(event.get("code").and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1));
-                }
+                "exit" => code = exit_code(event.get("code")),
                 "error" | "terminated" => code = ExitCode::FAILURE,
                 _ => return Next::Continue,
             }
@@ -295,6 +321,11 @@ async fn watch(
     }
 }
 
+/// A turn without an exit code has failed.
+fn exit_code(code: Option<&Value>) -> ExitCode {
+    ExitCode::from(code.and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+}
+
 /// Does what Ctrl-C does. Returns whether following goes on.
 async fn interrupt_or_detach(api: &Api, session: &str, on_interrupt: &mut OnInterrupt) -> bool {
     if std::mem::replace(on_interrupt, OnInterrupt::Detach) == OnInterrupt::Interrupt {
@@ -316,8 +347,7 @@ async fn code_of(api: &Api, session: &str, turn: u64) -> Result<ExitCode, ApiFai
     loop {
         let (turns, next) = api.page(&format!("/sessions/{session}/turns"), &page).await?;
         if let Some(turn) = turns.iter().find(|each| each.get("turn_number").and_then(Value::as_u64) == Some(turn)) {
-            let code = turn.get("exit_code").and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok());
-            return Ok(ExitCode::from(code.unwrap_or(1)));
+            return Ok(exit_code(turn.get("exit_code")));
         }
         if next.is_none() {
             return Ok(ExitCode::FAILURE);

@@ -24,6 +24,7 @@ mod resources;
 mod rolling;
 mod runtimes;
 mod sprites_api;
+mod steering;
 mod streams;
 mod supervision;
 mod tls;

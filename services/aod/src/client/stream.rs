@@ -13,6 +13,15 @@ use crate::client::{Api, ApiFailure};
 const SILENCE_MAX: Duration = Duration::from_secs(40);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: 20 };
 
+/// Which stream of a session is followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Output as the agent writes it, until the newest turn ends.
+    Output,
+    /// Typed events, from turn to turn.
+    Events,
+}
+
 /// What became of an event's receiver.
 pub enum Next {
     Continue,
@@ -24,14 +33,20 @@ pub enum Next {
 pub async fn follow(
     api: &Api,
     session: &str,
+    source: Source,
     mut since: u64,
     idle: Option<Duration>,
     mut receive: impl FnMut(&Value) -> Next,
 ) -> Result<(), ApiFailure> {
     let mut attempt = 0;
+    let (route, parameter) = match source {
+        Source::Output => ("stream", "since"),
+        Source::Events => ("events", "after"),
+    };
     loop {
-        let request = api.http.get(format!("{}/sessions/{session}/stream", api.base_url)).bearer_auth(api.token.expose_secret());
-        let response = match api.checked(request.query(&[("since", since)]).send().await).await {
+        let request = api.http.get(format!("{}/sessions/{session}/{route}", api.base_url)).bearer_auth(api.token.expose_secret());
+        let request = request.header(reqwest::header::ACCEPT, "text/event-stream").query(&[(parameter, since)]);
+        let response = match api.checked(request.send().await).await {
             Ok(response) => response,
             Err(error @ ApiFailure::Refused { .. }) => return Err(error),
             Err(error) => {
@@ -48,9 +63,9 @@ pub async fn follow(
             match tokio::time::timeout(idle.unwrap_or(SILENCE_MAX), body.next()).await {
                 Ok(Some(Ok(bytes))) => buffer.extend_from_slice(&bytes),
                 // The end of the stream is the server's word that nothing more comes now.
-                Ok(None) => return Ok(()),
+                Ok(None) if source == Source::Output => return Ok(()),
                 Err(_) if idle.is_some() => return Ok(()),
-                Ok(Some(Err(_))) | Err(_) => break,
+                Ok(None | Some(Err(_))) | Err(_) => break,
             }
             while let Some(end) = buffer.windows(2).position(|pair| pair == b"\n\n") {
                 let block: Vec<u8> = buffer.drain(..end + 2).collect();
