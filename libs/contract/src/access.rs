@@ -93,6 +93,7 @@ pub const SCHEDULER: Access = Access {
         "aod.evt.>",
         "aod.hint.>",
         "aod.dlq.>",
+        "aod.rpc.vault.v1.account.find",
         "aod.rpc.vault.v1.lease.mint",
         "aod.rpc.vault.v1.lease.revoke",
         "aod.rpc.vault.v1.secret.delete",

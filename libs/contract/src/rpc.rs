@@ -97,6 +97,8 @@ rpcs! {
     PutSecret: vault::PutSecretRequest => vault::PutSecretReply, "aod.rpc.vault.v1.secret.put", idempotent: true;
     /// Deletes stored secret values.
     DeleteSecrets: vault::DeleteSecretsRequest => common::Empty, "aod.rpc.vault.v1.secret.delete", idempotent: true;
+    /// Returns one user of each Sprites account of the given users. For the scheduler.
+    FindAccounts: vault::FindAccountsRequest => vault::FindAccountsReply, "aod.rpc.vault.v1.account.find", idempotent: true;
     /// Grants a runner the secrets of a session for a limited time. For the scheduler.
     MintLease: vault::MintLeaseRequest => vault::MintLeaseReply, "aod.rpc.vault.v1.lease.mint", idempotent: true;
     /// Returns the secrets of a lease, encrypted to a one-time key. For runners.

@@ -95,6 +95,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::DeleteCredential, _, _>(secrets::delete_credential).await?;
     responder.serve::<rpc::PutSecret, _, _>(secrets::put_secret).await?;
     responder.serve::<rpc::DeleteSecrets, _, _>(secrets::delete_secrets).await?;
+    responder.serve::<rpc::FindAccounts, _, _>(secrets::find_accounts).await?;
     responder.serve::<rpc::MintLease, _, _>(leases::mint).await?;
     responder.serve::<rpc::RedeemLease, _, _>(leases::redeem).await?;
     responder.serve::<rpc::RevokeLeases, _, _>(leases::revoke).await?;

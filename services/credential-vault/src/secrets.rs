@@ -4,8 +4,8 @@ use bus::Failure;
 use contract::{
     common::Empty,
     vault::{
-        Credential, DeleteCredentialRequest, DeleteSecretsRequest, ListCredentialsReply, ListCredentialsRequest, PutCredentialRequest,
-        PutSecretReply, PutSecretRequest,
+        Credential, DeleteCredentialRequest, DeleteSecretsRequest, FindAccountsReply, FindAccountsRequest, ListCredentialsReply,
+        ListCredentialsRequest, PutCredentialRequest, PutSecretReply, PutSecretRequest,
     },
 };
 use serde_json::Value;
@@ -125,6 +125,22 @@ pub async fn list_credentials(vault: Vault, request: ListCredentialsRequest) -> 
         credentials.push(Credential { kind: sprites.to_owned(), ..Credential::default() });
     }
     Ok(ListCredentialsReply { credentials })
+}
+
+/// Reads no token: two users that stored the same one count as two accounts.
+pub async fn find_accounts(vault: Vault, request: FindAccountsRequest) -> Result<FindAccountsReply, Failure> {
+    let users: Vec<Uuid> = request.user_ids.iter().map(|id| user(id).map(UserId::uuid)).collect::<Result<_, _>>()?;
+    let mut accounts: Vec<Uuid> =
+        sqlx::query_scalar("select user_id from secret where user_id = any($1) and is_credential and kind = $2 order by user_id")
+            .bind(&users)
+            .bind(CredentialKind::Sprites.as_str())
+            .fetch_all(&vault.pool)
+            .await?;
+    if vault.shared_sprites_token.is_some() {
+        let sharing = users.into_iter().find(|user| accounts.binary_search(user).is_err());
+        accounts.extend(sharing);
+    }
+    Ok(FindAccountsReply { user_ids: accounts.into_iter().map(|id| UserId::from_uuid(id).to_string()).collect() })
 }
 
 async fn credentials(pool: &PgPool, user: UserId) -> Result<Vec<CredentialRow>, Failure> {

@@ -8,8 +8,8 @@ use bus::Bus;
 use contract::{
     access, rpc,
     vault::{
-        Bundle, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest, PutSecretRequest,
-        RedeemLeaseRequest, RevokeLeasesRequest, RotateKeysReply, RotateKeysRequest,
+        Bundle, FindAccountsRequest, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest,
+        PutSecretRequest, RedeemLeaseRequest, RevokeLeasesRequest, RotateKeysReply, RotateKeysRequest,
     },
 };
 use credential_vault::Config;
@@ -85,6 +85,29 @@ async fn a_document_that_is_stored_again_under_its_id_is_stored_once() {
     let stored: i64 =
         sqlx::query_scalar("select count(*) from vault.secret").fetch_one(&mut vault.database.admin().await.unwrap()).await.unwrap();
     assert_eq!(stored, 1);
+}
+
+/// What sweeps go by: an account that many share is searched once.
+#[tokio::test]
+async fn users_without_a_sprites_token_share_the_deployments_account() {
+    let (vault, gateway, scheduler, _) = Vault::start().await;
+    let users: Vec<UserId> = (0..4).map(|_| UserId::new()).collect();
+    for (user, kind) in [(users[1], "backend:sprites"), (users[2], "provider:anthropic"), (users[3], "backend:sprites")] {
+        let request = PutCredentialRequest { kind: kind.to_owned(), ..put(user, "a-token-of-its-own") };
+        gateway.call::<rpc::PutCredential>(&request, SOON).await.unwrap();
+    }
+    let accounts = async |users: &[UserId]| {
+        let request = FindAccountsRequest { user_ids: users.iter().map(UserId::to_string).collect() };
+        let found = scheduler.call::<rpc::FindAccounts>(&request, SOON).await.unwrap().user_ids;
+        found.iter().map(|id| users.iter().position(|user| user.to_string() == *id).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(accounts(&users).await, [1, 3], "the others have none");
+    vault.stop_all().await;
+    let config = Config { shared_sprites_token: Some("shared".to_owned().into()), ..vault.config("0123456789abcdef") };
+    credential_vault::run(config, Lifecycle::new()).await.unwrap();
+    assert_eq!(accounts(&users).await, [1, 3, 0], "and one of the two that share the deployment's");
+    assert_eq!(accounts(&users[1..2]).await, [0], "whose users come first");
+    assert_eq!(accounts(&[]).await, [0_usize; 0]);
 }
 
 fn put(user: UserId, value: &str) -> PutCredentialRequest {

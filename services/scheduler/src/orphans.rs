@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use bus::Failure;
 use contract::{
+    rpc,
     runner::SweepSprites,
     scheduler::{ClaimSweepReply, ClaimSweepRequest, FindOrphansReply, FindOrphansRequest},
     subject,
+    vault::FindAccountsRequest,
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio_util::sync::CancellationToken;
@@ -27,6 +29,9 @@ const LEASE: Duration = Duration::from_secs(300);
 /// A user's account is searched until this many intervals after the last change of a session: a Sprite that is made late, by a runner that
 /// was paused for instance, is found too.
 const INTERVALS: f64 = 4.0;
+/// A question about so many users fits a message.
+const USERS_AT_A_TIME: usize = 50_000;
+const VAULT_DEADLINE: Duration = Duration::from_secs(3);
 /// Users whose accounts have not been searched for so long are forgotten here.
 const FORGET_AFTER_DAYS: i32 = 7;
 
@@ -57,8 +62,7 @@ async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
     .bind(INTERVALS)
     .fetch_all(&mut *tx)
     .await?;
-    for user in users {
-        let user = UserId::from_uuid(user);
+    for user in one_of_each_account(scheduler, users).await {
         enqueue(&mut tx, &subject::sprite_sweep(user), &SweepSprites { user_id: user.to_string() }).await?;
     }
     // The newest stays: it says when was searched last.
@@ -73,6 +77,24 @@ async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
     tx.commit().await?;
     scheduler.outbox.notify_one();
     Ok(())
+}
+
+/// One of the users of each account: users without a token of their own share the deployment's, which is searched once for all of them.
+async fn one_of_each_account(scheduler: &Scheduler, users: Vec<Uuid>) -> Vec<UserId> {
+    let users: Vec<UserId> = users.into_iter().map(UserId::from_uuid).collect();
+    let mut found = Vec::new();
+    for users in users.chunks(USERS_AT_A_TIME) {
+        let request = FindAccountsRequest { user_ids: users.iter().map(UserId::to_string).collect() };
+        match scheduler.bus.call::<rpc::FindAccounts>(&request, VAULT_DEADLINE).await {
+            Ok(reply) => found.extend(reply.user_ids.iter().filter_map(|id| id.parse::<UserId>().ok())),
+            // Then each is searched as if it were an account of its own.
+            Err(error) => {
+                tracing::warn!(%error, "the vault did not say who shares a Sprites account");
+                found.extend(users);
+            }
+        }
+    }
+    found
 }
 
 /// What it takes to search a user's account.

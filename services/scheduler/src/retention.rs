@@ -119,8 +119,7 @@ async fn drop_due_day(pool: &PgPool, days: u16, owner: Uuid) -> anyhow::Result<(
     let due: Vec<_> = due.into_iter().filter_map(|(table, detach_pending, time)| Some((table, detach_pending?, time))).collect();
     metrics::gauge!("aod_event_days_due").set(due.len() as f64);
     let Some((table, detach_pending, database_time)) = due.into_iter().next() else { return Ok(()) };
-    let skew = (database_time - OffsetDateTime::now_utc().unix_timestamp() as f64).abs();
-    anyhow::ensure!(skew < SKEW_MAX.as_secs_f64(), "no events are dropped: the clocks of Postgres and the scheduler differ by {skew:.0} s");
+    check_clocks(database_time, OffsetDateTime::now_utc().unix_timestamp() as f64)?;
     let Some(lease) = store::lease::acquire(pool, owner, &[LEASE.to_owned()], DROP_EVERY).await?.pop() else { return Ok(()) };
     let dropped = drop_day(pool, &table, Some(detach_pending)).await;
     if dropped.is_err() {
@@ -129,6 +128,13 @@ async fn drop_due_day(pool: &PgPool, days: u16, owner: Uuid) -> anyhow::Result<(
     dropped?;
     metrics::counter!("aod_event_days_dropped_total").increment(1);
     tracing::info!(table, "dropped a day of events by EVENT_RETENTION_DAYS");
+    Ok(())
+}
+
+/// Both in seconds since the epoch. Which of two clocks is wrong is not known: a day that is dropped too early is gone.
+fn check_clocks(postgres: f64, own: f64) -> anyhow::Result<()> {
+    let skew = (postgres - own).abs();
+    anyhow::ensure!(skew < SKEW_MAX.as_secs_f64(), "no events are dropped: the clocks of Postgres and the scheduler differ by {skew:.0} s");
     Ok(())
 }
 
@@ -182,4 +188,22 @@ async fn delete_sessions(scheduler: &Scheduler, days: u16) -> anyhow::Result<()>
     }
     anyhow::ensure!(failed == 0, "{failed} sessions are not deleted");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_wrong_on_either_side_drops_nothing() {
+        const YEAR: f64 = 365.0 * 86400.0;
+        let now = 1.8e9;
+        for (postgres, own) in [(now, now), (now, now + 3599.0), (now - 3599.0, now)] {
+            check_clocks(postgres, own).unwrap();
+        }
+        for (postgres, own) in [(now + YEAR, now), (now, now + YEAR), (now - 3600.0, now), (0.0, now), (f64::NAN, now)] {
+            let error = check_clocks(postgres, own).unwrap_err().to_string();
+            assert!(error.contains("clocks of Postgres and the scheduler differ"), "{error}");
+        }
+    }
 }

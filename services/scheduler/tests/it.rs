@@ -620,6 +620,41 @@ async fn what_is_old_goes_and_what_is_not_stays() {
     assert_eq!(world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events.len(), 2);
 }
 
+/// A setting or a clock that is wrong is noticed before everything is gone.
+#[tokio::test]
+async fn one_day_of_events_is_dropped_in_an_hour_whichever_replica_starts() {
+    let world = World::start().await;
+    let mut admin = world.database.admin().await.unwrap();
+    for day in ["20200103", "20200104", "20200105"] {
+        let (year, month, date) = (&day[..4], &day[4..6], day[6..].parse::<u32>().unwrap());
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+            "create table scheduler.event_{day} partition of scheduler.event
+                 for values from ('{year}-{month}-{date}') to ('{year}-{month}-{}');
+             alter table scheduler.event_{day} owner to scheduler",
+            date + 1
+        )))
+        .execute(&mut admin)
+        .await
+        .unwrap();
+    }
+    let days = async || {
+        sqlx::query_scalar::<_, String>("select relname::text from pg_class where relname like 'event\\_2020____' order by 1")
+            .fetch_all(&mut world.database.admin().await.unwrap())
+            .await
+            .unwrap()
+    };
+    for left in [&["event_20200104", "event_20200105"] as &[_], &["event_20200105"]] {
+        for _ in 0..3 {
+            world.run_scheduler(&Lifecycle::new()).await;
+        }
+        eventually("the oldest day is gone", || async { days().await == left }).await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(days().await, left, "and no other");
+        // An hour later.
+        sqlx::raw_sql("update scheduler.lease set expires_at = now() where name = 'event-retention'").execute(&mut admin).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_turn_that_nobody_can_run_is_given_up_with_the_last_reason() {
     let world = World::start().await;

@@ -70,6 +70,19 @@ pub struct DeleteSecretsRequest {
     #[prost(string, repeated, tag = "1")]
     pub secret_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
+/// Which accounts these users make their Sprites in.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FindAccountsRequest {
+    #[prost(string, repeated, tag = "1")]
+    pub user_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FindAccountsReply {
+    /// One user of each account. The deployment's own account, which all without a token of their own share, comes once; those without any do
+    /// not come.
+    #[prost(string, repeated, tag = "1")]
+    pub user_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MintLeaseRequest {
     #[prost(string, tag = "1")]
