@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 
 fn dev(args: &[&str]) -> Output {
@@ -33,6 +33,29 @@ fn what_is_in_the_way_is_said_in_one_line() {
     std::fs::set_permissions(&old, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let too_old = Command::new(&aod).args(["dev", "--port", "0", "--data-dir", dir]).env("NATS_SERVER_BIN", &old).output().unwrap();
     assert!(refusal(&too_old).contains("is version 2.9.10; 2.12 or later is needed"));
+}
+
+/// Two of them, which would be in each other's way at any fixed port.
+#[tokio::test]
+async fn any_free_port_is_chosen_and_told() {
+    let start = |data: &std::path::Path| {
+        let mut aod = Command::new(testkit::services::binary("aod").unwrap());
+        aod.args(["dev", "--port", "0", "--data-dir"]).arg(data).arg("--ready-file").arg(data.join("ready.json"));
+        aod.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap()
+    };
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let mut stacks = folders.each_ref().map(|data| start(data.path()));
+    for data in &folders {
+        let ready = || std::fs::read(data.path().join("ready.json")).ok().and_then(|text| serde_json::from_slice::<Value>(&text).ok());
+        testkit::eventually("it is ready", || async { ready().is_some() }).await;
+        let url = ready().unwrap()["api_url"].as_str().unwrap().to_owned();
+        assert!(!url.ends_with(":0"), "{url}");
+        assert_eq!(reqwest::get(format!("{url}/health")).await.unwrap().status(), 200);
+    }
+    for stack in &mut stacks {
+        rustix::process::kill_process(rustix::process::Pid::from_child(stack), Signal::INT).unwrap();
+        assert!(stack.wait().unwrap().success());
+    }
 }
 
 #[tokio::test]
