@@ -14,6 +14,7 @@ pub mod log;
 pub mod responder;
 pub mod topology;
 pub mod trace;
+pub mod vault;
 pub mod work;
 
 pub use client::{Bus, Config, ConnectError};

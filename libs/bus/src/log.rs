@@ -7,7 +7,7 @@ use async_nats::jetstream::{
     consumer::{DeliverPolicy, pull::OrderedConfig},
     context::PublishErrorKind,
     message::PublishMessage,
-    stream::LastRawMessageErrorKind,
+    stream::{LastRawMessageErrorKind, RawMessageErrorKind},
 };
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
@@ -64,6 +64,9 @@ pub struct Entry {
     pub payload: Bytes,
     /// The sequence that the writer took for the subject's last (0: none), where it said so. It tells a follower what it has missed.
     pub follows: Option<u64>,
+    /// Whether no service wrote it: the server itself answers requests to any reply subject, also to that of a log. What services write has
+    /// headers.
+    pub is_foreign: bool,
 }
 
 impl Bus {
@@ -115,6 +118,7 @@ impl Bus {
                 sequence: message.sequence,
                 subject: message.subject.to_string(),
                 follows: follows(&message.headers),
+                is_foreign: message.headers.is_empty(),
                 payload: message.payload,
             })),
             Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
@@ -130,6 +134,21 @@ impl Bus {
         let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
         stream.purge().filter(subject).await.map_err(|error| ReadError(error.into()))?;
         Ok(())
+    }
+
+    /// Removes one entry. The subject's last sequence is then that of the entry before it. One that is gone already is fine.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the stream does not answer.
+    pub async fn remove(&self, stream: &'static str, sequence: u64) -> Result<(), ReadError> {
+        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+        match stream.delete_message(sequence).await {
+            Ok(_) => Ok(()),
+            Err(error) => match stream.get_raw_message(sequence).await {
+                Err(missing) if missing.kind() == RawMessageErrorKind::NoMessageFound => Ok(()),
+                _ => Err(ReadError(error.into())),
+            },
+        }
     }
 
     /// Removes every entry up to a sequence.
@@ -170,7 +189,8 @@ impl Bus {
             let message = message.map_err(|error| ReadError(error.into()))?;
             let sequence = message.info().map_err(ReadError)?.stream_sequence;
             let follows = message.headers.as_ref().and_then(follows);
-            Ok(Entry { sequence, subject: message.subject.to_string(), payload: message.payload.clone(), follows })
+            let is_foreign = message.headers.as_ref().is_none_or(async_nats::HeaderMap::is_empty);
+            Ok(Entry { sequence, subject: message.subject.to_string(), payload: message.payload.clone(), follows, is_foreign })
         });
         let until_reconnected = futures::stream::unfold((entries, Some(connections)), |(mut entries, connections)| async move {
             let mut connections = connections?;

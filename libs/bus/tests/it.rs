@@ -381,3 +381,39 @@ async fn a_rolling_restart_fails_no_request_and_delays_none_to_its_timeout() {
     println!("{requests} requests, the slowest took {slowest:?}");
     assert!(requests > 1000 && slowest < Duration::from_secs(3), "{requests} requests, the slowest took {slowest:?}");
 }
+
+/// The server answers requests to any reply subject, also to one that its caller may not publish to.
+#[tokio::test]
+async fn what_the_server_put_into_a_log_is_told_from_events_and_removed() {
+    use async_nats::jetstream::consumer::{AckPolicy, push};
+    let nats = Nats::start().unwrap();
+    let scheduler = nats.with_streams().await.unwrap();
+    let runner = nats.connect(&access::RUNNER).await.unwrap();
+    let log = subject::session_log(SessionId::new(), Partition::FIRST);
+    let first = runner.append(log.clone(), "1".into(), 0).await.unwrap();
+    scheduler.publish("aod.evt.scheduler.v1.session.completed.x".to_owned(), "1".into(), "1").await.unwrap();
+    let events = raw(&nats, &access::EVENTS).await;
+    // A consumer's deliveries are in no other stream.
+    let stream = async_nats::jetstream::new(events.clone()).get_stream_no_info("LIFECYCLE").await.unwrap();
+    let deliver = push::Config {
+        name: Some("a".to_owned()),
+        deliver_subject: log.clone(),
+        ack_policy: AckPolicy::None,
+        idle_heartbeat: Duration::from_millis(100),
+        ..push::Config::default()
+    };
+    stream.create_consumer(deliver).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert_eq!(runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap().sequence, first);
+    events.publish_with_reply("$JS.API.INFO", log.clone(), "".into()).await.unwrap();
+    let last = async || runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap();
+    eventually("an answer is in the log", || async { last().await.sequence > first }).await;
+    assert!(last().await.is_foreign);
+    assert!(matches!(runner.append(log.clone(), "2".into(), first).await, Err(AppendError::Superseded)));
+    for _ in 0..2 {
+        scheduler.remove(topology::EVENTS.name, last().await.sequence.max(first + 1)).await.unwrap();
+    }
+    let entry = last().await;
+    assert!(!entry.is_foreign && entry.sequence == first);
+    runner.append(log.clone(), "2".into(), first).await.unwrap();
+}

@@ -87,6 +87,8 @@ rpcs! {
 
     /// Answers after a real encryption and decryption.
     VaultHealth: common::Empty => common::Empty, "aod.rpc.vault.v1.health.check", idempotent: true;
+    /// Returns the public key that secrets are sealed to on their way to the vault.
+    SealingKey: common::Empty => vault::SealingKeyReply, "aod.rpc.vault.v1.sealing.key", idempotent: true;
     /// Stores a credential of a user, encrypted.
     PutCredential: vault::PutCredentialRequest => vault::Credential, "aod.rpc.vault.v1.credential.put", idempotent: true;
     /// Lists the credentials of a user, without their values.

@@ -2,7 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use bus::{Bus, Failure, dead_letters::DeadLetter};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bus::{Bus, Failure, dead_letters::DeadLetter, vault::AcceptedKeys};
 use clap::{Args, Subcommand};
 use contract::{
     access,
@@ -250,7 +251,7 @@ impl Operator {
     async fn run(self, command: Admin, value: Option<SecretString>) -> Result<(), AdminError> {
         const USERS: Table = Table(&["name", "id", "is_active", "session_limit", "created_at"]);
         const KEYS: Table = Table(&["id", "name", "prefix", "is_active", "expires_at", "last_used_at"]);
-        const KEY_VERSIONS: Table = Table(&["version", "is_current", "is_configured", "secrets"]);
+        const KEY_VERSIONS: Table = Table(&["version", "is_current", "is_configured", "secrets", "public_key"]);
         const CREDENTIALS: Table = Table(&["kind", "hint", "updated_at"]);
         match command {
             Admin::Bootstrap { user } => {
@@ -313,8 +314,11 @@ impl Operator {
             }
             Admin::Credential(Credentials::Set { user, kind }) => {
                 let user_id = self.user(user).await?;
-                let value = value.unwrap_or_default().expose_secret().as_bytes().to_vec();
-                let stored = self.call::<rpc::PutCredential>(&PutCredentialRequest { user_id, kind: kind.name(), value }).await?;
+                let (kind, value) = (kind.name(), value.unwrap_or_default());
+                let value = value.expose_secret().as_bytes();
+                let sealed = Some(self.bus.seal_for_vault(&AcceptedKeys::default(), &user_id, &kind, value, DEADLINE).await?);
+                let request = PutCredentialRequest { user_id, kind, sealed, ..PutCredentialRequest::default() };
+                let stored = self.call::<rpc::PutCredential>(&request).await?;
                 self.output.one(&describe_credential(&stored));
             }
             Admin::Credential(Credentials::List { user }) => {
@@ -445,7 +449,13 @@ fn describe_credential(credential: &Credential) -> Value {
 }
 
 fn describe_key_version(key: &KeyStatus) -> Value {
-    json!({ "version": key.version, "is_current": key.is_current, "is_configured": key.is_configured, "secrets": key.secrets })
+    json!({
+        "version": key.version,
+        "is_current": key.is_current,
+        "is_configured": key.is_configured,
+        "secrets": key.secrets,
+        "public_key": STANDARD.encode(&key.public_key),
+    })
 }
 
 fn describe_redemption(redemption: &Redemption) -> Value {

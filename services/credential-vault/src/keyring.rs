@@ -7,6 +7,7 @@ use aes_gcm::{
     aead::{Aead as _, Payload},
 };
 use hkdf::Hkdf;
+use sealing::KeyPair;
 use secrecy::{ExposeSecret as _, SecretString};
 use sha2::Sha256;
 use zeroize::Zeroizing;
@@ -36,9 +37,16 @@ pub enum KeyringError {
 
 /// Every configured key, derived from what is configured.
 pub struct Keyring {
-    ciphers: BTreeMap<KeyVersion, Aes256Gcm>,
+    keys: BTreeMap<KeyVersion, Key>,
     newest: KeyVersion,
     shortest: usize,
+}
+
+/// What one configured text is derived to.
+struct Key {
+    cipher: Aes256Gcm,
+    /// What secrets are sealed to on their way here. Every replica has the same, and it changes with the key.
+    sealing: KeyPair,
 }
 
 impl Keyring {
@@ -55,19 +63,23 @@ impl Keyring {
         } else {
             vec![(1, text)]
         };
-        let (mut ciphers, mut newest, mut shortest) = (BTreeMap::new(), 1, usize::MAX);
+        let (mut keys, mut newest, mut shortest) = (BTreeMap::new(), 1, usize::MAX);
         for (version, key) in entries {
             let chars = key.chars().count();
             if chars < KEY_CHARS_MIN {
                 return Err(KeyringError::TooShort { version, chars });
             }
-            if ciphers.insert(version, derive(version, key)).is_some() {
+            let key = Key {
+                cipher: Aes256Gcm::new(&(*derive(&format!("aod vault key-encryption key v{version}"), key)).into()),
+                sealing: KeyPair::from_secret(&derive(&format!("aod vault sealing key v{version}"), key)),
+            };
+            if keys.insert(version, key).is_some() {
                 return Err(KeyringError::Twice { version });
             }
             newest = newest.max(version);
             shortest = shortest.min(chars);
         }
-        Ok(Self { ciphers, newest, shortest })
+        Ok(Self { keys, newest, shortest })
     }
 
     /// The shortest configured key, in characters.
@@ -81,21 +93,26 @@ impl Keyring {
     }
 
     pub fn holds(&self, version: KeyVersion) -> bool {
-        self.ciphers.contains_key(&version)
+        self.keys.contains_key(&version)
     }
 
     pub fn versions(&self) -> impl Iterator<Item = KeyVersion> + '_ {
-        self.ciphers.keys().copied()
+        self.keys.keys().copied()
+    }
+
+    /// What secrets that are on their way here are sealed to, while this version encrypts.
+    pub fn sealing(&self, version: KeyVersion) -> Option<&KeyPair> {
+        self.keys.get(&version).map(|key| &key.sealing)
     }
 
     /// Wraps a data key; none where the version is not configured.
     pub fn wrap(&self, version: KeyVersion, data_key: &[u8], aad: &[u8]) -> Option<Result<Vec<u8>, EnvelopeError>> {
-        Some(encrypt(self.ciphers.get(&version)?, data_key, aad))
+        Some(encrypt(&self.keys.get(&version)?.cipher, data_key, aad))
     }
 
     /// Unwraps a data key: none where the version is not configured, then none where it does not open.
     pub fn unwrap(&self, version: KeyVersion, wrapped: &[u8], aad: &[u8]) -> Option<Option<Zeroizing<Vec<u8>>>> {
-        Some(decrypt(self.ciphers.get(&version)?, wrapped, aad))
+        Some(decrypt(&self.keys.get(&version)?.cipher, wrapped, aad))
     }
 
     /// What only this version of the key opens.
@@ -119,12 +136,11 @@ fn proof_aad(version: KeyVersion) -> Vec<u8> {
     format!("aod vault key proof\0{version}").into_bytes()
 }
 
-fn derive(version: KeyVersion, text: &str) -> Aes256Gcm {
+fn derive(label: &str, text: &str) -> Zeroizing<[u8; KEY_BYTES]> {
     let mut key = Zeroizing::new([0_u8; KEY_BYTES]);
-    let label = format!("aod vault key-encryption key v{version}");
     // 32 bytes are far from what HKDF can give.
     let _ = Hkdf::<Sha256>::new(None, text.as_bytes()).expand(label.as_bytes(), key.as_mut());
-    Aes256Gcm::new(&(*key).into())
+    key
 }
 
 /// Nonce and ciphertext.
@@ -168,5 +184,13 @@ mod tests {
         assert!(!keys.is_proven_by(2, &proof));
         let other = Keyring::parse(&"1:abcdef0123456789".to_owned().into()).unwrap();
         assert!(!other.is_proven_by(1, &proof));
+    }
+
+    #[test]
+    fn replicas_share_a_sealing_key_which_changes_with_the_version() {
+        let public = |text: &str, version| Keyring::parse(&text.to_owned().into()).unwrap().sealing(version).map(KeyPair::public);
+        assert_eq!(public("0123456789abcdef", 1), public("1:0123456789abcdef 2:abcdef0123456789", 1));
+        assert_ne!(public("1:0123456789abcdef 2:0123456789abcdef", 1), public("1:0123456789abcdef 2:0123456789abcdef", 2));
+        assert_eq!(public("0123456789abcdef", 2), None);
     }
 }

@@ -4,7 +4,7 @@ use anyhow::{Context as _, bail, ensure};
 use bus::Failure;
 use contract::{
     common::Empty,
-    vault::{KeyStatus, KeyStatusReply, RotateKeysReply, RotateKeysRequest},
+    vault::{KeyStatus, KeyStatusReply, RotateKeysReply, RotateKeysRequest, SealingKeyReply},
 };
 use sqlx::{PgConnection, PgPool};
 use types::{SecretId, UserId};
@@ -174,8 +174,16 @@ pub async fn status(vault: Vault, _: Empty) -> Result<KeyStatusReply, Failure> {
         is_current: version == current,
         is_configured: vault.keys.holds(version),
         secrets: secrets.unsigned_abs(),
+        public_key: vault.keys.sealing(version).map(|key| key.public().to_vec()).unwrap_or_default(),
     });
     Ok(KeyStatusReply { keys: keys.collect() })
+}
+
+/// The public key of the version that encrypts, which every replica has while keys are rotated.
+pub async fn sealing_key(vault: Vault, _: Empty) -> Result<SealingKeyReply, Failure> {
+    let current: KeyVersion = sqlx::query_scalar("select version from current_key").fetch_one(&vault.pool).await?;
+    let key = vault.keys.sealing(current).ok_or_else(|| Failure::internal(EnvelopeError::UnknownCurrentKey { version: current }))?;
+    Ok(SealingKeyReply { key_version: unsigned(current), public_key: key.public().to_vec() })
 }
 
 fn unsigned(version: KeyVersion) -> u32 {

@@ -23,6 +23,8 @@ use crate::{
 
 /// No turn runs longer than this, so no lease needs to.
 const TTL_SECONDS_MAX: u32 = 2 * 60 * 60;
+/// How long after its first redemption a lease may be redeemed again: the answer may have been lost.
+const REPEAT_SECONDS: f64 = 60.0;
 const FORGET_INTERVAL: Duration = Duration::from_secs(600);
 const FORGET_AT_A_TIME: u64 = 10_000;
 
@@ -30,8 +32,8 @@ pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseRe
     let id = LeaseId::new();
     let secrets: Result<Vec<Uuid>, _> = request.secret_ids.iter().map(|id| id.parse::<SecretId>().map(SecretId::uuid)).collect();
     sqlx::query(
-        "insert into lease (lease_id, user_id, session_id, purpose, credential_kinds, secret_ids, expires_at, epoch)
-         values ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8)",
+        "insert into lease (lease_id, user_id, session_id, purpose, credential_kinds, secret_ids, expires_at, epoch, public_key)
+         values ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8, $9)",
     )
     .bind(id.uuid())
     .bind(user(&request.user_id)?.uuid())
@@ -41,6 +43,7 @@ pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseRe
     .bind(secrets.map_err(|_| Failure::invalid("Malformed secret id"))?)
     .bind(f64::from(request.ttl_seconds.clamp(1, TTL_SECONDS_MAX)))
     .bind(i64::from(request.epoch))
+    .bind(Some(request.public_key).filter(|key| !key.is_empty()))
     .execute(&vault.pool)
     .await?;
     Ok(MintLeaseReply { lease_id: id.to_string() })
@@ -53,16 +56,21 @@ struct LeaseRow {
     purpose: String,
     credential_kinds: Vec<String>,
     secret_ids: Vec<Uuid>,
+    /// None where a runner of the release before claimed.
+    public_key: Option<Vec<u8>>,
     usable: bool,
 }
 
 pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemLeaseReply, Failure> {
-    let refused = || Failure::not_found("Lease not found, expired or revoked");
+    let refused = || Failure::not_found("Lease not found, expired, revoked or redeemed");
     let id: LeaseId = request.lease_id.parse().map_err(|_| refused())?;
     // Whoever has claimed the work meanwhile has a lease of a higher epoch.
     let lease: Option<LeaseRow> = sqlx::query_as(
-        "select user_id, session_id, purpose, credential_kinds, secret_ids,
-                revoked_at is null and expires_at > now() and not exists (
+        "select user_id, session_id, purpose, credential_kinds, secret_ids, public_key,
+                revoked_at is null and expires_at > now()
+                and (redeemed_at is null or redeemed_at > now() - make_interval(secs => $2))
+                and (public_key is null or public_key = $3)
+                and not exists (
                     select 1 from lease later
                     where later.session_id = lease.session_id and later.purpose = lease.purpose and later.epoch > lease.epoch
                 ) as usable
@@ -70,6 +78,8 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
          where lease_id = $1",
     )
     .bind(id.uuid())
+    .bind(REPEAT_SECONDS)
+    .bind(&request.public_key)
     .fetch_optional(&vault.pool)
     .await?;
     let write_down = async |lease: Option<&LeaseRow>, outcome, kinds: &[String]| {
@@ -87,8 +97,13 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
     let kinds: Vec<String> = bundle.secrets.iter().map(|secret| secret.kind.clone()).collect();
     let plaintext = Zeroizing::new(bundle.encode_to_vec());
     bundle.secrets.iter_mut().for_each(|secret| secret.value.zeroize());
-    let sealed = sealing::seal(&request.public_key, &plaintext, request.lease_id.as_bytes())
+    let key = lease.public_key.as_ref().unwrap_or(&request.public_key);
+    let sealed = sealing::seal(key, &plaintext, request.lease_id.as_bytes())
         .map_err(|error| Failure::invalid(format!("The lease cannot be sealed: {error}")))?;
+    sqlx::query("update lease set redeemed_at = now() where lease_id = $1 and redeemed_at is null")
+        .bind(id.uuid())
+        .execute(&vault.pool)
+        .await?;
     // Written before the answer leaves: there is no redemption without its audit.
     write_down(Some(&lease), Outcome::Granted, &kinds).await?;
     Ok(RedeemLeaseReply { sealed })

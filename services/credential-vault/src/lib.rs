@@ -63,6 +63,7 @@ impl Config {
 const MIGRATIONS: &[store::Step] = &[
     (1, "secrets and leases", include_str!("../../../migrations/vault/0001_secrets_and_leases.sql")),
     (2, "key versions", include_str!("../../../migrations/vault/0002_key_versions.sql")),
+    (30, "leases of one key", include_str!("../../../migrations/vault/0030_leases_of_one_key.sql")),
 ];
 
 /// What every request works with.
@@ -101,6 +102,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::RevokeLeases, _, _>(leases::revoke).await?;
     responder.serve::<rpc::RotateKeys, _, _>(keys::rotate).await?;
     responder.serve::<rpc::KeyStatus, _, _>(keys::status).await?;
+    responder.serve::<rpc::SealingKey, _, _>(keys::sealing_key).await?;
     responder.serve::<rpc::ListRedemptions, _, _>(audit::list).await?;
     lifecycle.spawn("leases", leases::forget_expired(pool, lifecycle.stop_token()));
     Ok(())

@@ -5,7 +5,7 @@ use contract::{
     common::Empty,
     vault::{
         Credential, DeleteCredentialRequest, DeleteSecretsRequest, FindAccountsReply, FindAccountsRequest, ListCredentialsReply,
-        ListCredentialsRequest, PutCredentialRequest, PutSecretReply, PutSecretRequest,
+        ListCredentialsRequest, PutCredentialRequest, PutSecretReply, PutSecretRequest, SealedValue,
     },
 };
 use serde_json::Value;
@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 use crate::{
     Vault,
     envelope::{Binding, Sealed},
-    keyring::Keyring,
+    keyring::{KeyVersion, Keyring},
     keys,
 };
 
@@ -73,7 +73,7 @@ impl From<CredentialRow> for Credential {
 }
 
 pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Result<Credential, Failure> {
-    let value = Zeroizing::new(request.value);
+    let value = unseal(&vault, request.value, request.sealed, &request.user_id, &request.kind)?;
     let user = user(&request.user_id)?;
     let kind: CredentialKind = request.kind.parse().map_err(|_| Failure::not_found("Credential not found"))?;
     let text = std::str::from_utf8(&value).ok().filter(|text| !text.is_empty() && text.len() <= CREDENTIAL_BYTES_MAX);
@@ -162,7 +162,7 @@ pub async fn delete_credential(vault: Vault, request: DeleteCredentialRequest) -
 
 /// Keeps a document of secrets. One that follows another takes over what is redacted in it, and is that other where nothing changed.
 pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSecretReply, Failure> {
-    let value = Zeroizing::new(request.value);
+    let value = unseal(&vault, request.value, request.sealed, &request.user_id, &request.kind)?;
     let user = user(&request.user_id)?;
     let malformed = || Failure::invalid("A secret is a JSON object");
     let new: Value = serde_json::from_slice(&value).map_err(|_| malformed())?;
@@ -226,6 +226,15 @@ pub async fn delete_secrets(vault: Vault, request: DeleteSecretsRequest) -> Resu
     let ids: Vec<Uuid> = request.secret_ids.iter().filter_map(|id| id.parse::<SecretId>().ok()).map(SecretId::uuid).collect();
     sqlx::query("delete from secret where secret_id = any($1) and not is_credential").bind(ids).execute(&vault.pool).await?;
     Ok(Empty {})
+}
+
+/// A value as it was before it was sealed to this vault.
+fn unseal(vault: &Vault, clear: Vec<u8>, sealed: Option<SealedValue>, user: &str, kind: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    let Some(sealed) = sealed else { return Ok(Zeroizing::new(clear)) };
+    // A version that was removed since its key was asked for.
+    let key = KeyVersion::try_from(sealed.key_version).ok().and_then(|version| vault.keys.sealing(version));
+    let key = key.ok_or_else(|| Failure::unavailable("The key that the value is sealed to"))?;
+    key.open(&sealed.sealed, &bus::vault::context(user, kind)).map_err(|_| Failure::invalid("The sealed value does not open"))
 }
 
 pub fn user(text: &str) -> Result<UserId, Failure> {

@@ -4,7 +4,7 @@
 
 use std::{sync::Mutex, time::Duration};
 
-use bus::Bus;
+use bus::{Bus, vault::AcceptedKeys};
 use contract::{
     access, rpc,
     vault::{
@@ -111,10 +111,16 @@ async fn users_without_a_sprites_token_share_the_deployments_account() {
 }
 
 fn put(user: UserId, value: &str) -> PutCredentialRequest {
-    PutCredentialRequest { user_id: user.to_string(), kind: "provider:anthropic".to_owned(), value: value.into() }
+    let kind = "provider:anthropic".to_owned();
+    PutCredentialRequest { user_id: user.to_string(), kind, value: value.into(), ..PutCredentialRequest::default() }
 }
 
 async fn lease(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32) -> String {
+    lease_of(scheduler, user, session, epoch, Vec::new()).await
+}
+
+/// A lease that the key of its claim alone may redeem.
+async fn lease_of(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32, public_key: Vec<u8>) -> String {
     let request = MintLeaseRequest {
         user_id: user.to_string(),
         session_id: session.to_string(),
@@ -123,6 +129,7 @@ async fn lease(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32) ->
         secret_ids: Vec::new(),
         ttl_seconds: 60,
         epoch,
+        public_key,
     };
     scheduler.call::<rpc::MintLease>(&request, SOON).await.unwrap().lease_id
 }
@@ -162,6 +169,96 @@ async fn a_secret_reaches_the_runner_that_redeems_its_lease_and_nobody_else() {
         let refused = sqlx::raw_sql(change).execute(&mut admin).await.unwrap_err();
         assert!(refused.to_string().contains("append-only"), "{change}: {refused}");
     }
+}
+
+#[tokio::test]
+async fn a_lease_is_redeemed_once_and_by_the_key_of_its_claim_alone() {
+    let (vault, gateway, scheduler, runner) = Vault::start().await;
+    let (user, session) = (UserId::new(), SessionId::new());
+    gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
+    let (key, thief) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+    let lease_id = lease_of(&scheduler, user, session, 1, key.public().to_vec()).await;
+    let redeem = async |public_key: Vec<u8>| {
+        let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key, runner: "r1".to_owned() };
+        runner.call::<rpc::RedeemLease>(&request, SOON).await.map(|reply| reply.sealed)
+    };
+    for other in [thief.public().to_vec(), Vec::new()] {
+        assert_eq!(redeem(other).await.unwrap_err().code, ErrorCode::NotFound);
+    }
+    let sealed = redeem(key.public().to_vec()).await.unwrap();
+    assert!(thief.open(&sealed, lease_id.as_bytes()).is_err());
+    assert!(key.open(&sealed, lease_id.as_bytes()).is_ok());
+    // Its answer may have been lost: the same key may ask again for a minute.
+    assert!(redeem(key.public().to_vec()).await.is_ok());
+    let mut admin = vault.database.admin().await.unwrap();
+    let later = "update vault.lease set redeemed_at = redeemed_at - interval '61 seconds'";
+    sqlx::raw_sql(later).execute(&mut admin).await.unwrap();
+    assert_eq!(redeem(key.public().to_vec()).await.unwrap_err().code, ErrorCode::NotFound);
+    // A runner that died in between has lost its key; the next claim brings another lease.
+    let next = KeyPair::generate().unwrap();
+    let lease_id = lease_of(&scheduler, user, session, 2, next.public().to_vec()).await;
+    let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: next.public().to_vec(), runner: "r2".to_owned() };
+    let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
+    assert!(next.open(&sealed, lease_id.as_bytes()).is_ok());
+}
+
+/// A stream may have any subjects, so whoever may make one could read every request.
+#[tokio::test]
+async fn the_bus_carries_no_secret_in_the_clear_on_its_way_to_the_vault() {
+    let (vault, gateway, scheduler, runner) = Vault::start().await;
+    let operator = vault.nats.connect(&access::OPERATOR).await.unwrap();
+    let capture = async_nats::jetstream::stream::Config {
+        name: "EVENTS".to_owned(),
+        subjects: vec!["aod.rpc.vault.>".to_owned()],
+        no_ack: true,
+        ..Default::default()
+    };
+    let mut captured = jetstream_as(&vault.nats, &access::SCHEDULER).await.create_stream(capture).await.unwrap();
+    let (user, session) = (UserId::new(), SessionId::new());
+    let seal = async |kind: &str, value: &[u8]| {
+        Some(gateway.seal_for_vault(&AcceptedKeys::default(), &user.to_string(), kind, value, SOON).await.unwrap())
+    };
+    let kind = "provider:anthropic".to_owned();
+    let sealed = seal(&kind, b"sk-sentinel-0001").await;
+    let request = PutCredentialRequest { user_id: user.to_string(), kind, sealed: sealed.clone(), ..PutCredentialRequest::default() };
+    assert_eq!(gateway.call::<rpc::PutCredential>(&request, SOON).await.unwrap().hint, "0001");
+    let document = PutSecretRequest {
+        user_id: user.to_string(),
+        kind: "session".to_owned(),
+        sealed: seal("session", br#"{"env":{"X":"sentinel-99"}}"#).await,
+        ..PutSecretRequest::default()
+    };
+    gateway.call::<rpc::PutSecret>(&document, SOON).await.unwrap();
+    // What was captured is of no use: it is bound to its user and kind.
+    let other = PutCredentialRequest { user_id: UserId::new().to_string(), ..request.clone() };
+    assert_eq!(operator.call::<rpc::PutCredential>(&other, SOON).await.unwrap_err().code, ErrorCode::InvalidArgument);
+    let key = KeyPair::generate().unwrap();
+    let lease_id = lease_of(&scheduler, user, session, 1, key.public().to_vec()).await;
+    let redeem = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+    let sealed = runner.call::<rpc::RedeemLease>(&redeem, SOON).await.unwrap().sealed;
+    let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
+    assert_eq!(bundle.secrets[0].value, b"sk-sentinel-0001");
+
+    let held = captured.info().await.unwrap().state.last_sequence;
+    assert!(held >= 6, "the check checks nothing: {held}");
+    for sequence in 1..=held {
+        let message = captured.get_raw_message(sequence).await.unwrap();
+        assert!(!message.payload.windows(8).any(|window| window == b"sentinel"), "{}", message.subject);
+    }
+    // A key that is not the vault's is not used.
+    let pinned = AcceptedKeys::parse(&base64(&KeyPair::generate().unwrap().public())).unwrap();
+    let refused = gateway.seal_for_vault(&pinned, &user.to_string(), "session", b"{}", SOON).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Unavailable);
+}
+
+async fn jetstream_as(nats: &Nats, access: &access::Access) -> async_nats::jetstream::Context {
+    let options = async_nats::ConnectOptions::with_user_and_password(access.user.to_owned(), nats.password(access.user));
+    async_nats::jetstream::new(options.custom_inbox_prefix(access.inbox()).connect(nats.url()).await.unwrap())
+}
+
+fn base64(bytes: &[u8]) -> String {
+    use base64::Engine as _;
+    base64::engine::general_purpose::STANDARD.encode(bytes)
 }
 
 #[tokio::test]

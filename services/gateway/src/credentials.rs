@@ -78,7 +78,9 @@ pub async fn put(State(app): State<App>, caller: Caller, Id(kind): Id, body: Bod
     let mut fields = body.fields()?;
     let value = fields.string("value", BODY_BYTES_MAX);
     fields.finish()?;
-    let request = PutCredentialRequest { user_id: caller.user_id, kind: kind.as_str().to_owned(), value: value.into_bytes() };
+    let sealed = Some(app.seal(&caller.user_id, kind.as_str(), value.as_bytes()).await?);
+    let request =
+        PutCredentialRequest { user_id: caller.user_id, kind: kind.as_str().to_owned(), sealed, ..PutCredentialRequest::default() };
     Ok(Json(app.call::<rpc::PutCredential>(&request).await?.into()))
 }
 

@@ -29,7 +29,7 @@ mod wire_tests;
 use std::{net::SocketAddr, num::NonZeroU32, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use bus::Bus;
+use bus::{Bus, vault::AcceptedKeys};
 use contract::access;
 use service::{Env, Lifecycle};
 use tokio::net::TcpListener;
@@ -50,6 +50,7 @@ pub struct Config {
     /// How long requests are still taken after the stop was asked for.
     pub drain: Duration,
     pub api: ApiConfig,
+    pub vault_keys: AcceptedKeys,
 }
 
 /// What the API's behaviour depends on.
@@ -72,6 +73,7 @@ impl Config {
         let list = |text: String| text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect();
         let config = Self {
             bus: bus::Config::from_env(env, &access::GATEWAY),
+            vault_keys: AcceptedKeys::from_env(env),
             addr: env.parsed("AOD_LISTEN_ADDR", "listen address of the API", ([127, 0, 0, 1], 8777).into()),
             drain: Duration::from_secs(env.parsed(
                 "AOD_DRAIN_SECONDS",
@@ -140,6 +142,7 @@ impl Config {
 #[derive(Clone)]
 struct App {
     bus: Bus,
+    vault_keys: AcceptedKeys,
     config: Arc<ApiConfig>,
     keys: KeyCache,
     limits: Limits,
@@ -156,6 +159,11 @@ const RPC_DEADLINE: Duration = Duration::from_secs(10);
 impl App {
     async fn call<R: contract::rpc::Rpc>(&self, request: &R::Request) -> Result<R::Reply, error::ApiError> {
         Ok(self.bus.call::<R>(request, RPC_DEADLINE).await?)
+    }
+
+    /// Seals a secret for its way to the vault.
+    async fn seal(&self, user_id: &str, kind: &str, value: &[u8]) -> Result<contract::vault::SealedValue, error::ApiError> {
+        Ok(self.bus.seal_for_vault(&self.vault_keys, user_id, kind, value, RPC_DEADLINE).await?)
     }
 
     fn runtimes(&self) -> &'static [Runtime] {
@@ -182,6 +190,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         hubs: Arc::new(Hubs::new(bus.clone(), lifecycle.tracker())),
         streams: OpenStreams::new(config.api.streams_per_key, lifecycle.tracker()),
         bus,
+        vault_keys: config.vault_keys,
         config: Arc::new(config.api),
         lifecycle: lifecycle.clone(),
         ending: ending.clone(),

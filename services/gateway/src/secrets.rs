@@ -1,4 +1,4 @@
-//! Secrets on their way to the vault: handed on as they arrive; from there on there is only a reference.
+//! Secrets on their way to the vault: sealed to its key as they arrive; from there on there is only a reference.
 
 use bus::Failure;
 use contract::{
@@ -7,6 +7,7 @@ use contract::{
 };
 use serde::Serialize;
 use types::{ErrorCode, SecretId};
+use zeroize::Zeroizing;
 
 use crate::{App, error::ApiError};
 
@@ -42,15 +43,17 @@ pub struct Kept {
 impl App {
     /// Keeps a document. One that follows another keeps that one's values where it says `***`, and its id where it is equal.
     pub async fn keep(&self, user_id: &str, kind: Kind, value: &impl Serialize, base: Option<String>) -> Result<Kept, ApiError> {
-        let value = serde_json::to_vec(value).map_err(Failure::internal)?;
+        let value = Zeroizing::new(serde_json::to_vec(value).map_err(Failure::internal)?);
+        let sealed = Some(self.seal(user_id, kind.as_str(), &value).await?);
         let keep_redacted = matches!(kind, Kind::McpServers);
         let request = PutSecretRequest {
             user_id: user_id.to_owned(),
             kind: kind.as_str().to_owned(),
-            value,
+            sealed,
             base_secret_id: base.clone(),
             keep_redacted,
             secret_id: SecretId::new().to_string(),
+            ..PutSecretRequest::default()
         };
         let id = self.call::<rpc::PutSecret>(&request).await?.secret_id;
         Ok(Kept { fresh: base.as_ref() != Some(&id), id })

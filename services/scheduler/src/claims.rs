@@ -74,7 +74,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
     let status = session.status()?;
     if status == SessionStatus::Terminated {
         drop(tx);
-        let destroy = Some(sprite_claim(&scheduler, UserId::from_uuid(session.user_id), id, session.sprite).await?);
+        let destroy = Some(sprite_claim(&scheduler, UserId::from_uuid(session.user_id), id, session.sprite, request.public_key).await?);
         return answer(Verdict::Settled(Settled { destroy }));
     }
     let verdict = match turn_to_claim(&mut tx, &session, number).await? {
@@ -111,7 +111,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         metrics::histogram!("aod_turn_wait_seconds").record(turn.age_seconds);
     }
     let epoch = unsigned(turn.epoch);
-    match specification(&scheduler, id, number, session, turn).await {
+    match specification(&scheduler, id, number, session, turn, request.public_key).await {
         Ok(spec) => answer(Verdict::Run(spec)),
         Err(failure) => {
             // Not the turn's fault, and no failed attempt: the vault is away, say.
@@ -137,7 +137,14 @@ async fn turn_to_claim(tx: &mut PgConnection, session: &SessionRow, number: i32)
 }
 
 /// What it takes to run a claimed turn.
-async fn specification(scheduler: &Scheduler, id: SessionId, number: i32, session: SessionRow, turn: TurnRow) -> Result<TurnSpec, Failure> {
+async fn specification(
+    scheduler: &Scheduler,
+    id: SessionId,
+    number: i32,
+    session: SessionRow,
+    turn: TurnRow,
+    public_key: Vec<u8>,
+) -> Result<TurnSpec, Failure> {
     let partition = session.partition()?;
     let recorded_through = projector::projected_through(&scheduler.pool, partition).await?;
     let last_event = newest_event(scheduler, id).await?;
@@ -155,6 +162,7 @@ async fn specification(scheduler: &Scheduler, id: SessionId, number: i32, sessio
         kinds: &kinds,
         secret_ids: secrets,
         life,
+        public_key,
     };
     let lease_id = mint(scheduler, grant).await?;
     let empty = || Value::Object(serde_json::Map::new());
@@ -353,12 +361,18 @@ pub async fn sprite(scheduler: Scheduler, request: ClaimSpriteRequest) -> Result
     .await?
     .ok_or_else(missing)?;
     let user = UserId::from_uuid(row.try_get(0)?);
-    sprite_claim(&scheduler, user, id, row.try_get(1)?).await
+    sprite_claim(&scheduler, user, id, row.try_get(1)?, request.public_key).await
 }
 
-async fn sprite_claim(scheduler: &Scheduler, user: UserId, session: SessionId, sprite: String) -> Result<SpriteClaim, Failure> {
+async fn sprite_claim(
+    scheduler: &Scheduler,
+    user: UserId,
+    session: SessionId,
+    sprite: String,
+    public_key: Vec<u8>,
+) -> Result<SpriteClaim, Failure> {
     let kinds = &[CredentialKind::Sprites];
-    let grant = Grant { user, session, purpose: "destroy", epoch: 0, kinds, secret_ids: Vec::new(), life: DESTROY_LIFE };
+    let grant = Grant { user, session, purpose: "destroy", epoch: 0, kinds, secret_ids: Vec::new(), life: DESTROY_LIFE, public_key };
     let lease_id = mint(scheduler, grant).await?;
     Ok(SpriteClaim { sprite, lease_id })
 }
@@ -373,6 +387,8 @@ pub struct Grant<'a> {
     pub kinds: &'a [CredentialKind],
     pub secret_ids: Vec<String>,
     pub life: Duration,
+    /// The claimant's: it alone opens the secrets.
+    pub public_key: Vec<u8>,
 }
 
 pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, Failure> {
@@ -384,6 +400,7 @@ pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, Fai
         secret_ids: grant.secret_ids,
         ttl_seconds: u32::try_from(grant.life.as_secs()).unwrap_or(u32::MAX),
         epoch: grant.epoch,
+        public_key: grant.public_key,
     };
     Ok(scheduler.bus.call::<rpc::MintLease>(&request, VAULT_DEADLINE).await?.lease_id)
 }

@@ -102,7 +102,16 @@ pub async fn claim(scheduler: Scheduler, request: ClaimSweepRequest) -> Result<C
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     // No session's: an id of its own, that the audit shows.
     let kinds = &[CredentialKind::Sprites];
-    let grant = Grant { user, session: SessionId::new(), purpose: "sweep", epoch: 0, kinds, secret_ids: Vec::new(), life: LEASE };
+    let grant = Grant {
+        user,
+        session: SessionId::new(),
+        purpose: "sweep",
+        epoch: 0,
+        kinds,
+        secret_ids: Vec::new(),
+        life: LEASE,
+        public_key: request.public_key,
+    };
     let lease_id = claims::mint(&scheduler, grant).await?;
     Ok(ClaimSweepReply { lease_id, name_prefix: format!("{}-", scheduler.sprite_name_prefix) })
 }

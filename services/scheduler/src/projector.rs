@@ -211,6 +211,7 @@ async fn project(scheduler: &Scheduler, partition: Partition, lease: &Lease, sto
             (last, bytes) = (entry.sequence, bytes + entry.payload.len());
             entries.push(entry);
         }
+        step(remove_foreign(scheduler, partition, &entries)).await?;
         let woken = step(write(scheduler, &mut connection, partition, lease, &entries)).await?;
         metrics::counter!("aod_events_recorded_total").increment(entries.len() as u64);
         scheduler.projected.of(partition).send_replace(last);
@@ -219,6 +220,15 @@ async fn project(scheduler: &Scheduler, partition: Partition, lease: &Lease, sto
         }
     }
     let _ = connection.close().await;
+    Ok(())
+}
+
+/// Removes from the stream what no service wrote, so that it fences off no writer.
+async fn remove_foreign(scheduler: &Scheduler, partition: Partition, entries: &[Entry]) -> anyhow::Result<()> {
+    for entry in entries.iter().filter(|entry| entry.is_foreign) {
+        tracing::error!(subject = entry.subject, event_id = entry.sequence, "removing an entry that no service wrote");
+        scheduler.bus.remove(topology::events(partition).name, entry.sequence).await?;
+    }
     Ok(())
 }
 
@@ -304,7 +314,7 @@ fn changes_state(kind: &Kind) -> bool {
 /// Splits a batch into the events that continue their sessions' logs, and the sessions whose chain is broken.
 async fn follow_chains<'a>(tx: &mut PgConnection, entries: &'a [Entry]) -> anyhow::Result<(Vec<Accepted<'a>>, BTreeSet<SessionId>)> {
     let mut read = Vec::with_capacity(entries.len());
-    for entry in entries {
+    for entry in entries.iter().filter(|entry| !entry.is_foreign) {
         match (subject::parse_session_log(&entry.subject), SessionEvent::decode(entry.payload.clone())) {
             (Some(session), Ok(event)) => read.push(Accepted { session, entry, event }),
             _ => tracing::error!(subject = entry.subject, event_id = entry.sequence, "skipped an unreadable event"),

@@ -91,7 +91,13 @@ impl World {
     /// Claims a turn with a valid lease.
     async fn claim_with(&self, lease: Uuid, session: &str, turn: u32) -> Verdict {
         self.heartbeat(lease, true, Vec::new()).await;
-        let claim = ClaimTurnRequest { session_id: session.to_owned(), turn, runner: "r".to_owned(), runner_lease: lease.to_string() };
+        let claim = ClaimTurnRequest {
+            session_id: session.to_owned(),
+            turn,
+            runner: "r".to_owned(),
+            runner_lease: lease.to_string(),
+            ..ClaimTurnRequest::default()
+        };
         self.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap()
     }
 
@@ -322,7 +328,7 @@ async fn a_sprite_may_be_deleted_of_a_terminated_failed_or_deleted_session_alone
     let world = World::start().await;
     let agent = world.agent().await;
     let claim = async |session: &str| {
-        let request = ClaimSpriteRequest { session_id: session.to_owned(), runner: "r".to_owned() };
+        let request = ClaimSpriteRequest { session_id: session.to_owned(), runner: "r".to_owned(), ..ClaimSpriteRequest::default() };
         world.runner.call::<rpc::ClaimSprite>(&request, SOON).await.map(|claim| claim.sprite)
     };
     let session = world.create(&agent, 10).await.unwrap().session_id;
@@ -404,6 +410,30 @@ async fn an_event_that_cannot_be_read_holds_up_nothing() {
     // One of a session that nobody knows.
     world.append(&SessionId::new().to_string(), 1, Kind::TurnStarted(TurnStarted::default())).await;
     assert_eq!(world.complete(&session, 1).await.status, "completed");
+}
+
+/// Who may ask JetStream chooses where the server puts its answer.
+#[tokio::test]
+async fn an_entry_that_no_service_wrote_is_removed_and_fences_off_no_writer() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let log = subject::session_log(session.parse().unwrap(), Partition::FIRST);
+    let started = world.append(&session, 1, Kind::TurnStarted(TurnStarted::default())).await;
+    let reader = access::EVENTS;
+    let options = async_nats::ConnectOptions::with_user_and_password(reader.user.to_owned(), world.nats.password(reader.user));
+    let reader = options.custom_inbox_prefix(reader.inbox()).connect(world.nats.url()).await.unwrap();
+    for _ in 0..3 {
+        reader.publish_with_reply("$JS.API.INFO", log.clone(), "".into()).await.unwrap();
+    }
+    reader.flush().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    eventually("the log ends where it did", || async {
+        world.runner.last("EVENTS", &log).await.unwrap().is_some_and(|last| last.sequence == started)
+    })
+    .await;
+    let end = Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() });
+    let end = world.append(&session, 1, end).await;
+    assert_eq!(world.get(&session, end).await.status, "completed");
 }
 
 #[tokio::test]
@@ -711,7 +741,13 @@ async fn a_second_job_for_an_owned_turn_is_ignored_until_its_lease_expires() {
     eventually("the turn is offered again", || async { owner(&world, &session).await.is_none() }).await;
     assert!(matches!(world.claim_with(second, &session, 1).await, Verdict::Run(spec) if spec.epoch == 2));
     assert!(world.heartbeat(first, false, Vec::new()).await.expired);
-    let claim = ClaimTurnRequest { session_id: session, turn: 1, runner: "r".to_owned(), runner_lease: first.to_string() };
+    let claim = ClaimTurnRequest {
+        session_id: session,
+        turn: 1,
+        runner: "r".to_owned(),
+        runner_lease: first.to_string(),
+        ..ClaimTurnRequest::default()
+    };
     let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
     assert!(matches!(verdict, Verdict::LeaseExpired(_)));
 }

@@ -7,14 +7,15 @@ use contract::{
     rpc,
     scheduler::{SpriteClaim, SpriteDestroyedRequest},
 };
+use sealing::KeyPair;
 use types::{CredentialKind, SessionId, SpriteName};
 
 use crate::{Runner, secrets::Secrets};
 
 /// Deletes the Sprite and tells the scheduler. Harmless twice.
-pub async fn sprite(runner: &Runner, session: SessionId, claim: &SpriteClaim) -> Result<(), String> {
+pub async fn sprite(runner: &Runner, session: SessionId, claim: &SpriteClaim, key: &KeyPair) -> Result<(), String> {
     let name: SpriteName = claim.sprite.parse().map_err(|error| format!("{}: {error}", claim.sprite))?;
-    let secrets = Secrets::redeem(runner, &claim.lease_id).await.map_err(|error| error.to_string())?;
+    let secrets = Secrets::redeem(runner, &claim.lease_id, key).await.map_err(|error| error.to_string())?;
     // Without credentials there is nothing this deployment could delete it with.
     if let Some(token) = secrets.credential(CredentialKind::Sprites) {
         let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());

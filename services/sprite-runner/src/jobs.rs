@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use bus::work::{Job, Outcome};
+use bus::{
+    Failure,
+    work::{Job, Outcome},
+};
 use contract::{
     rpc,
     runner::{DestroySprite, RunTurn, SweepSprites},
@@ -10,6 +13,7 @@ use contract::{
 };
 use futures::StreamExt as _;
 use prost::Message as _;
+use sealing::KeyPair;
 use tracing::Instrument as _;
 use types::{Backoff, ErrorCode, SessionId};
 
@@ -56,11 +60,13 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
     let Some(hold) = runner.turns.hold(session, job.turn) else { return Outcome::Done };
     // Subscribed before the claim: a termination is seen by the one or the other.
     let Ok(terminated) = runner.bus.hints(contract::subject::terminate_hint(session)).await else { return Outcome::Retry(again) };
+    let Ok(key) = KeyPair::generate() else { return Outcome::Retry(again) };
     let claim = ClaimTurnRequest {
         session_id: job.session_id.clone(),
         turn: job.turn,
         runner: runner.name.to_string(),
         runner_lease: lease.to_string(),
+        public_key: key.public().to_vec(),
     };
     let verdict = match runner.bus.call::<rpc::ClaimTurn>(&claim, CLAIM_DEADLINE).await {
         Ok(reply) => reply.verdict,
@@ -73,11 +79,11 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         Some(Verdict::Run(spec)) => {
             hold.claimed(spec.epoch);
             let span = tracing::info_span!("turn", %session, turn = job.turn, epoch = spec.epoch, runtime = spec.runtime);
-            Outcome::Accepted(Box::pin(own(runner, session, job.turn, spec, hold, terminated).instrument(span)))
+            Outcome::Accepted(Box::pin(own(runner, session, job.turn, spec, key, hold, terminated).instrument(span)))
         }
         Some(Verdict::Settled(settled)) => match settled.destroy {
             None => Outcome::Done,
-            Some(claim) => destroy::outcome(destroy::sprite(&runner, session, &claim).await, again),
+            Some(claim) => destroy::outcome(destroy::sprite(&runner, session, &claim, &key).await, again),
         },
         Some(Verdict::Owned(_)) => Outcome::Done,
         Some(Verdict::LeaseExpired(_)) => Outcome::Retry(NO_LEASE),
@@ -91,6 +97,7 @@ async fn own(
     session: SessionId,
     turn: u32,
     spec: TurnSpec,
+    key: KeyPair,
     hold: Hold,
     mut terminated: impl futures::Stream<Item = ()> + Unpin + Send,
 ) {
@@ -111,7 +118,7 @@ async fn own(
             return;
         }
         _ = terminated.next() => turn::End::Terminated,
-        end = turn::run(&runner, session, turn, spec, inputs) => end,
+        end = turn::run(&runner, session, turn, spec, &key, inputs) => end,
     };
     match end {
         turn::End::Settled(id) => hold.ended(id),
@@ -137,13 +144,9 @@ async fn release(runner: &Runner, session: SessionId, turn: u32, epoch: u32, rea
 }
 
 async fn destroy_now(runner: &Runner, session: SessionId) {
-    let request = ClaimSpriteRequest { session_id: session.to_string(), runner: runner.name.to_string() };
     for attempt in 1..=DESTROY_ATTEMPTS {
-        let destroyed = match runner.bus.call::<rpc::ClaimSprite>(&request, CLAIM_DEADLINE).await {
-            Ok(claim) => destroy::sprite(runner, session, &claim).await,
-            // Its termination may not be persisted yet.
-            Err(failure) => Err(failure.to_string()),
-        };
+        // Its termination may not be persisted yet.
+        let destroyed = claim_and_destroy(runner, session).await.unwrap_or_else(|failure| Err(failure.to_string()));
         match destroyed {
             Ok(()) => return,
             Err(reason) => tracing::debug!(%session, attempt, reason, "Sprite not deleted here"),
@@ -152,11 +155,19 @@ async fn destroy_now(runner: &Runner, session: SessionId) {
     }
 }
 
+/// Claims a session's Sprite with a key of its own, and deletes it.
+async fn claim_and_destroy(runner: &Runner, session: SessionId) -> Result<Result<(), String>, Failure> {
+    let key = KeyPair::generate().map_err(Failure::internal)?;
+    let request =
+        ClaimSpriteRequest { session_id: session.to_string(), runner: runner.name.to_string(), public_key: key.public().to_vec() };
+    let claim = runner.bus.call::<rpc::ClaimSprite>(&request, CLAIM_DEADLINE).await?;
+    Ok(destroy::sprite(runner, session, &claim, &key).await)
+}
+
 async fn destroy_sprite(runner: &Runner, job: DestroySprite, delivery: u64, again: Duration) -> Outcome {
     let Ok(session) = job.session_id.parse::<SessionId>() else { return Outcome::Reject("malformed session id".to_owned()) };
-    let request = ClaimSpriteRequest { session_id: job.session_id, runner: runner.name.to_string() };
-    let destroyed = match runner.bus.call::<rpc::ClaimSprite>(&request, CLAIM_DEADLINE).await {
-        Ok(claim) => destroy::sprite(runner, session, &claim).await,
+    let destroyed = match claim_and_destroy(runner, session).await {
+        Ok(destroyed) => destroyed,
         Err(failure) if failure.code == ErrorCode::NotFound => return Outcome::Done,
         Err(failure) => Err(failure.to_string()),
     };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bus::{
     Bus,
-    log::{AppendError, ReadError},
+    log::{AppendError, Entry, ReadError},
     topology::TopologyError,
 };
 use bytes::Bytes;
@@ -29,6 +29,8 @@ use crate::{
     playback::{self, Emitted, Place},
 };
 
+/// How often a log whose newest entry no service wrote is looked at: for some ten seconds.
+const FOREIGN_ATTEMPTS: u32 = 12;
 const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(2), attempts: u32::MAX };
 
 /// Why a writer has to stop.
@@ -103,7 +105,7 @@ impl Record {
         let epoch = spec.epoch;
         let partition = Partition::new(spec.event_partition).ok_or(OpenError::UnknownPartition(spec.event_partition))?;
         let (stream, log) = (topology::events(partition), subject::session_log(session, partition));
-        let last = bus.last(stream.name, &log).await?;
+        let last = newest_written(bus, stream.name, &log).await?;
         let may_have_more = (turn, epoch) != (1, 1);
         if last.is_none() && may_have_more && bus.extent(stream).await?.trimmed_through > spec.recorded_through {
             return Err(OpenError::Trimmed);
@@ -246,6 +248,10 @@ impl Record {
             Ok(None) => return Writer::Nobody,
             Err(_) => return Writer::Unknown,
         };
+        // Until the scheduler has removed it.
+        if last.is_foreign {
+            return Writer::Unknown;
+        }
         // Its tag is in it: no two events are the same.
         if last.payload == payload {
             return Writer::Ourselves(last.sequence);
@@ -258,6 +264,17 @@ impl Record {
             _ => Writer::Other(Fenced::Superseded),
         }
     }
+}
+
+/// The newest entry of a log, once the scheduler has removed what no service wrote.
+async fn newest_written(bus: &Bus, stream: &'static str, log: &str) -> Result<Option<Entry>, OpenError> {
+    for attempt in 1..=FOREIGN_ATTEMPTS {
+        match bus.last(stream, log).await? {
+            Some(last) if last.is_foreign => tokio::time::sleep(RETRY.jittered(attempt)).await,
+            last => return Ok(last),
+        }
+    }
+    Err(OpenError::Unreadable)
 }
 
 fn newest(event: &Option<(u64, SessionEvent)>) -> Option<Newest<'_>> {

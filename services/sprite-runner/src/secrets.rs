@@ -37,12 +37,11 @@ struct SessionDocument {
 pub struct Secrets(BTreeMap<String, SecretString>);
 
 impl Secrets {
-    /// Opens a lease with a key made for this one time.
+    /// Opens a lease with the key that was made for its claim.
     ///
     /// # Errors
     /// When the vault refuses or does not answer.
-    pub async fn redeem(runner: &Runner, lease_id: &str) -> Result<Self, Failure> {
-        let key = KeyPair::generate().map_err(Failure::internal)?;
+    pub async fn redeem(runner: &Runner, lease_id: &str, key: &KeyPair) -> Result<Self, Failure> {
         let request =
             RedeemLeaseRequest { lease_id: lease_id.to_owned(), public_key: key.public().to_vec(), runner: runner.name.to_string() };
         let reply = runner.bus.call::<rpc::RedeemLease>(&request, DEADLINE).await?;

@@ -8,6 +8,7 @@ use contract::{
     runner::SweepSprites,
     scheduler::{ClaimSweepRequest, FindOrphansRequest},
 };
+use sealing::KeyPair;
 use types::CredentialKind;
 
 use crate::{Runner, secrets::Secrets};
@@ -30,9 +31,10 @@ pub async fn run(runner: &Runner, job: SweepSprites, delivery: u64, again: Durat
 }
 
 async fn sweep(runner: &Runner, job: SweepSprites) -> Result<(), String> {
-    let request = ClaimSweepRequest { user_id: job.user_id, runner: runner.name.to_string() };
+    let key = KeyPair::generate().map_err(|error| error.to_string())?;
+    let request = ClaimSweepRequest { user_id: job.user_id, runner: runner.name.to_string(), public_key: key.public().to_vec() };
     let claim = runner.bus.call::<rpc::ClaimSweep>(&request, DEADLINE).await.map_err(|error| error.to_string())?;
-    let secrets = Secrets::redeem(runner, &claim.lease_id).await.map_err(|error| error.to_string())?;
+    let secrets = Secrets::redeem(runner, &claim.lease_id, &key).await.map_err(|error| error.to_string())?;
     let Some(token) = secrets.credential(CredentialKind::Sprites) else { return Ok(()) };
     let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
     let names = client.list(&claim.name_prefix).await.map_err(|error| error.to_string())?;

@@ -7,6 +7,7 @@ use contract::{
     scheduler::TurnSpec,
     session::{Failure, StopReason, TurnEnded, Usage},
 };
+use sealing::KeyPair;
 use tokio::time::Instant;
 use types::{CredentialKind, Runtime, SessionId, SpriteName, Stage, StageState};
 
@@ -78,7 +79,7 @@ impl From<StageFailed> for Stopped {
     }
 }
 
-pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec, inputs: Inputs) -> End {
+pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec, key: &KeyPair, inputs: Inputs) -> End {
     let epoch = spec.epoch;
     tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn claimed");
     let mut record = match Record::open(&runner.bus, session, turn, &spec).await {
@@ -97,7 +98,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec,
             return end_of(fenced);
         }
     }
-    let secrets = match Secrets::redeem(runner, &spec.lease_id).await {
+    let secrets = match Secrets::redeem(runner, &spec.lease_id, key).await {
         Ok(secrets) => secrets,
         Err(error) => {
             tracing::warn!(%session, %error, "secrets cannot be redeemed");

@@ -632,6 +632,9 @@ pub struct ClaimTurnRequest {
     /// The runner's lease, see HeartbeatRequest: it becomes the owner of the turn.
     #[prost(string, tag = "4")]
     pub runner_lease: ::prost::alloc::string::String,
+    /// X25519, made for this one claim: the claim's secrets are sealed to it alone.
+    #[prost(bytes = "vec", tag = "20")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClaimTurnReply {
@@ -794,6 +797,9 @@ pub struct ClaimSpriteRequest {
     pub session_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub runner: ::prost::alloc::string::String,
+    /// X25519, made for this one claim.
+    #[prost(bytes = "vec", tag = "20")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SpriteClaim {
@@ -808,6 +814,9 @@ pub struct ClaimSweepRequest {
     pub user_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub runner: ::prost::alloc::string::String,
+    /// X25519, made for this one claim.
+    #[prost(bytes = "vec", tag = "20")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClaimSweepReply {

@@ -6,8 +6,29 @@ pub struct PutCredentialRequest {
     pub user_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub kind: ::prost::alloc::string::String,
+    /// In the clear, from callers of the release before.
     #[prost(bytes = "vec", tag = "3")]
     pub value: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, optional, tag = "20")]
+    pub sealed: ::core::option::Option<SealedValue>,
+}
+/// The public key that values on their way to the vault are sealed to.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SealingKeyReply {
+    /// The key-encryption key that it is derived from.
+    #[prost(uint32, tag = "1")]
+    pub key_version: u32,
+    /// X25519.
+    #[prost(bytes = "vec", tag = "2")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+}
+/// A value that the vault alone can open. Bound to its user and kind.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SealedValue {
+    #[prost(uint32, tag = "1")]
+    pub key_version: u32,
+    #[prost(bytes = "vec", tag = "2")]
+    pub sealed: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Credential {
@@ -46,7 +67,7 @@ pub struct PutSecretRequest {
     pub user_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub kind: ::prost::alloc::string::String,
-    /// A JSON object.
+    /// A JSON object, in the clear, from callers of the release before.
     #[prost(bytes = "vec", tag = "3")]
     pub value: ::prost::alloc::vec::Vec<u8>,
     /// The secret that this one follows: an equal value keeps its id.
@@ -58,6 +79,9 @@ pub struct PutSecretRequest {
     /// Chosen by the caller: storing it again is the same as storing it once.
     #[prost(string, tag = "20")]
     pub secret_id: ::prost::alloc::string::String,
+    /// A JSON object.
+    #[prost(message, optional, tag = "21")]
+    pub sealed: ::core::option::Option<SealedValue>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PutSecretReply {
@@ -101,6 +125,9 @@ pub struct MintLeaseRequest {
     /// Which claim of the work this is for: a later one's lease ends it.
     #[prost(uint32, tag = "7")]
     pub epoch: u32,
+    /// The claimant's one-time key: the lease's secrets are sealed to it alone. Empty for runners of the release before.
+    #[prost(bytes = "vec", tag = "20")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MintLeaseReply {
@@ -111,7 +138,7 @@ pub struct MintLeaseReply {
 pub struct RedeemLeaseRequest {
     #[prost(string, tag = "1")]
     pub lease_id: ::prost::alloc::string::String,
-    /// X25519, made for this one request.
+    /// X25519, made for the claim. Refused where it is not the lease's.
     #[prost(bytes = "vec", tag = "2")]
     pub public_key: ::prost::alloc::vec::Vec<u8>,
     /// Who redeems, for the audit.
@@ -174,7 +201,7 @@ pub struct KeyStatusReply {
     #[prost(message, repeated, tag = "1")]
     pub keys: ::prost::alloc::vec::Vec<KeyStatus>,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KeyStatus {
     #[prost(uint32, tag = "1")]
     pub version: u32,
@@ -186,6 +213,9 @@ pub struct KeyStatus {
     /// How many secrets' data keys are wrapped by it.
     #[prost(uint64, tag = "4")]
     pub secrets: u64,
+    /// What values are sealed to while this version encrypts, where it is configured in the vault that answered.
+    #[prost(bytes = "vec", tag = "20")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListRedemptionsRequest {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus::Bus;
+use bus::{Bus, vault::AcceptedKeys};
 use contract::{
     auth::{CreateKeyRequest, EnsureUserRequest, VerifyKeyRequest},
     rpc,
@@ -41,7 +41,13 @@ pub async fn user(config: &bus::Config, secrets: &Secrets, own_sprites: bool, sc
         credentials.extend(Provider::ALL.map(|provider| (CredentialKind::Provider(provider), SCRIPTED_MODEL_KEY)));
     }
     for (kind, value) in credentials {
-        let request = PutCredentialRequest { user_id: user.user_id.clone(), kind: kind.as_str().to_owned(), value: value.into() };
+        let sealed = bus.seal_for_vault(&AcceptedKeys::default(), &user.user_id, kind.as_str(), value.as_bytes(), DEADLINE).await?;
+        let request = PutCredentialRequest {
+            user_id: user.user_id.clone(),
+            kind: kind.as_str().to_owned(),
+            sealed: Some(sealed),
+            ..PutCredentialRequest::default()
+        };
         bus.call::<rpc::PutCredential>(&request, DEADLINE).await?;
     }
     Ok(())
