@@ -91,8 +91,38 @@ async fn every_cli_runs_a_tool_remembers_its_first_turn_and_calls_an_mcp_server(
             assert!(usage["input_tokens"].as_u64() >= Some(100) && usage["output_tokens"].as_u64() >= Some(1), "{runtime}: {usage}");
             assert_eq!(usage["cost_usd"].is_number(), ["claude", "opencode"].contains(&runtime), "{runtime}: {usage}");
         }
+        tells_the_same_story(runtime, model, &typed_events(&stack, &session).await);
     });
     join_all(runs).await;
+}
+
+async fn typed_events(stack: &Stack, session: &str) -> Vec<Value> {
+    let page = stack.get(&format!("/sessions/{session}/events")).await.unwrap();
+    assert_eq!(page.body["has_more"], false);
+    page.body["data"].as_array().unwrap().clone()
+}
+
+/// Whatever the CLI's protocol: the turns with their prompts, a tool and its result, an MCP server's tool and its result, the answers.
+#[track_caller]
+fn tells_the_same_story(runtime: &str, model: &str, events: &[Value]) {
+    let of_type = |name: &str| events.iter().filter(|event| event["type"] == name).collect::<Vec<_>>();
+    let prompts: Vec<_> = of_type("session.status_running").into_iter().map(|event| event["prompt"].as_str().unwrap()).collect();
+    let request = "run: echo made by $AOD_MODEL >/workspace/made; cat /workspace/made";
+    assert_eq!(prompts, [request, "what was my first message?", "say the mark", "echo by MCP: seven"], "{runtime}");
+    assert!(of_type("session.status_idle").iter().all(|event| event["stop_reason"]["type"] == "end_turn"), "{runtime}");
+    let uses: Vec<_> = of_type("agent.tool_use").into_iter().filter(|event| event["input"].to_string().contains("made by")).collect();
+    assert_eq!(uses.len(), 1, "{runtime}: {events:#?}");
+    let results = of_type("agent.tool_result");
+    let result = results.iter().find(|event| event["tool_use_id"] == uses[0]["id"]).unwrap_or_else(|| panic!("{runtime}: {events:#?}"));
+    assert!(result["content"].to_string().contains(&format!("made by {model}")) && result["is_error"] == false, "{runtime}: {result}");
+    let mcp = of_type("agent.mcp_tool_use");
+    assert_eq!(mcp.len(), 1, "{runtime}: {events:#?}");
+    assert_eq!((&mcp[0]["mcp_server_name"], &mcp[0]["name"]), (&json!("echo"), &json!("say")), "{runtime}: {mcp:?}");
+    let answer = of_type("agent.mcp_tool_result");
+    assert_eq!(answer[0]["mcp_tool_use_id"], mcp[0]["id"], "{runtime}");
+    assert!(answer[0]["content"].to_string().contains("seven by MCP"), "{runtime}: {answer:?}");
+    let said: String = of_type("agent.message").iter().map(|event| event["content"].to_string()).collect();
+    assert!(said.contains("Your first message was: run: echo made") && said.contains("MARK-4711"), "{runtime}: {said}");
 }
 
 #[tokio::test]
