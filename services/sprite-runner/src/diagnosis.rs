@@ -114,8 +114,16 @@ const KEY_REFUSED: &[&str] = &[
 ];
 const MODEL_REFUSED: &[&str] =
     &["model_not_found", "not_found_error", "unknown model", "model is not supported", "model not found", "issue with the selected model"];
-const RATE_LIMITED: &[&str] =
-    &["rate_limit", "rate limit", "resource_exhausted", "too many requests", "error: 429", "status 429", "\"statuscode\":429"];
+const RATE_LIMITED: &[&str] = &[
+    "rate_limit",
+    "rate limit",
+    "resource_exhausted",
+    "too many requests",
+    "error: 429",
+    "status 429",
+    "\"statuscode\":429",
+    "\"code\":429",
+];
 const PROVIDER_FAILED: &[&str] = &[
     "overloaded",
     "server_error",
@@ -177,6 +185,7 @@ mod tests {
         assert_eq!(of_agent(None, r#"{"subtype":"api_retry","error_status":500,"error":"server_error"}"#), Some(Cause::ProviderFailed));
         assert_eq!(of_agent(None, r#"{"code":429,"status":"RESOURCE_EXHAUSTED"}"#), Some(Cause::RateLimited));
         assert_eq!(of_agent(None, r#"{"error":{"code":500,"status":"INTERNAL"}}"#), Some(Cause::ProviderFailed));
+        assert_eq!(of_agent(None, r#"{"id":3,"error":{"code":429,"message":"no"}}"#), Some(Cause::RateLimited));
         assert_eq!(of_agent(Some(1), "tests failed"), None);
     }
 }
