@@ -129,6 +129,7 @@ mod tests {
     const COMMITTED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/openapi.json");
 
     /// `INSTA_UPDATE=always` writes the file, as it does snapshots.
+    #[expect(clippy::disallowed_methods, reason = "a setting of the test")]
     #[test]
     fn the_committed_document_is_up_to_date() {
         let (_, document) = crate::router::routes();

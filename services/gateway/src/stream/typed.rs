@@ -317,12 +317,11 @@ fn body(kind: Kind) -> Option<Body> {
 
 fn idle(ended: TurnEnded) -> Body {
     let stop_reason = match ended.stop_reason() {
-        StopReason::EndTurn => Stop::EndTurn,
         StopReason::Interrupted => Stop::Interrupted,
         StopReason::Limit => Stop::Limit,
         StopReason::Refused => Stop::Refusal,
-        StopReason::Unspecified if ended.exit_code == Some(0) => Stop::EndTurn,
-        StopReason::Unspecified => Stop::Failed,
+        StopReason::EndTurn | StopReason::Unspecified if ended.exit_code == Some(0) => Stop::EndTurn,
+        StopReason::EndTurn | StopReason::Unspecified => Stop::Failed,
     };
     Body::Idle {
         stop_reason,
@@ -367,7 +366,11 @@ fn agent_event(agent: AgentEvent) -> Option<Body> {
             };
             let (name, input) = (tool.name, json(tool.input_json));
             match present(tool.mcp_server) {
-                Some(mcp_server_name) => Body::McpToolUse { mcp_server_name, name, input, evaluated_permission, parent_tool_use_id },
+                Some(mcp_server_name) => {
+                    // Permission rules know the tool by its full name.
+                    let name = name.strip_prefix(&format!("mcp__{mcp_server_name}__")).map_or(name.clone(), str::to_owned);
+                    Body::McpToolUse { mcp_server_name, name, input, evaluated_permission, parent_tool_use_id }
+                }
                 None => Body::ToolUse { name, input, evaluated_permission, parent_tool_use_id },
             }
         }
