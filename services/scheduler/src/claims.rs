@@ -219,7 +219,9 @@ async fn release_claim(
          set owner = null, failures = failures + $4, handed_back_reason = coalesce($5, handed_back_reason), offers = 0,
              offer_after = now() + make_interval(secs => $6),
              -- A turn that cannot be started is given up; one whose agent runs has its own deadline.
-             deadline_at = case when status = 'pending' and failures + $4 > $7 then now() else deadline_at end
+             -- Nor does one whose request for a decision can no longer be answered wait for ever.
+             deadline_at = case when (status = 'pending' or waiting_since is not null) and failures + $4 > $7 then now() else deadline_at end,
+             waiting_since = case when failures + $4 > $7 then null else waiting_since end
          where session_id = $1 and turn_number = $2 and epoch = $3 and owner is not null
          returning failures",
     )

@@ -493,7 +493,7 @@ fn for_host(row: InputRow, turn: u32, journal_ids: &HashMap<i64, i64>) -> Option
             timeout_seconds: unsigned(row.timeout_seconds),
             when_busy: HostWhenBusy::Join.into(),
         }),
-        InputKind::Interrupt => HostInput::Interrupt(host::Interrupt {}),
+        InputKind::Interrupt => HostInput::Interrupt(host::Interrupt { turn }),
         InputKind::Decision => {
             let verdict = match row.verdict?.parse().ok()? {
                 Verdict::Allow => HostVerdict::Allow,

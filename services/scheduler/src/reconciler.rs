@@ -12,7 +12,12 @@ use tokio_util::sync::CancellationToken;
 use types::{SessionId, SpriteName};
 use uuid::Uuid;
 
-use crate::{Scheduler, sessions::enqueue, termination::destroy_job, unsigned};
+use crate::{
+    Scheduler, inputs,
+    sessions::{enqueue, lock},
+    termination::destroy_job,
+    unsigned,
+};
 
 const EVERY: Duration = Duration::from_millis(250);
 /// The longest that a pass may take.
@@ -20,12 +25,15 @@ const PASS_MAX: Duration = Duration::from_secs(5);
 /// A pass that took longer than this met a busy Postgres, where heartbeats may be late as well.
 const SMOOTH: Duration = Duration::from_millis(700);
 const BATCH: i64 = 256;
+/// How many passes there are from one look at the queues to the next.
+const QUEUES_EVERY: u32 = 8;
 
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut smooth_since: Option<Instant> = None;
     let mut last_pass = Instant::now();
+    let mut passes = 0_u32;
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
@@ -40,7 +48,9 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
         }
         last_pass = Instant::now();
         let may_expire = smooth_since.is_some_and(|since| since.elapsed() >= ownership::LEASE);
-        match tokio::time::timeout(PASS_MAX, pass(&scheduler, may_expire)).await {
+        passes = passes.wrapping_add(1);
+        let queues_too = passes.is_multiple_of(QUEUES_EVERY);
+        match tokio::time::timeout(PASS_MAX, pass(&scheduler, may_expire, queues_too)).await {
             Ok(Ok(offered)) => {
                 if offered > 0 {
                     scheduler.outbox.notify_one();
@@ -59,7 +69,10 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     }
 }
 
-async fn pass(scheduler: &Scheduler, may_expire: bool) -> anyhow::Result<usize> {
+async fn pass(scheduler: &Scheduler, may_expire: bool, queues_too: bool) -> anyhow::Result<usize> {
+    if queues_too {
+        go_on_with_queues(scheduler).await?;
+    }
     if may_expire {
         expire_leases(scheduler).await?;
     }
@@ -78,6 +91,30 @@ async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
     for runner in &expired {
         metrics::counter!("aod_runner_leases_expired_total").increment(1);
         tracing::warn!(runner, "runner lease expired; releasing its turns");
+    }
+    Ok(())
+}
+
+/// Begins turns from messages that wait in sessions where nothing runs: the transaction that ended their last turn was an earlier
+/// release's.
+async fn go_on_with_queues(scheduler: &Scheduler) -> anyhow::Result<()> {
+    let sessions: Vec<Uuid> = sqlx::query_scalar(
+        "select distinct i.session_id
+         from input i
+         join session s using (session_id)
+         where i.status in ('queued', 'delivered') and i.kind = 'message' and i.turn_number is null and s.status not in ('pending', 'running')
+         limit $1",
+    )
+    .bind(BATCH)
+    .fetch_all(&scheduler.pool)
+    .await?;
+    for session in sessions {
+        let mut tx = scheduler.pool.begin().await?;
+        if let Some(row) = lock(&mut tx, SessionId::from_uuid(session), None).await? {
+            inputs::go_on(&mut tx, &row).await?;
+        }
+        tx.commit().await?;
+        scheduler.outbox.notify_one();
     }
     Ok(())
 }

@@ -1036,7 +1036,10 @@ async fn an_interrupt_reaches_the_turns_owner_alone_until_the_log_settles_it() {
     assert!(world.fetch(&session, 1, spec.epoch + 1).await.is_empty() && world.fetch(&session, 2, spec.epoch).await.is_empty());
     for _ in 0..2 {
         let fetched = world.fetch(&session, 1, spec.epoch).await;
-        assert_eq!(fetched, [host::Input { id: input.input_id.clone(), kind: Some(host::input::Kind::Interrupt(host::Interrupt {})) }]);
+        assert_eq!(
+            fetched,
+            [host::Input { id: input.input_id.clone(), kind: Some(host::input::Kind::Interrupt(host::Interrupt { turn: 1 })) }]
+        );
     }
     assert_eq!(world.inputs(&session).await, [row("interrupt", "delivered", "")]);
     assert_eq!(world.ended(&session, 1, 0, StopReason::Interrupted).await.status, "completed");

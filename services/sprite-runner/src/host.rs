@@ -39,7 +39,6 @@ const NEVER_IN_CONTACT_MAX: Duration = Duration::from_secs(60);
 /// Bytes of records between the reader and the log, beyond the last: a slow log slows the reader, and through it the host.
 const QUEUE_BYTES: usize = 4 << 20;
 const QUEUE_RECORDS: usize = 4096;
-const COMMANDS: usize = 16;
 /// How long a host is left alone that waits for a decision.
 const REST: Duration = Duration::from_secs(60);
 /// How often a host is started that does not stay.
@@ -211,7 +210,7 @@ pub struct Access {
 /// A connection, kept up by a task that ends with this.
 pub struct Link {
     incoming: mpsc::Receiver<Incoming>,
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::UnboundedSender<Command>,
     /// Its only task; it ends with this.
     _task: JoinSet<()>,
 }
@@ -219,7 +218,8 @@ pub struct Link {
 impl Link {
     pub fn open(access: Access) -> Self {
         let (sender, incoming) = mpsc::channel(QUEUE_RECORDS);
-        let (commands, received) = mpsc::channel(COMMANDS);
+        // Bounded by what a session may queue; a full channel would let its ends wait for each other.
+        let (commands, received) = mpsc::unbounded_channel();
         let worker = Worker {
             decoder: Decoder::new(access.from),
             may_run: access.may_run,
@@ -248,27 +248,27 @@ impl Link {
     }
 
     /// Sends an input, on each connection, until [`Self::accepted`].
-    pub async fn send(&self, input: Input) {
-        self.command(Command::Send(input)).await;
+    pub fn send(&self, input: Input) {
+        self.command(Command::Send(input));
     }
 
-    pub async fn accepted(&self, id: String) {
-        self.command(Command::Accepted(id)).await;
+    pub fn accepted(&self, id: String) {
+        self.command(Command::Accepted(id));
     }
 
     /// Lets the host delete what lies below.
-    pub async fn persisted(&self, offset: u64) {
-        self.command(Command::Persisted(offset)).await;
+    pub fn persisted(&self, offset: u64) {
+        self.command(Command::Persisted(offset));
     }
 
     /// Closes the connection, so that the sandbox may sleep; it is made again for an input, or in a minute.
-    pub async fn rest(&self) {
-        self.command(Command::Rest).await;
+    pub fn rest(&self) {
+        self.command(Command::Rest);
     }
 
-    async fn command(&self, command: Command) {
+    fn command(&self, command: Command) {
         // Where the task has ended, its last word is on the way.
-        let _ = self.commands.send(command).await;
+        let _ = self.commands.send(command);
     }
 }
 
@@ -281,7 +281,7 @@ struct Worker {
     /// What the host has not accepted.
     outbox: Vec<Input>,
     persisted: Option<u64>,
-    commands: mpsc::Receiver<Command>,
+    commands: mpsc::UnboundedReceiver<Command>,
     incoming: mpsc::Sender<Incoming>,
     room: Arc<Semaphore>,
 }
@@ -400,8 +400,9 @@ impl Worker {
 
     fn attach_script(&self) -> String {
         format!(
-            "bin={MOUNTED}; [ -x $bin ] || bin={uploaded}; [ -x $bin ] || exit {NOT_INSTALLED}\n\
+            "rm -f {spec}; bin={MOUNTED}; [ -x $bin ] || bin={uploaded}; [ -x $bin ] || exit {NOT_INSTALLED}\n\
              exec $bin root attach --dir {DIR} --from {from}",
+            spec = self.spec_path(),
             uploaded = self.access.program.uploaded(),
             from = self.decoder.offset(),
         )
@@ -410,7 +411,7 @@ impl Worker {
     fn start_script(&self) -> String {
         format!(
             "bin={MOUNTED}; [ -x $bin ] && [ \"$(sha256sum <$bin)\" = '{sha256}  -' ] || bin={uploaded}\n\
-             [ -x $bin ] || exit {NOT_INSTALLED}\n\
+             [ -x $bin ] && [ \"$(sha256sum <$bin)\" = '{sha256}  -' ] || {{ rm -f {spec}; exit {NOT_INSTALLED}; }}\n\
              $bin root start --dir {DIR} --spec {spec} </dev/null; status=$?; rm -f {spec}; [ $status = 0 ] || exit 1\n\
              exec $bin root attach --dir {DIR} --from {from}",
             sha256 = self.access.program.sha256,
@@ -439,7 +440,7 @@ async fn write(
     exec: &mut ExecInput,
     outbox: &mut Vec<Input>,
     persisted: &mut Option<u64>,
-    commands: &mut mpsc::Receiver<Command>,
+    commands: &mut mpsc::UnboundedReceiver<Command>,
 ) -> Broken {
     for input in outbox.iter() {
         if let Err(error) = exec.send(&journal::input_frame(input)).await {

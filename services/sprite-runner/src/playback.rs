@@ -22,6 +22,8 @@ use crate::{
 
 /// Tool uses without a result that are remembered: a result that comes later names none.
 const OPEN_TOOLS_MAX: usize = 1000;
+/// How much journal may follow output that is held back.
+const HELD_BACK_MAX: u64 = 16 << 20;
 /// How much of each stream's end is kept, for the diagnosis of a failure.
 const TAIL_BYTES: usize = 64 << 10;
 
@@ -180,6 +182,10 @@ impl Playback {
 
     /// Takes the record between two offsets.
     pub fn push(&mut self, offset: u64, next: u64, record: Record) {
+        if self.ended.is_some() {
+            // It belongs to whoever reads next: the position stays at the turn's end.
+            return;
+        }
         let repeated = offset < self.records_through;
         match record.kind {
             Some(record::Kind::Output(output)) if self.is_inside => self.push_output(offset, next, &output),
@@ -214,6 +220,10 @@ impl Playback {
                     self.accepted.insert(input.id);
                 }
             }
+            Some(record::Kind::InputSettled(settled)) if self.refuses_the_turn(&settled) => {
+                let reason = turn_ended::Reason::Stopped.into();
+                self.ended = Some(agent_host::TurnEnded { reason, message: settled.message, ..agent_host::TurnEnded::default() });
+            }
             Some(record::Kind::InputSettled(settled)) if !is_own(&settled.id) && self.is_inside && self.is_of_turn() && !repeated => {
                 self.emit_at(next, Ready::Input(settled));
             }
@@ -231,6 +241,12 @@ impl Playback {
             _ => {}
         }
         self.position = next;
+    }
+
+    /// Whether the host will not begin the turn.
+    fn refuses_the_turn(&self, settled: &agent_host::InputSettled) -> bool {
+        let refused = settled.outcome == agent_host::input_settled::Outcome::Refused as i32;
+        refused && matches!(self.scope, Scope::Turn(turn) if settled.id == turn_input(turn))
     }
 
     fn is_of_turn(&self) -> bool {
@@ -257,6 +273,10 @@ impl Playback {
         }
         stream.held.extend_from_slice(output.data.get(output.data.len() - new..).unwrap_or_default());
         self.marks.push_back(Mark { offset, below });
+        if self.marks.front().is_some_and(|oldest| offset - oldest.offset > HELD_BACK_MAX) {
+            // The other stream has held back its last bytes for so long that the journal could not be deleted.
+            self.flush_stream(!stderr, true, 1);
+        }
         self.newest = Some(stderr);
         if self.streams[usize::from(stderr)].held.len() >= OUTPUT_EVENT_BYTES_MAX {
             self.flush_stream(stderr, false, OUTPUT_EVENT_BYTES_MAX);
@@ -455,6 +475,11 @@ impl Playback {
             ..StepEnded::default()
         };
         self.steps.get(id).cloned().or_else(|| followed().then(well))
+    }
+
+    /// Whether the host has an input.
+    pub fn has_accepted(&self, id: &str) -> bool {
+        self.accepted.contains(id)
     }
 
     /// Whether the agent waits for a decision.

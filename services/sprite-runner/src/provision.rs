@@ -28,7 +28,7 @@ const STAGE_MAX: Duration = Duration::from_secs(600);
 /// How much of a failed script's last words its user is told, of each stream.
 const TAIL_BYTES: usize = 2000;
 /// How much of the journal is kept for a successor that has to tell what a failed script said.
-const KEPT_BYTES: u64 = 64 << 20;
+pub const KEPT_BYTES: u64 = 64 << 20;
 
 const GIT_CREDENTIALS: &str = "/home/sprite/.aod/git-credentials";
 
@@ -207,14 +207,14 @@ impl StepRunner {
     async fn run(&mut self, id: &str, later: &[String], step: &Step, record: &mut Record) -> Result<StepEnded, Trouble> {
         let host_step =
             HostStep { name: step.what.clone(), script: step.script.clone(), timeout_seconds: STAGE_MAX.as_secs().try_into().unwrap_or(0) };
-        self.link.send(Input { id: id.to_owned(), kind: Some(input::Kind::Step(host_step)) }).await;
+        self.link.send(Input { id: id.to_owned(), kind: Some(input::Kind::Step(host_step)) });
         loop {
             while let Some(emitted) = self.playback.next() {
                 let id = record.play(emitted).await.map_err(Trouble::Fenced)?;
                 self.playback.appended(id);
             }
             if let Some(ended) = self.playback.step(id, later) {
-                self.link.accepted(id.to_owned()).await;
+                self.link.accepted(id.to_owned());
                 return Ok(ended);
             }
             let mut incoming = Some(self.link.next().await);
@@ -224,7 +224,7 @@ impl StepRunner {
             }
             self.playback.settle();
             if let Some(offset) = self.playback.persisted().checked_sub(KEPT_BYTES) {
-                self.link.persisted(offset).await;
+                self.link.persisted(offset);
             }
         }
     }

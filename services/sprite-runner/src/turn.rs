@@ -1,6 +1,6 @@
 //! One turn, from wherever its log ends to its end.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use contract::{
     host::{self as agent_host, Input, turn_ended::Reason},
@@ -17,8 +17,8 @@ use crate::{
     diagnosis::{self, Cause},
     host::{Access, Gone, Incoming, Link},
     inputs::Inputs,
-    playback::{Playback, Scope},
-    provision::{Provisioning, StageFailed, StepRunner},
+    playback::{Playback, Scope, turn_input},
+    provision::{KEPT_BYTES, Provisioning, StageFailed, StepRunner},
     record::{Fenced, Position, Record},
     runtimes,
     secrets::Secrets,
@@ -29,6 +29,8 @@ use crate::{
 const PERSISTED_STEP: u64 = 1 << 20;
 /// How long nothing has to come from an agent that waits for a decision, before its sandbox may sleep.
 const REST_AFTER: Duration = Duration::from_secs(1);
+/// How long a sandbox is kept awake for an input that the host does not accept: it may know the input already.
+const ACCEPTED_WITHIN: Duration = Duration::from_secs(15);
 /// How much of the last words of an agent is looked at for the cause of its failure.
 const SAID_BYTES: usize = 8 << 10;
 
@@ -110,7 +112,12 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec,
         record.masker = record.secrets.clone();
     }
     let ended = match Box::pin(work(runner, session, turn, &spec, &secrets, &mut record, inputs)).await {
-        Ok(ended) => ended,
+        Ok(mut ended) => {
+            if let Some(failure) = &mut ended.failure {
+                failure.message = record.secrets.text(&failure.message);
+            }
+            ended
+        }
         Err(Stopped::Fenced(fenced)) => return end_of(fenced),
         Err(Stopped::Released(reason)) => return End::Released(record.secrets.text(&reason)),
         Err(Stopped::Failed { stage, message }) => {
@@ -203,9 +210,9 @@ async fn work(
     }
     let mut playback = Playback::new(Scope::Turn(turn), record.masker.clone(), &record.checkpoint);
     if !playback.has_begun() {
-        link.send(agent.message(turn, spec.timeout_seconds)).await;
+        link.send(agent.message(turn, spec.timeout_seconds));
     }
-    play(record, &mut playback, &mut link, inputs).await?;
+    play(record, turn, &mut playback, &mut link, inputs).await?;
     record.go_on_from(playback.checkpoint());
     let ended = playback.ended().cloned().unwrap_or_default();
     Ok(end(runtime, &ended, spec.timeout_seconds, &playback))
@@ -222,8 +229,13 @@ fn stopped(gone: Gone) -> Stopped {
 }
 
 /// Puts into the log what the journal tells, until the turn's end, and passes inputs on.
-async fn play(record: &mut Record, playback: &mut Playback, link: &mut Link, mut inputs: Inputs) -> Result<(), Stopped> {
+async fn play(record: &mut Record, turn: u32, playback: &mut Playback, link: &mut Link, mut inputs: Inputs) -> Result<(), Stopped> {
     let mut waiting: Vec<Input> = Vec::new();
+    // Inputs that the host has not accepted, as far as its journal was read.
+    let mut unaccepted: BTreeSet<String> = BTreeSet::new();
+    if !playback.has_begun() {
+        unaccepted.insert(turn_input(turn));
+    }
     let (mut persisted, mut resting, mut quiet_since) = (record.checkpoint.journal_offset, false, Instant::now());
     loop {
         while let Some(emitted) = playback.next() {
@@ -233,18 +245,29 @@ async fn play(record: &mut Record, playback: &mut Playback, link: &mut Link, mut
         if playback.ended().is_some() {
             return Ok(());
         }
-        if playback.persisted() >= persisted + PERSISTED_STEP {
-            persisted = playback.persisted();
-            link.persisted(persisted).await;
+        // What is in the log may be lost with its stream before it is persisted: then it is read again.
+        let kept = playback.persisted().saturating_sub(KEPT_BYTES);
+        if kept >= persisted + PERSISTED_STEP {
+            persisted = kept;
+            link.persisted(persisted);
         }
+        unaccepted.retain(|id| {
+            let accepted = playback.has_accepted(id);
+            if accepted {
+                link.accepted(id.clone());
+            }
+            !accepted
+        });
         // Inputs are for the turn's agent: not for what ran before it.
         if playback.has_begun() {
             for input in waiting.drain(..) {
-                resting = false;
-                link.send(input).await;
+                (resting, quiet_since) = (false, Instant::now());
+                unaccepted.insert(input.id.clone());
+                link.send(input);
             }
         }
         let may_rest = playback.awaits_decision() && !resting;
+        let rest_after = if unaccepted.is_empty() { REST_AFTER } else { ACCEPTED_WITHIN };
         tokio::select! {
             incoming = link.next() => {
                 (resting, quiet_since) = (false, Instant::now());
@@ -257,11 +280,13 @@ async fn play(record: &mut Record, playback: &mut Playback, link: &mut Link, mut
             }
             input = inputs.next() => {
                 playback.knows(&input);
-                waiting.push(input);
+                if !waiting.iter().any(|known| known.id == input.id) {
+                    waiting.push(input);
+                }
             }
-            () = tokio::time::sleep_until(quiet_since + REST_AFTER), if may_rest => {
+            () = tokio::time::sleep_until(quiet_since + rest_after), if may_rest => {
                 resting = true;
-                link.rest().await;
+                link.rest();
             }
         }
     }

@@ -18,6 +18,15 @@ use crate::{
 
 const LINE_BYTES_MAX: usize = 32 << 20;
 const TEXT_BYTES_MAX: usize = 256 << 10;
+/// Of one record of output.
+const OUTPUT_BYTES_MAX: usize = 1 << 20;
+/// Of one event: a frame holds more.
+const EVENT_BYTES_MAX: usize = 2 << 20;
+/// Of the diffs of one tool result.
+const DIFF_BYTES_MAX: usize = 1 << 20;
+/// Of a request's texts: a snapshot with many open requests fits into a frame.
+const REQUEST_BYTES_MAX: usize = 64 << 10;
+const REQUESTS_MAX: usize = 16;
 const INPUT_ID_BYTES_MAX: usize = 64;
 /// A prompt that the API takes fits; and a snapshot with a full queue fits into a frame.
 const MESSAGE_BYTES_MAX: usize = 3 << 20;
@@ -225,7 +234,9 @@ impl Core {
         self.record(record::Kind::InputAccepted(InputAccepted { input: Some(input.clone()) }));
         match input.kind {
             Some(input::Kind::Message(message)) if message.when_busy() == WhenBusy::Join => {
-                if self.is_working() && self.steer(&message.text, now) {
+                // One that was delivered late belongs to no other turn.
+                let is_its = self.turn.as_ref().is_some_and(|turn| message.turn == 0 || turn.message.turn == message.turn);
+                if is_its && self.is_working() && self.steer(&message.text, now) {
                     self.settle(&id, Outcome::Applied, "");
                 } else {
                     self.settle(&id, Outcome::Refused, NOT_JOINED);
@@ -236,9 +247,14 @@ impl Core {
                 WhenBusy::Steer if self.steer(&message.text, now) => self.settle(&id, Outcome::Applied, ""),
                 WhenBusy::Steer | WhenBusy::Interrupt => self.end_work(Reason::Interrupted, now),
             },
-            Some(input::Kind::Interrupt(_)) => {
-                self.end_work(Reason::Interrupted, now);
-                self.settle(&id, Outcome::Applied, "");
+            Some(input::Kind::Interrupt(interrupt)) => {
+                let running = self.turn.as_ref().map(|turn| turn.message.turn);
+                if interrupt.turn != 0 && running != Some(interrupt.turn) {
+                    self.settle(&id, Outcome::Refused, "the turn does not run");
+                } else {
+                    self.end_work(Reason::Interrupted, now);
+                    self.settle(&id, Outcome::Applied, "");
+                }
             }
             Some(input::Kind::Decision(decision)) => {
                 self.decide(&id, decision.request, decision.verdict(), &decision.message, now);
@@ -594,7 +610,9 @@ impl Core {
     pub fn http(&mut self, reply: &http::Reply, now: u64) {
         if let http::Reply::Event { data, .. } = reply {
             let line = [data.as_bytes(), b"\n"].concat();
-            self.record(record::Kind::Output(Output { stream: Stream::Stdout.into(), data: line.into() }));
+            for part in line.chunks(OUTPUT_BYTES_MAX) {
+                self.record(record::Kind::Output(Output { stream: Stream::Stdout.into(), data: part.to_vec().into() }));
+            }
         }
         let mut out = Out::default();
         self.adapter.http(reply, &mut out);
@@ -641,6 +659,13 @@ impl Core {
             Effect::ToolResult { call, mut result } => {
                 result.tool_use = self.calls.get(&call).copied().unwrap_or_default();
                 result.content = shorten(result.content);
+                let mut room = DIFF_BYTES_MAX;
+                for change in &mut result.changes {
+                    if change.diff.len() > room {
+                        change.diff = format!("[{} bytes left out]", change.diff.len());
+                    }
+                    room = room.saturating_sub(change.diff.len());
+                }
                 self.event(None, event::Kind::ToolResult(result));
             }
             Effect::Unusable => self.end_cli(now),
@@ -671,10 +696,25 @@ impl Core {
                 thinking.text = shorten(thinking.text);
                 event::Kind::Thinking(thinking)
             }
+            event::Kind::Error(mut error) => {
+                error.message = shorten(error.message);
+                event::Kind::Error(error)
+            }
+            event::Kind::Plan(mut plan) => {
+                plan.entries.iter_mut().for_each(|entry| entry.text = shorten_to(std::mem::take(&mut entry.text), REQUEST_BYTES_MAX));
+                event::Kind::Plan(plan)
+            }
             other => other,
         };
         let parent = parent.and_then(|call| self.calls.get(call)).copied().unwrap_or_default();
-        let event = Event { id: self.next_event_id(), parent, kind: Some(kind) };
+        let mut event = Event { id: self.next_event_id(), parent, kind: Some(kind) };
+        let bytes = event.encoded_len();
+        if bytes > EVENT_BYTES_MAX {
+            // The raw output has it.
+            let message = format!("an event of {bytes} bytes was left out");
+            event.kind =
+                Some(event::Kind::Error(contract::host::AgentError { kind: "unknown_error".to_owned(), message, ..Default::default() }));
+        }
         self.record(record::Kind::Event(event));
     }
 
@@ -687,7 +727,7 @@ impl Core {
             self.calls.insert(tool.call_id.clone(), self.next_event_id());
         }
         tool.evaluation = self.evaluate(&tool.name).into();
-        tool.input_json = shorten_json(tool.input_json);
+        tool.input_json = shorten_json(tool.input_json, TEXT_BYTES_MAX);
         self.event(parent, event::Kind::ToolUse(tool));
     }
 
@@ -727,8 +767,12 @@ impl Core {
                 if self.asks.iter().any(|(open, key)| *open == id || *key == ask.key) {
                     return;
                 }
-                let input_json = shorten_json(ask.input_json);
-                let request = DecisionRequested { id, tool: ask.tool, input_json, diff: shorten(ask.diff), reason: shorten(ask.reason) };
+                if self.asks.len() >= REQUESTS_MAX {
+                    return self.adapter.decide(&ask.key, Verdict::Deny, "Too many permission requests are open", more);
+                }
+                let input_json = shorten_json(ask.input_json, REQUEST_BYTES_MAX);
+                let [diff, reason] = [ask.diff, ask.reason].map(|text| shorten_to(text, REQUEST_BYTES_MAX));
+                let request = DecisionRequested { id, tool: ask.tool, input_json, diff, reason };
                 self.record(record::Kind::DecisionRequested(request));
                 self.asks.push((id, ask.key));
                 self.waiting_since.get_or_insert(now);
@@ -792,10 +836,14 @@ impl Core {
 }
 
 /// A text that fits into an event; the raw output has all of it.
-fn shorten(mut text: String) -> String {
-    if text.len() > TEXT_BYTES_MAX {
-        let left_out = text.len() - TEXT_BYTES_MAX;
-        let mut end = TEXT_BYTES_MAX;
+fn shorten(text: String) -> String {
+    shorten_to(text, TEXT_BYTES_MAX)
+}
+
+fn shorten_to(mut text: String, max: usize) -> String {
+    if text.len() > max {
+        let left_out = text.len() - max;
+        let mut end = max;
         while !text.is_char_boundary(end) {
             end -= 1;
         }
@@ -806,11 +854,11 @@ fn shorten(mut text: String) -> String {
 }
 
 /// A tool's input; one that is too long is told as a text.
-fn shorten_json(text: String) -> String {
-    if text.len() <= TEXT_BYTES_MAX {
+fn shorten_json(text: String, max: usize) -> String {
+    if text.len() <= max {
         return text;
     }
-    serde_json::json!({ "shortened": shorten(text) }).to_string()
+    serde_json::json!({ "shortened": shorten_to(text, max) }).to_string()
 }
 
 #[cfg(test)]
@@ -844,7 +892,7 @@ mod tests {
         let busy = prop_oneof![Just(WhenBusy::Queue), Just(WhenBusy::Interrupt), Just(WhenBusy::Steer), Just(WhenBusy::Join)];
         let happening = prop_oneof![
             4 => (1_u32..6, busy).prop_map(|(id, busy)| Happening::Deliver(message(id, busy))),
-            1 => (0_u32..4).prop_map(|id| Happening::Deliver(Input { id: format!("i{id}"), kind: Some(input::Kind::Interrupt(Interrupt {})) })),
+            1 => (0_u32..4).prop_map(|id| Happening::Deliver(Input { id: format!("i{id}"), kind: Some(input::Kind::Interrupt(Interrupt::default())) })),
             1 => (0_u32..6).prop_map(|id| {
                 let withdraw = Withdraw { input_id: format!("m{id}") };
                 Happening::Deliver(Input { id: format!("w{id}"), kind: Some(input::Kind::Withdraw(withdraw)) })

@@ -129,7 +129,11 @@ pub struct Message {
     pub when_busy: i32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Interrupt {}
+pub struct Interrupt {
+    /// The turn that is meant; 0: whichever runs.
+    #[prost(uint32, tag = "1")]
+    pub turn: u32,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Persisted {
     #[prost(uint64, tag = "1")]

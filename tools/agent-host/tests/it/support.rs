@@ -161,7 +161,7 @@ impl Attached {
     }
 
     pub fn interrupt(&mut self, id: &str) {
-        self.send(id, input::Kind::Interrupt(Interrupt {}));
+        self.send(id, input::Kind::Interrupt(Interrupt::default()));
     }
 
     pub fn decide(&mut self, id: &str, request: u64, verdict: Verdict, message: &str) {
