@@ -15,7 +15,7 @@ use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::{Options, Stack};
+use crate::{Options, Stack, idle};
 
 /// One way to disturb the stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +25,7 @@ pub struct Fault {
     how: How,
     /// The time limit of the turns that are disturbed, in seconds.
     timeout: u32,
+    before: Before,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,18 +41,30 @@ enum How {
     HangProjector(Duration),
     /// Every unsettled turn gets a second job.
     SecondJobs,
+    /// Signalled again and again, in turn, as by one deployment after another.
+    SignalOften(Signal),
+    /// Killed while so many other sessions, which wait and print nothing, are followed as well.
+    KillBesideFollowed(usize),
+}
+
+/// What comes before the agent in the sessions that are disturbed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Before {
+    Nothing,
+    /// A set-up script that takes some seconds and fails where it is run twice.
+    SetUp,
 }
 
 const fn kill(name: &'static str, services: &'static [&'static str]) -> Fault {
-    Fault { name, services, how: How::Signal(Signal::KILL), timeout: 300 }
+    Fault { name, services, how: How::Signal(Signal::KILL), timeout: 300, before: Before::Nothing }
 }
 
 const fn stop(name: &'static str, services: &'static [&'static str]) -> Fault {
-    Fault { name, services, how: How::Signal(Signal::TERM), timeout: 300 }
+    Fault { how: How::Signal(Signal::TERM), ..kill(name, services) }
 }
 
 const fn pause(name: &'static str, services: &'static [&'static str], seconds: u64) -> Fault {
-    Fault { name, services, how: How::Pause(Duration::from_secs(seconds)), timeout: 300 }
+    Fault { how: How::Pause(Duration::from_secs(seconds)), ..kill(name, services) }
 }
 
 /// Every fault that the suite knows.
@@ -59,7 +72,11 @@ pub const FAULTS: &[Fault] = &[
     kill("runner killed", &["sprite-runner"]),
     stop("runner stopped", &["sprite-runner"]),
     pause("runner paused past its lease", &["sprite-runner"], 4),
+    Fault { how: How::SignalOften(Signal::TERM), before: Before::SetUp, ..kill("runners restarted during set-up", &["sprite-runner"]) },
+    Fault { before: Before::SetUp, ..kill("runners killed during set-up", &["sprite-runner"]) },
     kill("scheduler killed", &["scheduler"]),
+    // Killed all together: the projectors begin anew beside the 1,500 that follow.
+    Fault { how: How::KillBesideFollowed(1500), ..kill("schedulers killed, 1500 followed", &["scheduler"]) },
     stop("scheduler stopped", &["scheduler"]),
     kill("gateway killed", &["gateway"]),
     stop("gateway stopped", &["gateway"]),
@@ -89,9 +106,10 @@ pub const FAULTS: &[Fault] = &[
 #[must_use]
 pub fn harmless() -> Vec<Fault> {
     let harmless = |fault: &&Fault| match fault.how {
-        How::LoseStreams | How::SetStreamsBack | How::HangProjector(_) => false,
+        How::LoseStreams | How::SetStreamsBack | How::HangProjector(_) | How::KillBesideFollowed(_) => false,
         How::Pause(time) => time < Duration::from_secs(10),
-        How::Signal(_) | How::SecondJobs => true,
+        How::Signal(_) | How::SecondJobs => fault.before == Before::Nothing,
+        How::SignalOften(_) => false,
     };
     FAULTS.iter().filter(harmless).copied().collect()
 }
@@ -164,7 +182,9 @@ impl fmt::Display for Outcome {
 /// # Errors
 /// When it does not start.
 pub async fn stack() -> Result<Stack> {
-    Stack::start(Options { runners: 2, replicas: 2, ..Options::default() }).await
+    // Idle sessions that are followed count as active ones.
+    let settings = &[("DEFAULT_MAX_CONCURRENT_SESSIONS", "5000")];
+    Stack::start(Options { runners: 2, replicas: 2, settings, ..Options::default() }).await
 }
 
 /// Runs sessions, disturbs them, and judges what became of them.
@@ -176,7 +196,13 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
     let scripts: Vec<Script> = (0..plan.sessions).map(|_| Script::new(&mut rng, plan.seconds)).collect();
     let agent = stack.agent("shell").await?;
     let timeout = faults.iter().map(|fault| fault.timeout).min().unwrap_or(300);
-    let started = try_join_all(scripts.iter().map(|script| script.start(stack, &agent, timeout))).await?;
+    let environment = match faults.iter().find(|fault| fault.before == Before::SetUp) {
+        Some(_) => Some(environment_with_a_slow_script(stack).await?),
+        None => None,
+    };
+    let followed = faults.iter().map(|fault| if let How::KillBesideFollowed(number) = fault.how { number } else { 0 }).max();
+    let idle = idle::follow(stack, &agent, followed.unwrap_or_default()).await?;
+    let started = try_join_all(scripts.iter().map(|script| script.start(stack, &agent, environment.as_deref(), timeout))).await?;
     let follow = try_join_all(started.iter().map(|session| follow(stack, session)));
     let disturb = async {
         // Turns are under way, most of them.
@@ -194,6 +220,7 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
     };
     let (followed, disturbed) = tokio::join!(follow, disturb);
     let injected = disturbed?;
+    drop(idle);
     let mut outcome = Outcome {
         fault: name,
         injected,
@@ -235,8 +262,9 @@ impl Script {
     }
 
     /// Starts the session, however often that takes; an idempotency key keeps it one.
-    async fn start(&self, stack: &Stack, agent: &str, timeout: u32) -> Result<String> {
-        let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": self.text, "timeout": timeout })).await?;
+    async fn start(&self, stack: &Stack, agent: &str, environment: Option<&str>, timeout: u32) -> Result<String> {
+        let body = json!({ "agent_id": agent, "environment_id": environment, "prompt": self.text, "timeout": timeout });
+        let answer = stack.post("/sessions", body).await?;
         ensure!(answer.status == 202, "{answer:?}");
         Ok(answer.text("id").to_owned())
     }
@@ -251,6 +279,17 @@ async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Result<()> {
     }
     match fault.how {
         How::Signal(signal) => Stack::signal(&pids, signal),
+        How::KillBesideFollowed(_) => Stack::signal(&pids, Signal::KILL),
+        How::SignalOften(signal) => {
+            for _ in 0..3 {
+                for service in fault.services {
+                    for pid in stack.pids(service) {
+                        Stack::signal(&[pid], signal);
+                        tokio::time::sleep(Duration::from_millis(700)).await;
+                    }
+                }
+            }
+        }
         How::Pause(time) => {
             // Postgres works in child processes: stopping the first one alone would stop new connections only.
             let tree: Vec<u32> = pids.iter().flat_map(|pid| with_children(*pid)).collect();
@@ -297,6 +336,15 @@ async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Result<()> {
     Ok(())
 }
 
+/// An environment whose script leaves a mark, and fails where it finds one.
+async fn environment_with_a_slow_script(stack: &Stack) -> Result<String> {
+    let script = "set -e; mkdir /home/sprite/once; for i in 1 2 3 4 5 6 7; do echo set-up $i; sleep 1; done";
+    let body = json!({ "name": types::SessionId::new().to_string(), "setup_script": script });
+    let answer = stack.post("/environments", body).await?;
+    ensure!(answer.status == 201, "{answer:?}");
+    Ok(answer.text("id").to_owned())
+}
+
 /// How far the streams are set back.
 const SET_BACK: Duration = Duration::from_secs(2);
 
@@ -313,7 +361,7 @@ fn run(command: &mut Command) -> Result<String> {
 }
 
 /// Runs a statement in the stack's database, as its owner.
-fn sql(stack: &Stack, statement: &str) -> Result<String> {
+pub(crate) fn sql(stack: &Stack, statement: &str) -> Result<String> {
     let url = stack.ready_text("/database_url");
     run(Command::new("psql").args(["--no-psqlrc", "--tuples-only", "--no-align", "--set", "ON_ERROR_STOP=1", "--command", statement, &url]))
 }

@@ -1,6 +1,7 @@
 //! A running stack for black-box tests: `aod dev`, spoken to over HTTP as any user would.
 
 pub mod faults;
+pub mod idle;
 pub mod reference;
 mod stack;
 mod stream;

@@ -48,6 +48,41 @@ async fn an_error_says_what_to_do() {
     assert!(code == Some(0) && stdout.contains("complete -F"));
 }
 
+/// Runs a line of bash in which `$aod` is the command.
+fn shell(stack: &Stack, line: &str) -> (Option<i32>, String, String) {
+    let aod = stack.aod(&[]).unwrap();
+    let mut bash = Command::new("bash");
+    bash.args(["-o", "pipefail", "-c", line]).env("aod", aod.get_program());
+    bash.envs(aod.get_envs().filter_map(|(name, value)| Some((name, value?)))).env_remove("RUST_BACKTRACE");
+    let Output { status, stdout, stderr } = bash.output().unwrap();
+    (status.code(), String::from_utf8_lossy(&stdout).into_owned(), String::from_utf8_lossy(&stderr).into_owned())
+}
+
+/// As `grep`, `git` and `curl` do: a reader that has seen enough ends the command without a word; what cannot be written is an error.
+#[tokio::test]
+async fn a_closed_pipe_ends_a_command_and_a_full_disk_fails_it() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let (code, session, _) = shell(&stack, "$aod run --detach --runtime shell 'seq 100000'");
+    assert_eq!(code, Some(0));
+    let session = session.trim();
+    let (code, last, _) = shell(&stack, &format!("$aod logs -f {session} | tail -n 1"));
+    assert_eq!((code, &*last), (Some(0), "100000\n"));
+    let logs = format!("$aod logs {session}");
+    let json = format!("$aod --output json logs {session}");
+    for command in ["$aod completions bash", "$aod completions zsh", "$aod --help", &logs, &json] {
+        let (code, _, stderr) = shell(&stack, &format!("{command} | head -n 1"));
+        assert!(matches!(code, Some(0 | 141)) && !stderr.contains("panicked"), "{command}: {code:?} {stderr}");
+    }
+    let run = "$aod run --runtime shell 'echo x'";
+    for command in ["$aod agents list", "$aod --output json sessions list", "$aod completions fish", "$aod health", &logs, run] {
+        let (code, _, stderr) = shell(&stack, &format!("{command} >/dev/full"));
+        assert_eq!(code, Some(1), "{command}: {stderr}");
+        assert!(stderr.contains("cannot write to standard output: No space left on device"), "{command}: {stderr}");
+    }
+    // Nothing is said to a standard error that takes nothing, and the command's code is its own.
+    assert_eq!(shell(&stack, "$aod run --runtime shell 'echo x; exit 3' 2>/dev/full"), (Some(3), "x\n".to_owned(), String::new()));
+}
+
 #[tokio::test]
 async fn keys_urls_and_proxies_work_or_are_named() {
     let stack = Stack::start(Options::default()).await.unwrap();

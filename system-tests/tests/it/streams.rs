@@ -141,9 +141,9 @@ async fn a_key_has_a_bounded_number_of_streams() {
     testkit::eventually("one may be opened again", || async { stack.open_stream(&session, 0).await.is_ok() }).await;
 }
 
-/// What the gateway has in memory, in kB.
-fn resident_kb(stack: &Stack) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", stack.pids("gateway")[0])).unwrap();
+/// What the first process of a service has in memory, in kB.
+fn resident_kb(stack: &Stack, service: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", stack.pids(service)[0])).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
@@ -159,13 +159,13 @@ async fn readers_of_history_that_take_nothing_cost_little_memory() {
     // Another gateway, whose allocator has nothing left over.
     Stack::signal(&stack.pids("gateway"), rustix::process::Signal::KILL);
     testkit::eventually("a gateway is back", || async { stack.get("/health").await.is_ok_and(|health| health.status == 200) }).await;
-    let before = resident_kb(&stack);
+    let before = resident_kb(&stack, "gateway");
     let mut readers = Vec::new();
     for _ in 0..20 {
         readers.push(stack.open_stream(&session, 0).await.unwrap());
     }
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let each = resident_kb(&stack).saturating_sub(before) / 20;
+    let each = resident_kb(&stack, "gateway").saturating_sub(before) / 20;
     println!("{each} kB for each reader");
     assert!(each < 1024, "{each} kB for each reader");
 }
@@ -194,6 +194,59 @@ async fn more_sessions_are_followed_than_a_stream_has_consumers_by_default() {
         assert_eq!(stack.post(&format!("/sessions/{session}/terminate"), json!({})).await.unwrap().status, 200);
         assert_eq!(events.all().await.unwrap().last().unwrap()["type"], "terminated");
     }
+}
+
+/// Prints what many readers cost who each follow a session of their own: `cargo test … -- --ignored --nocapture idle_sessions`.
+#[tokio::test]
+#[ignore = "measures memory, with ten thousand connections"]
+async fn idle_sessions_that_are_followed_cost_little_memory() {
+    const FOLLOWED: usize = 10_000;
+    const SUBSCRIBED: usize = 100_000;
+    const CONNECTIONS: usize = 4;
+    let settings = &[
+        ("AOD_MAX_STREAMS_PER_KEY", "100000"),
+        ("DEFAULT_MAX_CONCURRENT_SESSIONS", "100000"),
+        ("STREAM_STALE_SECONDS", "3600"),
+        ("RUST_LOG", "error"),
+    ];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    let agent = stack.agent("shell").await.unwrap();
+    let measure = || (resident_kb(&stack, "nats"), resident_kb(&stack, "gateway"));
+    let report = |what: &str, number: usize, before: (u64, u64), after: (u64, u64)| {
+        let each = |before: u64, after: u64| after.saturating_sub(before) as f64 / number as f64;
+        let (nats, gateway) = (each(before.0, after.0), each(before.1, after.1));
+        println!("{number} {what}: NATS {} MB, {nats:.2} kB each; gateway {} MB, {gateway:.2} kB each", after.0 / 1000, after.1 / 1000);
+        (nats, gateway)
+    };
+    let before = measure();
+    let begun = std::time::Instant::now();
+    let followed = system_tests::idle::follow(&stack, &agent, FOLLOWED).await.unwrap();
+    println!("followed within {:.1} s", begun.elapsed().as_secs_f64());
+    let (nats, gateway) = report("followed sessions", FOLLOWED, before, measure());
+    assert!(nats < 5.0 && gateway < 100.0, "a consumer took 45 kB of NATS");
+    drop(followed);
+
+    // As many gateways would.
+    let before = measure();
+    let begun = std::time::Instant::now();
+    let mut subscriptions = Vec::with_capacity(SUBSCRIBED);
+    let url = url::Url::parse(&stack.ready_text("/events_url")).unwrap();
+    let address = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap());
+    for _ in 0..CONNECTIONS {
+        let options = async_nats::ConnectOptions::with_user_and_password("events".to_owned(), url.password().unwrap().to_owned());
+        let client = options.connect(&address).await.unwrap();
+        for _ in 0..SUBSCRIBED / CONNECTIONS {
+            subscriptions.push(client.subscribe(format!("aod.live.session.v1.{}", types::SessionId::new())).await.unwrap());
+        }
+        client.flush().await.unwrap();
+    }
+    println!("subscribed within {:.1} s", begun.elapsed().as_secs_f64());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (nats, _) = report("subscriptions", SUBSCRIBED, before, measure());
+    assert!(nats < 5.0);
+    // What is published meanwhile arrives.
+    let session = stack.session("shell", "echo heard").await.unwrap();
+    stack.stream(&session, 0).await.unwrap().until_output("heard").await.unwrap();
 }
 
 #[tokio::test]
