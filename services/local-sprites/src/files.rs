@@ -108,6 +108,7 @@ impl Root {
             }
             there => there?,
         };
+        refuse_device(&fd)?;
         rustix::fs::fchmod(&fd, mode)?;
         File::from(fd).write_all(content)
     }
@@ -226,9 +227,19 @@ impl Root {
             changed.extend(below);
         }
         for path in &changed {
-            change(&self.open(path, OFlags::PATH, Mode::empty())?)?;
+            let file = self.open(path, OFlags::PATH, Mode::empty())?;
+            refuse_device(&file)?;
+            change(&file)?;
         }
         Ok(changed)
+    }
+}
+
+/// A Sprite's devices are the machine's own: what changes one changes it for everybody.
+fn refuse_device(file: &OwnedFd) -> io::Result<()> {
+    match FileType::from_raw_mode(rustix::fs::fstat(file)?.st_mode) {
+        FileType::CharacterDevice | FileType::BlockDevice => Err(io::ErrorKind::PermissionDenied.into()),
+        _ => Ok(()),
     }
 }
 

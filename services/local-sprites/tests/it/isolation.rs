@@ -1,6 +1,10 @@
 //! Ways out of a Sprite, tried.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    time::Duration,
+};
 
 use sprites::{Error, ExecRequest};
 
@@ -176,6 +180,16 @@ async fn the_file_api_stays_inside() {
         let _ = sprite.write("/home/sprite/race/new", "new", 0o644).await;
     }
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1, "nothing is written outside");
+    // Its devices are the machine's own, to which the server is root.
+    let of_null = || fs::metadata("/dev/null").map(|metadata| (metadata.mode(), metadata.uid(), metadata.gid())).unwrap();
+    let null = of_null();
+    assert!(sprite.write("/dev/null", "x", 0o600).await.is_err());
+    for (change, body) in [("chown", r#"{"path":"/dev/null","uid":0,"gid":0}"#), ("chmod", r#"{"path":"/dev/null","mode":"0600"}"#)] {
+        let request = sprites::http_client().unwrap().post(format!("{}/v1/sprites/climber/fs/{change}", server.url()));
+        let answer = request.bearer_auth(crate::server::TOKEN).body(body).send().await.unwrap();
+        assert!(!answer.status().is_success(), "{change}: {}", answer.status());
+    }
+    assert_eq!(of_null(), null);
     // What is no file is not waited for.
     bash(&sprite, "mkfifo pipe").await;
     assert!(sprite.read("/home/sprite/pipe").await.is_err());
