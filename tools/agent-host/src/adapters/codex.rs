@@ -62,10 +62,45 @@ struct Codex {
     changes: HashMap<String, Vec<FileChange>>,
     /// Requests that are answered as elicitations.
     elicitations: Vec<String>,
+    /// Calls of MCP tools that run: the item, what the call is known by, the tool. An approval does not name its item, and either may
+    /// come first.
+    mcp_calls: Vec<McpCall>,
     texts: HashMap<String, u64>,
 }
 
+struct McpCall {
+    item: Option<String>,
+    call: String,
+    tool: String,
+}
+
 impl Codex {
+    /// What an item's call is known by.
+    fn mcp_item(&mut self, item: &str, tool: &str) -> String {
+        let known = self.mcp_calls.iter().position(|call| call.item.as_deref() == Some(item));
+        let asked = || self.mcp_calls.iter().position(|call| call.item.is_none() && call.tool == tool);
+        if let Some(call) = known.or_else(asked).and_then(|index| self.mcp_calls.get_mut(index)) {
+            call.item = Some(item.to_owned());
+            return call.call.clone();
+        }
+        if self.mcp_calls.len() < ITEMS_MAX {
+            self.mcp_calls.push(McpCall { item: Some(item.to_owned()), call: item.to_owned(), tool: tool.to_owned() });
+        }
+        item.to_owned()
+    }
+
+    /// Which call an approval is about.
+    fn mcp_approval(&mut self, key: &str, tool: &str) -> String {
+        if let Some(call) = self.mcp_calls.iter().rev().find(|call| call.tool == tool) {
+            return call.call.clone();
+        }
+        let call = format!("elicitation-{key}");
+        if self.mcp_calls.len() < ITEMS_MAX {
+            self.mcp_calls.push(McpCall { item: None, call: call.clone(), tool: tool.to_owned() });
+        }
+        call
+    }
+
     fn request(&mut self, kind: Request, method: &str, params: Value, out: &mut Out) {
         self.last_request += 1;
         self.requests.insert(self.last_request, kind);
@@ -235,6 +270,7 @@ impl Codex {
     }
 
     fn item_started(&mut self, item: &Value, out: &mut Out) {
+        let mut call_id = text(item, "/id").to_owned();
         let (name, server, input) = match text(item, "/type") {
             "commandExecution" => (SHELL.to_owned(), "", json!({ "command": command(text(item, "/command")), "cwd": text(item, "/cwd") })),
             "fileChange" => {
@@ -248,23 +284,19 @@ impl Codex {
             }
             "mcpToolCall" => {
                 let server = text(item, "/server");
-                (mcp_tool(server, text(item, "/tool")), server, item.get("arguments").cloned().unwrap_or_default())
+                let tool = mcp_tool(server, text(item, "/tool"));
+                call_id = self.mcp_item(&call_id, &tool);
+                (tool, server, item.get("arguments").cloned().unwrap_or_default())
             }
             "webSearch" => ("web_search".to_owned(), "", json!({ "query": text(item, "/query") })),
             _ => return,
         };
-        let tool = ToolUse {
-            name,
-            mcp_server: server.to_owned(),
-            input_json: input.to_string(),
-            call_id: text(item, "/id").to_owned(),
-            evaluation: 0,
-        };
+        let tool = ToolUse { name, mcp_server: server.to_owned(), input_json: input.to_string(), call_id, evaluation: 0 };
         out.push(Effect::ToolUse { parent: None, tool });
     }
 
     fn item_completed(&mut self, item: &Value, out: &mut Out) {
-        let call = text(item, "/id").to_owned();
+        let mut call = text(item, "/id").to_owned();
         let failed = matches!(text(item, "/status"), "failed" | "declined");
         let result = match text(item, "/type") {
             "agentMessage" => {
@@ -294,6 +326,9 @@ impl Codex {
         };
         // A command that was refused or so short that nothing said it began.
         self.item_started(item, out);
+        if let Some(index) = self.mcp_calls.iter().position(|known| known.item.as_ref() == Some(&call)) {
+            call = self.mcp_calls.swap_remove(index).call;
+        }
         out.push(Effect::ToolResult { call, result });
     }
 
@@ -317,10 +352,11 @@ impl Codex {
                 self.elicitations.push(key.clone());
                 let server = text(params, "/serverName");
                 let input = params.pointer("/_meta/tool_params").cloned().unwrap_or_default();
+                let tool = mcp_tool(server, text(params, "/_meta/tool_name"));
                 Ask {
-                    call: format!("elicitation-{key}"),
+                    call: self.mcp_approval(&key, &tool),
                     key,
-                    tool: mcp_tool(server, text(params, "/_meta/tool_name")),
+                    tool,
                     mcp_server: server.to_owned(),
                     input_json: input.to_string(),
                     reason: text(params, "/message").to_owned(),
