@@ -137,6 +137,8 @@ const PROVIDER_FAILED: &[&str] = &[
     "\"code\":500",
     "\"code\":503",
     "high demand",
+    // opencode asks again, in the provider's words alone.
+    "\"status\":{\"type\":\"retry\"",
 ];
 
 /// Of an agent that left with another status than 0, or was ended when its time was up, from the last that it printed.

@@ -28,7 +28,7 @@ const STAGE_MAX: Duration = Duration::from_secs(600);
 /// How much of a failed script's last words its user is told, of each stream.
 const TAIL_BYTES: usize = 2000;
 /// How much of the journal is kept for a successor that has to tell what a failed script said.
-pub const KEPT_BYTES: u64 = 64 << 20;
+const KEPT_BYTES: u64 = 64 << 20;
 
 const GIT_CREDENTIALS: &str = "/home/sprite/.aod/git-credentials";
 

@@ -18,13 +18,15 @@ use crate::{
     host::{Access, Gone, Incoming, Link},
     inputs::Inputs,
     playback::{Playback, Scope, turn_input},
-    provision::{KEPT_BYTES, Provisioning, StageFailed, StepRunner},
+    provision::{Provisioning, StageFailed, StepRunner},
     record::{Fenced, Position, Record},
     runtimes,
     secrets::Secrets,
     setup::Setup,
 };
 
+/// How much of the journal is kept though it is in the log: what a stream loses before it is persisted. A small disk has room for it.
+const UNPERSISTED_BYTES: u64 = 8 << 20;
 /// How much of the journal may be in the log before the host is told that it may delete it.
 const PERSISTED_STEP: u64 = 1 << 20;
 /// How long nothing has to come from an agent that waits for a decision, before its sandbox may sleep.
@@ -246,7 +248,7 @@ async fn play(record: &mut Record, turn: u32, playback: &mut Playback, link: &mu
             return Ok(());
         }
         // What is in the log may be lost with its stream before it is persisted: then it is read again.
-        let kept = playback.persisted().saturating_sub(KEPT_BYTES);
+        let kept = playback.persisted().saturating_sub(UNPERSISTED_BYTES);
         if kept >= persisted + PERSISTED_STEP {
             persisted = kept;
             link.persisted(persisted);
