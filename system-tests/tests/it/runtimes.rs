@@ -114,7 +114,9 @@ fn tells_the_same_story(runtime: &str, model: &str, events: &[Value]) {
     assert_eq!(uses.len(), 1, "{runtime}: {events:#?}");
     let results = of_type("agent.tool_result");
     let result = results.iter().find(|event| event["tool_use_id"] == uses[0]["id"]).unwrap_or_else(|| panic!("{runtime}: {events:#?}"));
-    assert!(result["content"].to_string().contains(&format!("made by {model}")) && result["is_error"] == false, "{runtime}: {result}");
+    // Gemini's protocol does not tell what a command printed (docs/runtimes.md).
+    let is_told = runtime == "gemini" || result["content"].to_string().contains(&format!("made by {model}"));
+    assert!(is_told && result["is_error"] == false, "{runtime}: {result}");
     let mcp = of_type("agent.mcp_tool_use");
     assert_eq!(mcp.len(), 1, "{runtime}: {events:#?}");
     assert_eq!((&mcp[0]["mcp_server_name"], &mcp[0]["name"]), (&json!("echo"), &json!("say")), "{runtime}: {mcp:?}");
@@ -223,7 +225,7 @@ async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
         assert_ne!(ended.end["code"], 0, "{runtime} {status}: {} {}", ended.end, ended.output);
         let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
         let message = session.body["failure"]["message"].as_str().unwrap();
-        assert!(message.contains("the model's provider"), "{runtime} {status}: {message}");
+        assert!(message.contains("the model's provider"), "{runtime} {status}: {message} {}", ended.output);
     });
     join_all(runs).await;
 }

@@ -367,8 +367,10 @@ fn agent_event(agent: AgentEvent) -> Option<Body> {
             let (name, input) = (tool.name, json(tool.input_json));
             match present(tool.mcp_server) {
                 Some(mcp_server_name) => {
-                    // Permission rules know the tool by its full name.
-                    let name = name.strip_prefix(&format!("mcp__{mcp_server_name}__")).map_or(name.clone(), str::to_owned);
+                    // Each CLI has a way of its own to name a server's tools; permission rules know them by that name.
+                    let prefixes = [format!("mcp__{mcp_server_name}__"), format!("mcp_{mcp_server_name}_"), format!("{mcp_server_name}_")];
+                    let bare = prefixes.iter().find_map(|prefix| name.strip_prefix(prefix)).map(str::to_owned);
+                    let name = bare.unwrap_or(name);
                     Body::McpToolUse { mcp_server_name, name, input, evaluated_permission, parent_tool_use_id }
                 }
                 None => Body::ToolUse { name, input, evaluated_permission, parent_tool_use_id },
