@@ -109,8 +109,9 @@ impl Tail {
         if self.offset - start > length {
             return Ok(Step::Unreadable { first: starts.first().copied().unwrap_or(0), end: start + length });
         }
-        if read == 0 {
-            // What lies here is no frame: perhaps one that is being written, or what a host that was killed left.
+        if read == 0 || journal::find(&self.buffer) == Found::Damaged {
+            // What lies here is no frame: perhaps one that is being written, that found no room, or what a host that was killed left.
+            // It is read again.
             self.buffer.clear();
         }
         Ok(Step::Wait)
@@ -137,7 +138,7 @@ fn tell(kind: control::Kind) -> io::Result<()> {
 pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
     let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
     let folder = journal_path(dir);
-    match inotify::add_watch(&watch, &folder, inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE) {
+    match inotify::add_watch(&watch, &folder, inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO) {
         Ok(_) => {}
         Err(rustix::io::Errno::NOENT) if from == 0 => {
             tell(control::Kind::HostLost(HostLost {}))?;

@@ -29,6 +29,9 @@ pub enum NotWritten {
     Failed(io::Error),
 }
 
+/// A segment that is not whole yet.
+const DRAFT: &str = "draft";
+
 pub fn segment_path(folder: &Path, start: u64) -> PathBuf {
     folder.join(format!("{start:020}{SUFFIX}"))
 }
@@ -57,6 +60,7 @@ impl Store {
     /// Opens the journal, or creates it, and removes a record that was cut.
     pub fn open(folder: &Path, segment_bytes: u64) -> io::Result<Self> {
         fs::create_dir_all(folder)?;
+        let _ = fs::remove_file(folder.join(DRAFT));
         let mut starts = segments(folder)?;
         while let Some(start) = starts.last().copied() {
             let file = OpenOptions::new().read(true).write(true).open(segment_path(folder, start))?;
@@ -72,7 +76,7 @@ impl Store {
             let first = starts.first().copied().unwrap_or(start);
             return Ok(Self { folder: folder.to_owned(), segment_bytes, file, start, first, end: start + bytes, state });
         }
-        let file = create(folder, 0)?;
+        let file = create(&segment_path(folder, 0))?;
         reserve(&file, segment_bytes);
         Ok(Self { folder: folder.to_owned(), segment_bytes, file, start: 0, first: 0, end: 0, state: State::default() })
     }
@@ -124,24 +128,34 @@ impl Store {
         let _ = self.file.write_all_at(&vec![0; left], end);
     }
 
+    /// Goes on in a new segment. It has its name only once it is whole: a reader keeps a segment open that it has found, and would wait
+    /// for ever in one that was taken back.
     fn rotate(&mut self) -> Result<(), NotWritten> {
-        let file = create(&self.folder, self.end).map_err(not_written)?;
-        let snapshot = Record { at_us: now_us(), kind: Some(record::Kind::Snapshot(self.state.snapshot())) };
-        let frame = journal::record_frame(self.end, &snapshot);
-        if !reserve(&file, self.segment_bytes) {
-            let _ = fs::remove_file(segment_path(&self.folder, self.end));
-            return Err(NotWritten::Full);
+        let draft = self.folder.join(DRAFT);
+        let begun = self.begin_segment(&draft);
+        if begun.is_err() {
+            let _ = fs::remove_file(&draft);
         }
-        if let Err(error) = file.write_all_at(&frame, 0) {
-            let _ = fs::remove_file(segment_path(&self.folder, self.end));
-            return Err(not_written(error));
-        }
+        let (file, bytes) = begun?;
         // What was reserved for the former segment and not used.
         let _ = self.file.set_len(self.end - self.start);
         self.file = file;
         self.start = self.end;
-        self.end += frame.len() as u64;
+        self.end += bytes;
         Ok(())
+    }
+
+    /// The next segment with its snapshot, and the snapshot's bytes.
+    fn begin_segment(&self, draft: &Path) -> Result<(File, u64), NotWritten> {
+        let file = create(draft).map_err(not_written)?;
+        let snapshot = Record { at_us: now_us(), kind: Some(record::Kind::Snapshot(self.state.snapshot())) };
+        let frame = journal::record_frame(self.end, &snapshot);
+        if !reserve(&file, self.segment_bytes) {
+            return Err(NotWritten::Full);
+        }
+        file.write_all_at(&frame, 0).map_err(not_written)?;
+        fs::rename(draft, segment_path(&self.folder, self.end)).map_err(not_written)?;
+        Ok((file, frame.len() as u64))
     }
 
     /// Deletes the segments that lie below an offset. The last one stays.
@@ -159,8 +173,8 @@ impl Store {
     }
 }
 
-fn create(folder: &Path, start: u64) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(segment_path(folder, start))
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
 /// Reserves a segment's room. False where there is none; where the file system cannot reserve, writes tell.
