@@ -1,6 +1,6 @@
 //! What is sent to a running turn from outside: fetched from the scheduler when it says that something waits.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bus::Bus;
 use contract::{host::Input, rpc, scheduler::FetchInputsRequest, subject};
@@ -18,6 +18,8 @@ const INPUTS: usize = 16;
 
 /// The inputs of one turn as they come, some of them more than once; fetched by a task that ends with this.
 pub struct Inputs {
+    /// Those that waited when the turn was taken over.
+    first: VecDeque<Input>,
     inputs: mpsc::Receiver<Input>,
     /// Its only task; it ends with this.
     _task: JoinSet<()>,
@@ -30,21 +32,43 @@ pub struct Turn {
     pub epoch: u32,
 }
 
+impl Turn {
+    fn request(&self) -> FetchInputsRequest {
+        FetchInputsRequest { session_id: self.session.to_string(), turn: self.turn, epoch: self.epoch }
+    }
+}
+
 impl Inputs {
-    /// Follows hints, and `waiting`, which is notified by heartbeats. A turn that was taken over may have missed a hint: it asks at once.
+    /// Follows hints, and `waiting`, which is notified by heartbeats. A turn that was taken over may have missed a hint, and its journal
+    /// may settle inputs that the former runner sent: it asks first.
     ///
     /// # Errors
     /// When hints cannot be subscribed to.
     pub async fn follow(bus: &Bus, turn: Turn, waiting: Arc<Notify>) -> Result<Self, bus::Failure> {
         let hints = bus.hints(subject::inputs_hint(turn.session)).await.map_err(bus::Failure::internal)?;
+        let (first, due) = match turn.epoch {
+            0 | 1 => (VecDeque::new(), false),
+            _ => match bus.call::<rpc::FetchInputs>(&turn.request(), DEADLINE).await {
+                Ok(reply) => (reply.inputs.into(), false),
+                Err(_) => (VecDeque::new(), true),
+            },
+        };
         let (sender, inputs) = mpsc::channel(INPUTS);
         let mut task = JoinSet::new();
-        task.spawn(run(bus.clone(), turn, hints, waiting, sender).in_current_span());
-        Ok(Self { inputs, _task: task })
+        task.spawn(run(bus.clone(), turn, due, hints, waiting, sender).in_current_span());
+        Ok(Self { first, inputs, _task: task })
+    }
+
+    /// Those that waited when the turn was taken over; they are returned by [`Self::next`] as well.
+    pub fn first(&self) -> impl Iterator<Item = &Input> {
+        self.first.iter()
     }
 
     /// The next one; waits for ever where none comes.
     pub async fn next(&mut self) -> Input {
+        if let Some(input) = self.first.pop_front() {
+            return input;
+        }
         match self.inputs.recv().await {
             Some(input) => input,
             None => std::future::pending().await,
@@ -52,9 +76,16 @@ impl Inputs {
     }
 }
 
-async fn run(bus: Bus, turn: Turn, mut hints: impl Stream<Item = ()> + Unpin + Send, waiting: Arc<Notify>, sender: mpsc::Sender<Input>) {
-    let request = FetchInputsRequest { session_id: turn.session.to_string(), turn: turn.turn, epoch: turn.epoch };
-    let (mut due, mut attempt, mut hints_end) = (turn.epoch > 1, 0, false);
+async fn run(
+    bus: Bus,
+    turn: Turn,
+    mut due: bool,
+    mut hints: impl Stream<Item = ()> + Unpin + Send,
+    waiting: Arc<Notify>,
+    sender: mpsc::Sender<Input>,
+) {
+    let request = turn.request();
+    let (mut attempt, mut hints_end) = (0, false);
     loop {
         if !due {
             tokio::select! {

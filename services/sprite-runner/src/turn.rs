@@ -232,6 +232,7 @@ fn stopped(gone: Gone) -> Stopped {
 
 /// Puts into the log what the journal tells, until the turn's end, and passes inputs on.
 async fn play(record: &mut Record, turn: u32, playback: &mut Playback, link: &mut Link, mut inputs: Inputs) -> Result<(), Stopped> {
+    inputs.first().for_each(|input| playback.knows(input));
     let mut waiting: Vec<Input> = Vec::new();
     // Inputs that the host has not accepted, as far as its journal was read.
     let mut unaccepted: BTreeSet<String> = BTreeSet::new();
