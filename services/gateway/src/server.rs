@@ -31,8 +31,8 @@ const HEAD_BYTES_MAX: usize = 64 * 1024;
 const HEADERS_MAX: usize = 100;
 /// After an accept that failed: for want of file descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// What was the last to connect sends its request within this time.
-const LAST_REQUESTS: Duration = Duration::from_millis(200);
+/// What was the last to connect sends its request within this time, also on a busy machine.
+const LAST_REQUESTS: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -111,7 +111,9 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, ending
     drop(listener);
     ending.closing.cancel();
     // The shutdown closes a connection that no request has come on.
-    tokio::time::sleep(LAST_REQUESTS).await;
+    if !ending.lifecycle.was_interrupted() {
+        tokio::time::sleep(LAST_REQUESTS).await;
+    }
     graceful.shutdown().await;
     connections.close();
     connections.wait().await;
