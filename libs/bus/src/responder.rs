@@ -22,7 +22,7 @@ use crate::{Bus, Failure, client::unix_millis, trace};
 /// Requests of one subject in flight at a time; more are refused rather than queued.
 const CONCURRENCY: usize = 512;
 const SETTLE_MAX: Duration = Duration::from_secs(5);
-/// More digits than a server reads: it takes such a limit for none and ends the subscription at once, whereas the client goes on delivering
+/// More digits than a server parses: it treats the limit as zero and ends the subscription at once, while the client continues to deliver
 /// what is on the wire. A plain unsubscribe, and the client's own drain, drop that.
 const NOW: u64 = u64::MAX;
 
@@ -121,7 +121,7 @@ impl Endpoint {
         F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
     {
         if !self.may_answer(request.reply.as_deref()) {
-            // Whoever may create consumers can have a stream's messages delivered to any subject, and any request can name any reply.
+            // A user who may create consumers can have messages of a stream delivered to any subject, and any request can name any reply.
             tracing::warn!(
                 subject = R::SUBJECT,
                 reply = request.reply.as_deref(),

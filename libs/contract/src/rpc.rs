@@ -158,7 +158,7 @@ rpcs! {
     ChangeInput: scheduler::ChangeInputRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.change_input", idempotent: true;
     /// Withdraws a queued message.
     WithdrawInput: scheduler::WithdrawInputRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.withdraw_input", idempotent: false;
-    /// Ends the work of the running turn; the session goes on.
+    /// Interrupts the running turn; the session continues.
     Interrupt: scheduler::InterruptRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.interrupt", idempotent: true;
     /// The permission requests of a session, newest first.
     ListPermissionRequests: scheduler::ListPermissionRequestsRequest => scheduler::ListPermissionRequestsReply, "aod.rpc.scheduler.v1.session.requests", idempotent: true;

@@ -64,7 +64,7 @@ struct LeaseRow {
 pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemLeaseReply, Failure> {
     let refused = || Failure::not_found("Lease not found, expired, revoked or redeemed");
     let id: LeaseId = request.lease_id.parse().map_err(|_| refused())?;
-    // Whoever has claimed the work meanwhile has a lease of a higher epoch.
+    // A runner that claimed the work meanwhile has a lease of a higher epoch.
     let lease: Option<LeaseRow> = sqlx::query_as(
         "select user_id, session_id, purpose, credential_kinds, secret_ids, public_key,
                 revoked_at is null and expires_at > now()

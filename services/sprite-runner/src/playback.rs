@@ -183,7 +183,7 @@ impl Playback {
     /// Takes the record between two offsets.
     pub fn push(&mut self, offset: u64, next: u64, record: Record) {
         if self.ended.is_some() {
-            // It belongs to whoever reads next: the position stays at the turn's end.
+            // It belongs to the next reader: the position stays at the end of the turn.
             return;
         }
         let repeated = offset < self.records_through;

@@ -1,5 +1,5 @@
 //! Setting a new Sprite up, stage by stage, each stage an event. A successor begins with the first that is not in the log as done;
-//! scripts run under the agent host, which runs each once, whoever asks.
+//! scripts run under the agent host, which runs each once, whichever runner asks.
 
 use std::{
     fmt,

@@ -81,7 +81,7 @@ pub enum Stdio {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
     pub argv: Vec<String>,
-    /// The last argument: a file with this text. Whoever lists processes does not see it.
+    /// The last argument: a file with this text, which does not show in lists of processes.
     pub script: Option<String>,
     /// Below the session's variables.
     pub env: Vec<(String, String)>,

@@ -48,7 +48,7 @@ pub struct Once {
     /// SHA-256 of the request's body.
     #[prost(bytes = "vec", tag = "2")]
     pub body_hash: ::prost::alloc::vec::Vec<u8>,
-    /// The gateway chose the key for a single request: whoever comes with it is another attempt, which waits for the one before it.
+    /// The gateway chose the key for a single request: another request with it is a retry, which waits for the attempt before it.
     #[prost(bool, tag = "3")]
     pub is_of_one_request: bool,
 }

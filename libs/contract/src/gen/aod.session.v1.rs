@@ -68,7 +68,7 @@ pub struct Checkpoint {
     /// Provisioning stages that are done, in order, by their names in types::Stage.
     #[prost(string, repeated, tag = "1")]
     pub stages_done: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// The agent was started: from here on its spool is the truth.
+    /// The agent was started: from here on the agent host's journal is the truth.
     #[prost(bool, tag = "2")]
     pub started: bool,
     /// Bytes of the agent's output that are in the log, counted since the turn began.
@@ -237,7 +237,7 @@ pub enum StopReason {
     Unspecified = 0,
     /// The agent was done.
     EndTurn = 1,
-    /// Interrupted by its user. The session goes on; the exit code is 0.
+    /// Interrupted by its user. The session continues; the exit code is 0.
     Interrupted = 2,
     /// A limit of the agent's: turns, tokens, budget.
     Limit = 3,
