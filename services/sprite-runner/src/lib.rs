@@ -2,7 +2,7 @@
 //!
 //! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`host`] is
 //! the connection to the agent host, which runs set-up steps and the [`agent`]; [`inputs`] fetches what is sent to a running turn;
-//! [`playback`] decides which events the host's journal becomes; [`record`] appends them to the session's log as its one writer;
+//! [`playback`] decides which events the host's journal becomes; [`pace`] slows down who prints too fast; [`record`] appends them to the session's log as its one writer;
 //! [`runtimes`] knows what the CLIs need.
 
 mod agent;
@@ -14,6 +14,7 @@ mod jobs;
 mod lease;
 mod mask;
 pub mod metrics;
+mod pace;
 mod playback;
 mod provision;
 mod record;
@@ -33,6 +34,8 @@ use service::{Env, Lifecycle};
 use tokio_util::sync::CancellationToken;
 use types::Provider;
 
+pub use crate::pace::OutputLimits;
+
 #[derive(Debug)]
 pub struct Config {
     pub bus: bus::Config,
@@ -41,6 +44,7 @@ pub struct Config {
     pub models: ModelEndpoints,
     /// Whether a session's secrets are masked in what its agent prints.
     pub mask_output: bool,
+    pub output: OutputLimits,
     /// How long an agent's process is kept after its turn.
     pub agent_idle: Duration,
     /// The agent host's file, where it is not beside the runner.
@@ -85,6 +89,18 @@ impl Config {
                 google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "base URL for Google's models, without /v1beta"),
             },
             mask_output: env.parsed("AOD_MASK_SECRETS", "mask a session's secrets in its agent's output as ***", false),
+            output: OutputLimits {
+                bytes_max: env.parsed(
+                    "AOD_TURN_OUTPUT_MAX_BYTES",
+                    "how much of a turn's output is kept; beyond it only the last 64 KiB of each stream are, and an event says how much was dropped",
+                    1 << 30,
+                ),
+                bytes_per_second: env.parsed(
+                    "AOD_SESSION_OUTPUT_BYTES_PER_SECOND",
+                    "how fast a session's output is recorded, sustained; an agent that prints more than eight seconds' worth at once is slowed down; 0: no limit",
+                    64 << 20,
+                ),
+            },
             agent_idle: Duration::from_secs(env.parsed(
                 "AOD_AGENT_IDLE_SECONDS",
                 "how long an agent's process is kept for its next turn; 0: not at all",
@@ -103,6 +119,7 @@ struct Runner {
     sprites_base_url: Arc<str>,
     models: Arc<ModelEndpoints>,
     mask_output: bool,
+    output: OutputLimits,
     agent_idle: Duration,
     /// What is put into Sprites to run agents.
     program: host::Program,
@@ -130,6 +147,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         sprites_base_url: config.sprites_base_url.into(),
         models: Arc::new(config.models),
         mask_output: config.mask_output,
+        output: config.output,
         agent_idle: config.agent_idle,
         program,
         turns: lease::Turns::new(),

@@ -10,7 +10,8 @@ use bytes::{Bytes, BytesMut};
 use contract::{
     host::{self as agent_host, Input, Record, StepEnded, event, input, record, turn_ended},
     session::{
-        AgentEvent, Checkpoint, DecisionRequested, DecisionSettled, InputSettled, OpenTool, Output, StageOutput, session_event::Kind,
+        AgentEvent, Checkpoint, DecisionRequested, DecisionSettled, InputSettled, OpenTool, Output, OutputDropped, StageOutput,
+        session_event::Kind,
     },
 };
 use types::limits::OUTPUT_EVENT_BYTES_MAX;
@@ -24,8 +25,10 @@ use crate::{
 const OPEN_TOOLS_MAX: usize = 1000;
 /// How much journal may follow output that is held back.
 const HELD_BACK_MAX: u64 = 16 << 20;
-/// How much of each stream's end is kept, for the diagnosis of a failure.
+/// How much of each stream's end is kept, for the diagnosis of a failure and as the end of output that is dropped.
 const TAIL_BYTES: usize = 64 << 10;
+/// How much output is dropped between two events that say so. Less than what the runner keeps of the journal.
+const DROPPED_STEP: u64 = 4 << 20;
 
 /// What of the journal belongs to the writer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,12 +46,24 @@ pub struct Emitted {
     pub place: Place,
 }
 
+impl Emitted {
+    /// Bytes of the agent's output in it.
+    pub fn output_bytes(&self) -> usize {
+        match &self.kind {
+            Kind::Output(output) => output.data.len(),
+            Kind::StageOutput(output) => output.data.len(),
+            _ => 0,
+        }
+    }
+}
+
 /// The part of a checkpoint that a playback moves.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Place {
     journal_offset: u64,
     journal: [u64; 2],
     logged: [u64; 2],
+    dropped: u64,
     records_through: u64,
     open_tools: Vec<OpenTool>,
     open_requests: Vec<u64>,
@@ -59,6 +74,7 @@ impl Place {
         checkpoint.journal_offset = self.journal_offset;
         [checkpoint.journal_stdout, checkpoint.journal_stderr] = self.journal;
         [checkpoint.stdout_offset, checkpoint.stderr_offset] = self.logged;
+        checkpoint.output_dropped = self.dropped;
         checkpoint.records_through = self.records_through;
         checkpoint.open_tools = self.open_tools;
         checkpoint.open_requests = self.open_requests;
@@ -67,7 +83,7 @@ impl Place {
 
 #[derive(Debug, Default)]
 struct Stream {
-    /// Bytes of the scope in the journal below the position, and of those in the log.
+    /// Bytes of the scope in the journal below the position, and of those in the log or dropped.
     seen: u64,
     logged: u64,
     /// What was read and is not in the log.
@@ -86,6 +102,7 @@ struct Mark {
 #[derive(Debug)]
 enum Ready {
     Output { stderr: bool, data: Bytes },
+    Dropped { bytes: u64 },
     Event(agent_host::Event),
     Requested(agent_host::DecisionRequested),
     Settled(agent_host::DecisionSettled),
@@ -103,6 +120,13 @@ pub struct Playback {
     records_through: u64,
     is_inside: bool,
     streams: [Stream; 2],
+    /// How much output the log keeps of the scope. Of what exceeds it only the end is kept.
+    output_bytes_max: u64,
+    /// Bytes that were dropped, and those of them that no event tells of yet.
+    dropped: u64,
+    untold: u64,
+    /// Where the newest event's checkpoint leads.
+    emitted_offset: u64,
     marks: VecDeque<Mark>,
     /// Which stream the newest held output is of.
     newest: Option<bool>,
@@ -140,7 +164,7 @@ fn kind_of(input: &Input) -> (&'static str, String) {
 
 impl Playback {
     /// Goes on from a checkpoint; the first record to push is the one at its offset.
-    pub fn new(scope: Scope, masker: Masker, checkpoint: &Checkpoint) -> Self {
+    pub fn new(scope: Scope, masker: Masker, output_bytes_max: u64, checkpoint: &Checkpoint) -> Self {
         let stream = |seen, logged| Stream { seen, logged, ..Stream::default() };
         Self {
             is_inside: matches!(scope, Scope::SetUp { .. }) || checkpoint.records_through > 0,
@@ -153,6 +177,10 @@ impl Playback {
                 stream(checkpoint.journal_stdout, checkpoint.stdout_offset),
                 stream(checkpoint.journal_stderr, checkpoint.stderr_offset),
             ],
+            output_bytes_max,
+            dropped: checkpoint.output_dropped,
+            untold: 0,
+            emitted_offset: checkpoint.journal_offset,
             marks: VecDeque::new(),
             newest: None,
             ready: VecDeque::new(),
@@ -275,7 +303,10 @@ impl Playback {
         self.marks.push_back(Mark { offset, below });
         if self.marks.front().is_some_and(|oldest| offset - oldest.offset > HELD_BACK_MAX) {
             // The other stream has held back its last bytes for so long that the journal could not be deleted.
-            self.flush_stream(!stderr, true, 1);
+            match self.is_over_limit() {
+                true => self.drop_output(!stderr, 0, true),
+                false => self.flush_stream(!stderr, true, 1),
+            }
         }
         self.newest = Some(stderr);
         if self.streams[usize::from(stderr)].held.len() >= OUTPUT_EVENT_BYTES_MAX {
@@ -288,7 +319,11 @@ impl Playback {
         self.flush(false);
     }
 
+    /// Emits what is held; at the end of the turn or the step (`last`) also the end of output that exceeds the limit.
     fn flush(&mut self, last: bool) {
+        if last {
+            self.tell_dropped();
+        }
         let newest = self.newest.take().unwrap_or_default();
         self.flush_stream(!newest, last, 1);
         self.flush_stream(newest, last, 1);
@@ -297,18 +332,55 @@ impl Playback {
     /// Emits what a stream holds while it is at least `least` bytes.
     fn flush_stream(&mut self, stderr: bool, last: bool, least: usize) {
         loop {
-            let stream = &mut self.streams[usize::from(stderr)];
-            if stream.held.len() < least {
+            if !last && self.is_over_limit() {
+                return self.drop_output(stderr, TAIL_BYTES, false);
+            }
+            if self.streams[usize::from(stderr)].held.len() < least {
                 return;
             }
-            let mut data = std::mem::take(&mut stream.held).freeze();
-            let piece = self.masker.next(&mut data, last);
-            // Neither copies unless a piece still refers to the same bytes.
-            stream.held = data.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&*shared));
-            let Some(Piece { consumed, data }) = piece else { return };
-            stream.logged += consumed;
+            let Some(Piece { consumed, data }) = self.take_piece(stderr, last) else { return };
+            self.tell_dropped();
+            self.streams[usize::from(stderr)].logged += consumed;
             self.drop_marks();
             self.emit(Ready::Output { stderr, data });
+        }
+    }
+
+    fn take_piece(&mut self, stderr: bool, last: bool) -> Option<Piece> {
+        let stream = &mut self.streams[usize::from(stderr)];
+        let mut data = std::mem::take(&mut stream.held).freeze();
+        let piece = self.masker.next(&mut data, last);
+        // Neither copies unless a piece still refers to the same bytes.
+        stream.held = data.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&*shared));
+        piece
+    }
+
+    fn is_over_limit(&self) -> bool {
+        let handled: u64 = self.streams.iter().map(|stream| stream.logged).sum();
+        handled.saturating_sub(self.dropped) >= self.output_bytes_max
+    }
+
+    /// Drops what a stream holds but for its end.
+    fn drop_output(&mut self, stderr: bool, keep: usize, last: bool) {
+        // A piece is at most one event's.
+        let least = if keep > 0 { keep + OUTPUT_EVENT_BYTES_MAX } else { 1 };
+        while self.streams[usize::from(stderr)].held.len() >= least {
+            let Some(Piece { consumed, .. }) = self.take_piece(stderr, last) else { return };
+            self.streams[usize::from(stderr)].logged += consumed;
+            self.dropped += consumed;
+            self.untold += consumed;
+            self.drop_marks();
+            if self.untold >= DROPPED_STEP {
+                self.tell_dropped();
+            }
+        }
+    }
+
+    /// No other event's checkpoint covers bytes that were dropped silently.
+    fn tell_dropped(&mut self) {
+        let bytes = std::mem::take(&mut self.untold);
+        if bytes > 0 {
+            self.emit(Ready::Dropped { bytes });
         }
     }
 
@@ -325,12 +397,14 @@ impl Playback {
 
     fn emit_at(&mut self, next: u64, ready: Ready) {
         self.flush(false);
+        self.tell_dropped();
         (self.position, self.records_through) = (next, next);
         self.emit(ready);
     }
 
     fn emit(&mut self, ready: Ready) {
         let place = self.place();
+        self.emitted_offset = place.journal_offset;
         self.ready.push_back((ready, place));
     }
 
@@ -351,6 +425,7 @@ impl Playback {
             journal_offset,
             journal,
             logged,
+            dropped: self.dropped,
             records_through: self.records_through,
             open_tools: Vec::new(),
             open_requests: self.requests.iter().copied().collect(),
@@ -365,6 +440,7 @@ impl Playback {
                 Scope::SetUp { stage, .. } => Kind::StageOutput(StageOutput { stage: stage.to_owned(), stderr, data: data.into() }),
                 Scope::Turn(_) => Kind::Output(Output { stderr, data }),
             },
+            Ready::Dropped { bytes } => Kind::OutputDropped(OutputDropped { bytes }),
             Ready::Event(event) => Kind::Agent(self.agent_event(event)),
             Ready::Requested(mut request) => {
                 let tool_use = self.tool(request.id).map(|tool| tool.event_id).unwrap_or_default();
@@ -452,7 +528,7 @@ impl Playback {
 
     /// Everything below is in the log, once what is ready is.
     pub fn persisted(&self) -> u64 {
-        self.place().journal_offset
+        if self.untold > 0 { self.emitted_offset } else { self.place().journal_offset }
     }
 
     /// The checkpoint after all that was returned.
@@ -681,13 +757,13 @@ mod tests {
         log: &mut Log,
         journal: &Journal,
         beginning: &Checkpoint,
-        masker: &Masker,
+        (masker, output_bytes_max): (&Masker, u64),
         records: usize,
         events: usize,
         settle: &[bool],
     ) -> bool {
         let checkpoint = log.checkpoint(beginning);
-        let mut playback = Playback::new(Scope::Turn(TURN), masker.clone(), &checkpoint);
+        let mut playback = Playback::new(Scope::Turn(TURN), masker.clone(), output_bytes_max, &checkpoint);
         // A runner that takes over fetches what is not settled.
         for (_, _, record) in journal {
             if let Some(record::Kind::InputAccepted(InputAccepted { input: Some(input) })) = &record.kind {
@@ -723,11 +799,11 @@ mod tests {
             let masker = if masked { Masker::new([SECRET]) } else { Masker::default() };
             let beginning = Checkpoint { started: true, journal_offset: 3, ..Checkpoint::default() };
             let (mut whole, mut cut) = (Log::default(), Log::default());
-            prop_assert!(play_on(&mut whole, &journal, &beginning, &masker, usize::MAX, usize::MAX, &[false]));
+            prop_assert!(play_on(&mut whole, &journal, &beginning, (&masker, u64::MAX), usize::MAX, usize::MAX, &[false]));
             for (records, events, settle) in runs {
-                play_on(&mut cut, &journal, &beginning, &masker, records, events, &settle);
+                play_on(&mut cut, &journal, &beginning, (&masker, u64::MAX), records, events, &settle);
             }
-            prop_assert!(play_on(&mut cut, &journal, &beginning, &masker, usize::MAX, usize::MAX, &[true]));
+            prop_assert!(play_on(&mut cut, &journal, &beginning, (&masker, u64::MAX), usize::MAX, usize::MAX, &[true]));
             prop_assert_eq!(whole.seen(), cut.seen());
             if masked {
                 let (streams, _) = whole.seen();
@@ -748,12 +824,12 @@ mod tests {
             let beginning = Checkpoint { started: true, journal_offset: 3, ..Checkpoint::default() };
             let masker = Masker::new([SECRET]);
             let mut whole = Log::default();
-            play_on(&mut whole, &journal, &beginning, &masker, usize::MAX, usize::MAX, &[true]);
+            play_on(&mut whole, &journal, &beginning, (&masker, u64::MAX), usize::MAX, usize::MAX, &[true]);
             for kept in 0..whole.0.len() {
                 let mut log = Log(whole.0[..kept].to_vec());
                 let below = log.checkpoint(&beginning).journal_offset;
                 let rest: Journal = journal.iter().filter(|(offset, ..)| *offset >= below).cloned().collect();
-                play_on(&mut log, &rest, &beginning, &masker, usize::MAX, usize::MAX, &[false]);
+                play_on(&mut log, &rest, &beginning, (&masker, u64::MAX), usize::MAX, usize::MAX, &[false]);
                 prop_assert_eq!(log.seen(), whole.seen(), "from event {}", kept);
             }
         }
@@ -765,9 +841,60 @@ mod tests {
         let journal = journal(vec![started(TURN), output(false, &data), output(false, &data), output(true, b"e"), ended(TURN)]);
         let beginning = Checkpoint { started: true, journal_offset: 3, ..Checkpoint::default() };
         let mut log = Log::default();
-        play_on(&mut log, &journal, &beginning, &Masker::default(), usize::MAX, usize::MAX, &[false]);
+        play_on(&mut log, &journal, &beginning, (&Masker::default(), u64::MAX), usize::MAX, usize::MAX, &[false]);
         let sizes: Vec<usize> = log.0.iter().map(|(kind, _)| if let Kind::Output(output) = kind { output.data.len() } else { 0 }).collect();
         assert_eq!(sizes, [OUTPUT_EVENT_BYTES_MAX, 2, 1]);
+    }
+
+    /// What a turn printed on stdout and on stderr, record by record.
+    fn printed() -> impl Strategy<Value = Vec<(bool, usize)>> {
+        vec((prop::bool::weighted(0.2), 0_usize..90_000), 0..40)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// Beyond the limit the middle is dropped, and the events say how much, whoever was cut off where.
+        #[test]
+        fn output_beyond_the_limit_keeps_its_beginning_and_its_end(
+            printed in printed(),
+            limit in 0_u64..2_000_000,
+            runs in vec((0_usize..30, 0_usize..6), 0..8),
+        ) {
+            let (mut written, mut kinds) = ([Vec::new(), Vec::new()], vec![started(TURN)]);
+            for (number, (stderr, length)) in printed.iter().enumerate() {
+                let data: Vec<u8> = (0..*length).map(|at| b'a' + ((at + 7 * number) % 26) as u8).collect();
+                written[usize::from(*stderr)].extend_from_slice(&data);
+                kinds.push(output(*stderr, &data));
+                if number % 5 == 4 {
+                    kinds.push(tool_use(number as u64, ""));
+                }
+            }
+            kinds.push(ended(TURN));
+            let journal = journal(kinds);
+            let beginning = Checkpoint { started: true, journal_offset: 3, ..Checkpoint::default() };
+            let masker = Masker::default();
+            let mut log = Log::default();
+            for (records, events) in runs {
+                play_on(&mut log, &journal, &beginning, (&masker, limit), records, events, &[true]);
+            }
+            prop_assert!(play_on(&mut log, &journal, &beginning, (&masker, limit), usize::MAX, usize::MAX, &[true, false]));
+            let (kept, _) = log.seen();
+            let all: usize = written.iter().map(Vec::len).sum();
+            let kept_bytes: usize = kept.iter().map(Vec::len).sum();
+            let dropped: u64 = log.0.iter().map(|(kind, _)| if let Kind::OutputDropped(dropped) = kind { dropped.bytes } else { 0 }).sum();
+            prop_assert_eq!(kept_bytes as u64 + dropped, all as u64);
+            prop_assert_eq!(log.0.last().map_or(0, |(_, checkpoint)| checkpoint.output_dropped), dropped);
+            let most = limit + 2 * (TAIL_BYTES + 2 * OUTPUT_EVENT_BYTES_MAX) as u64;
+            prop_assert!(kept_bytes as u64 <= most, "{} of {}", kept_bytes, most);
+            prop_assert!(dropped == 0 || kept_bytes as u64 >= limit);
+            for (kept, written) in kept.iter().zip(&written) {
+                let end = kept.len().min(TAIL_BYTES);
+                prop_assert!(written.ends_with(&kept[kept.len() - end..]));
+                let same = kept.iter().zip(written).take_while(|(kept, written)| kept == written).count();
+                prop_assert!(written.ends_with(&kept[same..]));
+            }
+        }
     }
 
     #[test]
@@ -776,7 +903,7 @@ mod tests {
         let journal = journal(vec![started(TURN), event(1, message), ended(TURN)]);
         let beginning = Checkpoint { started: true, journal_offset: 3, ..Checkpoint::default() };
         let mut log = Log::default();
-        play_on(&mut log, &journal, &beginning, &Masker::new([SECRET]), usize::MAX, usize::MAX, &[false]);
+        play_on(&mut log, &journal, &beginning, (&Masker::new([SECRET]), u64::MAX), usize::MAX, usize::MAX, &[false]);
         assert!(format!("{:?}", log.0).contains("the key is ***"));
     }
 
@@ -789,7 +916,7 @@ mod tests {
             journal(vec![step("a"), output(false, b"one"), end("a"), step("b"), output(false, b"two"), output(true, b"three"), end("b")]);
         let play = |checkpoint: &Checkpoint, records: usize| {
             let scope = Scope::SetUp { stage: "provision_setup", logged_below: checkpoint.journal_offset };
-            let mut playback = Playback::new(scope, Masker::default(), checkpoint);
+            let mut playback = Playback::new(scope, Masker::default(), u64::MAX, checkpoint);
             journal.iter().take(records).for_each(|(offset, next, record)| playback.push(*offset, *next, record.clone()));
             playback.settle();
             let (mut said, mut last) = (String::new(), checkpoint.clone());

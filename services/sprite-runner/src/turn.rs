@@ -17,6 +17,7 @@ use crate::{
     diagnosis::{self, Cause},
     host::{Access, Gone, Incoming, Link},
     inputs::Inputs,
+    pace::Pace,
     playback::{Playback, Scope, turn_input},
     provision::{Provisioning, StageFailed, StepRunner},
     record::{Fenced, Position, Record},
@@ -192,7 +193,7 @@ async fn work(
     let mut position = 0;
     if is_new {
         let scope = Scope::SetUp { stage: "", logged_below: offset };
-        let playback = Playback::new(scope, record.secrets.clone(), &record.checkpoint);
+        let playback = Playback::new(scope, record.secrets.clone(), runner.output.bytes_max, &record.checkpoint);
         let mut host = StepRunner { link, playback };
         provisioning.set_up(record, &mut host).await?;
         position = host.playback.position().max(offset);
@@ -210,11 +211,11 @@ async fn work(
         }
         record.started(record.masker.text(&spec.prompt), spec.input_id.clone(), position).await?;
     }
-    let mut playback = Playback::new(Scope::Turn(turn), record.masker.clone(), &record.checkpoint);
+    let mut playback = Playback::new(Scope::Turn(turn), record.masker.clone(), runner.output.bytes_max, &record.checkpoint);
     if !playback.has_begun() {
         link.send(agent.message(turn, spec.timeout_seconds));
     }
-    play(record, turn, &mut playback, &mut link, inputs).await?;
+    play(record, turn, &mut playback, &mut link, inputs, Pace::new(&runner.output)).await?;
     record.go_on_from(playback.checkpoint());
     let ended = playback.ended().cloned().unwrap_or_default();
     Ok(end(runtime, &ended, spec.timeout_seconds, &playback))
@@ -231,7 +232,14 @@ fn stopped(gone: Gone) -> Stopped {
 }
 
 /// Puts into the log what the journal tells, until the turn's end, and passes inputs on.
-async fn play(record: &mut Record, turn: u32, playback: &mut Playback, link: &mut Link, mut inputs: Inputs) -> Result<(), Stopped> {
+async fn play(
+    record: &mut Record,
+    turn: u32,
+    playback: &mut Playback,
+    link: &mut Link,
+    mut inputs: Inputs,
+    mut pace: Pace,
+) -> Result<(), Stopped> {
     inputs.first().for_each(|input| playback.knows(input));
     let mut waiting: Vec<Input> = Vec::new();
     // Inputs that the host has not accepted, as far as its journal was read.
@@ -242,8 +250,10 @@ async fn play(record: &mut Record, turn: u32, playback: &mut Playback, link: &mu
     let (mut persisted, mut resting, mut quiet_since) = (record.checkpoint.journal_offset, false, Instant::now());
     loop {
         while let Some(emitted) = playback.next() {
+            let bytes = emitted.output_bytes();
             let id = record.play(emitted).await?;
             playback.appended(id);
+            pace.spend(bytes, Instant::now());
         }
         if playback.ended().is_some() {
             return Ok(());
@@ -272,7 +282,11 @@ async fn play(record: &mut Record, turn: u32, playback: &mut Playback, link: &mu
         let may_rest = playback.awaits_decision() && !resting;
         let rest_after = if unaccepted.is_empty() { REST_AFTER } else { ACCEPTED_WITHIN };
         tokio::select! {
-            incoming = link.next() => {
+            // A host that is not read stops reading its agent: nothing is dropped.
+            incoming = async {
+                tokio::time::sleep_until(pace.ready_at).await;
+                link.next().await
+            } => {
                 (resting, quiet_since) = (false, Instant::now());
                 let mut incoming = Some(incoming);
                 while let Some(came) = incoming {

@@ -347,3 +347,20 @@ async fn until_idle(response: &mut reqwest::Response, text: &mut String, turns: 
         text.push_str(std::str::from_utf8(&chunk).unwrap());
     }
 }
+
+#[tokio::test]
+async fn a_turn_that_prints_too_much_keeps_its_beginning_its_end_and_its_exit_code() {
+    let settings = &[("AOD_TURN_OUTPUT_MAX_BYTES", "1000000"), ("AOD_SESSION_OUTPUT_BYTES_PER_SECOND", "4000000")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    let session = stack.session("shell", "echo first; seq 10000000 10999999; echo last; exit 3").await.unwrap();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let text: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
+    assert!(text.starts_with("first\n10000000\n") && text.ends_with("10999999\nlast\n"));
+    assert_eq!(events.last().unwrap()["code"], 3);
+
+    let page = stack.get(&format!("/sessions/{session}/events?limit=1000")).await.unwrap();
+    let dropped = page.body["data"].as_array().unwrap().iter().filter(|event| event["type"] == "session.output_dropped");
+    let dropped: u64 = dropped.map(|event| event["bytes"].as_u64().unwrap()).sum();
+    assert_eq!(text.len() as u64 + dropped, 9_000_000 + 6 + 5);
+    assert!(text.len() < 1_500_000, "{}", text.len());
+}

@@ -25,7 +25,7 @@ pub struct SessionEvent {
     pub at_us: i64,
     #[prost(
         oneof = "session_event::Kind",
-        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21"
+        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 24"
     )]
     pub kind: ::core::option::Option<session_event::Kind>,
 }
@@ -61,6 +61,8 @@ pub mod session_event {
         /// The session was deleted. For those who follow the stream: its events are purged next.
         #[prost(message, tag = "21")]
         Deleted(super::Deleted),
+        #[prost(message, tag = "24")]
+        OutputDropped(super::OutputDropped),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -93,6 +95,9 @@ pub struct Checkpoint {
     /// The journal's ids of the decisions that the agent waits for.
     #[prost(uint64, repeated, tag = "10")]
     pub open_requests: ::prost::alloc::vec::Vec<u64>,
+    /// Bytes of the turn's output that are counted in the offsets above and were dropped, for the turn printed more than is kept.
+    #[prost(uint64, tag = "11")]
+    pub output_dropped: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenTool {
@@ -123,6 +128,12 @@ pub struct Output {
     /// As the agent wrote them; a chunk never ends inside a UTF-8 character.
     #[prost(bytes = "bytes", tag = "2")]
     pub data: ::prost::bytes::Bytes,
+}
+/// The turn printed more than the deployment keeps: so many bytes that would stand here were dropped.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OutputDropped {
+    #[prost(uint64, tag = "1")]
+    pub bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TurnStarted {

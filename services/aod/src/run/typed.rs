@@ -99,6 +99,10 @@ fn note(event: &Value, kind: &str) -> Option<String> {
             "withdrawn" => "· the agent does not ask any more".to_owned(),
             decision => format!("· {decision}"),
         },
+        "session.output_dropped" => {
+            let bytes = event.get("bytes").and_then(Value::as_u64).unwrap_or_default();
+            format!("· {bytes} bytes of the agent's output were dropped: it printed more than is kept")
+        }
         "session.input_refused" => format!("· not sent: {}", text(event, "message")),
         "user.message" => contents(event).map(|text| format!("» {text}")).collect::<Vec<_>>().join("\n"),
         "session.status_idle" => return idle(event),

@@ -126,7 +126,8 @@ impl Event {
                 | Kind::DecisionRequested(_)
                 | Kind::DecisionSettled(_)
                 | Kind::InputSettled(_)
-                | Kind::Deleted(_),
+                | Kind::Deleted(_)
+                | Kind::OutputDropped(_),
             )
             | None => Visible::Hidden,
         };

@@ -73,6 +73,9 @@ pub enum Body {
         stream: &'static str,
         data: String,
     },
+    /// The agent printed more than is kept: so many bytes of its output that would stand here were dropped.
+    #[serde(rename = "session.output_dropped")]
+    OutputDropped { bytes: u64 },
     /// A message joined the running turn.
     #[serde(rename = "user.message")]
     UserMessage { content: Vec<Text>, input_id: String },
@@ -295,6 +298,7 @@ fn body(kind: Kind) -> Option<Body> {
             stream: if output.stderr { "stderr" } else { "stdout" },
             data: String::from_utf8_lossy(&output.data).into_owned(),
         },
+        Kind::OutputDropped(dropped) => Body::OutputDropped { bytes: dropped.bytes },
         Kind::Agent(agent) => return agent_event(agent),
         Kind::DecisionRequested(requested) => {
             let host::DecisionRequested { tool, input_json, diff, reason, .. } = requested.request.unwrap_or_default();
