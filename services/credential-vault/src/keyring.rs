@@ -1,10 +1,18 @@
 //! The key-encryption keys: how they are configured, and how data keys are wrapped by them.
+//!
+//! A key of 32 random bytes is used as it is. Any other text is a passphrase, which Argon2id stretches: who holds a copy of the database
+//! and guesses pays 64 MiB and some tenths of a second for each guess.
 
 use std::collections::BTreeMap;
 
 use aes_gcm::{
     Aes256Gcm, KeyInit as _, Nonce,
     aead::{Aead as _, Payload},
+};
+use argon2::Argon2;
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD},
 };
 use hkdf::Hkdf;
 use sealing::KeyPair;
@@ -18,6 +26,11 @@ const NONCE_BYTES: usize = 12;
 pub const KEY_BYTES: usize = 32;
 /// Shorter keys can be guessed.
 const KEY_CHARS_MIN: usize = 16;
+/// What a guess at a passphrase costs: 64 MiB, three passes.
+const STRETCHING: argon2::Params = match argon2::Params::new(64 << 10, 3, 1, Some(KEY_BYTES)) {
+    Ok(params) => params,
+    Err(_) => argon2::Params::DEFAULT,
+};
 const PROOF_TEXT: &[u8] = b"aod vault";
 
 /// Which key-encryption key wrapped a data key: from 1, and the newest has the highest.
@@ -33,6 +46,8 @@ pub enum KeyringError {
         "FIELD_ENCRYPTION_KEY: with several keys each is VERSION:KEY, on lines of their own or separated by spaces; entry {entry} is not"
     )]
     Malformed { entry: usize },
+    #[error("FIELD_ENCRYPTION_KEY: key version {version} cannot be derived: no 64 MiB of memory")]
+    Stretching { version: KeyVersion },
 }
 
 /// Every configured key, derived from what is configured.
@@ -47,6 +62,44 @@ struct Key {
     cipher: Aes256Gcm,
     /// What secrets are sealed to on their way here. Every replica has the same, and it changes with the key.
     sealing: KeyPair,
+    /// The same text as earlier releases derived it, where that differs: secrets may be stored under it.
+    unstretched: Option<Box<Self>>,
+}
+
+impl Key {
+    fn derive(version: KeyVersion, text: &str) -> Result<Self, KeyringError> {
+        let plain = Self::expand(version, text.as_bytes());
+        if is_random(text) {
+            return Ok(plain);
+        }
+        let mut stretched = Zeroizing::new([0_u8; KEY_BYTES]);
+        // One passphrase is a key of its own under each version.
+        let salt = format!("aod vault passphrase v{version}");
+        Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, STRETCHING)
+            .hash_password_into(text.as_bytes(), salt.as_bytes(), stretched.as_mut())
+            .map_err(|_| KeyringError::Stretching { version })?;
+        Ok(Self { unstretched: Some(Box::new(plain)), ..Self::expand(version, stretched.as_slice()) })
+    }
+
+    fn expand(version: KeyVersion, material: &[u8]) -> Self {
+        Self {
+            cipher: Aes256Gcm::new(&(*derive(&format!("aod vault key-encryption key v{version}"), material)).into()),
+            sealing: KeyPair::from_secret(&derive(&format!("aod vault sealing key v{version}"), material)),
+            unstretched: None,
+        }
+    }
+
+    fn is_proven_by(&self, version: KeyVersion, proof: &[u8]) -> bool {
+        decrypt(&self.cipher, proof, &proof_aad(version)).is_some_and(|text| text.as_slice() == PROOF_TEXT)
+    }
+}
+
+/// Whether a text is 32 bytes or more in hex or base64, as `openssl rand` prints them.
+fn is_random(text: &str) -> bool {
+    let text = text.trim().trim_end_matches('=');
+    let is_hex = text.len() >= 2 * KEY_BYTES && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let decoded = || STANDARD_NO_PAD.decode(text).or_else(|_| URL_SAFE_NO_PAD.decode(text));
+    is_hex || decoded().is_ok_and(|bytes| bytes.len() >= KEY_BYTES)
 }
 
 impl Keyring {
@@ -69,11 +122,7 @@ impl Keyring {
             if chars < KEY_CHARS_MIN {
                 return Err(KeyringError::TooShort { version, chars });
             }
-            let key = Key {
-                cipher: Aes256Gcm::new(&(*derive(&format!("aod vault key-encryption key v{version}"), key)).into()),
-                sealing: KeyPair::from_secret(&derive(&format!("aod vault sealing key v{version}"), key)),
-            };
-            if keys.insert(version, key).is_some() {
+            if keys.insert(version, Key::derive(version, key)?).is_some() {
                 return Err(KeyringError::Twice { version });
             }
             newest = newest.max(version);
@@ -122,7 +171,22 @@ impl Keyring {
 
     /// Whether the configured key is the one that made the proof.
     pub fn is_proven_by(&self, version: KeyVersion, proof: &[u8]) -> bool {
-        self.unwrap(version, proof, &proof_aad(version)).flatten().is_some_and(|text| text.as_slice() == PROOF_TEXT)
+        self.keys.get(&version).is_some_and(|key| key.is_proven_by(version, proof))
+    }
+
+    /// Uses a passphrase as earlier releases did, where the proof was made so. Returns whether it was.
+    pub fn use_unstretched(&mut self, version: KeyVersion, proof: &[u8]) -> bool {
+        let Some(key) = self.keys.get_mut(&version) else { return false };
+        match key.unstretched.take() {
+            Some(plain) if plain.is_proven_by(version, proof) => {
+                *key = *plain;
+                true
+            }
+            other => {
+                key.unstretched = other;
+                false
+            }
+        }
     }
 }
 
@@ -136,10 +200,10 @@ fn proof_aad(version: KeyVersion) -> Vec<u8> {
     format!("aod vault key proof\0{version}").into_bytes()
 }
 
-fn derive(label: &str, text: &str) -> Zeroizing<[u8; KEY_BYTES]> {
+fn derive(label: &str, material: &[u8]) -> Zeroizing<[u8; KEY_BYTES]> {
     let mut key = Zeroizing::new([0_u8; KEY_BYTES]);
     // 32 bytes are far from what HKDF can give.
-    let _ = Hkdf::<Sha256>::new(None, text.as_bytes()).expand(label.as_bytes(), key.as_mut());
+    let _ = Hkdf::<Sha256>::new(None, material).expand(label.as_bytes(), key.as_mut());
     key
 }
 
@@ -184,6 +248,33 @@ mod tests {
         assert!(!keys.is_proven_by(2, &proof));
         let other = Keyring::parse(&"1:abcdef0123456789".to_owned().into()).unwrap();
         assert!(!other.is_proven_by(1, &proof));
+    }
+
+    #[test]
+    fn a_passphrase_is_stretched_and_32_random_bytes_are_not() {
+        let is_stretched = |text: &str| Keyring::parse(&text.to_owned().into()).unwrap().keys[&1].unstretched.is_some();
+        for random in [
+            "8f0c3b6a1d2e4f5061728394a5b6c7d8e9fa0b1c2d3e4f5061728394a5b6c7d8",
+            "q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJA=",
+            "q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJA=\n",
+            "-_3vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJA",
+        ] {
+            assert!(!is_stretched(random), "{random}");
+        }
+        for passphrase in ["correct horse battery staple, and so on and on", "0123456789abcdef", "q83vEjRWeJCrze8SNFZ4kKvN7xI"] {
+            assert!(is_stretched(passphrase), "{passphrase}");
+        }
+    }
+
+    #[test]
+    fn a_passphrase_that_an_earlier_release_used_goes_on_as_it_was() {
+        let text = "an old passphrase, long enough";
+        let proof = encrypt(&Key::expand(1, text.as_bytes()).cipher, PROOF_TEXT, &proof_aad(1)).unwrap();
+        let mut keys = Keyring::parse(&text.to_owned().into()).unwrap();
+        assert!(!keys.is_proven_by(1, &proof));
+        assert!(keys.use_unstretched(1, &proof) && keys.is_proven_by(1, &proof));
+        let mut other = Keyring::parse(&"another passphrase, as long".to_owned().into()).unwrap();
+        assert!(!other.use_unstretched(1, &proof) && !other.is_proven_by(1, &proof));
     }
 
     #[test]

@@ -24,7 +24,7 @@ const BATCH: i64 = 500;
 ///
 /// # Errors
 /// Says which version is missing or wrong.
-pub async fn prove(pool: &PgPool, keys: &Keyring) -> anyhow::Result<()> {
+pub async fn prove(pool: &PgPool, keys: &mut Keyring) -> anyhow::Result<()> {
     let mut connection = pool.acquire().await?;
     let known: i64 = sqlx::query_scalar("select count(*) from key_version").fetch_one(&mut *connection).await?;
     if known == 0 {
@@ -45,6 +45,9 @@ pub async fn prove(pool: &PgPool, keys: &Keyring) -> anyhow::Result<()> {
     .await?;
     for (version, proof, in_use) in proofs {
         if keys.holds(version) {
+            if !keys.is_proven_by(version, &proof) && keys.use_unstretched(version, &proof) {
+                tracing::warn!(version, "key-encryption key is a passphrase that is not stretched; rotate to a new version");
+            }
             ensure!(keys.is_proven_by(version, &proof), "key version {version} is not the key that it was when it encrypted");
         } else if in_use {
             bail!("key version {version} is in use and is not configured; add it back as {version}:KEY");

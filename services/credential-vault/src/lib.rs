@@ -39,7 +39,10 @@ impl Config {
         let config = Self {
             bus: bus::Config::from_env(env, &access::VAULT),
             store: store::Config::from_env(env),
-            encryption_key: env.secret("FIELD_ENCRYPTION_KEY", "key-encryption keys: one secret text, or several as VERSION:TEXT"),
+            encryption_key: env.secret(
+                "FIELD_ENCRYPTION_KEY",
+                "key-encryption keys: 32 random bytes in base64 or hex, or several as VERSION:KEY; any other text is stretched by Argon2id",
+            ),
             shared_sprites_token: env
                 .optional_secret("SPRITES_API_KEY", "Sprites API token of the deployment, for users without their own"),
         };
@@ -82,9 +85,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     crate::metrics::describe();
     let pool = store::open(&config.store, "credential-vault", MIGRATIONS).await?;
     lifecycle.spawn("pool", store::observe(pool.clone(), lifecycle.stop_token()));
-    let keys = Arc::new(Keyring::parse(&config.encryption_key)?);
-    keys::prove(&pool, &keys).await.context("FIELD_ENCRYPTION_KEY")?;
-    let vault = Vault { pool: pool.clone(), keys, shared_sprites_token: config.shared_sprites_token.map(Arc::new) };
+    let mut keys = Keyring::parse(&config.encryption_key)?;
+    keys::prove(&pool, &mut keys).await.context("FIELD_ENCRYPTION_KEY")?;
+    let vault = Vault { pool: pool.clone(), keys: Arc::new(keys), shared_sprites_token: config.shared_sprites_token.map(Arc::new) };
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
