@@ -17,6 +17,8 @@ pub struct Failure {
     pub numbers: HashMap<String, i64>,
     /// The field at fault, where one is.
     pub field: Option<Box<Field>>,
+    /// A fixed word for why, where callers tell failures of one code apart: the state of a resource that refuses a request.
+    pub reason: Option<String>,
     /// Whether Postgres rolled the transaction back in favour of others, so that it may be run again. Does not cross the bus.
     pub rolled_back: bool,
 }
@@ -30,7 +32,7 @@ pub struct Field {
 
 impl Failure {
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), numbers: HashMap::new(), field: None, rolled_back: false }
+        Self { code, message: message.into(), numbers: HashMap::new(), field: None, reason: None, rolled_back: false }
     }
 
     pub fn not_found(message: impl Into<String>) -> Self {
@@ -68,6 +70,12 @@ impl Failure {
         self
     }
 
+    #[must_use]
+    pub fn because(mut self, reason: &str) -> Self {
+        self.reason = Some(reason.to_owned());
+        self
+    }
+
     pub(crate) fn to_header(&self) -> String {
         let error = common::Error {
             code: self.code.as_str().to_owned(),
@@ -75,6 +83,7 @@ impl Failure {
             numbers: self.numbers.clone(),
             field: self.field.as_ref().map(|field| field.name.clone()),
             input: self.field.as_ref().map(|field| field.input.clone()),
+            reason: self.reason.clone(),
         };
         STANDARD.encode(error.encode_to_vec())
     }
@@ -83,7 +92,8 @@ impl Failure {
         let error = common::Error::decode(STANDARD.decode(text).ok()?.as_slice()).ok()?;
         let input = error.input.unwrap_or_default();
         let field = error.field.map(|name| Box::new(Field { name, input }));
-        Some(Self { code: error.code.parse().ok()?, message: error.message, numbers: error.numbers, field, rolled_back: false })
+        let (code, reason) = (error.code.parse().ok()?, error.reason);
+        Some(Self { code, message: error.message, numbers: error.numbers, field, reason, rolled_back: false })
     }
 }
 
@@ -127,7 +137,8 @@ mod tests {
 
     #[test]
     fn a_failure_survives_the_wire() {
-        let failure = Failure::new(ErrorCode::ResourceExhausted, "too many\nlines é").with_number("limit", 3).at_field("model", "x");
+        let failure =
+            Failure::new(ErrorCode::ResourceExhausted, "too many\nlines é").with_number("limit", 3).at_field("model", "x").because("limit");
         assert_eq!(Failure::from_header(&failure.to_header()), Some(failure));
         assert_eq!(Failure::from_header("%"), None);
     }

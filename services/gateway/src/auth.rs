@@ -11,7 +11,7 @@ use contract::{auth::VerifyKeyRequest, rpc};
 use moka::future::Cache;
 use types::{ApiKey, ErrorCode, KeyHash};
 
-use crate::{App, RPC_DEADLINE, error::ApiError};
+use crate::{App, RPC_DEADLINE, error::ApiError, v1::error::is_under_v1};
 
 /// A deactivated key stops working within a second (docs/api.md §2).
 const REMEMBERED: Duration = Duration::from_millis(800);
@@ -40,7 +40,9 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let token = bearer(parts).ok_or_else(|| ApiError::unauthorized("Missing or malformed Authorization header"))?;
+        let token = bearer(parts)
+            .or_else(|| x_api_key(parts))
+            .ok_or_else(|| ApiError::unauthorized("Missing or malformed Authorization header"))?;
         let hash = ApiKey::parse(token).ok().map(|key| key.hash());
         let client = app.limits.client(parts);
         let verified = match hash {
@@ -61,6 +63,12 @@ impl FromRequestParts<App> for Caller {
 fn bearer(parts: &Parts) -> Option<&str> {
     let (scheme, token) = parts.headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     Some(token.trim()).filter(|token| scheme.eq_ignore_ascii_case("bearer") && !token.is_empty())
+}
+
+/// Anthropic's older SDKs send the key so.
+fn x_api_key(parts: &Parts) -> Option<&str> {
+    let value = parts.headers.get("x-api-key").filter(|_| is_under_v1(parts.uri.path()))?;
+    value.to_str().ok().map(str::trim).filter(|key| !key.is_empty())
 }
 
 /// The user of a key that works.

@@ -17,18 +17,34 @@ use crate::{body::FieldError, limits::TryLater};
 pub struct ApiError {
     status: StatusCode,
     detail: Value,
-    numbers: Vec<(String, i64)>,
+    numbers: Box<[(String, i64)]>,
     retry_after_seconds: Option<u32>,
+    reason: Option<Box<str>>,
+    may_have_happened: bool,
+}
+
+/// What [`crate::v1::error`] makes its own body of: an extension of every failed answer.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    pub detail: Value,
+    /// A fixed word, where the failure has one.
+    pub reason: Option<Box<str>>,
+    /// Whether the request may have been carried out all the same.
+    pub may_have_happened: bool,
 }
 
 impl ApiError {
     pub fn new(status: StatusCode, detail: &str) -> Self {
-        Self { status, detail: detail.into(), numbers: Vec::new(), retry_after_seconds: None }
+        Self::of(status, detail.into())
+    }
+
+    fn of(status: StatusCode, detail: Value) -> Self {
+        Self { status, detail, numbers: Box::default(), retry_after_seconds: None, reason: None, may_have_happened: false }
     }
 
     pub fn fields(errors: Vec<FieldError>) -> Self {
         let detail = errors.into_iter().map(FieldError::into_json).collect();
-        Self { status: StatusCode::UNPROCESSABLE_ENTITY, detail: Value::Array(detail), numbers: Vec::new(), retry_after_seconds: None }
+        Self::of(StatusCode::UNPROCESSABLE_ENTITY, Value::Array(detail))
     }
 
     pub fn not_found(resource: &str) -> Self {
@@ -60,14 +76,22 @@ impl From<Failure> for ApiError {
             return Self::fields(vec![FieldError::value(&field.name, &failure.message, field.input.into())]);
         }
         let numbers = failure.numbers.into_iter().collect();
-        Self { status, detail: failure.message.into(), numbers, retry_after_seconds }
+        let may_have_happened = matches!(failure.code, ErrorCode::DeadlineExceeded | ErrorCode::Internal);
+        Self {
+            status,
+            detail: failure.message.into(),
+            numbers,
+            retry_after_seconds,
+            reason: failure.reason.map(String::into_boxed_str),
+            may_have_happened,
+        }
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut body = Map::new();
-        body.insert("detail".to_owned(), self.detail);
+        body.insert("detail".to_owned(), self.detail.clone());
         body.extend(self.numbers.into_iter().map(|(name, number)| (name, number.into())));
         if let Some(id) = trace::id() {
             body.insert("request_id".to_owned(), id.into());
@@ -79,6 +103,8 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        let Self { detail, reason, may_have_happened, .. } = self;
+        response.extensions_mut().insert(Refusal { detail, reason, may_have_happened });
         response
     }
 }

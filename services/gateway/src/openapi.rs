@@ -15,6 +15,7 @@ use utoipa::{
 use crate::{
     error::ErrorBody,
     stream::{event::StreamEvent, typed::TypedEvent},
+    v1::error::{Envelope, is_under_v1},
 };
 
 #[derive(OpenApi)]
@@ -24,13 +25,14 @@ use crate::{
         description = "Runs AI coding agents in sandboxes and streams their output. Define an agent, start a session, follow it live, send the next prompt."
     ),
     security(("key" = [])),
-    components(schemas(ErrorBody, StreamEvent, TypedEvent)),
+    components(schemas(ErrorBody, Envelope, StreamEvent, TypedEvent)),
     tags(
         (name = "agents", description = "Templates that sessions run"),
         (name = "environments", description = "How sandboxes are set up"),
         (name = "sessions", description = "An agent that runs in one sandbox, turn by turn"),
         (name = "credentials", description = "Keys with which agents call models and sandboxes"),
         (name = "api-keys", description = "Keys with which users call this API"),
+        (name = "managed-agents", description = "The same resources in the shapes of the Managed Agents API"),
         (name = "health", description = "Health checks"),
     )
 )]
@@ -88,7 +90,11 @@ pub fn complete(mut document: Document) -> Document {
         let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.patch, &mut item.delete];
         for operation in operations.into_iter().flatten() {
             name(operation);
-            add_failures(operation, path.contains('{'));
+            if is_under_v1(path) {
+                add_v1_failures(operation, path.contains('{'));
+            } else {
+                add_failures(operation, path.contains('{'));
+            }
         }
     }
     document
@@ -118,6 +124,31 @@ fn add_failures(operation: &mut Operation, names_a_resource: bool) {
         failures.push(("408", failure("The request body did not arrive in time", "Request body took too long")));
         failures.push(("413", failure("The request body is larger than 2,621,440 bytes", "Request body too large")));
         failures.push(("422", field_errors()));
+    }
+    for (status, response) in failures {
+        operation.responses.responses.entry(status.to_owned()).or_insert(response);
+    }
+}
+
+fn v1_failure(description: &str, kind: &str, message: &str) -> RefOr<Response> {
+    let mut content = Content::new(Some(Ref::from_schema_name("Envelope")));
+    let (error, request_id) = (json!({ "type": kind, "message": message }), "req_4bf92f3577b34da6a3ce929d0e0e4736");
+    content.example = Some(json!({ "type": "error", "error": error, "request_id": request_id }));
+    ResponseBuilder::new().description(description).content("application/json", content).build().into()
+}
+
+fn add_v1_failures(operation: &mut Operation, names_a_resource: bool) {
+    let mut failures = vec![
+        ("400", v1_failure("The request is refused; the message names the field", "invalid_request_error", "limit: must be an integer")),
+        ("401", v1_failure("The API key is missing, unknown or inactive", "authentication_error", "Invalid API key")),
+        ("503", v1_failure("A dependency is unavailable", "api_error", "scheduler is not available")),
+    ];
+    if names_a_resource {
+        let description = "The resource does not exist or belongs to another user";
+        failures.push(("404", v1_failure(description, "not_found_error", "Session not found")));
+    }
+    if operation.request_body.is_some() {
+        failures.push(("413", v1_failure("The request body is too large", "request_too_large", "Request body too large")));
     }
     for (status, response) in failures {
         operation.responses.responses.entry(status.to_owned()).or_insert(response);

@@ -20,7 +20,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::{
-    App, agents, credentials, environments, error::ApiError, health, idempotency, inputs, keys, openapi, server, sessions, stream,
+    App, agents, credentials, environments, error::ApiError, health, idempotency, inputs, keys, openapi, server, sessions, stream, v1,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -57,6 +57,7 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(health::health))
         .routes(routes!(health::livez))
         .routes(routes!(health::readyz))
+        .routes(routes!(v1::agents::list))
         .split_for_parts();
     (router, openapi::complete(document))
 }
@@ -69,12 +70,13 @@ pub fn router(app: App) -> Router {
         .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
         .method_not_allowed_fallback(|| async { ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed") })
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "Not found") })
-        // Outermost last: origins, panics, hosts, then request id and trace, then what browsers may do.
+        // Outermost last: origins, panics, hosts, the errors of /v1, then request id and trace, then what browsers may do.
         .layer(cors)
         .layer(CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| {
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "Internal error").into_response()
         }))
         .layer(middleware::from_fn_with_state(app.clone(), check_host))
+        .layer(middleware::from_fn(v1::error::envelope))
         .layer(middleware::from_fn(observe))
         .layer(middleware::from_fn(protect))
         .layer(middleware::from_fn_with_state(app.ending.clone(), server::send_elsewhere))

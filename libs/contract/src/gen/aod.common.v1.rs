@@ -18,4 +18,7 @@ pub struct Error {
     /// What the field holds.
     #[prost(string, optional, tag = "5")]
     pub input: ::core::option::Option<::prost::alloc::string::String>,
+    /// A fixed word for why, where callers tell failures of one code apart.
+    #[prost(string, optional, tag = "6")]
+    pub reason: ::core::option::Option<::prost::alloc::string::String>,
 }

@@ -1,0 +1,18 @@
+//! The Managed Agents API under `/v1` (docs/managed-agents-api.md): a second view of the resources that the routes without `/v1` show.
+//!
+//! [`error`] turns every failed answer under `/v1` into Anthropic's envelope; [`ids`] has the prefixed forms of ids; [`page`] the cursors;
+//! [`query`] the query strings. A file per resource reads and shows it. What may be done is decided by the scheduler, for both views.
+
+pub mod agents;
+pub mod error;
+pub mod ids;
+pub mod page;
+pub mod query;
+
+use types::Timestamp;
+
+/// A time as this API writes it.
+pub fn time(micros: i64) -> String {
+    let text = Timestamp::from_unix_micros(micros).to_string();
+    text.strip_suffix("+00:00").map_or_else(|| text.clone(), |utc| format!("{utc}Z"))
+}
