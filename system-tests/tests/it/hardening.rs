@@ -134,6 +134,64 @@ async fn a_revoked_key_ends_on_every_gateway_within_a_second() {
     }
 }
 
+/// Three keys with a stream each: one is deactivated, one expires, and one's user is disabled.
+#[tokio::test]
+async fn a_stream_ends_within_five_seconds_of_its_key() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let data = stack.data_dir().to_str().unwrap();
+    let admin = |args: &[&str]| {
+        let output = stack.aod(&[&["--output", "json", "admin", "--data-dir", data], args].concat()).unwrap().output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap_or_default()
+    };
+    admin(&["user", "create", "mallory"]);
+    let foreign = admin(&["key", "create", "mallory"])["key"].as_str().unwrap().to_owned();
+    let expires_at = types::Timestamp::from_unix_micros(types::Timestamp::now().unix_micros() + 6_000_000).to_string();
+    let revoked = stack.post("/api-keys", json!({ "name": "revoked" })).await.unwrap();
+    let expiring = stack.post("/api-keys", json!({ "name": "expiring", "expires_at": expires_at })).await.unwrap();
+
+    let api = stack.ready_text("/api_url");
+    let session_of = async |key: &str| {
+        let post = async |path: &str, body: serde_json::Value| {
+            let sent = stack.http.post(format!("{api}{path}")).bearer_auth(key).json(&body).send().await.unwrap();
+            let answer = sent.json::<serde_json::Value>().await.unwrap();
+            answer["id"].as_str().unwrap_or_else(|| panic!("{path}: {answer}")).to_owned()
+        };
+        let agent = post("/agents", json!({ "name": "a", "model": "claude-sonnet-4-5", "runtime": "shell" })).await;
+        post("/sessions", json!({ "agent_id": agent, "prompt": "while :; do echo x; sleep 0.2; done" })).await
+    };
+    let stream_of = async |key: &str, session: &str| {
+        let url = format!("{api}/sessions/{session}/stream");
+        stack.http.get(url).bearer_auth(key).send().await.unwrap().error_for_status().unwrap()
+    };
+    let token = stack.ready_text("/sprites_token");
+    let put = stack.http.put(format!("{api}/credentials/backend:sprites")).bearer_auth(&foreign).json(&json!({ "value": token }));
+    put.send().await.unwrap().error_for_status().unwrap();
+    let own = session_of(&stack.ready_text("/api_key")).await;
+    let theirs = session_of(&foreign).await;
+    let streams = [
+        stream_of(revoked.text("key"), &own).await,
+        stream_of(expiring.text("key"), &own).await,
+        stream_of(&foreign, &theirs).await,
+        stream_of(&stack.ready_text("/api_key"), &own).await,
+    ];
+    let mut ends = streams.map(|mut stream| {
+        tokio::spawn(async move {
+            while let Ok(Some(_)) = stream.chunk().await {}
+            Instant::now()
+        })
+    });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (expired_at, begun) = (Instant::now() + Duration::from_secs(5), Instant::now());
+    assert!(stack.call(Method::DELETE, &format!("/api-keys/{}", revoked.text("id")), None).await.unwrap().status < 300);
+    admin(&["user", "disable", "mallory"]);
+    for (index, from) in [(0, begun), (2, begun), (1, expired_at)] {
+        let end = tokio::time::timeout(Duration::from_secs(12), &mut ends[index]).await.expect("the stream goes on").unwrap();
+        assert!(end < from + Duration::from_millis(5500), "stream {index} ended after {:?}", end - begun);
+    }
+    assert!(!ends[3].is_finished(), "a key that works keeps its stream");
+}
+
 #[tokio::test]
 async fn answers_tell_browsers_to_do_nothing_with_them() {
     let settings = &[("ALLOWED_HOSTS", "127.0.0.1,.example.com")];
