@@ -130,6 +130,17 @@ impl McpServer {
         }
     }
 
+    /// The host of a server that is reached over HTTP.
+    #[must_use]
+    pub fn host(&self) -> Option<&str> {
+        let McpTransport::Url { url, .. } = &self.transport else { return None };
+        let (_, rest) = url.split_once("://")?;
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+        let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|c| c.is_ascii_digit())).map_or(host, |(name, _)| name);
+        Some(name).filter(|name| !name.is_empty())
+    }
+
     /// The server as everybody may see it.
     #[must_use]
     pub fn redacted(mut self) -> Self {
@@ -181,6 +192,22 @@ mod tests {
         assert_eq!(serde_json::to_value(&server).unwrap(), text);
         assert!(!format!("{server:?}").contains("Bearer"));
         assert_eq!(serde_json::to_value(server.redacted()).unwrap()["headers"]["Authorization"], "***");
+    }
+
+    #[test]
+    fn a_servers_host_is_found_in_its_url() {
+        let host = |url: &str| {
+            let server: McpServer = serde_json::from_value(json!({ "name": "a", "type": "url", "url": url })).unwrap();
+            server.host().map(str::to_owned)
+        };
+        for (url, expected) in [
+            ("https://mcp.example.com/mcp?x=/", Some("mcp.example.com")),
+            ("http://u:p@mcp.example.com:8080", Some("mcp.example.com")),
+            ("https:///x", None),
+            ("mcp.example.com", None),
+        ] {
+            assert_eq!(host(url).as_deref(), expected, "{url}");
+        }
     }
 
     #[test]

@@ -18,6 +18,19 @@ impl PackageManager {
     /// In the order in which they install.
     pub const ALL: [Self; 6] = [Self::Apt, Self::Cargo, Self::Gem, Self::Go, Self::Npm, Self::Pip];
 
+    /// The hosts that it installs from.
+    #[must_use]
+    pub const fn hosts(self) -> &'static [&'static str] {
+        match self {
+            Self::Apt => &["deb.debian.org", "security.debian.org", "archive.ubuntu.com", "security.ubuntu.com", "ports.ubuntu.com"],
+            Self::Cargo => &["crates.io", "index.crates.io", "static.crates.io"],
+            Self::Gem => &["rubygems.org", "index.rubygems.org"],
+            Self::Go => &["proxy.golang.org", "sum.golang.org", "storage.googleapis.com"],
+            Self::Npm => &["registry.npmjs.org"],
+            Self::Pip => &["pypi.org", "files.pythonhosted.org"],
+        }
+    }
+
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -99,6 +112,12 @@ pub struct Networking {
     /// Host names; `*.x` stands for every name below `x`. Of `limited` networks alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed_hosts: Option<Vec<String>>,
+    /// The registries of package managers may be reached too. Set under `/v1`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_package_managers: bool,
+    /// The hosts of the agent's MCP servers may be reached too. Set under `/v1`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_mcp_servers: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,7 +133,7 @@ pub enum NetworkingKind {
 
 impl Default for Networking {
     fn default() -> Self {
-        Self { kind: NetworkingKind::Unrestricted, allowed_hosts: None }
+        Self { kind: NetworkingKind::Unrestricted, allowed_hosts: None, allow_package_managers: false, allow_mcp_servers: false }
     }
 }
 

@@ -55,6 +55,13 @@ named! {
 }
 
 impl Permissions {
+    /// What becomes of a use of a tool.
+    #[must_use]
+    pub fn evaluate(&self, tool: &str) -> Evaluation {
+        let names = |pattern: &str| pattern.strip_suffix('*').map_or(tool == pattern, |prefix| tool.starts_with(prefix));
+        self.rules.iter().find(|rule| names(&rule.tool)).map_or(self.default, |rule| rule.evaluation)
+    }
+
     /// Whether anything but "allow" can come of them: runtimes that cannot ask can do no more than that.
     #[must_use]
     pub fn restrict(&self) -> bool {

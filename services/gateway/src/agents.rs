@@ -1,6 +1,6 @@
 //! Agents (docs/api.md §4): templates that sessions run.
 
-mod mcp;
+pub mod mcp;
 mod permissions;
 mod skills;
 
@@ -194,6 +194,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         once: key.once(&body),
         agent_id: AgentId::new().to_string(),
         permissions: agent.permissions.as_ref().map(json).unwrap_or_default(),
+        tools: String::new(),
     };
     let reply = app.bus.call::<rpc::CreateAgent>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
@@ -326,6 +327,7 @@ pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Bo
         mcp_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         secrets_of_version,
         permissions: change.permissions.as_ref().map(json),
+        tools: None,
     };
     let reply = app.bus.call::<rpc::UpdateAgent>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |_| true).await;
@@ -333,15 +335,21 @@ pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Bo
 }
 
 /// MCP servers as a change has them, their secrets in the vault.
-struct ServersOfVersion {
-    redacted: String,
-    kept: Option<Kept>,
+pub struct ServersOfVersion {
+    pub redacted: String,
+    pub kept: Option<Kept>,
     /// The version that the values behind `***` are of.
-    version: u32,
+    pub version: u32,
 }
 
-async fn keep_servers(app: &App, caller: &Caller, id: &str, version: i64, servers: Vec<McpServer>) -> Result<ServersOfVersion, ApiError> {
-    let request = GetAgentRequest { user_id: caller.user_id.clone(), agent_id: id.to_owned() };
+pub async fn keep_servers(
+    app: &App,
+    caller: &Caller,
+    id: &str,
+    version: i64,
+    servers: Vec<McpServer>,
+) -> Result<ServersOfVersion, ApiError> {
+    let request = GetAgentRequest { user_id: caller.user_id.clone(), agent_id: id.to_owned(), version: None };
     let current = match app.bus.call::<rpc::GetAgent>(&request, crate::RPC_DEADLINE).await {
         Ok(agent) => agent,
         // The scheduler says so itself, when it is the turn of that check.
@@ -364,7 +372,7 @@ async fn keep_servers(app: &App, caller: &Caller, id: &str, version: i64, server
 #[utoipa::path(get, path = "/agents/{id}", tag = "agents", params(IdParams),
     responses((status = 200, description = "The agent, archived or not", body = Agent)))]
 pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Agent>, ApiError> {
-    let agent = app.call::<rpc::GetAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id }).await?;
+    let agent = app.call::<rpc::GetAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id, version: None }).await?;
     Ok(Json(agent.into()))
 }
 
@@ -372,7 +380,7 @@ pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<J
 #[utoipa::path(post, path = "/agents/{id}/archive", tag = "agents", params(IdParams),
     responses((status = 200, description = "The agent, archived", body = Agent), Conflict))]
 pub async fn archive(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Agent>, ApiError> {
-    let agent = app.call::<rpc::ArchiveAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id }).await?;
+    let agent = app.call::<rpc::ArchiveAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id, version: None }).await?;
     Ok(Json(agent.into()))
 }
 

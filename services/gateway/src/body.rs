@@ -114,6 +114,19 @@ impl Fields {
         self.object.get(name).filter(|value| !value.is_null())
     }
 
+    /// What a field holds, for one that may be of several types. Null is the same as absent.
+    pub fn value(&self, name: &str) -> Option<&Value> {
+        self.get(name)
+    }
+
+    /// Refuses every other field, so that none is accepted and ignored. Null is the same as absent.
+    pub fn allow_only(&mut self, known: &[&str]) {
+        let unknown = self.names().filter(|name| !known.contains(name) && !self.is_null(name));
+        for name in unknown.map(str::to_owned).collect::<Vec<_>>() {
+            self.error("extra_forbidden", &name, "this field is not supported", Value::Null);
+        }
+    }
+
     /// Whether the field is there and null.
     pub fn is_null(&self, name: &str) -> bool {
         self.object.get(name).is_some_and(Value::is_null)
@@ -173,6 +186,15 @@ impl Fields {
             self.refuse(name, &format!("{name} holds {count} items; at most {max} are allowed"));
         }
         count > max
+    }
+
+    /// Refuses a body without these fields.
+    pub fn require(&mut self, names: &[&str]) {
+        for name in names {
+            if !self.object.contains_key(*name) {
+                self.missing(name);
+            }
+        }
     }
 
     fn missing(&mut self, name: &str) {

@@ -158,7 +158,7 @@ fn read_networking(fields: &mut Fields) -> Option<Networking> {
             NetworkingKind::Unrestricted => None,
             NetworkingKind::Limited => Some(hosts.unwrap_or_default()),
         };
-        Networking { kind, allowed_hosts }
+        Networking { kind, allowed_hosts, ..Networking::default() }
     })
 }
 
@@ -181,6 +181,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         env_vars_secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         once: key.once(&body),
         environment_id: EnvironmentId::new().to_string(),
+        ..CreateEnvironmentRequest::default()
     };
     let reply = app.bus.call::<rpc::CreateEnvironment>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
@@ -245,6 +246,7 @@ pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Bo
         networking: change.networking.as_ref().map(json),
         env_vars,
         secrets_of_version,
+        ..UpdateEnvironmentRequest::default()
     };
     let reply = app.bus.call::<rpc::UpdateEnvironment>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |_| true).await;

@@ -57,7 +57,13 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(health::health))
         .routes(routes!(health::livez))
         .routes(routes!(health::readyz))
-        .routes(routes!(v1::agents::list))
+        .routes(routes!(v1::agents::list, v1::agents::create))
+        .routes(routes!(v1::agents::get, v1::agents::update))
+        .routes(routes!(v1::agents::archive))
+        .routes(routes!(v1::agents::versions))
+        .routes(routes!(v1::environments::list, v1::environments::create))
+        .routes(routes!(v1::environments::get, v1::environments::update, v1::environments::delete))
+        .routes(routes!(v1::environments::archive))
         .split_for_parts();
     (router, openapi::complete(document))
 }

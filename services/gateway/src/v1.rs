@@ -4,10 +4,15 @@
 //! [`query`] the query strings. A file per resource reads and shows it. What may be done is decided by the scheduler, for both views.
 
 pub mod agents;
+pub mod environments;
 pub mod error;
 pub mod ids;
+pub mod metadata;
+pub mod model;
 pub mod page;
+pub mod path;
 pub mod query;
+pub mod tools;
 
 use types::Timestamp;
 

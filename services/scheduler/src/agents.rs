@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler, environments, micros, now, once,
-    page::{List, Window, check_size},
+    page::{Filters, List, Window, check_size},
     parsed_json, secret_id, unsigned, version_mismatch,
 };
 
@@ -30,6 +30,7 @@ struct AgentRow {
     mcp_servers: Value,
     mcp_secret_id: Option<Uuid>,
     permissions: Option<Value>,
+    tools: Option<Value>,
     version: i32,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
@@ -55,6 +56,7 @@ impl From<AgentRow> for Agent {
             mcp_servers: row.mcp_servers.to_string(),
             mcp_secret_id: row.mcp_secret_id.map(|id| id.to_string()),
             permissions: row.permissions.map(|permissions| permissions.to_string()).unwrap_or_default(),
+            tools: row.tools.map(|tools| tools.to_string()).unwrap_or_default(),
         }
     }
 }
@@ -85,6 +87,11 @@ fn permissions(text: &str) -> Result<Option<Value>, Failure> {
     serde_json::to_value(permissions).map(Some).map_err(Failure::internal)
 }
 
+/// As a column has them: null where they follow from the permissions.
+fn tools(text: &str) -> Result<Option<Value>, Failure> {
+    if text.is_empty() { Ok(None) } else { parsed_json(text).map(Some) }
+}
+
 /// A runtime that cannot ask cannot be restricted either.
 fn check_permissions(agent: &AgentRow) -> Result<(), Failure> {
     let permissions = agent.permissions.clone().map(serde_json::from_value::<Permissions>).transpose().map_err(Failure::internal)?;
@@ -105,7 +112,7 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
     .await;
     let (user_id, agent_id) = (request.user_id, request.agent_id.clone());
     let earlier = async {
-        let agent = get(scheduler.clone(), GetAgentRequest { user_id, agent_id }).await?;
+        let agent = get(scheduler.clone(), GetAgentRequest { user_id, agent_id, version: None }).await?;
         Ok(CreateAgentReply { agent: Some(agent), replayed: false })
     };
     once::or_created_earlier(outcome, &request.agent_id, earlier).await
@@ -140,6 +147,7 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
         mcp_servers: parsed_json(&request.mcp_servers)?,
         mcp_secret_id: secret_id(request.mcp_secret_id.as_deref())?,
         permissions: permissions(&request.permissions)?,
+        tools: tools(&request.tools)?,
         version: 1,
         created_at: now,
         updated_at: now,
@@ -163,13 +171,13 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
 async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Failure> {
     // Fields that are changed one by one could add up to more than an answer may hold.
     let texts = [&row.name, &row.description, &row.system].map(String::len).into_iter().sum::<usize>();
-    let documents = [Some(&row.metadata), Some(&row.skills), Some(&row.mcp_servers), row.permissions.as_ref()];
+    let documents = [Some(&row.metadata), Some(&row.skills), Some(&row.mcp_servers), row.permissions.as_ref(), row.tools.as_ref()];
     let documents = documents.into_iter().flatten().map(|value| value.to_string().len()).sum::<usize>();
     check_size("agent", texts + documents)?;
     sqlx::query(
         "insert into agent_version (agent_id, version, name, description, system, model, runtime, environment_id, metadata, skills,
-                                    mcp_servers, mcp_secret_id, created_at, permissions)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+                                    mcp_servers, mcp_secret_id, created_at, permissions, tools)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
     )
     .bind(row.agent_id)
     .bind(row.version)
@@ -185,6 +193,7 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
     .bind(row.mcp_secret_id)
     .bind(row.updated_at)
     .bind(&row.permissions)
+    .bind(&row.tools)
     .execute(tx)
     .await?;
     Ok(())
@@ -207,7 +216,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
         .await?;
     let current: AgentRow = sqlx::query_as(
         "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
-                v.mcp_servers, v.mcp_secret_id, v.permissions, a.version, a.created_at, a.updated_at, a.archived_at
+                v.mcp_servers, v.mcp_secret_id, v.permissions, v.tools, a.version, a.created_at, a.updated_at, a.archived_at
          from agent a
          join agent_version v using (agent_id, version)
          where a.agent_id = $1 and a.user_id = $2",
@@ -218,7 +227,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     .await?
     .ok_or_else(missing)?;
     if current.archived_at.is_some() {
-        return Err(Failure::conflict("Cannot update an archived agent"));
+        return Err(Failure::conflict("Cannot update an archived agent").because("agent_archived"));
     }
     version_mismatch(current.version, request.version, request.secrets_of_version)?;
 
@@ -250,6 +259,9 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     }
     if let Some(change) = &request.permissions {
         new.permissions = permissions(change)?;
+    }
+    if let Some(change) = &request.tools {
+        new.tools = tools(change)?;
     }
     check_permissions(&new)?;
     if new == current {
@@ -298,13 +310,15 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
     let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
     let row: Option<AgentRow> = sqlx::query_as(
         "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
-                v.mcp_servers, v.mcp_secret_id, v.permissions, a.version, a.created_at, a.updated_at, a.archived_at
+                v.mcp_servers, v.mcp_secret_id, v.permissions, v.tools, v.version, a.created_at,
+                case when v.version = a.version then a.updated_at else v.created_at end as updated_at, a.archived_at
          from agent a
-         join agent_version v using (agent_id, version)
+         join agent_version v on v.agent_id = a.agent_id and v.version = coalesce($3, a.version)
          where a.agent_id = $1 and a.user_id = $2",
     )
     .bind(agent.uuid())
     .bind(user.uuid())
+    .bind(request.version.map(|version| i32::try_from(version).unwrap_or(i32::MAX)))
     .fetch_optional(&scheduler.pool)
     .await?;
     row.map(Agent::from).ok_or_else(missing)
@@ -313,39 +327,48 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgentsReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let window = Window::by_time(request.limit, request.after.as_ref())?;
+    let filters = Filters::of(&request)?;
+    let keys = format!(
+        "select agent_id from agent where user_id = $1 and (created_at, agent_id) < ($3, $4) and {}
+         order by created_at desc, agent_id desc limit $2 + 1",
+        filters.conditions("archived_at is null", 5)
+    );
     let list = List {
-        keys: "select agent_id from agent where user_id = $1 and archived_at is null and (created_at, agent_id) < ($3, $4)
-               order by created_at desc, agent_id desc limit $2 + 1",
+        keys: &keys,
         table: "agent a join agent_version v using (agent_id, version)",
         by_key: "agent_id",
         bytes: VERSION_BYTES,
         columns: "agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills, v.mcp_servers,
-                  v.mcp_secret_id, v.permissions, version, a.created_at, a.updated_at, a.archived_at",
+                  v.mcp_secret_id, v.permissions, v.tools, version, a.created_at, a.updated_at, a.archived_at",
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id));
+    let page = list.read(&scheduler.pool, |query| {
+        let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
+        query.bind(filters.from).bind(filters.before)
+    });
     let (rows, has_more): (Vec<AgentRow>, _) = page.await?;
     Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
 }
 
 /// The size of a version `v` in an answer, at least.
-const VERSION_BYTES: &str = "coalesce(octet_length(v.permissions::text), 0) + octet_length(v.name) + octet_length(v.description) + octet_length(v.system) + octet_length(v.metadata::text)
+const VERSION_BYTES: &str = "coalesce(octet_length(v.permissions::text), 0) + coalesce(octet_length(v.tools::text), 0) + octet_length(v.name) + octet_length(v.description) + octet_length(v.system) + octet_length(v.metadata::text)
                              + octet_length(v.skills::text) + octet_length(v.mcp_servers::text) + 500";
 
 /// The snapshots of an agent, newest first. Both times of each are the snapshot's.
 pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListAgentsReply, Failure> {
     let agent: AgentId = request.id.parse().map_err(|_| missing())?;
-    get(scheduler.clone(), GetAgentRequest { user_id: request.user_id, agent_id: request.id }).await?;
+    let newest = GetAgentRequest { user_id: request.user_id, agent_id: request.id, version: None };
+    let archived_at_us = get(scheduler.clone(), newest).await?.archived_at_us;
     let window = Window::by_number_downwards(request.limit, request.after.as_ref());
     let list = List {
-        keys: "select version from agent_version where agent_id = $1 and version < $3 order by version desc limit $2 + 1",
+        keys: "select version from agent_version where agent_id = $1 and version < $3 and version > 0 order by version desc limit $2 + 1",
         table: "agent_version v",
         by_key: "agent_id = $1 and version",
         bytes: VERSION_BYTES,
         columns:
             "agent_id, name, description, system, model, runtime, environment_id, metadata, skills, mcp_servers, mcp_secret_id, permissions,
-                  version, created_at, created_at as updated_at, null::timestamptz as archived_at",
+                  tools, version, created_at, created_at as updated_at, null::timestamptz as archived_at",
     };
     let page = list.read(&scheduler.pool, |query| query.bind(agent.uuid()).bind(window.limit).bind(window.number));
     let (rows, has_more): (Vec<AgentRow>, _) = page.await?;
-    Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
+    Ok(ListAgentsReply { agents: rows.into_iter().map(|row| Agent { archived_at_us, ..row.into() }).collect(), has_more })
 }

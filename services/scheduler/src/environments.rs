@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler, micros, now, once,
-    page::{List, Window, check_size},
+    page::{Filters, List, Window, check_size},
     parsed_json, secret_id, unsigned, version_mismatch,
 };
 
@@ -29,6 +29,8 @@ struct EnvironmentRow {
     networking: Value,
     env_var_names: Vec<String>,
     env_vars_secret_id: Option<Uuid>,
+    description: Option<String>,
+    metadata: Value,
     version: i32,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
@@ -49,6 +51,8 @@ impl From<EnvironmentRow> for Environment {
             updated_at_us: micros(row.updated_at),
             archived_at_us: row.archived_at.map(micros),
             env_vars_secret_id: row.env_vars_secret_id.map(|id| id.to_string()),
+            description: row.description,
+            metadata: row.metadata.to_string(),
         }
     }
 }
@@ -74,6 +78,10 @@ fn refused(error: sqlx::Error, name: &str) -> Failure {
     } else {
         once::not_inserted(error, "environment_pkey")
     }
+}
+
+fn metadata(text: &str) -> Result<Value, Failure> {
+    if text.is_empty() { Ok(Value::Object(serde_json::Map::new())) } else { parsed_json(text) }
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
@@ -111,19 +119,26 @@ async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> 
         networking: parsed_json(&request.networking)?,
         env_var_names: request.env_var_names,
         env_vars_secret_id: secret_id(request.env_vars_secret_id.as_deref())?,
+        description: request.description,
+        metadata: metadata(&request.metadata)?,
         version: 1,
         created_at: now,
         updated_at: now,
         archived_at: None,
     };
-    sqlx::query("insert into environment (environment_id, user_id, name, created_at, updated_at) values ($1, $2, $3, $4, $4)")
-        .bind(row.environment_id)
-        .bind(user.uuid())
-        .bind(&row.name)
-        .bind(now)
-        .execute(&mut *tx)
-        .await
-        .map_err(|error| refused(error, &row.name))?;
+    sqlx::query(
+        "insert into environment (environment_id, user_id, name, created_at, updated_at, description, metadata)
+         values ($1, $2, $3, $4, $4, $5, $6)",
+    )
+    .bind(row.environment_id)
+    .bind(user.uuid())
+    .bind(&row.name)
+    .bind(now)
+    .bind(&row.description)
+    .bind(&row.metadata)
+    .execute(&mut *tx)
+    .await
+    .map_err(|error| refused(error, &row.name))?;
     insert_version(tx, &row).await?;
     let environment = Environment::from(row);
     once::remember(tx, user, ROUTE, request.once.as_ref(), &environment).await?;
@@ -133,8 +148,10 @@ async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> 
 async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(), Failure> {
     // Fields that are changed one by one could add up to more than an answer may hold.
     let names = row.env_var_names.iter().map(String::len).sum::<usize>();
-    let documents = [&row.packages, &row.networking].map(|value| value.to_string().len()).into_iter().sum::<usize>();
-    check_size("environment", row.name.len() + row.setup_script.len() + names + documents)?;
+    let documents = [&row.packages, &row.networking, &row.metadata].map(|value| value.to_string().len()).into_iter().sum::<usize>();
+    let texts =
+        [&row.name, &row.setup_script].map(String::len).into_iter().sum::<usize>() + row.description.as_ref().map_or(0, String::len);
+    check_size("environment", texts + names + documents)?;
     sqlx::query(
         "insert into environment_version (environment_id, version, name, packages, setup_script, networking, env_var_names,
                                           env_vars_secret_id, created_at)
@@ -167,7 +184,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
         .await?;
     let current: EnvironmentRow = sqlx::query_as(
         "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
-                e.version, e.created_at, e.updated_at, e.archived_at
+                e.description, e.metadata, e.version, e.created_at, e.updated_at, e.archived_at
          from environment e
          join environment_version v using (environment_id, version)
          where e.environment_id = $1 and e.user_id = $2",
@@ -178,7 +195,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
     .await?
     .ok_or_else(missing)?;
     if current.archived_at.is_some() {
-        return Err(Failure::conflict("Cannot update an archived environment"));
+        return Err(Failure::conflict("Cannot update an archived environment").because("environment_archived"));
     }
     version_mismatch(current.version, request.version, request.secrets_of_version)?;
 
@@ -195,20 +212,33 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
         new.env_vars_secret_id = secret_id(vars.secret_id.as_deref())?;
         new.env_var_names = vars.names;
     }
+    let changes_version = new != current;
+    if request.clear_description || request.description.is_some() {
+        new.description = request.description;
+    }
+    if let Some(text) = &request.metadata {
+        new.metadata = metadata(text)?;
+    }
     if new == current {
         return Ok(current.into());
     }
-    new.version += 1;
+    new.version += i32::from(changes_version);
     new.updated_at = now();
-    sqlx::query("update environment set name = $2, version = $3, updated_at = $4 where environment_id = $1")
-        .bind(new.environment_id)
-        .bind(&new.name)
-        .bind(new.version)
-        .bind(new.updated_at)
-        .execute(&mut *tx)
-        .await
-        .map_err(|error| refused(error, &new.name))?;
-    insert_version(&mut tx, &new).await?;
+    sqlx::query(
+        "update environment set name = $2, version = $3, updated_at = $4, description = $5, metadata = $6 where environment_id = $1",
+    )
+    .bind(new.environment_id)
+    .bind(&new.name)
+    .bind(new.version)
+    .bind(new.updated_at)
+    .bind(&new.description)
+    .bind(&new.metadata)
+    .execute(&mut *tx)
+    .await
+    .map_err(|error| refused(error, &new.name))?;
+    if changes_version {
+        insert_version(&mut tx, &new).await?;
+    }
     tx.commit().await?;
     Ok(new.into())
 }
@@ -258,7 +288,7 @@ pub async fn delete(scheduler: Scheduler, request: GetEnvironmentRequest) -> Res
             Ok(Empty {})
         }
         Err(error) if store::violates(&error, "session_environment_id_fkey") => {
-            Err(Failure::conflict("Cannot delete environment with existing sessions"))
+            Err(Failure::conflict("Cannot delete environment with existing sessions").because("environment_in_use"))
         }
         Err(error) => Err(Failure::internal(error)),
     }
@@ -269,7 +299,7 @@ pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let row: Option<EnvironmentRow> = sqlx::query_as(
         "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
-                e.version, e.created_at, e.updated_at, e.archived_at
+                e.description, e.metadata, e.version, e.created_at, e.updated_at, e.archived_at
          from environment e
          join environment_version v using (environment_id, version)
          where e.environment_id = $1 and e.user_id = $2",
@@ -284,24 +314,31 @@ pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvironmentsReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let window = Window::by_time(request.limit, request.after.as_ref())?;
+    let filters = Filters::of(&request)?;
+    let keys = format!(
+        "select environment_id from environment where user_id = $1 and (created_at, environment_id) < ($3, $4) and {}
+         order by created_at desc, environment_id desc limit $2 + 1",
+        filters.conditions("archived_at is null", 5)
+    );
     let list = List {
-        keys:
-            "select environment_id from environment where user_id = $1 and archived_at is null and (created_at, environment_id) < ($3, $4)
-               order by created_at desc, environment_id desc limit $2 + 1",
+        keys: &keys,
         table: "environment e join environment_version v using (environment_id, version)",
         by_key: "environment_id",
         bytes: VERSION_BYTES,
-        columns: "environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id, version,
-                  e.created_at, e.updated_at, e.archived_at",
+        columns: "environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id, e.description,
+                  e.metadata, version, e.created_at, e.updated_at, e.archived_at",
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id));
+    let page = list.read(&scheduler.pool, |query| {
+        let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
+        query.bind(filters.from).bind(filters.before)
+    });
     let (rows, has_more): (Vec<EnvironmentRow>, _) = page.await?;
     Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
 }
 
 /// The size of a version `v` in an answer, at least.
 const VERSION_BYTES: &str = "octet_length(v.name) + octet_length(v.setup_script) + octet_length(v.packages::text)
-                             + octet_length(v.networking::text) + octet_length(v.env_var_names::text) + 500";
+                             + octet_length(v.networking::text) + octet_length(v.env_var_names::text) + 20000";
 
 /// The snapshots of an environment, newest first. Both times of each are the snapshot's.
 pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListEnvironmentsReply, Failure> {
@@ -313,8 +350,8 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
         table: "environment_version v",
         by_key: "environment_id = $1 and version",
         bytes: VERSION_BYTES,
-        columns: "environment_id, name, packages, setup_script, networking, env_var_names, env_vars_secret_id, version, created_at,
-                  created_at as updated_at, null::timestamptz as archived_at",
+        columns: "environment_id, name, packages, setup_script, networking, env_var_names, env_vars_secret_id, null as description,
+                  '{}'::jsonb as metadata, version, created_at, created_at as updated_at, null::timestamptz as archived_at",
     };
     let page = list.read(&scheduler.pool, |query| query.bind(environment.uuid()).bind(window.limit).bind(window.number));
     let (rows, has_more): (Vec<EnvironmentRow>, _) = page.await?;

@@ -116,6 +116,7 @@ const MIGRATIONS: &[store::Step] = &[
     (17, "tag of the last event", include_str!("../../../migrations/scheduler/0017_tag_of_the_last_event.sql")),
     (20, "deployment owner", include_str!("../../../migrations/scheduler/0020_deployment_owner.sql")),
     (50, "inputs", include_str!("../../../migrations/scheduler/0050_inputs.sql")),
+    (60, "managed agents", include_str!("../../../migrations/scheduler/0060_managed_agents.sql")),
 ];
 
 /// What every request works with.

@@ -1,7 +1,7 @@
 //! Pages of lists: bounded by rows, and by bytes within Postgres, so that no answer is larger than a message and none is loaded that is.
 
 use bus::Failure;
-use contract::scheduler::Cursor;
+use contract::scheduler::{Cursor, ListRequest};
 use sqlx::{AssertSqlSafe, FromRow, PgPool, Postgres, Row as _, postgres::PgRow, query::Query};
 use time::OffsetDateTime;
 use types::ErrorCode;
@@ -57,6 +57,32 @@ impl Window {
 
 fn number(cursor: &Cursor) -> i32 {
     i32::try_from(cursor.position).unwrap_or(if cursor.position < 0 { 0 } else { i32::MAX })
+}
+
+/// What lists of agents, environments and sessions have in common beside their page.
+pub struct Filters {
+    include_archived: bool,
+    pub from: Option<OffsetDateTime>,
+    pub before: Option<OffsetDateTime>,
+}
+
+impl Filters {
+    /// # Errors
+    /// When a time is none.
+    pub fn of(request: &ListRequest) -> Result<Self, Failure> {
+        let time = |us: i64| OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000).map_err(|_| Failure::invalid("Invalid time"));
+        let (from, before) = (request.created_from_us.map(time).transpose()?, request.created_before_us.map(time).transpose()?);
+        Ok(Self { include_archived: request.include_archived, from, before })
+    }
+
+    /// As a condition of SQL; `from` and `before` are bound to the parameters `first` and the next. A filter that is not asked for is not
+    /// in the statement: a plan that is kept would have to suit it.
+    pub fn conditions(&self, not_archived: &str, first: usize) -> String {
+        let (second, archived) = (first + 1, if self.include_archived { "true" } else { not_archived });
+        let from = if self.from.is_some() { format!("created_at >= ${first}") } else { format!("${first}::timestamptz is null") };
+        let before = if self.before.is_some() { format!("created_at < ${second}") } else { format!("${second}::timestamptz is null") };
+        format!("{archived} and {from} and {before}")
+    }
 }
 
 /// A list, in SQL. In all its parts `$1` is whose list it is and `$2` how many rows the page may hold; further parameters are `keys`' own.

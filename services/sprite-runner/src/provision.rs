@@ -89,7 +89,7 @@ impl Provisioning<'_> {
         }
         // In force before anything that the user wrote runs.
         if let Some(hosts) = self.setup.allowed_hosts() {
-            stage(record, Stage::NetworkPolicy, self.limit_network(hosts)).await?;
+            stage(record, Stage::NetworkPolicy, self.limit_network(&hosts)).await?;
         }
         Ok(())
     }

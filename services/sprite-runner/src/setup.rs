@@ -54,11 +54,19 @@ impl Setup {
     }
 
     /// The hosts that alone may be reached, where not all may.
-    pub fn allowed_hosts(&self) -> Option<&[String]> {
-        match self.networking.kind {
-            NetworkingKind::Unrestricted => None,
-            NetworkingKind::Limited => Some(self.networking.allowed_hosts.as_deref().unwrap_or_default()),
+    pub fn allowed_hosts(&self) -> Option<Vec<String>> {
+        let Networking { kind, allowed_hosts, allow_package_managers, allow_mcp_servers } = &self.networking;
+        if *kind == NetworkingKind::Unrestricted {
+            return None;
         }
+        let mut hosts = allowed_hosts.clone().unwrap_or_default();
+        if *allow_package_managers {
+            hosts.extend(PackageManager::ALL.into_iter().flat_map(PackageManager::hosts).map(|host| (*host).to_owned()));
+        }
+        if *allow_mcp_servers {
+            hosts.extend(self.mcp_servers.iter().filter_map(McpServer::host).map(str::to_owned));
+        }
+        Some(hosts)
     }
 
     /// The lines of a git credential store: a token for each repository that has one.
@@ -189,7 +197,7 @@ mod tests {
         let what: Vec<_> = setup.steps().into_iter().map(|step| step.what).collect();
         assert_eq!(what, ["installing apt packages", "installing pip packages", "cloning https://github.com/o/r", "the setup script"]);
         assert!(setup.steps()[1].script.contains("'requests>=2'") && setup.steps()[2].script.contains("'/work/a b'"));
-        assert_eq!(setup.allowed_hosts(), Some(["*.x.org".to_owned()].as_slice()));
+        assert_eq!(setup.allowed_hosts(), Some(vec!["*.x.org".to_owned()]));
         assert_eq!(Setup::read(&TurnSpec::default()).unwrap().allowed_hosts(), None);
     }
 

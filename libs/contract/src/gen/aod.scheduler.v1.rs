@@ -38,6 +38,9 @@ pub struct Agent {
     /// JSON of types::Permissions; empty: everything is allowed.
     #[prost(string, tag = "16")]
     pub permissions: ::prost::alloc::string::String,
+    /// JSON list of tools in the form of the Managed Agents API, as it was sent; empty: it follows from the permissions.
+    #[prost(string, tag = "17")]
+    pub tools: ::prost::alloc::string::String,
 }
 /// A key under which a request takes effect once, however often it comes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -80,6 +83,8 @@ pub struct CreateAgentRequest {
     pub once: ::core::option::Option<Once>,
     #[prost(string, tag = "13")]
     pub permissions: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub tools: ::prost::alloc::string::String,
     /// Chosen by the caller: creating it again is the same as creating it once.
     #[prost(string, tag = "20")]
     pub agent_id: ::prost::alloc::string::String,
@@ -129,6 +134,8 @@ pub struct UpdateAgentRequest {
     pub secrets_of_version: ::core::option::Option<u32>,
     #[prost(string, optional, tag = "16")]
     pub permissions: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "17")]
+    pub tools: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetAgentRequest {
@@ -136,6 +143,9 @@ pub struct GetAgentRequest {
     pub user_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub agent_id: ::prost::alloc::string::String,
+    /// The agent as it was at this version; the newest where it is absent.
+    #[prost(uint32, optional, tag = "3")]
+    pub version: ::core::option::Option<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListRequest {
@@ -153,6 +163,26 @@ pub struct ListRequest {
     pub agent_id: ::core::option::Option<::prost::alloc::string::String>,
     #[prost(string, optional, tag = "6")]
     pub environment_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// Agents, environments, and sessions that were archived under /v1.
+    #[prost(bool, tag = "7")]
+    pub include_archived: bool,
+    /// Created at this time or later, in microseconds.
+    #[prost(int64, optional, tag = "8")]
+    pub created_from_us: ::core::option::Option<i64>,
+    /// Created before this time.
+    #[prost(int64, optional, tag = "9")]
+    pub created_before_us: ::core::option::Option<i64>,
+    /// Sessions alone: their statuses as /v1 has them.
+    #[prost(string, repeated, tag = "10")]
+    pub v1_statuses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(uint32, optional, tag = "11")]
+    pub agent_version: ::core::option::Option<u32>,
+    /// Oldest first.
+    #[prost(bool, tag = "12")]
+    pub ascending: bool,
+    /// Sessions that were archived are left out, unless include_archived says otherwise. The original API shows them all.
+    #[prost(bool, tag = "13")]
+    pub is_v1: bool,
 }
 /// A place in a list: what the list is sorted by, and the row's id where that is not unique.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -209,6 +239,11 @@ pub struct Environment {
     /// Where the vault keeps the variables' values.
     #[prost(string, optional, tag = "11")]
     pub env_vars_secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "12")]
+    pub description: ::core::option::Option<::prost::alloc::string::String>,
+    /// JSON: {name: text}.
+    #[prost(string, tag = "13")]
+    pub metadata: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateEnvironmentRequest {
@@ -229,6 +264,11 @@ pub struct CreateEnvironmentRequest {
     pub env_vars_secret_id: ::core::option::Option<::prost::alloc::string::String>,
     #[prost(message, optional, tag = "8")]
     pub once: ::core::option::Option<Once>,
+    #[prost(string, optional, tag = "9")]
+    pub description: ::core::option::Option<::prost::alloc::string::String>,
+    /// Empty: none.
+    #[prost(string, tag = "10")]
+    pub metadata: ::prost::alloc::string::String,
     /// Chosen by the caller: creating it again is the same as creating it once.
     #[prost(string, tag = "20")]
     pub environment_id: ::prost::alloc::string::String,
@@ -270,6 +310,14 @@ pub struct UpdateEnvironmentRequest {
     /// The version that the variables were compared with.
     #[prost(uint32, optional, tag = "9")]
     pub secrets_of_version: ::core::option::Option<u32>,
+    /// These two are not part of a version.
+    #[prost(string, optional, tag = "10")]
+    pub description: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(bool, tag = "11")]
+    pub clear_description: bool,
+    /// All of it.
+    #[prost(string, optional, tag = "12")]
+    pub metadata: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetEnvironmentRequest {

@@ -127,8 +127,9 @@ fn message(detail: Value) -> String {
     described.collect::<Vec<_>>().join("; ")
 }
 
-/// A field that this API has and we do not: refused, so that no one believes it was heeded.
-pub fn unsupported(field: &str, why: &str) -> ApiError {
+/// A field that is refused.
+pub fn refused_field(field: &str, why: &str) -> ApiError {
+    let why = why.strip_prefix(field).and_then(|why| why.strip_prefix(": ")).unwrap_or(why);
     ApiError::new(StatusCode::BAD_REQUEST, &format!("{field}: {why}"))
 }
 
