@@ -10,7 +10,7 @@ use std::{
 use xtask::root;
 
 /// The most files that may need each other, by service. Two is the aim; a larger number may only shrink.
-const CYCLE_FILES_MAX: [(&str, usize); 4] = [("scheduler", 5), ("gateway", 3), ("sprite-runner", 2), ("local-sprites", 10)];
+const CYCLE_FILES_MAX: [(&str, usize); 4] = [("scheduler", 5), ("gateway", 3), ("sprite-runner", 2), ("local-sprites", 2)];
 
 type Modules = BTreeMap<Vec<String>, String>;
 

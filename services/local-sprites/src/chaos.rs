@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use service::Lifecycle;
 
 use crate::{
-    exec::locked,
-    registry::{Registry, Status},
+    sprites::{registry::Registry, sprite::Status},
+    sync::locked,
 };
 
 /// The names of the switches, for `--help`.
@@ -165,7 +165,7 @@ impl Troubles {
         Some((wait, body))
     }
 
-    /// Pauses Sprites that nobody uses, until the server stops.
+    /// Pauses unused Sprites, until the server stops.
     pub async fn pause_idle(self: Arc<Self>, registry: Arc<Registry>, lifecycle: Lifecycle) {
         const CHECK: Duration = Duration::from_millis(200);
         let stop = lifecycle.stop_token();

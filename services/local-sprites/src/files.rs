@@ -1,6 +1,9 @@
 //! The file API (docs/sprites-api.md §6). Every path is resolved by the kernel inside the Sprite's root, so that neither `..` nor a symlink
 //! nor a race leads out of it.
 
+pub mod tree;
+pub mod watch;
+
 use std::{
     ffi::OsStr,
     fs::File,

@@ -1,35 +1,20 @@
 //! A server of the Sprites API for this machine, so that no account is needed.
 //!
-//! [`sandbox`] makes a Sprite's namespaces and root over its [`disk`], [`cgroup`] limits it, [`budget`] limits all together, and [`launch`] is how commands get in, less
-//! what [`seccomp`] refuses; [`registry`] keeps the Sprites; [`exec`] runs commands in them, some in a [`terminal`]; [`services`] keeps
-//! programs running; [`checkpoint`] keeps and puts back a disk; [`network`] limits who is reached; [`files`] is the file API, [`watch`]
-//! tells of changes and [`ports`] of ports; [`tasks`] hold a Sprite awake; [`api`] speaks the wire format of the Sprites API; [`chaos`]
-//! makes trouble for tests. What is not served answers 404.
+//! Rooms: [`isolation`] keeps a Sprite apart, [`network`] decides whom it reaches, [`sprites`] keeps them all, [`run`] runs commands in them,
+//! [`services`] keeps programs running, [`files`] is the file API. [`api`] speaks the wire format of the Sprites API over all of it; what is
+//! not served answers 404. [`chaos`] makes trouble for tests.
 
 mod api;
-mod budget;
-mod cgroup;
+mod atomic;
 mod chaos;
-mod checkpoint;
-mod disk;
-mod exec;
 mod files;
-pub mod launch;
+pub mod isolation;
 pub mod metrics;
 mod network;
-mod oci;
-mod ports;
-mod process;
-mod registry;
-mod runtime;
-mod sandbox;
-mod seccomp;
+mod run;
 mod services;
-mod tasks;
-mod terminal;
-mod tree;
-mod uplink;
-mod watch;
+mod sprites;
+mod sync;
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -47,12 +32,16 @@ use tokio::net::TcpListener;
 
 use crate::{
     api::Api,
-    budget::{Budget, Idle},
-    cgroup::{Cgroups, Limits},
     chaos::{Chaos, Troubles},
-    registry::Registry,
-    runtime::Program,
-    sandbox::{Isolation, Sandboxes},
+    isolation::{
+        cgroup::{Cgroups, Limits},
+        runtime::Program,
+        sandbox::{Isolation, Sandboxes},
+    },
+    sprites::{
+        budget::{Budget, Idle},
+        registry::Registry,
+    },
 };
 
 /// Where the root file system of Sprites is, where nothing else is said.
@@ -168,7 +157,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let instance = instance(&config.data_dir);
     let cgroups = Cgroups::find(&instance, config.limits);
     let missing = cgroups.missing();
-    let kind = sandbox::Kind {
+    let kind = isolation::sandbox::Kind {
         isolation: config.isolation,
         runtime: config.runtime,
         rootfs: config.rootfs,
@@ -198,7 +187,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     if api.troubles.pauses() {
         lifecycle.spawn("pauses", api.troubles.clone().pause_idle(api.registry.clone(), lifecycle.clone()));
     }
-    lifecycle.spawn("budget", budget::keep(api.registry.clone(), lifecycle.clone()));
+    lifecycle.spawn("budget", sprites::caretaker::keep(api.registry.clone(), lifecycle.clone()));
     let (stop, life) = (lifecycle.stop_token(), lifecycle.clone());
     lifecycle.spawn("api", async move {
         // Small frames leave at once.

@@ -4,6 +4,9 @@
 //! (`HTTP_PROXY`, `HTTPS_PROXY`), and what goes another way has no route. The proxy listens inside of the namespace and connects
 //! outside of it, by name, where a rule allows that.
 
+pub mod ports;
+pub mod uplink;
+
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -22,7 +25,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::exec::locked;
+use crate::sync::locked;
 
 /// Where the proxy is, as the Sprite sees it.
 const PROXY: &str = "127.0.0.1:3128";
@@ -103,7 +106,7 @@ impl Policy {
         })
     }
 
-    /// The exact name wins over a pattern, the longer pattern over the shorter, and what nobody names is refused.
+    /// The exact name wins over a pattern, the longer pattern over the shorter, and unnamed hosts are refused.
     fn allows(&self, host: &str) -> bool {
         let host = host.trim_end_matches('.').to_ascii_lowercase();
         let defaults = DEFAULTS.iter().map(|domain| (*domain, Action::Allow));
@@ -440,7 +443,7 @@ pub fn loopback_ports(private_hosts: &[String]) -> Vec<u16> {
     private_hosts.iter().filter_map(port).collect()
 }
 
-/// Makes a socket in a process's network namespace. Sockets stay in the one that they were made in, whoever uses them.
+/// Makes a socket in a process's network namespace. Sockets stay in the namespace that they were made in.
 pub fn inside<T: Send + 'static>(pid: i32, make: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
     let make = move || {
@@ -475,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn the_closest_rule_wins_and_what_nobody_names_is_refused() {
+    fn the_closest_rule_wins_and_unnamed_hosts_are_refused() {
         let rules = policy(serde_json::json!([
             { "domain": "*", "action": "deny" },
             { "domain": "*.example.org", "action": "allow" },

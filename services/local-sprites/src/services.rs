@@ -24,11 +24,16 @@ use types::{Backoff, Timestamp};
 
 use self::output::{Files, Output};
 use crate::{
-    exec::{Stream, locked},
-    launch::{Launch, exit_code},
-    process::Process,
-    registry::{RegistryError, Sprite},
-    sandbox::{self, HOME, Holder},
+    atomic::write_atomically,
+    isolation::{
+        holder::Holder,
+        launch::{Launch, exit_code},
+        process::Process,
+        sandbox::{self, HOME},
+    },
+    run::exec::Stream,
+    sprites::sprite::{RegistryError, Sprite},
+    sync::locked,
 };
 
 /// Delays before a service that ended is started again.
@@ -98,7 +103,7 @@ pub enum Event {
 enum Wanted {
     Running,
     Stopped(Duration),
-    /// Nobody keeps it any more; its processes are somebody else's to end.
+    /// It is no longer kept running; its processes are ended elsewhere.
     Forgotten,
 }
 
@@ -125,7 +130,7 @@ pub struct Unit {
     name: String,
     state: Mutex<State>,
     events: broadcast::Sender<Event>,
-    /// What the keeper is to see to; it is there while somebody listens.
+    /// What the keeper is to do; it has a receiver while a keeper runs.
     wanted: watch::Sender<Wanted>,
 }
 
@@ -237,7 +242,7 @@ impl Unit {
     }
 
     fn tell(&self, event: Event) {
-        // Nobody may be watching.
+        // No watcher may be left.
         let _ = self.events.send(event);
     }
 
@@ -350,7 +355,7 @@ impl Unit {
                 (process.ok_or_else(|| io::Error::other("it ended before it began"))?, Some(child))
             }
         };
-        sandbox::write_atomically(&pid_file(sprite, &self.name), &serde_json::to_vec(&process)?)?;
+        write_atomically(&pid_file(sprite, &self.name), &serde_json::to_vec(&process)?)?;
         if let Some(mut go) = child.as_mut().and_then(|child| child.stdin.take()) {
             go.write_all(b"\n").await?;
         }
@@ -417,7 +422,7 @@ impl Unit {
         }
     }
 
-    /// Starts it as far as to wait for a word that it is on record.
+    /// Starts it suspended, until its process is noted on disk.
     fn spawn(&self, sprite: &Arc<Sprite>, holder: Holder) -> io::Result<Child> {
         let definition = sprite.record().services.remove(&self.name).ok_or_else(|| io::Error::other("it is defined no more"))?;
         let dir = definition.dir.filter(|dir| !dir.is_empty()).unwrap_or_else(|| HOME.to_owned());

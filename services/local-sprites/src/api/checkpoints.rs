@@ -14,9 +14,9 @@ use tokio::sync::mpsc;
 use types::Timestamp;
 
 use super::{Api, Failure, inside, lines};
-use crate::{
+use crate::sprites::{
     checkpoint::{self, Checkpoint},
-    registry::{RegistryError, Sprite},
+    sprite::{RegistryError, Sprite},
 };
 
 const COMMENT_CHARS_MAX: usize = 1000;
@@ -37,7 +37,7 @@ fn line(kind: &str, text: String) -> Value {
     json!({ "type": kind, field: text, "time": Timestamp::now().to_string() })
 }
 
-/// Tells that something begins, does it, and tells how it ended; goes on when nobody listens any more.
+/// Tells that something begins, does it, and tells how it ended; continues when the client is gone.
 fn tell<F: Future<Output = Result<String, RegistryError>> + Send + 'static>(api: &Api, begins: String, work: F) -> Response {
     let (sender, receiver) = mpsc::channel(4);
     api.registry.lifecycle.tracker().spawn(async move {

@@ -19,10 +19,13 @@ use types::Timestamp;
 
 use super::{Api, Failure, Query, failure, invalid, lines, parse_duration};
 use crate::{
-    exec::{self, Event, ExecSession, locked},
-    registry::Sprite,
-    sandbox::HOME,
-    terminal::Size,
+    isolation::sandbox::HOME,
+    run::{
+        exec::{self, Event, ExecSession},
+        terminal::Size,
+    },
+    sprites::sprite::Sprite,
+    sync::locked,
 };
 
 /// The JS client gives a silent socket up after 45 s (docs/sprites-api.md §3.5).
@@ -82,10 +85,12 @@ pub async fn start_or_list(
         return attach_to(&api, &sprite, id, upgrade, &parts.headers);
     }
     let request = self::request(&query, true)?;
-    // Started only when the socket is there: no output is made before somebody listens.
+    // Started only when the socket is there: no output is made before a client listens.
     Ok(accept(upgrade, move |socket| async move {
         let started = match api.registry.wake(&sprite).await {
-            Ok(holder) => ExecSession::start(&sprite, holder, request, &api.registry.lifecycle).map_err(|error| error.to_string()),
+            Ok(holder) => {
+                ExecSession::start(sprite.start_of(holder, &request), request, &api.registry.lifecycle).map_err(|error| error.to_string())
+            }
             Err(error) => Err(error.to_string()),
         };
         match started {
@@ -150,7 +155,7 @@ fn attach_to(
     let drops_first_end = is_python && session.terminal().is_some();
     let (api, sprite) = (api.clone(), sprite.clone());
     Ok(accept(upgrade, move |socket| async move {
-        // A paused Sprite goes on when somebody attaches.
+        // A paused Sprite is resumed when a client attaches.
         if api.registry.wake(&sprite).await.is_ok() {
             let output = session.attach();
             Conversation { api, session, is_owner: false, drops_first_end }.hold(socket, output).await;
@@ -333,7 +338,7 @@ pub async fn kill(
     Ok(lines(receiver))
 }
 
-/// Signals a command, waits, and ends it by force; goes on when nobody listens any more.
+/// Signals a command, waits, and ends it by force; continues when the client is gone.
 async fn end(session: Arc<ExecSession>, signal: String, number: Signal, grace: Duration, tell: mpsc::Sender<Value>) {
     let say = async |line: Value| drop(tell.send(line).await);
     session.signal(number);

@@ -23,9 +23,8 @@ use types::Timestamp;
 
 use super::{Api, Failure, Query, failure, invalid};
 use crate::{
-    files::{Root, absolute},
-    sandbox::Holder,
-    watch::Watcher,
+    files::{Root, absolute, watch::Watcher},
+    isolation::holder::Holder,
 };
 
 const CHUNK_BYTES: usize = 256 * 1024;

@@ -14,7 +14,7 @@ use futures::StreamExt as _;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{Api, Failure, Query, exec, failure};
-use crate::exec::{Event, ExecSession, Stream};
+use crate::run::exec::{Event, ExecSession, Stream};
 
 const FRAME_BYTES_MAX: usize = 32 * 1024;
 /// Between two frames. At 5 ms no client was seen to read two at once on a machine at rest.
@@ -28,7 +28,7 @@ pub async fn run(State(api): State<Api>, Path(name): Path<String>, RawQuery(quer
     let request = exec::request(&Query::parse(query), false)?;
     let takes_input = request.stdin;
     let holder = api.registry.wake(&sprite).await?;
-    let started = ExecSession::start(&sprite, holder, request, &api.registry.lifecycle);
+    let started = ExecSession::start(sprite.start_of(holder, &request), request, &api.registry.lifecycle);
     let (session, output) = started.map_err(|error| failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()))?;
     let (lifecycle, stop) = (&api.registry.lifecycle, api.registry.lifecycle.stop_token());
     if takes_input {

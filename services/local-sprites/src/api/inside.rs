@@ -24,9 +24,9 @@ use tower::ServiceExt as _;
 
 use super::{Api, Failure, failure, invalid, not_served, parse_duration, routes};
 use crate::{
-    exec::locked,
-    registry::Sprite,
-    tasks::{Task, TaskError},
+    run::tasks::{Task, TaskError},
+    sprites::sprite::Sprite,
+    sync::locked,
 };
 
 const SOCKET: &str = "api.sock";
@@ -104,7 +104,7 @@ fn bind(sprite: &Sprite) -> io::Result<UnixListener> {
     // A socket's path is short; the directory's may not be.
     let opened = fs::File::open(&dir)?;
     let listener = UnixListener::bind(format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd()))?;
-    // Whoever is in the Sprite may use it.
+    // Every user in the Sprite may use it.
     fs::set_permissions(dir.join(SOCKET), fs::Permissions::from_mode(0o666))?;
     Ok(listener)
 }

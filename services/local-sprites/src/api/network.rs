@@ -19,10 +19,12 @@ use tokio::{
 
 use super::{Api, Failure};
 use crate::{
-    network,
-    ports::{self, Port},
-    registry::Sprite,
-    sandbox::Holder,
+    isolation::holder::Holder,
+    network::{
+        self,
+        ports::{self, Port},
+    },
+    sprites::sprite::Sprite,
 };
 
 /// How long a client has to say where to, and a port to answer.

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Api, Failure, invalid};
-use crate::{network::Policy, registry::PrivilegesPolicy};
+use crate::{network::Policy, sprites::sprite::PrivilegesPolicy};
 
 const MEMORY_MB_MIN: u64 = 64;
 const MEMORY_MB_MAX: u64 = 1 << 20;

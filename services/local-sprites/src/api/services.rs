@@ -18,9 +18,9 @@ use types::Timestamp;
 
 use super::{Api, Failure, Query, failure, invalid, lines};
 use crate::{
-    exec::{Stream, parse_signal},
-    registry::Sprite,
+    run::exec::{Stream, parse_signal},
     services::{Definition, Event, ServiceError, State as ServiceState, Unit, is_name, log_path},
+    sprites::sprite::Sprite,
 };
 
 /// How long a client is told what happens, where it does not say.

@@ -15,7 +15,10 @@ use tokio::sync::mpsc;
 use types::{SpriteName, Timestamp};
 
 use super::{Api, Failure, Query, inside, invalid, lines};
-use crate::registry::{Registry, Settings, Sprite, Status};
+use crate::sprites::{
+    registry::Registry,
+    sprite::{Settings, Sprite, Status},
+};
 
 const ORGANIZATION: &str = "local";
 const LABELS_MAX: usize = 100;

@@ -20,7 +20,7 @@ use rustix::{
 use tokio::net::unix::pipe;
 use types::Timestamp;
 
-use crate::exec::Stream;
+use crate::run::exec::Stream;
 
 const LOG_BYTES_MAX: u64 = 10 * 1024 * 1024;
 /// A longer line is cut.

@@ -29,7 +29,7 @@ async fn all_sprites_together_have_a_limit_of_memory() {
 async fn an_unused_sprite_is_frozen_then_stopped_and_wakes() {
     let server = Server::start(&[("LOCAL_SPRITES_FREEZE_AFTER_S", "1"), ("LOCAL_SPRITES_STOP_AFTER_S", "4")]).await;
     let (unused, used) = (server.sprite("unused").await, server.sprite("used").await);
-    // A daemon that outlives the command that started it, and a quiet command that somebody waits for.
+    // A daemon that outlives the command that started it, and a quiet command that a client waits for.
     bash(&unused, "echo disk > kept; (setsid sh -c 'while true; do date > beat; sleep 0.05; done' >/dev/null 2>&1 &)").await;
     let request = ExecRequest { argv: &["sh", "-c", "sleep 8; echo done"], ..ExecRequest::default() };
     let quiet = used.exec(&request).await.unwrap();

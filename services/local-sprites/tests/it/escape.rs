@@ -15,7 +15,7 @@ async fn call(server: &Server, method: &str, path: &str, body: &Value) -> (u16, 
 
 /// The server of every test was started with descriptor 7 on the machine's root directory.
 #[tokio::test]
-async fn descriptors_of_whoever_started_the_server_do_not_reach_a_sprite() {
+async fn inherited_descriptors_do_not_reach_a_sprite() {
     let server = Server::start(&[]).await;
     let sprite = server.sprite("inheritor").await;
     assert_eq!(said(&sprite, "ls /proc/self/fd | tr '\\n' ' '").await, "0 1 2 3 ", "3 is the directory that ls reads");
@@ -109,7 +109,7 @@ async fn a_checkpoint_copies_nothing_of_the_machine() {
     assert_eq!(said(&sprite, "sudo id -u; touch t/new && echo writes").await, "0\nwrites\n");
 }
 
-/// What a Sprite's root is to the machine: nobody.
+/// What a Sprite's root is to the machine: an unknown user.
 #[tokio::test]
 async fn nothing_of_the_machines_own_is_changed_by_a_sprites_root() {
     let server = Server::start(&[]).await;
@@ -252,7 +252,7 @@ async fn the_machine_is_not_reached_but_for_what_is_named() {
     for host in ["127.0.0.1".to_owned(), machine.to_string()] {
         assert_eq!(said(&sprite, &reaches(&host)).await, "the machine's", "{host}");
     }
-    // The port of the server itself, on the Sprite's own loopback: nobody of the machine comes there, whenever the server restarts.
+    // The port of the server itself, on the Sprite's own loopback: no process of the machine connects to it, whenever the server restarts.
     let thief = format!(
         "import socket\ns = socket.create_server(('127.0.0.1', {api}))\nprint('bound', flush=True)\nc = s.accept()[0]\nprint(c.recv(9999), flush=True)\n"
     );

@@ -39,7 +39,7 @@ async fn a_sprite_sees_nothing_of_the_machine() {
     let attempts = [
         "sudo mount -t tmpfs x /mnt",
         "sudo mknod /tmp/disk b 7 0 && sudo head -c 1 /tmp/disk",
-        // Written by whoever is root on the machine, of which a Sprite's root is one to the kernel.
+        // Writable by root of the machine, of which a Sprite's root is one to the kernel.
         "sudo sysctl -w kernel.core_pattern='|/tmp/x %p'",
         "echo x | sudo tee /proc/sys/kernel/core_pattern",
         "sudo unshare -rmpf sh -c 'mount -t proc proc /mnt && echo x > /mnt/sys/kernel/core_pattern'",

@@ -28,7 +28,7 @@ impl Server {
 
     /// Starts a server over the same data.
     pub async fn run(&mut self) {
-        // As when whoever starts it has a directory open: 7 is the machine's root.
+        // As when the starting process has a directory open: 7 is the machine's root.
         let mut command = Command::new("/bin/sh");
         command
             .args(["-c", "exec 7</; exec \"$0\"", env!("CARGO_BIN_EXE_local-sprites")])

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::seccomp;
+use crate::isolation::seccomp;
 
 /// Entries of `/proc` that tell about the machine, or change it: they look empty.
 const MASKED: [&str; 16] = [

@@ -8,7 +8,7 @@ use std::{
 
 use types::Timestamp;
 
-use crate::exec::locked;
+use crate::sync::locked;
 
 pub const EXPIRE_MAX: Duration = Duration::from_secs(3600);
 const TASKS_MAX: usize = 1000;

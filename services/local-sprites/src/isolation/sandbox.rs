@@ -4,15 +4,13 @@
 //! this machine. The owners of the image's files say which of this machine's user ids the Sprites' users are; none of them may be a
 //! user of this machine.
 //!
-//! A holder process keeps the namespaces alive. Commands enter them with [`crate::launch`]; killing the holder kills everything inside.
+//! A holder process keeps the namespaces alive. Commands enter them with [`crate::isolation::launch`]; killing the holder kills everything inside.
 //! The holder outlives this server, so that a restart takes the Sprite up as it runs.
 //!
 //! Without root, bubblewrap makes a sandbox with one user over the image, read-only.
 
 use std::{
-    fmt,
-    fs::{self, File},
-    io::{self, Write as _},
+    fmt, fs, io,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, lchown},
     path::{Path, PathBuf},
     process::Stdio,
@@ -20,27 +18,27 @@ use std::{
     time::Duration,
 };
 
-use rustix::{
-    mount::{MountFlags, UnmountFlags},
-    process::{Pid, Signal},
-};
-use serde::{Deserialize, Serialize};
+use rustix::mount::{MountFlags, UnmountFlags};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader},
     process::{Child, Command},
 };
-
 use uuid::Uuid;
 
 use crate::{
-    disk::{Disks, Frozen},
-    launch,
-    network::Forward,
-    oci::{self, Access},
-    process::Process,
-    runtime::{Program, Runtime},
-    seccomp,
-    uplink::{self, Namespace},
+    isolation::{
+        disk::{Disks, Frozen},
+        holder::{Holder, Network},
+        launch,
+        oci::{self, Access},
+        process::Process,
+        runtime::{Program, Runtime},
+        seccomp,
+    },
+    network::{
+        Forward,
+        uplink::{self, Namespace},
+    },
 };
 
 /// The user that a Sprite's processes see themselves as (docs/sprites-api.md §11.1).
@@ -60,9 +58,9 @@ const WRITABLE: [&str; 5] = ["home/sprite", "workspace", "srv", "tmp", "var/tmp"
 const NOT_OF_THE_IMAGE: [&str; 9] = ["dev", "home", "opt", "proc", "run", "srv", "sys", "tmp", "workspace"];
 /// What something is mounted on.
 const MOUNT_POINTS: [&str; 5] = [".sprite", "opt/agents", "opt/aod", "dev", "proc"];
-/// Keeps the namespaces. Nobody in the Sprite is its parent's child for ever: whoever ends is forgotten at once.
+/// Keeps the namespaces, and reaps every process of the Sprite that ends.
 const HOLDER: [&str; 3] = ["/bin/sh", "-c", "trap '' CHLD; exec sleep infinity"];
-/// Where sandboxes are put together: whoever is nobody has to find the way to their roots.
+/// Where sandboxes are put together: users that this machine does not know have to reach their roots.
 const RUN_DIR: &str = "/run";
 
 /// How Sprites are kept apart from this machine.
@@ -147,29 +145,6 @@ struct Containers {
     run_dir: PathBuf,
 }
 
-/// The process that keeps a sandbox alive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holder {
-    pub process: Process,
-    network: Network,
-    /// The process that carries its traffic to public addresses.
-    uplink: Option<Process>,
-    /// The first of this machine's user ids that its users are; none where it has one user, who is this server's.
-    first_user: Option<u32>,
-}
-
-/// What a sandbox's network is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Network {
-    /// This machine's own: all that there is without root.
-    Machine,
-    /// One of its own, with a way to public addresses.
-    Public,
-    /// One of its own, with nothing but a proxy.
-    Limited,
-}
-
 impl Sandboxes {
     /// Chooses the isolation and proves it with a sandbox.
     pub async fn prepare(kind: Kind, data_dir: &Path) -> Result<Self, SandboxError> {
@@ -209,7 +184,7 @@ impl Sandboxes {
         Ok(sandboxes)
     }
 
-    /// Removes containers of this server that no Sprite on record holds.
+    /// Removes containers of this server that no known Sprite has.
     pub async fn remove_strays(&self, known: &[String]) {
         let Some(containers) = &self.containers else { return };
         for id in containers.runtime.list().into_iter().filter(|id| !known.contains(id)) {
@@ -252,7 +227,7 @@ impl Sandboxes {
             fs::write(self.shared.join("seccomp.bpf"), seccomp::program()?)?;
             fs::write(self.shared.join("hosts"), hosts("sprite", &[]))?;
         }
-        script(&self.shared.join("sprite-env"), include_str!("../scripts/sprite-env.sh"))
+        script(&self.shared.join("sprite-env"), include_str!("../../scripts/sprite-env.sh"))
     }
 
     /// The content of a new Sprite's disk: the layer over the image, or, without root, the directories that can be written to.
@@ -270,7 +245,7 @@ impl Sandboxes {
         }
         let bin = upper.join("usr/local/bin");
         self.link_agents(&bin)?;
-        script(&bin.join("sudo"), include_str!("../scripts/sudo.sh"))?;
+        script(&bin.join("sudo"), include_str!("../../scripts/sudo.sh"))?;
         give(&upper, containers.first_user)?;
         let user = Some(containers.first_user + Holder::UID);
         USERS_DIRECTORIES.iter().try_for_each(|own| lchown(upper.join(own), user, user))
@@ -309,7 +284,7 @@ impl Sandboxes {
         let draft = self.shared.join(format!("spare.{}", Uuid::new_v4().simple()));
         let copied = self.copy_template(&draft).await.and_then(|()| fs::rename(&draft, self.spare()));
         if let Err(error) = copied {
-            // Somebody else's may be there by now.
+            // Another request's may be there by now.
             tracing::debug!(%error, "no spare disk");
             let _ = fs::remove_dir_all(draft);
         }
@@ -571,14 +546,13 @@ impl Containers {
     fn prepare(kind: &Kind, rootfs: &Path) -> Result<Self, SandboxError> {
         let owner = fs::metadata(rootfs).map_err(io_error("LOCAL_SPRITES_ROOTFS cannot be read"))?.uid();
         if owner < Holder::UIDS {
-            let why =
-                "LOCAL_SPRITES_ROOTFS belongs to users of this machine; scripts/rootfs.sh gives its files to users that are nobody here";
+            let why = "LOCAL_SPRITES_ROOTFS belongs to users of this machine; scripts/rootfs.sh gives its files to users that this machine does not have";
             return Err(SandboxError::Boot(why.to_owned()));
         }
         let run_dir = Path::new(RUN_DIR).join(&kind.instance);
         let make = || {
             fs::create_dir_all(&run_dir)?;
-            // Only the way through, for whoever is nobody.
+            // Traversable, and no more, for users that this machine does not know.
             fs::set_permissions(&run_dir, fs::Permissions::from_mode(0o711))
         };
         make().map_err(io_error("/run cannot be written to"))?;
@@ -594,7 +568,7 @@ impl Containers {
     }
 }
 
-/// Inotify instances count against whoever makes user namespaces, which is root for all Sprites. Each Sprite has a limit of its own; this
+/// Inotify instances count against the creator of the user namespace, which is root for all Sprites. Each Sprite has a limit of its own; this
 /// is so that they do not take them from each other.
 fn share_inotify() {
     const FILE: &str = "/proc/sys/fs/inotify/max_user_instances";
@@ -631,7 +605,7 @@ fn give(path: &Path, owner: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// The file at a path that a sandbox's users, who are nobody here, may run.
+/// The file at a path that a sandbox's users, whom this machine does not know, may run.
 fn program_for_all(path: &Path) -> io::Result<PathBuf> {
     const READ_AND_RUN: u32 = 0o005;
     let path = path.canonicalize()?;
@@ -641,7 +615,7 @@ fn program_for_all(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// The devices that programs expect. For its own `--dev` bwrap would put a second user namespace inside the first where it is not root,
-/// and then nobody could enter the sandbox from outside.
+/// and then the sandbox could not be entered from outside.
 fn bind_devices(command: &mut Command) {
     command.args(["--tmpfs", "/dev", "--dir", "/dev/shm"]);
     for device in ["null", "zero", "full", "random", "urandom", "tty"] {
@@ -653,80 +627,11 @@ fn bind_devices(command: &mut Command) {
     }
 }
 
-impl Holder {
-    /// The user that commands run as, within.
-    pub const UID: u32 = 1001;
-    /// Users that a sandbox has, numbered from 0, where it has users of its own.
-    pub const UIDS: u32 = 65_536;
-
-    /// Whether the sandbox still runs.
-    pub fn is_alive(self) -> bool {
-        self.process.is_alive()
-    }
-
-    /// The Sprite's root, as this server can open it.
-    pub fn root(self) -> io::Result<File> {
-        File::open(self.root_path())
-    }
-
-    fn root_path(self) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root", self.process.pid))
-    }
-
-    /// Whether this is the sandbox that a policy asks for.
-    pub fn network(self) -> Network {
-        self.network
-    }
-
-    pub fn has_own_network(self) -> bool {
-        self.network != Network::Machine
-    }
-
-    pub fn has_users(self) -> bool {
-        self.first_user.is_some()
-    }
-
-    /// Whether a process, as this server numbers them, is one of the sandbox's.
-    pub fn contains(self, pid: i32) -> bool {
-        let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-        namespace(self.process.pid).is_some_and(|own| namespace(pid) == Some(own))
-    }
-
-    /// Kills every process of the sandbox and waits until they are gone.
-    async fn kill(self) {
-        if let Some(uplink) = self.uplink {
-            uplink.kill();
-        }
-        if !self.is_alive() {
-            return;
-        }
-        if let Some(pid) = Pid::from_raw(self.process.pid) {
-            let _ = rustix::process::kill_process(pid, Signal::KILL);
-        }
-        for _ in 0..200 {
-            if !self.is_alive() {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        tracing::warn!(pid = self.process.pid, "a sandbox does not die");
-    }
-}
-
-/// Writes a file so that a reader sees the old content or the new, never a part.
-pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
-    let draft = path.with_extension("draft");
-    let mut file = File::create(&draft)?;
-    file.write_all(content)?;
-    file.sync_data()?;
-    fs::rename(draft, path)
-}
-
 /// The environment that every command has.
 pub fn environment(holder: Holder) -> Vec<(&'static str, String)> {
     let own = [("PATH", PATH), ("HOME", HOME), ("USER", USER), ("LOGNAME", USER), ("SHELL", "/bin/bash"), ("LANG", "C.UTF-8")];
     let mut environment: Vec<_> = own.into_iter().map(|(name, value)| (name, value.to_owned())).collect();
-    if holder.network == Network::Limited {
+    if holder.network() == Network::Limited {
         environment.extend(crate::network::proxy_variables());
     }
     environment

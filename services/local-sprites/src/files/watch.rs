@@ -14,7 +14,7 @@ use rustix::fs::{
 };
 use tokio::io::unix::AsyncFd;
 
-use crate::{files::Root, terminal::async_fd};
+use crate::{files::Root, run::terminal::async_fd};
 
 /// Directories watched by one client.
 const WATCHES_MAX: usize = 10_000;

@@ -21,7 +21,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{sandbox::Holder, seccomp};
+use crate::isolation::{holder::Holder, seccomp};
 
 /// The first argument of this program as a launcher.
 pub const COMMAND: &str = "launch";
@@ -88,8 +88,8 @@ pub struct Launch {
     pub dir: PathBuf,
     /// Whether standard input is a terminal that the command is to control.
     pub terminal: bool,
-    /// Whether it waits for a byte on standard input, which the command then does not have. It is there when what starts it has it on
-    /// record; where that died before, nothing runs that nobody knows of.
+    /// Whether it waits for a byte on standard input, which the command then does not have. It is sent once the
+    /// process is noted on disk; where this server died before, the command never begins.
     pub held: bool,
 }
 

@@ -323,7 +323,7 @@ const NAMESPACE_FLAGS: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWNET) as u64;
 /// Families of sockets that reach beside the network namespace, or deep into the kernel.
 const REFUSED_FAMILIES: [i32; 2] = [libc::AF_VSOCK, libc::AF_ALG];
-/// Input typed into a terminal by whoever holds it, as if its user had.
+/// Input pushed into a terminal by a process that has it open, as if its user had typed it.
 const REFUSED_TERMINAL_REQUESTS: [u64; 2] = [libc::TIOCSTI, libc::TIOCLINUX];
 /// Execution domains: Linux, 32-bit addresses, without randomized addresses (debuggers), and both; and which one it is.
 const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];

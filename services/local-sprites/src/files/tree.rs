@@ -1,4 +1,4 @@
-//! Copies a directory tree that somebody may change meanwhile. Every entry is opened below its parent's descriptor and never
+//! Copies a directory tree that may change meanwhile. Every entry is opened below its parent's descriptor and never
 //! through a link, so nothing outside of the tree is read or written, whatever is moved where.
 
 use std::{

@@ -15,7 +15,7 @@ use std::{
 use rustix::{mount::UnmountFlags, thread::UnshareFlags};
 use tokio::process::Command;
 
-use crate::process::Process;
+use crate::isolation::process::Process;
 
 const START_MAX: Duration = Duration::from_secs(20);
 /// The addresses in a Sprite's network, of a range that is for such use (RFC 7335): its own, the way out, and where names are asked for.
@@ -97,7 +97,7 @@ impl Namespace {
 fn make(path: &Path, addresses: &[Ipv4Addr]) -> io::Result<()> {
     #[expect(deprecated, reason = "sound for a namespace of the network; the other one is unsafe for the sake of descriptors")]
     rustix::thread::unshare(UnshareFlags::NEWNET)?;
-    // Low ports and pings are for everybody: nobody in the Sprite has rights over this namespace.
+    // Low ports and pings are allowed to all users: none in the Sprite has rights over this namespace.
     fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")?;
     let _ = fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
     let mut batch = "link set lo up\n".to_owned();

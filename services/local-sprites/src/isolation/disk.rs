@@ -15,7 +15,7 @@ use std::{
 use rustix::mount::UnmountFlags;
 use tokio::process::Command;
 
-use crate::tree;
+use crate::files::tree;
 
 const COMMAND_MAX: Duration = Duration::from_secs(300);
 /// Where a disk's content is found in a Sprite's directory while it is mounted.
@@ -87,7 +87,7 @@ impl Disks {
         let _ = rustix::mount::unmount(dir.join(CONTENT), UnmountFlags::DETACH);
     }
 
-    /// Copies a disk that nobody writes to.
+    /// Copies a disk that no process writes to.
     ///
     /// # Errors
     /// When there is no room for it; what was copied by then is in the way of nothing.

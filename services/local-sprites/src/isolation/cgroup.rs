@@ -109,7 +109,7 @@ impl Cgroups {
         limits.cpu_milli.map_or(Ok(()), |milli| all.limit_cpus(milli))
     }
 
-    /// The memory that this server and its Sprites were given by whoever made its own group; none where that is not limited.
+    /// The memory that the server's own group allows it and its Sprites; none where that is not limited.
     pub fn own_memory_limit(&self) -> Option<u64> {
         let file = if self.unified { "memory.max" } else { "memory.limit_in_bytes" };
         fs::read_to_string(self.parent(Controller::Memory)?.parent()?.join(file)).ok()?.trim().parse().ok()

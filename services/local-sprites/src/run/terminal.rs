@@ -12,7 +12,7 @@ use rustix::{
 };
 use tokio::io::unix::AsyncFd;
 
-use crate::{files::Root, sandbox::Holder};
+use crate::{files::Root, isolation::holder::Holder};
 
 const READ_BYTES: usize = 16 * 1024;
 
@@ -62,7 +62,7 @@ impl Terminal {
         tcgetpgrp(&self.0).ok()
     }
 
-    /// Adds what the command wrote; zero when nobody has the terminal open any more.
+    /// Adds what the command wrote; zero when no process has the terminal open any more.
     pub async fn read(&self, buffer: &mut BytesMut) -> io::Result<usize> {
         let mut chunk = vec![0; READ_BYTES];
         loop {

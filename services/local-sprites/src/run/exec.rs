@@ -1,15 +1,14 @@
 //! Commands in a Sprite: a process, its output to every client that is attached, its exit status.
 //!
-//! Output is never dropped while somebody is attached: a slow client slows the process. With nobody attached the newest output is kept
+//! Output is never dropped while a client is attached: a slow client slows the process. With none attached the newest output is kept
 //! for the next one, as much as the real service keeps.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     fs, io,
     os::unix::ffi::OsStrExt as _,
-    path::PathBuf,
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -24,11 +23,13 @@ use tokio::{
 use types::Timestamp;
 
 use crate::{
-    launch::exit_code,
-    process::Process,
-    registry::Sprite,
-    sandbox::{self, Holder},
-    terminal::{Size, Terminal},
+    isolation::{
+        launch::{Launch, exit_code},
+        process::Process,
+        sandbox,
+    },
+    run::terminal::{Size, Terminal},
+    sync::locked,
 };
 
 /// Bytes of one frame; well under every client's limit (docs/sprites-api.md §3.2).
@@ -70,6 +71,17 @@ pub struct Request {
     pub terminal: Option<Size>,
     /// How long the command goes on when its last client is gone; for ever where none.
     pub max_run_after_disconnect: Option<Duration>,
+}
+
+/// What a Sprite gives a command.
+#[derive(Debug)]
+pub struct Start {
+    pub launch: Launch,
+    /// The environment that the Sprite was created with.
+    pub environment: BTreeMap<String, String>,
+    /// The owner of a terminal, as this machine names it.
+    pub owner: Option<u32>,
+    pub sessions: Arc<Mutex<Sessions>>,
 }
 
 /// The commands of a Sprite, by id.
@@ -131,19 +143,14 @@ struct Clients {
 
 impl ExecSession {
     /// Starts a command and attaches the first client.
-    pub fn start(
-        sprite: &Arc<Sprite>,
-        holder: Holder,
-        request: Request,
-        lifecycle: &Lifecycle,
-    ) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
-        let launch = sprite.launch(holder, PathBuf::from(&request.dir), request.terminal.is_some());
+    pub fn start(start: Start, request: Request, lifecycle: &Lifecycle) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
+        let Start { launch, environment, owner, sessions } = start;
         let mut command = launch.command(&request.argv)?;
-        command.envs(sandbox::environment(holder));
-        command.envs(sprite.environment());
+        command.envs(sandbox::environment(launch.holder));
+        command.envs(environment);
         let mut terminal = None;
         if let Some(size) = request.terminal {
-            let (master, slave) = Terminal::open(holder, size, sprite.owner())?;
+            let (master, slave) = Terminal::open(launch.holder, size, owner)?;
             command.env("TERM", "xterm-256color");
             command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
             terminal = Some((Arc::new(master), Mutex::new(size)));
@@ -170,14 +177,14 @@ impl ExecSession {
             exit,
         });
         let output = session.attach();
-        locked(&sprite.sessions).running.insert(session.id.clone(), session.clone());
+        locked(&sessions).running.insert(session.id.clone(), session.clone());
         let tasks = lifecycle.tracker();
         match (&session.terminal, child.stdin.take()) {
             (Some((terminal, _)), _) => drop(tasks.spawn(type_into(terminal.clone(), stdin_rx, lifecycle.clone()))),
             (None, Some(stdin)) => drop(tasks.spawn(feed(stdin, stdin_rx, lifecycle.clone()))),
             (None, None) => {}
         }
-        let supervise = session.clone().supervise(sprite.clone(), child, exit_tx, request.max_run_after_disconnect);
+        let supervise = session.clone().supervise(sessions, child, exit_tx, request.max_run_after_disconnect);
         let stop = lifecycle.stop_token();
         // At a stop the command is left alone, and its clients hear no exit.
         tasks.spawn(async move { stop.run_until_cancelled(supervise).await });
@@ -270,7 +277,13 @@ impl ExecSession {
         (clients.last_activity.elapsed(), clients.seen as f64 * 1e6 / age as f64)
     }
 
-    async fn supervise(self: Arc<Self>, sprite: Arc<Sprite>, mut child: Child, exit: watch::Sender<Option<u8>>, max_run: Option<Duration>) {
+    async fn supervise(
+        self: Arc<Self>,
+        sessions: Arc<Mutex<Sessions>>,
+        mut child: Child,
+        exit: watch::Sender<Option<u8>>,
+        max_run: Option<Duration>,
+    ) {
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let pumps = async {
             match &self.terminal {
@@ -299,7 +312,7 @@ impl ExecSession {
             let _ = self.drain(pumps).await;
         }
         let code = status.map_or(u8::MAX, exit_code);
-        locked(&sprite.sessions).end(&self.id);
+        locked(&sessions).end(&self.id);
         let attached = {
             let mut clients = locked(&self.clients);
             clients.exit = Some(code);
@@ -359,7 +372,7 @@ impl ExecSession {
         }
     }
 
-    /// Returns when nobody has been attached for as long as the command may go on alone.
+    /// Returns when no client has been attached for as long as the command may go on alone.
     async fn abandoned(&self, max_run: Option<Duration>) {
         const CHECK: Duration = Duration::from_millis(500);
         let Some(max_run) = max_run else { return std::future::pending().await };
@@ -437,8 +450,4 @@ pub fn parse_signal(text: &str) -> Option<Signal> {
         "WINCH" | "28" => Signal::WINCH,
         _ => return None,
     })
-}
-
-pub fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

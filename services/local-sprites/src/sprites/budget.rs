@@ -1,22 +1,14 @@
 //! What all Sprites together may take of this machine, and how long an idle one keeps its part.
 //!
-//! Memory, CPUs and processes are limits of the control group above all Sprites. The disk is watched: when less than the reserve is
-//! free, the running Sprite whose disk grew most is stopped, and Sprites with more than the average do not start.
+//! Memory, CPUs and processes are limits of the control group above all Sprites. While less of the disk is free than the reserve, Sprites
+//! with more than the average do not start. The caretaker watches the disk and the idle.
 
-use std::{collections::HashMap, fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs, time::Duration};
 
-use service::Lifecycle;
-
-use crate::{
-    checkpoint,
-    registry::{Registry, Sprite, Status},
-};
+use crate::sprites::sprite::Status;
 
 /// Memory that stays with the machine's own programs.
 const MEMORY_RESERVE_BYTES: u64 = 2 << 30;
-const CHECK: Duration = Duration::from_secs(1);
-/// Above so many hundredths of the memory for all Sprites, frozen ones are stopped.
-const MEMORY_FULL_PERCENT: u64 = 90;
 
 /// What all Sprites together may take.
 #[derive(Clone, Copy, Debug)]
@@ -44,8 +36,9 @@ pub struct Idle {
     pub stop_after: Option<Duration>,
 }
 
+/// What an idle Sprite is due for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+pub enum Step {
     Freeze,
     Stop,
 }
@@ -72,7 +65,7 @@ impl Budget {
 }
 
 impl Idle {
-    fn step(self, status: Status, idle: Duration) -> Option<Step> {
+    pub fn step(self, status: Status, idle: Duration) -> Option<Step> {
         let freeze_after = self.freeze_after?;
         match status {
             Status::Running if idle > freeze_after => Some(Step::Freeze),
@@ -94,70 +87,6 @@ pub fn processes() -> Option<u64> {
     let limit = |file: &str| fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
     let limits = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"].into_iter().filter_map(limit);
     limits.min().map(|limit| limit / 2)
-}
-
-/// Which of the disks grew most, of those that grew.
-fn fastest<'a, T>(growth: impl Iterator<Item = (&'a T, u64)>) -> Option<&'a T> {
-    growth.filter(|(_, bytes)| *bytes > 0).max_by_key(|(_, bytes)| *bytes).map(|(one, _)| one)
-}
-
-/// Keeps the Sprites within the budget until the server stops.
-pub async fn keep(registry: Arc<Registry>, lifecycle: Lifecycle) {
-    let stop = lifecycle.stop_token();
-    let mut disks = HashMap::new();
-    while stop.run_until_cancelled(tokio::time::sleep(CHECK)).await.is_some() {
-        keep_disk_free(&registry, &mut disks).await;
-        free_memory(&registry).await;
-        end_idle(&registry).await;
-    }
-}
-
-async fn end_idle(registry: &Registry) {
-    let idle = registry.budget().idle;
-    for sprite in registry.all().into_iter().filter(|sprite| !sprite.is_in_use()) {
-        let done = match idle.step(sprite.status(), sprite.idle()) {
-            Some(Step::Freeze) => registry.pause_unused(&sprite, idle.freeze_after.unwrap_or_default()).await,
-            Some(Step::Stop) => registry.stop_unused(&sprite).await,
-            None => continue,
-        };
-        if let Err(error) = done {
-            tracing::debug!(%error, sprite = sprite.name(), "failed to pause an idle Sprite");
-        }
-    }
-}
-
-/// Stops the frozen Sprite that has been idle for longest, when memory is short.
-async fn free_memory(registry: &Registry) {
-    let Some((used, limit)) = registry.memory() else { return };
-    if used < limit / 100 * MEMORY_FULL_PERCENT {
-        return;
-    }
-    let frozen = registry.all().into_iter().filter(|sprite| sprite.status() == Status::Warm && !sprite.is_in_use());
-    if let Some(sprite) = frozen.max_by_key(|sprite| sprite.idle()) {
-        tracing::info!(sprite = sprite.name(), used_bytes = used, limit_bytes = limit, "stopping an idle Sprite: memory is short");
-        let _ = registry.stop_unused(&sprite).await;
-    }
-}
-
-/// Stops the Sprite that fills the disk. What it has written to memory by then still arrives: that is what the reserve is for.
-async fn keep_disk_free(registry: &Registry, before: &mut HashMap<PathBuf, u64>) {
-    let running: Vec<Arc<Sprite>> = registry.all().into_iter().filter(|sprite| sprite.status() == Status::Running).collect();
-    let now: HashMap<PathBuf, u64> =
-        running.iter().map(|sprite| (sprite.dir().to_path_buf(), checkpoint::disk_bytes(sprite.dir()))).collect();
-    let before = std::mem::replace(before, now);
-    let Some(disk) = registry.disk_space().filter(|disk| registry.budget().is_full(*disk)) else { return };
-    let growth =
-        |sprite: &Sprite| checkpoint::disk_bytes(sprite.dir()).saturating_sub(before.get(sprite.dir()).copied().unwrap_or_default());
-    if let Some(sprite) = fastest(running.iter().map(|sprite| (sprite, growth(sprite)))) {
-        tracing::warn!(
-            sprite = sprite.name(),
-            free_bytes = disk.free_bytes,
-            "stopping the Sprite whose disk grows most: the machine's disk is full"
-        );
-        if let Err(error) = registry.stop(sprite).await {
-            tracing::warn!(%error, sprite = sprite.name(), "failed to stop the Sprite that fills the disk");
-        }
-    }
 }
 
 #[cfg(test)]
@@ -189,12 +118,6 @@ mod tests {
         assert!(!budget.may_start(disk(GIB), 0, GIB));
         let small = Space { total_bytes: 4 * GIB, free_bytes: 2 * GIB };
         assert!(budget.may_start(small, 2 * GIB, GIB), "the reserve is a quarter of a small disk");
-    }
-
-    #[test]
-    fn the_disk_that_grows_most_is_found_and_one_that_does_not_grow_is_not() {
-        assert_eq!(fastest([(&"a", 0), (&"b", 0)].into_iter()), None);
-        assert_eq!(fastest([(&"a", 5), (&"b", 9), (&"c", 0)].into_iter()), Some(&"b"));
     }
 
     #[test]

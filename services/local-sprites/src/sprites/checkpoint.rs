@@ -1,25 +1,18 @@
 //! Checkpoints of a Sprite's disk: what it has written, kept under a number, and put back (docs/sprites-api.md §7).
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fs, io, path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use types::Timestamp;
 
 use crate::{
-    disk::Disks,
-    registry::{Registry, RegistryError, Sprite},
-    sandbox::write_atomically,
+    atomic::write_atomically,
+    isolation::disk::Disks,
+    sprites::{
+        registry::Registry,
+        sprite::{CHECKPOINTS_MAX, RegistryError, Sprite},
+    },
 };
-
-/// Checkpoints of one Sprite at a time.
-pub const CHECKPOINTS_MAX: usize = 5;
-
-/// Where they are in a Sprite's directory.
-const DIRECTORY: &str = "checkpoints";
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Checkpoint {
@@ -33,24 +26,14 @@ fn is_id(id: &str) -> bool {
     id.strip_prefix('v').is_some_and(|number| !number.is_empty() && number.len() < 10 && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-fn dir(sprite: &Sprite) -> PathBuf {
-    sprite.dir().join(DIRECTORY)
-}
-
-/// The blocks of this machine that a Sprite's disk and its checkpoints take; 0 where disks are directories.
-pub fn disk_bytes(sprite_dir: &Path) -> u64 {
-    let copies = fs::read_dir(sprite_dir.join(DIRECTORY)).into_iter().flatten().flatten();
-    Disks::image_bytes(sprite_dir) + copies.map(|copy| Disks::image_bytes(&copy.path())).sum::<u64>()
-}
-
 fn read(sprite: &Sprite, id: &str) -> Result<Checkpoint, RegistryError> {
-    let found = || serde_json::from_slice(&fs::read(dir(sprite).join(id).join("checkpoint.json")).ok()?).ok();
+    let found = || serde_json::from_slice(&fs::read(sprite.checkpoints_dir().join(id).join("checkpoint.json")).ok()?).ok();
     if is_id(id) { found().ok_or(RegistryError::NoCheckpoint) } else { Err(RegistryError::NoCheckpoint) }
 }
 
 /// All of a Sprite's, the oldest first.
 pub fn list(sprite: &Sprite) -> Vec<Checkpoint> {
-    let entries = fs::read_dir(dir(sprite)).into_iter().flatten().flatten();
+    let entries = fs::read_dir(sprite.checkpoints_dir()).into_iter().flatten().flatten();
     let mut all: Vec<_> = entries.filter_map(|entry| read(sprite, entry.file_name().to_str()?).ok()).collect();
     all.sort_by_key(|checkpoint| checkpoint.created_at_us);
     all
@@ -65,7 +48,7 @@ impl Registry {
     pub async fn make_checkpoint(self: &Arc<Self>, sprite: &Arc<Sprite>, comment: Option<String>) -> Result<Checkpoint, RegistryError> {
         let (registry, sprite) = (self.clone(), sprite.clone());
         self.uninterrupted(async move {
-            let _life = sprite.hold().await?;
+            let _hold = sprite.hold().await?;
             if list(&sprite).len() >= CHECKPOINTS_MAX {
                 return Err(RegistryError::TooManyCheckpoints);
             }
@@ -74,13 +57,13 @@ impl Registry {
             // Its number is used up before it is there: a later one never takes its place.
             sprite.change(|record| record.checkpoints_made += 1)?;
             let checkpoint = Checkpoint { id: format!("v{number}"), created_at_us: Timestamp::now().unix_micros(), comment };
-            let draft = dir(&sprite).join("draft");
+            let draft = sprite.checkpoints_dir().join("draft");
             let copy = async {
                 remove(&draft)?;
                 fs::create_dir_all(&draft)?;
                 registry.sandboxes.snapshot(sprite.dir(), sprite.holder(), &draft).await?;
                 write_atomically(&draft.join("checkpoint.json"), &serde_json::to_vec(&checkpoint)?)?;
-                fs::rename(&draft, dir(&sprite).join(&checkpoint.id))
+                fs::rename(&draft, sprite.checkpoints_dir().join(&checkpoint.id))
             };
             if let Err(error) = copy.await {
                 let _ = remove(&draft);
@@ -92,10 +75,10 @@ impl Registry {
     }
 
     /// Refuses a checkpoint that would have the disk and its copies hold more than the disk may.
-    async fn check_room(&self, sprite: &Sprite) -> Result<(), RegistryError> {
+    async fn check_room(&self, sprite: &Arc<Sprite>) -> Result<(), RegistryError> {
         let Some(limit) = self.sandboxes.disk_bytes() else { return Ok(()) };
-        let disk = sprite.dir().to_path_buf();
-        let used = tokio::task::spawn_blocking(move || Disks::image_bytes(&disk) + disk_bytes(&disk));
+        let sprite = sprite.clone();
+        let used = tokio::task::spawn_blocking(move || Disks::image_bytes(sprite.dir()) + sprite.disk_bytes());
         let used = used.await.map_err(|_| RegistryError::Closed)?;
         if used > limit { Err(RegistryError::CheckpointsTooLarge) } else { Ok(()) }
     }
@@ -105,28 +88,28 @@ impl Registry {
         let checkpoint = read(sprite, id)?;
         let (registry, sprite) = (self.clone(), sprite.clone());
         self.uninterrupted(async move {
-            let _life = sprite.hold().await?;
+            let hold = sprite.hold().await?;
             let disks = registry.sandboxes.disks();
-            let draft = dir(&sprite).join("draft");
+            let draft = sprite.checkpoints_dir().join("draft");
             let copy = async {
                 remove(&draft)?;
                 fs::create_dir_all(&draft)?;
-                disks.copy(&dir(&sprite).join(&checkpoint.id), &draft).await
+                disks.copy(&sprite.checkpoints_dir().join(&checkpoint.id), &draft).await
             };
             copy.await.map_err(RegistryError::Checkpoint)?;
-            registry.end(&sprite).await;
+            registry.end(&hold).await;
             disks.replace(sprite.dir(), &draft).and_then(|()| remove(&draft)).map_err(RegistryError::Checkpoint)?;
-            registry.boot(&sprite).await.map(|_| ())
+            registry.boot(&hold).await.map(|_| ())
         })
         .await
     }
 
-    pub async fn delete_checkpoint(&self, sprite: &Sprite, id: &str) -> Result<(), RegistryError> {
+    pub async fn delete_checkpoint(&self, sprite: &Arc<Sprite>, id: &str) -> Result<(), RegistryError> {
         let checkpoint = read(sprite, id)?;
-        let _life = sprite.hold().await?;
+        let _hold = sprite.hold().await?;
         // Not in the list from here on, even when it is left half deleted.
-        fs::remove_file(dir(sprite).join(&checkpoint.id).join("checkpoint.json")).map_err(RegistryError::Checkpoint)?;
-        remove(&dir(sprite).join(&checkpoint.id)).map_err(RegistryError::Checkpoint)
+        fs::remove_file(sprite.checkpoints_dir().join(&checkpoint.id).join("checkpoint.json")).map_err(RegistryError::Checkpoint)?;
+        remove(&sprite.checkpoints_dir().join(&checkpoint.id)).map_err(RegistryError::Checkpoint)
     }
 }
 

@@ -33,8 +33,8 @@ use url::form_urlencoded;
 
 use crate::{
     chaos::Troubles,
-    registry::{Registry, RegistryError},
     services::ServiceError,
+    sprites::{registry::Registry, sprite::RegistryError},
 };
 
 const BODY_BYTES_MAX: usize = 256 * 1024 * 1024;
@@ -47,7 +47,7 @@ pub struct Api {
     pub troubles: Arc<Troubles>,
 }
 
-/// The whole API, for whoever has the token.
+/// The whole API, for clients with the token.
 pub fn router(api: &Api, token: SecretString) -> Router {
     routes(api, BODY_BYTES_MAX)
         .layer(middleware::from_fn_with_state(api.clone(), trouble))
