@@ -42,7 +42,7 @@ if [ ! -e "$made" ]; then
         "$suite" "$work/root" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
     rm -rf "$work/root/dev"
     mkdir "$work/root/dev"
-    # Its users are none of this machine's: a Sprite's root is nobody here. Last, so that an image that is there is whole.
+    # Its users are none of this machine's: a Sprite's root is an unknown user here. Last, so that an image that is there is whole.
     python3 foreign-owners.py "$work/root"
     # Another set-up may have been faster.
     mv -T "$work/root" "$made" 2>/dev/null || [ -e "$made" ]

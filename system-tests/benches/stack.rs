@@ -235,7 +235,7 @@ async fn replay(stack: &Stack) -> Result<()> {
     let end = events.last().and_then(|event| event["id"].as_i64()).context("no end")?;
     let pool = database(stack).await?;
     // The recorder may be a moment behind the stream.
-    testkit::eventually("the session is on record", async || {
+    testkit::eventually("the session is persisted", async || {
         let count = sqlx::query_scalar::<_, i64>("select count(*) from scheduler.event where event_id = $1").bind(end);
         count.fetch_one(&pool).await.is_ok_and(|count| count == 1)
     })

@@ -22,7 +22,7 @@ pub async fn follow(stack: &Stack, agent: &str, number: usize) -> Result<Vec<Eve
     stream::iter(make(stack, agent, number)?).map(open).buffer_unordered(AT_A_TIME).try_collect().await
 }
 
-/// Makes pending sessions that are offered to nobody for an hour, as copies of one that is made by the API's rules.
+/// Makes pending sessions that are not offered for an hour, as copies of one that is made by the API's rules.
 fn make(stack: &Stack, agent: &str, number: usize) -> Result<Vec<String>> {
     if number == 0 {
         return Ok(Vec::new());

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, process::Command};
 use serde_json::Value;
 use xtask::root;
 
-/// What each of our libraries may use of ours. Services may use any library; nobody may use a service.
+/// What each of our libraries may use of ours. Services may use any library; nothing may use a service.
 const ALLOWED: [(&str, &[&str]); 10] = [
     ("types", &[]),
     ("sealing", &[]),

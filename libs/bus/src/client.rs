@@ -83,7 +83,7 @@ impl Bus {
     /// Connects as a service; later losses of the connection are mended behind the scenes, for as long as it takes.
     ///
     /// # Errors
-    /// [`ConnectError`] when nobody answers, or the server is not fit for us.
+    /// [`ConnectError`] when no server answers, or the server is not fit for us.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         describe_metrics();
         let (counter, connections) = watch::channel(0_u64);
@@ -148,11 +148,11 @@ impl Bus {
         connections
     }
 
-    /// Sends a request and waits for its answer, at most `deadline`. One that is harmless twice is sent once more where nobody was there to
-    /// receive it, or no answer came in a third of the time: a service may be restarting, or have died with the request.
+    /// Sends a request and waits for its answer, at most `deadline`. A retry-safe request is sent once more where no
+    /// responder was there, or no answer came in a third of the time: a service may be restarting, or have died with the request.
     ///
     /// # Errors
-    /// What the other side failed with; `Unavailable` when nobody serves the subject, `DeadlineExceeded` when no answer came.
+    /// What the other side failed with; `Unavailable` when no one serves the subject, `DeadlineExceeded` when no answer came.
     pub async fn call<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
         let call = async {
             if !R::IDEMPOTENT {
@@ -214,7 +214,7 @@ impl Bus {
         }
     }
 
-    /// Sends a hint: at most once, to whoever listens right now.
+    /// Sends a hint: at most once, to those who listen right now.
     pub async fn hint(&self, subject: String) {
         let mut headers = HeaderMap::new();
         headers.insert(header::HINT, "1");

@@ -1,4 +1,4 @@
-//! Jobs that could not be handled, for whoever looks.
+//! Jobs that could not be handled, kept for an operator.
 
 use async_nats::{
     HeaderMap,

@@ -23,7 +23,7 @@ const ACK_WAIT: Duration = Duration::from_secs(5);
 /// An append that is not in the stream, as far as is known.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
-    /// Somebody else wrote to the subject since: the writer's view is stale.
+    /// Another writer appended to the subject since: the writer's view is stale.
     #[error("another writer appended first")]
     Superseded,
     /// Not acknowledged; it may be in the stream all the same.

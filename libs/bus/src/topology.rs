@@ -186,7 +186,7 @@ impl Bus {
         Ok(Backlog { waiting: info.num_pending, in_hand: u64::try_from(info.num_ack_pending).unwrap_or_default() })
     }
 
-    /// A consumer that somebody else makes.
+    /// A consumer that another service creates.
     pub(crate) async fn consumer(&self, spec: &ConsumerSpec) -> Result<PullConsumer, TopologyError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: spec.name, source };
         let stream = self.jetstream.get_stream_no_info(spec.stream).await.map_err(|error| failed(error.into()))?;

@@ -38,7 +38,7 @@ async fn a_failure_arrives_as_it_was_meant() {
 }
 
 #[tokio::test]
-async fn nobody_to_answer_is_known_at_once_and_a_slow_answer_by_its_deadline() {
+async fn a_missing_responder_is_reported_at_once_and_a_slow_one_by_its_deadline() {
     let nats = Nats::start().unwrap();
     let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
     let begun = std::time::Instant::now();
@@ -100,7 +100,7 @@ async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_harmle
 async fn the_server_refuses_what_a_user_may_not_do() {
     let nats = Nats::start().unwrap();
     let gateway = nats.connect(&access::GATEWAY).await.unwrap();
-    // Served by nobody, so that a call which got through would fail at once, and not by its deadline.
+    // Served by no one, so that a call which got through would fail at once, and not by its deadline.
     let failure = gateway.call::<rpc::RedeemLease>(&vault::RedeemLeaseRequest::default(), Duration::from_millis(500)).await.unwrap_err();
     assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
 }

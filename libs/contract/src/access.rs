@@ -263,11 +263,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_request_is_served_by_one_service_and_called_by_somebody() {
+    fn every_request_is_served_by_one_service_and_has_a_caller() {
         for subject in rpc::RPCS.iter().map(|rpc| rpc.subject) {
             let servers: Vec<_> = ALL.iter().filter(|a| a.subscribe.iter().any(|p| matches(p, subject))).map(|a| a.user).collect();
             assert_eq!(servers.len(), 1, "{subject} is served by {servers:?}");
-            assert!(ALL.iter().any(|a| a.publish.iter().any(|p| matches(p, subject))), "nobody may call {subject}");
+            assert!(ALL.iter().any(|a| a.publish.iter().any(|p| matches(p, subject))), "no user may call {subject}");
         }
     }
 

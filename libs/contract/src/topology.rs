@@ -61,8 +61,8 @@ pub const JOBS: StreamSpec = StreamSpec {
     republish: None,
 };
 
-/// The first partition of the sessions' records. The scheduler trims what is recorded when room is needed. Full, it refuses, and whoever
-/// writes waits: its size is how far the recorder may lag behind.
+/// The first partition of the sessions' event logs. The scheduler trims what is persisted when room is needed. A full stream refuses
+/// events, and writers wait: its size is how far the projector may lag behind.
 pub const EVENTS: StreamSpec = StreamSpec {
     name: "EVENTS",
     subjects: &["aod.log.session.v1.*"],

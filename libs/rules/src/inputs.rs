@@ -96,7 +96,7 @@ pub fn turn_ended(input: Input, turn: u32, ended: &TurnEnded) -> Change {
 pub enum Next {
     /// The oldest queued message begins a turn.
     Begin,
-    /// Nothing runs any more: what waits is refused, for this reason.
+    /// Nothing runs any more: queued messages are refused, for this reason.
     Refuse(&'static str),
     Nothing,
 }

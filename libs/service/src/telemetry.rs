@@ -84,7 +84,7 @@ pub fn init(service: &'static str, settings: &Settings) -> Result<Telemetry, Exp
 
 fn log_filter() -> EnvFilter {
     let mut filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn,sqlx=warn"));
-    // Where nobody asks for TRACE there is nothing to hold.
+    // Without TRACE there is nothing to limit.
     for carrier in CARRIERS {
         let capped = filter.max_level_hint().is_none_or(|level| level == LevelFilter::TRACE);
         if let (true, Ok(directive)) = (capped, format!("{carrier}=debug").parse()) {

@@ -93,7 +93,7 @@ async fn is_primary(connection: &mut PgConnection) -> Result<bool, sqlx::Error> 
     sqlx::query_scalar("select not pg_is_in_recovery()").fetch_one(connection).await
 }
 
-/// Counts a pool's connections for whoever watches, until the stop.
+/// Reports a pool's connections as metrics, until the stop.
 pub async fn observe(pool: PgPool, stop: CancellationToken) {
     metrics::describe_gauge!("aod_db_connections", "connections to Postgres, by state");
     metrics::describe_gauge!("aod_db_connections_max", "maximum number of connections to Postgres");

@@ -2,7 +2,7 @@
 //!
 //! A statement that waits for a lock on a table makes every later statement on that table wait behind it. So a migration waits for a
 //! second, gives way, and tries again. One that builds an index concurrently, outside of a transaction (its file begins with
-//! `-- no-transaction`), blocks nobody and may take hours: it has no limit.
+//! `-- no-transaction`), blocks no other session and may take hours: it has no limit.
 
 use std::{borrow::Cow, time::Duration};
 

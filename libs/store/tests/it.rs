@@ -51,7 +51,7 @@ async fn an_index_whose_build_was_interrupted_is_built_again() {
 
 /// A migration that cannot have its table's lock gives way to who uses the table, and tries again.
 #[tokio::test]
-async fn a_migration_that_waits_for_a_lock_holds_nobody_up() {
+async fn a_migration_that_waits_for_a_lock_blocks_no_other_session() {
     let database = Database::create().await.unwrap();
     let config = database.config("auth");
     store::open(&config, "test", OLD).await.unwrap();
@@ -77,7 +77,7 @@ async fn a_migration_that_waits_for_a_lock_holds_nobody_up() {
     sqlx::raw_sql("select name from auth.first").execute(&mut database.admin().await.unwrap()).await.unwrap();
 }
 
-/// Whoever waits for a lock that is not given back learns it within seconds; and what a client leaves behind ends by itself.
+/// A session that waits for a lock gets an error within seconds, and what a client leaves behind ends by itself.
 #[tokio::test]
 async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
     let database = Database::create().await.unwrap();

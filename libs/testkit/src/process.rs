@@ -32,7 +32,7 @@ pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
     receiver.recv()?.context("setpriv (util-linux) starts the servers of tests")
 }
 
-/// A port that is free now: at random, and not from the range that the kernel gives to outgoing connections, so that nobody else takes
+/// A port that is free now: at random, and not from the range that the kernel gives to outgoing connections, so that no other process takes
 /// it before its server does.
 ///
 /// # Errors

@@ -190,7 +190,7 @@ enum Credentials {
     },
 }
 
-/// Why a command failed, in words for whoever typed it.
+/// Why a command failed, as the command prints it.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
     #[error("{0}")]

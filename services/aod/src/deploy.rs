@@ -51,7 +51,7 @@ pub enum DeployArgs {
 
 impl DeployArgs {
     /// # Errors
-    /// In words for whoever typed the command.
+    /// As the command prints it.
     pub async fn run(self) -> Result<(), String> {
         match self {
             Self::Secrets { dir, database, owner } => Secrets { dir, owner }.make(&database),

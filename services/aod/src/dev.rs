@@ -125,7 +125,7 @@ async fn serve(args: DevArgs) -> Result<(), DevError> {
     ended
 }
 
-/// Writes to standard output. The stack runs on where nobody reads that.
+/// Writes to standard output. A closed pipe does not end the stack.
 fn announce(text: &str) {
     use std::io::Write as _;
     let _ = writeln!(std::io::stdout(), "{text}");

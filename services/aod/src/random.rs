@@ -1,4 +1,4 @@
-//! Secrets that nobody chose.
+//! Random secrets.
 
 /// 32 random bytes in hex: safe in URLs, files and configurations.
 ///

@@ -1,4 +1,4 @@
-//! Secrets from people. Never an argument: those are seen by whoever lists processes, and kept by shells.
+//! Secrets from people. Never an argument: those show in process lists and in shell histories.
 
 use std::io::{IsTerminal as _, Read as _};
 

@@ -84,7 +84,8 @@ struct Wrapped {
     wrapped_key: Vec<u8>,
 }
 
-/// One step of a rotation: the newest key encrypts from here on, and some data keys are wrapped by it. Harmless twice and beside itself.
+/// One step of a rotation: the newest key encrypts from here on, and some data keys are wrapped by it. Idempotent and safe to run
+/// concurrently.
 pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKeysReply, Failure> {
     let newest = vault.keys.newest();
     let after = request.after_secret_id.as_deref().map(str::parse::<SecretId>).transpose();

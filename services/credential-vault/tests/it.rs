@@ -135,7 +135,7 @@ async fn lease_of(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32,
 }
 
 #[tokio::test]
-async fn a_secret_reaches_the_runner_that_redeems_its_lease_and_nobody_else() {
+async fn a_secret_reaches_only_the_runner_that_redeems_its_lease() {
     let (vault, gateway, scheduler, runner) = Vault::start().await;
     let (user, session) = (UserId::new(), SessionId::new());
     let stored = gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
@@ -202,7 +202,7 @@ async fn a_lease_is_redeemed_once_and_by_the_key_of_its_claim_alone() {
     assert!(next.open(&sealed, lease_id.as_bytes()).is_ok());
 }
 
-/// A stream may have any subjects, so whoever may make one could read every request.
+/// A stream may have any subjects, so a user who may create one could read every request.
 #[tokio::test]
 async fn the_bus_carries_no_secret_in_the_clear_on_its_way_to_the_vault() {
     let (vault, gateway, scheduler, runner) = Vault::start().await;
@@ -347,7 +347,7 @@ async fn keys_are_rotated_while_two_replicas_serve_and_the_old_one_is_removed() 
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
     let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
     assert_eq!(bundle.secrets[0].value, b"sk-before");
-    // Whoever comes with the old key alone is turned away, and told why.
+    // A vault that has the old key alone refuses to start, and says why.
     let refused = format!("{:#}", vault.run(OLD).await.unwrap_err());
     assert!(refused.contains("FIELD_ENCRYPTION_KEY: key version 2 is in use and is not configured"), "{refused}");
     let refused = format!("{:#}", vault.run("2:another key, as long").await.unwrap_err());

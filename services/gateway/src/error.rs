@@ -126,7 +126,7 @@ impl Detail {
 #[expect(dead_code, reason = "describes what is built field by field")]
 pub struct ErrorBody {
     detail: ErrorDetail,
-    /// The request, for whoever looks into it.
+    /// The id of the request, for its logs.
     request_id: Option<String>,
     /// Of a quota: how many sessions may be active.
     limit: Option<u32>,

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use crate::App;
 
 const DEADLINE: Duration = Duration::from_secs(2);
-/// Who asks within this time gets the answer of whoever asked first: it takes no key.
+/// Requests within this time share one answer, for the route takes no key.
 const REMEMBERED: Duration = Duration::from_secs(1);
 
 /// The last answer.

@@ -74,7 +74,7 @@ impl Limits {
         network(forwarded.unwrap_or(peer))
     }
 
-    /// Counts a failed authentication. A key that works is never held up: nobody can guess one, and others may share the address.
+    /// Counts a failed authentication. A valid key is never refused: it cannot be guessed, and others may share the address.
     ///
     /// # Errors
     /// [`TryLater`] where the address failed too often.

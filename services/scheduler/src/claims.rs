@@ -65,7 +65,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
     let claimant: Uuid = request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
     let answer = |verdict| Ok(ClaimTurnReply { verdict: Some(verdict) });
     let mut tx = scheduler.pool.begin().await?;
-    // The lease first: whoever deletes it locks its turns next.
+    // The lease first, as where it is deleted: then its turns.
     let valid = sqlx::query("select from runner_lease where lease_id = $1 for key share").bind(claimant).fetch_optional(&mut *tx);
     if valid.await?.is_none() {
         return answer(Verdict::LeaseExpired(LeaseExpired {}));

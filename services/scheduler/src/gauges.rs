@@ -1,4 +1,4 @@
-//! How far behind everything is, for whoever watches: queues, the outbox, the recorder.
+//! Gauges of how far behind the queues, the outbox and the projector are.
 
 use std::time::Duration;
 

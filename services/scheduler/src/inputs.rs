@@ -396,7 +396,7 @@ pub async fn void_requests(tx: &mut PgConnection, session: SessionId) -> Result<
     Ok(())
 }
 
-/// Begins the next turn from the oldest queued message, or refuses what waits. `session` is as the turn's end left it.
+/// Begins the next turn from the oldest queued message, or refuses the queued messages. `session` is as the turn's end left it.
 pub async fn go_on(tx: &mut PgConnection, session: &SessionRow) -> Result<(), Failure> {
     let id = SessionId::from_uuid(session.session_id);
     let status: SessionStatus = session.status()?;

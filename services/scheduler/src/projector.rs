@@ -189,7 +189,7 @@ async fn project(scheduler: &Scheduler, partition: Partition, lease: &Lease, sto
     // A connection of its own: one that hangs is dropped with this future, and holds up no one else.
     let mut connection = step(scheduler.pool.acquire()).await?.detach();
     let spec = topology::events(partition);
-    // For whoever looks at Postgres.
+    // Shown by pg_stat_activity.
     let name = format!("scheduler projector {}", spec.name);
     step(sqlx::query("select set_config('application_name', $1, false)").bind(name).execute(&mut connection)).await?;
     let from = step(projected_through(&scheduler.pool, partition)).await? + 1;

@@ -492,7 +492,7 @@ fn when_busy(request: &PromptRequest, session: &SessionRow) -> Result<WhenBusy, 
     Ok(when_busy)
 }
 
-/// A session's row, locked; of one user, or of whoever owns it.
+/// A session's row, locked; of one user, or of any where none is given.
 pub async fn lock(tx: &mut PgConnection, session: SessionId, user: Option<UserId>) -> Result<Option<SessionRow>, Failure> {
     sqlx::query_as(concat!(
         "select ",
@@ -527,7 +527,7 @@ pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<
     Ok(ReadEventsReply { newest, projected: if is_complete { projected } else { 0 }, ..ReadEventsReply::default() })
 }
 
-/// The last event of a session that is on record.
+/// The last persisted event of a session.
 pub async fn newest_event(scheduler: &Scheduler, session: SessionId) -> Result<Option<RecordedEvent>, Failure> {
     event_log::newest(&scheduler.pool, session).await
 }

@@ -407,7 +407,7 @@ async fn an_event_that_cannot_be_read_holds_up_nothing() {
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let id: SessionId = session.parse().unwrap();
     world.runner.publish(subject::session_log(id, Partition::FIRST), vec![0xff; 20].into(), "garbage").await.unwrap();
-    // One of a session that nobody knows.
+    // One of an unknown session.
     world.append(&SessionId::new().to_string(), 1, Kind::TurnStarted(TurnStarted::default())).await;
     assert_eq!(world.complete(&session, 1).await.status, "completed");
 }
@@ -686,7 +686,7 @@ async fn one_day_of_events_is_dropped_in_an_hour_whichever_replica_starts() {
 }
 
 #[tokio::test]
-async fn a_turn_that_nobody_can_run_is_given_up_with_the_last_reason() {
+async fn a_turn_that_no_runner_can_run_fails_with_the_last_reason() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let release = async |epoch, reason: &str| {
@@ -805,7 +805,7 @@ async fn an_event_that_does_not_continue_the_log_is_not_persisted_and_its_turn_i
     let read = ReadEventsRequest { session_id: session.clone(), after: 0, limit: 10, max_bytes: 0 };
     let events = world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events;
     assert_eq!(events.iter().map(|event| event.event_id).collect::<Vec<_>>(), [first]);
-    assert_eq!(owner(&world, &session).await, None, "whoever claims it next reads the output again");
+    assert_eq!(owner(&world, &session).await, None, "the next claimant reads the output again");
     assert!(world.runner.last("EVENTS", &log).await.unwrap().is_none(), "and continues the persisted log");
     let again = world.runner.append(log, event(first, "two").encode_to_vec().into(), 0).await.unwrap();
     world.get(&session, again).await;
@@ -1014,7 +1014,7 @@ async fn queued_messages_begin_the_next_turns_in_order_and_can_be_changed_until_
     let refused = world.gateway.call::<rpc::ChangeInput>(&change, SOON).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::Conflict);
 
-    // A turn that fails refuses what waits.
+    // A turn that fails refuses the queued messages.
     assert_eq!(world.ended(&session, 2, 1, StopReason::Unspecified).await.status, "failed");
     let expected = [row("second, changed", "applied", ""), row("third", "withdrawn", ""), row("fourth", "refused", "the session failed")];
     assert_eq!(world.inputs(&session).await, expected);

@@ -30,7 +30,7 @@ const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration
 const NO_LEASE: Duration = Duration::from_millis(200);
 /// After a termination that this runner noticed itself. The job for the Sprite goes on trying.
 const DESTROY_ATTEMPTS: u32 = 4;
-/// A Sprite that cannot be deleted this often is left to the dead letters and to whoever reads them.
+/// A Sprite that cannot be deleted this often is dead-lettered.
 const DESTROY_DELIVERIES_MAX: u64 = 50;
 
 pub async fn handle(runner: Runner, job: Job) -> Outcome {

@@ -1,4 +1,4 @@
-//! A session's secrets, taken out of what is put on record: always out of our own messages, and out of the agent's output where the
+//! A session's secrets, taken out of the event log: always out of our own messages, and out of the agent's output where the
 //! deployment wants it (`AOD_MASK_SECRETS`).
 
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -109,7 +109,7 @@ mod tests {
 
     use super::*;
 
-    /// What goes on record when the bytes come in these parts.
+    /// What is logged when the bytes come in these parts.
     fn record(masker: &Masker, parts: &[&[u8]]) -> (Vec<u8>, u64) {
         let (mut out, mut consumed, mut carry) = (Vec::new(), 0, Vec::new());
         for (index, part) in parts.iter().enumerate() {

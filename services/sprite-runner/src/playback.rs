@@ -854,7 +854,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
-        /// Beyond the limit the middle is dropped, and the events say how much, whoever was cut off where.
+        /// Beyond the limit the middle is dropped, and the events say how much, wherever runners are cut off.
         #[test]
         fn output_beyond_the_limit_keeps_its_beginning_and_its_end(
             printed in printed(),

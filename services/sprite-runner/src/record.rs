@@ -149,7 +149,7 @@ impl Record {
         })))
     }
 
-    /// Makes this runner the writer: whoever wrote before is refused from here on.
+    /// Makes this runner the writer: earlier writers are refused from here on.
     pub async fn take_over(&mut self) -> Result<(), Fenced> {
         self.append(Kind::TakenOver(TakenOver {})).await
     }

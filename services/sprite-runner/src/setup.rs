@@ -122,7 +122,7 @@ fn gem(package: &str) -> String {
     format!("$root gem install --no-document {}{version}\n", quote(name))
 }
 
-/// The author of commits, where nobody else is configured.
+/// The author of commits, where no other is configured.
 const AUTHOR: [(&str, &str); 2] = [("user.name", "Agent on Demand"), ("user.email", "agent@agent-on-demand.invalid")];
 
 /// Idempotent: removes what an interrupted clone left, and leaves a whole one as it is. The tips of all branches can be checked out; their

@@ -24,7 +24,7 @@ async fn failure(stack: &Stack, environment: Value, resources: Value) -> Value {
     failure
 }
 
-/// A server that lets nobody read its repositories.
+/// A server that refuses to serve its repositories.
 async fn locked_git_server() -> (String, u16, JoinSet<()>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();

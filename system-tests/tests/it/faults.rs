@@ -157,7 +157,7 @@ async fn a_turn_that_times_out_takes_its_whole_tree_with_it() {
     assert_eq!(alive().await, before, "it still runs");
 }
 
-/// A turn that nobody runs says what it waits for.
+/// A turn without a runner says what it waits for.
 #[tokio::test]
 async fn a_session_that_waits_says_why() {
     let stack = Stack::start(Options { no_restart: true, ..Options::default() }).await.unwrap();
@@ -166,7 +166,7 @@ async fn a_session_that_waits_says_why() {
     assert_eq!(stack.get(&session).await.unwrap().text("waiting_on"), "a free runner");
 }
 
-/// Nobody pays for a sandbox that no session knows; and nobody loses one that another deployment made.
+/// A sandbox that no session knows is deleted, and one of another deployment is kept.
 #[tokio::test]
 async fn a_sandbox_that_no_session_knows_is_found_and_deleted() {
     let stack = Stack::start(Options { settings: &[("AOD_ORPHAN_SWEEP_SECONDS", "1")], ..Options::default() }).await.unwrap();

@@ -98,7 +98,7 @@ impl PrivateGitHub {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
-    /// Variables by which git finds it under its real name. Its certificate is nobody's that a Sprite knows.
+    /// Variables by which git finds it under its real name. Its certificate has no authority that a Sprite knows.
     pub fn as_github(&self) -> Value {
         json!({
             "GIT_CONFIG_COUNT": "2",

@@ -40,7 +40,7 @@ async fn closed_after(stack: &Stack, bytes: &[u8], pause: Duration) -> Duration 
 }
 
 #[tokio::test]
-async fn connections_that_dawdle_are_closed_and_hold_up_nobody() {
+async fn slow_connections_are_closed_and_delay_no_other() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let key = stack.ready_text("/api_key");
     let head = format!("GET /agents HTTP/1.1\r\nhost: x\r\nx-slow: {}", "a".repeat(1000));
@@ -57,7 +57,7 @@ async fn connections_that_dawdle_are_closed_and_hold_up_nobody() {
     for (what, took) in [("silent", silent), ("slow head", slow_head), ("slow body", slow_body)] {
         assert!((25..40).contains(&took.as_secs()), "{what}: {took:?}");
     }
-    // Three hundred of them, and somebody else is served at once.
+    // Three hundred of them, and another client is served at once.
     let mut idle = Vec::new();
     for _ in 0..300 {
         idle.push(TcpStream::connect(address(&stack)).await.unwrap());
@@ -90,7 +90,7 @@ async fn guessing_keys_is_slowed_and_a_key_has_its_rate() {
     }
     let (status, retry_after) = guess().await;
     assert_eq!((status, retry_after.unwrap().to_str().unwrap()), (429, "60"));
-    // Whoever has a key that works is not held up.
+    // A valid key is not refused.
     assert_eq!(stack.get("/agents").await.unwrap().status, 200);
 
     let asked = futures::future::join_all((0..300).map(|_| stack.get("/agents"))).await;
@@ -216,9 +216,9 @@ async fn answers_tell_browsers_to_do_nothing_with_them() {
     assert_eq!(refused.status, 413);
 }
 
-/// Whoever has a service's password sends what it may send, garbled: it is answered, quickly, and the other services live on.
+/// A client with a service's password sends garbled requests: each is answered quickly, and the services continue.
 #[tokio::test]
-async fn garbage_on_the_bus_is_answered_and_harms_nobody() {
+async fn garbage_on_the_bus_is_answered_and_harms_no_service() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let session = stack.session("shell", "true").await.unwrap();
     stack.stream(&session, 0).await.unwrap().all().await.unwrap();

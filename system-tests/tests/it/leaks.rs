@@ -171,7 +171,7 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         let events = stack.stream(session, 0).await.unwrap().all().await.unwrap();
         assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
     }
-    // A second turn, and one that fails while its repository is cloned: the token is refused by nobody, for nobody is there.
+    // A second turn, and one that fails while its repository is cloned: no server is there to refuse the token.
     let second = stack.post(&format!("/sessions/{}/prompt", sessions[0]), json!({ "prompt": "hello again" })).await.unwrap();
     assert_eq!(second.status, 202, "{second:?}");
     let agent = stack.agent("shell").await.unwrap();
@@ -238,7 +238,7 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
     assert!(readable.is_empty(), "{readable:?}");
 }
 
-/// `aod dev` shows the key that it made, once, to whoever started it.
+/// `aod dev` shows the key that it made, once, to the user who started it.
 fn without_the_key(stack: &Stack) -> String {
     stack.log().replace(&stack.ready_text("/api_key"), "")
 }

@@ -27,7 +27,7 @@ async fn only_what_is_allowed_is_reached() {
         // By the proxy, as a request and as a tunnel.
         format!("get -o /dev/null -w 'reached %{{http_code}}' {model}/"),
         format!("get -o /dev/null -w 'reached %{{http_code}}' --proxytunnel {model}/"),
-        // Another of the machine's own services, by each of its names: they are the sandbox's own. And a host that nobody named.
+        // Another of the machine's own services, by each of its names: they are the sandbox's own. And an unnamed host.
         format!("get -f {gateway}/livez"),
         format!("get -f --proxytunnel {gateway}/livez"),
         format!("get -f {}", gateway.replace("127.0.0.1", "localhost")),
@@ -38,7 +38,7 @@ async fn only_what_is_allowed_is_reached() {
         format!("get --noproxy '*' {gateway}/livez"),
         "tell timeout 5 bash -c 'echo x > /dev/tcp/93.184.216.34/443'".to_owned(),
         "tell timeout 5 bash -c 'echo x > /dev/udp/93.184.216.34/53'".to_owned(),
-        // What the rules are, for whoever wonders.
+        // The rules, as the Sprite can read them.
         "grep -o '\"domain\":\"[^\"]*\"' /.sprite/policy/network.json | tr '\\n' ' '; echo".to_owned(),
     ];
     let prompt = format!("{tell} {}", probes.join("; "));

@@ -107,7 +107,7 @@ async fn metrics(stack: &Stack, service: &str) -> String {
 }
 
 #[tokio::test]
-async fn metrics_tell_what_happened_and_name_nobody() {
+async fn metrics_count_events_and_name_no_user() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let good = stack.session("shell", "echo hello").await.unwrap();
     stack.stream(&good, 0).await.unwrap().all().await.unwrap();

@@ -1,4 +1,4 @@
-//! EVENT_PARTITIONS: sessions are spread over several streams, and nobody notices.
+//! EVENT_PARTITIONS: sessions are spread over several streams, and clients see no difference.
 
 use std::{collections::BTreeMap, fs};
 

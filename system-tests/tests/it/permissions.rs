@@ -62,7 +62,7 @@ impl Thief {
 }
 
 #[tokio::test]
-async fn nobody_hears_what_is_not_for_them() {
+async fn users_cannot_subscribe_beyond_their_permissions() {
     let nats = Nats::start().unwrap();
     let _streams = nats.with_streams().await.unwrap();
     let all = access::ALL;

@@ -264,7 +264,7 @@ async fn a_silent_stream_beats_and_goes_stale() {
 }
 
 #[tokio::test]
-async fn a_reader_that_takes_nothing_is_cut_and_slows_nobody() {
+async fn a_reader_that_takes_nothing_is_disconnected_and_slows_no_other() {
     let stack = Stack::start(Options { settings: &[("AOD_SLOW_READER_SECONDS", "3")], ..Options::default() }).await.unwrap();
     let lines = 4_000_000;
     let session = stack.session("shell", &format!("seq {lines}; sleep 8; echo end")).await.unwrap();

@@ -1,4 +1,4 @@
-//! Services whose NATS and Postgres are reached over TLS, with a certificate authority that nobody knows but them.
+//! Services whose NATS and Postgres are reached over TLS, with a certificate authority of their own.
 
 use contract::{access, common::Empty, rpc};
 use sqlx::{Connection as _, PgConnection};
@@ -43,7 +43,7 @@ async fn a_service_reaches_both_over_tls_and_refuses_who_cannot_prove_itself() {
     assert!(!encrypted.is_empty() && encrypted.iter().all(|ssl| *ssl), "{encrypted:?}");
     admin.close().await.unwrap();
 
-    // A server that somebody else vouches for is none.
+    // A certificate of another authority is refused.
     let other = Tls::generate().unwrap();
     let other = other.ca_file().display().to_string();
     let said = says(settings(&url(&other), &nats.url(), &nats_ca));

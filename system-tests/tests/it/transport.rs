@@ -1,4 +1,4 @@
-//! Between runner and sandbox: sockets that are cut at any byte, and sockets that nobody closes and nothing comes through.
+//! Between runner and sandbox: sockets that are cut at any byte, and half-open ones.
 
 use std::{
     net::SocketAddr,

@@ -103,7 +103,7 @@ pub fn run(dir: &Path) -> ExitCode {
         let mut stdout = io::stdout();
         let _ = stdout.write_all(text.as_bytes());
         let _ = stdout.flush();
-        // Whoever waits reads to the end.
+        // Waiting readers read to the end.
         if let Ok(null) = OpenOptions::new().read(true).write(true).open("/dev/null") {
             let _ = rustix::stdio::dup2_stdout(&null);
             let _ = rustix::stdio::dup2_stdin(&null);

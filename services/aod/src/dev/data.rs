@@ -75,7 +75,7 @@ impl DataDir {
         }
         let mut postgres_user = if root { Some(find_user()?) } else { None };
         if let Some(user) = &mut postgres_user {
-            // Passed through by the other user, listed by nobody.
+            // The other user may traverse it, and no one may list it.
             let _ = fs::set_permissions(&path, fs::Permissions::from_mode(0o711));
             let closed = |dir: &&Path| dir.metadata().is_ok_and(|metadata| metadata.mode() & 0o001 == 0 && metadata.uid() != user.uid);
             user.mapped = path.ancestors().skip(1).any(|dir| closed(&dir));

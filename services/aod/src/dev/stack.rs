@@ -90,7 +90,7 @@ impl Ports {
             let number = getrandom::u32().map_err(DevError::broken)? % Self::BLOCKS;
             let first = Self::FIRST + u16::try_from(number).unwrap_or_default() * Self::BLOCK;
             let Ok(block) = TcpListener::bind((Ipv4Addr::LOCALHOST, first)) else { continue };
-            // Somebody who knows nothing of blocks may have taken one.
+            // A process that knows nothing of blocks may have taken one.
             let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
             let addrs = (first + 1..first + Self::BLOCK).filter(free).take(count).map(|port| (Ipv4Addr::LOCALHOST, port).into());
             let addrs: Vec<SocketAddr> = addrs.collect();
