@@ -69,6 +69,7 @@ pub const GATEWAY: Access = Access {
     publish: &[
         "aod.rpc.auth.v1.health.check",
         "aod.rpc.auth.v1.key.>",
+        "aod.rpc.auth.v1.console.*",
         "aod.rpc.vault.v1.health.check",
         "aod.rpc.vault.v1.credential.>",
         "aod.rpc.vault.v1.sealing.key",

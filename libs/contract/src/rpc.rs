@@ -62,8 +62,14 @@ macro_rules! rpcs {
 rpcs! {
     /// Answers when auth can query its tables.
     AuthHealth: common::Empty => common::Empty, "aod.rpc.auth.v1.health.check", idempotent: true;
-    /// Finds the user of an API key by its hash.
+    /// Finds the user of an API key, or of a console session, by its hash.
     VerifyKey: auth::VerifyKeyRequest => auth::VerifyKeyReply, "aod.rpc.auth.v1.key.verify", idempotent: true;
+    /// Signs a browser in with an API key.
+    CreateConsoleSession: auth::CreateConsoleSessionRequest => auth::ConsoleSession, "aod.rpc.auth.v1.console.create", idempotent: true;
+    /// Returns whose a console session is, and when it expires.
+    FindConsoleSession: auth::FindConsoleSessionRequest => auth::ConsoleSession, "aod.rpc.auth.v1.console.find", idempotent: true;
+    /// Ends a console session.
+    EndConsoleSession: auth::EndConsoleSessionRequest => common::Empty, "aod.rpc.auth.v1.console.end", idempotent: true;
     /// Creates an API key of a user.
     CreateKey: auth::CreateKeyRequest => auth::Key, "aod.rpc.auth.v1.key.create", idempotent: true;
     /// Lists the API keys of a user, newest first.

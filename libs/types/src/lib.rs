@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod api_key;
 pub mod backoff;
+mod console_token;
 pub mod credential;
 pub mod environment;
 pub mod error;
@@ -21,8 +22,9 @@ pub mod sprite_name;
 pub mod timestamp;
 
 pub use agent::{McpServer, Skill};
-pub use api_key::{ApiKey, KeyHash};
+pub use api_key::{ApiKey, KeyHash, MalformedKey};
 pub use backoff::{Backoff, random_fraction};
+pub use console_token::ConsoleToken;
 pub use credential::CredentialKind;
 pub use environment::{Networking, PackageManager};
 pub use error::ErrorCode;

@@ -16,24 +16,32 @@ struct Verified {
     expires_at: Option<OffsetDateTime>,
     session_limit: Option<i32>,
     used_recently: bool,
+    session_expires_at: Option<OffsetDateTime>,
 }
 
-/// Who calls. The texts of refusals are the contract's (docs/api.md §2).
+/// Who calls, with a key or from a console session. The texts of refusals are the contract's (docs/api.md §2).
 pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKeyReply, Failure> {
     let refused = |message: &str| Failure::new(ErrorCode::Unauthenticated, message);
     let hash = KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| refused("Invalid API key"))?;
     // The index compares hashes of 256 random bits: its timing tells nothing about a key.
     let key: Verified = sqlx::query_as(
         "select k.key_id, k.user_id, k.is_active, a.is_active as user_is_active, k.expires_at, a.session_limit,
-                coalesce(k.last_used_at > now() - interval '1 minute', false) as used_recently
-         from api_key k
-         join account a using (user_id)
-         where k.key_hash = $1",
+                coalesce(k.last_used_at > now() - interval '1 minute', false) as used_recently, found.session_expires_at
+         from (
+             select key_id, null::timestamptz as session_expires_at from api_key where key_hash = $1
+             union all
+             select key_id, expires_at from console_session where token_hash = $1
+         ) found
+         join api_key k using (key_id)
+         join account a using (user_id)",
     )
     .bind(hash.as_bytes().as_slice())
     .fetch_optional(&pool)
     .await?
     .ok_or_else(|| refused("Invalid API key"))?;
+    if key.session_expires_at.is_some_and(|expiry| expiry <= OffsetDateTime::now_utc()) {
+        return Err(refused("Console session has expired"));
+    }
     if !key.is_active || !key.user_is_active {
         return Err(refused("API key is inactive"));
     }

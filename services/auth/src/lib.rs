@@ -1,5 +1,6 @@
 //! Users, API keys and quotas. Schema `auth`; holds no secret but the hashes of keys.
 
+mod console_sessions;
 mod keys;
 mod users;
 
@@ -21,7 +22,10 @@ impl Config {
     }
 }
 
-const MIGRATIONS: &[store::Step] = &[(1, "users and keys", include_str!("../../../migrations/auth/0001_users_and_keys.sql"))];
+const MIGRATIONS: &[store::Step] = &[
+    (1, "users and keys", include_str!("../../../migrations/auth/0001_users_and_keys.sql")),
+    (40, "console sessions", include_str!("../../../migrations/auth/0040_console_sessions.sql")),
+];
 
 /// Connects and begins to serve.
 ///
@@ -37,6 +41,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let responder = Responder::new(&bus, "auth", pool, lifecycle.tracker(), lifecycle.stop_token());
     responder.serve::<rpc::AuthHealth, _, _>(health).await?;
     responder.serve::<rpc::VerifyKey, _, _>(keys::verify).await?;
+    responder.serve::<rpc::CreateConsoleSession, _, _>(console_sessions::create).await?;
+    responder.serve::<rpc::FindConsoleSession, _, _>(console_sessions::find).await?;
+    responder.serve::<rpc::EndConsoleSession, _, _>(console_sessions::end).await?;
     responder.serve::<rpc::CreateKey, _, _>(keys::create).await?;
     responder.serve::<rpc::ListKeys, _, _>(keys::list).await?;
     responder.serve::<rpc::DeactivateKey, _, _>(keys::deactivate).await?;

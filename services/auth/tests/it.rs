@@ -8,15 +8,15 @@ use bus::Bus;
 use contract::{
     access,
     auth::{
-        BootstrapRequest, CreateKeyRequest, CreateUserRequest, FindUserRequest, ListKeysRequest, ListUsersRequest, SetQuotaRequest,
-        SetUserActiveRequest, VerifyKeyRequest,
+        BootstrapRequest, CreateConsoleSessionRequest, CreateKeyRequest, CreateUserRequest, DeactivateKeyRequest, EndConsoleSessionRequest,
+        FindUserRequest, ListKeysRequest, ListUsersRequest, SetQuotaRequest, SetUserActiveRequest, VerifyKeyRequest,
     },
     rpc,
 };
 use futures::future::join_all;
 use service::Lifecycle;
 use testkit::{Database, Nats};
-use types::{ApiKey, ErrorCode};
+use types::{ApiKey, ConsoleToken, ErrorCode};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -117,4 +117,45 @@ async fn a_users_keys_work_as_long_as_the_user_may() {
     assert_eq!(gateway.unwrap_err().code, ErrorCode::DeadlineExceeded);
     let list = ListKeysRequest { user_id: user.user_id.clone(), limit: 10, after_key_id: None };
     assert!(auth.gateway.call::<rpc::ListKeys>(&list, SOON).await.unwrap().keys[0].last_used_at_us.is_some());
+}
+
+#[tokio::test]
+async fn a_console_session_works_until_it_ends_expires_or_its_key_does() {
+    let auth = Auth::start().await;
+    let (key, bootstrap) = first_key("ada");
+    let key_id = auth.operator.call::<rpc::Bootstrap>(&bootstrap, SOON).await.unwrap().key_id;
+    let sign_in = async |key_hash: Vec<u8>, expires_in_seconds: u32| {
+        let token = ConsoleToken::generate().unwrap();
+        let request = CreateConsoleSessionRequest { key_hash, token_hash: token.hash().as_bytes().to_vec(), expires_in_seconds };
+        auth.gateway.call::<rpc::CreateConsoleSession>(&request, SOON).await.map(|session| (token, session))
+    };
+    let verify = async |token: &ConsoleToken| {
+        let request = VerifyKeyRequest { key_hash: token.hash().as_bytes().to_vec() };
+        auth.gateway.call::<rpc::VerifyKey>(&request, SOON).await.map(|reply| reply.key_id).map_err(|failure| failure.message)
+    };
+    let key_hash = key.hash().as_bytes().to_vec();
+    let (first, session) = sign_in(key_hash.clone(), 3600).await.unwrap();
+    assert_eq!((session.user_name.as_str(), session.key_prefix), ("ada", key.display_prefix()));
+    let (second, _) = sign_in(key_hash.clone(), 3600).await.unwrap();
+    assert_eq!(verify(&first).await, Ok(key_id.clone()));
+
+    // A console session does not sign another one in, and an unknown key none.
+    for other in [first.hash(), ApiKey::generate().unwrap().hash()] {
+        assert_eq!(sign_in(other.as_bytes().to_vec(), 3600).await.unwrap_err().code, ErrorCode::Unauthenticated);
+    }
+    let end = EndConsoleSessionRequest { token_hash: first.hash().as_bytes().to_vec() };
+    for _ in 0..2 {
+        auth.gateway.call::<rpc::EndConsoleSession>(&end, SOON).await.unwrap();
+    }
+    assert_eq!(verify(&first).await, Err("Invalid API key".to_owned()));
+    assert_eq!(verify(&second).await, Ok(key_id.clone()));
+
+    let (short, _) = sign_in(key_hash, 1).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(verify(&short).await, Err("Console session has expired".to_owned()));
+
+    let user_id =
+        auth.gateway.call::<rpc::VerifyKey>(&VerifyKeyRequest { key_hash: key.hash().as_bytes().to_vec() }, SOON).await.unwrap().user_id;
+    auth.gateway.call::<rpc::DeactivateKey>(&DeactivateKeyRequest { user_id, key_id }, SOON).await.unwrap();
+    assert_eq!(verify(&second).await, Err("API key is inactive".to_owned()));
 }

@@ -1,4 +1,4 @@
-//! Who calls: the `Authorization` header, verified by the auth service, remembered for less than a second.
+//! Who calls: the `Authorization` header, or the console's cookie, verified by the auth service, remembered for less than a second.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use contract::{auth::VerifyKeyRequest, rpc};
 use moka::future::Cache;
 use types::{ApiKey, ErrorCode, KeyHash};
 
-use crate::{App, RPC_DEADLINE, error::ApiError, v1::error::is_under_v1};
+use crate::{App, RPC_DEADLINE, console, error::ApiError, v1::error::is_under_v1};
 
 /// A deactivated key stops working within a second (docs/api.md §2).
 const REMEMBERED: Duration = Duration::from_millis(800);
@@ -34,16 +34,22 @@ impl KeyCache {
     pub fn new() -> Self {
         Self(Cache::builder().max_capacity(KEYS_MAX).time_to_live(REMEMBERED).build())
     }
+
+    /// A session that was signed out ends at once, on this gateway.
+    pub async fn forget(&self, key: KeyHash) {
+        self.0.invalidate(&key).await;
+    }
 }
 
 impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let token = bearer(parts)
-            .or_else(|| x_api_key(parts))
-            .ok_or_else(|| ApiError::unauthorized("Missing or malformed Authorization header"))?;
-        let hash = ApiKey::parse(token).ok().map(|key| key.hash());
+        let hash = match (bearer(parts).or_else(|| x_api_key(parts)), console::sign_in::token(&parts.headers)) {
+            (Some(key), _) => ApiKey::parse(key).ok().map(|key| key.hash()),
+            (None, Some(token)) => Some(token.hash()),
+            (None, None) => return Err(ApiError::unauthorized("Missing or malformed Authorization header")),
+        };
         let client = app.limits.client(parts);
         let verified = match hash {
             Some(hash) => verify(app, hash).await,

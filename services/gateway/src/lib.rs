@@ -6,6 +6,7 @@
 mod agents;
 mod auth;
 mod body;
+mod console;
 mod credentials;
 mod environments;
 mod error;
@@ -64,6 +65,8 @@ pub struct ApiConfig {
     pub stream_stale: Duration,
     pub slow_reader: Duration,
     pub streams_per_key: usize,
+    /// How long a browser stays signed in to the console.
+    pub console_session_seconds: u32,
     pub cors_origins: Vec<String>,
     pub allowed_hosts: Vec<String>,
     pub connections: usize,
@@ -97,6 +100,11 @@ impl Config {
                     30,
                 ),
                 streams_per_key: env.parsed("AOD_MAX_STREAMS_PER_KEY", "maximum number of open streams per API key on this gateway", 2000),
+                console_session_seconds: env.parsed(
+                    "AOD_CONSOLE_SESSION_SECONDS",
+                    "how long a browser stays signed in to the console",
+                    86_400,
+                ),
                 cors_origins: list(env.parsed("AOD_CORS_ORIGINS", "comma-separated origins from which browsers may call", "*".to_owned())),
                 allowed_hosts: list(env.parsed(
                     "ALLOWED_HOSTS",
@@ -129,6 +137,9 @@ impl Config {
         }
         if config.api.streams_per_key == 0 {
             env.refuse("AOD_MAX_STREAMS_PER_KEY must be at least 1");
+        }
+        if config.api.console_session_seconds == 0 {
+            env.refuse("AOD_CONSOLE_SESSION_SECONDS must be at least 1");
         }
         if config.api.connections == 0 {
             env.refuse("AOD_MAX_CONNECTIONS must be at least 1");

@@ -20,7 +20,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::{
-    App, agents, credentials, environments, error::ApiError, health, idempotency, inputs, keys, openapi, server, sessions, stream, v1,
+    App, agents, console, credentials, environments, error::ApiError, health, idempotency, inputs, keys, openapi, server, sessions, stream,
+    v1,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -74,6 +75,7 @@ pub fn router(app: App) -> Router {
     router
         // The page that shows the document, with all that it needs.
         .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
+        .merge(console::routes())
         .method_not_allowed_fallback(|| async { ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed") })
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "Not found") })
         // Outermost last: origins, panics, hosts, the errors of /v1, then request id and trace, then what browsers may do.
@@ -176,15 +178,16 @@ fn is_host(allowed: &str, host: &str) -> bool {
     }
 }
 
-/// What browsers may do with an answer: nothing but show the documentation.
+/// What browsers may do with an answer: nothing but show the documentation and the console.
 async fn protect(request: Request, next: Next) -> Response {
-    let documentation = request.uri().path().starts_with("/docs");
-    let mut response = next.run(request).await;
-    let policy = if documentation {
-        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
-    } else {
-        "default-src 'none'; frame-ancestors 'none'"
+    let policy = match request.uri().path() {
+        path if path.starts_with("/docs") => {
+            "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
+        }
+        path if path.starts_with("/console") => console::CONTENT_SECURITY_POLICY,
+        _ => "default-src 'none'; frame-ancestors 'none'",
     };
+    let mut response = next.run(request).await;
     let headers = response.headers_mut();
     for (name, value) in [
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),

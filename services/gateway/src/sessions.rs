@@ -59,10 +59,14 @@ pub struct Session {
     current_turn: Option<u32>,
     metadata: BTreeMap<String, String>,
     failure: Option<Failure>,
-    /// Of a single session: what its pending turn waits for, or which decision its running turn does.
+    /// Which decision its running turn waits for; of a single session, also what its pending turn does.
     waiting_on: Option<String>,
     /// Of a single session: how many messages wait for its turn to end.
     queued_inputs: Option<u32>,
+    /// Of a list: the first 200 characters of the newest turn's prompt.
+    last_prompt: Option<String>,
+    /// Of a list: what its turns cost, as far as their agent reported it.
+    cost_usd: Option<f64>,
 }
 
 /// `pending`, `running`, `completed`, `failed` or `terminated`.
@@ -95,6 +99,8 @@ impl From<scheduler::Session> for Session {
             metadata: serde_json::from_str(&session.metadata).unwrap_or_default(),
             waiting_on: session.waiting_on,
             queued_inputs: session.queued_inputs,
+            last_prompt: session.last_prompt,
+            cost_usd: session.cost_micro_usd.map(|micro| micro as f64 / 1e6),
             failure: session.failure.map(|failure| Failure { stage: failure.stage, message: failure.message }),
         }
     }

@@ -70,17 +70,49 @@ fn page_query(days: Days) -> String {
     )
 }
 
+fn backward_query(days: Days) -> String {
+    format!(
+        "select event_id, payload
+         from (
+             select event_id, payload, sum(length(payload)) over (order by event_id desc) - length(payload) as after
+             from (
+                 select event_id, payload
+                 from event
+                 where session_id = $1 and event_id < $2 and {}
+                 order by event_id desc
+                 limit $3
+             ) page
+         ) sized
+         where after < $4
+         order by event_id desc",
+        days.condition()
+    )
+}
+
 fn newest_query(days: Days) -> String {
     format!("select event_id, payload from event where session_id = $1 and {} order by event_id desc limit 1", days.condition())
 }
 
-/// The events that follow one, oldest first: at most `limit`, and fewer where they hold more than `max_bytes` (0: [`PAGE_BYTES_MAX`]).
-pub async fn page(pool: &PgPool, session: SessionId, after: u64, limit: u32, max_bytes: u32) -> Result<Vec<RecordedEvent>, Failure> {
+/// Which events of a log a page holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum From {
+    /// Those that follow one, oldest first.
+    After(u64),
+    /// Those before one, newest first.
+    Before(u64),
+}
+
+/// At most `limit` events, and fewer where they hold more than `max_bytes` (0: [`PAGE_BYTES_MAX`]).
+pub async fn page(pool: &PgPool, session: SessionId, from: From, limit: u32, max_bytes: u32) -> Result<Vec<RecordedEvent>, Failure> {
     let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
     let Some(days) = Days::of(pool, session).await? else { return Ok(Vec::new()) };
-    let rows = sqlx::query(AssertSqlSafe(page_query(days)))
+    let (query, bound) = match from {
+        From::After(after) => (page_query(days), after),
+        From::Before(before) => (backward_query(days), before),
+    };
+    let rows = sqlx::query(AssertSqlSafe(query))
         .bind(session.uuid())
-        .bind(i64::try_from(after).unwrap_or(i64::MAX))
+        .bind(i64::try_from(bound).unwrap_or(i64::MAX))
         .bind(i64::from(limit.clamp(1, 5000)))
         .bind(i64::from(max_bytes))
         .fetch_all(pool)
@@ -185,10 +217,14 @@ mod tests {
         assert!(tables_in_plan(&mut connection, page_query(days), session).await <= 2);
         let newest = newest_query(days).replace("$1", "$1 and $2::bigint + $3::bigint + $4::bigint is not null");
         assert!(tables_in_plan(&mut connection, newest, session).await <= 2);
-        assert_eq!(page(&pool, session, 1900, 1000, 0).await.unwrap().len(), 100);
+        assert_eq!(page(&pool, session, From::After(1900), 1000, 0).await.unwrap().len(), 100);
+        let ids = |events: Vec<RecordedEvent>| events.iter().map(|event| event.event_id).collect::<Vec<_>>();
+        assert_eq!(ids(page(&pool, session, From::Before(u64::MAX), 3, 0).await.unwrap()), [2000, 1999, 1998]);
+        assert_eq!(ids(page(&pool, session, From::Before(1998), 5, 1).await.unwrap()), [1997], "bounded in bytes");
+        assert!(page(&pool, session, From::Before(1), 10, 0).await.unwrap().is_empty());
         assert_eq!(super::newest(&pool, session).await.unwrap().unwrap().event_id, 2000);
         purge(&pool, session).await.unwrap();
-        assert!(page(&pool, session, 0, 10, 0).await.unwrap().is_empty());
+        assert!(page(&pool, session, From::After(0), 10, 0).await.unwrap().is_empty());
     }
 
     #[tokio::test]
@@ -199,7 +235,7 @@ mod tests {
             let mut times = Vec::new();
             for _ in 0..500 {
                 let begun = Instant::now();
-                page(&pool, session, 1900, 100, 0).await.unwrap();
+                page(&pool, session, From::After(1900), 100, 0).await.unwrap();
                 times.push(begun.elapsed());
             }
             times.sort();

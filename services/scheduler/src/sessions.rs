@@ -1,6 +1,6 @@
 //! Sessions and turns: created, read, prompted again.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use bus::{Failure, trace};
 use contract::{
@@ -35,6 +35,9 @@ macro_rules! session_columns {
     };
 }
 pub(crate) use session_columns;
+
+/// How much of a prompt a list of sessions shows.
+const LISTED_PROMPT_CHARS: i32 = 200;
 
 pub fn missing() -> Failure {
     Failure::not_found("Session not found")
@@ -287,7 +290,7 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
         }
         Ok(SessionStatus::Running) => {
             let (queued, request) = inputs::waiting(&scheduler, id).await?;
-            session.waiting_on = request.map(|(request, tool)| format!("a decision on {tool} (request {request})"));
+            session.waiting_on = request.map(|(request, tool)| decision(request, &tool));
             session.queued_inputs = Some(queued);
         }
         _ => session.queued_inputs = Some(0),
@@ -350,7 +353,53 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
         query.bind(request.status.clone()).bind(agent.map(AgentId::uuid)).bind(environment.map(EnvironmentId::uuid))
     });
     let (rows, has_more): (Vec<SessionRow>, _) = page.await?;
-    Ok(ListSessionsReply { sessions: rows.into_iter().map(Session::from).collect(), has_more })
+    let mut sessions: Vec<Session> = rows.into_iter().map(Session::from).collect();
+    summarise(&scheduler, &mut sessions).await?;
+    Ok(ListSessionsReply { sessions, has_more })
+}
+
+#[derive(sqlx::FromRow)]
+struct Summary {
+    session_id: String,
+    last_prompt: Option<String>,
+    cost_micro_usd: Option<i64>,
+    request_id: Option<i64>,
+    tool: Option<String>,
+}
+
+/// Adds what a list shows of each session beside its row: its last prompt, its cost, and the decision it waits for.
+async fn summarise(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<(), Failure> {
+    let ids: Vec<Uuid> = sessions.iter().filter_map(|session| session.session_id.parse::<SessionId>().ok()).map(SessionId::uuid).collect();
+    let summaries: Vec<Summary> = sqlx::query_as(
+        "select s.session_id::text, left(last.prompt, $2) as last_prompt, cost.cost_micro_usd, r.request_id, r.tool
+         from session s
+         left join turn last on last.session_id = s.session_id and last.turn_number = s.turn_count
+         left join lateral (
+             select sum(cost_micro_usd)::bigint as cost_micro_usd from turn where turn.session_id = s.session_id
+         ) cost on true
+         left join lateral (
+             select request_id, tool from permission_request p
+             where s.status = 'running' and p.session_id = s.session_id and p.status = 'open' and p.answer_id is null
+             order by request_id limit 1
+         ) r on true
+         where s.session_id = any($1)",
+    )
+    .bind(&ids)
+    .bind(LISTED_PROMPT_CHARS)
+    .fetch_all(&scheduler.pool)
+    .await?;
+    let mut summaries: HashMap<String, Summary> = summaries.into_iter().map(|summary| (summary.session_id.clone(), summary)).collect();
+    for session in sessions {
+        let Some(summary) = summaries.remove(&session.session_id) else { continue };
+        session.last_prompt = summary.last_prompt;
+        session.cost_micro_usd = summary.cost_micro_usd;
+        session.waiting_on = summary.request_id.zip(summary.tool).map(|(request, tool)| decision(request.unsigned_abs(), &tool));
+    }
+    Ok(())
+}
+
+fn decision(request: u64, tool: &str) -> String {
+    format!("a decision on {tool} (request {request})")
 }
 
 #[derive(sqlx::FromRow)]
@@ -511,7 +560,8 @@ pub async fn lock(tx: &mut PgConnection, session: SessionId, user: Option<UserId
 
 pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    let events = event_log::page(&scheduler.pool, session, request.after, request.limit, request.max_bytes).await?;
+    let from = request.before.map_or(event_log::From::After(request.after), event_log::From::Before);
+    let events = event_log::page(&scheduler.pool, session, from, request.limit, request.max_bytes).await?;
     if !events.is_empty() {
         return Ok(ReadEventsReply { events, ..ReadEventsReply::default() });
     }

@@ -413,6 +413,12 @@ pub struct Session {
     /// Of a single session: its messages that wait for the turn's end.
     #[prost(uint32, optional, tag = "17")]
     pub queued_inputs: ::core::option::Option<u32>,
+    /// Of a list: the beginning of the newest turn's prompt.
+    #[prost(string, optional, tag = "18")]
+    pub last_prompt: ::core::option::Option<::prost::alloc::string::String>,
+    /// Of a list: what its turns cost, as far as their agent reported it.
+    #[prost(int64, optional, tag = "19")]
+    pub cost_micro_usd: ::core::option::Option<i64>,
 }
 /// Something that a user sends while a turn runs. The proto of its row.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -645,6 +651,9 @@ pub struct ReadEventsRequest {
     /// The page ends before it grows larger, but for its first event. 0: as large as a message allows.
     #[prost(uint32, tag = "4")]
     pub max_bytes: u32,
+    /// Instead of `after`: the events before this one, newest first.
+    #[prost(uint64, optional, tag = "5")]
+    pub before: ::core::option::Option<u64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RecordedEvent {

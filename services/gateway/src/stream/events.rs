@@ -39,6 +39,12 @@ pub struct Params {
     /// Only events with a greater id
     #[param(pattern = "^[0-9]*$")]
     after: Option<String>,
+    /// Only events with a smaller id, newest first. Pages only
+    #[param(pattern = "^[0-9]*$")]
+    before: Option<String>,
+    /// `asc` (the default), or `desc`: the newest first, as with `before`. Pages only
+    #[param(pattern = "^(asc|desc)$")]
+    order: Option<String>,
     /// How many events at most: 1 to 1000, 1000 by default. Pages only
     #[param(value_type = Option<u32>, minimum = 1, maximum = 1000)]
     limit: Option<String>,
@@ -52,8 +58,32 @@ pub struct EventPage {
     data: Vec<TypedEvent>,
     /// Whether the log goes on. A page may be shorter than `limit`, and empty, while it does.
     has_more: bool,
-    /// Where the next page begins: its `after`.
+    /// Where the next page begins: its `after`; with the newest first, its `before`.
     last_id: u64,
+}
+
+/// Which way a list of events is read, and from where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    After(u64),
+    Before(u64),
+}
+
+impl Direction {
+    fn of(params: &Params) -> Result<Self, ApiError> {
+        let backward = match params.order.as_deref() {
+            None => params.before.is_some(),
+            Some("asc") => false,
+            Some("desc") => true,
+            Some(_) => return Err(bad_query("order must be 'asc' or 'desc'")),
+        };
+        match backward {
+            false if params.before.is_some() => Err(bad_query("before is for the order 'desc'")),
+            true if params.after.is_some() => Err(bad_query("after is for the order 'asc'")),
+            false => Ok(Self::After(resume_point("after", params.after.as_deref())?)),
+            true => Ok(Self::Before(params.before.as_deref().map_or(Ok(u64::MAX), |before| resume_point("before", Some(before)))?)),
+        }
+    }
 }
 
 /// List or follow typed events
@@ -81,20 +111,27 @@ pub async fn events(
         let follower = Follower::new(app, caller.user_id, open, (session_id, partition), after);
         return Ok(sse(Body::from_stream(follower.into_stream())));
     }
+    let direction = Direction::of(&params)?;
     let limit = match params.limit.map(|text| text.parse::<u32>().ok().filter(|limit| (1..=PAGE_MAX).contains(limit))) {
         None => PAGE_MAX,
         Some(Some(limit)) => limit,
         Some(None) => return Err(bad_query("limit must be an integer from 1 to 1000")),
     } as usize;
-    let mut page = EventPage { data: Vec::new(), has_more: true, last_id: after };
+    let (Direction::After(start) | Direction::Before(start)) = direction;
+    let mut page = EventPage { data: Vec::new(), has_more: true, last_id: start };
     let mut bytes = 0;
     'pages: for _ in 0..LOG_PAGES {
-        let read = history::read_page(&app.bus, session_id, page.last_id, PAGE_BYTES).await?;
+        let read = match direction {
+            Direction::After(_) => history::read_page(&app.bus, session_id, page.last_id, PAGE_BYTES).await?,
+            Direction::Before(_) => history::read_page_before(&app.bus, session_id, page.last_id, PAGE_BYTES).await?,
+        };
         if read.session_deleted {
             return Err(ApiError::not_found("Session"));
         }
         if read.events.is_empty() {
             page.has_more = false;
+            // An empty log has no event that the next page could begin at.
+            page.last_id = if page.last_id == u64::MAX { 0 } else { page.last_id };
             break;
         }
         for recorded in read.events {

@@ -27,8 +27,21 @@ pub fn page_bytes(streams: usize) -> u32 {
 /// # Errors
 /// When the scheduler or its database is away.
 pub async fn read_page(bus: &Bus, session: SessionId, after: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
-    let request = ReadEventsRequest { session_id: session.to_string(), after, limit: PAGE_EVENTS, max_bytes };
-    let mut reply = bus.call::<rpc::ReadEvents>(&request, RPC_DEADLINE).await?;
+    let request = ReadEventsRequest { session_id: session.to_string(), after, limit: PAGE_EVENTS, max_bytes, before: None };
+    read(bus, &request).await
+}
+
+/// Reads the events before one, newest first.
+///
+/// # Errors
+/// When the scheduler or its database is away.
+pub async fn read_page_before(bus: &Bus, session: SessionId, before: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
+    let request = ReadEventsRequest { session_id: session.to_string(), after: 0, limit: PAGE_EVENTS, max_bytes, before: Some(before) };
+    read(bus, &request).await
+}
+
+async fn read(bus: &Bus, request: &ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
+    let mut reply = bus.call::<rpc::ReadEvents>(request, RPC_DEADLINE).await?;
     detach(&mut reply.events);
     Ok(reply)
 }
