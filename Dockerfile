@@ -1,11 +1,25 @@
 # One image per service: `docker build --target gateway .` Every service runs as user 65532 and writes nothing to its own file system.
 ARG RUST_VERSION=1.95
 
+# The web console, which the gateway embeds. Its build tool wants a newer Node.js than Debian 12 has.
+FROM debian:bookworm-slim AS console
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates nodejs npm
+WORKDIR /src
+COPY scripts/versions.env /tmp/
+RUN . /tmp/versions.env && case $(uname -m) in aarch64) arch=arm64 ;; *) arch=x64 ;; esac && \
+    npm install --prefix .venv/node --no-fund --no-audit "node-linux-$arch@$NODE_VERSION" && \
+    ln -s node_modules/node-linux-$arch/bin/node .venv/node/node
+COPY scripts/console.sh scripts/
+COPY docs/openapi.json docs/
+COPY console console
+RUN scripts/console.sh
+
 FROM rust:${RUST_VERSION}-slim-bookworm AS build
 # `dev` builds in a third of the time.
 ARG PROFILE=release
 WORKDIR /src
 COPY . .
+COPY --from=console /src/console/dist console/dist
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
     cargo build --locked --profile "$PROFILE" --bins && \
     mkdir /out && \

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
 .DEFAULT_GOAL = help
-.PHONY: help setup build demo dev test faults bench reference fmt lint clean
+.PHONY: help setup build console demo dev test faults bench reference fmt lint clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -12,9 +12,12 @@ help: ## List the targets
 setup: ## Install missing dependencies
 	@scripts/setup.sh $(AGENTS)
 
-build: setup ## Build everything in debug mode, and the agent host as it is put into sandboxes
+build: setup console ## Build everything in debug mode, and the agent host as it is put into sandboxes
 	@$(CARGO) build --quiet
 	@$(CARGO) run --quiet -p xtask -- agent-host >/dev/null
+
+console: setup ## Build the web console, which the gateway embeds
+	@scripts/console.sh
 
 demo: ## Set up, build, start the stack and run a Claude Code session with two turns; needs no account
 	@scripts/demo.sh
@@ -24,6 +27,7 @@ dev: build ## Run the stack until Ctrl-C (ARGS=--scripted-model: agents need no 
 
 # One Postgres serves the whole run.
 test: AGENTS = claude codex gemini opencode
+test: export AOD_SETUP_BROWSER = 1
 test: build ## Run every test, with every agent CLI
 	$(CARGO) test --workspace --no-run --quiet
 	$(BIN)/testkit-run $(CARGO) test --workspace --quiet
@@ -32,7 +36,7 @@ faults: build ## Inject faults into a stack for about ten minutes and print what
 	@$(CARGO) build --quiet -p system-tests --bin faults
 	@$(BIN)/faults $(ARGS)
 
-bench: setup ## Measure throughput and latency beside the floors of the same run (ARGS=replay: one benchmark)
+bench: setup console ## Measure throughput and latency beside the floors of the same run (ARGS=replay: one benchmark)
 	@$(CARGO) build --release --workspace --bins
 	@$(CARGO) run --quiet -p xtask -- agent-host >/dev/null
 	@$(CARGO) bench --quiet -p system-tests --bench stack -- $(ARGS)

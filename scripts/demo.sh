@@ -48,6 +48,7 @@ first_turn() {
     session=$(sed -n 's/^session //p' "$data/turn")
 }
 second_turn() { "$bin/aod" run --session "$session" 'what was my first message?'; }
+build() { scripts/console.sh && cargo build --quiet; }
 stop_stack() {
     kill -TERM "$stack"
     wait "$stack"
@@ -55,7 +56,7 @@ stop_stack() {
 }
 
 step 'set-up' scripts/setup.sh
-step 'build' cargo build --quiet
+step 'build' build
 step 'start the stack' start_stack
 step 'first turn: Claude Code runs tools and writes a file in its Sprite' first_turn
 step 'second turn: it remembers the first' second_turn
