@@ -158,6 +158,10 @@ rpcs! {
     ListTurns: scheduler::ListPartsRequest => scheduler::ListTurnsReply, "aod.rpc.scheduler.v1.session.turns", idempotent: true;
     /// Starts the next turn of a session.
     Prompt: scheduler::PromptRequest => scheduler::CreateSessionReply, "aod.rpc.scheduler.v1.session.prompt", idempotent: true;
+    /// Sends events to a session, all or none.
+    SendEvents: scheduler::SendEventsRequest => scheduler::SendEventsReply, "aod.rpc.scheduler.v1.session.send", idempotent: true;
+    /// Returns where in a session's log a turn begins, and what was used before it.
+    FindTurn: scheduler::FindTurnRequest => scheduler::FindTurnReply, "aod.rpc.scheduler.v1.session.find_turn", idempotent: true;
     /// The inputs of a session, newest first.
     ListInputs: scheduler::ListPartsRequest => scheduler::ListInputsReply, "aod.rpc.scheduler.v1.session.inputs", idempotent: true;
     /// Changes the text of a queued message.

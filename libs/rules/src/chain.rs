@@ -3,7 +3,7 @@
 //! A stream that lost its tail, was restored from a snapshot or was written to by someone with an older view shows up here: an event
 //! that does not continue the persisted log. It is never persisted over the gap; the log's owner reads the agent's output again.
 
-use contract::session::SessionEvent;
+use contract::session::{SessionEvent, session_event::Kind};
 
 /// Names one event of a session. An id alone does not: a stream that was set back gives it again, to another event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,10 +25,23 @@ impl Mark {
     }
 }
 
-/// The time of the next event: times ascend within a session, whatever its writers' clocks say.
+/// The Managed Agents API shows an event as up to so many, each a microsecond later than the one before it.
+pub const PARTS_MAX: i64 = 256;
+
+/// The time of the event after the newest one: times ascend within a session, whatever its writers' clocks say. After anything but raw
+/// output there is room for all that the newest event shows as.
 #[must_use]
-pub fn next_time(last_at_us: i64, now_us: i64) -> i64 {
-    now_us.max(last_at_us.saturating_add(1))
+pub fn next_time(newest: Option<&SessionEvent>, now_us: i64) -> i64 {
+    newest.map_or(now_us, |newest| now_us.max(newest.at_us.saturating_add(step(newest.kind.as_ref()))))
+}
+
+/// How much later than an event of this kind the next one is at least, in microseconds.
+#[must_use]
+pub const fn step(newest: Option<&Kind>) -> i64 {
+    match newest {
+        Some(Kind::Output(_)) => 1,
+        _ => PARTS_MAX,
+    }
 }
 
 /// How an event of the stream relates to the persisted log of its session.

@@ -52,7 +52,8 @@ pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
 }
 
 /// Whether a turn's end leaves an unusable Sprite: its set-up failed, or its deadline passed.
-fn leaves_nothing(ended: &TurnEnded) -> bool {
+#[must_use]
+pub fn leaves_nothing(ended: &TurnEnded) -> bool {
     let stage = ended.failure.as_ref().map(|failure| failure.stage.as_str());
     ended.exit_code.is_none() && stage.is_some_and(|stage| stage == DEADLINE || stage.parse::<Stage>().is_ok())
 }

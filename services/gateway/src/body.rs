@@ -89,6 +89,11 @@ impl Body {
         }
     }
 
+    /// The body as it is, for those who check it themselves.
+    pub fn json(&self) -> Result<Value, ApiError> {
+        serde_json::from_slice(&self.0).map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "Invalid JSON"))
+    }
+
     #[cfg(test)]
     pub fn from_json(value: &Value) -> Self {
         Self(value.to_string().into_bytes())

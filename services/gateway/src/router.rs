@@ -65,6 +65,8 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(v1::environments::list, v1::environments::create))
         .routes(routes!(v1::environments::get, v1::environments::update, v1::environments::delete))
         .routes(routes!(v1::environments::archive))
+        .routes(routes!(v1::events::list, v1::send::send))
+        .routes(routes!(v1::events::stream))
         .split_for_parts();
     (router, openapi::complete(document))
 }

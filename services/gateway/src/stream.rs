@@ -6,8 +6,8 @@
 
 pub mod event;
 pub mod events;
-mod follow;
-mod history;
+pub mod follow;
+pub mod history;
 pub mod hub;
 pub mod open;
 mod progress;
@@ -109,19 +109,19 @@ pub async fn find(app: &App, caller: &Caller, id: String) -> Result<(SessionId, 
     Ok((session_id, app.call::<rpc::GetSession>(&request).await?))
 }
 
-fn partition(session: &Session) -> Result<Partition, ApiError> {
+pub fn partition(session: &Session) -> Result<Partition, ApiError> {
     let partition = Partition::new(session.event_partition);
     partition.ok_or_else(|| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "This gateway is older than the session"))
 }
 
-fn open(app: &App, caller: &Caller) -> Result<OpenStream, ApiError> {
+pub fn open(app: &App, caller: &Caller) -> Result<OpenStream, ApiError> {
     app.streams.open(app, caller.key).map_err(|TooManyStreams { max }| {
         let detail = format!("This API key has {max} streams open, as many as it may. Close some, or have several readers share one.");
         ApiError::try_later(&detail, TryLater { seconds: 5 })
     })
 }
 
-fn sse(body: Body) -> Response {
+pub fn sse(body: Body) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),
@@ -131,7 +131,7 @@ fn sse(body: Body) -> Response {
 }
 
 /// What a client that reconnects had last.
-fn last_event_id(headers: &HeaderMap) -> Option<&str> {
+pub fn last_event_id(headers: &HeaderMap) -> Option<&str> {
     headers.get("last-event-id").map(|value| value.to_str().unwrap_or("?")).filter(|text| !text.is_empty())
 }
 

@@ -6,12 +6,15 @@
 pub mod agents;
 pub mod environments;
 pub mod error;
+pub mod events;
 pub mod ids;
 pub mod metadata;
 pub mod model;
 pub mod page;
 pub mod path;
 pub mod query;
+pub mod send;
+pub mod thread;
 pub mod tools;
 
 use types::Timestamp;

@@ -89,7 +89,7 @@ pub async fn append(
             follows: Some(follows.id),
             follows_tag: follows.tag,
             tag: Uuid::new_v4().as_u64_pair().1,
-            at_us: chain::next_time(newest.map_or(0, |event| event.at_us), Timestamp::now().unix_micros()),
+            at_us: chain::next_time(newest, Timestamp::now().unix_micros()),
             kind: Some(kind.clone()),
         };
         let payload = event.encode_to_vec();

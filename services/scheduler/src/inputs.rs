@@ -7,11 +7,11 @@ use bus::Failure;
 use contract::{
     host::{self, DecisionRequested, InputSettled, WhenBusy as HostWhenBusy, decision::Verdict as HostVerdict, input::Kind as HostInput},
     scheduler::{
-        ChangeInputRequest, DecideRequest, FetchInputsReply, FetchInputsRequest, Input, InterruptRequest, ListInputsReply,
-        ListPartsRequest, ListPermissionRequestsReply, ListPermissionRequestsRequest, PermissionRequest, PromptRequest,
-        WithdrawInputRequest,
+        ChangeInputRequest, DecideRequest, FetchInputsReply, FetchInputsRequest, FindTurnReply, FindTurnRequest, Input, InterruptRequest,
+        ListInputsReply, ListPartsRequest, ListPermissionRequestsReply, ListPermissionRequestsRequest, PermissionRequest, PromptRequest,
+        SendEventsReply, SendEventsRequest, SentDecision, SentMessage, WithdrawInputRequest, sent_event::Kind as Sent,
     },
-    session::{DecisionSettled, TurnEnded, session_event::Kind},
+    session::{DecisionSettled, TurnEnded, Usage, session_event::Kind},
     subject,
 };
 use rules::inputs::{self, Change, Clock, Next};
@@ -509,6 +509,144 @@ fn for_host(row: InputRow, turn: u32, journal_ids: &HashMap<i64, i64>) -> Option
 
 // --- what users ask --------------------------------------------------------------------------
 
+/// Events that are sent together: all take effect, or none does.
+pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<SendEventsReply, Failure> {
+    let (user, id) = whose(&request.user_id, &request.session_id)?;
+    let reply = once::retried(|| async {
+        let mut tx = scheduler.pool.begin().await?;
+        let outcome = send_in(&mut tx, user, id, &request).await;
+        once::finish(tx, outcome).await
+    })
+    .await?;
+    scheduler.outbox.notify_one();
+    scheduler.bus.hint(subject::inputs_hint(id)).await;
+    Ok(reply)
+}
+
+async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &SendEventsRequest) -> Result<SendEventsReply, Failure> {
+    let route = format!("sessions/{id}/events");
+    if let Some(reply) = once::earlier::<SendEventsReply>(tx, user, &route, request.once.as_ref()).await? {
+        return Ok(SendEventsReply { replayed: true, ..reply });
+    }
+    let mut reply = SendEventsReply::default();
+    for event in &request.events {
+        let session = lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
+        if session.status()? == SessionStatus::Terminated {
+            return Err(Failure::conflict("Session is terminated and takes no more events").because("session_terminated"));
+        }
+        let input = match &event.kind {
+            Some(Sent::Message(message)) => send_message(tx, session, message, request).await?,
+            Some(Sent::Interrupt(_)) if session.status()?.is_active() => interrupt_in(tx, &session, &request.key_id).await?,
+            Some(Sent::Interrupt(_)) => {
+                let row = New::of(InputKind::Interrupt, &request.key_id).insert(tx, id).await?;
+                change(tx, row.input_id, Change::Applied, "").await?;
+                Input { settled_at_us: Some(micros(row.created_at)), ..Input::from(row) }
+            }
+            Some(Sent::Decision(decision)) => {
+                let decided = decide_in(tx, &session, decision, &request.key_id).await;
+                let is_open = |failure: &Failure| !matches!(failure.code, types::ErrorCode::NotFound | types::ErrorCode::Conflict);
+                let name = |failure: Failure| if is_open(&failure) { failure } else { failure.because("tool_use_not_pending") };
+                decided.map(|(_, answer)| answer).map_err(name)?
+            }
+            None => return Err(Failure::invalid("Unknown event")),
+        };
+        reply.inputs.push(input);
+    }
+    once::remember(tx, user, &route, request.once.as_ref(), &reply).await?;
+    Ok(reply)
+}
+
+/// Begins a turn of a session that is not busy, also of one whose turn failed; else it is queued.
+async fn send_message(
+    tx: &mut PgConnection,
+    session: SessionRow,
+    message: &SentMessage,
+    request: &SendEventsRequest,
+) -> Result<Input, Failure> {
+    let prompt = PromptRequest {
+        prompt: message.text.clone(),
+        timeout_seconds: request.timeout_seconds,
+        key_id: request.key_id.clone(),
+        ..PromptRequest::default()
+    };
+    if session.status()?.is_active() {
+        return enqueue(tx, &session, &prompt, false).await;
+    }
+    if session.sprite_destroyed_at.is_some() {
+        return Err(Failure::conflict("The session's sandbox is gone; start a new session").because("session_terminated"));
+    }
+    let new = New { text: &prompt.prompt, timeout_seconds: prompt.timeout_seconds, ..New::of(InputKind::Message, &prompt.key_id) };
+    let row = new.insert(tx, SessionId::from_uuid(session.session_id)).await?;
+    let input_id = row.input_id;
+    begin(tx, &session, row).await?;
+    let row: InputRow =
+        sqlx::query_as(concat!("select ", input_columns!(), " from input where input_id = $1")).bind(input_id).fetch_one(tx).await?;
+    Ok(row.into())
+}
+
+/// Where a turn begins in its session's log.
+pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result<FindTurnReply, Failure> {
+    let (user, id) = whose(&request.user_id, &request.session_id)?;
+    let input: Option<InputId> =
+        Some(&request.input_id).filter(|id| !id.is_empty()).map(|id| id.parse().map_err(|_| input_missing())).transpose()?;
+    let name: Option<Option<String>> = sqlx::query_scalar(
+        "select av.name from session s left join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
+         where s.session_id = $1 and s.user_id = $2",
+    )
+    .bind(id.uuid())
+    .bind(user.uuid())
+    .fetch_optional(&scheduler.pool)
+    .await?;
+    let name = name.ok_or_else(missing)?;
+    // A turn of an earlier release does not say where it begins: the log is read from its start then.
+    let row = sqlx::query(
+        "with found as (
+             select turn_number, prompt, input_id, begun_after
+             from turn
+             where session_id = $1 and ($2 = 0 or coalesce(begun_after, 0) < $2)
+               and ($3::uuid is null or turn_number = (select turn_number from input where input_id = $3 and session_id = $1))
+             order by turn_number desc
+             limit 1
+         )
+         select f.turn_number, f.prompt, f.input_id, f.begun_after, coalesce(sum(t.input_tokens), 0)::bigint,
+                coalesce(sum(t.output_tokens), 0)::bigint, coalesce(sum(t.cache_read_tokens), 0)::bigint,
+                coalesce(sum(t.cache_write_tokens), 0)::bigint, sum(t.cost_micro_usd)::bigint
+         from found f
+         left join turn t on t.session_id = $1 and t.turn_number < f.turn_number and f.begun_after is not null
+         group by 1, 2, 3, 4",
+    )
+    .bind(id.uuid())
+    .bind(i64::try_from(request.before).unwrap_or(i64::MAX))
+    .bind(input.map(InputId::uuid))
+    .fetch_optional(&scheduler.pool)
+    .await?;
+    let mut tx = scheduler.pool.begin().await?;
+    let open_inputs = open(&mut tx, id).await?.into_iter().map(Input::from).collect();
+    tx.rollback().await?;
+    let reply = FindTurnReply { agent_name: name.unwrap_or_default(), open_inputs, ..FindTurnReply::default() };
+    let Some(row) = row else {
+        // A queued message belongs to no turn yet.
+        return if input.is_some() { Err(input_missing()) } else { Ok(reply) };
+    };
+    let begun_after: Option<i64> = row.try_get(3)?;
+    let count = |index: usize| row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs));
+    Ok(FindTurnReply {
+        turn: if begun_after.is_some() { unsigned(row.try_get(0)?) } else { 0 },
+        begun_after: begun_after.unwrap_or_default().unsigned_abs(),
+        usage_before: Some(Usage {
+            input_tokens: count(4)?,
+            output_tokens: count(5)?,
+            cache_read_tokens: count(6)?,
+            cache_write_tokens: count(7)?,
+            cost_micro_usd: count(8)?,
+            ..Usage::default()
+        }),
+        prompt: row.try_get(1)?,
+        input_id: row.try_get::<Option<Uuid>, _>(2)?.map(|id| InputId::from_uuid(id).to_string()).unwrap_or_default(),
+        ..reply
+    })
+}
+
 /// A message for a session that is busy.
 pub async fn enqueue(tx: &mut PgConnection, session: &SessionRow, request: &PromptRequest, steers: bool) -> Result<Input, Failure> {
     let id = SessionId::from_uuid(session.session_id);
@@ -720,10 +858,19 @@ async fn request_row(tx: &mut PgConnection, session: SessionId, request: u64) ->
 
 pub async fn decide(scheduler: Scheduler, request: DecideRequest) -> Result<PermissionRequest, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
-    let verdict: Verdict = request.verdict.parse().map_err(|()| Failure::invalid("Unknown decision"))?;
     let mut tx = scheduler.pool.begin().await?;
     let session = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
-    let row = request_row(&mut tx, id, request.request_id).await?.ok_or_else(|| Failure::not_found("Request not found"))?;
+    let sent = SentDecision { request_id: request.request_id, verdict: request.verdict, deny_message: request.message };
+    let (row, answer) = decide_in(&mut tx, &session, &sent, &request.key_id).await?;
+    tx.commit().await?;
+    scheduler.bus.hint(subject::inputs_hint(id)).await;
+    Ok(row.with_answer(Some(answer)))
+}
+
+async fn decide_in(tx: &mut PgConnection, session: &SessionRow, sent: &SentDecision, key_id: &str) -> Result<(RequestRow, Input), Failure> {
+    let id = SessionId::from_uuid(session.session_id);
+    let verdict: Verdict = sent.verdict.parse().map_err(|()| Failure::invalid("Unknown decision"))?;
+    let row = request_row(tx, id, sent.request_id).await?.ok_or_else(|| Failure::not_found("Request not found"))?;
     if row.answer_id.is_some() {
         return Err(Failure::conflict("Request has been answered already"));
     }
@@ -731,15 +878,13 @@ pub async fn decide(scheduler: Scheduler, request: DecideRequest) -> Result<Perm
         return Err(Failure::conflict("Request is not open any more"));
     }
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal("a session has an unknown runtime"))?;
-    if !request.message.is_empty() && !runtime.capabilities().deny_with_message {
+    if !sent.deny_message.is_empty() && !runtime.capabilities().deny_with_message {
         let message = format!("Runtime {runtime} cannot pass on the message of a denial");
         return Err(Failure::new(types::ErrorCode::Unprocessable, message));
     }
-    let new = New { verdict: Some(verdict), deny_message: &request.message, ..New::of(InputKind::Decision, &request.key_id) };
-    let answer = answer(&mut tx, id, unsigned(row.turn_number), request.request_id, new).await?;
-    tx.commit().await?;
-    scheduler.bus.hint(subject::inputs_hint(id)).await;
-    Ok(row.with_answer(Some(answer.into())))
+    let new = New { verdict: Some(verdict), deny_message: &sent.deny_message, ..New::of(InputKind::Decision, key_id) };
+    let answer = answer(tx, id, unsigned(row.turn_number), sent.request_id, new).await?;
+    Ok((row, answer.into()))
 }
 
 /// Decides requests whose users did not in time, as their agents say.

@@ -117,6 +117,7 @@ const MIGRATIONS: &[store::Step] = &[
     (20, "deployment owner", include_str!("../../../migrations/scheduler/0020_deployment_owner.sql")),
     (50, "inputs", include_str!("../../../migrations/scheduler/0050_inputs.sql")),
     (60, "managed agents", include_str!("../../../migrations/scheduler/0060_managed_agents.sql")),
+    (70, "where turns begin", include_str!("../../../migrations/scheduler/0070_where_turns_begin.sql")),
 ];
 
 /// What every request works with.
@@ -194,6 +195,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ListInputs, _, _>(inputs::list).await?;
     responder.serve::<rpc::ChangeInput, _, _>(inputs::change_text).await?;
     responder.serve::<rpc::WithdrawInput, _, _>(inputs::withdraw).await?;
+    responder.serve::<rpc::SendEvents, _, _>(inputs::send).await?;
+    responder.serve::<rpc::FindTurn, _, _>(inputs::find_turn).await?;
     responder.serve::<rpc::Interrupt, _, _>(inputs::interrupt).await?;
     responder.serve::<rpc::ListPermissionRequests, _, _>(inputs::requests).await?;
     responder.serve::<rpc::Decide, _, _>(inputs::decide).await?;

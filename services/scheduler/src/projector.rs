@@ -485,7 +485,7 @@ async fn update_turn(tx: &mut PgConnection, id: SessionId, number: u32, status: 
     sqlx::query(
         "update turn
          set status = $3, exit_code = $4, ended_at = now(), owner = null, waiting_since = null, input_tokens = $5, output_tokens = $6, cost_micro_usd = $7,
-             model_used = $8
+             model_used = $8, cache_read_tokens = $9, cache_write_tokens = $10
          where session_id = $1 and turn_number = $2",
     )
     .bind(id.uuid())
@@ -496,6 +496,8 @@ async fn update_turn(tx: &mut PgConnection, id: SessionId, number: u32, status: 
     .bind(count(usage.output_tokens))
     .bind(count(usage.cost_micro_usd))
     .bind(usage.model.as_deref().map(without_nul))
+    .bind(count(usage.cache_read_tokens))
+    .bind(count(usage.cache_write_tokens))
     .execute(tx)
     .await?;
     Ok(())

@@ -243,8 +243,9 @@ async fn insert_turn(
 ) -> Result<(), Failure> {
     let deadline = PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
     sqlx::query(
-        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after, input_id)
-         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5), 1, now() + make_interval(secs => $6), $7)",
+        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after, input_id, begun_after)
+         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5), 1, now() + make_interval(secs => $6), $7,
+                 coalesce((select last_event_id from event_log where session_id = $1), 0))",
     )
     .bind(session.uuid())
     .bind(number)

@@ -82,8 +82,8 @@ pub struct Record {
     last_sequence: u64,
     /// The newest event of the session, which the next one continues.
     follows: Mark,
-    /// When that was written.
-    last_at_us: i64,
+    /// The earliest time of the next event, in microseconds.
+    next_at_us: i64,
     /// Ids up to this one were persisted when the turn was claimed: an event that gets one of them is in a stream that was set back.
     floor: u64,
     pub checkpoint: Checkpoint,
@@ -140,7 +140,7 @@ impl Record {
             epoch,
             last_sequence,
             follows,
-            last_at_us,
+            next_at_us: last_at_us.saturating_add(chain::PARTS_MAX),
             floor: spec.recorded_through,
             checkpoint,
             secrets: Masker::default(),
@@ -202,7 +202,8 @@ impl Record {
     /// The task's owner ends the wait.
     async fn append(&mut self, kind: Kind) -> Result<(), Fenced> {
         let tag = Uuid::new_v4().as_u64_pair().1;
-        self.last_at_us = chain::next_time(self.last_at_us, Timestamp::now().unix_micros());
+        let at_us = Timestamp::now().unix_micros().max(self.next_at_us);
+        self.next_at_us = at_us.saturating_add(chain::step(Some(&kind)));
         let event = SessionEvent {
             turn: self.turn,
             epoch: self.epoch,
@@ -210,7 +211,7 @@ impl Record {
             follows: Some(self.follows.id),
             follows_tag: self.follows.tag,
             tag,
-            at_us: self.last_at_us,
+            at_us,
             kind: Some(kind),
         };
         let payload = Bytes::from(event.encode_to_vec());

@@ -117,7 +117,7 @@ pub struct User {
     #[prost(int64, tag = "5")]
     pub created_at_us: i64,
 }
-/// Whoever shows the key makes it; only its hash travels.
+/// The caller generates the key and shows it to the user; only its hash is sent.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateKeyRequest {
     #[prost(string, tag = "1")]

@@ -626,6 +626,105 @@ pub struct PromptRequest {
     #[prost(string, tag = "7")]
     pub key_id: ::prost::alloc::string::String,
 }
+/// Events that a user sends together: all take effect, or none does.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SendEventsRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "3")]
+    pub events: ::prost::alloc::vec::Vec<SentEvent>,
+    #[prost(message, optional, tag = "4")]
+    pub once: ::core::option::Option<Once>,
+    /// The API key that sends them.
+    #[prost(string, tag = "5")]
+    pub key_id: ::prost::alloc::string::String,
+    /// Of each turn that a message begins.
+    #[prost(uint32, tag = "6")]
+    pub timeout_seconds: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SentEvent {
+    #[prost(oneof = "sent_event::Kind", tags = "1, 2, 3")]
+    pub kind: ::core::option::Option<sent_event::Kind>,
+}
+/// Nested message and enum types in `SentEvent`.
+pub mod sent_event {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "1")]
+        Message(super::SentMessage),
+        #[prost(message, tag = "2")]
+        Interrupt(super::SentInterrupt),
+        #[prost(message, tag = "3")]
+        Decision(super::SentDecision),
+    }
+}
+/// Begins a turn, or waits for the end of the one that runs.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SentMessage {
+    #[prost(string, tag = "1")]
+    pub text: ::prost::alloc::string::String,
+}
+/// Without a running turn it changes nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SentInterrupt {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SentDecision {
+    #[prost(uint64, tag = "1")]
+    pub request_id: u64,
+    /// A types::Verdict.
+    #[prost(string, tag = "2")]
+    pub verdict: ::prost::alloc::string::String,
+    /// What the model reads with a denial.
+    #[prost(string, tag = "3")]
+    pub deny_message: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SendEventsReply {
+    /// One for each event, in their order.
+    #[prost(message, repeated, tag = "1")]
+    pub inputs: ::prost::alloc::vec::Vec<Input>,
+    #[prost(bool, tag = "2")]
+    pub replayed: bool,
+}
+/// Where a session's log is to be read from to know its state at some event: the begin of a turn, at which nothing is open.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FindTurnRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    /// The last turn that began before this event; 0: the last turn.
+    #[prost(uint64, tag = "3")]
+    pub before: u64,
+    /// Instead: the turn that this input belongs to.
+    #[prost(string, tag = "4")]
+    pub input_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FindTurnReply {
+    /// 0: before the first turn.
+    #[prost(uint32, tag = "1")]
+    pub turn: u32,
+    /// Every event of the turn and of later ones follows this event.
+    #[prost(uint64, tag = "2")]
+    pub begun_after: u64,
+    /// What earlier turns used.
+    #[prost(message, optional, tag = "3")]
+    pub usage_before: ::core::option::Option<super::super::session::v1::Usage>,
+    #[prost(string, tag = "4")]
+    pub agent_name: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub prompt: ::prost::alloc::string::String,
+    /// The input that became the turn.
+    #[prost(string, tag = "6")]
+    pub input_id: ::prost::alloc::string::String,
+    /// Inputs of which the log does not say yet what became of them, oldest first.
+    #[prost(message, repeated, tag = "7")]
+    pub open_inputs: ::prost::alloc::vec::Vec<Input>,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TerminateRequest {
     #[prost(string, tag = "1")]

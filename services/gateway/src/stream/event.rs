@@ -138,6 +138,11 @@ impl Event {
         Self { id, turn, kind, source: None, typed: OnceLock::new() }
     }
 
+    /// The entry of the log, where it is not output.
+    pub fn source(&self) -> Option<&SessionEvent> {
+        self.source.as_deref()
+    }
+
     /// A client that sees it may ask for what it changed: it is shown once that is persisted.
     pub fn changes_state(&self) -> bool {
         let kind = self.source.as_ref().and_then(|source| source.kind.as_ref());
@@ -177,6 +182,16 @@ fn frame(id: u64, body: &impl Serialize) -> Bytes {
     let mut bytes = format!("id: {id}\ndata: ").into_bytes();
     write_ascii(&mut bytes, body);
     bytes.extend_from_slice(b"\n\n");
+    bytes.into()
+}
+
+/// An SSE event that says what it is; with an id, a reader resumes from it.
+pub fn named_frame(name: &str, id: Option<&str>, body: &impl Serialize) -> Bytes {
+    let mut bytes = format!("event: {name}\n").into_bytes();
+    if let Some(id) = id {
+        bytes.extend_from_slice(format!("id: {id}\n").as_bytes());
+    }
+    bytes.extend_from_slice(&anonymous_frame(body));
     bytes.into()
 }
 

@@ -21,7 +21,7 @@ use crate::{
     path::{Id, IdParams},
     stream::{
         LastEventId,
-        follow::Follower,
+        follow::{Follower, View},
         history::{self, PAGE_BYTES},
         last_event_id, open, partition, resume_point, sse,
         typed::TypedEvent,
@@ -108,7 +108,7 @@ pub async fn events(
     if params.stream.unwrap_or_else(|| accepts.is_some_and(|accepts| accepts.contains("text/event-stream"))) {
         let after = last_event_id(&headers).map(|text| resume_point("Last-Event-ID", Some(text))).transpose()?.unwrap_or(after);
         let (partition, open) = (partition(&session)?, open(&app, &caller)?);
-        let follower = Follower::new(app, caller.user_id, open, (session_id, partition), after);
+        let follower = Follower::new(app, caller.user_id, open, (session_id, partition), after, View::Typed);
         return Ok(sse(Body::from_stream(follower.into_stream())));
     }
     let direction = Direction::of(&params)?;

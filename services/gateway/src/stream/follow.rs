@@ -8,16 +8,21 @@ use contract::scheduler::ReadEventsReply;
 use futures::{Stream, future::BoxFuture};
 use serde_json::json;
 use tokio::{sync::watch, time::Instant};
-use types::{Backoff, ErrorCode, Partition, SessionId};
+use types::{Backoff, ErrorCode, InputId, Partition, SessionId, Timestamp};
 
 use crate::{
     App,
     stream::{
-        event::{Event, anonymous_frame},
+        event::{Event, anonymous_frame, named_frame},
         history,
         hub::Hub,
         open::OpenStream,
         tail::Read,
+    },
+    v1::{
+        self,
+        ids::EventId,
+        thread::{Place, Thread},
     },
 };
 
@@ -53,6 +58,56 @@ pub struct Follower {
     /// The hub's tail begins after this event: everything up to it is read from Postgres.
     floor: u64,
     state: State,
+    view: View,
+}
+
+/// What a connection shows of the log.
+pub enum View {
+    /// `GET /sessions/{id}/events`.
+    Typed,
+    /// `GET /v1/sessions/{id}/events/stream`.
+    Managed(Box<Managed>),
+}
+
+/// A thread that is built from the begin of a turn, and shown from some place on.
+pub struct Managed {
+    pub thread: Thread,
+    pub from: From,
+}
+
+/// After what the connection shows events.
+pub enum From {
+    Place(Place),
+    /// An event that a user sent.
+    Id(String),
+}
+
+impl Managed {
+    /// Appends the frames of what an entry shows as. Returns whether nothing follows it.
+    fn render(&mut self, event: &Event, bytes: &mut Vec<u8>) -> bool {
+        let Some(source) = event.source() else { return false };
+        let mut shown = Vec::new();
+        self.thread.apply(event.id, source, &mut shown);
+        let mut is_last = false;
+        for event in shown {
+            is_last |= event.is_last();
+            let is_new = match &self.from {
+                From::Place(place) => event.place > *place,
+                From::Id(id) => {
+                    if event.id == *id {
+                        self.from = From::Place(event.place);
+                    }
+                    false
+                }
+            };
+            // A session that had ended already: its reader is told so.
+            if is_new || event.is_last() {
+                let (kind, id) = (event.kind, event.id.clone());
+                bytes.extend_from_slice(&named_frame(kind, Some(&id), &event.into_json()));
+            }
+        }
+        is_last
+    }
 }
 
 #[derive(PartialEq, Eq)]
@@ -64,7 +119,14 @@ enum State {
 
 impl Follower {
     /// Subscribes before anything is read: nothing is appended in between unseen.
-    pub fn new(app: App, user_id: String, stream: OpenStream, (session, partition): (SessionId, Partition), after: u64) -> Self {
+    pub fn new(
+        app: App,
+        user_id: String,
+        stream: OpenStream,
+        (session, partition): (SessionId, Partition),
+        after: u64,
+        view: View,
+    ) -> Self {
         let hub = app.hubs.join(session, partition);
         let changes = hub.changes();
         Self {
@@ -81,6 +143,7 @@ impl Follower {
             attempts: 0,
             floor: 0,
             state: State::Starting,
+            view,
         }
     }
 
@@ -108,9 +171,9 @@ impl Follower {
                 return None;
             }
             if self.request.is_none()
-                && let Some(event) = self.pending.front()
+                && let Some(id) = self.first_unpersisted()
             {
-                self.request = Some(self.ask_persisted(event.id));
+                self.request = Some(self.ask_persisted(id));
             } else if self.request.is_none() {
                 // Before the tail is looked at: what changes from here on wakes.
                 self.changes.mark_unchanged();
@@ -120,7 +183,7 @@ impl Follower {
                         self.pending.extend(events);
                         continue;
                     }
-                    Read::Deleted => return self.end(&json!({ "type": "session.deleted" })),
+                    Read::Deleted => return self.end_as_deleted(),
                     Read::Behind { floor } => {
                         self.floor = floor;
                         self.request = Some(self.ask_page());
@@ -149,7 +212,7 @@ impl Follower {
                     self.attempts = 0;
                 }
                 () = self.app.ending.closing.cancelled() => return None,
-                reason = self.stream.refused() => return self.end(&json!({ "type": "error", "message": reason })),
+                reason = self.stream.refused() => return self.end_refused(&reason),
                 () = tokio::time::sleep_until(heartbeat_at) => return Some(Bytes::from_static(b": heartbeat\n\n")),
             }
         }
@@ -160,12 +223,23 @@ impl Follower {
         let mut bytes = Vec::new();
         let persisted = self.persisted;
         while bytes.len() < CHUNK_BYTES && self.state != State::Ended {
-            let Some(event) = self.pending.pop_front_if(|event| event.id <= persisted || !event.changes_state()) else { break };
+            let waits = |event: &Event| match self.view {
+                View::Typed => event.changes_state(),
+                // Whoever sees an event finds it in the list.
+                View::Managed(_) => event.source().is_some(),
+            };
+            let Some(event) = self.pending.pop_front_if(|event| event.id <= persisted || !waits(event)) else { break };
             self.cursor = self.cursor.max(event.id);
-            if let Some(frame) = event.typed() {
-                bytes.extend_from_slice(frame);
-            }
-            if event.is_last() {
+            let is_last = match &mut self.view {
+                View::Typed => {
+                    if let Some(frame) = event.typed() {
+                        bytes.extend_from_slice(frame);
+                    }
+                    event.is_last()
+                }
+                View::Managed(managed) => managed.render(&event, &mut bytes),
+            };
+            if is_last {
                 self.state = State::Ended;
             }
         }
@@ -181,7 +255,7 @@ impl Follower {
             }
         };
         match page {
-            Ok(page) if page.session_deleted => return self.end(&json!({ "type": "session.deleted" })),
+            Ok(page) if page.session_deleted => return self.end_as_deleted(),
             Ok(page) if page.events.is_empty() => {
                 self.attempts += 1;
                 if page.projected >= self.floor && self.floor > self.cursor {
@@ -193,7 +267,7 @@ impl Follower {
                 self.persisted = page.events.last().map_or(0, |event| event.event_id).max(self.persisted);
                 self.pending.extend(page.events.into_iter().map(|event| Arc::new(Event::decode_typed(event.event_id, event.payload))));
             }
-            Err(error) if error.code == ErrorCode::NotFound => return self.end(&json!({ "type": "session.deleted" })),
+            Err(error) if error.code == ErrorCode::NotFound => return self.end_as_deleted(),
             Err(error) => {
                 self.attempts += 1;
                 tracing::debug!(session_id = %self.session, %error, attempt = self.attempts, "event log cannot be read; will retry");
@@ -202,9 +276,36 @@ impl Follower {
         None
     }
 
-    fn end(&mut self, last: &serde_json::Value) -> Option<Bytes> {
+    /// The event that the next one to be shown waits for: in the managed view all that is there, which saves requests.
+    fn first_unpersisted(&self) -> Option<u64> {
+        match self.view {
+            View::Typed => self.pending.front().map(|event| event.id),
+            View::Managed(_) => self.pending.back().map(|event| event.id),
+        }
+    }
+
+    fn end_as_deleted(&mut self) -> Option<Bytes> {
         self.state = State::Ended;
-        Some(anonymous_frame(last))
+        const NAME: &str = "session.deleted";
+        Some(match self.view {
+            View::Typed => anonymous_frame(&json!({ "type": NAME })),
+            View::Managed(_) => {
+                let id = EventId::Input(InputId::new()).encode();
+                let now = v1::time(Timestamp::now().unix_micros());
+                named_frame(NAME, None, &json!({ "id": id, "type": NAME, "processed_at": now }))
+            }
+        })
+    }
+
+    fn end_refused(&mut self, reason: &str) -> Option<Bytes> {
+        self.state = State::Ended;
+        Some(match self.view {
+            View::Typed => anonymous_frame(&json!({ "type": "error", "message": reason })),
+            View::Managed(_) => {
+                let error = json!({ "type": "authentication_error", "message": reason });
+                named_frame("error", None, &json!({ "type": "error", "error": error }))
+            }
+        })
     }
 
     fn ask_persisted(&self, id: u64) -> BoxFuture<'static, Answer> {
