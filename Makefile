@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
 .DEFAULT_GOAL = help
-.PHONY: help setup build console demo dev test faults bench reference fmt lint clean
+.PHONY: help setup build console demo dev test faults conformance bench reference fmt lint clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -35,6 +35,10 @@ test: build ## Run every test, with every agent CLI
 faults: build ## Inject faults into a stack for about ten minutes and print what was lost (ARGS="--seed 7 --only runner")
 	@$(CARGO) build --quiet -p system-tests --bin faults
 	@$(BIN)/faults $(ARGS)
+
+conformance: AGENTS = claude codex gemini opencode
+conformance: build ## Run Anthropic's SDKs against /v1 with every agent CLI and write the table into docs/managed-agents-api.md
+	@scripts/conformance.sh $(ARGS)
 
 bench: setup console ## Measure throughput and latency beside the floors of the same run (ARGS=replay: one benchmark)
 	@$(CARGO) build --release --workspace --bins

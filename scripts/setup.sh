@@ -103,3 +103,14 @@ if [ "$(cat $venv/node/wanted 2>/dev/null)" != "$wanted" ]; then
     ln -sfn node_modules/node-linux-$arch/bin/node $venv/node/node
     echo "$wanted" >$venv/node/wanted
 fi
+
+# --- Anthropic's SDKs, for the conformance suite of the Managed Agents API ------------------------------
+# An environment of its own for each: what one of them needs may not suit the other tests.
+scripts/anthropic.sh "$ANTHROPIC_VERSION"
+wanted="@anthropic-ai/sdk@$ANTHROPIC_JS_VERSION"
+if [ "$(cat $venv/anthropic-js/wanted 2>/dev/null)" != "$wanted" ]; then
+    say "installing $wanted"
+    mkdir -p $venv/anthropic-js
+    npm install --prefix $venv/anthropic-js --no-fund --no-audit --loglevel=error "$wanted" >/dev/null
+    echo "$wanted" >$venv/anthropic-js/wanted
+fi

@@ -6,6 +6,7 @@ mod agents;
 mod backup;
 mod clients;
 mod command_line;
+mod conformance;
 mod console;
 mod contract;
 mod deployment;

@@ -1,0 +1,118 @@
+//! Events of `/v1` while services are killed. `make conformance` runs Anthropic's SDKs.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use system_tests::{Options, Stack};
+
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// As `/v1` writes the id of a session: 22 digits of base 58.
+fn managed(session: &str) -> String {
+    const DIGITS: &[u8; 58] = b"123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
+    let mut bits = session.parse::<types::SessionId>().unwrap().uuid().as_u128();
+    let mut digits: Vec<char> = Vec::new();
+    for _ in 0..22 {
+        digits.push(char::from(DIGITS[(bits % 58) as usize]));
+        bits /= 58;
+    }
+    format!("sesn_01{}", digits.into_iter().rev().collect::<String>())
+}
+
+/// A client that reconnects behind the last event that it has.
+struct Reader {
+    url: String,
+    key: String,
+    seen: Arc<Mutex<Vec<Value>>>,
+}
+
+impl Reader {
+    async fn run(self, mut last: String) {
+        let client = client();
+        loop {
+            let url = format!("{}?after_id={last}", self.url);
+            if let Ok(answer) = client.get(url).header("x-api-key", &self.key).send().await
+                && answer.status().is_success()
+            {
+                let (mut bytes, mut text) = (answer.bytes_stream(), Vec::new());
+                while let Some(Ok(chunk)) = bytes.next().await {
+                    text.extend_from_slice(&chunk);
+                    // What was cut off is sent again.
+                    while let Some(end) = text.windows(2).position(|pair| pair == b"\n\n") {
+                        let frame = String::from_utf8(text.drain(..end + 2).collect()).unwrap();
+                        let Some(data) = frame.lines().find_map(|line| line.strip_prefix("data: ")) else { continue };
+                        let event: Value = serde_json::from_str(data).unwrap();
+                        last = event["id"].as_str().unwrap().to_owned();
+                        assert!(frame.contains(&format!("\nid: {last}\n")), "{frame}");
+                        self.seen.lock().unwrap().push(event);
+                    }
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// Heartbeats come more often than it waits.
+fn client() -> reqwest::Client {
+    let times = reqwest::Client::builder().connect_timeout(Duration::from_secs(2)).read_timeout(Duration::from_secs(15));
+    times.build().unwrap()
+}
+
+fn count(events: &[Value], kind: &str) -> usize {
+    events.iter().filter(|event| event["type"] == kind).count()
+}
+
+#[tokio::test]
+async fn a_reader_that_reconnects_by_id_sees_each_event_once_while_services_are_killed() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let session = stack.session("shell", "echo 0").await.unwrap();
+    stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let path = format!("/v1/sessions/{}/events", managed(&session));
+    let before = stack.get(&path).await.unwrap().body["data"].as_array().unwrap().clone();
+    let last = before.last().unwrap()["id"].as_str().unwrap().to_owned();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let url = format!("{}{path}/stream", stack.ready_text("/api_url"));
+    let reader = Reader { url: url.clone(), key: stack.ready_text("/api_key"), seen: seen.clone() };
+    let mut reading = tokio::task::JoinSet::new();
+    reading.spawn(reader.run(last));
+
+    let client = client();
+    let services = ["gateway", "sprite-runner", "scheduler", "nats", "gateway"];
+    for (turn, service) in services.into_iter().enumerate() {
+        let content = json!([{ "type": "text", "text": format!("echo begin; sleep 1; echo {turn}") }]);
+        let body = json!({ "events": [{ "type": "user.message", "content": content }] });
+        // One key for all attempts: a message whose answer was lost is not sent twice.
+        let key = format!("turn {turn}");
+        let sent = tokio::time::timeout(PATIENCE, async {
+            loop {
+                let request = client.post(url.trim_end_matches("/stream")).json(&body).header("idempotency-key", &key);
+                match request.header("x-api-key", stack.ready_text("/api_key")).send().await {
+                    Ok(answer) if answer.status() == 200 => return,
+                    _ => tokio::time::sleep(Duration::from_millis(100)).await,
+                }
+            }
+        });
+        sent.await.unwrap();
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        let pids = stack.pids(service);
+        assert!(!pids.is_empty(), "{service}");
+        Stack::signal(&pids, Signal::KILL);
+        testkit::eventually("the turn ends on the stream", || async { count(&seen.lock().unwrap(), "session.status_idle") == turn + 1 })
+            .await;
+    }
+    let mut listed = Vec::new();
+    testkit::eventually("the list is read", || async { stack.get(&path).await.is_ok_and(|answer| answer.status == 200) }).await;
+    listed.extend(stack.get(&path).await.unwrap().body["data"].as_array().unwrap().clone());
+    reading.shutdown().await;
+    let seen = seen.lock().unwrap().clone();
+    let ids = |events: &[Value]| events.iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    assert_eq!(ids(&seen), ids(&listed[before.len()..]));
+    assert_eq!(count(&seen, "user.message"), services.len());
+    assert!(listed.windows(2).all(|pair| pair[0]["processed_at"].as_str() < pair[1]["processed_at"].as_str()));
+}
