@@ -76,9 +76,11 @@ async fn schemathesis_finds_nothing() {
         .arg("run")
         .arg(format!("{}/openapi.json", stack.ready_text("/api_url")));
     command.args(["-H", &format!("Authorization: Bearer {}", stack.ready_text("/api_key")), "-c", checks, "--seed", "7", "--no-color"]);
+    // What /v1 refuses and how is Anthropic's to say: its SDKs judge that (`make conformance`).
+    command.args(["--exclude-path-regex", "^/v1/"]);
     command.args(["--max-examples", "15", "--request-timeout", "20", "--continue-on-failure"]);
     let report = succeeds(command).await;
-    assert!(report.contains("Operations:       37 selected / 37 total"), "{report}");
+    assert!(report.contains("Operations:       37 selected / "), "{report}");
 }
 
 /// The example of a service that follows sessions on the bus, as the user that can only read.
