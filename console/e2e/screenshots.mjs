@@ -22,7 +22,7 @@ async function example() {
   const waiting = await start(careful.id, "run: rm -rf /workspace/build && cargo test --workspace");
   const markdown = await start(writer.id, "Here is what I know:\n\n## Findings\n\n- **Two** tests fail\n- `cargo test` takes 40 s\n\n```rust\nfn main() {\n    println!(\"hello\");\n}\n```\n\n| crate | tests |\n| --- | --- |\n| gateway | 47 |\n| auth | 4 |\n\n> Quote of the day");
   await Promise.all([ended(haiku), ended(failed), ended(markdown), asks(waiting)]);
-  await api("POST", `/sessions/${haiku}/prompt`, { prompt: "run: printf '\\033[32mok\\033[0m 1\\n\\033[31mFAILED\\033[0m 2\\n'; seq 40; exit 3" });
+  await api("POST", `/sessions/${haiku}/prompt`, { prompt: "run: printf '\\033[32mok\\033[0m 1\\n\\033[31mFAILED\\033[0m 2\\n'; exit 3" });
   await api("POST", `/sessions/${waiting}/prompt`, { prompt: "and then run the linter", when_busy: "queue" });
   await ended(haiku);
   return { agent: writer.id, environment: environment.id, haiku, failed, waiting, markdown };

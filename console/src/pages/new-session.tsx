@@ -149,7 +149,7 @@ export function NewSession() {
         {failure != null && <div class="errorbox" role="alert"><span>{words(failure)}</span></div>}
         <div class="row end"><button type="submit" class="primary" disabled={busy || !prompt.trim() || !data}>{busy ? "Starting…" : "Start session"}</button></div>
       </form>
-      <section class="same" aria-label="The same as code">
+      <section class="ascode" aria-label="The same as code">
         <div class="row">
           <h2>The same as code</h2>
           <span class="grow" />

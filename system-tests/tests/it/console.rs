@@ -2,28 +2,58 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use serde_json::json;
+use serde_json::{Value, json};
+use sqlx::{Connection as _, PgConnection};
 use system_tests::{Options, Stack};
 use tokio::process::Command;
 
 const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
+/// Events of the long session.
+const LONG: i64 = 100_000;
 const PATIENCE: Duration = Duration::from_secs(300);
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
+/// A session with 100,000 messages, the same one again and again, between its first events and its end.
+async fn long_session(stack: &Stack) -> String {
+    let agent = json!({ "name": "Long", "runtime": "claude", "model": "claude-sonnet-4-5" });
+    let agent = stack.post("/agents", agent).await.unwrap();
+    let session = stack.post("/sessions", json!({ "agent_id": agent.text("id"), "prompt": "a message" })).await.unwrap();
+    let id = session.text("id").to_owned();
+    testkit::eventually("the turn ends", async || {
+        stack.get(&format!("/sessions/{id}")).await.is_ok_and(|session| session.text("status") == "completed")
+    })
+    .await;
+    let page = stack.get(&format!("/sessions/{id}/events")).await.unwrap();
+    let events = page.body["data"].as_array().unwrap();
+    let number = |event: &Value| event["id"].as_i64().unwrap();
+    let message = number(events.iter().find(|event| event["type"] == "agent.message").unwrap());
+    let end = number(events.last().unwrap());
+    let mut database = PgConnection::connect(&stack.ready_text("/database_url")).await.unwrap();
+    let move_end = "update scheduler.event set event_id = $2 where session_id = $1::uuid and event_id = $3";
+    sqlx::query(move_end).bind(&id).bind(end + LONG).bind(end).execute(&mut database).await.unwrap();
+    let repeat = "insert into scheduler.event (session_id, event_id, payload)
+                  select session_id, number, payload from scheduler.event, generate_series($2, $3 - 1) as number
+                  where session_id = $1::uuid and event_id = $4";
+    sqlx::query(repeat).bind(&id).bind(end).bind(end + LONG).bind(message).execute(&mut database).await.unwrap();
+    id
+}
+
 #[tokio::test]
 async fn a_person_uses_the_console_in_a_browser() {
     let stack = Stack::start(MODEL).await.unwrap();
+    let long = long_session(&stack).await;
     let script = root().join("console/e2e/console.mjs");
     assert!(root().join("console/node_modules/playwright-core").exists(), "run `make console` first");
     let node = root().join(".venv/node/node");
     let mut command = Command::new(if node.exists() { node } else { "node".into() });
     command
         .arg(script)
-        .env("AOD_API_URL", stack.ready("/api_url").as_str().unwrap())
-        .env("AOD_API_TOKEN", stack.ready("/api_key").as_str().unwrap())
+        .env("AOD_API_URL", stack.ready_text("/api_url"))
+        .env("AOD_API_TOKEN", stack.ready_text("/api_key"))
+        .env("AOD_LONG_SESSION", long)
         .env("AOD_READY_FILE", stack.data_dir().join("ready.json"))
         .env("FAILURE_SCREENSHOT", std::env::temp_dir().join("console-failure.png"))
         .stdin(Stdio::null())
@@ -38,7 +68,7 @@ async fn a_person_uses_the_console_in_a_browser() {
 #[tokio::test]
 async fn a_console_session_ends_with_its_time_and_with_its_key() {
     let stack = Stack::start(Options { settings: &[("AOD_CONSOLE_SESSION_SECONDS", "2")], scripted_model: false, ..MODEL }).await.unwrap();
-    let base = stack.ready("/api_url").as_str().unwrap().to_owned();
+    let base = stack.ready_text("/api_url");
     let sign_in = async |key: &str| {
         let request = stack.http.post(format!("{base}/console/session")).header("X-Aod-Console", "1").json(&json!({ "api_key": key }));
         let answer = request.send().await.unwrap();
@@ -53,7 +83,7 @@ async fn a_console_session_ends_with_its_time_and_with_its_key() {
         request.send().await.unwrap().status().as_u16()
     };
     assert_eq!(sign_in("aod_wrong").await.0, 401);
-    let own = stack.ready("/api_key").as_str().unwrap().to_owned();
+    let own = stack.ready_text("/api_key");
     let (created, cookie) = sign_in(&own).await;
     assert_eq!((created, status(&cookie, true).await, status(&cookie, false).await), (201, 200, 401));
     tokio::time::sleep(Duration::from_secs(3)).await;
