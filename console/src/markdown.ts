@@ -1,6 +1,7 @@
 // Markdown that agents write. It is not trusted: a short list of elements remains, and nothing is loaded.
 import DOMPurify from "dompurify";
 import { Marked } from "marked";
+import { runs } from "./ansi";
 
 const MARKDOWN_CHARS_MAX = 200_000;
 
@@ -31,7 +32,8 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
 /** None where the text is too long to be worth it. */
 export function render(text: string): DocumentFragment | null {
   if (text.length > MARKDOWN_CHARS_MAX) return null;
-  return DOMPurify.sanitize(marked.parse(text, { async: false }), {
+  const plain = runs(text).map((run) => run.text).join("");
+  return DOMPurify.sanitize(marked.parse(plain, { async: false }), {
     ALLOWED_TAGS: TAGS,
     ALLOWED_ATTR: ["href", "start", "align"],
     ALLOW_DATA_ATTR: false,

@@ -10,7 +10,7 @@ use tokio::process::Command;
 const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
 /// Events of the long session.
 const LONG: i64 = 100_000;
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
