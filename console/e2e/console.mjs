@@ -89,7 +89,7 @@ const checks = {
     await accessible("a session");
   },
   async "a message is queued, changed and withdrawn; the agent is stopped"() {
-    await composer().fill("run: sleep 90");
+    await composer().fill("run: tail -f /dev/null");
     await composer().press("Enter");
     await page.locator(".status.running").waitFor();
     await composer().fill("a queued message");

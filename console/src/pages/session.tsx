@@ -301,7 +301,7 @@ function Composer({ session, requests, queued, refresh, showRequest }: { session
       await create(`/sessions/${session.id}/prompt`, { prompt: text, when_busy: whenBusy }, sending.current.key);
       setText("");
       sending.current = { text: "", key: "" };
-      await refresh();
+      void refresh();
     } catch (error) {
       toast(error instanceof Error ? error.message : String(error), true);
     } finally {
