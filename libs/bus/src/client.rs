@@ -17,7 +17,7 @@ use contract::{
 use prost::Message as _;
 use sealing::KeyPair;
 use secrecy::{ExposeSecret as _, SecretString};
-use service::Env;
+use settings::Env;
 use tokio::sync::watch;
 use tracing::Instrument as _;
 use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};

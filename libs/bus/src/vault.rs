@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use contract::{common::Empty, rpc, vault::SealedValue};
-use service::Env;
+use settings::Env;
 
 use crate::{Bus, Failure};
 

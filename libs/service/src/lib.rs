@@ -1,17 +1,16 @@
-//! What every service needs: settings from the environment, telemetry, start and shutdown, health.
+//! What every service needs: telemetry, start and shutdown, health.
 
 pub mod admin;
-pub mod env;
 pub mod lifecycle;
 pub mod periodic;
 pub mod telemetry;
 
 use std::{fmt, future::Future, process::ExitCode};
 
-pub use env::Env;
 pub use lifecycle::Lifecycle;
 pub use periodic::periodically;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+pub use settings::Env;
 
 /// A service refused its settings.
 const EXIT_SETTINGS: u8 = 2;
@@ -30,17 +29,17 @@ where
     let chassis = Chassis::from_env(&mut env);
     let config = config(&mut env);
     match env.finish() {
-        env::Verdict::Ready => {}
-        env::Verdict::Help(text) => {
+        settings::Verdict::Ready => {}
+        settings::Verdict::Help(text) => {
             println!("{text}");
             return ExitCode::SUCCESS;
         }
-        env::Verdict::Refused(problems) => {
+        settings::Verdict::Refused(problems) => {
             eprintln!("{name}: {problems}");
             return ExitCode::from(EXIT_SETTINGS);
         }
     }
-    if env::has_argument("--check-ready") {
+    if settings::has_argument("--check-ready") {
         return admin::check_ready(chassis.admin_addr);
     }
     let _telemetry = match telemetry::init(name, &chassis.telemetry) {

@@ -8,7 +8,7 @@ pub mod provision;
 use std::{str::FromStr as _, time::Duration};
 
 use secrecy::{ExposeSecret as _, SecretString};
-use service::Env;
+use settings::Env;
 use sqlx::{
     AssertSqlSafe, PgConnection,
     postgres::{PgConnectOptions, PgPool, PgPoolOptions},

@@ -224,7 +224,7 @@ fn bus_at(url: String) -> Result<bus::Config, AdminError> {
     let password = env.secret("NATS_PASSWORD", "the operator's password on the bus");
     let ca_file = env.optional("NATS_CA_FILE", "certificate authority of a NATS server with TLS, as PEM").map(PathBuf::from);
     match env.finish() {
-        service::env::Verdict::Refused(problems) => Err(AdminError::Local(problems)),
+        settings::Verdict::Refused(problems) => Err(AdminError::Local(problems)),
         _ => Ok(operator_config(url, password, ca_file)),
     }
 }

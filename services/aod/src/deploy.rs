@@ -140,7 +140,7 @@ impl Secrets {
 async fn connect(command: &'static str) -> Result<PgConnection, String> {
     let mut env = service::Env::from_process(command, "");
     let url = env.secret("DATABASE_URL", "postgres:// URL of the database's owner");
-    if let service::env::Verdict::Refused(problems) = env.finish() {
+    if let settings::Verdict::Refused(problems) = env.finish() {
         return Err(problems);
     }
     let begun = Instant::now();

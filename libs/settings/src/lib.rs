@@ -24,7 +24,8 @@ pub enum Verdict {
 }
 
 /// Whether the process was started with this argument.
-pub(crate) fn has_argument(wanted: &str) -> bool {
+#[must_use]
+pub fn has_argument(wanted: &str) -> bool {
     std::env::args().skip(1).any(|arg| arg == wanted)
 }
 
