@@ -231,7 +231,7 @@ const checks = {
     }
     assert.ok((await first()) < before, "earlier events are loaded");
     const items = await page.locator(".item").count();
-    assert.ok(items <= 1200, `${items} items are held`);
+    assert.ok(items <= 600, `${items} items are held`);
     await page.getByRole("button", { name: /To the end/ }).click();
     await page.getByText("Turn complete").waitFor();
   },

@@ -5,7 +5,9 @@ import { type Connection, type Frame, follow } from "./sse";
 
 const PAGE = 200;
 /** Events that are held; the page stays fast however long a session is. */
-export const HELD_MAX = 1200;
+export const HELD_MAX = 600;
+/** Between two renderings: a fast agent does not keep the browser busy. */
+const RENDER_MS = 32;
 /** Live events that are kept while the window is left behind the end. */
 const WAITING_MAX = 2000;
 
@@ -22,6 +24,7 @@ export class SessionLog {
   private waiting: TypedEvent[] = [];
   private droppedThrough = 0;
   private scheduled = false;
+  private rendered = 0;
   private loading = false;
   private stop = new AbortController();
   private last = 0;
@@ -83,17 +86,18 @@ export class SessionLog {
       }
     }
     this.arriving.push(...events);
-    // At most one rendering per frame; a hidden page has no frames.
+    // A hidden page has no frames.
     if (!this.scheduled) {
       this.scheduled = true;
-      if (document.hidden) setTimeout(() => this.flush(), 100);
-      else requestAnimationFrame(() => this.flush());
+      const soon = () => (document.hidden ? this.flush() : requestAnimationFrame(() => this.flush()));
+      setTimeout(soon, Math.max(0, this.rendered + RENDER_MS - performance.now()));
     }
     return goesOn;
   }
 
   private flush(): void {
     this.scheduled = false;
+    this.rendered = performance.now();
     const fresh = this.arriving;
     this.arriving = [];
     if (fresh.length === 0) return;
