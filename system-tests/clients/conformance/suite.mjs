@@ -8,12 +8,14 @@ import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
 import assert from "node:assert/strict";
 import { randomUUID } from "node:crypto";
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
 
 // Where the client is installed, which need not be beside this file.
 const require = createRequire(process.env.NODE_MODULES_OF ? `${process.env.NODE_MODULES_OF}/x.js` : import.meta.url);
-const sdk = await import(pathToFileURL(require.resolve("@anthropic-ai/sdk")).href);
-const { version } = require("@anthropic-ai/sdk/package.json");
+const entry = require.resolve("@anthropic-ai/sdk");
+const sdk = await import(pathToFileURL(entry).href);
+const { version } = JSON.parse(readFileSync(join(dirname(entry), "package.json"), "utf8"));
 const Anthropic = sdk.default.default ?? sdk.default;
 const baseURL = process.env.BASE_URL;
 const apiKey = process.env.API_KEY;
@@ -128,7 +130,7 @@ check(16, "a plain turn", async () => {
   assert.equal(events.at(-1).stop_reason.type, "end_turn");
 });
 check(17, "a turn with tools", async () => {
-  const { events } = await turn(await newSession(), "run: echo tool-$((40+2))");
+  const { events } = await turn(await newSession(), "run: echo tool-42");
   const ids = events.map((event) => event.id);
   const results = events.filter((event) => event.type === "agent.tool_result");
   assert.ok(results.length > 0 && said(events).includes("tool-42"), types(events).join());
@@ -223,7 +225,7 @@ check(39, "a tool that asks", async () => {
   const asking = await agents.create({ name: "js", model, tools: [{ type: "agent_toolset_20260401", configs: [policy] }] });
   const session = await newSession({ agent: asking.id });
   const follower = await follow(session);
-  await sessions.events.send(session, { events: [message("run: echo allowed-$((40+2))")] });
+  await sessions.events.send(session, { events: [message("run: echo allowed-42")] });
   const asked = await follower.until((event) => event.type === "session.status_idle");
   assert.equal(asked.at(-1).stop_reason.type, "requires_action");
   const [tool_use_id] = asked.at(-1).stop_reason.event_ids;

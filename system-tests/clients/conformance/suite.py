@@ -348,7 +348,7 @@ def plain(world):
 def tools(world):
     if world.runtime == "shell":
         raise NotHere
-    _, events, _ = world.turn(world.new_session().id, world.run("echo tool-$((40+2))"))
+    _, events, _ = world.turn(world.new_session().id, world.run("echo tool-42"))
     uses = {event.id: event for event in events if event.type == "agent.tool_use"}
     assert any(event.name == "bash" for event in uses.values()), [event.name for event in uses.values()]
     results = [event for event in events if event.type == "agent.tool_result"]
@@ -400,7 +400,7 @@ def remembers(world):
     if world.runtime != "shell":
         _, events, _ = world.turn(session, "what was my first message?", follower)
         assert "Your first message was: run: echo kept" in said(events), said(events)
-    _, events, _ = world.turn(session, world.run("test $(cat /workspace/kept) = kept && echo still-here"), follower)
+    _, events, _ = world.turn(session, world.run("grep -q kept /workspace/kept && echo still-here"), follower)
     assert events[-1].stop_reason.type == "end_turn", events[-1]
     assert world.runtime == "shell" or "still-here" in printed(events), printed(events)
 
@@ -701,7 +701,7 @@ def asks(world):
         raise NotHere
     session = world.new_session(agent=asking_agent(world).id).id
     follower = Follower(world.client, session)
-    world.client.beta.sessions.events.send(session, events=[message(world.run("echo allowed-$((40+2))"))])
+    world.client.beta.sessions.events.send(session, events=[message(world.run("echo allowed-42"))])
     events = follower.until(asked)
     use = [event for event in events if event.type == "agent.tool_use"][-1]
     assert use.evaluated_permission == "ask" and events[-1].stop_reason.event_ids == [use.id], (use, events[-1])
@@ -711,7 +711,7 @@ def asks(world):
     assert in_order(types(rest), ["user.tool_confirmation", "session.status_running", "session.status_idle"]), types(rest)
     assert world.runtime == "gemini" or "allowed-42" in printed(rest), printed(rest)
     events = follower.events
-    world.client.beta.sessions.events.send(session, events=[message(world.run("echo denied-$((40+2))"))])
+    world.client.beta.sessions.events.send(session, events=[message(world.run("echo denied-42"))])
     start = len(events)
     asking = follower.until(asked, start)
     use = [event for event in asking if event.type == "agent.tool_use"][-1]
