@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
 .DEFAULT_GOAL = help
-.PHONY: help setup build console demo dev test faults conformance bench reference fmt lint clean
+.PHONY: help setup build console demo dev test test-paused faults conformance bench reference fmt lint clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -31,6 +31,10 @@ test: export AOD_SETUP_BROWSER = 1
 test: build ## Run every test, with every agent CLI
 	$(CARGO) test --workspace --no-run --quiet
 	$(BIN)/testkit-run $(CARGO) test --workspace --quiet
+
+test-paused: AGENTS = claude codex gemini opencode
+test-paused: build ## Leave permission requests of all CLIs open for ten minutes of a paused sandbox
+	AOD_TEST_PAUSED_SECONDS=600 $(CARGO) test --quiet -p system-tests --test it a_permission_request_stays_open
 
 faults: build ## Inject faults into a stack for about ten minutes and print what was lost (ARGS="--seed 7 --only runner")
 	@$(CARGO) build --quiet -p system-tests --bin faults

@@ -492,6 +492,7 @@ fn for_host(row: InputRow, turn: u32, journal_ids: &HashMap<i64, i64>) -> Option
             text: row.text,
             timeout_seconds: unsigned(row.timeout_seconds),
             when_busy: HostWhenBusy::Join.into(),
+            ..host::Message::default()
         }),
         InputKind::Interrupt => HostInput::Interrupt(host::Interrupt { turn }),
         InputKind::Decision => {

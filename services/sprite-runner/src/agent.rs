@@ -12,7 +12,12 @@ use serde::Deserialize;
 use types::{Runtime, SessionId, limits::KILL_GRACE};
 use zeroize::Zeroizing;
 
-use crate::{ModelEndpoints, playback, runtimes::Adapter, secrets::Secrets, setup::Setup};
+use crate::{
+    ModelEndpoints, playback,
+    runtimes::{Adapter, MCP_FAILURES},
+    secrets::Secrets,
+    setup::Setup,
+};
 
 /// How long output of children that an agent or a step left running is waited for.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -46,7 +51,6 @@ impl Agent {
         let mut plain_vars = adapter.env(models);
         plain_vars.push(("AOD_SESSION_ID".to_owned(), session.to_string()));
         plain_vars.push(("AOD_MODEL".to_owned(), spec.model.clone()));
-        plain_vars.push(("TRACEPARENT".to_owned(), bus::trace::traceparent().unwrap_or_default()));
         let spec = Spec {
             session_id: session.to_string(),
             runtime: runtime.as_str().to_owned(),
@@ -61,6 +65,7 @@ impl Agent {
             refused_log: "/.sprite/policy/refused".to_owned(),
             tasks_socket: "/.sprite/api.sock".to_owned(),
             mcp_servers: crate::runtimes::mcp_names(setup.mcp_servers.clone()).into_iter().map(|server| server.name).collect(),
+            mcp_failures: if adapter.tells_of_mcp_servers() { String::new() } else { MCP_FAILURES.to_owned() },
             ..Spec::default()
         };
         Ok(Self {
@@ -83,9 +88,15 @@ impl Agent {
 
     /// What begins a turn. A turn that still runs was given up by everyone else.
     pub fn message(&self, turn: u32, timeout_seconds: u32) -> Input {
-        let message = Message { turn, text: self.prompt.clone(), timeout_seconds, when_busy: WhenBusy::Interrupt.into() };
+        let message =
+            Message { turn, text: self.prompt.clone(), timeout_seconds, when_busy: WhenBusy::Interrupt.into(), traceparent: traceparent() };
         Input { id: playback::turn_input(turn), kind: Some(input::Kind::Message(message)) }
     }
+}
+
+/// The trace of the turn at hand, for the processes that are started for it.
+pub fn traceparent() -> String {
+    bus::trace::traceparent().unwrap_or_default()
 }
 
 /// Where pip, cargo and go put programs.

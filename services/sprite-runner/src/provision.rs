@@ -13,7 +13,7 @@ use types::{Runtime, Skill, Stage, StageState};
 
 use crate::{
     ModelEndpoints,
-    agent::quote,
+    agent::{quote, traceparent},
     diagnosis,
     host::{Gone, Link},
     playback::Playback,
@@ -205,8 +205,12 @@ impl StepRunner {
 
     /// Runs a step, or finds that it was run. The journal is read meanwhile, and what it tells goes into the log.
     async fn run(&mut self, id: &str, later: &[String], step: &Step, record: &mut Record) -> Result<StepEnded, Trouble> {
-        let host_step =
-            HostStep { name: step.what.clone(), script: step.script.clone(), timeout_seconds: STAGE_MAX.as_secs().try_into().unwrap_or(0) };
+        let host_step = HostStep {
+            name: step.what.clone(),
+            script: step.script.clone(),
+            timeout_seconds: STAGE_MAX.as_secs().try_into().unwrap_or(0),
+            traceparent: traceparent(),
+        };
         self.link.send(Input { id: id.to_owned(), kind: Some(input::Kind::Step(host_step)) });
         loop {
             while let Some(emitted) = self.playback.next() {

@@ -18,11 +18,13 @@ pub const MCP_START_LIMIT: Duration = Duration::from_secs(20);
 
 /// Runs an MCP server that has to answer within a limit.
 pub const MCP_START_PATH: &str = "/var/lib/aod/mcp-start.pl";
+/// Where that program writes which servers did not start.
+pub const MCP_FAILURES: &str = "/home/sprite/.aod/mcp-failures";
 pub const MCP_START: &str = include_str!("../scripts/mcp-start.pl");
 
 /// An MCP server's command, under [`MCP_START_LIMIT`]: for CLIs whose own limit is as long as that of a call.
 fn limited_command(command: &str, args: &[String]) -> Vec<String> {
-    let limited = ["perl", MCP_START_PATH, &MCP_START_LIMIT.as_secs().to_string(), command].map(str::to_owned);
+    let limited = ["perl", MCP_START_PATH, MCP_FAILURES, &MCP_START_LIMIT.as_secs().to_string(), command].map(str::to_owned);
     limited.into_iter().chain(args.iter().cloned()).collect()
 }
 
@@ -59,6 +61,10 @@ pub trait Adapter: Sync {
     fn env(&self, models: &ModelEndpoints) -> Vec<(String, String)>;
     /// Files to write before the first turn, by absolute path. They may hold the secrets of MCP servers.
     fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)>;
+    /// Whether its protocol tells which MCP servers did not start.
+    fn tells_of_mcp_servers(&self) -> bool {
+        true
+    }
     /// Where the CLI finds skills, if it knows any.
     fn skills(&self) -> Option<Skills>;
 }

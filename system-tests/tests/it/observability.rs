@@ -94,6 +94,14 @@ async fn a_trace_leads_from_the_request_to_the_agent() {
     // What the CLI was told to belong to is there too.
     let parent = output.split(&format!("{trace}-")).nth(1).unwrap().split('-').next().unwrap();
     assert!(ids.iter().any(|id| hex(id) == parent), "{parent}");
+    // The next turn's processes belong to the next request's trace.
+    let prompted =
+        stack.post(&format!("/sessions/{}/prompt", posted.text("id")), json!({ "prompt": "echo at-$TRACEPARENT-" })).await.unwrap();
+    let next = prompted.headers["x-request-id"].to_str().unwrap().to_owned();
+    let since = events.last().unwrap()["id"].as_u64().unwrap();
+    let events = stack.stream(posted.text("id"), since).await.unwrap().all().await.unwrap();
+    let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
+    assert!(next != trace && output.contains(&format!("at-00-{next}-")), "{output}");
     let text = format!("{:?}", spans.lock().unwrap());
     for secret in ["a-secret-value", &stack.ready_text("/api_key"), &stack.ready_text("/sprites_token")] {
         assert!(!text.contains(secret), "a span holds {secret}");

@@ -247,3 +247,65 @@ async fn every_cli_knows_a_skill_from_github() {
     });
     join_all(runs).await;
 }
+
+/// One that hangs, one that is no program, one that ends at once, and one that nobody serves: the turn goes on, and says which are missing.
+#[tokio::test]
+async fn an_mcp_server_that_does_not_start_is_told_of_and_holds_up_no_turn() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let environment = stack.post("/environments", json!({ "name": "e", "setup_script": MCP_SERVER })).await.unwrap().text("id").to_owned();
+    let runs = RUNTIMES.map(async |(runtime, model)| {
+        let stdio = |name: &str, command: &str, args: &[&str]| json!({ "name": name, "type": "stdio", "command": command, "args": args });
+        let mut echo = stdio("echo", "python3", &["/workspace/echo.py"]);
+        echo["env"] = json!({ "SUFFIX": "by MCP" });
+        let servers =
+            json!([stdio("hangs", "sleep", &["4711"]), stdio("missing", "no-such-program", &[]), stdio("ends", "false", &[]), echo,]);
+        let agent = json!({ "name": runtime, "model": model, "runtime": runtime, "mcp_servers": servers });
+        let agent = stack.post("/agents", agent).await.unwrap();
+        let body = json!({ "agent_id": agent.text("id"), "prompt": "run: echo ran", "environment_id": environment });
+        let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+        let first = turn(&stack, &session, 0).await;
+        first.succeeded_saying(runtime, "ran");
+        // One that works is there beside them.
+        prompt(&stack, &session, &first, "echo by MCP: seven").await.succeeded_saying(runtime, "seven by MCP");
+        let events = typed_events(&stack, &session).await;
+        let errors: Vec<&Value> = events.iter().filter(|event| event["type"] == "session.error").collect();
+        let names: &[&str] = match runtime {
+            // Its servers are known by their commands.
+            "gemini" => &["\"sleep 4711\"", "\"no-such-program\"", "\"false\""],
+            "opencode" => &["hangs", "missing", "ends"],
+            // These begin a turn without the servers that are slow: such a one may fail after the turn's end.
+            _ => &["missing", "ends"],
+        };
+        for name in names {
+            let told = errors.iter().find(|event| event["error"]["message"].as_str().unwrap().contains(name));
+            let told = told.unwrap_or_else(|| panic!("{runtime}: {name} is not told of: {errors:#?}"));
+            assert_eq!(told["error"]["type"], "mcp_connection_failed_error", "{runtime}: {told}");
+        }
+    });
+    join_all(runs).await;
+}
+
+/// Also beside a system prompt: nothing is put in front of a prompt.
+#[tokio::test]
+async fn a_slash_command_is_one_for_a_cli_that_has_them() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let commands = r#"mkdir -p ~/.claude/commands ~/.gemini/commands
+        echo 'say the mark of $ARGUMENTS' >~/.claude/commands/tell.md
+        printf 'prompt = "say the mark of {{args}}"\n' >~/.gemini/commands/tell.toml"#;
+    let environment = stack.post("/environments", json!({ "name": "e", "setup_script": commands })).await.unwrap().text("id").to_owned();
+    let runs = ["claude", "gemini"].map(async |runtime| {
+        let model = RUNTIMES.iter().find(|(name, _)| *name == runtime).unwrap().1;
+        let agent = json!({ "name": runtime, "model": model, "runtime": runtime, "system": "Be brief. MARK-4711" });
+        let agent = stack.post("/agents", agent).await.unwrap();
+        let body = json!({ "agent_id": agent.text("id"), "prompt": "/tell today", "environment_id": environment });
+        let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
+        let first = turn(&stack, &session, 0).await;
+        // Gemini CLI has commands of users in its terminal alone: what it gets is what was typed.
+        let said = if runtime == "gemini" { "You said: /tell today" } else { "The mark is MARK-4711" };
+        first.succeeded_saying(runtime, said);
+        // A path is no command, and is not changed on its way.
+        let second = prompt(&stack, &session, &first, "what was my first message? /tell").await;
+        second.succeeded_saying(runtime, "Your first message was:");
+    });
+    join_all(runs).await;
+}

@@ -233,6 +233,68 @@ async fn an_answer_is_applied_after_everything_around_the_agent_was_killed() {
     assert_eq!(chat.inputs().await, [pair("decision", "applied")]);
 }
 
+/// Its sandbox is frozen while nobody answers, and the agent in it with it. `AOD_TEST_PAUSED_SECONDS`: for how long; `make test-paused`
+/// waits ten minutes.
+#[tokio::test]
+async fn a_permission_request_stays_open_while_its_sandbox_is_paused() {
+    #[expect(clippy::disallowed_methods, reason = "a test has no settings of its own")]
+    let seconds = std::env::var("AOD_TEST_PAUSED_SECONDS").map_or(4, |text| text.parse().unwrap());
+    let settings = &[("LOCAL_SPRITES_FREEZE_AFTER_S", "2")];
+    let stack = Stack::start(Options { settings, ..MODEL }).await.unwrap();
+    let runs = RUNTIMES.map(async |(runtime, model, shell, _)| {
+        let permissions = json!({ "rules": [{ "tool": shell, "evaluation": "ask" }] });
+        let mut chat =
+            Chat::begin(&stack, (runtime, model), permissions, "run: echo done >>/workspace/times; wc -l </workspace/times").await;
+        let request = chat.asked().await;
+        testkit::eventually("the sandbox is frozen", async || sprite_status(&stack, &chat.session).await == "warm").await;
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+        assert_eq!(sprite_status(&stack, &chat.session).await, "warm", "{runtime}: the open request wakes its sandbox");
+        let session = chat.get("").await;
+        assert_eq!(session["status"], "running", "{runtime}: {session}");
+        chat.post(&format!("requests/{request}"), json!({ "decision": "allow" }), 200).await;
+        let (text, reason) = chat.ended().await;
+        assert!(reason == "end_turn" && (runtime == "gemini" || text.contains('1')), "{runtime}: {reason} {text}");
+        assert_eq!(chat.inputs().await, [pair("decision", "applied")], "{runtime}");
+    });
+    join_all(runs).await;
+}
+
+/// As the sandbox's server tells it; asking does not wake the sandbox.
+async fn sprite_status(stack: &Stack, session: &str) -> String {
+    let request =
+        stack.http.get(format!("{}/v1/sprites", stack.ready_text("/sprites_url"))).bearer_auth(stack.ready_text("/sprites_token"));
+    let list: Value = request.send().await.unwrap().json().await.unwrap();
+    let tail = session.replace('-', "").split_off(12);
+    let sprites = list["sprites"].as_array().unwrap();
+    let sprite = sprites.iter().find(|sprite| sprite["name"].as_str().unwrap().ends_with(&tail));
+    sprite.map(|sprite| sprite["status"].as_str().unwrap().to_owned()).unwrap_or_default()
+}
+
+/// Rules with patterns: what each command is asked about, allowed or denied by.
+#[tokio::test]
+async fn a_rule_may_name_the_calls_of_a_tool_that_it_is_about() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let runs = RUNTIMES.map(async |(runtime, model, shell, _)| {
+        let rule = |pattern: &str, evaluation: &str| json!({ "tool": format!("{shell}({pattern})"), "evaluation": evaluation });
+        let permissions = json!({ "default": "ask", "rules": [rule("rm *", "deny"), rule("echo *", "allow")] });
+        let mut chat = Chat::begin(&stack, (runtime, model), permissions, "run: echo allowed").await;
+        let events = chat.until("session.status_idle").await;
+        assert!(!events.iter().any(|event| event["type"] == "session.permission_requested"), "{runtime}: {events:?}");
+        assert_eq!(events.last().unwrap()["stop_reason"]["type"], "end_turn", "{runtime}");
+        chat.post("prompt", json!({ "prompt": "run: rm -f /workspace/x" }), 202).await;
+        let events = chat.until("session.status_idle").await;
+        assert!(!events.iter().any(|event| event["type"] == "session.permission_requested"), "{runtime}: {events:?}");
+        let denied = events.iter().any(|event| event["type"] == "agent.tool_use" && event["evaluated_permission"] == "deny");
+        assert!(denied, "{runtime}: {events:?}");
+        // An allowed program followed by another is none that was allowed.
+        chat.post("prompt", json!({ "prompt": "run: echo one; touch /workspace/two" }), 202).await;
+        let request = chat.asked().await;
+        chat.post(&format!("requests/{request}"), json!({ "decision": "allow" }), 200).await;
+        assert_eq!(chat.ended().await.1, "end_turn", "{runtime}");
+    });
+    join_all(runs).await;
+}
+
 #[tokio::test]
 async fn the_command_line_shows_what_the_agent_does_approves_and_interrupts() {
     let stack = Stack::start(MODEL).await.unwrap();

@@ -10,6 +10,7 @@ mod shell;
 
 use contract::host::{Capabilities, Spec, ToolResult, ToolUse, capabilities, decision::Verdict, event, turn_ended};
 
+pub use json::mcp_failed;
 pub use shell::script;
 
 use crate::{http, prepare};

@@ -11,8 +11,8 @@ use contract::host::{
 use prost::Message as _;
 
 use crate::{
-    adapters::{Adapter, Ask, Close, Effect, Launch, Out, Stdio, script},
-    http,
+    adapters::{Adapter, Ask, Close, Effect, Launch, Out, Stdio, mcp_failed, script},
+    http, permissions,
     state::State,
 };
 
@@ -32,6 +32,7 @@ const INPUT_ID_BYTES_MAX: usize = 64;
 const MESSAGE_BYTES_MAX: usize = 3 << 20;
 const QUEUE_BYTES_MAX: usize = MESSAGE_BYTES_MAX + (64 << 10);
 const CALLS_MAX: usize = 10_000;
+const FAILED_MCP_MAX: usize = 100;
 /// How long a CLI that was asked to end may take, and one that was killed may be waited for.
 const CLOSE_MS: u64 = 2_000;
 const KILLED_MS: u64 = 10_000;
@@ -105,6 +106,8 @@ pub struct Core {
     permitted: Vec<u64>,
     waiting_since: Option<u64>,
     calls: HashMap<String, u64>,
+    /// MCP servers that were told of.
+    failed_mcp: Vec<String>,
     line: Vec<u8>,
     line_is_too_long: bool,
     /// When the program's processes are killed, and when a killed one is given up.
@@ -137,6 +140,7 @@ impl Core {
             permitted: Vec::new(),
             waiting_since: None,
             calls: HashMap::new(),
+            failed_mcp: Vec::new(),
             line: Vec::new(),
             line_is_too_long: false,
             kill_at: None,
@@ -374,7 +378,7 @@ impl Core {
         let started = TurnStarted { turn: message.turn, input_id: input_id.to_owned(), timeout_seconds: message.timeout_seconds };
         self.record(record::Kind::TurnStarted(started));
         let deadline = (message.timeout_seconds > 0).then(|| now + u64::from(message.timeout_seconds) * 1000);
-        let text = message.text.clone();
+        let (text, traceparent) = (message.text.clone(), message.traceparent.clone());
         self.turn = Some(Turn { message, delivered: false, ending: None, deadline });
         self.idle_at = None;
         self.calls.clear();
@@ -383,7 +387,7 @@ impl Core {
             Program::None => {
                 let conversation = Some(self.state.conversation_id.clone()).filter(|id| !id.is_empty());
                 let launch = self.adapter.launch(conversation.as_deref(), &text);
-                self.start(launch);
+                self.start(launch, traceparent);
             }
             Program::Cli { ready: true } => self.deliver(now),
             _ => {}
@@ -394,11 +398,15 @@ impl Core {
         self.record(record::Kind::StepStarted(StepStarted { input_id: input_id.clone(), name: step.name.clone() }));
         let launch = script(&step.script, false);
         let deadline = (step.timeout_seconds > 0).then(|| now + u64::from(step.timeout_seconds) * 1000);
+        let traceparent = step.traceparent.clone();
         self.step = Some(RunningStep { input_id, step, since: now, deadline, ending: None });
-        self.start(launch);
+        self.start(launch, traceparent);
     }
 
-    fn start(&mut self, launch: Launch) {
+    fn start(&mut self, mut launch: Launch, traceparent: String) {
+        if !traceparent.is_empty() {
+            launch.env.push(("TRACEPARENT".to_owned(), traceparent));
+        }
         self.program = Program::Starting;
         self.stdio = launch.stdio;
         self.line.clear();
@@ -619,6 +627,15 @@ impl Core {
         self.apply(out, now);
     }
 
+    /// An MCP server did not start: the CLI does not say so.
+    pub fn mcp_failed(&mut self, server: &str) {
+        // Some CLIs start each server more than once.
+        if !self.failed_mcp.iter().any(|failed| failed == server) && self.failed_mcp.len() < FAILED_MCP_MAX {
+            self.failed_mcp.push(server.to_owned());
+            self.event(None, mcp_failed(server, "", false));
+        }
+    }
+
     fn apply(&mut self, out: Out, now: u64) {
         let mut effects: VecDeque<Effect> = out.0.into();
         while let Some(effect) = effects.pop_front() {
@@ -726,22 +743,17 @@ impl Core {
         if self.calls.len() < CALLS_MAX {
             self.calls.insert(tool.call_id.clone(), self.next_event_id());
         }
-        tool.evaluation = self.evaluate(&tool.name).into();
+        tool.evaluation = self.evaluate(&tool.name, &tool.input_json).into();
         tool.input_json = shorten_json(tool.input_json, TEXT_BYTES_MAX);
         self.event(parent, event::Kind::ToolUse(tool));
     }
 
-    fn evaluate(&self, tool: &str) -> Evaluation {
+    fn evaluate(&self, tool: &str, input_json: &str) -> Evaluation {
         if self.allowed.iter().any(|allowed| allowed == tool) {
             return Evaluation::Allow;
         }
         let Some(permissions) = &self.spec.permissions else { return Evaluation::Allow };
-        let matches = |pattern: &str| match pattern.strip_suffix('*') {
-            Some(prefix) => tool.starts_with(prefix),
-            None => tool == pattern,
-        };
-        let found = permissions.rules.iter().find(|rule| matches(&rule.tool)).map(contract::host::PermissionRule::evaluation);
-        match found.unwrap_or(permissions.otherwise()) {
+        match permissions::evaluate(permissions, tool, input_json) {
             Evaluation::Unspecified => Evaluation::Allow,
             evaluation => evaluation,
         }
@@ -758,7 +770,7 @@ impl Core {
         self.tool_use(None, tool);
         let id = self.calls.get(&ask.call).copied().unwrap_or(self.state.last_event_id);
         let ending = self.turn.as_ref().is_none_or(|turn| turn.ending.is_some());
-        match self.evaluate(&ask.tool) {
+        match self.evaluate(&ask.tool, &ask.input_json) {
             _ if ending => self.adapter.decide(&ask.key, Verdict::Deny, "The turn is ending", more),
             Evaluation::Allow | Evaluation::Unspecified => self.adapter.decide(&ask.key, Verdict::Allow, "", more),
             Evaluation::Deny => self.adapter.decide(&ask.key, Verdict::Deny, "The session's rules do not permit this tool", more),
@@ -876,7 +888,7 @@ mod tests {
     }
 
     fn message(id: u32, when_busy: WhenBusy) -> Input {
-        let message = Message { turn: id, text: format!("echo {id}"), timeout_seconds: 0, when_busy: when_busy.into() };
+        let message = Message { turn: id, text: format!("echo {id}"), when_busy: when_busy.into(), ..Message::default() };
         Input { id: format!("m{id}"), kind: Some(input::Kind::Message(message)) }
     }
 

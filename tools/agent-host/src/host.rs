@@ -38,6 +38,8 @@ use crate::{
 
 const READ_BYTES: usize = 256 << 10;
 /// What waits for the host from the CLI's server; its sender waits then.
+/// Lines of one read that become events.
+const MCP_FAILURES_MAX: usize = 20;
 const HTTP_REPLIES: usize = 256;
 const CLIENTS_MAX: usize = 16;
 /// How long output waits for room on the disk.
@@ -168,6 +170,7 @@ struct Host {
     full_since: Option<u64>,
     spared: Vec<Pid>,
     refused_bytes: u64,
+    mcp_failures_bytes: u64,
     awake: bool,
     awake_at: u64,
     http: (SyncSender<http::Reply>, Receiver<http::Reply>),
@@ -216,6 +219,7 @@ impl Host {
         listener.set_nonblocking(true).map_err(|error| failed("cannot listen", error))?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed("eventfd", error.into()))?;
         let refused_bytes = fs::metadata(&spec.refused_log).map_or(0, |metadata| metadata.len());
+        let mcp_failures_bytes = fs::symlink_metadata(&spec.mcp_failures).map_or(0, |metadata| metadata.len());
         let now = monotonic_ms();
         let core = Core::new(spec.clone(), (runtime.new)(&spec), runtime.capabilities, store.state.clone(), lost, now);
         Ok(Some(Self {
@@ -233,6 +237,7 @@ impl Host {
             full_since: None,
             spared: Vec::new(),
             refused_bytes,
+            mcp_failures_bytes,
             awake: false,
             awake_at: 0,
             http: sync_channel(HTTP_REPLIES),
@@ -510,6 +515,7 @@ impl Host {
 
     fn read_output(&mut self, stream: Stream) {
         self.read_refusals();
+        self.read_mcp_failures();
         let Some(running) = &mut self.running else { return };
         let (fd, open) = match stream {
             Stream::Stdout => (&running.program.stdout, &mut running.stdout_open),
@@ -543,6 +549,18 @@ impl Host {
         let text = String::from_utf8_lossy(added.get(..end).unwrap_or_default()).into_owned();
         let told: String = text.lines().map(|line| format!("refused by the network policy: {line}\n")).collect();
         self.core.output(Stream::Stderr, told.into_bytes(), monotonic_ms());
+    }
+
+    /// Which MCP servers did not start, where their CLI does not say so.
+    fn read_mcp_failures(&mut self) {
+        if self.spec.mcp_failures.is_empty() || self.running.is_none() {
+            return;
+        }
+        let added = process::read_own(Path::new(&self.spec.mcp_failures), self.user.uid, self.mcp_failures_bytes);
+        let Some(end) = added.iter().rposition(|byte| *byte == b'\n') else { return };
+        self.mcp_failures_bytes += end as u64 + 1;
+        let text = String::from_utf8_lossy(added.get(..end).unwrap_or_default()).into_owned();
+        text.lines().filter(|line| !line.is_empty()).take(MCP_FAILURES_MAX).for_each(|line| self.core.mcp_failed(line));
     }
 
     fn reap(&mut self) {

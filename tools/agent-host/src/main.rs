@@ -10,6 +10,7 @@ mod client;
 mod core;
 mod host;
 mod http;
+mod permissions;
 mod prepare;
 mod process;
 mod state;

@@ -8,7 +8,7 @@ use std::{
     io::{self, Read as _},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        unix::{fs::MetadataExt as _, process::CommandExt as _},
     },
     path::Path,
     process::{Command, ExitCode, Stdio},
@@ -16,7 +16,7 @@ use std::{
 
 use contract::host::Spec;
 use rustix::{
-    fs::{Gid, MemfdFlags, Uid, fchown, memfd_create},
+    fs::{Gid, MemfdFlags, Mode, OFlags, Uid, fchown, memfd_create},
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
     pipe::{PipeFlags, fcntl_setpipe_size, pipe_with},
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
@@ -431,9 +431,38 @@ pub fn read_from(path: &Path, offset: u64) -> Vec<u8> {
     text
 }
 
+/// As [`read_from`], of a file that a user wrote: nothing where it is another's, or no file. The user could lay links to what only the
+/// host may read.
+pub fn read_own(path: &Path, uid: u32, offset: u64) -> Vec<u8> {
+    let mut text = Vec::new();
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let Ok(file) = rustix::fs::open(path, flags, Mode::empty()) else { return text };
+    let mut file = File::from(file);
+    let is_own = file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.uid() == uid && metadata.nlink() == 1);
+    if is_own && io::Seek::seek(&mut file, io::SeekFrom::Start(offset)).is_ok() {
+        let _ = file.take(64 << 10).read_to_end(&mut text);
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_users_own_file_is_read_for_that_user() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let uid = rustix::process::getuid().as_raw();
+        fs::write(at("file"), "one\ntwo\n").unwrap();
+        assert_eq!(read_own(&at("file"), uid, 4), b"two\n");
+        assert_eq!(read_own(&at("file"), uid + 1, 0), b"");
+        std::os::unix::fs::symlink(at("file"), at("link")).unwrap();
+        fs::hard_link(at("file"), at("other")).unwrap();
+        for name in ["link", "other", "missing", "."] {
+            assert_eq!(read_own(&at(name), uid, 0), b"", "{name}");
+        }
+    }
 
     #[test]
     fn a_path_may_refer_to_the_one_before_it() {

@@ -59,6 +59,9 @@ pub struct Spec {
     /// 0: 500.
     #[prost(uint32, tag = "19")]
     pub drain_quiet_ms: u32,
+    /// A file of the user's to which a line is appended for each MCP server that did not start; what is added becomes error events.
+    #[prost(string, tag = "20")]
+    pub mcp_failures: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]
@@ -79,7 +82,8 @@ pub struct Permissions {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PermissionRule {
-    /// A tool's name as in ToolUse; `*` at the end matches any rest.
+    /// A tool's name as in ToolUse; `*` at the end matches any rest. `name(pattern)`: only calls whose command, path or address matches,
+    /// where `*` stands for anything.
     #[prost(string, tag = "1")]
     pub tool: ::prost::alloc::string::String,
     #[prost(enumeration = "Evaluation", tag = "2")]
@@ -127,6 +131,9 @@ pub struct Message {
     pub timeout_seconds: u32,
     #[prost(enumeration = "WhenBusy", tag = "4")]
     pub when_busy: i32,
+    /// TRACEPARENT of a process that is started for this turn, unless the session has such a variable.
+    #[prost(string, tag = "5")]
+    pub traceparent: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Interrupt {
@@ -157,6 +164,9 @@ pub struct Step {
     /// 0: no limit.
     #[prost(uint32, tag = "3")]
     pub timeout_seconds: u32,
+    /// As Message.traceparent.
+    #[prost(string, tag = "4")]
+    pub traceparent: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Decision {

@@ -21,12 +21,26 @@ pub fn read(fields: &mut Fields) -> Option<Permissions> {
 
 fn read_rule(rule: &mut Fields) -> PermissionRule {
     let tool = rule.named_string("tool", NAME_CHARS_MAX);
-    if tool.as_deref().is_some_and(|tool| tool.is_empty() || tool.trim_end_matches('*').contains('*') || tool.ends_with("**")) {
-        rule.refuse("tool", "tool must be a tool's name, or the beginning of some followed by *");
+    if tool.as_deref().is_some_and(|tool| !is_rule(tool)) {
+        rule.refuse("tool", "tool must be a tool's name, the beginning of some followed by *, or a name with a pattern: Bash(git *)");
     }
     let evaluation = rule.named_string("evaluation", NAME_CHARS_MAX);
     let evaluation = evaluation.and_then(|text| parsed(rule, "evaluation", &text));
     PermissionRule { tool: tool.unwrap_or_default(), evaluation: evaluation.unwrap_or_default() }
+}
+
+/// As the agent host understands it.
+fn is_rule(tool: &str) -> bool {
+    let (name, pattern) = match tool.split_once('(') {
+        Some((name, rest)) => (name, Some(rest)),
+        None => (tool, None),
+    };
+    match pattern {
+        Some(pattern) => {
+            !name.is_empty() && !name.contains('*') && pattern.strip_suffix(')').is_some_and(|pattern| !pattern.trim().is_empty())
+        }
+        None => !name.is_empty() && !name.trim_end_matches('*').contains('*') && !name.ends_with("**") && !name.contains(')'),
+    }
 }
 
 fn read_evaluation(fields: &mut Fields, name: &str) -> Option<Evaluation> {
@@ -49,4 +63,19 @@ fn read_on_timeout(fields: &mut Fields) -> Option<TimeoutDecision> {
         fields.refuse("on_timeout", "on_timeout must be 'allow' or 'deny'");
     }
     decision
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rule_names_a_tool_some_tools_or_some_calls_of_one() {
+        for good in ["Bash", "mcp__*", "*", "Bash(git *)", "Edit(/a (b)/*)", "Bash(git:*)"] {
+            assert!(is_rule(good), "{good}");
+        }
+        for bad in ["", "a*b", "a**", "Bash(", "Bash()", "Bash( )", "(git)", "Bas*(git)", "Bash)", "Bash(git) "] {
+            assert!(!is_rule(bad), "{bad}");
+        }
+    }
 }

@@ -31,6 +31,10 @@ impl Adapter for Gemini {
         vec![("/home/sprite/.gemini/settings.json", settings.to_string())]
     }
 
+    fn tells_of_mcp_servers(&self) -> bool {
+        false
+    }
+
     fn skills(&self) -> Option<Skills> {
         Some(Skills { folder: "/home/sprite/.gemini/skills", installer_name: "gemini-cli" })
     }

@@ -51,6 +51,8 @@ struct Claude {
     cost: u64,
     open_calls: Vec<String>,
     texts: u64,
+    mcp_is_pending: bool,
+    told_of_mcp: Vec<String>,
 }
 
 impl Claude {
@@ -62,9 +64,13 @@ impl Claude {
 
     fn system(&mut self, line: &Value, out: &mut Out) {
         match text(line, "/subtype") {
-            "init" if self.conversation != text(line, "/session_id") => {
-                self.conversation = text(line, "/session_id").to_owned();
-                out.push(Effect::Conversation { id: self.conversation.clone(), model: text(line, "/model").to_owned() });
+            // Once per turn.
+            "init" => {
+                if self.conversation != text(line, "/session_id") {
+                    self.conversation = text(line, "/session_id").to_owned();
+                    out.push(Effect::Conversation { id: self.conversation.clone(), model: text(line, "/model").to_owned() });
+                }
+                self.mcp_servers(array(line, "/mcp_servers"), out);
             }
             "session_state_changed" if text(line, "/state") == "idle" => self.end_turn(out),
             "api_retry" => {
@@ -77,6 +83,18 @@ impl Claude {
             }
             "compact_boundary" => out.event(event::Kind::ContextCompacted(ContextCompacted {})),
             _ => {}
+        }
+    }
+
+    /// Tells once of each MCP server that failed. Turns do not wait for servers that are slow.
+    fn mcp_servers(&mut self, servers: &[Value], out: &mut Out) {
+        self.mcp_is_pending = servers.iter().any(|server| text(server, "/status") == "pending");
+        for server in servers {
+            let (name, status) = (text(server, "/name"), text(server, "/status"));
+            if matches!(status, "failed" | "needs-auth") && !self.told_of_mcp.iter().any(|told| told == name) {
+                self.told_of_mcp.push(name.to_owned());
+                out.event(mcp_failed(name, text(server, "/error"), status == "needs-auth"));
+            }
         }
     }
 
@@ -172,6 +190,9 @@ impl Claude {
             let cost = if total >= self.cost { total - self.cost } else { total };
             *usage.cost_micro_usd.get_or_insert_default() += cost;
             self.cost = total;
+        }
+        if std::mem::take(&mut self.mcp_is_pending) {
+            self.control(&json!({ "subtype": "mcp_status" }), out);
         }
         let message = if reason == Reason::Completed { String::new() } else { message };
         self.result = Some((reason, message));
@@ -320,6 +341,7 @@ impl Adapter for Claude {
                 self.ready = true;
                 out.push(Effect::Ready);
             }
+            "control_response" => self.mcp_servers(array(&line, "/response/response/mcpServers"), out),
             _ => {}
         }
     }

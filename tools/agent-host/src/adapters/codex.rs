@@ -193,6 +193,10 @@ impl Codex {
 
     fn notification(&mut self, method: &str, params: &Value, out: &mut Out) {
         match method {
+            "mcpServer/startupStatus/updated" if text(params, "/status") == "failed" => {
+                let login = text(params, "/failureReason") == "reauthenticationRequired";
+                out.event(mcp_failed(text(params, "/name"), text(params, "/error"), login));
+            }
             "turn/started" => self.turn_is(text(params, "/turn/id"), out),
             "item/started" => self.item_started(params.get("item").unwrap_or(&Value::Null), out),
             "item/completed" => self.item_completed(params.get("item").unwrap_or(&Value::Null), out),

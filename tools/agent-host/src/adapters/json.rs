@@ -1,5 +1,6 @@
 //! Reading what CLIs print, where anything may be absent or of another type.
 
+use contract::host::{AgentError, agent_error::Retry, event};
 use serde_json::Value;
 
 /// The text at a JSON pointer; empty where there is none.
@@ -52,4 +53,15 @@ pub fn error_kind(status: &str) -> &'static str {
         "" | "null" => "unknown_error",
         _ => "model_request_failed_error",
     }
+}
+
+/// An MCP server that the CLI goes on without.
+pub fn mcp_failed(server: &str, why: &str, wants_login: bool) -> event::Kind {
+    let message = match (wants_login, why) {
+        (true, _) => format!("The MCP server {server} wants its user to log in; the turn goes on without it"),
+        (false, "") => format!("The MCP server {server} did not start; the turn goes on without it"),
+        (false, why) => format!("The MCP server {server} did not start; the turn goes on without it: {why}"),
+    };
+    let kind = if wants_login { "mcp_authentication_failed_error" } else { "mcp_connection_failed_error" };
+    event::Kind::Error(AgentError { kind: kind.to_owned(), message, retry: Retry::Exhausted.into() })
 }

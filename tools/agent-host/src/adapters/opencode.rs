@@ -36,6 +36,7 @@ const EVENTS: &str = "events";
 const CREATE: &str = "create";
 const RESUME: &str = "resume";
 const PROMPT: &str = "prompt";
+const MCP: &str = "mcp";
 const OTHER: &str = "other";
 const REMEMBERED_MAX: usize = 10_000;
 
@@ -91,6 +92,17 @@ impl Opencode {
                 self.session = text(&reply, "/id").to_owned();
                 out.push(Effect::Conversation { id: self.session.clone(), model: self.spec.model.clone() });
                 out.push(Effect::Ready);
+                if !self.spec.mcp_servers.is_empty() {
+                    self.request(MCP, "GET", "/mcp".to_owned(), None, out);
+                }
+            }
+            MCP => {
+                for (name, server) in reply.as_object().into_iter().flatten() {
+                    let status = text(server, "/status");
+                    if matches!(status, "failed" | "needs_auth" | "needs_client_registration") {
+                        out.event(mcp_failed(name, text(server, "/error"), status != "failed"));
+                    }
+                }
             }
             RESUME => {
                 self.resume = None;

@@ -306,7 +306,7 @@ fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     // A message for the running turn: part of it where the CLI can, else the next turn in place of this one.
     chat.send("slowly");
     chat.until_event(|kind| matches!(kind, event::Kind::Delta(_)));
-    let message = Message { turn: 90, text: "say the mark".to_owned(), timeout_seconds: 0, when_busy: WhenBusy::Steer.into() };
+    let message = Message { turn: 90, text: "say the mark".to_owned(), when_busy: WhenBusy::Steer.into(), ..Message::default() };
     chat.attached.send("steered", input::Kind::Message(message));
     let (mut kinds, mut ended) = chat.ended();
     if !steers {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, process::Command};
 
-use contract::host::{HostEnded, Spec, control, input_settled::Outcome, record, turn_ended::Reason};
+use contract::host::{HostEnded, Message, Spec, Step, Variable, control, input, input_settled::Outcome, record, turn_ended::Reason};
 
 use crate::support::{Host, end_sleep, eventually, is_running, message, output};
 
@@ -302,4 +302,28 @@ fn a_specification_that_cannot_be_followed_is_refused_with_its_reason() {
     let output = command.args(["start", "--dir"]).arg(host.dir()).arg("--spec").arg(&spec).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "agent-host: runtime cobol is not known\n");
     assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn each_turn_and_step_has_its_own_trace_unless_the_session_names_one() {
+    let traced = |turn: u32| {
+        let traceparent = format!("00-{turn:032x}-{turn:016x}-01");
+        input::Kind::Message(Message { turn, text: "echo $TRACEPARENT".to_owned(), traceparent, ..Message::default() })
+    };
+    for own in [None, Some("mine")] {
+        let mut host = Host::shell();
+        host.spec.env = own.map(|value| Variable { name: "TRACEPARENT".to_owned(), value: value.to_owned() }).into_iter().collect();
+        host.start();
+        let mut attached = host.attach(0);
+        for turn in [1, 2] {
+            attached.send(&format!("turn-{turn}"), traced(turn));
+            let (kinds, _) = attached.turn_ended();
+            let expected = own.map_or_else(|| format!("00-{turn:032x}-{turn:016x}-01\n"), |value| format!("{value}\n"));
+            assert_eq!(output(&kinds).0, expected);
+        }
+        let script = "echo $TRACEPARENT".to_owned();
+        attached.send("step", input::Kind::Step(Step { script, traceparent: "00-step".to_owned(), ..Step::default() }));
+        let kinds = attached.until(|kind| matches!(kind, record::Kind::StepEnded(_)));
+        assert_eq!(output(&kinds).0, format!("{}\n", own.unwrap_or("00-step")));
+    }
 }

@@ -178,7 +178,7 @@ impl Attached {
     }
 
     pub fn step(&mut self, name: &str, script: &str, timeout_seconds: u32) {
-        self.send(name, input::Kind::Step(Step { name: name.to_owned(), script: script.to_owned(), timeout_seconds }));
+        self.send(name, input::Kind::Step(Step { name: name.to_owned(), script: script.to_owned(), timeout_seconds, ..Step::default() }));
     }
 
     fn next(&mut self, until: Instant) -> Result<Frame, Option<Control>> {
