@@ -13,7 +13,7 @@ pub const TEXT_CHARS_MAX: usize = 256 * 1024;
 /// Items of a list or an object that has no limit of its own: hosts, packages of one manager, variables, metadata.
 pub const ITEMS_MAX: usize = 1000;
 /// Metadata as JSON.
-pub const METADATA_BYTES_MAX: usize = 16 * 1024;
+pub const METADATA_BYTES_MAX: usize = 2 << 20;
 /// Skills, and MCP servers, of an agent.
 pub const AGENT_ITEMS_MAX: usize = 20;
 pub const SKILL_DESCRIPTION_CHARS_MAX: usize = 1024;

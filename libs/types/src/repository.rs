@@ -16,6 +16,28 @@ pub struct Repository {
     /// What is checked out; the default branch where it is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkout: Option<Checkout>,
+    /// Whether the contents of files in Git LFS are fetched; without it such files hold their pointers.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lfs: bool,
+    /// The author of commits in this repository; the deployment's where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub author: Option<Author>,
+}
+
+/// Who commits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
+pub struct Author {
+    pub name: String,
+    pub email: String,
+}
+
+/// A name or an address that git writes into a commit as it is: it drops `<`, `>` and what is at the ends.
+#[must_use]
+pub fn is_author_part(text: &str) -> bool {
+    (1..=200).contains(&text.len())
+        && !text.chars().any(|c| c.is_control() || c == '<' || c == '>')
+        && text.trim_matches(|c: char| c.is_whitespace() || ".,:;\"\\'".contains(c)) == text
 }
 
 /// What of a repository is checked out.
@@ -123,6 +145,13 @@ pub fn check_mount_path(path: &str) -> Result<(), MountPathError> {
     Ok(())
 }
 
+/// Absolute, without control characters, and as the kernel resolves it.
+#[must_use]
+pub fn is_normal_path(path: &str) -> bool {
+    let parts = path.strip_prefix('/').map(|rest| rest.split('/').all(|part| !matches!(part, "" | "." | "..")));
+    path.chars().all(|c| !c.is_control()) && (path == "/" || parts == Some(true))
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::{Component, Path};
@@ -165,6 +194,16 @@ mod tests {
     }
 
     #[test]
+    fn authors_are_what_git_writes() {
+        for good in ["Ann Lee", "ann@example.org", "O'Neil", "J. R. R. T", "\u{6d77}"] {
+            assert!(is_author_part(good), "{good}");
+        }
+        for bad in ["", " a", "a ", "a<b", "a>b", "a\nb", ".", "a.", "'a", "\"", &"x".repeat(201)] {
+            assert!(!is_author_part(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn mount_paths_are_absolute_and_normal() {
         assert_eq!(check_mount_path("/workspace/a b"), Ok(()));
         assert_eq!(check_mount_path("/home/sprite/x"), Ok(()));
@@ -177,6 +216,12 @@ mod tests {
             assert_eq!(check_mount_path(odd), Err(MountPathError::NotNormal), "{odd}");
         }
         assert_eq!(check_mount_path("/a\n"), Err(MountPathError::Control));
+        for good in ["/", "/a", "/home/sprite", "/a b/c"] {
+            assert!(is_normal_path(good), "{good}");
+        }
+        for bad in ["", "a", "/a/", "//", "/a//b", "/..", "/a/./b", "/a\n"] {
+            assert!(!is_normal_path(bad), "{bad:?}");
+        }
     }
 
     proptest! {

@@ -249,6 +249,17 @@ impl Fields {
         }
     }
 
+    /// True or false.
+    pub fn optional_bool(&mut self, name: &str) -> Option<bool> {
+        match self.get(name)?.clone() {
+            Value::Bool(value) => Some(value),
+            other => {
+                self.error("bool_type", name, "Input should be a valid boolean", other);
+                None
+            }
+        }
+    }
+
     /// One of a few words.
     pub fn literal(&mut self, name: &str, allowed: &str) {
         match self.object.get(name) {

@@ -18,7 +18,7 @@ use types::{
     AgentId, EnvironmentId, Repository, SessionId, SessionStatus, WhenBusy,
     limits::{BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, URL_CHARS_MAX},
     model::quoted,
-    repository::{Checkout, RepositoryTag, RepositoryUrl, check_mount_path, is_branch, is_commit},
+    repository::{Author, Checkout, RepositoryTag, RepositoryUrl, check_mount_path, is_author_part, is_branch, is_commit, is_normal_path},
 };
 use utoipa::{IntoParams, ToSchema};
 
@@ -55,6 +55,8 @@ pub struct Session {
     #[schema(format = DateTime)]
     updated_at: String,
     resources: Vec<Repository>,
+    /// Where the session named one.
+    working_directory: Option<String>,
     turn_count: u32,
     current_turn: Option<u32>,
     metadata: BTreeMap<String, String>,
@@ -94,6 +96,7 @@ impl From<scheduler::Session> for Session {
             created_at: time(session.created_at_us),
             updated_at: time(session.updated_at_us),
             resources: serde_json::from_str(&session.resources).unwrap_or_default(),
+            working_directory: session.working_directory,
             turn_count: session.turn_count,
             current_turn: Some(session.turn_count),
             metadata: serde_json::from_str(&session.metadata).unwrap_or_default(),
@@ -210,6 +213,9 @@ pub struct CreateSession {
     environment_id: Option<String>,
     #[schema(max_items = 10)]
     resources: Option<Vec<Resource>>,
+    /// Where the agent works: absolute. The mount path of the only repository where it is absent, else `/workspace`
+    #[schema(max_length = 500)]
+    working_directory: Option<String>,
     /// Stored encrypted, never answered; they override all other variables
     secret_env_vars: Option<BTreeMap<String, String>>,
     metadata: Option<BTreeMap<String, String>>,
@@ -227,6 +233,10 @@ pub struct Resource {
     mount_path: Option<String>,
     /// What is checked out; the default branch where it is absent
     checkout: Option<Checkout>,
+    /// Whether the contents of files in Git LFS are fetched. The sandbox needs `git-lfs`: `packages: {"apt": ["git-lfs"]}`
+    lfs: Option<bool>,
+    /// The author of commits in this repository
+    author: Option<Author>,
     /// Stored encrypted and never answered
     authorization_token: Option<String>,
 }
@@ -239,6 +249,7 @@ impl CreateSession {
             timeout: read_timeout(fields),
             environment_id: fields.optional_string("environment_id", BODY_BYTES_MAX),
             resources: read_resources(fields),
+            working_directory: read_working_directory(fields),
             secret_env_vars: read_env_vars(fields, "secret_env_vars"),
             metadata: fields.string_metadata("metadata"),
         }
@@ -255,6 +266,14 @@ fn read_prompt(fields: &mut Fields) -> String {
 fn read_timeout(fields: &mut Fields) -> Option<u32> {
     let seconds = fields.integer("timeout", i64::from(TIMEOUT_SECONDS_MIN), i64::from(TIMEOUT_SECONDS_MAX));
     seconds.and_then(|seconds| u32::try_from(seconds).ok())
+}
+
+fn read_working_directory(fields: &mut Fields) -> Option<String> {
+    let path = fields.optional_string("working_directory", URL_CHARS_MAX)?;
+    if !is_normal_path(&path) {
+        fields.refuse("working_directory", "working_directory must be absolute and normal: without '.', '..', '//' or a slash at its end");
+    }
+    Some(path)
 }
 
 fn read_resources(fields: &mut Fields) -> Option<Vec<Resource>> {
@@ -288,6 +307,8 @@ fn read_resource(item: &mut Fields) -> Resource {
         mount_path: mount_path.or_else(|| repository.as_ref().map(RepositoryUrl::default_mount_path)),
         url: repository.map(|repository| repository.to_string()).unwrap_or_default(),
         checkout: item.nested("checkout", read_checkout).flatten(),
+        lfs: item.optional_bool("lfs"),
+        author: item.nested("author", read_author),
         authorization_token,
     }
 }
@@ -313,6 +334,17 @@ fn read_checkout(checkout: &mut Fields) -> Option<Checkout> {
             None
         }
     }
+}
+
+fn read_author(author: &mut Fields) -> Author {
+    let mut part = |name: &str| {
+        let text = author.named_string(name, BODY_BYTES_MAX).unwrap_or_default();
+        if !text.is_empty() && !is_author_part(&text) {
+            author.refuse(name, &format!("{name} must be as git writes it: at most 200 bytes, without <, > and line ends"));
+        }
+        text
+    };
+    Author { name: part("name"), email: part("email") }
 }
 
 /// A session's own secrets, as they lie in the vault.
@@ -344,6 +376,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         session_limit: caller.session_limit.unwrap_or(app.config.default_session_limit),
         metadata: json(&session.metadata.unwrap_or_default()),
         resources: json(&resources),
+        working_directory: session.working_directory,
         secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         secret_env_var_names: secrets.env.into_keys().collect(),
         once: key.once(&body),
@@ -375,12 +408,12 @@ async fn keep(app: &App, caller: &Caller, secrets: &SessionSecrets) -> Result<Op
 fn split_tokens(resources: Vec<Resource>) -> (Vec<Repository>, BTreeMap<String, String>) {
     let mut tokens = BTreeMap::new();
     let mut repositories = Vec::with_capacity(resources.len());
-    for Resource { r#type: kind, url, mount_path, checkout, authorization_token } in resources {
+    for Resource { r#type: kind, url, mount_path, checkout, lfs, author, authorization_token } in resources {
         let mount_path = mount_path.unwrap_or_default();
         if let Some(token) = authorization_token {
             tokens.insert(mount_path.clone(), token);
         }
-        repositories.push(Repository { kind, url, mount_path, checkout });
+        repositories.push(Repository { kind, url, mount_path, checkout, lfs: lfs.unwrap_or_default(), author });
     }
     (repositories, tokens)
 }

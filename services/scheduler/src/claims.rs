@@ -50,6 +50,7 @@ struct TurnRow {
     skills: Value,
     mcp_servers: Value,
     resources: Value,
+    working_directory: Option<String>,
     env_vars_secret_id: Option<Uuid>,
     mcp_secret_id: Option<Uuid>,
     secret_id: Option<Uuid>,
@@ -95,7 +96,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
          )
          select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
-                s.resources, s.secret_id, av.permissions, c.input_id
+                s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id
          from claimed c
          join session s using (session_id)
          join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -188,6 +189,7 @@ async fn specification(
         skills: turn.skills.to_string(),
         mcp_servers: turn.mcp_servers.to_string(),
         resources: turn.resources.to_string(),
+        working_directory: turn.working_directory,
         permissions: turn.permissions.map(|permissions| permissions.to_string()).unwrap_or_default(),
         input_id: turn.input_id.map(|id| id.to_string()).unwrap_or_default(),
     })

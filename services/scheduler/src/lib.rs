@@ -118,6 +118,7 @@ const MIGRATIONS: &[store::Step] = &[
     (50, "inputs", include_str!("../../../migrations/scheduler/0050_inputs.sql")),
     (60, "managed agents", include_str!("../../../migrations/scheduler/0060_managed_agents.sql")),
     (70, "where turns begin", include_str!("../../../migrations/scheduler/0070_where_turns_begin.sql")),
+    (90, "working directory", include_str!("../../../migrations/scheduler/0090_working_directory.sql")),
 ];
 
 /// What every request works with.

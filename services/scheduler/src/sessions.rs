@@ -31,7 +31,7 @@ use crate::{
 macro_rules! session_columns {
     () => {
         "session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage, failure_message,
-         turn_count, metadata, resources, sprite_destroyed_at, event_partition, created_at, updated_at"
+         turn_count, metadata, resources, working_directory, sprite_destroyed_at, event_partition, created_at, updated_at"
     };
 }
 pub(crate) use session_columns;
@@ -59,6 +59,7 @@ pub struct SessionRow {
     pub turn_count: i32,
     pub metadata: Value,
     pub resources: Value,
+    pub working_directory: Option<String>,
     pub sprite_destroyed_at: Option<OffsetDateTime>,
     pub event_partition: i16,
     pub created_at: OffsetDateTime,
@@ -98,6 +99,7 @@ impl From<SessionRow> for Session {
             failure,
             metadata: row.metadata.to_string(),
             resources: row.resources.to_string(),
+            working_directory: row.working_directory,
             waiting_on: None,
             event_partition: u32::try_from(row.event_partition).unwrap_or(u32::MAX),
             ..Self::default()
@@ -183,8 +185,8 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     quota::enforce(tx, user, request.session_limit).await?;
     let row: SessionRow = sqlx::query_as(concat!(
         "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
-                              sprite, conversation_id, metadata, resources, secret_id, event_partition, status, turn_count)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'pending', 1)
+                              sprite, conversation_id, metadata, resources, secret_id, event_partition, working_directory, status, turn_count)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, 'pending', 1)
          returning ",
         session_columns!()
     ))
@@ -202,6 +204,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .bind(parsed_json(&request.resources)?)
     .bind(secret_id(request.secret_id.as_deref())?)
     .bind(i16::from(Partition::of_new(id, scheduler.event_partitions).number()))
+    .bind(request.working_directory.as_deref())
     .fetch_one(&mut *tx)
     .await
     .map_err(|error| {

@@ -16,6 +16,7 @@ pub struct Setup {
     script: String,
     networking: Networking,
     repositories: Vec<Repository>,
+    working_directory: Option<String>,
     pub skills: Vec<Skill>,
     pub mcp_servers: Vec<McpServer>,
 }
@@ -40,16 +41,18 @@ impl Setup {
             script: environment.setup_script.replace("\r\n", "\n"),
             networking: if networking == "{}" { Networking::default() } else { serde_json::from_str(&networking)? },
             repositories: serde_json::from_str(&json(&spec.resources, "[]"))?,
+            working_directory: spec.working_directory.clone(),
             skills: serde_json::from_str(&json(&spec.skills, "[]"))?,
             mcp_servers: serde_json::from_str(&json(&spec.mcp_servers, "[]"))?,
         })
     }
 
-    /// The only repository is where the agent works.
+    /// Where the agent works: where the session says, else in the only repository.
     pub fn working_dir(&self) -> Option<&str> {
-        match self.repositories.as_slice() {
-            [only] => Some(&only.mount_path),
-            _ => None,
+        match (&self.working_directory, self.repositories.as_slice()) {
+            (Some(named), _) => Some(named),
+            (None, [only]) => Some(&only.mount_path),
+            (None, _) => None,
         }
     }
 
@@ -82,7 +85,7 @@ impl Setup {
         lines
     }
 
-    /// Packages, then repositories, then the environment's own script.
+    /// Packages, then repositories, then the environment's own script; last, that the working directory is there.
     pub fn steps(&self) -> Vec<Step> {
         let packages = PackageManager::ALL.into_iter().filter_map(|manager| {
             let names = self.packages.get(manager.as_str()).filter(|names| !names.is_empty())?;
@@ -94,7 +97,11 @@ impl Setup {
         let clones =
             repositories.into_iter().map(|repository| Step { what: format!("cloning {}", repository.url), script: clone(repository) });
         let script = (!self.script.trim().is_empty()).then(|| Step { what: "the setup script".to_owned(), script: self.script.clone() });
-        packages.chain(clones).chain(script).collect()
+        let directory = self
+            .working_directory
+            .as_ref()
+            .map(|path| Step { what: "entering the working directory".to_owned(), script: format!("cd -- {}", quote(path)) });
+        packages.chain(clones).chain(script).chain(directory).collect()
     }
 }
 
@@ -125,8 +132,14 @@ fn gem(package: &str) -> String {
 /// The author of commits, where no other is configured.
 const AUTHOR: [(&str, &str); 2] = [("user.name", "Agent on Demand"), ("user.email", "agent@agent-on-demand.invalid")];
 
+/// In front of a clone: git asks nobody, and leaves the pointers of files in Git LFS as they are.
+const CLONING: &str = "set -e\nexport GIT_TERMINAL_PROMPT=0 GIT_LFS_SKIP_SMUDGE=1\n";
+const LFS_MISSING: &str = "git-lfs is not installed in the sandbox, and the repository has lfs: true; \
+                           an environment installs it with packages: {\"apt\": [\"git-lfs\"]}";
+
 /// Idempotent: removes what an interrupted clone left, and leaves a whole one as it is. The tips of all branches can be checked out; their
-/// contents are fetched when they are needed. A submodule that cannot be fetched does not fail the session.
+/// contents are fetched when they are needed. A submodule that cannot be fetched does not fail the session; files in Git LFS that were
+/// asked for and cannot be do.
 fn clone(repository: &Repository) -> String {
     let (url, path, draft) =
         (quote(&repository.url), quote(&repository.mount_path), quote(&format!("{}.aod-clone", repository.mount_path)));
@@ -145,11 +158,20 @@ fn clone(repository: &Repository) -> String {
         ),
     };
     let submodules = format!("git -C {draft} submodule update --init --recursive --quiet");
+    let author = repository.author.iter().flat_map(|author| [("name", &author.name), ("email", &author.email)]);
+    let author: String = author.map(|(key, value)| format!("git -C {draft} config user.{key} {}\n", quote(value))).collect();
+    let (find_lfs, fetch_lfs) = if repository.lfs {
+        let find = format!("command -v git-lfs >/dev/null || {{ echo {} >&2; exit 1; }}\n", quote(LFS_MISSING));
+        let fetch = format!("git -C {draft} lfs install --local >/dev/null\ngit -C {draft} lfs pull >/dev/null\n");
+        (find, fetch)
+    } else {
+        (String::new(), String::new())
+    };
     format!(
-        "set -e\nexport GIT_TERMINAL_PROMPT=0\n{identity}[ -e {path}/.git ] && exit 0\nrm -rf {draft}\n\
+        "{CLONING}{identity}[ -e {path}/.git ] && exit 0\n{find_lfs}rm -rf {draft}\n\
          git clone --depth=1 --no-single-branch --filter=blob:none --quiet {branch}{url} {draft}\n{commit}\
          [ ! -e {draft}/.gitmodules ] || {submodules} --depth=1 || {submodules} || echo 'warning: not every submodule was fetched' >&2\n\
-         mv -T {draft} {path}\n"
+         {fetch_lfs}{author}mv -T {draft} {path}\n"
     )
 }
 
@@ -199,6 +221,105 @@ mod tests {
         assert!(setup.steps()[1].script.contains("'requests>=2'") && setup.steps()[2].script.contains("'/work/a b'"));
         assert_eq!(setup.allowed_hosts(), Some(vec!["*.x.org".to_owned()]));
         assert_eq!(Setup::read(&TurnSpec::default()).unwrap().allowed_hosts(), None);
+    }
+
+    /// A repository on this disk, and a home for git: what the clone script is run with.
+    struct Cloning {
+        folder: tempfile::TempDir,
+        repository: Repository,
+    }
+
+    impl Cloning {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+            let json =
+                serde_json::json!({ "type": "github_repository", "url": format!("file://{}", at("origin")), "mount_path": at("here") });
+            let cloning = Self { repository: serde_json::from_value(json).unwrap(), folder };
+            let made = cloning.run(
+                "git init -q -b main origin; cd origin; git config uploadpack.allowFilter true; echo one >file; git add .
+                 git -c user.name=t -c user.email=t@example.org commit -qm first; git branch other",
+            );
+            assert_eq!(made, (0, String::new()));
+            cloning
+        }
+
+        fn run(&self, script: &str) -> (i32, String) {
+            let mut command = std::process::Command::new("bash");
+            command.args(["-c", script]).current_dir(self.folder.path()).env("HOME", self.folder.path()).env_remove("XDG_CONFIG_HOME");
+            let output = command.output().unwrap();
+            (output.status.code().unwrap(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+        }
+
+        fn clone(&self) -> (i32, String) {
+            self.run(&clone(&self.repository))
+        }
+    }
+
+    #[test]
+    fn a_clone_is_made_once_and_begun_again_where_it_was_interrupted() {
+        let cloning = Cloning::new();
+        assert_eq!(cloning.run("mkdir -p here.aod-clone/.git; echo half >here.aod-clone/file").0, 0);
+        assert_eq!(cloning.clone(), (0, String::new()));
+        assert_eq!(cloning.run("cat here/file; ls -d here.aod-clone 2>/dev/null || echo gone"), (0, "one\ngone".to_owned()));
+        // What was done in it since is nobody's to undo.
+        assert_eq!(cloning.run("echo two >here/file; rm -rf origin").0, 0);
+        assert_eq!(cloning.clone(), (0, String::new()));
+        assert_eq!(cloning.run("cat here/file"), (0, "two".to_owned()));
+        // One that fails leaves nothing that a later one takes for a clone.
+        assert_eq!(cloning.run("rm -rf here").0, 0);
+        assert_ne!(cloning.clone().0, 0);
+        assert_ne!(cloning.run("ls -d here").0, 0);
+    }
+
+    #[test]
+    fn commits_have_the_repositorys_author_else_the_users_else_the_deployments() {
+        let mut cloning = Cloning::new();
+        let author = "cd here; git commit -q --allow-empty -m x; git log -1 --format='%an <%ae>'";
+        cloning.clone();
+        assert_eq!(cloning.run(author).1, "Agent on Demand <agent@agent-on-demand.invalid>");
+        cloning.run("rm -rf here .gitconfig; git config --global user.name Me; git config --global user.email me@example.org");
+        cloning.clone();
+        assert_eq!(cloning.run(author).1, "Me <me@example.org>");
+        cloning.run("rm -rf here");
+        let named = types::repository::Author { name: "Ann O'Neil".to_owned(), email: "ann@example.org".to_owned() };
+        cloning.repository.author = Some(named);
+        cloning.clone();
+        assert_eq!(cloning.run(author).1, "Ann O'Neil <ann@example.org>");
+    }
+
+    #[test]
+    fn files_in_git_lfs_that_cannot_be_fetched_are_a_reason_and_those_that_nobody_asked_for_are_none() {
+        let mut cloning = Cloning::new();
+        // Where git-lfs is installed, it is not found here.
+        let path = "mkdir bin; for tool in bash git rm mv cat; do ln -s \"$(command -v $tool)\" bin/; done";
+        assert_eq!(cloning.run(path).0, 0);
+        cloning.repository.lfs = true;
+        let script = format!("PATH=$PWD/bin\n{}", clone(&cloning.repository));
+        let (code, said) = cloning.run(&script);
+        assert!(code == 1 && said.contains("git-lfs is not installed"), "{code} {said}");
+        cloning.repository.lfs = false;
+        let script = format!("PATH=$PWD/bin\n{}", clone(&cloning.repository));
+        assert_eq!(cloning.run(&script), (0, String::new()));
+    }
+
+    #[test]
+    fn an_agent_works_where_its_session_says_else_in_the_only_repository() {
+        let one = r#"[{"type":"github_repository","url":"https://github.com/o/r","mount_path":"/workspace/r"}]"#;
+        let two = r#"[{"type":"github_repository","url":"https://github.com/o/r","mount_path":"/workspace/r"},
+                      {"type":"github_repository","url":"https://github.com/o/s","mount_path":"/workspace/s"}]"#;
+        let setup = |resources: &str, named: Option<&str>| {
+            let spec = TurnSpec { resources: resources.to_owned(), working_directory: named.map(str::to_owned), ..TurnSpec::default() };
+            let setup = Setup::read(&spec).unwrap();
+            (setup.working_dir().map(str::to_owned), setup.steps().last().map(|step| step.script.clone()))
+        };
+        assert_eq!(setup("[]", None), (None, None));
+        assert_eq!(setup(one, None).0.as_deref(), Some("/workspace/r"));
+        assert_eq!(setup(two, None).0, None);
+        for resources in ["[]", one, two] {
+            let (directory, check) = setup(resources, Some("/workspace/r/a b"));
+            assert_eq!((directory.as_deref(), check.as_deref()), (Some("/workspace/r/a b"), Some("cd -- '/workspace/r/a b'")));
+        }
     }
 
     #[test]

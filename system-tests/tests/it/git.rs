@@ -20,6 +20,11 @@ pub struct GitServer {
 impl GitServer {
     /// Serves one repository with one file.
     pub async fn start(repository: &str, path: &str, content: &str) -> Self {
+        Self::serving(repository, &[(path, content)]).await
+    }
+
+    /// Serves one repository with these files.
+    pub async fn serving(repository: &str, files: &[(&str, &str)]) -> Self {
         let served = tempfile::tempdir().unwrap();
         let origin = served.path().join(repository);
         let git = async |args: &[&str]| {
@@ -27,9 +32,11 @@ impl GitServer {
             command.arg("-C").arg(&origin).args(["-c", "user.name=t", "-c", "user.email=t@example.org"]).args(args);
             assert!(command.status().await.unwrap().success(), "git {args:?}");
         };
-        let file = origin.join(path);
-        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
-        std::fs::write(file, content).unwrap();
+        for (path, content) in files {
+            let file = origin.join(path);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, content).unwrap();
+        }
         git(&["init", "-q"]).await;
         git(&["add", "."]).await;
         git(&["commit", "-q", "-m", "first"]).await;

@@ -1,9 +1,15 @@
 //! Repositories that want a token: cloned with it, pushed to with it by the agent's own git, and each with its own.
 
+use axum::{
+    Json, Router,
+    routing::{get, post},
+};
 use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 
-use crate::git::PrivateGitHub;
+use tokio::task::JoinSet;
+
+use crate::git::{GitServer, PrivateGitHub};
 
 fn repository(name: &str, token: Option<&str>) -> Value {
     let url = format!("https://github.com/{name}");
@@ -64,4 +70,113 @@ async fn a_private_repository_without_its_token_is_a_clear_failure() {
         assert!(message.contains("there is no such repository, or its authorization_token"), "{failure}");
         assert!(!format!("{failure}{events:?}").contains("4711"), "{failure} {events:?}");
     }
+}
+
+/// Sessions of one stack, each with its own fields: what they print and how they end.
+async fn run_each<const N: usize>(stack: &Stack, sessions: [Value; N]) -> [(String, Value); N] {
+    let agent = stack.agent("shell").await.unwrap();
+    let mut ended = Vec::new();
+    for mut session in sessions {
+        session["agent_id"] = agent.clone().into();
+        let session = stack.post("/sessions", session).await.unwrap();
+        assert_eq!(session.status, 202, "{session:?}");
+        let events = stack.stream(session.text("id"), 0).await.unwrap().all().await.unwrap();
+        ended.push((output(&events), events.last().unwrap().clone()));
+    }
+    ended.try_into().unwrap()
+}
+
+#[tokio::test]
+async fn an_agent_works_where_its_session_says_and_commits_as_its_repositories_say() {
+    let served = GitServer::serving("o/r", &[("hello", "from the repository\n"), ("part/here", "in a part of it\n")]).await;
+    let stack = Stack::start(Options::default().reaching(&[served.port])).await.unwrap();
+    let vars = served.as_github();
+    let author = json!({ "name": "Ann O'Neil", "email": "ann@example.org" });
+    let one = json!([{ "type": "github_repository", "url": "https://github.com/o/r", "author": author }]);
+    let two = json!([
+        { "type": "github_repository", "url": "https://github.com/o/r", "author": author },
+        { "type": "github_repository", "url": "https://github.com/o/r", "mount_path": "/workspace/second one" },
+    ]);
+    let commit = "git commit -q --allow-empty -m x; git log -1 --format='%an <%ae>'";
+    let setup = json!({ "name": "e", "setup_script": "mkdir /workspace/made" });
+    let made = stack.post("/environments", setup).await.unwrap().text("id").to_owned();
+    let [whole, part, second, empty, missing] = run_each(
+        &stack,
+        [
+            json!({ "prompt": format!("pwd; {commit}"), "resources": one, "secret_env_vars": vars }),
+            json!({ "prompt": "pwd; cat here", "resources": one, "secret_env_vars": vars, "working_directory": "/workspace/r/part" }),
+            json!({ "prompt": format!("pwd; {commit}"), "resources": two, "secret_env_vars": vars, "working_directory": "/workspace/second one" }),
+            json!({ "prompt": "pwd", "environment_id": made, "working_directory": "/workspace/made" }),
+            json!({ "prompt": "pwd", "resources": one, "secret_env_vars": vars, "working_directory": "/workspace/r/none" }),
+        ],
+    )
+    .await;
+    assert_eq!(whole.0, "/workspace/r\nAnn O'Neil <ann@example.org>\n", "{}", whole.1);
+    assert_eq!(part.0, "/workspace/r/part\nin a part of it\n", "{}", part.1);
+    assert_eq!(second.0, "/workspace/second one\nAgent on Demand <agent@agent-on-demand.invalid>\n", "{}", second.1);
+    assert_eq!(empty.0, "/workspace/made\n", "{}", empty.1);
+    let told = missing.1["message"].as_str().unwrap_or_default();
+    assert!(told.contains("entering the working directory") && told.contains("No such file or directory"), "{}", missing.1);
+
+    let agent = stack.agent("shell").await.unwrap();
+    for bad in ["r", "/workspace/../x", "/workspace/", ""] {
+        let body = json!({ "agent_id": agent, "prompt": "true", "working_directory": bad });
+        assert_eq!(stack.post("/sessions", body).await.unwrap().status, 422, "{bad:?}");
+    }
+}
+
+/// A server of Git LFS with one file, at any path below its own.
+async fn lfs_server(oid: String, content: &'static str) -> (u16, JoinSet<std::io::Result<()>>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let batch = async move |Json(asked): Json<Value>| {
+        assert_eq!((&asked["operation"], &asked["objects"][0]["oid"]), (&json!("download"), &json!(oid)));
+        let download = json!({ "download": { "href": format!("http://127.0.0.1:{port}/object") } });
+        let object = json!({ "oid": oid, "size": content.len(), "authenticated": true, "actions": download });
+        ([("content-type", "application/vnd.git-lfs+json")], json!({ "transfer": "basic", "objects": [object] }).to_string())
+    };
+    let router = Router::new().route("/lfs/objects/batch", post(batch)).route("/object", get(async move || content));
+    let mut server = JoinSet::new();
+    server.spawn(axum::serve(listener, router).into_future());
+    (port, server)
+}
+
+/// With the distribution's own git-lfs, which the environment installs.
+#[tokio::test]
+async fn files_in_git_lfs_are_fetched_where_that_is_asked_for() {
+    const CONTENT: &str = "what the pointer stands for\n";
+    let oid = sha256(CONTENT);
+    let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {}\n", CONTENT.len());
+    let attributes = "*.bin filter=lfs diff=lfs merge=lfs -text\n";
+    let served = GitServer::serving("o/r", &[("large.bin", &pointer), (".gitattributes", attributes)]).await;
+    let (port, _lfs) = lfs_server(oid, CONTENT).await;
+    let stack = Stack::start(Options::default().reaching(&[served.port, port])).await.unwrap();
+    let mut vars = served.as_github();
+    vars["GIT_CONFIG_COUNT"] = "2".into();
+    vars["GIT_CONFIG_KEY_1"] = "lfs.url".into();
+    vars["GIT_CONFIG_VALUE_1"] = format!("http://127.0.0.1:{port}/lfs").into();
+    let environment = json!({ "name": "e", "packages": { "apt": ["git-lfs"] }, "env_vars": vars });
+    let with = stack.post("/environments", environment).await.unwrap().text("id").to_owned();
+    let without = stack.post("/environments", json!({ "name": "f", "env_vars": vars })).await.unwrap().text("id").to_owned();
+    let resources = |lfs: bool| json!([{ "type": "github_repository", "url": "https://github.com/o/r", "lfs": lfs }]);
+    let prompt = "cat large.bin; git status --short";
+    let [fetched, left, not_there] = run_each(
+        &stack,
+        [
+            json!({ "prompt": prompt, "environment_id": with, "resources": resources(true) }),
+            json!({ "prompt": prompt, "environment_id": with, "resources": resources(false) }),
+            json!({ "prompt": prompt, "environment_id": without, "resources": resources(true) }),
+        ],
+    )
+    .await;
+    assert_eq!(fetched.0, CONTENT, "{}", fetched.1);
+    assert_eq!(left.0, pointer, "{}", left.1);
+    assert!(not_there.1["message"].as_str().is_some_and(|text| text.contains("git-lfs is not installed")), "{}", not_there.1);
+}
+
+fn sha256(text: &str) -> String {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+    let output = std::process::Command::new("sha256sum").arg(file.path()).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().split(' ').next().unwrap().to_owned()
 }

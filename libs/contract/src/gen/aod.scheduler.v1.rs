@@ -362,6 +362,9 @@ pub struct CreateSessionRequest {
     pub secret_env_var_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(message, optional, tag = "12")]
     pub once: ::core::option::Option<Once>,
+    /// Where the agent works; absent: the only repository, else /workspace.
+    #[prost(string, optional, tag = "13")]
+    pub working_directory: ::core::option::Option<::prost::alloc::string::String>,
     /// Chosen by the caller: creating it again is the same as creating it once.
     #[prost(string, tag = "20")]
     pub session_id: ::prost::alloc::string::String,
@@ -419,6 +422,9 @@ pub struct Session {
     /// Of a list: what its turns cost, as far as their agent reported it.
     #[prost(int64, optional, tag = "19")]
     pub cost_micro_usd: ::core::option::Option<i64>,
+    /// Where the session named one.
+    #[prost(string, optional, tag = "22")]
+    pub working_directory: ::core::option::Option<::prost::alloc::string::String>,
 }
 /// Something that a user sends while a turn runs. The proto of its row.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -937,6 +943,9 @@ pub struct TurnSpec {
     /// The input that became this turn, where it was queued.
     #[prost(string, tag = "18")]
     pub input_id: ::prost::alloc::string::String,
+    /// Where the session named one.
+    #[prost(string, optional, tag = "19")]
+    pub working_directory: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {
