@@ -2,8 +2,9 @@
 
 use time::OffsetDateTime;
 
-/// How many events a stream may have taken between two looks at it. Ids are never used twice: a stream is recreated so far above.
-pub const UNSEEN_MAX: u64 = 1_000_000;
+/// How many events a stream may have taken since it was last looked at: more than fit into one, for nothing is noted while Postgres is
+/// away. Ids are never used twice: a stream is recreated so far above.
+pub const UNSEEN_MAX: u64 = 1_000_000_000;
 
 /// What Postgres knows of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

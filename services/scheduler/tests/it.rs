@@ -26,6 +26,7 @@ use futures::future::join_all;
 use prost::Message as _;
 use scheduler::Retention;
 use service::Lifecycle;
+use sqlx::Connection as _;
 use testkit::{Database, Nats, eventually};
 use types::{ErrorCode, Partition, SessionId, UserId};
 use uuid::Uuid;
@@ -853,6 +854,68 @@ async fn a_deadline_never_overrules_an_end_that_waits_to_be_projected() {
     eventually("the end is projected", || async { world.get(&session, 0).await.status != "running" }).await;
     let now = world.get(&session, 0).await;
     assert_eq!((now.status.as_str(), now.exit_code), ("completed", Some(0)));
+}
+
+/// As everything else does: two that lock in opposite orders are ended by Postgres, a termination or a whole batch.
+#[tokio::test]
+async fn the_projector_locks_a_session_before_its_turn() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    world.run(&session, 1).await;
+    let id: Uuid = session.parse().unwrap();
+    let (mut locker, mut watcher) = (world.database.admin().await.unwrap(), world.database.admin().await.unwrap());
+    for kind in [Kind::TurnStarted(TurnStarted::default()), Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })] {
+        let mut tx = locker.begin().await.unwrap();
+        sqlx::query("select from scheduler.session where session_id = $1 for update").bind(id).execute(&mut *tx).await.unwrap();
+        let event = world.append(&session, 1, kind).await;
+        let waits =
+            "select exists (select from pg_stat_activity where wait_event_type = 'Lock' and application_name like 'scheduler projector%')";
+        let mut is_waiting = false;
+        for _ in 0..100 {
+            is_waiting = sqlx::query_scalar(waits).fetch_one(&mut watcher).await.unwrap();
+            if is_waiting {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(is_waiting, "the projector does not wait for the session");
+        // It has not locked the turn: whoever has the session gets it.
+        let turn = "select from scheduler.turn where session_id = $1 and turn_number = 1 for update nowait";
+        sqlx::query(turn).bind(id).execute(&mut *tx).await.unwrap();
+        tx.commit().await.unwrap();
+        world.get(&session, event).await;
+    }
+    assert_eq!(world.get(&session, 0).await.status, "completed");
+}
+
+/// The deadline is the last resort of all turns: one that cannot be ended keeps none of the others.
+#[tokio::test]
+async fn a_turn_that_cannot_be_ended_holds_up_no_other_deadline() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let mut sessions = Vec::new();
+    for _ in 0..3 {
+        let session = world.create(&agent, 10).await.unwrap().session_id;
+        world.run(&session, 1).await;
+        let started = world.append(&session, 1, Kind::TurnStarted(TurnStarted::default())).await;
+        assert_eq!(world.get(&session, started).await.status, "running");
+        sessions.push(session);
+    }
+    // The newest event of the first, as a later release might write it.
+    let log = subject::session_log(sessions[0].parse().unwrap(), Partition::FIRST);
+    world.runner.publish(log, vec![0xff; 9].into(), "unreadable").await.unwrap();
+    execute(&world, "update scheduler.turn set deadline_at = now() - interval '1 minute'").await;
+    let first: Uuid = sessions[0].parse().unwrap();
+    sqlx::query("update scheduler.turn set deadline_at = now() - interval '2 minutes' where session_id = $1")
+        .bind(first)
+        .execute(&mut world.database.admin().await.unwrap())
+        .await
+        .unwrap();
+    for session in &sessions[1..] {
+        eventually("the others end", || async { world.get(session, 0).await.status == "failed" }).await;
+        let failure = world.get(session, 0).await.failure.unwrap();
+        assert_eq!(failure.message, "Turn timed out after 60s");
+    }
 }
 
 // --- inputs and permission requests ------------------------------------------------------------

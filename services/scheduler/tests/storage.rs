@@ -41,18 +41,21 @@ impl World {
     }
 
     async fn run_scheduler_of(deployment_id: &str, lifecycle: &Lifecycle, nats: &Nats, database: &Database) -> anyhow::Result<()> {
-        let config = scheduler::Config {
+        scheduler::run(Self::config(deployment_id, 1, nats, database), lifecycle.clone()).await
+    }
+
+    fn config(deployment_id: &str, partitions: u8, nats: &Nats, database: &Database) -> scheduler::Config {
+        scheduler::Config {
             bus: nats.config(&access::SCHEDULER),
             store: database.config("scheduler"),
             sprite_name_prefix: "aod".to_owned(),
             deployment_id: deployment_id.into(),
             stream_replicas: 1,
             events_max_bytes: contract::topology::EVENTS.max_bytes,
-            event_partitions: std::num::NonZeroU8::MIN,
+            event_partitions: partitions.try_into().unwrap(),
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: None, session_days: None },
-        };
-        scheduler::run(config, lifecycle.clone()).await
+        }
     }
 
     fn agent(&self) -> CreateAgentRequest {
@@ -456,6 +459,44 @@ async fn however_many_wait_for_the_projector_one_asks_postgres() {
     let waiting = join_all((0..WAITING).map(|_| world.gateway.call::<rpc::GetSession>(&request, SOON)));
     let (waiting, ()) = tokio::join!(waiting, persisted);
     assert!(waiting.iter().all(Result::is_ok));
+}
+
+/// Those that wait for another replica's lease keep no connection busy and open none.
+#[tokio::test]
+async fn schedulers_that_stand_by_open_no_connections_and_ask_little() {
+    const REPLICAS: usize = 4;
+    let (database, nats) = (Database::create().await.unwrap(), Nats::start().unwrap());
+    let _replicas = join_all((0..REPLICAS).map(async |_| {
+        let lifecycle = Lifecycle::new();
+        scheduler::run(World::config("deployment-of-tests", 4, &nats, &database), lifecycle.clone()).await.unwrap();
+        lifecycle
+    }))
+    .await;
+    let mut admin = database.admin().await.unwrap();
+    let projectors = "select count(*) from pg_stat_activity where application_name like 'scheduler projector%'";
+    for _ in 0..1200 {
+        if sqlx::query_scalar::<_, i64>(projectors).fetch_one(&mut admin).await.unwrap() == 4 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(sqlx::query_scalar::<_, i64>(projectors).fetch_one(&mut admin).await.unwrap(), 4, "each partition has one");
+    let mut counts = async || {
+        // Statistics are written once in a while.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let counts = "select sessions, xact_commit from pg_stat_database where datname = current_database()";
+        sqlx::query_as::<_, (i64, i64)>(counts).fetch_one(&mut admin).await.unwrap()
+    };
+    counts().await;
+    let begun = Instant::now();
+    let before = counts().await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    let (after, seconds) = (counts().await, begun.elapsed().as_secs_f64());
+    let (connections, commits) = ((after.0 - before.0) as f64 / seconds, (after.1 - before.1) as f64 / seconds);
+    println!("{connections:.2} connections and {commits:.0} transactions a second");
+    // Each standby opened a dozen a second once, ninety in all. A projector that loses its lease on a busy machine opens one.
+    assert!(connections < 5.0, "{connections} connections a second");
+    assert!(commits < 120.0, "{commits} transactions a second");
 }
 
 /// What grows with the sessions that there are, measured: `cargo test -p scheduler --test storage busy -- --ignored --nocapture`.
