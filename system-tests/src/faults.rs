@@ -440,7 +440,7 @@ async fn judge(stack: &Stack, session: &str, script: &Script, live: Followed, ma
         wrong.push(format!("{lost} lines lost (first {missing:?}), {doubled} doubled"));
     }
     if !failed {
-        let written = own_copy(stack, session).await?;
+        let written = file_in_sandbox(stack, session, OWN_COPY).await?;
         if written != replayed {
             wrong.push(format!("the agent wrote {} bytes, the replay has {}", written.len(), replayed.len()));
         }
@@ -455,8 +455,11 @@ async fn judge(stack: &Stack, session: &str, script: &Script, live: Followed, ma
     Ok(())
 }
 
-/// What the agent wrote, as it says itself in a file of its sandbox.
-async fn own_copy(stack: &Stack, session: &str) -> Result<String> {
+/// What a file of a session's sandbox holds.
+///
+/// # Errors
+/// When there is no such file.
+pub async fn file_in_sandbox(stack: &Stack, session: &str, path: &str) -> Result<String> {
     let base = format!("{}/v1/sprites", stack.ready_text("/sprites_url"));
     let token = stack.ready_text("/sprites_token");
     let get = async |path: &str, query: &[(&str, &str)]| -> reqwest::Result<String> {
@@ -467,5 +470,5 @@ async fn own_copy(stack: &Stack, session: &str) -> Result<String> {
     let list: Value = serde_json::from_str(&get("", &[("max_results", "1000")]).await?)?;
     let names = list["sprites"].as_array().into_iter().flatten().filter_map(|sprite| sprite["name"].as_str());
     let name = names.into_iter().find(|name| name.ends_with(&tail)).context("the session has no sandbox")?.to_owned();
-    Ok(get(&format!("/{name}/fs/read"), &[("path", OWN_COPY), ("workingDir", "/")]).await?)
+    Ok(get(&format!("/{name}/fs/read"), &[("path", path), ("workingDir", "/")]).await?)
 }

@@ -65,3 +65,37 @@ async fn each_way_in_which_a_set_up_fails_has_its_own_words() {
         assert_eq!(failure["stage"], "provision_setup");
     }
 }
+
+/// Where the CLIs are not installed: said by the session, and by the command line with what to do about it.
+#[tokio::test]
+async fn a_cli_that_is_not_installed_is_named() {
+    let tools = tempfile::tempdir().unwrap();
+    #[expect(clippy::disallowed_methods, reason = "a test has no settings of its own")]
+    let var = |name: &str| std::env::var(name).ok();
+    let data = var("XDG_DATA_HOME").unwrap_or_else(|| format!("{}/.local/share", var("HOME").unwrap()));
+    let installed = var("AOD_TOOLS_DIR").unwrap_or_else(|| format!("{data}/aod/tools"));
+    for entry in std::fs::read_dir(installed).unwrap().flatten().filter(|entry| entry.file_name() != "agents") {
+        let target = std::fs::canonicalize(entry.path()).unwrap();
+        std::os::unix::fs::symlink(target, tools.path().join(entry.file_name())).unwrap();
+    }
+    let tools: &'static str = Box::leak(tools.path().to_str().unwrap().to_owned().into_boxed_str());
+    let settings = Box::leak(Box::new([("AOD_TOOLS_DIR", tools)]));
+    let stack = Stack::start(Options { scripted_model: true, settings, ..Options::default() }).await.unwrap();
+    let models =
+        [("claude", "claude-sonnet-4-5"), ("codex", "gpt-5.2-codex"), ("gemini", "gemini-2.5-pro"), ("opencode", "openai/gpt-5.2")];
+    for (runtime, model) in models {
+        let agent = stack.post("/agents", json!({ "name": runtime, "model": model, "runtime": runtime })).await.unwrap();
+        let session = stack.post("/sessions", json!({ "agent_id": agent.text("id"), "prompt": "hello" })).await.unwrap();
+        stack.stream(session.text("id"), 0).await.unwrap().all().await.unwrap();
+        let session = stack.get(&format!("/sessions/{}", session.text("id"))).await.unwrap();
+        let failure = &session.body["failure"];
+        assert_eq!(failure["stage"], "install_runtime", "{session:?}");
+        assert!(failure["message"].as_str().unwrap().contains(&format!("{runtime} is not installed")), "{failure}");
+        let output = stack.aod(&["run", "--runtime", runtime, "hello"]).unwrap().output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(&format!("make setup AGENTS={runtime}")), "{runtime}: {said}");
+    }
+    // What needs no CLI works all the same.
+    let output = stack.aod(&["run", "--runtime", "shell", "echo hi"]).unwrap().output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "hi\n");
+}

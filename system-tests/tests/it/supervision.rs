@@ -4,7 +4,7 @@
 use futures::future::join_all;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use system_tests::{Options, Stack};
+use system_tests::{Options, Stack, faults::file_in_sandbox};
 
 struct Ended {
     stdout: String,
@@ -147,5 +147,48 @@ async fn a_full_disk_takes_no_exit_code() {
             // More than the disk holds.
             assert_eq!((ended.stdout.len(), ended.stdout.starts_with("begun\ny\n")), (6 + (100 << 20), true), "{}", ended.stderr);
         }
+    }
+}
+
+/// By root inside of the sandbox, while a hundred thousand lines are printed: the turn ends at once with the true reason, and what the
+/// journal had is in the log without a gap.
+#[tokio::test]
+async fn a_host_that_is_killed_ends_its_turn_at_once_and_its_journal_is_kept() {
+    const LINES: usize = 100_000;
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let kills: [f64; 8] = std::array::from_fn(|_| 0.02 + 0.8 * rng.f64());
+    let agent = stack.agent("shell").await.unwrap();
+    let runs = kills.map(async |after| {
+        let prompt = format!(
+            "(sleep {after:.3}; date +%s.%N >/workspace/killed; sudo pkill -9 -x agent-host) &
+             perl -e '$| = 1; open($own, \">\", \"/workspace/written\"); select((select($own), $| = 1)[0]);
+                      for (1..{LINES}) {{ print \"$_ a line\\n\"; print $own \"$_\\n\" unless $_ % 100 }}'
+             sleep 60"
+        );
+        let session = stack.post("/sessions", json!({ "agent_id": agent, "prompt": prompt, "timeout": 120 })).await.unwrap();
+        let session = session.text("id").to_owned();
+        let ended = follow(&stack, &session).await;
+        let message = ended.end["message"].as_str().unwrap_or_default();
+        assert!(message.contains("The agent host was killed inside the sandbox"), "{after}: {}", ended.end);
+        let whole = ended.stdout.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        let lines: Vec<&str> = whole.lines().collect();
+        for (at, line) in lines.iter().enumerate() {
+            assert_eq!(*line, format!("{} a line", at + 1), "{after}: a gap");
+        }
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+        let killed: f64 = file_in_sandbox(&stack, &session, "/workspace/killed").await.unwrap().trim().parse().unwrap();
+        let written = file_in_sandbox(&stack, &session, "/workspace/written").await.unwrap_or_default();
+        let written: usize = written.lines().last().and_then(|line| line.parse().ok()).unwrap_or_default();
+        assert!(now - killed < 10.0, "{after}: the end came {} s after the kill", now - killed);
+        (after, now - killed, lines.len(), written)
+    });
+    for (after, took, lines, written) in join_all(runs).await {
+        // What was in the pipe between agent and host is lost with the host: at most what the pipe holds.
+        println!("killed after {after:.3} s: ended {took:.2} s later, {lines} lines are in the log, {written} were written");
+        let pipe = (1 << 20) / "1 a line\n".len();
+        assert!(written <= lines + pipe, "{after}: {written} lines were written, {lines} are in the log");
     }
 }

@@ -116,7 +116,7 @@ pub async fn list(State(api): State<Api>, RawQuery(query): RawQuery, headers: He
     if headers.get(header::ACCEPT).is_some_and(wants_lines) {
         return watch(&api, prefix.to_owned());
     }
-    let limit = query.get("max_results").and_then(|text| text.parse().ok()).unwrap_or(50_usize).clamp(1, 500);
+    let limit = query.get("max_results").and_then(|text| text.parse().ok()).unwrap_or(500_usize).clamp(1, 500);
     let (sprites, has_more) = api.registry.list(prefix, query.get("continuation_token").unwrap_or_default(), limit);
     let token = has_more.then(|| sprites.last().map(|sprite| sprite.name())).flatten();
     let organization = organization(&api.registry);
