@@ -175,6 +175,7 @@ async fn a_stream_ends_within_five_seconds_of_its_key() {
         stream_of(&foreign, &theirs).await,
         stream_of(&stack.ready_text("/api_key"), &own).await,
     ];
+    #[expect(clippy::disallowed_methods, reason = "it ends with the test's runtime")]
     let mut ends = streams.map(|mut stream| {
         tokio::spawn(async move {
             while let Ok(Some(_)) = stream.chunk().await {}
