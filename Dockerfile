@@ -23,7 +23,7 @@ COPY --from=console /src/console/dist console/dist
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
     cargo build --locked --profile "$PROFILE" --bins && \
     mkdir /out && \
-    for name in gateway auth credential-vault scheduler sprite-runner local-sprites scripted-model aod; do \
+    for name in gateway auth credential-vault scheduler sprite-runner model-gateway local-sprites scripted-model aod; do \
         install -s target/$([ "$PROFILE" = dev ] && echo debug || echo "$PROFILE")/$name /out/; \
     done && \
     # Runs inside of sandboxes, whatever libc those have.
@@ -62,6 +62,12 @@ FROM runtime AS sprite-runner
 COPY --from=build /out/sprite-runner /out/agent-host /usr/local/bin/
 EXPOSE 9464
 ENTRYPOINT ["sprite-runner"]
+
+FROM runtime AS model-gateway
+COPY --from=build /out/model-gateway /usr/local/bin/
+ENV AOD_MODEL_GATEWAY_ADDR=0.0.0.0:8780
+EXPOSE 8780 9464
+ENTRYPOINT ["model-gateway"]
 
 FROM runtime AS scripted-model
 COPY --from=build /out/scripted-model /usr/local/bin/

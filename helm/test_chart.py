@@ -14,6 +14,8 @@ from helm_python import chart as charts
 ROOT = pathlib.Path(__file__).parent
 PATH = ROOT / "agent-on-demand"
 SERVICES = ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner"]
+# Where sandboxes reach it.
+TRIAL_SERVICES = [*SERVICES, "model-gateway"]
 VERSIONS = ["1.28", "1.31", "1.34"]
 # Kinds of others, whose schemas are not Kubernetes' own.
 FOREIGN = {"ScaledObject", "ServiceMonitor", "PrometheusRule", "HTTPRoute"}
@@ -236,7 +238,7 @@ def test_a_trials_secrets_fit_each_other():
                for d in documents if d["kind"] == "Secret"}
     permissions = (PATH / "files/permissions.conf").read_text()
     assert set(re.findall(r"\$(NATS_PASSWORD_\w+)", permissions)) == set(secrets["nats"])
-    for service, user in zip(SERVICES, ["gateway", "auth", "vault", "scheduler", "runner"]):
+    for service, user in zip(TRIAL_SERVICES, ["gateway", "auth", "vault", "scheduler", "runner", "model_gateway"]):
         assert secrets[service]["NATS_PASSWORD"] == secrets["nats"][f"NATS_PASSWORD_{user.upper()}"]
         if "DATABASE_URL" in secrets[service]:
             assert secrets[service]["DATABASE_URL"] == f"postgres://{user}:{secrets['database'][user]}@aod-agent-on-demand-postgres:5432/aod"

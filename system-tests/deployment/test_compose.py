@@ -12,7 +12,7 @@ import yaml
 ROOT = pathlib.Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
-OURS = ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "local-sprites", "scripted-model"]
+OURS = ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway", "local-sprites", "scripted-model"]
 
 
 def test_the_world_sees_nothing():
@@ -39,7 +39,7 @@ def test_all_but_the_sandboxes_run_with_few_rights():
 def test_sandboxes_share_a_network_with_those_alone_who_need_them():
     networks = {name: set(service.get("networks", ["default"])) for name, service in SERVICES.items() if "network_mode" not in service}
     assert networks["local-sprites"] == {"sandboxes"}
-    assert {name for name, joined in networks.items() if "sandboxes" in joined} == {"local-sprites", "scripted-model", "sprite-runner", "prometheus"}
+    assert {name for name, joined in networks.items() if "sandboxes" in joined} == {"local-sprites", "scripted-model", "sprite-runner", "model-gateway", "prometheus"}
     assert set().union(*networks.values()) <= set(COMPOSE["networks"])
 
 

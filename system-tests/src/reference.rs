@@ -6,7 +6,8 @@ use anyhow::{Context as _, ensure};
 
 /// Where it is committed.
 pub const PATH: &str = "docs/configuration.md";
-const SERVICES: [&str; 7] = ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "local-sprites", "scripted-model"];
+const SERVICES: [&str; 8] =
+    ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway", "local-sprites", "scripted-model"];
 
 #[derive(Clone, PartialEq, Eq)]
 struct Setting {

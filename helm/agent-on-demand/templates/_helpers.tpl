@@ -33,6 +33,17 @@ auth: { secrets: [NATS_PASSWORD, DATABASE_URL] }
 credential-vault: { secrets: [NATS_PASSWORD, DATABASE_URL, FIELD_ENCRYPTION_KEY{{ if $shared }}, SPRITES_API_KEY{{ end }}] }
 scheduler: { secrets: [NATS_PASSWORD, DATABASE_URL, AOD_DEPLOYMENT_ID] }
 sprite-runner: { secrets: [NATS_PASSWORD] }
+{{- if include "aod.modelGatewayUrl" . }}
+model-gateway: { secrets: [NATS_PASSWORD] }
+{{- end }}
+{{- end }}
+
+{{/* Where sandboxes reach the model gateway; empty: providers' keys are put into sandboxes. */}}
+{{- define "aod.modelGatewayUrl" -}}
+{{- $values := index .Values "model-gateway" -}}
+{{- if $values.enabled -}}
+{{- if $values.url }}{{ $values.url }}{{ else if .Values.trial.enabled }}http://{{ include "aod.fullname" . }}-model-gateway:8780{{ end -}}
+{{- end -}}
 {{- end }}
 
 {{- define "aod.natsUrl" -}}
@@ -79,6 +90,9 @@ capabilities: { drop: [ALL] }
 {{- if eq .name "sprite-runner" }}
 {{- $_ := set $settings "SPRITES_BASE_URL" (include "aod.spritesBaseUrl" .root) }}
 {{- $_ := set $settings "AOD_RUNNER_CONCURRENCY" (toString $values.concurrency) }}
+{{- with include "aod.modelGatewayUrl" .root }}{{ $_ := set $settings "AOD_MODEL_GATEWAY_URL" . }}{{ end }}
+{{- end }}
+{{- if has .name (list "sprite-runner" "model-gateway") }}
 {{- if and .root.Values.trial.enabled .root.Values.trial.scriptedModel }}
 {{- $model := printf "http://%s-scripted-model:8779" (include "aod.fullname" .root) }}
 {{- range list "ANTHROPIC" "OPENAI" "GOOGLE" }}{{ $_ := set $settings (printf "AOD_MODEL_BASE_URL_%s" .) $model }}{{ end }}

@@ -146,6 +146,9 @@ pub const RUNNER: Access = Access {
     subscribe: &["aod.hint.runner.>"],
 };
 
+/// Between agents and model providers: it redeems the credentials of sessions that show it their tokens.
+pub const MODEL_GATEWAY: Access = Access { user: "model_gateway", publish: &["aod.rpc.vault.v1.model_token.redeem"], subscribe: &[] };
+
 /// `aod admin` and `aod dev`: sets users, keys and credentials; reads no secret.
 pub const OPERATOR: Access = Access {
     user: "operator",
@@ -185,7 +188,7 @@ pub const EVENTS: Access = Access {
 /// process that asked.
 pub const SEALED_REPLIES: &[&str] = &[RUNNER.user];
 
-pub const ALL: [Access; 7] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, OPERATOR, EVENTS];
+pub const ALL: [Access; 8] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS];
 
 /// The account of all of these: what is said in it, other accounts of the same servers do not hear.
 pub const ACCOUNT: &str = "AOD";
@@ -278,15 +281,16 @@ mod tests {
         assert_eq!(callers("aod.rpc.vault.v1.lease.mint"), ["scheduler"]);
         assert_eq!(callers("aod.rpc.vault.v1.lease.redeem"), ["runner"]);
         assert_eq!(callers("aod.rpc.scheduler.v1.turn.claim"), ["runner"]);
+        assert_eq!(callers("aod.rpc.vault.v1.model_token.redeem"), ["model_gateway"]);
     }
 
     #[test]
     fn only_the_inboxes_of_callers_are_answered_and_nothing_else_is_open_to_reply_subjects() {
         let answered = |access: &Access| access.inboxes_to_answer().collect::<Vec<_>>();
         assert_eq!(answered(&AUTH), ["_INBOX_gateway", "_INBOX_operator"]);
-        assert_eq!(answered(&VAULT), ["_INBOX_gateway", "_INBOX_scheduler", "_INBOX_runner", "_INBOX_operator"]);
+        assert_eq!(answered(&VAULT), ["_INBOX_gateway", "_INBOX_scheduler", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]);
         assert_eq!(answered(&SCHEDULER), ["_INBOX_gateway", "_INBOX_runner", "_INBOX_operator"]);
-        for access in [GATEWAY, RUNNER, OPERATOR, EVENTS] {
+        for access in [GATEWAY, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS] {
             assert!(answered(&access).is_empty(), "{}", access.user);
         }
         assert!(!render_permissions().contains("allow_responses"));

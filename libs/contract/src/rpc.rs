@@ -113,6 +113,8 @@ rpcs! {
     RedeemLease: vault::RedeemLeaseRequest => vault::RedeemLeaseReply, "aod.rpc.vault.v1.lease.redeem", idempotent: true;
     /// Revokes the leases of a session.
     RevokeLeases: vault::RevokeLeasesRequest => common::Empty, "aod.rpc.vault.v1.lease.revoke", idempotent: true;
+    /// Returns the credentials for models of a session's token, encrypted to a one-time key. For the model gateway.
+    RedeemModelToken: vault::RedeemModelTokenRequest => vault::RedeemModelTokenReply, "aod.rpc.vault.v1.model_token.redeem", idempotent: true;
     /// Re-wraps one batch of secrets with the newest key-encryption key. For operators.
     RotateKeys: vault::RotateKeysRequest => vault::RotateKeysReply, "aod.rpc.vault.v1.key.rotate", idempotent: true;
     /// Returns which key-encryption keys are in use. For operators.

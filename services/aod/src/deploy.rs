@@ -71,6 +71,7 @@ fn folder(user: &str) -> &str {
     match user {
         "vault" => "credential-vault",
         "runner" => "sprite-runner",
+        "model_gateway" => "model-gateway",
         user => user,
     }
 }

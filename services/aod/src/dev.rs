@@ -22,7 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::dev::{data::DataDir, stack::Stack, tools::Tools};
 
-/// Runs the whole stack on this machine: Postgres, NATS, the five services and a sandbox server.
+/// Runs the whole stack on this machine: Postgres, NATS, the six services and a sandbox server.
 #[derive(Debug, Args)]
 #[command(after_help = "Every setting of a service (docs/configuration.md) that is set in the environment reaches that service.\n\n\
                         Examples:\n  aod dev --scripted-model\n  EVENT_RETENTION_DAYS=7 aod dev --port 0 --ready-file ready.json")]
@@ -39,6 +39,9 @@ pub struct DevArgs {
     /// Serve a scripted model, so that agents need no provider key and no network
     #[arg(long)]
     scripted_model: bool,
+    /// Put providers' keys into sandboxes instead of sending agents' requests through the model gateway
+    #[arg(long)]
+    no_model_gateway: bool,
     /// URL of another Sprites API for the runners; store its token with `aod credentials set backend:sprites`
     #[arg(long, env = "SPRITES_BASE_URL")]
     sprites_url: Option<String>,

@@ -18,6 +18,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 use crate::{
     Vault,
     audit::{self, Outcome, Redeemed},
+    model_tokens,
     secrets::{SecretRow, user},
 };
 
@@ -31,21 +32,32 @@ const FORGET_AT_A_TIME: u64 = 10_000;
 pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseReply, Failure> {
     let id = LeaseId::new();
     let secrets: Result<Vec<Uuid>, _> = request.secret_ids.iter().map(|id| id.parse::<SecretId>().map(SecretId::uuid)).collect();
+    let (user, session) = (user(&request.user_id)?.uuid(), session(&request.session_id)?.uuid());
+    let (own_kinds, proxied_kinds) = match request.model_token_hash.is_empty() {
+        true => (request.credential_kinds, Vec::new()),
+        false => model_tokens::split(request.credential_kinds),
+    };
+    let mut tx = vault.pool.begin().await?;
+    if !request.model_token_hash.is_empty() {
+        model_tokens::register(&mut tx, &request.model_token_hash, user, session, &proxied_kinds).await?;
+    }
     sqlx::query(
-        "insert into lease (lease_id, user_id, session_id, purpose, credential_kinds, secret_ids, expires_at, epoch, public_key)
-         values ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8, $9)",
+        "insert into lease (lease_id, user_id, session_id, purpose, credential_kinds, secret_ids, expires_at, epoch, public_key, proxied_kinds)
+         values ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8, $9, $10)",
     )
     .bind(id.uuid())
-    .bind(user(&request.user_id)?.uuid())
-    .bind(session(&request.session_id)?.uuid())
+    .bind(user)
+    .bind(session)
     .bind(&request.purpose)
-    .bind(&request.credential_kinds)
+    .bind(&own_kinds)
     .bind(secrets.map_err(|_| Failure::invalid("Malformed secret id"))?)
     .bind(f64::from(request.ttl_seconds.clamp(1, TTL_SECONDS_MAX)))
     .bind(i64::from(request.epoch))
     .bind(Some(request.public_key).filter(|key| !key.is_empty()))
-    .execute(&vault.pool)
+    .bind(&proxied_kinds)
+    .execute(&mut *tx)
     .await?;
+    tx.commit().await?;
     Ok(MintLeaseReply { lease_id: id.to_string() })
 }
 
@@ -56,6 +68,8 @@ struct LeaseRow {
     purpose: String,
     credential_kinds: Vec<String>,
     secret_ids: Vec<Uuid>,
+    /// Left to the model gateway.
+    proxied_kinds: Vec<String>,
     /// None where a runner of the release before claimed.
     public_key: Option<Vec<u8>>,
     usable: bool,
@@ -66,7 +80,7 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
     let id: LeaseId = request.lease_id.parse().map_err(|_| refused())?;
     // A runner that claimed the work meanwhile has a lease of a higher epoch.
     let lease: Option<LeaseRow> = sqlx::query_as(
-        "select user_id, session_id, purpose, credential_kinds, secret_ids, public_key,
+        "select user_id, session_id, purpose, credential_kinds, secret_ids, proxied_kinds, public_key,
                 revoked_at is null and expires_at > now()
                 and (redeemed_at is null or redeemed_at > now() - make_interval(secs => $2))
                 and (public_key is null or public_key = $3)
@@ -114,6 +128,7 @@ pub async fn forget_expired(pool: PgPool, stop: CancellationToken) {
     service::periodically("leases", FORGET_INTERVAL, stop, || async {
         // As many as there are: two for each session add up to millions a day.
         while forget_some(&pool).await? == FORGET_AT_A_TIME {}
+        while model_tokens::forget_some(&pool, FORGET_AT_A_TIME as i64).await? == FORGET_AT_A_TIME {}
         Ok::<_, sqlx::Error>(())
     })
     .await;
@@ -153,14 +168,21 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
     if let (true, Some(shared)) = (wanted, &vault.shared_sprites_token) {
         secrets.push(BundledSecret { kind: sprites.to_owned(), value: shared.expose_secret().as_bytes().to_vec() });
     }
-    Ok(Bundle { secrets })
+    let proxied_kinds = sqlx::query_scalar("select kind from secret where user_id = $1 and is_credential and kind = any($2)")
+        .bind(lease.user_id)
+        .bind(&lease.proxied_kinds)
+        .fetch_all(&vault.pool)
+        .await?;
+    Ok(Bundle { secrets, proxied_kinds })
 }
 
 pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty, Failure> {
+    let session = session(&request.session_id)?.uuid();
     sqlx::query("update lease set revoked_at = now() where session_id = $1 and revoked_at is null")
-        .bind(session(&request.session_id)?.uuid())
+        .bind(session)
         .execute(&vault.pool)
         .await?;
+    model_tokens::revoke(&vault.pool, session).await?;
     Ok(Empty {})
 }
 

@@ -1,7 +1,7 @@
 //! The only place where a secret is encrypted or decrypted. Schema `vault`; holds the key-encryption keys.
 //!
-//! [`keyring`] holds the key-encryption keys, [`envelope`] is how a secret lies in the table; [`secrets`], [`leases`], [`keys`] and
-//! [`audit`] are what others may ask for.
+//! [`keyring`] holds the key-encryption keys, [`envelope`] is how a secret lies in the table; [`secrets`], [`leases`],
+//! [`model_tokens`], [`keys`] and [`audit`] are what others may ask for.
 
 mod audit;
 mod envelope;
@@ -9,6 +9,7 @@ mod keyring;
 mod keys;
 mod leases;
 pub mod metrics;
+mod model_tokens;
 mod secrets;
 
 use std::sync::Arc;
@@ -67,6 +68,7 @@ const MIGRATIONS: &[store::Step] = &[
     (1, "secrets and leases", include_str!("../../../migrations/vault/0001_secrets_and_leases.sql")),
     (2, "key versions", include_str!("../../../migrations/vault/0002_key_versions.sql")),
     (30, "leases of one key", include_str!("../../../migrations/vault/0030_leases_of_one_key.sql")),
+    (60, "tokens for the model gateway", include_str!("../../../migrations/vault/0060_model_tokens.sql")),
 ];
 
 /// What every request works with.
@@ -103,6 +105,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::MintLease, _, _>(leases::mint).await?;
     responder.serve::<rpc::RedeemLease, _, _>(leases::redeem).await?;
     responder.serve::<rpc::RevokeLeases, _, _>(leases::revoke).await?;
+    responder.serve::<rpc::RedeemModelToken, _, _>(model_tokens::redeem).await?;
     responder.serve::<rpc::RotateKeys, _, _>(keys::rotate).await?;
     responder.serve::<rpc::KeyStatus, _, _>(keys::status).await?;
     responder.serve::<rpc::SealingKey, _, _>(keys::sealing_key).await?;

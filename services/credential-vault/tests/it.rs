@@ -9,7 +9,7 @@ use contract::{
     access, rpc,
     vault::{
         Bundle, FindAccountsRequest, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest,
-        PutSecretRequest, RedeemLeaseRequest, RevokeLeasesRequest, RotateKeysReply, RotateKeysRequest,
+        PutSecretRequest, RedeemLeaseRequest, RedeemModelTokenRequest, RevokeLeasesRequest, RotateKeysReply, RotateKeysRequest,
     },
 };
 use credential_vault::Config;
@@ -130,6 +130,7 @@ async fn lease_of(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32,
         ttl_seconds: 60,
         epoch,
         public_key,
+        ..MintLeaseRequest::default()
     };
     scheduler.call::<rpc::MintLease>(&request, SOON).await.unwrap().lease_id
 }
@@ -200,6 +201,58 @@ async fn a_lease_is_redeemed_once_and_by_the_key_of_its_claim_alone() {
     let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: next.public().to_vec(), runner: "r2".to_owned() };
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
     assert!(next.open(&sealed, lease_id.as_bytes()).is_ok());
+}
+
+/// With a model gateway the lease of a runner holds no key of a provider.
+#[tokio::test]
+async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_token_and_not_by_the_runner() {
+    let (vault, gateway, scheduler, runner) = Vault::start().await;
+    let models = vault.nats.connect(&access::MODEL_GATEWAY).await.unwrap();
+    let (user, session) = (UserId::new(), SessionId::new());
+    gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
+    let (key, own, hash) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap(), vec![7_u8; 32]);
+    let mint = MintLeaseRequest {
+        user_id: user.to_string(),
+        session_id: session.to_string(),
+        purpose: "turn 1".to_owned(),
+        credential_kinds: ["provider:anthropic", "provider:openai", "backend:sprites"].map(str::to_owned).into(),
+        ttl_seconds: 60,
+        epoch: 1,
+        public_key: key.public().to_vec(),
+        model_token_hash: hash.clone(),
+        ..MintLeaseRequest::default()
+    };
+    let lease_id = scheduler.call::<rpc::MintLease>(&mint, SOON).await.unwrap().lease_id;
+    let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+    let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
+    let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
+    assert!(bundle.secrets.is_empty());
+    assert_eq!(bundle.proxied_kinds, ["provider:anthropic"]);
+
+    let redeem = async |token_hash: Vec<u8>| {
+        let request = RedeemModelTokenRequest { token_hash, public_key: own.public().to_vec(), gateway: "m1".to_owned() };
+        models.call::<rpc::RedeemModelToken>(&request, SOON).await
+    };
+    assert_eq!(redeem(vec![8; 32]).await.unwrap_err().code, ErrorCode::NotFound);
+    let reply = redeem(hash.clone()).await.unwrap();
+    assert_eq!((reply.user_id, reply.session_id), (user.to_string(), session.to_string()));
+    assert!(!reply.sealed.windows(8).any(|window| window == b"sentinel"));
+    let bundle = Bundle::decode(own.open(&reply.sealed, &hash).unwrap().as_slice()).unwrap();
+    let secrets: Vec<_> = bundle.secrets.iter().map(|secret| (secret.kind.as_str(), secret.value.as_slice())).collect();
+    assert_eq!(secrets, [("provider:anthropic", b"sk-sentinel-0001".as_slice())]);
+    // A key that was replaced is the next answer's; the audit shows one redemption of the two.
+    gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0002"), SOON).await.unwrap();
+    let sealed = redeem(hash.clone()).await.unwrap().sealed;
+    let bundle = Bundle::decode(own.open(&sealed, &hash).unwrap().as_slice()).unwrap();
+    assert_eq!(bundle.secrets[0].value, b"sk-sentinel-0002");
+    let operator = vault.nats.connect(&access::OPERATOR).await.unwrap();
+    let of_session = ListRedemptionsRequest { session_id: Some(session.to_string()), limit: 10, before: None };
+    let audit = operator.call::<rpc::ListRedemptions>(&of_session, SOON).await.unwrap().redemptions;
+    let told: Vec<_> = audit.iter().map(|r| (r.purpose.as_deref().unwrap(), r.runner.as_str(), r.kinds.len())).collect();
+    assert_eq!(told, [("models", "m1", 1), ("turn 1", "r1", 0)]);
+    // The session ends, and its token with it.
+    scheduler.call::<rpc::RevokeLeases>(&RevokeLeasesRequest { session_id: session.to_string() }, SOON).await.unwrap();
+    assert_eq!(redeem(hash).await.unwrap_err().code, ErrorCode::NotFound);
 }
 
 /// A stream may have any subjects, so a user who may create one could read every request.

@@ -112,7 +112,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         metrics::histogram!("aod_turn_wait_seconds").record(turn.age_seconds);
     }
     let epoch = unsigned(turn.epoch);
-    match specification(&scheduler, id, number, session, turn, request.public_key).await {
+    match specification(&scheduler, id, number, session, turn, (request.public_key, request.model_token_hash)).await {
         Ok(spec) => answer(Verdict::Run(spec)),
         Err(failure) => {
             // Not the turn's fault, and no failed attempt: the vault is away, say.
@@ -144,7 +144,7 @@ async fn specification(
     number: i32,
     session: SessionRow,
     turn: TurnRow,
-    public_key: Vec<u8>,
+    (public_key, model_token_hash): (Vec<u8>, Vec<u8>),
 ) -> Result<TurnSpec, Failure> {
     let partition = session.partition()?;
     let recorded_through = projector::projected_through(&scheduler.pool, partition).await?;
@@ -164,6 +164,7 @@ async fn specification(
         secret_ids: secrets,
         life,
         public_key,
+        model_token_hash,
     };
     let lease_id = mint(scheduler, grant).await?;
     let empty = || Value::Object(serde_json::Map::new());
@@ -376,7 +377,17 @@ async fn sprite_claim(
     public_key: Vec<u8>,
 ) -> Result<SpriteClaim, Failure> {
     let kinds = &[CredentialKind::Sprites];
-    let grant = Grant { user, session, purpose: "destroy", epoch: 0, kinds, secret_ids: Vec::new(), life: DESTROY_LIFE, public_key };
+    let grant = Grant {
+        user,
+        session,
+        purpose: "destroy",
+        epoch: 0,
+        kinds,
+        secret_ids: Vec::new(),
+        life: DESTROY_LIFE,
+        public_key,
+        model_token_hash: Vec::new(),
+    };
     let lease_id = mint(scheduler, grant).await?;
     Ok(SpriteClaim { sprite, lease_id })
 }
@@ -393,6 +404,8 @@ pub struct Grant<'a> {
     pub life: Duration,
     /// The claimant's: it alone opens the secrets.
     pub public_key: Vec<u8>,
+    /// Of the token that the session's agent shows to the model gateway; empty where there is none.
+    pub model_token_hash: Vec<u8>,
 }
 
 pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, Failure> {
@@ -405,6 +418,7 @@ pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, Fai
         ttl_seconds: u32::try_from(grant.life.as_secs()).unwrap_or(u32::MAX),
         epoch: grant.epoch,
         public_key: grant.public_key,
+        model_token_hash: grant.model_token_hash,
     };
     Ok(scheduler.bus.call::<rpc::MintLease>(&request, VAULT_DEADLINE).await?.lease_id)
 }

@@ -21,6 +21,7 @@ use crate::{
     Runner, destroy,
     inputs::{self, Inputs},
     lease::Hold,
+    secrets::ModelToken,
     sweep, turn,
 };
 
@@ -61,12 +62,14 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
     // Subscribed before the claim: a termination is seen by the one or the other.
     let Ok(terminated) = runner.bus.hints(contract::subject::terminate_hint(session)).await else { return Outcome::Retry(again) };
     let Ok(key) = KeyPair::generate() else { return Outcome::Retry(again) };
+    let Ok(model_token) = runner.model_gateway.as_ref().map(|_| ModelToken::generate()).transpose() else { return Outcome::Retry(again) };
     let claim = ClaimTurnRequest {
         session_id: job.session_id.clone(),
         turn: job.turn,
         runner: runner.name.to_string(),
         runner_lease: lease.to_string(),
         public_key: key.public().to_vec(),
+        model_token_hash: model_token.as_ref().map(ModelToken::hash).unwrap_or_default(),
     };
     let verdict = match runner.bus.call::<rpc::ClaimTurn>(&claim, CLAIM_DEADLINE).await {
         Ok(reply) => reply.verdict,
@@ -79,7 +82,7 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         Some(Verdict::Run(spec)) => {
             hold.claimed(spec.epoch);
             let span = tracing::info_span!("turn", %session, turn = job.turn, epoch = spec.epoch, runtime = spec.runtime);
-            Outcome::Accepted(Box::pin(own(runner, session, job.turn, spec, key, hold, terminated).instrument(span)))
+            Outcome::Accepted(Box::pin(own(runner, session, job.turn, spec, (key, model_token), hold, terminated).instrument(span)))
         }
         Some(Verdict::Settled(settled)) => match settled.destroy {
             None => Outcome::Done,
@@ -97,7 +100,7 @@ async fn own(
     session: SessionId,
     turn: u32,
     spec: TurnSpec,
-    key: KeyPair,
+    (key, model_token): (KeyPair, Option<ModelToken>),
     hold: Hold,
     mut terminated: impl futures::Stream<Item = ()> + Unpin + Send,
 ) {
@@ -118,7 +121,7 @@ async fn own(
             return;
         }
         _ = terminated.next() => turn::End::Terminated,
-        end = turn::run(&runner, session, turn, spec, &key, inputs) => end,
+        end = turn::run(&runner, session, turn, spec, (&key, model_token), inputs) => end,
     };
     match end {
         turn::End::Settled(id) => hold.ended(id),

@@ -42,6 +42,8 @@ pub struct Config {
     pub sprites_base_url: String,
     pub concurrency: usize,
     pub models: ModelEndpoints,
+    /// The model gateway's address, as sandboxes reach it.
+    pub model_gateway: Option<String>,
     /// Whether a session's secrets are masked in what its agent prints.
     pub mask_output: bool,
     pub output: OutputLimits,
@@ -88,6 +90,10 @@ impl Config {
                 openai: env.optional("AOD_MODEL_BASE_URL_OPENAI", "base URL for OpenAI's models, without /v1"),
                 google: env.optional("AOD_MODEL_BASE_URL_GOOGLE", "base URL for Google's models, without /v1beta"),
             },
+            model_gateway: env.optional(
+                "AOD_MODEL_GATEWAY_URL",
+                "URL at which sandboxes reach the model gateway; empty: providers' keys are put into sandboxes",
+            ),
             mask_output: env.parsed("AOD_MASK_SECRETS", "mask a session's secrets in its agent's output as ***", false),
             output: OutputLimits {
                 bytes_max: env.parsed(
@@ -118,6 +124,7 @@ struct Runner {
     http: reqwest::Client,
     sprites_base_url: Arc<str>,
     models: Arc<ModelEndpoints>,
+    model_gateway: Option<Arc<str>>,
     mask_output: bool,
     output: OutputLimits,
     agent_idle: Duration,
@@ -128,6 +135,17 @@ struct Runner {
     /// Shown in audits: which process redeemed a lease.
     name: Arc<str>,
     stop: CancellationToken,
+}
+
+impl Runner {
+    /// Where a session's agent finds the models.
+    fn models_of(&self, secrets: &secrets::Secrets) -> ModelEndpoints {
+        let of = |provider: Provider| match &self.model_gateway {
+            Some(gateway) if secrets.is_proxied(provider) => Some(format!("{gateway}/{provider}")),
+            _ => self.models.base_url(provider).map(str::to_owned),
+        };
+        ModelEndpoints { anthropic: of(Provider::Anthropic), openai: of(Provider::Openai), google: of(Provider::Google) }
+    }
 }
 
 /// Connects and begins to take jobs.
@@ -146,6 +164,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         http: sprites::http_client()?,
         sprites_base_url: config.sprites_base_url.into(),
         models: Arc::new(config.models),
+        model_gateway: config.model_gateway.map(|url| url.trim_end_matches('/').into()),
         mask_output: config.mask_output,
         output: config.output,
         agent_idle: config.agent_idle,

@@ -12,7 +12,8 @@ use sealing::KeyPair;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
-use types::{CredentialKind, McpServer};
+use sha2::{Digest as _, Sha256};
+use types::{CredentialKind, McpServer, Provider};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::{Runner, mask::Masker};
@@ -32,9 +33,35 @@ struct SessionDocument {
     tokens: BTreeMap<String, String>,
 }
 
+/// What an agent shows to the model gateway instead of a provider's key. Made for a claim; good for its session alone, and for nothing but
+/// the model gateway.
+#[derive(Debug)]
+pub struct ModelToken(SecretString);
+
+impl ModelToken {
+    /// # Errors
+    /// When the operating system gives no randomness.
+    pub fn generate() -> Result<Self, getrandom::Error> {
+        let mut bytes = Zeroizing::new([0_u8; 32]);
+        getrandom::fill(bytes.as_mut())?;
+        let hex: Zeroizing<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>().into();
+        Ok(Self(format!("aod_session_{}", hex.as_str()).into()))
+    }
+
+    /// What others know it by.
+    pub fn hash(&self) -> Vec<u8> {
+        Sha256::digest(self.0.expose_secret().as_bytes()).to_vec()
+    }
+}
+
 /// Secrets by what they are for. Cannot be printed; wiped when dropped.
 #[derive(Debug)]
-pub struct Secrets(BTreeMap<String, SecretString>);
+pub struct Secrets {
+    values: BTreeMap<String, SecretString>,
+    /// Where the deployment has a model gateway: the credentials that the agent's token stands for there.
+    proxied: Vec<CredentialKind>,
+    model_token: Option<ModelToken>,
+}
 
 impl Secrets {
     /// Opens a lease with the key that was made for its claim.
@@ -47,20 +74,27 @@ impl Secrets {
         let reply = runner.bus.call::<rpc::RedeemLease>(&request, DEADLINE).await?;
         let plaintext = key.open(&reply.sealed, lease_id.as_bytes()).map_err(Failure::internal)?;
         let bundle = Bundle::decode(plaintext.as_slice()).map_err(Failure::internal)?;
-        let mut secrets = BTreeMap::new();
+        let mut values = BTreeMap::new();
         for mut secret in bundle.secrets {
             if let Ok(text) = std::str::from_utf8(&secret.value) {
-                secrets.insert(std::mem::take(&mut secret.kind), SecretString::from(text));
+                values.insert(std::mem::take(&mut secret.kind), SecretString::from(text));
             }
             secret.value.zeroize();
         }
-        Ok(Self(secrets))
+        let proxied = bundle.proxied_kinds.iter().filter_map(|kind| kind.parse().ok()).collect();
+        Ok(Self { values, proxied, model_token: None })
+    }
+
+    /// With the token that was named in the claim of these secrets.
+    pub fn with_model_token(self, model_token: Option<ModelToken>) -> Self {
+        Self { model_token, ..self }
     }
 
     /// Finds every value in texts.
     pub fn masker(&self) -> Masker {
         let mut values: Vec<Zeroizing<String>> = Vec::new();
-        for (kind, secret) in &self.0 {
+        values.extend(self.model_token.iter().map(|token| token.0.expose_secret().to_owned().into()));
+        for (kind, secret) in &self.values {
             match kind.as_str() {
                 ENV_VARS | MCP_SERVERS | SESSION => collect_texts(self.document(kind), &mut values),
                 _ => values.push(secret.expose_secret().to_owned().into()),
@@ -70,17 +104,29 @@ impl Secrets {
     }
 
     pub fn credential(&self, kind: CredentialKind) -> Option<&SecretString> {
-        self.0.get(kind.as_str())
+        self.values.get(kind.as_str())
     }
 
-    /// The stored credentials, under the variables that the CLIs read.
+    /// Under the variables that the CLIs read: the stored credentials, or the token that stands for them.
     pub fn credential_vars(&self) -> Vec<(String, SecretString)> {
-        let var = |kind: CredentialKind| Some((kind.env_var()?.to_owned(), self.credential(kind)?.clone()));
+        let own: Vec<Provider> = Provider::ALL.into_iter().filter(|provider| self.is_proxied(*provider)).collect();
+        let proxied = |kind: CredentialKind| {
+            let proxied = self.proxied.contains(&kind) && own.contains(&provider_of(kind)?);
+            self.model_token.as_ref().filter(|_| proxied).map(|token| token.0.clone())
+        };
+        let var = |kind: CredentialKind| Some((kind.env_var()?.to_owned(), self.credential(kind).cloned().or_else(|| proxied(kind))?));
         CredentialKind::ALL.into_iter().filter_map(var).collect()
     }
 
+    /// Whether the agent's requests to a provider go through the model gateway. Those of a session that brings a key or an address of its
+    /// own do not: the gateway would not know the key.
+    pub fn is_proxied(&self, provider: Provider) -> bool {
+        let stored = self.proxied.iter().any(|kind| provider_of(*kind) == Some(provider));
+        stored && self.model_token.is_some() && !self.vars().iter().any(|(name, _)| own_variables(provider).contains(&name.as_str()))
+    }
+
     fn document<T: DeserializeOwned + Default>(&self, kind: &str) -> T {
-        self.0.get(kind).and_then(|text| serde_json::from_str(text.expose_secret()).ok()).unwrap_or_default()
+        self.values.get(kind).and_then(|text| serde_json::from_str(text.expose_secret()).ok()).unwrap_or_default()
     }
 
     /// The environment's variables, then the session's own, which override them.
@@ -108,11 +154,53 @@ impl Secrets {
     }
 }
 
+fn provider_of(kind: CredentialKind) -> Option<Provider> {
+    match kind {
+        CredentialKind::Provider(provider) => Some(provider),
+        CredentialKind::ClaudeOauth => Some(Provider::Anthropic),
+        CredentialKind::Sprites => None,
+    }
+}
+
+/// The variables by which a user gives a session's CLI a key or an address of the user's own.
+fn own_variables(provider: Provider) -> &'static [&'static str] {
+    match provider {
+        Provider::Anthropic => &["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_BASE_URL"],
+        Provider::Openai => &["OPENAI_API_KEY", "OPENAI_BASE_URL"],
+        Provider::Google => &["GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY", "GOOGLE_GEMINI_BASE_URL"],
+    }
+}
+
 fn collect_texts(value: Value, texts: &mut Vec<Zeroizing<String>>) {
     match value {
         Value::String(text) => texts.push(text.into()),
         Value::Array(values) => values.into_iter().for_each(|value| collect_texts(value, texts)),
         Value::Object(fields) => fields.into_iter().for_each(|(_, value)| collect_texts(value, texts)),
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secrets(proxied: &[CredentialKind], env: &str) -> Secrets {
+        let values = BTreeMap::from([(SESSION.to_owned(), SecretString::from(env))]);
+        Secrets { values, proxied: proxied.to_vec(), model_token: Some(ModelToken::generate().unwrap()) }
+    }
+
+    #[test]
+    fn a_token_stands_for_the_credentials_unless_the_session_brings_its_own() {
+        let (anthropic, openai) = (CredentialKind::Provider(Provider::Anthropic), CredentialKind::Provider(Provider::Openai));
+        let names = |secrets: &Secrets| secrets.credential_vars().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        let proxied = secrets(&[anthropic, openai, CredentialKind::ClaudeOauth], "{}");
+        assert_eq!(names(&proxied), ["ANTHROPIC_API_KEY", "OPENAI_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"]);
+        let token = proxied.credential_vars().remove(0).1;
+        assert_eq!(proxied.model_token.as_ref().unwrap().hash(), Sha256::digest(token.expose_secret()).to_vec());
+        assert!(proxied.is_proxied(Provider::Anthropic) && !proxied.is_proxied(Provider::Google));
+        let own = secrets(&[anthropic, openai], r#"{"env":{"ANTHROPIC_AUTH_TOKEN":"mine"}}"#);
+        assert_eq!(names(&own), ["OPENAI_API_KEY"]);
+        assert!(!own.is_proxied(Provider::Anthropic) && own.is_proxied(Provider::Openai));
+        assert_ne!(proxied.model_token.unwrap().hash(), own.model_token.unwrap().hash());
     }
 }

@@ -22,7 +22,7 @@ use crate::{
     provision::{Provisioning, StageFailed, StepRunner},
     record::{Fenced, Position, Record},
     runtimes,
-    secrets::Secrets,
+    secrets::{ModelToken, Secrets},
     setup::Setup,
 };
 
@@ -84,7 +84,14 @@ impl From<StageFailed> for Stopped {
     }
 }
 
-pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec, key: &KeyPair, inputs: Inputs) -> End {
+pub async fn run(
+    runner: &Runner,
+    session: SessionId,
+    turn: u32,
+    spec: TurnSpec,
+    (key, model_token): (&KeyPair, Option<ModelToken>),
+    inputs: Inputs,
+) -> End {
     let epoch = spec.epoch;
     tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn claimed");
     let mut record = match Record::open(&runner.bus, session, turn, &spec).await {
@@ -104,7 +111,7 @@ pub async fn run(runner: &Runner, session: SessionId, turn: u32, spec: TurnSpec,
         }
     }
     let secrets = match Secrets::redeem(runner, &spec.lease_id, key).await {
-        Ok(secrets) => secrets,
+        Ok(secrets) => secrets.with_model_token(model_token),
         Err(error) => {
             tracing::warn!(%session, %error, "secrets cannot be redeemed");
             return End::Released(format!("its secrets cannot be had: {}", error.message));
@@ -173,8 +180,9 @@ async fn work(
     let sprite = client.sprite(name);
     let unreadable = |error: serde_json::Error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}"));
     let setup = Setup::read(spec).map_err(unreadable)?;
-    let agent = Agent::new(session, spec, (runtime, adapter), &runner.models, &setup, runner.agent_idle).map_err(unreadable)?;
-    let provisioning = Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, runtime, adapter, models: &runner.models };
+    let models = runner.models_of(secrets);
+    let agent = Agent::new(session, spec, (runtime, adapter), &models, &setup, runner.agent_idle).map_err(unreadable)?;
+    let provisioning = Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, runtime, adapter, models: &models };
     let is_new = turn == 1 && !started;
     if is_new {
         provisioning.create(record).await?;

@@ -68,7 +68,8 @@ async fn a_second_start_goes_on_with_the_data_and_a_stop_leaves_no_process() {
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let key = stack.ready_text("/api_key");
     let marker = stack.data_dir().to_str().unwrap().to_owned();
-    let services = ["postgres", "nats", "auth", "credential-vault", "scheduler", "sprite-runner", "gateway", "local-sprites"];
+    let services =
+        ["postgres", "nats", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway", "gateway", "local-sprites"];
     let pids: Vec<u32> = services.iter().flat_map(|service| stack.pids(service)).collect();
     assert_eq!(pids.len(), services.len());
     let data = stack.stop().unwrap();

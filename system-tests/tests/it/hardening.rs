@@ -255,7 +255,7 @@ async fn garbage_on_the_bus_is_answered_and_harms_no_service() {
         }
     }
     assert!(asked > 1000 && refused > asked / 2, "{asked} {refused}");
-    for process in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner"] {
+    for process in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway"] {
         let log = std::fs::read_dir(stack.data_dir().join("logs"))
             .unwrap()
             .flatten()

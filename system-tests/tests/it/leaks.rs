@@ -12,9 +12,11 @@ use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 
 /// What no place but the Sprite may hold. Their first characters are what a hint may show: the last four are told by the contract.
-const SENTINELS: [(&str, &str); 9] = [
-    ("credential", "sk-ant-SENTINELcredential0001"),
-    ("openai", "sk-oai-SENTINELopenai0002"),
+const SENTINELS: [(&str, &str); 11] = [
+    ("provider:anthropic", "sk-ant-SENTINELcredential0001"),
+    ("provider:openai", "sk-oai-SENTINELopenai0002"),
+    ("provider:google", "AIzaSENTINELgoogle0008"),
+    ("runtime_token:claude-oauth", "sk-ant-oat-SENTINELsubscription0009"),
     ("env_vars", "SENTINELenvironmentvariable0003"),
     ("session env", "SENTINELsessionvariable0004"),
     ("repository token", "ghp_SENTINELrepositorytoken0005"),
@@ -23,6 +25,12 @@ const SENTINELS: [(&str, &str); 9] = [
     ("api key", ""),
     ("sprites token", ""),
 ];
+
+/// What the model gateway keeps out of Sprites as well.
+const MODEL_CREDENTIALS: [&str; 4] = ["provider:anthropic", "provider:openai", "provider:google", "runtime_token:claude-oauth"];
+
+/// How tokens for the model gateway begin.
+const TOKEN: &[u8] = b"aod_session_";
 
 /// What all of them but the generated ones have in common.
 const MARK: &[u8] = b"SENTINEL";
@@ -128,8 +136,8 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
     let settings = &[("RUST_LOG", "trace"), ("DEFAULT_TIMEOUT", "60")];
     let stack = Stack::start(Options { scripted_model: true, runners: 2, settings, ..Options::default() }).await.unwrap();
     let of = |name: &str| SENTINELS.iter().find(|(known, _)| *known == name).unwrap().1;
-    for (kind, value) in [("provider:anthropic", of("credential")), ("provider:openai", of("openai"))] {
-        let stored = stack.call(Method::PUT, &format!("/credentials/{}", kind), Some(json!({ "value": value }))).await.unwrap();
+    for kind in MODEL_CREDENTIALS {
+        let stored = stack.call(Method::PUT, &format!("/credentials/{kind}"), Some(json!({ "value": of(kind) }))).await.unwrap();
         assert!(stored.status < 300, "{stored:?}");
     }
     // The user's own token for the Sprites API; local-sprites knows this one.
@@ -145,20 +153,23 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         { "name": "local", "type": "stdio", "command": "true", "env": { "TOKEN": of("mcp env") } },
     ]);
     let mut sessions = Vec::new();
-    for (runtime, prompt) in [
-        ("claude", "hello"),
+    for (runtime, model, prompt) in [
+        ("claude", "claude-sonnet-4-5", "hello"),
         // The prompt sees what the agent sees, and says only that it does.
-        ("shell", "test ${#FROM_ENVIRONMENT} -gt 20 && test ${#FROM_SESSION} -gt 20 && echo all there; sleep 3"),
+        ("shell", "none", "test ${#FROM_ENVIRONMENT} -gt 20 && test ${#FROM_SESSION} -gt 20 && echo all there; sleep 3"),
+        ("codex", "gpt-5.2-codex", "hello"),
+        ("gemini", "gemini-2.5-pro", "hello"),
+        ("opencode", "anthropic/claude-sonnet-4-5", "hello"),
     ] {
-        let agent = json!({ "name": runtime, "model": "claude-sonnet-4-5", "runtime": runtime, "mcp_servers": mcp_servers });
+        let agent = json!({ "name": runtime, "model": model, "runtime": runtime, "mcp_servers": mcp_servers });
         let agent = stack.post("/agents", agent).await.unwrap();
         assert_eq!(agent.status, 201, "{agent:?}");
-        let body = json!({
-            "agent_id": agent.text("id"),
-            "environment_id": environment.text("id"),
-            "prompt": prompt,
-            "secret_env_vars": { "FROM_SESSION": of("session env") },
-        });
+        let mut body = json!({ "agent_id": agent.text("id"), "prompt": prompt });
+        // Codex writes its variables into a file of its own that every user of its Sprite can read (docs/security.md).
+        if ["claude", "shell"].contains(&runtime) {
+            body["environment_id"] = environment.text("id").into();
+            body["secret_env_vars"] = json!({ "FROM_SESSION": of("session env") });
+        }
         let session = stack.post("/sessions", body).await.unwrap();
         assert_eq!(session.status, 202, "{session:?}");
         sessions.push(session.text("id").to_owned());
@@ -170,6 +181,14 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
     for session in &sessions {
         let events = stack.stream(session, 0).await.unwrap().all().await.unwrap();
         assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
+    }
+    // The CLIs' processes are still there. Providers' keys are not, in any file, argument or variable; tokens of sessions are.
+    let (inside, with_token) = search_inside_sprites(&stack, &MODEL_CREDENTIALS.map(|kind| (kind, of(kind))));
+    assert!(inside.is_empty(), "{inside:#?}");
+    assert!(with_token >= 4, "{with_token} files and processes hold a token: the search would not find a key where one is");
+    for provider in ["anthropic", "openai", "google"] {
+        let passed = format!("aod_model_requests_total{{provider=\"{provider}\",outcome=\"200\"}}");
+        assert!(model_gateway_metrics(&stack).await.contains(&passed), "nothing went to {provider} through the model gateway");
     }
     // A second turn, and one that fails while its repository is cloned: no server is there to refuse the token.
     let second = stack.post(&format!("/sessions/{}/prompt", sessions[0]), json!({ "prompt": "hello again" })).await.unwrap();
@@ -185,8 +204,8 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         let events = stack.stream(session, 0).await.unwrap().all().await.unwrap();
         streams.insert(session.clone(), events);
     }
-    let failed = streams[&sessions[2]].iter().any(|event| event["type"] == "error" || event["state"] == "failed");
-    assert!(failed, "{:?}", streams[&sessions[2]]);
+    let failed = streams[sessions.last().unwrap()].iter().any(|event| event["type"] == "error" || event["state"] == "failed");
+    assert!(failed, "{:?}", streams[sessions.last().unwrap()]);
     // Wrong bodies with secrets in them: what is told is what is wrong, not what was sent.
     let wrong = json!({ "agent_id": agent, "prompt": 5, "secret_env_vars": { "1 bad name": of("session env") }, "resources": [{ "type": "x", "authorization_token": of("repository token") }] });
     let wrong = stack.post("/sessions", wrong).await.unwrap();
@@ -200,7 +219,7 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         search.look(&format!("the stream of {session}"), Value::Array(events.clone()).to_string().as_bytes());
     }
     search.look("what aod dev printed", without_the_key(&stack).as_bytes());
-    for service in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "local-sprites"] {
+    for service in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway", "local-sprites"] {
         for pid in stack.pids(service) {
             let port = listening_ports(pid);
             for port in port {
@@ -236,6 +255,50 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
     assert!(!in_sprites.is_empty(), "the search would not find a secret where one is");
     let readable: Vec<_> = in_sprites.iter().filter(|(_, mode)| mode & 0o077 != 0).collect();
     assert!(readable.is_empty(), "{readable:?}");
+}
+
+async fn model_gateway_metrics(stack: &Stack) -> String {
+    let url = format!("{}/metrics", stack.ready_text("/services/model-gateway/0/admin_url"));
+    stack.http.get(url).send().await.unwrap().text().await.unwrap()
+}
+
+/// Looks for values in every file of every Sprite, and in every process there, as root; and counts where a token of a session is.
+fn search_inside_sprites(stack: &Stack, values: &[(&str, &str)]) -> (Vec<String>, usize) {
+    let (mut found, mut with_token) = (Vec::new(), 0);
+    let mut look = |place: String, bytes: &[u8]| {
+        found.extend(values.iter().filter(|(_, value)| memchr(bytes, value.as_bytes())).map(|(name, _)| format!("{name} in {place}")));
+        with_token += usize::from(memchr(bytes, TOKEN));
+    };
+    let roots = roots_of_sprites(&stack.data_dir().join("sprites/sprites"));
+    assert!(!roots.is_empty());
+    let mut namespaces = Vec::new();
+    for root in &roots {
+        for own in ["etc", "home", "root", "run", "tmp", "var", "workspace", "dev/shm", ".sprite"] {
+            each_file(&root.join(own), &mut look);
+        }
+        namespaces.extend(std::fs::read_link(root.with_file_name("ns/pid")).ok());
+    }
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let process = entry.path();
+        if !std::fs::read_link(process.join("ns/pid")).is_ok_and(|namespace| namespaces.contains(&namespace)) {
+            continue;
+        }
+        for file in ["cmdline", "environ"] {
+            let place = format!("{file} of {}", std::fs::read_to_string(process.join("comm")).unwrap_or_default().trim());
+            look(place, &std::fs::read(process.join(file)).unwrap_or_default());
+        }
+    }
+    (found, with_token)
+}
+
+fn each_file(dir: &Path, look: &mut impl FnMut(String, &[u8])) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => each_file(&entry.path(), look),
+            Ok(kind) if kind.is_file() => look(entry.path().display().to_string(), &std::fs::read(entry.path()).unwrap_or_default()),
+            _ => {}
+        }
+    }
 }
 
 /// `aod dev` shows the key that it made, once, to the user who started it.

@@ -130,7 +130,21 @@ fn tells_the_same_story(runtime: &str, model: &str, events: &[Value]) {
 #[tokio::test]
 async fn a_key_that_is_refused_fails_the_turn_in_the_clis_own_words() {
     let stack = Stack::start(MODEL).await.unwrap();
-    let keys = json!({ "ANTHROPIC_API_KEY": "invalid", "OPENAI_API_KEY": "invalid", "GEMINI_API_KEY": "invalid" });
+    // Of the session's own, which goes to the provider directly; and stored, which the model gateway sends.
+    let own = json!({ "ANTHROPIC_API_KEY": "invalid", "OPENAI_API_KEY": "invalid", "GEMINI_API_KEY": "invalid" });
+    for keys in [own, json!({})] {
+        if keys == json!({}) {
+            for provider in ["anthropic", "openai", "google"] {
+                let path = format!("/credentials/provider:{provider}");
+                let stored = stack.call(reqwest::Method::PUT, &path, Some(json!({ "value": "invalid" }))).await.unwrap();
+                assert!(stored.status < 300, "{stored:?}");
+            }
+        }
+        every_cli_is_refused(&stack, &keys).await;
+    }
+}
+
+async fn every_cli_is_refused(stack: &Stack, keys: &Value) {
     let runs = RUNTIMES.map(async |(runtime, model)| {
         let agent = json!({ "name": runtime, "model": model, "runtime": runtime });
         let agent = stack.post("/agents", agent).await.unwrap().text("id").to_owned();
@@ -138,7 +152,7 @@ async fn a_key_that_is_refused_fails_the_turn_in_the_clis_own_words() {
         let timeout = if runtime == "claude" { 20 } else { 600 };
         let body = json!({ "agent_id": agent, "prompt": "hello", "secret_env_vars": keys, "timeout": timeout });
         let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
-        let ended = turn(&stack, &session, 0).await;
+        let ended = turn(stack, &session, 0).await;
         let said = ended.output.to_lowercase();
         assert!(said.contains("api key") || said.contains("401"), "{runtime}: {}", ended.output);
         assert_eq!(ended.end["type"], if runtime == "claude" { "error" } else { "exit" }, "{runtime}: {} {}", ended.end, ended.output);

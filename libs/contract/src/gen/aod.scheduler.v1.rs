@@ -797,6 +797,9 @@ pub struct ClaimTurnRequest {
     /// X25519, made for this one claim: the claim's secrets are sealed to it alone.
     #[prost(bytes = "vec", tag = "20")]
     pub public_key: ::prost::alloc::vec::Vec<u8>,
+    /// SHA-256 of the token that the session's agent shows to the model gateway. Empty where the runner knows no model gateway.
+    #[prost(bytes = "vec", tag = "21")]
+    pub model_token_hash: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClaimTurnReply {

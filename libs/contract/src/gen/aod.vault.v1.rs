@@ -128,6 +128,10 @@ pub struct MintLeaseRequest {
     /// The claimant's one-time key: the lease's secrets are sealed to it alone. Empty for runners of the release before.
     #[prost(bytes = "vec", tag = "20")]
     pub public_key: ::prost::alloc::vec::Vec<u8>,
+    /// SHA-256 of a token that the claimant made for the model gateway. With it the lease does not hold the credentials for models: the
+    /// model gateway redeems them with the token. Empty where a deployment has no model gateway.
+    #[prost(bytes = "vec", tag = "21")]
+    pub model_token_hash: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MintLeaseReply {
@@ -161,6 +165,32 @@ pub struct RevokeLeasesRequest {
 pub struct Bundle {
     #[prost(message, repeated, tag = "1")]
     pub secrets: ::prost::alloc::vec::Vec<BundledSecret>,
+    /// Kinds of credentials that the user has and that only the model gateway redeems.
+    #[prost(string, repeated, tag = "2")]
+    pub proxied_kinds: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// A session's token, as the model gateway received it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RedeemModelTokenRequest {
+    /// SHA-256.
+    #[prost(bytes = "vec", tag = "1")]
+    pub token_hash: ::prost::alloc::vec::Vec<u8>,
+    /// X25519: the reply's secrets are sealed to it.
+    #[prost(bytes = "vec", tag = "2")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+    /// Which process redeems, for the audit.
+    #[prost(string, tag = "3")]
+    pub gateway: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RedeemModelTokenReply {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    /// A Bundle, sealed to the request's key and bound to the token's hash.
+    #[prost(bytes = "vec", tag = "3")]
+    pub sealed: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]

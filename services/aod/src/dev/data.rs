@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::Write as _,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
@@ -95,6 +96,16 @@ impl DataDir {
         let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path).map_err(DevError::broken)?;
         file.write_all(value.as_bytes()).map_err(DevError::broken)?;
         Ok((format!("{variable}_FILE"), path.display().to_string()))
+    }
+
+    /// The port of loopback that an earlier start kept in a file, or this one where none did or another program has it.
+    pub fn kept_port(&self, file: &str, otherwise: SocketAddr) -> Result<SocketAddr, DevError> {
+        let path = self.join(file);
+        let kept: Option<u16> = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
+        let kept = kept.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port))).filter(|addr| TcpListener::bind(addr).is_ok());
+        let addr = kept.unwrap_or(otherwise);
+        fs::write(&path, addr.port().to_string()).map_err(DevError::broken)?;
+        Ok(addr)
     }
 
     pub fn path(&self) -> &Path {

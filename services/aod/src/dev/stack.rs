@@ -32,6 +32,8 @@ const START_MAX: Duration = Duration::from_secs(60);
 const SERVICES_STOP: Duration = Duration::from_secs(5);
 const SERVERS_STOP: Duration = Duration::from_secs(4);
 const DATABASE: &str = "aod";
+/// The file that keeps the model gateway's port: what was written into sandboxes names it.
+const MODEL_GATEWAY_PORT: &str = "model-gateway-port";
 
 /// The running stack.
 pub struct Stack {
@@ -49,6 +51,8 @@ pub struct Stack {
     /// The Sprites API that the runners use instead of our own.
     other_sprites: Option<String>,
     model: Option<SocketAddr>,
+    /// Where sandboxes reach the model gateway, unless they get providers' keys.
+    model_gateway: Option<SocketAddr>,
     admin: Vec<SocketAddr>,
     /// Held for as long as the stack is there.
     ports: Option<Ports>,
@@ -69,7 +73,7 @@ struct NatsAddrs {
 const START_ATTEMPTS: u32 = 5;
 
 /// The services that there is one of, and those that there may be more of, beside the runners. Each has a port for its health.
-const SINGLE: usize = 2;
+const SINGLE: usize = 3;
 const REPLICATED: usize = 4;
 
 /// Ports for one stack. Its services may be started again at any time, and their ports are free meanwhile: so a stack has a block of
@@ -103,7 +107,8 @@ impl Ports {
 }
 
 /// The programs that are asked for their settings.
-const PROGRAMS: &[&str] = &["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "local-sprites", "scripted-model"];
+const PROGRAMS: &[&str] =
+    &["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway", "local-sprites", "scripted-model"];
 
 /// What services get from files of their own: other processes of the user may read an environment.
 const SECRETS: &[&str] = &["AOD_DEPLOYMENT_ID", "DATABASE_URL", "FIELD_ENCRYPTION_KEY", "LOCAL_SPRITES_TOKEN", "NATS_PASSWORD"];
@@ -111,12 +116,15 @@ const SECRETS: &[&str] = &["AOD_DEPLOYMENT_ID", "DATABASE_URL", "FIELD_ENCRYPTIO
 impl Stack {
     pub fn new(tools: Tools, data: DataDir, api: SocketAddr, args: DevArgs) -> Result<Self, DevError> {
         let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        // Sandboxes elsewhere do not reach a port of this machine.
+        let has_model_gateway = !args.no_model_gateway && args.sprites_url.is_none();
         let mut stack = Self {
             postgres: nowhere,
             nats: vec![NatsAddrs { client: nowhere, peer: nowhere }; usize::from(args.nats_servers)],
             sprites: nowhere,
             other_sprites: args.sprites_url,
             model: args.scripted_model.then_some(nowhere),
+            model_gateway: has_model_gateway.then_some(nowhere),
             admin: Vec::new(),
             ports: None,
             settings: Settings::load(&tools.services, PROGRAMS)?,
@@ -137,7 +145,7 @@ impl Stack {
 
     fn choose_ports(&mut self) -> Result<(), DevError> {
         let (replicas, runners) = (usize::from(self.replicas), usize::from(self.runners));
-        let claimed = Ports::claim(3 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len() + 1)?;
+        let claimed = Ports::claim(4 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len() + 1)?;
         let mut ports = claimed.addrs.clone();
         let api = ports.pop();
         if let Some(api) = api.filter(|_| self.chooses_api_port) {
@@ -146,12 +154,15 @@ impl Stack {
         self.other_apis = ports.split_off(ports.len() - (replicas - 1));
         let nats = ports.split_off(ports.len() - 2 * self.nats.len());
         self.nats = nats.chunks_exact(2).map(|pair| NatsAddrs { client: pair[0], peer: pair[1] }).collect();
-        let [postgres, sprites, model, admin @ ..] = ports.as_slice() else {
+        let [postgres, sprites, model, model_gateway, admin @ ..] = ports.as_slice() else {
             return Err(DevError::Broken("no free ports".to_owned()));
         };
         (self.postgres, self.sprites) = (*postgres, *sprites);
         self.model = self.model.map(|_| *model);
         self.admin = admin.to_vec();
+        if self.model_gateway.is_some() {
+            self.model_gateway = Some(self.data.kept_port(MODEL_GATEWAY_PORT, *model_gateway)?);
+        }
         self.ports = Some(claimed);
         Ok(())
     }
@@ -413,10 +424,10 @@ impl Stack {
             ("LOCAL_SPRITES_TOKEN", secrets.sprites_token.clone()),
             ("LOCAL_SPRITES_DATA_DIR", self.data.join("sprites").display().to_string()),
         ];
-        // What Sprites reach of this machine: the model, and what the user names.
+        // What Sprites reach of this machine: the model gateway, the model, and what the user names.
         let named = super::tools::env("LOCAL_SPRITES_PRIVATE_HOSTS").unwrap_or_default();
-        let private: Vec<String> =
-            self.model.map(|model| model.to_string()).into_iter().chain([named]).filter(|host| !host.is_empty()).collect();
+        let own = [self.model_gateway, self.model].into_iter().flatten().map(|addr| addr.to_string());
+        let private: Vec<String> = own.chain([named]).filter(|host| !host.is_empty()).collect();
         sprites.push(("LOCAL_SPRITES_PRIVATE_HOSTS", private.join(",")));
         sprites.push(("LOCAL_SPRITES_ROOTFS", self.tools.rootfs.display().to_string()));
         sprites.extend(self.tools.agents.as_ref().map(|dir| ("LOCAL_SPRITES_AGENTS_DIR", dir.display().to_string())));
@@ -437,19 +448,21 @@ impl Stack {
             let deployment = ("AOD_DEPLOYMENT_ID", secrets.deployment_id.clone());
             add(name, "scheduler", [nats("scheduler"), vec![database("scheduler"), deployment, copies]].concat())?;
         }
+        let models = ["AOD_MODEL_BASE_URL_ANTHROPIC", "AOD_MODEL_BASE_URL_OPENAI", "AOD_MODEL_BASE_URL_GOOGLE"];
+        let scripted = self.model.map(|model| format!("http://{model}"));
+        let scripted: Vec<(&str, String)> =
+            models.into_iter().filter(|name| !settings.has(name)).filter_map(|name| Some((name, scripted.clone()?))).collect();
+        if let Some(addr) = self.model_gateway {
+            let listen = vec![("AOD_MODEL_GATEWAY_ADDR", addr.to_string())];
+            add("model-gateway".to_owned(), "model-gateway", [nats("model_gateway"), listen, scripted.clone()].concat())?;
+        }
         for number in 1..=self.runners {
             let mut runner = nats("runner");
             let sprites = self.other_sprites.clone().unwrap_or_else(|| format!("http://{}", self.sprites));
             runner.push(("SPRITES_BASE_URL", sprites));
             runner.push(("AOD_AGENT_HOST", self.tools.agent_host.display().to_string()));
-            if let Some(model) = self.model {
-                for name in ["AOD_MODEL_BASE_URL_ANTHROPIC", "AOD_MODEL_BASE_URL_OPENAI", "AOD_MODEL_BASE_URL_GOOGLE"] {
-                    if settings.has(name) {
-                        continue;
-                    }
-                    runner.push((name, format!("http://{model}")));
-                }
-            }
+            runner.extend(scripted.clone());
+            runner.extend(self.model_gateway.map(|addr| ("AOD_MODEL_GATEWAY_URL", format!("http://{addr}"))));
             add(format!("sprite-runner-{number}"), "sprite-runner", runner)?;
         }
         for (name, addr) in self.replicas_of("gateway").zip(self.apis()) {
@@ -498,6 +511,7 @@ impl Stack {
             "nats_url": format!("nats://operator:{}@{nats}", secrets.nats_password("operator")),
             "events_url": format!("nats://events:{}@{nats}", secrets.nats_password("events")),
             "database_url": self.database_url("postgres", &secrets.postgres_password, DATABASE),
+            "model_gateway_url": self.model_gateway.map(|addr| format!("http://{addr}")),
             "model_url": self.model.map(|addr| format!("http://{addr}")),
             "services": services,
         });

@@ -49,7 +49,7 @@ impl Tools {
     pub fn find(scripted_model: bool) -> Result<Self, DevError> {
         let own = std::env::current_exe().map_err(DevError::broken)?;
         let services = own.parent().map(Path::to_path_buf).unwrap_or_default();
-        let mut needed = vec!["auth", "credential-vault", "scheduler", "sprite-runner", "gateway", "local-sprites"];
+        let mut needed = vec!["auth", "credential-vault", "scheduler", "sprite-runner", "gateway", "model-gateway", "local-sprites"];
         needed.extend(scripted_model.then_some("scripted-model"));
         for service in needed {
             if !is_executable(&services.join(service)) {

@@ -1,0 +1,149 @@
+//! Tokens that agents show to the model gateway instead of a provider's key. The vault stores their hashes and which credentials they
+//! stand for.
+
+use bus::Failure;
+use contract::vault::{Bundle, BundledSecret, RedeemModelTokenReply, RedeemModelTokenRequest};
+use prost::Message as _;
+use sqlx::{PgPool, Postgres, Transaction};
+use types::{CredentialKind, LeaseId, SessionId, UserId};
+use uuid::Uuid;
+use zeroize::{Zeroize as _, Zeroizing};
+
+use crate::{
+    Vault,
+    audit::{self, Outcome, Redeemed},
+    secrets::SecretRow,
+};
+
+pub const HASH_BYTES: usize = 32;
+/// How long after the session's last claim, or its own last use, a token is good: longer than an agent waits for a decision. It ends with
+/// its session anyway.
+const LIFE_SECONDS: f64 = 7.0 * 24.0 * 60.0 * 60.0;
+/// A model gateway redeems a token again each minute while it is used: the audit shows the first time within this.
+const AUDIT_EVERY_SECONDS: f64 = 60.0 * 60.0;
+const PURPOSE: &str = "models";
+
+/// The kinds that a lease holds itself, and those that are left to the model gateway.
+pub fn split(kinds: Vec<String>) -> (Vec<String>, Vec<String>) {
+    kinds.into_iter().partition(|kind| kind == CredentialKind::Sprites.as_str())
+}
+
+/// Registers a token of a session, and renews the session's other tokens: a process from an earlier turn may still hold one.
+pub async fn register(
+    tx: &mut Transaction<'_, Postgres>,
+    token_hash: &[u8],
+    user: Uuid,
+    session: Uuid,
+    kinds: &[String],
+) -> Result<(), Failure> {
+    if token_hash.len() != HASH_BYTES {
+        return Err(Failure::invalid("Malformed token hash"));
+    }
+    sqlx::query(
+        "insert into model_token (token_hash, token_id, user_id, session_id, credential_kinds, expires_at)
+         values ($1, $2, $3, $4, $5, now() + make_interval(secs => $6))
+         on conflict (token_hash) do nothing",
+    )
+    .bind(token_hash)
+    .bind(LeaseId::new().uuid())
+    .bind(user)
+    .bind(session)
+    .bind(kinds)
+    .bind(LIFE_SECONDS)
+    .execute(&mut **tx)
+    .await?;
+    sqlx::query(
+        "update model_token set expires_at = now() + make_interval(secs => $2)
+         where session_id = $1 and revoked_at is null and expires_at < now() + make_interval(secs => $2)",
+    )
+    .bind(session)
+    .bind(LIFE_SECONDS)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+pub async fn revoke(pool: &PgPool, session: Uuid) -> Result<(), Failure> {
+    sqlx::query("update model_token set revoked_at = now() where session_id = $1 and revoked_at is null")
+        .bind(session)
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+#[derive(sqlx::FromRow)]
+struct TokenRow {
+    token_id: Uuid,
+    user_id: Uuid,
+    session_id: Uuid,
+    credential_kinds: Vec<String>,
+}
+
+pub async fn redeem(vault: Vault, request: RedeemModelTokenRequest) -> Result<RedeemModelTokenReply, Failure> {
+    let token: Option<TokenRow> = sqlx::query_as(
+        "update model_token set expires_at = now() + make_interval(secs => $2)
+         where token_hash = $1 and revoked_at is null and expires_at > now()
+         returning token_id, user_id, session_id, credential_kinds",
+    )
+    .bind(&request.token_hash)
+    .bind(LIFE_SECONDS)
+    .fetch_optional(&vault.pool)
+    .await?;
+    let token = token.ok_or_else(|| Failure::not_found("Token not found, expired or revoked"))?;
+    let rows: Vec<SecretRow> = sqlx::query_as(
+        "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
+         from secret where user_id = $1 and is_credential and kind = any($2)",
+    )
+    .bind(token.user_id)
+    .bind(&token.credential_kinds)
+    .fetch_all(&vault.pool)
+    .await?;
+    let mut bundle = Bundle::default();
+    for row in rows {
+        let kind = row.kind.clone();
+        bundle.secrets.push(BundledSecret { kind, value: row.open(&vault.keys)?.to_vec() });
+    }
+    let kinds: Vec<String> = bundle.secrets.iter().map(|secret| secret.kind.clone()).collect();
+    let plaintext = Zeroizing::new(bundle.encode_to_vec());
+    bundle.secrets.iter_mut().for_each(|secret| secret.value.zeroize());
+    let sealed = sealing::seal(&request.public_key, &plaintext, &request.token_hash)
+        .map_err(|error| Failure::invalid(format!("The credentials cannot be sealed: {error}")))?;
+    // Written before the answer leaves: there is no redemption without its audit.
+    if !audited(&vault.pool, token.token_id, &request.gateway).await? {
+        let redeemed = Redeemed {
+            lease: LeaseId::from_uuid(token.token_id),
+            session: Some(token.session_id),
+            purpose: Some(PURPOSE),
+            runner: &request.gateway,
+            outcome: Outcome::Granted,
+            kinds: &kinds,
+        };
+        audit::write(&vault.pool, &redeemed).await?;
+    }
+    Ok(RedeemModelTokenReply {
+        user_id: UserId::from_uuid(token.user_id).to_string(),
+        session_id: SessionId::from_uuid(token.session_id).to_string(),
+        sealed,
+    })
+}
+
+/// Whether the audit shows a recent redemption of a token by this gateway.
+async fn audited(pool: &PgPool, token: Uuid, gateway: &str) -> Result<bool, Failure> {
+    let recent = sqlx::query(
+        "select 1 from redemption
+         where lease_id = $1 and runner = $2 and outcome = 'granted' and redeemed_at > now() - make_interval(secs => $3) limit 1",
+    );
+    let recent = recent.bind(token).bind(gateway).bind(AUDIT_EVERY_SECONDS).fetch_optional(pool).await?;
+    Ok(recent.is_some())
+}
+
+/// Deletes tokens that ended long ago, a batch at a time.
+pub async fn forget_some(pool: &PgPool, limit: i64) -> Result<u64, sqlx::Error> {
+    let forgotten = sqlx::query(
+        "delete from model_token where token_hash = any (array(
+             select token_hash from model_token
+             where expires_at < now() - interval '1 day' or revoked_at < now() - interval '1 day' limit $1 for update skip locked
+         ))",
+    );
+    Ok(forgotten.bind(limit).execute(pool).await?.rows_affected())
+}

@@ -1,0 +1,139 @@
+//! Between agents and model providers: an agent shows its session's token, and the gateway sends the request on with the user's key, which
+//! it redeems from the vault and holds in memory only. Stores nothing; any number of replicas serve the same agents.
+//!
+//! [`call`] decides which requests are passed on; [`tokens`] redeems; [`proxy`] passes on and back; [`refusal`] is the gateway's own
+//! answers, in the providers' shapes; [`server`] bounds connections. docs/adr/0070-model-gateway.md has the reasons.
+
+mod call;
+pub mod metrics;
+mod proxy;
+mod refusal;
+mod server;
+mod tokens;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use axum::Router;
+use bus::Bus;
+use contract::access;
+use reqwest::Url;
+use service::{Env, Lifecycle};
+use tokio::net::TcpListener;
+use types::Provider;
+
+use crate::{proxy::Proxy, tokens::Tokens};
+
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
+const IDLE_CONNECTION_MAX: Duration = Duration::from_secs(90);
+
+#[derive(Debug)]
+pub struct Config {
+    pub bus: bus::Config,
+    pub addr: SocketAddr,
+    pub upstreams: Upstreams,
+    pub connections: usize,
+    pub requests_per_session: usize,
+    pub body_bytes_max: usize,
+    pub bodies_bytes_max: usize,
+    /// How long a provider may send nothing.
+    pub silence: Duration,
+}
+
+/// Where each provider is.
+#[derive(Clone, Debug)]
+pub struct Upstreams {
+    anthropic: Url,
+    openai: Url,
+    google: Url,
+}
+
+impl Upstreams {
+    /// Reads configured addresses; the providers' own where none is.
+    ///
+    /// # Errors
+    /// Names the provider whose address is not one of HTTP.
+    pub fn new(configured: impl Fn(Provider) -> Option<String>) -> Result<Self, Provider> {
+        let of = |provider: Provider| {
+            let text = configured(provider).unwrap_or_else(|| format!("https://{}", provider.host()));
+            Url::parse(&text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host()).ok_or(provider)
+        };
+        Ok(Self { anthropic: of(Provider::Anthropic)?, openai: of(Provider::Openai)?, google: of(Provider::Google)? })
+    }
+
+    fn of(&self, provider: Provider) -> &Url {
+        match provider {
+            Provider::Anthropic => &self.anthropic,
+            Provider::Openai => &self.openai,
+            Provider::Google => &self.google,
+        }
+    }
+}
+
+impl Config {
+    pub fn from_env(env: &mut Env) -> Self {
+        let anthropic = env.optional("AOD_MODEL_BASE_URL_ANTHROPIC", "base URL for Anthropic's models, without /v1");
+        let openai = env.optional("AOD_MODEL_BASE_URL_OPENAI", "base URL for OpenAI's models, without /v1");
+        let google = env.optional("AOD_MODEL_BASE_URL_GOOGLE", "base URL for Google's models, without /v1beta");
+        let configured = move |provider| match provider {
+            Provider::Anthropic => anthropic.clone(),
+            Provider::Openai => openai.clone(),
+            Provider::Google => google.clone(),
+        };
+        let upstreams = Upstreams::new(configured).or_else(|provider| {
+            env.refuse(format!("AOD_MODEL_BASE_URL_{} must be an http or https URL", provider.as_str().to_uppercase()));
+            Upstreams::new(|_| None)
+        });
+        Self {
+            bus: bus::Config::from_env(env, &access::MODEL_GATEWAY),
+            addr: env.parsed("AOD_MODEL_GATEWAY_ADDR", "listen address for sandboxes", ([127, 0, 0, 1], 8780).into()),
+            // The providers' own addresses are URLs.
+            upstreams: upstreams.unwrap_or_else(|_: Provider| unreachable!("the providers' own addresses are URLs")),
+            connections: env.parsed("AOD_MODEL_MAX_CONNECTIONS", "maximum number of open connections of sandboxes", 8192),
+            requests_per_session: env.parsed(
+                "AOD_MODEL_REQUESTS_PER_SESSION",
+                "maximum number of a session's model requests at a time",
+                64,
+            ),
+            body_bytes_max: env.parsed("AOD_MODEL_BODY_MAX_BYTES", "maximum size of a model request's body", 64 << 20),
+            bodies_bytes_max: env.parsed(
+                "AOD_MODEL_BODIES_MAX_BYTES",
+                "maximum size of all request bodies that are held at a time",
+                512 << 20,
+            ),
+            silence: env.seconds("AOD_MODEL_SILENCE_SECONDS", "how long a provider may send nothing before a request fails", 600),
+        }
+    }
+}
+
+/// Connects and begins to serve.
+///
+/// # Errors
+/// When the bus cannot be reached or the address cannot be bound.
+pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
+    crate::metrics::describe();
+    let name: Arc<str> = config.bus.name.clone().into();
+    let bus = Bus::connect(&config.bus).await.context("bus")?;
+    let connection = bus.clone();
+    lifecycle.add_check("bus", move || connection.is_connected());
+    let listener =
+        TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on AOD_MODEL_GATEWAY_ADDR {}", config.addr))?;
+    tracing::info!(addr = %config.addr, "listening");
+    let http = reqwest::Client::builder()
+        .connect_timeout(CONNECT_TIME_MAX)
+        .read_timeout(config.silence)
+        .pool_idle_timeout(IDLE_CONNECTION_MAX)
+        .tcp_nodelay(true)
+        .redirect(reqwest::redirect::Policy::none())
+        .build()?;
+    let proxy = Proxy {
+        tokens: Tokens::new(bus, name, config.requests_per_session.max(1)),
+        upstreams: Arc::new(config.upstreams),
+        http,
+        bodies: Proxy::bodies(config.bodies_bytes_max),
+        body_bytes_max: config.body_bytes_max,
+    };
+    let router = Router::new().fallback(proxy::handle).with_state(proxy);
+    lifecycle.spawn("http", server::serve(listener, router, config.connections.max(1), lifecycle.stop_token()));
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! Passes a request on to its provider with the user's credential, and the response back as it comes.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    response::{IntoResponse as _, Response},
+};
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _};
+use reqwest::Url;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
+
+use crate::{
+    Upstreams,
+    call::{self, Call, NotACall},
+    refusal::Refusal,
+    tokens::{Credential, Grant, TokenRefused, Tokens},
+};
+
+/// How long a request's body may take.
+const BODY_TIME_MAX: Duration = Duration::from_secs(120);
+/// Permits of the memory for bodies are for this many bytes each.
+const BODY_UNIT: usize = 1024;
+
+/// What every request works with. Cheap to clone.
+#[derive(Clone)]
+pub struct Proxy {
+    pub tokens: Tokens,
+    pub upstreams: Arc<Upstreams>,
+    pub http: reqwest::Client,
+    /// Bodies that are held at a time, in units of [`BODY_UNIT`].
+    pub bodies: Arc<Semaphore>,
+    pub body_bytes_max: usize,
+}
+
+impl Proxy {
+    /// Permits for this many bytes of bodies.
+    pub fn bodies(bytes: usize) -> Arc<Semaphore> {
+        Arc::new(Semaphore::new((bytes / BODY_UNIT).clamp(1, Semaphore::MAX_PERMITS)))
+    }
+}
+
+pub async fn handle(State(proxy): State<Proxy>, request: Request) -> Response {
+    match call::read(request.method(), request.uri().path()) {
+        Ok(call) => {
+            let provider = call.provider;
+            let answer = Box::pin(pass_on(proxy, call, request)).await;
+            let outcome = match &answer {
+                Ok(response) => response.status().as_str().to_owned(),
+                Err(Refusal::Provider(_)) => "failed".to_owned(),
+                Err(_) => "refused".to_owned(),
+            };
+            metrics::counter!("aod_model_requests_total", "provider" => provider.as_str(), "outcome" => outcome).increment(1);
+            answer.unwrap_or_else(|refusal| refusal.response(provider))
+        }
+        Err(NotACall::Unsupported(provider)) => Refusal::Unsupported.response(provider),
+        Err(NotACall::UnknownProvider) => (StatusCode::NOT_FOUND, "model gateway: no such provider\n").into_response(),
+    }
+}
+
+async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response, Refusal> {
+    let shown = call::shown(request.headers(), request.uri().query()).ok_or(Refusal::Token)?;
+    let grant = proxy.tokens.redeem(&shown).await.map_err(|refused| match refused {
+        TokenRefused::Unknown => Refusal::Token,
+        TokenRefused::Unavailable => Refusal::Unavailable,
+    })?;
+    let slot = grant.slots.clone().try_acquire_owned().map_err(|_| Refusal::Busy)?;
+    let credential = grant.credential(call.provider, shown.scheme).ok_or(Refusal::NoCredential)?;
+    let mut headers = forwarded(request.headers(), false);
+    attach(&mut headers, credential)?;
+    let url = url(&proxy.upstreams, &call, request.uri().query());
+    let method = request.method().clone();
+    let body = read_body(&proxy, request).await?;
+    tracing::debug!(session = grant.session_id, provider = %call.provider, path = call.path, bytes = body.bytes.len(), "passing a request on");
+    let begun = Instant::now();
+    let sent = proxy.http.request(method, url).headers(headers).body(body.bytes).send().await;
+    drop(body.permit);
+    let response = sent.map_err(|error| failure(&grant, &error))?;
+    metrics::histogram!("aod_model_first_byte_seconds", "provider" => call.provider.as_str()).record(begun.elapsed());
+    Ok(pass_back(response, slot))
+}
+
+/// The response as it comes; the session's slot is free when it has ended, or when its client has gone.
+fn pass_back(response: reqwest::Response, slot: OwnedSemaphorePermit) -> Response {
+    let (status, headers) = (response.status(), forwarded(response.headers(), true));
+    let body = response.bytes_stream().map_err(|error| error.without_url()).inspect(move |_| {
+        let _ = &slot;
+    });
+    let mut passed = Response::new(Body::from_stream(body));
+    *passed.status_mut() = status;
+    *passed.headers_mut() = headers;
+    passed
+}
+
+fn failure(grant: &Grant, error: &reqwest::Error) -> Refusal {
+    let why = if error.is_connect() {
+        "cannot be reached"
+    } else if error.is_timeout() {
+        "did not answer in time"
+    } else {
+        "closed the connection"
+    };
+    // Without its address, whose query the client wrote.
+    let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+    tracing::warn!(session = grant.session_id, why, cause, "a provider failed");
+    Refusal::Provider(why)
+}
+
+struct HeldBody {
+    bytes: Bytes,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+/// Reads a body whole: a provider's connection is not opened for a client that sends slowly.
+async fn read_body(proxy: &Proxy, request: Request) -> Result<HeldBody, Refusal> {
+    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    let chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
+    let expected = announced.unwrap_or(if chunked { proxy.body_bytes_max } else { 0 });
+    if expected > proxy.body_bytes_max {
+        return Err(Refusal::TooLarge);
+    }
+    let units = u32::try_from(expected.div_ceil(BODY_UNIT)).unwrap_or(u32::MAX);
+    let permit = match units {
+        0 => None,
+        units => Some(proxy.bodies.clone().try_acquire_many_owned(units).map_err(|_| Refusal::Busy)?),
+    };
+    let reading = axum::body::to_bytes(request.into_body(), proxy.body_bytes_max);
+    match tokio::time::timeout(BODY_TIME_MAX, reading).await {
+        Ok(Ok(bytes)) => Ok(HeldBody { bytes, permit }),
+        Ok(Err(_)) if chunked => Err(Refusal::TooLarge),
+        _ => Err(Refusal::Body),
+    }
+}
+
+fn url(upstreams: &Upstreams, call: &Call, query: Option<&str>) -> Url {
+    let mut url = upstreams.of(call.provider).clone();
+    let path = format!("{}{}", url.path().trim_end_matches('/'), call.path);
+    url.set_path(&path);
+    let query = query.map(call::without_key).filter(|query| !query.is_empty());
+    url.set_query(query.as_deref());
+    url
+}
+
+fn attach(headers: &mut HeaderMap, credential: Credential<'_>) -> Result<(), Refusal> {
+    let (name, value) = match credential {
+        Credential::ApiKey(name, key) => (HeaderName::from_static(name), HeaderValue::from_str(key)),
+        Credential::Bearer(token) => (header::AUTHORIZATION, HeaderValue::from_str(&format!("Bearer {token}"))),
+    };
+    // A key that no header can hold is none.
+    let mut value = value.map_err(|_| Refusal::NoCredential)?;
+    value.set_sensitive(true);
+    headers.insert(name, value);
+    Ok(())
+}
+
+/// Headers that belong to one connection (RFC 9110, 7.6.1), and those that the gateway sets itself.
+const OWN: [&str; 12] = [
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "expect",
+    "host",
+    "content-length",
+];
+/// What a client shows, or would have its provider know of other sessions.
+const FROM_CLIENT: [&str; 6] = ["authorization", "x-api-key", "x-goog-api-key", "cookie", "accept-encoding", "forwarded"];
+
+fn forwarded(headers: &HeaderMap, is_response: bool) -> HeaderMap {
+    let named: Vec<String> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_ascii_lowercase())
+        .collect();
+    let is_dropped = |name: &str| {
+        let own = OWN.contains(&name) && !(is_response && name == "content-length");
+        let other = if is_response { name == "set-cookie" } else { FROM_CLIENT.contains(&name) || name.starts_with("x-forwarded-") };
+        own || other || named.iter().any(|named| named == name)
+    };
+    headers.iter().filter(|(name, _)| !is_dropped(name.as_str())).map(|(name, value)| (name.clone(), value.clone())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use types::Provider;
+
+    use super::*;
+
+    #[test]
+    fn a_clients_token_and_its_connections_headers_are_not_passed_on() {
+        let pairs = [
+            ("x-api-key", "t"),
+            ("authorization", "t"),
+            ("connection", "x-own"),
+            ("x-own", "1"),
+            ("anthropic-version", "v"),
+            ("accept-encoding", "gzip"),
+        ];
+        let headers = pairs.into_iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect();
+        let passed = forwarded(&headers, false);
+        assert_eq!(passed.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["anthropic-version"]);
+    }
+
+    #[test]
+    fn the_providers_address_keeps_its_own_path() {
+        let upstreams = Upstreams::new(|provider| (provider == Provider::Openai).then(|| "http://m:1/base/".to_owned())).unwrap();
+        let call = Call { provider: Provider::Openai, path: "/v1/responses".to_owned() };
+        assert_eq!(url(&upstreams, &call, Some("key=t&a=1")).as_str(), "http://m:1/base/v1/responses?a=1");
+        let call = Call { provider: Provider::Google, path: "/v1beta/models/m:generateContent".to_owned() };
+        assert_eq!(
+            url(&upstreams, &call, Some("key=t")).as_str(),
+            "https://generativelanguage.googleapis.com/v1beta/models/m:generateContent"
+        );
+    }
+}

@@ -1,0 +1,201 @@
+//! Sessions' tokens, and the credentials that they stand for: redeemed at the vault, kept in memory for a short time.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bus::Bus;
+use contract::{
+    rpc,
+    vault::{Bundle, RedeemModelTokenRequest},
+};
+use moka::future::Cache;
+use prost::Message as _;
+use sealing::KeyPair;
+use secrecy::{ExposeSecret as _, SecretString};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::Semaphore;
+use types::{CredentialKind, ErrorCode, Provider};
+use zeroize::Zeroize as _;
+
+use crate::call::{Scheme, Shown};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+/// How long a redemption is used before the vault is asked again: a revoked token, or a key that was replaced, is noticed within it.
+const FRESH: Duration = Duration::from_secs(60);
+/// How long a redemption is used while the vault does not answer.
+const KEPT: Duration = Duration::from_secs(600);
+/// An unknown token is refused without asking the vault again.
+const REFUSED_FOR: Duration = Duration::from_secs(5);
+const TOKENS_MAX: u64 = 20_000;
+
+type Hash = [u8; 32];
+
+/// What a token stands for. Wiped when dropped.
+pub struct Grant {
+    pub session_id: String,
+    secrets: BTreeMap<&'static str, SecretString>,
+    /// Requests of the session at a time, at this gateway.
+    pub slots: Arc<Semaphore>,
+}
+
+impl fmt::Debug for Grant {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Grant").field("session_id", &self.session_id).finish_non_exhaustive()
+    }
+}
+
+/// The header that a provider reads a credential from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Credential<'a> {
+    ApiKey(&'static str, &'a str),
+    Bearer(&'a str),
+}
+
+impl Grant {
+    /// What a request is sent on with: of a Claude subscription where the client shows its token that way, else the API key.
+    pub fn credential(&self, provider: Provider, scheme: Scheme) -> Option<Credential<'_>> {
+        let of = |kind: CredentialKind| self.secrets.get(kind.as_str()).map(|secret| secret.expose_secret());
+        let key = of(CredentialKind::Provider(provider));
+        match provider {
+            Provider::Anthropic => {
+                let (key, oauth) =
+                    (key.map(|key| Credential::ApiKey("x-api-key", key)), of(CredentialKind::ClaudeOauth).map(Credential::Bearer));
+                if scheme == Scheme::Bearer { oauth.or(key) } else { key.or(oauth) }
+            }
+            Provider::Openai => key.map(Credential::Bearer),
+            Provider::Google => key.map(|key| Credential::ApiKey("x-goog-api-key", key)),
+        }
+    }
+}
+
+/// Why a token cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenRefused {
+    Unknown,
+    Unavailable,
+}
+
+#[derive(Clone)]
+struct Entry {
+    grant: Arc<Grant>,
+    redeemed: Instant,
+}
+
+/// Redeemed tokens. Cheap to clone; concurrent requests with one token ask once.
+#[derive(Clone)]
+pub struct Tokens {
+    bus: Bus,
+    gateway: Arc<str>,
+    slots_per_session: usize,
+    entries: Cache<Hash, Entry>,
+    refused: Cache<Hash, ()>,
+    asking: Cache<Hash, Result<Entry, TokenRefused>>,
+}
+
+impl Tokens {
+    pub fn new(bus: Bus, gateway: Arc<str>, slots_per_session: usize) -> Self {
+        Self {
+            bus,
+            gateway,
+            slots_per_session,
+            entries: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(KEPT).build(),
+            refused: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(REFUSED_FOR).build(),
+            // Those who ask at the same time share one answer, which is not used later.
+            asking: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(Duration::from_millis(1)).build(),
+        }
+    }
+
+    pub async fn redeem(&self, shown: &Shown) -> Result<Arc<Grant>, TokenRefused> {
+        let hash: Hash = Sha256::digest(shown.token.as_bytes()).into();
+        let known = self.entries.get(&hash).await;
+        if let Some(entry) = known.as_ref().filter(|entry| entry.redeemed.elapsed() < FRESH) {
+            return Ok(entry.grant.clone());
+        }
+        if self.refused.contains_key(&hash) {
+            return Err(TokenRefused::Unknown);
+        }
+        let slots = known.as_ref().map(|entry| entry.grant.slots.clone());
+        let asked = self.asking.get_with(hash, async { self.ask(hash, slots).await }).await;
+        match (asked, known) {
+            (Ok(entry), _) => {
+                self.entries.insert(hash, entry.clone()).await;
+                Ok(entry.grant)
+            }
+            (Err(TokenRefused::Unavailable), Some(known)) => Ok(known.grant),
+            (Err(refused), _) => {
+                if refused == TokenRefused::Unknown {
+                    self.entries.invalidate(&hash).await;
+                    self.refused.insert(hash, ()).await;
+                }
+                Err(refused)
+            }
+        }
+    }
+
+    async fn ask(&self, hash: Hash, slots: Option<Arc<Semaphore>>) -> Result<Entry, TokenRefused> {
+        let redeemed = self.redeem_at_vault(hash, slots).await;
+        let outcome = match &redeemed {
+            Ok(_) => "granted",
+            Err(TokenRefused::Unknown) => "refused",
+            Err(TokenRefused::Unavailable) => "failed",
+        };
+        metrics::counter!("aod_model_token_redemptions_total", "outcome" => outcome).increment(1);
+        redeemed
+    }
+
+    async fn redeem_at_vault(&self, hash: Hash, slots: Option<Arc<Semaphore>>) -> Result<Entry, TokenRefused> {
+        let key = KeyPair::generate().map_err(|_| TokenRefused::Unavailable)?;
+        let request =
+            RedeemModelTokenRequest { token_hash: hash.to_vec(), public_key: key.public().to_vec(), gateway: self.gateway.to_string() };
+        let reply = self.bus.call::<rpc::RedeemModelToken>(&request, DEADLINE).await.map_err(|error| match error.code {
+            ErrorCode::NotFound => TokenRefused::Unknown,
+            _ => {
+                tracing::warn!(%error, "failed to redeem a session's token");
+                TokenRefused::Unavailable
+            }
+        })?;
+        let unreadable = |error: &dyn fmt::Display| {
+            tracing::error!(%error, "the vault's answer cannot be opened");
+            TokenRefused::Unavailable
+        };
+        let plaintext = key.open(&reply.sealed, &hash).map_err(|error| unreadable(&error))?;
+        let bundle = Bundle::decode(plaintext.as_slice()).map_err(|error| unreadable(&error))?;
+        let mut secrets = BTreeMap::new();
+        for mut secret in bundle.secrets {
+            if let (Ok(kind), Ok(text)) = (secret.kind.parse::<CredentialKind>(), std::str::from_utf8(&secret.value)) {
+                secrets.insert(kind.as_str(), SecretString::from(text.trim()));
+            }
+            secret.value.zeroize();
+        }
+        let slots = slots.unwrap_or_else(|| Arc::new(Semaphore::new(self.slots_per_session)));
+        let grant = Grant { session_id: reply.session_id, secrets, slots };
+        Ok(Entry { grant: Arc::new(grant), redeemed: Instant::now() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grant(kinds: &[CredentialKind]) -> Grant {
+        let secrets = kinds.iter().map(|kind| (kind.as_str(), SecretString::from(kind.as_str()))).collect();
+        Grant { session_id: String::new(), secrets, slots: Arc::new(Semaphore::new(1)) }
+    }
+
+    #[test]
+    fn a_claude_subscription_is_used_where_the_client_shows_its_token_that_way() {
+        let anthropic = CredentialKind::Provider(Provider::Anthropic);
+        let both = grant(&[anthropic, CredentialKind::ClaudeOauth]);
+        let (key, oauth) = (Credential::ApiKey("x-api-key", "provider:anthropic"), Credential::Bearer("runtime_token:claude-oauth"));
+        assert_eq!(both.credential(Provider::Anthropic, Scheme::ApiKey), Some(key));
+        assert_eq!(both.credential(Provider::Anthropic, Scheme::Bearer), Some(oauth));
+        let only_key = grant(&[anthropic]);
+        assert_eq!(only_key.credential(Provider::Anthropic, Scheme::Bearer), Some(key));
+        assert_eq!(grant(&[CredentialKind::ClaudeOauth]).credential(Provider::Anthropic, Scheme::ApiKey), Some(oauth));
+        assert_eq!(only_key.credential(Provider::Openai, Scheme::Bearer), None);
+    }
+}
