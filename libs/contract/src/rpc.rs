@@ -176,6 +176,10 @@ rpcs! {
     ListPermissionRequests: scheduler::ListPermissionRequestsRequest => scheduler::ListPermissionRequestsReply, "aod.rpc.scheduler.v1.session.requests", idempotent: true;
     /// Answers a permission request, once.
     Decide: scheduler::DecideRequest => scheduler::PermissionRequest, "aod.rpc.scheduler.v1.session.decide", idempotent: false;
+    /// Changes the title, the metadata or the agent of a session.
+    UpdateSession: scheduler::UpdateSessionRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.update", idempotent: true;
+    /// Archives a session that is idle, which terminates it.
+    ArchiveSession: scheduler::ArchiveSessionRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.archive", idempotent: true;
     /// Terminates a session.
     Terminate: scheduler::TerminateRequest => scheduler::Session, "aod.rpc.scheduler.v1.session.terminate", idempotent: false;
     /// Deletes a session.

@@ -12,6 +12,8 @@ pub enum Ending {
     Deadline { turn: u32 },
     /// The session, whatever it does.
     Termination,
+    /// Nothing: an idle session's change is told.
+    Update,
 }
 
 /// What is known of the log: its newest event in the stream and in Postgres, each with its id.

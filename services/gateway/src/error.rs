@@ -55,6 +55,11 @@ impl ApiError {
         Self { retry_after_seconds: Some(later.seconds), ..Self::new(StatusCode::TOO_MANY_REQUESTS, detail) }
     }
 
+    /// Names the reason by a fixed word.
+    pub fn because(self, reason: &str) -> Self {
+        Self { reason: Some(reason.into()), ..self }
+    }
+
     pub fn unauthorized(detail: &str) -> Self {
         Self::new(StatusCode::UNAUTHORIZED, detail)
     }

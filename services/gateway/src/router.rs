@@ -67,6 +67,10 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(v1::environments::archive))
         .routes(routes!(v1::events::list, v1::send::send))
         .routes(routes!(v1::events::stream))
+        .routes(routes!(v1::sessions::list, v1::sessions::create))
+        .routes(routes!(v1::sessions::get, v1::sessions::update, v1::sessions::delete))
+        .routes(routes!(v1::sessions::archive))
+        .routes(routes!(v1::sessions::resources))
         .split_for_parts();
     (router, openapi::complete(document))
 }

@@ -276,7 +276,7 @@ fn read_working_directory(fields: &mut Fields) -> Option<String> {
     Some(path)
 }
 
-fn read_resources(fields: &mut Fields) -> Option<Vec<Resource>> {
+pub fn read_resources(fields: &mut Fields) -> Option<Vec<Resource>> {
     let resources = fields.objects("resources", RESOURCES_MAX, read_resource)?;
     let mut paths: Vec<&str> = resources.iter().filter_map(|resource| resource.mount_path.as_deref()).collect();
     paths.sort_unstable();
@@ -349,10 +349,10 @@ fn read_author(author: &mut Fields) -> Author {
 
 /// A session's own secrets, as they lie in the vault.
 #[derive(Serialize)]
-struct SessionSecrets {
-    env: BTreeMap<String, String>,
+pub struct SessionSecrets {
+    pub env: BTreeMap<String, String>,
     /// By the path that their repositories lie at.
-    tokens: BTreeMap<String, String>,
+    pub tokens: BTreeMap<String, String>,
 }
 
 /// Start a session
@@ -381,6 +381,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         secret_env_var_names: secrets.env.into_keys().collect(),
         once: key.once(&body),
         session_id: SessionId::new().to_string(),
+        ..CreateSessionRequest::default()
     };
     let reply = app.bus.call::<rpc::CreateSession>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
@@ -397,7 +398,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     Ok(Created { status: StatusCode::ACCEPTED, body: accepted, replayed: reply.replayed })
 }
 
-async fn keep(app: &App, caller: &Caller, secrets: &SessionSecrets) -> Result<Option<Kept>, ApiError> {
+pub async fn keep(app: &App, caller: &Caller, secrets: &SessionSecrets) -> Result<Option<Kept>, ApiError> {
     if secrets.env.is_empty() && secrets.tokens.is_empty() {
         return Ok(None);
     }
@@ -405,7 +406,7 @@ async fn keep(app: &App, caller: &Caller, secrets: &SessionSecrets) -> Result<Op
 }
 
 /// Repositories as everybody may see them, and their tokens by path.
-fn split_tokens(resources: Vec<Resource>) -> (Vec<Repository>, BTreeMap<String, String>) {
+pub fn split_tokens(resources: Vec<Resource>) -> (Vec<Repository>, BTreeMap<String, String>) {
     let mut tokens = BTreeMap::new();
     let mut repositories = Vec::with_capacity(resources.len());
     for Resource { r#type: kind, url, mount_path, checkout, lfs, author, authorization_token } in resources {
@@ -419,7 +420,7 @@ fn split_tokens(resources: Vec<Resource>) -> (Vec<Repository>, BTreeMap<String, 
 }
 
 async fn find(app: &App, caller: &Caller, id: &str) -> Result<scheduler::Session, ApiError> {
-    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id.to_owned(), recorded_through: 0 };
+    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id.to_owned(), recorded_through: 0, v1: false };
     app.call::<rpc::GetSession>(&request).await
 }
 

@@ -105,7 +105,7 @@ pub async fn stream(
 /// A session of the caller's.
 pub async fn find(app: &App, caller: &Caller, id: String) -> Result<(SessionId, Session), ApiError> {
     let session_id: SessionId = id.parse().map_err(|_| ApiError::not_found("Session"))?;
-    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id, recorded_through: 0 };
+    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id, recorded_through: 0, v1: false };
     Ok((session_id, app.call::<rpc::GetSession>(&request).await?))
 }
 

@@ -14,6 +14,7 @@ pub mod page;
 pub mod path;
 pub mod query;
 pub mod send;
+pub mod sessions;
 pub mod thread;
 pub mod tools;
 

@@ -32,6 +32,8 @@ struct AgentRow {
     permissions: Option<Value>,
     tools: Option<Value>,
     version: i32,
+    #[sqlx(default)]
+    base_version: Option<i32>,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
     archived_at: Option<OffsetDateTime>,
@@ -47,7 +49,8 @@ impl From<AgentRow> for Agent {
             model: row.model,
             runtime: row.runtime,
             environment_id: row.environment_id.map(|id| id.to_string()),
-            version: unsigned(row.version),
+            version: unsigned(row.base_version.unwrap_or(row.version)),
+            row_version: row.version,
             created_at_us: micros(row.created_at),
             updated_at_us: micros(row.updated_at),
             archived_at_us: row.archived_at.map(micros),
@@ -149,6 +152,7 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
         permissions: permissions(&request.permissions)?,
         tools: tools(&request.tools)?,
         version: 1,
+        base_version: None,
         created_at: now,
         updated_at: now,
         archived_at: None,
@@ -176,8 +180,8 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
     check_size("agent", texts + documents)?;
     sqlx::query(
         "insert into agent_version (agent_id, version, name, description, system, model, runtime, environment_id, metadata, skills,
-                                    mcp_servers, mcp_secret_id, created_at, permissions, tools)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+                                    mcp_servers, mcp_secret_id, created_at, permissions, tools, base_version)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)",
     )
     .bind(row.agent_id)
     .bind(row.version)
@@ -194,9 +198,54 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
     .bind(row.updated_at)
     .bind(&row.permissions)
     .bind(&row.tools)
+    .bind(row.base_version)
     .execute(tx)
     .await?;
     Ok(())
+}
+
+/// Writes a session's own version of an agent.
+pub async fn insert_override(tx: &mut PgConnection, agent: Uuid, number: i32, changed: &Agent) -> Result<(), Failure> {
+    let now = now();
+    let row = AgentRow {
+        agent_id: agent,
+        name: changed.name.clone(),
+        description: changed.description.clone(),
+        system: changed.system.clone(),
+        model: changed.model.clone(),
+        runtime: changed.runtime.clone(),
+        environment_id: None,
+        metadata: parsed_json(&changed.metadata)?,
+        skills: parsed_json(&changed.skills)?,
+        mcp_servers: parsed_json(&changed.mcp_servers)?,
+        mcp_secret_id: secret_id(changed.mcp_secret_id.as_deref())?,
+        permissions: permissions(&changed.permissions)?,
+        tools: tools(&changed.tools)?,
+        version: number,
+        base_version: Some(i32::try_from(changed.version).unwrap_or(i32::MAX)),
+        created_at: now,
+        updated_at: now,
+        archived_at: None,
+    };
+    check_permissions(&row)?;
+    insert_version(tx, &row).await
+}
+
+/// The rows of versions, also of sessions' own ones: pairs of an agent and a row's number.
+pub async fn find_versions(connection: &mut PgConnection, agents: &[Uuid], versions: &[i32]) -> Result<Vec<Agent>, Failure> {
+    let rows: Vec<AgentRow> = sqlx::query_as(
+        "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
+                v.mcp_servers, v.mcp_secret_id, v.permissions, v.tools, v.version, v.base_version, a.created_at, a.updated_at,
+                a.archived_at
+         from (select distinct * from unnest($1::uuid[], $2::integer[]) as asked (agent_id, version)) asked
+         join agent a using (agent_id)
+         join agent_version v using (agent_id, version)",
+    )
+    .bind(agents)
+    .bind(versions)
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(Agent::from).collect())
 }
 
 /// Checks in the contract's order (docs/api.md §4); a real change is a new version.
@@ -313,7 +362,7 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
                 v.mcp_servers, v.mcp_secret_id, v.permissions, v.tools, v.version, a.created_at,
                 case when v.version = a.version then a.updated_at else v.created_at end as updated_at, a.archived_at
          from agent a
-         join agent_version v on v.agent_id = a.agent_id and v.version = coalesce($3, a.version)
+         join agent_version v on v.agent_id = a.agent_id and v.version = coalesce($3, a.version) and v.version > 0
          where a.agent_id = $1 and a.user_id = $2",
     )
     .bind(agent.uuid())

@@ -35,12 +35,15 @@ async fn delete_row(scheduler: &Scheduler, user: UserId, session: SessionId) -> 
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(missing)?;
     if matches!(row.status()?, SessionStatus::Pending | SessionStatus::Running) {
-        return Err(Failure::conflict("Cannot delete an active session"));
+        return Err(Failure::conflict("Cannot delete an active session").because("session_running"));
     }
     sqlx::query(
         "with gone as (
             delete from session where session_id = $1
-            returning session_id, user_id, sprite, sprite_destroyed_at, secret_id, event_partition
+            returning session_id, user_id, sprite, sprite_destroyed_at, secret_id, event_partition, agent_id, agent_version
+         ), own as (
+            -- The session's own version of its agent.
+            delete from agent_version v using gone where v.agent_id = gone.agent_id and v.version = gone.agent_version and v.version < 0
          ), forgotten as (
             insert into unused_secret (secret_id) select secret_id from gone where secret_id is not null
          )

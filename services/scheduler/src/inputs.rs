@@ -679,6 +679,26 @@ fn check_queue(count: i64, bytes: i64, more: usize) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The messages that a new session begins with: the first begins a turn, the others wait for its end.
+pub async fn begin_with(
+    tx: &mut PgConnection,
+    session: SessionRow,
+    messages: &[String],
+    timeout_seconds: u32,
+    key_id: &str,
+) -> Result<SessionRow, Failure> {
+    let id = SessionId::from_uuid(session.session_id);
+    let Some((first, others)) = messages.split_first() else { return Ok(session) };
+    let new = |text| New { text, timeout_seconds, ..New::of(InputKind::Message, key_id) };
+    check_queue(others.len() as i64, 0, others.iter().map(String::len).sum())?;
+    let input = new(first).insert(tx, id).await?;
+    for text in others {
+        new(text).insert(tx, id).await?;
+    }
+    begin(tx, &session, input).await?;
+    lock(tx, id, None).await?.ok_or_else(missing)
+}
+
 /// Has the running turn interrupted; once, however often it is asked for.
 pub async fn interrupt_in(tx: &mut PgConnection, session: &SessionRow, key_id: &str) -> Result<Input, Failure> {
     let id = SessionId::from_uuid(session.session_id);

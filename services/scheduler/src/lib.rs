@@ -12,6 +12,7 @@ mod environments;
 mod event_log;
 mod gauges;
 mod inputs;
+mod managed;
 pub mod metrics;
 mod once;
 mod orphans;
@@ -117,6 +118,7 @@ const MIGRATIONS: &[store::Step] = &[
     (20, "deployment owner", include_str!("../../../migrations/scheduler/0020_deployment_owner.sql")),
     (50, "inputs", include_str!("../../../migrations/scheduler/0050_inputs.sql")),
     (60, "managed agents", include_str!("../../../migrations/scheduler/0060_managed_agents.sql")),
+    (61, "session updates", include_str!("../../../migrations/scheduler/0061_session_updates.sql")),
     (70, "where turns begin", include_str!("../../../migrations/scheduler/0070_where_turns_begin.sql")),
     (90, "working directory", include_str!("../../../migrations/scheduler/0090_working_directory.sql")),
 ];
@@ -168,6 +170,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("orphans", orphans::run(scheduler.clone(), config.orphan_sweep, lifecycle.stop_token()));
     lifecycle.spawn("retention", retention::run(scheduler.clone(), config.retention, lifecycle.stop_token()));
+    lifecycle.spawn("session updates", managed::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", ending::run_deadlines(scheduler.clone(), lifecycle.stop_token()));
 
@@ -189,6 +192,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::CreateSession, _, _>(sessions::create).await?;
     responder.serve::<rpc::GetSession, _, _>(sessions::get).await?;
     responder.serve::<rpc::ListSessions, _, _>(sessions::list).await?;
+    responder.serve::<rpc::UpdateSession, _, _>(managed::update).await?;
+    responder.serve::<rpc::ArchiveSession, _, _>(managed::archive).await?;
     responder.serve::<rpc::ListTurns, _, _>(sessions::turns).await?;
     responder.serve::<rpc::Prompt, _, _>(sessions::prompt).await?;
     responder.serve::<rpc::ReadEvents, _, _>(sessions::events).await?;

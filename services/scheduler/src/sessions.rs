@@ -22,8 +22,8 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, environments, event_log, inputs, micros, once,
-    page::{List, Window},
+    Scheduler, agents, environments, event_log, inputs, managed, micros, once,
+    page::{Filters, List, Window},
     parsed_json, quota, secret_id, unsigned,
 };
 
@@ -31,7 +31,8 @@ use crate::{
 macro_rules! session_columns {
     () => {
         "session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage, failure_message,
-         turn_count, metadata, resources, working_directory, sprite_destroyed_at, event_partition, created_at, updated_at"
+         turn_count, metadata, resources, working_directory, sprite_destroyed_at, event_partition, created_at, updated_at, agent_version,
+         title, archived_at, vault_ids"
     };
 }
 pub(crate) use session_columns;
@@ -64,6 +65,14 @@ pub struct SessionRow {
     pub event_partition: i16,
     pub created_at: OffsetDateTime,
     pub updated_at: OffsetDateTime,
+    /// The row of its agent's version: a negative number where the session has one of its own.
+    pub agent_version: i32,
+    pub title: Option<String>,
+    pub archived_at: Option<OffsetDateTime>,
+    pub vault_ids: Value,
+    /// Where the Managed Agents API asks.
+    #[sqlx(default)]
+    pub v1_status: Option<String>,
 }
 
 impl SessionRow {
@@ -102,6 +111,11 @@ impl From<SessionRow> for Session {
             working_directory: row.working_directory,
             waiting_on: None,
             event_partition: u32::try_from(row.event_partition).unwrap_or(u32::MAX),
+            v1_status: row.v1_status.unwrap_or_default(),
+            title: row.title,
+            archived_at_us: row.archived_at.map(micros),
+            vault_ids: row.vault_ids.to_string(),
+            agent_row_version: row.agent_version,
             ..Self::default()
         }
     }
@@ -130,11 +144,14 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     .await;
     let (user_id, session_id) = (request.user_id, request.session_id.clone());
     let earlier = async {
-        let session = get(scheduler.clone(), GetSessionRequest { user_id, session_id, recorded_through: 0 }).await?;
+        let session = get(scheduler.clone(), GetSessionRequest { user_id, session_id, recorded_through: 0, v1: request.is_v1 }).await?;
         Ok(CreateSessionReply { session: Some(session), replayed: false })
     };
-    let reply = once::or_created_earlier(outcome, &request.session_id, earlier).await?;
+    let mut reply = once::or_created_earlier(outcome, &request.session_id, earlier).await?;
     scheduler.outbox.notify_one();
+    if let Some(session) = reply.session.as_mut().filter(|_| request.is_v1) {
+        session.agent = agent_of(&scheduler, session).await?;
+    }
     Ok(reply)
 }
 
@@ -152,10 +169,10 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     let agent: AgentId = request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
     let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);
     let template: Template = sqlx::query_as(
-        "select a.version as agent_version, a.archived_at is not null as agent_archived, av.runtime, av.model,
+        "select av.version as agent_version, a.archived_at is not null as agent_archived, av.runtime, av.model,
                 e.environment_id, e.version as environment_version, e.archived_at is not null as environment_archived, ev.env_var_names
          from agent a
-         join agent_version av using (agent_id, version)
+         join agent_version av on av.agent_id = a.agent_id and av.version = coalesce($4, a.version) and av.version > 0
          left join environment e on e.environment_id = coalesce($3, a.environment_id) and e.user_id = $2
          left join environment_version ev on ev.environment_id = e.environment_id and ev.version = e.version
          where a.agent_id = $1 and a.user_id = $2",
@@ -163,37 +180,49 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .bind(agent.uuid())
     .bind(user.uuid())
     .bind(override_id.as_ref().and_then(|id| id.as_ref().ok()).map(|id| id.uuid()))
+    .bind(request.agent_version.map(|version| i32::try_from(version).unwrap_or(i32::MAX)))
     .fetch_optional(&mut *tx)
     .await?
     .ok_or_else(|| Failure::not_found("Agent not found"))?;
     if template.agent_archived {
-        return Err(Failure::conflict("Cannot create session with archived agent"));
+        return Err(Failure::conflict("Cannot create session with archived agent").because("agent_archived"));
     }
     if matches!(override_id, Some(Err(_))) || (override_id.is_some() && template.environment_id.is_none()) {
-        return Err(environments::missing());
+        return Err(environments::missing().because("environment_not_found"));
     }
     if template.environment_id.is_some() && template.environment_archived == Some(true) {
-        return Err(Failure::conflict("Cannot create session with archived environment"));
+        return Err(Failure::conflict("Cannot create session with archived environment").because("environment_archived"));
     }
-    let runtime: Runtime = template.runtime.parse().map_err(|()| Failure::internal(format!("agent {agent} has an unknown runtime")))?;
+    let own = request.agent_override.as_ref();
+    let (runtime, model) = own.map_or((&template.runtime, &template.model), |own| (&own.runtime, &own.model));
+    let runtime: Runtime = runtime.parse().map_err(|()| Failure::internal(format!("agent {agent} has an unknown runtime")))?;
     let mut brought = template.env_var_names.unwrap_or_default();
     brought.extend(request.secret_env_var_names);
     check_credentials(runtime, &request.credential_kinds, &brought)?;
-    let model = ModelRef::parse(runtime, &template.model).map_err(Failure::internal)?;
+    let model = ModelRef::parse(runtime, model).map_err(Failure::internal)?;
+    let agent_version = match own {
+        None => template.agent_version,
+        Some(own) => managed::override_agent(tx, agent.uuid(), own).await?,
+    };
+    let (messages, begins) = (&request.initial_messages, !request.is_v1);
+    let (status, turn_count) = if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };
 
     let sprite = SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
-    quota::enforce(tx, user, request.session_limit).await?;
+    if begins || !messages.is_empty() {
+        quota::enforce(tx, user, request.session_limit).await?;
+    }
     let row: SessionRow = sqlx::query_as(concat!(
         "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
-                              sprite, conversation_id, metadata, resources, secret_id, event_partition, working_directory, status, turn_count)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, 'pending', 1)
+                              sprite, conversation_id, metadata, resources, secret_id, event_partition, working_directory, status, turn_count,
+                              title, vault_ids)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
          returning ",
         session_columns!()
     ))
     .bind(id.uuid())
     .bind(user.uuid())
     .bind(agent.uuid())
-    .bind(template.agent_version)
+    .bind(agent_version)
     .bind(template.environment_id)
     .bind(template.environment_version)
     .bind(runtime.as_str())
@@ -205,6 +234,10 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .bind(secret_id(request.secret_id.as_deref())?)
     .bind(i16::from(Partition::of_new(id, scheduler.event_partitions).number()))
     .bind(request.working_directory.as_deref())
+    .bind(status.as_str())
+    .bind(turn_count)
+    .bind(&request.title)
+    .bind(if request.vault_ids.is_empty() { Value::Array(Vec::new()) } else { parsed_json(&request.vault_ids)? })
     .fetch_one(&mut *tx)
     .await
     .map_err(|error| {
@@ -215,8 +248,15 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
             once::not_inserted(error, "session_pkey")
         }
     })?;
-    insert_turn(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
-    let session = Session::from(row);
+    let mut session = if begins {
+        insert_turn(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
+        Session::from(row)
+    } else {
+        Session::from(inputs::begin_with(tx, row, messages, request.timeout_seconds, &request.key_id).await?)
+    };
+    if request.is_v1 {
+        session.v1_status = if messages.is_empty() { "idle" } else { "running" }.to_owned();
+    }
     once::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
     Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
@@ -275,6 +315,9 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
     if request.recorded_through > 0 {
         wait_until_recorded(&scheduler, id, request.recorded_through).await?;
     }
+    if request.v1 {
+        return get_v1(&scheduler, user, id).await;
+    }
     let row: Option<SessionRow> = sqlx::query_as(concat!(
         "select ",
         session_columns!(),
@@ -300,6 +343,30 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
         _ => session.queued_inputs = Some(0),
     }
     Ok(session)
+}
+
+/// A session with all that the Managed Agents API shows, as it is at one moment.
+async fn get_v1(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<Session, Failure> {
+    let row: Option<SessionRow> = sqlx::query_as(concat!(
+        "select ",
+        session_columns!(),
+        ", v1_status(session) as v1_status from session where session_id = $1 and user_id = $2"
+    ))
+    .bind(id.uuid())
+    .bind(user.uuid())
+    .fetch_optional(&scheduler.pool)
+    .await?;
+    let mut session = row.map(Session::from).ok_or_else(missing)?;
+    managed::complete(scheduler, std::slice::from_mut(&mut session)).await?;
+    session.agent = agent_of(scheduler, &session).await?;
+    Ok(session)
+}
+
+/// The agent as a session has it.
+async fn agent_of(scheduler: &Scheduler, session: &Session) -> Result<Option<contract::scheduler::Agent>, Failure> {
+    let Some(agent) = session.agent_id.as_deref().and_then(|id| id.parse().ok()) else { return Ok(None) };
+    let mut connection = scheduler.pool.acquire().await?;
+    Ok(agents::find_versions(&mut connection, &[agent], &[session.agent_row_version]).await?.pop())
 }
 
 /// What a pending turn waits for, in words for its user.
@@ -336,30 +403,52 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
         request.agent_id.as_deref().map(str::parse::<AgentId>).transpose().map_err(|_| Failure::invalid("agent_id must be an id"))?;
     let environment = request.environment_id.as_deref().map(str::parse::<EnvironmentId>).transpose();
     let environment = environment.map_err(|_| Failure::invalid("environment_id must be an id"))?;
+    let filters = Filters::of(&request)?;
+    // The original API knows no archived sessions.
+    let not_archived = if request.is_v1 { "archived_at is null" } else { "true" };
     // A filter that is not asked for is not in the statement: a plan that is kept would have to suit it.
     let filter = |asked: bool, with: &'static str, without: &'static str| if asked { with } else { without };
+    let (from, order) = match (request.ascending, request.after.is_some()) {
+        (false, _) => ("(created_at, session_id) < ($3, $4)", "created_at desc, session_id desc"),
+        (true, true) => ("(created_at, session_id) > ($3, $4)", "created_at, session_id"),
+        (true, false) => ("($3::timestamptz, $4::uuid) is not null", "created_at, session_id"),
+    };
     let keys = format!(
-        "select session_id from session where user_id = $1 and (created_at, session_id) < ($3, $4) and {} and {} and {}
-         order by created_at desc, session_id desc limit $2 + 1",
+        "select session_id from session where user_id = $1 and {from} and {} and {} and {} and {} and {} and {}
+         order by {order} limit $2 + 1",
         filter(request.status.is_some(), "status = $5", "$5::text is null"),
         filter(agent.is_some(), "agent_id = $6", "$6::uuid is null"),
         filter(environment.is_some(), "environment_id = $7", "$7::uuid is null"),
+        filters.conditions(not_archived, 8),
+        filter(!request.v1_statuses.is_empty(), "v1_status(session) = any($10)", "$10::text[] is not null"),
+        filter(
+            request.agent_version.is_some(),
+            "$11 = (select coalesce(v.base_version, v.version) from agent_version v
+                    where v.agent_id = session.agent_id and v.version = session.agent_version)",
+            "$11::integer is null"
+        ),
     );
+    let v1_columns = concat!(session_columns!(), ", v1_status(session) as v1_status");
     let list = List {
         keys: &keys,
         table: "session",
         by_key: "session_id",
-        bytes: "octet_length(metadata::text) + octet_length(resources::text) + coalesce(octet_length(failure_message), 0) + 1000",
-        columns: session_columns!(),
+        bytes: "octet_length(metadata::text) + octet_length(resources::text) + coalesce(octet_length(failure_message), 0) + 4000",
+        columns: if request.is_v1 { v1_columns } else { session_columns!() },
     };
     let page = list.read(&scheduler.pool, |query| {
         let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
-        query.bind(request.status.clone()).bind(agent.map(AgentId::uuid)).bind(environment.map(EnvironmentId::uuid))
+        let query = query.bind(request.status.clone()).bind(agent.map(AgentId::uuid)).bind(environment.map(EnvironmentId::uuid));
+        let query = query.bind(filters.from).bind(filters.before).bind(request.v1_statuses.clone());
+        query.bind(request.agent_version.map(|version| i32::try_from(version).unwrap_or(i32::MAX)))
     });
     let (rows, has_more): (Vec<SessionRow>, _) = page.await?;
     let mut sessions: Vec<Session> = rows.into_iter().map(Session::from).collect();
-    summarise(&scheduler, &mut sessions).await?;
-    Ok(ListSessionsReply { sessions, has_more })
+    if !request.is_v1 {
+        summarise(&scheduler, &mut sessions).await?;
+        return Ok(ListSessionsReply { sessions, has_more, agents: Vec::new() });
+    }
+    with_agents(&scheduler, ListSessionsReply { sessions, has_more, agents: Vec::new() }).await
 }
 
 #[derive(sqlx::FromRow)]
@@ -406,6 +495,36 @@ fn decision(request: u64, tool: &str) -> String {
     format!("a decision on {tool} (request {request})")
 }
 
+/// Adds the agents of a page's sessions, and ends the page where they would be too large together.
+async fn with_agents(scheduler: &Scheduler, mut reply: ListSessionsReply) -> Result<ListSessionsReply, Failure> {
+    managed::complete(scheduler, &mut reply.sessions).await?;
+    let key = |session: &Session| Some((session.agent_id.as_deref()?.parse::<Uuid>().ok()?, session.agent_row_version));
+    let (ids, versions): (Vec<_>, Vec<_>) = reply.sessions.iter().filter_map(key).unzip();
+    let mut connection = scheduler.pool.acquire().await?;
+    let mut found = agents::find_versions(&mut connection, &ids, &versions).await?;
+    let mut bytes = 0;
+    for (at, session) in reply.sessions.iter().enumerate() {
+        let Some(agent) = found
+            .iter()
+            .position(|agent| Some(&agent.agent_id) == session.agent_id.as_ref() && agent.row_version == session.agent_row_version)
+        else {
+            continue;
+        };
+        let agent = found.swap_remove(agent);
+        bytes += prost::Message::encoded_len(&agent);
+        if bytes > AGENTS_BYTES_MAX && at > 0 {
+            reply.sessions.truncate(at);
+            reply.has_more = true;
+            break;
+        }
+        reply.agents.push(agent);
+    }
+    Ok(reply)
+}
+
+/// Beside the sessions themselves, in a message.
+const AGENTS_BYTES_MAX: usize = types::limits::MESSAGE_BYTES_MAX / 2;
+
 #[derive(sqlx::FromRow)]
 struct TurnRow {
     turn_number: i32,
@@ -437,7 +556,7 @@ impl TurnRow {
 
 pub async fn turns(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListTurnsReply, Failure> {
     let id: SessionId = request.id.parse().map_err(|_| missing())?;
-    get(scheduler.clone(), GetSessionRequest { user_id: request.user_id, session_id: request.id, recorded_through: 0 }).await?;
+    get(scheduler.clone(), GetSessionRequest { user_id: request.user_id, session_id: request.id, recorded_through: 0, v1: false }).await?;
     let window = Window::by_number_upwards(request.limit, request.after.as_ref());
     let list = List {
         keys: "select turn_number from turn where session_id = $1 and turn_number > $3 order by turn_number limit $2 + 1",

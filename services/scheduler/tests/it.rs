@@ -151,7 +151,7 @@ impl World {
     }
 
     async fn get(&self, session: &str, recorded_through: u64) -> Session {
-        let request = GetSessionRequest { user_id: self.user.to_string(), session_id: session.to_owned(), recorded_through };
+        let request = GetSessionRequest { user_id: self.user.to_string(), session_id: session.to_owned(), recorded_through, v1: false };
         self.gateway.call::<rpc::GetSession>(&request, SOON).await.unwrap()
     }
 
@@ -550,7 +550,7 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
                     }
                 }
             }
-            let request = GetSessionRequest { user_id: user.clone(), session_id: session.clone(), recorded_through: 0 };
+            let request = GetSessionRequest { user_id: user.clone(), session_id: session.clone(), recorded_through: 0, v1: false };
             let seen = world.gateway.call::<rpc::GetSession>(&request, SOON).await.ok();
             let seen = seen.map(|session| (session.status, session.turn_count));
             assert_eq!(seen, model.map(|model| (model.status.to_owned(), model.turn)), "{log:?}");
@@ -596,7 +596,7 @@ async fn whatever_happens_at_once_ends_in_one_state() {
             through.is_some_and(|through| through.unsigned_abs() >= ended)
         })
         .await;
-        let request = GetSessionRequest { user_id: user.clone(), session_id: session.clone(), recorded_through: 0 };
+        let request = GetSessionRequest { user_id: user.clone(), session_id: session.clone(), recorded_through: 0, v1: false };
         match world.gateway.call::<rpc::GetSession>(&request, SOON).await {
             Ok(now) => {
                 assert!(deleted.is_err());
@@ -637,7 +637,7 @@ async fn what_is_old_goes_and_what_is_not_stays() {
     // Another replica, which does what is to be done when it starts.
     world.run_scheduler(&Lifecycle::new()).await;
     let get = async |session: &str| {
-        let request = GetSessionRequest { user_id: world.user.to_string(), session_id: session.to_owned(), recorded_through: 0 };
+        let request = GetSessionRequest { user_id: world.user.to_string(), session_id: session.to_owned(), recorded_through: 0, v1: false };
         world.gateway.call::<rpc::GetSession>(&request, SOON).await
     };
     eventually("the old session is gone", || async { get(&old).await.is_err_and(|failure| failure.code == ErrorCode::NotFound) }).await;

@@ -445,7 +445,8 @@ async fn however_many_wait_for_the_projector_one_asks_postgres() {
         sqlx::query_scalar::<_, i64>(count).fetch_one(&mut database.admin().await.unwrap()).await.unwrap()
     };
     let before = commits().await;
-    let request = GetSessionRequest { user_id: world.user.to_string(), session_id: session.to_string(), recorded_through: 1_000_000 };
+    let request =
+        GetSessionRequest { user_id: world.user.to_string(), session_id: session.to_string(), recorded_through: 1_000_000, v1: false };
     let waiting = join_all((0..WAITING).map(|_| world.gateway.call::<rpc::GetSession>(&request, Duration::from_secs(3)))).await;
     assert!(waiting.iter().all(Result::is_err));
     // Each was tried twice, and looked its session up; the scheduler's own loops make some. One query each 50 ms would be 12,000.

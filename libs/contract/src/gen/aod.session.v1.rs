@@ -25,7 +25,7 @@ pub struct SessionEvent {
     pub at_us: i64,
     #[prost(
         oneof = "session_event::Kind",
-        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 24"
+        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 24, 25"
     )]
     pub kind: ::core::option::Option<session_event::Kind>,
 }
@@ -63,6 +63,8 @@ pub mod session_event {
         Deleted(super::Deleted),
         #[prost(message, tag = "24")]
         OutputDropped(super::OutputDropped),
+        #[prost(message, tag = "25")]
+        Updated(super::Updated),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -234,6 +236,18 @@ pub struct Failure {
     pub stage: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub message: ::prost::alloc::string::String,
+}
+/// The session was changed by its user, while no turn ran.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Updated {
+    #[prost(string, tag = "1")]
+    pub update_id: ::prost::alloc::string::String,
+    /// JSON of what changed: `title` and `metadata` as they are now; `agent: true`.
+    #[prost(string, tag = "2")]
+    pub changes: ::prost::alloc::string::String,
+    /// The session's agent, where that changed: an aod.scheduler.v1.Agent, whose file imports this one.
+    #[prost(bytes = "vec", tag = "3")]
+    pub agent: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Terminated {}

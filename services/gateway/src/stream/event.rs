@@ -127,6 +127,7 @@ impl Event {
                 | Kind::DecisionSettled(_)
                 | Kind::InputSettled(_)
                 | Kind::Deleted(_)
+                | Kind::Updated(_)
                 | Kind::OutputDropped(_),
             )
             | None => Visible::Hidden,
@@ -141,6 +142,11 @@ impl Event {
     /// The entry of the log, where it is not output.
     pub fn source(&self) -> Option<&SessionEvent> {
         self.source.as_deref()
+    }
+
+    /// It tells of an idle session: what is looked for is before it.
+    pub fn is_update(&self) -> bool {
+        matches!(self.source.as_ref().and_then(|source| source.kind.as_ref()), Some(Kind::Updated(_)))
     }
 
     /// A client that sees it may ask for what it changed: it is shown once that is persisted.

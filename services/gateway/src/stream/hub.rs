@@ -143,7 +143,7 @@ impl Hub {
 
 /// The session as it is once an event is persisted. `None` where no answer came in time.
 pub async fn session_once_persisted(bus: &Bus, user_id: &str, session: SessionId, event_id: u64) -> Option<Session> {
-    let request = GetSessionRequest { user_id: user_id.to_owned(), session_id: session.to_string(), recorded_through: event_id };
+    let request = GetSessionRequest { user_id: user_id.to_owned(), session_id: session.to_string(), recorded_through: event_id, v1: false };
     bus.call::<rpc::GetSession>(&request, PERSISTED_WAIT).await.ok()
 }
 

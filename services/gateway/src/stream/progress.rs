@@ -83,7 +83,7 @@ pub fn is_end_of(event: &Event, settled: SessionStatus, turn: u32) -> bool {
     match event.kind {
         Visible::Terminated(_) => true,
         Visible::TurnEnd(_) => settled != SessionStatus::Terminated && event.turn == turn,
-        _ => false,
+        _ => event.is_update() && settled != SessionStatus::Terminated && event.turn == turn,
     }
 }
 

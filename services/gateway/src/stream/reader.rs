@@ -446,8 +446,12 @@ impl Reader {
 
     fn ask_session(&self, newest: Option<Event>) -> BoxFuture<'static, Answer> {
         let (bus, delay) = (self.app.bus.clone(), self.delay());
-        let request =
-            GetSessionRequest { user_id: self.caller.user_id.clone(), session_id: self.session_id.to_string(), recorded_through: 0 };
+        let request = GetSessionRequest {
+            user_id: self.caller.user_id.clone(),
+            session_id: self.session_id.to_string(),
+            recorded_through: 0,
+            v1: false,
+        };
         Box::pin(async move {
             tokio::time::sleep(delay).await;
             Answer::Session(bus.call::<rpc::GetSession>(&request, RPC_DEADLINE).await, newest)

@@ -285,7 +285,7 @@ impl TypedEvent {
 
 fn body(kind: Kind) -> Option<Body> {
     Some(match kind {
-        Kind::Output(_) | Kind::TakenOver(_) => return None,
+        Kind::Output(_) | Kind::TakenOver(_) | Kind::Updated(_) => return None,
         Kind::TurnStarted(started) => Body::Running { prompt: started.prompt, input_id: present(started.input_id) },
         Kind::TurnEnded(ended) => idle(ended),
         Kind::Terminated(_) => Body::Terminated,

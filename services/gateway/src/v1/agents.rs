@@ -22,6 +22,7 @@ use crate::{
     body::{Body, Fields},
     error::ApiError,
     idempotency::{IdempotencyKey, IdempotencyParams},
+    secrets::Kept,
     v1::{
         error::refused_field,
         ids::{PathId, Prefix},
@@ -195,6 +196,7 @@ pub struct AgentFields {
     pub tools: Option<Vec<Tool>>,
     pub servers: Option<Vec<McpServer>>,
     pub metadata: Option<Map<String, Value>>,
+    pub clear_skills: bool,
 }
 
 const KNOWN: [&str; 10] =
@@ -223,6 +225,7 @@ impl AgentFields {
             tools: tools::read(fields).or_else(|| cleared(fields, "tools").then(Vec::new)),
             servers: read_servers(fields).or_else(|| cleared(fields, "mcp_servers").then(Vec::new)),
             metadata: metadata::read(fields),
+            clear_skills: fields.is_null("skills") || fields.value("skills").is_some_and(|skills| *skills == json!([])),
         };
         if fields.value("skills").is_some_and(|skills| *skills != json!([])) {
             fields.refuse("skills", "skills of this form are not supported: POST /agents takes inline and GitHub skills");
@@ -340,14 +343,16 @@ async fn changed(
     current: scheduler::Agent,
     change: AgentFields,
     version: Option<i64>,
-) -> Result<(UpdateAgentRequest, Option<crate::secrets::Kept>), ApiError> {
+) -> Result<(UpdateAgentRequest, Option<Kept>), ApiError> {
     let version = version.unwrap_or_else(|| current.version.into());
     let parts = Parts::of(&current);
     let patch = change.metadata.unwrap_or_default();
     let metadata = metadata::merged(&current.metadata, &patch).map_err(|why| refused_field("metadata", &why))?;
     let shown = Model::of(&current.runtime, &current.model);
     let id = change.model.unwrap_or_else(|| shown.id().to_owned());
+    let skills = change.clear_skills.then(|| "[]".to_owned());
     let mut request = UpdateAgentRequest {
+        skills,
         user_id: caller.user_id.clone(),
         agent_id: current.agent_id.clone(),
         version,
@@ -385,6 +390,49 @@ async fn changed(
         request.permissions = Some(text(&meant));
     }
     Ok((request, kept))
+}
+
+/// An agent as a session has it, with changes of its own. They replace, and never merge.
+///
+/// # Errors
+/// When a change is refused.
+pub async fn overridden(
+    app: &App,
+    caller: &Caller,
+    mut agent: scheduler::Agent,
+    change: AgentFields,
+) -> Result<(scheduler::Agent, Option<Kept>), ApiError> {
+    let parts = Parts::of(&agent);
+    let mut runtime = parts.runtime;
+    if let Some(id) = change.model.filter(|id| id != Model::of(&agent.runtime, &agent.model).id()) {
+        let metadata = serde_json::from_str(&agent.metadata).unwrap_or_default();
+        (runtime, agent.model) = model::choose(&id, &metadata, app.runtimes()).map_err(|why| refused_field("agent.model", &why))?;
+        runtime.as_str().clone_into(&mut agent.runtime);
+    }
+    agent.system = change.system.unwrap_or(agent.system);
+    if change.clear_skills {
+        "[]".clone_into(&mut agent.skills);
+    }
+    let mut kept = None;
+    let servers = match change.servers {
+        None => parts.servers.clone(),
+        Some(sent) => {
+            let servers: Vec<McpServer> = sent.into_iter().map(|server| with_stored_headers(server, &parts.servers)).collect();
+            kept = mcp::keep(app, &caller.user_id, &servers, agent.mcp_secret_id.clone()).await?;
+            agent.mcp_secret_id = kept.as_ref().map(|kept| kept.id.clone());
+            agent.mcp_servers = mcp::redacted(servers.clone());
+            servers
+        }
+    };
+    let tools = change.tools.unwrap_or_else(|| parts.tools.clone());
+    let meant = permissions(runtime, &tools, &servers, &parts.permissions)?;
+    if meant != parts.permissions {
+        agent.permissions = text(&meant);
+    }
+    if tools != parts.tools {
+        agent.tools = text(&tools);
+    }
+    Ok((agent, kept))
 }
 
 /// Headers are no part of this API: a server that stays keeps those that it has.

@@ -7,14 +7,16 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use contract::{
     host::{Evaluation, ModelUsage, agent_error::Retry, decision_settled::How, event, input_settled::Outcome},
-    scheduler::FindTurnReply,
+    scheduler::{Agent, FindTurnReply},
     session::{self, AgentEvent, SessionEvent, StopReason, TurnEnded, session_event::Kind},
 };
+use prost::Message as _;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use types::{InputId, SessionId};
 
 use crate::v1::{
+    agents::Snapshot,
     ids::{EventId, Prefix},
     time,
 };
@@ -296,6 +298,17 @@ pub fn text(text: &str) -> Value {
     if text.is_empty() { json!([]) } else { json!([{ "type": "text", "text": text }]) }
 }
 
+/// What changed of a session.
+fn changes(updated: &session::Updated) -> Value {
+    let mut changes: Map<String, Value> = serde_json::from_str(&updated.changes).unwrap_or_default();
+    if let Ok(agent) = Agent::decode(updated.agent.as_ref())
+        && !updated.agent.is_empty()
+    {
+        changes.insert("agent".to_owned(), serde_json::to_value(Snapshot::from(&agent)).unwrap_or_default());
+    }
+    changes.into()
+}
+
 impl Thread {
     /// As it is where a turn begins.
     pub fn at(session: SessionId, found: &FindTurnReply) -> Self {
@@ -319,6 +332,7 @@ impl Thread {
             Some(Kind::TurnEnded(ended)) => self.end(event.turn, ended, entry),
             Some(Kind::Terminated(_)) => self.terminate(entry),
             Some(Kind::Deleted(_)) => entry.add(part::END, "session.deleted", json!({})),
+            Some(Kind::Updated(updated)) => entry.add(part::MAIN, "session.updated", changes(updated)),
             Some(Kind::Agent(agent)) => self.agent(agent, entry),
             Some(Kind::DecisionRequested(requested)) => {
                 let request = requested.request.clone().unwrap_or_default();

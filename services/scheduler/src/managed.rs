@@ -1,0 +1,235 @@
+//! What the Managed Agents API does with sessions beyond the original one: their own versions of agents, changes that the log shows,
+//! archiving. Statuses of both are projections of one row: see `v1_status` in the migration.
+
+use std::{collections::HashMap, time::Duration};
+
+use bus::Failure;
+use contract::{
+    scheduler::{Agent, ArchiveSessionRequest, GetSessionRequest, Session, TerminateRequest, UpdateSessionRequest},
+    session::{Updated, Usage, session_event::Kind},
+};
+use prost::Message as _;
+use rules::ending::Ending;
+use serde_json::{Map, Value};
+use sqlx::{PgConnection, Row as _};
+use tokio_util::sync::CancellationToken;
+use types::{SessionId, SessionStatus, UserId, agent::merge_metadata};
+use uuid::Uuid;
+
+use crate::{
+    Scheduler, agents,
+    ending::{self, Appended},
+    once,
+    sessions::{self, SessionRow, lock, missing},
+    termination, unsigned,
+};
+
+const EVERY: Duration = Duration::from_secs(1);
+const AT_A_TIME: i64 = 100;
+/// How long a change waits for its event to be in the log. It is appended later where that takes longer.
+const APPENDED_WITHIN: Duration = Duration::from_secs(3);
+
+/// A status of the Managed Agents API.
+const RUNNING: &str = "running";
+
+async fn v1_status(tx: &mut PgConnection, session: SessionId) -> Result<String, Failure> {
+    let status = sqlx::query_scalar("select v1_status(session) from session where session_id = $1").bind(session.uuid());
+    Ok(status.fetch_one(tx).await?)
+}
+
+/// Fills in what only the Managed Agents API shows of sessions.
+pub async fn complete(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<(), Failure> {
+    let ids: Vec<Uuid> = sessions.iter().filter_map(|session| session.session_id.parse().ok()).collect();
+    let rows = sqlx::query(
+        "select session_id, sum(input_tokens)::bigint, sum(output_tokens)::bigint, sum(cost_micro_usd)::bigint,
+                sum(cache_read_tokens)::bigint, sum(cache_write_tokens)::bigint,
+                coalesce(sum(extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000), 0)::bigint
+         from turn where session_id = any($1) group by session_id",
+    )
+    .bind(&ids)
+    .fetch_all(&scheduler.pool)
+    .await?;
+    let mut used = HashMap::with_capacity(rows.len());
+    for row in rows {
+        let count = |index: usize| row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs));
+        let usage = Usage {
+            input_tokens: count(1)?,
+            output_tokens: count(2)?,
+            cost_micro_usd: count(3)?,
+            cache_read_tokens: count(4)?,
+            cache_write_tokens: count(5)?,
+            ..Usage::default()
+        };
+        used.insert(row.try_get::<Uuid, _>(0)?.to_string(), (usage, row.try_get::<i64, _>(6)?));
+    }
+    for session in sessions {
+        let (usage, active_us) = used.remove(&session.session_id).unwrap_or_default();
+        (session.usage, session.active_us) = (Some(usage), active_us);
+    }
+    Ok(())
+}
+
+/// A session's own version of its agent: a row like the others, of a negative number, that no list shows.
+pub async fn override_agent(tx: &mut PgConnection, agent: Uuid, changed: &Agent) -> Result<i32, Failure> {
+    let number: i32 = sqlx::query_scalar("select -nextval('agent_override_number')::integer").fetch_one(&mut *tx).await?;
+    agents::insert_override(tx, agent, number, changed).await?;
+    Ok(number)
+}
+
+pub async fn update(scheduler: Scheduler, request: UpdateSessionRequest) -> Result<Session, Failure> {
+    let (user, id): (UserId, SessionId) =
+        (request.user_id.parse().map_err(|_| missing())?, request.session_id.parse().map_err(|_| missing())?);
+    let changed = once::retried(|| async {
+        let mut tx = scheduler.pool.begin().await?;
+        let outcome = update_in(&mut tx, user, id, &request).await;
+        once::finish(tx, outcome).await
+    })
+    .await?;
+    if changed {
+        // A session that works gets the event when it is idle: its log belongs to its turn.
+        let appended = append_updates(&scheduler, Some(id));
+        if let Ok(Err(error)) = tokio::time::timeout(APPENDED_WITHIN, appended).await {
+            tracing::warn!(session_id = %id, %error, "failed to append a session's update; will retry");
+        }
+    }
+    let get = GetSessionRequest { user_id: request.user_id, session_id: request.session_id, recorded_through: 0, v1: true };
+    sessions::get(scheduler, get).await
+}
+
+/// Tells whether anything changed.
+async fn update_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &UpdateSessionRequest) -> Result<bool, Failure> {
+    let row = lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
+    let mut changes = Map::new();
+    let title = if request.clear_title { None } else { request.title.clone().or_else(|| row.title.clone()) };
+    if title != row.title {
+        changes.insert("title".to_owned(), title.clone().into());
+    }
+    let mut metadata = row.metadata.clone();
+    if let Some(patch) = &request.metadata {
+        let patch: Map<String, Value> = serde_json::from_str(patch).map_err(|_| Failure::invalid("Malformed metadata"))?;
+        metadata = Value::Object(merge_metadata(row.metadata.as_object().cloned().unwrap_or_default(), patch));
+    }
+    if metadata != row.metadata {
+        changes.insert("metadata".to_owned(), metadata.clone());
+    }
+    let mut version = row.agent_version;
+    if let Some(changed) = &request.agent {
+        let agent = row.agent_id.ok_or_else(|| Failure::conflict("The session's agent is gone").because("agent_missing"))?;
+        if v1_status(tx, id).await? == RUNNING || row.status()?.is_active() {
+            return Err(
+                Failure::conflict("The agent of a running session cannot be changed: interrupt it first").because("session_running")
+            );
+        }
+        version = override_agent(tx, agent, changed).await?;
+        changes.insert("agent".to_owned(), true.into());
+    }
+    if changes.is_empty() {
+        return Ok(false);
+    }
+    sqlx::query("update session set title = $2, metadata = $3, agent_version = $4, updated_at = now() where session_id = $1")
+        .bind(id.uuid())
+        .bind(&title)
+        .bind(&metadata)
+        .bind(version)
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query("insert into session_update (update_id, session_id, changes, agent_version) values ($1, $2, $3, $4)")
+        .bind(Uuid::now_v7())
+        .bind(id.uuid())
+        .bind(Value::Object(changes))
+        .bind(version)
+        .execute(&mut *tx)
+        .await?;
+    Ok(true)
+}
+
+/// Appends what changed of sessions to their logs, once they are idle.
+pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
+    service::periodically("session updates", EVERY, stop, || append_updates(&scheduler, None)).await;
+}
+
+/// Appends the updates of one session, or of all that are idle. The row goes after its event is in the log: a crash between the two
+/// appends it again, which the event's id shows.
+async fn append_updates(scheduler: &Scheduler, session: Option<SessionId>) -> Result<(), Failure> {
+    let rows = sqlx::query(
+        "select u.update_id, u.session_id, u.changes, u.agent_version
+         from session_update u join session s using (session_id)
+         where ($1::uuid is null or session_id = $1) and s.status not in ('pending', 'running', 'terminated')
+         order by u.update_id limit $2",
+    )
+    .bind(session.map(SessionId::uuid))
+    .bind(AT_A_TIME)
+    .fetch_all(&scheduler.pool)
+    .await?;
+    for row in rows {
+        let (update, session): (Uuid, Uuid) = (row.try_get(0)?, row.try_get(1)?);
+        append_update(scheduler, update, SessionId::from_uuid(session), row.try_get(2)?, row.try_get(3)?).await?;
+    }
+    sqlx::query("delete from session_update u using session s where s.session_id = u.session_id and s.status = 'terminated'")
+        .execute(&scheduler.pool)
+        .await?;
+    Ok(())
+}
+
+async fn append_update(scheduler: &Scheduler, update: Uuid, id: SessionId, changes: Value, version: i32) -> Result<(), Failure> {
+    // One replica at a time; the lock ends with the transaction.
+    let mut tx = scheduler.pool.begin().await?;
+    let mine = sqlx::query("select from session_update where update_id = $1 for update skip locked").bind(update).fetch_optional(&mut *tx);
+    if mine.await?.is_none() {
+        return Ok(());
+    }
+    let row: Option<(i16, i32, String, Option<Uuid>)> =
+        sqlx::query_as("select event_partition, turn_count, status, agent_id from session where session_id = $1")
+            .bind(id.uuid())
+            .fetch_optional(&mut *tx)
+            .await?;
+    let Some((partition, turn, status, agent)) = row else { return Ok(()) };
+    if status.parse().is_ok_and(|status: SessionStatus| status.is_active()) {
+        return Ok(());
+    }
+    let agent = match agent.filter(|_| changes.get("agent").is_some()) {
+        Some(agent) => agents::find_versions(&mut tx, &[agent], &[version]).await?.pop(),
+        None => None,
+    };
+    let agent = agent.map(|agent| agent.encode_to_vec().into()).unwrap_or_default();
+    let updated = Updated { update_id: update.to_string(), changes: changes.to_string(), agent };
+    let kind = Kind::Updated(updated);
+    match ending::append(scheduler, id, sessions::partition(partition)?, Ending::Update, unsigned(turn), &kind).await? {
+        Appended::Here(_) | Appended::Before => {
+            sqlx::query("delete from session_update where update_id = $1").bind(update).execute(&mut *tx).await?;
+            tx.commit().await?;
+        }
+        // The next round tries again.
+        Appended::Later => {}
+    }
+    Ok(())
+}
+
+/// Archives a session that is idle: it is terminated, and lists leave it out. Archiving it again is no error.
+pub async fn archive(scheduler: Scheduler, request: ArchiveSessionRequest) -> Result<Session, Failure> {
+    let (user, id): (UserId, SessionId) =
+        (request.user_id.parse().map_err(|_| missing())?, request.session_id.parse().map_err(|_| missing())?);
+    let row: SessionRow = {
+        let mut tx = scheduler.pool.begin().await?;
+        let row = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
+        if v1_status(&mut tx, id).await? == RUNNING {
+            return Err(Failure::conflict("A running session cannot be archived: interrupt it first").because("session_running"));
+        }
+        sqlx::query("update session set archived_at = coalesce(archived_at, now()), updated_at = now() where session_id = $1")
+            .bind(id.uuid())
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        row
+    };
+    if row.status()? != SessionStatus::Terminated {
+        let terminate = TerminateRequest { user_id: request.user_id.clone(), session_id: request.session_id.clone() };
+        match termination::terminate(scheduler.clone(), terminate).await {
+            // Terminated in the meantime.
+            Err(Failure { code: types::ErrorCode::Conflict, .. }) | Ok(_) => {}
+            Err(failure) => return Err(failure),
+        }
+    }
+    let get = GetSessionRequest { user_id: request.user_id, session_id: request.session_id, recorded_through: 0, v1: true };
+    sessions::get(scheduler, get).await
+}
