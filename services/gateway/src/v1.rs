@@ -16,6 +16,7 @@ pub mod query;
 pub mod send;
 pub mod sessions;
 pub mod thread;
+pub mod threads;
 pub mod tools;
 
 use types::Timestamp;

@@ -1,6 +1,8 @@
 //! Events of `/v1` while services are killed. `make conformance` runs Anthropic's SDKs.
 
 use std::{
+    path::Path,
+    process::Command,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -10,7 +12,47 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 
+const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
 const PATIENCE: Duration = Duration::from_secs(240);
+
+/// What the set-up installs, below the checkout.
+fn installed(path: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv").join(path)
+}
+
+fn suite(file: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/conformance").join(file)
+}
+
+fn pinned(name: &str) -> String {
+    let versions = include_str!("../../../scripts/versions.env");
+    versions.lines().find_map(|line| line.strip_prefix(&format!("{name}="))).unwrap().to_owned()
+}
+
+/// Runs a suite to its end, which succeeds if every check passes.
+async fn passes(stack: &Stack, mut command: Command) {
+    command.env("BASE_URL", stack.ready_text("/api_url")).env("API_KEY", stack.ready_text("/api_key"));
+    let output = tokio::time::timeout(PATIENCE, tokio::task::spawn_blocking(move || command.output()));
+    let output = output.await.unwrap().unwrap().unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{text}");
+}
+
+#[tokio::test]
+async fn the_newest_python_sdk_passes_the_suite_with_claude() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let mut command = Command::new(installed(&format!("anthropic-{}/bin/python", pinned("ANTHROPIC_VERSION"))));
+    command.arg(suite("suite.py")).args(["--runtimes", "claude,shell"]);
+    passes(&stack, command).await;
+}
+
+#[tokio::test]
+async fn the_newest_typescript_sdk_passes_the_suite_with_claude() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let mut command = Command::new(installed("node/node"));
+    command.arg(suite("suite.mjs")).env("NODE_MODULES_OF", installed("anthropic-js"));
+    passes(&stack, command).await;
+}
 
 /// As `/v1` writes the id of a session: 22 digits of base 58.
 fn managed(session: &str) -> String {

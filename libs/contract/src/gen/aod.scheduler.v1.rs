@@ -41,6 +41,9 @@ pub struct Agent {
     /// JSON list of tools in the form of the Managed Agents API, as it was sent; empty: it follows from the permissions.
     #[prost(string, tag = "17")]
     pub tools: ::prost::alloc::string::String,
+    /// The number of its row: negative where it is a session's own version of `version`.
+    #[prost(int32, tag = "18")]
+    pub row_version: i32,
 }
 /// A key under which a request takes effect once, however often it comes.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -181,7 +184,7 @@ pub struct ListRequest {
     #[prost(bool, tag = "12")]
     pub ascending: bool,
     /// Sessions that were archived are left out, unless include_archived says otherwise. The original API shows them all.
-    #[prost(bool, tag = "13")]
+    #[prost(bool, tag = "21")]
     pub is_v1: bool,
 }
 /// A place in a list: what the list is sorted by, and the row's id where that is not unique.
@@ -365,6 +368,23 @@ pub struct CreateSessionRequest {
     /// Where the agent works; absent: the only repository, else /workspace.
     #[prost(string, optional, tag = "13")]
     pub working_directory: ::core::option::Option<::prost::alloc::string::String>,
+    /// The rest is of the Managed Agents API: without messages the session is idle.
+    #[prost(bool, tag = "21")]
+    pub is_v1: bool,
+    #[prost(uint32, optional, tag = "14")]
+    pub agent_version: ::core::option::Option<u32>,
+    /// All of the agent, as the session has it.
+    #[prost(message, optional, tag = "15")]
+    pub agent_override: ::core::option::Option<Agent>,
+    #[prost(string, repeated, tag = "16")]
+    pub initial_messages: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "17")]
+    pub title: ::core::option::Option<::prost::alloc::string::String>,
+    /// JSON list of ids.
+    #[prost(string, tag = "18")]
+    pub vault_ids: ::prost::alloc::string::String,
+    #[prost(string, tag = "19")]
+    pub key_id: ::prost::alloc::string::String,
     /// Chosen by the caller: creating it again is the same as creating it once.
     #[prost(string, tag = "20")]
     pub session_id: ::prost::alloc::string::String,
@@ -425,6 +445,28 @@ pub struct Session {
     /// Where the session named one.
     #[prost(string, optional, tag = "22")]
     pub working_directory: ::core::option::Option<::prost::alloc::string::String>,
+    /// The rest is of the Managed Agents API, where it was asked for.
+    #[prost(string, tag = "20")]
+    pub v1_status: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "21")]
+    pub title: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(int64, optional, tag = "28")]
+    pub archived_at_us: ::core::option::Option<i64>,
+    /// JSON list of ids.
+    #[prost(string, tag = "23")]
+    pub vault_ids: ::prost::alloc::string::String,
+    /// Of all its turns.
+    #[prost(message, optional, tag = "24")]
+    pub usage: ::core::option::Option<super::super::session::v1::Usage>,
+    /// How long its turns ran, in microseconds.
+    #[prost(int64, tag = "25")]
+    pub active_us: i64,
+    /// Of a single session.
+    #[prost(message, optional, tag = "26")]
+    pub agent: ::core::option::Option<Agent>,
+    /// Of a listed session: which of the reply's agents is its own.
+    #[prost(int32, tag = "27")]
+    pub agent_row_version: i32,
 }
 /// Something that a user sends while a turn runs. The proto of its row.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -579,6 +621,9 @@ pub struct GetSessionRequest {
     /// Answer only when the record holds this event, or the caller's deadline is near.
     #[prost(uint64, tag = "3")]
     pub recorded_through: u64,
+    /// With all that the Managed Agents API shows.
+    #[prost(bool, tag = "4")]
+    pub v1: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListSessionsReply {
@@ -586,6 +631,34 @@ pub struct ListSessionsReply {
     pub sessions: ::prost::alloc::vec::Vec<Session>,
     #[prost(bool, tag = "2")]
     pub has_more: bool,
+    /// Where the Managed Agents API asks: the agents of the sessions, each once.
+    #[prost(message, repeated, tag = "3")]
+    pub agents: ::prost::alloc::vec::Vec<Agent>,
+}
+/// What is absent stays as it is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateSessionRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "3")]
+    pub title: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(bool, tag = "4")]
+    pub clear_title: bool,
+    /// JSON, merged per key; "" deletes one.
+    #[prost(string, optional, tag = "5")]
+    pub metadata: ::core::option::Option<::prost::alloc::string::String>,
+    /// All of the agent, as the session has it from its next turn on.
+    #[prost(message, optional, tag = "6")]
+    pub agent: ::core::option::Option<Agent>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ArchiveSessionRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListTurnsReply {
