@@ -246,7 +246,7 @@ def test_a_trials_secrets_fit_each_other():
         assert {(name.removeprefix("aod-agent-on-demand-"), key) for name, key in mounted(pod)} <= {(n, k) for n, keys in secrets.items() for k in keys}
     assert secrets["credential-vault"]["SPRITES_API_KEY"] == secrets["local-sprites"]["LOCAL_SPRITES_TOKEN"]
     values = [value for name, keys in secrets.items() if name == "trial" for value in keys.values()]
-    assert len(values) == len(set(values)) and all(len(value) == 40 for value in values)
+    assert len(values) == len(set(values)) and all(len(value) == 44 for value in values)
 
 
 @pytest.mark.parametrize("wrong, named", [

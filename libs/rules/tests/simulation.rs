@@ -681,6 +681,8 @@ impl World {
                         let failure = Some(Failure { stage: state::DEADLINE.to_owned(), message: String::new() });
                         Kind::TurnEnded(TurnEnded { failure, ..TurnEnded::default() })
                     }
+                    // The model's users change nothing but what runs.
+                    Ending::Update => return,
                 };
                 let checkpoint = streamed.and_then(|(_, event)| event.checkpoint.clone());
                 end.event = Some((

@@ -191,7 +191,7 @@ async fn append_update(scheduler: &Scheduler, update: Uuid, id: SessionId, chang
         Some(agent) => agents::find_versions(&mut tx, &[agent], &[version]).await?.pop(),
         None => None,
     };
-    let agent = agent.map(|agent| agent.encode_to_vec().into()).unwrap_or_default();
+    let agent = agent.map(|agent| agent.encode_to_vec()).unwrap_or_default();
     let updated = Updated { update_id: update.to_string(), changes: changes.to_string(), agent };
     let kind = Kind::Updated(updated);
     match ending::append(scheduler, id, sessions::partition(partition)?, Ending::Update, unsigned(turn), &kind).await? {

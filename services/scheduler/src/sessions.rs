@@ -147,7 +147,7 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
         let session = get(scheduler.clone(), GetSessionRequest { user_id, session_id, recorded_through: 0, v1: request.is_v1 }).await?;
         Ok(CreateSessionReply { session: Some(session), replayed: false })
     };
-    let mut reply = once::or_created_earlier(outcome, &request.session_id, earlier).await?;
+    let mut reply = Box::pin(once::or_created_earlier(outcome, &request.session_id, earlier)).await?;
     scheduler.outbox.notify_one();
     if let Some(session) = reply.session.as_mut().filter(|_| request.is_v1) {
         session.agent = agent_of(&scheduler, session).await?;
