@@ -204,8 +204,15 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
     Ok(())
 }
 
+/// A session's own version of its agent: a row like the others, of a negative number, that no list shows.
+pub async fn override_agent(tx: &mut PgConnection, agent: Uuid, changed: &Agent) -> Result<i32, Failure> {
+    let number: i32 = sqlx::query_scalar("select -nextval('agent_override_number')::integer").fetch_one(&mut *tx).await?;
+    insert_override(tx, agent, number, changed).await?;
+    Ok(number)
+}
+
 /// Writes a session's own version of an agent.
-pub async fn insert_override(tx: &mut PgConnection, agent: Uuid, number: i32, changed: &Agent) -> Result<(), Failure> {
+async fn insert_override(tx: &mut PgConnection, agent: Uuid, number: i32, changed: &Agent) -> Result<(), Failure> {
     let now = now();
     let row = AgentRow {
         agent_id: agent,

@@ -25,6 +25,7 @@ mod retention;
 mod sessions;
 mod streams;
 mod termination;
+mod usage;
 
 use std::{num::NonZeroU8, sync::Arc, time::Duration};
 

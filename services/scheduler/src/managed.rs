@@ -1,12 +1,12 @@
 //! What the Managed Agents API does with sessions beyond the original one: their own versions of agents, changes that the log shows,
 //! archiving. Statuses of both are projections of one row: see `v1_status` in the migration.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use bus::Failure;
 use contract::{
-    scheduler::{Agent, ArchiveSessionRequest, GetSessionRequest, Session, TerminateRequest, UpdateSessionRequest},
-    session::{Updated, Usage, session_event::Kind},
+    scheduler::{ArchiveSessionRequest, GetSessionRequest, Session, TerminateRequest, UpdateSessionRequest},
+    session::{Updated, session_event::Kind},
 };
 use prost::Message as _;
 use rules::ending::Ending;
@@ -35,45 +35,6 @@ const RUNNING: &str = "running";
 async fn v1_status(tx: &mut PgConnection, session: SessionId) -> Result<String, Failure> {
     let status = sqlx::query_scalar("select v1_status(session) from session where session_id = $1").bind(session.uuid());
     Ok(status.fetch_one(tx).await?)
-}
-
-/// Fills in what only the Managed Agents API shows of sessions.
-pub async fn complete(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<(), Failure> {
-    let ids: Vec<Uuid> = sessions.iter().filter_map(|session| session.session_id.parse().ok()).collect();
-    let rows = sqlx::query(
-        "select session_id, sum(input_tokens)::bigint, sum(output_tokens)::bigint, sum(cost_micro_usd)::bigint,
-                sum(cache_read_tokens)::bigint, sum(cache_write_tokens)::bigint,
-                coalesce(sum(extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000), 0)::bigint
-         from turn where session_id = any($1) group by session_id",
-    )
-    .bind(&ids)
-    .fetch_all(&scheduler.pool)
-    .await?;
-    let mut used = HashMap::with_capacity(rows.len());
-    for row in rows {
-        let count = |index: usize| row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs));
-        let usage = Usage {
-            input_tokens: count(1)?,
-            output_tokens: count(2)?,
-            cost_micro_usd: count(3)?,
-            cache_read_tokens: count(4)?,
-            cache_write_tokens: count(5)?,
-            ..Usage::default()
-        };
-        used.insert(row.try_get::<Uuid, _>(0)?.to_string(), (usage, row.try_get::<i64, _>(6)?));
-    }
-    for session in sessions {
-        let (usage, active_us) = used.remove(&session.session_id).unwrap_or_default();
-        (session.usage, session.active_us) = (Some(usage), active_us);
-    }
-    Ok(())
-}
-
-/// A session's own version of its agent: a row like the others, of a negative number, that no list shows.
-pub async fn override_agent(tx: &mut PgConnection, agent: Uuid, changed: &Agent) -> Result<i32, Failure> {
-    let number: i32 = sqlx::query_scalar("select -nextval('agent_override_number')::integer").fetch_one(&mut *tx).await?;
-    agents::insert_override(tx, agent, number, changed).await?;
-    Ok(number)
 }
 
 pub async fn update(scheduler: Scheduler, request: UpdateSessionRequest) -> Result<Session, Failure> {
@@ -120,7 +81,7 @@ async fn update_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: 
                 Failure::conflict("The agent of a running session cannot be changed: interrupt it first").because("session_running")
             );
         }
-        version = override_agent(tx, agent, changed).await?;
+        version = agents::override_agent(tx, agent, changed).await?;
         changes.insert("agent".to_owned(), true.into());
     }
     if changes.is_empty() {

@@ -22,9 +22,9 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, agents, environments, event_log, inputs, managed, micros, once,
+    Scheduler, agents, environments, event_log, inputs, micros, once,
     page::{Filters, List, Window},
-    parsed_json, quota, secret_id, unsigned,
+    parsed_json, quota, secret_id, unsigned, usage,
 };
 
 /// The columns of a [`SessionRow`], by name: a migration then changes no statement that a running replica has prepared.
@@ -202,7 +202,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     let model = ModelRef::parse(runtime, model).map_err(Failure::internal)?;
     let agent_version = match own {
         None => template.agent_version,
-        Some(own) => managed::override_agent(tx, agent.uuid(), own).await?,
+        Some(own) => agents::override_agent(tx, agent.uuid(), own).await?,
     };
     let (messages, begins) = (&request.initial_messages, !request.is_v1);
     let (status, turn_count) = if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };
@@ -357,7 +357,7 @@ async fn get_v1(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<Se
     .fetch_optional(&scheduler.pool)
     .await?;
     let mut session = row.map(Session::from).ok_or_else(missing)?;
-    managed::complete(scheduler, std::slice::from_mut(&mut session)).await?;
+    usage::complete(scheduler, std::slice::from_mut(&mut session)).await?;
     session.agent = agent_of(scheduler, &session).await?;
     Ok(session)
 }
@@ -497,7 +497,7 @@ fn decision(request: u64, tool: &str) -> String {
 
 /// Adds the agents of a page's sessions, and ends the page where they would be too large together.
 async fn with_agents(scheduler: &Scheduler, mut reply: ListSessionsReply) -> Result<ListSessionsReply, Failure> {
-    managed::complete(scheduler, &mut reply.sessions).await?;
+    usage::complete(scheduler, &mut reply.sessions).await?;
     let key = |session: &Session| Some((session.agent_id.as_deref()?.parse::<Uuid>().ok()?, session.agent_row_version));
     let (ids, versions): (Vec<_>, Vec<_>) = reply.sessions.iter().filter_map(key).unzip();
     let mut connection = scheduler.pool.acquire().await?;
