@@ -246,7 +246,7 @@ pub async fn find_versions(connection: &mut PgConnection, agents: &[Uuid], versi
                 a.archived_at
          from (select distinct * from unnest($1::uuid[], $2::integer[]) as asked (agent_id, version)) asked
          join agent a using (agent_id)
-         join agent_version v using (agent_id, version)",
+         join agent_version v on v.agent_id = asked.agent_id and v.version = asked.version",
     )
     .bind(agents)
     .bind(versions)

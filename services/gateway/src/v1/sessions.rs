@@ -277,7 +277,8 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     let resources = read_resources(&mut fields).unwrap_or_default();
     let vault_ids = fields.strings("vault_ids").unwrap_or_default();
     let messages = read_initial_events(&mut fields);
-    if fields.nested("agent", |agent| agent.is_null("model")) == Some(true) {
+    let is_object = fields.value("agent").is_some_and(Value::is_object);
+    if is_object && fields.nested("agent", |agent| agent.is_null("model")) == Some(true) {
         return Err(refused_field("agent.model", "cannot be null").because("agent_model_required"));
     }
     fields.finish()?;
