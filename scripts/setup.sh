@@ -31,7 +31,7 @@ have python3 || packages+=(python3)
 have_venv || packages+=(python3-venv)
 have npm || packages+=(nodejs npm)
 # The tests of the console use it.
-[ -z "${AOD_SETUP_BROWSER:-}" ] || have chromium || packages+=(chromium)
+[ -z "${SETUP_BROWSER:-}" ] || have chromium || packages+=(chromium)
 if [ ${#packages[@]} -gt 0 ]; then
     if ! have apt-get; then
         say "please install, by this system's own means: PostgreSQL (14 or later), bubblewrap, runc, passt, iproute2, mmdebstrap, util-linux, e2fsprogs, perl, curl, a C compiler, python3 with venv, Node.js with npm"
