@@ -306,7 +306,8 @@ async fn the_document_is_shown_by_a_page_that_needs_no_other_host() {
             let answer = stack.http.request(method.parse().unwrap(), format!("{url}{path}")).send().await.unwrap();
             let open = !operation["security"].is_null();
             let expected = if operation.is_null() {
-                405
+                // There, a method that a route does not have is no route.
+                if path.starts_with("/v1/") { 404 } else { 405 }
             } else if open {
                 200
             } else {
