@@ -117,7 +117,7 @@ function Plain({ event, showRaw }: { event: TypedEvent; showRaw?: () => void }) 
         </section>
       );
     case "agent.conversation_started":
-      return <p class="mark">{event.resumed ? "The conversation goes on" : "The agent is ready"}{event.model ? ` · ${event.model}` : ""}</p>;
+      return <p class="mark">{event.resumed ? "The conversation was resumed" : "The agent is ready"}{event.model ? ` · ${event.model}` : ""}</p>;
     case "agent.thread_context_compacted":
       return <p class="mark">The agent summarised its conversation to make room</p>;
     case "session.error":

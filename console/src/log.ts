@@ -52,7 +52,7 @@ export class SessionLog {
     this.stop.abort();
   }
 
-  /** Stops following while no one looks, and goes on after the last event. */
+  /** Stops following while the page is hidden, and resumes after the last event. */
   pause(paused: boolean): void {
     if (!this.ready.value || paused === this.stop.signal.aborted) return;
     if (paused) this.stop.abort();

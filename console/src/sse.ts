@@ -40,7 +40,7 @@ export interface Following {
   /** The address that resumes after an event. */
   url: (last: number) => string;
   after: number;
-  /** Returns whether the stream goes on. */
+  /** Returns whether the stream is to be followed further. */
   onFrames: (frames: Frame[]) => boolean;
   onConnection: (connection: Connection) => void;
   signal: AbortSignal;

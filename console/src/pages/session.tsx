@@ -1,4 +1,4 @@
-// One session: the conversation as it goes on, what waits for its user, and the box to write in.
+// One session: the live conversation, open permission requests and queued messages, and the box to write in.
 import { useSignal, useSignalEffect } from "@preact/signals";
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { agentsById, need } from "../agents-by-id";
@@ -147,7 +147,7 @@ export function SessionPage({ id }: { id: string }) {
 function Live({ log }: { log: SessionLog }) {
   const connection = log.connection.value;
   if (connection.state === "lost") {
-    return <span class="live lost" role="status">Connection lost for {duration(now.value - connection.since)}. {connection.reason} Nothing is lost: the page goes on after the last event.</span>;
+    return <span class="live lost" role="status">Connection lost for {duration(now.value - connection.since)}. {connection.reason} Nothing is lost: the page resumes after the last event.</span>;
   }
   if (connection.state === "ended") return <span class="live ended">Complete</span>;
   return <span class="live" role="status"><span class="dot" aria-hidden="true" />{connection.state === "live" ? "Live" : "Connecting…"}</span>;
@@ -342,7 +342,7 @@ function Composer({ session, requests, queued, refresh, showRequest }: { session
         <textarea ref={box} rows={1} aria-label="Message to the agent" placeholder={active ? "Write the next message; it is queued while the agent works" : "Write the next prompt"} value={text} onInput={(event) => setText(event.currentTarget.value)} onKeyDown={onKeyDown} />
         <div class="row end">
           {session.status === "running" && (
-            <Action class="danger-quiet" run={() => post(`/sessions/${session.id}/interrupt`).then(refresh)} title="Stop what the agent does; the session goes on">Stop</Action>
+            <Action class="danger-quiet" run={() => post(`/sessions/${session.id}/interrupt`).then(refresh)} title="Stop what the agent does; the session stays usable">Stop</Action>
           )}
           {active && text.trim() && session.status === "running" && (
             <>

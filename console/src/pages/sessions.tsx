@@ -68,7 +68,7 @@ export function Sessions() {
       if (!stopped) timer = setTimeout(poll, wanted > PAGE ? REFRESH_LONG_MS : REFRESH_MS);
     };
     const poll = () => {
-      // A hidden page counts only what waits for its user, for the title.
+      // A hidden page counts only sessions that need a decision, for the title.
       if (document.hidden) timer = setTimeout(() => void load(), 10_000);
       else void load();
     };

@@ -738,7 +738,7 @@ mod tests {
     }
 
     proptest! {
-        /// Ids differ, times and places ascend, results follow their uses, and a thread that goes on from a kept state shows the same.
+        /// Ids differ, times and places ascend, results follow their uses, and a thread that is resumed from a kept state shows the same.
         #[test]
         fn random_logs_show_in_order(entries in proptest::collection::vec(any_kind(), 0..30), cut in 0_usize..30) {
             let mut thread = thread();
