@@ -49,10 +49,19 @@ impl fmt::Debug for Grant {
 }
 
 /// The header that a provider reads a credential from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Credential<'a> {
     ApiKey(&'static str, &'a str),
     Bearer(&'a str),
+}
+
+impl fmt::Debug for Credential<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::ApiKey(..) => "ApiKey(..)",
+            Self::Bearer(_) => "Bearer(..)",
+        })
+    }
 }
 
 impl Grant {
