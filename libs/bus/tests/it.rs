@@ -204,7 +204,10 @@ async fn a_live_subscription_carries_each_entrys_sequence_and_the_one_before_it(
         }
         nats.restart().unwrap();
         assert_eq!(live.next().await.unwrap_err(), bus::live::Interrupted);
-        eventually("the stream is back", || async { gateway.last(topology::EVENTS.name, &log).await.is_ok() }).await;
+        // Each connection notices the restart by itself.
+        for bus in [&gateway, &runner] {
+            eventually("the stream is back", || async { bus.last(topology::EVENTS.name, &log).await.is_ok() }).await;
+        }
         let third = runner.append(log.clone(), "3".into(), second).await.unwrap();
         let entry = live.next().await.unwrap();
         assert_eq!((entry.sequence, entry.previous), (third, second));
