@@ -23,8 +23,8 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, projector,
-    sessions::{SessionRow, lock, missing, newest_event, partition},
+    Scheduler, event_log, positions,
+    sessions::row::{SessionRow, lock, missing, partition},
     unsigned,
 };
 
@@ -147,8 +147,8 @@ async fn specification(
     (public_key, model_token_hash): (Vec<u8>, Vec<u8>),
 ) -> Result<TurnSpec, Failure> {
     let partition = session.partition()?;
-    let recorded_through = projector::projected_through(&scheduler.pool, partition).await?;
-    let last_event = newest_event(scheduler, id).await?;
+    let recorded_through = positions::projected_through(&scheduler.pool, partition).await?;
+    let last_event = event_log::newest(&scheduler.pool, id).await?;
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
     let timeout_seconds = unsigned(turn.timeout_seconds);
     let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]).collect::<Vec<_>>();
@@ -333,7 +333,7 @@ async fn lost_ends(scheduler: &Scheduler, ended: &[(Held, u64)]) -> Result<BTree
     let mut lost = BTreeSet::new();
     for row in rows {
         let (session, number): (Uuid, i16) = (row.try_get(0)?, row.try_get(1)?);
-        let projected = projector::projected_through(&scheduler.pool, partition(number)?).await?;
+        let projected = positions::projected_through(&scheduler.pool, partition(number)?).await?;
         lost.extend(ended.iter().filter(|(held, id)| held.session == session && *id <= projected).map(|(held, _)| *held));
     }
     Ok(lost)

@@ -18,8 +18,8 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler, event_log, once,
-    sessions::{lock, missing, partition},
-    termination::{enqueue_destroy, tell},
+    outbox::{enqueue_destroy, enqueue_lifecycle_event},
+    sessions::row::{lock, missing, partition},
     unsigned,
 };
 
@@ -56,7 +56,7 @@ async fn delete_row(scheduler: &Scheduler, user: UserId, session: SessionId) -> 
     if row.sprite_destroyed_at.is_none() {
         enqueue_destroy(&mut tx, &row).await?;
     }
-    tell(&mut tx, &row, "deleted", unsigned(row.turn_count)).await?;
+    enqueue_lifecycle_event(&mut tx, &row, "deleted", unsigned(row.turn_count), None).await?;
     tx.commit().await?;
     Ok(())
 }

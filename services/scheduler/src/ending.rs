@@ -23,8 +23,9 @@ use uuid::Uuid;
 use crate::{
     Scheduler, event_log,
     inputs::{self, At},
-    projector,
-    sessions::{enqueue, partition},
+    outbox::enqueue,
+    positions, projection,
+    sessions::row::partition,
     unsigned,
 };
 
@@ -110,7 +111,7 @@ pub async fn append(
 }
 
 async fn projected_through(scheduler: &Scheduler, partition: Partition) -> Result<u64, Failure> {
-    projector::projected_through(&scheduler.pool, partition).await.map_err(Into::into)
+    positions::projected_through(&scheduler.pool, partition).await.map_err(Into::into)
 }
 
 fn decode(event: &Option<(u64, Bytes)>) -> Result<Option<(u64, SessionEvent)>, Failure> {
@@ -207,7 +208,7 @@ async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), Failure> {
             metrics::counter!("aod_deadline_settlements_total").increment(1);
             let mut tx = scheduler.pool.begin().await?;
             let at = At::new(0, Timestamp::now().unix_micros());
-            let observation = projector::apply(&mut tx, session, turn, &kind, at).await?.observation;
+            let observation = projection::apply(&mut tx, session, turn, &kind, at).await?.observation;
             let event = SessionEvent { turn, at_us: Timestamp::now().unix_micros(), kind: Some(kind), ..SessionEvent::default() };
             enqueue(&mut tx, &subject::session_log(session, overdue.partition), &event).await?;
             tx.commit().await?;

@@ -6,7 +6,7 @@ use contract::topology;
 use sqlx::Row as _;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Scheduler, projector};
+use crate::{Scheduler, positions};
 
 const EVERY: Duration = Duration::from_secs(5);
 
@@ -36,10 +36,10 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
     metrics::gauge!("aod_deleted_sessions_to_purge").set(row.try_get::<i64, _>(5)? as f64);
     metrics::gauge!("aod_outbox_dead_messages").set(row.try_get::<i64, _>(6)? as f64);
     let mut lag = 0;
-    for spec in topology::streams(projector::partitions(&scheduler.pool).await?) {
+    for spec in topology::streams(positions::partitions(&scheduler.pool).await?) {
         let extent = scheduler.bus.extent(&spec).await?;
         if let Some(partition) = topology::partition_of(spec.name) {
-            lag += extent.last_sequence.saturating_sub(projector::projected_through(&scheduler.pool, partition).await?);
+            lag += extent.last_sequence.saturating_sub(positions::projected_through(&scheduler.pool, partition).await?);
         }
         metrics::gauge!("aod_stream_bytes", "stream" => spec.name).set(extent.bytes as f64);
         metrics::gauge!("aod_stream_bytes_max", "stream" => spec.name).set(extent.bytes_max as f64);

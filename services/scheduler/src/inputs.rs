@@ -26,9 +26,11 @@ use uuid::Uuid;
 use crate::{
     Scheduler, micros, once,
     page::{List, Window},
-    projector::without_nul,
-    sessions::{self, SessionRow, lock, missing},
-    unsigned,
+    sessions::{
+        row::{SessionRow, lock, missing},
+        turns,
+    },
+    unsigned, without_nul,
 };
 
 fn input_missing() -> Failure {
@@ -424,7 +426,7 @@ async fn begin(tx: &mut PgConnection, session: &SessionRow, input: InputRow) -> 
     let turn = session.turn_count + 1;
     // A message that a host knows by its id already would be ignored as a repetition.
     let input_id = input.delivered_at.is_none().then_some(input.input_id);
-    sessions::begin_turn(tx, session, &input.text, unsigned(input.timeout_seconds), input_id).await?;
+    turns::begin(tx, session, &input.text, unsigned(input.timeout_seconds), input_id).await?;
     sqlx::query(
         "update input set status = 'delivered', turn_number = $2, delivered_at = coalesce(delivered_at, now()) where input_id = $1",
     )

@@ -16,7 +16,10 @@ mod managed;
 pub mod metrics;
 mod once;
 mod orphans;
+mod outbox;
 mod page;
+mod positions;
+mod projection;
 mod projector;
 mod quota;
 mod reconciler;
@@ -134,7 +137,7 @@ struct Scheduler {
     outbox: Arc<Notify>,
     /// Wakes the reconciler when a turn was released.
     released: Arc<Notify>,
-    projected: projector::Projected,
+    projected: positions::Projected,
     event_partitions: NonZeroU8,
     stream_replicas: usize,
     events_max_bytes: i64,
@@ -156,7 +159,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         sprite_name_prefix: format!("{}-{}", config.sprite_name_prefix, orphans::deployment(&pool, &config.deployment_id).await?).into(),
         outbox: Arc::new(Notify::new()),
         released: Arc::new(Notify::new()),
-        projected: projector::Projected::default(),
+        projected: positions::Projected::default(),
         event_partitions: config.event_partitions,
         stream_replicas: config.stream_replicas,
         events_max_bytes: config.events_max_bytes,
@@ -192,10 +195,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ListEnvironments, _, _>(environments::list).await?;
     responder.serve::<rpc::CreateSession, _, _>(sessions::create).await?;
     responder.serve::<rpc::GetSession, _, _>(sessions::get).await?;
-    responder.serve::<rpc::ListSessions, _, _>(sessions::list).await?;
+    responder.serve::<rpc::ListSessions, _, _>(sessions::list::list).await?;
     responder.serve::<rpc::UpdateSession, _, _>(managed::update).await?;
     responder.serve::<rpc::ArchiveSession, _, _>(managed::archive).await?;
-    responder.serve::<rpc::ListTurns, _, _>(sessions::turns).await?;
+    responder.serve::<rpc::ListTurns, _, _>(sessions::turns::list).await?;
     responder.serve::<rpc::Prompt, _, _>(sessions::prompt).await?;
     responder.serve::<rpc::ReadEvents, _, _>(sessions::events).await?;
     responder.serve::<rpc::DeleteSession, _, _>(deletion::delete).await?;
@@ -237,6 +240,11 @@ fn micros(time: OffsetDateTime) -> i64 {
 /// Columns are of types that Postgres has; a number that does not fit ours was never written by us.
 fn unsigned(number: i32) -> u32 {
     u32::try_from(number).unwrap_or_default()
+}
+
+/// Postgres keeps no NUL in text.
+fn without_nul(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
 }
 
 /// JSON that the gateway has checked.

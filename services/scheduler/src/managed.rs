@@ -20,7 +20,10 @@ use crate::{
     Scheduler, agents,
     ending::{self, Appended},
     once,
-    sessions::{self, SessionRow, lock, missing},
+    sessions::{
+        self,
+        row::{self, SessionRow, lock, missing},
+    },
     termination, unsigned,
 };
 
@@ -155,7 +158,7 @@ async fn append_update(scheduler: &Scheduler, update: Uuid, id: SessionId, chang
     let agent = agent.map(|agent| agent.encode_to_vec()).unwrap_or_default();
     let updated = Updated { update_id: update.to_string(), changes: changes.to_string(), agent };
     let kind = Kind::Updated(updated);
-    match ending::append(scheduler, id, sessions::partition(partition)?, Ending::Update, unsigned(turn), &kind).await? {
+    match ending::append(scheduler, id, row::partition(partition)?, Ending::Update, unsigned(turn), &kind).await? {
         Appended::Here(_) | Appended::Before => {
             sqlx::query("delete from session_update where update_id = $1").bind(update).execute(&mut *tx).await?;
             tx.commit().await?;

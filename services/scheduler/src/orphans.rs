@@ -21,7 +21,7 @@ use uuid::Uuid;
 use crate::{
     Scheduler,
     claims::{self, Grant},
-    sessions::enqueue,
+    outbox::enqueue,
 };
 
 const LEASE: Duration = Duration::from_secs(300);

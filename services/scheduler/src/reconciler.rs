@@ -14,8 +14,8 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler, inputs,
-    sessions::{enqueue, lock},
-    termination::destroy_job,
+    outbox::{destroy_job, enqueue},
+    sessions::row::lock,
     unsigned,
 };
 

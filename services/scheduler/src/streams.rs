@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use types::{Backoff, Partition};
 use uuid::Uuid;
 
-use crate::{EVENTS_BYTES_MIN, Scheduler, projector, reconciler};
+use crate::{EVENTS_BYTES_MIN, Scheduler, positions, reconciler};
 
 const EVERY: Duration = Duration::from_secs(1);
 const LEASE: Duration = Duration::from_secs(10);
@@ -127,7 +127,7 @@ async fn configure(scheduler: &Scheduler) -> anyhow::Result<()> {
             remember(&mut connection, spec, seen).await?;
         }
         // Persisted once its stream exists: no other replica takes it for lost.
-        projector::begin_partition(&scheduler.pool, partition).await?;
+        positions::begin_partition(&scheduler.pool, partition).await?;
     }
     Ok(())
 }
@@ -143,7 +143,7 @@ async fn is_known(scheduler: &Scheduler, spec: &StreamSpec) -> Result<bool, sqlx
 
 /// Every stream of this deployment, with its share of the room for events.
 async fn specs(scheduler: &Scheduler) -> anyhow::Result<Vec<StreamSpec>> {
-    let mut partitions: BTreeSet<_> = projector::partitions(&scheduler.pool).await?.into_iter().collect();
+    let mut partitions: BTreeSet<_> = positions::partitions(&scheduler.pool).await?.into_iter().collect();
     partitions.extend(Partition::all().take(scheduler.event_partitions.get().into()));
     let share = scheduler.events_max_bytes / i64::try_from(partitions.len())?;
     let sized = |mut spec: StreamSpec| {
@@ -160,7 +160,7 @@ async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
     for spec in specs(scheduler).await? {
         let partition = topology::partition_of(spec.name);
         let persisted = match partition {
-            Some(partition) => projector::projected_through(&scheduler.pool, partition).await?,
+            Some(partition) => positions::projected_through(&scheduler.pool, partition).await?,
             None => 0,
         };
         let known = known(scheduler, &spec).await?;
@@ -259,7 +259,7 @@ async fn trim(scheduler: &Scheduler, spec: &StreamSpec, partition: Partition) ->
         return Ok(());
     }
     let middle = extent.first_sequence.midpoint(extent.last_sequence);
-    let through = middle.min(projector::projected_through(&scheduler.pool, partition).await?);
+    let through = middle.min(positions::projected_through(&scheduler.pool, partition).await?);
     if through >= extent.first_sequence {
         scheduler.bus.trim(spec.name, through).await?;
         metrics::counter!("aod_events_trimmed_total").increment(through + 1 - extent.first_sequence);

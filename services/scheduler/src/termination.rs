@@ -6,22 +6,20 @@ use bus::Failure;
 use contract::{
     common::Empty,
     rpc,
-    runner::DestroySprite,
-    scheduler::{Session, SessionChanged, SpriteDestroyedRequest, TerminateRequest},
-    session::{Terminated, Usage, session_event::Kind},
+    scheduler::{Session, SpriteDestroyedRequest, TerminateRequest},
+    session::{Terminated, session_event::Kind},
     subject,
     vault::RevokeLeasesRequest,
 };
 use rules::ending::Ending;
-use sqlx::PgConnection;
-use types::{SessionId, SessionStatus, SpriteName, Timestamp, UserId};
+use types::{SessionId, SessionStatus, Timestamp, UserId};
 
 use crate::{
     Scheduler,
     ending::{self, Appended},
     inputs::At,
-    projector,
-    sessions::{self, SessionRow, enqueue, missing, session_columns},
+    positions, projection,
+    sessions::row::{find, missing},
     unsigned,
 };
 
@@ -35,7 +33,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Result<Session, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    let row = find(&scheduler, session, user).await?;
+    let row = find(&scheduler.pool, session, user).await?;
     let already = || Failure::conflict("Session is already terminated");
     if row.status()? == SessionStatus::Terminated {
         return Err(already());
@@ -54,64 +52,18 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
     let unavailable = || Failure::unavailable("The event log");
     let id = tokio::time::timeout(PROJECTED_WITHIN, appended).await.map_err(|_| unavailable())??;
     scheduler.bus.hint(subject::terminate_hint(session)).await;
-    let projected = sessions::wait_until_recorded(&scheduler, session, id);
+    let projected = positions::wait_until_projected(&scheduler, session, id);
     tokio::time::timeout(PROJECTED_WITHIN, projected).await.map_err(|_| unavailable())??;
     // The projector has applied it, unless the log was found broken before it: a termination holds all the same.
     let mut tx = scheduler.pool.begin().await?;
     let at = At::new(id, Timestamp::now().unix_micros());
-    let observation = projector::apply(&mut tx, session, turn, &kind, at).await?.observation;
+    let observation = projection::apply(&mut tx, session, turn, &kind, at).await?.observation;
     tx.commit().await?;
     scheduler.outbox.notify_one();
     if let Some(observation) = observation {
         observation.count();
     }
-    Ok(find(&scheduler, session, user).await?.into())
-}
-
-async fn find(scheduler: &Scheduler, session: SessionId, user: UserId) -> Result<SessionRow, Failure> {
-    let row = sqlx::query_as(concat!("select ", session_columns!(), " from session where session_id = $1 and user_id = $2"))
-        .bind(session.uuid())
-        .bind(user.uuid())
-        .fetch_optional(&scheduler.pool)
-        .await?;
-    row.ok_or_else(missing)
-}
-
-/// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The session may be deleted already.
-pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), Failure> {
-    for table in [
-        "update session set destroy_after = now() + interval '10 minutes' where session_id = $1",
-        "update deleted_session set destroy_after = now() + interval '10 minutes' where session_id = $1",
-    ] {
-        sqlx::query(table).bind(row.session_id).execute(&mut *tx).await?;
-    }
-    let sprite: SpriteName = row.sprite.parse().map_err(Failure::internal)?;
-    destroy_job(tx, SessionId::from_uuid(row.session_id), &sprite).await
-}
-
-pub async fn destroy_job(tx: &mut PgConnection, session: SessionId, sprite: &SpriteName) -> Result<(), Failure> {
-    let job = DestroySprite { session_id: session.to_string(), sprite: sprite.to_string() };
-    enqueue(tx, &subject::sprite_destroy(sprite), &job).await
-}
-
-/// Tells other services what became of a session: its new status, or `deleted`.
-pub async fn tell(tx: &mut PgConnection, row: &SessionRow, what: &str, turn: u32) -> Result<(), Failure> {
-    tell_end(tx, row, what, turn, None).await
-}
-
-/// As [`tell`], of a turn that ended by itself.
-pub async fn tell_end(tx: &mut PgConnection, row: &SessionRow, what: &str, turn: u32, usage: Option<Usage>) -> Result<(), Failure> {
-    let session = SessionId::from_uuid(row.session_id);
-    let fact = SessionChanged {
-        session_id: session.to_string(),
-        user_id: row.user_id.to_string(),
-        status: row.status.clone(),
-        turn,
-        exit_code: row.exit_code,
-        at_us: Timestamp::now().unix_micros(),
-        usage,
-    };
-    enqueue(tx, &subject::session_lifecycle(what, session), &fact).await
+    Ok(find(&scheduler.pool, session, user).await?.into())
 }
 
 /// A Sprite is gone: nothing of the session needs secrets any more.

@@ -1,0 +1,52 @@
+//! What a transaction promises to publish: jobs and lifecycle events. [`crate::relay`] publishes it.
+
+use bus::{Failure, trace};
+use contract::{runner::DestroySprite, scheduler::SessionChanged, session::Usage, subject};
+use sqlx::PgConnection;
+use types::{SessionId, SpriteName, Timestamp};
+
+use crate::sessions::row::SessionRow;
+
+/// Adds a message to the transaction, as part of the trace at hand.
+pub async fn enqueue(tx: &mut PgConnection, subject: &str, message: &impl prost::Message) -> Result<(), Failure> {
+    let traceparent = trace::traceparent();
+    store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref()).await.map_err(Failure::from)
+}
+
+/// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The session may be deleted already.
+pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), Failure> {
+    for table in [
+        "update session set destroy_after = now() + interval '10 minutes' where session_id = $1",
+        "update deleted_session set destroy_after = now() + interval '10 minutes' where session_id = $1",
+    ] {
+        sqlx::query(table).bind(row.session_id).execute(&mut *tx).await?;
+    }
+    let sprite: SpriteName = row.sprite.parse().map_err(Failure::internal)?;
+    destroy_job(tx, SessionId::from_uuid(row.session_id), &sprite).await
+}
+
+pub async fn destroy_job(tx: &mut PgConnection, session: SessionId, sprite: &SpriteName) -> Result<(), Failure> {
+    let job = DestroySprite { session_id: session.to_string(), sprite: sprite.to_string() };
+    enqueue(tx, &subject::sprite_destroy(sprite), &job).await
+}
+
+/// Enqueues a lifecycle event for other services: a session's new status, or `deleted`; with the usage of a turn that ended by itself.
+pub async fn enqueue_lifecycle_event(
+    tx: &mut PgConnection,
+    row: &SessionRow,
+    what: &str,
+    turn: u32,
+    usage: Option<Usage>,
+) -> Result<(), Failure> {
+    let session = SessionId::from_uuid(row.session_id);
+    let event = SessionChanged {
+        session_id: session.to_string(),
+        user_id: row.user_id.to_string(),
+        status: row.status.clone(),
+        turn,
+        exit_code: row.exit_code,
+        at_us: Timestamp::now().unix_micros(),
+        usage,
+    };
+    enqueue(tx, &subject::session_lifecycle(what, session), &event).await
+}

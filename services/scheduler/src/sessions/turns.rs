@@ -1,0 +1,134 @@
+//! The turns of a session.
+
+use std::time::Duration;
+
+use bus::Failure;
+use contract::{
+    runner::RunTurn,
+    scheduler::{ListPartsRequest, ListTurnsReply, Turn},
+    session, subject,
+};
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use types::{
+    SessionId, UserId,
+    limits::{PROVISIONING_MAX, SETTLE_GRACE},
+};
+use uuid::Uuid;
+
+use super::row::{SessionRow, find, missing, session_columns};
+use crate::{
+    Scheduler, micros,
+    outbox::enqueue,
+    page::{List, Window},
+    unsigned,
+};
+
+/// A pending turn, and the job that runs it.
+pub async fn insert(
+    tx: &mut PgConnection,
+    session: SessionId,
+    number: i32,
+    prompt: &str,
+    timeout_seconds: u32,
+    input: Option<Uuid>,
+) -> Result<(), Failure> {
+    let deadline = PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
+    sqlx::query(
+        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after, input_id, begun_after)
+         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5), 1, now() + make_interval(secs => $6), $7,
+                 coalesce((select last_event_id from event_log where session_id = $1), 0))",
+    )
+    .bind(session.uuid())
+    .bind(number)
+    .bind(prompt)
+    .bind(i32::try_from(timeout_seconds).unwrap_or(i32::MAX))
+    .bind(deadline.as_secs_f64())
+    .bind(rules::ownership::next_offer(1).as_secs_f64())
+    .bind(input)
+    .execute(&mut *tx)
+    .await?;
+    let job = RunTurn { session_id: session.to_string(), turn: unsigned(number) };
+    enqueue(tx, &subject::turn_run(session), &job).await
+}
+
+/// The next turn of a session whose turn is settled; `input` became it.
+pub async fn begin(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+    prompt: &str,
+    timeout_seconds: u32,
+    input: Option<Uuid>,
+) -> Result<SessionRow, Failure> {
+    let turn = session.turn_count + 1;
+    insert(tx, SessionId::from_uuid(session.session_id), turn, prompt, timeout_seconds, input).await?;
+    let row = sqlx::query_as(concat!(
+        "update session
+         set status = 'pending', exit_code = null, failure_stage = null, failure_message = null, turn_count = $2, updated_at = now()
+         where session_id = $1
+         returning ",
+        session_columns!()
+    ))
+    .bind(session.session_id)
+    .bind(turn)
+    .fetch_one(tx)
+    .await?;
+    Ok(row)
+}
+
+#[derive(sqlx::FromRow)]
+struct TurnRow {
+    turn_number: i32,
+    prompt: String,
+    status: String,
+    exit_code: Option<i32>,
+    created_at: OffsetDateTime,
+    started_at: Option<OffsetDateTime>,
+    ended_at: Option<OffsetDateTime>,
+    input_tokens: Option<i64>,
+    output_tokens: Option<i64>,
+    cost_micro_usd: Option<i64>,
+    model_used: Option<String>,
+}
+
+impl TurnRow {
+    fn usage(&self) -> Option<session::Usage> {
+        let count = |count: Option<i64>| count.map(i64::unsigned_abs);
+        let usage = session::Usage {
+            input_tokens: count(self.input_tokens),
+            output_tokens: count(self.output_tokens),
+            cost_micro_usd: count(self.cost_micro_usd),
+            model: self.model_used.clone(),
+            ..session::Usage::default()
+        };
+        (usage != session::Usage::default()).then_some(usage)
+    }
+}
+
+pub async fn list(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListTurnsReply, Failure> {
+    let id: SessionId = request.id.parse().map_err(|_| missing())?;
+    let user: UserId = request.user_id.parse().map_err(|_| missing())?;
+    find(&scheduler.pool, id, user).await?;
+    let window = Window::by_number_upwards(request.limit, request.after.as_ref());
+    let list = List {
+        keys: "select turn_number from turn where session_id = $1 and turn_number > $3 order by turn_number limit $2 + 1",
+        table: "turn",
+        by_key: "session_id = $1 and turn_number",
+        bytes: "octet_length(prompt) + 500",
+        columns: "turn_number, prompt, status, exit_code, created_at, started_at, ended_at, input_tokens, output_tokens, cost_micro_usd,
+                  model_used",
+    };
+    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(window.limit).bind(window.number));
+    let (rows, has_more): (Vec<TurnRow>, _) = page.await?;
+    let turn = |row: TurnRow| Turn {
+        usage: row.usage(),
+        turn_number: unsigned(row.turn_number),
+        prompt: row.prompt,
+        status: row.status,
+        exit_code: row.exit_code,
+        created_at_us: micros(row.created_at),
+        started_at_us: row.started_at.map(micros),
+        ended_at_us: row.ended_at.map(micros),
+    };
+    Ok(ListTurnsReply { turns: rows.into_iter().map(turn).collect(), has_more })
+}
