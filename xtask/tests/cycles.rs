@@ -9,8 +9,9 @@ use std::{
 
 use xtask::root;
 
-/// The most files that may need each other, by service. Two is the aim; a larger number may only shrink.
-const CYCLE_FILES_MAX: [(&str, usize); 4] = [("scheduler", 5), ("gateway", 3), ("sprite-runner", 2), ("local-sprites", 2)];
+const SERVICES: [&str; 4] = ["scheduler", "gateway", "sprite-runner", "local-sprites"];
+/// The most files that may need each other.
+const CYCLE_FILES_MAX: usize = 2;
 
 type Modules = BTreeMap<Vec<String>, String>;
 
@@ -66,7 +67,10 @@ fn branch(text: &mut std::iter::Peekable<std::str::Chars<'_>>, prefix: &[String]
             break;
         }
     }
-    found.push(path);
+    // Nothing stands behind a trailing comma.
+    if path.len() > prefix.len() {
+        found.push(path);
+    }
 }
 
 /// Which modules each module uses: the longest module that begins a path. The crate's root has no code of a feature.
@@ -91,14 +95,14 @@ fn reached<'a>(from: &'a Vec<String>, arrows: &BTreeMap<&'a Vec<String>, BTreeSe
 
 #[test]
 fn nested_imports_are_read() {
-    let found = paths("use crate::{a::{b, c::D}, e}; let x = crate::f::g(1); // crate::h");
+    let found = paths("use crate::{a::{b, c::D,}, e,}; let x = crate::f::g(1); // crate::h");
     let found: Vec<String> = found.iter().map(|path| path.join("::")).collect();
     assert_eq!(found, ["a::b", "a::c::D", "e", "f::g"]);
 }
 
 #[test]
 fn files_form_no_large_cycles() {
-    for (service, largest) in CYCLE_FILES_MAX {
+    for service in SERVICES {
         let mut modules = Modules::new();
         self::modules(&root().join("services").join(service).join("src"), &[], &mut modules);
         let arrows = arrows(&modules);
@@ -110,7 +114,7 @@ fn files_form_no_large_cycles() {
                 .filter(|other| reach[module].contains(*other) && reach[*other].contains(module))
                 .map(|m| m.join("::"))
                 .collect();
-            assert!(together.len() <= largest, "{service}: {} files need each other: {}", together.len(), together.join(", "));
+            assert!(together.len() <= CYCLE_FILES_MAX, "{service}: {} files need each other: {}", together.len(), together.join(", "));
         }
     }
 }
