@@ -123,7 +123,7 @@ impl Config {
                 idle: Idle {
                     freeze_after: {
                         let seconds =
-                            env.parsed("LOCAL_SPRITES_FREEZE_AFTER_S", "seconds after which an idle Sprite is frozen; 0: never", 300);
+                            env.parsed("LOCAL_SPRITES_FREEZE_AFTER_S", "seconds after which an idle Sprite is frozen, longer than AOD_AGENT_IDLE_SECONDS so that an idle agent has ended; 0: never", 360);
                         (seconds > 0).then_some(Duration::from_secs(seconds))
                     },
                     stop_after: {
