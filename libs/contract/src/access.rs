@@ -98,6 +98,7 @@ pub const SCHEDULER: Access = Access {
         "aod.rpc.vault.v1.account.find",
         "aod.rpc.vault.v1.lease.mint",
         "aod.rpc.vault.v1.lease.revoke",
+        "aod.rpc.vault.v1.model_token.revoke",
         "aod.rpc.vault.v1.secret.delete",
         "$JS.API.STREAM.CREATE.JOBS",
         "$JS.API.STREAM.CREATE.EVENTS",

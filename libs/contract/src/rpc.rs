@@ -115,6 +115,8 @@ rpcs! {
     RevokeLeases: vault::RevokeLeasesRequest => common::Empty, "aod.rpc.vault.v1.lease.revoke", idempotent: true;
     /// Returns the credentials for models of a session's token, encrypted to a one-time key. For the model gateway.
     RedeemModelToken: vault::RedeemModelTokenRequest => vault::RedeemModelTokenReply, "aod.rpc.vault.v1.model_token.redeem", idempotent: true;
+    /// Revokes the tokens for the model gateway of sessions that ended.
+    RevokeModelTokens: vault::RevokeModelTokensRequest => common::Empty, "aod.rpc.vault.v1.model_token.revoke", idempotent: true;
     /// Re-wraps one batch of secrets with the newest key-encryption key. For operators.
     RotateKeys: vault::RotateKeysRequest => vault::RotateKeysReply, "aod.rpc.vault.v1.key.rotate", idempotent: true;
     /// Returns which key-encryption keys are in use. For operators.

@@ -182,7 +182,7 @@ pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty,
         .bind(session)
         .execute(&vault.pool)
         .await?;
-    model_tokens::revoke(&vault.pool, session).await?;
+    model_tokens::revoke_of(&vault.pool, &[session]).await?;
     Ok(Empty {})
 }
 

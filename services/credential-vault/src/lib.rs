@@ -106,6 +106,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::RedeemLease, _, _>(leases::redeem).await?;
     responder.serve::<rpc::RevokeLeases, _, _>(leases::revoke).await?;
     responder.serve::<rpc::RedeemModelToken, _, _>(model_tokens::redeem).await?;
+    responder.serve::<rpc::RevokeModelTokens, _, _>(model_tokens::revoke).await?;
     responder.serve::<rpc::RotateKeys, _, _>(keys::rotate).await?;
     responder.serve::<rpc::KeyStatus, _, _>(keys::status).await?;
     responder.serve::<rpc::SealingKey, _, _>(keys::sealing_key).await?;

@@ -2,7 +2,10 @@
 //! stand for.
 
 use bus::Failure;
-use contract::vault::{Bundle, BundledSecret, RedeemModelTokenReply, RedeemModelTokenRequest};
+use contract::{
+    common::Empty,
+    vault::{Bundle, BundledSecret, RedeemModelTokenReply, RedeemModelTokenRequest, RevokeModelTokensRequest},
+};
 use prost::Message as _;
 use sqlx::{PgPool, Postgres, Transaction};
 use types::{CredentialKind, LeaseId, SessionId, UserId};
@@ -63,9 +66,16 @@ pub async fn register(
     Ok(())
 }
 
-pub async fn revoke(pool: &PgPool, session: Uuid) -> Result<(), Failure> {
-    sqlx::query("update model_token set revoked_at = now() where session_id = $1 and revoked_at is null")
-        .bind(session)
+pub async fn revoke(vault: Vault, request: RevokeModelTokensRequest) -> Result<Empty, Failure> {
+    let sessions: Result<Vec<SessionId>, ()> = request.session_ids.iter().map(|id| id.parse().map_err(drop)).collect();
+    let sessions: Vec<Uuid> = sessions.map_err(|()| Failure::invalid("Malformed session id"))?.into_iter().map(SessionId::uuid).collect();
+    revoke_of(&vault.pool, &sessions).await?;
+    Ok(Empty {})
+}
+
+pub async fn revoke_of(pool: &PgPool, sessions: &[Uuid]) -> Result<(), Failure> {
+    sqlx::query("update model_token set revoked_at = now() where session_id = any($1) and revoked_at is null")
+        .bind(sessions)
         .execute(pool)
         .await?;
     Ok(())

@@ -9,7 +9,8 @@ use contract::{
     access, rpc,
     vault::{
         Bundle, FindAccountsRequest, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest,
-        PutSecretRequest, RedeemLeaseRequest, RedeemModelTokenRequest, RevokeLeasesRequest, RotateKeysReply, RotateKeysRequest,
+        PutSecretRequest, RedeemLeaseRequest, RedeemModelTokenRequest, RevokeLeasesRequest, RevokeModelTokensRequest, RotateKeysReply,
+        RotateKeysRequest,
     },
 };
 use credential_vault::Config;
@@ -251,7 +252,8 @@ async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_toke
     let told: Vec<_> = audit.iter().map(|r| (r.purpose.as_deref().unwrap(), r.runner.as_str(), r.kinds.len())).collect();
     assert_eq!(told, [("models", "m1", 1), ("turn 1", "r1", 0)]);
     // The session ends, and its token with it.
-    scheduler.call::<rpc::RevokeLeases>(&RevokeLeasesRequest { session_id: session.to_string() }, SOON).await.unwrap();
+    let revoke = RevokeModelTokensRequest { session_ids: vec![session.to_string()] };
+    scheduler.call::<rpc::RevokeModelTokens>(&revoke, SOON).await.unwrap();
     assert_eq!(redeem(hash).await.unwrap_err().code, ErrorCode::NotFound);
 }
 

@@ -9,7 +9,7 @@ use contract::{
     scheduler::DeleteSessionRequest,
     session::{Deleted, SessionEvent, session_event::Kind},
     subject, topology,
-    vault::{DeleteSecretsRequest, RevokeLeasesRequest},
+    vault::{DeleteSecretsRequest, RevokeLeasesRequest, RevokeModelTokensRequest},
 };
 use prost::Message as _;
 use tokio_util::sync::CancellationToken;
@@ -66,14 +66,20 @@ const EVERY: Duration = Duration::from_secs(1);
 const PURGE_MAX: Duration = Duration::from_secs(60);
 /// When a session that could not be purged is tried again.
 const PURGE_AGAIN: Duration = Duration::from_secs(30);
-const SECRETS_AT_A_TIME: i64 = 100;
+/// Secrets, or sessions' tokens, in one request to the vault.
+const AT_A_TIME: i64 = 100;
 const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Removes what deleted sessions have left. Replicas share the work by row locks; what one leaves undone the next finds.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     service::periodically("deletion", EVERY, stop, || async {
         // Each part by itself: one that fails holds up no other.
-        let parts = [purge(&scheduler).await, forget_secrets(&scheduler).await, forget_answers(&scheduler).await];
+        let parts = [
+            purge(&scheduler).await,
+            forget_secrets(&scheduler).await,
+            revoke_model_tokens(&scheduler).await,
+            forget_answers(&scheduler).await,
+        ];
         parts.into_iter().collect::<Result<(), Failure>>()
     })
     .await;
@@ -153,13 +159,26 @@ async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Fail
 
 async fn forget_secrets(scheduler: &Scheduler) -> Result<(), Failure> {
     let ids: Vec<Uuid> =
-        sqlx::query_scalar("select secret_id from unused_secret limit $1").bind(SECRETS_AT_A_TIME).fetch_all(&scheduler.pool).await?;
+        sqlx::query_scalar("select secret_id from unused_secret limit $1").bind(AT_A_TIME).fetch_all(&scheduler.pool).await?;
     if ids.is_empty() {
         return Ok(());
     }
     let request = DeleteSecretsRequest { secret_ids: ids.iter().map(Uuid::to_string).collect() };
     scheduler.bus.call::<rpc::DeleteSecrets>(&request, VAULT_DEADLINE).await?;
     sqlx::query("delete from unused_secret where secret_id = any($1)").bind(ids).execute(&scheduler.pool).await?;
+    Ok(())
+}
+
+/// An agent whose session ended must not call models for as long as its sandbox cannot be deleted.
+async fn revoke_model_tokens(scheduler: &Scheduler) -> Result<(), Failure> {
+    let sessions: Vec<Uuid> =
+        sqlx::query_scalar("select session_id from model_tokens_to_revoke limit $1").bind(AT_A_TIME).fetch_all(&scheduler.pool).await?;
+    if sessions.is_empty() {
+        return Ok(());
+    }
+    let request = RevokeModelTokensRequest { session_ids: sessions.iter().map(Uuid::to_string).collect() };
+    scheduler.bus.call::<rpc::RevokeModelTokens>(&request, VAULT_DEADLINE).await?;
+    sqlx::query("delete from model_tokens_to_revoke where session_id = any($1)").bind(sessions).execute(&scheduler.pool).await?;
     Ok(())
 }
 

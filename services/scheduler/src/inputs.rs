@@ -26,6 +26,7 @@ use uuid::Uuid;
 use crate::{
     Scheduler, micros, once,
     page::{List, Window},
+    quota,
     sessions::{
         row::{SessionRow, lock, missing},
         turns,
@@ -577,6 +578,10 @@ async fn send_message(
     }
     if session.sprite_destroyed_at.is_some() {
         return Err(Failure::conflict("The session's sandbox is gone; start a new session").because("session_terminated"));
+    }
+    // A gateway of an earlier release sends none.
+    if let Some(limit) = request.session_limit {
+        quota::enforce(tx, UserId::from_uuid(session.user_id), limit).await?;
     }
     let new = New { text: &prompt.prompt, timeout_seconds: prompt.timeout_seconds, ..New::of(InputKind::Message, &prompt.key_id) };
     let row = new.insert(tx, SessionId::from_uuid(session.session_id)).await?;

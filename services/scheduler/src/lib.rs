@@ -125,6 +125,7 @@ const MIGRATIONS: &[store::Step] = &[
     (61, "session updates", include_str!("../../../migrations/scheduler/0061_session_updates.sql")),
     (70, "where turns begin", include_str!("../../../migrations/scheduler/0070_where_turns_begin.sql")),
     (90, "working directory", include_str!("../../../migrations/scheduler/0090_working_directory.sql")),
+    (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
 ];
 
 /// What every request works with.

@@ -13,13 +13,15 @@ pub async fn enqueue(tx: &mut PgConnection, subject: &str, message: &impl prost:
     store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref()).await.map_err(Failure::from)
 }
 
-/// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The session may be deleted already.
+/// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The session may be deleted already. Its agent's
+/// tokens are revoked meanwhile.
 pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), Failure> {
-    for table in [
+    for statement in [
         "update session set destroy_after = now() + interval '10 minutes' where session_id = $1",
         "update deleted_session set destroy_after = now() + interval '10 minutes' where session_id = $1",
+        "insert into model_tokens_to_revoke (session_id) values ($1) on conflict do nothing",
     ] {
-        sqlx::query(table).bind(row.session_id).execute(&mut *tx).await?;
+        sqlx::query(statement).bind(row.session_id).execute(&mut *tx).await?;
     }
     let sprite: SpriteName = row.sprite.parse().map_err(Failure::internal)?;
     destroy_job(tx, SessionId::from_uuid(row.session_id), &sprite).await

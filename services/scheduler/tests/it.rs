@@ -14,8 +14,8 @@ use contract::{
         self as scheduler_messages, ChangeInputRequest, ClaimSpriteRequest, ClaimTurnRequest, CreateAgentRequest, CreateEnvironmentRequest,
         CreateSessionRequest, DecideRequest, DeleteSessionRequest, FetchInputsRequest, GetSessionRequest, HeartbeatReply, HeartbeatRequest,
         HeldTurn, InterruptRequest, ListPartsRequest, ListPermissionRequestsRequest, Once, PermissionRequest, PromptRequest,
-        ReadEventsRequest, ReleaseTurnRequest, Session, TerminateRequest, TurnSpec, UpdateAgentRequest, WithdrawInputRequest,
-        claim_turn_reply::Verdict,
+        ReadEventsRequest, ReleaseTurnRequest, SendEventsRequest, SentEvent, SentMessage, Session, TerminateRequest, TurnSpec,
+        UpdateAgentRequest, WithdrawInputRequest, claim_turn_reply::Verdict, sent_event::Kind as Sent,
     },
     session::{
         DecisionRequested, DecisionSettled, InputSettled, Output, SessionEvent, StopReason, TurnEnded, TurnStarted, session_event::Kind,
@@ -310,6 +310,58 @@ async fn a_turns_end_completes_the_session_and_one_of_racing_prompts_wins() {
     assert_eq!((refused.code, refused.message.as_str()), (ErrorCode::Conflict, "Session already has a pending turn"));
     let now = world.get(&session, 0).await;
     assert_eq!((now.turn_count, now.status.as_str(), now.exit_code), (2, "pending", None));
+}
+
+/// No sandbox is deleted here: there is no runner.
+#[tokio::test]
+async fn a_terminated_session_loses_its_model_tokens_before_its_sandbox() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    world.heartbeat(world.lease, true, Vec::new()).await;
+    let claim = ClaimTurnRequest {
+        session_id: session.clone(),
+        turn: 1,
+        runner: "r".to_owned(),
+        runner_lease: world.lease.to_string(),
+        public_key: vec![9; 32],
+        model_token_hash: vec![7; 32],
+    };
+    world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap();
+    let revoked = async || {
+        let revoked = sqlx::query_scalar::<_, bool>("select revoked_at is not null from vault.model_token");
+        revoked.fetch_all(&mut world.database.admin().await.unwrap()).await.unwrap()
+    };
+    assert_eq!(revoked().await, [false]);
+    let request = TerminateRequest { user_id: world.user.to_string(), session_id: session };
+    world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap();
+    eventually("the token is revoked", || async { revoked().await == [true] }).await;
+}
+
+/// A message that wakes an idle session counts as a creation does.
+#[tokio::test]
+async fn messages_to_idle_sessions_are_subject_to_the_quota() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let mut replies = Vec::new();
+    for _ in 0..3 {
+        let idle = CreateSessionRequest { is_v1: true, prompt: String::new(), ..world.session_of(&agent, 2) };
+        let session_id = world.gateway.call::<rpc::CreateSession>(&idle, SOON).await.unwrap().session.unwrap().session_id;
+        let message = SentMessage { text: "echo".to_owned(), ..SentMessage::default() };
+        let send = SendEventsRequest {
+            user_id: world.user.to_string(),
+            session_id,
+            events: vec![SentEvent { kind: Some(Sent::Message(message)) }],
+            timeout_seconds: 60,
+            session_limit: Some(2),
+            ..SendEventsRequest::default()
+        };
+        // The second message of a session is queued: it is active already.
+        for _ in 0..2 {
+            replies.push(world.gateway.call::<rpc::SendEvents>(&send, SOON).await.map(drop).map_err(|failure| failure.code));
+        }
+    }
+    assert_eq!(replies, [Ok(()), Ok(()), Ok(()), Ok(()), Err(ErrorCode::ResourceExhausted), Err(ErrorCode::ResourceExhausted)]);
+    world.counts_are_right().await;
 }
 
 #[tokio::test]

@@ -722,6 +722,9 @@ pub struct SendEventsRequest {
     /// Of each turn that a message begins.
     #[prost(uint32, tag = "6")]
     pub timeout_seconds: u32,
+    /// The user's quota of active sessions, which a message that wakes an idle session counts towards.
+    #[prost(uint32, optional, tag = "9")]
+    pub session_limit: ::core::option::Option<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SentEvent {

@@ -70,6 +70,7 @@ pub async fn send(
         once: Some(key.once_or_own(&body)),
         key_id: caller.key_id,
         timeout_seconds: TIMEOUT_SECONDS_MAX,
+        session_limit: Some(caller.session_limit.unwrap_or(app.config.default_session_limit)),
     };
     let SendEventsReply { inputs, replayed } = app.call::<rpc::SendEvents>(&request).await?;
     let data = events.into_iter().zip(inputs).map(|(event, input)| shown(&event, &input)).collect();
