@@ -188,6 +188,30 @@ rpcs! {
     DeleteSession: scheduler::DeleteSessionRequest => common::Empty, "aod.rpc.scheduler.v1.session.delete", idempotent: false;
     /// Returns a page of a session's event log.
     ReadEvents: scheduler::ReadEventsRequest => scheduler::ReadEventsReply, "aod.rpc.scheduler.v1.session.events", idempotent: true;
+    /// Creates a vault.
+    CreateVault: scheduler::CreateVaultRequest => scheduler::Vault, "aod.rpc.scheduler.v1.vault.create", idempotent: true;
+    /// Returns a vault.
+    GetVault: scheduler::GetVaultRequest => scheduler::Vault, "aod.rpc.scheduler.v1.vault.get", idempotent: true;
+    /// Changes the name or the metadata of a vault.
+    UpdateVault: scheduler::UpdateVaultRequest => scheduler::Vault, "aod.rpc.scheduler.v1.vault.update", idempotent: true;
+    /// Lists the vaults of a user, newest first.
+    ListVaults: scheduler::ListRequest => scheduler::ListVaultsReply, "aod.rpc.scheduler.v1.vault.list", idempotent: true;
+    /// Archives a vault with its credentials, whose secrets are deleted.
+    ArchiveVault: scheduler::GetVaultRequest => scheduler::Vault, "aod.rpc.scheduler.v1.vault.archive", idempotent: true;
+    /// Deletes a vault with its credentials.
+    DeleteVault: scheduler::GetVaultRequest => common::Empty, "aod.rpc.scheduler.v1.vault.delete", idempotent: false;
+    /// Adds a credential to a vault.
+    CreateVaultCredential: scheduler::CreateVaultCredentialRequest => scheduler::VaultCredential, "aod.rpc.scheduler.v1.vault_credential.create", idempotent: true;
+    /// Returns a credential of a vault, without its secret.
+    GetVaultCredential: scheduler::GetVaultCredentialRequest => scheduler::VaultCredential, "aod.rpc.scheduler.v1.vault_credential.get", idempotent: true;
+    /// Changes a credential of a vault.
+    UpdateVaultCredential: scheduler::UpdateVaultCredentialRequest => scheduler::VaultCredential, "aod.rpc.scheduler.v1.vault_credential.update", idempotent: true;
+    /// Lists the credentials of a vault, newest first.
+    ListVaultCredentials: scheduler::ListVaultCredentialsRequest => scheduler::ListVaultCredentialsReply, "aod.rpc.scheduler.v1.vault_credential.list", idempotent: true;
+    /// Archives a credential, whose secret is deleted.
+    ArchiveVaultCredential: scheduler::GetVaultCredentialRequest => scheduler::VaultCredential, "aod.rpc.scheduler.v1.vault_credential.archive", idempotent: true;
+    /// Deletes a credential.
+    DeleteVaultCredential: scheduler::GetVaultCredentialRequest => common::Empty, "aod.rpc.scheduler.v1.vault_credential.delete", idempotent: false;
     /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what is needed to run it. For runners.
     ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", idempotent: true;
     /// Releases a turn, with the reason where an attempt failed. For runners.

@@ -77,6 +77,12 @@ ids! {
     InputId,
     /// A row of the vault.
     SecretId,
+    /// A vault of the Managed Agents API.
+    VaultId,
+    /// A credential in such a vault.
+    VaultCredentialId,
+    /// An uploaded file, or one that an agent wrote.
+    FileId,
     /// The right to have some secrets unsealed for one piece of work.
     LeaseId,
 }

@@ -20,6 +20,7 @@ pub mod session;
 pub mod skill;
 pub mod sprite_name;
 pub mod timestamp;
+pub mod vault;
 
 pub use agent::{McpServer, Skill};
 pub use api_key::{ApiKey, KeyHash, MalformedKey};
@@ -28,7 +29,7 @@ pub use console_token::ConsoleToken;
 pub use credential::CredentialKind;
 pub use environment::{Networking, PackageManager};
 pub use error::ErrorCode;
-pub use id::{AgentId, EnvironmentId, InputId, KeyId, LeaseId, SecretId, SessionId, UserId};
+pub use id::{AgentId, EnvironmentId, FileId, InputId, KeyId, LeaseId, SecretId, SessionId, UserId, VaultCredentialId, VaultId};
 pub use input::{InputKind, InputStatus, RequestStatus, Verdict, WhenBusy};
 pub use model::{ModelRef, Provider, Runtime};
 pub use partition::Partition;

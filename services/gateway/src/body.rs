@@ -440,7 +440,7 @@ impl Fields {
 
 /// Fields whose contents no answer shows, not even the one that refuses them (docs/api.md §3 to §6).
 fn is_secret(name: &str) -> bool {
-    matches!(name, "authorization_token" | "env" | "env_vars" | "headers" | "secret_env_vars" | "value")
+    matches!(name, "authorization_token" | "env" | "env_vars" | "headers" | "secret_env_vars" | "secret_value" | "token" | "value")
 }
 
 /// What an error shows of a value: its beginning, without secrets. `left` is what it may still take, in bytes.

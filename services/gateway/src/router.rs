@@ -75,6 +75,12 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(v1::sessions::get, v1::sessions::update, v1::sessions::delete))
         .routes(routes!(v1::sessions::archive))
         .routes(routes!(v1::sessions::resources))
+        .routes(routes!(v1::vaults::list, v1::vaults::create))
+        .routes(routes!(v1::vaults::get, v1::vaults::update, v1::vaults::delete))
+        .routes(routes!(v1::vaults::archive))
+        .routes(routes!(v1::vault_credentials::list, v1::vault_credentials::create))
+        .routes(routes!(v1::vault_credentials::get, v1::vault_credentials::update, v1::vault_credentials::delete))
+        .routes(routes!(v1::vault_credentials::archive))
         .split_for_parts();
     (router, openapi::complete(document))
 }

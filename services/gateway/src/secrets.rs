@@ -20,6 +20,8 @@ pub enum Kind {
     McpServers,
     /// A session's own variables, and its repositories' tokens.
     Session,
+    /// A credential of a vault of `/v1`.
+    VaultCredential,
 }
 
 impl Kind {
@@ -28,6 +30,7 @@ impl Kind {
             Self::EnvVars => "env_vars",
             Self::McpServers => "mcp_servers",
             Self::Session => "session",
+            Self::VaultCredential => types::vault::DOCUMENT_KIND,
         }
     }
 }

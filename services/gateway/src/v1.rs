@@ -18,6 +18,8 @@ pub mod sessions;
 pub mod thread;
 pub mod threads;
 pub mod tools;
+pub mod vault_credentials;
+pub mod vaults;
 
 use types::Timestamp;
 

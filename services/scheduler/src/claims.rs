@@ -25,7 +25,7 @@ use uuid::Uuid;
 use crate::{
     Scheduler, event_log, positions,
     sessions::row::{SessionRow, lock, missing, partition},
-    unsigned,
+    unsigned, vaults,
 };
 
 const REASON_CHARS_MAX: usize = 1000;
@@ -153,7 +153,8 @@ async fn specification(
     let timeout_seconds = unsigned(turn.timeout_seconds);
     let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]).collect::<Vec<_>>();
     let secrets = [turn.env_vars_secret_id, turn.mcp_secret_id, turn.secret_id];
-    let secrets = secrets.iter().flatten().map(ToString::to_string).collect();
+    let of_vaults = vaults::secrets(&scheduler.pool, &session.vault_ids).await?;
+    let secrets = secrets.into_iter().flatten().chain(of_vaults).map(|id| id.to_string()).collect();
     let life = PROVISIONING_MAX + SETTLE_GRACE + Duration::from_secs(u64::from(timeout_seconds));
     let grant = Grant {
         user: UserId::from_uuid(session.user_id),
@@ -167,6 +168,7 @@ async fn specification(
         model_token_hash,
     };
     let lease_id = mint(scheduler, grant).await?;
+    let may_change = session.agent_version < 0 || session.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
     let empty = || Value::Object(serde_json::Map::new());
     Ok(TurnSpec {
         sprite: session.sprite,
@@ -193,6 +195,7 @@ async fn specification(
         working_directory: turn.working_directory,
         permissions: turn.permissions.map(|permissions| permissions.to_string()).unwrap_or_default(),
         input_id: turn.input_id.map(|id| id.to_string()).unwrap_or_default(),
+        may_change,
     })
 }
 

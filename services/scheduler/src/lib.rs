@@ -29,6 +29,7 @@ mod sessions;
 mod streams;
 mod termination;
 mod usage;
+mod vaults;
 
 use std::{num::NonZeroU8, sync::Arc, time::Duration};
 
@@ -125,6 +126,7 @@ const MIGRATIONS: &[store::Step] = &[
     (61, "session updates", include_str!("../../../migrations/scheduler/0061_session_updates.sql")),
     (70, "where turns begin", include_str!("../../../migrations/scheduler/0070_where_turns_begin.sql")),
     (90, "working directory", include_str!("../../../migrations/scheduler/0090_working_directory.sql")),
+    (120, "vaults", include_str!("../../../migrations/scheduler/0120_vaults.sql")),
     (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
 ];
 
@@ -213,6 +215,18 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::Decide, _, _>(inputs::decide).await?;
     responder.serve::<rpc::FetchInputs, _, _>(inputs::fetch).await?;
     responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
+    responder.serve::<rpc::CreateVault, _, _>(vaults::create).await?;
+    responder.serve::<rpc::GetVault, _, _>(vaults::get).await?;
+    responder.serve::<rpc::UpdateVault, _, _>(vaults::update).await?;
+    responder.serve::<rpc::ListVaults, _, _>(vaults::list).await?;
+    responder.serve::<rpc::ArchiveVault, _, _>(vaults::archive).await?;
+    responder.serve::<rpc::DeleteVault, _, _>(vaults::delete).await?;
+    responder.serve::<rpc::CreateVaultCredential, _, _>(vaults::create_credential).await?;
+    responder.serve::<rpc::GetVaultCredential, _, _>(vaults::get_credential).await?;
+    responder.serve::<rpc::UpdateVaultCredential, _, _>(vaults::update_credential).await?;
+    responder.serve::<rpc::ListVaultCredentials, _, _>(vaults::list_credentials).await?;
+    responder.serve::<rpc::ArchiveVaultCredential, _, _>(vaults::archive_credential).await?;
+    responder.serve::<rpc::DeleteVaultCredential, _, _>(vaults::delete_credential).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
     responder.serve::<rpc::Heartbeat, _, _>(claims::heartbeat).await?;
     responder.serve::<rpc::ReleaseTurn, _, _>(claims::release).await?;

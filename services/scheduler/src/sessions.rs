@@ -20,7 +20,7 @@ use self::row::{SessionRow, find, lock, missing, partition, session_columns};
 use crate::{
     Scheduler, agents, environments, event_log, inputs, once, parsed_json,
     positions::{projected_through, wait_until_projected},
-    quota, secret_id, usage,
+    quota, secret_id, usage, vaults,
 };
 
 /// What a new session takes from its agent and environment.
@@ -100,6 +100,8 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     let runtime: Runtime = runtime.parse().map_err(|()| Failure::internal(format!("agent {agent} has an unknown runtime")))?;
     let mut brought = template.env_var_names.unwrap_or_default();
     brought.extend(request.secret_env_var_names);
+    let vault_ids = if request.vault_ids.is_empty() { Value::Array(Vec::new()) } else { parsed_json(&request.vault_ids)? };
+    brought.extend(vaults::check(tx, user, &vault_ids).await?);
     check_credentials(runtime, &request.credential_kinds, &brought)?;
     let model = ModelRef::parse(runtime, model).map_err(Failure::internal)?;
     let agent_version = match own {
@@ -139,7 +141,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .bind(status.as_str())
     .bind(turn_count)
     .bind(&request.title)
-    .bind(if request.vault_ids.is_empty() { Value::Array(Vec::new()) } else { parsed_json(&request.vault_ids)? })
+    .bind(vault_ids)
     .fetch_one(&mut *tx)
     .await
     .map_err(|error| {

@@ -9,6 +9,7 @@ use contract::{
 use prost::Message as _;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
 use types::{Runtime, SessionId, limits::KILL_GRACE};
 use zeroize::Zeroizing;
 
@@ -78,12 +79,32 @@ impl Agent {
 
     /// The specification of the session's host. Later variables win: stored credentials, what the runtime and we set, the environment's
     /// variables, the session's own.
-    pub fn spec(&self, secrets: &Secrets) -> Zeroizing<Vec<u8>> {
+    pub fn spec(&self, secrets: &Secrets, revision: String) -> Zeroizing<Vec<u8>> {
         let plain = self.plain_vars.iter().map(|(name, value)| (name.clone(), SecretString::from(value.as_str())));
         let vars = secrets.credential_vars().into_iter().chain(plain).chain(secrets.vars());
         let env: Vec<Variable> = vars.map(|(name, value)| Variable { name, value: value.expose_secret().to_owned() }).collect();
         let append_path = program_folders(&env);
-        Zeroizing::new(Spec { env, append_path, ..self.spec.clone() }.encode_to_vec())
+        Zeroizing::new(Spec { env, append_path, revision, ..self.spec.clone() }.encode_to_vec())
+    }
+
+    /// Tells what an agent's process was started with: all but the token for the model gateway, which is another for each claim and stays
+    /// good.
+    pub fn revision(&self, secrets: &Secrets, config: &[(&'static str, String)]) -> String {
+        let mut digest = Sha256::new().chain_update(self.spec.encode_to_vec());
+        let mut add = |text: &str| digest.update([&(text.len() as u64).to_be_bytes(), text.as_bytes()].concat());
+        for (name, value) in &self.plain_vars {
+            add(name);
+            add(value);
+        }
+        for (name, value) in secrets.vars() {
+            add(&name);
+            add(value.expose_secret());
+        }
+        for (path, content) in config {
+            add(path);
+            add(content);
+        }
+        digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// What begins a turn. A turn that still runs was given up by everyone else.

@@ -111,8 +111,7 @@ impl Provisioning<'_> {
             let done = self.run_steps(Stage::ProvisionSetup, &steps, record, host).await;
             course.end(record, done).await?;
         }
-        let servers = runtimes::mcp_names(self.secrets.fill_in(self.setup.mcp_servers.clone()));
-        let config = self.adapter.config_files(&servers, self.models);
+        let config = self.config_files();
         if !config.is_empty() {
             stage(record, Stage::RuntimeConfig, self.write_config(config)).await?;
         }
@@ -121,6 +120,20 @@ impl Provisioning<'_> {
         {
             let done = self.add_skills(skills, record, host).await;
             course.end(record, done).await?;
+        }
+        Ok(())
+    }
+
+    /// The CLI's configuration, by path; it may hold secrets of MCP servers.
+    pub fn config_files(&self) -> Vec<(&'static str, String)> {
+        let servers = runtimes::mcp_names(self.secrets.fill_in(self.setup.mcp_servers.clone()));
+        self.adapter.config_files(&servers, self.models)
+    }
+
+    /// Writes the configuration anew, for an agent that may have changed since the turn before.
+    pub async fn renew_config(&self) -> Result<(), sprites::Error> {
+        for (path, content) in self.config_files() {
+            self.sprite.write(path, content, 0o600).await?;
         }
         Ok(())
     }

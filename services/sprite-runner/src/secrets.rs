@@ -13,7 +13,11 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
-use types::{CredentialKind, McpServer, Provider};
+use types::{
+    CredentialKind, McpServer, Provider,
+    agent::McpTransport,
+    vault::{self, AuthKind, CredentialDocument},
+};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::{Runner, mask::Masker};
@@ -58,6 +62,8 @@ impl ModelToken {
 #[derive(Debug)]
 pub struct Secrets {
     values: BTreeMap<String, SecretString>,
+    /// Of the session's vaults: one for each variable and each server.
+    credentials: Vec<CredentialDocument>,
     /// Where the deployment has a model gateway: the credentials that the agent's token stands for there.
     proxied: Vec<CredentialKind>,
     model_token: Option<ModelToken>,
@@ -74,15 +80,17 @@ impl Secrets {
         let reply = runner.bus.call::<rpc::RedeemLease>(&request, DEADLINE).await?;
         let plaintext = key.open(&reply.sealed, lease_id.as_bytes()).map_err(Failure::internal)?;
         let bundle = Bundle::decode(plaintext.as_slice()).map_err(Failure::internal)?;
-        let mut values = BTreeMap::new();
+        let (mut values, mut credentials) = (BTreeMap::new(), Vec::new());
         for mut secret in bundle.secrets {
-            if let Ok(text) = std::str::from_utf8(&secret.value) {
+            if secret.kind == vault::DOCUMENT_KIND {
+                credentials.extend(serde_json::from_slice::<CredentialDocument>(&secret.value).ok());
+            } else if let Ok(text) = std::str::from_utf8(&secret.value) {
                 values.insert(std::mem::take(&mut secret.kind), SecretString::from(text));
             }
             secret.value.zeroize();
         }
         let proxied = bundle.proxied_kinds.iter().filter_map(|kind| kind.parse().ok()).collect();
-        Ok(Self { values, proxied, model_token: None })
+        Ok(Self { values, credentials, proxied, model_token: None })
     }
 
     /// With the token that was named in the claim of these secrets.
@@ -93,6 +101,7 @@ impl Secrets {
     /// Finds every value in texts.
     pub fn masker(&self) -> Masker {
         let mut values: Vec<Zeroizing<String>> = Vec::new();
+        values.extend(self.credentials.iter().map(|credential| credential.value.clone().into()));
         values.extend(self.model_token.iter().map(|token| token.0.expose_secret().to_owned().into()));
         for (kind, secret) in &self.values {
             match kind.as_str() {
@@ -129,11 +138,20 @@ impl Secrets {
         self.values.get(kind).and_then(|text| serde_json::from_str(text.expose_secret()).ok()).unwrap_or_default()
     }
 
-    /// The environment's variables, then the session's own, which override them.
+    /// The environment's variables, then those of vaults, then the session's own: later ones override.
     pub fn vars(&self) -> Vec<(String, SecretString)> {
         let environment: BTreeMap<String, String> = self.document(ENV_VARS);
         let session: SessionDocument = self.document(SESSION);
-        environment.into_iter().chain(session.env).map(|(name, value)| (name, value.into())).collect()
+        let of_vaults = self.credentials.iter().filter(|credential| credential.kind == AuthKind::EnvironmentVariable);
+        let of_vaults = of_vaults.map(|credential| (credential.key.clone(), credential.value.clone()));
+        environment.into_iter().chain(of_vaults).chain(session.env).map(|(name, value)| (name, value.into())).collect()
+    }
+
+    /// The token that a vault holds for an MCP server.
+    fn bearer(&self, url: &str) -> Option<&str> {
+        let url = vault::normal_url(url)?;
+        let is_for = |credential: &&CredentialDocument| credential.kind == AuthKind::StaticBearer && credential.key == url;
+        self.credentials.iter().find(is_for).map(|credential| credential.value.as_str())
     }
 
     /// The tokens of repositories, by the path that those lie at.
@@ -148,6 +166,12 @@ impl Secrets {
         for server in &mut servers {
             if let Some(values) = values.get(&server.name) {
                 server.secrets_mut().extend(values.clone());
+            }
+            if let McpTransport::Url { url, headers } = &mut server.transport
+                && let Some(token) = self.bearer(url)
+            {
+                headers.retain(|name, _| !name.eq_ignore_ascii_case("authorization"));
+                headers.insert("Authorization".to_owned(), format!("Bearer {token}"));
             }
         }
         servers
@@ -186,7 +210,7 @@ mod tests {
 
     fn secrets(proxied: &[CredentialKind], env: &str) -> Secrets {
         let values = BTreeMap::from([(SESSION.to_owned(), SecretString::from(env))]);
-        Secrets { values, proxied: proxied.to_vec(), model_token: Some(ModelToken::generate().unwrap()) }
+        Secrets { values, credentials: Vec::new(), proxied: proxied.to_vec(), model_token: Some(ModelToken::generate().unwrap()) }
     }
 
     #[test]
@@ -202,5 +226,26 @@ mod tests {
         assert_eq!(names(&own), ["OPENAI_API_KEY"]);
         assert!(!own.is_proxied(Provider::Anthropic) && own.is_proxied(Provider::Openai));
         assert_ne!(proxied.model_token.unwrap().hash(), own.model_token.unwrap().hash());
+    }
+
+    #[test]
+    fn credentials_of_vaults_become_variables_and_the_authorization_of_their_server() {
+        let credential = |kind, key: &str, value: &str| CredentialDocument { kind, key: key.to_owned(), value: value.to_owned() };
+        let mut secrets = secrets(&[], r#"{"env":{"A":"session"}}"#);
+        secrets.values.insert(ENV_VARS.to_owned(), r#"{"A":"environment","B":"environment"}"#.into());
+        secrets.credentials = vec![
+            credential(AuthKind::EnvironmentVariable, "B", "vault"),
+            credential(AuthKind::StaticBearer, "https://mcp.example/sse", "token"),
+        ];
+        let vars: BTreeMap<String, String> =
+            secrets.vars().into_iter().map(|(name, value)| (name, value.expose_secret().to_owned())).collect();
+        assert_eq!(vars, BTreeMap::from([("A", "session"), ("B", "vault")].map(|(name, value)| (name.to_owned(), value.to_owned()))));
+        let server = |url: &str| {
+            let headers = BTreeMap::from([("authorization".to_owned(), "Basic x".to_owned())]);
+            McpServer { name: "s".to_owned(), transport: McpTransport::Url { url: url.to_owned(), headers } }
+        };
+        let filled = |url: &str| secrets.fill_in(vec![server(url)]).remove(0).secrets().clone();
+        assert_eq!(filled("https://MCP.example:443/sse/"), BTreeMap::from([("Authorization".to_owned(), "Bearer token".to_owned())]));
+        assert_eq!(filled("https://mcp.example/other"), server("").secrets().clone());
     }
 }

@@ -188,14 +188,20 @@ async fn work(
         provisioning.create(record).await?;
     }
     let offset = record.checkpoint.journal_offset;
+    let revision = if spec.may_change { agent.revision(secrets, &provisioning.config_files()) } else { String::new() };
+    // Before a message is sent: what runs from the turn before is replaced where it is another.
+    let renews = spec.may_change && !started && !is_new;
+    if renews && let Err(error) = provisioning.renew_config().await {
+        return Err(Stopped::Released(format!("its sandbox does not take the agent's configuration: {error}")));
+    }
     let mut link = Link::open(Access {
         client: client.clone(),
         sprite: sprite.clone(),
         program: runner.program.clone(),
-        spec: agent.spec(secrets),
+        spec: agent.spec(secrets, revision),
         // A set-up's journal is read again by each runner: what a failed script said is told.
         from: if is_new { 0 } else { offset },
-        may_run: offset > 0,
+        may_run: offset > 0 && !renews,
         may_skip: !started,
     });
     let mut position = 0;

@@ -31,3 +31,4 @@ mod streams;
 mod supervision;
 mod tls;
 mod transport;
+mod v1;

@@ -1,5 +1,7 @@
 //! Every agent CLI, for real, against the scripted model: a tool, a conversation that goes on, an MCP server, a key that is refused.
 
+use std::sync::{Arc, Mutex};
+
 use futures::future::join_all;
 use serde_json::{Value, json};
 use system_tests::{Options, Stack};
@@ -164,11 +166,12 @@ async fn every_cli_is_refused(stack: &Stack, keys: &Value) {
     join_all(runs).await;
 }
 
-/// An MCP server over HTTP, outside of the sandbox, that wants a header.
-async fn mcp_over_http() -> (String, u16, JoinSet<std::io::Result<()>>) {
-    use axum::{Json, http::HeaderMap, http::StatusCode, response::IntoResponse as _, routing::post};
-    let answer = async |headers: HeaderMap, Json(message): Json<Value>| {
-        if headers.get("authorization").and_then(|value| value.to_str().ok()) != Some("Bearer a-secret-token") {
+/// An MCP server over HTTP, outside of the sandbox, that wants a header with this token.
+pub async fn mcp_over_http(token: Arc<Mutex<String>>) -> (String, u16, JoinSet<std::io::Result<()>>) {
+    use axum::{Json, extract::State, http::HeaderMap, http::StatusCode, response::IntoResponse as _, routing::post};
+    let answer = async |State(token): State<Arc<Mutex<String>>>, headers: HeaderMap, Json(message): Json<Value>| {
+        let expected = format!("Bearer {}", token.lock().unwrap());
+        if headers.get("authorization").and_then(|value| value.to_str().ok()) != Some(&expected) {
             return StatusCode::UNAUTHORIZED.into_response();
         }
         if message.get("id").is_none() {
@@ -192,7 +195,7 @@ async fn mcp_over_http() -> (String, u16, JoinSet<std::io::Result<()>>) {
         };
         Json(json!({ "jsonrpc": "2.0", "id": message["id"], "result": result })).into_response()
     };
-    let router = axum::Router::new().route("/mcp", post(answer));
+    let router = axum::Router::new().route("/mcp", post(answer)).with_state(token);
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let mut server = JoinSet::new();
@@ -202,7 +205,7 @@ async fn mcp_over_http() -> (String, u16, JoinSet<std::io::Result<()>>) {
 
 #[tokio::test]
 async fn every_cli_calls_an_mcp_server_over_http_and_knows_its_skills() {
-    let (url, port, _server) = mcp_over_http().await;
+    let (url, port, _server) = mcp_over_http(Arc::new(Mutex::new("a-secret-token".to_owned()))).await;
     let stack = Stack::start(MODEL.reaching(&[port])).await.unwrap();
     let runs = RUNTIMES.map(async |(runtime, model)| {
         let servers = json!([{ "name": "echo", "type": "url", "url": url, "headers": { "Authorization": "Bearer a-secret-token" } }]);

@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use contract::host::{Spec, output::Stream, record, turn_ended::Reason};
+use contract::host::{Input, Spec, Stop, input, output::Stream, record, turn_ended::Reason};
 use journal::{Decoder, Frame};
 use prost::Message as _;
 use rustix::{
@@ -50,6 +50,9 @@ const DRAIN_MS: u64 = 2_000;
 const LATE_MAX: usize = 64;
 const AWAKE_MS: u64 = 60_000;
 const JOURNAL_BYTES_MAX: u64 = 1 << 30;
+/// How long a host with another specification may take to end: longer than a CLI is given.
+const RESTART_MS: u64 = 20_000;
+const RESTART_POLL_MS: u64 = 5;
 
 pub fn lock_path(dir: &Path) -> PathBuf {
     dir.join("lock")
@@ -57,6 +60,11 @@ pub fn lock_path(dir: &Path) -> PathBuf {
 
 pub fn socket_path(dir: &Path) -> PathBuf {
     dir.join("sock")
+}
+
+/// The revision of the specification of the host that runs, or ran last.
+fn revision_path(dir: &Path) -> PathBuf {
+    dir.join("revision")
 }
 
 pub fn journal_path(dir: &Path) -> PathBuf {
@@ -73,6 +81,10 @@ pub fn start(dir: &Path, spec: &Path, user: &str) -> Result<(), String> {
     let mut spec = Spec::decode(bytes.as_slice()).map_err(|error| format!("the specification is not valid: {error}"))?;
     if spec.user.is_empty() {
         user.clone_into(&mut spec.user);
+    }
+    let former = fs::read_to_string(revision_path(dir)).unwrap_or_default();
+    if !spec.revision.is_empty() && spec.revision != former {
+        end_running(dir)?;
     }
     let mut command = Command::new(process::SELF);
     command
@@ -97,6 +109,26 @@ pub fn start(dir: &Path, spec: &Path, user: &str) -> Result<(), String> {
         "" => Err("the host ended before it served".to_owned()),
         message => Err(message.to_owned()),
     }
+}
+
+/// Ends a host that runs under another specification, and waits until it is gone.
+fn end_running(dir: &Path) -> Result<(), String> {
+    // Without a host there is nobody to connect to.
+    let Ok(mut stream) = UnixStream::connect(socket_path(dir)) else { return Ok(()) };
+    // Unlike any before, since a host ignores an id that it knows.
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let id = format!("restart-{}-{}", since_epoch.as_nanos(), std::process::id());
+    let stop = Input { id, kind: Some(input::Kind::Stop(Stop {})) };
+    let _ = stream.set_write_timeout(Some(Duration::from_secs(5)));
+    stream.write_all(&journal::input_frame(&stop)).map_err(|error| format!("cannot end the running host: {error}"))?;
+    let lock = OpenOptions::new().write(true).open(lock_path(dir)).map_err(|error| format!("cannot open the lock: {error}"))?;
+    for _ in 0..RESTART_MS / RESTART_POLL_MS {
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(RESTART_POLL_MS));
+    }
+    Err("the running host did not end".to_owned())
 }
 
 /// `agent-host run`: the host itself. Reads its specification from standard input, answers `ready`, `running` or an error, and serves.
@@ -212,6 +244,7 @@ impl Host {
         let lost = if fs::read_to_string(&run_path).is_ok_and(|former| former != run) { Reason::SandboxLost } else { Reason::HostLost };
         let store = Store::open(&journal_path(dir), SEGMENT_BYTES).map_err(|error| failed("cannot open the journal", error))?;
         fs::write(&run_path, run).map_err(|error| failed("cannot write to the folder", error))?;
+        fs::write(revision_path(dir), &spec.revision).map_err(|error| failed("cannot write to the folder", error))?;
         process::end_marked(&user, &spec.session_id);
 
         let _ = fs::remove_file(socket_path(dir));

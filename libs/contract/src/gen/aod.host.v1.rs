@@ -62,6 +62,10 @@ pub struct Spec {
     /// A file of the user's to which a line is appended for each MCP server that did not start; what is added becomes error events.
     #[prost(string, tag = "20")]
     pub mcp_failures: ::prost::alloc::string::String,
+    /// What this specification is known by. `agent-host start` with another one ends a host that runs and starts anew; empty: a host that runs
+    /// stays as it is.
+    #[prost(string, tag = "21")]
+    pub revision: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]

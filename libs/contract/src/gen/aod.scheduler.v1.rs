@@ -1025,6 +1025,9 @@ pub struct TurnSpec {
     /// Where the session named one.
     #[prost(string, optional, tag = "19")]
     pub working_directory: ::core::option::Option<::prost::alloc::string::String>,
+    /// Whether the agent, or what it is given, may be another than in the turn before.
+    #[prost(bool, tag = "24")]
+    pub may_change: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {
@@ -1104,4 +1107,153 @@ pub struct SessionChanged {
     /// Of a turn that ended.
     #[prost(message, optional, tag = "7")]
     pub usage: ::core::option::Option<super::super::session::v1::Usage>,
+}
+/// A vault of /v1: credentials that sessions may be given.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Vault {
+    #[prost(string, tag = "1")]
+    pub vault_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub display_name: ::prost::alloc::string::String,
+    /// JSON: {name: text}.
+    #[prost(string, tag = "3")]
+    pub metadata: ::prost::alloc::string::String,
+    #[prost(int64, tag = "4")]
+    pub created_at_us: i64,
+    #[prost(int64, tag = "5")]
+    pub updated_at_us: i64,
+    #[prost(int64, optional, tag = "6")]
+    pub archived_at_us: ::core::option::Option<i64>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateVaultRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    /// Chosen by the caller: creating it again is the same as creating it once.
+    #[prost(string, tag = "2")]
+    pub vault_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub display_name: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub metadata: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetVaultRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vault_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateVaultRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vault_id: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "3")]
+    pub display_name: ::core::option::Option<::prost::alloc::string::String>,
+    /// JSON, merged per key; an empty text deletes a key.
+    #[prost(string, optional, tag = "4")]
+    pub metadata: ::core::option::Option<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListVaultsReply {
+    #[prost(message, repeated, tag = "1")]
+    pub vaults: ::prost::alloc::vec::Vec<Vault>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
+}
+/// A credential of a vault, without its secret.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VaultCredential {
+    #[prost(string, tag = "1")]
+    pub credential_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vault_id: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "3")]
+    pub display_name: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, tag = "4")]
+    pub metadata: ::prost::alloc::string::String,
+    /// JSON, as /v1 shows it.
+    #[prost(string, tag = "5")]
+    pub auth: ::prost::alloc::string::String,
+    #[prost(int64, tag = "6")]
+    pub created_at_us: i64,
+    #[prost(int64, tag = "7")]
+    pub updated_at_us: i64,
+    #[prost(int64, optional, tag = "8")]
+    pub archived_at_us: ::core::option::Option<i64>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateVaultCredentialRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vault_id: ::prost::alloc::string::String,
+    /// Chosen by the caller: creating it again is the same as creating it once.
+    #[prost(string, tag = "3")]
+    pub credential_id: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "4")]
+    pub display_name: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, tag = "5")]
+    pub metadata: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub auth: ::prost::alloc::string::String,
+    /// One of types::AuthKind.
+    #[prost(string, tag = "7")]
+    pub kind: ::prost::alloc::string::String,
+    /// What is unique among a vault's active credentials of a kind: a variable's name, or a server's URL as types::normal_url has it.
+    #[prost(string, tag = "8")]
+    pub key: ::prost::alloc::string::String,
+    /// Where the vault keeps the secret.
+    #[prost(string, tag = "9")]
+    pub secret_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetVaultCredentialRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vault_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub credential_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateVaultCredentialRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vault_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub credential_id: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "4")]
+    pub display_name: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(bool, tag = "5")]
+    pub clear_display_name: bool,
+    /// JSON, merged per key; an empty text deletes a key.
+    #[prost(string, optional, tag = "6")]
+    pub metadata: ::core::option::Option<::prost::alloc::string::String>,
+    /// A new secret takes the place of the former one.
+    #[prost(string, optional, tag = "7")]
+    pub secret_id: ::core::option::Option<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListVaultCredentialsRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub vault_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub limit: u32,
+    #[prost(message, optional, tag = "4")]
+    pub after: ::core::option::Option<Cursor>,
+    #[prost(bool, tag = "5")]
+    pub include_archived: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListVaultCredentialsReply {
+    #[prost(message, repeated, tag = "1")]
+    pub credentials: ::prost::alloc::vec::Vec<VaultCredential>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
 }

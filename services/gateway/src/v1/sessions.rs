@@ -19,6 +19,7 @@ use sha2::{Digest as _, Sha256};
 use types::{
     Repository, SessionId, Timestamp,
     limits::{BODY_BYTES_MAX, TIMEOUT_SECONDS_MAX},
+    vault::VAULTS_OF_SESSION_MAX,
 };
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -282,9 +283,10 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         return Err(refused_field("agent.model", "cannot be null").because("agent_model_required"));
     }
     fields.finish()?;
-    if !vault_ids.is_empty() {
-        return Err(refused_field("vault_ids", "vaults are not supported yet"));
+    if vault_ids.len() > VAULTS_OF_SESSION_MAX {
+        return Err(refused_field("vault_ids", &format!("must hold at most {VAULTS_OF_SESSION_MAX} ids")));
     }
+    let vault_ids = vault_ids.iter().map(|id| Prefix::Vault.find(id)).collect::<Result<Vec<_>, _>>()?;
     let metadata = metadata::merged("{}", &patch).map_err(|why| refused_field("metadata", &why))?;
     let Some(ChosenAgent { id, version, overrides }) = agent else { return Err(refused_field("agent", "is required")) };
     let agent_id = Prefix::Agent.find(&id)?;
@@ -321,6 +323,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         agent_override: changed,
         initial_messages: messages,
         title,
+        vault_ids: text(&vault_ids),
         key_id: caller.key_id.clone(),
         ..CreateSessionRequest::default()
     };

@@ -44,6 +44,29 @@ fn turns_run_one_after_another_with_exact_output_and_status() {
 }
 
 #[test]
+fn another_specification_replaces_a_host_that_runs() {
+    let mut host = Host::shell();
+    let with = |host: &mut Host, revision: &str, value: &str| {
+        host.spec.revision = revision.to_owned();
+        host.spec.env = vec![Variable { name: "ROTATED".to_owned(), value: value.to_owned() }];
+        host.start();
+    };
+    with(&mut host, "a", "one");
+    let mut attached = host.attach(0);
+    assert_eq!(output(&attached.turn(1, "echo $ROTATED").0).0, "one\n");
+    // The same again changes nothing, as does one without a revision.
+    with(&mut host, "a", "ignored");
+    with(&mut host, "", "ignored");
+    assert_eq!(output(&attached.turn(2, "echo $ROTATED").0).0, "one\n");
+    for (turn, revision, value) in [(3, "b", "two"), (4, "a", "three"), (5, "b", "four")] {
+        with(&mut host, revision, value);
+        attached.until(|kind| matches!(kind, record::Kind::HostEnded(_)));
+        attached = host.attach(attached.decoder.offset());
+        assert_eq!(output(&attached.turn(turn, "echo $ROTATED").0).0, format!("{value}\n"));
+    }
+}
+
+#[test]
 fn a_reader_that_is_killed_loses_nothing() {
     let host = Host::shell();
     host.start();

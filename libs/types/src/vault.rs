@@ -1,0 +1,123 @@
+//! Credentials of vaults (docs/managed-agents-api.md): what a session's agent shows to others, by what it is for.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroize;
+
+/// The kind that documents of credentials are put into the credential vault with.
+pub const DOCUMENT_KIND: &str = "vault_credential";
+
+/// How many active credentials a vault may hold.
+pub const CREDENTIALS_MAX: i64 = 20;
+/// How many vaults a session may be given.
+pub const VAULTS_OF_SESSION_MAX: usize = 50;
+
+/// What a credential is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuthKind {
+    /// A variable of the agent.
+    EnvironmentVariable,
+    /// The `Authorization` of an MCP server.
+    StaticBearer,
+}
+
+impl AuthKind {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::EnvironmentVariable => "environment_variable",
+            Self::StaticBearer => "static_bearer",
+        }
+    }
+}
+
+/// A credential as the vault encrypts it. Cannot be printed; wiped when dropped.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CredentialDocument {
+    pub kind: AuthKind,
+    /// A variable's name, or a server's URL as [`normal_url`] has it.
+    pub key: String,
+    pub value: String,
+}
+
+impl fmt::Debug for CredentialDocument {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("CredentialDocument").field("kind", &self.kind).finish_non_exhaustive()
+    }
+}
+
+impl Drop for CredentialDocument {
+    fn drop(&mut self) {
+        self.value.zeroize();
+    }
+}
+
+/// A server's URL as credentials are matched by: scheme and host in lower case, without the default port, a slash at the end, or a
+/// fragment. None: it is no URL of HTTP with a host and without a user.
+#[must_use]
+pub fn normal_url(text: &str) -> Option<String> {
+    let (scheme, rest) = text.trim().split_once("://")?;
+    let scheme = scheme.to_ascii_lowercase();
+    let default_port = match scheme.as_str() {
+        "https" => ":443",
+        "http" => ":80",
+        _ => return None,
+    };
+    let rest = rest.split('#').next().unwrap_or_default();
+    let at = rest.find(['/', '?']).unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(at);
+    let authority = authority.to_ascii_lowercase();
+    let host = authority.strip_suffix(default_port).unwrap_or(&authority);
+    let plain = |c: char| !c.is_control() && !c.is_whitespace() && !"@\\<>\"".contains(c);
+    if host.is_empty() || host.starts_with(':') || !host.chars().all(plain) || !path.chars().all(plain) {
+        return None;
+    }
+    let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
+    let query = query.map(|query| format!("?{query}")).unwrap_or_default();
+    Some(format!("{scheme}://{host}{}{query}", path.trim_end_matches('/')))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn urls_that_mean_the_same_server_are_one() {
+        let normal = Some("https://mcp.example.com/sse".to_owned());
+        for text in ["https://mcp.example.com/sse", "HTTPS://MCP.Example.com:443/sse/", "https://mcp.example.com/sse#x"] {
+            assert_eq!(normal_url(text), normal, "{text}");
+        }
+        for other in [
+            "https://mcp.example.com/SSE",
+            "http://mcp.example.com/sse",
+            "https://mcp.example.com:8443/sse",
+            "https://mcp.example.com/sse?a=1",
+        ] {
+            assert!(normal_url(other).is_some_and(|url| Some(url) != normal), "{other}");
+        }
+        for bad in ["", "mcp.example.com", "ftp://a/", "https://", "https:///x", "https://u@h/", "https://a b/"] {
+            assert_eq!(normal_url(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_document_shows_no_value() {
+        let document = CredentialDocument { kind: AuthKind::StaticBearer, key: "k".to_owned(), value: "SENTINEL".to_owned() };
+        assert!(!format!("{document:?}").contains("SENTINEL"));
+        let text = serde_json::to_string(&document).unwrap();
+        assert_eq!(serde_json::from_str::<CredentialDocument>(&text).unwrap(), document);
+    }
+
+    proptest! {
+        #[test]
+        fn a_normal_url_is_its_own(text in "(https?://[a-zA-Z0-9.:/?#@ -]{0,30})|\\PC*") {
+            if let Some(normal) = normal_url(&text) {
+                prop_assert_eq!(normal_url(&normal), Some(normal.clone()));
+            }
+        }
+    }
+}

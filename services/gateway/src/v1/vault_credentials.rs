@@ -1,0 +1,446 @@
+//! Credentials in vaults of `/v1`. Secrets go to the credential vault and never come back.
+
+use axum::{
+    Json,
+    extract::{FromRequestParts, Path, State},
+    http::request::Parts,
+};
+use contract::{
+    common::Empty,
+    rpc,
+    scheduler::{
+        self, CreateVaultCredentialRequest, Cursor, GetVaultCredentialRequest, ListVaultCredentialsRequest, UpdateVaultCredentialRequest,
+    },
+};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use types::{
+    VaultCredentialId,
+    environment::{check_variable, is_variable},
+    limits::BODY_BYTES_MAX,
+    vault::{AuthKind, CredentialDocument, normal_url},
+};
+use utoipa::{IntoParams, ToSchema};
+
+use crate::{
+    App,
+    agents::json as text,
+    auth::Caller,
+    body::{Body, Fields},
+    error::ApiError,
+    secrets::Kind,
+    v1::{
+        environments::Deleted,
+        error::refused_field,
+        ids::{PathId, Prefix},
+        metadata,
+        page::{LIMITS, Page, PageParams, Wanted, page},
+        path::IdParams,
+        query::Query,
+        time,
+        vaults::NAME_CHARS_MAX,
+    },
+};
+
+const URL_CHARS_MAX: usize = 2048;
+/// A header of HTTP holds no more.
+const TOKEN_BYTES_MAX: usize = 16 * 1024;
+
+/// A credential of a vault: all but its secret.
+#[derive(Serialize, ToSchema)]
+#[schema(as = V1Credential)]
+pub struct Credential {
+    #[schema(example = "vcrd_011234567890123456789AbC")]
+    id: String,
+    #[schema(pattern = "^vault_credential$")]
+    r#type: &'static str,
+    vault_id: String,
+    display_name: Option<String>,
+    /// `environment_variable` with `secret_name`, or `static_bearer` with `mcp_server_url`.
+    #[schema(value_type = Object)]
+    auth: Value,
+    metadata: Map<String, Value>,
+    #[schema(format = DateTime)]
+    created_at: String,
+    #[schema(format = DateTime)]
+    updated_at: String,
+    #[schema(format = DateTime)]
+    archived_at: Option<String>,
+}
+
+impl From<scheduler::VaultCredential> for Credential {
+    fn from(credential: scheduler::VaultCredential) -> Self {
+        Self {
+            id: Prefix::Credential.of(&credential.credential_id),
+            r#type: "vault_credential",
+            vault_id: Prefix::Vault.of(&credential.vault_id),
+            display_name: credential.display_name,
+            auth: serde_json::from_str(&credential.auth).unwrap_or_default(),
+            metadata: metadata::shown(&credential.metadata),
+            created_at: time(credential.created_at_us),
+            updated_at: time(credential.updated_at_us),
+            archived_at: credential.archived_at_us.map(time),
+        }
+    }
+}
+
+/// A new credential. Of an update every field may be absent.
+#[derive(ToSchema)]
+#[schema(as = V1CredentialBody)]
+#[expect(dead_code, reason = "describes a body")]
+pub struct CredentialBody {
+    /// `{"type": "environment_variable", "secret_name", "secret_value", "networking": {"type": "unrestricted"}}`, or
+    /// `{"type": "static_bearer", "mcp_server_url", "token"}`
+    #[schema(value_type = Object)]
+    auth: Value,
+    #[schema(max_length = 255)]
+    display_name: Option<String>,
+    #[schema(value_type = Option<Object>)]
+    metadata: Option<Value>,
+}
+
+/// The ids of a vault and of a credential in it, as they are in a route's path.
+pub struct CredentialPath {
+    vault: String,
+    credential: String,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for CredentialPath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let ids = Path::<(String, String)>::from_request_parts(parts, state).await;
+        ids.map(|Path((vault, credential))| Self { vault, credential }).map_err(|_| ApiError::not_found("Resource"))
+    }
+}
+
+impl CredentialPath {
+    fn request(&self, caller: &Caller) -> Result<GetVaultCredentialRequest, ApiError> {
+        Ok(GetVaultCredentialRequest {
+            user_id: caller.user_id.clone(),
+            vault_id: Prefix::Vault.find(&self.vault)?,
+            credential_id: Prefix::Credential.find(&self.credential)?,
+        })
+    }
+}
+
+#[derive(IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "describes a path")]
+pub struct CredentialParams {
+    /// The vault's id
+    id: String,
+    /// The credential's id
+    credential_id: String,
+}
+
+// --- reading bodies ------------------------------------------------------------------------------
+
+/// What a body says of `auth`.
+#[derive(Debug, PartialEq)]
+struct Auth {
+    kind: AuthKind,
+    key: Option<String>,
+    /// As it is shown.
+    shown: Value,
+    /// The secret; of an update it may be absent.
+    value: Option<String>,
+}
+
+fn read_auth(auth: &mut Fields, is_new: bool) -> Option<Auth> {
+    match auth.named_string("type", BODY_BYTES_MAX)?.as_str() {
+        "environment_variable" => Some(read_variable(auth, is_new)),
+        "static_bearer" => Some(read_bearer(auth, is_new)),
+        "mcp_oauth" => {
+            auth.refuse("type", "mcp_oauth is not supported: use static_bearer");
+            None
+        }
+        _ => {
+            auth.refuse("type", "must be 'environment_variable' or 'static_bearer'");
+            None
+        }
+    }
+}
+
+/// A text that a new credential needs, and that an update may name.
+fn secret(auth: &mut Fields, name: &str, is_new: bool) -> Option<String> {
+    let value = if is_new { auth.named_string(name, BODY_BYTES_MAX) } else { auth.optional_string(name, BODY_BYTES_MAX) };
+    if value.as_deref() == Some("") {
+        auth.refuse(name, &format!("{name} must not be empty"));
+    }
+    if !is_new && auth.is_null(name) {
+        auth.refuse(name, "cannot be null");
+    }
+    value
+}
+
+fn read_variable(auth: &mut Fields, is_new: bool) -> Auth {
+    auth.allow_only(&["type", "secret_name", "secret_value", "networking", "injection_location"]);
+    let name = key(auth, "secret_name", is_new, NAME_CHARS_MAX);
+    if name.as_deref().is_some_and(|name| !is_variable(name)) {
+        auth.refuse("secret_name", "must be the name of a variable: letters, digits and _, and no digit first");
+    }
+    let value = secret(auth, "secret_value", is_new);
+    if let (Some(name), Some(value)) = (&name, &value)
+        && let Err(why) = check_variable(name, value)
+    {
+        auth.refuse("secret_name", &why.to_string());
+    }
+    if is_new && auth.value("networking").is_none() {
+        auth.refuse("networking", "networking is required");
+    }
+    auth.nested("networking", |networking| match networking.named_string("type", BODY_BYTES_MAX).as_deref() {
+        Some("unrestricted") => networking.allow_only(&["type"]),
+        // Accepted, it would promise what nothing enforces.
+        Some("limited") => networking.refuse(
+            "type",
+            "limited is not supported: the value is in the agent's environment and may go to any host that the environment allows",
+        ),
+        Some(_) => networking.refuse("type", "must be 'unrestricted'"),
+        None => {}
+    });
+    if auth.is_null("injection_location") {
+        auth.refuse("injection_location", "cannot be null");
+    }
+    auth.nested("injection_location", |location| {
+        location.allow_only(&["header", "body"]);
+        if !["header", "body"].into_iter().all(|part| location.optional_bool(part) == Some(true)) {
+            location.refuse("header", "header and body must both be true: the value is a variable of the agent, and may be used anywhere");
+        }
+    });
+    let shown = json!({
+        "type": AuthKind::EnvironmentVariable.as_str(),
+        "secret_name": name,
+        "networking": { "type": "unrestricted" },
+        "injection_location": { "header": true, "body": true },
+    });
+    Auth { kind: AuthKind::EnvironmentVariable, key: name, shown, value }
+}
+
+fn read_bearer(auth: &mut Fields, is_new: bool) -> Auth {
+    auth.allow_only(&["type", "mcp_server_url", "token"]);
+    let url = key(auth, "mcp_server_url", is_new, URL_CHARS_MAX);
+    let normal = url.as_deref().and_then(normal_url);
+    if url.is_some() && normal.is_none() {
+        auth.refuse("mcp_server_url", "must be an http or https URL without a user");
+    }
+    let value = secret(auth, "token", is_new);
+    if value.as_deref().is_some_and(|token| token.len() > TOKEN_BYTES_MAX || !token.bytes().all(|byte| (b'!'..=b'~').contains(&byte))) {
+        auth.refuse("token", &format!("must be at most {TOKEN_BYTES_MAX} printable ASCII characters without spaces"));
+    }
+    let shown = json!({ "type": AuthKind::StaticBearer.as_str(), "mcp_server_url": url });
+    Auth { kind: AuthKind::StaticBearer, key: normal, shown, value }
+}
+
+/// What a credential is for: it does not change.
+fn key(auth: &mut Fields, name: &str, is_new: bool, chars_max: usize) -> Option<String> {
+    if is_new {
+        return auth.named_string(name, chars_max);
+    }
+    if auth.value(name).is_some() {
+        auth.refuse(name, "cannot be changed: create another credential");
+    }
+    None
+}
+
+// --- routes --------------------------------------------------------------------------------------
+
+/// Add a credential to a vault
+///
+/// Its secret is encrypted by the vault and never shown.
+#[utoipa::path(post, path = "/v1/vaults/{id}/credentials", tag = "managed-agents", operation_id = "vault_credentials_create", params(IdParams), request_body = CredentialBody,
+    responses((status = 200, description = "The credential", body = Credential)))]
+pub async fn create(State(app): State<App>, caller: Caller, PathId(id): PathId, body: Body) -> Result<Json<Credential>, ApiError> {
+    let vault_id = Prefix::Vault.find(&id)?;
+    let mut fields = body.fields()?;
+    fields.allow_only(&["auth", "display_name", "metadata"]);
+    if fields.value("auth").is_none() {
+        fields.refuse("auth", "auth is required");
+    }
+    let auth = fields.nested("auth", |auth| read_auth(auth, true)).flatten();
+    let display_name = fields.optional_string("display_name", NAME_CHARS_MAX);
+    let patch = metadata::read(&mut fields);
+    fields.finish()?;
+    let Some(Auth { kind, key: Some(key), shown, value: Some(value) }) = auth else { return Err(refused_field("auth", "is incomplete")) };
+    let metadata = metadata::merged("{}", &patch.unwrap_or_default()).map_err(|why| refused_field("metadata", &why))?;
+    let document = CredentialDocument { kind, key: key.clone(), value };
+    let kept = app.keep(&caller.user_id, Kind::VaultCredential, &document, None).await?;
+    let request = CreateVaultCredentialRequest {
+        user_id: caller.user_id,
+        vault_id,
+        credential_id: VaultCredentialId::new().to_string(),
+        display_name,
+        metadata: text(&metadata),
+        auth: shown.to_string(),
+        kind: kind.as_str().to_owned(),
+        key,
+        secret_id: kept.id.clone(),
+    };
+    let reply = app.bus.call::<rpc::CreateVaultCredential>(&request, crate::RPC_DEADLINE).await;
+    app.forget_unless_used(Some(kept), &reply, |_| true).await;
+    Ok(Json(reply?.into()))
+}
+
+/// Get a credential
+#[utoipa::path(get, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_retrieve", params(CredentialParams),
+    responses((status = 200, description = "The credential, archived or not", body = Credential)))]
+pub async fn get(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Credential>, ApiError> {
+    Ok(Json(app.call::<rpc::GetVaultCredential>(&path.request(&caller)?).await?.into()))
+}
+
+/// Update a credential
+///
+/// A new secret reaches running sessions with their next turn.
+#[utoipa::path(post, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_update", params(CredentialParams), request_body = CredentialBody,
+    responses((status = 200, description = "The credential", body = Credential)))]
+pub async fn update(State(app): State<App>, caller: Caller, path: CredentialPath, body: Body) -> Result<Json<Credential>, ApiError> {
+    let GetVaultCredentialRequest { user_id, vault_id, credential_id } = path.request(&caller)?;
+    let mut fields = body.fields()?;
+    fields.allow_only(&["auth", "display_name", "metadata"]);
+    let auth = fields.nested("auth", |auth| read_auth(auth, false)).flatten();
+    let clear_display_name = fields.is_null("display_name");
+    let display_name = fields.optional_string("display_name", NAME_CHARS_MAX);
+    let patch = metadata::read(&mut fields);
+    fields.finish()?;
+    let current = app.call::<rpc::GetVaultCredential>(&path.request(&caller)?).await?;
+    if let Some(patch) = &patch {
+        metadata::merged(&current.metadata, patch).map_err(|why| refused_field("metadata", &why))?;
+    }
+    let kept = match auth {
+        None => None,
+        Some(auth) => {
+            let shown: Value = serde_json::from_str(&current.auth).unwrap_or_default();
+            if shown["type"] != auth.kind.as_str() {
+                return Err(refused_field("auth.type", "cannot be changed: create another credential"));
+            }
+            match auth.value {
+                None => None,
+                Some(value) => {
+                    let key = match auth.kind {
+                        AuthKind::EnvironmentVariable => shown["secret_name"].as_str().map(str::to_owned),
+                        AuthKind::StaticBearer => shown["mcp_server_url"].as_str().and_then(normal_url),
+                    };
+                    if let (AuthKind::EnvironmentVariable, Some(name)) = (auth.kind, &key) {
+                        check_variable(name, &value).map_err(|why| refused_field("auth.secret_value", &why.to_string()))?;
+                    }
+                    let document = CredentialDocument { kind: auth.kind, key: key.unwrap_or_default(), value };
+                    Some(app.keep(&user_id, Kind::VaultCredential, &document, None).await?)
+                }
+            }
+        }
+    };
+    let request = UpdateVaultCredentialRequest {
+        user_id,
+        vault_id,
+        credential_id,
+        display_name,
+        clear_display_name,
+        metadata: patch.as_ref().map(text),
+        secret_id: kept.as_ref().map(|kept| kept.id.clone()),
+    };
+    let reply = app.bus.call::<rpc::UpdateVaultCredential>(&request, crate::RPC_DEADLINE).await;
+    app.forget_unless_used(kept, &reply, |_| true).await;
+    Ok(Json(reply?.into()))
+}
+
+/// List the credentials of a vault, newest first
+#[utoipa::path(get, path = "/v1/vaults/{id}/credentials", tag = "managed-agents", operation_id = "vault_credentials_list", params(IdParams, PageParams),
+    responses((status = 200, description = "A page of credentials", body = Page<Credential>)))]
+pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Json<Page<Credential>>, ApiError> {
+    let wanted = Wanted::of_fixed_order(&query, LIMITS)?;
+    let request = ListVaultCredentialsRequest {
+        user_id: caller.user_id,
+        vault_id: Prefix::Vault.find(&id)?,
+        limit: wanted.limit,
+        after: wanted.after(),
+        include_archived: query.flag("include_archived")?,
+    };
+    let reply = app.call::<rpc::ListVaultCredentials>(&request).await?;
+    let cursor = |row: &scheduler::VaultCredential| Cursor { position: row.created_at_us, id: row.credential_id.clone() };
+    Ok(page(reply.credentials, reply.has_more, cursor, Credential::from))
+}
+
+/// Archive a credential, whose secret is deleted
+#[utoipa::path(post, path = "/v1/vaults/{id}/credentials/{credential_id}/archive", tag = "managed-agents", operation_id = "vault_credentials_archive", params(CredentialParams),
+    responses((status = 200, description = "The credential, archived now or before", body = Credential)))]
+pub async fn archive(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Credential>, ApiError> {
+    Ok(Json(app.call::<rpc::ArchiveVaultCredential>(&path.request(&caller)?).await?.into()))
+}
+
+/// Delete a credential
+#[utoipa::path(delete, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_delete", params(CredentialParams),
+    responses((status = 200, description = "The credential was deleted", body = Deleted)))]
+pub async fn delete(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Deleted>, ApiError> {
+    let Empty {} = app.call::<rpc::DeleteVaultCredential>(&path.request(&caller)?).await?;
+    Ok(Json(Deleted { id: path.credential, r#type: "vault_credential_deleted" }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(auth: Value, is_new: bool) -> Result<Auth, String> {
+        let mut fields = Body::from_json(&json!({ "auth": auth })).fields().unwrap();
+        let auth = fields.nested("auth", |auth| read_auth(auth, is_new)).flatten();
+        fields.finish().map_err(|error| format!("{error:?}"))?;
+        Ok(auth.unwrap())
+    }
+
+    #[test]
+    fn a_variable_is_read_and_its_value_is_not_shown() {
+        let unrestricted = json!({ "type": "unrestricted" });
+        let auth = json!({ "type": "environment_variable", "secret_name": "A", "secret_value": "SENTINEL", "networking": unrestricted });
+        let read_auth = read(auth, true).unwrap();
+        assert_eq!((read_auth.key.as_deref(), read_auth.value.as_deref()), (Some("A"), Some("SENTINEL")));
+        assert!(!read_auth.shown.to_string().contains("SENTINEL"));
+        let with = |name: &str, value: Value| {
+            let mut auth =
+                json!({ "type": "environment_variable", "secret_name": "A", "secret_value": "SENTINEL", "networking": unrestricted });
+            auth[name] = value;
+            read(auth, true)
+        };
+        for (name, value) in [
+            ("secret_name", json!("A-B")),
+            ("secret_name", json!("")),
+            ("secret_name", json!("AOD_TURN")),
+            ("secret_value", json!("")),
+            ("secret_value", json!("x\0")),
+            ("secret_value", Value::Null),
+            ("networking", json!({ "type": "limited", "allowed_hosts": ["a.example"] })),
+            ("networking", Value::Null),
+            ("networking", json!({})),
+            ("injection_location", json!({ "header": true })),
+            ("injection_location", Value::Null),
+            ("token", json!("t")),
+        ] {
+            let refused = with(name, value.clone()).unwrap_err();
+            assert!(!refused.contains("SENTINEL"), "{name} {value}: {refused}");
+        }
+        assert!(with("injection_location", json!({ "header": true, "body": true })).is_ok());
+    }
+
+    #[test]
+    fn a_bearer_is_kept_under_its_servers_normal_url() {
+        let bearer = |url: &str, token: &str| read(json!({ "type": "static_bearer", "mcp_server_url": url, "token": token }), true);
+        let auth = bearer("HTTPS://Mcp.Example:443/sse/", "t").unwrap();
+        assert_eq!(auth.key.as_deref(), Some("https://mcp.example/sse"));
+        assert_eq!(auth.shown["mcp_server_url"], "HTTPS://Mcp.Example:443/sse/");
+        for (url, token) in [("x", "t"), ("https://a/", ""), ("https://a/", "a b"), ("https://a/", "a\nb"), ("https://u@a/", "t")] {
+            assert!(bearer(url, token).is_err(), "{url} {token}");
+        }
+        assert!(read(json!({ "type": "mcp_oauth" }), true).is_err());
+    }
+
+    #[test]
+    fn an_update_changes_no_key() {
+        assert_eq!(read(json!({ "type": "static_bearer", "token": "t" }), false).unwrap().value.as_deref(), Some("t"));
+        assert_eq!(read(json!({ "type": "environment_variable" }), false).unwrap().value, None);
+        for auth in [
+            json!({ "type": "static_bearer", "mcp_server_url": "https://a/" }),
+            json!({ "type": "environment_variable", "secret_name": "B" }),
+            json!({ "type": "environment_variable", "secret_value": null }),
+        ] {
+            assert!(read(auth.clone(), false).is_err(), "{auth}");
+        }
+    }
+}
