@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn a_termination_is_appended_once() {
-        let (output, terminated) = (event(1, Kind::Output(Output::default())), event(1, Kind::Terminated(Terminated {})));
+        let (output, terminated) = (event(1, Kind::Output(Output::default())), event(1, Kind::Terminated(Terminated::default())));
         let termination = |streamed, persisted| step(Ending::Termination, Log { streamed, persisted, projected: 8 });
         assert_eq!(termination(Some((9, &output)), Some((5, &output))), Step::Append { expected: 9, follows: Mark { id: 9, tag: 0 } });
         assert_eq!(termination(Some((9, &terminated)), Some((5, &output))), Step::Ended);

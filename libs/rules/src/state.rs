@@ -12,8 +12,8 @@ pub struct State {
     pub session: SessionStatus,
     /// The session's newest turn.
     pub current_turn: u32,
-    /// The status of the turn that the event is about.
-    pub turn: TurnStatus,
+    /// The status of the turn that the event is about, if there is one: a session may begin without a message.
+    pub turn: Option<TurnStatus>,
 }
 
 /// What an event changes; `None` leaves it as it is.
@@ -28,10 +28,10 @@ pub struct Transition {
 /// Decides what an event about `event_turn` changes. Each event applies once: a settled turn and a terminated session stay as they are.
 #[must_use]
 pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
-    let open = matches!(state.turn, TurnStatus::Pending | TurnStatus::Running);
+    let open = matches!(state.turn, Some(TurnStatus::Pending | TurnStatus::Running));
     let current = event_turn == state.current_turn && state.session.is_active();
     match kind {
-        Kind::TurnStarted(_) if state.turn == TurnStatus::Pending => Transition {
+        Kind::TurnStarted(_) if state.turn == Some(TurnStatus::Pending) => Transition {
             turn: Some(TurnStatus::Running),
             session: (current && state.session == SessionStatus::Pending).then_some(SessionStatus::Running),
             destroy: false,
@@ -69,7 +69,7 @@ mod tests {
         let failure = prop_oneof![Just(None), Just(Some("deadline")), Just(Some("provision_setup")), Just(Some("timeout"))];
         prop_oneof![
             Just(Kind::TurnStarted(TurnStarted::default())),
-            Just(Kind::Terminated(Terminated {})),
+            Just(Kind::Terminated(Terminated::default())),
             (proptest::option::of(0..3), failure).prop_map(|(exit_code, stage)| {
                 let failure = stage.map(|stage| Failure { stage: stage.to_owned(), message: String::new() });
                 Kind::TurnEnded(TurnEnded { exit_code, failure, ..TurnEnded::default() })
@@ -84,7 +84,7 @@ mod tests {
             let (mut session, mut turns) = (SessionStatus::Pending, [TurnStatus::Completed, TurnStatus::Pending]);
             for (event_turn, kind) in events {
                 let turn = turns[event_turn as usize - 1];
-                let transition = next(State { session, current_turn: 2, turn }, event_turn, &kind);
+                let transition = next(State { session, current_turn: 2, turn: Some(turn) }, event_turn, &kind);
                 let open = matches!(turn, TurnStatus::Pending | TurnStatus::Running);
                 prop_assert!(open || transition.turn.is_none());
                 if let Some(status) = transition.turn {
@@ -102,8 +102,18 @@ mod tests {
     }
 
     #[test]
+    fn a_session_without_a_turn_can_be_terminated() {
+        let state = State { session: SessionStatus::Completed, current_turn: 0, turn: None };
+        let terminated = Transition { session: Some(SessionStatus::Terminated), turn: None, destroy: true };
+        assert_eq!(next(state, 0, &Kind::Terminated(Terminated::default())), terminated);
+        for kind in [Kind::TurnStarted(TurnStarted::default()), Kind::TurnEnded(TurnEnded::default())] {
+            assert_eq!(next(state, 1, &kind), Transition::default());
+        }
+    }
+
+    #[test]
     fn a_failed_setup_destroys_its_sprite_and_a_failed_agent_does_not() {
-        let state = State { session: SessionStatus::Running, current_turn: 1, turn: TurnStatus::Running };
+        let state = State { session: SessionStatus::Running, current_turn: 1, turn: Some(TurnStatus::Running) };
         let ended = |exit_code, stage: Option<&str>| {
             let failure = stage.map(|stage| Failure { stage: stage.to_owned(), message: String::new() });
             next(state, 1, &Kind::TurnEnded(TurnEnded { exit_code, failure, ..TurnEnded::default() })).destroy

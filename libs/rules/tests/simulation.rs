@@ -636,7 +636,7 @@ impl World {
 
     fn apply(&mut self, session: usize, kind: &Kind) {
         let row = &mut self.rows[session];
-        let transition = state::next(State { session: row.session, current_turn: TURN, turn: row.turn }, TURN, kind);
+        let transition = state::next(State { session: row.session, current_turn: TURN, turn: Some(row.turn) }, TURN, kind);
         if let Some(status) = transition.turn {
             row.turn = status;
             if status != TurnStatus::Running {
@@ -662,7 +662,7 @@ impl World {
         if let Some(id) = end.appended {
             // The projector applies it; a termination is applied in any case, once the projector has passed it.
             if self.projected >= id {
-                self.apply(session, &Kind::Terminated(Terminated {}));
+                self.apply(session, &Kind::Terminated(Terminated::default()));
             } else {
                 self.schedulers[index].end = Some(end);
             }
@@ -676,7 +676,7 @@ impl World {
                 (self.decisions.ending)(end.ending, Log { streamed, persisted, projected: self.projected })
             {
                 let kind = match end.ending {
-                    Ending::Termination => Kind::Terminated(Terminated {}),
+                    Ending::Termination => Kind::Terminated(Terminated::default()),
                     Ending::Deadline { .. } => {
                         let failure = Some(Failure { stage: state::DEADLINE.to_owned(), message: String::new() });
                         Kind::TurnEnded(TurnEnded { failure, ..TurnEnded::default() })

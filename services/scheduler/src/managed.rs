@@ -5,26 +5,29 @@ use std::time::Duration;
 
 use bus::Failure;
 use contract::{
-    scheduler::{ArchiveSessionRequest, GetSessionRequest, Session, TerminateRequest, UpdateSessionRequest},
-    session::{Updated, session_event::Kind},
+    scheduler::{ArchiveSessionRequest, GetSessionRequest, Session, UpdateSessionRequest},
+    session::{Terminated, Updated, session_event::Kind},
 };
 use prost::Message as _;
 use rules::ending::Ending;
 use serde_json::{Map, Value};
 use sqlx::{PgConnection, Row as _};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use types::{SessionId, SessionStatus, UserId, agent::merge_metadata};
+use types::{SessionId, SessionStatus, Timestamp, UserId, agent::merge_metadata};
 use uuid::Uuid;
 
 use crate::{
     Scheduler, agents,
     ending::{self, Appended},
-    once,
+    inputs::At,
+    once, projection,
     sessions::{
         self,
-        row::{self, SessionRow, lock, missing},
+        row::{self, lock, missing},
     },
-    termination, unsigned,
+    termination::{AGAIN, PROJECTED_WITHIN},
+    unsigned,
 };
 
 const EVERY: Duration = Duration::from_secs(1);
@@ -119,15 +122,25 @@ async fn append_updates(scheduler: &Scheduler, session: Option<SessionId>) -> Re
         "select u.update_id, u.session_id, u.changes, u.agent_version
          from session_update u join session s using (session_id)
          where ($1::uuid is null or session_id = $1) and s.status not in ('pending', 'running', 'terminated')
-         order by u.update_id limit $2",
+         order by hashtextextended(session_id::text, $3), u.update_id limit $2",
     )
     .bind(session.map(SessionId::uuid))
     .bind(AT_A_TIME)
+    // In another order each time: sessions whose logs cannot be written hold up no others.
+    .bind(Uuid::new_v4().as_u64_pair().1.cast_signed())
     .fetch_all(&scheduler.pool)
     .await?;
+    let mut failed = None;
     for row in rows {
         let (update, session): (Uuid, Uuid) = (row.try_get(0)?, row.try_get(1)?);
-        append_update(scheduler, update, SessionId::from_uuid(session), row.try_get(2)?, row.try_get(3)?).await?;
+        if failed == Some(session) {
+            continue;
+        }
+        let id = SessionId::from_uuid(session);
+        if let Err(error) = append_update(scheduler, update, id, row.try_get(2)?, row.try_get(3)?).await {
+            tracing::warn!(%error, session_id = %id, "failed to append a session's update; will retry");
+            failed = Some(session);
+        }
     }
     sqlx::query("delete from session_update u using session s where s.session_id = u.session_id and s.status = 'terminated'")
         .execute(&scheduler.pool)
@@ -169,31 +182,50 @@ async fn append_update(scheduler: &Scheduler, update: Uuid, id: SessionId, chang
     Ok(())
 }
 
+/// Archivings at a time: each holds a connection while it appends to the log, which needs another.
+static ARCHIVINGS: Semaphore = Semaphore::const_new(4);
+
 /// Archives a session that is idle: it is terminated, and lists leave it out. Archiving it again is no error.
 pub async fn archive(scheduler: Scheduler, request: ArchiveSessionRequest) -> Result<Session, Failure> {
     let (user, id): (UserId, SessionId) =
         (request.user_id.parse().map_err(|_| missing())?, request.session_id.parse().map_err(|_| missing())?);
-    let row: SessionRow = {
-        let mut tx = scheduler.pool.begin().await?;
-        let row = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
-        if v1_status(&mut tx, id).await? == RUNNING {
-            return Err(Failure::conflict("A running session cannot be archived: interrupt it first").because("session_running"));
+    let archived = async {
+        let _permit = ARCHIVINGS.acquire().await.map_err(Failure::internal)?;
+        while !archive_in(&scheduler, user, id).await? {
+            tokio::time::sleep(AGAIN).await;
         }
-        sqlx::query("update session set archived_at = coalesce(archived_at, now()), updated_at = now() where session_id = $1")
-            .bind(id.uuid())
-            .execute(&mut *tx)
-            .await?;
-        tx.commit().await?;
-        row
+        Ok::<_, Failure>(())
     };
-    if row.status()? != SessionStatus::Terminated {
-        let terminate = TerminateRequest { user_id: request.user_id.clone(), session_id: request.session_id.clone() };
-        match termination::terminate(scheduler.clone(), terminate).await {
-            // Terminated in the meantime.
-            Err(Failure { code: types::ErrorCode::Conflict, .. }) | Ok(_) => {}
-            Err(failure) => return Err(failure),
-        }
-    }
+    tokio::time::timeout(PROJECTED_WITHIN, archived).await.map_err(|_| Failure::unavailable("The event log"))??;
+    scheduler.outbox.notify_one();
     let get = GetSessionRequest { user_id: request.user_id, session_id: request.session_id, recorded_through: 0, v1: true };
     sessions::get(scheduler, get).await
+}
+
+/// Archives a session, or returns false where that is not possible now. The row is locked from the check until the termination is applied:
+/// a message is accepted before it, and the session is not idle, or after it, and the session takes none.
+async fn archive_in(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<bool, Failure> {
+    let mut tx = scheduler.pool.begin().await?;
+    let row = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
+    if v1_status(&mut tx, id).await? == RUNNING {
+        return Err(Failure::conflict("A running session cannot be archived: interrupt it first").because("session_running"));
+    }
+    if row.status()? != SessionStatus::Terminated {
+        let (partition, turn) = (row.partition()?, unsigned(row.turn_count));
+        let kind = Kind::Terminated(Terminated { archived: true });
+        let event_id = match ending::append(scheduler, id, partition, Ending::Termination, turn, &kind).await? {
+            Appended::Here(event_id) => event_id,
+            // Terminated by a request that has not applied it yet.
+            Appended::Before => 0,
+            Appended::Later => return Ok(false),
+        };
+        let at = At::new(event_id, Timestamp::now().unix_micros());
+        projection::apply(&mut tx, id, turn, &kind, at).await?;
+    }
+    sqlx::query("update session set archived_at = coalesce(archived_at, now()), updated_at = now() where session_id = $1")
+        .bind(id.uuid())
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(true)
 }

@@ -41,10 +41,12 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
     .bind(i32::try_from(number).unwrap_or(i32::MAX))
     .fetch_optional(&mut *tx)
     .await?;
-    let Some(turn) = turn else { return Ok(Applied::default()) };
-    let (seconds, has_requests, has_inputs): (f64, bool, bool) = (turn.try_get(1)?, turn.try_get(2)?, turn.try_get(3)?);
-    let status: &str = turn.try_get(0)?;
-    let status: TurnStatus = status.parse().map_err(|()| Failure::internal(format!("a turn has the status {status}")))?;
+    let (mut status, mut seconds, mut has_requests, mut has_inputs) = (None, 0.0, false, false);
+    if let Some(turn) = turn {
+        let text: &str = turn.try_get(0)?;
+        status = Some(text.parse().map_err(|()| Failure::internal(format!("a turn has the status {text}")))?);
+        (seconds, has_requests, has_inputs) = (turn.try_get(1)?, turn.try_get(2)?, turn.try_get(3)?);
+    }
     let transition = state::next(State { session: session.status()?, current_turn, turn: status }, number, kind);
     if transition == Transition::default() {
         return Ok(Applied::default());
@@ -65,7 +67,8 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
             inputs::void_requests(tx, id).await?;
         }
     }
-    let session = update_session(tx, session, &transition, &ended).await?;
+    let archived = matches!(kind, Kind::Terminated(terminated) if terminated.archived);
+    let session = update_session(tx, session, &transition, &ended, archived).await?;
     if transition.session.is_some_and(|status| !status.is_active()) {
         enqueue_lifecycle_event(tx, &session, &session.status, number, ended.usage.clone()).await?;
     }
@@ -127,13 +130,15 @@ async fn update_session(
     session: SessionRow,
     transition: &Transition,
     ended: &TurnEnded,
+    archived: bool,
 ) -> Result<SessionRow, Failure> {
     let Some(status) = transition.session else { return Ok(session) };
     let failure = ended.failure.as_ref();
     sqlx::query_as(concat!(
         "update session
          set status = $2, exit_code = coalesce($3, exit_code), failure_stage = coalesce($4, failure_stage),
-             failure_message = coalesce($5, failure_message), updated_at = now()
+             failure_message = coalesce($5, failure_message), updated_at = now(),
+             archived_at = case when $6 then coalesce(archived_at, now()) else archived_at end
          where session_id = $1
          returning ",
         session_columns!()
@@ -143,6 +148,7 @@ async fn update_session(
     .bind(ended.exit_code)
     .bind(failure.map(|failure| without_nul(&failure.stage)))
     .bind(failure.map(|failure| without_nul(&failure.message)))
+    .bind(archived)
     .fetch_one(tx)
     .await
     .map_err(Into::into)

@@ -24,8 +24,8 @@ use crate::{
 };
 
 /// Long enough for a projector that takes over from one that died.
-const PROJECTED_WITHIN: Duration = Duration::from_secs(8);
-const AGAIN: Duration = Duration::from_millis(100);
+pub const PROJECTED_WITHIN: Duration = Duration::from_secs(8);
+pub const AGAIN: Duration = Duration::from_millis(100);
 
 /// Terminates from any state but terminated. The termination is an event of the session's log: the log's order decides whether a turn
 /// ended before. What runs is stopped by what follows from it: the event fences the runner off, a hint wakes it, and a job deletes the
@@ -39,12 +39,16 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
         return Err(already());
     }
     let (partition, turn) = (row.partition()?, unsigned(row.turn_count));
-    let kind = Kind::Terminated(Terminated {});
+    let kind = Kind::Terminated(Terminated::default());
     let appended = async {
         loop {
             match ending::append(&scheduler, session, partition, Ending::Termination, turn, &kind).await? {
                 Appended::Here(id) => return Ok(id),
-                Appended::Before => return Err(already()),
+                Appended::Before => {
+                    // By another request; or by one that died before its event was applied.
+                    apply(&scheduler, session, turn, &kind, 0).await?;
+                    return Err(already());
+                }
                 Appended::Later => tokio::time::sleep(AGAIN).await,
             }
         }
@@ -55,15 +59,20 @@ pub async fn terminate(scheduler: Scheduler, request: TerminateRequest) -> Resul
     let projected = positions::wait_until_projected(&scheduler, session, id);
     tokio::time::timeout(PROJECTED_WITHIN, projected).await.map_err(|_| unavailable())??;
     // The projector has applied it, unless the log was found broken before it: a termination holds all the same.
+    apply(&scheduler, session, turn, &kind, id).await?;
+    Ok(find(&scheduler.pool, session, user).await?.into())
+}
+
+async fn apply(scheduler: &Scheduler, session: SessionId, turn: u32, kind: &Kind, event_id: u64) -> Result<(), Failure> {
     let mut tx = scheduler.pool.begin().await?;
-    let at = At::new(id, Timestamp::now().unix_micros());
-    let observation = projection::apply(&mut tx, session, turn, &kind, at).await?.observation;
+    let at = At::new(event_id, Timestamp::now().unix_micros());
+    let observation = projection::apply(&mut tx, session, turn, kind, at).await?.observation;
     tx.commit().await?;
     scheduler.outbox.notify_one();
     if let Some(observation) = observation {
         observation.count();
     }
-    Ok(find(&scheduler.pool, session, user).await?.into())
+    Ok(())
 }
 
 /// A Sprite is gone: nothing of the session needs secrets any more.

@@ -11,11 +11,11 @@ use contract::{
     host::{self, WhenBusy, decision_settled::How, input_settled::Outcome},
     rpc,
     scheduler::{
-        self as scheduler_messages, ChangeInputRequest, ClaimSpriteRequest, ClaimTurnRequest, CreateAgentRequest, CreateEnvironmentRequest,
-        CreateSessionRequest, DecideRequest, DeleteSessionRequest, FetchInputsRequest, GetSessionRequest, HeartbeatReply, HeartbeatRequest,
-        HeldTurn, InterruptRequest, ListPartsRequest, ListPermissionRequestsRequest, Once, PermissionRequest, PromptRequest,
-        ReadEventsRequest, ReleaseTurnRequest, SendEventsRequest, SentEvent, SentMessage, Session, TerminateRequest, TurnSpec,
-        UpdateAgentRequest, WithdrawInputRequest, claim_turn_reply::Verdict, sent_event::Kind as Sent,
+        self as scheduler_messages, ArchiveSessionRequest, ChangeInputRequest, ClaimSpriteRequest, ClaimTurnRequest, CreateAgentRequest,
+        CreateEnvironmentRequest, CreateSessionRequest, DecideRequest, DeleteSessionRequest, FetchInputsRequest, GetSessionRequest,
+        HeartbeatReply, HeartbeatRequest, HeldTurn, InterruptRequest, ListPartsRequest, ListPermissionRequestsRequest, Once,
+        PermissionRequest, PromptRequest, ReadEventsRequest, ReleaseTurnRequest, SendEventsRequest, SentEvent, SentMessage, Session,
+        TerminateRequest, TurnSpec, UpdateAgentRequest, WithdrawInputRequest, claim_turn_reply::Verdict, sent_event::Kind as Sent,
     },
     session::{
         DecisionRequested, DecisionSettled, InputSettled, Output, SessionEvent, StopReason, TurnEnded, TurnStarted, session_event::Kind,
@@ -148,6 +148,30 @@ impl World {
             resources: "[]".to_owned(),
             ..CreateSessionRequest::default()
         }
+    }
+
+    /// A session of the Managed Agents API that has no message yet.
+    async fn create_idle(&self, agent: &str) -> String {
+        let idle = CreateSessionRequest { is_v1: true, prompt: String::new(), ..self.session_of(agent, 100) };
+        self.gateway.call::<rpc::CreateSession>(&idle, SOON).await.unwrap().session.unwrap().session_id
+    }
+
+    async fn send_message(&self, session: &str, limit: u32) -> Result<(), ErrorCode> {
+        let message = SentMessage { text: "echo".to_owned() };
+        let send = SendEventsRequest {
+            user_id: self.user.to_string(),
+            session_id: session.to_owned(),
+            events: vec![SentEvent { kind: Some(Sent::Message(message)) }],
+            timeout_seconds: 60,
+            session_limit: Some(limit),
+            ..SendEventsRequest::default()
+        };
+        self.gateway.call::<rpc::SendEvents>(&send, SOON).await.map(drop).map_err(|failure| failure.code)
+    }
+
+    async fn archive(&self, session: &str) -> Result<Session, Failure> {
+        let request = ArchiveSessionRequest { user_id: self.user.to_string(), session_id: session.to_owned() };
+        self.gateway.call::<rpc::ArchiveSession>(&request, SOON * 2).await
     }
 
     async fn get(&self, session: &str, recorded_through: u64) -> Session {
@@ -344,24 +368,49 @@ async fn messages_to_idle_sessions_are_subject_to_the_quota() {
     let agent = world.agent().await;
     let mut replies = Vec::new();
     for _ in 0..3 {
-        let idle = CreateSessionRequest { is_v1: true, prompt: String::new(), ..world.session_of(&agent, 2) };
-        let session_id = world.gateway.call::<rpc::CreateSession>(&idle, SOON).await.unwrap().session.unwrap().session_id;
-        let message = SentMessage { text: "echo".to_owned(), ..SentMessage::default() };
-        let send = SendEventsRequest {
-            user_id: world.user.to_string(),
-            session_id,
-            events: vec![SentEvent { kind: Some(Sent::Message(message)) }],
-            timeout_seconds: 60,
-            session_limit: Some(2),
-            ..SendEventsRequest::default()
-        };
+        let session = world.create_idle(&agent).await;
         // The second message of a session is queued: it is active already.
         for _ in 0..2 {
-            replies.push(world.gateway.call::<rpc::SendEvents>(&send, SOON).await.map(drop).map_err(|failure| failure.code));
+            replies.push(world.send_message(&session, 2).await);
         }
     }
     assert_eq!(replies, [Ok(()), Ok(()), Ok(()), Ok(()), Err(ErrorCode::ResourceExhausted), Err(ErrorCode::ResourceExhausted)]);
     world.counts_are_right().await;
+}
+
+#[tokio::test]
+async fn a_session_without_a_turn_can_be_terminated_archived_and_deleted() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let (terminated, archived) = (world.create_idle(&agent).await, world.create_idle(&agent).await);
+    let request = TerminateRequest { user_id: world.user.to_string(), session_id: terminated.clone() };
+    assert_eq!(world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap().status, "terminated");
+    let reply = world.archive(&archived).await.unwrap();
+    assert_eq!((reply.status.as_str(), reply.archived_at_us.is_some()), ("terminated", true));
+    // Again, and of one that was terminated, it is no error.
+    assert!(world.archive(&archived).await.is_ok() && world.archive(&terminated).await.is_ok());
+    for session_id in [terminated, archived] {
+        assert_eq!(world.send_message(&session_id, 10).await, Err(ErrorCode::Conflict));
+        let delete = DeleteSessionRequest { user_id: world.user.to_string(), session_id };
+        world.gateway.call::<rpc::DeleteSession>(&delete, SOON).await.unwrap();
+    }
+}
+
+/// An accepted message is never killed by an archiving that was accepted too.
+#[tokio::test]
+async fn of_a_message_and_an_archiving_at_once_one_is_accepted() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    for _ in 0..20 {
+        let session = world.create_idle(&agent).await;
+        let (sent, archived) = tokio::join!(world.send_message(&session, 100), world.archive(&session));
+        let status = world.get(&session, 0).await.status;
+        match (sent, archived) {
+            (Ok(()), Err(failure)) => assert_eq!((failure.code, status.as_str()), (ErrorCode::Conflict, "pending")),
+            (Err(code), Ok(_)) => assert_eq!((code, status.as_str()), (ErrorCode::Conflict, "terminated")),
+            both => unreachable!("{both:?}"),
+        }
+    }
 }
 
 #[tokio::test]

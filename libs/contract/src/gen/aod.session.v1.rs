@@ -250,7 +250,11 @@ pub struct Updated {
     pub agent: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Terminated {}
+pub struct Terminated {
+    /// The session is archived with it: lists leave it out.
+    #[prost(bool, tag = "1")]
+    pub archived: bool,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TakenOver {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
