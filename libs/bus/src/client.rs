@@ -216,9 +216,14 @@ impl Bus {
 
     /// Sends a hint: at most once, to those who listen right now.
     pub async fn hint(&self, subject: String) {
+        self.tell(subject, Bytes::new()).await;
+    }
+
+    /// Sends a message as a hint: at most once, to those who listen right now.
+    pub async fn tell(&self, subject: String, message: Bytes) {
         let mut headers = HeaderMap::new();
         headers.insert(header::HINT, "1");
-        if let Err(error) = self.client.publish_with_headers(subject, headers, Bytes::new()).await {
+        if let Err(error) = self.client.publish_with_headers(subject, headers, message).await {
             tracing::debug!(%error, "hint not sent");
         }
     }
@@ -229,8 +234,17 @@ impl Bus {
     /// When the connection is closed for good.
     pub async fn hints(&self, subject: String) -> Result<impl futures::Stream<Item = ()> + Unpin + use<>, Failure> {
         use futures::StreamExt as _;
+        Ok(self.told(subject).await?.map(|_| ()))
+    }
+
+    /// Listens for what is sent by [`Self::tell`].
+    ///
+    /// # Errors
+    /// When the connection is closed for good.
+    pub async fn told(&self, subject: String) -> Result<impl futures::Stream<Item = Bytes> + Unpin + use<>, Failure> {
+        use futures::StreamExt as _;
         let subscription = self.client.subscribe(subject).await.map_err(Failure::internal)?;
-        Ok(subscription.filter(|message| std::future::ready(is_hint(message))).map(|_| ()))
+        Ok(subscription.filter(|message| std::future::ready(is_hint(message))).map(|message| message.payload))
     }
 
     /// Sends what is buffered, so that nothing is lost by an exit. Bounded by `limit`.

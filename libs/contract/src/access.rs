@@ -82,7 +82,7 @@ pub const GATEWAY: Access = Access {
         "aod.rpc.scheduler.v1.vault_credential.*",
         "$JS.API.STREAM.MSG.GET.EVENTS",
     ],
-    subscribe: &["aod.live.session.v1.>"],
+    subscribe: &["aod.live.session.v1.>", "aod.queued.session.v1.*"],
 };
 
 pub const AUTH: Access = Access { user: "auth", publish: &[], subscribe: &["aod.rpc.auth.>"] };
@@ -96,6 +96,7 @@ pub const SCHEDULER: Access = Access {
         "aod.cmd.>",
         "aod.evt.>",
         "aod.hint.>",
+        "aod.queued.session.v1.*",
         "aod.dlq.>",
         "aod.rpc.vault.v1.account.find",
         "aod.rpc.vault.v1.lease.mint",

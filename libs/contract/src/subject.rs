@@ -66,6 +66,12 @@ pub fn inputs_hint(session: SessionId) -> String {
     format!("aod.hint.runner.v1.session.inputs.{session}")
 }
 
+/// Tells those who follow a session what was just queued for it.
+#[must_use]
+pub fn queued_inputs(session: SessionId) -> String {
+    format!("aod.queued.session.v1.{session}")
+}
+
 #[must_use]
 pub fn dead_letter(owner: &str) -> String {
     format!("aod.dlq.{owner}.v1.message.rejected")
@@ -155,6 +161,13 @@ pub const PUBLICATIONS: &[Publication] = &[
         parameters: &[SESSION],
         message: None,
         meaning: "Tells the runner of a session that new inputs are queued. A lost hint only costs latency: heartbeats report them too.",
+    },
+    Publication {
+        name: "QueuedInputs",
+        address: "aod.queued.session.v1.{session}",
+        parameters: &[SESSION],
+        message: Some("scheduler::QueuedInputs"),
+        meaning: "What was just queued for a session, at most once: streams of the Managed Agents API show it before the event log has it.",
     },
     Publication {
         name: "DeadLetter",

@@ -87,7 +87,7 @@ pub fn turn_ended(input: Input, turn: u32, ended: &TurnEnded) -> Change {
         InputKind::Message if input.steers => Change::Queued,
         InputKind::Message => Change::Refused(Some(NOT_BEGUN)),
         InputKind::Interrupt if ended.stop_reason() == StopReason::Interrupted => Change::Applied,
-        InputKind::Interrupt | InputKind::Decision => Change::Refused(Some(TURN_ENDED)),
+        InputKind::Interrupt | InputKind::Decision | InputKind::ToolResult => Change::Refused(Some(TURN_ENDED)),
     }
 }
 
@@ -185,7 +185,7 @@ mod tests {
     enum Event {
         Started,
         Settled(u32, Outcome),
-        Ended(TurnEnded),
+        Ended(Box<TurnEnded>),
     }
 
     #[derive(Clone, Copy, Debug)]
@@ -240,7 +240,7 @@ mod tests {
         fn host_ends(&mut self, stop_reason: StopReason) {
             self.host_runs = false;
             let ended = TurnEnded { exit_code: Some(0), stop_reason: stop_reason.into(), ..TurnEnded::default() };
-            self.log.push((self.turn, Event::Ended(ended)));
+            self.log.push((self.turn, Event::Ended(Box::new(ended))));
         }
 
         fn deliver(&mut self, id: u32, kind: InputKind) {

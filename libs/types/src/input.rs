@@ -21,6 +21,8 @@ named! {
         Message = "message",
         Interrupt = "interrupt",
         Decision = "decision",
+        /// What a custom tool returned.
+        ToolResult = "tool_result",
     }
 }
 

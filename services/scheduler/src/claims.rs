@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 use bus::Failure;
 use contract::{
     common::Empty,
+    host::CustomTool,
     rpc,
     scheduler::{
         ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, HeartbeatReply, HeartbeatRequest, HeldTurn, LeaseExpired,
@@ -56,6 +57,7 @@ struct TurnRow {
     secret_id: Option<Uuid>,
     permissions: Option<Value>,
     input_id: Option<Uuid>,
+    tools: Option<Value>,
 }
 
 /// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant is fenced off, and returns all that
@@ -96,7 +98,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
          )
          select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
-                s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id
+                s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools
          from claimed c
          join session s using (session_id)
          join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -196,7 +198,20 @@ async fn specification(
         permissions: turn.permissions.map(|permissions| permissions.to_string()).unwrap_or_default(),
         input_id: turn.input_id.map(|id| id.to_string()).unwrap_or_default(),
         may_change,
+        custom_tools: turn.tools.map(custom_tools).unwrap_or_default(),
     })
+}
+
+/// Those of an agent's tools that the session's user runs.
+fn custom_tools(tools: Value) -> Vec<CustomTool> {
+    let text = |tool: &Value, field: &str| tool.get(field).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let Value::Array(tools) = tools else { return Vec::new() };
+    let custom = tools.iter().filter(|tool| text(tool, "type") == "custom").map(|tool| CustomTool {
+        name: text(tool, "name"),
+        description: text(tool, "description"),
+        input_schema_json: tool.get("input_schema").map(Value::to_string).unwrap_or_default(),
+    });
+    custom.collect()
 }
 
 /// Releases a turn to other runners. With a reason it counts as a failed attempt, and the reason is kept for the turn's user. Ignored if

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bus::{Failure, log::AppendError};
 use bytes::Bytes;
 use contract::{
-    session::{self, SessionEvent, TurnEnded, session_event::Kind},
+    session::{self, SessionEvent, TurnEnded, TurnStarted, session_event::Kind},
     subject, topology,
 };
 use prost::Message as _;
@@ -17,7 +17,7 @@ use rules::{
 };
 use sqlx::Row as _;
 use tokio_util::sync::CancellationToken;
-use types::{Backoff, Partition, SessionId, Timestamp};
+use types::{Backoff, InputId, Partition, SessionId, Timestamp};
 use uuid::Uuid;
 
 use crate::{
@@ -147,12 +147,14 @@ struct Overdue {
     message: String,
     /// Whether the log is waited for no longer.
     without_log: bool,
+    /// What its agent would have begun with.
+    unstarted: Option<TurnStarted>,
 }
 
 async fn end_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
     let rows = sqlx::query(
         "select t.session_id, t.turn_number, t.timeout_seconds, t.status, t.handed_back_reason, s.event_partition,
-                t.deadline_at < now() - make_interval(secs => $2), t.failures
+                t.deadline_at < now() - make_interval(secs => $2), t.failures, t.prompt, t.input_id
          from turn t
          join session s using (session_id)
          where t.status in ('pending', 'running') and t.deadline_at < now() and t.waiting_since is null
@@ -178,9 +180,12 @@ fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, Failure> {
         let (id, turn, timeout): (Uuid, i32, i32) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         let (status, reason): (&str, Option<&str>) = (row.try_get(3)?, row.try_get(4)?);
         let (number, without_log, failures): (i16, bool, i32) = (row.try_get(5)?, row.try_get(6)?, row.try_get(7)?);
-        Ok((id, turn, timeout, status, reason, number, without_log, failures))
+        let (prompt, input): (String, Option<Uuid>) = (row.try_get(8)?, row.try_get(9)?);
+        let input_id = input.map(|id| InputId::from_uuid(id).to_string()).unwrap_or_default();
+        Ok((id, turn, timeout, status, reason, number, without_log, failures, TurnStarted { prompt, input_id }))
     };
-    let (id, turn, timeout, status, reason, number, without_log, failures) = read()?;
+    let (id, turn, timeout, status, reason, number, without_log, failures, begin) = read()?;
+    let unstarted = (status == "pending").then_some(begin);
     let message = match (status, unsigned(failures) > rules::ownership::FAILURES_MAX) {
         (_, true) => {
             let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
@@ -189,12 +194,13 @@ fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, Failure> {
         ("pending", _) => format!("Turn could not be started in time: {}", reason.unwrap_or("no runner finished setting it up")),
         _ => format!("Turn timed out after {timeout}s"),
     };
-    Ok(Overdue { session: SessionId::from_uuid(id), partition: partition(number)?, turn: unsigned(turn), message, without_log })
+    Ok(Overdue { session: SessionId::from_uuid(id), partition: partition(number)?, turn: unsigned(turn), message, without_log, unstarted })
 }
 
 async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), Failure> {
     let failure = session::Failure { stage: DEADLINE.to_owned(), message: overdue.message.clone() };
-    let kind = Kind::TurnEnded(TurnEnded { failure: Some(failure), ..TurnEnded::default() });
+    let unstarted = overdue.unstarted.clone();
+    let kind = Kind::TurnEnded(TurnEnded { failure: Some(failure), unstarted, ..TurnEnded::default() });
     let (session, turn) = (overdue.session, overdue.turn);
     let appended = append(scheduler, session, overdue.partition, Ending::Deadline { turn }, turn, &kind).await;
     match appended {

@@ -9,11 +9,12 @@ use contract::{
     scheduler::{
         ChangeInputRequest, DecideRequest, FetchInputsReply, FetchInputsRequest, FindTurnReply, FindTurnRequest, Input, InterruptRequest,
         ListInputsReply, ListPartsRequest, ListPermissionRequestsReply, ListPermissionRequestsRequest, PermissionRequest, PromptRequest,
-        SendEventsReply, SendEventsRequest, SentDecision, SentMessage, WithdrawInputRequest, sent_event::Kind as Sent,
+        QueuedInputs, SendEventsReply, SendEventsRequest, SentDecision, SentMessage, WithdrawInputRequest, sent_event::Kind as Sent,
     },
     session::{DecisionSettled, TurnEnded, Usage, session_event::Kind},
     subject,
 };
+use prost::Message as _;
 use rules::inputs::{self, Change, Clock, Next};
 use sqlx::{PgConnection, Row as _};
 use time::OffsetDateTime;
@@ -51,6 +52,7 @@ struct InputRow {
     verdict: Option<String>,
     deny_message: String,
     reason: String,
+    is_error: bool,
     key_id: Option<Uuid>,
     created_at: OffsetDateTime,
     delivered_at: Option<OffsetDateTime>,
@@ -59,8 +61,8 @@ struct InputRow {
 
 macro_rules! input_columns {
     () => {
-        "input_id, kind, status, text, timeout_seconds, steers, turn_number, request_id, verdict, deny_message, reason, key_id, created_at,
-         delivered_at, settled_at"
+        "input_id, kind, status, text, timeout_seconds, steers, turn_number, request_id, verdict, deny_message, reason, is_error, key_id,
+         created_at, delivered_at, settled_at"
     };
 }
 
@@ -90,6 +92,7 @@ impl From<InputRow> for Input {
             verdict: row.verdict.unwrap_or_default(),
             deny_message: row.deny_message,
             message: row.reason,
+            is_error: row.is_error,
             key_id: row.key_id.map(|id| id.to_string()).unwrap_or_default(),
             created_at_us: micros(row.created_at),
             delivered_at_us: row.delivered_at.map(micros),
@@ -108,20 +111,32 @@ struct New<'a> {
     request: Option<i64>,
     verdict: Option<Verdict>,
     deny_message: &'a str,
+    is_error: bool,
     key: Option<Uuid>,
 }
 
 impl New<'_> {
     fn of(kind: InputKind, key_id: &str) -> Self {
         let key = key_id.parse().ok();
-        Self { kind, text: "", timeout_seconds: 0, steers: false, turn: None, request: None, verdict: None, deny_message: "", key }
+        Self {
+            kind,
+            text: "",
+            timeout_seconds: 0,
+            steers: false,
+            turn: None,
+            request: None,
+            verdict: None,
+            deny_message: "",
+            is_error: false,
+            key,
+        }
     }
 
     async fn insert(self, tx: &mut PgConnection, session: SessionId) -> Result<InputRow, Failure> {
         let row = sqlx::query_as(concat!(
             "insert into input (input_id, session_id, kind, status, text, timeout_seconds, steers, turn_number, request_id, verdict,
-                                deny_message, key_id)
-             values ($1, $2, $3, 'queued', $4, $5, $6, $7, $8, $9, $10, $11)
+                                deny_message, key_id, is_error)
+             values ($1, $2, $3, 'queued', $4, $5, $6, $7, $8, $9, $10, $11, $12)
              returning ",
             input_columns!()
         ))
@@ -136,6 +151,7 @@ impl New<'_> {
         .bind(self.verdict.map(Verdict::as_str))
         .bind(self.deny_message)
         .bind(self.key)
+        .bind(self.is_error)
         .fetch_one(tx)
         .await?;
         Ok(row)
@@ -276,8 +292,8 @@ async fn requested(
     let (tool, input_json) = (without_nul(&request.tool), without_nul(&request.input_json));
     sqlx::query(
         "insert into permission_request as r (session_id, request_id, journal_id, turn_number, tool, input_json, diff, reason, status,
-                                              decide_after, on_timeout)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, 'open', now() + make_interval(secs => $9), $10)
+                                              decide_after, on_timeout, is_custom_tool)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, 'open', now() + make_interval(secs => $9), $10, $11)
          on conflict (session_id, request_id) do update
          set journal_id = excluded.journal_id, turn_number = excluded.turn_number, status = 'open', answer_id = null, settled_at = null,
              decide_after = excluded.decide_after",
@@ -290,11 +306,16 @@ async fn requested(
     .bind(&input_json)
     .bind(without_nul(&request.diff))
     .bind(without_nul(&request.reason))
-    .bind(permissions.timeout_seconds.map(f64::from))
+    // Only its user knows what a custom tool returns.
+    .bind(permissions.timeout_seconds.map(f64::from).filter(|_| !request.is_custom_tool))
     .bind(permissions.on_timeout.map_or("deny", types::permissions::TimeoutDecision::as_str))
+    .bind(request.is_custom_tool)
     .execute(&mut *tx)
     .await?;
     set_clock(tx, session, turn, clock.asked(at.us)).await?;
+    if request.is_custom_tool {
+        return Ok(());
+    }
     answer_again(tx, session, turn, id, &tool, &input_json).await
 }
 
@@ -304,6 +325,7 @@ async fn answer_again(tx: &mut PgConnection, session: SessionId, turn: u32, id: 
         "select r.request_id, i.verdict, i.deny_message, i.key_id
          from permission_request r join input i on i.input_id = r.answer_id
          where r.session_id = $1 and r.turn_number = $2 and r.status = 'void' and r.tool = $3 and r.input_json = $4 and i.status = 'refused'
+             and not r.is_custom_tool
          order by r.request_id desc limit 1",
     )
     .bind(session.uuid())
@@ -507,6 +529,10 @@ fn for_host(row: InputRow, turn: u32, journal_ids: &HashMap<i64, i64>) -> Option
             let request = journal_ids.get(&row.request_id?)?.cast_unsigned();
             HostInput::Decision(host::Decision { request, verdict: verdict.into(), message: row.deny_message })
         }
+        InputKind::ToolResult => {
+            let request = journal_ids.get(&row.request_id?)?.cast_unsigned();
+            HostInput::CustomToolResult(host::CustomToolResult { request, text: row.text, is_error: row.is_error })
+        }
     };
     Some(host::Input { id: InputId::from_uuid(row.input_id).to_string(), kind: Some(kind) })
 }
@@ -524,6 +550,10 @@ pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<Se
     .await?;
     scheduler.outbox.notify_one();
     scheduler.bus.hint(subject::inputs_hint(id)).await;
+    let queued: Vec<Input> = reply.inputs.iter().filter(|input| input.settled_at_us.is_none()).cloned().collect();
+    if !reply.replayed && !queued.is_empty() {
+        scheduler.bus.tell(subject::queued_inputs(id), QueuedInputs { inputs: queued }.encode_to_vec().into()).await;
+    }
     Ok(reply)
 }
 
@@ -547,10 +577,13 @@ async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &S
                 Input { settled_at_us: Some(micros(row.created_at)), ..Input::from(row) }
             }
             Some(Sent::Decision(decision)) => {
-                let decided = decide_in(tx, &session, decision, &request.key_id).await;
-                let is_open = |failure: &Failure| !matches!(failure.code, types::ErrorCode::NotFound | types::ErrorCode::Conflict);
-                let name = |failure: Failure| if is_open(&failure) { failure } else { failure.because("tool_use_not_pending") };
-                decided.map(|(_, answer)| answer).map_err(name)?
+                decide_in(tx, &session, decision, &request.key_id).await.map(|(_, answer)| answer).map_err(not_pending)?
+            }
+            Some(Sent::ToolResult(result)) => {
+                let row = awaited(tx, id, result.request_id, true).await.map_err(not_pending)?;
+                let (kind, turn) = (InputKind::ToolResult, unsigned(row.turn_number));
+                let new = New { text: &result.text, is_error: result.is_error, ..New::of(kind, &request.key_id) };
+                answer(tx, id, turn, result.request_id, new).await?.into()
             }
             None => return Err(Failure::invalid("Unknown event")),
         };
@@ -558,6 +591,12 @@ async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &S
     }
     once::remember(tx, user, &route, request.once.as_ref(), &reply).await?;
     Ok(reply)
+}
+
+/// Names why an answer was refused that no one waits for.
+fn not_pending(failure: Failure) -> Failure {
+    let is_other = !matches!(failure.code, types::ErrorCode::NotFound | types::ErrorCode::Conflict);
+    if is_other { failure } else { Failure::conflict(failure.message).because("tool_use_not_pending") }
 }
 
 /// Begins a turn of a session that is not busy, also of one whose turn failed; else it is queued.
@@ -852,7 +891,7 @@ pub async fn requests(scheduler: Scheduler, request: ListPermissionRequestsReque
     let before = request.after.as_ref().map_or(i64::MAX, |cursor| cursor.position);
     let list = List {
         keys: "select request_id from permission_request
-               where session_id = $1 and request_id < $3 and ($4::text is null or status = $4)
+               where session_id = $1 and request_id < $3 and ($4::text is null or status = $4) and not is_custom_tool
                order by request_id desc limit $2 + 1",
         table: "permission_request",
         by_key: "session_id = $1 and request_id",
@@ -876,12 +915,24 @@ pub async fn requests(scheduler: Scheduler, request: ListPermissionRequestsReque
 }
 
 /// A request's row, locked.
-async fn request_row(tx: &mut PgConnection, session: SessionId, request: u64) -> Result<Option<RequestRow>, Failure> {
+async fn request_row(tx: &mut PgConnection, session: SessionId, request: u64, is_custom_tool: bool) -> Result<Option<RequestRow>, Failure> {
     let row = sqlx::query_as(
         "select request_id, turn_number, tool, input_json, diff, reason, status, answer_id, created_at, settled_at
-         from permission_request where session_id = $1 and request_id = $2 for update",
+         from permission_request where session_id = $1 and request_id = $2 and is_custom_tool = $3 for update",
     );
-    Ok(row.bind(session.uuid()).bind(request.cast_signed()).fetch_optional(tx).await?)
+    Ok(row.bind(session.uuid()).bind(request.cast_signed()).bind(is_custom_tool).fetch_optional(tx).await?)
+}
+
+/// A request that has no answer yet; its row is locked.
+async fn awaited(tx: &mut PgConnection, session: SessionId, request: u64, is_custom_tool: bool) -> Result<RequestRow, Failure> {
+    let row = request_row(tx, session, request, is_custom_tool).await?.ok_or_else(|| Failure::not_found("Request not found"))?;
+    if row.answer_id.is_some() {
+        return Err(Failure::conflict("Request has been answered already"));
+    }
+    if row.status != RequestStatus::Open.as_str() {
+        return Err(Failure::conflict("Request is not open any more"));
+    }
+    Ok(row)
 }
 
 pub async fn decide(scheduler: Scheduler, request: DecideRequest) -> Result<PermissionRequest, Failure> {
@@ -898,13 +949,7 @@ pub async fn decide(scheduler: Scheduler, request: DecideRequest) -> Result<Perm
 async fn decide_in(tx: &mut PgConnection, session: &SessionRow, sent: &SentDecision, key_id: &str) -> Result<(RequestRow, Input), Failure> {
     let id = SessionId::from_uuid(session.session_id);
     let verdict: Verdict = sent.verdict.parse().map_err(|()| Failure::invalid("Unknown decision"))?;
-    let row = request_row(tx, id, sent.request_id).await?.ok_or_else(|| Failure::not_found("Request not found"))?;
-    if row.answer_id.is_some() {
-        return Err(Failure::conflict("Request has been answered already"));
-    }
-    if row.status != RequestStatus::Open.as_str() {
-        return Err(Failure::conflict("Request is not open any more"));
-    }
+    let row = awaited(tx, id, sent.request_id, false).await?;
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal("a session has an unknown runtime"))?;
     if !sent.deny_message.is_empty() && !runtime.capabilities().deny_with_message {
         let message = format!("Runtime {runtime} cannot pass on the message of a denial");
@@ -930,7 +975,7 @@ pub async fn decide_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
         if lock(&mut tx, id, None).await?.is_none() {
             continue;
         }
-        let Some(row) = request_row(&mut tx, id, request.cast_unsigned()).await? else { continue };
+        let Some(row) = request_row(&mut tx, id, request.cast_unsigned(), false).await? else { continue };
         if row.answer_id.is_some() || row.status != RequestStatus::Open.as_str() {
             continue;
         }
@@ -956,7 +1001,7 @@ pub async fn waiting(scheduler: &Scheduler, session: SessionId) -> Result<(u32, 
          from (select 1) one
          left join lateral (
              select request_id, tool from permission_request
-             where session_id = $1 and status = 'open' and answer_id is null order by request_id limit 1
+             where session_id = $1 and status = 'open' and answer_id is null and not is_custom_tool order by request_id limit 1
          ) r on true",
     )
     .bind(session.uuid())

@@ -126,6 +126,7 @@ const MIGRATIONS: &[store::Step] = &[
     (61, "session updates", include_str!("../../../migrations/scheduler/0061_session_updates.sql")),
     (70, "where turns begin", include_str!("../../../migrations/scheduler/0070_where_turns_begin.sql")),
     (90, "working directory", include_str!("../../../migrations/scheduler/0090_working_directory.sql")),
+    (110, "custom tools", include_str!("../../../migrations/scheduler/0110_custom_tools.sql")),
     (120, "vaults", include_str!("../../../migrations/scheduler/0120_vaults.sql")),
     (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
 ];

@@ -1140,7 +1140,7 @@ impl World {
 
     async fn answered(&self, session: &str, turn: u32, journal_id: u64, how: How, input: &str) {
         let settled = host::DecisionSettled { id: journal_id, how: how.into(), input_id: input.to_owned() };
-        let event = DecisionSettled { settled: Some(settled), tool_use: 1000 + journal_id };
+        let event = DecisionSettled { settled: Some(settled), tool_use: 1000 + journal_id, ..DecisionSettled::default() };
         let id = self.append(session, turn, Kind::DecisionSettled(event)).await;
         self.get(session, id).await;
     }

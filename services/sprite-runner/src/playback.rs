@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use bytes::{Bytes, BytesMut};
 use contract::{
-    host::{self as agent_host, Input, Record, StepEnded, event, input, record, turn_ended},
+    host::{self as agent_host, CustomToolResult, Input, Record, StepEnded, event, input, record, turn_ended},
     session::{
         AgentEvent, Checkpoint, DecisionRequested, DecisionSettled, InputSettled, OpenTool, Output, OutputDropped, StageOutput,
         session_event::Kind,
@@ -136,6 +136,8 @@ pub struct Playback {
     awaits_id: Option<OpenTool>,
     /// Kinds and texts of inputs.
     inputs: HashMap<String, (&'static str, String)>,
+    /// Results of custom tools, by their inputs.
+    results: HashMap<String, CustomToolResult>,
     accepted: HashSet<String>,
     steps: HashMap<String, StepEnded>,
     requests: BTreeSet<u64>,
@@ -158,6 +160,7 @@ fn kind_of(input: &Input) -> (&'static str, String) {
         Some(input::Kind::Message(message)) => ("message", message.text.clone()),
         Some(input::Kind::Interrupt(_)) => ("interrupt", String::new()),
         Some(input::Kind::Decision(_)) => ("decision", String::new()),
+        Some(input::Kind::CustomToolResult(_)) => ("tool_result", String::new()),
         _ => ("", String::new()),
     }
 }
@@ -187,6 +190,7 @@ impl Playback {
             open_tools: checkpoint.open_tools.iter().cloned().collect(),
             awaits_id: None,
             inputs: HashMap::new(),
+            results: HashMap::new(),
             accepted: HashSet::new(),
             steps: HashMap::new(),
             requests: checkpoint.open_requests.iter().copied().collect(),
@@ -205,6 +209,9 @@ impl Playback {
     pub fn knows(&mut self, input: &Input) {
         if !is_own(&input.id) {
             self.inputs.insert(input.id.clone(), kind_of(input));
+            if let Some(input::Kind::CustomToolResult(result)) = &input.kind {
+                self.results.insert(input.id.clone(), result.clone());
+            }
         }
     }
 
@@ -447,11 +454,19 @@ impl Playback {
                 self.mask(&mut request.input_json);
                 self.mask(&mut request.diff);
                 self.mask(&mut request.reason);
+                if tool_use == 0 {
+                    // Its own event shows it, under an id that is known once it is in the log.
+                    self.awaits_id = Some(OpenTool { journal_id: request.id, event_id: 0, is_mcp: false });
+                }
                 Kind::DecisionRequested(DecisionRequested { request: Some(request), tool_use })
             }
             Ready::Settled(settled) => {
                 let tool_use = self.tool(settled.id).map(|tool| tool.event_id).unwrap_or_default();
-                Kind::DecisionSettled(DecisionSettled { settled: Some(settled), tool_use })
+                let mut result = self.results.remove(&settled.input_id);
+                if let Some(result) = &mut result {
+                    self.mask(&mut result.text);
+                }
+                Kind::DecisionSettled(DecisionSettled { settled: Some(settled), tool_use, result })
             }
             Ready::Input(settled) => {
                 let (kind, text) = self.inputs.get(&settled.id).cloned().unwrap_or_default();
@@ -580,12 +595,16 @@ pub fn remember(tools: &mut VecDeque<OpenTool>, tool: OpenTool) {
 
 /// What a reader adds to the checkpoint of an event: the event itself, where it shows a tool use.
 pub fn own_tool(kind: Option<&Kind>, id: u64, checkpoint: &mut Checkpoint) {
-    let Some(Kind::Agent(AgentEvent { event: Some(event), is_mcp, .. })) = kind else { return };
-    if matches!(event.kind, Some(event::Kind::ToolUse(_))) {
-        let mut tools: VecDeque<OpenTool> = std::mem::take(&mut checkpoint.open_tools).into();
-        remember(&mut tools, OpenTool { journal_id: event.id, event_id: id, is_mcp: *is_mcp });
-        checkpoint.open_tools = tools.into();
-    }
+    let (journal_id, is_mcp) = match kind {
+        Some(Kind::Agent(AgentEvent { event: Some(event), is_mcp, .. })) if matches!(event.kind, Some(event::Kind::ToolUse(_))) => {
+            (event.id, *is_mcp)
+        }
+        Some(Kind::DecisionRequested(DecisionRequested { request: Some(request), tool_use: 0 })) => (request.id, false),
+        _ => return,
+    };
+    let mut tools: VecDeque<OpenTool> = std::mem::take(&mut checkpoint.open_tools).into();
+    remember(&mut tools, OpenTool { journal_id, event_id: id, is_mcp });
+    checkpoint.open_tools = tools.into();
 }
 
 fn keep_tail(tail: &mut VecDeque<u8>, data: &[u8]) {
@@ -671,7 +690,7 @@ mod tests {
         let bytes = prop_oneof![4 => text.prop_map(String::into_bytes), 1 => vec(any::<u8>(), 0..6)];
         let piece = prop_oneof![
             6 => (any::<bool>(), bytes).prop_map(|(stderr, data)| (0, stderr, data)),
-            4 => (1_u8..6).prop_map(|kind| (kind, false, Vec::new())),
+            4 => (1_u8..7).prop_map(|kind| (kind, false, Vec::new())),
         ];
         (vec(piece, 0..24), vec(any::<Index>(), 0..24)).prop_map(|(pieces, cuts)| {
             let (mut kinds, mut id, mut open, mut asked) = (Vec::new(), 10, Vec::new(), Vec::new());
@@ -699,6 +718,12 @@ mod tests {
                         asked.push(*id);
                         record::Kind::DecisionRequested(DecisionRequested { id: *id, ..DecisionRequested::default() })
                     })),
+                    // A custom tool's, which no event shows but this one.
+                    5 => {
+                        asked.push(id);
+                        let request = DecisionRequested { id, is_custom_tool: true, ..DecisionRequested::default() };
+                        kinds.push(record::Kind::DecisionRequested(request));
+                    }
                     _ => kinds
                         .extend(asked.pop().map(|id| record::Kind::DecisionSettled(DecisionSettled { id, ..DecisionSettled::default() }))),
                 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 use contract::{
     host::{self as agent_host, Input, turn_ended::Reason},
     scheduler::TurnSpec,
-    session::{Failure, StopReason, TurnEnded, Usage},
+    session::{Failure, StopReason, TurnEnded, TurnStarted, Usage},
 };
 use sealing::KeyPair;
 use tokio::time::Instant;
@@ -136,6 +136,8 @@ pub async fn run(
             TurnEnded { failure: Some(Failure { stage, message }), ..TurnEnded::default() }
         }
     };
+    let unstarted = || TurnStarted { prompt: record.masker.text(&spec.prompt), input_id: spec.input_id.clone() };
+    let ended = TurnEnded { unstarted: (!record.checkpoint.started).then(unstarted), ..ended };
     match record.ended(ended).await {
         Ok(id) => End::Settled(id),
         Err(fenced) => end_of(fenced),
@@ -331,6 +333,7 @@ fn end(runtime: Runtime, ended: &agent_host::TurnEnded, timeout_seconds: u32, pl
         failure,
         usage: usage.clone(),
         stop_reason: stop_reason.into(),
+        ..TurnEnded::default()
     };
     let without_code = |stage: &str, message: String| TurnEnded {
         failure: Some(Failure { stage: stage.to_owned(), message }),

@@ -413,6 +413,8 @@ def queues(world):
     send(session, events=[message(world.run("sleep 2; echo one"))])
     second = send(session, events=[message(world.say("two"))]).data[0]
     assert second.processed_at is None, second
+    queued = follower.until(lambda event: getattr(event, "id", None) == second.id)
+    assert queued[-1].processed_at is None and not any(map(is_end, queued)), types(queued)
     assert second.id in [event.id for event in world.list(session)], "the queued message is listed"
     first = follower.until(is_end)
     rest = follower.until(is_end, len(first))
@@ -737,6 +739,56 @@ def refused_confirmations(world):
     follower.until(is_end)
 
 
+ASK = {
+    "type": "custom",
+    "name": "ask",
+    "description": "Asks the client a question",
+    "input_schema": {"type": "object", "properties": {"question": {"type": "string"}}, "required": ["question"]},
+}
+
+
+def answer(world, session, tool_use_id, text, **more):
+    content = [{"type": "text", "text": text}]
+    event = {"type": "user.custom_tool_result", "custom_tool_use_id": tool_use_id, "content": content, **more}
+    return world.client.beta.sessions.events.send(session, events=[event])
+
+
+@check(43, "a custom tool", per_runtime=True)
+def custom_tool(world):
+    if world.runtime == "shell":
+        raises(anthropic.BadRequestError, lambda: world.new_agent(tools=[ASK]))
+        return
+    session = world.new_session(agent=world.new_agent(tools=TOOLS + [ASK]).id).id
+    follower = Follower(world.client, session)
+    world.client.beta.sessions.events.send(session, events=[message("ask the client: how many?")])
+    events = follower.until(asked)
+    use = [event for event in events if event.type == "agent.custom_tool_use"][-1]
+    assert (use.name, use.input) == ("ask", {"question": "how many?"}), use
+    assert events[-1].stop_reason.event_ids == [use.id], events[-1]
+    assert world.client.beta.sessions.retrieve(session).status == "idle"
+    raises(anthropic.BadRequestError, lambda: confirm(world, session, use.id, "allow"))
+    sent = answer(world, session, use.id, "forty-two").data[0]
+    assert sent.custom_tool_use_id == use.id, sent
+    raises(anthropic.BadRequestError, lambda: answer(world, session, use.id, "twice"))
+    rest = follower.until(is_end, len(events))
+    assert in_order(types(rest), ["user.custom_tool_result", "session.status_running", "agent.message", "session.status_idle"]), types(rest)
+    assert sent.id in [event.id for event in rest if event.type == "user.custom_tool_result" and event.processed_at], types(rest)
+    assert "forty-two" in said(rest), said(rest)
+    hidden = [event for event in follower.events if event.type in ("agent.tool_result", "agent.mcp_tool_use", "agent.mcp_tool_result")]
+    assert not [event for event in hidden if "forty-two" in str(event) or getattr(event, "mcp_server_name", "")], types(follower.events)
+
+
+@check(44, "a result sent before the idle")
+def result_at_once(world):
+    session = world.new_session(agent=world.new_agent(tools=TOOLS + [ASK]).id).id
+    follower = Follower(world.client, session)
+    world.client.beta.sessions.events.send(session, events=[message("ask the client: how many?")])
+    use = follower.until("agent.custom_tool_use")[-1]
+    answer(world, session, use.id, "it failed", is_error=True)
+    events = follower.until(is_end)
+    assert "it failed" in said(events), said(events)
+
+
 @check(45, "an agent with overrides")
 def overrides(world):
     override = {"type": "agent_with_overrides", "id": world.agent, "system": "Overridden."}
@@ -780,6 +832,41 @@ def idempotent(world):
     follower.until(is_end)
     time.sleep(0.5)
     assert types(world.list(session)).count("user.message") == 1
+
+
+@check(64, "events.tool_runner")
+def tool_runner(world):
+    import asyncio
+
+    try:
+        from anthropic import AsyncAnthropic, beta_async_tool
+        AsyncAnthropic(api_key=API_KEY, base_url=BASE_URL).beta.sessions.events.tool_runner
+    except (ImportError, AttributeError):
+        raise NotHere
+    questions = []
+
+    @beta_async_tool
+    async def ask(question: str) -> str:
+        """Asks the client a question.
+
+        Args:
+            question: The question.
+        """
+        questions.append(question)
+        return "forty-two"
+
+    session = world.new_session(agent=world.new_agent(tools=[ASK]).id).id
+    follower = Follower(world.client, session)
+
+    async def run():
+        client = AsyncAnthropic(api_key=API_KEY, base_url=BASE_URL)
+        await client.beta.sessions.events.send(session, events=[message("ask the client: how many?")])
+        async for _ in client.beta.sessions.events.tool_runner(session, tools=[ask], max_idle=2):
+            pass
+
+    asyncio.run(asyncio.wait_for(run(), PATIENCE))
+    assert questions == ["how many?"], questions
+    assert "forty-two" in said(follower.until(is_end)), types(follower.events)
 
 
 @check(63, "the primary thread")

@@ -87,6 +87,10 @@ impl Reader {
                         let frame = String::from_utf8(text.drain(..end + 2).collect()).unwrap();
                         let Some(data) = frame.lines().find_map(|line| line.strip_prefix("data: ")) else { continue };
                         let event: Value = serde_json::from_str(data).unwrap();
+                        // Told before the log has it: it comes again.
+                        if event["processed_at"].is_null() {
+                            continue;
+                        }
                         last = event["id"].as_str().unwrap().to_owned();
                         assert!(frame.contains(&format!("\nid: {last}\n")), "{frame}");
                         self.seen.lock().unwrap().push(event);
@@ -106,6 +110,51 @@ fn client() -> reqwest::Client {
 
 fn count(events: &[Value], kind: &str) -> usize {
     events.iter().filter(|event| event["type"] == kind).count()
+}
+
+/// The events of a session, as `/v1` lists them.
+async fn listed(stack: &Stack, path: &str) -> Vec<Value> {
+    let answer = stack.get(path).await.ok().filter(|answer| answer.status == 200);
+    answer.and_then(|answer| answer.body["data"].as_array().cloned()).unwrap_or_default()
+}
+
+async fn post(stack: &Stack, path: &str, body: &Value) -> Value {
+    let url = format!("{}{path}", stack.ready_text("/api_url"));
+    let answer = client().post(url).json(body).header("x-api-key", stack.ready_text("/api_key")).send().await.unwrap();
+    let status = answer.status();
+    let body: Value = answer.json().await.unwrap();
+    assert_eq!(status, 200, "{body}");
+    body
+}
+
+#[tokio::test]
+async fn a_custom_tools_result_reaches_the_agent_once_though_the_runner_is_killed() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let environment = post(&stack, "/v1/environments", &json!({ "name": "custom" })).await;
+    let schema = json!({ "type": "object", "properties": { "question": { "type": "string" } } });
+    let tool = json!({ "type": "custom", "name": "ask", "description": "Asks the client", "input_schema": schema });
+    let agent = json!({ "name": "a", "model": "claude-sonnet-4-5", "tools": [tool] });
+    let agent = post(&stack, "/v1/agents", &agent).await;
+    let text = |text: &str| json!([{ "type": "text", "text": text }]);
+    let message = json!({ "type": "user.message", "content": text("ask the client: how many?") });
+    let session = json!({ "agent": agent["id"], "environment_id": environment["id"], "initial_events": [message] });
+    let session = post(&stack, "/v1/sessions", &session).await;
+    let path = format!("/v1/sessions/{}/events", session["id"].as_str().unwrap());
+    testkit::eventually("the agent asks", || async { count(&listed(&stack, &path).await, "agent.custom_tool_use") == 1 }).await;
+    let events = listed(&stack, &path).await;
+    let used = events.iter().find(|event| event["type"] == "agent.custom_tool_use").unwrap();
+    assert_eq!(events.last().unwrap()["stop_reason"], json!({ "type": "requires_action", "event_ids": [used["id"]] }));
+
+    // The result is there before the runner's successor is.
+    Stack::signal(&stack.pids("sprite-runner"), Signal::KILL);
+    let result = json!({ "type": "user.custom_tool_result", "custom_tool_use_id": used["id"], "content": text("forty-two") });
+    post(&stack, &path, &json!({ "events": [result] })).await;
+    let ends = |events: &[Value]| events.iter().any(|event| event["stop_reason"]["type"] == "end_turn");
+    testkit::eventually("the turn ends", || async { ends(&listed(&stack, &path).await) }).await;
+    let events = listed(&stack, &path).await;
+    assert_eq!((count(&events, "user.custom_tool_result"), count(&events, "agent.custom_tool_use")), (1, 1), "{events:?}");
+    let said = events.iter().filter(|event| event["type"] == "agent.message").map(|event| event["content"].to_string());
+    assert!(said.collect::<String>().contains("forty-two"), "{events:?}");
 }
 
 #[tokio::test]

@@ -1,10 +1,10 @@
 //! What the host does next: inputs, the CLI's output, exits and time go in, [`Action`]s come out. No I/O.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use contract::host::{
-    Capabilities, CliExited, CliStarted, DecisionRequested, DecisionSettled, Evaluation, Event, HostEnded, HostStarted, Input,
-    InputAccepted, InputSettled, Message, ModelUsage, Output, Spec, Step, StepEnded, StepStarted, ToolUse, TurnEnded, TurnStarted,
+    Capabilities, CliExited, CliStarted, CustomToolResult, DecisionRequested, DecisionSettled, Evaluation, Event, HostEnded, HostStarted,
+    Input, InputAccepted, InputSettled, Message, ModelUsage, Output, Spec, Step, StepEnded, StepStarted, ToolUse, TurnEnded, TurnStarted,
     WhenBusy, decision::Verdict, decision_settled::How, event, host_ended, input, input_settled::Outcome, output::Stream, record,
     turn_ended::Reason,
 };
@@ -12,7 +12,7 @@ use prost::Message as _;
 
 use crate::{
     adapters::{Adapter, Ask, Close, Effect, Launch, Out, Stdio, mcp_failed, script},
-    http, permissions,
+    custom_tools, http, permissions,
     state::State,
 };
 
@@ -53,9 +53,23 @@ pub enum Action {
     /// What a finished step or program left running is not ended later.
     SpareLeftovers,
     Persisted(u64),
+    /// A call of a custom tool has its result.
+    CustomToolResult {
+        call: String,
+        text: String,
+        is_error: bool,
+    },
     /// Whether the sandbox has to stay awake.
     Awake(bool),
     Exit,
+}
+
+/// What the agent waits for.
+struct Open {
+    id: u64,
+    /// The adapter's name for it, or the custom tool's call.
+    key: String,
+    is_custom_tool: bool,
 }
 
 struct Turn {
@@ -100,12 +114,13 @@ pub struct Core {
     step: Option<RunningStep>,
     /// Messages whose text is in the state's queue; the session's rules.
     allowed: Vec<String>,
-    /// Open requests: id and the adapter's key.
-    asks: Vec<(u64, String)>,
+    asks: Vec<Open>,
     /// Calls of this turn that were allowed: some CLIs ask more than once about one.
     permitted: Vec<u64>,
     waiting_since: Option<u64>,
     calls: HashMap<String, u64>,
+    /// Calls of custom tools, which the CLI tells of as calls of an MCP server.
+    hidden: HashSet<String>,
     /// MCP servers that were told of.
     failed_mcp: Vec<String>,
     line: Vec<u8>,
@@ -140,6 +155,7 @@ impl Core {
             permitted: Vec::new(),
             waiting_since: None,
             calls: HashMap::new(),
+            hidden: HashSet::new(),
             failed_mcp: Vec::new(),
             line: Vec::new(),
             line_is_too_long: false,
@@ -256,13 +272,15 @@ impl Core {
                 if interrupt.turn != 0 && running != Some(interrupt.turn) {
                     self.settle(&id, Outcome::Refused, "the turn does not run");
                 } else {
-                    self.end_work(Reason::Interrupted, now);
+                    // First: what settles after the turn's end is of no turn.
                     self.settle(&id, Outcome::Applied, "");
+                    self.end_work(Reason::Interrupted, now);
                 }
             }
             Some(input::Kind::Decision(decision)) => {
                 self.decide(&id, decision.request, decision.verdict(), &decision.message, now);
             }
+            Some(input::Kind::CustomToolResult(result)) => self.custom_tool_result(&id, result, now),
             Some(input::Kind::Withdraw(withdraw)) => {
                 if self.state.queued.iter().any(|input| input.id == withdraw.input_id) {
                     self.settle(&withdraw.input_id, Outcome::Withdrawn, "");
@@ -295,7 +313,7 @@ impl Core {
     }
 
     fn decide(&mut self, input: &str, request: u64, verdict: Verdict, message: &str, now: u64) {
-        let Some(index) = self.asks.iter().position(|(id, _)| *id == request) else {
+        let Some(index) = self.asks.iter().position(|open| open.id == request && !open.is_custom_tool) else {
             self.settle(input, Outcome::Refused, "no such request is open");
             return;
         };
@@ -307,7 +325,7 @@ impl Core {
                 return;
             }
         };
-        let (_, key) = self.asks.swap_remove(index);
+        let Open { key, .. } = self.asks.swap_remove(index);
         if verdict == Verdict::AllowForSession {
             let tool = self.state.requests.iter().find(|open| open.id == request).map(|open| open.tool.clone());
             self.allowed.extend(tool);
@@ -325,10 +343,75 @@ impl Core {
 
     /// Settles every open request without an answer.
     fn settle_asks(&mut self, how: How, now: u64) {
-        for (id, _) in std::mem::take(&mut self.asks) {
-            self.record(record::Kind::DecisionSettled(DecisionSettled { id, how: how.into(), input_id: String::new() }));
+        for open in std::mem::take(&mut self.asks) {
+            self.record(record::Kind::DecisionSettled(DecisionSettled { id: open.id, how: how.into(), input_id: String::new() }));
+            if open.is_custom_tool {
+                self.answer_custom_tool(open.key, custom_tools::ENDED, true);
+            }
         }
         self.resume_clock(now);
+    }
+
+    // --- custom tools ---------------------------------------------------------------------------
+
+    /// The CLI calls a custom tool. Its user runs it: the call waits for the result.
+    pub fn custom_tool_called(&mut self, call: String, name: String, input_json: String, now: u64) {
+        let refusal = match &self.turn {
+            None => Some(custom_tools::ENDED),
+            Some(turn) if turn.ending.is_some() => Some(custom_tools::ENDED),
+            Some(_) if !self.spec.custom_tools.iter().any(|tool| tool.name == name) => Some("There is no such tool"),
+            Some(_) if input_json.len() > REQUEST_BYTES_MAX => Some("The input is larger than 64 KiB"),
+            Some(_) if self.asks.len() >= REQUESTS_MAX => Some("Too many requests are open"),
+            Some(_) => None,
+        };
+        if let Some(message) = refusal {
+            self.answer_custom_tool(call, message, true);
+            return;
+        }
+        let id = self.next_event_id();
+        let request = DecisionRequested { id, tool: name, input_json, is_custom_tool: true, ..DecisionRequested::default() };
+        self.record(record::Kind::DecisionRequested(request));
+        self.asks.push(Open { id, key: call, is_custom_tool: true });
+        self.waiting_since.get_or_insert(now);
+        self.advance(now);
+    }
+
+    /// The CLI waits for a result no longer.
+    pub fn custom_tool_cancelled(&mut self, call: &str, now: u64) {
+        self.withdraw(|open| open.is_custom_tool && open.key == call, now);
+        self.advance(now);
+    }
+
+    /// A server of the CLI's is gone, with the calls that came through it.
+    pub fn custom_tools_gone(&mut self, server: u64, now: u64) {
+        let prefix = format!("{server}:");
+        while self.asks.iter().any(|open| open.is_custom_tool && open.key.starts_with(&prefix)) {
+            self.withdraw(|open| open.is_custom_tool && open.key.starts_with(&prefix), now);
+        }
+        self.advance(now);
+    }
+
+    fn custom_tool_result(&mut self, input: &str, result: CustomToolResult, now: u64) {
+        let Some(index) = self.asks.iter().position(|open| open.id == result.request && open.is_custom_tool) else {
+            return self.settle(input, Outcome::Refused, "no such call of a custom tool waits");
+        };
+        let Open { id, key, .. } = self.asks.swap_remove(index);
+        self.record(record::Kind::DecisionSettled(DecisionSettled { id, how: How::Allowed.into(), input_id: input.to_owned() }));
+        self.settle(input, Outcome::Applied, "");
+        self.resume_clock(now);
+        self.answer_custom_tool(key, &result.text, result.is_error);
+    }
+
+    fn answer_custom_tool(&mut self, call: String, text: &str, is_error: bool) {
+        self.actions.push(Action::CustomToolResult { call, text: text.to_owned(), is_error });
+    }
+
+    fn withdraw(&mut self, is_meant: impl Fn(&Open) -> bool, now: u64) {
+        if let Some(index) = self.asks.iter().position(is_meant) {
+            let Open { id, .. } = self.asks.swap_remove(index);
+            self.record(record::Kind::DecisionSettled(DecisionSettled { id, how: How::Withdrawn.into(), input_id: String::new() }));
+            self.resume_clock(now);
+        }
     }
 
     /// A turn's time stands still while a decision is awaited.
@@ -382,6 +465,7 @@ impl Core {
         self.turn = Some(Turn { message, delivered: false, ending: None, deadline });
         self.idle_at = None;
         self.calls.clear();
+        self.hidden.clear();
         self.permitted.clear();
         match self.program {
             Program::None => {
@@ -673,6 +757,7 @@ impl Core {
                 }
             }
             Effect::ToolUse { parent, tool } => self.tool_use(parent.as_deref(), tool),
+            Effect::ToolResult { call, .. } if self.hidden.remove(&call) => {}
             Effect::ToolResult { call, mut result } => {
                 result.tool_use = self.calls.get(&call).copied().unwrap_or_default();
                 result.content = shorten(result.content);
@@ -688,12 +773,7 @@ impl Core {
             Effect::Unusable => self.end_cli(now),
             Effect::Ask(ask) => self.ask(ask, now, more),
             Effect::Unask { key } => {
-                if let Some(index) = self.asks.iter().position(|(_, asked)| *asked == key) {
-                    let (id, _) = self.asks.swap_remove(index);
-                    let settled = DecisionSettled { id, how: How::Withdrawn.into(), input_id: String::new() };
-                    self.record(record::Kind::DecisionSettled(settled));
-                    self.resume_clock(now);
-                }
+                self.withdraw(|open| !open.is_custom_tool && open.key == key, now);
             }
             Effect::TurnEnded { reason, message, usage } => {
                 if self.turn.as_ref().is_some_and(|turn| turn.delivered) {
@@ -737,6 +817,12 @@ impl Core {
 
     /// Puts a tool use into the journal, once for each call.
     fn tool_use(&mut self, parent: Option<&str>, mut tool: ToolUse) {
+        if self.is_custom_tool(&tool.mcp_server, &tool.name) {
+            if self.hidden.len() < CALLS_MAX {
+                self.hidden.insert(tool.call_id);
+            }
+            return;
+        }
         if self.calls.contains_key(&tool.call_id) {
             return;
         }
@@ -746,6 +832,11 @@ impl Core {
         tool.evaluation = self.evaluate(&tool.name, &tool.input_json).into();
         tool.input_json = shorten_json(tool.input_json, TEXT_BYTES_MAX);
         self.event(parent, event::Kind::ToolUse(tool));
+    }
+
+    /// Whether a tool is one of the host's own MCP server.
+    fn is_custom_tool(&self, server: &str, name: &str) -> bool {
+        !self.spec.custom_tools.is_empty() && (server == custom_tools::SERVER || name.contains(custom_tools::PREFIX))
     }
 
     fn evaluate(&self, tool: &str, input_json: &str) -> Evaluation {
@@ -760,6 +851,13 @@ impl Core {
     }
 
     fn ask(&mut self, ask: Ask, now: u64, more: &mut Out) {
+        if self.is_custom_tool(&ask.mcp_server, &ask.tool) {
+            if self.hidden.len() < CALLS_MAX {
+                self.hidden.insert(ask.call);
+            }
+            // Its user decides by the result.
+            return self.adapter.decide(&ask.key, Verdict::Allow, "", more);
+        }
         let tool = ToolUse {
             name: ask.tool.clone(),
             mcp_server: ask.mcp_server,
@@ -776,7 +874,7 @@ impl Core {
             Evaluation::Deny => self.adapter.decide(&ask.key, Verdict::Deny, "The session's rules do not permit this tool", more),
             Evaluation::Ask if self.permitted.contains(&id) => self.adapter.decide(&ask.key, Verdict::Allow, "", more),
             Evaluation::Ask => {
-                if self.asks.iter().any(|(open, key)| *open == id || *key == ask.key) {
+                if self.asks.iter().any(|open| open.id == id || open.key == ask.key) {
                     return;
                 }
                 if self.asks.len() >= REQUESTS_MAX {
@@ -784,9 +882,9 @@ impl Core {
                 }
                 let input_json = shorten_json(ask.input_json, REQUEST_BYTES_MAX);
                 let [diff, reason] = [ask.diff, ask.reason].map(|text| shorten_to(text, REQUEST_BYTES_MAX));
-                let request = DecisionRequested { id, tool: ask.tool, input_json, diff, reason };
+                let request = DecisionRequested { id, tool: ask.tool, input_json, diff, reason, is_custom_tool: false };
                 self.record(record::Kind::DecisionRequested(request));
-                self.asks.push((id, ask.key));
+                self.asks.push(Open { id, key: ask.key, is_custom_tool: false });
                 self.waiting_since.get_or_insert(now);
             }
         }
@@ -890,6 +988,93 @@ mod tests {
     fn message(id: u32, when_busy: WhenBusy) -> Input {
         let message = Message { turn: id, text: format!("echo {id}"), when_busy: when_busy.into(), ..Message::default() };
         Input { id: format!("m{id}"), kind: Some(input::Kind::Message(message)) }
+    }
+
+    /// A CLI whose turn ends as soon as it is interrupted.
+    struct Prompt;
+
+    impl Adapter for Prompt {
+        fn launch(&mut self, _: Option<&str>, _: &str) -> Launch {
+            script("", false)
+        }
+
+        fn started(&mut self, _: &str, out: &mut Out) {
+            out.push(Effect::Ready);
+        }
+
+        fn message(&mut self, _: &str, _: &mut Out) {}
+
+        fn interrupt(&mut self, out: &mut Out) -> bool {
+            out.push(Effect::TurnEnded { reason: Reason::Interrupted, message: String::new(), usage: None });
+            true
+        }
+    }
+
+    /// A turn of [`Prompt`] that has the message.
+    fn running() -> Core {
+        let tools = vec![contract::host::CustomTool { name: "ask".to_owned(), ..Default::default() }];
+        let spec = Spec { runtime: "shell".to_owned(), custom_tools: tools, ..Spec::default() };
+        let capabilities = find("claude").unwrap().capabilities;
+        let mut core = Core::new(spec, Box::new(Prompt), capabilities, State::default(), Reason::HostLost, 0);
+        core.input(message(1, WhenBusy::Queue), 0);
+        core.started(1, "/", 0);
+        core.take_actions();
+        core
+    }
+
+    fn records(core: &mut Core) -> Vec<record::Kind> {
+        let record = |action| if let Action::Record(kind) = action { Some(kind) } else { None };
+        core.take_actions().into_iter().filter_map(record).collect()
+    }
+
+    #[test]
+    fn an_interrupt_is_settled_before_the_turn_that_it_ends() {
+        let mut core = running();
+        core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+        let records = records(&mut core);
+        let settled = records.iter().position(|kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == "i"));
+        let ended = records.iter().position(|kind| matches!(kind, record::Kind::TurnEnded(_)));
+        assert!(settled.is_some() && settled < ended, "{records:?}");
+    }
+
+    #[test]
+    fn a_custom_tool_waits_for_its_result_and_takes_the_first() {
+        let mut core = running();
+        core.custom_tool_called("1:7".to_owned(), "ask".to_owned(), "{}".to_owned(), 1);
+        let requested = records(&mut core).into_iter().find_map(|kind| match kind {
+            record::Kind::DecisionRequested(request) if request.is_custom_tool => Some(request.id),
+            _ => None,
+        });
+        let request = requested.unwrap();
+        let result = |id: &str, text: &str| {
+            let result = CustomToolResult { request, text: text.to_owned(), is_error: false };
+            Input { id: id.to_owned(), kind: Some(input::Kind::CustomToolResult(result)) }
+        };
+        // A decision is no result.
+        let decision = contract::host::Decision { request, verdict: Verdict::Allow.into(), message: String::new() };
+        core.input(Input { id: "d".to_owned(), kind: Some(input::Kind::Decision(decision)) }, 2);
+        for (id, text) in [("r", "yes"), ("r", "yes"), ("s", "no")] {
+            core.input(result(id, text), 2);
+        }
+        let answers: Vec<_> = core.take_actions().into_iter().filter(|action| matches!(action, Action::CustomToolResult { .. })).collect();
+        assert_eq!(answers, [Action::CustomToolResult { call: "1:7".to_owned(), text: "yes".to_owned(), is_error: false }]);
+        assert!(core.state().requests.is_empty());
+    }
+
+    #[test]
+    fn what_a_turn_or_a_server_leaves_open_of_custom_tools_is_withdrawn() {
+        let mut core = running();
+        core.custom_tool_called("1:1".to_owned(), "ask".to_owned(), "{}".to_owned(), 1);
+        core.custom_tool_called("2:1".to_owned(), "ask".to_owned(), "{}".to_owned(), 1);
+        core.custom_tool_called("2:2".to_owned(), "nope".to_owned(), "{}".to_owned(), 1);
+        assert_eq!(core.state().requests.len(), 2, "an unknown tool is refused");
+        core.custom_tools_gone(1, 1);
+        assert_eq!(core.state().requests.len(), 1);
+        core.take_actions();
+        core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+        assert!(core.state().requests.is_empty());
+        let answers = core.take_actions().into_iter().filter(|action| matches!(action, Action::CustomToolResult { is_error: true, .. }));
+        assert_eq!(answers.count(), 1);
     }
 
     #[derive(Debug, Clone)]

@@ -31,6 +31,7 @@ use crate::{
     adapters::{self, Launch},
     client,
     core::{Action, Core},
+    custom_tools::{self, Told},
     http, monotonic_ms,
     process::{self, Program, User},
     store::{NotWritten, SEGMENT_BYTES, Store},
@@ -194,6 +195,10 @@ struct Host {
     _lock: File,
     listener: UnixListener,
     clients: Vec<Client>,
+    /// MCP servers of the custom tools, where there are any.
+    tools: Option<UnixListener>,
+    tools_clients: Vec<custom_tools::Client>,
+    tools_accepted: u64,
     running: Option<Running>,
     /// What background processes write after their program's end goes nowhere; without a reader they would be killed.
     late: VecDeque<OwnedFd>,
@@ -215,6 +220,8 @@ enum Source {
     Listener,
     Wake,
     Client(usize),
+    Tools,
+    ToolsClient(usize),
     Stdout,
     Stderr,
     Exit,
@@ -231,7 +238,14 @@ impl Host {
         if !take_lock(&lock) {
             return Ok(None);
         }
-        let spec = Spec::decode(spec).map_err(|error| format!("the specification is not valid: {error}"))?;
+        let mut spec = Spec::decode(spec).map_err(|error| format!("the specification is not valid: {error}"))?;
+        let mut tools = None;
+        if !spec.custom_tools.is_empty() {
+            let (listener, name) = custom_tools::listen().map_err(|error| failed("cannot offer custom tools", error))?;
+            spec.tools_command = custom_tools::command(&name);
+            spec.mcp_servers.push(custom_tools::SERVER.to_owned());
+            tools = Some(listener);
+        }
         let runtime = adapters::find(&spec.runtime).ok_or_else(|| format!("runtime {} is not known", spec.runtime))?;
         let user = User::find(&spec.user)?;
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(|error| failed("subreaper", error.into()))?;
@@ -264,6 +278,9 @@ impl Host {
             _lock: lock,
             listener,
             clients: Vec::new(),
+            tools,
+            tools_clients: Vec::new(),
+            tools_accepted: 0,
             running: None,
             late: VecDeque::new(),
             actions: VecDeque::new(),
@@ -333,6 +350,9 @@ impl Host {
                 }
             }
             Action::Http(request) => client::send(request, client::Replies { sender: self.http.0.clone(), wake: self.wake.try_clone()? }),
+            Action::CustomToolResult { call, text, is_error } => {
+                self.tools_clients.iter_mut().for_each(|client| client.answer(&call, &text, is_error));
+            }
             Action::SpareLeftovers => self.spared = process::descendants(rustix::process::getpid(), &[]),
             Action::Awake(awake) => {
                 self.awake = awake;
@@ -409,6 +429,11 @@ impl Host {
     fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
         let mut waited = vec![(Source::Listener, self.listener.as_fd(), PollFlags::IN), (Source::Wake, self.wake.as_fd(), PollFlags::IN)];
         waited.extend(self.clients.iter().enumerate().map(|(index, client)| (Source::Client(index), client.stream.as_fd(), PollFlags::IN)));
+        waited.extend(self.tools.iter().map(|listener| (Source::Tools, listener.as_fd(), PollFlags::IN)));
+        waited.extend(self.tools_clients.iter().enumerate().map(|(index, client)| {
+            let write = if client.has_more() { PollFlags::OUT } else { PollFlags::empty() };
+            (Source::ToolsClient(index), client.stream.as_fd(), PollFlags::IN | write)
+        }));
         waited.extend(self.late.iter().enumerate().map(|(index, fd)| (Source::Late(index), fd.as_fd(), PollFlags::IN)));
         if let Some(running) = &self.running {
             let read = if self.takes_output() { PollFlags::IN } else { PollFlags::empty() };
@@ -450,7 +475,7 @@ impl Host {
     }
 
     fn handle(&mut self, ready: &[(Source, PollFlags)]) {
-        let (mut gone, mut silent) = (Vec::new(), Vec::new());
+        let (mut gone, mut silent, mut tools_gone) = (Vec::new(), Vec::new(), Vec::new());
         for (source, events) in ready {
             match source {
                 Source::Listener => {
@@ -458,6 +483,12 @@ impl Host {
                         if stream.set_nonblocking(true).is_ok() {
                             self.clients.push(Client { stream, decoder: Decoder::of_inputs() });
                         }
+                    }
+                }
+                Source::Tools => self.accept_tools_clients(),
+                Source::ToolsClient(index) => {
+                    if !self.read_tools_client(*index) {
+                        tools_gone.push(*index);
                     }
                 }
                 Source::Wake => {
@@ -500,8 +531,37 @@ impl Host {
         for index in gone.into_iter().rev() {
             self.clients.remove(index);
         }
+        for index in tools_gone.into_iter().rev() {
+            self.core.custom_tools_gone(self.tools_clients.remove(index).number, monotonic_ms());
+        }
         let surplus = self.clients.len().saturating_sub(CLIENTS_MAX);
         self.clients.drain(..surplus);
+    }
+
+    fn accept_tools_clients(&mut self) {
+        while let Some(Ok((stream, _))) = self.tools.as_ref().map(UnixListener::accept) {
+            self.tools_accepted += 1;
+            let client = custom_tools::Client::new(stream, self.tools_accepted, &self.spec.custom_tools);
+            // Each process of the CLI has one.
+            if self.tools_clients.len() < CLIENTS_MAX {
+                self.tools_clients.extend(client);
+            }
+        }
+    }
+
+    /// False: the server is gone.
+    fn read_tools_client(&mut self, index: usize) -> bool {
+        let Some(client) = self.tools_clients.get_mut(index) else { return true };
+        client.write();
+        let Some(told) = client.read() else { return false };
+        for told in told {
+            let now = monotonic_ms();
+            match told {
+                Told::Called { call, name, input_json } => self.core.custom_tool_called(call, name, input_json, now),
+                Told::Cancelled { call } => self.core.custom_tool_cancelled(&call, now),
+            }
+        }
+        true
     }
 
     /// False: the client is gone, or sends what is no input.

@@ -8,6 +8,7 @@ mod adapters;
 mod attach;
 mod client;
 mod core;
+mod custom_tools;
 mod host;
 mod http;
 mod permissions;
@@ -64,8 +65,9 @@ fn main() -> ExitCode {
             print!("{}", adapters::document());
             ExitCode::SUCCESS
         }
-        // What the host itself starts.
+        // What the host itself starts, or its CLI.
         ["run", "--dir", dir] => host::run(Path::new(dir)),
+        ["tools", name] => custom_tools::serve(name),
         ["exec", ..] => process::exec(arguments.get(1..).unwrap_or_default()),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");

@@ -40,7 +40,10 @@ impl State {
                 }
             }
             record::Kind::InputSettled(settled) => self.queued.retain(|input| input.id != settled.id),
-            record::Kind::DecisionRequested(request) => self.requests.push(request.clone()),
+            record::Kind::DecisionRequested(request) => {
+                self.last_event_id = self.last_event_id.max(request.id);
+                self.requests.push(request.clone());
+            }
             record::Kind::DecisionSettled(settled) => self.requests.retain(|request| request.id != settled.id),
             record::Kind::TurnStarted(turn) => {
                 self.queued.retain(|input| input.id != turn.input_id);

@@ -66,6 +66,22 @@ pub struct Spec {
     /// stays as it is.
     #[prost(string, tag = "21")]
     pub revision: ::prost::alloc::string::String,
+    /// Tools that the session's user runs: the host offers them to the CLI as an MCP server.
+    #[prost(message, repeated, tag = "31")]
+    pub custom_tools: ::prost::alloc::vec::Vec<CustomTool>,
+    /// Set by the host for its adapters: the command of that MCP server.
+    #[prost(string, repeated, tag = "32")]
+    pub tools_command: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CustomTool {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub description: ::prost::alloc::string::String,
+    /// A JSON schema of its input.
+    #[prost(string, tag = "3")]
+    pub input_schema_json: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]
@@ -99,7 +115,7 @@ pub struct Input {
     /// Unique within the session; at most 64 bytes. Not needed for `persisted`.
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
-    #[prost(oneof = "input::Kind", tags = "10, 11, 12, 13, 14, 15, 16")]
+    #[prost(oneof = "input::Kind", tags = "10, 11, 12, 13, 14, 15, 16, 17")]
     pub kind: ::core::option::Option<input::Kind>,
 }
 /// Nested message and enum types in `Input`.
@@ -122,7 +138,20 @@ pub mod input {
         Step(super::Step),
         #[prost(message, tag = "16")]
         Withdraw(super::Withdraw),
+        #[prost(message, tag = "17")]
+        CustomToolResult(super::CustomToolResult),
     }
+}
+/// What a custom tool returned.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CustomToolResult {
+    /// A DecisionRequested.id.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    #[prost(string, tag = "2")]
+    pub text: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub is_error: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Message {
@@ -484,7 +513,7 @@ pub mod input_settled {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DecisionRequested {
-    /// The ToolUse event that it is about.
+    /// The ToolUse event that it is about; of a custom tool, an id of its own.
     #[prost(uint64, tag = "1")]
     pub id: u64,
     #[prost(string, tag = "2")]
@@ -496,6 +525,9 @@ pub struct DecisionRequested {
     pub diff: ::prost::alloc::string::String,
     #[prost(string, tag = "5")]
     pub reason: ::prost::alloc::string::String,
+    /// The agent uses a custom tool, and waits for its result. No ToolUse tells of it.
+    #[prost(bool, tag = "6")]
+    pub is_custom_tool: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DecisionSettled {

@@ -511,6 +511,15 @@ pub struct Input {
     /// What the model reads with a denial.
     #[prost(string, tag = "15")]
     pub deny_message: ::prost::alloc::string::String,
+    /// Of the result of a custom tool; its text is `text`.
+    #[prost(bool, tag = "16")]
+    pub is_error: bool,
+}
+/// Inputs that were just queued, for those who follow the session.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct QueuedInputs {
+    #[prost(message, repeated, tag = "1")]
+    pub inputs: ::prost::alloc::vec::Vec<Input>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListInputsReply {
@@ -728,7 +737,7 @@ pub struct SendEventsRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SentEvent {
-    #[prost(oneof = "sent_event::Kind", tags = "1, 2, 3")]
+    #[prost(oneof = "sent_event::Kind", tags = "1, 2, 3, 4")]
     pub kind: ::core::option::Option<sent_event::Kind>,
 }
 /// Nested message and enum types in `SentEvent`.
@@ -741,6 +750,8 @@ pub mod sent_event {
         Interrupt(super::SentInterrupt),
         #[prost(message, tag = "3")]
         Decision(super::SentDecision),
+        #[prost(message, tag = "4")]
+        ToolResult(super::SentToolResult),
     }
 }
 /// Begins a turn, or waits for the end of the one that runs.
@@ -762,6 +773,16 @@ pub struct SentDecision {
     /// What the model reads with a denial.
     #[prost(string, tag = "3")]
     pub deny_message: ::prost::alloc::string::String,
+}
+/// Of a custom tool.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SentToolResult {
+    #[prost(uint64, tag = "1")]
+    pub request_id: u64,
+    #[prost(string, tag = "2")]
+    pub text: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub is_error: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SendEventsReply {
@@ -877,14 +898,14 @@ pub struct ClaimTurnRequest {
     #[prost(bytes = "vec", tag = "21")]
     pub model_token_hash: ::prost::alloc::vec::Vec<u8>,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ClaimTurnReply {
     #[prost(oneof = "claim_turn_reply::Verdict", tags = "1, 2, 3, 4")]
     pub verdict: ::core::option::Option<claim_turn_reply::Verdict>,
 }
 /// Nested message and enum types in `ClaimTurnReply`.
 pub mod claim_turn_reply {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Verdict {
         #[prost(message, tag = "1")]
         Run(super::TurnSpec),
@@ -977,7 +998,7 @@ pub struct Settled {
     #[prost(message, optional, tag = "1")]
     pub destroy: ::core::option::Option<SpriteClaim>,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct TurnSpec {
     #[prost(string, tag = "1")]
     pub sprite: ::prost::alloc::string::String,
@@ -1028,6 +1049,9 @@ pub struct TurnSpec {
     /// Whether the agent, or what it is given, may be another than in the turn before.
     #[prost(bool, tag = "24")]
     pub may_change: bool,
+    /// Tools that the session's user runs.
+    #[prost(message, repeated, tag = "30")]
+    pub custom_tools: ::prost::alloc::vec::Vec<super::super::host::v1::CustomTool>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {

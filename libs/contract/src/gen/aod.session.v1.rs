@@ -168,13 +168,13 @@ pub struct StageOutput {
     #[prost(bytes = "vec", tag = "3")]
     pub data: ::prost::alloc::vec::Vec<u8>,
 }
-/// The agent asks whether it may use a tool. Its turn's time stands still until the decision.
+/// The agent asks whether it may use a tool, or uses a custom tool. Its turn's time stands still until the decision or the result.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DecisionRequested {
     /// `request.id` is the journal's; clients know the request by `tool_use`.
     #[prost(message, optional, tag = "1")]
     pub request: ::core::option::Option<super::super::host::v1::DecisionRequested>,
-    /// The event that shows the tool use.
+    /// The event that shows the tool use. 0: this one does.
     #[prost(uint64, tag = "2")]
     pub tool_use: u64,
 }
@@ -184,6 +184,9 @@ pub struct DecisionSettled {
     pub settled: ::core::option::Option<super::super::host::v1::DecisionSettled>,
     #[prost(uint64, tag = "2")]
     pub tool_use: u64,
+    /// Of a custom tool: the result that its user sent.
+    #[prost(message, optional, tag = "3")]
+    pub result: ::core::option::Option<super::super::host::v1::CustomToolResult>,
 }
 /// What became of an input.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -193,7 +196,7 @@ pub struct InputSettled {
     /// Of a message that joined the running turn: its text.
     #[prost(string, tag = "2")]
     pub text: ::prost::alloc::string::String,
-    /// `message`, `interrupt` or `decision`.
+    /// `message`, `interrupt`, `decision` or `tool_result`.
     #[prost(string, tag = "3")]
     pub kind: ::prost::alloc::string::String,
 }
@@ -209,6 +212,9 @@ pub struct TurnEnded {
     pub usage: ::core::option::Option<Usage>,
     #[prost(enumeration = "StopReason", tag = "4")]
     pub stop_reason: i32,
+    /// What the turn would have begun with: it ended before its agent started, and no TurnStarted tells of it.
+    #[prost(message, optional, tag = "5")]
+    pub unstarted: ::core::option::Option<TurnStarted>,
 }
 /// What a turn used; what the agent did not report is absent.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

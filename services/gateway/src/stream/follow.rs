@@ -4,10 +4,13 @@ use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration}
 
 use bus::Failure;
 use bytes::Bytes;
-use contract::scheduler::ReadEventsReply;
+use contract::scheduler::{QueuedInputs, ReadEventsReply};
 use futures::{Stream, future::BoxFuture};
 use serde_json::json;
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{broadcast, watch},
+    time::Instant,
+};
 use types::{Backoff, ErrorCode, InputId, Partition, SessionId, Timestamp};
 
 use crate::{
@@ -22,6 +25,7 @@ use crate::{
     v1::{
         self,
         ids::EventId,
+        send,
         thread::{Place, Thread},
     },
 };
@@ -32,6 +36,9 @@ const CHUNK_BYTES: usize = 64 * 1024;
 const EVENTS_AT_A_TIME: usize = 512;
 /// Between reads of an event log that has nothing new, or cannot be read. The first is made at once.
 const RETRY: Backoff = Backoff { base: Duration::from_millis(5), max: Duration::from_secs(1), attempts: u32::MAX };
+
+/// Events of users whose ids a connection remembers: those that come as queued afterwards are old.
+const PROCESSED_MAX: usize = 256;
 
 /// What a request brought.
 enum Answer {
@@ -47,6 +54,8 @@ pub struct Follower {
     stream: OpenStream,
     hub: Arc<Hub>,
     changes: watch::Receiver<u64>,
+    /// Only of the managed view.
+    queued: Option<broadcast::Receiver<Arc<QueuedInputs>>>,
     user_id: String,
     cursor: u64,
     /// Events up to this one are persisted.
@@ -71,8 +80,10 @@ pub enum View {
 
 /// A thread that is built from the begin of a turn, and shown from some place on.
 pub struct Managed {
-    pub thread: Thread,
-    pub from: From,
+    thread: Thread,
+    from: From,
+    /// Ids of the newest events of the session's user that the log has.
+    processed: VecDeque<String>,
 }
 
 /// After what the connection shows events.
@@ -83,6 +94,22 @@ pub enum From {
 }
 
 impl Managed {
+    pub const fn new(thread: Thread, from: From) -> Self {
+        Self { thread, from, processed: VecDeque::new() }
+    }
+
+    /// The frames of what is queued. They carry no SSE id: a client that reconnects goes on after the last event that has its place.
+    fn queued(&self, inputs: &QueuedInputs) -> Bytes {
+        let mut bytes = Vec::new();
+        for event in inputs.inputs.iter().filter_map(send::queued) {
+            let (id, kind) = (event["id"].as_str().unwrap_or_default(), event["type"].as_str().unwrap_or_default());
+            if !self.processed.iter().any(|processed| processed == id) {
+                bytes.extend_from_slice(&named_frame(kind, None, &event));
+            }
+        }
+        bytes.into()
+    }
+
     /// Appends the frames of what an entry shows as. Returns whether nothing follows it.
     fn render(&mut self, event: &Event, bytes: &mut Vec<u8>) -> bool {
         let Some(source) = event.source() else { return false };
@@ -91,6 +118,10 @@ impl Managed {
         let mut is_last = false;
         for event in shown {
             is_last |= event.is_last();
+            if event.kind.starts_with("user.") {
+                self.processed.truncate(PROCESSED_MAX - 1);
+                self.processed.push_front(event.id.clone());
+            }
             let is_new = match &self.from {
                 From::Place(place) => event.place > *place,
                 From::Id(id) => {
@@ -129,12 +160,14 @@ impl Follower {
     ) -> Self {
         let hub = app.hubs.join(session, partition);
         let changes = hub.changes();
+        let queued = matches!(view, View::Managed(_)).then(|| hub.queued());
         Self {
             app,
             session,
             stream,
             hub,
             changes,
+            queued,
             user_id,
             cursor: after,
             persisted: 0,
@@ -210,6 +243,14 @@ impl Follower {
                         return None;
                     }
                     self.attempts = 0;
+                }
+                queued = next_queued(&mut self.queued) => {
+                    if let View::Managed(managed) = &self.view {
+                        let bytes = managed.queued(&queued);
+                        if !bytes.is_empty() {
+                            return Some(bytes);
+                        }
+                    }
                 }
                 () = self.app.ending.closing.cancelled() => return None,
                 reason = self.stream.refused() => return self.end_refused(&reason),
@@ -325,4 +366,16 @@ impl Follower {
             Answer::Page(history::read_page(&bus, session, after, max_bytes).await)
         })
     }
+}
+
+/// What is queued next. Waits for ever where nothing more comes.
+async fn next_queued(queued: &mut Option<broadcast::Receiver<Arc<QueuedInputs>>>) -> Arc<QueuedInputs> {
+    while let Some(receiver) = queued {
+        match receiver.recv().await {
+            Ok(inputs) => return inputs,
+            Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => *queued = None,
+        }
+    }
+    std::future::pending().await
 }

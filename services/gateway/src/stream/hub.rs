@@ -15,12 +15,13 @@ use bus::{
 };
 use contract::{
     rpc,
-    scheduler::{GetSessionRequest, ReadEventsReply, Session},
+    scheduler::{GetSessionRequest, QueuedInputs, ReadEventsReply, Session},
     subject, topology,
 };
-use futures::future::BoxFuture;
+use futures::{StreamExt as _, future::BoxFuture};
+use prost::Message as _;
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::{Semaphore, broadcast, watch},
     time::Instant,
 };
 use tokio_util::{
@@ -43,6 +44,8 @@ const RETRY: Backoff = Backoff { base: Duration::from_millis(10), max: Duration:
 const STREAM_WAIT: Duration = Duration::from_millis(250);
 /// How often a silent hub compares itself with Postgres: what a cluster of NATS servers loses between them, nothing else tells.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
+/// Messages about queued inputs that a slow reader may be behind.
+const QUEUED_MAX: usize = 16;
 /// How long a turn's end waits until it is persisted, so that a client which asks next finds what it was told.
 const PERSISTED_WAIT: Duration = Duration::from_secs(5);
 
@@ -66,6 +69,8 @@ struct Shared {
     tail: Mutex<Tail>,
     /// Changes with the tail.
     changes: watch::Sender<u64>,
+    /// What was just queued for the session. Who is slow misses some: the event log tells of them again.
+    queued: broadcast::Sender<Arc<QueuedInputs>>,
     /// The last turn's end that was asked about: its event, and the session at that time.
     ended: tokio::sync::Mutex<Option<(u64, Option<Session>)>>,
 }
@@ -87,7 +92,8 @@ impl Hubs {
         }
         let stop = CancellationToken::new();
         let (tail, changes) = (Mutex::new(Tail::new()), watch::Sender::new(0));
-        let shared = Arc::new(Shared { tail, changes, ended: tokio::sync::Mutex::default() });
+        let queued = broadcast::Sender::new(QUEUED_MAX);
+        let shared = Arc::new(Shared { tail, changes, queued, ended: tokio::sync::Mutex::default() });
         let hub = Arc::new(Hub { session, shared: shared.clone(), hubs: Arc::downgrade(self), _stop: stop.clone().drop_guard() });
         hubs.insert(session, Arc::downgrade(&hub));
         metrics::gauge!("aod_followed_sessions").set(hubs.len() as f64);
@@ -115,6 +121,11 @@ impl Hub {
     /// Changes whenever [`Self::read`] may return something else.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
+    }
+
+    /// What is queued for the session from now on.
+    pub fn queued(&self) -> broadcast::Receiver<Arc<QueuedInputs>> {
+        self.shared.queued.subscribe()
     }
 
     /// Events after `cursor`, at most `limit`.
@@ -171,6 +182,7 @@ type Request = BoxFuture<'static, Answer>;
 impl Follower {
     async fn run(mut self) {
         let mut live = self.subscribe().await;
+        let mut queued = self.bus.told(subject::queued_inputs(self.session)).await.ok();
         let (mut last, mut page) = (None::<Request>, None::<Request>);
         let (mut attempts, mut check_at) = (0, next_check());
         loop {
@@ -208,6 +220,17 @@ impl Follower {
                             live = self.subscribe().await;
                         }
                     }
+                },
+                message = async {
+                    match &mut queued {
+                        Some(queued) => queued.next().await,
+                        None => std::future::pending().await,
+                    }
+                } => match message.map(QueuedInputs::decode) {
+                    // No one may listen.
+                    Some(Ok(inputs)) => drop(self.shared.queued.send(Arc::new(inputs))),
+                    Some(Err(_)) => {}
+                    None => queued = None,
                 },
                 answer = pending(&mut last) => {
                     // A page that was asked for before does not tell what came until now.

@@ -300,6 +300,9 @@ fn body(kind: Kind) -> Option<Body> {
         },
         Kind::OutputDropped(dropped) => Body::OutputDropped { bytes: dropped.bytes },
         Kind::Agent(agent) => return agent_event(agent),
+        // Custom tools are the Managed Agents API's.
+        Kind::DecisionRequested(session::DecisionRequested { request: Some(request), .. }) if request.is_custom_tool => return None,
+        Kind::DecisionSettled(session::DecisionSettled { result: Some(_), .. }) => return None,
         Kind::DecisionRequested(requested) => {
             let host::DecisionRequested { tool, input_json, diff, reason, .. } = requested.request.unwrap_or_default();
             Body::PermissionRequested { tool_use_id: requested.tool_use, name: tool, input: json(input_json), diff, reason }

@@ -347,7 +347,7 @@ pub async fn stream(
         _ => (app.call::<rpc::FindTurn>(&request).await?, from),
     };
     let (partition, open) = (stream::partition(&session)?, stream::open(&app, &caller)?);
-    let view = View::Managed(Box::new(Managed { thread: Thread::at(session_id, &found), from }));
+    let view = View::Managed(Box::new(Managed::new(Thread::at(session_id, &found), from)));
     let follower = Follower::new(app, caller.user_id, open, (session_id, partition), found.begun_after, view);
     Ok(stream::sse(Body::from_stream(follower.into_stream())))
 }

@@ -8,7 +8,10 @@ use axum::{
 };
 use contract::{
     rpc,
-    scheduler::{Input, SendEventsReply, SendEventsRequest, SentDecision, SentEvent, SentInterrupt, SentMessage, sent_event::Kind as Sent},
+    scheduler::{
+        Input, SendEventsReply, SendEventsRequest, SentDecision, SentEvent, SentInterrupt, SentMessage, SentToolResult,
+        sent_event::Kind as Sent,
+    },
 };
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -35,7 +38,7 @@ const EVENTS_MAX: usize = 50;
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes a body")]
 pub struct SendEvents {
-    /// `user.message`, `user.interrupt` and `user.tool_confirmation`
+    /// `user.message`, `user.interrupt`, `user.tool_confirmation` and `user.custom_tool_result`
     #[schema(value_type = Vec<Object>, min_items = 1, max_items = 50)]
     events: Vec<Value>,
 }
@@ -101,6 +104,12 @@ fn shown(event: &SentEvent, input: &Input) -> Value {
                 body.insert("deny_message".to_owned(), decision.deny_message.clone().into());
             }
         }
+        Some(Sent::ToolResult(result)) => {
+            body.insert("type".to_owned(), "user.custom_tool_result".into());
+            body.insert("custom_tool_use_id".to_owned(), super::thread::tool_use_of(result.request_id).into());
+            body.insert("content".to_owned(), text(&result.text));
+            body.insert("is_error".to_owned(), result.is_error.into());
+        }
         None => {}
     }
     body.insert("processed_at".to_owned(), input.settled_at_us.map_or(Value::Null, |at| time(at).into()));
@@ -117,6 +126,11 @@ pub fn queued(input: &Input) -> Option<Value> {
             request_id: input.request_id.unwrap_or_default(),
             verdict: if input.verdict == "deny" { "deny" } else { "allow" }.to_owned(),
             deny_message: input.deny_message.clone(),
+        }),
+        "tool_result" => Sent::ToolResult(SentToolResult {
+            request_id: input.request_id.unwrap_or_default(),
+            text: input.text.clone(),
+            is_error: input.is_error,
         }),
         _ => return None,
     };
@@ -149,8 +163,13 @@ fn parse_event(event: &Value, at: &str) -> Result<SentEvent, ApiError> {
             known(fields, at, &["type", "tool_use_id", "result", "deny_message", "session_thread_id"])?;
             Sent::Decision(confirmation(fields, at)?)
         }
+        "user.custom_tool_result" => {
+            known(fields, at, &["type", "custom_tool_use_id", "content", "is_error", "session_thread_id"])?;
+            Sent::ToolResult(tool_result(fields, at)?)
+        }
         other => {
-            return Err(bad(&format!("{at}type: '{other}' cannot be sent; user.message, user.interrupt and user.tool_confirmation can")));
+            let can = "user.message, user.interrupt, user.tool_confirmation and user.custom_tool_result can";
+            return Err(bad(&format!("{at}type: '{other}' cannot be sent; {can}")));
         }
     };
     Ok(SentEvent { kind: Some(kind) })
@@ -174,8 +193,26 @@ fn confirmation(fields: &Map<String, Value>, at: &str) -> Result<SentDecision, A
     Ok(SentDecision { request_id, verdict: verdict.to_owned(), deny_message: deny_message.to_owned() })
 }
 
-/// The text of a message. Blocks of text are joined by an empty line.
+fn tool_result(fields: &Map<String, Value>, at: &str) -> Result<SentToolResult, ApiError> {
+    let request_id = request_of(string(fields, "custom_tool_use_id", at)?);
+    let request_id = request_id.ok_or_else(|| bad(&format!("{at}custom_tool_use_id: no such tool use waits for a result")))?;
+    let is_absent = matches!(fields.get("content"), None | Some(Value::Null));
+    let text = if is_absent { String::new() } else { texts(fields, at)? };
+    let is_error = match fields.get("is_error") {
+        None | Some(Value::Null) => false,
+        Some(is_error) => is_error.as_bool().ok_or_else(|| bad(&format!("{at}is_error: must be a boolean")))?,
+    };
+    Ok(SentToolResult { request_id, text, is_error })
+}
+
+/// The text of a message.
 fn content(fields: &Map<String, Value>, at: &str) -> Result<String, ApiError> {
+    let text = texts(fields, at)?;
+    if text.trim().is_empty() { Err(bad(&format!("{at}content: must have text"))) } else { Ok(text) }
+}
+
+/// Blocks of text are joined by an empty line.
+fn texts(fields: &Map<String, Value>, at: &str) -> Result<String, ApiError> {
     let Some(Value::Array(blocks)) = fields.get("content") else { return Err(bad(&format!("{at}content: must be a list"))) };
     let mut texts = Vec::new();
     for (index, block) in blocks.iter().enumerate() {
@@ -189,8 +226,7 @@ fn content(fields: &Map<String, Value>, at: &str) -> Result<String, ApiError> {
             other => return Err(bad(&format!("{at}type: '{other}' blocks are not supported; send text"))),
         }
     }
-    let text = texts.join("\n\n");
-    if text.trim().is_empty() { Err(bad(&format!("{at}content: must have text"))) } else { Ok(text) }
+    Ok(texts.join("\n\n"))
 }
 
 fn string<'a>(fields: &'a Map<String, Value>, name: &str, at: &str) -> Result<&'a str, ApiError> {

@@ -337,7 +337,12 @@ impl Thread {
             Some(Kind::DecisionRequested(requested)) => {
                 let request = requested.request.clone().unwrap_or_default();
                 let mut tool_use = requested.tool_use;
-                if tool_use == 0 {
+                if request.is_custom_tool {
+                    tool_use = id;
+                    let input = serde_json::from_str::<Map<String, Value>>(&request.input_json).unwrap_or_default();
+                    let body = json!({ "name": request.tool, "input": input, "session_thread_id": null });
+                    entry.add(part::MAIN, "agent.custom_tool_use", body);
+                } else if tool_use == 0 {
                     tool_use = id;
                     let tool = Tool { name: &request.tool, server: "", input: &request.input_json, evaluation: Evaluation::Ask };
                     self.use_tool(&tool, entry);
@@ -355,7 +360,14 @@ impl Thread {
                     How::Denied => Some("deny"),
                     How::Withdrawn | How::Void | How::Unspecified => None,
                 };
-                if let Some(result) = result.filter(|_| !decision.input_id.is_empty()) {
+                if let Some(sent) = &settled.result {
+                    let body = json!({
+                        "custom_tool_use_id": main_id(settled.tool_use),
+                        "content": text(&sent.text),
+                        "is_error": sent.is_error,
+                    });
+                    entry.add_sent(&decision.input_id, "user.custom_tool_result", body);
+                } else if let Some(result) = result.filter(|_| !decision.input_id.is_empty()) {
                     let body = json!({ "tool_use_id": main_id(settled.tool_use), "result": result });
                     entry.add_sent(&decision.input_id, "user.tool_confirmation", body);
                 }
@@ -431,6 +443,9 @@ impl Thread {
     fn end(&mut self, turn: u32, ended: &TurnEnded, entry: &mut Entry<'_>) {
         if !self.state.is_running || self.state.turn != turn {
             // It ended before its agent began.
+            if let Some(unstarted) = &ended.unstarted {
+                entry.add_sent(&unstarted.input_id, "user.message", json!({ "content": text(&unstarted.prompt) }));
+            }
             self.begin(turn, entry);
         }
         let reason = ended.stop_reason();
@@ -578,7 +593,7 @@ fn tool_name(name: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use contract::{
-        host::{AgentMessage, DecisionRequested, DecisionSettled, Event, InputSettled, ToolResult, ToolUse},
+        host::{AgentMessage, CustomToolResult, DecisionRequested, DecisionSettled, Event, InputSettled, ToolResult, ToolUse},
         session::TurnStarted,
     };
     use proptest::prelude::*;
@@ -607,7 +622,7 @@ mod tests {
 
     fn ended(exit_code: i32, reason: StopReason) -> Kind {
         let usage = Some(session::Usage { input_tokens: Some(9), output_tokens: Some(4), ..session::Usage::default() });
-        Kind::TurnEnded(TurnEnded { exit_code: Some(exit_code), stop_reason: reason.into(), usage, failure: None })
+        Kind::TurnEnded(TurnEnded { exit_code: Some(exit_code), stop_reason: reason.into(), usage, ..TurnEnded::default() })
     }
 
     fn asked(tool_use: u64) -> Kind {
@@ -616,7 +631,7 @@ mod tests {
 
     fn decided(tool_use: u64, input: InputId) -> Kind {
         let settled = DecisionSettled { how: How::Allowed.into(), input_id: input.to_string(), ..DecisionSettled::default() };
-        Kind::DecisionSettled(session::DecisionSettled { settled: Some(settled), tool_use })
+        Kind::DecisionSettled(session::DecisionSettled { settled: Some(settled), tool_use, ..session::DecisionSettled::default() })
     }
 
     /// Entries 10, 11, … of turn 1, a millisecond apart.
@@ -693,6 +708,27 @@ mod tests {
     }
 
     #[test]
+    fn a_custom_tool_waits_for_its_result() {
+        let request = DecisionRequested { id: 5, tool: "ask".to_owned(), is_custom_tool: true, ..DecisionRequested::default() };
+        let asked = Kind::DecisionRequested(session::DecisionRequested { request: Some(request), tool_use: 0 });
+        let input = InputId::new();
+        let settled = DecisionSettled { how: How::Allowed.into(), input_id: input.to_string(), ..DecisionSettled::default() };
+        let result = Some(CustomToolResult { text: "42".to_owned(), ..CustomToolResult::default() });
+        let settled = Kind::DecisionSettled(session::DecisionSettled { settled: Some(settled), tool_use: 11, result });
+        let shown = play(&mut thread(), vec![started(), asked, settled, said("Thanks."), ended(0, StopReason::EndTurn)]);
+        let of = |kind: &str| shown.iter().find(|event| event.kind == kind).unwrap();
+        let used = of("agent.custom_tool_use");
+        assert_eq!(request_of(&used.id), Some(11));
+        assert_eq!(of("session.status_idle").body["stop_reason"], json!({ "type": "requires_action", "event_ids": [used.id] }));
+        let result = of("user.custom_tool_result");
+        assert_eq!((&result.id, &result.body["custom_tool_use_id"]), (&sent_id(&input.to_string()), &json!(used.id)));
+        assert_eq!(result.body["content"], text("42"));
+        let after: Vec<_> = kinds(&shown).into_iter().skip_while(|kind| *kind != "user.custom_tool_result").take(4).collect();
+        assert_eq!(after, ["user.custom_tool_result", "session.status_running", "session.thread_status_running", "agent.message"]);
+        assert!(!shown.iter().any(|event| event.kind == "agent.tool_result"));
+    }
+
+    #[test]
     fn an_interrupt_closes_open_calls_and_spans() {
         let input = InputId::new();
         let settled = InputSettled { id: input.to_string(), outcome: Outcome::Applied.into(), ..InputSettled::default() };
@@ -714,10 +750,13 @@ mod tests {
     }
 
     #[test]
-    fn a_set_up_that_failed_terminates() {
+    fn a_set_up_that_failed_shows_the_message_and_terminates() {
         let failure = Some(session::Failure { stage: "provision_setup".to_owned(), message: "no".to_owned() });
-        let shown = play(&mut thread(), vec![Kind::TurnEnded(TurnEnded { failure, ..TurnEnded::default() })]);
-        assert_eq!(kinds(&shown)[..2], ["session.status_running", "session.thread_status_running"]);
+        let input = InputId::new();
+        let unstarted = Some(TurnStarted { prompt: "hi".to_owned(), input_id: input.to_string() });
+        let shown = play(&mut thread(), vec![Kind::TurnEnded(TurnEnded { failure, unstarted, ..TurnEnded::default() })]);
+        assert_eq!(kinds(&shown)[..3], ["user.message", "session.status_running", "session.thread_status_running"]);
+        assert_eq!((shown[0].id.as_str(), &shown[0].body["content"][0]["text"]), (sent_id(&input.to_string()).as_str(), &json!("hi")));
         assert!(shown.last().unwrap().is_last());
     }
 

@@ -16,8 +16,6 @@ use crate::body::Fields;
 /// Toolsets and custom tools of an agent.
 const TOOLS_MAX: usize = 128;
 const DESCRIPTION_CHARS_MAX: usize = 4096;
-/// Custom tools are offered to the CLIs by no one yet.
-const CUSTOM_TOOLS: bool = false;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type")]
@@ -144,10 +142,6 @@ fn read_one(item: &mut Fields) -> Option<Tool> {
         }
         "custom" => {
             item.allow_only(&["type", "name", "description", "input_schema"]);
-            if !CUSTOM_TOOLS {
-                item.refuse("type", "custom tools are not supported");
-                return None;
-            }
             let name = item.named_string("name", BODY_BYTES_MAX)?;
             if !is_word(&name) {
                 item.refuse("name", "may hold 1 to 128 letters, digits, '_' and '-'");
@@ -337,6 +331,9 @@ pub fn permissions(runtime: Runtime, tools: &[Tool], servers: &[McpServer], curr
         let exact = configs.iter().map(|config| (format!("{prefix}{}", config.name), config.settings));
         let rest = (format!("{prefix}*"), *default_config);
         rules.extend(exact.chain([rest]).map(|(tool, settings)| PermissionRule { tool, evaluation: settings.evaluation() }));
+    }
+    if let Some(at) = tools.iter().position(|tool| matches!(tool, Tool::Custom { .. })).filter(|_| runtime == Runtime::Shell) {
+        return refused(format!("tools[{at}].type"), format!("runtime {runtime} has no model that could use a custom tool"));
     }
     let has_toolset = |name: &str| tools.iter().any(|tool| matches!(tool, Tool::Mcp { mcp_server_name, .. } if mcp_server_name == name));
     if let Some((at, server)) = servers.iter().enumerate().find(|(_, server)| !has_toolset(&server.name)) {

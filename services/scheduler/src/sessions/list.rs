@@ -94,6 +94,7 @@ async fn summarise(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<()
          left join lateral (
              select request_id, tool from permission_request p
              where s.status = 'running' and p.session_id = s.session_id and p.status = 'open' and p.answer_id is null
+                 and not p.is_custom_tool
              order by request_id limit 1
          ) r on true
          where s.session_id = any($1)",

@@ -9,6 +9,7 @@ use contract::host::{
 use serde_json::{Value, json};
 
 use super::{Adapter, Ask, Effect, Launch, Out, Runtime, Stdio, json::*};
+use crate::custom_tools;
 
 pub const RUNTIME: Runtime = Runtime {
     name: "claude",
@@ -266,6 +267,10 @@ impl Adapter for Claude {
         if self.spec.partial_messages {
             argv.push("--include-partial-messages".to_owned());
         }
+        if let Some((command, args)) = self.spec.tools_command.split_first() {
+            let server = json!({ "type": "stdio", "command": command, "args": args });
+            argv.extend(["--mcp-config".to_owned(), json!({ "mcpServers": { custom_tools::SERVER: server } }).to_string()]);
+        }
         if !self.spec.model.is_empty() {
             argv.extend(["--model".to_owned(), self.spec.model.clone()]);
         }
@@ -280,7 +285,12 @@ impl Adapter for Claude {
             ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "1"),
             ("CLAUDE_CODE_EMIT_SESSION_STATE_EVENTS", "1"),
         ];
-        let env = env.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let mut env: Vec<_> = env.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        if !self.spec.tools_command.is_empty() {
+            env.push(("MCP_TOOL_TIMEOUT".to_owned(), (custom_tools::TIMEOUT_SECONDS * 1000).to_string()));
+            // Tools that have to be searched for cannot be had without the tool that searches, which an agent may not have.
+            env.push(("ENABLE_TOOL_SEARCH".to_owned(), "false".to_owned()));
+        }
         Launch { argv, script: None, env, stdio: Stdio::Protocol, prepare: Vec::new(), belongs_to_turns: true }
     }
 

@@ -9,7 +9,7 @@ use contract::host::{
 use serde_json::{Value, json};
 
 use super::{Adapter, Ask, Effect, Launch, Out, Runtime, Stdio, json::*};
-use crate::prepare;
+use crate::{custom_tools, prepare};
 
 pub const RUNTIME: Runtime = Runtime {
     name: "codex",
@@ -431,8 +431,22 @@ impl Adapter for Codex {
         let key = self.spec.env.iter().rev().find(|variable| variable.name == "OPENAI_API_KEY").map(|variable| &variable.value);
         let prepare = key
             .map(|key| prepare::Action::Write { path: ".codex/auth.json".to_owned(), text: json!({ "OPENAI_API_KEY": key }).to_string() });
+        let mut argv = vec!["codex".to_owned()];
+        if let Some((command, args)) = self.spec.tools_command.split_first() {
+            // JSON's strings and lists of them are TOML too.
+            let settings = [
+                ("command", json!(command)),
+                ("args", json!(args)),
+                ("startup_timeout_sec", json!(20)),
+                ("tool_timeout_sec", json!(custom_tools::TIMEOUT_SECONDS)),
+            ];
+            for (name, value) in settings {
+                argv.extend(["-c".to_owned(), format!("mcp_servers.{}.{name}={value}", custom_tools::SERVER)]);
+            }
+        }
+        argv.push("app-server".to_owned());
         Launch {
-            argv: ["codex", "app-server"].map(str::to_owned).into(),
+            argv,
             script: None,
             env: Vec::new(),
             stdio: Stdio::Protocol,

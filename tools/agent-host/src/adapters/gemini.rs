@@ -11,7 +11,7 @@ use contract::host::{
 use serde_json::{Value, json};
 
 use super::{Adapter, Ask, Effect, Launch, Out, Runtime, Stdio, json::*};
-use crate::prepare;
+use crate::{custom_tools, prepare};
 
 pub const RUNTIME: Runtime = Runtime {
     name: "gemini",
@@ -66,13 +66,15 @@ impl Gemini {
     }
 
     fn open_session(&mut self, out: &mut Out) {
+        let server = |(command, args)| json!({ "name": custom_tools::SERVER, "command": command, "args": args, "env": [] });
+        let servers: Vec<Value> = self.spec.tools_command.split_first().map(server).into_iter().collect();
         match self.resume.clone() {
             Some(session) => {
                 self.loading = true;
-                let params = json!({ "sessionId": session, "cwd": self.cwd, "mcpServers": [] });
+                let params = json!({ "sessionId": session, "cwd": self.cwd, "mcpServers": servers });
                 self.request(Request::Load, "session/load", params, out);
             }
-            None => self.request(Request::New, "session/new", json!({ "cwd": self.cwd, "mcpServers": [] }), out),
+            None => self.request(Request::New, "session/new", json!({ "cwd": self.cwd, "mcpServers": servers }), out),
         }
     }
 

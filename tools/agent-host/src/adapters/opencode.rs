@@ -9,7 +9,10 @@ use contract::host::{
 use serde_json::{Map, Value, json};
 
 use super::{Adapter, Ask, Close, Effect, Launch, Out, Runtime, Stdio, json::*};
-use crate::http::{Reply, Request};
+use crate::{
+    custom_tools,
+    http::{Reply, Request},
+};
 
 pub const RUNTIME: Runtime = Runtime {
     name: "opencode",
@@ -343,6 +346,12 @@ impl Adapter for Opencode {
         // It knows Google's key by another name.
         if let Some(key) = self.spec.env.iter().rev().find(|variable| variable.name == "GEMINI_API_KEY") {
             env.push(("GOOGLE_GENERATIVE_AI_API_KEY".to_owned(), key.value.clone()));
+        }
+        if !self.spec.tools_command.is_empty() {
+            let server = json!({ "type": "local", "command": self.spec.tools_command, "enabled": true, "timeout": 20_000 });
+            let limit = custom_tools::TIMEOUT_SECONDS * 1000;
+            let config = json!({ "mcp": { custom_tools::SERVER: server }, "experimental": { "mcp_timeout": limit } });
+            env.push(("OPENCODE_CONFIG_CONTENT".to_owned(), config.to_string()));
         }
         let permissions = self.spec.permissions.clone().unwrap_or_default();
         let decides = |evaluation: Evaluation| matches!(evaluation, Evaluation::Ask | Evaluation::Deny);
