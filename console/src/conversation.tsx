@@ -168,6 +168,10 @@ function command(input: Record<string, unknown>): string {
   return typeof value === "string" ? value : "";
 }
 
+/** Text with the characters that a person would not see, or that reorder what they see. */
+const visible = (text: string): string =>
+  text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
 function Tool({ item, request, session, onDecided, denialReaches }: ItemProps & { item: ToolItem }) {
   const { use, result } = item;
   const input = (use.input ?? {}) as Record<string, unknown>;
@@ -183,9 +187,10 @@ function Tool({ item, request, session, onDecided, denialReaches }: ItemProps & 
         {!shell && <span class="headline">{headline(input)}</span>}
         <span class="state"><ToolState item={item} state={state} /></span>
       </header>
-      {shell && <pre class="command" tabIndex={0} role="region" aria-label="Command"><span aria-hidden="true">$ </span>{shell}</pre>}
+      {shell && <pre class="command" tabIndex={0} role="region" aria-label="Command"><span aria-hidden="true">$ </span>{request ? visible(shell) : shell}</pre>}
       <Changed input={input} changes={changes} diff={request?.diff || item.request?.diff} />
-      {!shell && changes.length === 0 && <InputDetails input={input} open={!!use.mcp_server_name || !!request} />}
+      {request && !(shell && Object.keys(input).length === 1) && <WholeInput input={input} />}
+      {!request && !shell && changes.length === 0 && <InputDetails input={input} open={!!use.mcp_server_name} />}
       {request && <Decide session={session} request={request} onDecided={onDecided} denialReaches={denialReaches} />}
       {output && (changes.length === 0 || result?.is_error) && <Output text={output} label={`Output of ${use.name}`} error={result?.is_error} />}
     </section>
@@ -223,6 +228,11 @@ function Changed({ input, changes, diff }: { input: Record<string, unknown>; cha
   if (typeof before === "string" && typeof after === "string") return <TextDiff path={path} before={before} after={after} />;
   if (path && typeof input.content === "string") return <TextDiff path={path} before="" after={input.content} />;
   return null;
+}
+
+/** All that a person allows: nothing is left out, folded or invisible. */
+function WholeInput({ input }: { input: Record<string, unknown> }) {
+  return <pre class="input" tabIndex={0} role="region" aria-label="Input">{visible(JSON.stringify(input, null, 2))}</pre>;
 }
 
 function InputDetails({ input, open }: { input: Record<string, unknown>; open: boolean }) {

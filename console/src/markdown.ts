@@ -3,7 +3,9 @@ import DOMPurify from "dompurify";
 import { Marked } from "marked";
 import { runs } from "./ansi";
 
-const MARKDOWN_CHARS_MAX = 200_000;
+const MARKDOWN_CHARS_MAX = 50_000;
+/** Quotes and lists nested deeper than people write take seconds to parse, or overflow the stack. */
+const TOO_DEEP = /^(?:[ \t]*(?:>|(?:[-*+]|\d{1,9}[.)])[ \t])){16}|^[ \t]{80}/m;
 
 const marked = new Marked({
   gfm: true,
@@ -29,11 +31,17 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   node.setAttribute("rel", "noopener noreferrer nofollow");
 });
 
-/** None where the text is too long to be worth it. */
+/** None where the text is too long or too deeply nested: it is shown as it was written. */
 export function render(text: string): DocumentFragment | null {
-  if (text.length > MARKDOWN_CHARS_MAX) return null;
+  if (text.length > MARKDOWN_CHARS_MAX || TOO_DEEP.test(text)) return null;
   const plain = runs(text).map((run) => run.text).join("");
-  return DOMPurify.sanitize(marked.parse(plain, { async: false }), {
+  let html: string;
+  try {
+    html = marked.parse(plain, { async: false });
+  } catch {
+    return null;
+  }
+  return DOMPurify.sanitize(html, {
     ALLOWED_TAGS: TAGS,
     ALLOWED_ATTR: ["href", "start", "align"],
     ALLOW_DATA_ATTR: false,
