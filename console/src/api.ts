@@ -92,7 +92,7 @@ async function send(method: string, path: string, body?: unknown, headers: Recor
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);
   const error = new ApiError(response.status, describe(response.status, answer), answer?.request_id ?? "", Number(response.headers.get("Retry-After") ?? 0));
-  if (response.status === 401 && path !== "/console/session") signedOut(error.message);
+  if (response.status === 401 && !headers.Authorization && path !== "/console/session") signedOut(error.message);
   throw error;
 }
 
@@ -111,6 +111,8 @@ export const put = <T>(path: string, body: unknown): Promise<T> => call<T>("PUT"
 export const patch = <T>(path: string, body: unknown): Promise<T> => call<T>("PATCH", path, body);
 export const del = <T>(path: string): Promise<T> => call<T>("DELETE", path);
 export const post = <T>(path: string, body?: unknown): Promise<T> => call<T>("POST", path, body);
+/** Creates an API key, which takes an API key: being signed in is not enough. */
+export const createKey = (body: unknown, apiKey: string): Promise<{ key: string }> => call("POST", "/api-keys", body, { Authorization: `Bearer ${apiKey}` });
 /** A POST that creates: repeating it with the same key after a lost answer creates nothing again. */
 export const create = <T>(path: string, body: unknown, key: string): Promise<T> => call<T>("POST", path, body, { "Idempotency-Key": key });
 

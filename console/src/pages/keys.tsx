@@ -1,5 +1,5 @@
 import { useEffect, useState } from "preact/hooks";
-import { type Key, all, del, me, post } from "../api";
+import { type Key, all, createKey, del, me } from "../api";
 import { absolute } from "../format";
 import { Action, Age, Copy, ErrorBox, Field, toast, useLoad } from "../ui";
 
@@ -8,6 +8,7 @@ const DAY_MS = 86_400_000;
 export function Keys() {
   const { data, error, reload } = useLoad(() => all<Key>("/api-keys"));
   const [name, setName] = useState("");
+  const [own, setOwn] = useState("");
   const [days, setDays] = useState("90");
   const [fresh, setFresh] = useState<string>();
   useEffect(() => {
@@ -15,7 +16,8 @@ export function Keys() {
   }, []);
   const make = async () => {
     const expires = days ? { expires_at: new Date(Date.now() + Number(days) * DAY_MS).toISOString() } : {};
-    const made = await post<{ key: string }>("/api-keys", { name, ...expires });
+    const made = await createKey({ name, ...expires }, own.trim());
+    setOwn("");
     setFresh(made.key);
     setName("");
     reload();
@@ -23,7 +25,7 @@ export function Keys() {
   return (
     <section class="page" aria-labelledby="title">
       <h1 id="title">API keys</h1>
-      <p class="hint">A key lets a program, or a person who signs in with it, do everything that you can do.</p>
+      <p class="hint">A key lets a program, or a person who signs in with it, do everything that you can do. A new key expires no later than the key that creates it.</p>
       <form class="row keyform" onSubmit={(event) => event.preventDefault()}>
         <Field label="Name"><input maxLength={100} placeholder="What uses it" value={name} onInput={(event) => setName(event.currentTarget.value)} /></Field>
         <Field label="Expires">
@@ -34,7 +36,8 @@ export function Keys() {
             <option value="">never</option>
           </select>
         </Field>
-        <Action class="primary" disabled={!name.trim()} run={make}>Create key</Action>
+        <Field label="Your API key"><input type="password" autocomplete="off" placeholder="Creates the new one" value={own} onInput={(event) => setOwn(event.currentTarget.value)} /></Field>
+        <Action class="primary" disabled={!name.trim() || !own.trim()} run={make}>Create key</Action>
       </form>
       {fresh && (
         <div class="fresh" role="status">

@@ -292,6 +292,7 @@ impl Operator {
                     key_hash: key.hash().as_bytes().to_vec(),
                     prefix: key.display_prefix(),
                     expires_at_us,
+                    ..CreateKeyRequest::default()
                 };
                 let made = self.call::<rpc::CreateKey>(&request).await?;
                 self.show_new_key(&made, &key);

@@ -100,9 +100,12 @@ pub async fn insert(connection: &mut PgConnection, request: CreateKeyRequest) ->
     let hash = KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| Failure::invalid("A key's hash has 32 bytes"))?;
     let expires_at = request.expires_at_us.map(|micros| OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000));
     let expires_at = expires_at.transpose().map_err(|_| Failure::invalid("The expiry is out of range").at_field("expires_at", ""))?;
+    let created_by = Some(&request.created_by_key_id).filter(|id| !id.is_empty()).map(|id| id.parse::<KeyId>());
+    let created_by = created_by.transpose().map_err(|_| Failure::invalid("Malformed key id"))?;
     let row: Result<KeyRow, sqlx::Error> = sqlx::query_as(
+        // `least` ignores nulls: a key without an expiry bounds nothing.
         "insert into api_key (key_id, user_id, key_hash, prefix, name, expires_at)
-         values ($1, $2, $3, $4, $5, $6)
+         values ($1, $2, $3, $4, $5, least($6, (select expires_at from api_key where key_id = $7)))
          on conflict (key_hash) do update set key_hash = excluded.key_hash where api_key.user_id = excluded.user_id
          returning key_id, name, prefix, is_active, created_at, expires_at, last_used_at",
     )
@@ -112,6 +115,7 @@ pub async fn insert(connection: &mut PgConnection, request: CreateKeyRequest) ->
     .bind(request.prefix)
     .bind(request.name)
     .bind(expires_at)
+    .bind(created_by.map(KeyId::uuid))
     .fetch_one(connection)
     .await;
     match row {

@@ -140,6 +140,7 @@ pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, F
         key_hash: request.key_hash,
         prefix: request.prefix,
         expires_at_us: None,
+        ..CreateKeyRequest::default()
     };
     let key = keys::insert(&mut tx, key).await?;
     tx.commit().await?;

@@ -93,6 +93,7 @@ async fn a_users_keys_work_as_long_as_the_user_may() {
         key_hash: key.hash().as_bytes().to_vec(),
         prefix: key.display_prefix(),
         expires_at_us: None,
+        ..CreateKeyRequest::default()
     };
     let created = auth.operator.call::<rpc::CreateKey>(&request, SOON).await.unwrap();
     assert_eq!(auth.verify(&key).await, Ok(None));

@@ -24,6 +24,8 @@ pub struct Caller {
     pub session_limit: Option<u32>,
     pub key_id: String,
     pub key: KeyHash,
+    /// Signed in to the console by a cookie.
+    pub is_browser: bool,
 }
 
 /// Keys that were just verified. Concurrent requests with one key ask once.
@@ -45,14 +47,14 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let hash = match (bearer(parts).or_else(|| x_api_key(parts)), console::sign_in::token(&parts.headers)) {
-            (Some(key), _) => ApiKey::parse(key).ok().map(|key| key.hash()),
-            (None, Some(token)) => Some(token.hash()),
+        let (hash, is_browser) = match (bearer(parts).or_else(|| x_api_key(parts)), console::sign_in::token(&parts.headers)) {
+            (Some(key), _) => (ApiKey::parse(key).ok().map(|key| key.hash()), false),
+            (None, Some(token)) => (Some(token.hash()), true),
             (None, None) => return Err(ApiError::unauthorized("Missing or malformed Authorization header")),
         };
         let client = app.limits.client(parts);
         let verified = match hash {
-            Some(hash) => verify(app, hash).await,
+            Some(hash) => verify(app, hash).await.map(|caller| Caller { is_browser, ..caller }),
             None => Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key")),
         };
         if verified.as_ref().is_err_and(|failure| failure.code == ErrorCode::Unauthenticated) {
@@ -85,7 +87,7 @@ pub async fn verify(app: &App, key: KeyHash) -> Result<Caller, Failure> {
     let ask = async {
         let request = VerifyKeyRequest { key_hash: key.as_bytes().to_vec() };
         let reply = app.bus.call::<rpc::VerifyKey>(&request, RPC_DEADLINE).await?;
-        Ok(Caller { user_id: reply.user_id, session_limit: reply.session_limit, key_id: reply.key_id, key })
+        Ok(Caller { user_id: reply.user_id, session_limit: reply.session_limit, key_id: reply.key_id, key, is_browser: false })
     };
     app.keys.0.try_get_with(key, ask).await.map_err(|failure: std::sync::Arc<Failure>| (*failure).clone())
 }

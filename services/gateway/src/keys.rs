@@ -67,15 +67,22 @@ impl From<auth::Key> for Key {
 pub struct CreateKey {
     #[schema(max_length = 100)]
     name: String,
-    /// When the key expires; absent for a key that never does
+    /// When the key expires; absent for as late as the key that creates it, which it never outlives
     #[schema(format = DateTime)]
     expires_at: Option<String>,
 }
 
 /// Create an API key
+///
+/// Needs an API key in the `Authorization` header: a browser's sign-in is not enough.
 #[utoipa::path(post, path = "/api-keys", tag = "api-keys", request_body = CreateKey,
     responses((status = 201, description = "The key; its value is shown only in this response", body = NewKey)))]
 pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Result<(StatusCode, Json<NewKey>), ApiError> {
+    // A key would outlive the cookie.
+    if caller.is_browser {
+        let detail = "Signing in does not allow creating API keys: send an API key in the Authorization header";
+        return Err(ApiError::new(StatusCode::FORBIDDEN, detail));
+    }
     let mut fields = body.fields()?;
     let name = fields.string("name", 100);
     let expires_at = match fields.optional_string("expires_at", 64).map(|text| text.parse::<Timestamp>()) {
@@ -94,6 +101,7 @@ pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Resul
         key_hash: key.hash().as_bytes().to_vec(),
         prefix: key.display_prefix(),
         expires_at_us: expires_at.map(Timestamp::unix_micros),
+        created_by_key_id: caller.key_id,
     };
     let described = app.call::<rpc::CreateKey>(&request).await?.into();
     Ok((StatusCode::CREATED, Json(NewKey { described, key: key.reveal().to_owned() })))

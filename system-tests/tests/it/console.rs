@@ -91,6 +91,14 @@ async fn a_console_session_ends_with_its_time_and_with_its_key() {
 
     let key = stack.post("/api-keys", json!({ "name": "temporary" })).await.unwrap();
     let (_, cookie) = sign_in(key.text("key")).await;
+    // A stolen cookie makes no key that outlives it, nor does a key that expires.
+    let by_cookie = stack.http.post(format!("{base}/api-keys")).header("Cookie", &cookie).header("X-Aod-Console", "1");
+    assert_eq!(by_cookie.json(&json!({ "name": "mine" })).send().await.unwrap().status(), 403);
+    let expires_at = "2199-01-01T00:00:00Z";
+    let short = stack.post("/api-keys", json!({ "name": "short", "expires_at": expires_at })).await.unwrap();
+    let by_short = stack.http.post(format!("{base}/api-keys")).bearer_auth(short.text("key")).json(&json!({ "name": "long" }));
+    let long: serde_json::Value = by_short.send().await.unwrap().json().await.unwrap();
+    assert_eq!(long["expires_at"], short.body["expires_at"]);
     stack.call(reqwest::Method::DELETE, &format!("/api-keys/{}", key.text("id")), None).await.unwrap();
     testkit::eventually("the session ends with its key", || async { status(&cookie, true).await == 401 }).await;
 }

@@ -130,6 +130,9 @@ pub struct CreateKeyRequest {
     pub prefix: ::prost::alloc::string::String,
     #[prost(int64, optional, tag = "5")]
     pub expires_at_us: ::core::option::Option<i64>,
+    /// The key that creates it, which it does not outlive. Empty where an operator creates it.
+    #[prost(string, tag = "6")]
+    pub created_by_key_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Key {

@@ -30,6 +30,7 @@ pub async fn user(config: &bus::Config, secrets: &Secrets, own_sprites: bool, sc
             key_hash: hash,
             prefix: key.display_prefix(),
             expires_at_us: None,
+            ..CreateKeyRequest::default()
         };
         bus.call::<rpc::CreateKey>(&request, DEADLINE).await?;
     }
