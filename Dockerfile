@@ -33,7 +33,8 @@ FROM debian:bookworm-slim AS runtime
 RUN apt-get update && \
     apt-get install -y --no-install-recommends ca-certificates && \
     rm -rf /var/lib/apt/lists/* && \
-    groupadd --gid 65532 aod && useradd --uid 65532 --gid aod --no-create-home --shell /usr/sbin/nologin aod
+    groupadd --gid 65532 aod && useradd --uid 65532 --gid aod --no-create-home --shell /usr/sbin/nologin aod && \
+    install -d -o aod -g aod /var/lib/aod/files
 ENV AOD_ADMIN_ADDR=0.0.0.0:9464
 USER 65532:65532
 

@@ -8,7 +8,7 @@ use serde_json::Value;
 use xtask::root;
 
 /// What each of our libraries may use of ours. Services may use any library; nothing may use a service.
-const ALLOWED: [(&str, &[&str]); 11] = [
+const ALLOWED: [(&str, &[&str]); 12] = [
     ("types", &[]),
     ("sealing", &[]),
     ("contract", &["types"]),
@@ -18,6 +18,7 @@ const ALLOWED: [(&str, &[&str]); 11] = [
     ("service", &["types", "settings"]),
     ("bus", &["types", "contract", "settings", "sealing"]),
     ("store", &["types", "settings"]),
+    ("files", &["settings"]),
     ("sprites", &["types"]),
     ("testkit", &["types", "contract", "bus", "store"]),
 ];

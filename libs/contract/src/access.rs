@@ -78,6 +78,7 @@ pub const GATEWAY: Access = Access {
         "aod.rpc.scheduler.v1.agent.>",
         "aod.rpc.scheduler.v1.environment.>",
         "aod.rpc.scheduler.v1.session.>",
+        "aod.rpc.scheduler.v1.file.*",
         "aod.rpc.scheduler.v1.vault.*",
         "aod.rpc.scheduler.v1.vault_credential.*",
         "$JS.API.STREAM.MSG.GET.EVENTS",

@@ -212,6 +212,24 @@ rpcs! {
     ArchiveVaultCredential: scheduler::GetVaultCredentialRequest => scheduler::VaultCredential, "aod.rpc.scheduler.v1.vault_credential.archive", idempotent: true;
     /// Deletes a credential.
     DeleteVaultCredential: scheduler::GetVaultCredentialRequest => common::Empty, "aod.rpc.scheduler.v1.vault_credential.delete", idempotent: false;
+    /// Announces a file that is about to be stored.
+    CreateFile: scheduler::CreateFileRequest => scheduler::File, "aod.rpc.scheduler.v1.file.create", idempotent: true;
+    /// Tells that a file's bytes are stored.
+    CommitFile: scheduler::CommitFileRequest => scheduler::File, "aod.rpc.scheduler.v1.file.commit", idempotent: true;
+    /// Returns a file's metadata.
+    GetFile: scheduler::GetFileRequest => scheduler::File, "aod.rpc.scheduler.v1.file.get", idempotent: true;
+    /// Lists the files that a user uploaded, or that a session's agent wrote, newest first.
+    ListFiles: scheduler::ListFilesRequest => scheduler::ListFilesReply, "aod.rpc.scheduler.v1.file.list", idempotent: true;
+    /// Deletes a file.
+    DeleteFile: scheduler::GetFileRequest => common::Empty, "aod.rpc.scheduler.v1.file.delete", idempotent: false;
+    /// Gives a session a copy of a file.
+    AddSessionFile: scheduler::AddSessionFileRequest => scheduler::File, "aod.rpc.scheduler.v1.session.add_file", idempotent: true;
+    /// Takes a file from a session.
+    RemoveSessionFile: scheduler::RemoveSessionFileRequest => common::Empty, "aod.rpc.scheduler.v1.session.remove_file", idempotent: false;
+    /// Announces a file that an agent wrote. For runners.
+    BeginOutput: scheduler::BeginOutputRequest => scheduler::File, "aod.rpc.scheduler.v1.turn.begin_output", idempotent: true;
+    /// Tells that the bytes of a file that an agent wrote are stored. For runners.
+    CommitOutput: scheduler::CommitOutputRequest => common::Empty, "aod.rpc.scheduler.v1.turn.commit_output", idempotent: true;
     /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what is needed to run it. For runners.
     ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", idempotent: true;
     /// Releases a turn, with the reason where an attempt failed. For runners.

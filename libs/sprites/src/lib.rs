@@ -32,6 +32,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A creation may wait for capacity.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(120);
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// For the content of a file.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A client for one account. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -219,6 +221,29 @@ impl Sprite {
         Ok(())
     }
 
+    /// Writes a file of a known size, with its parents, as its content comes. Not repeated: the content is used up.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn write_stream<S>(&self, path: &str, content: S, bytes: u64, mode: u32) -> Result<(), Error>
+    where
+        S: Stream<Item = Result<Bytes, std::io::Error>> + Send + 'static,
+    {
+        let mode = format!("{mode:04o}");
+        let query = [("path", path), ("workingDir", "/"), ("mode", mode.as_str()), ("mkdirParents", "true")];
+        let request = self.client.request(Method::PUT, &format!("/v1/sprites/{}/fs/write", self.name));
+        let request = request.timeout(TRANSFER_TIMEOUT).query(&query).header(header::CONTENT_LENGTH, bytes);
+        let request = request.body(reqwest::Body::wrap_stream(content));
+        let write = async {
+            match request.send().await {
+                Ok(response) if response.status().is_success() => Ok(()),
+                Ok(response) => Err(Error::from_response(response).await),
+                Err(error) => Err(Error::transport(error)),
+            }
+        };
+        observed("write", write).await
+    }
+
     /// Reads a file from an offset to its end; empty at or past the end.
     ///
     /// # Errors
@@ -227,7 +252,7 @@ impl Sprite {
         let query = [("path", path), ("workingDir", "/")];
         let url = format!("/v1/sprites/{}/fs/read", self.name);
         let request = || {
-            let request = self.client.request(Method::GET, &url).timeout(Duration::from_secs(600)).query(&query);
+            let request = self.client.request(Method::GET, &url).timeout(TRANSFER_TIMEOUT).query(&query);
             if offset > 0 { request.header(header::RANGE, format!("bytes={offset}-")) } else { request }
         };
         let response = match self.client.send("read", Absence::Expected, request).await {

@@ -9,6 +9,7 @@ mod console_token;
 pub mod credential;
 pub mod environment;
 pub mod error;
+pub mod file;
 pub mod id;
 pub mod input;
 pub mod limits;

@@ -44,6 +44,7 @@ use crate::{
     health::HealthCache,
     limits::Limits,
     stream::{hub::Hubs, open::OpenStreams},
+    v1::files::FileStore,
 };
 
 #[derive(Debug)]
@@ -54,6 +55,7 @@ pub struct Config {
     pub drain: Duration,
     pub api: ApiConfig,
     pub vault_keys: AcceptedKeys,
+    pub files: FileStore,
 }
 
 /// What the API's behaviour depends on.
@@ -79,6 +81,10 @@ impl Config {
         let config = Self {
             bus: bus::Config::from_env(env, &access::GATEWAY),
             vault_keys: AcceptedKeys::from_env(env),
+            files: FileStore::new(
+                files::Files::from_env(env),
+                env.parsed("AOD_FILE_MAX_BYTES", "maximum size of an uploaded file", 100 << 20),
+            ),
             addr: env.parsed("AOD_LISTEN_ADDR", "listen address of the API", ([127, 0, 0, 1], 8777).into()),
             drain: Duration::from_secs(env.parsed(
                 "AOD_DRAIN_SECONDS",
@@ -162,6 +168,7 @@ struct App {
     health: HealthCache,
     hubs: Arc<Hubs>,
     streams: OpenStreams,
+    files: FileStore,
     lifecycle: Lifecycle,
     ending: server::Ending,
 }
@@ -204,6 +211,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         streams: OpenStreams::new(config.api.streams_per_key, lifecycle.tracker()),
         bus,
         vault_keys: config.vault_keys,
+        files: config.files,
         config: Arc::new(config.api),
         lifecycle: lifecycle.clone(),
         ending: ending.clone(),

@@ -230,7 +230,7 @@ pub struct Resource {
     url: String,
     /// Absolute; `/workspace/<repo>` where it is absent
     #[schema(max_length = 500)]
-    mount_path: Option<String>,
+    pub mount_path: Option<String>,
     /// What is checked out; the default branch where it is absent
     checkout: Option<Checkout>,
     /// Whether the contents of files in Git LFS are fetched. The sandbox needs `git-lfs`: `packages: {"apt": ["git-lfs"]}`
@@ -287,7 +287,7 @@ pub fn read_resources(fields: &mut Fields) -> Option<Vec<Resource>> {
 }
 
 /// A resource with its URL as it is echoed and its path filled in.
-fn read_resource(item: &mut Fields) -> Resource {
+pub fn read_resource(item: &mut Fields) -> Resource {
     item.literal("type", "github_repository");
     let url = item.string("url", URL_CHARS_MAX);
     let repository = RepositoryUrl::parse(&url);

@@ -19,12 +19,13 @@ use serde_json::Value;
 use sqlx::{PgConnection, Row as _};
 use types::{
     CredentialKind, Runtime, SessionId, SessionStatus, UserId,
+    file::FileKind,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
 };
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, event_log, positions,
+    Scheduler, event_log, files, positions,
     sessions::row::{SessionRow, lock, missing, partition},
     unsigned, vaults,
 };
@@ -58,6 +59,8 @@ struct TurnRow {
     permissions: Option<Value>,
     input_id: Option<Uuid>,
     tools: Option<Value>,
+    collects_outputs: bool,
+    had_files: bool,
 }
 
 /// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant is fenced off, and returns all that
@@ -98,7 +101,8 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
          )
          select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
-                s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools
+                s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools,
+                s.collects_outputs, s.had_files
          from claimed c
          join session s using (session_id)
          join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -171,6 +175,10 @@ async fn specification(
     };
     let lease_id = mint(scheduler, grant).await?;
     let may_change = session.agent_version < 0 || session.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
+    let files_of = async |wanted: bool, kind: FileKind| match wanted {
+        true => files::of_sessions(&scheduler.pool, &[id.uuid()], kind).await,
+        false => Ok(Vec::new()),
+    };
     let empty = || Value::Object(serde_json::Map::new());
     Ok(TurnSpec {
         sprite: session.sprite,
@@ -199,6 +207,10 @@ async fn specification(
         input_id: turn.input_id.map(|id| id.to_string()).unwrap_or_default(),
         may_change,
         custom_tools: turn.tools.map(custom_tools).unwrap_or_default(),
+        files: files_of(turn.had_files, FileKind::Copy).await?,
+        had_files: turn.had_files,
+        collects_outputs: turn.collects_outputs,
+        outputs: files_of(turn.collects_outputs, FileKind::Output).await?,
     })
 }
 

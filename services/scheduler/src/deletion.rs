@@ -53,6 +53,10 @@ async fn delete_row(scheduler: &Scheduler, user: UserId, session: SessionId) -> 
     .bind(session.uuid())
     .execute(&mut *tx)
     .await?;
+    sqlx::query("update file set state = 'deleted', state_since = now() where session_id = $1 and state <> 'deleted'")
+        .bind(session.uuid())
+        .execute(&mut *tx)
+        .await?;
     if row.sprite_destroyed_at.is_none() {
         enqueue_destroy(&mut tx, &row).await?;
     }

@@ -10,6 +10,7 @@ mod deletion;
 mod ending;
 mod environments;
 mod event_log;
+mod files;
 mod gauges;
 mod inputs;
 mod managed;
@@ -43,7 +44,7 @@ use time::OffsetDateTime;
 use tokio::sync::Notify;
 use types::{Partition, SecretId, Timestamp};
 
-pub use crate::retention::Retention;
+pub use crate::{files::FileSettings, retention::Retention};
 
 #[derive(Debug)]
 pub struct Config {
@@ -57,6 +58,7 @@ pub struct Config {
     pub event_partitions: NonZeroU8,
     pub orphan_sweep: Duration,
     pub retention: Retention,
+    pub files: FileSettings,
 }
 
 impl Config {
@@ -71,6 +73,11 @@ impl Config {
                 event_days: Some(env.parsed("EVENT_RETENTION_DAYS", "days that events are kept; 0: forever", 0)).filter(|days| *days > 0),
                 session_days: Some(env.parsed("SESSION_RETENTION_DAYS", "days that settled sessions are kept; 0: forever", 0))
                     .filter(|days| *days > 0),
+            },
+            files: FileSettings {
+                store: ::files::Files::from_env(env),
+                user_bytes_max: env.parsed("AOD_USER_FILES_MAX_BYTES", "how much all files of one user may hold together", 10 << 30),
+                days: Some(env.parsed("FILE_RETENTION_DAYS", "days that uploaded files are kept; 0: forever", 0)).filter(|days| *days > 0),
             },
             orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for orphaned Sprites", 900),
             events_max_bytes: env.parsed(
@@ -128,6 +135,7 @@ const MIGRATIONS: &[store::Step] = &[
     (90, "working directory", include_str!("../../../migrations/scheduler/0090_working_directory.sql")),
     (110, "custom tools", include_str!("../../../migrations/scheduler/0110_custom_tools.sql")),
     (120, "vaults", include_str!("../../../migrations/scheduler/0120_vaults.sql")),
+    (121, "files", include_str!("../../../migrations/scheduler/0121_files.sql")),
     (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
 ];
 
@@ -145,6 +153,7 @@ struct Scheduler {
     event_partitions: NonZeroU8,
     stream_replicas: usize,
     events_max_bytes: i64,
+    files: Arc<FileSettings>,
 }
 
 /// Connects, makes the streams, and begins to serve.
@@ -167,6 +176,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         event_partitions: config.event_partitions,
         stream_replicas: config.stream_replicas,
         events_max_bytes: config.events_max_bytes,
+        files: Arc::new(config.files),
         pool,
     };
     retention::make_days(&scheduler.pool).await?;
@@ -179,6 +189,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("orphans", orphans::run(scheduler.clone(), config.orphan_sweep, lifecycle.stop_token()));
     lifecycle.spawn("retention", retention::run(scheduler.clone(), config.retention, lifecycle.stop_token()));
     lifecycle.spawn("session updates", managed::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("files", files::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("objects of files", files::search(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", ending::run_deadlines(scheduler.clone(), lifecycle.stop_token()));
 
@@ -228,6 +240,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ListVaultCredentials, _, _>(vaults::list_credentials).await?;
     responder.serve::<rpc::ArchiveVaultCredential, _, _>(vaults::archive_credential).await?;
     responder.serve::<rpc::DeleteVaultCredential, _, _>(vaults::delete_credential).await?;
+    responder.serve::<rpc::CreateFile, _, _>(files::create).await?;
+    responder.serve::<rpc::CommitFile, _, _>(files::commit).await?;
+    responder.serve::<rpc::GetFile, _, _>(files::get).await?;
+    responder.serve::<rpc::ListFiles, _, _>(files::list).await?;
+    responder.serve::<rpc::DeleteFile, _, _>(files::delete).await?;
+    responder.serve::<rpc::AddSessionFile, _, _>(files::add).await?;
+    responder.serve::<rpc::RemoveSessionFile, _, _>(files::remove).await?;
+    responder.serve::<rpc::BeginOutput, _, _>(files::begin_output).await?;
+    responder.serve::<rpc::CommitOutput, _, _>(files::commit_output).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
     responder.serve::<rpc::Heartbeat, _, _>(claims::heartbeat).await?;
     responder.serve::<rpc::ReleaseTurn, _, _>(claims::release).await?;

@@ -12,13 +12,14 @@ use contract::{
 use serde_json::Value;
 use sqlx::{PgConnection, Row as _};
 use types::{
-    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId, WhenBusy,
+    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId,
+    WhenBusy, file::FileKind,
 };
 use uuid::Uuid;
 
 use self::row::{SessionRow, find, lock, missing, partition, session_columns};
 use crate::{
-    Scheduler, agents, environments, event_log, inputs, once, parsed_json,
+    Scheduler, agents, environments, event_log, files, inputs, once, parsed_json,
     positions::{projected_through, wait_until_projected},
     quota, secret_id, usage, vaults,
 };
@@ -53,6 +54,9 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     scheduler.outbox.notify_one();
     if let Some(session) = reply.session.as_mut().filter(|_| request.is_v1) {
         session.agent = agent_of(&scheduler, session).await?;
+        if let Ok(id) = session.session_id.parse::<SessionId>() {
+            session.files = files::of_sessions(&scheduler.pool, &[id.uuid()], FileKind::Copy).await?;
+        }
     }
     Ok(reply)
 }
@@ -118,8 +122,8 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     let row: SessionRow = sqlx::query_as(concat!(
         "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
                               sprite, conversation_id, metadata, resources, secret_id, event_partition, working_directory, status, turn_count,
-                              title, vault_ids)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
+                              title, vault_ids, collects_outputs)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
          returning ",
         session_columns!()
     ))
@@ -142,6 +146,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .bind(turn_count)
     .bind(&request.title)
     .bind(vault_ids)
+    .bind(request.is_v1 && scheduler.files.store.is_some())
     .fetch_one(&mut *tx)
     .await
     .map_err(|error| {
@@ -152,6 +157,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
             once::not_inserted(error, "session_pkey")
         }
     })?;
+    files::give(tx, user, id, &request.files).await?;
     let mut session = if begins {
         turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
         Session::from(row)
@@ -218,6 +224,7 @@ async fn get_v1(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<Se
     let mut session = row.map(Session::from).ok_or_else(missing)?;
     usage::complete(scheduler, std::slice::from_mut(&mut session)).await?;
     session.agent = agent_of(scheduler, &session).await?;
+    session.files = files::of_sessions(&scheduler.pool, &[id.uuid()], FileKind::Copy).await?;
     Ok(session)
 }
 

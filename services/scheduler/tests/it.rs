@@ -80,6 +80,7 @@ impl World {
             event_partitions: std::num::NonZeroU8::MIN,
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: Some(3), session_days: Some(3) },
+            files: scheduler::FileSettings { store: None, user_bytes_max: u64::MAX, days: None },
         };
         scheduler::run(config, lifecycle.clone()).await.unwrap();
     }

@@ -8,6 +8,7 @@
 mod agent;
 mod destroy;
 mod diagnosis;
+mod files;
 mod host;
 mod inputs;
 mod jobs;
@@ -51,6 +52,9 @@ pub struct Config {
     pub agent_idle: Duration,
     /// The agent host's file, where it is not beside the runner.
     pub agent_host: Option<String>,
+    /// Where files are stored, and how large one of an agent may be.
+    pub files: Option<::files::Files>,
+    pub file_bytes_max: u64,
 }
 
 /// Where each provider's models are, when not at the provider's own address.
@@ -113,6 +117,8 @@ impl Config {
                 300,
             )),
             agent_host: env.optional("AOD_AGENT_HOST", "the agent host's file, if not beside the runner's own"),
+            files: ::files::Files::from_env(env),
+            file_bytes_max: env.parsed("AOD_FILE_MAX_BYTES", "maximum size of a file that an agent wrote", 100 << 20),
         }
     }
 }
@@ -132,6 +138,8 @@ struct Runner {
     program: host::Program,
     /// The turns that this process holds.
     turns: lease::Turns,
+    files: Option<::files::Files>,
+    file_bytes_max: u64,
     /// Shown in audits: which process redeemed a lease.
     name: Arc<str>,
     stop: CancellationToken,
@@ -170,6 +178,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         agent_idle: config.agent_idle,
         program,
         turns: lease::Turns::new(),
+        files: config.files,
+        file_bytes_max: config.file_bytes_max,
         name: name.into(),
         stop: lifecycle.stop_token(),
     };

@@ -14,6 +14,7 @@ pub fn describe() {
     describe_counter!("aod_takeovers_total", "turns taken over from another runner");
     describe_counter!("aod_leases_lost_total", "turns whose log another writer continued, or that were terminated");
     describe_counter!("aod_follow_interruptions_total", "connections to an agent's output that were lost and reopened");
+    describe_counter!("aod_outputs_failed_total", "turns of which not all files that the agent wrote were kept");
     describe_counter!("aod_orphans_deleted_total", "orphaned Sprites that were deleted");
     describe_counter!("aod_sprites_requests_total", "calls of the Sprites API, by operation and outcome");
     describe_counter!("aod_sprites_retries_total", "retries of calls of the Sprites API");

@@ -15,6 +15,7 @@ use crate::{
     Runner,
     agent::Agent,
     diagnosis::{self, Cause},
+    files::{self, NotMounted},
     host::{Access, Gone, Incoming, Link},
     inputs::Inputs,
     pace::Pace,
@@ -196,6 +197,12 @@ async fn work(
     if renews && let Err(error) = provisioning.renew_config().await {
         return Err(Stopped::Released(format!("its sandbox does not take the agent's configuration: {error}")));
     }
+    if !started {
+        files::mount(runner, &sprite, spec, is_new).await.map_err(|error| match error {
+            NotMounted::Released(reason) => Stopped::Released(reason),
+            NotMounted::Failed(message) => Stopped::Failed { stage: "files".to_owned(), message },
+        })?;
+    }
     let mut link = Link::open(Access {
         client: client.clone(),
         sprite: sprite.clone(),
@@ -233,6 +240,8 @@ async fn work(
     }
     play(record, turn, &mut playback, &mut link, inputs, Pace::new(&runner.output)).await?;
     record.go_on_from(playback.checkpoint());
+    // Before the turn's end is in the log: who sees the end finds what was written.
+    files::collect(runner, &sprite, (session, turn), spec).await;
     let ended = playback.ended().cloned().unwrap_or_default();
     Ok(end(runtime, &ended, spec.timeout_seconds, &playback))
 }

@@ -232,6 +232,31 @@ check(39, "a tool that asks", async () => {
   await sessions.events.send(session, { events: [{ type: "user.tool_confirmation", tool_use_id, result: "allow" }] });
   assert.ok(said(await follower.until(isEnd, asked.length)).includes("allowed-42"));
 });
+check(47, "vaults and a credential", async () => {
+  const { vaults } = client.beta;
+  const vault = await vaults.create({ display_name: "v" });
+  const auth = { type: "environment_variable", secret_name: "CONFORMANCE", secret_value: "s3cr3t-value", networking: { type: "unrestricted" } };
+  const credential = await vaults.credentials.create(vault.id, { auth });
+  assert.ok(credential.auth.secret_name === "CONFORMANCE" && !JSON.stringify(credential).includes("s3cr3t-value"));
+  await assert.rejects(() => vaults.credentials.create(vault.id, { auth }), Anthropic.ConflictError);
+  assert.deepEqual((await sessions.retrieve(await newSession({ vault_ids: [vault.id] }))).vault_ids, [vault.id]);
+  assert.ok((await vaults.archive(vault.id)).archived_at);
+  await assert.rejects(() => newSession({ vault_ids: [vault.id] }), Anthropic.BadRequestError);
+  assert.equal((await vaults.delete(vault.id)).type, "vault_deleted");
+});
+check(51, "files into and out of a sandbox", async () => {
+  const { files } = client.beta;
+  const uploaded = await files.upload({ file: await sdk.toFile(Buffer.from("from the client"), "in.txt", { type: "text/plain" }) });
+  assert.ok(uploaded.filename === "in.txt" && uploaded.size_bytes === 15);
+  const session = await newSession({ resources: [{ type: "file", file_id: uploaded.id, mount_path: "in.txt" }] });
+  const follower = await follow(session);
+  await sessions.events.send(session, { events: [message("run: cp /mnt/session/uploads/in.txt /mnt/session/outputs/out.txt")] });
+  await follower.until(isEnd);
+  const outputs = await all(await files.list({ scope_id: session, betas: ["managed-agents-2026-04-01"] }));
+  assert.deepEqual(outputs.map((file) => file.filename), ["out.txt"]);
+  assert.equal(await (await files.download(outputs[0].id)).text(), "from the client");
+  assert.equal((await files.delete(uploaded.id)).type, "file_deleted");
+});
 
 const options = Object.fromEntries(process.argv.slice(2).flatMap((word, at, words) => (word.startsWith("--") ? [[word.slice(2), words[at + 1]]] : [])));
 const only = options.only ? new Set(options.only.split(",").map(Number)) : new Set(checks.keys());

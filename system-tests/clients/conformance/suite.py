@@ -822,6 +822,76 @@ def vaults(world):
     assert vaults.delete(vault.id).type == "vault_deleted"
 
 
+@check(48, "a vault's variable in the sandbox", per_runtime=True)
+def vault_variable(world):
+    vaults = world.client.beta.vaults
+    vault = vaults.create(display_name="v")
+    auth = {"type": "environment_variable", "secret_name": "CONFORMANCE", "secret_value": "four", "networking": {"type": "unrestricted"}}
+    credential = vaults.credentials.create(vault.id, auth=auth)
+    session = world.new_session(vault_ids=[vault.id]).id
+    write = world.run("printf %s ${#CONFORMANCE} >/mnt/session/outputs/length")
+    world.turn(session, write)
+    assert output_of(world, session, "length") == b"4"
+    # 49: a rotated value reaches the session with its next turn.
+    vaults.credentials.update(credential.id, vault_id=vault.id, auth={"type": "environment_variable", "secret_value": "longer"})
+    world.turn(session, write)
+    assert output_of(world, session, "length") == b"6"
+
+
+@check(49, "credentials and vaults that are archived")
+def archived_vaults(world):
+    vaults = world.client.beta.vaults
+    vault = vaults.create(display_name="v", metadata={"a": "b"})
+    assert vaults.update(vault.id, metadata={"a": None}).metadata == {}
+    auth = {"type": "static_bearer", "mcp_server_url": "https://mcp.example/x", "token": "s3cr3t-token"}
+    credential = vaults.credentials.create(vault.id, auth=auth, display_name="c")
+    assert "s3cr3t-token" not in str(vaults.credentials.retrieve(credential.id, vault_id=vault.id))
+    assert vaults.credentials.archive(credential.id, vault_id=vault.id).archived_at
+    assert list(vaults.credentials.list(vault.id)) == []
+    assert len(list(vaults.credentials.list(vault.id, include_archived=True))) == 1
+    again = vaults.credentials.create(vault.id, auth=auth)
+    assert vaults.credentials.delete(again.id, vault_id=vault.id).type == "vault_credential_deleted"
+    vaults.archive(vault.id)
+    raises(anthropic.BadRequestError, lambda: vaults.credentials.create(vault.id, auth=auth))
+    assert vault.id in [each.id for each in vaults.list(include_archived=True)]
+
+
+def output_of(world, session, name):
+    listed = world.client.beta.files.list(scope_id=session, betas=["managed-agents-2026-04-01"])
+    found = [file for file in listed if file.filename == name]
+    assert len(found) == 1, list(listed)
+    return world.client.beta.files.download(found[0].id).read()
+
+
+@check(51, "files into and out of a sandbox", per_runtime=True)
+def files(world):
+    try:
+        uploaded = world.client.beta.files.upload(file=("in.txt", b"from the client", "text/plain"))
+    except TypeError:
+        raise NotHere from None
+    assert uploaded.filename == "in.txt" and uploaded.size_bytes == 15 and uploaded.mime_type == "text/plain", uploaded
+    made = world.new_session(resources=[{"type": "file", "file_id": uploaded.id, "mount_path": "in.txt"}])
+    assert made.resources[0].file_id != uploaded.id and made.resources[0].mount_path == "/mnt/session/uploads/in.txt", made.resources
+    world.turn(made.id, world.run("cat /mnt/session/uploads/in.txt /mnt/session/uploads/in.txt >/mnt/session/outputs/out.txt"))
+    assert output_of(world, made.id, "out.txt") == b"from the clientfrom the client"
+    assert world.client.beta.files.retrieve_metadata(uploaded.id).id == uploaded.id
+    assert world.client.beta.files.delete(uploaded.id).type == "file_deleted"
+    raises(anthropic.NotFoundError, lambda: world.client.beta.files.retrieve_metadata(uploaded.id))
+
+
+@check(52, "resources of a session")
+def session_resources(world):
+    uploaded = world.client.beta.files.upload(file=("in.txt", b"x", "text/plain"))
+    session, resources = world.new_session().id, world.client.beta.sessions.resources
+    added = resources.add(session, type="file", file_id=uploaded.id)
+    assert added.mount_path == f"/mnt/session/uploads/{uploaded.id}", added
+    assert [resource.id for resource in resources.list(session)] == [added.id]
+    assert resources.retrieve(added.id, session_id=session).file_id == added.file_id
+    assert resources.delete(added.id, session_id=session).type == "session_resource_deleted"
+    assert list(resources.list(session)) == []
+    raises(anthropic.NotFoundError, lambda: resources.add(session, type="file", file_id="file_none"))
+
+
 @check(62, "an Idempotency-Key sends once")
 def idempotent(world):
     session = world.new_session().id

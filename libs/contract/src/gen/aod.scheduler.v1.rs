@@ -336,7 +336,7 @@ pub struct ListEnvironmentsReply {
     #[prost(bool, tag = "2")]
     pub has_more: bool,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CreateSessionRequest {
     #[prost(string, tag = "1")]
     pub user_id: ::prost::alloc::string::String,
@@ -388,15 +388,17 @@ pub struct CreateSessionRequest {
     /// Chosen by the caller: creating it again is the same as creating it once.
     #[prost(string, tag = "20")]
     pub session_id: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "22")]
+    pub files: ::prost::alloc::vec::Vec<NewSessionFile>,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CreateSessionReply {
     #[prost(message, optional, tag = "1")]
     pub session: ::core::option::Option<Session>,
     #[prost(bool, tag = "2")]
     pub replayed: bool,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Session {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
@@ -467,6 +469,9 @@ pub struct Session {
     /// Of a listed session: which of the reply's agents is its own.
     #[prost(int32, tag = "27")]
     pub agent_row_version: i32,
+    /// Files that are mounted.
+    #[prost(message, repeated, tag = "29")]
+    pub files: ::prost::alloc::vec::Vec<File>,
 }
 /// Something that a user sends while a turn runs. The proto of its row.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1052,6 +1057,17 @@ pub struct TurnSpec {
     /// Tools that the session's user runs.
     #[prost(message, repeated, tag = "30")]
     pub custom_tools: ::prost::alloc::vec::Vec<super::super::host::v1::CustomTool>,
+    /// What is mounted.
+    #[prost(message, repeated, tag = "25")]
+    pub files: ::prost::alloc::vec::Vec<File>,
+    /// Whether anything was mounted in an earlier turn.
+    #[prost(bool, tag = "26")]
+    pub had_files: bool,
+    /// Whether what the agent wrote is kept at the turn's end, and what was kept so far.
+    #[prost(bool, tag = "27")]
+    pub collects_outputs: bool,
+    #[prost(message, repeated, tag = "28")]
+    pub outputs: ::prost::alloc::vec::Vec<File>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {
@@ -1280,4 +1296,155 @@ pub struct ListVaultCredentialsReply {
     pub credentials: ::prost::alloc::vec::Vec<VaultCredential>,
     #[prost(bool, tag = "2")]
     pub has_more: bool,
+}
+/// A file: uploaded by its user, written by an agent, or a session's copy of one that was uploaded.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct File {
+    #[prost(string, tag = "1")]
+    pub file_id: ::prost::alloc::string::String,
+    /// One of types::FileKind.
+    #[prost(string, tag = "2")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub filename: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub mime_type: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "5")]
+    pub size_bytes: u64,
+    #[prost(bytes = "vec", tag = "6")]
+    pub sha256: ::prost::alloc::vec::Vec<u8>,
+    /// Where its bytes are in the store of files.
+    #[prost(string, tag = "7")]
+    pub object_id: ::prost::alloc::string::String,
+    /// The session that it belongs to.
+    #[prost(string, optional, tag = "8")]
+    pub session_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// Where the session's sandbox has it: of a copy its path, of an output its path below the folder of outputs.
+    #[prost(string, tag = "9")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(int64, tag = "10")]
+    pub created_at_us: i64,
+    #[prost(int64, optional, tag = "11")]
+    pub expires_at_us: ::core::option::Option<i64>,
+    /// Of an output: when the agent wrote it, by the sandbox's clock.
+    #[prost(int64, tag = "12")]
+    pub modified_us: i64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateFileRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    /// Chosen by the caller: creating it again is the same as creating it once.
+    #[prost(string, tag = "2")]
+    pub file_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub filename: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub mime_type: ::prost::alloc::string::String,
+}
+/// The bytes of a file are written: it exists from now on.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CommitFileRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub file_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub size_bytes: u64,
+    #[prost(bytes = "vec", tag = "4")]
+    pub sha256: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint64, optional, tag = "5")]
+    pub expires_in_seconds: ::core::option::Option<u64>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetFileRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub file_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListFilesRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    #[prost(message, optional, tag = "3")]
+    pub after: ::core::option::Option<Cursor>,
+    /// What the agent of this session wrote; absent: what the user uploaded.
+    #[prost(string, optional, tag = "4")]
+    pub session_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// These alone.
+    #[prost(string, repeated, tag = "5")]
+    pub file_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListFilesReply {
+    #[prost(message, repeated, tag = "1")]
+    pub files: ::prost::alloc::vec::Vec<File>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NewSessionFile {
+    /// The id of the session's copy, chosen by the caller.
+    #[prost(string, tag = "1")]
+    pub copy_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub file_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub path: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AddSessionFileRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "3")]
+    pub file: ::core::option::Option<NewSessionFile>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveSessionFileRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub copy_id: ::prost::alloc::string::String,
+}
+/// A file that an agent wrote, before its bytes are stored.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BeginOutputRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub turn: u32,
+    #[prost(uint32, tag = "3")]
+    pub epoch: u32,
+    #[prost(string, tag = "4")]
+    pub file_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub mime_type: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "7")]
+    pub size_bytes: u64,
+    #[prost(int64, tag = "8")]
+    pub modified_us: i64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CommitOutputRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub turn: u32,
+    #[prost(uint32, tag = "3")]
+    pub epoch: u32,
+    #[prost(string, tag = "4")]
+    pub file_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "5")]
+    pub size_bytes: u64,
+    #[prost(bytes = "vec", tag = "6")]
+    pub sha256: ::prost::alloc::vec::Vec<u8>,
 }

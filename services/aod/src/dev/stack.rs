@@ -443,10 +443,11 @@ impl Stack {
             let vault = vec![database("vault"), ("FIELD_ENCRYPTION_KEY", secrets.encryption_key.clone())];
             add(name, "credential-vault", [nats("vault"), vault].concat())?;
         }
+        let files = ("AOD_FILES_URL", format!("file://{}", self.data.join("files").display()));
         for name in self.replicas_of("scheduler") {
             let copies = ("AOD_STREAM_REPLICAS", self.nats.len().min(3).to_string());
             let deployment = ("AOD_DEPLOYMENT_ID", secrets.deployment_id.clone());
-            add(name, "scheduler", [nats("scheduler"), vec![database("scheduler"), deployment, copies]].concat())?;
+            add(name, "scheduler", [nats("scheduler"), vec![database("scheduler"), deployment, copies, files.clone()]].concat())?;
         }
         let models = ["AOD_MODEL_BASE_URL_ANTHROPIC", "AOD_MODEL_BASE_URL_OPENAI", "AOD_MODEL_BASE_URL_GOOGLE"];
         let scripted = self.model.map(|model| format!("http://{model}"));
@@ -458,6 +459,7 @@ impl Stack {
         }
         for number in 1..=self.runners {
             let mut runner = nats("runner");
+            runner.push(files.clone());
             let sprites = self.other_sprites.clone().unwrap_or_else(|| format!("http://{}", self.sprites));
             runner.push(("SPRITES_BASE_URL", sprites));
             runner.push(("AOD_AGENT_HOST", self.tools.agent_host.display().to_string()));
@@ -466,7 +468,7 @@ impl Stack {
             add(format!("sprite-runner-{number}"), "sprite-runner", runner)?;
         }
         for (name, addr) in self.replicas_of("gateway").zip(self.apis()) {
-            let gateway = vec![("AOD_LISTEN_ADDR", addr.to_string()), ("ENABLE_SHELL_RUNTIME", "true".to_owned())];
+            let gateway = vec![("AOD_LISTEN_ADDR", addr.to_string()), ("ENABLE_SHELL_RUNTIME", "true".to_owned()), files.clone()];
             add(name, "gateway", [nats("gateway"), gateway].concat())?;
         }
         Ok(specs)

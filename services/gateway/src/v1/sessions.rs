@@ -15,14 +15,12 @@ use contract::{
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use sha2::{Digest as _, Sha256};
 use types::{
-    Repository, SessionId, Timestamp,
+    SessionId, Timestamp,
     limits::{BODY_BYTES_MAX, TIMEOUT_SECONDS_MAX},
     vault::VAULTS_OF_SESSION_MAX,
 };
 use utoipa::{IntoParams, ToSchema};
-use uuid::Uuid;
 
 use crate::{
     App,
@@ -31,7 +29,7 @@ use crate::{
     body::{Body, Fields},
     error::ApiError,
     idempotency::{IdempotencyKey, IdempotencyParams},
-    sessions::{SessionSecrets, keep, read_resources, split_tokens},
+    sessions::{SessionSecrets, keep, split_tokens},
     v1::{
         agents::{AgentFields, Snapshot, overridden},
         environments::Deleted,
@@ -41,6 +39,7 @@ use crate::{
         page::{Limits, Order, Start, Wanted},
         path::IdParams,
         query::{Query, bad},
+        resources::{self, Resource, WantedFile},
         time,
     },
 };
@@ -93,40 +92,6 @@ pub struct Stats {
     duration_seconds: f64,
 }
 
-/// A repository of a session. Its token is never shown.
-#[derive(Serialize, ToSchema)]
-#[schema(as = V1SessionResource)]
-pub struct Resource {
-    #[schema(example = "sesrsc_011234567890123456789AbC")]
-    id: String,
-    #[serde(flatten)]
-    repository: Repository,
-    #[schema(format = DateTime)]
-    created_at: String,
-    #[schema(format = DateTime)]
-    updated_at: String,
-}
-
-impl Resource {
-    /// Repositories have no ids of their own: a path names one in its session.
-    fn id(session: &str, mount_path: &str) -> String {
-        let digest = Sha256::new().chain_update(session).chain_update(b"\0").chain_update(mount_path).finalize();
-        let bytes = digest.first_chunk::<16>().copied().unwrap_or_default();
-        Prefix::Resource.encode(Uuid::from_bytes(bytes))
-    }
-
-    fn of(session: &scheduler::Session) -> Vec<Self> {
-        let repositories: Vec<Repository> = serde_json::from_str(&session.resources).unwrap_or_default();
-        let resource = |repository: Repository| Self {
-            id: Self::id(&session.session_id, &repository.mount_path),
-            repository,
-            created_at: time(session.created_at_us),
-            updated_at: time(session.created_at_us),
-        };
-        repositories.into_iter().map(resource).collect()
-    }
-}
-
 /// What a session has used so far, as `session.usage` shows it too.
 pub fn usage(used: &Used, active_us: i64) -> Value {
     let mut usage = json!({
@@ -160,7 +125,7 @@ impl From<scheduler::Session> for Session {
             id: Prefix::Session.of(&session.session_id),
             r#type: "session",
             agent: session.agent.as_ref().map(Snapshot::from),
-            resources: Resource::of(&session),
+            resources: Resource::all_of(&session),
             environment_id: session.environment_id.map(|id| Prefix::Environment.of(&id)),
             title: session.title,
             metadata: metadata::shown(&session.metadata),
@@ -196,8 +161,8 @@ pub struct SessionBody {
     title: Option<String>,
     #[schema(value_type = Option<Object>)]
     metadata: Option<Value>,
-    /// Repositories of GitHub
-    #[schema(max_items = 10, value_type = Option<Vec<Object>>)]
+    /// Repositories of GitHub, and files
+    #[schema(max_items = 510, value_type = Option<Vec<Object>>)]
     resources: Option<Value>,
     vault_ids: Option<Vec<String>>,
     /// Messages to begin with
@@ -275,7 +240,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     let environment_id = fields.string("environment_id", BODY_BYTES_MAX);
     let title = fields.optional_string("title", TITLE_CHARS_MAX);
     let patch = metadata::read(&mut fields).unwrap_or_default();
-    let resources = read_resources(&mut fields).unwrap_or_default();
+    let resources = resources::read(&mut fields);
     let vault_ids = fields.strings("vault_ids").unwrap_or_default();
     let messages = read_initial_events(&mut fields);
     let is_object = fields.value("agent").is_some_and(Value::is_object);
@@ -287,6 +252,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         return Err(refused_field("vault_ids", &format!("must hold at most {VAULTS_OF_SESSION_MAX} ids")));
     }
     let vault_ids = vault_ids.iter().map(|id| Prefix::Vault.find(id)).collect::<Result<Vec<_>, _>>()?;
+    let files = resources.files.into_iter().map(WantedFile::copy).collect::<Result<Vec<_>, _>>()?;
     let metadata = metadata::merged("{}", &patch).map_err(|why| refused_field("metadata", &why))?;
     let Some(ChosenAgent { id, version, overrides }) = agent else { return Err(refused_field("agent", "is required")) };
     let agent_id = Prefix::Agent.find(&id)?;
@@ -303,7 +269,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         }
     };
     let stored = app.call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id.clone() }).await?;
-    let (resources, tokens) = split_tokens(resources);
+    let (repositories, tokens) = split_tokens(resources.repositories);
     let secrets = SessionSecrets { env: Default::default(), tokens };
     let kept = keep(&app, &caller, &secrets).await?;
     let request = CreateSessionRequest {
@@ -314,7 +280,8 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         credential_kinds: stored.credentials.into_iter().map(|credential| credential.kind).collect(),
         session_limit: caller.session_limit.unwrap_or(app.config.default_session_limit),
         metadata: text(&metadata),
-        resources: text(&resources),
+        resources: text(&repositories),
+        files,
         secret_id: kept.as_ref().map(|kept| kept.id.clone()),
         once: key.once(&body),
         session_id: SessionId::new().to_string(),
@@ -513,21 +480,6 @@ pub async fn delete(State(app): State<App>, caller: Caller, PathId(id): PathId) 
     }
     let Empty {} = app.call::<rpc::DeleteSession>(&DeleteSessionRequest { user_id, session_id }).await?;
     Ok(Json(Deleted { id, r#type: "session_deleted" }))
-}
-
-/// The resources of a session.
-#[derive(Serialize, ToSchema)]
-pub struct Resources {
-    data: Vec<Resource>,
-    next_page: Option<String>,
-}
-
-/// List the resources of a session
-#[utoipa::path(get, path = "/v1/sessions/{id}/resources", tag = "managed-agents", operation_id = "session_resources_list", params(IdParams),
-    responses((status = 200, description = "All of them", body = Resources)))]
-pub async fn resources(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Resources>, ApiError> {
-    let session = find(&app, &caller, &id).await?;
-    Ok(Json(Resources { data: Resource::of(&session), next_page: None }))
 }
 
 #[cfg(test)]

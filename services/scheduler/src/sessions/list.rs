@@ -4,12 +4,12 @@ use std::collections::HashMap;
 
 use bus::Failure;
 use contract::scheduler::{ListRequest, ListSessionsReply, Session};
-use types::{AgentId, EnvironmentId, SessionId, UserId};
+use types::{AgentId, EnvironmentId, SessionId, UserId, file::FileKind};
 use uuid::Uuid;
 
 use super::row::{SessionRow, session_columns};
 use crate::{
-    Scheduler, agents,
+    Scheduler, agents, files,
     page::{Filters, List, Window},
     usage,
 };
@@ -64,10 +64,15 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
         query.bind(request.agent_version.map(|version| i32::try_from(version).unwrap_or(i32::MAX)))
     });
     let (rows, has_more): (Vec<SessionRow>, _) = page.await?;
+    let ids: Vec<Uuid> = rows.iter().map(|row| row.session_id).collect();
     let mut sessions: Vec<Session> = rows.into_iter().map(Session::from).collect();
     if !request.is_v1 {
         summarise(&scheduler, &mut sessions).await?;
         return Ok(ListSessionsReply { sessions, has_more, agents: Vec::new() });
+    }
+    for file in files::of_sessions(&scheduler.pool, &ids, FileKind::Copy).await? {
+        let session = sessions.iter_mut().find(|session| Some(&session.session_id) == file.session_id.as_ref());
+        session.into_iter().for_each(|session| session.files.push(file.clone()));
     }
     with_agents(&scheduler, ListSessionsReply { sessions, has_more, agents: Vec::new() }).await
 }
