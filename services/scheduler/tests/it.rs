@@ -70,6 +70,10 @@ impl World {
     }
 
     async fn run_scheduler(&self, lifecycle: &Lifecycle) {
+        self.run_scheduler_with(lifecycle, None).await;
+    }
+
+    async fn run_scheduler_with(&self, lifecycle: &Lifecycle, files: Option<files::Files>) {
         let config = scheduler::Config {
             bus: self.nats.config(&access::SCHEDULER),
             store: self.database.config("scheduler"),
@@ -80,7 +84,7 @@ impl World {
             event_partitions: std::num::NonZeroU8::MIN,
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: Some(3), session_days: Some(3) },
-            files: scheduler::FileSettings { store: None, user_bytes_max: u64::MAX, days: None },
+            files: scheduler::FileSettings { store: files, user_bytes_max: u64::MAX, days: None },
         };
         scheduler::run(config, lifecycle.clone()).await.unwrap();
     }
@@ -1345,4 +1349,65 @@ async fn a_runtime_that_cannot_ask_takes_no_permissions() {
     let refused = world.gateway.call::<rpc::CreateAgent>(&request, SOON).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::Unprocessable);
     assert!(refused.message.contains("shell"), "{refused:?}");
+}
+
+/// Between any two steps of a gateway: a row without bytes, bytes with a row that was never finished, bytes that no row knows.
+#[tokio::test]
+async fn what_a_killed_process_left_of_a_file_is_removed() {
+    let world = World::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let store = files::Files::open(&format!("file://{}", directory.path().display())).unwrap();
+    let chunk = || futures::stream::iter([Ok::<_, ()>(bytes::Bytes::from_static(b"bytes"))]);
+    let request = |id: &str| scheduler_messages::GetFileRequest { user_id: world.user.to_string(), file_id: id.to_owned() };
+    let mut ids = Vec::new();
+    for _ in 0..4 {
+        let create = scheduler_messages::CreateFileRequest {
+            user_id: world.user.to_string(),
+            file_id: types::FileId::new().to_string(),
+            filename: "f".to_owned(),
+            mime_type: "text/plain".to_owned(),
+        };
+        ids.push(world.gateway.call::<rpc::CreateFile>(&create, SOON).await.unwrap().file_id);
+    }
+    let [whole, deleted, unfinished, without_bytes] = [&ids[0], &ids[1], &ids[2], &ids[3]];
+    for id in [whole, deleted, unfinished] {
+        store.write(id.parse().unwrap(), 100, chunk()).await.unwrap();
+    }
+    for id in [whole, deleted] {
+        let commit = scheduler_messages::CommitFileRequest {
+            user_id: world.user.to_string(),
+            file_id: id.clone(),
+            size_bytes: 5,
+            sha256: vec![1; 32],
+            expires_in_seconds: None,
+        };
+        for _ in 0..2 {
+            world.gateway.call::<rpc::CommitFile>(&commit, SOON).await.unwrap();
+        }
+    }
+    world.gateway.call::<rpc::DeleteFile>(&request(deleted), SOON).await.unwrap();
+    // A row is pending for an hour, and bytes without a row are looked for after two.
+    let mut connection = world.database.admin().await.unwrap();
+    for id in [unfinished, without_bytes] {
+        let age = sqlx::query("update scheduler.file set state_since = now() - interval '2 hours' where file_id = $1::uuid").bind(id);
+        age.execute(&mut connection).await.unwrap();
+    }
+    let lost = Uuid::now_v7();
+    store.write(lost, 100, chunk()).await.unwrap();
+    let name = lost.simple().to_string();
+    let path = directory.path().join("objects").join(&name[name.len() - 2..]).join(&name);
+    let three_hours_ago = std::time::SystemTime::now() - Duration::from_secs(3 * 60 * 60);
+    std::fs::File::options().write(true).open(path).unwrap().set_modified(three_hours_ago).unwrap();
+
+    world.run_scheduler_with(&Lifecycle::new(), Some(store.clone())).await;
+    eventually("one object and one row are left", || async {
+        use futures::TryStreamExt as _;
+        let objects: Vec<Uuid> = store.older_than(Duration::ZERO, 10).try_concat().await.unwrap();
+        let mut connection = world.database.admin().await.unwrap();
+        let rows: Vec<Uuid> = sqlx::query_scalar("select file_id from scheduler.file").fetch_all(&mut connection).await.unwrap();
+        objects == [whole.parse::<Uuid>().unwrap()] && rows == objects
+    })
+    .await;
+    assert!(world.gateway.call::<rpc::GetFile>(&request(whole), SOON).await.is_ok());
+    assert_eq!(world.gateway.call::<rpc::GetFile>(&request(unfinished), SOON).await.unwrap_err().code, ErrorCode::NotFound);
 }
