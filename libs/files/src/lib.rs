@@ -203,8 +203,6 @@ fn remove_abandoned(folder: &std::path::Path, age: Duration) -> std::io::Result<
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use futures::stream;
 
     use super::*;
