@@ -55,6 +55,7 @@ impl World {
             event_partitions: partitions.try_into().unwrap(),
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: None, session_days: None },
+            files: scheduler::FileSettings { store: None, user_bytes_max: u64::MAX, days: None },
         }
     }
 
