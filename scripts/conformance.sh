@@ -31,13 +31,14 @@ done
 ready() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$data/ready.json" "$1"; }
 BASE_URL=$(ready api_url) API_KEY=$(ready api_key)
 "$bin/aod" admin --data-dir "$data/stack" user create other >/dev/null
-OTHER_API_KEY=$("$bin/aod" admin --data-dir "$data/stack" key create other | grep -o 'aod_[A-Za-z0-9_-]*' | head -1)
-export BASE_URL API_KEY OTHER_API_KEY
+OTHER_API_KEY=$("$bin/aod" admin --data-dir "$data/stack" key create other | sed -n 's|^key  *||p')
+# More CLIs than two at a time start slowly on two cores: opencode needs a minute and more then.
+export BASE_URL API_KEY OTHER_API_KEY PATIENCE=${PATIENCE:-240}
 
 failed=0
-".venv/anthropic-$ANTHROPIC_VERSION/bin/python" $suite/suite.py --runtimes claude,codex,gemini,opencode,shell --json "$data/python.json" "$@" || failed=1
+".venv/anthropic-$ANTHROPIC_VERSION/bin/python" $suite/suite.py --runtimes claude,codex,gemini,opencode,shell --parallel 3 --json "$data/python.json" "$@" || failed=1
 for version in $ANTHROPIC_OLDER_VERSIONS; do
-    ".venv/anthropic-$version/bin/python" $suite/suite.py --runtimes claude --json "$data/python-$version.json" "$@" || failed=1
+    ".venv/anthropic-$version/bin/python" $suite/suite.py --runtimes claude --parallel 3 --json "$data/python-$version.json" "$@" || failed=1
 done
 NODE_MODULES_OF=$PWD/.venv/anthropic-js .venv/node/node $suite/suite.mjs --json "$data/js.json" "$@" || failed=1
 python3 $suite/table.py docs/managed-agents-api.md "$data"/python.json "$data"/python-*.json "$data/js.json"

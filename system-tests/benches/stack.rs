@@ -12,7 +12,12 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use axum::response::sse::{Event, Sse};
+use contract::{
+    host,
+    session::{AgentEvent, SessionEvent, session_event},
+};
 use futures::{StreamExt as _, TryStreamExt as _, future::try_join_all, stream};
+use prost::Message as _;
 use rustix::process::Signal;
 use serde_json::json;
 use sprites::{ExecEvent, ExecRequest, Sprite};
@@ -53,6 +58,9 @@ async fn main() -> Result<()> {
     let is_wanted = |name: &str| name.contains(&wanted);
     if is_wanted("accept") {
         accept().await?;
+    }
+    if is_wanted("managed") {
+        managed().await?;
     }
     if is_wanted("readers") {
         readers().await?;
@@ -108,6 +116,112 @@ async fn accept() -> Result<()> {
     let floor = inserts(&stack, &accepted).await?;
     report_rate("accept a session", "sessions", rate, "the same rows straight into Postgres", floor);
     println!("accept a session, at half of that: {half}");
+    Ok(())
+}
+
+/// How often a caller's request is answered, with so many callers.
+async fn rate(stack: &Stack, path: &str, body: &serde_json::Value, status: u16) -> Result<f64> {
+    let begun = Instant::now();
+    let callers = (0..CALLERS).map(async |_| {
+        let mut count = 0;
+        while begun.elapsed() < LOAD {
+            let answer = stack.post(path, body.clone()).await?;
+            ensure!(answer.status == status, "{answer:?}");
+            count += 1;
+        }
+        anyhow::Ok(count)
+    });
+    let counts: Vec<usize> = try_join_all(callers).await?;
+    Ok(per_second(counts.into_iter().sum(), begun))
+}
+
+/// The Managed Agents API beside the original one.
+async fn managed() -> Result<()> {
+    let stack = Stack::start(OPTIONS).await?;
+    let made = stack.post("/v1/environments", json!({ "name": "bench" })).await?;
+    let environment = made.text("id").to_owned();
+    let agent = json!({ "name": "bench", "model": "claude-sonnet-4-5", "metadata": { "aod.runtime": "shell" } });
+    let agent = stack.post("/v1/agents", agent).await?.text("id").to_owned();
+    let message = |text: &str| json!({ "type": "user.message", "content": [{ "type": "text", "text": text }] });
+    let session = |events: serde_json::Value| json!({ "agent": agent, "environment_id": environment, "initial_events": events });
+
+    let made = stack.post("/v1/sessions", session(json!([message("true")]))).await?;
+    let path = format!("/v1/sessions/{}/events", made.text("id"));
+    let (url, key) = (format!("{}{path}/stream", stack.ready_text("/api_url")), stack.ready_text("/api_key"));
+    let http = reqwest::Client::builder().connect_timeout(LOAD).read_timeout(4 * LOAD).build()?;
+    let mut bytes = http.get(&url).bearer_auth(&key).send().await?.bytes_stream();
+    let mut text = String::new();
+    let mut until = async |kind: &str| {
+        let frame = format!("event: session.status_{kind}\n");
+        loop {
+            if let Some(at) = text.find(&frame) {
+                text.drain(..at + frame.len());
+                return anyhow::Ok(());
+            }
+            text.push_str(&String::from_utf8_lossy(&bytes.next().await.context("the stream ended")??));
+        }
+    };
+    until("idle").await?;
+    let mut started = Vec::new();
+    for _ in 0..100 {
+        let begun = Instant::now();
+        let sent = stack.post(&path, json!({ "events": [message("true")] })).await?;
+        ensure!(sent.status == 200, "{sent:?}");
+        until("running").await?;
+        started.push(begun.elapsed());
+        until("idle").await?;
+    }
+    println!("managed: from the message's POST to session.status_running: {}", Times::new(started));
+    list(&stack, made.text("id")).await?;
+
+    Stack::signal(&stack.pids("sprite-runner"), Signal::STOP);
+    let original = json!({ "agent_id": stack.agent("shell").await?, "prompt": "true" });
+    let floor = rate(&stack, "/sessions", &original, 202).await?;
+    let ours = rate(&stack, "/v1/sessions", &session(json!([message("true")])), 200).await?;
+    report_rate("managed: accept a session", "sessions", ours, "POST /sessions", floor);
+    Ok(())
+}
+
+/// A list of a hundred thousand events, a thousand a page.
+async fn list(stack: &Stack, session: &str) -> Result<()> {
+    const LISTED: i64 = 100_000;
+    let pool = database(stack).await?;
+    // Written by no turn: a message that is told so often.
+    let said = host::AgentMessage { text: "a line that an agent has said".to_owned(), ..Default::default() };
+    let event = host::Event { kind: Some(host::event::Kind::Message(said)), ..Default::default() };
+    let kind = Some(session_event::Kind::Agent(AgentEvent { event: Some(event), ..AgentEvent::default() }));
+    let payload = SessionEvent { turn: 1, at_us: 1, kind, ..SessionEvent::default() }.encode_to_vec();
+    let newest = "select session_id, event_id from scheduler.event order by event_id desc limit 1";
+    let (id, last): (Uuid, i64) = sqlx::query_as(newest).fetch_one(&pool).await?;
+    sqlx::query(
+        "insert into scheduler.event (session_id, event_id, payload)
+         select $1, number, $2 from generate_series($3::bigint, $4::bigint) as number",
+    )
+    .bind(id)
+    .bind(payload)
+    .bind(last + 1)
+    .bind(last + LISTED)
+    .execute(&pool)
+    .await?;
+    sqlx::query("analyze scheduler.event").execute(&pool).await?;
+    let (begun, mut count, mut page) = (Instant::now(), 0, String::new());
+    loop {
+        let answer = stack.get(&format!("/v1/sessions/{session}/events?limit=1000{page}")).await?;
+        ensure!(answer.status == 200, "{answer:?}");
+        count += answer.body["data"].as_array().context("no events")?.len();
+        let Some(next) = answer.body["next_page"].as_str() else { break };
+        page = format!("&page={next}");
+    }
+    ensure!(count > LISTED as usize, "{count} events");
+    let ours = per_second(count, begun);
+    let begun = Instant::now();
+    let copy = format!("copy (select event_id, payload from scheduler.event where session_id = '{id}' order by event_id) to stdout");
+    let mut connection = pool.acquire().await?;
+    let mut copied = connection.copy_out_raw(&copy).await?;
+    while let Some(data) = copied.next().await {
+        data?;
+    }
+    report_rate("managed: list events", "events", ours, "COPY of the same rows out of Postgres", per_second(count, begun));
     Ok(())
 }
 

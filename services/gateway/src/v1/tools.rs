@@ -416,6 +416,48 @@ mod tests {
         permissions.map(|meant| serde_json::to_value(meant).unwrap()).map_err(|refused| format!("{}: {}", refused.field, refused.why))
     }
 
+    /// What docs/managed-agents-api.md says of tools, from what is enforced.
+    fn table() -> String {
+        let cell = |runtime: Runtime, name: &str| match counterpart(runtime, name) {
+            Counterpart::Named(names) => names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
+            Counterpart::PartOf(other) => format!("as `{other}`"),
+            Counterpart::Unasked if runtime == Runtime::Shell => "-".to_owned(),
+            Counterpart::Unasked => "`always_allow` only".to_owned(),
+        };
+        let takes = |runtime: Runtime, tools: Value, names: &[&str]| if meant(runtime, tools, names).is_ok() { "yes" } else { "no" };
+        let custom = json!([{ "type": "custom", "name": "a", "description": "b", "input_schema": { "type": "object" } }]);
+        let asks = json!([{ "type": "mcp_toolset", "mcp_server_name": "a" }]);
+        let mut rows = vec![("|".to_owned(), Runtime::ALL.map(|runtime| runtime.to_string()))];
+        rows.push(("|".to_owned() + " ---", Runtime::ALL.map(|_| "---".to_owned())));
+        rows.extend(BUILT_IN.map(|name| (format!("| `{name}`"), Runtime::ALL.map(|runtime| cell(runtime, name)))));
+        let mut row = |what: &str, says: &dyn Fn(Runtime) -> &'static str| {
+            rows.push((format!("| {what}"), Runtime::ALL.map(|runtime| says(runtime).to_owned())));
+        };
+        row("custom tools", &|runtime| takes(runtime, custom.clone(), &[]));
+        row("`always_ask` for an MCP server's tools", &|runtime| match runtime {
+            Runtime::Shell => "-",
+            _ => takes(runtime, asks.clone(), &["a"]),
+        });
+        row("`deny_message`", &|runtime| if runtime.capabilities().deny_with_message { "yes" } else { "no" });
+        rows.into_iter().map(|(what, cells)| format!("{what} | {} |\n", cells.join(" | "))).collect()
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "what insta reads too")]
+    fn the_document_shows_what_is_enforced() {
+        const MARKERS: [&str; 2] = ["<!-- tools: begin -->\n", "<!-- tools: end -->"];
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/managed-agents-api.md");
+        let document = std::fs::read_to_string(path).unwrap();
+        let (before, rest) = document.split_once(MARKERS[0]).unwrap();
+        let (_, after) = rest.split_once(MARKERS[1]).unwrap();
+        let expected = [before, MARKERS[0], &table(), MARKERS[1], after].concat();
+        if std::env::var("INSTA_UPDATE").is_ok_and(|update| update == "always") {
+            std::fs::write(path, expected).unwrap();
+        } else {
+            assert!(document == expected, "run: INSTA_UPDATE=always cargo test -p gateway the_document");
+        }
+    }
+
     #[test]
     fn every_field_is_filled_in() {
         let tools = parsed(json!([{ "type": "agent_toolset_20260401", "configs": [{ "name": "bash", "enabled": false }] },
