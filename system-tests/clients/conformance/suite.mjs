@@ -172,7 +172,7 @@ check(21, "messages queue", async () => {
 check(22, "an interrupt", async () => {
   const session = await newSession();
   const follower = await follow(session);
-  await sessions.events.send(session, { events: [message("run: sleep 60; echo no")] });
+  await sessions.events.send(session, { events: [message("run: timeout 60 tail -f /dev/null; echo no")] });
   await follower.until("agent.tool_use");
   await sleep(500);
   await sessions.events.send(session, { events: [{ type: "user.interrupt" }] });

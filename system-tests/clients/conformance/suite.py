@@ -30,6 +30,10 @@ MODELS = {
     "opencode": ("openai/gpt-5.2", {"aod.runtime": "opencode"}),
     "shell": ("claude-sonnet-4-5", {"aod.runtime": "shell"}),
 }
+# Releases before 1.0 leave out of streams what they do not know.
+LEFT_OUT = set()
+if int(anthropic.__version__.split(".")[0]) < 1:
+    LEFT_OUT = {"session.thread_status_running", "session.thread_status_idle", "session.usage", "session.updated"}
 CHECKS = {}
 
 
@@ -335,8 +339,10 @@ def plain(world):
         order = order[:3]
     else:
         order += ["agent.message", "span.model_request_end"]
-    assert in_order(types(events), order + ["session.thread_status_idle", "session.usage", "session.status_idle"]), types(events)
-    assert events[-2].type == "session.usage" and events[-1].stop_reason.type == "end_turn", events[-2:]
+    order = [name for name in [*order, "session.thread_status_idle", "session.usage", "session.status_idle"] if name not in LEFT_OUT]
+    assert in_order(types(events), order), types(events)
+    assert LEFT_OUT or events[-2].type == "session.usage", events[-2:]
+    assert events[-1].stop_reason.type == "end_turn", events[-1]
     assert type(events[-1]).__module__.startswith("anthropic."), type(events[-1])
     times = [event.processed_at for event in events if getattr(event, "processed_at", None)]
     assert times == sorted(set(times)), times
@@ -365,6 +371,8 @@ def retrieve(world):
     _, events, _ = world.turn(session, world.say("hello"))
     got = world.client.beta.sessions.retrieve(session)
     assert got.status == "idle", got.status
+    if LEFT_OUT:
+        return
     usage = [event for event in events if event.type == "session.usage"][-1].usage
     if world.runtime != "shell":
         assert got.usage.output_tokens > 0
@@ -379,11 +387,14 @@ def history(world):
     seen = [event for event in follower.events if getattr(event, "processed_at", None)]
     listed = world.list(session)
     ids = [event.id for event in listed]
-    assert ids == [event.id for event in seen] and len(ids) == len(set(ids)), (types(listed), types(seen))
-    assert [event.to_dict() for event in listed] == [event.to_dict() for event in seen]
+    streamed = [event for event in listed if event.type not in LEFT_OUT]
+    assert [event.id for event in streamed] == [event.id for event in seen] and len(ids) == len(set(ids)), (types(listed), types(seen))
+    assert [event.to_dict() for event in streamed] == [event.to_dict() for event in seen]
     assert [event.id for event in world.list(session, order="desc")] == ids[::-1]
     assert [event.id for event in world.list(session, limit=2)] == ids
     assert [event.id for event in world.list(session, limit=2, order="desc")] == ids[::-1]
+    if LEFT_OUT:
+        return
     only = world.list(session, types=["session.status_idle"])
     assert types(only) == ["session.status_idle"] * 2, types(only)
     middle = listed[len(listed) // 2]
@@ -428,7 +439,7 @@ def queues(world):
 def interrupt(world):
     session = world.new_session().id
     follower = Follower(world.client, session)
-    world.client.beta.sessions.events.send(session, events=[message(world.run("sleep 60; echo no"))])
+    world.client.beta.sessions.events.send(session, events=[message(world.run("timeout 60 tail -f /dev/null; echo no"))])
     started = "session.status_running" if world.runtime in ("shell", "opencode") else "agent.tool_use"
     follower.until(started)
     time.sleep(1)
@@ -448,7 +459,7 @@ def interrupt(world):
 def interrupt_and_message(world):
     session = world.new_session().id
     follower = Follower(world.client, session)
-    world.client.beta.sessions.events.send(session, events=[message(world.run("sleep 60; echo no"))])
+    world.client.beta.sessions.events.send(session, events=[message(world.run("timeout 60 tail -f /dev/null; echo no"))])
     follower.until("session.status_running")
     time.sleep(1)
     batch = [{"type": "user.interrupt"}, message(world.say("instead"))]
@@ -499,13 +510,14 @@ def reopened(world):
     again.until(is_end)
     for event in again.events:
         seen.setdefault(event.id, event.type)
-    assert set(seen) == {event.id for event in world.list(session)}
+    assert set(seen) == {event.id for event in world.list(session) if event.id in seen or event.type not in LEFT_OUT}
     # Beyond the reference: a stream resumes behind any event, by its id.
     listed = world.list(session)
     for index in [0, len(listed) // 2, len(listed) - 2]:
         resumed = Follower(world.client, session, extra_query={"after_id": listed[index].id})
         events = resumed.until(is_end)
-        assert [event.id for event in events] == [event.id for event in listed[index + 1 :]], (index, types(events))
+        rest = [event.id for event in listed[index + 1 :] if event.type not in LEFT_OUT]
+        assert [event.id for event in events] == rest, (index, types(events))
         resumed.close()
 
 
@@ -537,7 +549,8 @@ def refused_by_provider(world):
     assert errors and errors[-1].error.retry_status.type == "exhausted", types(events)
     assert events[-1].stop_reason.type == "retries_exhausted", events[-1]
     assert world.client.beta.sessions.retrieve(session).status == "idle"
-    _, events, _ = world.turn(session, world.say("usable"), follower)
+    # Claude Code sends the unanswered message along with the next one: the script must not find the first again.
+    _, events, _ = world.turn(session, world.say("my first message"), follower)
     assert events[-1].stop_reason.type == "end_turn", events[-1]
 
 
@@ -548,6 +561,8 @@ def update_session(world):
     follower = Follower(world.client, session)
     updated = sessions.update(session, title="u", metadata={"a": None})
     assert updated.title == "u" and updated.metadata == {"c": "d"}, updated
+    if LEFT_OUT:
+        return
     event = follower.until("session.updated")[-1]
     assert event.title == "u" and event.metadata == {"c": "d"} and getattr(event, "agent", None) is None, event
     assert sessions.retrieve(session).title == "u"
@@ -703,7 +718,8 @@ def asks(world):
         raise NotHere
     session = world.new_session(agent=asking_agent(world).id).id
     follower = Follower(world.client, session)
-    world.client.beta.sessions.events.send(session, events=[message(world.run("echo allowed-42"))])
+    # Not only what Gemini CLI runs without asking.
+    world.client.beta.sessions.events.send(session, events=[message(world.run("touch /tmp/asked; echo allowed-42"))])
     events = follower.until(asked)
     use = [event for event in events if event.type == "agent.tool_use"][-1]
     assert use.evaluated_permission == "ask" and events[-1].stop_reason.event_ids == [use.id], (use, events[-1])
@@ -713,7 +729,7 @@ def asks(world):
     assert in_order(types(rest), ["user.tool_confirmation", "session.status_running", "session.status_idle"]), types(rest)
     assert world.runtime == "gemini" or "allowed-42" in printed(rest), printed(rest)
     events = follower.events
-    world.client.beta.sessions.events.send(session, events=[message(world.run("echo denied-42"))])
+    world.client.beta.sessions.events.send(session, events=[message(world.run("touch /tmp/asked; echo denied-42"))])
     start = len(events)
     asking = follower.until(asked, start)
     use = [event for event in asking if event.type == "agent.tool_use"][-1]
@@ -962,6 +978,11 @@ def run_one(number, world):
         result = "pass"
     except NotHere:
         result = "-"
+    except (TypeError, AttributeError) as error:
+        # The SDK is older than a parameter or a resource.
+        is_older = LEFT_OUT and ("unexpected keyword argument" in str(error) or "'Sessions' object has no attribute" in str(error))
+        result = "-" if is_older else "FAIL"
+        print(f"{number} {function.__name__} {world.runtime}: {error}", file=sys.stderr)
     except Exception:  # noqa: BLE001: a check that fails says how
         result = "FAIL"
         lines = traceback.format_exc().strip().splitlines()

@@ -40,7 +40,7 @@ async fn passes(stack: &Stack, mut command: Command) {
 
 /// One after the other, for each starts many CLIs. All SDKs with all runtimes: `make conformance`.
 #[tokio::test]
-#[ignore = "check 22 sees the interrupt after the end of its turn now and then; run by hand and by `make conformance`"]
+#[ignore = "takes minutes on two busy cores; run by hand and by `make conformance`"]
 async fn the_newest_sdks_pass_the_suite_with_claude() {
     let stack = Stack::start(MODEL).await.unwrap();
     let mut command = Command::new(installed("node/node"));
