@@ -190,6 +190,7 @@ const checks = {
     assert.ok(!(await page.content()).includes("never-shown-again"));
     await page.goto(`${url}/console/keys`);
     await page.getByRole("textbox", { name: "Name", exact: true }).fill("temporary");
+    await page.getByLabel("Your API key").fill(process.env.AOD_API_TOKEN);
     await page.getByRole("button", { name: "Create key" }).click();
     const key = await page.locator(".fresh code").textContent();
     assert.match(key, /^aod_/);
