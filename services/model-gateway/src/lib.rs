@@ -2,13 +2,15 @@
 //! it redeems from the vault and holds in memory only. Stores nothing; any number of replicas serve the same agents.
 //!
 //! [`call`] decides which requests are passed on; [`tokens`] redeems; [`proxy`] passes on and back; [`refusal`] is the gateway's own
-//! answers, in the providers' shapes; [`server`] bounds connections. docs/adr/0070-model-gateway.md has the reasons.
+//! answers, in the providers' shapes; [`server`] bounds connections, [`body`] memory, and [`share`] what one session takes of either. docs/adr/0070-model-gateway.md has the reasons.
 
+mod body;
 mod call;
 pub mod metrics;
 mod proxy;
 mod refusal;
 mod server;
+mod share;
 mod tokens;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -22,8 +24,15 @@ use service::{Env, Lifecycle};
 use tokio::net::TcpListener;
 use types::Provider;
 
-use crate::{proxy::Proxy, tokens::Tokens};
+use crate::{
+    body::Memory,
+    proxy::Proxy,
+    share::{ShareLimits, Shares},
+    tokens::Tokens,
+};
 
+/// Of the memory for bodies, one session may take one part of so many, or what one body needs.
+const SESSION_FRACTION: usize = 8;
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 const IDLE_CONNECTION_MAX: Duration = Duration::from_secs(90);
 
@@ -126,12 +135,16 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         .tcp_nodelay(true)
         .redirect(reqwest::redirect::Policy::none())
         .build()?;
+    let share = ShareLimits {
+        requests: config.requests_per_session,
+        body_units: (config.bodies_bytes_max / SESSION_FRACTION).max(config.body_bytes_max).div_ceil(body::UNIT),
+        connections: config.requests_per_session.saturating_mul(2),
+    };
     let proxy = Proxy {
-        tokens: Tokens::new(bus, name, config.requests_per_session.max(1)),
+        tokens: Tokens::new(bus, name, Shares::new(share)),
         upstreams: Arc::new(config.upstreams),
         http,
-        bodies: Proxy::bodies(config.bodies_bytes_max),
-        body_bytes_max: config.body_bytes_max,
+        memory: Memory::new(config.bodies_bytes_max, config.body_bytes_max),
     };
     let router = Router::new().fallback(proxy::handle).with_state(proxy);
     lifecycle.spawn("http", server::serve(listener, router, config.connections.max(1), lifecycle.stop_token()));

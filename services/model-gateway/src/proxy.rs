@@ -1,6 +1,6 @@
 //! Passes a request on to its provider with the user's credential, and the response back as it comes.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     body::Body,
@@ -8,25 +8,18 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
-use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use reqwest::Url;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
-};
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::{
     Upstreams,
+    body::Memory,
     call::{self, Call, NotACall},
     refusal::Refusal,
+    server::Connection,
     tokens::{Credential, Grant, TokenRefused, Tokens},
 };
-
-/// How long a request's body may take.
-const BODY_TIME_MAX: Duration = Duration::from_secs(120);
-/// Permits of the memory for bodies are for this many bytes each.
-const BODY_UNIT: usize = 1024;
 
 /// What every request works with. Cheap to clone.
 #[derive(Clone)]
@@ -34,16 +27,7 @@ pub struct Proxy {
     pub tokens: Tokens,
     pub upstreams: Arc<Upstreams>,
     pub http: reqwest::Client,
-    /// Bodies that are held at a time, in units of [`BODY_UNIT`].
-    pub bodies: Arc<Semaphore>,
-    pub body_bytes_max: usize,
-}
-
-impl Proxy {
-    /// Permits for this many bytes of bodies.
-    pub fn bodies(bytes: usize) -> Arc<Semaphore> {
-        Arc::new(Semaphore::new((bytes / BODY_UNIT).clamp(1, Semaphore::MAX_PERMITS)))
-    }
+    pub memory: Memory,
 }
 
 pub async fn handle(State(proxy): State<Proxy>, request: Request) -> Response {
@@ -70,17 +54,21 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
         TokenRefused::Unknown => Refusal::Token,
         TokenRefused::Unavailable => Refusal::Unavailable,
     })?;
-    let slot = grant.slots.clone().try_acquire_owned().map_err(|_| Refusal::Busy)?;
+    if let Some(connection) = request.extensions().get::<Connection>() {
+        connection.belongs_to(&grant.share);
+    }
+    let slot = grant.share.requests.clone().try_acquire_owned().map_err(|_| Refusal::Busy)?;
     let credential = grant.credential(call.provider, shown.scheme).ok_or(Refusal::NoCredential)?;
     let mut headers = forwarded(request.headers(), false);
     attach(&mut headers, credential)?;
     let url = url(&proxy.upstreams, &call, request.uri().query());
     let method = request.method().clone();
-    let body = read_body(&proxy, request).await?;
+    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    let body = proxy.memory.read(request.into_body(), announced, &grant.share.bodies).await?;
     tracing::debug!(session = grant.session_id, provider = %call.provider, path = call.path, bytes = body.bytes.len(), "passing a request on");
     let begun = Instant::now();
     let sent = proxy.http.request(method, url).headers(headers).body(body.bytes).send().await;
-    drop(body.permit);
+    drop(body.memory);
     let response = sent.map_err(|error| failure(&grant, &error))?;
     metrics::histogram!("aod_model_first_byte_seconds", "provider" => call.provider.as_str()).record(begun.elapsed());
     Ok(pass_back(response, slot))
@@ -110,32 +98,6 @@ fn failure(grant: &Grant, error: &reqwest::Error) -> Refusal {
     let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     tracing::warn!(session = grant.session_id, why, cause, "a provider failed");
     Refusal::Provider(why)
-}
-
-struct HeldBody {
-    bytes: Bytes,
-    permit: Option<OwnedSemaphorePermit>,
-}
-
-/// Reads a body whole: a provider's connection is not opened for a client that sends slowly.
-async fn read_body(proxy: &Proxy, request: Request) -> Result<HeldBody, Refusal> {
-    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    let chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
-    let expected = announced.unwrap_or(if chunked { proxy.body_bytes_max } else { 0 });
-    if expected > proxy.body_bytes_max {
-        return Err(Refusal::TooLarge);
-    }
-    let units = u32::try_from(expected.div_ceil(BODY_UNIT)).unwrap_or(u32::MAX);
-    let permit = match units {
-        0 => None,
-        units => Some(proxy.bodies.clone().try_acquire_many_owned(units).map_err(|_| Refusal::Busy)?),
-    };
-    let reading = axum::body::to_bytes(request.into_body(), proxy.body_bytes_max);
-    match tokio::time::timeout(BODY_TIME_MAX, reading).await {
-        Ok(Ok(bytes)) => Ok(HeldBody { bytes, permit }),
-        Ok(Err(_)) if chunked => Err(Refusal::TooLarge),
-        _ => Err(Refusal::Body),
-    }
 }
 
 fn url(upstreams: &Upstreams, call: &Call, query: Option<&str>) -> Url {

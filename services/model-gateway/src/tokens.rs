@@ -17,11 +17,13 @@ use prost::Message as _;
 use sealing::KeyPair;
 use secrecy::{ExposeSecret as _, SecretString};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::Semaphore;
 use types::{CredentialKind, ErrorCode, Provider};
 use zeroize::Zeroize as _;
 
-use crate::call::{Scheme, Shown};
+use crate::{
+    call::{Scheme, Shown},
+    share::{Share, Shares},
+};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long a redemption is used before the vault is asked again: a revoked token, or a key that was replaced, is noticed within it.
@@ -38,8 +40,7 @@ type Hash = [u8; 32];
 pub struct Grant {
     pub session_id: String,
     secrets: BTreeMap<&'static str, SecretString>,
-    /// Requests of the session at a time, at this gateway.
-    pub slots: Arc<Semaphore>,
+    pub share: Arc<Share>,
 }
 
 impl fmt::Debug for Grant {
@@ -99,18 +100,18 @@ struct Entry {
 pub struct Tokens {
     bus: Bus,
     gateway: Arc<str>,
-    slots_per_session: usize,
+    shares: Shares,
     entries: Cache<Hash, Entry>,
     refused: Cache<Hash, ()>,
     asking: Cache<Hash, Result<Entry, TokenRefused>>,
 }
 
 impl Tokens {
-    pub fn new(bus: Bus, gateway: Arc<str>, slots_per_session: usize) -> Self {
+    pub fn new(bus: Bus, gateway: Arc<str>, shares: Shares) -> Self {
         Self {
             bus,
             gateway,
-            slots_per_session,
+            shares,
             entries: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(KEPT).build(),
             refused: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(REFUSED_FOR).build(),
             // Those who ask at the same time share one answer, which is not used later.
@@ -127,8 +128,7 @@ impl Tokens {
         if self.refused.contains_key(&hash) {
             return Err(TokenRefused::Unknown);
         }
-        let slots = known.as_ref().map(|entry| entry.grant.slots.clone());
-        let asked = self.asking.get_with(hash, async { self.ask(hash, slots).await }).await;
+        let asked = self.asking.get_with(hash, async { self.ask(hash).await }).await;
         match (asked, known) {
             (Ok(entry), _) => {
                 self.entries.insert(hash, entry.clone()).await;
@@ -145,8 +145,8 @@ impl Tokens {
         }
     }
 
-    async fn ask(&self, hash: Hash, slots: Option<Arc<Semaphore>>) -> Result<Entry, TokenRefused> {
-        let redeemed = self.redeem_at_vault(hash, slots).await;
+    async fn ask(&self, hash: Hash) -> Result<Entry, TokenRefused> {
+        let redeemed = self.redeem_at_vault(hash).await;
         let outcome = match &redeemed {
             Ok(_) => "granted",
             Err(TokenRefused::Unknown) => "refused",
@@ -156,7 +156,7 @@ impl Tokens {
         redeemed
     }
 
-    async fn redeem_at_vault(&self, hash: Hash, slots: Option<Arc<Semaphore>>) -> Result<Entry, TokenRefused> {
+    async fn redeem_at_vault(&self, hash: Hash) -> Result<Entry, TokenRefused> {
         let key = KeyPair::generate().map_err(|_| TokenRefused::Unavailable)?;
         let request =
             RedeemModelTokenRequest { token_hash: hash.to_vec(), public_key: key.public().to_vec(), gateway: self.gateway.to_string() };
@@ -180,8 +180,8 @@ impl Tokens {
             }
             secret.value.zeroize();
         }
-        let slots = slots.unwrap_or_else(|| Arc::new(Semaphore::new(self.slots_per_session)));
-        let grant = Grant { session_id: reply.session_id, secrets, slots };
+        let share = self.shares.of(&reply.session_id);
+        let grant = Grant { session_id: reply.session_id, secrets, share };
         Ok(Entry { grant: Arc::new(grant), redeemed: Instant::now() })
     }
 }
@@ -192,7 +192,11 @@ mod tests {
 
     fn grant(kinds: &[CredentialKind]) -> Grant {
         let secrets = kinds.iter().map(|kind| (kind.as_str(), SecretString::from(kind.as_str()))).collect();
-        Grant { session_id: String::new(), secrets, slots: Arc::new(Semaphore::new(1)) }
+        Grant {
+            session_id: String::new(),
+            secrets,
+            share: Arc::new(Share::new(crate::share::ShareLimits { requests: 1, body_units: 1, connections: 1 })),
+        }
     }
 
     #[test]
