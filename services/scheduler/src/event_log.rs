@@ -12,6 +12,8 @@ use types::SessionId;
 
 /// A page of the log: at most this many bytes and one event more, so that an answer fits a message.
 const PAGE_BYTES_MAX: u32 = 4 * 1024 * 1024;
+/// Of an event of an earlier release: what kind it is stands in its first bytes.
+const HEAD_BYTES: u32 = 1000;
 const DELETED_AT_A_TIME: u64 = 10_000;
 
 /// The days on which a session's events were written, both included.
@@ -89,6 +91,28 @@ fn backward_query(days: Days) -> String {
     )
 }
 
+/// As [`page_query`], without raw output, which is not read at all where its table has an index of the rest. What an earlier release wrote
+/// is decided by its payload: where a whole page of it is output, the last row alone is returned, without a payload.
+fn shown_query(days: Days) -> String {
+    format!(
+        "select event_id, case when is_shown then payload end
+         from (
+             select event_id, payload, is_shown, max(event_id) over () as read_through,
+                    sum(case when is_shown then length(payload) else 0 end) over (order by event_id) - length(payload) as before
+             from (
+                 select event_id, payload, is_output is false or not event_is_output(substring(payload from 1 for {HEAD_BYTES})) as is_shown
+                 from event
+                 where session_id = $1 and event_id > $2 and is_output is not true and {}
+                 order by event_id
+                 limit $3
+             ) page
+         ) sized
+         where (is_shown and before < $4) or (not is_shown and event_id = read_through)
+         order by event_id",
+        days.condition()
+    )
+}
+
 fn newest_query(days: Days) -> String {
     format!("select event_id, payload from event where session_id = $1 and {} order by event_id desc limit 1", days.condition())
 }
@@ -118,6 +142,37 @@ pub async fn page(pool: &PgPool, session: SessionId, from: From, limit: u32, max
         .fetch_all(pool)
         .await?;
     Ok(rows.iter().map(event).collect::<Result<_, _>>()?)
+}
+
+/// A page of a log without its raw output.
+#[derive(Debug, Default)]
+pub struct Shown {
+    pub events: Vec<RecordedEvent>,
+    /// Where there are no events: nothing but output up to this one; 0: nothing at all.
+    pub read_through: u64,
+}
+
+/// As [`page`], of the events after one that are not raw output.
+pub async fn shown(pool: &PgPool, session: SessionId, after: u64, limit: u32, max_bytes: u32) -> Result<Shown, Failure> {
+    let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
+    let Some(days) = Days::of(pool, session).await? else { return Ok(Shown::default()) };
+    let rows = sqlx::query(AssertSqlSafe(shown_query(days)))
+        .bind(session.uuid())
+        .bind(i64::try_from(after).unwrap_or(i64::MAX))
+        .bind(i64::from(limit.clamp(1, 5000)))
+        .bind(i64::from(max_bytes))
+        .fetch_all(pool)
+        .await?;
+    let mut shown = Shown::default();
+    for row in rows {
+        let event_id = row.try_get::<i64, _>(0)?.unsigned_abs();
+        match row.try_get::<Option<Vec<u8>>, _>(1)? {
+            Some(payload) => shown.events.push(RecordedEvent { event_id, payload: payload.into() }),
+            None if shown.events.is_empty() => shown.read_through = event_id,
+            None => {}
+        }
+    }
+    Ok(shown)
 }
 
 /// The last event that is persisted.
@@ -155,6 +210,8 @@ pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), Failure> {
 mod tests {
     use std::time::Duration;
 
+    use contract::session::{AgentEvent, Checkpoint, Output, SessionEvent, TurnStarted, session_event::Kind};
+    use prost::Message as _;
     use sqlx::PgConnection;
     use testkit::Database;
     use tokio::time::Instant;
@@ -225,6 +282,78 @@ mod tests {
         assert_eq!(super::newest(&pool, session).await.unwrap().unwrap().event_id, 2000);
         purge(&pool, session).await.unwrap();
         assert!(page(&pool, session, From::After(0), 10, 0).await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_page_without_output_reads_only_what_it_shows() {
+        let (pool, session) = after_days(3).await;
+        let says = |kind: Kind, checkpoint: Checkpoint| {
+            let times = SessionEvent {
+                turn: 300,
+                epoch: 2,
+                follows: Some(1 << 40),
+                follows_tag: 5,
+                tag: 90,
+                at_us: 1 << 50,
+                ..SessionEvent::default()
+            };
+            SessionEvent { kind: Some(kind), checkpoint: Some(checkpoint), ..times }.encode_to_vec()
+        };
+        let checkpoint =
+            Checkpoint { stages_done: vec!["Z".repeat(90)], journal_offset: 90, open_requests: vec![90; 90], ..Checkpoint::default() };
+        let output = says(Kind::Output(Output { stderr: false, data: vec![b'Z'; 9000].into() }), checkpoint.clone());
+        let message = says(Kind::TurnStarted(TurnStarted { prompt: "Z".to_owned(), input_id: String::new() }), checkpoint);
+        let agent = says(Kind::Agent(AgentEvent::default()), Checkpoint::default());
+        // Of this release, and of an earlier one, which did not say what is output.
+        for (from, is_output) in [(3001, Some(true)), (5000, None)] {
+            sqlx::query(
+                "insert into event (session_id, event_id, payload, is_output)
+                 select $1, id, $3, $4 from generate_series($2, $2 + 1499) as id",
+            )
+            .bind(session.uuid())
+            .bind(from)
+            .bind(&output)
+            .bind(is_output)
+            .execute(&pool)
+            .await
+            .unwrap();
+        }
+        for (id, payload, is_output) in [(4700_i64, &message, Some(false)), (6600, &agent, None), (6601, &message, None)] {
+            sqlx::query("insert into event (session_id, event_id, payload, is_output) values ($1, $2, $3, $4)")
+                .bind(session.uuid())
+                .bind(id)
+                .bind(payload)
+                .bind(is_output)
+                .execute(&pool)
+                .await
+                .unwrap();
+        }
+        let (mut after, mut read, mut pages) = (2000, Vec::new(), 0);
+        loop {
+            let page = shown(&pool, session, after, 1000, 0).await.unwrap();
+            pages += 1;
+            after = page.events.last().map_or(page.read_through, |event| event.event_id);
+            if after == 0 {
+                break;
+            }
+            read.extend(page.events.into_iter().map(|event| event.event_id));
+        }
+        assert_eq!(read, [4700, 6600, 6601]);
+        // Two of earlier output, whose rows are looked at, but none of 13 MB of this release's.
+        assert!(pages <= 5, "{pages} pages");
+        let bounded = shown(&pool, session, 6500, 1000, 1).await.unwrap().events;
+        assert_eq!(bounded.iter().map(|event| event.event_id).collect::<Vec<_>>(), [6600], "bounded in bytes");
+
+        let mut connection = pool.acquire().await.unwrap();
+        sqlx::raw_sql("analyze event; set plan_cache_mode = force_generic_plan").execute(&mut *connection).await.unwrap();
+        let days = Days::of(&pool, session).await.unwrap().unwrap();
+        assert!(tables_in_plan(&mut connection, shown_query(days), session).await <= 2);
+        let indexes: i64 =
+            sqlx::query_scalar("select count(*) from pg_indexes where indexname like 'event\\_2%\\_session_id_event_id_idx'")
+                .fetch_one(&mut *connection)
+                .await
+                .unwrap();
+        assert!(indexes >= 7, "the days to come have the index of what is not output");
     }
 
     #[tokio::test]

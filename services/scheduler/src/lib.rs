@@ -137,6 +137,7 @@ const MIGRATIONS: &[store::Step] = &[
     (120, "vaults", include_str!("../../../migrations/scheduler/0120_vaults.sql")),
     (121, "files", include_str!("../../../migrations/scheduler/0121_files.sql")),
     (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
+    (150, "events that show", include_str!("../../../migrations/scheduler/0150_events_that_show.sql")),
 ];
 
 /// What every request works with.

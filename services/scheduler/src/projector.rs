@@ -181,11 +181,12 @@ async fn write(
     // Any 64 bits: Postgres has no unsigned integers.
     let tags: Vec<_> = accepted.iter().map(|accepted| accepted.event.tag.cast_signed()).collect();
     let payloads: Vec<_> = accepted.iter().map(|accepted| accepted.entry.payload.as_ref()).collect();
+    let outputs: Vec<_> = accepted.iter().map(|accepted| matches!(accepted.event.kind, Some(Kind::Output(_)))).collect();
     sqlx::query(
         "with written as (
-            insert into event (session_id, event_id, recorded_on, payload)
-            select e.session_id, e.event_id, (now() at time zone 'utc')::date, e.payload
-            from unnest($1::uuid[], $2::bigint[], $3::bytea[]) as e (session_id, event_id, payload)
+            insert into event (session_id, event_id, recorded_on, payload, is_output)
+            select e.session_id, e.event_id, (now() at time zone 'utc')::date, e.payload, e.is_output
+            from unnest($1::uuid[], $2::bigint[], $3::bytea[], $5::boolean[]) as e (session_id, event_id, payload, is_output)
             join session s using (session_id)
             on conflict do nothing
          )
@@ -202,6 +203,7 @@ async fn write(
     .bind(&ids)
     .bind(&payloads)
     .bind(&tags)
+    .bind(&outputs)
     .execute(&mut *tx)
     .await?;
     let (mut observations, mut hints, mut woken) = (Vec::new(), Vec::new(), false);

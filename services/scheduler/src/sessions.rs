@@ -313,21 +313,46 @@ fn when_busy(request: &PromptRequest, session: &SessionRow) -> Result<WhenBusy, 
 
 pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    if request.without_output {
+        return shown_events(&scheduler, session, &request).await;
+    }
     let from = request.before.map_or(event_log::From::After(request.after), event_log::From::Before);
     let events = event_log::page(&scheduler.pool, session, from, request.limit, request.max_bytes).await?;
     if !events.is_empty() {
         return Ok(ReadEventsReply { events, ..ReadEventsReply::default() });
     }
+    let Some(partition) = partition_of(&scheduler, session).await? else { return Ok(deleted()) };
+    // In this order: what was persisted up to there is seen by the query after it.
+    let projected = projected_through(&scheduler.pool, partition).await?;
+    let newest = event_log::newest(&scheduler.pool, session).await?;
+    let is_complete = newest.as_ref().is_none_or(|newest| newest.event_id <= request.after);
+    Ok(ReadEventsReply { newest, projected: if is_complete { projected } else { 0 }, ..ReadEventsReply::default() })
+}
+
+async fn shown_events(scheduler: &Scheduler, session: SessionId, request: &ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
+    let read = || event_log::shown(&scheduler.pool, session, request.after, request.limit, request.max_bytes);
+    let event_log::Shown { mut events, mut read_through } = read().await?;
+    let mut projected = 0;
+    if events.is_empty() && read_through == 0 {
+        let Some(partition) = partition_of(scheduler, session).await? else { return Ok(deleted()) };
+        // In this order: what was persisted up to there is seen by the query after it.
+        projected = projected_through(&scheduler.pool, partition).await?;
+        event_log::Shown { events, read_through } = read().await?;
+    }
+    Ok(ReadEventsReply { events, read_through, projected, ..ReadEventsReply::default() })
+}
+
+fn deleted() -> ReadEventsReply {
+    ReadEventsReply { session_deleted: true, ..ReadEventsReply::default() }
+}
+
+/// `None` where the session was deleted.
+async fn partition_of(scheduler: &Scheduler, session: SessionId) -> Result<Option<Partition>, Failure> {
     let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
         .bind(session.uuid())
         .fetch_optional(&scheduler.pool)
         .await?;
-    let Some(number) = number else { return Ok(ReadEventsReply { session_deleted: true, ..ReadEventsReply::default() }) };
-    // In this order: what was persisted up to there is seen by the query after it.
-    let projected = projected_through(&scheduler.pool, partition(number)?).await?;
-    let newest = event_log::newest(&scheduler.pool, session).await?;
-    let is_complete = newest.as_ref().is_none_or(|newest| newest.event_id <= request.after);
-    Ok(ReadEventsReply { newest, projected: if is_complete { projected } else { 0 }, ..ReadEventsReply::default() })
+    number.map(partition).transpose()
 }
 
 #[cfg(test)]

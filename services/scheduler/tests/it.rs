@@ -504,6 +504,7 @@ async fn two_schedulers_record_every_event_once_and_in_order() {
             limit: 64,
             max_bytes: 0,
             before: None,
+            without_output: false,
         };
         let page = world.gateway.call::<rpc::ReadEvents>(&request, SOON).await.unwrap().events;
         if page.is_empty() {
@@ -759,7 +760,7 @@ async fn what_is_old_goes_and_what_is_not_stays() {
     .await;
     // An active session is never old, and a stream whose first events are gone goes on with the next.
     assert!(get(&active).await.is_ok() && get(&new).await.is_ok());
-    let read = ReadEventsRequest { session_id: new, after: 0, limit: 100, max_bytes: 0, before: None };
+    let read = ReadEventsRequest { session_id: new, after: 0, limit: 100, max_bytes: 0, before: None, without_output: false };
     assert_eq!(world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events.len(), 2);
 }
 
@@ -915,7 +916,7 @@ async fn an_event_that_does_not_continue_the_log_is_not_persisted_and_its_turn_i
     // Something is missing between the two.
     let broken = world.runner.append(log.clone(), event(first + 1, "three").encode_to_vec().into(), first).await.unwrap();
     world.get(&session, broken).await;
-    let read = ReadEventsRequest { session_id: session.clone(), after: 0, limit: 10, max_bytes: 0, before: None };
+    let read = ReadEventsRequest { session_id: session.clone(), after: 0, limit: 10, max_bytes: 0, before: None, without_output: false };
     let events = world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events;
     assert_eq!(events.iter().map(|event| event.event_id).collect::<Vec<_>>(), [first]);
     assert_eq!(owner(&world, &session).await, None, "the next claimant reads the output again");

@@ -861,6 +861,9 @@ pub struct ReadEventsRequest {
     /// Instead of `after`: the events before this one, newest first.
     #[prost(uint64, optional, tag = "5")]
     pub before: ::core::option::Option<u64>,
+    /// Of the events after `after`, those that are not raw output. A scheduler of an earlier release returns all.
+    #[prost(bool, tag = "6")]
+    pub without_output: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RecordedEvent {
@@ -884,6 +887,9 @@ pub struct ReadEventsReply {
     /// Where there are none: the session does not exist any more.
     #[prost(bool, tag = "4")]
     pub session_deleted: bool,
+    /// Without output, where there are none: everything up to this event is output, and more may follow it. 0: none follows.
+    #[prost(uint64, tag = "5")]
+    pub read_through: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClaimTurnRequest {

@@ -27,8 +27,15 @@ pub fn page_bytes(streams: usize) -> u32 {
 /// # Errors
 /// When the scheduler or its database is away.
 pub async fn read_page(bus: &Bus, session: SessionId, after: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
-    let request = ReadEventsRequest { session_id: session.to_string(), after, limit: PAGE_EVENTS, max_bytes, before: None };
-    read(bus, &request).await
+    read(bus, &ReadEventsRequest { after, ..request(session, max_bytes) }).await
+}
+
+/// Reads the events after one, but for raw output.
+///
+/// # Errors
+/// When the scheduler or its database is away.
+pub async fn read_shown(bus: &Bus, session: SessionId, after: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
+    read(bus, &ReadEventsRequest { after, without_output: true, ..request(session, max_bytes) }).await
 }
 
 /// Reads the events before one, newest first.
@@ -36,8 +43,11 @@ pub async fn read_page(bus: &Bus, session: SessionId, after: u64, max_bytes: u32
 /// # Errors
 /// When the scheduler or its database is away.
 pub async fn read_page_before(bus: &Bus, session: SessionId, before: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
-    let request = ReadEventsRequest { session_id: session.to_string(), after: 0, limit: PAGE_EVENTS, max_bytes, before: Some(before) };
-    read(bus, &request).await
+    read(bus, &ReadEventsRequest { before: Some(before), ..request(session, max_bytes) }).await
+}
+
+fn request(session: SessionId, max_bytes: u32) -> ReadEventsRequest {
+    ReadEventsRequest { session_id: session.to_string(), limit: PAGE_EVENTS, max_bytes, ..ReadEventsRequest::default() }
 }
 
 async fn read(bus: &Bus, request: &ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
