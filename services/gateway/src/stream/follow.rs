@@ -43,7 +43,7 @@ const PROCESSED_MAX: usize = 256;
 /// What a request brought.
 enum Answer {
     Page(Result<ReadEventsReply, Failure>),
-    /// The event is persisted, or was waited for long enough.
+    /// The event is persisted; in the typed view, or was waited for long enough.
     Persisted(u64),
 }
 
@@ -351,8 +351,13 @@ impl Follower {
 
     fn ask_persisted(&self, id: u64) -> BoxFuture<'static, Answer> {
         let (bus, hub, user_id) = (self.app.bus.clone(), self.hub.clone(), self.user_id.clone());
+        let shows_all = matches!(self.view, View::Managed(_));
         Box::pin(async move {
-            hub.session_at_end(&bus, &user_id, id).await;
+            if shows_all {
+                hub.persisted(&bus, &user_id, id).await;
+            } else {
+                hub.session_at_end(&bus, &user_id, id).await;
+            }
             Answer::Persisted(id)
         })
     }

@@ -28,7 +28,7 @@ use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
 };
-use types::{Backoff, Partition, SessionId, random_fraction};
+use types::{Backoff, ErrorCode, Partition, SessionId, random_fraction};
 
 use crate::stream::{
     event::Event,
@@ -73,6 +73,8 @@ struct Shared {
     queued: broadcast::Sender<Arc<QueuedInputs>>,
     /// The last turn's end that was asked about: its event, and the session at that time.
     ended: tokio::sync::Mutex<Option<(u64, Option<Session>)>>,
+    /// Events up to this one are known to be persisted.
+    persisted: tokio::sync::Mutex<u64>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -93,7 +95,8 @@ impl Hubs {
         let stop = CancellationToken::new();
         let (tail, changes) = (Mutex::new(Tail::new()), watch::Sender::new(0));
         let queued = broadcast::Sender::new(QUEUED_MAX);
-        let shared = Arc::new(Shared { tail, changes, queued, ended: tokio::sync::Mutex::default() });
+        let shared =
+            Arc::new(Shared { tail, changes, queued, ended: tokio::sync::Mutex::default(), persisted: tokio::sync::Mutex::default() });
         let hub = Arc::new(Hub { session, shared: shared.clone(), hubs: Arc::downgrade(self), _stop: stop.clone().drop_guard() });
         hubs.insert(session, Arc::downgrade(&hub));
         metrics::gauge!("aod_followed_sessions").set(hubs.len() as f64);
@@ -150,12 +153,42 @@ impl Hub {
         *ended = Some((event_id, session.clone()));
         session
     }
+
+    /// Waits until an event is persisted, or the session is deleted, however long that takes. Readers share the requests.
+    pub async fn persisted(&self, bus: &Bus, user_id: &str, event_id: u64) {
+        until_answered(|| async {
+            let mut persisted = self.shared.persisted.lock().await;
+            if *persisted < event_id {
+                ask_session(bus, user_id, self.session, event_id).await?;
+                *persisted = event_id;
+            }
+            Ok(())
+        })
+        .await;
+    }
+}
+
+/// Asks until there is an answer; that the session does not exist any more is one.
+async fn until_answered<F: Future<Output = Result<(), Failure>>>(ask: impl Fn() -> F) {
+    for attempts in 1.. {
+        match ask().await {
+            Err(failure) if failure.code != ErrorCode::NotFound => {
+                tracing::debug!(%failure, attempts, "an event is not known to be persisted; will retry");
+                tokio::time::sleep(RETRY.jittered(attempts)).await;
+            }
+            _ => return,
+        }
+    }
 }
 
 /// The session as it is once an event is persisted. `None` where no answer came in time.
 pub async fn session_once_persisted(bus: &Bus, user_id: &str, session: SessionId, event_id: u64) -> Option<Session> {
+    ask_session(bus, user_id, session, event_id).await.ok()
+}
+
+async fn ask_session(bus: &Bus, user_id: &str, session: SessionId, event_id: u64) -> Result<Session, Failure> {
     let request = GetSessionRequest { user_id: user_id.to_owned(), session_id: session.to_string(), recorded_through: event_id, v1: false };
-    bus.call::<rpc::GetSession>(&request, PERSISTED_WAIT).await.ok()
+    bus.call::<rpc::GetSession>(&request, PERSISTED_WAIT).await
 }
 
 /// What fills a hub's tail.
@@ -376,5 +409,29 @@ impl Unfollowed {
 impl Drop for Unfollowed {
     fn drop(&mut self) {
         metrics::gauge!("aod_sessions_read_from_postgres").decrement(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_event_that_is_not_persisted_yet_is_waited_for() {
+        for (last, code) in [(4, None), (3, Some(ErrorCode::NotFound))] {
+            let asked = Cell::new(0);
+            until_answered(|| async {
+                asked.set(asked.get() + 1);
+                match code {
+                    _ if asked.get() < last => Err(Failure::unavailable("The scheduler")),
+                    Some(code) => Err(Failure::new(code, "gone")),
+                    None => Ok(()),
+                }
+            })
+            .await;
+            assert_eq!(asked.get(), last);
+        }
     }
 }
