@@ -168,6 +168,8 @@ rpcs! {
     FindTurn: scheduler::FindTurnRequest => scheduler::FindTurnReply, "aod.rpc.scheduler.v1.session.find_turn", idempotent: true;
     /// The inputs of a session, newest first.
     ListInputs: scheduler::ListPartsRequest => scheduler::ListInputsReply, "aod.rpc.scheduler.v1.session.inputs", idempotent: true;
+    /// The inputs of a session of which its log does not say yet what became of them, oldest first.
+    ListOpenInputs: scheduler::ListPartsRequest => scheduler::ListInputsReply, "aod.rpc.scheduler.v1.session.open_inputs", idempotent: true;
     /// Changes the text of a queued message.
     ChangeInput: scheduler::ChangeInputRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.change_input", idempotent: true;
     /// Withdraws a queued message.

@@ -91,6 +91,24 @@ pub fn turn_ended(input: Input, turn: u32, ended: &TurnEnded) -> Change {
     }
 }
 
+/// A place in a session's log: after an event, or within it, after what it shows first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub event_id: u64,
+    pub is_within: bool,
+}
+
+/// Where a reader goes on that has seen an input. The event that settled it shows it first, if any event shows it. What the log does not
+/// tell of yet comes after all that is in it, up to `newest`.
+#[must_use]
+pub fn place(status: InputStatus, settled_by: Option<u64>, sent_after: Option<u64>, newest: u64) -> Place {
+    match settled_by {
+        Some(event_id) => Place { event_id, is_within: true },
+        None if status.is_open() => Place { event_id: newest, is_within: false },
+        None => Place { event_id: sent_after.unwrap_or(newest), is_within: false },
+    }
+}
+
 /// What follows from a session's status after a turn's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -162,6 +180,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_reader_goes_on_after_an_input_whatever_became_of_it() {
+        let settled = |by, sent| place(InputStatus::Refused, by, sent, 90);
+        assert_eq!(settled(Some(40), Some(7)), Place { event_id: 40, is_within: true });
+        // An interrupt of an idle session, or a message that was withdrawn.
+        assert_eq!(settled(None, Some(7)), Place { event_id: 7, is_within: false });
+        assert_eq!(place(InputStatus::Queued, None, Some(7), 90), Place { event_id: 90, is_within: false });
+        assert_eq!(settled(None, None), Place { event_id: 90, is_within: false });
+    }
 
     /// A user, the scheduler's rows, deliveries to the host, the host, and the log back: everything that may come twice, late or never
     /// does. Deliveries of a turn end with its connection.

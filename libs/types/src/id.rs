@@ -87,6 +87,21 @@ ids! {
     LeaseId,
 }
 
+impl InputId {
+    /// The id of a decision that no user sent. It is of version 8, and else like the others.
+    #[must_use]
+    pub fn of_timeout() -> Self {
+        let id = *Self::new().uuid().as_bytes();
+        Self(uuid::Builder::from_bytes(id).with_version(uuid::Version::Custom).into_uuid())
+    }
+
+    /// Whether a user sent the input.
+    #[must_use]
+    pub fn is_sent(self) -> bool {
+        self.0.get_version_num() != uuid::Version::Custom as usize
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,5 +113,12 @@ mod tests {
         assert_eq!(id.to_string().to_uppercase().parse::<SessionId>(), Err(InvalidId));
         assert_eq!(id.uuid().simple().to_string().parse::<SessionId>(), Err(InvalidId));
         assert_eq!("a.b".parse::<SessionId>(), Err(InvalidId));
+    }
+
+    #[test]
+    fn ids_tell_decisions_of_users_from_those_of_time_outs() {
+        let (sent, timeout) = (InputId::new(), InputId::of_timeout());
+        assert!(sent.is_sent() && !timeout.is_sent() && sent < timeout);
+        assert_eq!(timeout.to_string().parse(), Ok(timeout));
     }
 }

@@ -9,6 +9,7 @@ pub mod error;
 pub mod events;
 pub mod files;
 pub mod ids;
+pub mod listing;
 pub mod metadata;
 pub mod model;
 pub mod page;

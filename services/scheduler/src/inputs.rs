@@ -7,9 +7,10 @@ use bus::Failure;
 use contract::{
     host::{self, DecisionRequested, InputSettled, WhenBusy as HostWhenBusy, decision::Verdict as HostVerdict, input::Kind as HostInput},
     scheduler::{
-        ChangeInputRequest, DecideRequest, FetchInputsReply, FetchInputsRequest, FindTurnReply, FindTurnRequest, Input, InterruptRequest,
-        ListInputsReply, ListPartsRequest, ListPermissionRequestsReply, ListPermissionRequestsRequest, PermissionRequest, PromptRequest,
-        QueuedInputs, SendEventsReply, SendEventsRequest, SentDecision, SentMessage, WithdrawInputRequest, sent_event::Kind as Sent,
+        ChangeInputRequest, Cursor, DecideRequest, FetchInputsReply, FetchInputsRequest, FindTurnReply, FindTurnRequest, Input,
+        InterruptRequest, ListInputsReply, ListPartsRequest, ListPermissionRequestsReply, ListPermissionRequestsRequest, PermissionRequest,
+        PromptRequest, QueuedInputs, SendEventsReply, SendEventsRequest, SentDecision, SentMessage, WithdrawInputRequest,
+        sent_event::Kind as Sent,
     },
     session::{DecisionSettled, TurnEnded, Usage, session_event::Kind},
     subject,
@@ -133,14 +134,17 @@ impl New<'_> {
     }
 
     async fn insert(self, tx: &mut PgConnection, session: SessionId) -> Result<InputRow, Failure> {
+        let is_of_timeout = self.kind == InputKind::Decision && self.key.is_none();
+        let id = if is_of_timeout { InputId::of_timeout() } else { InputId::new() };
         let row = sqlx::query_as(concat!(
             "insert into input (input_id, session_id, kind, status, text, timeout_seconds, steers, turn_number, request_id, verdict,
-                                deny_message, key_id, is_error)
-             values ($1, $2, $3, 'queued', $4, $5, $6, $7, $8, $9, $10, $11, $12)
+                                deny_message, key_id, is_error, sent_after)
+             values ($1, $2, $3, 'queued', $4, $5, $6, $7, $8, $9, $10, $11, $12,
+                     coalesce((select last_event_id from event_log where session_id = $2), 0))
              returning ",
             input_columns!()
         ))
-        .bind(InputId::new().uuid())
+        .bind(id.uuid())
         .bind(session.uuid())
         .bind(self.kind.as_str())
         .bind(self.text)
@@ -168,7 +172,8 @@ async fn open(tx: &mut PgConnection, session: SessionId) -> Result<Vec<InputRow>
     Ok(rows.bind(session.uuid()).fetch_all(tx).await?)
 }
 
-async fn change(tx: &mut PgConnection, input: Uuid, change: Change, reason: &str) -> Result<(), Failure> {
+/// Changes an input; `at` is where the event stands that does so, if one does.
+async fn change(tx: &mut PgConnection, input: Uuid, change: Change, reason: &str, at: Option<At>) -> Result<(), Failure> {
     let (status, reason) = match change {
         Change::Keep => return Ok(()),
         Change::Queued => {
@@ -181,10 +186,11 @@ async fn change(tx: &mut PgConnection, input: Uuid, change: Change, reason: &str
         Change::Applied => (InputStatus::Applied, ""),
         Change::Refused(ours) => (InputStatus::Refused, ours.unwrap_or(reason)),
     };
-    sqlx::query("update input set status = $2, reason = $3, settled_at = now() where input_id = $1")
+    sqlx::query("update input set status = $2, reason = $3, settled_at = now(), settled_by = coalesce(settled_by, $4) where input_id = $1")
         .bind(input)
         .bind(status.as_str())
         .bind(without_nul(reason))
+        .bind(at.map(|at| at.event_id.cast_signed()))
         .execute(tx)
         .await?;
     Ok(())
@@ -217,7 +223,7 @@ pub async fn apply(tx: &mut PgConnection, session: &SessionRow, turn: u32, kind:
     let id = SessionId::from_uuid(session.session_id);
     match kind {
         Kind::InputSettled(event) => match &event.settled {
-            Some(settled) => input_settled(tx, id, turn, settled).await,
+            Some(settled) => input_settled(tx, id, turn, settled, at).await,
             None => Ok(()),
         },
         Kind::DecisionRequested(event) => match &event.request {
@@ -229,7 +235,7 @@ pub async fn apply(tx: &mut PgConnection, session: &SessionRow, turn: u32, kind:
     }
 }
 
-async fn input_settled(tx: &mut PgConnection, session: SessionId, turn: u32, settled: &InputSettled) -> Result<(), Failure> {
+async fn input_settled(tx: &mut PgConnection, session: SessionId, turn: u32, settled: &InputSettled, at: At) -> Result<(), Failure> {
     let Ok(input) = settled.id.parse::<InputId>() else { return Ok(()) };
     let row: Option<InputRow> =
         sqlx::query_as(concat!("select ", input_columns!(), " from input where input_id = $1 and session_id = $2 for update"))
@@ -238,7 +244,7 @@ async fn input_settled(tx: &mut PgConnection, session: SessionId, turn: u32, set
             .fetch_optional(&mut *tx)
             .await?;
     let Some(row) = row else { return Ok(()) };
-    change(tx, row.input_id, inputs::settled(row.rule()?, turn, settled.outcome()), &settled.message).await
+    change(tx, row.input_id, inputs::settled(row.rule()?, turn, settled.outcome()), &settled.message, Some(at)).await
 }
 
 /// The clock of a turn that is not settled yet; its row is locked.
@@ -376,11 +382,20 @@ async fn request_settled(tx: &mut PgConnection, session: SessionId, turn: u32, e
     .bind(settled.input_id.parse::<InputId>().ok().map(InputId::uuid))
     .fetch_optional(&mut *tx)
     .await?;
+    if let Ok(answer) = settled.input_id.parse::<InputId>() {
+        // This event shows the answer, whichever told first what became of it.
+        sqlx::query("update input set settled_by = $3 where input_id = $1 and session_id = $2")
+            .bind(answer.uuid())
+            .bind(session.uuid())
+            .bind(at.event_id.cast_signed())
+            .execute(&mut *tx)
+            .await?;
+    }
     let Some(request) = request else { return Ok(()) };
     if matches!(status, RequestStatus::Void | RequestStatus::Withdrawn) {
         // A decision on its way finds no one who asks.
         for row in open(tx, session).await?.iter().filter(|row| row.request_id == Some(request)) {
-            change(tx, row.input_id, Change::Refused(Some(inputs::NOT_OPEN)), "").await?;
+            change(tx, row.input_id, Change::Refused(Some(inputs::NOT_OPEN)), "", Some(at)).await?;
         }
     }
     let still_open: i64 = sqlx::query_scalar("select count(*) from permission_request where session_id = $1 and status = 'open'")
@@ -394,20 +409,20 @@ async fn request_settled(tx: &mut PgConnection, session: SessionId, turn: u32, e
 }
 
 /// Settles what a turn's begin settles. Tells whether inputs wait for the turn's runner.
-pub async fn turn_started(tx: &mut PgConnection, session: SessionId, turn: u32) -> Result<bool, Failure> {
+pub async fn turn_started(tx: &mut PgConnection, session: SessionId, turn: u32, at: At) -> Result<bool, Failure> {
     let mut waiting = false;
     for row in open(tx, session).await? {
         let rule = row.rule()?;
         waiting |= rule.is_for(turn);
-        change(tx, row.input_id, inputs::turn_started(rule, turn), "").await?;
+        change(tx, row.input_id, inputs::turn_started(rule, turn), "", Some(at)).await?;
     }
     Ok(waiting)
 }
 
 /// Settles what is left of a turn that ended.
-pub async fn turn_ended(tx: &mut PgConnection, session: SessionId, turn: u32, ended: &TurnEnded) -> Result<(), Failure> {
+pub async fn turn_ended(tx: &mut PgConnection, session: SessionId, turn: u32, ended: &TurnEnded, at: At) -> Result<(), Failure> {
     for row in open(tx, session).await? {
-        change(tx, row.input_id, inputs::turn_ended(row.rule()?, turn, ended), "").await?;
+        change(tx, row.input_id, inputs::turn_ended(row.rule()?, turn, ended), "", Some(at)).await?;
     }
     Ok(())
 }
@@ -421,15 +436,16 @@ pub async fn void_requests(tx: &mut PgConnection, session: SessionId) -> Result<
     Ok(())
 }
 
-/// Begins the next turn from the oldest queued message, or refuses the queued messages. `session` is as the turn's end left it.
-pub async fn go_on(tx: &mut PgConnection, session: &SessionRow) -> Result<(), Failure> {
+/// Begins the next turn from the oldest queued message, or refuses the queued messages. `session` is as the turn's end left it, and `at`
+/// is where that stands, if it is known.
+pub async fn go_on(tx: &mut PgConnection, session: &SessionRow, at: Option<At>) -> Result<(), Failure> {
     let id = SessionId::from_uuid(session.session_id);
     let status: SessionStatus = session.status()?;
     match inputs::next(status, session.sprite_destroyed_at.is_none()) {
         Next::Nothing => Ok(()),
         Next::Refuse(reason) => {
             for row in open(tx, id).await? {
-                change(tx, row.input_id, Change::Refused(Some(reason)), "").await?;
+                change(tx, row.input_id, Change::Refused(Some(reason)), "", at).await?;
             }
             Ok(())
         }
@@ -573,7 +589,7 @@ async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &S
             Some(Sent::Interrupt(_)) if session.status()?.is_active() => interrupt_in(tx, &session, &request.key_id).await?,
             Some(Sent::Interrupt(_)) => {
                 let row = New::of(InputKind::Interrupt, &request.key_id).insert(tx, id).await?;
-                change(tx, row.input_id, Change::Applied, "").await?;
+                change(tx, row.input_id, Change::Applied, "", None).await?;
                 Input { settled_at_us: Some(micros(row.created_at)), ..Input::from(row) }
             }
             Some(Sent::Decision(decision)) => {
@@ -634,8 +650,6 @@ async fn send_message(
 /// Where a turn begins in its session's log.
 pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result<FindTurnReply, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
-    let input: Option<InputId> =
-        Some(&request.input_id).filter(|id| !id.is_empty()).map(|id| id.parse().map_err(|_| input_missing())).transpose()?;
     let name: Option<Option<String>> = sqlx::query_scalar(
         "select av.name from session s left join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
          where s.session_id = $1 and s.user_id = $2",
@@ -644,54 +658,70 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
     .bind(user.uuid())
     .fetch_optional(&scheduler.pool)
     .await?;
-    let name = name.ok_or_else(missing)?;
+    let agent_name = name.ok_or_else(missing)?.unwrap_or_default();
+    let (mut before, mut reply) = (request.before, FindTurnReply { agent_name, ..FindTurnReply::default() });
+    if !request.input_id.is_empty() {
+        let input = request.input_id.parse().map_err(|_| input_missing())?;
+        let place = place(&scheduler, id, input).await?.ok_or_else(input_missing)?;
+        (reply.after, reply.is_within) = (place.event_id, place.is_within);
+        before = if place.is_within { place.event_id } else { place.event_id.saturating_add(1) };
+    }
     // A turn of an earlier release does not say where it begins: the log is read from its start then.
     let row = sqlx::query(
         "with found as (
-             select turn_number, prompt, input_id, begun_after
+             select turn_number, begun_after
              from turn
              where session_id = $1 and ($2 = 0 or coalesce(begun_after, 0) < $2)
-               and ($3::uuid is null or turn_number = (select turn_number from input where input_id = $3 and session_id = $1))
              order by turn_number desc
              limit 1
          )
-         select f.turn_number, f.prompt, f.input_id, f.begun_after, coalesce(sum(t.input_tokens), 0)::bigint,
+         select f.turn_number, f.begun_after, coalesce(sum(t.input_tokens), 0)::bigint,
                 coalesce(sum(t.output_tokens), 0)::bigint, coalesce(sum(t.cache_read_tokens), 0)::bigint,
                 coalesce(sum(t.cache_write_tokens), 0)::bigint, sum(t.cost_micro_usd)::bigint
          from found f
          left join turn t on t.session_id = $1 and t.turn_number < f.turn_number and f.begun_after is not null
-         group by 1, 2, 3, 4",
+         group by 1, 2",
     )
     .bind(id.uuid())
-    .bind(i64::try_from(request.before).unwrap_or(i64::MAX))
-    .bind(input.map(InputId::uuid))
+    .bind(i64::try_from(before).unwrap_or(i64::MAX))
     .fetch_optional(&scheduler.pool)
     .await?;
-    let mut tx = scheduler.pool.begin().await?;
-    let open_inputs = open(&mut tx, id).await?.into_iter().map(Input::from).collect();
-    tx.rollback().await?;
-    let reply = FindTurnReply { agent_name: name.unwrap_or_default(), open_inputs, ..FindTurnReply::default() };
-    let Some(row) = row else {
-        // A queued message belongs to no turn yet.
-        return if input.is_some() { Err(input_missing()) } else { Ok(reply) };
-    };
-    let begun_after: Option<i64> = row.try_get(3)?;
+    let Some(row) = row else { return Ok(reply) };
+    let begun_after: Option<i64> = row.try_get(1)?;
     let count = |index: usize| row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs));
     Ok(FindTurnReply {
         turn: if begun_after.is_some() { unsigned(row.try_get(0)?) } else { 0 },
         begun_after: begun_after.unwrap_or_default().unsigned_abs(),
         usage_before: Some(Usage {
-            input_tokens: count(4)?,
-            output_tokens: count(5)?,
-            cache_read_tokens: count(6)?,
-            cache_write_tokens: count(7)?,
-            cost_micro_usd: count(8)?,
+            input_tokens: count(2)?,
+            output_tokens: count(3)?,
+            cache_read_tokens: count(4)?,
+            cache_write_tokens: count(5)?,
+            cost_micro_usd: count(6)?,
             ..Usage::default()
         }),
-        prompt: row.try_get(1)?,
-        input_id: row.try_get::<Option<Uuid>, _>(2)?.map(|id| InputId::from_uuid(id).to_string()).unwrap_or_default(),
         ..reply
     })
+}
+
+/// Where a reader goes on that has seen an input. `None`: the session has no such input.
+async fn place(scheduler: &Scheduler, session: SessionId, input: InputId) -> Result<Option<inputs::Place>, Failure> {
+    let row = sqlx::query(
+        "select i.status, i.settled_by, coalesce(i.sent_after, t.begun_after), coalesce(l.last_event_id, 0)
+         from input i
+         left join turn t on t.session_id = i.session_id and t.turn_number = i.turn_number
+         left join event_log l on l.session_id = i.session_id
+         where i.input_id = $1 and i.session_id = $2",
+    )
+    .bind(input.uuid())
+    .bind(session.uuid())
+    .fetch_optional(&scheduler.pool)
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    let status: &str = row.try_get(0)?;
+    let status = status.parse().map_err(|()| Failure::internal(format!("an input has the status {status}")))?;
+    let id = |index: usize| row.try_get::<Option<i64>, _>(index).map(|id| id.map(i64::unsigned_abs));
+    Ok(Some(inputs::place(status, id(1)?, id(2)?, id(3)?.unwrap_or_default())))
 }
 
 /// A message for a session that is busy.
@@ -783,6 +813,8 @@ async fn check_owner(scheduler: &Scheduler, user: UserId, session: SessionId) ->
     found.fetch_optional(&scheduler.pool).await?.map(|_| ()).ok_or_else(missing)
 }
 
+const INPUT_BYTES: &str = "octet_length(text) + octet_length(deny_message) + octet_length(reason) + 500";
+
 pub async fn list(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListInputsReply, Failure> {
     let (user, id) = whose(&request.user_id, &request.id)?;
     check_owner(&scheduler, user, id).await?;
@@ -792,7 +824,27 @@ pub async fn list(scheduler: Scheduler, request: ListPartsRequest) -> Result<Lis
                order by created_at desc, input_id desc limit $2 + 1",
         table: "input",
         by_key: "input_id",
-        bytes: "octet_length(text) + octet_length(deny_message) + octet_length(reason) + 500",
+        bytes: INPUT_BYTES,
+        columns: input_columns!(),
+    };
+    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(window.limit).bind(window.time).bind(window.id));
+    let (rows, has_more): (Vec<InputRow>, _) = page.await?;
+    Ok(ListInputsReply { inputs: rows.into_iter().map(Input::from).collect(), has_more })
+}
+
+/// Those of which it is not yet known what becomes of them, oldest first. Takes no lock.
+pub async fn list_open(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListInputsReply, Failure> {
+    let (user, id) = whose(&request.user_id, &request.id)?;
+    check_owner(&scheduler, user, id).await?;
+    let start = Cursor { position: 0, id: Uuid::nil().to_string() };
+    let window = Window::by_time(request.limit, Some(request.after.as_ref().unwrap_or(&start)))?;
+    let list = List {
+        keys: "select input_id from input
+               where session_id = $1 and status in ('queued', 'delivered') and (created_at, input_id) > ($3, $4)
+               order by created_at, input_id limit $2 + 1",
+        table: "input",
+        by_key: "input_id",
+        bytes: INPUT_BYTES,
         columns: input_columns!(),
     };
     let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(window.limit).bind(window.time).bind(window.id));

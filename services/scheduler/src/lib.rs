@@ -138,6 +138,7 @@ const MIGRATIONS: &[store::Step] = &[
     (121, "files", include_str!("../../../migrations/scheduler/0121_files.sql")),
     (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
     (150, "events that show", include_str!("../../../migrations/scheduler/0150_events_that_show.sql")),
+    (151, "places of inputs", include_str!("../../../migrations/scheduler/0151_places_of_inputs.sql")),
 ];
 
 /// What every request works with.
@@ -220,6 +221,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ReadEvents, _, _>(sessions::events).await?;
     responder.serve::<rpc::DeleteSession, _, _>(deletion::delete).await?;
     responder.serve::<rpc::ListInputs, _, _>(inputs::list).await?;
+    responder.serve::<rpc::ListOpenInputs, _, _>(inputs::list_open).await?;
     responder.serve::<rpc::ChangeInput, _, _>(inputs::change_text).await?;
     responder.serve::<rpc::WithdrawInput, _, _>(inputs::withdraw).await?;
     responder.serve::<rpc::SendEvents, _, _>(inputs::send).await?;

@@ -58,10 +58,10 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
     if let Some(status) = transition.turn {
         update_turn(tx, id, number, status, &ended).await?;
     }
-    let inputs_wait = has_inputs && transition.turn == Some(TurnStatus::Running) && inputs::turn_started(tx, id, number).await?;
+    let inputs_wait = has_inputs && transition.turn == Some(TurnStatus::Running) && inputs::turn_started(tx, id, number, at).await?;
     if transition.turn.is_some_and(|status| status != TurnStatus::Running) {
         if has_inputs {
-            inputs::turn_ended(tx, id, number, &ended).await?;
+            inputs::turn_ended(tx, id, number, &ended, at).await?;
         }
         if has_requests {
             inputs::void_requests(tx, id).await?;
@@ -76,7 +76,7 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
         enqueue_destroy(tx, &session).await?;
     }
     if has_inputs {
-        inputs::go_on(tx, &session).await?;
+        inputs::go_on(tx, &session, Some(at)).await?;
     }
     let runtime = session.runtime;
     let observation = transition.turn.map(|status| match status {

@@ -12,9 +12,9 @@ use contract::{
     rpc,
     scheduler::{
         self as scheduler_messages, ArchiveSessionRequest, ChangeInputRequest, ClaimSpriteRequest, ClaimTurnRequest, CreateAgentRequest,
-        CreateEnvironmentRequest, CreateSessionRequest, DecideRequest, DeleteSessionRequest, FetchInputsRequest, GetSessionRequest,
-        HeartbeatReply, HeartbeatRequest, HeldTurn, InterruptRequest, ListPartsRequest, ListPermissionRequestsRequest, Once,
-        PermissionRequest, PromptRequest, ReadEventsRequest, ReleaseTurnRequest, SendEventsRequest, SentEvent, SentMessage, Session,
+        CreateEnvironmentRequest, CreateSessionRequest, Cursor, DecideRequest, DeleteSessionRequest, FetchInputsRequest, FindTurnRequest,
+        GetSessionRequest, HeartbeatReply, HeartbeatRequest, HeldTurn, InterruptRequest, ListPartsRequest, ListPermissionRequestsRequest,
+        Once, PermissionRequest, PromptRequest, ReadEventsRequest, ReleaseTurnRequest, SendEventsRequest, SentEvent, SentMessage, Session,
         TerminateRequest, TurnSpec, UpdateAgentRequest, WithdrawInputRequest, claim_turn_reply::Verdict, sent_event::Kind as Sent,
     },
     session::{
@@ -1231,6 +1231,58 @@ async fn an_interrupt_reaches_the_turns_owner_alone_until_the_log_settles_it() {
     assert_eq!((after.status.as_str(), after.turn_count), ("pending", 3));
     let inputs = world.inputs(&session).await;
     assert_eq!(inputs[1..], [row("after", "delivered", ""), row("interrupt", "refused", "the turn had ended")]);
+}
+
+#[tokio::test]
+async fn a_reader_finds_its_place_after_whatever_was_sent() {
+    let world = World::start().await;
+    let (session, _) = world.running("shell", "").await;
+    let find = async |input_id: &str| {
+        let (user_id, session_id, input_id) = (world.user.to_string(), session.clone(), input_id.to_owned());
+        let found = world.gateway.call::<rpc::FindTurn>(&FindTurnRequest { user_id, session_id, before: 0, input_id }, SOON).await?;
+        Ok::<_, Failure>((found.turn, found.after, found.is_within))
+    };
+    let mut queued = Vec::new();
+    for _ in 0..3 {
+        queued.push(world.prompt(&session, &"x".repeat(2_000_000), "queue").await.unwrap().input.unwrap().input_id);
+    }
+    let interrupt = InterruptRequest { user_id: world.user.to_string(), session_id: session.clone(), key_id: KEY.to_owned() };
+    let late = world.gateway.call::<rpc::Interrupt>(&interrupt, SOON).await.unwrap().input_id;
+
+    // No reader waits for those who write, and a queue of many bytes is read in pages.
+    let mut writer = world.database.admin().await.unwrap();
+    let mut tx = writer.begin().await.unwrap();
+    sqlx::query("select from scheduler.input for update").execute(&mut *tx).await.unwrap();
+    let (mut open, mut after, mut pages) = (Vec::new(), None, 0);
+    loop {
+        let list = ListPartsRequest { user_id: world.user.to_string(), id: session.clone(), limit: 100, after };
+        let page = world.gateway.call::<rpc::ListOpenInputs>(&list, SOON).await.unwrap();
+        open.extend(page.inputs.iter().map(|input| input.input_id.clone()));
+        after = page.inputs.last().map(|last| Cursor { position: last.created_at_us, id: last.input_id.clone() });
+        pages += 1;
+        if !page.has_more {
+            break;
+        }
+    }
+    assert_eq!((&open[..3], open.get(3), pages > 1), (&queued[..], Some(&late), true));
+    let (turn, newest, is_within) = find(&queued[0]).await.unwrap();
+    assert_eq!((turn, is_within), (1, false), "what is queued follows all that is in the log");
+    tx.rollback().await.unwrap();
+
+    let ended = TurnEnded { exit_code: Some(0), stop_reason: StopReason::EndTurn.into(), ..TurnEnded::default() };
+    let end = world.append(&session, 1, Kind::TurnEnded(ended)).await;
+    world.get(&session, end).await;
+    assert!(newest < end);
+    assert_eq!(find(&late).await.unwrap(), (1, end, true), "the turn's end refused it, and nothing shows it");
+    assert_eq!(find(&queued[2]).await.unwrap(), (2, end, false));
+    world.run(&session, 2).await;
+    let started = world.append(&session, 2, Kind::TurnStarted(TurnStarted::default())).await;
+    world.get(&session, started).await;
+    assert_eq!(find(&queued[0]).await.unwrap(), (2, started, true));
+    let (user_id, session_id, input_id) = (world.user.to_string(), session.clone(), queued[1].clone());
+    world.gateway.call::<rpc::WithdrawInput>(&WithdrawInputRequest { user_id, session_id, input_id }, SOON).await.unwrap();
+    assert_eq!(find(&queued[1]).await.unwrap(), (1, newest, false), "where it was when it was sent");
+    assert_eq!(find(KEY).await.unwrap_err().code, ErrorCode::NotFound);
 }
 
 #[tokio::test]

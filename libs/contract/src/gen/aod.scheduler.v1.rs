@@ -807,11 +807,11 @@ pub struct FindTurnRequest {
     /// The last turn that began before this event; 0: the last turn.
     #[prost(uint64, tag = "3")]
     pub before: u64,
-    /// Instead: the turn that this input belongs to.
+    /// Instead: the turn that follows this input, or contains it.
     #[prost(string, tag = "4")]
     pub input_id: ::prost::alloc::string::String,
 }
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FindTurnReply {
     /// 0: before the first turn.
     #[prost(uint32, tag = "1")]
@@ -824,14 +824,12 @@ pub struct FindTurnReply {
     pub usage_before: ::core::option::Option<super::super::session::v1::Usage>,
     #[prost(string, tag = "4")]
     pub agent_name: ::prost::alloc::string::String,
-    #[prost(string, tag = "5")]
-    pub prompt: ::prost::alloc::string::String,
-    /// The input that became the turn.
-    #[prost(string, tag = "6")]
-    pub input_id: ::prost::alloc::string::String,
-    /// Inputs of which the log does not say yet what became of them, oldest first.
-    #[prost(message, repeated, tag = "7")]
-    pub open_inputs: ::prost::alloc::vec::Vec<Input>,
+    /// Of a request with an input: what follows the input in the log follows this event,
+    #[prost(uint64, tag = "8")]
+    pub after: u64,
+    /// or is part of it.
+    #[prost(bool, tag = "9")]
+    pub is_within: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TerminateRequest {

@@ -81,20 +81,14 @@ pub enum View {
 /// A thread that is built from the begin of a turn, and shown from some place on.
 pub struct Managed {
     thread: Thread,
-    from: From,
+    /// Events after this place are shown.
+    from: Place,
     /// Ids of the newest events of the session's user that the log has.
     processed: VecDeque<String>,
 }
 
-/// After what the connection shows events.
-pub enum From {
-    Place(Place),
-    /// An event that a user sent.
-    Id(String),
-}
-
 impl Managed {
-    pub const fn new(thread: Thread, from: From) -> Self {
+    pub const fn new(thread: Thread, from: Place) -> Self {
         Self { thread, from, processed: VecDeque::new() }
     }
 
@@ -122,17 +116,8 @@ impl Managed {
                 self.processed.truncate(PROCESSED_MAX - 1);
                 self.processed.push_front(event.id.clone());
             }
-            let is_new = match &self.from {
-                From::Place(place) => event.place > *place,
-                From::Id(id) => {
-                    if event.id == *id {
-                        self.from = From::Place(event.place);
-                    }
-                    false
-                }
-            };
             // A session that had ended already: its reader is told so.
-            if is_new || event.is_last() {
+            if event.place > self.from || event.is_last() {
                 let (kind, id) = (event.kind, event.id.clone());
                 bytes.extend_from_slice(&named_frame(kind, Some(&id), &event.into_json()));
             }
@@ -297,6 +282,9 @@ impl Follower {
         };
         match page {
             Ok(page) if page.session_deleted => return self.end_as_deleted(),
+            Ok(page) if page.events.is_empty() && page.read_through > self.cursor => {
+                (self.cursor, self.attempts) = (page.read_through, 0);
+            }
             Ok(page) if page.events.is_empty() => {
                 self.attempts += 1;
                 if page.projected >= self.floor && self.floor > self.cursor {
@@ -368,7 +356,8 @@ impl Follower {
         let delay = if self.attempts == 0 { Duration::ZERO } else { RETRY.jittered(self.attempts) };
         Box::pin(async move {
             tokio::time::sleep(delay).await;
-            Answer::Page(history::read_page(&bus, session, after, max_bytes).await)
+            // Neither view shows raw output.
+            Answer::Page(history::read_shown(&bus, session, after, max_bytes).await)
         })
     }
 }

@@ -1,17 +1,14 @@
 //! `GET /v1/sessions/{id}/events` and `…/events/stream`: a session's events, in pages of either order, or followed live.
 
-use std::collections::{HashSet, VecDeque};
-
 use axum::{Json, body::Body, extract::State, http::HeaderMap, response::Response};
 use contract::{
     rpc,
-    scheduler::{Cursor, FindTurnReply, FindTurnRequest},
+    scheduler::{Cursor, FindTurnReply, FindTurnRequest, Input, ListPartsRequest},
     session::SessionEvent,
 };
 use prost::Message as _;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use types::{ErrorCode, SessionId};
+use types::{ErrorCode, SessionId, limits::PAGE_MAX};
 use utoipa::IntoParams;
 
 use crate::{
@@ -20,27 +17,21 @@ use crate::{
     error::ApiError,
     stream::{
         self,
-        follow::{Follower, From, Managed, View},
+        follow::{Follower, Managed, View},
         history::{self, PAGE_BYTES},
     },
     v1::{
         ids::{EventId, PathId, Prefix},
+        listing::{Filter, Listing, Log, Read},
         page::{Limits, Order, Page, Start, Wanted},
         query::{Query, bad},
-        send,
-        thread::{Place, Shown, TYPES, Thread},
+        thread::{Place, Thread},
     },
 };
 
 const LIMITS: Limits = Limits { default: 1000, max: 1000 };
-/// Pages of the log that one answer may take: raw output lies between events, and is read over.
-const LOG_PAGES: usize = 32;
-/// Turns that one answer may look through, newest first.
-const TURNS: usize = 64;
 const DELTAS: [&str; 2] = ["agent.message", "agent.thinking"];
 const DELTAS_MAX: usize = 100;
-/// Where queued events stand: behind the log.
-const QUEUED: u64 = u64::MAX;
 
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -61,46 +52,6 @@ pub struct ListParams {
     created_at_gt: Option<String>,
 }
 
-/// Which events are wanted.
-struct Filter {
-    types: HashSet<String>,
-    /// Microseconds; both included.
-    times: std::ops::RangeInclusive<i64>,
-}
-
-impl Filter {
-    fn read(query: &Query) -> Result<Self, ApiError> {
-        let types: HashSet<String> = query.all("types").map(str::to_owned).collect();
-        if let Some(unknown) = types.iter().find(|name| !TYPES.contains(&name.as_str())) {
-            return Err(bad(&format!("types: '{unknown}' is no type of an event")));
-        }
-        let time = |name: &str| query.time(&format!("created_at[{name}]"));
-        let from = time("gte")?.into_iter().chain(time("gt")?.map(|at| at.saturating_add(1))).max().unwrap_or(i64::MIN);
-        let to = time("lte")?.into_iter().chain(time("lt")?.map(|at| at.saturating_sub(1))).min().unwrap_or(i64::MAX);
-        Ok(Self { types, times: from..=to })
-    }
-
-    fn takes(&self, event: &Shown) -> bool {
-        self.takes_type(event.kind) && self.times.contains(&event.at_us) && event.kind != "session.deleted"
-    }
-
-    fn takes_type(&self, kind: &str) -> bool {
-        self.types.is_empty() || self.types.contains(kind)
-    }
-
-    /// An event that is not processed has no time to compare.
-    fn takes_queued(&self, event: &Value) -> bool {
-        self.takes_type(event["type"].as_str().unwrap_or_default()) && self.times == (i64::MIN..=i64::MAX)
-    }
-}
-
-/// Where a page of ascending order begins: before an entry of the log, in the state that the thread has there.
-#[derive(Serialize, Deserialize)]
-struct Resume {
-    state: crate::v1::thread::State,
-    after: Place,
-}
-
 fn found_request(caller: &Caller, session_id: SessionId, before: u64) -> FindTurnRequest {
     FindTurnRequest { user_id: caller.user_id.clone(), session_id: session_id.to_string(), before, input_id: String::new() }
 }
@@ -118,172 +69,58 @@ fn session(id: &str) -> Result<SessionId, ApiError> {
 pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Json<Page<Value>>, ApiError> {
     let session = session(&id)?;
     let (wanted, filter) = (Wanted::read(&query, LIMITS, Order::Ascending)?, Filter::read(&query)?);
-    let mut list = List { app, caller, session, filter, limit: wanted.limit as usize, data: Vec::new() };
-    let next = match (wanted.order, wanted.start) {
-        (Order::Ascending, start) => list.ascending(start.map(|start| start.row)).await?,
-        (Order::Descending, start) => list.descending(start.map(|start| start.row)).await?,
+    let mut listing = Listing::new(Remote { app, caller, session }, session, filter, wanted.limit as usize);
+    let from = wanted.start.as_ref().map(|start| &start.row);
+    let next = match wanted.order {
+        Order::Ascending => listing.ascending(from).await?,
+        Order::Descending => listing.descending(from).await?,
     };
     let next_page = next.map(|row| Start { order: wanted.order, backwards: false, row }.encode());
-    Ok(Json(Page { data: list.data, next_page }))
+    Ok(Json(Page { data: listing.into_data(), next_page }))
 }
 
-struct List {
+/// A session's log, as the scheduler has it.
+struct Remote {
     app: App,
     caller: Caller,
     session: SessionId,
-    filter: Filter,
-    limit: usize,
-    data: Vec<Value>,
 }
 
-fn unknown_cursor() -> ApiError {
-    bad("page: unknown cursor")
-}
-
-impl List {
+impl Log for Remote {
     async fn find(&self, before: u64) -> Result<FindTurnReply, ApiError> {
         self.app.call::<rpc::FindTurn>(&found_request(&self.caller, self.session, before)).await
     }
 
-    /// A page of the log's entries; `None`: it ends there.
-    async fn read(&self, after: u64) -> Result<Option<Vec<(u64, SessionEvent)>>, ApiError> {
-        let page = history::read_page(&self.app.bus, self.session, after, PAGE_BYTES).await?;
+    async fn read(&self, after: u64) -> Result<Read, ApiError> {
+        let page = history::read_shown(&self.app.bus, self.session, after, PAGE_BYTES).await?;
         if page.session_deleted {
             return Err(ApiError::not_found("Session"));
         }
-        let read = page.events.into_iter().map(|event| (event.event_id, SessionEvent::decode(event.payload).unwrap_or_default()));
-        let events: Vec<_> = read.collect();
-        Ok((!events.is_empty()).then_some(events))
+        let entries = page.events.into_iter().map(|event| {
+            let size = event.payload.len();
+            (event.event_id, SessionEvent::decode(event.payload).unwrap_or_default(), size)
+        });
+        let entries: Vec<_> = entries.collect();
+        Ok(match page.read_through {
+            _ if !entries.is_empty() => Read::Entries(entries),
+            through if through > after => Read::Output { through },
+            _ => Read::End,
+        })
     }
 
-    async fn ascending(&mut self, start: Option<Cursor>) -> Result<Option<Cursor>, ApiError> {
-        // Asked before the log is read: what leaves the queue meanwhile is in both, and shown once.
-        let found = self.find(1).await?;
-        let mut thread = Thread::at(self.session, &found);
-        let (mut cursor, mut after) = (0, Place::default());
-        if let Some(start) = &start {
-            cursor = start.position.cast_unsigned();
-            if cursor == QUEUED {
-                return self.queued(&found, &HashSet::new(), Some(&start.id), false);
-            }
-            let resume: Resume = serde_json::from_str(&start.id).map_err(|_| unknown_cursor())?;
-            (thread.state, after) = (resume.state, resume.after);
-        }
-        let mut sent = HashSet::new();
-        for _ in 0..LOG_PAGES {
-            let Some(entries) = self.read(cursor).await? else { return self.queued(&found, &sent, None, false) };
-            for (id, entry) in entries {
-                // Without what one entry may show as, the page may end within it.
-                let before = (self.data.len() + usize::from(u8::MAX) > self.limit).then(|| thread.state.clone());
-                let mut shown = Vec::new();
-                thread.apply(id, &entry, &mut shown);
-                for event in shown {
-                    if event.place <= after {
-                        continue;
-                    }
-                    if event.kind.starts_with("user.") {
-                        sent.insert(event.id.clone());
-                    }
-                    if !self.filter.takes(&event) {
-                        continue;
-                    }
-                    if self.data.len() == self.limit {
-                        return self.resume(cursor, before.unwrap_or_default(), after).map(Some);
-                    }
-                    after = event.place;
-                    self.data.push(event.into_json());
-                }
-                cursor = id;
+    async fn queue(&self) -> Result<Vec<Input>, ApiError> {
+        let mut inputs: Vec<Input> = Vec::new();
+        loop {
+            let after = inputs.last().map(|last| Cursor { position: last.created_at_us, id: last.input_id.clone() });
+            let (user_id, id) = (self.caller.user_id.clone(), self.session.to_string());
+            let request = ListPartsRequest { user_id, id, limit: PAGE_MAX, after };
+            let page = self.app.call::<rpc::ListOpenInputs>(&request).await?;
+            let has_more = page.has_more && !page.inputs.is_empty();
+            inputs.extend(page.inputs);
+            if !has_more {
+                return Ok(inputs);
             }
         }
-        self.resume(cursor, thread.state, Place::after(cursor)).map(Some)
-    }
-
-    fn resume(&self, cursor: u64, state: crate::v1::thread::State, after: Place) -> Result<Cursor, ApiError> {
-        let id = serde_json::to_string(&Resume { state, after }).map_err(|_| unknown_cursor())?;
-        Ok(Cursor { position: cursor.cast_signed(), id })
-    }
-
-    /// What is sent and not in the log yet, after one of them.
-    fn queued(
-        &mut self,
-        found: &FindTurnReply,
-        sent: &HashSet<String>,
-        after: Option<&str>,
-        newest_first: bool,
-    ) -> Result<Option<Cursor>, ApiError> {
-        let queued = found.open_inputs.iter().filter_map(send::queued);
-        let mut queued: Vec<Value> = queued.filter(|event| self.filter.takes_queued(event)).collect();
-        queued.retain(|event| event["id"].as_str().is_none_or(|id| !sent.contains(id)));
-        if newest_first {
-            queued.reverse();
-        }
-        let skip = after.and_then(|after| queued.iter().position(|event| event["id"] == after)).map_or(0, |index| index + 1);
-        for event in queued.into_iter().skip(skip) {
-            if self.data.len() == self.limit {
-                let last = self.data.last().and_then(|event| event["id"].as_str()).unwrap_or_default().to_owned();
-                return Ok(Some(Cursor { position: QUEUED.cast_signed(), id: last }));
-            }
-            self.data.push(event);
-        }
-        Ok(None)
-    }
-
-    async fn descending(&mut self, start: Option<Cursor>) -> Result<Option<Cursor>, ApiError> {
-        // Exclusive.
-        let mut end = Place { entry: QUEUED, part: 0 };
-        let is_queued = start.as_ref().is_none_or(|start| start.position.cast_unsigned() == QUEUED);
-        if let Some(start) = &start
-            && !is_queued
-        {
-            end = Place { entry: start.position.cast_unsigned(), part: start.id.parse().map_err(|_| unknown_cursor())? };
-        }
-        let mut found = self.find(if end.entry == QUEUED { 0 } else { end.entry }).await?;
-        if is_queued {
-            let after = start.map(|start| start.id);
-            // Where the log has one of them by now, it is told twice rather than not at all.
-            if let Some(next) = self.queued(&found, &HashSet::new(), after.as_deref(), true)? {
-                return Ok(Some(next));
-            }
-        }
-        for _ in 0..TURNS {
-            let turn = self.turn_before(&found, end).await?;
-            for event in turn.into_iter().rev() {
-                if self.data.len() == self.limit {
-                    let Place { entry, part } = event.place;
-                    // The place after it.
-                    return Ok(Some(Cursor { position: entry.cast_signed(), id: part.saturating_add(1).to_string() }));
-                }
-                self.data.push(event.into_json());
-            }
-            if found.begun_after == 0 {
-                return Ok(None);
-            }
-            end = Place { entry: found.begun_after.saturating_add(1), part: 0 };
-            found = self.find(found.begun_after).await?;
-        }
-        Ok(Some(Cursor { position: end.entry.cast_signed(), id: end.part.to_string() }))
-    }
-
-    /// The last events of a turn before a place: one more than the page takes.
-    async fn turn_before(&self, found: &FindTurnReply, end: Place) -> Result<VecDeque<Shown>, ApiError> {
-        let (mut thread, mut cursor, mut last) = (Thread::at(self.session, found), found.begun_after, VecDeque::new());
-        let keep = self.limit - self.data.len() + 1;
-        while let Some(entries) = self.read(cursor).await? {
-            for (id, entry) in entries {
-                if id > end.entry {
-                    return Ok(last);
-                }
-                let mut shown = Vec::new();
-                thread.apply(id, &entry, &mut shown);
-                last.extend(shown.into_iter().filter(|event| event.place < end && self.filter.takes(event)));
-                while last.len() > keep {
-                    last.pop_front();
-                }
-                cursor = id;
-            }
-        }
-        Ok(last)
     }
 }
 
@@ -321,30 +158,22 @@ pub async fn stream(
     let after = stream::last_event_id(&headers).or_else(|| query.one("after_id"));
     let after = after.map(|text| EventId::decode(text).ok_or_else(|| bad("after_id: unknown event"))).transpose()?;
     // What is appended while this is read follows the place, and is shown.
-    let (before, from) = match after {
+    let find = |before| found_request(&caller, session_id, before);
+    let (found, from) = match after {
         None => {
             let newest = history::newest(&app.bus, session_id).await?.ok_or_else(|| ApiError::not_found("Session"))?;
-            (newest.saturating_add(1), From::Place(Place::after(newest)))
+            (app.call::<rpc::FindTurn>(&find(newest.saturating_add(1))).await?, Place::after(newest))
         }
-        Some(EventId::Log { id, part }) => (id, From::Place(Place { entry: id, part })),
-        Some(id @ EventId::Input(_)) => (0, From::Id(id.encode())),
-    };
-    let request = found_request(&caller, session_id, before);
-    let (found, from) = match after {
+        Some(EventId::Log { id, part }) => (app.call::<rpc::FindTurn>(&find(id)).await?, Place { entry: id, part }),
         Some(EventId::Input(input)) => {
-            let of_input = FindTurnRequest { input_id: input.to_string(), ..request.clone() };
-            match app.bus.call::<rpc::FindTurn>(&of_input, crate::RPC_DEADLINE).await {
-                Ok(found) => (found, from),
-                // It is in the queue still: nothing that follows it has been shown but the turn that runs.
-                Err(failure) if failure.code == ErrorCode::NotFound => {
-                    let found = app.call::<rpc::FindTurn>(&request).await?;
-                    let from = From::Place(Place::after(found.begun_after));
-                    (found, from)
-                }
-                Err(failure) => return Err(failure.into()),
-            }
+            let request = FindTurnRequest { input_id: input.to_string(), ..find(0) };
+            let found = app.bus.call::<rpc::FindTurn>(&request, crate::RPC_DEADLINE).await.map_err(|failure| match failure.code {
+                ErrorCode::NotFound => bad("after_id: unknown event"),
+                _ => failure.into(),
+            })?;
+            let from = if found.is_within { Place { entry: found.after, part: 0 } } else { Place::after(found.after) };
+            (found, from)
         }
-        _ => (app.call::<rpc::FindTurn>(&request).await?, from),
     };
     let (partition, open) = (stream::partition(&session)?, stream::open(&app, &caller)?);
     let view = View::Managed(Box::new(Managed::new(Thread::at(session_id, &found), from)));
