@@ -222,6 +222,9 @@ pub struct State {
     tools: BTreeMap<u64, bool>,
     /// Tool uses that wait for a confirmation.
     asks: BTreeSet<u64>,
+    /// Of requests that show their tool use themselves: the journal's id, and the entry.
+    #[serde(default)]
+    own: BTreeMap<u64, u64>,
     /// The agent said that it failed.
     has_failed: bool,
     /// What the turn's requests used, as far as they were reported one by one.
@@ -294,6 +297,11 @@ pub fn sent_id(input_id: &str) -> String {
     input_id.parse::<InputId>().map_or_else(|_| input_id.to_owned(), |id| EventId::Input(id).encode())
 }
 
+/// A decision of a time-out was sent by no one.
+fn is_sent(input_id: &str) -> bool {
+    !input_id.is_empty() && input_id.parse::<InputId>().is_ok_and(InputId::is_sent)
+}
+
 pub fn text(text: &str) -> Value {
     if text.is_empty() { json!([]) } else { json!([{ "type": "text", "text": text }]) }
 }
@@ -346,13 +354,16 @@ impl Thread {
                     tool_use = id;
                     let tool = Tool { name: &request.tool, server: "", input: &request.input_json, evaluation: Evaluation::Ask };
                     self.use_tool(&tool, entry);
+                    self.state.own.insert(request.id, id);
                 }
                 self.state.asks.insert(tool_use);
                 self.wait(entry);
             }
             Some(Kind::DecisionSettled(settled)) => {
                 let decision = settled.settled.clone().unwrap_or_default();
-                if !self.state.asks.remove(&settled.tool_use) {
+                let own = self.state.own.remove(&decision.id).filter(|_| settled.tool_use == 0);
+                let tool_use = own.unwrap_or(settled.tool_use);
+                if !self.state.asks.remove(&tool_use) {
                     return;
                 }
                 let result = match decision.how() {
@@ -362,13 +373,13 @@ impl Thread {
                 };
                 if let Some(sent) = &settled.result {
                     let body = json!({
-                        "custom_tool_use_id": main_id(settled.tool_use),
+                        "custom_tool_use_id": main_id(tool_use),
                         "content": text(&sent.text),
                         "is_error": sent.is_error,
                     });
                     entry.add_sent(&decision.input_id, "user.custom_tool_result", body);
-                } else if let Some(result) = result.filter(|_| !decision.input_id.is_empty()) {
-                    let body = json!({ "tool_use_id": main_id(settled.tool_use), "result": result });
+                } else if let Some(result) = result.filter(|_| is_sent(&decision.input_id)) {
+                    let body = json!({ "tool_use_id": main_id(tool_use), "result": result });
                     entry.add_sent(&decision.input_id, "user.tool_confirmation", body);
                 }
                 match (self.state.asks.is_empty(), result) {
@@ -705,6 +716,27 @@ mod tests {
         let used = shown.iter().find(|event| event.kind == "agent.tool_use").unwrap();
         assert_eq!((&used.body["name"], &used.body["evaluated_permission"]), (&json!("bash"), &json!("ask")));
         assert_eq!(request_of(&used.id), Some(11));
+    }
+
+    #[test]
+    fn a_request_without_a_tool_use_is_settled_by_the_id_that_the_host_gave_it() {
+        let asked = |id| {
+            let request = Some(DecisionRequested { id, ..DecisionRequested::default() });
+            Kind::DecisionRequested(session::DecisionRequested { request, tool_use: 0 })
+        };
+        let settled = |id, input: InputId| {
+            let settled = Some(DecisionSettled { id, how: How::Denied.into(), input_id: input.to_string() });
+            Kind::DecisionSettled(session::DecisionSettled { settled, ..session::DecisionSettled::default() })
+        };
+        let entries = vec![started(), asked(5), asked(6), settled(6, InputId::new()), settled(5, InputId::of_timeout())];
+        let shown = play(&mut thread(), entries);
+        let used = shown.iter().filter(|event| event.kind == "agent.tool_use").map(|event| &event.id).collect::<Vec<_>>();
+        let after: Vec<_> = shown.iter().filter(|event| event.place.entry >= 13).collect();
+        assert_eq!((after[0].kind, &after[0].body["tool_use_id"]), ("user.tool_confirmation", &json!(used[1])));
+        assert_eq!(after[3].body["stop_reason"]["event_ids"], json!([used[0]]));
+        // No one sent the decision of a time-out.
+        let last: Vec<_> = after.iter().filter(|event| event.place.entry == 14).map(|event| event.kind).collect();
+        assert_eq!(last, ["session.status_running", "session.thread_status_running"]);
     }
 
     #[test]
