@@ -33,7 +33,7 @@ export interface PlainItem {
 
 export type Item = ToolItem | StagesItem | TurnEndItem | PlainItem;
 
-const QUIET = new Set(["span.model_request_end"]);
+const QUIET = new Set(["span.model_request_start", "span.model_request_end"]);
 
 /** Items in the order of events. A tool's result, permission request and decision are part of the tool's item. */
 export function fold(events: readonly TypedEvent[]): Item[] {

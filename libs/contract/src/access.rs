@@ -152,7 +152,11 @@ pub const RUNNER: Access = Access {
 };
 
 /// Between agents and model providers: it redeems the credentials of sessions that show it their tokens.
-pub const MODEL_GATEWAY: Access = Access { user: "model_gateway", publish: &["aod.rpc.vault.v1.model_token.redeem"], subscribe: &[] };
+pub const MODEL_GATEWAY: Access = Access {
+    user: "model_gateway",
+    publish: &["aod.rpc.vault.v1.model_token.redeem", "aod.rpc.scheduler.v1.model_request.*"],
+    subscribe: &[],
+};
 
 /// `aod admin` and `aod dev`: sets users, keys and credentials; reads no secret.
 pub const OPERATOR: Access = Access {
@@ -294,7 +298,7 @@ mod tests {
         let answered = |access: &Access| access.inboxes_to_answer().collect::<Vec<_>>();
         assert_eq!(answered(&AUTH), ["_INBOX_gateway", "_INBOX_operator"]);
         assert_eq!(answered(&VAULT), ["_INBOX_gateway", "_INBOX_scheduler", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]);
-        assert_eq!(answered(&SCHEDULER), ["_INBOX_gateway", "_INBOX_runner", "_INBOX_operator"]);
+        assert_eq!(answered(&SCHEDULER), ["_INBOX_gateway", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]);
         for access in [GATEWAY, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS] {
             assert!(answered(&access).is_empty(), "{}", access.user);
         }

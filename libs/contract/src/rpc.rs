@@ -240,6 +240,14 @@ rpcs! {
     Heartbeat: scheduler::HeartbeatRequest => scheduler::HeartbeatReply, "aod.rpc.scheduler.v1.turn.heartbeat", idempotent: true;
     /// The inputs that wait for a turn. For its runner.
     FetchInputs: scheduler::FetchInputsRequest => scheduler::FetchInputsReply, "aod.rpc.scheduler.v1.turn.inputs", idempotent: true;
+    /// What the model gateway recorded of a session and is not in its log. For the runner of its turn.
+    FetchModelRequests: scheduler::FetchModelRequestsRequest => scheduler::FetchModelRequestsReply, "aod.rpc.scheduler.v1.turn.model_requests", idempotent: true;
+    /// Checks a model request against budgets and policies, and reserves what it may use. For the model gateway.
+    BeginModelRequest: scheduler::BeginModelRequestRequest => scheduler::BeginModelRequestReply, "aod.rpc.scheduler.v1.model_request.begin", idempotent: true;
+    /// Settles a model request with what it used. For the model gateway.
+    EndModelRequest: scheduler::EndModelRequestRequest => common::Empty, "aod.rpc.scheduler.v1.model_request.end", idempotent: true;
+    /// Extends the lease of a model gateway, on which its requests depend.
+    RenewModelGateway: scheduler::RenewModelGatewayRequest => common::Empty, "aod.rpc.scheduler.v1.model_request.renew", idempotent: true;
     /// Returns what is needed to delete a session's Sprite. For runners.
     ClaimSprite: scheduler::ClaimSpriteRequest => scheduler::SpriteClaim, "aod.rpc.scheduler.v1.sprite.claim", idempotent: true;
     /// Returns what is needed to search an account for orphaned Sprites. For runners.

@@ -72,6 +72,12 @@ pub fn queued_inputs(session: SessionId) -> String {
     format!("aod.queued.session.v1.{session}")
 }
 
+/// Tells the runner that works for a session of new entries of the model gateway: it fetches them.
+#[must_use]
+pub fn models_hint(session: SessionId) -> String {
+    format!("aod.hint.runner.v1.session.models.{session}")
+}
+
 #[must_use]
 pub fn dead_letter(owner: &str) -> String {
     format!("aod.dlq.{owner}.v1.message.rejected")
@@ -168,6 +174,13 @@ pub const PUBLICATIONS: &[Publication] = &[
         parameters: &[SESSION],
         message: Some("scheduler::QueuedInputs"),
         meaning: "What was just queued for a session, at most once: streams of the Managed Agents API show it before the event log has it.",
+    },
+    Publication {
+        name: "ModelsHint",
+        address: "aod.hint.runner.v1.session.models.{session}",
+        parameters: &[SESSION],
+        message: None,
+        meaning: "Tells the runner of a session that a model request began or ended. A lost hint only costs latency: the runner asks before the turn ends.",
     },
     Publication {
         name: "DeadLetter",

@@ -4,6 +4,7 @@
 //! The scheduler and the runner read what a decision needs, decide here, and write the result. `tests/simulation.rs` puts all of it
 //! together with a model of Postgres, the stream and the queue, and lets everything fail that can.
 
+pub mod budget;
 pub mod chain;
 pub mod ending;
 pub mod generation;

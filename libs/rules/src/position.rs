@@ -43,9 +43,15 @@ pub fn position(streamed: Option<Newest<'_>>, persisted: Option<Newest<'_>>, tur
     }
 }
 
-/// A new turn's checkpoint: the agent host's journal goes on, all else begins.
+/// A new turn's checkpoint: the agent host's journal and the model gateway's entries go on, all else begins.
 fn following(former: Option<&Checkpoint>) -> Checkpoint {
-    Checkpoint { journal_offset: former.map_or(0, |former| former.journal_offset), ..Checkpoint::default() }
+    let Some(former) = former else { return Checkpoint::default() };
+    Checkpoint {
+        journal_offset: former.journal_offset,
+        metered_through: former.metered_through,
+        open_model_requests: former.open_model_requests.clone(),
+        ..Checkpoint::default()
+    }
 }
 
 #[cfg(test)]
@@ -80,10 +86,17 @@ mod tests {
 
     #[test]
     fn a_turn_goes_on_in_the_journal_where_the_one_before_it_ended() {
-        let checkpoint = Checkpoint { journal_offset: 4711, journal_stdout: 9, stdout_offset: 9, started: true, ..Checkpoint::default() };
+        let checkpoint = Checkpoint {
+            journal_offset: 4711,
+            journal_stdout: 9,
+            stdout_offset: 9,
+            started: true,
+            metered_through: 3,
+            ..Checkpoint::default()
+        };
         let ended = SessionEvent { checkpoint: Some(checkpoint), ..event(1, Kind::TurnEnded(TurnEnded::default()), 0) };
         let Position::Open { checkpoint, .. } = position(Some(Newest { id: 9, event: &ended }), None, 2, 1) else { panic!("not open") };
-        assert_eq!(checkpoint, Checkpoint { journal_offset: 4711, ..Checkpoint::default() });
+        assert_eq!(checkpoint, Checkpoint { journal_offset: 4711, metered_through: 3, ..Checkpoint::default() });
     }
 
     #[test]

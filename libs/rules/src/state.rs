@@ -1,6 +1,6 @@
 //! The state machine of sessions and turns: what an event of the log changes. The only place that decides a status.
 
-use contract::session::{TurnEnded, session_event::Kind};
+use contract::session::{StopReason, TurnEnded, session_event::Kind};
 use types::{SessionStatus, Stage, TurnStatus};
 
 /// The failure stage of turns that the scheduler ended at their deadline.
@@ -37,9 +37,10 @@ pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
             destroy: false,
         },
         Kind::TurnEnded(ended) if open => {
-            let completed = ended.exit_code == Some(0);
-            let (turn, session) = match completed {
+            let (turn, session) = match ended.exit_code == Some(0) {
                 true => (TurnStatus::Completed, SessionStatus::Completed),
+                // The session goes on once its budget is raised.
+                false if ended.stop_reason() == StopReason::Budget => (TurnStatus::Failed, SessionStatus::Completed),
                 false => (TurnStatus::Failed, SessionStatus::Failed),
             };
             Transition { turn: Some(turn), session: current.then_some(session), destroy: current && leaves_nothing(ended) }

@@ -121,7 +121,7 @@ struct Hold {
 enum Phase {
     /// Claimed, with the newest persisted event and how far the projector was.
     Claimed {
-        persisted: Option<(u64, SessionEvent)>,
+        persisted: Option<Box<(u64, SessionEvent)>>,
         projected: u64,
     },
     Open {
@@ -368,7 +368,7 @@ impl World {
         let epoch = row.epoch;
         // Read after the claim was committed.
         let projected = self.projected;
-        let persisted = self.logs[session].last().cloned();
+        let persisted = self.logs[session].last().cloned().map(Box::new);
         if !self.fault(10) {
             self.runners[index].holds.insert(session, Hold { epoch, phase: Phase::Claimed { persisted, projected } });
         }
@@ -386,7 +386,7 @@ impl World {
                     return false;
                 }
                 let streamed = streamed.map(|(id, event)| Newest { id, event });
-                let persisted = persisted.as_ref().map(|(id, event)| Newest { id: *id, event });
+                let persisted = persisted.as_ref().map(|newest| Newest { id: newest.0, event: &newest.1 });
                 match (self.decisions.position)(streamed, persisted, TURN, hold.epoch) {
                     Position::Open { expected, follows, checkpoint, .. } => {
                         let taken_over = hold.epoch == 1;

@@ -13,6 +13,15 @@ pub struct Call {
     pub path: String,
 }
 
+impl Call {
+    /// Whether a model generates or embeds: not what counts tokens or lists models, which costs nothing.
+    pub fn is_metered(&self) -> bool {
+        let is_free = ["/count_tokens", ":countTokens", "/models"].iter().any(|end| self.path.ends_with(end));
+        let is_of_model = self.provider != Provider::Google && self.path.contains("/models/");
+        !is_free && !is_of_model && (self.provider != Provider::Google || self.path.contains(':'))
+    }
+}
+
 /// Why a request is not passed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NotACall {
@@ -157,6 +166,16 @@ mod tests {
         assert_eq!(shown(&HeaderMap::new(), Some("alt=sse")), None);
         assert_eq!(without_key("alt=sse&key=a&x=1"), "alt=sse&x=1");
         assert_eq!(without_key("k%65y=a"), "");
+    }
+
+    #[test]
+    fn what_a_provider_charges_for_is_metered() {
+        let metered = |method: Method, path: &str| read(&method, path).unwrap().is_metered();
+        assert!(metered(Method::POST, "/anthropic/v1/messages") && metered(Method::POST, "/openai/v1/responses"));
+        assert!(metered(Method::POST, "/google/v1beta/models/gemini-2.5-pro:streamGenerateContent"));
+        assert!(!metered(Method::POST, "/anthropic/v1/messages/count_tokens") && !metered(Method::GET, "/openai/v1/models/x"));
+        assert!(!metered(Method::POST, "/google/v1beta/models/gemini-2.5-pro:countTokens"));
+        assert!(!metered(Method::GET, "/google/v1beta/models/gemini-2.5-pro") && !metered(Method::GET, "/google/v1beta/models"));
     }
 
     proptest! {

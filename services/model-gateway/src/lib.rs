@@ -1,19 +1,25 @@
 //! Between agents and model providers: an agent shows its session's token, and the gateway sends the request on with the user's key, which
 //! it redeems from the vault and holds in memory only. Stores nothing; any number of replicas serve the same agents.
 //!
-//! [`call`] decides which requests are passed on; [`tokens`] redeems; [`proxy`] passes on and back; [`refusal`] is the gateway's own
-//! answers, in the providers' shapes; [`server`] bounds connections, [`body`] memory, and [`share`] what one session takes of either. docs/adr/0070-model-gateway.md has the reasons.
+//! [`call`] decides which requests are passed on; [`tokens`] redeems; [`ledger`] asks the scheduler before each request
+//! and tells it what [`usage`] read of the response, by [`prices`]; [`proxy`] passes on and back; [`refusal`] is the gateway's own
+//! answers, in the providers' shapes; [`server`] bounds connections, [`body`] memory, and [`share`] what one session takes of either.
+//! docs/adr/0070-model-gateway.md has the reasons.
 
 mod body;
 mod call;
+mod ledger;
 pub mod metrics;
+mod prices;
 mod proxy;
 mod refusal;
+mod scan;
 mod server;
 mod share;
 mod tokens;
+mod usage;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use axum::Router;
@@ -26,6 +32,8 @@ use types::Provider;
 
 use crate::{
     body::Memory,
+    ledger::Ledger,
+    prices::Prices,
     proxy::Proxy,
     share::{ShareLimits, Shares},
     tokens::Tokens,
@@ -47,6 +55,8 @@ pub struct Config {
     pub bodies_bytes_max: usize,
     /// How long a provider may send nothing.
     pub silence: Duration,
+    /// A file of prices that come before the release's own.
+    pub prices: Option<PathBuf>,
 }
 
 /// Where each provider is.
@@ -111,6 +121,9 @@ impl Config {
                 512 << 20,
             ),
             silence: env.seconds("AOD_MODEL_SILENCE_SECONDS", "how long a provider may send nothing before a request fails", 600),
+            prices: env
+                .optional("AOD_MODEL_PRICES", "TOML file of list prices that come before those of the release; see docs/budgets.md")
+                .map(PathBuf::from),
         }
     }
 }
@@ -140,7 +153,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         body_units: (config.bodies_bytes_max / SESSION_FRACTION).max(config.body_bytes_max).div_ceil(body::UNIT),
         connections: config.requests_per_session.saturating_mul(2),
     };
+    let ledger = Ledger::new(bus.clone(), Prices::load(config.prices.as_deref())?, lifecycle.tracker());
+    lifecycle.spawn("lease", ledger.clone().renew(lifecycle.stop_token()));
     let proxy = Proxy {
+        ledger,
         tokens: Tokens::new(bus, name, Shares::new(share)),
         upstreams: Arc::new(config.upstreams),
         http,

@@ -6,5 +6,10 @@ use metrics::{describe_counter, describe_histogram};
 pub fn describe() {
     describe_counter!("aod_model_requests_total", "requests to model providers, by provider and outcome (the status, or refused, failed)");
     describe_histogram!("aod_model_first_byte_seconds", "time until a provider's response begins, by provider");
+    describe_counter!(
+        "aod_model_tokens_total",
+        "tokens that providers reported, by provider and kind (input, with those of caches; output)"
+    );
+    describe_counter!("aod_model_ends_dropped_total", "model requests whose end could not be told to the scheduler");
     describe_counter!("aod_model_token_redemptions_total", "redemptions of sessions' tokens at the vault, by outcome");
 }

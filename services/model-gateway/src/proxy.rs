@@ -8,22 +8,26 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{StreamExt as _, stream};
 use reqwest::Url;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+use types::Provider;
 
 use crate::{
     Upstreams,
     body::Memory,
     call::{self, Call, NotACall},
+    ledger::{Entry, Ledger, Outcome},
     refusal::Refusal,
     server::Connection,
     tokens::{Credential, Grant, TokenRefused, Tokens},
+    usage::{self, Meter},
 };
 
 /// What every request works with. Cheap to clone.
 #[derive(Clone)]
 pub struct Proxy {
+    pub ledger: Ledger,
     pub tokens: Tokens,
     pub upstreams: Arc<Upstreams>,
     pub http: reqwest::Client,
@@ -65,20 +69,97 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     let method = request.method().clone();
     let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     let body = proxy.memory.read(request.into_body(), announced, &grant.share.bodies).await?;
+    let entry = match call.is_metered() {
+        true => {
+            let asked = usage::asked(&call.path, &body.bytes);
+            let key = credential.kind(call.provider);
+            Some(proxy.ledger.begin(&grant.session_id, key, call.provider, asked, body.bytes.len()).await?)
+        }
+        false => None,
+    };
     tracing::debug!(session = grant.session_id, provider = %call.provider, path = call.path, bytes = body.bytes.len(), "passing a request on");
     let begun = Instant::now();
     let sent = proxy.http.request(method, url).headers(headers).body(body.bytes).send().await;
     drop(body.memory);
-    let response = sent.map_err(|error| failure(&grant, &error))?;
+    let response = match sent {
+        Ok(response) => response,
+        Err(error) => {
+            let refusal = failure(&grant, &error);
+            if let Some(entry) = entry {
+                // One that was sent may have been counted.
+                let is_cut = !error.is_connect();
+                entry.end(Outcome { is_cut, failure: refusal.message(call.provider), ..Outcome::default() });
+            }
+            return Err(refusal);
+        }
+    };
     metrics::histogram!("aod_model_first_byte_seconds", "provider" => call.provider.as_str()).record(begun.elapsed());
-    Ok(pass_back(response, slot))
+    Ok(pass_back(response, slot, entry.map(|entry| Metering::new(entry, call.provider))))
+}
+
+/// Follows a response on its way: what it used is told when it ends, or when its client is gone.
+struct Metering {
+    provider: Provider,
+    status: u16,
+    meter: Option<Meter>,
+    /// Bytes to come, where the response said how many.
+    left: Option<u64>,
+    entry: Option<Entry>,
+}
+
+impl Metering {
+    fn new(entry: Entry, provider: Provider) -> Self {
+        Self { provider, status: 0, meter: None, left: None, entry: Some(entry) }
+    }
+
+    fn head(&mut self, response: &reqwest::Response) {
+        let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        // What is encoded cannot be read; providers do not encode what is not asked for.
+        let is_plain = matches!(header(header::CONTENT_ENCODING), "" | "identity");
+        let is_stream = header(header::CONTENT_TYPE).starts_with("text/event-stream");
+        self.status = response.status().as_u16();
+        self.left = response.content_length();
+        self.meter = is_plain.then(|| Meter::new(self.provider, is_stream));
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        self.left = self.left.map(|left| left.saturating_sub(bytes.len() as u64));
+        if let Some(meter) = &mut self.meter {
+            meter.feed(bytes);
+        }
+    }
+
+    fn end(&mut self, is_cut: bool) {
+        let Some(entry) = self.entry.take() else { return };
+        let mut reported = self.meter.take().map(Meter::end).unwrap_or_default();
+        // A response of known length is not asked for its end.
+        let is_cut = is_cut && self.left != Some(0);
+        reported.is_whole &= !is_cut || reported.has_last_event;
+        entry.end(Outcome { status: self.status, reported, is_cut, failure: String::new() });
+    }
+}
+
+impl Drop for Metering {
+    fn drop(&mut self) {
+        self.end(true);
+    }
 }
 
 /// The response as it comes; the session's slot is free when it has ended, or when its client has gone.
-fn pass_back(response: reqwest::Response, slot: OwnedSemaphorePermit) -> Response {
+fn pass_back(response: reqwest::Response, slot: OwnedSemaphorePermit, mut metering: Option<Metering>) -> Response {
     let (status, headers) = (response.status(), forwarded(response.headers(), true));
-    let body = response.bytes_stream().map_err(|error| error.without_url()).inspect(move |_| {
-        let _ = &slot;
+    if let Some(metering) = &mut metering {
+        metering.head(&response);
+    }
+    let body = stream::unfold((Box::pin(response.bytes_stream()), metering, slot), |(mut body, mut metering, slot)| async move {
+        let next = body.next().await;
+        match (&next, &mut metering) {
+            (Some(Ok(bytes)), Some(metering)) => metering.feed(bytes),
+            (Some(Err(_)), Some(metering)) => metering.end(true),
+            (None, Some(metering)) => metering.end(false),
+            _ => {}
+        }
+        Some((next?.map_err(reqwest::Error::without_url), (body, metering, slot)))
     });
     let mut passed = Response::new(Body::from_stream(body));
     *passed.status_mut() = status;
@@ -157,8 +238,6 @@ fn forwarded(headers: &HeaderMap, is_response: bool) -> HeaderMap {
 
 #[cfg(test)]
 mod tests {
-    use types::Provider;
-
     use super::*;
 
     #[test]

@@ -8,6 +8,8 @@ use axum::{
 use serde_json::{Value, json};
 use types::Provider;
 
+use crate::ledger::Refused;
+
 /// Why the gateway answers itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -21,10 +23,24 @@ pub enum Refusal {
     Body,
     /// More requests of one session at once than are allowed, or more bytes than the gateway holds.
     Busy,
-    /// The vault or the bus does not answer.
+    /// A budget or a policy: asking again does not help.
+    NotAllowed(String),
+    /// The session asks too often: seconds to wait.
+    TooOften(String, u32),
+    /// The vault, the scheduler or the bus does not answer.
     Unavailable,
     /// The provider cannot be reached, or did not answer in time.
     Provider(&'static str),
+}
+
+impl From<Refused> for Refusal {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::For(why) => Self::NotAllowed(why),
+            Refused::Rate(why, seconds) => Self::TooOften(why, seconds),
+            Refused::Unavailable => Self::Unavailable,
+        }
+    }
 }
 
 impl Refusal {
@@ -33,14 +49,15 @@ impl Refusal {
             Self::Token | Self::NoCredential => StatusCode::UNAUTHORIZED,
             Self::Unsupported => StatusCode::NOT_FOUND,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Body => StatusCode::BAD_REQUEST,
-            Self::Busy => StatusCode::TOO_MANY_REQUESTS,
+            // CLIs ask again after most other statuses.
+            Self::Body | Self::NotAllowed(_) => StatusCode::BAD_REQUEST,
+            Self::Busy | Self::TooOften(..) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Provider(_) => StatusCode::BAD_GATEWAY,
         }
     }
 
-    fn message(&self, provider: Provider) -> String {
+    pub fn message(&self, provider: Provider) -> String {
         match self {
             Self::Token => "Model gateway: invalid API key: this session's token is not known, has expired or was revoked".to_owned(),
             Self::NoCredential => format!("Model gateway: invalid API key: no credential is stored for {provider}"),
@@ -48,6 +65,7 @@ impl Refusal {
             Self::TooLarge => "Model gateway: the request is too large".to_owned(),
             Self::Body => "Model gateway: the request's body did not arrive".to_owned(),
             Self::Busy => "Model gateway: too many requests at a time; try again".to_owned(),
+            Self::NotAllowed(why) | Self::TooOften(why, _) => format!("Model gateway: {why}"),
             Self::Unavailable => "Model gateway: the credential cannot be read at the moment; try again".to_owned(),
             Self::Provider(why) => format!("Model gateway: {}: {why}", provider.host()),
         }
@@ -93,8 +111,18 @@ impl Refusal {
 
     pub fn response(&self, provider: Provider) -> Response {
         let mut response = (self.status(), Json(self.body(provider))).into_response();
-        if matches!(self, Self::Busy | Self::Unavailable) {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        match self {
+            Self::Busy | Self::Unavailable => {
+                response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            Self::TooOften(_, seconds) => {
+                response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(*seconds));
+            }
+            // The SDKs of Anthropic and OpenAI read it.
+            Self::NotAllowed(_) => {
+                response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
+            }
+            _ => {}
         }
         response
     }

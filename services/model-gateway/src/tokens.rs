@@ -65,6 +65,16 @@ impl fmt::Debug for Credential<'_> {
     }
 }
 
+impl Credential<'_> {
+    /// Under which kind the user stored it.
+    pub fn kind(&self, provider: Provider) -> &'static str {
+        match (self, provider) {
+            (Self::Bearer(_), Provider::Anthropic) => CredentialKind::ClaudeOauth.as_str(),
+            _ => CredentialKind::Provider(provider).as_str(),
+        }
+    }
+}
+
 impl Grant {
     /// What a request is sent on with: of a Claude subscription where the client shows its token that way, else the API key.
     pub fn credential(&self, provider: Provider, scheme: Scheme) -> Option<Credential<'_>> {

@@ -17,7 +17,7 @@ use types::{SessionId, SessionStatus, Timestamp, UserId};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, event_log, once,
+    Scheduler, event_log, models, once,
     outbox::{enqueue_destroy, enqueue_lifecycle_event},
     sessions::row::{lock, missing, partition},
     unsigned,
@@ -132,6 +132,7 @@ async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Fail
         .await?;
     let partition = partition(number)?;
     event_log::purge(&scheduler.pool, session).await?;
+    models::purge(&scheduler.pool, session).await?;
     let log = subject::session_log(session, partition);
     // Nothing else tells those who follow an idle session.
     let deleted = SessionEvent { at_us: Timestamp::now().unix_micros(), kind: Some(Kind::Deleted(Deleted {})), ..SessionEvent::default() };

@@ -182,7 +182,7 @@ fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, Failure> {
         let (number, without_log, failures): (i16, bool, i32) = (row.try_get(5)?, row.try_get(6)?, row.try_get(7)?);
         let (prompt, input): (String, Option<Uuid>) = (row.try_get(8)?, row.try_get(9)?);
         let input_id = input.map(|id| InputId::from_uuid(id).to_string()).unwrap_or_default();
-        Ok((id, turn, timeout, status, reason, number, without_log, failures, TurnStarted { prompt, input_id }))
+        Ok((id, turn, timeout, status, reason, number, without_log, failures, TurnStarted { prompt, input_id, ..TurnStarted::default() }))
     };
     let (id, turn, timeout, status, reason, number, without_log, failures, begin) = read()?;
     let unstarted = (status == "pending").then_some(begin);

@@ -679,7 +679,7 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
                 coalesce(sum(t.output_tokens), 0)::bigint, coalesce(sum(t.cache_read_tokens), 0)::bigint,
                 coalesce(sum(t.cache_write_tokens), 0)::bigint, sum(t.cost_micro_usd)::bigint
          from found f
-         left join turn t on t.session_id = $1 and t.turn_number < f.turn_number and f.begun_after is not null
+         left join turn_used t on t.session_id = $1 and t.turn_number < f.turn_number and f.begun_after is not null
          group by 1, 2",
     )
     .bind(id.uuid())

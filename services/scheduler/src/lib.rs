@@ -15,6 +15,7 @@ mod gauges;
 mod inputs;
 mod managed;
 pub mod metrics;
+mod models;
 mod once;
 mod orphans;
 mod outbox;
@@ -44,7 +45,7 @@ use time::OffsetDateTime;
 use tokio::sync::Notify;
 use types::{Partition, SecretId, Timestamp};
 
-pub use crate::{files::FileSettings, retention::Retention};
+pub use crate::{files::FileSettings, models::limits::Defaults as ModelDefaults, retention::Retention};
 
 #[derive(Debug)]
 pub struct Config {
@@ -59,6 +60,7 @@ pub struct Config {
     pub orphan_sweep: Duration,
     pub retention: Retention,
     pub files: FileSettings,
+    pub model_defaults: models::limits::Defaults,
 }
 
 impl Config {
@@ -91,6 +93,7 @@ impl Config {
                 NonZeroU8::MIN,
             ),
             stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "replicas of each stream in a NATS cluster", 1),
+            model_defaults: models::limits::Defaults::from_env(env),
         };
         if config.events_max_bytes < EVENTS_BYTES_MIN {
             env.refuse("AOD_EVENTS_MAX_BYTES has to be 1048576 or more");
@@ -136,6 +139,8 @@ const MIGRATIONS: &[store::Step] = &[
     (110, "custom tools", include_str!("../../../migrations/scheduler/0110_custom_tools.sql")),
     (120, "vaults", include_str!("../../../migrations/scheduler/0120_vaults.sql")),
     (121, "files", include_str!("../../../migrations/scheduler/0121_files.sql")),
+    (130, "model requests", include_str!("../../../migrations/scheduler/0130_model_requests.sql")),
+    (131, "model limits", include_str!("../../../migrations/scheduler/0131_model_limits.sql")),
     (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
     (150, "events that show", include_str!("../../../migrations/scheduler/0150_events_that_show.sql")),
     (151, "places of inputs", include_str!("../../../migrations/scheduler/0151_places_of_inputs.sql")),
@@ -156,6 +161,7 @@ struct Scheduler {
     stream_replicas: usize,
     events_max_bytes: i64,
     files: Arc<FileSettings>,
+    model_defaults: Arc<models::limits::Defaults>,
 }
 
 /// Connects, makes the streams, and begins to serve.
@@ -179,6 +185,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         stream_replicas: config.stream_replicas,
         events_max_bytes: config.events_max_bytes,
         files: Arc::new(config.files),
+        model_defaults: Arc::new(config.model_defaults),
         pool,
     };
     retention::make_days(&scheduler.pool).await?;
@@ -193,6 +200,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("session updates", managed::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("files", files::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("objects of files", files::search(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("model requests", models::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", ending::run_deadlines(scheduler.clone(), lifecycle.stop_token()));
 
@@ -230,6 +238,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ListPermissionRequests, _, _>(inputs::requests).await?;
     responder.serve::<rpc::Decide, _, _>(inputs::decide).await?;
     responder.serve::<rpc::FetchInputs, _, _>(inputs::fetch).await?;
+    responder.serve::<rpc::BeginModelRequest, _, _>(models::requests::begin).await?;
+    responder.serve::<rpc::EndModelRequest, _, _>(models::requests::end).await?;
+    responder.serve::<rpc::RenewModelGateway, _, _>(models::requests::renew).await?;
+    responder.serve::<rpc::FetchModelRequests, _, _>(models::entries::fetch).await?;
     responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
     responder.serve::<rpc::CreateVault, _, _>(vaults::create).await?;
     responder.serve::<rpc::GetVault, _, _>(vaults::get).await?;

@@ -32,6 +32,13 @@ pub fn describe() {
     describe_gauge!("aod_stream_bytes", Unit::Bytes, "size of each stream of the bus");
     describe_gauge!("aod_stream_bytes_max", Unit::Bytes, "the size at which each stream is full");
     describe_gauge!("aod_dead_letters", "dead-lettered jobs");
+    describe_counter!(
+        "aod_model_admissions_total",
+        "model requests that were asked for, by outcome (admitted, waits, budget, rate, refused)"
+    );
+    describe_counter!("aod_budgets_reached_total", "budgets that ended a turn, by scope");
+    describe_counter!("aod_budget_warnings_total", "budgets of which more than 80 percent are used");
+    describe_counter!("aod_model_requests_lost_total", "model requests whose gateway was lost: what they used is unknown");
     // There from the beginning: an increase from nothing is none to Prometheus.
     counter!("aod_deadline_settlements_total").increment(0);
     counter!("aod_streams_lost_total").increment(0);

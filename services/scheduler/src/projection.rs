@@ -56,7 +56,8 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
         _ => TurnEnded::default(),
     };
     if let Some(status) = transition.turn {
-        update_turn(tx, id, number, status, &ended).await?;
+        let is_metered = matches!(kind, Kind::TurnStarted(started) if started.is_metered);
+        update_turn(tx, id, number, (status, is_metered), &ended).await?;
     }
     let inputs_wait = has_inputs && transition.turn == Some(TurnStatus::Running) && inputs::turn_started(tx, id, number, at).await?;
     if transition.turn.is_some_and(|status| status != TurnStatus::Running) {
@@ -86,18 +87,26 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
     Ok(Applied { observation, inputs_wait })
 }
 
-async fn update_turn(tx: &mut PgConnection, id: SessionId, number: u32, status: TurnStatus, ended: &TurnEnded) -> Result<(), Failure> {
+async fn update_turn(
+    tx: &mut PgConnection,
+    id: SessionId,
+    number: u32,
+    (status, is_metered): (TurnStatus, bool),
+    ended: &TurnEnded,
+) -> Result<(), Failure> {
     let number = i32::try_from(number).unwrap_or(i32::MAX);
     if status == TurnStatus::Running {
         // From here on the turn's own timeout counts, and the set-up's no longer does.
         sqlx::query(
-            "update turn set status = $3, started_at = now(), deadline_at = now() + make_interval(secs => timeout_seconds + $4)
+            "update turn set status = $3, started_at = now(), deadline_at = now() + make_interval(secs => timeout_seconds + $4),
+                    is_metered = $5
              where session_id = $1 and turn_number = $2",
         )
         .bind(id.uuid())
         .bind(number)
         .bind(status.as_str())
         .bind(SETTLE_GRACE.as_secs_f64())
+        .bind(is_metered)
         .execute(tx)
         .await?;
         return Ok(());

@@ -16,7 +16,7 @@ pub async fn complete(scheduler: &Scheduler, sessions: &mut [Session]) -> Result
         "select session_id, sum(input_tokens)::bigint, sum(output_tokens)::bigint, sum(cost_micro_usd)::bigint,
                 sum(cache_read_tokens)::bigint, sum(cache_write_tokens)::bigint,
                 coalesce(sum(extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000), 0)::bigint
-         from turn where session_id = any($1) group by session_id",
+         from turn_used where session_id = any($1) group by session_id",
     )
     .bind(&ids)
     .fetch_all(&scheduler.pool)

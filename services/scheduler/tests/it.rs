@@ -31,6 +31,9 @@ use testkit::{Database, Nats, eventually};
 use types::{ErrorCode, Partition, SessionId, UserId};
 use uuid::Uuid;
 
+#[path = "it/models.rs"]
+mod models;
+
 const SOON: Duration = Duration::from_secs(5);
 
 struct World {
@@ -85,6 +88,7 @@ impl World {
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: Some(3), session_days: Some(3) },
             files: scheduler::FileSettings { store: files, user_bytes_max: u64::MAX, days: None },
+            model_defaults: scheduler::ModelDefaults::default(),
         };
         scheduler::run(config, lifecycle.clone()).await.unwrap();
     }

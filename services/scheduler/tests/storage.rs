@@ -56,6 +56,7 @@ impl World {
             orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: None, session_days: None },
             files: scheduler::FileSettings { store: None, user_bytes_max: u64::MAX, days: None },
+            model_defaults: scheduler::ModelDefaults::default(),
         }
     }
 

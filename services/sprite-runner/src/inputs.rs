@@ -26,6 +26,7 @@ pub struct Inputs {
 }
 
 /// Whose inputs.
+#[derive(Clone, Copy)]
 pub struct Turn {
     pub session: SessionId,
     pub turn: u32,

@@ -2,6 +2,7 @@
 //!
 //! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`host`] is
 //! the connection to the agent host, which runs set-up steps and the [`agent`]; [`inputs`] fetches what is sent to a running turn;
+//! [`meter`] fetches what the model gateway recorded;
 //! [`playback`] decides which events the host's journal becomes; [`pace`] slows down who prints too fast; [`record`] appends them to the session's log as its one writer;
 //! [`runtimes`] knows what the CLIs need.
 
@@ -14,6 +15,7 @@ mod inputs;
 mod jobs;
 mod lease;
 mod mask;
+mod meter;
 pub mod metrics;
 mod pace;
 mod playback;

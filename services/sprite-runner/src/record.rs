@@ -12,8 +12,8 @@ use bus::{
 };
 use bytes::Bytes;
 use contract::{
-    scheduler::TurnSpec,
-    session::{Checkpoint, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
+    scheduler::{MeterEntry, TurnSpec, meter_entry},
+    session::{Checkpoint, OpenModelRequest, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
     subject, topology,
 };
 use prost::Message as _;
@@ -31,6 +31,8 @@ use crate::{
 
 /// How often a log whose newest entry no service wrote is looked at: for some ten seconds.
 const FOREIGN_ATTEMPTS: u32 = 12;
+/// Model requests without an end that are remembered.
+const OPEN_REQUESTS_MAX: usize = 64;
 const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(2), attempts: u32::MAX };
 
 /// Why a writer has to stop.
@@ -130,6 +132,9 @@ impl Record {
         let newest = [&streamed, &persisted].into_iter().flatten().find(|(id, event)| *id == follows.id && event.turn == turn);
         if let Some((id, event)) = newest {
             playback::own_tool(event.kind.as_ref(), *id, &mut checkpoint);
+            if let Some(Kind::ModelRequestStarted(started)) = &event.kind {
+                open_request(&mut checkpoint, OpenModelRequest { request_id: started.request_id.clone(), event_id: *id });
+            }
         }
         Ok(Position::Open(Box::new(Self {
             bus: bus.clone(),
@@ -168,10 +173,45 @@ impl Record {
     }
 
     /// The turn's message is about to be sent to the agent host, whose journal is read from this offset.
-    pub async fn started(&mut self, prompt: String, input_id: String, journal_offset: u64) -> Result<(), Fenced> {
-        let stages_done = std::mem::take(&mut self.checkpoint.stages_done);
-        self.checkpoint = Checkpoint { stages_done, started: true, journal_offset, ..Checkpoint::default() };
-        self.append(Kind::TurnStarted(TurnStarted { prompt, input_id })).await
+    pub async fn started(&mut self, started: TurnStarted, journal_offset: u64) -> Result<(), Fenced> {
+        let former = std::mem::take(&mut self.checkpoint);
+        self.checkpoint = Checkpoint {
+            stages_done: former.stages_done,
+            metered_through: former.metered_through,
+            open_model_requests: former.open_model_requests,
+            started: true,
+            journal_offset,
+            ..Checkpoint::default()
+        };
+        self.append(Kind::TurnStarted(started)).await
+    }
+
+    /// Appends what the model gateway recorded, unless it is in the log.
+    pub async fn metered(&mut self, entry: MeterEntry) -> Result<(), Fenced> {
+        if entry.number <= self.checkpoint.metered_through {
+            return Ok(());
+        }
+        self.checkpoint.metered_through = entry.number;
+        let open = &mut self.checkpoint.open_model_requests;
+        match entry.kind {
+            Some(meter_entry::Kind::Started(started)) => {
+                let request_id = started.request_id.clone();
+                // Its own id is known only when it is in the log: it is in the checkpoints from the next event on.
+                self.append(Kind::ModelRequestStarted(started)).await?;
+                let event_id = self.last_sequence;
+                open_request(&mut self.checkpoint, OpenModelRequest { request_id, event_id });
+                Ok(())
+            }
+            Some(meter_entry::Kind::Ended(mut ended)) => {
+                if let Some(at) = open.iter().position(|open| open.request_id == ended.request_id) {
+                    ended.started = open.remove(at).event_id;
+                }
+                self.append(Kind::ModelRequestEnded(ended)).await
+            }
+            Some(meter_entry::Kind::Notice(notice)) => self.append(Kind::BudgetNotice(notice)).await,
+            // Of a later release.
+            None => Ok(()),
+        }
     }
 
     /// Appends what the journal tells; returns the event's id.
@@ -265,6 +305,15 @@ impl Record {
             _ => Writer::Other(Fenced::Superseded),
         }
     }
+}
+
+/// The oldest goes where there are too many: its end names no start.
+fn open_request(checkpoint: &mut Checkpoint, request: OpenModelRequest) {
+    let open = &mut checkpoint.open_model_requests;
+    if open.len() >= OPEN_REQUESTS_MAX {
+        open.remove(0);
+    }
+    open.push(request);
 }
 
 /// The newest entry of a log, once the scheduler has removed what no service wrote.

@@ -134,6 +134,12 @@ impl Secrets {
         stored && self.model_token.is_some() && !self.vars().iter().any(|(name, _)| own_variables(provider).contains(&name.as_str()))
     }
 
+    /// Whether all of the agent's model requests go through the model gateway.
+    pub fn is_metered(&self) -> bool {
+        let has_own = |provider: Provider| self.vars().iter().any(|(name, _)| own_variables(provider).contains(&name.as_str()));
+        self.model_token.is_some() && !self.proxied.is_empty() && !Provider::ALL.into_iter().any(has_own)
+    }
+
     fn document<T: DeserializeOwned + Default>(&self, kind: &str) -> T {
         self.values.get(kind).and_then(|text| serde_json::from_str(text.expose_secret()).ok()).unwrap_or_default()
     }
@@ -225,6 +231,7 @@ mod tests {
         let own = secrets(&[anthropic, openai], r#"{"env":{"ANTHROPIC_AUTH_TOKEN":"mine"}}"#);
         assert_eq!(names(&own), ["OPENAI_API_KEY"]);
         assert!(!own.is_proxied(Provider::Anthropic) && own.is_proxied(Provider::Openai));
+        assert!(proxied.is_metered() && !own.is_metered() && !secrets(&[], "{}").is_metered());
         assert_ne!(proxied.model_token.unwrap().hash(), own.model_token.unwrap().hash());
     }
 

@@ -3,9 +3,9 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use contract::{
-    host::{self as agent_host, Input, turn_ended::Reason},
+    host::{self as agent_host, Input, event, turn_ended::Reason},
     scheduler::TurnSpec,
-    session::{Failure, StopReason, TurnEnded, TurnStarted, Usage},
+    session::{AgentEvent, BudgetNotice, Failure, StopReason, TurnEnded, TurnStarted, Usage, session_event::Kind},
 };
 use sealing::KeyPair;
 use tokio::time::Instant;
@@ -17,7 +17,8 @@ use crate::{
     diagnosis::{self, Cause},
     files::{self, NotMounted},
     host::{Access, Gone, Incoming, Link},
-    inputs::Inputs,
+    inputs::{self, Inputs},
+    meter::Meter,
     pace::Pace,
     playback::{Playback, Scope, turn_input},
     provision::{Provisioning, StageFailed, StepRunner},
@@ -40,6 +41,8 @@ const SAID_BYTES: usize = 8 << 10;
 
 /// The stage of a failure that is the agent's own.
 const AGENT: &str = "agent";
+/// The stage of a turn's end at a budget.
+const BUDGET: &str = "budget";
 
 /// How a runner's work on a turn ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -137,7 +140,7 @@ pub async fn run(
             TurnEnded { failure: Some(Failure { stage, message }), ..TurnEnded::default() }
         }
     };
-    let unstarted = || TurnStarted { prompt: record.masker.text(&spec.prompt), input_id: spec.input_id.clone() };
+    let unstarted = || TurnStarted { prompt: record.masker.text(&spec.prompt), input_id: spec.input_id.clone(), ..TurnStarted::default() };
     let ended = TurnEnded { unstarted: (!record.checkpoint.started).then(unstarted), ..ended };
     match record.ended(ended).await {
         Ok(id) => End::Settled(id),
@@ -232,18 +235,42 @@ async fn work(
                 Incoming::Gone(gone) => return Err(stopped(gone)),
             };
         }
-        record.started(record.masker.text(&spec.prompt), spec.input_id.clone(), position).await?;
+        let prompt = record.masker.text(&spec.prompt);
+        record.started(TurnStarted { prompt, input_id: spec.input_id.clone(), is_metered: secrets.is_metered() }, position).await?;
     }
+    let mut meter = match secrets.is_metered() {
+        true => {
+            let turn = inputs::Turn { session, turn, epoch: spec.epoch };
+            let meter = Meter::follow(&runner.bus, &turn, record.checkpoint.metered_through).await;
+            Some(meter.map_err(|error| Stopped::Released(format!("hints cannot be subscribed to: {}", error.message)))?)
+        }
+        false => None,
+    };
     let mut playback = Playback::new(Scope::Turn(turn), record.masker.clone(), runner.output.bytes_max, &record.checkpoint);
     if !playback.has_begun() {
         link.send(agent.message(turn, spec.timeout_seconds));
     }
-    play(record, turn, &mut playback, &mut link, inputs, Pace::new(&runner.output)).await?;
+    play(record, turn, &mut playback, (&mut link, &mut meter), inputs, Pace::new(&runner.output)).await?;
     record.go_on_from(playback.checkpoint());
     // Before the turn's end is in the log: who sees the end finds what was written.
     files::collect(runner, &sprite, (session, turn), spec).await;
     let ended = playback.ended().cloned().unwrap_or_default();
-    Ok(end(runtime, &ended, spec.timeout_seconds, &playback))
+    let Some(mut meter) = meter else { return Ok(end(runtime, &ended, spec.timeout_seconds, &playback, "")) };
+    let metered = meter.finish(record).await?;
+    let ended = TurnEnded { usage: metered.turn_usage, ..end(runtime, &ended, spec.timeout_seconds, &playback, &metered.failure) };
+    Ok(match metered.budget_reached {
+        Some(reached) => at_budget(ended, &reached),
+        None => ended,
+    })
+}
+
+/// The end of a turn whose last model request a budget refused: whatever its CLI made of that.
+fn at_budget(ended: TurnEnded, reached: &BudgetNotice) -> TurnEnded {
+    if ended.stop_reason() == StopReason::Interrupted {
+        return ended;
+    }
+    let failure = Some(Failure { stage: BUDGET.to_owned(), message: rules::budget::message(reached) });
+    TurnEnded { exit_code: Some(1), failure, stop_reason: StopReason::Budget.into(), ..ended }
 }
 
 fn stopped(gone: Gone) -> Stopped {
@@ -261,7 +288,7 @@ async fn play(
     record: &mut Record,
     turn: u32,
     playback: &mut Playback,
-    link: &mut Link,
+    (link, meter): (&mut Link, &mut Option<Meter>),
     mut inputs: Inputs,
     mut pace: Pace,
 ) -> Result<(), Stopped> {
@@ -276,6 +303,16 @@ async fn play(
     loop {
         while let Some(emitted) = playback.next() {
             let bytes = emitted.output_bytes();
+            if let Some(meter) = meter.as_mut() {
+                if meter.precedes(&emitted.kind) {
+                    meter.append(record).await?;
+                }
+                // What the model gateway counts, and not what the CLI reports of the same requests.
+                if is_own_report(&emitted.kind) {
+                    record.go_on_from(emitted.place);
+                    continue;
+                }
+            }
             let id = record.play(emitted).await?;
             playback.appended(id);
             pace.spend(bytes, Instant::now());
@@ -326,6 +363,11 @@ async fn play(
                     waiting.push(input);
                 }
             }
+            () = due(meter) => {
+                if let Some(meter) = meter.as_mut() {
+                    meter.append(record).await?;
+                }
+            }
             () = tokio::time::sleep_until(quiet_since + rest_after), if may_rest => {
                 resting = true;
                 link.rest();
@@ -334,8 +376,19 @@ async fn play(
     }
 }
 
-/// What the turn's end in the journal means for its user.
-fn end(runtime: Runtime, ended: &agent_host::TurnEnded, timeout_seconds: u32, playback: &Playback) -> TurnEnded {
+async fn due(meter: &mut Option<Meter>) {
+    match meter {
+        Some(meter) => meter.due().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn is_own_report(kind: &Kind) -> bool {
+    matches!(kind, Kind::Agent(AgentEvent { event: Some(event), .. }) if matches!(event.kind, Some(event::Kind::ModelRequestEnded(_))))
+}
+
+/// What the turn's end in the journal means for its user. `refused`: why the model gateway's last request failed.
+fn end(runtime: Runtime, ended: &agent_host::TurnEnded, timeout_seconds: u32, playback: &Playback, refused: &str) -> TurnEnded {
     let usage = ended.usage.as_ref().map(usage);
     let exited = |code: i32, stop_reason: StopReason, failure: Option<Failure>| TurnEnded {
         exit_code: Some(code),
@@ -365,8 +418,9 @@ fn end(runtime: Runtime, ended: &agent_host::TurnEnded, timeout_seconds: u32, pl
         Reason::Failed if runtime == Runtime::Shell && ended.message.is_empty() => exited(code, StopReason::EndTurn, None),
         Reason::Failed => {
             let what = ended.exit_code.map_or_else(|| "The agent failed".to_owned(), |code| format!("The agent exited with {code}"));
-            let cause = diagnose(playback, ended.exit_code, &ended.message).map(|cause| cause.to_string());
-            let cause = cause.or_else(|| Some(ended.message.clone()).filter(|message| !message.is_empty()));
+            let said = format!("{refused}\n{}", ended.message);
+            let cause = diagnose(playback, ended.exit_code, &said).map(|cause| cause.to_string());
+            let cause = cause.or_else(|| [refused, &ended.message].into_iter().find(|said| !said.is_empty()).map(str::to_owned));
             exited(code, StopReason::Unspecified, cause.and_then(|cause| agent_failed(format!("{what}: {cause}"))))
         }
         Reason::Limit => exited(code, StopReason::Limit, agent_failed(or(&ended.message, "The agent reached a limit"))),

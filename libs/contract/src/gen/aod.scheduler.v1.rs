@@ -1001,6 +1001,145 @@ pub struct FetchInputsReply {
     #[prost(message, repeated, tag = "1")]
     pub inputs: ::prost::alloc::vec::Vec<super::super::host::v1::Input>,
 }
+/// A request that the model gateway is about to send to a provider.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BeginModelRequestRequest {
+    /// A UUID of version 7, the gateway's own: repeating a request changes nothing.
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    /// See RenewModelGatewayRequest.
+    #[prost(string, tag = "3")]
+    pub gateway_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub provider: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub model: ::prost::alloc::string::String,
+    /// The kind of the credential that it is sent with.
+    #[prost(string, tag = "6")]
+    pub key: ::prost::alloc::string::String,
+    /// What it may use, as far as its size and its own limit tell.
+    #[prost(uint64, tag = "7")]
+    pub estimated_tokens: u64,
+    /// Absent where the model has no price.
+    #[prost(uint64, optional, tag = "8")]
+    pub estimated_cost_micro_usd: ::core::option::Option<u64>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BeginModelRequestReply {
+    #[prost(oneof = "begin_model_request_reply::Verdict", tags = "1, 2, 3")]
+    pub verdict: ::core::option::Option<begin_model_request_reply::Verdict>,
+}
+/// Nested message and enum types in `BeginModelRequestReply`.
+pub mod begin_model_request_reply {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Verdict {
+        #[prost(message, tag = "1")]
+        Admitted(super::ModelRequestAdmitted),
+        #[prost(message, tag = "2")]
+        Refused(super::ModelRequestRefused),
+        /// What is left of a budget is reserved by requests under way: ask again when they have ended.
+        #[prost(message, tag = "3")]
+        Waits(super::ModelRequestWaits),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ModelRequestAdmitted {
+    /// No budget and no policy applies to the session.
+    #[prost(bool, tag = "1")]
+    pub is_unlimited: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ModelRequestRefused {
+    /// `budget`, `model`, `price`, `rate` or `session`.
+    #[prost(string, tag = "1")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub message: ::prost::alloc::string::String,
+    /// Of `rate`.
+    #[prost(uint32, tag = "3")]
+    pub retry_after_seconds: u32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ModelRequestWaits {}
+/// What became of a request. Names all of it, so that a beginning that was lost is no loss.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EndModelRequestRequest {
+    #[prost(message, optional, tag = "1")]
+    pub begun: ::core::option::Option<BeginModelRequestRequest>,
+    /// The provider's; 0: none came.
+    #[prost(uint32, tag = "2")]
+    pub status: u32,
+    /// Absent: the provider reported none.
+    #[prost(message, optional, tag = "3")]
+    pub usage: ::core::option::Option<super::super::session::v1::Usage>,
+    #[prost(bool, tag = "4")]
+    pub is_partial: bool,
+    #[prost(uint64, tag = "5")]
+    pub duration_ms: u64,
+    #[prost(string, tag = "6")]
+    pub error: ::prost::alloc::string::String,
+    #[prost(string, tag = "7")]
+    pub error_kind: ::prost::alloc::string::String,
+}
+/// Extends the lease of a model gateway. Requests of one whose lease expired are settled as unknown.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenewModelGatewayRequest {
+    /// A UUID of one process.
+    #[prost(string, tag = "1")]
+    pub gateway_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FetchModelRequestsRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub turn: u32,
+    #[prost(uint32, tag = "3")]
+    pub epoch: u32,
+    /// Entries up to this number are in the log.
+    #[prost(uint64, tag = "4")]
+    pub after: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FetchModelRequestsReply {
+    #[prost(message, repeated, tag = "1")]
+    pub entries: ::prost::alloc::vec::Vec<MeterEntry>,
+    /// Requests of the session that have not ended.
+    #[prost(uint32, tag = "2")]
+    pub open: u32,
+    /// What the turn used, as far as it is known.
+    #[prost(message, optional, tag = "3")]
+    pub turn_usage: ::core::option::Option<super::super::session::v1::Usage>,
+    /// The newest request of the turn was refused for a budget.
+    #[prost(message, optional, tag = "4")]
+    pub budget_reached: ::core::option::Option<super::super::session::v1::BudgetNotice>,
+    /// Why the newest request of the turn failed.
+    #[prost(string, tag = "5")]
+    pub failure: ::prost::alloc::string::String,
+}
+/// What is to be appended to a session's log.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MeterEntry {
+    /// Ascends by one within the session.
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+    #[prost(oneof = "meter_entry::Kind", tags = "2, 3, 4")]
+    pub kind: ::core::option::Option<meter_entry::Kind>,
+}
+/// Nested message and enum types in `MeterEntry`.
+pub mod meter_entry {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "2")]
+        Started(super::super::super::session::v1::ModelRequestStarted),
+        #[prost(message, tag = "3")]
+        Ended(super::super::super::session::v1::ModelRequestEnded),
+        #[prost(message, tag = "4")]
+        Notice(super::super::super::session::v1::BudgetNotice),
+    }
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Settled {
     /// The session was terminated: whatever exists of its Sprite has to go.

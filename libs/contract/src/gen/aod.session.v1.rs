@@ -25,7 +25,7 @@ pub struct SessionEvent {
     pub at_us: i64,
     #[prost(
         oneof = "session_event::Kind",
-        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 24, 25"
+        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 24, 25, 40, 41, 42"
     )]
     pub kind: ::core::option::Option<session_event::Kind>,
 }
@@ -65,6 +65,12 @@ pub mod session_event {
         OutputDropped(super::OutputDropped),
         #[prost(message, tag = "25")]
         Updated(super::Updated),
+        #[prost(message, tag = "40")]
+        ModelRequestStarted(super::ModelRequestStarted),
+        #[prost(message, tag = "41")]
+        ModelRequestEnded(super::ModelRequestEnded),
+        #[prost(message, tag = "42")]
+        BudgetNotice(super::BudgetNotice),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -100,6 +106,20 @@ pub struct Checkpoint {
     /// Bytes of the turn's output that are counted in the offsets above and were dropped, for the turn printed more than is kept.
     #[prost(uint64, tag = "11")]
     pub output_dropped: u64,
+    /// What the model gateway recorded of the session below and at this number is in the log.
+    #[prost(uint64, tag = "20")]
+    pub metered_through: u64,
+    /// Model requests that have not ended.
+    #[prost(message, repeated, tag = "21")]
+    pub open_model_requests: ::prost::alloc::vec::Vec<OpenModelRequest>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OpenModelRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    /// The event that shows its start.
+    #[prost(uint64, tag = "2")]
+    pub event_id: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenTool {
@@ -144,6 +164,65 @@ pub struct TurnStarted {
     /// The input that began the turn, where it was queued.
     #[prost(string, tag = "2")]
     pub input_id: ::prost::alloc::string::String,
+    /// The agent's model requests go through the model gateway: their events are in the log, and usage is what the gateway counted.
+    #[prost(bool, tag = "3")]
+    pub is_metered: bool,
+}
+/// The model gateway sent a request on to its provider.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ModelRequestStarted {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub provider: ::prost::alloc::string::String,
+    /// As the request named it.
+    #[prost(string, tag = "3")]
+    pub model: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ModelRequestEnded {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    /// The event that shows its start; 0: none does.
+    #[prost(uint64, tag = "2")]
+    pub started: u64,
+    #[prost(string, tag = "3")]
+    pub provider: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub model: ::prost::alloc::string::String,
+    /// The provider's; 0: none came.
+    #[prost(uint32, tag = "5")]
+    pub status: u32,
+    /// As the provider reported it; absent: not known.
+    #[prost(message, optional, tag = "6")]
+    pub usage: ::core::option::Option<Usage>,
+    /// The response was cut off: the provider may have counted more.
+    #[prost(bool, tag = "7")]
+    pub is_partial: bool,
+    #[prost(uint64, tag = "8")]
+    pub duration_ms: u64,
+    /// Why it failed; empty where it did not.
+    #[prost(string, tag = "9")]
+    pub error: ::prost::alloc::string::String,
+    /// The kind of the error, by its name in the Managed Agents API.
+    #[prost(string, tag = "10")]
+    pub error_kind: ::prost::alloc::string::String,
+}
+/// A budget is nearly used up, or is used up and no more model requests are sent.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BudgetNotice {
+    #[prost(bool, tag = "1")]
+    pub is_reached: bool,
+    /// `session`, `agent`, `user` or `deployment`.
+    #[prost(string, tag = "2")]
+    pub scope: ::prost::alloc::string::String,
+    /// `cost`, `tokens`, `requests` or `seconds`; costs are in millionths of a US dollar.
+    #[prost(string, tag = "3")]
+    pub limit: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "4")]
+    pub used: u64,
+    #[prost(uint64, tag = "5")]
+    pub max: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AgentEvent {
@@ -278,6 +357,8 @@ pub enum StopReason {
     Limit = 3,
     /// The model refused.
     Refused = 4,
+    /// A budget is used up. The session continues once it is raised; the exit code is 0.
+    Budget = 5,
 }
 impl StopReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -291,6 +372,7 @@ impl StopReason {
             Self::Interrupted => "STOP_REASON_INTERRUPTED",
             Self::Limit => "STOP_REASON_LIMIT",
             Self::Refused => "STOP_REASON_REFUSED",
+            Self::Budget => "STOP_REASON_BUDGET",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -301,6 +383,7 @@ impl StopReason {
             "STOP_REASON_INTERRUPTED" => Some(Self::Interrupted),
             "STOP_REASON_LIMIT" => Some(Self::Limit),
             "STOP_REASON_REFUSED" => Some(Self::Refused),
+            "STOP_REASON_BUDGET" => Some(Self::Budget),
             _ => None,
         }
     }

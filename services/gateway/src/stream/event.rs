@@ -128,6 +128,9 @@ impl Event {
                 | Kind::InputSettled(_)
                 | Kind::Deleted(_)
                 | Kind::Updated(_)
+                | Kind::ModelRequestStarted(_)
+                | Kind::ModelRequestEnded(_)
+                | Kind::BudgetNotice(_)
                 | Kind::OutputDropped(_),
             )
             | None => Visible::Hidden,

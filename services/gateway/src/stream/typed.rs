@@ -5,7 +5,7 @@
 
 use contract::{
     host::{self, DecisionSettled, Evaluation, agent_error::Retry, decision_settled::How, event, input_settled::Outcome},
-    session::{self, AgentEvent, SessionEvent, StopReason, TurnEnded, session_event::Kind},
+    session::{self, AgentEvent, BudgetNotice, ModelRequestEnded, SessionEvent, StopReason, TurnEnded, session_event::Kind},
 };
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -169,8 +169,33 @@ pub enum Body {
     Plan { entries: Vec<PlanEntry> },
     #[serde(rename = "agent.thread_context_compacted")]
     ContextCompacted,
+    /// The model gateway sent a request to a provider.
+    #[serde(rename = "span.model_request_start")]
+    ModelRequestStart { provider: String, model: String },
     #[serde(rename = "span.model_request_end")]
-    ModelRequestEnd { model_usage: ModelUsage },
+    ModelRequestEnd {
+        /// The event that shows its start; absent where the CLI reports requests itself.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        model_request_start_id: Option<u64>,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        is_error: bool,
+        /// Null: not known.
+        model_usage: Option<ModelUsage>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
+    /// More than 80 percent of a budget are used, or all of it, and no more model requests are sent.
+    #[serde(rename = "session.budget")]
+    Budget {
+        /// `warning` or `reached`.
+        state: &'static str,
+        /// Whose budget: `session`, `agent`, `user` or `deployment`.
+        scope: String,
+        /// `cost_usd`, `tokens`, `requests` or `seconds`.
+        limit: &'static str,
+        used: f64,
+        max: f64,
+    },
     #[serde(rename = "session.error")]
     Error { error: AgentError },
 }
@@ -187,6 +212,8 @@ pub enum Stop {
     Limit,
     /// The model refused.
     Refusal,
+    /// A budget is used up. Prompts are taken again once it is raised.
+    BudgetReached,
     /// `exit_code` and `failure` tell more.
     Failed,
 }
@@ -250,6 +277,12 @@ pub struct ModelUsage {
     cache_read_input_tokens: u64,
     #[serde(skip_serializing_if = "String::is_empty")]
     model: String,
+    /// By the provider's list price; absent where the model has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost_usd: Option<f64>,
+    /// The response was cut off: the provider may have counted more.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    is_partial: bool,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -319,11 +352,49 @@ fn body(kind: Kind) -> Option<Body> {
             Body::PermissionSettled { tool_use_id, decision, input_id: present(settled.input_id) }
         }
         Kind::InputSettled(input) => return input_settled(input),
+        Kind::ModelRequestStarted(started) => Body::ModelRequestStart { provider: started.provider, model: started.model },
+        Kind::ModelRequestEnded(ended) => model_request_end(ended),
+        Kind::BudgetNotice(notice) => budget(notice),
     })
+}
+
+fn model_request_end(ended: ModelRequestEnded) -> Body {
+    let model = ended.model;
+    let usage = |usage: session::Usage| {
+        let (read, written) = (usage.cache_read_tokens.unwrap_or_default(), usage.cache_write_tokens.unwrap_or_default());
+        ModelUsage {
+            // Without those that were read from or into a cache.
+            input_tokens: usage.input_tokens.unwrap_or_default().saturating_sub(read.saturating_add(written)),
+            output_tokens: usage.output_tokens.unwrap_or_default(),
+            cache_creation_input_tokens: written,
+            cache_read_input_tokens: read,
+            model,
+            cost_usd: usage.cost_micro_usd.map(|cost| cost as f64 / 1e6),
+            is_partial: ended.is_partial,
+        }
+    };
+    Body::ModelRequestEnd {
+        model_request_start_id: Some(ended.started).filter(|id| *id > 0),
+        is_error: !ended.error.is_empty(),
+        model_usage: ended.usage.map(usage),
+        error: present(ended.error),
+    }
+}
+
+fn budget(notice: BudgetNotice) -> Body {
+    let (limit, unit) = match notice.limit.as_str() {
+        "cost" => ("cost_usd", 1e6),
+        "tokens" => ("tokens", 1.0),
+        "requests" => ("requests", 1.0),
+        _ => ("seconds", 1.0),
+    };
+    let state = if notice.is_reached { "reached" } else { "warning" };
+    Body::Budget { state, scope: notice.scope, limit, used: notice.used as f64 / unit, max: notice.max as f64 / unit }
 }
 
 fn idle(ended: TurnEnded) -> Body {
     let stop_reason = match ended.stop_reason() {
+        StopReason::Budget => Stop::BudgetReached,
         StopReason::Interrupted => Stop::Interrupted,
         StopReason::Limit => Stop::Limit,
         StopReason::Refused => Stop::Refusal,
@@ -403,13 +474,18 @@ fn agent_event(agent: AgentEvent) -> Option<Body> {
         event::Kind::ModelRequestEnded(ended) => {
             let usage = ended.usage.unwrap_or_default();
             Body::ModelRequestEnd {
-                model_usage: ModelUsage {
+                model_request_start_id: None,
+                is_error: false,
+                error: None,
+                model_usage: Some(ModelUsage {
                     input_tokens: usage.input_tokens,
                     output_tokens: usage.output_tokens,
                     cache_creation_input_tokens: usage.cache_write_tokens,
                     cache_read_input_tokens: usage.cache_read_tokens,
                     model: usage.model,
-                },
+                    cost_usd: None,
+                    is_partial: false,
+                }),
             }
         }
         event::Kind::Error(error) => {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use contract::{
     host::{Evaluation, ModelUsage, agent_error::Retry, decision_settled::How, event, input_settled::Outcome},
     scheduler::{Agent, FindTurnReply},
-    session::{self, AgentEvent, SessionEvent, StopReason, TurnEnded, session_event::Kind},
+    session::{self, AgentEvent, ModelRequestEnded, SessionEvent, StopReason, TurnEnded, session_event::Kind},
 };
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
@@ -229,6 +229,9 @@ pub struct State {
     has_failed: bool,
     /// What the turn's requests used, as far as they were reported one by one.
     reported: Totals,
+    /// The log shows the turn's model requests: nothing else is taken for one.
+    #[serde(default)]
+    is_metered: bool,
     /// What ended turns used.
     usage: Totals,
 }
@@ -335,8 +338,11 @@ impl Thread {
             Some(Kind::TurnStarted(started)) => {
                 entry.add_sent(&started.input_id, "user.message", json!({ "content": text(&started.prompt) }));
                 self.begin(event.turn, entry);
+                self.state.is_metered = started.is_metered;
                 self.begin_span(entry);
             }
+            Some(Kind::ModelRequestStarted(_)) => entry.add(part::SPAN_START, "span.model_request_start", json!({})),
+            Some(Kind::ModelRequestEnded(ended)) => end_of_request(ended, entry),
             Some(Kind::TurnEnded(ended)) => self.end(event.turn, ended, entry),
             Some(Kind::Terminated(_)) => self.terminate(entry),
             Some(Kind::Deleted(_)) => entry.add(part::END, "session.deleted", json!({})),
@@ -400,7 +406,15 @@ impl Thread {
                 }
             }
             // Raw output, set-up and what is between ourselves have no place here.
-            Some(Kind::Output(_) | Kind::OutputDropped(_) | Kind::Stage(_) | Kind::StageOutput(_) | Kind::TakenOver(_)) | None => {}
+            Some(
+                Kind::Output(_)
+                | Kind::OutputDropped(_)
+                | Kind::Stage(_)
+                | Kind::StageOutput(_)
+                | Kind::TakenOver(_)
+                | Kind::BudgetNotice(_),
+            )
+            | None => {}
         }
     }
 
@@ -438,7 +452,7 @@ impl Thread {
     }
 
     fn begin_span(&mut self, entry: &mut Entry<'_>) {
-        if self.state.is_running && self.state.span.is_none() {
+        if self.state.is_running && self.state.span.is_none() && !self.state.is_metered {
             entry.add(part::SPAN_START, "span.model_request_start", json!({}));
             self.state.span = Some(Place { entry: entry.id, part: part::SPAN_START });
         }
@@ -460,8 +474,8 @@ impl Thread {
             self.begin(turn, entry);
         }
         let reason = ended.stop_reason();
-        let has_failed =
-            reason == StopReason::Limit || (ended.exit_code != Some(0) && !matches!(reason, StopReason::Interrupted | StopReason::Refused));
+        let is_stop = matches!(reason, StopReason::Interrupted | StopReason::Refused | StopReason::Budget);
+        let has_failed = reason == StopReason::Limit || (ended.exit_code != Some(0) && !is_stop);
         let usage = ended.usage.as_ref().map(Totals::from).unwrap_or_default();
         self.end_span(usage.minus(self.state.reported), has_failed, entry);
         let open = std::mem::take(&mut self.state.tools);
@@ -483,6 +497,7 @@ impl Thread {
             return;
         }
         let (reason, details) = match reason {
+            StopReason::Budget => ("budget_reached", Value::Null),
             StopReason::Refused => ("refusal", json!({ "type": "refusal", "category": null, "explanation": null })),
             _ if has_failed => ("retries_exhausted", Value::Null),
             _ => ("end_turn", Value::Null),
@@ -560,6 +575,18 @@ impl Thread {
     }
 }
 
+/// A start that is not in the log has no end either.
+fn end_of_request(ended: &ModelRequestEnded, entry: &mut Entry<'_>) {
+    if ended.started == 0 {
+        return;
+    }
+    let start = EventId::Log { id: ended.started, part: part::SPAN_START }.encode();
+    let mut usage = ended.usage.as_ref().map(Totals::from).unwrap_or_default();
+    usage.input = usage.input.saturating_sub(usage.cache_read.saturating_add(usage.cache_write));
+    let body = json!({ "model_request_start_id": start, "is_error": !ended.error.is_empty(), "model_usage": usage.of_request() });
+    entry.add(part::SPAN_END, "span.model_request_end", body);
+}
+
 struct Tool<'a> {
     name: &'a str,
     server: &'a str,
@@ -620,7 +647,7 @@ mod tests {
     }
 
     fn started() -> Kind {
-        Kind::TurnStarted(TurnStarted { prompt: "hi".to_owned(), input_id: String::new() })
+        Kind::TurnStarted(TurnStarted { prompt: "hi".to_owned(), ..TurnStarted::default() })
     }
 
     fn tool(evaluation: Evaluation) -> Kind {
@@ -785,7 +812,7 @@ mod tests {
     fn a_set_up_that_failed_shows_the_message_and_terminates() {
         let failure = Some(session::Failure { stage: "provision_setup".to_owned(), message: "no".to_owned() });
         let input = InputId::new();
-        let unstarted = Some(TurnStarted { prompt: "hi".to_owned(), input_id: input.to_string() });
+        let unstarted = Some(TurnStarted { prompt: "hi".to_owned(), input_id: input.to_string(), ..TurnStarted::default() });
         let shown = play(&mut thread(), vec![Kind::TurnEnded(TurnEnded { failure, unstarted, ..TurnEnded::default() })]);
         assert_eq!(kinds(&shown)[..3], ["user.message", "session.status_running", "session.thread_status_running"]);
         assert_eq!((shown[0].id.as_str(), &shown[0].body["content"][0]["text"]), (sent_id(&input.to_string()).as_str(), &json!("hi")));
@@ -806,6 +833,31 @@ mod tests {
             Just(ended(0, StopReason::Interrupted)),
             Just(agent(event::Kind::ModelRequestEnded(contract::host::ModelRequestEnded::default()), 0)),
         ]
+    }
+
+    #[test]
+    fn requests_that_the_model_gateway_counted_are_the_spans_and_no_others() {
+        let started = TurnStarted { prompt: "hi".to_owned(), is_metered: true, ..TurnStarted::default() };
+        let request = |number: u64| format!("request-{number}");
+        let begun = |number| Kind::ModelRequestStarted(session::ModelRequestStarted { request_id: request(number), ..Default::default() });
+        let usage = session::Usage { input_tokens: Some(12), output_tokens: Some(5), cache_read_tokens: Some(2), ..Default::default() };
+        let ended = |started| Kind::ModelRequestEnded(ModelRequestEnded { started, usage: Some(usage.clone()), ..Default::default() });
+        let end = TurnEnded { stop_reason: StopReason::Budget.into(), exit_code: Some(1), ..TurnEnded::default() };
+        let kinds = [Kind::TurnStarted(started), begun(1), begun(2), ended(3), ended(2), Kind::TurnEnded(end)];
+        let (mut thread, mut shown) = (Thread::at(SessionId::new(), &FindTurnReply::default()), Vec::new());
+        for (id, kind) in (1..).zip(kinds) {
+            thread.apply(id, &SessionEvent { turn: 1, kind: Some(kind), ..SessionEvent::default() }, &mut shown);
+        }
+        let of = |kind: &str| shown.iter().filter(|event| event.kind == kind).collect::<Vec<_>>();
+        let starts = of("span.model_request_start");
+        let ends = of("span.model_request_end");
+        assert_eq!((starts.len(), ends.len()), (2, 2));
+        assert_eq!(ends[0].body["model_request_start_id"], starts[1].id.as_str());
+        assert_eq!(ends[1].body["model_request_start_id"], starts[0].id.as_str());
+        let counts = json!({ "input_tokens": 10, "output_tokens": 5, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 2 });
+        assert_eq!(ends[0].body["model_usage"], counts);
+        assert_eq!(of("session.status_idle")[0].body["stop_reason"]["type"], "budget_reached");
+        assert!(of("session.error").is_empty());
     }
 
     proptest! {

@@ -94,7 +94,7 @@ async fn summarise(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<()
          from session s
          left join turn last on last.session_id = s.session_id and last.turn_number = s.turn_count
          left join lateral (
-             select sum(cost_micro_usd)::bigint as cost_micro_usd from turn where turn.session_id = s.session_id
+             select sum(cost_micro_usd)::bigint as cost_micro_usd from turn_used t where t.session_id = s.session_id
          ) cost on true
          left join lateral (
              select request_id, tool from permission_request p

@@ -112,7 +112,7 @@ pub async fn list(scheduler: Scheduler, request: ListPartsRequest) -> Result<Lis
     let window = Window::by_number_upwards(request.limit, request.after.as_ref());
     let list = List {
         keys: "select turn_number from turn where session_id = $1 and turn_number > $3 order by turn_number limit $2 + 1",
-        table: "turn",
+        table: "turn_used",
         by_key: "session_id = $1 and turn_number",
         bytes: "octet_length(prompt) + 500",
         columns: "turn_number, prompt, status, exit_code, created_at, started_at, ended_at, input_tokens, output_tokens, cost_micro_usd,

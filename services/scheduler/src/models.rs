@@ -1,0 +1,42 @@
+//! Model requests as the model gateway reports them: budgets and policies before, usage after, and what the session's log is to show.
+//!
+//! [`requests`] begins and settles them; [`limits`] are budgets and policies; [`entries`] is what runners append to logs; [`sums`] adds up
+//! totals. docs/adr/0130-metering.md has the reasons.
+
+pub mod entries;
+pub mod limits;
+pub mod requests;
+mod sums;
+
+use std::time::Duration;
+
+use bus::Failure;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+use types::SessionId;
+
+use crate::Scheduler;
+
+const EVERY: Duration = Duration::from_secs(2);
+
+/// Settles what gateways left behind, adds up totals, and removes what is no longer needed. Replicas may do so at once.
+pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
+    service::periodically("model requests", EVERY, stop, || async {
+        let parts = [requests::settle_lost(&scheduler).await, sums::add_up(&scheduler.pool).await, sums::forget(&scheduler.pool).await];
+        parts.into_iter().collect::<Result<(), Failure>>()
+    })
+    .await;
+}
+
+/// Removes what belongs to a session that was deleted. Its requests stay until they are in the totals.
+pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), Failure> {
+    for statement in [
+        "delete from model_entry where session_id = $1",
+        "delete from model_meter where session_id = $1",
+        "delete from turn_usage where session_id = $1",
+        "delete from model_limit where scope = 'session' and scope_id = $1",
+    ] {
+        sqlx::query(statement).bind(session.uuid()).execute(pool).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,450 @@
+//! Model requests: admitted and reserved before they are sent, settled once with what they used.
+//!
+//! Whoever writes of a session's requests takes its row of `model_meter` first, then the budgets' rows, session first and deployment
+//! last. Each transaction is short: a budget's row is held for as long as Postgres takes to commit.
+
+use std::time::Duration;
+
+use bus::Failure;
+use contract::{
+    common::Empty,
+    scheduler::{
+        BeginModelRequestReply, BeginModelRequestRequest, EndModelRequestRequest, ModelRequestAdmitted, ModelRequestRefused,
+        ModelRequestWaits, RenewModelGatewayRequest, begin_model_request_reply::Verdict, meter_entry,
+    },
+    session::{BudgetNotice, ModelRequestEnded, ModelRequestStarted, Usage},
+};
+use prost::Message as _;
+use rules::budget::{self, Estimate, Notice, charge};
+use sqlx::{PgConnection, Row as _};
+use types::{SessionId, SessionStatus};
+use uuid::Uuid;
+
+use crate::{
+    Scheduler,
+    models::{
+        entries,
+        limits::{self, Change, Owners, Scope},
+    },
+    once,
+    sessions::row::missing,
+    unsigned, without_nul,
+};
+
+/// How long a gateway's requests stay open without a sign of life.
+const GATEWAY_LEASE: Duration = Duration::from_secs(30);
+const LOST_AT_A_TIME: i64 = 100;
+
+pub async fn renew(scheduler: Scheduler, request: RenewModelGatewayRequest) -> Result<Empty, Failure> {
+    sqlx::query(
+        "insert into model_gateway (gateway_id, expires_at) values ($1, now() + make_interval(secs => $2))
+         on conflict (gateway_id) do update set expires_at = excluded.expires_at",
+    )
+    .bind(uuid(&request.gateway_id)?)
+    .bind(GATEWAY_LEASE.as_secs_f64())
+    .execute(&scheduler.pool)
+    .await?;
+    Ok(Empty {})
+}
+
+fn uuid(text: &str) -> Result<Uuid, Failure> {
+    text.parse().map_err(|_| Failure::invalid("Malformed id"))
+}
+
+/// A request as the gateway names it.
+struct Named {
+    id: Uuid,
+    session: SessionId,
+    gateway: Uuid,
+    provider: String,
+    model: String,
+    key: String,
+    estimate: Estimate,
+}
+
+impl Named {
+    fn read(request: BeginModelRequestRequest) -> Result<Self, Failure> {
+        Ok(Self {
+            id: uuid(&request.request_id)?,
+            session: request.session_id.parse().map_err(|_| missing())?,
+            gateway: uuid(&request.gateway_id)?,
+            provider: request.provider,
+            model: without_nul(&request.model),
+            key: request.key,
+            estimate: Estimate { cost: request.estimated_cost_micro_usd, tokens: request.estimated_tokens },
+        })
+    }
+}
+
+fn admitted(is_unlimited: bool) -> Verdict {
+    Verdict::Admitted(ModelRequestAdmitted { is_unlimited })
+}
+
+fn refused(reason: &str, message: impl Into<String>) -> Verdict {
+    Verdict::Refused(ModelRequestRefused { reason: reason.to_owned(), message: message.into(), retry_after_seconds: 0 })
+}
+
+pub async fn begin(scheduler: Scheduler, request: BeginModelRequestRequest) -> Result<BeginModelRequestReply, Failure> {
+    let named = Named::read(request)?;
+    let (verdict, has_entries) = once::retried(|| begin_once(&scheduler, &named)).await?;
+    if has_entries {
+        entries::hint(&scheduler, named.session).await;
+    }
+    let outcome = match &verdict {
+        Verdict::Admitted(_) => "admitted",
+        Verdict::Waits(_) => "waits",
+        Verdict::Refused(refused) => match refused.reason.as_str() {
+            "budget" => "budget",
+            "rate" => "rate",
+            _ => "refused",
+        },
+    };
+    metrics::counter!("aod_model_admissions_total", "outcome" => outcome).increment(1);
+    Ok(BeginModelRequestReply { verdict: Some(verdict) })
+}
+
+/// Tells too whether the session's log has something to show.
+async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bool), Failure> {
+    let mut tx = scheduler.pool.begin().await?;
+    let row = sqlx::query(
+        "select user_id, agent_id, turn_count, status, exists (select from model_request where request_id = $2) from session
+         where session_id = $1",
+    )
+    .bind(named.session.uuid())
+    .bind(named.id)
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(row) = row else { return Ok((refused("session", "The session was deleted"), false)) };
+    let owners = Owners { session: named.session.uuid(), user: row.try_get(0)?, agent: row.try_get(1)? };
+    let (turn, status): (i32, &str) = (row.try_get(2)?, row.try_get(3)?);
+    if status == SessionStatus::Terminated.as_str() {
+        return Ok((refused("session", "The session was terminated"), false));
+    }
+    let defaults = &scheduler.model_defaults;
+    let policies = limits::policies(&mut tx, &owners, defaults).await?;
+    if row.try_get(4)? {
+        return Ok((admitted(policies.is_unlimited()), false));
+    }
+    if !policies.allow(&named.model) {
+        return Ok((refused("model", format!("The model {} is not allowed for this session", named.model)), false));
+    }
+    let meter = sqlx::query(
+        "insert into model_meter as m (session_id, number, minute_requests) values ($1, 1, 1)
+         on conflict (session_id) do update
+         set number = m.number + 1,
+             minute_began_at = case when m.minute_began_at < now() - interval '1 minute' then now() else m.minute_began_at end,
+             minute_requests = case when m.minute_began_at < now() - interval '1 minute' then 1 else m.minute_requests + 1 end
+         returning number, minute_requests, extract(epoch from minute_began_at + interval '1 minute' - now())::float8, has_overdrawn,
+                   reached_turn, counted_us",
+    )
+    .bind(owners.session)
+    .fetch_one(&mut *tx)
+    .await?;
+    let (number, in_minute, left): (i64, i32, f64) = (meter.try_get(0)?, meter.try_get(1)?, meter.try_get(2)?);
+    if policies.requests_per_minute > 0 && unsigned(in_minute) > policies.requests_per_minute {
+        let message = format!("The session may send {} model requests per minute", policies.requests_per_minute);
+        let retry_after_seconds = left.ceil().clamp(1.0, 60.0) as u32;
+        return Ok((Verdict::Refused(ModelRequestRefused { reason: "rate".to_owned(), message, retry_after_seconds }), false));
+    }
+    let mut next = number;
+    if policies.has_budget {
+        let (has_overdrawn, reached, counted): (bool, Option<i32>, i64) = (meter.try_get(3)?, meter.try_get(4)?, meter.try_get(5)?);
+        // How long its turns ran is counted when a model is asked.
+        let ran_us = ran_us(&mut tx, owners.session).await?;
+        let passed = ran_us.saturating_sub(counted).max(0).unsigned_abs();
+        let taken = limits::lock(&mut tx, &owners, defaults).await?;
+        let scopes: Vec<Scope> = taken.iter().map(|(scope, _)| *scope).collect();
+        let accounts: Vec<budget::Account> =
+            taken.into_iter().map(|(_, account)| budget::Account { used_us: account.used_us.saturating_add(passed), ..account }).collect();
+        let time = Change { used_us: passed, ..Change::default() };
+        match budget::admit(&accounts, named.estimate, has_overdrawn) {
+            budget::Verdict::Admitted { warnings, overdraws } => {
+                let hold = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+                let change = Change {
+                    used_requests: 1,
+                    held_cost: hold(named.estimate.cost.unwrap_or_default()),
+                    held_tokens: hold(named.estimate.tokens),
+                    ..time
+                };
+                let warned: Vec<Scope> = warnings.iter().filter_map(|warning| scopes.get(warning.account).copied()).collect();
+                for warning in &warnings {
+                    entries::add(&mut tx, owners.session, next, meter_entry::Kind::Notice(notice(warning, &scopes, false))).await?;
+                    metrics::counter!("aod_budget_warnings_total").increment(1);
+                    next += 1;
+                }
+                settle_meter(&mut tx, &owners, Meter { number: next, counted: ran_us, overdraws, reached: None }).await?;
+                limits::apply(&mut tx, &owners, change, &warned).await?;
+            }
+            budget::Verdict::Reached(reached_limit) => {
+                let reached_notice = notice(&reached_limit, &scopes, true);
+                let message = budget::message(&reached_notice);
+                let is_new = reached != Some(turn);
+                if is_new {
+                    entries::add(&mut tx, owners.session, number, meter_entry::Kind::Notice(reached_notice.clone())).await?;
+                    metrics::counter!("aod_budgets_reached_total", "scope" => scopes.get(reached_limit.account).map_or("", |s| s.as_str()))
+                        .increment(1);
+                }
+                let meter = Meter { number, counted: ran_us, overdraws: has_overdrawn, reached: Some((turn, reached_notice)) };
+                settle_meter(&mut tx, &owners, meter).await?;
+                limits::apply(&mut tx, &owners, time, &[]).await?;
+                tx.commit().await?;
+                return Ok((refused("budget", message), is_new));
+            }
+            budget::Verdict::Unpriced => {
+                let message = format!("The model {} has no price, and a budget of money applies to the session", named.model);
+                return Ok((refused("price", message), false));
+            }
+            budget::Verdict::Waits => return Ok((Verdict::Waits(ModelRequestWaits {}), false)),
+        }
+    }
+    insert(&mut tx, named, &owners, turn, policies.has_budget).await?;
+    let started = ModelRequestStarted { request_id: named.id.to_string(), provider: named.provider.clone(), model: named.model.clone() };
+    entries::add(&mut tx, owners.session, next, meter_entry::Kind::Started(started)).await?;
+    tx.commit().await?;
+    Ok((admitted(policies.is_unlimited()), true))
+}
+
+/// How long the turns of a session ran so far, in microseconds.
+async fn ran_us(tx: &mut PgConnection, session: Uuid) -> Result<i64, Failure> {
+    let sum = sqlx::query_scalar(
+        "select coalesce(sum(extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000), 0)::bigint
+         from turn where session_id = $1",
+    );
+    Ok(sum.bind(session).fetch_one(tx).await?)
+}
+
+struct Meter {
+    number: i64,
+    counted: i64,
+    overdraws: bool,
+    reached: Option<(i32, BudgetNotice)>,
+}
+
+async fn settle_meter(tx: &mut PgConnection, owners: &Owners, meter: Meter) -> Result<(), Failure> {
+    let (turn, reached) = meter.reached.map(|(turn, notice)| (turn, notice.encode_to_vec())).unzip();
+    sqlx::query(
+        "update model_meter set number = $2, counted_us = greatest(counted_us, $3), has_overdrawn = $4, reached_turn = $5, reached = $6
+         where session_id = $1",
+    )
+    .bind(owners.session)
+    .bind(meter.number)
+    .bind(meter.counted)
+    .bind(meter.overdraws)
+    .bind(turn)
+    .bind(reached)
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+fn notice(notice: &Notice, scopes: &[Scope], is_reached: bool) -> BudgetNotice {
+    BudgetNotice {
+        is_reached,
+        scope: scopes.get(notice.account).map_or("", |scope| scope.as_str()).to_owned(),
+        limit: notice.limit.to_owned(),
+        used: notice.used,
+        max: notice.max,
+    }
+}
+
+async fn insert(tx: &mut PgConnection, named: &Named, owners: &Owners, turn: i32, is_budgeted: bool) -> Result<(), Failure> {
+    let held = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+    sqlx::query(
+        "insert into model_request (request_id, session_id, user_id, agent_id, turn_number, gateway_id, provider, model, key, status,
+                                    is_budgeted, held_tokens, held_cost_micro_usd)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, 'open', $10, $11, $12)",
+    )
+    .bind(named.id)
+    .bind(owners.session)
+    .bind(owners.user)
+    .bind(owners.agent)
+    .bind(turn)
+    .bind(named.gateway)
+    .bind(&named.provider)
+    .bind(&named.model)
+    .bind(&named.key)
+    .bind(is_budgeted)
+    .bind(if is_budgeted { held(named.estimate.tokens) } else { 0 })
+    .bind(if is_budgeted { held(named.estimate.cost.unwrap_or_default()) } else { 0 })
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Result<Empty, Failure> {
+    let named = Named::read(request.begun.clone().unwrap_or_default())?;
+    once::retried(|| async {
+        let mut tx = scheduler.pool.begin().await?;
+        let known = sqlx::query("select from model_request where request_id = $1").bind(named.id).fetch_optional(&mut *tx).await?;
+        if known.is_none() && !insert_late(&mut tx, &named).await? {
+            return Ok(());
+        }
+        settle(&mut tx, named.session, named.id, &request).await?;
+        tx.commit().await?;
+        Ok(())
+    })
+    .await?;
+    entries::hint(&scheduler, named.session).await;
+    Ok(Empty {})
+}
+
+/// A request whose beginning was not recorded: the gateway sent it while this service was away, for nothing limits the session.
+async fn insert_late(tx: &mut PgConnection, named: &Named) -> Result<bool, Failure> {
+    let row = sqlx::query("select user_id, agent_id, turn_count from session where session_id = $1")
+        .bind(named.session.uuid())
+        .fetch_optional(&mut *tx)
+        .await?;
+    let Some(row) = row else { return Ok(false) };
+    let owners = Owners { session: named.session.uuid(), user: row.try_get(0)?, agent: row.try_get(1)? };
+    insert(tx, named, &owners, row.try_get(2)?, false).await?;
+    Ok(true)
+}
+
+/// Settles a request, once; one that was unknown may be settled later.
+async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &EndModelRequestRequest) -> Result<(), Failure> {
+    let number: i64 = sqlx::query_scalar(
+        "insert into model_meter as m (session_id, number) values ($1, 1)
+         on conflict (session_id) do update set number = m.number + 1 returning number",
+    )
+    .bind(session.uuid())
+    .fetch_one(&mut *tx)
+    .await?;
+    // An answer that says nothing of usage used nothing where it is a refusal.
+    let is_known = request.usage.is_some() || request.status >= 400 || (request.status == 0 && !request.is_partial);
+    let usage = if is_known { Some(request.usage.clone().unwrap_or_else(nothing)) } else { None };
+    let count = |count: Option<u64>| count.and_then(|count| i64::try_from(count).ok());
+    let of = |read: fn(&Usage) -> Option<u64>| usage.as_ref().and_then(|usage| count(read(usage)));
+    let row = sqlx::query(
+        "with old as (
+             select * from model_request where request_id = $1 and (status = 'open' or (status = 'unknown' and $2 and not is_summed))
+             for update
+         )
+         update model_request r
+         set status = case when $2 then 'settled' else 'unknown' end, ended_at = now(), http_status = $3, is_partial = $4,
+             input_tokens = $5, output_tokens = $6, cache_read_tokens = $7, cache_write_tokens = $8, reasoning_tokens = $9,
+             cost_micro_usd = $10
+         from old where r.request_id = old.request_id
+         returning old.status = 'unknown', r.user_id, r.agent_id, r.turn_number, r.provider, r.model, r.is_budgeted, r.held_tokens,
+                   r.held_cost_micro_usd",
+    )
+    .bind(id)
+    .bind(is_known)
+    .bind(i32::try_from(request.status).unwrap_or_default())
+    .bind(request.is_partial)
+    .bind(of(|usage| usage.input_tokens))
+    .bind(of(|usage| usage.output_tokens))
+    .bind(of(|usage| usage.cache_read_tokens))
+    .bind(of(|usage| usage.cache_write_tokens))
+    .bind(of(|usage| usage.reasoning_tokens))
+    .bind(of(|usage| usage.cost_micro_usd))
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(row) = row else { return Ok(()) };
+    let was_unknown: bool = row.try_get(0)?;
+    let owners = Owners { session: session.uuid(), user: row.try_get(1)?, agent: row.try_get(2)? };
+    let (turn, provider, model): (i32, String, String) = (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
+    let (is_budgeted, held_tokens, held_cost): (bool, i64, i64) = (row.try_get(6)?, row.try_get(7)?, row.try_get(8)?);
+    let is_unpriced = usage.as_ref().is_some_and(|usage| usage.cost_micro_usd.is_none());
+    sqlx::query(
+        "insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
+                                      cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, model)
+         values ($1, $2, case when $3 then 0 else 1 end, case when $4 then 1 when $3 then -1 else 0 end, $5, $6, $7, $8, $9, $10, $11, $12)
+         on conflict (session_id, turn_number) do update
+         set requests = u.requests + excluded.requests, unknown = u.unknown + excluded.unknown,
+             unpriced = u.unpriced + excluded.unpriced, input_tokens = u.input_tokens + excluded.input_tokens,
+             output_tokens = u.output_tokens + excluded.output_tokens,
+             cache_read_tokens = u.cache_read_tokens + excluded.cache_read_tokens,
+             cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
+             reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
+             cost_micro_usd = u.cost_micro_usd + excluded.cost_micro_usd, model = excluded.model",
+    )
+    .bind(owners.session)
+    .bind(turn)
+    .bind(was_unknown)
+    .bind(usage.is_none())
+    .bind(i64::from(is_unpriced))
+    .bind(of(|usage| usage.input_tokens).unwrap_or_default())
+    .bind(of(|usage| usage.output_tokens).unwrap_or_default())
+    .bind(of(|usage| usage.cache_read_tokens).unwrap_or_default())
+    .bind(of(|usage| usage.cache_write_tokens).unwrap_or_default())
+    .bind(of(|usage| usage.reasoning_tokens).unwrap_or_default())
+    .bind(of(|usage| usage.cost_micro_usd).unwrap_or_default())
+    .bind(&model)
+    .execute(&mut *tx)
+    .await?;
+    let failure = (!request.error.is_empty()).then(|| without_nul(&request.error));
+    sqlx::query("update model_meter set failed_turn = $2, failure = $3 where session_id = $1")
+        .bind(owners.session)
+        .bind(failure.is_some().then_some(turn))
+        .bind(&failure)
+        .execute(&mut *tx)
+        .await?;
+    if !was_unknown {
+        let ended = ModelRequestEnded {
+            request_id: id.to_string(),
+            started: 0,
+            provider,
+            model,
+            status: request.status,
+            usage: usage.clone(),
+            is_partial: request.is_partial,
+            duration_ms: request.duration_ms,
+            error: failure.unwrap_or_default(),
+            error_kind: request.error_kind.clone(),
+        };
+        entries::add(tx, owners.session, number, meter_entry::Kind::Ended(ended)).await?;
+    }
+    if is_budgeted && !was_unknown {
+        let tokens = usage.as_ref().map(|usage| usage.input_tokens.unwrap_or_default() + usage.output_tokens.unwrap_or_default());
+        let cost = usage.as_ref().and_then(|usage| usage.cost_micro_usd);
+        let is_whole = is_known && !request.is_partial;
+        let change = Change {
+            used_tokens: charge(held_tokens.unsigned_abs(), tokens, is_whole),
+            used_cost: charge(held_cost.unsigned_abs(), cost, is_whole),
+            held_tokens: -held_tokens,
+            held_cost: -held_cost,
+            ..Change::default()
+        };
+        limits::apply(tx, &owners, change, &[]).await?;
+    }
+    Ok(())
+}
+
+fn nothing() -> Usage {
+    let none = Some(0);
+    Usage {
+        input_tokens: none,
+        output_tokens: none,
+        cost_micro_usd: none,
+        cache_read_tokens: none,
+        cache_write_tokens: none,
+        reasoning_tokens: none,
+        model: None,
+    }
+}
+
+/// Settles the requests of gateways that are gone: what they used is not known.
+pub async fn settle_lost(scheduler: &Scheduler) -> Result<(), Failure> {
+    let rows: Vec<(Uuid, Uuid)> = sqlx::query_as(
+        "select r.request_id, r.session_id
+         from model_request r left join model_gateway g using (gateway_id)
+         where r.status = 'open' and (g.gateway_id is null or g.expires_at < now()) and r.started_at < now() - make_interval(secs => $1)
+         limit $2",
+    )
+    .bind(GATEWAY_LEASE.as_secs_f64())
+    .bind(LOST_AT_A_TIME)
+    .fetch_all(&scheduler.pool)
+    .await?;
+    for (id, session) in rows {
+        let session = SessionId::from_uuid(session);
+        let error = "The model gateway that sent it is gone".to_owned();
+        let lost = EndModelRequestRequest { is_partial: true, error, ..EndModelRequestRequest::default() };
+        let mut tx = scheduler.pool.begin().await?;
+        settle(&mut tx, session, id, &lost).await?;
+        tx.commit().await?;
+        metrics::counter!("aod_model_requests_lost_total").increment(1);
+        tracing::warn!(%session, request = %id, "a model request's gateway is gone; what it used is unknown");
+        entries::hint(scheduler, session).await;
+    }
+    Ok(())
+}

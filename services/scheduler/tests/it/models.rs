@@ -1,0 +1,234 @@
+//! Model requests as the model gateway begins and ends them: entries for the log, totals, budgets.
+
+use contract::{
+    scheduler::{
+        BeginModelRequestRequest, EndModelRequestRequest, FetchModelRequestsReply, FetchModelRequestsRequest, RenewModelGatewayRequest,
+        begin_model_request_reply::Verdict as Admission, meter_entry,
+    },
+    session::Usage,
+};
+
+use super::*;
+
+/// A process of the model gateway.
+struct Models {
+    bus: Bus,
+    gateway: Uuid,
+}
+
+impl Models {
+    async fn start(world: &World) -> Self {
+        let models = Self { bus: world.nats.connect(&access::MODEL_GATEWAY).await.unwrap(), gateway: Uuid::now_v7() };
+        let renew = RenewModelGatewayRequest { gateway_id: models.gateway.to_string() };
+        models.bus.call::<rpc::RenewModelGateway>(&renew, SOON).await.unwrap();
+        models
+    }
+
+    fn request(&self, session: &str, tokens: u64) -> BeginModelRequestRequest {
+        BeginModelRequestRequest {
+            request_id: Uuid::now_v7().to_string(),
+            session_id: session.to_owned(),
+            gateway_id: self.gateway.to_string(),
+            provider: "anthropic".to_owned(),
+            model: "claude-x".to_owned(),
+            key: "provider:anthropic".to_owned(),
+            estimated_tokens: tokens,
+            estimated_cost_micro_usd: Some(tokens),
+        }
+    }
+
+    async fn begin(&self, request: &BeginModelRequestRequest) -> Admission {
+        self.bus.call::<rpc::BeginModelRequest>(request, SOON).await.unwrap().verdict.unwrap()
+    }
+
+    async fn end(&self, request: &BeginModelRequestRequest, tokens: u64) {
+        let usage = Usage { input_tokens: Some(tokens), output_tokens: Some(0), cost_micro_usd: Some(tokens), ..Usage::default() };
+        let end =
+            EndModelRequestRequest { begun: Some(request.clone()), status: 200, usage: Some(usage), ..EndModelRequestRequest::default() };
+        self.bus.call::<rpc::EndModelRequest>(&end, SOON).await.unwrap();
+    }
+}
+
+impl World {
+    /// A session whose first turn runs, and its claim's epoch.
+    async fn asking(&self, agent: &str) -> (String, u32) {
+        let session = self.create(agent, 1000).await.unwrap().session_id;
+        let epoch = self.run(&session, 1).await.epoch;
+        let started = self.append(&session, 1, Kind::TurnStarted(TurnStarted { is_metered: true, ..TurnStarted::default() })).await;
+        self.get(&session, started).await;
+        (session, epoch)
+    }
+
+    async fn entries(&self, session: &str, epoch: u32, after: u64) -> FetchModelRequestsReply {
+        let request = FetchModelRequestsRequest { session_id: session.to_owned(), turn: 1, epoch, after };
+        self.runner.call::<rpc::FetchModelRequests>(&request, SOON).await.unwrap()
+    }
+
+    async fn limit(&self, scope: &str, id: Uuid, column: &str, max: i64) {
+        let statement = format!(
+            "insert into scheduler.model_limit (scope, scope_id, {column}) values ('{scope}', '{id}', {max})
+             on conflict (scope, scope_id) do update set {column} = excluded.{column}"
+        );
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut self.database.admin().await.unwrap()).await.unwrap();
+    }
+
+    async fn number(&self, query: &str) -> i64 {
+        sqlx::query_scalar(sqlx::AssertSqlSafe(query.to_owned())).fetch_one(&mut self.database.admin().await.unwrap()).await.unwrap()
+    }
+}
+
+fn kinds(reply: &FetchModelRequestsReply) -> Vec<&'static str> {
+    let name = |kind: &meter_entry::Kind| match kind {
+        meter_entry::Kind::Started(_) => "started",
+        meter_entry::Kind::Ended(ended) if ended.usage.is_none() => "unknown",
+        meter_entry::Kind::Ended(_) => "ended",
+        meter_entry::Kind::Notice(notice) if notice.is_reached => "reached",
+        meter_entry::Kind::Notice(_) => "warning",
+    };
+    reply.entries.iter().filter_map(|entry| entry.kind.as_ref()).map(name).collect()
+}
+
+#[tokio::test]
+async fn a_model_request_is_counted_once_however_often_it_is_told() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (session, epoch) = world.asking(&world.agent().await).await;
+    let first = models.request(&session, 50);
+    for _ in 0..2 {
+        assert!(matches!(models.begin(&first).await, Admission::Admitted(admitted) if admitted.is_unlimited));
+    }
+    assert_eq!(world.entries(&session, epoch, 0).await.open, 1);
+    models.end(&first, 30).await;
+    models.end(&first, 30).await;
+    // Its beginning was lost.
+    models.end(&models.request(&session, 50), 12).await;
+    let reply = world.entries(&session, epoch, 0).await;
+    assert_eq!(kinds(&reply), ["started", "ended", "ended"]);
+    assert_eq!((reply.open, reply.turn_usage.unwrap().input_tokens), (0, Some(42)));
+    let after = reply.entries[1].number;
+    assert_eq!(kinds(&world.entries(&session, epoch, after).await), ["ended"]);
+    assert!(world.entries(&session, epoch + 1, 0).await.entries.is_empty(), "of another claim");
+    let totals = "select coalesce(sum(input_tokens), 0)::bigint from scheduler.usage_day";
+    eventually("the totals have it", || async { world.number(totals).await == 42 }).await;
+    // What the agent's CLI reports of the same turn does not count beside it.
+    let reported = Usage { input_tokens: Some(9999), ..Usage::default() };
+    let ended = TurnEnded { exit_code: Some(0), usage: Some(reported), ..TurnEnded::default() };
+    let end = world.append(&session, 1, Kind::TurnEnded(ended)).await;
+    world.get(&session, end).await;
+    let request = GetSessionRequest { user_id: world.user.to_string(), session_id: session, recorded_through: 0, v1: true };
+    let session = world.gateway.call::<rpc::GetSession>(&request, SOON).await.unwrap();
+    assert_eq!(session.usage.unwrap().input_tokens, Some(42));
+}
+
+#[tokio::test]
+async fn a_request_of_a_lost_gateway_is_unknown_until_it_is_told_and_budgets_count_its_estimate() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (session, epoch) = world.asking(&world.agent().await).await;
+    world.limit("user", world.user.uuid(), "max_tokens", 1000).await;
+    let request = models.request(&session, 400);
+    assert!(matches!(models.begin(&request).await, Admission::Admitted(admitted) if !admitted.is_unlimited));
+    let lost = "update scheduler.model_gateway set expires_at = now() - interval '1 second';
+                update scheduler.model_request set started_at = now() - interval '1 hour'";
+    sqlx::raw_sql(lost).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    eventually("it is settled", || async { kinds(&world.entries(&session, epoch, 0).await) == ["started", "unknown"] }).await;
+    assert_eq!(world.number("select used_tokens from scheduler.model_limit").await, 400);
+    assert_eq!(world.number("select held_tokens from scheduler.model_limit").await, 0);
+    let used = "select input_tokens + 1000 * unknown from scheduler.turn_usage";
+    assert_eq!(world.number(used).await, 1000, "nothing is invented");
+    models.end(&request, 7).await;
+    assert_eq!(world.number(used).await, 7);
+}
+
+#[tokio::test]
+async fn sessions_of_one_user_share_a_budget_and_each_passes_it_by_one_request_at_most() {
+    const SESSIONS: usize = 20;
+    const MAX: u64 = 3000;
+    let world = World::start().await;
+    world.run_scheduler(&Lifecycle::new()).await;
+    let agent = world.agent().await;
+    let mut sessions = Vec::new();
+    for _ in 0..SESSIONS {
+        sessions.push(world.asking(&agent).await);
+    }
+    world.limit("user", world.user.uuid(), "max_tokens", MAX as i64).await;
+    let models = Models::start(&world).await;
+    // The provider's own count: what was sent while it was at or beyond the budget.
+    let sent = std::sync::atomic::AtomicU64::new(0);
+    let runs = sessions.iter().enumerate().map(async |(index, (session, _))| {
+        let (mut beyond, mut requests) = (0, 0);
+        loop {
+            let tokens = 20 + 7 * (index as u64 % 5);
+            let request = models.request(session, 40 + tokens);
+            match models.begin(&request).await {
+                Admission::Admitted(_) => {
+                    let before = sent.fetch_add(tokens, std::sync::atomic::Ordering::SeqCst);
+                    (beyond, requests) = (beyond + u32::from(before >= MAX), requests + 1);
+                    models.end(&request, tokens).await;
+                }
+                Admission::Waits(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+                Admission::Refused(refused) => {
+                    assert_eq!(refused.reason, "budget", "{refused:?}");
+                    return (beyond, requests);
+                }
+            }
+        }
+    });
+    let counts = join_all(runs).await;
+    assert!(counts.iter().all(|(beyond, _)| *beyond <= 1), "{counts:?}");
+    assert!(counts.iter().map(|(_, requests)| requests).sum::<u32>() >= 60);
+    let used = world.number("select used_tokens from scheduler.model_limit").await.unsigned_abs();
+    assert_eq!(used, sent.into_inner());
+    assert_eq!(world.number("select held_tokens + held_cost_micro_usd from scheduler.model_limit").await, 0);
+    // Each session is told once, with a warning before it, and goes on once the budget is raised.
+    let mut warnings = 0;
+    for (session, epoch) in &sessions {
+        let reply = world.entries(session, *epoch, 0).await;
+        assert_eq!(kinds(&reply).iter().filter(|kind| **kind == "reached").count(), 1);
+        warnings += kinds(&reply).iter().filter(|kind| **kind == "warning").count();
+        assert_eq!(reply.budget_reached.unwrap().scope, "user");
+    }
+    assert_eq!(warnings, 1);
+    world.limit("user", world.user.uuid(), "max_tokens", 2 * MAX as i64).await;
+    let (session, epoch) = &sessions[0];
+    assert!(matches!(models.begin(&models.request(session, 10)).await, Admission::Admitted(_)));
+    assert!(world.entries(session, *epoch, 0).await.budget_reached.is_none());
+}
+
+#[tokio::test]
+async fn policies_and_every_kind_of_budget_are_kept() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let agent = world.agent().await;
+    let refused = async |session: &str| match models.begin(&models.request(session, 5)).await {
+        Admission::Refused(refused) => refused.reason,
+        other => format!("{other:?}"),
+    };
+    let (session, _) = world.asking(&agent).await;
+    let id: Uuid = session.parse().unwrap();
+    world.limit("session", id, "max_requests", 1).await;
+    let request = models.request(&session, 5);
+    assert!(matches!(models.begin(&request).await, Admission::Admitted(_)));
+    assert_eq!(refused(&session).await, "budget");
+    let (session, _) = world.asking(&agent).await;
+    world.limit("session", session.parse().unwrap(), "max_seconds", 0).await;
+    assert_eq!(refused(&session).await, "budget");
+    let (session, _) = world.asking(&agent).await;
+    world.limit("session", session.parse().unwrap(), "max_cost_micro_usd", 100).await;
+    let unpriced = BeginModelRequestRequest { estimated_cost_micro_usd: None, ..models.request(&session, 5) };
+    assert!(matches!(models.begin(&unpriced).await, Admission::Refused(refused) if refused.reason == "price"));
+    let (session, _) = world.asking(&agent).await;
+    world.limit("session", session.parse().unwrap(), "requests_per_minute", 2).await;
+    for _ in 0..2 {
+        assert!(matches!(models.begin(&models.request(&session, 5)).await, Admission::Admitted(_)));
+    }
+    let Admission::Refused(rate) = models.begin(&models.request(&session, 5)).await else { panic!("not refused") };
+    assert!(rate.reason == "rate" && (1..=60).contains(&rate.retry_after_seconds), "{rate:?}");
+    world.limit("agent", agent.parse().unwrap(), "max_tokens", 0).await;
+    assert_eq!(refused(&session).await, "rate");
+    let (session, _) = world.asking(&agent).await;
+    assert_eq!(refused(&session).await, "budget");
+    let only = format!("update scheduler.model_limit set max_tokens = null, allowed_models = '{{gpt-*}}' where scope_id = '{agent}'");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(only)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    assert_eq!(refused(&session).await, "model");
+}

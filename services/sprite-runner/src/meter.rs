@@ -1,0 +1,168 @@
+//! What the model gateway recorded of a session's model requests: fetched from the scheduler, and appended to the session's log in the
+//! order of its numbers.
+
+use std::{collections::VecDeque, time::Duration};
+
+use bus::{Bus, Failure};
+use contract::{
+    host::event,
+    rpc,
+    scheduler::{FetchModelRequestsReply, FetchModelRequestsRequest, MeterEntry, meter_entry},
+    session::{AgentEvent, session_event::Kind},
+    subject,
+};
+use futures::{FutureExt as _, Stream, StreamExt as _};
+use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+use tracing::Instrument as _;
+use types::{Backoff, ErrorCode};
+
+use crate::{inputs::Turn, record::Record};
+
+const DEADLINE: Duration = Duration::from_secs(5);
+const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: u32::MAX };
+const ENTRIES: usize = 256;
+/// How long the end of a request is held back, for the message that came of it: a CLI tells it a moment after the response.
+const HELD: Duration = Duration::from_millis(400);
+/// How long the end of a turn waits for requests that are still open.
+const SETTLED_WITHIN: Duration = Duration::from_secs(2);
+const SETTLED_EVERY: Duration = Duration::from_millis(50);
+
+/// The entries of one turn, fetched by a task that ends with this.
+pub struct Meter {
+    bus: Bus,
+    request: FetchModelRequestsRequest,
+    entries: mpsc::Receiver<MeterEntry>,
+    /// Those that came and are not in the log, in order, and when the first of them came.
+    held: VecDeque<MeterEntry>,
+    held_since: Instant,
+    _task: JoinSet<()>,
+}
+
+impl Meter {
+    /// # Errors
+    /// When hints cannot be subscribed to.
+    pub async fn follow(bus: &Bus, turn: &Turn, after: u64) -> Result<Self, Failure> {
+        let hints = bus.hints(subject::models_hint(turn.session)).await.map_err(Failure::internal)?;
+        let request = FetchModelRequestsRequest { session_id: turn.session.to_string(), turn: turn.turn, epoch: turn.epoch, after };
+        let (sender, entries) = mpsc::channel(ENTRIES);
+        let mut task = JoinSet::new();
+        task.spawn(run(bus.clone(), request.clone(), hints, sender).in_current_span());
+        Ok(Self { bus: bus.clone(), request, entries, held: VecDeque::new(), held_since: Instant::now(), _task: task })
+    }
+
+    /// Waits until something is to be appended; for ever where nothing comes.
+    pub async fn due(&mut self) {
+        loop {
+            let until = self.held_since + HELD;
+            let came = match self.held.is_empty() {
+                true => self.entries.recv().await,
+                false => tokio::select! {
+                    came = self.entries.recv() => came,
+                    () = tokio::time::sleep_until(until) => return,
+                },
+            };
+            match came {
+                Some(entry) => {
+                    let waits = matches!(entry.kind, Some(meter_entry::Kind::Ended(_)));
+                    self.hold(entry);
+                    if !waits {
+                        return;
+                    }
+                }
+                None if self.held.is_empty() => std::future::pending().await,
+                None => return,
+            }
+        }
+    }
+
+    fn hold(&mut self, entry: MeterEntry) {
+        if self.held.is_empty() {
+            self.held_since = Instant::now();
+        }
+        if self.held.back().is_none_or(|last| last.number < entry.number) {
+            self.held.push_back(entry);
+        }
+    }
+
+    /// Whether what is held is to be appended before this event: it did not come of the request that ended.
+    pub fn precedes(&self, kind: &Kind) -> bool {
+        let follows_from_request = match kind {
+            Kind::Output(_) | Kind::OutputDropped(_) => true,
+            Kind::Agent(AgentEvent { event: Some(event), .. }) => {
+                matches!(event.kind, Some(event::Kind::Message(_) | event::Kind::Thinking(_) | event::Kind::ToolUse(_)))
+            }
+            _ => false,
+        };
+        !self.held.is_empty() && !follows_from_request
+    }
+
+    /// Appends what is held.
+    pub async fn append(&mut self, record: &mut Record) -> Result<(), crate::record::Fenced> {
+        while let Some(entry) = self.held.pop_front() {
+            record.metered(entry).await?;
+        }
+        Ok(())
+    }
+
+    /// Appends all that there is once the agent is done, and waits a moment for requests that it left open. Returns what the turn used.
+    pub async fn finish(&mut self, record: &mut Record) -> Result<FetchModelRequestsReply, crate::record::Fenced> {
+        let begun = Instant::now();
+        loop {
+            self.append(record).await?;
+            let request = FetchModelRequestsRequest { after: record.checkpoint.metered_through, ..self.request.clone() };
+            let reply = match self.bus.call::<rpc::FetchModelRequests>(&request, DEADLINE).await {
+                Ok(reply) => reply,
+                Err(error) => {
+                    tracing::warn!(%error, "failed to fetch model requests; the turn ends without what it used");
+                    return Ok(FetchModelRequestsReply::default());
+                }
+            };
+            if reply.entries.is_empty() && (reply.open == 0 || begun.elapsed() >= SETTLED_WITHIN) {
+                return Ok(reply);
+            }
+            if reply.entries.is_empty() {
+                tokio::time::sleep(SETTLED_EVERY).await;
+            }
+            for entry in reply.entries {
+                self.hold(entry);
+            }
+        }
+    }
+}
+
+async fn run(
+    bus: Bus,
+    mut request: FetchModelRequestsRequest,
+    mut hints: impl Stream<Item = ()> + Unpin + Send,
+    sender: mpsc::Sender<MeterEntry>,
+) {
+    // A runner that takes a turn over may have missed a hint, as may one whose session's last turn left a request open.
+    let (mut due, mut attempt) = (true, 0);
+    loop {
+        if !due && hints.next().await.is_none() {
+            return;
+        }
+        // Several hints ask for one answer.
+        while matches!(hints.next().now_or_never(), Some(Some(()))) {}
+        due = false;
+        match bus.call::<rpc::FetchModelRequests>(&request, DEADLINE).await {
+            Ok(reply) => {
+                attempt = 0;
+                for entry in reply.entries {
+                    due = true;
+                    request.after = request.after.max(entry.number);
+                    if sender.send(entry).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            Err(error) if error.code == ErrorCode::NotFound => {}
+            Err(error) => {
+                attempt += 1;
+                tracing::debug!(%error, attempt, "failed to fetch model requests; will retry");
+                tokio::time::sleep(RETRY.jittered(attempt)).await;
+                due = true;
+            }
+        }
+    }
+}
