@@ -367,7 +367,7 @@ mod tests {
 
         fn turn(&mut self, input_id: String, outputs: usize, messages: usize) {
             self.turns.push(self.log.last().map_or(0, |(id, _)| *id));
-            self.append(Kind::TurnStarted(TurnStarted { prompt: "hi".to_owned(), input_id }));
+            self.append(Kind::TurnStarted(TurnStarted { prompt: "hi".to_owned(), input_id, ..TurnStarted::default() }));
             for _ in 0..messages {
                 (0..outputs).for_each(|_| self.append(Kind::Output(Output::default())));
                 let said = event::Kind::Message(AgentMessage { text: "ok".to_owned(), ..AgentMessage::default() });
