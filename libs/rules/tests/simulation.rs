@@ -118,6 +118,7 @@ struct Hold {
 }
 
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a simulation holds a few of them")]
 enum Phase {
     /// Claimed, with the newest persisted event and how far the projector was.
     Claimed {

@@ -302,7 +302,7 @@ mod tests {
         let checkpoint =
             Checkpoint { stages_done: vec!["Z".repeat(90)], journal_offset: 90, open_requests: vec![90; 90], ..Checkpoint::default() };
         let output = says(Kind::Output(Output { stderr: false, data: vec![b'Z'; 9000].into() }), checkpoint.clone());
-        let message = says(Kind::TurnStarted(TurnStarted { prompt: "Z".to_owned(), input_id: String::new() }), checkpoint);
+        let message = says(Kind::TurnStarted(TurnStarted { prompt: "Z".to_owned(), ..TurnStarted::default() }), checkpoint);
         let agent = says(Kind::Agent(AgentEvent::default()), Checkpoint::default());
         // Of this release, and of an earlier one, which did not say what is output.
         for (from, is_output) in [(3001, Some(true)), (5000, None)] {
