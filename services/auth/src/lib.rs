@@ -39,7 +39,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.add_check("bus", move || connection.is_connected());
 
     let responder = Responder::new(&bus, "auth", pool, lifecycle.tracker(), lifecycle.stop_token());
-    responder.serve::<rpc::AuthHealth, _, _>(health).await?;
     responder.serve::<rpc::VerifyKey, _, _>(keys::verify).await?;
     responder.serve::<rpc::CreateConsoleSession, _, _>(console_sessions::create).await?;
     responder.serve::<rpc::FindConsoleSession, _, _>(console_sessions::find).await?;
@@ -54,6 +53,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::SetQuota, _, _>(users::set_quota).await?;
     responder.serve::<rpc::Bootstrap, _, _>(users::bootstrap).await?;
     responder.serve::<rpc::EnsureUser, _, _>(users::ensure).await?;
+    // Last: whoever finds this service healthy finds the others served.
+    responder.serve::<rpc::AuthHealth, _, _>(health).await?;
     Ok(())
 }
 

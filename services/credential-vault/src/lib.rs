@@ -95,7 +95,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.add_check("bus", move || connection.is_connected());
 
     let responder = Responder::new(&bus, "credential-vault", vault, lifecycle.tracker(), lifecycle.stop_token());
-    responder.serve::<rpc::VaultHealth, _, _>(health).await?;
     responder.serve::<rpc::PutCredential, _, _>(secrets::put_credential).await?;
     responder.serve::<rpc::ListCredentials, _, _>(secrets::list_credentials).await?;
     responder.serve::<rpc::DeleteCredential, _, _>(secrets::delete_credential).await?;
@@ -111,6 +110,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::KeyStatus, _, _>(keys::status).await?;
     responder.serve::<rpc::SealingKey, _, _>(keys::sealing_key).await?;
     responder.serve::<rpc::ListRedemptions, _, _>(audit::list).await?;
+    // Last: whoever finds this service healthy finds the others served.
+    responder.serve::<rpc::VaultHealth, _, _>(health).await?;
     lifecycle.spawn("leases", leases::forget_expired(pool, lifecycle.stop_token()));
     Ok(())
 }

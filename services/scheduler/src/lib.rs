@@ -205,7 +205,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("deadlines", ending::run_deadlines(scheduler.clone(), lifecycle.stop_token()));
 
     let responder = Responder::new(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token());
-    responder.serve::<rpc::SchedulerHealth, _, _>(health).await?;
     responder.serve::<rpc::CreateAgent, _, _>(agents::create).await?;
     responder.serve::<rpc::GetAgent, _, _>(agents::get).await?;
     responder.serve::<rpc::UpdateAgent, _, _>(agents::update).await?;
@@ -271,6 +270,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ClaimSweep, _, _>(orphans::claim).await?;
     responder.serve::<rpc::FindOrphans, _, _>(orphans::find).await?;
     responder.serve::<rpc::SpriteDestroyed, _, _>(termination::sprite_destroyed).await?;
+    // Last: whoever finds this service healthy finds the others served.
+    responder.serve::<rpc::SchedulerHealth, _, _>(health).await?;
     Ok(())
 }
 
