@@ -230,7 +230,9 @@ fn texts(fields: &Map<String, Value>, at: &str) -> Result<String, ApiError> {
 }
 
 fn string<'a>(fields: &'a Map<String, Value>, name: &str, at: &str) -> Result<&'a str, ApiError> {
-    fields.get(name).and_then(Value::as_str).ok_or_else(|| bad(&format!("{at}{name}: must be a string")))
+    let text = fields.get(name).and_then(Value::as_str).ok_or_else(|| bad(&format!("{at}{name}: must be a string")))?;
+    // Postgres keeps no NUL in text.
+    if text.contains('\0') { Err(bad(&format!("{at}{name}: must not contain NUL"))) } else { Ok(text) }
 }
 
 fn known(fields: &Map<String, Value>, at: &str, names: &[&str]) -> Result<(), ApiError> {
@@ -259,6 +261,8 @@ mod tests {
         let message = |content: Value| json!({ "type": "user.message", "content": content });
         assert_eq!(refusal(message(json!([{ "type": "image" }]))), "events.0.content.0.type: 'image' blocks are not supported; send text");
         assert_eq!(refusal(message(json!([]))), "events.0.content: must have text");
+        let nul = json!([{ "type": "text", "text": "a\0b" }]);
+        assert_eq!(refusal(message(nul)), "events.0.content.0.text: must not contain NUL");
         let confirmation = |result: &str| json!({ "type": "user.tool_confirmation", "tool_use_id": tool_use_of(7), "result": result, "deny_message": "no" });
         assert_eq!(refusal(confirmation("allow")), "events.0.deny_message: is for the result 'deny'");
         assert!(parse(&json!({ "events": [confirmation("deny")] })).is_ok());
