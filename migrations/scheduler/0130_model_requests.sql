@@ -56,7 +56,7 @@ create table model_entry (
 
 create index model_entry_recorded on model_entry (recorded_at);
 
--- One row per session that asked a model: taken first by whoever writes of its requests.
+-- One row per session that made a model request: locked first by every transaction that writes about its requests.
 create table model_meter (
     session_id uuid primary key,
     -- The newest entry's.

@@ -1,4 +1,4 @@
--- Budgets and policies of sessions, agents, users and the deployment, whose id is all zeros. Whoever takes several rows takes them in
+-- Budgets and policies of sessions, agents, users and the deployment, whose id is all zeros. A transaction that locks several rows locks them in
 -- this order.
 create table model_limit (
     scope text not null check (scope in ('session', 'agent', 'user', 'deployment')),

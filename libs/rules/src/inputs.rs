@@ -98,7 +98,7 @@ pub struct Place {
     pub is_within: bool,
 }
 
-/// Where a reader goes on that has seen an input. The event that settled it shows it first, if any event shows it. What the log does not
+/// The position from which a reader that has seen an input continues. The event that settled it shows it first, if any event shows it. What the log does not
 /// tell of yet comes after all that is in it, up to `newest`.
 #[must_use]
 pub fn place(status: InputStatus, settled_by: Option<u64>, sent_after: Option<u64>, newest: u64) -> Place {

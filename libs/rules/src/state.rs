@@ -39,7 +39,7 @@ pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
         Kind::TurnEnded(ended) if open => {
             let (turn, session) = match ended.exit_code == Some(0) {
                 true => (TurnStatus::Completed, SessionStatus::Completed),
-                // The session goes on once its budget is raised.
+                // The session continues once its budget is raised.
                 false if ended.stop_reason() == StopReason::Budget => (TurnStatus::Failed, SessionStatus::Completed),
                 false => (TurnStatus::Failed, SessionStatus::Failed),
             };

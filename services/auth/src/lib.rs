@@ -53,7 +53,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::SetQuota, _, _>(users::set_quota).await?;
     responder.serve::<rpc::Bootstrap, _, _>(users::bootstrap).await?;
     responder.serve::<rpc::EnsureUser, _, _>(users::ensure).await?;
-    // Last: whoever finds this service healthy finds the others served.
+    // Last, so that every other request is served once this check answers.
     responder.serve::<rpc::AuthHealth, _, _>(health).await?;
     Ok(())
 }

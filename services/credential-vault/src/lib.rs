@@ -110,7 +110,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::KeyStatus, _, _>(keys::status).await?;
     responder.serve::<rpc::SealingKey, _, _>(keys::sealing_key).await?;
     responder.serve::<rpc::ListRedemptions, _, _>(audit::list).await?;
-    // Last: whoever finds this service healthy finds the others served.
+    // Last, so that every other request is served once this check answers.
     responder.serve::<rpc::VaultHealth, _, _>(health).await?;
     lifecycle.spawn("leases", leases::forget_expired(pool, lifecycle.stop_token()));
     Ok(())

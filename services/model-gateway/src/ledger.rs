@@ -219,7 +219,7 @@ impl Entry {
         let end = EndModelRequestRequest {
             begun: Some(std::mem::take(&mut self.begun)),
             status: status.into(),
-            // Without its last event, a response is not whole, whoever ended it.
+            // A response without its last event is incomplete, whichever side closed it.
             is_partial: !reported.is_whole && (is_ok || is_cut),
             usage,
             duration_ms: u64::try_from(self.at.elapsed().as_millis()).unwrap_or(u64::MAX),

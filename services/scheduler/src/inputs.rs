@@ -704,7 +704,7 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
     })
 }
 
-/// Where a reader goes on that has seen an input. `None`: the session has no such input.
+/// The position from which a reader that has seen an input continues. `None`: the session has no such input.
 async fn place(scheduler: &Scheduler, session: SessionId, input: InputId) -> Result<Option<inputs::Place>, Failure> {
     let row = sqlx::query(
         "select i.status, i.settled_by, coalesce(i.sent_after, t.begun_after), coalesce(l.last_event_id, 0)

@@ -270,7 +270,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ClaimSweep, _, _>(orphans::claim).await?;
     responder.serve::<rpc::FindOrphans, _, _>(orphans::find).await?;
     responder.serve::<rpc::SpriteDestroyed, _, _>(termination::sprite_destroyed).await?;
-    // Last: whoever finds this service healthy finds the others served.
+    // Last, so that every other request is served once this check answers.
     responder.serve::<rpc::SchedulerHealth, _, _>(health).await?;
     Ok(())
 }

@@ -92,7 +92,7 @@ impl Managed {
         Self { thread, from, processed: VecDeque::new() }
     }
 
-    /// The frames of what is queued. They carry no SSE id: a client that reconnects goes on after the last event that has its place.
+    /// The frames of what is queued. They carry no SSE id: a client that reconnects continues after the last event that has its place.
     fn queued(&self, inputs: &QueuedInputs) -> Bytes {
         let mut bytes = Vec::new();
         for event in inputs.inputs.iter().filter_map(send::queued) {
