@@ -3,9 +3,7 @@
 //! Pure by rule: no I/O, no async, and no dependency on any other crate of ours.
 
 pub mod agent;
-pub mod api_key;
 pub mod backoff;
-mod console_token;
 pub mod credential;
 pub mod environment;
 pub mod error;
@@ -21,12 +19,11 @@ pub mod session;
 pub mod skill;
 pub mod sprite_name;
 pub mod timestamp;
+pub mod token;
 pub mod vault;
 
 pub use agent::{McpServer, Skill};
-pub use api_key::{ApiKey, KeyHash, MalformedKey};
 pub use backoff::{Backoff, random_fraction};
-pub use console_token::ConsoleToken;
 pub use credential::CredentialKind;
 pub use environment::{Networking, PackageManager};
 pub use error::ErrorCode;
@@ -39,3 +36,4 @@ pub use repository::Repository;
 pub use session::{SessionStatus, Stage, StageState, TurnStatus};
 pub use sprite_name::SpriteName;
 pub use timestamp::Timestamp;
+pub use token::{ApiKey, ConsoleToken, KeyHash, MalformedKey};
