@@ -1,0 +1,213 @@
+use contract::host::{
+    CustomToolResult, InputAccepted, Interrupt, Message, Spec, TurnEnded, WhenBusy, Withdraw, decision::Verdict, input, record,
+    turn_ended::Reason,
+};
+use proptest::prelude::*;
+
+use super::{Action, Core, Input};
+use crate::{
+    adapters::{Adapter, Effect, Launch, Out, find, script},
+    state::State,
+};
+
+fn core(state: State) -> Core {
+    let spec = Spec { runtime: "shell".to_owned(), ..Spec::default() };
+    let runtime = find("shell").unwrap();
+    Core::new(spec.clone(), (runtime.new)(&spec), runtime.capabilities, state, Reason::HostLost, 0)
+}
+
+fn message(id: u32, when_busy: WhenBusy) -> Input {
+    let message = Message { turn: id, text: format!("echo {id}"), when_busy: when_busy.into(), ..Message::default() };
+    Input { id: format!("m{id}"), kind: Some(input::Kind::Message(message)) }
+}
+
+/// A CLI whose turn ends as soon as it is interrupted.
+struct Prompt;
+
+impl Adapter for Prompt {
+    fn launch(&mut self, _: Option<&str>, _: &str) -> Launch {
+        script("", false)
+    }
+
+    fn started(&mut self, _: &str, out: &mut Out) {
+        out.push(Effect::Ready);
+    }
+
+    fn message(&mut self, _: &str, _: &mut Out) {}
+
+    fn interrupt(&mut self, out: &mut Out) -> bool {
+        out.push(Effect::TurnEnded { reason: Reason::Interrupted, message: String::new(), usage: None });
+        true
+    }
+}
+
+/// A turn of [`Prompt`] that has the message.
+fn running() -> Core {
+    let tools = vec![contract::host::CustomTool { name: "ask".to_owned(), ..Default::default() }];
+    let spec = Spec { runtime: "shell".to_owned(), custom_tools: tools, ..Spec::default() };
+    let capabilities = find("claude").unwrap().capabilities;
+    let mut core = Core::new(spec, Box::new(Prompt), capabilities, State::default(), Reason::HostLost, 0);
+    core.input(message(1, WhenBusy::Queue), 0);
+    core.started(1, "/", 0);
+    core.take_actions();
+    core
+}
+
+fn records(core: &mut Core) -> Vec<record::Kind> {
+    let record = |action| if let Action::Record(kind) = action { Some(kind) } else { None };
+    core.take_actions().into_iter().filter_map(record).collect()
+}
+
+#[test]
+fn an_interrupt_is_settled_before_the_turn_that_it_ends() {
+    let mut core = running();
+    core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+    let records = records(&mut core);
+    let settled = records.iter().position(|kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == "i"));
+    let ended = records.iter().position(|kind| matches!(kind, record::Kind::TurnEnded(_)));
+    assert!(settled.is_some() && settled < ended, "{records:?}");
+}
+
+#[test]
+fn a_custom_tool_waits_for_its_result_and_takes_the_first() {
+    let mut core = running();
+    core.custom_tool_called("1:7".to_owned(), "ask".to_owned(), "{}".to_owned(), 1);
+    let requested = records(&mut core).into_iter().find_map(|kind| match kind {
+        record::Kind::DecisionRequested(request) if request.is_custom_tool => Some(request.id),
+        _ => None,
+    });
+    let request = requested.unwrap();
+    let result = |id: &str, text: &str| {
+        let result = CustomToolResult { request, text: text.to_owned(), is_error: false };
+        Input { id: id.to_owned(), kind: Some(input::Kind::CustomToolResult(result)) }
+    };
+    // A decision is no result.
+    let decision = contract::host::Decision { request, verdict: Verdict::Allow.into(), message: String::new() };
+    core.input(Input { id: "d".to_owned(), kind: Some(input::Kind::Decision(decision)) }, 2);
+    for (id, text) in [("r", "yes"), ("r", "yes"), ("s", "no")] {
+        core.input(result(id, text), 2);
+    }
+    let answers: Vec<_> = core.take_actions().into_iter().filter(|action| matches!(action, Action::CustomToolResult { .. })).collect();
+    assert_eq!(answers, [Action::CustomToolResult { call: "1:7".to_owned(), text: "yes".to_owned(), is_error: false }]);
+    assert!(core.state().requests.is_empty());
+}
+
+#[test]
+fn what_a_turn_or_a_server_leaves_open_of_custom_tools_is_withdrawn() {
+    let mut core = running();
+    core.custom_tool_called("1:1".to_owned(), "ask".to_owned(), "{}".to_owned(), 1);
+    core.custom_tool_called("2:1".to_owned(), "ask".to_owned(), "{}".to_owned(), 1);
+    core.custom_tool_called("2:2".to_owned(), "nope".to_owned(), "{}".to_owned(), 1);
+    assert_eq!(core.state().requests.len(), 2, "an unknown tool is refused");
+    core.custom_tools_gone(1, 1);
+    assert_eq!(core.state().requests.len(), 1);
+    core.take_actions();
+    core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+    assert!(core.state().requests.is_empty());
+    let answers = core.take_actions().into_iter().filter(|action| matches!(action, Action::CustomToolResult { is_error: true, .. }));
+    assert_eq!(answers.count(), 1);
+}
+
+#[derive(Debug, Clone)]
+enum Happening {
+    Deliver(Input),
+    ProgramExits,
+    HostIsKilled,
+    TimePasses(u64),
+}
+
+fn happenings() -> impl Strategy<Value = Vec<Happening>> {
+    let busy = prop_oneof![Just(WhenBusy::Queue), Just(WhenBusy::Interrupt), Just(WhenBusy::Steer), Just(WhenBusy::Join)];
+    let happening = prop_oneof![
+        4 => (1_u32..6, busy).prop_map(|(id, busy)| Happening::Deliver(message(id, busy))),
+        1 => (0_u32..4).prop_map(|id| Happening::Deliver(Input { id: format!("i{id}"), kind: Some(input::Kind::Interrupt(Interrupt::default())) })),
+        1 => (0_u32..6).prop_map(|id| {
+            let withdraw = Withdraw { input_id: format!("m{id}") };
+            Happening::Deliver(Input { id: format!("w{id}"), kind: Some(input::Kind::Withdraw(withdraw)) })
+        }),
+        3 => Just(Happening::ProgramExits),
+        1 => Just(Happening::HostIsKilled),
+        1 => (1_u64..20_000).prop_map(Happening::TimePasses),
+    ];
+    proptest::collection::vec(happening, 1..40)
+}
+
+proptest! {
+    /// Deliveries repeated, late and in any order, exits, kills of the host: each message is one turn at most, turns follow one
+    /// another, each that began ends once, and at rest nothing that was accepted is left over.
+    #[test]
+    fn every_accepted_message_is_one_turn_or_none(happenings in happenings()) {
+        let mut core = core(State::default());
+        let (mut now, mut records, mut runs) = (0, Vec::new(), false);
+        let mut settle = |core: &mut Core, now: u64, runs: &mut bool| {
+            loop {
+                let actions = core.take_actions();
+                if actions.is_empty() {
+                    return;
+                }
+                for action in actions {
+                    match action {
+                        Action::Record(kind) => records.push(kind),
+                        Action::Start(_) => {
+                            assert!(!*runs, "two programs");
+                            *runs = true;
+                            core.started(1, "/", now);
+                        }
+                        Action::Kill | Action::Terminate if *runs => {
+                            *runs = false;
+                            core.exited(143, now);
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        };
+        let rest = [Happening::TimePasses(1), Happening::ProgramExits].into_iter().cycle().take(40);
+        for happening in happenings.into_iter().chain(rest) {
+            match happening {
+                Happening::Deliver(input) => core.input(input, now),
+                Happening::ProgramExits if runs => {
+                    runs = false;
+                    core.exited(0, now);
+                }
+                Happening::ProgramExits => {}
+                Happening::HostIsKilled => {
+                    runs = false;
+                    core = self::core(core.state().clone());
+                }
+                Happening::TimePasses(ms) => {
+                    now += ms;
+                    core.tick(true, now);
+                }
+            }
+            settle(&mut core, now, &mut runs);
+        }
+        let mut open: Option<u32> = None;
+        let mut turns = Vec::new();
+        for kind in &records {
+            match kind {
+                record::Kind::TurnStarted(started) => {
+                    prop_assert!(open.is_none() && !turns.contains(&started.turn), "{records:?}");
+                    open = Some(started.turn);
+                    turns.push(started.turn);
+                }
+                record::Kind::TurnEnded(TurnEnded { turn, .. }) => prop_assert_eq!(open.take(), Some(*turn)),
+                _ => {}
+            }
+        }
+        let settled = |id: &str| records.iter().filter(|kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == id)).count();
+        for kind in &records {
+            if let record::Kind::InputAccepted(accepted) = kind {
+                let id = &accepted.input.as_ref().unwrap().id;
+                prop_assert!(settled(id) <= 1, "{id} settled twice");
+            }
+        }
+        prop_assert!(open.is_none() && core.state().queued.is_empty(), "{:?}", core.state());
+        let began = |id: &str| records.iter().any(|kind| matches!(kind, record::Kind::TurnStarted(turn) if turn.input_id == id));
+        for kind in &records {
+            if let record::Kind::InputAccepted(InputAccepted { input: Some(Input { id, kind: Some(input::Kind::Message(message)) }) }) = kind {
+                prop_assert!(message.when_busy() != WhenBusy::Join || !began(id), "{id} became a turn");
+            }
+        }
+    }
+}
