@@ -25,6 +25,7 @@ use contract::{
     rpc,
     scheduler::{GetSessionRequest, Session},
 };
+use futures::future::BoxFuture;
 use serde::Deserialize;
 use types::{Partition, SessionId, SessionStatus};
 
@@ -141,6 +142,14 @@ async fn has_end(app: &App, session_id: SessionId, session: &Session, last: u64)
     let page = history::read_page(&app.bus, session_id, last, 1).await?;
     let newest = page.newest.map(|event| Event::decode(event.event_id, event.payload));
     Ok(newest.is_some_and(|newest| newest.id <= last && progress::is_end_of(&newest, settled, session.turn_count)))
+}
+
+/// Waits for the answer to a request; for ever if none is under way.
+async fn answer_to<T>(request: &mut Option<BoxFuture<'static, T>>) -> T {
+    match request {
+        Some(request) => request.await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The id after which events are wanted.

@@ -171,6 +171,25 @@ async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(
     Ok(())
 }
 
+/// Reads an environment with its newest version.
+async fn find(
+    executor: impl sqlx::PgExecutor<'_>,
+    user: UserId,
+    environment: EnvironmentId,
+) -> Result<Option<EnvironmentRow>, sqlx::Error> {
+    sqlx::query_as(
+        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
+                e.description, e.metadata, e.version, e.created_at, e.updated_at, e.archived_at
+         from environment e
+         join environment_version v using (environment_id, version)
+         where e.environment_id = $1 and e.user_id = $2",
+    )
+    .bind(environment.uuid())
+    .bind(user.uuid())
+    .fetch_optional(executor)
+    .await
+}
+
 /// Checks in the contract's order (docs/api.md §5); a real change is a new version.
 pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> Result<Environment, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
@@ -182,18 +201,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
         .bind(user.uuid())
         .execute(&mut *tx)
         .await?;
-    let current: EnvironmentRow = sqlx::query_as(
-        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
-                e.description, e.metadata, e.version, e.created_at, e.updated_at, e.archived_at
-         from environment e
-         join environment_version v using (environment_id, version)
-         where e.environment_id = $1 and e.user_id = $2",
-    )
-    .bind(environment.uuid())
-    .bind(user.uuid())
-    .fetch_optional(&mut *tx)
-    .await?
-    .ok_or_else(missing)?;
+    let current = find(&mut *tx, user, environment).await?.ok_or_else(missing)?;
     if current.archived_at.is_some() {
         return Err(Failure::conflict("Cannot update an archived environment").because("environment_archived"));
     }
@@ -297,18 +305,7 @@ pub async fn delete(scheduler: Scheduler, request: GetEnvironmentRequest) -> Res
 pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result<Environment, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
-    let row: Option<EnvironmentRow> = sqlx::query_as(
-        "select e.environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id,
-                e.description, e.metadata, e.version, e.created_at, e.updated_at, e.archived_at
-         from environment e
-         join environment_version v using (environment_id, version)
-         where e.environment_id = $1 and e.user_id = $2",
-    )
-    .bind(environment.uuid())
-    .bind(user.uuid())
-    .fetch_optional(&scheduler.pool)
-    .await?;
-    row.map(Environment::from).ok_or_else(missing)
+    find(&scheduler.pool, user, environment).await?.map(Environment::from).ok_or_else(missing)
 }
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvironmentsReply, Failure> {

@@ -16,6 +16,7 @@ use types::{Backoff, ErrorCode, InputId, Partition, SessionId, Timestamp};
 use crate::{
     App,
     stream::{
+        answer_to,
         event::{Event, anonymous_frame, named_frame},
         history,
         hub::Hub,
@@ -210,12 +211,7 @@ impl Follower {
                     Read::Unknown | Read::Wait => {}
                 }
             }
-            let answered = async {
-                match &mut self.request {
-                    Some(request) => request.await,
-                    None => std::future::pending().await,
-                }
-            };
+            let answered = answer_to(&mut self.request);
             tokio::select! {
                 answer = answered => {
                     self.request = None;

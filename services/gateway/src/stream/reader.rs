@@ -18,6 +18,7 @@ use crate::{
     App, RPC_DEADLINE,
     auth::Caller,
     stream::{
+        answer_to,
         event::{Event, OutputFrame, StreamEvent, TERMINATED, Visible, anonymous_frame},
         history::{self, Stored},
         hub::{Hub, session_once_persisted},
@@ -321,12 +322,7 @@ impl Reader {
                 _ => std::future::pending().await,
             }
         };
-        let answered = async {
-            match &mut self.request {
-                Some(request) => request.await,
-                None => std::future::pending().await,
-            }
-        };
+        let answered = answer_to(&mut self.request);
         tokio::select! {
             answer = answered => {
                 self.request = None;
