@@ -106,8 +106,9 @@ fn code<'a>(subjects: impl Iterator<Item = &'a str>) -> String {
     subjects.map(|subject| format!("`{subject}`")).collect::<Vec<_>>().join(" ")
 }
 
-/// Whether a pattern covers an address, whose parameters are `{in_braces}` and stand for any word.
-fn covers(pattern: &str, address: &str) -> bool {
+/// Returns whether a pattern of NATS covers an address, whose parameters are `{in_braces}` and stand for one word each.
+#[must_use]
+pub fn covers(pattern: &str, address: &str) -> bool {
     let (mut pattern, mut address) = (pattern.split('.'), address.split('.'));
     loop {
         match (pattern.next(), address.next()) {

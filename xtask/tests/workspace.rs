@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, process::Command};
 
 use serde_json::Value;
-use xtask::root;
+use xtask::{bus::covers, root};
 
 /// What each of our libraries may use of ours. Services may use any library; nothing may use a service.
 const ALLOWED: [(&str, &[&str]); 12] = [
@@ -102,7 +102,7 @@ fn the_document_of_the_bus_is_complete() {
     let document: Value = serde_json::from_str(&xtask::asyncapi::render().unwrap()).unwrap();
     let addresses: Vec<String> =
         document["channels"].as_object().unwrap().values().filter_map(|channel| channel["address"].as_str()).map(str::to_owned).collect();
-    let described = |pattern: &str| addresses.iter().any(|address| matches(pattern, address));
+    let described = |pattern: &str| addresses.iter().any(|address| covers(pattern, address));
     for access in contract::access::ALL {
         for pattern in access.publish.iter().chain(access.subscribe).filter(|pattern| pattern.starts_with("aod.")) {
             assert!(described(pattern), "{} may use {pattern}, which is not described", access.user);
@@ -112,10 +112,10 @@ fn the_document_of_the_bus_is_complete() {
         assert!(stream.subjects.iter().all(|pattern| described(pattern)), "{}", stream.name);
     }
     for address in &addresses {
-        let used = contract::access::ALL.iter().any(|access| access.publish.iter().any(|pattern| matches(pattern, address)));
+        let used = contract::access::ALL.iter().any(|access| access.publish.iter().any(|pattern| covers(pattern, address)));
         // The server itself publishes what a stream republishes.
         let republished = contract::topology::streams(types::Partition::all())
-            .any(|stream| stream.republish.is_some_and(|republish| matches(republish.to, address)));
+            .any(|stream| stream.republish.is_some_and(|republish| covers(republish.to, address)));
         assert!(used || republished, "no user may publish {address}");
     }
     let text = document.to_string();
@@ -127,19 +127,6 @@ fn the_document_of_the_bus_is_complete() {
         let (package, name) = message["name"].as_str().unwrap().rsplit_once('.').unwrap();
         let proto = document["components"]["schemas"][package]["schema"].as_str().unwrap();
         assert!(proto.contains(&format!("message {name} {{")), "{package} has no {name}");
-    }
-}
-
-/// Whether a pattern of NATS covers an address, whose parameters stand for one word each.
-fn matches(pattern: &str, address: &str) -> bool {
-    let (mut pattern, mut address) = (pattern.split('.'), address.split('.'));
-    loop {
-        match (pattern.next(), address.next()) {
-            (Some(">"), Some(_)) | (None, None) => return true,
-            (Some("*"), Some(_)) => {}
-            (Some(p), Some(a)) if p == a || a.starts_with('{') => {}
-            _ => return false,
-        }
     }
 }
 
