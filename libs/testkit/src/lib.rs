@@ -4,7 +4,7 @@
 //! runs alone, its process starts one for itself. Each test has a database of its own, and a nats-server of its own.
 
 pub mod bench;
-pub mod docker;
+pub mod containers;
 pub mod nats;
 pub mod postgres;
 mod process;

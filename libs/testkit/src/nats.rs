@@ -1,13 +1,14 @@
 //! A real nats-server, with the very configuration and permissions that deployments have.
 
 use std::{
+    io::Read as _,
     net::TcpStream,
     path::PathBuf,
     process::{Child, Command},
     time::Duration,
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 use bus::Bus;
 use contract::{
     access::{self, Access},
@@ -17,7 +18,7 @@ use tempfile::TempDir;
 use types::Partition;
 
 use crate::{
-    docker::Container,
+    containers::{Container, Image},
     process::{free_port, spawn_tied},
     tls::Tls,
 };
@@ -32,6 +33,8 @@ pub struct Nats {
     dir: TempDir,
     running: Option<Running>,
     tls: Option<Tls>,
+    /// Absent: the server comes from an image.
+    program: Option<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -42,9 +45,17 @@ enum Running {
 
 impl Nats {
     /// # Errors
-    /// When there is no nats-server on this machine, nor Docker.
+    /// When there is no nats-server on this machine, nor Docker (see [`crate::containers`]).
     pub fn start() -> anyhow::Result<Self> {
-        Self::start_with(None)
+        Self::start_with(None, find_program())
+    }
+
+    /// A server from an image, whatever is installed.
+    ///
+    /// # Errors
+    /// When Docker does not answer or refuses.
+    pub fn start_in_container() -> anyhow::Result<Self> {
+        Self::start_with(None, None)
     }
 
     /// A server that takes encrypted connections only.
@@ -52,14 +63,15 @@ impl Nats {
     /// # Errors
     /// When there is no nats-server on this machine.
     pub fn start_tls() -> anyhow::Result<Self> {
-        Self::start_with(Some(Tls::generate()?))
+        let program = find_program().context("nats-server is not installed: run `make setup`")?;
+        Self::start_with(Some(Tls::generate()?), Some(program))
     }
 
-    fn start_with(tls: Option<Tls>) -> anyhow::Result<Self> {
+    fn start_with(tls: Option<Tls>, program: Option<PathBuf>) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("aod-nats-").tempdir()?;
         std::fs::write(dir.path().join("nats-server.conf"), CONF)?;
         std::fs::write(dir.path().join("permissions.conf"), PERMISSIONS)?;
-        let mut nats = Self { port: free_port()?, dir, running: None, tls };
+        let mut nats = Self { port: free_port()?, dir, running: None, tls, program };
         nats.run()?;
         Ok(nats)
     }
@@ -67,36 +79,44 @@ impl Nats {
     fn run(&mut self) -> anyhow::Result<()> {
         let conf = self.dir.path().join("nats-server.conf");
         let passwords = access::users().map(|user| (access::password_variable(user), password(user)));
-        let running = if let Some(program) = find_program() {
+        let store = self.dir.path().join("store");
+        let running = if let Some(program) = &self.program {
             let mut command = Command::new(program);
-            command.arg("-c").arg(conf).args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-sd"]).arg(self.dir.path().join("store"));
+            command.arg("-c").arg(conf).args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-sd"]).arg(store);
             if let Some(tls) = &self.tls {
                 command.arg("--tls").arg("--tlscert").arg(tls.certificate_file()).arg("--tlskey").arg(tls.key_file());
             }
             command.envs(passwords);
             Running::Process(spawn_tied(command)?)
         } else {
-            ensure!(Container::available(), "neither nats-server nor Docker is on this machine; `make setup` installs the first");
-            // As its own user, so that the folder can be removed; its store outlives a restart.
-            let store = self.dir.path().join("store");
+            // As this process's user, so that the folder can be removed; its store outlives a restart.
             std::fs::create_dir_all(&store)?;
-            let user = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-            let (publish, volume) = (format!("127.0.0.1:{}:4222", self.port), format!("{}:/conf:ro", self.dir.path().display()));
-            let data = format!("{}:/store", store.display());
-            let variables: Vec<_> = passwords.map(|(name, value)| format!("{name}={value}")).collect();
-            let mut options =
-                vec!["--publish", publish.as_str(), "--volume", volume.as_str(), "--volume", data.as_str(), "--user", user.as_str()];
-            options.extend(variables.iter().flat_map(|variable| ["--env", variable.as_str()]));
-            Running::Container { _container: Container::run(&options, "nats:2.12", &["-c", "/conf/nats-server.conf", "-sd", "/store"])? }
+            let image = Image {
+                name: "nats",
+                tag: "2.12",
+                ports: (self.port, 4222),
+                args: ["-c", "/conf/nats-server.conf", "-sd", "/conf/store"].map(str::to_owned).into(),
+                variables: passwords.collect(),
+                volumes: vec![(self.dir.path().display().to_string(), "/conf")],
+                user: Some(format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())),
+            };
+            Running::Container { _container: image.start()? }
         };
         self.running = Some(running);
         for _ in 0..1000 {
-            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+            if self.greets() {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(10));
         }
         bail!("nats-server does not take connections")
+    }
+
+    /// Whether the server sends its first line. Docker takes connections before the server in its container does.
+    fn greets(&self) -> bool {
+        let Ok(mut connection) = TcpStream::connect(("127.0.0.1", self.port)) else { return false };
+        let limit = connection.set_read_timeout(Some(Duration::from_secs(1)));
+        limit.is_ok() && connection.read(&mut [0]).is_ok_and(|read| read > 0)
     }
 
     /// Kills the server and starts it again, on the same port and store.

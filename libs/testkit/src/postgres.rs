@@ -13,7 +13,7 @@ use sqlx::{Connection as _, PgConnection};
 use tempfile::TempDir;
 
 use crate::{
-    docker::Container,
+    containers::{Container, Image},
     process::{free_port, spawn_tied},
     tls::Tls,
 };
@@ -39,9 +39,30 @@ enum Running {
 
 impl Server {
     /// # Errors
-    /// When there is no Postgres on this machine, nor Docker.
+    /// When there is no Postgres on this machine, nor Docker (see [`crate::containers`]).
     pub fn start() -> anyhow::Result<Self> {
-        Self::start_with(None)
+        find_bin().map_or_else(Self::start_in_container, |bin| Self::start_with(&bin, None))
+    }
+
+    /// A server from an image, whatever is installed.
+    ///
+    /// # Errors
+    /// When Docker does not answer or refuses.
+    pub fn start_in_container() -> anyhow::Result<Self> {
+        let port = free_port()?;
+        let image = Image {
+            name: "postgres",
+            tag: "17",
+            ports: (port, 5432),
+            args: Vec::new(),
+            variables: vec![("POSTGRES_PASSWORD".into(), PASSWORD.into())],
+            volumes: Vec::new(),
+            user: None,
+        };
+        Ok(Self {
+            url: format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}"),
+            running: Running::Container { _container: image.start()? },
+        })
     }
 
     /// A server that speaks TLS.
@@ -49,21 +70,11 @@ impl Server {
     /// # Errors
     /// When there is no Postgres on this machine.
     pub fn start_tls(tls: &Tls) -> anyhow::Result<Self> {
-        ensure!(find_bin().is_some(), "PostgreSQL is not on this machine; `make setup` installs it");
-        Self::start_with(Some(tls))
+        let bin = find_bin().context("PostgreSQL is not installed: run `make setup`")?;
+        Self::start_with(&bin, Some(tls))
     }
 
-    fn start_with(tls: Option<&Tls>) -> anyhow::Result<Self> {
-        let Some(bin) = find_bin() else {
-            ensure!(Container::available(), "neither PostgreSQL nor Docker is on this machine; `make setup` installs the first");
-            let port = free_port()?;
-            let (publish, password) = (format!("127.0.0.1:{port}:5432"), format!("POSTGRES_PASSWORD={PASSWORD}"));
-            let container = Container::run(&["--publish", &publish, "--env", &password], "postgres:17", &[])?;
-            return Ok(Self {
-                url: format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}"),
-                running: Running::Container { _container: container },
-            });
-        };
+    fn start_with(bin: &Path, tls: Option<&Tls>) -> anyhow::Result<Self> {
         let data = tempfile::Builder::new().prefix("aod-postgres-").tempdir()?;
         let password_file = data.path().join("password");
         std::fs::write(&password_file, PASSWORD)?;
