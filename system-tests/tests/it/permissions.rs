@@ -228,7 +228,7 @@ async fn a_stream_that_is_delivered_to_a_service_is_neither_hint_nor_request() {
         stream.create_consumer(deliver).await.unwrap();
     }
     // A runner that took it for a termination deletes the Sprite, and the turn has no end for a long while.
-    let ended = tokio::time::timeout(Duration::from_secs(30), events.all()).await.unwrap().unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(90), events.all()).await.unwrap().unwrap();
     assert_eq!(ended.last().unwrap().pointer("/code"), Some(&0.into()), "{:?}", ended.last());
 }
 

@@ -2,9 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use futures::future::join_all;
 use serde_json::{Value, json};
-use system_tests::{Options, Stack};
+use system_tests::{Options, Stack, for_each_agent};
 use tokio::task::JoinSet;
 
 use crate::git::GitServer;
@@ -70,7 +69,7 @@ async fn every_cli_runs_a_tool_remembers_its_first_turn_and_calls_an_mcp_server(
     let environment = stack.post("/environments", environment).await.unwrap().text("id").to_owned();
     // opencode speaks to each provider in that provider's own way.
     let more = [("opencode", "anthropic/claude-sonnet-4-5"), ("opencode", "google/gemini-2.5-pro")];
-    let runs = RUNTIMES.into_iter().chain(more).map(async |(runtime, model)| {
+    for_each_agent(RUNTIMES.into_iter().chain(more), async |(runtime, model)| {
         let servers = json!([{ "name": "echo", "type": "stdio", "command": "python3", "args": ["/workspace/echo.py"], "env": { "SUFFIX": "by MCP" } }]);
         let agent = json!({ "name": format!("{runtime} {model}"), "model": model, "runtime": runtime, "system": "Be brief. MARK-4711", "mcp_servers": servers });
         let agent = stack.post("/agents", agent).await.unwrap();
@@ -98,8 +97,8 @@ async fn every_cli_runs_a_tool_remembers_its_first_turn_and_calls_an_mcp_server(
         let events = typed_events(&stack, &session).await;
         every_model_request_is_counted(runtime, turns.body["data"].as_array().unwrap(), &events);
         tells_the_same_story(runtime, model, &events);
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 async fn typed_events(stack: &Stack, session: &str) -> Vec<Value> {
@@ -170,11 +169,11 @@ async fn a_key_that_is_refused_fails_the_turn_in_the_clis_own_words() {
 }
 
 async fn every_cli_is_refused(stack: &Stack, keys: &Value) {
-    let runs = RUNTIMES.map(async |(runtime, model)| {
+    for_each_agent(RUNTIMES, async |(runtime, model)| {
         let agent = json!({ "name": runtime, "model": model, "runtime": runtime });
         let agent = stack.post("/agents", agent).await.unwrap().text("id").to_owned();
         // Claude Code tries a refused key again for minutes, and says so.
-        let timeout = if runtime == "claude" { 20 } else { 600 };
+        let timeout = if runtime == "claude" { 40 } else { 600 };
         let body = json!({ "agent_id": agent, "prompt": "hello", "secret_env_vars": keys, "timeout": timeout });
         let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
         let ended = turn(stack, &session, 0).await;
@@ -185,8 +184,8 @@ async fn every_cli_is_refused(stack: &Stack, keys: &Value) {
         let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
         let told = session.body["failure"]["message"].as_str().unwrap_or_default();
         assert!(told.ends_with("the model's provider refused the API key"), "{runtime}: {told}: {}", ended.output);
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 /// An MCP server over HTTP, outside of the sandbox, that wants a header with this token.
@@ -230,7 +229,7 @@ pub async fn mcp_over_http(token: Arc<Mutex<String>>) -> (String, u16, JoinSet<s
 async fn every_cli_calls_an_mcp_server_over_http_and_knows_its_skills() {
     let (url, port, _server) = mcp_over_http(Arc::new(Mutex::new("a-secret-token".to_owned()))).await;
     let stack = Stack::start(MODEL.reaching(&[port])).await.unwrap();
-    let runs = RUNTIMES.map(async |(runtime, model)| {
+    for_each_agent(RUNTIMES, async |(runtime, model)| {
         let servers = json!([{ "name": "echo", "type": "url", "url": url, "headers": { "Authorization": "Bearer a-secret-token" } }]);
         let content = "Look at the sea and say what colour it has.";
         let skills = json!([{ "name": "sea-colour", "description": "Knows the colour of the sea, MARK-4711", "content": content }]);
@@ -243,18 +242,18 @@ async fn every_cli_calls_an_mcp_server_over_http_and_knows_its_skills() {
         first.succeeded_saying(runtime, "seven over HTTP");
         // A skill's description is in what the CLI tells its model.
         prompt(&stack, &session, &first, "say the mark").await.succeeded_saying(runtime, "The mark is MARK-4711");
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 /// A model that is broken, or has had enough: the CLI says so, and the turn ends.
 #[tokio::test]
 async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
     let stack = Stack::start(MODEL).await.unwrap();
-    let runs = RUNTIMES.into_iter().flat_map(|run| [(run, "500"), (run, "429")]).map(async |((runtime, model), status)| {
+    for_each_agent(RUNTIMES.into_iter().flat_map(|run| [(run, "500"), (run, "429")]), async |((runtime, model), status)| {
         let agent = json!({ "name": format!("{runtime} {status}"), "model": model, "runtime": runtime });
         let agent = stack.post("/agents", agent).await.unwrap().text("id").to_owned();
-        let body = json!({ "agent_id": agent, "prompt": format!("fail with {status}"), "timeout": 40 });
+        let body = json!({ "agent_id": agent, "prompt": format!("fail with {status}"), "timeout": 120 });
         let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
         let ended = turn(&stack, &session, 0).await;
         let said = ended.output.to_lowercase();
@@ -266,8 +265,8 @@ async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
         let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
         let message = session.body["failure"]["message"].as_str().unwrap();
         assert!(message.contains("the model's provider"), "{runtime} {status}: {message} {}", ended.output);
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 /// By the real installer, from a git server in GitHub's place.
@@ -277,15 +276,15 @@ async fn every_cli_knows_a_skill_from_github() {
     let served = GitServer::start("o/skills", "sea-colour/SKILL.md", skill).await;
     let stack = Stack::start(MODEL.reaching(&[served.port])).await.unwrap();
     let environment = stack.post("/environments", json!({ "name": "e", "env_vars": served.as_github() })).await.unwrap();
-    let runs = RUNTIMES.map(async |(runtime, model)| {
+    for_each_agent(RUNTIMES, async |(runtime, model)| {
         let skills = json!([{ "type": "github", "source": "o/skills", "name": "sea-colour", "description": "the sea" }]);
         let agent = stack.post("/agents", json!({ "name": runtime, "model": model, "runtime": runtime, "skills": skills })).await.unwrap();
         assert_eq!(agent.status, 201, "{agent:?}");
         let body = json!({ "agent_id": agent.text("id"), "environment_id": environment.text("id"), "prompt": "say the mark" });
         let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
         turn(&stack, &session, 0).await.succeeded_saying(runtime, "The mark is MARK-815");
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 /// One that hangs, one that is no program, one that ends at once, and one that nobody serves: the turn goes on, and says which are missing.
@@ -293,7 +292,7 @@ async fn every_cli_knows_a_skill_from_github() {
 async fn an_mcp_server_that_does_not_start_is_told_of_and_holds_up_no_turn() {
     let stack = Stack::start(MODEL).await.unwrap();
     let environment = stack.post("/environments", json!({ "name": "e", "setup_script": MCP_SERVER })).await.unwrap().text("id").to_owned();
-    let runs = RUNTIMES.map(async |(runtime, model)| {
+    for_each_agent(RUNTIMES, async |(runtime, model)| {
         let stdio = |name: &str, command: &str, args: &[&str]| json!({ "name": name, "type": "stdio", "command": command, "args": args });
         let mut echo = stdio("echo", "python3", &["/workspace/echo.py"]);
         echo["env"] = json!({ "SUFFIX": "by MCP" });
@@ -321,8 +320,8 @@ async fn an_mcp_server_that_does_not_start_is_told_of_and_holds_up_no_turn() {
             let told = told.unwrap_or_else(|| panic!("{runtime}: {name} is not told of: {errors:#?}"));
             assert_eq!(told["error"]["type"], "mcp_connection_failed_error", "{runtime}: {told}");
         }
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 /// Also beside a system prompt: nothing is put in front of a prompt.
@@ -333,7 +332,7 @@ async fn a_slash_command_is_one_for_a_cli_that_has_them() {
         echo 'say the mark of $ARGUMENTS' >~/.claude/commands/tell.md
         printf 'prompt = "say the mark of {{args}}"\n' >~/.gemini/commands/tell.toml"#;
     let environment = stack.post("/environments", json!({ "name": "e", "setup_script": commands })).await.unwrap().text("id").to_owned();
-    let runs = ["claude", "gemini"].map(async |runtime| {
+    for_each_agent(["claude", "gemini"], async |runtime| {
         let model = RUNTIMES.iter().find(|(name, _)| *name == runtime).unwrap().1;
         let agent = json!({ "name": runtime, "model": model, "runtime": runtime, "system": "Be brief. MARK-4711" });
         let agent = stack.post("/agents", agent).await.unwrap();
@@ -346,6 +345,6 @@ async fn a_slash_command_is_one_for_a_cli_that_has_them() {
         // A path is no command, and is not changed on its way.
         let second = prompt(&stack, &session, &first, "what was my first message? /tell").await;
         second.succeeded_saying(runtime, "Your first message was:");
-    });
-    join_all(runs).await;
+    })
+    .await;
 }

@@ -84,7 +84,7 @@ async fn a_limit_is_waited_for_as_long_as_its_body_says() {
     let begun = Instant::now();
     client.ensure(&name()).await.unwrap();
     let waited = begun.elapsed();
-    assert!(waited >= Duration::from_secs(1) && waited < Duration::from_secs(5), "{waited:?}");
+    assert!(waited >= Duration::from_secs(1) && waited < Duration::from_secs(20), "{waited:?}");
     assert_eq!(asked.load(Ordering::SeqCst), 2);
 }
 
@@ -120,7 +120,7 @@ async fn a_sprites_api_that_is_down_fails_the_turn_after_bounded_retries() {
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let message = events.last().unwrap()["message"].as_str().unwrap();
     assert!(message.starts_with("Provisioning failed at create_sprite: the Sprites API cannot be reached"), "{message}");
-    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(120), "{:?}", begun.elapsed());
 }
 
 /// Pauses, cut sockets, lost output, a slow creation, false answers: what the real service does now and then, all at once and often.

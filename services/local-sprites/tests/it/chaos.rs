@@ -37,7 +37,7 @@ async fn a_limit_of_creations_is_told_with_how_long_to_wait() {
     let begun = Instant::now();
     let error = sprite.run(&request, Duration::from_secs(30)).await.unwrap_err();
     assert!(matches!(&error, Error::Rejected { status, .. } if status.as_u16() == 414), "{error}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(begun.elapsed() < Duration::from_secs(20));
 }
 
 #[tokio::test]

