@@ -4,31 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/versions.env
-bin=${CARGO_TARGET_DIR:-target}/debug
+. scripts/stack.sh
 suite=system-tests/clients/conformance
-data=$(mktemp -d)
-stack=
-end() {
-    local code=$?
-    if [ -n "$stack" ]; then
-        kill -TERM "$stack" 2>/dev/null || true
-        wait "$stack" 2>/dev/null || true
-    fi
-    rm -rf "$data"
-    exit $code
-}
-trap end EXIT
 
 # shellcheck disable=SC2086
 scripts/anthropic.sh $ANTHROPIC_VERSION $ANTHROPIC_OLDER_VERSIONS
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-"$bin/aod" dev --data-dir "$data/stack" --port "$port" --ready-file "$data/ready.json" --scripted-model >"$data/aod-dev.log" 2>&1 &
-stack=$!
-until [ -e "$data/ready.json" ]; do
-    kill -0 "$stack" 2>/dev/null || { tail -n 20 "$data/aod-dev.log" >&2; exit 1; }
-    sleep 0.05
-done
-ready() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$data/ready.json" "$1"; }
+start_stack
 BASE_URL=$(ready api_url) API_KEY=$(ready api_key)
 "$bin/aod" admin --data-dir "$data/stack" user create other >/dev/null
 OTHER_API_KEY=$("$bin/aod" admin --data-dir "$data/stack" key create other | sed -n 's|^key  *||p')
