@@ -25,6 +25,7 @@ FULL = {
     "image": {"repository": "registry.example.com/aod", "tag": "1.2.3", "pullSecrets": [{"name": "pull"}]},
     "nats": {"url": "tls://a.example.com:4222,tls://b.example.com:4222", "caSecret": "nats-ca", "streamReplicas": 3, "monitoring": "nats.bus:8222"},
     "env": {"RUST_LOG": "debug"},
+    "files": {"enabled": True, "storageClass": "shared"},
     "traces": {"endpoint": "http://collector.monitoring:4318"},
     "gateway": {
         "allowedHosts": ["api.example.com"],
@@ -222,6 +223,27 @@ def test_the_gateway_answers_to_its_names_and_starts_in_production():
         # `helm test` calls it by the first.
         test = next(d for d in documents if d["kind"] == "Pod")
         assert test["spec"]["containers"][0]["args"][2].startswith(f"http://{own[0]}:")
+
+
+def test_files_are_on_one_volume_of_the_services_that_use_it():
+    def mounted(values):
+        claims = {}
+        for name, pod in pods(render(values)):
+            for volume in pod["spec"].get("volumes", []):
+                if volume["name"] == "files":
+                    [mount] = [m["mountPath"] for m in pod["spec"]["containers"][0]["volumeMounts"] if m["name"] == "files"]
+                    assert settings(pod)["AOD_FILES_URL"] == f"file://{mount}"
+                    claims[name.removeprefix("aod-agent-on-demand-")] = volume["persistentVolumeClaim"]["claimName"]
+        return claims
+
+    users = ["gateway", "scheduler", "sprite-runner"]
+    assert mounted(FULL) == dict.fromkeys(users, "aod-agent-on-demand-files")
+    claim = find(render(FULL), "PersistentVolumeClaim", "files")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"] and claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    own = {**REAL, "files": {"enabled": True, "existingClaim": "mine"}}
+    assert mounted(own) == dict.fromkeys(users, "mine")
+    assert not [d for d in render(own) if d["kind"] == "PersistentVolumeClaim"]
+    assert mounted(REAL) == {} and "AOD_FILES_URL" not in settings(find(render(REAL), "Deployment", "gateway")["spec"]["template"])
 
 
 def test_the_database_is_made_before_the_services_need_it():

@@ -46,6 +46,19 @@ model-gateway: { secrets: [NATS_PASSWORD] }
 {{- end -}}
 {{- end }}
 
+{{/* Not empty for components that read and write files. */}}
+{{- define "aod.hasFiles" -}}
+{{- if and .root.Values.files.enabled (has .name (list "gateway" "scheduler" "sprite-runner")) }}true{{ end -}}
+{{- end }}
+
+{{- define "aod.filesPath" -}}
+/var/lib/aod/files
+{{- end }}
+
+{{- define "aod.filesClaim" -}}
+{{ .Values.files.existingClaim | default (printf "%s-files" (include "aod.fullname" .)) }}
+{{- end }}
+
 {{- define "aod.natsUrl" -}}
 {{- if .Values.trial.enabled }}nats://{{ include "aod.fullname" . }}-nats:4222{{ else }}{{ required "nats.url: where NATS is (or trial.enabled)" .Values.nats.url }}{{ end -}}
 {{- end }}
@@ -75,6 +88,7 @@ capabilities: { drop: [ALL] }
 {{- if .root.Values.nats.caSecret }}{{ $_ := set $settings "NATS_CA_FILE" "/nats-ca/ca.crt" }}{{ end -}}
 {{- if .root.Values.traces.endpoint }}{{ $_ := set $settings "OTEL_EXPORTER_OTLP_ENDPOINT" .root.Values.traces.endpoint }}{{ end -}}
 {{- if and (has .name (list "gateway" "credential-vault")) (not .root.Values.trial.enabled) }}{{ $_ := set $settings "AOD_ENV" "production" }}{{ end -}}
+{{- if include "aod.hasFiles" . }}{{ $_ := set $settings "AOD_FILES_URL" (printf "file://%s" (include "aod.filesPath" .root)) }}{{ end -}}
 {{- if eq .name "gateway" }}
 {{- /* Until every proxy has heard that this pod goes. */}}
 {{- $_ := set $settings "AOD_DRAIN_SECONDS" "10" }}
