@@ -12,7 +12,7 @@ use axum::{
 use bus::trace;
 use tower_http::{
     catch_panic::CatchPanicLayer,
-    cors::{AllowOrigin, CorsLayer},
+    cors::{AllowHeaders, AllowOrigin, CorsLayer},
 };
 use tracing::{Instrument as _, field};
 use utoipa::OpenApi as _;
@@ -120,13 +120,9 @@ fn cors(origins: &[String]) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(allow)
         .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
-        .allow_headers([
-            header::AUTHORIZATION,
-            header::CONTENT_TYPE,
-            HeaderName::from_static("last-event-id"),
-            HeaderName::from_static("idempotency-key"),
-        ])
-        .expose_headers([REQUEST_ID, header::RETRY_AFTER, idempotency::REPLAYED])
+        // Whatever an SDK adds. No header carries a right by itself: cookies are not sent, for credentials are not allowed.
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([REQUEST_ID, v1::error::REQUEST_ID, v1::error::SHOULD_RETRY, header::RETRY_AFTER, idempotency::REPLAYED])
         .max_age(std::time::Duration::from_secs(86_400))
 }
 

@@ -13,9 +13,9 @@ use utoipa::ToSchema;
 
 use crate::error::{ApiError, Refusal};
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 /// Both SDKs repeat a request that was answered 408, 409, 429 or 5xx, unless this header says no.
-const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+pub const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// A failed answer.
 #[derive(Debug, Serialize, ToSchema)]
