@@ -21,8 +21,11 @@ use crate::{inputs::Turn, record::Record};
 const DEADLINE: Duration = Duration::from_secs(5);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: u32::MAX };
 const ENTRIES: usize = 256;
-/// How long the end of a request is held back, for the message that came of it: a CLI tells it a moment after the response.
+/// How long the end of a request is held back once the agent told something that came of the request: it may tell more.
 const HELD: Duration = Duration::from_millis(400);
+/// How long it is held back for a CLI that has told nothing yet, which is slow on a busy machine. What shows that the agent went on ends
+/// this: a result of a tool, the next request, the end of the turn.
+const HELD_MAX: Duration = Duration::from_secs(10);
 /// How long the end of a turn waits for requests that are still open.
 const SETTLED_WITHIN: Duration = Duration::from_secs(2);
 const SETTLED_EVERY: Duration = Duration::from_millis(50);
@@ -35,6 +38,8 @@ pub struct Meter {
     /// Those that came and are not in the log, in order, and when the first of them came.
     held: VecDeque<MeterEntry>,
     held_since: Instant,
+    /// The agent told something since the newest request began.
+    has_told: bool,
     _task: JoinSet<()>,
 }
 
@@ -47,13 +52,13 @@ impl Meter {
         let (sender, entries) = mpsc::channel(ENTRIES);
         let mut task = JoinSet::new();
         task.spawn(run(bus.clone(), request.clone(), hints, sender).in_current_span());
-        Ok(Self { bus: bus.clone(), request, entries, held: VecDeque::new(), held_since: Instant::now(), _task: task })
+        Ok(Self { bus: bus.clone(), request, entries, held: VecDeque::new(), held_since: Instant::now(), has_told: false, _task: task })
     }
 
     /// Waits until something is to be appended; for ever where nothing comes.
     pub async fn due(&mut self) {
         loop {
-            let until = self.held_since + HELD;
+            let until = self.held_since + if self.has_told { HELD } else { HELD_MAX };
             let came = match self.held.is_empty() {
                 true => self.entries.recv().await,
                 false => tokio::select! {
@@ -86,19 +91,19 @@ impl Meter {
 
     /// Whether what is held is to be appended before this event: it did not come of the request that ended.
     pub fn precedes(&self, kind: &Kind) -> bool {
-        let follows_from_request = match kind {
-            Kind::Output(_) | Kind::OutputDropped(_) => true,
-            Kind::Agent(AgentEvent { event: Some(event), .. }) => {
-                matches!(event.kind, Some(event::Kind::Message(_) | event::Kind::Thinking(_) | event::Kind::ToolUse(_)))
-            }
-            _ => false,
-        };
+        let follows_from_request = matches!(kind, Kind::Output(_) | Kind::OutputDropped(_)) || is_told(kind);
         !self.held.is_empty() && !follows_from_request
+    }
+
+    /// The event is about to be appended.
+    pub fn note(&mut self, kind: &Kind) {
+        self.has_told |= is_told(kind);
     }
 
     /// Appends what is held.
     pub async fn append(&mut self, record: &mut Record) -> Result<(), crate::record::Fenced> {
         while let Some(entry) = self.held.pop_front() {
+            self.has_told &= !matches!(entry.kind, Some(meter_entry::Kind::Started(_)));
             record.metered(entry).await?;
         }
         Ok(())
@@ -128,6 +133,12 @@ impl Meter {
             }
         }
     }
+}
+
+/// Whether an event came of a model request.
+fn is_told(kind: &Kind) -> bool {
+    let Kind::Agent(AgentEvent { event: Some(event), .. }) = kind else { return false };
+    matches!(event.kind, Some(event::Kind::Message(_) | event::Kind::Thinking(_) | event::Kind::ToolUse(_)))
 }
 
 async fn run(
