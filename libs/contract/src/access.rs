@@ -137,6 +137,7 @@ pub const RUNNER: Access = Access {
     publish: &[
         "aod.log.session.v1.*",
         "aod.log.session.v1.*.*",
+        "aod.queued.session.v1.*",
         "aod.dlq.runner.>",
         "aod.rpc.scheduler.v1.turn.*",
         "aod.rpc.scheduler.v1.sprite.>",

@@ -66,7 +66,7 @@ pub fn inputs_hint(session: SessionId) -> String {
     format!("aod.hint.runner.v1.session.inputs.{session}")
 }
 
-/// Tells those who follow a session what was just queued for it.
+/// Tells those who follow a session what was just queued for it, and what its agent is writing.
 #[must_use]
 pub fn queued_inputs(session: SessionId) -> String {
     format!("aod.queued.session.v1.{session}")
@@ -173,7 +173,7 @@ pub const PUBLICATIONS: &[Publication] = &[
         address: "aod.queued.session.v1.{session}",
         parameters: &[SESSION],
         message: Some("scheduler::QueuedInputs"),
-        meaning: "What was just queued for a session, at most once: streams of the Managed Agents API show it before the event log has it.",
+        meaning: "What was just queued for a session, and parts of texts that its agent is writing, at most once: streams of the Managed Agents API show both before the event log has them.",
     },
     Publication {
         name: "ModelsHint",

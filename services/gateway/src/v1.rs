@@ -14,6 +14,7 @@ pub mod metadata;
 pub mod model;
 pub mod page;
 pub mod path;
+pub mod previews;
 pub mod query;
 pub mod resources;
 pub mod send;

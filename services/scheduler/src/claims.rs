@@ -61,6 +61,7 @@ struct TurnRow {
     tools: Option<Value>,
     collects_outputs: bool,
     had_files: bool,
+    wants_previews: bool,
 }
 
 /// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant is fenced off, and returns all that
@@ -102,7 +103,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
          select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
                 s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools,
-                s.collects_outputs, s.had_files
+                s.collects_outputs, s.had_files, s.wants_previews
          from claimed c
          join session s using (session_id)
          join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -153,8 +154,6 @@ async fn specification(
     (public_key, model_token_hash): (Vec<u8>, Vec<u8>),
 ) -> Result<TurnSpec, Failure> {
     let partition = session.partition()?;
-    let recorded_through = positions::projected_through(&scheduler.pool, partition).await?;
-    let last_event = event_log::newest(&scheduler.pool, id).await?;
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
     let timeout_seconds = unsigned(turn.timeout_seconds);
     let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]).collect::<Vec<_>>();
@@ -173,8 +172,14 @@ async fn specification(
         public_key,
         model_token_hash,
     };
-    let lease_id = mint(scheduler, grant).await?;
-    let may_change = session.agent_version < 0 || session.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
+    // In this order: what was persisted up to there is seen by the query after it. The vault answers meanwhile.
+    let end_of_log = async {
+        let recorded_through = positions::projected_through(&scheduler.pool, partition).await?;
+        Ok::<_, Failure>((recorded_through, event_log::newest(&scheduler.pool, id).await?))
+    };
+    let (lease_id, (recorded_through, last_event)) = tokio::try_join!(mint(scheduler, grant), end_of_log)?;
+    let has_vaults = session.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
+    let may_change = session.agent_version < 0 || has_vaults || turn.wants_previews;
     let files_of = async |wanted: bool, kind: FileKind| match wanted {
         true => files::of_sessions(&scheduler.pool, &[id.uuid()], kind).await,
         false => Ok(Vec::new()),
@@ -207,6 +212,7 @@ async fn specification(
         input_id: turn.input_id.map(|id| id.to_string()).unwrap_or_default(),
         may_change,
         custom_tools: turn.tools.map(custom_tools).unwrap_or_default(),
+        previews: turn.wants_previews,
         files: files_of(turn.had_files, FileKind::Copy).await?,
         had_files: turn.had_files,
         collects_outputs: turn.collects_outputs,

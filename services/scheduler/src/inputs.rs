@@ -568,7 +568,10 @@ pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<Se
     scheduler.bus.hint(subject::inputs_hint(id)).await;
     let queued: Vec<Input> = reply.inputs.iter().filter(|input| input.settled_at_us.is_none()).cloned().collect();
     if !reply.replayed && !queued.is_empty() {
-        scheduler.bus.tell(subject::queued_inputs(id), QueuedInputs { inputs: queued }.encode_to_vec().into()).await;
+        scheduler
+            .bus
+            .tell(subject::queued_inputs(id), QueuedInputs { inputs: queued, ..QueuedInputs::default() }.encode_to_vec().into())
+            .await;
     }
     Ok(reply)
 }
@@ -586,7 +589,10 @@ async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &S
         }
         let input = match &event.kind {
             Some(Sent::Message(message)) => send_message(tx, session, message, request).await?,
-            Some(Sent::Interrupt(_)) if session.status()?.is_active() => interrupt_in(tx, &session, &request.key_id).await?,
+            Some(Sent::Interrupt(_)) if session.status()?.is_active() && open_interrupt(tx, &session).await?.is_none() => {
+                interrupt_in(tx, &session, &request.key_id).await?
+            }
+            // Nothing is to be interrupted, or is being interrupted already. Each event has an id of its own.
             Some(Sent::Interrupt(_)) => {
                 let row = New::of(InputKind::Interrupt, &request.key_id).insert(tx, id).await?;
                 change(tx, row.input_id, Change::Applied, "", None).await?;
@@ -659,6 +665,12 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
     .fetch_optional(&scheduler.pool)
     .await?;
     let agent_name = name.ok_or_else(missing)?.unwrap_or_default();
+    if request.wants_previews {
+        sqlx::query("update session set wants_previews = true where session_id = $1 and not wants_previews")
+            .bind(id.uuid())
+            .execute(&scheduler.pool)
+            .await?;
+    }
     let (mut before, mut reply) = (request.before, FindTurnReply { agent_name, ..FindTurnReply::default() });
     if !request.input_id.is_empty() {
         let input = request.input_id.parse().map_err(|_| input_missing())?;
@@ -671,7 +683,7 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
         "with found as (
              select turn_number, begun_after
              from turn
-             where session_id = $1 and ($2 = 0 or coalesce(begun_after, 0) < $2)
+             where session_id = $1 and ($2 = 0 or coalesce(begun_after, 0) < $2) and ($3 = 0 or turn_number = $3)
              order by turn_number desc
              limit 1
          )
@@ -684,6 +696,7 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
     )
     .bind(id.uuid())
     .bind(i64::try_from(before).unwrap_or(i64::MAX))
+    .bind(i32::try_from(request.turn).unwrap_or(i32::MAX))
     .fetch_optional(&scheduler.pool)
     .await?;
     let Some(row) = row else { return Ok(reply) };
@@ -776,13 +789,18 @@ pub async fn begin_with(
 }
 
 /// Has the running turn interrupted; once, however often it is asked for.
+/// The interrupt of a session's newest turn that is on its way.
+async fn open_interrupt(tx: &mut PgConnection, session: &SessionRow) -> Result<Option<InputRow>, Failure> {
+    let open = open(tx, SessionId::from_uuid(session.session_id)).await?;
+    let is_of_turn = |row: &InputRow| row.kind == InputKind::Interrupt.as_str() && row.turn_number == Some(session.turn_count);
+    Ok(open.into_iter().find(is_of_turn))
+}
+
 pub async fn interrupt_in(tx: &mut PgConnection, session: &SessionRow, key_id: &str) -> Result<Input, Failure> {
-    let id = SessionId::from_uuid(session.session_id);
-    let earlier = open(tx, id).await?.into_iter();
-    let mut earlier = earlier.filter(|row| row.kind == InputKind::Interrupt.as_str() && row.turn_number == Some(session.turn_count));
-    if let Some(row) = earlier.next() {
+    if let Some(row) = open_interrupt(tx, session).await? {
         return Ok(row.into());
     }
+    let id = SessionId::from_uuid(session.session_id);
     let new = New { turn: Some(session.turn_count), ..New::of(InputKind::Interrupt, key_id) };
     Ok(new.insert(tx, id).await?.into())
 }

@@ -67,6 +67,7 @@ impl Agent {
             tasks_socket: "/.sprite/api.sock".to_owned(),
             mcp_servers: crate::runtimes::mcp_names(setup.mcp_servers.clone()).into_iter().map(|server| server.name).collect(),
             custom_tools: spec.custom_tools.clone(),
+            partial_messages: spec.previews,
             mcp_failures: if adapter.tells_of_mcp_servers() { String::new() } else { MCP_FAILURES.to_owned() },
             ..Spec::default()
         };

@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use contract::{
     host::{self as agent_host, CustomToolResult, Input, Record, StepEnded, event, input, record, turn_ended},
     session::{
-        AgentEvent, Checkpoint, DecisionRequested, DecisionSettled, InputSettled, OpenTool, Output, OutputDropped, StageOutput,
+        AgentEvent, Checkpoint, DecisionRequested, DecisionSettled, InputSettled, OpenTool, Output, OutputDropped, Preview, StageOutput,
         session_event::Kind,
     },
 };
@@ -98,12 +98,28 @@ struct Mark {
     below: [u64; 2],
 }
 
+/// A text that the agent is writing.
+#[derive(Debug)]
+struct Writing {
+    text: u64,
+    /// What may be the beginning of a secret.
+    held: Bytes,
+    /// How many bytes were sent, without secrets.
+    sent: u64,
+}
+
 /// What is ready, in order. The ids of tool uses are known only when those are in the log.
 #[derive(Debug)]
 enum Ready {
-    Output { stderr: bool, data: Bytes },
-    Dropped { bytes: u64 },
-    Event(agent_host::Event),
+    Output {
+        stderr: bool,
+        data: Bytes,
+    },
+    Dropped {
+        bytes: u64,
+    },
+    /// With the number of the text of which parts were sent, if any.
+    Event(agent_host::Event, u64),
     Requested(agent_host::DecisionRequested),
     Settled(agent_host::DecisionSettled),
     Input(agent_host::InputSettled),
@@ -141,6 +157,9 @@ pub struct Playback {
     accepted: HashSet<String>,
     steps: HashMap<String, StepEnded>,
     requests: BTreeSet<u64>,
+    /// The message and the thought that are being written.
+    writing: [Option<Writing>; 2],
+    previews: Vec<Preview>,
     ended: Option<agent_host::TurnEnded>,
 }
 
@@ -194,6 +213,8 @@ impl Playback {
             accepted: HashSet::new(),
             steps: HashMap::new(),
             requests: checkpoint.open_requests.iter().copied().collect(),
+            writing: [None, None],
+            previews: Vec::new(),
             ended: None,
         }
     }
@@ -233,9 +254,15 @@ impl Playback {
                 self.ended = Some(ended);
             }
             // Partial messages are in the log as the messages that they become.
-            Some(record::Kind::Event(agent_host::Event { kind: None | Some(event::Kind::Delta(_)), .. })) => {}
+            Some(record::Kind::Event(agent_host::Event { kind: Some(event::Kind::Delta(delta)), .. })) => {
+                if self.is_inside && self.is_of_turn() && !repeated {
+                    self.write(delta);
+                }
+            }
+            Some(record::Kind::Event(agent_host::Event { kind: None, .. })) => {}
             Some(record::Kind::Event(event)) if self.is_inside && self.is_of_turn() && !repeated => {
-                self.emit_at(next, Ready::Event(event));
+                let text = self.written(&event);
+                self.emit_at(next, Ready::Event(event, text));
             }
             Some(record::Kind::DecisionRequested(request)) if self.is_inside && self.is_of_turn() => {
                 self.requests.insert(request.id);
@@ -276,6 +303,40 @@ impl Playback {
             _ => {}
         }
         self.position = next;
+    }
+
+    /// Adds to a text that is being written.
+    fn write(&mut self, delta: agent_host::Delta) {
+        let writing = &mut self.writing[usize::from(delta.thinking)];
+        let is_same = writing.as_ref().is_some_and(|writing| writing.text == delta.text);
+        if !is_same {
+            *writing = Some(Writing { text: delta.text, held: Bytes::new(), sent: 0 });
+        }
+        let Some(writing) = writing else { return };
+        writing.held = [&writing.held[..], delta.content.as_bytes()].concat().into();
+        while let Some(piece) = self.masker.next(&mut writing.held, false) {
+            let content = String::from_utf8_lossy(&piece.data).into_owned();
+            let offset = writing.sent;
+            writing.sent += content.len() as u64;
+            self.previews.push(Preview { turn: 0, text: writing.text, is_thinking: delta.thinking, offset, content });
+        }
+    }
+
+    /// The number of the text that an event is the whole of; 0: no part of it was written before.
+    fn written(&mut self, event: &agent_host::Event) -> u64 {
+        let writing = match &event.kind {
+            // A subagent's texts come whole.
+            _ if event.parent != 0 => None,
+            Some(event::Kind::Message(_)) => self.writing[0].take(),
+            Some(event::Kind::Thinking(_)) => self.writing[1].take(),
+            _ => None,
+        };
+        writing.map_or(0, |writing| writing.text)
+    }
+
+    /// Parts of texts that were written since this was called last.
+    pub fn previews(&mut self) -> Vec<Preview> {
+        std::mem::take(&mut self.previews)
     }
 
     /// Whether the host will not begin the turn.
@@ -448,7 +509,7 @@ impl Playback {
                 Scope::Turn(_) => Kind::Output(Output { stderr, data }),
             },
             Ready::Dropped { bytes } => Kind::OutputDropped(OutputDropped { bytes }),
-            Ready::Event(event) => Kind::Agent(self.agent_event(event)),
+            Ready::Event(event, text) => Kind::Agent(AgentEvent { text, ..self.agent_event(event) }),
             Ready::Requested(mut request) => {
                 let tool_use = self.tool(request.id).map(|tool| tool.event_id).unwrap_or_default();
                 self.mask(&mut request.input_json);
@@ -510,7 +571,7 @@ impl Playback {
         if let Some(kind) = &mut event.kind {
             texts_of(kind).into_iter().for_each(|text| self.mask(text));
         }
-        AgentEvent { event: Some(event), tool_use, parent, is_mcp }
+        AgentEvent { event: Some(event), tool_use, parent, is_mcp, text: 0 }
     }
 
     fn mask(&self, text: &mut String) {

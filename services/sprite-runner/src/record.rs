@@ -12,8 +12,8 @@ use bus::{
 };
 use bytes::Bytes;
 use contract::{
-    scheduler::{MeterEntry, TurnSpec, meter_entry},
-    session::{Checkpoint, OpenModelRequest, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
+    scheduler::{MeterEntry, QueuedInputs, TurnSpec, meter_entry},
+    session::{Checkpoint, OpenModelRequest, Preview, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
     subject, topology,
 };
 use prost::Message as _;
@@ -230,6 +230,13 @@ impl Record {
     /// Goes on from there in the journal, with the next event.
     pub fn go_on_from(&mut self, place: Place) {
         place.apply(&mut self.checkpoint);
+    }
+
+    /// Tells those who follow the session what the agent is writing. It is no part of the log.
+    pub async fn preview(&self, previews: Vec<Preview>) {
+        let previews = previews.into_iter().map(|preview| Preview { turn: self.turn, ..preview }).collect();
+        let told = QueuedInputs { previews, ..QueuedInputs::default() };
+        self.bus.tell(subject::queued_inputs(self.session), told.encode_to_vec().into()).await;
     }
 
     /// Ends the turn. Returns the id of its end.

@@ -216,7 +216,7 @@ async fn work(
         may_run: offset > 0 && !renews,
         may_skip: !started,
     });
-    let mut position = 0;
+    let (mut position, mut waited) = (0, Duration::ZERO);
     if is_new {
         let scope = Scope::SetUp { stage: "", logged_below: offset };
         let playback = Playback::new(scope, record.secrets.clone(), runner.output.bytes_max, &record.checkpoint);
@@ -227,6 +227,14 @@ async fn work(
     }
     if !started {
         record.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
+        let prompt = record.masker.text(&spec.prompt);
+        let begin = TurnStarted { prompt, input_id: spec.input_id.clone(), is_metered: secrets.is_metered() };
+        let begun = Instant::now();
+        // The turn need not wait for its sandbox to begin, which may have to wake: the host runs as the turn before has left it.
+        let is_early = position == 0 && offset > 0 && !renews;
+        if is_early {
+            record.started(begin.clone(), offset).await?;
+        }
         // Where the turn's records are looked for. A journal that was lost between turns is no loss.
         if position == 0 {
             position = match link.next().await {
@@ -235,8 +243,11 @@ async fn work(
                 Incoming::Gone(gone) => return Err(stopped(gone)),
             };
         }
-        let prompt = record.masker.text(&spec.prompt);
-        record.started(TurnStarted { prompt, input_id: spec.input_id.clone(), is_metered: secrets.is_metered() }, position).await?;
+        match is_early {
+            true => record.checkpoint.journal_offset = position,
+            false => record.started(begin, position).await?,
+        }
+        waited = if is_early { begun.elapsed() } else { Duration::ZERO };
     }
     let mut meter = match secrets.is_metered() {
         true => {
@@ -248,7 +259,9 @@ async fn work(
     };
     let mut playback = Playback::new(Scope::Turn(turn), record.masker.clone(), runner.output.bytes_max, &record.checkpoint);
     if !playback.has_begun() {
-        link.send(agent.message(turn, spec.timeout_seconds));
+        // The turn's time runs from its begin in the log.
+        let waited = u32::try_from(waited.as_secs()).unwrap_or(u32::MAX);
+        link.send(agent.message(turn, spec.timeout_seconds.saturating_sub(waited).max(1)));
     }
     play(record, turn, &mut playback, (&mut link, &mut meter), inputs, Pace::new(&runner.output)).await?;
     record.go_on_from(playback.checkpoint());
@@ -312,6 +325,7 @@ async fn play(
                     record.go_on_from(emitted.place);
                     continue;
                 }
+                meter.note(&emitted.kind);
             }
             let id = record.play(emitted).await?;
             playback.appended(id);
@@ -356,6 +370,10 @@ async fn play(
                     incoming = if playback.is_drained() { link.try_next() } else { None };
                 }
                 playback.settle();
+                let previews = playback.previews();
+                if !previews.is_empty() {
+                    record.preview(previews).await;
+                }
             }
             input = inputs.next() => {
                 playback.knows(&input);

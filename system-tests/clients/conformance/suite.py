@@ -817,8 +817,15 @@ def overrides(world):
 def deltas(world):
     session = world.new_session().id
     follower = Follower(world.client, session, event_deltas=["agent.message"])
-    world.turn(session, world.say("hello"), follower)
+    _, events, _ = world.turn(session, world.say("hello"), follower)
+    [start] = [event for event in events if event.type == "event_start"]
+    message = next(event for event in events if event.id == start.event.id) if start.event.type == "agent.message" else None
+    parts = [event.delta.content.text for event in events if event.type == "event_delta" and event.event_id == start.event.id]
+    assert parts and message.content[0].text.startswith("".join(parts)), (parts, message)
+    order = [event.type for event in events]
+    assert order.index("event_start") < order.index("event_delta") < order.index("agent.message"), order
     assert not {"event_start", "event_delta"} & set(types(world.list(session)))
+    assert message.id in [event.id for event in world.list(session)]
     raises(anthropic.BadRequestError, lambda: world.client.beta.sessions.events.stream(session, event_deltas=["x"]))
 
 

@@ -520,11 +520,14 @@ pub struct Input {
     #[prost(bool, tag = "16")]
     pub is_error: bool,
 }
-/// Inputs that were just queued, for those who follow the session.
+/// What those who follow the session see before its log has it: inputs that were just queued, and texts that the agent is writing.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct QueuedInputs {
     #[prost(message, repeated, tag = "1")]
     pub inputs: ::prost::alloc::vec::Vec<Input>,
+    /// Never stored.
+    #[prost(message, repeated, tag = "2")]
+    pub previews: ::prost::alloc::vec::Vec<super::super::session::v1::Preview>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListInputsReply {
@@ -666,6 +669,9 @@ pub struct UpdateSessionRequest {
     /// All of the agent, as the session has it from its next turn on.
     #[prost(message, optional, tag = "6")]
     pub agent: ::core::option::Option<Agent>,
+    /// The row of the agent's version that `agent` was made from: refused where the session has another.
+    #[prost(int32, optional, tag = "7")]
+    pub agent_row_version: ::core::option::Option<i32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ArchiveSessionRequest {
@@ -810,6 +816,12 @@ pub struct FindTurnRequest {
     /// Instead: the turn that follows this input, or contains it.
     #[prost(string, tag = "4")]
     pub input_id: ::prost::alloc::string::String,
+    /// Someone follows the session who wants to see texts while they are written: from its next turn on.
+    #[prost(bool, tag = "5")]
+    pub wants_previews: bool,
+    /// Instead: this turn.
+    #[prost(uint32, tag = "6")]
+    pub turn: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FindTurnReply {
@@ -1200,6 +1212,9 @@ pub struct TurnSpec {
     /// Tools that the session's user runs.
     #[prost(message, repeated, tag = "30")]
     pub custom_tools: ::prost::alloc::vec::Vec<super::super::host::v1::CustomTool>,
+    /// Whether parts of texts are sent to those who follow the session.
+    #[prost(bool, tag = "31")]
+    pub previews: bool,
     /// What is mounted.
     #[prost(message, repeated, tag = "25")]
     pub files: ::prost::alloc::vec::Vec<File>,

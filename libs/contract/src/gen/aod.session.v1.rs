@@ -237,6 +237,25 @@ pub struct AgentEvent {
     /// Of a tool result: the tool is an MCP server's.
     #[prost(bool, tag = "4")]
     pub is_mcp: bool,
+    /// Of a message or a thought of which parts were sent before: the number that those had. 0: none were.
+    #[prost(uint64, tag = "5")]
+    pub text: u64,
+}
+/// Part of a text that the agent is writing.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Preview {
+    #[prost(uint32, tag = "1")]
+    pub turn: u32,
+    /// Which text of the turn.
+    #[prost(uint64, tag = "2")]
+    pub text: u64,
+    #[prost(bool, tag = "3")]
+    pub is_thinking: bool,
+    /// How many bytes of the text precede this part.
+    #[prost(uint64, tag = "4")]
+    pub offset: u64,
+    #[prost(string, tag = "5")]
+    pub content: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StageOutput {

@@ -26,6 +26,7 @@ use crate::{
     v1::{
         self,
         ids::EventId,
+        previews::Previews,
         send,
         thread::{Place, Thread},
     },
@@ -86,21 +87,26 @@ pub struct Managed {
     from: Place,
     /// Ids of the newest events of the session's user that the log has.
     processed: VecDeque<String>,
+    previews: Previews,
 }
 
 impl Managed {
-    pub const fn new(thread: Thread, from: Place) -> Self {
-        Self { thread, from, processed: VecDeque::new() }
+    pub const fn new(thread: Thread, from: Place, previews: Previews) -> Self {
+        Self { thread, from, processed: VecDeque::new(), previews }
     }
 
-    /// The frames of what is queued. They carry no SSE id: a client that reconnects continues after the last event that has its place.
-    fn queued(&self, inputs: &QueuedInputs) -> Bytes {
+    /// The frames of what the log does not have yet. They carry no SSE id: a client that reconnects continues after the last event that has its place.
+    fn queued(&mut self, inputs: &QueuedInputs) -> Bytes {
         let mut bytes = Vec::new();
         for event in inputs.inputs.iter().filter_map(send::queued) {
             let (id, kind) = (event["id"].as_str().unwrap_or_default(), event["type"].as_str().unwrap_or_default());
             if !self.processed.iter().any(|processed| processed == id) {
                 bytes.extend_from_slice(&named_frame(kind, None, &event));
             }
+        }
+        let running = self.thread.running_turn();
+        for (kind, event) in inputs.previews.iter().flat_map(|preview| self.previews.show(preview, running)) {
+            bytes.extend_from_slice(&named_frame(kind, None, &event));
         }
         bytes.into()
     }
@@ -119,7 +125,8 @@ impl Managed {
             }
             // A session that had ended already: its reader is told so.
             if event.place > self.from || event.is_last() {
-                let (kind, id) = (event.kind, event.id.clone());
+                self.previews.ended(&event.id);
+                let (kind, id) = (event.kind, event.resume_id());
                 bytes.extend_from_slice(&named_frame(kind, Some(&id), &event.into_json()));
             }
         }
@@ -226,7 +233,7 @@ impl Follower {
                     self.attempts = 0;
                 }
                 queued = next_queued(&mut self.queued) => {
-                    if let View::Managed(managed) = &self.view {
+                    if let View::Managed(managed) = &mut self.view {
                         let bytes = managed.queued(&queued);
                         if !bytes.is_empty() {
                             return Some(bytes);

@@ -38,6 +38,21 @@ pub async fn read_shown(bus: &Bus, session: SessionId, after: u64, max_bytes: u3
     read(bus, &ReadEventsRequest { after, without_output: true, ..request(session, max_bytes) }).await
 }
 
+/// As [`read_shown`], at most so many.
+///
+/// # Errors
+/// When the scheduler or its database is away.
+pub async fn read_shown_entries(
+    bus: &Bus,
+    session: SessionId,
+    after: u64,
+    limit: usize,
+    max_bytes: u32,
+) -> Result<ReadEventsReply, Failure> {
+    let limit = u32::try_from(limit).unwrap_or(PAGE_EVENTS).min(PAGE_EVENTS);
+    read(bus, &ReadEventsRequest { after, without_output: true, limit, ..request(session, max_bytes) }).await
+}
+
 /// Reads the events before one, newest first.
 ///
 /// # Errors

@@ -45,7 +45,7 @@ const STREAM_WAIT: Duration = Duration::from_millis(250);
 /// How often a silent hub compares itself with Postgres: what a cluster of NATS servers loses between them, nothing else tells.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// Messages about queued inputs that a slow reader may be behind.
-const QUEUED_MAX: usize = 16;
+const QUEUED_MAX: usize = 64;
 /// How long a turn's end waits until it is persisted, so that a client which asks next finds what it was told.
 const PERSISTED_WAIT: Duration = Duration::from_secs(5);
 
@@ -69,7 +69,7 @@ struct Shared {
     tail: Mutex<Tail>,
     /// Changes with the tail.
     changes: watch::Sender<u64>,
-    /// What was just queued for the session. Who is slow misses some: the event log tells of them again.
+    /// What was just queued for the session, and what its agent is writing. Who is slow misses some: the event log tells of them again.
     queued: broadcast::Sender<Arc<QueuedInputs>>,
     /// The last turn's end that was asked about: its event, and the session at that time.
     ended: tokio::sync::Mutex<Option<(u64, Option<Session>)>>,

@@ -535,7 +535,7 @@ mod tests {
     }
 
     fn agent(kind: event::Kind, tool_use: u64, is_mcp: bool) -> Kind {
-        Kind::Agent(AgentEvent { event: Some(Event { id: 3, parent: 0, kind: Some(kind) }), tool_use, parent: 0, is_mcp })
+        Kind::Agent(AgentEvent { event: Some(Event { id: 3, parent: 0, kind: Some(kind) }), tool_use, is_mcp, ..AgentEvent::default() })
     }
 
     #[test]

@@ -4,7 +4,7 @@ use axum::{Json, body::Body, extract::State, http::HeaderMap, response::Response
 use contract::{
     rpc,
     scheduler::{Cursor, FindTurnReply, FindTurnRequest, Input, ListPartsRequest},
-    session::SessionEvent,
+    session::{SessionEvent, session_event::Kind},
 };
 use prost::Message as _;
 use serde_json::Value;
@@ -24,6 +24,7 @@ use crate::{
         ids::{EventId, PathId, Prefix},
         listing::{Filter, Listing, Log, Read},
         page::{Limits, Order, Page, Start, Wanted},
+        previews::Previews,
         query::{Query, bad},
         thread::{Place, Thread},
     },
@@ -53,7 +54,7 @@ pub struct ListParams {
 }
 
 fn found_request(caller: &Caller, session_id: SessionId, before: u64) -> FindTurnRequest {
-    FindTurnRequest { user_id: caller.user_id.clone(), session_id: session_id.to_string(), before, input_id: String::new() }
+    FindTurnRequest { user_id: caller.user_id.clone(), session_id: session_id.to_string(), before, ..FindTurnRequest::default() }
 }
 
 fn session(id: &str) -> Result<SessionId, ApiError> {
@@ -91,8 +92,8 @@ impl Log for Remote {
         self.app.call::<rpc::FindTurn>(&found_request(&self.caller, self.session, before)).await
     }
 
-    async fn read(&self, after: u64) -> Result<Read, ApiError> {
-        let page = history::read_shown(&self.app.bus, self.session, after, PAGE_BYTES).await?;
+    async fn read(&self, after: u64, limit: usize) -> Result<Read, ApiError> {
+        let page = history::read_shown_entries(&self.app.bus, self.session, after, limit, PAGE_BYTES).await?;
         if page.session_deleted {
             return Err(ApiError::not_found("Session"));
         }
@@ -128,7 +129,7 @@ impl Log for Remote {
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes a query")]
 pub struct StreamParams {
-    /// Accepted for `agent.message` and `agent.thinking`: no previews are sent, for events come whole
+    /// `agent.message` and `agent.thinking`: such events are also shown while they are written, by `event_start` and `event_delta`
     #[param(rename = "event_deltas[]")]
     event_deltas: Option<Vec<String>>,
     /// Events after this one are sent first; `Last-Event-ID` does the same
@@ -158,13 +159,18 @@ pub async fn stream(
     let after = stream::last_event_id(&headers).or_else(|| query.one("after_id"));
     let after = after.map(|text| EventId::decode(text).ok_or_else(|| bad("after_id: unknown event"))).transpose()?;
     // What is appended while this is read follows the place, and is shown.
-    let find = |before| found_request(&caller, session_id, before);
+    let find = |before| FindTurnRequest { wants_previews: !deltas.is_empty(), ..found_request(&caller, session_id, before) };
     let (found, from) = match after {
         None => {
             let newest = history::newest(&app.bus, session_id).await?.ok_or_else(|| ApiError::not_found("Session"))?;
             (app.call::<rpc::FindTurn>(&find(newest.saturating_add(1))).await?, Place::after(newest))
         }
         Some(EventId::Log { id, part }) => (app.call::<rpc::FindTurn>(&find(id)).await?, Place { entry: id, part }),
+        Some(EventId::Text { turn, text }) => {
+            let found = app.call::<rpc::FindTurn>(&FindTurnRequest { turn, ..find(0) }).await?;
+            let entry = find_text(&app, session_id, &found, (turn, text)).await?;
+            (found, Place::after(entry.ok_or_else(|| bad("after_id: unknown event"))?))
+        }
         Some(EventId::Input(input)) => {
             let request = FindTurnRequest { input_id: input.to_string(), ..find(0) };
             let found = app.bus.call::<rpc::FindTurn>(&request, crate::RPC_DEADLINE).await.map_err(|failure| match failure.code {
@@ -176,7 +182,29 @@ pub async fn stream(
         }
     };
     let (partition, open) = (stream::partition(&session)?, stream::open(&app, &caller)?);
-    let view = View::Managed(Box::new(Managed::new(Thread::at(session_id, &found), from)));
+    let managed = Managed::new(Thread::at(session_id, &found), from, Previews::of(&deltas));
+    let view = View::Managed(Box::new(managed));
     let follower = Follower::new(app, caller.user_id, open, (session_id, partition), found.begun_after, view);
     Ok(stream::sse(Body::from_stream(follower.into_stream())))
+}
+
+/// Where a text that was shown while it was written stands in the log.
+async fn find_text(app: &App, session: SessionId, found: &FindTurnReply, (turn, text): (u32, u32)) -> Result<Option<u64>, ApiError> {
+    let mut after = found.begun_after;
+    loop {
+        let page = history::read_shown(&app.bus, session, after, PAGE_BYTES).await?;
+        after = page.events.last().map_or(page.read_through, |event| event.event_id).max(after);
+        let is_end = page.events.is_empty() && page.read_through == 0;
+        for event in page.events {
+            let entry = SessionEvent::decode(event.payload).unwrap_or_default();
+            match entry.kind {
+                Some(Kind::Agent(agent)) if entry.turn == turn && agent.text == u64::from(text) => return Ok(Some(event.event_id)),
+                _ if entry.turn > turn => return Ok(None),
+                _ => {}
+            }
+        }
+        if is_end {
+            return Ok(None);
+        }
+    }
 }

@@ -119,26 +119,38 @@ pub enum EventId {
         id: u64,
         part: u8,
     },
+    /// A text of which parts were shown while the agent wrote it, before its place in the log was known.
+    Text {
+        turn: u32,
+        text: u32,
+    },
     /// An event that its user sent: the same id in the answer, while it waits, on the stream and in history.
     Input(InputId),
 }
 
 /// Ids of inputs are UUIDs of version 7: their first 48 bits are a time, and never zero.
 const LOG_BITS: u32 = u64::BITS + u8::BITS;
+/// Above the bits of ids of the log, and below those of inputs.
+const TEXT: u128 = 1;
 
 impl EventId {
     pub fn encode(self) -> String {
         match self {
             Self::Log { id, part } => Prefix::Event.encode_bits(u128::from(id) << u8::BITS | u128::from(part)),
+            Self::Text { turn, text } => Prefix::Event.encode_bits(TEXT << LOG_BITS | u128::from(turn) << u32::BITS | u128::from(text)),
             Self::Input(input) => Prefix::Event.encode(input.uuid()),
         }
     }
 
     pub fn decode(text: &str) -> Option<Self> {
         let bits = Prefix::Event.decode_bits(text)?;
-        if bits >> LOG_BITS == 0 {
-            let part = (bits & u128::from(u8::MAX)) as u8;
-            return Some(Self::Log { id: (bits >> u8::BITS) as u64, part });
+        match bits >> LOG_BITS {
+            0 => return Some(Self::Log { id: (bits >> u8::BITS) as u64, part: (bits & u128::from(u8::MAX)) as u8 }),
+            TEXT => {
+                let turn = u32::try_from((bits >> u32::BITS) & u128::from(u64::MAX >> u32::BITS)).ok()?;
+                return Some(Self::Text { turn, text: bits as u32 });
+            }
+            _ => {}
         }
         Some(Self::Input(InputId::from_uuid(Uuid::from_u128(bits))))
     }
@@ -187,6 +199,8 @@ mod tests {
         fn an_event_id_survives_its_text(id: u64, part: u8) {
             let log = EventId::Log { id, part };
             prop_assert_eq!(EventId::decode(&log.encode()), Some(log));
+            let text = EventId::Text { turn: id as u32, text: (id >> 32) as u32 };
+            prop_assert_eq!(EventId::decode(&text.encode()), Some(text));
             let input = EventId::Input(InputId::new());
             prop_assert_eq!(EventId::decode(&input.encode()), Some(input));
         }

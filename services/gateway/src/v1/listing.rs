@@ -30,6 +30,8 @@ const LOG_PAGES: usize = 32;
 const TURNS: usize = 64;
 /// The entries that one answer in descending order shows hold about so many bytes.
 const ANSWER_BYTES: usize = 8 * 1024 * 1024;
+/// Entries of the log that are read at a time.
+const ENTRIES_MAX: usize = 2000;
 /// How long a page is searched for its first event.
 const SEARCH_TIME: Duration = Duration::from_secs(20);
 const LOG_END: Place = Place { entry: u64::MAX, part: u8::MAX };
@@ -51,7 +53,8 @@ pub enum Read {
 pub trait Log {
     /// The last turn that began before an entry; 0: the last turn.
     async fn find(&self, before: u64) -> Result<FindTurnReply, ApiError>;
-    async fn read(&self, after: u64) -> Result<Read, ApiError>;
+    /// At most so many entries.
+    async fn read(&self, after: u64, limit: usize) -> Result<Read, ApiError>;
     /// What is sent and not in the log yet, oldest first.
     async fn queue(&self) -> Result<Vec<Input>, ApiError>;
 }
@@ -166,6 +169,12 @@ impl<L: Log> Listing<L> {
         self.data.len() == self.limit
     }
 
+    /// How many entries of the log are read at a time. Most show as one event, and one more tells that there is another page.
+    fn entries_wanted(&self) -> usize {
+        let all = self.filter.types.is_empty() && *self.filter.times.start() == i64::MIN;
+        if all { (self.limit - self.data.len() + 1).min(ENTRIES_MAX) } else { ENTRIES_MAX }
+    }
+
     fn check_time(&self) -> Result<(), ApiError> {
         if self.data.is_empty() && Instant::now() > self.until {
             return Err(bad("the log is too long to search for these events: narrow created_at, or leave out types"));
@@ -175,15 +184,20 @@ impl<L: Log> Listing<L> {
 
     /// Fills the page. Returns where the next one begins.
     pub async fn ascending(&mut self, from: Option<&Cursor>) -> Result<Option<Cursor>, ApiError> {
-        let mut thread = Thread::at(self.session, &self.log.find(1).await?);
-        let mut at = Forward { state: thread.state.clone(), ..Forward::default() };
-        if let Some(from) = from {
-            at = start(from)?;
-            thread.state = at.state.clone();
-        }
-        let (mut processed, mut queue, mut pages) = (HashSet::new(), None, 0);
+        let resumed: Option<Forward> = from.map(start).transpose()?;
+        let begin = resumed.as_ref().map_or(0, |at| at.entry);
+        // Neither needs the other.
+        let (found, first) = futures::try_join!(self.log.find(1), self.log.read(begin, self.entries_wanted()))?;
+        let mut thread = Thread::at(self.session, &found);
+        let mut at = resumed.unwrap_or_else(|| Forward { state: thread.state.clone(), ..Forward::default() });
+        thread.state = at.state.clone();
+        let (mut processed, mut queue, mut pages, mut first) = (HashSet::new(), None, 0, Some(first));
         loop {
-            match (self.log.read(at.entry).await?, queue.take()) {
+            let read = match first.take() {
+                Some(first) => first,
+                None => self.log.read(at.entry, self.entries_wanted()).await?,
+            };
+            match (read, queue.take()) {
                 // Then the log is read on: what left the queue before has an entry.
                 (Read::End, None) => queue = Some(self.log.queue().await?),
                 (Read::End, Some(queue)) => {
@@ -296,7 +310,7 @@ impl<L: Log> Listing<L> {
         let (mut thread, mut after, mut turn) = (Thread::at(self.session, found), found.begun_after, TurnEvents::default());
         let mut bytes = self.bytes;
         loop {
-            match self.log.read(after).await? {
+            match self.log.read(after, ENTRIES_MAX).await? {
                 Read::End => return Ok(turn),
                 Read::Output { through } => after = through,
                 Read::Entries(entries) => {
@@ -397,11 +411,12 @@ mod tests {
             Ok(FindTurnReply { turn, begun_after, ..FindTurnReply::default() })
         }
 
-        async fn read(&self, after: u64) -> Result<Read, ApiError> {
+        async fn read(&self, after: u64, limit: usize) -> Result<Read, ApiError> {
             self.borrow_mut().requested();
             let session = self.borrow();
             // Rows of an earlier release: a page may hold nothing but output.
-            let page: Vec<_> = session.log.iter().filter(|(id, _)| *id > after).take(session.page).cloned().collect();
+            let limit = session.page.min(limit);
+            let page: Vec<_> = session.log.iter().filter(|(id, _)| *id > after).take(limit).cloned().collect();
             let Some((through, _)) = page.last().cloned() else { return Ok(Read::End) };
             let shown = page.into_iter().filter(|(_, event)| !matches!(event.kind, Some(Kind::Output(_))));
             let entries: Vec<Entry> = shown.map(|(id, event)| (id, event, 100)).collect();

@@ -124,6 +124,14 @@ impl Shown {
         matches!(self.kind, "session.status_terminated" | "session.deleted")
     }
 
+    /// The id after which a stream resumes most easily: the event's own, or where it stands in the log.
+    pub fn resume_id(&self) -> String {
+        match EventId::decode(&self.id) {
+            Some(EventId::Text { .. }) => EventId::Log { id: self.place.entry, part: self.place.part }.encode(),
+            _ => self.id.clone(),
+        }
+    }
+
     pub fn into_json(self) -> Value {
         Value::Object(self.body)
     }
@@ -518,11 +526,13 @@ impl Thread {
             event::Kind::Message(message) if message.text.is_empty() => {}
             event::Kind::Message(message) => {
                 self.begin_span(entry);
-                entry.add(part::MAIN, "agent.message", json!({ "content": text(&message.text) }));
+                let id = self.text_id(agent, entry);
+                entry.add_as(id, part::MAIN, "agent.message", json!({ "content": text(&message.text) }));
             }
             event::Kind::Thinking(_) => {
                 self.begin_span(entry);
-                entry.add(part::MAIN, "agent.thinking", json!({}));
+                let id = self.text_id(agent, entry);
+                entry.add_as(id, part::MAIN, "agent.thinking", json!({}));
             }
             event::Kind::ToolUse(tool) => {
                 self.begin_span(entry);
@@ -549,6 +559,19 @@ impl Thread {
             event::Kind::ContextCompacted(_) => entry.add(part::MAIN, "agent.thread_context_compacted", json!({})),
             event::Kind::ConversationStarted(_) | event::Kind::Plan(_) | event::Kind::Delta(_) => {}
         }
+    }
+
+    /// A text of which parts were shown before has the id that those named.
+    fn text_id(&self, agent: &AgentEvent, entry: &Entry<'_>) -> EventId {
+        match u32::try_from(agent.text) {
+            Ok(text @ 1..) => EventId::Text { turn: self.state.turn, text },
+            _ => EventId::Log { id: entry.id, part: part::MAIN },
+        }
+    }
+
+    /// The turn that runs, if one does.
+    pub fn running_turn(&self) -> Option<u32> {
+        self.state.is_running.then_some(self.state.turn)
     }
 
     fn use_tool(&mut self, tool: &Tool<'_>, entry: &mut Entry<'_>) {
@@ -631,7 +654,7 @@ fn tool_name(name: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use contract::{
-        host::{AgentMessage, CustomToolResult, DecisionRequested, DecisionSettled, Event, InputSettled, ToolResult, ToolUse},
+        host::{AgentMessage, CustomToolResult, DecisionRequested, DecisionSettled, Event, InputSettled, Thinking, ToolResult, ToolUse},
         session::TurnStarted,
     };
     use proptest::prelude::*;
@@ -643,7 +666,7 @@ mod tests {
     }
 
     fn agent(kind: event::Kind, tool_use: u64) -> Kind {
-        Kind::Agent(AgentEvent { event: Some(Event { id: 1, parent: 0, kind: Some(kind) }), tool_use, parent: 0, is_mcp: false })
+        Kind::Agent(AgentEvent { event: Some(Event { id: 1, parent: 0, kind: Some(kind) }), tool_use, ..AgentEvent::default() })
     }
 
     fn started() -> Kind {
@@ -707,6 +730,22 @@ mod tests {
         assert_eq!(shown[5].body["model_usage"]["output_tokens"], 4);
         assert_eq!(shown[7].body["usage"]["input_tokens"], 9);
         assert_eq!(shown[8].body["stop_reason"], json!({ "type": "end_turn" }));
+    }
+
+    #[test]
+    fn a_text_that_was_shown_while_it_was_written_has_the_id_that_was_shown() {
+        let written = |kind, text| match agent(kind, 0) {
+            Kind::Agent(event) => Kind::Agent(AgentEvent { text, ..event }),
+            other => other,
+        };
+        let message = event::Kind::Message(AgentMessage { text: "Hi.".to_owned(), ..AgentMessage::default() });
+        let thought = event::Kind::Thinking(Thinking::default());
+        let shown = play(&mut thread(), vec![started(), written(thought, 4), written(message, 5), said("whole")]);
+        let [.., thought, message, whole] = &shown[..] else { unreachable!() };
+        assert_eq!(thought.id, EventId::Text { turn: 1, text: 4 }.encode());
+        assert_eq!((message.kind, &message.id), ("agent.message", &EventId::Text { turn: 1, text: 5 }.encode()));
+        assert_eq!(message.resume_id(), main_id(12));
+        assert_eq!((whole.id.as_str(), whole.resume_id()), (main_id(13).as_str(), main_id(13)));
     }
 
     #[test]
