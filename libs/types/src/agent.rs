@@ -162,6 +162,20 @@ pub fn merge_metadata(mut current: Map<String, Value>, change: Map<String, Value
     current
 }
 
+/// How many keys metadata may have in the Managed Agents API.
+pub const METADATA_KEYS_MAX: usize = 16;
+
+/// As [`merge_metadata`], for resources of the Managed Agents API.
+///
+/// # Errors
+/// When it would have more keys than allowed. What the original API has put there may stay.
+pub fn merge_limited_metadata(current: Map<String, Value>, change: Map<String, Value>) -> Result<Map<String, Value>, String> {
+    let before = current.len();
+    let merged = merge_metadata(current, change);
+    let is_allowed = merged.len() <= METADATA_KEYS_MAX.max(before);
+    if is_allowed { Ok(merged) } else { Err(format!("metadata: must hold at most {METADATA_KEYS_MAX} keys")) }
+}
+
 /// A new version of a document of secrets: where it says `***`, the old one's value stays. `None` when there is nothing to keep.
 #[must_use]
 pub fn keep_redacted(new: Value, base: Option<&Value>) -> Option<Value> {

@@ -7,7 +7,9 @@ use contract::scheduler::{
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
-use types::{AgentId, EnvironmentId, ErrorCode, ModelRef, Permissions, Runtime, UserId, agent::merge_metadata, model::ModelError};
+use types::{
+    AgentId, EnvironmentId, ErrorCode, ModelRef, Permissions, Runtime, SessionId, UserId, agent::merge_metadata, model::ModelError,
+};
 use uuid::Uuid;
 
 use crate::{
@@ -205,9 +207,16 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
 }
 
 /// A session's own version of its agent: a row like the others, of a negative number, that no list shows.
-pub async fn override_agent(tx: &mut PgConnection, agent: Uuid, changed: &Agent) -> Result<i32, Failure> {
+pub async fn override_agent(tx: &mut PgConnection, agent: Uuid, session: SessionId, changed: &Agent) -> Result<i32, Failure> {
     let number: i32 = sqlx::query_scalar("select -nextval('agent_override_number')::integer").fetch_one(&mut *tx).await?;
     insert_override(tx, agent, number, changed).await?;
+    // They go together.
+    sqlx::query("update agent_version set session_id = $3 where agent_id = $1 and version = $2")
+        .bind(agent)
+        .bind(number)
+        .bind(session.uuid())
+        .execute(tx)
+        .await?;
     Ok(number)
 }
 

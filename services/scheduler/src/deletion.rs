@@ -42,10 +42,22 @@ async fn delete_row(scheduler: &Scheduler, user: UserId, session: SessionId) -> 
             delete from session where session_id = $1
             returning session_id, user_id, sprite, sprite_destroyed_at, secret_id, event_partition, agent_id, agent_version
          ), own as (
-            -- The session's own version of its agent.
-            delete from agent_version v using gone where v.agent_id = gone.agent_id and v.version = gone.agent_version and v.version < 0
+            -- The session's own versions of its agent. A scheduler of an earlier release did not write whose they are.
+            delete from agent_version v using gone
+            where v.session_id = gone.session_id
+                or (v.agent_id = gone.agent_id and v.version = gone.agent_version and v.version < 0)
+            returning v.agent_id, v.version, v.mcp_secret_id
          ), forgotten as (
-            insert into unused_secret (secret_id) select secret_id from gone where secret_id is not null
+            insert into unused_secret (secret_id)
+            select secret_id from gone where secret_id is not null
+            union
+            select o.mcp_secret_id from own o
+            where o.mcp_secret_id is not null
+                -- One that overrides other fields has the secret of the version that it was made from.
+                and not exists (select from agent_version v
+                                where v.mcp_secret_id = o.mcp_secret_id
+                                    and (v.agent_id, v.version) not in (select agent_id, version from own))
+            on conflict do nothing
          )
          insert into deleted_session (session_id, user_id, sprite, sprite_destroyed_at, event_partition)
          select session_id, user_id, sprite, sprite_destroyed_at, event_partition from gone",

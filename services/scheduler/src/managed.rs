@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use sqlx::{PgConnection, Row as _};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use types::{SessionId, SessionStatus, Timestamp, UserId, agent::merge_metadata};
+use types::{SessionId, SessionStatus, Timestamp, UserId, agent::merge_limited_metadata};
 use uuid::Uuid;
 
 use crate::{
@@ -74,7 +74,8 @@ async fn update_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: 
     let mut metadata = row.metadata.clone();
     if let Some(patch) = &request.metadata {
         let patch: Map<String, Value> = serde_json::from_str(patch).map_err(|_| Failure::invalid("Malformed metadata"))?;
-        metadata = Value::Object(merge_metadata(row.metadata.as_object().cloned().unwrap_or_default(), patch));
+        let current = row.metadata.as_object().cloned().unwrap_or_default();
+        metadata = Value::Object(merge_limited_metadata(current, patch).map_err(Failure::invalid)?);
     }
     if metadata != row.metadata {
         changes.insert("metadata".to_owned(), metadata.clone());
@@ -87,7 +88,11 @@ async fn update_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: 
                 Failure::conflict("The agent of a running session cannot be changed: interrupt it first").because("session_running")
             );
         }
-        version = agents::override_agent(tx, agent, changed).await?;
+        // All of the agent is written: a change that was made meanwhile would be lost.
+        if request.agent_row_version.is_some_and(|read| read != row.agent_version) {
+            return Err(Failure::conflict("The session's agent was changed by another request"));
+        }
+        version = agents::override_agent(tx, agent, id, changed).await?;
         changes.insert("agent".to_owned(), true.into());
     }
     if changes.is_empty() {

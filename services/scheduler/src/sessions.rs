@@ -110,7 +110,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     let model = ModelRef::parse(runtime, model).map_err(Failure::internal)?;
     let agent_version = match own {
         None => template.agent_version,
-        Some(own) => agents::override_agent(tx, agent.uuid(), own).await?,
+        Some(own) => agents::override_agent(tx, agent.uuid(), id, own).await?,
     };
     let (messages, begins) = (&request.initial_messages, !request.is_v1);
     let (status, turn_count) = if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };

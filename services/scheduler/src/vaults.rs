@@ -15,7 +15,7 @@ use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use types::{
     UserId, VaultCredentialId, VaultId,
-    agent::merge_metadata,
+    agent::merge_limited_metadata,
     vault::{AuthKind, CREDENTIALS_MAX},
 };
 use uuid::Uuid;
@@ -115,7 +115,7 @@ fn merged(current: &Value, change: Option<&str>) -> Result<Value, Failure> {
     let current = current.as_object().cloned().unwrap_or_default();
     Ok(Value::Object(match change {
         None => current,
-        Some(change) => merge_metadata(current, object(change)?),
+        Some(change) => merge_limited_metadata(current, object(change)?).map_err(Failure::invalid)?,
     }))
 }
 

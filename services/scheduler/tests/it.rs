@@ -43,6 +43,8 @@ mod event_log;
 mod inputs;
 #[path = "it/life.rs"]
 mod life;
+#[path = "it/managed.rs"]
+mod managed;
 #[path = "it/models.rs"]
 mod models;
 #[path = "it/random.rs"]

@@ -281,7 +281,10 @@ async fn a_browser_may_call_from_another_origin() {
     let refused = stack.http.get(&url).header("origin", "https://app.example").send().await.unwrap();
     assert_eq!((refused.status().as_u16(), &refused.headers()["access-control-allow-origin"]), (401, &"*".parse().unwrap()));
     let exposed = refused.headers()["access-control-expose-headers"].to_str().unwrap();
-    assert!(["x-request-id", "request-id", "x-should-retry"].iter().all(|name| exposed.split(',').any(|shown| shown == *name)), "{exposed}");
+    assert!(
+        ["x-request-id", "request-id", "x-should-retry"].iter().all(|name| exposed.split(',').any(|shown| shown == *name)),
+        "{exposed}"
+    );
 }
 
 #[tokio::test]

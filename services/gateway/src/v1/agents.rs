@@ -188,6 +188,7 @@ pub struct AgentBody {
 }
 
 /// What a body says of an agent: a field is absent, cleared, or has a value.
+#[derive(Clone)]
 pub struct AgentFields {
     pub name: Option<String>,
     pub model: Option<String>,

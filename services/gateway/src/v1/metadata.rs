@@ -1,10 +1,10 @@
 //! `metadata`: at most 16 texts by name. A change names what it changes; null deletes a key, and so does an empty text.
 
 use serde_json::{Map, Value};
+use types::agent::{METADATA_KEYS_MAX, merge_limited_metadata};
 
 use crate::body::Fields;
 
-const KEYS_MAX: usize = 16;
 const KEY_CHARS_MAX: usize = 64;
 const VALUE_CHARS_MAX: usize = 512;
 
@@ -35,8 +35,8 @@ pub fn read(fields: &mut Fields) -> Option<Map<String, Value>> {
 
 /// Refuses more keys than there may be.
 fn check(fields: &mut Fields, change: &Map<String, Value>) {
-    if change.values().filter(|value| *value != "").count() > KEYS_MAX {
-        fields.refuse("metadata", &format!("must hold at most {KEYS_MAX} keys"));
+    if change.values().filter(|value| *value != "").count() > METADATA_KEYS_MAX {
+        fields.refuse("metadata", &format!("must hold at most {METADATA_KEYS_MAX} keys"));
     }
 }
 
@@ -45,11 +45,7 @@ fn check(fields: &mut Fields, change: &Map<String, Value>) {
 /// # Errors
 /// When it would hold too many keys.
 pub fn merged(current: &str, change: &Map<String, Value>) -> Result<Map<String, Value>, String> {
-    let current: Map<String, Value> = serde_json::from_str(current).unwrap_or_default();
-    let before = current.len();
-    let merged = types::agent::merge_metadata(current, change.clone());
-    // The original API allows more: what is there already may stay.
-    if merged.len() > KEYS_MAX.max(before) { Err(format!("metadata: must hold at most {KEYS_MAX} keys")) } else { Ok(merged) }
+    merge_limited_metadata(serde_json::from_str(current).unwrap_or_default(), change.clone())
 }
 
 /// As it is shown: the original API takes values of any type.

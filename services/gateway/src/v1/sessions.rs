@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use axum::{Json, extract::State, http::StatusCode};
+use bus::Failure;
 use contract::{
     common::Empty,
     rpc,
@@ -16,7 +17,7 @@ use contract::{
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use types::{
-    SessionId, Timestamp,
+    ErrorCode, SessionId, Timestamp,
     limits::{BODY_BYTES_MAX, TIMEOUT_SECONDS_MAX},
     vault::VAULTS_OF_SESSION_MAX,
 };
@@ -46,6 +47,7 @@ use crate::{
 
 const TITLE_CHARS_MAX: usize = 500;
 const INITIAL_EVENTS_MAX: usize = 50;
+const UPDATE_ATTEMPTS: u32 = 5;
 const LIMITS: Limits = Limits { default: 20, max: 1000 };
 const STATUSES: [&str; 4] = ["idle", "running", "rescheduling", "terminated"];
 
@@ -435,27 +437,35 @@ pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, 
         AgentFields::read(agent)
     });
     fields.finish()?;
-    let current = find(&app, &caller, &id).await?;
-    let merged = patch.as_ref().map(|patch| metadata::merged(&current.metadata, patch)).transpose();
-    merged.map_err(|why| refused_field("metadata", &why))?;
-    let (mut kept, mut changed) = (None, None);
-    if let Some(change) = agent.filter(|agent| agent.tools.is_some() || agent.servers.is_some()) {
-        let Some(snapshot) = current.agent.clone() else { return Err(ApiError::new(StatusCode::BAD_REQUEST, "The agent is gone")) };
-        let new;
-        (new, kept) = overridden(&app, &caller, snapshot.clone(), change).await?;
-        changed = (new != snapshot).then_some(new);
+    let agent = agent.filter(|agent| agent.tools.is_some() || agent.servers.is_some());
+    for attempt in 1.. {
+        let (mut kept, mut changed, mut agent_row_version) = (None, None, None);
+        if let Some(change) = agent.clone() {
+            let current = find(&app, &caller, &id).await?;
+            let Some(snapshot) = current.agent else { return Err(ApiError::new(StatusCode::BAD_REQUEST, "The agent is gone")) };
+            let new;
+            (new, kept) = overridden(&app, &caller, snapshot.clone(), change).await?;
+            changed = (new != snapshot).then_some(new);
+            agent_row_version = Some(current.agent_row_version);
+        }
+        let request = UpdateSessionRequest {
+            user_id: caller.user_id.clone(),
+            session_id: session_id.clone(),
+            title: title.clone(),
+            clear_title,
+            metadata: patch.as_ref().map(text),
+            agent: changed,
+            agent_row_version,
+        };
+        let reply = app.bus.call::<rpc::UpdateSession>(&request, crate::RPC_DEADLINE).await;
+        app.forget_unless_used(kept, &reply, |_| true).await;
+        match reply {
+            // Overtaken by another change of the agent: this one is made again from what it left.
+            Err(Failure { code: ErrorCode::Conflict, reason: None, .. }) if attempt < UPDATE_ATTEMPTS => {}
+            reply => return Ok(Json(reply?.into())),
+        }
     }
-    let request = UpdateSessionRequest {
-        user_id: caller.user_id,
-        session_id,
-        title,
-        clear_title,
-        metadata: patch.as_ref().map(text),
-        agent: changed,
-    };
-    let reply = app.bus.call::<rpc::UpdateSession>(&request, crate::RPC_DEADLINE).await;
-    app.forget_unless_used(kept, &reply, |_| true).await;
-    Ok(Json(reply?.into()))
+    Err(ApiError::not_found("Session"))
 }
 
 /// Archive an idle session

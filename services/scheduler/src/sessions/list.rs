@@ -34,21 +34,31 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
         (true, true) => ("(created_at, session_id) > ($3, $4)", "created_at, session_id"),
         (true, false) => ("($3::timestamptz, $4::uuid) is not null", "created_at, session_id"),
     };
-    let keys = format!(
-        "select session_id from session where user_id = $1 and {from} and {} and {} and {} and {} and {} and {}
-         order by {order} limit $2 + 1",
+    let conditions = format!(
+        "user_id = $1 and {from} and {} and {} and {} and {} and {}",
         filter(request.status.is_some(), "status = $5", "$5::text is null"),
         filter(agent.is_some(), "agent_id = $6", "$6::uuid is null"),
         filter(environment.is_some(), "environment_id = $7", "$7::uuid is null"),
         filters.conditions(not_archived, 8),
-        filter(!request.v1_statuses.is_empty(), "v1_status(session) = any($10)", "$10::text[] is not null"),
         filter(
             request.agent_version.is_some(),
-            "$11 = (select coalesce(v.base_version, v.version) from agent_version v
+            "$10 = (select coalesce(v.base_version, v.version) from agent_version v
                     where v.agent_id = session.agent_id and v.version = session.agent_version)",
-            "$11::integer is null"
+            "$10::integer is null"
         ),
     );
+    let page_of =
+        |class: &str| format!("select session_id, created_at from session where {conditions} and {class} order by {order} limit $2 + 1");
+    // One part for each class: its rows are in the list's order in an index, and no others are looked at.
+    let parts: Vec<String> = match request.v1_statuses.is_empty() {
+        true => vec![page_of("true")],
+        false => classes(&request.v1_statuses).into_iter().map(|class| page_of(&class)).collect(),
+    };
+    if parts.is_empty() {
+        return Ok(ListSessionsReply::default());
+    }
+    let parts = parts.iter().map(|part| format!("({part})")).collect::<Vec<_>>().join(" union all ");
+    let keys = format!("select session_id from ({parts}) parts order by {order} limit $2 + 1");
     let v1_columns = concat!(session_columns!(), ", v1_status(session) as v1_status");
     let list = List {
         keys: &keys,
@@ -60,7 +70,7 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
     let page = list.read(&scheduler.pool, |query| {
         let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
         let query = query.bind(request.status.clone()).bind(agent.map(AgentId::uuid)).bind(environment.map(EnvironmentId::uuid));
-        let query = query.bind(filters.from).bind(filters.before).bind(request.v1_statuses.clone());
+        let query = query.bind(filters.from).bind(filters.before);
         query.bind(request.agent_version.map(|version| i32::try_from(version).unwrap_or(i32::MAX)))
     });
     let (rows, has_more): (Vec<SessionRow>, _) = page.await?;
@@ -75,6 +85,30 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
         session.into_iter().for_each(|session| session.files.push(file.clone()));
     }
     with_agents(&scheduler, ListSessionsReply { sessions, has_more, agents: Vec::new() }).await
+}
+
+/// The sessions that have one of some statuses of the Managed Agents API, as conditions of SQL on disjoint sets: by what the row tells
+/// (`v1_class` in the migrations, which has an index), and of the few active ones by whether their turn waits.
+fn classes(statuses: &[String]) -> Vec<String> {
+    const WAITS: &str = "exists (select from turn t
+        where t.session_id = session.session_id and t.turn_number = session.turn_count and t.waiting_since is not null)";
+    let has = |status: &str| statuses.iter().any(|asked| asked == status);
+    let is = |class: &str| format!("v1_class(status, archived_at, sprite_destroyed_at, destroy_after) = '{class}'");
+    let mut classes = Vec::new();
+    if has("idle") {
+        classes.push(is("idle"));
+    }
+    match (has("idle"), has("running")) {
+        (true, true) => classes.push(is("active")),
+        (true, false) => classes.push(format!("{} and {WAITS}", is("active"))),
+        (false, true) => classes.push(format!("{} and not {WAITS}", is("active"))),
+        (false, false) => {}
+    }
+    if has("terminated") {
+        classes.extend([is("terminated"), is("archived")]);
+    }
+    // No session is ever `rescheduling`.
+    classes
 }
 
 #[derive(sqlx::FromRow)]

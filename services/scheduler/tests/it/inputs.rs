@@ -214,7 +214,10 @@ async fn a_reader_finds_its_place_after_whatever_was_sent() {
     let (session, _) = world.running("shell", "").await;
     let find = async |input_id: &str| {
         let (user_id, session_id, input_id) = (world.user.to_string(), session.clone(), input_id.to_owned());
-        let found = world.gateway.call::<rpc::FindTurn>(&FindTurnRequest { user_id, session_id, before: 0, input_id }, SOON).await?;
+        let found = world
+            .gateway
+            .call::<rpc::FindTurn>(&FindTurnRequest { user_id, session_id, input_id, ..FindTurnRequest::default() }, SOON)
+            .await?;
         Ok::<_, Failure>((found.turn, found.after, found.is_within))
     };
     let mut queued = Vec::new();
@@ -377,4 +380,23 @@ async fn a_runtime_that_cannot_ask_takes_no_permissions() {
     let refused = world.gateway.call::<rpc::CreateAgent>(&request, SOON).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::Unprocessable);
     assert!(refused.message.contains("shell"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn each_interrupt_has_an_id_of_its_own_and_one_of_them_is_delivered() {
+    let world = World::start().await;
+    let (session, spec) = world.running("shell", "").await;
+    let interrupt = || SentEvent { kind: Some(Sent::Interrupt(contract::scheduler::SentInterrupt {})) };
+    let send = SendEventsRequest {
+        user_id: world.user.to_string(),
+        session_id: session.clone(),
+        events: vec![interrupt(), interrupt()],
+        timeout_seconds: 60,
+        ..SendEventsRequest::default()
+    };
+    let sent = world.gateway.call::<rpc::SendEvents>(&send, SOON).await.unwrap();
+    let [first, second] = &sent.inputs[..] else { unreachable!("{sent:?}") };
+    assert_ne!(first.input_id, second.input_id);
+    assert!(first.settled_at_us.is_none() && second.settled_at_us.is_some());
+    assert_eq!(world.fetch(&session, 1, spec.epoch).await.len(), 1);
 }
