@@ -254,11 +254,12 @@ impl Playback {
                 self.ended = Some(ended);
             }
             // Partial messages are in the log as the messages that they become.
-            Some(record::Kind::Event(agent_host::Event { kind: Some(event::Kind::Delta(delta)), .. })) => {
-                if self.is_inside && self.is_of_turn() && !repeated {
-                    self.write(delta);
-                }
+            Some(record::Kind::Event(agent_host::Event { kind: Some(event::Kind::Delta(delta)), .. }))
+                if self.is_inside && self.is_of_turn() && !repeated =>
+            {
+                self.write(delta);
             }
+            Some(record::Kind::Event(agent_host::Event { kind: Some(event::Kind::Delta(_)), .. })) => {}
             Some(record::Kind::Event(agent_host::Event { kind: None, .. })) => {}
             Some(record::Kind::Event(event)) if self.is_inside && self.is_of_turn() && !repeated => {
                 let text = self.written(&event);

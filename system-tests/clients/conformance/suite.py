@@ -819,7 +819,7 @@ def deltas(world):
     follower = Follower(world.client, session, event_deltas=["agent.message"])
     _, events, _ = world.turn(session, world.say("hello"), follower)
     [start] = [event for event in events if event.type == "event_start"]
-    message = next(event for event in events if event.id == start.event.id) if start.event.type == "agent.message" else None
+    message = next(event for event in events if getattr(event, "id", None) == start.event.id)
     parts = [event.delta.content.text for event in events if event.type == "event_delta" and event.event_id == start.event.id]
     assert parts and message.content[0].text.startswith("".join(parts)), (parts, message)
     order = [event.type for event in events]
