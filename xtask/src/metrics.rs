@@ -66,7 +66,7 @@ pub fn used() -> Result<Vec<String>> {
 pub fn render() -> Result<String> {
     let mut text = String::from(
         "# Metrics\n\n<!-- Made by `cargo xtask gen` from the services' sources. -->\n\n\
-         Every service serves them in Prometheus' format at `/metrics` of its admin address (`AOD_ADMIN_ADDR`). No label holds an id. \
+         Every service serves its metrics in Prometheus' format at `/metrics` of its admin address (`AOD_ADMIN_ADDR`). No label holds an id. \
          Histograms have buckets from 1 ms to an hour. Dashboard and alerts that use them are in [`observability/`](../observability), what to do \
          about an alert is in the [runbook](runbook.md).\n",
     );

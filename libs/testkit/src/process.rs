@@ -7,11 +7,12 @@ use std::{
 
 use anyhow::Context as _;
 
-/// Starts a command that gets TERM when this process is gone. The kernel ties that to the thread that started it, so that thread stays.
+/// Starts a command that receives TERM when this process ends. The kernel sends it when the thread that started the command exits, so that
+/// thread is kept.
 pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
     let (sender, receiver) = mpsc::channel();
     let mut tied = Command::new("setpriv");
-    // A command that is setpriv already says itself which signal it wants.
+    // A command that already runs setpriv names its own signal.
     if command.get_program() != "setpriv" {
         tied.args(["--pdeathsig", "TERM", "--"]).arg(command.get_program());
     }
@@ -32,15 +33,15 @@ pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
     receiver.recv()?.context("setpriv (util-linux) starts the servers of tests")
 }
 
-/// A port that is free now: at random, and not from the range that the kernel gives to outgoing connections, so that no other process takes
-/// it before its server does.
+/// Returns a random port that is free now. It is outside of the range that the kernel uses for outgoing connections, so that none of these
+/// takes it before the server does.
 ///
 /// # Errors
-/// When none is free.
+/// When no port is free.
 pub fn free_port() -> anyhow::Result<u16> {
     for _ in 0..1000 {
         let [a, b, ..] = *uuid::Uuid::new_v4().as_bytes();
-        // Below are the blocks of `aod dev`.
+        // The ports below are those of `aod dev`.
         let port = 30_240 + u16::from_be_bytes([a, b]) % 2_500;
         if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return Ok(port);

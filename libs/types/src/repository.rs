@@ -13,13 +13,13 @@ pub struct Repository {
     /// `https://github.com/<owner>/<repo>`
     pub url: String,
     pub mount_path: String,
-    /// What is checked out; the default branch where it is absent.
+    /// What is checked out; by default the default branch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkout: Option<Checkout>,
     /// Whether the contents of files in Git LFS are fetched; without it such files hold their pointers.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lfs: bool,
-    /// The author of commits in this repository; the deployment's where it is absent.
+    /// The author of commits in this repository; by default the deployment's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub author: Option<Author>,
 }

@@ -30,7 +30,7 @@ use crate::{
     secrets::{Kept, Kind},
 };
 
-/// An environment. The values of its variables are never answered.
+/// An environment. The values of its variables are never returned.
 #[derive(Serialize, ToSchema)]
 pub struct Environment {
     #[serde(flatten)]
@@ -92,7 +92,7 @@ pub struct CreateEnvironment {
     name: String,
     /// Packages by their manager: `apt`, `cargo`, `gem`, `go`, `npm`, `pip`
     packages: Option<BTreeMap<String, Vec<String>>>,
-    /// Stored encrypted and never answered
+    /// Stored encrypted and never returned
     env_vars: Option<BTreeMap<String, String>>,
     #[schema(max_length = 262_144)]
     setup_script: Option<String>,

@@ -55,19 +55,19 @@ pub struct Session {
     #[schema(format = DateTime)]
     updated_at: String,
     resources: Vec<Repository>,
-    /// Where the session named one.
+    /// Null if the session did not name one.
     working_directory: Option<String>,
     turn_count: u32,
     current_turn: Option<u32>,
     metadata: BTreeMap<String, String>,
     failure: Option<Failure>,
-    /// Which decision its running turn waits for; of a single session, also what its pending turn does.
+    /// Which decision the running turn waits for. For a single session also what a pending turn waits for.
     waiting_on: Option<String>,
-    /// Of a single session: how many messages wait for its turn to end.
+    /// How many queued messages wait for the turn to end; null in lists.
     queued_inputs: Option<u32>,
-    /// Of a list: the first 200 characters of the newest turn's prompt.
+    /// The first 200 characters of the newest turn's prompt; only in lists.
     last_prompt: Option<String>,
-    /// Of a list: what its turns cost, as far as their agent reported it.
+    /// What the session's turns cost, as far as the agent reported it; only in lists.
     cost_usd: Option<f64>,
 }
 
@@ -76,7 +76,7 @@ pub struct Session {
 #[schema(pattern = "^(pending|running|completed|failed|terminated)$")]
 pub struct Status(String);
 
-/// Why a session failed, where not by its exit code.
+/// Why a session failed, if not by the agent's exit code.
 #[derive(Serialize, ToSchema)]
 pub struct Failure {
     stage: String,
@@ -123,11 +123,11 @@ pub struct Turn {
     started_at: Option<String>,
     #[schema(format = DateTime)]
     ended_at: Option<String>,
-    /// As the agent reported it; null where it did not.
+    /// As the agent reported it; null if it did not.
     usage: Option<Usage>,
 }
 
-/// What a turn used. What its agent did not report is null.
+/// What a turn used. Values that the agent did not report are null.
 #[derive(Serialize, ToSchema)]
 pub struct Usage {
     input_tokens: Option<u64>,
@@ -183,7 +183,7 @@ pub struct AcceptedTurn {
     status: Status,
     stream_url: String,
     current_turn: u32,
-    /// Where a turn was running: the message, which waits or joins it.
+    /// The message that waits for the running turn or joins it; absent if no turn was running.
     #[serde(skip_serializing_if = "Option::is_none")]
     input: Option<Input>,
 }
@@ -209,35 +209,35 @@ pub struct CreateSession {
     /// Seconds for each turn; the deployment's default is 600
     #[schema(minimum = 10, maximum = 3600)]
     timeout: Option<u32>,
-    /// Instead of the agent's own
+    /// Replaces the agent's own environment
     environment_id: Option<String>,
     #[schema(max_items = 10)]
     resources: Option<Vec<Resource>>,
-    /// Where the agent works: absolute. The mount path of the only repository where it is absent, else `/workspace`
+    /// Absolute path of the agent's working directory. Default: the mount path of the only repository, otherwise `/workspace`
     #[schema(max_length = 500)]
     working_directory: Option<String>,
-    /// Stored encrypted, never answered; they override all other variables
+    /// Stored encrypted and never returned; they override all other variables
     secret_env_vars: Option<BTreeMap<String, String>>,
     metadata: Option<BTreeMap<String, String>>,
 }
 
-/// A repository to begin with.
+/// A repository that is cloned before the first turn.
 #[derive(ToSchema)]
 pub struct Resource {
     r#type: RepositoryTag,
     /// `https://github.com/<owner>/<repo>`
     #[schema(max_length = 500, example = "https://github.com/octocat/Hello-World")]
     url: String,
-    /// Absolute; `/workspace/<repo>` where it is absent
+    /// Absolute; default `/workspace/<repo>`
     #[schema(max_length = 500)]
     pub mount_path: Option<String>,
-    /// What is checked out; the default branch where it is absent
+    /// What is checked out; by default the default branch
     checkout: Option<Checkout>,
-    /// Whether the contents of files in Git LFS are fetched. The sandbox needs `git-lfs`: `packages: {"apt": ["git-lfs"]}`
+    /// Whether to fetch the contents of files in Git LFS. The sandbox needs `git-lfs`: `packages: {"apt": ["git-lfs"]}`
     lfs: Option<bool>,
     /// The author of commits in this repository
     author: Option<Author>,
-    /// Stored encrypted and never answered
+    /// Stored encrypted and never returned
     authorization_token: Option<String>,
 }
 
@@ -256,7 +256,7 @@ impl CreateSession {
     }
 }
 
-/// No CLI can do anything with a prompt of nothing but white space.
+/// Reads a prompt. One of white space only is refused, since no CLI accepts it.
 fn read_prompt(fields: &mut Fields) -> String {
     let prompt = fields.string("prompt", BODY_BYTES_MAX);
     fields.refuse_blank("prompt");
@@ -286,7 +286,7 @@ pub fn read_resources(fields: &mut Fields) -> Option<Vec<Resource>> {
     Some(resources)
 }
 
-/// A resource with its URL as it is echoed and its path filled in.
+/// Reads a resource: its URL in the form that responses show, and the default mount path if it has none.
 pub fn read_resource(item: &mut Fields) -> Resource {
     item.literal("type", "github_repository");
     let url = item.string("url", URL_CHARS_MAX);
@@ -347,11 +347,11 @@ fn read_author(author: &mut Fields) -> Author {
     Author { name: part("name"), email: part("email") }
 }
 
-/// A session's own secrets, as they lie in the vault.
+/// A session's own secrets, as they are stored in the vault.
 #[derive(Serialize)]
 pub struct SessionSecrets {
     pub env: BTreeMap<String, String>,
-    /// By the path that their repositories lie at.
+    /// By the mount path of their repository.
     pub tokens: BTreeMap<String, String>,
 }
 

@@ -72,17 +72,17 @@ fn blocks(message: &Value) -> Vec<Value> {
     }
 }
 
-/// What a person wrote: the CLI's own reminders, and what it notes of an interrupt, left out.
+/// Returns what the user wrote, without the reminders and notes that the CLI adds.
 fn written(message: &Value) -> String {
     let texts = blocks(message).into_iter().filter_map(|block| block.get("text").and_then(Value::as_str).map(str::to_owned));
     let own = texts.filter_map(|text| text.split("<system-reminder>").next().map(|own| own.trim().to_owned()));
     own.filter(|text| !text.is_empty() && !NOTES.iter().any(|note| text.starts_with(note))).collect::<Vec<_>>().join("\n")
 }
 
-/// What the CLI writes of itself: an interrupt, and a tool that it offers from then on.
+/// How the notes begin that the CLI adds to user messages: after an interrupt, and when a tool was loaded on demand.
 const NOTES: [&str; 2] = ["[Request interrupted", "Tool loaded."];
 
-/// Whether it looks for a tool that is there and not offered yet.
+/// Whether the assistant searched for a tool that the CLI loads on demand.
 fn searches(message: &Value) -> bool {
     blocks(message).iter().any(|block| is(block, "type", "tool_use") && is(block, "name", TOOL_SEARCH))
 }
