@@ -81,6 +81,9 @@ pub const GATEWAY: Access = Access {
         "aod.rpc.scheduler.v1.file.*",
         "aod.rpc.scheduler.v1.vault.*",
         "aod.rpc.scheduler.v1.vault_credential.*",
+        "aod.rpc.scheduler.v1.budget.get",
+        "aod.rpc.scheduler.v1.budget.set",
+        "aod.rpc.scheduler.v1.usage.list",
         "$JS.API.STREAM.MSG.GET.EVENTS",
     ],
     subscribe: &["aod.live.session.v1.>", "aod.queued.session.v1.*"],
@@ -155,7 +158,7 @@ pub const RUNNER: Access = Access {
 /// Between agents and model providers: it redeems the credentials of sessions that show it their tokens.
 pub const MODEL_GATEWAY: Access = Access {
     user: "model_gateway",
-    publish: &["aod.rpc.vault.v1.model_token.redeem", "aod.rpc.scheduler.v1.model_request.*"],
+    publish: &["aod.rpc.vault.v1.model_token.redeem", "aod.rpc.scheduler.v1.model_request.*", "aod.rpc.auth.v1.user.check"],
     subscribe: &[],
 };
 
@@ -170,6 +173,8 @@ pub const OPERATOR: Access = Access {
         "aod.rpc.vault.v1.key.*",
         "aod.rpc.vault.v1.audit.*",
         "aod.rpc.scheduler.v1.health.check",
+        "aod.rpc.scheduler.v1.budget.*",
+        "aod.rpc.scheduler.v1.usage.list",
         "$JS.API.STREAM.INFO.DLQ",
         "$JS.API.STREAM.MSG.GET.DLQ",
     ],
@@ -297,7 +302,7 @@ mod tests {
     #[test]
     fn only_the_inboxes_of_callers_are_answered_and_nothing_else_is_open_to_reply_subjects() {
         let answered = |access: &Access| access.inboxes_to_answer().collect::<Vec<_>>();
-        assert_eq!(answered(&AUTH), ["_INBOX_gateway", "_INBOX_operator"]);
+        assert_eq!(answered(&AUTH), ["_INBOX_gateway", "_INBOX_model_gateway", "_INBOX_operator"]);
         assert_eq!(answered(&VAULT), ["_INBOX_gateway", "_INBOX_scheduler", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]);
         assert_eq!(answered(&SCHEDULER), ["_INBOX_gateway", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]);
         for access in [GATEWAY, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS] {

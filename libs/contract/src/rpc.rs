@@ -84,6 +84,8 @@ rpcs! {
     ListUsers: auth::ListUsersRequest => auth::ListUsersReply, "aod.rpc.auth.v1.user.list", idempotent: true;
     /// Enables or disables a user. For operators.
     SetUserActive: auth::SetUserActiveRequest => auth::User, "aod.rpc.auth.v1.user.set_active", idempotent: true;
+    /// Returns whether a user may go on using the deployment. For the model gateway.
+    CheckUser: auth::CheckUserRequest => auth::CheckUserReply, "aod.rpc.auth.v1.user.check", idempotent: true;
     /// Sets how many sessions of a user may be active at once. For operators.
     SetQuota: auth::SetQuotaRequest => auth::User, "aod.rpc.auth.v1.quota.set", idempotent: true;
     /// Creates the first user and key; fails if any user exists. For operators.
@@ -248,6 +250,14 @@ rpcs! {
     EndModelRequest: scheduler::EndModelRequestRequest => common::Empty, "aod.rpc.scheduler.v1.model_request.end", idempotent: true;
     /// Extends the lease of a model gateway, on which its requests depend.
     RenewModelGateway: scheduler::RenewModelGatewayRequest => common::Empty, "aod.rpc.scheduler.v1.model_request.renew", idempotent: true;
+    /// Returns a budget: what is allowed and what is used.
+    GetBudget: scheduler::GetBudgetRequest => scheduler::Budget, "aod.rpc.scheduler.v1.budget.get", idempotent: true;
+    /// Changes a budget.
+    SetBudget: scheduler::SetBudgetRequest => scheduler::Budget, "aod.rpc.scheduler.v1.budget.set", idempotent: true;
+    /// Removes a budget's own limits; what was used is forgotten.
+    ClearBudget: scheduler::GetBudgetRequest => scheduler::Budget, "aod.rpc.scheduler.v1.budget.clear", idempotent: true;
+    /// Adds up model requests.
+    ListUsage: scheduler::ListUsageRequest => scheduler::ListUsageReply, "aod.rpc.scheduler.v1.usage.list", idempotent: true;
     /// Returns what is needed to delete a session's Sprite. For runners.
     ClaimSprite: scheduler::ClaimSpriteRequest => scheduler::SpriteClaim, "aod.rpc.scheduler.v1.sprite.claim", idempotent: true;
     /// Returns what is needed to search an account for orphaned Sprites. For runners.

@@ -12,6 +12,7 @@ use types::Evaluation;
 
 use crate::{
     admin,
+    budget::{LimitArgs, USAGE},
     client::{Api, ApiFailure, Page},
     credential::Kind,
     deploy, dev,
@@ -80,6 +81,14 @@ enum Command {
     Envs(Client<Envs>),
     /// Manage sessions: one agent running turn after turn in one sandbox
     Sessions(Client<Sessions>),
+    /// Print what model requests used: sums by day, agent, model, key or session
+    #[command(after_help = "Example:\n  aod usage --by agent --from 2026-01-01")]
+    Usage {
+        #[command(flatten)]
+        api: ApiArgs,
+        #[command(flatten)]
+        args: UsageArgs,
+    },
     /// Manage credentials: the keys that agents call models with
     Credentials(Client<Credentials>),
     /// Manage API keys
@@ -99,6 +108,52 @@ enum Command {
         /// Shell to complete for
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Args)]
+struct UsageArgs {
+    /// What to add up by
+    #[arg(long, value_enum, default_value_t = GroupBy::Day)]
+    by: GroupBy,
+    /// Only sessions of this agent
+    #[arg(long, value_name = "ID")]
+    agent: Option<String>,
+    /// First day in UTC, as 2026-01-31; 30 days before the last one by default
+    #[arg(long, value_name = "DAY")]
+    from: Option<String>,
+    /// Last day; today by default
+    #[arg(long, value_name = "DAY")]
+    to: Option<String>,
+    #[command(flatten)]
+    page: Page,
+}
+
+/// What usage is added up by.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum GroupBy {
+    Day,
+    Agent,
+    Model,
+    Key,
+    Session,
+}
+
+impl UsageArgs {
+    async fn print(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
+        let by = self.by.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        let mut query = format!("group_by={by}");
+        for (name, value) in [("agent_id", &self.agent), ("from", &self.from), ("to", &self.to)] {
+            if let Some(value) = value {
+                query.push_str(&format!("&{name}={}", query_value(value)));
+            }
+        }
+        list(api, &format!("/usage?{query}"), &self.page, output, USAGE).await
+    }
+}
+
+/// Ids and days need no escapes; the rest is refused by the API.
+fn query_value(text: &str) -> String {
+    text.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_')).collect()
 }
 
 #[derive(Debug, Subcommand)]
@@ -136,6 +191,16 @@ enum Agents {
         /// Read the permissions from a JSON file, as the API takes them
         #[arg(long, value_name = "FILE")]
         permissions: Option<PathBuf>,
+        #[command(flatten)]
+        budget: LimitArgs,
+    },
+    /// Print the budget that the sessions of an agent share; with limits, change it first
+    #[command(after_help = "Example:\n  aod agents budget AGENT --usd 20")]
+    Budget {
+        /// Id of the agent
+        id: String,
+        #[command(flatten)]
+        limits: LimitArgs,
     },
     /// List the versions of an agent, newest first
     Versions {
@@ -211,7 +276,17 @@ enum Sessions {
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<u32>,
         #[command(flatten)]
+        budget: LimitArgs,
+        #[command(flatten)]
         prompt: PromptArgs,
+    },
+    /// Print the budget of a session; with limits, change it first
+    #[command(after_help = "Example:\n  aod sessions budget SESSION --usd 10")]
+    Budget {
+        /// Id of the session
+        id: String,
+        #[command(flatten)]
+        limits: LimitArgs,
     },
     /// List the turns of a session, oldest first
     Turns {
@@ -402,6 +477,9 @@ impl Cli {
             Command::Agents(client) => client.call(output).await,
             Command::Envs(client) => client.call(output).await,
             Command::Sessions(client) => client.call(output).await,
+            Command::Usage { api, args } => {
+                finish("aod", async { args.print(&api.connect()?, output).await.map(|()| ExitCode::SUCCESS) }.await)
+            }
             Command::Credentials(client) => client.call(output).await,
             Command::Keys(client) => client.call(output).await,
         }
@@ -450,19 +528,25 @@ impl Call for Agents {
         match self {
             Self::List(page) => list(api, "/agents", &page, output, AGENTS).await?,
             Self::Get { id } => output.one(&api.get(&format!("/agents/{id}")).await?),
-            Self::Create { name, model, runtime, system, environment, permission, permissions: file } => {
+            Self::Create { name, model, runtime, system, environment, permission, permissions: file, budget } => {
                 let permissions = permissions(&permission, file.as_deref())?;
                 let body = json!({
                     "name": name, "model": model, "runtime": runtime, "system": system, "environment_id": environment,
-                    "permissions": permissions,
+                    "permissions": permissions, "budget": budget.body(),
                 });
                 output.one(&api.post("/agents", &body).await?);
             }
+            Self::Budget { id, limits } => output.one(&change_budget(api, &format!("/agents/{id}/budget"), &limits).await?),
             Self::Versions { id, page } => list(api, &format!("/agents/{id}/versions"), &page, output, VERSIONS).await?,
             Self::Archive { id } => output.one(&api.post(&format!("/agents/{id}/archive"), &Value::Null).await?),
         }
         Ok(())
     }
+}
+
+/// Changes a budget where limits are given, and returns it.
+async fn change_budget(api: &Api, path: &str, limits: &LimitArgs) -> Result<Value, ApiFailure> {
+    if limits.is_empty() { api.get(path).await } else { api.patch(path, &limits.body()).await }
 }
 
 impl Call for Envs {
@@ -493,9 +577,11 @@ impl Call for Sessions {
         match self {
             Self::List(page) => list(api, "/sessions", &page, output, SESSIONS).await?,
             Self::Get { id } => output.one(&api.get(&format!("/sessions/{id}")).await?),
-            Self::Create { agent, timeout, prompt } => {
-                output.one(&api.post("/sessions", &json!({ "agent_id": agent, "prompt": prompt.read()?, "timeout": timeout })).await?);
+            Self::Create { agent, timeout, budget, prompt } => {
+                let body = json!({ "agent_id": agent, "prompt": prompt.read()?, "timeout": timeout, "budget": budget.body() });
+                output.one(&api.post("/sessions", &body).await?);
             }
+            Self::Budget { id, limits } => output.one(&change_budget(api, &format!("/sessions/{id}/budget"), &limits).await?),
             Self::Turns { id, page } => list(api, &format!("/sessions/{id}/turns"), &page, output, TURNS).await?,
             Self::Prompt { id, when_busy, prompt } => {
                 let body = json!({ "prompt": prompt.read()?, "when_busy": when_busy.map(WhenBusy::name) });
@@ -616,7 +702,7 @@ mod tests {
     fn only_commands_that_call_the_api_take_its_url() {
         visit(&Cli::command(), "aod", &mut |command, path| {
             let takes_url = command.get_arguments().any(|arg| arg.get_id() == "api_url");
-            let is_client = ["run", "logs", "agents", "envs", "sessions", "credentials", "keys", "health"];
+            let is_client = ["run", "logs", "agents", "envs", "sessions", "usage", "credentials", "keys", "health"];
             let depth = path.split(' ').count();
             assert!(depth != 2 || takes_url == is_client.contains(&command.get_name()), "{path}");
         });

@@ -95,17 +95,21 @@ impl Api {
         if let Some(cursor) = &page.cursor {
             query.append_pair("cursor", cursor);
         }
-        let answer = self.get(&format!("{path}?{}", query.finish())).await?;
+        let separator = if path.contains('?') { '&' } else { '?' };
+        let answer = self.get(&format!("{path}{separator}{}", query.finish())).await?;
         let has_more = answer.get("has_more").and_then(Value::as_bool).unwrap_or_default();
         let next = answer.get("next_cursor").and_then(Value::as_str).filter(|_| has_more).map(str::to_owned);
         Ok((answer.get("data").and_then(Value::as_array).cloned().unwrap_or_default(), next))
     }
 
     async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, ApiFailure> {
+        // In a change, null says something else than what is absent.
+        let is_change = method == Method::PATCH;
         let request = self.http.request(method, format!("{}{path}", self.base_url)).bearer_auth(self.token.expose_secret());
         let request = request.timeout(Duration::from_secs(30));
         let request = match body {
             Some(Value::Null) | None => request,
+            Some(body) if is_change => request.json(body),
             // What was not given is not sent.
             Some(body) => request.json(&without_nulls(body)),
         };

@@ -3,6 +3,7 @@
 #[macro_use]
 mod output;
 mod admin;
+mod budget;
 mod cli;
 mod client;
 mod credential;

@@ -50,6 +50,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::CreateUser, _, _>(users::create).await?;
     responder.serve::<rpc::ListUsers, _, _>(users::list).await?;
     responder.serve::<rpc::SetUserActive, _, _>(users::set_active).await?;
+    responder.serve::<rpc::CheckUser, _, _>(users::check).await?;
     responder.serve::<rpc::SetQuota, _, _>(users::set_quota).await?;
     responder.serve::<rpc::Bootstrap, _, _>(users::bootstrap).await?;
     responder.serve::<rpc::EnsureUser, _, _>(users::ensure).await?;

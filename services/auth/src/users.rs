@@ -2,8 +2,8 @@
 
 use bus::Failure;
 use contract::auth::{
-    BootstrapRequest, CreateKeyRequest, CreateUserRequest, EnsureUserRequest, FindUserRequest, Key, ListUsersReply, ListUsersRequest,
-    SetQuotaRequest, SetUserActiveRequest, User,
+    BootstrapRequest, CheckUserReply, CheckUserRequest, CreateKeyRequest, CreateUserRequest, EnsureUserRequest, FindUserRequest, Key,
+    ListUsersReply, ListUsersRequest, SetQuotaRequest, SetUserActiveRequest, User,
 };
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
@@ -109,6 +109,14 @@ pub async fn set_active(pool: PgPool, request: SetUserActiveRequest) -> Result<U
     .fetch_optional(&pool)
     .await?;
     row.map(User::from).ok_or_else(missing)
+}
+
+/// For services that go on working for a user without a key of theirs.
+pub async fn check(pool: PgPool, request: CheckUserRequest) -> Result<CheckUserReply, Failure> {
+    let Ok(user) = request.user_id.parse::<UserId>() else { return Ok(CheckUserReply { is_active: false }) };
+    let is_active: Option<bool> =
+        sqlx::query_scalar("select is_active from account where user_id = $1").bind(user.uuid()).fetch_optional(&pool).await?;
+    Ok(CheckUserReply { is_active: is_active == Some(true) })
 }
 
 pub async fn set_quota(pool: PgPool, request: SetQuotaRequest) -> Result<User, Failure> {

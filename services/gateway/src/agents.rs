@@ -138,6 +138,9 @@ pub struct CreateAgent {
     /// What it may do without asking; everything where they are absent
     permissions: Option<Permissions>,
     metadata: Option<Map<String, Value>>,
+    /// What its sessions may use together; see docs/budgets.md
+    #[schema(value_type = Option<crate::budgets::NewBudget>)]
+    budget: Option<scheduler::BudgetChange>,
 }
 
 impl CreateAgent {
@@ -160,6 +163,7 @@ impl CreateAgent {
             mcp_servers: mcp::read(fields),
             permissions: permissions::read(fields),
             metadata: fields.metadata("metadata"),
+            budget: crate::budgets::read(fields),
         }
     }
 }
@@ -195,6 +199,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         agent_id: AgentId::new().to_string(),
         permissions: agent.permissions.as_ref().map(json).unwrap_or_default(),
         tools: String::new(),
+        budget: agent.budget,
     };
     let reply = app.bus.call::<rpc::CreateAgent>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;

@@ -6,6 +6,7 @@
 mod agents;
 mod auth;
 mod body;
+mod budgets;
 mod console;
 mod credentials;
 mod environments;

@@ -30,6 +30,7 @@ use crate::{
         (name = "agents", description = "Templates that sessions run"),
         (name = "environments", description = "How sandboxes are set up"),
         (name = "sessions", description = "An agent that runs in one sandbox, turn by turn"),
+        (name = "usage", description = "What model requests used"),
         (name = "credentials", description = "Keys with which agents call models and sandboxes"),
         (name = "api-keys", description = "Keys with which users call this API"),
         (name = "managed-agents", description = "The same resources in the shapes of the Managed Agents API"),

@@ -20,8 +20,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::{
-    App, agents, console, credentials, environments, error::ApiError, health, idempotency, inputs, keys, openapi, server, sessions, stream,
-    v1,
+    App, agents, budgets, console, credentials, environments, error::ApiError, health, idempotency, inputs, keys, openapi, server,
+    sessions, stream, v1,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -51,6 +51,9 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(inputs::decide))
         .routes(routes!(sessions::terminate))
         .routes(routes!(sessions::delete))
+        .routes(routes!(budgets::of_session, budgets::change_of_session))
+        .routes(routes!(budgets::of_agent, budgets::change_of_agent))
+        .routes(routes!(budgets::usage))
         .routes(routes!(credentials::list))
         .routes(routes!(credentials::put, credentials::delete))
         .routes(routes!(keys::list, keys::create))

@@ -219,6 +219,9 @@ pub struct CreateSession {
     /// Stored encrypted and never returned; they override all other variables
     secret_env_vars: Option<BTreeMap<String, String>>,
     metadata: Option<BTreeMap<String, String>>,
+    /// What the session may use; see docs/budgets.md
+    #[schema(value_type = Option<crate::budgets::NewBudget>)]
+    budget: Option<scheduler::BudgetChange>,
 }
 
 /// A repository that is cloned before the first turn.
@@ -252,6 +255,7 @@ impl CreateSession {
             working_directory: read_working_directory(fields),
             secret_env_vars: read_env_vars(fields, "secret_env_vars"),
             metadata: fields.string_metadata("metadata"),
+            budget: crate::budgets::read(fields),
         }
     }
 }
@@ -381,6 +385,7 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         secret_env_var_names: secrets.env.into_keys().collect(),
         once: key.once(&body),
         session_id: SessionId::new().to_string(),
+        budget: session.budget,
         ..CreateSessionRequest::default()
     };
     let reply = app.bus.call::<rpc::CreateSession>(&request, crate::RPC_DEADLINE).await;

@@ -13,7 +13,9 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, environments, micros, now, once,
+    Scheduler, environments, micros,
+    models::{budgets, limits::Scope},
+    now, once,
     page::{Filters, List, Window, check_size},
     parsed_json, secret_id, unsigned, version_mismatch,
 };
@@ -169,6 +171,9 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
         .await
         .map_err(|error| once::not_inserted(error, "agent_pkey"))?;
     insert_version(tx, &row).await?;
+    if let Some(budget) = &request.budget {
+        budgets::write(tx, Scope::Agent, row.agent_id, budget).await?;
+    }
     let agent = Agent::from(row);
     once::remember(tx, user, ROUTE, request.once.as_ref(), &agent).await?;
     Ok(CreateAgentReply { agent: Some(agent), replayed: false })

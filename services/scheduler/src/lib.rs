@@ -244,6 +244,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::EndModelRequest, _, _>(models::requests::end).await?;
     responder.serve::<rpc::RenewModelGateway, _, _>(models::requests::renew).await?;
     responder.serve::<rpc::FetchModelRequests, _, _>(models::entries::fetch).await?;
+    responder.serve::<rpc::GetBudget, _, _>(models::budgets::get).await?;
+    responder.serve::<rpc::SetBudget, _, _>(models::budgets::set).await?;
+    responder.serve::<rpc::ClearBudget, _, _>(models::budgets::clear).await?;
+    responder.serve::<rpc::ListUsage, _, _>(models::budgets::usage).await?;
     responder.serve::<rpc::Terminate, _, _>(termination::terminate).await?;
     responder.serve::<rpc::CreateVault, _, _>(vaults::create).await?;
     responder.serve::<rpc::GetVault, _, _>(vaults::get).await?;

@@ -1,8 +1,9 @@
 //! Model requests as the model gateway reports them: budgets and policies before, usage after, and what the session's log is to show.
 //!
-//! [`requests`] begins and settles them; [`limits`] are budgets and policies; [`entries`] is what runners append to logs; [`sums`] adds up
+//! [`requests`] begins and settles them; [`limits`] are budgets and policies, which [`budgets`] sets; [`entries`] is what runners append to logs; [`sums`] adds up
 //! totals. docs/adr/0130-metering.md has the reasons.
 
+pub mod budgets;
 pub mod entries;
 pub mod limits;
 pub mod requests;

@@ -19,7 +19,9 @@ use uuid::Uuid;
 
 use self::row::{SessionRow, find, lock, missing, partition, session_columns};
 use crate::{
-    Scheduler, agents, environments, event_log, files, inputs, once, parsed_json,
+    Scheduler, agents, environments, event_log, files, inputs,
+    models::{budgets, limits::Scope},
+    once, parsed_json,
     positions::{projected_through, wait_until_projected},
     quota, secret_id, usage, vaults,
 };
@@ -158,6 +160,9 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
         }
     })?;
     files::give(tx, user, id, &request.files).await?;
+    if let Some(budget) = &request.budget {
+        budgets::write(tx, Scope::Session, id.uuid(), budget).await?;
+    }
     let mut session = if begins {
         turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
         Session::from(row)

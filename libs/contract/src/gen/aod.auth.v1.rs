@@ -85,6 +85,17 @@ pub struct SetUserActiveRequest {
     pub is_active: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CheckUserRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CheckUserReply {
+    /// Not where the user is disabled or gone.
+    #[prost(bool, tag = "1")]
+    pub is_active: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SetQuotaRequest {
     #[prost(string, tag = "1")]
     pub user_id: ::prost::alloc::string::String,

@@ -88,6 +88,9 @@ pub struct CreateAgentRequest {
     pub permissions: ::prost::alloc::string::String,
     #[prost(string, tag = "14")]
     pub tools: ::prost::alloc::string::String,
+    /// Of all its sessions together.
+    #[prost(message, optional, tag = "15")]
+    pub budget: ::core::option::Option<BudgetChange>,
     /// Chosen by the caller: creating it again is the same as creating it once.
     #[prost(string, tag = "20")]
     pub agent_id: ::prost::alloc::string::String,
@@ -390,6 +393,8 @@ pub struct CreateSessionRequest {
     pub session_id: ::prost::alloc::string::String,
     #[prost(message, repeated, tag = "22")]
     pub files: ::prost::alloc::vec::Vec<NewSessionFile>,
+    #[prost(message, optional, tag = "23")]
+    pub budget: ::core::option::Option<BudgetChange>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CreateSessionReply {
@@ -1101,6 +1106,145 @@ pub struct RenewModelGatewayRequest {
     /// A UUID of one process.
     #[prost(string, tag = "1")]
     pub gateway_id: ::prost::alloc::string::String,
+}
+/// Whose budget.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetBudgetRequest {
+    /// `session`, `agent`, `user` or `deployment`.
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    /// Of the deployment: all zeros, or empty.
+    #[prost(string, tag = "2")]
+    pub scope_id: ::prost::alloc::string::String,
+    /// Refused unless the session or agent belongs to this user. Absent: the operator asks.
+    #[prost(string, optional, tag = "3")]
+    pub user_id: ::core::option::Option<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetBudgetRequest {
+    #[prost(message, optional, tag = "1")]
+    pub of: ::core::option::Option<GetBudgetRequest>,
+    #[prost(message, optional, tag = "2")]
+    pub change: ::core::option::Option<BudgetChange>,
+}
+/// What is absent stays as it is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BudgetChange {
+    /// Millionths of a US dollar.
+    #[prost(message, optional, tag = "1")]
+    pub cost_micro_usd: ::core::option::Option<LimitChange>,
+    #[prost(message, optional, tag = "2")]
+    pub tokens: ::core::option::Option<LimitChange>,
+    #[prost(message, optional, tag = "3")]
+    pub requests: ::core::option::Option<LimitChange>,
+    #[prost(message, optional, tag = "4")]
+    pub seconds: ::core::option::Option<LimitChange>,
+    #[prost(message, optional, tag = "5")]
+    pub requests_per_minute: ::core::option::Option<LimitChange>,
+    #[prost(message, optional, tag = "6")]
+    pub allowed_models: ::core::option::Option<ModelsChange>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LimitChange {
+    /// Absent: the deployment's default.
+    #[prost(uint64, optional, tag = "1")]
+    pub max: ::core::option::Option<u64>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ModelsChange {
+    /// Empty: every model. `*` at the end stands for any rest.
+    #[prost(string, repeated, tag = "1")]
+    pub models: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Budget {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub scope_id: ::prost::alloc::string::String,
+    /// What is allowed, with the deployment's defaults. Absent: no limit.
+    #[prost(message, optional, tag = "3")]
+    pub max: ::core::option::Option<BudgetLimits>,
+    /// Those of its own alone.
+    #[prost(message, optional, tag = "4")]
+    pub own: ::core::option::Option<BudgetLimits>,
+    /// Since the budget was made; of a session: since its first request.
+    #[prost(message, optional, tag = "5")]
+    pub used: ::core::option::Option<BudgetLimits>,
+    /// What requests under way may use.
+    #[prost(message, optional, tag = "6")]
+    pub reserved: ::core::option::Option<BudgetLimits>,
+    #[prost(uint32, optional, tag = "7")]
+    pub requests_per_minute: ::core::option::Option<u32>,
+    #[prost(string, repeated, tag = "8")]
+    pub allowed_models: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BudgetLimits {
+    #[prost(uint64, optional, tag = "1")]
+    pub cost_micro_usd: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "2")]
+    pub tokens: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "3")]
+    pub requests: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "4")]
+    pub seconds: ::core::option::Option<u64>,
+}
+/// Sums of model requests.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListUsageRequest {
+    /// Absent: of all users.
+    #[prost(string, optional, tag = "1")]
+    pub user_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// `day`, `agent`, `model`, `key`, `session`, or for the operator `user`.
+    #[prost(string, tag = "2")]
+    pub group_by: ::prost::alloc::string::String,
+    #[prost(string, optional, tag = "3")]
+    pub agent_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// By session alone.
+    #[prost(string, optional, tag = "4")]
+    pub session_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// Days in UTC as `2026-01-31`, both included; of sessions the days on which they were created.
+    #[prost(string, optional, tag = "5")]
+    pub from_day: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "6")]
+    pub to_day: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(uint32, tag = "7")]
+    pub limit: u32,
+    /// The group that the page begins behind.
+    #[prost(string, optional, tag = "8")]
+    pub after: ::core::option::Option<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListUsageReply {
+    #[prost(message, repeated, tag = "1")]
+    pub sums: ::prost::alloc::vec::Vec<UsageSum>,
+    #[prost(bool, tag = "2")]
+    pub has_more: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UsageSum {
+    /// Of what: a day, an id, a model as `provider/model`, the kind of a key.
+    #[prost(string, tag = "1")]
+    pub group: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub requests: u64,
+    /// Requests of which no usage is known.
+    #[prost(uint64, tag = "3")]
+    pub unknown: u64,
+    /// Requests of models without a price: they are not in the cost.
+    #[prost(uint64, tag = "4")]
+    pub unpriced: u64,
+    #[prost(uint64, tag = "5")]
+    pub input_tokens: u64,
+    #[prost(uint64, tag = "6")]
+    pub output_tokens: u64,
+    #[prost(uint64, tag = "7")]
+    pub cache_read_tokens: u64,
+    #[prost(uint64, tag = "8")]
+    pub cache_write_tokens: u64,
+    #[prost(uint64, tag = "9")]
+    pub cost_micro_usd: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FetchModelRequestsRequest {

@@ -394,7 +394,7 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
         };
         entries::add(tx, owners.session, number, meter_entry::Kind::Ended(ended)).await?;
     }
-    if is_budgeted && !was_unknown {
+    if !was_unknown {
         let tokens = usage.as_ref().map(|usage| usage.input_tokens.unwrap_or_default() + usage.output_tokens.unwrap_or_default());
         let cost = usage.as_ref().and_then(|usage| usage.cost_micro_usd);
         let is_whole = is_known && !request.is_partial;
@@ -403,6 +403,8 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
             used_cost: charge(held_cost.unsigned_abs(), cost, is_whole),
             held_tokens: -held_tokens,
             held_cost: -held_cost,
+            // One that began before there was a budget is counted by the one that was set meanwhile.
+            used_requests: u64::from(!is_budgeted),
             ..Change::default()
         };
         limits::apply(tx, &owners, change, &[]).await?;

@@ -2,7 +2,8 @@
 
 use contract::{
     scheduler::{
-        BeginModelRequestRequest, EndModelRequestRequest, FetchModelRequestsReply, FetchModelRequestsRequest, RenewModelGatewayRequest,
+        BeginModelRequestRequest, Budget, BudgetChange, EndModelRequestRequest, FetchModelRequestsReply, FetchModelRequestsRequest,
+        GetBudgetRequest, LimitChange, ListUsageRequest, RenewModelGatewayRequest, SetBudgetRequest, UsageSum,
         begin_model_request_reply::Verdict as Admission, meter_entry,
     },
     session::Usage,
@@ -231,4 +232,127 @@ async fn policies_and_every_kind_of_budget_are_kept() {
     let only = format!("update scheduler.model_limit set max_tokens = null, allowed_models = '{{gpt-*}}' where scope_id = '{agent}'");
     sqlx::raw_sql(sqlx::AssertSqlSafe(only)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
     assert_eq!(refused(&session).await, "model");
+}
+
+impl World {
+    fn owned(&self, scope: &str, id: &str) -> GetBudgetRequest {
+        GetBudgetRequest { scope: scope.to_owned(), scope_id: id.to_owned(), user_id: Some(self.user.to_string()) }
+    }
+
+    async fn set_budget(&self, of: GetBudgetRequest, tokens: Option<u64>) -> Result<Budget, Failure> {
+        let change = BudgetChange { tokens: Some(LimitChange { max: tokens }), ..BudgetChange::default() };
+        self.gateway.call::<rpc::SetBudget>(&SetBudgetRequest { of: Some(of), change: Some(change) }, SOON).await
+    }
+
+    async fn usage(&self, request: ListUsageRequest) -> Vec<UsageSum> {
+        let request = ListUsageRequest { user_id: Some(self.user.to_string()), limit: 1, ..request };
+        let mut sums: Vec<UsageSum> = Vec::new();
+        loop {
+            let after = sums.last().map(|sum| sum.group.clone());
+            let page = self.gateway.call::<rpc::ListUsage>(&ListUsageRequest { after, ..request.clone() }, SOON).await.unwrap();
+            sums.extend(page.sums);
+            if !page.has_more {
+                return sums;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_budget_counts_what_a_session_used_before_and_a_raised_one_lets_it_go_on_with_a_new_warning() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let budget = BudgetChange { requests: Some(LimitChange { max: Some(100) }), ..BudgetChange::default() };
+    let agent = CreateAgentRequest { budget: Some(budget), ..world.new_agent() };
+    let agent = world.gateway.call::<rpc::CreateAgent>(&agent, SOON).await.unwrap().agent.unwrap().agent_id;
+    let (session, epoch) = world.asking(&agent).await;
+    let used = models.request(&session, 50);
+    models.begin(&used).await;
+    models.end(&used, 85).await;
+    // One that is under way while the budget is set is counted by it when it ends.
+    let open = models.request(&session, 10);
+    models.begin(&open).await;
+    let of = world.owned("session", &session);
+    let set = world.set_budget(of.clone(), Some(100)).await.unwrap();
+    assert_eq!((set.max.unwrap().tokens, set.used.unwrap().tokens, set.used.unwrap().requests), (Some(100), Some(85), Some(1)));
+    let warned = models.request(&session, 5);
+    assert!(matches!(models.begin(&warned).await, Admission::Admitted(_)));
+    models.end(&warned, 5).await;
+    models.end(&open, 10).await;
+    assert!(matches!(models.begin(&models.request(&session, 5)).await, Admission::Refused(refused) if refused.reason == "budget"));
+    assert!(world.entries(&session, epoch, 0).await.budget_reached.is_some());
+    // Raised: it goes on, and is warned of the new limit once.
+    world.set_budget(of.clone(), Some(120)).await.unwrap();
+    for _ in 0..2 {
+        let request = models.request(&session, 5);
+        assert!(matches!(models.begin(&request).await, Admission::Admitted(_)));
+        models.end(&request, 5).await;
+    }
+    let entries = world.entries(&session, epoch, 0).await;
+    assert!(entries.budget_reached.is_none());
+    assert_eq!(kinds(&entries).iter().filter(|kind| **kind == "warning").count(), 2);
+    // The agent's budget counted all of it; the operator removes what its owner set.
+    let of_agent = world.gateway.call::<rpc::GetBudget>(&world.owned("agent", &agent), SOON).await.unwrap();
+    assert_eq!(
+        (of_agent.max.unwrap().requests, of_agent.used.unwrap().requests, of_agent.used.unwrap().tokens),
+        (Some(100), Some(5), Some(110))
+    );
+    let operator = world.nats.connect(&access::OPERATOR).await.unwrap();
+    let cleared = GetBudgetRequest { user_id: None, ..of };
+    let cleared = operator.call::<rpc::ClearBudget>(&cleared, SOON).await.unwrap();
+    assert_eq!((cleared.max.unwrap().tokens, cleared.used.unwrap().tokens), (None, Some(0)));
+}
+
+#[tokio::test]
+async fn users_change_budgets_of_their_own_sessions_and_agents_alone() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let other = GetBudgetRequest { user_id: Some(UserId::new().to_string()), ..world.owned("agent", &agent) };
+    assert_eq!(world.set_budget(other, Some(1)).await.unwrap_err().code, ErrorCode::NotFound);
+    for scope in ["user", "deployment"] {
+        let own = world.owned(scope, &world.user.to_string());
+        assert_eq!(world.set_budget(own, Some(1)).await.unwrap_err().code, ErrorCode::InvalidArgument, "{scope}");
+    }
+    assert!(world.set_budget(world.owned("agent", &agent), Some(1)).await.is_ok());
+    assert!(world.set_budget(world.owned("agent", &agent), Some(u64::MAX)).await.is_err());
+}
+
+#[tokio::test]
+async fn usage_is_added_up_by_day_agent_model_key_session_and_user() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (first, second) = (world.agent().await, world.agent().await);
+    let mut sessions = Vec::new();
+    for (agent, model, tokens) in [(&first, "claude-a", 10), (&first, "claude-b", 20), (&second, "claude-a", 30)] {
+        let (session, _) = world.asking(agent).await;
+        let request = BeginModelRequestRequest { model: model.to_owned(), ..models.request(&session, 50) };
+        models.begin(&request).await;
+        models.end(&request, tokens).await;
+        sessions.push(session);
+    }
+    let by = |group: &str| ListUsageRequest { group_by: group.to_owned(), ..ListUsageRequest::default() };
+    let tokens = |sums: &[UsageSum]| sums.iter().map(|sum| (sum.group.clone(), sum.input_tokens)).collect::<Vec<_>>();
+    eventually("the totals have it", || async { world.usage(by("day")).await.first().is_some_and(|sum| sum.input_tokens == 60) }).await;
+    let models_used = [("anthropic/claude-a".to_owned(), 40), ("anthropic/claude-b".to_owned(), 20)];
+    assert_eq!(tokens(&world.usage(by("model")).await), models_used);
+    let mut agents = vec![(first.clone(), 30), (second, 30)];
+    agents.sort();
+    assert_eq!(tokens(&world.usage(by("agent")).await), agents);
+    assert_eq!(
+        tokens(&world.usage(ListUsageRequest { agent_id: Some(first), ..by("key") }).await),
+        [("provider:anthropic".to_owned(), 30)]
+    );
+    let newest_first: Vec<_> = sessions.iter().rev().cloned().zip([30, 20, 10]).collect();
+    assert_eq!(tokens(&world.usage(by("session")).await), newest_first);
+    let one = ListUsageRequest { session_id: Some(sessions[0].clone()), ..by("session") };
+    assert_eq!(tokens(&world.usage(one).await), [(sessions[0].clone(), 10)]);
+    let day = |from: &str, to: &str| ListUsageRequest { from_day: Some(from.to_owned()), to_day: Some(to.to_owned()), ..by("day") };
+    assert!(world.usage(day("2020-01-01", "2020-01-31")).await.is_empty());
+    let operator = world.nats.connect(&access::OPERATOR).await.unwrap();
+    let users = operator.call::<rpc::ListUsage>(&ListUsageRequest { limit: 10, ..by("user") }, SOON).await.unwrap();
+    assert_eq!(tokens(&users.sums), [(world.user.to_string(), 60)]);
+    for wrong in [by("user"), by("week"), day("2020-01-01", "2026-01-01"), day("yesterday", "2026-01-01")] {
+        let request = ListUsageRequest { user_id: Some(world.user.to_string()), ..wrong };
+        assert!(world.gateway.call::<rpc::ListUsage>(&request, SOON).await.is_err(), "{request:?}");
+    }
 }
