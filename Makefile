@@ -48,6 +48,7 @@ bench: setup console ## Measure throughput and latency beside the floors of the 
 	@$(CARGO) build --release --workspace --bins
 	@$(CARGO) run --quiet -p xtask -- agent-host >/dev/null
 	@$(CARGO) bench --quiet -p system-tests --bench stack -- $(ARGS)
+	@$(CARGO) bench --quiet -p model-gateway --bench gateway -- $(ARGS)
 	@$(CARGO) bench --quiet -p local-sprites
 
 reference: build ## Regenerate docs/configuration.md from the services' --help

@@ -3,7 +3,7 @@
 //!
 //! [`call`] decides which requests are passed on; [`tokens`] redeems; [`ledger`] asks the scheduler before each request
 //! and tells it what [`usage`] read of the response, by [`prices`]; [`proxy`] passes on and back; [`refusal`] is the gateway's own
-//! answers, in the providers' shapes; [`server`] bounds connections, [`body`] memory, and [`share`] what one session takes of either.
+//! answers, in the providers' shapes; [`retry`] sends again what a provider refuses for now; [`stored`] finds what a body must not name; [`server`] bounds connections, [`body`] memory, and [`share`] what one session takes of either.
 //! docs/adr/0070-model-gateway.md has the reasons.
 
 mod body;
@@ -13,9 +13,11 @@ pub mod metrics;
 mod prices;
 mod proxy;
 mod refusal;
+mod retry;
 mod scan;
 mod server;
 mod share;
+mod stored;
 mod tokens;
 mod usage;
 
@@ -35,6 +37,7 @@ use crate::{
     ledger::Ledger,
     prices::Prices,
     proxy::Proxy,
+    retry::Retries,
     share::{ShareLimits, Shares},
     tokens::Tokens,
 };
@@ -55,6 +58,7 @@ pub struct Config {
     pub bodies_bytes_max: usize,
     /// How long a provider may send nothing.
     pub silence: Duration,
+    pub retries: Retries,
     /// A file of prices that come before the release's own.
     pub prices: Option<PathBuf>,
 }
@@ -121,6 +125,14 @@ impl Config {
                 512 << 20,
             ),
             silence: env.seconds("AOD_MODEL_SILENCE_SECONDS", "how long a provider may send nothing before a request fails", 600),
+            retries: Retries {
+                times: env.parsed(
+                    "AOD_MODEL_RETRIES",
+                    "how often a request that a provider refuses for now (429, 503, 529) is sent again; 0: every response is passed on as it is",
+                    4,
+                ),
+                wait_max: env.seconds("AOD_MODEL_RETRY_SECONDS", "how long one request may wait for that in total", 60),
+            },
             prices: env
                 .optional("AOD_MODEL_PRICES", "TOML file of list prices that come before those of the release; see docs/budgets.md")
                 .map(PathBuf::from),
@@ -160,6 +172,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         tokens: Tokens::new(bus, name, Shares::new(share)),
         upstreams: Arc::new(config.upstreams),
         http,
+        retries: config.retries,
         memory: Memory::new(config.bodies_bytes_max, config.body_bytes_max),
     };
     let router = Router::new().fallback(proxy::handle).with_state(proxy);

@@ -10,6 +10,7 @@ pub fn describe() {
         "aod_model_tokens_total",
         "tokens that providers reported, by provider and kind (input, with those of caches; output)"
     );
+    describe_counter!("aod_model_retries_total", "requests that were sent again after a refusal, by provider and status");
     describe_counter!("aod_model_ends_dropped_total", "model requests whose end could not be told to the scheduler");
     describe_counter!("aod_model_token_redemptions_total", "redemptions of sessions' tokens at the vault, by outcome");
 }

@@ -19,10 +19,17 @@ use crate::{
     call::{self, Call, NotACall},
     ledger::{Entry, Ledger, Outcome},
     refusal::Refusal,
+    retry::{Answer, Retries},
     server::Connection,
+    stored,
     tokens::{Credential, Grant, TokenRefused, Tokens},
     usage::{self, Meter},
 };
+
+/// The provider's own status, where the client is told another.
+const UPSTREAM_STATUS: HeaderName = HeaderName::from_static("x-upstream-status");
+/// The SDKs of Anthropic and OpenAI read it.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// What every request works with. Cheap to clone.
 #[derive(Clone)]
@@ -31,6 +38,7 @@ pub struct Proxy {
     pub tokens: Tokens,
     pub upstreams: Arc<Upstreams>,
     pub http: reqwest::Client,
+    pub retries: Retries,
     pub memory: Memory,
 }
 
@@ -69,6 +77,9 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     let method = request.method().clone();
     let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     let body = proxy.memory.read(request.into_body(), announced, &grant.share.bodies).await?;
+    if let Some(name) = stored::named(call.provider, &body.bytes) {
+        return Err(Refusal::Stored(name));
+    }
     let entry = match call.is_metered() {
         true => {
             let asked = usage::asked(&call.path, &body.bytes);
@@ -79,10 +90,14 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     };
     tracing::debug!(session = grant.session_id, provider = %call.provider, path = call.path, bytes = body.bytes.len(), "passing a request on");
     let begun = Instant::now();
-    let sent = proxy.http.request(method, url).headers(headers).body(body.bytes).send().await;
+    let send = || proxy.http.request(method.clone(), url.clone()).headers(headers.clone()).body(body.bytes.clone()).send();
+    let sent = match call.is_metered() {
+        true => proxy.retries.send(call.provider, send).await,
+        false => send().await.map(Answer::from),
+    };
     drop(body.memory);
-    let response = match sent {
-        Ok(response) => response,
+    let answer = match sent {
+        Ok(answer) => answer,
         Err(error) => {
             let refusal = failure(&grant, &error);
             if let Some(entry) = entry {
@@ -94,7 +109,7 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
         }
     };
     metrics::histogram!("aod_model_first_byte_seconds", "provider" => call.provider.as_str()).record(begun.elapsed());
-    Ok(pass_back(response, slot, entry.map(|entry| Metering::new(entry, call.provider))))
+    Ok(pass_back(answer, slot, entry.map(|entry| Metering::new(entry, call.provider))))
 }
 
 /// Follows a response on its way: what it used is told when it ends, or when its client is gone.
@@ -146,8 +161,15 @@ impl Drop for Metering {
 }
 
 /// The response as it comes; the session's slot is free when it has ended, or when its client has gone.
-fn pass_back(response: reqwest::Response, slot: OwnedSemaphorePermit, mut metering: Option<Metering>) -> Response {
-    let (status, headers) = (response.status(), forwarded(response.headers(), true));
+fn pass_back(answer: Answer, slot: OwnedSemaphorePermit, mut metering: Option<Metering>) -> Response {
+    let Answer { response, is_final } = answer;
+    let (mut status, mut headers) = (response.status(), forwarded(response.headers(), true));
+    if is_final {
+        // Two of the CLIs send a request again for minutes after a 401, a 403 or a 429, and none after a 400.
+        headers.insert(UPSTREAM_STATUS, status.as_u16().into());
+        headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        status = StatusCode::BAD_REQUEST;
+    }
     if let Some(metering) = &mut metering {
         metering.head(&response);
     }

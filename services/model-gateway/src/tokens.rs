@@ -9,6 +9,7 @@ use std::{
 
 use bus::Bus;
 use contract::{
+    auth::CheckUserRequest,
     rpc,
     vault::{Bundle, RedeemModelTokenRequest},
 };
@@ -26,7 +27,8 @@ use crate::{
 };
 
 const DEADLINE: Duration = Duration::from_secs(10);
-/// How long a redemption is used before the vault is asked again: a revoked token, or a key that was replaced, is noticed within it.
+/// How long a redemption is used before the vault is asked again: a revoked token, a disabled
+/// user, or a key that was replaced, is noticed within it.
 const FRESH: Duration = Duration::from_secs(60);
 /// How long a redemption is used while the vault does not answer.
 const KEPT: Duration = Duration::from_secs(600);
@@ -177,6 +179,15 @@ impl Tokens {
                 TokenRefused::Unavailable
             }
         })?;
+        // The vault does not know who is disabled.
+        let user = CheckUserRequest { user_id: reply.user_id.clone() };
+        let user = self.bus.call::<rpc::CheckUser>(&user, DEADLINE).await.map_err(|error| {
+            tracing::warn!(%error, "failed to check whether a session's user is active");
+            TokenRefused::Unavailable
+        })?;
+        if !user.is_active {
+            return Err(TokenRefused::Unknown);
+        }
         let unreadable = |error: &dyn fmt::Display| {
             tracing::error!(%error, "the vault's answer cannot be opened");
             TokenRefused::Unavailable

@@ -144,6 +144,7 @@ const MIGRATIONS: &[store::Step] = &[
     (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
     (150, "events that show", include_str!("../../../migrations/scheduler/0150_events_that_show.sql")),
     (151, "places of inputs", include_str!("../../../migrations/scheduler/0151_places_of_inputs.sql")),
+    (152, "usage by day", include_str!("../../../migrations/scheduler/0152_usage_by_day.sql")),
     (170, "session classes", include_str!("../../../migrations/scheduler/0170_session_classes.sql")),
     (171, "session by class", include_str!("../../../migrations/scheduler/0171_session_by_class.sql")),
     (172, "previews", include_str!("../../../migrations/scheduler/0172_previews.sql")),

@@ -134,6 +134,16 @@ impl Secrets {
         stored && self.model_token.is_some() && !self.vars().iter().any(|(name, _)| own_variables(provider).contains(&name.as_str()))
     }
 
+    /// The variable with which the session sends requests to an address of its own, if it brings no key for it: stored keys are at the
+    /// model gateway, and go to no other address.
+    pub fn address_without_key(&self, provider: Provider) -> Option<&'static str> {
+        let stored = self.proxied.iter().any(|kind| provider_of(*kind) == Some(provider));
+        let vars = self.vars();
+        let is_set = |name: &str| vars.iter().any(|(set, _)| set == name);
+        let (address, keys) = own_variables(provider).split_last()?;
+        (stored && self.model_token.is_some() && is_set(address) && !keys.iter().any(|key| is_set(key))).then_some(*address)
+    }
+
     /// Whether all of the agent's model requests go through the model gateway.
     pub fn is_metered(&self) -> bool {
         let has_own = |provider: Provider| self.vars().iter().any(|(name, _)| own_variables(provider).contains(&name.as_str()));
@@ -192,7 +202,7 @@ fn provider_of(kind: CredentialKind) -> Option<Provider> {
     }
 }
 
-/// The variables by which a user gives a session's CLI a key or an address of the user's own.
+/// The variables by which a user gives a session's CLI a key or, the last one, an address of the user's own.
 fn own_variables(provider: Provider) -> &'static [&'static str] {
     match provider {
         Provider::Anthropic => &["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_BASE_URL"],
@@ -233,6 +243,18 @@ mod tests {
         assert!(!own.is_proxied(Provider::Anthropic) && own.is_proxied(Provider::Openai));
         assert!(proxied.is_metered() && !own.is_metered() && !secrets(&[], "{}").is_metered());
         assert_ne!(proxied.model_token.unwrap().hash(), own.model_token.unwrap().hash());
+    }
+
+    #[test]
+    fn an_address_of_the_sessions_own_needs_a_key_of_its_own() {
+        let anthropic = CredentialKind::Provider(Provider::Anthropic);
+        let named = |stored: &[CredentialKind], env: &str| secrets(stored, env).address_without_key(Provider::Anthropic);
+        let address = r#"{"env":{"ANTHROPIC_BASE_URL":"http://m"}}"#;
+        assert_eq!(named(&[anthropic], address), Some("ANTHROPIC_BASE_URL"));
+        assert_eq!(named(&[anthropic], r#"{"env":{"ANTHROPIC_BASE_URL":"http://m","ANTHROPIC_AUTH_TOKEN":"mine"}}"#), None);
+        assert_eq!((named(&[anthropic], "{}"), named(&[], address)), (None, None));
+        let without_gateway = Secrets { model_token: None, ..secrets(&[anthropic], address) };
+        assert_eq!(without_gateway.address_without_key(Provider::Anthropic), None);
     }
 
     #[test]

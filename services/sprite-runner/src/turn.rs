@@ -9,7 +9,7 @@ use contract::{
 };
 use sealing::KeyPair;
 use tokio::time::Instant;
-use types::{CredentialKind, Runtime, SessionId, SpriteName, Stage, StageState};
+use types::{CredentialKind, ModelRef, Runtime, SessionId, SpriteName, Stage, StageState};
 
 use crate::{
     Runner,
@@ -186,6 +186,13 @@ async fn work(
     let sprite = client.sprite(name);
     let unreadable = |error: serde_json::Error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}"));
     let setup = Setup::read(spec).map_err(unreadable)?;
+    let provider = ModelRef::parse(runtime, &spec.model).ok().and_then(|model| model.provider());
+    if let Some(name) = provider.and_then(|provider| secrets.address_without_key(provider)) {
+        let message = format!(
+            "The session sets {name} without a key: stored keys are sent to the model gateway's providers alone. Set the key's variable beside it."
+        );
+        return Err(Stopped::Failed { stage: "credentials".to_owned(), message });
+    }
     let models = runner.models_of(secrets);
     let agent = Agent::new(session, spec, (runtime, adapter), &models, &setup, runner.agent_idle).map_err(unreadable)?;
     let provisioning = Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, runtime, adapter, models: &models };

@@ -97,8 +97,25 @@ async fn every_cli_runs_a_tool_remembers_its_first_turn_and_calls_an_mcp_server(
         let events = typed_events(&stack, &session).await;
         every_model_request_is_counted(runtime, turns.body["data"].as_array().unwrap(), &events);
         tells_the_same_story(runtime, model, &events);
+        ends_at_its_budget_and_goes_on_when_it_is_raised(&stack, runtime, &session, &third).await;
     })
     .await;
+}
+
+async fn ends_at_its_budget_and_goes_on_when_it_is_raised(stack: &Stack, runtime: &str, session: &str, before: &Turn) {
+    let path = format!("/sessions/{session}/budget");
+    let set = async |limits: Value| stack.call(reqwest::Method::PATCH, &path, Some(limits)).await.unwrap();
+    let budget = set(json!({ "requests": 1 })).await;
+    assert!(budget.body["used"]["requests"].as_u64() > Some(4), "{runtime}: {budget:?}");
+    let refused = prompt(stack, session, before, "say the mark").await;
+    let told = stack.get(&format!("/sessions/{session}")).await.unwrap();
+    assert_eq!((&told.body["status"], &told.body["failure"]["stage"]), (&json!("completed"), &json!("budget")), "{runtime}: {told:?}");
+    let events = typed_events(stack, session).await;
+    let reached = events.iter().filter(|event| event["type"] == "session.budget" && event["state"] == "reached").count();
+    let end = events.iter().rfind(|event| event["type"] == "session.status_idle").unwrap();
+    assert_eq!((reached, &end["stop_reason"]["type"]), (1, &json!("budget_reached")), "{runtime}: {events:#?}");
+    set(json!({ "requests": 1000 })).await;
+    prompt(stack, session, &refused, "say the mark").await.succeeded_saying(runtime, "MARK-4711");
 }
 
 async fn typed_events(stack: &Stack, session: &str) -> Vec<Value> {
@@ -164,22 +181,23 @@ async fn a_key_that_is_refused_fails_the_turn_in_the_clis_own_words() {
                 assert!(stored.status < 300, "{stored:?}");
             }
         }
-        every_cli_is_refused(&stack, &keys).await;
+        every_cli_is_refused(&stack, &keys, keys == json!({})).await;
     }
 }
 
-async fn every_cli_is_refused(stack: &Stack, keys: &Value) {
+async fn every_cli_is_refused(stack: &Stack, keys: &Value, are_stored: bool) {
     for_each_agent(RUNTIMES, async |(runtime, model)| {
         let agent = json!({ "name": runtime, "model": model, "runtime": runtime });
         let agent = stack.post("/agents", agent).await.unwrap().text("id").to_owned();
-        // Claude Code tries a refused key again for minutes, and says so.
-        let timeout = if runtime == "claude" { 40 } else { 600 };
+        // Claude Code tries a refused key again for minutes, and says so; the model gateway tells it not to.
+        let tries_again = runtime == "claude" && !are_stored;
+        let timeout = if tries_again { 40 } else { 600 };
         let body = json!({ "agent_id": agent, "prompt": "hello", "secret_env_vars": keys, "timeout": timeout });
         let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
         let ended = turn(stack, &session, 0).await;
         let said = ended.output.to_lowercase();
         assert!(said.contains("api key") || said.contains("401"), "{runtime}: {}", ended.output);
-        assert_eq!(ended.end["type"], if runtime == "claude" { "error" } else { "exit" }, "{runtime}: {} {}", ended.end, ended.output);
+        assert_eq!(ended.end["type"], if tries_again { "error" } else { "exit" }, "{runtime}: {} {}", ended.end, ended.output);
         assert_ne!(ended.end["code"], 0, "{runtime}: {} {}", ended.end, ended.output);
         let session = stack.get(&format!("/sessions/{session}")).await.unwrap();
         let told = session.body["failure"]["message"].as_str().unwrap_or_default();
@@ -249,7 +267,8 @@ async fn every_cli_calls_an_mcp_server_over_http_and_knows_its_skills() {
 /// A model that is broken, or has had enough: the CLI says so, and the turn ends.
 #[tokio::test]
 async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
-    let stack = Stack::start(MODEL).await.unwrap();
+    // What the model gateway waits for is time that a CLI has not to tell it in.
+    let stack = Stack::start(Options { settings: &[("AOD_MODEL_RETRIES", "1")], ..MODEL }).await.unwrap();
     for_each_agent(RUNTIMES.into_iter().flat_map(|run| [(run, "500"), (run, "429")]), async |((runtime, model), status)| {
         let agent = json!({ "name": format!("{runtime} {status}"), "model": model, "runtime": runtime });
         let agent = stack.post("/agents", agent).await.unwrap().text("id").to_owned();

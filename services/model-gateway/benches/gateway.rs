@@ -1,0 +1,116 @@
+//! What the model gateway adds to a provider's responses, beside direct calls of the same run: `make bench ARGS=model-gateway`.
+//!
+//! Postgres, NATS, the scheduler, the provider and this load share the machine: read the ratios.
+
+#![expect(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
+
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt as _, future::join_all};
+use testkit::bench::{Times, report_rate};
+
+#[path = "../tests/it/world.rs"]
+#[expect(dead_code, reason = "the tests use the rest")]
+mod world;
+
+use world::{Mood, World};
+
+const REQUESTS: usize = 500;
+const ANSWER_BYTES: usize = 4_000;
+const BULK_BYTES: usize = 50_000_000;
+const SESSIONS: usize = 200;
+const REQUESTS_OF_EACH: usize = 5;
+
+#[tokio::main]
+async fn main() {
+    let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
+    if !"model-gateway".contains(&wanted) {
+        return;
+    }
+    let world = World::start().await;
+    let (_gateway, through) = world.model_gateway().await;
+    let direct = format!("{}/v1/messages", world.upstream);
+    let token = world.token().await;
+    latency(&world, &direct, &through, &token).await;
+    bulk(&world, &direct, &through, &token).await;
+    crowd(&world, &direct, &through).await;
+}
+
+/// Sends a request over a connection that is open, and reads the response to its end.
+async fn ask(world: &World, http: &reqwest::Client, url: &str, token: &str) -> usize {
+    // The provider takes the user's key alone.
+    let shown = if url.starts_with(&world.upstream) { world::KEY } else { token };
+    let body = world::body(token);
+    let response = http.post(url).header("x-api-key", shown).body(body).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    let mut chunks = response.bytes_stream();
+    let mut bytes = 0;
+    while let Some(chunk) = chunks.next().await {
+        bytes += chunk.unwrap().len();
+    }
+    bytes
+}
+
+async fn times(world: &World, url: &str, token: &str) -> Times {
+    let http = client();
+    for _ in 0..20 {
+        ask(world, &http, url, token).await;
+    }
+    let work = async || {
+        ask(world, &http, url, token).await;
+        Ok(())
+    };
+    Times::of(REQUESTS, work).await.unwrap()
+}
+
+fn client() -> reqwest::Client {
+    reqwest::Client::builder().no_proxy().tcp_nodelay(true).build().unwrap()
+}
+
+async fn latency(world: &World, direct: &str, through: &str, token: &str) {
+    world.provider.is(Mood::Streams(ANSWER_BYTES));
+    let floor = times(world, direct, token).await;
+    times(world, through, token).await.report("a model request through the gateway", "direct", &floor);
+    // What counts tokens is passed on without metering.
+    let unmetered = times(world, &format!("{through}/count_tokens"), token).await;
+    unmetered.report("the same without metering", "direct", &floor);
+}
+
+async fn bulk(world: &World, direct: &str, through: &str, token: &str) {
+    world.provider.is(Mood::Streams(BULK_BYTES));
+    let http = client();
+    let rate = async |url: &str| {
+        let begun = Instant::now();
+        let bytes = ask(world, &http, url, token).await;
+        bytes as f64 / 1e6 / begun.elapsed().as_secs_f64()
+    };
+    let floor = rate(direct).await;
+    report_rate("one streamed answer of 50 MB", "MB", rate(through).await, "direct", floor);
+}
+
+async fn crowd(world: &World, direct: &str, through: &str) {
+    world.provider.is(Mood::Streams(ANSWER_BYTES));
+    let mut tokens = Vec::new();
+    for _ in 0..SESSIONS {
+        tokens.push(world.token().await);
+    }
+    let rate = async |url: &str| {
+        let begun = Instant::now();
+        let of_session = async |token: &String| {
+            let http = client();
+            let mut slowest = Duration::ZERO;
+            for _ in 0..REQUESTS_OF_EACH {
+                let begun = Instant::now();
+                ask(world, &http, url, token).await;
+                slowest = slowest.max(begun.elapsed());
+            }
+            slowest
+        };
+        let slowest = join_all(tokens.iter().map(of_session)).await.into_iter().max().unwrap_or_default();
+        ((SESSIONS * REQUESTS_OF_EACH) as f64 / begun.elapsed().as_secs_f64(), slowest)
+    };
+    let (floor, _) = rate(direct).await;
+    let (ours, slowest) = rate(through).await;
+    report_rate("200 sessions at once", "requests", ours, "direct", floor);
+    println!("the slowest of their requests: {:.0} ms", slowest.as_secs_f64() * 1e3);
+}
