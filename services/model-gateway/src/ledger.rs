@@ -70,7 +70,11 @@ pub struct Entry {
     ledger: Ledger,
     begun: BeginModelRequestRequest,
     provider: Provider,
+    /// What was reserved.
+    estimate: Tokens,
     at: Instant,
+    /// The provider may have it.
+    is_sent: bool,
     is_told: bool,
 }
 
@@ -125,10 +129,17 @@ impl Ledger {
             model: asked.model,
             key: key.to_owned(),
         };
+        let at = Instant::now();
+        // Told to have ended also where its client goes away while the scheduler is asked.
+        let mut entry = Entry { ledger: self.clone(), begun, provider, estimate, at, is_sent: false, is_told: false };
         let (started, mut attempt) = (Instant::now(), 0);
         loop {
             attempt += 1;
-            match self.ask(&begun).await {
+            // It may be recorded as soon as it is asked for, and is not where it was refused.
+            entry.is_told = false;
+            let asked = self.ask(&entry.begun).await;
+            entry.is_told = matches!(asked, Ok(Some(Verdict::Refused(_) | Verdict::Waits(_))));
+            match asked {
                 Ok(Some(Verdict::Admitted(admitted))) => {
                     match admitted.is_unlimited {
                         true => self.unlimited.insert(session.to_owned(), Instant::now()).await,
@@ -150,7 +161,8 @@ impl Ledger {
                 }
             }
         }
-        Ok(Entry { ledger: self.clone(), begun, provider, at: Instant::now(), is_told: false })
+        (entry.is_sent, entry.at) = (true, Instant::now());
+        Ok(entry)
     }
 
     async fn ask(&self, begun: &BeginModelRequestRequest) -> Result<Option<Verdict>, Failure> {
@@ -215,12 +227,20 @@ impl Entry {
             true if reported.error_message.is_empty() => format!("HTTP status {status}"),
             true => format!("HTTP status {status}: {} {}", reported.error_type, reported.error_message),
         };
+        // A response without its last event is incomplete, whichever side closed it.
+        let is_partial = !reported.is_whole && (is_ok || is_cut);
+        let mut begun = std::mem::take(&mut self.begun);
+        if is_partial || usage.is_none() {
+            let generated = reported.generated_bytes / BYTES_PER_TOKEN;
+            let least = Tokens { output: self.estimate.output.max(generated), ..self.estimate };
+            begun.estimated_tokens = least.input.saturating_add(least.output);
+            begun.estimated_cost_micro_usd = self.ledger.prices.cost(self.provider, &begun.model, least);
+        }
         let error_kind = if error.is_empty() { "" } else { kind_of(status, &reported) };
         let end = EndModelRequestRequest {
-            begun: Some(std::mem::take(&mut self.begun)),
+            begun: Some(begun),
             status: status.into(),
-            // A response without its last event is incomplete, whichever side closed it.
-            is_partial: !reported.is_whole && (is_ok || is_cut),
+            is_partial,
             usage,
             duration_ms: u64::try_from(self.at.elapsed().as_millis()).unwrap_or(u64::MAX),
             error,
@@ -254,11 +274,11 @@ impl Entry {
 }
 
 impl Drop for Entry {
-    /// The client went away before there was an answer.
+    /// The client went away before there was an answer, or before the request was sent, which costs nothing then.
     fn drop(&mut self) {
         if !self.is_told {
             let failure = "The request was broken off".to_owned();
-            self.tell(Outcome { is_cut: true, failure, ..Outcome::default() });
+            self.tell(Outcome { is_cut: self.is_sent, failure, ..Outcome::default() });
         }
     }
 }

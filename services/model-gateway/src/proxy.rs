@@ -75,6 +75,7 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     attach(&mut headers, credential)?;
     let url = url(&proxy.upstreams, &call, request.uri().query());
     let method = request.method().clone();
+    let is_plain = matches!(request.headers().get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes), None | Some(b"" | b"identity"));
     let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     let body = proxy.memory.read(request.into_body(), announced, &grant.share.bodies).await?;
     if let Some(name) = stored::named(call.provider, &body.bytes) {
@@ -82,7 +83,7 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     }
     let entry = match call.is_metered() {
         true => {
-            let asked = usage::asked(&call.path, &body.bytes);
+            let asked = usage::asked(&call.path, &body.bytes, is_plain);
             let key = credential.kind(call.provider);
             Some(proxy.ledger.begin(&grant.session_id, key, call.provider, asked, body.bytes.len()).await?)
         }

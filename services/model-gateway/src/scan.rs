@@ -4,7 +4,7 @@
 //! buffered but the key or the scalar at hand, cut at a bound. What is not JSON yields no fields, or some; it is never an error.
 
 /// How deep fields are told apart; what is deeper is only counted.
-const DEPTH_MAX: usize = 6;
+const DEPTH_MAX: usize = 8;
 /// Longer keys are none that are looked for.
 const KEY_BYTES_MAX: usize = 32;
 /// Longer texts are cut.
@@ -22,6 +22,9 @@ pub enum Scalar<'a> {
 /// Takes fields: their path, without the arrays around everything, and their values.
 pub trait Visit {
     fn field(&mut self, path: &[&str], value: Scalar<'_>);
+
+    /// A text of so many bytes as they are sent, however long it is. [`Self::field`] is called too.
+    fn text(&mut self, _path: &[&str], _bytes: u64) {}
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +62,8 @@ pub struct Scanner {
     /// The token at hand, as far as it is kept.
     token: Vec<u8>,
     is_cut: bool,
+    /// How long the token is.
+    token_bytes: u64,
 }
 
 impl Default for Scanner {
@@ -69,6 +74,7 @@ impl Default for Scanner {
             depth: 0,
             token: Vec::with_capacity(TEXT_BYTES_MAX),
             is_cut: false,
+            token_bytes: 0,
         }
     }
 }
@@ -154,10 +160,11 @@ impl Scanner {
 
     fn clear(&mut self) {
         self.token.clear();
-        self.is_cut = false;
+        (self.is_cut, self.token_bytes) = (false, 0);
     }
 
     fn keep(&mut self, bytes: &[u8]) {
+        self.token_bytes = self.token_bytes.saturating_add(bytes.len() as u64);
         let room = TEXT_BYTES_MAX - self.token.len();
         self.is_cut |= bytes.len() > room;
         self.token.extend_from_slice(bytes.get(..bytes.len().min(room)).unwrap_or_default());
@@ -210,7 +217,11 @@ impl Scanner {
                 len += 1;
             }
         }
-        visit.field(path.get(..len).unwrap_or_default(), value);
+        let path = path.get(..len).unwrap_or_default();
+        if matches!(value, Scalar::Text(_)) {
+            visit.text(path, self.token_bytes);
+        }
+        visit.field(path, value);
     }
 }
 

@@ -1,10 +1,15 @@
 //! What requests ask for and what responses say they used, in the words of each provider. No I/O.
 
+use serde::Deserialize;
 use types::Provider;
 
 use crate::scan::{Events, Scalar, Scanner, Visit};
 
-/// What a request asks for, as far as its body says.
+/// Models have shorter names. Longer ones are not passed on to the scheduler.
+const MODEL_BYTES_MAX: usize = 200;
+
+/// What a request asks for, as far as its body says. Without a model where that cannot be read for certain: such a request is refused
+/// where models or money are limited.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Asked {
     pub model: String,
@@ -12,29 +17,36 @@ pub struct Asked {
     pub output_max: Option<u64>,
 }
 
-impl Visit for Asked {
-    fn field(&mut self, path: &[&str], value: Scalar<'_>) {
-        match (path, value) {
-            (["model"], Scalar::Text(model)) => self.model = model.to_owned(),
-            (
-                ["max_tokens" | "max_output_tokens" | "max_completion_tokens"]
-                | ["generationConfig" | "generation_config", "maxOutputTokens" | "max_output_tokens"],
-                Scalar::Number(most),
-            ) => self.output_max = Some(most),
-            _ => {}
-        }
-    }
+/// A field that is given twice is an error: providers differ in which of them counts.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct AskedBody {
+    model: Option<String>,
+    max_tokens: Option<f64>,
+    max_output_tokens: Option<f64>,
+    max_completion_tokens: Option<f64>,
+    #[serde(alias = "generation_config", rename = "generationConfig")]
+    generation_config: Option<GenerationConfig>,
 }
 
-/// Reads a request. Google's names its model in the path.
-pub fn asked(path: &str, body: &[u8]) -> Asked {
-    let (mut scanner, mut asked) = (Scanner::default(), Asked::default());
-    scanner.feed(body, &mut asked);
-    scanner.end(&mut asked);
-    if let Some((model, _)) = path.split_once("/models/").and_then(|(_, rest)| rest.split_once(':')) {
-        asked.model = model.to_owned();
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct GenerationConfig {
+    #[serde(alias = "max_output_tokens", rename = "maxOutputTokens")]
+    max_output_tokens: Option<f64>,
+}
+
+/// Reads a request. Google's names its model in the path. `is_plain`: the body has no content encoding.
+pub fn asked(path: &str, body: &[u8], is_plain: bool) -> Asked {
+    let Some(body) = serde_json::from_slice::<AskedBody>(body).ok().filter(|_| is_plain) else { return Asked::default() };
+    let in_path = path.split_once("/models/").and_then(|(_, rest)| rest.split_once(':')).map(|(model, _)| model.to_owned());
+    let of_google = body.generation_config.and_then(|config| config.max_output_tokens);
+    let most = body.max_tokens.or(body.max_output_tokens).or(body.max_completion_tokens).or(of_google);
+    Asked {
+        model: in_path.or(body.model).filter(|model| model.len() <= MODEL_BYTES_MAX).unwrap_or_default(),
+        // Saturates.
+        output_max: most.map(|most| most as u64),
     }
-    asked
 }
 
 /// Tokens of one request. `input` is what was read neither from nor into a cache.
@@ -61,6 +73,8 @@ pub struct Reported {
     pub error_type: String,
     pub error_code: String,
     pub error_message: String,
+    /// Bytes of generated text that passed by.
+    pub generated_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -190,7 +204,16 @@ impl Visit for Reader {
             _ => {}
         }
     }
+
+    fn text(&mut self, path: &[&str], bytes: u64) {
+        if path.last().is_some_and(|name| GENERATED.contains(name)) {
+            self.reported.generated_bytes = self.reported.generated_bytes.saturating_add(bytes);
+        }
+    }
 }
+
+/// Fields that hold what a model generates, in the responses of all providers.
+const GENERATED: [&str; 8] = ["text", "thinking", "partial_json", "delta", "content", "arguments", "reasoning_content", "reasoning"];
 
 #[cfg(test)]
 mod tests {
@@ -255,7 +278,8 @@ mod tests {
                 Reported { model: "m".to_owned(), tokens: Some(tokens), is_whole: true, has_last_event: true, ..Reported::default() };
             for cut in 0..=text.len() {
                 let (left, right) = text.as_bytes().split_at(cut);
-                assert_eq!(read(provider, true, [left, right]), expected, "cut at {cut} of {text}");
+                let reported = read(provider, true, [left, right]);
+                assert_eq!(Reported { generated_bytes: 0, ..reported }, expected, "cut at {cut} of {text}");
             }
         }
     }
@@ -307,9 +331,41 @@ mod tests {
     #[test]
     fn requests_say_what_they_ask_for() {
         let body = json!({ "messages": [{ "content": "\"model\":\"x\"" }], "model": "claude-x", "max_tokens": 64 }).to_string();
-        assert_eq!(asked("/v1/messages", body.as_bytes()), Asked { model: "claude-x".to_owned(), output_max: Some(64) });
+        assert_eq!(asked("/v1/messages", body.as_bytes(), true), Asked { model: "claude-x".to_owned(), output_max: Some(64) });
         let body = json!({ "generationConfig": { "maxOutputTokens": 5 } }).to_string();
-        let google = asked("/v1beta/models/gemini-x:streamGenerateContent", body.as_bytes());
+        let google = asked("/v1beta/models/gemini-x:streamGenerateContent", body.as_bytes(), true);
         assert_eq!(google, Asked { model: "gemini-x".to_owned(), output_max: Some(5) });
+    }
+
+    #[test]
+    fn no_request_names_one_model_to_the_gateway_and_another_to_its_provider() {
+        let read = |body: &str| asked("/v1/messages", body.as_bytes(), true).model;
+        assert_eq!(read(r#"{"mod\u0065l": "claude-opus\u002d4"}"#), "claude-opus-4", "escapes are undone");
+        for body in [
+            r#"{"model": "claude-haiku", "model": "claude-opus"}"#,
+            r#"{"model": "claude-haiku", "mod\u0065l": "claude-opus"}"#,
+            r#"{"mod\u0065l": "claude-opus", "model": "claude-haiku"}"#,
+            r#"{"model": "claude-haiku"} {"model": "claude-opus"}"#,
+            r#"{"model": "claude-haiku""#,
+            "",
+        ] {
+            assert_eq!(asked("/v1/messages", body.as_bytes(), true), Asked::default(), "{body}");
+        }
+        assert_eq!(asked("/v1/messages", br#"{"model": "claude-haiku"}"#, false), Asked::default(), "an encoded body cannot be read");
+        let long = "x".repeat(MODEL_BYTES_MAX + 1);
+        assert_eq!(read(&json!({ "model": long }).to_string()), "");
+        assert_eq!(asked(&format!("/v1beta/models/{long}:generateContent"), b"{}", true).model, "");
+    }
+
+    #[test]
+    fn what_was_generated_is_counted_where_a_stream_is_cut() {
+        for (provider, stream, _) in streams("hello") {
+            // Up to the end of the event with the text.
+            let at = stream.find("hello").unwrap();
+            let cut = at + stream[at..].find("\n\n").unwrap();
+            let reported = read(provider, true, [&stream.as_bytes()[..cut]]);
+            let least = "{\"text\":\"hello\"".len() as u64;
+            assert!((least..1000).contains(&reported.generated_bytes), "{provider:?}: {}", reported.generated_bytes);
+        }
     }
 }

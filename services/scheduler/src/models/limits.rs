@@ -242,7 +242,7 @@ pub struct Change {
 pub async fn apply(tx: &mut PgConnection, owners: &Owners, change: Change, warned: &[Scope]) -> Result<(), Failure> {
     let (scopes, ids) = owners.ids();
     let warned: Vec<&str> = warned.iter().map(|scope| scope.as_str()).collect();
-    let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+    let number = |count: u64| count.min(super::requests::COUNT_MAX).cast_signed();
     sqlx::query(
         "with taken as (
              select scope, scope_id

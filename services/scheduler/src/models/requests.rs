@@ -34,6 +34,10 @@ use crate::{
 /// How long a gateway's requests stay open without a sign of life.
 const GATEWAY_LEASE: Duration = Duration::from_secs(30);
 const LOST_AT_A_TIME: i64 = 100;
+/// Names have fewer characters. They are parts of keys of indexes.
+const NAME_CHARS_MAX: usize = 200;
+/// No request used more: sums of such counts do not overflow.
+pub const COUNT_MAX: u64 = 1_000_000_000_000;
 
 pub async fn renew(scheduler: Scheduler, request: RenewModelGatewayRequest) -> Result<Empty, Failure> {
     sqlx::query(
@@ -49,6 +53,10 @@ pub async fn renew(scheduler: Scheduler, request: RenewModelGatewayRequest) -> R
 
 fn uuid(text: &str) -> Result<Uuid, Failure> {
     text.parse().map_err(|_| Failure::invalid("Malformed id"))
+}
+
+fn name(text: &str) -> String {
+    without_nul(text).chars().take(NAME_CHARS_MAX).collect()
 }
 
 /// A request as the gateway names it.
@@ -68,9 +76,9 @@ impl Named {
             id: uuid(&request.request_id)?,
             session: request.session_id.parse().map_err(|_| missing())?,
             gateway: uuid(&request.gateway_id)?,
-            provider: request.provider,
-            model: without_nul(&request.model),
-            key: request.key,
+            provider: name(&request.provider),
+            model: name(&request.model),
+            key: name(&request.key),
             estimate: Estimate { cost: request.estimated_cost_micro_usd, tokens: request.estimated_tokens },
         })
     }
@@ -276,6 +284,11 @@ pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Resul
     once::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let known = sqlx::query("select from model_request where request_id = $1").bind(named.id).fetch_optional(&mut *tx).await?;
+        if known.is_none() && is_unsent(&request) {
+            insert_unsent(&mut tx, &named).await?;
+            tx.commit().await?;
+            return Ok(());
+        }
         if known.is_none() && !insert_late(&mut tx, &named).await? {
             return Ok(());
         }
@@ -286,6 +299,22 @@ pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Resul
     .await?;
     entries::hint(&scheduler, named.session).await;
     Ok(Empty {})
+}
+
+/// The provider did not get it: its client was gone, or the gateway was refused an answer.
+fn is_unsent(request: &EndModelRequestRequest) -> bool {
+    request.status == 0 && !request.is_partial && request.usage.is_none()
+}
+
+/// A request that ended before its beginning came, if that comes at all: it is to reserve nothing then. No total counts it.
+async fn insert_unsent(tx: &mut PgConnection, named: &Named) -> Result<(), Failure> {
+    if insert_late(tx, named).await? {
+        sqlx::query("update model_request set status = 'settled', ended_at = now(), is_summed = true where request_id = $1")
+            .bind(named.id)
+            .execute(tx)
+            .await?;
+    }
+    Ok(())
 }
 
 /// A request whose beginning was not recorded: the gateway sent it while this service was away, for nothing limits the session.
@@ -302,17 +331,18 @@ async fn insert_late(tx: &mut PgConnection, named: &Named) -> Result<bool, Failu
 
 /// Settles a request, once; one that was unknown may be settled later.
 async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &EndModelRequestRequest) -> Result<(), Failure> {
-    let number: i64 = sqlx::query_scalar(
-        "insert into model_meter as m (session_id, number) values ($1, 1)
+    // None: the session was deleted, and nothing is kept of it but what counts for others.
+    let number: Option<i64> = sqlx::query_scalar(
+        "insert into model_meter as m (session_id, number) select session_id, 1 from session where session_id = $1
          on conflict (session_id) do update set number = m.number + 1 returning number",
     )
     .bind(session.uuid())
-    .fetch_one(&mut *tx)
+    .fetch_optional(&mut *tx)
     .await?;
     // An answer that says nothing of usage used nothing where it is a refusal.
-    let is_known = request.usage.is_some() || request.status >= 400 || (request.status == 0 && !request.is_partial);
+    let is_known = request.usage.is_some() || request.status >= 400 || is_unsent(request);
     let usage = if is_known { Some(request.usage.clone().unwrap_or_else(nothing)) } else { None };
-    let count = |count: Option<u64>| count.and_then(|count| i64::try_from(count).ok());
+    let count = |count: Option<u64>| count.map(|count| count.min(COUNT_MAX).cast_signed());
     let of = |read: fn(&Usage) -> Option<u64>| usage.as_ref().and_then(|usage| count(read(usage)));
     let row = sqlx::query(
         "with old as (
@@ -344,7 +374,54 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
     let owners = Owners { session: session.uuid(), user: row.try_get(1)?, agent: row.try_get(2)? };
     let (turn, provider, model): (i32, String, String) = (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
     let (is_budgeted, held_tokens, held_cost): (bool, i64, i64) = (row.try_get(6)?, row.try_get(7)?, row.try_get(8)?);
-    let is_unpriced = usage.as_ref().is_some_and(|usage| usage.cost_micro_usd.is_none());
+    if let Some(number) = number {
+        let used = Used { owners, turn, number, provider, model, was_unknown, usage: usage.as_ref() };
+        show(tx, used, id, request).await?;
+    }
+    let sum = |usage: &Usage| usage.input_tokens.unwrap_or_default().saturating_add(usage.output_tokens.unwrap_or_default());
+    let (tokens, cost) = (usage.as_ref().map(sum), usage.as_ref().and_then(|usage| usage.cost_micro_usd));
+    let is_whole = is_known && !request.is_partial;
+    let (held_tokens, held_cost) = (held_tokens.unsigned_abs(), held_cost.unsigned_abs());
+    // A gateway that saw more generated than was reserved says so.
+    let least = request.begun.as_ref().map(|begun| (begun.estimated_tokens, begun.estimated_cost_micro_usd.unwrap_or_default()));
+    let (least_tokens, least_cost) = least.unwrap_or_default();
+    let used_tokens = charge(held_tokens.max(least_tokens), tokens, is_whole);
+    let used_cost = charge(held_cost.max(least_cost), cost, is_whole);
+    let change = match was_unknown {
+        // What it held was counted when it was given up.
+        true => Change {
+            used_tokens: used_tokens.saturating_sub(held_tokens),
+            used_cost: used_cost.saturating_sub(held_cost),
+            ..Change::default()
+        },
+        false => Change {
+            used_tokens,
+            used_cost,
+            held_tokens: -held_tokens.cast_signed(),
+            held_cost: -held_cost.cast_signed(),
+            // One that began before there was a budget is counted by the one that was set meanwhile.
+            used_requests: u64::from(!is_budgeted),
+            ..Change::default()
+        },
+    };
+    limits::apply(tx, &owners, change, &[]).await
+}
+
+/// A request that was settled, for its turn's usage and its session's log.
+struct Used<'a> {
+    owners: Owners,
+    turn: i32,
+    number: i64,
+    provider: String,
+    model: String,
+    was_unknown: bool,
+    usage: Option<&'a Usage>,
+}
+
+async fn show(tx: &mut PgConnection, used: Used<'_>, id: Uuid, request: &EndModelRequestRequest) -> Result<(), Failure> {
+    let Used { owners, turn, number, provider, model, was_unknown, usage } = used;
+    let is_unpriced = usage.is_some_and(|usage| usage.cost_micro_usd.is_none());
+    let of = |read: fn(&Usage) -> Option<u64>| usage.and_then(read).unwrap_or_default().min(COUNT_MAX).cast_signed();
     sqlx::query(
         "insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
                                       cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, model)
@@ -363,12 +440,12 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
     .bind(was_unknown)
     .bind(usage.is_none())
     .bind(i64::from(is_unpriced))
-    .bind(of(|usage| usage.input_tokens).unwrap_or_default())
-    .bind(of(|usage| usage.output_tokens).unwrap_or_default())
-    .bind(of(|usage| usage.cache_read_tokens).unwrap_or_default())
-    .bind(of(|usage| usage.cache_write_tokens).unwrap_or_default())
-    .bind(of(|usage| usage.reasoning_tokens).unwrap_or_default())
-    .bind(of(|usage| usage.cost_micro_usd).unwrap_or_default())
+    .bind(of(|usage| usage.input_tokens))
+    .bind(of(|usage| usage.output_tokens))
+    .bind(of(|usage| usage.cache_read_tokens))
+    .bind(of(|usage| usage.cache_write_tokens))
+    .bind(of(|usage| usage.reasoning_tokens))
+    .bind(of(|usage| usage.cost_micro_usd))
     .bind(&model)
     .execute(&mut *tx)
     .await?;
@@ -386,28 +463,13 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
             provider,
             model,
             status: request.status,
-            usage: usage.clone(),
+            usage: usage.cloned(),
             is_partial: request.is_partial,
             duration_ms: request.duration_ms,
             error: failure.unwrap_or_default(),
             error_kind: request.error_kind.clone(),
         };
         entries::add(tx, owners.session, number, meter_entry::Kind::Ended(ended)).await?;
-    }
-    if !was_unknown {
-        let tokens = usage.as_ref().map(|usage| usage.input_tokens.unwrap_or_default() + usage.output_tokens.unwrap_or_default());
-        let cost = usage.as_ref().and_then(|usage| usage.cost_micro_usd);
-        let is_whole = is_known && !request.is_partial;
-        let change = Change {
-            used_tokens: charge(held_tokens.unsigned_abs(), tokens, is_whole),
-            used_cost: charge(held_cost.unsigned_abs(), cost, is_whole),
-            held_tokens: -held_tokens,
-            held_cost: -held_cost,
-            // One that began before there was a budget is counted by the one that was set meanwhile.
-            used_requests: u64::from(!is_budgeted),
-            ..Change::default()
-        };
-        limits::apply(tx, &owners, change, &[]).await?;
     }
     Ok(())
 }
@@ -437,16 +499,22 @@ pub async fn settle_lost(scheduler: &Scheduler) -> Result<(), Failure> {
     .bind(LOST_AT_A_TIME)
     .fetch_all(&scheduler.pool)
     .await?;
+    // One that cannot be settled does not hold up others.
+    let mut outcome = Ok(());
     for (id, session) in rows {
-        let session = SessionId::from_uuid(session);
-        let error = "The model gateway that sent it is gone".to_owned();
-        let lost = EndModelRequestRequest { is_partial: true, error, ..EndModelRequestRequest::default() };
-        let mut tx = scheduler.pool.begin().await?;
-        settle(&mut tx, session, id, &lost).await?;
-        tx.commit().await?;
-        metrics::counter!("aod_model_requests_lost_total").increment(1);
-        tracing::warn!(%session, request = %id, "a model request's gateway is gone; what it used is unknown");
-        entries::hint(scheduler, session).await;
+        outcome = settle_one_lost(scheduler, id, SessionId::from_uuid(session)).await.and(outcome);
     }
+    outcome
+}
+
+async fn settle_one_lost(scheduler: &Scheduler, id: Uuid, session: SessionId) -> Result<(), Failure> {
+    let error = "The model gateway that sent it is gone".to_owned();
+    let lost = EndModelRequestRequest { is_partial: true, error, ..EndModelRequestRequest::default() };
+    let mut tx = scheduler.pool.begin().await?;
+    settle(&mut tx, session, id, &lost).await?;
+    tx.commit().await?;
+    metrics::counter!("aod_model_requests_lost_total").increment(1);
+    tracing::warn!(%session, request = %id, "a model request's gateway is gone; what it used is unknown");
+    entries::hint(scheduler, session).await;
     Ok(())
 }

@@ -19,8 +19,9 @@ pub async fn add_up(pool: &PgPool) -> Result<(), Failure> {
                  update model_request r set is_summed = true from batch b where r.request_id = b.request_id returning r.*
              ), totals as (
                  select (started_at at time zone 'utc')::date as day, user_id,
-                        coalesce(agent_id, '00000000-0000-0000-0000-000000000000') as agent_id, key, provider, model,
-                        count(*) as requests,
+                        coalesce(agent_id, '00000000-0000-0000-0000-000000000000') as agent_id, key, provider,
+                        -- An earlier release stored names that no index holds.
+                        left(model, 200) as model, count(*) as requests,
                         count(*) filter (where status = 'unknown') as unknown,
                         count(*) filter (where input_tokens is not null and cost_micro_usd is null) as unpriced,
                         coalesce(sum(input_tokens), 0) as input_tokens, coalesce(sum(output_tokens), 0) as output_tokens,

@@ -139,6 +139,104 @@ async fn a_request_of_a_lost_gateway_is_unknown_until_it_is_told_and_budgets_cou
     assert_eq!(world.number(used).await, 1000, "nothing is invented");
     models.end(&request, 7).await;
     assert_eq!(world.number(used).await, 7);
+    let used_tokens = "select used_tokens from scheduler.model_limit";
+    assert_eq!(world.number(used_tokens).await, 400, "a budget does not get back what it counted");
+    let larger = models.request(&session, 10);
+    models.begin(&larger).await;
+    sqlx::raw_sql(lost).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    eventually("it is settled", || async { world.number(used_tokens).await == 410 }).await;
+    models.end(&larger, 500).await;
+    assert_eq!(world.number(used_tokens).await, 900, "what it used beyond its estimate is counted later");
+}
+
+#[tokio::test]
+async fn a_request_that_was_not_sent_reserves_nothing_whether_its_beginning_or_its_end_comes_first() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (session, epoch) = world.asking(&world.agent().await).await;
+    world.limit("user", world.user.uuid(), "max_tokens", 1000).await;
+    let unsent = async |request: &BeginModelRequestRequest| {
+        let end = EndModelRequestRequest { begun: Some(request.clone()), error: "broken off".to_owned(), ..Default::default() };
+        models.bus.call::<rpc::EndModelRequest>(&end, SOON).await.unwrap();
+    };
+    let held = "select held_tokens + used_tokens from scheduler.model_limit";
+    let first = models.request(&session, 400);
+    models.begin(&first).await;
+    unsent(&first).await;
+    assert_eq!(world.number(held).await, 0);
+    let second = models.request(&session, 400);
+    unsent(&second).await;
+    assert!(matches!(models.begin(&second).await, Admission::Admitted(_)));
+    assert_eq!(world.number(held).await, 0);
+    let reply = world.entries(&session, epoch, 0).await;
+    assert_eq!((kinds(&reply), reply.open), (vec!["started", "ended"], 0), "of the one that was begun");
+}
+
+#[tokio::test]
+async fn a_response_that_was_cut_counts_as_what_was_generated_where_that_is_more_than_its_estimate() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (session, _) = world.asking(&world.agent().await).await;
+    world.limit("user", world.user.uuid(), "max_tokens", 1000).await;
+    let request = models.request(&session, 50);
+    models.begin(&request).await;
+    let begun = BeginModelRequestRequest { estimated_tokens: 700, ..request };
+    let usage = Usage { input_tokens: Some(5), output_tokens: Some(1), ..Usage::default() };
+    let end = EndModelRequestRequest {
+        begun: Some(begun),
+        status: 200,
+        usage: Some(usage),
+        is_partial: true,
+        ..EndModelRequestRequest::default()
+    };
+    models.bus.call::<rpc::EndModelRequest>(&end, SOON).await.unwrap();
+    assert_eq!(world.number("select used_tokens from scheduler.model_limit").await, 700);
+}
+
+#[tokio::test]
+async fn no_name_and_no_count_of_one_request_stops_the_totals_of_all() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (session, _) = world.asking(&world.agent().await).await;
+    world.limit("user", world.user.uuid(), "max_tokens", i64::MAX).await;
+    let long: String = (0..6000_u32).map(|number| char::from(b'a' + (number.wrapping_mul(2_654_435_761) >> 24) as u8 % 26)).collect();
+    let named = BeginModelRequestRequest { model: long.clone(), ..models.request(&session, 5) };
+    models.begin(&named).await;
+    assert_eq!(world.number("select length(model)::bigint from scheduler.model_request").await, 200);
+    // As an earlier release kept it.
+    let stored = format!("update scheduler.model_request set model = '{long}'");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(stored)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    models.end(&named, 1).await;
+    for _ in 0..2 {
+        let absurd = models.request(&session, 5);
+        models.begin(&absurd).await;
+        models.end(&absurd, u64::MAX).await;
+    }
+    eventually("all of them are in the totals", || async {
+        world.number("select coalesce(sum(requests), 0)::bigint from scheduler.usage_day").await == 3
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_end_of_a_request_of_a_deleted_session_frees_budgets_and_leaves_nothing() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (session, _) = world.asking(&world.agent().await).await;
+    world.limit("user", world.user.uuid(), "max_tokens", 1000).await;
+    let request = models.request(&session, 400);
+    models.begin(&request).await;
+    let delete = format!(
+        "set session_replication_role = replica;
+         delete from scheduler.session where session_id = '{session}';
+         delete from scheduler.model_meter; delete from scheduler.turn_usage; delete from scheduler.model_entry;"
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(delete)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    models.end(&request, 7).await;
+    assert_eq!(world.number("select 1000 * held_tokens + used_tokens from scheduler.model_limit").await, 7);
+    let left = "select (select count(*) from scheduler.model_meter) + (select count(*) from scheduler.turn_usage)
+                + (select count(*) from scheduler.model_entry)";
+    assert_eq!(world.number(left).await, 0);
 }
 
 #[tokio::test]
