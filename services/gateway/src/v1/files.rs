@@ -1,7 +1,14 @@
 //! Files of `/v1`: uploaded by users, or written by agents. Their bytes go between the client and the store of files; the scheduler knows
 //! what they are.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -20,7 +27,10 @@ use files::{Files, NotWritten, Written};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use multer::{Field, Multipart};
 use serde::Serialize;
-use tokio::{sync::Semaphore, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use types::{
     FileId,
     file::{FileKind, is_filename, is_mime, mime_of},
@@ -51,8 +61,14 @@ const TEXT_BYTES_MAX: usize = 64;
 /// An upload that takes longer is given up, here before the scheduler gives its row up.
 const UPLOAD_TIME_MAX: Duration = Duration::from_secs(45 * 60);
 const CHUNK_TIME_MAX: Duration = Duration::from_secs(60);
+/// Once it took this time, an upload has to come at least this fast.
+const SLOW_AFTER: Duration = Duration::from_secs(30);
+const BYTES_PER_SECOND_MIN: u64 = 4 << 10;
 /// Each holds two parts of an object in memory.
 const UPLOADS_MAX: usize = 32;
+const UPLOADS_OF_USER_MAX: usize = 8;
+/// What the parser may hold of a form that is no data of a part: it searches all of that with each chunk.
+const HELD_BYTES_MAX: usize = 1 << 20;
 const EXPIRES_SECONDS: std::ops::RangeInclusive<u64> = 3600..=7_776_000;
 
 /// What files need.
@@ -61,11 +77,24 @@ pub struct FileStore {
     store: Option<Files>,
     bytes_max: u64,
     uploads: Arc<Semaphore>,
+    /// Of users who upload.
+    shares: Arc<Mutex<HashMap<String, Arc<Semaphore>>>>,
 }
 
 impl FileStore {
     pub fn new(store: Option<Files>, bytes_max: u64) -> Self {
-        Self { store, bytes_max, uploads: Arc::new(Semaphore::new(UPLOADS_MAX)) }
+        Self { store, bytes_max, uploads: Arc::new(Semaphore::new(UPLOADS_MAX)), shares: Arc::default() }
+    }
+
+    /// Waits until one more upload may begin. A user's share is taken first: who waits for it keeps no one else from theirs.
+    async fn slot(&self, user_id: &str) -> Option<[OwnedSemaphorePermit; 2]> {
+        let share = {
+            let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+            shares.retain(|_, share| Arc::strong_count(share) > 1);
+            shares.entry(user_id.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(UPLOADS_OF_USER_MAX))).clone()
+        };
+        let both = async { Some([share.acquire_owned().await.ok()?, self.uploads.clone().acquire_owned().await.ok()?]) };
+        tokio::time::timeout(crate::RPC_DEADLINE, both).await.ok().flatten()
     }
 
     fn open(&self) -> Result<&Files, ApiError> {
@@ -147,11 +176,12 @@ pub async fn upload(State(app): State<App>, caller: Caller, request: Request) ->
     if announced.is_some_and(|bytes| bytes > app.files.bytes_max + FRAME_BYTES_MAX) {
         return Err(too_large(app.files.bytes_max));
     }
-    let slot = tokio::time::timeout(crate::RPC_DEADLINE, app.files.uploads.clone().acquire_owned()).await;
-    let Ok(Ok(_slot)) = slot else { return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "Too many uploads at a time")) };
-    let form = Multipart::new(chunks(request.into_body()), boundary);
+    let slot = app.files.slot(&caller.user_id).await;
+    let Some(_slot) = slot else { return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "Too many uploads at a time")) };
+    let held = Held::default();
+    let form = Multipart::new(chunks(request.into_body(), held.clone()), boundary);
     let file_id = FileId::new();
-    let received = tokio::time::timeout(UPLOAD_TIME_MAX, receive(&app, store, &caller, file_id, form)).await;
+    let received = tokio::time::timeout(UPLOAD_TIME_MAX, receive(&app, store, &caller, file_id, (form, held))).await;
     let stored = match received.unwrap_or_else(|_| Err(slow())) {
         Ok(form) => commit(&app, &caller, file_id, form).await,
         Err(refused) => Err(refused),
@@ -170,7 +200,13 @@ struct Form {
     expires_in_seconds: Option<u64>,
 }
 
-async fn receive(app: &App, store: &Files, caller: &Caller, file_id: FileId, mut form: Multipart<'_>) -> Result<Form, ApiError> {
+async fn receive(
+    app: &App,
+    store: &Files,
+    caller: &Caller,
+    file_id: FileId,
+    (mut form, held): (Multipart<'_>, Held),
+) -> Result<Form, ApiError> {
     let (mut written, mut expires_in_seconds) = (None, None);
     while let Some(field) = form.next_field().await.map_err(broken)? {
         match field.name() {
@@ -188,7 +224,7 @@ async fn receive(app: &App, store: &Files, caller: &Caller, file_id: FileId, mut
                     filename: name,
                 };
                 let file = app.call::<rpc::CreateFile>(&request).await?;
-                written = Some(write(app, store, &file.object_id, field).await?);
+                written = Some(write(app, store, &file.object_id, data(field, held.clone())).await?);
             }
             Some("expires_in_seconds") if expires_in_seconds.is_none() => {
                 let text = text(field).await?;
@@ -202,9 +238,14 @@ async fn receive(app: &App, store: &Files, caller: &Caller, file_id: FileId, mut
     Ok(Form { written, expires_in_seconds })
 }
 
-async fn write(app: &App, store: &Files, object: &str, field: Field<'_>) -> Result<Written, ApiError> {
+async fn write(
+    app: &App,
+    store: &Files,
+    object: &str,
+    data: impl Stream<Item = Result<Bytes, multer::Error>>,
+) -> Result<Written, ApiError> {
     let object: Uuid = object.parse().map_err(|_| ApiError::not_found("File"))?;
-    match store.write(object, app.files.bytes_max, field).await {
+    match store.write(object, app.files.bytes_max, data).await {
         Ok(written) => Ok(written),
         Err(NotWritten::TooLarge(max)) => Err(too_large(max)),
         Err(NotWritten::Source(error)) => Err(broken(error)),
@@ -226,16 +267,43 @@ async fn commit(app: &App, caller: &Caller, file_id: FileId, form: Form) -> Resu
     Ok(app.call::<rpc::CommitFile>(&request).await?.into())
 }
 
-/// A body's chunks; each has to come in time.
-fn chunks(body: Body) -> impl Stream<Item = Result<Bytes, std::io::Error>> + Send + 'static {
-    let late = || std::io::Error::from(std::io::ErrorKind::TimedOut);
-    futures::stream::try_unfold(body.into_data_stream(), move |mut body| async move {
-        match tokio::time::timeout_at(Instant::now() + CHUNK_TIME_MAX, body.next()).await {
-            Ok(Some(Ok(chunk))) => Ok(Some((chunk, body))),
-            Ok(Some(Err(error))) => Err(std::io::Error::other(error)),
-            Ok(None) => Ok(None),
-            Err(_) => Err(late()),
+/// How many bytes the parser of a form has taken since it gave some data.
+#[derive(Clone, Default)]
+struct Held(Arc<AtomicUsize>);
+
+/// A part's data.
+fn data(field: Field<'_>, held: Held) -> impl Stream<Item = Result<Bytes, multer::Error>> {
+    field.inspect_ok(move |_| held.0.store(0, Ordering::Relaxed))
+}
+
+fn is_too_slow(bytes: u64, waited: Duration) -> bool {
+    waited > SLOW_AFTER && bytes < waited.as_secs() * BYTES_PER_SECOND_MIN
+}
+
+/// A body's chunks; each has to come in time, and all of them fast enough. Given one at a time: the parser takes what there is.
+fn chunks(body: Body, held: Held) -> impl Stream<Item = Result<Bytes, std::io::Error>> + Send + 'static {
+    let state = (body.into_data_stream(), held, 0_u64, Duration::ZERO);
+    futures::stream::try_unfold(state, |(mut body, held, mut bytes, mut waited)| async move {
+        tokio::task::yield_now().await;
+        let since = Instant::now();
+        let next = tokio::time::timeout(CHUNK_TIME_MAX, body.next()).await;
+        // Not the time that the store took.
+        waited += since.elapsed();
+        let late = || std::io::Error::from(std::io::ErrorKind::TimedOut);
+        let chunk = match next {
+            Ok(Some(Ok(chunk))) => chunk,
+            Ok(Some(Err(error))) => return Err(std::io::Error::other(error)),
+            Ok(None) => return Ok(None),
+            Err(_) => return Err(late()),
+        };
+        bytes += chunk.len() as u64;
+        if is_too_slow(bytes, waited) {
+            return Err(late());
         }
+        if held.0.fetch_add(chunk.len(), Ordering::Relaxed) + chunk.len() > HELD_BYTES_MAX {
+            return Err(std::io::Error::other("a boundary or the head of a part is missing"));
+        }
+        Ok(Some((chunk, (body, held, bytes, waited))))
     })
 }
 
@@ -377,4 +445,68 @@ pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Resul
     let id = |file: Option<&scheduler::File>| file.map(|file| Prefix::File.of(&file.file_id));
     let (first_id, last_id) = (id(reply.files.first()), id(reply.files.last()));
     Ok(Json(FilePage { data: reply.files.into_iter().map(File::from).collect(), next_page, has_more: reply.has_more, first_id, last_id }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &[u8] = b"--xx\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n";
+
+    /// A body that begins so and goes on with `count` chunks, and how many of them were taken.
+    fn form(begin: &'static [u8], chunk: Vec<u8>, count: usize) -> (Multipart<'static>, Held, Arc<AtomicUsize>) {
+        let (taken, held) = (Arc::new(AtomicUsize::new(0)), Held::default());
+        let (counted, chunk) = (taken.clone(), Bytes::from(chunk));
+        let chunks_of_body = std::iter::once(Bytes::from_static(begin)).chain((0..count).map(move |_| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            chunk.clone()
+        }));
+        let body = Body::from_stream(futures::stream::iter(chunks_of_body.map(Ok::<_, std::io::Error>)));
+        (Multipart::new(chunks(body, held.clone()), "xx"), held, taken)
+    }
+
+    #[tokio::test]
+    async fn a_form_without_a_boundary_or_with_an_endless_head_is_not_held_in_memory() {
+        for begin in [&b"preamble"[..], b"--xx\r\ncontent-disposition: "] {
+            let (mut form, _, taken) = form(begin, vec![b'x'; 64 << 10], 10_000);
+            assert!(form.next_field().await.is_err());
+            assert!(taken.load(Ordering::Relaxed) <= HELD_BYTES_MAX / (64 << 10) + 1, "{taken:?} chunks");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_may_be_larger_than_what_is_held() {
+        let (mut form, held, _) = form(HEAD, vec![b'\r'; 64 << 10], 100);
+        let field = form.next_field().await.unwrap().unwrap();
+        let mut data = std::pin::pin!(data(field, held));
+        let mut bytes = 0;
+        // Its end is missing.
+        while let Some(Ok(chunk)) = data.next().await {
+            bytes += chunk.len();
+        }
+        assert!(bytes > (6 << 20) - 100, "{bytes}");
+    }
+
+    #[test]
+    fn a_trickle_ends_and_a_slow_line_does_not() {
+        let minute = Duration::from_secs(60);
+        assert!(!is_too_slow(1, SLOW_AFTER) && is_too_slow(2, minute));
+        assert!(!is_too_slow(60 * BYTES_PER_SECOND_MIN, minute));
+    }
+
+    #[tokio::test]
+    async fn one_user_does_not_take_every_upload() {
+        let files = FileStore::new(None, 0);
+        let mut slots = Vec::new();
+        for _ in 0..UPLOADS_OF_USER_MAX {
+            slots.push(files.slot("one").await.unwrap());
+        }
+        let next = tokio::time::timeout(Duration::from_millis(50), files.slot("one"));
+        assert!(next.await.is_err(), "it waits");
+        assert!(files.slot("other").await.is_some());
+        drop(slots);
+        assert!(files.slot("one").await.is_some());
+        let _kept = files.slot("third").await;
+        assert_eq!(files.shares.lock().unwrap().len(), 1, "shares that no one uses are forgotten");
+    }
 }
