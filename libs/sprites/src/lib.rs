@@ -278,11 +278,23 @@ impl Sprite {
     /// # Errors
     /// [`Error`]; [`Error::NotFound`] for a file that is not there.
     pub async fn read(&self, path: &str) -> Result<Vec<u8>, Error> {
+        Ok(self.read_at_most(path, usize::MAX).await?.unwrap_or_default())
+    }
+
+    /// Reads a file that whoever works in the Sprite may have written. None: it is larger than `bytes_max`.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::NotFound`] for a file that is not there.
+    pub async fn read_at_most(&self, path: &str, bytes_max: usize) -> Result<Option<Vec<u8>>, Error> {
         let (mut chunks, mut content) = (self.read_from(path, 0).await?, Vec::new());
         while let Some(chunk) = chunks.next().await {
-            content.extend_from_slice(&chunk?);
+            let chunk = chunk?;
+            if chunk.len() > bytes_max - content.len() {
+                return Ok(None);
+            }
+            content.extend_from_slice(&chunk);
         }
-        Ok(content)
+        Ok(Some(content))
     }
 
     /// Lets the Sprite reach these hosts and no other, from now on. `*.x` stands for every name below `x`.

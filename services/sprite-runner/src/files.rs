@@ -6,23 +6,26 @@ use std::{collections::BTreeSet, time::Duration};
 
 use ::files::Files;
 use bus::Failure;
+use bytes::Bytes;
 use contract::{
     rpc,
     scheduler::{BeginOutputRequest, CommitOutputRequest, File, TurnSpec},
 };
-use futures::TryStreamExt as _;
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 use sprites::{Error, ExecRequest, Sprite};
 use types::{
-    FileId, SessionId,
+    ErrorCode, FileId, SessionId,
     file::{OUTPUTS, OUTPUTS_OF_SESSION_MAX, is_filename, mime_of},
 };
 use uuid::Uuid;
 
 use crate::Runner;
 
-/// Where a sandbox says which files it was given.
+/// Where a sandbox says which files it was given. Its agent may write there too.
 const MANIFEST: &str = "/var/lib/aod/session-files.json";
+/// Of all the files that a session may have, with their paths.
+const MANIFEST_BYTES_MAX: usize = 2 << 20;
 /// It makes the folder of outputs, which the agent writes to.
 const MARKER: &str = "/mnt/session/outputs/.aod";
 const MARKER_NAME: &str = ".aod";
@@ -32,6 +35,9 @@ const LIST_MAX: Duration = Duration::from_secs(30);
 const OUTPUTS_TIME_MAX: Duration = Duration::from_secs(300);
 const ATTEMPTS: u32 = 3;
 const PATH_BYTES_MAX: usize = 1024;
+/// Of a page of the list of outputs: what a command prints at most.
+const LIST_BYTES_MAX: usize = 60_000;
+const LIST_PAGES_MAX: usize = 16;
 
 /// Why a sandbox was not given its files.
 #[derive(Debug)]
@@ -70,8 +76,8 @@ pub async fn mount(runner: &Runner, sprite: &Sprite, spec: &TurnSpec, is_new: bo
     if !spec.had_files {
         return Ok(());
     }
-    let has: Vec<Mounted> = match sprite.read(MANIFEST).await {
-        Ok(manifest) => serde_json::from_slice(&manifest).unwrap_or_default(),
+    let has: Vec<Mounted> = match sprite.read_at_most(MANIFEST, MANIFEST_BYTES_MAX).await {
+        Ok(manifest) => manifest.and_then(|manifest| serde_json::from_slice(&manifest).ok()).unwrap_or_default(),
         Err(Error::NotFound { .. }) => Vec::new(),
         Err(error) => return Err(error.into()),
     };
@@ -121,27 +127,70 @@ struct Found {
     path: String,
 }
 
-/// The list begins with a NUL, which is missing where its beginning was cut off.
-fn list_script() -> String {
+/// A page of the list of outputs, after so many of them. It begins with a NUL, which is missing where its beginning was cut off.
+fn list_script(after: usize) -> String {
     format!(
-        "printf '\\0'; [ -d {OUTPUTS} ] || exit 0; find {OUTPUTS} -type f -printf '%s\\t%T@\\t%P\\0' 2>/dev/null | head -z -n {}",
-        OUTPUTS_OF_SESSION_MAX + 1
+        "printf '\\0'; [ -d {OUTPUTS} ] || exit 0; find {OUTPUTS} -type f -printf '%s\\t%T@\\t%P\\0' 2>/dev/null | \
+         LC_ALL=C sort -z -t $'\\t' -k3 | tail -z -n +{} | head -c {LIST_BYTES_MAX}",
+        after + 1
     )
 }
 
-/// Reads a list. None: it is not whole.
-fn read_list(list: &[u8]) -> Option<Vec<Found>> {
+/// What a page of the list holds.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Listed {
+    /// How many entries were read, whatever they are.
+    entries: usize,
+    found: Vec<Found>,
+    /// Files whose names cannot be kept: no text, or with control characters.
+    unnameable: usize,
+    is_last: bool,
+}
+
+/// Reads a page of the list. None: its beginning is missing.
+fn read_list(list: &[u8]) -> Option<Listed> {
     let list = list.strip_prefix(b"\0")?;
-    let found = |entry: &[u8]| {
+    // The last entry may be cut.
+    let whole = list.iter().rposition(|byte| *byte == 0).and_then(|end| list.get(..end)).unwrap_or_default();
+    let mut listed = Listed { is_last: list.len() < LIST_BYTES_MAX, ..Listed::default() };
+    let entry = |entry: &[u8]| {
         let mut parts = std::str::from_utf8(entry).ok()?.splitn(3, '\t');
         let (size, modified, path) = (parts.next()?.parse().ok()?, parts.next()?, parts.next()?);
         let (seconds, fraction) = modified.split_once('.').unwrap_or((modified, ""));
         let micros: String = fraction.chars().chain("000000".chars()).take(6).collect();
         let modified_us = seconds.parse::<i64>().ok()?.checked_mul(1_000_000)?.checked_add(micros.parse().ok()?)?;
-        let is_good = path.len() <= PATH_BYTES_MAX && path.split('/').all(is_filename) && path != MARKER_NAME;
+        let is_good = path.len() <= PATH_BYTES_MAX && path.split('/').all(is_filename);
         is_good.then(|| Found { size, modified_us, path: path.to_owned() })
     };
-    Some(list.split(|byte| *byte == 0).filter(|entry| !entry.is_empty()).filter_map(found).collect())
+    for bytes in whole.split(|byte| *byte == 0).filter(|bytes| !bytes.is_empty()) {
+        listed.entries += 1;
+        match entry(bytes) {
+            Some(found) if found.path == MARKER_NAME => {}
+            Some(found) => listed.found.push(found),
+            None => listed.unnameable += 1,
+        }
+    }
+    Some(listed)
+}
+
+/// Lists what the agent wrote: one more than is kept, at most.
+async fn list(sprite: &Sprite) -> Result<Listed, String> {
+    let mut all = Listed::default();
+    for _ in 0..LIST_PAGES_MAX {
+        let script = list_script(all.entries);
+        let request = ExecRequest { argv: &["bash", "-c", &script], dir: "/", ..ExecRequest::default() };
+        let printed = sprite.run(&request, LIST_MAX).await.map_err(|error| format!("the outputs cannot be listed: {error}"))?;
+        let page = read_list(&printed.stdout).ok_or("the outputs cannot be listed: the list is not whole")?;
+        all.entries += page.entries;
+        all.unnameable += page.unnameable;
+        // Files may have moved within the list meanwhile.
+        all.found.extend(page.found.into_iter().filter(|found| all.found.iter().all(|known| known.path != found.path)).collect::<Vec<_>>());
+        if page.is_last || page.entries == 0 || all.found.len() > OUTPUTS_OF_SESSION_MAX {
+            break;
+        }
+    }
+    all.found.truncate(OUTPUTS_OF_SESSION_MAX + 1);
+    Ok(all)
 }
 
 /// Keeps what the agent wrote and what was not kept before. What cannot be kept is logged, and tried again after the next turn: a turn does
@@ -165,15 +214,12 @@ async fn collect_all(
     (session, turn): (SessionId, u32),
     spec: &TurnSpec,
 ) -> Result<(), String> {
-    let script = list_script();
-    let request = ExecRequest { argv: &["bash", "-c", &script], dir: "/", ..ExecRequest::default() };
-    let listed = sprite.run(&request, LIST_MAX).await.map_err(|error| format!("the outputs cannot be listed: {error}"))?;
-    let found = read_list(&listed.stdout).ok_or("there are too many outputs to list")?;
+    let Listed { found, unnameable, .. } = list(sprite).await?;
     let is_kept = |found: &Found| {
         let same = |file: &File| file.path == found.path && file.size_bytes == found.size && file.modified_us == found.modified_us;
         spec.outputs.iter().any(same)
     };
-    let mut problem = None;
+    let mut problem = (unnameable > 0).then(|| format!("the names of {unnameable} files are no text, or hold control characters"));
     for found in found.iter().filter(|found| !is_kept(found)) {
         if found.size > runner.file_bytes_max {
             problem = Some(format!("{} is larger than {} bytes", found.path, runner.file_bytes_max));
@@ -205,8 +251,8 @@ async fn keep(
     let file = runner.bus.call::<rpc::BeginOutput>(&begin, DEADLINE).await.map_err(told)?;
     let object: Uuid = file.object_id.parse().map_err(|_| "it has no object".to_owned())?;
     let chunks = sprite.read_from(&format!("{OUTPUTS}/{}", found.path), 0).await.map_err(|error| error.to_string())?;
-    // Where it fails, the scheduler gives the file up.
-    let written = store.write(object, runner.file_bytes_max, chunks).await.map_err(|error| error.to_string())?;
+    // Where it fails, the scheduler gives the file up. What is added meanwhile is of the next turn: there may be no room for it.
+    let written = store.write(object, found.size, Box::pin(first(chunks, found.size))).await.map_err(|error| error.to_string())?;
     let commit = CommitOutputRequest {
         session_id: session.to_string(),
         turn,
@@ -215,8 +261,28 @@ async fn keep(
         size_bytes: written.bytes,
         sha256: written.sha256,
     };
-    runner.bus.call::<rpc::CommitOutput>(&commit, DEADLINE).await.map_err(told)?;
-    Ok(())
+    let committed = runner.bus.call::<rpc::CommitOutput>(&commit, DEADLINE).await;
+    if committed.as_ref().is_err_and(|failure| matches!(failure.code, ErrorCode::Conflict | ErrorCode::NotFound)) {
+        // Of any other failure it is not known whether the file was committed.
+        let _ = store.delete(object).await;
+    }
+    committed.map(drop).map_err(told)
+}
+
+/// The first bytes of a stream.
+fn first<E>(chunks: impl Stream<Item = Result<Bytes, E>> + Unpin, bytes: u64) -> impl Stream<Item = Result<Bytes, E>> {
+    futures::stream::unfold((chunks, bytes), |(mut chunks, left)| async move {
+        if left == 0 {
+            return None;
+        }
+        let next = chunks.next().await?;
+        let next = next.map(|mut chunk| {
+            chunk.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+            chunk
+        });
+        let left = next.as_ref().map_or(0, |chunk| left - chunk.len() as u64);
+        Some((next, (chunks, left)))
+    })
 }
 
 #[cfg(test)]
@@ -235,19 +301,55 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_read_and_one_that_was_cut_is_not() {
-        let list = b"\x005\t1700000000.1234567890\tout/a b.txt\x000\t1700000001\tu\x007\t1.0\t.aod\x007\tx\ty\x007\t1.0\ta\nb\0";
+    fn a_list_is_read_and_one_whose_beginning_is_missing_is_not() {
+        let list = b"\x005\t1700000000.1234567890\tout/a b.txt\x000\t1700000001\tu\x007\t1.0\t.aod\x007\tx\ty\x007\t1.0\ta\nb\x001\t1.0\tbad\xff\x007\t1.0\tcu";
         let found = |size, modified_us, path: &str| Found { size, modified_us, path: path.to_owned() };
-        assert_eq!(read_list(list).unwrap(), [found(5, 1_700_000_000_123_456, "out/a b.txt"), found(0, 1_700_000_001_000_000, "u")]);
-        assert_eq!(read_list(b"\0"), Some(vec![]));
+        let listed = read_list(list).unwrap();
+        assert_eq!(listed.found, [found(5, 1_700_000_000_123_456, "out/a b.txt"), found(0, 1_700_000_001_000_000, "u")]);
+        assert_eq!((listed.entries, listed.unnameable, listed.is_last), (6, 3, true), "the last entry is cut");
+        assert_eq!(read_list(b"\0"), Some(Listed { is_last: true, ..Listed::default() }));
         assert_eq!(read_list(b"700000000.0\tx\0"), None);
+    }
+
+    /// The script itself, on a folder of this machine.
+    #[test]
+    fn outputs_of_any_number_are_listed_page_by_page() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = folder.path().join("x".repeat(200));
+        std::fs::create_dir(&long).unwrap();
+        for number in 0..400 {
+            std::fs::write(long.join(format!("report-{number:03}.txt")), "x").unwrap();
+        }
+        let (mut paths, mut entries) = (BTreeSet::new(), 0);
+        for pages in 1.. {
+            let script = list_script(entries).replace(OUTPUTS, &folder.path().display().to_string());
+            let printed = std::process::Command::new("bash").args(["-c", &script]).output().unwrap();
+            assert!(printed.stdout.len() <= 64 << 10, "more than is kept of what a command prints");
+            let page = read_list(&printed.stdout).unwrap();
+            entries += page.entries;
+            paths.extend(page.found.into_iter().map(|found| found.path));
+            if page.is_last {
+                assert!(pages > 1);
+                break;
+            }
+        }
+        assert_eq!((paths.len(), entries), (400, 400));
+    }
+
+    #[tokio::test]
+    async fn no_more_is_read_of_an_output_than_was_found() {
+        let chunks = || futures::stream::iter([&b"abc"[..], b"def", b"ghi"].map(|chunk| Ok::<_, ()>(Bytes::from_static(chunk))));
+        for (bytes, expected) in [(0, ""), (2, "ab"), (3, "abc"), (5, "abcde"), (100, "abcdefghi")] {
+            let read: Vec<Bytes> = first(chunks(), bytes).try_collect().await.unwrap();
+            assert_eq!(read.concat(), expected.as_bytes());
+        }
     }
 
     proptest! {
         #[test]
         fn no_list_panics(list in proptest::collection::vec(any::<u8>(), 0..200)) {
             let list = [b"\0".to_vec(), list].concat();
-            for found in read_list(&list).unwrap() {
+            for found in read_list(&list).unwrap().found {
                 prop_assert!(!found.path.contains("..") || found.path.split('/').all(|part| part != ".."));
             }
         }

@@ -29,6 +29,8 @@ const HELD_MAX: Duration = Duration::from_secs(10);
 /// How long the end of a turn waits for requests that are still open.
 const SETTLED_WITHIN: Duration = Duration::from_secs(2);
 const SETTLED_EVERY: Duration = Duration::from_millis(50);
+/// How long the end of a turn waits at most: for a scheduler that is away, or while background processes ask models without end.
+const FINISH_MAX: Duration = Duration::from_secs(30);
 
 /// The entries of one turn, fetched by a task that ends with this.
 pub struct Meter {
@@ -111,18 +113,24 @@ impl Meter {
 
     /// Appends all that there is once the agent is done, and waits a moment for requests that it left open. Returns what the turn used.
     pub async fn finish(&mut self, record: &mut Record) -> Result<FetchModelRequestsReply, crate::record::Fenced> {
-        let begun = Instant::now();
+        let (begun, mut attempt) = (Instant::now(), 0);
         loop {
             self.append(record).await?;
             let request = FetchModelRequestsRequest { after: record.checkpoint.metered_through, ..self.request.clone() };
             let reply = match self.bus.call::<rpc::FetchModelRequests>(&request, DEADLINE).await {
                 Ok(reply) => reply,
+                Err(error) if error.code != ErrorCode::NotFound && begun.elapsed() < FINISH_MAX => {
+                    attempt += 1;
+                    tracing::debug!(%error, attempt, "failed to fetch model requests; will retry");
+                    tokio::time::sleep(RETRY.jittered(attempt)).await;
+                    continue;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "failed to fetch model requests; the turn ends without what it used");
                     return Ok(FetchModelRequestsReply::default());
                 }
             };
-            if reply.entries.is_empty() && (reply.open == 0 || begun.elapsed() >= SETTLED_WITHIN) {
+            if is_done(&reply, begun.elapsed()) {
                 return Ok(reply);
             }
             if reply.entries.is_empty() {
@@ -139,6 +147,12 @@ impl Meter {
 fn is_told(kind: &Kind) -> bool {
     let Kind::Agent(AgentEvent { event: Some(event), .. }) = kind else { return false };
     matches!(event.kind, Some(event::Kind::Message(_) | event::Kind::Thinking(_) | event::Kind::ToolUse(_)))
+}
+
+/// Whether a turn's end waits no longer. What comes later is in the log with the next turn.
+fn is_done(reply: &FetchModelRequestsReply, waited: Duration) -> bool {
+    let is_settled = reply.entries.is_empty() && (reply.open == 0 || waited >= SETTLED_WITHIN);
+    is_settled || waited >= FINISH_MAX
 }
 
 async fn run(
@@ -175,5 +189,20 @@ async fn run(
                 due = true;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turns_end_waits_for_its_requests_and_not_for_ever() {
+        let reply = |entries, open| FetchModelRequestsReply { entries: vec![MeterEntry::default(); entries], open, ..Default::default() };
+        let (soon, later) = (Duration::from_millis(1), SETTLED_WITHIN + Duration::from_secs(1));
+        assert!(is_done(&reply(0, 0), soon) && is_done(&reply(0, 1), later));
+        assert!(!is_done(&reply(0, 1), soon) && !is_done(&reply(3, 0), later));
+        // Something in the sandbox goes on asking.
+        assert!(is_done(&reply(200, 5), FINISH_MAX));
     }
 }
