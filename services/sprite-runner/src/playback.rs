@@ -14,6 +14,7 @@ use contract::{
         session_event::Kind,
     },
 };
+use prost::Message as _;
 use types::limits::OUTPUT_EVENT_BYTES_MAX;
 
 use crate::{
@@ -47,11 +48,12 @@ pub struct Emitted {
 }
 
 impl Emitted {
-    /// Bytes of the agent's output in it.
+    /// Bytes of the agent's output in it, or of what it asks: an agent may ask as fast as it prints.
     pub fn output_bytes(&self) -> usize {
         match &self.kind {
             Kind::Output(output) => output.data.len(),
             Kind::StageOutput(output) => output.data.len(),
+            Kind::DecisionRequested(requested) => requested.encoded_len(),
             _ => 0,
         }
     }

@@ -24,6 +24,8 @@ use crate::{
 /// Of a request's texts: a snapshot with many open requests fits into a frame.
 const REQUEST_BYTES_MAX: usize = 64 << 10;
 const REQUESTS_MAX: usize = 16;
+/// Calls of custom tools in a turn. Each is kept in the log, and is not part of the output, whose size is limited.
+const CUSTOM_CALLS_MAX: usize = 2_000;
 /// A prompt that the API takes fits; and a snapshot with a full queue fits into a frame.
 const MESSAGE_BYTES_MAX: usize = 3 << 20;
 /// How long a program that was killed may be waited for.
@@ -111,6 +113,8 @@ pub struct Core {
     calls: HashMap<String, u64>,
     /// Calls of custom tools, which the CLI tells of as calls of an MCP server.
     hidden: HashSet<String>,
+    /// How many custom tools were called in this turn.
+    custom_calls: usize,
     /// MCP servers that were told of.
     failed_mcp: Vec<String>,
     line: Vec<u8>,
@@ -146,6 +150,7 @@ impl Core {
             waiting_since: None,
             calls: HashMap::new(),
             hidden: HashSet::new(),
+            custom_calls: 0,
             failed_mcp: Vec::new(),
             line: Vec::new(),
             line_is_too_long: false,

@@ -27,6 +27,8 @@ pub const ENDED: &str = "The turn has ended";
 pub const TIMEOUT_SECONDS: u64 = 2_000_000;
 /// A line holds a result, which is an input of the host.
 const LINE_BYTES_MAX: usize = 8 << 20;
+/// What a server that does not read may leave unread: more than the results of all calls that can be open.
+const UNREAD_BYTES_MAX: usize = 64 << 20;
 /// CLIs wait on while progress is reported.
 const PROGRESS: Duration = Duration::from_secs(10);
 
@@ -110,6 +112,9 @@ impl Client {
 
     /// What was said since; `None`: the server is gone, or says what is no line of ours.
     pub fn read(&mut self) -> Option<Vec<Told>> {
+        if self.outgoing.len() > UNREAD_BYTES_MAX {
+            return None;
+        }
         let mut buffer = vec![0; 64 << 10];
         match self.stream.read(&mut buffer) {
             Ok(0) => return None,

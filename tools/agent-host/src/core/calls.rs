@@ -2,7 +2,7 @@
 
 use contract::host::{CustomToolResult, DecisionRequested, DecisionSettled, decision_settled::How, input_settled::Outcome, record};
 
-use super::{Action, Core, Open, REQUEST_BYTES_MAX, REQUESTS_MAX};
+use super::{Action, CUSTOM_CALLS_MAX, Core, Open, REQUEST_BYTES_MAX, REQUESTS_MAX};
 use crate::custom_tools;
 
 impl Core {
@@ -14,12 +14,14 @@ impl Core {
             Some(_) if !self.spec.custom_tools.iter().any(|tool| tool.name == name) => Some("There is no such tool"),
             Some(_) if input_json.len() > REQUEST_BYTES_MAX => Some("The input is larger than 64 KiB"),
             Some(_) if self.asks.len() >= REQUESTS_MAX => Some("Too many requests are open"),
+            Some(_) if self.custom_calls >= CUSTOM_CALLS_MAX => Some("Too many calls of custom tools in this turn"),
             Some(_) => None,
         };
         if let Some(message) = refusal {
             self.answer_custom_tool(call, message, true);
             return;
         }
+        self.custom_calls += 1;
         let id = self.next_event_id();
         let request = DecisionRequested { id, tool: name, input_json, is_custom_tool: true, ..DecisionRequested::default() };
         self.record(record::Kind::DecisionRequested(request));

@@ -4,7 +4,7 @@ use contract::host::{
 };
 use proptest::prelude::*;
 
-use super::{Action, Core, Input};
+use super::{Action, CUSTOM_CALLS_MAX, Core, Input};
 use crate::{
     adapters::{Adapter, Effect, Launch, Out, find, script},
     state::State,
@@ -90,6 +90,18 @@ fn a_custom_tool_waits_for_its_result_and_takes_the_first() {
     let answers: Vec<_> = core.take_actions().into_iter().filter(|action| matches!(action, Action::CustomToolResult { .. })).collect();
     assert_eq!(answers, [Action::CustomToolResult { call: "1:7".to_owned(), text: "yes".to_owned(), is_error: false }]);
     assert!(core.state().requests.is_empty());
+}
+
+#[test]
+fn calls_of_custom_tools_that_are_withdrawn_at_once_do_not_fill_the_log() {
+    let mut core = running();
+    for number in 0..CUSTOM_CALLS_MAX + 100 {
+        let call = format!("1:{number}");
+        core.custom_tool_called(call.clone(), "ask".to_owned(), "{}".to_owned(), 1);
+        core.custom_tool_cancelled(&call, 1);
+    }
+    let requested = |action: &Action| matches!(action, Action::Record(record::Kind::DecisionRequested(_)));
+    assert_eq!(core.take_actions().iter().filter(|action| requested(action)).count(), CUSTOM_CALLS_MAX);
 }
 
 #[test]

@@ -54,6 +54,7 @@ impl Core {
         self.idle_at = None;
         self.calls.clear();
         self.hidden.clear();
+        self.custom_calls = 0;
         self.permitted.clear();
         match self.program {
             Program::None => {
