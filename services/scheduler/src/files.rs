@@ -454,16 +454,24 @@ pub async fn search(scheduler: Scheduler, stop: CancellationToken) {
 }
 
 async fn end_some(scheduler: &Scheduler) -> Result<(), Failure> {
-    sqlx::query(
+    // Each by its own index.
+    let given_up = sqlx::query(
         "update file set state = 'deleted', state_since = now()
-         where (state = 'pending' and state_since < now() - make_interval(secs => $1))
-            or (state = 'ready' and expires_at < now())
-            or (state = 'ready' and kind = 'upload' and created_at < now() - make_interval(days => $2))",
-    )
-    .bind(PENDING_SECONDS_MAX)
-    .bind(scheduler.files.days.map(i32::from))
-    .execute(&scheduler.pool)
-    .await?;
+         where state = 'pending' and state <> 'ready' and state_since < now() - make_interval(secs => $1)",
+    );
+    given_up.bind(PENDING_SECONDS_MAX).execute(&scheduler.pool).await?;
+    sqlx::query("update file set state = 'deleted', state_since = now() where state = 'ready' and expires_at < now()")
+        .execute(&scheduler.pool)
+        .await?;
+    if let Some(days) = scheduler.files.days {
+        sqlx::query(
+            "update file set state = 'deleted', state_since = now()
+             where state = 'ready' and kind = 'upload' and created_at < now() - make_interval(days => $1)",
+        )
+        .bind(i32::from(days))
+        .execute(&scheduler.pool)
+        .await?;
+    }
     Ok(())
 }
 

@@ -148,6 +148,8 @@ const MIGRATIONS: &[store::Step] = &[
     (170, "session classes", include_str!("../../../migrations/scheduler/0170_session_classes.sql")),
     (171, "session by class", include_str!("../../../migrations/scheduler/0171_session_by_class.sql")),
     (172, "previews", include_str!("../../../migrations/scheduler/0172_previews.sql")),
+    (180, "upload of user", include_str!("../../../migrations/scheduler/0180_upload_of_user.sql")),
+    (181, "upload by age", include_str!("../../../migrations/scheduler/0181_upload_by_age.sql")),
 ];
 
 /// What every request works with.
