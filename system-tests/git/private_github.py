@@ -1,4 +1,4 @@
-"""github.com in private: a proxy that is asked for it answers itself, over TLS, with git's own server behind a password.
+"""github.com in private: git's own server behind a password. It answers over HTTP, and over TLS as a proxy that is asked for github.com.
 
 usage: private_github.py FOLDER CERTIFICATE KEY      FOLDER/OWNER/NAME is a bare repository, and its file `token` the password
 Prints its port. Ends with its standard input.
@@ -41,7 +41,7 @@ class GitHub(http.server.BaseHTTPRequestHandler):
         if token is None or self.headers.get("Authorization") != allowed:
             # As GitHub does: who may not see it is not told whether it is there.
             return self.answer("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="GitHub"')], b"Repository not found.")
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         rest = "/".join(path.split("/")[3:])
@@ -64,6 +64,16 @@ class GitHub(http.server.BaseHTTPRequestHandler):
         self.answer(status, [field for field in fields if field[0] != "Status"], body)
 
     do_POST = do_GET
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline() or b"0", 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     def answer(self, status, fields, body):
         code, _, reason = status.partition(" ")

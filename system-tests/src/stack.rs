@@ -31,7 +31,12 @@ impl Options {
     /// With ports of this machine's loopback that Sprites reach at their own: there is no other way from one to a test's server.
     pub fn reaching(self, ports: &[u16]) -> Self {
         let hosts: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
-        let setting = ("LOCAL_SPRITES_PRIVATE_HOSTS", &*Box::leak(hosts.join(",").into_boxed_str()));
+        self.with("LOCAL_SPRITES_PRIVATE_HOSTS", hosts.join(","))
+    }
+
+    /// With another setting of the services.
+    pub fn with(self, name: &'static str, value: String) -> Self {
+        let setting = (name, &*Box::leak(value.into_boxed_str()));
         let settings = self.settings.iter().copied().chain([setting]).collect::<Vec<_>>();
         Self { settings: Box::leak(settings.into_boxed_slice()), ..self }
     }

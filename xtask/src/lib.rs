@@ -45,6 +45,7 @@ pub fn write_messages(out: &Path) -> Result<()> {
             ".aod.vault.v1.PutSecretRequest",
             ".aod.vault.v1.BundledSecret",
             ".aod.vault.v1.Bundle",
+            ".aod.vault.v1.RouteHeader",
             ".aod.host.v1.Variable",
         ])
         .compile_fds(descriptors)

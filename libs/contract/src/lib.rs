@@ -71,3 +71,10 @@ impl std::fmt::Debug for host::Variable {
         formatter.debug_struct("Variable").field("name", &self.name).finish_non_exhaustive()
     }
 }
+
+/// Values of headers are secrets.
+impl std::fmt::Debug for vault::RouteHeader {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("RouteHeader").field("name", &self.name).finish_non_exhaustive()
+    }
+}

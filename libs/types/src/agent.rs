@@ -141,6 +141,21 @@ impl McpServer {
         Some(name).filter(|name| !name.is_empty())
     }
 
+    /// The port of a server that is reached over HTTP.
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
+        let McpTransport::Url { url, .. } = &self.transport else { return None };
+        let (scheme, rest) = url.split_once("://")?;
+        let usual = match scheme.to_ascii_lowercase().as_str() {
+            "http" => 80,
+            "https" => 443,
+            _ => return None,
+        };
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let named = authority.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.contains([']', '@']));
+        named.map_or(Some(usual), |port| port.parse().ok())
+    }
+
     /// The server as everybody may see it.
     #[must_use]
     pub fn redacted(mut self) -> Self {
@@ -221,6 +236,22 @@ mod tests {
             ("mcp.example.com", None),
         ] {
             assert_eq!(host(url).as_deref(), expected, "{url}");
+        }
+        let port = |url: &str| {
+            let server: McpServer = serde_json::from_value(json!({ "name": "a", "type": "url", "url": url })).unwrap();
+            server.port()
+        };
+        for (url, expected) in [
+            ("https://x/", Some(443)),
+            ("http://x", Some(80)),
+            ("HTTP://u:p@x:8080/a:b", Some(8080)),
+            ("http://u:p@x", Some(80)),
+            ("http://[::1]/", Some(80)),
+            ("http://[::1]:5", Some(5)),
+            ("ftp://x", None),
+            ("http://x:99999", None),
+        ] {
+            assert_eq!(port(url), expected, "{url}");
         }
     }
 

@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::McpServer;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PackageManager {
     Apt,
@@ -134,6 +136,24 @@ pub enum NetworkingKind {
 impl Default for Networking {
     fn default() -> Self {
         Self { kind: NetworkingKind::Unrestricted, allowed_hosts: None, allow_package_managers: false, allow_mcp_servers: false }
+    }
+}
+
+impl Networking {
+    /// The hosts that alone may be reached, where not all may.
+    #[must_use]
+    pub fn hosts(&self, mcp_servers: &[McpServer]) -> Option<Vec<String>> {
+        if self.kind == NetworkingKind::Unrestricted {
+            return None;
+        }
+        let mut hosts = self.allowed_hosts.clone().unwrap_or_default();
+        if self.allow_package_managers {
+            hosts.extend(PackageManager::ALL.into_iter().flat_map(PackageManager::hosts).map(|host| (*host).to_owned()));
+        }
+        if self.allow_mcp_servers {
+            hosts.extend(mcp_servers.iter().filter_map(McpServer::host).map(str::to_owned));
+        }
+        Some(hosts)
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Pure by rule: no I/O, no async, and no dependency on any other crate of ours.
 
+pub mod address;
 pub mod agent;
 pub mod backoff;
 pub mod credential;
@@ -15,6 +16,7 @@ pub mod model;
 pub mod partition;
 pub mod permissions;
 pub mod repository;
+pub mod route;
 pub mod session;
 pub mod skill;
 pub mod sprite_name;

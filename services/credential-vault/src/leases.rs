@@ -5,7 +5,7 @@ use std::time::Duration;
 use bus::Failure;
 use contract::{
     common::Empty,
-    vault::{Bundle, BundledSecret, MintLeaseReply, MintLeaseRequest, RedeemLeaseReply, RedeemLeaseRequest, RevokeLeasesRequest},
+    vault::{Bundle, BundledSecret, MintLeaseReply, MintLeaseRequest, RedeemLeaseReply, RedeemLeaseRequest, RevokeLeasesRequest, Routes},
 };
 use prost::Message as _;
 use secrecy::ExposeSecret as _;
@@ -18,7 +18,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 use crate::{
     Vault,
     audit::{self, Outcome, Redeemed},
-    model_tokens,
+    model_tokens, routes,
     secrets::{SecretRow, user},
 };
 
@@ -33,6 +33,8 @@ pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseRe
     let id = LeaseId::new();
     let secrets: Result<Vec<Uuid>, _> = request.secret_ids.iter().map(|id| id.parse::<SecretId>().map(SecretId::uuid)).collect();
     let (user, session) = (user(&request.user_id)?.uuid(), session(&request.session_id)?.uuid());
+    let secrets = secrets.map_err(|_| Failure::invalid("Malformed secret id"))?;
+    let routes = request.routes.as_ref().filter(|_| !request.model_token_hash.is_empty()).map(Routes::encode_to_vec);
     let (own_kinds, proxied_kinds) = match request.model_token_hash.is_empty() {
         true => (request.credential_kinds, Vec::new()),
         false => model_tokens::split(request.credential_kinds),
@@ -40,21 +42,26 @@ pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseRe
     let mut tx = vault.pool.begin().await?;
     if !request.model_token_hash.is_empty() {
         model_tokens::register(&mut tx, &request.model_token_hash, user, session, &proxied_kinds).await?;
+        if let Some(routes) = &routes {
+            model_tokens::route(&mut tx, session, routes, &secrets).await?;
+        }
     }
     sqlx::query(
-        "insert into lease (lease_id, user_id, session_id, purpose, credential_kinds, secret_ids, expires_at, epoch, public_key, proxied_kinds)
-         values ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8, $9, $10)",
+        "insert into lease (lease_id, user_id, session_id, purpose, credential_kinds, secret_ids, expires_at, epoch, public_key, proxied_kinds,
+                            routes)
+         values ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8, $9, $10, $11)",
     )
     .bind(id.uuid())
     .bind(user)
     .bind(session)
     .bind(&request.purpose)
     .bind(&own_kinds)
-    .bind(secrets.map_err(|_| Failure::invalid("Malformed secret id"))?)
+    .bind(secrets)
     .bind(f64::from(request.ttl_seconds.clamp(1, TTL_SECONDS_MAX)))
     .bind(i64::from(request.epoch))
     .bind(Some(request.public_key).filter(|key| !key.is_empty()))
     .bind(&proxied_kinds)
+    .bind(routes)
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
@@ -70,6 +77,7 @@ struct LeaseRow {
     secret_ids: Vec<Uuid>,
     /// Left to the model gateway.
     proxied_kinds: Vec<String>,
+    routes: Option<Vec<u8>>,
     /// None where a runner of the release before claimed.
     public_key: Option<Vec<u8>>,
     usable: bool,
@@ -80,7 +88,7 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
     let id: LeaseId = request.lease_id.parse().map_err(|_| refused())?;
     // A runner that claimed the work meanwhile has a lease of a higher epoch.
     let lease: Option<LeaseRow> = sqlx::query_as(
-        "select user_id, session_id, purpose, credential_kinds, secret_ids, proxied_kinds, public_key,
+        "select user_id, session_id, purpose, credential_kinds, secret_ids, proxied_kinds, routes, public_key,
                 revoked_at is null and expires_at > now()
                 and (redeemed_at is null or redeemed_at > now() - make_interval(secs => $2))
                 and (public_key is null or public_key = $3)
@@ -108,6 +116,13 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
         }
     };
     let mut bundle = bundle(&vault, &lease).await?;
+    let routes = Routes::decode(lease.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;
+    // The claimant learns which routes there are, and nothing that is sent on them.
+    bundle.routes = routes::divide(routes.routes, &mut bundle.secrets);
+    bundle.routes.retain(|route| !route.headers.is_empty());
+    for header in bundle.routes.iter_mut().flat_map(|route| std::mem::take(&mut route.headers)) {
+        drop(Zeroizing::new(header.value));
+    }
     let kinds: Vec<String> = bundle.secrets.iter().map(|secret| secret.kind.clone()).collect();
     let plaintext = Zeroizing::new(bundle.encode_to_vec());
     bundle.secrets.iter_mut().for_each(|secret| secret.value.zeroize());
@@ -173,7 +188,7 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
         .bind(&lease.proxied_kinds)
         .fetch_all(&vault.pool)
         .await?;
-    Ok(Bundle { secrets, proxied_kinds })
+    Ok(Bundle { secrets, proxied_kinds, routes: Vec::new() })
 }
 
 pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty, Failure> {

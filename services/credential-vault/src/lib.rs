@@ -10,6 +10,7 @@ mod keys;
 mod leases;
 pub mod metrics;
 mod model_tokens;
+mod routes;
 mod secrets;
 
 use std::sync::Arc;
@@ -69,6 +70,7 @@ const MIGRATIONS: &[store::Step] = &[
     (2, "key versions", include_str!("../../../migrations/vault/0002_key_versions.sql")),
     (30, "leases of one key", include_str!("../../../migrations/vault/0030_leases_of_one_key.sql")),
     (60, "tokens for the model gateway", include_str!("../../../migrations/vault/0060_model_tokens.sql")),
+    (160, "routes of the model gateway", include_str!("../../../migrations/vault/0160_routes.sql")),
 ];
 
 /// What every request works with.

@@ -1,10 +1,10 @@
-//! Tokens that agents show to the model gateway instead of a provider's key. The vault stores their hashes and which credentials they
-//! stand for.
+//! Tokens that agents show to the model gateway instead of a provider's key. The vault stores their hashes, and which credentials and
+//! which [`routes`] they stand for.
 
 use bus::Failure;
 use contract::{
     common::Empty,
-    vault::{Bundle, BundledSecret, RedeemModelTokenReply, RedeemModelTokenRequest, RevokeModelTokensRequest},
+    vault::{Bundle, BundledSecret, RedeemModelTokenReply, RedeemModelTokenRequest, RevokeModelTokensRequest, RouteKind, Routes},
 };
 use prost::Message as _;
 use sqlx::{PgPool, Postgres, Transaction};
@@ -15,6 +15,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 use crate::{
     Vault,
     audit::{self, Outcome, Redeemed},
+    routes,
     secrets::SecretRow,
 };
 
@@ -22,6 +23,9 @@ pub const HASH_BYTES: usize = 32;
 /// How long after the session's last claim, or its own last use, a token is good: longer than an agent waits for a decision. It ends with
 /// its session anyway.
 const LIFE_SECONDS: f64 = 7.0 * 24.0 * 60.0 * 60.0;
+/// How long a token is kept after it expired. A session's next claim renews it: the configuration of its CLI holds the token of its first
+/// turn. Tokens of sessions that ended are revoked, and deleted after a day.
+const EXPIRED_KEPT_SECONDS: f64 = 400.0 * 24.0 * 60.0 * 60.0;
 /// A model gateway redeems a token again each minute while it is used: the audit shows the first time within this.
 const AUDIT_EVERY_SECONDS: f64 = 60.0 * 60.0;
 const PURPOSE: &str = "models";
@@ -81,19 +85,32 @@ pub async fn revoke_of(pool: &PgPool, sessions: &[Uuid]) -> Result<(), Failure> 
     Ok(())
 }
 
+/// Replaces what a session's tokens stand for besides credentials: a process or a file of an earlier turn may still hold one of them.
+pub async fn route(tx: &mut Transaction<'_, Postgres>, session: Uuid, routes: &[u8], secrets: &[Uuid]) -> Result<(), Failure> {
+    sqlx::query("update model_token set routes = $2, secret_ids = $3 where session_id = $1 and revoked_at is null")
+        .bind(session)
+        .bind(routes)
+        .bind(secrets)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
 #[derive(sqlx::FromRow)]
 struct TokenRow {
     token_id: Uuid,
     user_id: Uuid,
     session_id: Uuid,
     credential_kinds: Vec<String>,
+    routes: Option<Vec<u8>>,
+    secret_ids: Vec<Uuid>,
 }
 
 pub async fn redeem(vault: Vault, request: RedeemModelTokenRequest) -> Result<RedeemModelTokenReply, Failure> {
     let token: Option<TokenRow> = sqlx::query_as(
         "update model_token set expires_at = now() + make_interval(secs => $2)
          where token_hash = $1 and revoked_at is null and expires_at > now()
-         returning token_id, user_id, session_id, credential_kinds",
+         returning token_id, user_id, session_id, credential_kinds, routes, secret_ids",
     )
     .bind(&request.token_hash)
     .bind(LIFE_SECONDS)
@@ -102,10 +119,11 @@ pub async fn redeem(vault: Vault, request: RedeemModelTokenRequest) -> Result<Re
     let token = token.ok_or_else(|| Failure::not_found("Token not found, expired or revoked"))?;
     let rows: Vec<SecretRow> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
-         from secret where user_id = $1 and is_credential and kind = any($2)",
+         from secret where user_id = $1 and ((is_credential and kind = any($2)) or (not is_credential and secret_id = any($3)))",
     )
     .bind(token.user_id)
     .bind(&token.credential_kinds)
+    .bind(&token.secret_ids)
     .fetch_all(&vault.pool)
     .await?;
     let mut bundle = Bundle::default();
@@ -113,9 +131,23 @@ pub async fn redeem(vault: Vault, request: RedeemModelTokenRequest) -> Result<Re
         let kind = row.kind.clone();
         bundle.secrets.push(BundledSecret { kind, value: row.open(&vault.keys)?.to_vec() });
     }
-    let kinds: Vec<String> = bundle.secrets.iter().map(|secret| secret.kind.clone()).collect();
+    let routes = Routes::decode(token.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;
+    bundle.routes = routes::divide(routes.routes, &mut bundle.secrets);
+    // A server that has no secret may have had one when its route was written into the sandbox; a repository has another way.
+    bundle.routes.retain(|route| route.kind() == RouteKind::Mcp || !route.headers.is_empty());
+    bundle.secrets.retain_mut(|secret| {
+        let is_credential = token.credential_kinds.contains(&secret.kind);
+        if !is_credential {
+            secret.value.zeroize();
+        }
+        is_credential
+    });
+    let routed = bundle.routes.iter().filter(|route| !route.headers.is_empty()).map(|route| route_kind(route.kind()));
+    let mut kinds: Vec<String> = bundle.secrets.iter().map(|secret| secret.kind.as_str()).chain(routed).map(str::to_owned).collect();
+    kinds.dedup();
     let plaintext = Zeroizing::new(bundle.encode_to_vec());
     bundle.secrets.iter_mut().for_each(|secret| secret.value.zeroize());
+    bundle.routes.iter_mut().flat_map(|route| &mut route.headers).for_each(|header| header.value.zeroize());
     let sealed = sealing::seal(&request.public_key, &plaintext, &request.token_hash)
         .map_err(|error| Failure::invalid(format!("The credentials cannot be sealed: {error}")))?;
     // Written before the answer leaves: there is no redemption without its audit.
@@ -137,6 +169,15 @@ pub async fn redeem(vault: Vault, request: RedeemModelTokenRequest) -> Result<Re
     })
 }
 
+/// What the audit calls a route's secret.
+fn route_kind(kind: RouteKind) -> &'static str {
+    match kind {
+        RouteKind::Mcp => "mcp_header",
+        RouteKind::Git => "repository_token",
+        RouteKind::Unspecified => "",
+    }
+}
+
 /// Whether the audit shows a recent redemption of a token by this gateway.
 async fn audited(pool: &PgPool, token: Uuid, gateway: &str) -> Result<bool, Failure> {
     let recent = sqlx::query(
@@ -152,8 +193,8 @@ pub async fn forget_some(pool: &PgPool, limit: i64) -> Result<u64, sqlx::Error> 
     let forgotten = sqlx::query(
         "delete from model_token where token_hash = any (array(
              select token_hash from model_token
-             where expires_at < now() - interval '1 day' or revoked_at < now() - interval '1 day' limit $1 for update skip locked
+             where expires_at < now() - make_interval(secs => $2) or revoked_at < now() - interval '1 day' limit $1 for update skip locked
          ))",
     );
-    Ok(forgotten.bind(limit).execute(pool).await?.rows_affected())
+    Ok(forgotten.bind(limit).bind(EXPIRED_KEPT_SECONDS).execute(pool).await?.rows_affected())
 }

@@ -10,7 +10,7 @@ use contract::{
     vault::{
         Bundle, FindAccountsRequest, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest,
         PutSecretRequest, RedeemLeaseRequest, RedeemModelTokenRequest, RevokeLeasesRequest, RevokeModelTokensRequest, RotateKeysReply,
-        RotateKeysRequest,
+        RotateKeysRequest, Route, RouteKind, Routes,
     },
 };
 use credential_vault::Config;
@@ -255,6 +255,91 @@ async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_toke
     let revoke = RevokeModelTokensRequest { session_ids: vec![session.to_string()] };
     scheduler.call::<rpc::RevokeModelTokens>(&revoke, SOON).await.unwrap();
     assert_eq!(redeem(hash).await.unwrap_err().code, ErrorCode::NotFound);
+}
+
+/// What the model gateway adds to requests is not in the lease of a runner, and what the sandbox needs is not the model gateway's.
+#[tokio::test]
+async fn secrets_of_routes_are_redeemed_by_the_model_gateway_alone() {
+    let (vault, gateway, scheduler, runner) = Vault::start().await;
+    let models = vault.nats.connect(&access::MODEL_GATEWAY).await.unwrap();
+    let (user, session) = (UserId::new(), SessionId::new());
+    let store = async |kind: &str, value: &str| {
+        let request = PutSecretRequest {
+            user_id: user.to_string(),
+            kind: kind.to_owned(),
+            value: value.as_bytes().to_vec(),
+            ..PutSecretRequest::default()
+        };
+        gateway.call::<rpc::PutSecret>(&request, SOON).await.unwrap().secret_id
+    };
+    let of_session = store("session", r#"{"env":{"A":"sandbox-1"},"tokens":{"/w/r":"routed-1"}}"#).await;
+    let of_agent = store("mcp_servers", r#"{"led":{"X-Key":"routed-2"},"local":{"VAR":"sandbox-2"}}"#).await;
+    let bearer = async |value: &str| {
+        let document = format!(r#"{{"kind":"static_bearer","key":"https://kept.example/mcp","value":"{value}"}}"#);
+        store("vault_credential", &document).await
+    };
+    let (first, second) = (bearer("routed-3").await, bearer("routed-4").await);
+    let route = |kind: RouteKind, path: &str, name: &str, url: &str| Route {
+        kind: kind.into(),
+        path: path.to_owned(),
+        name: name.to_owned(),
+        url: url.to_owned(),
+        ..Route::default()
+    };
+    let routes = vec![
+        route(RouteKind::Mcp, "mcp/led", "led", "https://led.example/mcp"),
+        route(RouteKind::Mcp, "mcp/kept", "kept", "https://kept.example/mcp"),
+        route(RouteKind::Mcp, "mcp/open", "open", "https://open.example/mcp"),
+        route(RouteKind::Git, "git/github.com/o/r", "/w/r", "https://github.com/o/r"),
+        route(RouteKind::Git, "git/github.com/o/open", "/w/open", "https://github.com/o/open"),
+    ];
+    let key = KeyPair::generate().unwrap();
+    let mint = async |epoch: u32, bearer: &str, routes: Option<Routes>| {
+        let request = MintLeaseRequest {
+            user_id: user.to_string(),
+            session_id: session.to_string(),
+            purpose: "turn 1".to_owned(),
+            secret_ids: [&of_session, &of_agent, bearer].map(str::to_owned).into(),
+            ttl_seconds: 60,
+            epoch,
+            public_key: key.public().to_vec(),
+            model_token_hash: vec![u8::try_from(epoch).unwrap(); 32],
+            routes,
+            ..MintLeaseRequest::default()
+        };
+        let lease_id = scheduler.call::<rpc::MintLease>(&request, SOON).await.unwrap().lease_id;
+        let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+        let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
+        Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap()
+    };
+    let redeem = async |token_hash: Vec<u8>| {
+        let request =
+            RedeemModelTokenRequest { token_hash: token_hash.clone(), public_key: key.public().to_vec(), gateway: "m1".to_owned() };
+        let sealed = models.call::<rpc::RedeemModelToken>(&request, SOON).await.unwrap().sealed;
+        Bundle::decode(key.open(&sealed, &token_hash).unwrap().as_slice()).unwrap()
+    };
+    let text = |bundle: &Bundle| String::from_utf8_lossy(&bundle.encode_to_vec()).into_owned();
+    let paths = |bundle: &Bundle| bundle.routes.iter().map(|route| route.path.clone()).collect::<Vec<_>>();
+
+    let lease = mint(1, &first, Some(Routes { routes: routes.clone() })).await;
+    assert_eq!(paths(&lease), ["mcp/led", "mcp/kept", "git/github.com/o/r"]);
+    assert!(!text(&lease).contains("routed-") && text(&lease).contains("sandbox-1") && text(&lease).contains("sandbox-2"));
+    let redeemed = redeem(vec![1; 32]).await;
+    assert_eq!(paths(&redeemed), ["mcp/led", "mcp/kept", "mcp/open", "git/github.com/o/r"]);
+    assert!(!text(&redeemed).contains("sandbox-") && redeemed.secrets.is_empty());
+    let values =
+        |bundle: &Bundle| bundle.routes.iter().flat_map(|route| &route.headers).map(|header| header.value.clone()).collect::<Vec<_>>();
+    assert_eq!(values(&redeemed), ["routed-2", "Bearer routed-3", "Basic eC1hY2Nlc3MtdG9rZW46cm91dGVkLTE="]);
+
+    // The next claim replaces what the session's earlier tokens stand for.
+    mint(2, &second, Some(Routes { routes })).await;
+    for token in [1, 2] {
+        assert_eq!(values(&redeem(vec![token; 32]).await)[1], "Bearer routed-4");
+    }
+    // A runner of the release before knows no routes: its lease is whole, and the routes of the session stay.
+    let lease = mint(3, &second, None).await;
+    assert!(lease.routes.is_empty() && text(&lease).contains("routed-1") && text(&lease).contains("routed-4"));
+    assert_eq!(values(&redeem(vec![1; 32]).await).len(), 3);
 }
 
 /// A stream may have any subjects, so a user who may create one could read every request.

@@ -24,6 +24,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
+use types::address::is_public;
 
 use crate::sync::locked;
 
@@ -452,21 +453,6 @@ pub fn inside<T: Send + 'static>(pid: i32, make: impl FnOnce() -> io::Result<T> 
     };
     // A thread of its own: it stays in that namespace, and ends.
     std::thread::spawn(make).join().unwrap_or_else(|_| Err(io::Error::other("the namespace cannot be entered")))
-}
-
-fn is_public(address: IpAddr) -> bool {
-    match address.to_canonical() {
-        IpAddr::V4(v4) => {
-            let shared = v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64;
-            let multicast_or_reserved = v4.octets()[0] >= 224;
-            let special = v4.is_loopback() || v4.is_private() || v4.is_link_local() || v4.is_unspecified() || v4.octets()[0] == 0;
-            !(special || shared || multicast_or_reserved)
-        }
-        IpAddr::V6(v6) => {
-            let first = v6.segments()[0];
-            !(v6.is_loopback() || v6.is_unspecified() || first & 0xfe00 == 0xfc00 || first & 0xffc0 == 0xfe80 || first >= 0xff00)
-        }
-    }
 }
 
 #[cfg(test)]

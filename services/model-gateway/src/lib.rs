@@ -1,6 +1,9 @@
 //! Between agents and model providers: an agent shows its session's token, and the gateway sends the request on with the user's key, which
 //! it redeems from the vault and holds in memory only. Stores nothing; any number of replicas serve the same agents.
 //!
+//! Requests to MCP servers and to repositories pass here as well, with the session's secrets for these: [`mcp`], [`git`], and what they
+//! share in [`routed`]; [`egress`] keeps them away from private addresses.
+//!
 //! [`call`] decides which requests are passed on; [`tokens`] redeems; [`ledger`] asks the scheduler before each request
 //! and tells it what [`usage`] read of the response, by [`prices`]; [`proxy`] passes on and back; [`refusal`] is the gateway's own
 //! answers, in the providers' shapes; [`retry`] sends again what a provider refuses for now; [`stored`] finds what a body must not name; [`server`] bounds connections, [`body`] memory, and [`share`] what one session takes of either.
@@ -8,12 +11,16 @@
 
 mod body;
 mod call;
+mod egress;
+mod git;
 mod ledger;
+mod mcp;
 pub mod metrics;
 mod prices;
 mod proxy;
 mod refusal;
 mod retry;
+mod routed;
 mod scan;
 mod server;
 mod share;
@@ -24,7 +31,7 @@ mod usage;
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use axum::Router;
+use axum::{Router, routing::any};
 use bus::Bus;
 use contract::access;
 use reqwest::Url;
@@ -32,12 +39,14 @@ use service::{Env, Lifecycle};
 use tokio::net::TcpListener;
 use types::Provider;
 
+pub use crate::retry::Retries;
 use crate::{
     body::Memory,
+    egress::Egress,
     ledger::Ledger,
     prices::Prices,
     proxy::Proxy,
-    retry::Retries,
+    routed::Routed,
     share::{ShareLimits, Shares},
     tokens::Tokens,
 };
@@ -45,6 +54,7 @@ use crate::{
 /// Of the memory for bodies, one session may take one part of so many, or what one body needs.
 const SESSION_FRACTION: usize = 8;
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
+const GITHUB: &str = "https://github.com";
 const IDLE_CONNECTION_MAX: Duration = Duration::from_secs(90);
 
 #[derive(Debug)]
@@ -59,8 +69,17 @@ pub struct Config {
     /// How long a provider may send nothing.
     pub silence: Duration,
     pub retries: Retries,
+    /// `host:port` of MCP servers with private addresses.
+    pub private_hosts: Vec<String>,
+    /// Where GitHub's repositories are.
+    pub github: Url,
+    pub push_bytes_max: u64,
     /// A file of prices that come before the release's own.
     pub prices: Option<PathBuf>,
+}
+
+fn http_url(text: &str) -> Option<Url> {
+    Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
 }
 
 /// Where each provider is.
@@ -79,7 +98,7 @@ impl Upstreams {
     pub fn new(configured: impl Fn(Provider) -> Option<String>) -> Result<Self, Provider> {
         let of = |provider: Provider| {
             let text = configured(provider).unwrap_or_else(|| format!("https://{}", provider.host()));
-            Url::parse(&text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host()).ok_or(provider)
+            http_url(&text).ok_or(provider)
         };
         Ok(Self { anthropic: of(Provider::Anthropic)?, openai: of(Provider::Openai)?, google: of(Provider::Google)? })
     }
@@ -133,6 +152,24 @@ impl Config {
                 ),
                 wait_max: env.seconds("AOD_MODEL_RETRY_SECONDS", "how long one request may wait for that in total", 60),
             },
+            private_hosts: {
+                let hosts = env.optional(
+                    "AOD_MODEL_GATEWAY_PRIVATE_HOSTS",
+                    "comma-separated host:port: private addresses of MCP servers that may be reached; as the runners' own",
+                );
+                types::route::hosts(&hosts.unwrap_or_default())
+            },
+            github: {
+                let github = env.parsed("AOD_GITHUB_URL", "base URL for GitHub's repositories", GITHUB.to_owned());
+                // GitHub's own address is a URL.
+                http_url(&github)
+                    .or_else(|| {
+                        env.refuse("AOD_GITHUB_URL must be an http or https URL");
+                        http_url(GITHUB)
+                    })
+                    .unwrap_or_else(|| unreachable!("GitHub's own address is a URL"))
+            },
+            push_bytes_max: env.parsed("AOD_GIT_PUSH_MAX_BYTES", "maximum size of a push to a repository", 2 << 30),
             prices: env
                 .optional("AOD_MODEL_PRICES", "TOML file of list prices that come before those of the release; see docs/budgets.md")
                 .map(PathBuf::from),
@@ -153,13 +190,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let listener =
         TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on AOD_MODEL_GATEWAY_ADDR {}", config.addr))?;
     tracing::info!(addr = %config.addr, "listening");
-    let http = reqwest::Client::builder()
-        .connect_timeout(CONNECT_TIME_MAX)
-        .read_timeout(config.silence)
-        .pool_idle_timeout(IDLE_CONNECTION_MAX)
-        .tcp_nodelay(true)
-        .redirect(reqwest::redirect::Policy::none())
-        .build()?;
+    let client = || {
+        reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIME_MAX)
+            .read_timeout(config.silence)
+            .pool_idle_timeout(IDLE_CONNECTION_MAX)
+            .tcp_nodelay(true)
+            .redirect(reqwest::redirect::Policy::none())
+    };
+    let http = client().build()?;
     let share = ShareLimits {
         requests: config.requests_per_session,
         body_units: (config.bodies_bytes_max / SESSION_FRACTION).max(config.body_bytes_max).div_ceil(body::UNIT),
@@ -167,15 +206,22 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     };
     let ledger = Ledger::new(bus.clone(), Prices::load(config.prices.as_deref())?, lifecycle.tracker());
     lifecycle.spawn("lease", ledger.clone().renew(lifecycle.stop_token()));
-    let proxy = Proxy {
-        ledger,
-        tokens: Tokens::new(bus, name, Shares::new(share)),
-        upstreams: Arc::new(config.upstreams),
-        http,
-        retries: config.retries,
-        memory: Memory::new(config.bodies_bytes_max, config.body_bytes_max),
+    let tokens = Tokens::new(bus, name, Shares::new(share));
+    let memory = Memory::new(config.bodies_bytes_max, config.body_bytes_max);
+    let egress = Egress::new(config.private_hosts);
+    let routed = Routed {
+        tokens: tokens.clone(),
+        memory: memory.clone(),
+        mcp: client().dns_resolver(egress.clone()).build()?,
+        egress,
+        git: http.clone(),
+        github: Arc::new(config.github),
+        push_bytes_max: config.push_bytes_max,
+        silence: config.silence,
     };
-    let router = Router::new().fallback(proxy::handle).with_state(proxy);
+    let proxy = Proxy { ledger, tokens, upstreams: Arc::new(config.upstreams), http, retries: config.retries, memory };
+    let routes = Router::new().route("/mcp/{*path}", any(mcp::handle)).route("/git/{*path}", any(git::handle)).with_state(routed);
+    let router = Router::new().fallback(proxy::handle).with_state(proxy).merge(routes);
     lifecycle.spawn("http", server::serve(listener, router, config.connections.max(1), lifecycle.stop_token()));
     Ok(())
 }

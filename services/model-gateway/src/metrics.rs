@@ -12,5 +12,9 @@ pub fn describe() {
     );
     describe_counter!("aod_model_retries_total", "requests that were sent again after a refusal, by provider and status");
     describe_counter!("aod_model_ends_dropped_total", "model requests whose end could not be told to the scheduler");
+    describe_counter!(
+        "aod_model_routed_requests_total",
+        "requests to MCP servers and repositories, by kind (mcp, git) and outcome (the status, or refused, failed)"
+    );
     describe_counter!("aod_model_token_redemptions_total", "redemptions of sessions' tokens at the vault, by outcome");
 }

@@ -226,7 +226,7 @@ fn attach(headers: &mut HeaderMap, credential: Credential<'_>) -> Result<(), Ref
 }
 
 /// Headers that belong to one connection (RFC 9110, 7.6.1), and those that the gateway sets itself.
-const OWN: [&str; 12] = [
+pub const OWN: [&str; 12] = [
     "connection",
     "keep-alive",
     "proxy-authenticate",
@@ -243,7 +243,7 @@ const OWN: [&str; 12] = [
 /// What a client shows, or would have its provider know of other sessions.
 const FROM_CLIENT: [&str; 6] = ["authorization", "x-api-key", "x-goog-api-key", "cookie", "accept-encoding", "forwarded"];
 
-fn forwarded(headers: &HeaderMap, is_response: bool) -> HeaderMap {
+pub fn forwarded(headers: &HeaderMap, is_response: bool) -> HeaderMap {
     let named: Vec<String> = headers
         .get_all(header::CONNECTION)
         .iter()

@@ -19,6 +19,8 @@ pub struct ShareLimits {
 #[derive(Debug)]
 pub struct Share {
     pub requests: Arc<Semaphore>,
+    /// Requests to MCP servers and repositories, as many again: some of them stay open.
+    pub routed: Arc<Semaphore>,
     pub bodies: Arc<Semaphore>,
     pub connections: Arc<Semaphore>,
 }
@@ -26,7 +28,12 @@ pub struct Share {
 impl Share {
     pub fn new(limits: ShareLimits) -> Self {
         let semaphore = |permits: usize| Arc::new(Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS)));
-        Self { requests: semaphore(limits.requests), bodies: semaphore(limits.body_units), connections: semaphore(limits.connections) }
+        Self {
+            requests: semaphore(limits.requests),
+            routed: semaphore(limits.requests),
+            bodies: semaphore(limits.body_units),
+            connections: semaphore(limits.connections),
+        }
     }
 }
 

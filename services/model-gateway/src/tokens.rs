@@ -11,7 +11,7 @@ use bus::Bus;
 use contract::{
     auth::CheckUserRequest,
     rpc,
-    vault::{Bundle, RedeemModelTokenRequest},
+    vault::{Bundle, RedeemModelTokenRequest, Route, RouteKind},
 };
 use moka::future::Cache;
 use prost::Message as _;
@@ -23,6 +23,7 @@ use zeroize::Zeroize as _;
 
 use crate::{
     call::{Scheme, Shown},
+    routed::GrantedRoute,
     share::{Share, Shares},
 };
 
@@ -32,6 +33,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const FRESH: Duration = Duration::from_secs(60);
 /// How long a redemption is used while the vault does not answer.
 const KEPT: Duration = Duration::from_secs(600);
+/// How soon a token may be redeemed again before [`FRESH`] is over.
+const RENEWED_AFTER: Duration = Duration::from_secs(1);
 /// An unknown token is refused without asking the vault again.
 const REFUSED_FOR: Duration = Duration::from_secs(5);
 const TOKENS_MAX: u64 = 20_000;
@@ -42,6 +45,7 @@ type Hash = [u8; 32];
 pub struct Grant {
     pub session_id: String,
     secrets: BTreeMap<&'static str, SecretString>,
+    routes: Vec<Arc<GrantedRoute>>,
     pub share: Arc<Share>,
 }
 
@@ -78,6 +82,11 @@ impl Credential<'_> {
 }
 
 impl Grant {
+    /// The route with a path.
+    pub fn route(&self, kind: RouteKind, path: &str) -> Option<Arc<GrantedRoute>> {
+        self.routes.iter().find(|route| route.kind == kind && route.path == path).cloned()
+    }
+
     /// What a request is sent on with: of a Claude subscription where the client shows its token that way, else the API key.
     pub fn credential(&self, provider: Provider, scheme: Scheme) -> Option<Credential<'_>> {
         let of = |kind: CredentialKind| self.secrets.get(kind.as_str()).map(|secret| secret.expose_secret());
@@ -157,6 +166,22 @@ impl Tokens {
         }
     }
 
+    /// Redeems a token again before its time, once per second at most: for a route that is not known, or a secret that its server refuses.
+    /// None: it cannot be redeemed.
+    pub async fn renew(&self, shown: &Shown) -> Option<Arc<Grant>> {
+        let hash: Hash = Sha256::digest(shown.token.as_bytes()).into();
+        if let Some(known) = self.entries.get(&hash).await {
+            tokio::time::sleep(RENEWED_AFTER.saturating_sub(known.redeemed.elapsed())).await;
+            let newer = self.entries.get(&hash).await.filter(|entry| entry.redeemed > known.redeemed);
+            if let Some(newer) = newer {
+                return Some(newer.grant);
+            }
+        }
+        let entry = self.asking.get_with(hash, async { self.ask(hash).await }).await.ok()?;
+        self.entries.insert(hash, entry.clone()).await;
+        Some(entry.grant)
+    }
+
     async fn ask(&self, hash: Hash) -> Result<Entry, TokenRefused> {
         let redeemed = self.redeem_at_vault(hash).await;
         let outcome = match &redeemed {
@@ -201,10 +226,17 @@ impl Tokens {
             }
             secret.value.zeroize();
         }
+        let routes = bundle.routes.into_iter().map(|route| Arc::new(granted(route))).collect();
         let share = self.shares.of(&reply.session_id);
-        let grant = Grant { session_id: reply.session_id, secrets, share };
+        let grant = Grant { session_id: reply.session_id, secrets, routes, share };
         Ok(Entry { grant: Arc::new(grant), redeemed: Instant::now() })
     }
+}
+
+fn granted(route: Route) -> GrantedRoute {
+    let kind = route.kind();
+    let headers = route.headers.into_iter().map(|header| (header.name, SecretString::from(header.value))).collect();
+    GrantedRoute { kind, path: route.path, url: route.url, is_refused: route.is_refused, headers }
 }
 
 #[cfg(test)]
@@ -216,6 +248,7 @@ mod tests {
         Grant {
             session_id: String::new(),
             secrets,
+            routes: Vec::new(),
             share: Arc::new(Share::new(crate::share::ShareLimits { requests: 1, body_units: 1, connections: 1 })),
         }
     }

@@ -9,18 +9,19 @@ use contract::{
     rpc,
     scheduler::{
         ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, HeartbeatReply, HeartbeatRequest, HeldTurn, LeaseExpired,
-        Owned, ReleaseTurnRequest, Settled, SpriteClaim, TurnSpec, claim_turn_reply::Verdict,
+        Owned, ReleaseTurnRequest, Routing, Settled, SpriteClaim, TurnSpec, claim_turn_reply::Verdict,
     },
     subject, topology,
-    vault::MintLeaseRequest,
+    vault::{MintLeaseRequest, Route, RouteKind, Routes},
 };
 use rules::ownership::{self, Held};
 use serde_json::Value;
 use sqlx::{PgConnection, Row as _};
 use types::{
-    CredentialKind, Runtime, SessionId, SessionStatus, UserId,
+    CredentialKind, McpServer, Networking, Repository, Runtime, SessionId, SessionStatus, UserId,
     file::FileKind,
     limits::{PROVISIONING_MAX, SETTLE_GRACE},
+    route,
 };
 use uuid::Uuid;
 
@@ -119,7 +120,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         metrics::histogram!("aod_turn_wait_seconds").record(turn.age_seconds);
     }
     let epoch = unsigned(turn.epoch);
-    match specification(&scheduler, id, number, session, turn, (request.public_key, request.model_token_hash)).await {
+    match specification(&scheduler, id, number, session, turn, (request.public_key, request.model_token_hash, request.routing)).await {
         Ok(spec) => answer(Verdict::Run(spec)),
         Err(failure) => {
             // Not the turn's fault, and no failed attempt: the vault is away, say.
@@ -151,7 +152,7 @@ async fn specification(
     number: i32,
     session: SessionRow,
     turn: TurnRow,
-    (public_key, model_token_hash): (Vec<u8>, Vec<u8>),
+    (public_key, model_token_hash, routing): (Vec<u8>, Vec<u8>, Option<Routing>),
 ) -> Result<TurnSpec, Failure> {
     let partition = session.partition()?;
     let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
@@ -171,6 +172,7 @@ async fn specification(
         life,
         public_key,
         model_token_hash,
+        routes: routing.map(|routing| routes(id, &turn, &routing)).transpose()?,
     };
     // In this order: what was persisted up to there is seen by the query after it. The vault answers meanwhile.
     let end_of_log = async {
@@ -218,6 +220,27 @@ async fn specification(
         collects_outputs: turn.collects_outputs,
         outputs: files_of(turn.collects_outputs, FileKind::Output).await?,
     })
+}
+
+/// Where the session's requests go by way of the model gateway.
+fn routes(id: SessionId, turn: &TurnRow, routing: &Routing) -> Result<Routes, Failure> {
+    let unreadable = |error: serde_json::Error| Failure::internal(format!("the routes of session {id} cannot be read: {error}"));
+    let servers: Vec<McpServer> = serde_json::from_value(turn.mcp_servers.clone()).map_err(unreadable)?;
+    let repositories: Vec<Repository> = serde_json::from_value(turn.resources.clone()).map_err(unreadable)?;
+    let networking = turn.networking.clone().map(serde_json::from_value::<Networking>).transpose().map_err(unreadable)?.unwrap_or_default();
+    let routes = route::of_session(&servers, &repositories, &networking, &routing.private_hosts).into_iter().map(|route| Route {
+        kind: match route.kind {
+            route::RouteKind::Mcp => RouteKind::Mcp,
+            route::RouteKind::Git => RouteKind::Git,
+        }
+        .into(),
+        path: route.path,
+        name: route.name,
+        url: route.url,
+        is_refused: route.is_refused,
+        headers: Vec::new(),
+    });
+    Ok(Routes { routes: routes.collect() })
 }
 
 /// Those of an agent's tools that the session's user runs.
@@ -423,6 +446,7 @@ async fn sprite_claim(
         life: DESTROY_LIFE,
         public_key,
         model_token_hash: Vec::new(),
+        routes: None,
     };
     let lease_id = mint(scheduler, grant).await?;
     Ok(SpriteClaim { sprite, lease_id })
@@ -442,6 +466,8 @@ pub struct Grant<'a> {
     pub public_key: Vec<u8>,
     /// Of the token that the session's agent shows to the model gateway; empty where there is none.
     pub model_token_hash: Vec<u8>,
+    /// What that token leads to besides model providers.
+    pub routes: Option<Routes>,
 }
 
 pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, Failure> {
@@ -455,6 +481,7 @@ pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, Fai
         epoch: grant.epoch,
         public_key: grant.public_key,
         model_token_hash: grant.model_token_hash,
+        routes: grant.routes,
     };
     Ok(scheduler.bus.call::<rpc::MintLease>(&request, VAULT_DEADLINE).await?.lease_id)
 }

@@ -112,6 +112,7 @@ pub async fn claim(scheduler: Scheduler, request: ClaimSweepRequest) -> Result<C
         life: LEASE,
         public_key: request.public_key,
         model_token_hash: Vec::new(),
+        routes: None,
     };
     let lease_id = claims::mint(&scheduler, grant).await?;
     Ok(ClaimSweepReply { lease_id, name_prefix: format!("{}-", scheduler.sprite_name_prefix) })

@@ -9,7 +9,7 @@ use bus::{
 use contract::{
     rpc,
     runner::{DestroySprite, RunTurn, SweepSprites},
-    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, TurnSpec, claim_turn_reply::Verdict},
+    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, Routing, TurnSpec, claim_turn_reply::Verdict},
 };
 use futures::StreamExt as _;
 use prost::Message as _;
@@ -70,6 +70,7 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         runner_lease: lease.to_string(),
         public_key: key.public().to_vec(),
         model_token_hash: model_token.as_ref().map(ModelToken::hash).unwrap_or_default(),
+        routing: runner.model_gateway.as_ref().map(|_| Routing { private_hosts: runner.private_hosts.to_vec() }),
     };
     let verdict = match runner.bus.call::<rpc::ClaimTurn>(&claim, CLAIM_DEADLINE).await {
         Ok(reply) => reply.verdict,

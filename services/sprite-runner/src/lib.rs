@@ -47,6 +47,8 @@ pub struct Config {
     pub models: ModelEndpoints,
     /// The model gateway's address, as sandboxes reach it.
     pub model_gateway: Option<String>,
+    /// `host:port` of MCP servers with private addresses.
+    pub private_hosts: Vec<String>,
     /// Whether a session's secrets are masked in what its agent prints.
     pub mask_output: bool,
     pub output: OutputLimits,
@@ -98,8 +100,15 @@ impl Config {
             },
             model_gateway: env.optional(
                 "AOD_MODEL_GATEWAY_URL",
-                "URL at which sandboxes reach the model gateway; empty: providers' keys are put into sandboxes",
+                "URL at which sandboxes reach the model gateway; empty: the secrets that it keeps out of sandboxes are put into them",
             ),
+            private_hosts: {
+                let hosts = env.optional(
+                    "AOD_MODEL_GATEWAY_PRIVATE_HOSTS",
+                    "comma-separated host:port: private addresses of MCP servers that the model gateway may reach; as the model gateway's own",
+                );
+                types::route::hosts(&hosts.unwrap_or_default())
+            },
             mask_output: env.parsed("AOD_MASK_SECRETS", "mask a session's secrets in its agent's output as ***", false),
             output: OutputLimits {
                 bytes_max: env.parsed(
@@ -133,6 +142,8 @@ struct Runner {
     sprites_base_url: Arc<str>,
     models: Arc<ModelEndpoints>,
     model_gateway: Option<Arc<str>>,
+    /// Loopback addresses that are not the sandbox's own.
+    private_hosts: Arc<[String]>,
     mask_output: bool,
     output: OutputLimits,
     agent_idle: Duration,
@@ -175,6 +186,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         sprites_base_url: config.sprites_base_url.into(),
         models: Arc::new(config.models),
         model_gateway: config.model_gateway.map(|url| url.trim_end_matches('/').into()),
+        private_hosts: config.private_hosts.into(),
         mask_output: config.mask_output,
         output: config.output,
         agent_idle: config.agent_idle,

@@ -19,7 +19,7 @@ use crate::{
     playback::Playback,
     record::{Fenced, Record},
     runtimes::{self, Adapter, Skills},
-    secrets::Secrets,
+    secrets::{AtGateway, Secrets},
     setup::{self, Setup, Step},
 };
 
@@ -31,6 +31,8 @@ const TAIL_BYTES: usize = 2000;
 const KEPT_BYTES: u64 = 64 << 20;
 
 const GIT_CREDENTIALS: &str = "/home/sprite/.aod/git-credentials";
+/// What git shows to the model gateway.
+const GIT_SESSION: &str = "/home/sprite/.aod/git-session";
 
 /// Why provisioning stopped.
 #[derive(Debug)]
@@ -78,6 +80,8 @@ pub struct Provisioning<'a> {
     pub runtime: Runtime,
     pub adapter: &'static dyn Adapter,
     pub models: &'a ModelEndpoints,
+    /// Where sandboxes reach the model gateway.
+    pub gateway: Option<&'a str>,
 }
 
 impl Provisioning<'_> {
@@ -98,10 +102,11 @@ impl Provisioning<'_> {
     pub async fn set_up(&self, record: &mut Record, host: &mut StepRunner) -> Result<(), StageFailed> {
         stage(record, Stage::EnvFile, host.reach()).await?;
         let credentials = self.setup.git_credentials(self.secrets);
-        if !credentials.is_empty()
+        let has_routes = self.secrets.repository_routes().next().is_some();
+        if (has_routes || !credentials.is_empty())
             && let Some(course) = Course::begin(record, Stage::GitCredentials).await?
         {
-            let done = self.write_git_credentials(credentials, record, host).await;
+            let done = self.set_git_up(credentials, record, host).await;
             course.end(record, done).await?;
         }
         let steps = self.setup.steps();
@@ -126,7 +131,18 @@ impl Provisioning<'_> {
 
     /// The CLI's configuration, by path; it may hold secrets of MCP servers.
     pub fn config_files(&self) -> Vec<(&'static str, String)> {
-        let servers = runtimes::mcp_names(self.secrets.fill_in(self.setup.mcp_servers.clone()));
+        self.config_with(self.secrets.route_token().unwrap_or_default())
+    }
+
+    /// The configuration but for the token that is shown to the model gateway, which is another for each claim and stays good.
+    pub fn config_without_token(&self) -> Vec<(&'static str, String)> {
+        self.config_with("")
+    }
+
+    fn config_with(&self, token: &str) -> Vec<(&'static str, String)> {
+        let gateway = self.gateway.unwrap_or_default();
+        let at_gateway = |path: &str| AtGateway { url: format!("{gateway}/{path}"), token: token.to_owned() };
+        let servers = runtimes::mcp_names(self.secrets.fill_in(self.setup.mcp_servers.clone(), at_gateway));
         self.adapter.config_files(&servers, self.models)
     }
 
@@ -147,18 +163,28 @@ impl Provisioning<'_> {
 
     async fn limit_network(&self, hosts: &[String]) -> Result<(), Trouble> {
         let models = self.runtime.providers().iter().map(|provider| self.models.host(*provider));
-        let hosts: Vec<String> = hosts.iter().cloned().chain(models).collect();
+        // The policy holds for what goes that way as well: the model gateway refuses it.
+        let gateway = self.gateway.filter(|_| self.secrets.route_token().is_some());
+        let gateway = gateway.and_then(|url| reqwest::Url::parse(url).ok()?.host_str().map(str::to_owned));
+        let hosts: Vec<String> = hosts.iter().cloned().chain(models).chain(gateway).collect();
         let limited = self.sprite.limit_network(&hosts).await;
         limited.map_err(|error| format!("this sandbox cannot limit its network: {error}").into())
     }
 
-    async fn write_git_credentials(&self, credentials: String, record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
-        self.sprite.write(GIT_CREDENTIALS, credentials, 0o600).await?;
-        // A token is for its own repository, not for all of the host's.
-        let script = format!(
-            "git config --global credential.helper 'store --file {GIT_CREDENTIALS}' && \
-             git config --global credential.https://github.com.useHttpPath true"
-        );
+    async fn set_git_up(&self, credentials: String, record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
+        let mut script = String::from("set -e\n");
+        if !credentials.is_empty() {
+            self.sprite.write(GIT_CREDENTIALS, credentials, 0o600).await?;
+            // A token is for its own repository, not for all of the host's.
+            script += &format!(
+                "git config --global credential.helper 'store --file {GIT_CREDENTIALS}'\n\
+                 git config --global credential.https://github.com.useHttpPath true\n"
+            );
+        }
+        if let (Some(gateway), Some(token)) = (self.gateway, self.secrets.route_token()) {
+            self.sprite.write(GIT_SESSION, format!("username=session\npassword={token}\n"), 0o600).await?;
+            script += &setup::lead_git(gateway, GIT_SESSION, self.secrets.repository_routes());
+        }
         let step = Step { what: "setting git up".to_owned(), script };
         self.run_steps(Stage::GitCredentials, &[step], record, host).await
     }

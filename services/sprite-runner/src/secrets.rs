@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use bus::Failure;
 use contract::{
     rpc,
-    vault::{Bundle, RedeemLeaseRequest},
+    vault::{Bundle, RedeemLeaseRequest, Route, RouteKind},
 };
 use prost::Message as _;
 use sealing::KeyPair;
@@ -15,7 +15,8 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use types::{
     CredentialKind, McpServer, Provider,
-    agent::McpTransport,
+    agent::{McpTransport, REDACTED},
+    route::SESSION_HEADER,
     vault::{self, AuthKind, CredentialDocument},
 };
 use zeroize::{Zeroize as _, Zeroizing};
@@ -58,6 +59,12 @@ impl ModelToken {
     }
 }
 
+/// Where a server is reached by way of the model gateway.
+pub struct AtGateway {
+    pub url: String,
+    pub token: String,
+}
+
 /// Secrets by what they are for. Cannot be printed; wiped when dropped.
 #[derive(Debug)]
 pub struct Secrets {
@@ -66,6 +73,8 @@ pub struct Secrets {
     credentials: Vec<CredentialDocument>,
     /// Where the deployment has a model gateway: the credentials that the agent's token stands for there.
     proxied: Vec<CredentialKind>,
+    /// Where the deployment has a model gateway: requests that it sends on with secrets which are not here.
+    routes: Vec<Route>,
     model_token: Option<ModelToken>,
 }
 
@@ -90,7 +99,7 @@ impl Secrets {
             secret.value.zeroize();
         }
         let proxied = bundle.proxied_kinds.iter().filter_map(|kind| kind.parse().ok()).collect();
-        Ok(Self { values, credentials, proxied, model_token: None })
+        Ok(Self { values, credentials, proxied, routes: bundle.routes, model_token: None })
     }
 
     /// With the token that was named in the claim of these secrets.
@@ -176,8 +185,35 @@ impl Secrets {
         session.tokens.into_iter().map(|(path, token)| (path, token.into())).collect()
     }
 
-    /// MCP servers with the values that are redacted everywhere else.
-    pub fn fill_in(&self, mut servers: Vec<McpServer>) -> Vec<McpServer> {
+    /// The token that is shown to the model gateway on routes, where there are any.
+    pub fn route_token(&self) -> Option<&str> {
+        self.model_token.as_ref().filter(|_| !self.routes.is_empty()).map(|token| token.0.expose_secret())
+    }
+
+    /// Repositories that are reached by way of the model gateway: the URL of each, and its path there.
+    pub fn repository_routes(&self) -> impl Iterator<Item = (&str, &str)> {
+        let git = self.routes.iter().filter(|route| route.kind() == RouteKind::Git);
+        git.map(|route| (route.url.as_str(), route.path.as_str()))
+    }
+
+    /// MCP servers with the values that are redacted everywhere else. Those that have secrets at the model gateway are reached there, by
+    /// what `at_gateway` makes of their paths.
+    pub fn fill_in(&self, servers: Vec<McpServer>, at_gateway: impl Fn(&str) -> AtGateway) -> Vec<McpServer> {
+        let is_of = |route: &&Route, server: &McpServer| route.kind() == RouteKind::Mcp && route.name == server.name;
+        let led = |mut server: McpServer| {
+            let Some(route) = self.routes.iter().find(|route| is_of(route, &server)) else { return server };
+            if let McpTransport::Url { url, headers } = &mut server.transport {
+                let AtGateway { url: address, token } = at_gateway(&route.path);
+                *url = address;
+                headers.retain(|_, value| value != REDACTED);
+                headers.insert(SESSION_HEADER.to_owned(), token);
+            }
+            server
+        };
+        self.filled(servers).into_iter().map(led).collect()
+    }
+
+    fn filled(&self, mut servers: Vec<McpServer>) -> Vec<McpServer> {
         let values: BTreeMap<String, BTreeMap<String, String>> = self.document(MCP_SERVERS);
         for server in &mut servers {
             if let Some(values) = values.get(&server.name) {
@@ -226,7 +262,8 @@ mod tests {
 
     fn secrets(proxied: &[CredentialKind], env: &str) -> Secrets {
         let values = BTreeMap::from([(SESSION.to_owned(), SecretString::from(env))]);
-        Secrets { values, credentials: Vec::new(), proxied: proxied.to_vec(), model_token: Some(ModelToken::generate().unwrap()) }
+        let model_token = Some(ModelToken::generate().unwrap());
+        Secrets { values, credentials: Vec::new(), proxied: proxied.to_vec(), routes: Vec::new(), model_token }
     }
 
     #[test]
@@ -273,8 +310,37 @@ mod tests {
             let headers = BTreeMap::from([("authorization".to_owned(), "Basic x".to_owned())]);
             McpServer { name: "s".to_owned(), transport: McpTransport::Url { url: url.to_owned(), headers } }
         };
-        let filled = |url: &str| secrets.fill_in(vec![server(url)]).remove(0).secrets().clone();
+        let nowhere = |_: &str| -> AtGateway { unreachable!("there are no routes") };
+        let filled = |url: &str| secrets.fill_in(vec![server(url)], nowhere).remove(0).secrets().clone();
         assert_eq!(filled("https://MCP.example:443/sse/"), BTreeMap::from([("Authorization".to_owned(), "Bearer token".to_owned())]));
         assert_eq!(filled("https://mcp.example/other"), server("").secrets().clone());
+    }
+
+    #[test]
+    fn a_server_with_a_route_is_reached_at_the_model_gateway_without_its_secrets() {
+        let mut secrets = secrets(&[], "{}");
+        let route = |kind: RouteKind, name: &str, path: &str| Route {
+            kind: kind.into(),
+            name: name.to_owned(),
+            path: path.to_owned(),
+            url: "https://github.com/o/r".to_owned(),
+            ..Route::default()
+        };
+        secrets.routes = vec![route(RouteKind::Mcp, "led", "mcp/led-1"), route(RouteKind::Git, "direct", "git/github.com/o/r")];
+        // What refers to a variable of the sandbox is all that the lease holds of this server.
+        secrets.values.insert(MCP_SERVERS.to_owned(), r#"{"led":{"X-Plain":"${NAME}"},"direct":{"X-Key":"key"}}"#.into());
+        let server = |name: &str| {
+            let headers = ["X-Plain", "X-Key"].map(|header| (header.to_owned(), REDACTED.to_owned()));
+            McpServer { name: name.to_owned(), transport: McpTransport::Url { url: "https://x/".to_owned(), headers: headers.into() } }
+        };
+        let at_gateway = |path: &str| AtGateway { url: format!("http://gateway/{path}"), token: "token".to_owned() };
+        let servers = secrets.fill_in(vec![server("led"), server("direct")], at_gateway);
+        let headers = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let url = "http://gateway/mcp/led-1".to_owned();
+        let led = McpTransport::Url { url, headers: headers(&[("X-Plain", "${NAME}"), (SESSION_HEADER, "token")]) };
+        assert!(servers[0].transport == led);
+        assert_eq!(servers[1].secrets()["X-Key"], "key");
+        assert_eq!(secrets.repository_routes().collect::<Vec<_>>(), [("https://github.com/o/r", "git/github.com/o/r")]);
+        assert!(secrets.route_token().is_some());
     }
 }

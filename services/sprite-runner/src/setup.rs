@@ -4,9 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use contract::scheduler::TurnSpec;
 use secrecy::ExposeSecret as _;
-use types::{
-    McpServer, Networking, PackageManager, Repository, Skill, agent::GithubSkill, environment::NetworkingKind, repository::Checkout,
-};
+use types::{McpServer, Networking, PackageManager, Repository, Skill, agent::GithubSkill, repository::Checkout};
 
 use crate::{agent::quote, secrets::Secrets};
 
@@ -58,18 +56,7 @@ impl Setup {
 
     /// The hosts that alone may be reached, where not all may.
     pub fn allowed_hosts(&self) -> Option<Vec<String>> {
-        let Networking { kind, allowed_hosts, allow_package_managers, allow_mcp_servers } = &self.networking;
-        if *kind == NetworkingKind::Unrestricted {
-            return None;
-        }
-        let mut hosts = allowed_hosts.clone().unwrap_or_default();
-        if *allow_package_managers {
-            hosts.extend(PackageManager::ALL.into_iter().flat_map(PackageManager::hosts).map(|host| (*host).to_owned()));
-        }
-        if *allow_mcp_servers {
-            hosts.extend(self.mcp_servers.iter().filter_map(McpServer::host).map(str::to_owned));
-        }
-        Some(hosts)
+        self.networking.hosts(&self.mcp_servers)
     }
 
     /// The lines of a git credential store: a token for each repository that has one.
@@ -188,6 +175,19 @@ pub fn install_skill(skill: &GithubSkill, agent: &str) -> Step {
         let _ = write!(script, " --skill {}", quote(name));
     }
     Step { what: format!("installing the skill {}", skill.source), script }
+}
+
+/// Has git reach repositories at the model gateway, which it shows what the file `session` holds. Git neither changes that file nor asks
+/// other helpers. The remotes' own URLs stay as they are.
+pub fn lead_git<'a>(gateway: &str, session: &str, repositories: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+    let helper = format!("!f() {{ if [ \"$1\" = get ]; then cat {}; fi; }}; f", quote(session));
+    let helpers = quote(&format!("credential.{gateway}.helper"));
+    let mut script = format!("git config --global --replace-all {helpers} ''\ngit config --global --add {helpers} {}\n", quote(&helper));
+    for (url, path) in repositories {
+        // Writing to a String cannot fail.
+        let _ = writeln!(script, "git config --global {} {}", quote(&format!("url.{gateway}/{path}.insteadOf")), quote(url));
+    }
+    script
 }
 
 /// For the user part of a URL.
@@ -320,6 +320,30 @@ mod tests {
             let (directory, check) = setup(resources, Some("/workspace/r/a b"));
             assert_eq!((directory.as_deref(), check.as_deref()), (Some("/workspace/r/a b"), Some("cd -- '/workspace/r/a b'")));
         }
+    }
+
+    #[test]
+    fn git_finds_a_repository_and_its_credential_at_the_model_gateway() {
+        let cloning = Cloning::new();
+        let session = cloning.folder.path().join("session");
+        std::fs::write(&session, "username=session\npassword=token\n").unwrap();
+        let routes = [("https://github.com/o/r", "git/github.com/o/r"), ("https://github.com/o/s", "git/github.com/o/s")];
+        let script = lead_git("http://gateway:8780", session.to_str().unwrap(), routes.into_iter());
+        assert_eq!(
+            cloning.run(&format!("git config --global credential.helper 'store --file other'\n{script}{script}")),
+            (0, String::new())
+        );
+        let asked = "protocol=http\nhost=gateway:8780\npath=git/github.com/o/r\n";
+        let (_, said) = cloning.run(&format!("printf '{asked}\n' | git credential fill"));
+        assert!(said.contains("username=session") && said.contains("password=token"), "{said}");
+        // What is wrong for the moment is kept, and nothing is kept elsewhere.
+        cloning.run(&format!(
+            "for verb in reject approve; do printf '{asked}username=session\npassword=token\n\n' | git credential $verb; done"
+        ));
+        assert!(session.exists() && cloning.run("ls other").0 != 0);
+        let (_, urls) = cloning
+            .run("cd origin; git remote add origin https://github.com/o/r.git; git config remote.origin.url; git remote get-url origin");
+        assert_eq!(urls, "https://github.com/o/r.git\nhttp://gateway:8780/git/github.com/o/r.git");
     }
 
     #[test]

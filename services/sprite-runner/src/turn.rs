@@ -195,13 +195,15 @@ async fn work(
     }
     let models = runner.models_of(secrets);
     let agent = Agent::new(session, spec, (runtime, adapter), &models, &setup, runner.agent_idle).map_err(unreadable)?;
-    let provisioning = Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, runtime, adapter, models: &models };
+    let gateway = runner.model_gateway.as_deref();
+    let provisioning =
+        Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, runtime, adapter, models: &models, gateway };
     let is_new = turn == 1 && !started;
     if is_new {
         provisioning.create(record).await?;
     }
     let offset = record.checkpoint.journal_offset;
-    let revision = if spec.may_change { agent.revision(secrets, &provisioning.config_files()) } else { String::new() };
+    let revision = if spec.may_change { agent.revision(secrets, &provisioning.config_without_token()) } else { String::new() };
     // Before a message is sent: what runs from the turn before is replaced where it is another.
     let renews = spec.may_change && !started && !is_new;
     if renews && let Err(error) = provisioning.renew_config().await {

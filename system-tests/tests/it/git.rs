@@ -62,7 +62,8 @@ impl GitServer {
     }
 }
 
-/// github.com with repositories that each want a token of their own: reached by way of a proxy, over TLS, as git reaches the real one.
+/// github.com with repositories that each want a token of their own: reached over HTTP, and by way of a proxy over TLS, as git reaches the
+/// real one.
 /// Ended when dropped.
 pub struct PrivateGitHub {
     served: TempDir,
@@ -105,13 +106,18 @@ impl PrivateGitHub {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
+    /// Where the model gateway finds it (`AOD_GITHUB_URL`).
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
     /// Variables by which git finds it under its real name. Its certificate has no authority that a Sprite knows.
     pub fn as_github(&self) -> Value {
         json!({
             "GIT_CONFIG_COUNT": "2",
-            "GIT_CONFIG_KEY_0": "http.proxy",
-            "GIT_CONFIG_VALUE_0": format!("http://127.0.0.1:{}", self.port),
-            "GIT_CONFIG_KEY_1": "http.sslVerify",
+            "GIT_CONFIG_KEY_0": "http.https://github.com/.proxy",
+            "GIT_CONFIG_VALUE_0": self.url(),
+            "GIT_CONFIG_KEY_1": "http.https://github.com/.sslVerify",
             "GIT_CONFIG_VALUE_1": "false",
         })
     }

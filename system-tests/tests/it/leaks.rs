@@ -5,14 +5,22 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
+    sync::{Arc, Mutex},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use reqwest::Method;
 use serde_json::{Value, json};
 use system_tests::{Options, Stack};
 
+use crate::{
+    git::PrivateGitHub,
+    runtimes::mcp_over_http,
+    v1::{Client, created, ours},
+};
+
 /// What no place but the Sprite may hold. Their first characters are what a hint may show: the last four are told by the contract.
-const SENTINELS: [(&str, &str); 11] = [
+const SENTINELS: [(&str, &str); 12] = [
     ("provider:anthropic", "sk-ant-SENTINELcredential0001"),
     ("provider:openai", "sk-oai-SENTINELopenai0002"),
     ("provider:google", "AIzaSENTINELgoogle0008"),
@@ -22,12 +30,14 @@ const SENTINELS: [(&str, &str); 11] = [
     ("repository token", "ghp_SENTINELrepositorytoken0005"),
     ("mcp header", "SENTINELmcpheader0006"),
     ("mcp env", "SENTINELmcpenv0007"),
+    ("vault bearer", "SENTINELvaultbearer0010"),
     ("api key", ""),
     ("sprites token", ""),
 ];
 
-/// What the model gateway keeps out of Sprites as well.
+/// What the model gateway keeps out of Sprites as well: credentials for models, and secrets of routes.
 const MODEL_CREDENTIALS: [&str; 4] = ["provider:anthropic", "provider:openai", "provider:google", "runtime_token:claude-oauth"];
+const ROUTED: [&str; 3] = ["repository token", "mcp header", "vault bearer"];
 
 /// How tokens for the model gateway begin.
 const TOKEN: &[u8] = b"aod_session_";
@@ -133,9 +143,13 @@ async fn everything_told(stack: &Stack, sessions: &[String]) -> Vec<(String, Str
 
 #[tokio::test]
 async fn no_secret_is_anywhere_but_in_its_sprite() {
-    let settings = &[("RUST_LOG", "trace"), ("DEFAULT_TIMEOUT", "60")];
-    let stack = Stack::start(Options { scripted_model: true, runners: 2, settings, ..Options::default() }).await.unwrap();
     let of = |name: &str| SENTINELS.iter().find(|(known, _)| *known == name).unwrap().1;
+    let token = |name: &str| Arc::new(Mutex::new(of(name).to_owned()));
+    let (by_header, by_vault) = (mcp_over_http(token("mcp header")).await, mcp_over_http(token("vault bearer")).await);
+    let github = PrivateGitHub::start(&[("acme/cloned", of("repository token"))]).await;
+    let settings = &[("RUST_LOG", "trace"), ("DEFAULT_TIMEOUT", "180")];
+    let options = Options { scripted_model: true, runners: 2, settings, ..Options::default() };
+    let stack = Stack::start(options.with("AOD_GITHUB_URL", github.url()).reaching(&[by_header.1, by_vault.1])).await.unwrap();
     for kind in MODEL_CREDENTIALS {
         let stored = stack.call(Method::PUT, &format!("/credentials/{kind}"), Some(json!({ "value": of(kind) }))).await.unwrap();
         assert!(stored.status < 300, "{stored:?}");
@@ -145,18 +159,23 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
     assert!(stack.call(Method::PUT, "/credentials/backend:sprites", Some(sprites)).await.unwrap().status < 300);
 
     let environment =
-        json!({ "name": "e", "env_vars": { "FROM_ENVIRONMENT": of("env_vars") }, "setup_script": "test -n \"$FROM_ENVIRONMENT\"" });
+        json!({ "name": "leaks", "env_vars": { "FROM_ENVIRONMENT": of("env_vars") }, "setup_script": "test -n \"$FROM_ENVIRONMENT\"" });
     let environment = stack.post("/environments", environment).await.unwrap();
     assert_eq!(environment.status, 201, "{environment:?}");
     let mcp_servers = json!([
-        { "name": "remote", "type": "url", "url": "http://127.0.0.1:9/mcp", "headers": { "Authorization": format!("Bearer {}", of("mcp header")) } },
+        { "name": "remote", "type": "url", "url": by_header.0, "headers": { "Authorization": format!("Bearer {}", of("mcp header")) } },
         { "name": "local", "type": "stdio", "command": "true", "env": { "TOKEN": of("mcp env") } },
     ]);
     let mut sessions = Vec::new();
     for (runtime, model, prompt) in [
         ("claude", "claude-sonnet-4-5", "hello"),
         // The prompt sees what the agent sees, and says only that it does.
-        ("shell", "none", "test ${#FROM_ENVIRONMENT} -gt 20 && test ${#FROM_SESSION} -gt 20 && echo all there; sleep 3"),
+        (
+            "shell",
+            "none",
+            "test ${#FROM_ENVIRONMENT} -gt 20 && test ${#FROM_SESSION} -gt 20 &&
+             cd /workspace/cloned && git commit -q --allow-empty -m x && git push -q && echo all there; sleep 3",
+        ),
         ("codex", "gpt-5.2-codex", "hello"),
         ("gemini", "gemini-2.5-pro", "hello"),
         ("opencode", "anthropic/claude-sonnet-4-5", "hello"),
@@ -169,11 +188,15 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         if ["claude", "shell"].contains(&runtime) {
             body["environment_id"] = environment.text("id").into();
             body["secret_env_vars"] = json!({ "FROM_SESSION": of("session env") });
+            let url = "https://github.com/acme/cloned";
+            let repository = json!({ "type": "github_repository", "url": url, "authorization_token": of("repository token") });
+            body["resources"] = json!([repository]);
         }
         let session = stack.post("/sessions", body).await.unwrap();
         assert_eq!(session.status, 202, "{session:?}");
         sessions.push(session.text("id").to_owned());
     }
+    sessions.push(session_with_vault(&stack, &by_vault.0, of("vault bearer")).await);
     let mut search = Search::new(&stack);
     let mut shell = stack.stream(&sessions[1], 0).await.unwrap();
     shell.until_output("all there").await.unwrap();
@@ -183,8 +206,14 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
     }
     // The CLIs' processes are still there. Providers' keys are not, in any file, argument or variable; tokens of sessions are.
-    let (inside, with_token) = search_inside_sprites(&stack, &MODEL_CREDENTIALS.map(|kind| (kind, of(kind))));
+    let outside: Vec<(&str, String)> = MODEL_CREDENTIALS.into_iter().chain(ROUTED).map(|name| (name, of(name).to_owned())).collect();
+    let as_password = BASE64.encode(format!("x-access-token:{}", of("repository token")));
+    let (inside, with_token) = search_inside_sprites(&stack, &[outside, vec![("repository token as a password", as_password)]].concat());
     assert!(inside.is_empty(), "{inside:#?}");
+    for kind in ["mcp", "git"] {
+        let passed = format!("aod_model_routed_requests_total{{kind=\"{kind}\",outcome=\"200\"}}");
+        assert!(model_gateway_metrics(&stack).await.contains(&passed), "nothing of {kind} went through the model gateway");
+    }
     assert!(with_token >= 4, "{with_token} files and processes hold a token: the search would not find a key where one is");
     for provider in ["anthropic", "openai", "google"] {
         let passed = format!("aod_model_requests_total{{provider=\"{provider}\",outcome=\"200\"}}");
@@ -257,16 +286,41 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
     assert!(readable.is_empty(), "{readable:?}");
 }
 
+/// A session of `/v1` whose MCP server's token is in a vault, with one turn. Returns the original API's id.
+async fn session_with_vault(stack: &Stack, url: &str, token: &str) -> String {
+    let vault = created(stack, "/v1/vaults", json!({ "display_name": "v" })).await;
+    let auth = json!({ "type": "static_bearer", "mcp_server_url": url, "token": token });
+    created(stack, &format!("/v1/vaults/{vault}/credentials"), json!({ "auth": auth })).await;
+    let client = Client::new(
+        stack,
+        json!({
+            "name": "v",
+            "model": "claude-sonnet-4-5",
+            "tools": [{ "type": "agent_toolset_20260401" }, { "type": "mcp_toolset", "mcp_server_name": "kept" }],
+            "mcp_servers": [{ "type": "url", "name": "kept", "url": url }],
+        }),
+    )
+    .await;
+    let session = client.session(json!({ "vault_ids": [vault] })).await;
+    let message = json!({ "type": "user.message", "content": [{ "type": "text", "text": "hello" }] });
+    let sent = stack.post(&format!("/v1/sessions/{session}/events"), json!({ "events": [message] })).await.unwrap();
+    assert_eq!(sent.status, 200, "{sent:?}");
+    ours(&session)
+}
+
 async fn model_gateway_metrics(stack: &Stack) -> String {
     let url = format!("{}/metrics", stack.ready_text("/services/model-gateway/0/admin_url"));
     stack.http.get(url).send().await.unwrap().text().await.unwrap()
 }
 
 /// Looks for values in every file of every Sprite, and in every process there, as root; and counts where a token of a session is.
-fn search_inside_sprites(stack: &Stack, values: &[(&str, &str)]) -> (Vec<String>, usize) {
+fn search_inside_sprites(stack: &Stack, values: &[(&str, String)]) -> (Vec<String>, usize) {
     let (mut found, mut with_token) = (Vec::new(), 0);
     let mut look = |place: String, bytes: &[u8]| {
-        found.extend(values.iter().filter(|(_, value)| memchr(bytes, value.as_bytes())).map(|(name, _)| format!("{name} in {place}")));
+        let is_marked = memchr(bytes, MARK);
+        let may_hold = |value: &str| is_marked || !value.contains("SENTINEL");
+        let held = values.iter().filter(|(_, value)| may_hold(value) && memchr(bytes, value.as_bytes()));
+        found.extend(held.map(|(name, _)| format!("{name} in {place}")));
         with_token += usize::from(memchr(bytes, TOKEN));
     };
     let roots = roots_of_sprites(&stack.data_dir().join("sprites/sprites"));

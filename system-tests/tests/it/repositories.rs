@@ -39,7 +39,7 @@ fn output(events: &[Value]) -> String {
 #[tokio::test]
 async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
     let github = PrivateGitHub::start(&[("acme/one", "ghp_one/@:"), ("acme/two", "ghp_two"), ("acme/other", "ghp_other")]).await;
-    let stack = Stack::start(Options::default().reaching(&[github.port])).await.unwrap();
+    let stack = Stack::start(Options::default().with("AOD_GITHUB_URL", github.url()).reaching(&[github.port])).await.unwrap();
     let resources = json!([repository("acme/one", Some("ghp_one/@:")), repository("acme/two", Some("ghp_two"))]);
     let prompt = r#"
         git config --global user.name Agent; git config --global user.email agent@example.org
@@ -48,10 +48,17 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
         done
         export GIT_TERMINAL_PROMPT=0
         git clone -q https://github.com/acme/other /tmp/other 2>&1 || echo not the other
-        git -C /workspace/acme/one remote get-url origin; stat -c %a ~/.aod/git-credentials"#;
+        git -C /workspace/acme/one config remote.origin.url; stat -c %a ~/.aod/git-session
+        git -C /workspace/acme/one remote get-url origin | sed 's,//[^/]*/,//gateway/,'; ls ~/.aod/git-credentials 2>/dev/null
+        grep -rl 'ghp[_]' /workspace ~ /tmp 2>/dev/null || echo no token"#;
     let (_, events) = run(&stack, &github, resources, prompt).await;
     let said = output(&events);
-    for wanted in ["pushed one\n", "pushed two\n", "not the other\n", "https://github.com/acme/one\n600\n"] {
+    for wanted in [
+        "pushed one\n",
+        "pushed two\n",
+        "not the other\n",
+        "https://github.com/acme/one\n600\nhttp://gateway/git/github.com/acme/one\nno token\n",
+    ] {
         assert!(said.contains(wanted), "{wanted}: {said}\n{:?}", events.last());
     }
     for name in ["one", "two"] {
@@ -62,7 +69,7 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
 #[tokio::test]
 async fn a_private_repository_without_its_token_is_a_clear_failure() {
     let github = PrivateGitHub::start(&[("acme/one", "ghp_right")]).await;
-    let stack = Stack::start(Options::default().reaching(&[github.port])).await.unwrap();
+    let stack = Stack::start(Options::default().with("AOD_GITHUB_URL", github.url()).reaching(&[github.port])).await.unwrap();
     for token in [None, Some("ghp_wrong_4711")] {
         let (session, events) = run(&stack, &github, json!([repository("acme/one", token)]), "true").await;
         let failure = stack.get(&format!("/sessions/{session}")).await.unwrap().body["failure"].clone();

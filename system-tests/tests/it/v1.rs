@@ -9,14 +9,14 @@ use system_tests::{Options, Stack};
 use crate::runtimes::mcp_over_http;
 
 /// What clients of `/v1` do.
-struct Client<'a> {
+pub struct Client<'a> {
     stack: &'a Stack,
     agent: String,
     environment: String,
 }
 
 impl<'a> Client<'a> {
-    async fn new(stack: &'a Stack, agent: Value) -> Self {
+    pub async fn new(stack: &'a Stack, agent: Value) -> Self {
         let agent = created(stack, "/v1/agents", agent).await;
         let environment = created(stack, "/v1/environments", json!({ "name": "e" })).await;
         Self { stack, agent, environment }
@@ -26,7 +26,7 @@ impl<'a> Client<'a> {
         Self::new(stack, json!({ "name": "s", "model": "claude-sonnet-4-5", "metadata": { "aod.runtime": "shell" } })).await
     }
 
-    async fn session(&self, more: Value) -> String {
+    pub async fn session(&self, more: Value) -> String {
         let mut body = json!({ "agent": self.agent, "environment_id": self.environment });
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         created(self.stack, "/v1/sessions", body).await
@@ -52,7 +52,7 @@ impl<'a> Client<'a> {
 }
 
 /// The original API's id of a session.
-fn ours(session: &str) -> String {
+pub fn ours(session: &str) -> String {
     const DIGITS: &[u8; 58] = b"123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
     let digit = |byte: u8| DIGITS.iter().position(|digit| *digit == byte).unwrap() as u128;
     let bits = session.strip_prefix("sesn_01").unwrap().bytes().fold(0, |bits: u128, byte| bits * 58 + digit(byte));
@@ -60,7 +60,7 @@ fn ours(session: &str) -> String {
 }
 
 /// The id of what a request creates.
-async fn created(stack: &Stack, path: &str, body: Value) -> String {
+pub async fn created(stack: &Stack, path: &str, body: Value) -> String {
     let made = stack.post(path, body).await.unwrap();
     assert_eq!(made.status, 200, "{path}: {made:?}");
     made.text("id").to_owned()

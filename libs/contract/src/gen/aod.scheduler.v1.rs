@@ -923,6 +923,15 @@ pub struct ClaimTurnRequest {
     /// SHA-256 of the token that the session's agent shows to the model gateway. Empty where the runner knows no model gateway.
     #[prost(bytes = "vec", tag = "21")]
     pub model_token_hash: ::prost::alloc::vec::Vec<u8>,
+    /// Present where the runner leads MCP servers and repositories by way of the model gateway.
+    #[prost(message, optional, tag = "22")]
+    pub routing: ::core::option::Option<Routing>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Routing {
+    /// A loopback address means the sandbox itself, but for these, `host:port`: the model gateway reaches them.
+    #[prost(string, repeated, tag = "1")]
+    pub private_hosts: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ClaimTurnReply {

@@ -107,7 +107,7 @@ pub struct FindAccountsReply {
     #[prost(string, repeated, tag = "1")]
     pub user_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MintLeaseRequest {
     #[prost(string, tag = "1")]
     pub user_id: ::prost::alloc::string::String,
@@ -132,6 +132,44 @@ pub struct MintLeaseRequest {
     /// model gateway redeems them with the token. Empty where a deployment has no model gateway.
     #[prost(bytes = "vec", tag = "21")]
     pub model_token_hash: ::prost::alloc::vec::Vec<u8>,
+    /// Where the session's requests go by way of the model gateway: the lease does not hold the secrets of these either. Absent where the
+    /// claimant does not know of routes; then the session's routes stay as they are.
+    #[prost(message, optional, tag = "22")]
+    pub routes: ::core::option::Option<Routes>,
+}
+/// Requests of a session that the model gateway passes on with a secret, other than those to model providers.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Routes {
+    #[prost(message, repeated, tag = "1")]
+    pub routes: ::prost::alloc::vec::Vec<Route>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Route {
+    #[prost(enumeration = "RouteKind", tag = "1")]
+    pub kind: i32,
+    /// Where the session's agent finds it at the model gateway, without a leading slash. Another URL has another path.
+    #[prost(string, tag = "2")]
+    pub path: ::prost::alloc::string::String,
+    /// What its secrets are stored under: the MCP server's name, or the path that the repository lies at.
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+    /// Where requests are sent.
+    #[prost(string, tag = "4")]
+    pub url: ::prost::alloc::string::String,
+    /// The session's network policy refuses the URL's host.
+    #[prost(bool, tag = "5")]
+    pub is_refused: bool,
+    /// What requests are sent with. Only the model gateway receives them.
+    #[prost(message, repeated, tag = "6")]
+    pub headers: ::prost::alloc::vec::Vec<RouteHeader>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct RouteHeader {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub value: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MintLeaseReply {
@@ -173,6 +211,9 @@ pub struct Bundle {
     /// Kinds of credentials that the user has and that only the model gateway redeems.
     #[prost(string, repeated, tag = "2")]
     pub proxied_kinds: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Routes that have secrets. Their headers are set for the model gateway alone.
+    #[prost(message, repeated, tag = "3")]
+    pub routes: ::prost::alloc::vec::Vec<Route>,
 }
 /// A session's token, as the model gateway received it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -290,4 +331,33 @@ pub struct Redemption {
     /// What was in it, by kind.
     #[prost(string, repeated, tag = "8")]
     pub kinds: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RouteKind {
+    Unspecified = 0,
+    Mcp = 1,
+    Git = 2,
+}
+impl RouteKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "ROUTE_KIND_UNSPECIFIED",
+            Self::Mcp => "ROUTE_KIND_MCP",
+            Self::Git => "ROUTE_KIND_GIT",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ROUTE_KIND_UNSPECIFIED" => Some(Self::Unspecified),
+            "ROUTE_KIND_MCP" => Some(Self::Mcp),
+            "ROUTE_KIND_GIT" => Some(Self::Git),
+            _ => None,
+        }
+    }
 }

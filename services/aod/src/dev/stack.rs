@@ -427,6 +427,8 @@ impl Stack {
         // What Sprites reach of this machine: the model gateway, the model, and what the user names.
         let named = super::tools::env("LOCAL_SPRITES_PRIVATE_HOSTS").unwrap_or_default();
         let own = [self.model_gateway, self.model].into_iter().flatten().map(|addr| addr.to_string());
+        // The model gateway reaches these for them, where they are MCP servers.
+        let private_hosts = (!settings.has("AOD_MODEL_GATEWAY_PRIVATE_HOSTS")).then(|| ("AOD_MODEL_GATEWAY_PRIVATE_HOSTS", named.clone()));
         let private: Vec<String> = own.chain([named]).filter(|host| !host.is_empty()).collect();
         sprites.push(("LOCAL_SPRITES_PRIVATE_HOSTS", private.join(",")));
         sprites.push(("LOCAL_SPRITES_ROOTFS", self.tools.rootfs.display().to_string()));
@@ -455,7 +457,8 @@ impl Stack {
             models.into_iter().filter(|name| !settings.has(name)).filter_map(|name| Some((name, scripted.clone()?))).collect();
         if let Some(addr) = self.model_gateway {
             let listen = vec![("AOD_MODEL_GATEWAY_ADDR", addr.to_string())];
-            add("model-gateway".to_owned(), "model-gateway", [nats("model_gateway"), listen, scripted.clone()].concat())?;
+            let private = private_hosts.clone().into_iter().collect();
+            add("model-gateway".to_owned(), "model-gateway", [nats("model_gateway"), listen, scripted.clone(), private].concat())?;
         }
         for number in 1..=self.runners {
             let mut runner = nats("runner");
@@ -465,6 +468,7 @@ impl Stack {
             runner.push(("AOD_AGENT_HOST", self.tools.agent_host.display().to_string()));
             runner.extend(scripted.clone());
             runner.extend(self.model_gateway.map(|addr| ("AOD_MODEL_GATEWAY_URL", format!("http://{addr}"))));
+            runner.extend(private_hosts.clone());
             add(format!("sprite-runner-{number}"), "sprite-runner", runner)?;
         }
         for (name, addr) in self.replicas_of("gateway").zip(self.apis()) {

@@ -250,6 +250,7 @@ impl World {
             runner_lease: lease,
             public_key: KeyPair::generate().unwrap().public().to_vec(),
             model_token_hash: Sha256::digest(token.as_bytes()).to_vec(),
+            routing: None,
         };
         let claimed = self.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict;
         assert!(matches!(claimed, Some(Verdict::Run(_))), "{claimed:?}");

@@ -35,6 +35,7 @@ async fn a_terminated_session_loses_its_model_tokens_before_its_sandbox() {
         runner_lease: world.lease.to_string(),
         public_key: vec![9; 32],
         model_token_hash: vec![7; 32],
+        routing: None,
     };
     world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap();
     let revoked = async || {
