@@ -10,6 +10,7 @@ use contract::{
     scheduler::{self, BudgetChange, BudgetLimits, Cursor, GetBudgetRequest, LimitChange, ListUsageRequest, SetBudgetRequest},
 };
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::{
@@ -24,6 +25,8 @@ use crate::{
 
 /// A billion dollars is a mistake.
 const USD_MAX: f64 = 1e9;
+/// So are more tokens, requests or seconds than this.
+const COUNT_MAX: u64 = 1_000_000_000_000_000;
 
 /// Limits of a budget. What is absent or null is not limited, or by the deployment's default.
 #[derive(ToSchema)]
@@ -33,13 +36,13 @@ pub struct NewBudget {
     #[schema(minimum = 0, example = 5)]
     usd: Option<f64>,
     /// Tokens of input and output
-    #[schema(minimum = 0)]
+    #[schema(minimum = 0, maximum = 1_000_000_000_000_000_u64)]
     tokens: Option<u64>,
     /// Model requests
-    #[schema(minimum = 0)]
+    #[schema(minimum = 0, maximum = 1_000_000_000_000_000_u64)]
     requests: Option<u64>,
     /// Seconds that turns run
-    #[schema(minimum = 0)]
+    #[schema(minimum = 0, maximum = 1_000_000_000_000_000_u64)]
     seconds: Option<u64>,
 }
 
@@ -49,11 +52,11 @@ pub struct NewBudget {
 pub struct ChangeBudget {
     #[schema(minimum = 0, example = 10)]
     usd: Option<f64>,
-    #[schema(minimum = 0)]
+    #[schema(minimum = 0, maximum = 1_000_000_000_000_000_u64)]
     tokens: Option<u64>,
-    #[schema(minimum = 0)]
+    #[schema(minimum = 0, maximum = 1_000_000_000_000_000_u64)]
     requests: Option<u64>,
-    #[schema(minimum = 0)]
+    #[schema(minimum = 0, maximum = 1_000_000_000_000_000_u64)]
     seconds: Option<u64>,
 }
 
@@ -75,9 +78,15 @@ fn read_change(fields: &mut Fields) -> BudgetChange {
             Some(LimitChange { max: usd.map(|usd| (usd * 1e6).round() as u64) })
         }
     };
-    let mut count = |name: &str| match fields.integer(name, 0, i64::MAX) {
+    let mut count = |name: &str| match fields.value(name).cloned() {
         None => fields.is_null(name).then_some(LimitChange { max: None }),
-        Some(max) => Some(LimitChange { max: Some(max.unsigned_abs()) }),
+        Some(value) => {
+            let max = whole_number(&value);
+            if max.is_none() {
+                fields.refuse(name, &format!("{name} must be a whole number from 0 to {COUNT_MAX}"));
+            }
+            Some(LimitChange { max })
+        }
     };
     BudgetChange {
         cost_micro_usd,
@@ -86,6 +95,12 @@ fn read_change(fields: &mut Fields) -> BudgetChange {
         seconds: count("seconds"),
         ..BudgetChange::default()
     }
+}
+
+/// Numbers alone: a limit is no place for guesses about texts or truth values.
+fn whole_number(value: &Value) -> Option<u64> {
+    let of_float = || value.as_f64().filter(|number| number.fract() == 0.0 && *number >= 0.0).map(|number| number as u64);
+    value.as_u64().or_else(of_float).filter(|number| *number <= COUNT_MAX)
 }
 
 /// A budget.
@@ -285,7 +300,7 @@ pub async fn usage(State(app): State<App>, caller: Caller, page: Page, params: U
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -306,8 +321,14 @@ mod tests {
 
     #[test]
     fn what_is_no_limit_is_refused() {
-        for wrong in [json!({ "usd": -1 }), json!({ "usd": "5" }), json!({ "usd": 1e9 }), json!({ "tokens": -1 }), json!({ "euro": 5 })] {
+        for wrong in [json!({ "usd": -1 }), json!({ "usd": "5" }), json!({ "usd": 1e9 }), json!({ "euro": 5 })] {
             assert!(change_of(wrong.clone()).is_err(), "{wrong}");
+        }
+        for count in [json!(-1), json!(false), json!("5"), json!(0.5), json!([]), json!(COUNT_MAX + 1), json!(u64::MAX), json!(1e300)] {
+            assert!(change_of(json!({ "seconds": count })).is_err(), "{count}");
+        }
+        for count in [json!(0), json!(2.0), json!(COUNT_MAX)] {
+            assert!(change_of(json!({ "seconds": count })).is_ok(), "{count}");
         }
     }
 }

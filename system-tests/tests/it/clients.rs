@@ -80,7 +80,7 @@ async fn schemathesis_finds_nothing() {
     command.args(["--exclude-path-regex", "^/v1/"]);
     command.args(["--max-examples", "15", "--request-timeout", "20", "--continue-on-failure"]);
     let report = succeeds(command).await;
-    assert!(report.contains("Operations:       37 selected / "), "{report}");
+    assert!(report.contains("Operations:       42 selected / "), "{report}");
 }
 
 /// The example of a service that follows sessions on the bus, as the user that can only read.
