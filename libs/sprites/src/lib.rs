@@ -281,7 +281,7 @@ impl Sprite {
         Ok(self.read_at_most(path, usize::MAX).await?.unwrap_or_default())
     }
 
-    /// Reads a file that whoever works in the Sprite may have written. None: it is larger than `bytes_max`.
+    /// Reads a file whose content and size the agent may control. None: it is larger than `bytes_max`.
     ///
     /// # Errors
     /// [`Error`]; [`Error::NotFound`] for a file that is not there.

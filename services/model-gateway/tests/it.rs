@@ -98,7 +98,7 @@ async fn twenty_sessions_keep_one_budget_while_gateways_are_killed() {
     assert_eq!(world.numbers("select coalesce(sum(output_tokens), 0)::bigint from scheduler.turn_usage").await, [total]);
     let invented = "select count(*) from scheduler.model_request where status = 'unknown' and output_tokens is not null";
     assert_eq!(world.numbers(invented).await, [0]);
-    // What nobody knows the usage of counts as its estimate: the budget holds all that was spent.
+    // A request of unknown usage counts as its estimate, so the budget covers everything that was spent.
     let budget = world.operator.call::<rpc::GetBudget>(&world.budget(), SOON).await.unwrap();
     let (used, spent) = (budget.used.unwrap().tokens.unwrap(), world.provider.spent.load(Ordering::SeqCst));
     assert!(used >= spent && used >= MAX, "{used} counted of {spent}");

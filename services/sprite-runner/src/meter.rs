@@ -202,7 +202,7 @@ mod tests {
         let (soon, later) = (Duration::from_millis(1), SETTLED_WITHIN + Duration::from_secs(1));
         assert!(is_done(&reply(0, 0), soon) && is_done(&reply(0, 1), later));
         assert!(!is_done(&reply(0, 1), soon) && !is_done(&reply(3, 0), later));
-        // Something in the sandbox goes on asking.
+        // A background process keeps sending model requests.
         assert!(is_done(&reply(200, 5), FINISH_MAX));
     }
 }

@@ -187,7 +187,7 @@ async fn a_stream_ends_within_five_seconds_of_its_key() {
     assert!(stack.call(Method::DELETE, &format!("/api-keys/{}", revoked.text("id")), None).await.unwrap().status < 300);
     admin(&["user", "disable", "mallory"]);
     for (index, from) in [(0, begun), (2, begun), (1, expired_at)] {
-        let end = tokio::time::timeout(Duration::from_secs(60), &mut ends[index]).await.expect("the stream goes on").unwrap();
+        let end = tokio::time::timeout(Duration::from_secs(60), &mut ends[index]).await.expect("the stream did not end").unwrap();
         assert!(end < from + Duration::from_secs(15), "stream {index} ended after {:?}", end - begun);
     }
     assert!(!ends[3].is_finished(), "a key that works keeps its stream");

@@ -280,7 +280,8 @@ fn is_too_slow(bytes: u64, waited: Duration) -> bool {
     waited > SLOW_AFTER && bytes < waited.as_secs() * BYTES_PER_SECOND_MIN
 }
 
-/// A body's chunks; each has to come in time, and all of them fast enough. Given one at a time: the parser takes what there is.
+/// A body's chunks. Each has a deadline, and together they have a minimum rate. They are yielded one at a time, because the parser
+/// buffers all it can get.
 fn chunks(body: Body, held: Held) -> impl Stream<Item = Result<Bytes, std::io::Error>> + Send + 'static {
     let state = (body.into_data_stream(), held, 0_u64, Duration::ZERO);
     futures::stream::try_unfold(state, |(mut body, held, mut bytes, mut waited)| async move {
@@ -453,7 +454,7 @@ mod tests {
 
     const HEAD: &[u8] = b"--xx\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n";
 
-    /// A body that begins so and goes on with `count` chunks, and how many of them were taken.
+    /// A body that starts with the given bytes, followed by `count` chunks, and how many of them were read.
     fn form(begin: &'static [u8], chunk: Vec<u8>, count: usize) -> (Multipart<'static>, Held, Arc<AtomicUsize>) {
         let (taken, held) = (Arc::new(AtomicUsize::new(0)), Held::default());
         let (counted, chunk) = (taken.clone(), Bytes::from(chunk));

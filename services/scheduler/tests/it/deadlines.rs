@@ -34,7 +34,7 @@ async fn a_deadline_never_overrules_an_end_that_waits_to_be_projected() {
 
 /// The deadline is the last resort of all turns: one that cannot be ended keeps none of the others.
 #[tokio::test]
-async fn a_turn_that_cannot_be_ended_holds_up_no_other_deadline() {
+async fn a_turn_that_cannot_be_ended_delays_no_other_deadline() {
     let world = World::start().await;
     let agent = world.agent().await;
     let mut sessions = Vec::new();

@@ -137,7 +137,7 @@ async fn the_projector_locks_a_session_before_its_turn() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         assert!(is_waiting, "the projector does not wait for the session");
-        // It has not locked the turn: whoever has the session gets it.
+        // It holds no lock on the turn: the transaction that holds the session can take it.
         let turn = "select from scheduler.turn where session_id = $1 and turn_number = 1 for update nowait";
         sqlx::query(turn).bind(id).execute(&mut *tx).await.unwrap();
         tx.commit().await.unwrap();

@@ -279,7 +279,7 @@ async fn sessions_of_one_user_share_a_budget_and_each_passes_it_by_one_request_a
     let used = world.number("select used_tokens from scheduler.model_limit").await.unsigned_abs();
     assert_eq!(used, sent.into_inner());
     assert_eq!(world.number("select held_tokens + held_cost_micro_usd from scheduler.model_limit").await, 0);
-    // Each session is told once, with a warning before it, and goes on once the budget is raised.
+    // Each session is told once, with a warning before it, and continues once the budget is raised.
     let mut warnings = 0;
     for (session, epoch) in &sessions {
         let reply = world.entries(session, *epoch, 0).await;
@@ -379,7 +379,7 @@ async fn a_budget_counts_what_a_session_used_before_and_a_raised_one_lets_it_go_
     models.end(&open, 10).await;
     assert!(matches!(models.begin(&models.request(&session, 5)).await, Admission::Refused(refused) if refused.reason == "budget"));
     assert!(world.entries(&session, epoch, 0).await.budget_reached.is_some());
-    // Raised: it goes on, and is warned of the new limit once.
+    // Raised: the session continues, and is warned of the new limit once.
     world.set_budget(of.clone(), Some(120)).await.unwrap();
     for _ in 0..2 {
         let request = models.request(&session, 5);

@@ -45,7 +45,7 @@ async fn what_is_old_goes_and_what_is_not_stays() {
         !there
     })
     .await;
-    // An active session is never old, and a stream whose first events are gone goes on with the next.
+    // An active session is never old, and a stream whose first events were deleted continues with the next one.
     assert!(get(&active).await.is_ok() && get(&new).await.is_ok());
     let read = ReadEventsRequest { session_id: new, after: 0, limit: 100, max_bytes: 0, before: None, without_output: false };
     assert_eq!(world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events.len(), 2);
