@@ -26,6 +26,8 @@ const HELD: Duration = Duration::from_millis(400);
 /// How long it is held back for a CLI that has told nothing yet, which is slow on a busy machine. What shows that the agent went on ends
 /// this: a result of a tool, the next request, the end of the turn.
 const HELD_MAX: Duration = Duration::from_secs(10);
+/// How long an event waits for the start of the request that it came of.
+const PRECEDE_DEADLINE: Duration = Duration::from_secs(1);
 /// How long the end of a turn waits for requests that are still open.
 const SETTLED_WITHIN: Duration = Duration::from_secs(2);
 const SETTLED_EVERY: Duration = Duration::from_millis(50);
@@ -42,6 +44,8 @@ pub struct Meter {
     held_since: Instant,
     /// The agent told something since the newest request began.
     has_told: bool,
+    /// It was asked for the request that the newest event came of, and nothing was appended since.
+    is_preceded: bool,
     _task: JoinSet<()>,
 }
 
@@ -54,7 +58,16 @@ impl Meter {
         let (sender, entries) = mpsc::channel(ENTRIES);
         let mut task = JoinSet::new();
         task.spawn(run(bus.clone(), request.clone(), hints, sender).in_current_span());
-        Ok(Self { bus: bus.clone(), request, entries, held: VecDeque::new(), held_since: Instant::now(), has_told: false, _task: task })
+        Ok(Self {
+            bus: bus.clone(),
+            request,
+            entries,
+            held: VecDeque::new(),
+            held_since: Instant::now(),
+            has_told: false,
+            is_preceded: false,
+            _task: task,
+        })
     }
 
     /// Waits until something is to be appended; for ever where nothing comes.
@@ -97,15 +110,34 @@ impl Meter {
         !self.held.is_empty() && !follows_from_request
     }
 
-    /// The event is about to be appended.
-    pub fn note(&mut self, kind: &Kind) {
-        self.has_told |= is_told(kind);
+    /// Called before an event is appended: the request that it came of stands before it in the log. The scheduler recorded that request
+    /// before it was sent, but the agent's output may arrive first. Asks once per request at most.
+    pub async fn precede(&mut self, kind: &Kind, record: &mut Record) -> Result<(), crate::record::Fenced> {
+        if !is_told(kind) {
+            return Ok(());
+        }
+        if !self.is_preceded && record.checkpoint.open_model_requests.is_empty() {
+            let request = FetchModelRequestsRequest { after: record.checkpoint.metered_through, ..self.request.clone() };
+            match self.bus.call::<rpc::FetchModelRequests>(&request, PRECEDE_DEADLINE).await {
+                Ok(reply) => reply.entries.into_iter().for_each(|entry| self.hold(entry)),
+                Err(error) => tracing::debug!(%error, "failed to fetch model requests; an event may stand before its request"),
+            }
+            let begun = newest_start(&self.held);
+            self.append_first(begun, record).await?;
+        }
+        (self.has_told, self.is_preceded) = (true, true);
+        Ok(())
     }
 
     /// Appends what is held.
     pub async fn append(&mut self, record: &mut Record) -> Result<(), crate::record::Fenced> {
-        while let Some(entry) = self.held.pop_front() {
+        self.append_first(self.held.len(), record).await
+    }
+
+    async fn append_first(&mut self, count: usize, record: &mut Record) -> Result<(), crate::record::Fenced> {
+        for entry in self.held.drain(..count) {
             self.has_told &= !matches!(entry.kind, Some(meter_entry::Kind::Started(_)));
+            self.is_preceded = false;
             record.metered(entry).await?;
         }
         Ok(())
@@ -141,6 +173,11 @@ impl Meter {
             }
         }
     }
+}
+
+/// How many entries there are up to the newest start. The end of its request, if it is there, goes on waiting.
+fn newest_start(held: &VecDeque<MeterEntry>) -> usize {
+    held.iter().rposition(|entry| matches!(entry.kind, Some(meter_entry::Kind::Started(_)))).map_or(0, |at| at + 1)
 }
 
 /// Whether an event came of a model request.
@@ -195,6 +232,17 @@ async fn run(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_event_is_preceded_by_starts_and_not_by_the_end_of_its_own_request() {
+        let entry = |kind| MeterEntry { number: 1, kind: Some(kind) };
+        let started = || entry(meter_entry::Kind::Started(Default::default()));
+        let ended = || entry(meter_entry::Kind::Ended(Default::default()));
+        assert_eq!(newest_start(&[].into()), 0);
+        assert_eq!(newest_start(&[ended()].into()), 0);
+        assert_eq!(newest_start(&[started(), ended()].into()), 1);
+        assert_eq!(newest_start(&[ended(), started()].into()), 2);
+    }
 
     #[test]
     fn a_turns_end_waits_for_its_requests_and_not_for_ever() {

@@ -334,7 +334,7 @@ async fn play(
                     record.go_on_from(emitted.place);
                     continue;
                 }
-                meter.note(&emitted.kind);
+                meter.precede(&emitted.kind, record).await?;
             }
             let id = record.play(emitted).await?;
             playback.appended(id);
