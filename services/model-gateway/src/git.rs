@@ -2,9 +2,10 @@
 //! streamed both ways.
 
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -16,7 +17,6 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use bytes::{Bytes, BytesMut};
 use contract::vault::RouteKind;
 use futures::{StreamExt as _, stream};
 use reqwest::Url;
@@ -26,15 +26,15 @@ use types::repository::{HOST, RepositoryUrl};
 use zeroize::Zeroizing;
 
 use crate::{
-    routed::{self, GrantedRoute, NotRouted, Routed},
+    refusal::Refusal,
+    routed::{self, Admitted, GrantedRoute, NotRouted, Routed},
     server::Connection,
 };
 
 /// What a fetch tells of the commits that it has.
 const FETCH_BYTES_MAX: u64 = 64 << 20;
-/// A question of Git LFS, and the answer, which is read whole.
+/// A question of Git LFS. The answer is read whole, in the memory that bodies have.
 const LFS_QUESTION_BYTES_MAX: u64 = 4 << 20;
-const LFS_ANSWER_BYTES_MAX: usize = 16 << 20;
 
 /// A request of git for one repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,29 +153,30 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
     if let Some(bytes) = announced {
         headers.insert(header::CONTENT_LENGTH, bytes.into());
     }
-    let is_cut = Arc::new(AtomicBool::new(false));
+    let (is_cut, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let mut request = routed.git.request(parts.method.clone(), url).headers(headers);
     if parts.method == Method::POST {
-        request = request.body(bounded(body, most, routed.silence, is_cut.clone()));
+        request = request.body(bounded(body, most, routed.silence, is_cut.clone(), sent.clone()));
     }
-    let response = request.send().await.map_err(|error| match is_cut.load(Ordering::Relaxed) {
-        true => NotRouted::TooLarge,
-        false => routed::failure(&admitted.grant, &error),
-    })?;
+    let answer = routed::answered(request.send(), &sent, routed.silence).await;
+    let response = answer
+        .ok_or(NotRouted::Upstream("the server did not answer in time"))?
+        .map_err(|error| if is_cut.load(Ordering::Relaxed) { NotRouted::TooLarge } else { routed::failure(&admitted.grant, &error) })?;
     match response.status() {
         StatusCode::UNAUTHORIZED => Err(NotRouted::TokenOfRepository),
         status if status.is_redirection() && status != StatusCode::NOT_MODIFIED => {
             Err(NotRouted::Upstream("the repository has moved, which is not followed; configure its new address"))
         }
-        _ if matches!(asked.service, Service::Lfs(_)) => without_token(response, &route).await,
-        _ => Ok(routed::pass_back(response, admitted.slot)),
+        _ if matches!(asked.service, Service::Lfs(_)) => without_token(&routed, response, &route, admitted).await,
+        _ => Ok(routed.pass_back(response, admitted)),
     }
 }
 
-/// A client's body as it comes, up to a size.
-fn bounded(body: Body, most: u64, silence: Duration, is_cut: Arc<AtomicBool>) -> reqwest::Body {
+/// A client's body as it comes, up to a size. Counts the pieces that were sent.
+fn bounded(body: Body, most: u64, silence: Duration, is_cut: Arc<AtomicBool>, sent: Arc<AtomicU64>) -> reqwest::Body {
     let next = move |(mut chunks, left): (BodyDataStream, u64)| {
         let is_cut = is_cut.clone();
+        sent.fetch_add(1, Ordering::Relaxed);
         async move {
             let chunk = match timeout(silence, chunks.next()).await {
                 Ok(chunk) => chunk?.map_err(std::io::Error::other),
@@ -199,20 +200,28 @@ fn bounded(body: Body, most: u64, silence: Duration, is_cut: Arc<AtomicBool>) ->
 
 /// An answer of Git LFS: where objects are, and with which headers. One that repeats the repository's token is refused: some servers tell
 /// clients to use it for the objects.
-async fn without_token(response: reqwest::Response, route: &GrantedRoute) -> Result<Response, NotRouted> {
+async fn without_token(
+    routed: &Routed,
+    response: reqwest::Response,
+    route: &GrantedRoute,
+    admitted: Admitted,
+) -> Result<Response, NotRouted> {
     let (status, headers) = (response.status(), crate::proxy::forwarded(response.headers(), true));
-    let (mut bytes, mut chunks) = (BytesMut::new(), response.bytes_stream());
-    while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|_| NotRouted::Upstream("the server closed the connection"))?;
-        if bytes.len() + chunk.len() > LFS_ANSWER_BYTES_MAX {
-            return Err(NotRouted::Upstream("the server's answer is too large"));
-        }
-        bytes.extend_from_slice(&chunk);
-    }
-    if route.headers.iter().any(|(_, value)| repeats(&bytes, value.expose_secret())) {
+    let announced = response.content_length().and_then(|length| usize::try_from(length).ok());
+    let body = Body::from_stream(response.bytes_stream());
+    let held = routed.memory.read(body, announced, &admitted.grant.share.routed_bodies).await.map_err(|refusal| match refusal {
+        Refusal::TooLarge => NotRouted::Upstream("the server's answer is too large"),
+        Refusal::Busy => NotRouted::Busy,
+        _ => NotRouted::Upstream("the server closed the connection"),
+    })?;
+    if route.headers.iter().any(|(_, value)| repeats(&held.bytes, value.expose_secret())) {
         return Err(NotRouted::Upstream("the Git LFS server repeats the repository's token, which may not enter the sandbox"));
     }
-    let mut passed = Response::new(Body::from(Bytes::from(bytes)));
+    // Its memory and the session's slot are free once the client has it.
+    let held = stream::unfold((Some(held.bytes), held.memory, admitted), |(bytes, memory, admitted)| async move {
+        Some((Ok::<_, Infallible>(bytes?), (None, memory, admitted)))
+    });
+    let mut passed = Response::new(Body::from_stream(held));
     *passed.status_mut() = status;
     *passed.headers_mut() = headers;
     Ok(passed)

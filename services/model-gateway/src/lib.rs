@@ -53,6 +53,9 @@ use crate::{
 
 /// Of the memory for bodies, one session may take one part of so many, or what one body needs.
 const SESSION_FRACTION: usize = 8;
+/// Bodies to MCP servers, and answers of Git LFS, have memory of their own, one part of so many as large: a server may hold on to a body
+/// for as long as it likes. One body may take what its session may.
+const ROUTED_FRACTION: usize = 4;
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 const GITHUB: &str = "https://github.com";
 const IDLE_CONNECTION_MAX: Duration = Duration::from_secs(90);
@@ -193,14 +196,16 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let client = || {
         reqwest::Client::builder()
             .connect_timeout(CONNECT_TIME_MAX)
-            .read_timeout(config.silence)
             .pool_idle_timeout(IDLE_CONNECTION_MAX)
             .tcp_nodelay(true)
             .redirect(reqwest::redirect::Policy::none())
     };
-    let http = client().build()?;
+    let http = client().read_timeout(config.silence).build()?;
+    let routed_bytes = config.bodies_bytes_max / ROUTED_FRACTION;
+    let routed_bytes_of_session = routed_bytes / SESSION_FRACTION;
     let share = ShareLimits {
         requests: config.requests_per_session,
+        routed_units: routed_bytes_of_session.div_ceil(body::UNIT),
         body_units: (config.bodies_bytes_max / SESSION_FRACTION).max(config.body_bytes_max).div_ceil(body::UNIT),
         connections: config.requests_per_session.saturating_mul(2),
     };
@@ -211,10 +216,12 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let egress = Egress::new(config.private_hosts);
     let routed = Routed {
         tokens: tokens.clone(),
-        memory: memory.clone(),
-        mcp: client().dns_resolver(egress.clone()).build()?,
+        memory: Memory::new(routed_bytes, routed_bytes_of_session.min(config.body_bytes_max)),
+        // A proxy would resolve names itself, to private addresses too.
+        mcp: client().read_timeout(config.silence).dns_resolver(egress.clone()).no_proxy().build()?,
         egress,
-        git: http.clone(),
+        // It would give up a push that takes longer: the response begins after it.
+        git: client().build()?,
         github: Arc::new(config.github),
         push_bytes_max: config.push_bytes_max,
         silence: config.silence,

@@ -37,7 +37,7 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
     let path = parts.uri.path().trim_start_matches('/').to_owned();
     let route = routed.find(&mut admitted, RouteKind::Mcp, &path).await?;
     let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    let held = routed.memory.read(body, announced, &admitted.grant.share.bodies).await.map_err(|refusal| match refusal {
+    let held = routed.memory.read(body, announced, &admitted.grant.share.routed_bodies).await.map_err(|refusal| match refusal {
         Refusal::TooLarge => NotRouted::TooLarge,
         Refusal::Busy => NotRouted::Busy,
         _ => NotRouted::Body,
@@ -52,7 +52,7 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
         }
     }
     drop(held.memory);
-    Ok(routed::pass_back(response, admitted.slot))
+    Ok(routed.pass_back(response, admitted))
 }
 
 /// A request, as often as it has to be sent.

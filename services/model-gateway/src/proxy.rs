@@ -74,16 +74,19 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     let mut headers = forwarded(request.headers(), false);
     attach(&mut headers, credential)?;
     let url = url(&proxy.upstreams, &call, request.uri().query());
-    let method = request.method().clone();
-    let is_plain = matches!(request.headers().get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes), None | Some(b"" | b"identity"));
-    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    let body = proxy.memory.read(request.into_body(), announced, &grant.share.bodies).await?;
+    let (parts, body) = request.into_parts();
+    let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    let body = proxy.memory.read(body, announced, &grant.share.bodies).await?;
+    // Whoever can read it would see other names in it than this gateway.
+    if !stored::is_readable(&parts.headers, &body.bytes) {
+        return Err(Refusal::Encoded);
+    }
     if let Some(name) = stored::named(call.provider, &body.bytes) {
         return Err(Refusal::Stored(name));
     }
     let entry = match call.is_metered() {
         true => {
-            let asked = usage::asked(&call.path, &body.bytes, is_plain);
+            let asked = usage::asked(&call.path, &body.bytes);
             let key = credential.kind(call.provider);
             Some(proxy.ledger.begin(&grant.session_id, key, call.provider, asked, body.bytes.len()).await?)
         }
@@ -91,7 +94,7 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     };
     tracing::debug!(session = grant.session_id, provider = %call.provider, path = call.path, bytes = body.bytes.len(), "passing a request on");
     let begun = Instant::now();
-    let send = || proxy.http.request(method.clone(), url.clone()).headers(headers.clone()).body(body.bytes.clone()).send();
+    let send = || proxy.http.request(parts.method.clone(), url.clone()).headers(headers.clone()).body(body.bytes.clone()).send();
     let sent = match call.is_metered() {
         true => proxy.retries.send(call.provider, send).await,
         false => send().await.map(Answer::from),

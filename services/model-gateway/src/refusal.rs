@@ -20,6 +20,8 @@ pub enum Refusal {
     Unsupported,
     /// The body names something that is stored at the provider, where other sessions' things are too.
     Stored(&'static str),
+    /// The body is not JSON in UTF-8 as it is.
+    Encoded,
     TooLarge,
     /// The body did not arrive whole.
     Body,
@@ -52,7 +54,7 @@ impl Refusal {
             Self::Unsupported => StatusCode::NOT_FOUND,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             // CLIs ask again after most other statuses.
-            Self::Body | Self::NotAllowed(_) | Self::Stored(_) => StatusCode::BAD_REQUEST,
+            Self::Body | Self::NotAllowed(_) | Self::Stored(_) | Self::Encoded => StatusCode::BAD_REQUEST,
             Self::Busy | Self::TooOften(..) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Provider(_) => StatusCode::BAD_GATEWAY,
@@ -65,6 +67,7 @@ impl Refusal {
             Self::NoCredential => format!("Model gateway: invalid API key: no credential is stored for {provider}"),
             Self::Unsupported => "Model gateway: this request is not passed on to the provider".to_owned(),
             Self::Stored(name) => format!("Model gateway: {name} is not passed on: sessions share what is stored at the provider"),
+            Self::Encoded => "Model gateway: the body must be JSON in UTF-8, without a content encoding".to_owned(),
             Self::TooLarge => "Model gateway: the request is too large".to_owned(),
             Self::Body => "Model gateway: the request's body did not arrive".to_owned(),
             Self::Busy => "Model gateway: too many requests at a time; try again".to_owned(),
@@ -122,7 +125,7 @@ impl Refusal {
                 response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(*seconds));
             }
             // The SDKs of Anthropic and OpenAI read it.
-            Self::NotAllowed(_) | Self::Stored(_) => {
+            Self::NotAllowed(_) | Self::Stored(_) | Self::Encoded => {
                 response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
             }
             _ => {}

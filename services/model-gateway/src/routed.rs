@@ -1,17 +1,26 @@
 //! What requests to MCP servers and to repositories share: whose they are, where they may go, and what they are sent with.
 
-use std::sync::Arc;
+use std::{
+    io,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::{
     body::Body,
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
+use bytes::Bytes;
 use contract::vault::RouteKind;
-use futures::{StreamExt as _, stream};
+use futures::{FutureExt as _, Stream, StreamExt as _, stream};
 use reqwest::Url;
 use secrecy::{ExposeSecret as _, SecretString};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use crate::{
     body::Memory,
@@ -26,15 +35,16 @@ use crate::{
 #[derive(Clone)]
 pub struct Routed {
     pub tokens: Tokens,
+    /// Apart from what model requests have.
     pub memory: Memory,
     pub egress: Egress,
     /// Connects to what [`Egress`] allows.
     pub mcp: reqwest::Client,
-    /// Connects to what the operator configured.
+    /// Connects to what the operator configured. Waits for ever: see [`answered`].
     pub git: reqwest::Client,
     pub github: Arc<Url>,
     pub push_bytes_max: u64,
-    pub silence: std::time::Duration,
+    pub silence: Duration,
 }
 
 /// A session's way to a server or a repository. Cannot be printed; wiped when dropped.
@@ -190,17 +200,54 @@ pub fn failure(grant: &Grant, error: &reqwest::Error) -> NotRouted {
     NotRouted::Upstream(why)
 }
 
-/// The response as it comes. The session's slot is free when it has ended, or when its client has gone.
-pub fn pass_back(response: reqwest::Response, slot: OwnedSemaphorePermit) -> Response {
-    let (status, headers) = (response.status(), proxy::forwarded(response.headers(), true));
-    let body = stream::unfold((Box::pin(response.bytes_stream()), slot), |(mut body, slot)| async move {
-        let next = body.next().await?;
-        Some((next.map_err(reqwest::Error::without_url), (body, slot)))
-    });
-    let mut passed = Response::new(Body::from_stream(body));
-    *passed.status_mut() = status;
-    *passed.headers_mut() = headers;
-    passed
+/// Waits for the answer to a request whose body is being sent, for as long as that goes on. None: it stood still for too long.
+pub async fn answered<T>(answer: impl Future<Output = T>, sent: &AtomicU64, silence: Duration) -> Option<T> {
+    let (mut answer, mut known) = (pin!(answer), sent.load(Ordering::Relaxed));
+    loop {
+        if let Ok(answer) = timeout(silence, &mut answer).await {
+            return Some(answer);
+        }
+        let now = sent.load(Ordering::Relaxed);
+        if std::mem::replace(&mut known, now) == now {
+            return None;
+        }
+    }
+}
+
+impl Routed {
+    /// The response as it comes. The session's slot is free when it has ended, or when its client has gone. It is cut off when the session's
+    /// token is revoked: what streams may do so for ever.
+    pub fn pass_back(&self, response: reqwest::Response, admitted: Admitted) -> Response {
+        let (status, headers) = (response.status(), proxy::forwarded(response.headers(), true));
+        let Admitted { shown, slot, .. } = admitted;
+        let tokens = self.tokens.clone();
+        let revoked = async move { tokens.revoked(&shown).await };
+        let body = response.bytes_stream().map(|chunk| chunk.map_err(|error| io::Error::other(error.without_url())));
+        let body = cut_off(body, revoked, self.silence).map(move |chunk| {
+            let _held = &slot;
+            chunk
+        });
+        let mut passed = Response::new(Body::from_stream(body));
+        *passed.status_mut() = status;
+        *passed.headers_mut() = headers;
+        passed
+    }
+}
+
+/// What comes, until nothing came for too long or `end` is there.
+fn cut_off(
+    chunks: impl Stream<Item = io::Result<Bytes>> + Send,
+    end: impl Future<Output = ()> + Send,
+    silence: Duration,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    stream::unfold((Box::pin(chunks), Box::pin(end.fuse())), move |(mut chunks, mut end)| async move {
+        let chunk = tokio::select! {
+            biased;
+            () = &mut end => Err(io::Error::other("the session's token was revoked")),
+            chunk = timeout(silence, chunks.next()) => chunk.unwrap_or_else(|_| Some(Err(io::ErrorKind::TimedOut.into())))?,
+        };
+        Some((chunk, (chunks, end)))
+    })
 }
 
 /// Counts how a request ended.
@@ -211,4 +258,39 @@ pub fn count(kind: &'static str, answer: &Result<Response, NotRouted>) {
         Err(_) => "refused".to_owned(),
     };
     metrics::counter!("aod_model_routed_requests_total", "kind" => kind, "outcome" => outcome).increment(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::future;
+
+    use super::*;
+
+    const SILENCE: Duration = Duration::from_secs(10);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_may_take_as_long_as_it_makes_progress() {
+        let sent = AtomicU64::new(0);
+        let slow = async {
+            for _ in 0..20 {
+                tokio::time::sleep(SILENCE * 9 / 10).await;
+                sent.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        assert_eq!(answered(slow, &sent, SILENCE).await, Some(()));
+        let stands_still = tokio::time::timeout(SILENCE * 3, answered(future::pending::<()>(), &sent, SILENCE));
+        assert_eq!(stands_still.await, Ok(None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_response_ends_with_its_sessions_token_or_when_nothing_comes() {
+        let ticking = || stream::unfold((), |()| async { Some((Ok(Bytes::from_static(b"x")), tokio::time::sleep(SILENCE / 2).await)) });
+        let chunks = cut_off(ticking(), tokio::time::sleep(SILENCE * 20), SILENCE).take_while(|chunk| future::ready(chunk.is_ok()));
+        assert!((39..=41).contains(&chunks.count().await));
+        let silent = stream::once(future::ready(Ok(Bytes::new()))).chain(stream::pending());
+        let chunks: Vec<_> = cut_off(silent, future::pending(), SILENCE).take(2).collect().await;
+        assert!(chunks[0].is_ok() && chunks[1].as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut));
+        let whole: Vec<_> = cut_off(stream::iter([Ok(Bytes::from_static(b"x"))]), future::pending(), SILENCE).collect().await;
+        assert_eq!(whole.len(), 1);
+    }
 }

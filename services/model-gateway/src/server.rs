@@ -188,7 +188,7 @@ mod tests {
 
     /// Serves 64 connections, 8 of them without a token; a request to `/` shows one of a session that may have two.
     async fn start() -> (SocketAddr, CancellationToken) {
-        let share = Arc::new(Share::new(ShareLimits { requests: 64, body_units: 1, connections: 2 }));
+        let share = Arc::new(Share::new(ShareLimits { requests: 64, body_units: 1, routed_units: 1, connections: 2 }));
         let answer = move |Extension(connection): Extension<Connection>| {
             connection.belongs_to(&share);
             async { "hello" }

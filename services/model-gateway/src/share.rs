@@ -12,6 +12,8 @@ pub struct ShareLimits {
     pub requests: usize,
     /// Of bodies that are held, in units of [`crate::body::UNIT`].
     pub body_units: usize,
+    /// Likewise, of requests to MCP servers and repositories.
+    pub routed_units: usize,
     pub connections: usize,
 }
 
@@ -22,6 +24,7 @@ pub struct Share {
     /// Requests to MCP servers and repositories, as many again: some of them stay open.
     pub routed: Arc<Semaphore>,
     pub bodies: Arc<Semaphore>,
+    pub routed_bodies: Arc<Semaphore>,
     pub connections: Arc<Semaphore>,
 }
 
@@ -32,6 +35,7 @@ impl Share {
             requests: semaphore(limits.requests),
             routed: semaphore(limits.requests),
             bodies: semaphore(limits.body_units),
+            routed_bodies: semaphore(limits.routed_units),
             connections: semaphore(limits.connections),
         }
     }
@@ -69,7 +73,7 @@ mod tests {
 
     #[test]
     fn tokens_of_one_session_have_one_share_and_those_of_others_their_own() {
-        let shares = Shares::new(ShareLimits { requests: 1, body_units: 1, connections: 1 });
+        let shares = Shares::new(ShareLimits { requests: 1, body_units: 1, routed_units: 1, connections: 1 });
         let (first, second, other) = (shares.of("a"), shares.of("a"), shares.of("b"));
         let held = first.requests.clone().try_acquire_owned();
         assert!(held.is_ok() && second.requests.try_acquire().is_err() && other.requests.try_acquire().is_ok());

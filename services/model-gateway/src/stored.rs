@@ -1,10 +1,11 @@
 //! What a body may not name: responses, conversations, files and containers that are stored at the provider belong to the key's account,
 //! which sessions share.
 
-use std::fmt;
+use std::{cell::Cell, fmt};
 
+use axum::http::{HeaderMap, header};
 use memchr::memmem;
-use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use types::Provider;
 
 /// Names that are looked for: a body without them, and without escapes that could hide one, is not parsed.
@@ -21,19 +22,56 @@ const NAMES: [&str; 10] = [
     "/files/",
 ];
 
-/// JSON, as far as it matters. An object with a name twice is none: who reads it could take either.
+/// Fields that are looked at; others are skipped, whatever they hold.
+const FIELDS: [&str; 30] = [
+    "cachedContent",
+    "cached_content",
+    "container",
+    "content",
+    "contents",
+    "conversation",
+    "file",
+    "fileData",
+    "fileUri",
+    "file_data",
+    "file_id",
+    "file_ids",
+    "file_uri",
+    "functionResponse",
+    "function_response",
+    "id",
+    "input",
+    "messages",
+    "output",
+    "parts",
+    "previous_response_id",
+    "prompt",
+    "role",
+    "source",
+    "system",
+    "systemInstruction",
+    "system_instruction",
+    "tools",
+    "type",
+    "vector_store_ids",
+];
+/// How many of them one body may have: what is kept of a body is no larger than the body.
+const KEPT_MAX: usize = 1 << 18;
+
+/// JSON, as far as it matters. An object with a field twice is none: who reads it could take either.
 enum Tree {
     Null,
     Text(String),
+    /// The objects of a list.
     List(Vec<Tree>),
-    Object(Vec<(String, Tree)>),
+    Object(Vec<(&'static str, Tree)>),
     Other,
 }
 
 impl Tree {
     fn get(&self, name: &str) -> &Self {
         match self {
-            Self::Object(fields) => fields.iter().find(|(key, _)| key == name).map_or(&Self::Null, |(_, value)| value),
+            Self::Object(fields) => fields.iter().find(|(key, _)| *key == name).map_or(&Self::Null, |(_, value)| value),
             _ => &Self::Null,
         }
     }
@@ -51,15 +89,26 @@ impl Tree {
     }
 }
 
-impl<'de> Deserialize<'de> for Tree {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(TreeVisitor)
+/// Reads a tree. Holds how much more may be kept.
+#[derive(Clone, Copy)]
+struct Reader<'a>(&'a Cell<usize>);
+
+impl Reader<'_> {
+    fn keep<E: de::Error>(self) -> Result<(), E> {
+        self.0.set(self.0.get().checked_sub(1).ok_or_else(|| E::custom("too many fields"))?);
+        Ok(())
     }
 }
 
-struct TreeVisitor;
+impl<'de> DeserializeSeed<'de> for Reader<'_> {
+    type Value = Tree;
 
-impl<'de> Visitor<'de> for TreeVisitor {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Tree, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Reader<'_> {
     type Value = Tree;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -92,24 +141,60 @@ impl<'de> Visitor<'de> for TreeVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Tree, A::Error> {
         let mut list = Vec::new();
-        while let Some(item) = items.next_element()? {
-            list.push(item);
+        while let Some(item) = items.next_element_seed(self)? {
+            if matches!(item, Tree::Object(_)) {
+                self.keep()?;
+                list.push(item);
+            }
         }
         Ok(Tree::List(list))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Tree, A::Error> {
-        let mut fields: Vec<(String, Tree)> = Vec::new();
-        while let Some((key, value)) = entries.next_entry::<String, Tree>()? {
-            fields.push((key, value));
+        let mut fields: Vec<(&'static str, Tree)> = Vec::new();
+        while let Some(Field(field)) = entries.next_key()? {
+            let Some(name) = field else {
+                entries.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            if fields.iter().any(|(known, _)| *known == name) {
+                return Err(A::Error::custom("a field twice"));
+            }
+            self.keep()?;
+            fields.push((name, entries.next_value_seed(self)?));
         }
-        let mut names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
-        names.sort_unstable();
-        match names.array_windows().any(|[one, other]| one == other) {
-            true => Err(A::Error::custom("a name twice")),
-            false => Ok(Tree::Object(fields)),
-        }
+        Ok(Tree::Object(fields))
     }
+}
+
+/// The name of a field, if it is one of [`FIELDS`].
+struct Field(Option<&'static str>);
+
+impl<'de> Deserialize<'de> for Field {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Name;
+
+        impl Visitor<'_> for Name {
+            type Value = Field;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a name")
+            }
+
+            fn visit_str<E>(self, name: &str) -> Result<Field, E> {
+                Ok(Field(FIELDS.into_iter().find(|field| *field == name)))
+            }
+        }
+
+        deserializer.deserialize_str(Name)
+    }
+}
+
+fn parse(body: &[u8]) -> Option<Tree> {
+    let left = Cell::new(KEPT_MAX);
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let tree = Reader(&left).deserialize(&mut deserializer).ok()?;
+    deserializer.end().is_ok().then_some(tree)
 }
 
 /// What of a stored thing a request names; or that it cannot be told.
@@ -118,12 +203,21 @@ pub fn named(provider: Provider, body: &[u8]) -> Option<&'static str> {
     if !may_name {
         return None;
     }
-    let Ok(tree) = serde_json::from_slice::<Tree>(body) else { return Some("a body that is no JSON, or names a field twice") };
+    let Some(tree) = parse(body) else { return Some("a body that is no JSON, names a field twice, or has too many fields") };
     match provider {
         Provider::Anthropic => in_anthropic(&tree),
         Provider::Openai => in_openai(&tree),
         Provider::Google => in_google(&tree),
     }
+}
+
+/// Whether a body can be read as it is: JSON in UTF-8. In UTF-16 and UTF-32 every name has bytes that are zero, which JSON has nowhere.
+pub fn is_readable(headers: &HeaderMap, body: &[u8]) -> bool {
+    let texts = |name| headers.get_all(name).iter().map(|value| value.to_str().unwrap_or("?").to_ascii_lowercase());
+    let is_plain = texts(header::CONTENT_ENCODING).all(|encoding| matches!(encoding.as_str(), "" | "identity"));
+    let charset = |kind: String| kind.split_once("charset=").map(|(_, rest)| rest.trim_matches([' ', '"', ';']).to_owned());
+    let is_utf8 = texts(header::CONTENT_TYPE).filter_map(charset).all(|charset| matches!(charset.as_str(), "utf-8" | "utf8"));
+    is_plain && is_utf8 && memchr::memchr(0, body).is_none()
 }
 
 fn in_anthropic(tree: &Tree) -> Option<&'static str> {
@@ -227,6 +321,41 @@ mod tests {
         assert_eq!(named(openai, br#"{"\u0070revious_response_id":"resp_1"}"#), Some("previous_response_id"));
         assert!(named(openai, br#"{"previous_response_id":"resp_1","previous_response_id":null}"#).is_some());
         assert!(named(openai, br#"{"file_id"#).is_some());
+    }
+
+    #[test]
+    fn a_body_of_many_values_takes_no_more_memory_than_it_is_large() {
+        // What is skipped costs nothing, however much it is.
+        let skipped =
+            format!(r#"{{"input":[{}0],"x":[{}0],"previous_response_id":"resp_1"}}"#, "0,".repeat(1 << 20), "{},".repeat(1 << 20));
+        assert_eq!(named(Provider::Openai, skipped.as_bytes()), Some("previous_response_id"));
+        for value in ["{},", r#"{"id":0},"#, r#"[{"id":0}],"#] {
+            let many = format!(r#"{{"file_id":[{}0]}}"#, value.repeat(KEPT_MAX + 1));
+            assert!(parse(many.as_bytes()).is_none(), "{value}");
+            assert!(named(Provider::Openai, many.as_bytes()).is_some_and(|why| why.contains("too many fields")), "{value}");
+        }
+        assert!(parse(br#"{"file_id":1} x"#).is_none());
+    }
+
+    #[test]
+    fn what_is_not_plain_json_in_utf_8_is_not_readable() {
+        let readable = |headers: &[(header::HeaderName, &str)], body: &[u8]| {
+            let headers = headers.iter().map(|(name, value)| (name.clone(), value.parse().unwrap()));
+            is_readable(&HeaderMap::from_iter(headers), body)
+        };
+        let (body, encoding, kind) = (br#"{"previous_response_id":"r"}"#, header::CONTENT_ENCODING, header::CONTENT_TYPE);
+        for plain in [&[][..], &[(encoding.clone(), "identity"), (kind.clone(), "application/json; charset=\"UTF-8\"")]] {
+            assert!(readable(plain, body), "{plain:?}");
+        }
+        for encoded in [(encoding.clone(), "gzip"), (kind.clone(), "application/json; Charset=utf-16"), (kind, "text/x; charset=cp037")] {
+            assert!(!readable(std::slice::from_ref(&encoded), body), "{encoded:?}");
+        }
+        let mut two = HeaderMap::new();
+        two.append(&encoding, "identity".parse().unwrap());
+        two.append(&encoding, "br".parse().unwrap());
+        assert!(!is_readable(&two, body));
+        let utf_16: Vec<u8> = String::from_utf8_lossy(body).encode_utf16().flat_map(u16::to_le_bytes).collect();
+        assert!(!readable(&[], &utf_16));
     }
 
     #[test]

@@ -157,10 +157,7 @@ impl Tokens {
             }
             (Err(TokenRefused::Unavailable), Some(known)) => Ok(known.grant),
             (Err(refused), _) => {
-                if refused == TokenRefused::Unknown {
-                    self.entries.invalidate(&hash).await;
-                    self.refused.insert(hash, ()).await;
-                }
+                self.forget(hash, refused).await;
                 Err(refused)
             }
         }
@@ -177,9 +174,35 @@ impl Tokens {
                 return Some(newer.grant);
             }
         }
-        let entry = self.asking.get_with(hash, async { self.ask(hash).await }).await.ok()?;
-        self.entries.insert(hash, entry.clone()).await;
-        Some(entry.grant)
+        let asked = self.asking.get_with(hash, async { self.ask(hash).await }).await;
+        match asked {
+            Ok(entry) => {
+                self.entries.insert(hash, entry.clone()).await;
+                Some(entry.grant)
+            }
+            Err(refused) => {
+                self.forget(hash, refused).await;
+                None
+            }
+        }
+    }
+
+    /// Forgets what a token stood for, where the vault knows it no more.
+    async fn forget(&self, hash: Hash, refused: TokenRefused) {
+        if refused == TokenRefused::Unknown {
+            self.entries.invalidate(&hash).await;
+            self.refused.insert(hash, ()).await;
+        }
+    }
+
+    /// Returns once the vault refuses a token, which is asked each minute.
+    pub async fn revoked(&self, shown: &Shown) {
+        loop {
+            tokio::time::sleep(FRESH).await;
+            if matches!(self.redeem(shown).await, Err(TokenRefused::Unknown)) {
+                return;
+            }
+        }
     }
 
     async fn ask(&self, hash: Hash) -> Result<Entry, TokenRefused> {
@@ -249,7 +272,7 @@ mod tests {
             session_id: String::new(),
             secrets,
             routes: Vec::new(),
-            share: Arc::new(Share::new(crate::share::ShareLimits { requests: 1, body_units: 1, connections: 1 })),
+            share: Arc::new(Share::new(crate::share::ShareLimits { requests: 1, body_units: 1, routed_units: 1, connections: 1 })),
         }
     }
 

@@ -36,9 +36,9 @@ struct GenerationConfig {
     max_output_tokens: Option<f64>,
 }
 
-/// Reads a request. Google's names its model in the path. `is_plain`: the body has no content encoding.
-pub fn asked(path: &str, body: &[u8], is_plain: bool) -> Asked {
-    let Some(body) = serde_json::from_slice::<AskedBody>(body).ok().filter(|_| is_plain) else { return Asked::default() };
+/// Reads a request. Google's names its model in the path.
+pub fn asked(path: &str, body: &[u8]) -> Asked {
+    let Ok(body) = serde_json::from_slice::<AskedBody>(body) else { return Asked::default() };
     let in_path = path.split_once("/models/").and_then(|(_, rest)| rest.split_once(':')).map(|(model, _)| model.to_owned());
     let of_google = body.generation_config.and_then(|config| config.max_output_tokens);
     let most = body.max_tokens.or(body.max_output_tokens).or(body.max_completion_tokens).or(of_google);
@@ -331,15 +331,15 @@ mod tests {
     #[test]
     fn requests_say_what_they_ask_for() {
         let body = json!({ "messages": [{ "content": "\"model\":\"x\"" }], "model": "claude-x", "max_tokens": 64 }).to_string();
-        assert_eq!(asked("/v1/messages", body.as_bytes(), true), Asked { model: "claude-x".to_owned(), output_max: Some(64) });
+        assert_eq!(asked("/v1/messages", body.as_bytes()), Asked { model: "claude-x".to_owned(), output_max: Some(64) });
         let body = json!({ "generationConfig": { "maxOutputTokens": 5 } }).to_string();
-        let google = asked("/v1beta/models/gemini-x:streamGenerateContent", body.as_bytes(), true);
+        let google = asked("/v1beta/models/gemini-x:streamGenerateContent", body.as_bytes());
         assert_eq!(google, Asked { model: "gemini-x".to_owned(), output_max: Some(5) });
     }
 
     #[test]
     fn no_request_names_one_model_to_the_gateway_and_another_to_its_provider() {
-        let read = |body: &str| asked("/v1/messages", body.as_bytes(), true).model;
+        let read = |body: &str| asked("/v1/messages", body.as_bytes()).model;
         assert_eq!(read(r#"{"mod\u0065l": "claude-opus\u002d4"}"#), "claude-opus-4", "escapes are undone");
         for body in [
             r#"{"model": "claude-haiku", "model": "claude-opus"}"#,
@@ -349,12 +349,11 @@ mod tests {
             r#"{"model": "claude-haiku""#,
             "",
         ] {
-            assert_eq!(asked("/v1/messages", body.as_bytes(), true), Asked::default(), "{body}");
+            assert_eq!(asked("/v1/messages", body.as_bytes()), Asked::default(), "{body}");
         }
-        assert_eq!(asked("/v1/messages", br#"{"model": "claude-haiku"}"#, false), Asked::default(), "an encoded body cannot be read");
         let long = "x".repeat(MODEL_BYTES_MAX + 1);
         assert_eq!(read(&json!({ "model": long }).to_string()), "");
-        assert_eq!(asked(&format!("/v1beta/models/{long}:generateContent"), b"{}", true).model, "");
+        assert_eq!(asked(&format!("/v1beta/models/{long}:generateContent"), b"{}").model, "");
     }
 
     #[test]

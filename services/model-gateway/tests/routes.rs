@@ -79,6 +79,10 @@ impl Drop for Gateway {
 
 impl Gateway {
     async fn start(private_hosts: &[String], github: &str) -> Self {
+        Self::with_silence(private_hosts, github, Duration::from_secs(60)).await
+    }
+
+    async fn with_silence(private_hosts: &[String], github: &str, silence: Duration) -> Self {
         let nats = Nats::start().unwrap();
         let (vault_bus, lifecycle) = (nats.connect(&access::VAULT).await.unwrap(), Lifecycle::new());
         let vault = Vault { session: SessionId::new(), routes: Arc::default() };
@@ -96,7 +100,7 @@ impl Gateway {
             requests_per_session: 16,
             body_bytes_max: 1 << 20,
             bodies_bytes_max: 16 << 20,
-            silence: Duration::from_secs(60),
+            silence,
             retries: Retries { times: 0, wait_max: Duration::ZERO },
             private_hosts: private_hosts.to_vec(),
             github: github.parse().unwrap(),
@@ -157,6 +161,8 @@ async fn answer(State(server): State<Server>, method: Method, uri: axum::http::U
     server.asked.lock().unwrap().push((method.clone(), uri.to_string(), headers.clone()));
     match uri.path() {
         "/moved" => return (StatusCode::TEMPORARY_REDIRECT, [("location", "/mcp?key=1")]).into_response(),
+        // It reads what it is sent, and says nothing.
+        "/silent" => std::future::pending().await,
         "/elsewhere" => {
             return (StatusCode::TEMPORARY_REDIRECT, [("location", server.other.lock().unwrap().clone())]).into_response();
         }
@@ -249,6 +255,32 @@ async fn a_secret_that_was_replaced_and_a_route_that_is_new_are_redeemed_at_once
     gateway.routes(vec![route(RouteKind::Mcp, "mcp/echo", &url, &renewed), route(RouteKind::Mcp, "mcp/new", &url, &renewed)]);
     eventually("the new secret is used", || async { gateway.ask(Method::POST, "mcp/echo", "").await.status() == 200 }).await;
     assert_eq!(gateway.ask(Method::POST, "mcp/new", "").await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_answer_holds_no_more_memory_than_its_sessions_share() {
+    let (server, host) = Server::start().await;
+    let gateway = Gateway::start(std::slice::from_ref(&host), "http://127.0.0.1:9").await;
+    gateway.routes(vec![route(RouteKind::Mcp, "mcp/silent", &format!("http://{host}/silent"), &[])]);
+    let body = "x".repeat(300 << 10);
+    let held = gateway.http.post(format!("{}/mcp/silent", gateway.url)).header("aod-session-token", TOKEN).body(body.clone()).send();
+    let mut asked = tokio::task::JoinSet::new();
+    asked.spawn(held);
+    eventually("the server has it", || async { server.count() == 1 }).await;
+    // 16 MiB for bodies of model requests: an eighth of a quarter of that for one session's requests to servers.
+    assert_eq!(gateway.ask(Method::POST, "mcp/silent", &body).await.status(), 429);
+    assert_eq!(gateway.ask(Method::POST, "mcp/silent", &"x".repeat(600 << 10)).await.status(), 413);
+}
+
+/// A proxy resolves names itself, and its own address is often private: requests of this test that went to one would fail.
+#[tokio::test]
+async fn no_proxy_of_the_environment_comes_between_the_gateway_and_mcp_servers() {
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", "an_mcp_server_gets_its_secret_from_the_gateway_and_clients_stream_both_ways"]);
+    again.env("HTTP_PROXY", "http://127.0.0.1:9").env_remove("NO_PROXY").env_remove("no_proxy").kill_on_drop(true);
+    let output = tokio::time::timeout(Duration::from_secs(180), again.output()).await.unwrap().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
 }
 
 // --- git -------------------------------------------------------------------------------------------
@@ -421,4 +453,20 @@ async fn neither_a_redirect_nor_an_answer_of_git_lfs_takes_the_token_along() {
         assert_eq!((answered.status().as_u16(), answered.headers().get("location")), (502, None), "{path}");
         assert!(!answered.text().await.unwrap().contains("evil"));
     }
+}
+
+#[tokio::test]
+async fn a_push_may_take_longer_than_a_server_may_be_silent() {
+    let (_server, host) = Server::start().await;
+    let gateway = Gateway::with_silence(&[], &format!("http://{host}"), Duration::from_secs(6)).await;
+    let headers = [("X-Key", SECRET)];
+    gateway.routes(vec![route(RouteKind::Git, "git/github.com/acme/one", "https://github.com/acme/one", &headers)]);
+    let pack = futures::stream::unfold(0, |count| async move {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        (count < 16).then(|| (Ok::<_, std::convert::Infallible>("x"), count + 1))
+    });
+    let push = gateway.http.post(format!("{}/git/github.com/acme/one/git-receive-pack", gateway.url));
+    let push = push.basic_auth("session", Some(TOKEN)).body(reqwest::Body::wrap_stream(pack));
+    let answer = tokio::time::timeout(Duration::from_secs(120), push.send()).await.unwrap().unwrap();
+    assert_eq!((answer.status().as_u16(), answer.json::<Value>().await.unwrap()["said"].clone()), (200, json!("x".repeat(16))));
 }
