@@ -1,5 +1,7 @@
 //! Budgets as users and operators set them, and what was used.
 
+use std::ops::RangeInclusive;
+
 use bus::Failure;
 use contract::scheduler::{
     Budget, BudgetChange, BudgetLimits, GetBudgetRequest, LimitChange, ListUsageReply, ListUsageRequest, ModelsChange, SetBudgetRequest,
@@ -12,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler,
-    models::limits::{Defaults, Scope},
+    models::limits::{self, Defaults, Scope},
     once,
     sessions::row::missing,
     unsigned, without_nul,
@@ -47,7 +49,17 @@ pub async fn set(scheduler: Scheduler, request: SetBudgetRequest) -> Result<Budg
 pub async fn clear(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Budget, Failure> {
     let mut tx = scheduler.pool.begin().await?;
     let (scope, id) = find(&mut tx, &request).await?;
-    sqlx::query("delete from model_limit where scope = $1 and scope_id = $2").bind(scope.as_str()).bind(id).execute(&mut *tx).await?;
+    // What requests under way hold stays: they give it back.
+    sqlx::query(
+        "update model_limit
+         set max_cost_micro_usd = null, max_tokens = null, max_requests = null, max_seconds = null, used_cost_micro_usd = 0,
+             used_tokens = 0, used_requests = 0, used_us = 0, has_warned = false, allowed_models = null, requests_per_minute = null
+         where scope = $1 and scope_id = $2",
+    )
+    .bind(scope.as_str())
+    .bind(id)
+    .execute(&mut *tx)
+    .await?;
     let budget = read(&mut tx, &scheduler.model_defaults, scope, id).await?;
     tx.commit().await?;
     Ok(budget)
@@ -82,24 +94,7 @@ async fn find(connection: &mut PgConnection, request: &GetBudgetRequest) -> Resu
 
 /// Changes a budget within the transaction of the caller, who has checked whose it is. What a session used before counts.
 pub async fn write(tx: &mut PgConnection, scope: Scope, id: Uuid, change: &BudgetChange) -> Result<(), Failure> {
-    if scope == Scope::Session {
-        // The row that everybody who writes of a session's requests takes first.
-        sqlx::query("insert into model_meter (session_id) values ($1) on conflict (session_id) do update set number = model_meter.number")
-            .bind(id)
-            .execute(&mut *tx)
-            .await?;
-    }
-    sqlx::query(
-        "insert into model_limit (scope, scope_id, used_cost_micro_usd, used_tokens, used_requests, used_us)
-         select $1, $2, coalesce(sum(cost_micro_usd), 0), coalesce(sum(input_tokens + output_tokens), 0), coalesce(sum(requests), 0),
-                coalesce((select counted_us from model_meter where $1 = 'session' and session_id = $2), 0)
-         from turn_usage where $1 = 'session' and session_id = $2
-         on conflict (scope, scope_id) do nothing",
-    )
-    .bind(scope.as_str())
-    .bind(id)
-    .execute(&mut *tx)
-    .await?;
+    limits::make(tx, scope, id).await?;
     let models = change.allowed_models.as_ref().map(allowed_models).transpose()?;
     let rate = limit(change.requests_per_minute)?;
     let rate = (rate.0, rate.1.map(|rate| i32::try_from(rate).unwrap_or(i32::MAX)));
@@ -267,9 +262,13 @@ impl GroupBy {
     }
 }
 
+/// Years before or after cannot be reckoned with.
+const YEARS: RangeInclusive<i32> = 2000..=9998;
+
 fn day(text: Option<&str>, otherwise: Date) -> Result<Date, Failure> {
-    let read = |text| Date::parse(text, format_description!("[year]-[month]-[day]"));
-    text.map_or(Ok(otherwise), read).map_err(|_| Failure::invalid("A day must be written as 2026-01-31"))
+    let Some(text) = text else { return Ok(otherwise) };
+    let day = Date::parse(text, format_description!("[year]-[month]-[day]")).ok().filter(|day| YEARS.contains(&day.year()));
+    day.ok_or_else(|| Failure::invalid("A day must be written as 2026-01-31"))
 }
 
 pub async fn usage(scheduler: Scheduler, request: ListUsageRequest) -> Result<ListUsageReply, Failure> {
@@ -328,6 +327,18 @@ mod tests {
         assert_eq!(limit(Some(LimitChange { max: None })).ok(), Some((true, None)));
         assert_eq!(limit(Some(LimitChange { max: Some(5) })).ok(), Some((true, Some(5))));
         assert!(limit(Some(LimitChange { max: Some(u64::MAX) })).is_err());
+    }
+
+    #[test]
+    fn days_are_those_that_can_be_reckoned_with() {
+        let today = OffsetDateTime::now_utc().date();
+        assert_eq!(day(None, today).ok(), Some(today));
+        for good in ["2026-01-31", "2000-01-01", "9998-12-31"] {
+            assert_eq!(day(Some(good), today).map(|day| (day - Duration::days(DAYS)).year() >= 1999).ok(), Some(true), "{good}");
+        }
+        for wrong in ["-9999-01-01", "0000-01-01", "1999-12-31", "9999-12-31", "2026-02-30", "2026-1-1", ""] {
+            assert!(day(Some(wrong), today).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -182,14 +182,33 @@ pub async fn policies(tx: &mut PgConnection, owners: &Owners, defaults: &Default
         let Some(id) = owners.id(scope) else { continue };
         policies.has_budget = true;
         if !known.contains(&scope) {
-            sqlx::query("insert into model_limit (scope, scope_id) values ($1, $2) on conflict do nothing")
-                .bind(scope.as_str())
-                .bind(id)
-                .execute(&mut *tx)
-                .await?;
+            make(tx, scope, id).await?;
         }
     }
     Ok(policies)
+}
+
+/// Makes the row of a budget where there is none. A session's counts what the session used before; others begin with nothing.
+pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), Failure> {
+    if scope == Scope::Session {
+        // The row that everybody who writes of a session's requests takes first.
+        sqlx::query("insert into model_meter (session_id) values ($1) on conflict (session_id) do update set number = model_meter.number")
+            .bind(id)
+            .execute(&mut *tx)
+            .await?;
+    }
+    sqlx::query(
+        "insert into model_limit (scope, scope_id, used_cost_micro_usd, used_tokens, used_requests, used_us)
+         select $1, $2, coalesce(sum(cost_micro_usd), 0), coalesce(sum(input_tokens + output_tokens), 0), coalesce(sum(requests), 0),
+                coalesce((select counted_us from model_meter where $1 = 'session' and session_id = $2), 0)
+         from turn_usage where $1 = 'session' and session_id = $2
+         on conflict (scope, scope_id) do nothing",
+    )
+    .bind(scope.as_str())
+    .bind(id)
+    .execute(tx)
+    .await?;
+    Ok(())
 }
 
 /// Takes the rows of budgets until the transaction ends.
@@ -227,13 +246,28 @@ pub async fn lock(tx: &mut PgConnection, owners: &Owners, defaults: &Defaults) -
     rows.iter().filter_map(|row| account(row).transpose()).collect()
 }
 
+/// How long a session's turns ran since that was counted last, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ran {
+    /// What the session's own budget counts.
+    pub own: u64,
+    /// What budgets count that it shares with other sessions.
+    pub shared: u64,
+}
+
+impl Ran {
+    pub const fn of(self, scope: Scope) -> u64 {
+        if matches!(scope, Scope::Session) { self.own } else { self.shared }
+    }
+}
+
 /// What a request changes in every budget that it is under.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Change {
     pub used_cost: u64,
     pub used_tokens: u64,
     pub used_requests: u64,
-    pub used_us: u64,
+    pub ran: Ran,
     /// More is held, or less.
     pub held_cost: i64,
     pub held_tokens: i64,
@@ -253,7 +287,7 @@ pub async fn apply(tx: &mut PgConnection, owners: &Owners, change: Change, warne
          )
          update model_limit l
          set used_cost_micro_usd = used_cost_micro_usd + $3, used_tokens = used_tokens + $4, used_requests = used_requests + $5,
-             used_us = used_us + $6, held_cost_micro_usd = greatest(0, held_cost_micro_usd + $7),
+             used_us = used_us + case when l.scope = 'session' then $6 else $10 end, held_cost_micro_usd = greatest(0, held_cost_micro_usd + $7),
              held_tokens = greatest(0, held_tokens + $8), has_warned = has_warned or l.scope = any($9)
          from taken
          where l.scope = taken.scope and l.scope_id = taken.scope_id",
@@ -263,10 +297,11 @@ pub async fn apply(tx: &mut PgConnection, owners: &Owners, change: Change, warne
     .bind(number(change.used_cost))
     .bind(number(change.used_tokens))
     .bind(number(change.used_requests))
-    .bind(number(change.used_us))
+    .bind(number(change.ran.own))
     .bind(change.held_cost)
     .bind(change.held_tokens)
     .bind(&warned)
+    .bind(number(change.ran.shared))
     .execute(tx)
     .await?;
     Ok(())

@@ -24,7 +24,7 @@ use crate::{
     Scheduler,
     models::{
         entries,
-        limits::{self, Change, Owners, Scope},
+        limits::{self, Change, Owners, Ran, Scope},
     },
     once,
     sessions::row::missing,
@@ -158,13 +158,15 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
     if policies.has_budget {
         let (has_overdrawn, reached, counted): (bool, Option<i32>, i64) = (meter.try_get(3)?, meter.try_get(4)?, meter.try_get(5)?);
         // How long its turns ran is counted when a model is asked.
-        let ran_us = ran_us(&mut tx, owners.session).await?;
-        let passed = ran_us.saturating_sub(counted).max(0).unsigned_abs();
+        let (ran_us, ran) = ran(&mut tx, owners.session, turn, counted).await?;
         let taken = limits::lock(&mut tx, &owners, defaults).await?;
         let scopes: Vec<Scope> = taken.iter().map(|(scope, _)| *scope).collect();
-        let accounts: Vec<budget::Account> =
-            taken.into_iter().map(|(_, account)| budget::Account { used_us: account.used_us.saturating_add(passed), ..account }).collect();
-        let time = Change { used_us: passed, ..Change::default() };
+        let with_time = |(scope, account): (Scope, budget::Account)| budget::Account {
+            used_us: account.used_us.saturating_add(ran.of(scope)),
+            ..account
+        };
+        let accounts: Vec<budget::Account> = taken.into_iter().map(with_time).collect();
+        let time = Change { ran, ..Change::default() };
         match budget::admit(&accounts, named.estimate, has_overdrawn) {
             budget::Verdict::Admitted { warnings, overdraws } => {
                 let hold = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
@@ -204,6 +206,8 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
             }
             budget::Verdict::Waits => return Ok((Verdict::Waits(ModelRequestWaits {}), false)),
         }
+    } else {
+        count_time(&mut tx, owners.session).await?;
     }
     insert(&mut tx, named, &owners, turn, policies.has_budget).await?;
     let started = ModelRequestStarted { request_id: named.id.to_string(), provider: named.provider.clone(), model: named.model.clone() };
@@ -212,13 +216,39 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
     Ok((admitted(policies.is_unlimited()), true))
 }
 
-/// How long the turns of a session ran so far, in microseconds.
-async fn ran_us(tx: &mut PgConnection, session: Uuid) -> Result<i64, Failure> {
-    let sum = sqlx::query_scalar(
-        "select coalesce(sum(extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000), 0)::bigint
-         from turn where session_id = $1",
-    );
-    Ok(sum.bind(session).fetch_one(tx).await?)
+/// How long the turns of a session ran so far, in microseconds, and what of that is new. Budgets that it shares with others do not count
+/// turns from before any of its time was counted: an earlier release counted none without a budget.
+async fn ran(tx: &mut PgConnection, session: Uuid, turn: i32, counted: i64) -> Result<(i64, Ran), Failure> {
+    let row = sqlx::query(
+        "with ran as (
+             select turn_number, extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000 as us
+             from turn where session_id = $1 and started_at is not null
+         )
+         select coalesce(sum(us), 0)::bigint, coalesce(sum(us) filter (where turn_number = $2), 0)::bigint from ran",
+    )
+    .bind(session)
+    .bind(turn)
+    .fetch_one(tx)
+    .await?;
+    let (total, of_turn): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
+    let own = total.saturating_sub(counted).max(0).unsigned_abs();
+    let shared = if counted == 0 { of_turn.max(0).unsigned_abs() } else { own };
+    Ok((total, Ran { own, shared }))
+}
+
+/// Counts how long a session's turns ran that has no budget: one that is set later for others too is not to count it.
+async fn count_time(tx: &mut PgConnection, session: Uuid) -> Result<(), Failure> {
+    sqlx::query(
+        "update model_meter
+         set counted_us = greatest(counted_us, (
+             select coalesce(sum(extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000), 0)::bigint
+             from turn where session_id = $1))
+         where session_id = $1",
+    )
+    .bind(session)
+    .execute(tx)
+    .await?;
+    Ok(())
 }
 
 struct Meter {

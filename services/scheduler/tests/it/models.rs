@@ -399,6 +399,44 @@ async fn a_budget_counts_what_a_session_used_before_and_a_raised_one_lets_it_go_
     let cleared = GetBudgetRequest { user_id: None, ..of };
     let cleared = operator.call::<rpc::ClearBudget>(&cleared, SOON).await.unwrap();
     assert_eq!((cleared.max.unwrap().tokens, cleared.used.unwrap().tokens), (None, Some(0)));
+    let again = world.set_budget(world.owned("session", &session), Some(100)).await.unwrap();
+    assert_eq!((again.max.unwrap().tokens, again.used.unwrap().tokens), (Some(100), Some(0)), "its counts begin anew");
+}
+
+#[tokio::test]
+async fn a_budget_of_time_does_not_count_what_sessions_ran_before_it_unless_it_is_their_own() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let agent = world.agent().await;
+    let sql = async |statement: String| {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    };
+    let (asked, _) = world.asking(&agent).await;
+    sql(format!("update scheduler.turn set started_at = now() - interval '1 hour' where session_id = '{asked}'")).await;
+    assert!(matches!(models.begin(&models.request(&asked, 5)).await, Admission::Admitted(_)));
+    // One of which no time was counted: an earlier turn of it ran for two hours.
+    let (uncounted, _) = world.asking(&agent).await;
+    sql(format!(
+        "insert into scheduler.turn (session_id, turn_number, prompt, timeout_seconds, status, started_at, ended_at, deadline_at)
+         select session_id, 1000, '', 60, 'completed', now() - interval '3 hours', now() - interval '1 hour', now()
+         from scheduler.turn where session_id = '{uncounted}'"
+    ))
+    .await;
+    let seconds = async |scope: &str, id: &str, max: u64| {
+        let change = BudgetChange { seconds: Some(LimitChange { max: Some(max) }), ..BudgetChange::default() };
+        let set = SetBudgetRequest { of: Some(world.owned(scope, id)), change: Some(change) };
+        world.gateway.call::<rpc::SetBudget>(&set, SOON).await.unwrap().used.unwrap().seconds.unwrap()
+    };
+    assert_eq!(seconds("agent", &agent, 1800).await, 0);
+    assert!((3600..4000).contains(&seconds("session", &asked, 20_000).await));
+    seconds("session", &uncounted, 20_000).await;
+    for session in [&asked, &uncounted] {
+        let admitted = models.begin(&models.request(session, 5)).await;
+        assert!(matches!(admitted, Admission::Admitted(_)), "{admitted:?}");
+    }
+    assert!(seconds("agent", &agent, 1800).await < 600);
+    assert!((3600..4000).contains(&seconds("session", &asked, 20_000).await));
+    assert!((7200..7800).contains(&seconds("session", &uncounted, 20_000).await));
 }
 
 #[tokio::test]
