@@ -32,7 +32,7 @@ pub struct Memory {
 #[derive(Debug)]
 pub struct HeldBody {
     pub bytes: Bytes,
-    pub memory: [Option<OwnedSemaphorePermit>; 2],
+    pub memory: [Option<OwnedSemaphorePermit>; 3],
 }
 
 impl Memory {
@@ -40,16 +40,17 @@ impl Memory {
         Self { units: Arc::new(Semaphore::new((bytes / UNIT).clamp(1, Semaphore::MAX_PERMITS))), body_bytes_max }
     }
 
-    /// Reads a body. Memory is taken as bytes arrive: what a client announces costs nothing. `share` is what the body's session may hold.
-    pub async fn read(&self, body: Body, announced: Option<usize>, share: &Arc<Semaphore>) -> Result<HeldBody, Refusal> {
+    /// Reads a body. Memory is taken as bytes arrive: what a client announces costs nothing. `shares` are what the body's session and its user
+    /// may hold.
+    pub async fn read(&self, body: Body, announced: Option<usize>, shares: &[Arc<Semaphore>; 2]) -> Result<HeldBody, Refusal> {
         if announced.is_some_and(|bytes| bytes > self.body_bytes_max) {
             return Err(Refusal::TooLarge);
         }
-        timeout(TIME_MAX, self.fill(body, share)).await.unwrap_or(Err(Refusal::Body))
+        timeout(TIME_MAX, self.fill(body, shares)).await.unwrap_or(Err(Refusal::Body))
     }
 
-    async fn fill(&self, body: Body, share: &Arc<Semaphore>) -> Result<HeldBody, Refusal> {
-        let (mut bytes, mut held, mut memory) = (BytesMut::new(), 0, [None, None]);
+    async fn fill(&self, body: Body, [session, user]: &[Arc<Semaphore>; 2]) -> Result<HeldBody, Refusal> {
+        let (mut bytes, mut held, mut memory) = (BytesMut::new(), 0, [None, None, None]);
         let mut chunks = body.into_data_stream();
         while let Some(chunk) = timeout(SILENCE_MAX, chunks.next()).await.map_err(|_| Refusal::Body)? {
             let data = chunk.map_err(|_| Refusal::Body)?;
@@ -59,10 +60,11 @@ impl Memory {
             }
             let more = total.div_ceil(UNIT) - held;
             let units = u32::try_from(more).unwrap_or(u32::MAX);
-            let own = share.clone().try_acquire_many_owned(units).map_err(|_| Refusal::Busy)?;
+            let take = |share: &Arc<Semaphore>| share.clone().try_acquire_many_owned(units).map_err(|_| Refusal::Busy);
+            let (of_session, of_user) = (take(session)?, take(user)?);
             let common = timeout(MEMORY_WAIT_MAX, self.units.clone().acquire_many_owned(units)).await;
             let common = common.ok().and_then(Result::ok).ok_or(Refusal::Busy)?;
-            for (kept, more) in memory.iter_mut().zip([own, common]) {
+            for (kept, more) in memory.iter_mut().zip([of_session, of_user, common]) {
                 match kept {
                     None => *kept = Some(more),
                     Some(permit) => permit.merge(more),
@@ -81,8 +83,9 @@ mod tests {
 
     use super::*;
 
-    fn semaphore(permits: usize) -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(permits))
+    /// Of a session, and of a user who has ten such.
+    fn shares(permits: usize) -> [Arc<Semaphore>; 2] {
+        [permits, permits * 10].map(|permits| Arc::new(Semaphore::new(permits)))
     }
 
     fn silent() -> Body {
@@ -92,7 +95,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn announced_bodies_take_no_memory_and_silent_ones_end() {
         let memory = Memory::new(64 * UNIT, 64 * UNIT);
-        let (first, second) = (semaphore(64), semaphore(64));
+        let (first, second) = (shares(64), shares(64));
         let announcing = (0..64).map(|_| memory.read(silent(), Some(64 * UNIT), &first));
         let announcing = futures::future::join_all(announcing);
         let honest = memory.read(Body::from(vec![1; 60 * UNIT]), Some(60 * UNIT), &second);
@@ -104,21 +107,21 @@ mod tests {
     #[tokio::test]
     async fn a_session_holds_its_share_and_no_more() {
         let memory = Memory::new(64 * UNIT, 64 * UNIT);
-        let (share, other) = (semaphore(16), semaphore(16));
+        let (share, other) = (shares(16), shares(16));
         let kept = memory.read(Body::from(vec![1; 10 * UNIT]), None, &share).await;
         assert!(kept.is_ok());
         assert!(matches!(memory.read(Body::from(vec![1; 10 * UNIT]), None, &share).await, Err(Refusal::Busy)));
         assert!(memory.read(Body::from(vec![1; 10 * UNIT]), None, &other).await.is_ok());
         drop(kept);
         assert!(memory.read(Body::from(vec![1; 10 * UNIT]), None, &share).await.is_ok());
-        assert_eq!((memory.units.available_permits(), share.available_permits()), (64, 16));
+        assert_eq!((memory.units.available_permits(), share[0].available_permits()), (64, 16));
     }
 
     #[tokio::test]
     async fn a_body_over_the_limit_is_refused_whatever_it_announces() {
         let memory = Memory::new(64 * UNIT, 4 * UNIT);
         for announced in [Some(5 * UNIT), Some(1), None] {
-            let body = memory.read(Body::from(vec![1; 5 * UNIT]), announced, &semaphore(64)).await;
+            let body = memory.read(Body::from(vec![1; 5 * UNIT]), announced, &shares(64)).await;
             assert!(matches!(body, Err(Refusal::TooLarge)), "{announced:?}");
         }
     }

@@ -47,12 +47,14 @@ use crate::{
     prices::Prices,
     proxy::Proxy,
     routed::Routed,
-    share::{ShareLimits, Shares},
+    share::{Pools, ShareLimits, Shares},
     tokens::Tokens,
 };
 
 /// Of the memory for bodies, one session may take one part of so many, or what one body needs.
 const SESSION_FRACTION: usize = 8;
+/// All sessions of a user together leave the rest of the memory and of the connections to others.
+const USER_FRACTION: usize = 2;
 /// Bodies to MCP servers, and answers of Git LFS, have memory of their own, one part of so many as large: a server may hold on to a body
 /// for as long as it likes. One body may take what its session may.
 const ROUTED_FRACTION: usize = 4;
@@ -203,11 +205,19 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let http = client().read_timeout(config.silence).build()?;
     let routed_bytes = config.bodies_bytes_max / ROUTED_FRACTION;
     let routed_bytes_of_session = routed_bytes / SESSION_FRACTION;
+    let units = |bytes: usize, least: usize| bytes.max(least).div_ceil(body::UNIT);
     let share = ShareLimits {
         requests: config.requests_per_session,
-        routed_units: routed_bytes_of_session.div_ceil(body::UNIT),
-        body_units: (config.bodies_bytes_max / SESSION_FRACTION).max(config.body_bytes_max).div_ceil(body::UNIT),
-        connections: config.requests_per_session.saturating_mul(2),
+        session: Pools {
+            body_units: units(config.bodies_bytes_max / SESSION_FRACTION, config.body_bytes_max),
+            routed_units: units(routed_bytes_of_session, 1),
+            connections: config.requests_per_session.saturating_mul(2),
+        },
+        user: Pools {
+            body_units: units(config.bodies_bytes_max / USER_FRACTION, config.body_bytes_max),
+            routed_units: units(routed_bytes / USER_FRACTION, 1),
+            connections: config.connections / USER_FRACTION,
+        },
     };
     let ledger = Ledger::new(bus.clone(), Prices::load(config.prices.as_deref())?, lifecycle.tracker());
     lifecycle.spawn("lease", ledger.clone().renew(lifecycle.stop_token()));

@@ -81,8 +81,8 @@ pub struct Connection(Arc<Known>);
 struct Known {
     number: u64,
     strangers: Arc<Strangers>,
-    owner: OnceLock<OwnedSemaphorePermit>,
-    /// Its session has as many as it may: it is closed after the response.
+    owner: OnceLock<[OwnedSemaphorePermit; 2]>,
+    /// Its session or its user has as many as they may: it is closed after the response.
     is_surplus: AtomicBool,
 }
 
@@ -92,11 +92,11 @@ impl Connection {
         if self.0.owner.get().is_some() {
             return;
         }
-        match share.connections.clone().try_acquire_owned() {
-            Ok(permit) => {
-                let _ = self.0.owner.set(permit);
+        match share.connections.each_ref().map(|pool| pool.clone().try_acquire_owned()) {
+            [Ok(of_session), Ok(of_user)] => {
+                let _ = self.0.owner.set([of_session, of_user]);
             }
-            Err(_) => self.0.is_surplus.store(true, Ordering::Relaxed),
+            _ => self.0.is_surplus.store(true, Ordering::Relaxed),
         }
         self.0.strangers.leave(self.0.number);
     }
@@ -184,11 +184,12 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
-    use crate::share::{Share, ShareLimits};
+    use crate::share::{Pools, ShareLimits, Shares};
 
     /// Serves 64 connections, 8 of them without a token; a request to `/` shows one of a session that may have two.
     async fn start() -> (SocketAddr, CancellationToken) {
-        let share = Arc::new(Share::new(ShareLimits { requests: 64, body_units: 1, routed_units: 1, connections: 2 }));
+        let pools = |connections| Pools { body_units: 1, routed_units: 1, connections };
+        let share = Shares::new(ShareLimits { requests: 64, session: pools(2), user: pools(64) }).of("s", "u");
         let answer = move |Extension(connection): Extension<Connection>| {
             connection.belongs_to(&share);
             async { "hello" }

@@ -250,7 +250,7 @@ impl Tokens {
             secret.value.zeroize();
         }
         let routes = bundle.routes.into_iter().map(|route| Arc::new(granted(route))).collect();
-        let share = self.shares.of(&reply.session_id);
+        let share = self.shares.of(&reply.session_id, &reply.user_id);
         let grant = Grant { session_id: reply.session_id, secrets, routes, share };
         Ok(Entry { grant: Arc::new(grant), redeemed: Instant::now() })
     }
@@ -265,6 +265,9 @@ fn granted(route: Route) -> GrantedRoute {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::share::{Pools, ShareLimits};
+
+    const ONE: Pools = Pools { body_units: 1, routed_units: 1, connections: 1 };
 
     fn grant(kinds: &[CredentialKind]) -> Grant {
         let secrets = kinds.iter().map(|kind| (kind.as_str(), SecretString::from(kind.as_str()))).collect();
@@ -272,7 +275,7 @@ mod tests {
             session_id: String::new(),
             secrets,
             routes: Vec::new(),
-            share: Arc::new(Share::new(crate::share::ShareLimits { requests: 1, body_units: 1, routed_units: 1, connections: 1 })),
+            share: Shares::new(ShareLimits { requests: 1, session: ONE, user: ONE }).of("s", "u"),
         }
     }
 
