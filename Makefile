@@ -30,7 +30,7 @@ test: AGENTS = claude codex gemini opencode
 test: export SETUP_BROWSER = 1
 test: build ## Run every test, with every agent CLI
 	$(CARGO) test --workspace --no-run --quiet
-	$(BIN)/testkit-run $(CARGO) test --workspace --quiet
+	$(BIN)/testkit-run scripts/test.sh
 
 test-paused: AGENTS = claude codex gemini opencode
 test-paused: build ## Leave permission requests of all CLIs open for ten minutes of a paused sandbox
