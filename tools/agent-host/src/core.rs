@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 
 use contract::host::{
     Capabilities, DecisionSettled, HostStarted, Input, InputSettled, Message, Spec, Step, StepEnded, TurnEnded, WhenBusy,
-    decision_settled::How, input, input_settled::Outcome, record, turn_ended::Reason,
+    decision_settled::How, event, input, input_settled::Outcome, record, turn_ended::Reason,
 };
 
 use crate::{
@@ -117,6 +117,8 @@ pub struct Core {
     custom_calls: usize,
     /// MCP servers that were told of.
     failed_mcp: Vec<String>,
+    /// Errors that came while no turn ran, which the next one tells of.
+    early: Vec<event::Kind>,
     line: Vec<u8>,
     line_is_too_long: bool,
     /// When the program's processes are killed, and when a killed one is given up.
@@ -152,6 +154,7 @@ impl Core {
             hidden: HashSet::new(),
             custom_calls: 0,
             failed_mcp: Vec::new(),
+            early: Vec::new(),
             line: Vec::new(),
             line_is_too_long: false,
             kill_at: None,

@@ -23,6 +23,7 @@ const EVENT_BYTES_MAX: usize = 2 << 20;
 const DIFF_BYTES_MAX: usize = 1 << 20;
 const CALLS_MAX: usize = 10_000;
 const FAILED_MCP_MAX: usize = 100;
+const EARLY_MAX: usize = 100;
 
 impl Core {
     pub fn output(&mut self, stream: Stream, data: Vec<u8>, now: u64) {
@@ -142,6 +143,13 @@ impl Core {
         }
     }
 
+    /// What a CLI said while no turn ran.
+    pub(super) fn tell_early(&mut self) {
+        for kind in std::mem::take(&mut self.early) {
+            self.event(None, kind);
+        }
+    }
+
     fn event(&mut self, parent: Option<&str>, kind: event::Kind) {
         let kind = match kind {
             event::Kind::Message(mut message) => {
@@ -162,6 +170,13 @@ impl Core {
             }
             other => other,
         };
+        // An MCP server may fail after the end of the turn that began without it.
+        if matches!(kind, event::Kind::Error(_)) && !self.is_working() {
+            if self.early.len() < EARLY_MAX {
+                self.early.push(kind);
+            }
+            return;
+        }
         let parent = parent.and_then(|call| self.calls.get(call)).copied().unwrap_or_default();
         let mut event = Event { id: self.next_event_id(), parent, kind: Some(kind) };
         let bytes = event.encoded_len();

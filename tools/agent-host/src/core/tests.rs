@@ -1,5 +1,5 @@
 use contract::host::{
-    CustomToolResult, InputAccepted, Interrupt, Message, Spec, TurnEnded, WhenBusy, Withdraw, decision::Verdict, input, record,
+    CustomToolResult, InputAccepted, Interrupt, Message, Spec, TurnEnded, WhenBusy, Withdraw, decision::Verdict, event, input, record,
     turn_ended::Reason,
 };
 use proptest::prelude::*;
@@ -66,6 +66,21 @@ fn an_interrupt_is_settled_before_the_turn_that_it_ends() {
     let settled = records.iter().position(|kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == "i"));
     let ended = records.iter().position(|kind| matches!(kind, record::Kind::TurnEnded(_)));
     assert!(settled.is_some() && settled < ended, "{records:?}");
+}
+
+#[test]
+fn an_error_between_turns_is_told_of_in_the_next_one() {
+    let mut core = running();
+    core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+    core.take_actions();
+    let is_error = |kind: &record::Kind| matches!(kind, record::Kind::Event(event) if matches!(event.kind, Some(event::Kind::Error(_))));
+    core.mcp_failed("slow");
+    assert!(!records(&mut core).iter().any(is_error));
+    core.input(message(2, WhenBusy::Queue), 2);
+    let told = records(&mut core);
+    let started = told.iter().position(|kind| matches!(kind, record::Kind::TurnStarted(_)));
+    assert!(started.is_some() && started < told.iter().position(is_error), "{told:?}");
+    assert_eq!(told.iter().filter(|kind| is_error(kind)).count(), 1);
 }
 
 #[test]

@@ -51,6 +51,7 @@ impl Core {
         let deadline = (message.timeout_seconds > 0).then(|| now + u64::from(message.timeout_seconds) * 1000);
         let (text, traceparent) = (message.text.clone(), message.traceparent.clone());
         self.turn = Some(Turn { message, delivered: false, ending: None, deadline });
+        self.tell_early();
         self.idle_at = None;
         self.calls.clear();
         self.hidden.clear();
