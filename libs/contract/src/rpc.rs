@@ -228,6 +228,8 @@ rpcs! {
     DeleteFile: scheduler::GetFileRequest => common::Empty, "aod.rpc.scheduler.v1.file.delete", idempotent: false;
     /// Gives a session a copy of a file.
     AddSessionFile: scheduler::AddSessionFileRequest => scheduler::File, "aod.rpc.scheduler.v1.session.add_file", idempotent: true;
+    /// Returns the secret that a session keeps its variables and tokens in, and gives it one if it has none.
+    EnsureSessionSecret: scheduler::EnsureSessionSecretRequest => scheduler::EnsureSessionSecretReply, "aod.rpc.scheduler.v1.session.ensure_secret", idempotent: true;
     /// Takes a file from a session.
     RemoveSessionFile: scheduler::RemoveSessionFileRequest => common::Empty, "aod.rpc.scheduler.v1.session.remove_file", idempotent: false;
     /// Announces a file that an agent wrote. For runners.

@@ -9,7 +9,7 @@ use contract::{
     },
 };
 use serde_json::Value;
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use types::{CredentialKind, ErrorCode, SecretId, Timestamp, UserId, agent::keep_redacted};
 use uuid::Uuid;
@@ -187,7 +187,7 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     let mut tx = vault.pool.begin().await?;
     let version = keys::current(&mut tx).await?;
     let sealed = vault.keys.encrypt(version, value.as_bytes(), &binding).map_err(Failure::internal)?;
-    sqlx::query(
+    let inserted = sqlx::query(
         "insert into secret (secret_id, user_id, kind, is_credential, hint, key_version, wrapped_key, ciphertext)
          values ($1, $2, $3, false, '', $4, $5, $6)
          on conflict (secret_id) do nothing",
@@ -200,8 +200,50 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     .bind(sealed.ciphertext)
     .execute(&mut *tx)
     .await?;
+    if request.merge && inserted.rows_affected() == 0 {
+        merge_into(&vault, &mut tx, &binding, version, new).await?;
+    }
     tx.commit().await?;
     Ok(PutSecretReply { secret_id: id.to_string() })
+}
+
+/// Gives a stored document the members of another. Whoever holds its id has the new values from the next time on that it is opened.
+async fn merge_into(vault: &Vault, tx: &mut PgConnection, binding: &Binding<'_>, version: i32, change: Value) -> Result<(), Failure> {
+    let row: Option<SecretRow> = sqlx::query_as(
+        "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
+         from secret
+         where secret_id = $1 and user_id = $2 and kind = $3 and not is_credential
+         for update",
+    )
+    .bind(binding.secret.uuid())
+    .bind(binding.user.uuid())
+    .bind(binding.kind)
+    .fetch_optional(&mut *tx)
+    .await?;
+    let stored = row.ok_or_else(|| Failure::not_found("Secret not found"))?.open(&vault.keys)?;
+    let mut document = serde_json::from_slice(&stored).map_err(Failure::internal)?;
+    merge(&mut document, change);
+    let merged = Zeroizing::new(document.to_string());
+    let sealed = vault.keys.encrypt(version, merged.as_bytes(), binding).map_err(Failure::internal)?;
+    sqlx::query("update secret set key_version = $2, wrapped_key = $3, ciphertext = $4, updated_at = now() where secret_id = $1")
+        .bind(binding.secret.uuid())
+        .bind(sealed.key_version)
+        .bind(sealed.wrapped_key)
+        .bind(sealed.ciphertext)
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+fn merge(document: &mut Value, change: Value) {
+    match (document, change) {
+        (Value::Object(document), Value::Object(change)) => {
+            for (name, value) in change {
+                merge(document.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (document, change) => *document = change,
+    }
 }
 
 /// A user's document of a kind.
@@ -250,6 +292,13 @@ fn hint(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_change_leaves_what_it_does_not_name() {
+        let mut document = serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "old", "/b": "b" } });
+        merge(&mut document, serde_json::json!({ "env": {}, "tokens": { "/a": "new", "/c": "c" } }));
+        assert_eq!(document, serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "b", "/c": "c" } }));
+    }
 
     #[test]
     fn a_short_value_gives_no_hint() {

@@ -88,6 +88,46 @@ async fn a_document_that_is_stored_again_under_its_id_is_stored_once() {
     assert_eq!(stored, 1);
 }
 
+/// A token of one repository is exchanged while the session's other secrets stay, also where two are exchanged at once.
+#[tokio::test]
+async fn a_document_takes_over_the_members_of_another() {
+    let (_vault, gateway, scheduler, runner) = Vault::start().await;
+    let (id, user, session) = (SecretId::new().to_string(), UserId::new(), SessionId::new());
+    let request = |value: &str| PutSecretRequest {
+        user_id: user.to_string(),
+        kind: "session".to_owned(),
+        value: value.as_bytes().to_vec(),
+        secret_id: id.clone(),
+        merge: true,
+        ..PutSecretRequest::default()
+    };
+    let put = async |value: &str| gateway.call::<rpc::PutSecret>(&request(value), SOON).await;
+    put(r#"{"env":{"A":"1"},"tokens":{"/a":"old","/b":"old"}}"#).await.unwrap();
+    let (one, two) = tokio::join!(put(r#"{"env":{},"tokens":{"/a":"new"}}"#), put(r#"{"tokens":{"/c":"new"}}"#));
+    one.unwrap();
+    two.unwrap();
+    let of_another = PutSecretRequest { user_id: UserId::new().to_string(), ..request("{}") };
+    assert_eq!(gateway.call::<rpc::PutSecret>(&of_another, SOON).await.unwrap_err().code, ErrorCode::NotFound);
+    let key = KeyPair::generate().unwrap();
+    let mint = MintLeaseRequest {
+        user_id: user.to_string(),
+        session_id: session.to_string(),
+        purpose: "turn 1".to_owned(),
+        secret_ids: vec![id.clone()],
+        ttl_seconds: 60,
+        epoch: 1,
+        public_key: key.public().to_vec(),
+        ..MintLeaseRequest::default()
+    };
+    let lease_id = scheduler.call::<rpc::MintLease>(&mint, SOON).await.unwrap().lease_id;
+    let redeem = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), ..RedeemLeaseRequest::default() };
+    let sealed = runner.call::<rpc::RedeemLease>(&redeem, SOON).await.unwrap().sealed;
+    let opened = key.open(&sealed, lease_id.as_bytes()).unwrap();
+    let bundle = Bundle::decode(opened.as_slice()).unwrap();
+    let document: serde_json::Value = serde_json::from_slice(&bundle.secrets[0].value).unwrap();
+    assert_eq!(document, serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "old", "/c": "new" } }));
+}
+
 /// What sweeps go by: an account that many share is searched once.
 #[tokio::test]
 async fn users_without_a_sprites_token_share_the_deployments_account() {

@@ -78,7 +78,7 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(v1::sessions::get, v1::sessions::update, v1::sessions::delete))
         .routes(routes!(v1::sessions::archive))
         .routes(routes!(v1::resources::list, v1::resources::add))
-        .routes(routes!(v1::resources::get, v1::resources::remove))
+        .routes(routes!(v1::resources::get, v1::resources::update, v1::resources::remove))
         .routes(routes!(v1::files::list, v1::files::upload))
         .routes(routes!(v1::files::get, v1::files::delete))
         .routes(routes!(v1::files::download))

@@ -62,6 +62,16 @@ impl App {
         Ok(Kept { fresh: base.as_ref() != Some(&id), id })
     }
 
+    /// Gives a document under an id the members of another, or stores that one if there is none.
+    pub async fn merge(&self, user_id: &str, kind: Kind, value: &impl Serialize, secret_id: String) -> Result<(), ApiError> {
+        let value = Zeroizing::new(serde_json::to_vec(value).map_err(Failure::internal)?);
+        let sealed = Some(self.seal(user_id, kind.as_str(), &value).await?);
+        let (user_id, kind) = (user_id.to_owned(), kind.as_str().to_owned());
+        let request = PutSecretRequest { user_id, kind, sealed, secret_id, merge: true, ..PutSecretRequest::default() };
+        self.call::<rpc::PutSecret>(&request).await?;
+        Ok(())
+    }
+
     /// Sees to it that a document which nothing came to refer to does not stay behind.
     pub async fn forget_unless_used<T>(&self, kept: Option<Kept>, result: &Result<T, Failure>, used: impl FnOnce(&T) -> bool) {
         let Some(kept) = kept.filter(|kept| kept.fresh) else { return };

@@ -302,10 +302,7 @@ pub fn read_resource(item: &mut Fields) -> Resource {
     if let Some(error) = mount_path.as_deref().and_then(|path| check_mount_path(path).err()) {
         item.refuse("mount_path", &error.to_string());
     }
-    let authorization_token = item.optional_string("authorization_token", BODY_BYTES_MAX);
-    if authorization_token.as_deref().is_some_and(|token| token.is_empty() || token.chars().any(|c| c.is_control() || c.is_whitespace())) {
-        item.refuse("authorization_token", "a token is one word");
-    }
+    let authorization_token = read_token(item);
     Resource {
         r#type: RepositoryTag::GithubRepository,
         mount_path: mount_path.or_else(|| repository.as_ref().map(RepositoryUrl::default_mount_path)),
@@ -315,6 +312,14 @@ pub fn read_resource(item: &mut Fields) -> Resource {
         author: item.nested("author", read_author),
         authorization_token,
     }
+}
+
+pub fn read_token(item: &mut Fields) -> Option<String> {
+    let token = item.optional_string("authorization_token", BODY_BYTES_MAX)?;
+    if token.is_empty() || token.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        item.refuse("authorization_token", "a token is one word");
+    }
+    Some(token)
 }
 
 fn read_checkout(checkout: &mut Fields) -> Option<Checkout> {

@@ -63,6 +63,7 @@ struct TurnRow {
     collects_outputs: bool,
     had_files: bool,
     wants_previews: bool,
+    has_changed_tokens: bool,
 }
 
 /// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant is fenced off, and returns all that
@@ -104,7 +105,7 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
          select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
                 s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools,
-                s.collects_outputs, s.had_files, s.wants_previews
+                s.collects_outputs, s.had_files, s.wants_previews, s.tokens_changed_at is not null as has_changed_tokens
          from claimed c
          join session s using (session_id)
          join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -181,7 +182,7 @@ async fn specification(
     };
     let (lease_id, (recorded_through, last_event)) = tokio::try_join!(mint(scheduler, grant), end_of_log)?;
     let has_vaults = session.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
-    let may_change = session.agent_version < 0 || has_vaults || turn.wants_previews;
+    let may_change = session.agent_version < 0 || has_vaults || turn.wants_previews || turn.has_changed_tokens;
     let files_of = async |wanted: bool, kind: FileKind| match wanted {
         true => files::of_sessions(&scheduler.pool, &[id.uuid()], kind).await,
         false => Ok(Vec::new()),

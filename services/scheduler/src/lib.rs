@@ -150,6 +150,7 @@ const MIGRATIONS: &[store::Step] = &[
     (172, "previews", include_str!("../../../migrations/scheduler/0172_previews.sql")),
     (180, "upload of user", include_str!("../../../migrations/scheduler/0180_upload_of_user.sql")),
     (181, "upload by age", include_str!("../../../migrations/scheduler/0181_upload_by_age.sql")),
+    (190, "exchanged tokens", include_str!("../../../migrations/scheduler/0190_exchanged_tokens.sql")),
 ];
 
 /// What every request works with.
@@ -270,6 +271,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ListFiles, _, _>(files::list).await?;
     responder.serve::<rpc::DeleteFile, _, _>(files::delete).await?;
     responder.serve::<rpc::AddSessionFile, _, _>(files::add).await?;
+    responder.serve::<rpc::EnsureSessionSecret, _, _>(managed::ensure_secret).await?;
     responder.serve::<rpc::RemoveSessionFile, _, _>(files::remove).await?;
     responder.serve::<rpc::BeginOutput, _, _>(files::begin_output).await?;
     responder.serve::<rpc::CommitOutput, _, _>(files::commit_output).await?;

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use bus::Failure;
 use contract::{
-    scheduler::{ArchiveSessionRequest, GetSessionRequest, Session, UpdateSessionRequest},
+    scheduler::{
+        ArchiveSessionRequest, EnsureSessionSecretReply, EnsureSessionSecretRequest, GetSessionRequest, Session, UpdateSessionRequest,
+    },
     session::{Terminated, Updated, session_event::Kind},
 };
 use prost::Message as _;
@@ -21,7 +23,7 @@ use crate::{
     Scheduler, agents,
     ending::{self, Appended},
     inputs::At,
-    once, projection,
+    once, projection, secret_id,
     sessions::{
         self,
         row::{self, lock, missing},
@@ -113,6 +115,29 @@ async fn update_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: 
         .execute(&mut *tx)
         .await?;
     Ok(true)
+}
+
+/// The secret that a session keeps its tokens in: the one that it has, or the one that the request names. Its next turn renews what its
+/// sandbox has of them.
+pub async fn ensure_secret(scheduler: Scheduler, request: EnsureSessionSecretRequest) -> Result<EnsureSessionSecretReply, Failure> {
+    let (user, id): (UserId, SessionId) =
+        (request.user_id.parse().map_err(|_| missing())?, request.session_id.parse().map_err(|_| missing())?);
+    let new = secret_id(Some(&request.secret_id))?;
+    let mut tx = scheduler.pool.begin().await?;
+    let row = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
+    if row.archived_at.is_some() || row.sprite_destroyed_at.is_some() {
+        return Err(Failure::conflict("The session is terminated").because("session_terminated"));
+    }
+    let secret: Uuid = sqlx::query_scalar(
+        "update session set secret_id = coalesce(secret_id, $2), tokens_changed_at = now(), updated_at = now()
+         where session_id = $1 returning secret_id",
+    )
+    .bind(id.uuid())
+    .bind(new)
+    .fetch_one(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(EnsureSessionSecretReply { secret_id: secret.to_string() })
 }
 
 /// Appends what changed of sessions to their logs, once they are idle.

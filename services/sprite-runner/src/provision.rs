@@ -84,6 +84,38 @@ pub struct Provisioning<'a> {
     pub gateway: Option<&'a str>,
 }
 
+/// How git reaches repositories that need a token.
+struct Git<'a> {
+    /// The lines of a credential store.
+    credentials: String,
+    /// The model gateway, and the token that it is shown.
+    at_gateway: Option<(&'a str, &'a str)>,
+    /// Of repositories whose tokens the model gateway has.
+    routes: Vec<(&'a str, &'a str)>,
+}
+
+impl Git<'_> {
+    fn is_empty(&self) -> bool {
+        self.credentials.is_empty() && self.at_gateway.is_none()
+    }
+
+    /// May be run again.
+    fn script(&self) -> String {
+        let mut script = String::from("set -e\n");
+        if !self.credentials.is_empty() {
+            // A token is for its own repository, not for all of the host's.
+            script += &format!(
+                "git config --global credential.helper 'store --file {GIT_CREDENTIALS}'\n\
+                 git config --global credential.https://github.com.useHttpPath true\n"
+            );
+        }
+        if let Some((gateway, _)) = self.at_gateway {
+            script += &setup::lead_git(gateway, GIT_SESSION, self.routes.iter().copied());
+        }
+        script
+    }
+}
+
 impl Provisioning<'_> {
     /// What comes before the agent host: the Sprite itself.
     pub async fn create(&self, record: &mut Record) -> Result<(), StageFailed> {
@@ -101,12 +133,11 @@ impl Provisioning<'_> {
     /// All else.
     pub async fn set_up(&self, record: &mut Record, host: &mut StepRunner) -> Result<(), StageFailed> {
         stage(record, Stage::EnvFile, host.reach()).await?;
-        let credentials = self.setup.git_credentials(self.secrets);
-        let has_routes = self.secrets.repository_routes().next().is_some();
-        if (has_routes || !credentials.is_empty())
+        let git = self.git();
+        if !git.is_empty()
             && let Some(course) = Course::begin(record, Stage::GitCredentials).await?
         {
-            let done = self.set_git_up(credentials, record, host).await;
+            let done = self.set_git_up(git, record, host).await;
             course.end(record, done).await?;
         }
         let steps = self.setup.steps();
@@ -146,10 +177,36 @@ impl Provisioning<'_> {
         self.adapter.config_files(&servers, self.models)
     }
 
-    /// Writes the configuration anew, for an agent that may have changed since the turn before.
-    pub async fn renew_config(&self) -> Result<(), sprites::Error> {
+    /// Writes the configuration anew, for an agent or tokens that may have changed since the turn before.
+    pub async fn renew_config(&self) -> Result<(), String> {
         for (path, content) in self.config_files() {
-            self.sprite.write(path, content, 0o600).await?;
+            self.sprite.write(path, content, 0o600).await.map_err(|error| error.to_string())?;
+        }
+        let git = self.git();
+        if git.is_empty() {
+            return Ok(());
+        }
+        self.write_git_files(&git).await.map_err(|error| error.to_string())?;
+        let request = ExecRequest { argv: &["bash", "-c", &git.script()], ..ExecRequest::default() };
+        match self.sprite.run(&request, STAGE_MAX).await.map_err(|error| error.to_string())?.code {
+            0 => Ok(()),
+            code => Err(format!("setting git up exited with {code}")),
+        }
+    }
+
+    /// How git reaches the session's repositories.
+    fn git(&self) -> Git<'_> {
+        let at_gateway = self.gateway.zip(self.secrets.route_token()).filter(|_| self.secrets.repository_routes().next().is_some());
+        let routes = self.secrets.repository_routes().collect();
+        Git { credentials: self.setup.git_credentials(self.secrets), at_gateway, routes }
+    }
+
+    async fn write_git_files(&self, git: &Git<'_>) -> Result<(), sprites::Error> {
+        if !git.credentials.is_empty() {
+            self.sprite.write(GIT_CREDENTIALS, git.credentials.clone(), 0o600).await?;
+        }
+        if let Some((_, token)) = git.at_gateway {
+            self.sprite.write(GIT_SESSION, format!("username=session\npassword={token}\n"), 0o600).await?;
         }
         Ok(())
     }
@@ -171,21 +228,9 @@ impl Provisioning<'_> {
         limited.map_err(|error| format!("this sandbox cannot limit its network: {error}").into())
     }
 
-    async fn set_git_up(&self, credentials: String, record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
-        let mut script = String::from("set -e\n");
-        if !credentials.is_empty() {
-            self.sprite.write(GIT_CREDENTIALS, credentials, 0o600).await?;
-            // A token is for its own repository, not for all of the host's.
-            script += &format!(
-                "git config --global credential.helper 'store --file {GIT_CREDENTIALS}'\n\
-                 git config --global credential.https://github.com.useHttpPath true\n"
-            );
-        }
-        if let (Some(gateway), Some(token)) = (self.gateway, self.secrets.route_token()) {
-            self.sprite.write(GIT_SESSION, format!("username=session\npassword={token}\n"), 0o600).await?;
-            script += &setup::lead_git(gateway, GIT_SESSION, self.secrets.repository_routes());
-        }
-        let step = Step { what: "setting git up".to_owned(), script };
+    async fn set_git_up(&self, git: Git<'_>, record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
+        self.write_git_files(&git).await?;
+        let step = Step { what: "setting git up".to_owned(), script: git.script() };
         self.run_steps(Stage::GitCredentials, &[step], record, host).await
     }
 

@@ -913,6 +913,11 @@ def session_resources(world):
     assert resources.delete(added.id, session_id=session).type == "session_resource_deleted"
     assert list(resources.list(session)) == []
     raises(anthropic.NotFoundError, lambda: resources.add(session, type="file", file_id="file_none"))
+    made = world.new_session(resources=[{"type": "github_repository", "url": "https://github.com/acme/none", "authorization_token": "one"}])
+    changed = resources.update(made.resources[0].id, session_id=made.id, authorization_token="two")
+    assert changed.id == made.resources[0].id and changed.mount_path == "/workspace/none", changed
+    assert changed.updated_at > changed.created_at and "two" not in changed.to_json(), changed
+    raises(anthropic.BadRequestError, lambda: resources.update(changed.id, session_id=made.id, authorization_token=""))
 
 
 @check(62, "an Idempotency-Key sends once")

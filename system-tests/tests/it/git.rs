@@ -92,9 +92,14 @@ impl PrivateGitHub {
             let tree = github.git(name, &["hash-object", "-t", "tree", "-w", "/dev/null"]).await;
             let commit = github.git(name, &["commit-tree", &tree, "-m", "first"]).await;
             github.git(name, &["update-ref", "refs/heads/main", &commit]).await;
-            std::fs::write(path.join("token"), token).unwrap();
+            github.set_token(name, token);
         }
         github
+    }
+
+    /// Exchanges what a repository wants to see.
+    pub fn set_token(&self, name: &str, token: &str) {
+        std::fs::write(self.served.path().join(name).join("token"), token).unwrap();
     }
 
     /// What git says of a repository, asked on the server.

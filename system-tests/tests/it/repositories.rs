@@ -51,7 +51,7 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
         git -C /workspace/acme/one config remote.origin.url; stat -c %a ~/.aod/git-session
         git -C /workspace/acme/one remote get-url origin | sed 's,//[^/]*/,//gateway/,'; ls ~/.aod/git-credentials 2>/dev/null
         grep -rl 'ghp[_]' /workspace ~ /tmp 2>/dev/null || echo no token"#;
-    let (_, events) = run(&stack, &github, resources, prompt).await;
+    let (session, events) = run(&stack, &github, resources, prompt).await;
     let said = output(&events);
     for wanted in [
         "pushed one\n",
@@ -64,6 +64,30 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
     for name in ["one", "two"] {
         assert_eq!(github.git(&format!("acme/{name}"), &["show", "main:file"]).await, name);
     }
+    // Both tokens are exchanged at GitHub, and one of them in the session.
+    github.set_token("acme/one", "ghp_newer");
+    github.set_token("acme/two", "ghp_unknown");
+    let sessions = stack.get("/v1/sessions").await.unwrap();
+    let path = format!("/v1/sessions/{}/resources", sessions.body["data"][0]["id"].as_str().unwrap());
+    let listed = stack.get(&path).await.unwrap().body["data"].clone();
+    let one = listed.as_array().unwrap().iter().find(|resource| resource["mount_path"] == "/workspace/acme/one").unwrap();
+    let path = format!("{path}/{}", one["id"].as_str().unwrap());
+    let exchanged = stack.post(&path, json!({ "authorization_token": "ghp_newer" })).await.unwrap();
+    assert!(exchanged.status == 200 && exchanged.body["updated_at"] != one["updated_at"], "{exchanged:?}");
+    assert!(!exchanged.body.to_string().contains("ghp_"), "{exchanged:?}");
+    for bad in [json!({}), json!({ "authorization_token": "a b" }), json!({ "authorization_token": "t", "url": "x" })] {
+        assert_eq!(stack.post(&path, bad.clone()).await.unwrap().status, 400, "{bad}");
+    }
+    let again = r#"
+        for name in one two; do
+            cd /workspace/acme/$name && git commit -q --allow-empty -m again && git push -q 2>/dev/null && echo pushed $name || echo refused $name
+        done
+        grep -rl 'ghp[_]' /workspace ~ /tmp 2>/dev/null || echo no token"#;
+    let answer = stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": again })).await.unwrap();
+    assert_eq!(answer.status, 202, "{answer:?}");
+    let since = events.last().unwrap()["id"].as_u64().unwrap();
+    let said = output(&stack.stream(&session, since).await.unwrap().all().await.unwrap());
+    assert!(said.contains("pushed one\nrefused two\nno token\n"), "{said}");
 }
 
 #[tokio::test]

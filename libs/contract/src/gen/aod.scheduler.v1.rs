@@ -477,6 +477,9 @@ pub struct Session {
     /// Files that are mounted.
     #[prost(message, repeated, tag = "29")]
     pub files: ::prost::alloc::vec::Vec<File>,
+    /// When a token of its repositories was exchanged last.
+    #[prost(int64, optional, tag = "30")]
+    pub tokens_changed_at_us: ::core::option::Option<i64>,
 }
 /// Something that a user sends while a turn runs. The proto of its row.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1714,6 +1717,22 @@ pub struct AddSessionFileRequest {
     pub session_id: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "3")]
     pub file: ::core::option::Option<NewSessionFile>,
+}
+/// A token of one of the session's repositories is about to be exchanged.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EnsureSessionSecretRequest {
+    #[prost(string, tag = "1")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub session_id: ::prost::alloc::string::String,
+    /// Taken where the session has no secret yet.
+    #[prost(string, tag = "3")]
+    pub secret_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EnsureSessionSecretReply {
+    #[prost(string, tag = "1")]
+    pub secret_id: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RemoveSessionFileRequest {

@@ -82,6 +82,9 @@ pub struct PutSecretRequest {
     /// A JSON object.
     #[prost(message, optional, tag = "21")]
     pub sealed: ::core::option::Option<SealedValue>,
+    /// What is stored under the id keeps its other members; objects are merged.
+    #[prost(bool, tag = "22")]
+    pub merge: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PutSecretReply {

@@ -1,6 +1,6 @@
 //! What sessions of `/v1` are given: repositories, when they are created, and files, also later.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use axum::{
     Json,
@@ -10,12 +10,12 @@ use axum::{
 use contract::{
     common::Empty,
     rpc,
-    scheduler::{self, AddSessionFileRequest, GetSessionRequest, NewSessionFile, RemoveSessionFileRequest},
+    scheduler::{self, AddSessionFileRequest, EnsureSessionSecretRequest, GetSessionRequest, NewSessionFile, RemoveSessionFileRequest},
 };
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use types::{
-    FileId, Repository,
+    FileId, Repository, SecretId,
     file::{FILES_OF_SESSION_MAX, UPLOADS, mount_path},
     limits::{BODY_BYTES_MAX, RESOURCES_MAX},
 };
@@ -27,7 +27,8 @@ use crate::{
     auth::Caller,
     body::{Body, Fields},
     error::ApiError,
-    sessions::{Resource as NewRepository, read_resource},
+    secrets::Kind,
+    sessions::{Resource as NewRepository, SessionSecrets, read_resource, read_token},
     v1::{
         environments::Deleted,
         error::refused_field,
@@ -79,7 +80,7 @@ impl Resource {
             id: Self::id_of_repository(&session.session_id, &repository.mount_path),
             given: Given::Repository(repository),
             created_at: time(session.created_at_us),
-            updated_at: time(session.created_at_us),
+            updated_at: time(session.tokens_changed_at_us.unwrap_or(session.created_at_us)),
         };
         repositories.into_iter().map(repository).chain(session.files.iter().map(Self::from)).collect()
     }
@@ -261,6 +262,48 @@ pub async fn get(State(app): State<App>, caller: Caller, path: ResourcePath) -> 
     let session = find(&app, &caller, &path.session).await?;
     let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == path.resource);
     found.map(Json).ok_or_else(|| ApiError::not_found("Resource"))
+}
+
+/// A new token of a repository.
+#[derive(ToSchema)]
+#[schema(as = V1SessionResourceUpdate)]
+#[expect(dead_code, reason = "describes a body")]
+pub struct UpdateBody {
+    /// Stored encrypted and never returned
+    authorization_token: String,
+}
+
+/// Exchange the token of a session's repository
+///
+/// Requests that go through the model gateway are sent with it within a minute, others from the next turn on.
+#[utoipa::path(post, path = "/v1/sessions/{id}/resources/{resource_id}", tag = "managed-agents", operation_id = "session_resources_update", params(ResourceParams), request_body = UpdateBody,
+    responses((status = 200, description = "The resource", body = Resource)))]
+pub async fn update(State(app): State<App>, caller: Caller, path: ResourcePath, body: Body) -> Result<Json<Resource>, ApiError> {
+    let mut fields = body.fields()?;
+    fields.allow_only(&["authorization_token"]);
+    let token = read_token(&mut fields);
+    if token.is_none() {
+        fields.refuse("authorization_token", "authorization_token is required");
+    }
+    fields.finish()?;
+    let Some(token) = token else { return Err(refused_field("authorization_token", "is required")) };
+    let session = find(&app, &caller, &path.session).await?;
+    let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == path.resource);
+    let resource = found.ok_or_else(|| ApiError::not_found("Resource"))?;
+    let Given::Repository(repository) = &resource.given else {
+        return Err(refused_field("resource_id", "a file does not change: add another, and delete this one"));
+    };
+    let tokens = BTreeMap::from([(repository.mount_path.clone(), token)]);
+    let request = EnsureSessionSecretRequest {
+        user_id: caller.user_id.clone(),
+        session_id: session.session_id.clone(),
+        secret_id: SecretId::new().to_string(),
+    };
+    let secret = app.call::<rpc::EnsureSessionSecret>(&request).await?.secret_id;
+    app.merge(&caller.user_id, Kind::Session, &SessionSecrets { env: BTreeMap::new(), tokens }, secret).await?;
+    let session = find(&app, &caller, &path.session).await?;
+    let changed = Resource::all_of(&session).into_iter().find(|changed| changed.id == resource.id);
+    changed.map(Json).ok_or_else(|| ApiError::not_found("Resource"))
 }
 
 /// Take a file from a session

@@ -15,7 +15,7 @@ macro_rules! session_columns {
     () => {
         "session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage, failure_message,
          turn_count, metadata, resources, working_directory, sprite_destroyed_at, event_partition, created_at, updated_at, agent_version,
-         title, archived_at, vault_ids"
+         title, archived_at, vault_ids, tokens_changed_at"
     };
 }
 pub(crate) use session_columns;
@@ -50,6 +50,7 @@ pub struct SessionRow {
     pub title: Option<String>,
     pub archived_at: Option<OffsetDateTime>,
     pub vault_ids: Value,
+    pub tokens_changed_at: Option<OffsetDateTime>,
     /// Where the Managed Agents API asks.
     #[sqlx(default)]
     pub v1_status: Option<String>,
@@ -95,6 +96,7 @@ impl From<SessionRow> for Session {
             title: row.title,
             archived_at_us: row.archived_at.map(micros),
             vault_ids: row.vault_ids.to_string(),
+            tokens_changed_at_us: row.tokens_changed_at.map(micros),
             agent_row_version: row.agent_version,
             ..Self::default()
         }
