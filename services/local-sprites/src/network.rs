@@ -9,7 +9,7 @@ pub mod uplink;
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _},
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
@@ -19,7 +19,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::Semaphore,
     task::JoinSet,
 };
@@ -35,6 +35,8 @@ const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
 const CONNECT_MAX: Duration = Duration::from_secs(15);
 /// Connections of one Sprite at a time.
 const CONNECTIONS_MAX: usize = 512;
+/// Names that are looked up for one Sprite at a time. Each takes a thread of the runtime.
+const LOOKUPS_MAX: usize = 8;
 const RULES_MAX: usize = 1000;
 
 /// What development needs: the meaning of `{"include":"defaults"}`.
@@ -149,6 +151,7 @@ pub struct Gate {
     /// Hosts that may be private addresses: those of the deployment's own services, never what users name.
     private_hosts: Arc<[String]>,
     slots: Arc<Semaphore>,
+    lookups: Arc<Semaphore>,
     /// Ends the connections that were made under rules that do not hold any more.
     connections: Mutex<CancellationToken>,
     closed: CancellationToken,
@@ -199,6 +202,7 @@ impl Gate {
             policy: Mutex::new(policy),
             private_hosts,
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            lookups: Arc::new(Semaphore::new(LOOKUPS_MAX)),
             connections: Mutex::new(closed.child_token()),
             closed,
             pid,
@@ -266,7 +270,9 @@ impl Gate {
     async fn dial(&self, host: &str, port: u16) -> Result<TcpStream, Refused> {
         let named = self.private_hosts.iter().any(|own| *own == format!("{host}:{port}"));
         if let Some(loopback) = loopback(host).filter(|_| !named) {
-            return dial_inside(self.pid, SocketAddr::new(loopback, port)).await;
+            let connected = tokio::time::timeout(CONNECT_MAX, connect_inside(self.pid, SocketAddr::new(loopback, port))).await;
+            let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            return connected.map_err(|error| Refused::Unreachable(error.to_string()));
         }
         if !locked(&self.policy).allows(host) {
             return Err(Refused::Policy);
@@ -274,8 +280,7 @@ impl Gate {
         let private_allowed = self.private_hosts.iter().any(|own| own.eq_ignore_ascii_case(host) || *own == format!("{host}:{port}"));
         let unreachable = |error: io::Error| Refused::Unreachable(error.to_string());
         let connect = async {
-            let addresses: Vec<SocketAddr> =
-                tokio::net::lookup_host((host.trim_matches(['[', ']']), port)).await.map_err(unreachable)?.collect();
+            let addresses = look_up(&self.lookups, host.trim_matches(['[', ']']), port).await.map_err(unreachable)?;
             // An allowed name that leads to this machine or its network is not what was allowed.
             let addresses: Vec<_> = addresses.into_iter().filter(|address| private_allowed || is_public(address.ip())).collect();
             if addresses.is_empty() {
@@ -289,6 +294,18 @@ impl Gate {
     }
 }
 
+/// What a name leads to. The thread that asks is busy until the system's resolver answers, which may be long after its connection was given
+/// up: it keeps the Sprite's slot for as long.
+async fn look_up(slots: &Arc<Semaphore>, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    let slot = slots.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let host = host.to_owned();
+    let found = tokio::task::spawn_blocking(move || {
+        let _slot = slot;
+        Ok((host.as_str(), port).to_socket_addrs()?.collect())
+    });
+    found.await.map_err(io::Error::other)?
+}
+
 /// A Sprite's loopback is its own: what a program means by it, where all that it asks for goes through the proxy.
 fn loopback(host: &str) -> Option<IpAddr> {
     let host = host.trim_matches(['[', ']']);
@@ -298,19 +315,10 @@ fn loopback(host: &str) -> Option<IpAddr> {
     host.parse::<IpAddr>().ok().filter(|address| address.to_canonical().is_loopback())
 }
 
-async fn dial_inside(pid: i32, address: SocketAddr) -> Result<TcpStream, Refused> {
-    let connect = move || {
-        let stream = inside(pid, move || std::net::TcpStream::connect_timeout(&address, CONNECT_MAX))?;
-        stream.set_nonblocking(true)?;
-        TcpStream::from_std(stream)
-    };
-    let runtime = tokio::runtime::Handle::current();
-    let connected = tokio::task::spawn_blocking(move || {
-        let _entered = runtime.enter();
-        connect()
-    });
-    let connected = connected.await.unwrap_or_else(|_| Err(io::Error::other("it cannot be reached")));
-    connected.map_err(|error| Refused::Unreachable(error.to_string()))
+/// Connects from inside of a process's network namespace. Only the socket is made there: a connection that stands still takes no thread.
+pub async fn connect_inside(pid: i32, address: SocketAddr) -> io::Result<TcpStream> {
+    let make = move || inside(pid, move || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() });
+    tokio::task::spawn_blocking(make).await.map_err(io::Error::other)??.connect(address).await
 }
 
 /// What the deployment names that Sprites reach although it is private, and that is not on the machine's loopback: the server carries
@@ -458,6 +466,50 @@ pub fn inside<T: Send + 'static>(pid: i32, make: impl FnOnce() -> io::Result<T> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_name_is_looked_up_when_the_sprites_other_lookups_have_ended() {
+        let slots = Arc::new(Semaphore::new(1));
+        let held = slots.clone().acquire_owned().await.unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(50), look_up(&slots, "localhost", 1)).await.is_err());
+        drop(held);
+        let found = look_up(&slots, "localhost", 1).await.unwrap();
+        assert!(found.iter().all(|address| address.ip().is_loopback() && address.port() == 1) && !found.is_empty());
+        assert_eq!(slots.available_permits(), 1);
+    }
+
+    #[test]
+    fn connections_that_stand_still_take_no_thread_of_the_runtime() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        // Only root enters a namespace.
+        if inside(pid, || Ok(())).is_err() {
+            return;
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).max_blocking_threads(1).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+            let listener = socket.listen(1).unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut accepted = Vec::new();
+            while let Ok(Ok(stream)) = tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(address)).await {
+                accepted.push(stream);
+            }
+            let mut waiting = JoinSet::new();
+            for _ in 0..4 {
+                waiting.spawn(connect_inside(pid, address));
+            }
+            tokio::task::yield_now().await;
+            let work = async {
+                for _ in 0..8 {
+                    tokio::task::spawn_blocking(|| ()).await.unwrap();
+                }
+            };
+            assert!(tokio::time::timeout(Duration::from_secs(10), work).await.is_ok());
+            let another = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            assert!(connect_inside(pid, another.local_addr().unwrap()).await.is_ok());
+        });
+    }
 
     fn policy(rules: serde_json::Value) -> Policy {
         serde_json::from_value(serde_json::json!({ "rules": rules })).unwrap()

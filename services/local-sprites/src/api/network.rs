@@ -72,11 +72,7 @@ async fn connect(socket: &mut WebSocket, holder: Holder) -> io::Result<(TcpStrea
         // Names are of no use where there is nothing but the Sprite itself.
         let host = if host == "localhost" { "127.0.0.1".to_owned() } else { host };
         let address: SocketAddr = format!("{host}:{port}").parse().map_err(|_| invalid("this Sprite reaches itself only"))?;
-        let pid = holder.process.pid;
-        let connect = move || network::inside(pid, move || std::net::TcpStream::connect_timeout(&address, CONNECT_MAX));
-        let stream = tokio::task::spawn_blocking(connect).await.map_err(io::Error::other)??;
-        stream.set_nonblocking(true)?;
-        TcpStream::from_std(stream)
+        network::connect_inside(holder.process.pid, address).await
     };
     let stream = tokio::time::timeout(CONNECT_MAX, dial).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     stream.set_nodelay(true)?;
