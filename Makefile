@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
 .DEFAULT_GOAL = help
-.PHONY: help setup build console demo dev test test-paused faults conformance bench reference fmt lint clean
+.PHONY: help setup build console demo dev test test-paused faults soak conformance bench peers reference fmt lint clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -40,6 +40,12 @@ faults: build ## Inject faults into a stack for about ten minutes and print what
 	@$(CARGO) build --quiet -p system-tests --bin faults
 	@$(BIN)/faults $(ARGS)
 
+# target/soak has the results. ARGS="--sessions 50 --agents 8" suits a larger machine.
+soak: AGENTS = claude codex gemini opencode
+soak: build ## Run sessions of all runtimes with a fault a minute and check every event (HOURS=8; or MINUTES=10, the default)
+	@$(CARGO) build --quiet -p system-tests --bin soak
+	@$(BIN)/soak $(if $(HOURS),--hours $(HOURS)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
 conformance: AGENTS = claude codex gemini opencode
 conformance: build ## Run Anthropic's SDKs against /v1 with every agent CLI and write the table into docs/managed-agents-api.md
 	@scripts/conformance.sh $(ARGS)
@@ -50,6 +56,9 @@ bench: setup console ## Measure throughput and latency beside the floors of the 
 	@$(CARGO) bench --quiet -p system-tests --bench stack -- $(ARGS)
 	@$(CARGO) bench --quiet -p model-gateway --bench gateway -- $(ARGS)
 	@$(CARGO) bench --quiet -p local-sprites
+
+peers: build ## Measure a server that speaks the Managed Agents API: BASE_URL and API_KEY, or a stack of its own (ARGS="--only first")
+	@scripts/peers.sh $(ARGS)
 
 reference: build ## Regenerate docs/configuration.md from the services' --help
 	@$(CARGO) run --quiet -p system-tests --bin reference

@@ -1,21 +1,20 @@
 //! The promise under attack: sessions print numbered lines while parts of the stack are killed, stopped, paused and restarted. Then
 //! what was streamed, what is replayed and what the agent wrote are compared.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::{fmt, process::Command, time::Duration};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use fastrand::Rng;
 use futures::future::try_join_all;
 use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::{Options, Stack, idle};
+use crate::{
+    Options, Stack, idle,
+    lines::{Counted, OWN_COPY, Program},
+    reader::{Reader, Route},
+};
 
 /// One way to disturb the stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,15 +176,27 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// A stack for attacks, with two of everything: what dies is started again.
+/// For attacks: two of everything, and what dies is started again.
+pub const OPTIONS: Options = Options {
+    scripted_model: false,
+    runners: 2,
+    replicas: 2,
+    nats_servers: 1,
+    no_restart: false,
+    // Idle sessions that are followed count as active ones.
+    settings: &[("DEFAULT_MAX_CONCURRENT_SESSIONS", "5000")],
+};
+
+/// A stack for attacks.
 ///
 /// # Errors
 /// When it does not start.
 pub async fn stack() -> Result<Stack> {
-    // Idle sessions that are followed count as active ones.
-    let settings = &[("DEFAULT_MAX_CONCURRENT_SESSIONS", "5000")];
-    Stack::start(Options { runners: 2, replicas: 2, settings, ..Options::default() }).await
+    Stack::start(OPTIONS).await
 }
+
+/// Longer than any turn takes: its time limit, and the grace after it.
+pub(crate) const TURN_MAX: Duration = Duration::from_secs(400);
 
 /// Runs sessions, disturbs them, and judges what became of them.
 ///
@@ -193,7 +204,12 @@ pub async fn stack() -> Result<Stack> {
 /// When the attack itself cannot be carried out.
 pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: Plan) -> Result<Outcome> {
     let mut rng = Rng::with_seed(plan.seed);
-    let scripts: Vec<Script> = (0..plan.sessions).map(|_| Script::new(&mut rng, plan.seconds)).collect();
+    let programs: Vec<Program> = (0..plan.sessions)
+        .map(|_| {
+            let code = rng.u8(0..100).into();
+            Program::new(&mut rng, 1, plan.seconds, code)
+        })
+        .collect();
     let agent = stack.agent("shell").await?;
     let timeout = faults.iter().map(|fault| fault.timeout).min().unwrap_or(300);
     let environment = match faults.iter().find(|fault| fault.before == Before::SetUp) {
@@ -202,7 +218,7 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
     };
     let followed = faults.iter().map(|fault| if let How::KillBesideFollowed(number) = fault.how { number } else { 0 }).max();
     let idle = idle::follow(stack, &agent, followed.unwrap_or_default()).await?;
-    let started = try_join_all(scripts.iter().map(|script| script.start(stack, &agent, environment.as_deref(), timeout))).await?;
+    let started = try_join_all(programs.iter().map(|program| start(stack, program, &agent, environment.as_deref(), timeout))).await?;
     let follow = try_join_all(started.iter().map(|session| follow(stack, session)));
     let disturb = async {
         // Turns are under way, most of them.
@@ -233,44 +249,25 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
         wrong: Vec::new(),
     };
     let may_repeat = faults.iter().any(|fault| matches!(fault.how, How::LoseStreams | How::SetStreamsBack));
-    for ((session, script), live) in started.iter().zip(&scripts).zip(followed?) {
-        judge(stack, session, script, live, may_repeat, &mut outcome).await.with_context(|| format!("session {session}"))?;
+    for ((session, program), (live, end)) in started.iter().zip(&programs).zip(followed?) {
+        judge(stack, session, program, &live, &end, may_repeat, &mut outcome).await.with_context(|| format!("session {session}"))?;
     }
     Ok(outcome)
 }
 
-/// A program that prints numbered lines of varied size at varied speed, and exits with a code of its own.
-struct Script {
-    text: String,
-    lines: usize,
-    code: i64,
+/// Starts a session that runs this program; its id.
+async fn start(stack: &Stack, program: &Program, agent: &str, environment: Option<&str>, timeout: u32) -> Result<String> {
+    let body = json!({ "agent_id": agent, "environment_id": environment, "prompt": program.text, "timeout": timeout });
+    let answer = stack.post("/sessions", body).await?;
+    ensure!(answer.status == 202, "{answer:?}");
+    Ok(answer.text("id").to_owned())
 }
 
-/// Where an agent keeps a copy of its output.
-const OWN_COPY: &str = "/home/sprite/written";
-
-impl Script {
-    fn new(rng: &mut Rng, seconds: u64) -> Self {
-        let pause_ms = rng.u64(5..60);
-        let lines = usize::try_from(seconds * 1000 / (pause_ms + 1)).unwrap_or(1);
-        let (width, code, seed) = (rng.usize(1..400), i64::from(rng.u8(0..100)), rng.u32(..));
-        let text = format!(
-            "exec perl -e '$|=1; srand({seed}); open($own, \">\", \"{OWN_COPY}\"); for $i (1..{lines}) {{ $line = \"$i \" . \"x\" x int(rand({width})) . \"\\n\"; print $own $line; print $line; select(undef, undef, undef, rand({}) / 1000) }} close $own; exit {code}'",
-            pause_ms * 2
-        );
-        Self { text, lines, code }
-    }
-
-    /// Starts the session, however often that takes; an idempotency key keeps it one.
-    async fn start(&self, stack: &Stack, agent: &str, environment: Option<&str>, timeout: u32) -> Result<String> {
-        let body = json!({ "agent_id": agent, "environment_id": environment, "prompt": self.text, "timeout": timeout });
-        let answer = stack.post("/sessions", body).await?;
-        ensure!(answer.status == 202, "{answer:?}");
-        Ok(answer.text("id").to_owned())
-    }
-}
-
-async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Result<()> {
+/// Disturbs a stack once.
+///
+/// # Errors
+/// When that cannot be done, such as when a service does not run.
+pub(crate) async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Result<()> {
     let mut pids: Vec<u32> = fault.services.iter().flat_map(|service| stack.pids(service)).collect();
     ensure!(!pids.is_empty(), "{:?} do not run", fault.services);
     // Of several runners, one; and now and then all.
@@ -349,7 +346,7 @@ async fn environment_with_a_slow_script(stack: &Stack) -> Result<String> {
 const SET_BACK: Duration = Duration::from_secs(2);
 
 /// A process and its children.
-fn with_children(pid: u32) -> Vec<u32> {
+pub(crate) fn with_children(pid: u32) -> Vec<u32> {
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     std::iter::once(pid).chain(children.split_whitespace().filter_map(|child| child.parse().ok())).collect()
 }
@@ -366,55 +363,30 @@ pub(crate) fn sql(stack: &Stack, statement: &str) -> Result<String> {
     run(Command::new("psql").args(["--no-psqlrc", "--tuples-only", "--no-align", "--set", "ON_ERROR_STOP=1", "--command", statement, &url]))
 }
 
-/// What a stream showed that was open throughout, by reconnecting.
-struct Followed {
-    stdout: String,
-    end: Value,
-    ids: Vec<u64>,
-    worst_pause: Duration,
-    connections: usize,
+/// Follows a stream to its end; the reader, and the end.
+async fn follow<'a>(stack: &'a Stack, session: &'a str) -> Result<(Reader<'a>, Value)> {
+    let mut reader = Reader::new(stack, session, Route::Output);
+    let end = reader.read_to_end_of(1, TURN_MAX).await?;
+    Ok((reader, end))
 }
 
-async fn follow(stack: &Stack, session: &str) -> Result<Followed> {
-    let mut followed = Followed { stdout: String::new(), end: Value::Null, ids: Vec::new(), worst_pause: Duration::ZERO, connections: 0 };
-    let begun = Instant::now();
-    let mut last_output = None;
-    while begun.elapsed() < Duration::from_secs(400) {
-        let since = followed.ids.last().copied().unwrap_or_default();
-        followed.connections += 1;
-        if let Ok(mut events) = stack.stream(session, since).await {
-            while let Ok(Some(event)) = events.next().await {
-                let kind = event["type"].as_str().unwrap_or_default();
-                if let (Some(id), true) = (event["id"].as_u64(), kind != "turn_start" && kind != "stale") {
-                    followed.ids.push(id);
-                }
-                if kind == "output" && event["stream"] == "stdout" {
-                    followed.stdout.push_str(event["data"].as_str().unwrap_or_default());
-                    let now = Instant::now();
-                    if let Some(last) = last_output.replace(now) {
-                        followed.worst_pause = followed.worst_pause.max(now - last);
-                    }
-                }
-                if matches!(kind, "exit" | "error" | "terminated") {
-                    followed.end = event;
-                    return Ok(followed);
-                }
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    bail!("session {session} did not end: {:?}", stack.get(&format!("/sessions/{session}")).await.map(|answer| answer.body))
-}
-
-async fn judge(stack: &Stack, session: &str, script: &Script, live: Followed, may_repeat: bool, outcome: &mut Outcome) -> Result<()> {
+async fn judge(
+    stack: &Stack,
+    session: &str,
+    program: &Program,
+    live: &Reader<'_>,
+    end: &Value,
+    may_repeat: bool,
+    outcome: &mut Outcome,
+) -> Result<()> {
     let mut wrong = Vec::new();
     outcome.worst_pause = outcome.worst_pause.max(live.worst_pause);
-    let failed = live.end["type"] != "exit" || live.end["code"] != script.code;
+    let failed = end["type"] != "exit" || end["code"] != program.code;
     if failed {
         outcome.failed += 1;
-        wrong.push(format!("ended with {} and not with exit code {}", live.end, script.code));
+        wrong.push(format!("ended with {end} and not with exit code {}", program.code));
     }
-    if !live.ids.is_sorted_by(|one, next| one < next) {
+    if !live.ids_ascend() {
         wrong.push("ids do not grow".to_owned());
     }
     let replay = stack.stream(session, 0).await?.all().await?;
@@ -424,20 +396,14 @@ async fn judge(stack: &Stack, session: &str, script: &Script, live: Followed, ma
     if replayed != *shown {
         wrong.push(format!("the replay has {} bytes of output, the open stream had {}", replayed.len(), live.stdout.len()));
     }
-    let mut times: BTreeMap<usize, usize> = BTreeMap::new();
-    for line in shown.lines() {
-        if let Some(number) = line.split(' ').next().and_then(|number| number.parse().ok()) {
-            *times.entry(number).or_default() += 1;
-        }
-    }
-    let printed = if failed { times.len() } else { script.lines };
-    let (lost, doubled) = (printed.saturating_sub(times.len()), times.values().filter(|times| **times > 1).count());
-    outcome.lines += times.len();
-    outcome.lost += lost;
+    let counted = Counted::of(shown);
+    let (missing, doubled) = (counted.missing(if failed { 0..0 } else { program.numbers.clone() }), counted.doubled());
+    outcome.lines += counted.lines();
+    outcome.lost += missing.len();
     outcome.doubled += doubled;
-    if lost > 0 || doubled > 0 {
-        let missing: Vec<usize> = (1..=printed).filter(|number| !times.contains_key(number)).take(5).collect();
-        wrong.push(format!("{lost} lines lost (first {missing:?}), {doubled} doubled"));
+    if !missing.is_empty() || doubled > 0 {
+        let first: Vec<_> = missing.iter().take(5).collect();
+        wrong.push(format!("{} lines lost (first {first:?}), {doubled} doubled", missing.len()));
     }
     if !failed {
         let written = file_in_sandbox(stack, session, OWN_COPY).await?;
@@ -446,8 +412,8 @@ async fn judge(stack: &Stack, session: &str, script: &Script, live: Followed, ma
         }
     }
     let state = stack.get(&format!("/sessions/{session}")).await?;
-    let expected = if script.code == 0 { "completed" } else { "failed" };
-    if !failed && (state.text("status"), state.body["exit_code"].as_i64()) != (expected, Some(script.code)) {
+    let expected = if program.code == 0 { "completed" } else { "failed" };
+    if !failed && (state.text("status"), state.body["exit_code"].as_i64()) != (expected, Some(program.code)) {
         wrong.push(format!("its state is {}", state.body));
     }
     outcome.wrong.extend(wrong.into_iter().map(|wrong| format!("session {session} ({} connections): {wrong}", live.connections)));

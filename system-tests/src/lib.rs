@@ -3,10 +3,13 @@
 mod agents;
 pub mod faults;
 pub mod idle;
+mod lines;
+mod reader;
 pub mod reference;
+pub mod soak;
 mod stack;
 mod stream;
 
-pub use agents::for_each_agent;
-pub use stack::{Answer, Options, Stack};
+pub use agents::{RUNTIMES, for_each_agent};
+pub use stack::{Answer, Options, Stack, Stuck};
 pub use stream::Events;

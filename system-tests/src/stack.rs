@@ -14,6 +14,21 @@ use tempfile::TempDir;
 
 use crate::stream::Events;
 
+/// Longer than any part of a stack is away.
+const OUTAGE_MAX: Duration = Duration::from_secs(180);
+
+/// Something that did not end, or was not answered, when it should have been.
+#[derive(Debug)]
+pub struct Stuck(pub String);
+
+impl std::fmt::Display for Stuck {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Stuck {}
+
 /// How to start the stack.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
@@ -183,7 +198,12 @@ impl Stack {
     /// # Errors
     /// When no answer comes.
     pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Answer> {
-        let request = self.http.request(method, format!("{}{path}", self.ready_text("/api_url"))).bearer_auth(self.ready_text("/api_key"));
+        let request = self.http.request(method, format!("{}{path}", self.ready_text("/api_url")));
+        self.send(request, body).await
+    }
+
+    async fn send(&self, request: reqwest::RequestBuilder, body: Option<Value>) -> anyhow::Result<Answer> {
+        let request = request.bearer_auth(self.ready_text("/api_key"));
         let request = match body {
             Some(body) => request.json(&body),
             None => request,
@@ -192,6 +212,37 @@ impl Stack {
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let text = response.text().await?;
         Ok(Answer { status, headers, body: serde_json::from_str(&text).unwrap_or(Value::String(text)) })
+    }
+
+    /// Sends a request again and again, through one gateway after the other, until it is answered by something else than an outage.
+    ///
+    /// # Errors
+    /// [`Stuck`], when it is not within three minutes.
+    pub async fn insist(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Answer> {
+        let (key, begun, mut attempt) = (uuid::Uuid::new_v4().to_string(), Instant::now(), 0);
+        loop {
+            let request = self.http.request(method.clone(), format!("{}{path}", self.gateway(attempt)));
+            let answer = self.send(request.header("idempotency-key", &key), body.clone()).await;
+            let is_outage = match &answer {
+                Ok(answer) => answer.status == 503 || answer.status == 409 && answer.text("detail").contains("still in progress"),
+                Err(_) => true,
+            };
+            if !is_outage {
+                return answer;
+            }
+            if begun.elapsed() > OUTAGE_MAX {
+                return Err(Stuck(format!("{method} {path}: no answer for {OUTAGE_MAX:?}; the last: {answer:?}")).into());
+            }
+            attempt += 1;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// The URL of one of the gateways, by any number.
+    fn gateway(&self, number: usize) -> String {
+        let urls = self.ready("/api_urls");
+        let urls = urls.as_array().map(Vec::as_slice).unwrap_or_default();
+        urls.get(number % urls.len().max(1)).and_then(Value::as_str).unwrap_or_default().to_owned()
     }
 
     /// # Errors
@@ -241,7 +292,18 @@ impl Stack {
     /// # Errors
     /// When it is refused.
     pub async fn open_stream(&self, session: &str, since: u64) -> anyhow::Result<reqwest::Response> {
-        let url = format!("{}/sessions/{session}/stream?since={since}", self.ready_text("/api_url"));
+        self.open(format!("{}/sessions/{session}/stream?since={since}", self.ready_text("/api_url"))).await
+    }
+
+    /// A stream of one of the gateways, by any number.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub(crate) async fn events(&self, gateway: usize, path: &str) -> anyhow::Result<Events> {
+        Ok(Events::new(self.open(format!("{}{path}", self.gateway(gateway))).await?))
+    }
+
+    async fn open(&self, url: String) -> anyhow::Result<reqwest::Response> {
         let response = self.streams.get(url).bearer_auth(self.ready_text("/api_key")).send().await?;
         ensure!(response.status().is_success(), "stream: {}", response.status());
         Ok(response)

@@ -10,16 +10,9 @@ use std::{
 use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use system_tests::{Options, Stack, for_each_agent};
+use system_tests::{Options, RUNTIMES, Stack, for_each_agent};
 
 const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
-/// A runtime, a model of it, what it calls its shell, and whether a message can join its turn.
-const RUNTIMES: [(&str, &str, &str, bool); 4] = [
-    ("claude", "anthropic/claude-sonnet-4-5", "Bash", true),
-    ("codex", "openai/gpt-5.2-codex", "shell", true),
-    ("gemini", "google/gemini-2.5-pro", "run_shell_command", false),
-    ("opencode", "openai/gpt-5.2", "bash", false),
-];
 const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Chat<'a> {
