@@ -65,7 +65,9 @@ class Follower:
 
     async def _read(self):
         try:
-            async with await self.client.beta.sessions.events.stream(self.session) as stream:
+            # A busy server may refuse some of many streams for a moment.
+            events = self.client.with_options(max_retries=5).beta.sessions.events
+            async with await events.stream(self.session) as stream:
                 self.opened.set()
                 async for event in stream:
                     async with self.changed:
@@ -221,6 +223,7 @@ async def readers(world):
     opened = time.monotonic() - opening
     refused = [follower.error for follower in followers if follower.error]
     if refused:
+        await asyncio.gather(*[follower.close() for follower in followers])
         raise RuntimeError(f"{len(refused)} of {len(followers)} streams were refused: {refused[0]}")
     begun = await world.send(session, world.args.say)
     ends = await asyncio.gather(*[follower.until(is_end, 0, world.args.patience) for follower in followers])

@@ -58,7 +58,7 @@ async fn main() -> Result<ExitCode> {
     };
     let outcome = soak::run(plan, stopped, |line| println!("{line}")).await?;
     fs::create_dir_all(&out)?;
-    fs::write(out.join("soak.json"), format!("{:#}\n", outcome.json()))?;
+    fs::write(out.join("soak.json"), format!("{}\n", outcome.json()))?;
     fs::write(out.join("soak.svg"), outcome.svg())?;
     print(&outcome);
     println!("\n{}", out.join("soak.json").display());

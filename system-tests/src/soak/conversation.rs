@@ -242,13 +242,28 @@ async fn drive(stack: &Stack, runtime: &'static str, session: &str, turns: &[Tur
         if !is_as_planned {
             driven.has_failed = true;
             tally.failed += 1;
-            tally.wrong.push(format!("{runtime} {session}: turn {} ended as {state}, planned was exit code {}", number + 1, turn.code));
+            let last = last_events(stack, &path).await?;
+            tally.wrong.push(format!(
+                "{runtime} {session}: turn {} ({:?}, to end with {}) is {status}, {code:?}, {}; the last events: {last}",
+                number + 1,
+                turn.action,
+                turn.code,
+                state["failure"],
+            ));
         }
         if driven.is_terminated || status != "completed" && !is_sent {
             break;
         }
     }
     Ok(driven)
+}
+
+/// The newest typed events, for a report.
+async fn last_events(stack: &Stack, path: &str) -> Result<String> {
+    let page = stack.insist(Method::GET, &format!("{path}/events?order=desc&limit=6"), None).await?.body;
+    let events = page["data"].as_array().into_iter().flatten();
+    let events: Vec<String> = events.map(|event| format!("{} {}", event["processed_at"], event["type"])).collect();
+    Ok(events.join(", "))
 }
 
 /// Waits until a session neither runs nor is about to, and answers what it asks meanwhile; its state.

@@ -8,7 +8,7 @@ const ROW: f64 = 90.0;
 const HEAD: f64 = 60.0;
 const PANEL: f64 = 400.0;
 const LEFT: [f64; 2] = [150.0, 620.0];
-const WIDTH: f64 = 1040.0;
+const WIDTH: f64 = 1060.0;
 const COLOURS: [&str; 6] = ["#1b6ac9", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0f766e"];
 
 /// Draws one row for each service, memory on the left and descriptors on the right. Each process is a line, each fault a grey one.
