@@ -131,7 +131,7 @@ pub async fn run_deadlines(scheduler: Scheduler, stop: CancellationToken) {
             Ok(Err(error)) => tracing::warn!(%error, "failed to look for overdue turns; will retry"),
             Err(_) => tracing::warn!("looking for overdue turns took too long; will retry"),
         }
-        match tokio::time::timeout(Duration::from_secs(30), inputs::decide_overdue(&scheduler)).await {
+        match tokio::time::timeout(Duration::from_secs(30), inputs::requests::decide_overdue(&scheduler)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "failed to look for overdue permission requests; will retry"),
             Err(_) => tracing::warn!("looking for overdue permission requests took too long; will retry"),

@@ -25,8 +25,8 @@ pub struct Applied {
 /// Applies an event to its turn and session. Idempotent: see [`state::next`].
 pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: &Kind, at: At) -> Result<Applied, Failure> {
     let Some(session) = lock(tx, id, None).await? else { return Ok(Applied::default()) };
-    if inputs::concerns(kind) {
-        inputs::apply(tx, &session, event_turn, kind, at).await?;
+    if inputs::events::concerns(kind) {
+        inputs::events::apply(tx, &session, event_turn, kind, at).await?;
         return Ok(Applied::default());
     }
     let current_turn = unsigned(session.turn_count);
@@ -59,13 +59,14 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
         let is_metered = matches!(kind, Kind::TurnStarted(started) if started.is_metered);
         update_turn(tx, id, number, (status, is_metered), &ended).await?;
     }
-    let inputs_wait = has_inputs && transition.turn == Some(TurnStatus::Running) && inputs::turn_started(tx, id, number, at).await?;
+    let inputs_wait =
+        has_inputs && transition.turn == Some(TurnStatus::Running) && inputs::events::turn_started(tx, id, number, at).await?;
     if transition.turn.is_some_and(|status| status != TurnStatus::Running) {
         if has_inputs {
-            inputs::turn_ended(tx, id, number, &ended, at).await?;
+            inputs::events::turn_ended(tx, id, number, &ended, at).await?;
         }
         if has_requests {
-            inputs::void_requests(tx, id).await?;
+            inputs::events::void_requests(tx, id).await?;
         }
     }
     let archived = matches!(kind, Kind::Terminated(terminated) if terminated.archived);
@@ -77,7 +78,7 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
         enqueue_destroy(tx, &session).await?;
     }
     if has_inputs {
-        inputs::go_on(tx, &session, Some(at)).await?;
+        inputs::queue::go_on(tx, &session, Some(at)).await?;
     }
     let runtime = session.runtime;
     let observation = transition.turn.map(|status| match status {

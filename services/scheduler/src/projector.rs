@@ -236,7 +236,7 @@ async fn write(
 }
 
 fn changes_state(kind: &Kind) -> bool {
-    matches!(kind, Kind::TurnStarted(_) | Kind::TurnEnded(_) | Kind::Terminated(_)) || inputs::concerns(kind)
+    matches!(kind, Kind::TurnStarted(_) | Kind::TurnEnded(_) | Kind::Terminated(_)) || inputs::events::concerns(kind)
 }
 
 /// Splits a batch into the events that continue their sessions' logs, and the sessions whose chain is broken.

@@ -111,7 +111,7 @@ async fn go_on_with_queues(scheduler: &Scheduler) -> anyhow::Result<()> {
     for session in sessions {
         let mut tx = scheduler.pool.begin().await?;
         if let Some(row) = lock(&mut tx, SessionId::from_uuid(session), None).await? {
-            inputs::go_on(&mut tx, &row, None).await?;
+            inputs::queue::go_on(&mut tx, &row, None).await?;
         }
         tx.commit().await?;
         scheduler.outbox.notify_one();

@@ -167,7 +167,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
         turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
         Session::from(row)
     } else {
-        Session::from(inputs::begin_with(tx, row, messages, request.timeout_seconds, &request.key_id).await?)
+        Session::from(inputs::queue::begin_with(tx, row, messages, request.timeout_seconds, &request.key_id).await?)
     };
     if request.is_v1 {
         session.v1_status = if messages.is_empty() { "idle" } else { "running" }.to_owned();
@@ -203,10 +203,10 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
     match session.status.parse() {
         Ok(SessionStatus::Pending) => {
             session.waiting_on = waiting_on(&scheduler, &session).await?;
-            session.queued_inputs = Some(inputs::waiting(&scheduler, id).await?.0);
+            session.queued_inputs = Some(inputs::list::waiting(&scheduler, id).await?.0);
         }
         Ok(SessionStatus::Running) => {
-            let (queued, request) = inputs::waiting(&scheduler, id).await?;
+            let (queued, request) = inputs::list::waiting(&scheduler, id).await?;
             session.waiting_on = request.map(|(request, tool)| list::decision(request, &tool));
             session.queued_inputs = Some(queued);
         }
@@ -283,9 +283,9 @@ async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<Crea
     let row = lock(tx, session, Some(user)).await?.ok_or_else(missing)?;
     let when_busy = when_busy(&request, &row)?;
     if row.status()?.is_active() && when_busy != WhenBusy::Reject {
-        let input = inputs::enqueue(tx, &row, &request, when_busy == WhenBusy::Steer).await?;
+        let input = inputs::queue::enqueue(tx, &row, &request, when_busy == WhenBusy::Steer).await?;
         if when_busy == WhenBusy::Interrupt {
-            inputs::interrupt_in(tx, &row, &request.key_id).await?;
+            inputs::interrupts::interrupt_in(tx, &row, &request.key_id).await?;
         }
         let session = Session { input: Some(input), ..Session::from(row) };
         once::remember(tx, user, &route, request.once.as_ref(), &session).await?;

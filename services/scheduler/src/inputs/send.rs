@@ -1,0 +1,123 @@
+//! Events that a user sends together, of any kind: all take effect, or none does.
+
+use bus::Failure;
+use contract::{
+    scheduler::{Input, PromptRequest, QueuedInputs, SendEventsReply, SendEventsRequest, SentMessage, sent_event::Kind as Sent},
+    subject,
+};
+use prost::Message as _;
+use rules::inputs::Change;
+use sqlx::PgConnection;
+use types::{InputKind, SessionId, SessionStatus, UserId};
+
+use crate::{
+    Scheduler,
+    inputs::{
+        InputRow, New, change, input_columns,
+        interrupts::{interrupt_in, open_interrupt},
+        queue::{begin, enqueue},
+        requests::{answer, awaited, decide_in},
+        whose,
+    },
+    micros, once, quota,
+    sessions::row::{SessionRow, lock, missing},
+    unsigned,
+};
+
+/// Events that are sent together: all take effect, or none does.
+pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<SendEventsReply, Failure> {
+    let (user, id) = whose(&request.user_id, &request.session_id)?;
+    let reply = once::retried(|| async {
+        let mut tx = scheduler.pool.begin().await?;
+        let outcome = send_in(&mut tx, user, id, &request).await;
+        once::finish(tx, outcome).await
+    })
+    .await?;
+    scheduler.outbox.notify_one();
+    scheduler.bus.hint(subject::inputs_hint(id)).await;
+    let queued: Vec<Input> = reply.inputs.iter().filter(|input| input.settled_at_us.is_none()).cloned().collect();
+    if !reply.replayed && !queued.is_empty() {
+        scheduler
+            .bus
+            .tell(subject::queued_inputs(id), QueuedInputs { inputs: queued, ..QueuedInputs::default() }.encode_to_vec().into())
+            .await;
+    }
+    Ok(reply)
+}
+
+async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &SendEventsRequest) -> Result<SendEventsReply, Failure> {
+    let route = format!("sessions/{id}/events");
+    if let Some(reply) = once::earlier::<SendEventsReply>(tx, user, &route, request.once.as_ref()).await? {
+        return Ok(SendEventsReply { replayed: true, ..reply });
+    }
+    let mut reply = SendEventsReply::default();
+    for event in &request.events {
+        let session = lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
+        if session.status()? == SessionStatus::Terminated {
+            return Err(Failure::conflict("Session is terminated and takes no more events").because("session_terminated"));
+        }
+        let input = match &event.kind {
+            Some(Sent::Message(message)) => send_message(tx, session, message, request).await?,
+            Some(Sent::Interrupt(_)) if session.status()?.is_active() && open_interrupt(tx, &session).await?.is_none() => {
+                interrupt_in(tx, &session, &request.key_id).await?
+            }
+            // Nothing is to be interrupted, or is being interrupted already. Each event has an id of its own.
+            Some(Sent::Interrupt(_)) => {
+                let row = New::of(InputKind::Interrupt, &request.key_id).insert(tx, id).await?;
+                change(tx, row.input_id, Change::Applied, "", None).await?;
+                Input { settled_at_us: Some(micros(row.created_at)), ..Input::from(row) }
+            }
+            Some(Sent::Decision(decision)) => {
+                decide_in(tx, &session, decision, &request.key_id).await.map(|(_, answer)| answer).map_err(not_pending)?
+            }
+            Some(Sent::ToolResult(result)) => {
+                let row = awaited(tx, id, result.request_id, true).await.map_err(not_pending)?;
+                let (kind, turn) = (InputKind::ToolResult, unsigned(row.turn_number));
+                let new = New { text: &result.text, is_error: result.is_error, ..New::of(kind, &request.key_id) };
+                answer(tx, id, turn, result.request_id, new).await?.into()
+            }
+            None => return Err(Failure::invalid("Unknown event")),
+        };
+        reply.inputs.push(input);
+    }
+    once::remember(tx, user, &route, request.once.as_ref(), &reply).await?;
+    Ok(reply)
+}
+
+/// Names why an answer was refused that no one waits for.
+fn not_pending(failure: Failure) -> Failure {
+    let is_other = !matches!(failure.code, types::ErrorCode::NotFound | types::ErrorCode::Conflict);
+    if is_other { failure } else { Failure::conflict(failure.message).because("tool_use_not_pending") }
+}
+
+/// Begins a turn of a session that is not busy, also of one whose turn failed; else it is queued.
+async fn send_message(
+    tx: &mut PgConnection,
+    session: SessionRow,
+    message: &SentMessage,
+    request: &SendEventsRequest,
+) -> Result<Input, Failure> {
+    let prompt = PromptRequest {
+        prompt: message.text.clone(),
+        timeout_seconds: request.timeout_seconds,
+        key_id: request.key_id.clone(),
+        ..PromptRequest::default()
+    };
+    if session.status()?.is_active() {
+        return enqueue(tx, &session, &prompt, false).await;
+    }
+    if session.sprite_destroyed_at.is_some() {
+        return Err(Failure::conflict("The session's sandbox is gone; start a new session").because("session_terminated"));
+    }
+    // A gateway of an earlier release sends none.
+    if let Some(limit) = request.session_limit {
+        quota::enforce(tx, UserId::from_uuid(session.user_id), limit).await?;
+    }
+    let new = New { text: &prompt.prompt, timeout_seconds: prompt.timeout_seconds, ..New::of(InputKind::Message, &prompt.key_id) };
+    let row = new.insert(tx, SessionId::from_uuid(session.session_id)).await?;
+    let input_id = row.input_id;
+    begin(tx, &session, row).await?;
+    let row: InputRow =
+        sqlx::query_as(concat!("select ", input_columns!(), " from input where input_id = $1")).bind(input_id).fetch_one(tx).await?;
+    Ok(row.into())
+}
