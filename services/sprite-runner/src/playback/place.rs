@@ -1,0 +1,47 @@
+//! An event to append, and what its checkpoint says of the journal.
+
+use contract::session::{Checkpoint, OpenTool, session_event::Kind};
+use prost::Message as _;
+
+/// An event to append, with what its checkpoint says.
+#[derive(Debug, PartialEq)]
+pub struct Emitted {
+    pub kind: Kind,
+    pub place: Place,
+}
+
+impl Emitted {
+    /// Bytes of the agent's output in it, or of what it asks: an agent may ask as fast as it prints.
+    pub fn output_bytes(&self) -> usize {
+        match &self.kind {
+            Kind::Output(output) => output.data.len(),
+            Kind::StageOutput(output) => output.data.len(),
+            Kind::DecisionRequested(requested) => requested.encoded_len(),
+            _ => 0,
+        }
+    }
+}
+
+/// The part of a checkpoint that a playback moves.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Place {
+    pub journal_offset: u64,
+    pub journal: [u64; 2],
+    pub logged: [u64; 2],
+    pub dropped: u64,
+    pub records_through: u64,
+    pub open_tools: Vec<OpenTool>,
+    pub open_requests: Vec<u64>,
+}
+
+impl Place {
+    pub fn apply(self, checkpoint: &mut Checkpoint) {
+        checkpoint.journal_offset = self.journal_offset;
+        [checkpoint.journal_stdout, checkpoint.journal_stderr] = self.journal;
+        [checkpoint.stdout_offset, checkpoint.stderr_offset] = self.logged;
+        checkpoint.output_dropped = self.dropped;
+        checkpoint.records_through = self.records_through;
+        checkpoint.open_tools = self.open_tools;
+        checkpoint.open_requests = self.open_requests;
+    }
+}
