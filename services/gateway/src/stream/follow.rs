@@ -28,7 +28,7 @@ use crate::{
         ids::EventId,
         previews::Previews,
         send,
-        thread::{Place, Thread},
+        thread::{Thread, entry::Place},
     },
 };
 

@@ -26,7 +26,7 @@ use crate::{
         page::{Limits, Order, Page, Start, Wanted},
         previews::Previews,
         query::{Query, bad},
-        thread::{Place, Thread},
+        thread::{Thread, entry::Place},
     },
 };
 

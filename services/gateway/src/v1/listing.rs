@@ -21,7 +21,11 @@ use crate::{
     v1::{
         query::{Query, bad},
         send,
-        thread::{Place, Shown, State, TYPES, Thread},
+        thread::{
+            State, Thread,
+            entry::{Place, Shown},
+            names::TYPES,
+        },
     },
 };
 

@@ -27,7 +27,7 @@ use crate::{
     v1::{
         ids::{PathId, Prefix},
         query::bad,
-        thread::{request_of, sent_id, text},
+        thread::entry::{request_of, sent_id, text},
         time,
     },
 };
@@ -98,7 +98,7 @@ fn shown(event: &SentEvent, input: &Input) -> Value {
         }
         Some(Sent::Decision(decision)) => {
             body.insert("type".to_owned(), "user.tool_confirmation".into());
-            body.insert("tool_use_id".to_owned(), super::thread::tool_use_of(decision.request_id).into());
+            body.insert("tool_use_id".to_owned(), super::thread::entry::tool_use_of(decision.request_id).into());
             body.insert("result".to_owned(), decision.verdict.clone().into());
             if !decision.deny_message.is_empty() {
                 body.insert("deny_message".to_owned(), decision.deny_message.clone().into());
@@ -106,7 +106,7 @@ fn shown(event: &SentEvent, input: &Input) -> Value {
         }
         Some(Sent::ToolResult(result)) => {
             body.insert("type".to_owned(), "user.custom_tool_result".into());
-            body.insert("custom_tool_use_id".to_owned(), super::thread::tool_use_of(result.request_id).into());
+            body.insert("custom_tool_use_id".to_owned(), super::thread::entry::tool_use_of(result.request_id).into());
             body.insert("content".to_owned(), text(&result.text));
             body.insert("is_error".to_owned(), result.is_error.into());
         }
@@ -248,7 +248,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::v1::thread::tool_use_of;
+    use crate::v1::thread::entry::tool_use_of;
 
     fn refusal(event: Value) -> String {
         use axum::response::IntoResponse as _;
