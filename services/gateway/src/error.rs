@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use types::ErrorCode;
 use utoipa::ToSchema;
 
-use crate::{body::FieldError, limits::TryLater};
+use crate::{body::field_error::FieldError, limits::TryLater};
 
 /// A failed request, as its caller sees it.
 #[derive(Debug)]
