@@ -164,5 +164,5 @@ pub fn operator(data_dir: Option<PathBuf>) -> Result<bus::Config, String> {
         running.get("nats_url").and_then(serde_json::Value::as_str).and_then(|url| url.parse().ok()).ok_or_else(unreadable)?;
     let password = url.password().unwrap_or_default().to_owned();
     let _ = (url.set_username(""), url.set_password(None));
-    Ok(crate::admin::operator_config(url.to_string(), password.into(), None))
+    Ok(crate::admin::operator::operator_config(url.to_string(), password.into(), None))
 }
