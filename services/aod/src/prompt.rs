@@ -23,7 +23,7 @@ impl PromptArgs {
     /// Returns the prompt. Without an argument it is read from standard input, unless that is a terminal.
     pub fn read(self) -> Result<String, ApiFailure> {
         let prompt = match (self.prompt, self.prompt_file) {
-            (_, Some(path)) => crate::cli::read_file(&path)?,
+            (_, Some(path)) => crate::cli::files::read_file(&path)?,
             (Some(prompt), None) if prompt != "-" => prompt,
             (None, None) if std::io::stdin().is_terminal() => {
                 return Err(ApiFailure::Local(

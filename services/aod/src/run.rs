@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use crate::{
-    cli::WhenBusy,
+    cli::sessions::WhenBusy,
     client::{
         Api, ApiFailure, Page,
         stream::{Next, Source, follow},
@@ -113,7 +113,7 @@ fn secret_source(text: &str) -> Result<SecretSource, String> {
 impl SecretSource {
     fn read(&self) -> Result<String, ApiFailure> {
         match &self.file {
-            Some(path) => Ok(crate::cli::read_file(path)?.trim_end_matches(['\r', '\n']).to_owned()),
+            Some(path) => Ok(crate::cli::files::read_file(path)?.trim_end_matches(['\r', '\n']).to_owned()),
             None => {
                 let value = std::env::var_os(&self.name).and_then(|value| value.into_string().ok());
                 value.ok_or_else(|| ApiFailure::Local(format!("--secret-env {0}: the variable {0} is not set", self.name)))

@@ -10,7 +10,7 @@ use super::{
     typed::{Line, Renderer},
 };
 use crate::{
-    cli::decide,
+    cli::sessions::decide,
     client::{
         Api, ApiFailure,
         stream::{Next, Source, follow},
