@@ -1,25 +1,22 @@
 //! What an environment is made of: packages, variables, networking (docs/api.md §5).
 
-use std::{fmt, str::FromStr};
-
 use serde::{Deserialize, Serialize};
 
-use crate::McpServer;
+use crate::{McpServer, session::named};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum PackageManager {
-    Apt,
-    Cargo,
-    Gem,
-    Go,
-    Npm,
-    Pip,
+named! {
+    /// In the order in which they install.
+    PackageManager {
+        Apt = "apt",
+        Cargo = "cargo",
+        Gem = "gem",
+        Go = "go",
+        Npm = "npm",
+        Pip = "pip",
+    }
 }
 
 impl PackageManager {
-    /// In the order in which they install.
-    pub const ALL: [Self; 6] = [Self::Apt, Self::Cargo, Self::Gem, Self::Go, Self::Npm, Self::Pip];
-
     /// The hosts that it installs from.
     #[must_use]
     pub const fn hosts(self) -> &'static [&'static str] {
@@ -31,32 +28,6 @@ impl PackageManager {
             Self::Npm => &["registry.npmjs.org"],
             Self::Pip => &["pypi.org", "files.pythonhosted.org"],
         }
-    }
-
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Apt => "apt",
-            Self::Cargo => "cargo",
-            Self::Gem => "gem",
-            Self::Go => "go",
-            Self::Npm => "npm",
-            Self::Pip => "pip",
-        }
-    }
-}
-
-impl fmt::Display for PackageManager {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for PackageManager {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        Self::ALL.into_iter().find(|manager| manager.as_str() == text).ok_or(())
     }
 }
 

@@ -1,26 +1,16 @@
 //! Runtimes, the providers they serve, and model names (docs/api.md §4).
 
-use std::{fmt, str::FromStr};
+use crate::session::named;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Provider {
-    Anthropic,
-    Google,
-    Openai,
+named! {
+    Provider {
+        Anthropic = "anthropic",
+        Google = "google",
+        Openai = "openai",
+    }
 }
 
 impl Provider {
-    pub const ALL: [Self; 3] = [Self::Anthropic, Self::Google, Self::Openai];
-
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Anthropic => "anthropic",
-            Self::Google => "google",
-            Self::Openai => "openai",
-        }
-    }
-
     /// Returns the host name of the provider's API.
     #[must_use]
     pub const fn host(self) -> &'static str {
@@ -42,45 +32,20 @@ impl Provider {
     }
 }
 
-impl fmt::Display for Provider {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+named! {
+    Runtime {
+        Claude = "claude",
+        Codex = "codex",
+        Gemini = "gemini",
+        Opencode = "opencode",
+        /// The prompt is a bash script. Only where the deployment allows it.
+        Shell = "shell",
     }
-}
-
-impl FromStr for Provider {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        Self::ALL.into_iter().find(|provider| provider.as_str() == text).ok_or(())
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Runtime {
-    Claude,
-    Codex,
-    Gemini,
-    Opencode,
-    /// The prompt is a bash script. Only where the deployment allows it.
-    Shell,
 }
 
 impl Runtime {
-    pub const ALL: [Self; 5] = [Self::Claude, Self::Codex, Self::Gemini, Self::Opencode, Self::Shell];
     /// The four runtimes of every deployment, in the order in which error messages list them.
     pub const AGENTS: [Self; 4] = [Self::Claude, Self::Codex, Self::Gemini, Self::Opencode];
-
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Claude => "claude",
-            Self::Codex => "codex",
-            Self::Gemini => "gemini",
-            Self::Opencode => "opencode",
-            Self::Shell => "shell",
-        }
-    }
 
     /// Sorted by name, as messages list them. Empty: no model is called.
     #[must_use]
@@ -117,20 +82,6 @@ impl Runtime {
             Self::Shell => (false, false, false),
         };
         RuntimeCapabilities { steer, permission_requests, deny_with_message, interrupt: true }
-    }
-}
-
-impl fmt::Display for Runtime {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for Runtime {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        Self::ALL.into_iter().find(|runtime| runtime.as_str() == text).ok_or(())
     }
 }
 

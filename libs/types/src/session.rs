@@ -7,7 +7,7 @@ macro_rules! named {
         pub enum $name { $($(#[$vdoc])* $variant),* }
 
         impl $name {
-            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+            pub const ALL: [Self; [$(Self::$variant),*].len()] = [$(Self::$variant),*];
 
             #[must_use]
             pub const fn as_str(self) -> &'static str {
@@ -25,7 +25,7 @@ macro_rules! named {
             type Err = ();
 
             fn from_str(text: &str) -> Result<Self, ()> {
-                Self::ALL.iter().copied().find(|value| value.as_str() == text).ok_or(())
+                Self::ALL.into_iter().find(|value| value.as_str() == text).ok_or(())
             }
         }
     };
