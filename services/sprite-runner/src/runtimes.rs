@@ -58,7 +58,9 @@ pub trait Adapter: Sync {
     /// What must be on the Sprite's PATH, where anything must.
     fn executable(&self) -> Option<&'static str>;
     /// Variables that are no secrets.
-    fn env(&self, models: &ModelEndpoints) -> Vec<(String, String)>;
+    fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
+        Vec::new()
+    }
     /// Files to write before the first turn, by absolute path. They may hold the secrets of MCP servers.
     fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)>;
     /// Whether its protocol tells which MCP servers did not start.

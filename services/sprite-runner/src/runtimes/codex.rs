@@ -16,10 +16,6 @@ impl Adapter for Codex {
         Some("codex")
     }
 
-    fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
-        Vec::new()
-    }
-
     fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)> {
         let mut config = Map::from_iter([
             ("check_for_update_on_startup".to_owned(), json!(false)),

@@ -13,10 +13,6 @@ impl Adapter for Opencode {
         Some("opencode")
     }
 
-    fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
-        Vec::new()
-    }
-
     fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)> {
         let versions =
             [(Provider::Anthropic, "anthropic", "v1"), (Provider::Openai, "openai", "v1"), (Provider::Google, "google", "v1beta")];

@@ -12,10 +12,6 @@ impl Adapter for Shell {
         None
     }
 
-    fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
-        Vec::new()
-    }
-
     fn config_files(&self, _: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
         Vec::new()
     }
