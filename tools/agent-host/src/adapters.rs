@@ -8,7 +8,7 @@ mod json;
 mod opencode;
 mod shell;
 
-use contract::host::{Capabilities, Spec, ToolResult, ToolUse, capabilities, decision::Verdict, event, turn_ended};
+use contract::host::{Capabilities, ModelUsage, Spec, ToolResult, ToolUse, capabilities, decision::Verdict, event, turn_ended};
 
 pub use json::mcp_failed;
 pub use shell::script;
@@ -29,7 +29,32 @@ pub struct Runtime {
     pub new: fn(&Spec) -> Box<dyn Adapter>,
 }
 
+/// What a CLI that keeps a conversation can do at its best; each file says what its own cannot.
+const CONVERSES: Capabilities = Capabilities {
+    steer: true,
+    permission_requests: true,
+    deny_with_message: true,
+    partial_messages: true,
+    usage: capabilities::Usage::PerTurn as i32,
+    fork: true,
+    interrupt: true,
+    stays_alive: true,
+};
+
 pub const ALL: [&Runtime; 5] = [&claude::RUNTIME, &codex::RUNTIME, &gemini::RUNTIME, &opencode::RUNTIME, &shell::RUNTIME];
+
+/// Adds what a model request used to what its turn used.
+fn add_usage(turn: &mut ModelUsage, request: &ModelUsage) {
+    turn.input_tokens += request.input_tokens;
+    turn.output_tokens += request.output_tokens;
+    turn.cache_read_tokens += request.cache_read_tokens;
+    turn.cache_write_tokens += request.cache_write_tokens;
+    turn.reasoning_tokens += request.reasoning_tokens;
+    turn.model.clone_from(&request.model);
+    if let Some(cost) = request.cost_micro_usd {
+        *turn.cost_micro_usd.get_or_insert_default() += cost;
+    }
+}
 
 pub fn find(name: &str) -> Option<&'static Runtime> {
     ALL.into_iter().find(|runtime| runtime.name == name)
@@ -129,7 +154,7 @@ pub enum Effect {
     TurnEnded {
         reason: turn_ended::Reason,
         message: String,
-        usage: Option<contract::host::ModelUsage>,
+        usage: Option<ModelUsage>,
     },
 }
 

@@ -3,12 +3,12 @@
 //! Every tool call is asked about by a `PreToolUse` hook, in every mode and before all rules; `can_use_tool` is the net below it.
 
 use contract::host::{
-    AgentError, AgentMessage, Capabilities, ContextCompacted, Delta, FileChange, ModelUsage, Plan, PlanEntry, Spec, Thinking, ToolResult,
-    ToolUse, agent_error::Retry, capabilities, decision::Verdict, event, turn_ended::Reason,
+    AgentError, AgentMessage, ContextCompacted, Delta, FileChange, ModelUsage, Plan, PlanEntry, Spec, Thinking, ToolResult, ToolUse,
+    agent_error::Retry, decision::Verdict, event, turn_ended::Reason,
 };
 use serde_json::{Value, json};
 
-use super::{Adapter, Ask, Effect, Launch, Out, Runtime, Stdio, json::*};
+use super::{Adapter, Ask, CONVERSES, Effect, Launch, Out, Runtime, Stdio, json::*};
 use crate::custom_tools;
 
 pub const RUNTIME: Runtime = Runtime {
@@ -17,16 +17,7 @@ pub const RUNTIME: Runtime = Runtime {
     protocol: "newline-delimited JSON (`stream-json`)",
     tools: "the CLI's own (`Bash`, `Edit`, ...); MCP: `mcp__server__tool`",
     gaps: "the interrupted command's output is not in its result",
-    capabilities: Capabilities {
-        steer: true,
-        permission_requests: true,
-        deny_with_message: true,
-        partial_messages: true,
-        usage: capabilities::Usage::PerTurn as i32,
-        fork: true,
-        interrupt: true,
-        stays_alive: true,
-    },
+    capabilities: CONVERSES,
     new: |spec| Box::new(Claude { spec: spec.clone(), ..Claude::default() }),
 };
 
@@ -160,7 +151,7 @@ impl Claude {
         }
     }
 
-    /// One turn of the model's main loop is over; the CLI may go on by itself.
+    /// One turn of the model's main loop is over; the CLI may continue by itself.
     fn result(&mut self, line: &Value, out: &mut Out) {
         let is_error = line.get("is_error").and_then(Value::as_bool) == Some(true);
         let message = match array(line, "/errors").first().and_then(Value::as_str) {
@@ -187,7 +178,7 @@ impl Claude {
         usage.reasoning_tokens += number(line, "/usage/output_tokens_details/thinking_tokens");
         usage.model = greatest(line.get("modelUsage"), "outputTokens").unwrap_or_default();
         if let Some(total) = micro_dollars(line, "/total_cost_usd") {
-            // The total goes on from the transcript's, or begins at nothing where that was not written.
+            // The total continues from the transcript's, or begins at nothing where that was not written.
             let cost = if total >= self.cost { total - self.cost } else { total };
             *usage.cost_micro_usd.get_or_insert_default() += cost;
             self.cost = total;

@@ -8,7 +8,7 @@ use contract::host::{
 };
 use serde_json::{Value, json};
 
-use super::{Adapter, Ask, Effect, Launch, Out, Runtime, Stdio, json::*};
+use super::{Adapter, Ask, CONVERSES, Effect, Launch, Out, Runtime, Stdio, add_usage, json::*};
 use crate::{custom_tools, prepare};
 
 pub const RUNTIME: Runtime = Runtime {
@@ -17,16 +17,7 @@ pub const RUNTIME: Runtime = Runtime {
     protocol: "JSON-RPC (`app-server`)",
     tools: "`shell`, `apply_patch`, `web_search`; MCP: `mcp__server__tool`",
     gaps: "output of a command is cut at 1 MiB; a denial's reason is sent as a message that joins the turn",
-    capabilities: Capabilities {
-        steer: true,
-        permission_requests: true,
-        deny_with_message: true,
-        partial_messages: true,
-        usage: capabilities::Usage::PerRequest as i32,
-        fork: true,
-        interrupt: true,
-        stays_alive: true,
-    },
+    capabilities: Capabilities { usage: capabilities::Usage::PerRequest as i32, ..CONVERSES },
     new: |spec| Box::new(Codex { spec: spec.clone(), ..Codex::default() }),
 };
 
@@ -220,13 +211,7 @@ impl Codex {
             "thread/tokenUsage/updated" => {
                 let usage = usage(params.pointer("/tokenUsage/last").unwrap_or(&Value::Null), &self.spec.model);
                 out.event(event::Kind::ModelRequestEnded(ModelRequestEnded { usage: Some(usage.clone()) }));
-                let total = self.usage.get_or_insert_default();
-                total.input_tokens += usage.input_tokens;
-                total.output_tokens += usage.output_tokens;
-                total.cache_read_tokens += usage.cache_read_tokens;
-                total.cache_write_tokens += usage.cache_write_tokens;
-                total.reasoning_tokens += usage.reasoning_tokens;
-                total.model = usage.model;
+                add_usage(self.usage.get_or_insert_default(), &usage);
             }
             "error" => {
                 let retrying = params.get("willRetry").and_then(Value::as_bool) == Some(true);
@@ -267,7 +252,7 @@ impl Codex {
         if reason == Reason::Completed {
             self.end_turn(out);
         } else {
-            // An interrupted turn's commands go on until they are told to end.
+            // An interrupted turn's commands keep running until they are told to end.
             let thread = self.thread.clone();
             self.request(Request::Clean, "thread/backgroundTerminals/clean", json!({ "threadId": thread }), out);
         }

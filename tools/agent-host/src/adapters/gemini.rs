@@ -6,11 +6,11 @@ use std::collections::HashMap;
 
 use contract::host::{
     AgentError, AgentMessage, Capabilities, Delta, FileChange, ModelUsage, Plan, PlanEntry, Spec, Thinking, ToolResult, ToolUse,
-    agent_error::Retry, capabilities, decision::Verdict, event, turn_ended::Reason,
+    agent_error::Retry, decision::Verdict, event, turn_ended::Reason,
 };
 use serde_json::{Value, json};
 
-use super::{Adapter, Ask, Effect, Launch, Out, Runtime, Stdio, json::*};
+use super::{Adapter, Ask, CONVERSES, Effect, Launch, Out, Runtime, Stdio, json::*};
 use crate::{custom_tools, prepare};
 
 pub const RUNTIME: Runtime = Runtime {
@@ -19,16 +19,7 @@ pub const RUNTIME: Runtime = Runtime {
     protocol: "Agent Client Protocol",
     tools: "the CLI's own (`run_shell_command`, ...)",
     gaps: "no output of commands; inputs of tools only as titles and diffs; an interrupted message is left out of the conversation",
-    capabilities: Capabilities {
-        steer: false,
-        permission_requests: true,
-        deny_with_message: false,
-        partial_messages: true,
-        usage: capabilities::Usage::PerTurn as i32,
-        fork: false,
-        interrupt: true,
-        stays_alive: true,
-    },
+    capabilities: Capabilities { steer: false, deny_with_message: false, fork: false, ..CONVERSES },
     new: |spec| Box::new(Gemini { spec: spec.clone(), ..Gemini::default() }),
 };
 

@@ -8,7 +8,7 @@ use contract::host::{
 };
 use serde_json::{Map, Value, json};
 
-use super::{Adapter, Ask, Close, Effect, Launch, Out, Runtime, Stdio, json::*};
+use super::{Adapter, Ask, CONVERSES, Close, Effect, Launch, Out, Runtime, Stdio, add_usage, json::*};
 use crate::{
     custom_tools,
     http::{Reply, Request},
@@ -20,16 +20,7 @@ pub const RUNTIME: Runtime = Runtime {
     protocol: "HTTP and server-sent events (`serve`)",
     tools: "the CLI's own (`bash`, `edit`, ...); MCP: `server_tool`",
     gaps: "its password is visible to commands that the agent runs: permission requests guard against mistakes, not against the agent",
-    capabilities: Capabilities {
-        steer: false,
-        permission_requests: true,
-        deny_with_message: true,
-        partial_messages: true,
-        usage: capabilities::Usage::PerRequest as i32,
-        fork: true,
-        interrupt: true,
-        stays_alive: true,
-    },
+    capabilities: Capabilities { steer: false, usage: capabilities::Usage::PerRequest as i32, ..CONVERSES },
     new: |spec| Box::new(Opencode { spec: spec.clone(), ..Opencode::default() }),
 };
 
@@ -238,16 +229,7 @@ impl Opencode {
                 text(part, "/reason").clone_into(&mut self.finish);
                 let usage = step_usage(part, &self.spec.model);
                 out.event(event::Kind::ModelRequestEnded(ModelRequestEnded { usage: Some(usage.clone()) }));
-                let total = self.usage.get_or_insert_default();
-                total.input_tokens += usage.input_tokens;
-                total.output_tokens += usage.output_tokens;
-                total.cache_read_tokens += usage.cache_read_tokens;
-                total.cache_write_tokens += usage.cache_write_tokens;
-                total.reasoning_tokens += usage.reasoning_tokens;
-                total.model = usage.model;
-                if let Some(cost) = usage.cost_micro_usd {
-                    *total.cost_micro_usd.get_or_insert_default() += cost;
-                }
+                add_usage(self.usage.get_or_insert_default(), &usage);
             }
             _ => {}
         }
