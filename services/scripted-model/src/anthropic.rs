@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     BAD_KEY, is, parts,
-    script::{Answer, Question, Script, TOOL_SEARCH, mark},
+    script::{Answer, Conversation, Question, Script, TOOL_SEARCH, mark},
     unique_id,
 };
 
@@ -88,17 +88,13 @@ fn searches(message: &Value) -> bool {
 }
 
 fn question(request: &Value) -> Question {
-    let none = Vec::new();
-    let messages = request.get("messages").and_then(Value::as_array).unwrap_or(&none);
     // A prompt may stand beside the result of a tool that was interrupted.
-    let is_prompt = |message: &&Value| is(message, "role", "user") && !written(message).is_empty();
-    let last_prompt = messages.iter().rposition(|message| is_prompt(&message));
-    let since = messages.get(last_prompt.map_or(0, |index| index + 1)..).unwrap_or_default();
-    let result = messages.iter().rev().flat_map(blocks).find(|block| is(block, "type", "tool_result"));
+    let Conversation { items, since, prompt, first_prompt } = Conversation::read(request, "messages", written);
+    let result = items.iter().rev().flat_map(blocks).find(|block| is(block, "type", "tool_result"));
     Question {
         mark: mark(request),
-        prompt: last_prompt.and_then(|index| messages.get(index)).map(written).unwrap_or_default(),
-        first_prompt: messages.iter().find(is_prompt).map(written).unwrap_or_default(),
+        prompt,
+        first_prompt,
         tool_result: result.as_ref().map(written).unwrap_or_default(),
         answered: since.iter().filter(|message| is(message, "role", "assistant") && !searches(message)).count(),
         searched: since.iter().any(searches),

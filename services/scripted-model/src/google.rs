@@ -16,8 +16,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{
-    BAD_KEY, is, parts,
-    script::{Answer, Question, Script, mark},
+    BAD_KEY, parts,
+    script::{Answer, Conversation, Question, Script, mark},
 };
 
 pub fn router(script: Arc<Script>) -> Router {
@@ -113,19 +113,15 @@ fn written(content: &Value) -> String {
 }
 
 fn question(request: &Value) -> Question {
-    let none = Vec::new();
-    let contents = request.get("contents").and_then(Value::as_array).unwrap_or(&none);
-    let is_prompt = |content: &&Value| is(content, "role", "user") && !written(content).is_empty();
-    let last_prompt = contents.iter().rposition(|content| is_prompt(&content));
-    let since = contents.get(last_prompt.map_or(0, |index| index + 1)..).unwrap_or_default();
+    let Conversation { items, since, prompt, first_prompt } = Conversation::read(request, "contents", written);
     let has_call = |content: &&Value| content_parts(content).iter().any(|part| part.get("functionCall").is_some());
-    let result = contents.iter().rev().flat_map(content_parts).find_map(|part| part.get("functionResponse")?.get("response"));
+    let result = items.iter().rev().flat_map(content_parts).find_map(|part| part.get("functionResponse")?.get("response"));
     let tools = request.get("tools").and_then(Value::as_array).into_iter().flatten();
     let declared = tools.filter_map(|tool| tool.get("functionDeclarations").or(tool.get("function_declarations"))?.as_array()).flatten();
     Question {
         mark: mark(request),
-        prompt: last_prompt.and_then(|index| contents.get(index)).map(written).unwrap_or_default(),
-        first_prompt: contents.iter().find(is_prompt).map(written).unwrap_or_default(),
+        prompt,
+        first_prompt,
         tool_result: match result.map(|result| (result.get("output").and_then(Value::as_str), result)) {
             Some((Some(output), _)) => output.trim().to_owned(),
             Some((None, result)) => result.to_string(),

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::{
     BAD_KEY, is, parts,
-    script::{Answer, Question, Script, mark},
+    script::{Answer, Conversation, Question, Script, mark},
     unique_id,
 };
 
@@ -82,7 +82,7 @@ async fn over_websocket(State(script): State<Arc<Script>>, headers: HeaderMap, u
 
 /// One request after the other; ends with the socket.
 async fn converse(mut socket: WebSocket, script: Arc<Script>) {
-    // A request may go on from the answer before, and then holds only what is new.
+    // A request may continue from the answer before, and then holds only what is new.
     let (mut conversation, mut tools) = (Vec::new(), Value::Null);
     while let Some(Ok(message)) = socket.recv().await {
         let Message::Text(text) = message else { continue };
@@ -145,16 +145,12 @@ fn written(item: &Value) -> String {
 }
 
 fn question(request: &Value) -> Question {
-    let none = Vec::new();
-    let items = request.get("input").and_then(Value::as_array).unwrap_or(&none);
-    let is_prompt = |item: &&Value| is(item, "role", "user") && !written(item).is_empty();
-    let last_prompt = items.iter().rposition(|item| is_prompt(&item));
-    let since = items.get(last_prompt.map_or(0, |index| index + 1)..).unwrap_or_default();
+    let Conversation { items, since, prompt, first_prompt } = Conversation::read(request, "input", written);
     let result = items.iter().rev().find(|item| is(item, "type", "function_call_output")).and_then(|item| item.get("output"));
     Question {
         mark: mark(request),
-        prompt: last_prompt.and_then(|index| items.get(index)).map(written).unwrap_or_default(),
-        first_prompt: items.iter().find(is_prompt).map(written).unwrap_or_default(),
+        prompt,
+        first_prompt,
         tool_result: match result {
             Some(Value::String(text)) => text.trim().to_owned(),
             Some(Value::Array(parts)) => parts.iter().filter_map(|part| part.get("text")?.as_str()).collect::<Vec<_>>().join("\n"),

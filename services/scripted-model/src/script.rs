@@ -9,6 +9,8 @@ use anyhow::{Context as _, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::is;
+
 #[derive(Debug)]
 pub struct Script(Vec<Rule>);
 
@@ -50,6 +52,30 @@ pub struct Question {
     pub tools: Vec<String>,
     /// The first `MARK-` with a number anywhere in the request: proves that something reached the model.
     pub mark: String,
+}
+
+/// The items of a request, and what a person wrote in them.
+pub struct Conversation<'a> {
+    pub items: &'a [Value],
+    /// Those after the last prompt.
+    pub since: &'a [Value],
+    pub prompt: String,
+    pub first_prompt: String,
+}
+
+impl<'a> Conversation<'a> {
+    /// Reads the items of a field; `written` is what a person wrote in one of them.
+    pub fn read(request: &'a Value, field: &str, written: fn(&Value) -> String) -> Self {
+        let items = request.get(field).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let is_prompt = |item: &&Value| is(item, "role", "user") && !written(item).is_empty();
+        let last = items.iter().rposition(|item| is_prompt(&item));
+        Self {
+            items,
+            since: items.get(last.map_or(0, |index| index + 1)..).unwrap_or_default(),
+            prompt: last.and_then(|index| items.get(index)).map(written).unwrap_or_default(),
+            first_prompt: items.iter().find(is_prompt).map(written).unwrap_or_default(),
+        }
+    }
 }
 
 /// See [`Question::mark`].
