@@ -109,15 +109,7 @@ fn code<'a>(subjects: impl Iterator<Item = &'a str>) -> String {
 /// Returns whether a pattern of NATS covers an address, whose parameters are `{in_braces}` and stand for one word each.
 #[must_use]
 pub fn covers(pattern: &str, address: &str) -> bool {
-    let (mut pattern, mut address) = (pattern.split('.'), address.split('.'));
-    loop {
-        match (pattern.next(), address.next()) {
-            (Some(">"), Some(_)) | (None, None) => return true,
-            (Some("*"), Some(_)) => {}
-            (Some(p), Some(a)) if p == a || a.starts_with('{') => {}
-            _ => return false,
-        }
-    }
+    access::matches_by(pattern, address, |word, of_address| word == of_address || of_address.starts_with('{'))
 }
 
 /// The users with a pattern for an address.

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use async_nats::jetstream::consumer::{AckPolicy, push};
 use bus::{
     Failure,
     log::AppendError,
@@ -68,7 +69,7 @@ async fn an_answer_larger_than_a_message_is_an_error_at_once() {
 }
 
 #[tokio::test]
-async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_harmless() {
+async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_safe() {
     let nats = Nats::start().unwrap();
     let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::OPERATOR).await.unwrap());
     let calls = Arc::new(AtomicUsize::new(0));
@@ -140,7 +141,7 @@ async fn following_goes_on_after_the_server_was_killed() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!(appended);
-    // The consumer may have ended with an error: then it is followed anew from there.
+    // The consumer may have ended with an error: then it is followed again from there.
     let next = tokio::time::timeout(Duration::from_secs(15), entries.next()).await;
     let entry = match next {
         Ok(Some(Ok(entry))) => entry,
@@ -282,9 +283,19 @@ async fn a_request_makes_a_service_publish_nowhere_but_to_a_callers_inbox() {
     assert!(runner.last(topology::EVENTS.name, &log).await.unwrap().is_none());
 }
 
+/// A consumer whose deliveries, and heartbeats, go to a subject of its user's choice.
+fn deliveries_to(subject: &str) -> push::Config {
+    push::Config {
+        name: Some("a".to_owned()),
+        deliver_subject: subject.to_owned(),
+        ack_policy: AckPolicy::None,
+        idle_heartbeat: Duration::from_millis(100),
+        ..push::Config::default()
+    }
+}
+
 #[tokio::test]
 async fn nothing_that_a_stream_or_the_server_sends_to_its_subject_is_a_hint() {
-    use async_nats::jetstream::consumer::{AckPolicy, push};
     let nats = Nats::start().unwrap();
     let scheduler = nats.with_streams().await.unwrap();
     let runner = nats.connect(&access::RUNNER).await.unwrap();
@@ -295,14 +306,7 @@ async fn nothing_that_a_stream_or_the_server_sends_to_its_subject_is_a_hint() {
     scheduler.publish("aod.evt.scheduler.v1.session.completed.x".to_owned(), "1".into(), "1").await.unwrap();
     let events = raw(&nats, &access::EVENTS).await;
     let stream = async_nats::jetstream::new(events.clone()).get_stream_no_info("LIFECYCLE").await.unwrap();
-    let deliver = push::Config {
-        name: Some("a".to_owned()),
-        deliver_subject: hint.clone(),
-        ack_policy: AckPolicy::None,
-        idle_heartbeat: Duration::from_millis(100),
-        ..push::Config::default()
-    };
-    stream.create_consumer(deliver).await.unwrap();
+    stream.create_consumer(deliveries_to(&hint)).await.unwrap();
     events.publish_with_reply("$JS.API.INFO", hint.clone(), "".into()).await.unwrap();
     let pull = async_nats::jetstream::consumer::pull::Config { name: Some("b".to_owned()), ..Default::default() };
     stream.create_consumer(pull).await.unwrap();
@@ -388,7 +392,6 @@ async fn a_rolling_restart_fails_no_request_and_delays_none_to_its_timeout() {
 /// The server answers requests to any reply subject, also to one that its caller may not publish to.
 #[tokio::test]
 async fn what_the_server_put_into_a_log_is_told_from_events_and_removed() {
-    use async_nats::jetstream::consumer::{AckPolicy, push};
     let nats = Nats::start().unwrap();
     let scheduler = nats.with_streams().await.unwrap();
     let runner = nats.connect(&access::RUNNER).await.unwrap();
@@ -398,14 +401,7 @@ async fn what_the_server_put_into_a_log_is_told_from_events_and_removed() {
     let events = raw(&nats, &access::EVENTS).await;
     // A consumer's deliveries are in no other stream.
     let stream = async_nats::jetstream::new(events.clone()).get_stream_no_info("LIFECYCLE").await.unwrap();
-    let deliver = push::Config {
-        name: Some("a".to_owned()),
-        deliver_subject: log.clone(),
-        ack_policy: AckPolicy::None,
-        idle_heartbeat: Duration::from_millis(100),
-        ..push::Config::default()
-    };
-    stream.create_consumer(deliver).await.unwrap();
+    stream.create_consumer(deliveries_to(&log)).await.unwrap();
     tokio::time::sleep(Duration::from_millis(400)).await;
     assert_eq!(runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap().sequence, first);
     events.publish_with_reply("$JS.API.INFO", log.clone(), "".into()).await.unwrap();

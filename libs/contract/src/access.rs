@@ -219,12 +219,18 @@ pub fn users() -> impl Iterator<Item = &'static str> {
 /// Whether a subject is one of those that a pattern of NATS means.
 #[must_use]
 pub fn matches(pattern: &str, subject: &str) -> bool {
+    matches_by(pattern, subject, |word, wanted| word == wanted)
+}
+
+/// As [`matches`]; `same` tells whether a word of the pattern, which is no wildcard, stands for a word of the subject.
+#[must_use]
+pub fn matches_by(pattern: &str, subject: &str, same: impl Fn(&str, &str) -> bool) -> bool {
     let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
     loop {
         match (pattern.next(), subject.next()) {
             (Some(">"), Some(_)) | (None, None) => return true,
             (Some("*"), Some(_)) => {}
-            (Some(p), Some(s)) if p == s => {}
+            (Some(p), Some(s)) if same(p, s) => {}
             _ => return false,
         }
     }
