@@ -16,7 +16,7 @@ use crate::{
     Scheduler, environments, micros,
     models::{budgets, limits::Scope},
     now, once,
-    page::{Filters, List, Window, check_size},
+    page::{List, OwnedList, Window, check_size},
     parsed_json, secret_id, unsigned, version_mismatch,
 };
 
@@ -125,16 +125,15 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
     once::or_created_earlier(outcome, &request.agent_id, earlier).await
 }
 
+/// Where the idempotency keys of creations belong.
+const ROUTE: &str = "agents";
+
 async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
-    const ROUTE: &str = "agents";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let id = once::chosen(&request.agent_id, AgentId::new)?;
-    if request.once.is_some() {
-        once::wait_for_earlier_attempts(tx, &request.agent_id).await?;
-    }
-    if let Some(agent) = once::earlier::<Agent>(tx, user, ROUTE, request.once.as_ref()).await? {
-        let replayed = agent.agent_id != request.agent_id;
-        return Ok(CreateAgentReply { agent: Some(agent), replayed });
+    let earlier = once::earlier_creation::<Agent>(tx, user, ROUTE, request.once.as_ref(), &request.agent_id);
+    if let Some(agent) = earlier.await? {
+        return Ok(CreateAgentReply { replayed: agent.agent_id != request.agent_id, agent: Some(agent) });
     }
     let environment_id = match &request.environment_id {
         None => None,
@@ -395,27 +394,14 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
 }
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgentsReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let window = Window::by_time(request.limit, request.after.as_ref())?;
-    let filters = Filters::of(&request)?;
-    let keys = format!(
-        "select agent_id from agent where user_id = $1 and (created_at, agent_id) < ($3, $4) and {}
-         order by created_at desc, agent_id desc limit $2 + 1",
-        filters.conditions("archived_at is null", 5)
-    );
-    let list = List {
-        keys: &keys,
+    let list = OwnedList {
+        owned: "agent",
         table: "agent a join agent_version v using (agent_id, version)",
-        by_key: "agent_id",
         bytes: VERSION_BYTES,
         columns: "agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills, v.mcp_servers,
                   v.mcp_secret_id, v.permissions, v.tools, version, a.created_at, a.updated_at, a.archived_at",
     };
-    let page = list.read(&scheduler.pool, |query| {
-        let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
-        query.bind(filters.from).bind(filters.before)
-    });
-    let (rows, has_more): (Vec<AgentRow>, _) = page.await?;
+    let (rows, has_more): (Vec<AgentRow>, _) = list.read(&scheduler.pool, &request).await?;
     Ok(ListAgentsReply { agents: rows.into_iter().map(Agent::from).collect(), has_more })
 }
 

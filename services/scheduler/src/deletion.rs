@@ -5,7 +5,7 @@ use std::time::Duration;
 use bus::Failure;
 use contract::{
     common::Empty,
-    rpc,
+    rpc::{self, Rpc},
     scheduler::DeleteSessionRequest,
     session::{Deleted, SessionEvent, session_event::Kind},
     subject, topology,
@@ -175,27 +175,30 @@ async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Fail
 }
 
 async fn forget_secrets(scheduler: &Scheduler) -> Result<(), Failure> {
-    let ids: Vec<Uuid> =
-        sqlx::query_scalar("select secret_id from unused_secret limit $1").bind(AT_A_TIME).fetch_all(&scheduler.pool).await?;
-    if ids.is_empty() {
-        return Ok(());
-    }
-    let request = DeleteSecretsRequest { secret_ids: ids.iter().map(Uuid::to_string).collect() };
-    scheduler.bus.call::<rpc::DeleteSecrets>(&request, VAULT_DEADLINE).await?;
-    sqlx::query("delete from unused_secret where secret_id = any($1)").bind(ids).execute(&scheduler.pool).await?;
-    Ok(())
+    let (listed, forgotten) = ("select secret_id from unused_secret limit $1", "delete from unused_secret where secret_id = any($1)");
+    tell_vault::<rpc::DeleteSecrets>(scheduler, listed, forgotten, |secret_ids| DeleteSecretsRequest { secret_ids }).await
 }
 
 /// An agent whose session ended must not call models for as long as its sandbox cannot be deleted.
 async fn revoke_model_tokens(scheduler: &Scheduler) -> Result<(), Failure> {
-    let sessions: Vec<Uuid> =
-        sqlx::query_scalar("select session_id from model_tokens_to_revoke limit $1").bind(AT_A_TIME).fetch_all(&scheduler.pool).await?;
-    if sessions.is_empty() {
+    let (listed, forgotten) =
+        ("select session_id from model_tokens_to_revoke limit $1", "delete from model_tokens_to_revoke where session_id = any($1)");
+    tell_vault::<rpc::RevokeModelTokens>(scheduler, listed, forgotten, |session_ids| RevokeModelTokensRequest { session_ids }).await
+}
+
+/// Tells the vault of the ids that a statement lists, and forgets them once it knows.
+async fn tell_vault<R: Rpc>(
+    scheduler: &Scheduler,
+    listed: &'static str,
+    forgotten: &'static str,
+    request: impl FnOnce(Vec<String>) -> R::Request,
+) -> Result<(), Failure> {
+    let ids: Vec<Uuid> = sqlx::query_scalar(listed).bind(AT_A_TIME).fetch_all(&scheduler.pool).await?;
+    if ids.is_empty() {
         return Ok(());
     }
-    let request = RevokeModelTokensRequest { session_ids: sessions.iter().map(Uuid::to_string).collect() };
-    scheduler.bus.call::<rpc::RevokeModelTokens>(&request, VAULT_DEADLINE).await?;
-    sqlx::query("delete from model_tokens_to_revoke where session_id = any($1)").bind(sessions).execute(&scheduler.pool).await?;
+    scheduler.bus.call::<R>(&request(ids.iter().map(Uuid::to_string).collect()), VAULT_DEADLINE).await?;
+    sqlx::query(forgotten).bind(ids).execute(&scheduler.pool).await?;
     Ok(())
 }
 

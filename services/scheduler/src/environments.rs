@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler, micros, now, once,
-    page::{Filters, List, Window, check_size},
+    page::{List, OwnedList, Window, check_size},
     parsed_json, secret_id, unsigned, version_mismatch,
 };
 
@@ -99,16 +99,18 @@ pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> 
     once::or_created_earlier(outcome, &request.environment_id, earlier).await
 }
 
+/// Where the idempotency keys of creations belong.
+const ROUTE: &str = "environments";
+
 async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
-    const ROUTE: &str = "environments";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let id = once::chosen(&request.environment_id, EnvironmentId::new)?;
-    if request.once.is_some() {
-        once::wait_for_earlier_attempts(tx, &request.environment_id).await?;
-    }
-    if let Some(environment) = once::earlier::<Environment>(tx, user, ROUTE, request.once.as_ref()).await? {
-        let replayed = environment.environment_id != request.environment_id;
-        return Ok(CreateEnvironmentReply { environment: Some(environment), replayed });
+    let earlier = once::earlier_creation::<Environment>(tx, user, ROUTE, request.once.as_ref(), &request.environment_id);
+    if let Some(environment) = earlier.await? {
+        return Ok(CreateEnvironmentReply {
+            replayed: environment.environment_id != request.environment_id,
+            environment: Some(environment),
+        });
     }
     let now = now();
     let row = EnvironmentRow {
@@ -309,27 +311,14 @@ pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result
 }
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvironmentsReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let window = Window::by_time(request.limit, request.after.as_ref())?;
-    let filters = Filters::of(&request)?;
-    let keys = format!(
-        "select environment_id from environment where user_id = $1 and (created_at, environment_id) < ($3, $4) and {}
-         order by created_at desc, environment_id desc limit $2 + 1",
-        filters.conditions("archived_at is null", 5)
-    );
-    let list = List {
-        keys: &keys,
+    let list = OwnedList {
+        owned: "environment",
         table: "environment e join environment_version v using (environment_id, version)",
-        by_key: "environment_id",
         bytes: VERSION_BYTES,
         columns: "environment_id, e.name, v.packages, v.setup_script, v.networking, v.env_var_names, v.env_vars_secret_id, e.description,
                   e.metadata, version, e.created_at, e.updated_at, e.archived_at",
     };
-    let page = list.read(&scheduler.pool, |query| {
-        let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
-        query.bind(filters.from).bind(filters.before)
-    });
-    let (rows, has_more): (Vec<EnvironmentRow>, _) = page.await?;
+    let (rows, has_more): (Vec<EnvironmentRow>, _) = list.read(&scheduler.pool, &request).await?;
     Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
 }
 

@@ -128,20 +128,19 @@ pub enum From {
 
 /// At most `limit` events, and fewer where they hold more than `max_bytes` (0: [`PAGE_BYTES_MAX`]).
 pub async fn page(pool: &PgPool, session: SessionId, from: From, limit: u32, max_bytes: u32) -> Result<Vec<RecordedEvent>, Failure> {
-    let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
     let Some(days) = Days::of(pool, session).await? else { return Ok(Vec::new()) };
     let (query, bound) = match from {
         From::After(after) => (page_query(days), after),
         From::Before(before) => (backward_query(days), before),
     };
-    let rows = sqlx::query(AssertSqlSafe(query))
-        .bind(session.uuid())
-        .bind(i64::try_from(bound).unwrap_or(i64::MAX))
-        .bind(i64::from(limit.clamp(1, 5000)))
-        .bind(i64::from(max_bytes))
-        .fetch_all(pool)
-        .await?;
+    let rows = rows(pool, query, session, bound, limit, max_bytes).await?;
     Ok(rows.iter().map(event).collect::<Result<_, _>>()?)
+}
+
+async fn rows(pool: &PgPool, query: String, session: SessionId, bound: u64, limit: u32, max_bytes: u32) -> Result<Vec<PgRow>, Failure> {
+    let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
+    let query = sqlx::query(AssertSqlSafe(query)).bind(session.uuid()).bind(i64::try_from(bound).unwrap_or(i64::MAX));
+    Ok(query.bind(i64::from(limit.clamp(1, 5000))).bind(i64::from(max_bytes)).fetch_all(pool).await?)
 }
 
 /// A page of a log without its raw output.
@@ -154,15 +153,8 @@ pub struct Shown {
 
 /// As [`page`], of the events after one that are not raw output.
 pub async fn shown(pool: &PgPool, session: SessionId, after: u64, limit: u32, max_bytes: u32) -> Result<Shown, Failure> {
-    let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
     let Some(days) = Days::of(pool, session).await? else { return Ok(Shown::default()) };
-    let rows = sqlx::query(AssertSqlSafe(shown_query(days)))
-        .bind(session.uuid())
-        .bind(i64::try_from(after).unwrap_or(i64::MAX))
-        .bind(i64::from(limit.clamp(1, 5000)))
-        .bind(i64::from(max_bytes))
-        .fetch_all(pool)
-        .await?;
+    let rows = rows(pool, shown_query(days), session, after, limit, max_bytes).await?;
     let mut shown = Shown::default();
     for row in rows {
         let event_id = row.try_get::<i64, _>(0)?.unsigned_abs();

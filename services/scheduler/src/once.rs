@@ -49,8 +49,22 @@ pub async fn earlier<R: Message + Default>(
     R::decode(reply.as_slice()).map(Some).map_err(Failure::internal)
 }
 
+/// As [`earlier`], of a creation under the id that its caller chose: waits for other attempts of the same request first.
+pub async fn earlier_creation<R: Message + Default>(
+    tx: &mut PgConnection,
+    user: UserId,
+    route: &str,
+    once: Option<&Once>,
+    id: &str,
+) -> Result<Option<R>, Failure> {
+    if once.is_some() {
+        wait_for_earlier_attempts(tx, id).await?;
+    }
+    earlier(tx, user, route, once).await
+}
+
 /// Waits until other attempts of the same request have ended, in this replica or in another. `request` is what they share.
-pub async fn wait_for_earlier_attempts(tx: &mut PgConnection, request: &str) -> Result<(), Failure> {
+async fn wait_for_earlier_attempts(tx: &mut PgConnection, request: &str) -> Result<(), Failure> {
     sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 2))").bind(request).execute(tx).await?;
     Ok(())
 }

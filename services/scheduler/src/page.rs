@@ -4,7 +4,7 @@ use bus::Failure;
 use contract::scheduler::{Cursor, ListRequest};
 use sqlx::{AssertSqlSafe, FromRow, PgPool, Postgres, Row as _, postgres::PgRow, query::Query};
 use time::OffsetDateTime;
-use types::ErrorCode;
+use types::{ErrorCode, UserId};
 use uuid::Uuid;
 
 /// A page ends with the row that reaches this many bytes, and no row is larger than that: together they fit a message.
@@ -82,6 +82,44 @@ impl Filters {
         let from = if self.from.is_some() { format!("created_at >= ${first}") } else { format!("${first}::timestamptz is null") };
         let before = if self.before.is_some() { format!("created_at < ${second}") } else { format!("${second}::timestamptz is null") };
         format!("{archived} and {from} and {before}")
+    }
+}
+
+/// A list of what a user has and may archive, newest first, as a [`ListRequest`] asks for it.
+pub struct OwnedList<'a> {
+    /// The table with `user_id`, `created_at` and `archived_at`. Its key is called as the table, with `_id`.
+    pub owned: &'a str,
+    /// As in [`List`].
+    pub table: &'a str,
+    pub bytes: &'a str,
+    pub columns: &'a str,
+}
+
+impl OwnedList<'_> {
+    /// Reads a page; tells whether there are more rows.
+    ///
+    /// # Errors
+    /// When the request names no user, cursor or time, or Postgres refuses.
+    pub async fn read<T>(&self, pool: &PgPool, request: &ListRequest) -> Result<(Vec<T>, bool), Failure>
+    where
+        T: for<'r> FromRow<'r, PgRow>,
+    {
+        let Self { owned, table, bytes, columns } = *self;
+        let key = format!("{owned}_id");
+        let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+        let window = Window::by_time(request.limit, request.after.as_ref())?;
+        let filters = Filters::of(request)?;
+        let keys = format!(
+            "select {key} from {owned} where user_id = $1 and (created_at, {key}) < ($3, $4) and {}
+             order by created_at desc, {key} desc limit $2 + 1",
+            filters.conditions("archived_at is null", 5)
+        );
+        let list = List { keys: &keys, table, by_key: &key, bytes, columns };
+        let page = list.read(pool, |query| {
+            let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
+            query.bind(filters.from).bind(filters.before)
+        });
+        page.await
     }
 }
 

@@ -5,7 +5,7 @@
 //! how far the projector got. Acknowledgements to the stream would not do: an unacknowledged event is redelivered behind newer ones.
 //!
 //! Each event names the one it continues. An event that does not continue the persisted log is never persisted: the session's subject is
-//! purged and its turn released, so that the next runner goes on from the persisted log and reads the agent's output again.
+//! purged and its turn released, so that the next runner continues from the persisted log and reads the agent's output again.
 
 use std::{
     collections::{BTreeSet, HashMap},

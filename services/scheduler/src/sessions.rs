@@ -63,16 +63,15 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     Ok(reply)
 }
 
+/// Where the idempotency keys of creations belong.
+const ROUTE: &str = "sessions";
+
 async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
-    const ROUTE: &str = "sessions";
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let id = once::chosen(&request.session_id, SessionId::new)?;
-    if request.once.is_some() {
-        once::wait_for_earlier_attempts(tx, &request.session_id).await?;
-    }
-    if let Some(session) = once::earlier::<Session>(tx, user, ROUTE, request.once.as_ref()).await? {
-        let replayed = session.session_id != request.session_id;
-        return Ok(CreateSessionReply { session: Some(session), replayed });
+    let earlier = once::earlier_creation::<Session>(tx, user, ROUTE, request.once.as_ref(), &request.session_id);
+    if let Some(session) = earlier.await? {
+        return Ok(CreateSessionReply { replayed: session.session_id != request.session_id, session: Some(session) });
     }
     let agent: AgentId = request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
     let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);

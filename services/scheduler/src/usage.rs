@@ -4,17 +4,30 @@ use std::collections::HashMap;
 
 use bus::Failure;
 use contract::{scheduler::Session, session::Usage};
-use sqlx::Row as _;
+use sqlx::{Row as _, postgres::PgRow};
 use uuid::Uuid;
 
 use crate::Scheduler;
+
+/// Reads five columns from the one at `first`: input, output, cache read and cache write tokens, and the cost.
+pub fn of_columns(row: &PgRow, first: usize) -> Result<Usage, sqlx::Error> {
+    let count = |index: usize| row.try_get::<Option<i64>, _>(first + index).map(|count| count.map(i64::unsigned_abs));
+    Ok(Usage {
+        input_tokens: count(0)?,
+        output_tokens: count(1)?,
+        cache_read_tokens: count(2)?,
+        cache_write_tokens: count(3)?,
+        cost_micro_usd: count(4)?,
+        ..Usage::default()
+    })
+}
 
 /// Fills in the usage of sessions and how long their turns ran, which only the Managed Agents API shows.
 pub async fn complete(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<(), Failure> {
     let ids: Vec<Uuid> = sessions.iter().filter_map(|session| session.session_id.parse().ok()).collect();
     let rows = sqlx::query(
-        "select session_id, sum(input_tokens)::bigint, sum(output_tokens)::bigint, sum(cost_micro_usd)::bigint,
-                sum(cache_read_tokens)::bigint, sum(cache_write_tokens)::bigint,
+        "select session_id, sum(input_tokens)::bigint, sum(output_tokens)::bigint, sum(cache_read_tokens)::bigint,
+                sum(cache_write_tokens)::bigint, sum(cost_micro_usd)::bigint,
                 coalesce(sum(extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000), 0)::bigint
          from turn_used where session_id = any($1) group by session_id",
     )
@@ -23,16 +36,7 @@ pub async fn complete(scheduler: &Scheduler, sessions: &mut [Session]) -> Result
     .await?;
     let mut used = HashMap::with_capacity(rows.len());
     for row in rows {
-        let count = |index: usize| row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs));
-        let usage = Usage {
-            input_tokens: count(1)?,
-            output_tokens: count(2)?,
-            cost_micro_usd: count(3)?,
-            cache_read_tokens: count(4)?,
-            cache_write_tokens: count(5)?,
-            ..Usage::default()
-        };
-        used.insert(row.try_get::<Uuid, _>(0)?.to_string(), (usage, row.try_get::<i64, _>(6)?));
+        used.insert(row.try_get::<Uuid, _>(0)?.to_string(), (of_columns(&row, 1)?, row.try_get::<i64, _>(6)?));
     }
     for session in sessions {
         let (usage, active_us) = used.remove(&session.session_id).unwrap_or_default();

@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler, micros, once,
-    page::{Filters, List, Window},
+    page::{List, OwnedList, Window},
     parsed_json, secret_id,
 };
 
@@ -168,26 +168,13 @@ pub async fn update(scheduler: Scheduler, request: UpdateVaultRequest) -> Result
 }
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListVaultsReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let window = Window::by_time(request.limit, request.after.as_ref())?;
-    let filters = Filters::of(&request)?;
-    let keys = format!(
-        "select vault_id from vault where user_id = $1 and (created_at, vault_id) < ($3, $4) and {}
-         order by created_at desc, vault_id desc limit $2 + 1",
-        filters.conditions("archived_at is null", 5)
-    );
-    let list = List {
-        keys: &keys,
+    let list = OwnedList {
+        owned: "vault",
         table: "vault",
-        by_key: "vault_id",
         bytes: "octet_length(metadata::text) + octet_length(display_name) + 500",
         columns: vault_columns!(),
     };
-    let page = list.read(&scheduler.pool, |query| {
-        let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
-        query.bind(filters.from).bind(filters.before)
-    });
-    let (rows, has_more): (Vec<VaultRow>, _) = page.await?;
+    let (rows, has_more): (Vec<VaultRow>, _) = list.read(&scheduler.pool, &request).await?;
     Ok(ListVaultsReply { vaults: rows.into_iter().map(Vault::from).collect(), has_more })
 }
 

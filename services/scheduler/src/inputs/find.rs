@@ -1,10 +1,7 @@
 //! Where a turn begins in its session's log, and from where a reader that has seen an input continues.
 
 use bus::Failure;
-use contract::{
-    scheduler::{FindTurnReply, FindTurnRequest},
-    session::Usage,
-};
+use contract::scheduler::{FindTurnReply, FindTurnRequest};
 use rules::inputs;
 use sqlx::Row as _;
 use types::{InputId, SessionId};
@@ -13,7 +10,7 @@ use crate::{
     Scheduler,
     inputs::{input_missing, whose},
     sessions::row::missing,
-    unsigned,
+    unsigned, usage,
 };
 
 /// Where a turn begins in its session's log.
@@ -64,18 +61,10 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
     .await?;
     let Some(row) = row else { return Ok(reply) };
     let begun_after: Option<i64> = row.try_get(1)?;
-    let count = |index: usize| row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs));
     Ok(FindTurnReply {
         turn: if begun_after.is_some() { unsigned(row.try_get(0)?) } else { 0 },
         begun_after: begun_after.unwrap_or_default().unsigned_abs(),
-        usage_before: Some(Usage {
-            input_tokens: count(2)?,
-            output_tokens: count(3)?,
-            cache_read_tokens: count(4)?,
-            cache_write_tokens: count(5)?,
-            cost_micro_usd: count(6)?,
-            ..Usage::default()
-        }),
+        usage_before: Some(usage::of_columns(&row, 2)?),
         ..reply
     })
 }

@@ -12,7 +12,7 @@ use sqlx::{PgConnection, Row as _};
 use types::SessionId;
 use uuid::Uuid;
 
-use crate::{Scheduler, sessions::row::missing, unsigned};
+use crate::{Scheduler, sessions::row::missing, unsigned, usage};
 
 const AT_A_TIME: i64 = 200;
 
@@ -38,8 +38,8 @@ pub async fn fetch(scheduler: Scheduler, request: FetchModelRequestsRequest) -> 
     let turn = i32::try_from(request.turn).map_err(|_| missing())?;
     let row = sqlx::query(
         "select t.epoch, (select count(*) from model_request r where r.session_id = $1 and r.status = 'open'),
-                u.input_tokens, u.output_tokens, u.cache_read_tokens, u.cache_write_tokens, u.reasoning_tokens,
-                case when u.unpriced = 0 then u.cost_micro_usd end, u.model,
+                u.input_tokens, u.output_tokens, u.cache_read_tokens, u.cache_write_tokens,
+                case when u.unpriced = 0 then u.cost_micro_usd end, u.reasoning_tokens, u.model,
                 case when m.reached_turn = $2 then m.reached end, case when m.failed_turn = $2 then m.failure end
          from turn t
          left join turn_usage u using (session_id, turn_number)
@@ -63,16 +63,8 @@ pub async fn fetch(scheduler: Scheduler, request: FetchModelRequestsRequest) -> 
             .await?;
     let entries = payloads.iter().filter_map(|payload| MeterEntry::decode(payload.as_slice()).ok()).collect();
     let open: i64 = row.try_get(1)?;
-    let count = |index: usize| row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs));
-    let turn_usage = Usage {
-        input_tokens: count(2)?,
-        output_tokens: count(3)?,
-        cache_read_tokens: count(4)?,
-        cache_write_tokens: count(5)?,
-        reasoning_tokens: count(6)?,
-        cost_micro_usd: count(7)?,
-        model: row.try_get(8)?,
-    };
+    let reasoning_tokens = row.try_get::<Option<i64>, _>(7)?.map(i64::unsigned_abs);
+    let turn_usage = Usage { reasoning_tokens, model: row.try_get(8)?, ..usage::of_columns(&row, 2)? };
     let reached: Option<Vec<u8>> = row.try_get(9)?;
     Ok(FetchModelRequestsReply {
         entries,

@@ -372,9 +372,7 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
     // An answer that says nothing of usage used nothing where it is a refusal.
     let is_known = request.usage.is_some() || request.status >= 400 || is_unsent(request);
     let usage = if is_known { Some(request.usage.clone().unwrap_or_else(nothing)) } else { None };
-    let count = |count: Option<u64>| count.map(|count| count.min(COUNT_MAX).cast_signed());
-    let of = |read: fn(&Usage) -> Option<u64>| usage.as_ref().and_then(|usage| count(read(usage)));
-    let row = sqlx::query(
+    let query = sqlx::query(
         "with old as (
              select * from model_request where request_id = $1 and (status = 'open' or (status = 'unknown' and $2 and not is_summed))
              for update
@@ -390,15 +388,9 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
     .bind(id)
     .bind(is_known)
     .bind(i32::try_from(request.status).unwrap_or_default())
-    .bind(request.is_partial)
-    .bind(of(|usage| usage.input_tokens))
-    .bind(of(|usage| usage.output_tokens))
-    .bind(of(|usage| usage.cache_read_tokens))
-    .bind(of(|usage| usage.cache_write_tokens))
-    .bind(of(|usage| usage.reasoning_tokens))
-    .bind(of(|usage| usage.cost_micro_usd))
-    .fetch_optional(&mut *tx)
-    .await?;
+    .bind(request.is_partial);
+    let query = counts(usage.as_ref()).into_iter().fold(query, |query, count| query.bind(count));
+    let row = query.fetch_optional(&mut *tx).await?;
     let Some(row) = row else { return Ok(()) };
     let was_unknown: bool = row.try_get(0)?;
     let owners = Owners { session: session.uuid(), user: row.try_get(1)?, agent: row.try_get(2)? };
@@ -437,6 +429,14 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
     limits::apply(tx, &owners, change, &[]).await
 }
 
+/// What a request used, in the order of the columns: input, output, cache read, cache write and reasoning tokens, and the cost.
+fn counts(usage: Option<&Usage>) -> [Option<i64>; 6] {
+    let Some(usage) = usage else { return [None; 6] };
+    let Usage { input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, .. } = *usage;
+    [input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd]
+        .map(|count| count.map(|count| count.min(COUNT_MAX).cast_signed()))
+}
+
 /// A request that was settled, for its turn's usage and its session's log.
 struct Used<'a> {
     owners: Owners,
@@ -451,8 +451,7 @@ struct Used<'a> {
 async fn show(tx: &mut PgConnection, used: Used<'_>, id: Uuid, request: &EndModelRequestRequest) -> Result<(), Failure> {
     let Used { owners, turn, number, provider, model, was_unknown, usage } = used;
     let is_unpriced = usage.is_some_and(|usage| usage.cost_micro_usd.is_none());
-    let of = |read: fn(&Usage) -> Option<u64>| usage.and_then(read).unwrap_or_default().min(COUNT_MAX).cast_signed();
-    sqlx::query(
+    let query = sqlx::query(
         "insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
                                       cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, model)
          values ($1, $2, case when $3 then 0 else 1 end, case when $4 then 1 when $3 then -1 else 0 end, $5, $6, $7, $8, $9, $10, $11, $12)
@@ -469,16 +468,9 @@ async fn show(tx: &mut PgConnection, used: Used<'_>, id: Uuid, request: &EndMode
     .bind(turn)
     .bind(was_unknown)
     .bind(usage.is_none())
-    .bind(i64::from(is_unpriced))
-    .bind(of(|usage| usage.input_tokens))
-    .bind(of(|usage| usage.output_tokens))
-    .bind(of(|usage| usage.cache_read_tokens))
-    .bind(of(|usage| usage.cache_write_tokens))
-    .bind(of(|usage| usage.reasoning_tokens))
-    .bind(of(|usage| usage.cost_micro_usd))
-    .bind(&model)
-    .execute(&mut *tx)
-    .await?;
+    .bind(i64::from(is_unpriced));
+    let query = counts(usage).into_iter().fold(query, |query, count| query.bind(count.unwrap_or_default()));
+    query.bind(&model).execute(&mut *tx).await?;
     let failure = (!request.error.is_empty()).then(|| without_nul(&request.error));
     sqlx::query("update model_meter set failed_turn = $2, failure = $3 where session_id = $1")
         .bind(owners.session)
