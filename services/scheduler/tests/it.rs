@@ -33,6 +33,7 @@ use uuid::Uuid;
 
 #[path = "it/claims.rs"]
 mod claims;
+mod common;
 #[path = "it/creation.rs"]
 mod creation;
 #[path = "it/deadlines.rs"]
@@ -90,23 +91,22 @@ impl World {
         world
     }
 
+    /// A world, and the id of an agent in it.
+    async fn with_agent() -> (Self, String) {
+        let world = Self::start().await;
+        let agent = world.agent().await;
+        (world, agent)
+    }
+
     async fn run_scheduler(&self, lifecycle: &Lifecycle) {
         self.run_scheduler_with(lifecycle, None).await;
     }
 
     async fn run_scheduler_with(&self, lifecycle: &Lifecycle, files: Option<files::Files>) {
         let config = scheduler::Config {
-            bus: self.nats.config(&access::SCHEDULER),
-            store: self.database.config("scheduler"),
-            sprite_name_prefix: "aod".to_owned(),
-            deployment_id: "deployment-of-tests".into(),
-            stream_replicas: 1,
-            events_max_bytes: contract::topology::EVENTS.max_bytes,
-            event_partitions: std::num::NonZeroU8::MIN,
-            orphan_sweep: Duration::from_secs(900),
             retention: Retention { event_days: Some(3), session_days: Some(3) },
             files: scheduler::FileSettings { store: files, user_bytes_max: u64::MAX, days: None },
-            model_defaults: scheduler::ModelDefaults::default(),
+            ..common::config(&self.nats, &self.database)
         };
         scheduler::run(config, lifecycle.clone()).await.unwrap();
     }
@@ -146,15 +146,16 @@ impl World {
     }
 
     fn new_agent(&self) -> CreateAgentRequest {
-        CreateAgentRequest {
+        common::shell_agent(self.user)
+    }
+
+    fn prompt_of(&self, session: &str) -> PromptRequest {
+        PromptRequest {
             user_id: self.user.to_string(),
-            name: "a".to_owned(),
-            model: "none".to_owned(),
-            runtime: "shell".to_owned(),
-            metadata: "{}".to_owned(),
-            skills: "[]".to_owned(),
-            mcp_servers: "[]".to_owned(),
-            ..CreateAgentRequest::default()
+            session_id: session.to_owned(),
+            prompt: "again".to_owned(),
+            timeout_seconds: 60,
+            ..PromptRequest::default()
         }
     }
 

@@ -12,12 +12,13 @@ use contract::{
     scheduler::{CreateAgentRequest, CreateEnvironmentRequest, Cursor, GetSessionRequest, ListPartsRequest, ListRequest},
 };
 use futures::future::join_all;
-use scheduler::Retention;
 use service::Lifecycle;
 use sqlx::{Connection as _, PgConnection};
 use testkit::{Database, Nats, eventually, postgres::Server};
 use types::{ErrorCode, UserId};
 use uuid::Uuid;
+
+mod common;
 
 const SOON: Duration = Duration::from_secs(15);
 
@@ -46,31 +47,14 @@ impl World {
 
     fn config(deployment_id: &str, partitions: u8, nats: &Nats, database: &Database) -> scheduler::Config {
         scheduler::Config {
-            bus: nats.config(&access::SCHEDULER),
-            store: database.config("scheduler"),
-            sprite_name_prefix: "aod".to_owned(),
             deployment_id: deployment_id.into(),
-            stream_replicas: 1,
-            events_max_bytes: contract::topology::EVENTS.max_bytes,
             event_partitions: partitions.try_into().unwrap(),
-            orphan_sweep: Duration::from_secs(900),
-            retention: Retention { event_days: None, session_days: None },
-            files: scheduler::FileSettings { store: None, user_bytes_max: u64::MAX, days: None },
-            model_defaults: scheduler::ModelDefaults::default(),
+            ..common::config(nats, database)
         }
     }
 
     fn agent(&self) -> CreateAgentRequest {
-        CreateAgentRequest {
-            user_id: self.user.to_string(),
-            name: "a".to_owned(),
-            model: "none".to_owned(),
-            runtime: "shell".to_owned(),
-            metadata: "{}".to_owned(),
-            skills: "[]".to_owned(),
-            mcp_servers: "[]".to_owned(),
-            ..CreateAgentRequest::default()
-        }
+        common::shell_agent(self.user)
     }
 }
 

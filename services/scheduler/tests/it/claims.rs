@@ -69,8 +69,7 @@ async fn a_second_job_for_an_owned_turn_is_ignored_until_its_lease_expires() {
 
 #[tokio::test]
 async fn a_heartbeat_finds_turns_that_were_lost_and_turns_that_were_forgotten() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let (mine, others) = (world.create(&agent, 10).await.unwrap().session_id, world.create(&agent, 10).await.unwrap().session_id);
     world.run(&mine, 1).await;
     world.claim_with(Uuid::now_v7(), &others, 1).await;
@@ -88,8 +87,7 @@ async fn a_heartbeat_finds_turns_that_were_lost_and_turns_that_were_forgotten() 
 /// An end that lies below what the projector has passed was lost with its stream.
 #[tokio::test]
 async fn a_turn_whose_end_was_lost_is_offered_again() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let session = world.create(&agent, 10).await.unwrap().session_id;
     world.run(&session, 1).await;
     let other = world.create(&agent, 10).await.unwrap().session_id;

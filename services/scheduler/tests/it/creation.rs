@@ -4,8 +4,7 @@ use super::*;
 
 #[tokio::test]
 async fn of_concurrent_creates_exactly_the_quota_gets_through() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let results = join_all((0..50).map(|_| world.create(&agent, 10))).await;
     let (created, refused): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
     assert_eq!((created.len(), refused.len()), (10, 40));
@@ -96,8 +95,7 @@ async fn a_prompt_that_is_asked_of_two_schedulers_is_one_turn() {
 #[tokio::test]
 async fn a_large_quota_is_kept_too_and_what_ends_makes_room() {
     const LIMIT: u32 = 1200;
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let mut sessions = Vec::new();
     for _ in 0..27 {
         let created = join_all((0..50).map(|_| world.create(&agent, LIMIT))).await;
@@ -116,8 +114,7 @@ async fn a_large_quota_is_kept_too_and_what_ends_makes_room() {
 /// A message that wakes an idle session counts as a creation does.
 #[tokio::test]
 async fn messages_to_idle_sessions_are_subject_to_the_quota() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let mut replies = Vec::new();
     for _ in 0..3 {
         let session = world.create_idle(&agent).await;

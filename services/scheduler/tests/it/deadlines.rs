@@ -35,8 +35,7 @@ async fn a_deadline_never_overrules_an_end_that_waits_to_be_projected() {
 /// The deadline is the last resort of all turns: one that cannot be ended keeps none of the others.
 #[tokio::test]
 async fn a_turn_that_cannot_be_ended_delays_no_other_deadline() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let mut sessions = Vec::new();
     for _ in 0..3 {
         let session = world.create(&agent, 10).await.unwrap().session_id;

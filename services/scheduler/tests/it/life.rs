@@ -7,13 +7,7 @@ async fn a_turns_end_completes_the_session_and_one_of_racing_prompts_wins() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     assert_eq!(world.complete(&session, 1).await.status, "completed");
-    let request = PromptRequest {
-        user_id: world.user.to_string(),
-        session_id: session.clone(),
-        prompt: "again".to_owned(),
-        timeout_seconds: 60,
-        ..PromptRequest::default()
-    };
+    let request = world.prompt_of(&session);
     let results = join_all((0..20).map(|_| world.gateway.call::<rpc::Prompt>(&request, SOON))).await;
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
     let refused = results.into_iter().find_map(Result::err).unwrap();
@@ -50,8 +44,7 @@ async fn a_terminated_session_loses_its_model_tokens_before_its_sandbox() {
 
 #[tokio::test]
 async fn a_session_without_a_turn_can_be_terminated_archived_and_deleted() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let (terminated, archived) = (world.create_idle(&agent).await, world.create_idle(&agent).await);
     let request = TerminateRequest { user_id: world.user.to_string(), session_id: terminated.clone() };
     assert_eq!(world.gateway.call::<rpc::Terminate>(&request, SOON).await.unwrap().status, "terminated");
@@ -69,8 +62,7 @@ async fn a_session_without_a_turn_can_be_terminated_archived_and_deleted() {
 /// An accepted message is never killed by an archiving that was accepted too.
 #[tokio::test]
 async fn of_a_message_and_an_archiving_at_once_one_is_accepted() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     for _ in 0..20 {
         let session = world.create_idle(&agent).await;
         let (sent, archived) = tokio::join!(world.send_message(&session, 100), world.archive(&session));
@@ -97,8 +89,7 @@ async fn terminate_wins_over_a_late_completion_and_only_once() {
 
 #[tokio::test]
 async fn a_sprite_may_be_deleted_of_a_terminated_failed_or_deleted_session_alone() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let claim = async |session: &str| {
         let request = ClaimSpriteRequest { session_id: session.to_owned(), runner: "r".to_owned(), ..ClaimSpriteRequest::default() };
         world.runner.call::<rpc::ClaimSprite>(&request, SOON).await.map(|claim| claim.sprite)
@@ -128,8 +119,7 @@ async fn a_sprite_may_be_deleted_of_a_terminated_failed_or_deleted_session_alone
 
 #[tokio::test]
 async fn a_later_edit_changes_nothing_for_a_sessions_next_turn() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let session = world.create(&agent, 10).await.unwrap().session_id;
     world.complete(&session, 1).await;
     let change = UpdateAgentRequest {
@@ -140,13 +130,7 @@ async fn a_later_edit_changes_nothing_for_a_sessions_next_turn() {
         ..UpdateAgentRequest::default()
     };
     assert_eq!(world.gateway.call::<rpc::UpdateAgent>(&change, SOON).await.unwrap().version, 2);
-    let prompt = PromptRequest {
-        user_id: world.user.to_string(),
-        session_id: session.clone(),
-        prompt: "again".to_owned(),
-        timeout_seconds: 60,
-        ..PromptRequest::default()
-    };
+    let prompt = world.prompt_of(&session);
     world.gateway.call::<rpc::Prompt>(&prompt, SOON).await.unwrap();
     let spec = world.run(&session, 2).await;
     assert_eq!((spec.model.as_str(), spec.prompt.as_str(), spec.system.as_str()), ("none", "again", ""));

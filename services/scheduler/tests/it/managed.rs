@@ -35,8 +35,7 @@ impl World {
 
 #[tokio::test]
 async fn sessions_are_listed_by_their_statuses_from_an_index() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let mut all = Vec::new();
     for _ in 0..7 {
         all.push(world.create_idle(&agent).await);

@@ -441,8 +441,7 @@ async fn a_budget_of_time_does_not_count_what_sessions_ran_before_it_unless_it_i
 
 #[tokio::test]
 async fn users_change_budgets_of_their_own_sessions_and_agents_alone() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let other = GetBudgetRequest { user_id: Some(UserId::new().to_string()), ..world.owned("agent", &agent) };
     assert_eq!(world.set_budget(other, Some(1)).await.unwrap_err().code, ErrorCode::NotFound);
     for scope in ["user", "deployment"] {

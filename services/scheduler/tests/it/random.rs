@@ -20,8 +20,7 @@ impl Model {
 async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
     let seed = fastrand::u64(..);
     let mut rng = fastrand::Rng::with_seed(seed);
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let user = world.user.to_string();
     for course in 0..40 {
         let session = world.create(&agent, 1000).await.unwrap().session_id;
@@ -95,8 +94,7 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
 /// All at once on one session: termination wins over everything but deletion, and nothing is in between.
 #[tokio::test]
 async fn whatever_happens_at_once_ends_in_one_state() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let user = world.user.to_string();
     for round in 0..30 {
         let session = world.create(&agent, 1000).await.unwrap().session_id;

@@ -4,8 +4,7 @@ use super::*;
 
 #[tokio::test]
 async fn what_is_old_goes_and_what_is_not_stays() {
-    let world = World::start().await;
-    let agent = world.agent().await;
+    let (world, agent) = World::with_agent().await;
     let (old, new) = (world.create(&agent, 10).await.unwrap().session_id, world.create(&agent, 10).await.unwrap().session_id);
     let active = world.create(&agent, 10).await.unwrap().session_id;
     for session in [&old, &new] {
