@@ -1,6 +1,7 @@
 //! What every service needs: telemetry, start and shutdown, health.
 
 pub mod admin;
+pub mod connection;
 pub mod lifecycle;
 pub mod periodic;
 pub mod telemetry;

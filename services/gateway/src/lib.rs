@@ -217,7 +217,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         lifecycle: lifecycle.clone(),
         ending: ending.clone(),
     };
-    let limits = server::Limits { connections: app.config.connections, patience: app.config.slow_reader };
+    let limits = server::Limits { connections: app.config.connections, write_timeout: app.config.slow_reader };
     lifecycle.spawn("limits", app.limits.clone().tidy(lifecycle.stop_token()));
     lifecycle.spawn("http", server::serve(listener, router::router(app), limits, ending));
     Ok(())

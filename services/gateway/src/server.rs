@@ -11,17 +11,16 @@ use axum::{
     response::Response,
 };
 use futures::FutureExt as _;
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::server::graceful::{GracefulConnection, GracefulShutdown};
+use service::{
+    Lifecycle,
+    connection::{ConnectionLimits, serve_connection},
 };
-use service::Lifecycle;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
-use tokio_io_timeout::TimeoutStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
@@ -39,13 +38,13 @@ pub struct Limits {
     /// Open connections; more wait to be accepted.
     pub connections: usize,
     /// How long a client may take nothing of what is sent to it. One that is cut so resumes by id (docs/api.md §7).
-    pub patience: Duration,
+    pub write_timeout: Duration,
 }
 
 /// When a server ends.
 #[derive(Clone)]
 pub struct Ending {
-    /// Knows that it was told to stop. It goes on answering, each answer the last on its connection, so that clients go elsewhere.
+    /// Knows that it was told to stop. It keeps answering, each answer the last on its connection, so that clients go elsewhere.
     pub lifecycle: Lifecycle,
     /// How long that may take them.
     pub drain: Duration,
@@ -64,7 +63,7 @@ impl Ending {
 }
 
 /// Asks clients of a server that was told to stop to come back on another connection.
-pub async fn send_elsewhere(State(ending): State<Ending>, request: Request<Body>, next: Next) -> Response {
+pub async fn close_connections(State(ending): State<Ending>, request: Request<Body>, next: Next) -> Response {
     let mut response = next.run(request).await;
     if ending.lifecycle.stop_token().is_cancelled() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -72,13 +71,13 @@ pub async fn send_elsewhere(State(ending): State<Ending>, request: Request<Body>
     response
 }
 
-/// Serves until the end; then requests in hand are finished.
+/// Serves until the end; then requests in flight are finished.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, ending: Ending) {
     let mut closed = std::pin::pin!(ending.closed());
     let (slots, connections, graceful) = (Arc::new(Semaphore::new(limits.connections)), TaskTracker::new(), GracefulShutdown::new());
     let begin = |stream, addr, slot| {
         metrics::counter!("aod_http_connections_total").increment(1);
-        let connection = graceful.watch(connection(stream, addr, router.clone(), limits.patience));
+        let connection = graceful.watch(connection(stream, addr, router.clone(), limits.write_timeout));
         connections.spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%addr, %error, "connection ended");
@@ -123,20 +122,14 @@ fn connection(
     stream: TcpStream,
     addr: SocketAddr,
     router: Router,
-    patience: Duration,
-) -> impl hyper_util::server::graceful::GracefulConnection<Error = hyper::Error> {
+    write_timeout: Duration,
+) -> impl GracefulConnection<Error = hyper::Error> {
     // Events leave at once.
     let _ = stream.set_nodelay(true);
-    let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(patience));
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(ConnectInfo(addr));
         router.clone().oneshot(request.map(Body::new))
     });
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIME_MAX)
-        .max_buf_size(HEAD_BYTES_MAX)
-        .max_headers(HEADERS_MAX)
-        .serve_connection(TokioIo::new(Box::pin(stream)), service)
+    let limits = ConnectionLimits { head_time: HEAD_TIME_MAX, head_bytes: HEAD_BYTES_MAX, headers: HEADERS_MAX, write_time: write_timeout };
+    serve_connection(stream, limits, service)
 }

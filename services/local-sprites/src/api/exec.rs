@@ -6,7 +6,7 @@ use axum::{
     Json,
     body::Bytes,
     extract::{
-        FromRequestParts as _, Path, RawQuery, Request, State,
+        FromRequestParts as _, Path, Request, State,
         ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade},
     },
     http::{HeaderValue, StatusCode, header},
@@ -32,7 +32,7 @@ use crate::{
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// How long the client has to close the socket after the exit frame.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
-/// A command without a terminal goes on so long after its last client is gone (docs/sprites-api.md §3.1).
+/// A command without a terminal keeps running so long after its last client is gone (docs/sprites-api.md §3.1).
 const MAX_RUN_AFTER_DISCONNECT: Duration = Duration::from_secs(10);
 const KILL_GRACE: Duration = Duration::from_secs(10);
 const KILL_GRACE_MAX: Duration = Duration::from_secs(600);
@@ -71,16 +71,10 @@ pub fn request(query: &Query, terminal_allowed: bool) -> Result<exec::Request, F
     })
 }
 
-pub async fn start_or_list(
-    State(api): State<Api>,
-    Path(name): Path<String>,
-    RawQuery(query): RawQuery,
-    request: Request,
-) -> Result<Response, Failure> {
+pub async fn start_or_list(State(api): State<Api>, Path(name): Path<String>, query: Query, request: Request) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
     let (mut parts, _) = request.into_parts();
     let Ok(upgrade) = WebSocketUpgrade::from_request_parts(&mut parts, &()).await else { return Ok(list(&sprite).into_response()) };
-    let query = Query::parse(query);
     if let Some(id) = query.get("id") {
         return attach_to(&api, &sprite, id, upgrade, &parts.headers);
     }
@@ -201,7 +195,7 @@ impl Conversation {
         let mut keepalive = tokio::time::interval(KEEPALIVE);
         keepalive.reset();
         let mut sent_bytes = 0;
-        // What the command does not read yet. Its output goes on meanwhile, or each would wait for the other for ever.
+        // What the command does not read yet. Its output is read meanwhile, or each would wait for the other for ever.
         let mut held: Option<Input> = None;
         loop {
             let sent = tokio::select! {
@@ -217,7 +211,7 @@ impl Conversation {
                         socket.send(Message::Binary(frame)).await
                     }
                     Some(Event::Exit(code)) => return finish(socket, code, size.is_some()).await,
-                    // Cut off, by a pause or a stop of this server: the command goes on.
+                    // Cut off, by a pause or a stop of this server: the command keeps running.
                     None => return,
                 },
                 _ = keepalive.tick() => socket.send(Message::text(r#"{"type":"keepalive"}"#)).await,
@@ -312,7 +306,7 @@ async fn finish(mut socket: WebSocket, code: u8, terminal: bool) {
 pub async fn kill(
     State(api): State<Api>,
     Path((name, id)): Path<(String, String)>,
-    RawQuery(query): RawQuery,
+    query: Query,
     body: Bytes,
 ) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
@@ -322,7 +316,7 @@ pub async fn kill(
         return Err(if ended { failure(StatusCode::GONE, &format!("session has exited: {id}")) } else { not_found(&id) });
     };
     // Some clients send a query, some a JSON body (docs/sprites-api.md §4.2).
-    let (query, body): (_, Value) = (Query::parse(query), serde_json::from_slice(&body).unwrap_or_default());
+    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
     let signal = query.get("signal").or_else(|| body.get("signal").and_then(Value::as_str)).unwrap_or("SIGTERM").to_owned();
     let number = exec::parse_signal(&signal).ok_or_else(|| invalid("unknown signal"))?;
     let in_body = match body.get("timeout") {

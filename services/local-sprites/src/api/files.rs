@@ -11,7 +11,7 @@ use axum::{
     Json,
     body::{Body, Bytes},
     extract::{
-        Path, RawQuery, State,
+        Path, State,
         ws::{Message, WebSocket, WebSocketUpgrade},
     },
     http::{HeaderMap, HeaderValue, StatusCode, header},
@@ -89,15 +89,10 @@ fn range(headers: &HeaderMap) -> Option<(u64, Option<u64>)> {
     Some((first.parse().ok()?, last)).filter(|(first, last)| last.is_none_or(|last| last >= *first))
 }
 
-pub async fn read(
-    State(api): State<Api>,
-    Path(name): Path<String>,
-    RawQuery(query): RawQuery,
-    headers: HeaderMap,
-) -> Result<Response, Failure> {
+pub async fn read(State(api): State<Api>, Path(name): Path<String>, query: Query, headers: HeaderMap) -> Result<Response, Failure> {
     let range = range(&headers);
     let offset = range.map_or(0, |(first, _)| first);
-    let (file, size) = in_root(&api, &name, target(&Query::parse(query)), move |root, path| root.read(path, offset)).await?;
+    let (file, size) = in_root(&api, &name, target(&query), move |root, path| root.read(path, offset)).await?;
     let file = tokio::fs::File::from_std(file);
     let binary = (header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     let Some((first, last)) = range else {
@@ -117,13 +112,7 @@ pub async fn read(
     Ok((StatusCode::PARTIAL_CONTENT, headers, body).into_response())
 }
 
-pub async fn write(
-    State(api): State<Api>,
-    Path(name): Path<String>,
-    RawQuery(query): RawQuery,
-    body: Bytes,
-) -> Result<Json<Value>, Failure> {
-    let query = Query::parse(query);
+pub async fn write(State(api): State<Api>, Path(name): Path<String>, query: Query, body: Bytes) -> Result<Json<Value>, Failure> {
     let mode = parse_mode(query.get("mode").unwrap_or("0644")).ok_or_else(|| invalid("mode is not octal"))?;
     let parents = query.get("mkdirParents").or_else(|| query.get("mkdir")) != Some("false");
     let (target, size) = (target(&query), body.len());
@@ -136,8 +125,7 @@ fn parse_mode(text: &str) -> Option<u32> {
     u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777)
 }
 
-pub async fn list(State(api): State<Api>, Path(name): Path<String>, RawQuery(query): RawQuery) -> Result<Json<Value>, Failure> {
-    let query = Query::parse(query);
+pub async fn list(State(api): State<Api>, Path(name): Path<String>, query: Query) -> Result<Json<Value>, Failure> {
     let (target, recursive) = (target(&query), query.is("recursive"));
     let path = target.0.clone();
     let mut entries = in_root(&api, &name, target, move |root, path| root.list(path, recursive)).await?;
@@ -148,13 +136,7 @@ pub async fn list(State(api): State<Api>, Path(name): Path<String>, RawQuery(que
     Ok(Json(json!({ "path": path.to_string_lossy(), "count": entries.len(), "entries": entries })))
 }
 
-pub async fn delete(
-    State(api): State<Api>,
-    Path(name): Path<String>,
-    RawQuery(query): RawQuery,
-    body: Bytes,
-) -> Result<Json<Value>, Failure> {
-    let query = Query::parse(query);
+pub async fn delete(State(api): State<Api>, Path(name): Path<String>, query: Query, body: Bytes) -> Result<Json<Value>, Failure> {
     // The clients send a query, the documents say a body.
     let (target, recursive) = match Change::parse(&body) {
         Some(change) if query.get("path").is_none() => (change.target("path"), change.is("recursive")),

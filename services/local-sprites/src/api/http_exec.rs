@@ -6,7 +6,7 @@ use std::{convert::Infallible, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
-    extract::{Path, RawQuery, State},
+    extract::{Path, State},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -23,9 +23,9 @@ const PACE: Duration = Duration::from_millis(15);
 const EXIT_PACE: Duration = Duration::from_millis(50);
 const EXIT: u8 = 3;
 
-pub async fn run(State(api): State<Api>, Path(name): Path<String>, RawQuery(query): RawQuery, body: Body) -> Result<Response, Failure> {
+pub async fn run(State(api): State<Api>, Path(name): Path<String>, query: Query, body: Body) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
-    let request = exec::request(&Query::parse(query), false)?;
+    let request = exec::request(&query, false)?;
     let takes_input = request.stdin;
     let holder = api.registry.wake(&sprite).await?;
     let started = ExecSession::start(sprite.start_of(holder, &request), request, &api.registry.lifecycle);

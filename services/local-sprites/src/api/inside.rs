@@ -11,15 +11,14 @@ use axum::{
     response::{IntoResponse as _, Response},
     routing::get,
 };
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::{body::Incoming, service::service_fn};
 use serde_json::{Value, json};
+use service::connection::{ConnectionLimits, serve_connection};
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::Semaphore,
     task::JoinSet,
 };
-use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt as _;
 
 use super::{Api, Failure, failure, invalid, not_served, parse_duration, routes};
@@ -80,8 +79,6 @@ async fn serve(listener: UnixListener, router: Router) {
 }
 
 async fn connection(stream: UnixStream, router: Router) -> hyper::Result<()> {
-    let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(WRITE_TIME_MAX));
     let service = service_fn(move |request: Request<Incoming>| {
         let answer = router.clone().oneshot(request.map(Body::new));
         async move {
@@ -89,13 +86,9 @@ async fn connection(stream: UnixStream, router: Router) -> hyper::Result<()> {
             tokio::time::timeout(ANSWER_TIME_MAX, answer).await.unwrap_or_else(|_| Ok(late()))
         }
     });
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIME_MAX)
-        .max_buf_size(HEAD_BYTES_MAX)
-        .max_headers(HEADERS_MAX)
-        .serve_connection(TokioIo::new(Box::pin(stream)), service)
-        .await
+    let limits =
+        ConnectionLimits { head_time: HEAD_TIME_MAX, head_bytes: HEAD_BYTES_MAX, headers: HEADERS_MAX, write_time: WRITE_TIME_MAX };
+    serve_connection(stream, limits, service).await
 }
 
 fn bind(sprite: &Sprite) -> io::Result<UnixListener> {

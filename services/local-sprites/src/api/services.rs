@@ -5,7 +5,7 @@ use std::{fs, sync::Arc, time::Duration};
 use axum::{
     Json,
     body::Bytes,
-    extract::{Path, RawQuery, State},
+    extract::{Path, State},
     http::StatusCode,
     response::Response,
 };
@@ -136,7 +136,7 @@ pub async fn get(State(api): State<Api>, Path((name, service)): Path<(String, St
 pub async fn put(
     State(api): State<Api>,
     Path((name, service)): Path<(String, String)>,
-    RawQuery(query): RawQuery,
+    query: Query,
     body: Bytes,
 ) -> Result<Response, Failure> {
     if !is_name(&service) {
@@ -157,7 +157,7 @@ pub async fn put(
     let _ = unit.stop(STOP_GRACE).await;
     let events = unit.watch();
     unit.start(&sprite, holder, &api.registry.lifecycle);
-    Ok(follow(&api, &service, Vec::new(), events, Query::parse(query).duration("duration").unwrap_or(WATCH)))
+    Ok(follow(&api, &service, Vec::new(), events, query.duration("duration").unwrap_or(WATCH)))
 }
 
 pub async fn delete(State(api): State<Api>, Path((name, service)): Path<(String, String)>) -> Result<StatusCode, Failure> {
@@ -167,7 +167,7 @@ pub async fn delete(State(api): State<Api>, Path((name, service)): Path<(String,
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Whether its user wants a service to run is kept: it holds when the Sprite or this server is started anew.
+/// Whether its user wants a service to run is kept: it holds when the Sprite or this server is restarted.
 fn want(sprite: &Sprite, service: &str, stopped: bool) -> Result<(), Failure> {
     let change = |definition: &mut Definition| definition.stopped = stopped;
     Ok(sprite.change(|record| {
@@ -175,7 +175,7 @@ fn want(sprite: &Sprite, service: &str, stopped: bool) -> Result<(), Failure> {
     })?)
 }
 
-async fn begin(api: &Api, (name, service): (String, String), query: Option<String>, ends_first: bool) -> Result<Response, Failure> {
+async fn begin(api: &Api, (name, service): (String, String), query: Query, ends_first: bool) -> Result<Response, Failure> {
     let (sprite, unit) = find_unit(api, &name, &service)?;
     want(&sprite, &service, false)?;
     let holder = api.registry.wake(&sprite).await?;
@@ -184,24 +184,20 @@ async fn begin(api: &Api, (name, service): (String, String), query: Option<Strin
     }
     let events = unit.watch();
     unit.start(&sprite, holder, &api.registry.lifecycle);
-    Ok(follow(api, &service, Vec::new(), events, Query::parse(query).duration("duration").unwrap_or(WATCH)))
+    Ok(follow(api, &service, Vec::new(), events, query.duration("duration").unwrap_or(WATCH)))
 }
 
-pub async fn start(State(api): State<Api>, Path(path): Path<(String, String)>, RawQuery(query): RawQuery) -> Result<Response, Failure> {
+pub async fn start(State(api): State<Api>, Path(path): Path<(String, String)>, query: Query) -> Result<Response, Failure> {
     begin(&api, path, query, false).await
 }
 
-pub async fn restart(State(api): State<Api>, Path(path): Path<(String, String)>, RawQuery(query): RawQuery) -> Result<Response, Failure> {
+pub async fn restart(State(api): State<Api>, Path(path): Path<(String, String)>, query: Query) -> Result<Response, Failure> {
     begin(&api, path, query, true).await
 }
 
-pub async fn stop(
-    State(api): State<Api>,
-    Path((name, service)): Path<(String, String)>,
-    RawQuery(query): RawQuery,
-) -> Result<Response, Failure> {
+pub async fn stop(State(api): State<Api>, Path((name, service)): Path<(String, String)>, query: Query) -> Result<Response, Failure> {
     let (sprite, unit) = find_unit(&api, &name, &service)?;
-    let grace = Query::parse(query).duration("timeout").unwrap_or(STOP_GRACE).min(WATCH_MAX);
+    let grace = query.duration("timeout").unwrap_or(STOP_GRACE).min(WATCH_MAX);
     if !unit.is_kept() {
         return Err(ServiceError::NotRunning.into());
     }
@@ -221,13 +217,8 @@ pub async fn signal(State(api): State<Api>, Path(name): Path<String>, body: Byte
 }
 
 /// The newest lines of a service's log, then what happens to it.
-pub async fn logs(
-    State(api): State<Api>,
-    Path((name, service)): Path<(String, String)>,
-    RawQuery(query): RawQuery,
-) -> Result<Response, Failure> {
+pub async fn logs(State(api): State<Api>, Path((name, service)): Path<(String, String)>, query: Query) -> Result<Response, Failure> {
     let (sprite, unit) = find_unit(&api, &name, &service)?;
-    let query = Query::parse(query);
     let lines = query.get("lines").and_then(|text| text.parse().ok()).unwrap_or(LINES).min(LINES_MAX);
     let events = unit.watch();
     let log = fs::read_to_string(log_path(&sprite, &service)).unwrap_or_default();

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use axum::{
     Json,
     body::Bytes,
-    extract::{Path, RawQuery, State},
+    extract::{Path, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -109,8 +109,7 @@ pub async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, Fai
     Ok((StatusCode::CREATED, Json(describe(&sprite))).into_response())
 }
 
-pub async fn list(State(api): State<Api>, RawQuery(query): RawQuery, headers: HeaderMap) -> Response {
-    let query = Query::parse(query);
+pub async fn list(State(api): State<Api>, query: Query, headers: HeaderMap) -> Response {
     let prefix = query.get("prefix").unwrap_or_default();
     let wants_lines = |accept: &header::HeaderValue| accept.to_str().is_ok_and(|accept| accept.contains("application/x-ndjson"));
     if headers.get(header::ACCEPT).is_some_and(wants_lines) {
