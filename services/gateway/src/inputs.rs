@@ -2,7 +2,7 @@
 
 use axum::{
     Json,
-    extract::{FromRequestParts, Query, State},
+    extract::{FromRequestParts, State},
     http::{StatusCode, request::Parts},
 };
 use contract::{
@@ -14,7 +14,6 @@ use serde_json::Value;
 use types::{
     RequestStatus, Verdict, WhenBusy,
     limits::{BODY_BYTES_MAX, DENY_MESSAGE_CHARS_MAX},
-    model::quoted,
 };
 use utoipa::{IntoParams, ToSchema};
 
@@ -25,7 +24,7 @@ use crate::{
     body::{Body, Fields},
     error::ApiError,
     openapi::Conflict,
-    page::{Listed, Page, PageParams, bad_query, listed},
+    page::{Listed, Page, PageParams, check_status, listed, read_query},
     path::{Id, IdParams, Part},
 };
 
@@ -146,7 +145,7 @@ pub async fn withdraw_input(State(app): State<App>, caller: Caller, Part(id, inp
 
 /// Interrupt the running turn
 ///
-/// The agent stops what it does, the turn ends with exit code 0, and the session goes on. Asking again while an interrupt is under way
+/// The agent stops what it does, the turn ends with exit code 0, and the session continues. Asking again while an interrupt is under way
 /// changes nothing.
 #[utoipa::path(post, path = "/sessions/{id}/interrupt", tag = "sessions", params(IdParams),
     responses((status = 202, description = "The turn will be interrupted", body = Input), Conflict))]
@@ -209,12 +208,8 @@ impl<S: Send + Sync> FromRequestParts<S> for RequestFilter {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let filter = Query::<Self>::from_request_parts(parts, state).await;
-        let Query(filter) = filter.map_err(|_| bad_query("Malformed query"))?;
-        if filter.status.as_deref().is_some_and(|status| status.parse::<RequestStatus>().is_err()) {
-            let known = quoted(RequestStatus::ALL.iter().map(|status| status.as_str()));
-            return Err(bad_query(&format!("status must be one of: {known}")));
-        }
+        let filter: Self = read_query(parts, state).await?;
+        check_status(filter.status.as_deref(), RequestStatus::ALL.iter().map(|status| status.as_str()))?;
         Ok(filter)
     }
 }

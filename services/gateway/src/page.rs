@@ -7,8 +7,8 @@ use axum::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use contract::scheduler::{Cursor, ListPartsRequest, ListRequest};
 use prost::Message as _;
-use serde::{Deserialize, Serialize};
-use types::limits::PAGE_MAX;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use types::{limits::PAGE_MAX, model::quoted};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::{auth::Caller, error::ApiError};
@@ -34,12 +34,29 @@ pub fn bad_query(text: &str) -> ApiError {
     ApiError::new(StatusCode::BAD_REQUEST, text)
 }
 
+/// Reads the parameters of a query.
+///
+/// # Errors
+/// 400 for a query that cannot be read.
+pub async fn read_query<T: DeserializeOwned + 'static>(parts: &mut Parts, state: &(impl Send + Sync)) -> Result<T, ApiError> {
+    let params = Query::<T>::from_request_parts(parts, state).await;
+    params.map(|Query(params)| params).map_err(|_| bad_query("Malformed query"))
+}
+
+/// # Errors
+/// 400 for a status that is none of those known.
+pub fn check_status(status: Option<&str>, known: impl Iterator<Item = &'static str> + Clone) -> Result<(), ApiError> {
+    match status {
+        Some(status) if !known.clone().any(|name| name == status) => Err(bad_query(&format!("status must be one of: {}", quoted(known)))),
+        _ => Ok(()),
+    }
+}
+
 impl<S: Send + Sync> FromRequestParts<S> for Page {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let params = Query::<PageParams>::from_request_parts(parts, state).await;
-        let Query(params) = params.map_err(|_| bad_query("Malformed query"))?;
+        let params: PageParams = read_query(parts, state).await?;
         let limit = params.limit.map(|text| text.parse::<u32>().ok().filter(|limit| (1..=PAGE_MAX).contains(limit)));
         let limit = match limit {
             None => PAGE_MAX,

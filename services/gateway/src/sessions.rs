@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use axum::{
     Json,
-    extract::{FromRequestParts, Query, State},
+    extract::{FromRequestParts, State},
     http::{StatusCode, request::Parts},
 };
 use contract::{
@@ -32,7 +32,7 @@ use crate::{
     idempotency::{Created, IdempotencyKey, IdempotencyParams},
     inputs::Input,
     openapi::{Conflict, QuotaUsedUp},
-    page::{Listed, Page, PageParams, bad_query, listed},
+    page::{Listed, Page, PageParams, bad_query, check_status, listed, read_query},
     path::{Id, IdParams},
     secrets::{Kept, Kind},
 };
@@ -457,12 +457,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Filter {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let filter = Query::<Self>::from_request_parts(parts, state).await;
-        let Query(filter) = filter.map_err(|_| bad_query("Malformed query"))?;
-        if filter.status.as_deref().is_some_and(|status| status.parse::<SessionStatus>().is_err()) {
-            let known = quoted(SessionStatus::ALL.iter().map(|status| status.as_str()));
-            return Err(bad_query(&format!("status must be one of: {known}")));
-        }
+        let filter: Self = read_query(parts, state).await?;
+        check_status(filter.status.as_deref(), SessionStatus::ALL.iter().map(|status| status.as_str()))?;
         if filter.agent_id.as_deref().is_some_and(|id| id.parse::<AgentId>().is_err()) {
             return Err(bad_query("agent_id must be a lowercase UUID"));
         }

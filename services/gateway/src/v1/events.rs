@@ -23,7 +23,7 @@ use crate::{
     v1::{
         ids::{EventId, PathId, Prefix},
         listing::{Filter, Listing, Log, Read},
-        page::{Limits, Order, Page, Start, Wanted},
+        page::{Limits, LongPageParams, Order, Page, Start, Wanted},
         previews::Previews,
         query::{Query, bad},
         thread::{Thread, entry::Place},
@@ -38,11 +38,6 @@ const DELTAS_MAX: usize = 100;
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes a query")]
 pub struct ListParams {
-    /// How many events at most
-    #[param(minimum = 1, maximum = 1000)]
-    limit: Option<u32>,
-    /// Where the page begins: the `next_page` of the page before
-    page: Option<String>,
     #[param(pattern = "^(asc|desc)$")]
     order: Option<String>,
     /// Only events of these types
@@ -65,7 +60,7 @@ fn session(id: &str) -> Result<SessionId, ApiError> {
 ///
 /// In the order of `processed_at`; what is queued stands behind it.
 #[utoipa::path(get, path = "/v1/sessions/{id}/events", tag = "managed-agents", operation_id = "sessions_events_list",
-    params(("id" = String, Path, description = "The session's id"), ListParams),
+    params(("id" = String, Path, description = "The session's id"), LongPageParams, ListParams),
     responses((status = 200, description = "A page of events", body = Page<Object>)))]
 pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Json<Page<Value>>, ApiError> {
     let session = session(&id)?;

@@ -46,7 +46,7 @@ use crate::{
         environments::Deleted,
         error::refused_field,
         ids::{PathId, Prefix},
-        page::{Limits, Order, Start, Wanted},
+        page::{Limits, LongPageParams, Order, Start, Wanted},
         path::IdParams,
         query::{Query, bad},
         time,
@@ -398,11 +398,6 @@ pub struct FilePage {
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes a query")]
 pub struct ListParams {
-    /// How many items at most
-    #[param(minimum = 1, maximum = 1000)]
-    limit: Option<u32>,
-    /// Where the page begins: the `next_page` of the page before
-    page: Option<String>,
     /// Files that the agent of this session wrote; without it, files that were uploaded
     scope_id: Option<String>,
     /// These alone, at most 100
@@ -413,7 +408,7 @@ pub struct ListParams {
 }
 
 /// List files, newest first
-#[utoipa::path(get, path = "/v1/files", tag = "managed-agents", operation_id = "files_list", params(ListParams),
+#[utoipa::path(get, path = "/v1/files", tag = "managed-agents", operation_id = "files_list", params(LongPageParams, ListParams),
     responses((status = 200, description = "A page of files", body = FilePage)))]
 pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Json<FilePage>, ApiError> {
     app.files.open()?;

@@ -4,6 +4,7 @@ use axum::{
     extract::{FromRequestParts, Path},
     http::request::Parts,
 };
+use serde::de::DeserializeOwned;
 use types::InputId;
 use uuid::Uuid;
 
@@ -156,10 +157,10 @@ impl EventId {
     }
 }
 
-/// The id in a route's path, as it came: [`Prefix::find`] reads it.
-pub struct PathId(pub String);
+/// The id in a route's path, as it came: [`Prefix::find`] reads it. Of a part of a resource, both ids.
+pub struct PathId<T = String>(pub T);
 
-impl<S: Send + Sync> FromRequestParts<S> for PathId {
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for PathId<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {

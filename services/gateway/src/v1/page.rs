@@ -127,6 +127,18 @@ pub struct PageParams {
     page: Option<String>,
 }
 
+/// Those of lists whose pages may be long.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "describes a query")]
+pub struct LongPageParams {
+    /// How many items at most
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u32>,
+    /// Where the page begins: the `next_page` of the page before
+    page: Option<String>,
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

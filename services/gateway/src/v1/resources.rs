@@ -2,11 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use axum::{
-    Json,
-    extract::{FromRequestParts, Path, State},
-    http::request::Parts,
-};
+use axum::{Json, extract::State};
 use contract::{
     common::Empty,
     rpc,
@@ -230,21 +226,6 @@ pub async fn add(State(app): State<App>, caller: Caller, PathId(id): PathId, bod
     Ok(Json(Resource::from(&file)))
 }
 
-/// The ids of a session and of a resource of it, as they are in a route's path.
-pub struct ResourcePath {
-    session: String,
-    resource: String,
-}
-
-impl<S: Send + Sync> FromRequestParts<S> for ResourcePath {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let ids = Path::<(String, String)>::from_request_parts(parts, state).await;
-        ids.map(|Path((session, resource))| Self { session, resource }).map_err(|_| ApiError::not_found("Resource"))
-    }
-}
-
 #[derive(IntoParams)]
 #[into_params(parameter_in = Path)]
 #[expect(dead_code, reason = "describes a path")]
@@ -258,9 +239,13 @@ pub struct ResourceParams {
 /// Get a resource of a session
 #[utoipa::path(get, path = "/v1/sessions/{id}/resources/{resource_id}", tag = "managed-agents", operation_id = "session_resources_retrieve", params(ResourceParams),
     responses((status = 200, description = "The resource", body = Resource)))]
-pub async fn get(State(app): State<App>, caller: Caller, path: ResourcePath) -> Result<Json<Resource>, ApiError> {
-    let session = find(&app, &caller, &path.session).await?;
-    let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == path.resource);
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    PathId((id, resource_id)): PathId<(String, String)>,
+) -> Result<Json<Resource>, ApiError> {
+    let session = find(&app, &caller, &id).await?;
+    let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == resource_id);
     found.map(Json).ok_or_else(|| ApiError::not_found("Resource"))
 }
 
@@ -278,7 +263,12 @@ pub struct UpdateBody {
 /// Requests that go through the model gateway are sent with it within a minute, others from the next turn on.
 #[utoipa::path(post, path = "/v1/sessions/{id}/resources/{resource_id}", tag = "managed-agents", operation_id = "session_resources_update", params(ResourceParams), request_body = UpdateBody,
     responses((status = 200, description = "The resource", body = Resource)))]
-pub async fn update(State(app): State<App>, caller: Caller, path: ResourcePath, body: Body) -> Result<Json<Resource>, ApiError> {
+pub async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    PathId((id, resource_id)): PathId<(String, String)>,
+    body: Body,
+) -> Result<Json<Resource>, ApiError> {
     let mut fields = body.fields()?;
     fields.allow_only(&["authorization_token"]);
     let token = read_token(&mut fields);
@@ -287,8 +277,8 @@ pub async fn update(State(app): State<App>, caller: Caller, path: ResourcePath, 
     }
     fields.finish()?;
     let Some(token) = token else { return Err(refused_field("authorization_token", "is required")) };
-    let session = find(&app, &caller, &path.session).await?;
-    let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == path.resource);
+    let session = find(&app, &caller, &id).await?;
+    let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == resource_id);
     let resource = found.ok_or_else(|| ApiError::not_found("Resource"))?;
     let Given::Repository(repository) = &resource.given else {
         return Err(refused_field("resource_id", "a file does not change: add another, and delete this one"));
@@ -301,7 +291,7 @@ pub async fn update(State(app): State<App>, caller: Caller, path: ResourcePath, 
     };
     let secret = app.call::<rpc::EnsureSessionSecret>(&request).await?.secret_id;
     app.merge(&caller.user_id, Kind::Session, &SessionSecrets { env: BTreeMap::new(), tokens }, secret).await?;
-    let session = find(&app, &caller, &path.session).await?;
+    let session = find(&app, &caller, &id).await?;
     let changed = Resource::all_of(&session).into_iter().find(|changed| changed.id == resource.id);
     changed.map(Json).ok_or_else(|| ApiError::not_found("Resource"))
 }
@@ -311,19 +301,23 @@ pub async fn update(State(app): State<App>, caller: Caller, path: ResourcePath, 
 /// Its sandbox has it until the next turn.
 #[utoipa::path(delete, path = "/v1/sessions/{id}/resources/{resource_id}", tag = "managed-agents", operation_id = "session_resources_delete", params(ResourceParams),
     responses((status = 200, description = "The resource was deleted", body = Deleted)))]
-pub async fn remove(State(app): State<App>, caller: Caller, path: ResourcePath) -> Result<Json<Deleted>, ApiError> {
-    let session = find(&app, &caller, &path.session).await?;
-    match Resource::all_of(&session).into_iter().find(|resource| resource.id == path.resource) {
+pub async fn remove(
+    State(app): State<App>,
+    caller: Caller,
+    PathId((id, resource_id)): PathId<(String, String)>,
+) -> Result<Json<Deleted>, ApiError> {
+    let session = find(&app, &caller, &id).await?;
+    match Resource::all_of(&session).into_iter().find(|resource| resource.id == resource_id) {
         None => return Err(ApiError::not_found("Resource")),
         Some(Resource { given: Given::Repository(_), .. }) => {
             return Err(refused_field("resource_id", "a repository stays with its session"));
         }
         Some(_) => {}
     }
-    let copy_id = Prefix::Resource.find(&path.resource)?;
+    let copy_id = Prefix::Resource.find(&resource_id)?;
     let request = RemoveSessionFileRequest { user_id: caller.user_id, session_id: session.session_id, copy_id };
     let Empty {} = app.call::<rpc::RemoveSessionFile>(&request).await?;
-    Ok(Json(Deleted { id: path.resource, r#type: "session_resource_deleted" }))
+    Ok(Json(Deleted { id: resource_id, r#type: "session_resource_deleted" }))
 }
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ use crate::{
         error::refused_field,
         ids::{PathId, Prefix},
         metadata,
-        page::{Limits, Order, Start, Wanted},
+        page::{Limits, LongPageParams, Order, Start, Wanted},
         path::IdParams,
         query::{Query, bad},
         resources::{self, Resource, WantedFile},
@@ -331,11 +331,6 @@ pub struct SessionPage {
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes a query")]
 pub struct ListParams {
-    /// How many items at most
-    #[param(minimum = 1, maximum = 1000)]
-    limit: Option<u32>,
-    /// The `next_page` or `prev_page` of another page
-    page: Option<String>,
     /// `desc` by default
     #[param(pattern = "^(asc|desc)$")]
     order: Option<String>,
@@ -352,7 +347,7 @@ pub struct ListParams {
 }
 
 /// List sessions
-#[utoipa::path(get, path = "/v1/sessions", tag = "managed-agents", operation_id = "sessions_list", params(ListParams),
+#[utoipa::path(get, path = "/v1/sessions", tag = "managed-agents", operation_id = "sessions_list", params(LongPageParams, ListParams),
     responses((status = 200, description = "A page of sessions", body = SessionPage)))]
 pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Json<SessionPage>, ApiError> {
     let wanted = Wanted::read(&query, LIMITS, Order::Descending)?;

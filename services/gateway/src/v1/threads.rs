@@ -16,7 +16,7 @@ use crate::{
     v1::{
         events,
         ids::{PathId, Prefix},
-        page::Page,
+        page::{LongPageParams, Page},
         query::Query,
         sessions::Session,
     },
@@ -75,7 +75,7 @@ pub async fn get(State(app): State<App>, caller: Caller, Path((id, thread)): Pat
 /// List the events of a thread
 #[utoipa::path(get, path = "/v1/sessions/{id}/threads/{thread}/events", tag = "managed-agents", operation_id = "sessions_threads_events_list",
     params(("id" = String, Path, description = "The session's id"), ("thread" = String, Path, description = "The thread's id"),
-           events::ListParams),
+           LongPageParams, events::ListParams),
     responses((status = 200, description = "A page of events", body = Page<Object>)))]
 pub async fn list_events(
     app: State<App>,

@@ -1,10 +1,6 @@
 //! Credentials in vaults of `/v1`. Secrets go to the credential vault and never come back.
 
-use axum::{
-    Json,
-    extract::{FromRequestParts, Path, State},
-    http::request::Parts,
-};
+use axum::{Json, extract::State};
 use contract::{
     common::Empty,
     rpc,
@@ -100,28 +96,14 @@ pub struct CredentialBody {
 }
 
 /// The ids of a vault and of a credential in it, as they are in a route's path.
-pub struct CredentialPath {
-    vault: String,
-    credential: String,
-}
+type CredentialPath = PathId<(String, String)>;
 
-impl<S: Send + Sync> FromRequestParts<S> for CredentialPath {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let ids = Path::<(String, String)>::from_request_parts(parts, state).await;
-        ids.map(|Path((vault, credential))| Self { vault, credential }).map_err(|_| ApiError::not_found("Resource"))
-    }
-}
-
-impl CredentialPath {
-    fn request(&self, caller: &Caller) -> Result<GetVaultCredentialRequest, ApiError> {
-        Ok(GetVaultCredentialRequest {
-            user_id: caller.user_id.clone(),
-            vault_id: Prefix::Vault.find(&self.vault)?,
-            credential_id: Prefix::Credential.find(&self.credential)?,
-        })
-    }
+fn request(caller: &Caller, PathId((vault, credential)): &CredentialPath) -> Result<GetVaultCredentialRequest, ApiError> {
+    Ok(GetVaultCredentialRequest {
+        user_id: caller.user_id.clone(),
+        vault_id: Prefix::Vault.find(vault)?,
+        credential_id: Prefix::Credential.find(credential)?,
+    })
 }
 
 #[derive(IntoParams)]
@@ -285,7 +267,7 @@ pub async fn create(State(app): State<App>, caller: Caller, PathId(id): PathId, 
 #[utoipa::path(get, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_retrieve", params(CredentialParams),
     responses((status = 200, description = "The credential, archived or not", body = Credential)))]
 pub async fn get(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Credential>, ApiError> {
-    Ok(Json(app.call::<rpc::GetVaultCredential>(&path.request(&caller)?).await?.into()))
+    Ok(Json(app.call::<rpc::GetVaultCredential>(&request(&caller, &path)?).await?.into()))
 }
 
 /// Update a credential
@@ -294,7 +276,7 @@ pub async fn get(State(app): State<App>, caller: Caller, path: CredentialPath) -
 #[utoipa::path(post, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_update", params(CredentialParams), request_body = CredentialBody,
     responses((status = 200, description = "The credential", body = Credential)))]
 pub async fn update(State(app): State<App>, caller: Caller, path: CredentialPath, body: Body) -> Result<Json<Credential>, ApiError> {
-    let GetVaultCredentialRequest { user_id, vault_id, credential_id } = path.request(&caller)?;
+    let GetVaultCredentialRequest { user_id, vault_id, credential_id } = request(&caller, &path)?;
     let mut fields = body.fields()?;
     fields.allow_only(&["auth", "display_name", "metadata"]);
     let auth = fields.nested("auth", |auth| read_auth(auth, false)).flatten();
@@ -302,7 +284,7 @@ pub async fn update(State(app): State<App>, caller: Caller, path: CredentialPath
     let display_name = fields.optional_string("display_name", NAME_CHARS_MAX);
     let patch = metadata::read(&mut fields);
     fields.finish()?;
-    let current = app.call::<rpc::GetVaultCredential>(&path.request(&caller)?).await?;
+    let current = app.call::<rpc::GetVaultCredential>(&request(&caller, &path)?).await?;
     if let Some(patch) = &patch {
         metadata::merged(&current.metadata, patch).map_err(|why| refused_field("metadata", &why))?;
     }
@@ -364,15 +346,15 @@ pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, qu
 #[utoipa::path(post, path = "/v1/vaults/{id}/credentials/{credential_id}/archive", tag = "managed-agents", operation_id = "vault_credentials_archive", params(CredentialParams),
     responses((status = 200, description = "The credential, archived now or before", body = Credential)))]
 pub async fn archive(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Credential>, ApiError> {
-    Ok(Json(app.call::<rpc::ArchiveVaultCredential>(&path.request(&caller)?).await?.into()))
+    Ok(Json(app.call::<rpc::ArchiveVaultCredential>(&request(&caller, &path)?).await?.into()))
 }
 
 /// Delete a credential
 #[utoipa::path(delete, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_delete", params(CredentialParams),
     responses((status = 200, description = "The credential was deleted", body = Deleted)))]
 pub async fn delete(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Deleted>, ApiError> {
-    let Empty {} = app.call::<rpc::DeleteVaultCredential>(&path.request(&caller)?).await?;
-    Ok(Json(Deleted { id: path.credential, r#type: "vault_credential_deleted" }))
+    let Empty {} = app.call::<rpc::DeleteVaultCredential>(&request(&caller, &path)?).await?;
+    Ok(Json(Deleted { id: path.0.1, r#type: "vault_credential_deleted" }))
 }
 
 #[cfg(test)]
