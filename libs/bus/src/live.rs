@@ -20,7 +20,7 @@ pub struct Entry {
     pub payload: Bytes,
 }
 
-/// Messages may have been lost: the connection was, or a subscription was too slow. The subscription goes on.
+/// Messages may have been lost: the connection was, or a subscription was too slow. The subscription continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the live subscription was interrupted")]
 pub struct Interrupted;

@@ -165,7 +165,7 @@ impl Bus {
     /// left out: [`Entry::follows`] tells.
     ///
     /// # Errors
-    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow anew, from the last entry.
+    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow again, from the last entry.
     /// A connection that was lost is one: the server may have forgotten who followed, and to find out takes half a minute.
     pub async fn follow(
         &self,

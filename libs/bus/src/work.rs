@@ -20,7 +20,7 @@ use crate::{Bus, Failure, topology::TopologyError, trace};
 
 /// How long one pull waits at the server.
 const PULL_EXPIRES: Duration = Duration::from_secs(5);
-/// How long a job that is handed back rests: until this process' own pull is withdrawn, so that it does not come straight back.
+/// How long a job that is released rests: until this process' own pull is withdrawn, so that it does not come straight back.
 pub const HAND_BACK: Duration = Duration::from_millis(30);
 const RECONNECT: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 
@@ -46,7 +46,7 @@ pub enum Outcome {
 
 /// Takes jobs until `stop`, at most `concurrency` at a time, each in its own task.
 ///
-/// A job in hand is kept by progress acks. After `stop` no new job is begun and what was fetched is handed back; handlers are expected
+/// A claimed job is kept by progress acks. After `stop` no new job is begun and what was fetched is released; handlers are expected
 /// to watch the same token and to return [`Outcome::Retry`] soon. Returns when every handler has returned.
 pub async fn run<H, F>(bus: Bus, spec: &'static ConsumerSpec, concurrency: usize, stop: CancellationToken, handler: H)
 where
@@ -98,7 +98,7 @@ where
             consumer.batch().max_messages(hands).expires(PULL_EXPIRES).messages().await.map_err(|error| failed(error.into()))?;
         loop {
             let message = tokio::select! {
-                // Unsubscribed by the drop: what is handed back goes to others at once.
+                // Unsubscribed by the drop: what is released goes to others at once.
                 () = stop.cancelled() => return Ok(()),
                 message = batch.next() => match message {
                     Some(message) => message.map_err(failed)?,
@@ -150,7 +150,7 @@ where
             tracing::error!(subject = job.subject, reason, "job rejected");
             match bus.bury(&job, &reason).await {
                 Ok(()) => acker.ack_with(AckKind::Term).await,
-                // Not buried, so not forgotten: it comes again.
+                // Not dead-lettered, so not acknowledged: it is delivered again.
                 Err(_) => acker.ack_with(AckKind::Nak(Some(Duration::from_secs(5)))).await,
             }
         }
@@ -160,7 +160,7 @@ where
     }
 }
 
-/// Runs the work and tells the queue that it goes on.
+/// Runs the work and tells the queue that it is still at work.
 async fn keep_in_hand<F: Future>(acker: &Acker, every: Duration, work: F) -> F::Output {
     let mut work = std::pin::pin!(work);
     let mut ticks = tokio::time::interval(every);

@@ -142,7 +142,7 @@ impl Decoder {
         Self { buffer: Vec::new(), taken: 0, offset: 0, outside: Outside::Inputs }
     }
 
-    /// Where the next record begins: what a reader goes on from.
+    /// Where the next record begins: where a reader continues.
     #[must_use]
     pub const fn offset(&self) -> u64 {
         self.offset

@@ -43,7 +43,7 @@ pub fn position(streamed: Option<Newest<'_>>, persisted: Option<Newest<'_>>, tur
     }
 }
 
-/// A new turn's checkpoint: the agent host's journal and the model gateway's entries go on, all else begins.
+/// A new turn's checkpoint: the agent host's journal and the model gateway's entries continue, all else begins.
 fn following(former: Option<&Checkpoint>) -> Checkpoint {
     let Some(former) = former else { return Checkpoint::default() };
     Checkpoint {

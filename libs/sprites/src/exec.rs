@@ -31,7 +31,7 @@ pub struct ExecRequest<'a> {
     pub argv: &'a [&'a str],
     /// Absolute; the Sprite's home where empty.
     pub dir: &'a str,
-    /// How long the command may go on when its connection is lost; the server's default where none.
+    /// How long the command may keep running when its connection is lost; the server's default where none.
     pub max_run_after_disconnect: Option<Duration>,
     /// Whether the command reads what [`ExecInput::send`] sends; else it finds its standard input empty.
     pub stdin: bool,

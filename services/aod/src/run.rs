@@ -326,7 +326,7 @@ fn exit_code(code: Option<&Value>) -> ExitCode {
     ExitCode::from(code.and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
-/// Does what Ctrl-C does. Returns whether following goes on.
+/// Does what Ctrl-C does. Returns whether to keep following.
 async fn interrupt_or_detach(api: &Api, session: &str, on_interrupt: &mut OnInterrupt) -> bool {
     if std::mem::replace(on_interrupt, OnInterrupt::Detach) == OnInterrupt::Interrupt {
         match api.post(&format!("/sessions/{session}/interrupt"), &Value::Null).await {

@@ -17,7 +17,7 @@ use crate::{
     secrets,
 };
 
-/// Rows that one request of a rotation wraps anew: well under a second's work.
+/// Rows that one request of a rotation re-wraps: well under a second's work.
 const BATCH: i64 = 500;
 
 /// Refuses keys that are not those which the stored secrets were encrypted with.

@@ -502,7 +502,7 @@ async fn keys_are_rotated_while_two_replicas_serve_and_the_old_one_is_removed() 
             after = step.last_secret_id;
         }
     };
-    // Broken off after a step; then two at once, while secrets are written and read.
+    // Interrupted after a step; then two at once, while secrets are written and read.
     let first = rotate(&operator, None).await;
     assert_eq!((first.rotated, first.remaining), (500, 700));
     let written = async {

@@ -66,7 +66,7 @@ pub struct LastEventId {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes what is written line by line")]
 pub struct ServerSentEvent {
-    /// Where a client that reconnects goes on. Absent on `start`, `turn_start` and `stale`.
+    /// Where a client that reconnects resumes. Absent on `start`, `turn_start` and `stale`.
     #[schema(pattern = "^[0-9]+$")]
     id: Option<String>,
     /// A `StreamEvent` as JSON, in ASCII.

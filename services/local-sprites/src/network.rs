@@ -186,7 +186,7 @@ impl Refusals {
 
 impl Gate {
     /// Opens a proxy in the network namespace of a process. What is refused is told in a file, which begins empty. A stop does
-    /// not wait for it, and it serves as long as this process: what runs in the Sprite goes on meanwhile.
+    /// not wait for it, and it serves as long as this process: what runs in the Sprite keeps running meanwhile.
     ///
     /// # Errors
     /// When the namespace cannot be entered.

@@ -46,7 +46,7 @@ const DRAIN_MAX: Duration = Duration::from_secs(2);
 const EVENTS_HELD: usize = 1024;
 const SERVICES_MAX: usize = 100;
 
-/// What a service is, as its user wrote it; and what is known of it when this server is started anew.
+/// What a service is, as its user wrote it; and what is known of it when this server is restarted.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Definition {
     pub cmd: String,
@@ -316,8 +316,8 @@ impl Unit {
             }
             self.tell(Event::Exit(ended));
             if !holder.is_alive() {
-                // The Sprite was started anew, or will be, and starts its services then. Decided while the state is locked: it is this
-                // keeper that goes on, or the next one.
+                // The Sprite was restarted, or will be, and starts its services then. Decided while the state is locked: it is this
+                // keeper that continues, or the next one.
                 let mut state = locked(&self.state);
                 match sprite.holder() {
                     Some(next) => holder = next,
@@ -343,7 +343,7 @@ impl Unit {
         }
     }
 
-    /// Runs the service once, or follows a run that goes on from before; gives its exit status where that can be known.
+    /// Runs the service once, or follows a run that began before; gives its exit status where that can be known.
     async fn run(&self, sprite: &Arc<Sprite>, holder: Holder, wanted: &mut watch::Receiver<Wanted>) -> io::Result<Option<u8>> {
         let mut output = Output::open(&files(sprite, &self.name))?;
         let before = fs::read(pid_file(sprite, &self.name)).ok().and_then(|bytes| serde_json::from_slice::<Process>(&bytes).ok());

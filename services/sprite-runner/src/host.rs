@@ -1,6 +1,6 @@
 //! The connection to the agent host in a Sprite (docs/agent-host.md): its journal comes out, inputs go in.
 //!
-//! One exec carries both. When it is cut, the next goes on where the journal was read to, and what the host has not accepted is sent
+//! One exec carries both. When it is cut, the next continues where the journal was read to, and what the host has not accepted is sent
 //! again. A host that does not run is started; one that was killed says so in the journal once it is started again.
 
 use std::{
@@ -30,7 +30,7 @@ pub const ROOT: &str = "/var/lib/aod";
 const MOUNTED: &str = "/opt/aod/agent-host";
 /// The host says that it is alive every 5 s.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
-/// Between attempts; how long they go on is decided by [`Contact`].
+/// Between attempts; how long there are more is decided by [`Contact`].
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(15), attempts: u32::MAX };
 /// A Sprite that was in contact under this claim is tried again for so long before another runner tries, with a fresh lease.
 const OUT_OF_CONTACT_MAX: Duration = Duration::from_secs(120);
@@ -164,7 +164,7 @@ pub enum Gone {
     /// A fresh lease, or another runner, may do better.
     Released(String),
     Failed(String),
-    /// The journal that the turn goes on in does not exist any more.
+    /// The journal that the turn continues in does not exist any more.
     JournalLost,
     SandboxLost,
 }

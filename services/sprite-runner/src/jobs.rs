@@ -29,7 +29,7 @@ const CLAIM_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
 /// How soon a job is delivered again that came while this runner had no lease.
 const NO_LEASE: Duration = Duration::from_millis(200);
-/// After a termination that this runner noticed itself. The job for the Sprite goes on trying.
+/// After a termination that this runner noticed itself. The job for the Sprite keeps trying.
 const DESTROY_ATTEMPTS: u32 = 4;
 /// A Sprite that cannot be deleted this often is dead-lettered.
 const DESTROY_DELIVERIES_MAX: u64 = 50;
@@ -54,7 +54,7 @@ pub async fn handle(runner: Runner, job: Job) -> Outcome {
     }
 }
 
-/// Claims a turn. Once it is owned, the job has done its part: the turn goes on under this runner's lease.
+/// Claims a turn. Once it is owned, the job has done its part: the turn continues under this runner's lease.
 async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
     let Ok(session) = job.session_id.parse::<SessionId>() else { return Outcome::Reject("malformed session id".to_owned()) };
     let Some(lease) = runner.turns.lease() else { return Outcome::Retry(NO_LEASE) };

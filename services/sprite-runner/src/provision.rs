@@ -38,7 +38,7 @@ const GIT_SESSION: &str = "/home/sprite/.aod/git-session";
 #[derive(Debug)]
 pub enum StageFailed {
     Fenced(Fenced),
-    /// Another attempt may go on where this one stopped.
+    /// Another attempt may continue where this one stopped.
     Released(String),
     Failed {
         stage: Stage,
@@ -177,7 +177,7 @@ impl Provisioning<'_> {
         self.adapter.config_files(&servers, self.models)
     }
 
-    /// Writes the configuration anew, for an agent or tokens that may have changed since the turn before.
+    /// Rewrites the configuration, for an agent or tokens that may have changed since the turn before.
     pub async fn renew_config(&self) -> Result<(), String> {
         for (path, content) in self.config_files() {
             self.sprite.write(path, content, 0o600).await.map_err(|error| error.to_string())?;

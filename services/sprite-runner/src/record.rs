@@ -42,7 +42,7 @@ pub enum Fenced {
     Terminated,
     /// Another runner has the turn, or the scheduler settled it.
     Superseded,
-    /// The stream was trimmed, recreated or set back: the log goes on from what is persisted.
+    /// The stream was trimmed, recreated or set back: the log continues from what is persisted.
     Forgotten,
 }
 

@@ -57,11 +57,11 @@ pub enum End {
     Released(String),
 }
 
-/// Why a turn could not go on.
+/// Why a turn could not continue.
 #[derive(Debug)]
 pub enum Stopped {
     Fenced(Fenced),
-    /// This runner cannot go on, and another attempt may: its lease of secrets is not good any more, or the sandbox does not answer it.
+    /// This runner cannot continue, and another attempt may: its lease of secrets is not good any more, or the sandbox does not answer it.
     Released(String),
     /// The turn failed, and this is what its user is told.
     Failed {
@@ -153,7 +153,7 @@ fn end_of(fenced: Fenced) -> End {
     match fenced {
         Fenced::Terminated => End::Terminated,
         Fenced::Superseded => End::Superseded,
-        // The log goes on from what is persisted, which the next claim brings.
+        // The log continues from what is persisted, which the next claim brings.
         Fenced::Forgotten => End::Released(String::new()),
     }
 }

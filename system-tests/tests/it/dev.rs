@@ -81,7 +81,7 @@ async fn a_second_start_goes_on_with_the_data_and_a_stop_leaves_no_process() {
     let again = Stack::start_in(data, Options::default()).await.unwrap();
     assert_eq!(again.ready_text("/api_key"), key);
     assert_eq!(again.stream(&session, 0).await.unwrap().all().await.unwrap(), events);
-    // The Sprite was put to sleep with the stack, and its conversation goes on in it.
+    // The Sprite was put to sleep with the stack, and its conversation continues in it.
     let next = again.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "grep kept ~/kept" })).await.unwrap();
     assert_eq!(next.status, 202, "{next:?}");
     let events = again.stream(&session, events.last().unwrap()["id"].as_u64().unwrap()).await.unwrap().all().await.unwrap();

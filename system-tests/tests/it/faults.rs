@@ -36,7 +36,7 @@ async fn disturbed(stack: &Stack, disturb: impl AsyncFnOnce(&str)) -> Duration {
     longest
 }
 
-/// The runner that has the turn is gone for good: the other one goes on.
+/// The runner that has the turn is gone for good: the other one takes over.
 #[tokio::test]
 async fn a_second_runner_takes_over_from_one_that_was_killed_and_no_line_is_lost_or_doubled() {
     let stack = Stack::start(Options { no_restart: true, ..TWO_RUNNERS }).await.unwrap();

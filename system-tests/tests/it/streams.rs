@@ -187,7 +187,7 @@ async fn more_sessions_are_followed_than_a_stream_has_consumers_by_default() {
         assert_eq!(events.next().await.unwrap().unwrap()["type"], "start");
         followed.push((session, events));
     }
-    // The projector begins anew, beside all who follow.
+    // The projector starts over, beside all who follow.
     Stack::signal(&stack.pids("scheduler"), rustix::process::Signal::KILL);
     testkit::eventually("the scheduler is back", || async { stack.get("/health").await.is_ok_and(|health| health.status == 200) }).await;
     for (session, events) in followed.into_iter().rev().step_by(100) {
@@ -286,7 +286,7 @@ async fn a_reader_that_takes_nothing_is_disconnected_and_slows_no_other() {
     let whole = head.windows(2).rposition(|pair| pair == b"\n\n").unwrap();
     let text = std::str::from_utf8(&head[..whole]).unwrap();
     assert!(!text.contains(r#""type":"exit""#), "it was not cut");
-    // It goes on by id, and nothing is missing or doubled.
+    // It resumes by id, and nothing is missing or doubled.
     let seen: Vec<Value> = text.split("\n\n").filter_map(|block| serde_json::from_str(block.split_once("data: ")?.1).ok()).collect();
     let last = seen.iter().rev().find_map(|event| event["id"].as_u64()).unwrap();
     let rest = stack.stream(&session, last).await.unwrap().all().await.unwrap();

@@ -126,7 +126,7 @@ async fn a_vaults_variables_reach_its_sessions_and_follow_rotation() {
     created(&stack, &credentials, variable("ROTATED", "SENTINEL-three")).await;
     assert_eq!(client.turn(&session, show).await, expected("SENTINEL-three", "SENTINEL-later"));
 
-    // A deleted vault takes its credentials along; the session goes on.
+    // A deleted vault takes its credentials along; the session continues.
     let deleted = stack.call(Method::DELETE, &format!("/v1/vaults/{later}"), None).await.unwrap();
     assert_eq!((deleted.status, deleted.text("type")), (200, "vault_deleted"));
     assert_eq!(client.turn(&session, show).await, expected("SENTINEL-three", ""));

@@ -253,7 +253,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(24))]
 
         /// A kill between any two bytes of the last segment: everything before is there, the state is that of what is there, and the
-        /// journal goes on.
+        /// journal continues.
         #[test]
         fn a_journal_cut_anywhere_opens_at_its_last_whole_record(kinds in kinds(), cut in any::<prop::sample::Index>()) {
             let folder = tempfile::tempdir().unwrap();

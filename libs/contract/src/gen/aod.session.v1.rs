@@ -7,7 +7,7 @@ pub struct SessionEvent {
     /// Fencing: which claim of the turn wrote this. 0 is the scheduler.
     #[prost(uint32, tag = "2")]
     pub epoch: u32,
-    /// How far the writer is after this event: all that a successor needs to go on.
+    /// How far the writer is after this event: all that a successor needs to continue.
     #[prost(message, optional, tag = "3")]
     pub checkpoint: ::core::option::Option<Checkpoint>,
     /// The event of this session that the writer continues: the newest it knows, from the stream or from Postgres; 0 for the first.

@@ -268,7 +268,7 @@ pub struct RotateKeysReply {
     /// Secrets of older versions that are left.
     #[prost(uint64, tag = "3")]
     pub remaining: u64,
-    /// Where the next step goes on; absent at the end.
+    /// Where the next step continues; absent at the end.
     #[prost(string, optional, tag = "4")]
     pub last_secret_id: ::core::option::Option<::prost::alloc::string::String>,
     /// Secrets of this step that do not open.

@@ -100,7 +100,7 @@ fn a_planted_mistake_is_found() {
             },
         ),
         (
-            "a runner always goes on from the stream",
+            "a runner always continues from the stream",
             Decisions { position: |streamed, _, turn, epoch| position::position(streamed, None, turn, epoch), ..RIGHT },
         ),
     ];

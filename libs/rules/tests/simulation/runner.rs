@@ -75,7 +75,7 @@ impl World {
         }
     }
 
-    /// One step of a runner's work on a turn. Returns whether it goes on.
+    /// One step of a runner's work on a turn. Returns whether it continues.
     fn work(&mut self, session: usize, hold: &mut Hold) -> bool {
         let may_lose_acks = self.faulty;
         let Some(stream) = &mut self.stream else { return true };

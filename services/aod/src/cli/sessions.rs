@@ -60,7 +60,7 @@ pub enum Sessions {
         #[command(flatten)]
         prompt: PromptArgs,
     },
-    /// Interrupt the running turn; the session goes on
+    /// Interrupt the running turn; the session continues
     Interrupt {
         /// Id of the session
         id: String,

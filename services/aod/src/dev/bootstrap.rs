@@ -17,7 +17,7 @@ const USER: &str = "dev";
 /// Keys for a model that looks at none.
 const SCRIPTED_MODEL_KEY: &str = "scripted-model-needs-no-key";
 
-/// Harmless at every start.
+/// Idempotent: it runs at every start.
 pub async fn user(config: &bus::Config, secrets: &Secrets, own_sprites: bool, scripted_model: bool) -> anyhow::Result<()> {
     let bus = Bus::connect(config).await?;
     let user = bus.call::<rpc::EnsureUser>(&EnsureUserRequest { name: USER.to_owned() }, DEADLINE).await?;

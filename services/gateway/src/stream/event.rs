@@ -44,7 +44,7 @@ pub enum Visible {
 pub enum StreamEvent<'a> {
     /// First on every connection.
     Start { runtime: &'a str, provider: Option<&'a str>, session_id: String },
-    /// Provisioning goes on.
+    /// Provisioning continues.
     Stage {
         id: u64,
         stage: &'a str,

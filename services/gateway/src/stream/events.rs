@@ -56,7 +56,7 @@ pub struct Params {
 #[derive(Serialize, ToSchema)]
 pub struct EventPage {
     data: Vec<TypedEvent>,
-    /// Whether the log goes on. A page may be shorter than `limit`, and empty, while it does.
+    /// Whether the log has more events. A page may be shorter than `limit`, and empty, while it does.
     has_more: bool,
     /// Where the next page begins: its `after`; with the newest first, its `before`.
     last_id: u64,

@@ -95,7 +95,7 @@ impl OpenStreams {
             if app.ending.closing.is_cancelled() || !self.is_open(key) {
                 return;
             }
-            // Without an answer, streams go on: they were allowed when they were opened.
+            // Without an answer, streams continue: they were allowed when they were opened.
             let Err(failure) = auth::verify(&app, key).await else { continue };
             if failure.code == ErrorCode::Unauthenticated
                 && let Some(key) = self.keys().get(&key)

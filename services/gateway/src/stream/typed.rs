@@ -54,7 +54,7 @@ pub enum Body {
     /// The last event of a stream; never listed.
     #[serde(rename = "session.deleted")]
     Deleted,
-    /// Provisioning goes on.
+    /// Provisioning continues.
     #[serde(rename = "session.stage")]
     Stage {
         stage: String,

@@ -243,7 +243,7 @@ impl Cgroup {
         self.set(Controller::Cpu, "", "cpu.cfs_quota_us", &quota)
     }
 
-    /// Stops all processes where they are, or lets them go on.
+    /// Freezes all processes, or thaws them.
     pub fn freeze(&self, frozen: bool) -> io::Result<()> {
         let value = match (self.unified, frozen) {
             (true, true) => "1",

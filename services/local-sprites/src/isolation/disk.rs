@@ -107,7 +107,7 @@ impl Disks {
         }
     }
 
-    /// Puts a copy in a disk's place. Whenever it is broken off, [`Self::recover`] finds one or the other whole.
+    /// Puts a copy in a disk's place. Whenever it is interrupted, [`Self::recover`] finds one or the other whole.
     pub fn replace(self, dir: &Path, by: &Path) -> io::Result<()> {
         match self {
             Self::Images => fs::rename(by.join(IMAGE), dir.join(IMAGE)),
@@ -145,7 +145,7 @@ impl Frozen {
         run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.0)).await
     }
 
-    /// What a killed server left frozen goes on.
+    /// Thaws what a killed server left frozen.
     pub async fn release(root: PathBuf) {
         let _ = Self(root).thaw().await;
     }

@@ -1,4 +1,4 @@
-//! The way into a sandbox. This program, started anew as `local-sprites launch`, joins the sandbox's limits and namespaces, gives up
+//! The way into a sandbox. This program, started again as `local-sprites launch`, joins the sandbox's limits and namespaces, gives up
 //! what a Sprite's processes are not to have, and only then runs the command: nothing of the Sprite runs with more.
 
 use std::{

@@ -176,7 +176,7 @@ impl Sandboxes {
         }
     }
 
-    /// What a killed server left waiting goes on.
+    /// Releases what a killed server left frozen.
     pub async fn release(&self, dir: &Path) {
         if self.disks == Disks::Images {
             // Mounted here only while it was frozen; elsewhere this does nothing.

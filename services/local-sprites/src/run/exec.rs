@@ -46,7 +46,7 @@ const SEND_MAX: Duration = Duration::from_secs(300);
 const ENDED_KEPT: usize = 64;
 const END_OF_FILE: u8 = 4;
 
-/// What a client is told of a command. When the channel ends before the exit, the command goes on without this client.
+/// What a client is told of a command. When the channel ends before the exit, the command keeps running without this client.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The stream's byte, and output of it.
@@ -69,7 +69,7 @@ pub struct Request {
     pub dir: String,
     pub stdin: bool,
     pub terminal: Option<Size>,
-    /// How long the command goes on when its last client is gone; for ever where none.
+    /// How long the command keeps running when its last client is gone; for ever where none.
     pub max_run_after_disconnect: Option<Duration>,
 }
 
@@ -206,7 +206,7 @@ impl ExecSession {
         receiver
     }
 
-    /// Lets all clients go; the command goes on.
+    /// Disconnects all clients; the command keeps running.
     pub fn disconnect(&self) {
         locked(&self.clients).attached.clear();
     }
@@ -372,7 +372,7 @@ impl ExecSession {
         }
     }
 
-    /// Returns when no client has been attached for as long as the command may go on alone.
+    /// Returns when no client has been attached for as long as the command may keep running alone.
     async fn abandoned(&self, max_run: Option<Duration>) {
         const CHECK: Duration = Duration::from_millis(500);
         let Some(max_run) = max_run else { return std::future::pending().await };

@@ -185,7 +185,7 @@ impl Source {
         let pipe = pipe::OpenOptions::new().read_write(true).open_receiver(pipe)?;
         let spool = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(spool)?;
         let spooled = spool.metadata()?.len();
-        // Shorter: it was begun anew, and that was not noted any more.
+        // Shorter: it was started over, and that was not noted any more.
         let logged = if logged > spooled { 0 } else { logged };
         let mut held = vec![0; usize::try_from(spooled - logged).map_err(io::Error::other)?];
         spool.read_exact_at(&mut held, logged)?;
@@ -219,7 +219,7 @@ impl Source {
         }
     }
 
-    /// Gives back the room of what is logged; true where the spool was begun anew. A busy service's may never be logged whole: there a hole
+    /// Gives back the room of what is logged; true where the spool was started over. A busy service's may never be logged whole: there a hole
     /// is left, and offsets stay what they are.
     fn trim(&mut self) -> io::Result<bool> {
         if self.logged - self.trimmed < SPOOL_BYTES_MAX {
@@ -244,7 +244,7 @@ struct Log {
 }
 
 impl Log {
-    /// Opens it at a length that was noted, where one was; it is shorter where it was begun anew since.
+    /// Opens it at a length that was noted, where one was; it is shorter where it was started over since.
     fn open(path: &Path, noted: Option<u64>) -> io::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let mut len = file.metadata()?.len();
@@ -349,7 +349,7 @@ mod tests {
         }
         let spool = fs::metadata(files.own("stdout.spool")).unwrap().len();
         assert!(spool < SPOOL_BYTES_MAX, "{spool}");
-        // Killed when the spool was begun anew, before that was noted.
+        // Killed when the spool was started over, before that was noted.
         let before = logged(&files).len();
         output.stdout.spool.set_len(0).unwrap();
         drop(output);
@@ -358,7 +358,7 @@ mod tests {
         write(&files, "next\n");
         follow(&mut output, 1).await;
         assert_eq!(logged(&files).len(), before + 1);
-        // The log was begun anew, and the position is from before.
+        // The log was started over, and the position is from before.
         output.log.rotate().unwrap();
         drop(output);
         let mut output = Output::open(&files).unwrap();

@@ -83,7 +83,7 @@ impl Registry {
         if used > limit { Err(RegistryError::CheckpointsTooLarge) } else { Ok(()) }
     }
 
-    /// Puts a Sprite's disk back as it was. All that runs in the Sprite ends, and it is started anew.
+    /// Puts a Sprite's disk back as it was. All that runs in the Sprite ends, and it is restarted.
     pub async fn restore_checkpoint(self: &Arc<Self>, sprite: &Arc<Sprite>, id: &str) -> Result<(), RegistryError> {
         let checkpoint = read(sprite, id)?;
         let (registry, sprite) = (self.clone(), sprite.clone());

@@ -91,7 +91,7 @@ impl Registry {
         Ok(registry)
     }
 
-    /// What runs in a Sprite goes on; its way out, its services' keeper and its socket ended with the server that was here before.
+    /// What runs in a Sprite keeps running; its way out, its services' keeper and its socket ended with the server that was here before.
     async fn take_up(self: &Arc<Self>, path: PathBuf, record: Record) -> io::Result<()> {
         self.sandboxes.disks().recover(&path)?;
         let (name, holder) = (record.name.clone(), record.holder.filter(|holder| holder.is_alive()));
@@ -149,7 +149,7 @@ impl Registry {
         Ok(group)
     }
 
-    /// Puts rules into force. Between limited and unlimited the sandbox is started anew, and what runs in it ends.
+    /// Puts rules into force. Between limited and unlimited the sandbox is restarted, and what runs in it ends.
     pub async fn set_policy(self: &Arc<Self>, name: &str, policy: Policy) -> Result<(), RegistryError> {
         let (registry, sprite) = (self.clone(), self.get(name)?);
         let network = self.sandboxes.network(policy.is_limited()).ok_or(RegistryError::Unlimited)?;
@@ -218,7 +218,7 @@ impl Registry {
             checkpoints_made: 0,
             holder: None,
         };
-        // A directory of its own for each life of a name: a deletion that still goes on does not touch a new one.
+        // A directory of its own for each life of a name: a deletion that is still under way does not touch a new one.
         let dir = self.dir.join(format!("{name}.{}", record.id.simple()));
         let sprite = Arc::new(Sprite::new(dir, record, self.sandboxes.owner()));
         let mut hold = sprite.hold().await?;
@@ -374,7 +374,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Ends all that runs in a Sprite and starts its sandbox anew.
+    /// Ends all that runs in a Sprite and restarts its sandbox.
     pub async fn restart(self: &Arc<Self>, name: &str) -> Result<Holder, RegistryError> {
         let (registry, sprite) = (self.clone(), self.get(name)?);
         self.uninterrupted(async move { registry.reboot(&sprite.hold().await?).await }).await

@@ -331,7 +331,7 @@ impl Sprite {
         *locked(&self.last_used) = Instant::now();
     }
 
-    /// Cuts its clients off; what they started goes on.
+    /// Cuts its clients off; what they started keeps running.
     pub fn disconnect(&self) {
         for session in locked(&self.sessions).all() {
             session.disconnect();

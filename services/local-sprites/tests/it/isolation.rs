@@ -80,7 +80,7 @@ async fn the_agent_host_is_there_to_run_and_not_to_change() {
         assert_ne!(finished.code, 0, "{attempt}");
     }
     assert_eq!(fs::read_to_string(&file).unwrap(), "#!/bin/sh\necho the agent host\n");
-    // Also after a start anew, over the disk that is there.
+    // Also after a restart, over the disk that is there.
     server.end(rustix::process::Signal::INT).await;
     server.run().await;
     assert_eq!(said(&sprite, host).await, "the agent host\n");

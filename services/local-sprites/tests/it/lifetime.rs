@@ -30,7 +30,7 @@ async fn what_runs_in_a_sprite_survives_a_kill_and_a_stop_of_the_server() {
         assert_eq!(said(&sprite, "pgrep -f 'echo line' | head -1").await, pid, "the service is the same process");
         let before: u64 = said(&sprite, "tail -1 ticks").await.trim().parse().unwrap();
         tokio::time::sleep(Duration::from_millis(300)).await;
-        assert!(said(&sprite, "tail -1 ticks").await.trim().parse::<u64>().unwrap() > before, "the daemon goes on");
+        assert!(said(&sprite, "tail -1 ticks").await.trim().parse::<u64>().unwrap() > before, "the daemon keeps running");
     }
     let log = said(&sprite, "cut -d' ' -f2- /.sprite/logs/services/counter.log").await;
     let numbers: Vec<u64> = log.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();

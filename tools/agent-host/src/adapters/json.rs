@@ -55,7 +55,7 @@ pub fn error_kind(status: &str) -> &'static str {
     }
 }
 
-/// An MCP server that the CLI goes on without.
+/// An MCP server that the CLI continues without.
 pub fn mcp_failed(server: &str, why: &str, wants_login: bool) -> event::Kind {
     let message = match (wants_login, why) {
         (true, _) => format!("The MCP server {server} wants its user to log in; the turn goes on without it"),

@@ -210,7 +210,7 @@ impl Core {
         self.quiet_since = now;
     }
 
-    /// Whether what the program leaves running may go on.
+    /// Whether what the program leaves running may keep running.
     pub fn spares_leftovers(&self) -> bool {
         match (&self.step, &self.turn) {
             (Some(step), _) => step.ending.is_none(),

@@ -317,13 +317,13 @@ fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     assert_eq!(ended.reason(), Reason::Completed, "{}", show(&kinds));
     assert!(said(&kinds).contains("MARK-4711"), "{}", show(&kinds));
 
-    // A model that refuses the request is an error, and the CLI goes on.
+    // A model that refuses the request is an error, and the CLI continues.
     chat.send("fail with 400");
     let (kinds, ended) = chat.ended();
     assert_eq!(ended.reason(), Reason::Failed, "{}", show(&kinds));
     assert!(ended.message.contains("The script says so"), "{ended:?}");
 
-    // The host and the CLI are killed; the conversation goes on by its id, and now asks. What began was marked and is gone.
+    // The host and the CLI are killed; the conversation continues by its id, and now asks. What began was marked and is gone.
     let rules = vec![PermissionRule { tool: shell.to_owned(), evaluation: Evaluation::Ask.into() }];
     chat.host.spec.permissions = Some(Permissions { rules, otherwise: 0 });
     chat.restart_host();

@@ -20,7 +20,7 @@ use crate::isolation::{
 
 const BOOT_MAX: Duration = Duration::from_secs(20);
 
-/// What is made anew in such a sandbox.
+/// What such a sandbox has of its own, not of the image.
 const NOT_OF_THE_IMAGE: [&str; 9] = ["dev", "home", "opt", "proc", "run", "srv", "sys", "tmp", "workspace"];
 
 impl Sandboxes {
