@@ -123,7 +123,7 @@ async fn a_log_has_one_writer() {
 }
 
 #[tokio::test]
-async fn following_goes_on_after_the_server_was_killed() {
+async fn following_continues_after_the_server_was_killed() {
     let mut nats = Nats::start().unwrap();
     nats.with_streams().await.unwrap();
     let (runner, projector) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::SCHEDULER).await.unwrap());

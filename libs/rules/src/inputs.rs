@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reader_goes_on_after_an_input_whatever_became_of_it() {
+    fn a_reader_continues_after_an_input_whatever_became_of_it() {
         let settled = |by, sent| place(InputStatus::Refused, by, sent, 90);
         assert_eq!(settled(Some(40), Some(7)), Place { event_id: 40, is_within: true });
         // An interrupt of an idle session, or a message that was withdrawn.

@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_goes_on_in_the_journal_where_the_one_before_it_ended() {
+    fn a_turn_continues_in_the_journal_where_the_one_before_it_ended() {
         let checkpoint = Checkpoint {
             journal_offset: 4711,
             journal_stdout: 9,

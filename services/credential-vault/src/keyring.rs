@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_passphrase_that_an_earlier_release_used_goes_on_as_it_was() {
+    fn a_passphrase_that_an_earlier_release_used_works_as_it_did() {
         let text = "an old passphrase, long enough";
         let proof = encrypt(&Key::expand(1, text.as_bytes()).cipher, PROOF_TEXT, &proof_aad(1)).unwrap();
         let mut keys = Keyring::parse(&text.to_owned().into()).unwrap();

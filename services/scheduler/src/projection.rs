@@ -78,7 +78,7 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
         enqueue_destroy(tx, &session).await?;
     }
     if has_inputs {
-        inputs::queue::go_on(tx, &session, Some(at)).await?;
+        inputs::queue::begin_next(tx, &session, Some(at)).await?;
     }
     let runtime = session.runtime;
     let observation = transition.turn.map(|status| match status {

@@ -71,7 +71,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 
 async fn pass(scheduler: &Scheduler, may_expire: bool, queues_too: bool) -> anyhow::Result<usize> {
     if queues_too {
-        go_on_with_queues(scheduler).await?;
+        begin_queued(scheduler).await?;
     }
     if may_expire {
         expire_leases(scheduler).await?;
@@ -97,7 +97,7 @@ async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
 
 /// Begins turns from messages that wait in sessions where nothing runs: the transaction that ended their last turn was an earlier
 /// release's.
-async fn go_on_with_queues(scheduler: &Scheduler) -> anyhow::Result<()> {
+async fn begin_queued(scheduler: &Scheduler) -> anyhow::Result<()> {
     let sessions: Vec<Uuid> = sqlx::query_scalar(
         "select distinct i.session_id
          from input i
@@ -111,7 +111,7 @@ async fn go_on_with_queues(scheduler: &Scheduler) -> anyhow::Result<()> {
     for session in sessions {
         let mut tx = scheduler.pool.begin().await?;
         if let Some(row) = lock(&mut tx, SessionId::from_uuid(session), None).await? {
-            inputs::queue::go_on(&mut tx, &row, None).await?;
+            inputs::queue::begin_next(&mut tx, &row, None).await?;
         }
         tx.commit().await?;
         scheduler.outbox.notify_one();

@@ -228,7 +228,7 @@ impl Record {
     }
 
     /// Goes on from there in the journal, with the next event.
-    pub fn go_on_from(&mut self, place: Place) {
+    pub fn continue_from(&mut self, place: Place) {
         place.apply(&mut self.checkpoint);
     }
 

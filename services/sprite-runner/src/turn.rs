@@ -273,7 +273,7 @@ async fn work(
         link.send(agent.message(turn, spec.timeout_seconds.saturating_sub(waited).max(1)));
     }
     play(record, turn, &mut playback, (&mut link, &mut meter), inputs, Pace::new(&runner.output)).await?;
-    record.go_on_from(playback.checkpoint());
+    record.continue_from(playback.checkpoint());
     // Before the turn's end is in the log: who sees the end finds what was written.
     files::collect(runner, &sprite, (session, turn), spec).await;
     let ended = playback.ended().cloned().unwrap_or_default();
@@ -331,7 +331,7 @@ async fn play(
                 }
                 // What the model gateway counts, and not what the CLI reports of the same requests.
                 if is_own_report(&emitted.kind) {
-                    record.go_on_from(emitted.place);
+                    record.continue_from(emitted.place);
                     continue;
                 }
                 meter.precede(&emitted.kind, record).await?;

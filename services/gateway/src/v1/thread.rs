@@ -148,7 +148,7 @@ impl Thread {
                 }
                 match (self.state.asks.is_empty(), result) {
                     (false, _) => self.wait(entry),
-                    (true, Some(_)) => self.go_on(entry),
+                    (true, Some(_)) => self.show_running(entry),
                     // The turn ends, or the same is asked again.
                     (true, None) => {}
                 }
@@ -187,10 +187,10 @@ impl Thread {
     fn begin(&mut self, turn: u32, entry: &mut Entry<'_>) {
         let usage = self.state.usage;
         self.state = State { turn, usage, ..State::default() };
-        self.go_on(entry);
+        self.show_running(entry);
     }
 
-    fn go_on(&mut self, entry: &mut Entry<'_>) {
+    fn show_running(&mut self, entry: &mut Entry<'_>) {
         self.state.is_running = true;
         entry.add(part::RUNNING, "session.status_running", json!({}));
         entry.add(part::THREAD_RUNNING, "session.thread_status_running", self.of_thread(json!({})));

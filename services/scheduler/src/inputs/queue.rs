@@ -72,7 +72,7 @@ pub async fn begin_with(
 
 /// Begins the next turn from the oldest queued message, or refuses the queued messages. `session` is as the turn's end left it, and `at`
 /// is where that stands, if it is known.
-pub async fn go_on(tx: &mut PgConnection, session: &SessionRow, at: Option<At>) -> Result<(), Failure> {
+pub async fn begin_next(tx: &mut PgConnection, session: &SessionRow, at: Option<At>) -> Result<(), Failure> {
     let id = SessionId::from_uuid(session.session_id);
     let status: SessionStatus = session.status()?;
     match inputs::next(status, session.sprite_destroyed_at.is_none()) {
