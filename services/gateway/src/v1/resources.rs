@@ -236,6 +236,13 @@ pub struct ResourceParams {
     resource_id: String,
 }
 
+/// A session and one of its resources.
+async fn find_resource(app: &App, caller: &Caller, id: &str, resource_id: &str) -> Result<(scheduler::Session, Resource), ApiError> {
+    let session = find(app, caller, id).await?;
+    let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == resource_id);
+    found.map(|resource| (session, resource)).ok_or_else(|| ApiError::not_found("Resource"))
+}
+
 /// Get a resource of a session
 #[utoipa::path(get, path = "/v1/sessions/{id}/resources/{resource_id}", tag = "managed-agents", operation_id = "session_resources_retrieve", params(ResourceParams),
     responses((status = 200, description = "The resource", body = Resource)))]
@@ -244,9 +251,8 @@ pub async fn get(
     caller: Caller,
     PathId((id, resource_id)): PathId<(String, String)>,
 ) -> Result<Json<Resource>, ApiError> {
-    let session = find(&app, &caller, &id).await?;
-    let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == resource_id);
-    found.map(Json).ok_or_else(|| ApiError::not_found("Resource"))
+    let (_, resource) = find_resource(&app, &caller, &id, &resource_id).await?;
+    Ok(Json(resource))
 }
 
 /// A new token of a repository.
@@ -277,9 +283,7 @@ pub async fn update(
     }
     fields.finish()?;
     let Some(token) = token else { return Err(refused_field("authorization_token", "is required")) };
-    let session = find(&app, &caller, &id).await?;
-    let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == resource_id);
-    let resource = found.ok_or_else(|| ApiError::not_found("Resource"))?;
+    let (session, resource) = find_resource(&app, &caller, &id, &resource_id).await?;
     let Given::Repository(repository) = &resource.given else {
         return Err(refused_field("resource_id", "a file does not change: add another, and delete this one"));
     };
@@ -291,9 +295,8 @@ pub async fn update(
     };
     let secret = app.call::<rpc::EnsureSessionSecret>(&request).await?.secret_id;
     app.merge(&caller.user_id, Kind::Session, &SessionSecrets { env: BTreeMap::new(), tokens }, secret).await?;
-    let session = find(&app, &caller, &id).await?;
-    let changed = Resource::all_of(&session).into_iter().find(|changed| changed.id == resource.id);
-    changed.map(Json).ok_or_else(|| ApiError::not_found("Resource"))
+    let (_, changed) = find_resource(&app, &caller, &id, &resource_id).await?;
+    Ok(Json(changed))
 }
 
 /// Take a file from a session
@@ -306,13 +309,9 @@ pub async fn remove(
     caller: Caller,
     PathId((id, resource_id)): PathId<(String, String)>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let session = find(&app, &caller, &id).await?;
-    match Resource::all_of(&session).into_iter().find(|resource| resource.id == resource_id) {
-        None => return Err(ApiError::not_found("Resource")),
-        Some(Resource { given: Given::Repository(_), .. }) => {
-            return Err(refused_field("resource_id", "a repository stays with its session"));
-        }
-        Some(_) => {}
+    let (session, resource) = find_resource(&app, &caller, &id, &resource_id).await?;
+    if matches!(resource.given, Given::Repository(_)) {
+        return Err(refused_field("resource_id", "a repository stays with its session"));
     }
     let copy_id = Prefix::Resource.find(&resource_id)?;
     let request = RemoveSessionFileRequest { user_id: caller.user_id, session_id: session.session_id, copy_id };
