@@ -145,7 +145,7 @@ async fn managed() -> Result<()> {
     let message = |text: &str| json!({ "type": "user.message", "content": [{ "type": "text", "text": text }] });
     let session = |events: serde_json::Value| json!({ "agent": agent, "environment_id": environment, "initial_events": events });
 
-    let made = stack.post("/v1/sessions", session(json!([message("true")]))).await?;
+    let made = stack.post("/v1/sessions", session(json!([]))).await?;
     let path = format!("/v1/sessions/{}/events", made.text("id"));
     let (url, key) = (format!("{}{path}/stream", stack.ready_text("/api_url")), stack.ready_text("/api_key"));
     let http = reqwest::Client::builder().connect_timeout(LOAD).read_timeout(4 * LOAD).build()?;
@@ -153,14 +153,20 @@ async fn managed() -> Result<()> {
     let mut text = String::new();
     let mut until = async |kind: &str| {
         let frame = format!("event: session.status_{kind}\n");
-        loop {
-            if let Some(at) = text.find(&frame) {
-                text.drain(..at + frame.len());
-                return anyhow::Ok(());
+        // Comments come for as long as the stream is open.
+        let shown = tokio::time::timeout(4 * LOAD, async {
+            loop {
+                if let Some(at) = text.find(&frame) {
+                    text.drain(..at + frame.len());
+                    return anyhow::Ok(());
+                }
+                text.push_str(&String::from_utf8_lossy(&bytes.next().await.context("the stream ended")??));
             }
-            text.push_str(&String::from_utf8_lossy(&bytes.next().await.context("the stream ended")??));
-        }
+        });
+        shown.await.with_context(|| format!("no session.status_{kind}"))?
     };
+    // In a sandbox that is there: the first turn makes it.
+    stack.post(&path, json!({ "events": [message("true")] })).await?;
     until("idle").await?;
     let mut started = Vec::new();
     for _ in 0..100 {
