@@ -113,7 +113,7 @@ impl Config {
             output: OutputLimits {
                 bytes_max: env.parsed(
                     "AOD_TURN_OUTPUT_MAX_BYTES",
-                    "how much of a turn's output is kept; beyond it only the last 64 KiB of each stream are, and an event says how much was dropped",
+                    "how much of a turn's output is kept, and as much of its typed events; beyond it only the last 64 KiB of each stream are, and an event says how much was dropped",
                     1 << 30,
                 ),
                 bytes_per_second: env.parsed(

@@ -20,6 +20,7 @@ use contract::{
     host::{self as agent_host, CustomToolResult, Input, Record, StepEnded, event, input, record, turn_ended},
     session::{Checkpoint, OpenTool, Preview},
 };
+use prost::Message as _;
 
 pub use crate::playback::{
     place::{Emitted, Place},
@@ -29,6 +30,7 @@ use crate::{
     host::{Gone, Incoming},
     mask::Masker,
     playback::{
+        place::EVENT_BYTES_MIN,
         previews::Drafts,
         streams::{Mark, Stream},
     },
@@ -73,6 +75,8 @@ pub struct Playback {
     streams: [Stream; 2],
     /// How much output the log keeps of the scope. Of what exceeds it only the end is kept.
     output_bytes_max: u64,
+    /// Bytes of typed events in the log, which keeps as many of them as of output.
+    event_bytes: u64,
     /// Bytes that were dropped, and those of them that no event tells of yet.
     dropped: u64,
     untold: u64,
@@ -134,6 +138,7 @@ impl Playback {
                 stream(checkpoint.journal_stderr, checkpoint.stderr_offset),
             ],
             output_bytes_max,
+            event_bytes: checkpoint.event_bytes,
             dropped: checkpoint.output_dropped,
             untold: 0,
             emitted_offset: checkpoint.journal_offset,
@@ -196,7 +201,13 @@ impl Playback {
             Some(record::Kind::Event(agent_host::Event { kind: None, .. })) => {}
             Some(record::Kind::Event(event)) if self.is_inside && self.is_of_turn() && !repeated => {
                 let text = self.drafts.written(&event);
-                self.emit_at(next, Ready::Event(event, text));
+                let bytes = event.encoded_len().max(EVENT_BYTES_MIN) as u64;
+                if self.event_bytes >= self.output_bytes_max {
+                    self.drop_event(next, bytes);
+                } else {
+                    self.event_bytes += bytes;
+                    self.emit_at(next, Ready::Event(event, text));
+                }
             }
             Some(record::Kind::DecisionRequested(request)) if self.is_inside && self.is_of_turn() => {
                 self.requests.insert(request.id);
@@ -284,6 +295,7 @@ impl Playback {
             journal_offset,
             journal,
             logged,
+            event_bytes: self.event_bytes,
             dropped: self.dropped,
             records_through: self.records_through,
             open_tools: Vec::new(),

@@ -112,6 +112,9 @@ pub struct Checkpoint {
     /// Model requests that have not ended.
     #[prost(message, repeated, tag = "21")]
     pub open_model_requests: ::prost::alloc::vec::Vec<OpenModelRequest>,
+    /// Bytes of the turn's typed events that are in the log.
+    #[prost(uint64, tag = "22")]
+    pub event_bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenModelRequest {

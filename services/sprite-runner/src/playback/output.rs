@@ -114,6 +114,16 @@ impl Playback {
         }
     }
 
+    /// Leaves an event out of the log, for the turn told more than is kept.
+    pub(super) fn drop_event(&mut self, next: u64, bytes: u64) {
+        self.flush(false);
+        (self.position, self.records_through) = (next, next);
+        self.untold += bytes;
+        if self.untold >= DROPPED_STEP {
+            self.tell_dropped();
+        }
+    }
+
     /// No other event's checkpoint covers bytes that were dropped silently.
     pub(super) fn tell_dropped(&mut self) {
         let bytes = std::mem::take(&mut self.untold);

@@ -10,13 +10,17 @@ pub struct Emitted {
     pub place: Place,
 }
 
+/// What a small event costs at least, as it is stored and sent.
+pub(super) const EVENT_BYTES_MIN: usize = 512;
+
 impl Emitted {
-    /// Bytes of the agent's output in it, or of what it asks: an agent may ask as fast as it prints.
+    /// Bytes that the agent caused: a program in its CLI's place may tell and ask as fast as it prints.
     pub fn output_bytes(&self) -> usize {
         match &self.kind {
             Kind::Output(output) => output.data.len(),
             Kind::StageOutput(output) => output.data.len(),
-            Kind::DecisionRequested(requested) => requested.encoded_len(),
+            Kind::Agent(event) => event.encoded_len().max(EVENT_BYTES_MIN),
+            Kind::DecisionRequested(requested) => requested.encoded_len().max(EVENT_BYTES_MIN),
             _ => 0,
         }
     }
@@ -29,6 +33,7 @@ pub struct Place {
     pub journal: [u64; 2],
     pub logged: [u64; 2],
     pub dropped: u64,
+    pub event_bytes: u64,
     pub records_through: u64,
     pub open_tools: Vec<OpenTool>,
     pub open_requests: Vec<u64>,
@@ -40,6 +45,7 @@ impl Place {
         [checkpoint.journal_stdout, checkpoint.journal_stderr] = self.journal;
         [checkpoint.stdout_offset, checkpoint.stderr_offset] = self.logged;
         checkpoint.output_dropped = self.dropped;
+        checkpoint.event_bytes = self.event_bytes;
         checkpoint.records_through = self.records_through;
         checkpoint.open_tools = self.open_tools;
         checkpoint.open_requests = self.open_requests;

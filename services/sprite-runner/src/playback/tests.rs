@@ -12,7 +12,7 @@ use types::limits::OUTPUT_EVENT_BYTES_MAX;
 
 use crate::{
     mask::Masker,
-    playback::{Playback, Scope, own_tool, streams::TAIL_BYTES},
+    playback::{Playback, Scope, own_tool, place::EVENT_BYTES_MIN, streams::TAIL_BYTES},
 };
 
 const TURN: u32 = 7;
@@ -256,7 +256,7 @@ proptest! {
     #[test]
     fn output_beyond_the_limit_keeps_its_beginning_and_its_end(
         printed in printed(),
-        limit in 0_u64..2_000_000,
+        limit in prop_oneof![0_u64..2_000_000, 0_u64..4_000],
         runs in vec((0_usize..30, 0_usize..6), 0..8),
     ) {
         let (mut written, mut kinds) = ([Vec::new(), Vec::new()], vec![started(TURN)]);
@@ -281,6 +281,12 @@ proptest! {
         let all: usize = written.iter().map(Vec::len).sum();
         let kept_bytes: usize = kept.iter().map(Vec::len).sum();
         let dropped: u64 = log.0.iter().map(|(kind, _)| if let Kind::OutputDropped(dropped) = kind { dropped.bytes } else { 0 }).sum();
+        // Typed events have a limit of the same size.
+        let kept_events = log.0.iter().filter(|(kind, _)| matches!(kind, Kind::Agent(_))).count();
+        let dropped_events = ((printed.len() / 5 - kept_events) * EVENT_BYTES_MIN) as u64;
+        prop_assert!((kept_events * EVENT_BYTES_MIN) as u64 <= limit + EVENT_BYTES_MIN as u64);
+        prop_assert!(dropped_events == 0 || (kept_events * EVENT_BYTES_MIN) as u64 >= limit);
+        let dropped = dropped - dropped_events;
         prop_assert_eq!(kept_bytes as u64 + dropped, all as u64);
         prop_assert_eq!(log.0.last().map_or(0, |(_, checkpoint)| checkpoint.output_dropped), dropped);
         let most = limit + 2 * (TAIL_BYTES + 2 * OUTPUT_EVENT_BYTES_MAX) as u64;
