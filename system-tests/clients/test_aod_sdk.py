@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,6 +241,11 @@ def test_states_refuse_what_they_must(client, shell):
     ack = client.sessions.create(agent_id=shell.id, prompt="echo begun; sleep 60", timeout=70)
     with client.sessions.stream(ack.id) as events:
         assert any(event.type == "output" for event in events)
+    # A stream is ahead of the status by a moment.
+    for _ in range(300):
+        if client.sessions.get(ack.id).status == "running":
+            break
+        time.sleep(0.1)
     with pytest.raises(ConflictError) as refused:
         client.sessions.prompt(ack.id, prompt="x")
     assert refused.value.detail == "Session is already running"
