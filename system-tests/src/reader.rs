@@ -41,7 +41,7 @@ impl Route {
         }
     }
 
-    /// Whether the session goes on after an end of a turn.
+    /// Returns whether the session stays usable after its turn ended.
     fn goes_on(self, end: &Value) -> bool {
         match self {
             Self::Output => end["type"] == "exit" && end["code"] == 0,

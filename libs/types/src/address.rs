@@ -29,7 +29,7 @@ pub fn is_public(address: IpAddr) -> bool {
         IpAddr::V4(v4) => !SPECIAL_V4.iter().any(|(network, bits)| (v4.to_bits() ^ network.to_bits()) >> (32 - bits) == 0),
         IpAddr::V6(v6) => {
             let [first, second, ..] = v6.segments();
-            // Whoever translates or tunnels may make any IPv4 address of 2001::/23 and 2002::/16.
+            // Addresses in 2001::/23 and 2002::/16 may be translated or tunneled to any IPv4 address.
             let translates = first == 0x2001 && second & 0xfe00 == 0 || first == 0x2002;
             let is_documentation = first == 0x2001 && second == 0xdb8;
             // Global unicast; nothing else is the internet's.

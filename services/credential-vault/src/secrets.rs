@@ -207,7 +207,7 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     Ok(PutSecretReply { secret_id: id.to_string() })
 }
 
-/// Gives a stored document the members of another. Whoever holds its id has the new values from the next time on that it is opened.
+/// Merges a change into a stored document. Its id stays, so leases that refer to it get the new values.
 async fn merge_into(vault: &Vault, tx: &mut PgConnection, binding: &Binding<'_>, version: i32, change: Value) -> Result<(), Failure> {
     let row: Option<SecretRow> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext

@@ -77,7 +77,7 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     let (parts, body) = request.into_parts();
     let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     let body = proxy.memory.read(body, announced, &grant.share.bodies).await?;
-    // Whoever can read it would see other names in it than this gateway.
+    // A provider that can decode it would read other names in it than this gateway does.
     if !stored::is_readable(&parts.headers, &body.bytes) {
         return Err(Refusal::Encoded);
     }

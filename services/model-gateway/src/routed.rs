@@ -200,7 +200,7 @@ pub fn failure(grant: &Grant, error: &reqwest::Error) -> NotRouted {
     NotRouted::Upstream(why)
 }
 
-/// Waits for the answer to a request whose body is being sent, for as long as that goes on. None: it stood still for too long.
+/// Waits for the response to a request while its body is being sent. Returns `None` if nothing moved for too long.
 pub async fn answered<T>(answer: impl Future<Output = T>, sent: &AtomicU64, silence: Duration) -> Option<T> {
     let (mut answer, mut known) = (pin!(answer), sent.load(Ordering::Relaxed));
     loop {

@@ -175,7 +175,7 @@ impl Meter {
     }
 }
 
-/// How many entries there are up to the newest start. The end of its request, if it is there, goes on waiting.
+/// Counts the entries up to the newest start. The end of that request, if it is held, stays held.
 fn newest_start(held: &VecDeque<MeterEntry>) -> usize {
     held.iter().rposition(|entry| matches!(entry.kind, Some(meter_entry::Kind::Started(_)))).map_or(0, |at| at + 1)
 }

@@ -306,7 +306,7 @@ async fn every_cli_knows_a_skill_from_github() {
     .await;
 }
 
-/// One that hangs, one that is no program, one that ends at once, and one that nobody serves: the turn continues, and says which are missing.
+/// One that hangs, one that is no program, one that ends at once, and one that nobody serves: the turn continues and reports which are missing.
 #[tokio::test]
 async fn an_mcp_server_that_does_not_start_is_told_of_and_holds_up_no_turn() {
     let stack = Stack::start(MODEL).await.unwrap();
