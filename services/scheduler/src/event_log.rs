@@ -244,6 +244,25 @@ mod tests {
         (pool, session)
     }
 
+    #[tokio::test]
+    async fn events_of_today_and_of_days_to_come_are_compressed_by_lz4() {
+        let (pool, _) = after_days(3).await;
+        // One that the service makes, and not a migration.
+        let ahead = "do $$ begin execute 'drop table event_' || to_char((now() at time zone 'utc')::date + 2, 'YYYYMMDD'); end $$";
+        sqlx::raw_sql(ahead).execute(&pool).await.unwrap();
+        crate::retention::make_days(&pool).await.unwrap();
+        let methods: Vec<(String, String)> = sqlx::query_as(
+            "select relname::text, attcompression::text
+             from pg_attribute join pg_class on pg_class.oid = attrelid join pg_inherits on inhrelid = attrelid
+             where inhparent = 'event'::regclass and attname = 'payload'
+               and relname >= 'event_' || to_char((now() at time zone 'utc')::date, 'YYYYMMDD')",
+        )
+        .fetch_all(&pool)
+        .await
+        .unwrap();
+        assert!(methods.len() > 3 && methods.iter().all(|(_, method)| method == "l"), "{methods:?}");
+    }
+
     async fn tables_in_plan(connection: &mut PgConnection, query: String, session: SessionId) -> usize {
         let plan: Vec<String> = sqlx::query_scalar(AssertSqlSafe(format!("explain {query}")))
             .bind(session.uuid())

@@ -151,6 +151,7 @@ const MIGRATIONS: &[store::Step] = &[
     (180, "upload of user", include_str!("../../../migrations/scheduler/0180_upload_of_user.sql")),
     (181, "upload by age", include_str!("../../../migrations/scheduler/0181_upload_by_age.sql")),
     (190, "exchanged tokens", include_str!("../../../migrations/scheduler/0190_exchanged_tokens.sql")),
+    (200, "events in lz4", include_str!("../../../migrations/scheduler/0200_events_in_lz4.sql")),
 ];
 
 /// What every request works with.
