@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::stream::Events;
+use crate::{faults::with_children, stream::Events};
 
 /// Longer than any part of a stack is away.
 const OUTAGE_MAX: Duration = Duration::from_secs(180);
@@ -175,6 +175,20 @@ impl Stack {
         pids.filter_map(|pid| u32::try_from(pid).ok()).collect()
     }
 
+    /// Every process of the stack, those of Postgres included, with its service.
+    #[must_use]
+    pub fn processes(&self) -> Vec<(String, u32)> {
+        let services = self.ready("/services");
+        let names = services.as_object().into_iter().flat_map(|services| services.keys().cloned());
+        let own = names.flat_map(|name| self.pids(&name).into_iter().map(move |pid| (name.clone(), pid)));
+        let all = own.chain([("aod dev".to_owned(), self.pid())]);
+        all.flat_map(|(name, pid)| {
+            let tree = if name == "postgres" { with_children(pid) } else { vec![pid] };
+            tree.into_iter().map(move |pid| (name.clone(), pid))
+        })
+        .collect()
+    }
+
     /// The runner that has a session's turn in hand, by what the runners log; waits until one has.
     ///
     /// # Errors
@@ -299,7 +313,7 @@ impl Stack {
     ///
     /// # Errors
     /// When it is refused.
-    pub(crate) async fn events(&self, gateway: usize, path: &str) -> anyhow::Result<Events> {
+    pub async fn events(&self, gateway: usize, path: &str) -> anyhow::Result<Events> {
         Ok(Events::new(self.open(format!("{}{path}", self.gateway(gateway))).await?))
     }
 

@@ -1,9 +1,121 @@
 //! What the benches measure with. Machines differ and are noisy: each figure stands beside a floor of the same run, and their ratio.
+//!
+//! Each figure is printed, and added to the file that `BENCH_FIGURES` names, from which `cargo xtask bench-table` makes the table.
 
 use std::{
     fmt,
+    fs::OpenOptions,
+    io::Write as _,
     time::{Duration, Instant},
 };
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+/// A measured value.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Measured {
+    Times { p50_ms: f64, p99_ms: f64, count: usize },
+    Rate { per_second: f64, unit: String },
+    Amount { value: f64, unit: String },
+}
+
+impl Measured {
+    #[must_use]
+    pub fn rate(per_second: f64, unit: &str) -> Self {
+        Self::Rate { per_second, unit: unit.to_owned() }
+    }
+
+    #[must_use]
+    pub fn amount(value: f64, unit: &str) -> Self {
+        Self::Amount { value, unit: unit.to_owned() }
+    }
+
+    /// What ratios compare: of times the median.
+    fn value(&self) -> f64 {
+        match self {
+            Self::Times { p50_ms: value, .. } | Self::Rate { per_second: value, .. } | Self::Amount { value, .. } => *value,
+        }
+    }
+}
+
+impl From<&Times> for Measured {
+    fn from(times: &Times) -> Self {
+        let milliseconds = |percent| times.percentile(percent).as_secs_f64() * 1e3;
+        Self::Times { p50_ms: milliseconds(50), p99_ms: milliseconds(99), count: times.0.len() }
+    }
+}
+
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Three digits say enough.
+        let digits = |value: f64| {
+            let digits = if value.abs() < 1.0 { 3 } else { 2_usize.saturating_sub(value.abs().log10() as usize) };
+            format!("{value:.digits$}")
+        };
+        match self {
+            Self::Times { p50_ms, p99_ms, .. } => write!(f, "p50 {} ms, p99 {} ms", digits(*p50_ms), digits(*p99_ms)),
+            Self::Rate { per_second, unit } => write!(f, "{} {unit}/s", digits(*per_second)),
+            Self::Amount { value, unit } => write!(f, "{} {unit}", digits(*value)),
+        }
+    }
+}
+
+/// What the same machine does without our code.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Floor {
+    pub what: String,
+    pub measured: Measured,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    pub what: String,
+    pub measured: Measured,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub floor: Option<Floor>,
+}
+
+impl Figure {
+    #[must_use]
+    pub fn new(what: &str, measured: impl Into<Measured>) -> Self {
+        Self { what: what.to_owned(), measured: measured.into(), floor: None }
+    }
+
+    #[must_use]
+    pub fn beside(self, what: &str, measured: impl Into<Measured>) -> Self {
+        Self { floor: Some(Floor { what: what.to_owned(), measured: measured.into() }), ..self }
+    }
+
+    #[must_use]
+    pub fn ratio(&self) -> Option<f64> {
+        self.floor.as_ref().map(|floor| self.measured.value() / floor.measured.value())
+    }
+
+    /// Prints it, and adds it to the file of this run.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn report(&self) -> anyhow::Result<()> {
+        println!("{self}");
+        let Some(path) = std::env::var_os("BENCH_FIGURES") else { return Ok(()) };
+        let line = serde_json::to_string(self)? + "\n";
+        let file = OpenOptions::new().append(true).create(true).open(&path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+impl fmt::Display for Figure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.measured)?;
+        if let (Some(floor), Some(ratio)) = (&self.floor, self.ratio()) {
+            write!(f, "; {}: {}; ratio {ratio:.2}", floor.what, floor.measured)?;
+        }
+        Ok(())
+    }
+}
 
 /// How long something took, many times over.
 #[derive(Clone, Debug)]
@@ -33,22 +145,22 @@ impl Times {
     fn percentile(&self, percent: usize) -> Duration {
         self.0.get(self.0.len() * percent / 100).copied().unwrap_or_default()
     }
-
-    /// As a line: these times, those of the floor, and the ratio of the medians.
-    pub fn report(&self, what: &str, floor_name: &str, floor: &Self) {
-        let ratio = self.percentile(50).as_secs_f64() / floor.percentile(50).as_secs_f64();
-        println!("{what}: {self}; {floor_name}: {floor}; ratio {ratio:.1}");
-    }
 }
 
-impl fmt::Display for Times {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let milliseconds = |percent| self.percentile(percent).as_secs_f64() * 1e3;
-        write!(f, "p50 {:.2} ms, p99 {:.2} ms", milliseconds(50), milliseconds(99))
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// As a line: so many a second, so many of the floor, and the ratio.
-pub fn report_rate(what: &str, unit: &str, ours: f64, floor_name: &str, floor: f64) {
-    println!("{what}: {ours:.0} {unit}/s; {floor_name}: {floor:.0} {unit}/s; ratio {:.2}", ours / floor);
+    #[test]
+    fn a_figure_is_read_as_it_was_written() {
+        let times = Times::new((1..=100).map(Duration::from_millis).collect());
+        let figure = Figure::new("a run", &times).beside("by hand", &Times::new(vec![Duration::from_millis(17)]));
+        assert_eq!(figure.to_string(), "a run: p50 51.0 ms, p99 100 ms; by hand: p50 17.0 ms, p99 17.0 ms; ratio 3.00");
+        let alone = Figure::new("memory", Measured::amount(0.0321, "MB"));
+        assert_eq!(alone.to_string(), "memory: 0.032 MB");
+        for figure in [figure, alone, Figure::new("replay", Measured::rate(224_000.4, "events"))] {
+            let text = serde_json::to_string(&figure).unwrap();
+            assert_eq!(serde_json::from_str::<Figure>(&text).unwrap(), figure, "{text}");
+        }
+    }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use sprites::{Client, ExecEvent, ExecRequest, Sprite};
-use testkit::bench::{Times, report_rate};
+use testkit::bench::{Figure, Measured, Times};
 
 const TOKEN: &str = "t";
 const STREAM_BYTES: usize = 1 << 30;
@@ -50,26 +50,27 @@ async fn measure(client: &Client) -> anyhow::Result<()> {
         number += 1;
         Ok(client.ensure(&format!("made-{number}").parse()?).await?)
     });
-    create.await?.report("a Sprite is made", "bwrap true", &sandbox);
+    Figure::new("local-sprites: a Sprite is made", &create.await?).beside("bwrap true", &sandbox).report()?;
 
     let sprite = client.sprite("made-1".parse()?);
     let exec = Times::of(200, async || run_true(&sprite).await).await?;
-    exec.report("exec of `true`, a connection for each", "bwrap true", &sandbox);
+    Figure::new("local-sprites: exec of `true`, a connection for each", &exec).beside("bwrap true", &sandbox).report()?;
 
     let begun = Instant::now();
     for number in 51..=100 {
         client.ensure(&format!("made-{number}").parse()?).await?;
     }
-    println!("Sprites 51 to 100: {:?} each", begun.elapsed() / 50);
+    let each = |begun: Instant, count: f64| Measured::amount(begun.elapsed().as_secs_f64() * 1e3 / count, "ms");
+    Figure::new("local-sprites: Sprites 51 to 100 are made, each", each(begun, 50.0)).report()?;
     let full = Times::of(200, async || run_true(&sprite).await).await?;
-    full.report("exec of `true`, 100 Sprites there", "bwrap true", &sandbox);
+    Figure::new("local-sprites: exec of `true`, 100 Sprites there", &full).beside("bwrap true", &sandbox).report()?;
     let begun = Instant::now();
     let all = (1..=100).map(|number| {
         let client = client.clone();
         async move { run_true(&client.sprite(format!("made-{number}").parse()?)).await }
     });
     futures::future::try_join_all(all).await?;
-    println!("exec in each of 100 Sprites at once: {:?} in all", begun.elapsed());
+    Figure::new("local-sprites: exec in each of 100 Sprites at once, in all", each(begun, 1.0)).report()?;
 
     let begun = Instant::now();
     let through_pipe = bubblewrap(&["head", "-c", &STREAM_BYTES.to_string(), "/dev/zero"]).stdout(Stdio::piped()).spawn()?;
@@ -85,14 +86,14 @@ async fn measure(client: &Client) -> anyhow::Result<()> {
     }
     anyhow::ensure!(received == STREAM_BYTES, "exec lost {}", STREAM_BYTES - received);
     let ours = rate(begun.elapsed());
-    report_rate("stdout of exec", "MB", ours, "through bwrap and a pipe", floor);
+    let stdout = Figure::new("local-sprites: stdout of exec", Measured::rate(ours, "MB"));
+    stdout.beside("through bwrap and a pipe", Measured::rate(floor, "MB")).report()?;
 
     let begun = Instant::now();
     for number in 1..=100 {
         client.delete(&format!("made-{number}").parse()?).await?;
     }
-    println!("a Sprite is deleted: {:?}", begun.elapsed() / 100);
-    Ok(())
+    Figure::new("local-sprites: a Sprite is deleted", each(begun, 100.0)).report()
 }
 
 fn bubblewrap(argv: &[&str]) -> Command {

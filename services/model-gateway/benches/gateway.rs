@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt as _, future::join_all};
-use testkit::bench::{Times, report_rate};
+use testkit::bench::{Figure, Measured, Times};
 
 #[path = "../tests/it/world.rs"]
 #[expect(dead_code, reason = "the tests use the rest")]
@@ -70,10 +70,11 @@ fn client() -> reqwest::Client {
 async fn latency(world: &World, direct: &str, through: &str, token: &str) {
     world.provider.is(Mood::Streams(ANSWER_BYTES));
     let floor = times(world, direct, token).await;
-    times(world, through, token).await.report("a model request through the gateway", "direct", &floor);
+    let metered = times(world, through, token).await;
+    Figure::new("model-gateway: a request", &metered).beside("direct", &floor).report().unwrap();
     // What counts tokens is passed on without metering.
     let unmetered = times(world, &format!("{through}/count_tokens"), token).await;
-    unmetered.report("the same without metering", "direct", &floor);
+    Figure::new("model-gateway: a request without metering", &unmetered).beside("direct", &floor).report().unwrap();
 }
 
 async fn bulk(world: &World, direct: &str, through: &str, token: &str) {
@@ -85,7 +86,8 @@ async fn bulk(world: &World, direct: &str, through: &str, token: &str) {
         bytes as f64 / 1e6 / begun.elapsed().as_secs_f64()
     };
     let floor = rate(direct).await;
-    report_rate("one streamed answer of 50 MB", "MB", rate(through).await, "direct", floor);
+    let ours = Measured::rate(rate(through).await, "MB");
+    Figure::new("model-gateway: one streamed answer of 50 MB", ours).beside("direct", Measured::rate(floor, "MB")).report().unwrap();
 }
 
 async fn crowd(world: &World, direct: &str, through: &str) {
@@ -111,6 +113,8 @@ async fn crowd(world: &World, direct: &str, through: &str) {
     };
     let (floor, _) = rate(direct).await;
     let (ours, slowest) = rate(through).await;
-    report_rate("200 sessions at once", "requests", ours, "direct", floor);
-    println!("the slowest of their requests: {:.0} ms", slowest.as_secs_f64() * 1e3);
+    let crowd = Figure::new("model-gateway: requests of 200 sessions at once", Measured::rate(ours, "requests"));
+    crowd.beside("direct", Measured::rate(floor, "requests")).report().unwrap();
+    let slowest = Measured::amount(slowest.as_secs_f64() * 1e3, "ms");
+    Figure::new("model-gateway: the slowest of them", slowest).report().unwrap();
 }
