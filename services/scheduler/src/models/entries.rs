@@ -18,14 +18,18 @@ const AT_A_TIME: i64 = 200;
 
 /// Adds an entry under the number that the session's meter was set to.
 pub async fn add(tx: &mut PgConnection, session: Uuid, number: i64, kind: meter_entry::Kind) -> Result<(), Failure> {
-    let entry = MeterEntry { number: number.unsigned_abs(), kind: Some(kind) };
     sqlx::query("insert into model_entry (session_id, number, payload) values ($1, $2, $3)")
         .bind(session)
         .bind(number)
-        .bind(entry.encode_to_vec())
+        .bind(payload(kind))
         .execute(tx)
         .await?;
     Ok(())
+}
+
+/// Without its number, which its row has.
+pub fn payload(kind: meter_entry::Kind) -> Vec<u8> {
+    MeterEntry { number: 0, kind: Some(kind) }.encode_to_vec()
 }
 
 pub async fn hint(scheduler: &Scheduler, session: SessionId) {
@@ -54,14 +58,18 @@ pub async fn fetch(scheduler: Scheduler, request: FetchModelRequestsRequest) -> 
     if unsigned(row.try_get(0)?) != request.epoch {
         return Ok(FetchModelRequestsReply::default());
     }
-    let payloads: Vec<Vec<u8>> =
-        sqlx::query_scalar("select payload from model_entry where session_id = $1 and number > $2 order by number limit $3")
+    let rows: Vec<(i64, Vec<u8>)> =
+        sqlx::query_as("select number, payload from model_entry where session_id = $1 and number > $2 order by number limit $3")
             .bind(session.uuid())
             .bind(i64::try_from(request.after).unwrap_or(i64::MAX))
             .bind(AT_A_TIME)
             .fetch_all(&scheduler.pool)
             .await?;
-    let entries = payloads.iter().filter_map(|payload| MeterEntry::decode(payload.as_slice()).ok()).collect();
+    let entry = |(number, payload): &(i64, Vec<u8>)| {
+        let entry = MeterEntry::decode(payload.as_slice()).ok()?;
+        Some(MeterEntry { number: number.unsigned_abs(), ..entry })
+    };
+    let entries = rows.iter().filter_map(entry).collect();
     let open: i64 = row.try_get(1)?;
     let reasoning_tokens = row.try_get::<Option<i64>, _>(7)?.map(i64::unsigned_abs);
     let turn_usage = Usage { reasoning_tokens, model: row.try_get(8)?, ..usage::of_columns(&row, 2)? };

@@ -95,6 +95,11 @@ impl Defaults {
         Self { session, agent, user, deployment, requests_per_minute }
     }
 
+    /// Whether a session without a row of its own is limited by nothing.
+    pub fn limit_nothing(&self) -> bool {
+        self.requests_per_minute == 0 && Scope::ALL.into_iter().all(|scope| self.of(scope).is_none())
+    }
+
     pub fn of(&self, scope: Scope) -> Limits {
         match scope {
             Scope::Session => self.session.0,

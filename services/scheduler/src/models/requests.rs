@@ -113,6 +113,9 @@ pub async fn begin(scheduler: Scheduler, request: BeginModelRequestRequest) -> R
 
 /// Tells too whether the session's log has something to show.
 async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bool), Failure> {
+    if scheduler.model_defaults.limit_nothing() && begin_unlimited(scheduler, named).await? {
+        return Ok((admitted(true), true));
+    }
     let mut tx = scheduler.pool.begin().await?;
     let row = sqlx::query(
         "select user_id, agent_id, turn_count, status, exists (select from model_request where request_id = $2) from session
@@ -214,6 +217,51 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
     entries::add(&mut tx, owners.session, next, meter_entry::Kind::Started(started)).await?;
     tx.commit().await?;
     Ok((admitted(policies.is_unlimited()), true))
+}
+
+/// What [`begin_once`] does for a session that no row limits, in one statement: an agent waits for it. Returns whether there was such a
+/// session, without a request of that id.
+async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, Failure> {
+    let started = ModelRequestStarted { request_id: named.id.to_string(), provider: named.provider.clone(), model: named.model.clone() };
+    let begun = sqlx::query(
+        "with free as (
+             select s.user_id, s.agent_id, s.turn_count,
+                    (select coalesce(sum(extract(epoch from coalesce(t.ended_at, now()) - t.started_at) * 1000000), 0)::bigint
+                     from turn t where t.session_id = $1) as ran_us
+             from session s
+             where s.session_id = $1 and s.status <> $3
+               and not exists (select from model_request where request_id = $2)
+               and not exists (
+                   select from model_limit l
+                   join (values ('session', s.session_id), ('agent', s.agent_id), ('user', s.user_id), ('deployment', $4::uuid))
+                       as o (scope, scope_id) using (scope, scope_id))
+         ), meter as (
+             insert into model_meter as m (session_id, number, minute_requests, counted_us)
+             select $1, 1, 1, ran_us from free
+             on conflict (session_id) do update
+             set number = m.number + 1,
+                 minute_began_at = case when m.minute_began_at < now() - interval '1 minute' then now() else m.minute_began_at end,
+                 minute_requests = case when m.minute_began_at < now() - interval '1 minute' then 1 else m.minute_requests + 1 end,
+                 counted_us = greatest(m.counted_us, excluded.counted_us)
+             returning number
+         ), request as (
+             insert into model_request (request_id, session_id, user_id, agent_id, turn_number, gateway_id, provider, model, key, status)
+             select $2, $1, user_id, agent_id, turn_count, $5, $6, $7, $8, 'open' from free, meter
+         )
+         insert into model_entry (session_id, number, payload) select $1, number, $9 from meter",
+    )
+    .bind(named.session.uuid())
+    .bind(named.id)
+    .bind(SessionStatus::Terminated.as_str())
+    .bind(Uuid::nil())
+    .bind(named.gateway)
+    .bind(&named.provider)
+    .bind(&named.model)
+    .bind(&named.key)
+    .bind(entries::payload(meter_entry::Kind::Started(started)))
+    .execute(&scheduler.pool)
+    .await?;
+    Ok(begun.rows_affected() == 1)
 }
 
 /// How long the turns of a session ran so far, in microseconds, and what of that is new. Budgets that it shares with others do not count
