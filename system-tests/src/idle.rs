@@ -8,16 +8,16 @@ use crate::{Stack, faults::sql, stream::Events};
 /// Connections that are opened at a time.
 const AT_A_TIME: usize = 32;
 
-/// Makes so many sessions of an agent and follows each. They are followed for as long as what is returned is kept.
+/// Makes so many sessions of an agent and follows each, for as long as what is returned is kept: their ids and their events.
 ///
 /// # Errors
 /// When one of them cannot be followed.
-pub async fn follow(stack: &Stack, agent: &str, number: usize) -> Result<Vec<Events>> {
+pub async fn follow(stack: &Stack, agent: &str, number: usize) -> Result<Vec<(String, Events)>> {
     let open = async |session: String| {
         let mut events = stack.stream(&session, 0).await?;
         let first = events.next().await?.unwrap_or_default();
         ensure!(first["type"] == "start", "session {session} begins with {first}");
-        Ok(events)
+        Ok((session, events))
     };
     stream::iter(make(stack, agent, number)?).map(open).buffer_unordered(AT_A_TIME).try_collect().await
 }

@@ -175,18 +175,8 @@ async fn more_sessions_are_followed_than_a_stream_has_consumers_by_default() {
     const FOLLOWED: usize = 1100;
     let settings = &[("DEFAULT_MAX_CONCURRENT_SESSIONS", "5000")];
     let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
-    // Nothing runs, so that all stay pending.
-    Stack::signal(&stack.pids("sprite-runner"), rustix::process::Signal::STOP);
     let agent = stack.agent("shell").await.unwrap();
-    let mut followed = Vec::new();
-    for _ in 0..FOLLOWED {
-        let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "true" })).await.unwrap();
-        assert_eq!(answer.status, 202, "{answer:?}");
-        let session = answer.text("id").to_owned();
-        let mut events = stack.stream(&session, 0).await.unwrap();
-        assert_eq!(events.next().await.unwrap().unwrap()["type"], "start");
-        followed.push((session, events));
-    }
+    let followed = system_tests::idle::follow(&stack, &agent, FOLLOWED).await.unwrap();
     // The projector starts over, beside all who follow.
     Stack::signal(&stack.pids("scheduler"), rustix::process::Signal::KILL);
     testkit::eventually("the scheduler is back", || async { stack.get("/health").await.is_ok_and(|health| health.status == 200) }).await;

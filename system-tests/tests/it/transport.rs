@@ -140,9 +140,9 @@ async fn whatever_becomes_of_the_sockets_no_output_is_lost() {
     cutter.target.set(target).unwrap();
     let token = json!({ "value": stack.ready_text("/sprites_token") });
     assert_eq!(stack.call(Method::PUT, "/credentials/backend:sprites", Some(token)).await.unwrap().status, 200);
-    let lines = 1500;
+    let lines = 900;
     let script = format!("for i in $(seq {lines}); do echo line $i; [ $((i % 20)) = 0 ] && sleep 0.05; done; exit 9");
-    let sessions = join_all((0..6).map(|_| stack.session("shell", &script))).await;
+    let sessions = join_all((0..4).map(|_| stack.session("shell", &script))).await;
     let expected: String = (1..=lines).map(|i| format!("line {i}\n")).collect();
     let judged = sessions.into_iter().map(Result::unwrap).map(|session| async {
         let session = session;
@@ -154,7 +154,7 @@ async fn whatever_becomes_of_the_sockets_no_output_is_lost() {
     join_all(judged).await;
     let [execs, cut, lost] = [&cutter.execs, &cutter.cut, &cutter.lost].map(|count| count.load(Ordering::Relaxed));
     println!("{execs} execs, {cut} of them cut; {lost} frames of others lost");
-    assert!(cut >= 12 && lost >= 5, "{cut} of {execs} were cut, {lost} frames lost");
+    assert!(cut >= 8 && lost >= 3, "{cut} of {execs} were cut, {lost} frames lost");
 }
 
 /// As the real service does with Sprites that seem idle: everything in it stands still, and no socket says so.
