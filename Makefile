@@ -56,9 +56,9 @@ bench: setup console ## Measure throughput and latency beside the floors of the 
 	@$(CARGO) build --release --workspace --bins
 	@$(CARGO) run --quiet -p xtask -- agent-host >/dev/null
 	@mkdir -p $(dir $(BENCH_FIGURES)) && rm -f $(BENCH_FIGURES)
-	@$(CARGO) bench --quiet -p system-tests --bench stack -- $(ARGS)
-	@$(CARGO) bench --quiet -p model-gateway --bench gateway -- $(ARGS)
-	@$(if $(ARGS),true,$(CARGO) bench --quiet -p local-sprites)
+	@$(CARGO) bench --quiet --workspace --bench stack -- $(ARGS)
+	@$(CARGO) bench --quiet --workspace --bench gateway -- $(ARGS)
+	@$(if $(ARGS),true,$(CARGO) bench --quiet --workspace --bench sprites)
 	@$(CARGO) run --release --quiet -p system-tests --bin bench-table -- $(BENCH_FIGURES) $(DOCS)
 
 peers: build ## Measure a server that speaks the Managed Agents API: BASE_URL and API_KEY, or a stack of its own (ARGS="--only first")
