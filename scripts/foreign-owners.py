@@ -1,4 +1,4 @@
-"""Gives a tree to users that are nobody on this machine: python3 foreign-owners.py DIRECTORY
+"""Changes the owners of a tree to users that this machine does not have: python3 foreign-owners.py DIRECTORY
 
 Each owner's number becomes that many after the first of 65,536 that no user of a machine has: outside of what systemd and /etc/subuid
 give out. A Sprite's root is the first of them.

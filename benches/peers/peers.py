@@ -73,7 +73,7 @@ class Follower:
                     async with self.changed:
                         self.events.append((time.time(), event))
                         self.changed.notify_all()
-        except Exception as error:  # noqa: BLE001: told to whoever waits
+        except Exception as error:  # noqa: BLE001: passed to the waiting thread
             self.error = error
         self.opened.set()
         async with self.changed:

@@ -307,7 +307,7 @@ def test_the_quota_is_a_typed_error(client):
     admin("credential", "set", user, "backend:sprites", input=ready()["sprites_token"])
     with Client(token=admin("key", "create", user)["key"], base_url=ready()["api_url"]) as other:
         agent = other.agents.create(name="a", model="none", runtime="shell")
-        # Somebody else's is nobody's.
+        # Another user's agent is not found.
         with pytest.raises(NotFoundError):
             client.agents.get(agent.id)
         first = other.sessions.create(agent_id=agent.id, prompt="sleep 60", timeout=70)

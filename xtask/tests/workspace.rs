@@ -73,7 +73,7 @@ fn dependencies_point_one_way() {
 }
 
 #[test]
-fn what_has_one_place_stays_there() {
+fn wrapped_dependencies_are_used_only_by_their_owners() {
     for (name, package) in packages() {
         for (library, users) in WRAPPED {
             let in_service = |kind: &Option<String>| kind.as_deref() != Some("dev");
@@ -96,7 +96,7 @@ fn folders_are_named_like_their_crates_and_share_the_workspaces_rules() {
     }
 }
 
-/// The document of the bus tells of every subject that anybody may use, and of no other.
+/// The document of the bus describes every subject that a user may use, and no others.
 #[test]
 fn the_document_of_the_bus_is_complete() {
     let document: Value = serde_json::from_str(&xtask::asyncapi::render().unwrap()).unwrap();
@@ -166,7 +166,7 @@ fn metrics_in(expression: &str) -> Vec<&str> {
 
 /// Dashboard and alerts use metrics that exist, and each alert has its section in the runbook.
 #[test]
-fn what_watches_the_services_knows_them() {
+fn dashboards_and_alerts_use_metrics_that_exist() {
     let described: BTreeMap<String, xtask::metrics::Metric> = xtask::metrics::described().unwrap().into_values().flatten().collect();
     let exists = |name: &str| {
         let base = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
@@ -244,6 +244,32 @@ fn documents_avoid_banned_phrases() {
             assert!(!text.contains(phrase), "{path} says {phrase:?}");
         }
     }
+}
+
+/// Of those, the phrases that comments must not contain either.
+const BANNED_IN_COMMENTS: &[&str] = &["harmless twice", "anew", "somebody", "whoever", "handed back", "on record", "in hand"];
+
+#[test]
+fn comments_avoid_banned_phrases() {
+    let output = Command::new("git").args(["ls-files", "-z", "*.rs"]).current_dir(root()).output().unwrap();
+    let paths = String::from_utf8(output.stdout).unwrap();
+    let is_word = |text: &str, phrase: &str| {
+        text.match_indices(phrase).any(|(at, _)| {
+            let outside = |c: Option<char>| c.is_none_or(|c| !c.is_alphanumeric());
+            outside(text[..at].chars().next_back()) && outside(text[at + phrase.len()..].chars().next())
+        })
+    };
+    let mut read = 0;
+    for path in paths.split('\0').filter(|path| !path.is_empty() && !path.contains("/gen/")) {
+        let text = std::fs::read_to_string(root().join(path)).unwrap();
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| line.trim_start().starts_with("//")) {
+            read += 1;
+            for phrase in BANNED_IN_COMMENTS {
+                assert!(!is_word(&line.to_lowercase(), phrase), "{path}:{} says {phrase:?}", number + 1);
+            }
+        }
+    }
+    assert!(read > 1000, "{read}");
 }
 
 #[test]

@@ -57,7 +57,7 @@ export function AgentPage({ id }: { id: string }) {
         <h1 id="title">{isNew ? "New agent" : (data?.agent?.name ?? "Agent")}</h1>
         <span class="grow" />
         {data?.agent && !data.agent.archived_at && (
-          <Action class="small danger-quiet" confirm="An archived agent starts no more sessions. Its sessions go on." run={() => post(`/agents/${id}/archive`).then(() => (toast("Agent archived"), go("/agents")))}>Archive</Action>
+          <Action class="small danger-quiet" confirm="An archived agent starts no more sessions. Its sessions continue." run={() => post(`/agents/${id}/archive`).then(() => (toast("Agent archived"), go("/agents")))}>Archive</Action>
         )}
       </header>
       <ErrorBox error={error} retry={reload} />

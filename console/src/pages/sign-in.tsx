@@ -27,7 +27,7 @@ export function SignIn() {
         <img src="/console/icon.svg" alt="" width="44" height="44" />
         <h1>Agent on Demand</h1>
         {signedOutBecause.value && (
-          <p class="note" role="status">You were signed out: {signedOutBecause.value}. Sign in again to go on; sessions keep working meanwhile.</p>
+          <p class="note" role="status">You were signed out: {signedOutBecause.value}. Sign in again to continue; sessions keep working.</p>
         )}
         <Field label="API key" hint="The key is exchanged for a cookie and not kept in this browser.">
           <input type="password" name="api-key" autocomplete="current-password" placeholder="aod_…" required autofocus value={key} onInput={(event) => setKey(event.currentTarget.value)} />

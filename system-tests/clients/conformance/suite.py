@@ -112,7 +112,7 @@ class Follower:
                 with self.changed:
                     self.events.append(event)
                     self.changed.notify_all()
-        except Exception as error:  # noqa: BLE001: told to whoever waits
+        except Exception as error:  # noqa: BLE001: passed to the waiting thread
             self.error = error
         with self.changed:
             self.ended = True
