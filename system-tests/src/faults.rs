@@ -74,7 +74,7 @@ pub const FAULTS: &[Fault] = &[
     Fault { how: How::SignalOften(Signal::TERM), before: Before::SetUp, ..kill("runners restarted during set-up", &["sprite-runner"]) },
     Fault { before: Before::SetUp, ..kill("runners killed during set-up", &["sprite-runner"]) },
     kill("scheduler killed", &["scheduler"]),
-    // Killed all together: the projectors begin anew beside the 1,500 that follow.
+    // Killed all together: the projectors restart while 1,500 sessions are followed.
     Fault { how: How::KillBesideFollowed(1500), ..kill("schedulers killed, 1500 followed", &["scheduler"]) },
     stop("scheduler stopped", &["scheduler"]),
     kill("gateway killed", &["gateway"]),

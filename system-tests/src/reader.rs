@@ -104,7 +104,7 @@ impl<'a> Reader<'a> {
         Self { restless: Some(rng), ..self }
     }
 
-    /// Reads, over as many connections as it takes, to the end of this turn, or to an end after which the session does not go on.
+    /// Reads, over as many connections as it takes, to the end of this turn, or to an end after which the session does not continue.
     ///
     /// # Errors
     /// When there is no such end within the limit.

@@ -189,7 +189,7 @@ impl Stack {
         .collect()
     }
 
-    /// The runner that has a session's turn in hand, by what the runners log; waits until one has.
+    /// Returns the runner that owns a session's turn, according to the runners' logs; waits until there is one.
     ///
     /// # Errors
     /// When none has it within 20 s.

@@ -83,12 +83,12 @@ fn reference(name: &str) -> Value {
 
 fn add_request(rpc: &RpcInfo, channels: &mut Map<String, Value>, operations: &mut Map<String, Value>, messages: &mut Map<String, Value>) {
     let (request, reply) = (add_message(rpc.request, messages), add_message(rpc.reply, messages));
-    let idempotent = if rpc.idempotent { "Safe to retry." } else { "Not safe to retry without knowing whether it took effect." };
+    let retry_safe = if rpc.retry_safe { "Safe to retry." } else { "Not safe to retry without knowing whether it took effect." };
     channels.insert(
         rpc.name.to_owned(),
         json!({
             "address": rpc.subject,
-            "description": format!("{} {idempotent}", rpc.meaning).trim(),
+            "description": format!("{} {retry_safe}", rpc.meaning).trim(),
             "messages": { "request": reference(&request) },
             "bindings": { "nats": { "queue": "q" } }
         }),

@@ -65,7 +65,7 @@ pub fn render() -> Result<String, std::fmt::Error> {
     );
     for rpc in RPCS {
         let (served, called) = (users_who(|user| user.subscribe, rpc.subject), users_who(|user| user.publish, rpc.subject));
-        let safe = if rpc.idempotent { "yes" } else { "no" };
+        let safe = if rpc.retry_safe { "yes" } else { "no" };
         writeln!(page, "| `{}` | `{}` | {served} | {called} | {safe} | {} |", rpc.name, rpc.subject, cell(rpc.meaning))?;
     }
     page.push_str(

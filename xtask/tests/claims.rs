@@ -14,7 +14,7 @@ const PROMISES: [&str; 5] = ["exactly once", "unmodified", "no request fails", "
 const MARKER: &str = "hown by ";
 /// For figures that were measured by hand.
 const NO_COMMAND: &str = "o command repeats it";
-/// Decisions and changes tell what was, and generated files what is in the sources.
+/// Decision records and the changelog describe the past; generated files repeat the sources.
 const WITHOUT_CLAIMS: [&str; 7] =
     ["docs/adr/", "CHANGELOG.md", "docs/bus.md", "docs/configuration.md", "docs/metrics.md", "docs/runtimes.md", "docs/glossary.md"];
 

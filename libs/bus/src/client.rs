@@ -155,7 +155,7 @@ impl Bus {
     /// What the other side failed with; `Unavailable` when no one serves the subject, `DeadlineExceeded` when no answer came.
     pub async fn call<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
         let call = async {
-            if !R::IDEMPOTENT {
+            if !R::RETRY_SAFE {
                 return self.call_once::<R>(request, deadline).await;
             }
             let until = Instant::now() + deadline;
@@ -268,7 +268,7 @@ fn describe_metrics() {
     metrics::describe_counter!("aod_bus_requests_total", "requests served, by subject and code");
     metrics::describe_counter!("aod_bus_requests_refused_total", "requests whose reply subject is no caller's inbox, by subject");
     metrics::describe_histogram!("aod_bus_request_seconds", metrics::Unit::Seconds, "requests served, by subject");
-    metrics::describe_counter!("aod_bus_connection_events_total", "losses of the connection to NATS, and other trouble with it");
+    metrics::describe_counter!("aod_bus_connection_events_total", "lost connections to NATS, and other connection events");
     metrics::describe_counter!("aod_jobs_redelivered_total", "jobs that were delivered more than once");
 }
 

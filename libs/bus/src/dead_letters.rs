@@ -15,7 +15,7 @@ pub struct DeadLetter {
     /// What it was: its subject in the work queue.
     pub subject: String,
     pub reason: String,
-    pub buried_at: Timestamp,
+    pub dead_lettered_at: Timestamp,
 }
 
 impl Bus {
@@ -34,7 +34,7 @@ impl Bus {
                     letters.push(DeadLetter {
                         subject: text(&message.headers, header::DLQ_SUBJECT),
                         reason: text(&message.headers, header::DLQ_REASON),
-                        buried_at: Timestamp::from_unix_micros(
+                        dead_lettered_at: Timestamp::from_unix_micros(
                             i64::try_from(message.time.unix_timestamp_nanos() / 1000).unwrap_or_default(),
                         ),
                     });

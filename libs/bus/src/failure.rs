@@ -1,4 +1,4 @@
-//! What a request fails with, on both sides of the bus.
+//! The error of a request, on both sides of the bus.
 
 use std::collections::HashMap;
 

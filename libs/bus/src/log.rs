@@ -62,7 +62,7 @@ pub struct Entry {
     pub sequence: u64,
     pub subject: String,
     pub payload: Bytes,
-    /// The sequence that the writer took for the subject's last (0: none), where it said so. It tells a follower what it has missed.
+    /// The sequence that the writer expected to be the subject's last (0: none), if it named one. A follower sees by it what it has missed.
     pub follows: Option<u64>,
     /// Whether no service wrote it: the server itself answers requests to any reply subject, also to that of a log. What services write has
     /// headers.
@@ -161,8 +161,8 @@ impl Bus {
         Ok(())
     }
 
-    /// Follows one subject from a sequence on: in order, and all that the stream still holds. What is trimmed before it was delivered is
-    /// left out: [`Entry::follows`] tells.
+    /// Follows one subject from a sequence on, in order. Messages that are trimmed before they are delivered are left out;
+    /// [`Entry::follows`] shows that.
     ///
     /// # Errors
     /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow again, from the last entry.

@@ -1,4 +1,4 @@
-//! Makes streams and consumers as the contract declares them, and reports what differs.
+//! Creates streams and consumers as the contract declares them, and reports differences.
 
 use std::time::SystemTime;
 
@@ -25,32 +25,32 @@ pub enum TopologyError {
     Drift { name: &'static str, what: String },
 }
 
-/// What a stream holds.
+/// The state of a stream.
 #[derive(Clone, Copy, Debug)]
-pub struct Extent {
-    /// When it was created, which tells it from another stream of the same name.
+pub struct StreamInfo {
+    /// When it was created; tells it apart from an earlier or later stream of the same name.
     pub created_at: SystemTime,
     pub messages: u64,
     pub first_sequence: u64,
-    /// The newest entry that it has had.
+    /// Sequence of the newest message that it has had.
     pub last_sequence: u64,
     pub bytes: u64,
     pub bytes_max: u64,
-    /// The newest entry of those that were removed from its beginning; 0 where it has never lost one.
+    /// Sequence of the newest message that was removed from its beginning; 0 if none was.
     pub trimmed_through: u64,
 }
 
-/// Messages of a consumer.
+/// Numbers of messages of a consumer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Backlog {
     /// Not delivered yet.
     pub waiting: u64,
     /// Delivered and not acknowledged.
-    pub in_hand: u64,
+    pub in_flight: u64,
 }
 
 impl Bus {
-    /// Makes or updates a stream. Where it has to be made, its first sequence is `first_sequence`.
+    /// Creates or updates a stream. A created one begins with the sequence `first_sequence`.
     ///
     /// # Errors
     /// [`TopologyError`]: also when the server kept another configuration than the one it was given.
@@ -101,19 +101,19 @@ impl Bus {
         if same { Ok(()) } else { Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") }) }
     }
 
-    /// What a stream holds; `None` where the server does not have it.
+    /// Returns the state of a stream; `None` if it does not exist.
     ///
     /// # Errors
-    /// [`TopologyError`] when the server does not say.
-    pub async fn find_stream(&self, spec: &StreamSpec) -> Result<Option<Extent>, TopologyError> {
-        match self.extent(spec).await {
-            Ok(extent) => Ok(Some(extent)),
+    /// [`TopologyError`] when the server does not answer.
+    pub async fn find_stream(&self, spec: &StreamSpec) -> Result<Option<StreamInfo>, TopologyError> {
+        match self.stream_info(spec).await {
+            Ok(info) => Ok(Some(info)),
             Err(TopologyError::StreamNotFound { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Deletes a stream with all that it holds. One that does not exist is fine.
+    /// Deletes a stream with all its messages. Succeeds if it does not exist.
     ///
     /// # Errors
     /// [`TopologyError`] when the server refuses or does not answer.
@@ -127,18 +127,18 @@ impl Bus {
         }
     }
 
-    /// What a stream holds.
+    /// Returns the state of a stream.
     ///
     /// # Errors
-    /// [`TopologyError`] when the server does not say, or does not have the stream.
-    pub async fn extent(&self, spec: &StreamSpec) -> Result<Extent, TopologyError> {
+    /// [`TopologyError`] when the server does not answer or the stream does not exist.
+    pub async fn stream_info(&self, spec: &StreamSpec) -> Result<StreamInfo, TopologyError> {
         let stream = self.jetstream.get_stream(spec.name).await.map_err(|error| match is_not_found(&error) {
             true => TopologyError::StreamNotFound { name: spec.name },
             false => TopologyError::Stream { name: spec.name, source: error.into() },
         })?;
         let info = stream.cached_info();
         let begun = info.config.first_sequence.unwrap_or(1).max(1);
-        Ok(Extent {
+        Ok(StreamInfo {
             created_at: SystemTime::from(info.created),
             first_sequence: info.state.first_sequence,
             last_sequence: info.state.last_sequence,
@@ -149,7 +149,7 @@ impl Bus {
         })
     }
 
-    /// Makes or updates a durable pull consumer.
+    /// Creates or updates a durable pull consumer.
     ///
     /// # Errors
     /// [`TopologyError`].
@@ -161,7 +161,7 @@ impl Bus {
             filter_subjects: spec.filters.iter().map(ToString::to_string).collect(),
             ack_policy: AckPolicy::Explicit,
             ack_wait: spec.ack_wait,
-            // No limit here: at a limit the server would keep a job and deliver it no more. The scheduler bounds attempts.
+            // No limit: at a limit the server keeps a job and never delivers it again. The scheduler limits attempts.
             max_deliver: -1,
             max_ack_pending: spec.max_ack_pending,
             ..pull::Config::default()
@@ -176,14 +176,14 @@ impl Bus {
         }
     }
 
-    /// How much there is to do for a consumer.
+    /// Returns how many messages wait for a consumer, and how many are in flight.
     ///
     /// # Errors
-    /// [`TopologyError`] when the server does not say.
+    /// [`TopologyError`] when the server does not answer.
     pub async fn backlog(&self, spec: &ConsumerSpec) -> Result<Backlog, TopologyError> {
         let consumer = self.consumer(spec).await?;
         let info = consumer.cached_info();
-        Ok(Backlog { waiting: info.num_pending, in_hand: u64::try_from(info.num_ack_pending).unwrap_or_default() })
+        Ok(Backlog { waiting: info.num_pending, in_flight: u64::try_from(info.num_ack_pending).unwrap_or_default() })
     }
 
     /// A consumer that another service creates.

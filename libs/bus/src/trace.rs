@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_header_starts_a_new_trace() {
+    fn an_invalid_header_starts_a_new_trace() {
         let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         assert_eq!(parent(Some(good)).span().span_context().trace_id().to_string(), "0af7651916cd43dd8448eb211c80319c");
         for bad in [

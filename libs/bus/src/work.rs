@@ -20,7 +20,7 @@ use crate::{Bus, Failure, topology::TopologyError, trace};
 
 /// How long one pull waits at the server.
 const PULL_EXPIRES: Duration = Duration::from_secs(5);
-/// How long a job that is released rests: until this process' own pull is withdrawn, so that it does not come straight back.
+/// How long a released job is not delivered: until this process' own pull is withdrawn, so that the job does not come straight back.
 pub const HAND_BACK: Duration = Duration::from_millis(30);
 const RECONNECT: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 
@@ -36,17 +36,17 @@ pub struct Job {
 /// What becomes of a job.
 pub enum Outcome {
     Done,
-    /// Acknowledged, and worked on from then on: the queue has done its part, and what keeps the work alive is elsewhere.
+    /// Acknowledge it, then run the work: the queue has done its part, and something else keeps the work alive.
     Accepted(BoxFuture<'static, ()>),
-    /// Deliver it again, to anybody, after this long.
+    /// Release it: deliver it again, to any worker, after this long.
     Retry(Duration),
-    /// It can never be handled: to the dead letters, with the reason.
+    /// It can never be handled: dead-letter it with the reason.
     Reject(String),
 }
 
-/// Takes jobs until `stop`, at most `concurrency` at a time, each in its own task.
+/// Handles jobs until `stop`, at most `concurrency` at a time, each in its own task.
 ///
-/// A claimed job is kept by progress acks. After `stop` no new job is begun and what was fetched is released; handlers are expected
+/// Progress acks extend the ack deadline of a job while its handler runs. After `stop` no new job is begun and what was fetched is released; handlers are expected
 /// to watch the same token and to return [`Outcome::Retry`] soon. Returns when every handler has returned.
 pub async fn run<H, F>(bus: Bus, spec: &'static ConsumerSpec, concurrency: usize, stop: CancellationToken, handler: H)
 where
@@ -88,14 +88,14 @@ where
 {
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: spec.name, source };
     while !stop.is_cancelled() {
-        // At least one free hand before anything is asked for, and never more jobs than hands.
+        // Pulls only with a free slot, and never more jobs than there are free slots.
         tokio::select! {
             () = stop.cancelled() => break,
             permit = permits.acquire() => drop(permit),
         }
-        let hands = permits.available_permits().clamp(1, 64);
+        let free_slots = permits.available_permits().clamp(1, 64);
         let mut batch =
-            consumer.batch().max_messages(hands).expires(PULL_EXPIRES).messages().await.map_err(|error| failed(error.into()))?;
+            consumer.batch().max_messages(free_slots).expires(PULL_EXPIRES).messages().await.map_err(|error| failed(error.into()))?;
         loop {
             let message = tokio::select! {
                 // Unsubscribed by the drop: what is released goes to others at once.
@@ -110,10 +110,8 @@ where
                 continue;
             };
             let (bus, handler) = (bus.clone(), handler.clone());
-            metrics::gauge!("aod_runner_jobs").increment(1);
             tasks.spawn(async move {
                 handle(&bus, spec, message, &*handler).await;
-                metrics::gauge!("aod_runner_jobs").decrement(1);
                 drop(permit);
             });
         }
@@ -135,7 +133,7 @@ where
     if delivery > 1 {
         metrics::counter!("aod_jobs_redelivered_total", "consumer" => spec.name).increment(1);
     }
-    let outcome = keep_in_hand(&acker, spec.ack_wait / 3, handler(job.clone()).instrument(span)).await;
+    let outcome = keep_in_flight(&acker, spec.ack_wait / 3, handler(job.clone()).instrument(span)).await;
     let settled = match outcome {
         Outcome::Done => acker.double_ack().await,
         Outcome::Accepted(work) => {
@@ -148,7 +146,7 @@ where
         Outcome::Retry(delay) => acker.ack_with(AckKind::Nak(Some(delay))).await,
         Outcome::Reject(reason) => {
             tracing::error!(subject = job.subject, reason, "job rejected");
-            match bus.bury(&job, &reason).await {
+            match bus.dead_letter(&job, &reason).await {
                 Ok(()) => acker.ack_with(AckKind::Term).await,
                 // Not dead-lettered, so not acknowledged: it is delivered again.
                 Err(_) => acker.ack_with(AckKind::Nak(Some(Duration::from_secs(5)))).await,
@@ -160,8 +158,8 @@ where
     }
 }
 
-/// Runs the work and tells the queue that it is still at work.
-async fn keep_in_hand<F: Future>(acker: &Acker, every: Duration, work: F) -> F::Output {
+/// Runs the work, and extends its ack deadline meanwhile.
+async fn keep_in_flight<F: Future>(acker: &Acker, every: Duration, work: F) -> F::Output {
     let mut work = std::pin::pin!(work);
     let mut ticks = tokio::time::interval(every);
     ticks.tick().await;
@@ -176,7 +174,7 @@ async fn keep_in_hand<F: Future>(acker: &Acker, every: Duration, work: F) -> F::
 }
 
 impl Bus {
-    async fn bury(&self, job: &Job, reason: &str) -> Result<(), Failure> {
+    async fn dead_letter(&self, job: &Job, reason: &str) -> Result<(), Failure> {
         let owner = job.subject.split('.').nth(2).unwrap_or("unknown").to_owned();
         let mut headers = async_nats::HeaderMap::new();
         headers.insert(header::DLQ_SUBJECT, job.subject.as_str());

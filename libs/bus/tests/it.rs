@@ -391,7 +391,7 @@ async fn a_rolling_restart_fails_no_request_and_delays_none_to_its_timeout() {
 
 /// The server answers requests to any reply subject, also to one that its caller may not publish to.
 #[tokio::test]
-async fn what_the_server_put_into_a_log_is_told_from_events_and_removed() {
+async fn messages_of_the_server_in_a_log_are_recognized_and_removed() {
     let nats = Nats::start().unwrap();
     let scheduler = nats.with_streams().await.unwrap();
     let runner = nats.connect(&access::RUNNER).await.unwrap();

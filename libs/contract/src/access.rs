@@ -222,7 +222,7 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
     matches_by(pattern, subject, |word, wanted| word == wanted)
 }
 
-/// As [`matches`]; `same` tells whether a word of the pattern, which is no wildcard, stands for a word of the subject.
+/// Like [`matches`]; `same` compares a word of the pattern that is not a wildcard with a word of the subject.
 #[must_use]
 pub fn matches_by(pattern: &str, subject: &str, same: impl Fn(&str, &str) -> bool) -> bool {
     let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));

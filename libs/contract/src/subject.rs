@@ -2,7 +2,7 @@
 
 use types::{Partition, SessionId, SpriteName, UserId};
 
-/// A session's record. Its last word tells partitions but the first, so that each has a pattern of its own.
+/// The event log of a session. The last word is the number of the partition, except for the first, so that each partition has a pattern.
 #[must_use]
 pub fn session_log(session: SessionId, partition: Partition) -> String {
     match partition.number() {

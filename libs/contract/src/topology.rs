@@ -1,4 +1,4 @@
-//! Streams and consumers, with every limit written out. `bus::topology` makes them so and reports what differs.
+//! Streams and consumers, with every limit written out. `bus::topology` creates them and reports differences.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! The bytes of files, by an object's id; what they are is known to the scheduler (docs/adr/0120-files.md).
+//! The bytes of files by object id. The scheduler stores their metadata (docs/adr/0120-files.md).
 //!
 //! An object is written whole or not at all, and never changed. Services that share one store share nothing else of it.
 
@@ -59,7 +59,7 @@ pub enum Unusable {
 impl Files {
     /// Reads `AOD_FILES_URL`. None: the deployment has no files.
     pub fn from_env(env: &mut Env) -> Option<Self> {
-        let meaning = "where files are stored: file:///DIRECTORY, the same for gateways, schedulers and runners; empty: no files";
+        let meaning = "where files are stored: file:///DIRECTORY, shared by gateways, schedulers and runners; empty: no files";
         let url = env.optional("AOD_FILES_URL", meaning)?;
         match Self::open(&url) {
             Ok(files) => Some(files),

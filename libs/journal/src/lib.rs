@@ -1,8 +1,8 @@
 //! The frames of the agent host's journal.
 //!
 //! A journal is a sequence of [`Record`]s at ascending offsets. Each lies in a frame: its offset in the journal (u64), the payload's
-//! length (u32), a CRC-32 of both and of the payload (u32), all little-endian, then the payload. A frame that is cut, damaged,
-//! repeated or read at another offset than its own is never taken for a record.
+//! length (u32), a CRC-32 of both and of the payload (u32), all little-endian, then the payload. A frame that is cut off,
+//! damaged, repeated, or read at another offset than its own is never mistaken for a record.
 //!
 //! `agent-host attach` writes the same frames to its standard output, with [`Control`] frames between them at the offset
 //! [`OUTSIDE`], and reads [`Input`]s in frames at that offset.
@@ -10,20 +10,20 @@
 use contract::host::{Control, Input, Record};
 use prost::Message as _;
 
-/// The offset of frames that are no part of the journal.
+/// The offset of frames that do not belong to the journal.
 pub const OUTSIDE: u64 = u64::MAX;
 pub const HEADER_BYTES: usize = 16;
 /// The largest payload.
 pub const PAYLOAD_BYTES_MAX: usize = 4 << 20;
 
-/// The bytes are no frame, and no further bytes make them one.
+/// The bytes are not a frame, and cannot become one with more bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the bytes at journal offset {offset} are not a frame")]
 pub struct Damaged {
     pub offset: u64,
 }
 
-/// What lies at the beginning of some bytes.
+/// What some bytes begin with.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Found<'a> {
     /// A whole frame; its size is that of the payload and [`HEADER_BYTES`].
@@ -105,7 +105,7 @@ pub enum Frame {
     Record {
         offset: u64,
         next: u64,
-        /// Absent kinds are those that this release does not know.
+        /// Its kind is absent if this release does not know it.
         record: Record,
     },
     Control(Control),
@@ -123,7 +123,7 @@ pub enum Outside {
 #[derive(Debug)]
 pub struct Decoder {
     buffer: Vec<u8>,
-    /// Bytes of the buffer that were returned.
+    /// Length of the frames at the beginning of the buffer that were returned.
     taken: usize,
     offset: u64,
     outside: Outside,
@@ -160,11 +160,11 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next whole frame; none where more bytes are needed.
+    /// Returns the next whole frame; none if more bytes are needed.
     ///
     /// # Errors
-    /// When the bytes are no frame, or a record does not continue the one before: the stream is of no further use, and a new one from
-    /// [`Self::offset`] is.
+    /// When the bytes are not a frame, or a record does not continue the one before. Then the stream is unusable: open a new one at
+    /// [`Self::offset`].
     #[expect(clippy::should_implement_trait, reason = "an iterator would hide that more bytes may follow")]
     pub fn next(&mut self) -> Result<Option<Frame>, Damaged> {
         let damaged = Damaged { offset: self.offset };
@@ -239,7 +239,7 @@ mod tests {
                 let (read, ok) = read(&mut decoder);
                 prop_assert!(ok && read == records[..whole]);
                 prop_assert_eq!(decoder.offset(), if whole == 0 { start } else { ends[whole - 1] });
-                // And the rest, from where the reader is, is the rest.
+                // The remaining bytes yield the remaining records.
                 decoder.push(&bytes[cut..]);
                 prop_assert_eq!(self::read(&mut decoder).0, &records[whole..]);
             }
@@ -280,7 +280,7 @@ mod tests {
         }
 
         #[test]
-        fn whatever_comes_nothing_panics_and_little_is_kept(bytes in vec(any::<u8>(), 0..200), cut in 1_usize..40) {
+        fn arbitrary_bytes_neither_panic_nor_fill_memory(bytes in vec(any::<u8>(), 0..200), cut in 1_usize..40) {
             let mut decoder = Decoder::of_inputs();
             for part in bytes.chunks(cut) {
                 decoder.push(part);
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_a_later_release_is_read_without_what_is_unknown() {
+    fn unknown_fields_of_a_later_release_are_skipped() {
         // Field 99, a string: a kind that does not exist yet.
         let payload = [&[0x08, 0x05][..], &[0x9a, 0x06, 0x02, b'h', b'i'][..]].concat();
         let mut frame = Vec::new();

@@ -21,7 +21,7 @@ impl Limits {
         self.cost.is_none() && self.tokens.is_none() && self.requests.is_none() && self.seconds.is_none()
     }
 
-    /// With those of a scope's defaults where there are none.
+    /// Fills missing limits with the defaults of the scope.
     #[must_use]
     pub fn or(self, defaults: Self) -> Self {
         Self {
@@ -76,7 +76,7 @@ pub enum Verdict {
     Waits,
 }
 
-/// How much of a budget may be used before its soft limit tells, in percent.
+/// Percentage of a budget at which a warning is due.
 pub const WARNS_AT: u64 = 80;
 
 impl Account {
@@ -132,7 +132,7 @@ pub fn charge(held: u64, used: Option<u64>, is_whole: bool) -> u64 {
     }
 }
 
-/// What the agent and its user are told.
+/// The message for the agent and its user.
 #[must_use]
 pub fn message(notice: &BudgetNotice) -> String {
     let usd = |micros: u64| format!("{}.{:02}", micros / 1_000_000, micros % 1_000_000 / 10_000);
@@ -140,7 +140,7 @@ pub fn message(notice: &BudgetNotice) -> String {
         "cost" => (format!("{} US dollars", usd(notice.used)), usd(notice.max)),
         limit => (format!("{} {limit}", notice.used), notice.max.to_string()),
     };
-    format!("Budget reached: {used} of {max} are used (budget of the {}). Raise it to go on.", notice.scope)
+    format!("Budget reached: {used} of {max} are used (budget of the {}). Raise it to continue.", notice.scope)
 }
 
 #[cfg(test)]
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn each_limit_is_kept_and_the_soft_one_tells_once() {
+    fn each_limit_holds_and_the_soft_limit_warns_once() {
         let with = |limits: Limits| Account {
             limits,
             used_cost: 80,

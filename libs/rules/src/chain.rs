@@ -55,8 +55,8 @@ pub enum Link {
     Broken,
 }
 
-/// Relates an event to the newest persisted one of its session (`None`: there is none). Events of earlier releases do not say what they
-/// follow, and are taken as they come.
+/// Relates an event to the newest persisted one of its session (`None`: there is none). Events of earlier releases do not name
+/// their predecessor and are always accepted.
 #[must_use]
 pub fn link(persisted: Option<Mark>, event_id: u64, follows: Option<Mark>) -> Link {
     if persisted.is_some_and(|newest| event_id <= newest.id) {

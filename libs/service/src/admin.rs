@@ -1,4 +1,4 @@
-//! Health and metrics, on a listener of their own that the world does not see.
+//! Health and metrics, on a listener of their own, which clients do not reach.
 
 use std::{
     io::{Read as _, Write as _},
@@ -47,7 +47,7 @@ pub async fn serve(addr: SocketAddr, lifecycle: &Lifecycle) -> std::io::Result<(
     Ok(())
 }
 
-/// Asks a running process, for health checks in containers that hold nothing but the service.
+/// Asks the running process whether it is ready: the health check of containers that contain only the service.
 pub(crate) fn check_ready(addr: SocketAddr) -> ExitCode {
     const WAIT: Duration = Duration::from_secs(2);
     let ask = || -> std::io::Result<String> {

@@ -1,7 +1,7 @@
 //! A process's tasks and their orderly end.
 //!
-//! Every task has a name and this owner. One that ends before the stop was asked for has crashed: the whole process stops then, and
-//! leaves with a code that tells its supervisor to start it again.
+//! Every task has a name and this owner. A task that ends before the process is told to stop has crashed: then the whole process
+//! stops, with an exit code at which its supervisor restarts it.
 
 use std::{
     fmt,

@@ -1,4 +1,4 @@
-//! Work that is done again and again.
+//! Work that is repeated at an interval.
 
 use std::{fmt, future::Future, time::Duration};
 

@@ -19,7 +19,7 @@ const CARRIERS: [&str; 3] = ["async_nats", "tokio_tungstenite", "tungstenite"];
 /// How long an exit waits for a collector to take the last spans.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
 
-/// What a service tells of itself, and where.
+/// Settings of logs and traces.
 #[derive(Debug)]
 pub struct Settings {
     json_logs: bool,

@@ -61,12 +61,12 @@ pub struct Exec {
     input: ExecInput,
 }
 
-/// What the command tells.
+/// Output and exit of a command.
 pub struct ExecOutput {
     socket: SplitStream<Socket>,
 }
 
-/// What the command is told.
+/// Input of a command.
 pub struct ExecInput {
     socket: SplitSink<Socket, Message>,
 }

@@ -176,7 +176,7 @@ impl Client {
             };
             let Some(delay) = delay.filter(|delay| *delay <= RETRY_AFTER_MAX) else { return Err(error) };
             metrics::counter!("aod_sprites_retries_total", "operation" => operation).increment(1);
-            tracing::debug!(%error, attempt, ?delay, "Sprites API call failed; trying again");
+            tracing::debug!(%error, attempt, ?delay, "Sprites API call failed; will retry");
             tokio::time::sleep(delay).await;
             attempt += 1;
         }

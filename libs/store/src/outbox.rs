@@ -1,11 +1,11 @@
-//! Messages that must leave if, and only if, a transaction commits.
+//! Messages that are published if, and only if, a transaction commits.
 //!
-//! A message is written in the transaction of the change it tells of. A relay takes rows, publishes them with the row's id as message
+//! A message is written in the transaction of the change that it reports. A relay takes rows, publishes them with the row's id as message
 //! id, and deletes what was acknowledged; several relays share the work by row locks. A relay that dies between publishing and deleting
 //! leaves a row that is published again, and dropped by the stream as a duplicate.
 //!
-//! Messages are in lanes, one for each stream. A message that could not be published is postponed; what no stream will take is set aside
-//! in `outbox_dead`.
+//! Messages are in lanes, one for each stream. A message that could not be published is postponed; one that no stream accepts is moved
+//! to `outbox_dead`.
 //!
 //! Each schema that has an outbox makes its tables as migration 11 of the scheduler's does.
 

@@ -7,7 +7,7 @@ use crate::trusted;
 /// The services that keep something, by the name of their role and schema.
 pub const SERVICES: [&str; 3] = ["auth", "vault", "scheduler"];
 
-/// Makes the service's role and schema in the connected database, or sets the role's password anew.
+/// Creates the service's role and schema in the connected database, or resets the password of an existing role.
 /// The role sees its own schema and no other.
 ///
 /// # Errors

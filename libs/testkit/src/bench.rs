@@ -1,4 +1,4 @@
-//! What the benches measure with. Machines differ and are noisy: each figure stands beside a floor of the same run, and their ratio.
+//! Helpers of the benchmarks. Machines differ and are noisy: each figure stands beside a floor of the same run, and their ratio.
 //!
 //! Each figure is printed, and added to the file that `BENCH_FIGURES` names, from which `cargo xtask bench-table` makes the table.
 

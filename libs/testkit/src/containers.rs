@@ -1,4 +1,4 @@
-//! The servers from images, where they are not installed but Docker is: with the feature `containers`, by testcontainers.
+//! Runs the servers from images, with the crate `testcontainers`, where Docker is installed and they are not (feature `containers`).
 
 use anyhow::ensure;
 

@@ -1,7 +1,7 @@
 //! Real servers for tests. Never a mock of what can be started.
 //!
-//! One Postgres serves a whole run (`testkit-run COMMAND` starts it and tells the tests by [`postgres::URL_VARIABLE`]); where a test
-//! runs alone, its process starts one for itself. Each test has a database of its own, and a nats-server of its own.
+//! One Postgres serves a whole run (`testkit-run COMMAND` starts it and passes its URL in [`postgres::URL_VARIABLE`]); the process of
+//! a test that runs alone starts its own. Each test has a database of its own, and a nats-server of its own.
 
 pub mod bench;
 pub mod containers;

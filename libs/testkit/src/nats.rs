@@ -1,4 +1,4 @@
-//! A real nats-server, with the very configuration and permissions that deployments have.
+//! A real nats-server, with the configuration and permissions of deployments.
 
 use std::{
     io::Read as _,

@@ -1,4 +1,4 @@
-//! Child processes that end with the test process, however that ends.
+//! Child processes that end with the test process, however it ends.
 
 use std::{
     process::{Child, Command, Stdio},

@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_program_can_be_started_with_is_refused() {
+    fn variables_that_prevent_programs_from_starting_are_refused() {
         assert_eq!(check_variable("PATH", "/x:$PATH"), Ok(()));
         assert_eq!(check_variable("AOD_TURN", ""), Err(VariableError::Reserved));
         assert_eq!(check_variable("A", "a\0b"), Err(VariableError::Nul));

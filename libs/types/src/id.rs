@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_tell_decisions_of_users_from_those_of_time_outs() {
+    fn ids_distinguish_decisions_of_users_from_those_of_timeouts() {
         let (sent, timeout) = (InputId::new(), InputId::of_timeout());
         assert!(sent.is_sent() && !timeout.is_sent() && sent < timeout);
         assert_eq!(timeout.to_string().parse(), Ok(timeout));

@@ -52,7 +52,7 @@ named! {
         Open = "open",
         Allowed = "allowed",
         Denied = "denied",
-        /// The agent asks no more: its turn was interrupted, say.
+        /// The agent no longer asks, for example because its turn was interrupted.
         Withdrawn = "withdrawn",
         /// The agent was lost while it waited. It asks again where it still needs to know.
         Void = "void",

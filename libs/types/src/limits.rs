@@ -32,7 +32,7 @@ pub const DECISION_SECONDS_MAX: u32 = 7 * 24 * 3600;
 /// Messages that wait for a session's turn to end, and their bytes together: those of one answer to a runner.
 pub const QUEUED_INPUTS_MAX: usize = 100;
 pub const QUEUED_BYTES_MAX: usize = 6 * 1024 * 1024;
-/// What a denial tells the model.
+/// The reason of a denial, which the model reads.
 pub const DENY_MESSAGE_CHARS_MAX: usize = 4096;
 
 /// Output of one event: large enough to carry a burst cheaply, small enough for every SSE client's buffers.

@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_beyond_the_last_are_none() {
+    fn numbers_beyond_the_last_are_refused() {
         assert_eq!(Partition::new(0), Some(Partition::FIRST));
         assert_eq!(Partition::new(7).map(Partition::number), Some(7));
         assert_eq!((Partition::new(8), Partition::new(256)), (None, None));

@@ -62,7 +62,7 @@ impl Permissions {
         self.rules.iter().find(|rule| names(&rule.tool)).map_or(self.default, |rule| rule.evaluation)
     }
 
-    /// Whether anything but "allow" can come of them: runtimes that cannot ask can do no more than that.
+    /// Whether they can only yield "allow": runtimes that cannot ask support nothing else.
     #[must_use]
     pub fn restrict(&self) -> bool {
         self.default != Evaluation::Allow || self.rules.iter().any(|rule| rule.evaluation != Evaluation::Allow)

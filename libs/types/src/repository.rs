@@ -94,7 +94,7 @@ impl<'a> RepositoryUrl<'a> {
         (is_owner(owner) && is_name(name)).then_some(Self { owner, name })
     }
 
-    /// Where the repository lies unless told otherwise.
+    /// Where the repository is cloned to by default.
     #[must_use]
     pub fn default_mount_path(&self) -> String {
         format!("/workspace/{}", self.name)

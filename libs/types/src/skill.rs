@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_author_left_out_is_added_and_the_rest_stays() {
+    fn missing_author_fields_are_added_and_others_kept() {
         let text = file("---\nallowed-tools: [Bash, Read]\n\"an odd key\": {a: 1}\nname: own\n---\n\nLook.");
         assert_eq!(
             text,

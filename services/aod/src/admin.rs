@@ -1,4 +1,4 @@
-//! For operators: users, keys, quotas and credentials, straight on the bus.
+//! `aod admin`: operators manage users, keys, quotas and credentials, directly over NATS.
 
 mod budgets;
 mod keys;
@@ -59,10 +59,10 @@ enum Admin {
     /// Manage how many sessions a user may have active at once
     #[command(subcommand)]
     Quota(Quotas),
-    /// Manage what model requests may use, and how many there may be
+    /// Manage budgets and policies of model requests
     #[command(subcommand)]
     Budget(Budgets),
-    /// Print what model requests used: sums by day, agent, model, key, session or user
+    /// Print the usage of model requests, summed by day, agent, model, key, session or user
     #[command(after_help = "Example:\n  aod admin usage --by user --from 2026-01-01")]
     Usage(UsageArgs),
     /// Manage the credentials of a user

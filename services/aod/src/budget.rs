@@ -10,16 +10,16 @@ pub const USAGE: crate::output::Table =
 
 #[derive(Clone, Debug, Args)]
 pub struct LimitArgs {
-    /// US dollars at list prices, or `default`
+    /// Limit in US dollars at list prices, or `default`
     #[arg(long, value_parser = usd)]
     usd: Option<Limit>,
-    /// Tokens of input and output, or `default`
+    /// Limit of input and output tokens, or `default`
     #[arg(long, value_parser = count)]
     tokens: Option<Limit>,
-    /// Model requests, or `default`
+    /// Limit of model requests, or `default`
     #[arg(long, value_parser = count)]
     requests: Option<Limit>,
-    /// Seconds that turns run, or `default`
+    /// Limit of seconds that turns run, or `default`
     #[arg(long, value_parser = count)]
     seconds: Option<Limit>,
 }

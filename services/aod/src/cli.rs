@@ -72,7 +72,7 @@ enum Command {
     Envs(Client<Envs>),
     /// Manage sessions: one agent running turn after turn in one sandbox
     Sessions(Client<Sessions>),
-    /// Print what model requests used: sums by day, agent, model, key or session
+    /// Print the usage of model requests, summed by day, agent, model, key or session
     #[command(after_help = "Example:\n  aod usage --by agent --from 2026-01-01")]
     Usage {
         #[command(flatten)]

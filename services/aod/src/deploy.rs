@@ -1,4 +1,4 @@
-//! For those who set a deployment up: its secrets, made once, and what the services need in Postgres. Both may be done again at any time.
+//! `aod deploy`: generates a deployment's secrets, and creates roles and schemas in Postgres. Safe to rerun.
 
 use std::{
     fs::{self, OpenOptions, Permissions},
@@ -44,8 +44,8 @@ pub enum DeployArgs {
     /// Make a copy of another deployment's database this deployment's own
     #[command(after_help = "For staging systems and restore drills: run it on the copy, after `aod deploy database` and before the first \
                             scheduler starts. The other deployment's sandboxes are then left alone; the sessions of the copy can be read and not \
-                            prompted. Do not run it on a backup that replaces its deployment: keep AOD_DEPLOYMENT_ID instead.\n\nConnects at \
-                            DATABASE_URL (or as the file says that DATABASE_URL_FILE names), as the database's owner.")]
+                            prompted. Do not run it on a backup that replaces its deployment: keep AOD_DEPLOYMENT_ID instead.\n\nConnects to \
+                            DATABASE_URL (or to the URL in DATABASE_URL_FILE) as the owner of the database.")]
     Adopt,
 }
 

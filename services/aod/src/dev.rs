@@ -24,7 +24,7 @@ use crate::dev::{data::DataDir, stack::Stack, tools::Tools};
 
 /// Runs the whole stack on this machine: Postgres, NATS, the six services and a sandbox server.
 #[derive(Debug, Args)]
-#[command(after_help = "Every setting of a service (docs/configuration.md) that is set in the environment reaches that service.\n\n\
+#[command(after_help = "Settings of a service (docs/configuration.md) that are set in the environment are passed on to it.\n\n\
                         Examples:\n  aod dev --scripted-model\n  EVENT_RETENTION_DAYS=7 aod dev --port 0 --ready-file ready.json")]
 pub struct DevArgs {
     /// Directory of all data, secrets and logs; a later start continues with it

@@ -34,7 +34,7 @@ pub struct RunArgs {
     /// Model; the default depends on the runtime
     #[arg(long)]
     model: Option<String>,
-    /// Id of an existing agent, instead of one made for the runtime and model
+    /// Id of an existing agent, instead of a new one for the runtime and model
     #[arg(long, value_name = "ID", conflicts_with_all = ["runtime", "model"])]
     agent: Option<String>,
     /// Id of a completed session: run the prompt as its next turn

@@ -1,4 +1,4 @@
-//! API keys: verified by hash, shown by prefix, ended by deactivation.
+//! API keys: verified by their hash, displayed by their prefix, deactivated instead of deleted.
 
 use bus::Failure;
 use contract::auth::{CreateKeyRequest, DeactivateKeyRequest, Key, ListKeysReply, ListKeysRequest, VerifyKeyReply, VerifyKeyRequest};

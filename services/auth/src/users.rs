@@ -111,7 +111,7 @@ pub async fn set_active(pool: PgPool, request: SetUserActiveRequest) -> Result<U
     row.map(User::from).ok_or_else(missing)
 }
 
-/// For services that go on working for a user without a key of theirs.
+/// For services that keep working for a user without one of the user's keys.
 pub async fn check(pool: PgPool, request: CheckUserRequest) -> Result<CheckUserReply, Failure> {
     let Ok(user) = request.user_id.parse::<UserId>() else { return Ok(CheckUserReply { is_active: false }) };
     let is_active: Option<bool> =
@@ -141,7 +141,7 @@ pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, F
     sqlx::query("lock table account in exclusive mode").execute(&mut *tx).await?;
     let taken: bool = sqlx::query_scalar("select exists (select 1 from account)").fetch_one(&mut *tx).await?;
     let user = if taken { None } else { insert(&mut tx, &request.user_name).await? };
-    let user = user.ok_or_else(|| Failure::conflict("This deployment has users already; make keys with `aod admin key create`"))?;
+    let user = user.ok_or_else(|| Failure::conflict("This deployment already has users; create keys with `aod admin key create`"))?;
     let key = CreateKeyRequest {
         user_id: user.user_id.to_string(),
         name: request.key_name,

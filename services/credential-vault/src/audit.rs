@@ -1,4 +1,4 @@
-//! Who had which leases unsealed.
+//! The audit log: which runner redeemed which lease, and which attempts were refused.
 
 use bus::Failure;
 use contract::vault::{ListRedemptionsReply, ListRedemptionsRequest, Redemption};
@@ -36,7 +36,7 @@ impl From<Row> for Redemption {
     }
 }
 
-/// A redemption, as it is written down.
+/// A redemption to record.
 pub struct Redeemed<'a> {
     pub lease: LeaseId,
     pub session: Option<Uuid>,
@@ -74,7 +74,7 @@ pub async fn write(pool: &PgPool, redeemed: &Redeemed<'_>) -> Result<(), Failure
     Ok(())
 }
 
-/// A page, the newest first.
+/// Lists a page of redemptions, newest first.
 pub async fn list(vault: Vault, request: ListRedemptionsRequest) -> Result<ListRedemptionsReply, Failure> {
     let session = request.session_id.as_deref().map(str::parse::<SessionId>).transpose();
     let session = session.map_err(|_| Failure::not_found("Session not found"))?;

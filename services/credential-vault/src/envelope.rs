@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_was_wrapped_anew_opens_without_the_old_version() {
+    fn a_rewrapped_secret_opens_without_the_old_key_version() {
         let keys = keyring("1:0123456789abcdef 2:abcdef0123456789");
         let binding = Binding { user: UserId::new(), kind: "k", secret: SecretId::new() };
         let old = keys.encrypt(1, b"value", &binding).unwrap();

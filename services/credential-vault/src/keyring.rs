@@ -164,8 +164,8 @@ impl Keyring {
         Some(decrypt(&self.keys.get(&version)?.cipher, wrapped, aad))
     }
 
-    /// What only this version of the key opens.
-    pub fn prove(&self, version: KeyVersion) -> Option<Result<Vec<u8>, EnvelopeError>> {
+    /// The proof of a version: a text that only this very key decrypts; none where the version is not configured.
+    pub fn proof(&self, version: KeyVersion) -> Option<Result<Vec<u8>, EnvelopeError>> {
         self.wrap(version, PROOF_TEXT, &proof_aad(version))
     }
 
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn a_key_is_known_by_its_proof() {
         let keys = Keyring::parse(&"1:0123456789abcdef 2:abcdef0123456789".to_owned().into()).unwrap();
-        let proof = keys.prove(1).unwrap().unwrap();
+        let proof = keys.proof(1).unwrap().unwrap();
         assert!(keys.is_proven_by(1, &proof));
         assert!(!keys.is_proven_by(2, &proof));
         let other = Keyring::parse(&"1:abcdef0123456789".to_owned().into()).unwrap();

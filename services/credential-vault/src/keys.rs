@@ -1,4 +1,4 @@
-//! The key-encryption keys in use: proven at the start, rotated without a stop.
+//! The key-encryption keys in use: verified at the start, rotated while the service runs.
 
 use anyhow::{Context as _, bail, ensure};
 use bus::Failure;
@@ -20,16 +20,16 @@ use crate::{
 /// Rows that one request of a rotation re-wraps: well under a second's work.
 const BATCH: i64 = 500;
 
-/// Refuses keys that are not those which the stored secrets were encrypted with.
+/// Verifies that the configured keys are those that encrypted the stored secrets.
 ///
 /// # Errors
 /// Says which version is missing or wrong.
-pub async fn prove(pool: &PgPool, keys: &mut Keyring) -> anyhow::Result<()> {
+pub async fn verify(pool: &PgPool, keys: &mut Keyring) -> anyhow::Result<()> {
     let mut connection = pool.acquire().await?;
     let known: i64 = sqlx::query_scalar("select count(*) from key_version").fetch_one(&mut *connection).await?;
     if known == 0 {
         secrets::open_one(pool, keys).await.context("the key does not open the secrets that are stored")?;
-        introduce(&mut connection, keys, keys.newest()).await?;
+        register(&mut connection, keys, keys.newest()).await?;
         sqlx::query("insert into current_key (version) values ($1) on conflict do nothing")
             .bind(keys.newest())
             .execute(&mut *connection)
@@ -56,9 +56,9 @@ pub async fn prove(pool: &PgPool, keys: &mut Keyring) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes a version known: from here on only this very key goes by its number.
-async fn introduce(connection: &mut PgConnection, keys: &Keyring, version: KeyVersion) -> anyhow::Result<()> {
-    let proof = keys.prove(version).context("the key is not configured")??;
+/// Registers a version with its proof: from then on no other key is accepted under its number.
+async fn register(connection: &mut PgConnection, keys: &Keyring, version: KeyVersion) -> anyhow::Result<()> {
+    let proof = keys.proof(version).context("the key is not configured")??;
     sqlx::query("insert into key_version (version, proof) values ($1, $2) on conflict do nothing")
         .bind(version)
         .bind(proof)
@@ -120,7 +120,7 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
                 tracing::error!(%error, "rotation skipped a secret");
                 damaged.push(secret.to_string());
             }
-            Err(error) => return Err(Failure::conflict(format!("The rotation cannot go on: {error}"))),
+            Err(error) => return Err(Failure::conflict(format!("The rotation cannot continue: {error}"))),
         }
     }
     sqlx::query(
@@ -149,7 +149,7 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
 /// Waits for those who encrypt with the version before.
 async fn make_current(vault: &Vault, newest: KeyVersion) -> Result<(), Failure> {
     let mut tx = vault.pool.begin().await?;
-    introduce(&mut tx, &vault.keys, newest).await.map_err(|error| Failure::conflict(format!("{error:#}")))?;
+    register(&mut tx, &vault.keys, newest).await.map_err(|error| Failure::conflict(format!("{error:#}")))?;
     sqlx::query("update current_key set version = $1 where version < $1").bind(newest).execute(&mut *tx).await?;
     let current: KeyVersion = sqlx::query_scalar("select version from current_key").fetch_one(&mut *tx).await?;
     tx.commit().await?;

@@ -1,4 +1,4 @@
-//! Leases: the right of one piece of work to have some secrets unsealed for a while.
+//! Leases: the time-limited right of one turn or job to redeem some secrets.
 
 use std::time::Duration;
 

@@ -90,7 +90,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let pool = store::open(&config.store, "credential-vault", MIGRATIONS).await?;
     lifecycle.spawn("pool", store::observe(pool.clone(), lifecycle.stop_token()));
     let mut keys = Keyring::parse(&config.encryption_key)?;
-    keys::prove(&pool, &mut keys).await.context("FIELD_ENCRYPTION_KEY")?;
+    keys::verify(&pool, &mut keys).await.context("FIELD_ENCRYPTION_KEY")?;
     let vault = Vault { pool: pool.clone(), keys: Arc::new(keys), shared_sprites_token: config.shared_sprites_token.map(Arc::new) };
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();

@@ -1,4 +1,4 @@
-//! What the vault counts.
+//! The metrics of the vault.
 
 use metrics::{counter, describe_counter};
 

@@ -294,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_leaves_what_it_does_not_name() {
+    fn a_change_keeps_fields_that_it_does_not_name() {
         let mut document = serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "old", "/b": "b" } });
         merge(&mut document, serde_json::json!({ "env": {}, "tokens": { "/a": "new", "/c": "c" } }));
         assert_eq!(document, serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "b", "/c": "c" } }));

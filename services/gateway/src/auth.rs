@@ -1,4 +1,4 @@
-//! Who calls: the `Authorization` header, or the console's cookie, verified by the auth service, remembered for less than a second.
+//! Authentication: the `Authorization` header or the console's cookie, verified by the auth service and cached for less than a second.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ pub struct Caller {
     pub is_browser: bool,
 }
 
-/// Keys that were just verified. Concurrent requests with one key ask once.
+/// Keys that were just verified. Concurrent requests with one key send one request to auth.
 #[derive(Clone)]
 pub struct KeyCache(Cache<KeyHash, Caller>);
 
@@ -37,7 +37,7 @@ impl KeyCache {
         Self(Cache::builder().max_capacity(KEYS_MAX).time_to_live(REMEMBERED).build())
     }
 
-    /// A session that was signed out ends at once, on this gateway.
+    /// Removes the key of a console session that was signed out, so that it ends at once on this gateway.
     pub async fn forget(&self, key: KeyHash) {
         self.0.invalidate(&key).await;
     }
@@ -73,16 +73,16 @@ fn bearer(parts: &Parts) -> Option<&str> {
     Some(token.trim()).filter(|token| scheme.eq_ignore_ascii_case("bearer") && !token.is_empty())
 }
 
-/// Anthropic's older SDKs send the key so.
+/// The header of Anthropic's SDKs.
 fn x_api_key(parts: &Parts) -> Option<&str> {
     let value = parts.headers.get("x-api-key").filter(|_| is_under_v1(parts.uri.path()))?;
     value.to_str().ok().map(str::trim).filter(|key| !key.is_empty())
 }
 
-/// The user of a key that works.
+/// Returns the user of a valid key.
 ///
 /// # Errors
-/// `Unauthenticated` when it does not, and why; others when auth does not answer.
+/// `Unauthenticated` with the reason if the key is not valid; other codes when auth does not answer.
 pub async fn verify(app: &App, key: KeyHash) -> Result<Caller, Failure> {
     let ask = async {
         let request = VerifyKeyRequest { key_hash: key.as_bytes().to_vec() };

@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_json_object_is_refused() {
+    fn bodies_that_are_not_json_objects_are_refused() {
         assert!(Body(b"{".to_vec()).fields().is_err());
         assert!(Body(b"[1]".to_vec()).fields().is_err());
         assert!(Body("[".repeat(100_000).into_bytes()).fields().is_err());

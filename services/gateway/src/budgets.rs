@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_limit_is_refused() {
+    fn invalid_limits_are_refused() {
         for wrong in [json!({ "usd": -1 }), json!({ "usd": "5" }), json!({ "usd": 1e9 }), json!({ "euro": 5 })] {
             assert!(change_of(wrong.clone()).is_err(), "{wrong}");
         }

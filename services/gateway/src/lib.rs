@@ -43,7 +43,7 @@ use types::Runtime;
 use crate::{
     auth::KeyCache,
     health::HealthCache,
-    limits::Limits,
+    limits::RateLimits,
     stream::{hub::Hubs, open::OpenStreams},
     v1::files::FileStore,
 };
@@ -165,13 +165,13 @@ struct App {
     vault_keys: AcceptedKeys,
     config: Arc<ApiConfig>,
     keys: KeyCache,
-    limits: Limits,
+    limits: RateLimits,
     health: HealthCache,
     hubs: Arc<Hubs>,
     streams: OpenStreams,
     files: FileStore,
     lifecycle: Lifecycle,
-    ending: server::Ending,
+    shutdown: server::Shutdown,
 }
 
 /// How long the gateway waits for another service before it answers 503.
@@ -203,10 +203,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.add_check("bus", move || connection.is_connected());
     let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on AOD_LISTEN_ADDR {}", config.addr))?;
     tracing::info!(addr = %config.addr, "listening");
-    let ending = server::Ending { lifecycle: lifecycle.clone(), drain: config.drain, closing: CancellationToken::new() };
+    let shutdown = server::Shutdown { lifecycle: lifecycle.clone(), drain: config.drain, closing: CancellationToken::new() };
     let app = App {
         keys: KeyCache::new(),
-        limits: Limits::new(&config.api.limits),
+        limits: RateLimits::new(&config.api.limits),
         health: HealthCache::new(),
         hubs: Arc::new(Hubs::new(bus.clone(), lifecycle.tracker())),
         streams: OpenStreams::new(config.api.streams_per_key, lifecycle.tracker()),
@@ -215,10 +215,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         files: config.files,
         config: Arc::new(config.api),
         lifecycle: lifecycle.clone(),
-        ending: ending.clone(),
+        shutdown: shutdown.clone(),
     };
-    let limits = server::Limits { connections: app.config.connections, write_timeout: app.config.slow_reader };
+    let limits = server::HttpLimits { connections: app.config.connections, write_timeout: app.config.slow_reader };
     lifecycle.spawn("limits", app.limits.clone().tidy(lifecycle.stop_token()));
-    lifecycle.spawn("http", server::serve(listener, router::router(app), limits, ending));
+    lifecycle.spawn("http", server::serve(listener, router::router(app), limits, shutdown));
     Ok(())
 }

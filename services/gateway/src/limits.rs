@@ -1,4 +1,4 @@
-//! How often anybody may ask: failed authentications by address, requests by key.
+//! Rate limits: failed authentications by address, requests by key.
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -20,7 +20,7 @@ use types::KeyHash;
 const FAILURES_COUNTED: Duration = Duration::from_secs(60);
 const ADDRESSES_MAX: u64 = 100_000;
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
-/// How many proxies append to this header is configured; what stands before theirs is anybody's word.
+/// The number of proxies that append to this header is configured; earlier entries come from the client and are not trusted.
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
 #[derive(Debug)]
@@ -40,7 +40,7 @@ pub struct TryLater {
 }
 
 #[derive(Clone)]
-pub struct Limits(Arc<Shared>);
+pub struct RateLimits(Arc<Shared>);
 
 struct Shared {
     failures_max: Option<NonZeroU32>,
@@ -49,7 +49,7 @@ struct Shared {
     trusted_proxies: usize,
 }
 
-impl Limits {
+impl RateLimits {
     pub fn new(settings: &Settings) -> Self {
         Self(Arc::new(Shared {
             failures_max: settings.failures_per_minute,
@@ -118,12 +118,12 @@ mod tests {
 
     use super::*;
 
-    fn limits(trusted_proxies: usize) -> Limits {
+    fn limits(trusted_proxies: usize) -> RateLimits {
         let number = NonZeroU32::new(3);
-        Limits::new(&Settings { failures_per_minute: number, requests_per_second: number, trusted_proxies })
+        RateLimits::new(&Settings { failures_per_minute: number, requests_per_second: number, trusted_proxies })
     }
 
-    fn client(limits: &Limits, peer: &str, forwarded: &[&str]) -> String {
+    fn client(limits: &RateLimits, peer: &str, forwarded: &[&str]) -> String {
         let mut request = Request::new(());
         request.extensions_mut().insert(ConnectInfo(SocketAddr::new(peer.parse().unwrap(), 1)));
         for value in forwarded {
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_fails_too_often_is_told_to_wait_and_no_other_is() {
+    fn only_an_address_that_fails_too_often_is_limited() {
         let limits = limits(0);
         let (bad, good): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
         for _ in 0..3 {

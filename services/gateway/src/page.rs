@@ -44,7 +44,7 @@ pub async fn read_query<T: DeserializeOwned + 'static>(parts: &mut Parts, state:
 }
 
 /// # Errors
-/// 400 for a status that is none of those known.
+/// 400 for an unknown status.
 pub fn check_status(status: Option<&str>, known: impl Iterator<Item = &'static str> + Clone) -> Result<(), ApiError> {
     match status {
         Some(status) if !known.clone().any(|name| name == status) => Err(bad_query(&format!("status must be one of: {}", quoted(known)))),
@@ -89,7 +89,7 @@ pub struct Listed<T> {
     next_cursor: Option<String>,
 }
 
-/// Describes a page's rows; the last one tells where the next page begins.
+/// Describes a page's rows; the next page begins after the last one.
 pub fn listed<R, T>(rows: Vec<R>, has_more: bool, cursor: impl Fn(&R) -> Cursor, describe: impl Fn(R) -> T) -> axum::Json<Listed<T>> {
     let next_cursor = rows.last().filter(|_| has_more).map(|row| encode(&cursor(row)));
     axum::Json(Listed { data: rows.into_iter().map(describe).collect(), has_more, next_cursor })

@@ -110,7 +110,7 @@ pub fn router(app: App) -> Router {
         .layer(middleware::from_fn(v1::error::envelope))
         .layer(middleware::from_fn(observe))
         .layer(middleware::from_fn(protect))
-        .layer(middleware::from_fn_with_state(app.ending.clone(), server::close_connections))
+        .layer(middleware::from_fn_with_state(app.shutdown.clone(), server::close_connections))
         .with_state(app)
 }
 

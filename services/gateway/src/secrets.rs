@@ -1,4 +1,4 @@
-//! Secrets on their way to the vault: sealed to its key as they arrive; from there on there is only a reference.
+//! Sends secrets to the vault: seals them to its public key as they arrive, and keeps only a reference.
 
 use bus::Failure;
 use contract::{

@@ -1,4 +1,4 @@
-//! Connections: how many there may be, and how long one may take over anything.
+//! Connections: limits on their number and on the time that a client may take.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -34,46 +34,46 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const LAST_REQUESTS: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct HttpLimits {
     /// Open connections; more wait to be accepted.
     pub connections: usize,
     /// How long a client may take nothing of what is sent to it. One that is cut so resumes by id (docs/api.md §7).
     pub write_timeout: Duration,
 }
 
-/// When a server ends.
+/// How a server shuts down.
 #[derive(Clone)]
-pub struct Ending {
-    /// Knows that it was told to stop. It keeps answering, each answer the last on its connection, so that clients go elsewhere.
+pub struct Shutdown {
+    /// Says when the server is told to stop. Then it keeps answering and closes each connection after its answer, so that clients reconnect elsewhere.
     pub lifecycle: Lifecycle,
-    /// How long that may take them.
+    /// How long it keeps answering.
     pub drain: Duration,
-    /// Nothing new is taken any more; streams end, to be resumed elsewhere.
+    /// No new requests are accepted; streams end, and clients resume them elsewhere.
     pub closing: CancellationToken,
 }
 
-impl Ending {
+impl Shutdown {
     async fn closed(&self) {
         self.lifecycle.stop_token().cancelled().await;
-        // Ctrl-C is for good.
+        // Ctrl-C skips the drain.
         if !self.lifecycle.was_interrupted() {
             tokio::time::sleep(self.drain).await;
         }
     }
 }
 
-/// Asks clients of a server that was told to stop to come back on another connection.
-pub async fn close_connections(State(ending): State<Ending>, request: Request<Body>, next: Next) -> Response {
+/// Closes connections after their answer while the server shuts down.
+pub async fn close_connections(State(shutdown): State<Shutdown>, request: Request<Body>, next: Next) -> Response {
     let mut response = next.run(request).await;
-    if ending.lifecycle.stop_token().is_cancelled() {
+    if shutdown.lifecycle.stop_token().is_cancelled() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }
 
 /// Serves until the end; then requests in flight are finished.
-pub async fn serve(listener: TcpListener, router: Router, limits: Limits, ending: Ending) {
-    let mut closed = std::pin::pin!(ending.closed());
+pub async fn serve(listener: TcpListener, router: Router, limits: HttpLimits, shutdown: Shutdown) {
+    let mut closed = std::pin::pin!(shutdown.closed());
     let (slots, connections, graceful) = (Arc::new(Semaphore::new(limits.connections)), TaskTracker::new(), GracefulShutdown::new());
     let begin = |stream, addr, slot| {
         metrics::counter!("aod_http_connections_total").increment(1);
@@ -108,9 +108,9 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, ending
         begin(stream, addr, None);
     }
     drop(listener);
-    ending.closing.cancel();
+    shutdown.closing.cancel();
     // The shutdown closes a connection that no request has come on.
-    if !ending.lifecycle.was_interrupted() {
+    if !shutdown.lifecycle.was_interrupted() {
         tokio::time::sleep(LAST_REQUESTS).await;
     }
     graceful.shutdown().await;

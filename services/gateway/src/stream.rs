@@ -76,7 +76,7 @@ pub struct ServerSentEvent {
 /// Follow a session
 ///
 /// Server-sent events: the session's history, then live events until its current turn ends. A comment is sent after 15 s of silence.
-/// A browser's `EventSource` reconnects after the end with `Last-Event-ID`; the answer 204 tells it to stop.
+/// A browser's `EventSource` reconnects after the end with `Last-Event-ID`; status 204 makes it stop.
 #[utoipa::path(get, path = "/sessions/{id}/stream", tag = "sessions", params(IdParams, Params, LastEventId),
     responses((status = 200, description = "Server-sent events, one `data:` line each", body = ServerSentEvent, content_type = "text/event-stream"),
               (status = 204, description = "The current turn has ended, and `Last-Event-ID` is its last event")))]

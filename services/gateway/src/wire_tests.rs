@@ -1,4 +1,4 @@
-//! What wrong bodies are answered with, to the letter; and the routes that the document describes.
+//! Snapshots of the answers to invalid bodies, and of the routes that the OpenAPI document describes.
 
 use axum::{body::to_bytes, response::IntoResponse as _};
 use serde_json::{Value, json};

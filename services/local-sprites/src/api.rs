@@ -32,7 +32,7 @@ use tokio::sync::mpsc;
 use url::form_urlencoded;
 
 use crate::{
-    chaos::Troubles,
+    chaos::FaultInjector,
     services::ServiceError,
     sprites::{registry::Registry, sprite::RegistryError},
 };
@@ -44,7 +44,7 @@ const SPRITE_VERSION: HeaderValue = HeaderValue::from_static("v0.0.1-rc48");
 #[derive(Clone, Debug)]
 pub struct Api {
     pub registry: Arc<Registry>,
-    pub troubles: Arc<Troubles>,
+    pub faults: Arc<FaultInjector>,
 }
 
 /// The whole API, for clients with the token.
@@ -120,10 +120,10 @@ async fn count(State(api): State<Api>, request: Request, next: Next) -> Response
 
 /// Answers wrongly now and then, where a test asks for that.
 async fn trouble(State(api): State<Api>, request: Request, next: Next) -> Response {
-    if api.troubles.refuses_url(request.uri().to_string().len()) {
+    if api.faults.refuses_url(request.uri().to_string().len()) {
         return failure(StatusCode::URI_TOO_LONG, "request line too long").into_response();
     }
-    let Some(spurious) = api.troubles.spurious() else { return next.run(request).await };
+    let Some(spurious) = api.faults.spurious() else { return next.run(request).await };
     let creates = request.method() == axum::http::Method::POST && request.uri().path() == "/v1/sprites";
     if creates {
         let _ = next.run(request).await;

@@ -1,4 +1,4 @@
-//! Files that are replaced whole.
+//! Replaces files atomically.
 
 use std::{
     fs::{self, File},

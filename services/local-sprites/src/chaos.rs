@@ -1,4 +1,4 @@
-//! What the real service is known to do to its clients, for their tests (docs/sprites-api.md §1.2, §3.8, §3.9, §11.3): given with
+//! Fault injection: what the real service is known to do to its clients, for tests of clients (docs/sprites-api.md §1.2, §3.8, §3.9, §11.3): given with
 //! `LOCAL_SPRITES_CHAOS` or `--chaos`, nothing of it otherwise.
 
 use std::{
@@ -22,7 +22,7 @@ use crate::{
 pub const HELP: &str = "faults to inject, for tests, separated by commas: pause=SECONDS, cold=SECONDS, drop-sockets=PERCENT, lose-output=BYTES, \
                         slow-create=SECONDS, creates-per-minute=N, spurious=PERCENT, long-url=BYTES";
 
-/// Which troubles, and how much of each.
+/// Which faults, and how much of each.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Chaos {
     /// An idle Sprite is stopped where it is, after so many seconds.
@@ -77,9 +77,9 @@ impl fmt::Display for Chaos {
     }
 }
 
-/// The troubles of a running server.
+/// The faults of a running server.
 #[derive(Debug)]
-pub struct Troubles {
+pub struct FaultInjector {
     chaos: Chaos,
     creations: Mutex<VecDeque<Instant>>,
 }
@@ -102,10 +102,10 @@ impl Spurious {
     }
 }
 
-impl Troubles {
+impl FaultInjector {
     pub fn new(chaos: Chaos) -> Self {
         if chaos != Chaos::default() {
-            tracing::warn!(?chaos, "this server makes trouble on purpose");
+            tracing::warn!(?chaos, "fault injection is enabled");
         }
         Self { chaos, creations: Mutex::default() }
     }
@@ -202,9 +202,9 @@ mod tests {
 
     #[test]
     fn creations_are_limited_as_the_real_service_says_it() {
-        let troubles = Troubles::new("creates-per-minute=2".parse().unwrap());
-        assert!(troubles.refuse_creation().is_none() && troubles.refuse_creation().is_none());
-        let (wait, body) = troubles.refuse_creation().unwrap();
+        let faults = FaultInjector::new("creates-per-minute=2".parse().unwrap());
+        assert!(faults.refuse_creation().is_none() && faults.refuse_creation().is_none());
+        let (wait, body) = faults.refuse_creation().unwrap();
         assert!((1..=61).contains(&wait));
         assert_eq!((&body["error"], &body["retry_after_seconds"]), (&json!("sprite_creation_rate_limited"), &json!(wait)));
     }

@@ -1,4 +1,4 @@
-//! How a Sprite is kept apart from this machine and from other Sprites.
+//! Isolates a Sprite from this machine and from other Sprites.
 //!
 //! [`sandbox`] puts a Sprite's root together over its [`disk`] and starts it, by a [`runtime`] that reads an [`oci`] bundle; [`holder`] is the
 //! running sandbox. [`launch`] is how commands get in, less what [`seccomp`] refuses; [`cgroup`] limits what they use.

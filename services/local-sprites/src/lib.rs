@@ -32,7 +32,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     api::Api,
-    chaos::{Chaos, Troubles},
+    chaos::{Chaos, FaultInjector},
     isolation::{
         cgroup::{Cgroups, Limits},
         runtime::Program,
@@ -89,7 +89,7 @@ impl Config {
             limits: Limits {
                 memory_bytes: env.parsed(
                     "LOCAL_SPRITES_MEMORY_MB",
-                    "memory of a Sprite, in MiB; files in /dev/shm and /run are a quarter of it each at most",
+                    "memory of a Sprite, in MiB; /dev/shm and /run may each use a quarter of it",
                     4096_u64,
                 ) << 20,
                 cpu_milli: {
@@ -172,20 +172,20 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     };
     let sandboxes = Sandboxes::prepare(kind, &config.data_dir).await?;
     if !missing.is_empty() {
-        tracing::warn!(missing = missing.join(", "), "not limited on this machine: it offers no control groups for that");
+        tracing::warn!(missing = missing.join(", "), "no limits: this machine has no writable control groups");
     }
-    let troubles = Arc::new(Troubles::new(config.chaos));
-    anyhow::ensure!(!troubles.pauses() || cgroups.can_freeze(), "LOCAL_SPRITES_CHAOS: no Sprite can be paused here");
+    let faults = Arc::new(FaultInjector::new(config.chaos));
+    anyhow::ensure!(!faults.pauses() || cgroups.can_freeze(), "LOCAL_SPRITES_CHAOS: no Sprite can be paused here");
     let registry = Registry::load(&config.data_dir, sandboxes, cgroups, config.budget, config.private_hosts, lifecycle.clone()).await;
-    let api = Api { registry: registry.context("LOCAL_SPRITES_DATA_DIR")?, troubles };
+    let api = Api { registry: registry.context("LOCAL_SPRITES_DATA_DIR")?, faults };
     api.registry.prepare_next();
     for sprite in api.registry.all() {
         api::inside::open(&api, &sprite);
     }
     let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
     let router = api::router(&api, config.token);
-    if api.troubles.pauses() {
-        lifecycle.spawn("pauses", api.troubles.clone().pause_idle(api.registry.clone(), lifecycle.clone()));
+    if api.faults.pauses() {
+        lifecycle.spawn("pauses", api.faults.clone().pause_idle(api.registry.clone(), lifecycle.clone()));
     }
     lifecycle.spawn("budget", sprites::caretaker::keep(api.registry.clone(), lifecycle.clone()));
     let (stop, life) = (lifecycle.stop_token(), lifecycle.clone());

@@ -1,4 +1,4 @@
-//! Who a Sprite may talk to (docs/sprites-api.md §8.1).
+//! Network policies of Sprites (docs/sprites-api.md §8.1).
 //!
 //! A Sprite with rules has a network namespace of its own, in which there is nothing but a proxy: its environment names it
 //! (`HTTP_PROXY`, `HTTPS_PROXY`), and what goes another way has no route. The proxy listens inside of the namespace and connects
@@ -144,9 +144,9 @@ pub fn proxy_variables() -> impl Iterator<Item = (&'static str, String)> {
     names.into_iter().map(|name| (name, format!("http://{PROXY}"))).chain([("NODE_USE_ENV_PROXY", "1".to_owned())])
 }
 
-/// A Sprite's way out.
+/// The proxy through which a limited Sprite reaches the network.
 #[derive(Debug)]
-pub struct Gate {
+pub struct EgressProxy {
     policy: Mutex<Policy>,
     /// Hosts that may be private addresses: those of the deployment's own services, never what users name.
     private_hosts: Arc<[String]>,
@@ -157,7 +157,7 @@ pub struct Gate {
     closed: CancellationToken,
     /// A process in the Sprite's network.
     pid: i32,
-    /// The task that accepts; it ends when the gate is closed, and its connections with it.
+    /// The task that accepts; it ends when the proxy is closed, and its connections with it.
     server: Mutex<JoinSet<()>>,
     refusals: Mutex<Refusals>,
 }
@@ -179,26 +179,26 @@ impl Refusals {
         self.hosts.push(host);
         let text: String = self.hosts.iter().flat_map(|host| [host.as_str(), "\n"]).collect();
         if let Err(error) = std::fs::write(&self.file, text) {
-            tracing::debug!(%error, "the Sprite is not told what was refused");
+            tracing::debug!(%error, "failed to report a refused connection to the Sprite");
         }
     }
 }
 
-impl Gate {
-    /// Opens a proxy in the network namespace of a process. What is refused is told in a file, which begins empty. A stop does
+impl EgressProxy {
+    /// Opens a proxy in the network namespace of a process. Refused connections are appended to a file, which is empty at first. A stop does
     /// not wait for it, and it serves as long as this process: what runs in the Sprite keeps running meanwhile.
     ///
     /// # Errors
     /// When the namespace cannot be entered.
-    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, told: PathBuf) -> io::Result<Arc<Self>> {
+    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, refusals: PathBuf) -> io::Result<Arc<Self>> {
         let listener = inside(pid, || {
             let listener = std::net::TcpListener::bind(PROXY)?;
             listener.set_nonblocking(true)?;
             Ok(listener)
         })?;
-        std::fs::write(&told, "")?;
+        std::fs::write(&refusals, "")?;
         let closed = CancellationToken::new();
-        let gate = Arc::new(Self {
+        let proxy = Arc::new(Self {
             policy: Mutex::new(policy),
             private_hosts,
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -207,10 +207,10 @@ impl Gate {
             closed,
             pid,
             server: Mutex::default(),
-            refusals: Mutex::new(Refusals { file: told, hosts: Vec::new() }),
+            refusals: Mutex::new(Refusals { file: refusals, hosts: Vec::new() }),
         });
-        locked(&gate.server).spawn(gate.clone().serve(TcpListener::from_std(listener)?));
-        Ok(gate)
+        locked(&proxy.server).spawn(proxy.clone().serve(TcpListener::from_std(listener)?));
+        Ok(proxy)
     }
 
     /// Puts other rules into force; connections that are open are cut.
@@ -234,9 +234,9 @@ impl Gate {
                 continue;
             };
             let Ok(slot) = self.slots.clone().try_acquire_owned() else { continue };
-            let (gate, cut) = (self.clone(), locked(&self.connections).clone());
+            let (proxy, cut) = (self.clone(), locked(&self.connections).clone());
             connections.spawn(async move {
-                let _ = cut.run_until_cancelled(gate.connection(client)).await;
+                let _ = cut.run_until_cancelled(proxy.connection(client)).await;
                 drop(slot);
             });
         }

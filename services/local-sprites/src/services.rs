@@ -379,7 +379,7 @@ impl Unit {
                 },
             }
         };
-        // What it has left running may go on writing.
+        // Processes that it left running may keep writing.
         let drained = async {
             while let Ok(lines) = tokio::time::timeout(DRAIN, output.next()).await {
                 self.tell_lines(lines?);
@@ -471,7 +471,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_others_need_starts_first_and_circles_end() {
+    fn services_start_after_their_needs_and_cycles_terminate() {
         let needing = |needs: &[&str]| Definition { needs: needs.iter().map(|need| (*need).to_owned()).collect(), ..Definition::default() };
         let order = |definitions: &[(&str, &[&str])]| {
             let definitions: BTreeMap<_, _> = definitions.iter().map(|(name, needs)| ((*name).to_owned(), needing(needs))).collect();

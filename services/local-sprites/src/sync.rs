@@ -1,4 +1,4 @@
-//! What every room needs of the standard library's locks.
+//! Helpers for the standard library's locks.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

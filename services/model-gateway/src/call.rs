@@ -1,4 +1,4 @@
-//! What a request of an agent is: which provider it is for, and whether it is one that the gateway passes on.
+//! Classifies a request of an agent: its provider, and whether the gateway forwards it.
 
 use std::fmt;
 
@@ -27,7 +27,7 @@ impl Call {
 pub enum NotACall {
     /// The path names no provider.
     UnknownProvider,
-    /// The provider's path is none that an agent needs.
+    /// Agents do not need this path of the provider.
     Unsupported(Provider),
 }
 
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_agents_use_is_passed_on_and_nothing_else() {
+    fn only_requests_that_agents_use_are_forwarded() {
         let passed = |method: Method, path: &str| read(&method, path).map(|call| call.path);
         for (method, path) in [
             (Method::POST, "/anthropic/v1/messages"),
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_provider_charges_for_is_metered() {
+    fn every_request_that_a_provider_charges_for_is_metered() {
         let metered = |method: Method, path: &str| read(&method, path).unwrap().is_metered();
         assert!(metered(Method::POST, "/anthropic/v1/messages") && metered(Method::POST, "/openai/v1/responses"));
         assert!(metered(Method::POST, "/google/v1beta/models/gemini-2.5-pro:streamGenerateContent"));

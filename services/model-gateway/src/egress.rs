@@ -58,7 +58,7 @@ impl Egress {
         self.lookups.get_with(name.to_ascii_lowercase(), ready(lookup.boxed().shared())).await.await
     }
 
-    /// Whether a URL may be asked for, as far as it tells itself. What its name leads to is checked when it is resolved.
+    /// Whether a URL may be requested, as far as the URL itself shows. The addresses of its host are checked when it is resolved.
     pub fn allows(&self, url: &Url) -> bool {
         let Some(host) = url.host_str() else { return false };
         let named = url.port_or_known_default().is_some_and(|port| self.names(&format!("{host}:{port}")));

@@ -31,7 +31,7 @@ use crate::{
     server::Connection,
 };
 
-/// What a fetch tells of the commits that it has.
+/// The part of a fetch request that lists commits that the client has.
 const FETCH_BYTES_MAX: u64 = 64 << 20;
 /// A question of Git LFS. The answer is read whole, in the memory that bodies have.
 const LFS_QUESTION_BYTES_MAX: u64 = 4 << 20;
@@ -243,7 +243,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_git_asks_of_a_repository_is_passed_on_and_nothing_else() {
+    fn only_requests_of_git_are_forwarded() {
         let base = Url::parse("https://github.com").unwrap();
         let sent = |method: Method, path: &str, query: Option<&str>| {
             read(&method, path, query).map(|asked| (asked.path.clone(), asked.url(&base, query).to_string()))
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_read_from_what_git_sends() {
+    fn a_token_is_read_from_gits_authorization_header() {
         let of = |value: &str| shown(&HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_str(value).unwrap())]));
         assert_eq!(of(&format!("Basic {}", BASE64.encode("session:a:b"))).as_deref(), Some("a:b"));
         assert_eq!(of("Bearer t").as_deref(), Some("t"));

@@ -1,4 +1,4 @@
-//! The scheduler's account of model requests, as this gateway tells it: asked before each request, told after it.
+//! Accounts for model requests at the scheduler: asks it before each request, and reports the usage afterwards.
 
 use std::{
     sync::Arc,
@@ -33,7 +33,7 @@ const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration
 /// How long a session that nothing limits is served while the scheduler does not answer.
 const UNLIMITED_FOR: Duration = Duration::from_secs(600);
 const SESSIONS_MAX: u64 = 20_000;
-/// Ends that wait to be told at a time; each is some hundred bytes.
+/// Ends that may wait to be reported at a time; each has some hundred bytes.
 const ENDS_MAX: usize = 50_000;
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 /// Bytes of a request's text per token, at least roughly; more than this many tokens no model reads.
@@ -64,7 +64,7 @@ pub struct Ledger {
     tasks: TaskTracker,
 }
 
-/// A request that was admitted: told to have ended once, at the latest when this is dropped.
+/// An admitted request. Its end is reported once, at the latest when this is dropped.
 #[derive(Debug)]
 pub struct Entry {
     ledger: Ledger,
@@ -169,7 +169,7 @@ impl Ledger {
         Ok(self.bus.call::<rpc::BeginModelRequest>(begun, BEGIN_DEADLINE).await?.verdict)
     }
 
-    /// Tells what became of a request, for as long as it takes; what cannot be told is settled as unknown when this gateway is gone.
+    /// Reports the end of a request, and retries until it arrives. If this gateway exits first, the request is settled as unknown.
     fn tell(&self, end: EndModelRequestRequest) {
         let Ok(permit) = self.ends.clone().try_acquire_owned() else {
             metrics::counter!("aod_model_ends_dropped_total").increment(1);
@@ -190,7 +190,7 @@ impl Ledger {
                     Err(error) => match RETRY.delay(attempt) {
                         Some(wait) => tokio::time::sleep(wait).await,
                         None => {
-                            tracing::error!(%error, "a model request's end could not be told; its usage is unknown");
+                            tracing::error!(%error, "failed to report the end of a model request; its usage is unknown");
                             metrics::counter!("aod_model_ends_dropped_total").increment(1);
                             break;
                         }

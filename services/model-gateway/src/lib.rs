@@ -1,12 +1,13 @@
-//! Between agents and model providers: an agent shows its session's token, and the gateway sends the request on with the user's key, which
-//! it redeems from the vault and holds in memory only. Stores nothing; any number of replicas serve the same agents.
+//! The proxy between agents and model providers. An agent authenticates with its session's token, and the gateway forwards the request
+//! with the user's key, which it redeems at the vault and keeps only in memory. Stores nothing; any number of replicas serve the same agents.
 //!
-//! Requests to MCP servers and to repositories pass here as well, with the session's secrets for these: [`mcp`], [`git`], and what they
-//! share in [`routed`]; [`egress`] keeps them away from private addresses.
+//! Requests to MCP servers and to repositories go through it as well, with the session's secrets for these: [`mcp`], [`git`], and their
+//! common part [`routed`]; [`egress`] keeps them away from private addresses.
 //!
-//! [`call`] decides which requests are passed on; [`tokens`] redeems; [`ledger`] asks the scheduler before each request
-//! and tells it what [`usage`] read of the response, by [`prices`]; [`proxy`] passes on and back; [`refusal`] is the gateway's own
-//! answers, in the providers' shapes; [`retry`] sends again what a provider refuses for now; [`stored`] finds what a body must not name; [`server`] bounds connections, [`body`] memory, and [`share`] what one session takes of either.
+//! [`call`] decides which requests are forwarded; [`tokens`] redeems tokens; [`ledger`] asks the scheduler before each request and reports
+//! what [`usage`] read of the response, with [`prices`]; [`proxy`] forwards requests and responses; [`refusal`] has the gateway's own
+//! answers, in the providers' shapes; [`retry`] retries requests that a provider refuses temporarily; [`stored`] finds references that a body
+//! must not contain; [`server`] limits connections, [`body`] memory, and [`share`] what one session takes of either.
 //! docs/adr/0070-model-gateway.md has the reasons.
 
 mod body;
@@ -152,15 +153,15 @@ impl Config {
             retries: Retries {
                 times: env.parsed(
                     "AOD_MODEL_RETRIES",
-                    "how often a request that a provider refuses for now (429, 503, 529) is sent again; 0: every response is passed on as it is",
+                    "how often a request that a provider refuses temporarily (429, 503, 529) is retried; 0: every response is passed on unchanged",
                     4,
                 ),
-                wait_max: env.seconds("AOD_MODEL_RETRY_SECONDS", "how long one request may wait for that in total", 60),
+                wait_max: env.seconds("AOD_MODEL_RETRY_SECONDS", "total time that one request may wait for retries", 60),
             },
             private_hosts: {
                 let hosts = env.optional(
                     "AOD_MODEL_GATEWAY_PRIVATE_HOSTS",
-                    "comma-separated host:port: private addresses of MCP servers that may be reached; as the runners' own",
+                    "comma-separated host:port: private addresses of MCP servers that may be reached; the same as the runners' setting",
                 );
                 types::route::hosts(&hosts.unwrap_or_default())
             },
@@ -176,7 +177,7 @@ impl Config {
             },
             push_bytes_max: env.parsed("AOD_GIT_PUSH_MAX_BYTES", "maximum size of a push to a repository", 2 << 30),
             prices: env
-                .optional("AOD_MODEL_PRICES", "TOML file of list prices that come before those of the release; see docs/budgets.md")
+                .optional("AOD_MODEL_PRICES", "TOML file of list prices that override those of the release; see docs/budgets.md")
                 .map(PathBuf::from),
         }
     }

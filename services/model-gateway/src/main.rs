@@ -3,7 +3,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     service::main(
         "model-gateway",
-        "passes agents' requests on to model providers, with the user's key",
+        "forwards agents' requests to model providers, with the user's key",
         model_gateway::Config::from_env,
         model_gateway::run,
     )

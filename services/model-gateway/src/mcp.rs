@@ -1,4 +1,4 @@
-//! MCP servers over HTTP: a request is sent on to the configured URL and no other, with the configured headers.
+//! MCP servers over HTTP: forwards a request to the configured URL and no other, with the configured headers.
 
 use axum::{
     extract::{Request, State},

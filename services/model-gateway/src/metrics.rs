@@ -1,4 +1,4 @@
-//! What the model gateway counts.
+//! The metrics of the model gateway.
 
 use metrics::{describe_counter, describe_histogram};
 
@@ -10,8 +10,8 @@ pub fn describe() {
         "aod_model_tokens_total",
         "tokens that providers reported, by provider and kind (input, with those of caches; output)"
     );
-    describe_counter!("aod_model_retries_total", "requests that were sent again after a refusal, by provider and status");
-    describe_counter!("aod_model_ends_dropped_total", "model requests whose end could not be told to the scheduler");
+    describe_counter!("aod_model_retries_total", "retries after a provider's refusal, by provider and status");
+    describe_counter!("aod_model_ends_dropped_total", "model requests whose end could not be reported to the scheduler");
     describe_counter!(
         "aod_model_routed_requests_total",
         "requests to MCP servers and repositories, by kind (mcp, git) and outcome (the status, or refused, failed)"

@@ -1,4 +1,4 @@
-//! What models cost by their providers' lists: a table that ships with the release, which a deployment may precede with its own.
+//! List prices of models: a table that ships with the release, and a table of the deployment that overrides it.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Passes a request on to its provider with the user's credential, and the response back as it comes.
+//! Forwards a request to its provider with the user's credential, and streams the response back.
 
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ use crate::{
     usage::{self, Meter},
 };
 
-/// The provider's own status, where the client is told another.
+/// The provider's own status, if the client receives another one.
 const UPSTREAM_STATUS: HeaderName = HeaderName::from_static("x-upstream-status");
 /// The SDKs of Anthropic and OpenAI read it.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -92,7 +92,7 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
         }
         false => None,
     };
-    tracing::debug!(session = grant.session_id, provider = %call.provider, path = call.path, bytes = body.bytes.len(), "passing a request on");
+    tracing::debug!(session = grant.session_id, provider = %call.provider, path = call.path, bytes = body.bytes.len(), "forwarding a request");
     let begun = Instant::now();
     let send = || proxy.http.request(parts.method.clone(), url.clone()).headers(headers.clone()).body(body.bytes.clone()).send();
     let sent = match call.is_metered() {
@@ -116,7 +116,7 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     Ok(pass_back(answer, slot, entry.map(|entry| Metering::new(entry, call.provider))))
 }
 
-/// Follows a response on its way: what it used is told when it ends, or when its client is gone.
+/// Follows a response that streams through. Its usage is reported when it ends or its client disconnects.
 struct Metering {
     provider: Provider,
     status: u16,

@@ -15,7 +15,7 @@ use crate::usage::{Meter, Reported};
 /// Of a refusal more is not read.
 const REFUSAL_BYTES_MAX: usize = 64 * 1024;
 const REFUSAL_TIME_MAX: Duration = Duration::from_secs(10);
-/// A provider that asks for a longer wait has no more to give for now.
+/// A provider that asks for a longer wait is out of quota.
 const USED_UP_AFTER: Duration = Duration::from_secs(600);
 
 /// How often and how long a request is sent again. Copied into every request.
@@ -27,7 +27,7 @@ pub struct Retries {
     pub wait_max: Duration,
 }
 
-/// A response of a provider, and whether its client is to be told that asking again is of no use.
+/// A response of a provider, and whether it tells the client not to retry.
 #[derive(Debug)]
 pub struct Answer {
     pub response: Response,

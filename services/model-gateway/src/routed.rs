@@ -1,4 +1,4 @@
-//! What requests to MCP servers and to repositories share: whose they are, where they may go, and what they are sent with.
+//! What requests to MCP servers and to repositories share: finding the session, the destination and the secrets to add.
 
 use std::{
     io,

@@ -3,9 +3,9 @@
 //! A provider names what a request used in the midst of a response that may be megabytes long, some of it in one line. So nothing is
 //! buffered but the key or the scalar at hand, cut at a bound. What is not JSON yields no fields, or some; it is never an error.
 
-/// How deep fields are told apart; what is deeper is only counted.
+/// Depth up to which fields are distinguished; deeper ones are only counted.
 const DEPTH_MAX: usize = 8;
-/// Longer keys are none that are looked for.
+/// Longer keys are ignored.
 const KEY_BYTES_MAX: usize = 32;
 /// Longer texts are cut.
 const TEXT_BYTES_MAX: usize = 400;

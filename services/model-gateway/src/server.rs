@@ -1,4 +1,4 @@
-//! Connections of sandboxes: how many there may be, and how long one may take over anything. What runs in a sandbox is not trusted.
+//! Connections of sandboxes: limits on their number and on the time that one may take. Programs in a sandbox are not trusted.
 
 use std::{
     collections::BTreeMap,

@@ -1,4 +1,5 @@
-//! What a body may not name: responses, conversations, files and containers that are stored at the provider belong to the key's account,
+//! References that a body must not contain: responses, conversations, files and containers that are stored at the provider belong to the
+//! key's account,
 //! which sessions share.
 
 use std::{cell::Cell, fmt};
@@ -58,7 +59,7 @@ const FIELDS: [&str; 30] = [
 /// How many of them one body may have: what is kept of a body is no larger than the body.
 const KEPT_MAX: usize = 1 << 18;
 
-/// JSON, as far as it matters. An object with a field twice is none: who reads it could take either.
+/// JSON, as far as it matters. An object that contains a field twice is refused, because readers could use either value.
 enum Tree {
     Null,
     Text(String),
@@ -197,7 +198,7 @@ fn parse(body: &[u8]) -> Option<Tree> {
     deserializer.end().is_ok().then_some(tree)
 }
 
-/// What of a stored thing a request names; or that it cannot be told.
+/// Returns which field of a request refers to something stored at the provider, or that the body cannot be read.
 pub fn named(provider: Provider, body: &[u8]) -> Option<&'static str> {
     let may_name = NAMES.iter().any(|name| memmem::find(body, name.as_bytes()).is_some()) || memmem::find(body, b"\\u00").is_some();
     if !may_name {
@@ -290,7 +291,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_stored_at_the_provider_is_found_wherever_a_request_may_name_it() {
+    fn references_to_stored_objects_are_found_anywhere_in_a_request() {
         let name = |provider, body: Value| named(provider, body.to_string().as_bytes());
         let (anthropic, openai, google) = (Provider::Anthropic, Provider::Openai, Provider::Google);
         for (provider, body, expected) in [
@@ -359,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn what_agents_and_their_tools_say_is_not_mistaken_for_it() {
+    fn text_of_agents_is_not_mistaken_for_a_reference() {
         let text = "previous_response_id file_id \"container\" /files/ \u{1}";
         for (provider, body) in [
             (

@@ -187,7 +187,7 @@ impl Tokens {
         }
     }
 
-    /// Forgets what a token stood for, where the vault knows it no more.
+    /// Forgets a token that the vault no longer knows.
     async fn forget(&self, hash: Hash, refused: TokenRefused) {
         if refused == TokenRefused::Unknown {
             self.entries.invalidate(&hash).await;

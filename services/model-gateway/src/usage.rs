@@ -1,4 +1,4 @@
-//! What requests ask for and what responses say they used, in the words of each provider. No I/O.
+//! Reads the model and limits of requests and the usage of responses, in each provider's format. No I/O.
 
 use serde::Deserialize;
 use types::Provider;
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_say_what_they_ask_for() {
+    fn requests_yield_model_and_limits() {
         let body = json!({ "messages": [{ "content": "\"model\":\"x\"" }], "model": "claude-x", "max_tokens": 64 }).to_string();
         assert_eq!(asked("/v1/messages", body.as_bytes()), Asked { model: "claude-x".to_owned(), output_max: Some(64) });
         let body = json!({ "generationConfig": { "maxOutputTokens": 5 } }).to_string();
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_generated_is_counted_where_a_stream_is_cut() {
+    fn generated_text_is_counted_if_a_stream_is_cut() {
         for (provider, stream, _) in streams("hello") {
             // Up to the end of the event with the text.
             let at = stream.find("hello").unwrap();

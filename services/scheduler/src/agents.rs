@@ -13,10 +13,10 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, environments, micros,
+    Scheduler, environments, idempotency, micros,
     models::{budgets, limits::Scope},
-    now, once,
-    page::{List, OwnedList, Window, check_size},
+    now,
+    page::{List, OwnedList, PageStart, check_size},
     parsed_json, secret_id, unsigned, version_mismatch,
 };
 
@@ -111,10 +111,10 @@ fn check_permissions(agent: &AgentRow) -> Result<(), Failure> {
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
-    let outcome = once::retried(|| async {
+    let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&mut tx, request.clone()).await;
-        once::finish(tx, outcome).await
+        idempotency::finish(tx, outcome).await
     })
     .await;
     let (user_id, agent_id) = (request.user_id, request.agent_id.clone());
@@ -122,7 +122,7 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
         let agent = get(scheduler.clone(), GetAgentRequest { user_id, agent_id, version: None }).await?;
         Ok(CreateAgentReply { agent: Some(agent), replayed: false })
     };
-    once::or_created_earlier(outcome, &request.agent_id, earlier).await
+    idempotency::or_created_earlier(outcome, &request.agent_id, earlier).await
 }
 
 /// Where the idempotency keys of creations belong.
@@ -130,8 +130,8 @@ const ROUTE: &str = "agents";
 
 async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let id = once::chosen(&request.agent_id, AgentId::new)?;
-    let earlier = once::earlier_creation::<Agent>(tx, user, ROUTE, request.once.as_ref(), &request.agent_id);
+    let id = idempotency::chosen(&request.agent_id, AgentId::new)?;
+    let earlier = idempotency::earlier_creation::<Agent>(tx, user, ROUTE, request.once.as_ref(), &request.agent_id);
     if let Some(agent) = earlier.await? {
         return Ok(CreateAgentReply { replayed: agent.agent_id != request.agent_id, agent: Some(agent) });
     }
@@ -168,13 +168,13 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
         .bind(now)
         .execute(&mut *tx)
         .await
-        .map_err(|error| once::not_inserted(error, "agent_pkey"))?;
+        .map_err(|error| idempotency::not_inserted(error, "agent_pkey"))?;
     insert_version(tx, &row).await?;
     if let Some(budget) = &request.budget {
         budgets::write(tx, Scope::Agent, row.agent_id, budget).await?;
     }
     let agent = Agent::from(row);
-    once::remember(tx, user, ROUTE, request.once.as_ref(), &agent).await?;
+    idempotency::remember(tx, user, ROUTE, request.once.as_ref(), &agent).await?;
     Ok(CreateAgentReply { agent: Some(agent), replayed: false })
 }
 
@@ -414,7 +414,7 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
     let agent: AgentId = request.id.parse().map_err(|_| missing())?;
     let newest = GetAgentRequest { user_id: request.user_id, agent_id: request.id, version: None };
     let archived_at_us = get(scheduler.clone(), newest).await?.archived_at_us;
-    let window = Window::by_number_downwards(request.limit, request.after.as_ref());
+    let start = PageStart::by_number_downwards(request.limit, request.after.as_ref());
     let list = List {
         keys: "select version from agent_version where agent_id = $1 and version < $3 and version > 0 order by version desc limit $2 + 1",
         table: "agent_version v",
@@ -424,7 +424,7 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
             "agent_id, name, description, system, model, runtime, environment_id, metadata, skills, mcp_servers, mcp_secret_id, permissions,
                   tools, version, created_at, created_at as updated_at, null::timestamptz as archived_at",
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(agent.uuid()).bind(window.limit).bind(window.number));
+    let page = list.read(&scheduler.pool, |query| query.bind(agent.uuid()).bind(start.limit).bind(start.number));
     let (rows, has_more): (Vec<AgentRow>, _) = page.await?;
     Ok(ListAgentsReply { agents: rows.into_iter().map(|row| Agent { archived_at_us, ..row.into() }).collect(), has_more })
 }

@@ -1,4 +1,4 @@
-//! What runners ask before they touch anything: is this still to be done, by whom, and with what. And their heartbeats.
+//! Claims and heartbeats of runners. A claim says whether a job is still to be done, who owns it, and what is needed for it.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -465,7 +465,7 @@ pub struct Grant<'a> {
     pub life: Duration,
     /// The claimant's: it alone opens the secrets.
     pub public_key: Vec<u8>,
-    /// Of the token that the session's agent shows to the model gateway; empty where there is none.
+    /// Hash of the session's token for the model gateway; empty if there is none.
     pub model_token_hash: Vec<u8>,
     /// What that token leads to besides model providers.
     pub routes: Option<Routes>,

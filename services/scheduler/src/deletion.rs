@@ -1,4 +1,4 @@
-//! Deleting sessions. The row goes at once; what else there is of the session goes after it: events, the stream's subject, secrets.
+//! Deletes sessions. The row is deleted at once; events, the stream's subject and secrets are purged afterwards.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use types::{SessionId, SessionStatus, Timestamp, UserId};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, event_log, models, once,
+    Scheduler, event_log, idempotency, models,
     outbox::{enqueue_destroy, enqueue_lifecycle_event},
     sessions::row::{lock, missing, partition},
     unsigned,
@@ -26,7 +26,7 @@ use crate::{
 pub async fn delete(scheduler: Scheduler, request: DeleteSessionRequest) -> Result<Empty, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    once::retried(|| delete_row(&scheduler, user, session)).await?;
+    idempotency::retried(|| delete_row(&scheduler, user, session)).await?;
     scheduler.outbox.notify_one();
     Ok(Empty {})
 }

@@ -1,4 +1,4 @@
-//! Ends that do not come from a runner: deadlines and terminations. Both append to the session's log and leave the rest to the projector,
+//! Ends of turns that do not come from a runner: deadlines and terminations. Both append to the session's log and leave the rest to the projector,
 //! so that the log alone decides who was first.
 
 use std::time::Duration;
@@ -101,7 +101,7 @@ pub async fn append(
             Ok(_) => return Ok(Appended::Later),
             Err(AppendError::Superseded) => {}
             Err(AppendError::Unacknowledged(error)) => {
-                tracing::debug!(%session, %error, "end not acknowledged; looking again");
+                tracing::debug!(%session, %error, "the turn's end was not acknowledged; checking the log");
             }
         }
         sent = Some(payload);

@@ -15,8 +15,8 @@ use types::{EnvironmentId, UserId};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, micros, now, once,
-    page::{List, OwnedList, Window, check_size},
+    Scheduler, idempotency, micros, now,
+    page::{List, OwnedList, PageStart, check_size},
     parsed_json, secret_id, unsigned, version_mismatch,
 };
 
@@ -76,7 +76,7 @@ fn refused(error: sqlx::Error, name: &str) -> Failure {
     if store::violates(&error, "environment_name_is_unique") {
         Failure::conflict(format!("An active environment named '{name}' exists."))
     } else {
-        once::not_inserted(error, "environment_pkey")
+        idempotency::not_inserted(error, "environment_pkey")
     }
 }
 
@@ -85,10 +85,10 @@ fn metadata(text: &str) -> Result<Value, Failure> {
 }
 
 pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
-    let outcome = once::retried(|| async {
+    let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&mut tx, request.clone()).await;
-        once::finish(tx, outcome).await
+        idempotency::finish(tx, outcome).await
     })
     .await;
     let (user_id, environment_id) = (request.user_id, request.environment_id.clone());
@@ -96,7 +96,7 @@ pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> 
         let environment = get(scheduler.clone(), GetEnvironmentRequest { user_id, environment_id }).await?;
         Ok(CreateEnvironmentReply { environment: Some(environment), replayed: false })
     };
-    once::or_created_earlier(outcome, &request.environment_id, earlier).await
+    idempotency::or_created_earlier(outcome, &request.environment_id, earlier).await
 }
 
 /// Where the idempotency keys of creations belong.
@@ -104,8 +104,8 @@ const ROUTE: &str = "environments";
 
 async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let id = once::chosen(&request.environment_id, EnvironmentId::new)?;
-    let earlier = once::earlier_creation::<Environment>(tx, user, ROUTE, request.once.as_ref(), &request.environment_id);
+    let id = idempotency::chosen(&request.environment_id, EnvironmentId::new)?;
+    let earlier = idempotency::earlier_creation::<Environment>(tx, user, ROUTE, request.once.as_ref(), &request.environment_id);
     if let Some(environment) = earlier.await? {
         return Ok(CreateEnvironmentReply {
             replayed: environment.environment_id != request.environment_id,
@@ -143,7 +143,7 @@ async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> 
     .map_err(|error| refused(error, &row.name))?;
     insert_version(tx, &row).await?;
     let environment = Environment::from(row);
-    once::remember(tx, user, ROUTE, request.once.as_ref(), &environment).await?;
+    idempotency::remember(tx, user, ROUTE, request.once.as_ref(), &environment).await?;
     Ok(CreateEnvironmentReply { environment: Some(environment), replayed: false })
 }
 
@@ -330,7 +330,7 @@ const VERSION_BYTES: &str = "octet_length(v.name) + octet_length(v.setup_script)
 pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListEnvironmentsReply, Failure> {
     let environment: EnvironmentId = request.id.parse().map_err(|_| missing())?;
     get(scheduler.clone(), GetEnvironmentRequest { user_id: request.user_id, environment_id: request.id }).await?;
-    let window = Window::by_number_downwards(request.limit, request.after.as_ref());
+    let start = PageStart::by_number_downwards(request.limit, request.after.as_ref());
     let list = List {
         keys: "select version from environment_version where environment_id = $1 and version < $3 order by version desc limit $2 + 1",
         table: "environment_version v",
@@ -339,7 +339,7 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
         columns: "environment_id, name, packages, setup_script, networking, env_var_names, env_vars_secret_id, null as description,
                   '{}'::jsonb as metadata, version, created_at, created_at as updated_at, null::timestamptz as archived_at",
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(environment.uuid()).bind(window.limit).bind(window.number));
+    let page = list.read(&scheduler.pool, |query| query.bind(environment.uuid()).bind(start.limit).bind(start.number));
     let (rows, has_more): (Vec<EnvironmentRow>, _) = page.await?;
     Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
 }

@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_page_without_output_reads_only_what_it_shows() {
+    async fn a_page_without_output_reads_no_output_rows() {
         let (pool, session) = after_days(3).await;
         let says = |kind: Kind, checkpoint: Checkpoint| {
             let times = SessionEvent {

@@ -1,4 +1,4 @@
-//! Files of the Managed Agents API: what they are called, whose they are, and where their bytes are (docs/adr/0120-files.md).
+//! Files of the Managed Agents API: their names, owners and states, and where their bytes are (docs/adr/0120-files.md).
 //!
 //! A row is `pending` before its bytes are written, `ready` once they are, and `deleted` until they are gone: there are no bytes without
 //! a row, and no row that can be read without its bytes. A sweep finishes what a process that died left.
@@ -26,7 +26,7 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler, micros,
-    page::{List, Window},
+    page::{List, PageStart},
     sessions::row::{lock, missing as session_missing},
 };
 
@@ -222,7 +222,7 @@ pub async fn list(scheduler: Scheduler, request: ListFilesRequest) -> Result<Lis
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let session = request.session_id.as_deref().map(str::parse::<SessionId>).transpose().map_err(|_| session_missing())?;
     let wanted: Vec<Uuid> = request.file_ids.iter().filter_map(|id| id.parse::<FileId>().ok()).map(FileId::uuid).collect();
-    let window = Window::by_time(request.limit, request.after.as_ref())?;
+    let start = PageStart::by_time(request.limit, request.after.as_ref())?;
     // A filter that is not asked for is not in the statement: a plan that is kept would have to suit it.
     let whose = match (session.is_some(), request.file_ids.is_empty()) {
         (true, _) => "session_id = $5 and kind = 'output' and $6::uuid[] is not null",
@@ -243,7 +243,7 @@ pub async fn list(scheduler: Scheduler, request: ListFilesRequest) -> Result<Lis
         columns: columns!(),
     };
     let page = list.read(&scheduler.pool, |query| {
-        let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
+        let query = query.bind(user.uuid()).bind(start.limit).bind(start.time).bind(start.id);
         query.bind(session.map(SessionId::uuid)).bind(wanted)
     });
     let (rows, has_more): (Vec<FileRow>, _) = page.await?;

@@ -37,19 +37,19 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
     metrics::gauge!("aod_outbox_dead_messages").set(row.try_get::<i64, _>(6)? as f64);
     let mut lag = 0;
     for spec in topology::streams(positions::partitions(&scheduler.pool).await?) {
-        let extent = scheduler.bus.extent(&spec).await?;
+        let info = scheduler.bus.stream_info(&spec).await?;
         if let Some(partition) = topology::partition_of(spec.name) {
-            lag += extent.last_sequence.saturating_sub(positions::projected_through(&scheduler.pool, partition).await?);
+            lag += info.last_sequence.saturating_sub(positions::projected_through(&scheduler.pool, partition).await?);
         }
-        metrics::gauge!("aod_stream_bytes", "stream" => spec.name).set(extent.bytes as f64);
-        metrics::gauge!("aod_stream_bytes_max", "stream" => spec.name).set(extent.bytes_max as f64);
+        metrics::gauge!("aod_stream_bytes", "stream" => spec.name).set(info.bytes as f64);
+        metrics::gauge!("aod_stream_bytes_max", "stream" => spec.name).set(info.bytes_max as f64);
         if spec.name == topology::DLQ.name {
-            metrics::gauge!("aod_dead_letters").set(extent.messages as f64);
+            metrics::gauge!("aod_dead_letters").set(info.messages as f64);
         }
     }
     metrics::gauge!("aod_recorder_lag_events").set(lag as f64);
     let backlog = scheduler.bus.backlog(&topology::RUNNER).await?;
     metrics::gauge!("aod_jobs_waiting").set(backlog.waiting as f64);
-    metrics::gauge!("aod_jobs_in_hand").set(backlog.in_hand as f64);
+    metrics::gauge!("aod_jobs_in_hand").set(backlog.in_flight as f64);
     Ok(())
 }

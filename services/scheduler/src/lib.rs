@@ -12,11 +12,11 @@ mod environments;
 mod event_log;
 mod files;
 mod gauges;
+mod idempotency;
 mod inputs;
 mod managed;
 pub mod metrics;
 mod models;
-mod once;
 mod orphans;
 mod outbox;
 mod page;
@@ -78,13 +78,13 @@ impl Config {
             },
             files: FileSettings {
                 store: ::files::Files::from_env(env),
-                user_bytes_max: env.parsed("AOD_USER_FILES_MAX_BYTES", "how much all files of one user may hold together", 10 << 30),
+                user_bytes_max: env.parsed("AOD_USER_FILES_MAX_BYTES", "total size of all files of one user", 10 << 30),
                 days: Some(env.parsed("FILE_RETENTION_DAYS", "days that uploaded files are kept; 0: forever", 0)).filter(|days| *days > 0),
             },
             orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for orphaned Sprites", 900),
             events_max_bytes: env.parsed(
                 "AOD_EVENTS_MAX_BYTES",
-                "total size of the EVENTS streams: how much output they hold while Postgres is away",
+                "total size of the EVENTS streams, which hold output while Postgres is away",
                 contract::topology::EVENTS.max_bytes,
             ),
             event_partitions: env.parsed(

@@ -22,8 +22,9 @@ use uuid::Uuid;
 use crate::{
     Scheduler, agents,
     ending::{self, Appended},
+    idempotency,
     inputs::At,
-    once, projection, secret_id,
+    projection, secret_id,
     sessions::{
         self,
         row::{self, lock, missing},
@@ -48,10 +49,10 @@ async fn v1_status(tx: &mut PgConnection, session: SessionId) -> Result<String, 
 pub async fn update(scheduler: Scheduler, request: UpdateSessionRequest) -> Result<Session, Failure> {
     let (user, id): (UserId, SessionId) =
         (request.user_id.parse().map_err(|_| missing())?, request.session_id.parse().map_err(|_| missing())?);
-    let changed = once::retried(|| async {
+    let changed = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = update_in(&mut tx, user, id, &request).await;
-        once::finish(tx, outcome).await
+        idempotency::finish(tx, outcome).await
     })
     .await?;
     if changed {

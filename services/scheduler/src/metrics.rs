@@ -1,4 +1,4 @@
-//! What the scheduler counts. Gauges are set by [`crate::gauges`].
+//! The metrics of the scheduler. Gauges are set by [`crate::gauges`].
 
 use contract::session::session_event::Kind;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, histogram};
@@ -32,10 +32,7 @@ pub fn describe() {
     describe_gauge!("aod_stream_bytes", Unit::Bytes, "size of each stream of the bus");
     describe_gauge!("aod_stream_bytes_max", Unit::Bytes, "the size at which each stream is full");
     describe_gauge!("aod_dead_letters", "dead-lettered jobs");
-    describe_counter!(
-        "aod_model_admissions_total",
-        "model requests that were asked for, by outcome (admitted, waits, budget, rate, refused)"
-    );
+    describe_counter!("aod_model_admissions_total", "checks of model requests, by outcome (admitted, waits, budget, rate, refused)");
     describe_counter!("aod_budgets_reached_total", "budgets that ended a turn, by scope");
     describe_counter!("aod_budget_warnings_total", "budgets of which more than 80 percent are used");
     describe_counter!("aod_model_requests_lost_total", "model requests whose gateway was lost: what they used is unknown");

@@ -1,7 +1,7 @@
-//! Model requests as the model gateway reports them: budgets and policies before, usage after, and what the session's log is to show.
+//! Model requests as the model gateway reports them: checks of budgets and policies before, usage after, and events for the session's log.
 //!
-//! [`requests`] begins and settles them; [`limits`] are budgets and policies, which [`budgets`] sets; [`entries`] is what runners append to logs; [`sums`] adds up
-//! totals. docs/adr/0130-metering.md has the reasons.
+//! [`requests`] begins and settles them; [`limits`] reads budgets and policies, which [`budgets`] sets; [`entries`] are what runners append
+//! to logs; [`sums`] adds up totals. docs/adr/0130-metering.md has the reasons.
 
 pub mod budgets;
 pub mod entries;
@@ -20,7 +20,7 @@ use crate::Scheduler;
 
 const EVERY: Duration = Duration::from_secs(2);
 
-/// Settles what gateways left behind, adds up totals, and removes what is no longer needed. Replicas may do so at once.
+/// Settles requests of lost gateways, adds up totals, and removes what is no longer needed. Safe to run in several replicas at once.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     service::periodically("model requests", EVERY, stop, || async {
         let parts = [requests::settle_lost(&scheduler).await, sums::add_up(&scheduler.pool).await, sums::forget(&scheduler.pool).await];

@@ -1,4 +1,4 @@
-//! Sprites that no session knows: made by a runner that died at the wrong moment, or outlived by their sessions' rows. They cost money.
+//! Orphaned Sprites: created by a runner that died before it reported them, or left when their session's row was deleted. They cost money.
 //!
 //! A runner lists what an account holds under this deployment's prefix; what is an orphan is decided here, where sessions are known. A
 //! session's row is there before its Sprite is made, so that a Sprite without one has lost it.

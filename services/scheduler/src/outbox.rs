@@ -1,4 +1,4 @@
-//! What a transaction promises to publish: jobs and lifecycle events. [`crate::relay`] publishes it.
+//! Writes jobs and lifecycle events to the outbox, in the transaction of the change. [`crate::relay`] publishes them.
 
 use bus::{Failure, trace};
 use contract::{runner::DestroySprite, scheduler::SessionChanged, session::Usage, subject};

@@ -1,4 +1,4 @@
-//! Pages of lists: bounded by rows, and by bytes within Postgres, so that no answer is larger than a message and none is loaded that is.
+//! Pages of lists. A page is limited by rows and by bytes, which Postgres adds up, so that no reply is larger than a message and no more is read than is sent.
 
 use bus::Failure;
 use contract::scheduler::{Cursor, ListRequest};
@@ -10,10 +10,10 @@ use uuid::Uuid;
 /// A page ends with the row that reaches this many bytes, and no row is larger than that: together they fit a message.
 const BYTES_MAX: u32 = (types::limits::MESSAGE_BYTES_MAX / 2) as u32 - 64 * 1024;
 
-/// Refuses what would not fit an answer together with the rest of a page.
+/// Refuses a row that would not fit into a page.
 ///
 /// # Errors
-/// When it is larger than a page may grow.
+/// When it is larger than a page may be.
 pub fn check_size(what: &str, bytes: usize) -> Result<(), Failure> {
     if bytes <= BYTES_MAX as usize {
         return Ok(());
@@ -22,14 +22,14 @@ pub fn check_size(what: &str, bytes: usize) -> Result<(), Failure> {
 }
 
 /// Where a page begins, and how many rows it may hold.
-pub struct Window {
+pub struct PageStart {
     pub time: OffsetDateTime,
     pub id: Uuid,
     pub number: i32,
     pub limit: i64,
 }
 
-impl Window {
+impl PageStart {
     /// Rows older than the cursor, or all.
     pub fn by_time(limit: u32, after: Option<&Cursor>) -> Result<Self, Failure> {
         let malformed = || Failure::invalid("Invalid cursor");
@@ -68,7 +68,7 @@ pub struct Filters {
 
 impl Filters {
     /// # Errors
-    /// When a time is none.
+    /// When a time is not valid.
     pub fn of(request: &ListRequest) -> Result<Self, Failure> {
         let time = |us: i64| OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000).map_err(|_| Failure::invalid("Invalid time"));
         let (from, before) = (request.created_from_us.map(time).transpose()?, request.created_before_us.map(time).transpose()?);
@@ -96,7 +96,7 @@ pub struct OwnedList<'a> {
 }
 
 impl OwnedList<'_> {
-    /// Reads a page; tells whether there are more rows.
+    /// Reads a page, and whether there are more rows.
     ///
     /// # Errors
     /// When the request names no user, cursor or time, or Postgres refuses.
@@ -107,7 +107,7 @@ impl OwnedList<'_> {
         let Self { owned, table, bytes, columns } = *self;
         let key = format!("{owned}_id");
         let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-        let window = Window::by_time(request.limit, request.after.as_ref())?;
+        let start = PageStart::by_time(request.limit, request.after.as_ref())?;
         let filters = Filters::of(request)?;
         let keys = format!(
             "select {key} from {owned} where user_id = $1 and (created_at, {key}) < ($3, $4) and {}
@@ -116,7 +116,7 @@ impl OwnedList<'_> {
         );
         let list = List { keys: &keys, table, by_key: &key, bytes, columns };
         let page = list.read(pool, |query| {
-            let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
+            let query = query.bind(user.uuid()).bind(start.limit).bind(start.time).bind(start.id);
             query.bind(filters.from).bind(filters.before)
         });
         page.await
@@ -155,7 +155,7 @@ impl List<'_> {
         )
     }
 
-    /// Reads a page; tells whether there are more rows. `bind` binds the parameters.
+    /// Reads a page, and whether there are more rows. `bind` binds the parameters.
     ///
     /// # Errors
     /// When Postgres refuses.

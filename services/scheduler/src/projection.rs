@@ -1,4 +1,4 @@
-//! What an event changes: its turn, its session and their inputs, in the transaction that persists it.
+//! Applies an event to its turn, its session and their inputs, in the transaction that persists it.
 
 use bus::Failure;
 use contract::session::{TurnEnded, session_event::Kind};

@@ -152,7 +152,7 @@ async fn project(scheduler: &Scheduler, partition: Partition, lease: &Lease, sto
 /// Removes from the stream what no service wrote, so that it fences off no writer.
 async fn remove_foreign(scheduler: &Scheduler, partition: Partition, entries: &[Entry]) -> anyhow::Result<()> {
     for entry in entries.iter().filter(|entry| entry.is_foreign) {
-        tracing::error!(subject = entry.subject, event_id = entry.sequence, "removing an entry that no service wrote");
+        tracing::error!(subject = entry.subject, event_id = entry.sequence, "removing an event that no service wrote");
         scheduler.bus.remove(topology::events(partition).name, entry.sequence).await?;
     }
     Ok(())

@@ -1,7 +1,7 @@
-//! A user's quota of active sessions (docs/api.md §2): of creations at once no more get through than there is room for.
+//! A user's quota of active sessions (docs/api.md §2). Concurrent creations cannot exceed it.
 //!
-//! Counts are of what is committed. Far below a large quota, creations share a lock and do not wait for one another: as many as Postgres has
-//! connections can be under way, and they all fit. Near it, and where it is small, they go one by one.
+//! Counts include only what is committed. Far below a large quota, creations share a lock and do not wait for one another: at most as
+//! many as Postgres has connections are in flight, and all of them fit. Near the quota, or if it is small, they run one at a time.
 
 use bus::Failure;
 use sqlx::PgConnection;

@@ -1,4 +1,4 @@
-//! The outbox's relay: what a transaction promised, published. Woken after each commit of this replica; a timer covers the others.
+//! Publishes the outbox. Woken after each commit of this replica; a timer covers commits of other replicas.
 //!
 //! Each lane of the outbox, which is a stream, is emptied by itself. Within a lane, what is acknowledged leaves without waiting for the
 //! slowest, and what fails is due again later, behind what is due now.

@@ -1,5 +1,5 @@
-//! What goes by age, where an operator wants that: events by dropping the tables of old days, sessions one by one. And the tables of
-//! the days to come, which must be there before their day.
+//! Retention: removes old events by dropping the tables of their days, and old sessions one by one, if an operator sets a limit. Also
+//! creates the tables of the next days, which must exist before their day.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ const DAYS_AHEAD: i32 = 7;
 const SESSIONS_AT_A_TIME: i64 = 100;
 const TABLE_PREFIX: &str = "event_";
 const LEASE: &str = "event-retention";
-/// One day of events is dropped in this time and no more: a clock that is wrong, or a setting, is noticed before everything is gone.
+/// At most one day of events is dropped in this time, so that a wrong clock or setting is noticed before everything is gone.
 const DROP_EVERY: Duration = Duration::from_secs(60 * 60);
 /// The clocks of Postgres and of this replica must agree so far.
 const SKEW_MAX: Duration = Duration::from_secs(60 * 60);

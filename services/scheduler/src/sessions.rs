@@ -19,9 +19,9 @@ use uuid::Uuid;
 
 use self::row::{SessionRow, find, lock, missing, partition, session_columns};
 use crate::{
-    Scheduler, agents, environments, event_log, files, inputs,
+    Scheduler, agents, environments, event_log, files, idempotency, inputs,
     models::{budgets, limits::Scope},
-    once, parsed_json,
+    parsed_json,
     positions::{projected_through, wait_until_projected},
     quota, secret_id, usage, vaults,
 };
@@ -41,10 +41,10 @@ struct Template {
 
 /// Checks in the contract's order (docs/api.md §6), then one transaction: session, turn 1, job.
 pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
-    let outcome = once::retried(|| async {
+    let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&scheduler, &mut tx, request.clone()).await;
-        once::finish(tx, outcome).await
+        idempotency::finish(tx, outcome).await
     })
     .await;
     let (user_id, session_id) = (request.user_id, request.session_id.clone());
@@ -52,7 +52,7 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
         let session = get(scheduler.clone(), GetSessionRequest { user_id, session_id, recorded_through: 0, v1: request.is_v1 }).await?;
         Ok(CreateSessionReply { session: Some(session), replayed: false })
     };
-    let mut reply = Box::pin(once::or_created_earlier(outcome, &request.session_id, earlier)).await?;
+    let mut reply = Box::pin(idempotency::or_created_earlier(outcome, &request.session_id, earlier)).await?;
     scheduler.outbox.notify_one();
     if let Some(session) = reply.session.as_mut().filter(|_| request.is_v1) {
         session.agent = agent_of(&scheduler, session).await?;
@@ -68,8 +68,8 @@ const ROUTE: &str = "sessions";
 
 async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let id = once::chosen(&request.session_id, SessionId::new)?;
-    let earlier = once::earlier_creation::<Session>(tx, user, ROUTE, request.once.as_ref(), &request.session_id);
+    let id = idempotency::chosen(&request.session_id, SessionId::new)?;
+    let earlier = idempotency::earlier_creation::<Session>(tx, user, ROUTE, request.once.as_ref(), &request.session_id);
     if let Some(session) = earlier.await? {
         return Ok(CreateSessionReply { replayed: session.session_id != request.session_id, session: Some(session) });
     }
@@ -155,7 +155,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
         if store::violates(&error, "session_environment_id_fkey") {
             environments::missing()
         } else {
-            once::not_inserted(error, "session_pkey")
+            idempotency::not_inserted(error, "session_pkey")
         }
     })?;
     files::give(tx, user, id, &request.files).await?;
@@ -171,7 +171,7 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     if request.is_v1 {
         session.v1_status = if messages.is_empty() { "idle" } else { "running" }.to_owned();
     }
-    once::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
+    idempotency::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
     Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 
@@ -258,10 +258,10 @@ async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<S
 
 /// The next turn of a completed session. Of two racing prompts one finds the session completed.
 pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<CreateSessionReply, Failure> {
-    let reply = once::retried(|| async {
+    let reply = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = prompt_in(&mut tx, request.clone()).await;
-        once::finish(tx, outcome).await
+        idempotency::finish(tx, outcome).await
     })
     .await?;
     scheduler.outbox.notify_one();
@@ -276,7 +276,7 @@ async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<Crea
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let route = format!("sessions/{session}/prompt");
-    if let Some(session) = once::earlier(tx, user, &route, request.once.as_ref()).await? {
+    if let Some(session) = idempotency::earlier(tx, user, &route, request.once.as_ref()).await? {
         return Ok(CreateSessionReply { session: Some(session), replayed: true });
     }
     let row = lock(tx, session, Some(user)).await?.ok_or_else(missing)?;
@@ -287,7 +287,7 @@ async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<Crea
             inputs::interrupts::interrupt_in(tx, &row, &request.key_id).await?;
         }
         let session = Session { input: Some(input), ..Session::from(row) };
-        once::remember(tx, user, &route, request.once.as_ref(), &session).await?;
+        idempotency::remember(tx, user, &route, request.once.as_ref(), &session).await?;
         return Ok(CreateSessionReply { session: Some(session), replayed: false });
     }
     if let Some(refusal) = row.status()?.prompt_refusal() {
@@ -298,7 +298,7 @@ async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<Crea
     }
     let row = turns::begin(tx, &row, &request.prompt, request.timeout_seconds, None).await?;
     let session = Session::from(row);
-    once::remember(tx, user, &route, request.once.as_ref(), &session).await?;
+    idempotency::remember(tx, user, &route, request.once.as_ref(), &session).await?;
     Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 

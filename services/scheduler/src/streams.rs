@@ -121,8 +121,8 @@ async fn configure(scheduler: &Scheduler) -> anyhow::Result<()> {
         let Some(partition) = topology::partition_of(spec.name) else { continue };
         if scheduler.bus.find_stream(spec).await?.is_none() && !is_known(scheduler, spec).await? {
             create(scheduler, spec, 1).await?;
-            let extent = scheduler.bus.extent(spec).await?;
-            let seen = Seen { created_at: micros(extent.created_at.into()), last_sequence: extent.last_sequence };
+            let info = scheduler.bus.stream_info(spec).await?;
+            let seen = Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence };
             let mut connection = scheduler.pool.acquire().await?;
             remember(&mut connection, spec, seen).await?;
         }
@@ -164,8 +164,8 @@ async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
             None => 0,
         };
         let known = known(scheduler, &spec).await?;
-        let extent = scheduler.bus.find_stream(&spec).await?;
-        let seen = extent.map(|extent| Seen { created_at: micros(extent.created_at.into()), last_sequence: extent.last_sequence });
+        let info = scheduler.bus.find_stream(&spec).await?;
+        let seen = info.map(|info| Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence });
         let condition = generation::condition(known, persisted, seen);
         match (condition, seen) {
             (Condition::Intact, Some(seen)) => {
@@ -211,8 +211,8 @@ async fn restore(
     for consumer in topology::CONSUMERS.iter().filter(|consumer| consumer.stream == spec.name) {
         scheduler.bus.ensure_consumer(consumer).await?;
     }
-    let extent = scheduler.bus.extent(spec).await?;
-    let seen = Seen { created_at: micros(extent.created_at.into()), last_sequence: extent.last_sequence };
+    let info = scheduler.bus.stream_info(spec).await?;
+    let seen = Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence };
     let mut tx = scheduler.pool.begin().await?;
     if condition != Condition::New {
         reconciler::offer_all(&mut tx).await?;
@@ -254,15 +254,15 @@ fn micros(time: OffsetDateTime) -> OffsetDateTime {
 
 /// Makes room in a stream of events before it is full: removes the older half, as far as it is persisted.
 async fn trim(scheduler: &Scheduler, spec: &StreamSpec, partition: Partition) -> anyhow::Result<()> {
-    let extent = scheduler.bus.extent(spec).await?;
-    if extent.bytes <= extent.bytes_max / 2 {
+    let info = scheduler.bus.stream_info(spec).await?;
+    if info.bytes <= info.bytes_max / 2 {
         return Ok(());
     }
-    let middle = extent.first_sequence.midpoint(extent.last_sequence);
+    let middle = info.first_sequence.midpoint(info.last_sequence);
     let through = middle.min(positions::projected_through(&scheduler.pool, partition).await?);
-    if through >= extent.first_sequence {
+    if through >= info.first_sequence {
         scheduler.bus.trim(spec.name, through).await?;
-        metrics::counter!("aod_events_trimmed_total").increment(through + 1 - extent.first_sequence);
+        metrics::counter!("aod_events_trimmed_total").increment(through + 1 - info.first_sequence);
     }
     Ok(())
 }

@@ -21,8 +21,8 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, micros, once,
-    page::{List, OwnedList, Window},
+    Scheduler, idempotency, micros,
+    page::{List, OwnedList, PageStart},
     parsed_json, secret_id,
 };
 
@@ -228,7 +228,7 @@ async fn forget_secrets(tx: &mut PgConnection, vault: VaultId, one: Option<Vault
     Ok(())
 }
 
-/// Sessions that name the vault go on without it.
+/// Sessions that name the vault continue without it.
 pub async fn delete(scheduler: Scheduler, request: GetVaultRequest) -> Result<Empty, Failure> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let mut tx = scheduler.pool.begin().await?;
@@ -289,7 +289,7 @@ pub async fn create_credential(scheduler: Scheduler, request: CreateVaultCredent
         if store::violates(&error, "vault_credential_key") {
             Failure::conflict(format!("The vault has an active credential for {}", request.key))
         } else {
-            once::not_inserted(error, "vault_credential_pkey")
+            idempotency::not_inserted(error, "vault_credential_pkey")
         }
     })?;
     tx.commit().await?;
@@ -350,7 +350,7 @@ pub async fn update_credential(scheduler: Scheduler, request: UpdateVaultCredent
 pub async fn list_credentials(scheduler: Scheduler, request: ListVaultCredentialsRequest) -> Result<ListVaultCredentialsReply, Failure> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     find(&mut *scheduler.pool.acquire().await?, user, vault, "").await?;
-    let window = Window::by_time(request.limit, request.after.as_ref())?;
+    let start = PageStart::by_time(request.limit, request.after.as_ref())?;
     let keys = format!(
         "select credential_id from vault_credential where vault_id = $1 and (created_at, credential_id) < ($3, $4) and {}
          order by created_at desc, credential_id desc limit $2 + 1",
@@ -363,7 +363,7 @@ pub async fn list_credentials(scheduler: Scheduler, request: ListVaultCredential
         bytes: "octet_length(metadata::text) + octet_length(auth::text) + coalesce(octet_length(display_name), 0) + 500",
         columns: credential_columns!(),
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(vault.uuid()).bind(window.limit).bind(window.time).bind(window.id)).await?;
+    let page = list.read(&scheduler.pool, |query| query.bind(vault.uuid()).bind(start.limit).bind(start.time).bind(start.id)).await?;
     let (rows, has_more): (Vec<CredentialRow>, _) = page;
     Ok(ListVaultCredentialsReply { credentials: rows.into_iter().map(VaultCredential::from).collect(), has_more })
 }

@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_prompt_is_what_a_person_wrote_last() {
+    fn the_prompt_is_the_last_message_of_a_person() {
         let request = json!({ "messages": [
             { "role": "user", "content": "one" },
             { "role": "assistant", "content": "1" },

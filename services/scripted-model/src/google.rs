@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_prompt_is_what_a_person_wrote_last() {
+    fn the_prompt_is_the_last_message_of_a_person() {
         let request = json!({ "contents": [
             { "role": "user", "parts": [{ "text": "<session_context>x" }, { "text": "one\n" }] },
             { "role": "model", "parts": [{ "text": "1" }] },

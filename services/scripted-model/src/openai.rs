@@ -236,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_prompt_is_what_a_person_wrote_last() {
+    fn the_prompt_is_the_last_message_of_a_person() {
         let request = json!({ "input": [
             { "type": "message", "role": "user", "content": [{ "type": "input_text", "text": "<environment_context>x" }] },
             { "type": "message", "role": "user", "content": [{ "type": "input_text", "text": "one\n" }] },

@@ -1,4 +1,4 @@
-//! What the agent host is told about a session's agent, and a turn's message to it.
+//! Builds the agent host's specification of a session's agent, and a turn's message to it.
 
 use std::time::Duration;
 

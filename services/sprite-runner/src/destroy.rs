@@ -12,7 +12,7 @@ use types::{CredentialKind, SessionId, SpriteName};
 
 use crate::{Runner, secrets::Secrets};
 
-/// Deletes the Sprite and tells the scheduler. Idempotent.
+/// Deletes the Sprite and reports that to the scheduler. Idempotent.
 pub async fn sprite(runner: &Runner, session: SessionId, claim: &SpriteClaim, key: &KeyPair) -> Result<(), String> {
     let name: SpriteName = claim.sprite.parse().map_err(|error| format!("{}: {error}", claim.sprite))?;
     let secrets = Secrets::redeem(runner, &claim.lease_id, key).await.map_err(|error| error.to_string())?;

@@ -1,4 +1,4 @@
-//! What users meet again and again, in words of its own: a guess from an exit status and the last lines, which are shown beside it.
+//! Explains common failures of set-up steps: a guess from the exit status and the last lines, which are shown beside it.
 
 use std::fmt;
 
@@ -34,7 +34,7 @@ impl fmt::Display for Cause {
     }
 }
 
-/// A process that the kernel killed, as a shell tells it.
+/// The exit status that a shell reports for a process that was killed by SIGKILL.
 const KILLED: u8 = 137;
 
 const DISK_FULL: &[&str] = &["no space left on device", "enospc", "disk quota exceeded"];

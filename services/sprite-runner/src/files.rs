@@ -1,4 +1,4 @@
-//! Files of a session: what its user gave it is put into its sandbox before a turn, what its agent wrote is kept after one.
+//! Files of a session: writes its user's files into the sandbox before a turn, and stores the agent's files after one.
 //!
 //! Bytes go between the sandbox and the store of files; the scheduler knows what they are.
 
@@ -292,7 +292,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sandbox_is_given_what_it_lacks_and_relieved_of_the_rest() {
+    fn files_are_added_to_and_removed_from_a_sandbox() {
         let has = |id: &str| Mounted { id: id.to_owned(), path: format!("/{id}") };
         let wanted = |id: &str| File { file_id: id.to_owned(), ..File::default() };
         let files = [wanted("a"), wanted("c")];

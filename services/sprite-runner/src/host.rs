@@ -256,7 +256,7 @@ impl Link {
         self.command(Command::Accepted(id));
     }
 
-    /// Lets the host delete what lies below.
+    /// Lets the host delete the journal below this offset.
     pub fn persisted(&self, offset: u64) {
         self.command(Command::Persisted(offset));
     }

@@ -1,4 +1,4 @@
-//! What is sent to a running turn from outside: fetched from the scheduler when it says that something waits.
+//! Inputs of a running turn: fetched from the scheduler when it says that some wait, and passed to the agent host.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 

@@ -1,4 +1,4 @@
-//! What a job means now. The scheduler knows whether it still is to be done, and who owns it; the log knows how far it got.
+//! Handles jobs. The scheduler knows whether a job is still to be done and who owns it; the event log knows how far it got.
 
 use std::time::Duration;
 

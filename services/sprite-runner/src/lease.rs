@@ -1,7 +1,7 @@
 //! This runner's lease, and the turns that it holds under it.
 //!
-//! One heartbeat tells the scheduler which turns this process works on, and brings back those that it does not own: settled meanwhile, or
-//! claimed by another. A lease that expired is gone for good: its turns stop here, and the next heartbeat begins another lease.
+//! Each heartbeat reports which turns this process works on. The reply names those that it no longer owns, because they are settled or
+//! another runner claimed them. An expired lease is not extended: its turns stop here, and the next heartbeat begins a new lease.
 
 use std::{
     collections::HashMap,

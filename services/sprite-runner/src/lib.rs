@@ -100,12 +100,12 @@ impl Config {
             },
             model_gateway: env.optional(
                 "AOD_MODEL_GATEWAY_URL",
-                "URL at which sandboxes reach the model gateway; empty: the secrets that it keeps out of sandboxes are put into them",
+                "URL at which sandboxes reach the model gateway; empty: no model gateway, so its secrets are put into sandboxes",
             ),
             private_hosts: {
                 let hosts = env.optional(
                     "AOD_MODEL_GATEWAY_PRIVATE_HOSTS",
-                    "comma-separated host:port: private addresses of MCP servers that the model gateway may reach; as the model gateway's own",
+                    "comma-separated host:port: private addresses of MCP servers that the model gateway may reach; the same as the model gateway's setting",
                 );
                 types::route::hosts(&hosts.unwrap_or_default())
             },
@@ -113,12 +113,12 @@ impl Config {
             output: OutputLimits {
                 bytes_max: env.parsed(
                     "AOD_TURN_OUTPUT_MAX_BYTES",
-                    "how much of a turn's output is kept, and as much of its typed events; beyond it only the last 64 KiB of each stream are, and an event says how much was dropped",
+                    "maximum size of a turn's output, and separately of its typed events; beyond it only the last 64 KiB of each stream are kept, and an event says how much was dropped",
                     1 << 30,
                 ),
                 bytes_per_second: env.parsed(
                     "AOD_SESSION_OUTPUT_BYTES_PER_SECOND",
-                    "how fast a session's output is recorded, sustained; an agent that prints more than eight seconds' worth at once is slowed down; 0: no limit",
+                    "sustained rate at which a session's output is stored; an agent that exceeds it by more than eight seconds' worth is slowed down; 0: no limit",
                     64 << 20,
                 ),
             },
@@ -127,7 +127,7 @@ impl Config {
                 "how long an agent's process is kept for its next turn; 0: not at all",
                 300,
             )),
-            agent_host: env.optional("AOD_AGENT_HOST", "the agent host's file, if not beside the runner's own"),
+            agent_host: env.optional("AOD_AGENT_HOST", "path of the agent host, if not beside the runner's executable"),
             files: ::files::Files::from_env(env),
             file_bytes_max: env.parsed("AOD_FILE_MAX_BYTES", "maximum size of a file that an agent wrote", 100 << 20),
         }
@@ -207,8 +207,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         if stop.run_until_cancelled(turns.registered()).await.is_none() {
             return;
         }
-        bus::work::run(bus.clone(), &topology::RUNNER, concurrency, stop, move |job| jobs::handle(runner.clone(), job)).await;
-        // What was released must leave before the process does.
+        bus::work::run(bus.clone(), &topology::RUNNER, concurrency, stop, move |job| {
+            crate::metrics::counted(jobs::handle(runner.clone(), job))
+        })
+        .await;
+        // Releases must be sent before the process exits.
         bus.flush(Duration::from_secs(2)).await;
     });
     Ok(())

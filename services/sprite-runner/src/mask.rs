@@ -35,7 +35,7 @@ impl std::fmt::Debug for Masker {
 }
 
 impl Masker {
-    /// Values too short or too long to be told from other text are left out.
+    /// Values that are too short or too long to be distinguished from other text are not masked.
     pub fn new<'a>(values: impl IntoIterator<Item = &'a str>) -> Self {
         let mut secrets: Vec<Vec<u8>> = Vec::new();
         for value in values.into_iter().flat_map(with_its_parts) {
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_become_a_secret_waits_and_nothing_else_does() {
+    fn only_a_possible_beginning_of_a_secret_is_held_back() {
         let masker = Masker::new(["sk-sentinel-1"]);
         let mut data = Bytes::from_static(b"hello sk-sen");
         assert_eq!(masker.next(&mut data, false), Some(Piece { consumed: 6, data: Bytes::from_static(b"hello ") }));

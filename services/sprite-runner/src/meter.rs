@@ -1,5 +1,5 @@
-//! What the model gateway recorded of a session's model requests: fetched from the scheduler, and appended to the session's log in the
-//! order of its numbers.
+//! Model requests of a session as the model gateway recorded them: fetched from the scheduler, and appended to the session's log in the
+//! order of their numbers.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -21,10 +21,10 @@ use crate::{inputs::Turn, record::Record};
 const DEADLINE: Duration = Duration::from_secs(5);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: u32::MAX };
 const ENTRIES: usize = 256;
-/// How long the end of a request is held back once the agent told something that came of the request: it may tell more.
+/// How long the end of a request is held back after the agent has reported a result of it, because more may follow.
 const HELD: Duration = Duration::from_millis(400);
-/// How long it is held back for a CLI that has told nothing yet, which is slow on a busy machine. What shows that the agent went on ends
-/// this: a result of a tool, the next request, the end of the turn.
+/// How long it is held back for a CLI that has reported nothing yet, since CLIs are slow on a busy machine. An event that shows that the
+/// agent continued ends the wait: a result of a tool, the next request, the end of the turn.
 const HELD_MAX: Duration = Duration::from_secs(10);
 /// How long an event waits for the start of the request that it came of.
 const PRECEDE_DEADLINE: Duration = Duration::from_secs(1);
@@ -42,7 +42,7 @@ pub struct Meter {
     /// Those that came and are not in the log, in order, and when the first of them came.
     held: VecDeque<MeterEntry>,
     held_since: Instant,
-    /// The agent told something since the newest request began.
+    /// The agent has reported something since the newest request began.
     has_told: bool,
     /// It was asked for the request that the newest event came of, and nothing was appended since.
     is_preceded: bool,
@@ -120,7 +120,7 @@ impl Meter {
             let request = FetchModelRequestsRequest { after: record.checkpoint.metered_through, ..self.request.clone() };
             match self.bus.call::<rpc::FetchModelRequests>(&request, PRECEDE_DEADLINE).await {
                 Ok(reply) => reply.entries.into_iter().for_each(|entry| self.hold(entry)),
-                Err(error) => tracing::debug!(%error, "failed to fetch model requests; an event may stand before its request"),
+                Err(error) => tracing::debug!(%error, "failed to fetch model requests; an event may precede its request"),
             }
             let begun = newest_start(&self.held);
             self.append_first(begun, record).await?;
@@ -158,7 +158,7 @@ impl Meter {
                     continue;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "failed to fetch model requests; the turn ends without what it used");
+                    tracing::warn!(%error, "failed to fetch model requests; the turn ends without their usage");
                     return Ok(FetchModelRequestsReply::default());
                 }
             };

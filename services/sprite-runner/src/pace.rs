@@ -1,4 +1,4 @@
-//! How fast one session's output may be appended to the log, so that it does not starve the others.
+//! Limits the rate at which one session's output is appended to the log, so that it does not starve other sessions.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What an agent host's journal means for the log: records go in, in order, and events come out, each with the checkpoint from which a
+//! Turns records of an agent host's journal into events of the log, in order, each with the checkpoint from which a
 //! successor yields exactly the events that follow. No I/O.
 //!
 //! Output is held back where it ends inside a character or in what may become a secret, while records after it are appended. So a
@@ -77,7 +77,7 @@ pub struct Playback {
     output_bytes_max: u64,
     /// Bytes of typed events in the log, which keeps as many of them as of output.
     event_bytes: u64,
-    /// Bytes that were dropped, and those of them that no event tells of yet.
+    /// Bytes that were dropped, and those of them that no event reports yet.
     dropped: u64,
     untold: u64,
     /// Where the newest event's checkpoint leads.
@@ -123,7 +123,7 @@ fn kind_of(input: &Input) -> (&'static str, String) {
 }
 
 impl Playback {
-    /// Goes on from a checkpoint; the first record to push is the one at its offset.
+    /// Continues from a checkpoint; the first record to push is the one at its offset.
     pub fn new(scope: Scope, masker: Masker, output_bytes_max: u64, checkpoint: &Checkpoint) -> Self {
         let stream = |seen, logged| Stream { seen, logged, ..Stream::default() };
         Self {

@@ -25,7 +25,7 @@ use crate::{
 
 /// No single step takes longer.
 const STAGE_MAX: Duration = Duration::from_secs(600);
-/// How much of a failed script's last words its user is told, of each stream.
+/// How many bytes of the end of each output stream a failed script's message contains.
 const TAIL_BYTES: usize = 2000;
 /// How much of the journal is kept for a successor that has to tell what a failed script said.
 const KEPT_BYTES: u64 = 64 << 20;
@@ -287,7 +287,7 @@ impl StepRunner {
         self.playback.absorb(self.link.next().await).map_err(trouble)
     }
 
-    /// Runs a step, or finds that it was run. The journal is read meanwhile, and what it tells goes into the log.
+    /// Runs a step, or finds that it was run. Meanwhile the journal is read and appended to the log.
     async fn run(&mut self, id: &str, later: &[String], step: &Step, record: &mut Record) -> Result<StepEnded, Trouble> {
         let host_step = HostStep {
             name: step.what.clone(),
@@ -387,7 +387,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_streams_of_a_failed_script_are_told() {
+    fn both_streams_of_a_failed_script_are_reported() {
         assert_eq!(last_words("", " why\n"), "why");
         assert_eq!(last_words("why\n", "\n"), "why");
         assert_eq!(last_words("FAILED: refused\n", "npm warn\n"), "npm warn\n(standard output:)\nFAILED: refused");

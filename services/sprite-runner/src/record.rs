@@ -1,4 +1,4 @@
-//! The session's record, written by one writer at a time.
+//! Appends to a session's event log, as its only writer.
 //!
 //! Every append names the sequence that it follows. A runner that lost its job is refused by the stream, looks who wrote, and stops.
 //! Each event says how far its writer is, so that the newest event is all that a successor needs.
@@ -51,7 +51,7 @@ pub enum OpenError {
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error(transparent)]
-    Extent(#[from] TopologyError),
+    StreamInfo(#[from] TopologyError),
     #[error("the stream was trimmed since the turn was claimed")]
     Trimmed,
     #[error("the newest event cannot be read by this release")]
@@ -60,7 +60,7 @@ pub enum OpenError {
     UnknownPartition(u32),
 }
 
-/// How far the turn got, as the newest event tells.
+/// How far the turn got, according to the newest event.
 #[derive(Debug)]
 pub enum Position {
     /// Continue from here.
@@ -109,7 +109,7 @@ impl Record {
         let (stream, log) = (topology::events(partition), subject::session_log(session, partition));
         let last = newest_written(bus, stream.name, &log).await?;
         let may_have_more = (turn, epoch) != (1, 1);
-        if last.is_none() && may_have_more && bus.extent(stream).await?.trimmed_through > spec.recorded_through {
+        if last.is_none() && may_have_more && bus.stream_info(stream).await?.trimmed_through > spec.recorded_through {
             return Err(OpenError::Trimmed);
         }
         let decode = |id: u64, payload: Bytes| Some((id, SessionEvent::decode(payload).ok()?));
@@ -214,7 +214,7 @@ impl Record {
         }
     }
 
-    /// Appends what the journal tells; returns the event's id.
+    /// Appends an event from the journal; returns the event's id.
     pub async fn play(&mut self, emitted: Emitted) -> Result<u64, Fenced> {
         emitted.place.apply(&mut self.checkpoint);
         if let Kind::Output(output) = &emitted.kind {
@@ -227,7 +227,7 @@ impl Record {
         Ok(self.last_sequence)
     }
 
-    /// Goes on from there in the journal, with the next event.
+    /// Continues from there in the journal, with the next event.
     pub fn continue_from(&mut self, place: Place) {
         place.apply(&mut self.checkpoint);
     }

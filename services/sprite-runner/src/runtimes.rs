@@ -13,7 +13,7 @@ use types::{McpServer, Runtime};
 
 use crate::ModelEndpoints;
 
-/// An MCP server that is not there by then is left out, where the CLI can be told so: a turn does not wait for it.
+/// An MCP server that has not started by then is left out if the CLI supports that, so that a turn does not wait for it.
 pub const MCP_START_LIMIT: Duration = Duration::from_secs(20);
 
 /// Runs an MCP server that has to answer within a limit.
@@ -63,7 +63,7 @@ pub trait Adapter: Sync {
     }
     /// Files to write before the first turn, by absolute path. They may hold the secrets of MCP servers.
     fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)>;
-    /// Whether its protocol tells which MCP servers did not start.
+    /// Whether its protocol reports which MCP servers did not start.
     fn tells_of_mcp_servers(&self) -> bool {
         true
     }

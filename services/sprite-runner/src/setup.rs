@@ -1,4 +1,4 @@
-//! What an environment, an agent and a session ask of a new Sprite, as scripts.
+//! Scripts that set up a new Sprite as its environment, agent and session say.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -35,7 +35,7 @@ impl Setup {
         let networking = json(&environment.networking, "{}");
         Ok(Self {
             packages: serde_json::from_str(&json(&environment.packages, "{}"))?,
-            // A browser's text fields send such line ends; a shell takes them for parts of names.
+            // Browsers send CRLF; a shell would take the CR as part of a word.
             script: environment.setup_script.replace("\r\n", "\n"),
             networking: if networking == "{}" { Networking::default() } else { serde_json::from_str(&networking)? },
             repositories: serde_json::from_str(&json(&spec.resources, "[]"))?,
@@ -54,7 +54,7 @@ impl Setup {
         }
     }
 
-    /// The hosts that alone may be reached, where not all may.
+    /// The hosts that may be reached; none if there is no restriction.
     pub fn allowed_hosts(&self) -> Option<Vec<String>> {
         self.networking.hosts(&self.mcp_servers)
     }
@@ -92,7 +92,7 @@ impl Setup {
     }
 }
 
-/// With the rights that a manager needs, from whichever user the Sprite has.
+/// Installs packages, as root where the package manager needs it, whatever user the Sprite has.
 fn install(manager: PackageManager, names: &[String]) -> String {
     let words: Vec<String> = names.iter().map(|name| quote(name)).collect();
     let (all, each) = (words.join(" "), |command: &str| words.iter().map(|word| format!("{command} {word}\n")).collect::<String>());
@@ -119,7 +119,7 @@ fn gem(package: &str) -> String {
 /// The author of commits, where no other is configured.
 const AUTHOR: [(&str, &str); 2] = [("user.name", "Agent on Demand"), ("user.email", "agent@agent-on-demand.invalid")];
 
-/// In front of a clone: git asks nobody, and leaves the pointers of files in Git LFS as they are.
+/// Precedes a clone: git asks for no input, and leaves the pointers of files in Git LFS as they are.
 const CLONING: &str = "set -e\nexport GIT_TERMINAL_PROMPT=0 GIT_LFS_SKIP_SMUDGE=1\n";
 const LFS_MISSING: &str = "git-lfs is not installed in the sandbox, and the repository has lfs: true; \
                            an environment installs it with packages: {\"apt\": [\"git-lfs\"]}";
@@ -162,7 +162,7 @@ fn clone(repository: &Repository) -> String {
     )
 }
 
-/// A skill from GitHub, by the installer that knows every CLI. It wants Node.js 22.20 or later: where there is none, one for itself.
+/// Installs a skill from GitHub with the installer that supports every CLI. It needs Node.js 22.20 or later and brings its own if necessary.
 pub fn install_skill(skill: &GithubSkill, agent: &str) -> Step {
     let mut script = format!(
         "new='const [a, b] = process.versions.node.split(\".\"); process.exit(a > 22 || (a == 22 && b >= 20) ? 0 : 1)'\n\
@@ -177,8 +177,8 @@ pub fn install_skill(skill: &GithubSkill, agent: &str) -> Step {
     Step { what: format!("installing the skill {}", skill.source), script }
 }
 
-/// Has git reach repositories at the model gateway, which it shows what the file `session` holds. Git neither changes that file nor asks
-/// other helpers. The remotes' own URLs stay as they are.
+/// Configures git to reach repositories through the model gateway, with the credentials in the file `session`. Git neither changes
+/// that file nor asks other helpers. The URLs of remotes stay as they are.
 pub fn lead_git<'a>(gateway: &str, session: &str, repositories: impl Iterator<Item = (&'a str, &'a str)>) -> String {
     let helper = format!("!f() {{ if [ \"$1\" = get ]; then cat {}; fi; }}; f", quote(session));
     let helpers = quote(&format!("credential.{gateway}.helper"));
@@ -262,7 +262,7 @@ mod tests {
         assert_eq!(cloning.run("mkdir -p here.aod-clone/.git; echo half >here.aod-clone/file").0, 0);
         assert_eq!(cloning.clone(), (0, String::new()));
         assert_eq!(cloning.run("cat here/file; ls -d here.aod-clone 2>/dev/null || echo gone"), (0, "one\ngone".to_owned()));
-        // What was done in it since is nobody's to undo.
+        // Later changes in it are kept.
         assert_eq!(cloning.run("echo two >here/file; rm -rf origin").0, 0);
         assert_eq!(cloning.clone(), (0, String::new()));
         assert_eq!(cloning.run("cat here/file"), (0, "two".to_owned()));
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn files_in_git_lfs_that_cannot_be_fetched_are_a_reason_and_those_that_nobody_asked_for_are_none() {
+    fn missing_git_lfs_fails_a_clone_only_if_lfs_was_requested() {
         let mut cloning = Cloning::new();
         // Where git-lfs is installed, it is not found here.
         let path = "mkdir bin; for tool in bash git rm mv cat; do ln -s \"$(command -v $tool)\" bin/; done";
@@ -336,7 +336,7 @@ mod tests {
         let asked = "protocol=http\nhost=gateway:8780\npath=git/github.com/o/r\n";
         let (_, said) = cloning.run(&format!("printf '{asked}\n' | git credential fill"));
         assert!(said.contains("username=session") && said.contains("password=token"), "{said}");
-        // What is wrong for the moment is kept, and nothing is kept elsewhere.
+        // A rejected credential is kept, and no other helper stores it.
         cloning.run(&format!(
             "for verb in reject approve; do printf '{asked}username=session\npassword=token\n\n' | git credential $verb; done"
         ));

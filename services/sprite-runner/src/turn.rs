@@ -30,7 +30,7 @@ use crate::{
 
 /// How much of the journal is kept though it is in the log: what a stream loses before it is persisted. A small disk has room for it.
 const UNPERSISTED_BYTES: u64 = 8 << 20;
-/// How much of the journal may be in the log before the host is told that it may delete it.
+/// How much of the journal may be persisted before the host is told to delete it.
 const PERSISTED_STEP: u64 = 1 << 20;
 /// How long nothing has to come from an agent that waits for a decision, before its sandbox may sleep.
 const REST_AFTER: Duration = Duration::from_secs(1);
@@ -63,7 +63,7 @@ pub enum Stopped {
     Fenced(Fenced),
     /// This runner cannot continue, and another attempt may: its lease of secrets is not good any more, or the sandbox does not answer it.
     Released(String),
-    /// The turn failed, and this is what its user is told.
+    /// The turn failed, with this message for its user.
     Failed {
         stage: String,
         message: String,
@@ -305,7 +305,7 @@ fn stopped(gone: Gone) -> Stopped {
     }
 }
 
-/// Puts into the log what the journal tells, until the turn's end, and passes inputs on.
+/// Appends events from the journal until the turn's end, and passes inputs to the host.
 async fn play(
     record: &mut Record,
     turn: u32,

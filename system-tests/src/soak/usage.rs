@@ -195,7 +195,7 @@ mod tests {
 
     #[test]
     fn growth_is_that_within_processes_and_not_from_one_to_the_next() {
-        // Each starts anew and larger than its predecessor, and none grows.
+        // Each process starts larger than its predecessor, and none grows.
         let steps = Usage((0..6).map(|number| process(number * 600, number * 600 + 600, |_| 1e6 * f64::from(number))).collect());
         let [usage] = &steps.by_service(3600.0)[..] else { panic!("one service") };
         assert_eq!((usage.processes, usage.memory_bytes, usage.descriptors), (6, 5_000_000, 20));

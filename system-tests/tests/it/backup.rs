@@ -21,7 +21,7 @@ async fn replay(stack: &Stack, session: &str) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn what_was_backed_up_is_restored_and_goes_on() {
+async fn a_backup_is_restored_and_its_sessions_continue() {
     let stack = Stack::start(NO_RESTART).await.unwrap();
     let agent = stack.agent("shell").await.unwrap();
     let body =

@@ -142,7 +142,7 @@ async fn a_key_and_a_credential_work_as_long_as_they_are_there() {
 }
 
 #[tokio::test]
-async fn what_is_down_is_answered_at_once_and_named() {
+async fn an_unavailable_service_is_reported_at_once_by_name() {
     let stack = Stack::start(Options { no_restart: true, ..Options::default() }).await.unwrap();
     Stack::signal(&stack.pids("scheduler"), rustix::process::Signal::KILL);
     testkit::eventually("the scheduler is missed", || async { stack.get("/health").await.unwrap().status == 503 }).await;

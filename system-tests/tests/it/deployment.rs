@@ -17,6 +17,6 @@ fn the_chart_is_valid_for_every_kind_of_deployment() {
 }
 
 #[test]
-fn the_compose_file_names_what_is_there() {
+fn the_compose_file_uses_names_that_exist() {
     pytest("system-tests/deployment");
 }

@@ -18,7 +18,7 @@ fn refusal(output: &Output) -> String {
 }
 
 #[test]
-fn what_is_in_the_way_is_said_in_one_line() {
+fn start_up_errors_are_one_line() {
     let data = tempfile::tempdir().unwrap();
     let dir = data.path().to_str().unwrap();
     let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
@@ -37,7 +37,7 @@ fn what_is_in_the_way_is_said_in_one_line() {
 
 /// Two of them, which would be in each other's way at any fixed port.
 #[tokio::test]
-async fn any_free_port_is_chosen_and_told() {
+async fn port_zero_chooses_a_free_port_and_reports_it() {
     let start = |data: &std::path::Path| {
         let mut aod = Command::new(testkit::services::binary("aod").unwrap());
         aod.args(["dev", "--port", "0", "--data-dir"]).arg(data).arg("--ready-file").arg(data.join("ready.json"));
@@ -59,7 +59,7 @@ async fn any_free_port_is_chosen_and_told() {
 }
 
 #[tokio::test]
-async fn a_second_start_goes_on_with_the_data_and_a_stop_leaves_no_process() {
+async fn a_second_start_continues_with_the_data_and_a_stop_leaves_no_process() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let in_use = dev(&["--port", "0", "--data-dir", stack.data_dir().to_str().unwrap()]);
     assert!(refusal(&in_use).contains("is in use by another aod dev"));
@@ -89,7 +89,7 @@ async fn a_second_start_goes_on_with_the_data_and_a_stop_leaves_no_process() {
 }
 
 #[tokio::test]
-async fn what_dies_is_started_again_and_listed_anew() {
+async fn processes_that_die_are_restarted_and_listed() {
     let stack = Stack::start(Options::default()).await.unwrap();
     for service in ["gateway", "nats", "postgres"] {
         let before = stack.pids(service);

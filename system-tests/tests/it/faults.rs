@@ -46,7 +46,7 @@ async fn a_second_runner_takes_over_from_one_that_was_killed_and_no_line_is_lost
 }
 
 #[tokio::test]
-async fn a_runner_that_is_told_to_stop_hands_its_turn_over_at_once() {
+async fn a_stopping_runner_releases_its_turns_at_once() {
     let stack = Stack::start(Options { no_restart: true, ..TWO_RUNNERS }).await.unwrap();
     let pause = disturbed(&stack, async |session| {
         Stack::signal(&[stack.runner_of(session).await.unwrap()], Signal::TERM);

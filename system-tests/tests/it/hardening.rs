@@ -194,7 +194,7 @@ async fn a_stream_ends_within_five_seconds_of_its_key() {
 }
 
 #[tokio::test]
-async fn answers_tell_browsers_to_do_nothing_with_them() {
+async fn responses_have_security_headers_for_browsers() {
     let settings = &[("ALLOWED_HOSTS", "127.0.0.1,.example.com")];
     let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
     for path in ["/agents", "/nowhere", "/docs/", "/livez"] {

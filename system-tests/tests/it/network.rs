@@ -59,7 +59,7 @@ async fn only_what_is_allowed_is_reached() {
 
 /// A real agent works behind the proxy, and its second turn does, also when the sandbox server was restarted in between.
 #[tokio::test]
-async fn an_agent_reaches_its_model_and_goes_on_after_a_restart_of_the_sandbox_server() {
+async fn an_agent_reaches_its_model_and_continues_after_a_restart_of_the_sandbox_server() {
     let stack = Stack::start(Options { scripted_model: true, ..Options::default() }).await.unwrap();
     let (events, output) = limited(&stack, "claude", "hello", json!([])).await;
     assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");

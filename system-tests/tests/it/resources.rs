@@ -193,7 +193,7 @@ async fn lists_come_in_pages_and_can_be_filtered() {
                 None => break,
             }
         }
-        // The keys' times of use go on.
+        // The keys' times of use keep changing.
         let strip = |items: &[Value]| {
             items.iter().map(|item| (item["id"].clone(), item["version"].clone(), item["turn_number"].clone())).collect::<Vec<_>>()
         };
@@ -275,7 +275,7 @@ async fn a_deleted_session_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn what_an_agent_asks_for_lies_in_its_sandbox() {
+async fn an_agents_configuration_is_written_into_its_sandbox() {
     let stack = Stack::start(Options { scripted_model: true, ..Options::default() }).await.unwrap();
     let skill = json!({ "name": "greet", "description": "how to greet", "content": "# Say hello\n" });
     let servers = json!([{ "name": "files", "type": "stdio", "command": "true", "env": { "TOKEN": "sentinel" } }]);

@@ -266,7 +266,7 @@ async fn every_cli_calls_an_mcp_server_over_http_and_knows_its_skills() {
 
 /// A model that is broken, or has had enough: the CLI says so, and the turn ends.
 #[tokio::test]
-async fn a_model_that_fails_is_told_of_and_ends_the_turn() {
+async fn a_failing_model_is_reported_and_ends_the_turn() {
     // What the model gateway waits for is time that a CLI has not to tell it in.
     let stack = Stack::start(Options { settings: &[("AOD_MODEL_RETRIES", "1")], ..MODEL }).await.unwrap();
     for_each_agent(RUNTIMES.into_iter().flat_map(|run| [(run, "500"), (run, "429")]), async |((runtime, model), status)| {
@@ -306,9 +306,9 @@ async fn every_cli_knows_a_skill_from_github() {
     .await;
 }
 
-/// One that hangs, one that is no program, one that ends at once, and one that nobody serves: the turn continues and reports which are missing.
+/// One hangs, one is not a program, one exits at once, and one has no server: the turn continues and reports which are missing.
 #[tokio::test]
-async fn an_mcp_server_that_does_not_start_is_told_of_and_holds_up_no_turn() {
+async fn an_mcp_server_that_does_not_start_is_reported_and_does_not_delay_the_turn() {
     let stack = Stack::start(MODEL).await.unwrap();
     let environment = stack.post("/environments", json!({ "name": "e", "setup_script": MCP_SERVER })).await.unwrap().text("id").to_owned();
     for_each_agent(RUNTIMES, async |(runtime, model)| {

@@ -89,7 +89,7 @@ async fn a_limit_is_waited_for_as_long_as_its_body_says() {
 }
 
 #[tokio::test]
-async fn what_will_not_pass_is_not_repeated() {
+async fn permanent_refusals_are_not_retried() {
     let refused = || StatusCode::UNAUTHORIZED.into_response();
     let (client, asked) = troubled(vec![refused]).await;
     assert!(matches!(client.ensure(&name()).await, Err(Error::Unauthorized { .. })));
@@ -125,7 +125,7 @@ async fn a_sprites_api_that_is_down_fails_the_turn_after_bounded_retries() {
 
 /// Pauses, cut sockets, lost output, a slow creation, false answers: what the real service does now and then, all at once and often.
 #[tokio::test]
-async fn a_turn_loses_nothing_to_what_the_real_service_does() {
+async fn a_turn_loses_no_output_to_faults_of_the_real_service() {
     const CHAOS: &[(&str, &str)] = &[("LOCAL_SPRITES_CHAOS", "pause=2,drop-sockets=40,lose-output=65536,slow-create=1,spurious=5")];
     let stack = Stack::start(Options { settings: CHAOS, ..Options::default() }).await.unwrap();
     // Bursts, and silences in which the Sprite would be paused, were it not held awake.

@@ -225,7 +225,7 @@ async fn an_answer_is_applied_after_everything_around_the_agent_was_killed() {
     assert_eq!(chat.inputs().await, [pair("decision", "applied")]);
 }
 
-/// Its sandbox is frozen while nobody answers, and the agent in it with it. `AOD_TEST_PAUSED_SECONDS`: for how long; `make test-paused`
+/// Its sandbox, with the agent, is frozen while the request is open. `AOD_TEST_PAUSED_SECONDS`: for how long; `make test-paused`
 /// waits ten minutes.
 #[tokio::test]
 async fn a_permission_request_stays_open_while_its_sandbox_is_paused() {

@@ -159,7 +159,7 @@ async fn whatever_becomes_of_the_sockets_no_output_is_lost() {
 
 /// As the real service does with Sprites that seem idle: everything in it stands still, and no socket says so.
 #[tokio::test]
-async fn a_sprite_that_is_paused_for_long_goes_on_where_it_was() {
+async fn a_sprite_that_was_paused_for_long_continues() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let session = stack.session("shell", "for i in $(seq 60); do echo line $i; sleep 0.05; done; exit 4").await.unwrap();
     let mut events = stack.stream(&session, 0).await.unwrap();

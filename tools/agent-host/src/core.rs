@@ -111,13 +111,13 @@ pub struct Core {
     permitted: Vec<u64>,
     waiting_since: Option<u64>,
     calls: HashMap<String, u64>,
-    /// Calls of custom tools, which the CLI tells of as calls of an MCP server.
+    /// Calls of custom tools, which the CLI reports as calls of an MCP server.
     hidden: HashSet<String>,
     /// How many custom tools were called in this turn.
     custom_calls: usize,
-    /// MCP servers that were told of.
+    /// MCP servers whose failure was reported.
     failed_mcp: Vec<String>,
-    /// Errors that came while no turn ran, which the next one tells of.
+    /// Errors that occurred between turns; the next turn reports them.
     early: Vec<event::Kind>,
     line: Vec<u8>,
     line_is_too_long: bool,

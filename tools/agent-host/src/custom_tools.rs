@@ -23,7 +23,7 @@ pub const SERVER: &str = "aod_tools";
 pub const PREFIX: &str = "aod_tools_";
 /// What the model reads where its turn has ended.
 pub const ENDED: &str = "The turn has ended";
-/// How long a CLI that can be told so waits for a result: 23 days, the most that timers of JavaScript count.
+/// How long a CLI waits for a result, if that can be configured: 23 days, close to the maximum of JavaScript timers.
 pub const TIMEOUT_SECONDS: u64 = 2_000_000;
 /// A line holds a result, which is an input of the host.
 const LINE_BYTES_MAX: usize = 8 << 20;
@@ -48,7 +48,7 @@ pub fn command(name: &str) -> Vec<String> {
     }
 }
 
-/// What the host tells a server first: what `tools/list` answers.
+/// The host's first message to a server: the answer to `tools/list`.
 pub fn listed(tools: &[CustomTool]) -> Value {
     let tools = tools.iter().map(|tool| {
         let schema = serde_json::from_str::<Value>(&tool.input_schema_json).unwrap_or_else(|_| json!({ "type": "object" }));
@@ -209,7 +209,7 @@ fn serve_on(host: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Answers a request of the CLI, or returns what the host is told.
+/// Answers a request of the CLI, or returns the message for the host.
 fn handle(request: &Value, tools: &Value, calls: &Calls) -> Option<Value> {
     let method = request.get("method").and_then(Value::as_str)?;
     let params = request.get("params").unwrap_or(&Value::Null);

@@ -1,4 +1,4 @@
-//! The host's process: carries out what [`Core`] decides, and tells it what happens. One thread waits for everything.
+//! The host's process: carries out what [`Core`] decides, and passes events to it. One thread waits for everything.
 
 mod actions;
 mod poll;

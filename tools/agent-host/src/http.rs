@@ -1,4 +1,4 @@
-//! Requests to a CLI that serves HTTP on the loopback interface: what adapters ask for, and what they are told.
+//! Requests to a CLI that serves HTTP on the loopback interface, as adapters make them, and the replies.
 
 /// A request whose answer comes as [`Reply::Answer`], or a stream of server-sent events.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_decides_about_what_a_call_is_about() {
+    fn a_pattern_matches_the_command_path_or_address_of_a_call() {
         let rules = [
             ("Bash(git push *)", Evaluation::Deny),
             ("Bash(git:*)", Evaluation::Allow),

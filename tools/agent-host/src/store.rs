@@ -128,7 +128,7 @@ impl Store {
         let _ = self.file.write_all_at(&vec![0; left], end);
     }
 
-    /// Goes on in a new segment. It has its name only once it is whole: a reader keeps a segment open that it has found, and would wait
+    /// Continues in a new segment. It gets its name only once it is whole: a reader keeps a segment open that it has found, and would wait
     /// for ever in one that was taken back.
     fn rotate(&mut self) -> Result<(), NotWritten> {
         let draft = self.folder.join(DRAFT);
@@ -177,7 +177,7 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
-/// Reserves a segment's room. False where there is none; where the file system cannot reserve, writes tell.
+/// Reserves space for a segment. Returns false if there is none; if the file system cannot reserve, writes fail later.
 fn reserve(file: &File, segment_bytes: u64) -> bool {
     !matches!(
         fallocate(file, FallocateFlags::KEEP_SIZE, 0, segment_bytes + RESERVED_BYTES),

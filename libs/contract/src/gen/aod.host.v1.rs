@@ -62,7 +62,7 @@ pub struct Spec {
     /// A file of the user's to which a line is appended for each MCP server that did not start; what is added becomes error events.
     #[prost(string, tag = "20")]
     pub mcp_failures: ::prost::alloc::string::String,
-    /// What this specification is known by. `agent-host start` with another one ends a host that runs and starts anew; empty: a host that runs
+    /// What this specification is known by. `agent-host start` with another one ends a running host and starts a new one; empty: a host that runs
     /// stays as it is.
     #[prost(string, tag = "21")]
     pub revision: ::prost::alloc::string::String,

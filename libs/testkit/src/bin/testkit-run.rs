@@ -1,4 +1,4 @@
-//! Runs a command with one Postgres for all its tests: `testkit-run cargo test`. Leaves with the command's code.
+//! Runs a command with one Postgres for all its tests: `testkit-run cargo test`. Exits with the command's exit code.
 
 use std::process::{Command, ExitCode};
 

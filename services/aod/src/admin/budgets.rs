@@ -15,10 +15,10 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub enum Budgets {
-    /// Print a budget: what may be used, and what was
+    /// Print a budget: its limits and what was used
     #[command(after_help = "Example:\n  aod admin budget get user alice")]
     Get(BudgetOf),
-    /// Set limits of a budget; those that are not named stay as they are
+    /// Set limits of a budget; limits that are not named stay unchanged
     #[command(
         after_help = "Examples:\n  aod admin budget set user alice --usd 100\n  aod admin budget set deployment --usd 2000 --tokens default\n  aod admin budget set user alice --allow-model 'claude-*' --requests-per-minute 60"
     )]
@@ -27,7 +27,7 @@ pub enum Budgets {
         of: BudgetOf,
         #[command(flatten)]
         limits: LimitArgs,
-        /// Model requests of each session per minute, or `default`
+        /// Limit of model requests per session and minute, or `default`
         #[arg(long, value_parser = count)]
         requests_per_minute: Option<Limit>,
         /// Allow only this model; `*` at the end matches any rest; repeatable
@@ -37,7 +37,7 @@ pub enum Budgets {
         #[arg(long, conflicts_with = "allow_model")]
         allow_all_models: bool,
     },
-    /// Remove a budget's own limits and forget what was used; the deployment's defaults apply
+    /// Remove the limits of a budget and reset its counts; the deployment's defaults apply
     Clear(BudgetOf),
 }
 
@@ -72,10 +72,10 @@ impl Scope {
 
 #[derive(Debug, Args)]
 pub struct UsageArgs {
-    /// What to add up by: day, agent, model, key, session or user
+    /// Group sums by day, agent, model, key, session or user
     #[arg(long, default_value = "user")]
     by: String,
-    /// Only of this user
+    /// Only requests of this user
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
     /// First day in UTC, as 2026-01-31; 30 days before the last one by default

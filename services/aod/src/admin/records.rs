@@ -1,4 +1,4 @@
-//! What the system keeps for operators to read: dead-lettered jobs, and which runner redeemed which secrets.
+//! `aod admin dead-letters` and `aod admin audit`.
 
 use bus::dead_letters::DeadLetter;
 use contract::{
@@ -15,11 +15,11 @@ use crate::{
 
 impl Operator {
     pub(super) async fn dead_letters(&self, limit: usize) -> Result<(), AdminError> {
-        const LETTERS: Table = Table(&["buried_at", "subject", "reason"]);
+        const LETTERS: Table = Table(&["dead_lettered_at", "subject", "reason"]);
         let letters = self.bus.dead_letters(limit).await?;
         let describe = |letter: &DeadLetter| {
             json!({
-                "buried_at": letter.buried_at.to_string(),
+                "dead_lettered_at": letter.dead_lettered_at.to_string(),
                 "subject": letter.subject,
                 "reason": letter.reason,
             })

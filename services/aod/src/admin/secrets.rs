@@ -19,7 +19,7 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub enum Credentials {
-    /// Store a credential; its value is asked for, or read from standard input
+    /// Store a credential; prompts for the value, or reads it from standard input
     Set {
         /// Name of the user
         user: String,

@@ -54,7 +54,7 @@ pub enum Agents {
         #[command(flatten)]
         budget: LimitArgs,
     },
-    /// Print the budget that the sessions of an agent share; with limits, change it first
+    /// Print the budget that the sessions of an agent share; limits change it first
     #[command(after_help = "Example:\n  aod agents budget AGENT --usd 20")]
     Budget {
         /// Id of the agent

@@ -16,7 +16,7 @@ use crate::{
 pub enum Credentials {
     /// List stored credentials; values are never shown
     List,
-    /// Store a credential; its value is asked for, or read from standard input
+    /// Store a credential; prompts for the value, or reads it from standard input
     #[command(after_help = "Example:\n  aod credentials set provider:anthropic < key.txt")]
     Set {
         /// What the credential is for

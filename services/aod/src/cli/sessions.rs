@@ -34,7 +34,7 @@ pub enum Sessions {
         #[command(flatten)]
         prompt: PromptArgs,
     },
-    /// Print the budget of a session; with limits, change it first
+    /// Print the budget of a session; limits change it first
     #[command(after_help = "Example:\n  aod sessions budget SESSION --usd 10")]
     Budget {
         /// Id of the session
@@ -113,7 +113,7 @@ pub enum Sessions {
         id: String,
         /// Id of the request; not needed while only one is open
         request: Option<u64>,
-        /// What the model reads
+        /// Reason, which the model reads
         #[arg(long)]
         message: Option<String>,
     },
@@ -134,11 +134,11 @@ pub enum Sessions {
 pub enum WhenBusy {
     /// Refuse the prompt
     Reject,
-    /// Begin the next turn with it
+    /// Queue it: it begins the next turn
     Queue,
-    /// The same, and interrupt the running turn
+    /// Queue it, and interrupt the running turn
     Interrupt,
-    /// Have it join the running turn
+    /// Add it to the running turn
     Steer,
 }
 

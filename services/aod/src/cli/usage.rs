@@ -11,7 +11,7 @@ use crate::{
 
 #[derive(Debug, Args)]
 pub struct UsageArgs {
-    /// What to add up by
+    /// Group sums by this
     #[arg(long, value_enum, default_value_t = GroupBy::Day)]
     by: GroupBy,
     /// Only sessions of this agent

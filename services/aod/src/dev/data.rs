@@ -1,4 +1,4 @@
-//! The data directory: Postgres' and NATS' files, the Sprites, logs, and the secrets that were made at the first start.
+//! The data directory: Postgres' and NATS' files, the Sprites, logs, and the secrets that were generated at the first start.
 
 use std::{
     fs::{self, File},

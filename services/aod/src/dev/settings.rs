@@ -1,4 +1,4 @@
-//! Settings that reach the services: every variable that a service names in its own table (`<service> --help`), and no other.
+//! Settings that are passed on to the services: the variables that a service lists in its `--help`, and no others.
 
 use std::{collections::BTreeSet, path::Path, process::Command};
 
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_gets_what_its_own_table_names() {
+    fn a_service_receives_only_the_settings_in_its_table() {
         let settings = settings(&["AOD_A", "SECRET_FILE", "PLAIN", "HOME", "OTHER"]);
         let of = |service, set_here: &[&str]| settings.of(service, set_here).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
         assert_eq!(of("x", &[]), ["AOD_A", "SECRET_FILE", "PLAIN", "HOME"]);

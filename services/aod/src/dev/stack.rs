@@ -1,4 +1,4 @@
-//! What the stack is made of, in the order in which it is started, and with which settings.
+//! The processes of the stack, in the order in which they start, with their settings.
 
 use std::{
     fs,

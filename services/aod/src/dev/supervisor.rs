@@ -1,4 +1,4 @@
-//! Child processes: started, watched, started again when they die, and ended.
+//! Starts, watches, restarts and stops child processes.
 
 use std::{
     fs::OpenOptions,

@@ -18,7 +18,7 @@ use crate::{
     output::print,
 };
 
-/// What following ended with.
+/// How following ended.
 pub struct Watched {
     pub code: ExitCode,
     /// Whether the agent's own events were among those that were printed: those of earlier releases have none.
@@ -33,7 +33,7 @@ pub async fn watch(
     only_turn: Option<u64>,
     mut on_interrupt: OnInterrupt,
 ) -> Result<Watched, ApiFailure> {
-    // A handful for each turn.
+    // Unbounded, but a turn has only a few of these events.
     let (news, mut received) = mpsc::unbounded_channel();
     let mut renderer = Renderer::default();
     let mut asking = Asking::new();
@@ -78,7 +78,7 @@ pub async fn watch(
     Ok(Watched { code, agent_seen: renderer.agent_seen })
 }
 
-/// Prints the typed events that there are.
+/// Prints the typed events so far.
 pub async fn list(api: &Api, session: &str, since: u64) -> Result<Watched, ApiFailure> {
     let mut renderer = Renderer::default();
     let (mut after, mut code) = (since, ExitCode::SUCCESS);
@@ -112,14 +112,14 @@ fn turn(event: &Value) -> Option<u64> {
     event.get("turn").and_then(Value::as_u64)
 }
 
-/// Whether nothing follows a turn's end: a queued message may have begun the next turn.
+/// Whether the session is settled after a turn's end: a queued message may have begun the next turn.
 async fn is_settled(api: &Api, session: &str, turn: Option<u64>) -> Result<bool, ApiFailure> {
     let session = api.get(&format!("/sessions/{session}")).await?;
     let is_active = matches!(text(&session, "status"), "pending" | "running");
     Ok(!is_active && session.get("turn_count").and_then(Value::as_u64) <= turn)
 }
 
-/// The permission requests that wait for an answer, the first of which is asked about.
+/// The permission requests that wait for an answer. The terminal asks about the first one.
 struct Asking {
     open: VecDeque<(u64, String)>,
     /// Lines of a terminal, read from the first request on.
@@ -155,7 +155,7 @@ impl Asking {
         }
     }
 
-    /// The next line that is typed; never, where nothing was asked.
+    /// Returns the next line that is typed; waits forever if nothing was asked.
     async fn line(&mut self) -> Option<String> {
         match &mut self.lines {
             Some(lines) => lines.recv().await,

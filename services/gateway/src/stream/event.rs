@@ -147,7 +147,7 @@ impl Event {
         self.source.as_deref()
     }
 
-    /// It tells of an idle session: what is looked for is before it.
+    /// Reports that the session is idle: the event that is looked for precedes it.
     pub fn is_update(&self) -> bool {
         matches!(self.source.as_ref().and_then(|source| source.kind.as_ref()), Some(Kind::Updated(_)))
     }

@@ -240,7 +240,7 @@ impl Follower {
                         }
                     }
                 }
-                () = self.app.ending.closing.cancelled() => return None,
+                () = self.app.shutdown.closing.cancelled() => return None,
                 reason = self.stream.refused() => return self.end_refused(&reason),
                 () = tokio::time::sleep_until(heartbeat_at) => return Some(Bytes::from_static(b": heartbeat\n\n")),
             }
@@ -254,7 +254,7 @@ impl Follower {
         while bytes.len() < CHUNK_BYTES && self.state != State::Ended {
             let waits = |event: &Event| match self.view {
                 View::Typed => event.changes_state(),
-                // Whoever sees an event finds it in the list.
+                // A client that sees an event also finds it in the list.
                 View::Managed(_) => event.source().is_some(),
             };
             let Some(event) = self.pending.pop_front_if(|event| event.id <= persisted || !waits(event)) else { break };

@@ -42,11 +42,11 @@ const REQUESTS_MAX: usize = 64;
 const RETRY: Backoff = Backoff { base: Duration::from_millis(10), max: Duration::from_secs(1), attempts: u32::MAX };
 /// The stream is asked first where a log ends; Postgres when it takes longer than this.
 const STREAM_WAIT: Duration = Duration::from_millis(250);
-/// How often a silent hub compares itself with Postgres: what a cluster of NATS servers loses between them, nothing else tells.
+/// How often a silent hub compares itself with Postgres. Only that shows messages that were lost between servers of a NATS cluster.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// Messages about queued inputs that a slow reader may be behind.
 const QUEUED_MAX: usize = 64;
-/// How long a turn's end waits until it is persisted, so that a client which asks next finds what it was told.
+/// How long a turn's end waits until it is persisted, so that a client's next request agrees with it.
 const PERSISTED_WAIT: Duration = Duration::from_secs(5);
 
 /// The hubs of this gateway.
@@ -69,7 +69,7 @@ struct Shared {
     tail: Mutex<Tail>,
     /// Changes with the tail.
     changes: watch::Sender<u64>,
-    /// What was just queued for the session, and what its agent is writing. Who is slow misses some: the event log tells of them again.
+    /// Inputs that were just queued, and texts that the agent is writing. A slow reader misses some and finds them in the event log later.
     queued: broadcast::Sender<Arc<QueuedInputs>>,
     /// The last turn's end that was asked about: its event, and the session at that time.
     ended: tokio::sync::Mutex<Option<(u64, Option<Session>)>>,
@@ -343,7 +343,7 @@ impl Follower {
                     Err(failure) => Answer::Failed(failure),
                 },
                 Err(error) => {
-                    tracing::debug!(session_id = %session, error = %anyhow::Error::new(error).root_cause(), "failed to read a log's last entry; will retry");
+                    tracing::debug!(session_id = %session, error = %anyhow::Error::new(error).root_cause(), "failed to read a log's last event; will retry");
                     Answer::Failed(Failure::unavailable("The message bus"))
                 }
             };

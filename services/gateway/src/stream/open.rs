@@ -1,4 +1,4 @@
-//! The streams that each API key has open: how many there may be, and whether the key still works.
+//! The open streams of each API key: limits their number, and ends them when the key is deactivated.
 
 use std::{
     collections::HashMap,
@@ -91,8 +91,8 @@ impl OpenStreams {
 
     async fn verify(self, app: App, key: KeyHash) {
         loop {
-            let _ = app.ending.closing.run_until_cancelled(tokio::time::sleep(VERIFY_INTERVAL)).await;
-            if app.ending.closing.is_cancelled() || !self.is_open(key) {
+            let _ = app.shutdown.closing.run_until_cancelled(tokio::time::sleep(VERIFY_INTERVAL)).await;
+            if app.shutdown.closing.is_cancelled() || !self.is_open(key) {
                 return;
             }
             // Without an answer, streams continue: they were allowed when they were opened.

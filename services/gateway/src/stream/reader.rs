@@ -333,7 +333,7 @@ impl Reader {
                 self.attempts = 0;
                 return false;
             }
-            () = self.app.ending.closing.cancelled() => {
+            () = self.app.shutdown.closing.cancelled() => {
                 self.state = State::Ended;
                 return false;
             }

@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_is_filled_from_postgres_and_what_came_meanwhile_follows() {
+    fn a_gap_is_filled_from_postgres_before_later_events() {
         let mut tail = Tail::new();
         tail.join(None, Some(5));
         assert!(tail.offer(entry(9, 8)));
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn after_an_interruption_the_last_entry_tells_what_was_missed() {
+    fn after_an_interruption_the_last_entry_shows_what_was_missed() {
         let mut tail = Tail::new();
         tail.join(last(5, None), None);
         tail.interrupt();
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deleted_session_ends_with_what_is_known() {
+    fn a_deleted_session_ends_its_stream_with_the_known_events() {
         let mut tail = Tail::new();
         tail.join(last(5, None), None);
         tail.offer(entry(9, 8));

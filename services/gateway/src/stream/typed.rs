@@ -118,7 +118,7 @@ pub enum Body {
     },
     #[serde(rename = "agent.thinking")]
     Thinking {
-        /// What the CLI tells of it; often nothing.
+        /// What the CLI reports of it; often empty.
         #[serde(skip_serializing_if = "String::is_empty")]
         text: String,
         #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,4 +1,4 @@
-//! Agents as `/v1` has them.
+//! Agents under `/v1`.
 
 use axum::{Json, extract::State};
 use bus::Failure;

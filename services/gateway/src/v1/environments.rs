@@ -1,4 +1,4 @@
-//! Environments as `/v1` has them: without versions. A change reaches sessions that are created later.
+//! Environments under `/v1`, which have no versions: a change applies to sessions that are created later.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Failed answers under `/v1`: Anthropic's envelope, whoever refused the request, and the `request-id` of every answer.
+//! Failed answers under `/v1`: Anthropic's error envelope, whichever layer refused the request, and the `request-id` of every answer.
 
 use axum::{
     extract::Request,
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_what_may_have_happened_is_not_to_be_repeated() {
+    async fn requests_that_may_have_taken_effect_are_not_repeated() {
         for (code, changes, expected) in [
             (ErrorCode::Unavailable, true, None),
             (ErrorCode::DeadlineExceeded, true, Some("false")),

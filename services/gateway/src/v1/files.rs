@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_may_be_larger_than_what_is_held() {
+    async fn a_file_may_be_larger_than_the_buffer() {
         let (mut form, held, _) = form(HEAD, vec![b'\r'; 64 << 10], 100);
         let field = form.next_field().await.unwrap().unwrap();
         let mut data = std::pin::pin!(data(field, held));

@@ -1,4 +1,4 @@
-//! Pages of a session's events, in either order. They are read through [`Log`], so that a test can be one.
+//! Pages of a session's events, in either order. They are read through [`Log`], which tests implement.
 //!
 //! A page with a cursor is never empty: SDKs stop at the first empty page.
 
@@ -173,7 +173,7 @@ impl<L: Log> Listing<L> {
         self.data.len() == self.limit
     }
 
-    /// How many entries of the log are read at a time. Most show as one event, and one more tells that there is another page.
+    /// How many entries of the log are read at a time. Most show as one event; one more than a page shows that there is another page.
     fn entries_wanted(&self) -> usize {
         let all = self.filter.types.is_empty() && *self.filter.times.start() == i64::MIN;
         if all { (self.limit - self.data.len() + 1).min(ENTRIES_MAX) } else { ENTRIES_MAX }

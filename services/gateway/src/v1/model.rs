@@ -33,7 +33,7 @@ const EFFORT: &str = "high";
 const SPEED: &str = "standard";
 
 impl Model {
-    /// A model of ours is `provider/model`. A provider's own CLI is told by the bare name, opencode by both.
+    /// Models are stored as `provider/model`. A bare name selects the provider's own CLI, a full name opencode.
     pub fn of(runtime: &str, model: &str) -> Self {
         let bare = match runtime.parse() {
             Ok(Runtime::Opencode | Runtime::Shell) | Err(()) => None,

@@ -109,7 +109,7 @@ pub struct Page<T> {
     pub next_page: Option<String>,
 }
 
-/// Shows a page's rows; the last one tells where the next page begins.
+/// Shows a page's rows; the next page begins after the last one.
 pub fn page<R, T>(rows: Vec<R>, has_more: bool, cursor: impl Fn(&R) -> Cursor, show: impl Fn(R) -> T) -> axum::Json<Page<T>> {
     let next = |row: &R| Start { order: Order::Descending, backwards: false, row: cursor(row) }.encode();
     let next_page = rows.last().filter(|_| has_more).map(next);

@@ -1,4 +1,4 @@
-//! What sessions of `/v1` are given: repositories, when they are created, and files, also later.
+//! Resources of sessions under `/v1`: repositories, given when a session is created, and files, which may be added later.
 
 use std::collections::{BTreeMap, BTreeSet};
 

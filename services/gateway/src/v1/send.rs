@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_be_ignored_is_refused_by_name() {
+    fn fields_without_effect_are_refused_by_name() {
         let message = |content: Value| json!({ "type": "user.message", "content": content });
         assert_eq!(refusal(message(json!([{ "type": "image" }]))), "events.0.content.0.type: 'image' blocks are not supported; send text");
         assert_eq!(refusal(message(json!([]))), "events.0.content: must have text");

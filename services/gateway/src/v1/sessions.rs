@@ -1,4 +1,4 @@
-//! Sessions as `/v1` has them.
+//! Sessions under `/v1`.
 
 use std::collections::HashMap;
 
@@ -465,7 +465,7 @@ pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, 
 
 /// Archive an idle session
 ///
-/// It is terminated, and takes no more events; its history stays.
+/// It is terminated and accepts no further events; its history is kept.
 #[utoipa::path(post, path = "/v1/sessions/{id}/archive", tag = "managed-agents", operation_id = "sessions_archive", params(IdParams),
     responses((status = 200, description = "The session, archived now or before", body = Session)))]
 pub async fn archive(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Session>, ApiError> {

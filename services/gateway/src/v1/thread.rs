@@ -1,4 +1,4 @@
-//! What a session's log shows as under `/v1`: one entry may show as several events. Pure.
+//! Derives the events of `/v1` from a session's log. One entry may become several events. Pure.
 //!
 //! Some events depend on what came before them: which requests are open, and what earlier turns used. At the begin of a turn nothing is
 //! open, so [`Thread`] is built from there ([`contract::rpc::FindTurn`]) and fed every entry that follows.

@@ -1,4 +1,4 @@
-//! `/v1/sessions/{id}/threads`: the primary thread, which every session has and no other.
+//! `/v1/sessions/{id}/threads`: the primary thread, the only one that a session has.
 
 use axum::{
     Json,

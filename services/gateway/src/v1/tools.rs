@@ -444,7 +444,7 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "what insta reads too")]
-    fn the_document_shows_what_is_enforced() {
+    fn the_table_of_tools_matches_the_code_that_enforces_it() {
         const MARKERS: [&str; 2] = ["<!-- tools: begin -->\n", "<!-- tools: end -->"];
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/managed-agents-api.md");
         let document = std::fs::read_to_string(path).unwrap();
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_refused() {
+    fn unknown_values_are_refused() {
         for tools in [
             json!([{ "type": "nope" }]),
             json!([{}]),

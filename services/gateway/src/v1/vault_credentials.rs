@@ -39,7 +39,7 @@ use crate::{
 };
 
 const URL_CHARS_MAX: usize = 2048;
-/// A header of HTTP holds no more.
+/// The limit of an HTTP header.
 const TOKEN_BYTES_MAX: usize = 16 * 1024;
 
 /// A credential of a vault: all but its secret.

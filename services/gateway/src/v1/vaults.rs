@@ -1,4 +1,4 @@
-//! Vaults of `/v1`: credentials that sessions may be given.
+//! Vaults under `/v1`: collections of credentials that sessions use.
 
 use axum::{Json, extract::State};
 use contract::{
@@ -143,7 +143,7 @@ pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Resul
 
 /// Archive a vault
 ///
-/// Its credentials are archived too, and their secrets deleted. Sessions that have it go on without them.
+/// Its credentials are archived too, and their secrets deleted. Sessions that have it continue without them.
 #[utoipa::path(post, path = "/v1/vaults/{id}/archive", tag = "managed-agents", operation_id = "vaults_archive", params(IdParams),
     responses((status = 200, description = "The vault, archived now or before", body = Vault)))]
 pub async fn archive(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Vault>, ApiError> {

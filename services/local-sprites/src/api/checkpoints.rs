@@ -1,4 +1,4 @@
-//! Checkpoints (docs/sprites-api.md §7). What is done is told as it is done; a failure is the last line of a reply that began well.
+//! Checkpoints (docs/sprites-api.md §7). Progress is sent as it happens; a failure is the last line of a reply with status 200.
 
 use std::sync::Arc;
 
@@ -37,7 +37,7 @@ fn line(kind: &str, text: String) -> Value {
     json!({ "type": kind, field: text, "time": Timestamp::now().to_string() })
 }
 
-/// Tells that something begins, does it, and tells how it ended; continues when the client is gone.
+/// Sends that an operation begins, runs it, and sends its result; continues if the client disconnects.
 fn tell<F: Future<Output = Result<String, RegistryError>> + Send + 'static>(api: &Api, begins: String, work: F) -> Response {
     let (sender, receiver) = mpsc::channel(4);
     api.registry.lifecycle.tracker().spawn(async move {

@@ -185,7 +185,7 @@ impl Conversation {
         if socket.send(Message::text(info.to_string())).await.is_err() {
             return;
         }
-        let dropped = self.api.troubles.drop_after();
+        let dropped = self.api.faults.drop_after();
         let mut dropped = std::pin::pin!(async {
             match dropped {
                 Some(after) => tokio::time::sleep(after).await,
@@ -203,7 +203,7 @@ impl Conversation {
                     Some(Event::Output(frame)) => {
                         keepalive.reset();
                         sent_bytes += frame.len();
-                        if self.api.troubles.loses_output(sent_bytes) {
+                        if self.api.faults.loses_output(sent_bytes) {
                             continue;
                         }
                         // A terminal's bytes come as they are.

@@ -1,4 +1,4 @@
-//! Commands over plain HTTP (docs/sprites-api.md §4.3): frames without lengths, told apart by the chunks that they come in.
+//! Commands over plain HTTP (docs/sprites-api.md §4.3): frames without lengths, separated by the chunks in which they are sent.
 //!
 //! Clients read a frame with one read of their socket. So a frame is small, and each waits until the one before it was read.
 

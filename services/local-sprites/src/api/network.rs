@@ -1,4 +1,4 @@
-//! Into a Sprite's ports, and which there are (docs/sprites-api.md §10, §6).
+//! Connections to a Sprite's ports, and the list of ports (docs/sprites-api.md §10, §6).
 
 use std::{collections::BTreeSet, io, net::SocketAddr, sync::Arc, time::Duration};
 

@@ -1,4 +1,4 @@
-//! What a Sprite may reach, do and use (docs/sprites-api.md §8).
+//! Policies of a Sprite: network, privileges and resources (docs/sprites-api.md §8).
 
 use axum::{
     Json,

@@ -1,4 +1,4 @@
-//! Services (docs/sprites-api.md §9): what they are, how they are, and what happens to them for a while after each call.
+//! Services (docs/sprites-api.md §9): definitions, states, and a stream of events for a while after each call.
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -23,7 +23,7 @@ use crate::{
     sprites::sprite::Sprite,
 };
 
-/// How long a client is told what happens, where it does not say.
+/// How long a response follows a service by default.
 const WATCH: Duration = Duration::from_secs(5);
 const WATCH_MAX: Duration = Duration::from_secs(3600);
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -227,7 +227,7 @@ pub async fn logs(State(api): State<Api>, Path((name, service)): Path<(String, S
     Ok(follow(&api, &service, before, events, query.duration("duration").unwrap_or_default()))
 }
 
-/// A line of the log, as it was told when it was written.
+/// A line of the log, as it was sent when it was written.
 fn logged(line: &str) -> Option<Value> {
     let (at, rest) = line.split_once(" [")?;
     let (stream, data) = rest.split_once("] ")?;

@@ -1,4 +1,4 @@
-//! Sprites themselves: made, listed, changed, deleted (docs/sprites-api.md §2).
+//! Creates, lists, changes and deletes Sprites (docs/sprites-api.md §2).
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -22,7 +22,7 @@ use crate::sprites::{
 
 const ORGANIZATION: &str = "local";
 const LABELS_MAX: usize = 100;
-/// How often a client that watches the list is told that nothing happened.
+/// Interval of heartbeats to a client that watches the list.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
 #[derive(Deserialize)]
@@ -98,10 +98,10 @@ pub async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, Fai
     let mut change = Change::parse(&body)?;
     let name = change.name.take().ok_or_else(|| invalid("name is required"))?;
     let name: SpriteName = name.parse().map_err(|_| invalid("name is not a DNS label"))?;
-    if let Some((wait, body)) = api.troubles.refuse_creation() {
+    if let Some((wait, body)) = api.faults.refuse_creation() {
         return Err((StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, wait.to_string())], Json(body)).into_response().into());
     }
-    api.troubles.before_creation().await;
+    api.faults.before_creation().await;
     let mut settings = Settings::default();
     change.apply(&mut settings);
     let sprite = api.registry.create(name, settings).await?;

@@ -1,6 +1,6 @@
 //! Limits of memory, CPU and processes, by control groups of version 1 or 2; and the freezer, by which a Sprite is paused.
 //!
-//! Each Sprite has a group below this server's own. What a machine does not offer is told at start, and then not limited.
+//! Each Sprite has a group below this server's own. Limits that a machine does not support are logged at the start and not applied.
 
 use std::{
     fmt,
@@ -77,7 +77,7 @@ pub struct Cgroups {
 }
 
 impl Cgroups {
-    /// Finds what this machine offers. `instance` tells servers of one machine apart.
+    /// Finds what this machine supports. `instance` distinguishes servers on one machine.
     pub fn find(instance: &str, limits: Limits) -> Self {
         let membership = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let unified = Path::new(MOUNT).join("cgroup.controllers").exists();

@@ -40,7 +40,7 @@ impl Disks {
         if let Some(bytes) = bytes {
             match Self::prepare_image(template, bytes, &fill).await {
                 Ok(()) => return Ok(Self::Images),
-                Err(error) => tracing::warn!(%error, "disks of Sprites are not limited: no image of a file system can be made and mounted"),
+                Err(error) => tracing::warn!(%error, "disks of Sprites are not limited: no file system image can be created and mounted"),
             }
         }
         reset(template)?;

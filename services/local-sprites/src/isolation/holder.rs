@@ -91,6 +91,6 @@ impl Holder {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        tracing::warn!(pid = self.process.pid, "a sandbox does not die");
+        tracing::warn!(pid = self.process.pid, "a sandbox cannot be killed");
     }
 }

@@ -1,4 +1,4 @@
-//! A sandbox as an OCI runtime reads it: the `config.json` of a bundle.
+//! Describes a sandbox for an OCI runtime: the `config.json` of a bundle.
 
 use std::path::{Path, PathBuf};
 

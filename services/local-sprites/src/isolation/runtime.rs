@@ -1,4 +1,4 @@
-//! The OCI runtime: makes the sandbox that a bundle describes, and takes away what is left of one.
+//! The OCI runtime: creates the sandbox that a bundle describes, and removes what is left of one.
 
 use std::{
     fs, io,

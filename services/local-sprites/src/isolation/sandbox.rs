@@ -1,4 +1,4 @@
-//! A Sprite's sandbox: a container that an OCI runtime makes, with user, mount, PID, IPC, UTS and network namespaces of its own.
+//! A Sprite's sandbox: a container that an OCI runtime creates, with user, mount, PID, IPC, UTS and network namespaces of its own.
 //!
 //! Its root is an image of a Linux system, read-only and the same for all, under a layer of the Sprite's own disk. It holds nothing of
 //! this machine. The owners of the image's files say which of this machine's user ids the Sprites' users are; none of them may be a

@@ -393,7 +393,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_reaches_beside_the_sandbox_is_on_no_list() {
+    fn system_calls_that_reach_outside_the_sandbox_are_not_allowed() {
         let names: Vec<_> = allowed().map(|(name, _)| name).collect();
         for refused in ["unshare", "setns", "mount", "umount2", "bpf", "io_uring_setup", "keyctl", "userfaultfd", "open_by_handle_at"] {
             assert!(!names.contains(&format!("SYS_{refused}").as_str()), "{refused}");

@@ -19,7 +19,7 @@ pub struct Port {
     pub pid: i32,
 }
 
-/// All of a Sprite's. On the machine's own network those of others are not told.
+/// All open ports of a Sprite. On the machine's own network, ports of other processes are left out.
 pub fn listening(holder: Holder) -> BTreeSet<Port> {
     let mut sockets = BTreeMap::new();
     for table in ["tcp", "tcp6"] {

@@ -46,7 +46,7 @@ const SEND_MAX: Duration = Duration::from_secs(300);
 const ENDED_KEPT: usize = 64;
 const END_OF_FILE: u8 = 4;
 
-/// What a client is told of a command. When the channel ends before the exit, the command keeps running without this client.
+/// What a client receives from a command. If the channel closes before the exit, the command keeps running without this client.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The stream's byte, and output of it.

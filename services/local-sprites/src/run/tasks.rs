@@ -1,4 +1,4 @@
-//! What holds a quiet Sprite awake: tasks that its own programs name, each for a while (docs/sprites-api.md §11.1).
+//! Tasks, which keep a quiet Sprite awake. Its own programs register them for a limited time (docs/sprites-api.md §11.1).
 
 use std::{
     collections::BTreeMap,

@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn spool_and_log_are_begun_anew_and_a_kill_at_that_moment_repeats_nothing() {
+    async fn spool_and_log_rotate_and_a_kill_meanwhile_repeats_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let files = files(dir.path());
         let mut output = Output::open(&files).unwrap();

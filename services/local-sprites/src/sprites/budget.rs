@@ -1,4 +1,4 @@
-//! What all Sprites together may take of this machine, and how long an idle one keeps its part.
+//! Limits of all Sprites together, and how long an idle Sprite keeps its resources.
 //!
 //! Memory, CPUs and processes are limits of the control group above all Sprites. While less of the disk is free than the reserve, Sprites
 //! with more than the average do not start. The caretaker watches the disk and the idle.

@@ -1,4 +1,4 @@
-//! Keeps all Sprites together within their budget: freezes and stops the idle, and stops the Sprite that fills the disk.
+//! Keeps all Sprites together within their limits: freezes and stops idle ones, and stops the one that fills the disk.
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 

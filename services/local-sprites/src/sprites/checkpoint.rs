@@ -1,4 +1,4 @@
-//! Checkpoints of a Sprite's disk: what it has written, kept under a number, and put back (docs/sprites-api.md §7).
+//! Checkpoints: numbered copies of what a Sprite has written to its disk, and their restore (docs/sprites-api.md §7).
 
 use std::{fs, io, path::Path, sync::Arc};
 

@@ -1,4 +1,4 @@
-//! The Sprites of this server: made, found, listed, changed, deleted. A restart finds them as they were.
+//! The registry: creates, finds, lists, changes and deletes Sprites. It is persisted, so that a restart finds them unchanged.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +22,7 @@ use crate::{
         holder::{Holder, Network},
         sandbox::{Sandboxes, container_id},
     },
-    network::{Forward, Gate, Policy},
+    network::{EgressProxy, Forward, Policy},
     sprites::{
         budget::{self, Budget, Space},
         sprite::{Hold, Record, RegistryError, Settings, Sprite, Status},
@@ -62,7 +62,7 @@ impl Registry {
         let memory_bytes = total.map(|total| budget.memory(total));
         let limits = SharedLimits { memory_bytes, cpu_milli: budget.cpu_milli, processes: budget::processes() };
         if let Err(error) = cgroups.limit_all(limits) {
-            tracing::warn!(%error, ?limits, "failed to limit what all Sprites use together");
+            tracing::warn!(%error, ?limits, "failed to limit all Sprites together");
         }
         let registry = Arc::new(Self {
             dir,
@@ -87,7 +87,7 @@ impl Registry {
         }
         let known: Vec<String> = registry.all().iter().map(|sprite| container_id(sprite.dir())).collect();
         registry.sandboxes.remove_strays(&known).await;
-        tracing::info!(sprites = locked(&registry.sprites).len(), "Sprites taken up");
+        tracing::info!(sprites = locked(&registry.sprites).len(), "adopted running Sprites");
         Ok(registry)
     }
 
@@ -108,22 +108,22 @@ impl Registry {
             if let Some(group) = &sprite.attached().group {
                 let _ = group.freeze(false);
             }
-            self.open_gate(&sprite, holder)
+            self.open_network(&sprite, holder)
         };
         if let Err(error) = attached.await {
-            tracing::warn!(%error, sprite = name, "a Sprite that was taken up is cut off");
+            tracing::warn!(%error, sprite = name, "an adopted Sprite has lost its network");
         }
         sprite.services.start_all(&sprite, holder, &self.lifecycle);
         Ok(())
     }
 
     /// Opens what this server carries of a Sprite's traffic: the way out of a limited one, and the ways to private services.
-    fn open_gate(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
+    fn open_network(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
         let policy = sprite.record().policy;
-        let gate = match holder.network() {
+        let proxy = match holder.network() {
             Network::Limited => {
-                let told = sprite.inside_dir().join("policy/refused");
-                Some(Gate::open(holder.process.pid, policy, self.private_hosts.clone(), told).map_err(RegistryError::Network)?)
+                let refusals = sprite.inside_dir().join("policy/refused");
+                Some(EgressProxy::open(holder.process.pid, policy, self.private_hosts.clone(), refusals).map_err(RegistryError::Network)?)
             }
             Network::Machine | Network::Public => None,
         };
@@ -133,7 +133,7 @@ impl Registry {
         };
         let mut attached = sprite.attached();
         attached.forwards = forwards;
-        if let Some(before) = std::mem::replace(&mut attached.gate, gate) {
+        if let Some(before) = std::mem::replace(&mut attached.proxy, proxy) {
             before.close();
         }
         Ok(())
@@ -160,8 +160,8 @@ impl Registry {
             fs::write(sprite.inside_dir().join("policy/network.json"), serde_json::to_vec(&policy).map_err(io::Error::other)?)?;
             match sprite.holder() {
                 Some(holder) if holder.network() == network => {
-                    if let Some(gate) = &sprite.attached().gate {
-                        gate.set_policy(policy);
+                    if let Some(proxy) = &sprite.attached().proxy {
+                        proxy.set_policy(policy);
                     }
                     Ok(())
                 }
@@ -284,8 +284,8 @@ impl Registry {
     /// Ends what runs in a Sprite.
     pub(crate) async fn end(&self, sprite: &Hold) {
         let attached = std::mem::take(&mut *sprite.attached());
-        if let Some(gate) = attached.gate {
-            gate.close();
+        if let Some(proxy) = attached.proxy {
+            proxy.close();
         }
         if let Some(group) = attached.group.as_ref().filter(|_| attached.is_paused) {
             // What is frozen does not even die.
@@ -403,7 +403,7 @@ impl Registry {
         let attached = async {
             sprite.keep_holder(holder)?;
             self.limit(sprite)?.add(holder.process.pid).map_err(RegistryError::Limits)?;
-            self.open_gate(sprite, holder)
+            self.open_network(sprite, holder)
         };
         if let Err(error) = attached.await {
             // Nothing runs without its limits.

@@ -1,4 +1,4 @@
-//! One Sprite: what is kept of it on disk, what is attached to its sandbox, and who may change that.
+//! One Sprite: its persisted record, what is attached to its sandbox, and the lock that guards both.
 
 use std::{
     collections::BTreeMap,
@@ -26,7 +26,7 @@ use crate::{
         launch::{Launch, Privileges},
         sandbox::SandboxError,
     },
-    network::{Gate, Policy},
+    network::{EgressProxy, Policy},
     run::{
         exec::{self, ExecSession, Sessions},
         tasks::Tasks,
@@ -119,7 +119,7 @@ pub struct Attached {
     /// Its limits.
     pub group: Option<Cgroup>,
     /// Its way out, where its network is limited.
-    pub gate: Option<Arc<Gate>>,
+    pub proxy: Option<Arc<EgressProxy>>,
     /// Carry its connections to private services that the deployment names.
     pub forwards: JoinSet<()>,
     /// Its processes are frozen.

@@ -22,7 +22,7 @@ async fn trouble_with_calls_is_outlived() {
 }
 
 #[tokio::test]
-async fn a_limit_of_creations_is_told_with_how_long_to_wait() {
+async fn a_creation_limit_is_reported_with_retry_after() {
     let server = Server::start(&[("LOCAL_SPRITES_CHAOS", "creates-per-minute=1,long-url=2000")]).await;
     let sprite = server.sprite("first").await;
     let refused = sprites::http_client().unwrap().post(format!("{}/v1/sprites", server.url())).bearer_auth(crate::server::TOKEN);
@@ -41,7 +41,7 @@ async fn a_limit_of_creations_is_told_with_how_long_to_wait() {
 }
 
 #[tokio::test]
-async fn a_dropped_socket_is_never_taken_for_an_end() {
+async fn a_dropped_socket_is_not_an_end() {
     let server = Server::start(&[("LOCAL_SPRITES_CHAOS", "drop-sockets=100")]).await;
     let sprite = server.sprite("dropped").await;
     let request = ExecRequest { argv: &["sleep", "30"], ..ExecRequest::default() };

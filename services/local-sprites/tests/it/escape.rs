@@ -211,7 +211,7 @@ async fn one_sprite_does_not_take_what_all_share() {
 
 /// A Sprite reaches nothing of the machine and of other Sprites, but what the deployment names; and its loopback is its own.
 #[tokio::test]
-async fn the_machine_is_not_reached_but_for_what_is_named() {
+async fn only_named_addresses_of_the_machine_are_reachable() {
     let served = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
     let other = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
     let (port, unnamed) = (served.local_addr().unwrap().port(), other.local_addr().unwrap().port());

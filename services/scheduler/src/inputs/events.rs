@@ -212,7 +212,7 @@ pub async fn turn_ended(tx: &mut PgConnection, session: SessionId, turn: u32, en
     Ok(())
 }
 
-/// A turn that ended asks no more.
+/// A turn that ended no longer asks.
 pub async fn void_requests(tx: &mut PgConnection, session: SessionId) -> Result<(), Failure> {
     sqlx::query("update permission_request set status = 'void', settled_at = now() where session_id = $1 and status = 'open'")
         .bind(session.uuid())

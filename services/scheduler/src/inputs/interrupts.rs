@@ -9,9 +9,8 @@ use sqlx::PgConnection;
 use types::{InputKind, SessionId};
 
 use crate::{
-    Scheduler,
+    Scheduler, idempotency,
     inputs::{InputRow, New, open, whose},
-    once,
     sessions::row::{SessionRow, lock, missing},
 };
 
@@ -34,7 +33,7 @@ pub async fn interrupt_in(tx: &mut PgConnection, session: &SessionRow, key_id: &
 
 pub async fn interrupt(scheduler: Scheduler, request: InterruptRequest) -> Result<Input, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
-    let input = once::retried(|| async {
+    let input = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let session = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
         if !session.status()?.is_active() {

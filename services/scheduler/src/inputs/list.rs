@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::{
     Scheduler,
     inputs::{InputRow, check_owner, input_columns, whose},
-    page::{List, Window},
+    page::{List, PageStart},
     unsigned,
 };
 
@@ -31,7 +31,7 @@ pub async fn list_open(scheduler: Scheduler, request: ListPartsRequest) -> Resul
 async fn page(scheduler: &Scheduler, request: &ListPartsRequest, after: Option<&Cursor>, keys: &str) -> Result<ListInputsReply, Failure> {
     let (user, id) = whose(&request.user_id, &request.id)?;
     check_owner(scheduler, user, id).await?;
-    let window = Window::by_time(request.limit, after)?;
+    let start = PageStart::by_time(request.limit, after)?;
     let list = List {
         keys,
         table: "input",
@@ -39,7 +39,7 @@ async fn page(scheduler: &Scheduler, request: &ListPartsRequest, after: Option<&
         bytes: "octet_length(text) + octet_length(deny_message) + octet_length(reason) + 500",
         columns: input_columns!(),
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(window.limit).bind(window.time).bind(window.id));
+    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(start.limit).bind(start.time).bind(start.id));
     let (rows, has_more): (Vec<InputRow>, _) = page.await?;
     Ok(ListInputsReply { inputs: rows.into_iter().map(Input::from).collect(), has_more })
 }

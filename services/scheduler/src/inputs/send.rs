@@ -11,7 +11,7 @@ use sqlx::PgConnection;
 use types::{InputKind, SessionId, SessionStatus, UserId};
 
 use crate::{
-    Scheduler,
+    Scheduler, idempotency,
     inputs::{
         InputRow, New, change, input_columns,
         interrupts::{interrupt_in, open_interrupt},
@@ -19,7 +19,7 @@ use crate::{
         requests::{answer, awaited, decide_in},
         whose,
     },
-    micros, once, quota,
+    micros, quota,
     sessions::row::{SessionRow, lock, missing},
     unsigned,
 };
@@ -27,10 +27,10 @@ use crate::{
 /// Events that are sent together: all take effect, or none does.
 pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<SendEventsReply, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
-    let reply = once::retried(|| async {
+    let reply = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = send_in(&mut tx, user, id, &request).await;
-        once::finish(tx, outcome).await
+        idempotency::finish(tx, outcome).await
     })
     .await?;
     scheduler.outbox.notify_one();
@@ -47,7 +47,7 @@ pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<Se
 
 async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &SendEventsRequest) -> Result<SendEventsReply, Failure> {
     let route = format!("sessions/{id}/events");
-    if let Some(reply) = once::earlier::<SendEventsReply>(tx, user, &route, request.once.as_ref()).await? {
+    if let Some(reply) = idempotency::earlier::<SendEventsReply>(tx, user, &route, request.once.as_ref()).await? {
         return Ok(SendEventsReply { replayed: true, ..reply });
     }
     let mut reply = SendEventsReply::default();
@@ -80,7 +80,7 @@ async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &S
         };
         reply.inputs.push(input);
     }
-    once::remember(tx, user, &route, request.once.as_ref(), &reply).await?;
+    idempotency::remember(tx, user, &route, request.once.as_ref(), &reply).await?;
     Ok(reply)
 }
 

@@ -13,9 +13,8 @@ use types::limits::PAGE_MAX;
 use uuid::Uuid;
 
 use crate::{
-    Scheduler,
+    Scheduler, idempotency,
     models::limits::{self, Defaults, Scope},
-    once,
     sessions::row::missing,
     unsigned, without_nul,
 };
@@ -35,7 +34,7 @@ pub async fn get(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Budg
 pub async fn set(scheduler: Scheduler, request: SetBudgetRequest) -> Result<Budget, Failure> {
     let of = request.of.unwrap_or_default();
     let change = request.change.unwrap_or_default();
-    once::retried(|| async {
+    idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let (scope, id) = find(&mut tx, &of).await?;
         write(&mut tx, scope, id, &change).await?;

@@ -193,7 +193,7 @@ pub async fn policies(tx: &mut PgConnection, owners: &Owners, defaults: &Default
     Ok(policies)
 }
 
-/// Makes the row of a budget where there is none. A session's counts what the session used before; others begin with nothing.
+/// Creates the row of a budget if there is none. A session's row includes what the session used before; others start at zero.
 pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), Failure> {
     if scope == Scope::Session {
         // The row that everybody who writes of a session's requests takes first.

@@ -1,6 +1,6 @@
 //! Model requests: admitted and reserved before they are sent, settled once with what they used.
 //!
-//! Whoever writes of a session's requests takes its row of `model_meter` first, then the budgets' rows, session first and deployment
+//! Code that writes about a session's requests locks its row of `model_meter` first, then the budgets' rows, session first and deployment
 //! last. Each transaction is short: a budget's row is held for as long as Postgres takes to commit.
 
 use std::time::Duration;
@@ -21,12 +21,11 @@ use types::{SessionId, SessionStatus};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler,
+    Scheduler, idempotency,
     models::{
         entries,
         limits::{self, Change, Owners, Ran, Scope},
     },
-    once,
     sessions::row::missing,
     unsigned, without_nul,
 };
@@ -94,7 +93,7 @@ fn refused(reason: &str, message: impl Into<String>) -> Verdict {
 
 pub async fn begin(scheduler: Scheduler, request: BeginModelRequestRequest) -> Result<BeginModelRequestReply, Failure> {
     let named = Named::read(request)?;
-    let (verdict, has_entries) = once::retried(|| begin_once(&scheduler, &named)).await?;
+    let (verdict, has_entries) = idempotency::retried(|| begin_once(&scheduler, &named)).await?;
     if has_entries {
         entries::hint(&scheduler, named.session).await;
     }
@@ -359,7 +358,7 @@ async fn insert(tx: &mut PgConnection, named: &Named, owners: &Owners, turn: i32
 
 pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Result<Empty, Failure> {
     let named = Named::read(request.begun.clone().unwrap_or_default())?;
-    once::retried(|| async {
+    idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let known = sqlx::query("select from model_request where request_id = $1").bind(named.id).fetch_optional(&mut *tx).await?;
         if known.is_none() && is_unsent(&request) {
@@ -584,7 +583,7 @@ async fn settle_one_lost(scheduler: &Scheduler, id: Uuid, session: SessionId) ->
     settle(&mut tx, session, id, &lost).await?;
     tx.commit().await?;
     metrics::counter!("aod_model_requests_lost_total").increment(1);
-    tracing::warn!(%session, request = %id, "a model request's gateway is gone; what it used is unknown");
+    tracing::warn!(%session, request = %id, "the gateway of a model request was lost; its usage is unknown");
     entries::hint(scheduler, session).await;
     Ok(())
 }

@@ -7,7 +7,7 @@ use sqlx::PgPool;
 const AT_A_TIME: i64 = 2000;
 const KEPT_DAYS: i32 = 7;
 
-/// Adds settled requests to the totals of their day. Unknown ones wait for an hour: what they used may still be told.
+/// Adds settled requests to the totals of their day. Unknown ones wait for an hour, in case their usage is still reported.
 pub async fn add_up(pool: &PgPool) -> Result<(), Failure> {
     loop {
         let summed = sqlx::query(

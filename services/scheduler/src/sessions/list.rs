@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::row::{SessionRow, session_columns};
 use crate::{
     Scheduler, agents, files,
-    page::{Filters, List, Window},
+    page::{Filters, List, PageStart},
     usage,
 };
 
@@ -19,7 +19,7 @@ const LISTED_PROMPT_CHARS: i32 = 200;
 
 pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSessionsReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let window = Window::by_time(request.limit, request.after.as_ref())?;
+    let start = PageStart::by_time(request.limit, request.after.as_ref())?;
     let agent =
         request.agent_id.as_deref().map(str::parse::<AgentId>).transpose().map_err(|_| Failure::invalid("agent_id must be an id"))?;
     let environment = request.environment_id.as_deref().map(str::parse::<EnvironmentId>).transpose();
@@ -68,7 +68,7 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListSess
         columns: if request.is_v1 { v1_columns } else { session_columns!() },
     };
     let page = list.read(&scheduler.pool, |query| {
-        let query = query.bind(user.uuid()).bind(window.limit).bind(window.time).bind(window.id);
+        let query = query.bind(user.uuid()).bind(start.limit).bind(start.time).bind(start.id);
         let query = query.bind(request.status.clone()).bind(agent.map(AgentId::uuid)).bind(environment.map(EnvironmentId::uuid));
         let query = query.bind(filters.from).bind(filters.before);
         query.bind(request.agent_version.map(|version| i32::try_from(version).unwrap_or(i32::MAX)))

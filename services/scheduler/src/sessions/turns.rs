@@ -20,7 +20,7 @@ use super::row::{SessionRow, find, missing, session_columns};
 use crate::{
     Scheduler, micros,
     outbox::enqueue,
-    page::{List, Window},
+    page::{List, PageStart},
     unsigned,
 };
 
@@ -109,7 +109,7 @@ pub async fn list(scheduler: Scheduler, request: ListPartsRequest) -> Result<Lis
     let id: SessionId = request.id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     find(&scheduler.pool, id, user).await?;
-    let window = Window::by_number_upwards(request.limit, request.after.as_ref());
+    let start = PageStart::by_number_upwards(request.limit, request.after.as_ref());
     let list = List {
         keys: "select turn_number from turn where session_id = $1 and turn_number > $3 order by turn_number limit $2 + 1",
         table: "turn_used",
@@ -118,7 +118,7 @@ pub async fn list(scheduler: Scheduler, request: ListPartsRequest) -> Result<Lis
         columns: "turn_number, prompt, status, exit_code, created_at, started_at, ended_at, input_tokens, output_tokens, cost_micro_usd,
                   model_used",
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(window.limit).bind(window.number));
+    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(start.limit).bind(start.number));
     let (rows, has_more): (Vec<TurnRow>, _) = page.await?;
     let turn = |row: TurnRow| Turn {
         usage: row.usage(),

@@ -91,9 +91,9 @@ async fn a_prompt_that_is_asked_of_two_schedulers_is_one_turn() {
     assert_eq!((failure.code, failure.message.as_str()), (ErrorCode::Conflict, "Session already has a pending turn"));
 }
 
-/// Creations that go side by side far below a large quota, and one by one near it, let no more through either.
+/// Concurrent creations never exceed a quota: neither far below a large one, where they share a lock, nor near it.
 #[tokio::test]
-async fn a_large_quota_is_kept_too_and_what_ends_makes_room() {
+async fn a_large_quota_holds_and_ended_sessions_free_it() {
     const LIMIT: u32 = 1200;
     let (world, agent) = World::with_agent().await;
     let mut sessions = Vec::new();

@@ -32,7 +32,7 @@ async fn two_schedulers_record_every_event_once_and_in_order() {
 }
 
 #[tokio::test]
-async fn an_event_that_cannot_be_read_holds_up_nothing() {
+async fn an_unreadable_event_does_not_block_later_events() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let id: SessionId = session.parse().unwrap();
@@ -101,7 +101,7 @@ async fn a_stream_that_is_not_the_one_that_was_published_to_is_recreated() {
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     world.complete(&session, 1).await;
     let scheduler = world.nats.connect(&access::SCHEDULER).await.unwrap();
-    let begins_at = async || scheduler.extent(&contract::topology::EVENTS).await.map_or(0, |extent| extent.last_sequence + 1);
+    let begins_at = async || scheduler.stream_info(&contract::topology::EVENTS).await.map_or(0, |info| info.last_sequence + 1);
     for statement in [
         "update scheduler.stream_generation set high_watermark = high_watermark + 30",
         "update scheduler.stream_generation set created_at = created_at - interval '1 second'",

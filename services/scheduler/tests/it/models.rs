@@ -90,7 +90,7 @@ fn kinds(reply: &FetchModelRequestsReply) -> Vec<&'static str> {
 }
 
 #[tokio::test]
-async fn a_model_request_is_counted_once_however_often_it_is_told() {
+async fn a_model_request_is_counted_once_however_often_it_is_reported() {
     let world = World::start().await;
     let models = Models::start(&world).await;
     let (session, epoch) = world.asking(&world.agent().await).await;
@@ -357,7 +357,7 @@ impl World {
 }
 
 #[tokio::test]
-async fn a_budget_counts_what_a_session_used_before_and_a_raised_one_lets_it_go_on_with_a_new_warning() {
+async fn a_budget_counts_earlier_usage_and_raising_it_continues_with_a_new_warning() {
     let world = World::start().await;
     let models = Models::start(&world).await;
     let budget = BudgetChange { requests: Some(LimitChange { max: Some(100) }), ..BudgetChange::default() };
@@ -400,7 +400,7 @@ async fn a_budget_counts_what_a_session_used_before_and_a_raised_one_lets_it_go_
     let cleared = operator.call::<rpc::ClearBudget>(&cleared, SOON).await.unwrap();
     assert_eq!((cleared.max.unwrap().tokens, cleared.used.unwrap().tokens), (None, Some(0)));
     let again = world.set_budget(world.owned("session", &session), Some(100)).await.unwrap();
-    assert_eq!((again.max.unwrap().tokens, again.used.unwrap().tokens), (Some(100), Some(0)), "its counts begin anew");
+    assert_eq!((again.max.unwrap().tokens, again.used.unwrap().tokens), (Some(100), Some(0)), "its counts start over");
 }
 
 #[tokio::test]

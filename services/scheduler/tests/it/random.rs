@@ -17,7 +17,7 @@ impl Model {
 
 /// Random courses of everything that can happen to a session, each step compared with what the contract says of it.
 #[tokio::test]
-async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
+async fn random_event_sequences_match_the_session_model() {
     let seed = fastrand::u64(..);
     let mut rng = fastrand::Rng::with_seed(seed);
     let (world, agent) = World::with_agent().await;
@@ -93,7 +93,7 @@ async fn whatever_happens_in_whatever_order_the_state_is_the_contracts() {
 
 /// All at once on one session: termination wins over everything but deletion, and nothing is in between.
 #[tokio::test]
-async fn whatever_happens_at_once_ends_in_one_state() {
+async fn concurrent_requests_end_in_one_state() {
     let (world, agent) = World::with_agent().await;
     let user = world.user.to_string();
     for round in 0..30 {

@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test]
-async fn what_is_old_goes_and_what_is_not_stays() {
+async fn old_data_is_removed_and_newer_data_kept() {
     let (world, agent) = World::with_agent().await;
     let (old, new) = (world.create(&agent, 10).await.unwrap().session_id, world.create(&agent, 10).await.unwrap().session_id);
     let active = world.create(&agent, 10).await.unwrap().session_id;
@@ -87,7 +87,7 @@ async fn one_day_of_events_is_dropped_in_an_hour_whichever_replica_starts() {
 
 /// Between any two steps of a gateway: a row without bytes, bytes with a row that was never finished, bytes that no row knows.
 #[tokio::test]
-async fn what_a_killed_process_left_of_a_file_is_removed() {
+async fn partial_files_of_killed_processes_are_removed() {
     let world = World::start().await;
     let directory = tempfile::tempdir().unwrap();
     let store = files::Files::open(&format!("file://{}", directory.path().display())).unwrap();

@@ -114,7 +114,7 @@ impl Playback {
         }
     }
 
-    /// Leaves an event out of the log, for the turn told more than is kept.
+    /// Leaves an event out of the log, because the turn exceeds the limit of typed events.
     pub(super) fn drop_event(&mut self, next: u64, bytes: u64) {
         self.flush(false);
         (self.position, self.records_through) = (next, next);

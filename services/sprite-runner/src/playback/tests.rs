@@ -313,7 +313,7 @@ fn texts_of_events_show_no_secret() {
 
 /// A successor reads a set-up's journal from its beginning: it knows what was said, and appends what is not in the log.
 #[test]
-fn a_set_up_is_read_again_without_being_told_twice() {
+fn a_set_up_that_is_read_again_yields_no_duplicate_events() {
     let step = |id: &str| record::Kind::StepStarted(StepStarted { input_id: id.to_owned(), name: String::new() });
     let end = |id: &str| record::Kind::StepEnded(StepEnded { input_id: id.to_owned(), exit_code: Some(3), ..StepEnded::default() });
     let journal =

@@ -1,4 +1,4 @@
-//! Tool uses that have no result yet: a checkpoint names them, for their results name their ids.
+//! Tool uses without a result. A checkpoint contains their ids, because their results refer to them.
 
 use std::collections::VecDeque;
 
@@ -7,10 +7,10 @@ use contract::{
     session::{AgentEvent, Checkpoint, DecisionRequested, OpenTool, session_event::Kind},
 };
 
-/// Tool uses without a result that are remembered: a result that comes later names none.
+/// How many tool uses without a result are remembered. The result of a forgotten one names no tool use.
 const OPEN_TOOLS_MAX: usize = 1000;
 
-/// Adds the pair of a tool use; the oldest goes where there are too many.
+/// Adds a tool use, and forgets the oldest if there are too many.
 pub fn remember(tools: &mut VecDeque<OpenTool>, tool: OpenTool) {
     if tools.len() >= OPEN_TOOLS_MAX {
         tools.pop_front();
@@ -18,7 +18,7 @@ pub fn remember(tools: &mut VecDeque<OpenTool>, tool: OpenTool) {
     tools.push_back(tool);
 }
 
-/// What a reader adds to the checkpoint of an event: the event itself, where it shows a tool use.
+/// Adds an event that shows a tool use to its own checkpoint.
 pub fn own_tool(kind: Option<&Kind>, id: u64, checkpoint: &mut Checkpoint) {
     let (journal_id, is_mcp) = match kind {
         Some(Kind::Agent(AgentEvent { event: Some(event), is_mcp, .. })) if matches!(event.kind, Some(event::Kind::ToolUse(_))) => {

@@ -33,7 +33,7 @@ exec claude --session-id "$id" "$@""#;
 #[derive(Default)]
 struct Claude {
     spec: Spec,
-    /// Asked for by name, so that an answer can be told apart.
+    /// Name of the request, by which its answer is recognized.
     requests: u64,
     ready: bool,
     conversation: String,

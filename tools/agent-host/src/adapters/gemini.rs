@@ -1,6 +1,6 @@
 //! Gemini CLI: the Agent Client Protocol, version 1: JSON-RPC, one object per line.
 //!
-//! The protocol tells little of tools: a call that asks is first heard of by its request, and a command's output is left out.
+//! The protocol reports little about tools: a call that needs permission first appears as a request, and a command's output is missing.
 
 use std::collections::HashMap;
 
@@ -39,7 +39,7 @@ struct Gemini {
     last_request: u64,
     requests: HashMap<u64, Request>,
     session: String,
-    /// A loaded conversation is told again: that is no news.
+    /// The CLI repeats a conversation that it loads: these messages are skipped.
     loading: bool,
     texts: u64,
     /// What of a message or thought has come, and whether it is a thought.

@@ -58,9 +58,9 @@ pub fn error_kind(status: &str) -> &'static str {
 /// An MCP server that the CLI continues without.
 pub fn mcp_failed(server: &str, why: &str, wants_login: bool) -> event::Kind {
     let message = match (wants_login, why) {
-        (true, _) => format!("The MCP server {server} wants its user to log in; the turn goes on without it"),
-        (false, "") => format!("The MCP server {server} did not start; the turn goes on without it"),
-        (false, why) => format!("The MCP server {server} did not start; the turn goes on without it: {why}"),
+        (true, _) => format!("The MCP server {server} wants its user to log in; the turn continues without it"),
+        (false, "") => format!("The MCP server {server} did not start; the turn continues without it"),
+        (false, why) => format!("The MCP server {server} did not start; the turn continues without it: {why}"),
     };
     let kind = if wants_login { "mcp_authentication_failed_error" } else { "mcp_connection_failed_error" };
     event::Kind::Error(AgentError { kind: kind.to_owned(), message, retry: Retry::Exhausted.into() })

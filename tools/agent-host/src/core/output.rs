@@ -283,7 +283,7 @@ fn shorten_to(mut text: String, max: usize) -> String {
     text
 }
 
-/// A tool's input; one that is too long is told as a text.
+/// A tool's input; one that is too long becomes a text.
 fn shorten_json(text: String, max: usize) -> String {
     if text.len() <= max {
         return text;

@@ -69,7 +69,7 @@ fn an_interrupt_is_settled_before_the_turn_that_it_ends() {
 }
 
 #[test]
-fn an_error_between_turns_is_told_of_in_the_next_one() {
+fn an_error_between_turns_is_reported_in_the_next_turn() {
     let mut core = running();
     core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
     core.take_actions();
@@ -120,7 +120,7 @@ fn calls_of_custom_tools_that_are_withdrawn_at_once_do_not_fill_the_log() {
 }
 
 #[test]
-fn what_a_turn_or_a_server_leaves_open_of_custom_tools_is_withdrawn() {
+fn open_custom_tool_calls_are_withdrawn_with_their_turn_or_server() {
     let mut core = running();
     core.custom_tool_called("1:1".to_owned(), "ask".to_owned(), "{}".to_owned(), 1);
     core.custom_tool_called("2:1".to_owned(), "ask".to_owned(), "{}".to_owned(), 1);

@@ -1,4 +1,4 @@
-//! The events that one entry of the log shows as, and their ids.
+//! The events that are derived from one entry of the log, and their ids.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -93,7 +93,7 @@ impl Entry<'_> {
         self.shown.push(Shown { place, id, kind, at_us, body: event });
     }
 
-    /// What a user sent has the id that its sender was told.
+    /// An event that a user sent has the id that was returned to its sender.
     pub fn add_sent(&mut self, input_id: &str, kind: &'static str, body: Value) {
         let id = input_id.parse().map_or(EventId::Log { id: self.id, part: part::MESSAGE }, EventId::Input);
         self.add_as(id, part::MESSAGE, kind, body);

@@ -1,4 +1,4 @@
-//! Where containers are put together, and the runtime that makes them: as root.
+//! The directory of bundles and the OCI runtime that creates containers from them, as root.
 
 use std::{
     fs,

@@ -1,4 +1,4 @@
-//! Why a sandbox could not be made.
+//! Errors of creating a sandbox.
 
 use std::io;
 

@@ -1,4 +1,4 @@
-//! What this server is told about sandboxes.
+//! Settings of sandboxes.
 
 use std::{
     fmt, fs, io,
@@ -35,7 +35,7 @@ impl fmt::Display for Isolation {
     }
 }
 
-/// What this server is told about sandboxes.
+/// Settings of sandboxes.
 #[derive(Clone, Debug)]
 pub struct Kind {
     pub isolation: Isolation,

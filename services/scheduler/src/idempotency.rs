@@ -1,6 +1,6 @@
 //! Requests that take effect once, however often they come (docs/api.md §1, `Idempotency-Key`).
 //!
-//! The answer is written in the transaction of what it tells of: after a crash at any moment either both are there or neither is.
+//! The answer is written in the transaction of the change that it reports: a crash at any moment leaves both or neither.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use prost::Message;
 use sqlx::{PgConnection, PgTransaction, Row as _};
 use types::{Backoff, ErrorCode, UserId};
 
-/// The answer to an earlier request with the same key. Without a key there is none.
+/// Returns the answer to an earlier request with the same key; none without a key.
 ///
 /// # Errors
 /// When such a request is under way, or had another body.
@@ -49,7 +49,7 @@ pub async fn earlier<R: Message + Default>(
     R::decode(reply.as_slice()).map(Some).map_err(Failure::internal)
 }
 
-/// As [`earlier`], of a creation under the id that its caller chose: waits for other attempts of the same request first.
+/// Like [`earlier`], for a creation with an id that the caller chose. Waits for other attempts of the same request first.
 pub async fn earlier_creation<R: Message + Default>(
     tx: &mut PgConnection,
     user: UserId,
@@ -82,20 +82,20 @@ pub async fn or_created_earlier<R>(
     }
 }
 
-/// The id that a caller chose for what it creates, or a new one.
+/// Returns the id that the caller chose for what it creates, or a new one.
 ///
 /// # Errors
-/// When it is none.
+/// When the text is not an id.
 pub fn chosen<I: std::str::FromStr>(id: &str, new: impl FnOnce() -> I) -> Result<I, Failure> {
     if id.is_empty() { Ok(new()) } else { id.parse().map_err(|_| Failure::invalid("The id is not a lowercase UUID")) }
 }
 
-/// The failure of an insert: one whose id is there already is another attempt of the same request.
+/// Converts the error of an insert. If the id exists already, another attempt of the same request was faster.
 pub fn not_inserted(error: sqlx::Error, primary_key: &str) -> Failure {
     if store::violates(&error, primary_key) { Failure::conflict("It exists already") } else { error.into() }
 }
 
-/// Remembers the answer, to commit with what it tells of.
+/// Stores the answer in the transaction of the change that it reports.
 pub async fn remember(tx: &mut PgConnection, user: UserId, route: &str, once: Option<&Once>, reply: &impl Message) -> Result<(), Failure> {
     let Some(once) = once else { return Ok(()) };
     // A row that is older than a day may still be there.
@@ -114,7 +114,7 @@ pub async fn remember(tx: &mut PgConnection, user: UserId, route: &str, once: Op
     Ok(())
 }
 
-/// Ends the transaction before its outcome is told: a repetition that comes right then does not find its key still in use.
+/// Ends the transaction before its outcome is returned, so that an immediate retry does not find its key in use.
 pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, Failure>) -> Result<T, Failure> {
     match outcome {
         Ok(reply) => tx.commit().await.map(|()| reply).map_err(Failure::from),
