@@ -1,4 +1,4 @@
-//! The connection, and typed requests.
+//! The connection to NATS, and typed requests.
 
 use std::{
     path::PathBuf,
@@ -24,7 +24,7 @@ use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};
 
 use crate::{Failure, trace};
 
-/// Older servers drop stream and consumer settings they do not know, without a word.
+/// Older servers silently ignore stream and consumer settings that they do not know.
 const SERVER_VERSION_MIN: (u64, u64) = (2, 12);
 
 /// How to reach the bus, and as whom.
@@ -35,7 +35,7 @@ pub struct Config {
     /// One of [`access::ALL`].
     pub user: &'static str,
     pub password: SecretString,
-    /// Certificates (PEM) of who signed the server's. With them, or with `tls://`, nothing goes unencrypted.
+    /// Certificates (PEM) of the server's certificate authority. With them, or with `tls://`, the connection must be encrypted.
     pub ca_file: Option<PathBuf>,
     /// Shown by the server's monitoring: `<service>/<instance>`.
     pub name: String,
@@ -71,7 +71,7 @@ pub enum ConnectError {
 pub struct Bus {
     pub(crate) client: Client,
     pub(crate) jetstream: jetstream::Context,
-    /// How often it was connected: what was under way on an earlier connection gets no answer.
+    /// Number of connections so far: requests that were sent on an earlier one get no answer.
     pub(crate) connections: watch::Receiver<u64>,
     /// How often a subscription of this connection was too slow, so that messages were dropped.
     pub(crate) drops: watch::Receiver<u64>,
@@ -80,10 +80,10 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Connects as a service; later losses of the connection are mended behind the scenes, for as long as it takes.
+    /// Connects as a service. If the connection is lost later, it reconnects in the background, for as long as it takes.
     ///
     /// # Errors
-    /// [`ConnectError`] when no server answers, or the server is not fit for us.
+    /// [`ConnectError`] when no server answers, or its version or configuration is not supported.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         describe_metrics();
         let (counter, connections) = watch::channel(0_u64);
@@ -141,18 +141,18 @@ impl Bus {
         self.client.connection_state() == async_nats::connection::State::Connected
     }
 
-    /// The connections that come after the one at hand.
+    /// Later connections than the current one.
     pub(crate) fn next_connection(&self) -> watch::Receiver<u64> {
         let mut connections = self.connections.clone();
         connections.mark_unchanged();
         connections
     }
 
-    /// Sends a request and waits for its answer, at most `deadline`. A retry-safe request is sent once more where no
-    /// responder was there, or no answer came in a third of the time: a service may be restarting, or have died with the request.
+    /// Sends a request and waits for its answer, at most `deadline`. A retry-safe request is sent once more if there was no
+    /// responder, or no reply within a third of the time: a service may be restarting, or may have died with the request.
     ///
     /// # Errors
-    /// What the other side failed with; `Unavailable` when no one serves the subject, `DeadlineExceeded` when no answer came.
+    /// The failure of the other side; `Unavailable` when no one serves the subject, `DeadlineExceeded` when no reply came.
     pub async fn call<R: Rpc>(&self, request: &R::Request, deadline: Duration) -> Result<R::Reply, Failure> {
         let call = async {
             if !R::RETRY_SAFE {
@@ -203,7 +203,7 @@ impl Bus {
         R::Reply::decode(payload).map_err(Failure::internal)
     }
 
-    /// A reply's message. Services of the release before do not seal.
+    /// Returns the message of a reply. Services of the previous release do not seal replies.
     fn unseal(&self, subject: &str, reply: &Message) -> Result<Bytes, Failure> {
         match (&self.reply_key, is_marked(reply, header::SEALED)) {
             (_, false) => Ok(reply.payload.clone()),
@@ -214,13 +214,13 @@ impl Bus {
         }
     }
 
-    /// Sends a hint: at most once, to those who listen right now.
+    /// Publishes a hint: at most once, to current subscribers.
     pub async fn hint(&self, subject: String) {
-        self.tell(subject, Bytes::new()).await;
+        self.publish(subject, Bytes::new()).await;
     }
 
-    /// Sends a message as a hint: at most once, to those who listen right now.
-    pub async fn tell(&self, subject: String, message: Bytes) {
+    /// Publishes a message as a hint: at most once, to current subscribers.
+    pub async fn publish(&self, subject: String, message: Bytes) {
         let mut headers = HeaderMap::new();
         headers.insert(header::HINT, "1");
         if let Err(error) = self.client.publish_with_headers(subject, headers, message).await {
@@ -228,33 +228,33 @@ impl Bus {
         }
     }
 
-    /// Listens for hints on a subject.
+    /// Subscribes to hints on a subject.
     ///
     /// # Errors
     /// When the connection is closed for good.
     pub async fn hints(&self, subject: String) -> Result<impl futures::Stream<Item = ()> + Unpin + use<>, Failure> {
         use futures::StreamExt as _;
-        Ok(self.told(subject).await?.map(|_| ()))
+        Ok(self.messages(subject).await?.map(|_| ()))
     }
 
-    /// Listens for what is sent by [`Self::tell`].
+    /// Subscribes to messages that [`Self::publish`] sends.
     ///
     /// # Errors
     /// When the connection is closed for good.
-    pub async fn told(&self, subject: String) -> Result<impl futures::Stream<Item = Bytes> + Unpin + use<>, Failure> {
+    pub async fn messages(&self, subject: String) -> Result<impl futures::Stream<Item = Bytes> + Unpin + use<>, Failure> {
         use futures::StreamExt as _;
         let subscription = self.client.subscribe(subject).await.map_err(Failure::internal)?;
         Ok(subscription.filter(|message| std::future::ready(is_hint(message))).map(|message| message.payload))
     }
 
-    /// Sends what is buffered, so that nothing is lost by an exit. Bounded by `limit`.
+    /// Sends everything that is buffered, so that an exit loses nothing. Waits for `limit` at most.
     pub async fn flush(&self, limit: Duration) {
         let _ = tokio::time::timeout(limit, self.client.flush()).await;
     }
 }
 
-/// Whether a service sent this as a hint. Who may read a stream can have the server send other things to the subject of one: a stream's
-/// messages, which have a reply subject, heartbeats, which have a status, and answers to requests, which have no headers.
+/// Whether a service sent this message as a hint. A user who may read a stream can have the server send other messages to the same
+/// subject: a stream's messages, which have a reply subject, heartbeats, which have a status, and answers, which have no headers.
 fn is_hint(message: &Message) -> bool {
     message.reply.is_none() && message.status.is_none() && is_marked(message, header::HINT)
 }
@@ -263,7 +263,7 @@ fn is_marked(message: &Message, header: &str) -> bool {
     message.headers.as_ref().and_then(|headers| headers.get(header)).is_some_and(|value| value.as_str() == "1")
 }
 
-/// Names what this crate counts.
+/// Describes the metrics of this crate.
 fn describe_metrics() {
     metrics::describe_counter!("aod_bus_requests_total", "requests served, by subject and code");
     metrics::describe_counter!("aod_bus_requests_refused_total", "requests whose reply subject is no caller's inbox, by subject");
@@ -272,7 +272,7 @@ fn describe_metrics() {
     metrics::describe_counter!("aod_jobs_redelivered_total", "jobs that were delivered more than once");
 }
 
-/// Returns when there is another connection than the one at hand: what was under way on that gets no answer.
+/// Returns when there is a new connection: requests that were sent on the current one get no answer.
 pub(crate) async fn reconnected(connections: &mut watch::Receiver<u64>) {
     if connections.changed().await.is_err() {
         std::future::pending::<()>().await;
@@ -291,7 +291,7 @@ pub(crate) fn unix_millis(time: SystemTime) -> u128 {
     time.duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_millis())
 }
 
-/// The service that serves a subject, as users know it.
+/// The name of the service that serves a subject.
 fn owner(subject: &str) -> &str {
     subject.split('.').nth(2).unwrap_or("service")
 }

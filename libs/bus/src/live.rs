@@ -1,7 +1,7 @@
-//! Live fan-out: plain subscriptions to what the log streams republish.
+//! Live fan-out: plain subscriptions to the events that NATS republishes.
 //!
-//! A subscription costs the server about a kilobyte, a consumer fifty. In exchange the server promises nothing: messages are delivered
-//! at most once. [`Entry::previous`] shows exactly what was missed, and [`Interrupted`] when something may have been.
+//! A subscription costs the server about one kilobyte, a consumer fifty. In exchange messages are delivered at most once.
+//! [`Entry::previous`] shows exactly what was missed, and [`Interrupted`] that something may have been missed.
 
 use bytes::Bytes;
 use contract::subject;
@@ -71,7 +71,7 @@ impl Live {
         }
     }
 
-    /// Whether nothing comes any more: subscribe again.
+    /// Whether the subscription has ended: subscribe again.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.is_closed

@@ -20,13 +20,13 @@ use crate::{
 /// An acknowledgement takes milliseconds; one that takes longer is most likely lost.
 const ACK_WAIT: Duration = Duration::from_secs(5);
 
-/// An append that is not in the stream, as far as is known.
+/// An append that failed, or whose result is not known.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
     /// Another writer appended to the subject since: the writer's view is stale.
     #[error("another writer appended first")]
     Superseded,
-    /// Not acknowledged; it may be in the stream all the same.
+    /// Not acknowledged; it may be in the stream nevertheless.
     #[error("the append was not acknowledged")]
     Unacknowledged(#[source] jetstream::context::PublishError),
 }
@@ -73,7 +73,7 @@ impl Bus {
     /// Appends to a log with one writer, and waits for the stream's acknowledgement: succeeds only while `expected` is the subject's last
     /// sequence (0: it has none). Returns the new sequence.
     ///
-    /// The server looks at the expectation first, so that repeating an append that is stored already is superseded by itself: compare the
+    /// The server checks the expectation first, so that a repeated append fails as superseded if the first one was stored: compare the
     /// newest entry ([`Self::last`]).
     ///
     /// # Errors
@@ -96,7 +96,7 @@ impl Bus {
         let ack = self.jetstream.send_publish(subject, message).await.map_err(AppendError::Unacknowledged)?;
         let ack = tokio::select! {
             ack = ack => ack,
-            // Sent on a connection that is no more: its acknowledgement does not come on another.
+            // Sent on a lost connection: its acknowledgement does not arrive on another one.
             () = reconnected(&mut connections) => Err(PublishErrorKind::BrokenPipe.into()),
             () = tokio::time::sleep(ACK_WAIT) => Err(PublishErrorKind::TimedOut.into()),
         };
@@ -136,7 +136,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Removes one entry. The subject's last sequence is then that of the entry before it. One that is gone already is fine.
+    /// Removes one entry. The subject's last sequence is then that of the previous entry. Succeeds if it is already gone.
     ///
     /// # Errors
     /// [`ReadError`] when the stream does not answer.
@@ -165,15 +165,15 @@ impl Bus {
     /// [`Entry::follows`] shows that.
     ///
     /// # Errors
-    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow again, from the last entry.
-    /// A connection that was lost is one: the server may have forgotten who followed, and to find out takes half a minute.
+    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow again from the last entry.
+    /// A lost connection is such an error: the server may have dropped the consumer, and finding that out takes half a minute.
     pub async fn follow(
         &self,
         stream: &'static str,
         subject: String,
         from_sequence: u64,
     ) -> Result<impl Stream<Item = Result<Entry, ReadError>> + Send + Unpin + use<>, ReadError> {
-        // Named, so that permissions can tell which stream a consumer is made on.
+        // Named, so that permissions can restrict on which stream a consumer is created.
         let name = self.client.new_inbox().rsplit('.').next().unwrap_or_default().to_owned();
         let config = OrderedConfig {
             name: Some(name),

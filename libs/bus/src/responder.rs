@@ -1,4 +1,4 @@
-//! Serving requests: a queue subscription for each kind, shared with the other replicas of the service.
+//! Serves requests: one queue subscription per subject, shared with the other replicas of the service.
 
 use std::{
     future::Future,
@@ -28,7 +28,7 @@ const NOW: u64 = u64::MAX;
 
 /// A service's endpoints. Each request runs in its own task, ends by its caller's deadline, and is always answered.
 ///
-/// `S` is what the handlers work with: each gets a clone of it.
+/// `S` is the state of the handlers: each call gets a clone.
 pub struct Responder<S> {
     state: S,
     /// The queue group of the service's replicas.
@@ -55,7 +55,7 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
         F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
     {
         let requests = self.client.queue_subscribe(R::SUBJECT, self.group.clone()).await.map_err(Failure::internal)?;
-        // The server knows of it before anybody is told that we are ready.
+        // The server must know the subscription before this service reports that it is ready.
         settle(&self.client).await?;
         let endpoint = Arc::new(Endpoint {
             client: self.client.clone(),
@@ -70,7 +70,7 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
         let stop = self.stop.clone();
         self.tasks.spawn(async move {
             receive(requests, &endpoint.client, stop, accept).await;
-            // The last answers leave before the process may.
+            // The last replies must be sent before the process exits.
             let _ = endpoint.permits.acquire_many(CONCURRENCY as u32).await;
             let _ = settle(&endpoint.client).await;
         });
@@ -78,7 +78,7 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
     }
 }
 
-/// Passes requests on until the stop, then those that are still on the wire.
+/// Delivers requests until the stop, then those that are still on the wire.
 async fn receive(mut requests: Subscriber, client: &Client, stop: CancellationToken, accept: impl Fn(Message)) {
     loop {
         tokio::select! {
@@ -105,7 +105,7 @@ async fn receive(mut requests: Subscriber, client: &Client, stop: CancellationTo
 /// What the requests of one subject share.
 struct Endpoint {
     client: Client,
-    /// What the reply subjects of those begin with who may ask.
+    /// Prefixes of the inboxes of users that may send the request.
     inboxes: Vec<String>,
     permits: Arc<Semaphore>,
     tasks: TaskTracker,
@@ -158,7 +158,7 @@ impl Endpoint {
                     seal(key.as_str(), &message.encode_to_vec(), subject)?
                 }
             };
-            // Refused at once, for the caller would wait for nothing.
+            // Refused at once, so that the caller does not wait in vain.
             match payload.len() {
                 bytes if bytes > MESSAGE_BYTES_MAX => Err(Failure::internal(format!("an answer of {bytes} bytes to {subject}"))),
                 _ => Ok(payload),
@@ -214,7 +214,7 @@ async fn settle(client: &Client) -> Result<(), Failure> {
     }
 }
 
-/// Counts a request that was served; gives its code.
+/// Counts a served request and returns its code.
 fn observe(subject: &'static str, elapsed: Duration, failure: Option<&Failure>) -> &'static str {
     let code = failure.map_or("ok", |failure| failure.code.as_str());
     metrics::counter!("aod_bus_requests_total", "subject" => subject, "code" => code).increment(1);
@@ -225,7 +225,7 @@ fn observe(subject: &'static str, elapsed: Duration, failure: Option<&Failure>) 
 /// The longest that a request may take, also where its caller does not say.
 const TIMEOUT_MAX: Duration = Duration::from_secs(60);
 
-/// How long the caller still waits: as it says, or by the clock where it is of the release before. `now` in milliseconds since the epoch.
+/// How long the caller still waits: as its header says, or by the clock if it is of the previous release. `now` in milliseconds since the epoch.
 fn time_left(timeout: Option<&str>, deadline: Option<&str>, now: u128) -> Duration {
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<u128>().ok());
     let left = number(timeout).or_else(|| number(deadline).map(|deadline| deadline.saturating_sub(now)));

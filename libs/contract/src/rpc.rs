@@ -66,7 +66,7 @@ rpcs! {
     VerifyKey: auth::VerifyKeyRequest => auth::VerifyKeyReply, "aod.rpc.auth.v1.key.verify", retry_safe: true;
     /// Signs a browser in with an API key.
     CreateConsoleSession: auth::CreateConsoleSessionRequest => auth::ConsoleSession, "aod.rpc.auth.v1.console.create", retry_safe: true;
-    /// Returns whose a console session is, and when it expires.
+    /// Returns the user of a console session, and when it expires.
     FindConsoleSession: auth::FindConsoleSessionRequest => auth::ConsoleSession, "aod.rpc.auth.v1.console.find", retry_safe: true;
     /// Ends a console session.
     EndConsoleSession: auth::EndConsoleSessionRequest => common::Empty, "aod.rpc.auth.v1.console.end", retry_safe: true;
@@ -168,9 +168,9 @@ rpcs! {
     SendEvents: scheduler::SendEventsRequest => scheduler::SendEventsReply, "aod.rpc.scheduler.v1.session.send", retry_safe: true;
     /// Returns where in a session's log a turn begins, and what was used before it.
     FindTurn: scheduler::FindTurnRequest => scheduler::FindTurnReply, "aod.rpc.scheduler.v1.session.find_turn", retry_safe: true;
-    /// The inputs of a session, newest first.
+    /// Lists the inputs of a session, newest first.
     ListInputs: scheduler::ListPartsRequest => scheduler::ListInputsReply, "aod.rpc.scheduler.v1.session.inputs", retry_safe: true;
-    /// The inputs of a session of which its log does not say yet what became of them, oldest first.
+    /// Lists the inputs of a session that its log has not settled yet, oldest first.
     ListOpenInputs: scheduler::ListPartsRequest => scheduler::ListInputsReply, "aod.rpc.scheduler.v1.session.open_inputs", retry_safe: true;
     /// Changes the text of a queued message.
     ChangeInput: scheduler::ChangeInputRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.change_input", retry_safe: true;
@@ -178,7 +178,7 @@ rpcs! {
     WithdrawInput: scheduler::WithdrawInputRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.withdraw_input", retry_safe: false;
     /// Interrupts the running turn; the session continues.
     Interrupt: scheduler::InterruptRequest => scheduler::Input, "aod.rpc.scheduler.v1.session.interrupt", retry_safe: true;
-    /// The permission requests of a session, newest first.
+    /// Lists the permission requests of a session, newest first.
     ListPermissionRequests: scheduler::ListPermissionRequestsRequest => scheduler::ListPermissionRequestsReply, "aod.rpc.scheduler.v1.session.requests", retry_safe: true;
     /// Answers a permission request, once.
     Decide: scheduler::DecideRequest => scheduler::PermissionRequest, "aod.rpc.scheduler.v1.session.decide", retry_safe: false;
@@ -226,15 +226,15 @@ rpcs! {
     ListFiles: scheduler::ListFilesRequest => scheduler::ListFilesReply, "aod.rpc.scheduler.v1.file.list", retry_safe: true;
     /// Deletes a file.
     DeleteFile: scheduler::GetFileRequest => common::Empty, "aod.rpc.scheduler.v1.file.delete", retry_safe: false;
-    /// Gives a session a copy of a file.
+    /// Adds a copy of a file to a session.
     AddSessionFile: scheduler::AddSessionFileRequest => scheduler::File, "aod.rpc.scheduler.v1.session.add_file", retry_safe: true;
-    /// Returns the secret that a session keeps its variables and tokens in, and gives it one if it has none.
+    /// Returns the id of the secret with a session's variables and tokens; creates it if necessary.
     EnsureSessionSecret: scheduler::EnsureSessionSecretRequest => scheduler::EnsureSessionSecretReply, "aod.rpc.scheduler.v1.session.ensure_secret", retry_safe: true;
-    /// Takes a file from a session.
+    /// Removes a file from a session.
     RemoveSessionFile: scheduler::RemoveSessionFileRequest => common::Empty, "aod.rpc.scheduler.v1.session.remove_file", retry_safe: false;
     /// Announces a file that an agent wrote. For runners.
     BeginOutput: scheduler::BeginOutputRequest => scheduler::File, "aod.rpc.scheduler.v1.turn.begin_output", retry_safe: true;
-    /// Tells that the bytes of a file that an agent wrote are stored. For runners.
+    /// Reports that the bytes of an agent's file are stored. For runners.
     CommitOutput: scheduler::CommitOutputRequest => common::Empty, "aod.rpc.scheduler.v1.turn.commit_output", retry_safe: true;
     /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what is needed to run it. For runners.
     ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", retry_safe: true;
@@ -242,9 +242,9 @@ rpcs! {
     ReleaseTurn: scheduler::ReleaseTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", retry_safe: true;
     /// Extends a runner's lease and compares the turns it holds with those it owns. For runners.
     Heartbeat: scheduler::HeartbeatRequest => scheduler::HeartbeatReply, "aod.rpc.scheduler.v1.turn.heartbeat", retry_safe: true;
-    /// The inputs that wait for a turn. For its runner.
+    /// Returns the inputs that wait for a turn. For its runner.
     FetchInputs: scheduler::FetchInputsRequest => scheduler::FetchInputsReply, "aod.rpc.scheduler.v1.turn.inputs", retry_safe: true;
-    /// What the model gateway recorded of a session and is not in its log. For the runner of its turn.
+    /// Returns model requests of a session that are not in its log yet. For the runner of its turn.
     FetchModelRequests: scheduler::FetchModelRequestsRequest => scheduler::FetchModelRequestsReply, "aod.rpc.scheduler.v1.turn.model_requests", retry_safe: true;
     /// Checks a model request against budgets and policies, and reserves what it may use. For the model gateway.
     BeginModelRequest: scheduler::BeginModelRequestRequest => scheduler::BeginModelRequestReply, "aod.rpc.scheduler.v1.model_request.begin", retry_safe: true;
@@ -256,7 +256,7 @@ rpcs! {
     GetBudget: scheduler::GetBudgetRequest => scheduler::Budget, "aod.rpc.scheduler.v1.budget.get", retry_safe: true;
     /// Changes a budget.
     SetBudget: scheduler::SetBudgetRequest => scheduler::Budget, "aod.rpc.scheduler.v1.budget.set", retry_safe: true;
-    /// Removes a budget's own limits; what was used is forgotten.
+    /// Removes a budget's own limits and resets its counts.
     ClearBudget: scheduler::GetBudgetRequest => scheduler::Budget, "aod.rpc.scheduler.v1.budget.clear", retry_safe: true;
     /// Adds up model requests.
     ListUsage: scheduler::ListUsageRequest => scheduler::ListUsageReply, "aod.rpc.scheduler.v1.usage.list", retry_safe: true;

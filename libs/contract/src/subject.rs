@@ -83,7 +83,7 @@ pub fn dead_letter(owner: &str) -> String {
     format!("aod.dlq.{owner}.v1.message.rejected")
 }
 
-/// What is published, for those who describe the bus.
+/// Describes what is published, for the documents of the bus.
 #[derive(Debug)]
 pub struct Publication {
     pub name: &'static str,

@@ -21,7 +21,7 @@ pub struct Seen {
     pub last_sequence: u64,
 }
 
-/// What became of a stream.
+/// The state of a stream compared with what Postgres knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
     Intact,

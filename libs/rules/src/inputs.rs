@@ -9,11 +9,11 @@ use contract::{
 };
 use types::{InputKind, InputStatus, RequestStatus, SessionStatus};
 
-/// Why an input was refused that came too late for its turn.
+/// The reason for refusing an input that arrived too late for its turn.
 pub const TURN_ENDED: &str = "the turn had ended";
-/// Why a message was refused whose turn was given up before its agent began.
+/// The reason for refusing a message whose turn failed before its agent began.
 pub const NOT_BEGUN: &str = "its turn ended before it began";
-/// Why a decision was refused whose request is not open any more.
+/// The reason for refusing a decision whose request is no longer open.
 pub const NOT_OPEN: &str = "the agent does not ask any more";
 
 /// An input, as it is persisted.
@@ -109,7 +109,7 @@ pub fn place(status: InputStatus, settled_by: Option<u64>, sent_after: Option<u6
     }
 }
 
-/// What follows from a session's status after a turn's end.
+/// What happens to queued messages after a turn's end, by the session's status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     /// The oldest queued message begins a turn.

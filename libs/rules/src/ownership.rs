@@ -70,7 +70,7 @@ pub struct Held {
     pub epoch: u32,
 }
 
-/// What a runner and the database disagree about.
+/// Differences between the turns that a runner holds and those that it owns.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Differences {
     /// Held by the runner and not its own: it stops.

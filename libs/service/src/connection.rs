@@ -1,4 +1,4 @@
-//! HTTP/1 connections, and how much of a server one client may take up.
+//! HTTP/1 connections, with limits on what one client may use.
 
 use std::{error::Error, pin::Pin, time::Duration};
 
@@ -12,10 +12,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_io_timeout::TimeoutStream;
 
-/// What a client may take up.
+/// Limits of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct ConnectionLimits {
-    /// A request's head has to be there within this time, and a connection without a request is closed after it.
+    /// Time within which a request's head must arrive; a connection without a request is closed after it.
     pub head_time: Duration,
     pub head_bytes: usize,
     pub headers: usize,

@@ -16,10 +16,10 @@ pub use settings::Env;
 /// A service refused its settings.
 const EXIT_SETTINGS: u8 = 2;
 
-/// The whole life of a service process: settings, telemetry, health endpoints, `run`, an orderly end.
+/// Runs a service process: settings, telemetry, health endpoints, `run`, shutdown.
 ///
-/// `run` builds the service and spawns its tasks on the [`Lifecycle`]; it returns when everything listens. The process then lives until
-/// a signal or a crashed task, and leaves with 0 only after a requested stop.
+/// `run` builds the service and spawns its tasks on the [`Lifecycle`]; it returns when everything listens. The process then runs until
+/// a signal or a crashed task, and exits with 0 only after a requested stop.
 pub fn main<C, R, F, E>(name: &'static str, about: &'static str, config: impl FnOnce(&mut Env) -> C, run: R) -> ExitCode
 where
     R: FnOnce(C, Lifecycle) -> F,

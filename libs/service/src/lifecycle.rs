@@ -1,4 +1,4 @@
-//! A process's tasks and their orderly end.
+//! The tasks of a process, and their shutdown.
 //!
 //! Every task has a name and this owner. A task that ends before the process is told to stop has crashed: then the whole process
 //! stops, with an exit code at which its supervisor restarts it.
@@ -19,7 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 type Check = (&'static str, Box<dyn Fn() -> bool + Send + Sync>);
 
-/// The life of a process. Cheap to clone.
+/// The lifecycle of a process. Cheap to clone.
 #[derive(Clone)]
 pub struct Lifecycle {
     stop: CancellationToken,
@@ -64,7 +64,7 @@ impl Lifecycle {
         self.stop.clone()
     }
 
-    /// For tasks that may end at any time: requests, say.
+    /// For tasks that may end at any time, such as requests.
     #[must_use]
     pub fn tracker(&self) -> TaskTracker {
         self.tasks.clone()
@@ -95,13 +95,13 @@ impl Lifecycle {
         self.shared.ready.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the stop was asked for by SIGINT: for good, as by Ctrl-C, and not for a restart.
+    /// Whether the stop was requested by SIGINT (Ctrl-C), so that no restart is expected.
     #[must_use]
     pub fn was_interrupted(&self) -> bool {
         self.shared.interrupted.load(Ordering::Relaxed)
     }
 
-    /// Why the process should get no traffic now; empty when it is ready.
+    /// Why the process should receive no traffic now; empty if it is ready.
     #[must_use]
     pub fn unready(&self) -> Vec<&'static str> {
         if self.stop.is_cancelled() {

@@ -4,7 +4,7 @@ use std::{collections::HashMap, fmt::Write as _, str::FromStr, time::Duration};
 
 use secrecy::SecretString;
 
-/// Reads settings and remembers what was wrong with them, and what they mean for `--help`.
+/// Reads settings, and collects their problems and their descriptions for `--help`.
 #[derive(Debug)]
 pub struct Env {
     name: &'static str,
@@ -15,7 +15,7 @@ pub struct Env {
     problems: Vec<String>,
 }
 
-/// What became of the settings.
+/// The result of reading the settings.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Verdict {
     Ready,

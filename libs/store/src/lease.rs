@@ -1,8 +1,8 @@
 //! Work that one replica does at a time, by rows of a table `lease (name, owner, epoch, expires_at)`.
 //!
 //! A holder extends its lease in the transaction of each step of its work ([`Lease::extend`]); the row's lock then keeps a successor
-//! out until that transaction ends, and a holder that was overtaken is refused and rolls back. Nothing depends on a connection: a
-//! lease expires whatever became of its holder's, and the table works through connection poolers.
+//! out until that transaction ends, and a holder that lost its lease is refused and rolls back. Nothing depends on a connection: a
+//! lease expires whether or not its holder's connection still exists, and the table works through connection poolers.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! Migrations, run by one replica at a time on a connection of their own.
 //!
 //! A statement that waits for a lock on a table makes every later statement on that table wait behind it. So a migration waits for a
-//! second, gives way, and tries again. One that builds an index concurrently, outside of a transaction (its file begins with
+//! second, gives up its place, and retries. One that builds an index concurrently, outside of a transaction (its file begins with
 //! `-- no-transaction`), blocks no other session and may take hours: it has no limit.
 
 use std::{borrow::Cow, time::Duration};
@@ -14,7 +14,7 @@ use sqlx::{
 
 use crate::{OpenError, Step, trusted};
 
-/// Any number that no other lock has. Locks are per database, and each service has its own schema: the schema is hashed to the second half.
+/// A number that no other lock uses. Locks are per database, and each service has its own schema: the schema is hashed to the second half.
 const LOCK: i32 = 0x616f_646d;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a migration waits for a lock before it gives way, and how long until it tries again.
@@ -30,8 +30,8 @@ const LOCK_NOT_AVAILABLE: &str = "55P03";
 pub async fn run(options: PgConnectOptions, steps: &[Step]) -> Result<(), OpenError> {
     let connecting = tokio::time::timeout(CONNECT_TIMEOUT, options.connect()).await;
     let mut connection = connecting.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map_err(OpenError::Connect)?;
-    // Asked for again and again rather than waited for: a statement that waits has a snapshot, which an index that is built concurrently
-    // by the replica that has the lock would wait for in turn.
+    // Polled instead of waited for: a waiting statement has a snapshot, for which the replica that has the lock would wait while it builds
+    // an index concurrently.
     while !try_lock(&mut connection).await.map_err(OpenError::Connect)? {
         tokio::time::sleep(POLL).await;
     }

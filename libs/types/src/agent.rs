@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// What an answer shows in the place of a secret, and what a change sends to keep it.
+/// Replaces a secret in answers; a change that sends it keeps the stored value.
 pub const REDACTED: &str = "***";
 
 /// Something an agent knows how to do, brought along or fetched.
@@ -54,7 +54,7 @@ pub struct InlineSkill {
 }
 
 impl Skill {
-    /// What no two skills of an agent may share: the name, or the source of a skill without one.
+    /// The key that is unique among an agent's skills: the name, or the source of a skill without a name.
     #[must_use]
     pub fn identity(&self) -> (&'static str, &str) {
         match self {

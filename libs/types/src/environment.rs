@@ -75,7 +75,7 @@ pub fn check_variable(name: &str, value: &str) -> Result<(), VariableError> {
     if value.contains('\0') { Err(VariableError::Nul) } else { Ok(()) }
 }
 
-/// What a sandbox may reach.
+/// The network access of a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Networking {

@@ -34,7 +34,7 @@ impl FromStr for FileKind {
 
 /// Where uploaded files are mounted.
 pub const UPLOADS: &str = "/mnt/session/uploads";
-/// What an agent writes here is kept after each turn.
+/// Directory of an agent's outputs, which are stored after each turn.
 pub const OUTPUTS: &str = "/mnt/session/outputs";
 
 /// How many files a session may be given.

@@ -27,7 +27,7 @@ pub struct Repository {
     pub author: Option<Author>,
 }
 
-/// Who commits.
+/// The author of commits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Author {

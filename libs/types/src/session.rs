@@ -82,7 +82,7 @@ impl SessionStatus {
         matches!(self, Self::Pending | Self::Running)
     }
 
-    /// Why a prompt is refused now, in the contract's words; `None` where it is welcome.
+    /// Returns why a prompt is refused in this state, in the contract's words; `None` if it is accepted.
     #[must_use]
     pub const fn prompt_refusal(self) -> Option<&'static str> {
         match self {

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::agent::InlineSkill;
 
-/// What makes the beginning of a `SKILL.md` unusable.
+/// Errors of the front matter of a `SKILL.md`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the front matter between the first two '---' lines is not YAML: {0}")]
 pub struct FrontMatterError(String);

@@ -11,7 +11,7 @@ const BODY_CHARS: usize = 43;
 /// How much of a key is kept for display.
 const DISPLAYED: usize = 12;
 
-/// What tokens are for. Tokens of one kind are never taken for those of another.
+/// The purpose of a token. Tokens of one kind are never accepted as another.
 pub trait TokenKind {
     /// How their text begins.
     const PREFIX: &'static str;
@@ -36,7 +36,7 @@ impl TokenKind for OfConsole {
 /// A raw API key as its owner holds it: shown once and never stored.
 pub type ApiKey = Token<OfApi>;
 
-/// What a browser that is signed in holds in its cookie.
+/// The token in the cookie of a browser that is signed in.
 pub type ConsoleToken = Token<OfConsole>;
 
 /// A prefix and 32 random bytes in URL-safe base64 without padding. Never printed.
@@ -63,7 +63,7 @@ impl<K: TokenKind> Token<K> {
     /// Creates a token from the operating system's randomness.
     ///
     /// # Errors
-    /// When the operating system gives no randomness.
+    /// When the operating system provides no randomness.
     pub fn generate() -> Result<Self, getrandom::Error> {
         let mut bytes = [0_u8; 32];
         getrandom::fill(&mut bytes)?;

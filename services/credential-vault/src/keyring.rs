@@ -26,7 +26,7 @@ const NONCE_BYTES: usize = 12;
 pub const KEY_BYTES: usize = 32;
 /// Shorter keys can be guessed.
 const KEY_CHARS_MIN: usize = 16;
-/// What a guess at a passphrase costs: 64 MiB, three passes.
+/// The cost of one guess at a passphrase: 64 MiB, three passes.
 const STRETCHING: argon2::Params = match argon2::Params::new(64 << 10, 3, 1, Some(KEY_BYTES)) {
     Ok(params) => params,
     Err(_) => argon2::Params::DEFAULT,
@@ -57,7 +57,7 @@ pub struct Keyring {
     shortest: usize,
 }
 
-/// What one configured text is derived to.
+/// The keys that are derived from one configured text.
 struct Key {
     cipher: Aes256Gcm,
     /// What secrets are sealed to on their way here. Every replica has the same, and it changes with the key.

@@ -73,7 +73,7 @@ const MIGRATIONS: &[store::Step] = &[
     (160, "routes of the model gateway", include_str!("../../../migrations/vault/0160_routes.sql")),
 ];
 
-/// What every request works with.
+/// The state of the handlers.
 #[derive(Clone)]
 struct Vault {
     pool: PgPool,

@@ -13,7 +13,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 const MCP_SERVERS: &str = "mcp_servers";
 const SESSION: &str = "session";
 const AUTHORIZATION: &str = "Authorization";
-/// What GitHub takes a token from, as the password of this user.
+/// The user name with which GitHub accepts a token as the password.
 const GIT_USER: &str = "x-access-token";
 
 /// Takes the secrets of routes out of a session's documents, and returns the routes with what requests are sent with. A header that refers

@@ -125,7 +125,7 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
     idempotency::or_created_earlier(outcome, &request.agent_id, earlier).await
 }
 
-/// Where the idempotency keys of creations belong.
+/// The route of idempotency keys of creations.
 const ROUTE: &str = "agents";
 
 async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {

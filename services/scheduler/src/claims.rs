@@ -146,7 +146,7 @@ async fn turn_to_claim(tx: &mut PgConnection, session: &SessionRow, number: i32)
     }))
 }
 
-/// What it takes to run a claimed turn.
+/// Collects everything that is needed to run a claimed turn.
 async fn specification(
     scheduler: &Scheduler,
     id: SessionId,
@@ -411,7 +411,7 @@ async fn purge_log(scheduler: &Scheduler, session: Uuid) -> Result<(), Failure> 
     scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(Failure::internal)
 }
 
-/// What it takes to delete a session's Sprite: of a session that was terminated, failed or was deleted, and of no other.
+/// Returns what is needed to delete a session's Sprite, if the session was terminated, failed or was deleted.
 pub async fn sprite(scheduler: Scheduler, request: ClaimSpriteRequest) -> Result<SpriteClaim, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let row = sqlx::query(

@@ -37,7 +37,7 @@ const RETRY: Backoff = Backoff { base: Duration::from_millis(5), max: Duration::
 /// A turn whose deadline is over by so much is ended without the log: the bus has been away all this time.
 const WITHOUT_LOG_AFTER: Duration = Duration::from_secs(15 * 60);
 
-/// What became of an attempt to end.
+/// The result of an attempt to end a turn or session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Appended {
     /// The end is in the log, with this id.

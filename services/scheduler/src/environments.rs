@@ -99,7 +99,7 @@ pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> 
     idempotency::or_created_earlier(outcome, &request.environment_id, earlier).await
 }
 
-/// Where the idempotency keys of creations belong.
+/// The route of idempotency keys of creations.
 const ROUTE: &str = "environments";
 
 async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {

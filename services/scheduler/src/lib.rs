@@ -154,7 +154,7 @@ const MIGRATIONS: &[store::Step] = &[
     (200, "events in lz4", include_str!("../../../migrations/scheduler/0200_events_in_lz4.sql")),
 ];
 
-/// What every request works with.
+/// The state of the handlers.
 #[derive(Clone)]
 struct Scheduler {
     pool: PgPool,

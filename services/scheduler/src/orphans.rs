@@ -97,7 +97,7 @@ async fn one_of_each_account(scheduler: &Scheduler, users: Vec<Uuid>) -> Vec<Use
     found
 }
 
-/// What it takes to search a user's account.
+/// Returns what is needed to search a user's account.
 pub async fn claim(scheduler: Scheduler, request: ClaimSweepRequest) -> Result<ClaimSweepReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     // No session's: an id of its own, that the audit shows.

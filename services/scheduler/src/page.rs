@@ -59,7 +59,7 @@ fn number(cursor: &Cursor) -> i32 {
     i32::try_from(cursor.position).unwrap_or(if cursor.position < 0 { 0 } else { i32::MAX })
 }
 
-/// What lists of agents, environments and sessions have in common beside their page.
+/// Filters that lists of agents, environments and sessions share.
 pub struct Filters {
     include_archived: bool,
     pub from: Option<OffsetDateTime>,

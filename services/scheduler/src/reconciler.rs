@@ -1,7 +1,7 @@
-//! Compares what should run with who works on it, and offers again what no one works on: whatever the reason. A dead runner, a lost
-//! or set-back queue, a restored backup and a lost answer all look the same here: an unsettled turn without an owner.
+//! Finds unsettled turns without an owner and offers them again, whatever the reason: a dead runner, a lost or set-back queue, a restored
+//! backup and a lost answer all look the same here.
 //!
-//! Any replica does it, several at once: rows are locked and skipped, and a second offer costs a message.
+//! Every replica runs it, several at once: locked rows are skipped, and a second offer costs only a message.
 
 use std::time::{Duration, Instant};
 
@@ -22,10 +22,10 @@ use crate::{
 const EVERY: Duration = Duration::from_millis(250);
 /// The longest that a pass may take.
 const PASS_MAX: Duration = Duration::from_secs(5);
-/// A pass that took longer than this met a busy Postgres, where heartbeats may be late as well.
+/// A slower pass means that Postgres is busy, so that heartbeats may be late as well.
 const SMOOTH: Duration = Duration::from_millis(700);
 const BATCH: i64 = 256;
-/// How many passes there are from one look at the queues to the next.
+/// How many passes there are from one check of the queues to the next.
 const QUEUES_EVERY: u32 = 8;
 
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
@@ -79,7 +79,7 @@ async fn pass(scheduler: &Scheduler, may_expire: bool, queues_too: bool) -> anyh
     Ok(offer_turns(scheduler).await? + offer_destructions(scheduler).await?)
 }
 
-/// Deletes the leases of runners that fell silent. The reference in their turns goes with them.
+/// Deletes the leases of runners that sent no heartbeat. The foreign key clears the owner of their turns.
 async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
     let expired: Vec<String> = sqlx::query_scalar(
         "delete from runner_lease
@@ -161,8 +161,8 @@ async fn offer_turns(scheduler: &Scheduler) -> anyhow::Result<usize> {
     Ok(due.len())
 }
 
-/// Sprites that have to go and are still there. The job in the queue is tried again by itself; this covers a queue that was lost.
-/// Less and less often: a Sprite may be undeletable for want of its user's credentials.
+/// Offers jobs for Sprites that are still to be deleted, in case the queue was lost; a job in the queue is retried by itself. Less and
+/// less often, since a Sprite cannot be deleted if its user's credentials are missing.
 async fn offer_destructions(scheduler: &Scheduler) -> anyhow::Result<usize> {
     let mut tx = scheduler.pool.begin().await?;
     let mut offered = 0;
@@ -195,7 +195,7 @@ async fn offer_destructions(scheduler: &Scheduler) -> anyhow::Result<usize> {
     Ok(offered)
 }
 
-/// Offers everything that waits in the queue again, at the next pass: the queue was lost, or lost something.
+/// Offers all waiting turns again at the next pass, because the queue was lost or lost messages.
 ///
 /// # Errors
 /// When Postgres refuses.

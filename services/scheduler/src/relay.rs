@@ -160,7 +160,7 @@ async fn publish_batch(scheduler: &Scheduler, lane: &str) -> anyhow::Result<usiz
     Ok(count)
 }
 
-/// What became of a message.
+/// The result of publishing a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Published,

@@ -63,7 +63,7 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     Ok(reply)
 }
 
-/// Where the idempotency keys of creations belong.
+/// The route of idempotency keys of creations.
 const ROUTE: &str = "sessions";
 
 async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
@@ -239,7 +239,7 @@ async fn agent_of(scheduler: &Scheduler, session: &Session) -> Result<Option<con
     Ok(agents::find_versions(&mut connection, &[agent], &[session.agent_row_version]).await?.pop())
 }
 
-/// What a pending turn waits for, in words for its user.
+/// Says for the user what a pending turn waits for.
 async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<String>, Failure> {
     let id: SessionId = session.session_id.parse().map_err(|_| missing())?;
     let row = sqlx::query("select epoch, handed_back_reason from turn where session_id = $1 and turn_number = $2")

@@ -109,7 +109,7 @@ impl Agent {
         digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// What begins a turn. A turn that still runs was given up by everyone else.
+    /// The message that begins a turn. It interrupts a turn that still runs, which no one owns any more.
     pub fn message(&self, turn: u32, timeout_seconds: u32) -> Input {
         let message =
             Message { turn, text: self.prompt.clone(), timeout_seconds, when_busy: WhenBusy::Interrupt.into(), traceparent: traceparent() };
@@ -196,7 +196,7 @@ mod tests {
         let rule = |tool: &str, evaluation: Evaluation| PermissionRule { tool: tool.to_owned(), evaluation: evaluation.into() };
         let rules = vec![rule("Bash", Evaluation::Deny), rule("Read", Evaluation::Allow)];
         assert_eq!(read.unwrap(), Some(Permissions { rules, otherwise: Evaluation::Ask.into() }));
-        // What is not understood is no permission.
+        // Permissions that cannot be read allow nothing.
         assert!(permissions(r#"{"default":"maybe"}"#).is_err());
     }
 

@@ -39,7 +39,7 @@ const KILLED: u8 = 137;
 
 const DISK_FULL: &[&str] = &["no space left on device", "enospc", "disk quota exceeded"];
 const OUT_OF_MEMORY: &[&str] = &["cannot allocate memory", "out of memory", "enomem"];
-/// What clients say of a proxy that refuses; the first is our own server's.
+/// What clients print when a proxy refuses; the first is the message of our own server.
 const REFUSED_BY_PROXY: &[&str] = &[
     "refused by the network policy",
     "connect tunnel failed, response 403",
@@ -48,7 +48,7 @@ const REFUSED_BY_PROXY: &[&str] = &[
     "statuscode=403",
     "invalid response from proxy: http/1.1 403",
 ];
-/// What clients say where a policy answers names with nothing, as Fly.io's does.
+/// What clients print when a policy does not resolve a name, as Fly.io's does.
 const NOT_RESOLVED: &[&str] = &[
     "could not resolve host",
     "temporary failure in name resolution",

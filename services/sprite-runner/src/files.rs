@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::Runner;
 
-/// Where a sandbox says which files it was given. Its agent may write there too.
+/// The manifest of files in a sandbox. Its agent may change it.
 const MANIFEST: &str = "/var/lib/aod/session-files.json";
 /// Of all the files that a session may have, with their paths.
 const MANIFEST_BYTES_MAX: usize = 2 << 20;
@@ -39,7 +39,7 @@ const PATH_BYTES_MAX: usize = 1024;
 const LIST_BYTES_MAX: usize = 60_000;
 const LIST_PAGES_MAX: usize = 16;
 
-/// Why a sandbox was not given its files.
+/// Why files could not be written into a sandbox.
 #[derive(Debug)]
 pub enum NotMounted {
     /// Another attempt may.

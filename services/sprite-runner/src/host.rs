@@ -267,7 +267,7 @@ impl Link {
     }
 
     fn command(&self, command: Command) {
-        // Where the task has ended, its last word is on the way.
+        // If the task has ended, its last message is on the way.
         let _ = self.commands.send(command);
     }
 }
@@ -333,7 +333,7 @@ impl Worker {
         {
             return Err(Some(Gone::SandboxLost));
         }
-        // What was read of a frame that was cut is read again.
+        // A frame that was cut off is read again from its beginning.
         self.decoder = Decoder::new(self.decoder.offset());
         let unauthorized = matches!(broken, Broken::Sprites(Error::Unauthorized { .. }));
         let next = self.contact.interrupted(Instant::now(), unauthorized);

@@ -1,14 +1,14 @@
 //! Claims turns, drives the Sprites API, and appends events. Stores nothing: any other runner can replace one that dies.
 //!
 //! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`host`] is
-//! the connection to the agent host, which runs set-up steps and the [`agent`]; [`inputs`] fetches what is sent to a running turn;
-//! [`meter`] fetches what the model gateway recorded;
-//! [`playback`] decides which events the host's journal becomes; [`pace`] slows down who prints too fast; [`record`] appends them to the session's log as its one writer;
-//! [`runtimes`] knows what the CLIs need.
+//! the connection to the agent host, which runs set-up steps and the [`agent`]; [`inputs`] fetches inputs of a running turn; [`meter`]
+//! fetches what the model gateway recorded; [`playback`] decides which events the host's journal becomes; [`pace`] slows down agents that
+//! print too fast; [`event_log`] appends events to the session's log as its only writer; [`runtimes`] knows what the CLIs need.
 
 mod agent;
 mod destroy;
 mod diagnosis;
+mod event_log;
 mod files;
 mod host;
 mod inputs;
@@ -20,7 +20,6 @@ pub mod metrics;
 mod pace;
 mod playback;
 mod provision;
-mod record;
 mod runtimes;
 mod secrets;
 mod setup;
@@ -134,7 +133,7 @@ impl Config {
     }
 }
 
-/// What every job works with.
+/// The state that all jobs share.
 #[derive(Clone, Debug)]
 struct Runner {
     bus: Bus,

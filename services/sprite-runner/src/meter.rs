@@ -16,7 +16,7 @@ use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 use tracing::Instrument as _;
 use types::{Backoff, ErrorCode};
 
-use crate::{inputs::Turn, record::Record};
+use crate::{event_log::EventLog, inputs::Turn};
 
 const DEADLINE: Duration = Duration::from_secs(5);
 const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: u32::MAX };
@@ -112,43 +112,43 @@ impl Meter {
 
     /// Called before an event is appended: the request that it came of stands before it in the log. The scheduler recorded that request
     /// before it was sent, but the agent's output may arrive first. Asks once per request at most.
-    pub async fn precede(&mut self, kind: &Kind, record: &mut Record) -> Result<(), crate::record::Fenced> {
+    pub async fn precede(&mut self, kind: &Kind, log: &mut EventLog) -> Result<(), crate::event_log::Fenced> {
         if !is_told(kind) {
             return Ok(());
         }
-        if !self.is_preceded && record.checkpoint.open_model_requests.is_empty() {
-            let request = FetchModelRequestsRequest { after: record.checkpoint.metered_through, ..self.request.clone() };
+        if !self.is_preceded && log.checkpoint.open_model_requests.is_empty() {
+            let request = FetchModelRequestsRequest { after: log.checkpoint.metered_through, ..self.request.clone() };
             match self.bus.call::<rpc::FetchModelRequests>(&request, PRECEDE_DEADLINE).await {
                 Ok(reply) => reply.entries.into_iter().for_each(|entry| self.hold(entry)),
                 Err(error) => tracing::debug!(%error, "failed to fetch model requests; an event may precede its request"),
             }
             let begun = newest_start(&self.held);
-            self.append_first(begun, record).await?;
+            self.append_first(begun, log).await?;
         }
         (self.has_told, self.is_preceded) = (true, true);
         Ok(())
     }
 
     /// Appends what is held.
-    pub async fn append(&mut self, record: &mut Record) -> Result<(), crate::record::Fenced> {
-        self.append_first(self.held.len(), record).await
+    pub async fn append(&mut self, log: &mut EventLog) -> Result<(), crate::event_log::Fenced> {
+        self.append_first(self.held.len(), log).await
     }
 
-    async fn append_first(&mut self, count: usize, record: &mut Record) -> Result<(), crate::record::Fenced> {
+    async fn append_first(&mut self, count: usize, log: &mut EventLog) -> Result<(), crate::event_log::Fenced> {
         for entry in self.held.drain(..count) {
             self.has_told &= !matches!(entry.kind, Some(meter_entry::Kind::Started(_)));
             self.is_preceded = false;
-            record.metered(entry).await?;
+            log.metered(entry).await?;
         }
         Ok(())
     }
 
     /// Appends all that there is once the agent is done, and waits a moment for requests that it left open. Returns what the turn used.
-    pub async fn finish(&mut self, record: &mut Record) -> Result<FetchModelRequestsReply, crate::record::Fenced> {
+    pub async fn finish(&mut self, log: &mut EventLog) -> Result<FetchModelRequestsReply, crate::event_log::Fenced> {
         let (begun, mut attempt) = (Instant::now(), 0);
         loop {
-            self.append(record).await?;
-            let request = FetchModelRequestsRequest { after: record.checkpoint.metered_through, ..self.request.clone() };
+            self.append(log).await?;
+            let request = FetchModelRequestsRequest { after: log.checkpoint.metered_through, ..self.request.clone() };
             let reply = match self.bus.call::<rpc::FetchModelRequests>(&request, DEADLINE).await {
                 Ok(reply) => reply,
                 Err(error) if error.code != ErrorCode::NotFound && begun.elapsed() < FINISH_MAX => {

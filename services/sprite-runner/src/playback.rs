@@ -36,7 +36,7 @@ use crate::{
     },
 };
 
-/// What of the journal belongs to the writer.
+/// Which part of the journal the writer appends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
     /// The output of set-up steps, which belongs to this stage. What lies below the offset is in the log.
@@ -45,7 +45,7 @@ pub enum Scope {
     Turn(u32),
 }
 
-/// What is ready, in order. The ids of tool uses are known only when those are in the log.
+/// Events that are ready to append, in order. The id of a tool use is known only once it is in the log.
 #[derive(Debug)]
 enum Ready {
     Output {

@@ -15,9 +15,9 @@ use crate::{
     ModelEndpoints,
     agent::{quote, traceparent},
     diagnosis,
+    event_log::{EventLog, Fenced},
     host::{Gone, Link},
     playback::Playback,
-    record::{Fenced, Record},
     runtimes::{self, Adapter, Skills},
     secrets::{AtGateway, Secrets},
     setup::{self, Setup, Step},
@@ -31,7 +31,7 @@ const TAIL_BYTES: usize = 2000;
 const KEPT_BYTES: u64 = 64 << 20;
 
 const GIT_CREDENTIALS: &str = "/home/sprite/.aod/git-credentials";
-/// What git shows to the model gateway.
+/// The credentials with which git authenticates at the model gateway.
 const GIT_SESSION: &str = "/home/sprite/.aod/git-session";
 
 /// Why provisioning stopped.
@@ -118,44 +118,44 @@ impl Git<'_> {
 
 impl Provisioning<'_> {
     /// What comes before the agent host: the Sprite itself.
-    pub async fn create(&self, record: &mut Record) -> Result<(), StageFailed> {
-        stage(record, Stage::CreateSprite, async { Ok(self.client.ensure(self.sprite.name()).await?) }).await?;
+    pub async fn create(&self, log: &mut EventLog) -> Result<(), StageFailed> {
+        stage(log, Stage::CreateSprite, async { Ok(self.client.ensure(self.sprite.name()).await?) }).await?;
         if let Some(executable) = self.adapter.executable() {
-            stage(record, Stage::InstallRuntime, self.find(executable)).await?;
+            stage(log, Stage::InstallRuntime, self.find(executable)).await?;
         }
         // In force before anything that the user wrote runs.
         if let Some(hosts) = self.setup.allowed_hosts() {
-            stage(record, Stage::NetworkPolicy, self.limit_network(&hosts)).await?;
+            stage(log, Stage::NetworkPolicy, self.limit_network(&hosts)).await?;
         }
         Ok(())
     }
 
     /// All else.
-    pub async fn set_up(&self, record: &mut Record, host: &mut StepRunner) -> Result<(), StageFailed> {
-        stage(record, Stage::EnvFile, host.reach()).await?;
+    pub async fn set_up(&self, log: &mut EventLog, host: &mut StepRunner) -> Result<(), StageFailed> {
+        stage(log, Stage::EnvFile, host.reach()).await?;
         let git = self.git();
         if !git.is_empty()
-            && let Some(course) = Course::begin(record, Stage::GitCredentials).await?
+            && let Some(course) = Course::begin(log, Stage::GitCredentials).await?
         {
-            let done = self.set_git_up(git, record, host).await;
-            course.end(record, done).await?;
+            let done = self.set_git_up(git, log, host).await;
+            course.end(log, done).await?;
         }
         let steps = self.setup.steps();
         if !steps.is_empty()
-            && let Some(course) = Course::begin(record, Stage::ProvisionSetup).await?
+            && let Some(course) = Course::begin(log, Stage::ProvisionSetup).await?
         {
-            let done = self.run_steps(Stage::ProvisionSetup, &steps, record, host).await;
-            course.end(record, done).await?;
+            let done = self.run_steps(Stage::ProvisionSetup, &steps, log, host).await;
+            course.end(log, done).await?;
         }
         let config = self.config_files();
         if !config.is_empty() {
-            stage(record, Stage::RuntimeConfig, self.write_config(config)).await?;
+            stage(log, Stage::RuntimeConfig, self.write_config(config)).await?;
         }
         if let Some(skills) = self.adapter.skills().filter(|_| !self.setup.skills.is_empty())
-            && let Some(course) = Course::begin(record, Stage::Skills).await?
+            && let Some(course) = Course::begin(log, Stage::Skills).await?
         {
-            let done = self.add_skills(skills, record, host).await;
-            course.end(record, done).await?;
+            let done = self.add_skills(skills, log, host).await;
+            course.end(log, done).await?;
         }
         Ok(())
     }
@@ -228,19 +228,19 @@ impl Provisioning<'_> {
         limited.map_err(|error| format!("this sandbox cannot limit its network: {error}").into())
     }
 
-    async fn set_git_up(&self, git: Git<'_>, record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
+    async fn set_git_up(&self, git: Git<'_>, log: &mut EventLog, host: &mut StepRunner) -> Result<(), Trouble> {
         self.write_git_files(&git).await?;
         let step = Step { what: "setting git up".to_owned(), script: git.script() };
-        self.run_steps(Stage::GitCredentials, &[step], record, host).await
+        self.run_steps(Stage::GitCredentials, &[step], log, host).await
     }
 
     /// Runs scripts one after the other, with the session's variables.
-    async fn run_steps(&self, stage: Stage, steps: &[Step], record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
+    async fn run_steps(&self, stage: Stage, steps: &[Step], log: &mut EventLog, host: &mut StepRunner) -> Result<(), Trouble> {
         let ids: Vec<String> = (1..=steps.len()).map(|number| format!("step-{stage}-{number}")).collect();
         host.playback.enter_stage(stage.as_str());
         for (number, step) in steps.iter().enumerate() {
             let (Some(id), Some(later)) = (ids.get(number), ids.get(number + 1..)) else { break };
-            let ended = host.run(id, later, step, record).await?;
+            let ended = host.run(id, later, step, log).await?;
             let code = match ended.reason() {
                 Reason::TimedOut => return Err(format!("{} was not done after {} s", step.what, STAGE_MAX.as_secs()).into()),
                 Reason::HostLost => return Err(format!("{} was ended: the agent host was killed", step.what).into()),
@@ -266,7 +266,7 @@ impl Provisioning<'_> {
         Ok(())
     }
 
-    async fn add_skills(&self, skills: Skills, record: &mut Record, host: &mut StepRunner) -> Result<(), Trouble> {
+    async fn add_skills(&self, skills: Skills, log: &mut EventLog, host: &mut StepRunner) -> Result<(), Trouble> {
         let mut steps = Vec::new();
         for skill in &self.setup.skills {
             match skill {
@@ -277,7 +277,7 @@ impl Provisioning<'_> {
                 Skill::Github(skill) => steps.push(setup::install_skill(skill, skills.installer_name)),
             }
         }
-        self.run_steps(Stage::Skills, &steps, record, host).await
+        self.run_steps(Stage::Skills, &steps, log, host).await
     }
 }
 
@@ -288,7 +288,7 @@ impl StepRunner {
     }
 
     /// Runs a step, or finds that it was run. Meanwhile the journal is read and appended to the log.
-    async fn run(&mut self, id: &str, later: &[String], step: &Step, record: &mut Record) -> Result<StepEnded, Trouble> {
+    async fn run(&mut self, id: &str, later: &[String], step: &Step, log: &mut EventLog) -> Result<StepEnded, Trouble> {
         let host_step = HostStep {
             name: step.what.clone(),
             script: step.script.clone(),
@@ -298,7 +298,7 @@ impl StepRunner {
         self.link.send(Input { id: id.to_owned(), kind: Some(input::Kind::Step(host_step)) });
         loop {
             while let Some(emitted) = self.playback.next() {
-                let id = record.play(emitted).await.map_err(Trouble::Fenced)?;
+                let id = log.play(emitted).await.map_err(Trouble::Fenced)?;
                 self.playback.appended(id);
             }
             if let Some(ended) = self.playback.step(id, later) {
@@ -327,7 +327,7 @@ fn trouble(gone: Gone) -> Trouble {
     }
 }
 
-/// What a failed script said last. The cause may be on either stream: a warning on the one does not hide the error on the other.
+/// The end of a failed script's output. The cause may be on either stream: a warning on one does not hide the error on the other.
 fn last_words(stdout: &str, stderr: &str) -> String {
     let tail = |text: &str| {
         let text = text.trim();
@@ -348,25 +348,25 @@ struct Course {
 
 impl Course {
     /// None: the stage is done.
-    async fn begin(record: &mut Record, stage: Stage) -> Result<Option<Self>, StageFailed> {
-        if record.is_done(stage) {
+    async fn begin(log: &mut EventLog, stage: Stage) -> Result<Option<Self>, StageFailed> {
+        if log.is_done(stage) {
             return Ok(None);
         }
-        record.stage(stage, StageState::Started, None, None).await?;
+        log.stage(stage, StageState::Started, None, None).await?;
         Ok(Some(Self { stage, begun: Instant::now() }))
     }
 
-    async fn end(self, record: &mut Record, done: Result<(), Trouble>) -> Result<(), StageFailed> {
+    async fn end(self, log: &mut EventLog, done: Result<(), Trouble>) -> Result<(), StageFailed> {
         let (stage, took) = (self.stage, self.begun.elapsed());
         metrics::histogram!("aod_stage_seconds", "stage" => stage.as_str()).record(took);
         match done {
-            Ok(()) => Ok(record.stage(stage, StageState::Done, Some(took), None).await?),
+            Ok(()) => Ok(log.stage(stage, StageState::Done, Some(took), None).await?),
             Err(Trouble::Fenced(fenced)) => Err(fenced.into()),
             Err(Trouble::Released(reason)) => Err(StageFailed::Released(reason)),
             Err(Trouble::Failed(message)) => {
                 metrics::counter!("aod_stages_failed_total", "stage" => stage.as_str()).increment(1);
-                let message = record.secrets.text(&message);
-                record.stage(stage, StageState::Failed, Some(took), Some(message.clone())).await?;
+                let message = log.secrets.text(&message);
+                log.stage(stage, StageState::Failed, Some(took), Some(message.clone())).await?;
                 Err(StageFailed::Failed { stage, message })
             }
         }
@@ -374,12 +374,12 @@ impl Course {
 }
 
 /// Runs a stage and puts its course into the log; one that is done is left alone.
-async fn stage(record: &mut Record, stage: Stage, work: impl Future<Output = Result<(), Trouble>>) -> Result<(), StageFailed> {
-    let Some(course) = Course::begin(record, stage).await? else { return Ok(()) };
+async fn stage(log: &mut EventLog, stage: Stage, work: impl Future<Output = Result<(), Trouble>>) -> Result<(), StageFailed> {
+    let Some(course) = Course::begin(log, stage).await? else { return Ok(()) };
     let work = work.instrument(tracing::info_span!("stage", otel.name = stage.as_str()));
     let done =
         tokio::time::timeout(STAGE_MAX, work).await.unwrap_or_else(|_| Err(format!("not done after {} s", STAGE_MAX.as_secs()).into()));
-    course.end(record, done).await
+    course.end(log, done).await
 }
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ struct SessionDocument {
     tokens: BTreeMap<String, String>,
 }
 
-/// What an agent shows to the model gateway instead of a provider's key. Made for a claim; good for its session alone, and for nothing but
+/// The token with which an agent authenticates at the model gateway. Generated for a claim; good for its session alone, and for nothing but
 /// the model gateway.
 #[derive(Debug)]
 pub struct ModelToken(SecretString);
@@ -53,7 +53,7 @@ impl ModelToken {
         Ok(Self(format!("aod_session_{}", hex.as_str()).into()))
     }
 
-    /// What others know it by.
+    /// Its SHA-256, which other services know.
     pub fn hash(&self) -> Vec<u8> {
         Sha256::digest(self.0.expose_secret().as_bytes()).to_vec()
     }
@@ -73,7 +73,7 @@ pub struct Secrets {
     credentials: Vec<CredentialDocument>,
     /// Where the deployment has a model gateway: the credentials that the agent's token stands for there.
     proxied: Vec<CredentialKind>,
-    /// Where the deployment has a model gateway: requests that it sends on with secrets which are not here.
+    /// If the deployment has a model gateway: routes whose secrets it adds, which are not here.
     routes: Vec<Route>,
     model_token: Option<ModelToken>,
 }

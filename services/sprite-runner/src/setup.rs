@@ -45,7 +45,7 @@ impl Setup {
         })
     }
 
-    /// Where the agent works: where the session says, else in the only repository.
+    /// The agent's working directory: the session's setting, otherwise the only repository.
     pub fn working_dir(&self) -> Option<&str> {
         match (&self.working_directory, self.repositories.as_slice()) {
             (Some(named), _) => Some(named),

@@ -1,4 +1,4 @@
-//! One turn, from wherever its log ends to its end.
+//! Runs one turn, from the end of its log so far to the turn's end.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -15,6 +15,7 @@ use crate::{
     Runner,
     agent::Agent,
     diagnosis::{self, Cause},
+    event_log::{EventLog, Fenced, Position},
     files::{self, NotMounted},
     host::{Access, Gone, Incoming, Link},
     inputs::{self, Inputs},
@@ -22,21 +23,20 @@ use crate::{
     pace::Pace,
     playback::{Playback, Scope, turn_input},
     provision::{Provisioning, StageFailed, StepRunner},
-    record::{Fenced, Position, Record},
     runtimes,
     secrets::{ModelToken, Secrets},
     setup::Setup,
 };
 
-/// How much of the journal is kept though it is in the log: what a stream loses before it is persisted. A small disk has room for it.
+/// How much of the journal is kept after it was appended, in case the stream loses events before they are persisted.
 const UNPERSISTED_BYTES: u64 = 8 << 20;
 /// How much of the journal may be persisted before the host is told to delete it.
 const PERSISTED_STEP: u64 = 1 << 20;
-/// How long nothing has to come from an agent that waits for a decision, before its sandbox may sleep.
+/// How long an agent that waits for a decision must be silent before its sandbox may sleep.
 const REST_AFTER: Duration = Duration::from_secs(1);
 /// How long a sandbox is kept awake for an input that the host does not accept: it may know the input already.
 const ACCEPTED_WITHIN: Duration = Duration::from_secs(15);
-/// How much of the last words of an agent is looked at for the cause of its failure.
+/// How many bytes at the end of an agent's output are searched for the cause of its failure.
 const SAID_BYTES: usize = 8 << 10;
 
 /// The stage of a failure that is the agent's own.
@@ -49,11 +49,11 @@ const BUDGET: &str = "budget";
 pub enum End {
     /// The turn's end is in the log, with this id.
     Settled(u64),
-    /// Another writes the log.
+    /// Another runner, or the scheduler, writes the log.
     Superseded,
     /// The session was terminated: its Sprite has to go.
     Terminated,
-    /// Released for another attempt. The reason says which infrastructure failure was in the way; it is empty where none was.
+    /// Released for another attempt. The reason names the infrastructure failure; it is empty if there was none.
     Released(String),
 }
 
@@ -61,7 +61,7 @@ pub enum End {
 #[derive(Debug)]
 pub enum Stopped {
     Fenced(Fenced),
-    /// This runner cannot continue, and another attempt may: its lease of secrets is not good any more, or the sandbox does not answer it.
+    /// This runner cannot continue, but another attempt may: its lease of secrets has ended, or the sandbox does not answer.
     Released(String),
     /// The turn failed, with this message for its user.
     Failed {
@@ -98,19 +98,19 @@ pub async fn run(
 ) -> End {
     let epoch = spec.epoch;
     tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn claimed");
-    let mut record = match Record::open(&runner.bus, session, turn, &spec).await {
-        Ok(Position::Open(record)) => record,
+    let mut log = match EventLog::open(&runner.bus, session, turn, &spec).await {
+        Ok(Position::Open(log)) => log,
         Ok(Position::Ended(id)) => return End::Settled(id),
         Ok(Position::Fenced(fenced)) => return end_of(fenced),
         Err(error) => {
-            tracing::warn!(%session, %error, "record cannot be read");
-            return End::Released("its record cannot be read".to_owned());
+            tracing::warn!(%session, %error, "event log cannot be read");
+            return End::Released("its event log cannot be read".to_owned());
         }
     };
     if epoch > 1 {
         metrics::counter!("aod_takeovers_total").increment(1);
-        tracing::info!(%session, turn, epoch, stdout = record.checkpoint.stdout_offset, "taking the turn over");
-        if let Err(fenced) = record.take_over().await {
+        tracing::info!(%session, turn, epoch, stdout = log.checkpoint.stdout_offset, "taking the turn over");
+        if let Err(fenced) = log.take_over().await {
             return end_of(fenced);
         }
     }
@@ -121,28 +121,28 @@ pub async fn run(
             return End::Released(format!("its secrets cannot be had: {}", error.message));
         }
     };
-    record.secrets = secrets.masker();
+    log.secrets = secrets.masker();
     if runner.mask_output {
-        record.masker = record.secrets.clone();
+        log.masker = log.secrets.clone();
     }
-    let ended = match Box::pin(work(runner, session, turn, &spec, &secrets, &mut record, inputs)).await {
+    let ended = match Box::pin(work(runner, session, turn, &spec, &secrets, &mut log, inputs)).await {
         Ok(mut ended) => {
             if let Some(failure) = &mut ended.failure {
-                failure.message = record.secrets.text(&failure.message);
+                failure.message = log.secrets.text(&failure.message);
             }
             ended
         }
         Err(Stopped::Fenced(fenced)) => return end_of(fenced),
-        Err(Stopped::Released(reason)) => return End::Released(record.secrets.text(&reason)),
+        Err(Stopped::Released(reason)) => return End::Released(log.secrets.text(&reason)),
         Err(Stopped::Failed { stage, message }) => {
-            let message = record.secrets.text(&message);
+            let message = log.secrets.text(&message);
             tracing::info!(%session, turn, stage, message, "turn failed");
             TurnEnded { failure: Some(Failure { stage, message }), ..TurnEnded::default() }
         }
     };
-    let unstarted = || TurnStarted { prompt: record.masker.text(&spec.prompt), input_id: spec.input_id.clone(), ..TurnStarted::default() };
-    let ended = TurnEnded { unstarted: (!record.checkpoint.started).then(unstarted), ..ended };
-    match record.ended(ended).await {
+    let unstarted = || TurnStarted { prompt: log.masker.text(&spec.prompt), input_id: spec.input_id.clone(), ..TurnStarted::default() };
+    let ended = TurnEnded { unstarted: (!log.checkpoint.started).then(unstarted), ..ended };
+    match log.ended(ended).await {
         Ok(id) => End::Settled(id),
         Err(fenced) => end_of(fenced),
     }
@@ -164,7 +164,7 @@ async fn work(
     turn: u32,
     spec: &TurnSpec,
     secrets: &Secrets,
-    record: &mut Record,
+    log: &mut EventLog,
     inputs: Inputs,
 ) -> Result<TurnEnded, Stopped> {
     let failed = |stage: Stage, message: String| Stopped::Failed { stage: stage.to_string(), message };
@@ -176,9 +176,9 @@ async fn work(
         return Err(failed(Stage::CreateSprite, "No backend credentials configured".to_owned()));
     };
     let name: SpriteName = spec.sprite.parse().map_err(|_| failed(Stage::CreateSprite, "The Sprite's name is not valid".to_owned()))?;
-    let started = record.checkpoint.started;
-    if started && record.checkpoint.journal_offset == 0 {
-        // An earlier release kept no journal, and what it left in the Sprite is no longer understood.
+    let started = log.checkpoint.started;
+    if started && log.checkpoint.journal_offset == 0 {
+        // An earlier release kept no journal, and its files in the Sprite are no longer supported.
         let message = "The turn was started by an earlier release of the runner and cannot be continued; send the prompt again";
         return Err(Stopped::Failed { stage: "sandbox".to_owned(), message: message.to_owned() });
     }
@@ -200,9 +200,9 @@ async fn work(
         Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, runtime, adapter, models: &models, gateway };
     let is_new = turn == 1 && !started;
     if is_new {
-        provisioning.create(record).await?;
+        provisioning.create(log).await?;
     }
-    let offset = record.checkpoint.journal_offset;
+    let offset = log.checkpoint.journal_offset;
     let revision = if spec.may_change { agent.revision(secrets, &provisioning.config_without_token()) } else { String::new() };
     // Before a message is sent: what runs from the turn before is replaced where it is another.
     let renews = spec.may_change && !started && !is_new;
@@ -228,21 +228,21 @@ async fn work(
     let (mut position, mut waited) = (0, Duration::ZERO);
     if is_new {
         let scope = Scope::SetUp { stage: "", logged_below: offset };
-        let playback = Playback::new(scope, record.secrets.clone(), runner.output.bytes_max, &record.checkpoint);
+        let playback = Playback::new(scope, log.secrets.clone(), runner.output.bytes_max, &log.checkpoint);
         let mut host = StepRunner { link, playback };
-        provisioning.set_up(record, &mut host).await?;
+        provisioning.set_up(log, &mut host).await?;
         position = host.playback.position().max(offset);
         link = host.link;
     }
     if !started {
-        record.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
-        let prompt = record.masker.text(&spec.prompt);
+        log.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
+        let prompt = log.masker.text(&spec.prompt);
         let begin = TurnStarted { prompt, input_id: spec.input_id.clone(), is_metered: secrets.is_metered() };
         let begun = Instant::now();
-        // The turn need not wait for its sandbox to begin, which may have to wake: the host runs as the turn before has left it.
+        // The turn begins before its sandbox has answered, which may have to wake: the host runs as the previous turn left it.
         let is_early = position == 0 && offset > 0 && !renews;
         if is_early {
-            record.started(begin.clone(), offset).await?;
+            log.started(begin.clone(), offset).await?;
         }
         // Where the turn's records are looked for. A journal that was lost between turns is no loss.
         if position == 0 {
@@ -253,32 +253,32 @@ async fn work(
             };
         }
         match is_early {
-            true => record.checkpoint.journal_offset = position,
-            false => record.started(begin, position).await?,
+            true => log.checkpoint.journal_offset = position,
+            false => log.started(begin, position).await?,
         }
         waited = if is_early { begun.elapsed() } else { Duration::ZERO };
     }
     let mut meter = match secrets.is_metered() {
         true => {
             let turn = inputs::Turn { session, turn, epoch: spec.epoch };
-            let meter = Meter::follow(&runner.bus, &turn, record.checkpoint.metered_through).await;
+            let meter = Meter::follow(&runner.bus, &turn, log.checkpoint.metered_through).await;
             Some(meter.map_err(|error| Stopped::Released(format!("hints cannot be subscribed to: {}", error.message)))?)
         }
         false => None,
     };
-    let mut playback = Playback::new(Scope::Turn(turn), record.masker.clone(), runner.output.bytes_max, &record.checkpoint);
+    let mut playback = Playback::new(Scope::Turn(turn), log.masker.clone(), runner.output.bytes_max, &log.checkpoint);
     if !playback.has_begun() {
-        // The turn's time runs from its begin in the log.
+        // The turn's timeout runs from its beginning in the log.
         let waited = u32::try_from(waited.as_secs()).unwrap_or(u32::MAX);
         link.send(agent.message(turn, spec.timeout_seconds.saturating_sub(waited).max(1)));
     }
-    play(record, turn, &mut playback, (&mut link, &mut meter), inputs, Pace::new(&runner.output)).await?;
-    record.continue_from(playback.checkpoint());
-    // Before the turn's end is in the log: who sees the end finds what was written.
+    play(log, turn, &mut playback, (&mut link, &mut meter), inputs, Pace::new(&runner.output)).await?;
+    log.continue_from(playback.checkpoint());
+    // Before the turn's end is in the log, so that a client that sees the end finds the files.
     files::collect(runner, &sprite, (session, turn), spec).await;
     let ended = playback.ended().cloned().unwrap_or_default();
     let Some(mut meter) = meter else { return Ok(end(runtime, &ended, spec.timeout_seconds, &playback, "")) };
-    let metered = meter.finish(record).await?;
+    let metered = meter.finish(log).await?;
     let ended = TurnEnded { usage: metered.turn_usage, ..end(runtime, &ended, spec.timeout_seconds, &playback, &metered.failure) };
     Ok(match metered.budget_reached {
         Some(reached) => at_budget(ended, &reached),
@@ -286,7 +286,7 @@ async fn work(
     })
 }
 
-/// The end of a turn whose last model request a budget refused: whatever its CLI made of that.
+/// The end of a turn whose last model request a budget refused, whatever its CLI reports.
 fn at_budget(ended: TurnEnded, reached: &BudgetNotice) -> TurnEnded {
     if ended.stop_reason() == StopReason::Interrupted {
         return ended;
@@ -307,7 +307,7 @@ fn stopped(gone: Gone) -> Stopped {
 
 /// Appends events from the journal until the turn's end, and passes inputs to the host.
 async fn play(
-    record: &mut Record,
+    log: &mut EventLog,
     turn: u32,
     playback: &mut Playback,
     (link, meter): (&mut Link, &mut Option<Meter>),
@@ -321,22 +321,22 @@ async fn play(
     if !playback.has_begun() {
         unaccepted.insert(turn_input(turn));
     }
-    let (mut persisted, mut resting, mut quiet_since) = (record.checkpoint.journal_offset, false, Instant::now());
+    let (mut persisted, mut resting, mut quiet_since) = (log.checkpoint.journal_offset, false, Instant::now());
     loop {
         while let Some(emitted) = playback.next() {
             let bytes = emitted.output_bytes();
             if let Some(meter) = meter.as_mut() {
                 if meter.precedes(&emitted.kind) {
-                    meter.append(record).await?;
+                    meter.append(log).await?;
                 }
                 // What the model gateway counts, and not what the CLI reports of the same requests.
                 if is_own_report(&emitted.kind) {
-                    record.continue_from(emitted.place);
+                    log.continue_from(emitted.place);
                     continue;
                 }
-                meter.precede(&emitted.kind, record).await?;
+                meter.precede(&emitted.kind, log).await?;
             }
-            let id = record.play(emitted).await?;
+            let id = log.play(emitted).await?;
             playback.appended(id);
             pace.spend(bytes, Instant::now());
         }
@@ -381,7 +381,7 @@ async fn play(
                 playback.settle();
                 let previews = playback.previews();
                 if !previews.is_empty() {
-                    record.preview(previews).await;
+                    log.preview(previews).await;
                 }
             }
             input = inputs.next() => {
@@ -392,7 +392,7 @@ async fn play(
             }
             () = due(meter) => {
                 if let Some(meter) = meter.as_mut() {
-                    meter.append(record).await?;
+                    meter.append(log).await?;
                 }
             }
             () = tokio::time::sleep_until(quiet_since + rest_after), if may_rest => {
@@ -436,7 +436,7 @@ fn end(runtime: Runtime, ended: &agent_host::TurnEnded, timeout_seconds: u32, pl
         Reason::Completed => exited(0, StopReason::EndTurn, None),
         Reason::Interrupted => exited(0, StopReason::Interrupted, None),
         Reason::TimedOut => {
-            // CLIs ask a model that fails again and again, for longer than many a turn may take.
+            // CLIs retry a failing model for longer than many turns may take.
             let cause = if runtime == Runtime::Shell { None } else { diagnose(playback, None, &ended.message) };
             let hint = cause.map(|cause| format!(". Its last output suggests that {cause}")).unwrap_or_default();
             without_code("timeout", format!("Turn timed out after {timeout_seconds}s{hint}"))
@@ -466,7 +466,7 @@ fn or(message: &str, otherwise: &str) -> String {
     if message.is_empty() { otherwise } else { message }.to_owned()
 }
 
-/// What an agent's end is put down to, where its last words say; without a status where it was ended.
+/// The cause of an agent's end, if the end of its output names one; without a status if it was killed.
 fn diagnose(playback: &Playback, code: Option<i32>, message: &str) -> Option<Cause> {
     let last = |text: &str| {
         let from = (text.len().saturating_sub(SAID_BYTES)..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or_default();
@@ -476,7 +476,7 @@ fn diagnose(playback: &Playback, code: Option<i32>, message: &str) -> Option<Cau
     diagnosis::of_agent(code.and_then(|code| u8::try_from(code).ok()), &said)
 }
 
-/// The sum of what came in, with what of it came from or went into a cache.
+/// The sum of input tokens, including those read from and written to a cache.
 fn usage(used: &agent_host::ModelUsage) -> Usage {
     Usage {
         input_tokens: Some(used.input_tokens + used.cache_read_tokens + used.cache_write_tokens),

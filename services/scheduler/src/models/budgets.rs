@@ -48,7 +48,7 @@ pub async fn set(scheduler: Scheduler, request: SetBudgetRequest) -> Result<Budg
 pub async fn clear(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Budget, Failure> {
     let mut tx = scheduler.pool.begin().await?;
     let (scope, id) = find(&mut tx, &request).await?;
-    // What requests under way hold stays: they give it back.
+    // Reservations of requests in flight stay: their ends release them.
     sqlx::query(
         "update model_limit
          set max_cost_micro_usd = null, max_tokens = null, max_requests = null, max_seconds = null, used_cost_micro_usd = 0,
@@ -83,7 +83,7 @@ async fn find(connection: &mut PgConnection, request: &GetBudgetRequest) -> Resu
     let statement = match scope {
         Scope::Session => "select from session where session_id = $1 and ($2::uuid is null or user_id = $2)",
         Scope::Agent => "select from agent where agent_id = $1 and ($2::uuid is null or user_id = $2)",
-        // Who exists is known to another service, which the operator asks first.
+        // Another service knows which users exist; the operator's command asks it first.
         Scope::User | Scope::Deployment if owner.is_none() => return Ok((scope, id)),
         Scope::User | Scope::Deployment => return Err(Failure::invalid("The operator sets this budget")),
     };
@@ -99,7 +99,7 @@ pub async fn write(tx: &mut PgConnection, scope: Scope, id: Uuid, change: &Budge
     let rate = (rate.0, rate.1.map(|rate| i32::try_from(rate).unwrap_or(i32::MAX)));
     let (cost, tokens) = (limit(change.cost_micro_usd)?, limit(change.tokens)?);
     let (requests, seconds) = (limit(change.requests)?, limit(change.seconds)?);
-    // Who is given another limit is warned of it again.
+    // A changed limit warns again.
     let is_raised = cost.0 || tokens.0 || requests.0 || seconds.0;
     sqlx::query(
         "update model_limit

@@ -457,7 +457,7 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
     let used_tokens = charge(held_tokens.max(least_tokens), tokens, is_whole);
     let used_cost = charge(held_cost.max(least_cost), cost, is_whole);
     let change = match was_unknown {
-        // What it held was counted when it was given up.
+        // Its reservation was counted when it became unknown.
         true => Change {
             used_tokens: used_tokens.saturating_sub(held_tokens),
             used_cost: used_cost.saturating_sub(held_cost),

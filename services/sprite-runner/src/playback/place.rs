@@ -10,7 +10,7 @@ pub struct Emitted {
     pub place: Place,
 }
 
-/// What a small event costs at least, as it is stored and sent.
+/// The size that even a small event counts as, since storing and sending it has a fixed cost.
 pub(super) const EVENT_BYTES_MIN: usize = 512;
 
 impl Emitted {

@@ -1,7 +1,7 @@
 //! Appends to a session's event log, as its only writer.
 //!
-//! Every append names the sequence that it follows. A runner that lost its job is refused by the stream, looks who wrote, and stops.
-//! Each event says how far its writer is, so that the newest event is all that a successor needs.
+//! Every append names the sequence that it follows. The stream refuses a runner that lost its turn; it then reads who wrote, and stops.
+//! Each event contains a checkpoint of its writer, so that a successor needs only the newest event.
 
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ use crate::{
     playback::{self, Emitted, Place},
 };
 
-/// How often a log whose newest entry no service wrote is looked at: for some ten seconds.
+/// How often a log is read again whose newest message no service wrote: for about ten seconds.
 const FOREIGN_ATTEMPTS: u32 = 12;
 /// Model requests without an end that are remembered.
 const OPEN_REQUESTS_MAX: usize = 64;
@@ -64,15 +64,15 @@ pub enum OpenError {
 #[derive(Debug)]
 pub enum Position {
     /// Continue from here.
-    Open(Box<Record>),
+    Open(Box<EventLog>),
     /// The turn's end is in the log, with this id.
     Ended(u64),
     Fenced(Fenced),
 }
 
-/// The record of one turn, and this runner's place in it.
+/// The event log of one turn's session, and this runner's place in it.
 #[derive(Debug)]
-pub struct Record {
+pub struct EventLog {
     bus: Bus,
     session: SessionId,
     /// The stream and the subject in it.
@@ -89,17 +89,17 @@ pub struct Record {
     /// Ids up to this one were persisted when the turn was claimed: an event that gets one of them is in a stream that was set back.
     floor: u64,
     pub checkpoint: Checkpoint,
-    /// What our own messages may not show.
+    /// Masks secrets in our own messages.
     pub secrets: Masker,
-    /// What the agent's output may not show.
+    /// Masks secrets in the agent's output.
     pub masker: Masker,
     /// When this runner took the turn, until the agent's first output.
     silent_since: Option<Instant>,
 }
 
-impl Record {
-    /// Finds the end of the record. Where the stream has forgotten it, that is the newest event in Postgres, which the claim brought; it
-    /// counts where the stream was trimmed no further than what was recorded then.
+impl EventLog {
+    /// Finds the end of the log: the newest event in the stream, or the newest one in Postgres, which the claim contains, if the stream
+    /// has none and was not trimmed beyond what was persisted then.
     ///
     /// # Errors
     /// When the stream does not answer, or was trimmed further.
@@ -114,7 +114,7 @@ impl Record {
         }
         let decode = |id: u64, payload: Bytes| Some((id, SessionEvent::decode(payload).ok()?));
         let streamed = match last {
-            // A runner that cannot read what an other wrote must not begin again at offset 0.
+            // A runner that cannot read another runner's event must not start over at offset 0.
             Some(entry) => Some(decode(entry.sequence, entry.payload).ok_or(OpenError::Unreadable)?),
             None => None,
         };
@@ -232,11 +232,11 @@ impl Record {
         place.apply(&mut self.checkpoint);
     }
 
-    /// Tells those who follow the session what the agent is writing. It is no part of the log.
+    /// Publishes what the agent is writing to gateways that follow the session. It is not part of the log.
     pub async fn preview(&self, previews: Vec<Preview>) {
         let previews = previews.into_iter().map(|preview| Preview { turn: self.turn, ..preview }).collect();
         let told = QueuedInputs { previews, ..QueuedInputs::default() };
-        self.bus.tell(subject::queued_inputs(self.session), told.encode_to_vec().into()).await;
+        self.bus.publish(subject::queued_inputs(self.session), told.encode_to_vec().into()).await;
     }
 
     /// Ends the turn. Returns the id of its end.
@@ -300,7 +300,7 @@ impl Record {
         if last.is_foreign {
             return Writer::Unknown;
         }
-        // Its tag is in it: no two events are the same.
+        // It contains its tag, so no two events are equal.
         if last.payload == payload {
             return Writer::Ourselves(last.sequence);
         }
@@ -314,7 +314,7 @@ impl Record {
     }
 }
 
-/// The oldest goes where there are too many: its end names no start.
+/// Forgets the oldest if there are too many: then its end names no start.
 fn open_request(checkpoint: &mut Checkpoint, request: OpenModelRequest) {
     let open = &mut checkpoint.open_model_requests;
     if open.len() >= OPEN_REQUESTS_MAX {
@@ -342,7 +342,7 @@ fn newest(event: &Option<(u64, SessionEvent)>) -> Option<Newest<'_>> {
 enum Writer {
     Ourselves(u64),
     Other(Fenced),
-    /// The stream does not hold what this writer wrote: it was trimmed, recreated or set back.
+    /// The stream does not have what this writer appended: it was trimmed, recreated or set back.
     Nobody,
     /// The stream does not answer.
     Unknown,
@@ -364,9 +364,9 @@ mod tests {
         let checkpoint = Checkpoint { stdout_offset: 70, ..Checkpoint::default() };
         let event = SessionEvent { turn: 1, epoch: 1, checkpoint: Some(checkpoint), tag: 1, ..SessionEvent::default() };
         let first = bus.append(log.clone(), event.encode_to_vec().into(), 0).await.unwrap();
-        let Ok(Position::Open(record)) = Record::open(&bus, session, 1, &spec).await else { unreachable!("it continues") };
-        assert_eq!(record.checkpoint.stdout_offset, 70);
+        let Ok(Position::Open(log)) = EventLog::open(&bus, session, 1, &spec).await else { unreachable!("it continues") };
+        assert_eq!(log.checkpoint.stdout_offset, 70);
         bus.append(log, vec![0xff; 20].into(), first).await.unwrap();
-        assert!(matches!(Record::open(&bus, session, 1, &spec).await, Err(OpenError::Unreadable)));
+        assert!(matches!(EventLog::open(&bus, session, 1, &spec).await, Err(OpenError::Unreadable)));
     }
 }
