@@ -216,11 +216,11 @@ impl Bus {
 
     /// Publishes a hint: at most once, to current subscribers.
     pub async fn hint(&self, subject: String) {
-        self.publish(subject, Bytes::new()).await;
+        self.publish_hint(subject, Bytes::new()).await;
     }
 
     /// Publishes a message as a hint: at most once, to current subscribers.
-    pub async fn publish(&self, subject: String, message: Bytes) {
+    pub async fn publish_hint(&self, subject: String, message: Bytes) {
         let mut headers = HeaderMap::new();
         headers.insert(header::HINT, "1");
         if let Err(error) = self.client.publish_with_headers(subject, headers, message).await {
@@ -234,14 +234,14 @@ impl Bus {
     /// When the connection is closed for good.
     pub async fn hints(&self, subject: String) -> Result<impl futures::Stream<Item = ()> + Unpin + use<>, Failure> {
         use futures::StreamExt as _;
-        Ok(self.messages(subject).await?.map(|_| ()))
+        Ok(self.hint_messages(subject).await?.map(|_| ()))
     }
 
-    /// Subscribes to messages that [`Self::publish`] sends.
+    /// Subscribes to messages that [`Self::publish_hint`] sends.
     ///
     /// # Errors
     /// When the connection is closed for good.
-    pub async fn messages(&self, subject: String) -> Result<impl futures::Stream<Item = Bytes> + Unpin + use<>, Failure> {
+    pub async fn hint_messages(&self, subject: String) -> Result<impl futures::Stream<Item = Bytes> + Unpin + use<>, Failure> {
         use futures::StreamExt as _;
         let subscription = self.client.subscribe(subject).await.map_err(Failure::internal)?;
         Ok(subscription.filter(|message| std::future::ready(is_hint(message))).map(|message| message.payload))

@@ -236,7 +236,7 @@ impl EventLog {
     pub async fn preview(&self, previews: Vec<Preview>) {
         let previews = previews.into_iter().map(|preview| Preview { turn: self.turn, ..preview }).collect();
         let told = QueuedInputs { previews, ..QueuedInputs::default() };
-        self.bus.publish(subject::queued_inputs(self.session), told.encode_to_vec().into()).await;
+        self.bus.publish_hint(subject::queued_inputs(self.session), told.encode_to_vec().into()).await;
     }
 
     /// Ends the turn. Returns the id of its end.
@@ -364,8 +364,8 @@ mod tests {
         let checkpoint = Checkpoint { stdout_offset: 70, ..Checkpoint::default() };
         let event = SessionEvent { turn: 1, epoch: 1, checkpoint: Some(checkpoint), tag: 1, ..SessionEvent::default() };
         let first = bus.append(log.clone(), event.encode_to_vec().into(), 0).await.unwrap();
-        let Ok(Position::Open(log)) = EventLog::open(&bus, session, 1, &spec).await else { unreachable!("it continues") };
-        assert_eq!(log.checkpoint.stdout_offset, 70);
+        let Ok(Position::Open(opened)) = EventLog::open(&bus, session, 1, &spec).await else { unreachable!("it continues") };
+        assert_eq!(opened.checkpoint.stdout_offset, 70);
         bus.append(log, vec![0xff; 20].into(), first).await.unwrap();
         assert!(matches!(EventLog::open(&bus, session, 1, &spec).await, Err(OpenError::Unreadable)));
     }

@@ -215,7 +215,7 @@ type Request = BoxFuture<'static, Answer>;
 impl Follower {
     async fn run(mut self) {
         let mut live = self.subscribe().await;
-        let mut queued = self.bus.messages(subject::queued_inputs(self.session)).await.ok();
+        let mut queued = self.bus.hint_messages(subject::queued_inputs(self.session)).await.ok();
         let (mut last, mut page) = (None::<Request>, None::<Request>);
         let (mut attempts, mut check_at) = (0, next_check());
         loop {

@@ -39,7 +39,7 @@ pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<Se
     if !reply.replayed && !queued.is_empty() {
         scheduler
             .bus
-            .publish(subject::queued_inputs(id), QueuedInputs { inputs: queued, ..QueuedInputs::default() }.encode_to_vec().into())
+            .publish_hint(subject::queued_inputs(id), QueuedInputs { inputs: queued, ..QueuedInputs::default() }.encode_to_vec().into())
             .await;
     }
     Ok(reply)
