@@ -75,9 +75,12 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
     let pool = PgPoolOptions::new()
         .max_connections(config.max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        // In place of sqlx's own ping: a connection to a server that is no primary any more, as after a failover, is closed.
+        // In place of sqlx's own ping, and not for each query: a server that became a standby was restarted, so a connection that was used
+        // a moment ago still leads to a primary.
         .test_before_acquire(false)
-        .before_acquire(|connection, _| Box::pin(is_primary(connection)))
+        .before_acquire(|connection, meta| {
+            Box::pin(async move { if meta.idle_for < TRUSTED_FOR { Ok(true) } else { is_primary(connection).await } })
+        })
         .after_connect(|connection, _| {
             Box::pin(async { if is_primary(connection).await? { Ok(()) } else { Err(sqlx::Error::Protocol(NOT_PRIMARY.to_owned())) } })
         })
@@ -87,6 +90,8 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
     Ok(pool)
 }
 
+/// How long a connection that was used is taken to work.
+const TRUSTED_FOR: Duration = Duration::from_secs(1);
 const NOT_PRIMARY: &str = "the Postgres server is a standby; it takes no writes";
 
 async fn is_primary(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
