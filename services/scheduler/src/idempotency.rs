@@ -31,6 +31,11 @@ pub async fn earlier<R: Message + Default>(
             return Err(Failure::conflict("A request with this Idempotency-Key is still in progress"));
         }
     }
+    answered(tx, user, route, once).await
+}
+
+/// The answer to an earlier request with the same key, whose lock is held.
+async fn answered<R: Message + Default>(tx: &mut PgConnection, user: UserId, route: &str, once: &Once) -> Result<Option<R>, Failure> {
     let row = sqlx::query(
         "select body_hash, reply
          from answered_once
@@ -57,8 +62,11 @@ pub async fn earlier_creation<R: Message + Default>(
     once: Option<&Once>,
     id: &str,
 ) -> Result<Option<R>, Failure> {
-    if once.is_some() {
-        wait_for_earlier_attempts(tx, id).await?;
+    let Some(known) = once else { return Ok(None) };
+    wait_for_earlier_attempts(tx, id).await?;
+    // The caller of one request chose both its key and the id.
+    if known.is_of_one_request {
+        return answered(tx, user, route, known).await;
     }
     earlier(tx, user, route, once).await
 }
