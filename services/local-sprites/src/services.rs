@@ -427,8 +427,9 @@ impl Unit {
         let definition = sprite.record().services.remove(&self.name).ok_or_else(|| io::Error::other("it is defined no more"))?;
         let dir = definition.dir.filter(|dir| !dir.is_empty()).unwrap_or_else(|| HOME.to_owned());
         let argv: Vec<_> = std::iter::once(definition.cmd).chain(definition.args).collect();
-        let mut command = Launch { held: true, ..sprite.launch(holder, dir.into(), false) }.command(&argv)?;
-        command.envs(sandbox::environment(holder)).envs(sprite.environment()).envs(definition.env);
+        let variables = sandbox::environment(holder).into_iter().chain(sprite.environment()).chain(definition.env);
+        let launch = Launch { held: true, ..sprite.launch(holder, dir.into(), false) };
+        let mut command = launch.command(&argv, variables)?;
         let [stdout, stderr] = files(sprite, &self.name).writers()?;
         command.stdin(Stdio::piped()).stdout(stdout).stderr(stderr).spawn()
     }

@@ -2,10 +2,13 @@
 //! what a Sprite's processes are not to have, and only then runs the command: nothing of the Sprite runs with more.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs,
     io::{self, Read as _},
-    os::{fd::AsFd as _, unix::process::CommandExt as _, unix::process::ExitStatusExt as _},
+    os::{
+        fd::AsFd as _,
+        unix::{ffi::OsStrExt as _, process::CommandExt as _, process::ExitStatusExt as _},
+    },
     path::PathBuf,
     process::{Command, ExitCode, ExitStatus, Stdio},
 };
@@ -78,6 +81,19 @@ pub fn limit_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// A command's variables travel through the launcher under names with this prefix. The launcher
+/// runs on the machine as root until it has entered: under their own names some variables, such as
+/// `LD_PRELOAD`, would have its dynamic linker load and write files of the Sprite's choice.
+const VARIABLE_PREFIX: &str = "sprite:";
+
+/// The variables of the command that this launcher is to start.
+fn variables() -> impl Iterator<Item = (OsString, OsString)> {
+    std::env::vars_os().filter_map(|(name, value)| {
+        let name = name.as_bytes().strip_prefix(VARIABLE_PREFIX.as_bytes())?;
+        Some((OsStr::from_bytes(name).to_owned(), value))
+    })
+}
+
 /// What a command of a Sprite starts as.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Launch {
@@ -132,13 +148,16 @@ impl Privileges {
 }
 
 impl Launch {
-    /// A command of this server that runs `argv` inside.
+    /// A command of this server that runs `argv` inside, with these variables; of those of one
+    /// name the last holds.
     ///
     /// # Errors
     /// When the launch cannot be written down, which does not happen.
-    pub fn command(&self, argv: &[String]) -> io::Result<tokio::process::Command> {
+    pub fn command(&self, argv: &[String], variables: impl IntoIterator<Item = (String, String)>) -> io::Result<tokio::process::Command> {
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.args([COMMAND, &serde_json::to_string(self)?]).args(argv).env_clear();
+        let variables = variables.into_iter().map(|(name, value)| (format!("{VARIABLE_PREFIX}{name}"), value));
+        command.envs(variables);
         // A group of its own: a signal to the server's group does not reach it.
         command.process_group(0);
         Ok(command)
@@ -215,6 +234,7 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
         command.process_group(0);
         command
     };
+    command.env_clear().envs(variables());
     if launch.held {
         command.stdin(Stdio::null());
     }

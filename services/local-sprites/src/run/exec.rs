@@ -145,19 +145,21 @@ impl ExecSession {
     /// Starts a command and attaches the first client.
     pub fn start(start: Start, request: Request, lifecycle: &Lifecycle) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
         let Start { launch, environment, owner, sessions } = start;
-        let mut command = launch.command(&request.argv)?;
-        command.envs(sandbox::environment(launch.holder));
-        command.envs(environment);
+        let mut variables = sandbox::environment(launch.holder);
+        variables.extend(environment);
+        if request.terminal.is_some() {
+            variables.push(("TERM".to_owned(), "xterm-256color".to_owned()));
+        }
+        variables.extend(request.env.iter().cloned());
+        let mut command = launch.command(&request.argv, variables)?;
         let mut terminal = None;
         if let Some(size) = request.terminal {
             let (master, slave) = Terminal::open(launch.holder, size, owner)?;
-            command.env("TERM", "xterm-256color");
             command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
             terminal = Some((Arc::new(master), Mutex::new(size)));
         } else {
             command.stdin(if request.stdin { Stdio::piped() } else { Stdio::null() }).stdout(Stdio::piped()).stderr(Stdio::piped());
         }
-        command.envs(request.env.iter().map(|(name, value)| (name, value)));
         let mut child = command.spawn()?;
         // Its own ends of the terminal are closed here: the last one that is open is the Sprite's.
         drop(command);

@@ -28,6 +28,27 @@ async fn inherited_descriptors_do_not_reach_a_sprite() {
     assert!(last < 7 || last == 10 || last == 255, "{last}");
 }
 
+/// Variables that a dynamic linker obeys are the command's, not those of what starts it: that is
+/// root on the machine at first.
+#[tokio::test]
+async fn variables_of_a_command_do_not_reach_what_starts_it() {
+    let server = Server::start(&[]).await;
+    let sprite = server.sprite("linker").await;
+    let outside = tempfile::Builder::new().prefix("outside").tempdir_in("/tmp").unwrap();
+    let file = outside.path().join("linked");
+    let file = file.to_str().unwrap();
+    let service = json!({ "cmd": "sh", "args": ["-c", "env > /home/sprite/seen; exec sleep 1000"], "env": { "LD_DEBUG": "libs", "LD_DEBUG_OUTPUT": file } });
+    // By the agent itself, and by a client.
+    sprite.write("/home/sprite/service", service.to_string(), 0o644).await.unwrap();
+    bash(&sprite, "sprite-env curl -X PUT --data-binary @service '/v1/services/linked?duration=500ms'").await;
+    let command = format!("linker/exec?cmd=env&env=LD_DEBUG%3Dlibs&env=LD_DEBUG_OUTPUT%3D{file}");
+    let (_, seen) = call(&server, "POST", &command, &json!({})).await;
+    for seen in [seen, said(&sprite, "cat seen").await] {
+        assert!(seen.contains(&format!("LD_DEBUG_OUTPUT={file}\n")) && !seen.contains("sprite:"), "{seen}");
+    }
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0, "files of the machine were written");
+}
+
 #[tokio::test]
 async fn the_management_socket_holds_little_of_the_server() {
     let server = Server::start(&[]).await;

@@ -12,11 +12,11 @@ pub const AGENT_HOST: &str = "/opt/aod/agent-host";
 pub const PATH: &str = "/opt/agents/bin:/.sprite/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The environment that every command has.
-pub fn environment(holder: Holder) -> Vec<(&'static str, String)> {
+pub fn environment(holder: Holder) -> Vec<(String, String)> {
     let own = [("PATH", PATH), ("HOME", HOME), ("USER", USER), ("LOGNAME", USER), ("SHELL", "/bin/bash"), ("LANG", "C.UTF-8")];
-    let mut environment: Vec<_> = own.into_iter().map(|(name, value)| (name, value.to_owned())).collect();
+    let mut environment: Vec<_> = own.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
     if holder.network() == Network::Limited {
-        environment.extend(crate::network::proxy_variables());
+        environment.extend(crate::network::proxy_variables().map(|(name, value)| (name.to_owned(), value)));
     }
     environment
 }
