@@ -1,6 +1,9 @@
 //! Subjects that carry a key. Keys come from id types, which cannot hold `.`, `*`, `>` or a space.
 
+use prost::Message as _;
 use types::{Partition, SessionId, SpriteName, UserId};
+
+use crate::runner::{DestroySprite, RunTurn, SweepSprites};
 
 /// The event log of a session. The last word is the number of the partition, except for the first, so that each partition has a pattern.
 #[must_use]
@@ -20,7 +23,7 @@ pub fn session_live(session: SessionId, partition: Partition) -> String {
     }
 }
 
-/// The session a record's subject belongs to.
+/// Returns the session of an event log's subject.
 #[must_use]
 pub fn parse_session_log(subject: &str) -> Option<SessionId> {
     let key = subject.strip_prefix("aod.log.session.v1.")?;
@@ -48,7 +51,43 @@ pub fn sprite_sweep(user: UserId) -> String {
 
 pub const SPRITE_SWEEPS: &str = "aod.cmd.runner.v1.sprite.sweep.*";
 
-/// A fact for other services: `session.completed` and the like.
+/// A job of the work queue: the message that its subject announces.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunnerJob {
+    RunTurn(RunTurn),
+    DestroySprite(DestroySprite),
+    SweepSprites(SweepSprites),
+}
+
+/// Why a message of the work queue is not a job.
+#[derive(Debug, thiserror::Error)]
+pub enum MalformedJob {
+    #[error("unknown kind of job")]
+    UnknownKind,
+    #[error("malformed job: {0}")]
+    Payload(#[from] prost::DecodeError),
+}
+
+impl RunnerJob {
+    /// Reads a job from its subject ([`turn_run`], [`sprite_destroy`], [`sprite_sweep`]) and payload.
+    ///
+    /// # Errors
+    /// [`MalformedJob`] for another subject, or a payload that is not its message.
+    pub fn parse(subject: &str, payload: &[u8]) -> Result<Self, MalformedJob> {
+        let is = |pattern: &str| pattern.strip_suffix('*').is_some_and(|start| subject.starts_with(start));
+        if is(TURN_RUNS) {
+            Ok(Self::RunTurn(RunTurn::decode(payload)?))
+        } else if is(SPRITE_DESTROYS) {
+            Ok(Self::DestroySprite(DestroySprite::decode(payload)?))
+        } else if is(SPRITE_SWEEPS) {
+            Ok(Self::SweepSprites(SweepSprites::decode(payload)?))
+        } else {
+            Err(MalformedJob::UnknownKind)
+        }
+    }
+}
+
+/// The subject of a lifecycle event, such as `session.completed`.
 #[must_use]
 pub fn session_lifecycle(what: &str, session: SessionId) -> String {
     format!("aod.evt.scheduler.v1.session.{what}.{session}")
@@ -213,5 +252,19 @@ mod tests {
         }
         assert_eq!(parse_session_log("aod.log.session.v1.x"), None);
         assert_eq!(parse_session_log("aod.evt.scheduler.v1.session.completed"), None);
+    }
+
+    #[test]
+    fn jobs_are_read_by_their_subjects() {
+        let (session, user) = (SessionId::new(), UserId::new());
+        let run = RunTurn { session_id: session.to_string(), turn: 1 };
+        let job = RunnerJob::parse(&turn_run(session), &run.encode_to_vec()).unwrap();
+        assert_eq!(job, RunnerJob::RunTurn(run.clone()));
+        let sweep = RunnerJob::parse(&sprite_sweep(user), &[]).unwrap();
+        assert_eq!(sweep, RunnerJob::SweepSprites(SweepSprites::default()));
+        let destroy = RunnerJob::parse(&SPRITE_DESTROYS.replace('*', "aod-x"), &[]).unwrap();
+        assert_eq!(destroy, RunnerJob::DestroySprite(DestroySprite::default()));
+        assert!(matches!(RunnerJob::parse("aod.cmd.runner.v1.other", &[]), Err(MalformedJob::UnknownKind)));
+        assert!(matches!(RunnerJob::parse(&turn_run(session), &[0xff]), Err(MalformedJob::Payload(_))));
     }
 }

@@ -8,11 +8,11 @@ use bus::{
 };
 use contract::{
     rpc,
-    runner::{DestroySprite, RunTurn, SweepSprites},
+    runner::{DestroySprite, RunTurn},
     scheduler::{ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, Routing, TurnSpec, claim_turn_reply::Verdict},
+    subject::RunnerJob,
 };
 use futures::StreamExt as _;
-use prost::Message as _;
 use sealing::KeyPair;
 use tracing::Instrument as _;
 use types::{Backoff, ErrorCode, SessionId};
@@ -36,21 +36,11 @@ const DESTROY_DELIVERIES_MAX: u64 = 50;
 
 pub async fn handle(runner: Runner, job: Job) -> Outcome {
     let again = RETRY.jittered(u32::try_from(job.delivery).unwrap_or(u32::MAX));
-    if job.subject.contains(".turn.run.") {
-        match RunTurn::decode(job.payload.clone()) {
-            Ok(message) => Box::pin(run_turn(runner, message, again)).await,
-            Err(error) => Outcome::Reject(format!("malformed job: {error}")),
-        }
-    } else if job.subject.contains(".sprite.sweep.") {
-        match SweepSprites::decode(job.payload.clone()) {
-            Ok(message) => sweep::run(&runner, message, job.delivery, again).await,
-            Err(error) => Outcome::Reject(format!("malformed job: {error}")),
-        }
-    } else {
-        match DestroySprite::decode(job.payload.clone()) {
-            Ok(message) => destroy_sprite(&runner, message, job.delivery, again).await,
-            Err(error) => Outcome::Reject(format!("malformed job: {error}")),
-        }
+    match RunnerJob::parse(&job.subject, &job.payload) {
+        Ok(RunnerJob::RunTurn(message)) => Box::pin(run_turn(runner, message, again)).await,
+        Ok(RunnerJob::SweepSprites(message)) => sweep::run(&runner, message, job.delivery, again).await,
+        Ok(RunnerJob::DestroySprite(message)) => destroy_sprite(&runner, message, job.delivery, again).await,
+        Err(error) => Outcome::Reject(error.to_string()),
     }
 }
 

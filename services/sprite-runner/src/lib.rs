@@ -23,6 +23,7 @@ mod provision;
 mod runtimes;
 mod secrets;
 mod setup;
+mod shell;
 mod sweep;
 mod turn;
 mod utf8;

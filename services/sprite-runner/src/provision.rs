@@ -13,7 +13,7 @@ use types::{Runtime, Skill, Stage, StageState};
 
 use crate::{
     ModelEndpoints,
-    agent::{quote, traceparent},
+    agent::traceparent,
     diagnosis,
     event_log::{EventLog, Fenced},
     host::{Gone, Link},
@@ -21,6 +21,7 @@ use crate::{
     runtimes::{self, Adapter, Skills},
     secrets::{AtGateway, Secrets},
     setup::{self, Setup, Step},
+    shell::quote,
 };
 
 /// No single step takes longer.

@@ -6,7 +6,7 @@ use contract::scheduler::TurnSpec;
 use secrecy::ExposeSecret as _;
 use types::{McpServer, Networking, PackageManager, Repository, Skill, agent::GithubSkill, repository::Checkout};
 
-use crate::{agent::quote, secrets::Secrets};
+use crate::{secrets::Secrets, shell::quote};
 
 #[derive(Debug)]
 pub struct Setup {
