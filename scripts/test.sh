@@ -10,6 +10,8 @@ cargo=${CARGO:-cargo}
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 "$cargo" test -p system-tests --quiet --no-fail-fast 2>&1 | tee "$log" && exit 0
+# A program that crashed does not name what failed.
+if grep -q "process didn't exit successfully.*signal" "$log"; then exit 1; fi
 mapfile -t failed < <(sed -n 's/^    \([a-z0-9_]*\(::[a-z0-9_]*\)*\)$/\1/p' "$log" | sort -u)
 if ((${#failed[@]} == 0 || ${#failed[@]} > 2)); then exit 1; fi
 for name in "${failed[@]}"; do

@@ -20,6 +20,8 @@ pub const SKILL_DESCRIPTION_CHARS_MAX: usize = 1024;
 pub const SKILL_CONTENT_BYTES_MAX: usize = 65_536;
 /// Repositories of a session.
 pub const RESOURCES_MAX: usize = 10;
+/// Of a repository's token. A session's tokens are read together, in one message.
+pub const TOKEN_CHARS_MAX: usize = 8192;
 pub const URL_CHARS_MAX: usize = 500;
 pub const IDEMPOTENCY_KEY_CHARS_MAX: usize = 255;
 pub const TIMEOUT_SECONDS_MIN: u32 = 10;

@@ -51,6 +51,10 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, &format!("{resource} not found"))
     }
 
+    pub fn is_not_found(&self) -> bool {
+        self.status == StatusCode::NOT_FOUND
+    }
+
     pub fn try_later(detail: &str, later: TryLater) -> Self {
         Self { retry_after_seconds: Some(later.seconds), ..Self::new(StatusCode::TOO_MANY_REQUESTS, detail) }
     }

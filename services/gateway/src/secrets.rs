@@ -80,7 +80,14 @@ impl App {
             // It may have been done all the same.
             Err(failure) => !matches!(failure.code, ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Internal),
         };
-        if unused && let Err(error) = self.call::<rpc::DeleteSecrets>(&DeleteSecretsRequest { secret_ids: vec![kept.id] }).await {
+        if unused {
+            self.forget(kept.id).await;
+        }
+    }
+
+    /// Deletes a document that nothing refers to.
+    pub async fn forget(&self, secret_id: String) {
+        if let Err(error) = self.call::<rpc::DeleteSecrets>(&DeleteSecretsRequest { secret_ids: vec![secret_id] }).await {
             tracing::warn!(?error, "failed to delete an unused secret");
         }
     }

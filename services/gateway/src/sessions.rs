@@ -16,7 +16,7 @@ use contract::{
 use serde::{Deserialize, Serialize};
 use types::{
     AgentId, EnvironmentId, Repository, SessionId, SessionStatus, WhenBusy,
-    limits::{BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, URL_CHARS_MAX},
+    limits::{BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, TOKEN_CHARS_MAX, URL_CHARS_MAX},
     model::quoted,
     repository::{Author, Checkout, RepositoryTag, RepositoryUrl, check_mount_path, is_author_part, is_branch, is_commit, is_normal_path},
 };
@@ -315,7 +315,7 @@ pub fn read_resource(item: &mut Fields) -> Resource {
 }
 
 pub fn read_token(item: &mut Fields) -> Option<String> {
-    let token = item.optional_string("authorization_token", BODY_BYTES_MAX)?;
+    let token = item.optional_string("authorization_token", TOKEN_CHARS_MAX)?;
     if token.is_empty() || token.chars().any(|c| c.is_control() || c.is_whitespace()) {
         item.refuse("authorization_token", "a token is one word");
     }

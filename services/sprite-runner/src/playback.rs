@@ -24,6 +24,7 @@ use prost::Message as _;
 
 pub use crate::playback::{
     place::{Emitted, Place},
+    previews::sent_bytes,
     tools::own_tool,
 };
 use crate::{

@@ -190,9 +190,11 @@ impl Provisioning<'_> {
         self.write_git_files(&git).await.map_err(|error| error.to_string())?;
         let request = ExecRequest { argv: &["bash", "-c", &git.script()], ..ExecRequest::default() };
         match self.sprite.run(&request, STAGE_MAX).await.map_err(|error| error.to_string())?.code {
-            0 => Ok(()),
-            code => Err(format!("setting git up exited with {code}")),
+            0 => {}
+            // The agent can break its own configuration of git, and repair it: its turns go on.
+            code => tracing::warn!(exit_code = code, "failed to renew the configuration of git"),
         }
+        Ok(())
     }
 
     /// How git reaches the session's repositories.

@@ -21,7 +21,7 @@ use crate::{
     inputs::{self, Inputs},
     meter::Meter,
     pace::Pace,
-    playback::{Playback, Scope, turn_input},
+    playback::{Playback, Scope, sent_bytes, turn_input},
     provision::{Provisioning, StageFailed, StepRunner},
     runtimes,
     secrets::{ModelToken, Secrets},
@@ -381,6 +381,7 @@ async fn play(
                 playback.settle();
                 let previews = playback.previews();
                 if !previews.is_empty() {
+                    pace.spend(sent_bytes(&previews), Instant::now());
                     log.preview(previews).await;
                 }
             }

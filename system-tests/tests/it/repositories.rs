@@ -82,12 +82,21 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
         for name in one two; do
             cd /workspace/acme/$name && git commit -q --allow-empty -m again && git push -q 2>/dev/null && echo pushed $name || echo refused $name
         done
-        grep -rl 'ghp[_]' /workspace ~ /tmp 2>/dev/null || echo no token"#;
+        grep -rl 'ghp[_]' /workspace ~ /tmp 2>/dev/null || echo no token
+        touch ~/.gitconfig.lock"#;
     let answer = stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": again })).await.unwrap();
     assert_eq!(answer.status, 202, "{answer:?}");
     let since = events.last().unwrap()["id"].as_u64().unwrap();
-    let said = output(&stack.stream(&session, since).await.unwrap().all().await.unwrap());
+    let events = stack.stream(&session, since).await.unwrap().all().await.unwrap();
+    let said = output(&events);
     assert!(said.contains("pushed one\nrefused two\nno token\n"), "{said}");
+    // Git cannot be set up again beside a lock that an agent left: the turn that can remove it begins all the same.
+    let since = events.last().unwrap()["id"].as_u64().unwrap();
+    let answer =
+        stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "rm ~/.gitconfig.lock && echo removed" })).await.unwrap();
+    assert_eq!(answer.status, 202, "{answer:?}");
+    let said = output(&stack.stream(&session, since).await.unwrap().all().await.unwrap());
+    assert!(said.contains("removed\n"), "{said}");
 }
 
 #[tokio::test]

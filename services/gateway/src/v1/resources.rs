@@ -294,9 +294,13 @@ pub async fn update(
         secret_id: SecretId::new().to_string(),
     };
     let secret = app.call::<rpc::EnsureSessionSecret>(&request).await?.secret_id;
-    app.merge(&caller.user_id, Kind::Session, &SessionSecrets { env: BTreeMap::new(), tokens }, secret).await?;
-    let (_, changed) = find_resource(&app, &caller, &id, &resource_id).await?;
-    Ok(Json(changed))
+    app.merge(&caller.user_id, Kind::Session, &SessionSecrets { env: BTreeMap::new(), tokens }, secret.clone()).await?;
+    let changed = find_resource(&app, &caller, &id, &resource_id).await;
+    // A session that was deleted meanwhile had its secrets deleted before this one was stored.
+    if changed.as_ref().is_err_and(ApiError::is_not_found) {
+        app.forget(secret).await;
+    }
+    Ok(Json(changed?.1))
 }
 
 /// Take a file from a session
@@ -350,6 +354,7 @@ mod tests {
             json!([{}]),
             json!([{ "type": "file", "file_id": "x", "nope": 1 }]),
             json!(vec![repository; 11]),
+            json!([{ "type": "github_repository", "url": "https://github.com/a/b", "authorization_token": "t".repeat(8193) }]),
         ] {
             assert!(wanted(bad.clone()).is_err(), "{bad}");
         }

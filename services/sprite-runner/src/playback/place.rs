@@ -19,6 +19,8 @@ impl Emitted {
         match &self.kind {
             Kind::Output(output) => output.data.len(),
             Kind::StageOutput(output) => output.data.len(),
+            // What is dropped has been read all the same.
+            Kind::OutputDropped(dropped) => usize::try_from(dropped.bytes).unwrap_or(usize::MAX),
             Kind::Agent(event) => event.encoded_len().max(EVENT_BYTES_MIN),
             Kind::DecisionRequested(requested) => requested.encoded_len().max(EVENT_BYTES_MIN),
             _ => 0,

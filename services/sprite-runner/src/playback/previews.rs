@@ -6,7 +6,12 @@ use contract::{
     session::Preview,
 };
 
-use crate::mask::Masker;
+use crate::{mask::Masker, playback::place::EVENT_BYTES_MIN};
+
+/// What previews cost at least, as they are sent: a program in the CLI's place may write as fast as it prints.
+pub fn sent_bytes(previews: &[Preview]) -> usize {
+    previews.iter().map(|preview| preview.content.len().max(EVENT_BYTES_MIN)).sum()
+}
 
 /// A text that the agent is writing.
 #[derive(Debug)]

@@ -5,14 +5,14 @@ use contract::{
         self as agent_host, AgentMessage, Decision, DecisionRequested, DecisionSettled, Input, InputAccepted, InputSettled, Record,
         StepEnded, StepStarted, ToolResult, ToolUse, TurnEnded, TurnStarted, event, input, record,
     },
-    session::{Checkpoint, session_event::Kind},
+    session::{Checkpoint, OutputDropped, Preview, session_event::Kind},
 };
 use proptest::{collection::vec, prelude::*, sample::Index};
 use types::limits::OUTPUT_EVENT_BYTES_MAX;
 
 use crate::{
     mask::Masker,
-    playback::{Playback, Scope, own_tool, place::EVENT_BYTES_MIN, streams::TAIL_BYTES},
+    playback::{Emitted, Place, Playback, Scope, own_tool, place::EVENT_BYTES_MIN, sent_bytes, streams::TAIL_BYTES},
 };
 
 const TURN: u32 = 7;
@@ -299,6 +299,15 @@ proptest! {
             prop_assert!(written.ends_with(&kept[same..]));
         }
     }
+}
+
+/// An agent that floods is slowed down also where nothing of it is kept.
+#[test]
+fn what_is_dropped_and_what_is_previewed_counts_in_the_pace() {
+    let kind = Kind::OutputDropped(OutputDropped { bytes: 1 << 20 });
+    assert_eq!(Emitted { kind, place: Place::default() }.output_bytes(), 1 << 20);
+    let part = |content: &str| Preview { content: content.to_owned(), ..Preview::default() };
+    assert_eq!(sent_bytes(&[part("a"), part(&"b".repeat(1000))]), EVENT_BYTES_MIN + 1000);
 }
 
 #[test]

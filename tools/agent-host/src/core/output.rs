@@ -170,8 +170,8 @@ impl Core {
             }
             other => other,
         };
-        // An MCP server may fail after the end of the turn that began without it.
-        if matches!(kind, event::Kind::Error(_)) && !self.is_working() {
+        // An MCP server may fail after the end of the turn that began without it. Other errors between turns are of the turn that ended.
+        if matches!(&kind, event::Kind::Error(error) if error.kind.starts_with("mcp_")) && !self.is_working() {
             if self.early.len() < EARLY_MAX {
                 self.early.push(kind);
             }

@@ -83,6 +83,21 @@ fn an_error_between_turns_is_reported_in_the_next_turn() {
     assert_eq!(told.iter().filter(|kind| is_error(kind)).count(), 1);
 }
 
+/// Of the CLI's, that is: what it says late of a turn that was interrupted is no error of the next turn.
+#[test]
+fn an_error_of_a_turn_that_ended_is_not_told_of_in_the_next_one() {
+    let mut core = running();
+    core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+    let mut late = Out::default();
+    late.event(event::Kind::Error(contract::host::AgentError { kind: "unknown_error".to_owned(), ..Default::default() }));
+    core.apply(late, 2);
+    core.take_actions();
+    core.input(message(2, WhenBusy::Queue), 3);
+    let told = records(&mut core);
+    assert!(told.iter().any(|kind| matches!(kind, record::Kind::TurnStarted(_))), "{told:?}");
+    assert!(!told.iter().any(|kind| matches!(kind, record::Kind::Event(_))), "{told:?}");
+}
+
 #[test]
 fn a_custom_tool_waits_for_its_result_and_takes_the_first() {
     let mut core = running();
