@@ -29,6 +29,10 @@ use types::Timestamp;
 
 /// A time as this API writes it.
 pub fn time(micros: i64) -> String {
-    let text = Timestamp::from_unix_micros(micros).to_string();
-    text.strip_suffix("+00:00").map_or_else(|| text.clone(), |utc| format!("{utc}Z"))
+    let mut text = Timestamp::from_unix_micros(micros).to_string();
+    if let Some(utc) = text.strip_suffix("+00:00").map(str::len) {
+        text.truncate(utc);
+        text.push('Z');
+    }
+    text
 }

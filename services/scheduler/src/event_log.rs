@@ -93,22 +93,26 @@ fn backward_query(days: Days) -> String {
 
 /// As [`page_query`], without raw output, which is not read at all where its table has an index of the rest. What an earlier release wrote
 /// is decided by its payload: where a whole page of it is output, the last row alone is returned, without a payload.
-fn shown_query(days: Days) -> String {
+fn shown_query(from: From, days: Days) -> String {
+    let (follows, order, last) = match from {
+        From::After(_) => (">", "asc", "max"),
+        From::Before(_) => ("<", "desc", "min"),
+    };
     format!(
         "select event_id, case when is_shown then payload end
          from (
-             select event_id, payload, is_shown, max(event_id) over () as read_through,
-                    sum(case when is_shown then length(payload) else 0 end) over (order by event_id) - length(payload) as before
+             select event_id, payload, is_shown, {last}(event_id) over () as read_through,
+                    sum(case when is_shown then length(payload) else 0 end) over (order by event_id {order}) - length(payload) as before
              from (
                  select event_id, payload, is_output is false or not event_is_output(substring(payload from 1 for {HEAD_BYTES})) as is_shown
                  from event
-                 where session_id = $1 and event_id > $2 and is_output is not true and {}
-                 order by event_id
+                 where session_id = $1 and event_id {follows} $2 and is_output is not true and {}
+                 order by event_id {order}
                  limit $3
              ) page
          ) sized
          where (is_shown and before < $4) or (not is_shown and event_id = read_through)
-         order by event_id",
+         order by event_id {order}",
         days.condition()
     )
 }
@@ -147,14 +151,15 @@ async fn rows(pool: &PgPool, query: String, session: SessionId, bound: u64, limi
 #[derive(Debug, Default)]
 pub struct Shown {
     pub events: Vec<RecordedEvent>,
-    /// Where there are no events: nothing but output up to this one; 0: nothing at all.
+    /// Where there are no events: nothing but output between the bound and this one, which is included; 0: nothing at all.
     pub read_through: u64,
 }
 
-/// As [`page`], of the events after one that are not raw output.
-pub async fn shown(pool: &PgPool, session: SessionId, after: u64, limit: u32, max_bytes: u32) -> Result<Shown, Failure> {
+/// As [`page`], of the events that are not raw output.
+pub async fn shown(pool: &PgPool, session: SessionId, from: From, limit: u32, max_bytes: u32) -> Result<Shown, Failure> {
     let Some(days) = Days::of(pool, session).await? else { return Ok(Shown::default()) };
-    let rows = rows(pool, shown_query(days), session, after, limit, max_bytes).await?;
+    let (From::After(bound) | From::Before(bound)) = from;
+    let rows = rows(pool, shown_query(from, days), session, bound, limit, max_bytes).await?;
     let mut shown = Shown::default();
     for row in rows {
         let event_id = row.try_get::<i64, _>(0)?.unsigned_abs();
@@ -341,7 +346,7 @@ mod tests {
         }
         let (mut after, mut read, mut pages) = (2000, Vec::new(), 0);
         loop {
-            let page = shown(&pool, session, after, 1000, 0).await.unwrap();
+            let page = shown(&pool, session, From::After(after), 1000, 0).await.unwrap();
             pages += 1;
             after = page.events.last().map_or(page.read_through, |event| event.event_id);
             if after == 0 {
@@ -352,13 +357,28 @@ mod tests {
         assert_eq!(read, [4700, 6600, 6601]);
         // Two of earlier output, whose rows are looked at, but none of 13 MB of this release's.
         assert!(pages <= 5, "{pages} pages");
-        let bounded = shown(&pool, session, 6500, 1000, 1).await.unwrap().events;
+        let (mut before, mut read, mut pages) = (7000, Vec::new(), 0);
+        loop {
+            let page = shown(&pool, session, From::Before(before), 1000, 0).await.unwrap();
+            pages += 1;
+            before = page.events.last().map_or(page.read_through, |event| event.event_id);
+            read.extend(page.events.into_iter().map(|event| event.event_id).filter(|id| *id > 2000));
+            if before <= 2000 {
+                break;
+            }
+        }
+        assert_eq!((read, pages), (vec![6601, 6600, 4700], 3), "newest first");
+        let bounded = shown(&pool, session, From::Before(6601), 1000, 1).await.unwrap().events;
+        assert_eq!(bounded.iter().map(|event| event.event_id).collect::<Vec<_>>(), [6600], "bounded in bytes");
+        let bounded = shown(&pool, session, From::After(6500), 1000, 1).await.unwrap().events;
         assert_eq!(bounded.iter().map(|event| event.event_id).collect::<Vec<_>>(), [6600], "bounded in bytes");
 
         let mut connection = pool.acquire().await.unwrap();
         sqlx::raw_sql("analyze event; set plan_cache_mode = force_generic_plan").execute(&mut *connection).await.unwrap();
         let days = Days::of(&pool, session).await.unwrap().unwrap();
-        assert!(tables_in_plan(&mut connection, shown_query(days), session).await <= 2);
+        for from in [From::After(0), From::Before(0)] {
+            assert!(tables_in_plan(&mut connection, shown_query(from, days), session).await <= 2);
+        }
         let indexes: i64 =
             sqlx::query_scalar("select count(*) from pg_indexes where indexname like 'event\\_2%\\_session_id_event_id_idx'")
                 .fetch_one(&mut *connection)

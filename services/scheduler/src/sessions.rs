@@ -317,10 +317,10 @@ fn when_busy(request: &PromptRequest, session: &SessionRow) -> Result<WhenBusy, 
 
 pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    if request.without_output {
-        return shown_events(&scheduler, session, &request).await;
-    }
     let from = request.before.map_or(event_log::From::After(request.after), event_log::From::Before);
+    if request.without_output || (request.without_output_before && request.before.is_some()) {
+        return shown_events(&scheduler, session, from, &request).await;
+    }
     let events = event_log::page(&scheduler.pool, session, from, request.limit, request.max_bytes).await?;
     if !events.is_empty() {
         return Ok(ReadEventsReply { events, ..ReadEventsReply::default() });
@@ -333,8 +333,13 @@ pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<
     Ok(ReadEventsReply { newest, projected: if is_complete { projected } else { 0 }, ..ReadEventsReply::default() })
 }
 
-async fn shown_events(scheduler: &Scheduler, session: SessionId, request: &ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
-    let read = || event_log::shown(&scheduler.pool, session, request.after, request.limit, request.max_bytes);
+async fn shown_events(
+    scheduler: &Scheduler,
+    session: SessionId,
+    from: event_log::From,
+    request: &ReadEventsRequest,
+) -> Result<ReadEventsReply, Failure> {
+    let read = || event_log::shown(&scheduler.pool, session, from, request.limit, request.max_bytes);
     let event_log::Shown { mut events, mut read_through } = read().await?;
     let mut projected = 0;
     if events.is_empty() && read_through == 0 {

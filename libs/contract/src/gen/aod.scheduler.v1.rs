@@ -850,6 +850,9 @@ pub struct FindTurnReply {
     /// or is part of it.
     #[prost(bool, tag = "9")]
     pub is_within: bool,
+    /// The session's.
+    #[prost(string, tag = "10")]
+    pub runtime: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TerminateRequest {
@@ -882,6 +885,9 @@ pub struct ReadEventsRequest {
     /// Of the events after `after`, those that are not raw output. A scheduler of an earlier release returns all.
     #[prost(bool, tag = "6")]
     pub without_output: bool,
+    /// Of the events before `before`, those that are not raw output. A scheduler of an earlier release returns all.
+    #[prost(bool, tag = "7")]
+    pub without_output_before: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RecordedEvent {
@@ -906,6 +912,7 @@ pub struct ReadEventsReply {
     #[prost(bool, tag = "4")]
     pub session_deleted: bool,
     /// Without output, where there are none: everything up to this event is output, and more may follow it. 0: none follows.
+    /// Of events before one: everything from this event on is output, and more may precede it.
     #[prost(uint64, tag = "5")]
     pub read_through: u64,
 }

@@ -204,6 +204,15 @@ pub fn named_frame(name: &str, id: Option<&str>, body: &impl Serialize) -> Bytes
     bytes.into()
 }
 
+/// As [`named_frame`], of a body that is JSON already.
+pub fn json_frame(name: &str, id: &str, body: &str) -> Bytes {
+    let mut bytes = format!("event: {name}\nid: {id}\ndata: ").into_bytes();
+    // Writing into memory does not fail. What is beyond ASCII in JSON is in strings.
+    let _ = Ascii.write_string_fragment(&mut bytes, body);
+    bytes.extend_from_slice(b"\n\n");
+    bytes.into()
+}
+
 /// An SSE event without one: a reader that resumes does not resume from it.
 pub fn anonymous_frame(body: &impl Serialize) -> Bytes {
     let mut bytes = b"data: ".to_vec();

@@ -17,7 +17,7 @@ use crate::{
     App,
     stream::{
         answer_to,
-        event::{Event, anonymous_frame, named_frame},
+        event::{Event, anonymous_frame, json_frame, named_frame},
         history,
         hub::Hub,
         open::OpenStream,
@@ -127,7 +127,7 @@ impl Managed {
             if event.place > self.from || event.is_last() {
                 self.previews.ended(&event.id);
                 let (kind, id) = (event.kind, event.resume_id());
-                bytes.extend_from_slice(&named_frame(kind, Some(&id), &event.into_json()));
+                bytes.extend_from_slice(&json_frame(kind, &id, &event.body));
             }
         }
         is_last

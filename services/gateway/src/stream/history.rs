@@ -53,6 +53,22 @@ pub async fn read_shown_entries(
     read(bus, &ReadEventsRequest { after, without_output: true, limit, ..request(session, max_bytes) }).await
 }
 
+/// Reads the last events before one but for raw output, newest first, at most so many. A scheduler of an earlier release returns all.
+///
+/// # Errors
+/// When the scheduler or its database is away.
+pub async fn read_shown_entries_before(
+    bus: &Bus,
+    session: SessionId,
+    before: u64,
+    limit: usize,
+    max_bytes: u32,
+) -> Result<ReadEventsReply, Failure> {
+    let limit = u32::try_from(limit).unwrap_or(PAGE_EVENTS).min(PAGE_EVENTS);
+    let (before, without_output_before) = (Some(before), true);
+    read(bus, &ReadEventsRequest { before, without_output_before, limit, ..request(session, max_bytes) }).await
+}
+
 /// Reads the events before one, newest first.
 ///
 /// # Errors

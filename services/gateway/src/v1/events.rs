@@ -1,13 +1,20 @@
 //! `GET /v1/sessions/{id}/events` and `…/events/stream`: a session's events, in pages of either order, or followed live.
 
-use axum::{Json, body::Body, extract::State, http::HeaderMap, response::Response};
+use std::ops::Range;
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderMap, HeaderValue, header},
+    response::{IntoResponse, Response},
+};
+use bytes::{Buf as _, Bytes};
 use contract::{
     rpc,
-    scheduler::{Cursor, FindTurnReply, FindTurnRequest, Input, ListPartsRequest},
+    scheduler::{Cursor, FindTurnReply, FindTurnRequest, Input, ListPartsRequest, ReadEventsReply},
     session::{SessionEvent, session_event::Kind},
 };
-use prost::Message as _;
-use serde_json::Value;
+use prost::{Message as _, encoding::decode_varint};
 use types::{ErrorCode, SessionId, limits::PAGE_MAX};
 use utoipa::IntoParams;
 
@@ -23,7 +30,7 @@ use crate::{
     v1::{
         ids::{EventId, PathId, Prefix},
         listing::{Filter, Listing, Log, Read},
-        page::{Limits, LongPageParams, Order, Page, Start, Wanted},
+        page::{Limits, LongPageParams, Order, Start, Wanted},
         previews::Previews,
         query::{Query, bad},
         thread::{Thread, entry::Place},
@@ -31,6 +38,8 @@ use crate::{
 };
 
 const LIMITS: Limits = Limits { default: 1000, max: 1000 };
+/// Of the log, for a page of a list: most pages are made of one.
+const LIST_BYTES: u32 = 1024 * 1024;
 const DELTAS: [&str; 2] = ["agent.message", "agent.thinking"];
 const DELTAS_MAX: usize = 100;
 
@@ -62,7 +71,7 @@ fn session(id: &str) -> Result<SessionId, ApiError> {
 #[utoipa::path(get, path = "/v1/sessions/{id}/events", tag = "managed-agents", operation_id = "sessions_events_list",
     params(("id" = String, Path, description = "The session's id"), LongPageParams, ListParams),
     responses((status = 200, description = "A page of events", body = Page<Object>)))]
-pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Json<Page<Value>>, ApiError> {
+pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Events, ApiError> {
     let session = session(&id)?;
     let (wanted, filter) = (Wanted::read(&query, LIMITS, Order::Ascending)?, Filter::read(&query)?);
     let mut listing = Listing::new(Remote { app, caller, session }, session, filter, wanted.limit as usize);
@@ -72,7 +81,34 @@ pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, qu
         Order::Descending => listing.descending(from).await?,
     };
     let next_page = next.map(|row| Start { order: wanted.order, backwards: false, row }.encode());
-    Ok(Json(Page { data: listing.into_data(), next_page }))
+    Ok(Events { data: listing.into_data(), next_page })
+}
+
+/// A page of events that are JSON already.
+pub struct Events {
+    data: Vec<String>,
+    next_page: Option<String>,
+}
+
+impl IntoResponse for Events {
+    fn into_response(self) -> Response {
+        let mut body = String::with_capacity(self.data.iter().map(|event| event.len() + 1).sum::<usize>() + 256);
+        body.push_str(r#"{"data":["#);
+        for (index, event) in self.data.iter().enumerate() {
+            if index > 0 {
+                body.push(',');
+            }
+            body.push_str(event);
+        }
+        body.push_str(r#"],"next_page":"#);
+        // A cursor needs no escaping.
+        match self.next_page {
+            Some(next) => body.extend(["\"", &next, "\""]),
+            None => body.push_str("null"),
+        }
+        body.push('}');
+        ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
+    }
 }
 
 /// A session's log, as the scheduler has it.
@@ -88,20 +124,15 @@ impl Log for Remote {
     }
 
     async fn read(&self, after: u64, limit: usize) -> Result<Read, ApiError> {
-        let page = history::read_shown_entries(&self.app.bus, self.session, after, limit, PAGE_BYTES).await?;
-        if page.session_deleted {
-            return Err(ApiError::not_found("Session"));
-        }
-        let entries = page.events.into_iter().map(|event| {
-            let size = event.payload.len();
-            (event.event_id, SessionEvent::decode(event.payload).unwrap_or_default(), size)
-        });
-        let entries: Vec<_> = entries.collect();
-        Ok(match page.read_through {
-            _ if !entries.is_empty() => Read::Entries(entries),
-            through if through > after => Read::Output { through },
-            _ => Read::End,
-        })
+        let page = history::read_shown_entries(&self.app.bus, self.session, after, limit, LIST_BYTES).await?;
+        read_of(page, |page| page.read_through > after, shown_entry)
+    }
+
+    async fn read_before(&self, before: u64, limit: usize) -> Result<Read, ApiError> {
+        let mut page = history::read_shown_entries_before(&self.app.bus, self.session, before, limit, LIST_BYTES).await?;
+        page.events.reverse();
+        let entry = |payload: Bytes| SessionEvent::decode(payload).unwrap_or_default();
+        read_of(page, |page| page.read_through > 0, entry)
     }
 
     async fn queue(&self) -> Result<Vec<Input>, ApiError> {
@@ -116,6 +147,49 @@ impl Log for Remote {
             if !has_more {
                 return Ok(inputs);
             }
+        }
+    }
+}
+
+fn read_of(
+    page: ReadEventsReply,
+    has_output: impl Fn(&ReadEventsReply) -> bool,
+    decode: impl Fn(Bytes) -> SessionEvent,
+) -> Result<Read, ApiError> {
+    if page.session_deleted {
+        return Err(ApiError::not_found("Session"));
+    }
+    if page.events.is_empty() {
+        return Ok(if has_output(&page) { Read::Output { through: page.read_through } } else { Read::End });
+    }
+    let entries = page.events.into_iter().map(|event| (event.event_id, event.payload.len(), decode(event.payload)));
+    Ok(Read::Entries(entries.map(|(id, size, entry)| (id, entry, size)).collect()))
+}
+
+/// An entry without its checkpoint, which is the larger part of most of them and shows as nothing.
+fn shown_entry(payload: Bytes) -> SessionEvent {
+    let entry = match checkpoint_of(&payload) {
+        Some(range) => SessionEvent::decode(payload.slice(..range.start).chain(payload.slice(range.end..))),
+        None => SessionEvent::decode(payload),
+    };
+    entry.unwrap_or_default()
+}
+
+/// Where the checkpoint is in the bytes of a `SessionEvent`, whose fields are in the order of their numbers: two numbers come before it.
+fn checkpoint_of(payload: &[u8]) -> Option<Range<usize>> {
+    let mut rest = payload;
+    loop {
+        let begin = payload.len() - rest.len();
+        match decode_varint(&mut rest).ok()? {
+            // `turn` and `epoch`.
+            8 | 16 => _ = decode_varint(&mut rest).ok()?,
+            // `checkpoint`.
+            26 => {
+                let size = usize::try_from(decode_varint(&mut rest).ok()?).ok()?;
+                let end = (payload.len() - rest.len()).checked_add(size)?;
+                return (end <= payload.len()).then_some(begin..end);
+            }
+            _ => return None,
         }
     }
 }
@@ -201,5 +275,24 @@ async fn find_text(app: &App, session: SessionId, found: &FindTurnReply, (turn, 
         if is_end {
             return Ok(None);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contract::session::{AgentEvent, Checkpoint};
+
+    use super::*;
+
+    #[test]
+    fn an_entry_is_read_without_its_checkpoint() {
+        let kind = Some(Kind::Agent(AgentEvent { tool_use: 9, ..AgentEvent::default() }));
+        let entry = SessionEvent { turn: 300, epoch: 2, follows: Some(7), tag: 5, at_us: 1 << 50, kind, ..SessionEvent::default() };
+        let checkpoint = Checkpoint { stages_done: vec!["a".repeat(200)], open_requests: vec![1; 50], ..Checkpoint::default() };
+        for whole in [SessionEvent { checkpoint: Some(checkpoint), ..entry.clone() }, entry.clone()] {
+            assert_eq!(shown_entry(whole.encode_to_vec().into()), entry);
+        }
+        assert_eq!(shown_entry(Bytes::new()), SessionEvent::default());
+        assert_eq!(checkpoint_of(&[26, 200]), None);
     }
 }

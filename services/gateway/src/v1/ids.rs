@@ -89,11 +89,17 @@ impl Prefix {
 
     fn encode_bits(self, mut bits: u128) -> String {
         let mut digits = [DIGITS[0]; LENGTH];
-        for digit in digits.iter_mut().rev() {
-            *digit = DIGITS[(bits % RADIX) as usize];
-            bits /= RADIX;
+        // Lists show hundreds of thousands of ids a second: few divisions are of 128 bits.
+        for chunk in digits.rchunks_mut(CHUNK) {
+            let mut part = (bits % CHUNK_RADIX) as u64;
+            bits /= CHUNK_RADIX;
+            for digit in chunk.iter_mut().rev() {
+                *digit = DIGITS[(part % RADIX) as usize];
+                part /= RADIX;
+            }
         }
-        let mut text = self.as_str().to_owned();
+        let mut text = String::with_capacity(self.as_str().len() + LENGTH);
+        text.push_str(self.as_str());
         text.extend(digits.map(char::from));
         text
     }
@@ -102,14 +108,17 @@ impl Prefix {
         let digits = text.strip_prefix(self.as_str()).filter(|digits| digits.len() == LENGTH)?;
         digits.bytes().try_fold(0_u128, |bits, byte| {
             let digit = DIGITS.iter().position(|digit| *digit == byte)?;
-            bits.checked_mul(RADIX)?.checked_add(digit as u128)
+            bits.checked_mul(u128::from(RADIX))?.checked_add(digit as u128)
         })
     }
 }
 
 /// Ascending, so that the order of ids is the order of what they stand for.
 const DIGITS: &[u8; 58] = b"123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
-const RADIX: u128 = DIGITS.len() as u128;
+const RADIX: u64 = DIGITS.len() as u64;
+/// As many digits as 64 bits hold.
+const CHUNK: usize = 10;
+const CHUNK_RADIX: u128 = RADIX.pow(CHUNK as u32) as u128;
 /// 58^22 is more than 2^128.
 const LENGTH: usize = 22;
 

@@ -3,18 +3,19 @@
 //! A page with a cursor is never empty: SDKs stop at the first empty page.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     ops::RangeInclusive,
     time::{Duration, Instant},
 };
 
 use contract::{
+    host::{self, event},
     scheduler::{Cursor, FindTurnReply, Input},
-    session::SessionEvent,
+    session::{Checkpoint, SessionEvent, session_event::Kind},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
-use types::SessionId;
+use types::{Runtime, SessionId};
 
 use crate::{
     error::ApiError,
@@ -22,16 +23,21 @@ use crate::{
         query::{Query, bad},
         send,
         thread::{
-            State, Thread,
+            State, Thread, Within,
             entry::{Place, Shown},
             names::TYPES,
         },
     },
 };
 
-/// Pages of the log, and turns, after which an answer ends that has something to show.
+/// Pages of the log after which an answer ends that has something to show.
 const LOG_PAGES: usize = 32;
-const TURNS: usize = 64;
+/// In descending order so many entries more are read than are to be shown: one of them tells how the thread is at its place.
+const MARGIN: usize = if cfg!(test) { 6 } else { 64 };
+/// Tool uses that are open at such a place, at most.
+const OPEN_TOOLS: usize = 16;
+/// Most turns begin within so many entries from where they are said to begin: set-up stages come before.
+const HEAD: usize = 64;
 /// The entries that one answer in descending order shows hold about so many bytes.
 const ANSWER_BYTES: usize = 8 * 1024 * 1024;
 /// Entries of the log that are read at a time.
@@ -46,7 +52,7 @@ pub type Entry = (u64, SessionEvent, usize);
 /// What follows a place of a log.
 pub enum Read {
     Entries(Vec<Entry>),
-    /// Nothing but raw output up to this entry.
+    /// Nothing but raw output up to this entry; of entries before one, from this entry on.
     Output {
         through: u64,
     },
@@ -57,8 +63,10 @@ pub enum Read {
 pub trait Log {
     /// The last turn that began before an entry; 0: the last turn.
     async fn find(&self, before: u64) -> Result<FindTurnReply, ApiError>;
-    /// At most so many entries.
+    /// At most so many entries. They may come without their checkpoints.
     async fn read(&self, after: u64, limit: usize) -> Result<Read, ApiError>;
+    /// The last entries before one, in the order of the log, at most so many.
+    async fn read_before(&self, before: u64, limit: usize) -> Result<Read, ApiError>;
     /// What is sent and not in the log yet, oldest first.
     async fn queue(&self) -> Result<Vec<Input>, ApiError>;
 }
@@ -139,14 +147,46 @@ fn start<T: DeserializeOwned>(cursor: &Cursor) -> Result<T, ApiError> {
     serde_json::from_str(&cursor.id).map_err(|_| unknown_cursor())
 }
 
-/// The end of a turn, or of a part of it.
+/// The last events before a place, as many as the page still takes.
 #[derive(Default)]
-struct TurnEvents {
+struct Window {
     events: VecDeque<(Shown, usize)>,
-    /// There are earlier ones.
+    /// There are earlier ones that are wanted.
     has_more: bool,
     /// Everything earlier is too old for the filter.
     is_too_old: bool,
+    /// Where it begins: what is earlier was not looked at. `None`: at the begin of the log.
+    begin: Option<Place>,
+}
+
+/// Whether a thread is known at an entry of a turn that an agent's CLI reported: its checkpoint is of exactly this place, and nothing is
+/// asked.
+fn place_of(entry: &SessionEvent, turn: u32) -> Option<&Checkpoint> {
+    let checkpoint = entry.checkpoint.as_ref().filter(|checkpoint| entry.turn == turn && checkpoint.started)?;
+    let Some(Kind::Agent(agent)) = &entry.kind else { return None };
+    // The checkpoint of a tool use does not know its own id.
+    let is_use = matches!(agent.event.as_ref()?.kind, Some(event::Kind::ToolUse(_)));
+    let is_open = !checkpoint.open_requests.is_empty() || checkpoint.open_tools.len() > OPEN_TOOLS;
+    (!is_use && !is_open).then_some(checkpoint)
+}
+
+fn is_report(entry: &SessionEvent) -> bool {
+    let Some(Kind::Agent(agent)) = &entry.kind else { return false };
+    matches!(agent.event, Some(host::Event { kind: Some(event::Kind::ModelRequestEnded(_)), .. }))
+}
+
+/// Whether a CLI may report what each model request used. Where nothing is known of it, it may.
+fn reports_requests(runtime: &str) -> bool {
+    !matches!(runtime.parse(), Ok(Runtime::Claude | Runtime::Gemini | Runtime::Shell))
+}
+
+/// The tool use that an entry shows, if it does, and whether it is open until its result: a custom tool is not.
+fn is_tool_use(entry: &SessionEvent) -> Option<bool> {
+    match &entry.kind {
+        Some(Kind::Agent(agent)) => matches!(agent.event.as_ref()?.kind, Some(event::Kind::ToolUse(_))).then_some(true),
+        Some(Kind::DecisionRequested(asked)) => Some(!asked.request.as_ref()?.is_custom_tool),
+        _ => None,
+    }
 }
 
 /// One page while it is made.
@@ -155,7 +195,8 @@ pub struct Listing<L> {
     session: SessionId,
     filter: Filter,
     limit: usize,
-    data: Vec<Value>,
+    /// JSON.
+    data: Vec<String>,
     bytes: usize,
     until: Instant,
 }
@@ -165,7 +206,7 @@ impl<L: Log> Listing<L> {
         Self { log, session, filter, limit, data: Vec::new(), bytes: 0, until: Instant::now() + SEARCH_TIME }
     }
 
-    pub fn into_data(self) -> Vec<Value> {
+    pub fn into_data(self) -> Vec<String> {
         self.data
     }
 
@@ -233,7 +274,7 @@ impl<L: Log> Listing<L> {
                                 return cursor(&Forward { state: before.unwrap_or_default(), ..at });
                             }
                             at.after = event.place;
-                            self.data.push(event.into_json());
+                            self.data.push(event.body);
                         }
                         at.entry = id;
                     }
@@ -260,7 +301,7 @@ impl<L: Log> Listing<L> {
             if self.is_full() {
                 return cursor(&at);
             }
-            self.data.push(event);
+            self.data.push(event.to_string());
             at.queued = Some(key);
         }
         Ok(None)
@@ -282,71 +323,198 @@ impl<L: Log> Listing<L> {
                 if self.is_full() {
                     return cursor(&Backward { end, queued: before });
                 }
-                self.data.push(event);
+                self.data.push(event.to_string());
                 before = Some(key);
             }
         }
-        let mut found = self.log.find(if end == LOG_END { 0 } else { end.entry }).await?;
-        for turns in 1.. {
-            let turn = self.turn_before(&found, end).await?;
-            for (event, bytes) in turn.events.into_iter().rev() {
+        for windows in 1.. {
+            let window = self.window(end).await?;
+            for (event, bytes) in window.events.into_iter().rev() {
                 end = event.place;
                 self.bytes += bytes;
-                self.data.push(event.into_json());
+                self.data.push(event.body);
             }
-            if turn.has_more {
+            if window.has_more {
                 return cursor(&Backward { end, queued: None });
             }
-            if turn.is_too_old || found.begun_after == 0 {
-                break;
-            }
-            end = Place { entry: found.begun_after.saturating_add(1), part: 0 };
-            if turns >= TURNS && !self.data.is_empty() {
+            end = match window.begin {
+                Some(begin) if !window.is_too_old => begin,
+                _ => break,
+            };
+            if windows >= LOG_PAGES && !self.data.is_empty() {
                 return cursor(&Backward { end, queued: None });
             }
-            found = self.log.find(found.begun_after).await?;
+            self.check_time()?;
         }
         Ok(None)
     }
 
-    /// The last events of a turn before a place, as many as the page still takes.
-    async fn turn_before(&self, found: &FindTurnReply, end: Place) -> Result<TurnEvents, ApiError> {
-        let (mut thread, mut after, mut turn) = (Thread::at(self.session, found), found.begun_after, TurnEvents::default());
-        let mut bytes = self.bytes;
+    /// The events before a place that the page still takes, or some of them. It costs what it shows: a thread is known at many places within
+    /// a turn. Where it is not, the turn is read from its begin.
+    async fn window(&self, end: Place) -> Result<Window, ApiError> {
+        let (mut entries, mut bytes): (Vec<Entry>, usize) = (Vec::new(), 0);
+        let mut before = if end.part == 0 { end.entry } else { end.entry.saturating_add(1) };
+        let is_start = loop {
+            match self.log.read_before(before, self.entries_wanted() + MARGIN).await? {
+                Read::End => break true,
+                Read::Output { through } => before = through,
+                Read::Entries(mut earlier) => {
+                    before = earlier.first().map_or(0, |(id, ..)| *id);
+                    bytes += earlier.iter().map(|(.., size)| size).sum::<usize>();
+                    earlier.append(&mut entries);
+                    entries = earlier;
+                    if entries.len() > MARGIN || bytes > ANSWER_BYTES {
+                        break false;
+                    }
+                }
+            }
+            self.check_time()?;
+        };
+        let Some((oldest, ..)) = entries.first() else { return Ok(Window::default()) };
+        let found = self.log.find(*oldest).await?;
+        let known = match is_start {
+            true => Some((Thread::at(self.session, &found), 0)),
+            false => self.known_within(&found, &entries).await?,
+        };
+        let Some((mut thread, first)) = known else { return self.turn_before(&found, end).await };
+        let begin = entries.get(first).filter(|_| !is_start).map(|(id, ..)| Place { entry: *id, part: 0 });
+        let (mut window, mut bytes) = (Window { begin, ..Window::default() }, self.bytes);
+        for (id, entry, size) in entries.drain(first..) {
+            self.apply((id, &entry, size), end, &mut thread, &mut window, &mut bytes);
+        }
+        Ok(window)
+    }
+
+    /// How the thread is before some entry of a window, and which entry that is: as early as it is known.
+    async fn known_within(&self, found: &FindTurnReply, entries: &[Entry]) -> Result<Option<(Thread, usize)>, ApiError> {
+        let begin = entries.iter().position(|(_, entry, _)| matches!(entry.kind, Some(Kind::TurnStarted(_))));
+        let mut head = None;
+        for (index, (_, entry, _)) in entries.iter().enumerate().take(begin.unwrap_or(entries.len() - 1)) {
+            let Some(checkpoint) = place_of(entry, found.turn) else { continue };
+            let (started, is_metered) = match head {
+                Some(head) => head,
+                None => match self.head(found).await? {
+                    Some(read) => *head.insert(read),
+                    None => break,
+                },
+            };
+            let reports_requests = !is_metered && reports_requests(&found.runtime);
+            if reports_requests && !is_report(entry) {
+                continue;
+            }
+            let Some(tools) = self.open_tools(checkpoint, started, entries).await? else { continue };
+            let thread = Thread::within(self.session, found, Within { started, is_metered, reports_requests, tools });
+            let rest = entries.get(index + 1..).unwrap_or_default();
+            if !ends_as_known(&thread, rest, found.turn, reports_requests) {
+                break;
+            }
+            return Ok(Some((thread, index + 1)));
+        }
+        let Some((begin, (id, entry, _))) = begin.and_then(|begin| Some((begin, entries.get(begin)?))) else { return Ok(None) };
+        let found = if entry.turn == found.turn { found.clone() } else { self.log.find(*id).await? };
+        // Of a turn of an earlier release it is not known what was used before it.
+        Ok((found.turn == entry.turn).then(|| (Thread::at(self.session, &found), begin)))
+    }
+
+    /// The entry that a turn begins with, and whether the model gateway meters it.
+    async fn head(&self, found: &FindTurnReply) -> Result<Option<(u64, bool)>, ApiError> {
+        // What set-up steps printed may stand before it.
+        for limit in [HEAD, ENTRIES_MAX] {
+            let Read::Entries(entries) = self.log.read(found.begun_after, limit).await? else { return Ok(None) };
+            let head = entries.iter().find_map(|(id, entry, _)| match &entry.kind {
+                Some(Kind::TurnStarted(started)) if entry.turn == found.turn => Some((*id, started.is_metered)),
+                _ => None,
+            });
+            if head.is_some() {
+                return Ok(head);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The tool uses that wait for their results where a checkpoint was taken. `None`: it does not say.
+    async fn open_tools(&self, checkpoint: &Checkpoint, started: u64, entries: &[Entry]) -> Result<Option<BTreeMap<u64, bool>>, ApiError> {
+        let mut tools = BTreeMap::new();
+        for tool in checkpoint.open_tools.iter().filter(|tool| tool.event_id > started) {
+            let is_open = match entries.binary_search_by_key(&tool.event_id, |(id, ..)| *id) {
+                Ok(at) => entries.get(at).and_then(|(_, entry, _)| is_tool_use(entry)),
+                Err(_) => match self.log.read(tool.event_id.saturating_sub(1), 1).await? {
+                    Read::Entries(read) => {
+                        read.first().filter(|(id, ..)| *id == tool.event_id).and_then(|(_, entry, _)| is_tool_use(entry))
+                    }
+                    _ => None,
+                },
+            };
+            match is_open {
+                Some(true) => _ = tools.insert(tool.event_id, tool.is_mcp),
+                Some(false) => {}
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(tools))
+    }
+
+    /// The last events of a turn before a place, read from the turn's begin.
+    async fn turn_before(&self, found: &FindTurnReply, end: Place) -> Result<Window, ApiError> {
+        let begin = (found.begun_after > 0).then(|| Place { entry: found.begun_after.saturating_add(1), part: 0 });
+        let mut window = Window { begin, ..Window::default() };
+        let (mut thread, mut after, mut bytes) = (Thread::at(self.session, found), found.begun_after, self.bytes);
         loop {
             match self.log.read(after, ENTRIES_MAX).await? {
-                Read::End => return Ok(turn),
+                Read::End => return Ok(window),
                 Read::Output { through } => after = through,
                 Read::Entries(entries) => {
                     for (id, entry, size) in entries {
                         if id > end.entry {
-                            return Ok(turn);
+                            return Ok(window);
                         }
-                        let mut shown = Vec::new();
-                        thread.apply(id, &entry, &mut shown);
-                        for event in shown.into_iter().filter(|event| event.place < end) {
-                            turn.is_too_old |= event.at_us < *self.filter.times.start();
-                            if self.filter.takes(&event) {
-                                bytes += size;
-                                turn.events.push_back((event, size));
-                            }
-                        }
-                        while self.data.len() + turn.events.len() > self.limit
-                            || (bytes > ANSWER_BYTES && self.data.len() + turn.events.len() > 1)
-                        {
-                            let Some((_, size)) = turn.events.pop_front() else { break };
-                            bytes -= size;
-                            turn.has_more = true;
-                        }
+                        self.apply((id, &entry, size), end, &mut thread, &mut window, &mut bytes);
                         after = id;
                     }
                 }
             }
-            if turn.events.is_empty() {
+            if window.events.is_empty() {
                 self.check_time()?;
             }
         }
     }
+
+    /// Adds what an entry shows as to a window, and takes from its begin what the page has no room for.
+    fn apply(
+        &self,
+        (id, entry, size): (u64, &SessionEvent, usize),
+        end: Place,
+        thread: &mut Thread,
+        window: &mut Window,
+        bytes: &mut usize,
+    ) {
+        let mut shown = Vec::new();
+        thread.apply(id, entry, &mut shown);
+        for event in shown.into_iter().filter(|event| event.place < end) {
+            window.is_too_old |= event.at_us < *self.filter.times.start();
+            if self.filter.takes(&event) {
+                *bytes += size;
+                window.events.push_back((event, size));
+            }
+        }
+        while self.data.len() + window.events.len() > self.limit || (*bytes > ANSWER_BYTES && self.data.len() + window.events.len() > 1) {
+            let Some((_, size)) = window.events.pop_front() else { break };
+            *bytes -= size;
+            window.has_more = true;
+        }
+    }
+}
+
+/// Whether the end of the turn, if it is among these entries, shows as it should though the thread was built within the turn.
+fn ends_as_known(thread: &Thread, entries: &[Entry], turn: u32, reports_requests: bool) -> bool {
+    let end = entries.iter().position(|(_, entry, _)| entry.turn == turn && matches!(entry.kind, Some(Kind::TurnEnded(_))));
+    let Some((before, (_, entry, _))) = end.and_then(|end| Some((entries.get(..end)?, entries.get(end)?))) else { return true };
+    let Some(Kind::TurnEnded(ended)) = &entry.kind else { return true };
+    let (mut thread, mut shown) = (thread.clone(), Vec::new());
+    for (id, entry, _) in before {
+        thread.apply(*id, entry, &mut shown);
+    }
+    thread.knows_end(ended, reports_requests)
 }
 
 #[cfg(test)]
@@ -354,47 +522,132 @@ mod tests {
     use std::cell::RefCell;
 
     use contract::{
-        host::{AgentMessage, Event, event},
-        session::{AgentEvent, Output, StopReason, TurnEnded, TurnStarted, session_event::Kind},
+        host::{AgentError, AgentMessage, Event, ModelRequestEnded, ModelUsage, ToolResult, ToolUse, decision_settled::How},
+        session::{AgentEvent, DecisionRequested, DecisionSettled, OpenTool, Output, StopReason, TurnEnded, TurnStarted, Usage},
     };
     use futures::FutureExt as _;
     use proptest::prelude::*;
+    use serde_json::Value;
     use types::InputId;
 
     use super::*;
 
-    /// A session whose queue drains while it is read.
+    /// A session whose queue drains while it is read. Its log is as a runner writes it.
     #[derive(Default)]
     struct Session {
         log: Vec<(u64, SessionEvent)>,
         /// After which entry each turn begins.
         turns: Vec<u64>,
+        runtime: &'static str,
+        checkpoint: Checkpoint,
         queue: Vec<Input>,
         page: usize,
         /// Requests until the next message leaves the queue, again and again; 0: none does.
         drain_every: usize,
         requests: usize,
+        entries_read: usize,
+    }
+
+    /// What an agent does.
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Say,
+        Print,
+        Use,
+        /// The result of one of the tool uses that are open.
+        Result(usize),
+        /// Whether the tool use is shown by the request alone.
+        Ask(bool),
+        Custom,
+        Answer,
+        Report,
+        Fail,
+    }
+
+    fn agent(kind: event::Kind, tool_use: u64) -> Kind {
+        Kind::Agent(AgentEvent { event: Some(Event { id: 1, parent: 0, kind: Some(kind) }), tool_use, ..AgentEvent::default() })
+    }
+
+    fn said() -> Kind {
+        agent(event::Kind::Message(AgentMessage { text: "ok".to_owned(), ..AgentMessage::default() }), 0)
     }
 
     impl Session {
-        fn append(&mut self, kind: Kind) {
+        fn append(&mut self, kind: Kind) -> u64 {
             let (id, at_us) = self.log.last().map_or((7, 1_000_000), |(id, event)| (id + 3, event.at_us + 1000));
-            let turn = self.turns.len() as u32;
-            self.log.push((id, SessionEvent { turn, at_us, kind: Some(kind), ..SessionEvent::default() }));
+            let (turn, checkpoint) = (self.turns.len() as u32, Some(self.checkpoint.clone()));
+            self.log.push((id, SessionEvent { turn, at_us, checkpoint, kind: Some(kind), ..SessionEvent::default() }));
+            id
+        }
+
+        fn begin(&mut self, input_id: String, is_metered: bool) {
+            self.turns.push(self.log.last().map_or(0, |(id, _)| *id));
+            self.checkpoint = Checkpoint::default();
+            self.append(Kind::Stage(contract::session::StageChanged::default()));
+            self.checkpoint.started = true;
+            self.append(Kind::TurnStarted(TurnStarted { prompt: "hi".to_owned(), input_id, is_metered }));
+        }
+
+        fn end(&mut self, fails: bool) {
+            let (exit_code, stop_reason) = (Some(i32::from(fails)), StopReason::EndTurn.into());
+            let usage = Some(Usage { output_tokens: Some(1000), ..Usage::default() });
+            self.append(Kind::TurnEnded(TurnEnded { exit_code, stop_reason, usage, ..TurnEnded::default() }));
         }
 
         fn turn(&mut self, input_id: String, outputs: usize, messages: usize) {
-            self.turns.push(self.log.last().map_or(0, |(id, _)| *id));
-            self.append(Kind::TurnStarted(TurnStarted { prompt: "hi".to_owned(), input_id, ..TurnStarted::default() }));
+            self.begin(input_id, false);
             for _ in 0..messages {
-                (0..outputs).for_each(|_| self.append(Kind::Output(Output::default())));
-                let said = event::Kind::Message(AgentMessage { text: "ok".to_owned(), ..AgentMessage::default() });
-                let event = Some(Event { id: 1, parent: 0, kind: Some(said) });
-                self.append(Kind::Agent(AgentEvent { event, ..AgentEvent::default() }));
+                (0..outputs).for_each(|_| self.step(Step::Print));
+                self.step(Step::Say);
             }
-            (0..outputs).for_each(|_| self.append(Kind::Output(Output::default())));
-            let (exit_code, stop_reason) = (Some(0), StopReason::EndTurn.into());
-            self.append(Kind::TurnEnded(TurnEnded { exit_code, stop_reason, ..TurnEnded::default() }));
+            (0..outputs).for_each(|_| self.step(Step::Print));
+            self.end(false);
+        }
+
+        fn step(&mut self, step: Step) {
+            let opened = |event_id| OpenTool { journal_id: event_id, event_id, is_mcp: false };
+            match step {
+                Step::Say => _ = self.append(said()),
+                Step::Print => _ = self.append(Kind::Output(Output::default())),
+                Step::Use => {
+                    let id = self.append(agent(event::Kind::ToolUse(ToolUse { name: "Bash".to_owned(), ..ToolUse::default() }), 0));
+                    self.checkpoint.open_tools.push(opened(id));
+                }
+                Step::Result(index) if !self.checkpoint.open_tools.is_empty() => {
+                    let tool = self.checkpoint.open_tools.remove(index % self.checkpoint.open_tools.len());
+                    self.append(agent(event::Kind::ToolResult(ToolResult::default()), tool.event_id));
+                }
+                Step::Ask(_) | Step::Custom => {
+                    let is_own = matches!(step, Step::Ask(true) | Step::Custom) || self.checkpoint.open_tools.is_empty();
+                    let id = self.log.len() as u64;
+                    let tool_use = if is_own { 0 } else { self.checkpoint.open_tools[0].event_id };
+                    let asked =
+                        contract::host::DecisionRequested { id, is_custom_tool: matches!(step, Step::Custom), ..Default::default() };
+                    self.checkpoint.open_requests.push(id);
+                    let event = self.append(Kind::DecisionRequested(DecisionRequested { request: Some(asked), tool_use }));
+                    if is_own {
+                        self.checkpoint.open_tools.push(OpenTool { journal_id: id, event_id: event, is_mcp: false });
+                    }
+                }
+                Step::Answer if !self.checkpoint.open_requests.is_empty() => {
+                    let id = self.checkpoint.open_requests.remove(0);
+                    let asked = self.log.iter().find_map(|(event, entry)| match &entry.kind {
+                        Some(Kind::DecisionRequested(asked)) if asked.request.as_ref()?.id == id => Some((*event, asked.tool_use)),
+                        _ => None,
+                    });
+                    let (event, tool_use) = asked.unwrap();
+                    let how = How::Allowed.into();
+                    let settled = contract::host::DecisionSettled { id, how, input_id: InputId::new().to_string() };
+                    let tool_use = if tool_use == 0 { event } else { tool_use };
+                    self.append(Kind::DecisionSettled(DecisionSettled { settled: Some(settled), tool_use, ..DecisionSettled::default() }));
+                }
+                Step::Report if self.runtime == "codex" => {
+                    let usage = Some(ModelUsage { output_tokens: 10, ..ModelUsage::default() });
+                    self.append(agent(event::Kind::ModelRequestEnded(ModelRequestEnded { usage }), 0));
+                }
+                Step::Fail => _ = self.append(agent(event::Kind::Error(AgentError::default()), 0)),
+                Step::Result(_) | Step::Answer | Step::Report => {}
+            }
         }
 
         fn requested(&mut self) {
@@ -406,25 +659,44 @@ mod tests {
         }
     }
 
+    /// Rows of an earlier release: a page may hold nothing but output.
+    fn read(page: Vec<(u64, SessionEvent)>, through: Option<u64>) -> Read {
+        let Some(through) = through else { return Read::End };
+        let shown = page.into_iter().filter(|(_, event)| !matches!(event.kind, Some(Kind::Output(_))));
+        let entries: Vec<Entry> = shown.map(|(id, event)| (id, event, 100)).collect();
+        if entries.is_empty() { Read::Output { through } } else { Read::Entries(entries) }
+    }
+
     impl Log for &RefCell<Session> {
         async fn find(&self, before: u64) -> Result<FindTurnReply, ApiError> {
             self.borrow_mut().requested();
             let session = self.borrow();
             let found = session.turns.iter().enumerate().rev().find(|(_, begun_after)| before == 0 || **begun_after < before);
             let (turn, begun_after) = found.map_or((0, 0), |(index, begun_after)| (index as u32 + 1, *begun_after));
-            Ok(FindTurnReply { turn, begun_after, ..FindTurnReply::default() })
+            let usage_before = Some(Usage { output_tokens: Some(1000 * u64::from(turn.saturating_sub(1))), ..Usage::default() });
+            Ok(FindTurnReply { turn, begun_after, usage_before, runtime: session.runtime.to_owned(), ..FindTurnReply::default() })
         }
 
         async fn read(&self, after: u64, limit: usize) -> Result<Read, ApiError> {
             self.borrow_mut().requested();
-            let session = self.borrow();
-            // Rows of an earlier release: a page may hold nothing but output.
+            let mut session = self.borrow_mut();
             let limit = session.page.min(limit);
             let page: Vec<_> = session.log.iter().filter(|(id, _)| *id > after).take(limit).cloned().collect();
-            let Some((through, _)) = page.last().cloned() else { return Ok(Read::End) };
-            let shown = page.into_iter().filter(|(_, event)| !matches!(event.kind, Some(Kind::Output(_))));
-            let entries: Vec<Entry> = shown.map(|(id, event)| (id, event, 100)).collect();
-            Ok(if entries.is_empty() { Read::Output { through } } else { Read::Entries(entries) })
+            session.entries_read += page.len();
+            let page: Vec<_> = page.into_iter().map(|(id, event)| (id, SessionEvent { checkpoint: None, ..event })).collect();
+            let through = page.last().map(|(id, _)| *id);
+            Ok(read(page, through))
+        }
+
+        async fn read_before(&self, before: u64, limit: usize) -> Result<Read, ApiError> {
+            self.borrow_mut().requested();
+            let mut session = self.borrow_mut();
+            let limit = session.page.min(limit);
+            let mut page: Vec<_> = session.log.iter().rev().filter(|(id, _)| *id < before).take(limit).cloned().collect();
+            session.entries_read += page.len();
+            page.reverse();
+            let through = page.first().map(|(id, _)| *id);
+            Ok(read(page, through))
         }
 
         async fn queue(&self) -> Result<Vec<Input>, ApiError> {
@@ -442,17 +714,24 @@ mod tests {
         Filter { types: types.iter().map(|name| (*name).to_owned()).collect(), times: i64::MIN..=i64::MAX }
     }
 
+    fn page(
+        session: &RefCell<Session>,
+        (limit, types, is_ascending): (usize, &[&str], bool),
+        from: Option<&Cursor>,
+    ) -> (Vec<String>, Option<Cursor>) {
+        let mut listing = Listing::new(session, SessionId::from_uuid(uuid::Uuid::nil()), every(types), limit);
+        let next = match is_ascending {
+            true => listing.ascending(from).now_or_never(),
+            false => listing.descending(from).now_or_never(),
+        };
+        (listing.data, next.unwrap().ok().unwrap())
+    }
+
     /// Follows the cursors as an SDK does: to the first page that is empty or the last.
-    fn pages(session: &RefCell<Session>, limit: usize, types: &[&str], is_ascending: bool) -> Vec<Value> {
+    fn pages(session: &RefCell<Session>, limit: usize, types: &[&str], is_ascending: bool) -> Vec<String> {
         let (mut all, mut from) = (Vec::new(), None);
         for _ in 0..10_000 {
-            let mut listing = Listing::new(session, SessionId::from_uuid(uuid::Uuid::nil()), every(types), limit);
-            let next = match is_ascending {
-                true => listing.ascending(from.as_ref()).now_or_never(),
-                false => listing.descending(from.as_ref()).now_or_never(),
-            };
-            let next = next.unwrap().ok().unwrap();
-            let data = listing.into_data();
+            let (data, next) = page(session, (limit, types, is_ascending), from.as_ref());
             assert!(data.len() <= limit && (next.is_none() || !data.is_empty()), "an empty page with a cursor");
             all.extend(data);
             from = next;
@@ -463,11 +742,77 @@ mod tests {
         panic!("the pages do not end");
     }
 
-    fn ids(events: &[Value]) -> Vec<String> {
-        events.iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect()
+    fn ids(events: &[String]) -> Vec<String> {
+        let id = |event: &String| serde_json::from_str::<Value>(event).unwrap()["id"].as_str().unwrap().to_owned();
+        events.iter().map(id).collect()
+    }
+
+    fn any_step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => Just(Step::Say),
+            1 => Just(Step::Print),
+            3 => Just(Step::Use),
+            4 => any::<usize>().prop_map(Step::Result),
+            1 => any::<bool>().prop_map(Step::Ask),
+            1 => Just(Step::Custom),
+            3 => Just(Step::Answer),
+            2 => Just(Step::Report),
+            1 => Just(Step::Fail),
+        ]
+    }
+
+    /// A long turn is listed from its end: the last page costs what it shows.
+    #[test]
+    fn a_descending_page_reads_what_it_shows() {
+        for (runtime, is_metered) in [("claude", false), ("codex", false), ("codex", true)] {
+            let session = RefCell::new(Session { page: 2000, runtime, ..Session::default() });
+            session.borrow_mut().begin(String::new(), is_metered);
+            for _ in 0..5000 {
+                for step in [Step::Say, Step::Use, Step::Result(0), Step::Report] {
+                    if !(is_metered && matches!(step, Step::Report)) {
+                        session.borrow_mut().step(step);
+                    }
+                }
+            }
+            session.borrow_mut().end(false);
+            let whole = pages(&session, 100_000, &[], true);
+            let mut from = None;
+            for number in 0..5 {
+                (session.borrow_mut().entries_read, session.borrow_mut().requests) = (0, 0);
+                let (data, next) = page(&session, (100, &[], false), from.as_ref());
+                let begin = whole.len() - 100 * (number + 1);
+                assert!(data.iter().rev().eq(&whole[begin..begin + 100]));
+                let (read, requests) = (session.borrow().entries_read, session.borrow().requests);
+                assert!(read <= 101 + MARGIN + HEAD && requests <= 5, "{runtime} {number}: {read} entries, {requests} requests");
+                from = next;
+            }
+        }
     }
 
     proptest! {
+        /// Whatever an agent does, and wherever a page begins in its turn.
+        #[test]
+        fn descending_pages_are_ascending_ones_reversed(
+            turns in proptest::collection::vec((proptest::collection::vec(any_step(), 0..120), any::<bool>(), any::<bool>()), 1..3),
+            (runtime, limit, page) in (prop_oneof![Just("claude"), Just("codex")], 1_usize..25, 1_usize..60),
+        ) {
+            let session = RefCell::new(Session { page, runtime, ..Session::default() });
+            for (steps, is_metered, fails) in turns {
+                session.borrow_mut().begin(String::new(), is_metered);
+                for step in steps {
+                    // The model gateway counts then.
+                    if !(is_metered && matches!(step, Step::Report)) {
+                        session.borrow_mut().step(step);
+                    }
+                }
+                session.borrow_mut().end(fails);
+            }
+            let whole = pages(&session, 100_000, &[], true);
+            let mut backwards = pages(&session, limit, &[], false);
+            backwards.reverse();
+            prop_assert_eq!(&backwards, &whole);
+        }
+
         /// Whatever the size of pages, and however much output lies between events: all pages together are one long page, in both orders.
         #[test]
         fn pages_together_hold_every_event_once(
@@ -504,9 +849,9 @@ mod tests {
             if is_ascending {
                 // What is queued last needs no second look; everything that was processed before it was read does.
                 session.borrow_mut().drain_every = 0;
-                let left: HashSet<_> = session.borrow().queue.iter().map(|input| send::queued(input).unwrap()["id"].to_string()).collect();
-                let missing = pages(&session, 100_000, &["user.message"], true).into_iter();
-                prop_assert!(missing.filter(|event| !left.contains(&event["id"].to_string())).all(|event| seen.contains(event["id"].as_str().unwrap())));
+                let left: HashSet<_> = session.borrow().queue.iter().map(|input| send::queued(input).unwrap()["id"].as_str().unwrap().to_owned()).collect();
+                let missing = ids(&pages(&session, 100_000, &["user.message"], true)).into_iter();
+                prop_assert!(missing.filter(|id| !left.contains(id)).all(|id| seen.contains(&id)));
             }
         }
     }

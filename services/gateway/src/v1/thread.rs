@@ -8,6 +8,7 @@ pub mod entry;
 pub mod names;
 #[cfg(test)]
 mod tests;
+mod text;
 mod totals;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,6 +30,7 @@ use crate::v1::{
         agent::Tool,
         entry::{Entry, Place, Shown, is_sent, main_id, part, result, text},
         names::error,
+        text::{Blocks, Content},
         totals::Totals,
     },
 };
@@ -59,6 +61,18 @@ pub struct State {
     usage: Totals,
 }
 
+/// What a place within a turn is known by.
+#[derive(Debug)]
+pub struct Within {
+    /// The entry that the turn began with.
+    pub started: u64,
+    pub is_metered: bool,
+    /// The CLI reports what each model request used. None of them is open at the place.
+    pub reports_requests: bool,
+    /// Tool uses without a result, and whether the tool is an MCP server's.
+    pub tools: BTreeMap<u64, bool>,
+}
+
 /// A session's primary thread, up to some place of its log.
 #[derive(Clone, Debug)]
 pub struct Thread {
@@ -86,6 +100,30 @@ impl Thread {
         Self { id: Prefix::Thread.encode(session.uuid()), agent_name: found.agent_name.clone(), state }
     }
 
+    /// As it is within a turn whose agent waits for no one. What the turn's requests used and whether it failed are not known here:
+    /// [`Self::knows_end`].
+    pub fn within(session: SessionId, found: &FindTurnReply, within: Within) -> Self {
+        let mut thread = Self::at(session, found);
+        let has_span = !within.is_metered && !within.reports_requests;
+        thread.state = State {
+            turn: found.turn,
+            is_running: true,
+            span: has_span.then_some(Place { entry: within.started, part: part::SPAN_START }),
+            tools: within.tools,
+            is_metered: within.is_metered,
+            usage: thread.state.usage,
+            ..State::default()
+        };
+        thread
+    }
+
+    /// Whether a thread that was built within a turn shows this end of the turn as one that was built at its begin does.
+    pub fn knows_end(&self, ended: &TurnEnded, reports_requests: bool) -> bool {
+        let knows_failure = ended.exit_code == Some(0) || self.state.has_failed;
+        let knows_usage = !reports_requests || self.state.span.is_none();
+        knows_failure && knows_usage
+    }
+
     /// Applies the next entry of the log, and appends what it shows as.
     pub fn apply(&mut self, id: u64, event: &SessionEvent, shown: &mut Vec<Shown>) {
         // Entries of earlier releases have no time.
@@ -94,7 +132,7 @@ impl Thread {
         let entry = &mut entry;
         match &event.kind {
             Some(Kind::TurnStarted(started)) => {
-                entry.add_sent(&started.input_id, "user.message", json!({ "content": text(&started.prompt) }));
+                entry.add_sent(&started.input_id, "user.message", Content { content: Blocks(&started.prompt) });
                 self.begin(event.turn, entry);
                 self.state.is_metered = started.is_metered;
                 self.begin_span(entry);
@@ -157,7 +195,7 @@ impl Thread {
                 let settled = input.settled.clone().unwrap_or_default();
                 match (settled.outcome(), input.kind.as_str()) {
                     (Outcome::Applied, "message") => {
-                        entry.add_sent(&settled.id, "user.message", json!({ "content": text(&input.text) }));
+                        entry.add_sent(&settled.id, "user.message", Content { content: Blocks(&input.text) });
                     }
                     (Outcome::Applied, "interrupt") => entry.add_sent(&settled.id, "user.interrupt", json!({})),
                     _ => {}
@@ -227,7 +265,7 @@ impl Thread {
         if !self.state.is_running || self.state.turn != turn {
             // It ended before its agent began.
             if let Some(unstarted) = &ended.unstarted {
-                entry.add_sent(&unstarted.input_id, "user.message", json!({ "content": text(&unstarted.prompt) }));
+                entry.add_sent(&unstarted.input_id, "user.message", Content { content: Blocks(&unstarted.prompt) });
             }
             self.begin(turn, entry);
         }
@@ -238,8 +276,8 @@ impl Thread {
         self.end_span(usage.minus(self.state.reported), has_failed, entry);
         let open = std::mem::take(&mut self.state.tools);
         for (part, (tool_use, is_mcp)) in part::RESULTS.zip(open) {
-            let content = text(if reason == StopReason::Interrupted { "interrupted" } else { "the turn ended" });
-            result(tool_use, is_mcp, &content, true, part, entry);
+            let content = if reason == StopReason::Interrupted { "interrupted" } else { "the turn ended" };
+            result(tool_use, is_mcp, content, true, part, entry);
         }
         let is_terminal = rules::state::leaves_nothing(ended);
         if has_failed && (is_terminal || !self.state.has_failed) {

@@ -82,7 +82,7 @@ pub async fn list_events(
     caller: Caller,
     Path((id, thread)): Path<(String, String)>,
     query: Query,
-) -> Result<Json<Page<Value>>, ApiError> {
+) -> Result<events::Events, ApiError> {
     check(&id, &thread)?;
     events::list(app, caller, PathId(id), query).await
 }

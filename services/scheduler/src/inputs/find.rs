@@ -16,22 +16,23 @@ use crate::{
 /// Where a turn begins in its session's log.
 pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result<FindTurnReply, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
-    let name: Option<Option<String>> = sqlx::query_scalar(
-        "select av.name from session s left join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
+    let row: Option<(Option<String>, String)> = sqlx::query_as(
+        "select av.name, s.runtime from session s left join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
          where s.session_id = $1 and s.user_id = $2",
     )
     .bind(id.uuid())
     .bind(user.uuid())
     .fetch_optional(&scheduler.pool)
     .await?;
-    let agent_name = name.ok_or_else(missing)?.unwrap_or_default();
+    let (agent_name, runtime) = row.ok_or_else(missing)?;
     if request.wants_previews {
         sqlx::query("update session set wants_previews = true where session_id = $1 and not wants_previews")
             .bind(id.uuid())
             .execute(&scheduler.pool)
             .await?;
     }
-    let (mut before, mut reply) = (request.before, FindTurnReply { agent_name, ..FindTurnReply::default() });
+    let (mut before, mut reply) =
+        (request.before, FindTurnReply { agent_name: agent_name.unwrap_or_default(), runtime, ..FindTurnReply::default() });
     if !request.input_id.is_empty() {
         let input = request.input_id.parse().map_err(|_| input_missing())?;
         let place = place(&scheduler, id, input).await?.ok_or_else(input_missing)?;

@@ -18,9 +18,7 @@ async fn two_schedulers_record_every_event_once_and_in_order() {
             session_id: session.clone(),
             after: read.last().copied().unwrap_or(0),
             limit: 64,
-            max_bytes: 0,
-            before: None,
-            without_output: false,
+            ..ReadEventsRequest::default()
         };
         let page = world.gateway.call::<rpc::ReadEvents>(&request, SOON).await.unwrap().events;
         if page.is_empty() {
@@ -84,7 +82,15 @@ async fn an_event_that_does_not_continue_the_log_is_not_persisted_and_its_turn_i
     // Something is missing between the two.
     let broken = world.runner.append(log.clone(), event(first + 1, "three").encode_to_vec().into(), first).await.unwrap();
     world.get(&session, broken).await;
-    let read = ReadEventsRequest { session_id: session.clone(), after: 0, limit: 10, max_bytes: 0, before: None, without_output: false };
+    let read = ReadEventsRequest {
+        session_id: session.clone(),
+        after: 0,
+        limit: 10,
+        max_bytes: 0,
+        before: None,
+        without_output: false,
+        ..ReadEventsRequest::default()
+    };
     let events = world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events;
     assert_eq!(events.iter().map(|event| event.event_id).collect::<Vec<_>>(), [first]);
     assert_eq!(owner(&world, &session).await, None, "the next claimant reads the output again");

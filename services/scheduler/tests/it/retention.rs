@@ -46,7 +46,15 @@ async fn old_data_is_removed_and_newer_data_kept() {
     .await;
     // An active session is never old, and a stream whose first events were deleted continues with the next one.
     assert!(get(&active).await.is_ok() && get(&new).await.is_ok());
-    let read = ReadEventsRequest { session_id: new, after: 0, limit: 100, max_bytes: 0, before: None, without_output: false };
+    let read = ReadEventsRequest {
+        session_id: new,
+        after: 0,
+        limit: 100,
+        max_bytes: 0,
+        before: None,
+        without_output: false,
+        ..ReadEventsRequest::default()
+    };
     assert_eq!(world.gateway.call::<rpc::ReadEvents>(&read, SOON).await.unwrap().events.len(), 2);
 }
 

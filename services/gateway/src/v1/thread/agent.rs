@@ -4,14 +4,15 @@ use contract::{
     host::{Evaluation, agent_error::Retry, event},
     session::AgentEvent,
 };
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use crate::v1::{
     ids::EventId,
     thread::{
         Thread,
-        entry::{Entry, part, result, text},
+        entry::{Entry, part, result},
         names::{bare_name, error, tool_name},
+        text::{Blocks, Content, Evaluated, ToolUse, object},
         totals::Totals,
     },
 };
@@ -24,7 +25,7 @@ impl Thread {
             event::Kind::Message(message) => {
                 self.begin_span(entry);
                 let id = self.text_id(agent, entry);
-                entry.add_as(id, part::MAIN, "agent.message", json!({ "content": text(&message.text) }));
+                entry.add_as(id, part::MAIN, "agent.message", Content { content: Blocks(&message.text) });
             }
             event::Kind::Thinking(_) => {
                 self.begin_span(entry);
@@ -38,7 +39,7 @@ impl Thread {
             }
             event::Kind::ToolResult(outcome) => {
                 if self.state.tools.remove(&agent.tool_use).is_some() {
-                    result(agent.tool_use, agent.is_mcp, &text(&outcome.content), outcome.is_error, part::MAIN, entry);
+                    result(agent.tool_use, agent.is_mcp, &outcome.content, outcome.is_error, part::MAIN, entry);
                 }
             }
             event::Kind::ModelRequestEnded(ended) => {
@@ -52,6 +53,11 @@ impl Thread {
                 self.state.has_failed |= !is_retrying;
                 let retry = if is_retrying { "retrying" } else { "exhausted" };
                 entry.add(part::ERROR, "session.error", error(&failed.kind, &failed.message, retry));
+                // The CLI waits and asks its model again.
+                if is_retrying && failed.kind.starts_with("model_") && self.state.is_running {
+                    entry.add(part::RESCHEDULED, "session.status_rescheduled", json!({}));
+                    entry.add(part::RUNNING_AGAIN, "session.status_running", json!({}));
+                }
             }
             event::Kind::ContextCompacted(_) => entry.add(part::MAIN, "agent.thread_context_compacted", json!({})),
             event::Kind::ConversationStarted(_) | event::Kind::Plan(_) | event::Kind::Delta(_) => {}
@@ -67,26 +73,26 @@ impl Thread {
     }
 
     pub(super) fn use_tool(&mut self, tool: &Tool<'_>, entry: &mut Entry<'_>) {
-        let input = serde_json::from_str::<Map<String, Value>>(tool.input).unwrap_or_default();
-        let (permission, evaluation) = match tool.evaluation {
+        let (evaluated_permission, evaluation) = match tool.evaluation {
             Evaluation::Ask => ("ask", "always_ask"),
             Evaluation::Deny => ("deny", "always_ask"),
             Evaluation::Allow | Evaluation::Unspecified => ("allow", "always_allow"),
         };
-        let common = json!({ "evaluated_permission": permission, "evaluation": { "type": evaluation }, "session_thread_id": null });
         let is_mcp = !tool.server.is_empty();
-        let (kind, mut body) = match is_mcp {
-            true => {
-                let name = bare_name(tool.server, tool.name);
-                ("agent.mcp_tool_use", json!({ "mcp_server_name": tool.server, "name": name, "input": input }))
-            }
-            false => ("agent.tool_use", json!({ "name": tool_name(tool.name), "input": input })),
+        let (kind, name) = match is_mcp {
+            true => ("agent.mcp_tool_use", bare_name(tool.server, tool.name)),
+            false => ("agent.tool_use", tool_name(tool.name)),
         };
-        if let (Value::Object(body), Value::Object(common)) = (&mut body, common) {
-            body.extend(common);
-        }
+        let fields = ToolUse {
+            mcp_server_name: is_mcp.then_some(tool.server),
+            name,
+            input: object(tool.input),
+            evaluated_permission,
+            evaluation: Evaluated { r#type: evaluation },
+            session_thread_id: None,
+        };
         self.state.tools.insert(entry.id, is_mcp);
-        entry.add(part::MAIN, kind, body);
+        entry.add(part::MAIN, kind, fields);
     }
 }
 

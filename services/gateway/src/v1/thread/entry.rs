@@ -1,10 +1,14 @@
 //! The events that are derived from one entry of the log, and their ids.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use types::InputId;
 
-use crate::v1::{ids::EventId, time};
+use crate::v1::{
+    ids::EventId,
+    thread::text::{self, Blocks, ToolResult},
+    time,
+};
 
 /// Where each event stands among those of its entry, and the last part of its id. These never change: clients keep ids.
 pub mod part {
@@ -17,6 +21,9 @@ pub mod part {
     /// Results of calls that the turn's end leaves open.
     pub const RESULTS: std::ops::RangeInclusive<u8> = 6..=248;
     pub const ERROR: u8 = 249;
+    /// After an error that passes. An entry that has these has no end.
+    pub const RESCHEDULED: u8 = 250;
+    pub const RUNNING_AGAIN: u8 = 251;
     pub const THREAD_END: u8 = 250;
     pub const USAGE: u8 = 251;
     pub const END: u8 = 252;
@@ -44,7 +51,8 @@ pub struct Shown {
     pub kind: &'static str,
     /// Microseconds since the epoch.
     pub at_us: i64,
-    pub body: Map<String, Value>,
+    /// JSON.
+    pub body: String,
 }
 
 impl Shown {
@@ -61,8 +69,9 @@ impl Shown {
         }
     }
 
-    pub fn into_json(self) -> Value {
-        Value::Object(self.body)
+    #[cfg(test)]
+    pub fn value(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap()
     }
 }
 
@@ -74,29 +83,23 @@ pub struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    pub fn add(&mut self, part: u8, kind: &'static str, body: Value) {
+    pub fn add(&mut self, part: u8, kind: &'static str, fields: impl Serialize) {
         let id = EventId::Log { id: self.id, part };
-        self.add_as(id, part, kind, body);
+        self.add_as(id, part, kind, fields);
     }
 
-    pub fn add_as(&mut self, id: EventId, part: u8, kind: &'static str, body: Value) {
+    pub fn add_as(&mut self, id: EventId, part: u8, kind: &'static str, fields: impl Serialize) {
         let place = Place { entry: self.id, part };
         let at_us = self.at_us.saturating_add(i64::from(part));
-        let mut event = Map::new();
         let id = id.encode();
-        event.insert("id".to_owned(), id.clone().into());
-        event.insert("type".to_owned(), kind.into());
-        if let Value::Object(fields) = body {
-            event.extend(fields);
-        }
-        event.insert("processed_at".to_owned(), time(at_us).into());
-        self.shown.push(Shown { place, id, kind, at_us, body: event });
+        let body = text::event(&id, kind, &fields, &time(at_us));
+        self.shown.push(Shown { place, id, kind, at_us, body });
     }
 
     /// An event that a user sent has the id that was returned to its sender.
-    pub fn add_sent(&mut self, input_id: &str, kind: &'static str, body: Value) {
+    pub fn add_sent(&mut self, input_id: &str, kind: &'static str, fields: impl Serialize) {
         let id = input_id.parse().map_or(EventId::Log { id: self.id, part: part::MESSAGE }, EventId::Input);
-        self.add_as(id, part::MESSAGE, kind, body);
+        self.add_as(id, part::MESSAGE, kind, fields);
     }
 }
 
@@ -131,10 +134,8 @@ pub fn text(text: &str) -> Value {
     if text.is_empty() { json!([]) } else { json!([{ "type": "text", "text": text }]) }
 }
 
-pub fn result(tool_use: u64, is_mcp: bool, content: &Value, is_error: bool, part: u8, entry: &mut Entry<'_>) {
-    let (kind, field) = match is_mcp {
-        true => ("agent.mcp_tool_result", "mcp_tool_use_id"),
-        false => ("agent.tool_result", "tool_use_id"),
-    };
-    entry.add(part, kind, json!({ field: main_id(tool_use), "content": content, "is_error": is_error }));
+pub fn result(tool_use: u64, is_mcp: bool, content: &str, is_error: bool, part: u8, entry: &mut Entry<'_>) {
+    let (kind, id) = (if is_mcp { "agent.mcp_tool_result" } else { "agent.tool_result" }, Some(main_id(tool_use)));
+    let (tool_use_id, mcp_tool_use_id) = if is_mcp { (None, id) } else { (id, None) };
+    entry.add(part, kind, ToolResult { tool_use_id, mcp_tool_use_id, content: Blocks(content), is_error });
 }

@@ -2,8 +2,8 @@ use std::collections::BTreeSet;
 
 use contract::{
     host::{
-        AgentMessage, CustomToolResult, DecisionRequested, DecisionSettled, Evaluation, Event, InputSettled, Thinking, ToolResult, ToolUse,
-        decision_settled::How, event, input_settled::Outcome,
+        AgentError, AgentMessage, CustomToolResult, DecisionRequested, DecisionSettled, Evaluation, Event, InputSettled, Thinking,
+        ToolResult, ToolUse, agent_error::Retry, decision_settled::How, event, input_settled::Outcome,
     },
     scheduler::FindTurnReply,
     session::{self, AgentEvent, ModelRequestEnded, SessionEvent, StopReason, TurnEnded, TurnStarted, session_event::Kind},
@@ -86,10 +86,10 @@ fn a_plain_turn_shows_in_the_order_of_the_reference() {
             "session.status_idle"
         ]
     );
-    assert_eq!(shown[5].body["model_request_start_id"], shown[3].id);
-    assert_eq!(shown[5].body["model_usage"]["output_tokens"], 4);
-    assert_eq!(shown[7].body["usage"]["input_tokens"], 9);
-    assert_eq!(shown[8].body["stop_reason"], json!({ "type": "end_turn" }));
+    assert_eq!(shown[5].value()["model_request_start_id"], shown[3].id);
+    assert_eq!(shown[5].value()["model_usage"]["output_tokens"], 4);
+    assert_eq!(shown[7].value()["usage"]["input_tokens"], 9);
+    assert_eq!(shown[8].value()["stop_reason"], json!({ "type": "end_turn" }));
 }
 
 #[test]
@@ -109,12 +109,28 @@ fn a_text_that_was_shown_while_it_was_written_has_the_id_that_was_shown() {
 }
 
 #[test]
+fn an_error_that_passes_reschedules() {
+    let failed = |kind: &str, retry: Retry| {
+        agent(event::Kind::Error(AgentError { kind: kind.to_owned(), retry: retry.into(), ..AgentError::default() }), 0)
+    };
+    let entries = vec![
+        started(),
+        failed("model_overloaded_error", Retry::Retrying),
+        failed("unknown_error", Retry::Retrying),
+        failed("model_overloaded_error", Retry::Exhausted),
+    ];
+    let shown = play(&mut thread(), entries);
+    let after: Vec<_> = shown.iter().filter(|event| event.place.entry > 10).map(|event| event.kind).collect();
+    assert_eq!(after, ["session.error", "session.status_rescheduled", "session.status_running", "session.error", "session.error"]);
+}
+
+#[test]
 fn usage_adds_up_over_turns() {
     let mut thread = thread();
     play(&mut thread, vec![started(), ended(0, StopReason::EndTurn)]);
     let shown = play(&mut thread, vec![started(), ended(0, StopReason::EndTurn)]);
     let usage = shown.iter().find(|event| event.kind == "session.usage").unwrap();
-    assert_eq!(usage.body["usage"]["output_tokens"], 8);
+    assert_eq!(usage.value()["usage"]["output_tokens"], 8);
 }
 
 #[test]
@@ -133,14 +149,14 @@ fn two_asks_are_answered_one_after_the_other() {
         ],
     );
     let idle: Vec<_> = shown.iter().filter(|event| event.kind == "session.status_idle").collect();
-    let ids = |index: usize| idle[index].body["stop_reason"]["event_ids"].clone();
+    let ids = |index: usize| idle[index].value()["stop_reason"]["event_ids"].clone();
     let (one, two) = (main_id(11), main_id(12));
     assert_eq!([ids(0), ids(1), ids(2)], [json!([one]), json!([one, two]), json!([two])]);
     let confirmation = shown.iter().find(|event| event.kind == "user.tool_confirmation").unwrap();
-    assert_eq!((confirmation.id.as_str(), &confirmation.body["tool_use_id"]), (sent_id(&input.to_string()).as_str(), &json!(one)));
+    assert_eq!((confirmation.id.as_str(), &confirmation.value()["tool_use_id"]), (sent_id(&input.to_string()).as_str(), &json!(one)));
     assert_eq!(shown.last().unwrap().kind, "session.thread_status_running");
     let used = shown.iter().find(|event| event.kind == "agent.tool_use").unwrap();
-    assert_eq!((&used.body["name"], &used.body["evaluated_permission"]), (&json!("bash"), &json!("ask")));
+    assert_eq!((&used.value()["name"], &used.value()["evaluated_permission"]), (&json!("bash"), &json!("ask")));
     assert_eq!(request_of(&used.id), Some(11));
 }
 
@@ -158,8 +174,8 @@ fn a_request_without_a_tool_use_is_settled_by_the_id_that_the_host_gave_it() {
     let shown = play(&mut thread(), entries);
     let used = shown.iter().filter(|event| event.kind == "agent.tool_use").map(|event| &event.id).collect::<Vec<_>>();
     let after: Vec<_> = shown.iter().filter(|event| event.place.entry >= 13).collect();
-    assert_eq!((after[0].kind, &after[0].body["tool_use_id"]), ("user.tool_confirmation", &json!(used[1])));
-    assert_eq!(after[3].body["stop_reason"]["event_ids"], json!([used[0]]));
+    assert_eq!((after[0].kind, &after[0].value()["tool_use_id"]), ("user.tool_confirmation", &json!(used[1])));
+    assert_eq!(after[3].value()["stop_reason"]["event_ids"], json!([used[0]]));
     // No one sent the decision of a time-out.
     let last: Vec<_> = after.iter().filter(|event| event.place.entry == 14).map(|event| event.kind).collect();
     assert_eq!(last, ["session.status_running", "session.thread_status_running"]);
@@ -177,10 +193,10 @@ fn a_custom_tool_waits_for_its_result() {
     let of = |kind: &str| shown.iter().find(|event| event.kind == kind).unwrap();
     let used = of("agent.custom_tool_use");
     assert_eq!(request_of(&used.id), Some(11));
-    assert_eq!(of("session.status_idle").body["stop_reason"], json!({ "type": "requires_action", "event_ids": [used.id] }));
+    assert_eq!(of("session.status_idle").value()["stop_reason"], json!({ "type": "requires_action", "event_ids": [used.id] }));
     let result = of("user.custom_tool_result");
-    assert_eq!((&result.id, &result.body["custom_tool_use_id"]), (&sent_id(&input.to_string()), &json!(used.id)));
-    assert_eq!(result.body["content"], text("42"));
+    assert_eq!((&result.id, &result.value()["custom_tool_use_id"]), (&sent_id(&input.to_string()), &json!(used.id)));
+    assert_eq!(result.value()["content"], text("42"));
     let after: Vec<_> = kinds(&shown).into_iter().skip_while(|kind| *kind != "user.custom_tool_result").take(4).collect();
     assert_eq!(after, ["user.custom_tool_result", "session.status_running", "session.thread_status_running", "agent.message"]);
     assert!(!shown.iter().any(|event| event.kind == "agent.tool_result"));
@@ -194,17 +210,17 @@ fn an_interrupt_closes_open_calls_and_spans() {
     let entries = vec![started(), tool(Evaluation::Allow), Kind::InputSettled(interrupt), ended(0, StopReason::Interrupted)];
     let shown = play(&mut thread(), entries);
     let result = shown.iter().find(|event| event.kind == "agent.tool_result").unwrap();
-    assert_eq!((&result.body["is_error"], &result.body["tool_use_id"]), (&json!(true), &json!(main_id(11))));
+    assert_eq!((&result.value()["is_error"], &result.value()["tool_use_id"]), (&json!(true), &json!(main_id(11))));
     assert!(shown.iter().any(|event| event.kind == "user.interrupt" && event.id == sent_id(&input.to_string())));
-    assert_eq!(shown.last().unwrap().body["stop_reason"]["type"], "end_turn");
+    assert_eq!(shown.last().unwrap().value()["stop_reason"]["type"], "end_turn");
 }
 
 #[test]
 fn a_failed_turn_says_why_and_leaves_the_session_idle() {
     let shown = play(&mut thread(), vec![started(), ended(1, StopReason::EndTurn)]);
     let error = shown.iter().find(|event| event.kind == "session.error").unwrap();
-    assert_eq!(error.body["error"]["retry_status"]["type"], "exhausted");
-    assert_eq!(shown.last().unwrap().body["stop_reason"]["type"], "retries_exhausted");
+    assert_eq!(error.value()["error"]["retry_status"]["type"], "exhausted");
+    assert_eq!(shown.last().unwrap().value()["stop_reason"]["type"], "retries_exhausted");
 }
 
 #[test]
@@ -214,7 +230,7 @@ fn a_set_up_that_failed_shows_the_message_and_terminates() {
     let unstarted = Some(TurnStarted { prompt: "hi".to_owned(), input_id: input.to_string(), ..TurnStarted::default() });
     let shown = play(&mut thread(), vec![Kind::TurnEnded(TurnEnded { failure, unstarted, ..TurnEnded::default() })]);
     assert_eq!(kinds(&shown)[..3], ["user.message", "session.status_running", "session.thread_status_running"]);
-    assert_eq!((shown[0].id.as_str(), &shown[0].body["content"][0]["text"]), (sent_id(&input.to_string()).as_str(), &json!("hi")));
+    assert_eq!((shown[0].id.as_str(), &shown[0].value()["content"][0]["text"]), (sent_id(&input.to_string()).as_str(), &json!("hi")));
     assert!(shown.last().unwrap().is_last());
 }
 
@@ -251,11 +267,11 @@ fn requests_that_the_model_gateway_counted_are_the_spans_and_no_others() {
     let starts = of("span.model_request_start");
     let ends = of("span.model_request_end");
     assert_eq!((starts.len(), ends.len()), (2, 2));
-    assert_eq!(ends[0].body["model_request_start_id"], starts[1].id.as_str());
-    assert_eq!(ends[1].body["model_request_start_id"], starts[0].id.as_str());
+    assert_eq!(ends[0].value()["model_request_start_id"], starts[1].id.as_str());
+    assert_eq!(ends[1].value()["model_request_start_id"], starts[0].id.as_str());
     let counts = json!({ "input_tokens": 10, "output_tokens": 5, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 2 });
-    assert_eq!(ends[0].body["model_usage"], counts);
-    assert_eq!(of("session.status_idle")[0].body["stop_reason"]["type"], "budget_reached");
+    assert_eq!(ends[0].value()["model_usage"], counts);
+    assert_eq!(of("session.status_idle")[0].value()["stop_reason"]["type"], "budget_reached");
     assert!(of("session.error").is_empty());
 }
 
@@ -288,7 +304,7 @@ proptest! {
         prop_assert!(shown.iter().all(|event| TYPES.contains(&event.kind)));
         prop_assert!(shown.windows(2).all(|pair| pair[0].place < pair[1].place && pair[0].at_us < pair[1].at_us));
         for event in shown.iter().filter(|event| event.kind == "agent.tool_result") {
-            let used = shown.iter().find(|used| event.body["tool_use_id"] == used.id).unwrap();
+            let used = shown.iter().find(|used| event.value()["tool_use_id"] == used.id).unwrap();
             prop_assert!(used.place < event.place && used.kind == "agent.tool_use");
         }
     }
