@@ -9,6 +9,9 @@ suite=system-tests/clients/conformance
 
 # shellcheck disable=SC2086
 scripts/anthropic.sh $ANTHROPIC_VERSION $ANTHROPIC_OLDER_VERSIONS
+# The suite serves MCP there, where sandboxes reach it.
+MCP_PORT=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export MCP_PORT LOCAL_SPRITES_PRIVATE_HOSTS=127.0.0.1:$MCP_PORT
 start_stack
 BASE_URL=$(ready api_url) API_KEY=$(ready api_key)
 "$bin/aod" admin --data-dir "$data/stack" user create other >/dev/null

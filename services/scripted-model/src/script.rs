@@ -3,7 +3,11 @@
 //!
 //! Texts may hold `{prompt}`, `{first_prompt}`, `{tool_result}`, `{mark}` and `{after}` (what stands behind `when` in the prompt).
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{Context as _, ensure};
 use serde::Deserialize;
@@ -12,7 +16,14 @@ use serde_json::Value;
 use crate::is;
 
 #[derive(Debug)]
-pub struct Script(Vec<Rule>);
+pub struct Script {
+    rules: Vec<Rule>,
+    /// How often each prompt has failed that fails for a while.
+    failed: Mutex<HashMap<String, usize>>,
+}
+
+/// Prompts whose failures are remembered.
+const FAILED_MAX: usize = 1000;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -37,6 +48,8 @@ struct Step {
     /// Fails with this HTTP status.
     status: Option<String>,
     error: String,
+    /// How often it fails before it says its text. Always, if this is not set.
+    fails: Option<usize>,
 }
 
 /// What was asked, as far as a script can see it.
@@ -104,13 +117,13 @@ impl Script {
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         let rules: Vec<Rule> = serde_json::from_str(text).context("not a script")?;
         ensure!(rules.iter().all(|rule| !rule.steps.is_empty()), "a rule without steps");
-        Ok(Self(rules))
+        Ok(Self { rules, failed: Mutex::default() })
     }
 
     #[must_use]
     pub fn answer(&self, question: &Question) -> Answer {
         let done = || Answer::Say { text: "Done.".to_owned(), tool: None, delay: Duration::ZERO };
-        let Some(rule) = self.0.iter().find(|rule| question.prompt.contains(&rule.when)) else { return done() };
+        let Some(rule) = self.rules.iter().find(|rule| question.prompt.contains(&rule.when)) else { return done() };
         let Some(step) = rule.steps.get(question.answered) else { return done() };
         let after = question.prompt.split_once(&rule.when).map_or("", |(_, after)| after).trim();
         let fill = |text: &str| {
@@ -120,7 +133,7 @@ impl Script {
                 .replace("{after}", after)
                 .replace("{mark}", &question.mark)
         };
-        if let Some(status) = &step.status {
+        if let Some(status) = step.status.as_ref().filter(|_| self.fails(step, question)) {
             return Answer::Fail { status: fill(status).parse().unwrap_or(500), message: fill(&step.error) };
         }
         // A tool that was not offered is not called: CLIs also ask for titles and the like.
@@ -130,6 +143,20 @@ impl Script {
             .or_else(|| search_call(question, step.tool.as_deref()?))
             .or_else(|| shell_call(&question.tools, &fill(step.shell.as_deref()?)));
         Answer::Say { text: fill(&step.text).repeat(step.repeat.unwrap_or(1)), tool, delay: Duration::from_millis(step.delay_ms) }
+    }
+}
+
+impl Script {
+    fn fails(&self, step: &Step, question: &Question) -> bool {
+        let Some(fails) = step.fails else { return true };
+        // CLIs also ask for titles and the like, without tools.
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if question.tools.is_empty() || (failed.len() >= FAILED_MAX && !failed.contains_key(&question.prompt)) {
+            return false;
+        }
+        let count = failed.entry(question.prompt.clone()).or_default();
+        *count += 1;
+        *count <= fails
     }
 }
 
@@ -182,5 +209,14 @@ mod tests {
         let question = Question { prompt: "fail with 529".to_owned(), ..Question::default() };
         let expected = Answer::Fail { status: 529, message: "The script says so.".to_owned() };
         assert_eq!(Script::built_in().unwrap().answer(&question), expected);
+    }
+
+    #[test]
+    fn an_error_may_pass() {
+        let (script, tools) = (Script::built_in().unwrap(), vec!["Bash".to_owned()]);
+        let question = Question { prompt: "a: fail for a while with 529".to_owned(), tools, ..Question::default() };
+        let answers: Vec<_> = (0..7).map(|_| matches!(script.answer(&question), Answer::Fail { status: 529, .. })).collect();
+        assert_eq!(answers, [true, true, true, true, true, false, false]);
+        assert!(matches!(script.answer(&question), Answer::Say { text, .. } if text == "It works now."));
     }
 }

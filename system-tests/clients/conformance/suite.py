@@ -7,6 +7,8 @@ Checks without a runtime run once, the others once for each runtime. Exits with 
 
 import argparse
 import concurrent.futures
+import functools
+import http.server
 import json
 import os
 import sys
@@ -886,6 +888,76 @@ def output_of(world, session, name):
     return world.client.beta.files.download(found[0].id).read()
 
 
+class McpServer(http.server.BaseHTTPRequestHandler):
+    """A server with one tool, for whoever shows the token."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        sent = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.headers["authorization"] != "Bearer t0ken-of-the-vault":
+            return self.answer(401)
+        if "id" not in sent:
+            return self.answer(202)
+        schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+        params = sent.get("params") or {}
+        result = {
+            "initialize": lambda: {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}}, "serverInfo": {"name": "echo", "version": "1"}},
+            "tools/list": lambda: {"tools": [{"name": "say", "description": "Says it again", "inputSchema": schema}]},
+            "tools/call": lambda: {"content": [{"type": "text", "text": params["arguments"]["text"] + " over HTTP"}]},
+        }.get(sent["method"], dict)()
+        self.answer(200, json.dumps({"jsonrpc": "2.0", "id": sent["id"], "result": result}).encode())
+
+    def do_GET(self):
+        self.answer(405)
+
+    def answer(self, status, body=b""):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+MCP_SERVING = threading.Lock()
+
+
+@functools.cache
+def serve_mcp(port):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), McpServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+@check(50, "an MCP server with a static_bearer", per_runtime=True)
+def mcp_server(world):
+    # A port of this machine that sandboxes reach.
+    port = os.environ.get("MCP_PORT")
+    if world.runtime == "shell" or not port:
+        raise NotHere
+    with MCP_SERVING:
+        serve_mcp(int(port))
+    url = f"http://127.0.0.1:{port}/mcp"
+    tools = TOOLS + [{"type": "mcp_toolset", "mcp_server_name": "echo"}]
+    agent = world.new_agent(tools=tools, mcp_servers=[{"type": "url", "name": "echo", "url": url}]).id
+    vault = world.client.beta.vaults.create(display_name="v").id
+    world.client.beta.vaults.credentials.create(vault, auth={"type": "static_bearer", "mcp_server_url": url, "token": "t0ken-of-the-vault"})
+    session = world.new_session(agent=agent, vault_ids=[vault]).id
+    follower = Follower(world.client, session)
+    world.client.beta.sessions.events.send(session, events=[message("echo by MCP: seven")])
+    events = follower.until(asked)
+    use = [event for event in events if event.type == "agent.mcp_tool_use"][-1]
+    assert (use.mcp_server_name, use.name, use.evaluated_permission) == ("echo", "say", "ask"), use
+    assert events[-1].stop_reason.event_ids == [use.id], events[-1]
+    confirm(world, session, use.id, "allow")
+    rest = follower.until(is_end, len(events))
+    [result] = [event for event in rest if event.type == "agent.mcp_tool_result"]
+    assert result.mcp_tool_use_id == use.id and "seven over HTTP" in result.content[0].text, result
+    assert "seven over HTTP" in said(rest) and "t0ken-of-the-vault" not in str(follower.events), said(rest)
+
+
 @check(51, "files into and out of a sandbox", per_runtime=True)
 def files(world):
     try:
@@ -918,6 +990,68 @@ def session_resources(world):
     assert changed.id == made.resources[0].id and changed.mount_path == "/workspace/none", changed
     assert changed.updated_at > changed.created_at and "two" not in changed.to_json(), changed
     raises(anthropic.BadRequestError, lambda: resources.update(changed.id, session_id=made.id, authorization_token=""))
+
+
+@check(55, "budgets are refused, not ignored")
+def no_budget(world):
+    budget = {"type": "limit", "max_list_cost": {"amount": "1", "currency": "USD"}}
+    error = raises(anthropic.BadRequestError, lambda: world.new_session(budget=budget))
+    assert "budget" in error.body["error"]["message"], error.body
+
+
+@check(56, "tools of a session's agent")
+def session_tools(world):
+    sessions = world.client.beta.sessions
+    session = world.new_session().id
+    follower = Follower(world.client, session)
+    policy = {"name": "bash", "permission_policy": {"type": "always_ask"}}
+    tools = [{"type": "agent_toolset_20260401", "configs": [policy]}]
+    sessions.events.send(session, events=[message(world.run("sleep 3; echo on"))])
+    follower.until("session.status_running")
+    raises(anthropic.BadRequestError, lambda: sessions.update(session, agent={"tools": tools}))
+    events = follower.until(is_end)
+    updated = sessions.update(session, agent={"tools": tools})
+    [bash] = [config for config in updated.agent.tools[0].configs if config.name == "bash"]
+    assert bash.permission_policy.type == "always_ask" and updated.agent.id == world.agent, updated.agent
+    assert world.client.beta.agents.retrieve(world.agent).tools[0].default_config.permission_policy.type == "always_allow"
+    if not LEFT_OUT:
+        told = follower.until("session.updated", len(events))[-1]
+        assert told.agent.tools == updated.agent.tools and getattr(told, "title", None) is None, told
+    sessions.events.send(session, events=[message(world.run("touch /tmp/asked"))])
+    use = follower.until(asked, len(events))[-1].stop_reason.event_ids[0]
+    confirm(world, session, use, "allow")
+    follower.until(is_end, len(events))
+
+
+@check(57, "an error of the model that passes")
+def transient(world):
+    session = world.new_session().id
+    _, events, _ = world.turn(session, f"{uuid.uuid4()}: fail for a while with 529")
+    errors = [event.error for event in events if event.type == "session.error"]
+    assert errors and {error.retry_status.type for error in errors} == {"retrying"}, types(events)
+    assert {error.type for error in errors} <= {"model_overloaded_error", "model_request_failed_error"}, errors
+    order = ["session.status_running", "session.error", "session.status_rescheduled", "session.status_running", "session.status_idle"]
+    assert in_order(types(events), order), types(events)
+    assert events[-1].stop_reason.type == "end_turn" and "It works now." in said(events), events[-1]
+    assert world.client.beta.sessions.retrieve(session).status == "idle"
+
+
+@check(65, "what is not built is refused")
+def not_built(world):
+    for method, path in [
+        *((method, path) for path in ["/v1/deployments", "/v1/deployment_runs", "/v1/memory_stores", "/v1/skills", "/v1/dreams"] for method in ["GET", "POST"]),
+        ("GET", "/v1/environments/env_none/work/poll"),
+        ("POST", "/v1/messages"),
+    ]:
+        status, answered, text = raw(method, path, {} if method == "POST" else None)
+        assert status == 404 and json.loads(text)["error"]["type"] == "not_found_error" and answered["request-id"], (method, path, status, text)
+    for field, value in [("skills", [{"type": "custom", "skill_id": "skill_x"}]), ("multiagent", {"type": "coordinator", "agents": []})]:
+        status, _, text = raw("POST", "/v1/agents", {"name": "a", "model": world.model, field: value})
+        assert status == 400 and field in json.loads(text)["error"]["message"], (field, status, text)
+    session = world.new_session().id
+    for kind in ["user.define_outcome", "user.tool_result", "system.message"]:
+        status, _, text = raw("POST", f"/v1/sessions/{session}/events", {"events": [{"type": kind, "content": []}]})
+        assert status == 400, (kind, status, text)
 
 
 @check(62, "an Idempotency-Key sends once")

@@ -167,31 +167,38 @@ async fn a_reader_that_reconnects_by_id_sees_each_event_once_while_services_are_
     let last = before.last().unwrap()["id"].as_str().unwrap().to_owned();
     let seen = Arc::new(Mutex::new(Vec::new()));
     let url = format!("{}{path}/stream", stack.ready_text("/api_url"));
-    let reader = Reader { url: url.clone(), key: stack.ready_text("/api_key"), seen: seen.clone() };
+    let reader = Reader { url, key: stack.ready_text("/api_key"), seen: seen.clone() };
     let mut reading = tokio::task::JoinSet::new();
     reading.spawn(reader.run(last));
 
     let client = client();
-    let services = ["gateway", "sprite-runner", "scheduler", "nats", "gateway"];
-    for (turn, service) in services.into_iter().enumerate() {
-        let content = json!([{ "type": "text", "text": format!("echo begin; sleep 1; echo {turn}") }]);
-        let body = json!({ "events": [{ "type": "user.message", "content": content }] });
-        // One key for all attempts: a message whose answer was lost is not sent twice.
-        let key = format!("turn {turn}");
-        let sent = tokio::time::timeout(PATIENCE, async {
+    // One key for all attempts: what was carried out though its answer was lost is not done twice.
+    let accepted = async |path: &str, body: &Value, key: &str| {
+        let sent = async {
             loop {
-                let request = client.post(url.trim_end_matches("/stream")).json(&body).header("idempotency-key", &key);
+                let request = client.post(format!("{}{path}", stack.ready_text("/api_url"))).json(body).header("idempotency-key", key);
                 match request.header("x-api-key", stack.ready_text("/api_key")).send().await {
                     Ok(answer) if answer.status() == 200 => return,
                     _ => tokio::time::sleep(Duration::from_millis(100)).await,
                 }
             }
-        });
-        sent.await.unwrap();
+        };
+        tokio::time::timeout(PATIENCE, sent).await.unwrap();
+    };
+    let environment = post(&stack, "/v1/environments", &json!({ "name": "faults" })).await;
+    let agent = json!({ "name": "a", "model": "claude-sonnet-4-5", "metadata": { "aod.runtime": "shell" } });
+    let agent = post(&stack, "/v1/agents", &agent).await;
+    let services = ["gateway", "sprite-runner", "scheduler", "nats", "gateway"];
+    for (turn, service) in services.into_iter().enumerate() {
+        let content = json!([{ "type": "text", "text": format!("echo begin; sleep 1; echo {turn}") }]);
+        let body = json!({ "events": [{ "type": "user.message", "content": content }] });
+        accepted(&path, &body, &format!("turn {turn}")).await;
         tokio::time::sleep(Duration::from_millis(400)).await;
         let pids = stack.pids(service);
         assert!(!pids.is_empty(), "{service}");
         Stack::signal(&pids, Signal::KILL);
+        let session = json!({ "agent": agent["id"], "environment_id": environment["id"], "title": service });
+        accepted("/v1/sessions", &session, &format!("session {turn}")).await;
         testkit::eventually("the turn ends on the stream", || async { count(&seen.lock().unwrap(), "session.status_idle") == turn + 1 })
             .await;
     }
@@ -203,5 +210,8 @@ async fn a_reader_that_reconnects_by_id_sees_each_event_once_while_services_are_
     let ids = |events: &[Value]| events.iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
     assert_eq!(ids(&seen), ids(&listed[before.len()..]));
     assert_eq!(count(&seen, "user.message"), services.len());
+    let created = format!("/v1/sessions?agent_id={}&order=asc", agent["id"].as_str().unwrap());
+    let created = stack.get(&created).await.unwrap().body["data"].as_array().unwrap().clone();
+    assert_eq!(created.iter().map(|session| session["title"].as_str().unwrap()).collect::<Vec<_>>(), services);
     assert!(listed.windows(2).all(|pair| pair[0]["processed_at"].as_str() < pair[1]["processed_at"].as_str()));
 }
