@@ -6,7 +6,7 @@ use contract::topology;
 use sqlx::Row as _;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Scheduler, positions};
+use crate::{Scheduler, log::positions};
 
 const EVERY: Duration = Duration::from_secs(5);
 

@@ -4,34 +4,16 @@
 //! runners report comes back through the EVENTS stream; [`projector`] persists it and advances sessions and turns. [`reconciler`] offers
 //! turns that no runner owns; [`ending`] ends those that are overdue.
 
-mod agents;
-mod claims;
-mod deletion;
-mod ending;
-mod environments;
-mod event_log;
-mod files;
+mod catalog;
+mod cleanup;
+mod db;
+mod dispatch;
 mod gauges;
-mod idempotency;
 mod inputs;
-mod managed;
+mod log;
 pub mod metrics;
 mod models;
-mod orphans;
-mod outbox;
-mod page;
-mod positions;
-mod projection;
-mod projector;
-mod quota;
-mod reconciler;
-mod relay;
-mod retention;
 mod sessions;
-mod streams;
-mod termination;
-mod usage;
-mod vaults;
 
 use std::{num::NonZeroU8, sync::Arc, time::Duration};
 
@@ -45,7 +27,14 @@ use time::OffsetDateTime;
 use tokio::sync::Notify;
 use types::{Partition, SecretId, Timestamp};
 
-pub use crate::{files::FileSettings, models::limits::Defaults as ModelDefaults, retention::Retention};
+pub use crate::{catalog::files::FileSettings, log::retention::Retention, models::limits::Defaults as ModelDefaults};
+use crate::{
+    catalog::{agents, environments, files, vaults},
+    cleanup::{deletion, orphans},
+    dispatch::{claims, ending, reconciler, relay},
+    log::{positions, projector, retention, streams},
+    sessions::{managed, termination},
+};
 
 #[derive(Debug)]
 pub struct Config {

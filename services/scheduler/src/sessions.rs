@@ -1,8 +1,12 @@
 //! Sessions: created, read, prompted again.
 
 pub mod list;
+pub mod managed;
+pub mod quota;
 pub mod row;
+pub mod termination;
 pub mod turns;
+pub mod usage;
 
 use bus::Failure;
 use contract::{
@@ -19,11 +23,16 @@ use uuid::Uuid;
 
 use self::row::{SessionRow, find, lock, missing, partition, session_columns};
 use crate::{
-    Scheduler, agents, environments, event_log, files, idempotency, inputs,
+    Scheduler,
+    catalog::{agents, environments, files, vaults},
+    db::idempotency,
+    inputs,
+    log::{
+        event_log,
+        positions::{projected_through, wait_until_projected},
+    },
     models::{budgets, limits::Scope},
-    parsed_json,
-    positions::{projected_through, wait_until_projected},
-    quota, secret_id, usage, vaults,
+    parsed_json, secret_id,
 };
 
 /// What a new session takes from its agent and environment.

@@ -9,8 +9,8 @@ use types::{InputId, SessionId};
 use crate::{
     Scheduler,
     inputs::{input_missing, whose},
-    sessions::row::missing,
-    unsigned, usage,
+    sessions::{row::missing, usage},
+    unsigned,
 };
 
 /// Where a turn begins in its session's log.

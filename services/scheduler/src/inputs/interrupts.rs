@@ -9,7 +9,8 @@ use sqlx::PgConnection;
 use types::{InputKind, SessionId};
 
 use crate::{
-    Scheduler, idempotency,
+    Scheduler,
+    db::idempotency,
     inputs::{InputRow, New, open, whose},
     sessions::row::{SessionRow, lock, missing},
 };

@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler,
+    db::page::{List, PageStart},
     inputs::{InputRow, check_owner, input_columns, whose},
-    page::{List, PageStart},
     unsigned,
 };
 

@@ -14,9 +14,9 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler,
+    db::page::List,
     inputs::{InputRow, New, check_owner, input_columns, whose},
     micros,
-    page::List,
     sessions::row::{SessionRow, lock, missing},
     unsigned,
 };

@@ -11,7 +11,8 @@ use sqlx::PgConnection;
 use types::{InputKind, SessionId, SessionStatus, UserId};
 
 use crate::{
-    Scheduler, idempotency,
+    Scheduler,
+    db::idempotency,
     inputs::{
         InputRow, New, change, input_columns,
         interrupts::{interrupt_in, open_interrupt},
@@ -19,8 +20,11 @@ use crate::{
         requests::{answer, awaited, decide_in},
         whose,
     },
-    micros, quota,
-    sessions::row::{SessionRow, lock, missing},
+    micros,
+    sessions::{
+        quota,
+        row::{SessionRow, lock, missing},
+    },
     unsigned,
 };
 

@@ -13,7 +13,8 @@ use types::limits::PAGE_MAX;
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, idempotency,
+    Scheduler,
+    db::idempotency,
     models::limits::{self, Defaults, Scope},
     sessions::row::missing,
     unsigned, without_nul,

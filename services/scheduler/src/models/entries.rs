@@ -12,7 +12,11 @@ use sqlx::{PgConnection, Row as _};
 use types::SessionId;
 use uuid::Uuid;
 
-use crate::{Scheduler, sessions::row::missing, unsigned, usage};
+use crate::{
+    Scheduler,
+    sessions::{row::missing, usage},
+    unsigned,
+};
 
 const AT_A_TIME: i64 = 200;
 

@@ -21,7 +21,8 @@ use types::{SessionId, SessionStatus};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, idempotency,
+    Scheduler,
+    db::idempotency,
     models::{
         entries,
         limits::{self, Change, Owners, Ran, Scope},

@@ -9,9 +9,10 @@ use uuid::Uuid;
 
 use super::row::{SessionRow, session_columns};
 use crate::{
-    Scheduler, agents, files,
-    page::{Filters, List, PageStart},
-    usage,
+    Scheduler,
+    catalog::{agents, files},
+    db::page::{Filters, List, PageStart},
+    sessions::usage,
 };
 
 /// How much of a prompt a list of sessions shows.

@@ -18,10 +18,10 @@ use uuid::Uuid;
 
 use super::row::{SessionRow, find, missing, session_columns};
 use crate::{
-    Scheduler, micros,
-    outbox::enqueue,
-    page::{List, PageStart},
-    unsigned,
+    Scheduler,
+    db::page::{List, PageStart},
+    dispatch::outbox::enqueue,
+    micros, unsigned,
 };
 
 /// A pending turn, and the job that runs it.

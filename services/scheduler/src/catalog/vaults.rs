@@ -21,9 +21,12 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, idempotency, micros,
-    page::{List, OwnedList, PageStart},
-    parsed_json, secret_id,
+    Scheduler,
+    db::{
+        idempotency,
+        page::{List, OwnedList, PageStart},
+    },
+    micros, parsed_json, secret_id,
 };
 
 macro_rules! vault_columns {

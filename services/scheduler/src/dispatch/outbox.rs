@@ -1,4 +1,4 @@
-//! Writes jobs and lifecycle events to the outbox, in the transaction of the change. [`crate::relay`] publishes them.
+//! Writes jobs and lifecycle events to the outbox, in the transaction of the change. [`crate::dispatch::relay`] publishes them.
 
 use bus::{Failure, trace};
 use contract::{runner::DestroySprite, scheduler::SessionChanged, session::Usage, subject};

@@ -26,9 +26,11 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, event_log, files, positions,
+    Scheduler,
+    catalog::{files, vaults},
+    log::{event_log, positions},
     sessions::row::{SessionRow, lock, missing, partition},
-    unsigned, vaults,
+    unsigned,
 };
 
 const REASON_CHARS_MAX: usize = 1000;

@@ -13,11 +13,15 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, environments, idempotency, micros,
+    Scheduler,
+    catalog::environments,
+    db::{
+        idempotency,
+        page::{List, OwnedList, PageStart, check_size},
+    },
+    micros,
     models::{budgets, limits::Scope},
-    now,
-    page::{List, OwnedList, PageStart, check_size},
-    parsed_json, secret_id, unsigned, version_mismatch,
+    now, parsed_json, secret_id, unsigned, version_mismatch,
 };
 
 #[derive(Clone, PartialEq, sqlx::FromRow)]

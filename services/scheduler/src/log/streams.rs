@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use types::{Backoff, Partition};
 use uuid::Uuid;
 
-use crate::{EVENTS_BYTES_MIN, Scheduler, positions, reconciler};
+use crate::{EVENTS_BYTES_MIN, Scheduler, dispatch::reconciler, log::positions};
 
 const EVERY: Duration = Duration::from_secs(1);
 const LEASE: Duration = Duration::from_secs(10);

@@ -13,8 +13,9 @@ use types::{SessionId, SpriteName};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, inputs,
-    outbox::{destroy_job, enqueue},
+    Scheduler,
+    dispatch::outbox::{destroy_job, enqueue},
+    inputs,
     sessions::row::lock,
     unsigned,
 };

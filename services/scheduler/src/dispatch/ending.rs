@@ -21,10 +21,10 @@ use types::{Backoff, InputId, Partition, SessionId, Timestamp};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, event_log,
+    Scheduler,
+    dispatch::outbox::enqueue,
     inputs::{self, At},
-    outbox::enqueue,
-    positions, projection,
+    log::{event_log, positions, projection},
     sessions::row::partition,
     unsigned,
 };

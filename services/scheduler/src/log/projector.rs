@@ -31,9 +31,11 @@ use uuid::Uuid;
 use crate::{
     Scheduler,
     inputs::{self, At},
+    log::{
+        positions::{partitions, projected_through},
+        projection::{Applied, apply},
+    },
     metrics::Observation,
-    positions::{partitions, projected_through},
-    projection::{Applied, apply},
 };
 
 const BATCH: usize = 1000;

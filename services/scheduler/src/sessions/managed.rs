@@ -20,16 +20,18 @@ use types::{SessionId, SessionStatus, Timestamp, UserId, agent::merge_limited_me
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, agents,
-    ending::{self, Appended},
-    idempotency,
+    Scheduler,
+    catalog::agents,
+    db::idempotency,
+    dispatch::ending::{self, Appended},
     inputs::At,
-    projection, secret_id,
+    log::projection,
+    secret_id,
     sessions::{
         self,
         row::{self, lock, missing},
+        termination::{AGAIN, PROJECTED_WITHIN},
     },
-    termination::{AGAIN, PROJECTED_WITHIN},
     unsigned,
 };
 

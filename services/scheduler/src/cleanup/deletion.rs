@@ -17,8 +17,11 @@ use types::{SessionId, SessionStatus, Timestamp, UserId};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, event_log, idempotency, models,
-    outbox::{enqueue_destroy, enqueue_lifecycle_event},
+    Scheduler,
+    db::idempotency,
+    dispatch::outbox::{enqueue_destroy, enqueue_lifecycle_event},
+    log::event_log,
+    models,
     sessions::row::{lock, missing, partition},
     unsigned,
 };

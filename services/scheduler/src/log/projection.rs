@@ -7,9 +7,9 @@ use sqlx::{PgConnection, Row as _};
 use types::{SessionId, TurnStatus, limits::SETTLE_GRACE};
 
 use crate::{
+    dispatch::outbox::{enqueue_destroy, enqueue_lifecycle_event},
     inputs::{self, At},
     metrics::{Observation, Outcome},
-    outbox::{enqueue_destroy, enqueue_lifecycle_event},
     sessions::row::{SessionRow, lock, session_columns},
     unsigned, without_nul,
 };

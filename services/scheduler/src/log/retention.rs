@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use types::ErrorCode;
 use uuid::Uuid;
 
-use crate::{Scheduler, deletion};
+use crate::{Scheduler, cleanup::deletion};
 
 /// How long things are kept; without a number, for ever.
 #[derive(Clone, Copy, Debug, Default)]

@@ -25,8 +25,9 @@ use types::{
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, micros,
-    page::{List, PageStart},
+    Scheduler,
+    db::page::{List, PageStart},
+    micros,
     sessions::row::{lock, missing as session_missing},
 };
 

@@ -16,9 +16,9 @@ use types::{SessionId, SessionStatus, Timestamp, UserId};
 
 use crate::{
     Scheduler,
-    ending::{self, Appended},
+    dispatch::ending::{self, Appended},
     inputs::At,
-    positions, projection,
+    log::{positions, projection},
     sessions::row::{find, missing},
     unsigned,
 };

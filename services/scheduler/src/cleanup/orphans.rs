@@ -20,8 +20,10 @@ use uuid::Uuid;
 
 use crate::{
     Scheduler,
-    claims::{self, Grant},
-    outbox::enqueue,
+    dispatch::{
+        claims::{self, Grant},
+        outbox::enqueue,
+    },
 };
 
 const LEASE: Duration = Duration::from_secs(300);

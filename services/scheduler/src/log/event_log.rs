@@ -255,7 +255,7 @@ mod tests {
         // One that the service makes, and not a migration.
         let ahead = "do $$ begin execute 'drop table event_' || to_char((now() at time zone 'utc')::date + 2, 'YYYYMMDD'); end $$";
         sqlx::raw_sql(ahead).execute(&pool).await.unwrap();
-        crate::retention::make_days(&pool).await.unwrap();
+        crate::log::retention::make_days(&pool).await.unwrap();
         let methods: Vec<(String, String)> = sqlx::query_as(
             "select relname::text, attcompression::text
              from pg_attribute join pg_class on pg_class.oid = attrelid join pg_inherits on inhrelid = attrelid

@@ -15,9 +15,12 @@ use types::{EnvironmentId, UserId};
 use uuid::Uuid;
 
 use crate::{
-    Scheduler, idempotency, micros, now,
-    page::{List, OwnedList, PageStart, check_size},
-    parsed_json, secret_id, unsigned, version_mismatch,
+    Scheduler,
+    db::{
+        idempotency,
+        page::{List, OwnedList, PageStart, check_size},
+    },
+    micros, now, parsed_json, secret_id, unsigned, version_mismatch,
 };
 
 #[derive(Clone, PartialEq, sqlx::FromRow)]

@@ -1,0 +1,6 @@
+//! Resources that sessions are made from: agents, environments, files, and vaults with their credentials.
+
+pub mod agents;
+pub mod environments;
+pub mod files;
+pub mod vaults;
