@@ -42,11 +42,26 @@ impl Adapter for Gemini {
 
 fn mcp_server(transport: &McpTransport) -> Value {
     match transport {
-        McpTransport::Url { url, headers } => json!({ "httpUrl": url, "headers": headers, "trust": true }),
+        McpTransport::Url { url, headers } => json!({ "httpUrl": url, "headers": headers }),
         McpTransport::Stdio { command, args, env } => {
             let argv = limited_command(command, args);
             let (command, args) = argv.split_first().unwrap_or((command, args));
-            json!({ "command": command, "args": args, "env": env, "trust": true })
+            json!({ "command": command, "args": args, "env": env })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Gemini CLI asks about no tool of a server that it trusts, whatever the agent's policy says.
+    #[test]
+    fn tools_of_mcp_servers_are_asked_about() {
+        let remote = McpTransport::Url { url: "https://mcp.example/mcp".to_owned(), headers: Default::default() };
+        let local = McpTransport::Stdio { command: "true".to_owned(), args: Vec::new(), env: Default::default() };
+        for transport in [remote, local] {
+            assert_eq!(mcp_server(&transport).get("trust"), None);
         }
     }
 }
