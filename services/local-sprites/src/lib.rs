@@ -75,7 +75,11 @@ impl Config {
                 .optional("LOCAL_SPRITES_AGENT_HOST", "a static agent-host, mounted read-only at /opt/aod/agent-host")
                 .map(Into::into),
             isolation: env.parsed("LOCAL_SPRITES_ISOLATION", "overlay (as root), readonly, or auto", Isolation::Auto),
-            runtime: env.parsed("LOCAL_SPRITES_RUNTIME", "OCI runtime that creates sandboxes, as root: runc or crun", Program::default()),
+            runtime: env.parsed(
+                "LOCAL_SPRITES_RUNTIME",
+                "OCI runtime that creates sandboxes, as root: runc, crun, or runsc (gVisor)",
+                Program::default(),
+            ),
             rootfs: env
                 .optional("LOCAL_SPRITES_ROOTFS", "root file system of Sprites, created by scripts/rootfs.sh")
                 .map_or_else(|| PathBuf::from(ROOTFS), Into::into),

@@ -10,6 +10,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next().as_ref().and_then(|first| first.to_str()) {
         Some(local_sprites::isolation::launch::COMMAND) => return local_sprites::isolation::launch::main(arguments),
+        Some(local_sprites::isolation::runsc::RELAY_COMMAND) => return local_sprites::isolation::runsc::relay_main(arguments),
         Some(local_sprites::isolation::launch::LIMIT_COMMAND) => return local_sprites::isolation::launch::limit_main(arguments),
         _ => {}
     }

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Api, Failure, invalid};
-use crate::{network::Policy, sprites::sprite::PrivilegesPolicy};
+use crate::{isolation::launch::Privileges, network::Policy, sprites::sprite::PrivilegesPolicy};
 
 const MEMORY_MB_MIN: u64 = 64;
 const MEMORY_MB_MAX: u64 = 1 << 20;
@@ -41,6 +41,9 @@ pub async fn set_privileges(State(api): State<Api>, Path(name): Path<String>, bo
     let policy: PrivilegesPolicy = parse("privileges", &body)?;
     if !policy.devices.is_empty() {
         return Err(invalid("this server has no devices to give"));
+    }
+    if let Some(runtime) = api.registry.sandboxes.runtime_without_privileges().filter(|_| policy.profile != Privileges::Minimal) {
+        return Err(invalid(format!("with {runtime} programs have no rights but those of their user: only minimal is supported")));
     }
     let sprite = api.registry.get(&name)?;
     sprite.change(|record| record.privileges = Some(policy))?;

@@ -216,8 +216,25 @@ impl Cgroup {
         files
     }
 
-    pub fn add(&self, pid: i32) -> io::Result<()> {
-        self.entrances().iter().try_for_each(|file| put(file, &pid.to_string()))
+    /// Adds processes until there are no others: those that are added start theirs in the group.
+    ///
+    /// # Errors
+    /// When the first of them cannot be added; others may have ended by now.
+    pub fn add_all(&self, processes: impl Fn() -> Vec<i32>) -> io::Result<()> {
+        let mut added = Vec::new();
+        loop {
+            let new: Vec<i32> = processes().into_iter().filter(|pid| !added.contains(pid)).collect();
+            if new.is_empty() {
+                return Ok(());
+            }
+            for pid in new {
+                let entered = self.entrances().iter().try_for_each(|file| put(file, &pid.to_string()));
+                if added.is_empty() {
+                    entered?;
+                }
+                added.push(pid);
+            }
+        }
     }
 
     /// # Errors

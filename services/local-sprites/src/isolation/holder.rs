@@ -21,6 +21,10 @@ pub struct Holder {
     pub(super) uplink: Option<Process>,
     /// The first of this machine's user ids that its users are; none where it has one user, who is this server's.
     pub(super) first_user: Option<u32>,
+    /// Serves the sandbox's files, where the sandbox has a kernel of its own (gVisor) and commands
+    /// cannot join its namespaces.
+    #[serde(default)]
+    pub(super) gofer: Option<Process>,
 }
 
 /// What a sandbox's network is.
@@ -52,7 +56,8 @@ impl Holder {
     }
 
     pub fn root_path(self) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root", self.process.pid))
+        let files = self.gofer.unwrap_or(self.process);
+        PathBuf::from(format!("/proc/{}/root", files.pid))
     }
 
     /// Whether this is the sandbox that a policy asks for.
@@ -68,10 +73,29 @@ impl Holder {
         self.first_user.is_some()
     }
 
+    /// Whether the sandbox has a kernel of its own, which the machine's system calls do not reach.
+    pub fn has_own_kernel(self) -> bool {
+        self.gofer.is_some()
+    }
+
     /// Whether a process, as this server numbers them, is one of the sandbox's.
     pub fn contains(self, pid: i32) -> bool {
+        if self.has_own_kernel() {
+            // Sockets of all its programs are its kernel's.
+            return pid == self.process.pid;
+        }
         let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
         namespace(self.process.pid).is_some_and(|own| namespace(pid) == Some(own))
+    }
+
+    /// The machine's processes that the sandbox consists of when it starts.
+    pub fn processes(self) -> Vec<i32> {
+        let mut processes = vec![self.process.pid];
+        if let Some(gofer) = self.gofer {
+            processes.push(gofer.pid);
+            processes.extend(self.process.descendants());
+        }
+        processes
     }
 
     /// Kills every process of the sandbox and waits until they are gone.

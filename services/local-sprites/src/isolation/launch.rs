@@ -24,7 +24,11 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::isolation::{holder::Holder, seccomp};
+use crate::isolation::{
+    holder::Holder,
+    runsc::{self, Guest},
+    seccomp,
+};
 
 /// The first argument of this program as a launcher.
 pub const COMMAND: &str = "launch";
@@ -87,7 +91,7 @@ pub fn limit_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
 const VARIABLE_PREFIX: &str = "sprite:";
 
 /// The variables of the command that this launcher is to start.
-fn variables() -> impl Iterator<Item = (OsString, OsString)> {
+pub(super) fn variables() -> impl Iterator<Item = (OsString, OsString)> {
     std::env::vars_os().filter_map(|(name, value)| {
         let name = name.as_bytes().strip_prefix(VARIABLE_PREFIX.as_bytes())?;
         Some((OsStr::from_bytes(name).to_owned(), value))
@@ -98,6 +102,8 @@ fn variables() -> impl Iterator<Item = (OsString, OsString)> {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Launch {
     pub holder: Holder,
+    /// The container, as the runtime finds it; for a sandbox with a kernel of its own.
+    pub guest: Option<Guest>,
     /// The `cgroup.procs` files of the Sprite's limits.
     pub limits: Vec<PathBuf>,
     pub privileges: Privileges,
@@ -158,15 +164,14 @@ impl Launch {
         command.args([COMMAND, &serde_json::to_string(self)?]).args(argv).env_clear();
         let variables = variables.into_iter().map(|(name, value)| (format!("{VARIABLE_PREFIX}{name}"), value));
         command.envs(variables);
+        // What the launcher starts on the machine, it finds as this server does.
+        command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
         // A group of its own: a signal to the server's group does not reach it.
         command.process_group(0);
         Ok(command)
     }
 
     fn enter(&self) -> io::Result<()> {
-        for limit in &self.limits {
-            fs::write(limit, "0")?;
-        }
         let gone = || io::Error::other("the sandbox is gone");
         let sandbox = pidfd_open(Pid::from_raw(self.holder.process.pid).ok_or_else(gone)?, PidfdFlags::empty()).map_err(|_| gone())?;
         // The number may be another process's by now; the descriptor stays what it is.
@@ -184,6 +189,18 @@ impl Launch {
         umask(Mode::from_raw_mode(0o022));
         std::env::set_current_dir(&self.dir)
             .map_err(|error| io::Error::new(error.kind(), format!("cannot change to {}: {error}", self.dir.display())))
+    }
+
+    fn limit(&self) -> io::Result<()> {
+        self.limits.iter().try_for_each(|limit| fs::write(limit, "0"))
+    }
+
+    /// Runs a command by the runtime, in a sandbox that cannot be entered.
+    fn run_by_runtime(&self, program: OsString, arguments: Vec<OsString>) -> io::Result<u8> {
+        let guest = self.guest.as_ref().filter(|_| self.holder.is_alive());
+        let guest = guest.ok_or_else(|| io::Error::other("the sandbox is gone"))?;
+        let (dir, terminal) = (self.dir.as_path(), self.terminal);
+        runsc::run(&runsc::Start { guest, holder: self.holder, dir, terminal, program, arguments })
     }
 
     /// The order matters: each step takes away what a later one would have needed.
@@ -220,9 +237,16 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     if launch.held && io::stdin().read_exact(&mut [0]).is_err() {
         return ExitCode::from(EXIT_NOT_ENTERED);
     }
-    if let Err(error) = launch.enter() {
+    let not_entered = |error: io::Error| {
         eprintln!("local-sprites: {error}");
-        return ExitCode::from(EXIT_NOT_ENTERED);
+        ExitCode::from(EXIT_NOT_ENTERED)
+    };
+    if launch.holder.has_own_kernel() {
+        let ran = launch.limit().and_then(|()| launch.run_by_runtime(program, arguments.collect()));
+        return ran.map_or_else(not_entered, ExitCode::from);
+    }
+    if let Err(error) = launch.limit().and_then(|()| launch.enter()) {
+        return not_entered(error);
     }
     let mut command = if launch.terminal {
         // The command leads a session of its own, and the terminal is that session's.

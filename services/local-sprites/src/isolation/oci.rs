@@ -34,8 +34,8 @@ pub struct Sandbox<'a> {
     pub hostname: &'a str,
     /// The first of the machine's user ids that the sandbox's are, and how many there are.
     pub users: (u32, u32),
-    /// The network namespace that it joins.
-    pub network: &'a Path,
+    /// The network namespace that it joins; none where the runtime is started in it.
+    pub network: Option<&'a Path>,
     /// Where its control groups are; where the runtime chooses, if none.
     pub cgroups: Option<&'a str>,
     /// How much a file system in memory holds.
@@ -71,19 +71,14 @@ impl Sandbox<'_> {
             tmpfs("/run", "mode=755"),
             json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"] }),
         ];
+        let mut namespaces: Vec<Value> = ["user", "mount", "pid", "ipc", "uts"].map(|kind| json!({ "type": kind })).into();
+        namespaces.extend(self.network.map(|path| json!({ "type": "network", "path": path })));
         mounts.extend(self.binds.iter().map(|(there, here, access)| {
             let access = if *access == Access::ReadOnly { "ro" } else { "rw" };
             json!({ "destination": there, "type": "bind", "source": here, "options": ["bind", "nosuid", "nodev", access] })
         }));
         let mut linux = json!({
-            "namespaces": [
-                { "type": "user" },
-                { "type": "mount" },
-                { "type": "pid" },
-                { "type": "ipc" },
-                { "type": "uts" },
-                { "type": "network", "path": self.network },
-            ],
+            "namespaces": namespaces,
             "uidMappings": map,
             "gidMappings": map,
             "maskedPaths": MASKED,

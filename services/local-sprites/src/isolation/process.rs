@@ -37,6 +37,23 @@ impl Process {
         children.split_whitespace().next()?.parse().ok()
     }
 
+    /// Its children and theirs, whichever of its threads started them.
+    pub fn descendants(self) -> Vec<i32> {
+        let (mut found, mut next) = (Vec::new(), vec![self.pid]);
+        while let Some(pid) = next.pop() {
+            let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            for thread in threads {
+                let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+                let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+                for child in children.filter(|child| !found.contains(child)).collect::<Vec<i32>>() {
+                    found.push(child);
+                    next.push(child);
+                }
+            }
+        }
+        found
+    }
+
     /// Sends a signal to what a launcher started, and all of its group; to the launcher while it has started nothing.
     pub fn signal_command(self, signal: Signal) {
         if self.is_alive()

@@ -11,6 +11,8 @@ use std::{
 use serde_json::Value;
 use tokio::process::Command;
 
+use crate::isolation::runsc::{self, Guest};
+
 const START_MAX: Duration = Duration::from_secs(30);
 const PID_FILE: &str = "pid";
 
@@ -20,6 +22,8 @@ pub enum Program {
     #[default]
     Runc,
     Crun,
+    /// gVisor: a kernel of its own for each sandbox.
+    Runsc,
 }
 
 impl Program {
@@ -27,6 +31,7 @@ impl Program {
         match self {
             Self::Runc => "runc",
             Self::Crun => "crun",
+            Self::Runsc => runsc::PROGRAM,
         }
     }
 }
@@ -41,7 +46,7 @@ impl FromStr for Program {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::Runc, Self::Crun].into_iter().find(|program| program.name() == text).ok_or(())
+        [Self::Runc, Self::Crun, Self::Runsc].into_iter().find(|program| program.name() == text).ok_or(())
     }
 }
 
@@ -63,12 +68,15 @@ impl Runtime {
     ///
     /// # Errors
     /// With the runtime's own words.
-    pub async fn start(&self, id: &str, bundle: &Path, config: &Value) -> io::Result<i32> {
+    pub async fn start(&self, id: &str, bundle: &Path, config: &Value, network: &Path) -> io::Result<i32> {
         fs::create_dir_all(bundle)?;
         fs::write(bundle.join("config.json"), serde_json::to_vec(config)?)?;
         let (pid_file, log) = (bundle.join(PID_FILE), bundle.join("log"));
         let _ = fs::remove_file(&log);
-        let mut command = self.command();
+        let mut command = match self.program {
+            Program::Runc | Program::Crun => self.command(id),
+            Program::Runsc => self.runsc_in(network, id),
+        };
         command.arg("--log").arg(&log).args(["run", "--detach", "--pid-file"]).arg(&pid_file).arg("--bundle").arg(bundle).arg(id);
         // A group of its own: a signal to the server's group does not reach the container.
         let status = command.process_group(0).stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -92,10 +100,24 @@ impl Runtime {
             if !self.state.join(id).exists() {
                 break;
             }
-            let done = self.command().args(arguments).arg(id).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            let done = self.command(id).args(arguments).arg(id).stdout(Stdio::null()).stderr(Stdio::null()).status();
             tokio::time::timeout(START_MAX, done).await.map_err(|_| io::Error::other("the OCI runtime does not end"))??;
+            let guest = self.guest(id);
+            if self.program == Program::Runsc && guest.gofer().is_none() {
+                // The container is gone; its directory stays.
+                fs::remove_dir_all(guest.state)?;
+            }
         }
         Ok(())
+    }
+
+    pub fn program(&self) -> Program {
+        self.program
+    }
+
+    /// A container of gVisor's, as `runsc` finds it.
+    pub fn guest(&self, id: &str) -> Guest {
+        Guest { state: self.state.join(id), id: id.to_owned() }
     }
 
     /// The containers that the runtime knows.
@@ -104,9 +126,22 @@ impl Runtime {
         entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 
-    fn command(&self) -> Command {
+    /// `runsc` joins no network namespace that belongs to another user namespace than the
+    /// container's, so it is started in it.
+    fn runsc_in(&self, network: &Path, id: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", network.display())).arg(runsc::PROGRAM);
+        command.arg("--root").arg(self.state.join(id)).args(runsc::FLAGS).stdin(Stdio::null());
+        command
+    }
+
+    fn command(&self, id: &str) -> Command {
         let mut command = Command::new(self.program.name());
-        command.arg("--root").arg(&self.state);
+        match self.program {
+            Program::Runc | Program::Crun => command.arg("--root").arg(&self.state),
+            // A directory for each, so that the names there are the containers'.
+            Program::Runsc => command.arg("--root").arg(self.state.join(id)),
+        };
         if !self.cgroups && self.program == Program::Runc {
             // It is root all the same; what it does without then is control groups.
             command.arg("--rootless=true");

@@ -21,6 +21,8 @@ use std::{
     fs, io,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
 };
 
 use rustix::mount::UnmountFlags;
@@ -35,10 +37,20 @@ use crate::{
     isolation::{
         disk::{Disks, Frozen},
         holder::{Holder, Network},
-        sandbox::{containers::Containers, error::io_error, kind::program_for_all},
+        launch::{Launch, Privileges},
+        runsc::Guest,
+        runtime::Program,
+        sandbox::{
+            containers::{Containers, conceal},
+            error::io_error,
+            kind::program_for_all,
+        },
     },
     network::{Forward, uplink::Namespace},
 };
+
+/// How long a first command may take.
+const CHECK_MAX: Duration = Duration::from_secs(30);
 
 /// Makes sandboxes of one kind.
 #[derive(Debug)]
@@ -87,10 +99,50 @@ impl Sandboxes {
         sandboxes.make_files(&probe).await?;
         let network = if root { Network::Public } else { Network::Machine };
         let holder = sandboxes.boot(&probe, "probe", network).await?;
+        let works = sandboxes.check_programs(&probe, holder).await;
         sandboxes.destroy(&probe, Some(holder)).await;
+        works?;
         let runtime = if root { sandboxes.kind.runtime.name() } else { "bubblewrap, with a read-only root" };
         tracing::info!(runtime, rootfs = %sandboxes.kind.rootfs.display(), disks = ?sandboxes.disks, "sandboxes work");
         Ok(sandboxes)
+    }
+
+    /// Proves that a sandbox's own kernel runs the programs of the root file system: old ones do not.
+    async fn check_programs(&self, dir: &Path, holder: Holder) -> Result<(), SandboxError> {
+        if !holder.has_own_kernel() {
+            return Ok(());
+        }
+        let launch = Launch {
+            holder,
+            guest: self.guest(dir),
+            limits: Vec::new(),
+            privileges: Privileges::Minimal,
+            dir: "/".into(),
+            terminal: false,
+            held: false,
+        };
+        let argv = ["ls", "-l", "/usr"].map(str::to_owned);
+        let mut command = launch.command(&argv, environment(holder)).map_err(io_error("the first command cannot be started"))?;
+        command.stdin(Stdio::null()).kill_on_drop(true);
+        let output = tokio::time::timeout(CHECK_MAX, command.output()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut));
+        let output = output.flatten().map_err(io_error("the first command failed"))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        let why = "this release of runsc cannot run the programs of LOCAL_SPRITES_ROOTFS (Debian 13's, 20240729, can)";
+        Err(SandboxError::Boot(format!("{why}: {}", said.lines().next().unwrap_or_default())))
+    }
+
+    /// How commands find the sandbox of a Sprite, where it has a kernel of its own.
+    pub fn guest(&self, dir: &Path) -> Option<Guest> {
+        let containers = self.containers.as_ref()?;
+        (containers.runtime.program() == Program::Runsc).then(|| containers.runtime.guest(&container_id(dir)))
+    }
+
+    /// The runtime's name, where Sprites' programs have no rights but those of their user.
+    pub fn runtime_without_privileges(&self) -> Option<Program> {
+        self.containers.as_ref().map(|containers| containers.runtime.program()).filter(|program| *program == Program::Runsc)
     }
 
     /// Removes containers of this server that no known Sprite has.
@@ -120,6 +172,7 @@ impl Sandboxes {
         let booted = self.boot_container(containers, dir, hostname, network).await;
         // The sandbox has its own view of the mounts; the root in this machine's table is not needed any more.
         let _ = rustix::mount::unmount(containers.place(dir).join("root"), UnmountFlags::DETACH);
+        let booted = booted.and_then(|holder| conceal(&containers.place(dir)).map(|()| holder).map_err(io_error("a mount stays")));
         match booted {
             // The disk neither: nothing is left mounted when this server is killed.
             Ok(_) => self.unmount_disk(dir),
@@ -195,7 +248,10 @@ impl Sandboxes {
             let place = containers.place(dir);
             Namespace::remove(&place.join("net"));
             let _ = rustix::mount::unmount(place.join("root"), UnmountFlags::DETACH);
-            let _ = fs::remove_dir_all(place);
+            match conceal(&place) {
+                Ok(()) => drop(fs::remove_dir_all(place)),
+                Err(error) => tracing::warn!(%error, place = %place.display(), "failed to unmount what a Sprite saw of the machine"),
+            }
         }
         self.unmount_disk(dir);
     }

@@ -124,6 +124,7 @@ pub struct ExecSession {
     pub dir: String,
     argv: Vec<String>,
     launcher: Process,
+    has_own_kernel: bool,
     terminal: Option<(Arc<Terminal>, Mutex<Size>)>,
     clients: Mutex<Clients>,
     stdin: mpsc::Sender<Option<Bytes>>,
@@ -173,6 +174,7 @@ impl ExecSession {
             dir: request.dir,
             argv: request.argv,
             launcher,
+            has_own_kernel: launch.holder.has_own_kernel(),
             terminal,
             clients: Mutex::new(Clients::default()),
             stdin: stdin_tx,
@@ -221,7 +223,9 @@ impl ExecSession {
 
     /// Sends a signal to the command's process group; with a terminal, to the one in the foreground.
     pub fn signal(&self, signal: Signal) {
-        match self.terminal.as_ref().and_then(|(terminal, _)| terminal.foreground()) {
+        // A kernel of its own knows its foreground group; what started the command passes signals on.
+        let terminal = self.terminal.as_ref().filter(|_| !self.has_own_kernel);
+        match terminal.and_then(|(terminal, _)| terminal.foreground()) {
             Some(group) => drop(rustix::process::kill_process_group(group, signal)),
             None => self.launcher.signal_command(signal),
         }
@@ -229,7 +233,9 @@ impl ExecSession {
 
     /// Ends the command for certain.
     pub fn kill(&self) {
-        self.signal(Signal::KILL);
+        if self.terminal.is_some() && !self.has_own_kernel {
+            self.signal(Signal::KILL);
+        }
         self.launcher.signal_command(Signal::KILL);
     }
 
@@ -265,7 +271,8 @@ impl ExecSession {
             let words = std::iter::once(executable.as_os_str().as_bytes()).chain(arguments);
             Some(words.map(String::from_utf8_lossy).collect::<Vec<_>>().join(" "))
         };
-        running().unwrap_or_else(|| self.argv.join(" "))
+        let running = if self.has_own_kernel { None } else { running() };
+        running.unwrap_or_else(|| self.argv.join(" "))
     }
 
     pub fn asked_command(&self) -> String {

@@ -37,11 +37,9 @@ impl Terminal {
     /// A new terminal, and the side of it that a command is started with.
     pub fn open(holder: Holder, size: Size, owner: Option<u32>) -> io::Result<(Self, OwnedFd)> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        let master = match open_multiplexer(holder) {
-            Ok(master) => master,
-            // A Sprite that has no terminals of its own uses this machine's.
-            Err(_) => openpt(flags)?,
-        };
+        let own = if holder.has_own_kernel() { None } else { open_multiplexer(holder).ok() };
+        // A Sprite that has no terminals of its own uses this machine's.
+        let master = own.map_or_else(|| openpt(flags), Ok)?;
         unlockpt(&master)?;
         let slave = ioctl_tiocgptpeer(&master, flags)?;
         if let Some(owner) = owner {

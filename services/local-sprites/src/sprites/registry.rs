@@ -95,7 +95,7 @@ impl Registry {
     async fn take_up(self: &Arc<Self>, path: PathBuf, record: Record) -> io::Result<()> {
         self.sandboxes.disks().recover(&path)?;
         let (name, holder) = (record.name.clone(), record.holder.filter(|holder| holder.is_alive()));
-        let sprite = Arc::new(Sprite::new(path, record, self.sandboxes.owner()));
+        let sprite = Arc::new(Sprite::new(path, record, &self.sandboxes));
         locked(&self.sprites).insert(name.clone(), sprite.clone());
         let Some(holder) = holder else {
             // What it left behind when it ended is removed.
@@ -220,7 +220,7 @@ impl Registry {
         };
         // A directory of its own for each life of a name: a deletion that is still under way does not touch a new one.
         let dir = self.dir.join(format!("{name}.{}", record.id.simple()));
-        let sprite = Arc::new(Sprite::new(dir, record, self.sandboxes.owner()));
+        let sprite = Arc::new(Sprite::new(dir, record, &self.sandboxes));
         let mut hold = sprite.hold().await?;
         {
             let mut sprites = locked(&self.sprites);
@@ -402,7 +402,7 @@ impl Registry {
         };
         let attached = async {
             sprite.keep_holder(holder)?;
-            self.limit(sprite)?.add(holder.process.pid).map_err(RegistryError::Limits)?;
+            self.limit(sprite)?.add_all(|| holder.processes()).map_err(RegistryError::Limits)?;
             self.open_network(sprite, holder)
         };
         if let Err(error) = attached.await {

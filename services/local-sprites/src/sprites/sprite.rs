@@ -24,7 +24,8 @@ use crate::{
         disk::Disks,
         holder::Holder,
         launch::{Launch, Privileges},
-        sandbox::SandboxError,
+        runsc::Guest,
+        sandbox::{SandboxError, Sandboxes},
     },
     network::{EgressProxy, Policy},
     run::{
@@ -105,6 +106,8 @@ pub struct Sprite {
     connections: AtomicUsize,
     /// The owner of what the file API makes, as this machine names it.
     owner: Option<u32>,
+    /// How commands find its sandbox, where that has a kernel of its own.
+    guest: Option<Guest>,
     pub sessions: Arc<Mutex<Sessions>>,
     pub services: Services,
     /// What holds it awake.
@@ -196,7 +199,8 @@ pub enum RegistryError {
 }
 
 impl Sprite {
-    pub fn new(dir: PathBuf, record: Record, owner: Option<u32>) -> Self {
+    pub fn new(dir: PathBuf, record: Record, sandboxes: &Sandboxes) -> Self {
+        let (owner, guest) = (sandboxes.owner(), sandboxes.guest(&dir));
         Self {
             dir,
             record: Mutex::new(record),
@@ -205,6 +209,7 @@ impl Sprite {
             last_used: Mutex::new(Instant::now()),
             connections: AtomicUsize::new(0),
             owner,
+            guest,
             sessions: Arc::default(),
             services: Services::default(),
             tasks: Tasks::default(),
@@ -265,7 +270,7 @@ impl Sprite {
     pub fn launch(&self, holder: Holder, dir: PathBuf, terminal: bool) -> Launch {
         let limits = self.attached().group.as_ref().map(Cgroup::entrances).unwrap_or_default();
         let privileges = locked(&self.record).privileges.as_ref().map(|policy| policy.profile).unwrap_or_default();
-        Launch { holder, limits, privileges, dir, terminal, held: false }
+        Launch { holder, guest: self.guest.clone(), limits, privileges, dir, terminal, held: false }
     }
 
     /// What a client's command is started with.

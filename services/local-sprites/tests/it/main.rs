@@ -8,4 +8,5 @@ mod clients;
 mod escape;
 mod isolation;
 mod lifetime;
+mod runsc;
 mod server;

@@ -10,9 +10,10 @@ use crate::{
         launch,
         oci::{self, Access},
         process::Process,
+        runtime::Program,
         sandbox::{
             Sandboxes,
-            containers::{Containers, container_id},
+            containers::{Containers, container_id, expose},
             error::{SandboxError, io_error},
             files::{give, hosts},
             inside::{AGENT_HOST, AGENTS, PATH},
@@ -58,12 +59,18 @@ impl Sandboxes {
         ];
         binds.extend(self.kind.agents_dir.clone().map(|agents| (AGENTS, agents, Access::ReadOnly)));
         binds.extend(self.kind.agent_host.clone().map(|file| (AGENT_HOST, file, Access::ReadOnly)));
+        let has_own_kernel = containers.runtime.program() == Program::Runsc;
+        if has_own_kernel {
+            expose(&place, &mut binds).map_err(io_error("a Sprite's files cannot be mounted"))?;
+            // Otherwise `/tmp` would be in the memory of its kernel, where the file API does not see it.
+            binds.push(("/tmp", root.join("tmp"), Access::ReadWrite));
+        }
         let cgroups = self.kind.cgroups.then(|| format!("/{}-containers/{id}", self.kind.instance));
         let config = oci::Sandbox {
             root: &root,
             hostname,
             users: (containers.first_user, Holder::UIDS),
-            network: namespace.path(),
+            network: (!has_own_kernel).then(|| namespace.path()),
             cgroups: cgroups.as_deref(),
             memory_files_bytes: self.memory_files_bytes,
             binds,
@@ -77,7 +84,7 @@ impl Sandboxes {
                 Network::Machine | Network::Limited => Ok(None),
             }
         };
-        let (started, uplink) = tokio::join!(containers.runtime.start(&id, &bundle, &config), connect);
+        let (started, uplink) = tokio::join!(containers.runtime.start(&id, &bundle, &config, namespace.path()), connect);
         let end_uplink = |error: io::Error| {
             if let Ok(Some(uplink)) = &uplink {
                 uplink.kill();
@@ -88,8 +95,15 @@ impl Sandboxes {
         let uplink = uplink.map_err(|error| SandboxError::Boot(error.to_string()))?;
         let gone = || SandboxError::Boot("it ended at once".to_owned());
         let process = Process::find(pid).ok_or_else(gone)?;
-        launch::limit_namespace(pid).await.map_err(io_error("the user namespace cannot be limited"))?;
-        Ok(Holder { process, network, uplink, first_user: Some(containers.first_user) })
+        let gofer = match has_own_kernel {
+            true => Some(containers.runtime.guest(&id).gofer().and_then(Process::find).ok_or_else(gone)?),
+            false => {
+                let limited = launch::limit_namespace(pid).await;
+                limited.map_err(io_error("the user namespace cannot be limited"))?;
+                None
+            }
+        };
+        Ok(Holder { process, network, uplink, first_user: Some(containers.first_user), gofer })
     }
 
     /// Lays a Sprite's own layer over the image.

@@ -74,7 +74,7 @@ impl Sandboxes {
         // Tokio reaps the process when the handle is gone: nothing is left behind either way.
         drop(child);
         let process = Process::find(pid).ok_or_else(|| SandboxError::Boot("it ended at once".to_owned()))?;
-        Ok(Holder { process, network: Network::Machine, uplink: None, first_user: None })
+        Ok(Holder { process, network: Network::Machine, uplink: None, first_user: None, gofer: None })
     }
 
     /// Bubblewrap in a user namespace with one user.

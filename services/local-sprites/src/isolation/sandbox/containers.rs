@@ -1,14 +1,17 @@
 //! The directory of bundles and the OCI runtime that creates containers from them, as root.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
+use rustix::mount::UnmountFlags;
+
 use crate::isolation::{
     holder::Holder,
-    runtime::Runtime,
+    oci::Access,
+    runtime::{Program, Runtime},
     sandbox::{
         error::{SandboxError, io_error},
         kind::Kind,
@@ -17,6 +20,9 @@ use crate::isolation::{
 
 /// Where sandboxes are put together: users that this machine does not know have to reach their roots.
 const RUN_DIR: &str = "/run";
+
+/// Where [`expose`] mounts, in a sandbox's place.
+const EXPOSED: &str = "exposed";
 
 /// The containers of this server.
 #[derive(Debug)]
@@ -42,12 +48,52 @@ impl Containers {
         };
         make().map_err(io_error("/run cannot be written to"))?;
         share_inotify();
-        Ok(Self { runtime: Runtime::new(kind.runtime, run_dir.join("runtime"), kind.cgroups), first_user: owner, run_dir })
+        Ok(Self { runtime: Runtime::new(kind.runtime, run_dir.join(state_dir(kind.runtime)), kind.cgroups), first_user: owner, run_dir })
     }
 
     /// Where a sandbox is put together, and its network is while it lives.
     pub fn place(&self, dir: &Path) -> PathBuf {
         self.run_dir.join(container_id(dir))
+    }
+}
+
+/// Mounts what a sandbox sees of the machine where its users reach it: `runsc` looks for it as one
+/// of them, and the server's directories are closed to them.
+pub fn expose(place: &Path, binds: &mut [(&str, PathBuf, Access)]) -> io::Result<()> {
+    let exposed = place.join(EXPOSED);
+    fs::create_dir_all(&exposed)?;
+    for (number, (_, source, _)) in binds.iter_mut().enumerate() {
+        let target = exposed.join(number.to_string());
+        if source.is_dir() {
+            fs::create_dir_all(&target)?;
+        } else {
+            fs::write(&target, "")?;
+        }
+        rustix::mount::mount_bind(&*source, &target)?;
+        *source = target;
+    }
+    Ok(())
+}
+
+/// Takes these mounts away; sandboxes keep theirs. Deletes nothing that is still mounted.
+pub fn conceal(place: &Path) -> io::Result<()> {
+    let exposed = place.join(EXPOSED);
+    for entry in fs::read_dir(&exposed).into_iter().flatten() {
+        let target = entry?.path();
+        while rustix::mount::unmount(&target, UnmountFlags::DETACH).is_ok() {}
+        if target.is_dir() { fs::remove_dir(&target)? } else { fs::remove_file(&target)? }
+    }
+    match fs::remove_dir(exposed) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Runtimes of one kind read each other's containers.
+fn state_dir(runtime: Program) -> &'static str {
+    match runtime {
+        Program::Runc | Program::Crun => "runtime",
+        Program::Runsc => "runsc",
     }
 }
 

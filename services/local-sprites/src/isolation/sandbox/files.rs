@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::{
     isolation::{
         holder::Holder,
+        runtime::Program,
         sandbox::{
             Sandboxes,
             error::{SandboxError, io_error},
@@ -71,7 +72,11 @@ impl Sandboxes {
         }
         let bin = upper.join("usr/local/bin");
         self.link_agents(&bin)?;
-        script(&bin.join("sudo"), include_str!("../../../scripts/sudo.sh"))?;
+        let sudo = match containers.runtime.program() {
+            Program::Runc | Program::Crun => include_str!("../../../scripts/sudo.sh"),
+            Program::Runsc => include_str!("../../../scripts/sudo-runsc.sh"),
+        };
+        script(&bin.join("sudo"), sudo)?;
         give(&upper, containers.first_user)?;
         let user = Some(containers.first_user + Holder::UID);
         USERS_DIRECTORIES.iter().try_for_each(|own| lchown(upper.join(own), user, user))
