@@ -1,4 +1,5 @@
-//! Embeds the files of the web console: a table of what `console/dist` holds. It is empty where the console was not built.
+//! Embeds the files of the web console: a table of what `console/dist` holds. It is empty where the
+//! console was not built.
 
 use std::{
     env, fs,
@@ -15,11 +16,18 @@ fn main() -> Result<()> {
         files.sort_by_key(|file| file.display().to_string());
     }
     println!("cargo:rerun-if-changed=build.rs");
-    let mut table = fs::File::create(PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("console_files.rs"))?;
+    let mut table = fs::File::create(
+        PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("console_files.rs"),
+    )?;
     writeln!(table, "&[")?;
     for file in &files {
         let name = file.strip_prefix(dist.as_deref().unwrap_or(Path::new(""))).unwrap_or(file);
-        writeln!(table, "    ({:?}, include_bytes!({:?}) as &[u8]),", name.display().to_string(), file.display().to_string())?;
+        writeln!(
+            table,
+            "    ({:?}, include_bytes!({:?}) as &[u8]),",
+            name.display().to_string(),
+            file.display().to_string()
+        )?;
     }
     writeln!(table, "]")
 }

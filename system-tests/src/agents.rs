@@ -11,7 +11,8 @@ pub const RUNTIMES: [(&str, &str, &str, bool); 4] = [
     ("opencode", "openai/gpt-5.2", "bash", false),
 ];
 
-/// Each CLI takes about a core while it starts: with many more of them than cores, a time limit measures the machine.
+/// Each CLI takes about a core while it starts: with many more of them than cores, a time limit
+/// measures the machine.
 static AGENTS: Semaphore = Semaphore::const_new(4);
 
 /// Runs a scenario with an agent for each item, several at a time.

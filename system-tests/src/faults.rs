@@ -1,5 +1,6 @@
-//! The promise under attack: sessions print numbered lines while parts of the stack are killed, stopped, paused and restarted. Then
-//! what was streamed, what is replayed and what the agent wrote are compared.
+//! The promise under attack: sessions print numbered lines while parts of the stack are killed,
+//! stopped, paused and restarted. Then what was streamed, what is replayed and what the agent wrote
+//! are compared.
 
 use std::{fmt, process::Command, time::Duration};
 
@@ -36,7 +37,8 @@ enum How {
     LoseStreams,
     /// Killed, and the streams come back as they were a while ago.
     SetStreamsBack,
-    /// The connection over which events are projected hangs: its server process is stopped for a while, and nothing else.
+    /// The connection over which events are projected hangs: its server process is stopped for a
+    /// while, and nothing else.
     HangProjector(Duration),
     /// Every unsettled turn gets a second job.
     SecondJobs,
@@ -71,11 +73,18 @@ pub const FAULTS: &[Fault] = &[
     kill("runner killed", &["sprite-runner"]),
     stop("runner stopped", &["sprite-runner"]),
     pause("runner paused past its lease", &["sprite-runner"], 4),
-    Fault { how: How::SignalOften(Signal::TERM), before: Before::SetUp, ..kill("runners restarted during set-up", &["sprite-runner"]) },
+    Fault {
+        how: How::SignalOften(Signal::TERM),
+        before: Before::SetUp,
+        ..kill("runners restarted during set-up", &["sprite-runner"])
+    },
     Fault { before: Before::SetUp, ..kill("runners killed during set-up", &["sprite-runner"]) },
     kill("scheduler killed", &["scheduler"]),
     // Killed all together: the projectors restart while 1,500 sessions are followed.
-    Fault { how: How::KillBesideFollowed(1500), ..kill("schedulers killed, 1500 followed", &["scheduler"]) },
+    Fault {
+        how: How::KillBesideFollowed(1500),
+        ..kill("schedulers killed, 1500 followed", &["scheduler"])
+    },
     stop("scheduler stopped", &["scheduler"]),
     kill("gateway killed", &["gateway"]),
     stop("gateway stopped", &["gateway"]),
@@ -89,23 +98,34 @@ pub const FAULTS: &[Fault] = &[
     Fault { how: How::Signal(Signal::INT), ..stop("Postgres stopped", &["postgres"]) },
     pause("Postgres paused", &["postgres"], 5),
     pause("Postgres paused for a minute", &["postgres"], 60),
-    // Longer than the turns' time limit and the grace after it: they end meanwhile, and nothing of that reaches Postgres.
+    // Longer than the turns' time limit and the grace after it: they end meanwhile, and nothing of
+    // that reaches Postgres.
     Fault { timeout: 12, ..pause("Postgres away past deadlines", &["postgres"], 90) },
-    Fault { how: How::HangProjector(Duration::from_secs(15)), ..kill("the projector's connection hangs", &["postgres"]) },
+    Fault {
+        how: How::HangProjector(Duration::from_secs(15)),
+        ..kill("the projector's connection hangs", &["postgres"])
+    },
     kill("local-sprites killed", &["local-sprites"]),
     stop("local-sprites stopped", &["local-sprites"]),
     Fault { how: How::LoseStreams, ..kill("the JetStream store lost", &["nats"]) },
     // A scheduler then starts on an empty store.
-    Fault { how: How::LoseStreams, ..kill("the store and schedulers lost", &["nats", "scheduler"]) },
+    Fault {
+        how: How::LoseStreams,
+        ..kill("the store and schedulers lost", &["nats", "scheduler"])
+    },
     Fault { how: How::SetStreamsBack, ..kill("the JetStream store set back", &["nats"]) },
     Fault { how: How::SecondJobs, ..kill("two jobs for each turn", &["postgres"]) },
 ];
 
-/// The faults after which nothing at all may be lost, doubled or failed; without those that take long.
+/// The faults after which nothing at all may be lost, doubled or failed; without those that take
+/// long.
 #[must_use]
 pub fn harmless() -> Vec<Fault> {
     let harmless = |fault: &&Fault| match fault.how {
-        How::LoseStreams | How::SetStreamsBack | How::HangProjector(_) | How::KillBesideFollowed(_) => false,
+        How::LoseStreams
+        | How::SetStreamsBack
+        | How::HangProjector(_)
+        | How::KillBesideFollowed(_) => false,
         How::Pause(time) => time < Duration::from_secs(10),
         How::Signal(_) | How::SecondJobs => fault.before == Before::Nothing,
         How::SignalOften(_) => false,
@@ -202,7 +222,12 @@ pub(crate) const TURN_MAX: Duration = Duration::from_secs(400);
 ///
 /// # Errors
 /// When the attack itself cannot be carried out.
-pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: Plan) -> Result<Outcome> {
+pub async fn attack(
+    stack: &Stack,
+    faults: &[Fault],
+    name: &'static str,
+    plan: Plan,
+) -> Result<Outcome> {
     let mut rng = Rng::with_seed(plan.seed);
     let programs: Vec<Program> = (0..plan.sessions)
         .map(|_| {
@@ -216,9 +241,17 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
         Some(_) => Some(environment_with_a_slow_script(stack).await?),
         None => None,
     };
-    let followed = faults.iter().map(|fault| if let How::KillBesideFollowed(number) = fault.how { number } else { 0 }).max();
+    let followed = faults
+        .iter()
+        .map(|fault| if let How::KillBesideFollowed(number) = fault.how { number } else { 0 })
+        .max();
     let idle = idle::follow(stack, &agent, followed.unwrap_or_default()).await?;
-    let started = try_join_all(programs.iter().map(|program| start(stack, program, &agent, environment.as_deref(), timeout))).await?;
+    let started = try_join_all(
+        programs
+            .iter()
+            .map(|program| start(stack, program, &agent, environment.as_deref(), timeout)),
+    )
+    .await?;
     let follow = try_join_all(started.iter().map(|session| follow(stack, session)));
     let disturb = async {
         // Turns are under way, most of them.
@@ -228,7 +261,9 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
         let injections = if long { 1 } else { plan.injections };
         for injection in 0..injections {
             let fault = faults.get(rng.usize(..faults.len())).context("no faults")?;
-            inject(stack, fault, &mut rng).await.with_context(|| format!("injection {injection}: {}", fault.name))?;
+            inject(stack, fault, &mut rng)
+                .await
+                .with_context(|| format!("injection {injection}: {}", fault.name))?;
             let rest = plan.seconds * 1000 / (injections as u64 + 1);
             tokio::time::sleep(Duration::from_millis(rng.u64(rest / 2..=rest))).await;
         }
@@ -248,15 +283,24 @@ pub async fn attack(stack: &Stack, faults: &[Fault], name: &'static str, plan: P
         worst_pause: Duration::ZERO,
         wrong: Vec::new(),
     };
-    let may_repeat = faults.iter().any(|fault| matches!(fault.how, How::LoseStreams | How::SetStreamsBack));
+    let may_repeat =
+        faults.iter().any(|fault| matches!(fault.how, How::LoseStreams | How::SetStreamsBack));
     for ((session, program), (live, end)) in started.iter().zip(&programs).zip(followed?) {
-        judge(stack, session, program, &live, &end, may_repeat, &mut outcome).await.with_context(|| format!("session {session}"))?;
+        judge(stack, session, program, &live, &end, may_repeat, &mut outcome)
+            .await
+            .with_context(|| format!("session {session}"))?;
     }
     Ok(outcome)
 }
 
 /// Starts a session that runs this program; its id.
-async fn start(stack: &Stack, program: &Program, agent: &str, environment: Option<&str>, timeout: u32) -> Result<String> {
+async fn start(
+    stack: &Stack,
+    program: &Program,
+    agent: &str,
+    environment: Option<&str>,
+    timeout: u32,
+) -> Result<String> {
     let body = json!({ "agent_id": agent, "environment_id": environment, "prompt": program.text, "timeout": timeout });
     let answer = stack.post("/sessions", body).await?;
     ensure!(answer.status == 202, "{answer:?}");
@@ -268,7 +312,8 @@ async fn start(stack: &Stack, program: &Program, agent: &str, environment: Optio
 /// # Errors
 /// When that cannot be done, such as when a service does not run.
 pub(crate) async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Result<()> {
-    let mut pids: Vec<u32> = fault.services.iter().flat_map(|service| stack.pids(service)).collect();
+    let mut pids: Vec<u32> =
+        fault.services.iter().flat_map(|service| stack.pids(service)).collect();
     ensure!(!pids.is_empty(), "{:?} do not run", fault.services);
     // Of several runners, one; and now and then all.
     if fault.services == ["sprite-runner"] && rng.u8(..3) > 0 {
@@ -288,7 +333,8 @@ pub(crate) async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Resul
             }
         }
         How::Pause(time) => {
-            // Postgres works in child processes: stopping the first one alone would stop new connections only.
+            // Postgres works in child processes: stopping the first one alone would stop new
+            // connections only.
             let tree: Vec<u32> = pids.iter().flat_map(|pid| with_children(*pid)).collect();
             Stack::signal(&tree, Signal::STOP);
             tokio::time::sleep(time).await;
@@ -301,7 +347,8 @@ pub(crate) async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Resul
             Stack::signal(&pids, Signal::KILL);
         }
         How::SetStreamsBack => {
-            let (store, copy) = (stack.data_dir().join("nats/store"), stack.data_dir().join("nats/copy"));
+            let (store, copy) =
+                (stack.data_dir().join("nats/store"), stack.data_dir().join("nats/copy"));
             Stack::signal(&pids, Signal::STOP);
             run(Command::new("cp").arg("--archive").arg(&store).arg(&copy))?;
             Stack::signal(&pids, Signal::CONT);
@@ -313,7 +360,8 @@ pub(crate) async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Resul
         }
         How::HangProjector(time) => {
             let statement = "select pid from pg_stat_activity where application_name like 'scheduler projector%'";
-            let hung: Vec<u32> = sql(stack, statement)?.lines().filter_map(|pid| pid.parse().ok()).collect();
+            let hung: Vec<u32> =
+                sql(stack, statement)?.lines().filter_map(|pid| pid.parse().ok()).collect();
             ensure!(!hung.is_empty(), "no connection of a projector is found");
             Stack::signal(&hung, Signal::STOP);
             tokio::time::sleep(time).await;
@@ -335,7 +383,8 @@ pub(crate) async fn inject(stack: &Stack, fault: &Fault, rng: &mut Rng) -> Resul
 
 /// An environment whose script leaves a mark, and fails where it finds one.
 async fn environment_with_a_slow_script(stack: &Stack) -> Result<String> {
-    let script = "set -e; mkdir /home/sprite/once; for i in 1 2 3 4 5 6 7; do echo set-up $i; sleep 1; done";
+    let script =
+        "set -e; mkdir /home/sprite/once; for i in 1 2 3 4 5 6 7; do echo set-up $i; sleep 1; done";
     let body = json!({ "name": types::SessionId::new().to_string(), "setup_script": script });
     let answer = stack.post("/environments", body).await?;
     ensure!(answer.status == 201, "{answer:?}");
@@ -347,8 +396,11 @@ const SET_BACK: Duration = Duration::from_secs(2);
 
 /// A process and its children.
 pub(crate) fn with_children(pid: u32) -> Vec<u32> {
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    std::iter::once(pid).chain(children.split_whitespace().filter_map(|child| child.parse().ok())).collect()
+    let children =
+        std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    std::iter::once(pid)
+        .chain(children.split_whitespace().filter_map(|child| child.parse().ok()))
+        .collect()
 }
 
 fn run(command: &mut Command) -> Result<String> {
@@ -360,7 +412,16 @@ fn run(command: &mut Command) -> Result<String> {
 /// Runs a statement in the stack's database, as its owner.
 pub(crate) fn sql(stack: &Stack, statement: &str) -> Result<String> {
     let url = stack.ready_text("/database_url");
-    run(Command::new("psql").args(["--no-psqlrc", "--tuples-only", "--no-align", "--set", "ON_ERROR_STOP=1", "--command", statement, &url]))
+    run(Command::new("psql").args([
+        "--no-psqlrc",
+        "--tuples-only",
+        "--no-align",
+        "--set",
+        "ON_ERROR_STOP=1",
+        "--command",
+        statement,
+        &url,
+    ]))
 }
 
 /// Follows a stream to its end; the reader, and the end.
@@ -390,14 +451,24 @@ async fn judge(
         wrong.push("ids do not grow".to_owned());
     }
     let replay = stack.stream(session, 0).await?.all().await?;
-    let replayed: String = replay.iter().filter(|event| event["stream"] == "stdout").filter_map(|event| event["data"].as_str()).collect();
-    // What was shown and not yet recorded when the store was lost is shown again: the record alone is what counts.
+    let replayed: String = replay
+        .iter()
+        .filter(|event| event["stream"] == "stdout")
+        .filter_map(|event| event["data"].as_str())
+        .collect();
+    // What was shown and not yet recorded when the store was lost is shown again: the record alone
+    // is what counts.
     let shown = if may_repeat { &replayed } else { &live.stdout };
     if replayed != *shown {
-        wrong.push(format!("the replay has {} bytes of output, the open stream had {}", replayed.len(), live.stdout.len()));
+        wrong.push(format!(
+            "the replay has {} bytes of output, the open stream had {}",
+            replayed.len(),
+            live.stdout.len()
+        ));
     }
     let counted = Counted::of(shown);
-    let (missing, doubled) = (counted.missing(if failed { 0..0 } else { program.numbers.clone() }), counted.doubled());
+    let (missing, doubled) =
+        (counted.missing(if failed { 0..0 } else { program.numbers.clone() }), counted.doubled());
     outcome.lines += counted.lines();
     outcome.lost += missing.len();
     outcome.doubled += doubled;
@@ -408,15 +479,26 @@ async fn judge(
     if !failed {
         let written = file_in_sandbox(stack, session, OWN_COPY).await?;
         if written != replayed {
-            wrong.push(format!("the agent wrote {} bytes, the replay has {}", written.len(), replayed.len()));
+            wrong.push(format!(
+                "the agent wrote {} bytes, the replay has {}",
+                written.len(),
+                replayed.len()
+            ));
         }
     }
     let state = stack.get(&format!("/sessions/{session}")).await?;
     let expected = if program.code == 0 { "completed" } else { "failed" };
-    if !failed && (state.text("status"), state.body["exit_code"].as_i64()) != (expected, Some(program.code)) {
+    if !failed
+        && (state.text("status"), state.body["exit_code"].as_i64())
+            != (expected, Some(program.code))
+    {
         wrong.push(format!("its state is {}", state.body));
     }
-    outcome.wrong.extend(wrong.into_iter().map(|wrong| format!("session {session} ({} connections): {wrong}", live.connections)));
+    outcome.wrong.extend(
+        wrong
+            .into_iter()
+            .map(|wrong| format!("session {session} ({} connections): {wrong}", live.connections)),
+    );
     stack.call(Method::DELETE, &format!("/sessions/{session}/delete"), None).await?;
     Ok(())
 }
@@ -434,7 +516,15 @@ pub async fn file_in_sandbox(stack: &Stack, session: &str, path: &str) -> Result
     };
     let tail = session.replace('-', "").split_off(12);
     let list: Value = serde_json::from_str(&get("", &[("max_results", "1000")]).await?)?;
-    let names = list["sprites"].as_array().into_iter().flatten().filter_map(|sprite| sprite["name"].as_str());
-    let name = names.into_iter().find(|name| name.ends_with(&tail)).context("the session has no sandbox")?.to_owned();
+    let names = list["sprites"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|sprite| sprite["name"].as_str());
+    let name = names
+        .into_iter()
+        .find(|name| name.ends_with(&tail))
+        .context("the session has no sandbox")?
+        .to_owned();
     Ok(get(&format!("/{name}/fs/read"), &[("path", path), ("workingDir", "/")]).await?)
 }

@@ -1,4 +1,5 @@
-//! Many sessions that wait and print nothing, each followed over a connection of its own: rows that no runner is offered.
+//! Many sessions that wait and print nothing, each followed over a connection of its own: rows that
+//! no runner is offered.
 
 use anyhow::{Result, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
@@ -8,7 +9,8 @@ use crate::{Stack, faults::sql, stream::Events};
 /// Connections that are opened at a time.
 const AT_A_TIME: usize = 32;
 
-/// Makes so many sessions of an agent and follows each, for as long as what is returned is kept: their ids and their events.
+/// Makes so many sessions of an agent and follows each, for as long as what is returned is kept:
+/// their ids and their events.
 ///
 /// # Errors
 /// When one of them cannot be followed.
@@ -19,10 +21,15 @@ pub async fn follow(stack: &Stack, agent: &str, number: usize) -> Result<Vec<(St
         ensure!(first["type"] == "start", "session {session} begins with {first}");
         Ok((session, events))
     };
-    stream::iter(make(stack, agent, number)?).map(open).buffer_unordered(AT_A_TIME).try_collect().await
+    stream::iter(make(stack, agent, number)?)
+        .map(open)
+        .buffer_unordered(AT_A_TIME)
+        .try_collect()
+        .await
 }
 
-/// Makes pending sessions that are not offered for an hour, as copies of one that is made by the API's rules.
+/// Makes pending sessions that are not offered for an hour, as copies of one that is made by the
+/// API's rules.
 fn make(stack: &Stack, agent: &str, number: usize) -> Result<Vec<String>> {
     if number == 0 {
         return Ok(Vec::new());
@@ -45,7 +52,11 @@ fn make(stack: &Stack, agent: &str, number: usize) -> Result<Vec<String>> {
              select session_id from made"
         ),
     )?;
-    let made: Vec<String> = made.lines().filter(|line| line.parse::<types::SessionId>().is_ok()).map(str::to_owned).collect();
+    let made: Vec<String> = made
+        .lines()
+        .filter(|line| line.parse::<types::SessionId>().is_ok())
+        .map(str::to_owned)
+        .collect();
     ensure!(made.len() == number, "{} of {number} sessions were made", made.len());
     Ok(made)
 }

@@ -1,4 +1,5 @@
-//! Output that can be checked to the end: programs print numbered lines, and what arrives is counted.
+//! Output that can be checked to the end: programs print numbered lines, and what arrives is
+//! counted.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -7,7 +8,8 @@ use fastrand::Rng;
 /// Where a program keeps a copy of its output.
 pub(crate) const OWN_COPY: &str = "/home/sprite/written";
 
-/// A program that prints numbered lines of varied size at varied speed, and exits with a code of its own.
+/// A program that prints numbered lines of varied size at varied speed, and exits with a code of
+/// its own.
 pub(crate) struct Program {
     pub text: String,
     pub numbers: Range<usize>,
@@ -15,8 +17,8 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Creates a program that prints for about so many seconds. Its copy of a line is written after the line: a program that is killed
-    /// leaves out at most the last one.
+    /// Creates a program that prints for about so many seconds. Its copy of a line is written after
+    /// the line: a program that is killed leaves out at most the last one.
     pub fn new(rng: &mut Rng, first: usize, seconds: u64, code: i64) -> Self {
         let pause_ms = rng.u64(5..60);
         let lines = usize::try_from(seconds * 1000 / (pause_ms + 1)).unwrap_or(1);
@@ -76,6 +78,9 @@ mod tests {
     fn lines_that_are_missing_or_doubled_are_counted() {
         let counted = Counted::of("1 x\n2 xx\n2 xx\n4 \nsomething else\n");
         assert_eq!((counted.lines(), counted.missing(1..5), counted.doubled()), (3, vec![3], 1));
-        assert_eq!((counted.last(1..4), counted.last(1..5), counted.last(7..9)), (Some(2), Some(4), None));
+        assert_eq!(
+            (counted.last(1..4), counted.last(1..5), counted.last(7..9)),
+            (Some(2), Some(4), None)
+        );
     }
 }

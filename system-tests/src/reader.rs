@@ -1,4 +1,5 @@
-//! A reader of a session's stream that reconnects with the last id it has, and keeps what it was shown.
+//! A reader of a session's stream that reconnects with the last id it has, and keeps what it was
+//! shown.
 
 use std::{
     collections::BTreeMap,
@@ -45,7 +46,9 @@ impl Route {
     fn goes_on(self, end: &Value) -> bool {
         match self {
             Self::Output => end["type"] == "exit" && end["code"] == 0,
-            Self::Typed => end["type"] == "session.status_idle" && end["stop_reason"]["type"] != "failed",
+            Self::Typed => {
+                end["type"] == "session.status_idle" && end["stop_reason"]["type"] != "failed"
+            }
         }
     }
 
@@ -104,7 +107,8 @@ impl<'a> Reader<'a> {
         Self { restless: Some(rng), ..self }
     }
 
-    /// Reads, over as many connections as it takes, to the end of this turn, or to an end after which the session does not continue.
+    /// Reads, over as many connections as it takes, to the end of this turn, or to an end after
+    /// which the session does not continue.
     ///
     /// # Errors
     /// When there is no such end within the limit.
@@ -121,7 +125,8 @@ impl<'a> Reader<'a> {
         if let Ok(end) = tokio::time::timeout(limit, read).await {
             return Ok(end);
         }
-        let state = self.stack.get(&format!("/sessions/{}", self.session)).await.map(|answer| answer.body);
+        let state =
+            self.stack.get(&format!("/sessions/{}", self.session)).await.map(|answer| answer.body);
         let (session, route) = (self.session, self.route);
         Err(Stuck(format!("turn {turn} of session {session} has no end for a reader of {route:?} after {limit:?}: {state:?}")).into())
     }

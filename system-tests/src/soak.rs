@@ -1,5 +1,6 @@
-//! A realistic mix for hours: sessions with every runtime, follow-up prompts, interrupts, permission requests and readers that reconnect,
-//! while a fault strikes every minute. Every event is checked, and the processes are watched.
+//! A realistic mix for hours: sessions with every runtime, follow-up prompts, interrupts,
+//! permission requests and readers that reconnect, while a fault strikes every minute. Every event
+//! is checked, and the processes are watched.
 
 mod compare;
 mod conversation;
@@ -103,7 +104,10 @@ impl Tally {
     /// Whether nothing was lost, doubled, altered, stuck or failed.
     #[must_use]
     pub fn is_good(&self) -> bool {
-        self.differences == Differences::default() && self.failed == 0 && self.stuck == 0 && self.wrong.is_empty()
+        self.differences == Differences::default()
+            && self.failed == 0
+            && self.stuck == 0
+            && self.wrong.is_empty()
     }
 }
 
@@ -203,7 +207,14 @@ impl Agents {
         let (mut plain, mut asking) = (Vec::new(), Vec::new());
         for (runtime, model, shell, _) in RUNTIMES {
             plain.push(create(runtime, model, Value::Null).await?);
-            asking.push(create(runtime, model, json!({ "rules": [{ "tool": shell, "evaluation": "ask" }] })).await?);
+            asking.push(
+                create(
+                    runtime,
+                    model,
+                    json!({ "rules": [{ "tool": shell, "evaluation": "ask" }] }),
+                )
+                .await?,
+            );
         }
         Ok(Self { shell: stack.agent("shell").await?, plain, asking })
     }
@@ -227,12 +238,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 ///
 /// # Errors
 /// When the stack does not start.
-pub async fn run(plan: Plan, stopped: impl Future<Output = ()>, report: impl Fn(String)) -> Result<Outcome> {
-    let stack = Stack::start(Options { scripted_model: plan.agents > 0, ..faults::OPTIONS }).await?;
+pub async fn run(
+    plan: Plan,
+    stopped: impl Future<Output = ()>,
+    report: impl Fn(String),
+) -> Result<Outcome> {
+    let stack =
+        Stack::start(Options { scripted_model: plan.agents > 0, ..faults::OPTIONS }).await?;
     let agents = Agents::create(&stack).await?;
     let begun = Instant::now();
     let (tally, struck, usage) = Default::default();
-    let soak = Arc::new(Soak { stack, agents, begun, until: begun + plan.time, tally, faults: struck, usage });
+    let soak = Arc::new(Soak {
+        stack,
+        agents,
+        begun,
+        until: begun + plan.time,
+        tally,
+        faults: struck,
+        usage,
+    });
     let (mut rng, mut slots) = (Rng::with_seed(plan.seed), JoinSet::new());
     for number in 0..plan.sessions.max(plan.agents) {
         slots.spawn(soak.clone().slot((number < plan.agents).then_some(number), rng.fork()));
@@ -275,8 +299,13 @@ impl Soak {
             sleep(Duration::from_millis(rng.u64(..3000))).await;
             let mut tally = Tally::default();
             let held = match cli {
-                Some(_) => conversation::with_cli(&self.stack, &self.agents, number, &mut rng, &mut tally).await,
-                None => conversation::with_shell(&self.stack, &self.agents, &mut rng, &mut tally).await,
+                Some(_) => {
+                    conversation::with_cli(&self.stack, &self.agents, number, &mut rng, &mut tally)
+                        .await
+                }
+                None => {
+                    conversation::with_shell(&self.stack, &self.agents, &mut rng, &mut tally).await
+                }
             };
             number += 1;
             tally.sessions = 1;
@@ -329,8 +358,15 @@ impl Soak {
             sleep(Duration::from_secs(30)).await;
             let seconds = self.begun.elapsed().as_secs();
             let (tally, faults) = (lock(&self.tally).to_string(), lock(&self.faults).clone());
-            let last = faults.last().map(|(_, name)| format!(", the last: {name}")).unwrap_or_default();
-            report(format!("{:02}:{:02}:{:02}  {tally}; {} faults{last}", seconds / 3600, seconds / 60 % 60, seconds % 60, faults.len()));
+            let last =
+                faults.last().map(|(_, name)| format!(", the last: {name}")).unwrap_or_default();
+            report(format!(
+                "{:02}:{:02}:{:02}  {tally}; {} faults{last}",
+                seconds / 3600,
+                seconds / 60 % 60,
+                seconds % 60,
+                faults.len()
+            ));
         }
     }
 }

@@ -43,7 +43,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// With ports of this machine's loopback that Sprites reach at their own: there is no other way from one to a test's server.
+    /// With ports of this machine's loopback that Sprites reach at their own: there is no other way
+    /// from one to a test's server.
     pub fn reaching(self, ports: &[u16]) -> Self {
         let hosts: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
         self.with("LOCAL_SPRITES_PRIVATE_HOSTS", hosts.join(","))
@@ -99,9 +100,24 @@ impl Stack {
     pub async fn start_in(data: TempDir, options: Options) -> anyhow::Result<Self> {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "TERM", "--"]).arg(testkit::services::binary("aod")?);
-        command.arg("dev").arg("--data-dir").arg(data.path()).arg("--ready-file").arg(data.path().join("ready.json"));
-        command.args(["--port", &testkit::free_port()?.to_string(), "--runners", &options.runners.max(1).to_string()]);
-        command.args(["--replicas", &options.replicas.max(1).to_string(), "--nats-servers", &options.nats_servers.max(1).to_string()]);
+        command
+            .arg("dev")
+            .arg("--data-dir")
+            .arg(data.path())
+            .arg("--ready-file")
+            .arg(data.path().join("ready.json"));
+        command.args([
+            "--port",
+            &testkit::free_port()?.to_string(),
+            "--runners",
+            &options.runners.max(1).to_string(),
+        ]);
+        command.args([
+            "--replicas",
+            &options.replicas.max(1).to_string(),
+            "--nats-servers",
+            &options.nats_servers.max(1).to_string(),
+        ]);
         if options.scripted_model {
             command.arg("--scripted-model");
         }
@@ -121,7 +137,8 @@ impl Stack {
         });
         let child = receiver.recv()??;
         let http = reqwest::Client::builder().timeout(Duration::from_secs(60)).build()?;
-        let streams = reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).build()?;
+        let streams =
+            reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).build()?;
         let mut stack = Self { child, data, http, streams };
         let begun = Instant::now();
         while !stack.ready_file().exists() {
@@ -158,7 +175,10 @@ impl Stack {
     #[must_use]
     pub fn ready(&self, pointer: &str) -> Value {
         let text = std::fs::read_to_string(self.ready_file()).unwrap_or_default();
-        serde_json::from_str::<Value>(&text).ok().and_then(|ready| ready.pointer(pointer).cloned()).unwrap_or_default()
+        serde_json::from_str::<Value>(&text)
+            .ok()
+            .and_then(|ready| ready.pointer(pointer).cloned())
+            .unwrap_or_default()
     }
 
     /// As [`Self::ready`], of a text.
@@ -171,7 +191,11 @@ impl Stack {
     #[must_use]
     pub fn pids(&self, service: &str) -> Vec<u32> {
         let list = self.ready(&format!("/services/{service}"));
-        let pids = list.as_array().into_iter().flatten().filter_map(|process| process.get("pid")?.as_u64());
+        let pids = list
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|process| process.get("pid")?.as_u64());
         pids.filter_map(|pid| u32::try_from(pid).ok()).collect()
     }
 
@@ -180,7 +204,8 @@ impl Stack {
     pub fn processes(&self) -> Vec<(String, u32)> {
         let services = self.ready("/services");
         let names = services.as_object().into_iter().flat_map(|services| services.keys().cloned());
-        let own = names.flat_map(|name| self.pids(&name).into_iter().map(move |pid| (name.clone(), pid)));
+        let own =
+            names.flat_map(|name| self.pids(&name).into_iter().map(move |pid| (name.clone(), pid)));
         let all = own.chain([("aod dev".to_owned(), self.pid())]);
         all.flat_map(|(name, pid)| {
             let tree = if name == "postgres" { with_children(pid) } else { vec![pid] };
@@ -189,7 +214,8 @@ impl Stack {
         .collect()
     }
 
-    /// Returns the runner that owns a session's turn, according to the runners' logs; waits until there is one.
+    /// Returns the runner that owns a session's turn, according to the runners' logs; waits until
+    /// there is one.
     ///
     /// # Errors
     /// When none has it within 20 s.
@@ -211,12 +237,21 @@ impl Stack {
     ///
     /// # Errors
     /// When no answer comes.
-    pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Answer> {
+    pub async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> anyhow::Result<Answer> {
         let request = self.http.request(method, format!("{}{path}", self.ready_text("/api_url")));
         self.send(request, body).await
     }
 
-    async fn send(&self, request: reqwest::RequestBuilder, body: Option<Value>) -> anyhow::Result<Answer> {
+    async fn send(
+        &self,
+        request: reqwest::RequestBuilder,
+        body: Option<Value>,
+    ) -> anyhow::Result<Answer> {
         let request = request.bearer_auth(self.ready_text("/api_key"));
         let request = match body {
             Some(body) => request.json(&body),
@@ -225,27 +260,45 @@ impl Stack {
         let response = request.send().await?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let text = response.text().await?;
-        Ok(Answer { status, headers, body: serde_json::from_str(&text).unwrap_or(Value::String(text)) })
+        Ok(Answer {
+            status,
+            headers,
+            body: serde_json::from_str(&text).unwrap_or(Value::String(text)),
+        })
     }
 
-    /// Sends a request again and again, through one gateway after the other, until it is answered by something else than an outage.
+    /// Sends a request again and again, through one gateway after the other, until it is answered
+    /// by something else than an outage.
     ///
     /// # Errors
     /// [`Stuck`], when it is not within three minutes.
-    pub async fn insist(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Answer> {
+    pub async fn insist(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> anyhow::Result<Answer> {
         let (key, begun, mut attempt) = (uuid::Uuid::new_v4().to_string(), Instant::now(), 0);
         loop {
-            let request = self.http.request(method.clone(), format!("{}{path}", self.gateway(attempt)));
+            let request =
+                self.http.request(method.clone(), format!("{}{path}", self.gateway(attempt)));
             let answer = self.send(request.header("idempotency-key", &key), body.clone()).await;
             let is_outage = match &answer {
-                Ok(answer) => answer.status == 503 || answer.status == 409 && answer.text("detail").contains("still in progress"),
+                Ok(answer) => {
+                    answer.status == 503
+                        || answer.status == 409
+                            && answer.text("detail").contains("still in progress")
+                }
                 Err(_) => true,
             };
             if !is_outage {
                 return answer;
             }
             if begun.elapsed() > OUTAGE_MAX {
-                return Err(Stuck(format!("{method} {path}: no answer for {OUTAGE_MAX:?}; the last: {answer:?}")).into());
+                return Err(Stuck(format!(
+                    "{method} {path}: no answer for {OUTAGE_MAX:?}; the last: {answer:?}"
+                ))
+                .into());
             }
             attempt += 1;
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -305,8 +358,16 @@ impl Stack {
     ///
     /// # Errors
     /// When it is refused.
-    pub async fn open_stream(&self, session: &str, since: u64) -> anyhow::Result<reqwest::Response> {
-        self.open(format!("{}/sessions/{session}/stream?since={since}", self.ready_text("/api_url"))).await
+    pub async fn open_stream(
+        &self,
+        session: &str,
+        since: u64,
+    ) -> anyhow::Result<reqwest::Response> {
+        self.open(format!(
+            "{}/sessions/{session}/stream?since={since}",
+            self.ready_text("/api_url")
+        ))
+        .await
     }
 
     /// A stream of one of the gateways, by any number.
@@ -318,7 +379,8 @@ impl Stack {
     }
 
     async fn open(&self, url: String) -> anyhow::Result<reqwest::Response> {
-        let response = self.streams.get(url).bearer_auth(self.ready_text("/api_key")).send().await?;
+        let response =
+            self.streams.get(url).bearer_auth(self.ready_text("/api_key")).send().await?;
         ensure!(response.status().is_success(), "stream: {}", response.status());
         Ok(response)
     }
@@ -329,7 +391,10 @@ impl Stack {
     /// When it was not built.
     pub fn aod(&self, args: &[&str]) -> anyhow::Result<Command> {
         let mut command = Command::new(testkit::services::binary("aod")?);
-        command.args(args).env("AOD_API_URL", self.ready_text("/api_url")).env("AOD_API_TOKEN", self.ready_text("/api_key"));
+        command
+            .args(args)
+            .env("AOD_API_URL", self.ready_text("/api_url"))
+            .env("AOD_API_TOKEN", self.ready_text("/api_key"));
         Ok(command)
     }
 
@@ -350,7 +415,9 @@ impl Stack {
         let status = loop {
             match self.child.try_wait()? {
                 Some(status) => break status,
-                None if begun.elapsed() > Duration::from_secs(10) => bail!("not ended within 10 s: {}", self.log()),
+                None if begun.elapsed() > Duration::from_secs(10) => {
+                    bail!("not ended within 10 s: {}", self.log())
+                }
                 None => std::thread::sleep(Duration::from_millis(20)),
             }
         };

@@ -34,7 +34,10 @@ impl Events {
                     None => continue,
                 }
             }
-            match tokio::time::timeout(SILENCE_MAX, self.body.next()).await.context("the stream fell silent")? {
+            match tokio::time::timeout(SILENCE_MAX, self.body.next())
+                .await
+                .context("the stream fell silent")?
+            {
                 Some(Ok(bytes)) => self.buffer.extend_from_slice(&bytes),
                 Some(Err(error)) => bail!("the stream broke off: {error}"),
                 None => return Ok(None),
@@ -61,7 +64,10 @@ impl Events {
     pub async fn until_output(&mut self, text: &str) -> anyhow::Result<String> {
         let mut output = String::new();
         while !output.contains(text) {
-            let event = self.next().await?.with_context(|| format!("{text:?} never came; there was {output:?}"))?;
+            let event = self
+                .next()
+                .await?
+                .with_context(|| format!("{text:?} never came; there was {output:?}"))?;
             output.push_str(event.get("data").and_then(Value::as_str).unwrap_or_default());
         }
         Ok(output)

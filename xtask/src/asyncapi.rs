@@ -21,8 +21,15 @@ pub fn render() -> std::io::Result<String> {
     let mut schemas = Map::new();
     for file in FILES {
         let text = std::fs::read_to_string(root().join(PROTO).join(file))?;
-        let package = text.lines().find_map(|line| line.strip_prefix("package ")?.strip_suffix(';')).unwrap_or_default().to_owned();
-        schemas.insert(package, json!({ "schemaFormat": "application/vnd.google.protobuf;version=3", "schema": text }));
+        let package = text
+            .lines()
+            .find_map(|line| line.strip_prefix("package ")?.strip_suffix(';'))
+            .unwrap_or_default()
+            .to_owned();
+        schemas.insert(
+            package,
+            json!({ "schemaFormat": "application/vnd.google.protobuf;version=3", "schema": text }),
+        );
     }
     let (mut channels, mut operations, mut messages) = (Map::new(), Map::new(), Map::new());
     for rpc in RPCS {
@@ -81,9 +88,18 @@ fn reference(name: &str) -> Value {
     json!({ "$ref": format!("#/components/messages/{name}") })
 }
 
-fn add_request(rpc: &RpcInfo, channels: &mut Map<String, Value>, operations: &mut Map<String, Value>, messages: &mut Map<String, Value>) {
+fn add_request(
+    rpc: &RpcInfo,
+    channels: &mut Map<String, Value>,
+    operations: &mut Map<String, Value>,
+    messages: &mut Map<String, Value>,
+) {
     let (request, reply) = (add_message(rpc.request, messages), add_message(rpc.reply, messages));
-    let retry_safe = if rpc.retry_safe { "Safe to retry." } else { "Not safe to retry without knowing whether it took effect." };
+    let retry_safe = if rpc.retry_safe {
+        "Safe to retry."
+    } else {
+        "Not safe to retry without knowing whether it took effect."
+    };
     channels.insert(
         rpc.name.to_owned(),
         json!({
@@ -94,7 +110,10 @@ fn add_request(rpc: &RpcInfo, channels: &mut Map<String, Value>, operations: &mu
         }),
     );
     let answers = format!("{}Reply", rpc.name);
-    channels.insert(answers.clone(), json!({ "address": null, "messages": { "reply": reference(&reply) } }));
+    channels.insert(
+        answers.clone(),
+        json!({ "address": null, "messages": { "reply": reference(&reply) } }),
+    );
     operations.insert(
         rpc.name.to_owned(),
         json!({
@@ -117,8 +136,11 @@ fn add_publication(
     messages: &mut Map<String, Value>,
 ) {
     let message = publication.message.map(|message| add_message(message, messages));
-    let parameters: Map<String, Value> =
-        publication.parameters.iter().map(|(name, meaning)| ((*name).to_owned(), json!({ "description": meaning }))).collect();
+    let parameters: Map<String, Value> = publication
+        .parameters
+        .iter()
+        .map(|(name, meaning)| ((*name).to_owned(), json!({ "description": meaning })))
+        .collect();
     channels.insert(
         publication.name.to_owned(),
         json!({

@@ -35,11 +35,16 @@ pub fn root() -> PathBuf {
 pub fn write_messages(out: &Path) -> Result<()> {
     let proto = root().join(PROTO);
     let descriptors =
-        protox::compile(FILES.iter().chain([&HOST_FILE]).map(|file| proto.join(file)), [&proto]).context("compiling .proto files")?;
+        protox::compile(FILES.iter().chain([&HOST_FILE]).map(|file| proto.join(file)), [&proto])
+            .context("compiling .proto files")?;
     std::fs::create_dir_all(out)?;
     prost_build::Config::new()
         .out_dir(out)
-        .bytes([".aod.session.v1.Output.data", ".aod.host.v1.Output.data", ".aod.scheduler.v1.RecordedEvent.payload"])
+        .bytes([
+            ".aod.session.v1.Output.data",
+            ".aod.host.v1.Output.data",
+            ".aod.scheduler.v1.RecordedEvent.payload",
+        ])
         .skip_debug([
             ".aod.vault.v1.PutCredentialRequest",
             ".aod.vault.v1.PutSecretRequest",
@@ -62,14 +67,29 @@ const AGENT_HOST_BYTES_MAX: u64 = 4 << 20;
 pub fn build_agent_host() -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = std::process::Command::new(cargo);
-    command.current_dir(root()).args(["rustc", "--quiet", "-p", "agent-host", "--bin", "agent-host", "--profile", "agent-host"]);
-    // No libc of the sandbox is needed. Only the last step of the build differs: dependencies stay as they are.
-    let status = command.args(["--", "-C", "target-feature=+crt-static"]).status().context("cargo rustc")?;
+    command.current_dir(root()).args([
+        "rustc",
+        "--quiet",
+        "-p",
+        "agent-host",
+        "--bin",
+        "agent-host",
+        "--profile",
+        "agent-host",
+    ]);
+    // No libc of the sandbox is needed. Only the last step of the build differs: dependencies stay
+    // as they are.
+    let status =
+        command.args(["--", "-C", "target-feature=+crt-static"]).status().context("cargo rustc")?;
     ensure!(status.success(), "the agent host does not build");
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let file = target.join("agent-host/agent-host");
     let bytes = std::fs::metadata(&file).with_context(|| file.display().to_string())?.len();
-    ensure!(bytes <= AGENT_HOST_BYTES_MAX, "the agent host has {bytes} bytes, more than {AGENT_HOST_BYTES_MAX}");
+    ensure!(
+        bytes <= AGENT_HOST_BYTES_MAX,
+        "the agent host has {bytes} bytes, more than {AGENT_HOST_BYTES_MAX}"
+    );
     Ok(file)
 }
 
@@ -78,7 +98,8 @@ pub fn build_agent_host() -> Result<PathBuf> {
 /// # Errors
 /// When what they are rendered from cannot be read.
 pub fn rendered_files() -> Result<Vec<(&'static str, String)>> {
-    let copy = |path: &str| std::fs::read_to_string(root().join(path)).with_context(|| path.to_owned());
+    let copy =
+        |path: &str| std::fs::read_to_string(root().join(path)).with_context(|| path.to_owned());
     Ok(vec![
         ("nats/permissions.conf", contract::access::render_permissions()),
         // A chart holds all that it installs.

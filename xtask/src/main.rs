@@ -1,5 +1,6 @@
-//! `cargo xtask gen` writes what is generated: bus messages, the NATS configuration and the document of the bus.
-//! `cargo xtask agent-host` builds the agent host as one static file, and prints where it is.
+//! `cargo xtask gen` writes what is generated: bus messages, the NATS configuration and the
+//! document of the bus. `cargo xtask agent-host` builds the agent host as one static file, and
+//! prints where it is.
 
 use anyhow::{Result, bail};
 

@@ -49,9 +49,15 @@ pub fn used() -> Result<Vec<String>> {
     for (_, source) in sources()? {
         for kind in KINDS {
             // What is described is a use by the same spelling.
-            for call in source.replace("describe_", "#").split(&format!("{kind}!(")).collect::<Vec<_>>().windows(2) {
+            for call in source
+                .replace("describe_", "#")
+                .split(&format!("{kind}!("))
+                .collect::<Vec<_>>()
+                .windows(2)
+            {
                 let [before, call] = call else { continue };
-                let name = call.trim_start().strip_prefix('"').and_then(|call| call.split('"').next());
+                let name =
+                    call.trim_start().strip_prefix('"').and_then(|call| call.split('"').next());
                 names.extend(name.filter(|_| !before.ends_with('#')).map(str::to_owned));
             }
         }
@@ -77,7 +83,10 @@ pub fn render() -> Result<String> {
             "store" => "Every service with a database".to_owned(),
             other => other.to_owned(),
         };
-        let _ = write!(text, "\n## {heading}\n\n| metric | kind | what it says |\n| --- | --- | --- |\n");
+        let _ = write!(
+            text,
+            "\n## {heading}\n\n| metric | kind | what it says |\n| --- | --- | --- |\n"
+        );
         for (name, metric) in metrics {
             let _ = writeln!(text, "| `{name}` | {} | {} |", metric.kind, metric.meaning);
         }
@@ -91,11 +100,15 @@ fn sources() -> Result<Vec<(String, String)>> {
     for group in ["libs", "services"] {
         for entry in fs::read_dir(root().join(group))? {
             let folder = entry?.path();
-            let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let name = folder
+                .file_name()
+                .map(|name| name.to_string_lossy().into_owned())
+                .unwrap_or_default();
             let mut files = Vec::new();
             rust_files(&folder.join("src"), &mut files)?;
             for file in files {
-                let source = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+                let source =
+                    fs::read_to_string(&file).with_context(|| file.display().to_string())?;
                 sources.push((name.clone(), source));
             }
         }

@@ -1,5 +1,5 @@
-//! Claims of documents come with the command that shows them: a section with a measured figure or a promise says "Shown by `COMMAND`", or that
-//! no command repeats it.
+//! Claims of documents come with the command that shows them: a section with a measured figure or a
+//! promise says "Shown by `COMMAND`", or that no command repeats it.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -10,18 +10,31 @@ use xtask::root;
 /// What measured figures are written with.
 const FIGURES: [&str; 5] = ["p50", "p99", "MB/s", "00 a second", "measured"];
 /// What a user would hold us to.
-const PROMISES: [&str; 5] = ["exactly once", "unmodified", "no request fails", "output is lost", "nothing is lost"];
+const PROMISES: [&str; 5] =
+    ["exactly once", "unmodified", "no request fails", "output is lost", "nothing is lost"];
 const MARKER: &str = "hown by ";
 /// For figures that were measured by hand.
 const NO_COMMAND: &str = "o command repeats it";
 /// Decision records and the changelog describe the past; generated files repeat the sources.
-const WITHOUT_CLAIMS: [&str; 7] =
-    ["docs/adr/", "CHANGELOG.md", "docs/bus.md", "docs/configuration.md", "docs/metrics.md", "docs/runtimes.md", "docs/glossary.md"];
+const WITHOUT_CLAIMS: [&str; 7] = [
+    "docs/adr/",
+    "CHANGELOG.md",
+    "docs/bus.md",
+    "docs/configuration.md",
+    "docs/metrics.md",
+    "docs/runtimes.md",
+    "docs/glossary.md",
+];
 
 fn documents() -> Vec<(String, String)> {
-    let output = Command::new("git").args(["ls-files", "-z", "*.md", "docs/*.md"]).current_dir(root()).output().unwrap();
+    let output = Command::new("git")
+        .args(["ls-files", "-z", "*.md", "docs/*.md"])
+        .current_dir(root())
+        .output()
+        .unwrap();
     let paths = String::from_utf8(output.stdout).unwrap();
-    let wanted = |path: &&str| !path.is_empty() && (!path.contains('/') || path.starts_with("docs/"));
+    let wanted =
+        |path: &&str| !path.is_empty() && (!path.contains('/') || path.starts_with("docs/"));
     let excluded = |path: &&str| WITHOUT_CLAIMS.iter().any(|start| path.starts_with(start));
     let read = |path: &str| (path.to_owned(), std::fs::read_to_string(root().join(path)).unwrap());
     paths.split('\0').filter(wanted).filter(|path| !excluded(path)).map(read).collect()
@@ -45,12 +58,14 @@ fn sections(text: &str) -> Vec<(&str, String)> {
 
 fn claims_something(section: &str) -> bool {
     let lower = section.to_lowercase();
-    FIGURES.iter().any(|figure| section.contains(figure)) || PROMISES.iter().any(|promise| lower.contains(promise))
+    FIGURES.iter().any(|figure| section.contains(figure))
+        || PROMISES.iter().any(|promise| lower.contains(promise))
 }
 
 /// The commands behind the markers of a section: those in backticks up to the end of the sentence.
 fn commands(section: &str) -> Vec<&str> {
-    let sentences = section.split(MARKER).skip(1).map(|rest| rest.split(". ").next().unwrap_or(rest));
+    let sentences =
+        section.split(MARKER).skip(1).map(|rest| rest.split(". ").next().unwrap_or(rest));
     let sentences = sentences.map(|sentence| sentence.lines().next().unwrap_or(sentence));
     let quoted = sentences.flat_map(|sentence| sentence.split('`').skip(1).step_by(2));
     quoted.filter(|text| text.starts_with("make ") || text.starts_with("cargo ")).collect()
@@ -68,10 +83,16 @@ fn exists(command: &str) -> bool {
             list.args(["ls-files", "-z", &folder, &format!("*/{folder}")]).current_dir(root());
             let output = list.output().unwrap();
             let paths = String::from_utf8(output.stdout).unwrap();
-            let files: Vec<&str> = paths.split('\0').filter(|path| path.contains(&format!("/tests/{test}"))).collect();
+            let files: Vec<&str> =
+                paths.split('\0').filter(|path| path.contains(&format!("/tests/{test}"))).collect();
             // A filter names a module, or what a test's name contains.
-            let is_module = |filter: &str| files.iter().any(|path| path.ends_with(&format!("/{filter}.rs")));
-            let is_name = |filter: &str| files.iter().any(|path| read((*path).to_owned()).lines().any(|line| is_test(line, filter)));
+            let is_module =
+                |filter: &str| files.iter().any(|path| path.ends_with(&format!("/{filter}.rs")));
+            let is_name = |filter: &str| {
+                files
+                    .iter()
+                    .any(|path| read((*path).to_owned()).lines().any(|line| is_test(line, filter)))
+            };
             !files.is_empty() && rest.iter().all(|filter| is_module(filter) || is_name(filter))
         }
         _ => false,
@@ -79,7 +100,10 @@ fn exists(command: &str) -> bool {
 }
 
 fn is_test(line: &str, filter: &str) -> bool {
-    line.split("fn ").nth(1).and_then(|rest| rest.split('(').next()).is_some_and(|name| name.contains(filter))
+    line.split("fn ")
+        .nth(1)
+        .and_then(|rest| rest.split('(').next())
+        .is_some_and(|name| name.contains(filter))
 }
 
 #[test]
@@ -92,10 +116,16 @@ fn every_claim_comes_with_a_command_that_exists() {
             let commands = commands(&section);
             shown += commands.len();
             for command in &commands {
-                assert!(exists(command), "{path}, {heading:?}: `{command}` names nothing that exists");
+                assert!(
+                    exists(command),
+                    "{path}, {heading:?}: `{command}` names nothing that exists"
+                );
             }
             let has_marker = !commands.is_empty() || section.contains(NO_COMMAND);
-            assert!(has_marker || !claims_something(&section), "{path}, {heading:?} makes a claim: add \"Shown by `COMMAND`\"");
+            assert!(
+                has_marker || !claims_something(&section),
+                "{path}, {heading:?} makes a claim: add \"Shown by `COMMAND`\""
+            );
         }
     }
     assert!(shown > 10, "{shown}");
@@ -103,10 +133,20 @@ fn every_claim_comes_with_a_command_that_exists() {
 
 #[test]
 fn a_claim_without_a_command_is_found() {
-    assert!(claims_something("p50 5 ms") && claims_something("Resumes exactly once.") && !claims_something("Sends a request."));
-    assert_eq!(commands("Fast. Shown by `make bench` and `make faults`. See `make dev`."), ["make bench", "make faults"]);
+    assert!(
+        claims_something("p50 5 ms")
+            && claims_something("Resumes exactly once.")
+            && !claims_something("Sends a request.")
+    );
+    assert_eq!(
+        commands("Fast. Shown by `make bench` and `make faults`. See `make dev`."),
+        ["make bench", "make faults"]
+    );
     assert!(commands("`make bench` exists.").is_empty());
     assert!(exists("make bench ARGS=replay") && !exists("make nothing") && !exists("cargo bench"));
     assert!(exists("cargo test -p xtask --test claims a_claim_without_a_command_is_found"));
-    assert!(!exists("cargo test -p xtask --test claims no_such_test") && !exists("cargo test -p xtask --test nothing"));
+    assert!(
+        !exists("cargo test -p xtask --test claims no_such_test")
+            && !exists("cargo test -p xtask --test nothing")
+    );
 }

@@ -24,18 +24,22 @@ impl Bus {
     /// # Errors
     /// When the stream does not answer.
     pub async fn dead_letters(&self, limit: usize) -> Result<Vec<DeadLetter>, Failure> {
-        let stream: Stream = self.jetstream.get_stream(DLQ.name).await.map_err(Failure::internal)?;
+        let stream: Stream =
+            self.jetstream.get_stream(DLQ.name).await.map_err(Failure::internal)?;
         let state = &stream.cached_info().state;
         let (mut sequence, mut letters) = (state.last_sequence, Vec::new());
         while sequence >= state.first_sequence.max(1) && letters.len() < limit {
             match stream.get_raw_message(sequence).await {
                 Ok(message) => {
-                    let text = |headers: &HeaderMap, name| headers.get(name).map(|value| value.as_str().to_owned()).unwrap_or_default();
+                    let text = |headers: &HeaderMap, name| {
+                        headers.get(name).map(|value| value.as_str().to_owned()).unwrap_or_default()
+                    };
                     letters.push(DeadLetter {
                         subject: text(&message.headers, header::DLQ_SUBJECT),
                         reason: text(&message.headers, header::DLQ_REASON),
                         dead_lettered_at: Timestamp::from_unix_micros(
-                            i64::try_from(message.time.unix_timestamp_nanos() / 1000).unwrap_or_default(),
+                            i64::try_from(message.time.unix_timestamp_nanos() / 1000)
+                                .unwrap_or_default(),
                         ),
                     });
                 }

@@ -7,7 +7,8 @@ use contract::common;
 use prost::Message as _;
 use types::ErrorCode;
 
-/// A failed request. The message is safe to show to the caller's caller; causes are logged where they happen.
+/// A failed request. The message is safe to show to the caller's caller; causes are logged where
+/// they happen.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{message} ({code})")]
 pub struct Failure {
@@ -17,9 +18,11 @@ pub struct Failure {
     pub numbers: HashMap<String, i64>,
     /// The field at fault, where one is.
     pub field: Option<Box<Field>>,
-    /// A fixed word for why, where callers tell failures of one code apart: the state of a resource that refuses a request.
+    /// A fixed word for why, where callers tell failures of one code apart: the state of a resource
+    /// that refuses a request.
     pub reason: Option<String>,
-    /// Whether Postgres rolled the transaction back in favour of others, so that it may be run again. Does not cross the bus.
+    /// Whether Postgres rolled the transaction back in favour of others, so that it may be run
+    /// again. Does not cross the bus.
     pub rolled_back: bool,
 }
 
@@ -32,7 +35,14 @@ pub struct Field {
 
 impl Failure {
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), numbers: HashMap::new(), field: None, reason: None, rolled_back: false }
+        Self {
+            code,
+            message: message.into(),
+            numbers: HashMap::new(),
+            field: None,
+            reason: None,
+            rolled_back: false,
+        }
     }
 
     pub fn not_found(message: impl Into<String>) -> Self {
@@ -93,11 +103,19 @@ impl Failure {
         let input = error.input.unwrap_or_default();
         let field = error.field.map(|name| Box::new(Field { name, input }));
         let (code, reason) = (error.code.parse().ok()?, error.reason);
-        Some(Self { code, message: error.message, numbers: error.numbers, field, reason, rolled_back: false })
+        Some(Self {
+            code,
+            message: error.message,
+            numbers: error.numbers,
+            field,
+            reason,
+            rolled_back: false,
+        })
     }
 }
 
-/// Errors of Postgres: `Unavailable` where the same request may succeed later, a defect of ours otherwise.
+/// Errors of Postgres: `Unavailable` where the same request may succeed later, a defect of ours
+/// otherwise.
 #[cfg(feature = "postgres")]
 impl From<sqlx::Error> for Failure {
     fn from(error: sqlx::Error) -> Self {
@@ -107,7 +125,10 @@ impl From<sqlx::Error> for Failure {
             return Self::internal(error);
         }
         tracing::warn!(%error, "Postgres is not available");
-        Self { rolled_back: matches!(code, DEADLOCK_DETECTED | SERIALIZATION_FAILURE), ..Self::unavailable("The database") }
+        Self {
+            rolled_back: matches!(code, DEADLOCK_DETECTED | SERIALIZATION_FAILURE),
+            ..Self::unavailable("The database")
+        }
     }
 }
 
@@ -120,15 +141,26 @@ const SERIALIZATION_FAILURE: &str = "40001";
 #[cfg(feature = "postgres")]
 fn is_unavailable(error: &sqlx::Error, code: &str) -> bool {
     use sqlx::Error;
-    let transient =
-        matches!(error, Error::PoolTimedOut | Error::PoolClosed | Error::WorkerCrashed | Error::Io(_) | Error::Tls(_) | Error::BeginFailed);
-    // Connections (08), shutdown and start-up (57P), resources such as connections, disk or memory (53); a cancelled statement, a wait
-    // for a lock or an idle transaction that took too long; and a server that is read-only, as after a failover.
+    let transient = matches!(
+        error,
+        Error::PoolTimedOut
+            | Error::PoolClosed
+            | Error::WorkerCrashed
+            | Error::Io(_)
+            | Error::Tls(_)
+            | Error::BeginFailed
+    );
+    // Connections (08), shutdown and start-up (57P), resources such as connections, disk or memory
+    // (53); a cancelled statement, a wait for a lock or an idle transaction that took too long; and
+    // a server that is read-only, as after a failover.
     transient
         || code.starts_with("08")
         || code.starts_with("57P")
         || code.starts_with("53")
-        || matches!(code, "57014" | "55P03" | "25P03" | "25006" | DEADLOCK_DETECTED | SERIALIZATION_FAILURE)
+        || matches!(
+            code,
+            "57014" | "55P03" | "25P03" | "25006" | DEADLOCK_DETECTED | SERIALIZATION_FAILURE
+        )
 }
 
 #[cfg(test)]
@@ -137,8 +169,10 @@ mod tests {
 
     #[test]
     fn a_failure_survives_the_wire() {
-        let failure =
-            Failure::new(ErrorCode::ResourceExhausted, "too many\nlines é").with_number("limit", 3).at_field("model", "x").because("limit");
+        let failure = Failure::new(ErrorCode::ResourceExhausted, "too many\nlines é")
+            .with_number("limit", 3)
+            .at_field("model", "x")
+            .because("limit");
         assert_eq!(Failure::from_header(&failure.to_header()), Some(failure));
         assert_eq!(Failure::from_header("%"), None);
     }

@@ -1,8 +1,8 @@
 //! The only crate that speaks NATS.
 //!
-//! [`Bus`] connects and calls; [`responder`] serves requests; [`log`] appends to and follows the streams;
-//! [`live`] subscribes to what they republish;
-//! [`work`] takes jobs from a work queue; [`topology`] makes streams and consumers as the contract declares them.
+//! [`Bus`] connects and calls; [`responder`] serves requests; [`log`] appends to and follows the
+//! streams; [`live`] subscribes to what they republish; [`work`] takes jobs from a work queue;
+//! [`topology`] makes streams and consumers as the contract declares them.
 //!
 //! Policy lives here and not in handlers: deadlines, acknowledgements, redelivery, trace headers.
 

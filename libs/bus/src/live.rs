@@ -1,7 +1,8 @@
 //! Live fan-out: plain subscriptions to the events that NATS republishes.
 //!
-//! A subscription costs the server about one kilobyte, a consumer fifty. In exchange messages are delivered at most once.
-//! [`Entry::previous`] shows exactly what was missed, and [`Interrupted`] that something may have been missed.
+//! A subscription costs the server about one kilobyte, a consumer fifty. In exchange messages are
+//! delivered at most once. [`Entry::previous`] shows exactly what was missed, and [`Interrupted`]
+//! that something may have been missed.
 
 use bytes::Bytes;
 use contract::subject;
@@ -20,7 +21,8 @@ pub struct Entry {
     pub payload: Bytes,
 }
 
-/// Messages may have been lost: the connection was, or a subscription was too slow. The subscription continues.
+/// Messages may have been lost: the connection was, or a subscription was too slow. The
+/// subscription continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the live subscription was interrupted")]
 pub struct Interrupted;
@@ -35,15 +37,19 @@ pub struct Live {
 }
 
 impl Bus {
-    /// Subscribes to the entries that are appended to a session's log from now on. A request sent after this one is processed by the
-    /// server after it too.
+    /// Subscribes to the entries that are appended to a session's log from now on. A request sent
+    /// after this one is processed by the server after it too.
     ///
     /// # Errors
     /// When the connection is closed for good.
     pub async fn live(&self, session: SessionId, partition: Partition) -> Result<Live, Failure> {
         let (connections, mut drops) = (self.next_connection(), self.drops.clone());
         drops.mark_unchanged();
-        let subscription = self.client.subscribe(subject::session_live(session, partition)).await.map_err(Failure::internal)?;
+        let subscription = self
+            .client
+            .subscribe(subject::session_live(session, partition))
+            .await
+            .map_err(Failure::internal)?;
         Ok(Live { subscription, connections, drops, is_closed: false })
     }
 }
@@ -78,7 +84,8 @@ impl Live {
     }
 }
 
-/// `None` for what no stream republished: a consumer's deliveries carry a reply subject, and its heartbeats no sequence.
+/// `None` for what no stream republished: a consumer's deliveries carry a reply subject, and its
+/// heartbeats no sequence.
 fn entry(message: async_nats::Message) -> Option<Entry> {
     let headers = message.headers.as_ref().filter(|_| message.reply.is_none())?;
     // The server adds its own headers behind those of the writer.

@@ -1,4 +1,5 @@
-//! Durable streams: appending with an expected sequence, publishing with a message id, reading the newest entry, following.
+//! Durable streams: appending with an expected sequence, publishing with a message id, reading the
+//! newest entry, following.
 
 use std::time::Duration;
 
@@ -62,38 +63,53 @@ pub struct Entry {
     pub sequence: u64,
     pub subject: String,
     pub payload: Bytes,
-    /// The sequence that the writer expected to be the subject's last (0: none), if it named one. A follower sees by it what it has missed.
+    /// The sequence that the writer expected to be the subject's last (0: none), if it named one. A
+    /// follower sees by it what it has missed.
     pub follows: Option<u64>,
-    /// Whether no service wrote it: the server itself answers requests to any reply subject, also to that of a log. What services write has
-    /// headers.
+    /// Whether no service wrote it: the server itself answers requests to any reply subject, also
+    /// to that of a log. What services write has headers.
     pub is_foreign: bool,
 }
 
 impl Bus {
-    /// Appends to a log with one writer, and waits for the stream's acknowledgement: succeeds only while `expected` is the subject's last
-    /// sequence (0: it has none). Returns the new sequence.
+    /// Appends to a log with one writer, and waits for the stream's acknowledgement: succeeds only
+    /// while `expected` is the subject's last sequence (0: it has none). Returns the new sequence.
     ///
-    /// The server checks the expectation first, so that a repeated append fails as superseded if the first one was stored: compare the
-    /// newest entry ([`Self::last`]).
+    /// The server checks the expectation first, so that a repeated append fails as superseded if
+    /// the first one was stored: compare the newest entry ([`Self::last`]).
     ///
     /// # Errors
     /// [`AppendError`].
-    pub async fn append(&self, subject: String, payload: Bytes, expected: u64) -> Result<u64, AppendError> {
+    pub async fn append(
+        &self,
+        subject: String,
+        payload: Bytes,
+        expected: u64,
+    ) -> Result<u64, AppendError> {
         self.send(subject, message(payload).expected_last_subject_sequence(expected)).await
     }
 
-    /// Publishes a message to its stream, and waits for the acknowledgement. Returns its sequence. Within the stream's deduplication
-    /// window a message id makes it idempotent.
+    /// Publishes a message to its stream, and waits for the acknowledgement. Returns its sequence.
+    /// Within the stream's deduplication window a message id makes it idempotent.
     ///
     /// # Errors
     /// [`AppendError::Unacknowledged`].
-    pub async fn publish(&self, subject: String, payload: Bytes, message_id: &str) -> Result<u64, AppendError> {
+    pub async fn publish(
+        &self,
+        subject: String,
+        payload: Bytes,
+        message_id: &str,
+    ) -> Result<u64, AppendError> {
         self.send(subject, message(payload).message_id(message_id)).await
     }
 
     async fn send(&self, subject: String, message: PublishMessage) -> Result<u64, AppendError> {
         let mut connections = self.next_connection();
-        let ack = self.jetstream.send_publish(subject, message).await.map_err(AppendError::Unacknowledged)?;
+        let ack = self
+            .jetstream
+            .send_publish(subject, message)
+            .await
+            .map_err(AppendError::Unacknowledged)?;
         let ack = tokio::select! {
             ack = ack => ack,
             // Sent on a lost connection: its acknowledgement does not arrive on another one.
@@ -102,7 +118,9 @@ impl Bus {
         };
         match ack {
             Ok(ack) => Ok(ack.sequence),
-            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Err(AppendError::Superseded),
+            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => {
+                Err(AppendError::Superseded)
+            }
             Err(error) => Err(AppendError::Unacknowledged(error)),
         }
     }
@@ -111,8 +129,16 @@ impl Bus {
     ///
     /// # Errors
     /// [`ReadError`] when the stream does not answer.
-    pub async fn last(&self, stream: &'static str, subject: &str) -> Result<Option<Entry>, ReadError> {
-        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+    pub async fn last(
+        &self,
+        stream: &'static str,
+        subject: &str,
+    ) -> Result<Option<Entry>, ReadError> {
+        let stream = self
+            .jetstream
+            .get_stream_no_info(stream)
+            .await
+            .map_err(|error| ReadError(error.into()))?;
         match stream.get_last_raw_message_by_subject(subject).await {
             Ok(message) => Ok(Some(Entry {
                 sequence: message.sequence,
@@ -131,17 +157,26 @@ impl Bus {
     /// # Errors
     /// [`ReadError`] when the stream does not answer.
     pub async fn purge(&self, stream: &'static str, subject: &str) -> Result<(), ReadError> {
-        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+        let stream = self
+            .jetstream
+            .get_stream_no_info(stream)
+            .await
+            .map_err(|error| ReadError(error.into()))?;
         stream.purge().filter(subject).await.map_err(|error| ReadError(error.into()))?;
         Ok(())
     }
 
-    /// Removes one entry. The subject's last sequence is then that of the previous entry. Succeeds if it is already gone.
+    /// Removes one entry. The subject's last sequence is then that of the previous entry. Succeeds
+    /// if it is already gone.
     ///
     /// # Errors
     /// [`ReadError`] when the stream does not answer.
     pub async fn remove(&self, stream: &'static str, sequence: u64) -> Result<(), ReadError> {
-        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+        let stream = self
+            .jetstream
+            .get_stream_no_info(stream)
+            .await
+            .map_err(|error| ReadError(error.into()))?;
         match stream.delete_message(sequence).await {
             Ok(_) => Ok(()),
             Err(error) => match stream.get_raw_message(sequence).await {
@@ -156,23 +191,29 @@ impl Bus {
     /// # Errors
     /// [`ReadError`] when the stream does not answer.
     pub async fn trim(&self, stream: &'static str, through: u64) -> Result<(), ReadError> {
-        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
+        let stream = self
+            .jetstream
+            .get_stream_no_info(stream)
+            .await
+            .map_err(|error| ReadError(error.into()))?;
         stream.purge().sequence(through + 1).await.map_err(|error| ReadError(error.into()))?;
         Ok(())
     }
 
-    /// Follows one subject from a sequence on, in order. Messages that are trimmed before they are delivered are left out;
-    /// [`Entry::follows`] shows that.
+    /// Follows one subject from a sequence on, in order. Messages that are trimmed before they are
+    /// delivered are left out; [`Entry::follows`] shows that.
     ///
     /// # Errors
-    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are final: follow again from the last entry.
-    /// A lost connection is such an error: the server may have dropped the consumer, and finding that out takes half a minute.
+    /// [`ReadError`] when the stream does not answer. Errors within the stream of entries are
+    /// final: follow again from the last entry. A lost connection is such an error: the server may
+    /// have dropped the consumer, and finding that out takes half a minute.
     pub async fn follow(
         &self,
         stream: &'static str,
         subject: String,
         from_sequence: u64,
-    ) -> Result<impl Stream<Item = Result<Entry, ReadError>> + Send + Unpin + use<>, ReadError> {
+    ) -> Result<impl Stream<Item = Result<Entry, ReadError>> + Send + Unpin + use<>, ReadError>
+    {
         // Named, so that permissions can restrict on which stream a consumer is created.
         let name = self.client.new_inbox().rsplit('.').next().unwrap_or_default().to_owned();
         let config = OrderedConfig {
@@ -182,24 +223,38 @@ impl Bus {
             ..OrderedConfig::default()
         };
         let connections = self.next_connection();
-        let stream = self.jetstream.get_stream_no_info(stream).await.map_err(|error| ReadError(error.into()))?;
-        let consumer = stream.create_consumer(config).await.map_err(|error| ReadError(error.into()))?;
+        let stream = self
+            .jetstream
+            .get_stream_no_info(stream)
+            .await
+            .map_err(|error| ReadError(error.into()))?;
+        let consumer =
+            stream.create_consumer(config).await.map_err(|error| ReadError(error.into()))?;
         let messages = consumer.messages().await.map_err(|error| ReadError(error.into()))?;
         let entries = messages.map(|message| {
             let message = message.map_err(|error| ReadError(error.into()))?;
             let sequence = message.info().map_err(ReadError)?.stream_sequence;
             let follows = message.headers.as_ref().and_then(follows);
             let is_foreign = message.headers.as_ref().is_none_or(async_nats::HeaderMap::is_empty);
-            Ok(Entry { sequence, subject: message.subject.to_string(), payload: message.payload.clone(), follows, is_foreign })
+            Ok(Entry {
+                sequence,
+                subject: message.subject.to_string(),
+                payload: message.payload.clone(),
+                follows,
+                is_foreign,
+            })
         });
-        let until_reconnected = futures::stream::unfold((entries, Some(connections)), |(mut entries, connections)| async move {
-            let mut connections = connections?;
-            tokio::select! {
-                biased;
-                entry = entries.next() => entry.map(|entry| (entry, (entries, Some(connections)))),
-                () = reconnected(&mut connections) => Some((Err(ReadError("the connection was lost".into())), (entries, None))),
-            }
-        });
+        let until_reconnected = futures::stream::unfold(
+            (entries, Some(connections)),
+            |(mut entries, connections)| async move {
+                let mut connections = connections?;
+                tokio::select! {
+                    biased;
+                    entry = entries.next() => entry.map(|entry| (entry, (entries, Some(connections)))),
+                    () = reconnected(&mut connections) => Some((Err(ReadError("the connection was lost".into())), (entries, None))),
+                }
+            },
+        );
         Ok(until_reconnected.boxed())
     }
 }

@@ -1,4 +1,5 @@
-//! Serves requests: one queue subscription per subject, shared with the other replicas of the service.
+//! Serves requests: one queue subscription per subject, shared with the other replicas of the
+//! service.
 
 use std::{
     future::Future,
@@ -22,11 +23,13 @@ use crate::{Bus, Failure, client::unix_millis, trace};
 /// Requests of one subject in flight at a time; more are refused rather than queued.
 const CONCURRENCY: usize = 512;
 const SETTLE_MAX: Duration = Duration::from_secs(5);
-/// More digits than a server parses: it treats the limit as zero and ends the subscription at once, while the client continues to deliver
-/// what is on the wire. A plain unsubscribe, and the client's own drain, drop that.
+/// More digits than a server parses: it treats the limit as zero and ends the subscription at once,
+/// while the client continues to deliver what is on the wire. A plain unsubscribe, and the client's
+/// own drain, drop that.
 const NOW: u64 = u64::MAX;
 
-/// A service's endpoints. Each request runs in its own task, ends by its caller's deadline, and is always answered.
+/// A service's endpoints. Each request runs in its own task, ends by its caller's deadline, and is
+/// always answered.
 ///
 /// `S` is the state of the handlers: each call gets a clone.
 pub struct Responder<S> {
@@ -40,11 +43,18 @@ pub struct Responder<S> {
 
 impl<S: Clone + Send + Sync + 'static> Responder<S> {
     #[must_use]
-    pub fn new(bus: &Bus, group: &str, state: S, tasks: TaskTracker, stop: CancellationToken) -> Self {
+    pub fn new(
+        bus: &Bus,
+        group: &str,
+        state: S,
+        tasks: TaskTracker,
+        stop: CancellationToken,
+    ) -> Self {
         Self { state, group: group.to_owned(), client: bus.client.clone(), tasks, stop }
     }
 
-    /// Serves one kind of request until the stop. Requests that the server has routed here by then are still served.
+    /// Serves one kind of request until the stop. Requests that the server has routed here by then
+    /// are still served.
     ///
     /// # Errors
     /// When the subject cannot be subscribed to.
@@ -54,17 +64,24 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
         H: Fn(S, R::Request) -> F + Send + Sync + 'static,
         F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
     {
-        let requests = self.client.queue_subscribe(R::SUBJECT, self.group.clone()).await.map_err(Failure::internal)?;
+        let requests = self
+            .client
+            .queue_subscribe(R::SUBJECT, self.group.clone())
+            .await
+            .map_err(Failure::internal)?;
         // The server must know the subscription before this service reports that it is ready.
         settle(&self.client).await?;
         let endpoint = Arc::new(Endpoint {
             client: self.client.clone(),
-            inboxes: access::callers(R::SUBJECT).map(|user| format!("{}.", access::inbox(user))).collect(),
+            inboxes: access::callers(R::SUBJECT)
+                .map(|user| format!("{}.", access::inbox(user)))
+                .collect(),
             permits: Arc::new(Semaphore::new(CONCURRENCY)),
             tasks: self.tasks.clone(),
         });
         let accept = {
-            let (endpoint, state, handler) = (endpoint.clone(), self.state.clone(), Arc::new(handler));
+            let (endpoint, state, handler) =
+                (endpoint.clone(), self.state.clone(), Arc::new(handler));
             move |request| endpoint.accept::<R, S, H, F>(request, state.clone(), handler.clone())
         };
         let stop = self.stop.clone();
@@ -79,7 +96,12 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
 }
 
 /// Delivers requests until the stop, then those that are still on the wire.
-async fn receive(mut requests: Subscriber, client: &Client, stop: CancellationToken, accept: impl Fn(Message)) {
+async fn receive(
+    mut requests: Subscriber,
+    client: &Client,
+    stop: CancellationToken,
+    accept: impl Fn(Message),
+) {
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
@@ -121,13 +143,15 @@ impl Endpoint {
         F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
     {
         if !self.may_answer(request.reply.as_deref()) {
-            // A user who may create consumers can have messages of a stream delivered to any subject, and any request can name any reply.
+            // A user who may create consumers can have messages of a stream delivered to any
+            // subject, and any request can name any reply.
             tracing::warn!(
                 subject = R::SUBJECT,
                 reply = request.reply.as_deref(),
                 "request refused: its reply subject is no caller's inbox"
             );
-            metrics::counter!("aod_bus_requests_refused_total", "subject" => R::SUBJECT).increment(1);
+            metrics::counter!("aod_bus_requests_refused_total", "subject" => R::SUBJECT)
+                .increment(1);
             return;
         }
         let (endpoint, permit) = (self.clone(), self.permits.clone().try_acquire_owned());
@@ -147,20 +171,28 @@ impl Endpoint {
         reply.is_some_and(|reply| self.inboxes.iter().any(|inbox| reply.starts_with(inbox)))
     }
 
-    async fn answer<M: prost::Message>(&self, request: Message, subject: &str, result: Result<M, Failure>) -> Result<(), PublishError> {
+    async fn answer<M: prost::Message>(
+        &self,
+        request: Message,
+        subject: &str,
+        result: Result<M, Failure>,
+    ) -> Result<(), PublishError> {
         let Some(reply) = request.reply else { return Ok(()) };
         let mut headers = HeaderMap::new();
         let payload = result.and_then(|message| {
-            let payload = match request.headers.as_ref().and_then(|headers| headers.get(header::REPLY_KEY)) {
-                None => message.encode_to_vec(),
-                Some(key) => {
-                    headers.insert(header::SEALED, "1");
-                    seal(key.as_str(), &message.encode_to_vec(), subject)?
-                }
-            };
+            let payload =
+                match request.headers.as_ref().and_then(|headers| headers.get(header::REPLY_KEY)) {
+                    None => message.encode_to_vec(),
+                    Some(key) => {
+                        headers.insert(header::SEALED, "1");
+                        seal(key.as_str(), &message.encode_to_vec(), subject)?
+                    }
+                };
             // Refused at once, so that the caller does not wait in vain.
             match payload.len() {
-                bytes if bytes > MESSAGE_BYTES_MAX => Err(Failure::internal(format!("an answer of {bytes} bytes to {subject}"))),
+                bytes if bytes > MESSAGE_BYTES_MAX => {
+                    Err(Failure::internal(format!("an answer of {bytes} bytes to {subject}")))
+                }
                 _ => Ok(payload),
             }
         });
@@ -176,34 +208,56 @@ impl Endpoint {
 /// Seals a reply to the key that its caller named.
 fn seal(key: &str, message: &[u8], subject: &str) -> Result<Vec<u8>, Failure> {
     let key = STANDARD.decode(key).map_err(|_| Failure::invalid("Malformed reply key"))?;
-    sealing::seal(&key, message, subject.as_bytes()).map_err(|error| Failure::invalid(format!("The reply cannot be sealed: {error}")))
+    sealing::seal(&key, message, subject.as_bytes())
+        .map_err(|error| Failure::invalid(format!("The reply cannot be sealed: {error}")))
 }
 
-async fn serve_one<R, S, H, F>(request: &Message, state: S, handler: &H) -> Result<R::Reply, Failure>
+async fn serve_one<R, S, H, F>(
+    request: &Message,
+    state: S,
+    handler: &H,
+) -> Result<R::Reply, Failure>
 where
     R: Rpc,
     H: Fn(S, R::Request) -> F,
     F: Future<Output = Result<R::Reply, Failure>>,
 {
-    let text = |name| request.headers.as_ref().and_then(|headers| headers.get(name)).map(|value| value.as_str().to_owned());
-    let span = tracing::info_span!("serve", otel.kind = "server", subject = R::SUBJECT, trace_id = field::Empty, code = field::Empty);
+    let text = |name| {
+        request
+            .headers
+            .as_ref()
+            .and_then(|headers| headers.get(name))
+            .map(|value| value.as_str().to_owned())
+    };
+    let span = tracing::info_span!(
+        "serve",
+        otel.kind = "server",
+        subject = R::SUBJECT,
+        trace_id = field::Empty,
+        code = field::Empty
+    );
     trace::follow(&span, text(header::TRACEPARENT).as_deref());
-    let left = time_left(text(header::TIMEOUT).as_deref(), text(header::DEADLINE).as_deref(), unix_millis(SystemTime::now()));
+    let left = time_left(
+        text(header::TIMEOUT).as_deref(),
+        text(header::DEADLINE).as_deref(),
+        unix_millis(SystemTime::now()),
+    );
     let work = async {
-        let message =
-            R::Request::decode(request.payload.clone()).map_err(|error| Failure::invalid(format!("Malformed request: {error}")))?;
+        let message = R::Request::decode(request.payload.clone())
+            .map_err(|error| Failure::invalid(format!("Malformed request: {error}")))?;
         handler(state, message).await
     };
     let started = Instant::now();
-    let result = tokio::time::timeout(left, work.instrument(span.clone()))
-        .await
-        .unwrap_or_else(|_| Err(Failure::new(ErrorCode::DeadlineExceeded, "The service ran out of time")));
+    let result =
+        tokio::time::timeout(left, work.instrument(span.clone())).await.unwrap_or_else(|_| {
+            Err(Failure::new(ErrorCode::DeadlineExceeded, "The service ran out of time"))
+        });
     span.record("code", observe(R::SUBJECT, started.elapsed(), result.as_ref().err()));
     result
 }
 
-/// Returns when the server has processed everything that was sent before: a message to ourselves comes back behind it. (A flush ends when
-/// the bytes have left.)
+/// Returns when the server has processed everything that was sent before: a message to ourselves
+/// comes back behind it. (A flush ends when the bytes have left.)
 async fn settle(client: &Client) -> Result<(), Failure> {
     let inbox = client.new_inbox();
     let mut echo = client.subscribe(inbox.clone()).await.map_err(Failure::internal)?;
@@ -225,11 +279,15 @@ fn observe(subject: &'static str, elapsed: Duration, failure: Option<&Failure>) 
 /// The longest that a request may take, also where its caller does not say.
 const TIMEOUT_MAX: Duration = Duration::from_secs(60);
 
-/// How long the caller still waits: as its header says, or by the clock if it is of the previous release. `now` in milliseconds since the epoch.
+/// How long the caller still waits: as its header says, or by the clock if it is of the previous
+/// release. `now` in milliseconds since the epoch.
 fn time_left(timeout: Option<&str>, deadline: Option<&str>, now: u128) -> Duration {
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<u128>().ok());
-    let left = number(timeout).or_else(|| number(deadline).map(|deadline| deadline.saturating_sub(now)));
-    left.map_or(TIMEOUT_MAX, |left| Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX)).min(TIMEOUT_MAX))
+    let left =
+        number(timeout).or_else(|| number(deadline).map(|deadline| deadline.saturating_sub(now)));
+    left.map_or(TIMEOUT_MAX, |left| {
+        Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX)).min(TIMEOUT_MAX)
+    })
 }
 
 #[cfg(test)]
@@ -239,7 +297,11 @@ mod tests {
     #[test]
     fn a_timeout_does_not_depend_on_clocks_and_a_deadline_alone_does() {
         let ms = Duration::from_millis;
-        assert_eq!(time_left(Some("3000"), Some("1"), 1_000_000), ms(3000), "the caller's clock is far behind");
+        assert_eq!(
+            time_left(Some("3000"), Some("1"), 1_000_000),
+            ms(3000),
+            "the caller's clock is far behind"
+        );
         assert_eq!(time_left(None, Some("5000"), 4000), ms(1000));
         assert_eq!(time_left(None, Some("5000"), 6000), ms(0));
         assert_eq!(time_left(None, None, 0), TIMEOUT_MAX);

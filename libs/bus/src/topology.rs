@@ -53,11 +53,22 @@ impl Bus {
     /// Creates or updates a stream. A created one begins with the sequence `first_sequence`.
     ///
     /// # Errors
-    /// [`TopologyError`]: also when the server kept another configuration than the one it was given.
-    pub async fn ensure_stream(&self, spec: &StreamSpec, first_sequence: u64, replicas: usize) -> Result<(), TopologyError> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Stream { name: spec.name, source };
+    /// [`TopologyError`]: also when the server kept another configuration than the one it was
+    /// given.
+    pub async fn ensure_stream(
+        &self,
+        spec: &StreamSpec,
+        first_sequence: u64,
+        replicas: usize,
+    ) -> Result<(), TopologyError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Stream {
+            name: spec.name,
+            source,
+        };
         let existing = self.jetstream.get_stream(spec.name).await.ok();
-        let first_sequence = existing.as_ref().map_or(Some(first_sequence.max(1)), |stream| stream.cached_info().config.first_sequence);
+        let first_sequence = existing.as_ref().map_or(Some(first_sequence.max(1)), |stream| {
+            stream.cached_info().config.first_sequence
+        });
         let mut config = Config {
             name: spec.name.to_owned(),
             subjects: spec.subjects.iter().map(ToString::to_string).collect(),
@@ -84,12 +95,24 @@ impl Bus {
             ..Config::default()
         };
         if let Err(error) = self.jetstream.create_or_update_stream(config.clone()).await {
-            // Servers before 2.15 do not change this limit of a stream that exists; there, its -1 means no limit.
-            let unlimited = existing.filter(|stream| stream.cached_info().config.max_consumers == -1);
+            // Servers before 2.15 do not change this limit of a stream that exists; there, its -1
+            // means no limit.
+            let unlimited =
+                existing.filter(|stream| stream.cached_info().config.max_consumers == -1);
             config.max_consumers = unlimited.map(|_| -1).ok_or_else(|| failed(error.into()))?;
-            self.jetstream.create_or_update_stream(config.clone()).await.map_err(|error| failed(error.into()))?;
+            self.jetstream
+                .create_or_update_stream(config.clone())
+                .await
+                .map_err(|error| failed(error.into()))?;
         }
-        let kept = self.jetstream.get_stream(spec.name).await.map_err(|error| failed(error.into()))?.cached_info().config.clone();
+        let kept = self
+            .jetstream
+            .get_stream(spec.name)
+            .await
+            .map_err(|error| failed(error.into()))?
+            .cached_info()
+            .config
+            .clone();
         let same = kept.subjects == config.subjects
             && kept.retention == config.retention
             && kept.max_age == config.max_age
@@ -98,14 +121,21 @@ impl Bus {
             && kept.max_consumers == config.max_consumers
             && kept.republish == config.republish
             && kept.duplicate_window == config.duplicate_window;
-        if same { Ok(()) } else { Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") }) }
+        if same {
+            Ok(())
+        } else {
+            Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") })
+        }
     }
 
     /// Returns the state of a stream; `None` if it does not exist.
     ///
     /// # Errors
     /// [`TopologyError`] when the server does not answer.
-    pub async fn find_stream(&self, spec: &StreamSpec) -> Result<Option<StreamInfo>, TopologyError> {
+    pub async fn find_stream(
+        &self,
+        spec: &StreamSpec,
+    ) -> Result<Option<StreamInfo>, TopologyError> {
         match self.stream_info(spec).await {
             Ok(info) => Ok(Some(info)),
             Err(TopologyError::StreamNotFound { .. }) => Ok(None),
@@ -132,10 +162,13 @@ impl Bus {
     /// # Errors
     /// [`TopologyError`] when the server does not answer or the stream does not exist.
     pub async fn stream_info(&self, spec: &StreamSpec) -> Result<StreamInfo, TopologyError> {
-        let stream = self.jetstream.get_stream(spec.name).await.map_err(|error| match is_not_found(&error) {
-            true => TopologyError::StreamNotFound { name: spec.name },
-            false => TopologyError::Stream { name: spec.name, source: error.into() },
-        })?;
+        let stream =
+            self.jetstream.get_stream(spec.name).await.map_err(|error| {
+                match is_not_found(&error) {
+                    true => TopologyError::StreamNotFound { name: spec.name },
+                    false => TopologyError::Stream { name: spec.name, source: error.into() },
+                }
+            })?;
         let info = stream.cached_info();
         let begun = info.config.first_sequence.unwrap_or(1).max(1);
         Ok(StreamInfo {
@@ -145,7 +178,11 @@ impl Bus {
             messages: info.state.messages,
             bytes: info.state.bytes,
             bytes_max: u64::try_from(info.config.max_bytes).unwrap_or(u64::MAX),
-            trimmed_through: if info.state.first_sequence > begun { info.state.first_sequence - 1 } else { 0 },
+            trimmed_through: if info.state.first_sequence > begun {
+                info.state.first_sequence - 1
+            } else {
+                0
+            },
         })
     }
 
@@ -154,22 +191,38 @@ impl Bus {
     /// # Errors
     /// [`TopologyError`].
     pub async fn ensure_consumer(&self, spec: &ConsumerSpec) -> Result<(), TopologyError> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: spec.name, source };
-        let stream = self.jetstream.get_stream_no_info(spec.stream).await.map_err(|error| failed(error.into()))?;
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer {
+            name: spec.name,
+            source,
+        };
+        let stream = self
+            .jetstream
+            .get_stream_no_info(spec.stream)
+            .await
+            .map_err(|error| failed(error.into()))?;
         let config = pull::Config {
             durable_name: Some(spec.name.to_owned()),
             filter_subjects: spec.filters.iter().map(ToString::to_string).collect(),
             ack_policy: AckPolicy::Explicit,
             ack_wait: spec.ack_wait,
-            // No limit: at a limit the server keeps a job and never delivers it again. The scheduler limits attempts.
+            // No limit: at a limit the server keeps a job and never delivers it again. The
+            // scheduler limits attempts.
             max_deliver: -1,
             max_ack_pending: spec.max_ack_pending,
             ..pull::Config::default()
         };
-        let consumer = stream.create_consumer(config.clone()).await.map_err(|error| failed(error.into()))?;
+        let consumer =
+            stream.create_consumer(config.clone()).await.map_err(|error| failed(error.into()))?;
         let kept = &consumer.cached_info().config;
-        let filters = if kept.filter_subjects.is_empty() { vec![kept.filter_subject.clone()] } else { kept.filter_subjects.clone() };
-        if filters == config.filter_subjects && kept.ack_wait == config.ack_wait && kept.max_ack_pending == config.max_ack_pending {
+        let filters = if kept.filter_subjects.is_empty() {
+            vec![kept.filter_subject.clone()]
+        } else {
+            kept.filter_subjects.clone()
+        };
+        if filters == config.filter_subjects
+            && kept.ack_wait == config.ack_wait
+            && kept.max_ack_pending == config.max_ack_pending
+        {
             Ok(())
         } else {
             Err(TopologyError::Drift { name: spec.name, what: format!("{kept:?}") })
@@ -183,13 +236,26 @@ impl Bus {
     pub async fn backlog(&self, spec: &ConsumerSpec) -> Result<Backlog, TopologyError> {
         let consumer = self.consumer(spec).await?;
         let info = consumer.cached_info();
-        Ok(Backlog { waiting: info.num_pending, in_flight: u64::try_from(info.num_ack_pending).unwrap_or_default() })
+        Ok(Backlog {
+            waiting: info.num_pending,
+            in_flight: u64::try_from(info.num_ack_pending).unwrap_or_default(),
+        })
     }
 
     /// A consumer that another service creates.
-    pub(crate) async fn consumer(&self, spec: &ConsumerSpec) -> Result<PullConsumer, TopologyError> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: spec.name, source };
-        let stream = self.jetstream.get_stream_no_info(spec.stream).await.map_err(|error| failed(error.into()))?;
+    pub(crate) async fn consumer(
+        &self,
+        spec: &ConsumerSpec,
+    ) -> Result<PullConsumer, TopologyError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer {
+            name: spec.name,
+            source,
+        };
+        let stream = self
+            .jetstream
+            .get_stream_no_info(spec.stream)
+            .await
+            .map_err(|error| failed(error.into()))?;
         stream.get_consumer(spec.name).await.map_err(failed)
     }
 }

@@ -1,4 +1,5 @@
-//! Secrets on their way to the vault: sealed to its public key, so that the bus carries none in the clear.
+//! Secrets on their way to the vault: sealed to its public key, so that the bus carries none in the
+//! clear.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +11,8 @@ use crate::{Bus, Failure};
 
 const KEY_BYTES: usize = 32;
 
-/// The vault's public keys that a caller accepts. Without any it accepts the one that the bus brings.
+/// The vault's public keys that a caller accepts. Without any it accepts the one that the bus
+/// brings.
 #[derive(Clone, Debug, Default)]
 pub struct AcceptedKeys(Arc<[Vec<u8>]>);
 
@@ -32,7 +34,8 @@ impl AcceptedKeys {
     #[expect(clippy::result_unit_err, reason = "there is one way to be wrong")]
     pub fn parse(text: &str) -> Result<Self, ()> {
         let keys = text.split(',').map(str::trim).filter(|key| !key.is_empty());
-        let keys = keys.map(|key| STANDARD.decode(key).ok().filter(|key| key.len() == KEY_BYTES).ok_or(()));
+        let keys = keys
+            .map(|key| STANDARD.decode(key).ok().filter(|key| key.len() == KEY_BYTES).ok_or(()));
         Ok(Self(keys.collect::<Result<Vec<_>, ()>>()?.into()))
     }
 
@@ -42,8 +45,8 @@ impl AcceptedKeys {
 }
 
 impl Bus {
-    /// Seals a user's secret of a kind to the vault's current public key. The key is asked for each time, so that a rotation needs no
-    /// other step.
+    /// Seals a user's secret of a kind to the vault's current public key. The key is asked for each
+    /// time, so that a rotation needs no other step.
     ///
     /// # Errors
     /// When the vault does not answer, or the key is none of those that are accepted.
@@ -63,7 +66,8 @@ impl Bus {
             );
             return Err(Failure::unavailable("The vault"));
         }
-        let sealed = sealing::seal(&key.public_key, value, &context(user, kind)).map_err(Failure::internal)?;
+        let sealed = sealing::seal(&key.public_key, value, &context(user, kind))
+            .map_err(Failure::internal)?;
         Ok(SealedValue { key_version: key.key_version, sealed })
     }
 }
@@ -82,8 +86,14 @@ mod tests {
     fn keys_that_are_configured_exclude_all_others() {
         let key = STANDARD.encode([1; 32]);
         assert!(AcceptedKeys::parse("").unwrap().accept(&[7; 32]));
-        let accepted = AcceptedKeys::parse(&format!("{key}, {}", STANDARD.encode([2; 32]))).unwrap();
-        assert!(accepted.accept(&[1; 32]) && accepted.accept(&[2; 32]) && !accepted.accept(&[3; 32]));
-        assert!(AcceptedKeys::parse(&STANDARD.encode([1; 31])).is_err() && AcceptedKeys::parse("x").is_err());
+        let accepted =
+            AcceptedKeys::parse(&format!("{key}, {}", STANDARD.encode([2; 32]))).unwrap();
+        assert!(
+            accepted.accept(&[1; 32]) && accepted.accept(&[2; 32]) && !accepted.accept(&[3; 32])
+        );
+        assert!(
+            AcceptedKeys::parse(&STANDARD.encode([1; 31])).is_err()
+                && AcceptedKeys::parse("x").is_err()
+        );
     }
 }

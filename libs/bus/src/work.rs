@@ -1,5 +1,5 @@
-//! Work-queue consumption. The handler decides what becomes of a job; this module acknowledges it, extends its ack deadline while the
-//! handler decides, and releases it.
+//! Work-queue consumption. The handler decides what becomes of a job; this module acknowledges it,
+//! extends its ack deadline while the handler decides, and releases it.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -20,9 +20,11 @@ use crate::{Bus, Failure, topology::TopologyError, trace};
 
 /// How long one pull waits at the server.
 const PULL_EXPIRES: Duration = Duration::from_secs(5);
-/// How long a released job is not delivered: until this process' own pull is withdrawn, so that the job does not come straight back.
+/// How long a released job is not delivered: until this process' own pull is withdrawn, so that the
+/// job does not come straight back.
 pub const HAND_BACK: Duration = Duration::from_millis(30);
-const RECONNECT: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
+const RECONNECT: Backoff =
+    Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 
 /// A job as it was delivered.
 #[derive(Clone, Debug)]
@@ -36,7 +38,8 @@ pub struct Job {
 /// What becomes of a job.
 pub enum Outcome {
     Done,
-    /// Acknowledge it, then run the work: the queue has done its part, and something else keeps the work alive.
+    /// Acknowledge it, then run the work: the queue has done its part, and something else keeps the
+    /// work alive.
     Accepted(BoxFuture<'static, ()>),
     /// Release it: deliver it again, to any worker, after this long.
     Retry(Duration),
@@ -46,14 +49,21 @@ pub enum Outcome {
 
 /// Handles jobs until `stop`, at most `concurrency` at a time, each in its own task.
 ///
-/// Progress acks extend the ack deadline of a job while its handler runs. After `stop` no new job is begun and what was fetched is released; handlers are expected
-/// to watch the same token and to return [`Outcome::Retry`] soon. Returns when every handler has returned.
-pub async fn run<H, F>(bus: Bus, spec: &'static ConsumerSpec, concurrency: usize, stop: CancellationToken, handler: H)
-where
+/// Progress acks extend the ack deadline of a job while its handler runs. After `stop` no new job
+/// is begun and what was fetched is released; handlers are expected to watch the same token and to
+/// return [`Outcome::Retry`] soon. Returns when every handler has returned.
+pub async fn run<H, F>(
+    bus: Bus,
+    spec: &'static ConsumerSpec,
+    concurrency: usize,
+    stop: CancellationToken,
+    handler: H,
+) where
     H: Fn(Job) -> F + Send + Sync + 'static,
     F: Future<Output = Outcome> + Send + 'static,
 {
-    let (handler, tasks, permits) = (Arc::new(handler), TaskTracker::new(), Arc::new(Semaphore::new(concurrency)));
+    let (handler, tasks, permits) =
+        (Arc::new(handler), TaskTracker::new(), Arc::new(Semaphore::new(concurrency)));
     let mut failures = 0;
     while !stop.is_cancelled() {
         let pulled = async {
@@ -86,7 +96,10 @@ where
     H: Fn(Job) -> F + Send + Sync + 'static,
     F: Future<Output = Outcome> + Send + 'static,
 {
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer { name: spec.name, source };
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer {
+        name: spec.name,
+        source,
+    };
     while !stop.is_cancelled() {
         // Pulls only with a free slot, and never more jobs than there are free slots.
         tokio::select! {
@@ -94,8 +107,13 @@ where
             permit = permits.acquire() => drop(permit),
         }
         let free_slots = permits.available_permits().clamp(1, 64);
-        let mut batch =
-            consumer.batch().max_messages(free_slots).expires(PULL_EXPIRES).messages().await.map_err(|error| failed(error.into()))?;
+        let mut batch = consumer
+            .batch()
+            .max_messages(free_slots)
+            .expires(PULL_EXPIRES)
+            .messages()
+            .await
+            .map_err(|error| failed(error.into()))?;
         loop {
             let message = tokio::select! {
                 // Unsubscribed by the drop: what is released goes to others at once.
@@ -125,15 +143,26 @@ where
     F: Future<Output = Outcome> + Send,
 {
     let delivery = message.info().map_or(1, |info| u64::try_from(info.delivered).unwrap_or(1));
-    let parent = message.headers.as_ref().and_then(|headers| headers.get(header::TRACEPARENT)).map(|value| value.as_str().to_owned());
-    let span = tracing::info_span!("job", otel.kind = "consumer", consumer = spec.name, delivery, trace_id = field::Empty);
+    let parent = message
+        .headers
+        .as_ref()
+        .and_then(|headers| headers.get(header::TRACEPARENT))
+        .map(|value| value.as_str().to_owned());
+    let span = tracing::info_span!(
+        "job",
+        otel.kind = "consumer",
+        consumer = spec.name,
+        delivery,
+        trace_id = field::Empty
+    );
     trace::follow(&span, parent.as_deref());
     let (message, acker) = message.split();
     let job = Job { subject: message.subject.to_string(), payload: message.payload, delivery };
     if delivery > 1 {
         metrics::counter!("aod_jobs_redelivered_total", "consumer" => spec.name).increment(1);
     }
-    let outcome = keep_in_flight(&acker, spec.ack_wait / 3, handler(job.clone()).instrument(span)).await;
+    let outcome =
+        keep_in_flight(&acker, spec.ack_wait / 3, handler(job.clone()).instrument(span)).await;
     let settled = match outcome {
         Outcome::Done => acker.double_ack().await,
         Outcome::Accepted(work) => {
@@ -179,7 +208,10 @@ impl Bus {
         let mut headers = async_nats::HeaderMap::new();
         headers.insert(header::DLQ_SUBJECT, job.subject.as_str());
         headers.insert(header::DLQ_REASON, reason.replace(['\r', '\n'], " "));
-        let ack = self.jetstream.publish_with_headers(subject::dead_letter(&owner), headers, job.payload.clone()).await;
+        let ack = self
+            .jetstream
+            .publish_with_headers(subject::dead_letter(&owner), headers, job.payload.clone())
+            .await;
         ack.map_err(Failure::internal)?.await.map_err(Failure::internal)?;
         Ok(())
     }

@@ -29,41 +29,62 @@ const SOON: Duration = Duration::from_secs(15);
 #[tokio::test]
 async fn a_failure_arrives_as_it_was_meant() {
     let nats = Nats::start().unwrap();
-    let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
-    let responder = Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
-    let fail =
-        |(), _: auth::VerifyKeyRequest| async { Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1)) };
+    let (server, client) =
+        (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let responder =
+        Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
+    let fail = |(), _: auth::VerifyKeyRequest| async {
+        Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1))
+    };
     responder.serve::<rpc::VerifyKey, _, _>(fail).await.unwrap();
-    let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
-    assert_eq!(failure, Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1));
+    let failure =
+        client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
+    assert_eq!(
+        failure,
+        Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1)
+    );
 }
 
 #[tokio::test]
 async fn a_missing_responder_is_reported_at_once_and_a_slow_one_by_its_deadline() {
     let nats = Nats::start().unwrap();
-    let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let (server, client) =
+        (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
     let begun = std::time::Instant::now();
-    let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
+    let failure =
+        client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
     assert_eq!(failure.code, ErrorCode::Unavailable);
     assert!(begun.elapsed() < Duration::from_secs(1));
-    let responder = Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
+    let responder =
+        Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
     let hang = |(), _: auth::VerifyKeyRequest| async { std::future::pending().await };
     responder.serve::<rpc::VerifyKey, _, _>(hang).await.unwrap();
-    let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), Duration::from_millis(300)).await.unwrap_err();
+    let failure = client
+        .call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), Duration::from_millis(300))
+        .await
+        .unwrap_err();
     assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
 }
 
 #[tokio::test]
 async fn an_answer_larger_than_a_message_is_an_error_at_once() {
     let nats = Nats::start().unwrap();
-    let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
-    let responder = Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
+    let (server, client) =
+        (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let responder =
+        Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
     let huge = |(), _: auth::VerifyKeyRequest| async {
-        Ok(auth::VerifyKeyReply { user_id: "x".repeat(9 * 1024 * 1024), ..auth::VerifyKeyReply::default() })
+        Ok(auth::VerifyKeyReply {
+            user_id: "x".repeat(9 * 1024 * 1024),
+            ..auth::VerifyKeyReply::default()
+        })
     };
     responder.serve::<rpc::VerifyKey, _, _>(huge).await.unwrap();
     let begun = std::time::Instant::now();
-    let failure = client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON * 4).await.unwrap_err();
+    let failure = client
+        .call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON * 4)
+        .await
+        .unwrap_err();
     assert_eq!(failure.code, ErrorCode::Internal);
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
 }
@@ -71,9 +92,18 @@ async fn an_answer_larger_than_a_message_is_an_error_at_once() {
 #[tokio::test]
 async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_safe() {
     let nats = Nats::start().unwrap();
-    let (server, client) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::OPERATOR).await.unwrap());
+    let (server, client) = (
+        nats.connect(&access::AUTH).await.unwrap(),
+        nats.connect(&access::OPERATOR).await.unwrap(),
+    );
     let calls = Arc::new(AtomicUsize::new(0));
-    let responder = Responder::new(&server, "auth", calls.clone(), TaskTracker::new(), CancellationToken::new());
+    let responder = Responder::new(
+        &server,
+        "auth",
+        calls.clone(),
+        TaskTracker::new(),
+        CancellationToken::new(),
+    );
     let first_is_lost = |calls: Arc<AtomicUsize>| async move {
         if calls.fetch_add(1, Ordering::SeqCst) == 0 {
             std::future::pending::<()>().await;
@@ -90,10 +120,18 @@ async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_safe()
     responder.serve::<rpc::FindUser, _, _>(found).await.unwrap();
     responder.serve::<rpc::CreateUser, _, _>(created).await.unwrap();
     let begun = std::time::Instant::now();
-    assert!(client.call::<rpc::FindUser>(&auth::FindUserRequest::default(), Duration::from_secs(3)).await.is_ok());
+    assert!(
+        client
+            .call::<rpc::FindUser>(&auth::FindUserRequest::default(), Duration::from_secs(3))
+            .await
+            .is_ok()
+    );
     assert!(begun.elapsed() < Duration::from_secs(2));
     assert_eq!(calls.swap(0, Ordering::SeqCst), 2);
-    let failure = client.call::<rpc::CreateUser>(&auth::CreateUserRequest::default(), Duration::from_secs(1)).await.unwrap_err();
+    let failure = client
+        .call::<rpc::CreateUser>(&auth::CreateUserRequest::default(), Duration::from_secs(1))
+        .await
+        .unwrap_err();
     assert_eq!((failure.code, calls.load(Ordering::SeqCst)), (ErrorCode::DeadlineExceeded, 1));
 }
 
@@ -101,8 +139,12 @@ async fn a_request_that_died_with_its_service_is_sent_again_where_that_is_safe()
 async fn the_server_refuses_what_a_user_may_not_do() {
     let nats = Nats::start().unwrap();
     let gateway = nats.connect(&access::GATEWAY).await.unwrap();
-    // Served by no one, so that a call which got through would fail at once, and not by its deadline.
-    let failure = gateway.call::<rpc::RedeemLease>(&vault::RedeemLeaseRequest::default(), Duration::from_millis(500)).await.unwrap_err();
+    // Served by no one, so that a call which got through would fail at once, and not by its
+    // deadline.
+    let failure = gateway
+        .call::<rpc::RedeemLease>(&vault::RedeemLeaseRequest::default(), Duration::from_millis(500))
+        .await
+        .unwrap_err();
     assert_eq!(failure.code, ErrorCode::DeadlineExceeded);
 }
 
@@ -114,19 +156,34 @@ async fn a_log_has_one_writer() {
     let log = subject::session_log(SessionId::new(), Partition::FIRST);
     let first = runner.append(log.clone(), "one".into(), 0).await.unwrap();
     let repeated = runner.append(log.clone(), "one".into(), 0).await;
-    assert!(matches!(repeated, Err(AppendError::Superseded)), "the expectation is looked at first: {repeated:?}");
-    assert!(matches!(runner.append(log.clone(), "two".into(), 0).await, Err(AppendError::Superseded)));
+    assert!(
+        matches!(repeated, Err(AppendError::Superseded)),
+        "the expectation is looked at first: {repeated:?}"
+    );
+    assert!(matches!(
+        runner.append(log.clone(), "two".into(), 0).await,
+        Err(AppendError::Superseded)
+    ));
     let second = runner.append(log.clone(), "two".into(), first).await.unwrap();
     let last = runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap();
     assert_eq!((last.sequence, last.payload.as_ref()), (second, b"two".as_slice()));
-    assert!(runner.last(topology::EVENTS.name, &subject::session_log(SessionId::new(), Partition::FIRST)).await.unwrap().is_none());
+    assert!(
+        runner
+            .last(topology::EVENTS.name, &subject::session_log(SessionId::new(), Partition::FIRST))
+            .await
+            .unwrap()
+            .is_none()
+    );
 }
 
 #[tokio::test]
 async fn following_continues_after_the_server_was_killed() {
     let mut nats = Nats::start().unwrap();
     nats.with_streams().await.unwrap();
-    let (runner, projector) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::SCHEDULER).await.unwrap());
+    let (runner, projector) = (
+        nats.connect(&access::RUNNER).await.unwrap(),
+        nats.connect(&access::SCHEDULER).await.unwrap(),
+    );
     let log = subject::session_log(SessionId::new(), Partition::FIRST);
     let first = runner.publish(log.clone(), "1".into(), "1").await.unwrap();
     let mut entries = projector.follow(topology::EVENTS.name, log.clone(), first).await.unwrap();
@@ -145,7 +202,14 @@ async fn following_continues_after_the_server_was_killed() {
     let next = tokio::time::timeout(Duration::from_secs(15), entries.next()).await;
     let entry = match next {
         Ok(Some(Ok(entry))) => entry,
-        _ => projector.follow(topology::EVENTS.name, log, first + 1).await.unwrap().next().await.unwrap().unwrap(),
+        _ => projector
+            .follow(topology::EVENTS.name, log, first + 1)
+            .await
+            .unwrap()
+            .next()
+            .await
+            .unwrap()
+            .unwrap(),
     };
     assert_eq!(entry.payload, "2");
 }
@@ -188,18 +252,30 @@ async fn a_live_subscription_carries_each_entrys_sequence_and_the_one_before_it(
     let mut nats = Nats::start().unwrap();
     let scheduler = nats.with_streams().await.unwrap();
     scheduler.ensure_stream(topology::events(Partition::new(3).unwrap()), 1, 1).await.unwrap();
-    let (runner, gateway) = (nats.connect(&access::RUNNER).await.unwrap(), nats.connect(&access::GATEWAY).await.unwrap());
+    let (runner, gateway) = (
+        nats.connect(&access::RUNNER).await.unwrap(),
+        nats.connect(&access::GATEWAY).await.unwrap(),
+    );
     for partition in [Partition::new(3).unwrap(), Partition::FIRST] {
         let session = SessionId::new();
         let log = subject::session_log(session, partition);
         let first = runner.append(log.clone(), "1".into(), 0).await.unwrap();
         let mut live = gateway.live(session, partition).await.unwrap();
         // Also orders the subscription before what is appended next.
-        assert_eq!(gateway.last(topology::events(partition).name, &log).await.unwrap().unwrap().sequence, first);
-        runner.append(subject::session_log(SessionId::new(), partition), "x".into(), 0).await.unwrap();
+        assert_eq!(
+            gateway.last(topology::events(partition).name, &log).await.unwrap().unwrap().sequence,
+            first
+        );
+        runner
+            .append(subject::session_log(SessionId::new(), partition), "x".into(), 0)
+            .await
+            .unwrap();
         let second = runner.append(log.clone(), "2".into(), first).await.unwrap();
         let entry = live.next().await.unwrap();
-        assert_eq!((entry.sequence, entry.previous, entry.payload.as_ref()), (second, first, b"2".as_slice()));
+        assert_eq!(
+            (entry.sequence, entry.previous, entry.payload.as_ref()),
+            (second, first, b"2".as_slice())
+        );
         if partition != Partition::FIRST {
             continue;
         }
@@ -207,7 +283,10 @@ async fn a_live_subscription_carries_each_entrys_sequence_and_the_one_before_it(
         assert_eq!(live.next().await.unwrap_err(), bus::live::Interrupted);
         // Each connection notices the restart by itself.
         for bus in [&gateway, &runner] {
-            eventually("the stream is back", || async { bus.last(topology::EVENTS.name, &log).await.is_ok() }).await;
+            eventually("the stream is back", || async {
+                bus.last(topology::EVENTS.name, &log).await.is_ok()
+            })
+            .await;
         }
         let third = runner.append(log.clone(), "3".into(), second).await.unwrap();
         let entry = live.next().await.unwrap();
@@ -219,8 +298,11 @@ async fn a_live_subscription_carries_each_entrys_sequence_and_the_one_before_it(
 async fn a_stream_of_an_earlier_release_is_brought_up_to_date() {
     let nats = Nats::start().unwrap();
     let config = nats.config(&access::SCHEDULER);
-    let options = async_nats::ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned())
-        .custom_inbox_prefix(access::SCHEDULER.inbox());
+    let options = async_nats::ConnectOptions::with_user_and_password(
+        config.user.to_owned(),
+        config.password.expose_secret().to_owned(),
+    )
+    .custom_inbox_prefix(access::SCHEDULER.inbox());
     let jetstream = async_nats::jetstream::new(options.connect(config.url).await.unwrap());
     let earlier = async_nats::jetstream::stream::Config {
         name: topology::EVENTS.name.to_owned(),
@@ -231,7 +313,8 @@ async fn a_stream_of_an_earlier_release_is_brought_up_to_date() {
     };
     jetstream.create_stream(earlier).await.unwrap();
     nats.with_streams().await.unwrap();
-    let kept = jetstream.get_stream(topology::EVENTS.name).await.unwrap().cached_info().config.clone();
+    let kept =
+        jetstream.get_stream(topology::EVENTS.name).await.unwrap().cached_info().config.clone();
     assert_eq!(kept.max_consumers, topology::CONSUMERS_MAX);
     assert!(kept.republish.is_some());
 }
@@ -239,7 +322,10 @@ async fn a_stream_of_an_earlier_release_is_brought_up_to_date() {
 /// A connection that does what its thief wants.
 async fn raw(nats: &Nats, access: &access::Access) -> async_nats::Client {
     let config = nats.config(access);
-    let options = async_nats::ConnectOptions::with_user_and_password(config.user.to_owned(), config.password.expose_secret().to_owned());
+    let options = async_nats::ConnectOptions::with_user_and_password(
+        config.user.to_owned(),
+        config.password.expose_secret().to_owned(),
+    );
     options.custom_inbox_prefix(access.inbox()).connect(config.url).await.unwrap()
 }
 
@@ -247,9 +333,16 @@ async fn raw(nats: &Nats, access: &access::Access) -> async_nats::Client {
 async fn a_request_makes_a_service_publish_nowhere_but_to_a_callers_inbox() {
     let nats = Nats::start().unwrap();
     nats.with_streams().await.unwrap();
-    let (server, runner) = (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::RUNNER).await.unwrap());
+    let (server, runner) =
+        (nats.connect(&access::AUTH).await.unwrap(), nats.connect(&access::RUNNER).await.unwrap());
     let calls = Arc::new(AtomicUsize::new(0));
-    let responder = Responder::new(&server, "auth", calls.clone(), TaskTracker::new(), CancellationToken::new());
+    let responder = Responder::new(
+        &server,
+        "auth",
+        calls.clone(),
+        TaskTracker::new(),
+        CancellationToken::new(),
+    );
     let count = |calls: Arc<AtomicUsize>, _: contract::common::Empty| async move {
         calls.fetch_add(1, Ordering::SeqCst);
         Ok(contract::common::Empty {})
@@ -258,17 +351,32 @@ async fn a_request_makes_a_service_publish_nowhere_but_to_a_callers_inbox() {
     let session = SessionId::new();
     let log = subject::session_log(session, Partition::FIRST);
     let mut hints = runner.hints(subject::terminate_hint(session)).await.unwrap();
-    let mut events_inbox = raw(&nats, &access::EVENTS).await.subscribe("_INBOX_events.>").await.unwrap();
+    let mut events_inbox =
+        raw(&nats, &access::EVENTS).await.subscribe("_INBOX_events.>").await.unwrap();
     for thief in [&access::OPERATOR, &access::GATEWAY] {
         let client = raw(&nats, thief).await;
-        for reply in [subject::terminate_hint(session), log.clone(), subject::turn_run(session), "_INBOX_events.x".to_owned()] {
-            client.publish_with_reply("aod.rpc.auth.v1.health.check", reply, "".into()).await.unwrap();
+        for reply in [
+            subject::terminate_hint(session),
+            log.clone(),
+            subject::turn_run(session),
+            "_INBOX_events.x".to_owned(),
+        ] {
+            client
+                .publish_with_reply("aod.rpc.auth.v1.health.check", reply, "".into())
+                .await
+                .unwrap();
         }
         // Processed behind those.
         let answer = client.request("aod.rpc.auth.v1.health.check", "".into()).await.unwrap();
-        assert!(answer.headers.is_none_or(|headers| headers.get(contract::header::ERROR).is_none()));
+        assert!(
+            answer.headers.is_none_or(|headers| headers.get(contract::header::ERROR).is_none())
+        );
     }
-    assert_eq!(calls.load(Ordering::SeqCst), 2, "requests with such reply subjects are not even served");
+    assert_eq!(
+        calls.load(Ordering::SeqCst),
+        2,
+        "requests with such reply subjects are not even served"
+    );
     assert!(tokio::time::timeout(Duration::from_millis(300), hints.next()).await.is_err());
     assert!(tokio::time::timeout(Duration::from_millis(10), events_inbox.next()).await.is_err());
     assert!(runner.last(topology::EVENTS.name, &log).await.unwrap().is_none());
@@ -303,17 +411,30 @@ async fn nothing_that_a_stream_or_the_server_sends_to_its_subject_is_a_hint() {
     let hint = subject::terminate_hint(session);
     let mut hints = runner.hints(hint.clone()).await.unwrap();
     let mut seen = raw(&nats, &access::RUNNER).await.subscribe(hint.clone()).await.unwrap();
-    scheduler.publish("aod.evt.scheduler.v1.session.completed.x".to_owned(), "1".into(), "1").await.unwrap();
+    scheduler
+        .publish("aod.evt.scheduler.v1.session.completed.x".to_owned(), "1".into(), "1")
+        .await
+        .unwrap();
     let events = raw(&nats, &access::EVENTS).await;
-    let stream = async_nats::jetstream::new(events.clone()).get_stream_no_info("LIFECYCLE").await.unwrap();
+    let stream =
+        async_nats::jetstream::new(events.clone()).get_stream_no_info("LIFECYCLE").await.unwrap();
     stream.create_consumer(deliveries_to(&hint)).await.unwrap();
     events.publish_with_reply("$JS.API.INFO", hint.clone(), "".into()).await.unwrap();
-    let pull = async_nats::jetstream::consumer::pull::Config { name: Some("b".to_owned()), ..Default::default() };
+    let pull = async_nats::jetstream::consumer::pull::Config {
+        name: Some("b".to_owned()),
+        ..Default::default()
+    };
     stream.create_consumer(pull).await.unwrap();
-    events.publish_with_reply("$JS.API.CONSUMER.MSG.NEXT.LIFECYCLE.b", hint.clone(), "2".into()).await.unwrap();
+    events
+        .publish_with_reply("$JS.API.CONSUMER.MSG.NEXT.LIFECYCLE.b", hint.clone(), "2".into())
+        .await
+        .unwrap();
     // A delivery, an answer, two more deliveries or a status, and heartbeats.
     for kind in 0..6 {
-        assert!(tokio::time::timeout(SOON, seen.next()).await.is_ok(), "the check checks nothing: {kind}");
+        assert!(
+            tokio::time::timeout(SOON, seen.next()).await.is_ok(),
+            "the check checks nothing: {kind}"
+        );
     }
     assert!(tokio::time::timeout(Duration::from_millis(300), hints.next()).await.is_err());
     scheduler.hint(hint).await;
@@ -323,10 +444,17 @@ async fn nothing_that_a_stream_or_the_server_sends_to_its_subject_is_a_hint() {
 #[tokio::test]
 async fn another_process_of_the_same_user_cannot_read_a_runners_replies() {
     let nats = Nats::start().unwrap();
-    let (server, runner) = (nats.connect(&access::SCHEDULER).await.unwrap(), nats.connect(&access::RUNNER).await.unwrap());
-    let responder = Responder::new(&server, "scheduler", (), TaskTracker::new(), CancellationToken::new());
+    let (server, runner) = (
+        nats.connect(&access::SCHEDULER).await.unwrap(),
+        nats.connect(&access::RUNNER).await.unwrap(),
+    );
+    let responder =
+        Responder::new(&server, "scheduler", (), TaskTracker::new(), CancellationToken::new());
     let tell = |(), _: contract::scheduler::ClaimSpriteRequest| async {
-        Ok(contract::scheduler::SpriteClaim { lease_id: "sentinel-of-another".to_owned(), ..Default::default() })
+        Ok(contract::scheduler::SpriteClaim {
+            lease_id: "sentinel-of-another".to_owned(),
+            ..Default::default()
+        })
     };
     responder.serve::<rpc::ClaimSprite, _, _>(tell).await.unwrap();
     let mut heard = raw(&nats, &access::RUNNER).await.subscribe("_INBOX_runner.>").await.unwrap();
@@ -334,7 +462,10 @@ async fn another_process_of_the_same_user_cannot_read_a_runners_replies() {
     let claim = runner.call::<rpc::ClaimSprite>(&Default::default(), SOON).await.unwrap();
     assert_eq!(claim.lease_id, "sentinel-of-another");
     let message = tokio::time::timeout(SOON, heard.next()).await.unwrap().unwrap();
-    assert!(!message.payload.is_empty() && !message.payload.windows(8).any(|window| window == b"sentinel"));
+    assert!(
+        !message.payload.is_empty()
+            && !message.payload.windows(8).any(|window| window == b"sentinel")
+    );
 }
 
 /// One of two replicas is restarted again and again under load.
@@ -363,7 +494,9 @@ async fn a_rolling_restart_fails_no_request_and_delays_none_to_its_timeout() {
             let (mut requests, mut failures, mut slowest) = (0_u32, Vec::new(), Duration::ZERO);
             while !done.is_cancelled() {
                 let begun = std::time::Instant::now();
-                if let Err(failure) = client.call::<rpc::CreateKey>(&auth::CreateKeyRequest::default(), SOON).await {
+                if let Err(failure) =
+                    client.call::<rpc::CreateKey>(&auth::CreateKeyRequest::default(), SOON).await
+                {
                     failures.push(failure);
                 }
                 (requests, slowest) = (requests + 1, slowest.max(begun.elapsed()));
@@ -386,10 +519,14 @@ async fn a_rolling_restart_fails_no_request_and_delays_none_to_its_timeout() {
         (requests, slowest) = (requests + count, slowest.max(worst));
     }
     println!("{requests} requests, the slowest took {slowest:?}");
-    assert!(requests > 1000 && slowest < Duration::from_secs(10), "{requests} requests, the slowest took {slowest:?}");
+    assert!(
+        requests > 1000 && slowest < Duration::from_secs(10),
+        "{requests} requests, the slowest took {slowest:?}"
+    );
 }
 
-/// The server answers requests to any reply subject, also to one that its caller may not publish to.
+/// The server answers requests to any reply subject, also to one that its caller may not publish
+/// to.
 #[tokio::test]
 async fn messages_of_the_server_in_a_log_are_recognized_and_removed() {
     let nats = Nats::start().unwrap();
@@ -397,10 +534,14 @@ async fn messages_of_the_server_in_a_log_are_recognized_and_removed() {
     let runner = nats.connect(&access::RUNNER).await.unwrap();
     let log = subject::session_log(SessionId::new(), Partition::FIRST);
     let first = runner.append(log.clone(), "1".into(), 0).await.unwrap();
-    scheduler.publish("aod.evt.scheduler.v1.session.completed.x".to_owned(), "1".into(), "1").await.unwrap();
+    scheduler
+        .publish("aod.evt.scheduler.v1.session.completed.x".to_owned(), "1".into(), "1")
+        .await
+        .unwrap();
     let events = raw(&nats, &access::EVENTS).await;
     // A consumer's deliveries are in no other stream.
-    let stream = async_nats::jetstream::new(events.clone()).get_stream_no_info("LIFECYCLE").await.unwrap();
+    let stream =
+        async_nats::jetstream::new(events.clone()).get_stream_no_info("LIFECYCLE").await.unwrap();
     stream.create_consumer(deliveries_to(&log)).await.unwrap();
     tokio::time::sleep(Duration::from_millis(400)).await;
     assert_eq!(runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap().sequence, first);
@@ -408,9 +549,15 @@ async fn messages_of_the_server_in_a_log_are_recognized_and_removed() {
     let last = async || runner.last(topology::EVENTS.name, &log).await.unwrap().unwrap();
     eventually("an answer is in the log", || async { last().await.sequence > first }).await;
     assert!(last().await.is_foreign);
-    assert!(matches!(runner.append(log.clone(), "2".into(), first).await, Err(AppendError::Superseded)));
+    assert!(matches!(
+        runner.append(log.clone(), "2".into(), first).await,
+        Err(AppendError::Superseded)
+    ));
     for _ in 0..2 {
-        scheduler.remove(topology::EVENTS.name, last().await.sequence.max(first + 1)).await.unwrap();
+        scheduler
+            .remove(topology::EVENTS.name, last().await.sequence.max(first + 1))
+            .await
+            .unwrap();
     }
     let entry = last().await;
     assert!(!entry.is_foreign && entry.sequence == first);

@@ -1,4 +1,5 @@
-//! Who may do what on the bus. NATS enforces it: `nats/permissions.conf` is rendered from this table.
+//! Who may do what on the bus. NATS enforces it: `nats/permissions.conf` is rendered from this
+//! table.
 //!
 //! What it says of the stream EVENTS goes for each of its partitions.
 
@@ -22,12 +23,15 @@ impl Access {
         inbox(self.user)
     }
 
-    /// The inboxes of the users whose requests this one serves. It may publish to no other reply subject: NATS does not check which one a
-    /// request names.
+    /// The inboxes of the users whose requests this one serves. It may publish to no other reply
+    /// subject: NATS does not check which one a request names.
     pub fn inboxes_to_answer(&self) -> impl Iterator<Item = String> {
         let serves = |subject: &str| self.subscribe.iter().any(|pattern| matches(pattern, subject));
-        let served: Vec<_> = rpc::RPCS.iter().map(|rpc| rpc.subject).filter(|subject| serves(subject)).collect();
-        ALL.iter().filter(move |other| served.iter().any(|subject| other.may_publish(subject))).map(Self::inbox)
+        let served: Vec<_> =
+            rpc::RPCS.iter().map(|rpc| rpc.subject).filter(|subject| serves(subject)).collect();
+        ALL.iter()
+            .filter(move |other| served.iter().any(|subject| other.may_publish(subject)))
+            .map(Self::inbox)
     }
 
     /// Whether the user may publish to a subject.
@@ -40,9 +44,9 @@ impl Access {
     fn publish_everywhere(&self) -> impl Iterator<Item = String> {
         self.publish.iter().flat_map(|subject| match subject.split_once(".EVENTS") {
             None => vec![(*subject).to_owned()],
-            Some((before, after)) => {
-                Partition::all().map(|partition| format!("{before}.{}{after}", topology::events(partition).name)).collect()
-            }
+            Some((before, after)) => Partition::all()
+                .map(|partition| format!("{before}.{}{after}", topology::events(partition).name))
+                .collect(),
         })
     }
 }
@@ -155,10 +159,15 @@ pub const RUNNER: Access = Access {
     subscribe: &["aod.hint.runner.>"],
 };
 
-/// Between agents and model providers: it redeems the credentials of sessions that show it their tokens.
+/// Between agents and model providers: it redeems the credentials of sessions that show it their
+/// tokens.
 pub const MODEL_GATEWAY: Access = Access {
     user: "model_gateway",
-    publish: &["aod.rpc.vault.v1.model_token.redeem", "aod.rpc.scheduler.v1.model_request.*", "aod.rpc.auth.v1.user.check"],
+    publish: &[
+        "aod.rpc.vault.v1.model_token.redeem",
+        "aod.rpc.scheduler.v1.model_request.*",
+        "aod.rpc.auth.v1.user.check",
+    ],
     subscribe: &[],
 };
 
@@ -199,16 +208,18 @@ pub const EVENTS: Access = Access {
     subscribe: &["aod.live.session.v1.>"],
 };
 
-/// Users that several processes of different trust share: each could read the replies to the others, so they are sealed to a key of the
-/// process that asked.
+/// Users that several processes of different trust share: each could read the replies to the
+/// others, so they are sealed to a key of the process that asked.
 pub const SEALED_REPLIES: &[&str] = &[RUNNER.user];
 
-pub const ALL: [Access; 8] = [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS];
+pub const ALL: [Access; 8] =
+    [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS];
 
 /// The account of all of these: what is said in it, other accounts of the same servers do not hear.
 pub const ACCOUNT: &str = "AOD";
 
-/// The user of the servers' own account: it reports on servers and removes one from a cluster, and hears nothing of [`ACCOUNT`].
+/// The user of the servers' own account: it reports on servers and removes one from a cluster, and
+/// hears nothing of [`ACCOUNT`].
 pub const SYSTEM: &str = "system";
 
 /// Every user that the servers know.
@@ -222,7 +233,8 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
     matches_by(pattern, subject, |word, wanted| word == wanted)
 }
 
-/// Like [`matches`]; `same` compares a word of the pattern that is not a wildcard with a word of the subject.
+/// Like [`matches`]; `same` compares a word of the pattern that is not a wildcard with a word of
+/// the subject.
 #[must_use]
 pub fn matches_by(pattern: &str, subject: &str, same: impl Fn(&str, &str) -> bool) -> bool {
     let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
@@ -261,7 +273,8 @@ system_account: SYS
 fn render_user(access: &Access) -> String {
     let inbox = format!("{}.>", access.inbox());
     let allow = |subjects: &mut dyn Iterator<Item = String>| {
-        let quoted: Vec<_> = subjects.chain([inbox.clone()]).map(|subject| format!("{subject:?}")).collect();
+        let quoted: Vec<_> =
+            subjects.chain([inbox.clone()]).map(|subject| format!("{subject:?}")).collect();
         quoted.join(", ")
     };
     // A message to its own inbox tells a user that the server has processed what it sent before.
@@ -290,9 +303,16 @@ mod tests {
     #[test]
     fn every_request_is_served_by_one_service_and_has_a_caller() {
         for subject in rpc::RPCS.iter().map(|rpc| rpc.subject) {
-            let servers: Vec<_> = ALL.iter().filter(|a| a.subscribe.iter().any(|p| matches(p, subject))).map(|a| a.user).collect();
+            let servers: Vec<_> = ALL
+                .iter()
+                .filter(|a| a.subscribe.iter().any(|p| matches(p, subject)))
+                .map(|a| a.user)
+                .collect();
             assert_eq!(servers.len(), 1, "{subject} is served by {servers:?}");
-            assert!(ALL.iter().any(|a| a.publish.iter().any(|p| matches(p, subject))), "no user may call {subject}");
+            assert!(
+                ALL.iter().any(|a| a.publish.iter().any(|p| matches(p, subject))),
+                "no user may call {subject}"
+            );
         }
     }
 
@@ -309,8 +329,20 @@ mod tests {
     fn only_the_inboxes_of_callers_are_answered_and_nothing_else_is_open_to_reply_subjects() {
         let answered = |access: &Access| access.inboxes_to_answer().collect::<Vec<_>>();
         assert_eq!(answered(&AUTH), ["_INBOX_gateway", "_INBOX_model_gateway", "_INBOX_operator"]);
-        assert_eq!(answered(&VAULT), ["_INBOX_gateway", "_INBOX_scheduler", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]);
-        assert_eq!(answered(&SCHEDULER), ["_INBOX_gateway", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]);
+        assert_eq!(
+            answered(&VAULT),
+            [
+                "_INBOX_gateway",
+                "_INBOX_scheduler",
+                "_INBOX_runner",
+                "_INBOX_model_gateway",
+                "_INBOX_operator"
+            ]
+        );
+        assert_eq!(
+            answered(&SCHEDULER),
+            ["_INBOX_gateway", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]
+        );
         for access in [GATEWAY, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS] {
             assert!(answered(&access).is_empty(), "{}", access.user);
         }

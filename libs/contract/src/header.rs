@@ -4,8 +4,8 @@
 pub const TRACEPARENT: &str = "traceparent";
 /// How long the caller still waits, in milliseconds. A duration, so that clocks need not agree.
 pub const TIMEOUT: &str = "Aod-Timeout-Ms";
-/// When the caller stops waiting, in milliseconds since the epoch. Sent beside [`TIMEOUT`], and read without it, for peers of the release
-/// before; to be removed in the release after.
+/// When the caller stops waiting, in milliseconds since the epoch. Sent beside [`TIMEOUT`], and
+/// read without it, for peers of the release before; to be removed in the release after.
 pub const DEADLINE: &str = "Aod-Deadline";
 /// Why a message is in the dead-letter stream.
 pub const DLQ_REASON: &str = "Aod-Dlq-Reason";

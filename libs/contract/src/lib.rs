@@ -1,6 +1,8 @@
-//! The bus contract. Messages, subjects, streams, consumers, headers and permissions are declared here and nowhere else.
+//! The bus contract. Messages, subjects, streams, consumers, headers and permissions are declared
+//! here and nowhere else.
 //!
-//! A subject reads `aod.<class>.<owner>.v<N>.<noun>.<verb>[.<key>]`, and its class says what may be lost:
+//! A subject reads `aod.<class>.<owner>.v<N>.<noun>.<verb>[.<key>]`, and its class says what may be
+//! lost:
 //!
 //! | class | carried by | may be lost |
 //! | --- | --- | --- |
@@ -61,8 +63,8 @@ pub mod proto {
 }
 
 pub use proto::aod::{
-    auth::v1 as auth, common::v1 as common, host::v1 as host, runner::v1 as runner, scheduler::v1 as scheduler, session::v1 as session,
-    vault::v1 as vault,
+    auth::v1 as auth, common::v1 as common, host::v1 as host, runner::v1 as runner,
+    scheduler::v1 as scheduler, session::v1 as session, vault::v1 as vault,
 };
 
 /// Values of variables may be secrets.

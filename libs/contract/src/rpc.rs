@@ -115,7 +115,8 @@ rpcs! {
     RedeemLease: vault::RedeemLeaseRequest => vault::RedeemLeaseReply, "aod.rpc.vault.v1.lease.redeem", retry_safe: true;
     /// Revokes the leases of a session.
     RevokeLeases: vault::RevokeLeasesRequest => common::Empty, "aod.rpc.vault.v1.lease.revoke", retry_safe: true;
-    /// Returns the credentials for models of a session's token, encrypted to a one-time key. For the model gateway.
+    /// Returns the credentials for models of a session's token, encrypted to a one-time key. For
+    /// the model gateway.
     RedeemModelToken: vault::RedeemModelTokenRequest => vault::RedeemModelTokenReply, "aod.rpc.vault.v1.model_token.redeem", retry_safe: true;
     /// Revokes the tokens for the model gateway of sessions that ended.
     RevokeModelTokens: vault::RevokeModelTokensRequest => common::Empty, "aod.rpc.vault.v1.model_token.revoke", retry_safe: true;
@@ -236,7 +237,8 @@ rpcs! {
     BeginOutput: scheduler::BeginOutputRequest => scheduler::File, "aod.rpc.scheduler.v1.turn.begin_output", retry_safe: true;
     /// Reports that the bytes of an agent's file are stored. For runners.
     CommitOutput: scheduler::CommitOutputRequest => common::Empty, "aod.rpc.scheduler.v1.turn.commit_output", retry_safe: true;
-    /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what is needed to run it. For runners.
+    /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what is needed to
+    /// run it. For runners.
     ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", retry_safe: true;
     /// Releases a turn, with the reason where an attempt failed. For runners.
     ReleaseTurn: scheduler::ReleaseTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", retry_safe: true;
@@ -246,7 +248,8 @@ rpcs! {
     FetchInputs: scheduler::FetchInputsRequest => scheduler::FetchInputsReply, "aod.rpc.scheduler.v1.turn.inputs", retry_safe: true;
     /// Returns model requests of a session that are not in its log yet. For the runner of its turn.
     FetchModelRequests: scheduler::FetchModelRequestsRequest => scheduler::FetchModelRequestsReply, "aod.rpc.scheduler.v1.turn.model_requests", retry_safe: true;
-    /// Checks a model request against budgets and policies, and reserves what it may use. For the model gateway.
+    /// Checks a model request against budgets and policies, and reserves what it may use. For the
+    /// model gateway.
     BeginModelRequest: scheduler::BeginModelRequestRequest => scheduler::BeginModelRequestReply, "aod.rpc.scheduler.v1.model_request.begin", retry_safe: true;
     /// Settles a model request with what it used. For the model gateway.
     EndModelRequest: scheduler::EndModelRequestRequest => common::Empty, "aod.rpc.scheduler.v1.model_request.end", retry_safe: true;

@@ -5,7 +5,8 @@ use types::{Partition, SessionId, SpriteName, UserId};
 
 use crate::runner::{DestroySprite, RunTurn, SweepSprites};
 
-/// The event log of a session. The last word is the number of the partition, except for the first, so that each partition has a pattern.
+/// The event log of a session. The last word is the number of the partition, except for the first,
+/// so that each partition has a pattern.
 #[must_use]
 pub fn session_log(session: SessionId, partition: Partition) -> String {
     match partition.number() {
@@ -69,12 +70,15 @@ pub enum MalformedJob {
 }
 
 impl RunnerJob {
-    /// Reads a job from its subject ([`turn_run`], [`sprite_destroy`], [`sprite_sweep`]) and payload.
+    /// Reads a job from its subject ([`turn_run`], [`sprite_destroy`], [`sprite_sweep`]) and
+    /// payload.
     ///
     /// # Errors
     /// [`MalformedJob`] for another subject, or a payload that is not its message.
     pub fn parse(subject: &str, payload: &[u8]) -> Result<Self, MalformedJob> {
-        let is = |pattern: &str| pattern.strip_suffix('*').is_some_and(|start| subject.starts_with(start));
+        let is = |pattern: &str| {
+            pattern.strip_suffix('*').is_some_and(|start| subject.starts_with(start))
+        };
         if is(TURN_RUNS) {
             Ok(Self::RunTurn(RunTurn::decode(payload)?))
         } else if is(SPRITE_DESTROYS) {
@@ -239,8 +243,12 @@ mod tests {
         let session = SessionId::new();
         for partition in Partition::all() {
             let republish = crate::topology::events(partition).republish.unwrap();
-            let (from, to) = (republish.from.trim_end_matches('>'), republish.to.trim_end_matches('>'));
-            assert_eq!(session_log(session, partition).replacen(from, to, 1), session_live(session, partition));
+            let (from, to) =
+                (republish.from.trim_end_matches('>'), republish.to.trim_end_matches('>'));
+            assert_eq!(
+                session_log(session, partition).replacen(from, to, 1),
+                session_live(session, partition)
+            );
         }
     }
 
@@ -264,7 +272,13 @@ mod tests {
         assert_eq!(sweep, RunnerJob::SweepSprites(SweepSprites::default()));
         let destroy = RunnerJob::parse(&SPRITE_DESTROYS.replace('*', "aod-x"), &[]).unwrap();
         assert_eq!(destroy, RunnerJob::DestroySprite(DestroySprite::default()));
-        assert!(matches!(RunnerJob::parse("aod.cmd.runner.v1.other", &[]), Err(MalformedJob::UnknownKind)));
-        assert!(matches!(RunnerJob::parse(&turn_run(session), &[0xff]), Err(MalformedJob::Payload(_))));
+        assert!(matches!(
+            RunnerJob::parse("aod.cmd.runner.v1.other", &[]),
+            Err(MalformedJob::UnknownKind)
+        ));
+        assert!(matches!(
+            RunnerJob::parse(&turn_run(session), &[0xff]),
+            Err(MalformedJob::Payload(_))
+        ));
     }
 }

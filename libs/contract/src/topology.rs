@@ -1,4 +1,5 @@
-//! Streams and consumers, with every limit written out. `bus::topology` creates them and reports differences.
+//! Streams and consumers, with every limit written out. `bus::topology` creates them and reports
+//! differences.
 
 use std::time::Duration;
 
@@ -61,8 +62,9 @@ pub const JOBS: StreamSpec = StreamSpec {
     republish: None,
 };
 
-/// The first partition of the sessions' event logs. The scheduler trims what is persisted when room is needed. A full stream refuses
-/// events, and writers wait: its size is how far the projector may lag behind.
+/// The first partition of the sessions' event logs. The scheduler trims what is persisted when room
+/// is needed. A full stream refuses events, and writers wait: its size is how far the projector may
+/// lag behind.
 pub const EVENTS: StreamSpec = StreamSpec {
     name: "EVENTS",
     subjects: &["aod.log.session.v1.*"],
@@ -127,7 +129,9 @@ pub fn partition_of(stream: &str) -> Option<Partition> {
 pub const OTHERS: [StreamSpec; 3] = [JOBS, LIFECYCLE, DLQ];
 
 /// All streams of a deployment with these partitions.
-pub fn streams(partitions: impl IntoIterator<Item = Partition>) -> impl Iterator<Item = StreamSpec> {
+pub fn streams(
+    partitions: impl IntoIterator<Item = Partition>,
+) -> impl Iterator<Item = StreamSpec> {
     OTHERS.into_iter().chain(partitions.into_iter().map(|partition| *events(partition)))
 }
 
@@ -154,8 +158,11 @@ mod tests {
         let session = SessionId::new();
         for partition in Partition::all() {
             let log = subject::session_log(session, partition);
-            let holds = |spec: &StreamSpec| spec.subjects.iter().any(|pattern| access::matches(pattern, &log));
-            let streams: Vec<_> = streams(Partition::all()).filter(holds).map(|spec| spec.name).collect();
+            let holds = |spec: &StreamSpec| {
+                spec.subjects.iter().any(|pattern| access::matches(pattern, &log))
+            };
+            let streams: Vec<_> =
+                streams(Partition::all()).filter(holds).map(|spec| spec.name).collect();
             assert_eq!(streams, [events(partition).name]);
             assert_eq!(partition_of(events(partition).name), Some(partition));
         }

@@ -1,12 +1,15 @@
 //! The bytes of files by object id. The scheduler stores their metadata (docs/adr/0120-files.md).
 //!
-//! An object is written whole or not at all, and never changed. Services that share one store share nothing else of it.
+//! An object is written whole or not at all, and never changed. Services that share one store share
+//! nothing else of it.
 
 use std::{path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
-use object_store::{ObjectStore, ObjectStoreExt as _, WriteMultipart, local::LocalFileSystem, path::Path};
+use object_store::{
+    ObjectStore, ObjectStoreExt as _, WriteMultipart, local::LocalFileSystem, path::Path,
+};
 use settings::Env;
 use sha2::{Digest as _, Sha256};
 use url::Url;
@@ -82,7 +85,8 @@ impl Files {
         Ok(Self { store: Arc::new(store), directory: Some(path) })
     }
 
-    /// Writes an object from its chunks, at most `bytes_max` of them. Nothing is left of one that fails.
+    /// Writes an object from its chunks, at most `bytes_max` of them. Nothing is left of one that
+    /// fails.
     ///
     /// # Errors
     /// [`NotWritten`].
@@ -114,7 +118,10 @@ impl Files {
     pub async fn read(
         &self,
         object: Uuid,
-    ) -> Result<impl Stream<Item = Result<Bytes, object_store::Error>> + Send + Unpin + use<>, object_store::Error> {
+    ) -> Result<
+        impl Stream<Item = Result<Bytes, object_store::Error>> + Send + Unpin + use<>,
+        object_store::Error,
+    > {
         Ok(self.store.get(&path(object)).await?.into_stream())
     }
 
@@ -130,12 +137,20 @@ impl Files {
     }
 
     /// Objects that were written at least so long ago, a chunk at a time.
-    pub fn older_than(&self, age: Duration, chunk: usize) -> impl Stream<Item = Result<Vec<Uuid>, object_store::Error>> + Send + Unpin {
+    pub fn older_than(
+        &self,
+        age: Duration,
+        chunk: usize,
+    ) -> impl Stream<Item = Result<Vec<Uuid>, object_store::Error>> + Send + Unpin {
         let objects = self.store.list(Some(&Path::from(FOLDER)));
         let old = objects.try_filter_map(move |meta| {
             let written = std::time::SystemTime::from(meta.last_modified);
             let is_old = written.elapsed().is_ok_and(|since| since >= age);
-            std::future::ready(Ok(if is_old { meta.location.filename().and_then(|name| name.parse().ok()) } else { None }))
+            std::future::ready(Ok(if is_old {
+                meta.location.filename().and_then(|name| name.parse().ok())
+            } else {
+                None
+            }))
         });
         old.try_chunks(chunk).map_err(|error| error.1).boxed()
     }
@@ -147,7 +162,9 @@ impl Files {
     pub async fn remove_abandoned(&self) -> std::io::Result<u64> {
         let Some(directory) = self.directory.clone() else { return Ok(0) };
         // A walk over files: it would hold up others.
-        let removed = tokio::task::spawn_blocking(move || remove_abandoned(&directory.join(FOLDER), ABANDONED_AFTER));
+        let removed = tokio::task::spawn_blocking(move || {
+            remove_abandoned(&directory.join(FOLDER), ABANDONED_AFTER)
+        });
         removed.await.map_err(std::io::Error::other)?
     }
 }
@@ -191,8 +208,12 @@ fn remove_abandoned(folder: &std::path::Path, age: Duration) -> std::io::Result<
     for folder in folders {
         for entry in std::fs::read_dir(folder?.path())?.flatten() {
             let is_part = entry.file_name().to_string_lossy().contains('#');
-            let is_old =
-                || entry.metadata().and_then(|metadata| metadata.modified()).is_ok_and(|at| at.elapsed().is_ok_and(|since| since >= age));
+            let is_old = || {
+                entry
+                    .metadata()
+                    .and_then(|metadata| metadata.modified())
+                    .is_ok_and(|at| at.elapsed().is_ok_and(|since| since >= age))
+            };
             if is_part && is_old() && std::fs::remove_file(entry.path()).is_ok() {
                 removed += 1;
             }
@@ -214,7 +235,9 @@ mod tests {
     }
 
     fn chunks(chunks: &[&[u8]]) -> impl Stream<Item = Result<Bytes, ()>> + use<> {
-        stream::iter(chunks.iter().map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect::<Vec<_>>())
+        stream::iter(
+            chunks.iter().map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect::<Vec<_>>(),
+        )
     }
 
     async fn content(files: &Files, object: Uuid) -> Option<Vec<u8>> {
@@ -232,8 +255,15 @@ mod tests {
         let (empty, large) = (Uuid::now_v7(), Uuid::now_v7());
         assert_eq!(files.write(empty, 0, chunks(&[])).await.unwrap().bytes, 0);
         let part = vec![7_u8; 3 << 20];
-        let written = files.write(large, 20 << 20, chunks(&[&part, b"x", &part, &part])).await.unwrap();
-        assert_eq!(written, Written { bytes: (9 << 20) + 1, sha256: Sha256::digest([&part[..], b"x", &part, &part].concat()).to_vec() });
+        let written =
+            files.write(large, 20 << 20, chunks(&[&part, b"x", &part, &part])).await.unwrap();
+        assert_eq!(
+            written,
+            Written {
+                bytes: (9 << 20) + 1,
+                sha256: Sha256::digest([&part[..], b"x", &part, &part].concat()).to_vec()
+            }
+        );
         assert_eq!(content(&files, large).await.unwrap(), [&part[..], b"x", &part, &part].concat());
         assert_eq!(content(&files, empty).await.unwrap(), b"");
         let mut listed = all(&files).await;
@@ -251,16 +281,25 @@ mod tests {
         let (directory, files) = store();
         let object = Uuid::now_v7();
         let part = vec![7_u8; 6 << 20];
-        assert!(matches!(files.write(object, 7 << 20, chunks(&[&part, &part])).await, Err(NotWritten::TooLarge(_))));
+        assert!(matches!(
+            files.write(object, 7 << 20, chunks(&[&part, &part])).await,
+            Err(NotWritten::TooLarge(_))
+        ));
         let broken = stream::iter([Ok(Bytes::from(part)), Err("gone")]);
-        assert!(matches!(files.write(object, u64::MAX, broken).await, Err(NotWritten::Source("gone"))));
+        assert!(matches!(
+            files.write(object, u64::MAX, broken).await,
+            Err(NotWritten::Source("gone"))
+        ));
         assert_eq!((content(&files, object).await, all(&files).await), (None, Vec::<Uuid>::new()));
         // What a writer leaves that is killed.
         let folder = directory.path().join("files/objects/ab");
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("x#1"), "part").unwrap();
         assert_eq!(files.remove_abandoned().await.unwrap(), 0, "it may still be written");
-        assert_eq!(remove_abandoned(&directory.path().join("files/objects"), Duration::ZERO).unwrap(), 1);
+        assert_eq!(
+            remove_abandoned(&directory.path().join("files/objects"), Duration::ZERO).unwrap(),
+            1
+        );
         assert_eq!(all(&files).await, Vec::<Uuid>::new());
     }
 

@@ -1,11 +1,12 @@
 //! The frames of the agent host's journal.
 //!
-//! A journal is a sequence of [`Record`]s at ascending offsets. Each lies in a frame: its offset in the journal (u64), the payload's
-//! length (u32), a CRC-32 of both and of the payload (u32), all little-endian, then the payload. A frame that is cut off,
-//! damaged, repeated, or read at another offset than its own is never mistaken for a record.
+//! A journal is a sequence of [`Record`]s at ascending offsets. Each lies in a frame: its offset in
+//! the journal (u64), the payload's length (u32), a CRC-32 of both and of the payload (u32), all
+//! little-endian, then the payload. A frame that is cut off, damaged, repeated, or read at another
+//! offset than its own is never mistaken for a record.
 //!
-//! `agent-host attach` writes the same frames to its standard output, with [`Control`] frames between them at the offset
-//! [`OUTSIDE`], and reads [`Input`]s in frames at that offset.
+//! `agent-host attach` writes the same frames to its standard output, with [`Control`] frames
+//! between them at the offset [`OUTSIDE`], and reads [`Input`]s in frames at that offset.
 
 use contract::host::{Control, Input, Record};
 use prost::Message as _;
@@ -86,12 +87,18 @@ pub fn control_frame(control: &Control) -> Vec<u8> {
 /// Finds the frame at the beginning of `bytes`, whatever its offset.
 #[must_use]
 pub fn find(bytes: &[u8]) -> Found<'_> {
-    let (Some(offset), Some(length), Some(sum)) = (array(bytes, 0), array(bytes, 8), array(bytes, 12)) else { return Found::Incomplete };
+    let (Some(offset), Some(length), Some(sum)) =
+        (array(bytes, 0), array(bytes, 8), array(bytes, 12))
+    else {
+        return Found::Incomplete;
+    };
     let length = u32::from_le_bytes(length) as usize;
     if length > PAYLOAD_BYTES_MAX {
         return Found::Damaged;
     }
-    let Some(payload) = bytes.get(HEADER_BYTES..HEADER_BYTES + length) else { return Found::Incomplete };
+    let Some(payload) = bytes.get(HEADER_BYTES..HEADER_BYTES + length) else {
+        return Found::Incomplete;
+    };
     if checksum(bytes.get(..12).unwrap_or_default(), payload) != u32::from_le_bytes(sum) {
         return Found::Damaged;
     }
@@ -163,9 +170,12 @@ impl Decoder {
     /// Returns the next whole frame; none if more bytes are needed.
     ///
     /// # Errors
-    /// When the bytes are not a frame, or a record does not continue the one before. Then the stream is unusable: open a new one at
-    /// [`Self::offset`].
-    #[expect(clippy::should_implement_trait, reason = "an iterator would hide that more bytes may follow")]
+    /// When the bytes are not a frame, or a record does not continue the one before. Then the
+    /// stream is unusable: open a new one at [`Self::offset`].
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an iterator would hide that more bytes may follow"
+    )]
     pub fn next(&mut self) -> Result<Option<Frame>, Damaged> {
         let damaged = Damaged { offset: self.offset };
         let (offset, payload) = match find(self.buffer.get(self.taken..).unwrap_or_default()) {
@@ -175,11 +185,19 @@ impl Decoder {
         };
         let bytes = HEADER_BYTES + payload.len();
         let frame = match (offset, self.outside) {
-            (OUTSIDE, Outside::Controls) => Frame::Control(Control::decode(payload).map_err(|_| damaged)?),
-            (OUTSIDE, Outside::Inputs) => Frame::Input(Input::decode(payload).map_err(|_| damaged)?),
+            (OUTSIDE, Outside::Controls) => {
+                Frame::Control(Control::decode(payload).map_err(|_| damaged)?)
+            }
+            (OUTSIDE, Outside::Inputs) => {
+                Frame::Input(Input::decode(payload).map_err(|_| damaged)?)
+            }
             (_, Outside::Controls) if offset == self.offset => {
                 let next = offset + bytes as u64;
-                Frame::Record { offset, next, record: Record::decode(payload).map_err(|_| damaged)? }
+                Frame::Record {
+                    offset,
+                    next,
+                    record: Record::decode(payload).map_err(|_| damaged)?,
+                }
             }
             _ => return Err(damaged),
         };
@@ -199,7 +217,10 @@ mod tests {
     use super::*;
 
     fn output(data: Vec<u8>) -> Record {
-        Record { at_us: 1, kind: Some(record::Kind::Output(Output { stream: 0, data: data.into() })) }
+        Record {
+            at_us: 1,
+            kind: Some(record::Kind::Output(Output { stream: 0, data: data.into() })),
+        }
     }
 
     /// Frames in a row from an offset, and the offset after each.

@@ -1,7 +1,8 @@
 //! Whether budgets let a model request be sent, and what it counts as.
 //!
-//! A request reserves an estimate and is settled with what it used. It is sent while what is used and reserved is below each budget. Near
-//! a budget, where only reservations are in the way, a session may send one request more, and the next ones wait.
+//! A request reserves an estimate and is settled with what it used. It is sent while what is used
+//! and reserved is below each budget. Near a budget, where only reservations are in the way, a
+//! session may send one request more, and the next ones wait.
 
 use contract::session::BudgetNotice;
 
@@ -18,7 +19,10 @@ pub struct Limits {
 impl Limits {
     #[must_use]
     pub const fn is_none(&self) -> bool {
-        self.cost.is_none() && self.tokens.is_none() && self.requests.is_none() && self.seconds.is_none()
+        self.cost.is_none()
+            && self.tokens.is_none()
+            && self.requests.is_none()
+            && self.seconds.is_none()
     }
 
     /// Fills missing limits with the defaults of the scope.
@@ -100,14 +104,18 @@ impl Account {
     }
 
     fn is_reserved(&self) -> bool {
-        self.measures().into_iter().any(|(_, max, used, held)| max.is_some_and(|max| used.saturating_add(held) >= max))
+        self.measures()
+            .into_iter()
+            .any(|(_, max, used, held)| max.is_some_and(|max| used.saturating_add(held) >= max))
     }
 }
 
 /// `has_overdrawn`: the session has sent its one request beyond reservations.
 #[must_use]
 pub fn admit(accounts: &[Account], estimate: Estimate, has_overdrawn: bool) -> Verdict {
-    if let Some(notice) = accounts.iter().enumerate().find_map(|(index, account)| account.used_up(index, 100)) {
+    if let Some(notice) =
+        accounts.iter().enumerate().find_map(|(index, account)| account.used_up(index, 100))
+    {
         return Verdict::Reached(notice);
     }
     if estimate.cost.is_none() && accounts.iter().any(|account| account.limits.cost.is_some()) {
@@ -122,8 +130,8 @@ pub fn admit(accounts: &[Account], estimate: Estimate, has_overdrawn: bool) -> V
     Verdict::Admitted { warnings, overdraws }
 }
 
-/// What a request is counted as when it is settled. One that was cut off, or of which nothing is known, counts as at least its estimate:
-/// a budget holds also where a provider's count is lost.
+/// What a request is counted as when it is settled. One that was cut off, or of which nothing is
+/// known, counts as at least its estimate: a budget holds also where a provider's count is lost.
 #[must_use]
 pub fn charge(held: u64, used: Option<u64>, is_whole: bool) -> u64 {
     match used {
@@ -140,7 +148,10 @@ pub fn message(notice: &BudgetNotice) -> String {
         "cost" => (format!("{} US dollars", usd(notice.used)), usd(notice.max)),
         limit => (format!("{} {limit}", notice.used), notice.max.to_string()),
     };
-    format!("Budget reached: {used} of {max} are used (budget of the {}). Raise it to continue.", notice.scope)
+    format!(
+        "Budget reached: {used} of {max} are used (budget of the {}). Raise it to continue.",
+        notice.scope
+    )
 }
 
 #[cfg(test)]
@@ -155,19 +166,28 @@ mod tests {
 
     #[derive(Clone, Copy, Debug)]
     enum Step {
-        /// A request of a session that will use so much, beside an estimate that is at least as much.
+        /// A request of a session that will use so much, beside an estimate that is at least as
+        /// much.
         Begin(usize, u64, u64),
         /// The oldest request of a session ends; its end may be lost.
         End(usize, bool),
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let begin = (0..SESSIONS, 0_u64..30, 0_u64..30).prop_map(|(session, used, more)| Step::Begin(session, used, used + more));
-        vec(prop_oneof![begin, (0..SESSIONS, any::<bool>()).prop_map(|(session, known)| Step::End(session, known))], 0..200)
+        let begin = (0..SESSIONS, 0_u64..30, 0_u64..30)
+            .prop_map(|(session, used, more)| Step::Begin(session, used, used + more));
+        vec(
+            prop_oneof![
+                begin,
+                (0..SESSIONS, any::<bool>()).prop_map(|(session, known)| Step::End(session, known))
+            ],
+            0..200,
+        )
     }
 
     proptest! {
-        /// Of all sessions under one budget, each sends at most one request once the budget is used up by what was sent before.
+        /// Of all sessions under one budget, each sends at most one request once the budget is used
+        /// up by what was sent before.
         #[test]
         fn no_session_passes_a_budget_by_more_than_one_request(max in 1_u64..200, steps in steps()) {
             let mut account = Account { limits: Limits { tokens: Some(max), ..Limits::default() }, ..Account::default() };
@@ -218,14 +238,25 @@ mod tests {
             (Limits { seconds: Some(80), ..Limits::default() }, "seconds"),
         ] {
             let reached = admit(&[Account::default(), with(limits)], estimate, false);
-            assert_eq!(reached, Verdict::Reached(Notice { account: 1, limit: name, used: 80, max: 80 }));
+            assert_eq!(
+                reached,
+                Verdict::Reached(Notice { account: 1, limit: name, used: 80, max: 80 })
+            );
         }
         let nearly = with(Limits { requests: Some(100), ..Limits::default() });
-        let Verdict::Admitted { warnings, .. } = admit(&[nearly], estimate, false) else { panic!("not admitted") };
+        let Verdict::Admitted { warnings, .. } = admit(&[nearly], estimate, false) else {
+            panic!("not admitted")
+        };
         assert_eq!(warnings, [Notice { account: 0, limit: "requests", used: 80, max: 100 }]);
         let told = Account { has_warned: true, ..nearly };
-        assert_eq!(admit(&[told], estimate, false), Verdict::Admitted { warnings: Vec::new(), overdraws: false });
+        assert_eq!(
+            admit(&[told], estimate, false),
+            Verdict::Admitted { warnings: Vec::new(), overdraws: false }
+        );
         let unpriced = Estimate { cost: None, tokens: 1 };
-        assert_eq!(admit(&[with(Limits { cost: Some(100), ..Limits::default() })], unpriced, false), Verdict::Unpriced);
+        assert_eq!(
+            admit(&[with(Limits { cost: Some(100), ..Limits::default() })], unpriced, false),
+            Verdict::Unpriced
+        );
     }
 }

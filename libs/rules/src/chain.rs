@@ -1,11 +1,13 @@
 //! The chain of a session's event log: each event names the one it continues.
 //!
-//! A stream that lost its tail, was restored from a snapshot or was written to by someone with an older view shows up here: an event
-//! that does not continue the persisted log. It is never persisted over the gap; the log's owner reads the agent's output again.
+//! A stream that lost its tail, was restored from a snapshot or was written to by someone with an
+//! older view shows up here: an event that does not continue the persisted log. It is never
+//! persisted over the gap; the log's owner reads the agent's output again.
 
 use contract::session::{SessionEvent, session_event::Kind};
 
-/// Names one event of a session. An id alone does not: a stream that was set back gives it again, to another event.
+/// Names one event of a session. An id alone does not: a stream that was set back gives it again,
+/// to another event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
     pub id: u64,
@@ -25,14 +27,17 @@ impl Mark {
     }
 }
 
-/// The Managed Agents API shows an event as up to so many, each a microsecond later than the one before it.
+/// The Managed Agents API shows an event as up to so many, each a microsecond later than the one
+/// before it.
 pub const PARTS_MAX: i64 = 256;
 
-/// The time of the event after the newest one: times ascend within a session, whatever its writers' clocks say. After anything but raw
-/// output there is room for all that the newest event shows as.
+/// The time of the event after the newest one: times ascend within a session, whatever its writers'
+/// clocks say. After anything but raw output there is room for all that the newest event shows as.
 #[must_use]
 pub fn next_time(newest: Option<&SessionEvent>, now_us: i64) -> i64 {
-    newest.map_or(now_us, |newest| now_us.max(newest.at_us.saturating_add(step(newest.kind.as_ref()))))
+    newest.map_or(now_us, |newest| {
+        now_us.max(newest.at_us.saturating_add(step(newest.kind.as_ref())))
+    })
 }
 
 /// How much later than an event of this kind the next one is at least, in microseconds.
@@ -55,8 +60,8 @@ pub enum Link {
     Broken,
 }
 
-/// Relates an event to the newest persisted one of its session (`None`: there is none). Events of earlier releases do not name
-/// their predecessor and are always accepted.
+/// Relates an event to the newest persisted one of its session (`None`: there is none). Events of
+/// earlier releases do not name their predecessor and are always accepted.
 #[must_use]
 pub fn link(persisted: Option<Mark>, event_id: u64, follows: Option<Mark>) -> Link {
     if persisted.is_some_and(|newest| event_id <= newest.id) {

@@ -1,5 +1,6 @@
-//! Ending a turn or a session from outside of its runner: a deadline, or a user's termination. Both append to the log, with the
-//! expectation that nothing was appended since; so the log alone decides who was first.
+//! Ending a turn or a session from outside of its runner: a deadline, or a user's termination. Both
+//! append to the log, with the expectation that nothing was appended since; so the log alone
+//! decides who was first.
 
 use contract::session::{SessionEvent, session_event::Kind};
 
@@ -27,7 +28,8 @@ pub struct Log<'a> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Append the end, if `expected` is still the subject's last sequence. It continues the event `follows`.
+    /// Append the end, if `expected` is still the subject's last sequence. It continues the event
+    /// `follows`.
     Append { expected: u64, follows: Mark },
     /// Decide again later: the projector has not caught up.
     Wait,
@@ -35,7 +37,8 @@ pub enum Step {
     Ended,
 }
 
-/// Decides how to end. A deadline is judged on complete information: while events wait to be projected, the turn may have ended.
+/// Decides how to end. A deadline is judged on complete information: while events wait to be
+/// projected, the turn may have ended.
 #[must_use]
 pub fn step(ending: Ending, log: Log<'_>) -> Step {
     // What the projector has passed is persisted, or was not part of the log.
@@ -73,11 +76,24 @@ mod tests {
     fn a_deadline_waits_for_the_projector_and_never_overrules_an_end() {
         let output = event(1, Kind::Output(Output::default()));
         let ended = event(1, Kind::TurnEnded(TurnEnded::default()));
-        let deadline = |streamed, persisted, projected| step(Ending::Deadline { turn: 1 }, Log { streamed, persisted, projected });
-        assert_eq!(deadline(Some((9, &output)), Some((9, &output)), 9), Step::Append { expected: 9, follows: Mark { id: 9, tag: 0 } });
+        let deadline = |streamed, persisted, projected| {
+            step(Ending::Deadline { turn: 1 }, Log { streamed, persisted, projected })
+        };
+        assert_eq!(
+            deadline(Some((9, &output)), Some((9, &output)), 9),
+            Step::Append { expected: 9, follows: Mark { id: 9, tag: 0 } }
+        );
         assert_eq!(deadline(Some((9, &output)), Some((7, &output)), 8), Step::Wait);
-        assert_eq!(deadline(Some((9, &ended)), Some((7, &output)), 8), Step::Ended, "its exit is on the way to Postgres");
-        assert_eq!(deadline(None, Some((7, &ended)), 8), Step::Ended, "its exit was trimmed from the stream");
+        assert_eq!(
+            deadline(Some((9, &ended)), Some((7, &output)), 8),
+            Step::Ended,
+            "its exit is on the way to Postgres"
+        );
+        assert_eq!(
+            deadline(None, Some((7, &ended)), 8),
+            Step::Ended,
+            "its exit was trimmed from the stream"
+        );
         assert_eq!(
             deadline(Some((9, &ended)), Some((7, &output)), 20),
             Step::Append { expected: 9, follows: Mark { id: 7, tag: 0 } },
@@ -87,15 +103,27 @@ mod tests {
 
     #[test]
     fn a_termination_is_appended_once() {
-        let (output, terminated) = (event(1, Kind::Output(Output::default())), event(1, Kind::Terminated(Terminated::default())));
-        let termination = |streamed, persisted| step(Ending::Termination, Log { streamed, persisted, projected: 8 });
-        assert_eq!(termination(Some((9, &output)), Some((5, &output))), Step::Append { expected: 9, follows: Mark { id: 9, tag: 0 } });
+        let (output, terminated) = (
+            event(1, Kind::Output(Output::default())),
+            event(1, Kind::Terminated(Terminated::default())),
+        );
+        let termination = |streamed, persisted| {
+            step(Ending::Termination, Log { streamed, persisted, projected: 8 })
+        };
+        assert_eq!(
+            termination(Some((9, &output)), Some((5, &output))),
+            Step::Append { expected: 9, follows: Mark { id: 9, tag: 0 } }
+        );
         assert_eq!(termination(Some((9, &terminated)), Some((5, &output))), Step::Ended);
         assert_eq!(
             termination(Some((4, &output)), Some((8, &output))),
             Step::Append { expected: 4, follows: Mark { id: 8, tag: 0 } },
             "set back"
         );
-        assert_eq!(termination(None, Some((8, &output))), Step::Append { expected: 0, follows: Mark { id: 8, tag: 0 } }, "trimmed");
+        assert_eq!(
+            termination(None, Some((8, &output))),
+            Step::Append { expected: 0, follows: Mark { id: 8, tag: 0 } },
+            "trimmed"
+        );
     }
 }

@@ -2,8 +2,9 @@
 
 use time::OffsetDateTime;
 
-/// How many events a stream may have taken since it was last looked at: more than fit into one, for nothing is noted while Postgres is
-/// away. Ids are never used twice: a stream is recreated so far above.
+/// How many events a stream may have taken since it was last looked at: more than fit into one, for
+/// nothing is noted while Postgres is away. Ids are never used twice: a stream is recreated so far
+/// above.
 pub const UNSEEN_MAX: u64 = 1_000_000_000;
 
 /// What Postgres knows of a stream.
@@ -41,7 +42,12 @@ pub fn condition(known: Option<Known>, persisted: u64, seen: Option<Seen>) -> Co
         (None, None) if persisted == 0 => Condition::New,
         (_, None) => Condition::Lost,
         (Some(known), Some(seen)) if known.created_at != seen.created_at => Condition::Exchanged,
-        (known, Some(seen)) if seen.last_sequence < persisted.max(known.map_or(0, |known| known.high_watermark)) => Condition::SetBack,
+        (known, Some(seen))
+            if seen.last_sequence
+                < persisted.max(known.map_or(0, |known| known.high_watermark)) =>
+        {
+            Condition::SetBack
+        }
         (_, Some(_)) => Condition::Intact,
     }
 }

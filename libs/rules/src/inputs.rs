@@ -1,7 +1,9 @@
-//! What becomes of inputs and permission requests. The rows are read and written by the scheduler's `inputs`.
+//! What becomes of inputs and permission requests. The rows are read and written by the scheduler's
+//! `inputs`.
 //!
-//! An input travels to the agent host at least once and is applied there once; the event log says what became of it. A message that
-//! waits for the turn's end never leaves the scheduler: the transaction that settles the turn begins the next one from it.
+//! An input travels to the agent host at least once and is applied there once; the event log says
+//! what became of it. A message that waits for the turn's end never leaves the scheduler: the
+//! transaction that settles the turn begins the next one from it.
 
 use contract::{
     host::{decision_settled::How, input_settled::Outcome},
@@ -74,7 +76,11 @@ pub fn settled(input: Input, turn: u32, outcome: Outcome) -> Change {
 /// A turn's agent began.
 #[must_use]
 pub fn turn_started(input: Input, turn: u32) -> Change {
-    if input.is_open_in(turn) && input.kind == InputKind::Message && !input.steers { Change::Applied } else { Change::Keep }
+    if input.is_open_in(turn) && input.kind == InputKind::Message && !input.steers {
+        Change::Applied
+    } else {
+        Change::Keep
+    }
 }
 
 /// A turn ended.
@@ -87,7 +93,9 @@ pub fn turn_ended(input: Input, turn: u32, ended: &TurnEnded) -> Change {
         InputKind::Message if input.steers => Change::Queued,
         InputKind::Message => Change::Refused(Some(NOT_BEGUN)),
         InputKind::Interrupt if ended.stop_reason() == StopReason::Interrupted => Change::Applied,
-        InputKind::Interrupt | InputKind::Decision | InputKind::ToolResult => Change::Refused(Some(TURN_ENDED)),
+        InputKind::Interrupt | InputKind::Decision | InputKind::ToolResult => {
+            Change::Refused(Some(TURN_ENDED))
+        }
     }
 }
 
@@ -98,10 +106,16 @@ pub struct Place {
     pub is_within: bool,
 }
 
-/// The position from which a reader that has seen an input continues. The event that settled it shows it first, if any event shows it. What the log does not
-/// tell of yet comes after all that is in it, up to `newest`.
+/// The position from which a reader that has seen an input continues. The event that settled it
+/// shows it first, if any event shows it. What the log does not tell of yet comes after all that is
+/// in it, up to `newest`.
 #[must_use]
-pub fn place(status: InputStatus, settled_by: Option<u64>, sent_after: Option<u64>, newest: u64) -> Place {
+pub fn place(
+    status: InputStatus,
+    settled_by: Option<u64>,
+    sent_after: Option<u64>,
+    newest: u64,
+) -> Place {
     match settled_by {
         Some(event_id) => Place { event_id, is_within: true },
         None if status.is_open() => Place { event_id: newest, is_within: false },
@@ -142,7 +156,8 @@ pub const fn request_settled(how: How) -> Option<RequestStatus> {
     }
 }
 
-/// A turn's deadline, which stands still while a decision is awaited. In microseconds since the epoch.
+/// A turn's deadline, which stands still while a decision is awaited. In microseconds since the
+/// epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Clock {
     pub deadline: i64,
@@ -160,9 +175,10 @@ impl Clock {
     #[must_use]
     pub fn answered(self, at: i64, open: usize) -> Self {
         match self.waiting_since {
-            Some(since) if open == 0 => {
-                Self { deadline: self.deadline.saturating_add(at.saturating_sub(since).max(0)), waiting_since: None }
-            }
+            Some(since) if open == 0 => Self {
+                deadline: self.deadline.saturating_add(at.saturating_sub(since).max(0)),
+                waiting_since: None,
+            },
             _ => self,
         }
     }
@@ -187,12 +203,15 @@ mod tests {
         assert_eq!(settled(Some(40), Some(7)), Place { event_id: 40, is_within: true });
         // An interrupt of an idle session, or a message that was withdrawn.
         assert_eq!(settled(None, Some(7)), Place { event_id: 7, is_within: false });
-        assert_eq!(place(InputStatus::Queued, None, Some(7), 90), Place { event_id: 90, is_within: false });
+        assert_eq!(
+            place(InputStatus::Queued, None, Some(7), 90),
+            Place { event_id: 90, is_within: false }
+        );
         assert_eq!(settled(None, None), Place { event_id: 90, is_within: false });
     }
 
-    /// A user, the scheduler's rows, deliveries to the host, the host, and the log back: everything that may come twice, late or never
-    /// does. Deliveries of a turn end with its connection.
+    /// A user, the scheduler's rows, deliveries to the host, the host, and the log back: everything
+    /// that may come twice, late or never does. Deliveries of a turn end with its connection.
     #[derive(Debug, Default)]
     struct World {
         rows: BTreeMap<u32, Input>,
@@ -250,7 +269,10 @@ mod tests {
                     Change::Keep => {}
                     Change::Applied => row.status = InputStatus::Applied,
                     Change::Refused(_) => row.status = InputStatus::Refused,
-                    Change::Queued => *row = Input { steers: false, turn: None, status: InputStatus::Queued, ..*row },
+                    Change::Queued => {
+                        *row =
+                            Input { steers: false, turn: None, status: InputStatus::Queued, ..*row }
+                    }
                 }
             }
         }
@@ -267,7 +289,11 @@ mod tests {
 
         fn host_ends(&mut self, stop_reason: StopReason) {
             self.host_runs = false;
-            let ended = TurnEnded { exit_code: Some(0), stop_reason: stop_reason.into(), ..TurnEnded::default() };
+            let ended = TurnEnded {
+                exit_code: Some(0),
+                stop_reason: stop_reason.into(),
+                ..TurnEnded::default()
+            };
             self.log.push((self.turn, Event::Ended(Box::new(ended))));
         }
 
@@ -280,7 +306,9 @@ mod tests {
                     self.read.push(id);
                     self.log.push((self.turn, Event::Settled(id, Outcome::Applied)));
                 }
-                InputKind::Message => self.log.push((self.turn, Event::Settled(id, Outcome::Refused))),
+                InputKind::Message => {
+                    self.log.push((self.turn, Event::Settled(id, Outcome::Refused)))
+                }
                 _ => {
                     self.log.push((self.turn, Event::Settled(id, Outcome::Applied)));
                     if self.host_runs {
@@ -302,13 +330,17 @@ mod tests {
                     self.change(|_, row| turn_started(row, turn));
                 }
                 Event::Settled(id, outcome) => {
-                    self.change(|other, row| if other == id { settled(row, turn, outcome) } else { Change::Keep });
+                    self.change(|other, row| {
+                        if other == id { settled(row, turn, outcome) } else { Change::Keep }
+                    });
                 }
                 Event::Ended(ended) => {
                     self.running = None;
                     self.change(|_, row| turn_ended(row, turn, &ended));
-                    let queued = self.rows.iter().find(|(_, row)| row.is_queued()).map(|(id, _)| *id);
-                    if let (Next::Begin, Some(id)) = (next(SessionStatus::Completed, true), queued) {
+                    let queued =
+                        self.rows.iter().find(|(_, row)| row.is_queued()).map(|(id, _)| *id);
+                    if let (Next::Begin, Some(id)) = (next(SessionStatus::Completed, true), queued)
+                    {
                         self.begin(Some(id));
                     }
                 }
@@ -321,19 +353,32 @@ mod tests {
                     if self.running.is_none() {
                         if kind == InputKind::Message {
                             let id = self.rows.len() as u32;
-                            self.rows.insert(id, Input { kind, steers: false, turn: None, status: InputStatus::Queued });
+                            self.rows.insert(
+                                id,
+                                Input {
+                                    kind,
+                                    steers: false,
+                                    turn: None,
+                                    status: InputStatus::Queued,
+                                },
+                            );
                             self.begin(Some(id));
                         }
                         return;
                     }
                     let turn = (steers || kind != InputKind::Message).then_some(self.turn);
-                    self.rows.insert(self.rows.len() as u32, Input { kind, steers, turn, status: InputStatus::Queued });
+                    self.rows.insert(
+                        self.rows.len() as u32,
+                        Input { kind, steers, turn, status: InputStatus::Queued },
+                    );
                 }
                 Step::Withdraw(which) => {
                     let open: Vec<u32> = self
                         .rows
                         .iter()
-                        .filter(|(_, row)| row.kind == InputKind::Message && row.status == InputStatus::Queued)
+                        .filter(|(_, row)| {
+                            row.kind == InputKind::Message && row.status == InputStatus::Queued
+                        })
                         .map(|(id, _)| *id)
                         .collect();
                     if let Some(id) = which.checked_rem(open.len()).map(|index| open[index]) {
@@ -364,8 +409,11 @@ mod tests {
                     let begun = self.log.iter().any(|(turn, _)| *turn == self.turn);
                     if self.running == Some(false) && !self.host_runs && !begun {
                         self.host_runs = true;
-                        let began =
-                            self.rows.iter().find(|(_, row)| row.turn == Some(self.turn) && row.kind == InputKind::Message && !row.steers);
+                        let began = self.rows.iter().find(|(_, row)| {
+                            row.turn == Some(self.turn)
+                                && row.kind == InputKind::Message
+                                && !row.steers
+                        });
                         self.read.extend(began.map(|(id, _)| *id));
                         self.log.push((self.turn, Event::Started));
                     }
@@ -406,7 +454,8 @@ mod tests {
             prop_assert_eq!(world.running, None);
         }
 
-        /// However requests overlap, the deadline moves by the time in which at least one was open, and none passes meanwhile.
+        /// However requests overlap, the deadline moves by the time in which at least one was open,
+        /// and none passes meanwhile.
         #[test]
         fn a_turns_time_stands_still_while_a_request_is_open(steps in proptest::collection::vec((any::<bool>(), 0_i64..100), 0..40)) {
             let mut clock = Clock { deadline: 1000, waiting_since: None };
@@ -432,10 +481,21 @@ mod tests {
 
     #[test]
     fn an_interrupt_that_comes_too_late_is_refused() {
-        let interrupt = Input { kind: InputKind::Interrupt, steers: false, turn: Some(1), status: InputStatus::Delivered };
-        let ended = |stop_reason: StopReason| TurnEnded { stop_reason: stop_reason.into(), ..TurnEnded::default() };
+        let interrupt = Input {
+            kind: InputKind::Interrupt,
+            steers: false,
+            turn: Some(1),
+            status: InputStatus::Delivered,
+        };
+        let ended = |stop_reason: StopReason| TurnEnded {
+            stop_reason: stop_reason.into(),
+            ..TurnEnded::default()
+        };
         assert_eq!(turn_ended(interrupt, 1, &ended(StopReason::Interrupted)), Change::Applied);
-        assert_eq!(turn_ended(interrupt, 1, &ended(StopReason::EndTurn)), Change::Refused(Some(TURN_ENDED)));
+        assert_eq!(
+            turn_ended(interrupt, 1, &ended(StopReason::EndTurn)),
+            Change::Refused(Some(TURN_ENDED))
+        );
         assert_eq!(turn_ended(interrupt, 2, &ended(StopReason::EndTurn)), Change::Keep);
         assert_eq!(settled(interrupt, 2, Outcome::Applied), Change::Keep, "another turn's");
     }

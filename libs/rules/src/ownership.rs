@@ -1,7 +1,8 @@
 //! Who owns a turn. The rows are read and written by the scheduler's `claims` and `reconciler`.
 //!
-//! A turn is owned by a runner's lease. The lease's heartbeats say which turns the runner works on; whatever the two sides disagree
-//! about is put right by the next one. A job in the queue is a hint: losing it or delivering it twice costs latency alone.
+//! A turn is owned by a runner's lease. The lease's heartbeats say which turns the runner works on;
+//! whatever the two sides disagree about is put right by the next one. A job in the queue is a
+//! hint: losing it or delivering it twice costs latency alone.
 
 use std::time::Duration;
 
@@ -10,13 +11,17 @@ use uuid::Uuid;
 
 /// A runner that sends no heartbeat for this long has lost its turns.
 pub const LEASE: Duration = Duration::from_secs(2);
-/// How long a claimed turn may be missing in its owner's heartbeats: the answer to the claim may be on its way.
+/// How long a claimed turn may be missing in its owner's heartbeats: the answer to the claim may be
+/// on its way.
 pub const CLAIM_GRACE: Duration = Duration::from_secs(12);
 /// An attempt that failed this often will not go better the next time.
 pub const FAILURES_MAX: u32 = 100;
-/// How soon a turn that no runner claimed is offered again. It may well be waiting in the queue: then less and less often.
-const OFFERS: Backoff = Backoff { base: Duration::from_secs(2), max: Duration::from_secs(30), attempts: u32::MAX };
-const RETRIES: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
+/// How soon a turn that no runner claimed is offered again. It may well be waiting in the queue:
+/// then less and less often.
+const OFFERS: Backoff =
+    Backoff { base: Duration::from_secs(2), max: Duration::from_secs(30), attempts: u32::MAX };
+const RETRIES: Backoff =
+    Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
 
 /// A turn as a claim finds it.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +46,10 @@ pub enum Verdict {
 /// Decides a claim. The owner itself may claim again: the answer to its earlier claim was lost.
 #[must_use]
 pub fn claim(session: SessionStatus, turn: Turn, claimant: Uuid) -> Verdict {
-    if !session.is_active() || !turn.is_current || !matches!(turn.status, TurnStatus::Pending | TurnStatus::Running) {
+    if !session.is_active()
+        || !turn.is_current
+        || !matches!(turn.status, TurnStatus::Pending | TurnStatus::Running)
+    {
         return Verdict::Settled;
     }
     match turn.owner {
@@ -79,11 +87,20 @@ pub struct Differences {
     pub forgotten: Vec<Held>,
 }
 
-/// Compares the turns that a runner holds with those it owns; `true` beside an owned one that was claimed a moment ago.
+/// Compares the turns that a runner holds with those it owns; `true` beside an owned one that was
+/// claimed a moment ago.
 #[must_use]
 pub fn compare(held: &[Held], owned: &[(Held, bool)]) -> Differences {
-    let lost = held.iter().filter(|held| !owned.iter().any(|(owned, _)| owned == *held)).copied().collect();
-    let forgotten = owned.iter().filter(|(owned, fresh)| !fresh && !held.contains(owned)).map(|(owned, _)| *owned).collect();
+    let lost = held
+        .iter()
+        .filter(|held| !owned.iter().any(|(owned, _)| owned == *held))
+        .copied()
+        .collect();
+    let forgotten = owned
+        .iter()
+        .filter(|(owned, fresh)| !fresh && !held.contains(owned))
+        .map(|(owned, _)| *owned)
+        .collect();
     Differences { lost, forgotten }
 }
 
@@ -99,9 +116,18 @@ mod tests {
         let turn = Turn { status: TurnStatus::Running, is_current: true, owner: Some(owner) };
         assert_eq!(claim(SessionStatus::Running, turn, other), Verdict::Owned);
         assert_eq!(claim(SessionStatus::Running, turn, owner), Verdict::Run);
-        assert_eq!(claim(SessionStatus::Running, Turn { owner: None, ..turn }, other), Verdict::Run);
-        assert_eq!(claim(SessionStatus::Terminated, Turn { owner: None, ..turn }, other), Verdict::Settled);
-        assert_eq!(claim(SessionStatus::Running, Turn { is_current: false, owner: None, ..turn }, other), Verdict::Settled);
+        assert_eq!(
+            claim(SessionStatus::Running, Turn { owner: None, ..turn }, other),
+            Verdict::Run
+        );
+        assert_eq!(
+            claim(SessionStatus::Terminated, Turn { owner: None, ..turn }, other),
+            Verdict::Settled
+        );
+        assert_eq!(
+            claim(SessionStatus::Running, Turn { is_current: false, owner: None, ..turn }, other),
+            Verdict::Settled
+        );
     }
 
     proptest! {

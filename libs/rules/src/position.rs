@@ -14,7 +14,8 @@ pub struct Newest<'a> {
 /// Where to continue.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Position {
-    /// Append with `expected` as the subject's last sequence; the next event continues the event `follows`, which was written at `at_us`.
+    /// Append with `expected` as the subject's last sequence; the next event continues the event
+    /// `follows`, which was written at `at_us`.
     Open { expected: u64, follows: Mark, checkpoint: Checkpoint, at_us: i64 },
     /// The turn's end is in the log, with this id.
     Ended { id: u64 },
@@ -24,16 +25,33 @@ pub enum Position {
     Superseded,
 }
 
-/// Decides from the newest event in the stream and the newest persisted one, which the claim brought. The later of the two counts: a
-/// stream may have been trimmed, recreated or set back. What is appended to one that was set back may get an id that was used before,
-/// which its acknowledgement shows.
+/// Decides from the newest event in the stream and the newest persisted one, which the claim
+/// brought. The later of the two counts: a stream may have been trimmed, recreated or set back.
+/// What is appended to one that was set back may get an id that was used before, which its
+/// acknowledgement shows.
 #[must_use]
-pub fn position(streamed: Option<Newest<'_>>, persisted: Option<Newest<'_>>, turn: u32, epoch: u32) -> Position {
+pub fn position(
+    streamed: Option<Newest<'_>>,
+    persisted: Option<Newest<'_>>,
+    turn: u32,
+    epoch: u32,
+) -> Position {
     let expected = streamed.map_or(0, |newest| newest.id);
-    let Some(newest) = [persisted, streamed].into_iter().flatten().max_by_key(|newest| newest.id) else {
-        return Position::Open { expected, follows: Mark::default(), checkpoint: Checkpoint::default(), at_us: 0 };
+    let Some(newest) = [persisted, streamed].into_iter().flatten().max_by_key(|newest| newest.id)
+    else {
+        return Position::Open {
+            expected,
+            follows: Mark::default(),
+            checkpoint: Checkpoint::default(),
+            at_us: 0,
+        };
     };
-    let open = |checkpoint| Position::Open { expected, follows: Mark::of(newest.id, newest.event), checkpoint, at_us: newest.event.at_us };
+    let open = |checkpoint| Position::Open {
+        expected,
+        follows: Mark::of(newest.id, newest.event),
+        checkpoint,
+        at_us: newest.event.at_us,
+    };
     match &newest.event.kind {
         Some(Kind::Terminated(_)) => Position::Terminated,
         _ if newest.event.turn != turn => open(following(newest.event.checkpoint.as_ref())),
@@ -43,7 +61,8 @@ pub fn position(streamed: Option<Newest<'_>>, persisted: Option<Newest<'_>>, tur
     }
 }
 
-/// A new turn's checkpoint: the agent host's journal and the model gateway's entries continue, all else begins.
+/// A new turn's checkpoint: the agent host's journal and the model gateway's entries continue, all
+/// else begins.
 fn following(former: Option<&Checkpoint>) -> Checkpoint {
     let Some(former) = former else { return Checkpoint::default() };
     Checkpoint {
@@ -62,15 +81,24 @@ mod tests {
 
     fn event(epoch: u32, kind: Kind, stdout_offset: u64) -> SessionEvent {
         let checkpoint = Some(Checkpoint { stdout_offset, ..Checkpoint::default() });
-        SessionEvent { turn: 1, epoch, checkpoint, tag: 1, kind: Some(kind), ..SessionEvent::default() }
+        SessionEvent {
+            turn: 1,
+            epoch,
+            checkpoint,
+            tag: 1,
+            kind: Some(kind),
+            ..SessionEvent::default()
+        }
     }
 
     #[test]
     fn the_later_of_stream_and_claim_counts() {
         let output = event(1, Kind::Output(Output::default()), 70);
         let taken_over = event(1, Kind::TakenOver(TakenOver {}), 40);
-        let (output, taken_over) = (SessionEvent { at_us: 9, ..output }, SessionEvent { at_us: 5, ..taken_over });
-        let (streamed, persisted) = (Newest { id: 9, event: &output }, Newest { id: 5, event: &taken_over });
+        let (output, taken_over) =
+            (SessionEvent { at_us: 9, ..output }, SessionEvent { at_us: 5, ..taken_over });
+        let (streamed, persisted) =
+            (Newest { id: 9, event: &output }, Newest { id: 5, event: &taken_over });
         let open = |expected, id: u64, stdout_offset| Position::Open {
             expected,
             follows: Mark { id, tag: u64::from(id > 0) },
@@ -79,9 +107,17 @@ mod tests {
         };
         assert_eq!(position(Some(streamed), Some(persisted), 1, 2), open(9, 9, 70));
         assert_eq!(position(None, Some(persisted), 1, 2), open(0, 5, 40));
-        assert_eq!(position(Some(Newest { id: 4, event: &output }), Some(persisted), 1, 2), open(4, 5, 40), "set back");
+        assert_eq!(
+            position(Some(Newest { id: 4, event: &output }), Some(persisted), 1, 2),
+            open(4, 5, 40),
+            "set back"
+        );
         assert_eq!(position(None, None, 1, 1), open(0, 0, 0));
-        assert_eq!(position(Some(streamed), None, 2, 1), open(9, 9, 0), "an earlier turn's checkpoint is not this one's");
+        assert_eq!(
+            position(Some(streamed), None, 2, 1),
+            open(9, 9, 0),
+            "an earlier turn's checkpoint is not this one's"
+        );
     }
 
     #[test]
@@ -94,15 +130,34 @@ mod tests {
             metered_through: 3,
             ..Checkpoint::default()
         };
-        let ended = SessionEvent { checkpoint: Some(checkpoint), ..event(1, Kind::TurnEnded(TurnEnded::default()), 0) };
-        let Position::Open { checkpoint, .. } = position(Some(Newest { id: 9, event: &ended }), None, 2, 1) else { panic!("not open") };
-        assert_eq!(checkpoint, Checkpoint { journal_offset: 4711, metered_through: 3, ..Checkpoint::default() });
+        let ended = SessionEvent {
+            checkpoint: Some(checkpoint),
+            ..event(1, Kind::TurnEnded(TurnEnded::default()), 0)
+        };
+        let Position::Open { checkpoint, .. } =
+            position(Some(Newest { id: 9, event: &ended }), None, 2, 1)
+        else {
+            panic!("not open")
+        };
+        assert_eq!(
+            checkpoint,
+            Checkpoint { journal_offset: 4711, metered_through: 3, ..Checkpoint::default() }
+        );
     }
 
     #[test]
     fn an_ended_or_superseded_turn_is_left_alone() {
-        let (ended, later) = (event(1, Kind::TurnEnded(TurnEnded::default()), 0), event(3, Kind::TakenOver(TakenOver {}), 0));
-        assert_eq!(position(Some(Newest { id: 9, event: &ended }), None, 1, 2), Position::Ended { id: 9 });
-        assert_eq!(position(Some(Newest { id: 9, event: &later }), None, 1, 2), Position::Superseded);
+        let (ended, later) = (
+            event(1, Kind::TurnEnded(TurnEnded::default()), 0),
+            event(3, Kind::TakenOver(TakenOver {}), 0),
+        );
+        assert_eq!(
+            position(Some(Newest { id: 9, event: &ended }), None, 1, 2),
+            Position::Ended { id: 9 }
+        );
+        assert_eq!(
+            position(Some(Newest { id: 9, event: &later }), None, 1, 2),
+            Position::Superseded
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The state machine of sessions and turns: what an event of the log changes. The only place that decides a status.
+//! The state machine of sessions and turns: what an event of the log changes. The only place that
+//! decides a status.
 
 use contract::session::{StopReason, TurnEnded, session_event::Kind};
 use types::{SessionStatus, Stage, TurnStatus};
@@ -12,7 +13,8 @@ pub struct State {
     pub session: SessionStatus,
     /// The session's newest turn.
     pub current_turn: u32,
-    /// The status of the turn that the event is about, if there is one: a session may begin without a message.
+    /// The status of the turn that the event is about, if there is one: a session may begin without
+    /// a message.
     pub turn: Option<TurnStatus>,
 }
 
@@ -25,7 +27,8 @@ pub struct Transition {
     pub destroy: bool,
 }
 
-/// Decides what an event about `event_turn` changes. Each event applies once: a settled turn and a terminated session stay as they are.
+/// Decides what an event about `event_turn` changes. Each event applies once: a settled turn and a
+/// terminated session stay as they are.
 #[must_use]
 pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
     let open = matches!(state.turn, Some(TurnStatus::Pending | TurnStatus::Running));
@@ -33,21 +36,30 @@ pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
     match kind {
         Kind::TurnStarted(_) if state.turn == Some(TurnStatus::Pending) => Transition {
             turn: Some(TurnStatus::Running),
-            session: (current && state.session == SessionStatus::Pending).then_some(SessionStatus::Running),
+            session: (current && state.session == SessionStatus::Pending)
+                .then_some(SessionStatus::Running),
             destroy: false,
         },
         Kind::TurnEnded(ended) if open => {
             let (turn, session) = match ended.exit_code == Some(0) {
                 true => (TurnStatus::Completed, SessionStatus::Completed),
                 // The session continues once its budget is raised.
-                false if ended.stop_reason() == StopReason::Budget => (TurnStatus::Failed, SessionStatus::Completed),
+                false if ended.stop_reason() == StopReason::Budget => {
+                    (TurnStatus::Failed, SessionStatus::Completed)
+                }
                 false => (TurnStatus::Failed, SessionStatus::Failed),
             };
-            Transition { turn: Some(turn), session: current.then_some(session), destroy: current && leaves_nothing(ended) }
+            Transition {
+                turn: Some(turn),
+                session: current.then_some(session),
+                destroy: current && leaves_nothing(ended),
+            }
         }
-        Kind::Terminated(_) if state.session != SessionStatus::Terminated => {
-            Transition { turn: open.then_some(TurnStatus::Failed), session: Some(SessionStatus::Terminated), destroy: true }
-        }
+        Kind::Terminated(_) if state.session != SessionStatus::Terminated => Transition {
+            turn: open.then_some(TurnStatus::Failed),
+            session: Some(SessionStatus::Terminated),
+            destroy: true,
+        },
         _ => Transition::default(),
     }
 }
@@ -56,7 +68,8 @@ pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
 #[must_use]
 pub fn leaves_nothing(ended: &TurnEnded) -> bool {
     let stage = ended.failure.as_ref().map(|failure| failure.stage.as_str());
-    ended.exit_code.is_none() && stage.is_some_and(|stage| stage == DEADLINE || stage.parse::<Stage>().is_ok())
+    ended.exit_code.is_none()
+        && stage.is_some_and(|stage| stage == DEADLINE || stage.parse::<Stage>().is_ok())
 }
 
 #[cfg(test)]
@@ -67,19 +80,26 @@ mod tests {
     use super::*;
 
     fn kinds() -> impl Strategy<Value = Kind> {
-        let failure = prop_oneof![Just(None), Just(Some("deadline")), Just(Some("provision_setup")), Just(Some("timeout"))];
+        let failure = prop_oneof![
+            Just(None),
+            Just(Some("deadline")),
+            Just(Some("provision_setup")),
+            Just(Some("timeout"))
+        ];
         prop_oneof![
             Just(Kind::TurnStarted(TurnStarted::default())),
             Just(Kind::Terminated(Terminated::default())),
             (proptest::option::of(0..3), failure).prop_map(|(exit_code, stage)| {
-                let failure = stage.map(|stage| Failure { stage: stage.to_owned(), message: String::new() });
+                let failure =
+                    stage.map(|stage| Failure { stage: stage.to_owned(), message: String::new() });
                 Kind::TurnEnded(TurnEnded { exit_code, failure, ..TurnEnded::default() })
             }),
         ]
     }
 
     proptest! {
-        /// A turn settles once, a terminated session stays terminated, and an event of an earlier turn never changes the session.
+        /// A turn settles once, a terminated session stays terminated, and an event of an earlier
+        /// turn never changes the session.
         #[test]
         fn random_event_sequences_settle_each_turn_once(events in proptest::collection::vec((1_u32..3, kinds()), 0..20)) {
             let (mut session, mut turns) = (SessionStatus::Pending, [TurnStatus::Completed, TurnStatus::Pending]);
@@ -105,21 +125,39 @@ mod tests {
     #[test]
     fn a_session_without_a_turn_can_be_terminated() {
         let state = State { session: SessionStatus::Completed, current_turn: 0, turn: None };
-        let terminated = Transition { session: Some(SessionStatus::Terminated), turn: None, destroy: true };
+        let terminated =
+            Transition { session: Some(SessionStatus::Terminated), turn: None, destroy: true };
         assert_eq!(next(state, 0, &Kind::Terminated(Terminated::default())), terminated);
-        for kind in [Kind::TurnStarted(TurnStarted::default()), Kind::TurnEnded(TurnEnded::default())] {
+        for kind in
+            [Kind::TurnStarted(TurnStarted::default()), Kind::TurnEnded(TurnEnded::default())]
+        {
             assert_eq!(next(state, 1, &kind), Transition::default());
         }
     }
 
     #[test]
     fn a_failed_setup_destroys_its_sprite_and_a_failed_agent_does_not() {
-        let state = State { session: SessionStatus::Running, current_turn: 1, turn: Some(TurnStatus::Running) };
+        let state = State {
+            session: SessionStatus::Running,
+            current_turn: 1,
+            turn: Some(TurnStatus::Running),
+        };
         let ended = |exit_code, stage: Option<&str>| {
-            let failure = stage.map(|stage| Failure { stage: stage.to_owned(), message: String::new() });
-            next(state, 1, &Kind::TurnEnded(TurnEnded { exit_code, failure, ..TurnEnded::default() })).destroy
+            let failure =
+                stage.map(|stage| Failure { stage: stage.to_owned(), message: String::new() });
+            next(
+                state,
+                1,
+                &Kind::TurnEnded(TurnEnded { exit_code, failure, ..TurnEnded::default() }),
+            )
+            .destroy
         };
         assert!(ended(None, Some("provision_setup")) && ended(None, Some("deadline")));
-        assert!(!ended(Some(1), None) && !ended(Some(1), Some("agent")) && !ended(None, Some("timeout")) && !ended(Some(0), None));
+        assert!(
+            !ended(Some(1), None)
+                && !ended(Some(1), Some("agent"))
+                && !ended(None, Some("timeout"))
+                && !ended(Some(0), None)
+        );
     }
 }

@@ -1,7 +1,8 @@
 //! Messages sealed to an X25519 public key: the bus between sender and recipient reads nothing.
 //!
-//! `sealed = sender's ephemeral public key (32) || AES-256-GCM ciphertext`, under a key derived with HKDF-SHA256 from the shared
-//! secret and both public keys. Each message has an ephemeral key and so a derived key of its own: the nonce is fixed.
+//! `sealed = sender's ephemeral public key (32) || AES-256-GCM ciphertext`, under a key derived
+//! with HKDF-SHA256 from the shared secret and both public keys. Each message has an ephemeral key
+//! and so a derived key of its own: the nonce is fixed.
 
 use aes_gcm::{
     Aes256Gcm, KeyInit as _, Nonce,
@@ -82,12 +83,16 @@ impl KeyPair {
 /// # Errors
 /// [`SealError`].
 pub fn seal(recipient: &[u8], plaintext: &[u8], context: &[u8]) -> Result<Vec<u8>, SealError> {
-    let recipient = PublicKey::from(<[u8; KEY_BYTES]>::try_from(recipient).map_err(|_| SealError::BadPublicKey)?);
+    let recipient = PublicKey::from(
+        <[u8; KEY_BYTES]>::try_from(recipient).map_err(|_| SealError::BadPublicKey)?,
+    );
     let ephemeral = KeyPair::generate()?;
     let sender = PublicKey::from(&ephemeral.0);
     let shared = ephemeral.0.diffie_hellman(&recipient);
     let cipher = cipher(&shared, &sender, &recipient).ok_or(SealError::BadPublicKey)?;
-    let ciphertext = cipher.encrypt(&Nonce::from(NONCE), Payload { msg: plaintext, aad: context }).map_err(|_| SealError::Failed)?;
+    let ciphertext = cipher
+        .encrypt(&Nonce::from(NONCE), Payload { msg: plaintext, aad: context })
+        .map_err(|_| SealError::Failed)?;
     Ok([sender.as_bytes().as_slice(), &ciphertext].concat())
 }
 

@@ -15,7 +15,8 @@ use tokio_io_timeout::TimeoutStream;
 /// Limits of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct ConnectionLimits {
-    /// Time within which a request's head must arrive; a connection without a request is closed after it.
+    /// Time within which a request's head must arrive; a connection without a request is closed
+    /// after it.
     pub head_time: Duration,
     pub head_bytes: usize,
     pub headers: usize,

@@ -18,9 +18,15 @@ const EXIT_SETTINGS: u8 = 2;
 
 /// Runs a service process: settings, telemetry, health endpoints, `run`, shutdown.
 ///
-/// `run` builds the service and spawns its tasks on the [`Lifecycle`]; it returns when everything listens. The process then runs until
-/// a signal or a crashed task, and exits with 0 only after a requested stop.
-pub fn main<C, R, F, E>(name: &'static str, about: &'static str, config: impl FnOnce(&mut Env) -> C, run: R) -> ExitCode
+/// `run` builds the service and spawns its tasks on the [`Lifecycle`]; it returns when everything
+/// listens. The process then runs until a signal or a crashed task, and exits with 0 only after a
+/// requested stop.
+pub fn main<C, R, F, E>(
+    name: &'static str,
+    about: &'static str,
+    config: impl FnOnce(&mut Env) -> C,
+    run: R,
+) -> ExitCode
 where
     R: FnOnce(C, Lifecycle) -> F,
     F: Future<Output = Result<(), E>>,
@@ -75,7 +81,8 @@ where
     })
 }
 
-/// As many open files as the system allows: each connection is one, and shells often give a process 1024.
+/// As many open files as the system allows: each connection is one, and shells often give a process
+/// 1024.
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     if setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).is_err() {
@@ -93,9 +100,17 @@ struct Chassis {
 impl Chassis {
     fn from_env(env: &mut Env) -> Self {
         Self {
-            admin_addr: env.parsed("AOD_ADMIN_ADDR", "listen address of /livez, /readyz and /metrics", ([127, 0, 0, 1], 9464).into()),
+            admin_addr: env.parsed(
+                "AOD_ADMIN_ADDR",
+                "listen address of /livez, /readyz and /metrics",
+                ([127, 0, 0, 1], 9464).into(),
+            ),
             telemetry: telemetry::Settings::from_env(env),
-            stop_grace: env.seconds("AOD_STOP_GRACE_SECONDS", "how long work in flight may continue after SIGTERM", 25),
+            stop_grace: env.seconds(
+                "AOD_STOP_GRACE_SECONDS",
+                "how long work in flight may continue after SIGTERM",
+                25,
+            ),
         }
     }
 }

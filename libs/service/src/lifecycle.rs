@@ -1,7 +1,7 @@
 //! The tasks of a process, and their shutdown.
 //!
-//! Every task has a name and this owner. A task that ends before the process is told to stop has crashed: then the whole process
-//! stops, with an exit code at which its supervisor restarts it.
+//! Every task has a name and this owner. A task that ends before the process is told to stop has
+//! crashed: then the whole process stops, with an exit code at which its supervisor restarts it.
 
 use std::{
     fmt,
@@ -36,7 +36,9 @@ struct Shared {
 
 impl fmt::Debug for Lifecycle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lifecycle").field("stopping", &self.stop.is_cancelled()).finish_non_exhaustive()
+        f.debug_struct("Lifecycle")
+            .field("stopping", &self.stop.is_cancelled())
+            .finish_non_exhaustive()
     }
 }
 
@@ -72,7 +74,8 @@ impl Lifecycle {
 
     /// Spawns a task that lives until the stop.
     pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        let (stop, shared, crash_guard) = (self.stop.clone(), self.shared.clone(), self.stop.clone().drop_guard());
+        let (stop, shared, crash_guard) =
+            (self.stop.clone(), self.shared.clone(), self.stop.clone().drop_guard());
         self.tasks.spawn(async move {
             // A panic drops the guard too, which stops the process.
             let crash_guard = crash_guard;
@@ -88,7 +91,11 @@ impl Lifecycle {
 
     /// Adds a condition of readiness.
     pub fn add_check(&self, name: &'static str, check: impl Fn() -> bool + Send + Sync + 'static) {
-        self.shared.checks.lock().unwrap_or_else(PoisonError::into_inner).push((name, Box::new(check)));
+        self.shared
+            .checks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((name, Box::new(check)));
     }
 
     pub fn set_ready(&self) {
@@ -114,9 +121,12 @@ impl Lifecycle {
         checks.iter().filter(|(_, check)| !check()).map(|(name, _)| *name).collect()
     }
 
-    /// Waits for a signal or a crash, then for the tasks, at most `grace`. A second signal ends it at once.
+    /// Waits for a signal or a crash, then for the tasks, at most `grace`. A second signal ends it
+    /// at once.
     pub async fn wait(self, grace: Duration) -> ExitCode {
-        let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        let (Ok(mut terminate), Ok(mut interrupt)) =
+            (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+        else {
             tracing::error!("signals cannot be received");
             return ExitCode::FAILURE;
         };

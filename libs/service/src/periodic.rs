@@ -5,27 +5,41 @@ use std::{fmt, future::Future, time::Duration};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
-/// The longest that one run may take. A run that hangs, on a connection that is half dead for example, is dropped with what it holds.
+/// The longest that one run may take. A run that hangs, on a connection that is half dead for
+/// example, is dropped with what it holds.
 const RUN_MAX: Duration = Duration::from_secs(60);
 
-/// Runs `work` now and after each `every`, until the stop, which also interrupts a run. A run that fails or takes more than a minute is
-/// logged, and counted in `aod_periodic_failures_total`; the next one is on time.
+/// Runs `work` now and after each `every`, until the stop, which also interrupts a run. A run that
+/// fails or takes more than a minute is logged, and counted in `aod_periodic_failures_total`; the
+/// next one is on time.
 ///
 /// `work` must be safe to interrupt and to run again.
-pub async fn periodically<F, E>(name: &'static str, every: Duration, stop: CancellationToken, work: impl FnMut() -> F)
-where
+pub async fn periodically<F, E>(
+    name: &'static str,
+    every: Duration,
+    stop: CancellationToken,
+    work: impl FnMut() -> F,
+) where
     F: Future<Output = Result<(), E>>,
     E: fmt::Display,
 {
     repeat(name, every, RUN_MAX, stop, work).await;
 }
 
-async fn repeat<F, E>(name: &'static str, every: Duration, run_max: Duration, stop: CancellationToken, mut work: impl FnMut() -> F)
-where
+async fn repeat<F, E>(
+    name: &'static str,
+    every: Duration,
+    run_max: Duration,
+    stop: CancellationToken,
+    mut work: impl FnMut() -> F,
+) where
     F: Future<Output = Result<(), E>>,
     E: fmt::Display,
 {
-    metrics::describe_counter!("aod_periodic_failures_total", "runs of periodic work that failed or took too long, by task");
+    metrics::describe_counter!(
+        "aod_periodic_failures_total",
+        "runs of periodic work that failed or took too long, by task"
+    );
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
@@ -57,7 +71,8 @@ mod tests {
             }
             Ok(())
         };
-        repeat("test", Duration::from_millis(1), Duration::from_millis(20), stop.clone(), work).await;
+        repeat("test", Duration::from_millis(1), Duration::from_millis(20), stop.clone(), work)
+            .await;
         assert_eq!(runs.load(Ordering::Relaxed), 4);
     }
 }

@@ -1,6 +1,8 @@
-//! Logs to standard error, text for people or JSON for machines; `RUST_LOG` sets the level. Traces by OTLP, where `OTEL_*` says to.
+//! Logs to standard error, text for people or JSON for machines; `RUST_LOG` sets the level. Traces
+//! by OTLP, where `OTEL_*` says to.
 //!
-//! A trace's id is there with and without an exporter: it is the request's id, in answers and in log lines.
+//! A trace's id is there with and without an exporter: it is the request's id, in answers and in
+//! log lines.
 
 use std::time::Duration;
 
@@ -10,11 +12,15 @@ use opentelemetry_sdk::{
     Resource,
     trace::{Sampler, SdkTracerProvider},
 };
-use tracing_subscriber::{EnvFilter, Layer as _, filter::LevelFilter, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use tracing_subscriber::{
+    EnvFilter, Layer as _, filter::LevelFilter, fmt, layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
+};
 
 use crate::Env;
 
-/// Libraries that print what they carry at level TRACE, secrets among it. They are held at DEBUG, whatever `RUST_LOG` says.
+/// Libraries that print what they carry at level TRACE, secrets among it. They are held at DEBUG,
+/// whatever `RUST_LOG` says.
 const CARRIERS: [&str; 3] = ["async_nats", "tokio_tungstenite", "tungstenite"];
 /// How long an exit waits for a collector to take the last spans.
 const FLUSH_MAX: Duration = Duration::from_secs(2);
@@ -29,14 +35,31 @@ pub struct Settings {
 impl Settings {
     pub fn from_env(env: &mut Env) -> Self {
         let json_logs = env.parsed("AOD_LOG_JSON", "log lines as JSON", false);
-        env.optional("RUST_LOG", "log filter: a level, or one for each module, as in info,sprite_runner=debug");
-        let endpoint =
-            env.optional("OTEL_EXPORTER_OTLP_ENDPOINT", "URL of the trace collector (OTLP over HTTP, protobuf); no traces if unset");
-        let traces = env.optional("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "the same as a complete URL, with /v1/traces");
+        env.optional(
+            "RUST_LOG",
+            "log filter: a level, or one for each module, as in info,sprite_runner=debug",
+        );
+        let endpoint = env.optional(
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            "URL of the trace collector (OTLP over HTTP, protobuf); no traces if unset",
+        );
+        let traces = env.optional(
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+            "the same as a complete URL, with /v1/traces",
+        );
         // The exporter reads the rest by itself, as the standard has it.
-        env.optional("OTEL_EXPORTER_OTLP_HEADERS", "headers for the collector: comma-separated name=value");
-        env.optional("OTEL_RESOURCE_ATTRIBUTES", "resource attributes of every span: comma-separated name=value");
-        env.optional("OTEL_TRACES_SAMPLER", "which traces are sent; parentbased_always_on if unset");
+        env.optional(
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "headers for the collector: comma-separated name=value",
+        );
+        env.optional(
+            "OTEL_RESOURCE_ATTRIBUTES",
+            "resource attributes of every span: comma-separated name=value",
+        );
+        env.optional(
+            "OTEL_TRACES_SAMPLER",
+            "which traces are sent; parentbased_always_on if unset",
+        );
         env.optional("OTEL_TRACES_SAMPLER_ARG", "ratio of the sampler, 0 to 1, if it has one");
         let disabled = env.parsed("OTEL_SDK_DISABLED", "disable traces", false);
         Self { json_logs, export_traces: !disabled && (endpoint.is_some() || traces.is_some()) }
@@ -57,14 +80,17 @@ impl Drop for Telemetry {
     }
 }
 
-/// Sets the process's subscriber; a second one changes nothing. Not to be called within a runtime: the exporter has one of its own.
+/// Sets the process's subscriber; a second one changes nothing. Not to be called within a runtime:
+/// the exporter has one of its own.
 ///
 /// # Errors
 /// When an endpoint is no URL.
 pub fn init(service: &'static str, settings: &Settings) -> Result<Telemetry, ExporterBuildError> {
-    let provider = SdkTracerProvider::builder().with_resource(Resource::builder().with_service_name(service).build());
+    let provider = SdkTracerProvider::builder()
+        .with_resource(Resource::builder().with_service_name(service).build());
     let provider = if settings.export_traces {
-        provider.with_batch_exporter(opentelemetry_otlp::SpanExporter::builder().with_http().build()?)
+        provider
+            .with_batch_exporter(opentelemetry_otlp::SpanExporter::builder().with_http().build()?)
     } else {
         // Ids, and nothing kept for anybody.
         provider.with_sampler(Sampler::AlwaysOff)
@@ -77,13 +103,19 @@ pub fn init(service: &'static str, settings: &Settings) -> Result<Telemetry, Exp
         .with_tracked_inactivity(false)
         .with_filter(LevelFilter::INFO);
     let logs = fmt::layer().with_writer(std::io::stderr);
-    let logs = if settings.json_logs { logs.json().flatten_event(true).boxed() } else { logs.with_ansi(false).boxed() };
-    let _ = tracing_subscriber::registry().with(logs.with_filter(log_filter())).with(traces).try_init();
+    let logs = if settings.json_logs {
+        logs.json().flatten_event(true).boxed()
+    } else {
+        logs.with_ansi(false).boxed()
+    };
+    let _ =
+        tracing_subscriber::registry().with(logs.with_filter(log_filter())).with(traces).try_init();
     Ok(Telemetry { tracer })
 }
 
 fn log_filter() -> EnvFilter {
-    let mut filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn,sqlx=warn"));
+    let mut filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("info,async_nats=warn,sqlx=warn"));
     // Without TRACE there is nothing to limit.
     for carrier in CARRIERS {
         let capped = filter.max_level_hint().is_none_or(|level| level == LevelFilter::TRACE);

@@ -1,4 +1,5 @@
-//! Settings: environment variables, read once into a typed struct. Every problem is reported, not just the first.
+//! Settings: environment variables, read once into a typed struct. Every problem is reported, not
+//! just the first.
 
 use std::{collections::HashMap, fmt::Write as _, str::FromStr, time::Duration};
 
@@ -34,18 +35,36 @@ impl Env {
     #[must_use]
     pub fn from_process(name: &'static str, about: &'static str) -> Self {
         let help_wanted = has_argument("--help") || has_argument("-h");
-        let variables = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
+        let variables = std::env::vars_os()
+            .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+            .collect();
         Self { help_wanted, ..Self::from_variables(name, about, variables) }
     }
 
     /// Reads the given variables, for tests.
     #[must_use]
-    pub fn from_variables(name: &'static str, about: &'static str, variables: HashMap<String, String>) -> Self {
-        Self { name, about, variables, help_wanted: false, described: Vec::new(), problems: Vec::new() }
+    pub fn from_variables(
+        name: &'static str,
+        about: &'static str,
+        variables: HashMap<String, String>,
+    ) -> Self {
+        Self {
+            name,
+            about,
+            variables,
+            help_wanted: false,
+            described: Vec::new(),
+            problems: Vec::new(),
+        }
     }
 
     /// Reads a value with a default. An empty variable counts as unset.
-    pub fn parsed<T: FromStr + ToString>(&mut self, name: &str, meaning: &'static str, default: T) -> T {
+    pub fn parsed<T: FromStr + ToString>(
+        &mut self,
+        name: &str,
+        meaning: &'static str,
+        default: T,
+    ) -> T {
         self.described.push((name.to_owned(), meaning, format!("default {}", default.to_string())));
         match self.get(name).map(|text| text.parse()) {
             None => default,
@@ -113,9 +132,13 @@ impl Env {
         }
     }
 
-    /// Whether this is a production deployment (`AOD_ENV=production`), which refuses insecure settings.
+    /// Whether this is a production deployment (`AOD_ENV=production`), which refuses insecure
+    /// settings.
     pub fn is_production(&mut self) -> bool {
-        match self.parsed("AOD_ENV", "production refuses insecure settings", "development".to_owned()).as_str() {
+        match self
+            .parsed("AOD_ENV", "production refuses insecure settings", "development".to_owned())
+            .as_str()
+        {
             "production" => true,
             "development" => false,
             _ => {
@@ -147,7 +170,11 @@ impl Env {
         if self.problems.is_empty() {
             return Verdict::Ready;
         }
-        Verdict::Refused(format!("invalid configuration ({}):\n  {}", count(self.problems.len()), self.problems.join("\n  ")))
+        Verdict::Refused(format!(
+            "invalid configuration ({}):\n  {}",
+            count(self.problems.len()),
+            self.problems.join("\n  ")
+        ))
     }
 
     fn get(&self, name: &str) -> Option<String> {
@@ -164,7 +191,11 @@ mod tests {
     use super::*;
 
     fn env(variables: &[(&str, &str)]) -> Env {
-        Env::from_variables("x", "a service", variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+        Env::from_variables(
+            "x",
+            "a service",
+            variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        )
     }
 
     #[test]

@@ -24,7 +24,8 @@ pub enum Error {
     Transport(String),
     #[error("the Sprites API did not answer in time")]
     Timeout,
-    /// The connection ended and no exit status had come: the command may have succeeded, failed, or still run.
+    /// The connection ended and no exit status had come: the command may have succeeded, failed, or
+    /// still run.
     #[error("the connection was lost before the command's exit status came")]
     Interrupted,
 }
@@ -47,7 +48,11 @@ impl Error {
 
     pub(crate) async fn from_response(response: Response) -> Self {
         let (status, header) = (response.status(), retry_after(response.headers()));
-        let body = tokio::time::timeout(Duration::from_secs(5), response.text()).await.ok().and_then(Result::ok).unwrap_or_default();
+        let body = tokio::time::timeout(Duration::from_secs(5), response.text())
+            .await
+            .ok()
+            .and_then(Result::ok)
+            .unwrap_or_default();
         Self::from_status(status, &body, header)
     }
 
@@ -84,14 +89,23 @@ impl Error {
     /// Whether the same call may succeed later.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
-        matches!(self, Self::RateLimited { .. } | Self::Failed { .. } | Self::Transport(_) | Self::Timeout | Self::Interrupted)
+        matches!(
+            self,
+            Self::RateLimited { .. }
+                | Self::Failed { .. }
+                | Self::Transport(_)
+                | Self::Timeout
+                | Self::Interrupted
+        )
     }
 
     /// Returns how long the server asked to wait.
     #[must_use]
     pub const fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::RateLimited { retry_after, .. } | Self::Failed { retry_after, .. } => *retry_after,
+            Self::RateLimited { retry_after, .. } | Self::Failed { retry_after, .. } => {
+                *retry_after
+            }
             _ => None,
         }
     }
@@ -109,8 +123,19 @@ fn describe(body: &str) -> (String, Option<Duration>) {
         return (text.chars().take(300).collect(), None);
     };
     let text = |name: &str| json.get(name).and_then(Value::as_str);
-    let message = text("message").or_else(|| text("error")).unwrap_or("no reason given").chars().take(300).collect();
-    (message, json.get("retry_after_seconds").and_then(Value::as_u64).filter(|seconds| *seconds > 0).map(Duration::from_secs))
+    let message = text("message")
+        .or_else(|| text("error"))
+        .unwrap_or("no reason given")
+        .chars()
+        .take(300)
+        .collect();
+    (
+        message,
+        json.get("retry_after_seconds")
+            .and_then(Value::as_u64)
+            .filter(|seconds| *seconds > 0)
+            .map(Duration::from_secs),
+    )
 }
 
 #[cfg(test)]
@@ -119,14 +144,16 @@ mod tests {
 
     #[test]
     fn html_bodies_are_not_shown() {
-        let error = Error::from_status(StatusCode::BAD_GATEWAY, "<html><body>secrets</body></html>", None);
+        let error =
+            Error::from_status(StatusCode::BAD_GATEWAY, "<html><body>secrets</body></html>", None);
         assert_eq!(error.to_string(), "the Sprites API failed (status 502): an HTML page");
     }
 
     #[test]
     fn retry_after_of_the_body_takes_precedence_over_the_header() {
         let body = r#"{"error":"sprite_creation_rate_limited","message":"slow down","retry_after_seconds":7}"#;
-        let error = Error::from_status(StatusCode::TOO_MANY_REQUESTS, body, Some(Duration::from_secs(1)));
+        let error =
+            Error::from_status(StatusCode::TOO_MANY_REQUESTS, body, Some(Duration::from_secs(1)));
         assert_eq!(error.retry_after(), Some(Duration::from_secs(7)));
         assert!(error.is_transient() && error.to_string().ends_with("slow down"));
     }

@@ -1,4 +1,5 @@
-//! Exec over WebSocket, without a terminal (docs/sprites-api.md §3): binary frames with a stream byte, JSON text frames for control.
+//! Exec over WebSocket, without a terminal (docs/sprites-api.md §3): binary frames with a stream
+//! byte, JSON text frames for control.
 
 use std::time::Duration;
 
@@ -12,7 +13,9 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::net::TcpStream;
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
-    tungstenite::{self, Message, client::IntoClientRequest as _, http::HeaderValue, protocol::WebSocketConfig},
+    tungstenite::{
+        self, Message, client::IntoClientRequest as _, http::HeaderValue, protocol::WebSocketConfig,
+    },
 };
 use types::SpriteName;
 use url::form_urlencoded;
@@ -31,9 +34,11 @@ pub struct ExecRequest<'a> {
     pub argv: &'a [&'a str],
     /// Absolute; the Sprite's home where empty.
     pub dir: &'a str,
-    /// How long the command may keep running when its connection is lost; the server's default where none.
+    /// How long the command may keep running when its connection is lost; the server's default
+    /// where none.
     pub max_run_after_disconnect: Option<Duration>,
-    /// Whether the command reads what [`ExecInput::send`] sends; else it finds its standard input empty.
+    /// Whether the command reads what [`ExecInput::send`] sends; else it finds its standard input
+    /// empty.
     pub stdin: bool,
 }
 
@@ -45,7 +50,8 @@ pub enum ExecEvent {
     Exit(u8),
 }
 
-/// The result of a command, with only the newest 64 KiB of each stream. Read complete output from a file.
+/// The result of a command, with only the newest 64 KiB of each stream. Read complete output from a
+/// file.
 #[derive(Clone, Debug)]
 pub struct Finished {
     pub code: u8,
@@ -72,25 +78,42 @@ pub struct ExecInput {
 }
 
 impl Exec {
-    pub(crate) async fn connect(base_url: &str, token: &SecretString, name: &SpriteName, request: &ExecRequest<'_>) -> Result<Self, Error> {
-        let url = format!("{}/v1/sprites/{name}/exec?{}", base_url.replacen("http", "ws", 1), query(request));
+    pub(crate) async fn connect(
+        base_url: &str,
+        token: &SecretString,
+        name: &SpriteName,
+        request: &ExecRequest<'_>,
+    ) -> Result<Self, Error> {
+        let url = format!(
+            "{}/v1/sprites/{name}/exec?{}",
+            base_url.replacen("http", "ws", 1),
+            query(request)
+        );
         let refused = |what: &str| Error::Transport(what.to_owned());
-        let mut handshake = url.into_client_request().map_err(|_| refused("the request cannot be made"))?;
+        let mut handshake =
+            url.into_client_request().map_err(|_| refused("the request cannot be made"))?;
         let bearer = format!("Bearer {}", token.expose_secret());
-        let mut bearer = HeaderValue::from_str(&bearer).map_err(|_| refused("the token cannot be sent in a header"))?;
+        let mut bearer = HeaderValue::from_str(&bearer)
+            .map_err(|_| refused("the token cannot be sent in a header"))?;
         bearer.set_sensitive(true);
         handshake.headers_mut().insert("authorization", bearer);
         let config = WebSocketConfig::default().max_message_size(Some(16 << 20));
         // Boxed: a TLS handshake's state is large, and so would be every future around it.
-        let connect = Box::pin(tokio_tungstenite::connect_async_with_config(handshake, Some(config), true));
+        let connect =
+            Box::pin(tokio_tungstenite::connect_async_with_config(handshake, Some(config), true));
         match tokio::time::timeout(HANDSHAKE_TIMEOUT, connect).await {
             Ok(Ok((socket, _))) => {
                 let (sink, stream) = socket.split();
-                Ok(Self { output: ExecOutput { socket: stream }, input: ExecInput { socket: sink } })
+                Ok(Self {
+                    output: ExecOutput { socket: stream },
+                    input: ExecInput { socket: sink },
+                })
             }
             Ok(Err(tungstenite::Error::Http(response))) => {
-                let status = StatusCode::from_u16(response.status().as_u16()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-                let body = response.body().as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+                let status = StatusCode::from_u16(response.status().as_u16())
+                    .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+                let body =
+                    response.body().as_deref().map(String::from_utf8_lossy).unwrap_or_default();
                 Err(Error::from_status(status, &body, retry_after(response.headers())))
             }
             Ok(Err(tungstenite::Error::Io(error))) => Err(Error::Transport(error.to_string())),
@@ -136,7 +159,8 @@ impl ExecOutput {
     /// The next event. After [`ExecEvent::Exit`] there is no other.
     ///
     /// # Errors
-    /// [`Error::Interrupted`] when the connection ends without an exit status: never taken for success.
+    /// [`Error::Interrupted`] when the connection ends without an exit status: never taken for
+    /// success.
     pub async fn next(&mut self) -> Result<ExecEvent, Error> {
         loop {
             match self.socket.next().await {
@@ -162,7 +186,10 @@ impl ExecInput {
     pub async fn send(&mut self, data: &[u8]) -> Result<(), Error> {
         for part in data.chunks(STDIN_BYTES) {
             let frame = [&[STDIN], part].concat();
-            self.socket.send(Message::Binary(frame.into())).await.map_err(|_| Error::Interrupted)?;
+            self.socket
+                .send(Message::Binary(frame.into()))
+                .await
+                .map_err(|_| Error::Interrupted)?;
         }
         Ok(())
     }
@@ -203,8 +230,15 @@ mod tests {
 
     #[test]
     fn the_query_equals_that_of_the_sdks() {
-        let request =
-            ExecRequest { argv: &["ok", "a b"], dir: "/w d", max_run_after_disconnect: Some(Duration::from_secs(1)), stdin: false };
-        assert_eq!(query(&request), "cmd=ok&cmd=a+b&path=ok&dir=%2Fw+d&max_run_after_disconnect=1s&stdin=false");
+        let request = ExecRequest {
+            argv: &["ok", "a b"],
+            dir: "/w d",
+            max_run_after_disconnect: Some(Duration::from_secs(1)),
+            stdin: false,
+        };
+        assert_eq!(
+            query(&request),
+            "cmd=ok&cmd=a+b&path=ok&dir=%2Fw+d&max_run_after_disconnect=1s&stdin=false"
+        );
     }
 }

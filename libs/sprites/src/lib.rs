@@ -1,7 +1,9 @@
-//! A client of the Sprites API, for Fly.io's service and for `local-sprites` alike (docs/sprites-api.md).
+//! A client of the Sprites API, for Fly.io's service and for `local-sprites` alike
+//! (docs/sprites-api.md).
 //!
-//! Idempotent calls are retried a bounded number of times, with jitter, after the time that the server asks for (`Retry-After`). The client
-//! expects what the real service is known to do: 5xx with an HTML page, a creation that fails and still takes effect, spurious 404s.
+//! Idempotent calls are retried a bounded number of times, with jitter, after the time that the
+//! server asks for (`Retry-After`). The client expects what the real service is known to do: 5xx
+//! with an HTML page, a creation that fails and still takes effect, spurious 404s.
 
 mod error;
 mod exec;
@@ -23,8 +25,10 @@ pub use error::Error;
 pub use exec::{Exec, ExecEvent, ExecInput, ExecOutput, ExecRequest, Finished};
 
 /// Delays between attempts of one call: about 20 s in all.
-const RETRY: Backoff = Backoff { base: Duration::from_millis(250), max: Duration::from_secs(8), attempts: 6 };
-/// Number of 404s after which a Sprite is considered gone: the API occasionally returns spurious ones. Other errors do not count.
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(250), max: Duration::from_secs(8), attempts: 6 };
+/// Number of 404s after which a Sprite is considered gone: the API occasionally returns spurious
+/// ones. Other errors do not count.
 const SPURIOUS_NOT_FOUND_ATTEMPTS: u32 = 3;
 /// The longest `Retry-After` that is honoured; a longer one fails the call.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
@@ -48,7 +52,10 @@ pub struct Client {
 /// # Errors
 /// When TLS cannot be set up.
 pub fn http_client() -> Result<reqwest::Client, Error> {
-    let builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).user_agent("agent-on-demand").tcp_nodelay(true);
+    let builder = reqwest::Client::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .user_agent("agent-on-demand")
+        .tcp_nodelay(true);
     builder.redirect(reqwest::redirect::Policy::none()).build().map_err(Error::transport)
 }
 
@@ -66,7 +73,8 @@ struct Listed {
     name: String,
 }
 
-/// Whether a 404 is believed at once: a file may well not be there; a Sprite may only seem not to be, and a creation has nothing to miss.
+/// Whether a 404 is believed at once: a file may well not be there; a Sprite may only seem not to
+/// be, and a creation has nothing to miss.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Absence {
     Expected,
@@ -79,13 +87,15 @@ impl Client {
         Self { http, base_url: base_url.trim_end_matches('/').into(), token }
     }
 
-    /// Creates the Sprite, or succeeds if it exists: names are unique to the caller, so an existing one is its own.
+    /// Creates the Sprite, or succeeds if it exists: names are unique to the caller, so an existing
+    /// one is its own.
     ///
     /// # Errors
     /// [`Error`].
     pub async fn ensure(&self, name: &SpriteName) -> Result<(), Error> {
         let body = serde_json::json!({ "name": name.as_str(), "wait_for_capacity": true });
-        let request = || self.request(Method::POST, "/v1/sprites").timeout(CREATE_TIMEOUT).json(&body);
+        let request =
+            || self.request(Method::POST, "/v1/sprites").timeout(CREATE_TIMEOUT).json(&body);
         match self.send("create", Absence::Spurious, request).await {
             Ok(_) | Err(Error::Conflict { .. }) => Ok(()),
             Err(error) => Err(error),
@@ -97,7 +107,12 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub async fn delete(&self, name: &SpriteName) -> Result<(), Error> {
-        match self.send("delete", Absence::Spurious, || self.request(Method::DELETE, &format!("/v1/sprites/{name}"))).await {
+        match self
+            .send("delete", Absence::Spurious, || {
+                self.request(Method::DELETE, &format!("/v1/sprites/{name}"))
+            })
+            .await
+        {
             Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -108,7 +123,12 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub async fn exists(&self, name: &SpriteName) -> Result<bool, Error> {
-        match self.send("get", Absence::Spurious, || self.request(Method::GET, &format!("/v1/sprites/{name}"))).await {
+        match self
+            .send("get", Absence::Spurious, || {
+                self.request(Method::GET, &format!("/v1/sprites/{name}"))
+            })
+            .await
+        {
             Ok(_) => Ok(true),
             Err(Error::NotFound { .. }) => Ok(false),
             Err(error) => Err(error),
@@ -123,13 +143,20 @@ impl Client {
         let (mut names, mut token) = (Vec::new(), None::<String>);
         loop {
             let request = || {
-                let request = self.request(Method::GET, "/v1/sprites").query(&[("prefix", prefix), ("max_results", "100")]);
+                let request = self
+                    .request(Method::GET, "/v1/sprites")
+                    .query(&[("prefix", prefix), ("max_results", "100")]);
                 match &token {
                     Some(token) => request.query(&[("continuation_token", token)]),
                     None => request,
                 }
             };
-            let reply: ListReply = self.send("list", Absence::Spurious, request).await?.json().await.map_err(Error::transport)?;
+            let reply: ListReply = self
+                .send("list", Absence::Spurious, request)
+                .await?
+                .json()
+                .await
+                .map_err(Error::transport)?;
             names.extend(reply.sprites.into_iter().map(|listed| listed.name));
             token = reply.next_continuation_token.filter(|_| reply.has_more);
             if token.is_none() {
@@ -144,12 +171,18 @@ impl Client {
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        let request = self.http.request(method, format!("{}{path}", self.base_url)).timeout(CALL_TIMEOUT);
+        let request =
+            self.http.request(method, format!("{}{path}", self.base_url)).timeout(CALL_TIMEOUT);
         request.bearer_auth(self.token.expose_secret())
     }
 
     /// Sends a request that may be sent twice, until it is answered or the attempts are used up.
-    async fn send(&self, operation: &'static str, absence: Absence, request: impl Fn() -> RequestBuilder) -> Result<Response, Error> {
+    async fn send(
+        &self,
+        operation: &'static str,
+        absence: Absence,
+        request: impl Fn() -> RequestBuilder,
+    ) -> Result<Response, Error> {
         observed(operation, self.send_repeatedly(operation, absence, request)).await
     }
 
@@ -171,10 +204,14 @@ impl Client {
                     not_found += 1;
                     (not_found < SPURIOUS_NOT_FOUND_ATTEMPTS).then(|| RETRY.jittered(not_found))
                 }
-                error if error.is_transient() => RETRY.delay(attempt).map(|delay| delay.max(error.retry_after().unwrap_or_default())),
+                error if error.is_transient() => RETRY
+                    .delay(attempt)
+                    .map(|delay| delay.max(error.retry_after().unwrap_or_default())),
                 _ => None,
             };
-            let Some(delay) = delay.filter(|delay| *delay <= RETRY_AFTER_MAX) else { return Err(error) };
+            let Some(delay) = delay.filter(|delay| *delay <= RETRY_AFTER_MAX) else {
+                return Err(error);
+            };
             metrics::counter!("aod_sprites_retries_total", "operation" => operation).increment(1);
             tracing::debug!(%error, attempt, ?delay, "Sprites API call failed; will retry");
             tokio::time::sleep(delay).await;
@@ -184,15 +221,25 @@ impl Client {
 }
 
 /// Counts and times a call, its repetitions included, and gives it a span.
-async fn observed<T>(operation: &'static str, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    let span = tracing::info_span!("sprites", otel.kind = "client", otel.name = format!("sprites {operation}"), outcome = field::Empty);
+async fn observed<T>(
+    operation: &'static str,
+    call: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let span = tracing::info_span!(
+        "sprites",
+        otel.kind = "client",
+        otel.name = format!("sprites {operation}"),
+        outcome = field::Empty
+    );
     let begun = Instant::now();
     // Boxed: a call's state is large, and so would be every future around it.
     let result = Box::pin(call).instrument(span.clone()).await;
     let outcome = result.as_ref().err().map_or("ok", Error::kind);
     span.record("outcome", outcome);
-    metrics::counter!("aod_sprites_requests_total", "operation" => operation, "outcome" => outcome).increment(1);
-    metrics::histogram!("aod_sprites_request_seconds", "operation" => operation).record(begun.elapsed());
+    metrics::counter!("aod_sprites_requests_total", "operation" => operation, "outcome" => outcome)
+        .increment(1);
+    metrics::histogram!("aod_sprites_request_seconds", "operation" => operation)
+        .record(begun.elapsed());
     result
 }
 
@@ -213,26 +260,54 @@ impl Sprite {
     ///
     /// # Errors
     /// [`Error`].
-    pub async fn write(&self, path: &str, content: impl Into<Bytes>, mode: u32) -> Result<(), Error> {
+    pub async fn write(
+        &self,
+        path: &str,
+        content: impl Into<Bytes>,
+        mode: u32,
+    ) -> Result<(), Error> {
         let (content, mode) = (content.into(), format!("{mode:04o}"));
-        let query = [("path", path), ("workingDir", "/"), ("mode", mode.as_str()), ("mkdirParents", "true")];
+        let query = [
+            ("path", path),
+            ("workingDir", "/"),
+            ("mode", mode.as_str()),
+            ("mkdirParents", "true"),
+        ];
         let url = format!("/v1/sprites/{}/fs/write", self.name);
-        self.client.send("write", Absence::Spurious, || self.client.request(Method::PUT, &url).query(&query).body(content.clone())).await?;
+        self.client
+            .send("write", Absence::Spurious, || {
+                self.client.request(Method::PUT, &url).query(&query).body(content.clone())
+            })
+            .await?;
         Ok(())
     }
 
-    /// Writes a file of a known size, with its parents, as its content comes. Not repeated: the content is used up.
+    /// Writes a file of a known size, with its parents, as its content comes. Not repeated: the
+    /// content is used up.
     ///
     /// # Errors
     /// [`Error`].
-    pub async fn write_stream<S>(&self, path: &str, content: S, bytes: u64, mode: u32) -> Result<(), Error>
+    pub async fn write_stream<S>(
+        &self,
+        path: &str,
+        content: S,
+        bytes: u64,
+        mode: u32,
+    ) -> Result<(), Error>
     where
         S: Stream<Item = Result<Bytes, std::io::Error>> + Send + 'static,
     {
         let mode = format!("{mode:04o}");
-        let query = [("path", path), ("workingDir", "/"), ("mode", mode.as_str()), ("mkdirParents", "true")];
-        let request = self.client.request(Method::PUT, &format!("/v1/sprites/{}/fs/write", self.name));
-        let request = request.timeout(TRANSFER_TIMEOUT).query(&query).header(header::CONTENT_LENGTH, bytes);
+        let query = [
+            ("path", path),
+            ("workingDir", "/"),
+            ("mode", mode.as_str()),
+            ("mkdirParents", "true"),
+        ];
+        let request =
+            self.client.request(Method::PUT, &format!("/v1/sprites/{}/fs/write", self.name));
+        let request =
+            request.timeout(TRANSFER_TIMEOUT).query(&query).header(header::CONTENT_LENGTH, bytes);
         let request = request.body(reqwest::Body::wrap_stream(content));
         let write = async {
             match request.send().await {
@@ -248,16 +323,27 @@ impl Sprite {
     ///
     /// # Errors
     /// [`Error`]; [`Error::NotFound`] for a file that is not there.
-    pub async fn read_from(&self, path: &str, offset: u64) -> Result<impl Stream<Item = Result<Bytes, Error>> + Unpin + use<>, Error> {
+    pub async fn read_from(
+        &self,
+        path: &str,
+        offset: u64,
+    ) -> Result<impl Stream<Item = Result<Bytes, Error>> + Unpin + use<>, Error> {
         let query = [("path", path), ("workingDir", "/")];
         let url = format!("/v1/sprites/{}/fs/read", self.name);
         let request = || {
-            let request = self.client.request(Method::GET, &url).timeout(TRANSFER_TIMEOUT).query(&query);
-            if offset > 0 { request.header(header::RANGE, format!("bytes={offset}-")) } else { request }
+            let request =
+                self.client.request(Method::GET, &url).timeout(TRANSFER_TIMEOUT).query(&query);
+            if offset > 0 {
+                request.header(header::RANGE, format!("bytes={offset}-"))
+            } else {
+                request
+            }
         };
         let response = match self.client.send("read", Absence::Expected, request).await {
             Ok(response) => response,
-            Err(Error::Rejected { status: StatusCode::RANGE_NOT_SATISFIABLE, .. }) => return Ok(futures::stream::empty().boxed()),
+            Err(Error::Rejected { status: StatusCode::RANGE_NOT_SATISFIABLE, .. }) => {
+                return Ok(futures::stream::empty().boxed());
+            }
             Err(error) => return Err(error),
         };
         // A server that ignores ranges sends the whole file: its head is skipped here.
@@ -268,7 +354,9 @@ impl Sprite {
                 skip -= skipped;
                 chunk.split_off(usize::try_from(skipped).unwrap_or(usize::MAX))
             });
-            std::future::ready(Some(chunk).filter(|chunk| !matches!(chunk, Ok(chunk) if chunk.is_empty())))
+            std::future::ready(
+                Some(chunk).filter(|chunk| !matches!(chunk, Ok(chunk) if chunk.is_empty())),
+            )
         });
         Ok(chunks.boxed())
     }
@@ -281,11 +369,16 @@ impl Sprite {
         Ok(self.read_at_most(path, usize::MAX).await?.unwrap_or_default())
     }
 
-    /// Reads a file whose content and size the agent may control. None: it is larger than `bytes_max`.
+    /// Reads a file whose content and size the agent may control. None: it is larger than
+    /// `bytes_max`.
     ///
     /// # Errors
     /// [`Error`]; [`Error::NotFound`] for a file that is not there.
-    pub async fn read_at_most(&self, path: &str, bytes_max: usize) -> Result<Option<Vec<u8>>, Error> {
+    pub async fn read_at_most(
+        &self,
+        path: &str,
+        bytes_max: usize,
+    ) -> Result<Option<Vec<u8>>, Error> {
         let (mut chunks, mut content) = (self.read_from(path, 0).await?, Vec::new());
         while let Some(chunk) = chunks.next().await {
             let chunk = chunk?;
@@ -297,15 +390,25 @@ impl Sprite {
         Ok(Some(content))
     }
 
-    /// Lets the Sprite reach these hosts and no other, from now on. `*.x` stands for every name below `x`.
+    /// Lets the Sprite reach these hosts and no other, from now on. `*.x` stands for every name
+    /// below `x`.
     ///
     /// # Errors
     /// [`Error`]; [`Error::NotFound`] also from a server that knows no policies.
     pub async fn limit_network(&self, hosts: &[String]) -> Result<(), Error> {
-        let allowed = hosts.iter().map(|host| serde_json::json!({ "domain": host, "action": "allow" }));
-        let rules: Vec<_> = allowed.chain([serde_json::json!({ "domain": "*", "action": "deny" })]).collect();
-        let (url, body) = (format!("/v1/sprites/{}/policy/network", self.name), serde_json::json!({ "rules": rules }));
-        self.client.send("limit_network", Absence::Spurious, || self.client.request(Method::POST, &url).json(&body)).await?;
+        let allowed =
+            hosts.iter().map(|host| serde_json::json!({ "domain": host, "action": "allow" }));
+        let rules: Vec<_> =
+            allowed.chain([serde_json::json!({ "domain": "*", "action": "deny" })]).collect();
+        let (url, body) = (
+            format!("/v1/sprites/{}/policy/network", self.name),
+            serde_json::json!({ "rules": rules }),
+        );
+        self.client
+            .send("limit_network", Absence::Spurious, || {
+                self.client.request(Method::POST, &url).json(&body)
+            })
+            .await?;
         Ok(())
     }
 
@@ -314,10 +417,15 @@ impl Sprite {
     /// # Errors
     /// [`Error`].
     pub async fn exec(&self, request: &ExecRequest<'_>) -> Result<Exec, Error> {
-        observed("exec", Exec::connect(&self.client.base_url, &self.client.token, &self.name, request)).await
+        observed(
+            "exec",
+            Exec::connect(&self.client.base_url, &self.client.token, &self.name, request),
+        )
+        .await
     }
 
-    /// Runs a command that may run twice, and waits for its end, at most `limit`; the newest 64 KiB of each stream are kept.
+    /// Runs a command that may run twice, and waits for its end, at most `limit`; the newest 64 KiB
+    /// of each stream are kept.
     ///
     /// # Errors
     /// [`Error`], after a bounded number of attempts.
@@ -331,11 +439,15 @@ impl Sprite {
                 Err(_) => return Err(Error::Timeout),
             };
             not_found += u32::from(matches!(error, Error::NotFound { .. }));
-            let spurious = matches!(error, Error::NotFound { .. }) && not_found < SPURIOUS_NOT_FOUND_ATTEMPTS;
+            let spurious =
+                matches!(error, Error::NotFound { .. }) && not_found < SPURIOUS_NOT_FOUND_ATTEMPTS;
             let delay = if spurious || error.is_transient() { RETRY.delay(attempt) } else { None };
             let Some(delay) = delay else { return Err(error) };
             metrics::counter!("aod_sprites_retries_total", "operation" => "exec").increment(1);
-            tokio::time::sleep(delay.max(error.retry_after().unwrap_or_default()).min(RETRY_AFTER_MAX)).await;
+            tokio::time::sleep(
+                delay.max(error.retry_after().unwrap_or_default()).min(RETRY_AFTER_MAX),
+            )
+            .await;
             attempt += 1;
         }
     }

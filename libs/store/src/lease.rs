@@ -1,8 +1,10 @@
-//! Work that one replica does at a time, by rows of a table `lease (name, owner, epoch, expires_at)`.
+//! Work that one replica does at a time, by rows of a table `lease (name, owner, epoch,
+//! expires_at)`.
 //!
-//! A holder extends its lease in the transaction of each step of its work ([`Lease::extend`]); the row's lock then keeps a successor
-//! out until that transaction ends, and a holder that lost its lease is refused and rolls back. Nothing depends on a connection: a
-//! lease expires whether or not its holder's connection still exists, and the table works through connection poolers.
+//! A holder extends its lease in the transaction of each step of its work ([`Lease::extend`]); the
+//! row's lock then keeps a successor out until that transaction ends, and a holder that lost its
+//! lease is refused and rolls back. Nothing depends on a connection: a lease expires whether or not
+//! its holder's connection still exists, and the table works through connection poolers.
 
 use std::time::Duration;
 
@@ -21,7 +23,12 @@ pub struct Lease {
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn acquire(pool: &PgPool, owner: Uuid, names: &[String], ttl: Duration) -> Result<Vec<Lease>, sqlx::Error> {
+pub async fn acquire(
+    pool: &PgPool,
+    owner: Uuid,
+    names: &[String],
+    ttl: Duration,
+) -> Result<Vec<Lease>, sqlx::Error> {
     // One cheap read while all are held by others, which is nearly always.
     let free: Vec<String> = sqlx::query_scalar(
         "select name from unnest($1::text[]) as wanted (name)
@@ -48,7 +55,8 @@ pub async fn acquire(pool: &PgPool, owner: Uuid, names: &[String], ttl: Duration
 }
 
 impl Lease {
-    /// Extends the lease, and locks it against successors until the caller's transaction ends. Returns whether it is still held.
+    /// Extends the lease, and locks it against successors until the caller's transaction ends.
+    /// Returns whether it is still held.
     ///
     /// # Errors
     /// When Postgres refuses.
@@ -69,12 +77,14 @@ impl Lease {
     /// # Errors
     /// When Postgres refuses.
     pub async fn release(&self, pool: &PgPool) -> Result<(), sqlx::Error> {
-        sqlx::query("update lease set expires_at = now() where name = $1 and owner = $2 and epoch = $3")
-            .bind(&self.name)
-            .bind(self.owner)
-            .bind(self.epoch)
-            .execute(pool)
-            .await?;
+        sqlx::query(
+            "update lease set expires_at = now() where name = $1 and owner = $2 and epoch = $3",
+        )
+        .bind(&self.name)
+        .bind(self.owner)
+        .bind(self.epoch)
+        .execute(pool)
+        .await?;
         Ok(())
     }
 }

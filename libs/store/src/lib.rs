@@ -1,4 +1,5 @@
-//! Postgres for services: a bounded connection pool, migrations, one role and schema per service, an outbox, leases.
+//! Postgres for services: a bounded connection pool, migrations, one role and schema per service,
+//! an outbox, leases.
 
 pub mod lease;
 mod migrate;
@@ -15,7 +16,8 @@ use sqlx::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// How long a request waits for a connection. Less than a third of what callers wait for an answer, so that they learn why there is none.
+/// How long a request waits for a connection. Less than a third of what callers wait for an answer,
+/// so that they learn why there is none.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 const OBSERVE_EVERY: Duration = Duration::from_secs(5);
 
@@ -30,7 +32,11 @@ impl Config {
     pub fn from_env(env: &mut Env) -> Self {
         Self {
             url: env.secret("DATABASE_URL", "postgres:// URL of this service's own role"),
-            max_connections: env.parsed("AOD_DATABASE_CONNECTIONS", "maximum number of connections to Postgres", 16),
+            max_connections: env.parsed(
+                "AOD_DATABASE_CONNECTIONS",
+                "maximum number of connections to Postgres",
+                16,
+            ),
         }
     }
 }
@@ -55,7 +61,8 @@ pub type Step = (i64, &'static str, &'static str);
 pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool, OpenError> {
     let options = PgConnectOptions::from_str(config.url.expose_secret()).map_err(OpenError::Url)?;
     let options = options.application_name(name).options([
-        // A client that vanished without a word, with its machine say, loses its locks within seconds.
+        // A client that vanished without a word, with its machine say, loses its locks within
+        // seconds.
         ("tcp_keepalives_idle", "5"),
         ("tcp_keepalives_interval", "2"),
         ("tcp_keepalives_count", "3"),
@@ -67,7 +74,8 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
         ("statement_timeout", "30s"),
         // A replica that was paused, or lost its machine, in the middle of a transaction.
         ("idle_in_transaction_session_timeout", "10s"),
-        // Less than callers wait, so that they learn why: a server process that is stopped keeps its locks, which no setting of its own ends.
+        // Less than callers wait, so that they learn why: a server process that is stopped keeps
+        // its locks, which no setting of its own ends.
         ("lock_timeout", "5s"),
         // A statement whose client is gone, as after `kill -9`, ends and gives its locks back.
         ("client_connection_check_interval", "2s"),
@@ -75,14 +83,22 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
     let pool = PgPoolOptions::new()
         .max_connections(config.max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        // In place of sqlx's own ping, and not for each query: a server that became a standby was restarted, so a connection that was used
-        // a moment ago still leads to a primary.
+        // In place of sqlx's own ping, and not for each query: a server that became a standby was
+        // restarted, so a connection that was used a moment ago still leads to a primary.
         .test_before_acquire(false)
         .before_acquire(|connection, meta| {
-            Box::pin(async move { if meta.idle_for < TRUSTED_FOR { Ok(true) } else { is_primary(connection).await } })
+            Box::pin(async move {
+                if meta.idle_for < TRUSTED_FOR { Ok(true) } else { is_primary(connection).await }
+            })
         })
         .after_connect(|connection, _| {
-            Box::pin(async { if is_primary(connection).await? { Ok(()) } else { Err(sqlx::Error::Protocol(NOT_PRIMARY.to_owned())) } })
+            Box::pin(async {
+                if is_primary(connection).await? {
+                    Ok(())
+                } else {
+                    Err(sqlx::Error::Protocol(NOT_PRIMARY.to_owned()))
+                }
+            })
         })
         .connect_with(options)
         .await

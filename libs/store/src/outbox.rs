@@ -1,11 +1,12 @@
 //! Messages that are published if, and only if, a transaction commits.
 //!
-//! A message is written in the transaction of the change that it reports. A relay takes rows, publishes them with the row's id as message
-//! id, and deletes what was acknowledged; several relays share the work by row locks. A relay that dies between publishing and deleting
-//! leaves a row that is published again, and dropped by the stream as a duplicate.
+//! A message is written in the transaction of the change that it reports. A relay takes rows,
+//! publishes them with the row's id as message id, and deletes what was acknowledged; several
+//! relays share the work by row locks. A relay that dies between publishing and deleting leaves a
+//! row that is published again, and dropped by the stream as a duplicate.
 //!
-//! Messages are in lanes, one for each stream. A message that could not be published is postponed; one that no stream accepts is moved
-//! to `outbox_dead`.
+//! Messages are in lanes, one for each stream. A message that could not be published is postponed;
+//! one that no stream accepts is moved to `outbox_dead`.
 //!
 //! Each schema that has an outbox makes its tables as migration 11 of the scheduler's does.
 
@@ -30,14 +31,21 @@ pub struct Row {
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn enqueue(tx: &mut PgConnection, subject: &str, payload: &[u8], traceparent: Option<&str>) -> Result<(), sqlx::Error> {
-    sqlx::query("insert into outbox (outbox_id, subject, payload, traceparent) values ($1, $2, $3, $4)")
-        .bind(Uuid::now_v7())
-        .bind(subject)
-        .bind(payload)
-        .bind(traceparent)
-        .execute(tx)
-        .await?;
+pub async fn enqueue(
+    tx: &mut PgConnection,
+    subject: &str,
+    payload: &[u8],
+    traceparent: Option<&str>,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert into outbox (outbox_id, subject, payload, traceparent) values ($1, $2, $3, $4)",
+    )
+    .bind(Uuid::now_v7())
+    .bind(subject)
+    .bind(payload)
+    .bind(traceparent)
+    .execute(tx)
+    .await?;
     Ok(())
 }
 
@@ -59,7 +67,8 @@ pub async fn due_lanes(pool: &PgPool) -> Result<Vec<String>, sqlx::Error> {
     .await
 }
 
-/// Takes a lane's messages that are due and that no other relay has taken, oldest first. They stay taken until the transaction ends.
+/// Takes a lane's messages that are due and that no other relay has taken, oldest first. They stay
+/// taken until the transaction ends.
 ///
 /// # Errors
 /// When Postgres refuses.
@@ -103,8 +112,12 @@ pub async fn delete(tx: &mut PgConnection, ids: &[Uuid]) -> Result<(), sqlx::Err
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn postpone(tx: &mut PgConnection, messages: &[(Uuid, Duration)]) -> Result<(), sqlx::Error> {
-    let (ids, seconds): (Vec<Uuid>, Vec<f64>) = messages.iter().map(|(id, after)| (*id, after.as_secs_f64())).unzip();
+pub async fn postpone(
+    tx: &mut PgConnection,
+    messages: &[(Uuid, Duration)],
+) -> Result<(), sqlx::Error> {
+    let (ids, seconds): (Vec<Uuid>, Vec<f64>) =
+        messages.iter().map(|(id, after)| (*id, after.as_secs_f64())).unzip();
     sqlx::query(
         "update outbox
          set attempts = attempts + 1, not_before = clock_timestamp() + make_interval(secs => after)
@@ -122,7 +135,10 @@ pub async fn postpone(tx: &mut PgConnection, messages: &[(Uuid, Duration)]) -> R
 ///
 /// # Errors
 /// When Postgres refuses.
-pub async fn set_aside(tx: &mut PgConnection, messages: &[(Uuid, &str)]) -> Result<(), sqlx::Error> {
+pub async fn set_aside(
+    tx: &mut PgConnection,
+    messages: &[(Uuid, &str)],
+) -> Result<(), sqlx::Error> {
     let (ids, reasons): (Vec<Uuid>, Vec<&str>) = messages.iter().copied().unzip();
     sqlx::query(
         "with dead as (

@@ -8,9 +8,14 @@ use testkit::{Database, eventually};
 
 const OLD: &[Step] = &[(1, "first", "create table first (id int)")];
 const NEW: &[Step] = &[OLD[0], (2, "second", "create table second (id int)")];
-const INDEX: Step = (3, "index", "-- no-transaction\ncreate index concurrently if not exists first_by_id on first (id)");
+const INDEX: Step = (
+    3,
+    "index",
+    "-- no-transaction\ncreate index concurrently if not exists first_by_id on first (id)",
+);
 
-/// In an upgrade old replicas start again beside new ones; and a rollback is one to the release before.
+/// In an upgrade old replicas start again beside new ones; and a rollback is one to the release
+/// before.
 #[tokio::test]
 async fn a_release_starts_on_the_schema_of_the_next() {
     let database = Database::create().await.unwrap();
@@ -20,14 +25,18 @@ async fn a_release_starts_on_the_schema_of_the_next() {
     }
 }
 
-/// Each waits for the other's migrations; an index that is built concurrently waits for no replica that waits.
+/// Each waits for the other's migrations; an index that is built concurrently waits for no replica
+/// that waits.
 #[tokio::test]
 async fn replicas_that_start_together_migrate_once() {
     let database = Database::create().await.unwrap();
     let config = database.config("auth");
     let steps = &[NEW[0], NEW[1], INDEX];
-    let (one, two, three) =
-        tokio::join!(store::open(&config, "test", steps), store::open(&config, "test", steps), store::open(&config, "test", steps));
+    let (one, two, three) = tokio::join!(
+        store::open(&config, "test", steps),
+        store::open(&config, "test", steps),
+        store::open(&config, "test", steps)
+    );
     assert!(one.is_ok() && two.is_ok() && three.is_ok());
 }
 
@@ -39,7 +48,10 @@ async fn an_index_whose_build_was_interrupted_is_built_again() {
     let mut admin = database.admin().await.unwrap();
     // What a build leaves that is interrupted, by a duplicate here.
     sqlx::raw_sql("insert into auth.first values (1), (1)").execute(&mut admin).await.unwrap();
-    sqlx::raw_sql("create unique index concurrently first_by_id on auth.first (id)").execute(&mut admin).await.unwrap_err();
+    sqlx::raw_sql("create unique index concurrently first_by_id on auth.first (id)")
+        .execute(&mut admin)
+        .await
+        .unwrap_err();
     store::open(&config, "test", &[OLD[0], INDEX]).await.unwrap();
     let valid: bool =
         sqlx::query_scalar("select indisvalid and not indisunique from pg_index where indexrelid = 'auth.first_by_id'::regclass")
@@ -74,10 +86,14 @@ async fn a_migration_that_waits_for_a_lock_blocks_no_other_session() {
     };
     let (upgraded, ()) = tokio::join!(upgrade, others);
     upgraded.unwrap();
-    sqlx::raw_sql("select name from auth.first").execute(&mut database.admin().await.unwrap()).await.unwrap();
+    sqlx::raw_sql("select name from auth.first")
+        .execute(&mut database.admin().await.unwrap())
+        .await
+        .unwrap();
 }
 
-/// A session that waits for a lock gets an error within seconds, and what a client leaves behind ends by itself.
+/// A session that waits for a lock gets an error within seconds, and what a client leaves behind
+/// ends by itself.
 #[tokio::test]
 async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
     let database = Database::create().await.unwrap();
@@ -89,7 +105,11 @@ async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
     sqlx::raw_sql("begin; update auth.first set id = 2").execute(&mut admin).await.unwrap();
     let begun = Instant::now();
     let refused = sqlx::query("update first set id = 3").execute(&pool).await.unwrap_err();
-    assert_eq!(refused.as_database_error().and_then(|error| error.code()).as_deref(), Some("55P03"), "{refused}");
+    assert_eq!(
+        refused.as_database_error().and_then(|error| error.code()).as_deref(),
+        Some("55P03"),
+        "{refused}"
+    );
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     sqlx::raw_sql("rollback").execute(&mut admin).await.unwrap();
 
@@ -97,12 +117,17 @@ async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
     let mut paused = pool.begin().await.unwrap();
     sqlx::query("update first set id = 4").execute(&mut *paused).await.unwrap();
     let begun = Instant::now();
-    sqlx::raw_sql("set lock_timeout = 0; update auth.first set id = 5").execute(&mut admin).await.unwrap();
+    sqlx::raw_sql("set lock_timeout = 0; update auth.first set id = 5")
+        .execute(&mut admin)
+        .await
+        .unwrap();
     assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
     assert!(paused.commit().await.is_err());
 
-    // A client that is gone while its statement runs, with its runtime: nothing reads the rest of the answer.
-    let client = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    // A client that is gone while its statement runs, with its runtime: nothing reads the rest of
+    // the answer.
+    let client =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     client.spawn(async move {
         let pool = store::open(&config, "test", OLD).await.unwrap();
         sqlx::raw_sql("begin; update first set id = 6; select pg_sleep(25)").execute(&pool).await

@@ -1,6 +1,8 @@
-//! Helpers of the benchmarks. Machines differ and are noisy: each figure stands beside a floor of the same run, and their ratio.
+//! Helpers of the benchmarks. Machines differ and are noisy: each figure stands beside a floor of
+//! the same run, and their ratio.
 //!
-//! Each figure is printed, and added to the file that `BENCH_FIGURES` names, from which `cargo xtask bench-table` makes the table.
+//! Each figure is printed, and added to the file that `BENCH_FIGURES` names, from which `cargo
+//! xtask bench-table` makes the table.
 
 use std::{
     fmt,
@@ -35,7 +37,9 @@ impl Measured {
     /// What ratios compare: of times the median.
     fn value(&self) -> f64 {
         match self {
-            Self::Times { p50_ms: value, .. } | Self::Rate { per_second: value, .. } | Self::Amount { value, .. } => *value,
+            Self::Times { p50_ms: value, .. }
+            | Self::Rate { per_second: value, .. }
+            | Self::Amount { value, .. } => *value,
         }
     }
 }
@@ -51,11 +55,17 @@ impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Three digits say enough.
         let digits = |value: f64| {
-            let digits = if value.abs() < 1.0 { 3 } else { 2_usize.saturating_sub(value.abs().log10() as usize) };
+            let digits = if value.abs() < 1.0 {
+                3
+            } else {
+                2_usize.saturating_sub(value.abs().log10() as usize)
+            };
             format!("{value:.digits$}")
         };
         match self {
-            Self::Times { p50_ms, p99_ms, .. } => write!(f, "p50 {} ms, p99 {} ms", digits(*p50_ms), digits(*p99_ms)),
+            Self::Times { p50_ms, p99_ms, .. } => {
+                write!(f, "p50 {} ms, p99 {} ms", digits(*p50_ms), digits(*p99_ms))
+            }
             Self::Rate { per_second, unit } => write!(f, "{} {unit}/s", digits(*per_second)),
             Self::Amount { value, unit } => write!(f, "{} {unit}", digits(*value)),
         }
@@ -103,7 +113,8 @@ impl Figure {
         let Some(path) = std::env::var_os("BENCH_FIGURES") else { return Ok(()) };
         let line = serde_json::to_string(self)? + "\n";
         let file = OpenOptions::new().append(true).create(true).open(&path);
-        file.and_then(|mut file| file.write_all(line.as_bytes())).with_context(|| format!("writing {}", path.display()))
+        file.and_then(|mut file| file.write_all(line.as_bytes()))
+            .with_context(|| format!("writing {}", path.display()))
     }
 }
 
@@ -132,7 +143,10 @@ impl Times {
     ///
     /// # Errors
     /// With the work's first.
-    pub async fn of(count: usize, mut work: impl AsyncFnMut() -> anyhow::Result<()>) -> anyhow::Result<Self> {
+    pub async fn of(
+        count: usize,
+        mut work: impl AsyncFnMut() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
         let mut all = Vec::new();
         for _ in 0..count {
             let begun = Instant::now();
@@ -154,8 +168,12 @@ mod tests {
     #[test]
     fn a_figure_is_read_as_it_was_written() {
         let times = Times::new((1..=100).map(Duration::from_millis).collect());
-        let figure = Figure::new("a run", &times).beside("by hand", &Times::new(vec![Duration::from_millis(17)]));
-        assert_eq!(figure.to_string(), "a run: p50 51.0 ms, p99 100 ms; by hand: p50 17.0 ms, p99 17.0 ms; ratio 3.00");
+        let figure = Figure::new("a run", &times)
+            .beside("by hand", &Times::new(vec![Duration::from_millis(17)]));
+        assert_eq!(
+            figure.to_string(),
+            "a run: p50 51.0 ms, p99 100 ms; by hand: p50 17.0 ms, p99 17.0 ms; ratio 3.00"
+        );
         let alone = Figure::new("memory", Measured::amount(0.0321, "MB"));
         assert_eq!(alone.to_string(), "memory: 0.032 MB");
         for figure in [figure, alone, Figure::new("replay", Measured::rate(224_000.4, "events"))] {

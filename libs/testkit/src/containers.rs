@@ -1,10 +1,14 @@
-//! Runs the servers from images, with the crate `testcontainers`, where Docker is installed and they are not (feature `containers`).
+//! Runs the servers from images, with the crate `testcontainers`, where Docker is installed and
+//! they are not (feature `containers`).
 
 use anyhow::ensure;
 
 /// A server to start from an image.
 #[derive(Debug)]
-#[cfg_attr(not(feature = "containers"), expect(dead_code, reason = "read by what starts containers"))]
+#[cfg_attr(
+    not(feature = "containers"),
+    expect(dead_code, reason = "read by what starts containers")
+)]
 pub(crate) struct Image {
     pub name: &'static str,
     pub tag: &'static str,
@@ -22,7 +26,11 @@ pub(crate) struct Image {
 impl Image {
     /// Starts the server. It may not take connections yet.
     pub fn start(self) -> anyhow::Result<Container> {
-        ensure!(available(), "{} is not installed: run `make setup`, or with Docker `cargo test --features testkit/containers`", self.name);
+        ensure!(
+            available(),
+            "{} is not installed: run `make setup`, or with Docker `cargo test --features testkit/containers`",
+            self.name
+        );
         Container::start(self)
     }
 }
@@ -79,7 +87,8 @@ mod docker {
     #[derive(Debug)]
     pub struct Container {
         stop: Option<mpsc::Sender<()>>,
-        /// Owns the container and the runtime that speaks to Docker, since tests drop servers inside runtimes of their own.
+        /// Owns the container and the runtime that speaks to Docker, since tests drop servers
+        /// inside runtimes of their own.
         owner: Option<JoinHandle<()>>,
         backstop: Child,
     }
@@ -117,8 +126,9 @@ mod docker {
         }
     }
 
-    /// Starts a process that removes the container when its standard input ends: with this process at the latest. The one Postgres of
-    /// a process is a static, which is never dropped, and testcontainers removes only what is.
+    /// Starts a process that removes the container when its standard input ends: with this process
+    /// at the latest. The one Postgres of a process is a static, which is never dropped, and
+    /// testcontainers removes only what is.
     fn backstop(id: &str) -> anyhow::Result<Child> {
         let mut command = Command::new("sh");
         command.args(["-c", "read -r _; exec docker rm --force \"$0\"", id]);
@@ -133,8 +143,12 @@ mod docker {
             // Pulling an image is part of the start.
             .with_startup_timeout(Duration::from_secs(300))
             .with_host_config_modifier(move |config| {
-                let binding = PortBinding { host_ip: Some("127.0.0.1".into()), host_port: Some(outside.to_string()) };
-                config.port_bindings = Some(HashMap::from([(format!("{inside}/tcp"), Some(vec![binding]))]));
+                let binding = PortBinding {
+                    host_ip: Some("127.0.0.1".into()),
+                    host_port: Some(outside.to_string()),
+                };
+                config.port_bindings =
+                    Some(HashMap::from([(format!("{inside}/tcp"), Some(vec![binding]))]));
                 config.publish_all_ports = None;
             });
         for (name, value) in image.variables {

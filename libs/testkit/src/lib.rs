@@ -1,7 +1,8 @@
 //! Real servers for tests. Never a mock of what can be started.
 //!
-//! One Postgres serves a whole run (`testkit-run COMMAND` starts it and passes its URL in [`postgres::URL_VARIABLE`]); the process of
-//! a test that runs alone starts its own. Each test has a database of its own, and a nats-server of its own.
+//! One Postgres serves a whole run (`testkit-run COMMAND` starts it and passes its URL in
+//! [`postgres::URL_VARIABLE`]); the process of a test that runs alone starts its own. Each test has
+//! a database of its own, and a nats-server of its own.
 
 pub mod bench;
 pub mod containers;
@@ -19,8 +20,14 @@ use std::{future::Future, path::PathBuf, time::Duration};
 
 /// The root file system of Sprites that the set-up makes.
 pub fn rootfs() -> PathBuf {
-    let of = |name: &str, below: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(|dir| PathBuf::from(dir).join(below));
-    let tools = of("AOD_TOOLS_DIR", "").or_else(|| of("XDG_DATA_HOME", "aod/tools")).or_else(|| of("HOME", ".local/share/aod/tools"));
+    let of = |name: &str, below: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(|dir| PathBuf::from(dir).join(below))
+    };
+    let tools = of("AOD_TOOLS_DIR", "")
+        .or_else(|| of("XDG_DATA_HOME", "aod/tools"))
+        .or_else(|| of("HOME", ".local/share/aod/tools"));
     tools.unwrap_or_else(|| "/var/lib/aod/tools".into()).join("rootfs")
 }
 

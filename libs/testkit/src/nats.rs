@@ -78,27 +78,44 @@ impl Nats {
 
     fn run(&mut self) -> anyhow::Result<()> {
         let conf = self.dir.path().join("nats-server.conf");
-        let passwords = access::users().map(|user| (access::password_variable(user), password(user)));
+        let passwords =
+            access::users().map(|user| (access::password_variable(user), password(user)));
         let store = self.dir.path().join("store");
         let running = if let Some(program) = &self.program {
             let mut command = Command::new(program);
-            command.arg("-c").arg(conf).args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-sd"]).arg(store);
+            command
+                .arg("-c")
+                .arg(conf)
+                .args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "-sd"])
+                .arg(store);
             if let Some(tls) = &self.tls {
-                command.arg("--tls").arg("--tlscert").arg(tls.certificate_file()).arg("--tlskey").arg(tls.key_file());
+                command
+                    .arg("--tls")
+                    .arg("--tlscert")
+                    .arg(tls.certificate_file())
+                    .arg("--tlskey")
+                    .arg(tls.key_file());
             }
             command.envs(passwords);
             Running::Process(spawn_tied(command)?)
         } else {
-            // As this process's user, so that the folder can be removed; its store outlives a restart.
+            // As this process's user, so that the folder can be removed; its store outlives a
+            // restart.
             std::fs::create_dir_all(&store)?;
             let image = Image {
                 name: "nats",
                 tag: "2.12",
                 ports: (self.port, 4222),
-                args: ["-c", "/conf/nats-server.conf", "-sd", "/conf/store"].map(str::to_owned).into(),
+                args: ["-c", "/conf/nats-server.conf", "-sd", "/conf/store"]
+                    .map(str::to_owned)
+                    .into(),
                 variables: passwords.collect(),
                 volumes: vec![(self.dir.path().display().to_string(), "/conf")],
-                user: Some(format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())),
+                user: Some(format!(
+                    "{}:{}",
+                    rustix::process::geteuid().as_raw(),
+                    rustix::process::getegid().as_raw()
+                )),
             };
             Running::Container { _container: image.start()? }
         };
@@ -112,7 +129,8 @@ impl Nats {
         bail!("nats-server does not take connections")
     }
 
-    /// Whether the server sends its first line. Docker takes connections before the server in its container does.
+    /// Whether the server sends its first line. Docker takes connections before the server in its
+    /// container does.
     fn greets(&self) -> bool {
         let Ok(mut connection) = TcpStream::connect(("127.0.0.1", self.port)) else { return false };
         let limit = connection.set_read_timeout(Some(Duration::from_secs(1)));
@@ -196,23 +214,33 @@ fn password(user: &str) -> String {
 
 /// The one that was asked for, the set-up script's, or the one on PATH; new enough, or none.
 fn find_program() -> Option<PathBuf> {
-    let var = |wanted: &str| std::env::vars().find(|(name, _)| name == wanted).map(|(_, value)| value);
+    let var =
+        |wanted: &str| std::env::vars().find(|(name, _)| name == wanted).map(|(_, value)| value);
     if let Some(path) = var("NATS_SERVER_BIN") {
         return Some(path.into());
     }
-    let data = var("XDG_DATA_HOME").map(PathBuf::from).or_else(|| Some(PathBuf::from(var("HOME")?).join(".local/share")));
-    let tools = var("AOD_TOOLS_DIR").map(PathBuf::from).or_else(|| Some(data?.join("aod/tools")))?;
+    let data = var("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(var("HOME")?).join(".local/share")));
+    let tools =
+        var("AOD_TOOLS_DIR").map(PathBuf::from).or_else(|| Some(data?.join("aod/tools")))?;
     let path = var("PATH").unwrap_or_default();
-    let candidates = [tools.join("bin")].into_iter().chain(path.split(':').map(PathBuf::from)).map(|dir| dir.join("nats-server"));
+    let candidates = [tools.join("bin")]
+        .into_iter()
+        .chain(path.split(':').map(PathBuf::from))
+        .map(|dir| dir.join("nats-server"));
     candidates.into_iter().find(|program| new_enough(program).unwrap_or(false))
 }
 
 fn new_enough(program: &PathBuf) -> anyhow::Result<bool> {
     let output = Command::new(program).arg("--version").output()?;
     let text = String::from_utf8(output.stdout)?;
-    let version =
-        text.split_whitespace().map(|word| word.trim_start_matches('v')).find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+    let version = text
+        .split_whitespace()
+        .map(|word| word.trim_start_matches('v'))
+        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
     let mut parts = version.context("no version")?.split('.');
-    let (major, minor): (u32, u32) = (parts.next().context("major")?.parse()?, parts.next().context("minor")?.parse()?);
+    let (major, minor): (u32, u32) =
+        (parts.next().context("major")?.parse()?, parts.next().context("minor")?.parse()?);
     Ok((major, minor) >= (2, 12))
 }

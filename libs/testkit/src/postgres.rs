@@ -91,14 +91,30 @@ impl Server {
             let mut command = Command::new("setpriv");
             command.args(["--pdeathsig", "INT"]);
             if let Some((uid, gid)) = user {
-                command.args(["--reuid", &uid.to_string(), "--regid", &gid.to_string(), "--clear-groups"]);
+                command.args([
+                    "--reuid",
+                    &uid.to_string(),
+                    "--regid",
+                    &gid.to_string(),
+                    "--clear-groups",
+                ]);
             }
             command.arg("--").arg(program).current_dir("/");
             command
         };
         let mut initdb = as_user(bin.join("initdb"));
         initdb
-            .args(["--no-sync", "-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8", "-D"])
+            .args([
+                "--no-sync",
+                "-U",
+                "postgres",
+                "-A",
+                "scram-sha-256",
+                "-E",
+                "UTF8",
+                "--locale=C.UTF-8",
+                "-D",
+            ])
             .arg(&cluster)
             .arg("--pwfile")
             .arg(&password_file);
@@ -107,13 +123,19 @@ impl Server {
         let port = free_port()?;
         let mut postgres = as_user(bin.join("postgres"));
         postgres.arg("-D").arg(&cluster).args(["-p", &port.to_string()]);
-        for setting in
-            ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "full_page_writes=off", "max_connections=300"]
-        {
+        for setting in [
+            "listen_addresses=127.0.0.1",
+            "unix_socket_directories=",
+            "fsync=off",
+            "full_page_writes=off",
+            "max_connections=300",
+        ] {
             postgres.args(["-c", setting]);
         }
         if let Some(tls) = tls {
-            for (setting, from) in [("ssl_cert_file", tls.certificate_file()), ("ssl_key_file", tls.key_file())] {
+            for (setting, from) in
+                [("ssl_cert_file", tls.certificate_file()), ("ssl_key_file", tls.key_file())]
+            {
                 let path = data.path().join(setting);
                 std::fs::copy(from, &path)?;
                 std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
@@ -125,7 +147,10 @@ impl Server {
             postgres.args(["-c", "ssl=on"]);
         }
         let child = spawn_tied(postgres)?;
-        Ok(Self { url: format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}"), running: Running::Process { child, _data: data } })
+        Ok(Self {
+            url: format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}"),
+            running: Running::Process { child, _data: data },
+        })
     }
 
     /// As [`URL_VARIABLE`] has it.
@@ -146,7 +171,9 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if let Running::Process { child, .. } = &mut self.running {
-            if let Some(pid) = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw) {
+            if let Some(pid) =
+                i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw)
+            {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
             }
             let _ = child.wait();
@@ -188,7 +215,9 @@ impl Database {
         let name = format!("test_{}", uuid::Uuid::new_v4().simple());
         let mut admin = connect(&url).await?;
         sqlx::query("select pg_advisory_lock($1)").bind(PROVISION_LOCK).execute(&mut admin).await?;
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("create database {name}"))).execute(&mut admin).await?;
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("create database {name}")))
+            .execute(&mut admin)
+            .await?;
         let mut database = PgConnection::connect(&format!("{url}/{name}")).await?;
         for service in store::provision::SERVICES {
             store::provision::provision(&mut database, service, PASSWORD).await?;
@@ -233,11 +262,18 @@ fn server_url() -> anyhow::Result<String> {
 }
 
 fn find_bin() -> Option<PathBuf> {
-    let packaged = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
-    let path = std::env::vars().find(|(name, _)| name == "PATH").map(|(_, path)| path).unwrap_or_default();
+    let packaged = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path().join("bin"));
+    let path =
+        std::env::vars().find(|(name, _)| name == "PATH").map(|(_, path)| path).unwrap_or_default();
     let on_path = path.split(':').map(|dir| Path::new(dir).to_path_buf()).collect::<Vec<_>>();
-    let mut bins: Vec<PathBuf> =
-        packaged.chain(on_path).filter(|bin| bin.join("initdb").exists() && bin.join("postgres").exists()).collect();
+    let mut bins: Vec<PathBuf> = packaged
+        .chain(on_path)
+        .filter(|bin| bin.join("initdb").exists() && bin.join("postgres").exists())
+        .collect();
     bins.sort();
     bins.pop()
 }

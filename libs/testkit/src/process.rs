@@ -7,8 +7,8 @@ use std::{
 
 use anyhow::Context as _;
 
-/// Starts a command that receives TERM when this process ends. The kernel sends it when the thread that started the command exits, so that
-/// thread is kept.
+/// Starts a command that receives TERM when this process ends. The kernel sends it when the thread
+/// that started the command exits, so that thread is kept.
 pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
     let (sender, receiver) = mpsc::channel();
     let mut tied = Command::new("setpriv");
@@ -33,8 +33,8 @@ pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
     receiver.recv()?.context("setpriv (util-linux) starts the servers of tests")
 }
 
-/// Returns a random port that is free now. It is outside of the range that the kernel uses for outgoing connections, so that none of these
-/// takes it before the server does.
+/// Returns a random port that is free now. It is outside of the range that the kernel uses for
+/// outgoing connections, so that none of these takes it before the server does.
 ///
 /// # Errors
 /// When no port is free.

@@ -19,8 +19,10 @@ pub struct Service(Child);
 /// When the binary was not built.
 pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
-    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
-    found.with_context(|| format!("{name} is not beside {}: run `cargo build` first", own.display()))
+    let found =
+        own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
+    found
+        .with_context(|| format!("{name} is not beside {}: run `cargo build` first", own.display()))
 }
 
 /// Starts a service with these settings.

@@ -19,7 +19,8 @@ impl Tls {
         let authority_pem = authority.self_signed(&authority_key)?.pem();
         let issuer = Issuer::new(authority, authority_key);
         let key = KeyPair::generate()?;
-        let server = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()])?.signed_by(&key, &issuer)?;
+        let server = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()])?
+            .signed_by(&key, &issuer)?;
         let tls = Self(tempfile::Builder::new().prefix("aod-tls-").tempdir()?);
         std::fs::write(tls.ca_file(), authority_pem)?;
         std::fs::write(tls.certificate_file(), server.pem())?;

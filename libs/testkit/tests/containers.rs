@@ -1,4 +1,5 @@
-//! The servers from images, where Docker answers. Run by `cargo test -p testkit --features containers`.
+//! The servers from images, where Docker answers. Run by `cargo test -p testkit --features
+//! containers`.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -25,7 +26,10 @@ async fn a_database_for_each_test_comes_from_an_image() {
     let mut admin = one.admin().await.unwrap();
     sqlx::query("create table mark ()").execute(&mut admin).await.unwrap();
     let mut admin = other.admin().await.unwrap();
-    let marks: i64 = sqlx::query_scalar("select count(*) from pg_tables where tablename = 'mark'").fetch_one(&mut admin).await.unwrap();
+    let marks: i64 = sqlx::query_scalar("select count(*) from pg_tables where tablename = 'mark'")
+        .fetch_one(&mut admin)
+        .await
+        .unwrap();
     assert_eq!(marks, 0);
 }
 

@@ -2,7 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-/// Networks that are not the internet's (RFC 6890, and what clouds serve their machines at), with the bits that name them.
+/// Networks that are not the internet's (RFC 6890, and what clouds serve their machines at), with
+/// the bits that name them.
 const SPECIAL_V4: [(Ipv4Addr, u32); 14] = [
     (Ipv4Addr::new(0, 0, 0, 0), 8),
     (Ipv4Addr::new(10, 0, 0, 0), 8),
@@ -22,14 +23,18 @@ const SPECIAL_V4: [(Ipv4Addr, u32); 14] = [
     (Ipv4Addr::new(240, 0, 0, 0), 4),
 ];
 
-/// Whether an address is one of the internet's: neither this machine's, nor of a private network, nor special otherwise.
+/// Whether an address is one of the internet's: neither this machine's, nor of a private network,
+/// nor special otherwise.
 #[must_use]
 pub fn is_public(address: IpAddr) -> bool {
     match address.to_canonical() {
-        IpAddr::V4(v4) => !SPECIAL_V4.iter().any(|(network, bits)| (v4.to_bits() ^ network.to_bits()) >> (32 - bits) == 0),
+        IpAddr::V4(v4) => !SPECIAL_V4
+            .iter()
+            .any(|(network, bits)| (v4.to_bits() ^ network.to_bits()) >> (32 - bits) == 0),
         IpAddr::V6(v6) => {
             let [first, second, ..] = v6.segments();
-            // Addresses in 2001::/23 and 2002::/16 may be translated or tunneled to any IPv4 address.
+            // Addresses in 2001::/23 and 2002::/16 may be translated or tunneled to any IPv4
+            // address.
             let translates = first == 0x2001 && second & 0xfe00 == 0 || first == 0x2002;
             let is_documentation = first == 0x2001 && second == 0xdb8;
             // Global unicast; nothing else is the internet's.
@@ -44,9 +49,16 @@ mod tests {
 
     #[test]
     fn private_and_special_addresses_are_not_public() {
-        for public in
-            ["1.1.1.1", "172.32.0.1", "100.128.0.1", "198.20.0.1", "168.63.129.17", "2606:4700::1111", "2001:4860::8888", "::ffff:8.8.8.8"]
-        {
+        for public in [
+            "1.1.1.1",
+            "172.32.0.1",
+            "100.128.0.1",
+            "198.20.0.1",
+            "168.63.129.17",
+            "2606:4700::1111",
+            "2001:4860::8888",
+            "::ffff:8.8.8.8",
+        ] {
             assert!(is_public(public.parse().unwrap()), "{public}");
         }
         for private in [

@@ -54,7 +54,8 @@ pub struct InlineSkill {
 }
 
 impl Skill {
-    /// The key that is unique among an agent's skills: the name, or the source of a skill without a name.
+    /// The key that is unique among an agent's skills: the name, or the source of a skill without a
+    /// name.
     #[must_use]
     pub fn identity(&self) -> (&'static str, &str) {
         match self {
@@ -69,13 +70,17 @@ impl Skill {
 #[must_use]
 pub fn is_skill_name(text: &str) -> bool {
     let plain = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
-    (1..=64).contains(&text.len()) && text.bytes().next().is_some_and(plain) && text.bytes().all(|c| plain(c) || c == b'-')
+    (1..=64).contains(&text.len())
+        && text.bytes().next().is_some_and(plain)
+        && text.bytes().all(|c| plain(c) || c == b'-')
 }
 
 /// `owner/repo`, as GitHub spells them.
 #[must_use]
 pub fn is_skill_source(text: &str) -> bool {
-    text.split_once('/').is_some_and(|(owner, repo)| crate::repository::is_owner(owner) && crate::repository::is_name(repo))
+    text.split_once('/').is_some_and(|(owner, repo)| {
+        crate::repository::is_owner(owner) && crate::repository::is_name(repo)
+    })
 }
 
 /// An MCP server that an agent may call. Its secrets cannot be printed.
@@ -137,7 +142,10 @@ impl McpServer {
         let (_, rest) = url.split_once("://")?;
         let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
         let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
-        let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|c| c.is_ascii_digit())).map_or(host, |(name, _)| name);
+        let name = host
+            .rsplit_once(':')
+            .filter(|(_, port)| port.bytes().all(|c| c.is_ascii_digit()))
+            .map_or(host, |(name, _)| name);
         Some(name).filter(|name| !name.is_empty())
     }
 
@@ -152,7 +160,10 @@ impl McpServer {
             _ => return None,
         };
         let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-        let named = authority.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.contains([']', '@']));
+        let named = authority
+            .rsplit_once(':')
+            .map(|(_, port)| port)
+            .filter(|port| !port.contains([']', '@']));
         named.map_or(Some(usual), |port| port.parse().ok())
     }
 
@@ -166,7 +177,10 @@ impl McpServer {
 
 /// A change of metadata: per key, `""` deletes one, keys that are not named stay.
 #[must_use]
-pub fn merge_metadata(mut current: Map<String, Value>, change: Map<String, Value>) -> Map<String, Value> {
+pub fn merge_metadata(
+    mut current: Map<String, Value>,
+    change: Map<String, Value>,
+) -> Map<String, Value> {
     for (key, value) in change {
         if value.as_str() == Some("") {
             current.shift_remove(&key);
@@ -184,14 +198,22 @@ pub const METADATA_KEYS_MAX: usize = 16;
 ///
 /// # Errors
 /// When it would have more keys than allowed. What the original API has put there may stay.
-pub fn merge_limited_metadata(current: Map<String, Value>, change: Map<String, Value>) -> Result<Map<String, Value>, String> {
+pub fn merge_limited_metadata(
+    current: Map<String, Value>,
+    change: Map<String, Value>,
+) -> Result<Map<String, Value>, String> {
     let before = current.len();
     let merged = merge_metadata(current, change);
     let is_allowed = merged.len() <= METADATA_KEYS_MAX.max(before);
-    if is_allowed { Ok(merged) } else { Err(format!("metadata: must hold at most {METADATA_KEYS_MAX} keys")) }
+    if is_allowed {
+        Ok(merged)
+    } else {
+        Err(format!("metadata: must hold at most {METADATA_KEYS_MAX} keys"))
+    }
 }
 
-/// A new version of a document of secrets: where it says `***`, the old one's value stays. `None` when there is nothing to keep.
+/// A new version of a document of secrets: where it says `***`, the old one's value stays. `None`
+/// when there is nothing to keep.
 #[must_use]
 pub fn keep_redacted(new: Value, base: Option<&Value>) -> Option<Value> {
     match new {
@@ -220,13 +242,17 @@ mod tests {
         let server: McpServer = serde_json::from_value(text.clone()).unwrap();
         assert_eq!(serde_json::to_value(&server).unwrap(), text);
         assert!(!format!("{server:?}").contains("Bearer"));
-        assert_eq!(serde_json::to_value(server.redacted()).unwrap()["headers"]["Authorization"], "***");
+        assert_eq!(
+            serde_json::to_value(server.redacted()).unwrap()["headers"]["Authorization"],
+            "***"
+        );
     }
 
     #[test]
     fn a_servers_host_is_found_in_its_url() {
         let host = |url: &str| {
-            let server: McpServer = serde_json::from_value(json!({ "name": "a", "type": "url", "url": url })).unwrap();
+            let server: McpServer =
+                serde_json::from_value(json!({ "name": "a", "type": "url", "url": url })).unwrap();
             server.host().map(str::to_owned)
         };
         for (url, expected) in [
@@ -238,7 +264,8 @@ mod tests {
             assert_eq!(host(url).as_deref(), expected, "{url}");
         }
         let port = |url: &str| {
-            let server: McpServer = serde_json::from_value(json!({ "name": "a", "type": "url", "url": url })).unwrap();
+            let server: McpServer =
+                serde_json::from_value(json!({ "name": "a", "type": "url", "url": url })).unwrap();
             server.port()
         };
         for (url, expected) in [
@@ -258,10 +285,16 @@ mod tests {
     #[test]
     fn skills_have_two_shapes() {
         let github = json!({ "type": "github", "source": "o/r" });
-        assert_eq!(serde_json::to_value(serde_json::from_value::<Skill>(github.clone()).unwrap()).unwrap(), github);
+        assert_eq!(
+            serde_json::to_value(serde_json::from_value::<Skill>(github.clone()).unwrap()).unwrap(),
+            github
+        );
         let inline = json!({ "name": "n", "description": "d", "content": "c" });
         let skill: Skill = serde_json::from_value(inline.clone()).unwrap();
-        assert_eq!((skill.identity(), serde_json::to_value(&skill).unwrap()), (("name", "n"), inline));
+        assert_eq!(
+            (skill.identity(), serde_json::to_value(&skill).unwrap()),
+            (("name", "n"), inline)
+        );
     }
 
     #[test]
@@ -278,7 +311,11 @@ mod tests {
     }
 
     fn metadata() -> impl Strategy<Value = Map<String, Value>> {
-        let value = prop_oneof![Just(json!("")), "[a-z]{1,3}".prop_map(Value::from), any::<i32>().prop_map(Value::from)];
+        let value = prop_oneof![
+            Just(json!("")),
+            "[a-z]{1,3}".prop_map(Value::from),
+            any::<i32>().prop_map(Value::from)
+        ];
         prop::collection::btree_map("[a-d]", value, 0..4).prop_map(|map| map.into_iter().collect())
     }
 
@@ -307,7 +344,10 @@ mod tests {
     #[test]
     fn a_redacted_value_stays_and_one_that_never_was_is_refused() {
         let base = json!({ "s": { "A": "1", "B": "2" } });
-        assert_eq!(keep_redacted(json!({ "s": { "A": "***", "C": "3" } }), Some(&base)), Some(json!({ "s": { "A": "1", "C": "3" } })));
+        assert_eq!(
+            keep_redacted(json!({ "s": { "A": "***", "C": "3" } }), Some(&base)),
+            Some(json!({ "s": { "A": "1", "C": "3" } }))
+        );
         assert_eq!(keep_redacted(json!({ "s": { "C": "***" } }), Some(&base)), None);
         assert_eq!(keep_redacted(json!({ "t": { "A": "***" } }), Some(&base)), None);
         assert_eq!(keep_redacted(json!({ "s": { "A": "***" } }), None), None);

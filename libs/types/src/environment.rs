@@ -21,7 +21,13 @@ impl PackageManager {
     #[must_use]
     pub const fn hosts(self) -> &'static [&'static str] {
         match self {
-            Self::Apt => &["deb.debian.org", "security.debian.org", "archive.ubuntu.com", "security.ubuntu.com", "ports.ubuntu.com"],
+            Self::Apt => &[
+                "deb.debian.org",
+                "security.debian.org",
+                "archive.ubuntu.com",
+                "security.ubuntu.com",
+                "ports.ubuntu.com",
+            ],
             Self::Cargo => &["crates.io", "index.crates.io", "static.crates.io"],
             Self::Gem => &["rubygems.org", "index.rubygems.org"],
             Self::Go => &["proxy.golang.org", "sum.golang.org", "storage.googleapis.com"],
@@ -45,11 +51,13 @@ pub fn is_variable(text: &str) -> bool {
     text.chars().all(word) && text.chars().next().is_some_and(|first| !first.is_ascii_digit())
 }
 
-/// Set by the supervisor of an agent, or by every shell: a value of the user's would not reach the agent.
+/// Set by the supervisor of an agent, or by every shell: a value of the user's would not reach the
+/// agent.
 const RESERVED_VARIABLES: [&str; 2] = ["AOD_TURN", "_"];
 /// The kernel starts no program with a longer `NAME=value`, its NUL included (`MAX_ARG_STRLEN`).
 const VARIABLE_BYTES_MAX: usize = 128 * 1024;
-/// All variables of an environment, and all of a session: both fit into the 2 MiB that the kernel takes, with room for arguments.
+/// All variables of an environment, and all of a session: both fit into the 2 MiB that the kernel
+/// takes, with room for arguments.
 pub const VARIABLES_BYTES_MAX: usize = 512 * 1024;
 
 /// Why a variable cannot be given to an agent.
@@ -106,7 +114,12 @@ pub enum NetworkingKind {
 
 impl Default for Networking {
     fn default() -> Self {
-        Self { kind: NetworkingKind::Unrestricted, allowed_hosts: None, allow_package_managers: false, allow_mcp_servers: false }
+        Self {
+            kind: NetworkingKind::Unrestricted,
+            allowed_hosts: None,
+            allow_package_managers: false,
+            allow_mcp_servers: false,
+        }
     }
 }
 
@@ -119,7 +132,12 @@ impl Networking {
         }
         let mut hosts = self.allowed_hosts.clone().unwrap_or_default();
         if self.allow_package_managers {
-            hosts.extend(PackageManager::ALL.into_iter().flat_map(PackageManager::hosts).map(|host| (*host).to_owned()));
+            hosts.extend(
+                PackageManager::ALL
+                    .into_iter()
+                    .flat_map(PackageManager::hosts)
+                    .map(|host| (*host).to_owned()),
+            );
         }
         if self.allow_mcp_servers {
             hosts.extend(mcp_servers.iter().filter_map(McpServer::host).map(str::to_owned));
@@ -156,7 +174,13 @@ impl<'a> HostPattern<'a> {
         if !self.wildcard {
             return host.eq_ignore_ascii_case(self.name);
         }
-        let Some(at) = host.len().checked_sub(self.name.len() + 1).filter(|at| *at > 0 && host.is_char_boundary(*at)) else { return false };
+        let Some(at) = host
+            .len()
+            .checked_sub(self.name.len() + 1)
+            .filter(|at| *at > 0 && host.is_char_boundary(*at))
+        else {
+            return false;
+        };
         let (_, tail) = host.split_at(at);
         tail.strip_prefix('.').is_some_and(|tail| tail.eq_ignore_ascii_case(self.name))
     }
@@ -170,7 +194,13 @@ mod tests {
 
     #[test]
     fn packages_are_no_options_and_no_shell() {
-        for good in ["ripgrep@14.0.0", "requests>=2,<3", "uvicorn[standard]", "@scope/pkg", "golang.org/x/tools/cmd/goimports@latest"] {
+        for good in [
+            "ripgrep@14.0.0",
+            "requests>=2,<3",
+            "uvicorn[standard]",
+            "@scope/pkg",
+            "golang.org/x/tools/cmd/goimports@latest",
+        ] {
             assert!(is_package(good), "{good}");
         }
         for bad in ["", "-y", "--pre", "a b", "a;b", "$(x)", "a\nb", "é", "a|b", "a&b", "'a'"] {
@@ -193,7 +223,8 @@ mod tests {
         assert_eq!(check_variable("BIG", &longest), Ok(()));
         assert_eq!(check_variable("BIG_", &longest), Err(VariableError::TooLarge));
         // The kernel agrees.
-        let runs = |name: &str| std::process::Command::new("true").env(name, &longest).status().is_ok();
+        let runs =
+            |name: &str| std::process::Command::new("true").env(name, &longest).status().is_ok();
         assert!(runs("BIG") && !runs("BIG_"));
     }
 
@@ -201,11 +232,21 @@ mod tests {
     fn a_wildcard_stands_for_names_below() {
         let pattern = HostPattern::parse("*.github.com").unwrap();
         assert!(pattern.allows("api.github.com") && pattern.allows("A.B.GitHub.com."));
-        for host in ["github.com", "evilgithub.com", ".github.com", "github.com.evil.org", "", "ü.github.org"] {
+        for host in [
+            "github.com",
+            "evilgithub.com",
+            ".github.com",
+            "github.com.evil.org",
+            "",
+            "ü.github.org",
+        ] {
             assert!(!pattern.allows(host), "{host}");
         }
         assert!(HostPattern::parse("Example.com").unwrap().allows("example.COM"));
-        for bad in ["", "*", "*.", "a..b", "http://x", "x:80", "a*.b", "-a.b", "a b", "x/y", "*.*.x", "é.fr"] {
+        for bad in [
+            "", "*", "*.", "a..b", "http://x", "x:80", "a*.b", "-a.b", "a b", "x/y", "*.*.x",
+            "é.fr",
+        ] {
             assert_eq!(HostPattern::parse(bad), None, "{bad}");
         }
     }

@@ -1,4 +1,5 @@
-//! The closed set of error codes that services answer with. Each maps to one HTTP status, in the gateway.
+//! The closed set of error codes that services answer with. Each maps to one HTTP status, in the
+//! gateway.
 
 use crate::session::named;
 

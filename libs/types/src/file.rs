@@ -28,7 +28,10 @@ impl FromStr for FileKind {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::Upload, Self::Output, Self::Copy].into_iter().find(|kind| kind.as_str() == text).ok_or(())
+        [Self::Upload, Self::Output, Self::Copy]
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
+            .ok_or(())
     }
 }
 
@@ -50,15 +53,21 @@ const PATH_BYTES_MAX: usize = 1024;
 #[must_use]
 pub fn is_filename(text: &str) -> bool {
     let plain = |c: char| !c.is_control() && c != '/';
-    (1..=NAME_BYTES_MAX).contains(&text.len()) && text.chars().all(plain) && text != "." && text != ".."
+    (1..=NAME_BYTES_MAX).contains(&text.len())
+        && text.chars().all(plain)
+        && text != "."
+        && text != ".."
 }
 
-/// A path below [`UPLOADS`], for what a client says: absolute or not, below the folder already or not. None: it leads out, or nowhere.
+/// A path below [`UPLOADS`], for what a client says: absolute or not, below the folder already or
+/// not. None: it leads out, or nowhere.
 #[must_use]
 pub fn mount_path(text: &str) -> Option<String> {
     let below = text.strip_prefix(UPLOADS).filter(|rest| rest.starts_with('/')).unwrap_or(text);
-    let parts: Vec<&str> = below.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
-    let is_good = !parts.is_empty() && !below.ends_with('/') && parts.iter().all(|part| is_filename(part));
+    let parts: Vec<&str> =
+        below.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    let is_good =
+        !parts.is_empty() && !below.ends_with('/') && parts.iter().all(|part| is_filename(part));
     let path = format!("{UPLOADS}/{}", parts.join("/"));
     (is_good && path.len() <= PATH_BYTES_MAX).then_some(path)
 }
@@ -66,7 +75,10 @@ pub fn mount_path(text: &str) -> Option<String> {
 /// What a file's name says of its contents.
 #[must_use]
 pub fn mime_of(filename: &str) -> &'static str {
-    let extension = filename.rsplit_once('.').map(|(_, extension)| extension.to_ascii_lowercase()).unwrap_or_default();
+    let extension = filename
+        .rsplit_once('.')
+        .map(|(_, extension)| extension.to_ascii_lowercase())
+        .unwrap_or_default();
     match extension.as_str() {
         "txt" | "log" => "text/plain",
         "md" => "text/markdown",
@@ -89,8 +101,12 @@ pub fn mime_of(filename: &str) -> &'static str {
 /// Whether a text is a media type that a header can hold.
 #[must_use]
 pub fn is_mime(text: &str) -> bool {
-    let token = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$&-^_.+".contains(&byte));
-    text.len() <= 127 && text.split_once('/').is_some_and(|(kind, subtype)| token(kind) && token(subtype))
+    let token = |part: &str| {
+        !part.is_empty()
+            && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$&-^_.+".contains(&byte))
+    };
+    text.len() <= 127
+        && text.split_once('/').is_some_and(|(kind, subtype)| token(kind) && token(subtype))
 }
 
 #[cfg(test)]
@@ -109,15 +125,38 @@ mod tests {
         ] {
             assert_eq!(mount_path(text).as_deref(), Some(expected), "{text}");
         }
-        for bad in ["", "/", ".", "..", "a/../b", "/mnt/session/uploads/", "/mnt/session/uploads/../x", "a\nb", "a/", &"x".repeat(256)] {
+        for bad in [
+            "",
+            "/",
+            ".",
+            "..",
+            "a/../b",
+            "/mnt/session/uploads/",
+            "/mnt/session/uploads/../x",
+            "a\nb",
+            "a/",
+            &"x".repeat(256),
+        ] {
             assert_eq!(mount_path(bad), None, "{bad}");
         }
     }
 
     #[test]
     fn names_and_types_are_plain() {
-        assert!(is_filename("ü b.txt") && !is_filename("a/b") && !is_filename("") && !is_filename("a\0") && !is_filename(".."));
-        assert!(is_mime("text/plain") && is_mime(mime_of("x.XLSX")) && !is_mime("text") && !is_mime("a/b\r\nx: y") && !is_mime("a/b; c"));
+        assert!(
+            is_filename("ü b.txt")
+                && !is_filename("a/b")
+                && !is_filename("")
+                && !is_filename("a\0")
+                && !is_filename("..")
+        );
+        assert!(
+            is_mime("text/plain")
+                && is_mime(mime_of("x.XLSX"))
+                && !is_mime("text")
+                && !is_mime("a/b\r\nx: y")
+                && !is_mime("a/b; c")
+        );
         assert_eq!(mime_of("x"), "application/octet-stream");
     }
 

@@ -29,7 +29,10 @@ pub use backoff::{Backoff, random_fraction};
 pub use credential::CredentialKind;
 pub use environment::{Networking, PackageManager};
 pub use error::ErrorCode;
-pub use id::{AgentId, EnvironmentId, FileId, InputId, KeyId, LeaseId, SecretId, SessionId, UserId, VaultCredentialId, VaultId};
+pub use id::{
+    AgentId, EnvironmentId, FileId, InputId, KeyId, LeaseId, SecretId, SessionId, UserId,
+    VaultCredentialId, VaultId,
+};
 pub use input::{InputKind, InputStatus, RequestStatus, Verdict, WhenBusy};
 pub use model::{ModelRef, Provider, Runtime};
 pub use partition::Partition;

@@ -10,7 +10,8 @@ pub const NAME_CHARS_MAX: usize = 200;
 pub const MODEL_CHARS_MAX: usize = 100;
 /// An agent's system prompt and an environment's setup script.
 pub const TEXT_CHARS_MAX: usize = 256 * 1024;
-/// Items of a list or an object that has no limit of its own: hosts, packages of one manager, variables, metadata.
+/// Items of a list or an object that has no limit of its own: hosts, packages of one manager,
+/// variables, metadata.
 pub const ITEMS_MAX: usize = 1000;
 /// Metadata as JSON.
 pub const METADATA_BYTES_MAX: usize = 2 << 20;
@@ -31,13 +32,15 @@ pub const PAGE_MAX: u32 = 1000;
 pub const PERMISSION_RULES_MAX: usize = 100;
 /// The longest that a permission request may wait before its default applies.
 pub const DECISION_SECONDS_MAX: u32 = 7 * 24 * 3600;
-/// Messages that wait for a session's turn to end, and their bytes together: those of one answer to a runner.
+/// Messages that wait for a session's turn to end, and their bytes together: those of one answer to
+/// a runner.
 pub const QUEUED_INPUTS_MAX: usize = 100;
 pub const QUEUED_BYTES_MAX: usize = 6 * 1024 * 1024;
 /// The reason of a denial, which the model reads.
 pub const DENY_MESSAGE_CHARS_MAX: usize = 4096;
 
-/// Output of one event: large enough to carry a burst cheaply, small enough for every SSE client's buffers.
+/// Output of one event: large enough to carry a burst cheaply, small enough for every SSE client's
+/// buffers.
 pub const OUTPUT_EVENT_BYTES_MAX: usize = 128 * 1024;
 
 /// How long provisioning may take before the turn is settled without its runner.

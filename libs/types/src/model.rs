@@ -60,7 +60,8 @@ impl Runtime {
     }
 }
 
-/// Actions that a runtime's CLI supports while a turn runs. A test of the agent host checks that its adapters declare the same.
+/// Actions that a runtime's CLI supports while a turn runs. A test of the agent host checks that
+/// its adapters declare the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RuntimeCapabilities {
     /// A message can join a running turn.
@@ -102,7 +103,8 @@ pub enum ModelError {
 }
 
 impl ModelRef {
-    /// Parses a model. A bare model id belongs to the runtime's provider if the runtime has only one.
+    /// Parses a model. A bare model id belongs to the runtime's provider if the runtime has only
+    /// one.
     ///
     /// # Errors
     /// [`ModelError`] when the provider is unknown or not served by the runtime.
@@ -113,7 +115,9 @@ impl ModelRef {
         let unknown = || ModelError::Unknown(text.to_owned());
         let Some((provider, model_id)) = text.split_once('/') else {
             return match runtime.providers() {
-                [only] if !text.trim().is_empty() => Ok(Self { text: format!("{only}/{text}"), provider: Some(*only) }),
+                [only] if !text.trim().is_empty() => {
+                    Ok(Self { text: format!("{only}/{text}"), provider: Some(*only) })
+                }
                 _ => Err(unknown()),
             };
         };
@@ -160,8 +164,14 @@ mod tests {
     #[test]
     fn a_bare_model_gets_the_only_provider_of_its_runtime() {
         let model = ModelRef::parse(Runtime::Claude, "claude-x").unwrap();
-        assert_eq!((model.as_str(), model.model_id(), model.provider()), ("anthropic/claude-x", "claude-x", Some(Provider::Anthropic)));
-        assert_eq!(ModelRef::parse(Runtime::Opencode, "gpt").unwrap_err().to_string(), "Unknown model: gpt");
+        assert_eq!(
+            (model.as_str(), model.model_id(), model.provider()),
+            ("anthropic/claude-x", "claude-x", Some(Provider::Anthropic))
+        );
+        assert_eq!(
+            ModelRef::parse(Runtime::Opencode, "gpt").unwrap_err().to_string(),
+            "Unknown model: gpt"
+        );
     }
 
     #[test]
@@ -170,8 +180,14 @@ mod tests {
             ModelRef::parse(Runtime::Claude, "openai/o3").unwrap_err().to_string(),
             "Runtime claude cannot serve model openai/o3: provider openai not in ['anthropic']"
         );
-        assert_eq!(ModelRef::parse(Runtime::Claude, "acme/x").unwrap_err(), ModelError::Unknown("acme/x".into()));
-        assert_eq!(ModelRef::parse(Runtime::Claude, "anthropic/").unwrap_err(), ModelError::Unknown("anthropic/".into()));
+        assert_eq!(
+            ModelRef::parse(Runtime::Claude, "acme/x").unwrap_err(),
+            ModelError::Unknown("acme/x".into())
+        );
+        assert_eq!(
+            ModelRef::parse(Runtime::Claude, "anthropic/").unwrap_err(),
+            ModelError::Unknown("anthropic/".into())
+        );
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::num::NonZeroU8;
 
 use crate::SessionId;
 
-/// One of the streams that the sessions' records are spread over. A session stays in the one that it was born in.
+/// One of the streams that the sessions' records are spread over. A session stays in the one that
+/// it was born in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Partition(u8);
 
@@ -48,11 +49,16 @@ mod tests {
         for count in 1..=Partition::COUNT_MAX {
             let mut born = BTreeMap::<_, u32>::new();
             for _ in 0..8000 {
-                *born.entry(Partition::of_new(SessionId::new(), NonZeroU8::new(count).unwrap())).or_default() += 1;
+                *born
+                    .entry(Partition::of_new(SessionId::new(), NonZeroU8::new(count).unwrap()))
+                    .or_default() += 1;
             }
             assert!(born.keys().copied().eq(Partition::all().take(count.into())), "{born:?}");
             let fair = 8000 / u32::from(count);
-            assert!(born.values().all(|sessions| (fair * 3 / 4..=fair * 5 / 4).contains(sessions)), "{born:?}");
+            assert!(
+                born.values().all(|sessions| (fair * 3 / 4..=fair * 5 / 4).contains(sessions)),
+                "{born:?}"
+            );
         }
     }
 

@@ -26,7 +26,8 @@ pub struct Permissions {
     #[serde(default)]
     #[cfg_attr(feature = "schema", schema(max_items = 100))]
     pub rules: Vec<PermissionRule>,
-    /// Seconds after which an open request is decided by `on_timeout`. Absent: it waits for its user.
+    /// Seconds after which an open request is decided by `on_timeout`. Absent: it waits for its
+    /// user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schema(minimum = 1, maximum = 604_800))]
     pub timeout_seconds: Option<u32>,
@@ -58,14 +59,20 @@ impl Permissions {
     /// What becomes of a use of a tool.
     #[must_use]
     pub fn evaluate(&self, tool: &str) -> Evaluation {
-        let names = |pattern: &str| pattern.strip_suffix('*').map_or(tool == pattern, |prefix| tool.starts_with(prefix));
-        self.rules.iter().find(|rule| names(&rule.tool)).map_or(self.default, |rule| rule.evaluation)
+        let names = |pattern: &str| {
+            pattern.strip_suffix('*').map_or(tool == pattern, |prefix| tool.starts_with(prefix))
+        };
+        self.rules
+            .iter()
+            .find(|rule| names(&rule.tool))
+            .map_or(self.default, |rule| rule.evaluation)
     }
 
     /// Whether they can only yield "allow": runtimes that cannot ask support nothing else.
     #[must_use]
     pub fn restrict(&self) -> bool {
-        self.default != Evaluation::Allow || self.rules.iter().any(|rule| rule.evaluation != Evaluation::Allow)
+        self.default != Evaluation::Allow
+            || self.rules.iter().any(|rule| rule.evaluation != Evaluation::Allow)
     }
 }
 

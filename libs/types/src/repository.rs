@@ -19,7 +19,8 @@ pub struct Repository {
     /// What is checked out; by default the default branch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkout: Option<Checkout>,
-    /// Whether the contents of files in Git LFS are fetched; without it such files hold their pointers.
+    /// Whether the contents of files in Git LFS are fetched; without it such files hold their
+    /// pointers.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub lfs: bool,
     /// The author of commits in this repository; by default the deployment's.
@@ -35,7 +36,8 @@ pub struct Author {
     pub email: String,
 }
 
-/// A name or an address that git writes into a commit as it is: it drops `<`, `>` and what is at the ends.
+/// A name or an address that git writes into a commit as it is: it drops `<`, `>` and what is at
+/// the ends.
 #[must_use]
 pub fn is_author_part(text: &str) -> bool {
     (1..=200).contains(&text.len())
@@ -62,13 +64,16 @@ pub fn is_branch(text: &str) -> bool {
         && text != "@"
         && !["..", "@{"].iter().any(|bad| text.contains(bad))
         && !text.ends_with('.')
-        && text.split('/').all(|part| !part.is_empty() && !part.starts_with('.') && !part.ends_with(".lock"))
+        && text
+            .split('/')
+            .all(|part| !part.is_empty() && !part.starts_with('.') && !part.ends_with(".lock"))
 }
 
 /// A whole commit id, SHA-1 or SHA-256.
 #[must_use]
 pub fn is_commit(text: &str) -> bool {
-    matches!(text.len(), 40 | 64) && text.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c))
+    matches!(text.len(), 40 | 64)
+        && text.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c))
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,13 +114,19 @@ impl fmt::Display for RepositoryUrl<'_> {
 
 /// A GitHub user or organisation.
 pub(crate) fn is_owner(text: &str) -> bool {
-    (1..=100).contains(&text.len()) && !text.starts_with('-') && text.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-' || c == b'_')
+    (1..=100).contains(&text.len())
+        && !text.starts_with('-')
+        && text.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-' || c == b'_')
 }
 
 /// A GitHub repository's name.
 pub(crate) fn is_name(text: &str) -> bool {
     let allowed = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
-    (1..=100).contains(&text.len()) && text != "." && text != ".." && !text.starts_with('-') && text.bytes().all(allowed)
+    (1..=100).contains(&text.len())
+        && text != "."
+        && text != ".."
+        && !text.starts_with('-')
+        && text.bytes().all(allowed)
 }
 
 /// Why a path cannot be mounted on.
@@ -139,7 +150,10 @@ pub fn check_mount_path(path: &str) -> Result<(), MountPathError> {
     if path.chars().any(char::is_control) {
         return Err(MountPathError::Control);
     }
-    if let Some(reserved) = RESERVED.into_iter().find(|reserved| path.trim_end_matches('/') == reserved.trim_end_matches('/')) {
+    if let Some(reserved) = RESERVED
+        .into_iter()
+        .find(|reserved| path.trim_end_matches('/') == reserved.trim_end_matches('/'))
+    {
         return Err(MountPathError::Reserved(reserved));
     }
     if rest.split('/').any(|part| matches!(part, "" | "." | "..")) {
@@ -151,7 +165,9 @@ pub fn check_mount_path(path: &str) -> Result<(), MountPathError> {
 /// Absolute, without control characters, and as the kernel resolves it.
 #[must_use]
 pub fn is_normal_path(path: &str) -> bool {
-    let parts = path.strip_prefix('/').map(|rest| rest.split('/').all(|part| !matches!(part, "" | "." | "..")));
+    let parts = path
+        .strip_prefix('/')
+        .map(|rest| rest.split('/').all(|part| !matches!(part, "" | "." | "..")));
     path.chars().all(|c| !c.is_control()) && (path == "/" || parts == Some(true))
 }
 
@@ -166,7 +182,10 @@ mod tests {
     #[test]
     fn only_github_over_https() {
         let url = RepositoryUrl::parse("https://github.com/org/repo.git").unwrap();
-        assert_eq!((url.to_string().as_str(), url.default_mount_path().as_str()), ("https://github.com/org/repo", "/workspace/repo"));
+        assert_eq!(
+            (url.to_string().as_str(), url.default_mount_path().as_str()),
+            ("https://github.com/org/repo", "/workspace/repo")
+        );
         for bad in [
             "http://github.com/o/r",
             "https://gitlab.com/o/r",
@@ -189,7 +208,24 @@ mod tests {
         for good in ["main", "feature/a-b", "é", "a.b", "@x"] {
             assert!(is_branch(good), "{good}");
         }
-        for bad in ["", "-x", "a..b", "a b", "/a", "a/", "a//b", ".a", "a/.b", "a.lock", "a/b.lock/c", "@", "a@{b", "a\n", "a\\b", "a."] {
+        for bad in [
+            "",
+            "-x",
+            "a..b",
+            "a b",
+            "/a",
+            "a/",
+            "a//b",
+            ".a",
+            "a/.b",
+            "a.lock",
+            "a/b.lock/c",
+            "@",
+            "a@{b",
+            "a\n",
+            "a\\b",
+            "a.",
+        ] {
             assert!(!is_branch(bad), "{bad:?}");
         }
         assert!(is_commit(&"0a".repeat(20)) && is_commit(&"0a".repeat(32)));
@@ -213,7 +249,10 @@ mod tests {
         assert_eq!(check_mount_path("x"), Err(MountPathError::Relative));
         assert_eq!(check_mount_path(""), Err(MountPathError::Relative));
         for reserved in ["/", "//", "/home/sprite", "/home/sprite/"] {
-            assert!(matches!(check_mount_path(reserved), Err(MountPathError::Reserved(_))), "{reserved}");
+            assert!(
+                matches!(check_mount_path(reserved), Err(MountPathError::Reserved(_))),
+                "{reserved}"
+            );
         }
         for odd in ["/a/../b", "/a/", "/a//b", "/./a", "/.."] {
             assert_eq!(check_mount_path(odd), Err(MountPathError::NotNormal), "{odd}");

@@ -33,7 +33,8 @@ macro_rules! named {
 pub(crate) use named;
 
 named! {
-    /// `pending → running → completed | failed`, `completed → pending` by a new prompt, and `terminated` from anywhere.
+    /// `pending → running → completed | failed`, `completed → pending` by a new prompt, and
+    /// `terminated` from anywhere.
     SessionStatus {
         Pending = "pending",
         Running = "running",
@@ -82,7 +83,8 @@ impl SessionStatus {
         matches!(self, Self::Pending | Self::Running)
     }
 
-    /// Returns why a prompt is refused in this state, in the contract's words; `None` if it is accepted.
+    /// Returns why a prompt is refused in this state, in the contract's words; `None` if it is
+    /// accepted.
     #[must_use]
     pub const fn prompt_refusal(self) -> Option<&'static str> {
         match self {
@@ -101,7 +103,8 @@ mod tests {
 
     #[test]
     fn only_a_completed_session_takes_a_prompt() {
-        let welcome: Vec<_> = SessionStatus::ALL.iter().filter(|status| status.prompt_refusal().is_none()).collect();
+        let welcome: Vec<_> =
+            SessionStatus::ALL.iter().filter(|status| status.prompt_refusal().is_none()).collect();
         assert_eq!(welcome, [&SessionStatus::Completed]);
     }
 

@@ -20,15 +20,19 @@ struct Parts<'a> {
 /// Line ends as CLIs read them, and nothing before the first line that says something.
 fn normalized(content: &str) -> String {
     let content = content.strip_prefix('\u{feff}').unwrap_or(content).replace("\r\n", "\n");
-    let blank: usize = content.split_inclusive('\n').take_while(|line| line.trim().is_empty()).map(str::len).sum();
+    let blank: usize =
+        content.split_inclusive('\n').take_while(|line| line.trim().is_empty()).map(str::len).sum();
     content.get(blank..).unwrap_or_default().to_owned()
 }
 
-/// Expects a normalized text. A rule (`---`) that nothing closes, or with plain text up to the next one, is part of the body.
+/// Expects a normalized text. A rule (`---`) that nothing closes, or with plain text up to the next
+/// one, is part of the body.
 fn split(text: &str) -> Result<Parts<'_>, FrontMatterError> {
     let without = Parts { front_matter: None, body: text };
     let mut lines = text.split_inclusive('\n');
-    let Some(first) = lines.next().filter(|line| line.trim_end() == "---") else { return Ok(without) };
+    let Some(first) = lines.next().filter(|line| line.trim_end() == "---") else {
+        return Ok(without);
+    };
     let mut yaml_bytes = 0;
     for line in lines {
         if line.trim_end() != "---" {
@@ -49,7 +53,8 @@ fn split(text: &str) -> Result<Parts<'_>, FrontMatterError> {
 
 fn parse(yaml: &str) -> Result<Value, FrontMatterError> {
     serde_saphyr::from_str(yaml).map_err(|error| {
-        let first_line = error.to_string().lines().next().unwrap_or_default().chars().take(200).collect();
+        let first_line =
+            error.to_string().lines().next().unwrap_or_default().chars().take(200).collect();
         FrontMatterError(first_line)
     })
 }
@@ -60,14 +65,17 @@ pub fn check_content(content: &str) -> Result<(), FrontMatterError> {
     split(&normalized(content)).map(|_| ())
 }
 
-/// The text of the skill's `SKILL.md`. The author's front matter stays as it is; a name or a description that it lacks is the skill's own.
+/// The text of the skill's `SKILL.md`. The author's front matter stays as it is; a name or a
+/// description that it lacks is the skill's own.
 #[must_use]
 pub fn skill_file(skill: &InlineSkill) -> String {
     let text = normalized(&skill.content);
     let parts = split(&text).unwrap_or(Parts { front_matter: None, body: &text });
     let (yaml, mut fields) = parts.front_matter.unwrap_or_default();
     let own = [("description", &skill.description), ("name", &skill.name)];
-    let missing = own.map(|(key, value)| fields.get(key).and_then(Value::as_str).is_none_or(str::is_empty).then_some((key, value)));
+    let missing = own.map(|(key, value)| {
+        fields.get(key).and_then(Value::as_str).is_none_or(str::is_empty).then_some((key, value))
+    });
     if missing == [None, None] {
         return format!("---\n{yaml}---\n{}", parts.body);
     }
@@ -75,13 +83,17 @@ pub fn skill_file(skill: &InlineSkill) -> String {
         fields.shift_insert(0, key.to_owned(), value.as_str().into());
     }
     // JSON is YAML.
-    let plain = |key: &String| key.bytes().all(|c| c.is_ascii_alphabetic() || c == b'_' || c == b'-') && !key.is_empty();
-    let key = |key: &String| if plain(key) { key.clone() } else { Value::from(key.as_str()).to_string() };
+    let plain = |key: &String| {
+        key.bytes().all(|c| c.is_ascii_alphabetic() || c == b'_' || c == b'-') && !key.is_empty()
+    };
+    let key =
+        |key: &String| if plain(key) { key.clone() } else { Value::from(key.as_str()).to_string() };
     let value = |value: &Value| match value.as_str() {
         Some(text) if is_plain(text) => text.to_owned(),
         _ => value.to_string(),
     };
-    let lines: String = fields.iter().map(|(name, field)| format!("{}: {}\n", key(name), value(field))).collect();
+    let lines: String =
+        fields.iter().map(|(name, field)| format!("{}: {}\n", key(name), value(field))).collect();
     format!("---\n{lines}---\n\n{}", parts.body.trim_start_matches('\n'))
 }
 
@@ -100,16 +112,24 @@ mod tests {
     use super::*;
 
     fn file(content: &str) -> String {
-        skill_file(&InlineSkill { name: "sea".to_owned(), description: "Knows: \"blue\"".to_owned(), content: content.to_owned() })
+        skill_file(&InlineSkill {
+            name: "sea".to_owned(),
+            description: "Knows: \"blue\"".to_owned(),
+            content: content.to_owned(),
+        })
     }
 
     #[test]
     fn front_matter_is_found_whatever_is_around_it() {
         let own = "---\nname: own\ndescription: The author's: \"words\"\n---\nLook.\n";
         let own = own.replace("The author's: \"words\"", "The author's words");
-        for content in
-            [own.clone(), own.replace('\n', "\r\n"), format!("\u{feff}{own}"), format!("\n \r\n{own}"), own.replacen("---", "---  ", 1)]
-        {
+        for content in [
+            own.clone(),
+            own.replace('\n', "\r\n"),
+            format!("\u{feff}{own}"),
+            format!("\n \r\n{own}"),
+            own.replacen("---", "---  ", 1),
+        ] {
             assert_eq!(file(&content), own, "{content:?}");
         }
     }
@@ -117,7 +137,13 @@ mod tests {
     #[test]
     fn a_text_without_front_matter_gets_it() {
         let added = "---\nname: sea\ndescription: \"Knows: \\\"blue\\\"\"\n---\n\n";
-        for body in ["Look.", "---\nText below a rule.\n", "---\nText between two rules.\n---\nMore.", "----\nname: x\n---\n", ""] {
+        for body in [
+            "Look.",
+            "---\nText below a rule.\n",
+            "---\nText between two rules.\n---\nMore.",
+            "----\nname: x\n---\n",
+            "",
+        ] {
             assert_eq!(file(body), format!("{added}{body}"), "{body:?}");
         }
         assert_eq!(file("---\n---\nLook."), format!("{added}Look."), "empty front matter");
@@ -125,7 +151,9 @@ mod tests {
 
     #[test]
     fn missing_author_fields_are_added_and_others_kept() {
-        let text = file("---\nallowed-tools: [Bash, Read]\n\"an odd key\": {a: 1}\nname: own\n---\n\nLook.");
+        let text = file(
+            "---\nallowed-tools: [Bash, Read]\n\"an odd key\": {a: 1}\nname: own\n---\n\nLook.",
+        );
         assert_eq!(
             text,
             "---\ndescription: \"Knows: \\\"blue\\\"\"\nallowed-tools: [\"Bash\",\"Read\"]\n\"an odd key\": {\"a\":1}\nname: own\n---\n\nLook."
@@ -134,7 +162,11 @@ mod tests {
 
     #[test]
     fn front_matter_that_is_no_yaml_is_refused_with_the_parsers_reason() {
-        for content in ["---\nname: x\ndescription: use when: asked\n---\n", "---\nname: [x\n---\n", "---\r\nname: 'x\r\n---\r\n"] {
+        for content in [
+            "---\nname: x\ndescription: use when: asked\n---\n",
+            "---\nname: [x\n---\n",
+            "---\r\nname: 'x\r\n---\r\n",
+        ] {
             let refused = check_content(content).expect_err(content).to_string();
             assert!(refused.contains("not YAML: ") && refused.len() < 400, "{refused}");
         }

@@ -12,7 +12,8 @@ pub struct SpriteName(String);
 pub struct InvalidSpriteName;
 
 impl SpriteName {
-    /// The name of a session's Sprite. Derived from the session, so that making it again finds the first one.
+    /// The name of a session's Sprite. Derived from the session, so that making it again finds the
+    /// first one.
     ///
     /// # Errors
     /// When `prefix` cannot begin a name.
@@ -34,7 +35,10 @@ impl FromStr for SpriteName {
 
     fn from_str(text: &str) -> Result<Self, InvalidSpriteName> {
         let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
-        let ok = (1..=63).contains(&text.len()) && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-');
+        let ok = (1..=63).contains(&text.len())
+            && text.bytes().all(inner)
+            && !text.starts_with('-')
+            && !text.ends_with('-');
         if ok { Ok(Self(text.to_owned())) } else { Err(InvalidSpriteName) }
     }
 }
@@ -62,7 +66,13 @@ mod tests {
     #[test]
     fn a_session_always_gets_the_same_name() {
         let session = SessionId::new();
-        assert_eq!(SpriteName::for_session("aod", session), SpriteName::for_session("aod", session));
-        assert_ne!(SpriteName::for_session("aod", session), SpriteName::for_session("aod", SessionId::new()));
+        assert_eq!(
+            SpriteName::for_session("aod", session),
+            SpriteName::for_session("aod", session)
+        );
+        assert_ne!(
+            SpriteName::for_session("aod", session),
+            SpriteName::for_session("aod", SessionId::new())
+        );
     }
 }

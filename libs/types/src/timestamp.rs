@@ -30,7 +30,10 @@ impl Timestamp {
     /// Out of range gives the epoch: a time is shown, never a reason to fail.
     #[must_use]
     pub fn from_unix_micros(micros: i64) -> Self {
-        Self(OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000).unwrap_or(OffsetDateTime::UNIX_EPOCH))
+        Self(
+            OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000)
+                .unwrap_or(OffsetDateTime::UNIX_EPOCH),
+        )
     }
 }
 
@@ -73,6 +76,9 @@ mod tests {
     #[test]
     fn six_digits_even_when_they_are_zero() {
         assert_eq!(Timestamp::from_unix_micros(0).to_string(), "1970-01-01T00:00:00.000000+00:00");
-        assert_eq!(Timestamp::from_unix_micros(1_500_000).to_string(), "1970-01-01T00:00:01.500000+00:00");
+        assert_eq!(
+            Timestamp::from_unix_micros(1_500_000).to_string(),
+            "1970-01-01T00:00:01.500000+00:00"
+        );
     }
 }

@@ -148,10 +148,19 @@ mod tests {
 
     #[test]
     fn other_texts_are_refused_before_any_lookup() {
-        for text in ["", "aod_", "aod_short", &"x".repeat(47), &format!("aod_{}", "é".repeat(21)), &format!("aod_{}=", "a".repeat(42))] {
+        for text in [
+            "",
+            "aod_",
+            "aod_short",
+            &"x".repeat(47),
+            &format!("aod_{}", "é".repeat(21)),
+            &format!("aod_{}=", "a".repeat(42)),
+        ] {
             assert_eq!(ApiKey::parse(text).err(), Some(MalformedKey), "{text}");
         }
-        for text in ["", "aodc_", &format!("aodc_{}=", "a".repeat(42)), &format!("aodc_{}", "é".repeat(21))] {
+        for text in
+            ["", "aodc_", &format!("aodc_{}=", "a".repeat(42)), &format!("aodc_{}", "é".repeat(21))]
+        {
             assert_eq!(ConsoleToken::parse(text).err(), Some(MalformedKey), "{text}");
         }
     }
@@ -160,7 +169,9 @@ mod tests {
     fn a_console_token_is_no_api_key_and_a_key_is_no_console_token() {
         let (token, key) = (ConsoleToken::generate().unwrap(), ApiKey::generate().unwrap());
         assert_eq!(ConsoleToken::parse(token.reveal()).unwrap().hash(), token.hash());
-        assert!(ApiKey::parse(token.reveal()).is_err() && ConsoleToken::parse(key.reveal()).is_err());
+        assert!(
+            ApiKey::parse(token.reveal()).is_err() && ConsoleToken::parse(key.reveal()).is_err()
+        );
         assert!(!format!("{token:?}").contains(&token.reveal()[5..]));
     }
 }

@@ -1,4 +1,5 @@
-//! Credentials of vaults (docs/managed-agents-api.md): what a session's agent shows to others, by what it is for.
+//! Credentials of vaults (docs/managed-agents-api.md): what a session's agent shows to others, by
+//! what it is for.
 
 use std::fmt;
 
@@ -44,7 +45,10 @@ pub struct CredentialDocument {
 
 impl fmt::Debug for CredentialDocument {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("CredentialDocument").field("kind", &self.kind).finish_non_exhaustive()
+        formatter
+            .debug_struct("CredentialDocument")
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
     }
 }
 
@@ -54,8 +58,9 @@ impl Drop for CredentialDocument {
     }
 }
 
-/// A server's URL as credentials are matched by: scheme and host in lower case, without the default port, a slash at the end, or a
-/// fragment. None: it is no URL of HTTP with a host and without a user.
+/// A server's URL as credentials are matched by: scheme and host in lower case, without the default
+/// port, a slash at the end, or a fragment. None: it is no URL of HTTP with a host and without a
+/// user.
 #[must_use]
 pub fn normal_url(text: &str) -> Option<String> {
     let (scheme, rest) = text.trim().split_once("://")?;
@@ -71,10 +76,15 @@ pub fn normal_url(text: &str) -> Option<String> {
     let authority = authority.to_ascii_lowercase();
     let host = authority.strip_suffix(default_port).unwrap_or(&authority);
     let plain = |c: char| !c.is_control() && !c.is_whitespace() && !"@\\<>\"".contains(c);
-    if host.is_empty() || host.starts_with(':') || !host.chars().all(plain) || !path.chars().all(plain) {
+    if host.is_empty()
+        || host.starts_with(':')
+        || !host.chars().all(plain)
+        || !path.chars().all(plain)
+    {
         return None;
     }
-    let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
+    let (path, query) =
+        path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
     let query = query.map(|query| format!("?{query}")).unwrap_or_default();
     Some(format!("{scheme}://{host}{}{query}", path.trim_end_matches('/')))
 }
@@ -88,7 +98,11 @@ mod tests {
     #[test]
     fn urls_that_mean_the_same_server_are_one() {
         let normal = Some("https://mcp.example.com/sse".to_owned());
-        for text in ["https://mcp.example.com/sse", "HTTPS://MCP.Example.com:443/sse/", "https://mcp.example.com/sse#x"] {
+        for text in [
+            "https://mcp.example.com/sse",
+            "HTTPS://MCP.Example.com:443/sse/",
+            "https://mcp.example.com/sse#x",
+        ] {
             assert_eq!(normal_url(text), normal, "{text}");
         }
         for other in [
@@ -99,14 +113,26 @@ mod tests {
         ] {
             assert!(normal_url(other).is_some_and(|url| Some(url) != normal), "{other}");
         }
-        for bad in ["", "mcp.example.com", "ftp://a/", "https://", "https:///x", "https://u@h/", "https://a b/"] {
+        for bad in [
+            "",
+            "mcp.example.com",
+            "ftp://a/",
+            "https://",
+            "https:///x",
+            "https://u@h/",
+            "https://a b/",
+        ] {
             assert_eq!(normal_url(bad), None, "{bad}");
         }
     }
 
     #[test]
     fn a_document_shows_no_value() {
-        let document = CredentialDocument { kind: AuthKind::StaticBearer, key: "k".to_owned(), value: "SENTINEL".to_owned() };
+        let document = CredentialDocument {
+            kind: AuthKind::StaticBearer,
+            key: "k".to_owned(),
+            value: "SENTINEL".to_owned(),
+        };
         assert!(!format!("{document:?}").contains("SENTINEL"));
         let text = serde_json::to_string(&document).unwrap();
         assert_eq!(serde_json::from_str::<CredentialDocument>(&text).unwrap(), document);

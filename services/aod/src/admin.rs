@@ -92,7 +92,9 @@ impl AdminArgs {
     pub async fn run(self, output: Output) -> Result<(), AdminError> {
         // Asked for before anything is connected: people take their time.
         let value = match &self.command {
-            Admin::Credential(Credentials::Set { .. }) => Some(secret_input::read().map_err(AdminError::Local)?),
+            Admin::Credential(Credentials::Set { .. }) => {
+                Some(secret_input::read().map_err(AdminError::Local)?)
+            }
             _ => None,
         };
         let config = match self.nats_url {
@@ -107,7 +109,9 @@ impl AdminArgs {
 fn bus_at(url: String) -> Result<bus::Config, AdminError> {
     let mut env = service::Env::from_process("aod admin", "");
     let password = env.secret("NATS_PASSWORD", "the operator's password on the bus");
-    let ca_file = env.optional("NATS_CA_FILE", "certificate authority of a NATS server with TLS, as PEM").map(PathBuf::from);
+    let ca_file = env
+        .optional("NATS_CA_FILE", "certificate authority of a NATS server with TLS, as PEM")
+        .map(PathBuf::from);
     match env.finish() {
         settings::Verdict::Refused(problems) => Err(AdminError::Local(problems)),
         _ => Ok(operator_config(url, password, ca_file)),

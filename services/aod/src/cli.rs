@@ -91,7 +91,8 @@ enum Command {
     Deploy(deploy::DeployArgs),
     /// Run the whole stack on this machine until Ctrl-C
     Dev(dev::DevArgs),
-    /// Print the health of the API and of the services behind it; exits with 0 if healthy, needs no key
+    /// Print the health of the API and of the services behind it; exits with 0 if healthy, needs no
+    /// key
     Health(ApiArgs),
     /// Print shell completions
     #[command(after_help = "Example:\n  aod completions bash > /etc/bash_completion.d/aod")]
@@ -106,8 +107,12 @@ impl Cli {
         let output = self.output;
         match self.command {
             Command::Dev(args) => dev::run(args).await,
-            Command::Admin(args) => finish("aod admin", args.run(output).await.map(|()| ExitCode::SUCCESS)),
-            Command::Deploy(args) => finish("aod deploy", args.run().await.map(|()| ExitCode::SUCCESS)),
+            Command::Admin(args) => {
+                finish("aod admin", args.run(output).await.map(|()| ExitCode::SUCCESS))
+            }
+            Command::Deploy(args) => {
+                finish("aod deploy", args.run().await.map(|()| ExitCode::SUCCESS))
+            }
             Command::Completions { shell } => {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Self::command(), "aod", &mut script);
@@ -124,14 +129,20 @@ impl Cli {
                     }),
                 )
             }
-            Command::Run { api, args } => finish("aod", async { run::run(&api.connect()?, *args, output).await }.await),
-            Command::Logs { api, args } => finish("aod", async { run::logs(&api.connect()?, args, output).await }.await),
+            Command::Run { api, args } => {
+                finish("aod", async { run::run(&api.connect()?, *args, output).await }.await)
+            }
+            Command::Logs { api, args } => {
+                finish("aod", async { run::logs(&api.connect()?, args, output).await }.await)
+            }
             Command::Agents(client) => client.call(output).await,
             Command::Envs(client) => client.call(output).await,
             Command::Sessions(client) => client.call(output).await,
-            Command::Usage { api, args } => {
-                finish("aod", async { args.print(&api.connect()?, output).await.map(|()| ExitCode::SUCCESS) }.await)
-            }
+            Command::Usage { api, args } => finish(
+                "aod",
+                async { args.print(&api.connect()?, output).await.map(|()| ExitCode::SUCCESS) }
+                    .await,
+            ),
             Command::Credentials(client) => client.call(output).await,
             Command::Keys(client) => client.call(output).await,
         }
@@ -145,7 +156,9 @@ mod tests {
     /// Visits every command with what leads to it.
     fn visit(command: &clap::Command, path: &str, check: &mut impl FnMut(&clap::Command, &str)) {
         check(command, path);
-        command.get_subcommands().for_each(|sub| visit(sub, &format!("{path} {}", sub.get_name()), check));
+        command
+            .get_subcommands()
+            .for_each(|sub| visit(sub, &format!("{path} {}", sub.get_name()), check));
     }
 
     #[test]
@@ -156,7 +169,12 @@ mod tests {
             if command.get_about().is_none() {
                 missing.push(path.to_owned());
             }
-            missing.extend(command.get_arguments().filter(|arg| arg.get_help().is_none()).map(|arg| format!("{path}: {}", arg.get_id())));
+            missing.extend(
+                command
+                    .get_arguments()
+                    .filter(|arg| arg.get_help().is_none())
+                    .map(|arg| format!("{path}: {}", arg.get_id())),
+            );
         });
         assert!(missing.is_empty(), "{missing:?}");
     }
@@ -165,7 +183,17 @@ mod tests {
     fn only_commands_that_call_the_api_take_its_url() {
         visit(&Cli::command(), "aod", &mut |command, path| {
             let takes_url = command.get_arguments().any(|arg| arg.get_id() == "api_url");
-            let is_client = ["run", "logs", "agents", "envs", "sessions", "usage", "credentials", "keys", "health"];
+            let is_client = [
+                "run",
+                "logs",
+                "agents",
+                "envs",
+                "sessions",
+                "usage",
+                "credentials",
+                "keys",
+                "health",
+            ];
             let depth = path.split(' ').count();
             assert!(depth != 2 || takes_url == is_client.contains(&command.get_name()), "{path}");
         });

@@ -58,13 +58,19 @@ impl Api {
     pub fn new(base_url: &str, token: SecretString) -> Result<Self, ApiFailure> {
         let url = checked_url(base_url)?;
         let is_loopback = is_loopback(&url);
-        let mut http = reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).user_agent("aod");
+        let mut http =
+            reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).user_agent("aod");
         if is_loopback {
             // No proxy reaches this machine's own loopback.
             http = http.no_proxy();
         }
         let http = http.build().map_err(|error| ApiFailure::Local(cause(&error)))?;
-        Ok(Self { http, base_url: base_url.trim().trim_end_matches('/').to_owned(), is_loopback, token })
+        Ok(Self {
+            http,
+            base_url: base_url.trim().trim_end_matches('/').to_owned(),
+            is_loopback,
+            token,
+        })
     }
 
     pub async fn get(&self, path: &str) -> Result<Value, ApiFailure> {
@@ -89,7 +95,11 @@ impl Api {
 
     /// The items of a list's first page.
     /// Returns one page of a list.
-    pub async fn page(&self, path: &str, page: &Page) -> Result<(Vec<Value>, Option<String>), ApiFailure> {
+    pub async fn page(
+        &self,
+        path: &str,
+        page: &Page,
+    ) -> Result<(Vec<Value>, Option<String>), ApiFailure> {
         let mut query = url::form_urlencoded::Serializer::new(String::new());
         query.append_pair("limit", &page.limit.to_string());
         if let Some(cursor) = &page.cursor {
@@ -98,14 +108,26 @@ impl Api {
         let separator = if path.contains('?') { '&' } else { '?' };
         let answer = self.get(&format!("{path}{separator}{}", query.finish())).await?;
         let has_more = answer.get("has_more").and_then(Value::as_bool).unwrap_or_default();
-        let next = answer.get("next_cursor").and_then(Value::as_str).filter(|_| has_more).map(str::to_owned);
+        let next = answer
+            .get("next_cursor")
+            .and_then(Value::as_str)
+            .filter(|_| has_more)
+            .map(str::to_owned);
         Ok((answer.get("data").and_then(Value::as_array).cloned().unwrap_or_default(), next))
     }
 
-    async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, ApiFailure> {
+    async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Value, ApiFailure> {
         // In a change, null says something else than what is absent.
         let is_change = method == Method::PATCH;
-        let request = self.http.request(method, format!("{}{path}", self.base_url)).bearer_auth(self.token.expose_secret());
+        let request = self
+            .http
+            .request(method, format!("{}{path}", self.base_url))
+            .bearer_auth(self.token.expose_secret());
         let request = request.timeout(Duration::from_secs(30));
         let request = match body {
             Some(Value::Null) | None => request,
@@ -117,7 +139,10 @@ impl Api {
         response.json().await.map_err(|error| self.unreachable(&error))
     }
 
-    async fn checked(&self, response: Result<Response, reqwest::Error>) -> Result<Response, ApiFailure> {
+    async fn checked(
+        &self,
+        response: Result<Response, reqwest::Error>,
+    ) -> Result<Response, ApiFailure> {
         let response = response.map_err(|error| self.unreachable(&error))?;
         if response.status().is_success() {
             return Ok(response);
@@ -126,7 +151,9 @@ impl Api {
         let body: Value = response.json().await.unwrap_or_default();
         let detail = match body.get("detail") {
             Some(Value::String(text)) => text.clone(),
-            Some(Value::Array(errors)) => errors.iter().map(describe_field_error).collect::<Vec<_>>().join("; "),
+            Some(Value::Array(errors)) => {
+                errors.iter().map(describe_field_error).collect::<Vec<_>>().join("; ")
+            }
             _ => status.to_string(),
         };
         Err(ApiFailure::Refused { status, detail })
@@ -141,9 +168,14 @@ impl Api {
             cause(error)
         };
         let hint = match proxies() {
-            _ if self.is_loopback && error.is_connect() => "\nIs the service running? `aod dev` starts one on this machine.".to_owned(),
+            _ if self.is_loopback && error.is_connect() => {
+                "\nIs the service running? `aod dev` starts one on this machine.".to_owned()
+            }
             proxies if !self.is_loopback && !proxies.is_empty() => {
-                format!("\nA proxy is configured: {}. NO_PROXY exempts hosts from it.", proxies.join(", "))
+                format!(
+                    "\nA proxy is configured: {}. NO_PROXY exempts hosts from it.",
+                    proxies.join(", ")
+                )
             }
             _ => String::new(),
         };
@@ -181,7 +213,9 @@ fn cause(error: &dyn std::error::Error) -> String {
 fn checked_token(token: &str) -> Result<SecretString, ApiFailure> {
     let token = token.trim();
     if token.is_empty() {
-        return Err(ApiFailure::Local("AOD_API_TOKEN is not set; `aod dev` prints a key when it starts".to_owned()));
+        return Err(ApiFailure::Local(
+            "AOD_API_TOKEN is not set; `aod dev` prints a key when it starts".to_owned(),
+        ));
     }
     if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(ApiFailure::Local(
@@ -192,7 +226,9 @@ fn checked_token(token: &str) -> Result<SecretString, ApiFailure> {
 }
 
 fn checked_url(text: &str) -> Result<url::Url, ApiFailure> {
-    let url = url::Url::parse(text.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    let url = url::Url::parse(text.trim())
+        .ok()
+        .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
     url.ok_or_else(|| {
         ApiFailure::Local(format!("{text:?} is not an API URL: AOD_API_URL or --api-url must start with http:// or https://"))
     })
@@ -209,8 +245,12 @@ fn is_loopback(url: &url::Url) -> bool {
 
 /// Returns the names of the proxy variables that are set. Their values may hold passwords.
 fn proxies() -> Vec<&'static str> {
-    let names = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
-    names.into_iter().filter(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())).collect()
+    let names =
+        ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
+    names
+        .into_iter()
+        .filter(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
+        .collect()
 }
 
 /// Returns whether the API is healthy, and its checks.
@@ -227,14 +267,23 @@ fn describe_field_error(error: &Value) -> String {
     let loc: Vec<String> = error
         .get("loc")
         .and_then(Value::as_array)
-        .map(|parts| parts.iter().map(|part| part.as_str().map_or_else(|| part.to_string(), str::to_owned)).collect())
+        .map(|parts| {
+            parts
+                .iter()
+                .map(|part| part.as_str().map_or_else(|| part.to_string(), str::to_owned))
+                .collect()
+        })
         .unwrap_or_default();
     format!("{}: {}", loc.join("."), text("msg"))
 }
 
 fn without_nulls(body: &Value) -> Value {
     match body {
-        Value::Object(object) => object.iter().filter(|(_, value)| !value.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect(),
+        Value::Object(object) => object
+            .iter()
+            .filter(|(_, value)| !value.is_null())
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect(),
         other => other.clone(),
     }
 }
@@ -249,18 +298,26 @@ mod tests {
             assert_eq!(checked_token(text).unwrap().expose_secret(), "aod_x");
         }
         for text in ["", "\n", "aod_x\naod_y", "aod_\u{e9}"] {
-            assert!(checked_token(text).unwrap_err().to_string().contains("AOD_API_TOKEN"), "{text:?}");
+            assert!(
+                checked_token(text).unwrap_err().to_string().contains("AOD_API_TOKEN"),
+                "{text:?}"
+            );
         }
     }
 
     #[test]
     fn urls_without_a_scheme_are_refused_by_name() {
-        for text in ["127.0.0.1:8777", "localhost:8777", "example.com", "ftp://example.com", "http://", ""] {
+        for text in
+            ["127.0.0.1:8777", "localhost:8777", "example.com", "ftp://example.com", "http://", ""]
+        {
             assert!(checked_url(text).unwrap_err().to_string().contains("AOD_API_URL"), "{text:?}");
         }
-        for (text, loopback) in
-            [("http://localhost:1", true), ("http://127.0.0.2", true), ("http://[::1]:1", true), ("https://example.com/api", false)]
-        {
+        for (text, loopback) in [
+            ("http://localhost:1", true),
+            ("http://127.0.0.2", true),
+            ("http://[::1]:1", true),
+            ("https://example.com/api", false),
+        ] {
             assert_eq!(is_loopback(&checked_url(text).unwrap()), loopback, "{text}");
         }
     }

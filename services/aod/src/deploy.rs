@@ -1,4 +1,5 @@
-//! `aod deploy`: generates a deployment's secrets, and creates roles and schemas in Postgres. Safe to rerun.
+//! `aod deploy`: generates a deployment's secrets, and creates roles and schemas in Postgres. Safe
+//! to rerun.
 
 use std::{
     fs::{self, OpenOptions, Permissions},
@@ -20,10 +21,13 @@ const DATABASE_WAIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Subcommand)]
 pub enum DeployArgs {
-    /// Generate the secrets of a deployment, one folder of files for each service; existing files are kept
-    #[command(after_help = "Each file is named after the setting that it is for. Mount a service's folder, and set \
+    /// Generate the secrets of a deployment, one folder of files for each service; existing files
+    /// are kept
+    #[command(
+        after_help = "Each file is named after the setting that it is for. Mount a service's folder, and set \
                             NATS_PASSWORD_FILE=…/NATS_PASSWORD and so on. `nats/passwords.env` is for the server's environment, `database/` for \
-                            `aod deploy database` and for Postgres' own first start.")]
+                            `aod deploy database` and for Postgres' own first start."
+    )]
     Secrets {
         /// Directory to create the folders in
         dir: PathBuf,
@@ -34,18 +38,23 @@ pub enum DeployArgs {
         #[arg(long)]
         owner: Option<u32>,
     },
-    /// Create each service's role and schema in a database, or reset the passwords of existing roles
-    #[command(after_help = "Connects to DATABASE_URL (or to the URL in DATABASE_URL_FILE) as the owner of the database.")]
+    /// Create each service's role and schema in a database, or reset the passwords of existing
+    /// roles
+    #[command(
+        after_help = "Connects to DATABASE_URL (or to the URL in DATABASE_URL_FILE) as the owner of the database."
+    )]
     Database {
         /// Folder of passwords, one file for each role
         #[arg(long)]
         passwords: PathBuf,
     },
     /// Make a copy of another deployment's database this deployment's own
-    #[command(after_help = "For staging systems and restore drills: run it on the copy, after `aod deploy database` and before the first \
+    #[command(
+        after_help = "For staging systems and restore drills: run it on the copy, after `aod deploy database` and before the first \
                             scheduler starts. The other deployment's sandboxes are then left alone; the sessions of the copy can be read and not \
                             prompted. Do not run it on a backup that replaces its deployment: keep AOD_DEPLOYMENT_ID instead.\n\nConnects to \
-                            DATABASE_URL (or to the URL in DATABASE_URL_FILE) as the owner of the database.")]
+                            DATABASE_URL (or to the URL in DATABASE_URL_FILE) as the owner of the database."
+    )]
     Adopt,
 }
 
@@ -58,7 +67,9 @@ impl DeployArgs {
             Self::Database { passwords } => provision(&passwords).await,
             Self::Adopt => {
                 let mut owner = connect("aod deploy adopt").await?;
-                store::provision::adopt(&mut owner).await.map_err(|error| format!("the database cannot be adopted: {error}"))?;
+                store::provision::adopt(&mut owner)
+                    .await
+                    .map_err(|error| format!("the database cannot be adopted: {error}"))?;
                 note!("the database is this deployment's own");
                 Ok(())
             }
@@ -83,7 +94,9 @@ struct Secrets {
 
 impl Secrets {
     fn make(&self, database: &str) -> Result<(), String> {
-        let mut nats = String::from("# Made by `aod deploy secrets`: what nats/permissions.conf takes from the server's environment.\n");
+        let mut nats = String::from(
+            "# Made by `aod deploy secrets`: what nats/permissions.conf takes from the server's environment.\n",
+        );
         for user in access::users() {
             let password = self.keep(folder(user), "NATS_PASSWORD")?;
             nats.push_str(&format!("{}={password}\n", access::password_variable(user)));
@@ -91,10 +104,18 @@ impl Secrets {
         self.put("nats", "passwords.env", &nats)?;
         for role in store::provision::SERVICES {
             let password = self.keep("database", role)?;
-            self.put(folder(role), "DATABASE_URL", &format!("postgres://{role}:{password}@{database}"))?;
+            self.put(
+                folder(role),
+                "DATABASE_URL",
+                &format!("postgres://{role}:{password}@{database}"),
+            )?;
         }
         let password = self.keep("database", "postgres")?;
-        self.put("database", "DATABASE_URL", &format!("postgres://postgres:{password}@{database}"))?;
+        self.put(
+            "database",
+            "DATABASE_URL",
+            &format!("postgres://postgres:{password}@{database}"),
+        )?;
         self.keep("credential-vault", "FIELD_ENCRYPTION_KEY")?;
         self.keep("scheduler", "AOD_DEPLOYMENT_ID")?;
         let token = self.keep("local-sprites", "LOCAL_SPRITES_TOKEN")?;
@@ -106,7 +127,9 @@ impl Secrets {
         let path = self.dir.join(folder).join(name);
         match fs::read_to_string(&path) {
             Ok(secret) if !secret.is_empty() => Ok(secret),
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(format!("{} cannot be read: {error}", path.display())),
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(format!("{} cannot be read: {error}", path.display()))
+            }
             _ => {
                 let fresh = random::secret().map_err(|error| format!("no randomness: {error}"))?;
                 self.put(folder, name, &fresh).map(|()| fresh)
@@ -122,7 +145,12 @@ impl Secrets {
             fs::create_dir_all(&dir)?;
             // A volume is there already, open to all.
             fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
-            let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o400).open(&draft)?;
+            let mut file = OpenOptions::new()
+                .create(true)
+                .truncate(true)
+                .write(true)
+                .mode(0o400)
+                .open(&draft)?;
             file.write_all(content.as_bytes())?;
             file.sync_all()?;
             for path in [&dir, &draft] {
@@ -148,7 +176,9 @@ async fn connect(command: &'static str) -> Result<PgConnection, String> {
     loop {
         match PgConnection::connect(url.expose_secret()).await {
             Ok(connection) => return Ok(connection),
-            Err(error) if begun.elapsed() > DATABASE_WAIT => return Err(format!("Postgres does not take connections: {error}")),
+            Err(error) if begun.elapsed() > DATABASE_WAIT => {
+                return Err(format!("Postgres does not take connections: {error}"));
+            }
             Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
         }
     }
@@ -158,7 +188,8 @@ async fn provision(passwords: &Path) -> Result<(), String> {
     let mut owner = connect("aod deploy database").await?;
     for role in store::provision::SERVICES {
         let path = passwords.join(role);
-        let password = fs::read_to_string(&path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
+        let password = fs::read_to_string(&path)
+            .map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
         let provisioned = store::provision::provision(&mut owner, role, password.trim_end()).await;
         provisioned.map_err(|error| format!("role {role} cannot be made: {error}"))?;
         note!("role and schema {role}: ready");
@@ -180,9 +211,20 @@ mod tests {
         secrets.make("elsewhere:5432/aod").unwrap();
         assert_eq!(read("credential-vault/FIELD_ENCRYPTION_KEY"), key);
         assert_eq!(read("auth/DATABASE_URL"), url.replace("db:", "elsewhere:"));
-        assert_eq!(read("local-sprites/LOCAL_SPRITES_TOKEN"), read("credential-vault/SPRITES_API_KEY"));
-        assert!(read("nats/passwords.env").contains(&format!("NATS_PASSWORD_RUNNER={}\n", read("sprite-runner/NATS_PASSWORD"))));
-        assert_eq!(fs::metadata(dir.join("auth/DATABASE_URL")).unwrap().permissions().mode() & 0o777, 0o400);
+        assert_eq!(
+            read("local-sprites/LOCAL_SPRITES_TOKEN"),
+            read("credential-vault/SPRITES_API_KEY")
+        );
+        assert!(
+            read("nats/passwords.env").contains(&format!(
+                "NATS_PASSWORD_RUNNER={}\n",
+                read("sprite-runner/NATS_PASSWORD")
+            ))
+        );
+        assert_eq!(
+            fs::metadata(dir.join("auth/DATABASE_URL")).unwrap().permissions().mode() & 0o777,
+            0o400
+        );
         fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -1,7 +1,8 @@
 //! `aod dev`: the whole stack as child processes on this machine, on loopback alone.
 //!
-//! [`tools`] finds the programs; [`data`] is the data directory and what is kept in it; [`stack`] says what is started, in which order
-//! and with which settings; [`supervisor`] keeps it running and ends it; [`bootstrap`] makes the first user.
+//! [`tools`] finds the programs; [`data`] is the data directory and what is kept in it; [`stack`]
+//! says what is started, in which order and with which settings; [`supervisor`] keeps it running
+//! and ends it; [`bootstrap`] makes the first user.
 
 mod bootstrap;
 mod data;
@@ -24,8 +25,10 @@ use crate::dev::{data::DataDir, stack::Stack, tools::Tools};
 
 /// Runs the whole stack on this machine: Postgres, NATS, the six services and a sandbox server.
 #[derive(Debug, Args)]
-#[command(after_help = "Settings of a service (docs/configuration.md) that are set in the environment are passed on to it.\n\n\
-                        Examples:\n  aod dev --scripted-model\n  EVENT_RETENTION_DAYS=7 aod dev --port 0 --ready-file ready.json")]
+#[command(
+    after_help = "Settings of a service (docs/configuration.md) that are set in the environment are passed on to it.\n\n\
+                        Examples:\n  aod dev --scripted-model\n  EVENT_RETENTION_DAYS=7 aod dev --port 0 --ready-file ready.json"
+)]
 pub struct DevArgs {
     /// Directory of all data, secrets and logs; a later start continues with it
     #[arg(long)]
@@ -39,10 +42,12 @@ pub struct DevArgs {
     /// Serve a scripted model, so that agents need no provider key and no network
     #[arg(long)]
     scripted_model: bool,
-    /// Put providers' keys into sandboxes instead of sending agents' requests through the model gateway
+    /// Put providers' keys into sandboxes instead of sending agents' requests through the model
+    /// gateway
     #[arg(long)]
     no_model_gateway: bool,
-    /// URL of another Sprites API for the runners; store its token with `aod credentials set backend:sprites`
+    /// URL of another Sprites API for the runners; store its token with `aod credentials set
+    /// backend:sprites`
     #[arg(long, env = "SPRITES_BASE_URL")]
     sprites_url: Option<String>,
     /// Number of runners
@@ -96,12 +101,17 @@ pub async fn run(args: DevArgs) -> ExitCode {
 }
 
 async fn serve(args: DevArgs) -> Result<(), DevError> {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return Err(DevError::Broken("signals cannot be received".to_owned()));
     };
     let api = SocketAddr::from((Ipv4Addr::LOCALHOST, args.port));
     TcpListener::bind(api).map_err(|error| {
-        DevError::Unfit(format!("port {} cannot be used: {error}; choose another with --port, or 0 for a free one", args.port))
+        DevError::Unfit(format!(
+            "port {} cannot be used: {error}; choose another with --port, or 0 for a free one",
+            args.port
+        ))
     })?;
     let tools = Tools::find(args.scripted_model)?;
     let data = DataDir::open(args.data_dir.clone(), &tools)?;
@@ -141,8 +151,11 @@ fn welcome(stack: &Stack, took: std::time::Duration) {
         took.as_secs_f64(),
         stack.data_dir().display()
     ));
-    let (runtime, model, prompt) =
-        if stack.has_model() { ("claude", "claude-sonnet-4-5", "write a haiku") } else { ("shell", "none", "echo hi") };
+    let (runtime, model, prompt) = if stack.has_model() {
+        ("claude", "claude-sonnet-4-5", "write a haiku")
+    } else {
+        ("shell", "none", "echo hi")
+    };
     announce(&format!(
         "export AOD_API_URL={url} AOD_API_TOKEN={key}\n\
          curl -s $AOD_API_URL/agents -H \"Authorization: Bearer $AOD_API_TOKEN\" -d '{{\"name\":\"first\",\"model\":\"{model}\",\"runtime\":\"{runtime}\"}}'\n\
@@ -156,12 +169,19 @@ fn welcome(stack: &Stack, took: std::time::Duration) {
 pub fn operator(data_dir: Option<PathBuf>) -> Result<bus::Config, String> {
     let dir = data_dir.map_or_else(data::default_dir, Ok).map_err(|error| error.to_string())?;
     let path = dir.join(data::READY_FILE);
-    let text = std::fs::read_to_string(&path)
-        .map_err(|error| format!("NATS_URL is not set, and no `aod dev` runs here ({} cannot be read: {error})", path.display()))?;
+    let text = std::fs::read_to_string(&path).map_err(|error| {
+        format!(
+            "NATS_URL is not set, and no `aod dev` runs here ({} cannot be read: {error})",
+            path.display()
+        )
+    })?;
     let unreadable = || format!("{} is not of this version of aod", path.display());
     let running: serde_json::Value = serde_json::from_str(&text).map_err(|_| unreadable())?;
-    let mut url: url::Url =
-        running.get("nats_url").and_then(serde_json::Value::as_str).and_then(|url| url.parse().ok()).ok_or_else(unreadable)?;
+    let mut url: url::Url = running
+        .get("nats_url")
+        .and_then(serde_json::Value::as_str)
+        .and_then(|url| url.parse().ok())
+        .ok_or_else(unreadable)?;
     let password = url.password().unwrap_or_default().to_owned();
     let _ = (url.set_username(""), url.set_password(None));
     Ok(crate::admin::operator::operator_config(url.to_string(), password.into(), None))

@@ -1,4 +1,5 @@
-//! `aod`: client of the public API, operator commands, and `aod dev`, which runs the whole stack on one machine.
+//! `aod`: client of the public API, operator commands, and `aod dev`, which runs the whole stack on
+//! one machine.
 
 #[macro_use]
 mod output;
@@ -19,7 +20,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    // One thread: children that are to end with this process are tied to the thread that started them.
+    // One thread: children that are to end with this process are tied to the thread that started
+    // them.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
         Ok(runtime) => runtime.block_on(cli::Cli::parse().run()),

@@ -5,7 +5,8 @@ use std::io::{ErrorKind, Write as _};
 use clap::ValueEnum;
 use serde_json::Value;
 
-/// Writes a line to standard error. Unlike `eprintln!` it does not panic where that is closed or full.
+/// Writes a line to standard error. Unlike `eprintln!` it does not panic where that is closed or
+/// full.
 macro_rules! note {
     ($($arg:tt)*) => {{
         use std::io::Write as _;
@@ -44,13 +45,26 @@ impl Output {
             return;
         }
         let header = table.0.iter().map(|name| name.to_uppercase()).collect::<Vec<_>>();
-        let cells = rows.iter().map(|row| table.0.iter().map(|name| cell(row.get(name).unwrap_or(&Value::Null))).collect::<Vec<_>>());
+        let cells = rows.iter().map(|row| {
+            table
+                .0
+                .iter()
+                .map(|name| cell(row.get(name).unwrap_or(&Value::Null)))
+                .collect::<Vec<_>>()
+        });
         let lines: Vec<Vec<String>> = std::iter::once(header).chain(cells).collect();
-        let width =
-            |column: usize| lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max().unwrap_or_default();
+        let width = |column: usize| {
+            lines
+                .iter()
+                .filter_map(|line| line.get(column))
+                .map(|cell| cell.chars().count())
+                .max()
+                .unwrap_or_default()
+        };
         let widths: Vec<usize> = (0..table.0.len()).map(width).collect();
         for line in &lines {
-            let padded: Vec<String> = line.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+            let padded: Vec<String> =
+                line.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
             print(padded.join("  ").trim_end());
         }
     }
@@ -72,8 +86,9 @@ pub fn print(line: &str) {
     write(format!("{line}\n").as_bytes());
 }
 
-/// Writes to standard output. Ends the process where that fails: without a message after a closed pipe (`| head`), with one after any
-/// other error, so that a full disk is never mistaken for success.
+/// Writes to standard output. Ends the process where that fails: without a message after a closed
+/// pipe (`| head`), with one after any other error, so that a full disk is never mistaken for
+/// success.
 pub fn write(bytes: &[u8]) {
     let mut stdout = std::io::stdout().lock();
     let Err(error) = stdout.write_all(bytes).and_then(|()| stdout.flush()) else { return };

@@ -20,7 +20,8 @@ pub struct PromptArgs {
 }
 
 impl PromptArgs {
-    /// Returns the prompt. Without an argument it is read from standard input, unless that is a terminal.
+    /// Returns the prompt. Without an argument it is read from standard input, unless that is a
+    /// terminal.
     pub fn read(self) -> Result<String, ApiFailure> {
         let prompt = match (self.prompt, self.prompt_file) {
             (_, Some(path)) => crate::cli::files::read_file(&path)?,
@@ -33,7 +34,11 @@ impl PromptArgs {
             _ => {
                 let mut text = String::new();
                 let read = std::io::stdin().lock().read_to_string(&mut text);
-                read.map_err(|error| ApiFailure::Local(format!("cannot read the prompt from standard input: {error}")))?;
+                read.map_err(|error| {
+                    ApiFailure::Local(format!(
+                        "cannot read the prompt from standard input: {error}"
+                    ))
+                })?;
                 text
             }
         };

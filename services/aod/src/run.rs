@@ -86,7 +86,8 @@ pub struct LogsArgs {
     raw: bool,
 }
 
-/// Where a secret variable comes from: values are never arguments, which other users of the machine can read.
+/// Where a secret variable comes from: values are never arguments, which other users of the machine
+/// can read.
 #[derive(Clone, Debug)]
 struct SecretSource {
     name: String,
@@ -106,25 +107,37 @@ fn secret_source(text: &str) -> Result<SecretSource, String> {
         Some((name, file)) if !name.is_empty() && file.len() > 1 && file.starts_with('@') => {
             Ok(SecretSource { name: name.to_owned(), file: Some(file[1..].into()) })
         }
-        _ => Err("expected NAME or NAME=@FILE; a value would be visible to other users of this machine".to_owned()),
+        _ => Err(
+            "expected NAME or NAME=@FILE; a value would be visible to other users of this machine"
+                .to_owned(),
+        ),
     }
 }
 
 impl SecretSource {
     fn read(&self) -> Result<String, ApiFailure> {
         match &self.file {
-            Some(path) => Ok(crate::cli::files::read_file(path)?.trim_end_matches(['\r', '\n']).to_owned()),
+            Some(path) => {
+                Ok(crate::cli::files::read_file(path)?.trim_end_matches(['\r', '\n']).to_owned())
+            }
             None => {
                 let value = std::env::var_os(&self.name).and_then(|value| value.into_string().ok());
-                value.ok_or_else(|| ApiFailure::Local(format!("--secret-env {0}: the variable {0} is not set", self.name)))
+                value.ok_or_else(|| {
+                    ApiFailure::Local(format!(
+                        "--secret-env {0}: the variable {0} is not set",
+                        self.name
+                    ))
+                })
             }
         }
     }
 }
 
-/// Returns a repository as the API takes it. A URL has no `=`, so what follows one is the mount path.
+/// Returns a repository as the API takes it. A URL has no `=`, so what follows one is the mount
+/// path.
 fn resource(text: &str) -> Value {
-    let (url, mount_path) = text.split_once('=').map_or((text, None), |(url, path)| (url, Some(path)));
+    let (url, mount_path) =
+        text.split_once('=').map_or((text, None), |(url, path)| (url, Some(path)));
     let mut resource = json!({ "type": "github_repository", "url": url });
     if let (Some(object), Some(path)) = (resource.as_object_mut(), mount_path) {
         object.insert("mount_path".to_owned(), path.into());
@@ -133,13 +146,19 @@ fn resource(text: &str) -> Value {
 }
 
 impl RunArgs {
-    /// Returns the body of `POST /sessions`. The API has one kind of session variables, so plain ones are sent as secrets too.
+    /// Returns the body of `POST /sessions`. The API has one kind of session variables, so plain
+    /// ones are sent as secrets too.
     fn session_body(&self, agent: &str, prompt: &str) -> Result<Value, ApiFailure> {
-        let mut variables: Map<String, Value> = self.env.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
+        let mut variables: Map<String, Value> =
+            self.env.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
         for source in &self.secret_env {
             variables.insert(source.name.clone(), source.read()?.into());
         }
-        let metadata: Map<String, Value> = self.metadata.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
+        let metadata: Map<String, Value> = self
+            .metadata
+            .iter()
+            .map(|(name, value)| (name.clone(), value.clone().into()))
+            .collect();
         Ok(json!({
             "agent_id": agent,
             "prompt": prompt,
@@ -187,7 +206,15 @@ pub async fn run(api: &Api, mut args: RunArgs, output: Output) -> Result<ExitCod
         }
         // A CLI that could not start has said why in its output.
     }
-    follow_output(api, &session, 0, None, Printer::new(output, args.raw, Some(turn)), OnInterrupt::Interrupt).await
+    follow_output(
+        api,
+        &session,
+        0,
+        None,
+        Printer::new(output, args.raw, Some(turn)),
+        OnInterrupt::Interrupt,
+    )
+    .await
 }
 
 pub async fn logs(api: &Api, args: LogsArgs, output: Output) -> Result<ExitCode, ApiFailure> {
@@ -202,11 +229,24 @@ pub async fn logs(api: &Api, args: LogsArgs, output: Output) -> Result<ExitCode,
             return Ok(watched.code);
         }
     }
-    follow_output(api, &args.session, args.since, idle, Printer::new(output, args.raw, None), OnInterrupt::Detach).await
+    follow_output(
+        api,
+        &args.session,
+        args.since,
+        idle,
+        Printer::new(output, args.raw, None),
+        OnInterrupt::Detach,
+    )
+    .await
 }
 
 /// Whether a session's typed events are shown instead of its output: a shell has output alone.
-async fn shows_typed_events(api: &Api, session: &str, output: Output, raw: bool) -> Result<bool, ApiFailure> {
+async fn shows_typed_events(
+    api: &Api,
+    session: &str,
+    output: Output,
+    raw: bool,
+) -> Result<bool, ApiFailure> {
     if raw || output == Output::Json {
         return Ok(false);
     }
@@ -216,10 +256,13 @@ async fn shows_typed_events(api: &Api, session: &str, output: Output, raw: bool)
 /// Waits until a queued message begins a turn, and returns its number.
 async fn queued_turn(api: &Api, session: &str, accepted: &Value) -> Result<u64, ApiFailure> {
     let id = accepted.pointer("/input/id").and_then(Value::as_str).unwrap_or_default();
-    note!("queued; waiting for the running turn to end. Withdraw it: aod sessions withdraw {session} {id}");
+    note!(
+        "queued; waiting for the running turn to end. Withdraw it: aod sessions withdraw {session} {id}"
+    );
     loop {
         let answer = api.get(&format!("/sessions/{session}/inputs")).await?;
-        let inputs = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let inputs =
+            answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let Some(input) = inputs.iter().find(|input| text(input, "id") == id) else {
             return Err(ApiFailure::Local("the message is not in the session's queue".to_owned()));
         };
@@ -227,7 +270,11 @@ async fn queued_turn(api: &Api, session: &str, accepted: &Value) -> Result<u64, 
             return Ok(turn);
         }
         if text(input, "status") != "queued" {
-            return Err(ApiFailure::Local(format!("the message was {}: {}", text(input, "status"), text(input, "reason"))));
+            return Err(ApiFailure::Local(format!(
+                "the message was {}: {}",
+                text(input, "status"),
+                text(input, "reason")
+            )));
         }
         tokio::time::sleep(QUEUE_POLL).await;
     }
@@ -251,7 +298,10 @@ async fn find_or_create_agent(api: &Api, args: &RunArgs) -> Result<String, ApiFa
     let mut page = Page::default();
     loop {
         let (agents, next) = api.page("/agents", &page).await?;
-        if let Some(agent) = agents.iter().find(|agent| text(agent, "name") == name && text(agent, "runtime") == args.runtime) {
+        if let Some(agent) = agents
+            .iter()
+            .find(|agent| text(agent, "name") == name && text(agent, "runtime") == args.runtime)
+        {
             return Ok(text(agent, "id").to_owned());
         }
         if next.is_none() {
@@ -259,7 +309,9 @@ async fn find_or_create_agent(api: &Api, args: &RunArgs) -> Result<String, ApiFa
         }
         page.cursor = next;
     }
-    let agent = api.post("/agents", &json!({ "name": name, "model": model, "runtime": args.runtime })).await?;
+    let agent = api
+        .post("/agents", &json!({ "name": name, "model": model, "runtime": args.runtime }))
+        .await?;
     Ok(text(&agent, "id").to_owned())
 }
 
@@ -290,8 +342,13 @@ async fn follow_output(
         let following = follow(api, session, Source::Output, since, idle, |event| {
             printer.print(event);
             match text(event, "type") {
-                // A queued message began the next turn at once: the stream shows the end of the newest turn alone.
-                "turn_start" if only_turn.is_some_and(|turn| event.get("turn").and_then(Value::as_u64) > Some(turn)) => {
+                // A queued message began the next turn at once: the stream shows the end of the
+                // newest turn alone.
+                "turn_start"
+                    if only_turn.is_some_and(|turn| {
+                        event.get("turn").and_then(Value::as_u64) > Some(turn)
+                    }) =>
+                {
                     overtaken = only_turn;
                 }
                 "exit" => code = exit_code(event.get("code")),
@@ -323,7 +380,9 @@ async fn follow_output(
 
 /// A turn without an exit code has failed.
 fn exit_code(code: Option<&Value>) -> ExitCode {
-    ExitCode::from(code.and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+    ExitCode::from(
+        code.and_then(Value::as_u64).and_then(|code| u8::try_from(code).ok()).unwrap_or(1),
+    )
 }
 
 /// Does what Ctrl-C does. Returns whether to keep following.
@@ -337,7 +396,9 @@ async fn interrupt_or_detach(api: &Api, session: &str, on_interrupt: &mut OnInte
             Err(error) => note!("\ncannot interrupt the turn: {error}"),
         }
     }
-    note!("\nStopped following; the session continues. Follow it again: aod logs -f {session}\nStop it: aod sessions terminate {session}");
+    note!(
+        "\nStopped following; the session continues. Follow it again: aod logs -f {session}\nStop it: aod sessions terminate {session}"
+    );
     false
 }
 
@@ -346,7 +407,9 @@ async fn code_of(api: &Api, session: &str, turn: u64) -> Result<ExitCode, ApiFai
     let mut page = Page::default();
     loop {
         let (turns, next) = api.page(&format!("/sessions/{session}/turns"), &page).await?;
-        if let Some(turn) = turns.iter().find(|each| each.get("turn_number").and_then(Value::as_u64) == Some(turn)) {
+        if let Some(turn) =
+            turns.iter().find(|each| each.get("turn_number").and_then(Value::as_u64) == Some(turn))
+        {
             return Ok(exit_code(turn.get("exit_code")));
         }
         if next.is_none() {
@@ -438,7 +501,11 @@ impl Printer {
         if self.only_turn.is_some_and(|turn| turn > 1) {
             return;
         }
-        let duration = event.get("duration_ms").and_then(Value::as_u64).map(|ms| format!(" ({ms} ms)")).unwrap_or_default();
+        let duration = event
+            .get("duration_ms")
+            .and_then(Value::as_u64)
+            .map(|ms| format!(" ({ms} ms)"))
+            .unwrap_or_default();
         match text(event, "state") {
             "done" => note!("· {}{duration}", text(event, "stage")),
             "failed" => note!("✗ {}{duration}: {}", text(event, "stage"), text(event, "message")),
@@ -449,29 +516,37 @@ impl Printer {
 
 /// A line of the agent's: the CLIs' JSON made readable, anything else as it is.
 fn show_line(line: &str) {
-    let Some(record) = serde_json::from_str::<Value>(line).ok().filter(Value::is_object) else { return print(line) };
-    let blocks = record.pointer("/message/content").and_then(Value::as_array).cloned().unwrap_or_default();
+    let Some(record) = serde_json::from_str::<Value>(line).ok().filter(Value::is_object) else {
+        return print(line);
+    };
+    let blocks =
+        record.pointer("/message/content").and_then(Value::as_array).cloned().unwrap_or_default();
     match text(&record, "type") {
         "assistant" => {
             for block in &blocks {
                 match text(block, "type") {
                     "text" => print(text(block, "text")),
-                    "tool_use" => print(&format!("→ {} {}", text(block, "name"), block.get("input").unwrap_or(&Value::Null))),
+                    "tool_use" => print(&format!(
+                        "→ {} {}",
+                        text(block, "name"),
+                        block.get("input").unwrap_or(&Value::Null)
+                    )),
                     _ => {}
                 }
             }
         }
         "user" => {
             for block in blocks.iter().filter(|block| text(block, "type") == "tool_result") {
-                let result = block
-                    .get("content")
-                    .and_then(Value::as_str)
-                    .map(str::to_owned)
-                    .unwrap_or_else(|| block.get("content").map(Value::to_string).unwrap_or_default());
+                let result =
+                    block.get("content").and_then(Value::as_str).map(str::to_owned).unwrap_or_else(
+                        || block.get("content").map(Value::to_string).unwrap_or_default(),
+                    );
                 result.lines().for_each(|line| print(&format!("← {line}")));
             }
         }
-        "result" if record.get("is_error").and_then(Value::as_bool) == Some(true) => print(&format!("✗ {}", text(&record, "result"))),
+        "result" if record.get("is_error").and_then(Value::as_bool) == Some(true) => {
+            print(&format!("✗ {}", text(&record, "result")))
+        }
         "system" | "result" | "rate_limit_event" | "stream_event" => {}
         _ => print(line),
     }

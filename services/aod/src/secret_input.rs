@@ -8,10 +8,14 @@ use secrecy::SecretString;
 pub fn read() -> Result<SecretString, String> {
     let stdin = std::io::stdin();
     let text = if stdin.is_terminal() {
-        rpassword::prompt_password("Value (not shown): ").map_err(|error| format!("the terminal cannot be read: {error}"))?
+        rpassword::prompt_password("Value (not shown): ")
+            .map_err(|error| format!("the terminal cannot be read: {error}"))?
     } else {
         let mut text = String::new();
-        stdin.lock().read_to_string(&mut text).map_err(|error| format!("standard input cannot be read: {error}"))?;
+        stdin
+            .lock()
+            .read_to_string(&mut text)
+            .map_err(|error| format!("standard input cannot be read: {error}"))?;
         text
     };
     let text = text.trim_end_matches(['\r', '\n']);

@@ -1,8 +1,12 @@
-//! Browsers that are signed in: each holds a token instead of the API key, which expires and can be revoked by itself.
+//! Browsers that are signed in: each holds a token instead of the API key, which expires and can be
+//! revoked by itself.
 
 use bus::Failure;
 use contract::{
-    auth::{ConsoleSession, CreateConsoleSessionRequest, EndConsoleSessionRequest, FindConsoleSessionRequest, VerifyKeyRequest},
+    auth::{
+        ConsoleSession, CreateConsoleSessionRequest, EndConsoleSessionRequest,
+        FindConsoleSessionRequest, VerifyKeyRequest,
+    },
     common::Empty,
 };
 use sqlx::PgPool;
@@ -23,9 +27,13 @@ fn hash(bytes: &[u8]) -> Result<KeyHash, Failure> {
 }
 
 /// Signs in with a key that works.
-pub async fn create(pool: PgPool, request: CreateConsoleSessionRequest) -> Result<ConsoleSession, Failure> {
+pub async fn create(
+    pool: PgPool,
+    request: CreateConsoleSessionRequest,
+) -> Result<ConsoleSession, Failure> {
     let token = hash(&request.token_hash)?;
-    let key = keys::verify(pool.clone(), VerifyKeyRequest { key_hash: request.key_hash.clone() }).await?;
+    let key =
+        keys::verify(pool.clone(), VerifyKeyRequest { key_hash: request.key_hash.clone() }).await?;
     let mut tx = pool.begin().await?;
     // Only an API key signs in: a console session has a hash too.
     let inserted = sqlx::query(
@@ -64,7 +72,10 @@ struct Row {
     expires_at: OffsetDateTime,
 }
 
-pub async fn find(pool: PgPool, request: FindConsoleSessionRequest) -> Result<ConsoleSession, Failure> {
+pub async fn find(
+    pool: PgPool,
+    request: FindConsoleSessionRequest,
+) -> Result<ConsoleSession, Failure> {
     let row: Option<Row> = sqlx::query_as(
         "select a.name as user_name, k.name as key_name, k.prefix, s.expires_at
          from console_session s

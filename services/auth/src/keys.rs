@@ -1,7 +1,10 @@
 //! API keys: verified by their hash, displayed by their prefix, deactivated instead of deleted.
 
 use bus::Failure;
-use contract::auth::{CreateKeyRequest, DeactivateKeyRequest, Key, ListKeysReply, ListKeysRequest, VerifyKeyReply, VerifyKeyRequest};
+use contract::auth::{
+    CreateKeyRequest, DeactivateKeyRequest, Key, ListKeysReply, ListKeysRequest, VerifyKeyReply,
+    VerifyKeyRequest,
+};
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use types::{ErrorCode, KeyHash, KeyId, Timestamp, UserId, limits::PAGE_MAX};
@@ -19,10 +22,12 @@ struct Verified {
     session_expires_at: Option<OffsetDateTime>,
 }
 
-/// Who calls, with a key or from a console session. The texts of refusals are the contract's (docs/api.md §2).
+/// Who calls, with a key or from a console session. The texts of refusals are the contract's
+/// (docs/api.md §2).
 pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKeyReply, Failure> {
     let refused = |message: &str| Failure::new(ErrorCode::Unauthenticated, message);
-    let hash = KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| refused("Invalid API key"))?;
+    let hash =
+        KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| refused("Invalid API key"))?;
     // The index compares hashes of 256 random bits: its timing tells nothing about a key.
     let key: Verified = sqlx::query_as(
         "select k.key_id, k.user_id, k.is_active, a.is_active as user_is_active, k.expires_at, a.session_limit,
@@ -95,12 +100,21 @@ pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Fail
     insert(&mut connection, request).await
 }
 
-pub async fn insert(connection: &mut PgConnection, request: CreateKeyRequest) -> Result<Key, Failure> {
+pub async fn insert(
+    connection: &mut PgConnection,
+    request: CreateKeyRequest,
+) -> Result<Key, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let hash = KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| Failure::invalid("A key's hash has 32 bytes"))?;
-    let expires_at = request.expires_at_us.map(|micros| OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000));
-    let expires_at = expires_at.transpose().map_err(|_| Failure::invalid("The expiry is out of range").at_field("expires_at", ""))?;
-    let created_by = Some(&request.created_by_key_id).filter(|id| !id.is_empty()).map(|id| id.parse::<KeyId>());
+    let hash = KeyHash::try_from(request.key_hash.as_slice())
+        .map_err(|_| Failure::invalid("A key's hash has 32 bytes"))?;
+    let expires_at = request
+        .expires_at_us
+        .map(|micros| OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000));
+    let expires_at = expires_at
+        .transpose()
+        .map_err(|_| Failure::invalid("The expiry is out of range").at_field("expires_at", ""))?;
+    let created_by =
+        Some(&request.created_by_key_id).filter(|id| !id.is_empty()).map(|id| id.parse::<KeyId>());
     let created_by = created_by.transpose().map_err(|_| Failure::invalid("Malformed key id"))?;
     let row: Result<KeyRow, sqlx::Error> = sqlx::query_as(
         // `least` ignores nulls: a key without an expiry bounds nothing.
@@ -120,14 +134,21 @@ pub async fn insert(connection: &mut PgConnection, request: CreateKeyRequest) ->
     .await;
     match row {
         Ok(row) => Ok(row.into()),
-        Err(error) if store::violates(&error, "api_key_user_id_fkey") => Err(Failure::not_found("User not found")),
+        Err(error) if store::violates(&error, "api_key_user_id_fkey") => {
+            Err(Failure::not_found("User not found"))
+        }
         Err(error) => Err(Failure::internal(error)),
     }
 }
 
 pub async fn list(pool: PgPool, request: ListKeysRequest) -> Result<ListKeysReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let after = request.after_key_id.as_deref().map(str::parse::<KeyId>).transpose().map_err(|_| Failure::invalid("Invalid cursor"))?;
+    let after = request
+        .after_key_id
+        .as_deref()
+        .map(str::parse::<KeyId>)
+        .transpose()
+        .map_err(|_| Failure::invalid("Invalid cursor"))?;
     let limit = request.limit.clamp(1, PAGE_MAX) as usize;
     // Ids are made in the order of time.
     let mut rows: Vec<KeyRow> = sqlx::query_as(

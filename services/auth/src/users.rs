@@ -2,8 +2,9 @@
 
 use bus::Failure;
 use contract::auth::{
-    BootstrapRequest, CheckUserReply, CheckUserRequest, CreateKeyRequest, CreateUserRequest, EnsureUserRequest, FindUserRequest, Key,
-    ListUsersReply, ListUsersRequest, SetQuotaRequest, SetUserActiveRequest, User,
+    BootstrapRequest, CheckUserReply, CheckUserRequest, CreateKeyRequest, CreateUserRequest,
+    EnsureUserRequest, FindUserRequest, Key, ListUsersReply, ListUsersRequest, SetQuotaRequest,
+    SetUserActiveRequest, User,
 };
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
@@ -50,7 +51,9 @@ fn check_name(name: &str) -> Result<(), Failure> {
 /// Finds the user of that name, or makes it.
 pub async fn ensure(pool: PgPool, request: EnsureUserRequest) -> Result<User, Failure> {
     match create(pool.clone(), CreateUserRequest { name: request.name.clone() }).await {
-        Err(failure) if failure.code == types::ErrorCode::Conflict => find(pool, FindUserRequest { name: request.name }).await,
+        Err(failure) if failure.code == types::ErrorCode::Conflict => {
+            find(pool, FindUserRequest { name: request.name }).await
+        }
         created => created,
     }
 }
@@ -78,10 +81,12 @@ async fn insert(connection: &mut PgConnection, name: &str) -> Result<Option<User
 }
 
 pub async fn find(pool: PgPool, request: FindUserRequest) -> Result<User, Failure> {
-    let row: Option<UserRow> = sqlx::query_as("select user_id, name, is_active, session_limit, created_at from account where name = $1")
-        .bind(&request.name)
-        .fetch_optional(&pool)
-        .await?;
+    let row: Option<UserRow> = sqlx::query_as(
+        "select user_id, name, is_active, session_limit, created_at from account where name = $1",
+    )
+    .bind(&request.name)
+    .fetch_optional(&pool)
+    .await?;
     row.map(User::from).ok_or_else(missing)
 }
 
@@ -113,16 +118,23 @@ pub async fn set_active(pool: PgPool, request: SetUserActiveRequest) -> Result<U
 
 /// For services that keep working for a user without one of the user's keys.
 pub async fn check(pool: PgPool, request: CheckUserRequest) -> Result<CheckUserReply, Failure> {
-    let Ok(user) = request.user_id.parse::<UserId>() else { return Ok(CheckUserReply { is_active: false }) };
+    let Ok(user) = request.user_id.parse::<UserId>() else {
+        return Ok(CheckUserReply { is_active: false });
+    };
     let is_active: Option<bool> =
-        sqlx::query_scalar("select is_active from account where user_id = $1").bind(user.uuid()).fetch_optional(&pool).await?;
+        sqlx::query_scalar("select is_active from account where user_id = $1")
+            .bind(user.uuid())
+            .fetch_optional(&pool)
+            .await?;
     Ok(CheckUserReply { is_active: is_active == Some(true) })
 }
 
 pub async fn set_quota(pool: PgPool, request: SetQuotaRequest) -> Result<User, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
-    let limit = request.session_limit.map(i32::try_from).transpose().ok().filter(|limit| *limit != Some(0));
-    let limit = limit.ok_or_else(|| Failure::invalid("A limit is a number from 1 to 2147483647"))?;
+    let limit =
+        request.session_limit.map(i32::try_from).transpose().ok().filter(|limit| *limit != Some(0));
+    let limit =
+        limit.ok_or_else(|| Failure::invalid("A limit is a number from 1 to 2147483647"))?;
     let row: Option<UserRow> = sqlx::query_as(
         "update account set session_limit = $2 where user_id = $1
          returning user_id, name, is_active, session_limit, created_at",
@@ -139,9 +151,14 @@ pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, F
     check_name(&request.user_name)?;
     let mut tx = pool.begin().await?;
     sqlx::query("lock table account in exclusive mode").execute(&mut *tx).await?;
-    let taken: bool = sqlx::query_scalar("select exists (select 1 from account)").fetch_one(&mut *tx).await?;
+    let taken: bool =
+        sqlx::query_scalar("select exists (select 1 from account)").fetch_one(&mut *tx).await?;
     let user = if taken { None } else { insert(&mut tx, &request.user_name).await? };
-    let user = user.ok_or_else(|| Failure::conflict("This deployment already has users; create keys with `aod admin key create`"))?;
+    let user = user.ok_or_else(|| {
+        Failure::conflict(
+            "This deployment already has users; create keys with `aod admin key create`",
+        )
+    })?;
     let key = CreateKeyRequest {
         user_id: user.user_id.to_string(),
         name: request.key_name,

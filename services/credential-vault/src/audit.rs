@@ -75,7 +75,10 @@ pub async fn write(pool: &PgPool, redeemed: &Redeemed<'_>) -> Result<(), Failure
 }
 
 /// Lists a page of redemptions, newest first.
-pub async fn list(vault: Vault, request: ListRedemptionsRequest) -> Result<ListRedemptionsReply, Failure> {
+pub async fn list(
+    vault: Vault,
+    request: ListRedemptionsRequest,
+) -> Result<ListRedemptionsReply, Failure> {
     let session = request.session_id.as_deref().map(str::parse::<SessionId>).transpose();
     let session = session.map_err(|_| Failure::not_found("Session not found"))?;
     let rows: Vec<Row> = sqlx::query_as(

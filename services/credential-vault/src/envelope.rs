@@ -1,6 +1,6 @@
-//! Envelope encryption: AES-256-GCM under a fresh data key for each secret; the data key wrapped, with AES-256-GCM too, by a
-//! versioned key-encryption key. Associated data binds both to the owner, the kind and the id, so that a row moved to another place
-//! does not open.
+//! Envelope encryption: AES-256-GCM under a fresh data key for each secret; the data key wrapped,
+//! with AES-256-GCM too, by a versioned key-encryption key. Associated data binds both to the
+//! owner, the kind and the id, so that a row moved to another place does not open.
 
 use aes_gcm::{Aes256Gcm, KeyInit as _};
 use types::{SecretId, UserId};
@@ -47,51 +47,101 @@ pub enum EnvelopeError {
 }
 
 impl Keyring {
-    pub fn encrypt(&self, version: KeyVersion, plaintext: &[u8], binding: &Binding<'_>) -> Result<Sealed, EnvelopeError> {
+    pub fn encrypt(
+        &self,
+        version: KeyVersion,
+        plaintext: &[u8],
+        binding: &Binding<'_>,
+    ) -> Result<Sealed, EnvelopeError> {
         counted("encrypt", self.seal(version, plaintext, binding))
     }
 
-    pub fn decrypt(&self, sealed: &Sealed, binding: &Binding<'_>) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
+    pub fn decrypt(
+        &self,
+        sealed: &Sealed,
+        binding: &Binding<'_>,
+    ) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
         counted("decrypt", self.open(sealed, binding))
     }
 
     /// A data key, wrapped by another version. What it encrypts stays as it is.
-    pub fn rewrap(&self, from: KeyVersion, wrapped_key: &[u8], to: KeyVersion, binding: &Binding<'_>) -> Result<Vec<u8>, EnvelopeError> {
+    pub fn rewrap(
+        &self,
+        from: KeyVersion,
+        wrapped_key: &[u8],
+        to: KeyVersion,
+        binding: &Binding<'_>,
+    ) -> Result<Vec<u8>, EnvelopeError> {
         counted("rewrap", self.wrap_anew(from, wrapped_key, to, binding))
     }
 
-    fn seal(&self, version: KeyVersion, plaintext: &[u8], binding: &Binding<'_>) -> Result<Sealed, EnvelopeError> {
+    fn seal(
+        &self,
+        version: KeyVersion,
+        plaintext: &[u8],
+        binding: &Binding<'_>,
+    ) -> Result<Sealed, EnvelopeError> {
         let mut data_key = Zeroizing::new([0_u8; KEY_BYTES]);
         getrandom::fill(data_key.as_mut()).map_err(|_| EnvelopeError::NoRandomness)?;
-        let cipher = Aes256Gcm::new_from_slice(data_key.as_ref()).map_err(|_| EnvelopeError::Encrypt)?;
+        let cipher =
+            Aes256Gcm::new_from_slice(data_key.as_ref()).map_err(|_| EnvelopeError::Encrypt)?;
         let aad = binding.associated_data();
-        let wrapped_key = self.wrap(version, data_key.as_ref(), &aad).ok_or(EnvelopeError::UnknownCurrentKey { version })??;
-        Ok(Sealed { key_version: version, wrapped_key, ciphertext: encrypt(&cipher, plaintext, &aad)? })
+        let wrapped_key = self
+            .wrap(version, data_key.as_ref(), &aad)
+            .ok_or(EnvelopeError::UnknownCurrentKey { version })??;
+        Ok(Sealed {
+            key_version: version,
+            wrapped_key,
+            ciphertext: encrypt(&cipher, plaintext, &aad)?,
+        })
     }
 
-    fn open(&self, sealed: &Sealed, binding: &Binding<'_>) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
+    fn open(
+        &self,
+        sealed: &Sealed,
+        binding: &Binding<'_>,
+    ) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
         let damaged = || EnvelopeError::Damaged { secret: binding.secret };
         let aad = binding.associated_data();
-        let data_key = self.data_key(sealed.key_version, &sealed.wrapped_key, &aad, binding.secret)?;
+        let data_key =
+            self.data_key(sealed.key_version, &sealed.wrapped_key, &aad, binding.secret)?;
         let cipher = Aes256Gcm::new_from_slice(&data_key).map_err(|_| damaged())?;
         decrypt(&cipher, &sealed.ciphertext, &aad).ok_or_else(damaged)
     }
 
-    fn wrap_anew(&self, from: KeyVersion, wrapped_key: &[u8], to: KeyVersion, binding: &Binding<'_>) -> Result<Vec<u8>, EnvelopeError> {
+    fn wrap_anew(
+        &self,
+        from: KeyVersion,
+        wrapped_key: &[u8],
+        to: KeyVersion,
+        binding: &Binding<'_>,
+    ) -> Result<Vec<u8>, EnvelopeError> {
         let aad = binding.associated_data();
         let data_key = self.data_key(from, wrapped_key, &aad, binding.secret)?;
         self.wrap(to, &data_key, &aad).ok_or(EnvelopeError::UnknownCurrentKey { version: to })?
     }
 
-    fn data_key(&self, version: KeyVersion, wrapped: &[u8], aad: &[u8], secret: SecretId) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
-        let opened = self.unwrap(version, wrapped, aad).ok_or(EnvelopeError::UnknownKey { secret, version })?;
+    fn data_key(
+        &self,
+        version: KeyVersion,
+        wrapped: &[u8],
+        aad: &[u8],
+        secret: SecretId,
+    ) -> Result<Zeroizing<Vec<u8>>, EnvelopeError> {
+        let opened = self
+            .unwrap(version, wrapped, aad)
+            .ok_or(EnvelopeError::UnknownKey { secret, version })?;
         opened.ok_or(EnvelopeError::Damaged { secret })
     }
 }
 
-fn counted<T>(operation: &'static str, result: Result<T, EnvelopeError>) -> Result<T, EnvelopeError> {
+fn counted<T>(
+    operation: &'static str,
+    result: Result<T, EnvelopeError>,
+) -> Result<T, EnvelopeError> {
     let outcome = if result.is_ok() { "ok" } else { "failed" };
-    metrics::counter!("aod_vault_operations_total", "operation" => operation, "outcome" => outcome).increment(1);
+    metrics::counter!("aod_vault_operations_total", "operation" => operation, "outcome" => outcome)
+        .increment(1);
     result
 }
 
@@ -106,12 +156,19 @@ mod tests {
     #[test]
     fn a_secret_opens_only_where_it_belongs() {
         let keys = keyring("0123456789abcdef");
-        let binding = Binding { user: UserId::new(), kind: "provider:anthropic", secret: SecretId::new() };
+        let binding =
+            Binding { user: UserId::new(), kind: "provider:anthropic", secret: SecretId::new() };
         let sealed = keys.encrypt(1, b"sk-secret", &binding).unwrap();
         assert_eq!(keys.decrypt(&sealed, &binding).unwrap().as_slice(), b"sk-secret");
         let damaged = Err(EnvelopeError::Damaged { secret: binding.secret });
-        assert_eq!(keys.decrypt(&sealed, &Binding { kind: "provider:openai", ..binding }).map(|_| ()), damaged);
-        assert_eq!(keys.decrypt(&sealed, &Binding { user: UserId::new(), ..binding }).map(|_| ()), damaged);
+        assert_eq!(
+            keys.decrypt(&sealed, &Binding { kind: "provider:openai", ..binding }).map(|_| ()),
+            damaged
+        );
+        assert_eq!(
+            keys.decrypt(&sealed, &Binding { user: UserId::new(), ..binding }).map(|_| ()),
+            damaged
+        );
         assert_eq!(keyring("another key, 16+").decrypt(&sealed, &binding).map(|_| ()), damaged);
     }
 
@@ -133,7 +190,10 @@ mod tests {
         row.ciphertext.truncate(5);
         assert_eq!(keys.decrypt(&row, &binding).map(|_| ()), damaged, "truncated");
         let row = Sealed { key_version: 9, ..sealed() };
-        assert_eq!(keys.decrypt(&row, &binding).map(|_| ()), Err(EnvelopeError::UnknownKey { secret: binding.secret, version: 9 }));
+        assert_eq!(
+            keys.decrypt(&row, &binding).map(|_| ()),
+            Err(EnvelopeError::UnknownKey { secret: binding.secret, version: 9 })
+        );
     }
 
     #[test]
@@ -143,7 +203,10 @@ mod tests {
         let old = keys.encrypt(1, b"value", &binding).unwrap();
         let wrapped_key = keys.rewrap(1, &old.wrapped_key, 2, &binding).unwrap();
         let new = Sealed { key_version: 2, wrapped_key, ciphertext: old.ciphertext };
-        assert_eq!(keyring("2:abcdef0123456789").decrypt(&new, &binding).unwrap().as_slice(), b"value");
+        assert_eq!(
+            keyring("2:abcdef0123456789").decrypt(&new, &binding).unwrap().as_slice(),
+            b"value"
+        );
         let moved = keys.rewrap(1, &old.wrapped_key, 2, &Binding { kind: "other", ..binding });
         assert_eq!(moved, Err(EnvelopeError::Damaged { secret: binding.secret }));
     }

@@ -1,7 +1,8 @@
 //! The key-encryption keys: how they are configured, and how data keys are wrapped by them.
 //!
-//! A key of 32 random bytes is used as it is. Any other text is a passphrase, which Argon2id stretches: who holds a copy of the database
-//! and guesses pays 64 MiB and some tenths of a second for each guess.
+//! A key of 32 random bytes is used as it is. Any other text is a passphrase, which Argon2id
+//! stretches: who holds a copy of the database and guesses pays 64 MiB and some tenths of a second
+//! for each guess.
 
 use std::collections::BTreeMap;
 
@@ -38,7 +39,9 @@ pub type KeyVersion = i32;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum KeyringError {
-    #[error("FIELD_ENCRYPTION_KEY: key version {version} has {chars} characters; {KEY_CHARS_MIN} or more are needed")]
+    #[error(
+        "FIELD_ENCRYPTION_KEY: key version {version} has {chars} characters; {KEY_CHARS_MIN} or more are needed"
+    )]
     TooShort { version: KeyVersion, chars: usize },
     #[error("FIELD_ENCRYPTION_KEY holds key version {version} twice")]
     Twice { version: KeyVersion },
@@ -60,9 +63,11 @@ pub struct Keyring {
 /// The keys that are derived from one configured text.
 struct Key {
     cipher: Aes256Gcm,
-    /// What secrets are sealed to on their way here. Every replica has the same, and it changes with the key.
+    /// What secrets are sealed to on their way here. Every replica has the same, and it changes
+    /// with the key.
     sealing: KeyPair,
-    /// The same text as earlier releases derived it, where that differs: secrets may be stored under it.
+    /// The same text as earlier releases derived it, where that differs: secrets may be stored
+    /// under it.
     unstretched: Option<Box<Self>>,
 }
 
@@ -78,19 +83,28 @@ impl Key {
         Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, STRETCHING)
             .hash_password_into(text.as_bytes(), salt.as_bytes(), stretched.as_mut())
             .map_err(|_| KeyringError::Stretching { version })?;
-        Ok(Self { unstretched: Some(Box::new(plain)), ..Self::expand(version, stretched.as_slice()) })
+        Ok(Self {
+            unstretched: Some(Box::new(plain)),
+            ..Self::expand(version, stretched.as_slice())
+        })
     }
 
     fn expand(version: KeyVersion, material: &[u8]) -> Self {
         Self {
-            cipher: Aes256Gcm::new(&(*derive(&format!("aod vault key-encryption key v{version}"), material)).into()),
-            sealing: KeyPair::from_secret(&derive(&format!("aod vault sealing key v{version}"), material)),
+            cipher: Aes256Gcm::new(
+                &(*derive(&format!("aod vault key-encryption key v{version}"), material)).into(),
+            ),
+            sealing: KeyPair::from_secret(&derive(
+                &format!("aod vault sealing key v{version}"),
+                material,
+            )),
             unstretched: None,
         }
     }
 
     fn is_proven_by(&self, version: KeyVersion, proof: &[u8]) -> bool {
-        decrypt(&self.cipher, proof, &proof_aad(version)).is_some_and(|text| text.as_slice() == PROOF_TEXT)
+        decrypt(&self.cipher, proof, &proof_aad(version))
+            .is_some_and(|text| text.as_slice() == PROOF_TEXT)
     }
 }
 
@@ -103,15 +117,20 @@ fn is_random(text: &str) -> bool {
 }
 
 impl Keyring {
-    /// Reads `FIELD_ENCRYPTION_KEY`: one key, which is version 1; or several as `VERSION:KEY`, separated by white space.
+    /// Reads `FIELD_ENCRYPTION_KEY`: one key, which is version 1; or several as `VERSION:KEY`,
+    /// separated by white space.
     ///
     /// # Errors
     /// [`KeyringError`]; none says anything about a key but its length.
     pub fn parse(configured: &SecretString) -> Result<Self, KeyringError> {
         let text = configured.expose_secret();
-        let versioned: Vec<Option<(KeyVersion, &str)>> = text.split_whitespace().map(versioned).collect();
+        let versioned: Vec<Option<(KeyVersion, &str)>> =
+            text.split_whitespace().map(versioned).collect();
         let entries = if versioned.iter().any(Option::is_some) {
-            let entries = versioned.into_iter().enumerate().map(|(index, entry)| entry.ok_or(KeyringError::Malformed { entry: index + 1 }));
+            let entries = versioned
+                .into_iter()
+                .enumerate()
+                .map(|(index, entry)| entry.ok_or(KeyringError::Malformed { entry: index + 1 }));
             entries.collect::<Result<Vec<_>, _>>()?
         } else {
             vec![(1, text)]
@@ -155,16 +174,28 @@ impl Keyring {
     }
 
     /// Wraps a data key; none where the version is not configured.
-    pub fn wrap(&self, version: KeyVersion, data_key: &[u8], aad: &[u8]) -> Option<Result<Vec<u8>, EnvelopeError>> {
+    pub fn wrap(
+        &self,
+        version: KeyVersion,
+        data_key: &[u8],
+        aad: &[u8],
+    ) -> Option<Result<Vec<u8>, EnvelopeError>> {
         Some(encrypt(&self.keys.get(&version)?.cipher, data_key, aad))
     }
 
-    /// Unwraps a data key: none where the version is not configured, then none where it does not open.
-    pub fn unwrap(&self, version: KeyVersion, wrapped: &[u8], aad: &[u8]) -> Option<Option<Zeroizing<Vec<u8>>>> {
+    /// Unwraps a data key: none where the version is not configured, then none where it does not
+    /// open.
+    pub fn unwrap(
+        &self,
+        version: KeyVersion,
+        wrapped: &[u8],
+        aad: &[u8],
+    ) -> Option<Option<Zeroizing<Vec<u8>>>> {
         Some(decrypt(&self.keys.get(&version)?.cipher, wrapped, aad))
     }
 
-    /// The proof of a version: a text that only this very key decrypts; none where the version is not configured.
+    /// The proof of a version: a text that only this very key decrypts; none where the version is
+    /// not configured.
     pub fn proof(&self, version: KeyVersion) -> Option<Result<Vec<u8>, EnvelopeError>> {
         self.wrap(version, PROOF_TEXT, &proof_aad(version))
     }
@@ -174,7 +205,8 @@ impl Keyring {
         self.keys.get(&version).is_some_and(|key| key.is_proven_by(version, proof))
     }
 
-    /// Uses a passphrase as earlier releases did, where the proof was made so. Returns whether it was.
+    /// Uses a passphrase as earlier releases did, where the proof was made so. Returns whether it
+    /// was.
     pub fn use_unstretched(&mut self, version: KeyVersion, proof: &[u8]) -> bool {
         let Some(key) = self.keys.get_mut(&version) else { return false };
         match key.unstretched.take() {
@@ -211,7 +243,9 @@ fn derive(label: &str, material: &[u8]) -> Zeroizing<[u8; KEY_BYTES]> {
 pub fn encrypt(cipher: &Aes256Gcm, plaintext: &[u8], aad: &[u8]) -> Result<Vec<u8>, EnvelopeError> {
     let mut nonce = [0_u8; NONCE_BYTES];
     getrandom::fill(&mut nonce).map_err(|_| EnvelopeError::NoRandomness)?;
-    let ciphertext = cipher.encrypt(&Nonce::from(nonce), Payload { msg: plaintext, aad }).map_err(|_| EnvelopeError::Encrypt)?;
+    let ciphertext = cipher
+        .encrypt(&Nonce::from(nonce), Payload { msg: plaintext, aad })
+        .map_err(|_| EnvelopeError::Encrypt)?;
     Ok([nonce.as_slice(), &ciphertext].concat())
 }
 
@@ -234,15 +268,28 @@ mod tests {
         assert_eq!(parse("a passphrase of several words"), Ok(vec![1]));
         assert_eq!(parse("2:abcdef0123456789\n1:0123456789abcdef\n"), Ok(vec![1, 2]));
         assert_eq!(parse("too short"), Err(KeyringError::TooShort { version: 1, chars: 9 }));
-        assert_eq!(parse("1:0123456789abcdef 2:short"), Err(KeyringError::TooShort { version: 2, chars: 5 }));
-        assert_eq!(parse("1:0123456789abcdef 1:abcdef0123456789"), Err(KeyringError::Twice { version: 1 }));
-        assert_eq!(parse("1:0123456789abcdef abcdef0123456789"), Err(KeyringError::Malformed { entry: 2 }));
-        assert_eq!(parse("1:0123456789abcdef 0:abcdef0123456789"), Err(KeyringError::Malformed { entry: 2 }));
+        assert_eq!(
+            parse("1:0123456789abcdef 2:short"),
+            Err(KeyringError::TooShort { version: 2, chars: 5 })
+        );
+        assert_eq!(
+            parse("1:0123456789abcdef 1:abcdef0123456789"),
+            Err(KeyringError::Twice { version: 1 })
+        );
+        assert_eq!(
+            parse("1:0123456789abcdef abcdef0123456789"),
+            Err(KeyringError::Malformed { entry: 2 })
+        );
+        assert_eq!(
+            parse("1:0123456789abcdef 0:abcdef0123456789"),
+            Err(KeyringError::Malformed { entry: 2 })
+        );
     }
 
     #[test]
     fn a_key_is_known_by_its_proof() {
-        let keys = Keyring::parse(&"1:0123456789abcdef 2:abcdef0123456789".to_owned().into()).unwrap();
+        let keys =
+            Keyring::parse(&"1:0123456789abcdef 2:abcdef0123456789".to_owned().into()).unwrap();
         let proof = keys.proof(1).unwrap().unwrap();
         assert!(keys.is_proven_by(1, &proof));
         assert!(!keys.is_proven_by(2, &proof));
@@ -252,7 +299,9 @@ mod tests {
 
     #[test]
     fn a_passphrase_is_stretched_and_32_random_bytes_are_not() {
-        let is_stretched = |text: &str| Keyring::parse(&text.to_owned().into()).unwrap().keys[&1].unstretched.is_some();
+        let is_stretched = |text: &str| {
+            Keyring::parse(&text.to_owned().into()).unwrap().keys[&1].unstretched.is_some()
+        };
         for random in [
             "8f0c3b6a1d2e4f5061728394a5b6c7d8e9fa0b1c2d3e4f5061728394a5b6c7d8",
             "q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJA=",
@@ -261,7 +310,11 @@ mod tests {
         ] {
             assert!(!is_stretched(random), "{random}");
         }
-        for passphrase in ["correct horse battery staple, and so on and on", "0123456789abcdef", "q83vEjRWeJCrze8SNFZ4kKvN7xI"] {
+        for passphrase in [
+            "correct horse battery staple, and so on and on",
+            "0123456789abcdef",
+            "q83vEjRWeJCrze8SNFZ4kKvN7xI",
+        ] {
             assert!(is_stretched(passphrase), "{passphrase}");
         }
     }
@@ -269,7 +322,8 @@ mod tests {
     #[test]
     fn a_passphrase_that_an_earlier_release_used_works_as_it_did() {
         let text = "an old passphrase, long enough";
-        let proof = encrypt(&Key::expand(1, text.as_bytes()).cipher, PROOF_TEXT, &proof_aad(1)).unwrap();
+        let proof =
+            encrypt(&Key::expand(1, text.as_bytes()).cipher, PROOF_TEXT, &proof_aad(1)).unwrap();
         let mut keys = Keyring::parse(&text.to_owned().into()).unwrap();
         assert!(!keys.is_proven_by(1, &proof));
         assert!(keys.use_unstretched(1, &proof) && keys.is_proven_by(1, &proof));
@@ -279,9 +333,17 @@ mod tests {
 
     #[test]
     fn replicas_share_a_sealing_key_which_changes_with_the_version() {
-        let public = |text: &str, version| Keyring::parse(&text.to_owned().into()).unwrap().sealing(version).map(KeyPair::public);
-        assert_eq!(public("0123456789abcdef", 1), public("1:0123456789abcdef 2:abcdef0123456789", 1));
-        assert_ne!(public("1:0123456789abcdef 2:0123456789abcdef", 1), public("1:0123456789abcdef 2:0123456789abcdef", 2));
+        let public = |text: &str, version| {
+            Keyring::parse(&text.to_owned().into()).unwrap().sealing(version).map(KeyPair::public)
+        };
+        assert_eq!(
+            public("0123456789abcdef", 1),
+            public("1:0123456789abcdef 2:abcdef0123456789", 1)
+        );
+        assert_ne!(
+            public("1:0123456789abcdef 2:0123456789abcdef", 1),
+            public("1:0123456789abcdef 2:0123456789abcdef", 2)
+        );
         assert_eq!(public("0123456789abcdef", 2), None);
     }
 }

@@ -26,9 +26,12 @@ const BATCH: i64 = 500;
 /// Says which version is missing or wrong.
 pub async fn verify(pool: &PgPool, keys: &mut Keyring) -> anyhow::Result<()> {
     let mut connection = pool.acquire().await?;
-    let known: i64 = sqlx::query_scalar("select count(*) from key_version").fetch_one(&mut *connection).await?;
+    let known: i64 =
+        sqlx::query_scalar("select count(*) from key_version").fetch_one(&mut *connection).await?;
     if known == 0 {
-        secrets::open_one(pool, keys).await.context("the key does not open the secrets that are stored")?;
+        secrets::open_one(pool, keys)
+            .await
+            .context("the key does not open the secrets that are stored")?;
         register(&mut connection, keys, keys.newest()).await?;
         sqlx::query("insert into current_key (version) values ($1) on conflict do nothing")
             .bind(keys.newest())
@@ -46,33 +49,53 @@ pub async fn verify(pool: &PgPool, keys: &mut Keyring) -> anyhow::Result<()> {
     for (version, proof, in_use) in proofs {
         if keys.holds(version) {
             if !keys.is_proven_by(version, &proof) && keys.use_unstretched(version, &proof) {
-                tracing::warn!(version, "key-encryption key is a passphrase that is not stretched; rotate to a new version");
+                tracing::warn!(
+                    version,
+                    "key-encryption key is a passphrase that is not stretched; rotate to a new version"
+                );
             }
-            ensure!(keys.is_proven_by(version, &proof), "key version {version} is not the key that it was when it encrypted");
+            ensure!(
+                keys.is_proven_by(version, &proof),
+                "key version {version} is not the key that it was when it encrypted"
+            );
         } else if in_use {
-            bail!("key version {version} is in use and is not configured; add it back as {version}:KEY");
+            bail!(
+                "key version {version} is in use and is not configured; add it back as {version}:KEY"
+            );
         }
     }
     Ok(())
 }
 
 /// Registers a version with its proof: from then on no other key is accepted under its number.
-async fn register(connection: &mut PgConnection, keys: &Keyring, version: KeyVersion) -> anyhow::Result<()> {
+async fn register(
+    connection: &mut PgConnection,
+    keys: &Keyring,
+    version: KeyVersion,
+) -> anyhow::Result<()> {
     let proof = keys.proof(version).context("the key is not configured")??;
     sqlx::query("insert into key_version (version, proof) values ($1, $2) on conflict do nothing")
         .bind(version)
         .bind(proof)
         .execute(&mut *connection)
         .await?;
-    let proof: Vec<u8> =
-        sqlx::query_scalar("select proof from key_version where version = $1").bind(version).fetch_one(&mut *connection).await?;
-    ensure!(keys.is_proven_by(version, &proof), "another replica has another key as version {version}");
+    let proof: Vec<u8> = sqlx::query_scalar("select proof from key_version where version = $1")
+        .bind(version)
+        .fetch_one(&mut *connection)
+        .await?;
+    ensure!(
+        keys.is_proven_by(version, &proof),
+        "another replica has another key as version {version}"
+    );
     Ok(())
 }
 
 /// The version to encrypt with. It stays so until the transaction ends.
 pub async fn current(tx: &mut PgConnection) -> Result<KeyVersion, Failure> {
-    sqlx::query_scalar("select version from current_key for share").fetch_one(tx).await.map_err(Failure::from)
+    sqlx::query_scalar("select version from current_key for share")
+        .fetch_one(tx)
+        .await
+        .map_err(Failure::from)
 }
 
 #[derive(sqlx::FromRow)]
@@ -84,12 +107,14 @@ struct Wrapped {
     wrapped_key: Vec<u8>,
 }
 
-/// One step of a rotation: the newest key encrypts from here on, and some data keys are wrapped by it. Idempotent and safe to run
-/// concurrently.
+/// One step of a rotation: the newest key encrypts from here on, and some data keys are wrapped by
+/// it. Idempotent and safe to run concurrently.
 pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKeysReply, Failure> {
     let newest = vault.keys.newest();
     let after = request.after_secret_id.as_deref().map(str::parse::<SecretId>).transpose();
-    let after = after.map_err(|_| Failure::invalid("Malformed secret id"))?.map_or(Uuid::nil(), SecretId::uuid);
+    let after = after
+        .map_err(|_| Failure::invalid("Malformed secret id"))?
+        .map_or(Uuid::nil(), SecretId::uuid);
     make_current(&vault, newest).await?;
 
     let mut tx = vault.pool.begin().await?;
@@ -120,7 +145,9 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
                 tracing::error!(%error, "rotation skipped a secret");
                 damaged.push(secret.to_string());
             }
-            Err(error) => return Err(Failure::conflict(format!("The rotation cannot continue: {error}"))),
+            Err(error) => {
+                return Err(Failure::conflict(format!("The rotation cannot continue: {error}")));
+            }
         }
     }
     sqlx::query(
@@ -135,8 +162,10 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    let remaining: i64 =
-        sqlx::query_scalar("select count(*) from secret where key_version < $1").bind(newest).fetch_one(&vault.pool).await?;
+    let remaining: i64 = sqlx::query_scalar("select count(*) from secret where key_version < $1")
+        .bind(newest)
+        .fetch_one(&vault.pool)
+        .await?;
     Ok(RotateKeysReply {
         version: unsigned(newest),
         rotated: ids.len() as u64,
@@ -149,12 +178,20 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
 /// Waits for those who encrypt with the version before.
 async fn make_current(vault: &Vault, newest: KeyVersion) -> Result<(), Failure> {
     let mut tx = vault.pool.begin().await?;
-    register(&mut tx, &vault.keys, newest).await.map_err(|error| Failure::conflict(format!("{error:#}")))?;
-    sqlx::query("update current_key set version = $1 where version < $1").bind(newest).execute(&mut *tx).await?;
-    let current: KeyVersion = sqlx::query_scalar("select version from current_key").fetch_one(&mut *tx).await?;
+    register(&mut tx, &vault.keys, newest)
+        .await
+        .map_err(|error| Failure::conflict(format!("{error:#}")))?;
+    sqlx::query("update current_key set version = $1 where version < $1")
+        .bind(newest)
+        .execute(&mut *tx)
+        .await?;
+    let current: KeyVersion =
+        sqlx::query_scalar("select version from current_key").fetch_one(&mut *tx).await?;
     tx.commit().await?;
     if current > newest {
-        let message = format!("Key version {current} encrypts already; the newest configured here is {newest}");
+        let message = format!(
+            "Key version {current} encrypts already; the newest configured here is {newest}"
+        );
         return Err(Failure::conflict(message));
     }
     Ok(())
@@ -172,21 +209,30 @@ pub async fn status(vault: Vault, _: Empty) -> Result<KeyStatusReply, Failure> {
     .bind(vault.keys.versions().collect::<Vec<_>>())
     .fetch_all(&vault.pool)
     .await?;
-    let current: KeyVersion = sqlx::query_scalar("select version from current_key").fetch_one(&vault.pool).await?;
+    let current: KeyVersion =
+        sqlx::query_scalar("select version from current_key").fetch_one(&vault.pool).await?;
     let keys = counts.into_iter().map(|(version, secrets)| KeyStatus {
         version: unsigned(version),
         is_current: version == current,
         is_configured: vault.keys.holds(version),
         secrets: secrets.unsigned_abs(),
-        public_key: vault.keys.sealing(version).map(|key| key.public().to_vec()).unwrap_or_default(),
+        public_key: vault
+            .keys
+            .sealing(version)
+            .map(|key| key.public().to_vec())
+            .unwrap_or_default(),
     });
     Ok(KeyStatusReply { keys: keys.collect() })
 }
 
 /// The public key of the version that encrypts, which every replica has while keys are rotated.
 pub async fn sealing_key(vault: Vault, _: Empty) -> Result<SealingKeyReply, Failure> {
-    let current: KeyVersion = sqlx::query_scalar("select version from current_key").fetch_one(&vault.pool).await?;
-    let key = vault.keys.sealing(current).ok_or_else(|| Failure::internal(EnvelopeError::UnknownCurrentKey { version: current }))?;
+    let current: KeyVersion =
+        sqlx::query_scalar("select version from current_key").fetch_one(&vault.pool).await?;
+    let key = vault
+        .keys
+        .sealing(current)
+        .ok_or_else(|| Failure::internal(EnvelopeError::UnknownCurrentKey { version: current }))?;
     Ok(SealingKeyReply { key_version: unsigned(current), public_key: key.public().to_vec() })
 }
 

@@ -5,7 +5,10 @@ use std::time::Duration;
 use bus::Failure;
 use contract::{
     common::Empty,
-    vault::{Bundle, BundledSecret, MintLeaseReply, MintLeaseRequest, RedeemLeaseReply, RedeemLeaseRequest, RevokeLeasesRequest, Routes},
+    vault::{
+        Bundle, BundledSecret, MintLeaseReply, MintLeaseRequest, RedeemLeaseReply,
+        RedeemLeaseRequest, RevokeLeasesRequest, Routes,
+    },
 };
 use prost::Message as _;
 use secrecy::ExposeSecret as _;
@@ -24,24 +27,31 @@ use crate::{
 
 /// No turn runs longer than this, so no lease needs to.
 const TTL_SECONDS_MAX: u32 = 2 * 60 * 60;
-/// How long after its first redemption a lease may be redeemed again: the answer may have been lost.
+/// How long after its first redemption a lease may be redeemed again: the answer may have been
+/// lost.
 const REPEAT_SECONDS: f64 = 60.0;
 const FORGET_INTERVAL: Duration = Duration::from_secs(600);
 const FORGET_AT_A_TIME: u64 = 10_000;
 
 pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseReply, Failure> {
     let id = LeaseId::new();
-    let secrets: Result<Vec<Uuid>, _> = request.secret_ids.iter().map(|id| id.parse::<SecretId>().map(SecretId::uuid)).collect();
+    let secrets: Result<Vec<Uuid>, _> =
+        request.secret_ids.iter().map(|id| id.parse::<SecretId>().map(SecretId::uuid)).collect();
     let (user, session) = (user(&request.user_id)?.uuid(), session(&request.session_id)?.uuid());
     let secrets = secrets.map_err(|_| Failure::invalid("Malformed secret id"))?;
-    let routes = request.routes.as_ref().filter(|_| !request.model_token_hash.is_empty()).map(Routes::encode_to_vec);
+    let routes = request
+        .routes
+        .as_ref()
+        .filter(|_| !request.model_token_hash.is_empty())
+        .map(Routes::encode_to_vec);
     let (own_kinds, proxied_kinds) = match request.model_token_hash.is_empty() {
         true => (request.credential_kinds, Vec::new()),
         false => model_tokens::split(request.credential_kinds),
     };
     let mut tx = vault.pool.begin().await?;
     if !request.model_token_hash.is_empty() {
-        model_tokens::register(&mut tx, &request.model_token_hash, user, session, &proxied_kinds).await?;
+        model_tokens::register(&mut tx, &request.model_token_hash, user, session, &proxied_kinds)
+            .await?;
         if let Some(routes) = &routes {
             model_tokens::route(&mut tx, session, routes, &secrets).await?;
         }
@@ -83,7 +93,10 @@ struct LeaseRow {
     usable: bool,
 }
 
-pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemLeaseReply, Failure> {
+pub async fn redeem(
+    vault: Vault,
+    request: RedeemLeaseRequest,
+) -> Result<RedeemLeaseReply, Failure> {
     let refused = || Failure::not_found("Lease not found, expired, revoked or redeemed");
     let id: LeaseId = request.lease_id.parse().map_err(|_| refused())?;
     // A runner that claimed the work meanwhile has a lease of a higher epoch.
@@ -105,8 +118,13 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
     .fetch_optional(&vault.pool)
     .await?;
     let write_down = async |lease: Option<&LeaseRow>, outcome, kinds: &[String]| {
-        let (session, purpose) = (lease.map(|lease| lease.session_id), lease.map(|lease| lease.purpose.as_str()));
-        audit::write(&vault.pool, &Redeemed { lease: id, session, purpose, runner: &request.runner, outcome, kinds }).await
+        let (session, purpose) =
+            (lease.map(|lease| lease.session_id), lease.map(|lease| lease.purpose.as_str()));
+        audit::write(
+            &vault.pool,
+            &Redeemed { lease: id, session, purpose, runner: &request.runner, outcome, kinds },
+        )
+        .await
     };
     let lease = match lease {
         Some(lease) if lease.usable => lease,
@@ -116,7 +134,8 @@ pub async fn redeem(vault: Vault, request: RedeemLeaseRequest) -> Result<RedeemL
         }
     };
     let mut bundle = bundle(&vault, &lease).await?;
-    let routes = Routes::decode(lease.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;
+    let routes =
+        Routes::decode(lease.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;
     // The claimant learns which routes there are, and nothing that is sent on them.
     bundle.routes = routes::divide(routes.routes, &mut bundle.secrets);
     bundle.routes.retain(|route| !route.headers.is_empty());
@@ -143,7 +162,8 @@ pub async fn forget_expired(pool: PgPool, stop: CancellationToken) {
     service::periodically("leases", FORGET_INTERVAL, stop, || async {
         // As many as there are: two for each session add up to millions a day.
         while forget_some(&pool).await? == FORGET_AT_A_TIME {}
-        while model_tokens::forget_some(&pool, FORGET_AT_A_TIME as i64).await? == FORGET_AT_A_TIME {}
+        while model_tokens::forget_some(&pool, FORGET_AT_A_TIME as i64).await? == FORGET_AT_A_TIME {
+        }
         Ok::<_, sqlx::Error>(())
     })
     .await;
@@ -161,7 +181,8 @@ async fn forget_some(pool: &PgPool) -> Result<u64, sqlx::Error> {
     Ok(forgotten.rows_affected())
 }
 
-/// The lease's secrets, opened. Credentials that are gone meanwhile are left out; the deployment's Sprites token steps in.
+/// The lease's secrets, opened. Credentials that are gone meanwhile are left out; the deployment's
+/// Sprites token steps in.
 async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
     let rows: Vec<SecretRow> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
@@ -179,15 +200,21 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
         secrets.push(BundledSecret { kind, value: row.open(&vault.keys)?.to_vec() });
     }
     let sprites = CredentialKind::Sprites.as_str();
-    let wanted = lease.credential_kinds.iter().any(|kind| kind == sprites) && secrets.iter().all(|secret| secret.kind != sprites);
+    let wanted = lease.credential_kinds.iter().any(|kind| kind == sprites)
+        && secrets.iter().all(|secret| secret.kind != sprites);
     if let (true, Some(shared)) = (wanted, &vault.shared_sprites_token) {
-        secrets.push(BundledSecret { kind: sprites.to_owned(), value: shared.expose_secret().as_bytes().to_vec() });
+        secrets.push(BundledSecret {
+            kind: sprites.to_owned(),
+            value: shared.expose_secret().as_bytes().to_vec(),
+        });
     }
-    let proxied_kinds = sqlx::query_scalar("select kind from secret where user_id = $1 and is_credential and kind = any($2)")
-        .bind(lease.user_id)
-        .bind(&lease.proxied_kinds)
-        .fetch_all(&vault.pool)
-        .await?;
+    let proxied_kinds = sqlx::query_scalar(
+        "select kind from secret where user_id = $1 and is_credential and kind = any($2)",
+    )
+    .bind(lease.user_id)
+    .bind(&lease.proxied_kinds)
+    .fetch_all(&vault.pool)
+    .await?;
     Ok(Bundle { secrets, proxied_kinds, routes: Vec::new() })
 }
 

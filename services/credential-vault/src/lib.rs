@@ -1,7 +1,8 @@
-//! The only place where a secret is encrypted or decrypted. Schema `vault`; holds the key-encryption keys.
+//! The only place where a secret is encrypted or decrypted. Schema `vault`; holds the
+//! key-encryption keys.
 //!
-//! [`keyring`] holds the key-encryption keys, [`envelope`] is how a secret lies in the table; [`secrets`], [`leases`],
-//! [`model_tokens`], [`keys`] and [`audit`] are what others may ask for.
+//! [`keyring`] holds the key-encryption keys, [`envelope`] is how a secret lies in the table;
+//! [`secrets`], [`leases`], [`model_tokens`], [`keys`] and [`audit`] are what others may ask for.
 
 mod audit;
 mod envelope;
@@ -66,10 +67,18 @@ impl Config {
 }
 
 const MIGRATIONS: &[store::Step] = &[
-    (1, "secrets and leases", include_str!("../../../migrations/vault/0001_secrets_and_leases.sql")),
+    (
+        1,
+        "secrets and leases",
+        include_str!("../../../migrations/vault/0001_secrets_and_leases.sql"),
+    ),
     (2, "key versions", include_str!("../../../migrations/vault/0002_key_versions.sql")),
     (30, "leases of one key", include_str!("../../../migrations/vault/0030_leases_of_one_key.sql")),
-    (60, "tokens for the model gateway", include_str!("../../../migrations/vault/0060_model_tokens.sql")),
+    (
+        60,
+        "tokens for the model gateway",
+        include_str!("../../../migrations/vault/0060_model_tokens.sql"),
+    ),
     (160, "routes of the model gateway", include_str!("../../../migrations/vault/0160_routes.sql")),
 ];
 
@@ -84,19 +93,30 @@ struct Vault {
 /// Connects, proves that the key opens what is stored, and begins to serve.
 ///
 /// # Errors
-/// When Postgres or the bus cannot be reached, or the key is not the one that the stored secrets were encrypted with.
+/// When Postgres or the bus cannot be reached, or the key is not the one that the stored secrets
+/// were encrypted with.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     crate::metrics::describe();
     let pool = store::open(&config.store, "credential-vault", MIGRATIONS).await?;
     lifecycle.spawn("pool", store::observe(pool.clone(), lifecycle.stop_token()));
     let mut keys = Keyring::parse(&config.encryption_key)?;
     keys::verify(&pool, &mut keys).await.context("FIELD_ENCRYPTION_KEY")?;
-    let vault = Vault { pool: pool.clone(), keys: Arc::new(keys), shared_sprites_token: config.shared_sprites_token.map(Arc::new) };
+    let vault = Vault {
+        pool: pool.clone(),
+        keys: Arc::new(keys),
+        shared_sprites_token: config.shared_sprites_token.map(Arc::new),
+    };
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
 
-    let responder = Responder::new(&bus, "credential-vault", vault, lifecycle.tracker(), lifecycle.stop_token());
+    let responder = Responder::new(
+        &bus,
+        "credential-vault",
+        vault,
+        lifecycle.tracker(),
+        lifecycle.stop_token(),
+    );
     responder.serve::<rpc::PutCredential, _, _>(secrets::put_credential).await?;
     responder.serve::<rpc::ListCredentials, _, _>(secrets::list_credentials).await?;
     responder.serve::<rpc::DeleteCredential, _, _>(secrets::delete_credential).await?;
@@ -120,8 +140,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
 
 /// A real encryption and decryption, and a real query.
 async fn health(vault: Vault, _: common::Empty) -> Result<common::Empty, Failure> {
-    let binding = Binding { user: types::UserId::new(), kind: "health", secret: types::SecretId::new() };
-    let sealed = vault.keys.encrypt(vault.keys.newest(), b"health", &binding).map_err(Failure::internal)?;
+    let binding =
+        Binding { user: types::UserId::new(), kind: "health", secret: types::SecretId::new() };
+    let sealed =
+        vault.keys.encrypt(vault.keys.newest(), b"health", &binding).map_err(Failure::internal)?;
     vault.keys.decrypt(&sealed, &binding).map_err(Failure::internal)?;
     sqlx::query("select 1 from secret limit 1").fetch_optional(&vault.pool).await?;
     Ok(common::Empty {})

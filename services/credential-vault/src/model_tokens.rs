@@ -1,10 +1,13 @@
-//! Tokens that agents show to the model gateway instead of a provider's key. The vault stores their hashes, and which credentials and
-//! which [`routes`] they stand for.
+//! Tokens that agents show to the model gateway instead of a provider's key. The vault stores their
+//! hashes, and which credentials and which [`routes`] they stand for.
 
 use bus::Failure;
 use contract::{
     common::Empty,
-    vault::{Bundle, BundledSecret, RedeemModelTokenReply, RedeemModelTokenRequest, RevokeModelTokensRequest, RouteKind, Routes},
+    vault::{
+        Bundle, BundledSecret, RedeemModelTokenReply, RedeemModelTokenRequest,
+        RevokeModelTokensRequest, RouteKind, Routes,
+    },
 };
 use prost::Message as _;
 use sqlx::{PgPool, Postgres, Transaction};
@@ -20,13 +23,15 @@ use crate::{
 };
 
 pub const HASH_BYTES: usize = 32;
-/// How long after the session's last claim, or its own last use, a token is good: longer than an agent waits for a decision. It ends with
-/// its session anyway.
+/// How long after the session's last claim, or its own last use, a token is good: longer than an
+/// agent waits for a decision. It ends with its session anyway.
 const LIFE_SECONDS: f64 = 7.0 * 24.0 * 60.0 * 60.0;
-/// How long a token is kept after it expired. A session's next claim renews it: the configuration of its CLI holds the token of its first
-/// turn. Tokens of sessions that ended are revoked, and deleted after a day.
+/// How long a token is kept after it expired. A session's next claim renews it: the configuration
+/// of its CLI holds the token of its first turn. Tokens of sessions that ended are revoked, and
+/// deleted after a day.
 const EXPIRED_KEPT_SECONDS: f64 = 400.0 * 24.0 * 60.0 * 60.0;
-/// A model gateway redeems a token again each minute while it is used: the audit shows the first time within this.
+/// A model gateway redeems a token again each minute while it is used: the audit shows the first
+/// time within this.
 const AUDIT_EVERY_SECONDS: f64 = 60.0 * 60.0;
 const PURPOSE: &str = "models";
 
@@ -35,7 +40,8 @@ pub fn split(kinds: Vec<String>) -> (Vec<String>, Vec<String>) {
     kinds.into_iter().partition(|kind| kind == CredentialKind::Sprites.as_str())
 }
 
-/// Registers a token of a session, and renews the session's other tokens: a process from an earlier turn may still hold one.
+/// Registers a token of a session, and renews the session's other tokens: a process from an earlier
+/// turn may still hold one.
 pub async fn register(
     tx: &mut Transaction<'_, Postgres>,
     token_hash: &[u8],
@@ -71,8 +77,13 @@ pub async fn register(
 }
 
 pub async fn revoke(vault: Vault, request: RevokeModelTokensRequest) -> Result<Empty, Failure> {
-    let sessions: Result<Vec<SessionId>, ()> = request.session_ids.iter().map(|id| id.parse().map_err(drop)).collect();
-    let sessions: Vec<Uuid> = sessions.map_err(|()| Failure::invalid("Malformed session id"))?.into_iter().map(SessionId::uuid).collect();
+    let sessions: Result<Vec<SessionId>, ()> =
+        request.session_ids.iter().map(|id| id.parse().map_err(drop)).collect();
+    let sessions: Vec<Uuid> = sessions
+        .map_err(|()| Failure::invalid("Malformed session id"))?
+        .into_iter()
+        .map(SessionId::uuid)
+        .collect();
     revoke_of(&vault.pool, &sessions).await?;
     Ok(Empty {})
 }
@@ -85,8 +96,14 @@ pub async fn revoke_of(pool: &PgPool, sessions: &[Uuid]) -> Result<(), Failure> 
     Ok(())
 }
 
-/// Replaces what a session's tokens stand for besides credentials: a process or a file of an earlier turn may still hold one of them.
-pub async fn route(tx: &mut Transaction<'_, Postgres>, session: Uuid, routes: &[u8], secrets: &[Uuid]) -> Result<(), Failure> {
+/// Replaces what a session's tokens stand for besides credentials: a process or a file of an
+/// earlier turn may still hold one of them.
+pub async fn route(
+    tx: &mut Transaction<'_, Postgres>,
+    session: Uuid,
+    routes: &[u8],
+    secrets: &[Uuid],
+) -> Result<(), Failure> {
     sqlx::query("update model_token set routes = $2, secret_ids = $3 where session_id = $1 and revoked_at is null")
         .bind(session)
         .bind(routes)
@@ -106,7 +123,10 @@ struct TokenRow {
     secret_ids: Vec<Uuid>,
 }
 
-pub async fn redeem(vault: Vault, request: RedeemModelTokenRequest) -> Result<RedeemModelTokenReply, Failure> {
+pub async fn redeem(
+    vault: Vault,
+    request: RedeemModelTokenRequest,
+) -> Result<RedeemModelTokenReply, Failure> {
     let token: Option<TokenRow> = sqlx::query_as(
         "update model_token set expires_at = now() + make_interval(secs => $2)
          where token_hash = $1 and revoked_at is null and expires_at > now()
@@ -131,9 +151,11 @@ pub async fn redeem(vault: Vault, request: RedeemModelTokenRequest) -> Result<Re
         let kind = row.kind.clone();
         bundle.secrets.push(BundledSecret { kind, value: row.open(&vault.keys)?.to_vec() });
     }
-    let routes = Routes::decode(token.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;
+    let routes =
+        Routes::decode(token.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;
     bundle.routes = routes::divide(routes.routes, &mut bundle.secrets);
-    // A server that has no secret may have had one when its route was written into the sandbox; a repository has another way.
+    // A server that has no secret may have had one when its route was written into the sandbox; a
+    // repository has another way.
     bundle.routes.retain(|route| route.kind() == RouteKind::Mcp || !route.headers.is_empty());
     bundle.secrets.retain_mut(|secret| {
         let is_credential = token.credential_kinds.contains(&secret.kind);
@@ -142,12 +164,26 @@ pub async fn redeem(vault: Vault, request: RedeemModelTokenRequest) -> Result<Re
         }
         is_credential
     });
-    let routed = bundle.routes.iter().filter(|route| !route.headers.is_empty()).map(|route| route_kind(route.kind()));
-    let mut kinds: Vec<String> = bundle.secrets.iter().map(|secret| secret.kind.as_str()).chain(routed).map(str::to_owned).collect();
+    let routed = bundle
+        .routes
+        .iter()
+        .filter(|route| !route.headers.is_empty())
+        .map(|route| route_kind(route.kind()));
+    let mut kinds: Vec<String> = bundle
+        .secrets
+        .iter()
+        .map(|secret| secret.kind.as_str())
+        .chain(routed)
+        .map(str::to_owned)
+        .collect();
     kinds.dedup();
     let plaintext = Zeroizing::new(bundle.encode_to_vec());
     bundle.secrets.iter_mut().for_each(|secret| secret.value.zeroize());
-    bundle.routes.iter_mut().flat_map(|route| &mut route.headers).for_each(|header| header.value.zeroize());
+    bundle
+        .routes
+        .iter_mut()
+        .flat_map(|route| &mut route.headers)
+        .for_each(|header| header.value.zeroize());
     let sealed = sealing::seal(&request.public_key, &plaintext, &request.token_hash)
         .map_err(|error| Failure::invalid(format!("The credentials cannot be sealed: {error}")))?;
     // Written before the answer leaves: there is no redemption without its audit.
@@ -184,7 +220,8 @@ async fn audited(pool: &PgPool, token: Uuid, gateway: &str) -> Result<bool, Fail
         "select 1 from redemption
          where lease_id = $1 and runner = $2 and outcome = 'granted' and redeemed_at > now() - make_interval(secs => $3) limit 1",
     );
-    let recent = recent.bind(token).bind(gateway).bind(AUDIT_EVERY_SECONDS).fetch_optional(pool).await?;
+    let recent =
+        recent.bind(token).bind(gateway).bind(AUDIT_EVERY_SECONDS).fetch_optional(pool).await?;
     Ok(recent.is_some())
 }
 

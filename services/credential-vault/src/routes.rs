@@ -1,4 +1,5 @@
-//! Divides a session's secrets: what the model gateway adds to requests on its routes, and what the session's sandbox gets. No I/O.
+//! Divides a session's secrets: what the model gateway adds to requests on its routes, and what the
+//! session's sandbox gets. No I/O.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use contract::vault::{BundledSecret, Route, RouteHeader, RouteKind};
@@ -16,11 +17,16 @@ const AUTHORIZATION: &str = "Authorization";
 /// The user name with which GitHub accepts a token as the password.
 const GIT_USER: &str = "x-access-token";
 
-/// Takes the secrets of routes out of a session's documents, and returns the routes with what requests are sent with. A header that refers
-/// to a variable of the sandbox stays: it is known there alone.
+/// Takes the secrets of routes out of a session's documents, and returns the routes with what
+/// requests are sent with. A header that refers to a variable of the sandbox stays: it is known
+/// there alone.
 pub fn divide(mut routes: Vec<Route>, secrets: &mut Vec<BundledSecret>) -> Vec<Route> {
-    for secret in secrets.iter_mut().filter(|secret| secret.kind == MCP_SERVERS || secret.kind == SESSION) {
-        let Ok(Value::Object(mut document)) = serde_json::from_slice(&secret.value) else { continue };
+    for secret in
+        secrets.iter_mut().filter(|secret| secret.kind == MCP_SERVERS || secret.kind == SESSION)
+    {
+        let Ok(Value::Object(mut document)) = serde_json::from_slice(&secret.value) else {
+            continue;
+        };
         for route in &mut routes {
             match (route.kind(), secret.kind.as_str()) {
                 (RouteKind::Mcp, MCP_SERVERS) => take_headers(route, &mut document),
@@ -54,15 +60,20 @@ fn take_token(route: &mut Route, document: &mut Map<String, Value>) {
     }
 }
 
-/// Whether a secret is the token that a vault of the Managed Agents API holds for a route's server, which then has it.
+/// Whether a secret is the token that a vault of the Managed Agents API holds for a route's server,
+/// which then has it.
 fn is_bearer_of(secret: &mut BundledSecret, routes: &mut [Route]) -> bool {
     if secret.kind != vault::DOCUMENT_KIND {
         return false;
     }
-    let Ok(credential) = serde_json::from_slice::<CredentialDocument>(&secret.value) else { return false };
+    let Ok(credential) = serde_json::from_slice::<CredentialDocument>(&secret.value) else {
+        return false;
+    };
     let is_for = |route: &&mut Route| {
         let (is_mcp, url) = (route.kind() == RouteKind::Mcp, vault::normal_url(&route.url));
-        is_mcp && credential.kind == AuthKind::StaticBearer && url.is_some_and(|url| url == credential.key)
+        is_mcp
+            && credential.kind == AuthKind::StaticBearer
+            && url.is_some_and(|url| url == credential.key)
     };
     let mut is_taken = false;
     for route in routes.iter_mut().filter(is_for) {
@@ -105,9 +116,18 @@ mod tests {
                 MCP_SERVERS,
                 &json!({ "one": { "X-Key": "SENTINEL1", "Authorization": "Bearer ${TOKEN}" }, "local": { "VAR": "stays" }, "two": { "Authorization": "SENTINEL2" } }),
             ),
-            secret(SESSION, &json!({ "env": { "A": "stays" }, "tokens": { "/w/r": "SENTINEL3", "/w/direct": "stays" } })),
-            secret(vault::DOCUMENT_KIND, &json!({ "kind": "static_bearer", "key": "https://two.example/mcp", "value": "SENTINEL4" })),
-            secret(vault::DOCUMENT_KIND, &json!({ "kind": "environment_variable", "key": "B", "value": "stays" })),
+            secret(
+                SESSION,
+                &json!({ "env": { "A": "stays" }, "tokens": { "/w/r": "SENTINEL3", "/w/direct": "stays" } }),
+            ),
+            secret(
+                vault::DOCUMENT_KIND,
+                &json!({ "kind": "static_bearer", "key": "https://two.example/mcp", "value": "SENTINEL4" }),
+            ),
+            secret(
+                vault::DOCUMENT_KIND,
+                &json!({ "kind": "environment_variable", "key": "B", "value": "stays" }),
+            ),
             secret("env_vars", &json!({ "C": "stays" })),
         ];
         let routes = vec![
@@ -122,7 +142,8 @@ mod tests {
         let basic = BASE64.encode("x-access-token:SENTINEL3");
         assert_eq!(headers(&routes[2]), [("Authorization", format!("Basic {basic}").as_str())]);
         assert!(routes[3].headers.is_empty());
-        let left: Vec<String> = secrets.iter().map(|secret| String::from_utf8(secret.value.clone()).unwrap()).collect();
+        let left: Vec<String> =
+            secrets.iter().map(|secret| String::from_utf8(secret.value.clone()).unwrap()).collect();
         assert!(!left.concat().contains("SENTINEL"), "{left:?}");
         assert_eq!(left.concat().matches("stays").count(), 5, "{left:?}");
         assert!(left[0].contains("${TOKEN}"));
@@ -132,7 +153,8 @@ mod tests {
     #[test]
     fn without_routes_nothing_is_taken() {
         let document = json!({ "one": { "X-Key": "k" } });
-        let mut secrets = vec![secret(MCP_SERVERS, &document), secret("provider:openai", &json!("not json"))];
+        let mut secrets =
+            vec![secret(MCP_SERVERS, &document), secret("provider:openai", &json!("not json"))];
         assert!(divide(Vec::new(), &mut secrets).is_empty());
         assert_eq!(serde_json::from_slice::<Value>(&secrets[0].value).unwrap(), document);
     }

@@ -4,8 +4,9 @@ use bus::Failure;
 use contract::{
     common::Empty,
     vault::{
-        Credential, DeleteCredentialRequest, DeleteSecretsRequest, FindAccountsReply, FindAccountsRequest, ListCredentialsReply,
-        ListCredentialsRequest, PutCredentialRequest, PutSecretReply, PutSecretRequest, SealedValue,
+        Credential, DeleteCredentialRequest, DeleteSecretsRequest, FindAccountsReply,
+        FindAccountsRequest, ListCredentialsReply, ListCredentialsRequest, PutCredentialRequest,
+        PutSecretReply, PutSecretRequest, SealedValue,
     },
 };
 use serde_json::Value;
@@ -36,8 +37,16 @@ pub struct SecretRow {
 
 impl SecretRow {
     pub fn open(self, keys: &Keyring) -> Result<Zeroizing<Vec<u8>>, Failure> {
-        let binding = Binding { user: UserId::from_uuid(self.user_id), kind: &self.kind, secret: SecretId::from_uuid(self.secret_id) };
-        let sealed = Sealed { key_version: self.key_version, wrapped_key: self.wrapped_key, ciphertext: self.ciphertext };
+        let binding = Binding {
+            user: UserId::from_uuid(self.user_id),
+            kind: &self.kind,
+            secret: SecretId::from_uuid(self.secret_id),
+        };
+        let sealed = Sealed {
+            key_version: self.key_version,
+            wrapped_key: self.wrapped_key,
+            ciphertext: self.ciphertext,
+        };
         keys.decrypt(&sealed, &binding).map_err(Failure::internal)
     }
 }
@@ -47,10 +56,11 @@ impl SecretRow {
 /// # Errors
 /// When it does not open.
 pub async fn open_one(pool: &PgPool, keys: &Keyring) -> anyhow::Result<()> {
-    let row: Option<SecretRow> =
-        sqlx::query_as("select secret_id, user_id, kind, key_version, wrapped_key, ciphertext from secret limit 1")
-            .fetch_optional(pool)
-            .await?;
+    let row: Option<SecretRow> = sqlx::query_as(
+        "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext from secret limit 1",
+    )
+    .fetch_optional(pool)
+    .await?;
     if let Some(row) = row {
         row.open(keys)?;
     }
@@ -68,17 +78,29 @@ struct CredentialRow {
 impl From<CredentialRow> for Credential {
     fn from(row: CredentialRow) -> Self {
         let micros = |time: OffsetDateTime| Timestamp::from(time).unix_micros();
-        Self { kind: row.kind, hint: row.hint, created_at_us: micros(row.created_at), updated_at_us: micros(row.updated_at) }
+        Self {
+            kind: row.kind,
+            hint: row.hint,
+            created_at_us: micros(row.created_at),
+            updated_at_us: micros(row.updated_at),
+        }
     }
 }
 
-pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Result<Credential, Failure> {
+pub async fn put_credential(
+    vault: Vault,
+    request: PutCredentialRequest,
+) -> Result<Credential, Failure> {
     let value = unseal(&vault, request.value, request.sealed, &request.user_id, &request.kind)?;
     let user = user(&request.user_id)?;
-    let kind: CredentialKind = request.kind.parse().map_err(|_| Failure::not_found("Credential not found"))?;
-    let text = std::str::from_utf8(&value).ok().filter(|text| !text.is_empty() && text.len() <= CREDENTIAL_BYTES_MAX);
+    let kind: CredentialKind =
+        request.kind.parse().map_err(|_| Failure::not_found("Credential not found"))?;
+    let text = std::str::from_utf8(&value)
+        .ok()
+        .filter(|text| !text.is_empty() && text.len() <= CREDENTIAL_BYTES_MAX);
     let text = text.filter(|text| !text.contains(['\0', '\n', '\r'])).ok_or_else(|| {
-        let message = format!("Value error, a credential is one line of 1 to {CREDENTIAL_BYTES_MAX} bytes");
+        let message =
+            format!("Value error, a credential is one line of 1 to {CREDENTIAL_BYTES_MAX} bytes");
         Failure::new(ErrorCode::Unprocessable, message).at_field("value", "***")
     })?;
     let hint = hint(text);
@@ -116,20 +138,30 @@ pub async fn put_credential(vault: Vault, request: PutCredentialRequest) -> Resu
     Ok(row.into())
 }
 
-pub async fn list_credentials(vault: Vault, request: ListCredentialsRequest) -> Result<ListCredentialsReply, Failure> {
+pub async fn list_credentials(
+    vault: Vault,
+    request: ListCredentialsRequest,
+) -> Result<ListCredentialsReply, Failure> {
     let rows = credentials(&vault.pool, user(&request.user_id)?).await?;
     let mut credentials: Vec<Credential> = rows.into_iter().map(Credential::from).collect();
-    // A deployment's own token serves everybody; it is no user's, so it shows no hint and cannot be deleted.
+    // A deployment's own token serves everybody; it is no user's, so it shows no hint and cannot be
+    // deleted.
     let sprites = CredentialKind::Sprites.as_str();
-    if vault.shared_sprites_token.is_some() && credentials.iter().all(|credential| credential.kind != sprites) {
+    if vault.shared_sprites_token.is_some()
+        && credentials.iter().all(|credential| credential.kind != sprites)
+    {
         credentials.push(Credential { kind: sprites.to_owned(), ..Credential::default() });
     }
     Ok(ListCredentialsReply { credentials })
 }
 
 /// Reads no token: two users that stored the same one count as two accounts.
-pub async fn find_accounts(vault: Vault, request: FindAccountsRequest) -> Result<FindAccountsReply, Failure> {
-    let users: Vec<Uuid> = request.user_ids.iter().map(|id| user(id).map(UserId::uuid)).collect::<Result<_, _>>()?;
+pub async fn find_accounts(
+    vault: Vault,
+    request: FindAccountsRequest,
+) -> Result<FindAccountsReply, Failure> {
+    let users: Vec<Uuid> =
+        request.user_ids.iter().map(|id| user(id).map(UserId::uuid)).collect::<Result<_, _>>()?;
     let mut accounts: Vec<Uuid> =
         sqlx::query_scalar("select user_id from secret where user_id = any($1) and is_credential and kind = $2 order by user_id")
             .bind(&users)
@@ -140,7 +172,9 @@ pub async fn find_accounts(vault: Vault, request: FindAccountsRequest) -> Result
         let sharing = users.into_iter().find(|user| accounts.binary_search(user).is_err());
         accounts.extend(sharing);
     }
-    Ok(FindAccountsReply { user_ids: accounts.into_iter().map(|id| UserId::from_uuid(id).to_string()).collect() })
+    Ok(FindAccountsReply {
+        user_ids: accounts.into_iter().map(|id| UserId::from_uuid(id).to_string()).collect(),
+    })
 }
 
 async fn credentials(pool: &PgPool, user: UserId) -> Result<Vec<CredentialRow>, Failure> {
@@ -151,17 +185,29 @@ async fn credentials(pool: &PgPool, user: UserId) -> Result<Vec<CredentialRow>, 
         .map_err(Failure::from)
 }
 
-pub async fn delete_credential(vault: Vault, request: DeleteCredentialRequest) -> Result<Empty, Failure> {
-    let deleted = sqlx::query("delete from secret where user_id = $1 and kind = $2 and is_credential")
-        .bind(user(&request.user_id)?.uuid())
-        .bind(&request.kind)
-        .execute(&vault.pool)
-        .await?;
-    if deleted.rows_affected() == 0 { Err(Failure::not_found("Credential not found")) } else { Ok(Empty {}) }
+pub async fn delete_credential(
+    vault: Vault,
+    request: DeleteCredentialRequest,
+) -> Result<Empty, Failure> {
+    let deleted =
+        sqlx::query("delete from secret where user_id = $1 and kind = $2 and is_credential")
+            .bind(user(&request.user_id)?.uuid())
+            .bind(&request.kind)
+            .execute(&vault.pool)
+            .await?;
+    if deleted.rows_affected() == 0 {
+        Err(Failure::not_found("Credential not found"))
+    } else {
+        Ok(Empty {})
+    }
 }
 
-/// Keeps a document of secrets. One that follows another takes over what is redacted in it, and is that other where nothing changed.
-pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSecretReply, Failure> {
+/// Keeps a document of secrets. One that follows another takes over what is redacted in it, and is
+/// that other where nothing changed.
+pub async fn put_secret(
+    vault: Vault,
+    request: PutSecretRequest,
+) -> Result<PutSecretReply, Failure> {
     let value = unseal(&vault, request.value, request.sealed, &request.user_id, &request.kind)?;
     let user = user(&request.user_id)?;
     let malformed = || Failure::invalid("A secret is a JSON object");
@@ -171,7 +217,8 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
         Some(id) => Some(read(&vault, user, id, &request.kind).await?),
     };
     let new = if request.keep_redacted {
-        keep_redacted(new, base.as_ref()).ok_or_else(|| Failure::invalid("A redacted value has nothing that it could keep"))?
+        keep_redacted(new, base.as_ref())
+            .ok_or_else(|| Failure::invalid("A redacted value has nothing that it could keep"))?
     } else {
         new
     };
@@ -186,7 +233,8 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     let binding = Binding { user, kind: &request.kind, secret: id };
     let mut tx = vault.pool.begin().await?;
     let version = keys::current(&mut tx).await?;
-    let sealed = vault.keys.encrypt(version, value.as_bytes(), &binding).map_err(Failure::internal)?;
+    let sealed =
+        vault.keys.encrypt(version, value.as_bytes(), &binding).map_err(Failure::internal)?;
     let inserted = sqlx::query(
         "insert into secret (secret_id, user_id, kind, is_credential, hint, key_version, wrapped_key, ciphertext)
          values ($1, $2, $3, false, '', $4, $5, $6)
@@ -207,8 +255,15 @@ pub async fn put_secret(vault: Vault, request: PutSecretRequest) -> Result<PutSe
     Ok(PutSecretReply { secret_id: id.to_string() })
 }
 
-/// Merges a change into a stored document. Its id stays, so leases that refer to it get the new values.
-async fn merge_into(vault: &Vault, tx: &mut PgConnection, binding: &Binding<'_>, version: i32, change: Value) -> Result<(), Failure> {
+/// Merges a change into a stored document. Its id stays, so leases that refer to it get the new
+/// values.
+async fn merge_into(
+    vault: &Vault,
+    tx: &mut PgConnection,
+    binding: &Binding<'_>,
+    version: i32,
+    change: Value,
+) -> Result<(), Failure> {
     let row: Option<SecretRow> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
          from secret
@@ -224,7 +279,8 @@ async fn merge_into(vault: &Vault, tx: &mut PgConnection, binding: &Binding<'_>,
     let mut document = serde_json::from_slice(&stored).map_err(Failure::internal)?;
     merge(&mut document, change);
     let merged = Zeroizing::new(document.to_string());
-    let sealed = vault.keys.encrypt(version, merged.as_bytes(), binding).map_err(Failure::internal)?;
+    let sealed =
+        vault.keys.encrypt(version, merged.as_bytes(), binding).map_err(Failure::internal)?;
     sqlx::query("update secret set key_version = $2, wrapped_key = $3, ciphertext = $4, updated_at = now() where secret_id = $1")
         .bind(binding.secret.uuid())
         .bind(sealed.key_version)
@@ -265,18 +321,35 @@ async fn read(vault: &Vault, user: UserId, id: &str, kind: &str) -> Result<Value
 }
 
 pub async fn delete_secrets(vault: Vault, request: DeleteSecretsRequest) -> Result<Empty, Failure> {
-    let ids: Vec<Uuid> = request.secret_ids.iter().filter_map(|id| id.parse::<SecretId>().ok()).map(SecretId::uuid).collect();
-    sqlx::query("delete from secret where secret_id = any($1) and not is_credential").bind(ids).execute(&vault.pool).await?;
+    let ids: Vec<Uuid> = request
+        .secret_ids
+        .iter()
+        .filter_map(|id| id.parse::<SecretId>().ok())
+        .map(SecretId::uuid)
+        .collect();
+    sqlx::query("delete from secret where secret_id = any($1) and not is_credential")
+        .bind(ids)
+        .execute(&vault.pool)
+        .await?;
     Ok(Empty {})
 }
 
 /// A value as it was before it was sealed to this vault.
-fn unseal(vault: &Vault, clear: Vec<u8>, sealed: Option<SealedValue>, user: &str, kind: &str) -> Result<Zeroizing<Vec<u8>>, Failure> {
+fn unseal(
+    vault: &Vault,
+    clear: Vec<u8>,
+    sealed: Option<SealedValue>,
+    user: &str,
+    kind: &str,
+) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let Some(sealed) = sealed else { return Ok(Zeroizing::new(clear)) };
     // A version that was removed since its key was asked for.
-    let key = KeyVersion::try_from(sealed.key_version).ok().and_then(|version| vault.keys.sealing(version));
+    let key = KeyVersion::try_from(sealed.key_version)
+        .ok()
+        .and_then(|version| vault.keys.sealing(version));
     let key = key.ok_or_else(|| Failure::unavailable("The key that the value is sealed to"))?;
-    key.open(&sealed.sealed, &bus::vault::context(user, kind)).map_err(|_| Failure::invalid("The sealed value does not open"))
+    key.open(&sealed.sealed, &bus::vault::context(user, kind))
+        .map_err(|_| Failure::invalid("The sealed value does not open"))
 }
 
 pub fn user(text: &str) -> Result<UserId, Failure> {
@@ -295,9 +368,16 @@ mod tests {
 
     #[test]
     fn a_change_keeps_fields_that_it_does_not_name() {
-        let mut document = serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "old", "/b": "b" } });
-        merge(&mut document, serde_json::json!({ "env": {}, "tokens": { "/a": "new", "/c": "c" } }));
-        assert_eq!(document, serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "b", "/c": "c" } }));
+        let mut document =
+            serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "old", "/b": "b" } });
+        merge(
+            &mut document,
+            serde_json::json!({ "env": {}, "tokens": { "/a": "new", "/c": "c" } }),
+        );
+        assert_eq!(
+            document,
+            serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "b", "/c": "c" } })
+        );
     }
 
     #[test]

@@ -8,8 +8,9 @@ use bus::{Bus, vault::AcceptedKeys};
 use contract::{
     access, rpc,
     vault::{
-        Bundle, FindAccountsRequest, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest,
-        PutSecretRequest, RedeemLeaseRequest, RedeemModelTokenRequest, RevokeLeasesRequest, RevokeModelTokensRequest, RotateKeysReply,
+        Bundle, FindAccountsRequest, ListCredentialsRequest, ListRedemptionsRequest,
+        MintLeaseRequest, PutCredentialRequest, PutSecretRequest, RedeemLeaseRequest,
+        RedeemModelTokenRequest, RevokeLeasesRequest, RevokeModelTokensRequest, RotateKeysReply,
         RotateKeysRequest, Route, RouteKind, Routes,
     },
 };
@@ -57,11 +58,18 @@ impl Vault {
     }
 
     async fn start() -> (Self, Bus, Bus, Bus) {
-        let vault = Self { nats: Nats::start().unwrap(), database: Database::create().await.unwrap(), running: Mutex::default() };
+        let vault = Self {
+            nats: Nats::start().unwrap(),
+            database: Database::create().await.unwrap(),
+            running: Mutex::default(),
+        };
         vault.run("0123456789abcdef").await.unwrap();
         let connect = |access| vault.nats.connect(access);
-        let buses =
-            (connect(&access::GATEWAY).await.unwrap(), connect(&access::SCHEDULER).await.unwrap(), connect(&access::RUNNER).await.unwrap());
+        let buses = (
+            connect(&access::GATEWAY).await.unwrap(),
+            connect(&access::SCHEDULER).await.unwrap(),
+            connect(&access::RUNNER).await.unwrap(),
+        );
         (vault, buses.0, buses.1, buses.2)
     }
 }
@@ -79,16 +87,25 @@ async fn a_document_that_is_stored_again_under_its_id_is_stored_once() {
         ..PutSecretRequest::default()
     };
     for _ in 0..3 {
-        assert_eq!(gateway.call::<rpc::PutSecret>(&request(r#"{"a":"1"}"#), SOON).await.unwrap().secret_id, id);
+        assert_eq!(
+            gateway.call::<rpc::PutSecret>(&request(r#"{"a":"1"}"#), SOON).await.unwrap().secret_id,
+            id
+        );
     }
     let malformed = PutSecretRequest { secret_id: "x".to_owned(), ..request("{}") };
-    assert_eq!(gateway.call::<rpc::PutSecret>(&malformed, SOON).await.unwrap_err().code, ErrorCode::InvalidArgument);
-    let stored: i64 =
-        sqlx::query_scalar("select count(*) from vault.secret").fetch_one(&mut vault.database.admin().await.unwrap()).await.unwrap();
+    assert_eq!(
+        gateway.call::<rpc::PutSecret>(&malformed, SOON).await.unwrap_err().code,
+        ErrorCode::InvalidArgument
+    );
+    let stored: i64 = sqlx::query_scalar("select count(*) from vault.secret")
+        .fetch_one(&mut vault.database.admin().await.unwrap())
+        .await
+        .unwrap();
     assert_eq!(stored, 1);
 }
 
-/// A token of one repository is exchanged while the session's other secrets stay, also where two are exchanged at once.
+/// A token of one repository is exchanged while the session's other secrets stay, also where two
+/// are exchanged at once.
 #[tokio::test]
 async fn a_document_takes_over_the_members_of_another() {
     let (_vault, gateway, scheduler, runner) = Vault::start().await;
@@ -103,11 +120,15 @@ async fn a_document_takes_over_the_members_of_another() {
     };
     let put = async |value: &str| gateway.call::<rpc::PutSecret>(&request(value), SOON).await;
     put(r#"{"env":{"A":"1"},"tokens":{"/a":"old","/b":"old"}}"#).await.unwrap();
-    let (one, two) = tokio::join!(put(r#"{"env":{},"tokens":{"/a":"new"}}"#), put(r#"{"tokens":{"/c":"new"}}"#));
+    let (one, two) =
+        tokio::join!(put(r#"{"env":{},"tokens":{"/a":"new"}}"#), put(r#"{"tokens":{"/c":"new"}}"#));
     one.unwrap();
     two.unwrap();
     let of_another = PutSecretRequest { user_id: UserId::new().to_string(), ..request("{}") };
-    assert_eq!(gateway.call::<rpc::PutSecret>(&of_another, SOON).await.unwrap_err().code, ErrorCode::NotFound);
+    assert_eq!(
+        gateway.call::<rpc::PutSecret>(&of_another, SOON).await.unwrap_err().code,
+        ErrorCode::NotFound
+    );
     let key = KeyPair::generate().unwrap();
     let mint = MintLeaseRequest {
         user_id: user.to_string(),
@@ -120,12 +141,19 @@ async fn a_document_takes_over_the_members_of_another() {
         ..MintLeaseRequest::default()
     };
     let lease_id = scheduler.call::<rpc::MintLease>(&mint, SOON).await.unwrap().lease_id;
-    let redeem = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), ..RedeemLeaseRequest::default() };
+    let redeem = RedeemLeaseRequest {
+        lease_id: lease_id.clone(),
+        public_key: key.public().to_vec(),
+        ..RedeemLeaseRequest::default()
+    };
     let sealed = runner.call::<rpc::RedeemLease>(&redeem, SOON).await.unwrap().sealed;
     let opened = key.open(&sealed, lease_id.as_bytes()).unwrap();
     let bundle = Bundle::decode(opened.as_slice()).unwrap();
     let document: serde_json::Value = serde_json::from_slice(&bundle.secrets[0].value).unwrap();
-    assert_eq!(document, serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "old", "/c": "new" } }));
+    assert_eq!(
+        document,
+        serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "old", "/c": "new" } })
+    );
 }
 
 /// What sweeps go by: an account that many share is searched once.
@@ -133,18 +161,30 @@ async fn a_document_takes_over_the_members_of_another() {
 async fn users_without_a_sprites_token_share_the_deployments_account() {
     let (vault, gateway, scheduler, _) = Vault::start().await;
     let users: Vec<UserId> = (0..4).map(|_| UserId::new()).collect();
-    for (user, kind) in [(users[1], "backend:sprites"), (users[2], "provider:anthropic"), (users[3], "backend:sprites")] {
-        let request = PutCredentialRequest { kind: kind.to_owned(), ..put(user, "a-token-of-its-own") };
+    for (user, kind) in [
+        (users[1], "backend:sprites"),
+        (users[2], "provider:anthropic"),
+        (users[3], "backend:sprites"),
+    ] {
+        let request =
+            PutCredentialRequest { kind: kind.to_owned(), ..put(user, "a-token-of-its-own") };
         gateway.call::<rpc::PutCredential>(&request, SOON).await.unwrap();
     }
     let accounts = async |users: &[UserId]| {
-        let request = FindAccountsRequest { user_ids: users.iter().map(UserId::to_string).collect() };
+        let request =
+            FindAccountsRequest { user_ids: users.iter().map(UserId::to_string).collect() };
         let found = scheduler.call::<rpc::FindAccounts>(&request, SOON).await.unwrap().user_ids;
-        found.iter().map(|id| users.iter().position(|user| user.to_string() == *id).unwrap()).collect::<Vec<_>>()
+        found
+            .iter()
+            .map(|id| users.iter().position(|user| user.to_string() == *id).unwrap())
+            .collect::<Vec<_>>()
     };
     assert_eq!(accounts(&users).await, [1, 3], "the others have none");
     vault.stop_all().await;
-    let config = Config { shared_sprites_token: Some("shared".to_owned().into()), ..vault.config("0123456789abcdef") };
+    let config = Config {
+        shared_sprites_token: Some("shared".to_owned().into()),
+        ..vault.config("0123456789abcdef")
+    };
     credential_vault::run(config, Lifecycle::new()).await.unwrap();
     assert_eq!(accounts(&users).await, [1, 3, 0], "and one of the two that share the deployment's");
     assert_eq!(accounts(&users[1..2]).await, [0], "whose users come first");
@@ -153,7 +193,12 @@ async fn users_without_a_sprites_token_share_the_deployments_account() {
 
 fn put(user: UserId, value: &str) -> PutCredentialRequest {
     let kind = "provider:anthropic".to_owned();
-    PutCredentialRequest { user_id: user.to_string(), kind, value: value.into(), ..PutCredentialRequest::default() }
+    PutCredentialRequest {
+        user_id: user.to_string(),
+        kind,
+        value: value.into(),
+        ..PutCredentialRequest::default()
+    }
 }
 
 async fn lease(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32) -> String {
@@ -161,7 +206,13 @@ async fn lease(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32) ->
 }
 
 /// A lease that the key of its claim alone may redeem.
-async fn lease_of(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32, public_key: Vec<u8>) -> String {
+async fn lease_of(
+    scheduler: &Bus,
+    user: UserId,
+    session: SessionId,
+    epoch: u32,
+    public_key: Vec<u8>,
+) -> String {
     let request = MintLeaseRequest {
         user_id: user.to_string(),
         session_id: session.to_string(),
@@ -180,34 +231,58 @@ async fn lease_of(scheduler: &Bus, user: UserId, session: SessionId, epoch: u32,
 async fn a_secret_reaches_only_the_runner_that_redeems_its_lease() {
     let (vault, gateway, scheduler, runner) = Vault::start().await;
     let (user, session) = (UserId::new(), SessionId::new());
-    let stored = gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
+    let stored =
+        gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
     assert_eq!(stored.hint, "0001");
-    let replaced = gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0002"), SOON).await.unwrap();
+    let replaced =
+        gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0002"), SOON).await.unwrap();
     assert_eq!(replaced.created_at_us, stored.created_at_us);
 
     let lease_id = lease(&scheduler, user, session, 1).await;
     let key = KeyPair::generate().unwrap();
-    let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+    let request = RedeemLeaseRequest {
+        lease_id: lease_id.clone(),
+        public_key: key.public().to_vec(),
+        runner: "r1".to_owned(),
+    };
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
     assert!(!sealed.windows(8).any(|window| window == b"sentinel"));
-    let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
-    let secrets: Vec<_> = bundle.secrets.iter().map(|secret| (secret.kind.as_str(), secret.value.as_slice())).collect();
+    let bundle =
+        Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
+    let secrets: Vec<_> = bundle
+        .secrets
+        .iter()
+        .map(|secret| (secret.kind.as_str(), secret.value.as_slice()))
+        .collect();
     assert_eq!(secrets, [("provider:anthropic", b"sk-sentinel-0002".as_slice())]);
 
     // What lies in the database is unreadable, and every redemption is written down.
     let mut admin = vault.database.admin().await.unwrap();
-    let row = sqlx::query("select ciphertext from vault.secret").fetch_one(&mut admin).await.unwrap();
+    let row =
+        sqlx::query("select ciphertext from vault.secret").fetch_one(&mut admin).await.unwrap();
     assert!(!row.get::<Vec<u8>, _>(0).windows(8).any(|window| window == b"sentinel"));
-    scheduler.call::<rpc::RevokeLeases>(&RevokeLeasesRequest { session_id: session.to_string() }, SOON).await.unwrap();
+    scheduler
+        .call::<rpc::RevokeLeases>(&RevokeLeasesRequest { session_id: session.to_string() }, SOON)
+        .await
+        .unwrap();
     let refused = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::NotFound);
     let operator = vault.nats.connect(&access::OPERATOR).await.unwrap();
-    let of_session = ListRedemptionsRequest { session_id: Some(session.to_string()), limit: 10, before: None };
+    let of_session =
+        ListRedemptionsRequest { session_id: Some(session.to_string()), limit: 10, before: None };
     let audit = operator.call::<rpc::ListRedemptions>(&of_session, SOON).await.unwrap().redemptions;
-    let told: Vec<_> =
-        audit.iter().map(|r| (r.purpose.as_deref().unwrap(), r.runner.as_str(), r.outcome.as_str(), r.kinds.len())).collect();
+    let told: Vec<_> = audit
+        .iter()
+        .map(|r| {
+            (r.purpose.as_deref().unwrap(), r.runner.as_str(), r.outcome.as_str(), r.kinds.len())
+        })
+        .collect();
     assert_eq!(told, [("turn 1", "r1", "refused", 0), ("turn 1", "r1", "granted", 1)]);
-    for change in ["update vault.redemption set runner = 'x'", "delete from vault.redemption", "truncate vault.redemption"] {
+    for change in [
+        "update vault.redemption set runner = 'x'",
+        "delete from vault.redemption",
+        "truncate vault.redemption",
+    ] {
         let refused = sqlx::raw_sql(change).execute(&mut admin).await.unwrap_err();
         assert!(refused.to_string().contains("append-only"), "{change}: {refused}");
     }
@@ -221,7 +296,8 @@ async fn a_lease_is_redeemed_once_and_by_the_key_of_its_claim_alone() {
     let (key, thief) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
     let lease_id = lease_of(&scheduler, user, session, 1, key.public().to_vec()).await;
     let redeem = async |public_key: Vec<u8>| {
-        let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key, runner: "r1".to_owned() };
+        let request =
+            RedeemLeaseRequest { lease_id: lease_id.clone(), public_key, runner: "r1".to_owned() };
         runner.call::<rpc::RedeemLease>(&request, SOON).await.map(|reply| reply.sealed)
     };
     for other in [thief.public().to_vec(), Vec::new()] {
@@ -239,24 +315,32 @@ async fn a_lease_is_redeemed_once_and_by_the_key_of_its_claim_alone() {
     // A runner that died in between has lost its key; the next claim brings another lease.
     let next = KeyPair::generate().unwrap();
     let lease_id = lease_of(&scheduler, user, session, 2, next.public().to_vec()).await;
-    let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: next.public().to_vec(), runner: "r2".to_owned() };
+    let request = RedeemLeaseRequest {
+        lease_id: lease_id.clone(),
+        public_key: next.public().to_vec(),
+        runner: "r2".to_owned(),
+    };
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
     assert!(next.open(&sealed, lease_id.as_bytes()).is_ok());
 }
 
 /// With a model gateway the lease of a runner holds no key of a provider.
 #[tokio::test]
-async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_token_and_not_by_the_runner() {
+async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_token_and_not_by_the_runner()
+ {
     let (vault, gateway, scheduler, runner) = Vault::start().await;
     let models = vault.nats.connect(&access::MODEL_GATEWAY).await.unwrap();
     let (user, session) = (UserId::new(), SessionId::new());
     gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
-    let (key, own, hash) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap(), vec![7_u8; 32]);
+    let (key, own, hash) =
+        (KeyPair::generate().unwrap(), KeyPair::generate().unwrap(), vec![7_u8; 32]);
     let mint = MintLeaseRequest {
         user_id: user.to_string(),
         session_id: session.to_string(),
         purpose: "turn 1".to_owned(),
-        credential_kinds: ["provider:anthropic", "provider:openai", "backend:sprites"].map(str::to_owned).into(),
+        credential_kinds: ["provider:anthropic", "provider:openai", "backend:sprites"]
+            .map(str::to_owned)
+            .into(),
         ttl_seconds: 60,
         epoch: 1,
         public_key: key.public().to_vec(),
@@ -264,14 +348,23 @@ async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_toke
         ..MintLeaseRequest::default()
     };
     let lease_id = scheduler.call::<rpc::MintLease>(&mint, SOON).await.unwrap().lease_id;
-    let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+    let request = RedeemLeaseRequest {
+        lease_id: lease_id.clone(),
+        public_key: key.public().to_vec(),
+        runner: "r1".to_owned(),
+    };
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
-    let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
+    let bundle =
+        Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
     assert!(bundle.secrets.is_empty());
     assert_eq!(bundle.proxied_kinds, ["provider:anthropic"]);
 
     let redeem = async |token_hash: Vec<u8>| {
-        let request = RedeemModelTokenRequest { token_hash, public_key: own.public().to_vec(), gateway: "m1".to_owned() };
+        let request = RedeemModelTokenRequest {
+            token_hash,
+            public_key: own.public().to_vec(),
+            gateway: "m1".to_owned(),
+        };
         models.call::<rpc::RedeemModelToken>(&request, SOON).await
     };
     assert_eq!(redeem(vec![8; 32]).await.unwrap_err().code, ErrorCode::NotFound);
@@ -279,7 +372,11 @@ async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_toke
     assert_eq!((reply.user_id, reply.session_id), (user.to_string(), session.to_string()));
     assert!(!reply.sealed.windows(8).any(|window| window == b"sentinel"));
     let bundle = Bundle::decode(own.open(&reply.sealed, &hash).unwrap().as_slice()).unwrap();
-    let secrets: Vec<_> = bundle.secrets.iter().map(|secret| (secret.kind.as_str(), secret.value.as_slice())).collect();
+    let secrets: Vec<_> = bundle
+        .secrets
+        .iter()
+        .map(|secret| (secret.kind.as_str(), secret.value.as_slice()))
+        .collect();
     assert_eq!(secrets, [("provider:anthropic", b"sk-sentinel-0001".as_slice())]);
     // A key that was replaced is the next answer's; the audit shows one redemption of the two.
     gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0002"), SOON).await.unwrap();
@@ -287,9 +384,13 @@ async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_toke
     let bundle = Bundle::decode(own.open(&sealed, &hash).unwrap().as_slice()).unwrap();
     assert_eq!(bundle.secrets[0].value, b"sk-sentinel-0002");
     let operator = vault.nats.connect(&access::OPERATOR).await.unwrap();
-    let of_session = ListRedemptionsRequest { session_id: Some(session.to_string()), limit: 10, before: None };
+    let of_session =
+        ListRedemptionsRequest { session_id: Some(session.to_string()), limit: 10, before: None };
     let audit = operator.call::<rpc::ListRedemptions>(&of_session, SOON).await.unwrap().redemptions;
-    let told: Vec<_> = audit.iter().map(|r| (r.purpose.as_deref().unwrap(), r.runner.as_str(), r.kinds.len())).collect();
+    let told: Vec<_> = audit
+        .iter()
+        .map(|r| (r.purpose.as_deref().unwrap(), r.runner.as_str(), r.kinds.len()))
+        .collect();
     assert_eq!(told, [("models", "m1", 1), ("turn 1", "r1", 0)]);
     // The session ends, and its token with it.
     let revoke = RevokeModelTokensRequest { session_ids: vec![session.to_string()] };
@@ -297,7 +398,8 @@ async fn a_providers_key_is_redeemed_by_the_model_gateway_with_the_sessions_toke
     assert_eq!(redeem(hash).await.unwrap_err().code, ErrorCode::NotFound);
 }
 
-/// What the model gateway adds to requests is not in the lease of a runner, and what the sandbox needs is not the model gateway's.
+/// What the model gateway adds to requests is not in the lease of a runner, and what the sandbox
+/// needs is not the model gateway's.
 #[tokio::test]
 async fn secrets_of_routes_are_redeemed_by_the_model_gateway_alone() {
     let (vault, gateway, scheduler, runner) = Vault::start().await;
@@ -312,10 +414,14 @@ async fn secrets_of_routes_are_redeemed_by_the_model_gateway_alone() {
         };
         gateway.call::<rpc::PutSecret>(&request, SOON).await.unwrap().secret_id
     };
-    let of_session = store("session", r#"{"env":{"A":"sandbox-1"},"tokens":{"/w/r":"routed-1"}}"#).await;
-    let of_agent = store("mcp_servers", r#"{"led":{"X-Key":"routed-2"},"local":{"VAR":"sandbox-2"}}"#).await;
+    let of_session =
+        store("session", r#"{"env":{"A":"sandbox-1"},"tokens":{"/w/r":"routed-1"}}"#).await;
+    let of_agent =
+        store("mcp_servers", r#"{"led":{"X-Key":"routed-2"},"local":{"VAR":"sandbox-2"}}"#).await;
     let bearer = async |value: &str| {
-        let document = format!(r#"{{"kind":"static_bearer","key":"https://kept.example/mcp","value":"{value}"}}"#);
+        let document = format!(
+            r#"{{"kind":"static_bearer","key":"https://kept.example/mcp","value":"{value}"}}"#
+        );
         store("vault_credential", &document).await
     };
     let (first, second) = (bearer("routed-3").await, bearer("routed-4").await);
@@ -348,37 +454,63 @@ async fn secrets_of_routes_are_redeemed_by_the_model_gateway_alone() {
             ..MintLeaseRequest::default()
         };
         let lease_id = scheduler.call::<rpc::MintLease>(&request, SOON).await.unwrap().lease_id;
-        let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+        let request = RedeemLeaseRequest {
+            lease_id: lease_id.clone(),
+            public_key: key.public().to_vec(),
+            runner: "r1".to_owned(),
+        };
         let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
         Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap()
     };
     let redeem = async |token_hash: Vec<u8>| {
-        let request =
-            RedeemModelTokenRequest { token_hash: token_hash.clone(), public_key: key.public().to_vec(), gateway: "m1".to_owned() };
+        let request = RedeemModelTokenRequest {
+            token_hash: token_hash.clone(),
+            public_key: key.public().to_vec(),
+            gateway: "m1".to_owned(),
+        };
         let sealed = models.call::<rpc::RedeemModelToken>(&request, SOON).await.unwrap().sealed;
         Bundle::decode(key.open(&sealed, &token_hash).unwrap().as_slice()).unwrap()
     };
     let text = |bundle: &Bundle| String::from_utf8_lossy(&bundle.encode_to_vec()).into_owned();
-    let paths = |bundle: &Bundle| bundle.routes.iter().map(|route| route.path.clone()).collect::<Vec<_>>();
+    let paths =
+        |bundle: &Bundle| bundle.routes.iter().map(|route| route.path.clone()).collect::<Vec<_>>();
 
     let lease = mint(1, &first, Some(Routes { routes: routes.clone() })).await;
     assert_eq!(paths(&lease), ["mcp/led", "mcp/kept", "git/github.com/o/r"]);
-    assert!(!text(&lease).contains("routed-") && text(&lease).contains("sandbox-1") && text(&lease).contains("sandbox-2"));
+    assert!(
+        !text(&lease).contains("routed-")
+            && text(&lease).contains("sandbox-1")
+            && text(&lease).contains("sandbox-2")
+    );
     let redeemed = redeem(vec![1; 32]).await;
     assert_eq!(paths(&redeemed), ["mcp/led", "mcp/kept", "mcp/open", "git/github.com/o/r"]);
     assert!(!text(&redeemed).contains("sandbox-") && redeemed.secrets.is_empty());
-    let values =
-        |bundle: &Bundle| bundle.routes.iter().flat_map(|route| &route.headers).map(|header| header.value.clone()).collect::<Vec<_>>();
-    assert_eq!(values(&redeemed), ["routed-2", "Bearer routed-3", "Basic eC1hY2Nlc3MtdG9rZW46cm91dGVkLTE="]);
+    let values = |bundle: &Bundle| {
+        bundle
+            .routes
+            .iter()
+            .flat_map(|route| &route.headers)
+            .map(|header| header.value.clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        values(&redeemed),
+        ["routed-2", "Bearer routed-3", "Basic eC1hY2Nlc3MtdG9rZW46cm91dGVkLTE="]
+    );
 
     // The next claim replaces what the session's earlier tokens stand for.
     mint(2, &second, Some(Routes { routes })).await;
     for token in [1, 2] {
         assert_eq!(values(&redeem(vec![token; 32]).await)[1], "Bearer routed-4");
     }
-    // A runner of the release before knows no routes: its lease is whole, and the routes of the session stay.
+    // A runner of the release before knows no routes: its lease is whole, and the routes of the
+    // session stay.
     let lease = mint(3, &second, None).await;
-    assert!(lease.routes.is_empty() && text(&lease).contains("routed-1") && text(&lease).contains("routed-4"));
+    assert!(
+        lease.routes.is_empty()
+            && text(&lease).contains("routed-1")
+            && text(&lease).contains("routed-4")
+    );
     assert_eq!(values(&redeem(vec![1; 32]).await).len(), 3);
 }
 
@@ -393,14 +525,25 @@ async fn the_bus_carries_no_secret_in_the_clear_on_its_way_to_the_vault() {
         no_ack: true,
         ..Default::default()
     };
-    let mut captured = jetstream_as(&vault.nats, &access::SCHEDULER).await.create_stream(capture).await.unwrap();
+    let mut captured =
+        jetstream_as(&vault.nats, &access::SCHEDULER).await.create_stream(capture).await.unwrap();
     let (user, session) = (UserId::new(), SessionId::new());
     let seal = async |kind: &str, value: &[u8]| {
-        Some(gateway.seal_for_vault(&AcceptedKeys::default(), &user.to_string(), kind, value, SOON).await.unwrap())
+        Some(
+            gateway
+                .seal_for_vault(&AcceptedKeys::default(), &user.to_string(), kind, value, SOON)
+                .await
+                .unwrap(),
+        )
     };
     let kind = "provider:anthropic".to_owned();
     let sealed = seal(&kind, b"sk-sentinel-0001").await;
-    let request = PutCredentialRequest { user_id: user.to_string(), kind, sealed: sealed.clone(), ..PutCredentialRequest::default() };
+    let request = PutCredentialRequest {
+        user_id: user.to_string(),
+        kind,
+        sealed: sealed.clone(),
+        ..PutCredentialRequest::default()
+    };
     assert_eq!(gateway.call::<rpc::PutCredential>(&request, SOON).await.unwrap().hint, "0001");
     let document = PutSecretRequest {
         user_id: user.to_string(),
@@ -411,29 +554,49 @@ async fn the_bus_carries_no_secret_in_the_clear_on_its_way_to_the_vault() {
     gateway.call::<rpc::PutSecret>(&document, SOON).await.unwrap();
     // What was captured is of no use: it is bound to its user and kind.
     let other = PutCredentialRequest { user_id: UserId::new().to_string(), ..request.clone() };
-    assert_eq!(operator.call::<rpc::PutCredential>(&other, SOON).await.unwrap_err().code, ErrorCode::InvalidArgument);
+    assert_eq!(
+        operator.call::<rpc::PutCredential>(&other, SOON).await.unwrap_err().code,
+        ErrorCode::InvalidArgument
+    );
     let key = KeyPair::generate().unwrap();
     let lease_id = lease_of(&scheduler, user, session, 1, key.public().to_vec()).await;
-    let redeem = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+    let redeem = RedeemLeaseRequest {
+        lease_id: lease_id.clone(),
+        public_key: key.public().to_vec(),
+        runner: "r1".to_owned(),
+    };
     let sealed = runner.call::<rpc::RedeemLease>(&redeem, SOON).await.unwrap().sealed;
-    let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
+    let bundle =
+        Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
     assert_eq!(bundle.secrets[0].value, b"sk-sentinel-0001");
 
     let held = captured.info().await.unwrap().state.last_sequence;
     assert!(held >= 6, "the check checks nothing: {held}");
     for sequence in 1..=held {
         let message = captured.get_raw_message(sequence).await.unwrap();
-        assert!(!message.payload.windows(8).any(|window| window == b"sentinel"), "{}", message.subject);
+        assert!(
+            !message.payload.windows(8).any(|window| window == b"sentinel"),
+            "{}",
+            message.subject
+        );
     }
     // A key that is not the vault's is not used.
     let pinned = AcceptedKeys::parse(&base64(&KeyPair::generate().unwrap().public())).unwrap();
-    let refused = gateway.seal_for_vault(&pinned, &user.to_string(), "session", b"{}", SOON).await.unwrap_err();
+    let refused = gateway
+        .seal_for_vault(&pinned, &user.to_string(), "session", b"{}", SOON)
+        .await
+        .unwrap_err();
     assert_eq!(refused.code, ErrorCode::Unavailable);
 }
 
 async fn jetstream_as(nats: &Nats, access: &access::Access) -> async_nats::jetstream::Context {
-    let options = async_nats::ConnectOptions::with_user_and_password(access.user.to_owned(), nats.password(access.user));
-    async_nats::jetstream::new(options.custom_inbox_prefix(access.inbox()).connect(nats.url()).await.unwrap())
+    let options = async_nats::ConnectOptions::with_user_and_password(
+        access.user.to_owned(),
+        nats.password(access.user),
+    );
+    async_nats::jetstream::new(
+        options.custom_inbox_prefix(access.inbox()).connect(nats.url()).await.unwrap(),
+    )
 }
 
 fn base64(bytes: &[u8]) -> String {
@@ -448,10 +611,16 @@ async fn a_claim_that_was_overtaken_gets_no_secret() {
     gateway.call::<rpc::PutCredential>(&put(user, "sk-sentinel-0001"), SOON).await.unwrap();
     let redeem = async |lease_id: String| {
         let public_key = KeyPair::generate().unwrap().public().to_vec();
-        runner.call::<rpc::RedeemLease>(&RedeemLeaseRequest { lease_id, public_key, runner: "r1".to_owned() }, SOON).await
+        runner
+            .call::<rpc::RedeemLease>(
+                &RedeemLeaseRequest { lease_id, public_key, runner: "r1".to_owned() },
+                SOON,
+            )
+            .await
     };
     // In whichever order the two were minted.
-    let (second, first) = (lease(&scheduler, user, session, 2).await, lease(&scheduler, user, session, 1).await);
+    let (second, first) =
+        (lease(&scheduler, user, session, 2).await, lease(&scheduler, user, session, 1).await);
     assert_eq!(redeem(first).await.unwrap_err().code, ErrorCode::NotFound);
     redeem(second.clone()).await.unwrap();
     redeem(second).await.unwrap();
@@ -465,7 +634,8 @@ async fn the_bus_never_carries_a_secret_in_the_clear_from_vault_to_runner_even_f
     // Points of low order would make the shared secret known to everybody.
     for bad in [vec![], vec![0; 32], vec![1; 31], [vec![1], vec![0; 31]].concat()] {
         let lease_id = lease(&scheduler, user, SessionId::new(), 1).await;
-        let request = RedeemLeaseRequest { lease_id, public_key: bad.clone(), runner: "r1".to_owned() };
+        let request =
+            RedeemLeaseRequest { lease_id, public_key: bad.clone(), runner: "r1".to_owned() };
         let refused = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap_err();
         assert_eq!(refused.code, ErrorCode::InvalidArgument, "{bad:?}");
     }
@@ -484,7 +654,9 @@ async fn keys_are_rotated_while_two_replicas_serve_and_the_old_one_is_removed() 
     let (vault, gateway, scheduler, runner) = Vault::start().await;
     let users: Vec<UserId> = (0..1200).map(|_| UserId::new()).collect();
     let gateway = &gateway;
-    let puts = users.iter().map(|user| async move { gateway.call::<rpc::PutCredential>(&put(*user, "sk-before"), SOON).await });
+    let puts = users.iter().map(|user| async move {
+        gateway.call::<rpc::PutCredential>(&put(*user, "sk-before"), SOON).await
+    });
     futures::stream::iter(puts).buffer_unordered(16).try_collect::<Vec<_>>().await.unwrap();
     vault.stop_all().await;
     for _ in 0..2 {
@@ -510,7 +682,13 @@ async fn keys_are_rotated_while_two_replicas_serve_and_the_old_one_is_removed() 
             gateway.call::<rpc::PutCredential>(&put(*user, "sk-during"), SOON).await.unwrap();
             let lease_id = lease(&scheduler, *user, SessionId::new(), 1).await;
             let public_key = KeyPair::generate().unwrap().public().to_vec();
-            runner.call::<rpc::RedeemLease>(&RedeemLeaseRequest { lease_id, public_key, runner: "r1".to_owned() }, SOON).await.unwrap();
+            runner
+                .call::<rpc::RedeemLease>(
+                    &RedeemLeaseRequest { lease_id, public_key, runner: "r1".to_owned() },
+                    SOON,
+                )
+                .await
+                .unwrap();
         }
     };
     let (one, other, ()) = tokio::join!(walk(), walk(), written);
@@ -523,13 +701,21 @@ async fn keys_are_rotated_while_two_replicas_serve_and_the_old_one_is_removed() 
     vault.run(NEW).await.unwrap();
     let lease_id = lease(&scheduler, users[1], SessionId::new(), 1).await;
     let key = KeyPair::generate().unwrap();
-    let request = RedeemLeaseRequest { lease_id: lease_id.clone(), public_key: key.public().to_vec(), runner: "r1".to_owned() };
+    let request = RedeemLeaseRequest {
+        lease_id: lease_id.clone(),
+        public_key: key.public().to_vec(),
+        runner: "r1".to_owned(),
+    };
     let sealed = runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap().sealed;
-    let bundle = Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
+    let bundle =
+        Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
     assert_eq!(bundle.secrets[0].value, b"sk-before");
     // A vault that has the old key alone refuses to start, and says why.
     let refused = format!("{:#}", vault.run(OLD).await.unwrap_err());
-    assert!(refused.contains("FIELD_ENCRYPTION_KEY: key version 2 is in use and is not configured"), "{refused}");
+    assert!(
+        refused.contains("FIELD_ENCRYPTION_KEY: key version 2 is in use and is not configured"),
+        "{refused}"
+    );
     let refused = format!("{:#}", vault.run("2:another key, as long").await.unwrap_err());
     assert!(refused.contains("FIELD_ENCRYPTION_KEY"), "{refused}");
 }
@@ -542,24 +728,35 @@ async fn a_damaged_secret_stays_behind_by_name_and_the_others_are_rotated() {
         gateway.call::<rpc::PutCredential>(&put(user, "sk-before"), SOON).await.unwrap();
     }
     let mut admin = vault.database.admin().await.unwrap();
-    let damaged: (uuid::Uuid,) = sqlx::query_as("update vault.secret set wrapped_key = 'x' where user_id = $1 returning secret_id")
-        .bind(users[1].uuid())
-        .fetch_one(&mut admin)
-        .await
-        .unwrap();
+    let damaged: (uuid::Uuid,) = sqlx::query_as(
+        "update vault.secret set wrapped_key = 'x' where user_id = $1 returning secret_id",
+    )
+    .bind(users[1].uuid())
+    .fetch_one(&mut admin)
+    .await
+    .unwrap();
     vault.stop_all().await;
     vault.run(BOTH).await.unwrap();
     let operator = vault.nats.connect(&access::OPERATOR).await.unwrap();
     let step = rotate(&operator, None).await;
-    assert_eq!((step.rotated, step.remaining, step.damaged_secret_ids), (2, 1, vec![damaged.0.to_string()]));
+    assert_eq!(
+        (step.rotated, step.remaining, step.damaged_secret_ids),
+        (2, 1, vec![damaged.0.to_string()])
+    );
 }
 
 #[tokio::test]
 async fn a_wrong_key_is_refused_at_the_start() {
     let (vault, gateway, ..) = Vault::start().await;
-    gateway.call::<rpc::PutCredential>(&put(UserId::new(), "sk-sentinel-0001"), SOON).await.unwrap();
+    gateway
+        .call::<rpc::PutCredential>(&put(UserId::new(), "sk-sentinel-0001"), SOON)
+        .await
+        .unwrap();
     let error = format!("{:#}", vault.run("another key, as long").await.unwrap_err());
-    assert_eq!(error, "FIELD_ENCRYPTION_KEY: key version 1 is not the key that it was when it encrypted");
+    assert_eq!(
+        error,
+        "FIELD_ENCRYPTION_KEY: key version 1 is not the key that it was when it encrypted"
+    );
 }
 
 #[tokio::test]
@@ -567,24 +764,44 @@ async fn a_row_that_was_swapped_is_an_error_and_not_another_value() {
     let (vault, gateway, scheduler, runner) = Vault::start().await;
     let (one, other) = (UserId::new(), UserId::new());
     for user in [one, other] {
-        gateway.call::<rpc::PutCredential>(&put(user, &format!("sk-of-{user}")), SOON).await.unwrap();
+        gateway
+            .call::<rpc::PutCredential>(&put(user, &format!("sk-of-{user}")), SOON)
+            .await
+            .unwrap();
     }
     let mut admin = vault.database.admin().await.unwrap();
     let swap = "update vault.secret s set wrapped_key = o.wrapped_key, ciphertext = o.ciphertext from vault.secret o where s.user_id = $1 and o.user_id = $2";
     sqlx::query(swap).bind(one.uuid()).bind(other.uuid()).execute(&mut admin).await.unwrap();
     let lease_id = lease(&scheduler, one, SessionId::new(), 1).await;
-    let request = RedeemLeaseRequest { lease_id, public_key: KeyPair::generate().unwrap().public().to_vec(), runner: "r1".to_owned() };
-    assert_eq!(runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap_err().code, ErrorCode::Internal);
+    let request = RedeemLeaseRequest {
+        lease_id,
+        public_key: KeyPair::generate().unwrap().public().to_vec(),
+        runner: "r1".to_owned(),
+    };
+    assert_eq!(
+        runner.call::<rpc::RedeemLease>(&request, SOON).await.unwrap_err().code,
+        ErrorCode::Internal
+    );
 }
 
 #[tokio::test]
 async fn bad_values_are_refused_and_users_see_their_own() {
     let (_vault, gateway, ..) = Vault::start().await;
     for bad in ["", "two\nlines", "nul\0"] {
-        let failure = gateway.call::<rpc::PutCredential>(&put(UserId::new(), bad), SOON).await.unwrap_err();
-        assert_eq!((failure.code, failure.field.map(|field| field.name).as_deref()), (ErrorCode::Unprocessable, Some("value")), "{bad:?}");
+        let failure =
+            gateway.call::<rpc::PutCredential>(&put(UserId::new(), bad), SOON).await.unwrap_err();
+        assert_eq!(
+            (failure.code, failure.field.map(|field| field.name).as_deref()),
+            (ErrorCode::Unprocessable, Some("value")),
+            "{bad:?}"
+        );
     }
-    gateway.call::<rpc::PutCredential>(&put(UserId::new(), "sk-sentinel-0001"), SOON).await.unwrap();
+    gateway
+        .call::<rpc::PutCredential>(&put(UserId::new(), "sk-sentinel-0001"), SOON)
+        .await
+        .unwrap();
     let list = ListCredentialsRequest { user_id: UserId::new().to_string() };
-    assert!(gateway.call::<rpc::ListCredentials>(&list, SOON).await.unwrap().credentials.is_empty());
+    assert!(
+        gateway.call::<rpc::ListCredentials>(&list, SOON).await.unwrap().credentials.is_empty()
+    );
 }

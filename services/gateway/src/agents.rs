@@ -82,7 +82,11 @@ impl From<scheduler::Agent> for Agent {
 
 impl From<scheduler::Agent> for AgentVersion {
     fn from(agent: scheduler::Agent) -> Self {
-        let provider = agent.runtime.parse().ok().and_then(|runtime| ModelRef::parse(runtime, &agent.model).ok()?.provider());
+        let provider = agent
+            .runtime
+            .parse()
+            .ok()
+            .and_then(|runtime| ModelRef::parse(runtime, &agent.model).ok()?.provider());
         Self {
             id: agent.agent_id,
             r#type: "agent",
@@ -145,7 +149,8 @@ pub struct CreateAgent {
 
 impl CreateAgent {
     pub(crate) fn read(fields: &mut Fields) -> Self {
-        let (name, model) = (fields.string("name", NAME_CHARS_MAX), fields.string("model", MODEL_CHARS_MAX));
+        let (name, model) =
+            (fields.string("name", NAME_CHARS_MAX), fields.string("model", MODEL_CHARS_MAX));
         let provider = fields.optional_string("provider", BODY_BYTES_MAX);
         let runtime = match provider {
             Some(_) => fields.optional_string("runtime", BODY_BYTES_MAX),
@@ -171,7 +176,12 @@ impl CreateAgent {
 /// Create an agent
 #[utoipa::path(post, path = "/agents", tag = "agents", params(IdempotencyParams), request_body = CreateAgent,
     responses((status = 201, description = "The agent, at version 1", body = Agent), (status = 404, description = "No such environment", body = crate::error::ErrorBody), Conflict))]
-pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Agent>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    key: IdempotencyKey,
+    body: Body,
+) -> Result<Created<Agent>, ApiError> {
     let mut fields = body.fields()?;
     let agent = CreateAgent::read(&mut fields);
     let servers = agent.mcp_servers.unwrap_or_default();
@@ -181,7 +191,8 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     }
     fields.finish()?;
     let runtime = choose_runtime(&app, agent.runtime.as_deref(), agent.provider.as_deref())?;
-    let model = ModelRef::parse(runtime, &with_provider(agent.model, agent.provider.as_deref())).map_err(unservable)?;
+    let model = ModelRef::parse(runtime, &with_provider(agent.model, agent.provider.as_deref()))
+        .map_err(unservable)?;
     let kept = mcp::keep(&app, &caller.user_id, &servers, None).await?;
     let request = CreateAgentRequest {
         user_id: caller.user_id,
@@ -204,7 +215,11 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     let reply = app.bus.call::<rpc::CreateAgent>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
     let reply = reply?;
-    Ok(Created { status: StatusCode::CREATED, body: reply.agent.unwrap_or_default().into(), replayed: reply.replayed })
+    Ok(Created {
+        status: StatusCode::CREATED,
+        body: reply.agent.unwrap_or_default().into(),
+        replayed: reply.replayed,
+    })
 }
 
 /// JSON for the bus. What we serialize has text for keys.
@@ -222,24 +237,42 @@ fn with_provider(model: String, provider: Option<&str>) -> String {
 
 fn unservable(error: ModelError) -> ApiError {
     match &error {
-        ModelError::Unknown(model) => ApiError::fields(vec![FieldError::value("model", &error.to_string(), model.as_str().into())]),
-        ModelError::NotServed { .. } => ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, &error.to_string()),
+        ModelError::Unknown(model) => ApiError::fields(vec![FieldError::value(
+            "model",
+            &error.to_string(),
+            model.as_str().into(),
+        )]),
+        ModelError::NotServed { .. } => {
+            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, &error.to_string())
+        }
     }
 }
 
 /// The runtime by its name, or the one that a provider stands for.
-fn choose_runtime(app: &App, runtime: Option<&str>, provider: Option<&str>) -> Result<Runtime, ApiError> {
+fn choose_runtime(
+    app: &App,
+    runtime: Option<&str>,
+    provider: Option<&str>,
+) -> Result<Runtime, ApiError> {
     let bad = |text: String| ApiError::new(StatusCode::BAD_REQUEST, &text);
     let known = app.runtimes();
     let provider: Option<Provider> = match provider {
         None => None,
         Some(name) => Some(name.parse().map_err(|()| {
-            bad(format!("Unknown provider: {name}. Must be one of: {}", quoted(Provider::ALL.iter().map(|p| p.as_str()))))
+            bad(format!(
+                "Unknown provider: {name}. Must be one of: {}",
+                quoted(Provider::ALL.iter().map(|p| p.as_str()))
+            ))
         })?),
     };
     if let Some(name) = runtime {
         let found = name.parse().ok().filter(|runtime| known.contains(runtime));
-        return found.ok_or_else(|| bad(format!("Unknown runtime: {name}. Must be one of: {}", quoted(known.iter().map(|r| r.as_str())))));
+        return found.ok_or_else(|| {
+            bad(format!(
+                "Unknown runtime: {name}. Must be one of: {}",
+                quoted(known.iter().map(|r| r.as_str()))
+            ))
+        });
     }
     Ok(match provider {
         None | Some(Provider::Anthropic) => Runtime::Claude,
@@ -297,7 +330,12 @@ impl UpdateAgent {
 /// Change an agent
 #[utoipa::path(put, path = "/agents/{id}", tag = "agents", params(IdParams), request_body = UpdateAgent,
     responses((status = 200, description = "The agent; its version is raised if anything changed", body = Agent), Conflict))]
-pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Body) -> Result<Json<Agent>, ApiError> {
+pub async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+    body: Body,
+) -> Result<Json<Agent>, ApiError> {
     let mut fields = body.fields()?;
     let detach_environment = fields.is_null("environment_id");
     let change = UpdateAgent::read(&mut fields);
@@ -354,7 +392,8 @@ pub async fn keep_servers(
     version: i64,
     servers: Vec<McpServer>,
 ) -> Result<ServersOfVersion, ApiError> {
-    let request = GetAgentRequest { user_id: caller.user_id.clone(), agent_id: id.to_owned(), version: None };
+    let request =
+        GetAgentRequest { user_id: caller.user_id.clone(), agent_id: id.to_owned(), version: None };
     let current = match app.bus.call::<rpc::GetAgent>(&request, crate::RPC_DEADLINE).await {
         Ok(agent) => agent,
         // The scheduler says so itself, when it is the turn of that check.
@@ -376,33 +415,66 @@ pub async fn keep_servers(
 /// Get an agent
 #[utoipa::path(get, path = "/agents/{id}", tag = "agents", params(IdParams),
     responses((status = 200, description = "The agent, archived or not", body = Agent)))]
-pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Agent>, ApiError> {
-    let agent = app.call::<rpc::GetAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id, version: None }).await?;
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Agent>, ApiError> {
+    let agent = app
+        .call::<rpc::GetAgent>(&GetAgentRequest {
+            user_id: caller.user_id,
+            agent_id: id,
+            version: None,
+        })
+        .await?;
     Ok(Json(agent.into()))
 }
 
 /// Archive an agent
 #[utoipa::path(post, path = "/agents/{id}/archive", tag = "agents", params(IdParams),
     responses((status = 200, description = "The agent, archived", body = Agent), Conflict))]
-pub async fn archive(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Agent>, ApiError> {
-    let agent = app.call::<rpc::ArchiveAgent>(&GetAgentRequest { user_id: caller.user_id, agent_id: id, version: None }).await?;
+pub async fn archive(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Agent>, ApiError> {
+    let agent = app
+        .call::<rpc::ArchiveAgent>(&GetAgentRequest {
+            user_id: caller.user_id,
+            agent_id: id,
+            version: None,
+        })
+        .await?;
     Ok(Json(agent.into()))
 }
 
 /// List agents that are not archived, newest first
 #[utoipa::path(get, path = "/agents", tag = "agents", params(PageParams),
     responses((status = 200, description = "A page of agents", body = Listed<Agent>)))]
-pub async fn list(State(app): State<App>, caller: Caller, page: Page) -> Result<Json<Listed<Agent>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    page: Page,
+) -> Result<Json<Listed<Agent>>, ApiError> {
     let reply = app.call::<rpc::ListAgents>(&page.request(caller)).await?;
-    let cursor = |agent: &scheduler::Agent| Cursor { position: agent.created_at_us, id: agent.agent_id.clone() };
+    let cursor = |agent: &scheduler::Agent| Cursor {
+        position: agent.created_at_us,
+        id: agent.agent_id.clone(),
+    };
     Ok(listed(reply.agents, reply.has_more, cursor, Agent::from))
 }
 
 /// List the versions of an agent, newest first
 #[utoipa::path(get, path = "/agents/{id}/versions", tag = "agents", params(IdParams, PageParams),
     responses((status = 200, description = "A page of versions", body = Listed<AgentVersion>)))]
-pub async fn versions(State(app): State<App>, caller: Caller, Id(id): Id, page: Page) -> Result<Json<Listed<AgentVersion>>, ApiError> {
+pub async fn versions(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+    page: Page,
+) -> Result<Json<Listed<AgentVersion>>, ApiError> {
     let reply = app.call::<rpc::ListAgentVersions>(&page.request_parts(caller, id)).await?;
-    let cursor = |agent: &scheduler::Agent| Cursor { position: agent.version.into(), id: String::new() };
+    let cursor =
+        |agent: &scheduler::Agent| Cursor { position: agent.version.into(), id: String::new() };
     Ok(listed(reply.agents, reply.has_more, cursor, AgentVersion::from))
 }

@@ -1,4 +1,5 @@
-//! Authentication: the `Authorization` header or the console's cookie, verified by the auth service and cached for less than a second.
+//! Authentication: the `Authorization` header or the console's cookie, verified by the auth service
+//! and cached for less than a second.
 
 use std::time::Duration;
 
@@ -37,7 +38,8 @@ impl KeyCache {
         Self(Cache::builder().max_capacity(KEYS_MAX).time_to_live(REMEMBERED).build())
     }
 
-    /// Removes the key of a console session that was signed out, so that it ends at once on this gateway.
+    /// Removes the key of a console session that was signed out, so that it ends at once on this
+    /// gateway.
     pub async fn forget(&self, key: KeyHash) {
         self.0.invalidate(&key).await;
     }
@@ -47,10 +49,15 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let (hash, is_browser) = match (bearer(parts).or_else(|| x_api_key(parts)), console::sign_in::token(&parts.headers)) {
+        let (hash, is_browser) = match (
+            bearer(parts).or_else(|| x_api_key(parts)),
+            console::sign_in::token(&parts.headers),
+        ) {
             (Some(key), _) => (ApiKey::parse(key).ok().map(|key| key.hash()), false),
             (None, Some(token)) => (Some(token.hash()), true),
-            (None, None) => return Err(ApiError::unauthorized("Missing or malformed Authorization header")),
+            (None, None) => {
+                return Err(ApiError::unauthorized("Missing or malformed Authorization header"));
+            }
         };
         let client = app.limits.client(parts);
         let verified = match hash {
@@ -58,18 +65,23 @@ impl FromRequestParts<App> for Caller {
             None => Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key")),
         };
         if verified.as_ref().is_err_and(|failure| failure.code == ErrorCode::Unauthenticated) {
-            app.limits.note_failure(client).map_err(|later| ApiError::try_later("Too many failed authentications", later))?;
+            app.limits
+                .note_failure(client)
+                .map_err(|later| ApiError::try_later("Too many failed authentications", later))?;
         }
         let caller = verified?;
         if let Some(hash) = hash {
-            app.limits.check_rate(hash).map_err(|later| ApiError::try_later("Too many requests", later))?;
+            app.limits
+                .check_rate(hash)
+                .map_err(|later| ApiError::try_later("Too many requests", later))?;
         }
         Ok(caller)
     }
 }
 
 fn bearer(parts: &Parts) -> Option<&str> {
-    let (scheme, token) = parts.headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    let (scheme, token) =
+        parts.headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     Some(token.trim()).filter(|token| scheme.eq_ignore_ascii_case("bearer") && !token.is_empty())
 }
 
@@ -82,12 +94,23 @@ fn x_api_key(parts: &Parts) -> Option<&str> {
 /// Returns the user of a valid key.
 ///
 /// # Errors
-/// `Unauthenticated` with the reason if the key is not valid; other codes when auth does not answer.
+/// `Unauthenticated` with the reason if the key is not valid; other codes when auth does not
+/// answer.
 pub async fn verify(app: &App, key: KeyHash) -> Result<Caller, Failure> {
     let ask = async {
         let request = VerifyKeyRequest { key_hash: key.as_bytes().to_vec() };
         let reply = app.bus.call::<rpc::VerifyKey>(&request, RPC_DEADLINE).await?;
-        Ok(Caller { user_id: reply.user_id, session_limit: reply.session_limit, key_id: reply.key_id, key, is_browser: false })
+        Ok(Caller {
+            user_id: reply.user_id,
+            session_limit: reply.session_limit,
+            key_id: reply.key_id,
+            key,
+            is_browser: false,
+        })
     };
-    app.keys.0.try_get_with(key, ask).await.map_err(|failure: std::sync::Arc<Failure>| (*failure).clone())
+    app.keys
+        .0
+        .try_get_with(key, ask)
+        .await
+        .map_err(|failure: std::sync::Arc<Failure>| (*failure).clone())
 }

@@ -1,4 +1,5 @@
-//! Request bodies, checked field by field. Several errors come together, in the shape of pydantic v2 (docs/api.md §1).
+//! Request bodies, checked field by field. Several errors come together, in the shape of pydantic
+//! v2 (docs/api.md §1).
 
 mod collections;
 mod echo;
@@ -30,9 +31,14 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        let bytes = tokio::time::timeout(BODY_TIME_MAX, to_bytes(request.into_body(), BODY_BYTES_MAX)).await;
-        let bytes = bytes.map_err(|_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "Request body took too long"))?;
-        let bytes = bytes.map_err(|_| ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "Request body too large"))?;
+        let bytes =
+            tokio::time::timeout(BODY_TIME_MAX, to_bytes(request.into_body(), BODY_BYTES_MAX))
+                .await;
+        let bytes = bytes.map_err(|_| {
+            ApiError::new(StatusCode::REQUEST_TIMEOUT, "Request body took too long")
+        })?;
+        let bytes = bytes
+            .map_err(|_| ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "Request body too large"))?;
         Ok(Self(bytes.into()))
     }
 }
@@ -40,19 +46,23 @@ impl<S: Send + Sync> FromRequest<S> for Body {
 impl Body {
     /// The body's fields.
     pub fn fields(&self) -> Result<Fields, ApiError> {
-        let value: Value = serde_json::from_slice(&self.0).map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "Invalid JSON"))?;
+        let value: Value = serde_json::from_slice(&self.0)
+            .map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "Invalid JSON"))?;
         match value {
             Value::Object(object) => Ok(Fields::of(object, Vec::new())),
             input => {
                 let msg = "Input should be a valid dictionary".to_owned();
-                Err(ApiError::fields(vec![FieldError { kind: "model_type", loc: Vec::new(), msg, input }.shortened()]))
+                Err(ApiError::fields(vec![
+                    FieldError { kind: "model_type", loc: Vec::new(), msg, input }.shortened(),
+                ]))
             }
         }
     }
 
     /// The body as it is, for those who check it themselves.
     pub fn json(&self) -> Result<Value, ApiError> {
-        serde_json::from_slice(&self.0).map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "Invalid JSON"))
+        serde_json::from_slice(&self.0)
+            .map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "Invalid JSON"))
     }
 
     #[cfg(test)]

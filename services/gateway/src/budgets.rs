@@ -7,7 +7,10 @@ use axum::{
 };
 use contract::{
     rpc,
-    scheduler::{self, BudgetChange, BudgetLimits, Cursor, GetBudgetRequest, LimitChange, ListUsageRequest, SetBudgetRequest},
+    scheduler::{
+        self, BudgetChange, BudgetLimits, Cursor, GetBudgetRequest, LimitChange, ListUsageRequest,
+        SetBudgetRequest,
+    },
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -46,7 +49,8 @@ pub struct NewBudget {
     seconds: Option<u64>,
 }
 
-/// A change of a budget. What is absent stays as it is; null falls back to the deployment's default.
+/// A change of a budget. What is absent stays as it is; null falls back to the deployment's
+/// default.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes a body")]
 pub struct ChangeBudget {
@@ -83,7 +87,8 @@ fn read_change(fields: &mut Fields) -> BudgetChange {
         Some(value) => {
             let max = whole_number(&value);
             if max.is_none() {
-                fields.refuse(name, &format!("{name} must be a whole number from 0 to {COUNT_MAX}"));
+                fields
+                    .refuse(name, &format!("{name} must be a whole number from 0 to {COUNT_MAX}"));
             }
             Some(LimitChange { max })
         }
@@ -99,7 +104,12 @@ fn read_change(fields: &mut Fields) -> BudgetChange {
 
 /// Numbers alone: a limit is no place for guesses about texts or truth values.
 fn whole_number(value: &Value) -> Option<u64> {
-    let of_float = || value.as_f64().filter(|number| number.fract() == 0.0 && *number >= 0.0).map(|number| number as u64);
+    let of_float = || {
+        value
+            .as_f64()
+            .filter(|number| number.fract() == 0.0 && *number >= 0.0)
+            .map(|number| number as u64)
+    };
     value.as_u64().or_else(of_float).filter(|number| *number <= COUNT_MAX)
 }
 
@@ -178,7 +188,11 @@ async fn change(app: &App, of: GetBudgetRequest, body: &Body) -> Result<Json<Bud
 /// Get the budget of a session
 #[utoipa::path(get, path = "/sessions/{id}/budget", tag = "sessions", params(IdParams),
     responses((status = 200, description = "The budget", body = Budget)))]
-pub async fn of_session(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Budget>, ApiError> {
+pub async fn of_session(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Budget>, ApiError> {
     Ok(Json(app.call::<rpc::GetBudget>(&of(caller, Prefix::Session, id)).await?.into()))
 }
 
@@ -187,14 +201,23 @@ pub async fn of_session(State(app): State<App>, caller: Caller, Id(id): Id) -> R
 /// It holds from the next model request on. What the session used before counts.
 #[utoipa::path(patch, path = "/sessions/{id}/budget", tag = "sessions", params(IdParams), request_body = ChangeBudget,
     responses((status = 200, description = "The budget", body = Budget)))]
-pub async fn change_of_session(State(app): State<App>, caller: Caller, Id(id): Id, body: Body) -> Result<Json<Budget>, ApiError> {
+pub async fn change_of_session(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+    body: Body,
+) -> Result<Json<Budget>, ApiError> {
     change(&app, of(caller, Prefix::Session, id), &body).await
 }
 
 /// Get the budget of an agent, which all its sessions share
 #[utoipa::path(get, path = "/agents/{id}/budget", tag = "agents", params(IdParams),
     responses((status = 200, description = "The budget", body = Budget)))]
-pub async fn of_agent(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Budget>, ApiError> {
+pub async fn of_agent(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Budget>, ApiError> {
     Ok(Json(app.call::<rpc::GetBudget>(&of(caller, Prefix::Agent, id)).await?.into()))
 }
 
@@ -203,7 +226,12 @@ pub async fn of_agent(State(app): State<App>, caller: Caller, Id(id): Id) -> Res
 /// It holds from the next model request on.
 #[utoipa::path(patch, path = "/agents/{id}/budget", tag = "agents", params(IdParams), request_body = ChangeBudget,
     responses((status = 200, description = "The budget", body = Budget)))]
-pub async fn change_of_agent(State(app): State<App>, caller: Caller, Id(id): Id, body: Body) -> Result<Json<Budget>, ApiError> {
+pub async fn change_of_agent(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+    body: Body,
+) -> Result<Json<Budget>, ApiError> {
     change(&app, of(caller, Prefix::Agent, id), &body).await
 }
 
@@ -245,7 +273,8 @@ impl<S: Send + Sync> FromRequestParts<S> for UsageParams {
 /// What model requests used together.
 #[derive(Serialize, ToSchema)]
 pub struct UsageSum {
-    /// A day, the id of an agent or session, a model as `provider/model`, or the kind of a credential.
+    /// A day, the id of an agent or session, a model as `provider/model`, or the kind of a
+    /// credential.
     group: String,
     requests: u64,
     /// Requests of which no usage is known: they are in no other count.
@@ -281,11 +310,18 @@ impl From<scheduler::UsageSum> for UsageSum {
 /// Days and sessions come newest first. A request appears here a moment after it ended.
 #[utoipa::path(get, path = "/usage", tag = "usage", params(PageParams, UsageParams),
     responses((status = 200, description = "A page of sums", body = Listed<UsageSum>)))]
-pub async fn usage(State(app): State<App>, caller: Caller, page: Page, params: UsageParams) -> Result<Json<Listed<UsageSum>>, ApiError> {
+pub async fn usage(
+    State(app): State<App>,
+    caller: Caller,
+    page: Page,
+    params: UsageParams,
+) -> Result<Json<Listed<UsageSum>>, ApiError> {
     let by_session = params.session_id.is_some();
     let request = ListUsageRequest {
         user_id: Some(caller.user_id),
-        group_by: params.group_by.unwrap_or_else(|| if by_session { "session" } else { "day" }.to_owned()),
+        group_by: params
+            .group_by
+            .unwrap_or_else(|| if by_session { "session" } else { "day" }.to_owned()),
         agent_id: params.agent_id,
         session_id: params.session_id,
         from_day: params.from,
@@ -321,10 +357,24 @@ mod tests {
 
     #[test]
     fn invalid_limits_are_refused() {
-        for wrong in [json!({ "usd": -1 }), json!({ "usd": "5" }), json!({ "usd": 1e9 }), json!({ "euro": 5 })] {
+        for wrong in [
+            json!({ "usd": -1 }),
+            json!({ "usd": "5" }),
+            json!({ "usd": 1e9 }),
+            json!({ "euro": 5 }),
+        ] {
             assert!(change_of(wrong.clone()).is_err(), "{wrong}");
         }
-        for count in [json!(-1), json!(false), json!("5"), json!(0.5), json!([]), json!(COUNT_MAX + 1), json!(u64::MAX), json!(1e300)] {
+        for count in [
+            json!(-1),
+            json!(false),
+            json!("5"),
+            json!(0.5),
+            json!([]),
+            json!(COUNT_MAX + 1),
+            json!(u64::MAX),
+            json!(1e300),
+        ] {
             assert!(change_of(json!({ "seconds": count })).is_err(), "{count}");
         }
         for count in [json!(0), json!(2.0), json!(COUNT_MAX)] {

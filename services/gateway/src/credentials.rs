@@ -52,7 +52,8 @@ pub struct Credentials {
 #[into_params(parameter_in = Path)]
 #[expect(dead_code, reason = "describes a path")]
 pub struct KindParams {
-    /// `provider:anthropic`, `provider:openai`, `provider:google`, `runtime_token:claude-oauth` or `backend:sprites`
+    /// `provider:anthropic`, `provider:openai`, `provider:google`, `runtime_token:claude-oauth` or
+    /// `backend:sprites`
     #[param(example = "provider:anthropic")]
     kind: String,
 }
@@ -73,14 +74,23 @@ fn known(kind: &str) -> Result<CredentialKind, ApiError> {
 /// Store a credential
 #[utoipa::path(put, path = "/credentials/{kind}", tag = "credentials", params(KindParams), request_body = PutCredential,
     responses((status = 200, description = "The credential was stored", body = Credential)))]
-pub async fn put(State(app): State<App>, caller: Caller, Id(kind): Id, body: Body) -> Result<Json<Credential>, ApiError> {
+pub async fn put(
+    State(app): State<App>,
+    caller: Caller,
+    Id(kind): Id,
+    body: Body,
+) -> Result<Json<Credential>, ApiError> {
     let kind = known(&kind)?;
     let mut fields = body.fields()?;
     let value = fields.string("value", BODY_BYTES_MAX);
     fields.finish()?;
     let sealed = Some(app.seal(&caller.user_id, kind.as_str(), value.as_bytes()).await?);
-    let request =
-        PutCredentialRequest { user_id: caller.user_id, kind: kind.as_str().to_owned(), sealed, ..PutCredentialRequest::default() };
+    let request = PutCredentialRequest {
+        user_id: caller.user_id,
+        kind: kind.as_str().to_owned(),
+        sealed,
+        ..PutCredentialRequest::default()
+    };
     Ok(Json(app.call::<rpc::PutCredential>(&request).await?.into()))
 }
 
@@ -88,7 +98,9 @@ pub async fn put(State(app): State<App>, caller: Caller, Id(kind): Id, body: Bod
 #[utoipa::path(get, path = "/credentials", tag = "credentials",
     responses((status = 200, description = "The stored credentials, without their values", body = Credentials)))]
 pub async fn list(State(app): State<App>, caller: Caller) -> Result<Json<Credentials>, ApiError> {
-    let reply = app.call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id }).await?;
+    let reply = app
+        .call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id })
+        .await?;
     // The deployment's own Sprites token is no user's: it has no date.
     let own = reply.credentials.into_iter().filter(|credential| credential.created_at_us > 0);
     Ok(Json(Credentials { data: own.map(Credential::from).collect() }))
@@ -97,8 +109,16 @@ pub async fn list(State(app): State<App>, caller: Caller) -> Result<Json<Credent
 /// Delete a credential
 #[utoipa::path(delete, path = "/credentials/{kind}", tag = "credentials", params(KindParams),
     responses((status = 200, description = "The credential was deleted", body = Detail)))]
-pub async fn delete(State(app): State<App>, caller: Caller, Id(kind): Id) -> Result<Json<Detail>, ApiError> {
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    Id(kind): Id,
+) -> Result<Json<Detail>, ApiError> {
     let kind = known(&kind)?;
-    app.call::<rpc::DeleteCredential>(&DeleteCredentialRequest { user_id: caller.user_id, kind: kind.as_str().to_owned() }).await?;
+    app.call::<rpc::DeleteCredential>(&DeleteCredentialRequest {
+        user_id: caller.user_id,
+        kind: kind.as_str().to_owned(),
+    })
+    .await?;
     Ok(Detail::new("Credential deleted"))
 }

@@ -7,12 +7,17 @@ use bus::Failure;
 use contract::{
     common::Empty,
     rpc,
-    scheduler::{self, CreateEnvironmentRequest, Cursor, EnvVars, GetEnvironmentRequest, UpdateEnvironmentRequest},
+    scheduler::{
+        self, CreateEnvironmentRequest, Cursor, EnvVars, GetEnvironmentRequest,
+        UpdateEnvironmentRequest,
+    },
 };
 use serde::Serialize;
 use types::{
     EnvironmentId, ErrorCode, Networking, PackageManager,
-    environment::{HostPattern, NetworkingKind, VARIABLES_BYTES_MAX, check_variable, is_package, is_variable},
+    environment::{
+        HostPattern, NetworkingKind, VARIABLES_BYTES_MAX, check_variable, is_package, is_variable,
+    },
     limits::{BODY_BYTES_MAX, NAME_CHARS_MAX, TEXT_CHARS_MAX},
 };
 use utoipa::ToSchema;
@@ -63,7 +68,8 @@ pub struct EnvironmentVersion {
 
 impl From<scheduler::Environment> for Environment {
     fn from(environment: scheduler::Environment) -> Self {
-        let (updated_at, archived_at) = (time(environment.updated_at_us), environment.archived_at_us.map(time));
+        let (updated_at, archived_at) =
+            (time(environment.updated_at_us), environment.archived_at_us.map(time));
         Self { snapshot: environment.into(), updated_at, archived_at }
     }
 }
@@ -113,8 +119,11 @@ impl CreateEnvironment {
 
 fn read_packages(fields: &mut Fields) -> Option<BTreeMap<String, Vec<String>>> {
     let managers: Vec<String> = fields.object("packages")?.keys().cloned().collect();
-    let unknown: Vec<String> = managers.iter().filter(|name| name.parse::<PackageManager>().is_err()).cloned().collect();
-    fields.refuse_items("packages", unknown.iter().map(String::as_str), |name| format!("Unknown package manager: {name}"));
+    let unknown: Vec<String> =
+        managers.iter().filter(|name| name.parse::<PackageManager>().is_err()).cloned().collect();
+    fields.refuse_items("packages", unknown.iter().map(String::as_str), |name| {
+        format!("Unknown package manager: {name}")
+    });
     fields.nested("packages", |packages| {
         let mut by_manager = BTreeMap::new();
         for manager in managers.into_iter().filter(|name| name.parse::<PackageManager>().is_ok()) {
@@ -132,11 +141,18 @@ pub fn read_env_vars(fields: &mut Fields, name: &str) -> Option<BTreeMap<String,
     let vars = fields.string_map(name)?;
     let bad = vars.keys().map(String::as_str).filter(|key| !is_variable(key));
     fields.refuse_items(name, bad, |key| format!("Invalid environment variable name: {key}"));
-    for (key, error) in vars.iter().filter_map(|(key, value)| Some((key, check_variable(key, value).err()?))) {
+    for (key, error) in
+        vars.iter().filter_map(|(key, value)| Some((key, check_variable(key, value).err()?)))
+    {
         fields.refuse(name, &format!("The variable {key} {error}"));
     }
-    if vars.iter().map(|(key, value)| key.len() + value.len() + 2).sum::<usize>() > VARIABLES_BYTES_MAX {
-        fields.refuse(name, &format!("The variables are too large: at most {VARIABLES_BYTES_MAX} bytes together"));
+    if vars.iter().map(|(key, value)| key.len() + value.len() + 2).sum::<usize>()
+        > VARIABLES_BYTES_MAX
+    {
+        fields.refuse(
+            name,
+            &format!("The variables are too large: at most {VARIABLES_BYTES_MAX} bytes together"),
+        );
     }
     Some(vars)
 }
@@ -152,7 +168,11 @@ fn read_networking(fields: &mut Fields) -> Option<Networking> {
             }
         };
         let hosts = networking.strings("allowed_hosts");
-        let bad = hosts.iter().flatten().map(String::as_str).filter(|host| HostPattern::parse(host).is_none());
+        let bad = hosts
+            .iter()
+            .flatten()
+            .map(String::as_str)
+            .filter(|host| HostPattern::parse(host).is_none());
         networking.refuse_items("allowed_hosts", bad, |host| format!("not a host name: {host:?}"));
         let allowed_hosts = match kind {
             NetworkingKind::Unrestricted => None,
@@ -165,12 +185,21 @@ fn read_networking(fields: &mut Fields) -> Option<Networking> {
 /// Create an environment
 #[utoipa::path(post, path = "/environments", tag = "environments", params(IdempotencyParams), request_body = CreateEnvironment,
     responses((status = 201, description = "The environment, at version 1", body = Environment), Conflict))]
-pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Environment>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    key: IdempotencyKey,
+    body: Body,
+) -> Result<Created<Environment>, ApiError> {
     let mut fields = body.fields()?;
     let environment = CreateEnvironment::read(&mut fields);
     fields.finish()?;
     let vars = environment.env_vars.unwrap_or_default();
-    let kept = if vars.is_empty() { None } else { Some(app.keep(&caller.user_id, Kind::EnvVars, &vars, None).await?) };
+    let kept = if vars.is_empty() {
+        None
+    } else {
+        Some(app.keep(&caller.user_id, Kind::EnvVars, &vars, None).await?)
+    };
     let request = CreateEnvironmentRequest {
         user_id: caller.user_id,
         name: environment.name,
@@ -186,7 +215,11 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     let reply = app.bus.call::<rpc::CreateEnvironment>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |reply| !reply.replayed).await;
     let reply = reply?;
-    Ok(Created { status: StatusCode::CREATED, body: reply.environment.unwrap_or_default().into(), replayed: reply.replayed })
+    Ok(Created {
+        status: StatusCode::CREATED,
+        body: reply.environment.unwrap_or_default().into(),
+        replayed: reply.replayed,
+    })
 }
 
 /// A change of an environment. What is absent or null stays as it is.
@@ -221,7 +254,12 @@ impl UpdateEnvironment {
 /// Change an environment
 #[utoipa::path(put, path = "/environments/{id}", tag = "environments", params(IdParams), request_body = UpdateEnvironment,
     responses((status = 200, description = "The environment; its version is raised if anything changed", body = Environment), Conflict))]
-pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Body) -> Result<Json<Environment>, ApiError> {
+pub async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+    body: Body,
+) -> Result<Json<Environment>, ApiError> {
     let mut fields = body.fields()?;
     let change = UpdateEnvironment::read(&mut fields);
     fields.finish()?;
@@ -233,7 +271,10 @@ pub async fn update(State(app): State<App>, caller: Caller, Id(id): Id, body: Bo
             let version;
             (kept, version) = keep_vars(&app, &caller, &id, change.version, &vars).await?;
             secrets_of_version = Some(version);
-            Some(EnvVars { names: vars.into_keys().collect(), secret_id: kept.as_ref().map(|kept| kept.id.clone()) })
+            Some(EnvVars {
+                names: vars.into_keys().collect(),
+                secret_id: kept.as_ref().map(|kept| kept.id.clone()),
+            })
         }
     };
     let request = UpdateEnvironmentRequest {
@@ -261,22 +302,33 @@ async fn keep_vars(
     version: i64,
     vars: &BTreeMap<String, String>,
 ) -> Result<(Option<Kept>, u32), ApiError> {
-    let request = GetEnvironmentRequest { user_id: caller.user_id.clone(), environment_id: id.to_owned() };
+    let request =
+        GetEnvironmentRequest { user_id: caller.user_id.clone(), environment_id: id.to_owned() };
     let current = match app.bus.call::<rpc::GetEnvironment>(&request, crate::RPC_DEADLINE).await {
         Ok(environment) => environment,
         // The scheduler says so itself, when it is the turn of that check.
         Err(Failure { code: ErrorCode::NotFound, .. }) => scheduler::Environment::default(),
         Err(failure) => return Err(failure.into()),
     };
-    let applies = i64::from(current.version) == version && current.archived_at_us.is_none() && !vars.is_empty();
-    let kept = if applies { Some(app.keep(&caller.user_id, Kind::EnvVars, vars, current.env_vars_secret_id).await?) } else { None };
+    let applies = i64::from(current.version) == version
+        && current.archived_at_us.is_none()
+        && !vars.is_empty();
+    let kept = if applies {
+        Some(app.keep(&caller.user_id, Kind::EnvVars, vars, current.env_vars_secret_id).await?)
+    } else {
+        None
+    };
     Ok((kept, current.version))
 }
 
 /// Get an environment
 #[utoipa::path(get, path = "/environments/{id}", tag = "environments", params(IdParams),
     responses((status = 200, description = "The environment, archived or not", body = Environment)))]
-pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Environment>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Environment>, ApiError> {
     let request = GetEnvironmentRequest { user_id: caller.user_id, environment_id: id };
     Ok(Json(app.call::<rpc::GetEnvironment>(&request).await?.into()))
 }
@@ -284,7 +336,11 @@ pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<J
 /// Archive an environment
 #[utoipa::path(post, path = "/environments/{id}/archive", tag = "environments", params(IdParams),
     responses((status = 200, description = "The environment, archived", body = Environment), Conflict))]
-pub async fn archive(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Environment>, ApiError> {
+pub async fn archive(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Environment>, ApiError> {
     let request = GetEnvironmentRequest { user_id: caller.user_id, environment_id: id };
     Ok(Json(app.call::<rpc::ArchiveEnvironment>(&request).await?.into()))
 }
@@ -292,7 +348,11 @@ pub async fn archive(State(app): State<App>, caller: Caller, Id(id): Id) -> Resu
 /// Delete an environment that no session uses
 #[utoipa::path(delete, path = "/environments/{id}/delete", tag = "environments", params(IdParams),
     responses((status = 200, description = "The environment was deleted", body = Detail), Conflict))]
-pub async fn delete(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Detail>, ApiError> {
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Detail>, ApiError> {
     let request = GetEnvironmentRequest { user_id: caller.user_id, environment_id: id };
     let Empty {} = app.call::<rpc::DeleteEnvironment>(&request).await?;
     Ok(Detail::new("Environment deleted"))
@@ -301,9 +361,16 @@ pub async fn delete(State(app): State<App>, caller: Caller, Id(id): Id) -> Resul
 /// List environments that are not archived, newest first
 #[utoipa::path(get, path = "/environments", tag = "environments", params(PageParams),
     responses((status = 200, description = "A page of environments", body = Listed<Environment>)))]
-pub async fn list(State(app): State<App>, caller: Caller, page: Page) -> Result<Json<Listed<Environment>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    page: Page,
+) -> Result<Json<Listed<Environment>>, ApiError> {
     let reply = app.call::<rpc::ListEnvironments>(&page.request(caller)).await?;
-    let cursor = |row: &scheduler::Environment| Cursor { position: row.created_at_us, id: row.environment_id.clone() };
+    let cursor = |row: &scheduler::Environment| Cursor {
+        position: row.created_at_us,
+        id: row.environment_id.clone(),
+    };
     Ok(listed(reply.environments, reply.has_more, cursor, Environment::from))
 }
 
@@ -317,6 +384,7 @@ pub async fn versions(
     page: Page,
 ) -> Result<Json<Listed<EnvironmentVersion>>, ApiError> {
     let reply = app.call::<rpc::ListEnvironmentVersions>(&page.request_parts(caller, id)).await?;
-    let cursor = |row: &scheduler::Environment| Cursor { position: row.version.into(), id: String::new() };
+    let cursor =
+        |row: &scheduler::Environment| Cursor { position: row.version.into(), id: String::new() };
     Ok(listed(reply.environments, reply.has_more, cursor, EnvironmentVersion::from))
 }

@@ -1,4 +1,5 @@
-//! Where a failure becomes an HTTP answer: the one place that knows statuses and the public error body (docs/api.md §1).
+//! Where a failure becomes an HTTP answer: the one place that knows statuses and the public error
+//! body (docs/api.md §1).
 
 use axum::{
     http::{HeaderValue, StatusCode, header},
@@ -39,7 +40,14 @@ impl ApiError {
     }
 
     fn of(status: StatusCode, detail: Value) -> Self {
-        Self { status, detail, numbers: Box::default(), retry_after_seconds: None, reason: None, may_have_happened: false }
+        Self {
+            status,
+            detail,
+            numbers: Box::default(),
+            retry_after_seconds: None,
+            reason: None,
+            may_have_happened: false,
+        }
     }
 
     pub fn fields(errors: Vec<FieldError>) -> Self {
@@ -56,7 +64,10 @@ impl ApiError {
     }
 
     pub fn try_later(detail: &str, later: TryLater) -> Self {
-        Self { retry_after_seconds: Some(later.seconds), ..Self::new(StatusCode::TOO_MANY_REQUESTS, detail) }
+        Self {
+            retry_after_seconds: Some(later.seconds),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, detail)
+        }
     }
 
     /// Names the reason by a fixed word.
@@ -78,14 +89,21 @@ impl From<Failure> for ApiError {
             ErrorCode::NotFound => (StatusCode::NOT_FOUND, None),
             ErrorCode::Conflict => (StatusCode::CONFLICT, None),
             ErrorCode::ResourceExhausted => (StatusCode::TOO_MANY_REQUESTS, Some(5)),
-            ErrorCode::Unavailable | ErrorCode::DeadlineExceeded => (StatusCode::SERVICE_UNAVAILABLE, Some(1)),
+            ErrorCode::Unavailable | ErrorCode::DeadlineExceeded => {
+                (StatusCode::SERVICE_UNAVAILABLE, Some(1))
+            }
             ErrorCode::Internal => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
         if let (ErrorCode::Unprocessable, Some(field)) = (failure.code, failure.field) {
-            return Self::fields(vec![FieldError::value(&field.name, &failure.message, field.input.into())]);
+            return Self::fields(vec![FieldError::value(
+                &field.name,
+                &failure.message,
+                field.input.into(),
+            )]);
         }
         let numbers = failure.numbers.into_iter().collect();
-        let may_have_happened = matches!(failure.code, ErrorCode::DeadlineExceeded | ErrorCode::Internal);
+        let may_have_happened =
+            matches!(failure.code, ErrorCode::DeadlineExceeded | ErrorCode::Internal);
         Self {
             status,
             detail: failure.message.into(),
@@ -107,7 +125,9 @@ impl IntoResponse for ApiError {
         }
         let mut response = (self.status, axum::Json(Value::Object(body))).into_response();
         if self.status == StatusCode::UNAUTHORIZED {
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            response
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));

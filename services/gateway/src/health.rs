@@ -45,7 +45,9 @@ const OK: &str = "ok";
 
 impl Checks {
     fn are_ok(self) -> bool {
-        [self.nats, self.auth, self.scheduler, self.credential_vault].into_iter().all(|check| check == OK)
+        [self.nats, self.auth, self.scheduler, self.credential_vault]
+            .into_iter()
+            .all(|check| check == OK)
     }
 }
 
@@ -56,7 +58,11 @@ impl Checks {
     responses((status = 200, description = "All dependencies are healthy", body = Health), (status = 503, description = "At least one dependency is not", body = Health)))]
 pub async fn health(State(app): State<App>) -> (StatusCode, Json<Health>) {
     let checks = app.health.0.get_with((), check(&app)).await;
-    let (status, word) = if checks.are_ok() { (StatusCode::OK, OK) } else { (StatusCode::SERVICE_UNAVAILABLE, "unhealthy") };
+    let (status, word) = if checks.are_ok() {
+        (StatusCode::OK, OK)
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "unhealthy")
+    };
     (status, Json(Health { status: word, checks }))
 }
 
@@ -89,6 +95,8 @@ pub async fn livez() -> &'static str {
 pub async fn readyz(State(app): State<App>) -> (StatusCode, String) {
     match app.lifecycle.unready() {
         reasons if reasons.is_empty() => (StatusCode::OK, "ok\n".to_owned()),
-        reasons => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", reasons.join(", "))),
+        reasons => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", reasons.join(", ")))
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! `Idempotency-Key`: a request that creates takes effect once, however often it is sent (docs/api.md §1).
+//! `Idempotency-Key`: a request that creates takes effect once, however often it is sent
+//! (docs/api.md §1).
 
 use axum::{
     Json,
@@ -34,10 +35,17 @@ impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         let Some(value) = parts.headers.get("idempotency-key") else { return Ok(Self(None)) };
-        let printable =
-            |text: &&str| (1..=IDEMPOTENCY_KEY_CHARS_MAX).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_graphic() || c == b' ');
+        let printable = |text: &&str| {
+            (1..=IDEMPOTENCY_KEY_CHARS_MAX).contains(&text.len())
+                && text.bytes().all(|c| c.is_ascii_graphic() || c == b' ')
+        };
         let key = value.to_str().ok().filter(printable);
-        let bad = || ApiError::new(StatusCode::BAD_REQUEST, "Idempotency-Key must be 1 to 255 printable ASCII characters");
+        let bad = || {
+            ApiError::new(
+                StatusCode::BAD_REQUEST,
+                "Idempotency-Key must be 1 to 255 printable ASCII characters",
+            )
+        };
         Ok(Self(Some(key.ok_or_else(bad)?.to_owned())))
     }
 }
@@ -47,9 +55,14 @@ impl IdempotencyKey {
         self.0.map(|key| Once { key, body_hash: body.sha256(), is_of_one_request: false })
     }
 
-    /// As [`Self::once`]; without a key of the client's, under one that makes this request's own attempts one.
+    /// As [`Self::once`]; without a key of the client's, under one that makes this request's own
+    /// attempts one.
     pub fn once_or_own(self, body: &Body) -> Once {
-        let own = || Once { key: Uuid::now_v7().to_string(), body_hash: Vec::new(), is_of_one_request: true };
+        let own = || Once {
+            key: Uuid::now_v7().to_string(),
+            body_hash: Vec::new(),
+            is_of_one_request: true,
+        };
         self.once(body).unwrap_or_else(own)
     }
 }

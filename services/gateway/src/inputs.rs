@@ -1,4 +1,5 @@
-//! What users send to a session while its turn runs: queued messages, interrupts, and answers to permission requests (docs/api.md §6).
+//! What users send to a session while its turn runs: queued messages, interrupts, and answers to
+//! permission requests (docs/api.md §6).
 
 use axum::{
     Json,
@@ -7,7 +8,10 @@ use axum::{
 };
 use contract::{
     rpc,
-    scheduler::{self, ChangeInputRequest, Cursor, DecideRequest, InterruptRequest, ListPermissionRequestsRequest, WithdrawInputRequest},
+    scheduler::{
+        self, ChangeInputRequest, Cursor, DecideRequest, InterruptRequest,
+        ListPermissionRequestsRequest, WithdrawInputRequest,
+    },
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -91,9 +95,17 @@ impl From<scheduler::Input> for Input {
 /// Messages that were queued or joined a turn, interrupts, and answers to permission requests.
 #[utoipa::path(get, path = "/sessions/{id}/inputs", tag = "sessions", params(IdParams, PageParams),
     responses((status = 200, description = "A page of inputs", body = Listed<Input>)))]
-pub async fn list_inputs(State(app): State<App>, caller: Caller, Id(id): Id, page: Page) -> Result<Json<Listed<Input>>, ApiError> {
+pub async fn list_inputs(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+    page: Page,
+) -> Result<Json<Listed<Input>>, ApiError> {
     let reply = app.call::<rpc::ListInputs>(&page.request_parts(caller, id)).await?;
-    let cursor = |input: &scheduler::Input| Cursor { position: input.created_at_us, id: input.input_id.clone() };
+    let cursor = |input: &scheduler::Input| Cursor {
+        position: input.created_at_us,
+        id: input.input_id.clone(),
+    };
     Ok(listed(reply.inputs, reply.has_more, cursor, Input::from))
 }
 
@@ -127,30 +139,45 @@ impl ChangeInput {
 /// Change the text of a queued message
 #[utoipa::path(patch, path = "/sessions/{id}/inputs/{input}", tag = "sessions", params(InputParams), request_body = ChangeInput,
     responses((status = 200, description = "The message, changed", body = Input), Conflict))]
-pub async fn change_input(State(app): State<App>, caller: Caller, Part(id, input): Part, body: Body) -> Result<Json<Input>, ApiError> {
+pub async fn change_input(
+    State(app): State<App>,
+    caller: Caller,
+    Part(id, input): Part,
+    body: Body,
+) -> Result<Json<Input>, ApiError> {
     let mut fields = body.fields()?;
     let ChangeInput { text } = ChangeInput::read(&mut fields);
     fields.finish()?;
-    let request = ChangeInputRequest { user_id: caller.user_id, session_id: id, input_id: input, text };
+    let request =
+        ChangeInputRequest { user_id: caller.user_id, session_id: id, input_id: input, text };
     Ok(Json(app.call::<rpc::ChangeInput>(&request).await?.into()))
 }
 
 /// Withdraw a queued message
 #[utoipa::path(delete, path = "/sessions/{id}/inputs/{input}", tag = "sessions", params(InputParams),
     responses((status = 200, description = "The message, withdrawn", body = Input), Conflict))]
-pub async fn withdraw_input(State(app): State<App>, caller: Caller, Part(id, input): Part) -> Result<Json<Input>, ApiError> {
+pub async fn withdraw_input(
+    State(app): State<App>,
+    caller: Caller,
+    Part(id, input): Part,
+) -> Result<Json<Input>, ApiError> {
     let request = WithdrawInputRequest { user_id: caller.user_id, session_id: id, input_id: input };
     Ok(Json(app.call::<rpc::WithdrawInput>(&request).await?.into()))
 }
 
 /// Interrupt the running turn
 ///
-/// The agent stops what it does, the turn ends with exit code 0, and the session continues. Asking again while an interrupt is under way
-/// changes nothing.
+/// The agent stops what it does, the turn ends with exit code 0, and the session continues. Asking
+/// again while an interrupt is under way changes nothing.
 #[utoipa::path(post, path = "/sessions/{id}/interrupt", tag = "sessions", params(IdParams),
     responses((status = 202, description = "The turn will be interrupted", body = Input), Conflict))]
-pub async fn interrupt(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<(StatusCode, Json<Input>), ApiError> {
-    let request = InterruptRequest { user_id: caller.user_id, session_id: id, key_id: caller.key_id };
+pub async fn interrupt(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<(StatusCode, Json<Input>), ApiError> {
+    let request =
+        InterruptRequest { user_id: caller.user_id, session_id: id, key_id: caller.key_id };
     Ok((StatusCode::ACCEPTED, Json(app.call::<rpc::Interrupt>(&request).await?.into())))
 }
 
@@ -185,7 +212,8 @@ impl From<scheduler::PermissionRequest> for PermissionRequest {
             turn: request.turn,
             tool: request.tool,
             // CLIs' own JSON; what is not is shown as text.
-            input: serde_json::from_str(&request.input_json).unwrap_or(Value::String(request.input_json)),
+            input: serde_json::from_str(&request.input_json)
+                .unwrap_or(Value::String(request.input_json)),
             diff: filled(request.diff),
             reason: filled(request.reason),
             status: request.status,
@@ -209,7 +237,10 @@ impl<S: Send + Sync> FromRequestParts<S> for RequestFilter {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let filter: Self = read_query(parts, state).await?;
-        check_status(filter.status.as_deref(), RequestStatus::ALL.iter().map(|status| status.as_str()))?;
+        check_status(
+            filter.status.as_deref(),
+            RequestStatus::ALL.iter().map(|status| status.as_str()),
+        )?;
         Ok(filter)
     }
 }
@@ -225,9 +256,18 @@ pub async fn list_requests(
     filter: RequestFilter,
 ) -> Result<Json<Listed<PermissionRequest>>, ApiError> {
     let Page { limit, after } = page;
-    let request = ListPermissionRequestsRequest { user_id: caller.user_id, session_id: id, status: filter.status, limit, after };
+    let request = ListPermissionRequestsRequest {
+        user_id: caller.user_id,
+        session_id: id,
+        status: filter.status,
+        limit,
+        after,
+    };
     let reply = app.call::<rpc::ListPermissionRequests>(&request).await?;
-    let cursor = |row: &scheduler::PermissionRequest| Cursor { position: row.request_id.cast_signed(), id: String::new() };
+    let cursor = |row: &scheduler::PermissionRequest| Cursor {
+        position: row.request_id.cast_signed(),
+        id: String::new(),
+    };
     Ok(listed(reply.requests, reply.has_more, cursor, PermissionRequest::from))
 }
 

@@ -77,7 +77,11 @@ pub struct CreateKey {
 /// Needs an API key in the `Authorization` header: a browser's sign-in is not enough.
 #[utoipa::path(post, path = "/api-keys", tag = "api-keys", request_body = CreateKey,
     responses((status = 201, description = "The key; its value is shown only in this response", body = NewKey)))]
-pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Result<(StatusCode, Json<NewKey>), ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    body: Body,
+) -> Result<(StatusCode, Json<NewKey>), ApiError> {
     // A key would outlive the cookie.
     if caller.is_browser {
         let detail = "Signing in does not allow creating API keys: send an API key in the Authorization header";
@@ -85,14 +89,15 @@ pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Resul
     }
     let mut fields = body.fields()?;
     let name = fields.string("name", 100);
-    let expires_at = match fields.optional_string("expires_at", 64).map(|text| text.parse::<Timestamp>()) {
-        None => None,
-        Some(Ok(time)) => Some(time),
-        Some(Err(error)) => {
-            fields.refuse("expires_at", &error.to_string());
-            None
-        }
-    };
+    let expires_at =
+        match fields.optional_string("expires_at", 64).map(|text| text.parse::<Timestamp>()) {
+            None => None,
+            Some(Ok(time)) => Some(time),
+            Some(Err(error)) => {
+                fields.refuse("expires_at", &error.to_string());
+                None
+            }
+        };
     fields.finish()?;
     let key = ApiKey::generate().map_err(Failure::internal)?;
     let request = CreateKeyRequest {
@@ -110,9 +115,19 @@ pub async fn create(State(app): State<App>, caller: Caller, body: Body) -> Resul
 /// List API keys, newest first
 #[utoipa::path(get, path = "/api-keys", tag = "api-keys", params(PageParams),
     responses((status = 200, description = "A page of keys", body = Listed<Key>)))]
-pub async fn list(State(app): State<App>, caller: Caller, page: Page) -> Result<Json<Listed<Key>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    page: Page,
+) -> Result<Json<Listed<Key>>, ApiError> {
     let after_key_id = page.after.map(|cursor| cursor.id);
-    let reply = app.call::<rpc::ListKeys>(&ListKeysRequest { user_id: caller.user_id, limit: page.limit, after_key_id }).await?;
+    let reply = app
+        .call::<rpc::ListKeys>(&ListKeysRequest {
+            user_id: caller.user_id,
+            limit: page.limit,
+            after_key_id,
+        })
+        .await?;
     let cursor = |key: &auth::Key| Cursor { position: key.created_at_us, id: key.key_id.clone() };
     Ok(listed(reply.keys, reply.has_more, cursor, Key::from))
 }
@@ -120,7 +135,12 @@ pub async fn list(State(app): State<App>, caller: Caller, page: Page) -> Result<
 /// Deactivate an API key
 #[utoipa::path(delete, path = "/api-keys/{id}", tag = "api-keys", params(IdParams),
     responses((status = 200, description = "API key deactivated", body = Detail)))]
-pub async fn deactivate(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Detail>, ApiError> {
-    app.call::<rpc::DeactivateKey>(&DeactivateKeyRequest { user_id: caller.user_id, key_id: id }).await?;
+pub async fn deactivate(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Detail>, ApiError> {
+    app.call::<rpc::DeactivateKey>(&DeactivateKeyRequest { user_id: caller.user_id, key_id: id })
+        .await?;
     Ok(Detail::new("API key deactivated"))
 }

@@ -1,7 +1,9 @@
-//! Serves HTTP and server-sent events to clients. Stores nothing, so any number of replicas serve the same clients.
+//! Serves HTTP and server-sent events to clients. Stores nothing, so any number of replicas serve
+//! the same clients.
 //!
-//! [`router`] is every public route on one page; a file per resource holds its handlers; [`body`] validates requests, with the errors of
-//! docs/api.md; [`error`] is the one place where a failure becomes a status; [`stream`] follows sessions.
+//! [`router`] is every public route on one page; a file per resource holds its handlers; [`body`]
+//! validates requests, with the errors of docs/api.md; [`error`] is the one place where a failure
+//! becomes a status; [`stream`] follows sessions.
 
 mod agents;
 mod auth;
@@ -78,7 +80,12 @@ pub struct ApiConfig {
 
 impl Config {
     pub fn from_env(env: &mut Env) -> Self {
-        let list = |text: String| text.split(',').map(|item| item.trim().to_owned()).filter(|item| !item.is_empty()).collect();
+        let list = |text: String| {
+            text.split(',')
+                .map(|item| item.trim().to_owned())
+                .filter(|item| !item.is_empty())
+                .collect()
+        };
         let config = Self {
             bus: bus::Config::from_env(env, &access::GATEWAY),
             vault_keys: AcceptedKeys::from_env(env),
@@ -136,7 +143,9 @@ impl Config {
         };
         if env.is_production() {
             if config.api.allowed_hosts.iter().any(|host| host == "*") {
-                env.refuse("ALLOWED_HOSTS must name the hosts that are answered (AOD_ENV=production)");
+                env.refuse(
+                    "ALLOWED_HOSTS must name the hosts that are answered (AOD_ENV=production)",
+                );
             }
             if config.api.shell_runtime {
                 env.refuse("ENABLE_SHELL_RUNTIME must be off (AOD_ENV=production)");
@@ -178,12 +187,20 @@ struct App {
 const RPC_DEADLINE: Duration = Duration::from_secs(10);
 
 impl App {
-    async fn call<R: contract::rpc::Rpc>(&self, request: &R::Request) -> Result<R::Reply, error::ApiError> {
+    async fn call<R: contract::rpc::Rpc>(
+        &self,
+        request: &R::Request,
+    ) -> Result<R::Reply, error::ApiError> {
         Ok(self.bus.call::<R>(request, RPC_DEADLINE).await?)
     }
 
     /// Seals a secret for its way to the vault.
-    async fn seal(&self, user_id: &str, kind: &str, value: &[u8]) -> Result<contract::vault::SealedValue, error::ApiError> {
+    async fn seal(
+        &self,
+        user_id: &str,
+        kind: &str,
+        value: &[u8],
+    ) -> Result<contract::vault::SealedValue, error::ApiError> {
         Ok(self.bus.seal_for_vault(&self.vault_keys, user_id, kind, value, RPC_DEADLINE).await?)
     }
 
@@ -201,9 +218,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
-    let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on AOD_LISTEN_ADDR {}", config.addr))?;
+    let listener = TcpListener::bind(config.addr)
+        .await
+        .with_context(|| format!("cannot listen on AOD_LISTEN_ADDR {}", config.addr))?;
     tracing::info!(addr = %config.addr, "listening");
-    let shutdown = server::Shutdown { lifecycle: lifecycle.clone(), drain: config.drain, closing: CancellationToken::new() };
+    let shutdown = server::Shutdown {
+        lifecycle: lifecycle.clone(),
+        drain: config.drain,
+        closing: CancellationToken::new(),
+    };
     let app = App {
         keys: KeyCache::new(),
         limits: RateLimits::new(&config.api.limits),
@@ -217,7 +240,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         lifecycle: lifecycle.clone(),
         shutdown: shutdown.clone(),
     };
-    let limits = server::HttpLimits { connections: app.config.connections, write_timeout: app.config.slow_reader };
+    let limits = server::HttpLimits {
+        connections: app.config.connections,
+        write_timeout: app.config.slow_reader,
+    };
     lifecycle.spawn("limits", app.limits.clone().tidy(lifecycle.stop_token()));
     lifecycle.spawn("http", server::serve(listener, router::router(app), limits, shutdown));
     Ok(())

@@ -20,7 +20,8 @@ use types::KeyHash;
 const FAILURES_COUNTED: Duration = Duration::from_secs(60);
 const ADDRESSES_MAX: u64 = 100_000;
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
-/// The number of proxies that append to this header is configured; earlier entries come from the client and are not trusted.
+/// The number of proxies that append to this header is configured; earlier entries come from the
+/// client and are not trusted.
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
 #[derive(Debug)]
@@ -29,7 +30,8 @@ pub struct Settings {
     pub failures_per_minute: Option<NonZeroU32>,
     /// Requests of one key per second, on each gateway; none: no limit.
     pub requests_per_second: Option<NonZeroU32>,
-    /// Proxies in front of the gateway that append the address of their client to `X-Forwarded-For`.
+    /// Proxies in front of the gateway that append the address of their client to
+    /// `X-Forwarded-For`.
     pub trusted_proxies: usize,
 }
 
@@ -53,28 +55,41 @@ impl RateLimits {
     pub fn new(settings: &Settings) -> Self {
         Self(Arc::new(Shared {
             failures_max: settings.failures_per_minute,
-            failures: Cache::builder().max_capacity(ADDRESSES_MAX).time_to_live(FAILURES_COUNTED).build(),
+            failures: Cache::builder()
+                .max_capacity(ADDRESSES_MAX)
+                .time_to_live(FAILURES_COUNTED)
+                .build(),
             // A burst of two seconds' worth.
             requests: settings.requests_per_second.map(|rate| {
-                RateLimiter::keyed(Quota::per_second(rate).allow_burst(rate.saturating_mul(NonZeroU32::MIN.saturating_add(1))))
+                RateLimiter::keyed(
+                    Quota::per_second(rate)
+                        .allow_burst(rate.saturating_mul(NonZeroU32::MIN.saturating_add(1))),
+                )
             }),
             trusted_proxies: settings.trusted_proxies,
         }))
     }
 
-    /// Who asks: the address that failures are counted by. Of IPv6 the network, for its holder has all of its addresses.
+    /// Who asks: the address that failures are counted by. Of IPv6 the network, for its holder has
+    /// all of its addresses.
     pub fn client(&self, parts: &Parts) -> IpAddr {
-        let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0.ip());
+        let peer = parts
+            .extensions
+            .get::<ConnectInfo<SocketAddr>>()
+            .map_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED), |peer| peer.0.ip());
         let forwarded = self.0.trusted_proxies.checked_sub(1).and_then(|behind| {
-            let lists = parts.headers.get_all(FORWARDED_FOR).iter().filter_map(|value| value.to_str().ok());
-            let mut hops: Vec<&str> = lists.flat_map(|list| list.split(',')).map(str::trim).collect();
+            let lists =
+                parts.headers.get_all(FORWARDED_FOR).iter().filter_map(|value| value.to_str().ok());
+            let mut hops: Vec<&str> =
+                lists.flat_map(|list| list.split(',')).map(str::trim).collect();
             hops.reverse();
             hops.get(behind)?.parse().ok()
         });
         network(forwarded.unwrap_or(peer))
     }
 
-    /// Counts a failed authentication. A valid key is never refused: it cannot be guessed, and others may share the address.
+    /// Counts a failed authentication. A valid key is never refused: it cannot be guessed, and
+    /// others may share the address.
     ///
     /// # Errors
     /// [`TryLater`] where the address failed too often.
@@ -82,7 +97,11 @@ impl RateLimits {
         metrics::counter!("aod_auth_failures_total").increment(1);
         let Some(max) = self.0.failures_max else { return Ok(()) };
         let before = self.0.failures.get_with(client, Arc::default).fetch_add(1, Ordering::Relaxed);
-        if before < max.get() { Ok(()) } else { Err(TryLater { seconds: FAILURES_COUNTED.as_secs() as u32 }) }
+        if before < max.get() {
+            Ok(())
+        } else {
+            Err(TryLater { seconds: FAILURES_COUNTED.as_secs() as u32 })
+        }
     }
 
     /// Counts a request of a key that works.
@@ -90,7 +109,9 @@ impl RateLimits {
         let Some(requests) = &self.0.requests else { return Ok(()) };
         requests.check_key(&key).map_err(|refused| {
             let wait = refused.wait_time_from(requests.clock().now());
-            TryLater { seconds: u32::try_from(wait.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1) }
+            TryLater {
+                seconds: u32::try_from(wait.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1),
+            }
         })
     }
 
@@ -120,7 +141,11 @@ mod tests {
 
     fn limits(trusted_proxies: usize) -> RateLimits {
         let number = NonZeroU32::new(3);
-        RateLimits::new(&Settings { failures_per_minute: number, requests_per_second: number, trusted_proxies })
+        RateLimits::new(&Settings {
+            failures_per_minute: number,
+            requests_per_second: number,
+            trusted_proxies,
+        })
     }
 
     fn client(limits: &RateLimits, peer: &str, forwarded: &[&str]) -> String {
@@ -146,7 +171,8 @@ mod tests {
     #[test]
     fn only_an_address_that_fails_too_often_is_limited() {
         let limits = limits(0);
-        let (bad, good): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        let (bad, good): (IpAddr, IpAddr) =
+            ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
         for _ in 0..3 {
             limits.note_failure(bad).unwrap();
         }
@@ -157,7 +183,8 @@ mod tests {
     #[test]
     fn a_key_has_its_burst_and_then_its_rate() {
         let limits = limits(0);
-        let (one, other) = (types::ApiKey::generate().unwrap().hash(), types::ApiKey::generate().unwrap().hash());
+        let (one, other) =
+            (types::ApiKey::generate().unwrap().hash(), types::ApiKey::generate().unwrap().hash());
         for _ in 0..6 {
             limits.check_rate(one).unwrap();
         }

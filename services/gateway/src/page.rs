@@ -38,16 +38,24 @@ pub fn bad_query(text: &str) -> ApiError {
 ///
 /// # Errors
 /// 400 for a query that cannot be read.
-pub async fn read_query<T: DeserializeOwned + 'static>(parts: &mut Parts, state: &(impl Send + Sync)) -> Result<T, ApiError> {
+pub async fn read_query<T: DeserializeOwned + 'static>(
+    parts: &mut Parts,
+    state: &(impl Send + Sync),
+) -> Result<T, ApiError> {
     let params = Query::<T>::from_request_parts(parts, state).await;
     params.map(|Query(params)| params).map_err(|_| bad_query("Malformed query"))
 }
 
 /// # Errors
 /// 400 for an unknown status.
-pub fn check_status(status: Option<&str>, known: impl Iterator<Item = &'static str> + Clone) -> Result<(), ApiError> {
+pub fn check_status(
+    status: Option<&str>,
+    known: impl Iterator<Item = &'static str> + Clone,
+) -> Result<(), ApiError> {
     match status {
-        Some(status) if !known.clone().any(|name| name == status) => Err(bad_query(&format!("status must be one of: {}", quoted(known)))),
+        Some(status) if !known.clone().any(|name| name == status) => {
+            Err(bad_query(&format!("status must be one of: {}", quoted(known))))
+        }
         _ => Ok(()),
     }
 }
@@ -57,20 +65,30 @@ impl<S: Send + Sync> FromRequestParts<S> for Page {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let params: PageParams = read_query(parts, state).await?;
-        let limit = params.limit.map(|text| text.parse::<u32>().ok().filter(|limit| (1..=PAGE_MAX).contains(limit)));
+        let limit = params
+            .limit
+            .map(|text| text.parse::<u32>().ok().filter(|limit| (1..=PAGE_MAX).contains(limit)));
         let limit = match limit {
             None => PAGE_MAX,
             Some(Some(limit)) => limit,
             Some(None) => return Err(bad_query("limit must be an integer from 1 to 1000")),
         };
-        let after = params.cursor.map(|text| decode(&text).ok_or_else(|| bad_query("Invalid cursor"))).transpose()?;
+        let after = params
+            .cursor
+            .map(|text| decode(&text).ok_or_else(|| bad_query("Invalid cursor")))
+            .transpose()?;
         Ok(Self { limit, after })
     }
 }
 
 impl Page {
     pub fn request(self, caller: Caller) -> ListRequest {
-        ListRequest { user_id: caller.user_id, limit: self.limit, after: self.after, ..ListRequest::default() }
+        ListRequest {
+            user_id: caller.user_id,
+            limit: self.limit,
+            after: self.after,
+            ..ListRequest::default()
+        }
     }
 
     /// Of the versions of an agent or an environment, or the turns of a session.
@@ -90,7 +108,12 @@ pub struct Listed<T> {
 }
 
 /// Describes a page's rows; the next page begins after the last one.
-pub fn listed<R, T>(rows: Vec<R>, has_more: bool, cursor: impl Fn(&R) -> Cursor, describe: impl Fn(R) -> T) -> axum::Json<Listed<T>> {
+pub fn listed<R, T>(
+    rows: Vec<R>,
+    has_more: bool,
+    cursor: impl Fn(&R) -> Cursor,
+    describe: impl Fn(R) -> T,
+) -> axum::Json<Listed<T>> {
     let next_cursor = rows.last().filter(|_| has_more).map(|row| encode(&cursor(row)));
     axum::Json(Listed { data: rows.into_iter().map(describe).collect(), has_more, next_cursor })
 }

@@ -8,7 +8,8 @@ use utoipa::IntoParams;
 
 use crate::error::ApiError;
 
-/// The `{id}` of a path, or another word there. Whether anything has that name is for its owner to say.
+/// The `{id}` of a path, or another word there. Whether anything has that name is for its owner to
+/// say.
 #[derive(Debug)]
 pub struct Id(pub String);
 
@@ -20,8 +21,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Part {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let Path((id, part)) =
-            Path::from_request_parts(parts, state).await.map_err(|_| ApiError::new(StatusCode::NOT_FOUND, "Not found"))?;
+        let Path((id, part)) = Path::from_request_parts(parts, state)
+            .await
+            .map_err(|_| ApiError::new(StatusCode::NOT_FOUND, "Not found"))?;
         Ok(Self(id, part))
     }
 }
@@ -40,7 +42,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         // Not even text.
-        let Path(id) = Path::from_request_parts(parts, state).await.map_err(|_| ApiError::new(StatusCode::NOT_FOUND, "Not found"))?;
+        let Path(id) = Path::from_request_parts(parts, state)
+            .await
+            .map_err(|_| ApiError::new(StatusCode::NOT_FOUND, "Not found"))?;
         Ok(Self(id))
     }
 }

@@ -20,13 +20,14 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::{
-    App, agents, budgets, console, credentials, environments, error::ApiError, health, idempotency, inputs, keys, openapi, server,
-    sessions, stream, v1,
+    App, agents, budgets, console, credentials, environments, error::ApiError, health, idempotency,
+    inputs, keys, openapi, server, sessions, stream, v1,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Every route, and the document that describes them. A route is registered by its description: they cannot part ways.
+/// Every route, and the document that describes them. A route is registered by its description:
+/// they cannot part ways.
 pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
     let (router, document) = OpenApiRouter::with_openapi(openapi::Base::openapi())
         .routes(routes!(agents::list, agents::create))
@@ -86,7 +87,11 @@ pub fn routes() -> (Router<App>, utoipa::openapi::OpenApi) {
         .routes(routes!(v1::vaults::get, v1::vaults::update, v1::vaults::delete))
         .routes(routes!(v1::vaults::archive))
         .routes(routes!(v1::vault_credentials::list, v1::vault_credentials::create))
-        .routes(routes!(v1::vault_credentials::get, v1::vault_credentials::update, v1::vault_credentials::delete))
+        .routes(routes!(
+            v1::vault_credentials::get,
+            v1::vault_credentials::update,
+            v1::vault_credentials::delete
+        ))
         .routes(routes!(v1::vault_credentials::archive))
         .split_for_parts();
     (router, openapi::complete(document))
@@ -99,9 +104,12 @@ pub fn router(app: App) -> Router {
         // The page that shows the document, with all that it needs.
         .merge(SwaggerUi::new("/docs").url("/openapi.json", document))
         .merge(console::routes())
-        .method_not_allowed_fallback(|| async { ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed") })
+        .method_not_allowed_fallback(|| async {
+            ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "Method not allowed")
+        })
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "Not found") })
-        // Outermost last: origins, panics, hosts, the errors of /v1, then request id and trace, then what browsers may do.
+        // Outermost last: origins, panics, hosts, the errors of /v1, then request id and trace,
+        // then what browsers may do.
         .layer(cors)
         .layer(CatchPanicLayer::custom(|_: Box<dyn std::any::Any + Send>| {
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "Internal error").into_response()
@@ -123,16 +131,30 @@ fn cors(origins: &[String]) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(allow)
         .allow_methods([Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
-        // Whatever an SDK adds. No header carries a right by itself: cookies are not sent, for credentials are not allowed.
+        // Whatever an SDK adds. No header carries a right by itself: cookies are not sent, for
+        // credentials are not allowed.
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([REQUEST_ID, v1::error::REQUEST_ID, v1::error::SHOULD_RETRY, header::RETRY_AFTER, idempotency::REPLAYED])
+        .expose_headers([
+            REQUEST_ID,
+            v1::error::REQUEST_ID,
+            v1::error::SHOULD_RETRY,
+            header::RETRY_AFTER,
+            idempotency::REPLAYED,
+        ])
         .max_age(std::time::Duration::from_secs(86_400))
 }
 
 /// Gives every request a trace, whose id is the request's, and every response its id.
 async fn observe(request: Request, next: Next) -> Response {
-    let parent = request.headers().get(contract::header::TRACEPARENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let route = request.extensions().get::<MatchedPath>().map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
+    let parent = request
+        .headers()
+        .get(contract::header::TRACEPARENT)
+        .and_then(|value| value.to_str().ok())
+        .map(str::to_owned);
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
     let (method, begun) = (request.method().clone(), Instant::now());
     let span = tracing::info_span!(
         "request",
@@ -152,7 +174,8 @@ async fn observe(request: Request, next: Next) -> Response {
     let status = response.status().as_u16();
     metrics::counter!("aod_http_requests_total", "route" => route.clone(), "method" => method_label(&method), "status" => status.to_string())
         .increment(1);
-    metrics::histogram!("aod_http_request_seconds", "route" => route.clone()).record(begun.elapsed());
+    metrics::histogram!("aod_http_request_seconds", "route" => route.clone())
+        .record(begun.elapsed());
     span.record("http.response.status_code", status);
     span.in_scope(|| tracing::debug!("answered"));
     response
@@ -176,7 +199,8 @@ fn method_label(method: &Method) -> &'static str {
 const PROBES: [&str; 2] = ["/livez", "/readyz"];
 
 async fn check_host(State(app): State<App>, request: Request, next: Next) -> Response {
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let host =
+        request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let allowed = app.config.allowed_hosts.iter().any(|allowed| is_host(allowed, host));
     if allowed || PROBES.contains(&request.uri().path()) {
         next.run(request).await
@@ -187,12 +211,16 @@ async fn check_host(State(app): State<App>, request: Request, next: Next) -> Res
 
 /// Whether a `Host` header, with its port or without, is meant by an entry of `ALLOWED_HOSTS`.
 fn is_host(allowed: &str, host: &str) -> bool {
-    let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
+    let has_port = host
+        .rsplit_once(':')
+        .is_some_and(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
     let name = if has_port { host.rsplit_once(':').map_or(host, |(name, _)| name) } else { host };
     let name = name.to_ascii_lowercase();
     match (allowed, allowed.to_ascii_lowercase()) {
         ("*", _) => true,
-        (_, domain) if domain.starts_with('.') => name.ends_with(&domain) || domain.strip_prefix('.') == Some(&name),
+        (_, domain) if domain.starts_with('.') => {
+            name.ends_with(&domain) || domain.strip_prefix('.') == Some(&name)
+        }
         (_, exact) => name == exact,
     }
 }

@@ -1,4 +1,5 @@
-//! Sends secrets to the vault: seals them to its public key as they arrive, and keeps only a reference.
+//! Sends secrets to the vault: seals them to its public key as they arrive, and keeps only a
+//! reference.
 
 use bus::Failure;
 use contract::{
@@ -44,8 +45,15 @@ pub struct Kept {
 }
 
 impl App {
-    /// Keeps a document. One that follows another keeps that one's values where it says `***`, and its id where it is equal.
-    pub async fn keep(&self, user_id: &str, kind: Kind, value: &impl Serialize, base: Option<String>) -> Result<Kept, ApiError> {
+    /// Keeps a document. One that follows another keeps that one's values where it says `***`, and
+    /// its id where it is equal.
+    pub async fn keep(
+        &self,
+        user_id: &str,
+        kind: Kind,
+        value: &impl Serialize,
+        base: Option<String>,
+    ) -> Result<Kept, ApiError> {
         let value = Zeroizing::new(serde_json::to_vec(value).map_err(Failure::internal)?);
         let sealed = Some(self.seal(user_id, kind.as_str(), &value).await?);
         let keep_redacted = matches!(kind, Kind::McpServers);
@@ -63,22 +71,43 @@ impl App {
     }
 
     /// Gives a document under an id the members of another, or stores that one if there is none.
-    pub async fn merge(&self, user_id: &str, kind: Kind, value: &impl Serialize, secret_id: String) -> Result<(), ApiError> {
+    pub async fn merge(
+        &self,
+        user_id: &str,
+        kind: Kind,
+        value: &impl Serialize,
+        secret_id: String,
+    ) -> Result<(), ApiError> {
         let value = Zeroizing::new(serde_json::to_vec(value).map_err(Failure::internal)?);
         let sealed = Some(self.seal(user_id, kind.as_str(), &value).await?);
         let (user_id, kind) = (user_id.to_owned(), kind.as_str().to_owned());
-        let request = PutSecretRequest { user_id, kind, sealed, secret_id, merge: true, ..PutSecretRequest::default() };
+        let request = PutSecretRequest {
+            user_id,
+            kind,
+            sealed,
+            secret_id,
+            merge: true,
+            ..PutSecretRequest::default()
+        };
         self.call::<rpc::PutSecret>(&request).await?;
         Ok(())
     }
 
     /// Sees to it that a document which nothing came to refer to does not stay behind.
-    pub async fn forget_unless_used<T>(&self, kept: Option<Kept>, result: &Result<T, Failure>, used: impl FnOnce(&T) -> bool) {
+    pub async fn forget_unless_used<T>(
+        &self,
+        kept: Option<Kept>,
+        result: &Result<T, Failure>,
+        used: impl FnOnce(&T) -> bool,
+    ) {
         let Some(kept) = kept.filter(|kept| kept.fresh) else { return };
         let unused = match result {
             Ok(reply) => !used(reply),
             // It may have been done all the same.
-            Err(failure) => !matches!(failure.code, ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Internal),
+            Err(failure) => !matches!(
+                failure.code,
+                ErrorCode::Unavailable | ErrorCode::DeadlineExceeded | ErrorCode::Internal
+            ),
         };
         if unused {
             self.forget(kept.id).await;
@@ -87,7 +116,10 @@ impl App {
 
     /// Deletes a document that nothing refers to.
     pub async fn forget(&self, secret_id: String) {
-        if let Err(error) = self.call::<rpc::DeleteSecrets>(&DeleteSecretsRequest { secret_ids: vec![secret_id] }).await {
+        if let Err(error) = self
+            .call::<rpc::DeleteSecrets>(&DeleteSecretsRequest { secret_ids: vec![secret_id] })
+            .await
+        {
             tracing::warn!(?error, "failed to delete an unused secret");
         }
     }

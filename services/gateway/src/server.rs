@@ -24,7 +24,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
-/// A request's head has to be there within this time, and a connection without a request is closed after it.
+/// A request's head has to be there within this time, and a connection without a request is closed
+/// after it.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 const HEADERS_MAX: usize = 100;
@@ -37,14 +38,16 @@ const LAST_REQUESTS: Duration = Duration::from_secs(1);
 pub struct HttpLimits {
     /// Open connections; more wait to be accepted.
     pub connections: usize,
-    /// How long a client may take nothing of what is sent to it. One that is cut so resumes by id (docs/api.md §7).
+    /// How long a client may take nothing of what is sent to it. One that is cut so resumes by id
+    /// (docs/api.md §7).
     pub write_timeout: Duration,
 }
 
 /// How a server shuts down.
 #[derive(Clone)]
 pub struct Shutdown {
-    /// Says when the server is told to stop. Then it keeps answering and closes each connection after its answer, so that clients reconnect elsewhere.
+    /// Says when the server is told to stop. Then it keeps answering and closes each connection
+    /// after its answer, so that clients reconnect elsewhere.
     pub lifecycle: Lifecycle,
     /// How long it keeps answering.
     pub drain: Duration,
@@ -63,7 +66,11 @@ impl Shutdown {
 }
 
 /// Closes connections after their answer while the server shuts down.
-pub async fn close_connections(State(shutdown): State<Shutdown>, request: Request<Body>, next: Next) -> Response {
+pub async fn close_connections(
+    State(shutdown): State<Shutdown>,
+    request: Request<Body>,
+    next: Next,
+) -> Response {
     let mut response = next.run(request).await;
     if shutdown.lifecycle.stop_token().is_cancelled() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -74,10 +81,12 @@ pub async fn close_connections(State(shutdown): State<Shutdown>, request: Reques
 /// Serves until the end; then requests in flight are finished.
 pub async fn serve(listener: TcpListener, router: Router, limits: HttpLimits, shutdown: Shutdown) {
     let mut closed = std::pin::pin!(shutdown.closed());
-    let (slots, connections, graceful) = (Arc::new(Semaphore::new(limits.connections)), TaskTracker::new(), GracefulShutdown::new());
+    let (slots, connections, graceful) =
+        (Arc::new(Semaphore::new(limits.connections)), TaskTracker::new(), GracefulShutdown::new());
     let begin = |stream, addr, slot| {
         metrics::counter!("aod_http_connections_total").increment(1);
-        let connection = graceful.watch(connection(stream, addr, router.clone(), limits.write_timeout));
+        let connection =
+            graceful.watch(connection(stream, addr, router.clone(), limits.write_timeout));
         connections.spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%addr, %error, "connection ended");
@@ -130,6 +139,11 @@ fn connection(
         request.extensions_mut().insert(ConnectInfo(addr));
         router.clone().oneshot(request.map(Body::new))
     });
-    let limits = ConnectionLimits { head_time: HEAD_TIME_MAX, head_bytes: HEAD_BYTES_MAX, headers: HEADERS_MAX, write_time: write_timeout };
+    let limits = ConnectionLimits {
+        head_time: HEAD_TIME_MAX,
+        head_bytes: HEAD_BYTES_MAX,
+        headers: HEADERS_MAX,
+        write_time: write_timeout,
+    };
     serve_connection(stream, limits, service)
 }

@@ -10,15 +10,24 @@ use axum::{
 use contract::{
     common::Empty,
     rpc,
-    scheduler::{self, CreateSessionRequest, Cursor, DeleteSessionRequest, GetSessionRequest, PromptRequest, TerminateRequest},
+    scheduler::{
+        self, CreateSessionRequest, Cursor, DeleteSessionRequest, GetSessionRequest, PromptRequest,
+        TerminateRequest,
+    },
     vault::ListCredentialsRequest,
 };
 use serde::{Deserialize, Serialize};
 use types::{
     AgentId, EnvironmentId, Repository, SessionId, SessionStatus, WhenBusy,
-    limits::{BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, TOKEN_CHARS_MAX, URL_CHARS_MAX},
+    limits::{
+        BODY_BYTES_MAX, RESOURCES_MAX, TIMEOUT_SECONDS_MAX, TIMEOUT_SECONDS_MIN, TOKEN_CHARS_MAX,
+        URL_CHARS_MAX,
+    },
     model::quoted,
-    repository::{Author, Checkout, RepositoryTag, RepositoryUrl, check_mount_path, is_author_part, is_branch, is_commit, is_normal_path},
+    repository::{
+        Author, Checkout, RepositoryTag, RepositoryUrl, check_mount_path, is_author_part,
+        is_branch, is_commit, is_normal_path,
+    },
 };
 use utoipa::{IntoParams, ToSchema};
 
@@ -61,7 +70,8 @@ pub struct Session {
     current_turn: Option<u32>,
     metadata: BTreeMap<String, String>,
     failure: Option<Failure>,
-    /// Which decision the running turn waits for. For a single session also what a pending turn waits for.
+    /// Which decision the running turn waits for. For a single session also what a pending turn
+    /// waits for.
     waiting_on: Option<String>,
     /// How many queued messages wait for the turn to end; null in lists.
     queued_inputs: Option<u32>,
@@ -104,7 +114,9 @@ impl From<scheduler::Session> for Session {
             queued_inputs: session.queued_inputs,
             last_prompt: session.last_prompt,
             cost_usd: session.cost_micro_usd.map(|micro| micro as f64 / 1e6),
-            failure: session.failure.map(|failure| Failure { stage: failure.stage, message: failure.message }),
+            failure: session
+                .failure
+                .map(|failure| Failure { stage: failure.stage, message: failure.message }),
         }
     }
 }
@@ -213,7 +225,8 @@ pub struct CreateSession {
     environment_id: Option<String>,
     #[schema(max_items = 10)]
     resources: Option<Vec<Resource>>,
-    /// Absolute path of the agent's working directory. Default: the mount path of the only repository, otherwise `/workspace`
+    /// Absolute path of the agent's working directory. Default: the mount path of the only
+    /// repository, otherwise `/workspace`
     #[schema(max_length = 500)]
     working_directory: Option<String>,
     /// Stored encrypted and never returned; they override all other variables
@@ -236,7 +249,8 @@ pub struct Resource {
     pub mount_path: Option<String>,
     /// What is checked out; by default the default branch
     checkout: Option<Checkout>,
-    /// Whether to fetch the contents of files in Git LFS. The sandbox needs `git-lfs`: `packages: {"apt": ["git-lfs"]}`
+    /// Whether to fetch the contents of files in Git LFS. The sandbox needs `git-lfs`: `packages:
+    /// {"apt": ["git-lfs"]}`
     lfs: Option<bool>,
     /// The author of commits in this repository
     author: Option<Author>,
@@ -268,7 +282,8 @@ fn read_prompt(fields: &mut Fields) -> String {
 }
 
 fn read_timeout(fields: &mut Fields) -> Option<u32> {
-    let seconds = fields.integer("timeout", i64::from(TIMEOUT_SECONDS_MIN), i64::from(TIMEOUT_SECONDS_MAX));
+    let seconds =
+        fields.integer("timeout", i64::from(TIMEOUT_SECONDS_MIN), i64::from(TIMEOUT_SECONDS_MAX));
     seconds.and_then(|seconds| u32::try_from(seconds).ok())
 }
 
@@ -282,7 +297,8 @@ fn read_working_directory(fields: &mut Fields) -> Option<String> {
 
 pub fn read_resources(fields: &mut Fields) -> Option<Vec<Resource>> {
     let resources = fields.objects("resources", RESOURCES_MAX, read_resource)?;
-    let mut paths: Vec<&str> = resources.iter().filter_map(|resource| resource.mount_path.as_deref()).collect();
+    let mut paths: Vec<&str> =
+        resources.iter().filter_map(|resource| resource.mount_path.as_deref()).collect();
     paths.sort_unstable();
     if let Some([path, _]) = paths.array_windows().find(|[one, other]| one == other) {
         fields.refuse("resources", &format!("duplicate mount_path: {path}"));
@@ -290,7 +306,8 @@ pub fn read_resources(fields: &mut Fields) -> Option<Vec<Resource>> {
     Some(resources)
 }
 
-/// Reads a resource: its URL in the form that responses show, and the default mount path if it has none.
+/// Reads a resource: its URL in the form that responses show, and the default mount path if it has
+/// none.
 pub fn read_resource(item: &mut Fields) -> Resource {
     item.literal("type", "github_repository");
     let url = item.string("url", URL_CHARS_MAX);
@@ -305,7 +322,8 @@ pub fn read_resource(item: &mut Fields) -> Resource {
     let authorization_token = read_token(item);
     Resource {
         r#type: RepositoryTag::GithubRepository,
-        mount_path: mount_path.or_else(|| repository.as_ref().map(RepositoryUrl::default_mount_path)),
+        mount_path: mount_path
+            .or_else(|| repository.as_ref().map(RepositoryUrl::default_mount_path)),
         url: repository.map(|repository| repository.to_string()).unwrap_or_default(),
         checkout: item.nested("checkout", read_checkout).flatten(),
         lfs: item.optional_bool("lfs"),
@@ -349,7 +367,12 @@ fn read_author(author: &mut Fields) -> Author {
     let mut part = |name: &str| {
         let text = author.named_string(name, BODY_BYTES_MAX).unwrap_or_default();
         if !text.is_empty() && !is_author_part(&text) {
-            author.refuse(name, &format!("{name} must be as git writes it: at most 200 bytes, without <, > and line ends"));
+            author.refuse(
+                name,
+                &format!(
+                    "{name} must be as git writes it: at most 200 bytes, without <, > and line ends"
+                ),
+            );
         }
         text
     };
@@ -367,11 +390,18 @@ pub struct SessionSecrets {
 /// Start a session
 #[utoipa::path(post, path = "/sessions", tag = "sessions", params(IdempotencyParams), request_body = CreateSession,
     responses((status = 202, description = "The session was accepted", body = Accepted), (status = 404, description = "No such agent or environment", body = crate::error::ErrorBody), Conflict, QuotaUsedUp))]
-pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Created<Accepted>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    key: IdempotencyKey,
+    body: Body,
+) -> Result<Created<Accepted>, ApiError> {
     let mut fields = body.fields()?;
     let session = CreateSession::read(&mut fields);
     fields.finish()?;
-    let stored = app.call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id.clone() }).await?;
+    let stored = app
+        .call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id.clone() })
+        .await?;
     let (resources, tokens) = split_tokens(session.resources.unwrap_or_default());
     let secrets = SessionSecrets { env: session.secret_env_vars.unwrap_or_default(), tokens };
     let kept = keep(&app, &caller, &secrets).await?;
@@ -381,7 +411,11 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         prompt: session.prompt,
         timeout_seconds: session.timeout.unwrap_or(app.config.default_timeout_seconds),
         environment_id: session.environment_id,
-        credential_kinds: stored.credentials.into_iter().map(|credential| credential.kind).collect(),
+        credential_kinds: stored
+            .credentials
+            .into_iter()
+            .map(|credential| credential.kind)
+            .collect(),
         session_limit: caller.session_limit.unwrap_or(app.config.default_session_limit),
         metadata: json(&session.metadata.unwrap_or_default()),
         resources: json(&resources),
@@ -408,7 +442,11 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     Ok(Created { status: StatusCode::ACCEPTED, body: accepted, replayed: reply.replayed })
 }
 
-pub async fn keep(app: &App, caller: &Caller, secrets: &SessionSecrets) -> Result<Option<Kept>, ApiError> {
+pub async fn keep(
+    app: &App,
+    caller: &Caller,
+    secrets: &SessionSecrets,
+) -> Result<Option<Kept>, ApiError> {
     if secrets.env.is_empty() && secrets.tokens.is_empty() {
         return Ok(None);
     }
@@ -419,25 +457,43 @@ pub async fn keep(app: &App, caller: &Caller, secrets: &SessionSecrets) -> Resul
 pub fn split_tokens(resources: Vec<Resource>) -> (Vec<Repository>, BTreeMap<String, String>) {
     let mut tokens = BTreeMap::new();
     let mut repositories = Vec::with_capacity(resources.len());
-    for Resource { r#type: kind, url, mount_path, checkout, lfs, author, authorization_token } in resources {
+    for Resource { r#type: kind, url, mount_path, checkout, lfs, author, authorization_token } in
+        resources
+    {
         let mount_path = mount_path.unwrap_or_default();
         if let Some(token) = authorization_token {
             tokens.insert(mount_path.clone(), token);
         }
-        repositories.push(Repository { kind, url, mount_path, checkout, lfs: lfs.unwrap_or_default(), author });
+        repositories.push(Repository {
+            kind,
+            url,
+            mount_path,
+            checkout,
+            lfs: lfs.unwrap_or_default(),
+            author,
+        });
     }
     (repositories, tokens)
 }
 
 async fn find(app: &App, caller: &Caller, id: &str) -> Result<scheduler::Session, ApiError> {
-    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id.to_owned(), recorded_through: 0, v1: false };
+    let request = GetSessionRequest {
+        user_id: caller.user_id.clone(),
+        session_id: id.to_owned(),
+        recorded_through: 0,
+        v1: false,
+    };
     app.call::<rpc::GetSession>(&request).await
 }
 
 /// Get a session
 #[utoipa::path(get, path = "/sessions/{id}", tag = "sessions", params(IdParams),
     responses((status = 200, description = "The session", body = Session)))]
-pub async fn get(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Session>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Session>, ApiError> {
     Ok(Json(find(&app, &caller, &id).await?.into()))
 }
 
@@ -458,7 +514,10 @@ impl<S: Send + Sync> FromRequestParts<S> for Filter {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let filter: Self = read_query(parts, state).await?;
-        check_status(filter.status.as_deref(), SessionStatus::ALL.iter().map(|status| status.as_str()))?;
+        check_status(
+            filter.status.as_deref(),
+            SessionStatus::ALL.iter().map(|status| status.as_str()),
+        )?;
         if filter.agent_id.as_deref().is_some_and(|id| id.parse::<AgentId>().is_err()) {
             return Err(bad_query("agent_id must be a lowercase UUID"));
         }
@@ -472,20 +531,35 @@ impl<S: Send + Sync> FromRequestParts<S> for Filter {
 /// List sessions, newest first
 #[utoipa::path(get, path = "/sessions", tag = "sessions", params(PageParams, Filter),
     responses((status = 200, description = "A page of sessions", body = Listed<Session>)))]
-pub async fn list(State(app): State<App>, caller: Caller, page: Page, filter: Filter) -> Result<Json<Listed<Session>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    page: Page,
+    filter: Filter,
+) -> Result<Json<Listed<Session>>, ApiError> {
     let Filter { status, agent_id, environment_id } = filter;
-    let request = scheduler::ListRequest { status, agent_id, environment_id, ..page.request(caller) };
+    let request =
+        scheduler::ListRequest { status, agent_id, environment_id, ..page.request(caller) };
     let reply = app.call::<rpc::ListSessions>(&request).await?;
-    let cursor = |row: &scheduler::Session| Cursor { position: row.created_at_us, id: row.session_id.clone() };
+    let cursor = |row: &scheduler::Session| Cursor {
+        position: row.created_at_us,
+        id: row.session_id.clone(),
+    };
     Ok(listed(reply.sessions, reply.has_more, cursor, Session::from))
 }
 
 /// List the turns of a session, oldest first
 #[utoipa::path(get, path = "/sessions/{id}/turns", tag = "sessions", params(IdParams, PageParams),
     responses((status = 200, description = "A page of turns", body = Listed<Turn>)))]
-pub async fn turns(State(app): State<App>, caller: Caller, Id(id): Id, page: Page) -> Result<Json<Listed<Turn>>, ApiError> {
+pub async fn turns(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+    page: Page,
+) -> Result<Json<Listed<Turn>>, ApiError> {
     let reply = app.call::<rpc::ListTurns>(&page.request_parts(caller, id)).await?;
-    let cursor = |row: &scheduler::Turn| Cursor { position: row.turn_number.into(), id: String::new() };
+    let cursor =
+        |row: &scheduler::Turn| Cursor { position: row.turn_number.into(), id: String::new() };
     Ok(listed(reply.turns, reply.has_more, cursor, Turn::from))
 }
 
@@ -497,8 +571,8 @@ pub struct Prompt {
     /// Seconds for this turn; the deployment's default is 600
     #[schema(minimum = 10, maximum = 3600)]
     timeout: Option<u32>,
-    /// What to do while a turn runs: `reject` (the default), `queue` (begin the next turn), `interrupt` (the same, and interrupt the
-    /// running one) or `steer` (join the running turn)
+    /// What to do while a turn runs: `reject` (the default), `queue` (begin the next turn),
+    /// `interrupt` (the same, and interrupt the running one) or `steer` (join the running turn)
     #[schema(pattern = "^(reject|queue|interrupt|steer)$")]
     when_busy: Option<String>,
 }
@@ -506,7 +580,11 @@ pub struct Prompt {
 impl Prompt {
     fn read(body: &Body) -> Result<Self, ApiError> {
         let mut fields = body.fields()?;
-        let prompt = Self { prompt: read_prompt(&mut fields), timeout: read_timeout(&mut fields), when_busy: read_when_busy(&mut fields) };
+        let prompt = Self {
+            prompt: read_prompt(&mut fields),
+            timeout: read_timeout(&mut fields),
+            when_busy: read_when_busy(&mut fields),
+        };
         fields.finish()?;
         Ok(prompt)
     }
@@ -515,7 +593,13 @@ impl Prompt {
 fn read_when_busy(fields: &mut Fields) -> Option<String> {
     let when_busy = fields.optional_string("when_busy", BODY_BYTES_MAX);
     if when_busy.as_deref().is_some_and(|text| text.parse::<WhenBusy>().is_err()) {
-        fields.refuse("when_busy", &format!("when_busy must be one of: {}", quoted(WhenBusy::ALL.iter().map(|when| when.as_str()))));
+        fields.refuse(
+            "when_busy",
+            &format!(
+                "when_busy must be one of: {}",
+                quoted(WhenBusy::ALL.iter().map(|when| when.as_str()))
+            ),
+        );
     }
     when_busy
 }
@@ -534,12 +618,18 @@ pub async fn prompt(
 ) -> Result<Created<AcceptedTurn>, ApiError> {
     let prompt = match Prompt::read(&body) {
         Ok(prompt) => prompt,
-        Err(error) if body.fields().is_ok_and(|fields| fields.names().any(|name| name == "when_busy")) => return Err(error),
+        Err(error)
+            if body.fields().is_ok_and(|fields| fields.names().any(|name| name == "when_busy")) =>
+        {
+            return Err(error);
+        }
         // The state is checked before the body.
         Err(error) => {
             let status = find(&app, &caller, &id).await?.status.parse::<SessionStatus>().ok();
             let refusal = status.and_then(SessionStatus::prompt_refusal);
-            return Err(refusal.map_or(error, |refusal| ApiError::new(StatusCode::CONFLICT, refusal)));
+            return Err(
+                refusal.map_or(error, |refusal| ApiError::new(StatusCode::CONFLICT, refusal))
+            );
         }
     };
     let once = key.once_or_own(&body);
@@ -562,7 +652,11 @@ pub async fn prompt(
         current_turn: session.turn_count,
         input: session.input.map(Input::from),
     };
-    Ok(Created { status: StatusCode::ACCEPTED, body: accepted, replayed: reply.replayed && replays })
+    Ok(Created {
+        status: StatusCode::ACCEPTED,
+        body: accepted,
+        replayed: reply.replayed && replays,
+    })
 }
 
 /// Terminate a session
@@ -570,8 +664,14 @@ pub async fn prompt(
 /// Kills the agent and deletes the sandbox, also while it is being provisioned.
 #[utoipa::path(post, path = "/sessions/{id}/terminate", tag = "sessions", params(IdParams),
     responses((status = 200, description = "The session was terminated", body = Terminated), Conflict))]
-pub async fn terminate(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Terminated>, ApiError> {
-    let session = app.call::<rpc::Terminate>(&TerminateRequest { user_id: caller.user_id, session_id: id }).await?;
+pub async fn terminate(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Terminated>, ApiError> {
+    let session = app
+        .call::<rpc::Terminate>(&TerminateRequest { user_id: caller.user_id, session_id: id })
+        .await?;
     Ok(Json(Terminated { id: session.session_id, status: Status(session.status) }))
 }
 
@@ -580,7 +680,16 @@ pub async fn terminate(State(app): State<App>, caller: Caller, Id(id): Id) -> Re
 /// Also deletes its turns, events, secrets and sandbox.
 #[utoipa::path(delete, path = "/sessions/{id}/delete", tag = "sessions", params(IdParams),
     responses((status = 200, description = "The session was deleted", body = Detail), Conflict))]
-pub async fn delete(State(app): State<App>, caller: Caller, Id(id): Id) -> Result<Json<Detail>, ApiError> {
-    let Empty {} = app.call::<rpc::DeleteSession>(&DeleteSessionRequest { user_id: caller.user_id, session_id: id }).await?;
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    Id(id): Id,
+) -> Result<Json<Detail>, ApiError> {
+    let Empty {} = app
+        .call::<rpc::DeleteSession>(&DeleteSessionRequest {
+            user_id: caller.user_id,
+            session_id: id,
+        })
+        .await?;
     Ok(Detail::new("Session deleted"))
 }

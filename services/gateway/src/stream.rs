@@ -1,8 +1,10 @@
-//! The stream of a session (docs/api.md §7): history from the event log in Postgres, in bounded pages, then what is appended live.
+//! The stream of a session (docs/api.md §7): history from the event log in Postgres, in bounded
+//! pages, then what is appended live.
 //!
-//! [`events`] are the typed events, [`typed`] their shapes, [`follow`] one connection that follows them.
-//! [`reader`] is one connection and [`progress`] its pure part; [`hub`] follows a session for all its readers and [`tail`] is its pure part;
-//! [`history`] reads pages; [`event`] is what clients see of an event; [`open`] counts the streams of each key.
+//! [`events`] are the typed events, [`typed`] their shapes, [`follow`] one connection that follows
+//! them. [`reader`] is one connection and [`progress`] its pure part; [`hub`] follows a session for
+//! all its readers and [`tail`] is its pure part; [`history`] reads pages; [`event`] is what
+//! clients see of an event; [`open`] counts the streams of each key.
 
 pub mod event;
 pub mod events;
@@ -75,8 +77,9 @@ pub struct ServerSentEvent {
 
 /// Follow a session
 ///
-/// Server-sent events: the session's history, then live events until its current turn ends. A comment is sent after 15 s of silence.
-/// A browser's `EventSource` reconnects after the end with `Last-Event-ID`; status 204 makes it stop.
+/// Server-sent events: the session's history, then live events until its current turn ends. A
+/// comment is sent after 15 s of silence. A browser's `EventSource` reconnects after the end with
+/// `Last-Event-ID`; status 204 makes it stop.
 #[utoipa::path(get, path = "/sessions/{id}/stream", tag = "sessions", params(IdParams, Params, LastEventId),
     responses((status = 200, description = "Server-sent events, one `data:` line each", body = ServerSentEvent, content_type = "text/event-stream"),
               (status = 204, description = "The current turn has ended, and `Last-Event-ID` is its last event")))]
@@ -104,15 +107,26 @@ pub async fn stream(
 }
 
 /// A session of the caller's.
-pub async fn find(app: &App, caller: &Caller, id: String) -> Result<(SessionId, Session), ApiError> {
+pub async fn find(
+    app: &App,
+    caller: &Caller,
+    id: String,
+) -> Result<(SessionId, Session), ApiError> {
     let session_id: SessionId = id.parse().map_err(|_| ApiError::not_found("Session"))?;
-    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id: id, recorded_through: 0, v1: false };
+    let request = GetSessionRequest {
+        user_id: caller.user_id.clone(),
+        session_id: id,
+        recorded_through: 0,
+        v1: false,
+    };
     Ok((session_id, app.call::<rpc::GetSession>(&request).await?))
 }
 
 pub fn partition(session: &Session) -> Result<Partition, ApiError> {
     let partition = Partition::new(session.event_partition);
-    partition.ok_or_else(|| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "This gateway is older than the session"))
+    partition.ok_or_else(|| {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "This gateway is older than the session")
+    })
 }
 
 pub fn open(app: &App, caller: &Caller) -> Result<OpenStream, ApiError> {
@@ -133,15 +147,29 @@ pub fn sse(body: Body) -> Response {
 
 /// What a client that reconnects had last.
 pub fn last_event_id(headers: &HeaderMap) -> Option<&str> {
-    headers.get("last-event-id").map(|value| value.to_str().unwrap_or("?")).filter(|text| !text.is_empty())
+    headers
+        .get("last-event-id")
+        .map(|value| value.to_str().unwrap_or("?"))
+        .filter(|text| !text.is_empty())
 }
 
 /// Whether a client that has an event has the end of the session's current turn.
-async fn has_end(app: &App, session_id: SessionId, session: &Session, last: u64) -> Result<bool, ApiError> {
-    let Some(settled) = session.status.parse::<SessionStatus>().ok().filter(|status| !status.is_active()) else { return Ok(false) };
+async fn has_end(
+    app: &App,
+    session_id: SessionId,
+    session: &Session,
+    last: u64,
+) -> Result<bool, ApiError> {
+    let Some(settled) =
+        session.status.parse::<SessionStatus>().ok().filter(|status| !status.is_active())
+    else {
+        return Ok(false);
+    };
     let page = history::read_page(&app.bus, session_id, last, 1).await?;
     let newest = page.newest.map(|event| Event::decode(event.event_id, event.payload));
-    Ok(newest.is_some_and(|newest| newest.id <= last && progress::is_end_of(&newest, settled, session.turn_count)))
+    Ok(newest.is_some_and(|newest| {
+        newest.id <= last && progress::is_end_of(&newest, settled, session.turn_count)
+    }))
 }
 
 /// Waits for the answer to a request; for ever if none is under way.

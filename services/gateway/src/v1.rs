@@ -1,7 +1,9 @@
-//! The Managed Agents API under `/v1` (docs/managed-agents-api.md): a second view of the resources that the routes without `/v1` show.
+//! The Managed Agents API under `/v1` (docs/managed-agents-api.md): a second view of the resources
+//! that the routes without `/v1` show.
 //!
-//! [`error`] turns every failed answer under `/v1` into Anthropic's envelope; [`ids`] has the prefixed forms of ids; [`page`] the cursors;
-//! [`query`] the query strings. A file per resource reads and shows it. What may be done is decided by the scheduler, for both views.
+//! [`error`] turns every failed answer under `/v1` into Anthropic's envelope; [`ids`] has the
+//! prefixed forms of ids; [`page`] the cursors; [`query`] the query strings. A file per resource
+//! reads and shows it. What may be done is decided by the scheduler, for both views.
 
 pub mod agents;
 pub mod environments;

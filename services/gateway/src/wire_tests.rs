@@ -1,4 +1,5 @@
-//! Snapshots of the answers to invalid bodies, and of the routes that the OpenAPI document describes.
+//! Snapshots of the answers to invalid bodies, and of the routes that the OpenAPI document
+//! describes.
 
 use axum::{body::to_bytes, response::IntoResponse as _};
 use serde_json::{Value, json};
@@ -36,7 +37,8 @@ macro_rules! refusals {
 
 #[tokio::test]
 async fn wrong_agents() {
-    let many: Vec<Value> = (0..21).map(|n| json!({ "name": format!("s{n}"), "url": "https://x" })).collect();
+    let many: Vec<Value> =
+        (0..21).map(|n| json!({ "name": format!("s{n}"), "url": "https://x" })).collect();
     let answers = refusals!(
         CreateAgent::read,
         {},
@@ -54,12 +56,36 @@ async fn wrong_agents() {
     insta::assert_json_snapshot!(answers);
     let long = json!({ "name": "x".repeat(201), "model": "x".repeat(101), "runtime": "r" });
     let answer = refusal(long, CreateAgent::read).await;
-    let messages: Vec<_> = answer["body"]["detail"].as_array().unwrap().iter().map(|error| error["msg"].clone()).collect();
-    assert_eq!(messages, ["String should have at most 200 characters", "String should have at most 100 characters"]);
-    let skill = json!({ "name": "a", "description": "x".repeat(1025), "content": "x".repeat(65_537) });
-    let answer = refusal(json!({ "name": "n", "model": "m", "runtime": "r", "skills": [skill] }), CreateAgent::read).await;
-    let messages: Vec<_> = answer["body"]["detail"].as_array().unwrap().iter().map(|error| error["msg"].clone()).collect();
-    assert_eq!(messages, ["String should have at most 1024 characters", "Value error, content must be at most 65536 bytes"]);
+    let messages: Vec<_> = answer["body"]["detail"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|error| error["msg"].clone())
+        .collect();
+    assert_eq!(
+        messages,
+        ["String should have at most 200 characters", "String should have at most 100 characters"]
+    );
+    let skill =
+        json!({ "name": "a", "description": "x".repeat(1025), "content": "x".repeat(65_537) });
+    let answer = refusal(
+        json!({ "name": "n", "model": "m", "runtime": "r", "skills": [skill] }),
+        CreateAgent::read,
+    )
+    .await;
+    let messages: Vec<_> = answer["body"]["detail"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|error| error["msg"].clone())
+        .collect();
+    assert_eq!(
+        messages,
+        [
+            "String should have at most 1024 characters",
+            "Value error, content must be at most 65536 bytes"
+        ]
+    );
 }
 
 #[tokio::test]
@@ -73,7 +99,9 @@ async fn wrong_changes() {
         { "version": " 7 ", "environment_id": null, "name": null, "metadata": null },
         { "version": 1e300 },
     ));
-    insta::assert_json_snapshot!(refusals!(UpdateEnvironment::read, { "version": [] }, { "version": true, "packages": { "brew": [] } }));
+    insta::assert_json_snapshot!(
+        refusals!(UpdateEnvironment::read, { "version": [] }, { "version": true, "packages": { "brew": [] } })
+    );
 }
 
 #[tokio::test]
@@ -121,8 +149,13 @@ async fn wrong_permissions() {
     ] {
         let answer = refusal(agent(permissions.clone()), CreateAgent::read).await;
         let errors = answer["body"]["detail"].as_array().cloned().unwrap_or_default();
-        let errors: Vec<_> = errors.iter().map(|error| json!([error["loc"], error["msg"]])).collect();
-        let sent = if errors.is_empty() { permissions } else { json!(permissions.to_string().chars().take(200).collect::<String>()) };
+        let errors: Vec<_> =
+            errors.iter().map(|error| json!([error["loc"], error["msg"]])).collect();
+        let sent = if errors.is_empty() {
+            permissions
+        } else {
+            json!(permissions.to_string().chars().take(200).collect::<String>())
+        };
         answers.push(json!({ "sent": sent, "errors": errors }));
     }
     insta::assert_json_snapshot!(answers);
@@ -130,7 +163,9 @@ async fn wrong_permissions() {
 
 #[tokio::test]
 async fn wrong_inputs() {
-    insta::assert_json_snapshot!(refusals!(ChangeInput::read, {}, { "text": " " }, { "text": 5 }, { "text": "fine" }));
+    insta::assert_json_snapshot!(
+        refusals!(ChangeInput::read, {}, { "text": " " }, { "text": 5 }, { "text": "fine" })
+    );
     insta::assert_json_snapshot!(refusals!(
         Decision::read,
         {},
@@ -149,12 +184,19 @@ fn the_document_describes_these_routes_each_with_its_answers() {
     let mut routes = Vec::new();
     for (path, item) in document["paths"].as_object().unwrap() {
         for (method, operation) in item.as_object().unwrap() {
-            let statuses: Vec<_> = operation["responses"].as_object().unwrap().keys().cloned().collect();
+            let statuses: Vec<_> =
+                operation["responses"].as_object().unwrap().keys().cloned().collect();
             routes.push(format!("{} {path} -> {}", method.to_uppercase(), statuses.join(" ")));
             for (status, response) in operation["responses"].as_object().unwrap() {
                 let content = &response["content"]["application/json"];
-                assert!(status.starts_with('2') || path.ends_with('z') || !content["schema"].is_null(), "{method} {path} {status}");
-                assert!(!status.starts_with('4') || status == "404" || !content["example"].is_null(), "{method} {path} {status}");
+                assert!(
+                    status.starts_with('2') || path.ends_with('z') || !content["schema"].is_null(),
+                    "{method} {path} {status}"
+                );
+                assert!(
+                    !status.starts_with('4') || status == "404" || !content["example"].is_null(),
+                    "{method} {path} {status}"
+                );
             }
         }
     }

@@ -1,4 +1,5 @@
-//! How fast Sprites are made and used, beside plain bubblewrap in the same run: `cargo bench -p local-sprites`, as root.
+//! How fast Sprites are made and used, beside plain bubblewrap in the same run: `cargo bench -p
+//! local-sprites`, as root.
 //!
 //! Machines differ and are noisy: read the ratios.
 
@@ -30,11 +31,18 @@ async fn run() -> anyhow::Result<()> {
         .env("AOD_ADMIN_ADDR", "127.0.0.1:0")
         .env("RUST_LOG", "error");
     let mut server = testkit::spawn_tied(command)?;
-    let client = Client::new(sprites::http_client()?, &format!("http://127.0.0.1:{port}"), TOKEN.to_owned().into());
+    let client = Client::new(
+        sprites::http_client()?,
+        &format!("http://127.0.0.1:{port}"),
+        TOKEN.to_owned().into(),
+    );
     testkit::eventually("the server answers", async || client.list("").await.is_ok()).await;
     let measured = measure(&client).await;
     // What runs in its Sprites ends with it.
-    rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::INT)?;
+    rustix::process::kill_process(
+        rustix::process::Pid::from_child(&server),
+        rustix::process::Signal::INT,
+    )?;
     server.wait()?;
     measured
 }
@@ -50,36 +58,48 @@ async fn measure(client: &Client) -> anyhow::Result<()> {
         number += 1;
         Ok(client.ensure(&format!("made-{number}").parse()?).await?)
     });
-    Figure::new("local-sprites: a Sprite is made", &create.await?).beside("bwrap true", &sandbox).report()?;
+    Figure::new("local-sprites: a Sprite is made", &create.await?)
+        .beside("bwrap true", &sandbox)
+        .report()?;
 
     let sprite = client.sprite("made-1".parse()?);
     let exec = Times::of(200, async || run_true(&sprite).await).await?;
-    Figure::new("local-sprites: exec of `true`, a connection for each", &exec).beside("bwrap true", &sandbox).report()?;
+    Figure::new("local-sprites: exec of `true`, a connection for each", &exec)
+        .beside("bwrap true", &sandbox)
+        .report()?;
 
     let begun = Instant::now();
     for number in 51..=100 {
         client.ensure(&format!("made-{number}").parse()?).await?;
     }
-    let each = |begun: Instant, count: f64| Measured::amount(begun.elapsed().as_secs_f64() * 1e3 / count, "ms");
+    let each = |begun: Instant, count: f64| {
+        Measured::amount(begun.elapsed().as_secs_f64() * 1e3 / count, "ms")
+    };
     Figure::new("local-sprites: Sprites 51 to 100 are made, each", each(begun, 50.0)).report()?;
     let full = Times::of(200, async || run_true(&sprite).await).await?;
-    Figure::new("local-sprites: exec of `true`, 100 Sprites there", &full).beside("bwrap true", &sandbox).report()?;
+    Figure::new("local-sprites: exec of `true`, 100 Sprites there", &full)
+        .beside("bwrap true", &sandbox)
+        .report()?;
     let begun = Instant::now();
     let all = (1..=100).map(|number| {
         let client = client.clone();
         async move { run_true(&client.sprite(format!("made-{number}").parse()?)).await }
     });
     futures::future::try_join_all(all).await?;
-    Figure::new("local-sprites: exec in each of 100 Sprites at once, in all", each(begun, 1.0)).report()?;
+    Figure::new("local-sprites: exec in each of 100 Sprites at once, in all", each(begun, 1.0))
+        .report()?;
 
     let begun = Instant::now();
-    let through_pipe = bubblewrap(&["head", "-c", &STREAM_BYTES.to_string(), "/dev/zero"]).stdout(Stdio::piped()).spawn()?;
+    let through_pipe = bubblewrap(&["head", "-c", &STREAM_BYTES.to_string(), "/dev/zero"])
+        .stdout(Stdio::piped())
+        .spawn()?;
     let read = tokio::task::spawn_blocking(move || drain(through_pipe)).await??;
     anyhow::ensure!(read == STREAM_BYTES, "the pipe lost {}", STREAM_BYTES - read);
     let floor = rate(begun.elapsed());
     let begun = Instant::now();
     let bytes = STREAM_BYTES.to_string();
-    let request = ExecRequest { argv: &["head", "-c", &bytes, "/dev/zero"], ..ExecRequest::default() };
+    let request =
+        ExecRequest { argv: &["head", "-c", &bytes, "/dev/zero"], ..ExecRequest::default() };
     let (mut exec, mut received) = (sprite.exec(&request).await?, 0);
     while let ExecEvent::Stdout(data) = exec.next().await? {
         received += data.len();
@@ -117,7 +137,8 @@ fn bubblewrap(argv: &[&str]) -> Command {
 
 fn drain(mut child: std::process::Child) -> anyhow::Result<usize> {
     use std::io::Read as _;
-    let (mut pipe, mut buffer, mut read) = (child.stdout.take().ok_or_else(|| anyhow::anyhow!("no pipe"))?, vec![0; 64 * 1024], 0);
+    let (mut pipe, mut buffer, mut read) =
+        (child.stdout.take().ok_or_else(|| anyhow::anyhow!("no pipe"))?, vec![0; 64 * 1024], 0);
     loop {
         match pipe.read(&mut buffer)? {
             0 => break,

@@ -1,4 +1,5 @@
-//! The wire format of the Sprites API. Facts from the published clients and documents: names of fields, statuses, frames.
+//! The wire format of the Sprites API. Facts from the published clients and documents: names of
+//! fields, statuses, frames.
 
 mod checkpoints;
 mod exec;
@@ -81,14 +82,27 @@ fn routes(api: &Api, body_bytes_max: usize) -> Router {
         .route("/checkpoints/{id}/restore", post(checkpoints::restore))
         .route("/services", get(services::list))
         .route("/services/signal", post(services::signal))
-        .route("/services/{service}", get(services::get).put(services::put).delete(services::delete))
+        .route(
+            "/services/{service}",
+            get(services::get).put(services::put).delete(services::delete),
+        )
         .route("/services/{service}/start", post(services::start))
         .route("/services/{service}/stop", post(services::stop))
         .route("/services/{service}/restart", post(services::restart))
         .route("/services/{service}/logs", get(services::logs))
         .route("/policy/network", get(policies::network).post(policies::set_network))
-        .route("/policy/privileges", get(policies::privileges).post(policies::set_privileges).delete(policies::clear_privileges))
-        .route("/policy/resources", get(policies::resources).post(policies::set_resources).delete(policies::clear_resources))
+        .route(
+            "/policy/privileges",
+            get(policies::privileges)
+                .post(policies::set_privileges)
+                .delete(policies::clear_privileges),
+        )
+        .route(
+            "/policy/resources",
+            get(policies::resources)
+                .post(policies::set_resources)
+                .delete(policies::clear_resources),
+        )
         .layer(middleware::from_fn(versioned));
     Router::new()
         .route("/v1/sprites", get(sprites::list).post(sprites::create))
@@ -98,8 +112,15 @@ fn routes(api: &Api, body_bytes_max: usize) -> Router {
         .with_state(api.clone())
 }
 
-async fn authenticate(State(token): State<Arc<SecretString>>, request: Request, next: Next) -> Response {
-    let sent = request.headers().get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+async fn authenticate(
+    State(token): State<Arc<SecretString>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let sent = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     if sent.is_some_and(|sent| sent.ct_eq(token.expose_secret().as_bytes()).into()) {
         next.run(request).await
     } else {
@@ -108,11 +129,15 @@ async fn authenticate(State(token): State<Arc<SecretString>>, request: Request, 
 }
 
 async fn count(State(api): State<Api>, request: Request, next: Next) -> Response {
-    let route = request.extensions().get::<MatchedPath>().map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
     let begun = Instant::now();
     let response = next.run(request).await;
     let status = response.status().as_u16().to_string();
-    metrics::counter!("local_sprites_requests_total", "route" => route.clone(), "status" => status).increment(1);
+    metrics::counter!("local_sprites_requests_total", "route" => route.clone(), "status" => status)
+        .increment(1);
     metrics::histogram!("local_sprites_request_seconds", "route" => route).record(begun.elapsed());
     metrics::gauge!("local_sprites_sprites").set(api.registry.count() as f64);
     response
@@ -124,7 +149,8 @@ async fn trouble(State(api): State<Api>, request: Request, next: Next) -> Respon
         return failure(StatusCode::URI_TOO_LONG, "request line too long").into_response();
     }
     let Some(spurious) = api.faults.spurious() else { return next.run(request).await };
-    let creates = request.method() == axum::http::Method::POST && request.uri().path() == "/v1/sprites";
+    let creates =
+        request.method() == axum::http::Method::POST && request.uri().path() == "/v1/sprites";
     if creates {
         let _ = next.run(request).await;
     }
@@ -171,7 +197,9 @@ impl From<RegistryError> for Failure {
             RegistryError::Exists => StatusCode::CONFLICT,
             RegistryError::Closed => StatusCode::SERVICE_UNAVAILABLE,
             RegistryError::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
-            RegistryError::TooManyCheckpoints | RegistryError::CheckpointsTooLarge => StatusCode::CONFLICT,
+            RegistryError::TooManyCheckpoints | RegistryError::CheckpointsTooLarge => {
+                StatusCode::CONFLICT
+            }
             RegistryError::Unlimited => StatusCode::NOT_IMPLEMENTED,
             RegistryError::Sandbox(_)
             | RegistryError::Record(_)
@@ -205,7 +233,11 @@ impl<S: Sync> FromRequestParts<S> for Query {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
-        Ok(Self(form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes()).into_owned().collect()))
+        Ok(Self(
+            form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes())
+                .into_owned()
+                .collect(),
+        ))
     }
 }
 

@@ -1,5 +1,6 @@
-//! Fault injection: what the real service is known to do to its clients, for tests of clients (docs/sprites-api.md §1.2, §3.8, §3.9, §11.3): given with
-//! `LOCAL_SPRITES_CHAOS` or `--chaos`, nothing of it otherwise.
+//! Fault injection: what the real service is known to do to its clients, for tests of clients
+//! (docs/sprites-api.md §1.2, §3.8, §3.9, §11.3): given with `LOCAL_SPRITES_CHAOS` or `--chaos`,
+//! nothing of it otherwise.
 
 use std::{
     collections::VecDeque,
@@ -35,7 +36,8 @@ pub struct Chaos {
     pub lose_output: Option<f64>,
     pub slow_create: Option<f64>,
     pub creates_per_minute: Option<f64>,
-    /// So many of a hundred requests get a 404, a 500 or an HTML page instead; a creation then happens all the same.
+    /// So many of a hundred requests get a 404, a 500 or an HTML page instead; a creation then
+    /// happens all the same.
     pub spurious: Option<f64>,
     /// Longer request lines are refused.
     pub long_url: Option<f64>,
@@ -64,7 +66,11 @@ impl FromStr for Chaos {
         let mut chaos = Self::default();
         for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
             let (name, amount) = part.split_once('=').ok_or(())?;
-            let amount = amount.parse::<f64>().ok().filter(|amount| amount.is_finite() && *amount >= 0.0).ok_or(())?;
+            let amount = amount
+                .parse::<f64>()
+                .ok()
+                .filter(|amount| amount.is_finite() && *amount >= 0.0)
+                .ok_or(())?;
             *chaos.switch(name).ok_or(())? = Some(amount);
         }
         Ok(chaos)
@@ -96,8 +102,13 @@ impl Spurious {
     pub fn answer(self) -> (StatusCode, &'static str) {
         match self {
             Self::NotFound => (StatusCode::NOT_FOUND, r#"{"error":"sprite not found"}"#),
-            Self::Failed => (StatusCode::INTERNAL_SERVER_ERROR, r#"{"error":"service temporarily unavailable, please retry"}"#),
-            Self::Page => (StatusCode::BAD_GATEWAY, "<html><body><h1>502 Bad Gateway</h1></body></html>"),
+            Self::Failed => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                r#"{"error":"service temporarily unavailable, please retry"}"#,
+            ),
+            Self::Page => {
+                (StatusCode::BAD_GATEWAY, "<html><body><h1>502 Bad Gateway</h1></body></html>")
+            }
         }
     }
 }
@@ -153,7 +164,11 @@ impl FaultInjector {
             creations.push_back(Instant::now());
             return None;
         }
-        let wait = creations.front().map_or(WINDOW, |oldest| WINDOW.saturating_sub(oldest.elapsed())).as_secs() + 1;
+        let wait = creations
+            .front()
+            .map_or(WINDOW, |oldest| WINDOW.saturating_sub(oldest.elapsed()))
+            .as_secs()
+            + 1;
         let body = json!({
             "error": "sprite_creation_rate_limited",
             "message": format!("at most {limit} Sprites are created in a minute"),
@@ -174,8 +189,12 @@ impl FaultInjector {
             for sprite in registry.all() {
                 let idle = sprite.idle().as_secs_f64();
                 let done = match sprite.status() {
-                    Status::Running if idle > pause => registry.pause(&sprite, Duration::from_secs_f64(pause)).await,
-                    Status::Warm if self.chaos.cold.is_some_and(|cold| idle > pause + cold) => registry.stop(&sprite).await,
+                    Status::Running if idle > pause => {
+                        registry.pause(&sprite, Duration::from_secs_f64(pause)).await
+                    }
+                    Status::Warm if self.chaos.cold.is_some_and(|cold| idle > pause + cold) => {
+                        registry.stop(&sprite).await
+                    }
                     _ => Ok(()),
                 };
                 if let Err(error) = done {
@@ -193,7 +212,10 @@ mod tests {
     #[test]
     fn switches_are_read_and_mistakes_refused() {
         let chaos: Chaos = "pause=1.5, lose-output=65536,creates-per-minute=10".parse().unwrap();
-        assert_eq!((chaos.pause, chaos.lose_output, chaos.creates_per_minute), (Some(1.5), Some(65536.0), Some(10.0)));
+        assert_eq!(
+            (chaos.pause, chaos.lose_output, chaos.creates_per_minute),
+            (Some(1.5), Some(65536.0), Some(10.0))
+        );
         assert_eq!("".parse(), Ok(Chaos::default()));
         for wrong in ["pause", "pause=x", "paws=1", "pause=-1"] {
             assert_eq!(wrong.parse::<Chaos>(), Err(()), "{wrong}");
@@ -206,6 +228,9 @@ mod tests {
         assert!(faults.refuse_creation().is_none() && faults.refuse_creation().is_none());
         let (wait, body) = faults.refuse_creation().unwrap();
         assert!((1..=61).contains(&wait));
-        assert_eq!((&body["error"], &body["retry_after_seconds"]), (&json!("sprite_creation_rate_limited"), &json!(wait)));
+        assert_eq!(
+            (&body["error"], &body["retry_after_seconds"]),
+            (&json!("sprite_creation_rate_limited"), &json!(wait))
+        );
     }
 }

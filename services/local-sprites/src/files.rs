@@ -1,5 +1,5 @@
-//! The file API (docs/sprites-api.md §6). Every path is resolved by the kernel inside the Sprite's root, so that neither `..` nor a symlink
-//! nor a race leads out of it.
+//! The file API (docs/sprites-api.md §6). Every path is resolved by the kernel inside the Sprite's
+//! root, so that neither `..` nor a symlink nor a race leads out of it.
 
 pub mod tree;
 pub mod watch;
@@ -76,13 +76,16 @@ impl Root {
 
     /// The directory that a path's last name is in, and that name.
     fn parent<'a>(&self, path: &'a Path) -> io::Result<(OwnedFd, &'a Path)> {
-        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
         Ok((self.open(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?, Path::new(name)))
     }
 
     /// A file to read, from an offset on, and its size.
     pub fn read(&self, path: &Path, offset: u64) -> io::Result<(File, u64)> {
-        let mut file = File::from(self.open(path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty())?);
+        let mut file =
+            File::from(self.open(path, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty())?);
         let metadata = file.metadata()?;
         if metadata.is_dir() {
             return Err(io::ErrorKind::IsADirectory.into());
@@ -95,8 +98,13 @@ impl Root {
     }
 
     pub fn write(&self, path: &Path, content: &[u8], mode: u32, parents: bool) -> io::Result<()> {
-        // The SDKs make a directory by writing `.keep` into it (docs/sprites-api.md §6): its parent is made whatever they say.
-        let depth = if parents { usize::MAX } else { usize::from(path.file_name().is_some_and(|name| name == ".keep")) };
+        // The SDKs make a directory by writing `.keep` into it (docs/sprites-api.md §6): its parent
+        // is made whatever they say.
+        let depth = if parents {
+            usize::MAX
+        } else {
+            usize::from(path.file_name().is_some_and(|name| name == ".keep"))
+        };
         if let Some(parent) = path.parent() {
             self.make_dirs(parent, depth)?;
         }
@@ -119,7 +127,9 @@ impl Root {
     /// A new file or directory is its owner's.
     fn give(&self, fd: impl AsFd) -> io::Result<()> {
         match self.owner {
-            Some(owner) => Ok(rustix::fs::fchown(fd, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)))?),
+            Some(owner) => {
+                Ok(rustix::fs::fchown(fd, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)))?)
+            }
             None => Ok(()),
         }
     }
@@ -133,7 +143,12 @@ impl Root {
         }
         let (parent, name) = self.parent(path)?;
         match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
-            Ok(()) => self.give(rustix::fs::openat(&parent, name, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?),
+            Ok(()) => self.give(rustix::fs::openat(
+                &parent,
+                name,
+                OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?),
             Err(Errno::EXIST) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -166,8 +181,14 @@ impl Root {
         Ok(rustix::fs::renameat(&from, source, &to, dest)?)
     }
 
-    /// Copies a file, or with `recursive` a directory; gives what was copied where, and how many bytes.
-    pub fn copy(&self, source: &Path, dest: &Path, recursive: bool) -> io::Result<(Vec<(PathBuf, PathBuf)>, u64)> {
+    /// Copies a file, or with `recursive` a directory; gives what was copied where, and how many
+    /// bytes.
+    pub fn copy(
+        &self,
+        source: &Path,
+        dest: &Path,
+        recursive: bool,
+    ) -> io::Result<(Vec<(PathBuf, PathBuf)>, u64)> {
         let stat = rustix::fs::fstat(self.open(source, OFlags::PATH, Mode::empty())?)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             let bytes = self.copy_file(source, dest)?;
@@ -211,22 +232,42 @@ impl Root {
     /// Gives what was changed.
     pub fn chmod(&self, path: &Path, mode: u32, recursive: bool) -> io::Result<Vec<PathBuf>> {
         let mode = Mode::from_raw_mode(mode as RawMode);
-        self.change(path, recursive, |fd| Ok(rustix::fs::chmodat(CWD, named(fd), mode, AtFlags::empty())?))
+        self.change(path, recursive, |fd| {
+            Ok(rustix::fs::chmodat(CWD, named(fd), mode, AtFlags::empty())?)
+        })
     }
 
     /// Gives what was changed. Owners as this machine names them.
-    pub fn chown(&self, path: &Path, uid: Option<u32>, gid: Option<u32>, recursive: bool) -> io::Result<Vec<PathBuf>> {
+    pub fn chown(
+        &self,
+        path: &Path,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        recursive: bool,
+    ) -> io::Result<Vec<PathBuf>> {
         let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
-        self.change(path, recursive, |fd| Ok(rustix::fs::chownat(CWD, named(fd), uid, gid, AtFlags::empty())?))
+        self.change(path, recursive, |fd| {
+            Ok(rustix::fs::chownat(CWD, named(fd), uid, gid, AtFlags::empty())?)
+        })
     }
 
     /// Does something to a file, and with `recursive` to all below it that are no symlinks.
-    fn change(&self, path: &Path, recursive: bool, change: impl Fn(&OwnedFd) -> io::Result<()>) -> io::Result<Vec<PathBuf>> {
+    fn change(
+        &self,
+        path: &Path,
+        recursive: bool,
+        change: impl Fn(&OwnedFd) -> io::Result<()>,
+    ) -> io::Result<Vec<PathBuf>> {
         let mut changed = vec![path.to_owned()];
         let top = self.open(path, OFlags::PATH, Mode::empty())?;
-        let is_dir = FileType::from_raw_mode(rustix::fs::fstat(&top)?.st_mode) == FileType::Directory;
+        let is_dir =
+            FileType::from_raw_mode(rustix::fs::fstat(&top)?.st_mode) == FileType::Directory;
         if recursive && is_dir {
-            let below = self.list(path, true)?.into_iter().filter(|entry| entry.kind != "symlink").map(|entry| entry.path.into());
+            let below = self
+                .list(path, true)?
+                .into_iter()
+                .filter(|entry| entry.kind != "symlink")
+                .map(|entry| entry.path.into());
             changed.extend(below);
         }
         for path in &changed {
@@ -241,17 +282,25 @@ impl Root {
 /// A Sprite's devices are the machine's own: what changes one changes it for everybody.
 fn refuse_device(file: &OwnedFd) -> io::Result<()> {
     match FileType::from_raw_mode(rustix::fs::fstat(file)?.st_mode) {
-        FileType::CharacterDevice | FileType::BlockDevice => Err(io::ErrorKind::PermissionDenied.into()),
+        FileType::CharacterDevice | FileType::BlockDevice => {
+            Err(io::ErrorKind::PermissionDenied.into())
+        }
         _ => Ok(()),
     }
 }
 
-/// Some calls refuse `O_PATH` descriptors; their name under `/proc` is the same file, resolved already.
+/// Some calls refuse `O_PATH` descriptors; their name under `/proc` is the same file, resolved
+/// already.
 fn named(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(fd))
 }
 
-fn list_into(dir: impl AsFd, path: &Path, recursive: bool, entries: &mut Vec<Entry>) -> io::Result<()> {
+fn list_into(
+    dir: impl AsFd,
+    path: &Path,
+    recursive: bool,
+    entries: &mut Vec<Entry>,
+) -> io::Result<()> {
     for item in Dir::read_from(&dir)? {
         let item = item?;
         let name = Path::new(OsStr::from_bytes(item.file_name().to_bytes()));
@@ -259,9 +308,14 @@ fn list_into(dir: impl AsFd, path: &Path, recursive: bool, entries: &mut Vec<Ent
             continue;
         }
         // One that is deleted meanwhile is not in the list.
-        let Ok(stat) = rustix::fs::statat(&dir, item.file_name(), AtFlags::SYMLINK_NOFOLLOW) else { continue };
+        let Ok(stat) = rustix::fs::statat(&dir, item.file_name(), AtFlags::SYMLINK_NOFOLLOW) else {
+            continue;
+        };
         if entries.len() >= ENTRIES_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("more than {ENTRIES_MAX} entries")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("more than {ENTRIES_MAX} entries"),
+            ));
         }
         let path = path.join(name);
         entries.push(entry(&path, &stat));
@@ -275,7 +329,13 @@ fn list_into(dir: impl AsFd, path: &Path, recursive: bool, entries: &mut Vec<Ent
     Ok(())
 }
 
-fn delete_at(parent: impl AsFd, name: &Path, path: &Path, recursive: bool, deleted: &mut Vec<PathBuf>) -> io::Result<()> {
+fn delete_at(
+    parent: impl AsFd,
+    name: &Path,
+    path: &Path,
+    recursive: bool,
+    deleted: &mut Vec<PathBuf>,
+) -> io::Result<()> {
     match rustix::fs::unlinkat(&parent, name, AtFlags::empty()) {
         Err(Errno::ISDIR) => {}
         other => {
@@ -306,7 +366,8 @@ fn entry(path: &Path, stat: &Stat) -> Entry {
         FileType::Symlink => "symlink",
         _ => "file",
     };
-    let modified = OffsetDateTime::from_unix_timestamp(stat.st_mtime).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let modified =
+        OffsetDateTime::from_unix_timestamp(stat.st_mtime).unwrap_or(OffsetDateTime::UNIX_EPOCH);
     Entry {
         name: path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
         path: path.to_string_lossy().into_owned(),
@@ -334,7 +395,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("inside"), "yes").unwrap();
         std::os::unix::fs::symlink("/inside", dir.path().join("link")).unwrap();
-        std::os::unix::fs::symlink("/../../../../../../etc/passwd", dir.path().join("out")).unwrap();
+        std::os::unix::fs::symlink("/../../../../../../etc/passwd", dir.path().join("out"))
+            .unwrap();
         let root = Root::new(File::open(dir.path()).unwrap(), None);
         let mut text = String::new();
         root.read(Path::new("/link"), 0).unwrap().0.read_to_string(&mut text).unwrap();

@@ -1,7 +1,8 @@
 //! Isolates a Sprite from this machine and from other Sprites.
 //!
-//! [`sandbox`] puts a Sprite's root together over its [`disk`] and starts it, by a [`runtime`] that reads an [`oci`] bundle; [`holder`] is the
-//! running sandbox. [`launch`] is how commands get in, less what [`seccomp`] refuses, and [`runsc`] where the sandbox has a kernel of its own;
+//! [`sandbox`] puts a Sprite's root together over its [`disk`] and starts it, by a [`runtime`] that
+//! reads an [`oci`] bundle; [`holder`] is the running sandbox. [`launch`] is how commands get in,
+//! less what [`seccomp`] refuses, and [`runsc`] where the sandbox has a kernel of its own;
 //! [`cgroup`] limits what they use.
 
 pub mod cgroup;

@@ -1,8 +1,9 @@
 //! A server of the Sprites API for this machine, so that no account is needed.
 //!
-//! Rooms: [`isolation`] keeps a Sprite apart, [`network`] decides whom it reaches, [`sprites`] keeps them all, [`run`] runs commands in them,
-//! [`services`] keeps programs running, [`files`] is the file API. [`api`] speaks the wire format of the Sprites API over all of it; what is
-//! not served answers 404. [`chaos`] makes trouble for tests.
+//! Rooms: [`isolation`] keeps a Sprite apart, [`network`] decides whom it reaches, [`sprites`]
+//! keeps them all, [`run`] runs commands in them, [`services`] keeps programs running, [`files`] is
+//! the file API. [`api`] speaks the wire format of the Sprites API over all of it; what is not
+//! served answers 404. [`chaos`] makes trouble for tests.
 
 mod api;
 mod atomic;
@@ -149,7 +150,8 @@ impl Config {
     }
 }
 
-/// Serves until a signal: on SIGINT (Ctrl-C) what runs in the Sprites is ended too; on SIGTERM, as for a restart, it runs on.
+/// Serves until a signal: on SIGINT (Ctrl-C) what runs in the Sprites is ended too; on SIGTERM, as
+/// for a restart, it runs on.
 ///
 /// Proves first that a sandbox can be made here, and takes up the Sprites that are there.
 ///
@@ -176,20 +178,39 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     };
     let sandboxes = Sandboxes::prepare(kind, &config.data_dir).await?;
     if !missing.is_empty() {
-        tracing::warn!(missing = missing.join(", "), "no limits: this machine has no writable control groups");
+        tracing::warn!(
+            missing = missing.join(", "),
+            "no limits: this machine has no writable control groups"
+        );
     }
     let faults = Arc::new(FaultInjector::new(config.chaos));
-    anyhow::ensure!(!faults.pauses() || cgroups.can_freeze(), "LOCAL_SPRITES_CHAOS: no Sprite can be paused here");
-    let registry = Registry::load(&config.data_dir, sandboxes, cgroups, config.budget, config.private_hosts, lifecycle.clone()).await;
+    anyhow::ensure!(
+        !faults.pauses() || cgroups.can_freeze(),
+        "LOCAL_SPRITES_CHAOS: no Sprite can be paused here"
+    );
+    let registry = Registry::load(
+        &config.data_dir,
+        sandboxes,
+        cgroups,
+        config.budget,
+        config.private_hosts,
+        lifecycle.clone(),
+    )
+    .await;
     let api = Api { registry: registry.context("LOCAL_SPRITES_DATA_DIR")?, faults };
     api.registry.prepare_next();
     for sprite in api.registry.all() {
         api::inside::open(&api, &sprite);
     }
-    let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
+    let listener = TcpListener::bind(config.addr)
+        .await
+        .with_context(|| format!("cannot listen on LOCAL_SPRITES_ADDR {}", config.addr))?;
     let router = api::router(&api, config.token);
     if api.faults.pauses() {
-        lifecycle.spawn("pauses", api.faults.clone().pause_idle(api.registry.clone(), lifecycle.clone()));
+        lifecycle.spawn(
+            "pauses",
+            api.faults.clone().pause_idle(api.registry.clone(), lifecycle.clone()),
+        );
     }
     lifecycle.spawn("budget", sprites::caretaker::keep(api.registry.clone(), lifecycle.clone()));
     let (stop, life) = (lifecycle.stop_token(), lifecycle.clone());
@@ -212,7 +233,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tells this server's control groups from those of others on the machine, and is the same after a restart.
+/// Tells this server's control groups from those of others on the machine, and is the same after a
+/// restart.
 fn instance(data_dir: &std::path::Path) -> String {
     let mut hasher = DefaultHasher::new();
     data_dir.canonicalize().unwrap_or_else(|_| data_dir.to_owned()).hash(&mut hasher);

@@ -1,8 +1,9 @@
 //! Network policies of Sprites (docs/sprites-api.md §8.1).
 //!
-//! A Sprite with rules has a network namespace of its own, in which there is nothing but a proxy: its environment names it
-//! (`HTTP_PROXY`, `HTTPS_PROXY`), and what goes another way has no route. The proxy listens inside of the namespace and connects
-//! outside of it, by name, where a rule allows that.
+//! A Sprite with rules has a network namespace of its own, in which there is nothing but a proxy:
+//! its environment names it (`HTTP_PROXY`, `HTTPS_PROXY`), and what goes another way has no route.
+//! The proxy listens inside of the namespace and connects outside of it, by name, where a rule
+//! allows that.
 
 pub mod ports;
 pub mod uplink;
@@ -99,17 +100,21 @@ impl Policy {
             return Some(format!("at most {RULES_MAX} rules"));
         }
         self.rules.iter().find_map(|rule| match rule {
-            Rule::Include { include } => (include != "defaults").then(|| format!("unknown include {include:?}")),
+            Rule::Include { include } => {
+                (include != "defaults").then(|| format!("unknown include {include:?}"))
+            }
             Rule::Domain { domain, .. } => {
                 let name = domain.strip_prefix("*.").unwrap_or(domain);
                 let known = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
-                let fine = domain == "*" || (1..=253).contains(&name.len()) && name.chars().all(known);
+                let fine =
+                    domain == "*" || (1..=253).contains(&name.len()) && name.chars().all(known);
                 (!fine).then(|| format!("invalid domain {domain:?}"))
             }
         })
     }
 
-    /// The exact name wins over a pattern, the longer pattern over the shorter, and unnamed hosts are refused.
+    /// The exact name wins over a pattern, the longer pattern over the shorter, and unnamed hosts
+    /// are refused.
     fn allows(&self, host: &str) -> bool {
         let host = host.trim_end_matches('.').to_ascii_lowercase();
         let defaults = DEFAULTS.iter().map(|domain| (*domain, Action::Allow));
@@ -118,10 +123,13 @@ impl Policy {
             Rule::Domain { domain, action } => Some((domain.as_str(), *action)),
             Rule::Include { .. } => None,
         });
-        let matching = own.chain(defaults.filter(|_| included)).filter_map(|(domain, action)| Some((weight(domain, &host)?, action)));
+        let matching = own
+            .chain(defaults.filter(|_| included))
+            .filter_map(|(domain, action)| Some((weight(domain, &host)?, action)));
         // Of equals a refusal wins.
         let best = matching.max_by_key(|(weight, action)| (*weight, *action == Action::Deny));
-        best.is_none_or(|(_, action)| action == Action::Allow) && (best.is_some() || !self.is_limited())
+        best.is_none_or(|(_, action)| action == Action::Allow)
+            && (best.is_some() || !self.is_limited())
     }
 }
 
@@ -132,23 +140,30 @@ fn weight(domain: &str, host: &str) -> Option<usize> {
         return Some(0);
     }
     match domain.strip_prefix('*') {
-        Some(suffix) => (host.len() > suffix.len() && host.ends_with(suffix)).then_some(suffix.len()),
+        Some(suffix) => {
+            (host.len() > suffix.len() && host.ends_with(suffix)).then_some(suffix.len())
+        }
         None => (domain == host).then_some(usize::MAX),
     }
 }
 
 /// The variables that send a Sprite's programs to its proxy.
 pub fn proxy_variables() -> impl Iterator<Item = (&'static str, String)> {
-    let names = ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"];
+    let names =
+        ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"];
     // Node.js looks at them when told to.
-    names.into_iter().map(|name| (name, format!("http://{PROXY}"))).chain([("NODE_USE_ENV_PROXY", "1".to_owned())])
+    names
+        .into_iter()
+        .map(|name| (name, format!("http://{PROXY}")))
+        .chain([("NODE_USE_ENV_PROXY", "1".to_owned())])
 }
 
 /// The proxy through which a limited Sprite reaches the network.
 #[derive(Debug)]
 pub struct EgressProxy {
     policy: Mutex<Policy>,
-    /// Hosts that may be private addresses: those of the deployment's own services, never what users name.
+    /// Hosts that may be private addresses: those of the deployment's own services, never what
+    /// users name.
     private_hosts: Arc<[String]>,
     slots: Arc<Semaphore>,
     lookups: Arc<Semaphore>,
@@ -185,12 +200,18 @@ impl Refusals {
 }
 
 impl EgressProxy {
-    /// Opens a proxy in the network namespace of a process. Refused connections are appended to a file, which is empty at first. A stop does
-    /// not wait for it, and it serves as long as this process: what runs in the Sprite keeps running meanwhile.
+    /// Opens a proxy in the network namespace of a process. Refused connections are appended to a
+    /// file, which is empty at first. A stop does not wait for it, and it serves as long as this
+    /// process: what runs in the Sprite keeps running meanwhile.
     ///
     /// # Errors
     /// When the namespace cannot be entered.
-    pub fn open(pid: i32, policy: Policy, private_hosts: Arc<[String]>, refusals: PathBuf) -> io::Result<Arc<Self>> {
+    pub fn open(
+        pid: i32,
+        policy: Policy,
+        private_hosts: Arc<[String]>,
+        refusals: PathBuf,
+    ) -> io::Result<Arc<Self>> {
         let listener = inside(pid, || {
             let listener = std::net::TcpListener::bind(PROXY)?;
             listener.set_nonblocking(true)?;
@@ -228,7 +249,9 @@ impl EgressProxy {
         let mut connections = JoinSet::new();
         loop {
             while connections.try_join_next().is_some() {}
-            let Some(accepted) = self.closed.run_until_cancelled(listener.accept()).await else { return };
+            let Some(accepted) = self.closed.run_until_cancelled(listener.accept()).await else {
+                return;
+            };
             let Ok((client, _)) = accepted else {
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
@@ -244,19 +267,36 @@ impl EgressProxy {
 
     async fn connection(&self, mut client: TcpStream) -> io::Result<()> {
         let _ = client.set_nodelay(true);
-        let Ok(Ok(Some((request, rest)))) = tokio::time::timeout(HEAD_TIME_MAX, read_head(&mut client)).await else {
-            return answer(&mut client, "400 Bad Request", "not a request that a proxy understands").await;
+        let Ok(Ok(Some((request, rest)))) =
+            tokio::time::timeout(HEAD_TIME_MAX, read_head(&mut client)).await
+        else {
+            return answer(
+                &mut client,
+                "400 Bad Request",
+                "not a request that a proxy understands",
+            )
+            .await;
         };
         let mut server = match self.dial(&request.host, request.port).await {
             Ok(server) => server,
             Err(Refused::Policy) => {
-                tracing::info!(host = request.host, port = request.port, "refused by the Sprite's network policy");
+                tracing::info!(
+                    host = request.host,
+                    port = request.port,
+                    "refused by the Sprite's network policy"
+                );
                 locked(&self.refusals).add(format!("{}:{}", request.host, request.port));
-                let why = format!("{} is not allowed by this sandbox's network policy", request.host);
+                let why =
+                    format!("{} is not allowed by this sandbox's network policy", request.host);
                 return answer(&mut client, "403 Forbidden", &why).await;
             }
             Err(Refused::Unreachable(error)) => {
-                return answer(&mut client, "502 Bad Gateway", &format!("{} cannot be reached: {error}", request.host)).await;
+                return answer(
+                    &mut client,
+                    "502 Bad Gateway",
+                    &format!("{} cannot be reached: {error}", request.host),
+                )
+                .await;
             }
         };
         match request.forward {
@@ -270,19 +310,31 @@ impl EgressProxy {
     async fn dial(&self, host: &str, port: u16) -> Result<TcpStream, Refused> {
         let named = self.private_hosts.iter().any(|own| *own == format!("{host}:{port}"));
         if let Some(loopback) = loopback(host).filter(|_| !named) {
-            let connected = tokio::time::timeout(CONNECT_MAX, connect_inside(self.pid, SocketAddr::new(loopback, port))).await;
+            let connected = tokio::time::timeout(
+                CONNECT_MAX,
+                connect_inside(self.pid, SocketAddr::new(loopback, port)),
+            )
+            .await;
             let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             return connected.map_err(|error| Refused::Unreachable(error.to_string()));
         }
         if !locked(&self.policy).allows(host) {
             return Err(Refused::Policy);
         }
-        let private_allowed = self.private_hosts.iter().any(|own| own.eq_ignore_ascii_case(host) || *own == format!("{host}:{port}"));
+        let private_allowed = self
+            .private_hosts
+            .iter()
+            .any(|own| own.eq_ignore_ascii_case(host) || *own == format!("{host}:{port}"));
         let unreachable = |error: io::Error| Refused::Unreachable(error.to_string());
         let connect = async {
-            let addresses = look_up(&self.lookups, host.trim_matches(['[', ']']), port).await.map_err(unreachable)?;
+            let addresses = look_up(&self.lookups, host.trim_matches(['[', ']']), port)
+                .await
+                .map_err(unreachable)?;
             // An allowed name that leads to this machine or its network is not what was allowed.
-            let addresses: Vec<_> = addresses.into_iter().filter(|address| private_allowed || is_public(address.ip())).collect();
+            let addresses: Vec<_> = addresses
+                .into_iter()
+                .filter(|address| private_allowed || is_public(address.ip()))
+                .collect();
             if addresses.is_empty() {
                 return Err(Refused::Policy);
             }
@@ -290,12 +342,14 @@ impl EgressProxy {
             let _ = server.set_nodelay(true);
             Ok(server)
         };
-        tokio::time::timeout(CONNECT_MAX, connect).await.unwrap_or_else(|_| Err(Refused::Unreachable("it does not answer".to_owned())))
+        tokio::time::timeout(CONNECT_MAX, connect)
+            .await
+            .unwrap_or_else(|_| Err(Refused::Unreachable("it does not answer".to_owned())))
     }
 }
 
-/// What a name leads to. The thread that asks is busy until the system's resolver answers, which may be long after its connection was given
-/// up: it keeps the Sprite's slot for as long.
+/// What a name leads to. The thread that asks is busy until the system's resolver answers, which
+/// may be long after its connection was given up: it keeps the Sprite's slot for as long.
 async fn look_up(slots: &Arc<Semaphore>, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     let slot = slots.clone().acquire_owned().await.map_err(io::Error::other)?;
     let host = host.to_owned();
@@ -306,7 +360,8 @@ async fn look_up(slots: &Arc<Semaphore>, host: &str, port: u16) -> io::Result<Ve
     found.await.map_err(io::Error::other)?
 }
 
-/// A Sprite's loopback is its own: what a program means by it, where all that it asks for goes through the proxy.
+/// A Sprite's loopback is its own: what a program means by it, where all that it asks for goes
+/// through the proxy.
 fn loopback(host: &str) -> Option<IpAddr> {
     let host = host.trim_matches(['[', ']']);
     if host.eq_ignore_ascii_case("localhost") {
@@ -315,14 +370,20 @@ fn loopback(host: &str) -> Option<IpAddr> {
     host.parse::<IpAddr>().ok().filter(|address| address.to_canonical().is_loopback())
 }
 
-/// Connects from inside of a process's network namespace. Only the socket is made there: a connection that stands still takes no thread.
+/// Connects from inside of a process's network namespace. Only the socket is made there: a
+/// connection that stands still takes no thread.
 pub async fn connect_inside(pid: i32, address: SocketAddr) -> io::Result<TcpStream> {
-    let make = move || inside(pid, move || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() });
+    let make = move || {
+        inside(
+            pid,
+            move || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() },
+        )
+    };
     tokio::task::spawn_blocking(make).await.map_err(io::Error::other)??.connect(address).await
 }
 
-/// What the deployment names that Sprites reach although it is private, and that is not on the machine's loopback: the server carries
-/// connections there, from an address of the Sprite's own.
+/// What the deployment names that Sprites reach although it is private, and that is not on the
+/// machine's loopback: the server carries connections there, from an address of the Sprite's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Forward {
     pub host: String,
@@ -332,9 +393,13 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// The address is the host's own where it is one, and otherwise one that the Sprite's `/etc/hosts` gives its name.
+    /// The address is the host's own where it is one, and otherwise one that the Sprite's
+    /// `/etc/hosts` gives its name.
     pub fn of(private_hosts: &[String]) -> Vec<Self> {
-        let named = private_hosts.iter().filter_map(|host| host.rsplit_once(':')).filter(|(host, _)| loopback(host).is_none());
+        let named = private_hosts
+            .iter()
+            .filter_map(|host| host.rsplit_once(':'))
+            .filter(|(host, _)| loopback(host).is_none());
         let named = named.filter_map(|(host, port)| Some((host.to_owned(), port.parse().ok()?)));
         let addressed = named.zip(1u8..).map(|((host, port), number)| {
             let address = host.parse().unwrap_or_else(|_| Ipv4Addr::new(127, 77, 0, number));
@@ -423,22 +488,30 @@ fn parse_head(head: &[u8]) -> Option<Asked> {
     let (authority, path) = url.find('/').map_or((url, "/"), |slash| url.split_at(slash));
     let authority = authority.rsplit_once('@').map_or(authority, |(_, authority)| authority);
     let (host, port) = match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => (host, port.parse().ok()?),
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => {
+            (host, port.parse().ok()?)
+        }
         _ => (authority, 80),
     };
     // One request for each connection: the next may be for another host.
     let kept = headers.split("\r\n").filter(|line| {
         let name = line.split(':').next().unwrap_or_default().to_ascii_lowercase();
-        !line.is_empty() && !["connection", "proxy-connection", "proxy-authorization", "keep-alive"].contains(&name.as_str())
+        !line.is_empty()
+            && !["connection", "proxy-connection", "proxy-authorization", "keep-alive"]
+                .contains(&name.as_str())
     });
-    let lines: Vec<String> = [format!("{method} {path} {version}")].into_iter().chain(kept.map(str::to_owned)).collect();
+    let lines: Vec<String> =
+        [format!("{method} {path} {version}")].into_iter().chain(kept.map(str::to_owned)).collect();
     let forward = format!("{}\r\nConnection: close\r\n\r\n", lines.join("\r\n"));
     Some(Asked { host: host.to_owned(), port, forward: Some(forward.into_bytes()) })
 }
 
 async fn answer(client: &mut TcpStream, status: &str, why: &str) -> io::Result<()> {
     let body = format!("{why}\n");
-    let head = format!("HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
     client.write_all(format!("{head}{body}").as_bytes()).await?;
     client.shutdown().await
 }
@@ -452,15 +525,24 @@ pub fn loopback_ports(private_hosts: &[String]) -> Vec<u16> {
     private_hosts.iter().filter_map(port).collect()
 }
 
-/// Makes a socket in a process's network namespace. Sockets stay in the namespace that they were made in.
-pub fn inside<T: Send + 'static>(pid: i32, make: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+/// Makes a socket in a process's network namespace. Sockets stay in the namespace that they were
+/// made in.
+pub fn inside<T: Send + 'static>(
+    pid: i32,
+    make: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
     let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
     let make = move || {
-        move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), Some(LinkNameSpaceType::Network))?;
+        move_into_link_name_space(
+            std::os::fd::AsFd::as_fd(&namespace),
+            Some(LinkNameSpaceType::Network),
+        )?;
         make()
     };
     // A thread of its own: it stays in that namespace, and ends.
-    std::thread::spawn(make).join().unwrap_or_else(|_| Err(io::Error::other("the namespace cannot be entered")))
+    std::thread::spawn(make)
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("the namespace cannot be entered")))
 }
 
 #[cfg(test)]
@@ -471,10 +553,17 @@ mod tests {
     async fn a_name_is_looked_up_when_the_sprites_other_lookups_have_ended() {
         let slots = Arc::new(Semaphore::new(1));
         let held = slots.clone().acquire_owned().await.unwrap();
-        assert!(tokio::time::timeout(Duration::from_millis(50), look_up(&slots, "localhost", 1)).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(50), look_up(&slots, "localhost", 1))
+                .await
+                .is_err()
+        );
         drop(held);
         let found = look_up(&slots, "localhost", 1).await.unwrap();
-        assert!(found.iter().all(|address| address.ip().is_loopback() && address.port() == 1) && !found.is_empty());
+        assert!(
+            found.iter().all(|address| address.ip().is_loopback() && address.port() == 1)
+                && !found.is_empty()
+        );
         assert_eq!(slots.available_permits(), 1);
     }
 
@@ -485,14 +574,21 @@ mod tests {
         if inside(pid, || Ok(())).is_err() {
             return;
         }
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).max_blocking_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         runtime.block_on(async {
             let socket = TcpSocket::new_v4().unwrap();
             socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
             let listener = socket.listen(1).unwrap();
             let address = listener.local_addr().unwrap();
             let mut accepted = Vec::new();
-            while let Ok(Ok(stream)) = tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(address)).await {
+            while let Ok(Ok(stream)) =
+                tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(address)).await
+            {
                 accepted.push(stream);
             }
             let mut waiting = JoinSet::new();
@@ -535,7 +631,9 @@ mod tests {
         ] {
             assert_eq!(rules.allows(host), expected, "{host}");
         }
-        let defaults = policy(serde_json::json!([{ "include": "defaults" }, { "domain": "pypi.org", "action": "deny" }]));
+        let defaults = policy(
+            serde_json::json!([{ "include": "defaults" }, { "domain": "pypi.org", "action": "deny" }]),
+        );
         assert!(defaults.allows("github.com") && defaults.allows("api.github.com"));
         assert!(!defaults.allows("pypi.org") && !defaults.allows("example.org"));
         assert!(Policy::default().allows("anything") && !Policy::default().is_limited());
@@ -543,33 +641,66 @@ mod tests {
 
     #[test]
     fn bad_rules_are_named() {
-        assert!(policy(serde_json::json!([{ "domain": "a b", "action": "allow" }])).problem().unwrap().contains("a b"));
-        assert!(policy(serde_json::json!([{ "include": "everything" }])).problem().unwrap().contains("everything"));
-        assert_eq!(policy(serde_json::json!([{ "domain": "*.a-b.c", "action": "allow" }])).problem(), None);
-        assert!(serde_json::from_value::<Policy>(serde_json::json!({ "rules": [{ "domain": "x", "action": "maybe" }] })).is_err());
+        assert!(
+            policy(serde_json::json!([{ "domain": "a b", "action": "allow" }]))
+                .problem()
+                .unwrap()
+                .contains("a b")
+        );
+        assert!(
+            policy(serde_json::json!([{ "include": "everything" }]))
+                .problem()
+                .unwrap()
+                .contains("everything")
+        );
+        assert_eq!(
+            policy(serde_json::json!([{ "domain": "*.a-b.c", "action": "allow" }])).problem(),
+            None
+        );
+        assert!(
+            serde_json::from_value::<Policy>(
+                serde_json::json!({ "rules": [{ "domain": "x", "action": "maybe" }] })
+            )
+            .is_err()
+        );
     }
 
     #[test]
     fn private_hosts_are_found_at_addresses_of_the_sprite() {
-        let hosts = ["127.0.0.1:8779", "model:80", "10.1.2.3:443", "localhost:90", "only-a-host"].map(str::to_owned);
+        let hosts = ["127.0.0.1:8779", "model:80", "10.1.2.3:443", "localhost:90", "only-a-host"]
+            .map(str::to_owned);
         assert_eq!(loopback_ports(&hosts), [8779, 90]);
-        let found: Vec<_> = Forward::of(&hosts).into_iter().map(|forward| (forward.host, forward.address.to_string())).collect();
+        let found: Vec<_> = Forward::of(&hosts)
+            .into_iter()
+            .map(|forward| (forward.host, forward.address.to_string()))
+            .collect();
         let expected = [("model", "127.77.0.1"), ("10.1.2.3", "10.1.2.3")];
         assert_eq!(found, expected.map(|(host, address)| (host.to_owned(), address.to_owned())));
-        assert!(loopback("[::1]").is_some() && loopback("LocalHost").is_some() && loopback("127.9.9.9").is_some());
+        assert!(
+            loopback("[::1]").is_some()
+                && loopback("LocalHost").is_some()
+                && loopback("127.9.9.9").is_some()
+        );
         assert!(loopback("example.org").is_none() && loopback("10.0.0.1").is_none());
     }
 
     #[test]
     fn requests_to_a_proxy_are_read() {
-        let connect = parse_head(b"CONNECT api.x.org:443 HTTP/1.1\r\nHost: api.x.org\r\n\r\n").unwrap();
+        let connect =
+            parse_head(b"CONNECT api.x.org:443 HTTP/1.1\r\nHost: api.x.org\r\n\r\n").unwrap();
         assert_eq!(connect, Asked { host: "api.x.org".to_owned(), port: 443, forward: None });
         let get =
             parse_head(b"GET http://u:p@x.org:81/a?b HTTP/1.1\r\nHost: x.org\r\nProxy-Connection: keep-alive\r\nA: 1\r\n\r\n").unwrap();
         assert_eq!((get.host.as_str(), get.port), ("x.org", 81));
         let head = String::from_utf8(get.forward.unwrap()).unwrap();
         assert_eq!(head, "GET /a?b HTTP/1.1\r\nHost: x.org\r\nA: 1\r\nConnection: close\r\n\r\n");
-        for bad in ["", "GET / HTTP/1.1\r\n\r\n", "CONNECT x HTTP/1.1\r\n\r\n", "CONNECT x:99999 HTTP/1.1\r\n\r\n", "\u{fffd}\r\n\r\n"] {
+        for bad in [
+            "",
+            "GET / HTTP/1.1\r\n\r\n",
+            "CONNECT x HTTP/1.1\r\n\r\n",
+            "CONNECT x:99999 HTTP/1.1\r\n\r\n",
+            "\u{fffd}\r\n\r\n",
+        ] {
             assert_eq!(parse_head(bad.as_bytes()), None, "{bad:?}");
         }
     }
@@ -591,6 +722,9 @@ mod tests {
         ] {
             assert!(!is_public(private.parse().unwrap()), "{private}");
         }
-        assert!(is_public("93.184.216.34".parse().unwrap()) && is_public("2606:2800::1".parse().unwrap()));
+        assert!(
+            is_public("93.184.216.34".parse().unwrap())
+                && is_public("2606:2800::1".parse().unwrap())
+        );
     }
 }

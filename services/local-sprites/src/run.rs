@@ -1,4 +1,5 @@
-//! What runs in a Sprite for a client: [`exec`] commands, some in a [`terminal`]; [`tasks`] hold the Sprite awake.
+//! What runs in a Sprite for a client: [`exec`] commands, some in a [`terminal`]; [`tasks`] hold
+//! the Sprite awake.
 
 pub mod exec;
 pub mod tasks;

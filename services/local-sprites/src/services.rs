@@ -1,5 +1,5 @@
-//! Services of a Sprite (docs/sprites-api.md §9): started when it boots, in the order of their needs, and again when they end. They outlive this
-//! server, and the next one keeps them on.
+//! Services of a Sprite (docs/sprites-api.md §9): started when it boots, in the order of their
+//! needs, and again when they end. They outlive this server, and the next one keeps them on.
 
 mod output;
 
@@ -37,7 +37,8 @@ use crate::{
 };
 
 /// Delays before a service that ended is started again.
-const RESTART: Backoff = Backoff { base: Duration::from_millis(500), max: Duration::from_secs(30), attempts: u32::MAX };
+const RESTART: Backoff =
+    Backoff { base: Duration::from_millis(500), max: Duration::from_secs(30), attempts: u32::MAX };
 /// One that ran so long begins with the shortest delay again.
 const STEADY: Duration = Duration::from_secs(60);
 /// How long a service's last words are waited for.
@@ -142,7 +143,10 @@ pub fn log_path(sprite: &Sprite, name: &str) -> PathBuf {
 /// A name of the API's paths, and of files.
 pub fn is_name(name: &str) -> bool {
     let fine = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    (1..=63).contains(&name.len()) && name.chars().all(fine) && !name.starts_with('.') && name != "signal"
+    (1..=63).contains(&name.len())
+        && name.chars().all(fine)
+        && !name.starts_with('.')
+        && name != "signal"
 }
 
 impl Services {
@@ -152,16 +156,26 @@ impl Services {
 
     /// A service that is defined, whether it was ever started or not.
     pub fn defined(&self, sprite: &Sprite, name: &str) -> Result<Arc<Unit>, ServiceError> {
-        if sprite.record().services.contains_key(name) { Ok(self.known(name)) } else { Err(ServiceError::NotFound) }
+        if sprite.record().services.contains_key(name) {
+            Ok(self.known(name))
+        } else {
+            Err(ServiceError::NotFound)
+        }
     }
 
     /// Makes a service, or replaces one that was ended before.
-    pub fn put(&self, sprite: &Sprite, name: &str, definition: Definition) -> Result<Arc<Unit>, ServiceError> {
+    pub fn put(
+        &self,
+        sprite: &Sprite,
+        name: &str,
+        definition: Definition,
+    ) -> Result<Arc<Unit>, ServiceError> {
         let services = sprite.record().services;
         if services.len() >= SERVICES_MAX && !services.contains_key(name) {
             return Err(ServiceError::TooMany);
         }
-        let taken = |(other, with): (&String, &Definition)| other != name && with.http_port.is_some();
+        let taken =
+            |(other, with): (&String, &Definition)| other != name && with.http_port.is_some();
         if definition.http_port.is_some() && services.iter().any(taken) {
             return Err(ServiceError::PortTaken);
         }
@@ -202,14 +216,20 @@ impl Services {
     }
 }
 
-fn add_with_needs<'a>(name: &'a String, definitions: &'a BTreeMap<String, Definition>, order: &mut Vec<&'a String>) {
+fn add_with_needs<'a>(
+    name: &'a String,
+    definitions: &'a BTreeMap<String, Definition>,
+    order: &mut Vec<&'a String>,
+) {
     if order.len() > definitions.len() || order.contains(&name) {
         return;
     }
     // Marked first: needs that go in a circle are started in some order.
     let place = order.len();
     order.push(name);
-    for need in definitions.get(name).map(|definition| definition.needs.as_slice()).unwrap_or_default() {
+    for need in
+        definitions.get(name).map(|definition| definition.needs.as_slice()).unwrap_or_default()
+    {
         if let Some((need, _)) = definitions.get_key_value(need) {
             add_with_needs(need, definitions, order);
         }
@@ -264,7 +284,9 @@ impl Unit {
         let (unit, sprite, stop) = (self.clone(), sprite.clone(), lifecycle.stop_token());
         let wanted = self.wanted.subscribe();
         // At a stop of this server the service runs on.
-        lifecycle.tracker().spawn(async move { stop.run_until_cancelled(unit.keep(sprite, holder, wanted)).await });
+        lifecycle.tracker().spawn(async move {
+            stop.run_until_cancelled(unit.keep(sprite, holder, wanted)).await
+        });
     }
 
     /// Ends the service, by force after a while; and waits for that.
@@ -281,13 +303,19 @@ impl Unit {
 
     pub fn signal(&self, signal: Signal) -> Result<(), ServiceError> {
         let state = locked(&self.state);
-        let process = state.process.filter(|process| process.is_alive()).ok_or(ServiceError::NotRunning)?;
+        let process =
+            state.process.filter(|process| process.is_alive()).ok_or(ServiceError::NotRunning)?;
         process.signal_command(signal);
         Ok(())
     }
 
     /// Runs the service, again and again, until it is to stop.
-    async fn keep(self: Arc<Self>, sprite: Arc<Sprite>, mut holder: Holder, mut wanted: watch::Receiver<Wanted>) {
+    async fn keep(
+        self: Arc<Self>,
+        sprite: Arc<Sprite>,
+        mut holder: Holder,
+        mut wanted: watch::Receiver<Wanted>,
+    ) {
         let mut failures = 0;
         loop {
             let begun = std::time::Instant::now();
@@ -299,7 +327,8 @@ impl Unit {
                     None
                 }
             };
-            // Where its output could not be logged, on a full disk say, it may run on, and is followed again.
+            // Where its output could not be logged, on a full disk say, it may run on, and is
+            // followed again.
             if !self.state().process.is_some_and(Process::is_alive) {
                 let _ = fs::remove_file(pid_file(&sprite, &self.name));
             }
@@ -307,7 +336,9 @@ impl Unit {
             let now = *wanted.borrow();
             match now {
                 Wanted::Stopped(_) => {
-                    self.set(|state| *state = State { restart_count: state.restart_count, ..State::default() });
+                    self.set(|state| {
+                        *state = State { restart_count: state.restart_count, ..State::default() }
+                    });
                     self.tell(Event::Stopped(ended));
                     return;
                 }
@@ -316,8 +347,8 @@ impl Unit {
             }
             self.tell(Event::Exit(ended));
             if !holder.is_alive() {
-                // The Sprite was restarted, or will be, and starts its services then. Decided while the state is locked: it is this
-                // keeper that continues, or the next one.
+                // The Sprite was restarted, or will be, and starts its services then. Decided while
+                // the state is locked: it is this keeper that continues, or the next one.
                 let mut state = locked(&self.state);
                 match sprite.holder() {
                     Some(next) => holder = next,
@@ -329,7 +360,9 @@ impl Unit {
             }
             failures = if begun.elapsed() > STEADY { 1 } else { failures + 1 };
             let delay = RESTART.jittered(failures.min(16));
-            let at = Timestamp::from_unix_micros(Timestamp::now().unix_micros() + i64::try_from(delay.as_micros()).unwrap_or(0));
+            let at = Timestamp::from_unix_micros(
+                Timestamp::now().unix_micros() + i64::try_from(delay.as_micros()).unwrap_or(0),
+            );
             self.set(|state| {
                 state.status = Status::Starting;
                 state.restart_count += 1;
@@ -343,10 +376,18 @@ impl Unit {
         }
     }
 
-    /// Runs the service once, or follows a run that began before; gives its exit status where that can be known.
-    async fn run(&self, sprite: &Arc<Sprite>, holder: Holder, wanted: &mut watch::Receiver<Wanted>) -> io::Result<Option<u8>> {
+    /// Runs the service once, or follows a run that began before; gives its exit status where that
+    /// can be known.
+    async fn run(
+        &self,
+        sprite: &Arc<Sprite>,
+        holder: Holder,
+        wanted: &mut watch::Receiver<Wanted>,
+    ) -> io::Result<Option<u8>> {
         let mut output = Output::open(&files(sprite, &self.name))?;
-        let before = fs::read(pid_file(sprite, &self.name)).ok().and_then(|bytes| serde_json::from_slice::<Process>(&bytes).ok());
+        let before = fs::read(pid_file(sprite, &self.name))
+            .ok()
+            .and_then(|bytes| serde_json::from_slice::<Process>(&bytes).ok());
         let (process, mut child) = match before.filter(|process| process.is_alive()) {
             Some(process) => (process, None),
             None => {
@@ -424,10 +465,17 @@ impl Unit {
 
     /// Starts it suspended, until its process is noted on disk.
     fn spawn(&self, sprite: &Arc<Sprite>, holder: Holder) -> io::Result<Child> {
-        let definition = sprite.record().services.remove(&self.name).ok_or_else(|| io::Error::other("it is defined no more"))?;
+        let definition = sprite
+            .record()
+            .services
+            .remove(&self.name)
+            .ok_or_else(|| io::Error::other("it is defined no more"))?;
         let dir = definition.dir.filter(|dir| !dir.is_empty()).unwrap_or_else(|| HOME.to_owned());
         let argv: Vec<_> = std::iter::once(definition.cmd).chain(definition.args).collect();
-        let variables = sandbox::environment(holder).into_iter().chain(sprite.environment()).chain(definition.env);
+        let variables = sandbox::environment(holder)
+            .into_iter()
+            .chain(sprite.environment())
+            .chain(definition.env);
         let launch = Launch { held: true, ..sprite.launch(holder, dir.into(), false) };
         let mut command = launch.command(&argv, variables)?;
         let [stdout, stderr] = files(sprite, &self.name).writers()?;
@@ -443,7 +491,10 @@ impl Unit {
 
 /// Waits until the service is not to run any more.
 async fn changed(wanted: &mut watch::Receiver<Wanted>) -> Wanted {
-    wanted.wait_for(|wanted| *wanted != Wanted::Running).await.map_or(Wanted::Forgotten, |wanted| *wanted)
+    wanted
+        .wait_for(|wanted| *wanted != Wanted::Running)
+        .await
+        .map_or(Wanted::Forgotten, |wanted| *wanted)
 }
 
 /// Waits for a process to end; the status of one that an earlier server started is not to be had.
@@ -473,9 +524,15 @@ mod tests {
 
     #[test]
     fn services_start_after_their_needs_and_cycles_terminate() {
-        let needing = |needs: &[&str]| Definition { needs: needs.iter().map(|need| (*need).to_owned()).collect(), ..Definition::default() };
+        let needing = |needs: &[&str]| Definition {
+            needs: needs.iter().map(|need| (*need).to_owned()).collect(),
+            ..Definition::default()
+        };
         let order = |definitions: &[(&str, &[&str])]| {
-            let definitions: BTreeMap<_, _> = definitions.iter().map(|(name, needs)| ((*name).to_owned(), needing(needs))).collect();
+            let definitions: BTreeMap<_, _> = definitions
+                .iter()
+                .map(|(name, needs)| ((*name).to_owned(), needing(needs)))
+                .collect();
             let mut order = Vec::new();
             for name in definitions.keys() {
                 add_with_needs(name, &definitions, &mut order);

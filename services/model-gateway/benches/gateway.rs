@@ -1,4 +1,5 @@
-//! What the model gateway adds to a provider's responses, beside direct calls of the same run: `make bench ARGS=model-gateway`.
+//! What the model gateway adds to a provider's responses, beside direct calls of the same run:
+//! `make bench ARGS=model-gateway`.
 //!
 //! Postgres, NATS, the scheduler, the provider and this load share the machine: read the ratios.
 
@@ -74,7 +75,10 @@ async fn latency(world: &World, direct: &str, through: &str, token: &str) {
     Figure::new("model-gateway: a request", &metered).beside("direct", &floor).report().unwrap();
     // What counts tokens is passed on without metering.
     let unmetered = times(world, &format!("{through}/count_tokens"), token).await;
-    Figure::new("model-gateway: a request without metering", &unmetered).beside("direct", &floor).report().unwrap();
+    Figure::new("model-gateway: a request without metering", &unmetered)
+        .beside("direct", &floor)
+        .report()
+        .unwrap();
 }
 
 async fn bulk(world: &World, direct: &str, through: &str, token: &str) {
@@ -87,7 +91,10 @@ async fn bulk(world: &World, direct: &str, through: &str, token: &str) {
     };
     let floor = rate(direct).await;
     let ours = Measured::rate(rate(through).await, "MB");
-    Figure::new("model-gateway: one streamed answer of 50 MB", ours).beside("direct", Measured::rate(floor, "MB")).report().unwrap();
+    Figure::new("model-gateway: one streamed answer of 50 MB", ours)
+        .beside("direct", Measured::rate(floor, "MB"))
+        .report()
+        .unwrap();
 }
 
 async fn crowd(world: &World, direct: &str, through: &str) {
@@ -108,12 +115,16 @@ async fn crowd(world: &World, direct: &str, through: &str) {
             }
             slowest
         };
-        let slowest = join_all(tokens.iter().map(of_session)).await.into_iter().max().unwrap_or_default();
+        let slowest =
+            join_all(tokens.iter().map(of_session)).await.into_iter().max().unwrap_or_default();
         ((SESSIONS * REQUESTS_OF_EACH) as f64 / begun.elapsed().as_secs_f64(), slowest)
     };
     let (floor, _) = rate(direct).await;
     let (ours, slowest) = rate(through).await;
-    let crowd = Figure::new("model-gateway: requests of 200 sessions at once", Measured::rate(ours, "requests"));
+    let crowd = Figure::new(
+        "model-gateway: requests of 200 sessions at once",
+        Measured::rate(ours, "requests"),
+    );
     crowd.beside("direct", Measured::rate(floor, "requests")).report().unwrap();
     let slowest = Measured::amount(slowest.as_secs_f64() * 1e3, "ms");
     Figure::new("model-gateway: the slowest of them", slowest).report().unwrap();

@@ -1,4 +1,5 @@
-//! Bodies of requests, read whole within a bounded memory: a provider's connection is not opened for a client that sends slowly.
+//! Bodies of requests, read whole within a bounded memory: a provider's connection is not opened
+//! for a client that sends slowly.
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,22 +38,36 @@ pub struct HeldBody {
 
 impl Memory {
     pub fn new(bytes: usize, body_bytes_max: usize) -> Self {
-        Self { units: Arc::new(Semaphore::new((bytes / UNIT).clamp(1, Semaphore::MAX_PERMITS))), body_bytes_max }
+        Self {
+            units: Arc::new(Semaphore::new((bytes / UNIT).clamp(1, Semaphore::MAX_PERMITS))),
+            body_bytes_max,
+        }
     }
 
-    /// Reads a body. Memory is taken as bytes arrive: what a client announces costs nothing. `shares` are what the body's session and its user
-    /// may hold.
-    pub async fn read(&self, body: Body, announced: Option<usize>, shares: &[Arc<Semaphore>; 2]) -> Result<HeldBody, Refusal> {
+    /// Reads a body. Memory is taken as bytes arrive: what a client announces costs nothing.
+    /// `shares` are what the body's session and its user may hold.
+    pub async fn read(
+        &self,
+        body: Body,
+        announced: Option<usize>,
+        shares: &[Arc<Semaphore>; 2],
+    ) -> Result<HeldBody, Refusal> {
         if announced.is_some_and(|bytes| bytes > self.body_bytes_max) {
             return Err(Refusal::TooLarge);
         }
         timeout(TIME_MAX, self.fill(body, shares)).await.unwrap_or(Err(Refusal::Body))
     }
 
-    async fn fill(&self, body: Body, [session, user]: &[Arc<Semaphore>; 2]) -> Result<HeldBody, Refusal> {
+    async fn fill(
+        &self,
+        body: Body,
+        [session, user]: &[Arc<Semaphore>; 2],
+    ) -> Result<HeldBody, Refusal> {
         let (mut bytes, mut held, mut memory) = (BytesMut::new(), 0, [None, None, None]);
         let mut chunks = body.into_data_stream();
-        while let Some(chunk) = timeout(SILENCE_MAX, chunks.next()).await.map_err(|_| Refusal::Body)? {
+        while let Some(chunk) =
+            timeout(SILENCE_MAX, chunks.next()).await.map_err(|_| Refusal::Body)?
+        {
             let data = chunk.map_err(|_| Refusal::Body)?;
             let total = bytes.len() + data.len();
             if total > self.body_bytes_max {
@@ -60,9 +75,12 @@ impl Memory {
             }
             let more = total.div_ceil(UNIT) - held;
             let units = u32::try_from(more).unwrap_or(u32::MAX);
-            let take = |share: &Arc<Semaphore>| share.clone().try_acquire_many_owned(units).map_err(|_| Refusal::Busy);
+            let take = |share: &Arc<Semaphore>| {
+                share.clone().try_acquire_many_owned(units).map_err(|_| Refusal::Busy)
+            };
             let (of_session, of_user) = (take(session)?, take(user)?);
-            let common = timeout(MEMORY_WAIT_MAX, self.units.clone().acquire_many_owned(units)).await;
+            let common =
+                timeout(MEMORY_WAIT_MAX, self.units.clone().acquire_many_owned(units)).await;
             let common = common.ok().and_then(Result::ok).ok_or(Refusal::Busy)?;
             for (kept, more) in memory.iter_mut().zip([of_session, of_user, common]) {
                 match kept {
@@ -110,7 +128,10 @@ mod tests {
         let (share, other) = (shares(16), shares(16));
         let kept = memory.read(Body::from(vec![1; 10 * UNIT]), None, &share).await;
         assert!(kept.is_ok());
-        assert!(matches!(memory.read(Body::from(vec![1; 10 * UNIT]), None, &share).await, Err(Refusal::Busy)));
+        assert!(matches!(
+            memory.read(Body::from(vec![1; 10 * UNIT]), None, &share).await,
+            Err(Refusal::Busy)
+        ));
         assert!(memory.read(Body::from(vec![1; 10 * UNIT]), None, &other).await.is_ok());
         drop(kept);
         assert!(memory.read(Body::from(vec![1; 10 * UNIT]), None, &share).await.is_ok());

@@ -1,5 +1,5 @@
-//! Repositories over HTTP: git's own requests and those of Git LFS, for the repository that a token belongs to and no other. Packs are
-//! streamed both ways.
+//! Repositories over HTTP: git's own requests and those of Git LFS, for the repository that a token
+//! belongs to and no other. Packs are streamed both ways.
 
 use std::{
     convert::Infallible,
@@ -60,28 +60,37 @@ enum Service<'a> {
 fn read<'a>(method: &Method, path: &'a str, query: Option<&'a str>) -> Option<GitRequest<'a>> {
     let at_host = path.strip_prefix("/git/")?.strip_prefix(HOST)?.strip_prefix('/')?;
     let plain = |c: char| c.is_ascii_alphanumeric() || "-._/".contains(c);
-    let clean = at_host.chars().all(plain) && at_host.split('/').all(|part| part.chars().any(|c| c != '.'));
+    let clean =
+        at_host.chars().all(plain) && at_host.split('/').all(|part| part.chars().any(|c| c != '.'));
     let (owner, rest) = at_host.split_once('/').filter(|_| clean)?;
     let (name, service) = rest.split_once('/')?;
     let repository = at_host.get(..owner.len() + 1 + name.len())?;
     let url = format!("https://{HOST}/{repository}");
     let url = RepositoryUrl::parse(&url)?.to_string();
-    let (get, post, query) = (method == Method::GET, method == Method::POST, query.unwrap_or_default());
+    let (get, post, query) =
+        (method == Method::GET, method == Method::POST, query.unwrap_or_default());
     let service = match service {
-        "info/refs" if get && matches!(query, "service=git-upload-pack" | "service=git-receive-pack") => Service::Refs(query),
+        "info/refs"
+            if get && matches!(query, "service=git-upload-pack" | "service=git-receive-pack") =>
+        {
+            Service::Refs(query)
+        }
         "git-upload-pack" if post && query.is_empty() => Service::Fetch,
         "git-receive-pack" if post && query.is_empty() => Service::Push,
         service => {
             let lfs = service.strip_prefix("info/lfs/")?;
-            let asks = matches!(lfs, "objects/batch" | "locks/verify" | "locks") || lfs.starts_with("locks/") && lfs.ends_with("/unlock");
-            ((post && asks && query.is_empty()) || (get && lfs == "locks")).then_some(Service::Lfs(lfs))?
+            let asks = matches!(lfs, "objects/batch" | "locks/verify" | "locks")
+                || lfs.starts_with("locks/") && lfs.ends_with("/unlock");
+            ((post && asks && query.is_empty()) || (get && lfs == "locks"))
+                .then_some(Service::Lfs(lfs))?
         }
     };
     Some(GitRequest { path: format!("git/{}", url.strip_prefix("https://")?), repository, service })
 }
 
 impl GitRequest<'_> {
-    /// Where it is sent: the repository is the route's, and nothing that the client wrote is below another.
+    /// Where it is sent: the repository is the route's, and nothing that the client wrote is below
+    /// another.
     fn url(&self, base: &Url, query: Option<&str>) -> Url {
         let mut url = base.clone();
         let service = match self.service {
@@ -90,7 +99,11 @@ impl GitRequest<'_> {
             Service::Push => "git-receive-pack".to_owned(),
             Service::Lfs(lfs) => format!("info/lfs/{lfs}"),
         };
-        url.set_path(&format!("{}/{}/{service}", base.path().trim_end_matches('/'), self.repository));
+        url.set_path(&format!(
+            "{}/{}/{service}",
+            base.path().trim_end_matches('/'),
+            self.repository
+        ));
         url.set_query(match self.service {
             Service::Refs(query) => Some(query),
             _ => query.filter(|query| !query.is_empty()),
@@ -98,11 +111,13 @@ impl GitRequest<'_> {
         url
     }
 
-    /// The repository itself, for one that the session has no token for: git's address of another repository may begin like the one that
-    /// it was led here for.
+    /// The repository itself, for one that the session has no token for: git's address of another
+    /// repository may begin like the one that it was led here for.
     fn elsewhere(&self) -> Option<Response> {
         let Service::Refs(query) = self.service else { return None };
-        let location = HeaderValue::from_str(&format!("https://{HOST}/{}/info/refs?{query}", self.repository)).ok()?;
+        let location =
+            HeaderValue::from_str(&format!("https://{HOST}/{}/info/refs?{query}", self.repository))
+                .ok()?;
         Some((StatusCode::FOUND, [(header::LOCATION, location)]).into_response())
     }
 }
@@ -124,7 +139,10 @@ pub async fn handle(State(routed): State<Routed>, request: Request) -> Response 
         let mut response = refused.response();
         if refused == NotRouted::NoToken {
             // Git sends no credential before it is asked for one.
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"model gateway\""));
+            response.headers_mut().insert(
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static("Basic realm=\"model gateway\""),
+            );
         }
         response
     })
@@ -132,8 +150,10 @@ pub async fn handle(State(routed): State<Routed>, request: Request) -> Response 
 
 async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted> {
     let (parts, body) = request.into_parts();
-    let mut admitted = routed.admit(shown(&parts.headers), parts.extensions.get::<Connection>()).await?;
-    let asked = read(&parts.method, parts.uri.path(), parts.uri.query()).ok_or(NotRouted::NoRoute)?;
+    let mut admitted =
+        routed.admit(shown(&parts.headers), parts.extensions.get::<Connection>()).await?;
+    let asked =
+        read(&parts.method, parts.uri.path(), parts.uri.query()).ok_or(NotRouted::NoRoute)?;
     let route = match routed.find(&mut admitted, RouteKind::Git, &asked.path).await {
         Err(NotRouted::NoRoute) => return asked.elsewhere().ok_or(NotRouted::NoRoute),
         found => found?,
@@ -144,7 +164,10 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
         Service::Push => routed.push_bytes_max,
         Service::Lfs(_) => LFS_QUESTION_BYTES_MAX,
     };
-    let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    let announced = parts
+        .headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|bytes| bytes > most) {
         return Err(NotRouted::TooLarge);
     }
@@ -161,19 +184,35 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
     let answer = routed::answered(request.send(), &sent, routed.silence).await;
     let response = answer
         .ok_or(NotRouted::Upstream("the server did not answer in time"))?
-        .map_err(|error| if is_cut.load(Ordering::Relaxed) { NotRouted::TooLarge } else { routed::failure(&admitted.grant, &error) })?;
+        .map_err(|error| {
+            if is_cut.load(Ordering::Relaxed) {
+                NotRouted::TooLarge
+            } else {
+                routed::failure(&admitted.grant, &error)
+            }
+        })?;
     match response.status() {
         StatusCode::UNAUTHORIZED => Err(NotRouted::TokenOfRepository),
         status if status.is_redirection() && status != StatusCode::NOT_MODIFIED => {
-            Err(NotRouted::Upstream("the repository has moved, which is not followed; configure its new address"))
+            Err(NotRouted::Upstream(
+                "the repository has moved, which is not followed; configure its new address",
+            ))
         }
-        _ if matches!(asked.service, Service::Lfs(_)) => without_token(&routed, response, &route, admitted).await,
+        _ if matches!(asked.service, Service::Lfs(_)) => {
+            without_token(&routed, response, &route, admitted).await
+        }
         _ => Ok(routed.pass_back(response, admitted)),
     }
 }
 
 /// A client's body as it comes, up to a size. Counts the pieces that were sent.
-fn bounded(body: Body, most: u64, silence: Duration, is_cut: Arc<AtomicBool>, sent: Arc<AtomicU64>) -> reqwest::Body {
+fn bounded(
+    body: Body,
+    most: u64,
+    silence: Duration,
+    is_cut: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+) -> reqwest::Body {
     let next = move |(mut chunks, left): (BodyDataStream, u64)| {
         let is_cut = is_cut.clone();
         sent.fetch_add(1, Ordering::Relaxed);
@@ -198,8 +237,8 @@ fn bounded(body: Body, most: u64, silence: Duration, is_cut: Arc<AtomicBool>, se
     reqwest::Body::wrap_stream(stream::unfold((body.into_data_stream(), most), next))
 }
 
-/// An answer of Git LFS: where objects are, and with which headers. One that repeats the repository's token is refused: some servers tell
-/// clients to use it for the objects.
+/// An answer of Git LFS: where objects are, and with which headers. One that repeats the
+/// repository's token is refused: some servers tell clients to use it for the objects.
 async fn without_token(
     routed: &Routed,
     response: reqwest::Response,
@@ -209,18 +248,26 @@ async fn without_token(
     let (status, headers) = (response.status(), crate::proxy::forwarded(response.headers(), true));
     let announced = response.content_length().and_then(|length| usize::try_from(length).ok());
     let body = Body::from_stream(response.bytes_stream());
-    let held = routed.memory.read(body, announced, &admitted.grant.share.routed_bodies).await.map_err(|refusal| match refusal {
-        Refusal::TooLarge => NotRouted::Upstream("the server's answer is too large"),
-        Refusal::Busy => NotRouted::Busy,
-        _ => NotRouted::Upstream("the server closed the connection"),
-    })?;
+    let held =
+        routed.memory.read(body, announced, &admitted.grant.share.routed_bodies).await.map_err(
+            |refusal| match refusal {
+                Refusal::TooLarge => NotRouted::Upstream("the server's answer is too large"),
+                Refusal::Busy => NotRouted::Busy,
+                _ => NotRouted::Upstream("the server closed the connection"),
+            },
+        )?;
     if route.headers.iter().any(|(_, value)| repeats(&held.bytes, value.expose_secret())) {
-        return Err(NotRouted::Upstream("the Git LFS server repeats the repository's token, which may not enter the sandbox"));
+        return Err(NotRouted::Upstream(
+            "the Git LFS server repeats the repository's token, which may not enter the sandbox",
+        ));
     }
     // Its memory and the session's slot are free once the client has it.
-    let held = stream::unfold((Some(held.bytes), held.memory, admitted), |(bytes, memory, admitted)| async move {
-        Some((Ok::<_, Infallible>(bytes?), (None, memory, admitted)))
-    });
+    let held = stream::unfold(
+        (Some(held.bytes), held.memory, admitted),
+        |(bytes, memory, admitted)| async move {
+            Some((Ok::<_, Infallible>(bytes?), (None, memory, admitted)))
+        },
+    );
     let mut passed = Response::new(Body::from_stream(held));
     *passed.status_mut() = status;
     *passed.headers_mut() = headers;
@@ -229,7 +276,9 @@ async fn without_token(
 
 /// Whether a text holds a credential: as it is sent, or the token within.
 fn repeats(text: &[u8], credential: &str) -> bool {
-    let holds = |needle: &[u8]| !needle.is_empty() && text.windows(needle.len()).any(|window| window == needle);
+    let holds = |needle: &[u8]| {
+        !needle.is_empty() && text.windows(needle.len()).any(|window| window == needle)
+    };
     let encoded = credential.rsplit(' ').next().unwrap_or_default();
     let pair = Zeroizing::new(BASE64.decode(encoded).unwrap_or_default());
     let token = pair.splitn(2, |byte| *byte == b':').nth(1).unwrap_or_default();
@@ -246,19 +295,40 @@ mod tests {
     fn only_requests_of_git_are_forwarded() {
         let base = Url::parse("https://github.com").unwrap();
         let sent = |method: Method, path: &str, query: Option<&str>| {
-            read(&method, path, query).map(|asked| (asked.path.clone(), asked.url(&base, query).to_string()))
+            read(&method, path, query)
+                .map(|asked| (asked.path.clone(), asked.url(&base, query).to_string()))
         };
-        let passed = |to: &str| Some(("git/github.com/o/r".to_owned(), format!("https://github.com/{to}")));
+        let passed =
+            |to: &str| Some(("git/github.com/o/r".to_owned(), format!("https://github.com/{to}")));
         for (method, path, query, to) in [
-            (Method::GET, "o/r/info/refs", Some("service=git-upload-pack"), "o/r/info/refs?service=git-upload-pack"),
-            (Method::GET, "o/r.git/info/refs", Some("service=git-receive-pack"), "o/r.git/info/refs?service=git-receive-pack"),
+            (
+                Method::GET,
+                "o/r/info/refs",
+                Some("service=git-upload-pack"),
+                "o/r/info/refs?service=git-upload-pack",
+            ),
+            (
+                Method::GET,
+                "o/r.git/info/refs",
+                Some("service=git-receive-pack"),
+                "o/r.git/info/refs?service=git-receive-pack",
+            ),
             (Method::POST, "o/r/git-upload-pack", None, "o/r/git-upload-pack"),
             (Method::POST, "o/r.git/git-receive-pack", None, "o/r.git/git-receive-pack"),
-            (Method::POST, "o/r.git/info/lfs/objects/batch", None, "o/r.git/info/lfs/objects/batch"),
+            (
+                Method::POST,
+                "o/r.git/info/lfs/objects/batch",
+                None,
+                "o/r.git/info/lfs/objects/batch",
+            ),
             (Method::GET, "o/r/info/lfs/locks", Some("path=a"), "o/r/info/lfs/locks?path=a"),
             (Method::POST, "o/r/info/lfs/locks/5/unlock", None, "o/r/info/lfs/locks/5/unlock"),
         ] {
-            assert_eq!(sent(method, &format!("/git/github.com/{path}"), query), passed(to), "{path}");
+            assert_eq!(
+                sent(method, &format!("/git/github.com/{path}"), query),
+                passed(to),
+                "{path}"
+            );
         }
         let upload = Some("service=git-upload-pack");
         for (method, path, query) in [
@@ -286,16 +356,29 @@ mod tests {
 
     #[test]
     fn a_repository_without_a_token_is_where_it_is() {
-        let asked = read(&Method::GET, "/git/github.com/o/r-two/info/refs", Some("service=git-upload-pack")).unwrap();
+        let asked = read(
+            &Method::GET,
+            "/git/github.com/o/r-two/info/refs",
+            Some("service=git-upload-pack"),
+        )
+        .unwrap();
         let response = asked.elsewhere().unwrap();
-        assert_eq!(response.headers()["location"], "https://github.com/o/r-two/info/refs?service=git-upload-pack");
+        assert_eq!(
+            response.headers()["location"],
+            "https://github.com/o/r-two/info/refs?service=git-upload-pack"
+        );
         let push = read(&Method::POST, "/git/github.com/o/r-two/git-receive-pack", None).unwrap();
         assert!(push.elsewhere().is_none());
     }
 
     #[test]
     fn a_token_is_read_from_gits_authorization_header() {
-        let of = |value: &str| shown(&HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_str(value).unwrap())]));
+        let of = |value: &str| {
+            shown(&HeaderMap::from_iter([(
+                header::AUTHORIZATION,
+                HeaderValue::from_str(value).unwrap(),
+            )]))
+        };
         assert_eq!(of(&format!("Basic {}", BASE64.encode("session:a:b"))).as_deref(), Some("a:b"));
         assert_eq!(of("Bearer t").as_deref(), Some("t"));
         assert_eq!(of("Basic !"), None);
@@ -305,7 +388,10 @@ mod tests {
     #[test]
     fn an_answer_that_repeats_a_token_is_known() {
         let credential = format!("Basic {}", BASE64.encode("x-access-token:SENTINEL"));
-        assert!(repeats(format!(r#"{{"header":{{"Authorization":"{credential}"}}}}"#).as_bytes(), &credential));
+        assert!(repeats(
+            format!(r#"{{"header":{{"Authorization":"{credential}"}}}}"#).as_bytes(),
+            &credential
+        ));
         assert!(repeats(b"https://x:SENTINEL@github.com/", &credential));
         assert!(!repeats(br#"{"objects":[]}"#, &credential));
     }

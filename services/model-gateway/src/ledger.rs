@@ -1,4 +1,5 @@
-//! Accounts for model requests at the scheduler: asks it before each request, and reports the usage afterwards.
+//! Accounts for model requests at the scheduler: asks it before each request, and reports the usage
+//! afterwards.
 
 use std::{
     sync::Arc,
@@ -9,7 +10,8 @@ use bus::{Bus, Failure};
 use contract::{
     rpc,
     scheduler::{
-        BeginModelRequestRequest, EndModelRequestRequest, ModelRequestRefused, RenewModelGatewayRequest, begin_model_request_reply::Verdict,
+        BeginModelRequestRequest, EndModelRequestRequest, ModelRequestRefused,
+        RenewModelGatewayRequest, begin_model_request_reply::Verdict,
     },
     session::Usage,
 };
@@ -28,15 +30,18 @@ const BEGIN_DEADLINE: Duration = Duration::from_secs(5);
 const END_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a request waits for what others reserved of a budget.
 const WAIT_MAX: Duration = Duration::from_secs(60);
-const WAIT: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(1), attempts: u32::MAX };
-const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: 90 };
+const WAIT: Backoff =
+    Backoff { base: Duration::from_millis(100), max: Duration::from_secs(1), attempts: u32::MAX };
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: 90 };
 /// How long a session that nothing limits is served while the scheduler does not answer.
 const UNLIMITED_FOR: Duration = Duration::from_secs(600);
 const SESSIONS_MAX: u64 = 20_000;
 /// Ends that may wait to be reported at a time; each has some hundred bytes.
 const ENDS_MAX: usize = 50_000;
 const RENEW_EVERY: Duration = Duration::from_secs(5);
-/// Bytes of a request's text per token, at least roughly; more than this many tokens no model reads.
+/// Bytes of a request's text per token, at least roughly; more than this many tokens no model
+/// reads.
 const BYTES_PER_TOKEN: u64 = 4;
 const INPUT_TOKENS_MAX: u64 = 200_000;
 /// What an answer is taken to be at most, where its own limit is higher.
@@ -96,7 +101,10 @@ impl Ledger {
             bus,
             gateway: Uuid::now_v7().to_string().into(),
             prices: Arc::new(prices),
-            unlimited: Cache::builder().max_capacity(SESSIONS_MAX).time_to_live(UNLIMITED_FOR).build(),
+            unlimited: Cache::builder()
+                .max_capacity(SESSIONS_MAX)
+                .time_to_live(UNLIMITED_FOR)
+                .build(),
             ends: Arc::new(Semaphore::new(ENDS_MAX)),
             tasks,
         }
@@ -108,14 +116,23 @@ impl Ledger {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
             let request = RenewModelGatewayRequest { gateway_id: self.gateway.to_string() };
-            if let Err(error) = self.bus.call::<rpc::RenewModelGateway>(&request, END_DEADLINE).await {
+            if let Err(error) =
+                self.bus.call::<rpc::RenewModelGateway>(&request, END_DEADLINE).await
+            {
                 tracing::warn!(%error, "failed to renew the lease of this gateway; will retry");
             }
         }
     }
 
     /// Asks whether a request may be sent, and reserves what it may use.
-    pub async fn begin(&self, session: &str, key: &str, provider: Provider, asked: Asked, bytes: usize) -> Result<Entry, Refused> {
+    pub async fn begin(
+        &self,
+        session: &str,
+        key: &str,
+        provider: Provider,
+        asked: Asked,
+        bytes: usize,
+    ) -> Result<Entry, Refused> {
         let input = (bytes as u64 / BYTES_PER_TOKEN).clamp(1, INPUT_TOKENS_MAX);
         let output = asked.output_max.unwrap_or(OUTPUT_TOKENS_MAX).min(OUTPUT_TOKENS_MAX);
         let estimate = Tokens { input, output, ..Tokens::default() };
@@ -131,7 +148,15 @@ impl Ledger {
         };
         let at = Instant::now();
         // Told to have ended also where its client goes away while the scheduler is asked.
-        let mut entry = Entry { ledger: self.clone(), begun, provider, estimate, at, is_sent: false, is_told: false };
+        let mut entry = Entry {
+            ledger: self.clone(),
+            begun,
+            provider,
+            estimate,
+            at,
+            is_sent: false,
+            is_told: false,
+        };
         let (started, mut attempt) = (Instant::now(), 0);
         loop {
             attempt += 1;
@@ -151,8 +176,15 @@ impl Ledger {
                     self.unlimited.invalidate(session).await;
                     return Err(refusal(refused));
                 }
-                Ok(_) if started.elapsed() < WAIT_MAX => tokio::time::sleep(WAIT.jittered(attempt)).await,
-                Ok(_) => return Err(Refused::Rate("What is left of the budget is reserved by other requests".to_owned(), 5)),
+                Ok(_) if started.elapsed() < WAIT_MAX => {
+                    tokio::time::sleep(WAIT.jittered(attempt)).await
+                }
+                Ok(_) => {
+                    return Err(Refused::Rate(
+                        "What is left of the budget is reserved by other requests".to_owned(),
+                        5,
+                    ));
+                }
                 // Nothing is to be kept: the request is told of later.
                 Err(_) if self.unlimited.contains_key(session) => break,
                 Err(error) => {
@@ -169,7 +201,8 @@ impl Ledger {
         Ok(self.bus.call::<rpc::BeginModelRequest>(begun, BEGIN_DEADLINE).await?.verdict)
     }
 
-    /// Reports the end of a request, and retries until it arrives. If this gateway exits first, the request is settled as unknown.
+    /// Reports the end of a request, and retries until it arrives. If this gateway exits first, the
+    /// request is settled as unknown.
     fn tell(&self, end: EndModelRequestRequest) {
         let Ok(permit) = self.ends.clone().try_acquire_owned() else {
             metrics::counter!("aod_model_ends_dropped_total").increment(1);
@@ -220,12 +253,15 @@ impl Entry {
         }
         let Outcome { status, reported, is_cut, failure } = outcome;
         let is_ok = (200..300).contains(&status);
-        let usage = reported.tokens.filter(|_| is_ok).map(|tokens| self.usage(tokens, &reported.model));
+        let usage =
+            reported.tokens.filter(|_| is_ok).map(|tokens| self.usage(tokens, &reported.model));
         let error = match failure.is_empty() {
             false => failure,
             true if is_ok && reported.error_message.is_empty() => String::new(),
             true if reported.error_message.is_empty() => format!("HTTP status {status}"),
-            true => format!("HTTP status {status}: {} {}", reported.error_type, reported.error_message),
+            true => {
+                format!("HTTP status {status}: {} {}", reported.error_type, reported.error_message)
+            }
         };
         // A response without its last event is incomplete, whichever side closed it.
         let is_partial = !reported.is_whole && (is_ok || is_cut);
@@ -234,7 +270,8 @@ impl Entry {
             let generated = reported.generated_bytes / BYTES_PER_TOKEN;
             let least = Tokens { output: self.estimate.output.max(generated), ..self.estimate };
             begun.estimated_tokens = least.input.saturating_add(least.output);
-            begun.estimated_cost_micro_usd = self.ledger.prices.cost(self.provider, &begun.model, least);
+            begun.estimated_cost_micro_usd =
+                self.ledger.prices.cost(self.provider, &begun.model, least);
         }
         let error_kind = if error.is_empty() { "" } else { kind_of(status, &reported) };
         let end = EndModelRequestRequest {
@@ -259,8 +296,11 @@ impl Entry {
 
     fn usage(&self, tokens: Tokens, model: &str) -> Usage {
         let prices = &self.ledger.prices;
-        let cost = prices.cost(self.provider, &self.begun.model, tokens).or_else(|| prices.cost(self.provider, model, tokens));
-        let input = tokens.input.saturating_add(tokens.cache_read).saturating_add(tokens.cache_write);
+        let cost = prices
+            .cost(self.provider, &self.begun.model, tokens)
+            .or_else(|| prices.cost(self.provider, model, tokens));
+        let input =
+            tokens.input.saturating_add(tokens.cache_read).saturating_add(tokens.cache_write);
         Usage {
             input_tokens: Some(input),
             output_tokens: Some(tokens.output),
@@ -274,7 +314,8 @@ impl Entry {
 }
 
 impl Drop for Entry {
-    /// The client went away before there was an answer, or before the request was sent, which costs nothing then.
+    /// The client went away before there was an answer, or before the request was sent, which costs
+    /// nothing then.
     fn drop(&mut self) {
         if !self.is_told {
             let failure = "The request was broken off".to_owned();
@@ -285,9 +326,15 @@ impl Drop for Entry {
 
 /// By the names of the Managed Agents API.
 fn kind_of(status: u16, reported: &Reported) -> &'static str {
-    let says = |text: &str| [&reported.error_type, &reported.error_code, &reported.error_message].iter().any(|said| said.contains(text));
+    let says = |text: &str| {
+        [&reported.error_type, &reported.error_code, &reported.error_message]
+            .iter()
+            .any(|said| said.contains(text))
+    };
     match status {
-        _ if says("insufficient_quota") || says("credit balance") || says("billing") => "billing_error",
+        _ if says("insufficient_quota") || says("credit balance") || says("billing") => {
+            "billing_error"
+        }
         402 => "billing_error",
         429 => "model_rate_limited_error",
         503 | 529 => "model_overloaded_error",

@@ -1,14 +1,17 @@
-//! The proxy between agents and model providers. An agent authenticates with its session's token, and the gateway forwards the request
-//! with the user's key, which it redeems at the vault and keeps only in memory. Stores nothing; any number of replicas serve the same agents.
+//! The proxy between agents and model providers. An agent authenticates with its session's token,
+//! and the gateway forwards the request with the user's key, which it redeems at the vault and
+//! keeps only in memory. Stores nothing; any number of replicas serve the same agents.
 //!
-//! Requests to MCP servers and to repositories go through it as well, with the session's secrets for these: [`mcp`], [`git`], and their
-//! common part [`routed`]; [`egress`] keeps them away from private addresses.
+//! Requests to MCP servers and to repositories go through it as well, with the session's secrets
+//! for these: [`mcp`], [`git`], and their common part [`routed`]; [`egress`] keeps them away from
+//! private addresses.
 //!
-//! [`call`] decides which requests are forwarded; [`tokens`] redeems tokens; [`ledger`] asks the scheduler before each request and reports
-//! what [`usage`] read of the response, with [`prices`]; [`proxy`] forwards requests and responses; [`refusal`] has the gateway's own
-//! answers, in the providers' shapes; [`retry`] retries requests that a provider refuses temporarily; [`stored`] finds references that a body
-//! must not contain; [`server`] limits connections, [`body`] memory, and [`share`] what one session takes of either.
-//! docs/adr/0070-model-gateway.md has the reasons.
+//! [`call`] decides which requests are forwarded; [`tokens`] redeems tokens; [`ledger`] asks the
+//! scheduler before each request and reports what [`usage`] read of the response, with [`prices`];
+//! [`proxy`] forwards requests and responses; [`refusal`] has the gateway's own answers, in the
+//! providers' shapes; [`retry`] retries requests that a provider refuses temporarily; [`stored`]
+//! finds references that a body must not contain; [`server`] limits connections, [`body`] memory,
+//! and [`share`] what one session takes of either. docs/adr/0070-model-gateway.md has the reasons.
 
 mod body;
 mod call;
@@ -56,8 +59,9 @@ use crate::{
 const SESSION_FRACTION: usize = 8;
 /// All sessions of a user together leave the rest of the memory and of the connections to others.
 const USER_FRACTION: usize = 2;
-/// Bodies to MCP servers, and answers of Git LFS, have memory of their own, one part of so many as large: a server may hold on to a body
-/// for as long as it likes. One body may take what its session may.
+/// Bodies to MCP servers, and answers of Git LFS, have memory of their own, one part of so many as
+/// large: a server may hold on to a body for as long as it likes. One body may take what its
+/// session may.
 const ROUTED_FRACTION: usize = 4;
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 const GITHUB: &str = "https://github.com";
@@ -103,10 +107,15 @@ impl Upstreams {
     /// Names the provider whose address is not one of HTTP.
     pub fn new(configured: impl Fn(Provider) -> Option<String>) -> Result<Self, Provider> {
         let of = |provider: Provider| {
-            let text = configured(provider).unwrap_or_else(|| format!("https://{}", provider.host()));
+            let text =
+                configured(provider).unwrap_or_else(|| format!("https://{}", provider.host()));
             http_url(&text).ok_or(provider)
         };
-        Ok(Self { anthropic: of(Provider::Anthropic)?, openai: of(Provider::Openai)?, google: of(Provider::Google)? })
+        Ok(Self {
+            anthropic: of(Provider::Anthropic)?,
+            openai: of(Provider::Openai)?,
+            google: of(Provider::Google)?,
+        })
     }
 
     fn of(&self, provider: Provider) -> &Url {
@@ -120,16 +129,24 @@ impl Upstreams {
 
 impl Config {
     pub fn from_env(env: &mut Env) -> Self {
-        let anthropic = env.optional("AOD_MODEL_BASE_URL_ANTHROPIC", "base URL for Anthropic's models, without /v1");
-        let openai = env.optional("AOD_MODEL_BASE_URL_OPENAI", "base URL for OpenAI's models, without /v1");
-        let google = env.optional("AOD_MODEL_BASE_URL_GOOGLE", "base URL for Google's models, without /v1beta");
+        let anthropic = env.optional(
+            "AOD_MODEL_BASE_URL_ANTHROPIC",
+            "base URL for Anthropic's models, without /v1",
+        );
+        let openai =
+            env.optional("AOD_MODEL_BASE_URL_OPENAI", "base URL for OpenAI's models, without /v1");
+        let google = env
+            .optional("AOD_MODEL_BASE_URL_GOOGLE", "base URL for Google's models, without /v1beta");
         let configured = move |provider| match provider {
             Provider::Anthropic => anthropic.clone(),
             Provider::Openai => openai.clone(),
             Provider::Google => google.clone(),
         };
         let upstreams = Upstreams::new(configured).or_else(|provider| {
-            env.refuse(format!("AOD_MODEL_BASE_URL_{} must be an http or https URL", provider.as_str().to_uppercase()));
+            env.refuse(format!(
+                "AOD_MODEL_BASE_URL_{} must be an http or https URL",
+                provider.as_str().to_uppercase()
+            ));
             Upstreams::new(|_| None)
         });
         Self {
@@ -193,8 +210,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
-    let listener =
-        TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on AOD_MODEL_GATEWAY_ADDR {}", config.addr))?;
+    let listener = TcpListener::bind(config.addr)
+        .await
+        .with_context(|| format!("cannot listen on AOD_MODEL_GATEWAY_ADDR {}", config.addr))?;
     tracing::info!(addr = %config.addr, "listening");
     let client = || {
         reqwest::Client::builder()
@@ -220,7 +238,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
             connections: config.connections / USER_FRACTION,
         },
     };
-    let ledger = Ledger::new(bus.clone(), Prices::load(config.prices.as_deref())?, lifecycle.tracker());
+    let ledger =
+        Ledger::new(bus.clone(), Prices::load(config.prices.as_deref())?, lifecycle.tracker());
     lifecycle.spawn("lease", ledger.clone().renew(lifecycle.stop_token()));
     let tokens = Tokens::new(bus, name, Shares::new(share));
     let memory = Memory::new(config.bodies_bytes_max, config.body_bytes_max);
@@ -229,7 +248,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         tokens: tokens.clone(),
         memory: Memory::new(routed_bytes, routed_bytes_of_session.min(config.body_bytes_max)),
         // A proxy would resolve names itself, to private addresses too.
-        mcp: client().read_timeout(config.silence).dns_resolver(egress.clone()).no_proxy().build()?,
+        mcp: client()
+            .read_timeout(config.silence)
+            .dns_resolver(egress.clone())
+            .no_proxy()
+            .build()?,
         egress,
         // It would give up a push that takes longer: the response begins after it.
         git: client().build()?,
@@ -237,9 +260,22 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         push_bytes_max: config.push_bytes_max,
         silence: config.silence,
     };
-    let proxy = Proxy { ledger, tokens, upstreams: Arc::new(config.upstreams), http, retries: config.retries, memory };
-    let routes = Router::new().route("/mcp/{*path}", any(mcp::handle)).route("/git/{*path}", any(git::handle)).with_state(routed);
+    let proxy = Proxy {
+        ledger,
+        tokens,
+        upstreams: Arc::new(config.upstreams),
+        http,
+        retries: config.retries,
+        memory,
+    };
+    let routes = Router::new()
+        .route("/mcp/{*path}", any(mcp::handle))
+        .route("/git/{*path}", any(git::handle))
+        .with_state(routed);
     let router = Router::new().fallback(proxy::handle).with_state(proxy).merge(routes);
-    lifecycle.spawn("http", server::serve(listener, router, config.connections.max(1), lifecycle.stop_token()));
+    lifecycle.spawn(
+        "http",
+        server::serve(listener, router, config.connections.max(1), lifecycle.stop_token()),
+    );
     Ok(())
 }

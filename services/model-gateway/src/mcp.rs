@@ -1,4 +1,5 @@
-//! MCP servers over HTTP: forwards a request to the configured URL and no other, with the configured headers.
+//! MCP servers over HTTP: forwards a request to the configured URL and no other, with the
+//! configured headers.
 
 use axum::{
     extract::{Request, State},
@@ -18,7 +19,8 @@ use crate::{
 
 /// How often a server may redirect within its own origin.
 const REDIRECTS_MAX: usize = 3;
-/// What a client may show to the server, where its configuration refers to variables of the sandbox.
+/// What a client may show to the server, where its configuration refers to variables of the
+/// sandbox.
 const KEPT: [HeaderName; 2] = [header::AUTHORIZATION, HeaderName::from_static("x-api-key")];
 
 pub async fn handle(State(routed): State<Routed>, request: Request) -> Response {
@@ -32,16 +34,23 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
     if ![Method::GET, Method::POST, Method::DELETE].contains(&parts.method) {
         return Err(NotRouted::Method);
     }
-    let token = parts.headers.get(SESSION_HEADER).and_then(|token| token.to_str().ok()).map(str::to_owned);
+    let token =
+        parts.headers.get(SESSION_HEADER).and_then(|token| token.to_str().ok()).map(str::to_owned);
     let mut admitted = routed.admit(token, parts.extensions.get::<Connection>()).await?;
     let path = parts.uri.path().trim_start_matches('/').to_owned();
     let route = routed.find(&mut admitted, RouteKind::Mcp, &path).await?;
-    let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    let held = routed.memory.read(body, announced, &admitted.grant.share.routed_bodies).await.map_err(|refusal| match refusal {
-        Refusal::TooLarge => NotRouted::TooLarge,
-        Refusal::Busy => NotRouted::Busy,
-        _ => NotRouted::Body,
-    })?;
+    let announced = parts
+        .headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse().ok());
+    let held =
+        routed.memory.read(body, announced, &admitted.grant.share.routed_bodies).await.map_err(
+            |refusal| match refusal {
+                Refusal::TooLarge => NotRouted::TooLarge,
+                Refusal::Busy => NotRouted::Busy,
+                _ => NotRouted::Body,
+            },
+        )?;
     let asked = Asked { method: parts.method, headers: parts.headers, body: held.bytes };
     let mut response = asked.send(&routed, &admitted, &route).await?;
     // A secret that was replaced since it was redeemed: once more, where there is another.
@@ -63,16 +72,32 @@ struct Asked {
 }
 
 impl Asked {
-    async fn send(&self, routed: &Routed, admitted: &Admitted, route: &GrantedRoute) -> Result<reqwest::Response, NotRouted> {
-        let mut url = Url::parse(&route.url).map_err(|_| NotRouted::Upstream("the server's URL is none"))?;
+    async fn send(
+        &self,
+        routed: &Routed,
+        admitted: &Admitted,
+        route: &GrantedRoute,
+    ) -> Result<reqwest::Response, NotRouted> {
+        let mut url =
+            Url::parse(&route.url).map_err(|_| NotRouted::Upstream("the server's URL is none"))?;
         let headers = routed::headers(&self.headers, route, &KEPT)?;
         for _ in 0..=REDIRECTS_MAX {
             if !routed.egress.allows(&url) {
                 return Err(NotRouted::Private);
             }
-            let request = routed.mcp.request(self.method.clone(), url.clone()).headers(headers.clone()).body(self.body.clone());
-            let response = request.send().await.map_err(|error| routed::failure(&admitted.grant, &error))?;
-            match redirected(&url, &self.method, response.status(), response.headers().get(header::LOCATION).map(|to| to.as_bytes())) {
+            let request = routed
+                .mcp
+                .request(self.method.clone(), url.clone())
+                .headers(headers.clone())
+                .body(self.body.clone());
+            let response =
+                request.send().await.map_err(|error| routed::failure(&admitted.grant, &error))?;
+            match redirected(
+                &url,
+                &self.method,
+                response.status(),
+                response.headers().get(header::LOCATION).map(|to| to.as_bytes()),
+            ) {
                 None => return Ok(response),
                 Some(target) => url = target?,
             }
@@ -81,16 +106,30 @@ impl Asked {
     }
 }
 
-/// Where a response leads, if it leads anywhere. A client must not follow it itself: it would show the session's token there.
-fn redirected(from: &Url, method: &Method, status: StatusCode, location: Option<&[u8]>) -> Option<Result<Url, NotRouted>> {
+/// Where a response leads, if it leads anywhere. A client must not follow it itself: it would show
+/// the session's token there.
+fn redirected(
+    from: &Url,
+    method: &Method,
+    status: StatusCode,
+    location: Option<&[u8]>,
+) -> Option<Result<Url, NotRouted>> {
     let keeps_request = matches!(status.as_u16(), 307 | 308) || *method == Method::GET;
     if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
         return None;
     }
     let target = location.and_then(|to| from.join(std::str::from_utf8(to).ok()?).ok());
     Some(match target {
-        Some(target) if keeps_request && target.origin() == from.origin() && target.username() == from.username() => Ok(target),
-        _ => Err(NotRouted::Upstream("the server redirects to another address, which is not followed; configure that address")),
+        Some(target)
+            if keeps_request
+                && target.origin() == from.origin()
+                && target.username() == from.username() =>
+        {
+            Ok(target)
+        }
+        _ => Err(NotRouted::Upstream(
+            "the server redirects to another address, which is not followed; configure that address",
+        )),
     })
 }
 
@@ -103,13 +142,18 @@ mod tests {
     fn target(status: u16, method: &Method, location: &str) -> Option<Result<String, NotRouted>> {
         let from = Url::parse("https://mcp.example/mcp").unwrap();
         let status = StatusCode::from_u16(status).unwrap();
-        redirected(&from, method, status, Some(location.as_bytes())).map(|target| target.map(String::from))
+        redirected(&from, method, status, Some(location.as_bytes()))
+            .map(|target| target.map(String::from))
     }
 
     #[test]
     fn a_redirect_is_followed_within_its_origin_alone() {
         for location in ["/mcp/", "https://mcp.example/mcp/", "https://mcp.example:443/mcp/"] {
-            assert_eq!(target(307, &Method::POST, location), Some(Ok("https://mcp.example/mcp/".to_owned())), "{location}");
+            assert_eq!(
+                target(307, &Method::POST, location),
+                Some(Ok("https://mcp.example/mcp/".to_owned())),
+                "{location}"
+            );
         }
         for location in [
             "https://evil.example/mcp",
@@ -120,8 +164,12 @@ mod tests {
             "",
         ] {
             let followed = target(308, &Method::POST, location);
-            let is_itself = location.is_empty() && followed == Some(Ok("https://mcp.example/mcp".to_owned()));
-            assert!(is_itself || matches!(followed, Some(Err(NotRouted::Upstream(_)))), "{location}: {followed:?}");
+            let is_itself =
+                location.is_empty() && followed == Some(Ok("https://mcp.example/mcp".to_owned()));
+            assert!(
+                is_itself || matches!(followed, Some(Err(NotRouted::Upstream(_)))),
+                "{location}: {followed:?}"
+            );
         }
         // A message would become a request without one.
         assert!(matches!(target(302, &Method::POST, "/mcp/"), Some(Err(_))));

@@ -1,4 +1,5 @@
-//! List prices of models: a table that ships with the release, and a table of the deployment that overrides it.
+//! List prices of models: a table that ships with the release, and a table of the deployment that
+//! overrides it.
 
 use std::path::Path;
 
@@ -41,8 +42,11 @@ impl Prices {
     pub fn load(own: Option<&Path>) -> anyhow::Result<Self> {
         let mut prices = Vec::new();
         if let Some(path) = own {
-            let text = std::fs::read_to_string(path).with_context(|| format!("AOD_MODEL_PRICES: {}", path.display()))?;
-            prices.extend(parse(&text).with_context(|| format!("AOD_MODEL_PRICES: {}", path.display()))?);
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("AOD_MODEL_PRICES: {}", path.display()))?;
+            prices.extend(
+                parse(&text).with_context(|| format!("AOD_MODEL_PRICES: {}", path.display()))?,
+            );
         }
         prices.extend(parse(include_str!("../prices.toml")).context("the release's own prices")?);
         Ok(Self(prices))
@@ -50,8 +54,12 @@ impl Prices {
 
     /// Millionths of a US dollar, rounded up; none where the model has no price.
     pub fn cost(&self, provider: Provider, model: &str, tokens: Tokens) -> Option<u64> {
-        let price = self.0.iter().find(|price| price.provider == provider.as_str() && model.starts_with(&price.model))?;
-        let whole_input = tokens.input.saturating_add(tokens.cache_read).saturating_add(tokens.cache_write);
+        let price = self
+            .0
+            .iter()
+            .find(|price| price.provider == provider.as_str() && model.starts_with(&price.model))?;
+        let whole_input =
+            tokens.input.saturating_add(tokens.cache_read).saturating_add(tokens.cache_write);
         let is_above = price.above.is_some_and(|above| whole_input > above);
         let (input, output, cache_read) = match is_above {
             true => (
@@ -67,7 +75,10 @@ impl Prices {
             (tokens.cache_write, price.cache_write.unwrap_or(input)),
             (tokens.output, output),
         ];
-        let micros: u128 = parts.into_iter().map(|(tokens, price)| u128::from(tokens) * u128::from(millionths(price))).sum();
+        let micros: u128 = parts
+            .into_iter()
+            .map(|(tokens, price)| u128::from(tokens) * u128::from(millionths(price)))
+            .sum();
         Some(u64::try_from(micros.div_ceil(1_000_000)).unwrap_or(u64::MAX))
     }
 }
@@ -75,9 +86,17 @@ impl Prices {
 fn parse(text: &str) -> anyhow::Result<Vec<Price>> {
     let table: Table = toml::from_str(text)?;
     for price in &table.price {
-        anyhow::ensure!(price.provider.parse::<Provider>().is_ok(), "unknown provider {}", price.provider);
+        anyhow::ensure!(
+            price.provider.parse::<Provider>().is_ok(),
+            "unknown provider {}",
+            price.provider
+        );
         let numbers = [Some(price.input), Some(price.output), price.cache_read, price.cache_write];
-        anyhow::ensure!(numbers.into_iter().flatten().all(|price| (0.0..1e6).contains(&price)), "{} has no valid price", price.model);
+        anyhow::ensure!(
+            numbers.into_iter().flatten().all(|price| (0.0..1e6).contains(&price)),
+            "{} has no valid price",
+            price.model
+        );
     }
     Ok(table.price)
 }
@@ -95,16 +114,38 @@ mod tests {
     fn costs_follow_the_list_and_its_tiers_and_own_prices_come_first() {
         let prices = Prices::load(None).unwrap();
         let tokens = Tokens { input: 1_000_000, output: 100_000, ..Tokens::default() };
-        assert_eq!(prices.cost(Provider::Anthropic, "claude-haiku-4-5-20251001", tokens), Some(1_500_000));
-        assert_eq!(prices.cost(Provider::Google, "gemini-2.5-pro", tokens), Some(4_000_000), "above 200,000 tokens");
+        assert_eq!(
+            prices.cost(Provider::Anthropic, "claude-haiku-4-5-20251001", tokens),
+            Some(1_500_000)
+        );
+        assert_eq!(
+            prices.cost(Provider::Google, "gemini-2.5-pro", tokens),
+            Some(4_000_000),
+            "above 200,000 tokens"
+        );
         let cached = Tokens { input: 1, cache_read: 10, cache_write: 10, output: 0, reasoning: 0 };
-        assert_eq!(prices.cost(Provider::Anthropic, "claude-sonnet-4-5", cached), Some(44), "43.5, rounded up");
+        assert_eq!(
+            prices.cost(Provider::Anthropic, "claude-sonnet-4-5", cached),
+            Some(44),
+            "43.5, rounded up"
+        );
         assert_eq!(prices.cost(Provider::Anthropic, "some-new-model", tokens), None);
         assert_eq!(prices.cost(Provider::Openai, "claude-sonnet-4-5", tokens), None);
         let own = std::env::temp_dir().join(format!("prices-{}.toml", std::process::id()));
-        std::fs::write(&own, "[[price]]\nprovider = \"anthropic\"\nmodel = \"\"\ninput = 1\noutput = 2\n").unwrap();
-        assert_eq!(Prices::load(Some(&own)).unwrap().cost(Provider::Anthropic, "some-new-model", tokens), Some(1_200_000));
-        std::fs::write(&own, "[[price]]\nprovider = \"nobody\"\nmodel = \"\"\ninput = 1\noutput = 2\n").unwrap();
+        std::fs::write(
+            &own,
+            "[[price]]\nprovider = \"anthropic\"\nmodel = \"\"\ninput = 1\noutput = 2\n",
+        )
+        .unwrap();
+        assert_eq!(
+            Prices::load(Some(&own)).unwrap().cost(Provider::Anthropic, "some-new-model", tokens),
+            Some(1_200_000)
+        );
+        std::fs::write(
+            &own,
+            "[[price]]\nprovider = \"nobody\"\nmodel = \"\"\ninput = 1\noutput = 2\n",
+        )
+        .unwrap();
         assert!(Prices::load(Some(&own)).is_err());
         std::fs::remove_file(own).unwrap();
     }

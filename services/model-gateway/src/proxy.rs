@@ -56,7 +56,9 @@ pub async fn handle(State(proxy): State<Proxy>, request: Request) -> Response {
             answer.unwrap_or_else(|refusal| refusal.response(provider))
         }
         Err(NotACall::Unsupported(provider)) => Refusal::Unsupported.response(provider),
-        Err(NotACall::UnknownProvider) => (StatusCode::NOT_FOUND, "model gateway: no such provider\n").into_response(),
+        Err(NotACall::UnknownProvider) => {
+            (StatusCode::NOT_FOUND, "model gateway: no such provider\n").into_response()
+        }
     }
 }
 
@@ -75,7 +77,10 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     attach(&mut headers, credential)?;
     let url = url(&proxy.upstreams, &call, request.uri().query());
     let (parts, body) = request.into_parts();
-    let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    let announced = parts
+        .headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     let body = proxy.memory.read(body, announced, &grant.share.bodies).await?;
     // A provider that can decode it would read other names in it than this gateway does.
     if !stored::is_readable(&parts.headers, &body.bytes) {
@@ -88,13 +93,25 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
         true => {
             let asked = usage::asked(&call.path, &body.bytes);
             let key = credential.kind(call.provider);
-            Some(proxy.ledger.begin(&grant.session_id, key, call.provider, asked, body.bytes.len()).await?)
+            Some(
+                proxy
+                    .ledger
+                    .begin(&grant.session_id, key, call.provider, asked, body.bytes.len())
+                    .await?,
+            )
         }
         false => None,
     };
     tracing::debug!(session = grant.session_id, provider = %call.provider, path = call.path, bytes = body.bytes.len(), "forwarding a request");
     let begun = Instant::now();
-    let send = || proxy.http.request(parts.method.clone(), url.clone()).headers(headers.clone()).body(body.bytes.clone()).send();
+    let send = || {
+        proxy
+            .http
+            .request(parts.method.clone(), url.clone())
+            .headers(headers.clone())
+            .body(body.bytes.clone())
+            .send()
+    };
     let sent = match call.is_metered() {
         true => proxy.retries.send(call.provider, send).await,
         false => send().await.map(Answer::from),
@@ -107,16 +124,22 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
             if let Some(entry) = entry {
                 // One that was sent may have been counted.
                 let is_cut = !error.is_connect();
-                entry.end(Outcome { is_cut, failure: refusal.message(call.provider), ..Outcome::default() });
+                entry.end(Outcome {
+                    is_cut,
+                    failure: refusal.message(call.provider),
+                    ..Outcome::default()
+                });
             }
             return Err(refusal);
         }
     };
-    metrics::histogram!("aod_model_first_byte_seconds", "provider" => call.provider.as_str()).record(begun.elapsed());
+    metrics::histogram!("aod_model_first_byte_seconds", "provider" => call.provider.as_str())
+        .record(begun.elapsed());
     Ok(pass_back(answer, slot, entry.map(|entry| Metering::new(entry, call.provider))))
 }
 
-/// Follows a response that streams through. Its usage is reported when it ends or its client disconnects.
+/// Follows a response that streams through. Its usage is reported when it ends or its client
+/// disconnects.
 struct Metering {
     provider: Provider,
     status: u16,
@@ -132,7 +155,9 @@ impl Metering {
     }
 
     fn head(&mut self, response: &reqwest::Response) {
-        let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let header = |name| {
+            response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+        };
         // What is encoded cannot be read; providers do not encode what is not asked for.
         let is_plain = matches!(header(header::CONTENT_ENCODING), "" | "identity");
         let is_stream = header(header::CONTENT_TYPE).starts_with("text/event-stream");
@@ -164,12 +189,18 @@ impl Drop for Metering {
     }
 }
 
-/// The response as it comes; the session's slot is free when it has ended, or when its client has gone.
-fn pass_back(answer: Answer, slot: OwnedSemaphorePermit, mut metering: Option<Metering>) -> Response {
+/// The response as it comes; the session's slot is free when it has ended, or when its client has
+/// gone.
+fn pass_back(
+    answer: Answer,
+    slot: OwnedSemaphorePermit,
+    mut metering: Option<Metering>,
+) -> Response {
     let Answer { response, is_final } = answer;
     let (mut status, mut headers) = (response.status(), forwarded(response.headers(), true));
     if is_final {
-        // Two of the CLIs send a request again for minutes after a 401, a 403 or a 429, and none after a 400.
+        // Two of the CLIs send a request again for minutes after a 401, a 403 or a 429, and none
+        // after a 400.
         headers.insert(UPSTREAM_STATUS, status.as_u16().into());
         headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         status = StatusCode::BAD_REQUEST;
@@ -177,16 +208,19 @@ fn pass_back(answer: Answer, slot: OwnedSemaphorePermit, mut metering: Option<Me
     if let Some(metering) = &mut metering {
         metering.head(&response);
     }
-    let body = stream::unfold((Box::pin(response.bytes_stream()), metering, slot), |(mut body, mut metering, slot)| async move {
-        let next = body.next().await;
-        match (&next, &mut metering) {
-            (Some(Ok(bytes)), Some(metering)) => metering.feed(bytes),
-            (Some(Err(_)), Some(metering)) => metering.end(true),
-            (None, Some(metering)) => metering.end(false),
-            _ => {}
-        }
-        Some((next?.map_err(reqwest::Error::without_url), (body, metering, slot)))
-    });
+    let body = stream::unfold(
+        (Box::pin(response.bytes_stream()), metering, slot),
+        |(mut body, mut metering, slot)| async move {
+            let next = body.next().await;
+            match (&next, &mut metering) {
+                (Some(Ok(bytes)), Some(metering)) => metering.feed(bytes),
+                (Some(Err(_)), Some(metering)) => metering.end(true),
+                (None, Some(metering)) => metering.end(false),
+                _ => {}
+            }
+            Some((next?.map_err(reqwest::Error::without_url), (body, metering, slot)))
+        },
+    );
     let mut passed = Response::new(Body::from_stream(body));
     *passed.status_mut() = status;
     *passed.headers_mut() = headers;
@@ -218,8 +252,12 @@ fn url(upstreams: &Upstreams, call: &Call, query: Option<&str>) -> Url {
 
 fn attach(headers: &mut HeaderMap, credential: Credential<'_>) -> Result<(), Refusal> {
     let (name, value) = match credential {
-        Credential::ApiKey(name, key) => (HeaderName::from_static(name), HeaderValue::from_str(key)),
-        Credential::Bearer(token) => (header::AUTHORIZATION, HeaderValue::from_str(&format!("Bearer {token}"))),
+        Credential::ApiKey(name, key) => {
+            (HeaderName::from_static(name), HeaderValue::from_str(key))
+        }
+        Credential::Bearer(token) => {
+            (header::AUTHORIZATION, HeaderValue::from_str(&format!("Bearer {token}")))
+        }
     };
     // A key that no header can hold is none.
     let mut value = value.map_err(|_| Refusal::NoCredential)?;
@@ -244,7 +282,8 @@ pub const OWN: [&str; 12] = [
     "content-length",
 ];
 /// What a client shows, or would have its provider know of other sessions.
-const FROM_CLIENT: [&str; 6] = ["authorization", "x-api-key", "x-goog-api-key", "cookie", "accept-encoding", "forwarded"];
+const FROM_CLIENT: [&str; 6] =
+    ["authorization", "x-api-key", "x-goog-api-key", "cookie", "accept-encoding", "forwarded"];
 
 pub fn forwarded(headers: &HeaderMap, is_response: bool) -> HeaderMap {
     let named: Vec<String> = headers
@@ -256,10 +295,18 @@ pub fn forwarded(headers: &HeaderMap, is_response: bool) -> HeaderMap {
         .collect();
     let is_dropped = |name: &str| {
         let own = OWN.contains(&name) && !(is_response && name == "content-length");
-        let other = if is_response { name == "set-cookie" } else { FROM_CLIENT.contains(&name) || name.starts_with("x-forwarded-") };
+        let other = if is_response {
+            name == "set-cookie"
+        } else {
+            FROM_CLIENT.contains(&name) || name.starts_with("x-forwarded-")
+        };
         own || other || named.iter().any(|named| named == name)
     };
-    headers.iter().filter(|(name, _)| !is_dropped(name.as_str())).map(|(name, value)| (name.clone(), value.clone())).collect()
+    headers
+        .iter()
+        .filter(|(name, _)| !is_dropped(name.as_str()))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -276,17 +323,32 @@ mod tests {
             ("anthropic-version", "v"),
             ("accept-encoding", "gzip"),
         ];
-        let headers = pairs.into_iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect();
+        let headers = pairs
+            .into_iter()
+            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+            .collect();
         let passed = forwarded(&headers, false);
-        assert_eq!(passed.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["anthropic-version"]);
+        assert_eq!(
+            passed.keys().map(HeaderName::as_str).collect::<Vec<_>>(),
+            ["anthropic-version"]
+        );
     }
 
     #[test]
     fn the_providers_address_keeps_its_own_path() {
-        let upstreams = Upstreams::new(|provider| (provider == Provider::Openai).then(|| "http://m:1/base/".to_owned())).unwrap();
+        let upstreams = Upstreams::new(|provider| {
+            (provider == Provider::Openai).then(|| "http://m:1/base/".to_owned())
+        })
+        .unwrap();
         let call = Call { provider: Provider::Openai, path: "/v1/responses".to_owned() };
-        assert_eq!(url(&upstreams, &call, Some("key=t&a=1")).as_str(), "http://m:1/base/v1/responses?a=1");
-        let call = Call { provider: Provider::Google, path: "/v1beta/models/m:generateContent".to_owned() };
+        assert_eq!(
+            url(&upstreams, &call, Some("key=t&a=1")).as_str(),
+            "http://m:1/base/v1/responses?a=1"
+        );
+        let call = Call {
+            provider: Provider::Google,
+            path: "/v1beta/models/m:generateContent".to_owned(),
+        };
         assert_eq!(
             url(&upstreams, &call, Some("key=t")).as_str(),
             "https://generativelanguage.googleapis.com/v1beta/models/m:generateContent"

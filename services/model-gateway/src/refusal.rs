@@ -18,7 +18,8 @@ pub enum Refusal {
     /// The user has no credential for this provider.
     NoCredential,
     Unsupported,
-    /// The body names something that is stored at the provider, where other sessions' things are too.
+    /// The body names something that is stored at the provider, where other sessions' things are
+    /// too.
     Stored(&'static str),
     /// The body is not JSON in UTF-8 as it is.
     Encoded,
@@ -54,7 +55,9 @@ impl Refusal {
             Self::Unsupported => StatusCode::NOT_FOUND,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             // CLIs ask again after most other statuses.
-            Self::Body | Self::NotAllowed(_) | Self::Stored(_) | Self::Encoded => StatusCode::BAD_REQUEST,
+            Self::Body | Self::NotAllowed(_) | Self::Stored(_) | Self::Encoded => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Busy | Self::TooOften(..) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Provider(_) => StatusCode::BAD_GATEWAY,

@@ -1,5 +1,5 @@
-//! What becomes of a provider's refusal: it is sent again here, once for all CLIs, or it is passed on; a refused key and an exhausted quota
-//! as what no CLI sends again.
+//! What becomes of a provider's refusal: it is sent again here, once for all CLIs, or it is passed
+//! on; a refused key and an exhausted quota as what no CLI sends again.
 
 use std::time::Duration;
 
@@ -61,7 +61,11 @@ impl Retries {
     ///
     /// # Errors
     /// When the provider cannot be reached: its client decides.
-    pub async fn send<F>(self, provider: Provider, send: impl Fn() -> F) -> Result<Answer, reqwest::Error>
+    pub async fn send<F>(
+        self,
+        provider: Provider,
+        send: impl Fn() -> F,
+    ) -> Result<Answer, reqwest::Error>
     where
         F: Future<Output = Result<Response, reqwest::Error>>,
     {
@@ -89,8 +93,15 @@ impl Retries {
     }
 
     fn next(self, facts: Facts, attempt: u32, waited: Duration) -> Next {
-        const WAIT: Backoff = Backoff { base: Duration::from_secs(1), max: Duration::from_secs(20), attempts: u32::MAX };
-        if matches!(facts.status, 401..=403) || facts.is_used_up || facts.retry_after.is_some_and(|wait| wait > USED_UP_AFTER) {
+        const WAIT: Backoff = Backoff {
+            base: Duration::from_secs(1),
+            max: Duration::from_secs(20),
+            attempts: u32::MAX,
+        };
+        if matches!(facts.status, 401..=403)
+            || facts.is_used_up
+            || facts.retry_after.is_some_and(|wait| wait > USED_UP_AFTER)
+        {
             return Next::Final;
         }
         // Never sooner than the provider asks for, and not all sessions at the same moment.
@@ -98,18 +109,25 @@ impl Retries {
             Some(wait) => wait + Duration::from_millis(500).mul_f64(random_fraction()),
             None => WAIT.jittered(attempt),
         };
-        if attempt > self.times || waited + wait > self.wait_max { Next::PassOn } else { Next::Again(wait) }
+        if attempt > self.times || waited + wait > self.wait_max {
+            Next::PassOn
+        } else {
+            Next::Again(wait)
+        }
     }
 }
 
 /// In seconds, or OpenAI's and Anthropic's milliseconds. A date is not read: no provider sends one.
 fn retry_after(response: &Response) -> Option<Duration> {
     let number = |name: &str| response.headers().get(name)?.to_str().ok()?.parse::<f64>().ok();
-    let seconds = number("retry-after-ms").map(|millis| millis / 1000.0).or_else(|| number(header::RETRY_AFTER.as_str()))?;
+    let seconds = number("retry-after-ms")
+        .map(|millis| millis / 1000.0)
+        .or_else(|| number(header::RETRY_AFTER.as_str()))?;
     Duration::try_from_secs_f64(seconds).ok()
 }
 
-/// Reads the refusal whole and returns it as it was, and whether it says that the key's quota is used up.
+/// Reads the refusal whole and returns it as it was, and whether it says that the key's quota is
+/// used up.
 async fn read(provider: Provider, response: Response) -> (Response, bool) {
     let (status, headers) = (response.status(), response.headers().clone());
     let mut bytes = BytesMut::new();
@@ -138,15 +156,20 @@ fn whole(status: StatusCode, mut headers: http::HeaderMap, bytes: Bytes) -> Resp
     response.into()
 }
 
-/// Whether waiting a minute does not help. Google says "quota" of limits per minute too: what counts there is for how long.
+/// Whether waiting a minute does not help. Google says "quota" of limits per minute too: what
+/// counts there is for how long.
 fn is_used_up(provider: Provider, body: &[u8]) -> bool {
     let mut meter = Meter::new(provider, false);
     meter.feed(body);
     let Reported { error_type, error_code, error_message, .. } = meter.end();
-    let says = |text: &str| [&error_type, &error_code, &error_message].iter().any(|said| said.contains(text));
+    let says = |text: &str| {
+        [&error_type, &error_code, &error_message].iter().any(|said| said.contains(text))
+    };
     match provider {
         Provider::Google => std::str::from_utf8(body).is_ok_and(|body| body.contains("PerDay")),
-        Provider::Openai => says("insufficient_quota") || says("usage_limit_reached") || says("billing_hard_limit"),
+        Provider::Openai => {
+            says("insufficient_quota") || says("usage_limit_reached") || says("billing_hard_limit")
+        }
         Provider::Anthropic => says("credit balance") || says("billing_error"),
     }
 }
@@ -188,7 +211,10 @@ mod tests {
             assert_eq!(RETRIES.next(facts(status, None), 1, Duration::ZERO), Next::Final);
         }
         assert_eq!(RETRIES.next(facts(429, Some(3600)), 1, Duration::ZERO), Next::Final);
-        assert_eq!(RETRIES.next(Facts { is_used_up: true, ..facts(429, Some(1)) }, 1, Duration::ZERO), Next::Final);
+        assert_eq!(
+            RETRIES.next(Facts { is_used_up: true, ..facts(429, Some(1)) }, 1, Duration::ZERO),
+            Next::Final
+        );
         let used_up = |provider, body: Value| is_used_up(provider, body.to_string().as_bytes());
         let openai = |code: &str| json!({ "error": { "type": code, "code": code, "message": "Check your plan and billing details." } });
         assert!(used_up(Provider::Openai, openai("insufficient_quota")));
@@ -202,7 +228,11 @@ mod tests {
     async fn a_refusal_that_passes_is_not_seen_and_one_that_stays_is_passed_on_as_it_was() {
         let refusal = |status: u16| {
             let status = StatusCode::from_u16(status).unwrap();
-            whole(status, http::HeaderMap::new(), Bytes::from_static(b"{\"error\":{\"message\":\"busy\"}}"))
+            whole(
+                status,
+                http::HeaderMap::new(),
+                Bytes::from_static(b"{\"error\":{\"message\":\"busy\"}}"),
+            )
         };
         let sent = AtomicU32::new(0);
         let busy_twice = || {
@@ -216,7 +246,10 @@ mod tests {
             std::future::ready(Ok(refusal(429)))
         };
         let answer = RETRIES.send(Provider::Anthropic, always).await.unwrap();
-        assert_eq!((answer.response.status().as_u16(), answer.is_final, sent.swap(0, Ordering::SeqCst)), (429, false, 5));
+        assert_eq!(
+            (answer.response.status().as_u16(), answer.is_final, sent.swap(0, Ordering::SeqCst)),
+            (429, false, 5)
+        );
         assert_eq!(answer.response.text().await.unwrap(), "{\"error\":{\"message\":\"busy\"}}");
         let none = Retries { times: 0, ..RETRIES };
         none.send(Provider::Anthropic, always).await.unwrap();

@@ -1,4 +1,5 @@
-//! What requests to MCP servers and to repositories share: finding the session, the destination and the secrets to add.
+//! What requests to MCP servers and to repositories share: finding the session, the destination and
+//! the secrets to add.
 
 use std::{
     io,
@@ -58,7 +59,13 @@ pub struct GrantedRoute {
 
 impl GrantedRoute {
     pub fn has_headers_of(&self, other: &Self) -> bool {
-        let pairs = |route: &Self| route.headers.iter().map(|(name, value)| (name.clone(), value.expose_secret().to_owned())).collect();
+        let pairs = |route: &Self| {
+            route
+                .headers
+                .iter()
+                .map(|(name, value)| (name.clone(), value.expose_secret().to_owned()))
+                .collect()
+        };
         let (own, others): (Vec<_>, Vec<_>) = (pairs(self), pairs(other));
         own == others
     }
@@ -90,7 +97,9 @@ impl NotRouted {
         match self {
             Self::NoToken => StatusCode::UNAUTHORIZED,
             // Git forgets a credential after 401.
-            Self::Token | Self::Policy | Self::Private | Self::TokenOfRepository => StatusCode::FORBIDDEN,
+            Self::Token | Self::Policy | Self::Private | Self::TokenOfRepository => {
+                StatusCode::FORBIDDEN
+            }
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -108,19 +117,26 @@ impl NotRouted {
             Self::Unavailable => "the secret cannot be read at the moment; try again",
             Self::Busy => "too many requests at a time; try again",
             Self::NoRoute => "the session has no such server or repository",
-            Self::Policy => "refused by the network policy of the session's environment; allowed_hosts names what may be reached",
-            Self::Private => "a private address; AOD_MODEL_GATEWAY_PRIVATE_HOSTS names those that may be reached",
+            Self::Policy => {
+                "refused by the network policy of the session's environment; allowed_hosts names what may be reached"
+            }
+            Self::Private => {
+                "a private address; AOD_MODEL_GATEWAY_PRIVATE_HOSTS names those that may be reached"
+            }
             Self::Method => "the method is not supported",
             Self::TooLarge => "the request is too large",
             Self::Body => "the request's body did not arrive",
             Self::Upstream(why) => why,
-            Self::TokenOfRepository => "there is no such repository, or its authorization_token is refused",
+            Self::TokenOfRepository => {
+                "there is no such repository, or its authorization_token is refused"
+            }
         }
     }
 
     pub fn response(&self) -> Response {
         // Git shows plain text to its user.
-        let mut response = (self.status(), format!("model gateway: {}\n", self.message())).into_response();
+        let mut response =
+            (self.status(), format!("model gateway: {}\n", self.message())).into_response();
         if matches!(self, Self::Unavailable | Self::Busy) {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
@@ -137,8 +153,15 @@ pub struct Admitted {
 
 impl Routed {
     /// Finds out whose request it is, and takes one of the session's slots.
-    pub async fn admit(&self, token: Option<String>, connection: Option<&Connection>) -> Result<Admitted, NotRouted> {
-        let shown = Shown { token: token.filter(|token| !token.is_empty()).ok_or(NotRouted::NoToken)?, scheme: Scheme::Bearer };
+    pub async fn admit(
+        &self,
+        token: Option<String>,
+        connection: Option<&Connection>,
+    ) -> Result<Admitted, NotRouted> {
+        let shown = Shown {
+            token: token.filter(|token| !token.is_empty()).ok_or(NotRouted::NoToken)?,
+            scheme: Scheme::Bearer,
+        };
         let grant = self.tokens.redeem(&shown).await.map_err(|refused| match refused {
             TokenRefused::Unknown => NotRouted::Token,
             TokenRefused::Unavailable => NotRouted::Unavailable,
@@ -151,7 +174,12 @@ impl Routed {
     }
 
     /// Looks for a route. The session may have got it since its token was redeemed.
-    pub async fn find(&self, admitted: &mut Admitted, kind: RouteKind, path: &str) -> Result<Arc<GrantedRoute>, NotRouted> {
+    pub async fn find(
+        &self,
+        admitted: &mut Admitted,
+        kind: RouteKind,
+        path: &str,
+    ) -> Result<Arc<GrantedRoute>, NotRouted> {
         let mut route = admitted.grant.route(kind, path);
         if route.is_none() && self.renew(admitted).await {
             route = admitted.grant.route(kind, path);
@@ -168,7 +196,11 @@ impl Routed {
 }
 
 /// A client's headers without those that are the gateway's, and with the route's own.
-pub fn headers(client: &HeaderMap, route: &GrantedRoute, kept: &[HeaderName]) -> Result<HeaderMap, NotRouted> {
+pub fn headers(
+    client: &HeaderMap,
+    route: &GrantedRoute,
+    kept: &[HeaderName],
+) -> Result<HeaderMap, NotRouted> {
     let mut headers = proxy::forwarded(client, false);
     headers.remove(types::route::SESSION_HEADER);
     for name in kept {
@@ -178,7 +210,11 @@ pub fn headers(client: &HeaderMap, route: &GrantedRoute, kept: &[HeaderName]) ->
     }
     let is_own = |name: &str| proxy::OWN.iter().any(|own| own.eq_ignore_ascii_case(name));
     for (name, value) in route.headers.iter().filter(|(name, _)| !is_own(name)) {
-        let malformed = || NotRouted::Upstream("a configured header has a name or a value that HTTP does not allow");
+        let malformed = || {
+            NotRouted::Upstream(
+                "a configured header has a name or a value that HTTP does not allow",
+            )
+        };
         let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| malformed())?;
         let mut value = HeaderValue::from_str(value.expose_secret()).map_err(|_| malformed())?;
         value.set_sensitive(true);
@@ -200,8 +236,13 @@ pub fn failure(grant: &Grant, error: &reqwest::Error) -> NotRouted {
     NotRouted::Upstream(why)
 }
 
-/// Waits for the response to a request while its body is being sent. Returns `None` if nothing moved for too long.
-pub async fn answered<T>(answer: impl Future<Output = T>, sent: &AtomicU64, silence: Duration) -> Option<T> {
+/// Waits for the response to a request while its body is being sent. Returns `None` if nothing
+/// moved for too long.
+pub async fn answered<T>(
+    answer: impl Future<Output = T>,
+    sent: &AtomicU64,
+    silence: Duration,
+) -> Option<T> {
     let (mut answer, mut known) = (pin!(answer), sent.load(Ordering::Relaxed));
     loop {
         if let Ok(answer) = timeout(silence, &mut answer).await {
@@ -215,14 +256,17 @@ pub async fn answered<T>(answer: impl Future<Output = T>, sent: &AtomicU64, sile
 }
 
 impl Routed {
-    /// The response as it comes. The session's slot is free when it has ended, or when its client has gone. It is cut off when the session's
-    /// token is revoked: what streams may do so for ever.
+    /// The response as it comes. The session's slot is free when it has ended, or when its client
+    /// has gone. It is cut off when the session's token is revoked: what streams may do so for
+    /// ever.
     pub fn pass_back(&self, response: reqwest::Response, admitted: Admitted) -> Response {
         let (status, headers) = (response.status(), proxy::forwarded(response.headers(), true));
         let Admitted { shown, slot, .. } = admitted;
         let tokens = self.tokens.clone();
         let revoked = async move { tokens.revoked(&shown).await };
-        let body = response.bytes_stream().map(|chunk| chunk.map_err(|error| io::Error::other(error.without_url())));
+        let body = response
+            .bytes_stream()
+            .map(|chunk| chunk.map_err(|error| io::Error::other(error.without_url())));
         let body = cut_off(body, revoked, self.silence).map(move |chunk| {
             let _held = &slot;
             chunk
@@ -240,14 +284,17 @@ fn cut_off(
     end: impl Future<Output = ()> + Send,
     silence: Duration,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    stream::unfold((Box::pin(chunks), Box::pin(end.fuse())), move |(mut chunks, mut end)| async move {
-        let chunk = tokio::select! {
-            biased;
-            () = &mut end => Err(io::Error::other("the session's token was revoked")),
-            chunk = timeout(silence, chunks.next()) => chunk.unwrap_or_else(|_| Some(Err(io::ErrorKind::TimedOut.into())))?,
-        };
-        Some((chunk, (chunks, end)))
-    })
+    stream::unfold(
+        (Box::pin(chunks), Box::pin(end.fuse())),
+        move |(mut chunks, mut end)| async move {
+            let chunk = tokio::select! {
+                biased;
+                () = &mut end => Err(io::Error::other("the session's token was revoked")),
+                chunk = timeout(silence, chunks.next()) => chunk.unwrap_or_else(|_| Some(Err(io::ErrorKind::TimedOut.into())))?,
+            };
+            Some((chunk, (chunks, end)))
+        },
+    )
 }
 
 /// Counts how a request ended.
@@ -257,7 +304,8 @@ pub fn count(kind: &'static str, answer: &Result<Response, NotRouted>) {
         Err(NotRouted::Upstream(_)) => "failed".to_owned(),
         Err(_) => "refused".to_owned(),
     };
-    metrics::counter!("aod_model_routed_requests_total", "kind" => kind, "outcome" => outcome).increment(1);
+    metrics::counter!("aod_model_routed_requests_total", "kind" => kind, "outcome" => outcome)
+        .increment(1);
 }
 
 #[cfg(test)]
@@ -278,19 +326,31 @@ mod tests {
             }
         };
         assert_eq!(answered(slow, &sent, SILENCE).await, Some(()));
-        let stands_still = tokio::time::timeout(SILENCE * 3, answered(future::pending::<()>(), &sent, SILENCE));
+        let stands_still =
+            tokio::time::timeout(SILENCE * 3, answered(future::pending::<()>(), &sent, SILENCE));
         assert_eq!(stands_still.await, Ok(None));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_response_ends_with_its_sessions_token_or_when_nothing_comes() {
-        let ticking = || stream::unfold((), |()| async { Some((Ok(Bytes::from_static(b"x")), tokio::time::sleep(SILENCE / 2).await)) });
-        let chunks = cut_off(ticking(), tokio::time::sleep(SILENCE * 20), SILENCE).take_while(|chunk| future::ready(chunk.is_ok()));
+        let ticking = || {
+            stream::unfold((), |()| async {
+                Some((Ok(Bytes::from_static(b"x")), tokio::time::sleep(SILENCE / 2).await))
+            })
+        };
+        let chunks = cut_off(ticking(), tokio::time::sleep(SILENCE * 20), SILENCE)
+            .take_while(|chunk| future::ready(chunk.is_ok()));
         assert!((39..=41).contains(&chunks.count().await));
         let silent = stream::once(future::ready(Ok(Bytes::new()))).chain(stream::pending());
         let chunks: Vec<_> = cut_off(silent, future::pending(), SILENCE).take(2).collect().await;
-        assert!(chunks[0].is_ok() && chunks[1].as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut));
-        let whole: Vec<_> = cut_off(stream::iter([Ok(Bytes::from_static(b"x"))]), future::pending(), SILENCE).collect().await;
+        assert!(
+            chunks[0].is_ok()
+                && chunks[1].as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut)
+        );
+        let whole: Vec<_> =
+            cut_off(stream::iter([Ok(Bytes::from_static(b"x"))]), future::pending(), SILENCE)
+                .collect()
+                .await;
         assert_eq!(whole.len(), 1);
     }
 }

@@ -1,7 +1,9 @@
-//! Reads a few fields out of JSON as it passes by, in any pieces: linear in its size, with bounded memory, whatever it holds. No I/O.
+//! Reads a few fields out of JSON as it passes by, in any pieces: linear in its size, with bounded
+//! memory, whatever it holds. No I/O.
 //!
-//! A provider names what a request used in the midst of a response that may be megabytes long, some of it in one line. So nothing is
-//! buffered but the key or the scalar at hand, cut at a bound. What is not JSON yields no fields, or some; it is never an error.
+//! A provider names what a request used in the midst of a response that may be megabytes long, some
+//! of it in one line. So nothing is buffered but the key or the scalar at hand, cut at a bound.
+//! What is not JSON yields no fields, or some; it is never an error.
 
 /// Depth up to which fields are distinguished; deeper ones are only counted.
 const DEPTH_MAX: usize = 8;
@@ -84,7 +86,10 @@ impl Scanner {
         while let Some((&byte, rest)) = bytes.split_first() {
             match self.state {
                 State::Text => {
-                    let end = bytes.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(bytes.len());
+                    let end = bytes
+                        .iter()
+                        .position(|byte| matches!(byte, b'"' | b'\\'))
+                        .unwrap_or(bytes.len());
                     let (text, after) = bytes.split_at(end);
                     self.keep(text);
                     bytes = after;
@@ -107,7 +112,9 @@ impl Scanner {
                     self.keep(&[byte]);
                     self.state = State::Text;
                 }
-                State::Bare if byte.is_ascii_alphanumeric() || b"+-.".contains(&byte) => self.keep(&[byte]),
+                State::Bare if byte.is_ascii_alphanumeric() || b"+-.".contains(&byte) => {
+                    self.keep(&[byte])
+                }
                 State::Bare => {
                     self.end_bare(visit);
                     self.state = State::Between;
@@ -135,7 +142,11 @@ impl Scanner {
             }
             b'{' | b'[' => {
                 if let Some(frame) = self.frames.get_mut(self.depth) {
-                    *frame = Frame { is_object: byte == b'{', awaits_key: byte == b'{', ..Frame::default() };
+                    *frame = Frame {
+                        is_object: byte == b'{',
+                        awaits_key: byte == b'{',
+                        ..Frame::default()
+                    };
                 }
                 self.depth += 1;
             }
@@ -177,14 +188,23 @@ impl Scanner {
                 frame.awaits_key = false;
                 // A key that is too long is kept as none.
                 frame.key_len = if token.len() <= KEY_BYTES_MAX { token.len() } else { 0 };
-                if let (Some(to), Some(from)) = (frame.key.get_mut(..frame.key_len), token.get(..frame.key_len)) {
+                if let (Some(to), Some(from)) =
+                    (frame.key.get_mut(..frame.key_len), token.get(..frame.key_len))
+                {
                     to.copy_from_slice(from);
                 }
             }
             _ => {
                 // A text that was cut inside a character is valid up to there.
-                let valid = std::str::from_utf8(&token).map_or_else(|error| error.valid_up_to(), str::len);
-                self.tell(Scalar::Text(std::str::from_utf8(token.get(..valid).unwrap_or_default()).unwrap_or_default()), visit);
+                let valid =
+                    std::str::from_utf8(&token).map_or_else(|error| error.valid_up_to(), str::len);
+                self.tell(
+                    Scalar::Text(
+                        std::str::from_utf8(token.get(..valid).unwrap_or_default())
+                            .unwrap_or_default(),
+                    ),
+                    visit,
+                );
             }
         }
         self.token = token;
@@ -268,7 +288,8 @@ impl Events {
                     continue;
                 }
                 Line::Name(read) if Some(&byte) == DATA.get(read) => {
-                    self.line = if read + 1 == DATA.len() { Line::Data } else { Line::Name(read + 1) };
+                    self.line =
+                        if read + 1 == DATA.len() { Line::Data } else { Line::Name(read + 1) };
                     bytes = bytes.get(1..).unwrap_or_default();
                     continue;
                 }
@@ -277,7 +298,10 @@ impl Events {
                     continue;
                 }
                 Line::Data | Line::Other if !is_end => {
-                    let end = bytes.iter().position(|byte| matches!(byte, b'\n' | b'\r')).unwrap_or(bytes.len());
+                    let end = bytes
+                        .iter()
+                        .position(|byte| matches!(byte, b'\n' | b'\r'))
+                        .unwrap_or(bytes.len());
                     let (text, after) = bytes.split_at(end);
                     if self.line == Line::Data {
                         self.scanner.feed(text, visit);
@@ -343,7 +367,8 @@ mod tests {
         leaf.prop_recursive(8, 40, 5, |inner| {
             prop_oneof![
                 proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-                proptest::collection::vec(("[a-z\"\\\\]{1,6}", inner), 0..4).prop_map(|fields| Value::Object(fields.into_iter().collect())),
+                proptest::collection::vec(("[a-z\"\\\\]{1,6}", inner), 0..4)
+                    .prop_map(|fields| Value::Object(fields.into_iter().collect())),
             ]
         })
     }
@@ -359,11 +384,15 @@ mod tests {
                 }
             }
             Value::Array(values) => {
-                let path = if path.is_empty() { Vec::new() } else { [path, &["[]".to_owned()]].concat() };
+                let path =
+                    if path.is_empty() { Vec::new() } else { [path, &["[]".to_owned()]].concat() };
                 values.iter().for_each(|value| numbers(value, depth + 1, &path, found));
             }
             Value::Number(number) if (1..=DEPTH_MAX).contains(&depth) => {
-                found.push((path.join("."), format!("{:?}", Scalar::Number(number.as_u64().unwrap()))));
+                found.push((
+                    path.join("."),
+                    format!("{:?}", Scalar::Number(number.as_u64().unwrap())),
+                ));
             }
             _ => {}
         }

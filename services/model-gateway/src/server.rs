@@ -1,4 +1,5 @@
-//! Connections of sandboxes: limits on their number and on the time that one may take. Programs in a sandbox are not trusted.
+//! Connections of sandboxes: limits on their number and on the time that one may take. Programs in
+//! a sandbox are not trusted.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +31,8 @@ use tower::ServiceExt as _;
 
 use crate::share::Share;
 
-/// A request's head has to be there within this time, and a connection without a request is closed after it.
+/// A request's head has to be there within this time, and a connection without a request is closed
+/// after it.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(120);
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 const HEADERS_MAX: usize = 100;
@@ -41,8 +43,8 @@ const STRANGERS_FRACTION: usize = 8;
 /// After an accept that failed: for want of file descriptors, most likely.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Connections that have shown no token that works, oldest first. One more than there may be closes the oldest: those that say nothing give
-/// way to those that are about to.
+/// Connections that have shown no token that works, oldest first. One more than there may be closes
+/// the oldest: those that say nothing give way to those that are about to.
 struct Strangers {
     max: usize,
     next: AtomicU64,
@@ -56,7 +58,8 @@ impl Strangers {
 
     /// A new connection, and what is cancelled when it has to go.
     fn enter(self: &Arc<Self>) -> (Connection, CancellationToken) {
-        let (number, closed) = (self.next.fetch_add(1, Ordering::Relaxed), CancellationToken::new());
+        let (number, closed) =
+            (self.next.fetch_add(1, Ordering::Relaxed), CancellationToken::new());
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.insert(number, closed.clone());
         if waiting.len() > self.max
@@ -65,7 +68,12 @@ impl Strangers {
             oldest.cancel();
         }
         drop(waiting);
-        let known = Known { number, strangers: self.clone(), owner: OnceLock::new(), is_surplus: AtomicBool::new(false) };
+        let known = Known {
+            number,
+            strangers: self.clone(),
+            owner: OnceLock::new(),
+            is_surplus: AtomicBool::new(false),
+        };
         (Connection(Arc::new(known)), closed)
     }
 
@@ -109,8 +117,14 @@ impl Drop for Known {
 }
 
 /// Serves until the stop; requests in flight are finished.
-pub async fn serve(listener: TcpListener, router: Router, connections_max: usize, stop: CancellationToken) {
-    let (slots, connections, graceful) = (Arc::new(Semaphore::new(connections_max)), TaskTracker::new(), GracefulShutdown::new());
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    connections_max: usize,
+    stop: CancellationToken,
+) {
+    let (slots, connections, graceful) =
+        (Arc::new(Semaphore::new(connections_max)), TaskTracker::new(), GracefulShutdown::new());
     let strangers = Strangers::new((connections_max / STRANGERS_FRACTION).max(1));
     loop {
         let accepted = async {
@@ -164,7 +178,9 @@ fn connection(
         async move {
             let mut response = router.oneshot(request).await?;
             if shown.0.is_surplus.load(Ordering::Relaxed) {
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                response
+                    .headers_mut()
+                    .insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, std::convert::Infallible>(response)
         }
@@ -186,10 +202,12 @@ mod tests {
     use super::*;
     use crate::share::{Pools, ShareLimits, Shares};
 
-    /// Serves 64 connections, 8 of them without a token; a request to `/` shows one of a session that may have two.
+    /// Serves 64 connections, 8 of them without a token; a request to `/` shows one of a session
+    /// that may have two.
     async fn start() -> (SocketAddr, CancellationToken) {
         let pools = |connections| Pools { body_units: 1, routed_units: 1, connections };
-        let share = Shares::new(ShareLimits { requests: 64, session: pools(2), user: pools(64) }).of("s", "u");
+        let share = Shares::new(ShareLimits { requests: 64, session: pools(2), user: pools(64) })
+            .of("s", "u");
         let answer = move |Extension(connection): Extension<Connection>| {
             connection.belongs_to(&share);
             async { "hello" }

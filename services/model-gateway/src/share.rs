@@ -1,4 +1,5 @@
-//! What one session may take of a gateway at a time, however many tokens it has: each of its turns' claims registers one.
+//! What one session may take of a gateway at a time, however many tokens it has: each of its turns'
+//! claims registers one.
 
 use std::{
     collections::HashMap,
@@ -33,8 +34,8 @@ struct UserShare {
     connections: Arc<Semaphore>,
 }
 
-/// The part of a gateway that a session has, and within which it has it: its own, and its user's. Ends with the last request or token that
-/// uses it.
+/// The part of a gateway that a session has, and within which it has it: its own, and its user's.
+/// Ends with the last request or token that uses it.
 #[derive(Debug)]
 pub struct Share {
     pub requests: Arc<Semaphore>,
@@ -116,23 +117,44 @@ mod tests {
 
     #[test]
     fn tokens_of_one_session_have_one_share_and_those_of_others_their_own() {
-        let shares = Shares::new(ShareLimits { requests: 1, session: ONE, user: Pools { body_units: 2, ..ONE } });
-        let (first, second, other) = (shares.of("a", "u"), shares.of("a", "u"), shares.of("b", "u"));
+        let shares = Shares::new(ShareLimits {
+            requests: 1,
+            session: ONE,
+            user: Pools { body_units: 2, ..ONE },
+        });
+        let (first, second, other) =
+            (shares.of("a", "u"), shares.of("a", "u"), shares.of("b", "u"));
         let held = first.requests.clone().try_acquire_owned();
-        assert!(held.is_ok() && second.requests.try_acquire().is_err() && other.requests.try_acquire().is_ok());
+        assert!(
+            held.is_ok()
+                && second.requests.try_acquire().is_err()
+                && other.requests.try_acquire().is_ok()
+        );
         drop((first, second, held));
         assert!(shares.of("a", "u").requests.try_acquire().is_ok());
         for session in 0..1000 {
             drop(shares.of(&session.to_string(), &session.to_string()));
         }
-        let known = |shares: &Shares| (shares.sessions.lock().unwrap().len(), shares.users.lock().unwrap().len());
+        let known = |shares: &Shares| {
+            (shares.sessions.lock().unwrap().len(), shares.users.lock().unwrap().len())
+        };
         assert!(known(&shares).0 < 500 && known(&shares).1 < 500);
     }
 
     #[test]
     fn sessions_of_one_user_leave_something_to_others() {
-        let shares = Shares::new(ShareLimits { requests: 1, session: ONE, user: Pools { body_units: 2, ..ONE } });
-        let takes = |share: &Share| share.bodies.iter().map(|pool| pool.clone().try_acquire_owned()).collect::<Result<Vec<_>, _>>();
+        let shares = Shares::new(ShareLimits {
+            requests: 1,
+            session: ONE,
+            user: Pools { body_units: 2, ..ONE },
+        });
+        let takes = |share: &Share| {
+            share
+                .bodies
+                .iter()
+                .map(|pool| pool.clone().try_acquire_owned())
+                .collect::<Result<Vec<_>, _>>()
+        };
         let sessions: Vec<_> = ["a", "b", "c"].map(|session| shares.of(session, "u")).into();
         let held: Vec<_> = sessions.iter().map(|share| takes(share)).collect();
         assert_eq!(held.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, true, false]);

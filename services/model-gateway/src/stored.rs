@@ -1,15 +1,18 @@
-//! References that a body must not contain: responses, conversations, files and containers that are stored at the provider belong to the
-//! key's account,
-//! which sessions share.
+//! References that a body must not contain: responses, conversations, files and containers that are
+//! stored at the provider belong to the key's account, which sessions share.
 
 use std::{cell::Cell, fmt};
 
 use axum::http::{HeaderMap, header};
 use memchr::memmem;
-use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    self, Deserialize, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess,
+    Visitor,
+};
 use types::Provider;
 
-/// Names that are looked for: a body without them, and without escapes that could hide one, is not parsed.
+/// Names that are looked for: a body without them, and without escapes that could hide one, is not
+/// parsed.
 const NAMES: [&str; 10] = [
     "previous_response_id",
     "conversation",
@@ -59,7 +62,8 @@ const FIELDS: [&str; 30] = [
 /// How many of them one body may have: what is kept of a body is no larger than the body.
 const KEPT_MAX: usize = 1 << 18;
 
-/// JSON, as far as it matters. An object that contains a field twice is refused, because readers could use either value.
+/// JSON, as far as it matters. An object that contains a field twice is refused, because readers
+/// could use either value.
 enum Tree {
     Null,
     Text(String),
@@ -72,7 +76,9 @@ enum Tree {
 impl Tree {
     fn get(&self, name: &str) -> &Self {
         match self {
-            Self::Object(fields) => fields.iter().find(|(key, _)| *key == name).map_or(&Self::Null, |(_, value)| value),
+            Self::Object(fields) => {
+                fields.iter().find(|(key, _)| *key == name).map_or(&Self::Null, |(_, value)| value)
+            }
             _ => &Self::Null,
         }
     }
@@ -198,13 +204,17 @@ fn parse(body: &[u8]) -> Option<Tree> {
     deserializer.end().is_ok().then_some(tree)
 }
 
-/// Returns which field of a request refers to something stored at the provider, or that the body cannot be read.
+/// Returns which field of a request refers to something stored at the provider, or that the body
+/// cannot be read.
 pub fn named(provider: Provider, body: &[u8]) -> Option<&'static str> {
-    let may_name = NAMES.iter().any(|name| memmem::find(body, name.as_bytes()).is_some()) || memmem::find(body, b"\\u00").is_some();
+    let may_name = NAMES.iter().any(|name| memmem::find(body, name.as_bytes()).is_some())
+        || memmem::find(body, b"\\u00").is_some();
     if !may_name {
         return None;
     }
-    let Some(tree) = parse(body) else { return Some("a body that is no JSON, names a field twice, or has too many fields") };
+    let Some(tree) = parse(body) else {
+        return Some("a body that is no JSON, names a field twice, or has too many fields");
+    };
     match provider {
         Provider::Anthropic => in_anthropic(&tree),
         Provider::Openai => in_openai(&tree),
@@ -212,12 +222,20 @@ pub fn named(provider: Provider, body: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// Whether a body can be read as it is: JSON in UTF-8. In UTF-16 and UTF-32 every name has bytes that are zero, which JSON has nowhere.
+/// Whether a body can be read as it is: JSON in UTF-8. In UTF-16 and UTF-32 every name has bytes
+/// that are zero, which JSON has nowhere.
 pub fn is_readable(headers: &HeaderMap, body: &[u8]) -> bool {
-    let texts = |name| headers.get_all(name).iter().map(|value| value.to_str().unwrap_or("?").to_ascii_lowercase());
-    let is_plain = texts(header::CONTENT_ENCODING).all(|encoding| matches!(encoding.as_str(), "" | "identity"));
-    let charset = |kind: String| kind.split_once("charset=").map(|(_, rest)| rest.trim_matches([' ', '"', ';']).to_owned());
-    let is_utf8 = texts(header::CONTENT_TYPE).filter_map(charset).all(|charset| matches!(charset.as_str(), "utf-8" | "utf8"));
+    let texts = |name| {
+        headers.get_all(name).iter().map(|value| value.to_str().unwrap_or("?").to_ascii_lowercase())
+    };
+    let is_plain = texts(header::CONTENT_ENCODING)
+        .all(|encoding| matches!(encoding.as_str(), "" | "identity"));
+    let charset = |kind: String| {
+        kind.split_once("charset=").map(|(_, rest)| rest.trim_matches([' ', '"', ';']).to_owned())
+    };
+    let is_utf8 = texts(header::CONTENT_TYPE)
+        .filter_map(charset)
+        .all(|charset| matches!(charset.as_str(), "utf-8" | "utf8"));
     is_plain && is_utf8 && memchr::memchr(0, body).is_none()
 }
 
@@ -225,7 +243,9 @@ fn in_anthropic(tree: &Tree) -> Option<&'static str> {
     fn in_blocks(blocks: &Tree) -> bool {
         let names = |block: &Tree| {
             let is_upload = block.get("type").text() == "container_upload";
-            block.get("source").get("file_id").is_set() || is_upload || in_blocks(block.get("content"))
+            block.get("source").get("file_id").is_set()
+                || is_upload
+                || in_blocks(block.get("content"))
         };
         blocks.items().iter().any(names)
     }
@@ -236,22 +256,28 @@ fn in_anthropic(tree: &Tree) -> Option<&'static str> {
 }
 
 fn in_openai(tree: &Tree) -> Option<&'static str> {
-    if let Some(name) = ["previous_response_id", "conversation"].into_iter().find(|name| tree.get(name).is_set()) {
+    if let Some(name) =
+        ["previous_response_id", "conversation"].into_iter().find(|name| tree.get(name).is_set())
+    {
         return Some(name);
     }
     // Of completions of old it is a text.
     if matches!(tree.get("prompt"), Tree::Object(_)) {
         return Some("prompt");
     }
-    let has_file = |part: &Tree| part.get("file_id").is_set() || part.get("file").get("file_id").is_set();
+    let has_file =
+        |part: &Tree| part.get("file_id").is_set() || part.get("file").get("file_id").is_set();
     for item in tree.get("input").items().iter().chain(tree.get("messages").items()) {
         // The type may be left out.
         let is_reference = item.get("type").text() == "item_reference"
-            || item.get("id").is_set() && !["type", "role"].iter().any(|name| item.get(name).is_set());
+            || item.get("id").is_set()
+                && !["type", "role"].iter().any(|name| item.get(name).is_set());
         if is_reference {
             return Some("item_reference");
         }
-        if ["content", "output"].iter().flat_map(|name| item.get(name).items()).any(has_file) || has_file(item.get("output")) {
+        if ["content", "output"].iter().flat_map(|name| item.get(name).items()).any(has_file)
+            || has_file(item.get("output"))
+        {
             return Some("file_id");
         }
     }
@@ -271,9 +297,12 @@ fn in_google(tree: &Tree) -> Option<&'static str> {
     fn in_parts(content: &Tree) -> bool {
         let is_stored = |uri: &str| uri.contains("/files/") || uri.starts_with("files/");
         let names = |part: &Tree| {
-            let uris = ["fileData", "file_data"].map(|data| ["fileUri", "file_uri"].map(|uri| part.get(data).get(uri).text()));
+            let uris = ["fileData", "file_data"]
+                .map(|data| ["fileUri", "file_uri"].map(|uri| part.get(data).get(uri).text()));
             uris.iter().flatten().any(|uri| is_stored(uri))
-                || ["functionResponse", "function_response"].iter().any(|response| in_parts(part.get(response)))
+                || ["functionResponse", "function_response"]
+                    .iter()
+                    .any(|response| in_parts(part.get(response)))
         };
         content.get("parts").items().iter().any(names)
     }
@@ -298,13 +327,37 @@ mod tests {
             (openai, json!({ "previous_response_id": "resp_1" }), "previous_response_id"),
             (openai, json!({ "conversation": { "id": "conv_1" } }), "conversation"),
             (openai, json!({ "prompt": { "id": "pmpt_1" } }), "prompt"),
-            (openai, json!({ "input": [{ "type": "item_reference", "id": "msg_1" }] }), "item_reference"),
-            (openai, json!({ "input": [{ "content": [{ "type": "input_file", "file_id": "file-1" }] }] }), "file_id"),
-            (openai, json!({ "messages": [{ "content": [{ "type": "file", "file": { "file_id": "file-1" } }] }] }), "file_id"),
-            (openai, json!({ "tools": [{ "type": "file_search", "vector_store_ids": ["vs_1"] }] }), "vector_store_ids"),
-            (openai, json!({ "tools": [{ "type": "code_interpreter", "container": "cntr_1" }] }), "container"),
+            (
+                openai,
+                json!({ "input": [{ "type": "item_reference", "id": "msg_1" }] }),
+                "item_reference",
+            ),
+            (
+                openai,
+                json!({ "input": [{ "content": [{ "type": "input_file", "file_id": "file-1" }] }] }),
+                "file_id",
+            ),
+            (
+                openai,
+                json!({ "messages": [{ "content": [{ "type": "file", "file": { "file_id": "file-1" } }] }] }),
+                "file_id",
+            ),
+            (
+                openai,
+                json!({ "tools": [{ "type": "file_search", "vector_store_ids": ["vs_1"] }] }),
+                "vector_store_ids",
+            ),
+            (
+                openai,
+                json!({ "tools": [{ "type": "code_interpreter", "container": "cntr_1" }] }),
+                "container",
+            ),
             (anthropic, json!({ "container": "container_1" }), "container"),
-            (anthropic, json!({ "messages": [{ "content": [{ "source": { "type": "file", "file_id": "f" } }] }] }), "file_id"),
+            (
+                anthropic,
+                json!({ "messages": [{ "content": [{ "source": { "type": "file", "file_id": "f" } }] }] }),
+                "file_id",
+            ),
             (
                 anthropic,
                 json!({ "messages": [{ "content": [{ "type": "tool_result", "content": [{ "source": { "file_id": "f" } }] }] }] }),
@@ -319,21 +372,34 @@ mod tests {
         ] {
             assert_eq!(name(provider, body.clone()), Some(expected), "{body}");
         }
-        assert_eq!(named(openai, br#"{"\u0070revious_response_id":"resp_1"}"#), Some("previous_response_id"));
-        assert!(named(openai, br#"{"previous_response_id":"resp_1","previous_response_id":null}"#).is_some());
+        assert_eq!(
+            named(openai, br#"{"\u0070revious_response_id":"resp_1"}"#),
+            Some("previous_response_id")
+        );
+        assert!(
+            named(openai, br#"{"previous_response_id":"resp_1","previous_response_id":null}"#)
+                .is_some()
+        );
         assert!(named(openai, br#"{"file_id"#).is_some());
     }
 
     #[test]
     fn a_body_of_many_values_takes_no_more_memory_than_it_is_large() {
         // What is skipped costs nothing, however much it is.
-        let skipped =
-            format!(r#"{{"input":[{}0],"x":[{}0],"previous_response_id":"resp_1"}}"#, "0,".repeat(1 << 20), "{},".repeat(1 << 20));
+        let skipped = format!(
+            r#"{{"input":[{}0],"x":[{}0],"previous_response_id":"resp_1"}}"#,
+            "0,".repeat(1 << 20),
+            "{},".repeat(1 << 20)
+        );
         assert_eq!(named(Provider::Openai, skipped.as_bytes()), Some("previous_response_id"));
         for value in ["{},", r#"{"id":0},"#, r#"[{"id":0}],"#] {
             let many = format!(r#"{{"file_id":[{}0]}}"#, value.repeat(KEPT_MAX + 1));
             assert!(parse(many.as_bytes()).is_none(), "{value}");
-            assert!(named(Provider::Openai, many.as_bytes()).is_some_and(|why| why.contains("too many fields")), "{value}");
+            assert!(
+                named(Provider::Openai, many.as_bytes())
+                    .is_some_and(|why| why.contains("too many fields")),
+                "{value}"
+            );
         }
         assert!(parse(br#"{"file_id":1} x"#).is_none());
     }
@@ -341,21 +407,34 @@ mod tests {
     #[test]
     fn what_is_not_plain_json_in_utf_8_is_not_readable() {
         let readable = |headers: &[(header::HeaderName, &str)], body: &[u8]| {
-            let headers = headers.iter().map(|(name, value)| (name.clone(), value.parse().unwrap()));
+            let headers =
+                headers.iter().map(|(name, value)| (name.clone(), value.parse().unwrap()));
             is_readable(&HeaderMap::from_iter(headers), body)
         };
-        let (body, encoding, kind) = (br#"{"previous_response_id":"r"}"#, header::CONTENT_ENCODING, header::CONTENT_TYPE);
-        for plain in [&[][..], &[(encoding.clone(), "identity"), (kind.clone(), "application/json; charset=\"UTF-8\"")]] {
+        let (body, encoding, kind) =
+            (br#"{"previous_response_id":"r"}"#, header::CONTENT_ENCODING, header::CONTENT_TYPE);
+        for plain in [
+            &[][..],
+            &[
+                (encoding.clone(), "identity"),
+                (kind.clone(), "application/json; charset=\"UTF-8\""),
+            ],
+        ] {
             assert!(readable(plain, body), "{plain:?}");
         }
-        for encoded in [(encoding.clone(), "gzip"), (kind.clone(), "application/json; Charset=utf-16"), (kind, "text/x; charset=cp037")] {
+        for encoded in [
+            (encoding.clone(), "gzip"),
+            (kind.clone(), "application/json; Charset=utf-16"),
+            (kind, "text/x; charset=cp037"),
+        ] {
             assert!(!readable(std::slice::from_ref(&encoded), body), "{encoded:?}");
         }
         let mut two = HeaderMap::new();
         two.append(&encoding, "identity".parse().unwrap());
         two.append(&encoding, "br".parse().unwrap());
         assert!(!is_readable(&two, body));
-        let utf_16: Vec<u8> = String::from_utf8_lossy(body).encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let utf_16: Vec<u8> =
+            String::from_utf8_lossy(body).encode_utf16().flat_map(u16::to_le_bytes).collect();
         assert!(!readable(&[], &utf_16));
     }
 
@@ -367,8 +446,14 @@ mod tests {
                 Provider::Openai,
                 json!({ "previous_response_id": null, "input": [{ "role": "user", "id": "m", "content": [{ "text": text }] }] }),
             ),
-            (Provider::Openai, json!({ "input": "x", "tools": [{ "parameters": { "properties": { "file_id": {} } } }] })),
-            (Provider::Openai, json!({ "tools": [{ "type": "code_interpreter", "container": { "type": "auto" } }] })),
+            (
+                Provider::Openai,
+                json!({ "input": "x", "tools": [{ "parameters": { "properties": { "file_id": {} } } }] }),
+            ),
+            (
+                Provider::Openai,
+                json!({ "tools": [{ "type": "code_interpreter", "container": { "type": "auto" } }] }),
+            ),
             (
                 Provider::Anthropic,
                 json!({ "messages": [{ "content": [{ "type": "tool_use", "input": { "file_id": "1", "source": text } }] }] }),

@@ -1,4 +1,5 @@
-//! Sessions' tokens, and the credentials that they stand for: redeemed at the vault, kept in memory for a short time.
+//! Sessions' tokens, and the credentials that they stand for: redeemed at the vault, kept in memory
+//! for a short time.
 
 use std::{
     collections::BTreeMap,
@@ -51,7 +52,10 @@ pub struct Grant {
 
 impl fmt::Debug for Grant {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Grant").field("session_id", &self.session_id).finish_non_exhaustive()
+        formatter
+            .debug_struct("Grant")
+            .field("session_id", &self.session_id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -87,14 +91,19 @@ impl Grant {
         self.routes.iter().find(|route| route.kind == kind && route.path == path).cloned()
     }
 
-    /// What a request is sent on with: of a Claude subscription where the client shows its token that way, else the API key.
+    /// What a request is sent on with: of a Claude subscription where the client shows its token
+    /// that way, else the API key.
     pub fn credential(&self, provider: Provider, scheme: Scheme) -> Option<Credential<'_>> {
-        let of = |kind: CredentialKind| self.secrets.get(kind.as_str()).map(|secret| secret.expose_secret());
+        let of = |kind: CredentialKind| {
+            self.secrets.get(kind.as_str()).map(|secret| secret.expose_secret())
+        };
         let key = of(CredentialKind::Provider(provider));
         match provider {
             Provider::Anthropic => {
-                let (key, oauth) =
-                    (key.map(|key| Credential::ApiKey("x-api-key", key)), of(CredentialKind::ClaudeOauth).map(Credential::Bearer));
+                let (key, oauth) = (
+                    key.map(|key| Credential::ApiKey("x-api-key", key)),
+                    of(CredentialKind::ClaudeOauth).map(Credential::Bearer),
+                );
                 if scheme == Scheme::Bearer { oauth.or(key) } else { key.or(oauth) }
             }
             Provider::Openai => key.map(Credential::Bearer),
@@ -136,7 +145,10 @@ impl Tokens {
             entries: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(KEPT).build(),
             refused: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(REFUSED_FOR).build(),
             // Those who ask at the same time share one answer, which is not used later.
-            asking: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(Duration::from_millis(1)).build(),
+            asking: Cache::builder()
+                .max_capacity(TOKENS_MAX)
+                .time_to_live(Duration::from_millis(1))
+                .build(),
         }
     }
 
@@ -163,13 +175,14 @@ impl Tokens {
         }
     }
 
-    /// Redeems a token again before its time, once per second at most: for a route that is not known, or a secret that its server refuses.
-    /// None: it cannot be redeemed.
+    /// Redeems a token again before its time, once per second at most: for a route that is not
+    /// known, or a secret that its server refuses. None: it cannot be redeemed.
     pub async fn renew(&self, shown: &Shown) -> Option<Arc<Grant>> {
         let hash: Hash = Sha256::digest(shown.token.as_bytes()).into();
         if let Some(known) = self.entries.get(&hash).await {
             tokio::time::sleep(RENEWED_AFTER.saturating_sub(known.redeemed.elapsed())).await;
-            let newer = self.entries.get(&hash).await.filter(|entry| entry.redeemed > known.redeemed);
+            let newer =
+                self.entries.get(&hash).await.filter(|entry| entry.redeemed > known.redeemed);
             if let Some(newer) = newer {
                 return Some(newer.grant);
             }
@@ -218,15 +231,21 @@ impl Tokens {
 
     async fn redeem_at_vault(&self, hash: Hash) -> Result<Entry, TokenRefused> {
         let key = KeyPair::generate().map_err(|_| TokenRefused::Unavailable)?;
-        let request =
-            RedeemModelTokenRequest { token_hash: hash.to_vec(), public_key: key.public().to_vec(), gateway: self.gateway.to_string() };
-        let reply = self.bus.call::<rpc::RedeemModelToken>(&request, DEADLINE).await.map_err(|error| match error.code {
-            ErrorCode::NotFound => TokenRefused::Unknown,
-            _ => {
-                tracing::warn!(%error, "failed to redeem a session's token");
-                TokenRefused::Unavailable
-            }
-        })?;
+        let request = RedeemModelTokenRequest {
+            token_hash: hash.to_vec(),
+            public_key: key.public().to_vec(),
+            gateway: self.gateway.to_string(),
+        };
+        let reply =
+            self.bus.call::<rpc::RedeemModelToken>(&request, DEADLINE).await.map_err(|error| {
+                match error.code {
+                    ErrorCode::NotFound => TokenRefused::Unknown,
+                    _ => {
+                        tracing::warn!(%error, "failed to redeem a session's token");
+                        TokenRefused::Unavailable
+                    }
+                }
+            })?;
         // The vault does not know who is disabled.
         let user = CheckUserRequest { user_id: reply.user_id.clone() };
         let user = self.bus.call::<rpc::CheckUser>(&user, DEADLINE).await.map_err(|error| {
@@ -244,7 +263,9 @@ impl Tokens {
         let bundle = Bundle::decode(plaintext.as_slice()).map_err(|error| unreadable(&error))?;
         let mut secrets = BTreeMap::new();
         for mut secret in bundle.secrets {
-            if let (Ok(kind), Ok(text)) = (secret.kind.parse::<CredentialKind>(), std::str::from_utf8(&secret.value)) {
+            if let (Ok(kind), Ok(text)) =
+                (secret.kind.parse::<CredentialKind>(), std::str::from_utf8(&secret.value))
+            {
                 secrets.insert(kind.as_str(), SecretString::from(text.trim()));
             }
             secret.value.zeroize();
@@ -258,7 +279,11 @@ impl Tokens {
 
 fn granted(route: Route) -> GrantedRoute {
     let kind = route.kind();
-    let headers = route.headers.into_iter().map(|header| (header.name, SecretString::from(header.value))).collect();
+    let headers = route
+        .headers
+        .into_iter()
+        .map(|header| (header.name, SecretString::from(header.value)))
+        .collect();
     GrantedRoute { kind, path: route.path, url: route.url, is_refused: route.is_refused, headers }
 }
 
@@ -270,7 +295,8 @@ mod tests {
     const ONE: Pools = Pools { body_units: 1, routed_units: 1, connections: 1 };
 
     fn grant(kinds: &[CredentialKind]) -> Grant {
-        let secrets = kinds.iter().map(|kind| (kind.as_str(), SecretString::from(kind.as_str()))).collect();
+        let secrets =
+            kinds.iter().map(|kind| (kind.as_str(), SecretString::from(kind.as_str()))).collect();
         Grant {
             session_id: String::new(),
             secrets,
@@ -283,12 +309,18 @@ mod tests {
     fn a_claude_subscription_is_used_where_the_client_shows_its_token_that_way() {
         let anthropic = CredentialKind::Provider(Provider::Anthropic);
         let both = grant(&[anthropic, CredentialKind::ClaudeOauth]);
-        let (key, oauth) = (Credential::ApiKey("x-api-key", "provider:anthropic"), Credential::Bearer("runtime_token:claude-oauth"));
+        let (key, oauth) = (
+            Credential::ApiKey("x-api-key", "provider:anthropic"),
+            Credential::Bearer("runtime_token:claude-oauth"),
+        );
         assert_eq!(both.credential(Provider::Anthropic, Scheme::ApiKey), Some(key));
         assert_eq!(both.credential(Provider::Anthropic, Scheme::Bearer), Some(oauth));
         let only_key = grant(&[anthropic]);
         assert_eq!(only_key.credential(Provider::Anthropic, Scheme::Bearer), Some(key));
-        assert_eq!(grant(&[CredentialKind::ClaudeOauth]).credential(Provider::Anthropic, Scheme::ApiKey), Some(oauth));
+        assert_eq!(
+            grant(&[CredentialKind::ClaudeOauth]).credential(Provider::Anthropic, Scheme::ApiKey),
+            Some(oauth)
+        );
         assert_eq!(only_key.credential(Provider::Openai, Scheme::Bearer), None);
     }
 }

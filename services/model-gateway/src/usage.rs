@@ -1,4 +1,5 @@
-//! Reads the model and limits of requests and the usage of responses, in each provider's format. No I/O.
+//! Reads the model and limits of requests and the usage of responses, in each provider's format. No
+//! I/O.
 
 use serde::Deserialize;
 use types::Provider;
@@ -8,8 +9,8 @@ use crate::scan::{Events, Scalar, Scanner, Visit};
 /// Models have shorter names. Longer ones are not passed on to the scheduler.
 const MODEL_BYTES_MAX: usize = 200;
 
-/// What a request asks for, as far as its body says. Without a model where that cannot be read for certain: such a request is refused
-/// where models or money are limited.
+/// What a request asks for, as far as its body says. Without a model where that cannot be read for
+/// certain: such a request is refused where models or money are limited.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Asked {
     pub model: String,
@@ -39,11 +40,18 @@ struct GenerationConfig {
 /// Reads a request. Google's names its model in the path.
 pub fn asked(path: &str, body: &[u8]) -> Asked {
     let Ok(body) = serde_json::from_slice::<AskedBody>(body) else { return Asked::default() };
-    let in_path = path.split_once("/models/").and_then(|(_, rest)| rest.split_once(':')).map(|(model, _)| model.to_owned());
+    let in_path = path
+        .split_once("/models/")
+        .and_then(|(_, rest)| rest.split_once(':'))
+        .map(|(model, _)| model.to_owned());
     let of_google = body.generation_config.and_then(|config| config.max_output_tokens);
-    let most = body.max_tokens.or(body.max_output_tokens).or(body.max_completion_tokens).or(of_google);
+    let most =
+        body.max_tokens.or(body.max_output_tokens).or(body.max_completion_tokens).or(of_google);
     Asked {
-        model: in_path.or(body.model).filter(|model| model.len() <= MODEL_BYTES_MAX).unwrap_or_default(),
+        model: in_path
+            .or(body.model)
+            .filter(|model| model.len() <= MODEL_BYTES_MAX)
+            .unwrap_or_default(),
         // Saturates.
         output_max: most.map(|most| most as u64),
     }
@@ -110,7 +118,11 @@ struct Raw {
 
 impl Meter {
     pub fn new(provider: Provider, is_stream: bool) -> Self {
-        let shape = if is_stream { Shape::Events(Events::default()) } else { Shape::Document(Scanner::default()) };
+        let shape = if is_stream {
+            Shape::Events(Events::default())
+        } else {
+            Shape::Document(Scanner::default())
+        };
         // A whole document says so by being one.
         let reported = Reported { is_whole: !is_stream, ..Reported::default() };
         Self { shape, reader: Reader { provider, raw: Raw::default(), reported } }
@@ -141,8 +153,16 @@ impl Reader {
         let (input, output) = (raw.input.unwrap_or_default(), raw.output.unwrap_or_default());
         let Raw { cached, cache_write, reasoning, tool_input, .. } = raw;
         Some(match self.provider {
-            Provider::Anthropic => Tokens { input, cache_read: cached, cache_write, output, reasoning },
-            Provider::Openai => Tokens { input: input.saturating_sub(cached), cache_read: cached, cache_write: 0, output, reasoning },
+            Provider::Anthropic => {
+                Tokens { input, cache_read: cached, cache_write, output, reasoning }
+            }
+            Provider::Openai => Tokens {
+                input: input.saturating_sub(cached),
+                cache_read: cached,
+                cache_write: 0,
+                output,
+                reasoning,
+            },
             Provider::Google => Tokens {
                 input: input.saturating_sub(cached).saturating_add(tool_input),
                 cache_read: cached,
@@ -159,16 +179,24 @@ impl Reader {
 
     fn count(&mut self, names: &[&str], number: u64) {
         match (self.provider, names) {
-            (Provider::Anthropic, ["input_tokens"]) | (Provider::Openai, ["input_tokens" | "prompt_tokens"]) => {
+            (Provider::Anthropic, ["input_tokens"])
+            | (Provider::Openai, ["input_tokens" | "prompt_tokens"]) => {
                 self.raw.input = Some(number)
             }
-            (Provider::Anthropic, ["output_tokens"]) | (Provider::Openai, ["output_tokens" | "completion_tokens"]) => {
+            (Provider::Anthropic, ["output_tokens"])
+            | (Provider::Openai, ["output_tokens" | "completion_tokens"]) => {
                 self.raw.output = Some(number);
             }
             (Provider::Anthropic, ["cache_read_input_tokens"])
-            | (Provider::Openai, ["input_tokens_details" | "prompt_tokens_details", "cached_tokens"]) => self.raw.cached = number,
+            | (
+                Provider::Openai,
+                ["input_tokens_details" | "prompt_tokens_details", "cached_tokens"],
+            ) => self.raw.cached = number,
             (Provider::Anthropic, ["cache_creation_input_tokens"]) => self.raw.cache_write = number,
-            (Provider::Openai, ["output_tokens_details" | "completion_tokens_details", "reasoning_tokens"]) => self.raw.reasoning = number,
+            (
+                Provider::Openai,
+                ["output_tokens_details" | "completion_tokens_details", "reasoning_tokens"],
+            ) => self.raw.reasoning = number,
             (Provider::Google, ["promptTokenCount"]) => self.raw.input = Some(number),
             (Provider::Google, ["candidatesTokenCount"]) => self.raw.output = Some(number),
             (Provider::Google, ["cachedContentTokenCount"]) => self.raw.cached = number,
@@ -181,7 +209,10 @@ impl Reader {
 
 /// The last event of a stream, by its type.
 fn is_last(kind: &str) -> bool {
-    matches!(kind, "message_stop" | "response.completed" | "response.incomplete" | "response.failed")
+    matches!(
+        kind,
+        "message_stop" | "response.completed" | "response.incomplete" | "response.failed"
+    )
 }
 
 impl Visit for Reader {
@@ -193,14 +224,25 @@ impl Visit for Reader {
             path => path,
         };
         match (path, value) {
-            (["usage" | "usageMetadata", names @ ..], Scalar::Number(number)) => self.count(names, number),
-            (["model" | "modelVersion"], Scalar::Text(model)) => self.reported.model = model.to_owned(),
+            (["usage" | "usageMetadata", names @ ..], Scalar::Number(number)) => {
+                self.count(names, number)
+            }
+            (["model" | "modelVersion"], Scalar::Text(model)) => {
+                self.reported.model = model.to_owned()
+            }
             (["type"], Scalar::Text(kind)) if is_last(kind) => self.end_of_stream(),
             // Chat completions and Google's chunks.
-            (["choices" | "candidates", "[]", "finish_reason" | "finishReason"], Scalar::Text(_)) => self.end_of_stream(),
-            (["error", "type" | "status"], Scalar::Text(kind)) => self.reported.error_type = kind.to_owned(),
+            (
+                ["choices" | "candidates", "[]", "finish_reason" | "finishReason"],
+                Scalar::Text(_),
+            ) => self.end_of_stream(),
+            (["error", "type" | "status"], Scalar::Text(kind)) => {
+                self.reported.error_type = kind.to_owned()
+            }
             (["error", "code"], Scalar::Text(code)) => self.reported.error_code = code.to_owned(),
-            (["error", "message"], Scalar::Text(message)) => self.reported.error_message = message.to_owned(),
+            (["error", "message"], Scalar::Text(message)) => {
+                self.reported.error_message = message.to_owned()
+            }
             _ => {}
         }
     }
@@ -213,7 +255,16 @@ impl Visit for Reader {
 }
 
 /// Fields that hold what a model generates, in the responses of all providers.
-const GENERATED: [&str; 8] = ["text", "thinking", "partial_json", "delta", "content", "arguments", "reasoning_content", "reasoning"];
+const GENERATED: [&str; 8] = [
+    "text",
+    "thinking",
+    "partial_json",
+    "delta",
+    "content",
+    "arguments",
+    "reasoning_content",
+    "reasoning",
+];
 
 #[cfg(test)]
 mod tests {
@@ -222,20 +273,30 @@ mod tests {
 
     use super::*;
 
-    fn read<'a>(provider: Provider, is_stream: bool, pieces: impl IntoIterator<Item = &'a [u8]>) -> Reported {
+    fn read<'a>(
+        provider: Provider,
+        is_stream: bool,
+        pieces: impl IntoIterator<Item = &'a [u8]>,
+    ) -> Reported {
         let mut meter = Meter::new(provider, is_stream);
         pieces.into_iter().for_each(|piece| meter.feed(piece));
         meter.end()
     }
 
     fn stream(events: &[Value]) -> String {
-        events.iter().map(|event| format!("event: {}\ndata: {event}\n\n", event["type"].as_str().unwrap_or("message"))).collect()
+        events
+            .iter()
+            .map(|event| {
+                format!("event: {}\ndata: {event}\n\n", event["type"].as_str().unwrap_or("message"))
+            })
+            .collect()
     }
 
     /// Of each provider: a stream whose text is `text`, and what it used.
     fn streams(text: &str) -> Vec<(Provider, String, Tokens)> {
         // A text that looks like what is looked for.
-        let trap = json!({ "usage": { "input_tokens": 9, "output_tokens": 9 }, "text": text }).to_string();
+        let trap =
+            json!({ "usage": { "input_tokens": 9, "output_tokens": 9 }, "text": text }).to_string();
         let anthropic = stream(&[
             json!({ "type": "message_start", "message": { "model": "m", "content": [], "usage": {
                 "input_tokens": 100, "cache_read_input_tokens": 7, "cache_creation_input_tokens": 5, "output_tokens": 1,
@@ -262,9 +323,14 @@ mod tests {
             json!({ "candidates": [{ "finishReason": "STOP" }], "modelVersion": "m", "usageMetadata": {
                 "promptTokenCount": 112, "cachedContentTokenCount": 12, "candidatesTokenCount": 40, "thoughtsTokenCount": 2 } }),
         ]);
-        let openai = Tokens { input: 100, cache_read: 12, cache_write: 0, output: 42, reasoning: 2 };
+        let openai =
+            Tokens { input: 100, cache_read: 12, cache_write: 0, output: 42, reasoning: 2 };
         vec![
-            (Provider::Anthropic, anthropic, Tokens { input: 100, cache_read: 7, cache_write: 5, output: 42, reasoning: 0 }),
+            (
+                Provider::Anthropic,
+                anthropic,
+                Tokens { input: 100, cache_read: 7, cache_write: 5, output: 42, reasoning: 0 },
+            ),
             (Provider::Openai, responses, openai),
             (Provider::Openai, chat, openai),
             (Provider::Google, google, openai),
@@ -274,12 +340,21 @@ mod tests {
     #[test]
     fn usage_is_the_same_at_every_cut_point_of_a_stream() {
         for (provider, text, tokens) in streams("hello") {
-            let expected =
-                Reported { model: "m".to_owned(), tokens: Some(tokens), is_whole: true, has_last_event: true, ..Reported::default() };
+            let expected = Reported {
+                model: "m".to_owned(),
+                tokens: Some(tokens),
+                is_whole: true,
+                has_last_event: true,
+                ..Reported::default()
+            };
             for cut in 0..=text.len() {
                 let (left, right) = text.as_bytes().split_at(cut);
                 let reported = read(provider, true, [left, right]);
-                assert_eq!(Reported { generated_bytes: 0, ..reported }, expected, "cut at {cut} of {text}");
+                assert_eq!(
+                    Reported { generated_bytes: 0, ..reported },
+                    expected,
+                    "cut at {cut} of {text}"
+                );
             }
         }
     }
@@ -321,17 +396,26 @@ mod tests {
         assert!(reported.is_whole);
         // Without `alt=sse` Google sends a list.
         let list = json!([{ "candidates": [] }, { "usageMetadata": { "promptTokenCount": 3, "candidatesTokenCount": 4 } }]).to_string();
-        assert_eq!(read(Provider::Google, false, [list.as_bytes()]).tokens, Some(Tokens { input: 3, output: 4, ..Tokens::default() }));
+        assert_eq!(
+            read(Provider::Google, false, [list.as_bytes()]).tokens,
+            Some(Tokens { input: 3, output: 4, ..Tokens::default() })
+        );
         let error = json!({ "error": { "message": "no quota", "type": "insufficient_quota", "code": "insufficient_quota" } }).to_string();
         let reported = read(Provider::Openai, false, [error.as_bytes()]);
-        assert_eq!((reported.error_code.as_str(), reported.error_message.as_str()), ("insufficient_quota", "no quota"));
+        assert_eq!(
+            (reported.error_code.as_str(), reported.error_message.as_str()),
+            ("insufficient_quota", "no quota")
+        );
         assert_eq!(reported.tokens, None);
     }
 
     #[test]
     fn requests_yield_model_and_limits() {
         let body = json!({ "messages": [{ "content": "\"model\":\"x\"" }], "model": "claude-x", "max_tokens": 64 }).to_string();
-        assert_eq!(asked("/v1/messages", body.as_bytes()), Asked { model: "claude-x".to_owned(), output_max: Some(64) });
+        assert_eq!(
+            asked("/v1/messages", body.as_bytes()),
+            Asked { model: "claude-x".to_owned(), output_max: Some(64) }
+        );
         let body = json!({ "generationConfig": { "maxOutputTokens": 5 } }).to_string();
         let google = asked("/v1beta/models/gemini-x:streamGenerateContent", body.as_bytes());
         assert_eq!(google, Asked { model: "gemini-x".to_owned(), output_max: Some(5) });
@@ -340,7 +424,11 @@ mod tests {
     #[test]
     fn no_request_names_one_model_to_the_gateway_and_another_to_its_provider() {
         let read = |body: &str| asked("/v1/messages", body.as_bytes()).model;
-        assert_eq!(read(r#"{"mod\u0065l": "claude-opus\u002d4"}"#), "claude-opus-4", "escapes are undone");
+        assert_eq!(
+            read(r#"{"mod\u0065l": "claude-opus\u002d4"}"#),
+            "claude-opus-4",
+            "escapes are undone"
+        );
         for body in [
             r#"{"model": "claude-haiku", "model": "claude-opus"}"#,
             r#"{"model": "claude-haiku", "mod\u0065l": "claude-opus"}"#,
@@ -364,7 +452,11 @@ mod tests {
             let cut = at + stream[at..].find("\n\n").unwrap();
             let reported = read(provider, true, [&stream.as_bytes()[..cut]]);
             let least = "{\"text\":\"hello\"".len() as u64;
-            assert!((least..1000).contains(&reported.generated_bytes), "{provider:?}: {}", reported.generated_bytes);
+            assert!(
+                (least..1000).contains(&reported.generated_bytes),
+                "{provider:?}: {}",
+                reported.generated_bytes
+            );
         }
     }
 }

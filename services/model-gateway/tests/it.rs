@@ -40,7 +40,8 @@ async fn twenty_sessions_keep_one_budget_while_gateways_are_killed() {
             match world.send(&url, token).await {
                 Ok((200, text)) if text.contains("message_stop") => {}
                 Ok((400, text)) if text.contains("Budget reached") => return,
-                // What is left is reserved, or the gateway waits for the scheduler: a CLI asks again.
+                // What is left is reserved, or the gateway waits for the scheduler: a CLI asks
+                // again.
                 Ok((429 | 503, _)) => tokio::time::sleep(Duration::from_millis(200)).await,
                 Ok((status, text)) => panic!("{status}: {text}"),
                 Err(_) => {
@@ -53,9 +54,13 @@ async fn twenty_sessions_keep_one_budget_while_gateways_are_killed() {
     let kill = async {
         let mut kills = 0;
         while !is_over.load(Ordering::Relaxed) {
-            // Some have come through since the last one, so that there are requests and responses under way.
+            // Some have come through since the last one, so that there are requests and responses
+            // under way.
             let before = world.provider.requests();
-            while kills < KILLS && world.provider.requests() < before + 8 && !is_over.load(Ordering::Relaxed) {
+            while kills < KILLS
+                && world.provider.requests() < before + 8
+                && !is_over.load(Ordering::Relaxed)
+            {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             if kills < KILLS {
@@ -80,27 +85,39 @@ async fn twenty_sessions_keep_one_budget_while_gateways_are_killed() {
     // Never more than one request each past the cap, by the provider's own count.
     let seen = world.provider.seen.lock().unwrap().clone();
     for token in &tokens {
-        let beyond = seen.iter().filter(|(sender, before)| sender == token && *before >= MAX).count();
+        let beyond =
+            seen.iter().filter(|(sender, before)| sender == token && *before >= MAX).count();
         assert!(beyond <= 1, "{beyond} requests past the cap");
     }
     assert!(broken.into_inner() > 0, "no request was broken by a killed gateway");
     eventually("every request is settled or unknown", || async {
         world.forward_lost_gateways().await;
-        world.numbers("select count(*) from scheduler.model_request where status = 'open'").await == [0]
+        world.numbers("select count(*) from scheduler.model_request where status = 'open'").await
+            == [0]
     })
     .await;
-    // Nothing is billed twice, and nothing is invented: what was counted is what responses said, each at most once.
+    // Nothing is billed twice, and nothing is invented: what was counted is what responses said,
+    // each at most once.
     let counted = "select output_tokens from scheduler.model_request where status = 'settled' and output_tokens > 0 order by 1";
     let counted = world.numbers(counted).await;
     assert!(counted.array_windows().all(|[one, other]| one < other), "{counted:?}");
-    assert!(counted.iter().all(|tokens| (1..=world.provider.requests().cast_signed()).contains(tokens)));
+    assert!(
+        counted.iter().all(|tokens| (1..=world.provider.requests().cast_signed()).contains(tokens))
+    );
     let total: i64 = counted.iter().sum();
-    assert_eq!(world.numbers("select coalesce(sum(output_tokens), 0)::bigint from scheduler.turn_usage").await, [total]);
+    assert_eq!(
+        world
+            .numbers("select coalesce(sum(output_tokens), 0)::bigint from scheduler.turn_usage")
+            .await,
+        [total]
+    );
     let invented = "select count(*) from scheduler.model_request where status = 'unknown' and output_tokens is not null";
     assert_eq!(world.numbers(invented).await, [0]);
-    // A request of unknown usage counts as its estimate, so the budget covers everything that was spent.
+    // A request of unknown usage counts as its estimate, so the budget covers everything that was
+    // spent.
     let budget = world.operator.call::<rpc::GetBudget>(&world.budget(), SOON).await.unwrap();
-    let (used, spent) = (budget.used.unwrap().tokens.unwrap(), world.provider.spent.load(Ordering::SeqCst));
+    let (used, spent) =
+        (budget.used.unwrap().tokens.unwrap(), world.provider.spent.load(Ordering::SeqCst));
     assert!(used >= spent && used >= MAX, "{used} counted of {spent}");
 }
 
@@ -115,7 +132,10 @@ async fn a_gateway_killed_in_mid_stream_breaks_the_response_and_the_repeated_req
     let mut body = response.bytes_stream();
     assert!(body.next().await.unwrap().unwrap().starts_with(b"event"));
     drop(first);
-    assert!(body.any(|chunk| async move { chunk.is_err() }).await, "a broken response has to look broken");
+    assert!(
+        body.any(|chunk| async move { chunk.is_err() }).await,
+        "a broken response has to look broken"
+    );
     world.provider.is(Mood::Answers);
     let (_second, url) = world.model_gateway().await;
     let (status, text) = world.send(&url, &token).await.unwrap();
@@ -145,14 +165,31 @@ async fn refusals_that_pass_are_retried_and_those_that_stay_end_the_cli_at_once(
     for status in [401, 403] {
         world.provider.is(Mood::Refuses(status));
         let refused = world.ask(&url, &token).send().await.unwrap();
-        let header = |name: &str| refused.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
-        let told = (refused.status().as_u16(), header("x-upstream-status"), header("x-should-retry"));
+        let header = |name: &str| {
+            refused
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .unwrap_or_default()
+                .to_owned()
+        };
+        let told =
+            (refused.status().as_u16(), header("x-upstream-status"), header("x-should-retry"));
         assert_eq!(told, (400, status.to_string(), "false".to_owned()));
         assert!(refused.text().await.unwrap().contains("so says the provider"));
     }
     world.provider.is(Mood::Answers);
-    let stored = world.ask(&url, &token).body(r#"{"model":"claude-x","container":"c","messages":[]}"#).send().await.unwrap();
-    assert_eq!((stored.status().as_u16(), world.provider.requests()), (400, 8), "it was not passed on");
+    let stored = world
+        .ask(&url, &token)
+        .body(r#"{"model":"claude-x","container":"c","messages":[]}"#)
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        (stored.status().as_u16(), world.provider.requests()),
+        (400, 8),
+        "it was not passed on"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -168,5 +205,6 @@ async fn the_tokens_of_a_disabled_user_are_refused_until_the_user_is_enabled_aga
     assert_eq!(world.send(&url, &token).await.unwrap().0, 401);
     assert_eq!(world.provider.requests(), 0);
     set_active(true).await;
-    eventually("it is good again", || async { world.send(&url, &token).await.unwrap().0 == 200 }).await;
+    eventually("it is good again", || async { world.send(&url, &token).await.unwrap().0 == 200 })
+        .await;
 }

@@ -1,5 +1,6 @@
-//! The model gateway as a process' worth of it, between real clients and real servers: git itself, and an MCP server over HTTP. Vault and auth
-//! are responders: the one seals what a test gives it, the other knows every user.
+//! The model gateway as a process' worth of it, between real clients and real servers: git itself,
+//! and an MCP server over HTTP. Vault and auth are responders: the one seals what a test gives it,
+//! the other knows every user.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks")]
@@ -25,7 +26,9 @@ use contract::{
     access,
     auth::CheckUserReply,
     rpc,
-    vault::{Bundle, RedeemModelTokenReply, RedeemModelTokenRequest, Route, RouteHeader, RouteKind},
+    vault::{
+        Bundle, RedeemModelTokenReply, RedeemModelTokenRequest, Route, RouteHeader, RouteKind,
+    },
 };
 use futures::StreamExt as _;
 use model_gateway::{Config, Retries, Upstreams};
@@ -52,13 +55,22 @@ struct Vault {
 }
 
 impl Vault {
-    async fn redeem(self, request: RedeemModelTokenRequest) -> Result<RedeemModelTokenReply, Failure> {
+    async fn redeem(
+        self,
+        request: RedeemModelTokenRequest,
+    ) -> Result<RedeemModelTokenReply, Failure> {
         if request.token_hash != Sha256::digest(TOKEN).as_slice() {
             return Err(Failure::not_found("Token not found, expired or revoked"));
         }
         let bundle = Bundle { routes: self.routes.lock().unwrap().clone(), ..Bundle::default() };
-        let sealed = sealing::seal(&request.public_key, &bundle.encode_to_vec(), &request.token_hash).unwrap();
-        Ok(RedeemModelTokenReply { user_id: types::UserId::new().to_string(), session_id: self.session.to_string(), sealed })
+        let sealed =
+            sealing::seal(&request.public_key, &bundle.encode_to_vec(), &request.token_hash)
+                .unwrap();
+        Ok(RedeemModelTokenReply {
+            user_id: types::UserId::new().to_string(),
+            session_id: self.session.to_string(),
+            sealed,
+        })
     }
 }
 
@@ -84,13 +96,25 @@ impl Gateway {
 
     async fn with_silence(private_hosts: &[String], github: &str, silence: Duration) -> Self {
         let nats = Nats::start().unwrap();
-        let (vault_bus, lifecycle) = (nats.connect(&access::VAULT).await.unwrap(), Lifecycle::new());
+        let (vault_bus, lifecycle) =
+            (nats.connect(&access::VAULT).await.unwrap(), Lifecycle::new());
         let vault = Vault { session: SessionId::new(), routes: Arc::default() };
-        let responder = Responder::new(&vault_bus, "credential-vault", vault.clone(), lifecycle.tracker(), lifecycle.stop_token());
+        let responder = Responder::new(
+            &vault_bus,
+            "credential-vault",
+            vault.clone(),
+            lifecycle.tracker(),
+            lifecycle.stop_token(),
+        );
         responder.serve::<rpc::RedeemModelToken, _, _>(Vault::redeem).await.unwrap();
         let auth_bus = nats.connect(&access::AUTH).await.unwrap();
-        let auth = Responder::new(&auth_bus, "auth", (), lifecycle.tracker(), lifecycle.stop_token());
-        auth.serve::<rpc::CheckUser, _, _>(|(), _| async { Ok(CheckUserReply { is_active: true }) }).await.unwrap();
+        let auth =
+            Responder::new(&auth_bus, "auth", (), lifecycle.tracker(), lifecycle.stop_token());
+        auth.serve::<rpc::CheckUser, _, _>(|(), _| async {
+            Ok(CheckUserReply { is_active: true })
+        })
+        .await
+        .unwrap();
         let addr = ([127, 0, 0, 1], testkit::free_port().unwrap()).into();
         let config = Config {
             bus: nats.config(&access::MODEL_GATEWAY),
@@ -108,8 +132,19 @@ impl Gateway {
             prices: None,
         };
         model_gateway::run(config, lifecycle.clone()).await.unwrap();
-        let http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).no_proxy().build().unwrap();
-        Self { url: format!("http://{addr}"), vault, http, lifecycle, _vault_and_auth: [vault_bus, auth_bus], _nats: nats }
+        let http = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()
+            .unwrap();
+        Self {
+            url: format!("http://{addr}"),
+            vault,
+            http,
+            lifecycle,
+            _vault_and_auth: [vault_bus, auth_bus],
+            _nats: nats,
+        }
     }
 
     fn routes(&self, routes: Vec<Route>) {
@@ -117,17 +152,34 @@ impl Gateway {
     }
 
     async fn ask(&self, method: Method, path: &str, body: &str) -> reqwest::Response {
-        let request = self.http.request(method, format!("{}/{path}", self.url)).header("aod-session-token", TOKEN);
-        request.header("content-type", "application/json").body(body.to_owned()).send().await.unwrap()
+        let request = self
+            .http
+            .request(method, format!("{}/{path}", self.url))
+            .header("aod-session-token", TOKEN);
+        request
+            .header("content-type", "application/json")
+            .body(body.to_owned())
+            .send()
+            .await
+            .unwrap()
     }
 }
 
 fn route(kind: RouteKind, path: &str, url: &str, headers: &[(&str, &str)]) -> Route {
-    let headers = headers.iter().map(|(name, value)| RouteHeader { name: (*name).to_owned(), value: (*value).to_owned() });
-    Route { kind: kind.into(), path: path.to_owned(), url: url.to_owned(), headers: headers.collect(), ..Route::default() }
+    let headers = headers
+        .iter()
+        .map(|(name, value)| RouteHeader { name: (*name).to_owned(), value: (*value).to_owned() });
+    Route {
+        kind: kind.into(),
+        path: path.to_owned(),
+        url: url.to_owned(),
+        headers: headers.collect(),
+        ..Route::default()
+    }
 }
 
-// --- MCP -------------------------------------------------------------------------------------------
+// --- MCP
+// -------------------------------------------------------------------------------------------
 
 /// An MCP server that wants a header, and a record of what it was asked.
 #[derive(Clone)]
@@ -143,8 +195,12 @@ struct Server {
 impl Server {
     /// Returns its address as well.
     async fn start() -> (Self, String) {
-        let server =
-            Self { secret: Arc::new(Mutex::new(SECRET.to_owned())), asked: Arc::default(), other: Arc::default(), events: Arc::default() };
+        let server = Self {
+            secret: Arc::new(Mutex::new(SECRET.to_owned())),
+            asked: Arc::default(),
+            other: Arc::default(),
+            events: Arc::default(),
+        };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let router = Router::new().route("/{*path}", any(answer)).with_state(server.clone());
@@ -157,29 +213,50 @@ impl Server {
     }
 }
 
-async fn answer(State(server): State<Server>, method: Method, uri: axum::http::Uri, headers: HeaderMap, body: Bytes) -> Response {
+async fn answer(
+    State(server): State<Server>,
+    method: Method,
+    uri: axum::http::Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     server.asked.lock().unwrap().push((method.clone(), uri.to_string(), headers.clone()));
     match uri.path() {
-        "/moved" => return (StatusCode::TEMPORARY_REDIRECT, [("location", "/mcp?key=1")]).into_response(),
+        "/moved" => {
+            return (StatusCode::TEMPORARY_REDIRECT, [("location", "/mcp?key=1")]).into_response();
+        }
         // It reads what it is sent, and says nothing.
         "/silent" => std::future::pending().await,
         "/elsewhere" => {
-            return (StatusCode::TEMPORARY_REDIRECT, [("location", server.other.lock().unwrap().clone())]).into_response();
+            return (
+                StatusCode::TEMPORARY_REDIRECT,
+                [("location", server.other.lock().unwrap().clone())],
+            )
+                .into_response();
         }
         _ => {}
     }
-    if headers.get("x-key").is_none_or(|key| key.as_bytes() != server.secret.lock().unwrap().as_bytes()) {
+    if headers
+        .get("x-key")
+        .is_none_or(|key| key.as_bytes() != server.secret.lock().unwrap().as_bytes())
+    {
         return StatusCode::UNAUTHORIZED.into_response();
     }
     if method == Method::GET {
-        let events = futures::stream::unfold((server.events.clone(), 0), |(events, count)| async move {
-            events.notified().await;
-            Some((Ok::<_, std::convert::Infallible>(format!("data: {count}\n\n")), (events, count + 1)))
-        });
-        return ([("content-type", "text/event-stream")], Body::from_stream(events)).into_response();
+        let events =
+            futures::stream::unfold((server.events.clone(), 0), |(events, count)| async move {
+                events.notified().await;
+                Some((
+                    Ok::<_, std::convert::Infallible>(format!("data: {count}\n\n")),
+                    (events, count + 1),
+                ))
+            });
+        return ([("content-type", "text/event-stream")], Body::from_stream(events))
+            .into_response();
     }
     let said = String::from_utf8_lossy(&body).into_owned();
-    ([("mcp-session-id", "s-1"), ("set-cookie", "a=b")], Json(json!({ "said": said }))).into_response()
+    ([("mcp-session-id", "s-1"), ("set-cookie", "a=b")], Json(json!({ "said": said })))
+        .into_response()
 }
 
 #[tokio::test]
@@ -190,7 +267,10 @@ async fn an_mcp_server_gets_its_secret_from_the_gateway_and_clients_stream_both_
     gateway.routes(vec![route(RouteKind::Mcp, "mcp/echo-1", &url, &[("X-Key", SECRET)])]);
 
     let posted = gateway.ask(Method::POST, "mcp/echo-1", "hello").await;
-    assert_eq!((posted.status().as_u16(), posted.headers()["mcp-session-id"].to_str().unwrap()), (200, "s-1"));
+    assert_eq!(
+        (posted.status().as_u16(), posted.headers()["mcp-session-id"].to_str().unwrap()),
+        (200, "s-1")
+    );
     assert!(!posted.headers().contains_key("set-cookie"));
     assert_eq!(posted.json::<Value>().await.unwrap()["said"], "hello");
     let (_, uri, headers) = server.asked.lock().unwrap().last().unwrap().clone();
@@ -202,7 +282,11 @@ async fn an_mcp_server_gets_its_secret_from_the_gateway_and_clients_stream_both_
     let mut stream = gateway.ask(Method::GET, "mcp/echo-1", "").await.bytes_stream();
     for count in 0..3 {
         server.events.notify_one();
-        let event = tokio::time::timeout(Duration::from_secs(60), stream.next()).await.unwrap().unwrap().unwrap();
+        let event = tokio::time::timeout(Duration::from_secs(60), stream.next())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
         assert_eq!(event, format!("data: {count}\n\n"));
     }
     drop(stream);
@@ -212,9 +296,16 @@ async fn an_mcp_server_gets_its_secret_from_the_gateway_and_clients_stream_both_
     assert_eq!(gateway.ask(Method::POST, "mcp/echo-2", "").await.status(), 404);
     assert_eq!(gateway.ask(Method::PUT, "mcp/echo-1", "").await.status(), 405);
     assert_eq!(gateway.ask(Method::POST, "mcp/echo-1", &"x".repeat(2 << 20)).await.status(), 413);
-    let without_token = gateway.http.post(format!("{}/mcp/echo-1", gateway.url)).send().await.unwrap();
+    let without_token =
+        gateway.http.post(format!("{}/mcp/echo-1", gateway.url)).send().await.unwrap();
     assert_eq!(without_token.status(), 401);
-    let wrong = gateway.http.post(format!("{}/mcp/echo-1", gateway.url)).header("aod-session-token", "wrong").send().await.unwrap();
+    let wrong = gateway
+        .http
+        .post(format!("{}/mcp/echo-1", gateway.url))
+        .header("aod-session-token", "wrong")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(wrong.status(), 403);
 }
 
@@ -229,10 +320,16 @@ async fn a_secret_follows_no_redirect_to_another_host_and_reaches_no_private_add
         to("mcp/moved", format!("http://{host}/moved")),
         to("mcp/elsewhere", format!("http://{host}/elsewhere")),
         to("mcp/private", format!("http://{unnamed_host}/mcp")),
-        to("mcp/name", format!("http://localhost:{}/mcp", unnamed_host.rsplit_once(':').unwrap().1)),
+        to(
+            "mcp/name",
+            format!("http://localhost:{}/mcp", unnamed_host.rsplit_once(':').unwrap().1),
+        ),
         Route { is_refused: true, ..to("mcp/refused", format!("http://{host}/mcp")) },
     ]);
-    assert_eq!(gateway.ask(Method::POST, "mcp/moved", "hello").await.json::<Value>().await.unwrap()["said"], "hello");
+    assert_eq!(
+        gateway.ask(Method::POST, "mcp/moved", "hello").await.json::<Value>().await.unwrap()["said"],
+        "hello"
+    );
     let elsewhere = gateway.ask(Method::POST, "mcp/elsewhere", "hello").await;
     assert_eq!((elsewhere.status().as_u16(), elsewhere.headers().get("location")), (502, None));
     assert_eq!(other.count(), 0);
@@ -252,8 +349,14 @@ async fn a_secret_that_was_replaced_and_a_route_that_is_new_are_redeemed_at_once
     assert_eq!(gateway.ask(Method::POST, "mcp/echo", "").await.status(), 200);
     "another".clone_into(&mut server.secret.lock().unwrap());
     let renewed = [("X-Key", "another")];
-    gateway.routes(vec![route(RouteKind::Mcp, "mcp/echo", &url, &renewed), route(RouteKind::Mcp, "mcp/new", &url, &renewed)]);
-    eventually("the new secret is used", || async { gateway.ask(Method::POST, "mcp/echo", "").await.status() == 200 }).await;
+    gateway.routes(vec![
+        route(RouteKind::Mcp, "mcp/echo", &url, &renewed),
+        route(RouteKind::Mcp, "mcp/new", &url, &renewed),
+    ]);
+    eventually("the new secret is used", || async {
+        gateway.ask(Method::POST, "mcp/echo", "").await.status() == 200
+    })
+    .await;
     assert_eq!(gateway.ask(Method::POST, "mcp/new", "").await.status(), 200);
 }
 
@@ -261,29 +364,50 @@ async fn a_secret_that_was_replaced_and_a_route_that_is_new_are_redeemed_at_once
 async fn a_server_that_does_not_answer_holds_no_more_memory_than_its_sessions_share() {
     let (server, host) = Server::start().await;
     let gateway = Gateway::start(std::slice::from_ref(&host), "http://127.0.0.1:9").await;
-    gateway.routes(vec![route(RouteKind::Mcp, "mcp/silent", &format!("http://{host}/silent"), &[])]);
+    gateway.routes(vec![route(
+        RouteKind::Mcp,
+        "mcp/silent",
+        &format!("http://{host}/silent"),
+        &[],
+    )]);
     let body = "x".repeat(300 << 10);
-    let held = gateway.http.post(format!("{}/mcp/silent", gateway.url)).header("aod-session-token", TOKEN).body(body.clone()).send();
+    let held = gateway
+        .http
+        .post(format!("{}/mcp/silent", gateway.url))
+        .header("aod-session-token", TOKEN)
+        .body(body.clone())
+        .send();
     let mut asked = tokio::task::JoinSet::new();
     asked.spawn(held);
     eventually("the server has it", || async { server.count() == 1 }).await;
-    // 16 MiB for bodies of model requests: an eighth of a quarter of that for one session's requests to servers.
+    // 16 MiB for bodies of model requests: an eighth of a quarter of that for one session's
+    // requests to servers.
     assert_eq!(gateway.ask(Method::POST, "mcp/silent", &body).await.status(), 429);
     assert_eq!(gateway.ask(Method::POST, "mcp/silent", &"x".repeat(600 << 10)).await.status(), 413);
 }
 
-/// A proxy resolves names itself, and its own address is often private: requests of this test that went to one would fail.
+/// A proxy resolves names itself, and its own address is often private: requests of this test that
+/// went to one would fail.
 #[tokio::test]
 async fn no_proxy_of_the_environment_comes_between_the_gateway_and_mcp_servers() {
     let mut again = Command::new(std::env::current_exe().unwrap());
-    again.args(["--exact", "an_mcp_server_gets_its_secret_from_the_gateway_and_clients_stream_both_ways"]);
-    again.env("HTTP_PROXY", "http://127.0.0.1:9").env_remove("NO_PROXY").env_remove("no_proxy").kill_on_drop(true);
-    let output = tokio::time::timeout(Duration::from_secs(180), again.output()).await.unwrap().unwrap();
+    again.args([
+        "--exact",
+        "an_mcp_server_gets_its_secret_from_the_gateway_and_clients_stream_both_ways",
+    ]);
+    again
+        .env("HTTP_PROXY", "http://127.0.0.1:9")
+        .env_remove("NO_PROXY")
+        .env_remove("no_proxy")
+        .kill_on_drop(true);
+    let output =
+        tokio::time::timeout(Duration::from_secs(180), again.output()).await.unwrap().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
 }
 
-// --- git -------------------------------------------------------------------------------------------
+// --- git
+// -------------------------------------------------------------------------------------------
 
 /// GitHub with repositories that want a token, over HTTP. Ended when dropped.
 struct GitHub {
@@ -297,12 +421,24 @@ impl GitHub {
     async fn start(repositories: &[(&str, &str)]) -> Self {
         let (served, tls) = (tempfile::tempdir().unwrap(), Tls::generate().unwrap());
         let mut server = Command::new("python3");
-        server.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../system-tests/git/private_github.py")).arg(served.path());
-        server.arg(tls.certificate_file()).arg(tls.key_file()).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+        server
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../system-tests/git/private_github.py"))
+            .arg(served.path());
+        server
+            .arg(tls.certificate_file())
+            .arg(tls.key_file())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true);
         let mut server = server.spawn().unwrap();
         let mut line = String::new();
         BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).await.unwrap();
-        let github = Self { served, _tls: tls, _server: server, url: format!("http://127.0.0.1:{}", line.trim()) };
+        let github = Self {
+            served,
+            _tls: tls,
+            _server: server,
+            url: format!("http://127.0.0.1:{}", line.trim()),
+        };
         for (name, token) in repositories {
             let path = github.served.path().join(name);
             std::fs::create_dir_all(&path).unwrap();
@@ -319,10 +455,19 @@ impl GitHub {
 /// Runs a script with a home of its own, and returns its status and what it said.
 async fn shell(folder: &Path, script: &str) -> (i32, String) {
     let mut command = Command::new("bash");
-    command.args(["-c", script]).current_dir(folder).env("HOME", folder).env("GIT_TERMINAL_PROMPT", "0").env_remove("XDG_CONFIG_HOME");
+    command
+        .args(["-c", script])
+        .current_dir(folder)
+        .env("HOME", folder)
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .env_remove("XDG_CONFIG_HOME");
     command.env("NO_PROXY", "127.0.0.1").stdin(Stdio::null()).kill_on_drop(true);
-    let output = tokio::time::timeout(Duration::from_secs(120), command.output()).await.unwrap().unwrap();
-    (output.status.code().unwrap(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+    let output =
+        tokio::time::timeout(Duration::from_secs(120), command.output()).await.unwrap().unwrap();
+    (
+        output.status.code().unwrap(),
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned(),
+    )
 }
 
 /// As the runner sets git up in a sandbox.
@@ -338,9 +483,12 @@ async fn lead_git(home: &Path, gateway: &str, repository: &str) {
 
 /// The first line of an answer to a path as it stands: clients of HTTP take dot segments out.
 async fn status_of(gateway: &str, path: &str) -> String {
-    let mut stream = tokio::net::TcpStream::connect(gateway.trim_start_matches("http://")).await.unwrap();
+    let mut stream =
+        tokio::net::TcpStream::connect(gateway.trim_start_matches("http://")).await.unwrap();
     let credential = BASE64.encode(format!("session:{TOKEN}"));
-    let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nauthorization: Basic {credential}\r\nconnection: close\r\n\r\n");
+    let head = format!(
+        "GET {path} HTTP/1.1\r\nhost: x\r\nauthorization: Basic {credential}\r\nconnection: close\r\n\r\n"
+    );
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
@@ -349,7 +497,8 @@ async fn status_of(gateway: &str, path: &str) -> String {
 
 fn git_route(repository: &str, token: &str) -> Route {
     let credential = format!("Basic {}", BASE64.encode(format!("x-access-token:{token}")));
-    let (path, url) = (format!("git/github.com/{repository}"), format!("https://github.com/{repository}"));
+    let (path, url) =
+        (format!("git/github.com/{repository}"), format!("https://github.com/{repository}"));
     route(RouteKind::Git, &path, &url, &[("Authorization", &credential)])
 }
 
@@ -368,33 +517,64 @@ async fn git_clones_pushes_and_fetches_by_the_gateway_and_never_sees_the_token()
         cd ..; git clone -q https://github.com/acme/one.git again; cmp one/large again/large
         cd again; echo x >small; git add .; git commit -qm third; git push -q; cd ../one; git pull -q; cat small";
     assert_eq!(shell(home.path(), script).await, (0, "https://github.com/acme/one\nx".to_owned()));
-    assert_eq!(shell(&github.served.path().join("acme/one"), "git log --format=%s main").await.1, "third\nsecond\nfirst");
-    let (_, found) = shell(home.path(), &format!("grep -rlaF -e {SECRET} -e $(printf x-access-token:{SECRET} | base64) . ")).await;
+    assert_eq!(
+        shell(&github.served.path().join("acme/one"), "git log --format=%s main").await.1,
+        "third\nsecond\nfirst"
+    );
+    let (_, found) = shell(
+        home.path(),
+        &format!("grep -rlaF -e {SECRET} -e $(printf x-access-token:{SECRET} | base64) . "),
+    )
+    .await;
     assert_eq!(found, "");
 
     // One that is too large ends as a failure and changes nothing.
     let script = "cd one; head -c 9000000 /dev/urandom >larger; git add .; git commit -qm fourth; git push -q";
     let (code, said) = shell(home.path(), script).await;
     assert_ne!(code, 0, "{said}");
-    assert_eq!(shell(&github.served.path().join("acme/one"), "git log -1 --format=%s main").await.1, "third");
+    assert_eq!(
+        shell(&github.served.path().join("acme/one"), "git log -1 --format=%s main").await.1,
+        "third"
+    );
 
     // Another repository, though the token would do: not by the gateway.
-    let (code, said) =
-        shell(home.path(), &format!("git -c http.followRedirects=false clone -q {}/git/github.com/acme/two", gateway.url)).await;
+    let (code, said) = shell(
+        home.path(),
+        &format!(
+            "git -c http.followRedirects=false clone -q {}/git/github.com/acme/two",
+            gateway.url
+        ),
+    )
+    .await;
     assert!(code != 0 && !home.path().join("two").exists(), "{said}");
     let of = |path: &str| {
-        let request = gateway.http.get(format!("{}/git/{path}", gateway.url)).basic_auth("session", Some(TOKEN));
+        let request = gateway
+            .http
+            .get(format!("{}/git/{path}", gateway.url))
+            .basic_auth("session", Some(TOKEN));
         async move { request.send().await.unwrap() }
     };
     let neighbour = of("github.com/acme/one-two/info/refs?service=git-upload-pack").await;
     let location = "https://github.com/acme/one-two/info/refs?service=git-upload-pack";
-    assert_eq!((neighbour.status().as_u16(), neighbour.headers()["location"].to_str().unwrap()), (302, location));
-    for path in ["github.com/acme/one/../two/info/refs", "github.com/acme/one%2f..%2ftwo/info/refs", "github.com/acme/one/HEAD"] {
+    assert_eq!(
+        (neighbour.status().as_u16(), neighbour.headers()["location"].to_str().unwrap()),
+        (302, location)
+    );
+    for path in [
+        "github.com/acme/one/../two/info/refs",
+        "github.com/acme/one%2f..%2ftwo/info/refs",
+        "github.com/acme/one/HEAD",
+    ] {
         let status = status_of(&gateway.url, &format!("/git/{path}?service=git-upload-pack")).await;
         assert_eq!(status, "HTTP/1.1 404 Not Found", "{path}");
     }
-    let asked = gateway.http.get(format!("{}/git/github.com/acme/one/info/refs?service=git-upload-pack", gateway.url));
-    assert_eq!(asked.send().await.unwrap().headers()["www-authenticate"], "Basic realm=\"model gateway\"");
+    let asked = gateway
+        .http
+        .get(format!("{}/git/github.com/acme/one/info/refs?service=git-upload-pack", gateway.url));
+    assert_eq!(
+        asked.send().await.unwrap().headers()["www-authenticate"],
+        "Basic realm=\"model gateway\""
+    );
 }
 
 #[tokio::test]
@@ -402,14 +582,21 @@ async fn a_repository_that_may_not_be_reached_says_why_and_git_keeps_its_credent
     let github = GitHub::start(&[("acme/one", "another token")]).await;
     for (route, why) in [
         (git_route("acme/one", SECRET), "authorization_token is refused"),
-        (Route { is_refused: true, ..git_route("acme/one", SECRET) }, "refused by the network policy"),
+        (
+            Route { is_refused: true, ..git_route("acme/one", SECRET) },
+            "refused by the network policy",
+        ),
     ] {
-        let (gateway, home) = (Gateway::start(&[], &github.url).await, tempfile::tempdir().unwrap());
+        let (gateway, home) =
+            (Gateway::start(&[], &github.url).await, tempfile::tempdir().unwrap());
         lead_git(home.path(), &gateway.url, "acme/one").await;
         gateway.routes(vec![route]);
         let (code, said) = shell(home.path(), "git clone -q https://github.com/acme/one one").await;
         assert!(code != 0 && !said.contains(SECRET), "{said}");
-        assert!(said.contains(why) && said.contains("The requested URL returned error: 403"), "{said}");
+        assert!(
+            said.contains(why) && said.contains("The requested URL returned error: 403"),
+            "{said}"
+        );
     }
 }
 
@@ -432,7 +619,10 @@ async fn canned(answer: String) -> String {
 
 #[tokio::test]
 async fn neither_a_redirect_nor_an_answer_of_git_lfs_takes_the_token_along() {
-    let echo = format!("{{\"Authorization\":\"Basic {}\"}}", BASE64.encode(format!("x-access-token:{SECRET}")));
+    let echo = format!(
+        "{{\"Authorization\":\"Basic {}\"}}",
+        BASE64.encode(format!("x-access-token:{SECRET}"))
+    );
     for (answer, path, method) in [
         (
             "HTTP/1.1 301 Moved Permanently\r\nlocation: https://evil.example/\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -458,15 +648,26 @@ async fn neither_a_redirect_nor_an_answer_of_git_lfs_takes_the_token_along() {
 #[tokio::test]
 async fn a_push_may_take_longer_than_a_server_may_be_silent() {
     let (_server, host) = Server::start().await;
-    let gateway = Gateway::with_silence(&[], &format!("http://{host}"), Duration::from_secs(6)).await;
+    let gateway =
+        Gateway::with_silence(&[], &format!("http://{host}"), Duration::from_secs(6)).await;
     let headers = [("X-Key", SECRET)];
-    gateway.routes(vec![route(RouteKind::Git, "git/github.com/acme/one", "https://github.com/acme/one", &headers)]);
+    gateway.routes(vec![route(
+        RouteKind::Git,
+        "git/github.com/acme/one",
+        "https://github.com/acme/one",
+        &headers,
+    )]);
     let pack = futures::stream::unfold(0, |count| async move {
         tokio::time::sleep(Duration::from_millis(500)).await;
         (count < 16).then(|| (Ok::<_, std::convert::Infallible>("x"), count + 1))
     });
-    let push = gateway.http.post(format!("{}/git/github.com/acme/one/git-receive-pack", gateway.url));
+    let push =
+        gateway.http.post(format!("{}/git/github.com/acme/one/git-receive-pack", gateway.url));
     let push = push.basic_auth("session", Some(TOKEN)).body(reqwest::Body::wrap_stream(pack));
-    let answer = tokio::time::timeout(Duration::from_secs(120), push.send()).await.unwrap().unwrap();
-    assert_eq!((answer.status().as_u16(), answer.json::<Value>().await.unwrap()["said"].clone()), (200, json!("x".repeat(16))));
+    let answer =
+        tokio::time::timeout(Duration::from_secs(120), push.send()).await.unwrap().unwrap();
+    assert_eq!(
+        (answer.status().as_u16(), answer.json::<Value>().await.unwrap()["said"].clone()),
+        (200, json!("x".repeat(16)))
+    );
 }

@@ -1,4 +1,5 @@
-//! Resources that sessions are made from: agents, environments, files, and vaults with their credentials.
+//! Resources that sessions are made from: agents, environments, files, and vaults with their
+//! credentials.
 
 pub mod agents;
 pub mod environments;

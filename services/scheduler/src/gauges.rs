@@ -39,7 +39,9 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
     for spec in topology::streams(positions::partitions(&scheduler.pool).await?) {
         let info = scheduler.bus.stream_info(&spec).await?;
         if let Some(partition) = topology::partition_of(spec.name) {
-            lag += info.last_sequence.saturating_sub(positions::projected_through(&scheduler.pool, partition).await?);
+            lag += info
+                .last_sequence
+                .saturating_sub(positions::projected_through(&scheduler.pool, partition).await?);
         }
         metrics::gauge!("aod_stream_bytes", "stream" => spec.name).set(info.bytes as f64);
         metrics::gauge!("aod_stream_bytes_max", "stream" => spec.name).set(info.bytes_max as f64);

@@ -1,8 +1,9 @@
-//! What users send to a session while its turn runs, and what its agent asks them: rows that the runner fetches and the event log
-//! settles. What becomes of each is decided in [`rules::inputs`].
+//! What users send to a session while its turn runs, and what its agent asks them: rows that the
+//! runner fetches and the event log settles. What becomes of each is decided in [`rules::inputs`].
 //!
-//! Here is the row of an input. Users [`send`] messages, which wait in a [`queue`], [`interrupts`], and answers to [`requests`];
-//! runners fetch them ([`delivery`]); [`events`] settle them. [`list`] and [`find`] read.
+//! Here is the row of an input. Users [`send`] messages, which wait in a [`queue`], [`interrupts`],
+//! and answers to [`requests`]; runners fetch them ([`delivery`]); [`events`] settle them. [`list`]
+//! and [`find`] read.
 
 pub mod delivery;
 pub mod events;
@@ -57,7 +58,9 @@ use input_columns;
 
 impl InputRow {
     fn rule(&self) -> Result<inputs::Input, Failure> {
-        let unknown = |()| Failure::internal(format!("input {} cannot be read by this release", self.input_id));
+        let unknown = |()| {
+            Failure::internal(format!("input {} cannot be read by this release", self.input_id))
+        };
         Ok(inputs::Input {
             kind: self.kind.parse().map_err(unknown)?,
             steers: self.steers,
@@ -161,13 +164,27 @@ async fn open(tx: &mut PgConnection, session: SessionId) -> Result<Vec<InputRow>
 }
 
 /// An input of a session; its row is locked.
-async fn locked(tx: &mut PgConnection, session: SessionId, input: InputId) -> Result<Option<InputRow>, Failure> {
-    let row = sqlx::query_as(concat!("select ", input_columns!(), " from input where input_id = $1 and session_id = $2 for update"));
+async fn locked(
+    tx: &mut PgConnection,
+    session: SessionId,
+    input: InputId,
+) -> Result<Option<InputRow>, Failure> {
+    let row = sqlx::query_as(concat!(
+        "select ",
+        input_columns!(),
+        " from input where input_id = $1 and session_id = $2 for update"
+    ));
     Ok(row.bind(input.uuid()).bind(session.uuid()).fetch_optional(tx).await?)
 }
 
 /// Changes an input; `at` is where the event stands that does so, if one does.
-async fn change(tx: &mut PgConnection, input: Uuid, change: Change, reason: &str, at: Option<At>) -> Result<(), Failure> {
+async fn change(
+    tx: &mut PgConnection,
+    input: Uuid,
+    change: Change,
+    reason: &str,
+    at: Option<At>,
+) -> Result<(), Failure> {
     let (status, reason) = match change {
         Change::Keep => return Ok(()),
         Change::Queued => {
@@ -209,7 +226,13 @@ fn whose(user: &str, session: &str) -> Result<(UserId, SessionId), Failure> {
     Ok((user.parse().map_err(|_| missing())?, session.parse().map_err(|_| missing())?))
 }
 
-async fn check_owner(scheduler: &Scheduler, user: UserId, session: SessionId) -> Result<(), Failure> {
-    let found = sqlx::query("select from session where session_id = $1 and user_id = $2").bind(session.uuid()).bind(user.uuid());
+async fn check_owner(
+    scheduler: &Scheduler,
+    user: UserId,
+    session: SessionId,
+) -> Result<(), Failure> {
+    let found = sqlx::query("select from session where session_id = $1 and user_id = $2")
+        .bind(session.uuid())
+        .bind(user.uuid());
     found.fetch_optional(&scheduler.pool).await?.map(|_| ()).ok_or_else(missing)
 }

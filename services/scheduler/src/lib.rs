@@ -1,8 +1,10 @@
-//! Stores agents, environments, sessions, turns and events, and decides what runs next. Schema `scheduler`.
+//! Stores agents, environments, sessions, turns and events, and decides what runs next. Schema
+//! `scheduler`.
 //!
-//! Requests change rows and, in the same transaction, write what others must hear of to the outbox; [`relay`] publishes it. What
-//! runners report comes back through the EVENTS stream; [`projector`] persists it and advances sessions and turns. [`reconciler`] offers
-//! turns that no runner owns; [`ending`] ends those that are overdue.
+//! Requests change rows and, in the same transaction, write what others must hear of to the outbox;
+//! [`relay`] publishes it. What runners report comes back through the EVENTS stream; [`projector`]
+//! persists it and advances sessions and turns. [`reconciler`] offers turns that no runner owns;
+//! [`ending`] ends those that are overdue.
 
 mod catalog;
 mod cleanup;
@@ -27,7 +29,10 @@ use time::OffsetDateTime;
 use tokio::sync::Notify;
 use types::{Partition, SecretId, Timestamp};
 
-pub use crate::{catalog::files::FileSettings, log::retention::Retention, models::limits::Defaults as ModelDefaults};
+pub use crate::{
+    catalog::files::FileSettings, log::retention::Retention,
+    models::limits::Defaults as ModelDefaults,
+};
 use crate::{
     catalog::{agents, environments, files, vaults},
     cleanup::{deletion, orphans},
@@ -91,7 +96,12 @@ impl Config {
             env.refuse("EVENT_PARTITIONS has to be 8 or less");
         }
         // A deployment's own eight characters follow the prefix.
-        if types::SpriteName::for_session(&format!("{}-00000000", config.sprite_name_prefix), types::SessionId::new()).is_err() {
+        if types::SpriteName::for_session(
+            &format!("{}-00000000", config.sprite_name_prefix),
+            types::SessionId::new(),
+        )
+        .is_err()
+        {
             env.refuse("SPRITE_NAME_PREFIX may hold lowercase letters, digits and hyphens, and not begin with one");
         }
         config
@@ -108,38 +118,102 @@ const MIGRATIONS: &[store::Step] = &[
     (4, "orphans", include_str!("../../../migrations/scheduler/0004_orphans.sql")),
     (5, "events by day", include_str!("../../../migrations/scheduler/0005_events_by_day.sql")),
     (6, "usage", include_str!("../../../migrations/scheduler/0006_usage.sql")),
-    (7, "event partitions", include_str!("../../../migrations/scheduler/0007_event_partitions.sql")),
+    (
+        7,
+        "event partitions",
+        include_str!("../../../migrations/scheduler/0007_event_partitions.sql"),
+    ),
     (8, "active sessions", include_str!("../../../migrations/scheduler/0008_active_sessions.sql")),
     (9, "runner leases", include_str!("../../../migrations/scheduler/0009_runner_leases.sql")),
-    (10, "turn without owner", include_str!("../../../migrations/scheduler/0010_turn_without_owner.sql")),
+    (
+        10,
+        "turn without owner",
+        include_str!("../../../migrations/scheduler/0010_turn_without_owner.sql"),
+    ),
     (11, "due work", include_str!("../../../migrations/scheduler/0011_due_work.sql")),
-    (12, "session by agent", include_str!("../../../migrations/scheduler/0012_session_by_agent.sql")),
-    (13, "session by environment", include_str!("../../../migrations/scheduler/0013_session_by_environment.sql")),
-    (14, "session by change", include_str!("../../../migrations/scheduler/0014_session_by_change.sql")),
+    (
+        12,
+        "session by agent",
+        include_str!("../../../migrations/scheduler/0012_session_by_agent.sql"),
+    ),
+    (
+        13,
+        "session by environment",
+        include_str!("../../../migrations/scheduler/0013_session_by_environment.sql"),
+    ),
+    (
+        14,
+        "session by change",
+        include_str!("../../../migrations/scheduler/0014_session_by_change.sql"),
+    ),
     (15, "turn by owner", include_str!("../../../migrations/scheduler/0015_turn_by_owner.sql")),
-    (16, "sprite to destroy", include_str!("../../../migrations/scheduler/0016_sprite_to_destroy.sql")),
-    (17, "tag of the last event", include_str!("../../../migrations/scheduler/0017_tag_of_the_last_event.sql")),
-    (20, "deployment owner", include_str!("../../../migrations/scheduler/0020_deployment_owner.sql")),
+    (
+        16,
+        "sprite to destroy",
+        include_str!("../../../migrations/scheduler/0016_sprite_to_destroy.sql"),
+    ),
+    (
+        17,
+        "tag of the last event",
+        include_str!("../../../migrations/scheduler/0017_tag_of_the_last_event.sql"),
+    ),
+    (
+        20,
+        "deployment owner",
+        include_str!("../../../migrations/scheduler/0020_deployment_owner.sql"),
+    ),
     (50, "inputs", include_str!("../../../migrations/scheduler/0050_inputs.sql")),
     (60, "managed agents", include_str!("../../../migrations/scheduler/0060_managed_agents.sql")),
     (61, "session updates", include_str!("../../../migrations/scheduler/0061_session_updates.sql")),
-    (70, "where turns begin", include_str!("../../../migrations/scheduler/0070_where_turns_begin.sql")),
-    (90, "working directory", include_str!("../../../migrations/scheduler/0090_working_directory.sql")),
+    (
+        70,
+        "where turns begin",
+        include_str!("../../../migrations/scheduler/0070_where_turns_begin.sql"),
+    ),
+    (
+        90,
+        "working directory",
+        include_str!("../../../migrations/scheduler/0090_working_directory.sql"),
+    ),
     (110, "custom tools", include_str!("../../../migrations/scheduler/0110_custom_tools.sql")),
     (120, "vaults", include_str!("../../../migrations/scheduler/0120_vaults.sql")),
     (121, "files", include_str!("../../../migrations/scheduler/0121_files.sql")),
     (130, "model requests", include_str!("../../../migrations/scheduler/0130_model_requests.sql")),
     (131, "model limits", include_str!("../../../migrations/scheduler/0131_model_limits.sql")),
-    (140, "model tokens to revoke", include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql")),
-    (150, "events that show", include_str!("../../../migrations/scheduler/0150_events_that_show.sql")),
-    (151, "places of inputs", include_str!("../../../migrations/scheduler/0151_places_of_inputs.sql")),
+    (
+        140,
+        "model tokens to revoke",
+        include_str!("../../../migrations/scheduler/0140_model_tokens_to_revoke.sql"),
+    ),
+    (
+        150,
+        "events that show",
+        include_str!("../../../migrations/scheduler/0150_events_that_show.sql"),
+    ),
+    (
+        151,
+        "places of inputs",
+        include_str!("../../../migrations/scheduler/0151_places_of_inputs.sql"),
+    ),
     (152, "usage by day", include_str!("../../../migrations/scheduler/0152_usage_by_day.sql")),
-    (170, "session classes", include_str!("../../../migrations/scheduler/0170_session_classes.sql")),
-    (171, "session by class", include_str!("../../../migrations/scheduler/0171_session_by_class.sql")),
+    (
+        170,
+        "session classes",
+        include_str!("../../../migrations/scheduler/0170_session_classes.sql"),
+    ),
+    (
+        171,
+        "session by class",
+        include_str!("../../../migrations/scheduler/0171_session_by_class.sql"),
+    ),
     (172, "previews", include_str!("../../../migrations/scheduler/0172_previews.sql")),
     (180, "upload of user", include_str!("../../../migrations/scheduler/0180_upload_of_user.sql")),
     (181, "upload by age", include_str!("../../../migrations/scheduler/0181_upload_by_age.sql")),
-    (190, "exchanged tokens", include_str!("../../../migrations/scheduler/0190_exchanged_tokens.sql")),
+    (
+        190,
+        "exchanged tokens",
+        include_str!("../../../migrations/scheduler/0190_exchanged_tokens.sql"),
+    ),
     (200, "events in lz4", include_str!("../../../migrations/scheduler/0200_events_in_lz4.sql")),
 ];
 
@@ -174,7 +248,12 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.add_check("bus", move || connection.is_connected());
     let scheduler = Scheduler {
         bus: bus.clone(),
-        sprite_name_prefix: format!("{}-{}", config.sprite_name_prefix, orphans::deployment(&pool, &config.deployment_id).await?).into(),
+        sprite_name_prefix: format!(
+            "{}-{}",
+            config.sprite_name_prefix,
+            orphans::deployment(&pool, &config.deployment_id).await?
+        )
+        .into(),
         outbox: Arc::new(Notify::new()),
         released: Arc::new(Notify::new()),
         projected: positions::Projected::default(),
@@ -192,8 +271,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("projectors", projector::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("reconciler", reconciler::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
-    lifecycle.spawn("orphans", orphans::run(scheduler.clone(), config.orphan_sweep, lifecycle.stop_token()));
-    lifecycle.spawn("retention", retention::run(scheduler.clone(), config.retention, lifecycle.stop_token()));
+    lifecycle.spawn(
+        "orphans",
+        orphans::run(scheduler.clone(), config.orphan_sweep, lifecycle.stop_token()),
+    );
+    lifecycle.spawn(
+        "retention",
+        retention::run(scheduler.clone(), config.retention, lifecycle.stop_token()),
+    );
     lifecycle.spawn("session updates", managed::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("files", files::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("objects of files", files::search(scheduler.clone(), lifecycle.stop_token()));
@@ -201,7 +286,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", ending::run_deadlines(scheduler.clone(), lifecycle.stop_token()));
 
-    let responder = Responder::new(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token());
+    let responder =
+        Responder::new(&bus, "scheduler", scheduler, lifecycle.tracker(), lifecycle.stop_token());
     responder.serve::<rpc::CreateAgent, _, _>(agents::create).await?;
     responder.serve::<rpc::GetAgent, _, _>(agents::get).await?;
     responder.serve::<rpc::UpdateAgent, _, _>(agents::update).await?;
@@ -309,15 +395,21 @@ fn parsed_json(text: &str) -> Result<serde_json::Value, Failure> {
 
 /// A reference to the vault.
 fn secret_id(text: Option<&str>) -> Result<Option<uuid::Uuid>, Failure> {
-    let id = text.map(str::parse::<SecretId>).transpose().map_err(|_| Failure::invalid("Malformed secret id"))?;
+    let id = text
+        .map(str::parse::<SecretId>)
+        .transpose()
+        .map_err(|_| Failure::invalid("Malformed secret id"))?;
     Ok(id.map(SecretId::uuid))
 }
 
-/// Optimistic concurrency: a change applies to the version that its author saw, and its secrets to the version they were taken from.
+/// Optimistic concurrency: a change applies to the version that its author saw, and its secrets to
+/// the version they were taken from.
 fn version_mismatch(current: i32, sent: i64, secrets_of: Option<u32>) -> Result<(), Failure> {
     let seen = secrets_of.map_or(i64::from(current), i64::from);
     match [i64::from(current), seen].into_iter().find(|version| *version != sent) {
-        Some(expected) => Err(Failure::conflict(format!("Version mismatch: expected {expected}, got {sent}"))),
+        Some(expected) => {
+            Err(Failure::conflict(format!("Version mismatch: expected {expected}, got {sent}")))
+        }
         None => Ok(()),
     }
 }

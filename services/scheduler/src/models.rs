@@ -1,7 +1,9 @@
-//! Model requests as the model gateway reports them: checks of budgets and policies before, usage after, and events for the session's log.
+//! Model requests as the model gateway reports them: checks of budgets and policies before, usage
+//! after, and events for the session's log.
 //!
-//! [`requests`] begins and settles them; [`limits`] reads budgets and policies, which [`budgets`] sets; [`entries`] are what runners append
-//! to logs; [`sums`] adds up totals. docs/adr/0130-metering.md has the reasons.
+//! [`requests`] begins and settles them; [`limits`] reads budgets and policies, which [`budgets`]
+//! sets; [`entries`] are what runners append to logs; [`sums`] adds up totals.
+//! docs/adr/0130-metering.md has the reasons.
 
 pub mod budgets;
 pub mod entries;
@@ -20,16 +22,22 @@ use crate::Scheduler;
 
 const EVERY: Duration = Duration::from_secs(2);
 
-/// Settles requests of lost gateways, adds up totals, and removes what is no longer needed. Safe to run in several replicas at once.
+/// Settles requests of lost gateways, adds up totals, and removes what is no longer needed. Safe to
+/// run in several replicas at once.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     service::periodically("model requests", EVERY, stop, || async {
-        let parts = [requests::settle_lost(&scheduler).await, sums::add_up(&scheduler.pool).await, sums::forget(&scheduler.pool).await];
+        let parts = [
+            requests::settle_lost(&scheduler).await,
+            sums::add_up(&scheduler.pool).await,
+            sums::forget(&scheduler.pool).await,
+        ];
         parts.into_iter().collect::<Result<(), Failure>>()
     })
     .await;
 }
 
-/// Removes what belongs to a session that was deleted. Its requests stay until they are in the totals.
+/// Removes what belongs to a session that was deleted. Its requests stay until they are in the
+/// totals.
 pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), Failure> {
     for statement in [
         "delete from model_entry where session_id = $1",

@@ -10,14 +10,17 @@ pub mod usage;
 
 use bus::Failure;
 use contract::{
-    scheduler::{CreateSessionReply, CreateSessionRequest, GetSessionRequest, PromptRequest, ReadEventsReply, ReadEventsRequest, Session},
+    scheduler::{
+        CreateSessionReply, CreateSessionRequest, GetSessionRequest, PromptRequest,
+        ReadEventsReply, ReadEventsRequest, Session,
+    },
     subject,
 };
 use serde_json::Value;
 use sqlx::{PgConnection, Row as _};
 use types::{
-    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId, SessionStatus, SpriteName, UserId,
-    WhenBusy, file::FileKind,
+    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId,
+    SessionStatus, SpriteName, UserId, WhenBusy, file::FileKind,
 };
 use uuid::Uuid;
 
@@ -49,7 +52,10 @@ struct Template {
 }
 
 /// Checks in the contract's order (docs/api.md §6), then one transaction: session, turn 1, job.
-pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
+pub async fn create(
+    scheduler: Scheduler,
+    request: CreateSessionRequest,
+) -> Result<CreateSessionReply, Failure> {
     let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&scheduler, &mut tx, request.clone()).await;
@@ -58,15 +64,21 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
     .await;
     let (user_id, session_id) = (request.user_id, request.session_id.clone());
     let earlier = async {
-        let session = get(scheduler.clone(), GetSessionRequest { user_id, session_id, recorded_through: 0, v1: request.is_v1 }).await?;
+        let session = get(
+            scheduler.clone(),
+            GetSessionRequest { user_id, session_id, recorded_through: 0, v1: request.is_v1 },
+        )
+        .await?;
         Ok(CreateSessionReply { session: Some(session), replayed: false })
     };
-    let mut reply = Box::pin(idempotency::or_created_earlier(outcome, &request.session_id, earlier)).await?;
+    let mut reply =
+        Box::pin(idempotency::or_created_earlier(outcome, &request.session_id, earlier)).await?;
     scheduler.outbox.notify_one();
     if let Some(session) = reply.session.as_mut().filter(|_| request.is_v1) {
         session.agent = agent_of(&scheduler, session).await?;
         if let Ok(id) = session.session_id.parse::<SessionId>() {
-            session.files = files::of_sessions(&scheduler.pool, &[id.uuid()], FileKind::Copy).await?;
+            session.files =
+                files::of_sessions(&scheduler.pool, &[id.uuid()], FileKind::Copy).await?;
         }
     }
     Ok(reply)
@@ -75,14 +87,28 @@ pub async fn create(scheduler: Scheduler, request: CreateSessionRequest) -> Resu
 /// The route of idempotency keys of creations.
 const ROUTE: &str = "sessions";
 
-async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: CreateSessionRequest) -> Result<CreateSessionReply, Failure> {
+async fn create_in(
+    scheduler: &Scheduler,
+    tx: &mut PgConnection,
+    request: CreateSessionRequest,
+) -> Result<CreateSessionReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let id = idempotency::chosen(&request.session_id, SessionId::new)?;
-    let earlier = idempotency::earlier_creation::<Session>(tx, user, ROUTE, request.once.as_ref(), &request.session_id);
+    let earlier = idempotency::earlier_creation::<Session>(
+        tx,
+        user,
+        ROUTE,
+        request.once.as_ref(),
+        &request.session_id,
+    );
     if let Some(session) = earlier.await? {
-        return Ok(CreateSessionReply { replayed: session.session_id != request.session_id, session: Some(session) });
+        return Ok(CreateSessionReply {
+            replayed: session.session_id != request.session_id,
+            session: Some(session),
+        });
     }
-    let agent: AgentId = request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
+    let agent: AgentId =
+        request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
     let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);
     let template: Template = sqlx::query_as(
         "select av.version as agent_version, a.archived_at is not null as agent_archived, av.runtime, av.model,
@@ -101,20 +127,31 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     .await?
     .ok_or_else(|| Failure::not_found("Agent not found"))?;
     if template.agent_archived {
-        return Err(Failure::conflict("Cannot create session with archived agent").because("agent_archived"));
+        return Err(Failure::conflict("Cannot create session with archived agent")
+            .because("agent_archived"));
     }
-    if matches!(override_id, Some(Err(_))) || (override_id.is_some() && template.environment_id.is_none()) {
+    if matches!(override_id, Some(Err(_)))
+        || (override_id.is_some() && template.environment_id.is_none())
+    {
         return Err(environments::missing().because("environment_not_found"));
     }
     if template.environment_id.is_some() && template.environment_archived == Some(true) {
-        return Err(Failure::conflict("Cannot create session with archived environment").because("environment_archived"));
+        return Err(Failure::conflict("Cannot create session with archived environment")
+            .because("environment_archived"));
     }
     let own = request.agent_override.as_ref();
-    let (runtime, model) = own.map_or((&template.runtime, &template.model), |own| (&own.runtime, &own.model));
-    let runtime: Runtime = runtime.parse().map_err(|()| Failure::internal(format!("agent {agent} has an unknown runtime")))?;
+    let (runtime, model) =
+        own.map_or((&template.runtime, &template.model), |own| (&own.runtime, &own.model));
+    let runtime: Runtime = runtime
+        .parse()
+        .map_err(|()| Failure::internal(format!("agent {agent} has an unknown runtime")))?;
     let mut brought = template.env_var_names.unwrap_or_default();
     brought.extend(request.secret_env_var_names);
-    let vault_ids = if request.vault_ids.is_empty() { Value::Array(Vec::new()) } else { parsed_json(&request.vault_ids)? };
+    let vault_ids = if request.vault_ids.is_empty() {
+        Value::Array(Vec::new())
+    } else {
+        parsed_json(&request.vault_ids)?
+    };
     brought.extend(vaults::check(tx, user, &vault_ids).await?);
     check_credentials(runtime, &request.credential_kinds, &brought)?;
     let model = ModelRef::parse(runtime, model).map_err(Failure::internal)?;
@@ -123,9 +160,11 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
         Some(own) => agents::override_agent(tx, agent.uuid(), id, own).await?,
     };
     let (messages, begins) = (&request.initial_messages, !request.is_v1);
-    let (status, turn_count) = if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };
+    let (status, turn_count) =
+        if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };
 
-    let sprite = SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
+    let sprite =
+        SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
     if begins || !messages.is_empty() {
         quota::enforce(tx, user, request.session_limit).await?;
     }
@@ -175,7 +214,10 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
         turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
         Session::from(row)
     } else {
-        Session::from(inputs::queue::begin_with(tx, row, messages, request.timeout_seconds, &request.key_id).await?)
+        Session::from(
+            inputs::queue::begin_with(tx, row, messages, request.timeout_seconds, &request.key_id)
+                .await?,
+        )
     };
     if request.is_v1 {
         session.v1_status = if messages.is_empty() { "idle" } else { "running" }.to_owned();
@@ -184,10 +226,17 @@ async fn create_in(scheduler: &Scheduler, tx: &mut PgConnection, request: Create
     Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 
-/// One of the runtime's credentials is stored, or the environment brings it; and there is an account to make Sprites in.
-fn check_credentials(runtime: Runtime, stored: &[String], env_vars: &[String]) -> Result<(), Failure> {
+/// One of the runtime's credentials is stored, or the environment brings it; and there is an
+/// account to make Sprites in.
+fn check_credentials(
+    runtime: Runtime,
+    stored: &[String],
+    env_vars: &[String],
+) -> Result<(), Failure> {
     let has = |kind: CredentialKind| stored.iter().any(|stored| stored == kind.as_str());
-    let brings = |kind: CredentialKind| kind.env_var().is_some_and(|name| env_vars.iter().any(|var| var == name));
+    let brings = |kind: CredentialKind| {
+        kind.env_var().is_some_and(|name| env_vars.iter().any(|var| var == name))
+    };
     let serving = CredentialKind::serving(runtime);
     if !serving.is_empty() && !serving.into_iter().any(|kind| has(kind) || brings(kind)) {
         return Err(Failure::invalid(format!("No API key configured for runtime: {runtime}")));
@@ -242,8 +291,13 @@ async fn get_v1(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<Se
 }
 
 /// The agent as a session has it.
-async fn agent_of(scheduler: &Scheduler, session: &Session) -> Result<Option<contract::scheduler::Agent>, Failure> {
-    let Some(agent) = session.agent_id.as_deref().and_then(|id| id.parse().ok()) else { return Ok(None) };
+async fn agent_of(
+    scheduler: &Scheduler,
+    session: &Session,
+) -> Result<Option<contract::scheduler::Agent>, Failure> {
+    let Some(agent) = session.agent_id.as_deref().and_then(|id| id.parse().ok()) else {
+        return Ok(None);
+    };
     let mut connection = scheduler.pool.acquire().await?;
     Ok(agents::find_versions(&mut connection, &[agent], &[session.agent_row_version]).await?.pop())
 }
@@ -251,11 +305,13 @@ async fn agent_of(scheduler: &Scheduler, session: &Session) -> Result<Option<con
 /// Says for the user what a pending turn waits for.
 async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<String>, Failure> {
     let id: SessionId = session.session_id.parse().map_err(|_| missing())?;
-    let row = sqlx::query("select epoch, handed_back_reason from turn where session_id = $1 and turn_number = $2")
-        .bind(id.uuid())
-        .bind(i32::try_from(session.turn_count).unwrap_or(i32::MAX))
-        .fetch_optional(&scheduler.pool)
-        .await?;
+    let row = sqlx::query(
+        "select epoch, handed_back_reason from turn where session_id = $1 and turn_number = $2",
+    )
+    .bind(id.uuid())
+    .bind(i32::try_from(session.turn_count).unwrap_or(i32::MAX))
+    .fetch_optional(&scheduler.pool)
+    .await?;
     let Some(row) = row else { return Ok(None) };
     let (epoch, reason): (i32, Option<String>) = (row.try_get(0)?, row.try_get(1)?);
     Ok(Some(match (epoch, reason) {
@@ -266,7 +322,10 @@ async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<S
 }
 
 /// The next turn of a completed session. Of two racing prompts one finds the session completed.
-pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<CreateSessionReply, Failure> {
+pub async fn prompt(
+    scheduler: Scheduler,
+    request: PromptRequest,
+) -> Result<CreateSessionReply, Failure> {
     let reply = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = prompt_in(&mut tx, request.clone()).await;
@@ -281,7 +340,10 @@ pub async fn prompt(scheduler: Scheduler, request: PromptRequest) -> Result<Crea
     Ok(reply)
 }
 
-async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<CreateSessionReply, Failure> {
+async fn prompt_in(
+    tx: &mut PgConnection,
+    request: PromptRequest,
+) -> Result<CreateSessionReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let route = format!("sessions/{session}/prompt");
@@ -291,7 +353,8 @@ async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<Crea
     let row = lock(tx, session, Some(user)).await?.ok_or_else(missing)?;
     let when_busy = when_busy(&request, &row)?;
     if row.status()?.is_active() && when_busy != WhenBusy::Reject {
-        let input = inputs::queue::enqueue(tx, &row, &request, when_busy == WhenBusy::Steer).await?;
+        let input =
+            inputs::queue::enqueue(tx, &row, &request, when_busy == WhenBusy::Steer).await?;
         if when_busy == WhenBusy::Interrupt {
             inputs::interrupts::interrupt_in(tx, &row, &request.key_id).await?;
         }
@@ -303,7 +366,9 @@ async fn prompt_in(tx: &mut PgConnection, request: PromptRequest) -> Result<Crea
         return Err(Failure::conflict(refusal));
     }
     if row.sprite_destroyed_at.is_some() {
-        return Err(Failure::conflict("Session backend is no longer available; start a new session."));
+        return Err(Failure::conflict(
+            "Session backend is no longer available; start a new session.",
+        ));
     }
     let row = turns::begin(tx, &row, &request.prompt, request.timeout_seconds, None).await?;
     let session = Session::from(row);
@@ -315,22 +380,33 @@ fn when_busy(request: &PromptRequest, session: &SessionRow) -> Result<WhenBusy, 
     if request.when_busy.is_empty() {
         return Ok(WhenBusy::Reject);
     }
-    let when_busy = request.when_busy.parse().map_err(|()| Failure::invalid("Unknown when_busy"))?;
-    let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal("a session has an unknown runtime"))?;
+    let when_busy =
+        request.when_busy.parse().map_err(|()| Failure::invalid("Unknown when_busy"))?;
+    let runtime: Runtime = session
+        .runtime
+        .parse()
+        .map_err(|()| Failure::internal("a session has an unknown runtime"))?;
     if when_busy == WhenBusy::Steer && !runtime.capabilities().steer {
-        let message = format!("Runtime {runtime} takes no message while a turn runs: when_busy can be 'reject', 'queue' or 'interrupt'");
+        let message = format!(
+            "Runtime {runtime} takes no message while a turn runs: when_busy can be 'reject', 'queue' or 'interrupt'"
+        );
         return Err(Failure::new(ErrorCode::Unprocessable, message));
     }
     Ok(when_busy)
 }
 
-pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
+pub async fn events(
+    scheduler: Scheduler,
+    request: ReadEventsRequest,
+) -> Result<ReadEventsReply, Failure> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    let from = request.before.map_or(event_log::From::After(request.after), event_log::From::Before);
+    let from =
+        request.before.map_or(event_log::From::After(request.after), event_log::From::Before);
     if request.without_output || (request.without_output_before && request.before.is_some()) {
         return shown_events(&scheduler, session, from, &request).await;
     }
-    let events = event_log::page(&scheduler.pool, session, from, request.limit, request.max_bytes).await?;
+    let events =
+        event_log::page(&scheduler.pool, session, from, request.limit, request.max_bytes).await?;
     if !events.is_empty() {
         return Ok(ReadEventsReply { events, ..ReadEventsReply::default() });
     }
@@ -339,7 +415,11 @@ pub async fn events(scheduler: Scheduler, request: ReadEventsRequest) -> Result<
     let projected = projected_through(&scheduler.pool, partition).await?;
     let newest = event_log::newest(&scheduler.pool, session).await?;
     let is_complete = newest.as_ref().is_none_or(|newest| newest.event_id <= request.after);
-    Ok(ReadEventsReply { newest, projected: if is_complete { projected } else { 0 }, ..ReadEventsReply::default() })
+    Ok(ReadEventsReply {
+        newest,
+        projected: if is_complete { projected } else { 0 },
+        ..ReadEventsReply::default()
+    })
 }
 
 async fn shown_events(
@@ -348,7 +428,8 @@ async fn shown_events(
     from: event_log::From,
     request: &ReadEventsRequest,
 ) -> Result<ReadEventsReply, Failure> {
-    let read = || event_log::shown(&scheduler.pool, session, from, request.limit, request.max_bytes);
+    let read =
+        || event_log::shown(&scheduler.pool, session, from, request.limit, request.max_bytes);
     let event_log::Shown { mut events, mut read_through } = read().await?;
     let mut projected = 0;
     if events.is_empty() && read_through == 0 {
@@ -365,11 +446,15 @@ fn deleted() -> ReadEventsReply {
 }
 
 /// `None` where the session was deleted.
-async fn partition_of(scheduler: &Scheduler, session: SessionId) -> Result<Option<Partition>, Failure> {
-    let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
-        .bind(session.uuid())
-        .fetch_optional(&scheduler.pool)
-        .await?;
+async fn partition_of(
+    scheduler: &Scheduler,
+    session: SessionId,
+) -> Result<Option<Partition>, Failure> {
+    let number: Option<i16> =
+        sqlx::query_scalar("select event_partition from session where session_id = $1")
+            .bind(session.uuid())
+            .fetch_optional(&scheduler.pool)
+            .await?;
     number.map(partition).transpose()
 }
 
@@ -380,13 +465,27 @@ mod tests {
     #[test]
     fn a_credential_may_be_stored_or_come_with_the_environment() {
         let sprites = "backend:sprites".to_owned();
-        let message = |runtime, stored: &[String], vars: &[String]| check_credentials(runtime, stored, vars).err().map(|f| f.message);
+        let message = |runtime, stored: &[String], vars: &[String]| {
+            check_credentials(runtime, stored, vars).err().map(|f| f.message)
+        };
         let missing = Some("No API key configured for runtime: claude".to_owned());
         assert_eq!(message(Runtime::Claude, std::slice::from_ref(&sprites), &[]), missing);
-        assert_eq!(message(Runtime::Claude, &[sprites.clone(), "provider:openai".into()], &[]), missing);
-        assert_eq!(message(Runtime::Claude, &[sprites.clone(), "runtime_token:claude-oauth".into()], &[]), None);
-        assert_eq!(message(Runtime::Claude, std::slice::from_ref(&sprites), &["ANTHROPIC_API_KEY".into()]), None);
+        assert_eq!(
+            message(Runtime::Claude, &[sprites.clone(), "provider:openai".into()], &[]),
+            missing
+        );
+        assert_eq!(
+            message(Runtime::Claude, &[sprites.clone(), "runtime_token:claude-oauth".into()], &[]),
+            None
+        );
+        assert_eq!(
+            message(Runtime::Claude, std::slice::from_ref(&sprites), &["ANTHROPIC_API_KEY".into()]),
+            None
+        );
         assert_eq!(message(Runtime::Shell, &[sprites], &[]), None);
-        assert_eq!(message(Runtime::Shell, &[], &[]), Some("No backend credentials configured".to_owned()));
+        assert_eq!(
+            message(Runtime::Shell, &[], &[]),
+            Some("No backend credentials configured".to_owned())
+        );
     }
 }

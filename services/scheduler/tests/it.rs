@@ -1,4 +1,5 @@
-//! The scheduler against real Postgres and NATS, called as others call it; the vault beside it is the real one too.
+//! The scheduler against real Postgres and NATS, called as others call it; the vault beside it is
+//! the real one too.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -11,14 +12,18 @@ use contract::{
     host::{self, WhenBusy, decision_settled::How, input_settled::Outcome},
     rpc,
     scheduler::{
-        self as scheduler_messages, ArchiveSessionRequest, ChangeInputRequest, ClaimSpriteRequest, ClaimTurnRequest, CreateAgentRequest,
-        CreateEnvironmentRequest, CreateSessionRequest, Cursor, DecideRequest, DeleteSessionRequest, FetchInputsRequest, FindTurnRequest,
-        GetSessionRequest, HeartbeatReply, HeartbeatRequest, HeldTurn, InterruptRequest, ListPartsRequest, ListPermissionRequestsRequest,
-        Once, PermissionRequest, PromptRequest, ReadEventsRequest, ReleaseTurnRequest, SendEventsRequest, SentEvent, SentMessage, Session,
-        TerminateRequest, TurnSpec, UpdateAgentRequest, WithdrawInputRequest, claim_turn_reply::Verdict, sent_event::Kind as Sent,
+        self as scheduler_messages, ArchiveSessionRequest, ChangeInputRequest, ClaimSpriteRequest,
+        ClaimTurnRequest, CreateAgentRequest, CreateEnvironmentRequest, CreateSessionRequest,
+        Cursor, DecideRequest, DeleteSessionRequest, FetchInputsRequest, FindTurnRequest,
+        GetSessionRequest, HeartbeatReply, HeartbeatRequest, HeldTurn, InterruptRequest,
+        ListPartsRequest, ListPermissionRequestsRequest, Once, PermissionRequest, PromptRequest,
+        ReadEventsRequest, ReleaseTurnRequest, SendEventsRequest, SentEvent, SentMessage, Session,
+        TerminateRequest, TurnSpec, UpdateAgentRequest, WithdrawInputRequest,
+        claim_turn_reply::Verdict, sent_event::Kind as Sent,
     },
     session::{
-        DecisionRequested, DecisionSettled, InputSettled, Output, SessionEvent, StopReason, TurnEnded, TurnStarted, session_event::Kind,
+        DecisionRequested, DecisionSettled, InputSettled, Output, SessionEvent, StopReason,
+        TurnEnded, TurnStarted, session_event::Kind,
     },
     subject,
 };
@@ -77,7 +82,10 @@ impl World {
         ];
         let vault = testkit::services::start("credential-vault", &settings).unwrap();
         let gateway = nats.connect(&access::GATEWAY).await.unwrap();
-        eventually("the vault answers", || async { gateway.call::<rpc::VaultHealth>(&Empty {}, SOON).await.is_ok() }).await;
+        eventually("the vault answers", || async {
+            gateway.call::<rpc::VaultHealth>(&Empty {}, SOON).await.is_ok()
+        })
+        .await;
         let world = Self {
             gateway,
             _vault: vault,
@@ -112,7 +120,12 @@ impl World {
     }
 
     async fn heartbeat(&self, lease: Uuid, first: bool, held: Vec<HeldTurn>) -> HeartbeatReply {
-        let request = HeartbeatRequest { runner_lease: lease.to_string(), runner: "r".to_owned(), first, held };
+        let request = HeartbeatRequest {
+            runner_lease: lease.to_string(),
+            runner: "r".to_owned(),
+            first,
+            held,
+        };
         self.runner.call::<rpc::Heartbeat>(&request, SOON).await.unwrap()
     }
 
@@ -180,8 +193,18 @@ impl World {
 
     /// A session of the Managed Agents API that has no message yet.
     async fn create_idle(&self, agent: &str) -> String {
-        let idle = CreateSessionRequest { is_v1: true, prompt: String::new(), ..self.session_of(agent, 100) };
-        self.gateway.call::<rpc::CreateSession>(&idle, SOON).await.unwrap().session.unwrap().session_id
+        let idle = CreateSessionRequest {
+            is_v1: true,
+            prompt: String::new(),
+            ..self.session_of(agent, 100)
+        };
+        self.gateway
+            .call::<rpc::CreateSession>(&idle, SOON)
+            .await
+            .unwrap()
+            .session
+            .unwrap()
+            .session_id
     }
 
     async fn send_message(&self, session: &str, limit: u32) -> Result<(), ErrorCode> {
@@ -194,24 +217,49 @@ impl World {
             session_limit: Some(limit),
             ..SendEventsRequest::default()
         };
-        self.gateway.call::<rpc::SendEvents>(&send, SOON).await.map(drop).map_err(|failure| failure.code)
+        self.gateway
+            .call::<rpc::SendEvents>(&send, SOON)
+            .await
+            .map(drop)
+            .map_err(|failure| failure.code)
     }
 
     async fn archive(&self, session: &str) -> Result<Session, Failure> {
-        let request = ArchiveSessionRequest { user_id: self.user.to_string(), session_id: session.to_owned() };
+        let request = ArchiveSessionRequest {
+            user_id: self.user.to_string(),
+            session_id: session.to_owned(),
+        };
         self.gateway.call::<rpc::ArchiveSession>(&request, SOON * 2).await
     }
 
     async fn get(&self, session: &str, recorded_through: u64) -> Session {
-        let request = GetSessionRequest { user_id: self.user.to_string(), session_id: session.to_owned(), recorded_through, v1: false };
+        let request = GetSessionRequest {
+            user_id: self.user.to_string(),
+            session_id: session.to_owned(),
+            recorded_through,
+            v1: false,
+        };
         self.gateway.call::<rpc::GetSession>(&request, SOON).await.unwrap()
     }
 
     async fn append(&self, session: &str, turn: u32, kind: Kind) -> u64 {
         let session: SessionId = session.parse().unwrap();
-        let event = SessionEvent { turn, epoch: 1, checkpoint: None, kind: Some(kind), ..SessionEvent::default() };
+        let event = SessionEvent {
+            turn,
+            epoch: 1,
+            checkpoint: None,
+            kind: Some(kind),
+            ..SessionEvent::default()
+        };
         let id = SessionId::new().to_string();
-        self.runner.publish(subject::session_log(session, Partition::FIRST), event.encode_to_vec().into(), &id).await.unwrap()
+        self.runner
+            .publish(
+                subject::session_log(session, Partition::FIRST),
+                event.encode_to_vec().into(),
+                &id,
+            )
+            .await
+            .unwrap()
     }
 
     /// What quotas are checked by is what there is.
@@ -228,7 +276,13 @@ impl World {
 
     async fn complete(&self, session: &str, turn: u32) -> Session {
         self.append(session, turn, Kind::TurnStarted(TurnStarted::default())).await;
-        let end = self.append(session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })).await;
+        let end = self
+            .append(
+                session,
+                turn,
+                Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() }),
+            )
+            .await;
         self.get(session, end).await
     }
 }

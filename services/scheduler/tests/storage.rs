@@ -9,7 +9,10 @@ use contract::{
     access,
     common::Empty,
     rpc,
-    scheduler::{CreateAgentRequest, CreateEnvironmentRequest, Cursor, GetSessionRequest, ListPartsRequest, ListRequest},
+    scheduler::{
+        CreateAgentRequest, CreateEnvironmentRequest, Cursor, GetSessionRequest, ListPartsRequest,
+        ListRequest,
+    },
 };
 use futures::future::join_all;
 use service::Lifecycle;
@@ -33,19 +36,34 @@ impl World {
         let nats = Nats::start().unwrap();
         Self::run_scheduler(&nats, database).await;
         let gateway = nats.connect(&access::GATEWAY).await.unwrap();
-        eventually("the scheduler answers", || async { gateway.call::<rpc::SchedulerHealth>(&Empty {}, SOON).await.is_ok() }).await;
+        eventually("the scheduler answers", || async {
+            gateway.call::<rpc::SchedulerHealth>(&Empty {}, SOON).await.is_ok()
+        })
+        .await;
         Self { gateway, user: UserId::new(), nats }
     }
 
     async fn run_scheduler(nats: &Nats, database: &Database) {
-        Self::run_scheduler_of("deployment-of-tests", &Lifecycle::new(), nats, database).await.unwrap();
+        Self::run_scheduler_of("deployment-of-tests", &Lifecycle::new(), nats, database)
+            .await
+            .unwrap();
     }
 
-    async fn run_scheduler_of(deployment_id: &str, lifecycle: &Lifecycle, nats: &Nats, database: &Database) -> anyhow::Result<()> {
+    async fn run_scheduler_of(
+        deployment_id: &str,
+        lifecycle: &Lifecycle,
+        nats: &Nats,
+        database: &Database,
+    ) -> anyhow::Result<()> {
         scheduler::run(Self::config(deployment_id, 1, nats, database), lifecycle.clone()).await
     }
 
-    fn config(deployment_id: &str, partitions: u8, nats: &Nats, database: &Database) -> scheduler::Config {
+    fn config(
+        deployment_id: &str,
+        partitions: u8,
+        nats: &Nats,
+        database: &Database,
+    ) -> scheduler::Config {
         scheduler::Config {
             deployment_id: deployment_id.into(),
             event_partitions: partitions.try_into().unwrap(),
@@ -66,7 +84,10 @@ async fn requests_are_unavailable_while_postgres_is_away() {
     world.gateway.call::<rpc::CreateAgent>(&world.agent(), SOON).await.unwrap();
     drop(server);
     let failure = world.gateway.call::<rpc::CreateAgent>(&world.agent(), SOON).await.unwrap_err();
-    assert_eq!((failure.code, failure.message.as_str()), (ErrorCode::Unavailable, "The database is not available"));
+    assert_eq!(
+        (failure.code, failure.message.as_str()),
+        (ErrorCode::Unavailable, "The database is not available")
+    );
 }
 
 /// Waits until so many messages are in the outbox, and so many set aside.
@@ -125,11 +146,19 @@ async fn messages_that_no_stream_takes_hold_up_no_others_and_are_set_aside() {
     .await
     .unwrap();
     outbox_holds(&mut admin, 0, 601).await;
-    let reasons: Vec<(String, i64)> = sqlx::query_as("select reason, count(*) from scheduler.outbox_dead group by reason order by 2")
-        .fetch_all(&mut admin)
-        .await
-        .unwrap();
-    assert_eq!(reasons, [("larger than a message may be".to_owned(), 1), ("no stream has its subject".to_owned(), 600)]);
+    let reasons: Vec<(String, i64)> = sqlx::query_as(
+        "select reason, count(*) from scheduler.outbox_dead group by reason order by 2",
+    )
+    .fetch_all(&mut admin)
+    .await
+    .unwrap();
+    assert_eq!(
+        reasons,
+        [
+            ("larger than a message may be".to_owned(), 1),
+            ("no stream has its subject".to_owned(), 600)
+        ]
+    );
 }
 
 /// `pg_dump` reads in one transaction for as long as it takes.
@@ -138,19 +167,31 @@ async fn a_day_is_made_and_events_are_written_while_a_backup_reads() {
     let database = Database::create().await.unwrap();
     let world = World::start(&database).await;
     let mut admin = database.admin().await.unwrap();
-    let last: String = sqlx::query_scalar("select max(relname)::text from pg_class where relname like 'event\\_2_______'")
-        .fetch_one(&mut admin)
+    let last: String = sqlx::query_scalar(
+        "select max(relname)::text from pg_class where relname like 'event\\_2_______'",
+    )
+    .fetch_one(&mut admin)
+    .await
+    .unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop table scheduler.{last}")))
+        .execute(&mut admin)
         .await
         .unwrap();
-    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop table scheduler.{last}"))).execute(&mut admin).await.unwrap();
     let mut backup = database.admin().await.unwrap();
-    sqlx::raw_sql("begin isolation level repeatable read; select count(*) from scheduler.event").execute(&mut backup).await.unwrap();
+    sqlx::raw_sql("begin isolation level repeatable read; select count(*) from scheduler.event")
+        .execute(&mut backup)
+        .await
+        .unwrap();
 
     let replica = World::run_scheduler(&world.nats, &database);
     let writes = async {
         for id in 0..50_i64 {
-            let insert = sqlx::query("insert into scheduler.event (session_id, event_id, payload) values (gen_random_uuid(), $1, '')");
-            let written = tokio::time::timeout(Duration::from_secs(5), insert.bind(id).execute(&mut admin)).await;
+            let insert = sqlx::query(
+                "insert into scheduler.event (session_id, event_id, payload) values (gen_random_uuid(), $1, '')",
+            );
+            let written =
+                tokio::time::timeout(Duration::from_secs(5), insert.bind(id).execute(&mut admin))
+                    .await;
             written.expect("a write waits").unwrap();
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -166,7 +207,10 @@ async fn a_day_is_made_and_events_are_written_while_a_backup_reads() {
 }
 
 /// Reads a whole list page by page; how many rows each page had.
-async fn pages<T>(mut page: impl AsyncFnMut(Option<Cursor>) -> (Vec<T>, bool), cursor: impl Fn(&T) -> Cursor) -> Vec<usize> {
+async fn pages<T>(
+    mut page: impl AsyncFnMut(Option<Cursor>) -> (Vec<T>, bool),
+    cursor: impl Fn(&T) -> Cursor,
+) -> Vec<usize> {
     let (mut counts, mut after) = (Vec::new(), None);
     loop {
         let (rows, has_more) = page(after).await;
@@ -188,14 +232,25 @@ async fn lists_of_the_largest_rows_are_read_page_by_page() {
     let user = world.user.to_string();
     let by_time = |position, id: &str| Cursor { position, id: id.to_owned() };
     let by_number = |number: u32| Cursor { position: number.into(), id: String::new() };
-    let list = |limit, after| ListRequest { user_id: user.clone(), limit, after, ..ListRequest::default() };
-    let parts = |id: &str, after| ListPartsRequest { user_id: user.clone(), id: id.to_owned(), limit: 1000, after };
+    let list = |limit, after| ListRequest {
+        user_id: user.clone(),
+        limit,
+        after,
+        ..ListRequest::default()
+    };
+    let parts = |id: &str, after| ListPartsRequest {
+        user_id: user.clone(),
+        id: id.to_owned(),
+        limit: 1000,
+        after,
+    };
     let gateway = &world.gateway;
 
     let (mut agent, mut environment) = (String::new(), String::new());
     for n in 0..ROWS {
         let request = CreateAgentRequest { metadata: json.clone(), ..world.agent() };
-        agent = gateway.call::<rpc::CreateAgent>(&request, SOON).await.unwrap().agent.unwrap().agent_id;
+        agent =
+            gateway.call::<rpc::CreateAgent>(&request, SOON).await.unwrap().agent.unwrap().agent_id;
         let request = CreateEnvironmentRequest {
             user_id: user.clone(),
             name: n.to_string(),
@@ -204,7 +259,13 @@ async fn lists_of_the_largest_rows_are_read_page_by_page() {
             setup_script: large.clone(),
             ..CreateEnvironmentRequest::default()
         };
-        environment = gateway.call::<rpc::CreateEnvironment>(&request, SOON).await.unwrap().environment.unwrap().environment_id;
+        environment = gateway
+            .call::<rpc::CreateEnvironment>(&request, SOON)
+            .await
+            .unwrap()
+            .environment
+            .unwrap()
+            .environment_id;
     }
     let mut admin = database.admin().await.unwrap();
     let copies = "with one as (select * from scheduler.agent_version where agent_id = $1)
@@ -214,7 +275,11 @@ async fn lists_of_the_largest_rows_are_read_page_by_page() {
     let copies = "with one as (select * from scheduler.environment_version where environment_id = $1)
          insert into scheduler.environment_version (environment_id, version, name, packages, setup_script, networking, env_var_names)
          select environment_id, n, name, packages, setup_script, networking, env_var_names from one, generate_series(2, 9) as n";
-    sqlx::query(copies).bind(environment.parse::<Uuid>().unwrap()).execute(&mut admin).await.unwrap();
+    sqlx::query(copies)
+        .bind(environment.parse::<Uuid>().unwrap())
+        .execute(&mut admin)
+        .await
+        .unwrap();
     let session = Uuid::new_v4();
     sqlx::query(
         "insert into scheduler.session (session_id, user_id, agent_id, agent_version, runtime, sprite, conversation_id, metadata, status, turn_count)
@@ -245,7 +310,8 @@ async fn lists_of_the_largest_rows_are_read_page_by_page() {
     let expected = [2, 2, 2, 2, 1];
     assert_eq!(pages(agents, |row| by_time(row.created_at_us, &row.agent_id)).await, expected);
     let versions = async |after| {
-        let reply = gateway.call::<rpc::ListAgentVersions>(&parts(&agent, after), SOON).await.unwrap();
+        let reply =
+            gateway.call::<rpc::ListAgentVersions>(&parts(&agent, after), SOON).await.unwrap();
         (reply.agents, reply.has_more)
     };
     assert_eq!(pages(versions, |row| by_number(row.version)).await, expected);
@@ -253,9 +319,15 @@ async fn lists_of_the_largest_rows_are_read_page_by_page() {
         let reply = gateway.call::<rpc::ListEnvironments>(&list(1000, after), SOON).await.unwrap();
         (reply.environments, reply.has_more)
     };
-    assert_eq!(pages(environments, |row| by_time(row.created_at_us, &row.environment_id)).await, expected);
+    assert_eq!(
+        pages(environments, |row| by_time(row.created_at_us, &row.environment_id)).await,
+        expected
+    );
     let versions = async |after| {
-        let reply = gateway.call::<rpc::ListEnvironmentVersions>(&parts(&environment, after), SOON).await.unwrap();
+        let reply = gateway
+            .call::<rpc::ListEnvironmentVersions>(&parts(&environment, after), SOON)
+            .await
+            .unwrap();
         (reply.environments, reply.has_more)
     };
     assert_eq!(pages(versions, |row| by_number(row.version)).await, expected);
@@ -265,10 +337,16 @@ async fn lists_of_the_largest_rows_are_read_page_by_page() {
             let reply = gateway.call::<rpc::ListSessions>(&request, SOON).await.unwrap();
             (reply.sessions, reply.has_more)
         };
-        assert_eq!(pages(sessions, |row| by_time(row.created_at_us, &row.session_id)).await, expected);
+        assert_eq!(
+            pages(sessions, |row| by_time(row.created_at_us, &row.session_id)).await,
+            expected
+        );
     }
     let turns = async |after| {
-        let reply = gateway.call::<rpc::ListTurns>(&parts(&session.to_string(), after), SOON).await.unwrap();
+        let reply = gateway
+            .call::<rpc::ListTurns>(&parts(&session.to_string(), after), SOON)
+            .await
+            .unwrap();
         (reply.turns, reply.has_more)
     };
     assert_eq!(pages(turns, |row| by_number(row.turn_number)).await, expected);
@@ -283,13 +361,23 @@ async fn a_page_of_small_rows_ends_with_its_limit() {
     }
     for (limit, expected) in [(10, vec![10]), (11, vec![10]), (5, vec![5, 5]), (9, vec![9, 1])] {
         let agents = async |after| {
-            let request = ListRequest { user_id: world.user.to_string(), limit, after, ..ListRequest::default() };
+            let request = ListRequest {
+                user_id: world.user.to_string(),
+                limit,
+                after,
+                ..ListRequest::default()
+            };
             let reply = world.gateway.call::<rpc::ListAgents>(&request, SOON).await.unwrap();
             (reply.agents, reply.has_more)
         };
-        assert_eq!(pages(agents, |row| Cursor { position: row.created_at_us, id: row.agent_id.clone() }).await, expected);
+        assert_eq!(
+            pages(agents, |row| Cursor { position: row.created_at_us, id: row.agent_id.clone() })
+                .await,
+            expected
+        );
     }
-    let nobody = ListRequest { user_id: UserId::new().to_string(), limit: 10, ..ListRequest::default() };
+    let nobody =
+        ListRequest { user_id: UserId::new().to_string(), limit: 10, ..ListRequest::default() };
     let reply = world.gateway.call::<rpc::ListAgents>(&nobody, SOON).await.unwrap();
     assert!(reply.agents.is_empty() && !reply.has_more);
 }
@@ -317,7 +405,8 @@ async fn the_accounts_of_users_whose_sessions_changed_are_searched_and_no_others
         .execute(&mut admin)
         .await
         .unwrap();
-    // The last search was 16 minutes ago, of users long idle as well; one row has been idle for so long that it is forgotten.
+    // The last search was 16 minutes ago, of users long idle as well; one row has been idle for so
+    // long that it is forgotten.
     sqlx::query(
         "insert into scheduler.sprite_sweep (user_id, queued_at, changed_at)
          values ($1, now() - interval '16 minutes', now() - interval '1 day'), ($2, now() - interval '16 minutes', now()),
@@ -346,9 +435,13 @@ async fn the_accounts_of_users_whose_sessions_changed_are_searched_and_no_others
     let mut expected = [active, deleted, purged];
     expected.sort();
     assert_eq!(searched, expected);
-    let known: i64 = sqlx::query_scalar("select count(*) from scheduler.sprite_sweep").fetch_one(&mut admin).await.unwrap();
+    let known: i64 = sqlx::query_scalar("select count(*) from scheduler.sprite_sweep")
+        .fetch_one(&mut admin)
+        .await
+        .unwrap();
     assert_eq!(known, 4);
-    // A backup is restored: the accounts of users whose later sessions it does not know are searched too.
+    // A backup is restored: the accounts of users whose later sessions it does not know are
+    // searched too.
     world.gateway.call::<rpc::CreateAgent>(&world.agent(), SOON).await.unwrap();
     sqlx::raw_sql("update scheduler.sprite_sweep set queued_at = now() - interval '1 day', changed_at = now() - interval '1 day'")
         .execute(&mut admin)
@@ -364,7 +457,8 @@ async fn the_accounts_of_users_whose_sessions_changed_are_searched_and_no_others
 
 /// A staging system that starts from a copy of production's database, with the same Sprites token.
 #[tokio::test]
-async fn a_copy_of_the_database_is_refused_until_it_is_adopted_and_names_no_sprite_of_the_other_then() {
+async fn a_copy_of_the_database_is_refused_until_it_is_adopted_and_names_no_sprite_of_the_other_then()
+ {
     let database = Database::create().await.unwrap();
     let (production, lifecycle) = (Nats::start().unwrap(), Lifecycle::new());
     World::run_scheduler_of("production", &lifecycle, &production, &database).await.unwrap();
@@ -391,16 +485,27 @@ async fn a_copy_of_the_database_is_refused_until_it_is_adopted_and_names_no_spri
     lifecycle.tracker().close();
     lifecycle.tracker().wait().await;
     let (staging, lifecycle) = (Nats::start().unwrap(), Lifecycle::new());
-    let refused = World::run_scheduler_of("staging", &lifecycle, &staging, &database).await.unwrap_err();
-    assert!(refused.to_string().starts_with("this database belongs to another deployment"), "{refused}");
+    let refused =
+        World::run_scheduler_of("staging", &lifecycle, &staging, &database).await.unwrap_err();
+    assert!(
+        refused.to_string().starts_with("this database belongs to another deployment"),
+        "{refused}"
+    );
     store::provision::adopt(&mut admin).await.unwrap();
     World::run_scheduler_of("staging", &lifecycle, &staging, &database).await.unwrap();
     let adopted: String = sqlx::query_scalar(name).fetch_one(&mut admin).await.unwrap();
     assert_ne!(adopted, before);
-    let sprites: Vec<String> = sqlx::query_scalar("select sprite from scheduler.session").fetch_all(&mut admin).await.unwrap();
-    assert!(sprites.len() == 2 && sprites.iter().all(|sprite| sprite.contains(&adopted)), "{sprites:?}");
+    let sprites: Vec<String> = sqlx::query_scalar("select sprite from scheduler.session")
+        .fetch_all(&mut admin)
+        .await
+        .unwrap();
+    assert!(
+        sprites.len() == 2 && sprites.iter().all(|sprite| sprite.contains(&adopted)),
+        "{sprites:?}"
+    );
     for _ in 0..200 {
-        let active = "select count(*) from scheduler.session where status in ('pending', 'running')";
+        let active =
+            "select count(*) from scheduler.session where status in ('pending', 'running')";
         if sqlx::query_scalar::<_, i64>(active).fetch_one(&mut admin).await.unwrap() == 0 {
             return;
         }
@@ -428,22 +533,38 @@ async fn however_many_wait_for_the_projector_one_asks_postgres() {
         // Statistics are written once in a while.
         tokio::time::sleep(Duration::from_secs(2)).await;
         let count = "select xact_commit from pg_stat_database where datname = current_database()";
-        sqlx::query_scalar::<_, i64>(count).fetch_one(&mut database.admin().await.unwrap()).await.unwrap()
+        sqlx::query_scalar::<_, i64>(count)
+            .fetch_one(&mut database.admin().await.unwrap())
+            .await
+            .unwrap()
     };
     let before = commits().await;
-    let request =
-        GetSessionRequest { user_id: world.user.to_string(), session_id: session.to_string(), recorded_through: 1_000_000, v1: false };
-    let waiting = join_all((0..WAITING).map(|_| world.gateway.call::<rpc::GetSession>(&request, Duration::from_secs(3)))).await;
+    let request = GetSessionRequest {
+        user_id: world.user.to_string(),
+        session_id: session.to_string(),
+        recorded_through: 1_000_000,
+        v1: false,
+    };
+    let waiting = join_all(
+        (0..WAITING)
+            .map(|_| world.gateway.call::<rpc::GetSession>(&request, Duration::from_secs(3))),
+    )
+    .await;
     assert!(waiting.iter().all(Result::is_err));
-    // Each was tried twice, and looked its session up; the scheduler's own loops make some. One query each 50 ms would be 12,000.
+    // Each was tried twice, and looked its session up; the scheduler's own loops make some. One
+    // query each 50 ms would be 12,000.
     let made = commits().await - before;
     assert!(made < 1500, "{made} transactions");
     // All of them hear of it.
     let persisted = async {
         tokio::time::sleep(Duration::from_millis(500)).await;
-        sqlx::query("update scheduler.recorded set event_id = 1000000").execute(&mut admin).await.unwrap();
+        sqlx::query("update scheduler.recorded set event_id = 1000000")
+            .execute(&mut admin)
+            .await
+            .unwrap();
     };
-    let waiting = join_all((0..WAITING).map(|_| world.gateway.call::<rpc::GetSession>(&request, SOON)));
+    let waiting =
+        join_all((0..WAITING).map(|_| world.gateway.call::<rpc::GetSession>(&request, SOON)));
     let (waiting, ()) = tokio::join!(waiting, persisted);
     assert!(waiting.iter().all(Result::is_ok));
 }
@@ -455,33 +576,45 @@ async fn schedulers_that_stand_by_open_no_connections_and_ask_little() {
     let (database, nats) = (Database::create().await.unwrap(), Nats::start().unwrap());
     let _replicas = join_all((0..REPLICAS).map(async |_| {
         let lifecycle = Lifecycle::new();
-        scheduler::run(World::config("deployment-of-tests", 4, &nats, &database), lifecycle.clone()).await.unwrap();
+        scheduler::run(
+            World::config("deployment-of-tests", 4, &nats, &database),
+            lifecycle.clone(),
+        )
+        .await
+        .unwrap();
         lifecycle
     }))
     .await;
     let mut admin = database.admin().await.unwrap();
-    let projectors = "select count(*) from pg_stat_activity where application_name like 'scheduler projector%'";
+    let projectors =
+        "select count(*) from pg_stat_activity where application_name like 'scheduler projector%'";
     for _ in 0..1200 {
         if sqlx::query_scalar::<_, i64>(projectors).fetch_one(&mut admin).await.unwrap() == 4 {
             break;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    assert_eq!(sqlx::query_scalar::<_, i64>(projectors).fetch_one(&mut admin).await.unwrap(), 4, "each partition has one");
+    assert_eq!(
+        sqlx::query_scalar::<_, i64>(projectors).fetch_one(&mut admin).await.unwrap(),
+        4,
+        "each partition has one"
+    );
     let mut counts = async || {
         // Statistics are written once in a while.
         tokio::time::sleep(Duration::from_secs(2)).await;
-        let counts = "select sessions, xact_commit from pg_stat_database where datname = current_database()";
+        let counts =
+            "select sessions, xact_commit from pg_stat_database where datname = current_database()";
         sqlx::query_as::<_, (i64, i64)>(counts).fetch_one(&mut admin).await.unwrap()
     };
-    // Each standby opened a dozen a second once, ninety in all. On a busy machine projectors lose their leases, and open one each time:
-    // then it is measured again.
+    // Each standby opened a dozen a second once, ninety in all. On a busy machine projectors lose
+    // their leases, and open one each time: then it is measured again.
     let mut measured = Vec::new();
     for _ in 0..8 {
         let (before, begun) = (counts().await, Instant::now());
         tokio::time::sleep(Duration::from_secs(4)).await;
         let (after, seconds) = (counts().await, begun.elapsed().as_secs_f64());
-        let (connections, commits) = ((after.0 - before.0) as f64 / seconds, (after.1 - before.1) as f64 / seconds);
+        let (connections, commits) =
+            ((after.0 - before.0) as f64 / seconds, (after.1 - before.1) as f64 / seconds);
         println!("{connections:.2} connections and {commits:.0} transactions a second");
         measured.push((connections, commits));
         // Some sixty of each replica: its loops ask once a second or five times.
@@ -492,7 +625,8 @@ async fn schedulers_that_stand_by_open_no_connections_and_ask_little() {
     panic!("connections and transactions a second: {measured:?}");
 }
 
-/// What grows with the sessions that there are, measured: `cargo test -p scheduler --test storage busy -- --ignored --nocapture`.
+/// What grows with the sessions that there are, measured: `cargo test -p scheduler --test storage
+/// busy -- --ignored --nocapture`.
 #[tokio::test]
 #[ignore = "a measurement"]
 async fn a_busy_year_slows_nothing_down() {
@@ -500,9 +634,14 @@ async fn a_busy_year_slows_nothing_down() {
     let world = World::start(&database).await;
     let mut admin = database.admin().await.unwrap();
     let request = world.agent();
-    let agents = join_all((0..2).map(|_| world.gateway.call::<rpc::CreateAgent>(&request, SOON))).await;
-    let agents: Vec<Uuid> = agents.into_iter().map(|agent| agent.unwrap().agent.unwrap().agent_id.parse().unwrap()).collect();
-    // A million sessions of 10,000 users in a year; every fifth is one user's, of whose two agents the second was used a hundred times.
+    let agents =
+        join_all((0..2).map(|_| world.gateway.call::<rpc::CreateAgent>(&request, SOON))).await;
+    let agents: Vec<Uuid> = agents
+        .into_iter()
+        .map(|agent| agent.unwrap().agent.unwrap().agent_id.parse().unwrap())
+        .collect();
+    // A million sessions of 10,000 users in a year; every fifth is one user's, of whose two agents
+    // the second was used a hundred times.
     sqlx::query(
         "insert into scheduler.session (session_id, user_id, agent_id, agent_version, runtime, sprite, conversation_id, metadata, status, turn_count,
                                         created_at, updated_at, sprite_destroyed_at)
@@ -531,8 +670,12 @@ async fn a_busy_year_slows_nothing_down() {
     ] {
         let mut times = Vec::new();
         for _ in 0..20 {
-            let request =
-                ListRequest { user_id: world.user.to_string(), limit, agent_id: agent.map(|id| id.to_string()), ..ListRequest::default() };
+            let request = ListRequest {
+                user_id: world.user.to_string(),
+                limit,
+                agent_id: agent.map(|id| id.to_string()),
+                ..ListRequest::default()
+            };
             let begun = Instant::now();
             let reply = world.gateway.call::<rpc::ListSessions>(&request, SOON).await.unwrap();
             times.push(begun.elapsed());

@@ -30,12 +30,19 @@ pub fn router(script: Arc<Script>) -> Router {
 }
 
 fn failure(status: StatusCode, kind: &str, message: &str) -> Response {
-    (status, Json(json!({ "type": "error", "error": { "type": kind, "message": message } }))).into_response()
+    (status, Json(json!({ "type": "error", "error": { "type": kind, "message": message } })))
+        .into_response()
 }
 
 async fn messages(State(script): State<Arc<Script>>, headers: HeaderMap, body: Bytes) -> Response {
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
-    let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).or(bearer).unwrap_or_default();
+    let bearer = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    let key = headers
+        .get("x-api-key")
+        .and_then(|value| value.to_str().ok())
+        .or(bearer)
+        .unwrap_or_default();
     if key.is_empty() || key == BAD_KEY {
         return failure(StatusCode::UNAUTHORIZED, "authentication_error", "invalid x-api-key");
     }
@@ -54,7 +61,8 @@ async fn messages(State(script): State<Arc<Script>>, headers: HeaderMap, body: B
             failure(status, kind, &message)
         }
         Answer::Say { text, tool, delay } => {
-            let message = Message { model: request.get("model").cloned().unwrap_or_default(), text, tool };
+            let message =
+                Message { model: request.get("model").cloned().unwrap_or_default(), text, tool };
             if request.get("stream").and_then(Value::as_bool) == Some(true) {
                 message.stream(delay)
             } else {
@@ -74,34 +82,51 @@ fn blocks(message: &Value) -> Vec<Value> {
 
 /// Returns what the user wrote, without the reminders and notes that the CLI adds.
 fn written(message: &Value) -> String {
-    let texts = blocks(message).into_iter().filter_map(|block| block.get("text").and_then(Value::as_str).map(str::to_owned));
-    let own = texts.filter_map(|text| text.split("<system-reminder>").next().map(|own| own.trim().to_owned()));
-    own.filter(|text| !text.is_empty() && !NOTES.iter().any(|note| text.starts_with(note))).collect::<Vec<_>>().join("\n")
+    let texts = blocks(message)
+        .into_iter()
+        .filter_map(|block| block.get("text").and_then(Value::as_str).map(str::to_owned));
+    let own = texts
+        .filter_map(|text| text.split("<system-reminder>").next().map(|own| own.trim().to_owned()));
+    own.filter(|text| !text.is_empty() && !NOTES.iter().any(|note| text.starts_with(note)))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
-/// How the notes begin that the CLI adds to user messages: after an interrupt, and when a tool was loaded on demand.
+/// How the notes begin that the CLI adds to user messages: after an interrupt, and when a tool was
+/// loaded on demand.
 const NOTES: [&str; 2] = ["[Request interrupted", "Tool loaded."];
 
 /// Whether the assistant searched for a tool that the CLI loads on demand.
 fn searches(message: &Value) -> bool {
-    blocks(message).iter().any(|block| is(block, "type", "tool_use") && is(block, "name", TOOL_SEARCH))
+    blocks(message)
+        .iter()
+        .any(|block| is(block, "type", "tool_use") && is(block, "name", TOOL_SEARCH))
 }
 
 fn question(request: &Value) -> Question {
     // A prompt may stand beside the result of a tool that was interrupted.
-    let Conversation { items, since, prompt, first_prompt } = Conversation::read(request, "messages", written);
+    let Conversation { items, since, prompt, first_prompt } =
+        Conversation::read(request, "messages", written);
     let result = items.iter().rev().flat_map(blocks).find(|block| is(block, "type", "tool_result"));
     Question {
         mark: mark(request),
         prompt,
         first_prompt,
         tool_result: result.as_ref().map(written).unwrap_or_default(),
-        answered: since.iter().filter(|message| is(message, "role", "assistant") && !searches(message)).count(),
+        answered: since
+            .iter()
+            .filter(|message| is(message, "role", "assistant") && !searches(message))
+            .count(),
         searched: since.iter().any(searches),
         tools: request
             .get("tools")
             .and_then(Value::as_array)
-            .map(|tools| tools.iter().filter_map(|tool| tool.get("name")?.as_str().map(str::to_owned)).collect())
+            .map(|tools| {
+                tools
+                    .iter()
+                    .filter_map(|tool| tool.get("name")?.as_str().map(str::to_owned))
+                    .collect()
+            })
             .unwrap_or_default(),
     }
 }
@@ -147,8 +172,11 @@ impl Message {
             index += 1;
         }
         if let Some((name, input)) = &self.tool {
-            let block = json!({ "type": "tool_use", "id": unique_id("toolu"), "name": name, "input": {} });
-            events.push(json!({ "type": "content_block_start", "index": index, "content_block": block }));
+            let block =
+                json!({ "type": "tool_use", "id": unique_id("toolu"), "name": name, "input": {} });
+            events.push(
+                json!({ "type": "content_block_start", "index": index, "content_block": block }),
+            );
             let delta = json!({ "type": "input_json_delta", "partial_json": input.to_string() });
             events.push(json!({ "type": "content_block_delta", "index": index, "delta": delta }));
             events.push(json!({ "type": "content_block_stop", "index": index }));

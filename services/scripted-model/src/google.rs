@@ -21,7 +21,10 @@ use crate::{
 };
 
 pub fn router(script: Arc<Script>) -> Router {
-    Router::new().route("/v1beta/models/{call}", post(generate)).layer(DefaultBodyLimit::max(64 << 20)).with_state(script)
+    Router::new()
+        .route("/v1beta/models/{call}", post(generate))
+        .layer(DefaultBodyLimit::max(64 << 20))
+        .with_state(script)
 }
 
 #[derive(Deserialize)]
@@ -38,7 +41,11 @@ fn refused(status: StatusCode, message: &str) -> Response {
         503 => "UNAVAILABLE",
         _ => "INTERNAL",
     };
-    (status, Json(json!({ "error": { "code": status.as_u16(), "message": message, "status": name } }))).into_response()
+    (
+        status,
+        Json(json!({ "error": { "code": status.as_u16(), "message": message, "status": name } })),
+    )
+        .into_response()
 }
 
 async fn generate(
@@ -48,12 +55,20 @@ async fn generate(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    let key = headers.get("x-goog-api-key").and_then(|value| value.to_str().ok()).or(query.key.as_deref()).unwrap_or_default();
+    let key = headers
+        .get("x-goog-api-key")
+        .and_then(|value| value.to_str().ok())
+        .or(query.key.as_deref())
+        .unwrap_or_default();
     if key.is_empty() || key == BAD_KEY {
         return refused(StatusCode::BAD_REQUEST, "API key not valid. Please pass a valid API key.");
     }
-    let Some((model, method)) = call.split_once(':') else { return refused(StatusCode::NOT_FOUND, "no such method") };
-    let Ok(request) = serde_json::from_slice::<Value>(&body) else { return refused(StatusCode::BAD_REQUEST, "the body is not JSON") };
+    let Some((model, method)) = call.split_once(':') else {
+        return refused(StatusCode::NOT_FOUND, "no such method");
+    };
+    let Ok(request) = serde_json::from_slice::<Value>(&body) else {
+        return refused(StatusCode::BAD_REQUEST, "the body is not JSON");
+    };
     let streamed = match method {
         "countTokens" => return Json(json!({ "totalTokens": 100 })).into_response(),
         "generateContent" => false,
@@ -61,10 +76,15 @@ async fn generate(
         _ => return refused(StatusCode::NOT_FOUND, "no such method"),
     };
     match script.answer(&question(&request)) {
-        Answer::Fail { status, message } => refused(StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), &message),
+        Answer::Fail { status, message } => refused(
+            StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+            &message,
+        ),
         Answer::Say { text, tool, delay } if streamed => {
-            let mut chunks: Vec<Value> =
-                parts(&text, delay).into_iter().map(|text| chunk(model, vec![json!({ "text": text })], None)).collect();
+            let mut chunks: Vec<Value> = parts(&text, delay)
+                .into_iter()
+                .map(|text| chunk(model, vec![json!({ "text": text })], None))
+                .collect();
             chunks.push(chunk(model, tool.into_iter().map(call_part).collect(), Some(&text)));
             let body = stream::iter(chunks).then(move |chunk| async move {
                 tokio::time::sleep(delay).await;
@@ -73,7 +93,10 @@ async fn generate(
             ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(body)).into_response()
         }
         Answer::Say { text, tool, .. } => {
-            let parts = [json!({ "text": text })].into_iter().chain(tool.into_iter().map(call_part)).collect();
+            let parts = [json!({ "text": text })]
+                .into_iter()
+                .chain(tool.into_iter().map(call_part))
+                .collect();
             Json(chunk(model, parts, Some(&text))).into_response()
         }
     }
@@ -90,7 +113,9 @@ fn chunk(model: &str, mut parts: Vec<Value>, whole: Option<&str>) -> Value {
     }
     let mut candidate = json!({ "content": { "role": "model", "parts": parts }, "index": 0 });
     let mut chunk = json!({ "modelVersion": model });
-    if let (Some(text), Some(candidate), Some(chunk)) = (whole, candidate.as_object_mut(), chunk.as_object_mut()) {
+    if let (Some(text), Some(candidate), Some(chunk)) =
+        (whole, candidate.as_object_mut(), chunk.as_object_mut())
+    {
         candidate.insert("finishReason".to_owned(), "STOP".into());
         let tokens = 1 + text.len() / 4;
         let usage = json!({ "promptTokenCount": 100, "candidatesTokenCount": tokens, "totalTokenCount": 100 + tokens });
@@ -108,21 +133,35 @@ fn content_parts(content: &Value) -> &[Value] {
 
 /// What a person wrote: the CLI's own contexts, in tags, left out.
 fn written(content: &Value) -> String {
-    let texts = content_parts(content).iter().filter_map(|part| part.get("text")?.as_str()).map(str::trim);
+    let texts =
+        content_parts(content).iter().filter_map(|part| part.get("text")?.as_str()).map(str::trim);
     texts.filter(|text| !text.is_empty() && !text.starts_with('<')).collect::<Vec<_>>().join("\n")
 }
 
 fn question(request: &Value) -> Question {
-    let Conversation { items, since, prompt, first_prompt } = Conversation::read(request, "contents", written);
-    let has_call = |content: &&Value| content_parts(content).iter().any(|part| part.get("functionCall").is_some());
-    let result = items.iter().rev().flat_map(content_parts).find_map(|part| part.get("functionResponse")?.get("response"));
+    let Conversation { items, since, prompt, first_prompt } =
+        Conversation::read(request, "contents", written);
+    let has_call = |content: &&Value| {
+        content_parts(content).iter().any(|part| part.get("functionCall").is_some())
+    };
+    let result = items
+        .iter()
+        .rev()
+        .flat_map(content_parts)
+        .find_map(|part| part.get("functionResponse")?.get("response"));
     let tools = request.get("tools").and_then(Value::as_array).into_iter().flatten();
-    let declared = tools.filter_map(|tool| tool.get("functionDeclarations").or(tool.get("function_declarations"))?.as_array()).flatten();
+    let declared = tools
+        .filter_map(|tool| {
+            tool.get("functionDeclarations").or(tool.get("function_declarations"))?.as_array()
+        })
+        .flatten();
     Question {
         mark: mark(request),
         prompt,
         first_prompt,
-        tool_result: match result.map(|result| (result.get("output").and_then(Value::as_str), result)) {
+        tool_result: match result
+            .map(|result| (result.get("output").and_then(Value::as_str), result))
+        {
             Some((Some(output), _)) => output.trim().to_owned(),
             Some((None, result)) => result.to_string(),
             None => String::new(),

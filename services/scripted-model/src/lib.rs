@@ -1,7 +1,8 @@
-//! A model that answers from a script, on the wire formats of the real ones, so that the real agent CLIs run with no key and no
-//! network: for demos, for tests, for users' own CI.
+//! A model that answers from a script, on the wire formats of the real ones, so that the real agent
+//! CLIs run with no key and no network: for demos, for tests, for users' own CI.
 //!
-//! [`script`] is what it says; the others are how: [`anthropic`] the Messages API, [`openai`] the Responses API, [`google`] the Gemini API.
+//! [`script`] is what it says; the others are how: [`anthropic`] the Messages API, [`openai`] the
+//! Responses API, [`google`] the Gemini API.
 
 mod anthropic;
 mod google;
@@ -34,7 +35,9 @@ fn parts(text: &str, delay: Duration) -> Vec<String> {
 
 /// One that nothing else in the conversation has: a CLI takes messages of one id for one message.
 fn unique_id(prefix: &str) -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_nanos());
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |elapsed| elapsed.as_nanos());
     format!("{prefix}_{now:x}")
 }
 
@@ -51,8 +54,14 @@ pub struct Config {
 impl Config {
     pub fn from_env(env: &mut Env) -> Self {
         Self {
-            addr: env.parsed("SCRIPTED_MODEL_ADDR", "listen address of the model", ([127, 0, 0, 1], 8779).into()),
-            script: env.optional("SCRIPTED_MODEL_SCRIPT", "script file; the built-in script if unset").map(Into::into),
+            addr: env.parsed(
+                "SCRIPTED_MODEL_ADDR",
+                "listen address of the model",
+                ([127, 0, 0, 1], 8779).into(),
+            ),
+            script: env
+                .optional("SCRIPTED_MODEL_SCRIPT", "script file; the built-in script if unset")
+                .map(Into::into),
         }
     }
 }
@@ -65,15 +74,22 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let script = match &config.script {
         None => Script::built_in()?,
         Some(path) => {
-            let text = std::fs::read_to_string(path).with_context(|| format!("SCRIPTED_MODEL_SCRIPT {}", path.display()))?;
-            Script::parse(&text).with_context(|| format!("SCRIPTED_MODEL_SCRIPT {}", path.display()))?
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("SCRIPTED_MODEL_SCRIPT {}", path.display()))?;
+            Script::parse(&text)
+                .with_context(|| format!("SCRIPTED_MODEL_SCRIPT {}", path.display()))?
         }
     };
-    let listener = TcpListener::bind(config.addr).await.with_context(|| format!("cannot listen on SCRIPTED_MODEL_ADDR {}", config.addr))?;
+    let listener = TcpListener::bind(config.addr)
+        .await
+        .with_context(|| format!("cannot listen on SCRIPTED_MODEL_ADDR {}", config.addr))?;
     let script = Arc::new(script);
-    let apis = [anthropic::router(script.clone()), openai::router(script.clone()), google::router(script)];
+    let apis =
+        [anthropic::router(script.clone()), openai::router(script.clone()), google::router(script)];
     let router = apis.into_iter().fold(Router::new(), Router::merge);
-    let router = router.route("/", get(|| async { "scripted model\n" })).fallback(|| async { (StatusCode::NOT_FOUND, "Not found\n") });
+    let router = router
+        .route("/", get(|| async { "scripted model\n" }))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "Not found\n") });
     let stop = lifecycle.stop_token();
     lifecycle.spawn("http", async move {
         tokio::select! {

@@ -1,4 +1,5 @@
-//! The OpenAI Responses API, as far as Codex and opencode use it: over HTTP, and over the WebSocket that Codex tries first.
+//! The OpenAI Responses API, as far as Codex and opencode use it: over HTTP, and over the WebSocket
+//! that Codex tries first.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -24,7 +25,10 @@ use crate::{
 };
 
 pub fn router(script: Arc<Script>) -> Router {
-    Router::new().route("/v1/responses", post(over_http).get(over_websocket)).layer(DefaultBodyLimit::max(64 << 20)).with_state(script)
+    Router::new()
+        .route("/v1/responses", post(over_http).get(over_websocket))
+        .layer(DefaultBodyLimit::max(64 << 20))
+        .with_state(script)
 }
 
 fn failure(status: StatusCode, message: &str) -> Value {
@@ -43,7 +47,9 @@ fn refused(status: StatusCode, message: &str) -> Response {
 
 /// Whether a key came with the request, and one that is taken.
 fn has_key(headers: &HeaderMap) -> bool {
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    let bearer = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
     bearer.is_some_and(|key| !key.is_empty() && key != BAD_KEY)
 }
 
@@ -57,11 +63,15 @@ async fn over_http(State(script): State<Arc<Script>>, headers: HeaderMap, body: 
         return refused(StatusCode::BAD_REQUEST, "the body is not JSON");
     };
     match script.answer(&question(&request)) {
-        Answer::Fail { status, message } => refused(StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), &message),
+        Answer::Fail { status, message } => refused(
+            StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+            &message,
+        ),
         Answer::Say { text, tool, delay } => {
             let mut events = events(&request, &text, tool, delay);
             if request.get("stream").and_then(Value::as_bool) != Some(true) {
-                let whole = events.pop().and_then(|mut last| last.get_mut("response").map(Value::take));
+                let whole =
+                    events.pop().and_then(|mut last| last.get_mut("response").map(Value::take));
                 return Json(whole).into_response();
             }
             let body = stream::iter(events).then(move |event| async move {
@@ -73,7 +83,11 @@ async fn over_http(State(script): State<Arc<Script>>, headers: HeaderMap, body: 
     }
 }
 
-async fn over_websocket(State(script): State<Arc<Script>>, headers: HeaderMap, upgrade: WebSocketUpgrade) -> Response {
+async fn over_websocket(
+    State(script): State<Arc<Script>>,
+    headers: HeaderMap,
+    upgrade: WebSocketUpgrade,
+) -> Response {
     if !has_key(&headers) {
         return refused(StatusCode::UNAUTHORIZED, WRONG_KEY);
     }
@@ -107,9 +121,15 @@ async fn converse(mut socket: WebSocket, script: Arc<Script>) {
         let (events, delay) = match answer {
             Answer::Say { text, tool, delay } => (events(&request, &text, tool, delay), delay),
             Answer::Fail { status, message } => {
-                let mut event = failure(StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), &message);
+                let mut event = failure(
+                    StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+                    &message,
+                );
                 if let Some(event) = event.as_object_mut() {
-                    event.extend([("type".to_owned(), json!("error")), ("status".to_owned(), json!(status))]);
+                    event.extend([
+                        ("type".to_owned(), json!("error")),
+                        ("status".to_owned(), json!(status)),
+                    ]);
                 }
                 (vec![event], Duration::ZERO)
             }
@@ -138,27 +158,47 @@ async fn pause(event: &Value, delay: Duration) -> String {
 fn written(item: &Value) -> String {
     let texts: Vec<&str> = match item.get("content") {
         Some(Value::String(text)) => vec![text],
-        Some(Value::Array(parts)) => parts.iter().filter_map(|part| part.get("text")?.as_str()).collect(),
+        Some(Value::Array(parts)) => {
+            parts.iter().filter_map(|part| part.get("text")?.as_str()).collect()
+        }
         _ => Vec::new(),
     };
-    texts.into_iter().map(str::trim).filter(|text| !text.is_empty() && !text.starts_with('<')).collect::<Vec<_>>().join("\n")
+    texts
+        .into_iter()
+        .map(str::trim)
+        .filter(|text| !text.is_empty() && !text.starts_with('<'))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn question(request: &Value) -> Question {
-    let Conversation { items, since, prompt, first_prompt } = Conversation::read(request, "input", written);
-    let result = items.iter().rev().find(|item| is(item, "type", "function_call_output")).and_then(|item| item.get("output"));
+    let Conversation { items, since, prompt, first_prompt } =
+        Conversation::read(request, "input", written);
+    let result = items
+        .iter()
+        .rev()
+        .find(|item| is(item, "type", "function_call_output"))
+        .and_then(|item| item.get("output"));
     Question {
         mark: mark(request),
         prompt,
         first_prompt,
         tool_result: match result {
             Some(Value::String(text)) => text.trim().to_owned(),
-            Some(Value::Array(parts)) => parts.iter().filter_map(|part| part.get("text")?.as_str()).collect::<Vec<_>>().join("\n"),
+            Some(Value::Array(parts)) => parts
+                .iter()
+                .filter_map(|part| part.get("text")?.as_str())
+                .collect::<Vec<_>>()
+                .join("\n"),
             _ => String::new(),
         },
         answered: since.iter().filter(|item| is(item, "type", "function_call")).count(),
         searched: false,
-        tools: request.get("tools").and_then(Value::as_array).map(|tools| tools.iter().flat_map(names).collect()).unwrap_or_default(),
+        tools: request
+            .get("tools")
+            .and_then(Value::as_array)
+            .map(|tools| tools.iter().flat_map(names).collect())
+            .unwrap_or_default(),
     }
 }
 
@@ -166,12 +206,19 @@ fn question(request: &Value) -> Question {
 fn names(tool: &Value) -> Vec<String> {
     let Some(name) = tool.get("name").and_then(Value::as_str) else { return Vec::new() };
     match tool.get("tools").and_then(Value::as_array) {
-        Some(members) => members.iter().flat_map(names).map(|member| format!("{name}__{member}")).collect(),
+        Some(members) => {
+            members.iter().flat_map(names).map(|member| format!("{name}__{member}")).collect()
+        }
         None => vec![name.to_owned()],
     }
 }
 
-fn events(request: &Value, text: &str, tool: Option<(String, Value)>, delay: Duration) -> Vec<Value> {
+fn events(
+    request: &Value,
+    text: &str,
+    tool: Option<(String, Value)>,
+    delay: Duration,
+) -> Vec<Value> {
     let id = unique_id("resp");
     let response = |status: &str, output: &[Value]| {
         let output_tokens = 1 + text.len() / 4;
@@ -181,7 +228,8 @@ fn events(request: &Value, text: &str, tool: Option<(String, Value)>, delay: Dur
                 "usage": { "input_tokens": 100, "input_tokens_details": { "cached_tokens": 0 }, "output_tokens": output_tokens,
                            "output_tokens_details": { "reasoning_tokens": 0 }, "total_tokens": 100 + output_tokens } })
     };
-    let mut events = vec![json!({ "type": "response.created", "response": response("in_progress", &[]) })];
+    let mut events =
+        vec![json!({ "type": "response.created", "response": response("in_progress", &[]) })];
     let mut output = Vec::new();
     if !text.is_empty() || tool.is_none() {
         let id = unique_id("msg");
@@ -204,25 +252,34 @@ fn events(request: &Value, text: &str, tool: Option<(String, Value)>, delay: Dur
     }
     if let Some((name, input)) = tool {
         let (id, call_id, index) = (unique_id("fc"), unique_id("call"), output.len());
-        let (namespace, name) =
-            name.rsplit_once("__").filter(|_| name.starts_with("mcp__")).map_or((None, name.as_str()), |(space, name)| (Some(space), name));
-        let mut call =
-            json!({ "type": "function_call", "id": id, "call_id": call_id, "name": name, "arguments": "", "status": "in_progress" });
+        let (namespace, name) = name
+            .rsplit_once("__")
+            .filter(|_| name.starts_with("mcp__"))
+            .map_or((None, name.as_str()), |(space, name)| (Some(space), name));
+        let mut call = json!({ "type": "function_call", "id": id, "call_id": call_id, "name": name, "arguments": "", "status": "in_progress" });
         if let (Some(namespace), Some(call)) = (namespace, call.as_object_mut()) {
             call.insert("namespace".to_owned(), namespace.into());
         }
-        events.push(json!({ "type": "response.output_item.added", "output_index": index, "item": call }));
+        events.push(
+            json!({ "type": "response.output_item.added", "output_index": index, "item": call }),
+        );
         if let Some(call) = call.as_object_mut() {
-            call.extend([("arguments".to_owned(), input.to_string().into()), ("status".to_owned(), "completed".into())]);
+            call.extend([
+                ("arguments".to_owned(), input.to_string().into()),
+                ("status".to_owned(), "completed".into()),
+            ]);
         }
         events.push(
             json!({ "type": "response.function_call_arguments.delta", "item_id": id, "output_index": index, "delta": input.to_string() }),
         );
         events.push(json!({ "type": "response.function_call_arguments.done", "item_id": id, "output_index": index, "arguments": input.to_string() }));
-        events.push(json!({ "type": "response.output_item.done", "output_index": index, "item": call }));
+        events.push(
+            json!({ "type": "response.output_item.done", "output_index": index, "item": call }),
+        );
         output.push(call);
     }
-    events.push(json!({ "type": "response.completed", "response": response("completed", &output) }));
+    events
+        .push(json!({ "type": "response.completed", "response": response("completed", &output) }));
     for (number, event) in events.iter_mut().enumerate() {
         if let Some(event) = event.as_object_mut() {
             event.insert("sequence_number".to_owned(), number.into());

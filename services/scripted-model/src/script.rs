@@ -1,7 +1,9 @@
-//! What the model says. A script is a list of rules; the first whose `when` is in the prompt answers, step by step: one step for each
-//! time the model is asked within a turn, so that a tool call has its follow-up.
+//! What the model says. A script is a list of rules; the first whose `when` is in the prompt
+//! answers, step by step: one step for each time the model is asked within a turn, so that a tool
+//! call has its follow-up.
 //!
-//! Texts may hold `{prompt}`, `{first_prompt}`, `{tool_result}`, `{mark}` and `{after}` (what stands behind `when` in the prompt).
+//! Texts may hold `{prompt}`, `{first_prompt}`, `{tool_result}`, `{mark}` and `{after}` (what
+//! stands behind `when` in the prompt).
 
 use std::{
     collections::HashMap,
@@ -43,7 +45,8 @@ struct Step {
     /// Its name; where CLIs call it differently, all its names with `|` between.
     tool: Option<String>,
     input: Value,
-    /// A command, run by whichever tool the CLI has for that; after `tool`, where that one is not offered.
+    /// A command, run by whichever tool the CLI has for that; after `tool`, where that one is not
+    /// offered.
     shell: Option<String>,
     /// Fails with this HTTP status.
     status: Option<String>,
@@ -63,7 +66,8 @@ pub struct Question {
     /// Whether a tool was looked for within the turn.
     pub searched: bool,
     pub tools: Vec<String>,
-    /// The first `MARK-` with a number anywhere in the request: proves that something reached the model.
+    /// The first `MARK-` with a number anywhere in the request: proves that something reached the
+    /// model.
     pub mark: String,
 }
 
@@ -79,7 +83,8 @@ pub struct Conversation<'a> {
 impl<'a> Conversation<'a> {
     /// Reads the items of a field; `written` is what a person wrote in one of them.
     pub fn read(request: &'a Value, field: &str, written: fn(&Value) -> String) -> Self {
-        let items = request.get(field).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let items =
+            request.get(field).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let is_prompt = |item: &&Value| is(item, "role", "user") && !written(item).is_empty();
         let last = items.iter().rposition(|item| is_prompt(&item));
         Self {
@@ -123,7 +128,9 @@ impl Script {
     #[must_use]
     pub fn answer(&self, question: &Question) -> Answer {
         let done = || Answer::Say { text: "Done.".to_owned(), tool: None, delay: Duration::ZERO };
-        let Some(rule) = self.rules.iter().find(|rule| question.prompt.contains(&rule.when)) else { return done() };
+        let Some(rule) = self.rules.iter().find(|rule| question.prompt.contains(&rule.when)) else {
+            return done();
+        };
         let Some(step) = rule.steps.get(question.answered) else { return done() };
         let after = question.prompt.split_once(&rule.when).map_or("", |(_, after)| after).trim();
         let fill = |text: &str| {
@@ -134,15 +141,24 @@ impl Script {
                 .replace("{mark}", &question.mark)
         };
         if let Some(status) = step.status.as_ref().filter(|_| self.fails(step, question)) {
-            return Answer::Fail { status: fill(status).parse().unwrap_or(500), message: fill(&step.error) };
+            return Answer::Fail {
+                status: fill(status).parse().unwrap_or(500),
+                message: fill(&step.error),
+            };
         }
         // A tool that was not offered is not called: CLIs also ask for titles and the like.
-        let named = step.tool.as_ref().and_then(|names| names.split('|').find(|name| question.tools.iter().any(|tool| tool == name)));
+        let named = step.tool.as_ref().and_then(|names| {
+            names.split('|').find(|name| question.tools.iter().any(|tool| tool == name))
+        });
         let named = named.map(|name| (name.to_owned(), fill_json(&step.input, &fill)));
         let tool = named
             .or_else(|| search_call(question, step.tool.as_deref()?))
             .or_else(|| shell_call(&question.tools, &fill(step.shell.as_deref()?)));
-        Answer::Say { text: fill(&step.text).repeat(step.repeat.unwrap_or(1)), tool, delay: Duration::from_millis(step.delay_ms) }
+        Answer::Say {
+            text: fill(&step.text).repeat(step.repeat.unwrap_or(1)),
+            tool,
+            delay: Duration::from_millis(step.delay_ms),
+        }
     }
 }
 
@@ -151,7 +167,9 @@ impl Script {
         let Some(fails) = step.fails else { return true };
         // CLIs also ask for titles and the like, without tools.
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        if question.tools.is_empty() || (failed.len() >= FAILED_MAX && !failed.contains_key(&question.prompt)) {
+        if question.tools.is_empty()
+            || (failed.len() >= FAILED_MAX && !failed.contains_key(&question.prompt))
+        {
             return false;
         }
         let count = failed.entry(question.prompt.clone()).or_default();
@@ -170,10 +188,16 @@ fn search_call(question: &Question, names: &str) -> Option<(String, Value)> {
 }
 
 /// What each CLI calls its shell, and its shell the command.
-const SHELLS: [(&str, &str); 4] = [("Bash", "command"), ("exec_command", "cmd"), ("run_shell_command", "command"), ("bash", "command")];
+const SHELLS: [(&str, &str); 4] = [
+    ("Bash", "command"),
+    ("exec_command", "cmd"),
+    ("run_shell_command", "command"),
+    ("bash", "command"),
+];
 
 fn shell_call(tools: &[String], command: &str) -> Option<(String, Value)> {
-    let (name, argument) = SHELLS.into_iter().find(|(name, _)| tools.iter().any(|tool| tool == name))?;
+    let (name, argument) =
+        SHELLS.into_iter().find(|(name, _)| tools.iter().any(|tool| tool == name))?;
     let mut input = serde_json::json!({ argument: command });
     if name != "exec_command" {
         input.as_object_mut()?.insert("description".to_owned(), "As the script says".into());
@@ -185,7 +209,9 @@ fn fill_json(value: &Value, fill: &impl Fn(&str) -> String) -> Value {
     match value {
         Value::String(text) => Value::String(fill(text)),
         Value::Array(items) => items.iter().map(|item| fill_json(item, fill)).collect(),
-        Value::Object(object) => object.iter().map(|(key, value)| (key.clone(), fill_json(value, fill))).collect(),
+        Value::Object(object) => {
+            object.iter().map(|(key, value)| (key.clone(), fill_json(value, fill))).collect()
+        }
         other => other.clone(),
     }
 }
@@ -197,11 +223,24 @@ mod tests {
     #[test]
     fn a_tool_call_has_its_follow_up() {
         let script = Script::built_in().unwrap();
-        let mut question = Question { prompt: "run: echo hi".to_owned(), tools: vec!["Bash".to_owned()], ..Question::default() };
-        let Answer::Say { tool: Some((name, input)), .. } = script.answer(&question) else { panic!("no tool call") };
+        let mut question = Question {
+            prompt: "run: echo hi".to_owned(),
+            tools: vec!["Bash".to_owned()],
+            ..Question::default()
+        };
+        let Answer::Say { tool: Some((name, input)), .. } = script.answer(&question) else {
+            panic!("no tool call")
+        };
         assert_eq!((name.as_str(), input["command"].as_str()), ("Bash", Some("echo hi")));
         (question.answered, question.tool_result) = (1, "hi".to_owned());
-        assert_eq!(script.answer(&question), Answer::Say { text: "The command said:\nhi".to_owned(), tool: None, delay: Duration::ZERO });
+        assert_eq!(
+            script.answer(&question),
+            Answer::Say {
+                text: "The command said:\nhi".to_owned(),
+                tool: None,
+                delay: Duration::ZERO
+            }
+        );
     }
 
     #[test]
@@ -214,9 +253,17 @@ mod tests {
     #[test]
     fn an_error_may_pass() {
         let (script, tools) = (Script::built_in().unwrap(), vec!["Bash".to_owned()]);
-        let question = Question { prompt: "a: fail for a while with 529".to_owned(), tools, ..Question::default() };
-        let answers: Vec<_> = (0..7).map(|_| matches!(script.answer(&question), Answer::Fail { status: 529, .. })).collect();
+        let question = Question {
+            prompt: "a: fail for a while with 529".to_owned(),
+            tools,
+            ..Question::default()
+        };
+        let answers: Vec<_> = (0..7)
+            .map(|_| matches!(script.answer(&question), Answer::Fail { status: 529, .. }))
+            .collect();
         assert_eq!(answers, [true, true, true, true, true, false, false]);
-        assert!(matches!(script.answer(&question), Answer::Say { text, .. } if text == "It works now."));
+        assert!(
+            matches!(script.answer(&question), Answer::Say { text, .. } if text == "It works now.")
+        );
     }
 }

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use contract::{
-    host::{Evaluation, Input, Message, PermissionRule, Permissions, Spec, Variable, WhenBusy, input},
+    host::{
+        Evaluation, Input, Message, PermissionRule, Permissions, Spec, Variable, WhenBusy, input,
+    },
     scheduler::TurnSpec,
 };
 use prost::Message as _;
@@ -55,20 +57,36 @@ impl Agent {
         let spec = Spec {
             session_id: session.to_string(),
             runtime: runtime.as_str().to_owned(),
-            model: if runtime == Runtime::Opencode { spec.model.clone() } else { model_id.to_owned() },
+            model: if runtime == Runtime::Opencode {
+                spec.model.clone()
+            } else {
+                model_id.to_owned()
+            },
             system: if is_shell { String::new() } else { spec.system.clone() },
             conversation_id: spec.conversation_id.clone(),
-            working_directories: setup.working_dir().into_iter().chain(["/workspace"]).map(str::to_owned).collect(),
+            working_directories: setup
+                .working_dir()
+                .into_iter()
+                .chain(["/workspace"])
+                .map(str::to_owned)
+                .collect(),
             idle_seconds: u32::try_from(idle.as_secs()).unwrap_or(u32::MAX),
             kill_grace_ms: u32::try_from(KILL_GRACE.as_millis()).unwrap_or(u32::MAX),
             drain_quiet_ms: u32::try_from(DRAIN.as_millis()).unwrap_or(u32::MAX),
             permissions: permissions(&spec.permissions)?,
             refused_log: "/.sprite/policy/refused".to_owned(),
             tasks_socket: "/.sprite/api.sock".to_owned(),
-            mcp_servers: crate::runtimes::mcp_names(setup.mcp_servers.clone()).into_iter().map(|server| server.name).collect(),
+            mcp_servers: crate::runtimes::mcp_names(setup.mcp_servers.clone())
+                .into_iter()
+                .map(|server| server.name)
+                .collect(),
             custom_tools: spec.custom_tools.clone(),
             partial_messages: spec.previews,
-            mcp_failures: if adapter.tells_of_mcp_servers() { String::new() } else { MCP_FAILURES.to_owned() },
+            mcp_failures: if adapter.tells_of_mcp_servers() {
+                String::new()
+            } else {
+                MCP_FAILURES.to_owned()
+            },
             ..Spec::default()
         };
         Ok(Self {
@@ -79,21 +97,28 @@ impl Agent {
         })
     }
 
-    /// The specification of the session's host. Later variables win: stored credentials, what the runtime and we set, the environment's
-    /// variables, the session's own.
+    /// The specification of the session's host. Later variables win: stored credentials, what the
+    /// runtime and we set, the environment's variables, the session's own.
     pub fn spec(&self, secrets: &Secrets, revision: String) -> Zeroizing<Vec<u8>> {
-        let plain = self.plain_vars.iter().map(|(name, value)| (name.clone(), SecretString::from(value.as_str())));
+        let plain = self
+            .plain_vars
+            .iter()
+            .map(|(name, value)| (name.clone(), SecretString::from(value.as_str())));
         let vars = secrets.credential_vars().into_iter().chain(plain).chain(secrets.vars());
-        let env: Vec<Variable> = vars.map(|(name, value)| Variable { name, value: value.expose_secret().to_owned() }).collect();
+        let env: Vec<Variable> = vars
+            .map(|(name, value)| Variable { name, value: value.expose_secret().to_owned() })
+            .collect();
         let append_path = program_folders(&env);
         Zeroizing::new(Spec { env, append_path, revision, ..self.spec.clone() }.encode_to_vec())
     }
 
-    /// Tells what an agent's process was started with: all but the token for the model gateway, which is another for each claim and stays
-    /// good.
+    /// Tells what an agent's process was started with: all but the token for the model gateway,
+    /// which is another for each claim and stays good.
     pub fn revision(&self, secrets: &Secrets, config: &[(&'static str, String)]) -> String {
         let mut digest = Sha256::new().chain_update(self.spec.encode_to_vec());
-        let mut add = |text: &str| digest.update([&(text.len() as u64).to_be_bytes(), text.as_bytes()].concat());
+        let mut add = |text: &str| {
+            digest.update([&(text.len() as u64).to_be_bytes(), text.as_bytes()].concat())
+        };
         for (name, value) in &self.plain_vars {
             add(name);
             add(value);
@@ -109,10 +134,16 @@ impl Agent {
         digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The message that begins a turn. It interrupts a turn that still runs, which no one owns any more.
+    /// The message that begins a turn. It interrupts a turn that still runs, which no one owns any
+    /// more.
     pub fn message(&self, turn: u32, timeout_seconds: u32) -> Input {
-        let message =
-            Message { turn, text: self.prompt.clone(), timeout_seconds, when_busy: WhenBusy::Interrupt.into(), traceparent: traceparent() };
+        let message = Message {
+            turn,
+            text: self.prompt.clone(),
+            timeout_seconds,
+            when_busy: WhenBusy::Interrupt.into(),
+            traceparent: traceparent(),
+        };
         Input { id: playback::turn_input(turn), kind: Some(input::Kind::Message(message)) }
     }
 }
@@ -124,9 +155,14 @@ pub fn traceparent() -> String {
 
 /// Where pip, cargo and go put programs.
 fn program_folders(env: &[Variable]) -> Vec<String> {
-    let value =
-        |name: &str| env.iter().rev().find(|variable| variable.name == name && !variable.value.is_empty()).map(|variable| &variable.value);
-    let below = |name: &str, usual: &str| format!("{}/bin", value(name).map_or(usual, String::as_str));
+    let value = |name: &str| {
+        env.iter()
+            .rev()
+            .find(|variable| variable.name == name && !variable.value.is_empty())
+            .map(|variable| &variable.value)
+    };
+    let below =
+        |name: &str, usual: &str| format!("{}/bin", value(name).map_or(usual, String::as_str));
     let go = value("GOBIN").cloned().unwrap_or_else(|| below("GOPATH", "~/go"));
     vec!["~/.local/bin".to_owned(), below("CARGO_HOME", "~/.cargo"), go]
 }
@@ -170,7 +206,10 @@ fn permissions(json: &str) -> Result<Option<Permissions>, serde_json::Error> {
         return Ok(None);
     }
     let Rules { default, rules } = serde_json::from_str(json)?;
-    let rules = rules.into_iter().map(|rule| PermissionRule { tool: rule.tool, evaluation: rule.evaluation.evaluation() }).collect();
+    let rules = rules
+        .into_iter()
+        .map(|rule| PermissionRule { tool: rule.tool, evaluation: rule.evaluation.evaluation() })
+        .collect();
     Ok(Some(Permissions { rules, otherwise: default.map_or(0, Verdict::evaluation) }))
 }
 
@@ -181,8 +220,13 @@ mod tests {
     #[test]
     fn permissions_are_read_as_the_scheduler_keeps_them() {
         assert_eq!(permissions("").unwrap(), None);
-        let read = permissions(r#"{"default":"ask","rules":[{"tool":"Bash","evaluation":"deny"},{"tool":"Read","evaluation":"allow"}]}"#);
-        let rule = |tool: &str, evaluation: Evaluation| PermissionRule { tool: tool.to_owned(), evaluation: evaluation.into() };
+        let read = permissions(
+            r#"{"default":"ask","rules":[{"tool":"Bash","evaluation":"deny"},{"tool":"Read","evaluation":"allow"}]}"#,
+        );
+        let rule = |tool: &str, evaluation: Evaluation| PermissionRule {
+            tool: tool.to_owned(),
+            evaluation: evaluation.into(),
+        };
         let rules = vec![rule("Bash", Evaluation::Deny), rule("Read", Evaluation::Allow)];
         assert_eq!(read.unwrap(), Some(Permissions { rules, otherwise: Evaluation::Ask.into() }));
         // Permissions that cannot be read allow nothing.
@@ -191,7 +235,8 @@ mod tests {
 
     #[test]
     fn programs_are_found_where_the_users_variables_put_them() {
-        let env = [("CARGO_HOME", "/c"), ("GOPATH", "/g")].map(|(name, value)| Variable { name: name.to_owned(), value: value.to_owned() });
+        let env = [("CARGO_HOME", "/c"), ("GOPATH", "/g")]
+            .map(|(name, value)| Variable { name: name.to_owned(), value: value.to_owned() });
         assert_eq!(program_folders(&env), ["~/.local/bin", "/c/bin", "/g/bin"]);
         assert_eq!(program_folders(&[]), ["~/.local/bin", "~/.cargo/bin", "~/go/bin"]);
     }

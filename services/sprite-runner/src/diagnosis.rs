@@ -1,4 +1,5 @@
-//! Explains common failures of set-up steps: a guess from the exit status and the last lines, which are shown beside it.
+//! Explains common failures of set-up steps: a guess from the exit status and the last lines, which
+//! are shown beside it.
 
 use std::fmt;
 
@@ -96,8 +97,13 @@ pub fn of_script(code: u8, said: &str, limited: bool) -> Option<Cause> {
     (code == KILLED || any(OUT_OF_MEMORY)).then_some(Cause::OutOfMemory)
 }
 
-const QUOTA_USED_UP: &[&str] =
-    &["insufficient_quota", "credit balance is too low", "exceeded your current quota", "billing_hard_limit", "quota exceeded"];
+const QUOTA_USED_UP: &[&str] = &[
+    "insufficient_quota",
+    "credit balance is too low",
+    "exceeded your current quota",
+    "billing_hard_limit",
+    "quota exceeded",
+];
 const KEY_REFUSED: &[&str] = &[
     "authentication_error",
     "authentication_failed",
@@ -112,8 +118,14 @@ const KEY_REFUSED: &[&str] = &[
     "\"statuscode\":401",
     "status 401",
 ];
-const MODEL_REFUSED: &[&str] =
-    &["model_not_found", "not_found_error", "unknown model", "model is not supported", "model not found", "issue with the selected model"];
+const MODEL_REFUSED: &[&str] = &[
+    "model_not_found",
+    "not_found_error",
+    "unknown model",
+    "model is not supported",
+    "model not found",
+    "issue with the selected model",
+];
 const RATE_LIMITED: &[&str] = &[
     "rate_limit",
     "rate limit",
@@ -141,7 +153,8 @@ const PROVIDER_FAILED: &[&str] = &[
     "\"status\":{\"type\":\"retry\"",
 ];
 
-/// Of an agent that left with another status than 0, or was ended when its time was up, from the last that it printed.
+/// Of an agent that left with another status than 0, or was ended when its time was up, from the
+/// last that it printed.
 pub fn of_agent(code: Option<u8>, said: &str) -> Option<Cause> {
     let said = said.to_lowercase();
     let causes = [
@@ -152,7 +165,10 @@ pub fn of_agent(code: Option<u8>, said: &str) -> Option<Cause> {
         (RATE_LIMITED, Cause::RateLimited),
         (PROVIDER_FAILED, Cause::ProviderFailed),
     ];
-    let found = causes.iter().find(|(texts, _)| texts.iter().any(|text| said.contains(text))).map(|(_, cause)| *cause);
+    let found = causes
+        .iter()
+        .find(|(texts, _)| texts.iter().any(|text| said.contains(text)))
+        .map(|(_, cause)| *cause);
     found.or_else(|| (code == Some(KILLED)).then_some(Cause::OutOfMemory))
 }
 
@@ -167,12 +183,32 @@ mod tests {
             (137, "", false, Some(Cause::OutOfMemory)),
             (1, "fork: Cannot allocate memory", false, Some(Cause::OutOfMemory)),
             (100, "E: Unable to locate package jqq", false, Some(Cause::PackageNotFound)),
-            (1, "ERROR: No matching distribution found for nosuch", false, Some(Cause::PackageNotFound)),
-            (128, "fatal: could not read Username for 'https://github.com': terminal prompts disabled", false, Some(Cause::CloneDenied)),
-            (128, "fatal: unable to access 'https://x/': CONNECT tunnel failed, response 403", true, Some(Cause::PolicyBlocked)),
+            (
+                1,
+                "ERROR: No matching distribution found for nosuch",
+                false,
+                Some(Cause::PackageNotFound),
+            ),
+            (
+                128,
+                "fatal: could not read Username for 'https://github.com': terminal prompts disabled",
+                false,
+                Some(Cause::CloneDenied),
+            ),
+            (
+                128,
+                "fatal: unable to access 'https://x/': CONNECT tunnel failed, response 403",
+                true,
+                Some(Cause::PolicyBlocked),
+            ),
             (6, "curl: (6) Could not resolve host: x", true, Some(Cause::PolicyBlocked)),
             (6, "curl: (6) Could not resolve host: x", false, None),
-            (2, "Could not find a valid gem 'x', here is why: SocketError: getaddrinfo: Name or service not known", false, None),
+            (
+                2,
+                "Could not find a valid gem 'x', here is why: SocketError: getaddrinfo: Name or service not known",
+                false,
+                None,
+            ),
             (1, "make: *** [all] Error 1", false, None),
         ] {
             assert_eq!(of_script(code, said, limited), cause, "{said}");
@@ -181,13 +217,34 @@ mod tests {
 
     #[test]
     fn an_agents_end_is_diagnosed_only_where_it_is_known() {
-        assert_eq!(of_agent(Some(1), r#"{"type":"error","message":"401 Unauthorized: Incorrect API key"}"#), Some(Cause::KeyRefused));
-        assert_eq!(of_agent(Some(1), "429 You exceeded your current quota"), Some(Cause::QuotaUsedUp));
+        assert_eq!(
+            of_agent(
+                Some(1),
+                r#"{"type":"error","message":"401 Unauthorized: Incorrect API key"}"#
+            ),
+            Some(Cause::KeyRefused)
+        );
+        assert_eq!(
+            of_agent(Some(1), "429 You exceeded your current quota"),
+            Some(Cause::QuotaUsedUp)
+        );
         assert_eq!(of_agent(Some(137), ""), Some(Cause::OutOfMemory));
-        assert_eq!(of_agent(None, r#"{"subtype":"api_retry","error_status":500,"error":"server_error"}"#), Some(Cause::ProviderFailed));
-        assert_eq!(of_agent(None, r#"{"code":429,"status":"RESOURCE_EXHAUSTED"}"#), Some(Cause::RateLimited));
-        assert_eq!(of_agent(None, r#"{"error":{"code":500,"status":"INTERNAL"}}"#), Some(Cause::ProviderFailed));
-        assert_eq!(of_agent(None, r#"{"id":3,"error":{"code":429,"message":"no"}}"#), Some(Cause::RateLimited));
+        assert_eq!(
+            of_agent(None, r#"{"subtype":"api_retry","error_status":500,"error":"server_error"}"#),
+            Some(Cause::ProviderFailed)
+        );
+        assert_eq!(
+            of_agent(None, r#"{"code":429,"status":"RESOURCE_EXHAUSTED"}"#),
+            Some(Cause::RateLimited)
+        );
+        assert_eq!(
+            of_agent(None, r#"{"error":{"code":500,"status":"INTERNAL"}}"#),
+            Some(Cause::ProviderFailed)
+        );
+        assert_eq!(
+            of_agent(None, r#"{"id":3,"error":{"code":429,"message":"no"}}"#),
+            Some(Cause::RateLimited)
+        );
         assert_eq!(of_agent(Some(1), "tests failed"), None);
     }
 }

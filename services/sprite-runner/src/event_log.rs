@@ -1,7 +1,8 @@
 //! Appends to a session's event log, as its only writer.
 //!
-//! Every append names the sequence that it follows. The stream refuses a runner that lost its turn; it then reads who wrote, and stops.
-//! Each event contains a checkpoint of its writer, so that a successor needs only the newest event.
+//! Every append names the sequence that it follows. The stream refuses a runner that lost its turn;
+//! it then reads who wrote, and stops. Each event contains a checkpoint of its writer, so that a
+//! successor needs only the newest event.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,10 @@ use bus::{
 use bytes::Bytes;
 use contract::{
     scheduler::{MeterEntry, QueuedInputs, TurnSpec, meter_entry},
-    session::{Checkpoint, OpenModelRequest, Preview, SessionEvent, StageChanged, TakenOver, TurnEnded, TurnStarted, session_event::Kind},
+    session::{
+        Checkpoint, OpenModelRequest, Preview, SessionEvent, StageChanged, TakenOver, TurnEnded,
+        TurnStarted, session_event::Kind,
+    },
     subject, topology,
 };
 use prost::Message as _;
@@ -33,7 +37,8 @@ use crate::{
 const FOREIGN_ATTEMPTS: u32 = 12;
 /// Model requests without an end that are remembered.
 const OPEN_REQUESTS_MAX: usize = 64;
-const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(2), attempts: u32::MAX };
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(50), max: Duration::from_secs(2), attempts: u32::MAX };
 
 /// Why a writer has to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +91,8 @@ pub struct EventLog {
     follows: Mark,
     /// The earliest time of the next event, in microseconds.
     next_at_us: i64,
-    /// Ids up to this one were persisted when the turn was claimed: an event that gets one of them is in a stream that was set back.
+    /// Ids up to this one were persisted when the turn was claimed: an event that gets one of them
+    /// is in a stream that was set back.
     floor: u64,
     pub checkpoint: Checkpoint,
     /// Masks secrets in our own messages.
@@ -98,42 +104,68 @@ pub struct EventLog {
 }
 
 impl EventLog {
-    /// Finds the end of the log: the newest event in the stream, or the newest one in Postgres, which the claim contains, if the stream
-    /// has none and was not trimmed beyond what was persisted then.
+    /// Finds the end of the log: the newest event in the stream, or the newest one in Postgres,
+    /// which the claim contains, if the stream has none and was not trimmed beyond what was
+    /// persisted then.
     ///
     /// # Errors
     /// When the stream does not answer, or was trimmed further.
-    pub async fn open(bus: &Bus, session: SessionId, turn: u32, spec: &TurnSpec) -> Result<Position, OpenError> {
+    pub async fn open(
+        bus: &Bus,
+        session: SessionId,
+        turn: u32,
+        spec: &TurnSpec,
+    ) -> Result<Position, OpenError> {
         let epoch = spec.epoch;
-        let partition = Partition::new(spec.event_partition).ok_or(OpenError::UnknownPartition(spec.event_partition))?;
+        let partition = Partition::new(spec.event_partition)
+            .ok_or(OpenError::UnknownPartition(spec.event_partition))?;
         let (stream, log) = (topology::events(partition), subject::session_log(session, partition));
         let last = newest_written(bus, stream.name, &log).await?;
         let may_have_more = (turn, epoch) != (1, 1);
-        if last.is_none() && may_have_more && bus.stream_info(stream).await?.trimmed_through > spec.recorded_through {
+        if last.is_none()
+            && may_have_more
+            && bus.stream_info(stream).await?.trimmed_through > spec.recorded_through
+        {
             return Err(OpenError::Trimmed);
         }
         let decode = |id: u64, payload: Bytes| Some((id, SessionEvent::decode(payload).ok()?));
         let streamed = match last {
             // A runner that cannot read another runner's event must not start over at offset 0.
-            Some(entry) => Some(decode(entry.sequence, entry.payload).ok_or(OpenError::Unreadable)?),
+            Some(entry) => {
+                Some(decode(entry.sequence, entry.payload).ok_or(OpenError::Unreadable)?)
+            }
             None => None,
         };
         let persisted = match &spec.last_event {
-            Some(event) => Some(decode(event.event_id, event.payload.clone()).ok_or(OpenError::Unreadable)?),
+            Some(event) => {
+                Some(decode(event.event_id, event.payload.clone()).ok_or(OpenError::Unreadable)?)
+            }
             None => None,
         };
         let (last_sequence, follows, mut checkpoint, last_at_us) =
             match rules::position::position(newest(&streamed), newest(&persisted), turn, epoch) {
-                rules::position::Position::Open { expected, follows, checkpoint, at_us } => (expected, follows, checkpoint, at_us),
+                rules::position::Position::Open { expected, follows, checkpoint, at_us } => {
+                    (expected, follows, checkpoint, at_us)
+                }
                 rules::position::Position::Ended { id } => return Ok(Position::Ended(id)),
-                rules::position::Position::Terminated => return Ok(Position::Fenced(Fenced::Terminated)),
-                rules::position::Position::Superseded => return Ok(Position::Fenced(Fenced::Superseded)),
+                rules::position::Position::Terminated => {
+                    return Ok(Position::Fenced(Fenced::Terminated));
+                }
+                rules::position::Position::Superseded => {
+                    return Ok(Position::Fenced(Fenced::Superseded));
+                }
             };
-        let newest = [&streamed, &persisted].into_iter().flatten().find(|(id, event)| *id == follows.id && event.turn == turn);
+        let newest = [&streamed, &persisted]
+            .into_iter()
+            .flatten()
+            .find(|(id, event)| *id == follows.id && event.turn == turn);
         if let Some((id, event)) = newest {
             playback::own_tool(event.kind.as_ref(), *id, &mut checkpoint);
             if let Some(Kind::ModelRequestStarted(started)) = &event.kind {
-                open_request(&mut checkpoint, OpenModelRequest { request_id: started.request_id.clone(), event_id: *id });
+                open_request(
+                    &mut checkpoint,
+                    OpenModelRequest { request_id: started.request_id.clone(), event_id: *id },
+                );
             }
         }
         Ok(Position::Open(Box::new(Self {
@@ -159,12 +191,23 @@ impl EventLog {
         self.append(Kind::TakenOver(TakenOver {})).await
     }
 
-    pub async fn stage(&mut self, stage: Stage, state: StageState, took: Option<Duration>, message: Option<String>) -> Result<(), Fenced> {
+    pub async fn stage(
+        &mut self,
+        stage: Stage,
+        state: StageState,
+        took: Option<Duration>,
+        message: Option<String>,
+    ) -> Result<(), Fenced> {
         if state == StageState::Done {
             self.checkpoint.stages_done.push(stage.as_str().to_owned());
         }
         let duration_ms = took.map(|took| u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
-        let changed = StageChanged { stage: stage.as_str().to_owned(), state: state.as_str().to_owned(), duration_ms, message };
+        let changed = StageChanged {
+            stage: stage.as_str().to_owned(),
+            state: state.as_str().to_owned(),
+            duration_ms,
+            message,
+        };
         self.append(Kind::Stage(changed)).await
     }
 
@@ -172,8 +215,13 @@ impl EventLog {
         self.checkpoint.stages_done.iter().any(|done| done == stage.as_str())
     }
 
-    /// The turn's message is about to be sent to the agent host, whose journal is read from this offset.
-    pub async fn started(&mut self, started: TurnStarted, journal_offset: u64) -> Result<(), Fenced> {
+    /// The turn's message is about to be sent to the agent host, whose journal is read from this
+    /// offset.
+    pub async fn started(
+        &mut self,
+        started: TurnStarted,
+        journal_offset: u64,
+    ) -> Result<(), Fenced> {
         let former = std::mem::take(&mut self.checkpoint);
         self.checkpoint = Checkpoint {
             stages_done: former.stages_done,
@@ -196,7 +244,8 @@ impl EventLog {
         match entry.kind {
             Some(meter_entry::Kind::Started(started)) => {
                 let request_id = started.request_id.clone();
-                // Its own id is known only when it is in the log: it is in the checkpoints from the next event on.
+                // Its own id is known only when it is in the log: it is in the checkpoints from the
+                // next event on.
                 self.append(Kind::ModelRequestStarted(started)).await?;
                 let event_id = self.last_sequence;
                 open_request(&mut self.checkpoint, OpenModelRequest { request_id, event_id });
@@ -208,7 +257,9 @@ impl EventLog {
                 }
                 self.append(Kind::ModelRequestEnded(ended)).await
             }
-            Some(meter_entry::Kind::Notice(notice)) => self.append(Kind::BudgetNotice(notice)).await,
+            Some(meter_entry::Kind::Notice(notice)) => {
+                self.append(Kind::BudgetNotice(notice)).await
+            }
             // Of a later release.
             None => Ok(()),
         }
@@ -232,11 +283,15 @@ impl EventLog {
         place.apply(&mut self.checkpoint);
     }
 
-    /// Publishes what the agent is writing to gateways that follow the session. It is not part of the log.
+    /// Publishes what the agent is writing to gateways that follow the session. It is not part of
+    /// the log.
     pub async fn preview(&self, previews: Vec<Preview>) {
-        let previews = previews.into_iter().map(|preview| Preview { turn: self.turn, ..preview }).collect();
+        let previews =
+            previews.into_iter().map(|preview| Preview { turn: self.turn, ..preview }).collect();
         let told = QueuedInputs { previews, ..QueuedInputs::default() };
-        self.bus.publish_hint(subject::queued_inputs(self.session), told.encode_to_vec().into()).await;
+        self.bus
+            .publish_hint(subject::queued_inputs(self.session), told.encode_to_vec().into())
+            .await;
     }
 
     /// Ends the turn. Returns the id of its end.
@@ -245,8 +300,8 @@ impl EventLog {
         Ok(self.last_sequence)
     }
 
-    /// Appends and waits for the acknowledgement, for as long as it takes: nothing is dropped because the bus is slow or full.
-    /// The task's owner ends the wait.
+    /// Appends and waits for the acknowledgement, for as long as it takes: nothing is dropped
+    /// because the bus is slow or full. The task's owner ends the wait.
     async fn append(&mut self, kind: Kind) -> Result<(), Fenced> {
         let tag = Uuid::new_v4().as_u64_pair().1;
         let at_us = Timestamp::now().unix_micros().max(self.next_at_us);
@@ -324,7 +379,11 @@ fn open_request(checkpoint: &mut Checkpoint, request: OpenModelRequest) {
 }
 
 /// The newest entry of a log, once the scheduler has removed what no service wrote.
-async fn newest_written(bus: &Bus, stream: &'static str, log: &str) -> Result<Option<Entry>, OpenError> {
+async fn newest_written(
+    bus: &Bus,
+    stream: &'static str,
+    log: &str,
+) -> Result<Option<Entry>, OpenError> {
     for attempt in 1..=FOREIGN_ATTEMPTS {
         match bus.last(stream, log).await? {
             Some(last) if last.is_foreign => tokio::time::sleep(RETRY.jittered(attempt)).await,
@@ -362,11 +421,22 @@ mod tests {
         let (session, spec) = (SessionId::new(), TurnSpec { epoch: 2, ..TurnSpec::default() });
         let log = subject::session_log(session, Partition::FIRST);
         let checkpoint = Checkpoint { stdout_offset: 70, ..Checkpoint::default() };
-        let event = SessionEvent { turn: 1, epoch: 1, checkpoint: Some(checkpoint), tag: 1, ..SessionEvent::default() };
+        let event = SessionEvent {
+            turn: 1,
+            epoch: 1,
+            checkpoint: Some(checkpoint),
+            tag: 1,
+            ..SessionEvent::default()
+        };
         let first = bus.append(log.clone(), event.encode_to_vec().into(), 0).await.unwrap();
-        let Ok(Position::Open(opened)) = EventLog::open(&bus, session, 1, &spec).await else { unreachable!("it continues") };
+        let Ok(Position::Open(opened)) = EventLog::open(&bus, session, 1, &spec).await else {
+            unreachable!("it continues")
+        };
         assert_eq!(opened.checkpoint.stdout_offset, 70);
         bus.append(log, vec![0xff; 20].into(), first).await.unwrap();
-        assert!(matches!(EventLog::open(&bus, session, 1, &spec).await, Err(OpenError::Unreadable)));
+        assert!(matches!(
+            EventLog::open(&bus, session, 1, &spec).await,
+            Err(OpenError::Unreadable)
+        ));
     }
 }

@@ -1,4 +1,5 @@
-//! Files of a session: writes its user's files into the sandbox before a turn, and stores the agent's files after one.
+//! Files of a session: writes its user's files into the sandbox before a turn, and stores the
+//! agent's files after one.
 //!
 //! Bytes go between the sandbox and the store of files; the scheduler knows what they are.
 
@@ -60,16 +61,27 @@ struct Mounted {
     path: String,
 }
 
-/// What has to be done so that a sandbox has the files that it should: paths to remove, then files to write.
+/// What has to be done so that a sandbox has the files that it should: paths to remove, then files
+/// to write.
 fn differences<'a>(has: &[Mounted], wanted: &'a [File]) -> (Vec<String>, Vec<&'a File>) {
     let known: BTreeSet<&str> = has.iter().map(|file| file.id.as_str()).collect();
     let kept: BTreeSet<&str> = wanted.iter().map(|file| file.file_id.as_str()).collect();
-    let removed = has.iter().filter(|file| !kept.contains(file.id.as_str())).map(|file| file.path.clone()).collect();
+    let removed = has
+        .iter()
+        .filter(|file| !kept.contains(file.id.as_str()))
+        .map(|file| file.path.clone())
+        .collect();
     (removed, wanted.iter().filter(|file| !known.contains(file.file_id.as_str())).collect())
 }
 
-/// Gives a sandbox the session's files, and takes those that the session no longer has. Safe to interrupt and rerun.
-pub async fn mount(runner: &Runner, sprite: &Sprite, spec: &TurnSpec, is_new: bool) -> Result<(), NotMounted> {
+/// Gives a sandbox the session's files, and takes those that the session no longer has. Safe to
+/// interrupt and rerun.
+pub async fn mount(
+    runner: &Runner,
+    sprite: &Sprite,
+    spec: &TurnSpec,
+    is_new: bool,
+) -> Result<(), NotMounted> {
     if is_new && spec.collects_outputs {
         sprite.write(MARKER, Vec::new(), 0o644).await?;
     }
@@ -77,7 +89,9 @@ pub async fn mount(runner: &Runner, sprite: &Sprite, spec: &TurnSpec, is_new: bo
         return Ok(());
     }
     let has: Vec<Mounted> = match sprite.read_at_most(MANIFEST, MANIFEST_BYTES_MAX).await {
-        Ok(manifest) => manifest.and_then(|manifest| serde_json::from_slice(&manifest).ok()).unwrap_or_default(),
+        Ok(manifest) => {
+            manifest.and_then(|manifest| serde_json::from_slice(&manifest).ok()).unwrap_or_default()
+        }
         Err(Error::NotFound { .. }) => Vec::new(),
         Err(error) => return Err(error.into()),
     };
@@ -86,38 +100,56 @@ pub async fn mount(runner: &Runner, sprite: &Sprite, spec: &TurnSpec, is_new: bo
         return Ok(());
     }
     if !removed.is_empty() {
-        let argv: Vec<&str> = ["rm", "-f", "--"].into_iter().chain(removed.iter().map(String::as_str)).collect();
-        sprite.run(&ExecRequest { argv: &argv, dir: "/", ..ExecRequest::default() }, LIST_MAX).await?;
+        let argv: Vec<&str> =
+            ["rm", "-f", "--"].into_iter().chain(removed.iter().map(String::as_str)).collect();
+        sprite
+            .run(&ExecRequest { argv: &argv, dir: "/", ..ExecRequest::default() }, LIST_MAX)
+            .await?;
     }
     let Some(store) = &runner.files else {
-        return Err(NotMounted::Failed("The session has files, and this runner has no AOD_FILES_URL".to_owned()));
+        return Err(NotMounted::Failed(
+            "The session has files, and this runner has no AOD_FILES_URL".to_owned(),
+        ));
     };
     for file in new {
         put(store, sprite, file).await?;
     }
-    let manifest: Vec<Mounted> = spec.files.iter().map(|file| Mounted { id: file.file_id.clone(), path: file.path.clone() }).collect();
-    let manifest = serde_json::to_vec(&manifest).map_err(|error| NotMounted::Failed(error.to_string()))?;
+    let manifest: Vec<Mounted> = spec
+        .files
+        .iter()
+        .map(|file| Mounted { id: file.file_id.clone(), path: file.path.clone() })
+        .collect();
+    let manifest =
+        serde_json::to_vec(&manifest).map_err(|error| NotMounted::Failed(error.to_string()))?;
     Ok(sprite.write(MANIFEST, manifest, 0o600).await?)
 }
 
 async fn put(store: &Files, sprite: &Sprite, file: &File) -> Result<(), NotMounted> {
-    let object: Uuid = file.object_id.parse().map_err(|_| NotMounted::Failed("A file has no object".to_owned()))?;
+    let object: Uuid = file
+        .object_id
+        .parse()
+        .map_err(|_| NotMounted::Failed("A file has no object".to_owned()))?;
     let mut attempt = 1;
     loop {
-        let chunks = store
-            .read(object)
+        let chunks = store.read(object).await.map_err(|error| {
+            NotMounted::Released(format!("the file {} cannot be read: {error}", file.filename))
+        })?;
+        match sprite
+            .write_stream(&file.path, chunks.map_err(std::io::Error::other), file.size_bytes, 0o444)
             .await
-            .map_err(|error| NotMounted::Released(format!("the file {} cannot be read: {error}", file.filename)))?;
-        match sprite.write_stream(&file.path, chunks.map_err(std::io::Error::other), file.size_bytes, 0o444).await {
+        {
             Ok(()) => return Ok(()),
-            Err(error) if attempt < ATTEMPTS => tracing::info!(%error, attempt, "failed to write a file into a sandbox; will retry"),
+            Err(error) if attempt < ATTEMPTS => {
+                tracing::info!(%error, attempt, "failed to write a file into a sandbox; will retry")
+            }
             Err(error) => return Err(error.into()),
         }
         attempt += 1;
     }
 }
 
-// --- outputs ---------------------------------------------------------------------------------------
+// --- outputs
+// ---------------------------------------------------------------------------------------
 
 /// A file that the agent wrote.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,7 +159,8 @@ struct Found {
     path: String,
 }
 
-/// A page of the list of outputs, after so many of them. It begins with a NUL, which is missing where its beginning was cut off.
+/// A page of the list of outputs, after so many of them. It begins with a NUL, which is missing
+/// where its beginning was cut off.
 fn list_script(after: usize) -> String {
     format!(
         "printf '\\0'; [ -d {OUTPUTS} ] || exit 0; find {OUTPUTS} -type f -printf '%s\\t%T@\\t%P\\0' 2>/dev/null | \
@@ -151,14 +184,22 @@ struct Listed {
 fn read_list(list: &[u8]) -> Option<Listed> {
     let list = list.strip_prefix(b"\0")?;
     // The last entry may be cut.
-    let whole = list.iter().rposition(|byte| *byte == 0).and_then(|end| list.get(..end)).unwrap_or_default();
+    let whole = list
+        .iter()
+        .rposition(|byte| *byte == 0)
+        .and_then(|end| list.get(..end))
+        .unwrap_or_default();
     let mut listed = Listed { is_last: list.len() < LIST_BYTES_MAX, ..Listed::default() };
     let entry = |entry: &[u8]| {
         let mut parts = std::str::from_utf8(entry).ok()?.splitn(3, '\t');
         let (size, modified, path) = (parts.next()?.parse().ok()?, parts.next()?, parts.next()?);
         let (seconds, fraction) = modified.split_once('.').unwrap_or((modified, ""));
         let micros: String = fraction.chars().chain("000000".chars()).take(6).collect();
-        let modified_us = seconds.parse::<i64>().ok()?.checked_mul(1_000_000)?.checked_add(micros.parse().ok()?)?;
+        let modified_us = seconds
+            .parse::<i64>()
+            .ok()?
+            .checked_mul(1_000_000)?
+            .checked_add(micros.parse().ok()?)?;
         let is_good = path.len() <= PATH_BYTES_MAX && path.split('/').all(is_filename);
         is_good.then(|| Found { size, modified_us, path: path.to_owned() })
     };
@@ -178,13 +219,23 @@ async fn list(sprite: &Sprite) -> Result<Listed, String> {
     let mut all = Listed::default();
     for _ in 0..LIST_PAGES_MAX {
         let script = list_script(all.entries);
-        let request = ExecRequest { argv: &["bash", "-c", &script], dir: "/", ..ExecRequest::default() };
-        let printed = sprite.run(&request, LIST_MAX).await.map_err(|error| format!("the outputs cannot be listed: {error}"))?;
-        let page = read_list(&printed.stdout).ok_or("the outputs cannot be listed: the list is not whole")?;
+        let request =
+            ExecRequest { argv: &["bash", "-c", &script], dir: "/", ..ExecRequest::default() };
+        let printed = sprite
+            .run(&request, LIST_MAX)
+            .await
+            .map_err(|error| format!("the outputs cannot be listed: {error}"))?;
+        let page = read_list(&printed.stdout)
+            .ok_or("the outputs cannot be listed: the list is not whole")?;
         all.entries += page.entries;
         all.unnameable += page.unnameable;
         // Files may have moved within the list meanwhile.
-        all.found.extend(page.found.into_iter().filter(|found| all.found.iter().all(|known| known.path != found.path)).collect::<Vec<_>>());
+        all.found.extend(
+            page.found
+                .into_iter()
+                .filter(|found| all.found.iter().all(|known| known.path != found.path))
+                .collect::<Vec<_>>(),
+        );
         if page.is_last || page.entries == 0 || all.found.len() > OUTPUTS_OF_SESSION_MAX {
             break;
         }
@@ -193,11 +244,20 @@ async fn list(sprite: &Sprite) -> Result<Listed, String> {
     Ok(all)
 }
 
-/// Keeps what the agent wrote and what was not kept before. What cannot be kept is logged, and tried again after the next turn: a turn does
-/// not fail by it.
-pub async fn collect(runner: &Runner, sprite: &Sprite, (session, turn): (SessionId, u32), spec: &TurnSpec) {
+/// Keeps what the agent wrote and what was not kept before. What cannot be kept is logged, and
+/// tried again after the next turn: a turn does not fail by it.
+pub async fn collect(
+    runner: &Runner,
+    sprite: &Sprite,
+    (session, turn): (SessionId, u32),
+    spec: &TurnSpec,
+) {
     let Some(store) = runner.files.as_ref().filter(|_| spec.collects_outputs) else { return };
-    let kept = tokio::time::timeout(OUTPUTS_TIME_MAX, collect_all(runner, store, sprite, (session, turn), spec)).await;
+    let kept = tokio::time::timeout(
+        OUTPUTS_TIME_MAX,
+        collect_all(runner, store, sprite, (session, turn), spec),
+    )
+    .await;
     let problem = match kept {
         Ok(Ok(())) => return,
         Ok(Err(problem)) => problem,
@@ -216,14 +276,23 @@ async fn collect_all(
 ) -> Result<(), String> {
     let Listed { found, unnameable, .. } = list(sprite).await?;
     let is_kept = |found: &Found| {
-        let same = |file: &File| file.path == found.path && file.size_bytes == found.size && file.modified_us == found.modified_us;
+        let same = |file: &File| {
+            file.path == found.path
+                && file.size_bytes == found.size
+                && file.modified_us == found.modified_us
+        };
         spec.outputs.iter().any(same)
     };
-    let mut problem = (unnameable > 0).then(|| format!("the names of {unnameable} files are no text, or hold control characters"));
+    let mut problem = (unnameable > 0).then(|| {
+        format!("the names of {unnameable} files are no text, or hold control characters")
+    });
     for found in found.iter().filter(|found| !is_kept(found)) {
         if found.size > runner.file_bytes_max {
-            problem = Some(format!("{} is larger than {} bytes", found.path, runner.file_bytes_max));
-        } else if let Err(why) = keep(runner, store, sprite, (session, turn, spec.epoch), found).await {
+            problem =
+                Some(format!("{} is larger than {} bytes", found.path, runner.file_bytes_max));
+        } else if let Err(why) =
+            keep(runner, store, sprite, (session, turn, spec.epoch), found).await
+        {
             problem = Some(format!("{}: {why}", found.path));
         }
     }
@@ -250,9 +319,16 @@ async fn keep(
     };
     let file = runner.bus.call::<rpc::BeginOutput>(&begin, DEADLINE).await.map_err(told)?;
     let object: Uuid = file.object_id.parse().map_err(|_| "it has no object".to_owned())?;
-    let chunks = sprite.read_from(&format!("{OUTPUTS}/{}", found.path), 0).await.map_err(|error| error.to_string())?;
-    // Where it fails, the scheduler gives the file up. What is added meanwhile is of the next turn: there may be no room for it.
-    let written = store.write(object, found.size, Box::pin(first(chunks, found.size))).await.map_err(|error| error.to_string())?;
+    let chunks = sprite
+        .read_from(&format!("{OUTPUTS}/{}", found.path), 0)
+        .await
+        .map_err(|error| error.to_string())?;
+    // Where it fails, the scheduler gives the file up. What is added meanwhile is of the next turn:
+    // there may be no room for it.
+    let written = store
+        .write(object, found.size, Box::pin(first(chunks, found.size)))
+        .await
+        .map_err(|error| error.to_string())?;
     let commit = CommitOutputRequest {
         session_id: session.to_string(),
         turn,
@@ -262,7 +338,10 @@ async fn keep(
         sha256: written.sha256,
     };
     let committed = runner.bus.call::<rpc::CommitOutput>(&commit, DEADLINE).await;
-    if committed.as_ref().is_err_and(|failure| matches!(failure.code, ErrorCode::Conflict | ErrorCode::NotFound)) {
+    if committed
+        .as_ref()
+        .is_err_and(|failure| matches!(failure.code, ErrorCode::Conflict | ErrorCode::NotFound))
+    {
         // Of any other failure it is not known whether the file was committed.
         let _ = store.delete(object).await;
     }
@@ -270,7 +349,10 @@ async fn keep(
 }
 
 /// The first bytes of a stream.
-fn first<E>(chunks: impl Stream<Item = Result<Bytes, E>> + Unpin, bytes: u64) -> impl Stream<Item = Result<Bytes, E>> {
+fn first<E>(
+    chunks: impl Stream<Item = Result<Bytes, E>> + Unpin,
+    bytes: u64,
+) -> impl Stream<Item = Result<Bytes, E>> {
     futures::stream::unfold((chunks, bytes), |(mut chunks, left)| async move {
         if left == 0 {
             return None;
@@ -303,10 +385,18 @@ mod tests {
     #[test]
     fn a_list_is_read_and_one_whose_beginning_is_missing_is_not() {
         let list = b"\x005\t1700000000.1234567890\tout/a b.txt\x000\t1700000001\tu\x007\t1.0\t.aod\x007\tx\ty\x007\t1.0\ta\nb\x001\t1.0\tbad\xff\x007\t1.0\tcu";
-        let found = |size, modified_us, path: &str| Found { size, modified_us, path: path.to_owned() };
+        let found =
+            |size, modified_us, path: &str| Found { size, modified_us, path: path.to_owned() };
         let listed = read_list(list).unwrap();
-        assert_eq!(listed.found, [found(5, 1_700_000_000_123_456, "out/a b.txt"), found(0, 1_700_000_001_000_000, "u")]);
-        assert_eq!((listed.entries, listed.unnameable, listed.is_last), (6, 3, true), "the last entry is cut");
+        assert_eq!(
+            listed.found,
+            [found(5, 1_700_000_000_123_456, "out/a b.txt"), found(0, 1_700_000_001_000_000, "u")]
+        );
+        assert_eq!(
+            (listed.entries, listed.unnameable, listed.is_last),
+            (6, 3, true),
+            "the last entry is cut"
+        );
         assert_eq!(read_list(b"\0"), Some(Listed { is_last: true, ..Listed::default() }));
         assert_eq!(read_list(b"700000000.0\tx\0"), None);
     }
@@ -322,8 +412,10 @@ mod tests {
         }
         let (mut paths, mut entries) = (BTreeSet::new(), 0);
         for pages in 1.. {
-            let script = list_script(entries).replace(OUTPUTS, &folder.path().display().to_string());
-            let printed = std::process::Command::new("bash").args(["-c", &script]).output().unwrap();
+            let script =
+                list_script(entries).replace(OUTPUTS, &folder.path().display().to_string());
+            let printed =
+                std::process::Command::new("bash").args(["-c", &script]).output().unwrap();
             assert!(printed.stdout.len() <= 64 << 10, "more than is kept of what a command prints");
             let page = read_list(&printed.stdout).unwrap();
             entries += page.entries;
@@ -338,8 +430,13 @@ mod tests {
 
     #[tokio::test]
     async fn no_more_is_read_of_an_output_than_was_found() {
-        let chunks = || futures::stream::iter([&b"abc"[..], b"def", b"ghi"].map(|chunk| Ok::<_, ()>(Bytes::from_static(chunk))));
-        for (bytes, expected) in [(0, ""), (2, "ab"), (3, "abc"), (5, "abcde"), (100, "abcdefghi")] {
+        let chunks = || {
+            futures::stream::iter(
+                [&b"abc"[..], b"def", b"ghi"].map(|chunk| Ok::<_, ()>(Bytes::from_static(chunk))),
+            )
+        };
+        for (bytes, expected) in [(0, ""), (2, "ab"), (3, "abc"), (5, "abcde"), (100, "abcdefghi")]
+        {
             let read: Vec<Bytes> = first(chunks(), bytes).try_collect().await.unwrap();
             assert_eq!(read.concat(), expected.as_bytes());
         }

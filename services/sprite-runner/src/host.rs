@@ -1,7 +1,9 @@
-//! The connection to the agent host in a Sprite (docs/agent-host.md): its journal comes out, inputs go in.
+//! The connection to the agent host in a Sprite (docs/agent-host.md): its journal comes out, inputs
+//! go in.
 //!
-//! One exec carries both. When it is cut, the next continues where the journal was read to, and what the host has not accepted is sent
-//! again. A host that does not run is started; one that was killed says so in the journal once it is started again.
+//! One exec carries both. When it is cut, the next continues where the journal was read to, and
+//! what the host has not accepted is sent again. A host that does not run is started; one that was
+//! killed says so in the journal once it is started again.
 
 use std::{
     path::PathBuf,
@@ -31,12 +33,15 @@ const MOUNTED: &str = "/opt/aod/agent-host";
 /// The host says that it is alive every 5 s.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Between attempts; how long there are more is decided by [`Contact`].
-const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(15), attempts: u32::MAX };
-/// A Sprite that was in contact under this claim is tried again for so long before another runner tries, with a fresh lease.
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(200), max: Duration::from_secs(15), attempts: u32::MAX };
+/// A Sprite that was in contact under this claim is tried again for so long before another runner
+/// tries, with a fresh lease.
 const OUT_OF_CONTACT_MAX: Duration = Duration::from_secs(120);
 /// A Sprite that never was in contact under this claim is given up after so long.
 const NEVER_IN_CONTACT_MAX: Duration = Duration::from_secs(60);
-/// Bytes of records between the reader and the log, beyond the last: a slow log slows the reader, and through it the host.
+/// Bytes of records between the reader and the log, beyond the last: a slow log slows the reader,
+/// and through it the host.
 const QUEUE_BYTES: usize = 4 << 20;
 const QUEUE_RECORDS: usize = 4096;
 /// How long a host is left alone that waits for a decision.
@@ -74,19 +79,25 @@ impl Program {
             Some(path) => PathBuf::from(path),
             None => Self::find()?,
         };
-        let bytes = std::fs::read(&path).map_err(|error| format!("{} (AOD_AGENT_HOST): {error}", path.display()))?;
-        let sha256: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let bytes = std::fs::read(&path)
+            .map_err(|error| format!("{} (AOD_AGENT_HOST): {error}", path.display()))?;
+        let sha256: String =
+            Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         tracing::info!(path = %path.display(), bytes = bytes.len(), sha256, "agent host found");
         Ok(Self { bytes: bytes.into(), sha256: sha256.into() })
     }
 
     fn find() -> Result<PathBuf, String> {
-        let own = std::env::current_exe().map_err(|error| format!("the runner's own file: {error}"))?;
+        let own =
+            std::env::current_exe().map_err(|error| format!("the runner's own file: {error}"))?;
         let path = own.with_file_name("agent-host");
         if path.is_file() {
             return Ok(path);
         }
-        Err(format!("{} does not exist; `cargo xtask agent-host` builds it, and AOD_AGENT_HOST names another file", path.display()))
+        Err(format!(
+            "{} does not exist; `cargo xtask agent-host` builds it, and AOD_AGENT_HOST names another file",
+            path.display()
+        ))
     }
 
     fn uploaded(&self) -> String {
@@ -94,7 +105,8 @@ impl Program {
     }
 }
 
-/// When a Sprite last answered under this claim. Measured in time: long silences and often cut sockets are no failures.
+/// When a Sprite last answered under this claim. Measured in time: long silences and often cut
+/// sockets are no failures.
 #[derive(Debug)]
 struct Contact {
     claimed: Instant,
@@ -121,7 +133,8 @@ impl Contact {
         (self.last, self.attempt) = (Some(now), 0);
     }
 
-    /// `unauthorized`: the credentials were refused, which more attempts with the same do not change.
+    /// `unauthorized`: the credentials were refused, which more attempts with the same do not
+    /// change.
     fn interrupted(&mut self, now: Instant, unauthorized: bool) -> Next {
         let attempt = self.attempt;
         self.attempt += 1;
@@ -203,7 +216,8 @@ pub struct Access {
     pub from: u64,
     /// Whether a host was started before, and most likely still runs.
     pub may_run: bool,
-    /// Whether nothing is lost where the journal does not have the offset: then it is read from its beginning.
+    /// Whether nothing is lost where the journal does not have the offset: then it is read from its
+    /// beginning.
     pub may_skip: bool,
 }
 
@@ -218,7 +232,8 @@ pub struct Link {
 impl Link {
     pub fn open(access: Access) -> Self {
         let (sender, incoming) = mpsc::channel(QUEUE_RECORDS);
-        // Bounded by what a session may queue; a full channel would let its ends wait for each other.
+        // Bounded by what a session may queue; a full channel would let its ends wait for each
+        // other.
         let (commands, received) = mpsc::unbounded_channel();
         let worker = Worker {
             decoder: Decoder::new(access.from),
@@ -261,7 +276,8 @@ impl Link {
         self.command(Command::Persisted(offset));
     }
 
-    /// Closes the connection, so that the sandbox may sleep; it is made again for an input, or in a minute.
+    /// Closes the connection, so that the sandbox may sleep; it is made again for an input, or in a
+    /// minute.
     pub fn rest(&self) {
         self.command(Command::Rest);
     }
@@ -312,18 +328,29 @@ impl Worker {
                 if self.starts < STARTS_MAX {
                     return Ok(());
                 }
-                return Err(Some(Gone::Failed(format!("the agent host was started {STARTS_MAX} times and did not stay"))));
+                return Err(Some(Gone::Failed(format!(
+                    "the agent host was started {STARTS_MAX} times and did not stay"
+                ))));
             }
-            Broken::Unreadable { first, .. } if self.access.may_skip && *first != self.decoder.offset() => {
+            Broken::Unreadable { first, .. }
+                if self.access.may_skip && *first != self.decoder.offset() =>
+            {
                 self.decoder = Decoder::new(*first);
                 return Ok(());
             }
             Broken::Unreadable { .. } => return Err(Some(Gone::JournalLost)),
             Broken::Ended { code: NOT_INSTALLED, .. } => {
                 let path = self.access.program.uploaded();
-                match self.access.sprite.write(&path, self.access.program.bytes.clone(), 0o755).await {
+                match self
+                    .access
+                    .sprite
+                    .write(&path, self.access.program.bytes.clone(), 0o755)
+                    .await
+                {
                     Ok(()) => return Ok(()),
-                    Err(error) => tracing::info!(%error, "failed to upload the agent host; will retry"),
+                    Err(error) => {
+                        tracing::info!(%error, "failed to upload the agent host; will retry")
+                    }
                 }
             }
             _ => {}
@@ -344,7 +371,9 @@ impl Worker {
                 tokio::time::sleep(delay).await;
                 Ok(())
             }
-            Next::Release => Err(Some(Gone::Released(format!("its sandbox can no longer be followed: {broken}")))),
+            Next::Release => Err(Some(Gone::Released(format!(
+                "its sandbox can no longer be followed: {broken}"
+            )))),
             Next::Fail => Err(Some(Gone::Failed(broken.to_string()))),
         }
     }
@@ -366,12 +395,19 @@ impl Worker {
         let spec = self.spec_path();
         if !self.may_run {
             self.starts += 1;
-            if let Err(error) = self.access.sprite.write(&spec, self.access.spec.to_vec(), 0o600).await {
+            if let Err(error) =
+                self.access.sprite.write(&spec, self.access.spec.to_vec(), 0o600).await
+            {
                 return error.into();
             }
         }
         let argv = ["bash", "-c", &script];
-        let request = ExecRequest { argv: &argv, dir: "/", max_run_after_disconnect: Some(Duration::from_secs(1)), stdin: true };
+        let request = ExecRequest {
+            argv: &argv,
+            dir: "/",
+            max_run_after_disconnect: Some(Duration::from_secs(1)),
+            stdin: true,
+        };
         let exec = match self.access.sprite.exec(&request).await {
             Ok(exec) => exec,
             Err(error) => return error.into(),
@@ -379,7 +415,14 @@ impl Worker {
         let (mut output, mut input) = exec.split();
         let (begun, mut attached) = (Instant::now(), false);
         let (read, written) = (
-            read(&mut output, &mut attached, &mut self.decoder, &mut self.contact, &self.incoming, &self.room),
+            read(
+                &mut output,
+                &mut attached,
+                &mut self.decoder,
+                &mut self.contact,
+                &self.incoming,
+                &self.room,
+            ),
             write(&mut input, &mut self.outbox, &mut self.persisted, &mut self.commands),
         );
         let broken = tokio::select! {
@@ -449,7 +492,10 @@ async fn write(
     }
     loop {
         if let Some(offset) = persisted.take() {
-            let input = Input { id: String::new(), kind: Some(input::Kind::Persisted(Persisted { offset })) };
+            let input = Input {
+                id: String::new(),
+                kind: Some(input::Kind::Persisted(Persisted { offset })),
+            };
             if let Err(error) = exec.send(&journal::input_frame(&input)).await {
                 return error.into();
             }
@@ -505,8 +551,13 @@ async fn read(
             };
             let message = match frame {
                 Frame::Record { offset, next, record } => {
-                    let bytes = usize::try_from(next - offset).unwrap_or(QUEUE_BYTES).min(QUEUE_BYTES);
-                    let Ok(permit) = room.clone().acquire_many_owned(u32::try_from(bytes).unwrap_or(u32::MAX)).await else {
+                    let bytes =
+                        usize::try_from(next - offset).unwrap_or(QUEUE_BYTES).min(QUEUE_BYTES);
+                    let Ok(permit) = room
+                        .clone()
+                        .acquire_many_owned(u32::try_from(bytes).unwrap_or(u32::MAX))
+                        .await
+                    else {
                         return Broken::Unread;
                     };
                     *attached = true;
@@ -543,13 +594,20 @@ mod tests {
         let mut contact = Contact { claimed: begun, last: None, attempt: 0 };
         assert_eq!(contact.interrupted(at(0), false), Next::Retry(Duration::ZERO));
         for second in 1..60 {
-            assert!(matches!(contact.interrupted(at(second), second % 2 == 0), Next::Retry(_)), "{second}");
+            assert!(
+                matches!(contact.interrupted(at(second), second % 2 == 0), Next::Retry(_)),
+                "{second}"
+            );
         }
         assert_eq!(contact.interrupted(at(61), false), Next::Fail, "never in contact");
         assert_eq!(contact.interrupted(at(61), true), Next::Fail);
         for round in 0..50 {
             contact.made(at(100 + round));
-            assert_eq!(contact.interrupted(at(101 + round), false), Next::Retry(Duration::ZERO), "cut again and again");
+            assert_eq!(
+                contact.interrupted(at(101 + round), false),
+                Next::Retry(Duration::ZERO),
+                "cut again and again"
+            );
         }
         assert!(matches!(contact.interrupted(at(269), false), Next::Retry(_)));
         assert_eq!(contact.interrupted(at(270), false), Next::Release);
@@ -561,8 +619,12 @@ mod tests {
     fn an_input_is_sent_until_the_host_accepts_it() {
         let input = |id: &str| Input { id: id.to_owned(), kind: None };
         let (mut outbox, mut persisted) = (Vec::new(), None);
-        for command in [Command::Send(input("a")), Command::Send(input("b")), Command::Send(input("a")), Command::Accepted("a".to_owned())]
-        {
+        for command in [
+            Command::Send(input("a")),
+            Command::Send(input("b")),
+            Command::Send(input("a")),
+            Command::Accepted("a".to_owned()),
+        ] {
             assert!(take(command, &mut outbox, &mut persisted));
         }
         assert_eq!(outbox, [input("b")]);

@@ -1,4 +1,5 @@
-//! Inputs of a running turn: fetched from the scheduler when it says that some wait, and passed to the agent host.
+//! Inputs of a running turn: fetched from the scheduler when it says that some wait, and passed to
+//! the agent host.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -13,10 +14,12 @@ use tracing::Instrument as _;
 use types::{Backoff, ErrorCode, SessionId};
 
 const DEADLINE: Duration = Duration::from_secs(5);
-const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: u32::MAX };
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: u32::MAX };
 const INPUTS: usize = 16;
 
-/// The inputs of one turn as they come, some of them more than once; fetched by a task that ends with this.
+/// The inputs of one turn as they come, some of them more than once; fetched by a task that ends
+/// with this.
 pub struct Inputs {
     /// Those that waited when the turn was taken over.
     first: VecDeque<Input>,
@@ -35,18 +38,24 @@ pub struct Turn {
 
 impl Turn {
     fn request(&self) -> FetchInputsRequest {
-        FetchInputsRequest { session_id: self.session.to_string(), turn: self.turn, epoch: self.epoch }
+        FetchInputsRequest {
+            session_id: self.session.to_string(),
+            turn: self.turn,
+            epoch: self.epoch,
+        }
     }
 }
 
 impl Inputs {
-    /// Follows hints, and `waiting`, which is notified by heartbeats. A turn that was taken over may have missed a hint, and its journal
-    /// may settle inputs that the former runner sent: it asks first.
+    /// Follows hints, and `waiting`, which is notified by heartbeats. A turn that was taken over
+    /// may have missed a hint, and its journal may settle inputs that the former runner sent: it
+    /// asks first.
     ///
     /// # Errors
     /// When hints cannot be subscribed to.
     pub async fn follow(bus: &Bus, turn: Turn, waiting: Arc<Notify>) -> Result<Self, bus::Failure> {
-        let hints = bus.hints(subject::inputs_hint(turn.session)).await.map_err(bus::Failure::internal)?;
+        let hints =
+            bus.hints(subject::inputs_hint(turn.session)).await.map_err(bus::Failure::internal)?;
         let (first, due) = match turn.epoch {
             0 | 1 => (VecDeque::new(), false),
             _ => match bus.call::<rpc::FetchInputs>(&turn.request(), DEADLINE).await {

@@ -1,4 +1,5 @@
-//! Handles jobs. The scheduler knows whether a job is still to be done and who owns it; the event log knows how far it got.
+//! Handles jobs. The scheduler knows whether a job is still to be done and who owns it; the event
+//! log knows how far it got.
 
 use std::time::Duration;
 
@@ -9,7 +10,10 @@ use bus::{
 use contract::{
     rpc,
     runner::{DestroySprite, RunTurn},
-    scheduler::{ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, Routing, TurnSpec, claim_turn_reply::Verdict},
+    scheduler::{
+        ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, Routing, TurnSpec,
+        claim_turn_reply::Verdict,
+    },
     subject::RunnerJob,
 };
 use futures::StreamExt as _;
@@ -26,7 +30,8 @@ use crate::{
 };
 
 const CLAIM_DEADLINE: Duration = Duration::from_secs(10);
-const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
 /// How soon a job is delivered again that came while this runner had no lease.
 const NO_LEASE: Duration = Duration::from_millis(200);
 /// After a termination that this runner noticed itself. The job for the Sprite keeps trying.
@@ -38,21 +43,33 @@ pub async fn handle(runner: Runner, job: Job) -> Outcome {
     let again = RETRY.jittered(u32::try_from(job.delivery).unwrap_or(u32::MAX));
     match RunnerJob::parse(&job.subject, &job.payload) {
         Ok(RunnerJob::RunTurn(message)) => Box::pin(run_turn(runner, message, again)).await,
-        Ok(RunnerJob::SweepSprites(message)) => sweep::run(&runner, message, job.delivery, again).await,
-        Ok(RunnerJob::DestroySprite(message)) => destroy_sprite(&runner, message, job.delivery, again).await,
+        Ok(RunnerJob::SweepSprites(message)) => {
+            sweep::run(&runner, message, job.delivery, again).await
+        }
+        Ok(RunnerJob::DestroySprite(message)) => {
+            destroy_sprite(&runner, message, job.delivery, again).await
+        }
         Err(error) => Outcome::Reject(error.to_string()),
     }
 }
 
-/// Claims a turn. Once it is owned, the job has done its part: the turn continues under this runner's lease.
+/// Claims a turn. Once it is owned, the job has done its part: the turn continues under this
+/// runner's lease.
 async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
-    let Ok(session) = job.session_id.parse::<SessionId>() else { return Outcome::Reject("malformed session id".to_owned()) };
+    let Ok(session) = job.session_id.parse::<SessionId>() else {
+        return Outcome::Reject("malformed session id".to_owned());
+    };
     let Some(lease) = runner.turns.lease() else { return Outcome::Retry(NO_LEASE) };
     let Some(hold) = runner.turns.hold(session, job.turn) else { return Outcome::Done };
     // Subscribed before the claim: a termination is seen by the one or the other.
-    let Ok(terminated) = runner.bus.hints(contract::subject::terminate_hint(session)).await else { return Outcome::Retry(again) };
+    let Ok(terminated) = runner.bus.hints(contract::subject::terminate_hint(session)).await else {
+        return Outcome::Retry(again);
+    };
     let Ok(key) = KeyPair::generate() else { return Outcome::Retry(again) };
-    let Ok(model_token) = runner.model_gateway.as_ref().map(|_| ModelToken::generate()).transpose() else { return Outcome::Retry(again) };
+    let Ok(model_token) = runner.model_gateway.as_ref().map(|_| ModelToken::generate()).transpose()
+    else {
+        return Outcome::Retry(again);
+    };
     let claim = ClaimTurnRequest {
         session_id: job.session_id.clone(),
         turn: job.turn,
@@ -60,7 +77,10 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         runner_lease: lease.to_string(),
         public_key: key.public().to_vec(),
         model_token_hash: model_token.as_ref().map(ModelToken::hash).unwrap_or_default(),
-        routing: runner.model_gateway.as_ref().map(|_| Routing { private_hosts: runner.private_hosts.to_vec() }),
+        routing: runner
+            .model_gateway
+            .as_ref()
+            .map(|_| Routing { private_hosts: runner.private_hosts.to_vec() }),
     };
     let verdict = match runner.bus.call::<rpc::ClaimTurn>(&claim, CLAIM_DEADLINE).await {
         Ok(reply) => reply.verdict,
@@ -73,11 +93,16 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         Some(Verdict::Run(spec)) => {
             hold.claimed(spec.epoch);
             let span = tracing::info_span!("turn", %session, turn = job.turn, epoch = spec.epoch, runtime = spec.runtime);
-            Outcome::Accepted(Box::pin(own(runner, session, job.turn, spec, (key, model_token), hold, terminated).instrument(span)))
+            Outcome::Accepted(Box::pin(
+                own(runner, session, job.turn, spec, (key, model_token), hold, terminated)
+                    .instrument(span),
+            ))
         }
         Some(Verdict::Settled(settled)) => match settled.destroy {
             None => Outcome::Done,
-            Some(claim) => destroy::outcome(destroy::sprite(&runner, session, &claim, &key).await, again),
+            Some(claim) => {
+                destroy::outcome(destroy::sprite(&runner, session, &claim, &key).await, again)
+            }
         },
         Some(Verdict::Owned(_)) => Outcome::Done,
         Some(Verdict::LeaseExpired(_)) => Outcome::Retry(NO_LEASE),
@@ -97,7 +122,13 @@ async fn own(
 ) {
     let (sprite, epoch) = (spec.sprite.clone(), spec.epoch);
     let (stop, lost) = (runner.stop.clone(), hold.lost.clone());
-    let inputs = match Inputs::follow(&runner.bus, inputs::Turn { session, turn, epoch }, hold.inputs.clone()).await {
+    let inputs = match Inputs::follow(
+        &runner.bus,
+        inputs::Turn { session, turn, epoch },
+        hold.inputs.clone(),
+    )
+    .await
+    {
         Ok(inputs) => inputs,
         Err(error) => {
             tracing::warn!(%error, "failed to subscribe to hints of inputs");
@@ -118,7 +149,8 @@ async fn own(
         turn::End::Settled(id) => hold.ended(id),
         turn::End::Terminated => {
             tracing::info!(%session, turn, "session was terminated");
-            // This runner may just have been creating the Sprite: it is deleted here too, beside the job that does so.
+            // This runner may just have been creating the Sprite: it is deleted here too, beside
+            // the job that does so.
             destroy_now(&runner, session).await;
         }
         turn::End::Superseded => release(&runner, session, turn, epoch, String::new()).await,
@@ -140,7 +172,9 @@ async fn release(runner: &Runner, session: SessionId, turn: u32, epoch: u32, rea
 async fn destroy_now(runner: &Runner, session: SessionId) {
     for attempt in 1..=DESTROY_ATTEMPTS {
         // Its termination may not be persisted yet.
-        let destroyed = claim_and_destroy(runner, session).await.unwrap_or_else(|failure| Err(failure.to_string()));
+        let destroyed = claim_and_destroy(runner, session)
+            .await
+            .unwrap_or_else(|failure| Err(failure.to_string()));
         match destroyed {
             Ok(()) => return,
             Err(reason) => tracing::debug!(%session, attempt, reason, "Sprite not deleted here"),
@@ -150,23 +184,38 @@ async fn destroy_now(runner: &Runner, session: SessionId) {
 }
 
 /// Claims a session's Sprite with a key of its own, and deletes it.
-async fn claim_and_destroy(runner: &Runner, session: SessionId) -> Result<Result<(), String>, Failure> {
+async fn claim_and_destroy(
+    runner: &Runner,
+    session: SessionId,
+) -> Result<Result<(), String>, Failure> {
     let key = KeyPair::generate().map_err(Failure::internal)?;
-    let request =
-        ClaimSpriteRequest { session_id: session.to_string(), runner: runner.name.to_string(), public_key: key.public().to_vec() };
+    let request = ClaimSpriteRequest {
+        session_id: session.to_string(),
+        runner: runner.name.to_string(),
+        public_key: key.public().to_vec(),
+    };
     let claim = runner.bus.call::<rpc::ClaimSprite>(&request, CLAIM_DEADLINE).await?;
     Ok(destroy::sprite(runner, session, &claim, &key).await)
 }
 
-async fn destroy_sprite(runner: &Runner, job: DestroySprite, delivery: u64, again: Duration) -> Outcome {
-    let Ok(session) = job.session_id.parse::<SessionId>() else { return Outcome::Reject("malformed session id".to_owned()) };
+async fn destroy_sprite(
+    runner: &Runner,
+    job: DestroySprite,
+    delivery: u64,
+    again: Duration,
+) -> Outcome {
+    let Ok(session) = job.session_id.parse::<SessionId>() else {
+        return Outcome::Reject("malformed session id".to_owned());
+    };
     let destroyed = match claim_and_destroy(runner, session).await {
         Ok(destroyed) => destroyed,
         Err(failure) if failure.code == ErrorCode::NotFound => return Outcome::Done,
         Err(failure) => Err(failure.to_string()),
     };
     match destroyed {
-        Err(reason) if delivery >= DESTROY_DELIVERIES_MAX => Outcome::Reject(format!("Sprite {} is not deleted: {reason}", job.sprite)),
+        Err(reason) if delivery >= DESTROY_DELIVERIES_MAX => {
+            Outcome::Reject(format!("Sprite {} is not deleted: {reason}", job.sprite))
+        }
         destroyed => destroy::outcome(destroyed, again),
     }
 }

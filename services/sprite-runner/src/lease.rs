@@ -1,7 +1,8 @@
 //! This runner's lease, and the turns that it holds under it.
 //!
-//! Each heartbeat reports which turns this process works on. The reply names those that it no longer owns, because they are settled or
-//! another runner claimed them. An expired lease is not extended: its turns stop here, and the next heartbeat begins a new lease.
+//! Each heartbeat reports which turns this process works on. The reply names those that it no
+//! longer owns, because they are settled or another runner claimed them. An expired lease is not
+//! extended: its turns stop here, and the next heartbeat begins a new lease.
 
 use std::{
     collections::HashMap,
@@ -77,12 +78,16 @@ impl Turns {
 
     /// Begins to hold a turn; `None` where this process holds it already.
     pub fn hold(&self, session: SessionId, turn: u32) -> Option<Hold> {
-        let (key, lost, inputs) = ((session, turn), CancellationToken::new(), Arc::new(Notify::new()));
+        let (key, lost, inputs) =
+            ((session, turn), CancellationToken::new(), Arc::new(Notify::new()));
         let mut state = self.lock();
         if state.held.contains_key(&key) {
             return None;
         }
-        state.held.insert(key, Entry { epoch: None, ended: None, lost: lost.clone(), inputs: inputs.clone() });
+        state.held.insert(
+            key,
+            Entry { epoch: None, ended: None, lost: lost.clone(), inputs: inputs.clone() },
+        );
         Some(Hold { turns: self.clone(), key, lost, inputs })
     }
 
@@ -93,7 +98,12 @@ impl Turns {
     fn held(&self) -> Vec<HeldTurn> {
         let state = self.lock();
         let held = state.held.iter().filter_map(|((session, turn), entry)| {
-            Some(HeldTurn { session_id: session.to_string(), turn: *turn, epoch: entry.epoch?, ended: entry.ended })
+            Some(HeldTurn {
+                session_id: session.to_string(),
+                turn: *turn,
+                epoch: entry.epoch?,
+                ended: entry.ended,
+            })
         });
         held.collect()
     }
@@ -103,7 +113,10 @@ impl Turns {
         for turn in turns {
             let Ok(session) = turn.session_id.parse() else { continue };
             let key = (session, turn.turn);
-            let Some(entry) = state.held.get(&key).filter(|entry| entry.epoch == Some(turn.epoch)) else { continue };
+            let Some(entry) = state.held.get(&key).filter(|entry| entry.epoch == Some(turn.epoch))
+            else {
+                continue;
+            };
             entry.lost.cancel();
             if entry.ended.is_some() {
                 state.held.remove(&key);
@@ -116,7 +129,11 @@ impl Turns {
         let state = self.lock();
         for turn in turns {
             let Ok(session) = turn.session_id.parse() else { continue };
-            if let Some(entry) = state.held.get(&(session, turn.turn)).filter(|entry| entry.epoch == Some(turn.epoch)) {
+            if let Some(entry) = state
+                .held
+                .get(&(session, turn.turn))
+                .filter(|entry| entry.epoch == Some(turn.epoch))
+            {
                 entry.inputs.notify_one();
             }
         }
@@ -132,8 +149,14 @@ impl Turns {
     /// Sends heartbeats until the stop, and after it until every turn was released.
     pub async fn keep(self, bus: Bus, runner: Arc<str>, stop: CancellationToken) {
         let (mut lease, mut first) = (Uuid::now_v7(), true);
-        while !(stop.is_cancelled() && self.lock().held.values().all(|entry| entry.ended.is_some())) {
-            let request = HeartbeatRequest { runner_lease: lease.to_string(), runner: runner.to_string(), first, held: self.held() };
+        while !(stop.is_cancelled() && self.lock().held.values().all(|entry| entry.ended.is_some()))
+        {
+            let request = HeartbeatRequest {
+                runner_lease: lease.to_string(),
+                runner: runner.to_string(),
+                first,
+                held: self.held(),
+            };
             match bus.call::<rpc::Heartbeat>(&request, DEADLINE).await {
                 Ok(HeartbeatReply { expired: true, .. }) => {
                     tracing::warn!(%lease, "runner lease expired; stopping its turns");
@@ -168,7 +191,8 @@ impl Hold {
         }
     }
 
-    /// The turn's end is in the log, with this id. The turn is held until the end is persisted, without occupying anything.
+    /// The turn's end is in the log, with this id. The turn is held until the end is persisted,
+    /// without occupying anything.
     pub fn ended(self, id: u64) {
         if let Some(entry) = self.turns.lock().held.get_mut(&self.key) {
             entry.ended = Some(id);
@@ -197,7 +221,10 @@ mod tests {
     fn a_turn_is_held_once_and_lost_by_its_epoch() {
         let (turns, session) = (Turns::new(), SessionId::new());
         let hold = turns.hold(session, 1).unwrap();
-        assert!(turns.hold(session, 1).is_none() && turns.held().is_empty(), "held, and not claimed yet");
+        assert!(
+            turns.hold(session, 1).is_none() && turns.held().is_empty(),
+            "held, and not claimed yet"
+        );
         hold.claimed(3);
         assert_eq!(turns.held().len(), 1);
         turns.lose(&lost(session, 2));

@@ -1,9 +1,12 @@
-//! Claims turns, drives the Sprites API, and appends events. Stores nothing: any other runner can replace one that dies.
+//! Claims turns, drives the Sprites API, and appends events. Stores nothing: any other runner can
+//! replace one that dies.
 //!
-//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one; [`provision`] sets the Sprite up; [`host`] is
-//! the connection to the agent host, which runs set-up steps and the [`agent`]; [`inputs`] fetches inputs of a running turn; [`meter`]
-//! fetches what the model gateway recorded; [`playback`] decides which events the host's journal becomes; [`pace`] slows down agents that
-//! print too fast; [`event_log`] appends events to the session's log as its only writer; [`runtimes`] knows what the CLIs need.
+//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one;
+//! [`provision`] sets the Sprite up; [`host`] is the connection to the agent host, which runs
+//! set-up steps and the [`agent`]; [`inputs`] fetches inputs of a running turn; [`meter`] fetches
+//! what the model gateway recorded; [`playback`] decides which events the host's journal becomes;
+//! [`pace`] slows down agents that print too fast; [`event_log`] appends events to the session's
+//! log as its only writer; [`runtimes`] knows what the CLIs need.
 
 mod agent;
 mod destroy;
@@ -82,7 +85,9 @@ impl ModelEndpoints {
     /// The host of a provider's models: what an agent has to reach whatever else it may.
     #[must_use]
     pub fn host(&self, provider: Provider) -> String {
-        let configured = self.base_url(provider).and_then(|url| reqwest::Url::parse(url).ok()?.host_str().map(str::to_owned));
+        let configured = self
+            .base_url(provider)
+            .and_then(|url| reqwest::Url::parse(url).ok()?.host_str().map(str::to_owned));
         configured.unwrap_or_else(|| provider.host().to_owned())
     }
 }
@@ -165,7 +170,11 @@ impl Runner {
             Some(gateway) if secrets.is_proxied(provider) => Some(format!("{gateway}/{provider}")),
             _ => self.models.base_url(provider).map(str::to_owned),
         };
-        ModelEndpoints { anthropic: of(Provider::Anthropic), openai: of(Provider::Openai), google: of(Provider::Google) }
+        ModelEndpoints {
+            anthropic: of(Provider::Anthropic),
+            openai: of(Provider::Openai),
+            google: of(Provider::Google),
+        }
     }
 }
 
@@ -176,7 +185,8 @@ impl Runner {
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     crate::metrics::describe();
     let name = config.bus.name.clone();
-    let program = host::Program::load(config.agent_host.as_deref()).map_err(|error| anyhow::anyhow!("the agent host: {error}"))?;
+    let program = host::Program::load(config.agent_host.as_deref())
+        .map_err(|error| anyhow::anyhow!("the agent host: {error}"))?;
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());
@@ -198,7 +208,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         stop: lifecycle.stop_token(),
     };
     let stop = lifecycle.stop_token();
-    let heartbeats = runner.turns.clone().keep(bus.clone(), runner.name.clone(), lifecycle.stop_token());
+    let heartbeats =
+        runner.turns.clone().keep(bus.clone(), runner.name.clone(), lifecycle.stop_token());
     lifecycle.spawn("heartbeats", heartbeats);
     lifecycle.spawn("jobs", async move {
         let concurrency = config.concurrency.max(1);

@@ -1,5 +1,10 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::main("sprite-runner", "claims turns and runs agents in Sprites", sprite_runner::Config::from_env, sprite_runner::run)
+    service::main(
+        "sprite-runner",
+        "claims turns and runs agents in Sprites",
+        sprite_runner::Config::from_env,
+        sprite_runner::run,
+    )
 }

@@ -1,5 +1,5 @@
-//! A session's secrets, taken out of the event log: always out of our own messages, and out of the agent's output where the
-//! deployment wants it (`AOD_MASK_SECRETS`).
+//! A session's secrets, taken out of the event log: always out of our own messages, and out of the
+//! agent's output where the deployment wants it (`AOD_MASK_SECRETS`).
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use bytes::Bytes;
@@ -7,7 +7,8 @@ use types::limits::OUTPUT_EVENT_BYTES_MAX;
 
 use crate::utf8::incomplete_tail;
 
-/// Shorter values are words like "true" or "production": masking them would garble the output and hide nothing.
+/// Shorter values are words like "true" or "production": masking them would garble the output and
+/// hide nothing.
 const SECRET_BYTES_MIN: usize = 8;
 /// Longer ones could never be seen whole in one event.
 const SECRET_BYTES_MAX: usize = OUTPUT_EVENT_BYTES_MAX / 2;
@@ -47,8 +48,11 @@ impl Masker {
         secrets.retain(|secret| (SECRET_BYTES_MIN..=SECRET_BYTES_MAX).contains(&secret.len()));
         secrets.sort();
         secrets.dedup();
-        let finder =
-            if secrets.is_empty() { None } else { AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(&secrets).ok() };
+        let finder = if secrets.is_empty() {
+            None
+        } else {
+            AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(&secrets).ok()
+        };
         Self { secrets, finder }
     }
 
@@ -64,14 +68,24 @@ impl Masker {
         }
     }
 
-    /// The next piece of `data`, and takes it off. It ends inside no character and inside nothing that may still become a secret:
-    /// such an end stays behind until more has come. At the end of the stream (`last`) nothing stays behind.
+    /// The next piece of `data`, and takes it off. It ends inside no character and inside nothing
+    /// that may still become a secret: such an end stays behind until more has come. At the end of
+    /// the stream (`last`) nothing stays behind.
     pub fn next(&self, data: &mut Bytes, last: bool) -> Option<Piece> {
         let head = data.get(..data.len().min(OUTPUT_EVENT_BYTES_MAX)).unwrap_or_default();
         let last = last && head.len() == data.len();
-        let whole = if last { head.len() } else { head.len() - incomplete_tail(head).max(self.open_tail(head)) };
+        let whole = if last {
+            head.len()
+        } else {
+            head.len() - incomplete_tail(head).max(self.open_tail(head))
+        };
         let (mut masked, mut taken) = (Vec::new(), 0);
-        for found in self.finder.iter().flat_map(|finder| finder.find_iter(head)).take_while(|found| found.start() < whole) {
+        for found in self
+            .finder
+            .iter()
+            .flat_map(|finder| finder.find_iter(head))
+            .take_while(|found| found.start() < whole)
+        {
             masked.extend_from_slice(head.get(taken..found.start()).unwrap_or_default());
             masked.extend_from_slice(MASK);
             taken = found.end();
@@ -91,7 +105,9 @@ impl Masker {
     /// How many bytes at the end are the beginning of a secret.
     fn open_tail(&self, data: &[u8]) -> usize {
         let open = |secret: &Vec<u8>| {
-            (1..secret.len().min(data.len() + 1)).rev().find(|length| data.ends_with(secret.get(..*length).unwrap_or_default()))
+            (1..secret.len().min(data.len() + 1))
+                .rev()
+                .find(|length| data.ends_with(secret.get(..*length).unwrap_or_default()))
         };
         self.secrets.iter().filter_map(open).max().unwrap_or(0)
     }
@@ -127,12 +143,22 @@ mod tests {
 
     #[test]
     fn a_secret_is_masked_however_it_is_cut() {
-        let masker = Masker::new(["sk-sentinel-1", "sk-sentinel-12345", "Bearer abcdefghijkl", "quote\"d secret", "short"]);
+        let masker = Masker::new([
+            "sk-sentinel-1",
+            "sk-sentinel-12345",
+            "Bearer abcdefghijkl",
+            "quote\"d secret",
+            "short",
+        ]);
         let text = "a sk-sentinel-12345 sk-sentinel-1. abcdefghijkl {\"k\":\"quote\\\"d secret\"} short sk-senti sk-sentinel-1";
         let expected = "a *** ***. *** {\"k\":\"***\"} short sk-senti ***";
         for first in 0..text.len() {
             for second in first..text.len() {
-                let parts = [&text.as_bytes()[..first], &text.as_bytes()[first..second], &text.as_bytes()[second..]];
+                let parts = [
+                    &text.as_bytes()[..first],
+                    &text.as_bytes()[first..second],
+                    &text.as_bytes()[second..],
+                ];
                 let (out, consumed) = record(&masker, &parts);
                 assert_eq!(String::from_utf8(out).unwrap(), expected, "{first} {second}");
                 assert_eq!(consumed, text.len() as u64);
@@ -145,10 +171,19 @@ mod tests {
     fn only_a_possible_beginning_of_a_secret_is_held_back() {
         let masker = Masker::new(["sk-sentinel-1"]);
         let mut data = Bytes::from_static(b"hello sk-sen");
-        assert_eq!(masker.next(&mut data, false), Some(Piece { consumed: 6, data: Bytes::from_static(b"hello ") }));
+        assert_eq!(
+            masker.next(&mut data, false),
+            Some(Piece { consumed: 6, data: Bytes::from_static(b"hello ") })
+        );
         assert_eq!(masker.next(&mut data, false), None);
-        assert_eq!(masker.next(&mut data, true), Some(Piece { consumed: 6, data: Bytes::from_static(b"sk-sen") }));
-        assert_eq!(Masker::default().next(&mut Bytes::from_static(b"sk-sen"), false).unwrap().consumed, 6);
+        assert_eq!(
+            masker.next(&mut data, true),
+            Some(Piece { consumed: 6, data: Bytes::from_static(b"sk-sen") })
+        );
+        assert_eq!(
+            Masker::default().next(&mut Bytes::from_static(b"sk-sen"), false).unwrap().consumed,
+            6
+        );
     }
 
     #[test]

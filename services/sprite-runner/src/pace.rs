@@ -1,4 +1,5 @@
-//! Limits the rate at which one session's output is appended to the log, so that it does not starve other sessions.
+//! Limits the rate at which one session's output is appended to the log, so that it does not starve
+//! other sessions.
 
 use std::time::Duration;
 
@@ -13,7 +14,8 @@ pub struct OutputLimits {
     pub bytes_per_second: u64,
 }
 
-/// What may be written at once before the rate counts: a turn that prints less is never slowed down.
+/// What may be written at once before the rate counts: a turn that prints less is never slowed
+/// down.
 const BURST: Duration = Duration::from_secs(8);
 
 /// A token bucket.
@@ -37,7 +39,8 @@ impl Pace {
         if bytes == 0 || self.bytes_per_second == 0 {
             return;
         }
-        self.paid_until = self.paid_until.max(now) + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
+        self.paid_until = self.paid_until.max(now)
+            + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
         self.ready_at = self.paid_until.checked_sub(BURST).unwrap_or(now);
     }
 }

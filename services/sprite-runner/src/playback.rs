@@ -1,8 +1,9 @@
-//! Turns records of an agent host's journal into events of the log, in order, each with the checkpoint from which a
-//! successor yields exactly the events that follow. No I/O.
+//! Turns records of an agent host's journal into events of the log, in order, each with the
+//! checkpoint from which a successor yields exactly the events that follow. No I/O.
 //!
-//! Output is held back where it ends inside a character or in what may become a secret, while records after it are appended. So a
-//! checkpoint names the first record that is not wholly in the log, and says how much of what follows is in it all the same.
+//! Output is held back where it ends inside a character or in what may become a secret, while
+//! records after it are appended. So a checkpoint names the first record that is not wholly in the
+//! log, and says how much of what follows is in it all the same.
 
 mod events;
 mod output;
@@ -17,7 +18,10 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
 use contract::{
-    host::{self as agent_host, CustomToolResult, Input, Record, StepEnded, event, input, record, turn_ended},
+    host::{
+        self as agent_host, CustomToolResult, Input, Record, StepEnded, event, input, record,
+        turn_ended,
+    },
     session::{Checkpoint, OpenTool, Preview},
 };
 use prost::Message as _;
@@ -40,13 +44,15 @@ use crate::{
 /// Which part of the journal the writer appends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
-    /// The output of set-up steps, which belongs to this stage. What lies below the offset is in the log.
+    /// The output of set-up steps, which belongs to this stage. What lies below the offset is in
+    /// the log.
     SetUp { stage: &'static str, logged_below: u64 },
     /// What lies between the start and the end of this turn.
     Turn(u32),
 }
 
-/// Events that are ready to append, in order. The id of a tool use is known only once it is in the log.
+/// Events that are ready to append, in order. The id of a tool use is known only once it is in the
+/// log.
 #[derive(Debug)]
 enum Ready {
     Output {
@@ -125,7 +131,12 @@ fn kind_of(input: &Input) -> (&'static str, String) {
 
 impl Playback {
     /// Continues from a checkpoint; the first record to push is the one at its offset.
-    pub fn new(scope: Scope, masker: Masker, output_bytes_max: u64, checkpoint: &Checkpoint) -> Self {
+    pub fn new(
+        scope: Scope,
+        masker: Masker,
+        output_bytes_max: u64,
+        checkpoint: &Checkpoint,
+    ) -> Self {
         let stream = |seen, logged| Stream { seen, logged, ..Stream::default() };
         Self {
             is_inside: matches!(scope, Scope::SetUp { .. }) || checkpoint.records_through > 0,
@@ -183,24 +194,34 @@ impl Playback {
         }
         let repeated = offset < self.records_through;
         match record.kind {
-            Some(record::Kind::Output(output)) if self.is_inside => self.push_output(offset, next, &output),
+            Some(record::Kind::Output(output)) if self.is_inside => {
+                self.push_output(offset, next, &output)
+            }
             Some(record::Kind::TurnStarted(started)) if self.scope == Scope::Turn(started.turn) => {
                 self.is_inside = true;
                 self.records_through = self.records_through.max(next);
             }
-            Some(record::Kind::TurnEnded(ended)) if self.is_inside && self.scope == Scope::Turn(ended.turn) => {
+            Some(record::Kind::TurnEnded(ended))
+                if self.is_inside && self.scope == Scope::Turn(ended.turn) =>
+            {
                 self.flush(true);
                 self.ended = Some(ended);
             }
             // Partial messages are in the log as the messages that they become.
-            Some(record::Kind::Event(agent_host::Event { kind: Some(event::Kind::Delta(delta)), .. }))
-                if self.is_inside && self.is_of_turn() && !repeated =>
-            {
+            Some(record::Kind::Event(agent_host::Event {
+                kind: Some(event::Kind::Delta(delta)),
+                ..
+            })) if self.is_inside && self.is_of_turn() && !repeated => {
                 self.drafts.write(&self.masker, delta);
             }
-            Some(record::Kind::Event(agent_host::Event { kind: Some(event::Kind::Delta(_)), .. })) => {}
+            Some(record::Kind::Event(agent_host::Event {
+                kind: Some(event::Kind::Delta(_)),
+                ..
+            })) => {}
             Some(record::Kind::Event(agent_host::Event { kind: None, .. })) => {}
-            Some(record::Kind::Event(event)) if self.is_inside && self.is_of_turn() && !repeated => {
+            Some(record::Kind::Event(event))
+                if self.is_inside && self.is_of_turn() && !repeated =>
+            {
                 let text = self.drafts.written(&event);
                 let bytes = event.encoded_len().max(EVENT_BYTES_MIN) as u64;
                 if self.event_bytes >= self.output_bytes_max {
@@ -210,7 +231,9 @@ impl Playback {
                     self.emit_at(next, Ready::Event(event, text));
                 }
             }
-            Some(record::Kind::DecisionRequested(request)) if self.is_inside && self.is_of_turn() => {
+            Some(record::Kind::DecisionRequested(request))
+                if self.is_inside && self.is_of_turn() =>
+            {
                 self.requests.insert(request.id);
                 if !repeated {
                     self.emit_at(next, Ready::Requested(request));
@@ -230,9 +253,15 @@ impl Playback {
             }
             Some(record::Kind::InputSettled(settled)) if self.refuses_the_turn(&settled) => {
                 let reason = turn_ended::Reason::Stopped.into();
-                self.ended = Some(agent_host::TurnEnded { reason, message: settled.message, ..agent_host::TurnEnded::default() });
+                self.ended = Some(agent_host::TurnEnded {
+                    reason,
+                    message: settled.message,
+                    ..agent_host::TurnEnded::default()
+                });
             }
-            Some(record::Kind::InputSettled(settled)) if !is_own(&settled.id) && self.is_inside && self.is_of_turn() && !repeated => {
+            Some(record::Kind::InputSettled(settled))
+                if !is_own(&settled.id) && self.is_inside && self.is_of_turn() && !repeated =>
+            {
                 self.emit_at(next, Ready::Input(settled));
             }
             Some(record::Kind::Snapshot(snapshot)) => {
@@ -241,7 +270,9 @@ impl Playback {
                     self.requests.extend(snapshot.requests.iter().map(|request| request.id));
                 }
             }
-            Some(record::Kind::StepStarted(_)) => self.streams.iter_mut().for_each(|stream| stream.tail.clear()),
+            Some(record::Kind::StepStarted(_)) => {
+                self.streams.iter_mut().for_each(|stream| stream.tail.clear())
+            }
             Some(record::Kind::StepEnded(ended)) => {
                 self.flush(true);
                 self.steps.insert(ended.input_id.clone(), ended);
@@ -341,7 +372,8 @@ impl Playback {
         self.ended.as_ref()
     }
 
-    /// How a set-up step ended. One that a later step followed ended well, though its end is no longer in the journal.
+    /// How a set-up step ended. One that a later step followed ended well, though its end is no
+    /// longer in the journal.
     pub fn step(&self, id: &str, later: &[String]) -> Option<StepEnded> {
         let followed = || later.iter().any(|later| self.accepted.contains(later));
         let well = || StepEnded {

@@ -1,5 +1,6 @@
-//! Setting a new Sprite up, stage by stage, each stage an event. A successor begins with the first that is not in the log as done;
-//! scripts run under the agent host, which runs each once, whichever runner asks.
+//! Setting a new Sprite up, stage by stage, each stage an event. A successor begins with the first
+//! that is not in the log as done; scripts run under the agent host, which runs each once,
+//! whichever runner asks.
 
 use std::{
     fmt,
@@ -120,7 +121,10 @@ impl Git<'_> {
 impl Provisioning<'_> {
     /// What comes before the agent host: the Sprite itself.
     pub async fn create(&self, log: &mut EventLog) -> Result<(), StageFailed> {
-        stage(log, Stage::CreateSprite, async { Ok(self.client.ensure(self.sprite.name()).await?) }).await?;
+        stage(log, Stage::CreateSprite, async {
+            Ok(self.client.ensure(self.sprite.name()).await?)
+        })
+        .await?;
         if let Some(executable) = self.adapter.executable() {
             stage(log, Stage::InstallRuntime, self.find(executable)).await?;
         }
@@ -132,7 +136,11 @@ impl Provisioning<'_> {
     }
 
     /// All else.
-    pub async fn set_up(&self, log: &mut EventLog, host: &mut StepRunner) -> Result<(), StageFailed> {
+    pub async fn set_up(
+        &self,
+        log: &mut EventLog,
+        host: &mut StepRunner,
+    ) -> Result<(), StageFailed> {
         stage(log, Stage::EnvFile, host.reach()).await?;
         let git = self.git();
         if !git.is_empty()
@@ -166,19 +174,23 @@ impl Provisioning<'_> {
         self.config_with(self.secrets.route_token().unwrap_or_default())
     }
 
-    /// The configuration but for the token that is shown to the model gateway, which is another for each claim and stays good.
+    /// The configuration but for the token that is shown to the model gateway, which is another for
+    /// each claim and stays good.
     pub fn config_without_token(&self) -> Vec<(&'static str, String)> {
         self.config_with("")
     }
 
     fn config_with(&self, token: &str) -> Vec<(&'static str, String)> {
         let gateway = self.gateway.unwrap_or_default();
-        let at_gateway = |path: &str| AtGateway { url: format!("{gateway}/{path}"), token: token.to_owned() };
-        let servers = runtimes::mcp_names(self.secrets.fill_in(self.setup.mcp_servers.clone(), at_gateway));
+        let at_gateway =
+            |path: &str| AtGateway { url: format!("{gateway}/{path}"), token: token.to_owned() };
+        let servers =
+            runtimes::mcp_names(self.secrets.fill_in(self.setup.mcp_servers.clone(), at_gateway));
         self.adapter.config_files(&servers, self.models)
     }
 
-    /// Rewrites the configuration, for an agent or tokens that may have changed since the turn before.
+    /// Rewrites the configuration, for an agent or tokens that may have changed since the turn
+    /// before.
     pub async fn renew_config(&self) -> Result<(), String> {
         for (path, content) in self.config_files() {
             self.sprite.write(path, content, 0o600).await.map_err(|error| error.to_string())?;
@@ -188,7 +200,8 @@ impl Provisioning<'_> {
             return Ok(());
         }
         self.write_git_files(&git).await.map_err(|error| error.to_string())?;
-        let request = ExecRequest { argv: &["bash", "-c", &git.script()], ..ExecRequest::default() };
+        let request =
+            ExecRequest { argv: &["bash", "-c", &git.script()], ..ExecRequest::default() };
         match self.sprite.run(&request, STAGE_MAX).await.map_err(|error| error.to_string())?.code {
             0 => {}
             // The agent can break its own configuration of git, and repair it: its turns go on.
@@ -199,7 +212,10 @@ impl Provisioning<'_> {
 
     /// How git reaches the session's repositories.
     fn git(&self) -> Git<'_> {
-        let at_gateway = self.gateway.zip(self.secrets.route_token()).filter(|_| self.secrets.repository_routes().next().is_some());
+        let at_gateway = self
+            .gateway
+            .zip(self.secrets.route_token())
+            .filter(|_| self.secrets.repository_routes().next().is_some());
         let routes = self.secrets.repository_routes().collect();
         Git { credentials: self.setup.git_credentials(self.secrets), at_gateway, routes }
     }
@@ -209,7 +225,9 @@ impl Provisioning<'_> {
             self.sprite.write(GIT_CREDENTIALS, git.credentials.clone(), 0o600).await?;
         }
         if let Some((_, token)) = git.at_gateway {
-            self.sprite.write(GIT_SESSION, format!("username=session\npassword={token}\n"), 0o600).await?;
+            self.sprite
+                .write(GIT_SESSION, format!("username=session\npassword={token}\n"), 0o600)
+                .await?;
         }
         Ok(())
     }
@@ -218,44 +236,85 @@ impl Provisioning<'_> {
         let script = format!("command -v {}", quote(executable));
         let request = ExecRequest { argv: &["bash", "-c", &script], ..ExecRequest::default() };
         let found = self.sprite.run(&request, STAGE_MAX).await?;
-        if found.code == 0 { Ok(()) } else { Err(format!("{executable} is not installed in the Sprite").into()) }
+        if found.code == 0 {
+            Ok(())
+        } else {
+            Err(format!("{executable} is not installed in the Sprite").into())
+        }
     }
 
     async fn limit_network(&self, hosts: &[String]) -> Result<(), Trouble> {
         let models = self.runtime.providers().iter().map(|provider| self.models.host(*provider));
         // The policy holds for what goes that way as well: the model gateway refuses it.
         let gateway = self.gateway.filter(|_| self.secrets.route_token().is_some());
-        let gateway = gateway.and_then(|url| reqwest::Url::parse(url).ok()?.host_str().map(str::to_owned));
+        let gateway =
+            gateway.and_then(|url| reqwest::Url::parse(url).ok()?.host_str().map(str::to_owned));
         let hosts: Vec<String> = hosts.iter().cloned().chain(models).chain(gateway).collect();
         let limited = self.sprite.limit_network(&hosts).await;
         limited.map_err(|error| format!("this sandbox cannot limit its network: {error}").into())
     }
 
-    async fn set_git_up(&self, git: Git<'_>, log: &mut EventLog, host: &mut StepRunner) -> Result<(), Trouble> {
+    async fn set_git_up(
+        &self,
+        git: Git<'_>,
+        log: &mut EventLog,
+        host: &mut StepRunner,
+    ) -> Result<(), Trouble> {
         self.write_git_files(&git).await?;
         let step = Step { what: "setting git up".to_owned(), script: git.script() };
         self.run_steps(Stage::GitCredentials, &[step], log, host).await
     }
 
     /// Runs scripts one after the other, with the session's variables.
-    async fn run_steps(&self, stage: Stage, steps: &[Step], log: &mut EventLog, host: &mut StepRunner) -> Result<(), Trouble> {
-        let ids: Vec<String> = (1..=steps.len()).map(|number| format!("step-{stage}-{number}")).collect();
+    async fn run_steps(
+        &self,
+        stage: Stage,
+        steps: &[Step],
+        log: &mut EventLog,
+        host: &mut StepRunner,
+    ) -> Result<(), Trouble> {
+        let ids: Vec<String> =
+            (1..=steps.len()).map(|number| format!("step-{stage}-{number}")).collect();
         host.playback.enter_stage(stage.as_str());
         for (number, step) in steps.iter().enumerate() {
             let (Some(id), Some(later)) = (ids.get(number), ids.get(number + 1..)) else { break };
             let ended = host.run(id, later, step, log).await?;
             let code = match ended.reason() {
-                Reason::TimedOut => return Err(format!("{} was not done after {} s", step.what, STAGE_MAX.as_secs()).into()),
-                Reason::HostLost => return Err(format!("{} was ended: the agent host was killed", step.what).into()),
-                Reason::SandboxLost => return Err(format!("{} was ended: the sandbox restarted", step.what).into()),
+                Reason::TimedOut => {
+                    return Err(format!(
+                        "{} was not done after {} s",
+                        step.what,
+                        STAGE_MAX.as_secs()
+                    )
+                    .into());
+                }
+                Reason::HostLost => {
+                    return Err(
+                        format!("{} was ended: the agent host was killed", step.what).into()
+                    );
+                }
+                Reason::SandboxLost => {
+                    return Err(format!("{} was ended: the sandbox restarted", step.what).into());
+                }
                 _ => ended.exit_code.and_then(|code| u8::try_from(code).ok()),
             };
-            let Some(code) = code else { return Err(format!("{} could not be run", step.what).into()) };
+            let Some(code) = code else {
+                return Err(format!("{} could not be run", step.what).into());
+            };
             if code != 0 {
                 let (stdout, stderr) = (host.playback.tail(false), host.playback.tail(true));
-                let cause = diagnosis::of_script(code, &format!("{stderr}\n{stdout}"), self.setup.allowed_hosts().is_some());
+                let cause = diagnosis::of_script(
+                    code,
+                    &format!("{stderr}\n{stdout}"),
+                    self.setup.allowed_hosts().is_some(),
+                );
                 let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
-                return Err(format!("{} exited with {code}{cause}: {}", step.what, last_words(&stdout, &stderr)).into());
+                return Err(format!(
+                    "{} exited with {code}{cause}: {}",
+                    step.what,
+                    last_words(&stdout, &stderr)
+                )
+                .into());
             }
         }
         Ok(())
@@ -269,7 +328,12 @@ impl Provisioning<'_> {
         Ok(())
     }
 
-    async fn add_skills(&self, skills: Skills, log: &mut EventLog, host: &mut StepRunner) -> Result<(), Trouble> {
+    async fn add_skills(
+        &self,
+        skills: Skills,
+        log: &mut EventLog,
+        host: &mut StepRunner,
+    ) -> Result<(), Trouble> {
         let mut steps = Vec::new();
         for skill in &self.setup.skills {
             match skill {
@@ -277,7 +341,9 @@ impl Provisioning<'_> {
                     let path = format!("{}/{}/SKILL.md", skills.folder, skill.name);
                     self.sprite.write(&path, types::skill::skill_file(skill), 0o644).await?;
                 }
-                Skill::Github(skill) => steps.push(setup::install_skill(skill, skills.installer_name)),
+                Skill::Github(skill) => {
+                    steps.push(setup::install_skill(skill, skills.installer_name))
+                }
             }
         }
         self.run_steps(Stage::Skills, &steps, log, host).await
@@ -290,8 +356,15 @@ impl StepRunner {
         self.playback.absorb(self.link.next().await).map_err(trouble)
     }
 
-    /// Runs a step, or finds that it was run. Meanwhile the journal is read and appended to the log.
-    async fn run(&mut self, id: &str, later: &[String], step: &Step, log: &mut EventLog) -> Result<StepEnded, Trouble> {
+    /// Runs a step, or finds that it was run. Meanwhile the journal is read and appended to the
+    /// log.
+    async fn run(
+        &mut self,
+        id: &str,
+        later: &[String],
+        step: &Step,
+        log: &mut EventLog,
+    ) -> Result<StepEnded, Trouble> {
         let host_step = HostStep {
             name: step.what.clone(),
             script: step.script.clone(),
@@ -330,11 +403,14 @@ fn trouble(gone: Gone) -> Trouble {
     }
 }
 
-/// The end of a failed script's output. The cause may be on either stream: a warning on one does not hide the error on the other.
+/// The end of a failed script's output. The cause may be on either stream: a warning on one does
+/// not hide the error on the other.
 fn last_words(stdout: &str, stderr: &str) -> String {
     let tail = |text: &str| {
         let text = text.trim();
-        let from = (text.len().saturating_sub(TAIL_BYTES)..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+        let from = (text.len().saturating_sub(TAIL_BYTES)..text.len())
+            .find(|at| text.is_char_boundary(*at))
+            .unwrap_or_default();
         text.get(from..).unwrap_or_default().to_owned()
     };
     match (tail(stdout), tail(stderr)) {
@@ -367,7 +443,8 @@ impl Course {
             Err(Trouble::Fenced(fenced)) => Err(fenced.into()),
             Err(Trouble::Released(reason)) => Err(StageFailed::Released(reason)),
             Err(Trouble::Failed(message)) => {
-                metrics::counter!("aod_stages_failed_total", "stage" => stage.as_str()).increment(1);
+                metrics::counter!("aod_stages_failed_total", "stage" => stage.as_str())
+                    .increment(1);
                 let message = log.secrets.text(&message);
                 log.stage(stage, StageState::Failed, Some(took), Some(message.clone())).await?;
                 Err(StageFailed::Failed { stage, message })
@@ -377,11 +454,16 @@ impl Course {
 }
 
 /// Runs a stage and puts its course into the log; one that is done is left alone.
-async fn stage(log: &mut EventLog, stage: Stage, work: impl Future<Output = Result<(), Trouble>>) -> Result<(), StageFailed> {
+async fn stage(
+    log: &mut EventLog,
+    stage: Stage,
+    work: impl Future<Output = Result<(), Trouble>>,
+) -> Result<(), StageFailed> {
     let Some(course) = Course::begin(log, stage).await? else { return Ok(()) };
     let work = work.instrument(tracing::info_span!("stage", otel.name = stage.as_str()));
-    let done =
-        tokio::time::timeout(STAGE_MAX, work).await.unwrap_or_else(|_| Err(format!("not done after {} s", STAGE_MAX.as_secs()).into()));
+    let done = tokio::time::timeout(STAGE_MAX, work)
+        .await
+        .unwrap_or_else(|_| Err(format!("not done after {} s", STAGE_MAX.as_secs()).into()));
     course.end(log, done).await
 }
 
@@ -393,7 +475,10 @@ mod tests {
     fn both_streams_of_a_failed_script_are_reported() {
         assert_eq!(last_words("", " why\n"), "why");
         assert_eq!(last_words("why\n", "\n"), "why");
-        assert_eq!(last_words("FAILED: refused\n", "npm warn\n"), "npm warn\n(standard output:)\nFAILED: refused");
+        assert_eq!(
+            last_words("FAILED: refused\n", "npm warn\n"),
+            "npm warn\n(standard output:)\nFAILED: refused"
+        );
         assert_eq!(last_words(&"\u{e9}".repeat(5000), "").len(), 2000);
     }
 }

@@ -1,5 +1,6 @@
-//! What each agent CLI needs in its Sprite before the agent host starts it: one file each, behind one small trait. A new one is a file
-//! here, a line in [`adapter`], and an adapter of the agent host.
+//! What each agent CLI needs in its Sprite before the agent host starts it: one file each, behind
+//! one small trait. A new one is a file here, a line in [`adapter`], and an adapter of the agent
+//! host.
 
 mod claude;
 mod codex;
@@ -13,7 +14,8 @@ use types::{McpServer, Runtime};
 
 use crate::ModelEndpoints;
 
-/// An MCP server that has not started by then is left out if the CLI supports that, so that a turn does not wait for it.
+/// An MCP server that has not started by then is left out if the CLI supports that, so that a turn
+/// does not wait for it.
 pub const MCP_START_LIMIT: Duration = Duration::from_secs(20);
 
 /// Runs an MCP server that has to answer within a limit.
@@ -22,22 +24,32 @@ pub const MCP_START_PATH: &str = "/var/lib/aod/mcp-start.pl";
 pub const MCP_FAILURES: &str = "/home/sprite/.aod/mcp-failures";
 pub const MCP_START: &str = include_str!("../scripts/mcp-start.pl");
 
-/// An MCP server's command, under [`MCP_START_LIMIT`]: for CLIs whose own limit is as long as that of a call.
+/// An MCP server's command, under [`MCP_START_LIMIT`]: for CLIs whose own limit is as long as that
+/// of a call.
 fn limited_command(command: &str, args: &[String]) -> Vec<String> {
-    let limited = ["perl", MCP_START_PATH, MCP_FAILURES, &MCP_START_LIMIT.as_secs().to_string(), command].map(str::to_owned);
+    let limited =
+        ["perl", MCP_START_PATH, MCP_FAILURES, &MCP_START_LIMIT.as_secs().to_string(), command]
+            .map(str::to_owned);
     limited.into_iter().chain(args.iter().cloned()).collect()
 }
 
-/// Names as every CLI takes them: ASCII letters, digits, `_` and `-`. Names that become the same get numbers.
+/// Names as every CLI takes them: ASCII letters, digits, `_` and `-`. Names that become the same
+/// get numbers.
 pub fn mcp_names(mut servers: Vec<McpServer>) -> Vec<McpServer> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     // Names that need no change have the first right to them.
-    let mut taken: BTreeSet<String> =
-        servers.iter().filter(|server| server.name.chars().all(allowed)).map(|server| server.name.clone()).collect();
+    let mut taken: BTreeSet<String> = servers
+        .iter()
+        .filter(|server| server.name.chars().all(allowed))
+        .map(|server| server.name.clone())
+        .collect();
     for server in servers.iter_mut().filter(|server| !server.name.chars().all(allowed)) {
         let plain: String = server.name.chars().map(|c| if allowed(c) { c } else { '_' }).collect();
         let numbered = (2_u32..).map(|number| format!("{plain}_{number}"));
-        let name = std::iter::once(plain.clone()).chain(numbered).find(|name| !taken.contains(name)).unwrap_or_default();
+        let name = std::iter::once(plain.clone())
+            .chain(numbered)
+            .find(|name| !taken.contains(name))
+            .unwrap_or_default();
         taken.insert(name.clone());
         server.name = name;
     }
@@ -61,8 +73,13 @@ pub trait Adapter: Sync {
     fn env(&self, _: &ModelEndpoints) -> Vec<(String, String)> {
         Vec::new()
     }
-    /// Files to write before the first turn, by absolute path. They may hold the secrets of MCP servers.
-    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)>;
+    /// Files to write before the first turn, by absolute path. They may hold the secrets of MCP
+    /// servers.
+    fn config_files(
+        &self,
+        mcp_servers: &[McpServer],
+        models: &ModelEndpoints,
+    ) -> Vec<(&'static str, String)>;
     /// Whether its protocol reports which MCP servers did not start.
     fn tells_of_mcp_servers(&self) -> bool {
         true
@@ -91,14 +108,19 @@ mod tests {
     use super::*;
 
     fn named(names: &[String]) -> Vec<String> {
-        let transport = McpTransport::Url { url: String::new(), headers: std::collections::BTreeMap::new() };
-        let servers = names.iter().map(|name| McpServer { name: name.clone(), transport: transport.clone() }).collect();
+        let transport =
+            McpTransport::Url { url: String::new(), headers: std::collections::BTreeMap::new() };
+        let servers = names
+            .iter()
+            .map(|name| McpServer { name: name.clone(), transport: transport.clone() })
+            .collect();
         mcp_names(servers).into_iter().map(|server| server.name).collect()
     }
 
     #[test]
     fn mcp_servers_get_names_that_every_cli_takes() {
-        let names = ["Salesforce DX", "na\u{ef}ve", "a_b", "a b", "a.b", "\u{6d77}"].map(str::to_owned);
+        let names =
+            ["Salesforce DX", "na\u{ef}ve", "a_b", "a b", "a.b", "\u{6d77}"].map(str::to_owned);
         assert_eq!(named(&names), ["Salesforce_DX", "na_ve", "a_b", "a_b_2", "a_b_3", "_"]);
     }
 

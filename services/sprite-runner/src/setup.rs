@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use contract::scheduler::TurnSpec;
 use secrecy::ExposeSecret as _;
-use types::{McpServer, Networking, PackageManager, Repository, Skill, agent::GithubSkill, repository::Checkout};
+use types::{
+    McpServer, Networking, PackageManager, Repository, Skill, agent::GithubSkill,
+    repository::Checkout,
+};
 
 use crate::{secrets::Secrets, shell::quote};
 
@@ -31,13 +34,19 @@ impl Setup {
     /// When the scheduler sent what this runner does not understand.
     pub fn read(spec: &TurnSpec) -> Result<Self, serde_json::Error> {
         let environment = spec.environment.clone().unwrap_or_default();
-        let json = |text: &str, empty: &str| if text.is_empty() { empty.to_owned() } else { text.to_owned() };
+        let json = |text: &str, empty: &str| {
+            if text.is_empty() { empty.to_owned() } else { text.to_owned() }
+        };
         let networking = json(&environment.networking, "{}");
         Ok(Self {
             packages: serde_json::from_str(&json(&environment.packages, "{}"))?,
             // Browsers send CRLF; a shell would take the CR as part of a word.
             script: environment.setup_script.replace("\r\n", "\n"),
-            networking: if networking == "{}" { Networking::default() } else { serde_json::from_str(&networking)? },
+            networking: if networking == "{}" {
+                Networking::default()
+            } else {
+                serde_json::from_str(&networking)?
+            },
             repositories: serde_json::from_str(&json(&spec.resources, "[]"))?,
             working_directory: spec.working_directory.clone(),
             skills: serde_json::from_str(&json(&spec.skills, "[]"))?,
@@ -64,30 +73,43 @@ impl Setup {
         let tokens = secrets.repository_tokens();
         let mut lines = String::new();
         for repository in &self.repositories {
-            if let (Some(token), Some(path)) = (tokens.get(&repository.mount_path), repository.url.strip_prefix("https://")) {
+            if let (Some(token), Some(path)) =
+                (tokens.get(&repository.mount_path), repository.url.strip_prefix("https://"))
+            {
                 // Writing to a String cannot fail.
-                let _ = writeln!(lines, "https://x-access-token:{}@{path}", percent_encoded(token.expose_secret()));
+                let _ = writeln!(
+                    lines,
+                    "https://x-access-token:{}@{path}",
+                    percent_encoded(token.expose_secret())
+                );
             }
         }
         lines
     }
 
-    /// Packages, then repositories, then the environment's own script; last, that the working directory is there.
+    /// Packages, then repositories, then the environment's own script; last, that the working
+    /// directory is there.
     pub fn steps(&self) -> Vec<Step> {
         let packages = PackageManager::ALL.into_iter().filter_map(|manager| {
             let names = self.packages.get(manager.as_str()).filter(|names| !names.is_empty())?;
-            Some(Step { what: format!("installing {manager} packages"), script: install(manager, names) })
+            Some(Step {
+                what: format!("installing {manager} packages"),
+                script: install(manager, names),
+            })
         });
         // A repository inside of another comes after it, in whichever order they were given.
         let mut repositories: Vec<&Repository> = self.repositories.iter().collect();
         repositories.sort_by_key(|repository| repository.mount_path.split('/').count());
-        let clones =
-            repositories.into_iter().map(|repository| Step { what: format!("cloning {}", repository.url), script: clone(repository) });
-        let script = (!self.script.trim().is_empty()).then(|| Step { what: "the setup script".to_owned(), script: self.script.clone() });
-        let directory = self
-            .working_directory
-            .as_ref()
-            .map(|path| Step { what: "entering the working directory".to_owned(), script: format!("cd -- {}", quote(path)) });
+        let clones = repositories.into_iter().map(|repository| Step {
+            what: format!("cloning {}", repository.url),
+            script: clone(repository),
+        });
+        let script = (!self.script.trim().is_empty())
+            .then(|| Step { what: "the setup script".to_owned(), script: self.script.clone() });
+        let directory = self.working_directory.as_ref().map(|path| Step {
+            what: "entering the working directory".to_owned(),
+            script: format!("cd -- {}", quote(path)),
+        });
         packages.chain(clones).chain(script).chain(directory).collect()
     }
 }
@@ -95,44 +117,62 @@ impl Setup {
 /// Installs packages, as root where the package manager needs it, whatever user the Sprite has.
 fn install(manager: PackageManager, names: &[String]) -> String {
     let words: Vec<String> = names.iter().map(|name| quote(name)).collect();
-    let (all, each) = (words.join(" "), |command: &str| words.iter().map(|word| format!("{command} {word}\n")).collect::<String>());
+    let (all, each) = (words.join(" "), |command: &str| {
+        words.iter().map(|word| format!("{command} {word}\n")).collect::<String>()
+    });
     let as_root = "root=; [ \"$(id -u)\" = 0 ] || root='sudo -E'\n";
     match manager {
         PackageManager::Apt => format!(
             "set -e\nexport DEBIAN_FRONTEND=noninteractive\n{as_root}$root apt-get -q update\n$root apt-get -q install -y --no-install-recommends {all}\n"
         ),
         PackageManager::Cargo => format!("set -e\n{}", each("cargo install --quiet --")),
-        PackageManager::Gem => format!("set -e\n{as_root}{}", names.iter().map(|name| gem(name)).collect::<String>()),
+        PackageManager::Gem => {
+            format!("set -e\n{as_root}{}", names.iter().map(|name| gem(name)).collect::<String>())
+        }
         PackageManager::Go => format!("set -e\n{}", each("go install")),
         PackageManager::Npm => format!("npm install --global --no-fund --no-audit -- {all}\n"),
-        PackageManager::Pip => format!("PIP_BREAK_SYSTEM_PACKAGES=1 pip install --quiet -- {all}\n"),
+        PackageManager::Pip => {
+            format!("PIP_BREAK_SYSTEM_PACKAGES=1 pip install --quiet -- {all}\n")
+        }
     }
 }
 
 /// `name`, or `name@version` as the other managers write it.
 fn gem(package: &str) -> String {
     let (name, version) = package.split_once('@').unwrap_or((package, ""));
-    let version = if version.is_empty() { String::new() } else { format!(" --version {}", quote(version)) };
+    let version =
+        if version.is_empty() { String::new() } else { format!(" --version {}", quote(version)) };
     format!("$root gem install --no-document {}{version}\n", quote(name))
 }
 
 /// The author of commits, where no other is configured.
-const AUTHOR: [(&str, &str); 2] = [("user.name", "Agent on Demand"), ("user.email", "agent@agent-on-demand.invalid")];
+const AUTHOR: [(&str, &str); 2] =
+    [("user.name", "Agent on Demand"), ("user.email", "agent@agent-on-demand.invalid")];
 
-/// Precedes a clone: git asks for no input, and leaves the pointers of files in Git LFS as they are.
+/// Precedes a clone: git asks for no input, and leaves the pointers of files in Git LFS as they
+/// are.
 const CLONING: &str = "set -e\nexport GIT_TERMINAL_PROMPT=0 GIT_LFS_SKIP_SMUDGE=1\n";
 const LFS_MISSING: &str = "git-lfs is not installed in the sandbox, and the repository has lfs: true; \
                            an environment installs it with packages: {\"apt\": [\"git-lfs\"]}";
 
-/// Idempotent: removes what an interrupted clone left, and leaves a whole one as it is. The tips of all branches can be checked out; their
-/// contents are fetched when they are needed. A submodule that cannot be fetched does not fail the session; files in Git LFS that were
-/// asked for and cannot be do.
+/// Idempotent: removes what an interrupted clone left, and leaves a whole one as it is. The tips of
+/// all branches can be checked out; their contents are fetched when they are needed. A submodule
+/// that cannot be fetched does not fail the session; files in Git LFS that were asked for and
+/// cannot be do.
 fn clone(repository: &Repository) -> String {
-    let (url, path, draft) =
-        (quote(&repository.url), quote(&repository.mount_path), quote(&format!("{}.aod-clone", repository.mount_path)));
+    let (url, path, draft) = (
+        quote(&repository.url),
+        quote(&repository.mount_path),
+        quote(&format!("{}.aod-clone", repository.mount_path)),
+    );
     let identity: String = AUTHOR
         .iter()
-        .map(|(key, value)| format!("git config --get {key} >/dev/null || git config --global {key} {}\n", quote(value)))
+        .map(|(key, value)| {
+            format!(
+                "git config --get {key} >/dev/null || git config --global {key} {}\n",
+                quote(value)
+            )
+        })
         .collect();
     let (branch, commit) = match &repository.checkout {
         None => (String::new(), String::new()),
@@ -145,11 +185,21 @@ fn clone(repository: &Repository) -> String {
         ),
     };
     let submodules = format!("git -C {draft} submodule update --init --recursive --quiet");
-    let author = repository.author.iter().flat_map(|author| [("name", &author.name), ("email", &author.email)]);
-    let author: String = author.map(|(key, value)| format!("git -C {draft} config user.{key} {}\n", quote(value))).collect();
+    let author = repository
+        .author
+        .iter()
+        .flat_map(|author| [("name", &author.name), ("email", &author.email)]);
+    let author: String = author
+        .map(|(key, value)| format!("git -C {draft} config user.{key} {}\n", quote(value)))
+        .collect();
     let (find_lfs, fetch_lfs) = if repository.lfs {
-        let find = format!("command -v git-lfs >/dev/null || {{ echo {} >&2; exit 1; }}\n", quote(LFS_MISSING));
-        let fetch = format!("git -C {draft} lfs install --local >/dev/null\ngit -C {draft} lfs pull >/dev/null\n");
+        let find = format!(
+            "command -v git-lfs >/dev/null || {{ echo {} >&2; exit 1; }}\n",
+            quote(LFS_MISSING)
+        );
+        let fetch = format!(
+            "git -C {draft} lfs install --local >/dev/null\ngit -C {draft} lfs pull >/dev/null\n"
+        );
         (find, fetch)
     } else {
         (String::new(), String::new())
@@ -162,7 +212,8 @@ fn clone(repository: &Repository) -> String {
     )
 }
 
-/// Installs a skill from GitHub with the installer that supports every CLI. It needs Node.js 22.20 or later and brings its own if necessary.
+/// Installs a skill from GitHub with the installer that supports every CLI. It needs Node.js 22.20
+/// or later and brings its own if necessary.
 pub fn install_skill(skill: &GithubSkill, agent: &str) -> Step {
     let mut script = format!(
         "new='const [a, b] = process.versions.node.split(\".\"); process.exit(a > 22 || (a == 22 && b >= 20) ? 0 : 1)'\n\
@@ -177,15 +228,28 @@ pub fn install_skill(skill: &GithubSkill, agent: &str) -> Step {
     Step { what: format!("installing the skill {}", skill.source), script }
 }
 
-/// Configures git to reach repositories through the model gateway, with the credentials in the file `session`. Git neither changes
-/// that file nor asks other helpers. The URLs of remotes stay as they are.
-pub fn lead_git<'a>(gateway: &str, session: &str, repositories: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+/// Configures git to reach repositories through the model gateway, with the credentials in the file
+/// `session`. Git neither changes that file nor asks other helpers. The URLs of remotes stay as
+/// they are.
+pub fn lead_git<'a>(
+    gateway: &str,
+    session: &str,
+    repositories: impl Iterator<Item = (&'a str, &'a str)>,
+) -> String {
     let helper = format!("!f() {{ if [ \"$1\" = get ]; then cat {}; fi; }}; f", quote(session));
     let helpers = quote(&format!("credential.{gateway}.helper"));
-    let mut script = format!("git config --global --replace-all {helpers} ''\ngit config --global --add {helpers} {}\n", quote(&helper));
+    let mut script = format!(
+        "git config --global --replace-all {helpers} ''\ngit config --global --add {helpers} {}\n",
+        quote(&helper)
+    );
     for (url, path) in repositories {
         // Writing to a String cannot fail.
-        let _ = writeln!(script, "git config --global {} {}", quote(&format!("url.{gateway}/{path}.insteadOf")), quote(url));
+        let _ = writeln!(
+            script,
+            "git config --global {} {}",
+            quote(&format!("url.{gateway}/{path}.insteadOf")),
+            quote(url)
+        );
     }
     script
 }
@@ -193,7 +257,11 @@ pub fn lead_git<'a>(gateway: &str, session: &str, repositories: impl Iterator<It
 /// For the user part of a URL.
 fn percent_encoded(text: &str) -> String {
     let encode = |byte: u8| {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            char::from(byte).to_string()
+        } else {
+            format!("%{byte:02X}")
+        }
     };
     text.bytes().map(encode).collect()
 }
@@ -217,8 +285,19 @@ mod tests {
         };
         let setup = Setup::read(&spec).unwrap();
         let what: Vec<_> = setup.steps().into_iter().map(|step| step.what).collect();
-        assert_eq!(what, ["installing apt packages", "installing pip packages", "cloning https://github.com/o/r", "the setup script"]);
-        assert!(setup.steps()[1].script.contains("'requests>=2'") && setup.steps()[2].script.contains("'/work/a b'"));
+        assert_eq!(
+            what,
+            [
+                "installing apt packages",
+                "installing pip packages",
+                "cloning https://github.com/o/r",
+                "the setup script"
+            ]
+        );
+        assert!(
+            setup.steps()[1].script.contains("'requests>=2'")
+                && setup.steps()[2].script.contains("'/work/a b'")
+        );
         assert_eq!(setup.allowed_hosts(), Some(vec!["*.x.org".to_owned()]));
         assert_eq!(Setup::read(&TurnSpec::default()).unwrap().allowed_hosts(), None);
     }
@@ -233,8 +312,7 @@ mod tests {
         fn new() -> Self {
             let folder = tempfile::tempdir().unwrap();
             let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-            let json =
-                serde_json::json!({ "type": "github_repository", "url": format!("file://{}", at("origin")), "mount_path": at("here") });
+            let json = serde_json::json!({ "type": "github_repository", "url": format!("file://{}", at("origin")), "mount_path": at("here") });
             let cloning = Self { repository: serde_json::from_value(json).unwrap(), folder };
             let made = cloning.run(
                 "git init -q -b main origin; cd origin; git config uploadpack.allowFilter true; echo one >file; git add .
@@ -246,9 +324,16 @@ mod tests {
 
         fn run(&self, script: &str) -> (i32, String) {
             let mut command = std::process::Command::new("bash");
-            command.args(["-c", script]).current_dir(self.folder.path()).env("HOME", self.folder.path()).env_remove("XDG_CONFIG_HOME");
+            command
+                .args(["-c", script])
+                .current_dir(self.folder.path())
+                .env("HOME", self.folder.path())
+                .env_remove("XDG_CONFIG_HOME");
             let output = command.output().unwrap();
-            (output.status.code().unwrap(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+            (
+                output.status.code().unwrap(),
+                String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned(),
+            )
         }
 
         fn clone(&self) -> (i32, String) {
@@ -259,9 +344,15 @@ mod tests {
     #[test]
     fn a_clone_is_made_once_and_begun_again_where_it_was_interrupted() {
         let cloning = Cloning::new();
-        assert_eq!(cloning.run("mkdir -p here.aod-clone/.git; echo half >here.aod-clone/file").0, 0);
+        assert_eq!(
+            cloning.run("mkdir -p here.aod-clone/.git; echo half >here.aod-clone/file").0,
+            0
+        );
         assert_eq!(cloning.clone(), (0, String::new()));
-        assert_eq!(cloning.run("cat here/file; ls -d here.aod-clone 2>/dev/null || echo gone"), (0, "one\ngone".to_owned()));
+        assert_eq!(
+            cloning.run("cat here/file; ls -d here.aod-clone 2>/dev/null || echo gone"),
+            (0, "one\ngone".to_owned())
+        );
         // Later changes in it are kept.
         assert_eq!(cloning.run("echo two >here/file; rm -rf origin").0, 0);
         assert_eq!(cloning.clone(), (0, String::new()));
@@ -282,7 +373,10 @@ mod tests {
         cloning.clone();
         assert_eq!(cloning.run(author).1, "Me <me@example.org>");
         cloning.run("rm -rf here");
-        let named = types::repository::Author { name: "Ann O'Neil".to_owned(), email: "ann@example.org".to_owned() };
+        let named = types::repository::Author {
+            name: "Ann O'Neil".to_owned(),
+            email: "ann@example.org".to_owned(),
+        };
         cloning.repository.author = Some(named);
         cloning.clone();
         assert_eq!(cloning.run(author).1, "Ann O'Neil <ann@example.org>");
@@ -309,16 +403,26 @@ mod tests {
         let two = r#"[{"type":"github_repository","url":"https://github.com/o/r","mount_path":"/workspace/r"},
                       {"type":"github_repository","url":"https://github.com/o/s","mount_path":"/workspace/s"}]"#;
         let setup = |resources: &str, named: Option<&str>| {
-            let spec = TurnSpec { resources: resources.to_owned(), working_directory: named.map(str::to_owned), ..TurnSpec::default() };
+            let spec = TurnSpec {
+                resources: resources.to_owned(),
+                working_directory: named.map(str::to_owned),
+                ..TurnSpec::default()
+            };
             let setup = Setup::read(&spec).unwrap();
-            (setup.working_dir().map(str::to_owned), setup.steps().last().map(|step| step.script.clone()))
+            (
+                setup.working_dir().map(str::to_owned),
+                setup.steps().last().map(|step| step.script.clone()),
+            )
         };
         assert_eq!(setup("[]", None), (None, None));
         assert_eq!(setup(one, None).0.as_deref(), Some("/workspace/r"));
         assert_eq!(setup(two, None).0, None);
         for resources in ["[]", one, two] {
             let (directory, check) = setup(resources, Some("/workspace/r/a b"));
-            assert_eq!((directory.as_deref(), check.as_deref()), (Some("/workspace/r/a b"), Some("cd -- '/workspace/r/a b'")));
+            assert_eq!(
+                (directory.as_deref(), check.as_deref()),
+                (Some("/workspace/r/a b"), Some("cd -- '/workspace/r/a b'"))
+            );
         }
     }
 
@@ -327,10 +431,15 @@ mod tests {
         let cloning = Cloning::new();
         let session = cloning.folder.path().join("session");
         std::fs::write(&session, "username=session\npassword=token\n").unwrap();
-        let routes = [("https://github.com/o/r", "git/github.com/o/r"), ("https://github.com/o/s", "git/github.com/o/s")];
+        let routes = [
+            ("https://github.com/o/r", "git/github.com/o/r"),
+            ("https://github.com/o/s", "git/github.com/o/s"),
+        ];
         let script = lead_git("http://gateway:8780", session.to_str().unwrap(), routes.into_iter());
         assert_eq!(
-            cloning.run(&format!("git config --global credential.helper 'store --file other'\n{script}{script}")),
+            cloning.run(&format!(
+                "git config --global credential.helper 'store --file other'\n{script}{script}"
+            )),
             (0, String::new())
         );
         let asked = "protocol=http\nhost=gateway:8780\npath=git/github.com/o/r\n";
@@ -350,7 +459,10 @@ mod tests {
     fn a_gem_may_have_a_version_or_a_range_of_them() {
         assert_eq!(gem("rake"), "$root gem install --no-document rake\n");
         assert_eq!(gem("rake@13.0.6"), "$root gem install --no-document rake --version 13.0.6\n");
-        assert_eq!(gem("rake@~>13,<14"), "$root gem install --no-document rake --version '~>13,<14'\n");
+        assert_eq!(
+            gem("rake@~>13,<14"),
+            "$root gem install --no-document rake --version '~>13,<14'\n"
+        );
     }
 
     #[test]

@@ -32,16 +32,29 @@ pub async fn run(runner: &Runner, job: SweepSprites, delivery: u64, again: Durat
 
 async fn sweep(runner: &Runner, job: SweepSprites) -> Result<(), String> {
     let key = KeyPair::generate().map_err(|error| error.to_string())?;
-    let request = ClaimSweepRequest { user_id: job.user_id, runner: runner.name.to_string(), public_key: key.public().to_vec() };
-    let claim = runner.bus.call::<rpc::ClaimSweep>(&request, DEADLINE).await.map_err(|error| error.to_string())?;
-    let secrets = Secrets::redeem(runner, &claim.lease_id, &key).await.map_err(|error| error.to_string())?;
+    let request = ClaimSweepRequest {
+        user_id: job.user_id,
+        runner: runner.name.to_string(),
+        public_key: key.public().to_vec(),
+    };
+    let claim = runner
+        .bus
+        .call::<rpc::ClaimSweep>(&request, DEADLINE)
+        .await
+        .map_err(|error| error.to_string())?;
+    let secrets =
+        Secrets::redeem(runner, &claim.lease_id, &key).await.map_err(|error| error.to_string())?;
     let Some(token) = secrets.credential(CredentialKind::Sprites) else { return Ok(()) };
     let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
     let names = client.list(&claim.name_prefix).await.map_err(|error| error.to_string())?;
     let mut failed = None;
     for names in names.chunks(NAMES_AT_A_TIME) {
         let request = FindOrphansRequest { names: names.to_vec() };
-        let orphans = runner.bus.call::<rpc::FindOrphans>(&request, DEADLINE).await.map_err(|error| error.to_string())?;
+        let orphans = runner
+            .bus
+            .call::<rpc::FindOrphans>(&request, DEADLINE)
+            .await
+            .map_err(|error| error.to_string())?;
         for name in orphans.names {
             let Ok(name) = name.parse() else { continue };
             match client.delete(&name).await {

@@ -5,7 +5,10 @@ use std::{collections::BTreeSet, time::Duration};
 use contract::{
     host::{self as agent_host, Input, event, turn_ended::Reason},
     scheduler::TurnSpec,
-    session::{AgentEvent, BudgetNotice, Failure, StopReason, TurnEnded, TurnStarted, Usage, session_event::Kind},
+    session::{
+        AgentEvent, BudgetNotice, Failure, StopReason, TurnEnded, TurnStarted, Usage,
+        session_event::Kind,
+    },
 };
 use sealing::KeyPair;
 use tokio::time::Instant;
@@ -28,13 +31,15 @@ use crate::{
     setup::Setup,
 };
 
-/// How much of the journal is kept after it was appended, in case the stream loses events before they are persisted.
+/// How much of the journal is kept after it was appended, in case the stream loses events before
+/// they are persisted.
 const UNPERSISTED_BYTES: u64 = 8 << 20;
 /// How much of the journal may be persisted before the host is told to delete it.
 const PERSISTED_STEP: u64 = 1 << 20;
 /// How long an agent that waits for a decision must be silent before its sandbox may sleep.
 const REST_AFTER: Duration = Duration::from_secs(1);
-/// How long a sandbox is kept awake for an input that the host does not accept: it may know the input already.
+/// How long a sandbox is kept awake for an input that the host does not accept: it may know the
+/// input already.
 const ACCEPTED_WITHIN: Duration = Duration::from_secs(15);
 /// How many bytes at the end of an agent's output are searched for the cause of its failure.
 const SAID_BYTES: usize = 8 << 10;
@@ -53,7 +58,8 @@ pub enum End {
     Superseded,
     /// The session was terminated: its Sprite has to go.
     Terminated,
-    /// Released for another attempt. The reason names the infrastructure failure; it is empty if there was none.
+    /// Released for another attempt. The reason names the infrastructure failure; it is empty if
+    /// there was none.
     Released(String),
 }
 
@@ -61,7 +67,8 @@ pub enum End {
 #[derive(Debug)]
 pub enum Stopped {
     Fenced(Fenced),
-    /// This runner cannot continue, but another attempt may: its lease of secrets has ended, or the sandbox does not answer.
+    /// This runner cannot continue, but another attempt may: its lease of secrets has ended, or the
+    /// sandbox does not answer.
     Released(String),
     /// The turn failed, with this message for its user.
     Failed {
@@ -81,9 +88,10 @@ impl From<StageFailed> for Stopped {
         match failed {
             StageFailed::Fenced(fenced) => Self::Fenced(fenced),
             StageFailed::Released(reason) => Self::Released(reason),
-            StageFailed::Failed { stage, message } => {
-                Self::Failed { stage: stage.to_string(), message: format!("Provisioning failed at {stage}: {message}") }
-            }
+            StageFailed::Failed { stage, message } => Self::Failed {
+                stage: stage.to_string(),
+                message: format!("Provisioning failed at {stage}: {message}"),
+            },
         }
     }
 }
@@ -125,7 +133,8 @@ pub async fn run(
     if runner.mask_output {
         log.masker = log.secrets.clone();
     }
-    let ended = match Box::pin(work(runner, session, turn, &spec, &secrets, &mut log, inputs)).await {
+    let ended = match Box::pin(work(runner, session, turn, &spec, &secrets, &mut log, inputs)).await
+    {
         Ok(mut ended) => {
             if let Some(failure) = &mut ended.failure {
                 failure.message = log.secrets.text(&failure.message);
@@ -140,7 +149,11 @@ pub async fn run(
             TurnEnded { failure: Some(Failure { stage, message }), ..TurnEnded::default() }
         }
     };
-    let unstarted = || TurnStarted { prompt: log.masker.text(&spec.prompt), input_id: spec.input_id.clone(), ..TurnStarted::default() };
+    let unstarted = || TurnStarted {
+        prompt: log.masker.text(&spec.prompt),
+        input_id: spec.input_id.clone(),
+        ..TurnStarted::default()
+    };
     let ended = TurnEnded { unstarted: (!log.checkpoint.started).then(unstarted), ..ended };
     match log.ended(ended).await {
         Ok(id) => End::Settled(id),
@@ -167,15 +180,22 @@ async fn work(
     log: &mut EventLog,
     inputs: Inputs,
 ) -> Result<TurnEnded, Stopped> {
-    let failed = |stage: Stage, message: String| Stopped::Failed { stage: stage.to_string(), message };
+    let failed =
+        |stage: Stage, message: String| Stopped::Failed { stage: stage.to_string(), message };
     let Ok(runtime) = spec.runtime.parse::<Runtime>() else {
-        return Err(failed(Stage::InstallRuntime, format!("Runtime {} is not available on this deployment", spec.runtime)));
+        return Err(failed(
+            Stage::InstallRuntime,
+            format!("Runtime {} is not available on this deployment", spec.runtime),
+        ));
     };
     let adapter = runtimes::adapter(runtime);
     let Some(token) = secrets.credential(CredentialKind::Sprites) else {
         return Err(failed(Stage::CreateSprite, "No backend credentials configured".to_owned()));
     };
-    let name: SpriteName = spec.sprite.parse().map_err(|_| failed(Stage::CreateSprite, "The Sprite's name is not valid".to_owned()))?;
+    let name: SpriteName = spec
+        .sprite
+        .parse()
+        .map_err(|_| failed(Stage::CreateSprite, "The Sprite's name is not valid".to_owned()))?;
     let started = log.checkpoint.started;
     if started && log.checkpoint.journal_offset == 0 {
         // An earlier release kept no journal, and its files in the Sprite are no longer supported.
@@ -184,7 +204,9 @@ async fn work(
     }
     let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
     let sprite = client.sprite(name);
-    let unreadable = |error: serde_json::Error| failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}"));
+    let unreadable = |error: serde_json::Error| {
+        failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}"))
+    };
     let setup = Setup::read(spec).map_err(unreadable)?;
     let provider = ModelRef::parse(runtime, &spec.model).ok().and_then(|model| model.provider());
     if let Some(name) = provider.and_then(|provider| secrets.address_without_key(provider)) {
@@ -194,20 +216,35 @@ async fn work(
         return Err(Stopped::Failed { stage: "credentials".to_owned(), message });
     }
     let models = runner.models_of(secrets);
-    let agent = Agent::new(session, spec, (runtime, adapter), &models, &setup, runner.agent_idle).map_err(unreadable)?;
+    let agent = Agent::new(session, spec, (runtime, adapter), &models, &setup, runner.agent_idle)
+        .map_err(unreadable)?;
     let gateway = runner.model_gateway.as_deref();
-    let provisioning =
-        Provisioning { client: &client, sprite: &sprite, setup: &setup, secrets, runtime, adapter, models: &models, gateway };
+    let provisioning = Provisioning {
+        client: &client,
+        sprite: &sprite,
+        setup: &setup,
+        secrets,
+        runtime,
+        adapter,
+        models: &models,
+        gateway,
+    };
     let is_new = turn == 1 && !started;
     if is_new {
         provisioning.create(log).await?;
     }
     let offset = log.checkpoint.journal_offset;
-    let revision = if spec.may_change { agent.revision(secrets, &provisioning.config_without_token()) } else { String::new() };
+    let revision = if spec.may_change {
+        agent.revision(secrets, &provisioning.config_without_token())
+    } else {
+        String::new()
+    };
     // Before a message is sent: what runs from the turn before is replaced where it is another.
     let renews = spec.may_change && !started && !is_new;
     if renews && let Err(error) = provisioning.renew_config().await {
-        return Err(Stopped::Released(format!("its sandbox does not take the agent's configuration: {error}")));
+        return Err(Stopped::Released(format!(
+            "its sandbox does not take the agent's configuration: {error}"
+        )));
     }
     if !started {
         files::mount(runner, &sprite, spec, is_new).await.map_err(|error| match error {
@@ -228,7 +265,8 @@ async fn work(
     let (mut position, mut waited) = (0, Duration::ZERO);
     if is_new {
         let scope = Scope::SetUp { stage: "", logged_below: offset };
-        let playback = Playback::new(scope, log.secrets.clone(), runner.output.bytes_max, &log.checkpoint);
+        let playback =
+            Playback::new(scope, log.secrets.clone(), runner.output.bytes_max, &log.checkpoint);
         let mut host = StepRunner { link, playback };
         provisioning.set_up(log, &mut host).await?;
         position = host.playback.position().max(offset);
@@ -237,14 +275,20 @@ async fn work(
     if !started {
         log.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
         let prompt = log.masker.text(&spec.prompt);
-        let begin = TurnStarted { prompt, input_id: spec.input_id.clone(), is_metered: secrets.is_metered() };
+        let begin = TurnStarted {
+            prompt,
+            input_id: spec.input_id.clone(),
+            is_metered: secrets.is_metered(),
+        };
         let begun = Instant::now();
-        // The turn begins before its sandbox has answered, which may have to wake: the host runs as the previous turn left it.
+        // The turn begins before its sandbox has answered, which may have to wake: the host runs as
+        // the previous turn left it.
         let is_early = position == 0 && offset > 0 && !renews;
         if is_early {
             log.started(begin.clone(), offset).await?;
         }
-        // Where the turn's records are looked for. A journal that was lost between turns is no loss.
+        // Where the turn's records are looked for. A journal that was lost between turns is no
+        // loss.
         if position == 0 {
             position = match link.next().await {
                 Incoming::Attached(offset) => offset,
@@ -262,24 +306,37 @@ async fn work(
         true => {
             let turn = inputs::Turn { session, turn, epoch: spec.epoch };
             let meter = Meter::follow(&runner.bus, &turn, log.checkpoint.metered_through).await;
-            Some(meter.map_err(|error| Stopped::Released(format!("hints cannot be subscribed to: {}", error.message)))?)
+            Some(meter.map_err(|error| {
+                Stopped::Released(format!("hints cannot be subscribed to: {}", error.message))
+            })?)
         }
         false => None,
     };
-    let mut playback = Playback::new(Scope::Turn(turn), log.masker.clone(), runner.output.bytes_max, &log.checkpoint);
+    let mut playback = Playback::new(
+        Scope::Turn(turn),
+        log.masker.clone(),
+        runner.output.bytes_max,
+        &log.checkpoint,
+    );
     if !playback.has_begun() {
         // The turn's timeout runs from its beginning in the log.
         let waited = u32::try_from(waited.as_secs()).unwrap_or(u32::MAX);
         link.send(agent.message(turn, spec.timeout_seconds.saturating_sub(waited).max(1)));
     }
-    play(log, turn, &mut playback, (&mut link, &mut meter), inputs, Pace::new(&runner.output)).await?;
+    play(log, turn, &mut playback, (&mut link, &mut meter), inputs, Pace::new(&runner.output))
+        .await?;
     log.continue_from(playback.checkpoint());
     // Before the turn's end is in the log, so that a client that sees the end finds the files.
     files::collect(runner, &sprite, (session, turn), spec).await;
     let ended = playback.ended().cloned().unwrap_or_default();
-    let Some(mut meter) = meter else { return Ok(end(runtime, &ended, spec.timeout_seconds, &playback, "")) };
+    let Some(mut meter) = meter else {
+        return Ok(end(runtime, &ended, spec.timeout_seconds, &playback, ""));
+    };
     let metered = meter.finish(log).await?;
-    let ended = TurnEnded { usage: metered.turn_usage, ..end(runtime, &ended, spec.timeout_seconds, &playback, &metered.failure) };
+    let ended = TurnEnded {
+        usage: metered.turn_usage,
+        ..end(runtime, &ended, spec.timeout_seconds, &playback, &metered.failure)
+    };
     Ok(match metered.budget_reached {
         Some(reached) => at_budget(ended, &reached),
         None => ended,
@@ -291,7 +348,8 @@ fn at_budget(ended: TurnEnded, reached: &BudgetNotice) -> TurnEnded {
     if ended.stop_reason() == StopReason::Interrupted {
         return ended;
     }
-    let failure = Some(Failure { stage: BUDGET.to_owned(), message: rules::budget::message(reached) });
+    let failure =
+        Some(Failure { stage: BUDGET.to_owned(), message: rules::budget::message(reached) });
     TurnEnded { exit_code: Some(1), failure, stop_reason: StopReason::Budget.into(), ..ended }
 }
 
@@ -300,7 +358,9 @@ fn stopped(gone: Gone) -> Stopped {
     match gone {
         Gone::Released(reason) => Stopped::Released(reason),
         Gone::Failed(why) => lost(format!("The agent can no longer be followed: {why}")),
-        Gone::JournalLost => lost("The agent host's journal was deleted inside the sandbox".to_owned()),
+        Gone::JournalLost => {
+            lost("The agent host's journal was deleted inside the sandbox".to_owned())
+        }
         Gone::SandboxLost => lost("The sandbox disappeared while the agent was running".to_owned()),
     }
 }
@@ -321,7 +381,8 @@ async fn play(
     if !playback.has_begun() {
         unaccepted.insert(turn_input(turn));
     }
-    let (mut persisted, mut resting, mut quiet_since) = (log.checkpoint.journal_offset, false, Instant::now());
+    let (mut persisted, mut resting, mut quiet_since) =
+        (log.checkpoint.journal_offset, false, Instant::now());
     loop {
         while let Some(emitted) = playback.next() {
             let bytes = emitted.output_bytes();
@@ -343,7 +404,8 @@ async fn play(
         if playback.ended().is_some() {
             return Ok(());
         }
-        // What is in the log may be lost with its stream before it is persisted: then it is read again.
+        // What is in the log may be lost with its stream before it is persisted: then it is read
+        // again.
         let kept = playback.persisted().saturating_sub(UNPERSISTED_BYTES);
         if kept >= persisted + PERSISTED_STEP {
             persisted = kept;
@@ -415,8 +477,15 @@ fn is_own_report(kind: &Kind) -> bool {
     matches!(kind, Kind::Agent(AgentEvent { event: Some(event), .. }) if matches!(event.kind, Some(event::Kind::ModelRequestEnded(_))))
 }
 
-/// What the turn's end in the journal means for its user. `refused`: why the model gateway's last request failed.
-fn end(runtime: Runtime, ended: &agent_host::TurnEnded, timeout_seconds: u32, playback: &Playback, refused: &str) -> TurnEnded {
+/// What the turn's end in the journal means for its user. `refused`: why the model gateway's last
+/// request failed.
+fn end(
+    runtime: Runtime,
+    ended: &agent_host::TurnEnded,
+    timeout_seconds: u32,
+    playback: &Playback,
+    refused: &str,
+) -> TurnEnded {
     let usage = ended.usage.as_ref().map(usage);
     let exited = |code: i32, stop_reason: StopReason, failure: Option<Failure>| TurnEnded {
         exit_code: Some(code),
@@ -433,29 +502,65 @@ fn end(runtime: Runtime, ended: &agent_host::TurnEnded, timeout_seconds: u32, pl
     let agent_failed = |message: String| Some(Failure { stage: AGENT.to_owned(), message });
     let code = ended.exit_code.unwrap_or(1);
     match ended.reason() {
-        Reason::Completed if runtime == Runtime::Shell => exited(ended.exit_code.unwrap_or(0), StopReason::EndTurn, None),
+        Reason::Completed if runtime == Runtime::Shell => {
+            exited(ended.exit_code.unwrap_or(0), StopReason::EndTurn, None)
+        }
         Reason::Completed => exited(0, StopReason::EndTurn, None),
         Reason::Interrupted => exited(0, StopReason::Interrupted, None),
         Reason::TimedOut => {
             // CLIs retry a failing model for longer than many turns may take.
-            let cause = if runtime == Runtime::Shell { None } else { diagnose(playback, None, &ended.message) };
-            let hint = cause.map(|cause| format!(". Its last output suggests that {cause}")).unwrap_or_default();
+            let cause = if runtime == Runtime::Shell {
+                None
+            } else {
+                diagnose(playback, None, &ended.message)
+            };
+            let hint = cause
+                .map(|cause| format!(". Its last output suggests that {cause}"))
+                .unwrap_or_default();
             without_code("timeout", format!("Turn timed out after {timeout_seconds}s{hint}"))
         }
         // A script's own status, whatever it is.
-        Reason::Failed if runtime == Runtime::Shell && ended.message.is_empty() => exited(code, StopReason::EndTurn, None),
+        Reason::Failed if runtime == Runtime::Shell && ended.message.is_empty() => {
+            exited(code, StopReason::EndTurn, None)
+        }
         Reason::Failed => {
-            let what = ended.exit_code.map_or_else(|| "The agent failed".to_owned(), |code| format!("The agent exited with {code}"));
+            let what = ended.exit_code.map_or_else(
+                || "The agent failed".to_owned(),
+                |code| format!("The agent exited with {code}"),
+            );
             let said = format!("{refused}\n{}", ended.message);
             let cause = diagnose(playback, ended.exit_code, &said).map(|cause| cause.to_string());
-            let cause = cause.or_else(|| [refused, &ended.message].into_iter().find(|said| !said.is_empty()).map(str::to_owned));
-            exited(code, StopReason::Unspecified, cause.and_then(|cause| agent_failed(format!("{what}: {cause}"))))
+            let cause = cause.or_else(|| {
+                [refused, &ended.message]
+                    .into_iter()
+                    .find(|said| !said.is_empty())
+                    .map(str::to_owned)
+            });
+            exited(
+                code,
+                StopReason::Unspecified,
+                cause.and_then(|cause| agent_failed(format!("{what}: {cause}"))),
+            )
         }
-        Reason::Limit => exited(code, StopReason::Limit, agent_failed(or(&ended.message, "The agent reached a limit"))),
-        Reason::Refused => exited(code, StopReason::Refused, agent_failed(or(&ended.message, "The model refused"))),
+        Reason::Limit => exited(
+            code,
+            StopReason::Limit,
+            agent_failed(or(&ended.message, "The agent reached a limit")),
+        ),
+        Reason::Refused => {
+            exited(code, StopReason::Refused, agent_failed(or(&ended.message, "The model refused")))
+        }
         Reason::CliLost => {
-            let cause = diagnose(playback, ended.exit_code, "").map(|cause| format!(": {cause}")).unwrap_or_default();
-            without_code("sandbox", format!("{}{cause}", or(&ended.message, "The agent's process ended before its turn did")))
+            let cause = diagnose(playback, ended.exit_code, "")
+                .map(|cause| format!(": {cause}"))
+                .unwrap_or_default();
+            without_code(
+                "sandbox",
+                format!(
+                    "{}{cause}",
+                    or(&ended.message, "The agent's process ended before its turn did")
+                ),
+            )
         }
         Reason::HostLost | Reason::SandboxLost | Reason::Stopped | Reason::Unspecified => {
             without_code("sandbox", or(&ended.message, "The agent was stopped inside the sandbox"))
@@ -467,13 +572,17 @@ fn or(message: &str, otherwise: &str) -> String {
     if message.is_empty() { otherwise } else { message }.to_owned()
 }
 
-/// The cause of an agent's end, if the end of its output names one; without a status if it was killed.
+/// The cause of an agent's end, if the end of its output names one; without a status if it was
+/// killed.
 fn diagnose(playback: &Playback, code: Option<i32>, message: &str) -> Option<Cause> {
     let last = |text: &str| {
-        let from = (text.len().saturating_sub(SAID_BYTES)..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+        let from = (text.len().saturating_sub(SAID_BYTES)..=text.len())
+            .find(|at| text.is_char_boundary(*at))
+            .unwrap_or_default();
         text.get(from..).unwrap_or_default().to_owned()
     };
-    let said = [message.to_owned(), last(&playback.tail(false)), last(&playback.tail(true))].join("\n");
+    let said =
+        [message.to_owned(), last(&playback.tail(false)), last(&playback.tail(true))].join("\n");
     diagnosis::of_agent(code.and_then(|code| u8::try_from(code).ok()), &said)
 }
 

@@ -1,9 +1,13 @@
 //! Where bytes may be cut so that no UTF-8 character is split.
 
-/// How many bytes at the end may be the beginning of a character that is not complete yet. Invalid bytes are not waited for.
+/// How many bytes at the end may be the beginning of a character that is not complete yet. Invalid
+/// bytes are not waited for.
 pub fn incomplete_tail(bytes: &[u8]) -> usize {
     for length in 1..=bytes.len().min(3) {
-        let Some(tail) = bytes.len().checked_sub(length).and_then(|start| bytes.get(start..)) else { return 0 };
+        let Some(tail) = bytes.len().checked_sub(length).and_then(|start| bytes.get(start..))
+        else {
+            return 0;
+        };
         let Some(first) = tail.first() else { return 0 };
         if first & 0b1100_0000 == 0b1000_0000 {
             continue;

@@ -49,8 +49,11 @@ pub async fn accept() -> Result<()> {
     });
     let half = Times::new(try_join_all(half).await?);
     let floor = inserts(&stack, &accepted).await?;
-    let accepted = Figure::new("accept: sessions accepted, durably", Measured::rate(rate, "sessions"));
-    accepted.beside("the same rows straight into Postgres", Measured::rate(floor, "sessions")).report()?;
+    let accepted =
+        Figure::new("accept: sessions accepted, durably", Measured::rate(rate, "sessions"));
+    accepted
+        .beside("the same rows straight into Postgres", Measured::rate(floor, "sessions"))
+        .report()?;
     Figure::new("accept: the same, at half of that rate", &half).report()
 }
 

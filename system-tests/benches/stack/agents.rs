@@ -19,7 +19,8 @@ const DECISIONS: usize = 10;
 
 pub async fn agents() -> Result<()> {
     let stack = Stack::start(Options { scripted_model: true, ..OPTIONS }).await?;
-    let agent = json!({ "name": "bench", "runtime": "claude", "model": "anthropic/claude-sonnet-4-5" });
+    let agent =
+        json!({ "name": "bench", "runtime": "claude", "model": "anthropic/claude-sonnet-4-5" });
     let agent = made(&stack, "/agents", agent, 201).await?;
     let (mut cold, mut last) = (Vec::new(), None);
     for _ in 0..COLD {
@@ -34,7 +35,10 @@ pub async fn agents() -> Result<()> {
     for number in 0..COLD {
         by_hand.push(plain_start(&stack, number).await?);
     }
-    let cold = Figure::new("agents: Claude Code's first words, from POST, in a new sandbox", &Times::new(cold));
+    let cold = Figure::new(
+        "agents: Claude Code's first words, from POST, in a new sandbox",
+        &Times::new(cold),
+    );
     cold.beside("`claude -p` in a new sandbox, by hand", &Times::new(by_hand)).report()?;
 
     let mut chat = last.context("no session")?;
@@ -46,7 +50,11 @@ pub async fn agents() -> Result<()> {
         follow_ups.push(begun.elapsed());
         chat.until("session.status_idle").await?;
     }
-    Figure::new("agents: Claude Code's first words on a follow-up, from POST", &Times::new(follow_ups)).report()?;
+    Figure::new(
+        "agents: Claude Code's first words on a follow-up, from POST",
+        &Times::new(follow_ups),
+    )
+    .report()?;
 
     let rules = json!({ "rules": [{ "tool": "Bash", "evaluation": "ask" }] });
     let asks = json!({ "name": "asks", "runtime": "claude", "model": "anthropic/claude-sonnet-4-5", "permissions": rules });
@@ -66,7 +74,11 @@ pub async fn agents() -> Result<()> {
         decided.push(begun.elapsed());
         chat.until("session.status_idle").await?;
     }
-    Figure::new("agents: from the decision on a permission request to the tool's result", &Times::new(decided)).report()
+    Figure::new(
+        "agents: from the decision on a permission request to the tool's result",
+        &Times::new(decided),
+    )
+    .report()
 }
 
 /// A session and its typed events.
@@ -78,20 +90,29 @@ struct Chat<'a> {
 
 impl<'a> Chat<'a> {
     async fn begin(stack: &'a Stack, agent: &str, prompt: &str) -> Result<Self> {
-        let session = made(stack, "/sessions", json!({ "agent_id": agent, "prompt": prompt }), 202).await?;
-        let events = stack.events(0, &format!("/sessions/{session}/events?stream=true&after=0")).await?;
+        let session =
+            made(stack, "/sessions", json!({ "agent_id": agent, "prompt": prompt }), 202).await?;
+        let events =
+            stack.events(0, &format!("/sessions/{session}/events?stream=true&after=0")).await?;
         Ok(Self { stack, session, events })
     }
 
     async fn prompt(&self, prompt: &str) -> Result<()> {
-        let answer = self.stack.post(&format!("/sessions/{}/prompt", self.session), json!({ "prompt": prompt })).await?;
+        let answer = self
+            .stack
+            .post(&format!("/sessions/{}/prompt", self.session), json!({ "prompt": prompt }))
+            .await?;
         ensure!(answer.status == 202, "{answer:?}");
         Ok(())
     }
 
     async fn until(&mut self, kind: &str) -> Result<Value> {
         loop {
-            let event = self.events.next().await?.with_context(|| format!("the stream ended before {kind}"))?;
+            let event = self
+                .events
+                .next()
+                .await?
+                .with_context(|| format!("the stream ended before {kind}"))?;
             if event["type"] == kind {
                 return Ok(event);
             }
@@ -109,11 +130,17 @@ async fn made(stack: &Stack, path: &str, body: Value, status: u16) -> Result<Str
 async fn plain_start(stack: &Stack, number: usize) -> Result<Duration> {
     let pid = *stack.pids("scripted-model").first().context("no model")?;
     let environment = String::from_utf8(fs::read(format!("/proc/{pid}/environ"))?)?;
-    let model = environment.split('\0').find_map(|entry| entry.strip_prefix("SCRIPTED_MODEL_ADDR=")).context("no address")?;
+    let model = environment
+        .split('\0')
+        .find_map(|entry| entry.strip_prefix("SCRIPTED_MODEL_ADDR="))
+        .context("no address")?;
     let begun = Instant::now();
     let sprite = sprite(stack, &format!("bench-claude-{number}")).await?;
-    let command = format!("ANTHROPIC_BASE_URL=http://{model} ANTHROPIC_API_KEY=none claude -p hello");
-    let mut exec = sprite.exec(&ExecRequest { argv: &["bash", "-lc", &command], ..ExecRequest::default() }).await?;
+    let command =
+        format!("ANTHROPIC_BASE_URL=http://{model} ANTHROPIC_API_KEY=none claude -p hello");
+    let mut exec = sprite
+        .exec(&ExecRequest { argv: &["bash", "-lc", &command], ..ExecRequest::default() })
+        .await?;
     loop {
         match exec.next().await? {
             ExecEvent::Stdout(_) => return Ok(begun.elapsed()),

@@ -13,10 +13,19 @@ const WATCHED: Duration = Duration::from_secs(20);
 const TICKS_PER_SECOND: f64 = 100.0;
 
 pub async fn idle() -> Result<()> {
-    let stack = Stack::start(Options { replicas: 4, settings: &[("EVENT_PARTITIONS", "4"), ("RUST_LOG", "error")], ..OPTIONS }).await?;
+    let stack = Stack::start(Options {
+        replicas: 4,
+        settings: &[("EVENT_PARTITIONS", "4"), ("RUST_LOG", "error")],
+        ..OPTIONS
+    })
+    .await?;
     let (cores, _) = watch(&stack).await?;
     let postgres = cores.get("postgres").copied().unwrap_or_default();
-    Figure::new("idle: Postgres with 4 schedulers and 4 partitions", Measured::amount(postgres, "cores")).report()?;
+    Figure::new(
+        "idle: Postgres with 4 schedulers and 4 partitions",
+        Measured::amount(postgres, "cores"),
+    )
+    .report()?;
     drop(stack);
 
     let stack = Stack::start(OPTIONS).await?;
@@ -40,7 +49,9 @@ async fn watch(stack: &Stack) -> Result<(BTreeMap<String, f64>, f64)> {
     tokio::time::sleep(WATCHED).await;
     let mut used = ticks(stack)?;
     for (service, after) in &mut used {
-        *after = (*after - before.get(service).copied().unwrap_or_default()) / TICKS_PER_SECOND / WATCHED.as_secs_f64();
+        *after = (*after - before.get(service).copied().unwrap_or_default())
+            / TICKS_PER_SECOND
+            / WATCHED.as_secs_f64();
     }
     let mut memory = 0.0;
     for (_, pid) in stack.processes() {

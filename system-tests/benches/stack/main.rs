@@ -1,7 +1,8 @@
-//! How fast the whole stack is, each figure beside a floor of the same run: `make bench`, as root. `make bench ARGS=replay` measures what
-//! is named so, and nothing else.
+//! How fast the whole stack is, each figure beside a floor of the same run: `make bench`, as root.
+//! `make bench ARGS=replay` measures what is named so, and nothing else.
 //!
-//! Postgres, NATS, the sandboxes and this load share the machine. Machines differ and are noisy: read the ratios.
+//! Postgres, NATS, the sandboxes and this load share the machine. Machines differ and are noisy:
+//! read the ratios.
 
 mod accept;
 mod agents;
@@ -25,7 +26,11 @@ const OPTIONS: Options = Options {
     replicas: 1,
     nats_servers: 1,
     no_restart: false,
-    settings: &[("DEFAULT_MAX_CONCURRENT_SESSIONS", "1000000"), ("AOD_MAX_STREAMS_PER_KEY", "1000000"), ("RUST_LOG", "error")],
+    settings: &[
+        ("DEFAULT_MAX_CONCURRENT_SESSIONS", "1000000"),
+        ("AOD_MAX_STREAMS_PER_KEY", "1000000"),
+        ("RUST_LOG", "error"),
+    ],
 };
 const CALLERS: usize = 32;
 const LOAD: Duration = Duration::from_secs(5);

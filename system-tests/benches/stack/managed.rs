@@ -29,7 +29,8 @@ pub async fn managed() -> Result<()> {
 
     let made = stack.post("/v1/sessions", session(json!([]))).await?;
     let path = format!("/v1/sessions/{}/events", made.text("id"));
-    let (url, key) = (format!("{}{path}/stream", stack.ready_text("/api_url")), stack.ready_text("/api_key"));
+    let (url, key) =
+        (format!("{}{path}/stream", stack.ready_text("/api_url")), stack.ready_text("/api_key"));
     let http = reqwest::Client::builder().connect_timeout(LOAD).read_timeout(4 * LOAD).build()?;
     let mut bytes = http.get(&url).bearer_auth(&key).send().await?.bytes_stream();
     let mut text = String::new();
@@ -42,7 +43,9 @@ pub async fn managed() -> Result<()> {
                     text.drain(..at + frame.len());
                     return anyhow::Ok(());
                 }
-                text.push_str(&String::from_utf8_lossy(&bytes.next().await.context("the stream ended")??));
+                text.push_str(&String::from_utf8_lossy(
+                    &bytes.next().await.context("the stream ended")??,
+                ));
             }
         });
         shown.await.with_context(|| format!("no session.status_{kind}"))?
@@ -59,14 +62,18 @@ pub async fn managed() -> Result<()> {
         started.push(begun.elapsed());
         until("idle").await?;
     }
-    Figure::new("managed: from a message's POST to session.status_running", &Times::new(started)).report()?;
+    Figure::new("managed: from a message's POST to session.status_running", &Times::new(started))
+        .report()?;
     list(&stack, made.text("id")).await?;
 
     Stack::signal(&stack.pids("sprite-runner"), Signal::STOP);
     let original = json!({ "agent_id": stack.agent("shell").await?, "prompt": "true" });
     let floor = rate(&stack, "/sessions", &original, 202).await?;
     let ours = rate(&stack, "/v1/sessions", &session(json!([message("true")])), 200).await?;
-    let accepted = Figure::new("managed: sessions accepted, with initial_events", Measured::rate(ours, "sessions"));
+    let accepted = Figure::new(
+        "managed: sessions accepted, with initial_events",
+        Measured::rate(ours, "sessions"),
+    );
     accepted.beside("POST /sessions", Measured::rate(floor, "sessions")).report()
 }
 
@@ -75,10 +82,17 @@ async fn list(stack: &Stack, session: &str) -> Result<()> {
     const LISTED: i64 = 100_000;
     let pool = database(stack).await?;
     // Written by no turn: a message that is told so often.
-    let said = host::AgentMessage { text: "a line that an agent has said".to_owned(), ..Default::default() };
+    let said = host::AgentMessage {
+        text: "a line that an agent has said".to_owned(),
+        ..Default::default()
+    };
     let event = host::Event { kind: Some(host::event::Kind::Message(said)), ..Default::default() };
-    let kind = Some(session_event::Kind::Agent(AgentEvent { event: Some(event), ..AgentEvent::default() }));
-    let payload = SessionEvent { turn: 1, at_us: 1, kind, ..SessionEvent::default() }.encode_to_vec();
+    let kind = Some(session_event::Kind::Agent(AgentEvent {
+        event: Some(event),
+        ..AgentEvent::default()
+    }));
+    let payload =
+        SessionEvent { turn: 1, at_us: 1, kind, ..SessionEvent::default() }.encode_to_vec();
     let newest = "select session_id, event_id from scheduler.event order by event_id desc limit 1";
     let (id, last): (Uuid, i64) = sqlx::query_as(newest).fetch_one(&pool).await?;
     sqlx::query(
@@ -103,12 +117,22 @@ async fn list(stack: &Stack, session: &str) -> Result<()> {
     ensure!(count > LISTED as usize, "{count} events");
     let ours = per_second(count, begun);
     let begun = Instant::now();
-    let copy = format!("copy (select event_id, payload from scheduler.event where session_id = '{id}' order by event_id) to stdout");
+    let copy = format!(
+        "copy (select event_id, payload from scheduler.event where session_id = '{id}' order by event_id) to stdout"
+    );
     let mut connection = pool.acquire().await?;
     let mut copied = connection.copy_out_raw(&copy).await?;
     while let Some(data) = copied.next().await {
         data?;
     }
-    let listed = Figure::new("managed: a list of 100,000 events, 1,000 a page", Measured::rate(ours, "events"));
-    listed.beside("COPY of the rows out of Postgres", Measured::rate(per_second(count, begun), "events")).report()
+    let listed = Figure::new(
+        "managed: a list of 100,000 events, 1,000 a page",
+        Measured::rate(ours, "events"),
+    );
+    listed
+        .beside(
+            "COPY of the rows out of Postgres",
+            Measured::rate(per_second(count, begun), "events"),
+        )
+        .report()
 }

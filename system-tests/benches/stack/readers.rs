@@ -26,8 +26,13 @@ pub async fn readers() -> Result<()> {
     let memory = resident_kb(&stack)?;
     // Each reader has a connection of its own, which ends with it.
     let http = reqwest::Client::builder().pool_max_idle_per_host(0).build()?;
-    let (url, key) = (format!("{}/sessions/{id}/stream", stack.ready_text("/api_url")), stack.ready_text("/api_key"));
-    let opened = stream::iter(0..READERS).map(|_| http.get(&url).bearer_auth(&key).send()).buffer_unordered(CALLERS);
+    let (url, key) = (
+        format!("{}/sessions/{id}/stream", stack.ready_text("/api_url")),
+        stack.ready_text("/api_key"),
+    );
+    let opened = stream::iter(0..READERS)
+        .map(|_| http.get(&url).bearer_auth(&key).send())
+        .buffer_unordered(CALLERS);
     let streams = opened.try_collect::<Vec<_>>().await?;
     let grown = (resident_kb(&stack)? - memory) / READERS as f64;
 
@@ -43,22 +48,29 @@ pub async fn readers() -> Result<()> {
         total += events;
     }
     let ours = per_second(total, begun);
-    let texts: Vec<_> = stack.stream(&id, 0).await?.all().await?.iter().map(ToString::to_string).collect();
-    ensure!(counts.iter().eq([&texts.len()]), "some readers missed events: {counts:?} of {}", texts.len());
+    let texts: Vec<_> =
+        stack.stream(&id, 0).await?.all().await?.iter().map(ToString::to_string).collect();
+    ensure!(
+        counts.iter().eq([&texts.len()]),
+        "some readers missed events: {counts:?} of {}",
+        texts.len()
+    );
 
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}/", listener.local_addr()?);
     let (cue, waiting) = tokio::sync::watch::channel(());
     let answer = async move || {
         let (texts, mut waiting) = (texts.clone(), waiting.clone());
-        let events = stream::once(async move { waiting.changed().await }).flat_map(move |_| stream::iter(texts.clone()));
+        let events = stream::once(async move { waiting.changed().await })
+            .flat_map(move |_| stream::iter(texts.clone()));
         Sse::new(events.map(|text| Ok::<_, Infallible>(Event::default().data(text))))
     };
     let router = axum::Router::new().route("/", axum::routing::get(answer));
     let mut server = JoinSet::new();
     server.spawn(axum::serve(listener, router).into_future());
     // Both ends of these are in this process: half as many, for the sake of its open files.
-    let opened = stream::iter(0..READERS / 2).map(|_| http.get(&url).send()).buffer_unordered(CALLERS);
+    let opened =
+        stream::iter(0..READERS / 2).map(|_| http.get(&url).send()).buffer_unordered(CALLERS);
     let streams = opened.try_collect::<Vec<_>>().await?;
     let begun = Instant::now();
     let mut counting: JoinSet<_> = streams.into_iter().map(count).collect();
@@ -67,9 +79,14 @@ pub async fn readers() -> Result<()> {
     while let Some(counted) = counting.join_next().await {
         total += counted??;
     }
-    let read = Figure::new("readers: events to 10,000 readers of one session", Measured::rate(ours, "events"));
-    read.beside("axum, from memory", Measured::rate(per_second(total, begun), "events")).report()?;
-    Figure::new("readers: memory of the gateway for each", Measured::amount(grown, "KB")).report()?;
+    let read = Figure::new(
+        "readers: events to 10,000 readers of one session",
+        Measured::rate(ours, "events"),
+    );
+    read.beside("axum, from memory", Measured::rate(per_second(total, begun), "events"))
+        .report()?;
+    Figure::new("readers: memory of the gateway for each", Measured::amount(grown, "KB"))
+        .report()?;
     end(&stack).await
 }
 
@@ -79,16 +96,26 @@ async fn end(stack: &Stack) -> Result<()> {
     let mut spreads = Vec::new();
     for _ in 0..5 {
         let id = stack.session("shell", "sleep 3").await?;
-        let opened = stream::iter(0..FOLLOWERS).map(|_| stack.open_stream(&id, 0)).buffer_unordered(CALLERS);
-        let mut reading: JoinSet<_> = opened.try_collect::<Vec<_>>().await?.into_iter().map(last_event).collect();
+        let opened =
+            stream::iter(0..FOLLOWERS).map(|_| stack.open_stream(&id, 0)).buffer_unordered(CALLERS);
+        let mut reading: JoinSet<_> =
+            opened.try_collect::<Vec<_>>().await?.into_iter().map(last_event).collect();
         let mut ends = Vec::new();
         while let Some(end) = reading.join_next().await {
             ends.push(end??);
         }
-        let spread = ends.iter().max().zip(ends.iter().min()).map(|(last, first)| last.duration_since(*first));
+        let spread = ends
+            .iter()
+            .max()
+            .zip(ends.iter().min())
+            .map(|(last, first)| last.duration_since(*first));
         spreads.push(spread.context("no reader")?);
     }
-    Figure::new("readers: a turn's end, from the first of 200 readers to the last", &Times::new(spreads)).report()
+    Figure::new(
+        "readers: a turn's end, from the first of 200 readers to the last",
+        &Times::new(spreads),
+    )
+    .report()
 }
 
 /// When a stream's last event came.

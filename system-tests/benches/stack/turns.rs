@@ -50,12 +50,19 @@ pub async fn latency(stack: &Stack) -> Result<()> {
         ours.extend(ages(event["data"].as_str().unwrap_or_default())?);
     }
     let sprite = sprite(stack, "bench-latency").await?;
-    let mut exec = sprite.exec(&ExecRequest { argv: &["bash", "-c", CLOCK], ..ExecRequest::default() }).await?;
+    let mut exec = sprite
+        .exec(&ExecRequest { argv: &["bash", "-c", CLOCK], ..ExecRequest::default() })
+        .await?;
     let mut floor = Vec::new();
     while let ExecEvent::Stdout(data) = exec.next().await? {
         floor.extend(ages(std::str::from_utf8(&data)?)?);
     }
-    ensure!((ours.len(), floor.len()) == (LINES, LINES), "lines are missing: {}, {}", ours.len(), floor.len());
+    ensure!(
+        (ours.len(), floor.len()) == (LINES, LINES),
+        "lines are missing: {}, {}",
+        ours.len(),
+        floor.len()
+    );
     let line = Figure::new("latency: a line from the agent to the client", &Times::new(ours));
     line.beside("the sandbox's own WebSocket", &Times::new(floor)).report()
 }
@@ -63,7 +70,10 @@ pub async fn latency(stack: &Stack) -> Result<()> {
 /// How long ago the times were that these lines name.
 fn ages(lines: &str) -> Result<Vec<Duration>> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
-    lines.lines().map(|line| Ok(Duration::from_secs_f64((now - line.parse::<f64>()?).max(0.0)))).collect()
+    lines
+        .lines()
+        .map(|line| Ok(Duration::from_secs_f64((now - line.parse::<f64>()?).max(0.0))))
+        .collect()
 }
 
 /// One session that prints as fast as it can.
@@ -79,10 +89,19 @@ pub async fn bulk(stack: &Stack) -> Result<()> {
     let ours = bytes as f64 / 1e6 / begun.context("no output")?.elapsed().as_secs_f64();
     let sprite = sprite(stack, "bench-bulk").await?;
     let make = format!("{BULK} >/tmp/spool");
-    let made = sprite.exec(&ExecRequest { argv: &["bash", "-c", &make], ..ExecRequest::default() }).await?.finish().await?;
+    let made = sprite
+        .exec(&ExecRequest { argv: &["bash", "-c", &make], ..ExecRequest::default() })
+        .await?
+        .finish()
+        .await?;
     ensure!(made.code == 0, "{made:?}");
     let begun = Instant::now();
-    let (mut exec, mut read) = (sprite.exec(&ExecRequest { argv: &["cat", "/tmp/spool"], ..ExecRequest::default() }).await?, 0);
+    let (mut exec, mut read) = (
+        sprite
+            .exec(&ExecRequest { argv: &["cat", "/tmp/spool"], ..ExecRequest::default() })
+            .await?,
+        0,
+    );
     while let ExecEvent::Stdout(data) = exec.next().await? {
         read += data.len();
     }

@@ -1,4 +1,5 @@
-//! Makes the table of a run of `make bench`: printed, as JSON beside the figures, and with `--write` in docs/benchmarks.md.
+//! Makes the table of a run of `make bench`: printed, as JSON beside the figures, and with
+//! `--write` in docs/benchmarks.md.
 
 use std::{env, fs, path::Path, process::Command};
 
@@ -11,12 +12,15 @@ const END: &str = "<!-- end: make bench -->\n";
 
 fn main() -> Result<()> {
     let mut args = env::args().skip(1);
-    let (Some(figures), write) = (args.next(), args.next()) else { bail!("usage: bench-table FIGURES [--write]") };
+    let (Some(figures), write) = (args.next(), args.next()) else {
+        bail!("usage: bench-table FIGURES [--write]")
+    };
     let text = fs::read_to_string(&figures).with_context(|| figures.clone())?;
     let figures_path = Path::new(&figures);
     let figures = text.lines().map(serde_json::from_str).collect::<Result<Vec<Figure>, _>>()?;
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let commit = command("git", &["-C", &root.display().to_string(), "describe", "--always", "--dirty"])?;
+    let commit =
+        command("git", &["-C", &root.display().to_string(), "describe", "--always", "--dirty"])?;
     let date = command("date", &["-u", "+%Y-%m-%d"])?;
     let machine = machine()?;
 
@@ -36,18 +40,29 @@ fn main() -> Result<()> {
     if write.as_deref() == Some("--write") {
         let path = root.join("docs/benchmarks.md");
         let document = fs::read_to_string(&path)?;
-        let (before, rest) = document.split_once(BEGIN).context("docs/benchmarks.md has no place for the table")?;
-        let (_, after) = rest.split_once(END).context("docs/benchmarks.md has no end of the table")?;
-        fs::write(&path, format!("{before}{BEGIN}Commit {commit}, {date}, {machine}.\n\n{table}{END}{after}"))?;
+        let (before, rest) =
+            document.split_once(BEGIN).context("docs/benchmarks.md has no place for the table")?;
+        let (_, after) =
+            rest.split_once(END).context("docs/benchmarks.md has no end of the table")?;
+        fs::write(
+            &path,
+            format!("{before}{BEGIN}Commit {commit}, {date}, {machine}.\n\n{table}{END}{after}"),
+        )?;
     }
     Ok(())
 }
 
 /// In Markdown.
 fn table(figures: &[Figure]) -> String {
-    let mut table = "| what | measured | beside it, in the same run | ratio |\n| --- | --- | --- | --- |\n".to_owned();
+    let mut table =
+        "| what | measured | beside it, in the same run | ratio |\n| --- | --- | --- | --- |\n"
+            .to_owned();
     for figure in figures {
-        let floor = figure.floor.as_ref().map(|floor| format!("{}: {}", floor.what, floor.measured)).unwrap_or_default();
+        let floor = figure
+            .floor
+            .as_ref()
+            .map(|floor| format!("{}: {}", floor.what, floor.measured))
+            .unwrap_or_default();
         let ratio = figure.ratio().map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
         table.push_str(&format!("| {} | {} | {floor} | {ratio} |\n", figure.what, figure.measured));
     }

@@ -28,7 +28,12 @@ struct Args {
 #[tokio::main]
 async fn main() -> Result<ExitCode> {
     let args = Args::parse();
-    let plan = Plan { seed: args.seed, sessions: args.sessions, seconds: args.seconds, injections: args.injections };
+    let plan = Plan {
+        seed: args.seed,
+        sessions: args.sessions,
+        seconds: args.seconds,
+        injections: args.injections,
+    };
     let wanted = |name: &str| args.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
     println!("seed {}\n{}", args.seed, Outcome::HEADER);
     let mut good = true;

@@ -1,4 +1,5 @@
-//! `make soak`: a realistic mix on a stack of its own, on loopback, with a fault every minute, and a verdict.
+//! `make soak`: a realistic mix on a stack of its own, on loopback, with a fault every minute, and
+//! a verdict.
 
 use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -43,7 +44,9 @@ async fn main() -> Result<ExitCode> {
     let out = match args.out {
         Some(out) => out,
         // This program is in target/debug.
-        None => std::env::current_exe()?.ancestors().nth(2).context("no target directory")?.join("soak"),
+        None => {
+            std::env::current_exe()?.ancestors().nth(2).context("no target directory")?.join("soak")
+        }
     };
     let plan = Plan {
         seed: args.seed,
@@ -73,14 +76,27 @@ async fn main() -> Result<ExitCode> {
 fn print(outcome: &Outcome) {
     let tally = &outcome.tally;
     println!("\n{tally}");
-    let turns: Vec<String> = tally.turns.iter().map(|(runtime, turns)| format!("{turns} {runtime}")).collect();
+    let turns: Vec<String> =
+        tally.turns.iter().map(|(runtime, turns)| format!("{turns} {runtime}")).collect();
     println!("turns: {}", turns.join(", "));
     println!(
         "{} queued prompts, {} interrupts, {} decisions, {} terminations; {} numbered lines, {} events persisted; readers connected {} times",
-        tally.queued, tally.interrupts, tally.decisions, tally.terminated, tally.lines, tally.events, tally.connections
+        tally.queued,
+        tally.interrupts,
+        tally.decisions,
+        tally.terminated,
+        tally.lines,
+        tally.events,
+        tally.connections
     );
-    println!("{} faults; the longest pause of output: {:.1} s", outcome.faults.len(), tally.worst_pause.as_secs_f64());
-    println!("\nservice           processes  longest    memory      most      growth  descriptors  most    growth");
+    println!(
+        "{} faults; the longest pause of output: {:.1} s",
+        outcome.faults.len(),
+        tally.worst_pause.as_secs_f64()
+    );
+    println!(
+        "\nservice           processes  longest    memory      most      growth  descriptors  most    growth"
+    );
     for service in &outcome.services {
         println!("{}", row(service));
     }
@@ -94,7 +110,8 @@ fn print(outcome: &Outcome) {
 
 fn row(usage: &ServiceUsage) -> String {
     let mb = |bytes: f64| bytes / (1024.0 * 1024.0);
-    let growth = |growth: Option<f64>| growth.map_or("-".to_owned(), |growth| format!("{growth:+.1}/h"));
+    let growth =
+        |growth: Option<f64>| growth.map_or("-".to_owned(), |growth| format!("{growth:+.1}/h"));
     format!(
         "{:<17} {:>9} {:>4} min {:>6.1} MB {:>6.1} MB {:>11} {:>12} {:>5} {:>9}{}",
         usage.service,

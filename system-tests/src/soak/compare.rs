@@ -25,7 +25,8 @@ impl AddAssign for Differences {
 
 /// Compares all events but ends of turns, which a replay shows of the newest turn alone.
 pub(crate) fn compare(log: &[Seen], shown: &[Seen]) -> Differences {
-    let mut open: HashMap<u64, u64> = log.iter().filter(|event| !event.is_end).map(|event| (event.id, event.content)).collect();
+    let mut open: HashMap<u64, u64> =
+        log.iter().filter(|event| !event.is_end).map(|event| (event.id, event.content)).collect();
     let (mut differences, mut highest) = (Differences::default(), 0);
     for event in shown {
         if event.id <= highest {
@@ -61,9 +62,16 @@ mod tests {
             (lost, doubled, altered)
         };
         assert_eq!(differences(&log), (0, 0, 0));
-        assert_eq!(differences(&[seen(1, 10), seen(2, 20), end(3), seen(4, 40)]), (0, 0, 0), "ends are not compared");
+        assert_eq!(
+            differences(&[seen(1, 10), seen(2, 20), end(3), seen(4, 40)]),
+            (0, 0, 0),
+            "ends are not compared"
+        );
         assert_eq!(differences(&[seen(1, 10), seen(4, 40)]), (1, 0, 0));
-        assert_eq!(differences(&[seen(1, 10), seen(2, 20), seen(1, 10), seen(2, 20), seen(4, 40)]), (0, 2, 0));
+        assert_eq!(
+            differences(&[seen(1, 10), seen(2, 20), seen(1, 10), seen(2, 20), seen(4, 40)]),
+            (0, 2, 0)
+        );
         assert_eq!(differences(&[seen(1, 10), seen(2, 21), seen(3, 30), seen(4, 40)]), (0, 0, 2));
     }
 }

@@ -68,7 +68,12 @@ struct Driven {
 }
 
 /// A conversation with a shell, whose programs print numbered lines.
-pub(super) async fn with_shell(stack: &Stack, agents: &Agents, rng: &mut Rng, tally: &mut Tally) -> Result<()> {
+pub(super) async fn with_shell(
+    stack: &Stack,
+    agents: &Agents,
+    rng: &mut Rng,
+    tally: &mut Tally,
+) -> Result<()> {
     let (count, mut first) = (rng.usize(1..=TURNS_MAX), 1);
     let mut turns: Vec<Turn> = Vec::new();
     for number in 1..=count {
@@ -85,13 +90,25 @@ pub(super) async fn with_shell(stack: &Stack, agents: &Agents, rng: &mut Rng, ta
             _ => Action::Wait,
         };
         let after = Duration::from_millis(rng.u64(300..seconds * 1000));
-        turns.push(Turn { prompt: program.text.clone(), action, after, code, told: Told::Lines(program) });
+        turns.push(Turn {
+            prompt: program.text.clone(),
+            action,
+            after,
+            code,
+            told: Told::Lines(program),
+        });
     }
     hold(stack, "shell", &agents.shell, turns, rng, tally).await
 }
 
 /// A conversation with an agent CLI, which talks to the scripted model.
-pub(super) async fn with_cli(stack: &Stack, agents: &Agents, runtime: usize, rng: &mut Rng, tally: &mut Tally) -> Result<()> {
+pub(super) async fn with_cli(
+    stack: &Stack,
+    agents: &Agents,
+    runtime: usize,
+    rng: &mut Rng,
+    tally: &mut Tally,
+) -> Result<()> {
     let number = runtime % RUNTIMES.len();
     let (name, ..) = RUNTIMES[number];
     let asks = rng.u8(..3) == 0;
@@ -100,64 +117,106 @@ pub(super) async fn with_cli(stack: &Stack, agents: &Agents, runtime: usize, rng
     let first_token = format!("soak{:08x}", rng.u32(..));
     let mut turns: Vec<Turn> = Vec::new();
     for number in 1..=count {
-        let token = if number == 1 { first_token.clone() } else { format!("soak{:08x}", rng.u32(..)) };
+        let token =
+            if number == 1 { first_token.clone() } else { format!("soak{:08x}", rng.u32(..)) };
         let is_queued = turns.last().is_some_and(|turn| turn.action == Action::Queue);
         // The first one is what later ones are asked about.
         let kind = if number == 1 { rng.u8(..6) } else { rng.u8(..10) };
         let (prompt, told, mut action) = match kind {
             0..=3 => {
                 let told = (1..=COMMAND_LINES).map(|line| format!("{token} {line}.")).collect();
-                (format!("run: seq -f '{token} %g.' 1 {COMMAND_LINES}; sleep 1"), Told::Once(told), Action::Wait)
+                (
+                    format!("run: seq -f '{token} %g.' 1 {COMMAND_LINES}; sleep 1"),
+                    Told::Once(told),
+                    Action::Wait,
+                )
             }
             4 | 5 => (format!("hello {token}"), Told::Text(token), Action::Wait),
-            6 | 7 => ("what was my first message?".to_owned(), Told::Text(first_token.clone()), Action::Wait),
+            6 | 7 => (
+                "what was my first message?".to_owned(),
+                Told::Text(first_token.clone()),
+                Action::Wait,
+            ),
             _ if is_queued => ("slowly".to_owned(), Told::Nothing, Action::Wait),
             _ => ("slowly".to_owned(), Told::Nothing, Action::Interrupt),
         };
         if number < count && action == Action::Wait && rng.u8(..5) == 0 {
             action = Action::Queue;
         }
-        turns.push(Turn { prompt, action, after: Duration::from_millis(rng.u64(300..6000)), code: 0, told });
+        turns.push(Turn {
+            prompt,
+            action,
+            after: Duration::from_millis(rng.u64(300..6000)),
+            code: 0,
+            told,
+        });
     }
     hold(stack, name, agent, turns, rng, tally).await
 }
 
-async fn hold(stack: &Stack, runtime: &'static str, agent: &str, turns: Vec<Turn>, rng: &mut Rng, tally: &mut Tally) -> Result<()> {
+async fn hold(
+    stack: &Stack,
+    runtime: &'static str,
+    agent: &str,
+    turns: Vec<Turn>,
+    rng: &mut Rng,
+    tally: &mut Tally,
+) -> Result<()> {
     let first = turns.first().map(|turn| turn.prompt.as_str()).unwrap_or_default();
     let body = json!({ "agent_id": agent, "prompt": first, "timeout": TIMEOUT_SECONDS });
     let created = stack.insist(Method::POST, "/sessions", Some(body)).await?;
     ensure!(created.status == 202, "{created:?}");
     let session = created.text("id").to_owned();
-    let held = hold_in(stack, runtime, &session, &turns, rng, tally).await.map_err(|error| error.context(format!("{runtime} {session}")));
+    let held = hold_in(stack, runtime, &session, &turns, rng, tally)
+        .await
+        .map_err(|error| error.context(format!("{runtime} {session}")));
     if held.is_err() {
         // It does not burden those that follow.
         let _ = stack.insist(Method::POST, &format!("/sessions/{session}/terminate"), None).await;
     }
-    let deleted = stack.insist(Method::DELETE, &format!("/sessions/{session}/delete"), None).await?;
-    ensure!(held.is_err() || matches!(deleted.status, 200 | 404), "{runtime} {session} is not deleted: {deleted:?}");
+    let deleted =
+        stack.insist(Method::DELETE, &format!("/sessions/{session}/delete"), None).await?;
+    ensure!(
+        held.is_err() || matches!(deleted.status, 200 | 404),
+        "{runtime} {session} is not deleted: {deleted:?}"
+    );
     held
 }
 
-async fn hold_in(stack: &Stack, runtime: &'static str, session: &str, turns: &[Turn], rng: &mut Rng, tally: &mut Tally) -> Result<()> {
+async fn hold_in(
+    stack: &Stack,
+    runtime: &'static str,
+    session: &str,
+    turns: &[Turn],
+    rng: &mut Rng,
+    tally: &mut Tally,
+) -> Result<()> {
     let mut readers = vec![
         Reader::new(stack, session, Route::Output),
         Reader::new(stack, session, Route::Output).restless(rng.fork()),
         Reader::new(stack, session, Route::Typed).restless(rng.fork()),
     ];
     let last = turns.len() as u64;
-    let read = try_join_all(readers.iter_mut().map(|reader| reader.read_to_end_of(last, TURN_MAX * 2 * (TURNS_MAX as u32))));
-    let driven = match select(pin!(drive(stack, runtime, session, turns, rng, tally)), pin!(read)).await {
-        Either::Left((driven, read)) => {
-            let driven = driven?;
-            let read = timeout(REPLAY_MAX, read).await;
-            read.map_err(|_| Stuck(format!("a reader sees no end {REPLAY_MAX:?} after the last turn")))??;
-            driven
-        }
-        Either::Right((read, drive)) => {
-            read?;
-            drive.await?
-        }
-    };
+    let read = try_join_all(
+        readers
+            .iter_mut()
+            .map(|reader| reader.read_to_end_of(last, TURN_MAX * 2 * (TURNS_MAX as u32))),
+    );
+    let driven =
+        match select(pin!(drive(stack, runtime, session, turns, rng, tally)), pin!(read)).await {
+            Either::Left((driven, read)) => {
+                let driven = driven?;
+                let read = timeout(REPLAY_MAX, read).await;
+                read.map_err(|_| {
+                    Stuck(format!("a reader sees no end {REPLAY_MAX:?} after the last turn"))
+                })??;
+                driven
+            }
+            Either::Right((read, drive)) => {
+                read?;
+                drive.await?
+            }
+        };
 
     let mut log = Reader::new(stack, session, Route::Output);
     log.read_to_end_of(last, REPLAY_MAX).await?;
@@ -190,9 +249,17 @@ async fn hold_in(stack: &Stack, runtime: &'static str, session: &str, turns: &[T
 }
 
 /// Sends prompts, interrupts and answers as planned.
-async fn drive(stack: &Stack, runtime: &'static str, session: &str, turns: &[Turn], rng: &mut Rng, tally: &mut Tally) -> Result<Driven> {
+async fn drive(
+    stack: &Stack,
+    runtime: &'static str,
+    session: &str,
+    turns: &[Turn],
+    rng: &mut Rng,
+    tally: &mut Tally,
+) -> Result<Driven> {
     let path = format!("/sessions/{session}");
-    let mut driven = Driven { turns: 0, is_terminated: false, has_failed: false, was_denied: false };
+    let mut driven =
+        Driven { turns: 0, is_terminated: false, has_failed: false, was_denied: false };
     let mut is_sent = true;
     for (number, turn) in turns.iter().enumerate() {
         if !is_sent {
@@ -207,9 +274,12 @@ async fn drive(stack: &Stack, runtime: &'static str, session: &str, turns: &[Tur
             Action::Wait => {}
             Action::Queue => {
                 sleep(turn.after).await;
-                let next = turns.get(number + 1).map(|turn| turn.prompt.as_str()).unwrap_or_default();
-                let body = json!({ "prompt": next, "timeout": TIMEOUT_SECONDS, "when_busy": "queue" });
-                let answer = stack.insist(Method::POST, &format!("{path}/prompt"), Some(body)).await?;
+                let next =
+                    turns.get(number + 1).map(|turn| turn.prompt.as_str()).unwrap_or_default();
+                let body =
+                    json!({ "prompt": next, "timeout": TIMEOUT_SECONDS, "when_busy": "queue" });
+                let answer =
+                    stack.insist(Method::POST, &format!("{path}/prompt"), Some(body)).await?;
                 ensure!(answer.status == 202, "queued prompt: {answer:?}");
                 tally.queued += 1;
                 is_sent = true;
@@ -231,8 +301,10 @@ async fn drive(stack: &Stack, runtime: &'static str, session: &str, turns: &[Tur
             }
         }
         let state = settled(stack, &path, rng, tally, &mut driven).await?;
-        let (status, code) = (state["status"].as_str().unwrap_or_default(), state["exit_code"].as_i64());
-        let was_interrupted = turn.action == Action::Interrupt && (status, code) == ("completed", Some(0));
+        let (status, code) =
+            (state["status"].as_str().unwrap_or_default(), state["exit_code"].as_i64());
+        let was_interrupted =
+            turn.action == Action::Interrupt && (status, code) == ("completed", Some(0));
         let expected = if turn.code == 0 { "completed" } else { "failed" };
         // What follows a queued prompt has been waited for already.
         let is_as_planned = driven.is_terminated && status == "terminated"
@@ -260,14 +332,23 @@ async fn drive(stack: &Stack, runtime: &'static str, session: &str, turns: &[Tur
 
 /// The newest typed events, for a report.
 async fn last_events(stack: &Stack, path: &str) -> Result<String> {
-    let page = stack.insist(Method::GET, &format!("{path}/events?order=desc&limit=6"), None).await?.body;
+    let page =
+        stack.insist(Method::GET, &format!("{path}/events?order=desc&limit=6"), None).await?.body;
     let events = page["data"].as_array().into_iter().flatten();
-    let events: Vec<String> = events.map(|event| format!("{} {}", event["processed_at"], event["type"])).collect();
+    let events: Vec<String> =
+        events.map(|event| format!("{} {}", event["processed_at"], event["type"])).collect();
     Ok(events.join(", "))
 }
 
-/// Waits until a session neither runs nor is about to, and answers what it asks meanwhile; its state.
-async fn settled(stack: &Stack, path: &str, rng: &mut Rng, tally: &mut Tally, driven: &mut Driven) -> Result<Value> {
+/// Waits until a session neither runs nor is about to, and answers what it asks meanwhile; its
+/// state.
+async fn settled(
+    stack: &Stack,
+    path: &str,
+    rng: &mut Rng,
+    tally: &mut Tally,
+    driven: &mut Driven,
+) -> Result<Value> {
     let begun = Instant::now();
     loop {
         let state = stack.insist(Method::GET, path, None).await?.body;
@@ -275,11 +356,18 @@ async fn settled(stack: &Stack, path: &str, rng: &mut Rng, tally: &mut Tally, dr
             return Ok(state);
         }
         if state["waiting_on"].as_str().is_some_and(|text| text.starts_with("a decision")) {
-            let open = stack.insist(Method::GET, &format!("{path}/requests?status=open"), None).await?.body;
+            let open = stack
+                .insist(Method::GET, &format!("{path}/requests?status=open"), None)
+                .await?
+                .body;
             for request in open["data"].as_array().into_iter().flatten() {
                 let decision = if rng.u8(..4) == 0 { "deny" } else { "allow" };
                 let answer = stack
-                    .insist(Method::POST, &format!("{path}/requests/{}", request["id"]), Some(json!({ "decision": decision })))
+                    .insist(
+                        Method::POST,
+                        &format!("{path}/requests/{}", request["id"]),
+                        Some(json!({ "decision": decision })),
+                    )
                     .await?;
                 // An earlier attempt may have been heard.
                 ensure!(matches!(answer.status, 200 | 409), "decision: {answer:?}");
@@ -296,7 +384,14 @@ async fn settled(stack: &Stack, path: &str, rng: &mut Rng, tally: &mut Tally, dr
 }
 
 /// Compares what was planned and what the agent wrote with the log.
-async fn judge_lines(stack: &Stack, session: &str, turns: &[Turn], driven: &Driven, log: &Reader<'_>, tally: &mut Tally) -> Result<()> {
+async fn judge_lines(
+    stack: &Stack,
+    session: &str,
+    turns: &[Turn],
+    driven: &Driven,
+    log: &Reader<'_>,
+    tally: &mut Tally,
+) -> Result<()> {
     let counted = Counted::of(&log.stdout);
     let (mut lost, mut cut) = (Vec::new(), Vec::new());
     for turn in turns.iter().take(driven.turns) {
@@ -316,10 +411,15 @@ async fn judge_lines(stack: &Stack, session: &str, turns: &[Turn], driven: &Driv
         let written = Counted::of(&written);
         lost.extend(written.numbers().filter(|number| !counted.contains(*number)));
         // Only the last line of a program that was killed may be missing in its copy.
-        let more = counted.numbers().filter(|number| !written.contains(*number) && !cut.contains(&Some(*number))).count();
+        let more = counted
+            .numbers()
+            .filter(|number| !written.contains(*number) && !cut.contains(&Some(*number)))
+            .count();
         if more > 0 {
             tally.differences.altered += more;
-            tally.wrong.push(format!("shell {session}: {more} lines are in the log that the agent did not write"));
+            tally.wrong.push(format!(
+                "shell {session}: {more} lines are in the log that the agent did not write"
+            ));
         }
     }
     tally.lines += counted.lines();
@@ -327,7 +427,11 @@ async fn judge_lines(stack: &Stack, session: &str, turns: &[Turn], driven: &Driv
     tally.differences.doubled += counted.doubled();
     if !lost.is_empty() || counted.doubled() > 0 {
         let first: Vec<_> = lost.iter().take(5).collect();
-        tally.wrong.push(format!("shell {session}: {} lines lost (first {first:?}), {} doubled", lost.len(), counted.doubled()));
+        tally.wrong.push(format!(
+            "shell {session}: {} lines lost (first {first:?}), {} doubled",
+            lost.len(),
+            counted.doubled()
+        ));
     }
     Ok(())
 }
@@ -343,7 +447,14 @@ async fn own_copy(stack: &Stack, session: &str) -> Result<String> {
     }
 }
 
-fn judge_what_was_said(runtime: &str, session: &str, turns: &[Turn], driven: &Driven, typed: &Reader<'_>, tally: &mut Tally) {
+fn judge_what_was_said(
+    runtime: &str,
+    session: &str,
+    turns: &[Turn],
+    driven: &Driven,
+    typed: &Reader<'_>,
+    tally: &mut Tally,
+) {
     let judged = if driven.has_failed { driven.turns.saturating_sub(1) } else { driven.turns };
     for (number, turn) in turns.iter().take(judged).enumerate() {
         let said = typed.said.get(&(number as u64 + 1)).map(String::as_str).unwrap_or_default();
@@ -362,7 +473,10 @@ fn judge_what_was_said(runtime: &str, session: &str, turns: &[Turn], driven: &Dr
             Told::Lines(_) | Told::Nothing => {}
         }
         if lost + doubled > 0 {
-            tally.wrong.push(format!("{runtime} {session}: turn {}: {lost} lost, {doubled} doubled in {said:?}", number + 1));
+            tally.wrong.push(format!(
+                "{runtime} {session}: turn {}: {lost} lost, {doubled} doubled in {said:?}",
+                number + 1
+            ));
         }
         tally.differences.lost += lost;
         tally.differences.doubled += doubled;

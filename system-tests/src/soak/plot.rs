@@ -11,9 +11,11 @@ const LEFT: [f64; 2] = [150.0, 620.0];
 const WIDTH: f64 = 1060.0;
 const COLOURS: [&str; 6] = ["#1b6ac9", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0f766e"];
 
-/// Draws one row for each service, memory on the left and descriptors on the right. Each process is a line, each fault a grey one.
+/// Draws one row for each service, memory on the left and descriptors on the right. Each process is
+/// a line, each fault a grey one.
 pub(super) fn svg(processes: &[Process], faults: &[(f64, &str)], seconds: f64) -> String {
-    let mut services: Vec<&str> = processes.iter().map(|process| process.service.as_str()).collect();
+    let mut services: Vec<&str> =
+        processes.iter().map(|process| process.service.as_str()).collect();
     services.sort_unstable();
     services.dedup();
     let height = HEAD + ROW * services.len() as f64 + 30.0;
@@ -26,11 +28,23 @@ pub(super) fn svg(processes: &[Process], faults: &[(f64, &str)], seconds: f64) -
     );
     for (row, service) in services.iter().enumerate() {
         let top = HEAD + ROW * row as f64;
-        let of_service: Vec<&Process> = processes.iter().filter(|process| process.service == *service).collect();
-        let _ = writeln!(svg, "<text x=\"10\" y=\"{:.0}\" font-size=\"13\">{service}</text>", top + ROW / 2.0);
+        let of_service: Vec<&Process> =
+            processes.iter().filter(|process| process.service == *service).collect();
+        let _ = writeln!(
+            svg,
+            "<text x=\"10\" y=\"{:.0}\" font-size=\"13\">{service}</text>",
+            top + ROW / 2.0
+        );
         let memory = |sample: &Sample| sample.memory_bytes as f64 / (1024.0 * 1024.0);
         panel(&mut svg, &of_service, (LEFT[0], top), faults, seconds, (&memory, " MB"));
-        panel(&mut svg, &of_service, (LEFT[1], top), faults, seconds, (&|sample| sample.descriptors as f64, ""));
+        panel(
+            &mut svg,
+            &of_service,
+            (LEFT[1], top),
+            faults,
+            seconds,
+            (&|sample| sample.descriptors as f64, ""),
+        );
     }
     let bottom = HEAD + ROW * services.len() as f64 + 12.0;
     let (unit, length) = if seconds < 7200.0 { ("min", 60.0) } else { ("h", 3600.0) };
@@ -38,7 +52,11 @@ pub(super) fn svg(processes: &[Process], faults: &[(f64, &str)], seconds: f64) -
         for quarter in 0..=4 {
             let at = seconds * f64::from(quarter) / 4.0;
             let x = left + PANEL * f64::from(quarter) / 4.0;
-            let _ = writeln!(svg, "<text x=\"{x:.0}\" y=\"{bottom:.0}\" text-anchor=\"middle\">{:.1} {unit}</text>", at / length);
+            let _ = writeln!(
+                svg,
+                "<text x=\"{x:.0}\" y=\"{bottom:.0}\" text-anchor=\"middle\">{:.1} {unit}</text>",
+                at / length
+            );
         }
     }
     svg.push_str("</svg>\n");
@@ -47,7 +65,14 @@ pub(super) fn svg(processes: &[Process], faults: &[(f64, &str)], seconds: f64) -
 
 type Value<'a> = (&'a dyn Fn(&Sample) -> f64, &'a str);
 
-fn panel(svg: &mut String, processes: &[&Process], corner: (f64, f64), faults: &[(f64, &str)], seconds: f64, (value, unit): Value<'_>) {
+fn panel(
+    svg: &mut String,
+    processes: &[&Process],
+    corner: (f64, f64),
+    faults: &[(f64, &str)],
+    seconds: f64,
+    (value, unit): Value<'_>,
+) {
     let ((left, top), height) = (corner, ROW - 20.0);
     let max = processes.iter().flat_map(|process| &process.samples).map(value).fold(1.0, f64::max);
     let x = |at: f64| left + PANEL * (at / seconds.max(1.0)).min(1.0);
@@ -60,14 +85,30 @@ fn panel(svg: &mut String, processes: &[&Process], corner: (f64, f64), faults: &
             top + height
         );
     }
-    let _ = writeln!(svg, "<rect x=\"{left}\" y=\"{top:.0}\" width=\"{PANEL}\" height=\"{height}\" fill=\"none\" stroke=\"#bbb\"/>");
+    let _ = writeln!(
+        svg,
+        "<rect x=\"{left}\" y=\"{top:.0}\" width=\"{PANEL}\" height=\"{height}\" fill=\"none\" stroke=\"#bbb\"/>"
+    );
     for (of, text) in [(max, format!("{max:.0}{unit}")), (0.0, "0".to_owned())] {
-        let _ = writeln!(svg, "<text x=\"{}\" y=\"{:.0}\" text-anchor=\"end\" fill=\"#666\">{text}</text>", left - 4.0, y(of) + 4.0);
+        let _ = writeln!(
+            svg,
+            "<text x=\"{}\" y=\"{:.0}\" text-anchor=\"end\" fill=\"#666\">{text}</text>",
+            left - 4.0,
+            y(of) + 4.0
+        );
     }
     for (number, process) in processes.iter().enumerate() {
-        let points: Vec<String> = process.samples.iter().map(|sample| format!("{:.1},{:.1}", x(sample.at), y(value(sample)))).collect();
+        let points: Vec<String> = process
+            .samples
+            .iter()
+            .map(|sample| format!("{:.1},{:.1}", x(sample.at), y(value(sample))))
+            .collect();
         let colour = COLOURS[number % COLOURS.len()];
-        let _ = writeln!(svg, "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.2\"/>", points.join(" "));
+        let _ = writeln!(
+            svg,
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.2\"/>",
+            points.join(" ")
+        );
     }
 }
 
@@ -78,12 +119,20 @@ mod tests {
     #[test]
     fn each_process_is_a_line_in_both_panels_and_each_fault_too() {
         let process = |service: &str, begun: u32| {
-            let samples = (0..3).map(|number| Sample { at: f64::from(begun + number * 10), memory_bytes: 50 << 20, descriptors: 30 });
+            let samples = (0..3).map(|number| Sample {
+                at: f64::from(begun + number * 10),
+                memory_bytes: 50 << 20,
+                descriptors: 30,
+            });
             Process::new(service, begun, samples.collect())
         };
         let processes = [process("gateway", 0), process("gateway", 40), process("scheduler", 0)];
         let svg = svg(&processes, &[(35.0, "gateway killed")], 60.0);
-        assert_eq!((svg.matches("<polyline").count(), svg.matches("<line").count()), (6, 4), "{svg}");
+        assert_eq!(
+            (svg.matches("<polyline").count(), svg.matches("<line").count()),
+            (6, 4),
+            "{svg}"
+        );
         assert!(svg.contains("50 MB") && svg.contains("<title>gateway killed</title>"), "{svg}");
         let tags = |sign: &str| svg.matches(sign).count();
         assert_eq!(tags("<"), tags(">"), "{svg}");

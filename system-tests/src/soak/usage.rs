@@ -61,7 +61,9 @@ impl ServiceUsage {
     pub fn grows(&self) -> bool {
         let exceeds = |growth: Option<f64>, max: f64| growth.is_some_and(|growth| growth > max);
         let is_judged = self.longest_life.as_secs_f64() >= JUDGED_SECONDS;
-        is_judged && (exceeds(self.memory_growth, MEMORY_GROWTH_MAX) || exceeds(self.descriptors_growth, DESCRIPTORS_GROWTH_MAX))
+        is_judged
+            && (exceeds(self.memory_growth, MEMORY_GROWTH_MAX)
+                || exceeds(self.descriptors_growth, DESCRIPTORS_GROWTH_MAX))
     }
 
     pub(super) fn json(&self) -> Value {
@@ -84,11 +86,13 @@ impl Usage {
     pub fn sample(&mut self, stack: &Stack, at: f64) {
         let services = stack.ready("/services");
         let names = services.as_object().into_iter().flat_map(|services| services.keys());
-        let pids = names.flat_map(|name| stack.pids(name).into_iter().map(move |pid| (name.as_str(), pid)));
+        let pids = names
+            .flat_map(|name| stack.pids(name).into_iter().map(move |pid| (name.as_str(), pid)));
         for (service, pid) in pids.chain([("aod dev", stack.pid())]) {
             let Some((memory_bytes, descriptors)) = takes(service, pid) else { continue };
             let sample = Sample { at, memory_bytes, descriptors };
-            match self.0.iter_mut().find(|process| process.pid == pid && process.service == service) {
+            match self.0.iter_mut().find(|process| process.pid == pid && process.service == service)
+            {
                 Some(process) => process.samples.push(sample),
                 None => self.0.push(Process::new(service, pid, vec![sample])),
             }
@@ -104,16 +108,40 @@ impl Usage {
     }
 
     fn of(&self, service: &str, seconds: f64) -> ServiceUsage {
-        let processes: Vec<&Process> = self.0.iter().filter(|process| process.service == service).collect();
-        let newest = self.0.iter().filter_map(|process| process.samples.last()).map(|sample| sample.at).fold(0.0, f64::max);
-        let at_the_end = processes.iter().filter_map(|process| process.samples.last()).filter(|sample| sample.at >= newest);
+        let processes: Vec<&Process> =
+            self.0.iter().filter(|process| process.service == service).collect();
+        let newest = self
+            .0
+            .iter()
+            .filter_map(|process| process.samples.last())
+            .map(|sample| sample.at)
+            .fold(0.0, f64::max);
+        let at_the_end = processes
+            .iter()
+            .filter_map(|process| process.samples.last())
+            .filter(|sample| sample.at >= newest);
         let (memory_bytes, descriptors) =
-            at_the_end.fold((0, 0), |(memory, descriptors), sample| (memory + sample.memory_bytes, descriptors + sample.descriptors));
+            at_the_end.fold((0, 0), |(memory, descriptors), sample| {
+                (memory + sample.memory_bytes, descriptors + sample.descriptors)
+            });
         let samples = || processes.iter().flat_map(|process| &process.samples);
         let series = |value: fn(&Sample) -> u64| -> Vec<Vec<(f64, f64)>> {
-            processes.iter().map(|process| settled(process, seconds).map(|sample| (sample.at, value(sample) as f64)).collect()).collect()
+            processes
+                .iter()
+                .map(|process| {
+                    settled(process, seconds)
+                        .map(|sample| (sample.at, value(sample) as f64))
+                        .collect()
+                })
+                .collect()
         };
-        let life = |process: &&Process| process.samples.last().zip(process.samples.first()).map_or(0.0, |(last, first)| last.at - first.at);
+        let life = |process: &&Process| {
+            process
+                .samples
+                .last()
+                .zip(process.samples.first())
+                .map_or(0.0, |(last, first)| last.at - first.at)
+        };
         ServiceUsage {
             service: service.to_owned(),
             processes: processes.len(),
@@ -122,7 +150,8 @@ impl Usage {
             memory_bytes_max: samples().map(|sample| sample.memory_bytes).max().unwrap_or_default(),
             descriptors_max: samples().map(|sample| sample.descriptors).max().unwrap_or_default(),
             memory_growth: slope(&series(|sample| sample.memory_bytes)).map(|slope| slope * 3600.0),
-            descriptors_growth: slope(&series(|sample| sample.descriptors)).map(|slope| slope * 3600.0),
+            descriptors_growth: slope(&series(|sample| sample.descriptors))
+                .map(|slope| slope * 3600.0),
             longest_life: Duration::from_secs_f64(processes.iter().map(life).fold(0.0, f64::max)),
         }
     }
@@ -132,7 +161,13 @@ impl Usage {
             process
                 .samples
                 .iter()
-                .map(|sample| json!([(sample.at * 10.0).round() / 10.0, sample.memory_bytes, sample.descriptors]))
+                .map(|sample| {
+                    json!([
+                        (sample.at * 10.0).round() / 10.0,
+                        sample.memory_bytes,
+                        sample.descriptors
+                    ])
+                })
                 .collect()
         };
         self.0.iter().map(|process| json!({ "service": process.service, "pid": process.pid, "samples": samples(process) })).collect()
@@ -142,7 +177,10 @@ impl Usage {
 /// The samples of a process that has warmed up, in the second half of the run.
 fn settled(process: &Process, seconds: f64) -> impl Iterator<Item = &Sample> {
     let begun = process.samples.first().map_or(0.0, |sample| sample.at);
-    process.samples.iter().filter(move |sample| sample.at >= seconds / 2.0 && sample.at >= begun + WARM_UP_SECONDS)
+    process
+        .samples
+        .iter()
+        .filter(move |sample| sample.at >= seconds / 2.0 && sample.at >= begun + WARM_UP_SECONDS)
 }
 
 /// The common slope of several series, each with a level of its own, by least squares.
@@ -158,15 +196,16 @@ fn slope(series: &[Vec<(f64, f64)>]) -> Option<f64> {
     (squares > 0.0).then(|| products / squares)
 }
 
-/// The resident memory and the number of descriptors of a process. Postgres works in child processes: they are counted with it, and what
-/// they share once.
+/// The resident memory and the number of descriptors of a process. Postgres works in child
+/// processes: they are counted with it, and what they share once.
 fn takes(service: &str, pid: u32) -> Option<(u64, u64)> {
     if service != "postgres" {
         return field_kib(&format!("/proc/{pid}/status"), "VmRSS:").zip(descriptors(pid));
     }
     // A child may have ended meanwhile.
     let tree = with_children(pid);
-    let memory = tree.iter().filter_map(|pid| field_kib(&format!("/proc/{pid}/smaps_rollup"), "Pss:")).sum();
+    let memory =
+        tree.iter().filter_map(|pid| field_kib(&format!("/proc/{pid}/smaps_rollup"), "Pss:")).sum();
     let descriptors = tree.iter().filter_map(|pid| descriptors(*pid)).sum();
     (memory > 0).then_some((memory, descriptors))
 }
@@ -196,12 +235,22 @@ mod tests {
     #[test]
     fn growth_is_that_within_processes_and_not_from_one_to_the_next() {
         // Each process starts larger than its predecessor, and none grows.
-        let steps = Usage((0..6).map(|number| process(number * 600, number * 600 + 600, |_| 1e6 * f64::from(number))).collect());
+        let steps = Usage(
+            (0..6)
+                .map(|number| {
+                    process(number * 600, number * 600 + 600, |_| 1e6 * f64::from(number))
+                })
+                .collect(),
+        );
         let [usage] = &steps.by_service(3600.0)[..] else { panic!("one service") };
         assert_eq!((usage.processes, usage.memory_bytes, usage.descriptors), (6, 5_000_000, 20));
         assert!(usage.memory_growth.unwrap().abs() < 1.0 && !usage.grows(), "{usage:?}");
         // Each grows by 1 KB a second.
-        let leaks = Usage((0..6).map(|number| process(number * 600, number * 600 + 600, |at| 1000.0 * (at % 600.0))).collect());
+        let leaks = Usage(
+            (0..6)
+                .map(|number| process(number * 600, number * 600 + 600, |at| 1000.0 * (at % 600.0)))
+                .collect(),
+        );
         let growth = leaks.by_service(3600.0)[0].memory_growth.unwrap();
         assert!((growth - 3.6e6).abs() < 1e3, "{growth}");
     }

@@ -7,7 +7,14 @@ use sqlx::{Connection as _, PgConnection};
 use system_tests::{Options, Stack};
 use tokio::process::Command;
 
-const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
+const MODEL: Options = Options {
+    scripted_model: true,
+    runners: 1,
+    replicas: 1,
+    nats_servers: 1,
+    no_restart: false,
+    settings: &[],
+};
 /// Events of the long session.
 const LONG: i64 = 100_000;
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -16,14 +23,21 @@ fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
-/// A session with 100,000 messages, the same one again and again, between its first events and its end.
+/// A session with 100,000 messages, the same one again and again, between its first events and its
+/// end.
 async fn long_session(stack: &Stack) -> String {
     let agent = json!({ "name": "Long", "runtime": "claude", "model": "claude-sonnet-4-5" });
     let agent = stack.post("/agents", agent).await.unwrap();
-    let session = stack.post("/sessions", json!({ "agent_id": agent.text("id"), "prompt": "a message" })).await.unwrap();
+    let session = stack
+        .post("/sessions", json!({ "agent_id": agent.text("id"), "prompt": "a message" }))
+        .await
+        .unwrap();
     let id = session.text("id").to_owned();
     testkit::eventually("the turn ends", async || {
-        stack.get(&format!("/sessions/{id}")).await.is_ok_and(|session| session.text("status") == "completed")
+        stack
+            .get(&format!("/sessions/{id}"))
+            .await
+            .is_ok_and(|session| session.text("status") == "completed")
     })
     .await;
     let page = stack.get(&format!("/sessions/{id}/events")).await.unwrap();
@@ -32,12 +46,26 @@ async fn long_session(stack: &Stack) -> String {
     let message = number(events.iter().find(|event| event["type"] == "agent.message").unwrap());
     let end = number(events.last().unwrap());
     let mut database = PgConnection::connect(&stack.ready_text("/database_url")).await.unwrap();
-    let move_end = "update scheduler.event set event_id = $2 where session_id = $1::uuid and event_id = $3";
-    sqlx::query(move_end).bind(&id).bind(end + LONG).bind(end).execute(&mut database).await.unwrap();
+    let move_end =
+        "update scheduler.event set event_id = $2 where session_id = $1::uuid and event_id = $3";
+    sqlx::query(move_end)
+        .bind(&id)
+        .bind(end + LONG)
+        .bind(end)
+        .execute(&mut database)
+        .await
+        .unwrap();
     let repeat = "insert into scheduler.event (session_id, event_id, payload)
                   select session_id, number, payload from scheduler.event, generate_series($2, $3 - 1) as number
                   where session_id = $1::uuid and event_id = $4";
-    sqlx::query(repeat).bind(&id).bind(end).bind(end + LONG).bind(message).execute(&mut database).await.unwrap();
+    sqlx::query(repeat)
+        .bind(&id)
+        .bind(end)
+        .bind(end + LONG)
+        .bind(message)
+        .execute(&mut database)
+        .await
+        .unwrap();
     id
 }
 
@@ -46,7 +74,10 @@ async fn a_person_uses_the_console_in_a_browser() {
     let stack = Stack::start(MODEL).await.unwrap();
     let long = long_session(&stack).await;
     let script = root().join("console/e2e/console.mjs");
-    assert!(root().join("console/node_modules/playwright-core").exists(), "run `make console` first");
+    assert!(
+        root().join("console/node_modules/playwright-core").exists(),
+        "run `make console` first"
+    );
     let node = root().join(".venv/node/node");
     let mut command = Command::new(if node.exists() { node } else { "node".into() });
     command
@@ -59,7 +90,8 @@ async fn a_person_uses_the_console_in_a_browser() {
         .stdin(Stdio::null())
         .kill_on_drop(true);
     let output = tokio::time::timeout(PATIENCE, command.output()).await.unwrap().unwrap();
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{out}\n{err}");
     println!("{out}");
 }
@@ -67,12 +99,25 @@ async fn a_person_uses_the_console_in_a_browser() {
 /// A console session ends when its time is over, when it is signed out, and with its key.
 #[tokio::test]
 async fn a_console_session_ends_with_its_time_and_with_its_key() {
-    let stack = Stack::start(Options { settings: &[("AOD_CONSOLE_SESSION_SECONDS", "2")], scripted_model: false, ..MODEL }).await.unwrap();
+    let stack = Stack::start(Options {
+        settings: &[("AOD_CONSOLE_SESSION_SECONDS", "2")],
+        scripted_model: false,
+        ..MODEL
+    })
+    .await
+    .unwrap();
     let base = stack.ready_text("/api_url");
     let sign_in = async |key: &str| {
-        let request = stack.http.post(format!("{base}/console/session")).header("X-Aod-Console", "1").json(&json!({ "api_key": key }));
+        let request = stack
+            .http
+            .post(format!("{base}/console/session"))
+            .header("X-Aod-Console", "1")
+            .json(&json!({ "api_key": key }));
         let answer = request.send().await.unwrap();
-        let cookie = answer.headers().get("set-cookie").map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap().to_owned());
+        let cookie = answer
+            .headers()
+            .get("set-cookie")
+            .map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap().to_owned());
         (answer.status().as_u16(), cookie.unwrap_or_default())
     };
     let status = async |cookie: &str, header: bool| {
@@ -85,20 +130,40 @@ async fn a_console_session_ends_with_its_time_and_with_its_key() {
     assert_eq!(sign_in("aod_wrong").await.0, 401);
     let own = stack.ready_text("/api_key");
     let (created, cookie) = sign_in(&own).await;
-    assert_eq!((created, status(&cookie, true).await, status(&cookie, false).await), (201, 200, 401));
+    assert_eq!(
+        (created, status(&cookie, true).await, status(&cookie, false).await),
+        (201, 200, 401)
+    );
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(status(&cookie, true).await, 401);
 
     let key = stack.post("/api-keys", json!({ "name": "temporary" })).await.unwrap();
     let (_, cookie) = sign_in(key.text("key")).await;
     // A stolen cookie makes no key that outlives it, nor does a key that expires.
-    let by_cookie = stack.http.post(format!("{base}/api-keys")).header("Cookie", &cookie).header("X-Aod-Console", "1");
+    let by_cookie = stack
+        .http
+        .post(format!("{base}/api-keys"))
+        .header("Cookie", &cookie)
+        .header("X-Aod-Console", "1");
     assert_eq!(by_cookie.json(&json!({ "name": "mine" })).send().await.unwrap().status(), 403);
     let expires_at = "2199-01-01T00:00:00Z";
-    let short = stack.post("/api-keys", json!({ "name": "short", "expires_at": expires_at })).await.unwrap();
-    let by_short = stack.http.post(format!("{base}/api-keys")).bearer_auth(short.text("key")).json(&json!({ "name": "long" }));
+    let short = stack
+        .post("/api-keys", json!({ "name": "short", "expires_at": expires_at }))
+        .await
+        .unwrap();
+    let by_short = stack
+        .http
+        .post(format!("{base}/api-keys"))
+        .bearer_auth(short.text("key"))
+        .json(&json!({ "name": "long" }));
     let long: serde_json::Value = by_short.send().await.unwrap().json().await.unwrap();
     assert_eq!(long["expires_at"], short.body["expires_at"]);
-    stack.call(reqwest::Method::DELETE, &format!("/api-keys/{}", key.text("id")), None).await.unwrap();
-    testkit::eventually("the session ends with its key", || async { status(&cookie, true).await == 401 }).await;
+    stack
+        .call(reqwest::Method::DELETE, &format!("/api-keys/{}", key.text("id")), None)
+        .await
+        .unwrap();
+    testkit::eventually("the session ends with its key", || async {
+        status(&cookie, true).await == 401
+    })
+    .await;
 }

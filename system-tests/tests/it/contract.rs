@@ -34,9 +34,16 @@ async fn every_wrong_request_is_answered_with_what_was_wrong() {
 
     let bearer = format!("Bearer {key}");
     let bearer = Some(bearer.as_str());
-    for bad in [b"{".as_slice(), b"", b"\xff\xfe", "[".repeat(50_000).as_bytes(), br#"{"name": "\ud800"}"#] {
+    for bad in
+        [b"{".as_slice(), b"", b"\xff\xfe", "[".repeat(50_000).as_bytes(), br#"{"name": "\ud800"}"#]
+    {
         let (status, _, body) = raw(Method::POST, "/agents", bearer, bad.to_vec()).await;
-        assert_eq!((status, &body["detail"]), (400, &json!("Invalid JSON")), "{:?}", String::from_utf8_lossy(&bad[..bad.len().min(20)]));
+        assert_eq!(
+            (status, &body["detail"]),
+            (400, &json!("Invalid JSON")),
+            "{:?}",
+            String::from_utf8_lossy(&bad[..bad.len().min(20)])
+        );
     }
     let (status, _, body) = raw(Method::POST, "/agents", bearer, b"[]".to_vec()).await;
     assert_eq!((status, &body["detail"][0]["type"]), (422, &json!("model_type")));
@@ -60,19 +67,27 @@ async fn every_wrong_request_is_answered_with_what_was_wrong() {
         (
             json!({ "name": "n", "model": "m", "runtime": "x" }),
             400,
-            json!("Unknown runtime: x. Must be one of: ['claude', 'codex', 'gemini', 'opencode', 'shell']"),
+            json!(
+                "Unknown runtime: x. Must be one of: ['claude', 'codex', 'gemini', 'opencode', 'shell']"
+            ),
         ),
         (
             json!({ "name": "n", "model": "openai/o3", "runtime": "claude" }),
             422,
-            json!("Runtime claude cannot serve model openai/o3: provider openai not in ['anthropic']"),
+            json!(
+                "Runtime claude cannot serve model openai/o3: provider openai not in ['anthropic']"
+            ),
         ),
         (
             json!({ "name": "n", "model": "acme/x", "runtime": "claude" }),
             422,
             json!([{ "type": "value_error", "loc": ["model"], "msg": "Value error, Unknown model: acme/x", "input": "acme/x" }]),
         ),
-        (json!({ "name": "n", "model": "m", "runtime": "claude", "environment_id": "x" }), 404, json!("Environment not found")),
+        (
+            json!({ "name": "n", "model": "m", "runtime": "claude", "environment_id": "x" }),
+            404,
+            json!("Environment not found"),
+        ),
     ];
     for (body, status, detail) in cases {
         let answer = stack.post("/agents", body.clone()).await.unwrap();
@@ -83,7 +98,12 @@ async fn every_wrong_request_is_answered_with_what_was_wrong() {
         let answer = stack.get(path).await.unwrap();
         assert_eq!((answer.status, answer.text("detail")), (404, "Agent not found"));
     }
-    for path in ["/sessions/x", "/sessions/x/turns", "/sessions/x/stream", "/sessions/00000000-0000-4000-8000-000000000000/stream"] {
+    for path in [
+        "/sessions/x",
+        "/sessions/x/turns",
+        "/sessions/x/stream",
+        "/sessions/00000000-0000-4000-8000-000000000000/stream",
+    ] {
         let answer = stack.get(path).await.unwrap();
         assert_eq!((answer.status, answer.text("detail")), (404, "Session not found"), "{path}");
     }
@@ -100,15 +120,35 @@ async fn every_wrong_request_is_answered_with_what_was_wrong() {
         (json!(10.5), "int_from_float"),
         (json!([]), "int_type"),
     ] {
-        let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "x", "timeout": timeout })).await.unwrap();
+        let answer = stack
+            .post("/sessions", json!({ "agent_id": agent, "prompt": "x", "timeout": timeout }))
+            .await
+            .unwrap();
         assert_eq!((answer.status, &answer.body["detail"][0]["type"]), (422, &json!(kind)));
     }
-    let answer = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "x", "timeout": "60", "unknown": 1 })).await.unwrap();
+    let answer = stack
+        .post(
+            "/sessions",
+            json!({ "agent_id": agent, "prompt": "x", "timeout": "60", "unknown": 1 }),
+        )
+        .await
+        .unwrap();
     assert_eq!(answer.status, 202, "{answer:?}");
     let claude = stack.agent("claude").await.unwrap();
-    let answer = stack.post("/sessions", json!({ "agent_id": claude, "prompt": "x" })).await.unwrap();
-    assert_eq!((answer.status, answer.text("detail")), (400, "No API key configured for runtime: claude"));
-    assert_eq!(stack.call(Method::PUT, "/credentials/nonsense", Some(json!({ "value": "x" }))).await.unwrap().status, 404);
+    let answer =
+        stack.post("/sessions", json!({ "agent_id": claude, "prompt": "x" })).await.unwrap();
+    assert_eq!(
+        (answer.status, answer.text("detail")),
+        (400, "No API key configured for runtime: claude")
+    );
+    assert_eq!(
+        stack
+            .call(Method::PUT, "/credentials/nonsense", Some(json!({ "value": "x" })))
+            .await
+            .unwrap()
+            .status,
+        404
+    );
 }
 
 #[tokio::test]
@@ -120,22 +160,48 @@ async fn a_key_and_a_credential_work_as_long_as_they_are_there() {
     let agents = format!("{}/agents", stack.ready_text("/api_url"));
     let answer = async |key: &str| {
         let answer = stack.http.get(&agents).bearer_auth(key).send().await.unwrap();
-        (answer.status().as_u16(), answer.json::<Value>().await.unwrap()["detail"].as_str().unwrap_or_default().to_owned())
+        (
+            answer.status().as_u16(),
+            answer.json::<Value>().await.unwrap()["detail"].as_str().unwrap_or_default().to_owned(),
+        )
     };
     assert_eq!(answer(&key).await.0, 200);
-    let expired = stack.post("/api-keys", json!({ "name": "old", "expires_at": "2020-01-01T00:00:00Z" })).await.unwrap();
+    let expired = stack
+        .post("/api-keys", json!({ "name": "old", "expires_at": "2020-01-01T00:00:00Z" }))
+        .await
+        .unwrap();
     assert_eq!(answer(expired.text("key")).await, (401, "API key has expired".to_owned()));
-    assert_eq!(stack.post("/api-keys", json!({ "name": "x", "expires_at": "soon" })).await.unwrap().status, 422);
+    assert_eq!(
+        stack.post("/api-keys", json!({ "name": "x", "expires_at": "soon" })).await.unwrap().status,
+        422
+    );
     assert!(!stack.get("/api-keys").await.unwrap().body.to_string().contains(&key));
-    assert_eq!(stack.call(Method::DELETE, &format!("/api-keys/{}", created.text("id")), None).await.unwrap().status, 200);
+    assert_eq!(
+        stack
+            .call(Method::DELETE, &format!("/api-keys/{}", created.text("id")), None)
+            .await
+            .unwrap()
+            .status,
+        200
+    );
     // Within a second, on every gateway.
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     assert_eq!(answer(&key).await, (401, "API key is inactive".to_owned()));
 
-    let put = stack.call(Method::PUT, "/credentials/provider:openai", Some(json!({ "value": "sk-sentinel-abcd" }))).await.unwrap();
+    let put = stack
+        .call(
+            Method::PUT,
+            "/credentials/provider:openai",
+            Some(json!({ "value": "sk-sentinel-abcd" })),
+        )
+        .await
+        .unwrap();
     assert_eq!((put.status, put.text("hint")), (200, "abcd"));
     let list = stack.get("/credentials").await.unwrap();
-    assert!(!list.body.to_string().contains("sentinel") && list.body.to_string().contains("provider:openai"));
+    assert!(
+        !list.body.to_string().contains("sentinel")
+            && list.body.to_string().contains("provider:openai")
+    );
     let delete = || stack.call(Method::DELETE, "/credentials/provider:openai", None);
     assert_eq!(delete().await.unwrap().text("detail"), "Credential deleted");
     assert_eq!(delete().await.unwrap().text("detail"), "Credential not found");
@@ -145,25 +211,47 @@ async fn a_key_and_a_credential_work_as_long_as_they_are_there() {
 async fn an_unavailable_service_is_reported_at_once_by_name() {
     let stack = Stack::start(Options { no_restart: true, ..Options::default() }).await.unwrap();
     Stack::signal(&stack.pids("scheduler"), rustix::process::Signal::KILL);
-    testkit::eventually("the scheduler is missed", || async { stack.get("/health").await.unwrap().status == 503 }).await;
+    testkit::eventually("the scheduler is missed", || async {
+        stack.get("/health").await.unwrap().status == 503
+    })
+    .await;
     let health = stack.get("/health").await.unwrap();
-    assert_eq!((&health.body["checks"]["scheduler"], &health.body["checks"]["auth"]), (&json!("failed"), &json!("ok")));
+    assert_eq!(
+        (&health.body["checks"]["scheduler"], &health.body["checks"]["auth"]),
+        (&json!("failed"), &json!("ok"))
+    );
     let begun = std::time::Instant::now();
     let answer = stack.get("/agents").await.unwrap();
     assert_eq!((answer.status, answer.text("detail")), (503, "scheduler is not available"));
-    assert!(answer.headers.contains_key("retry-after") && begun.elapsed() < std::time::Duration::from_secs(8));
+    assert!(
+        answer.headers.contains_key("retry-after")
+            && begun.elapsed() < std::time::Duration::from_secs(8)
+    );
 }
 
 #[tokio::test]
 async fn a_burst_of_output_arrives_whole() {
     let stack = Stack::start(Options::default()).await.unwrap();
-    let session = stack.session("shell", "head -c 20000000 /dev/zero | tr '\\0' x; echo; seq 1 200000 >&2").await.unwrap();
+    let session = stack
+        .session("shell", "head -c 20000000 /dev/zero | tr '\\0' x; echo; seq 1 200000 >&2")
+        .await
+        .unwrap();
     let begun = std::time::Instant::now();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let of = |stream: &str| {
-        events.iter().filter(|event| event["stream"] == stream).filter_map(|event| event["data"].as_str()).collect::<String>()
+        events
+            .iter()
+            .filter(|event| event["stream"] == stream)
+            .filter_map(|event| event["data"].as_str())
+            .collect::<String>()
     };
-    assert_eq!(of("stdout").len(), 20_000_001, "{} events, the last {:?}", events.len(), events.last());
+    assert_eq!(
+        of("stdout").len(),
+        20_000_001,
+        "{} events, the last {:?}",
+        events.len(),
+        events.last()
+    );
     let expected: String = (1..=200_000).map(|i| format!("{i}\n")).collect();
     assert!(of("stderr") == expected, "stderr is whole");
     println!("21 MB in {:?}, {} events", begun.elapsed(), events.len());
@@ -178,13 +266,27 @@ async fn nothing_that_is_sent_is_answered_with_500() {
     let auth = format!("Authorization: Bearer {key}\r\n");
     let session = stack.session("shell", "true").await.unwrap();
     let post = |body: &[u8]| {
-        [format!("POST /agents HTTP/1.1\r\nHost: x\r\n{auth}Content-Length: {}\r\n\r\n", body.len()).as_bytes(), body].concat()
+        [
+            format!(
+                "POST /agents HTTP/1.1\r\nHost: x\r\n{auth}Content-Length: {}\r\n\r\n",
+                body.len()
+            )
+            .as_bytes(),
+            body,
+        ]
+        .concat()
     };
     let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\n{auth}\r\n").into_bytes();
     let nested = |open: &str, close: &str| {
-        format!(r#"{{"name":"n","model":"m","runtime":"shell","metadata":{{"a":{}1{}}}}}"#, open.repeat(200), close.repeat(200))
+        format!(
+            r#"{{"name":"n","model":"m","runtime":"shell","metadata":{{"a":{}1{}}}}}"#,
+            open.repeat(200),
+            close.repeat(200)
+        )
     };
-    let with = |field: &str| format!(r#"{{"name":"n","model":"m","runtime":"shell",{field}}}"#).into_bytes();
+    let with = |field: &str| {
+        format!(r#"{{"name":"n","model":"m","runtime":"shell",{field}}}"#).into_bytes()
+    };
     let requests: Vec<(&str, Vec<u8>, u16)> = vec![
         ("deep nesting", post(nested("[", "]").as_bytes()), 400),
         ("deeper nesting", post("[".repeat(2_000_000).as_bytes()), 400),
@@ -265,24 +367,49 @@ async fn a_browser_may_call_from_another_origin() {
     let session = stack.session("shell", "echo hi").await.unwrap();
     let url = format!("{}/sessions/{session}/stream", stack.ready_text("/api_url"));
     let wanted = "authorization,content-type,last-event-id,idempotency-key,x-api-key,anthropic-version,x-stainless-os";
-    let preflight = stack.http.request(Method::OPTIONS, &url).header("origin", "https://app.example");
-    let preflight = preflight.header("access-control-request-method", "GET").header("access-control-request-headers", wanted);
+    let preflight =
+        stack.http.request(Method::OPTIONS, &url).header("origin", "https://app.example");
+    let preflight = preflight
+        .header("access-control-request-method", "GET")
+        .header("access-control-request-headers", wanted);
     let answer = preflight.send().await.unwrap();
-    assert_eq!((answer.status().as_u16(), answer.headers()["access-control-allow-origin"].to_str().unwrap()), (200, "*"));
-    let allowed = answer.headers()["access-control-allow-headers"].to_str().unwrap().to_ascii_lowercase();
+    assert_eq!(
+        (
+            answer.status().as_u16(),
+            answer.headers()["access-control-allow-origin"].to_str().unwrap()
+        ),
+        (200, "*")
+    );
+    let allowed =
+        answer.headers()["access-control-allow-headers"].to_str().unwrap().to_ascii_lowercase();
     assert!(wanted.split(',').all(|header| allowed.contains(header)), "{allowed}");
     let methods = answer.headers()["access-control-allow-methods"].to_str().unwrap().to_owned();
-    assert!(["GET", "POST", "PUT", "DELETE"].iter().all(|method| methods.contains(method)), "{methods}");
-    let stream =
-        stack.http.get(&url).header("origin", "https://app.example").bearer_auth(stack.ready_text("/api_key")).send().await.unwrap();
+    assert!(
+        ["GET", "POST", "PUT", "DELETE"].iter().all(|method| methods.contains(method)),
+        "{methods}"
+    );
+    let stream = stack
+        .http
+        .get(&url)
+        .header("origin", "https://app.example")
+        .bearer_auth(stack.ready_text("/api_key"))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(stream.headers()["access-control-allow-origin"], "*");
     assert!(stream.text().await.unwrap().contains("hi\\n"));
     // A refusal can be read too, with its request id.
-    let refused = stack.http.get(&url).header("origin", "https://app.example").send().await.unwrap();
-    assert_eq!((refused.status().as_u16(), &refused.headers()["access-control-allow-origin"]), (401, &"*".parse().unwrap()));
+    let refused =
+        stack.http.get(&url).header("origin", "https://app.example").send().await.unwrap();
+    assert_eq!(
+        (refused.status().as_u16(), &refused.headers()["access-control-allow-origin"]),
+        (401, &"*".parse().unwrap())
+    );
     let exposed = refused.headers()["access-control-expose-headers"].to_str().unwrap();
     assert!(
-        ["x-request-id", "request-id", "x-should-retry"].iter().all(|name| exposed.split(',').any(|shown| shown == *name)),
+        ["x-request-id", "request-id", "x-should-retry"]
+            .iter()
+            .all(|name| exposed.split(',').any(|shown| shown == *name)),
         "{exposed}"
     );
 }
@@ -291,10 +418,24 @@ async fn a_browser_may_call_from_another_origin() {
 async fn the_document_is_shown_by_a_page_that_needs_no_other_host() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let url = stack.ready_text("/api_url");
-    let text =
-        async |path: &str| stack.http.get(format!("{url}{path}")).send().await.unwrap().error_for_status().unwrap().text().await.unwrap();
+    let text = async |path: &str| {
+        stack
+            .http
+            .get(format!("{url}{path}"))
+            .send()
+            .await
+            .unwrap()
+            .error_for_status()
+            .unwrap()
+            .text()
+            .await
+            .unwrap()
+    };
     let page = text("/docs").await;
-    let assets: Vec<&str> = page.split(['"', '\'']).filter(|part| part.ends_with(".js") || part.ends_with(".css")).collect();
+    let assets: Vec<&str> = page
+        .split(['"', '\''])
+        .filter(|part| part.ends_with(".js") || part.ends_with(".css"))
+        .collect();
     assert!(assets.len() >= 3 && !page.contains("https://") && !page.contains("http://"), "{page}");
     for asset in assets {
         assert!(!text(&format!("/docs/{}", asset.trim_start_matches("./"))).await.is_empty());
@@ -302,12 +443,20 @@ async fn the_document_is_shown_by_a_page_that_needs_no_other_host() {
     assert!(text("/docs/swagger-initializer.js").await.contains("/openapi.json"));
     let document: Value = serde_json::from_str(&text("/openapi.json").await).unwrap();
     assert_eq!(document["openapi"], "3.1.0");
-    // What is described is there, and wants a key unless it says otherwise; what is not described is refused.
+    // What is described is there, and wants a key unless it says otherwise; what is not described
+    // is refused.
     for (path, item) in document["paths"].as_object().unwrap() {
-        let path = path.replace("{id}", "00000000-0000-4000-8000-000000000000").replace("{kind}", "provider:openai");
+        let path = path
+            .replace("{id}", "00000000-0000-4000-8000-000000000000")
+            .replace("{kind}", "provider:openai");
         for method in ["GET", "PUT", "POST", "DELETE", "PATCH"] {
             let operation = &item[method.to_lowercase()];
-            let answer = stack.http.request(method.parse().unwrap(), format!("{url}{path}")).send().await.unwrap();
+            let answer = stack
+                .http
+                .request(method.parse().unwrap(), format!("{url}{path}"))
+                .send()
+                .await
+                .unwrap();
             let open = !operation["security"].is_null();
             let expected = if operation.is_null() {
                 // There, a method that a route does not have is no route.

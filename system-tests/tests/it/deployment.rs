@@ -5,8 +5,12 @@ use std::{path::Path, process::Command};
 fn pytest(path: &str) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut command = Command::new(root.join(".venv/bin/python"));
-    command.args(["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]).arg(root.join(path));
-    command.env("PYTHONDONTWRITEBYTECODE", "1").env("AOD", testkit::services::binary("aod").unwrap());
+    command
+        .args(["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"])
+        .arg(root.join(path));
+    command
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("AOD", testkit::services::binary("aod").unwrap());
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }

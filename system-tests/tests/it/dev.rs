@@ -23,15 +23,26 @@ fn start_up_errors_are_one_line() {
     let dir = data.path().to_str().unwrap();
     let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
-    assert!(refusal(&dev(&["--port", &port, "--data-dir", dir])).contains(&format!("port {port} cannot be used")));
+    assert!(
+        refusal(&dev(&["--port", &port, "--data-dir", dir]))
+            .contains(&format!("port {port} cannot be used"))
+    );
 
     let aod = testkit::services::binary("aod").unwrap();
-    let without_tools = Command::new(&aod).args(["dev", "--port", "0", "--data-dir", dir]).env("PATH", "/nowhere").output().unwrap();
+    let without_tools = Command::new(&aod)
+        .args(["dev", "--port", "0", "--data-dir", dir])
+        .env("PATH", "/nowhere")
+        .output()
+        .unwrap();
     assert!(refusal(&without_tools).contains("is not on PATH"));
     let old = data.path().join("nats-server");
     std::fs::write(&old, "#!/bin/sh\necho 'nats-server: v2.9.10'\n").unwrap();
     std::fs::set_permissions(&old, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let too_old = Command::new(&aod).args(["dev", "--port", "0", "--data-dir", dir]).env("NATS_SERVER_BIN", &old).output().unwrap();
+    let too_old = Command::new(&aod)
+        .args(["dev", "--port", "0", "--data-dir", dir])
+        .env("NATS_SERVER_BIN", &old)
+        .output()
+        .unwrap();
     assert!(refusal(&too_old).contains("is version 2.9.10; 2.12 or later is needed"));
 }
 
@@ -40,20 +51,28 @@ fn start_up_errors_are_one_line() {
 async fn port_zero_chooses_a_free_port_and_reports_it() {
     let start = |data: &std::path::Path| {
         let mut aod = Command::new(testkit::services::binary("aod").unwrap());
-        aod.args(["dev", "--port", "0", "--data-dir"]).arg(data).arg("--ready-file").arg(data.join("ready.json"));
+        aod.args(["dev", "--port", "0", "--data-dir"])
+            .arg(data)
+            .arg("--ready-file")
+            .arg(data.join("ready.json"));
         aod.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap()
     };
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let mut stacks = folders.each_ref().map(|data| start(data.path()));
     for data in &folders {
-        let ready = || std::fs::read(data.path().join("ready.json")).ok().and_then(|text| serde_json::from_slice::<Value>(&text).ok());
+        let ready = || {
+            std::fs::read(data.path().join("ready.json"))
+                .ok()
+                .and_then(|text| serde_json::from_slice::<Value>(&text).ok())
+        };
         testkit::eventually("it is ready", || async { ready().is_some() }).await;
         let url = ready().unwrap()["api_url"].as_str().unwrap().to_owned();
         assert!(!url.ends_with(":0"), "{url}");
         assert_eq!(reqwest::get(format!("{url}/health")).await.unwrap().status(), 200);
     }
     for stack in &mut stacks {
-        rustix::process::kill_process(rustix::process::Pid::from_child(stack), Signal::INT).unwrap();
+        rustix::process::kill_process(rustix::process::Pid::from_child(stack), Signal::INT)
+            .unwrap();
         assert!(stack.wait().unwrap().success());
     }
 }
@@ -68,8 +87,17 @@ async fn a_second_start_continues_with_the_data_and_a_stop_leaves_no_process() {
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let key = stack.ready_text("/api_key");
     let marker = stack.data_dir().to_str().unwrap().to_owned();
-    let services =
-        ["postgres", "nats", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway", "gateway", "local-sprites"];
+    let services = [
+        "postgres",
+        "nats",
+        "auth",
+        "credential-vault",
+        "scheduler",
+        "sprite-runner",
+        "model-gateway",
+        "gateway",
+        "local-sprites",
+    ];
     let pids: Vec<u32> = services.iter().flat_map(|service| stack.pids(service)).collect();
     assert_eq!(pids.len(), services.len());
     let data = stack.stop().unwrap();
@@ -82,9 +110,18 @@ async fn a_second_start_continues_with_the_data_and_a_stop_leaves_no_process() {
     assert_eq!(again.ready_text("/api_key"), key);
     assert_eq!(again.stream(&session, 0).await.unwrap().all().await.unwrap(), events);
     // The Sprite was put to sleep with the stack, and its conversation continues in it.
-    let next = again.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "grep kept ~/kept" })).await.unwrap();
+    let next = again
+        .post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "grep kept ~/kept" }))
+        .await
+        .unwrap();
     assert_eq!(next.status, 202, "{next:?}");
-    let events = again.stream(&session, events.last().unwrap()["id"].as_u64().unwrap()).await.unwrap().all().await.unwrap();
+    let events = again
+        .stream(&session, events.last().unwrap()["id"].as_u64().unwrap())
+        .await
+        .unwrap()
+        .all()
+        .await
+        .unwrap();
     assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
 }
 
@@ -100,7 +137,10 @@ async fn processes_that_die_are_restarted_and_listed() {
         })
         .await;
     }
-    testkit::eventually("all is well again", || async { stack.get("/health").await.is_ok_and(|answer| answer.status == 200) }).await;
+    testkit::eventually("all is well again", || async {
+        stack.get("/health").await.is_ok_and(|answer| answer.status == 200)
+    })
+    .await;
     let session = stack.session("shell", "echo after").await.unwrap();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
@@ -119,12 +159,16 @@ async fn a_killed_stack_takes_its_children_with_it() {
 fn processes_of(marker: &str) -> Vec<String> {
     let own = std::process::id().to_string();
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
-    let processes = processes.filter(|process| process.file_name().to_str().is_some_and(|name| name != own && name.parse::<u32>().is_ok()));
+    let processes = processes.filter(|process| {
+        process.file_name().to_str().is_some_and(|name| name != own && name.parse::<u32>().is_ok())
+    });
     processes
         .filter_map(|process| {
             let read = |file: &str| std::fs::read(process.path().join(file)).unwrap_or_default();
             let (line, env) = (read("cmdline"), read("environ"));
-            let names = |bytes: &[u8]| bytes.windows(marker.len()).any(|window| window == marker.as_bytes());
+            let names = |bytes: &[u8]| {
+                bytes.windows(marker.len()).any(|window| window == marker.as_bytes())
+            };
             (names(&line) || names(&env)).then(|| String::from_utf8_lossy(&line).replace('\0', " "))
         })
         .collect()
@@ -134,7 +178,13 @@ fn processes_of(marker: &str) -> Vec<String> {
 async fn sandboxes_leave_no_mounts_behind() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let marker = stack.data_dir().to_str().unwrap().to_owned();
-    let mounts = || std::fs::read_to_string("/proc/mounts").unwrap().lines().filter(|line| line.contains(&marker)).count();
+    let mounts = || {
+        std::fs::read_to_string("/proc/mounts")
+            .unwrap()
+            .lines()
+            .filter(|line| line.contains(&marker))
+            .count()
+    };
     let session = stack.session("shell", "touch /usr/changed-by-a-test; true").await.unwrap();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");

@@ -29,7 +29,11 @@ impl GitServer {
         let origin = served.path().join(repository);
         let git = async |args: &[&str]| {
             let mut command = Command::new("git");
-            command.arg("-C").arg(&origin).args(["-c", "user.name=t", "-c", "user.email=t@example.org"]).args(args);
+            command
+                .arg("-C")
+                .arg(&origin)
+                .args(["-c", "user.name=t", "-c", "user.email=t@example.org"])
+                .args(args);
             assert!(command.status().await.unwrap().success(), "git {args:?}");
         };
         for (path, content) in files {
@@ -44,11 +48,21 @@ impl GitServer {
         std::os::unix::fs::symlink(&origin, origin.with_extension("git")).unwrap();
         let port = testkit::free_port().unwrap();
         // Not by way of `git daemon`, which would leave it running when it is killed itself.
-        let programs = std::process::Command::new("git").arg("--exec-path").output().unwrap().stdout;
-        let mut daemon = Command::new(format!("{}/git-daemon", String::from_utf8(programs).unwrap().trim()));
-        daemon.args(["--export-all", "--listen=127.0.0.1", &format!("--port={port}"), &format!("--base-path={}", served.path().display())]);
+        let programs =
+            std::process::Command::new("git").arg("--exec-path").output().unwrap().stdout;
+        let mut daemon =
+            Command::new(format!("{}/git-daemon", String::from_utf8(programs).unwrap().trim()));
+        daemon.args([
+            "--export-all",
+            "--listen=127.0.0.1",
+            &format!("--port={port}"),
+            &format!("--base-path={}", served.path().display()),
+        ]);
         let daemon = daemon.kill_on_drop(true).spawn().unwrap();
-        eventually("git serves", || async { tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() }).await;
+        eventually("git serves", || async {
+            tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+        })
+        .await;
         Self { _served: served, _daemon: daemon, port }
     }
 
@@ -62,9 +76,8 @@ impl GitServer {
     }
 }
 
-/// github.com with repositories that each want a token of their own: reached over HTTP, and by way of a proxy over TLS, as git reaches the
-/// real one.
-/// Ended when dropped.
+/// github.com with repositories that each want a token of their own: reached over HTTP, and by way
+/// of a proxy over TLS, as git reaches the real one. Ended when dropped.
 pub struct PrivateGitHub {
     served: TempDir,
     _tls: Tls,
@@ -78,12 +91,16 @@ impl PrivateGitHub {
         let served = tempfile::tempdir().unwrap();
         let tls = Tls::generate().unwrap();
         let mut server = Command::new("python3");
-        server.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/git/private_github.py")).arg(served.path()).arg(tls.certificate_file());
+        server
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/git/private_github.py"))
+            .arg(served.path())
+            .arg(tls.certificate_file());
         server.arg(tls.key_file()).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
         let mut server = server.spawn().unwrap();
         let mut line = String::new();
         BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).await.unwrap();
-        let github = Self { served, _tls: tls, _server: server, port: line.trim().parse().unwrap() };
+        let github =
+            Self { served, _tls: tls, _server: server, port: line.trim().parse().unwrap() };
         for (name, token) in repositories {
             let path = github.served.path().join(name);
             std::fs::create_dir_all(&path).unwrap();
@@ -105,9 +122,17 @@ impl PrivateGitHub {
     /// What git says of a repository, asked on the server.
     pub async fn git(&self, repository: &str, args: &[&str]) -> String {
         let mut command = Command::new("git");
-        command.arg("-C").arg(self.served.path().join(repository)).args(["-c", "user.name=t", "-c", "user.email=t@example.org"]).args(args);
+        command
+            .arg("-C")
+            .arg(self.served.path().join(repository))
+            .args(["-c", "user.name=t", "-c", "user.email=t@example.org"])
+            .args(args);
         let output = command.output().await.unwrap();
-        assert!(output.status.success(), "git {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "git {args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
@@ -116,7 +141,8 @@ impl PrivateGitHub {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// Variables by which git finds it under its real name. Its certificate has no authority that a Sprite knows.
+    /// Variables by which git finds it under its real name. Its certificate has no authority that a
+    /// Sprite knows.
     pub fn as_github(&self) -> Value {
         json!({
             "GIT_CONFIG_COUNT": "2",

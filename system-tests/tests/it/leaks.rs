@@ -1,5 +1,5 @@
-//! Secrets stay where they belong: sentinels in every place where a user can put one, then a search of everything that the stack wrote,
-//! said, and ran.
+//! Secrets stay where they belong: sentinels in every place where a user can put one, then a search
+//! of everything that the stack wrote, said, and ran.
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +19,8 @@ use crate::{
     v1::{Client, created, ours},
 };
 
-/// What no place but the Sprite may hold. Their first characters are what a hint may show: the last four are told by the contract.
+/// What no place but the Sprite may hold. Their first characters are what a hint may show: the last
+/// four are told by the contract.
 const SENTINELS: [(&str, &str); 12] = [
     ("provider:anthropic", "sk-ant-SENTINELcredential0001"),
     ("provider:openai", "sk-oai-SENTINELopenai0002"),
@@ -35,8 +36,10 @@ const SENTINELS: [(&str, &str); 12] = [
     ("sprites token", ""),
 ];
 
-/// What the model gateway keeps out of Sprites as well: credentials for models, and secrets of routes.
-const MODEL_CREDENTIALS: [&str; 4] = ["provider:anthropic", "provider:openai", "provider:google", "runtime_token:claude-oauth"];
+/// What the model gateway keeps out of Sprites as well: credentials for models, and secrets of
+/// routes.
+const MODEL_CREDENTIALS: [&str; 4] =
+    ["provider:anthropic", "provider:openai", "provider:google", "runtime_token:claude-oauth"];
 const ROUTED: [&str; 3] = ["repository token", "mcp header", "vault bearer"];
 
 /// How tokens for the model gateway begin.
@@ -64,7 +67,10 @@ impl Search {
             assert!(value.len() > 12, "{name}");
             needles.push((name.to_owned(), value.clone().into_bytes()));
             // As Postgres' bytea, and as basic authentication, would show it.
-            needles.push((format!("{name} in hex"), value.bytes().map(|byte| format!("{byte:02x}")).collect::<String>().into_bytes()));
+            needles.push((
+                format!("{name} in hex"),
+                value.bytes().map(|byte| format!("{byte:02x}")).collect::<String>().into_bytes(),
+            ));
         }
         Self { needles, found: Vec::new(), places: 0 }
     }
@@ -89,7 +95,8 @@ impl Search {
             }
             match entry.file_type() {
                 Ok(kind) if kind.is_dir() => self.look_in(&path, leave_out),
-                Ok(kind) if kind.is_file() => self.look(&path.display().to_string(), &std::fs::read(&path).unwrap_or_default()),
+                Ok(kind) if kind.is_file() => self
+                    .look(&path.display().to_string(), &std::fs::read(&path).unwrap_or_default()),
                 _ => {}
             }
         }
@@ -108,7 +115,12 @@ impl Search {
             for file in ["cmdline", "environ"] {
                 let bytes = std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
                 self.look(
-                    &format!("{file} of {pid} ({})", std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim()),
+                    &format!(
+                        "{file} of {pid} ({})",
+                        std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                            .unwrap_or_default()
+                            .trim()
+                    ),
                     &bytes,
                 );
             }
@@ -123,8 +135,17 @@ fn memchr(haystack: &[u8], needle: &[u8]) -> bool {
 /// What the API says about everything there is.
 async fn everything_told(stack: &Stack, sessions: &[String]) -> Vec<(String, String)> {
     let mut told = Vec::new();
-    let mut paths: Vec<String> =
-        ["/agents", "/environments", "/sessions", "/credentials", "/api-keys", "/health", "/openapi.json"].map(str::to_owned).into();
+    let mut paths: Vec<String> = [
+        "/agents",
+        "/environments",
+        "/sessions",
+        "/credentials",
+        "/api-keys",
+        "/health",
+        "/openapi.json",
+    ]
+    .map(str::to_owned)
+    .into();
     for session in sessions {
         paths.extend([format!("/sessions/{session}"), format!("/sessions/{session}/turns")]);
     }
@@ -145,21 +166,35 @@ async fn everything_told(stack: &Stack, sessions: &[String]) -> Vec<(String, Str
 async fn no_secret_is_anywhere_but_in_its_sprite() {
     let of = |name: &str| SENTINELS.iter().find(|(known, _)| *known == name).unwrap().1;
     let token = |name: &str| Arc::new(Mutex::new(of(name).to_owned()));
-    let (by_header, by_vault) = (mcp_over_http(token("mcp header")).await, mcp_over_http(token("vault bearer")).await);
+    let (by_header, by_vault) =
+        (mcp_over_http(token("mcp header")).await, mcp_over_http(token("vault bearer")).await);
     let github = PrivateGitHub::start(&[("acme/cloned", of("repository token"))]).await;
     let settings = &[("RUST_LOG", "trace"), ("DEFAULT_TIMEOUT", "180")];
     let options = Options { scripted_model: true, runners: 2, settings, ..Options::default() };
-    let stack = Stack::start(options.with("AOD_GITHUB_URL", github.url()).reaching(&[by_header.1, by_vault.1])).await.unwrap();
+    let stack = Stack::start(
+        options.with("AOD_GITHUB_URL", github.url()).reaching(&[by_header.1, by_vault.1]),
+    )
+    .await
+    .unwrap();
     for kind in MODEL_CREDENTIALS {
-        let stored = stack.call(Method::PUT, &format!("/credentials/{kind}"), Some(json!({ "value": of(kind) }))).await.unwrap();
+        let stored = stack
+            .call(Method::PUT, &format!("/credentials/{kind}"), Some(json!({ "value": of(kind) })))
+            .await
+            .unwrap();
         assert!(stored.status < 300, "{stored:?}");
     }
     // The user's own token for the Sprites API; local-sprites knows this one.
     let sprites = json!({ "value": stack.ready_text("/sprites_token") });
-    assert!(stack.call(Method::PUT, "/credentials/backend:sprites", Some(sprites)).await.unwrap().status < 300);
+    assert!(
+        stack
+            .call(Method::PUT, "/credentials/backend:sprites", Some(sprites))
+            .await
+            .unwrap()
+            .status
+            < 300
+    );
 
-    let environment =
-        json!({ "name": "leaks", "env_vars": { "FROM_ENVIRONMENT": of("env_vars") }, "setup_script": "test -n \"$FROM_ENVIRONMENT\"" });
+    let environment = json!({ "name": "leaks", "env_vars": { "FROM_ENVIRONMENT": of("env_vars") }, "setup_script": "test -n \"$FROM_ENVIRONMENT\"" });
     let environment = stack.post("/environments", environment).await.unwrap();
     assert_eq!(environment.status, 201, "{environment:?}");
     let mcp_servers = json!([
@@ -184,7 +219,8 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         let agent = stack.post("/agents", agent).await.unwrap();
         assert_eq!(agent.status, 201, "{agent:?}");
         let mut body = json!({ "agent_id": agent.text("id"), "prompt": prompt });
-        // Codex writes its variables into a file of its own that every user of its Sprite can read (docs/security.md).
+        // Codex writes its variables into a file of its own that every user of its Sprite can read
+        // (docs/security.md).
         if ["claude", "shell"].contains(&runtime) {
             body["environment_id"] = environment.text("id").into();
             body["secret_env_vars"] = json!({ "FROM_SESSION": of("session env") });
@@ -205,27 +241,54 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         let events = stack.stream(session, 0).await.unwrap().all().await.unwrap();
         assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
     }
-    // The CLIs' processes are still there. Providers' keys are not, in any file, argument or variable; tokens of sessions are.
-    let outside: Vec<(&str, String)> = MODEL_CREDENTIALS.into_iter().chain(ROUTED).map(|name| (name, of(name).to_owned())).collect();
+    // The CLIs' processes are still there. Providers' keys are not, in any file, argument or
+    // variable; tokens of sessions are.
+    let outside: Vec<(&str, String)> = MODEL_CREDENTIALS
+        .into_iter()
+        .chain(ROUTED)
+        .map(|name| (name, of(name).to_owned()))
+        .collect();
     let as_password = BASE64.encode(format!("x-access-token:{}", of("repository token")));
-    let (inside, with_token) = search_inside_sprites(&stack, &[outside, vec![("repository token as a password", as_password)]].concat());
+    let (inside, with_token) = search_inside_sprites(
+        &stack,
+        &[outside, vec![("repository token as a password", as_password)]].concat(),
+    );
     assert!(inside.is_empty(), "{inside:#?}");
     for kind in ["mcp", "git"] {
         let passed = format!("aod_model_routed_requests_total{{kind=\"{kind}\",outcome=\"200\"}}");
-        assert!(model_gateway_metrics(&stack).await.contains(&passed), "nothing of {kind} went through the model gateway");
+        assert!(
+            model_gateway_metrics(&stack).await.contains(&passed),
+            "nothing of {kind} went through the model gateway"
+        );
     }
-    assert!(with_token >= 4, "{with_token} files and processes hold a token: the search would not find a key where one is");
+    assert!(
+        with_token >= 4,
+        "{with_token} files and processes hold a token: the search would not find a key where one is"
+    );
     for provider in ["anthropic", "openai", "google"] {
         let passed = format!("aod_model_requests_total{{provider=\"{provider}\",outcome=\"200\"}}");
-        assert!(model_gateway_metrics(&stack).await.contains(&passed), "nothing went to {provider} through the model gateway");
+        assert!(
+            model_gateway_metrics(&stack).await.contains(&passed),
+            "nothing went to {provider} through the model gateway"
+        );
     }
-    // A second turn, and one that fails while its repository is cloned: no server is there to refuse the token.
-    let second = stack.post(&format!("/sessions/{}/prompt", sessions[0]), json!({ "prompt": "hello again" })).await.unwrap();
+    // A second turn, and one that fails while its repository is cloned: no server is there to
+    // refuse the token.
+    let second = stack
+        .post(&format!("/sessions/{}/prompt", sessions[0]), json!({ "prompt": "hello again" }))
+        .await
+        .unwrap();
     assert_eq!(second.status, 202, "{second:?}");
     let agent = stack.agent("shell").await.unwrap();
     let url = "https://github.com/acme/private";
     let repository = json!({ "type": "github_repository", "url": url, "authorization_token": of("repository token") });
-    let failing = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "true", "resources": [repository] })).await.unwrap();
+    let failing = stack
+        .post(
+            "/sessions",
+            json!({ "agent_id": agent, "prompt": "true", "resources": [repository] }),
+        )
+        .await
+        .unwrap();
     assert_eq!(failing.status, 202, "{failing:?}");
     sessions.push(failing.text("id").to_owned());
     let mut streams = BTreeMap::new();
@@ -233,7 +296,9 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         let events = stack.stream(session, 0).await.unwrap().all().await.unwrap();
         streams.insert(session.clone(), events);
     }
-    let failed = streams[sessions.last().unwrap()].iter().any(|event| event["type"] == "error" || event["state"] == "failed");
+    let failed = streams[sessions.last().unwrap()]
+        .iter()
+        .any(|event| event["type"] == "error" || event["state"] == "failed");
     assert!(failed, "{:?}", streams[sessions.last().unwrap()]);
     // Wrong bodies with secrets in them: what is told is what is wrong, not what was sent.
     let wrong = json!({ "agent_id": agent, "prompt": 5, "secret_env_vars": { "1 bad name": of("session env") }, "resources": [{ "type": "x", "authorization_token": of("repository token") }] });
@@ -245,31 +310,58 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         search.look(&format!("GET {path}"), answer.as_bytes());
     }
     for (session, events) in &streams {
-        search.look(&format!("the stream of {session}"), Value::Array(events.clone()).to_string().as_bytes());
+        search.look(
+            &format!("the stream of {session}"),
+            Value::Array(events.clone()).to_string().as_bytes(),
+        );
     }
     search.look("what aod dev printed", without_the_key(&stack).as_bytes());
-    for service in ["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway", "local-sprites"] {
+    for service in [
+        "gateway",
+        "auth",
+        "credential-vault",
+        "scheduler",
+        "sprite-runner",
+        "model-gateway",
+        "local-sprites",
+    ] {
         for pid in stack.pids(service) {
             let port = listening_ports(pid);
             for port in port {
-                if let Ok(answer) = stack.http.get(format!("http://127.0.0.1:{port}/metrics")).send().await {
-                    search.look(&format!("the metrics of {service}"), answer.text().await.unwrap_or_default().as_bytes());
+                if let Ok(answer) =
+                    stack.http.get(format!("http://127.0.0.1:{port}/metrics")).send().await
+                {
+                    search.look(
+                        &format!("the metrics of {service}"),
+                        answer.text().await.unwrap_or_default().as_bytes(),
+                    );
                 }
             }
         }
     }
     let dump = Command::new("sh")
-        .args(["-c", "PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -1):$PATH; exec pg_dump \"$0\"", &stack.ready_text("/database_url")])
+        .args([
+            "-c",
+            "PATH=$(ls -d /usr/lib/postgresql/*/bin | tail -1):$PATH; exec pg_dump \"$0\"",
+            &stack.ready_text("/database_url"),
+        ])
         .output()
         .unwrap();
     assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
-    assert!(memchr(&dump.stdout, b"COPY vault.secret") && memchr(&dump.stdout, b"COPY scheduler.event"), "the dump holds nothing");
+    assert!(
+        memchr(&dump.stdout, b"COPY vault.secret") && memchr(&dump.stdout, b"COPY scheduler.event"),
+        "the dump holds nothing"
+    );
     search.look("the dump of Postgres", &dump.stdout);
 
-    // The stack's own keys are in files of its own; the Sprites' own files are where secrets belong.
+    // The stack's own keys are in files of its own; the Sprites' own files are where secrets
+    // belong.
     let data = stack.data_dir().to_owned();
     let own: Vec<PathBuf> =
-        ["secrets", "secrets.json", "sprites", "ready.json", "running.json", "dev.log"].iter().map(|name| data.join(name)).collect();
+        ["secrets", "secrets.json", "sprites", "ready.json", "running.json", "dev.log"]
+            .iter()
+            .map(|name| data.join(name))
+            .collect();
     search.look_in(&data, &own);
     assert!(search.places > 100, "{} places", search.places);
     assert!(search.found.is_empty(), "{:#?}", search.found);
@@ -286,7 +378,8 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
     assert!(readable.is_empty(), "{readable:?}");
 }
 
-/// A session of `/v1` whose MCP server's token is in a vault, with one turn. Returns the original API's id.
+/// A session of `/v1` whose MCP server's token is in a vault, with one turn. Returns the original
+/// API's id.
 async fn session_with_vault(stack: &Stack, url: &str, token: &str) -> String {
     let vault = created(stack, "/v1/vaults", json!({ "display_name": "v" })).await;
     let auth = json!({ "type": "static_bearer", "mcp_server_url": url, "token": token });
@@ -302,8 +395,12 @@ async fn session_with_vault(stack: &Stack, url: &str, token: &str) -> String {
     )
     .await;
     let session = client.session(json!({ "vault_ids": [vault] })).await;
-    let message = json!({ "type": "user.message", "content": [{ "type": "text", "text": "hello" }] });
-    let sent = stack.post(&format!("/v1/sessions/{session}/events"), json!({ "events": [message] })).await.unwrap();
+    let message =
+        json!({ "type": "user.message", "content": [{ "type": "text", "text": "hello" }] });
+    let sent = stack
+        .post(&format!("/v1/sessions/{session}/events"), json!({ "events": [message] }))
+        .await
+        .unwrap();
     assert_eq!(sent.status, 200, "{sent:?}");
     ours(&session)
 }
@@ -313,13 +410,15 @@ async fn model_gateway_metrics(stack: &Stack) -> String {
     stack.http.get(url).send().await.unwrap().text().await.unwrap()
 }
 
-/// Looks for values in every file of every Sprite, and in every process there, as root; and counts where a token of a session is.
+/// Looks for values in every file of every Sprite, and in every process there, as root; and counts
+/// where a token of a session is.
 fn search_inside_sprites(stack: &Stack, values: &[(&str, String)]) -> (Vec<String>, usize) {
     let (mut found, mut with_token) = (Vec::new(), 0);
     let mut look = |place: String, bytes: &[u8]| {
         let is_marked = memchr(bytes, MARK);
         let may_hold = |value: &str| is_marked || !value.contains("SENTINEL");
-        let held = values.iter().filter(|(_, value)| may_hold(value) && memchr(bytes, value.as_bytes()));
+        let held =
+            values.iter().filter(|(_, value)| may_hold(value) && memchr(bytes, value.as_bytes()));
         found.extend(held.map(|(name, _)| format!("{name} in {place}")));
         with_token += usize::from(memchr(bytes, TOKEN));
     };
@@ -334,11 +433,16 @@ fn search_inside_sprites(stack: &Stack, values: &[(&str, String)]) -> (Vec<Strin
     }
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let process = entry.path();
-        if !std::fs::read_link(process.join("ns/pid")).is_ok_and(|namespace| namespaces.contains(&namespace)) {
+        if !std::fs::read_link(process.join("ns/pid"))
+            .is_ok_and(|namespace| namespaces.contains(&namespace))
+        {
             continue;
         }
         for file in ["cmdline", "environ"] {
-            let place = format!("{file} of {}", std::fs::read_to_string(process.join("comm")).unwrap_or_default().trim());
+            let place = format!(
+                "{file} of {}",
+                std::fs::read_to_string(process.join("comm")).unwrap_or_default().trim()
+            );
             look(place, &std::fs::read(process.join(file)).unwrap_or_default());
         }
     }
@@ -349,7 +453,10 @@ fn each_file(dir: &Path, look: &mut impl FnMut(String, &[u8])) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         match entry.file_type() {
             Ok(kind) if kind.is_dir() => each_file(&entry.path(), look),
-            Ok(kind) if kind.is_file() => look(entry.path().display().to_string(), &std::fs::read(entry.path()).unwrap_or_default()),
+            Ok(kind) if kind.is_file() => look(
+                entry.path().display().to_string(),
+                &std::fs::read(entry.path()).unwrap_or_default(),
+            ),
             _ => {}
         }
     }
@@ -362,8 +469,13 @@ fn without_the_key(stack: &Stack) -> String {
 
 /// Their disks are images, seen from inside of the Sprites alone.
 fn roots_of_sprites(sprites: &Path) -> Vec<PathBuf> {
-    let records = std::fs::read_dir(sprites).unwrap().flatten().map(|entry| std::fs::read(entry.path().join("sprite.json")).unwrap());
-    let holders = records.map(|record| serde_json::from_slice::<Value>(&record).unwrap()["holder"]["process"]["pid"].clone());
+    let records = std::fs::read_dir(sprites)
+        .unwrap()
+        .flatten()
+        .map(|entry| std::fs::read(entry.path().join("sprite.json")).unwrap());
+    let holders = records.map(|record| {
+        serde_json::from_slice::<Value>(&record).unwrap()["holder"]["process"]["pid"].clone()
+    });
     holders.map(|pid| PathBuf::from(format!("/proc/{pid}/root"))).collect()
 }
 
@@ -372,7 +484,10 @@ fn modes_of_files_with_secrets(dir: &Path, found: &mut Vec<(PathBuf, u32)>) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         match entry.file_type() {
             Ok(kind) if kind.is_dir() => modes_of_files_with_secrets(&entry.path(), found),
-            Ok(kind) if kind.is_file() && memchr(&std::fs::read(entry.path()).unwrap_or_default(), MARK) => {
+            Ok(kind)
+                if kind.is_file()
+                    && memchr(&std::fs::read(entry.path()).unwrap_or_default(), MARK) =>
+            {
                 found.push((entry.path(), entry.metadata().unwrap().permissions().mode()));
             }
             _ => {}
@@ -386,12 +501,24 @@ fn listening_ports(pid: u32) -> Vec<u16> {
         .into_iter()
         .flatten()
         .flatten()
-        .filter_map(|fd| Some(std::fs::read_link(fd.path()).ok()?.to_str()?.strip_prefix("socket:[")?.trim_end_matches(']').to_owned()))
+        .filter_map(|fd| {
+            Some(
+                std::fs::read_link(fd.path())
+                    .ok()?
+                    .to_str()?
+                    .strip_prefix("socket:[")?
+                    .trim_end_matches(']')
+                    .to_owned(),
+            )
+        })
         .collect();
     let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).unwrap_or_default();
     let lines = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let listening = lines.filter(|fields| fields[3] == "0A" && sockets.iter().any(|inode| inode == fields[9]));
-    listening.filter_map(|fields| u16::from_str_radix(fields[1].split(':').nth(1)?, 16).ok()).collect()
+    let listening =
+        lines.filter(|fields| fields[3] == "0A" && sockets.iter().any(|inode| inode == fields[9]));
+    listening
+        .filter_map(|fields| u16::from_str_radix(fields[1].split(':').nth(1)?, 16).ok())
+        .collect()
 }
 
 #[tokio::test]
@@ -407,7 +534,11 @@ async fn secrets_that_an_agent_prints_are_masked_where_that_is_wanted() {
     let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let text = |stream: &str| -> String {
-        events.iter().filter(|event| event["stream"] == stream).filter_map(|event| event["data"].as_str()).collect()
+        events
+            .iter()
+            .filter(|event| event["stream"] == stream)
+            .filter_map(|event| event["data"].as_str())
+            .collect()
     };
     assert_eq!(text("stdout"), "whole ***\n***\nSENTINELsession and then ***", "{events:?}");
     assert_eq!(text("stderr"), "err ***\n");

@@ -1,4 +1,5 @@
-//! What a stolen part of the system can do: nothing beyond its own job. The servers enforce it, with the configuration that deployments have.
+//! What a stolen part of the system can do: nothing beyond its own job. The servers enforce it,
+//! with the configuration that deployments have.
 
 use std::time::Duration;
 
@@ -26,12 +27,15 @@ impl Thief {
 
     async fn login(nats: &Nats, user: &str) -> Self {
         let (sender, errors) = tokio::sync::mpsc::unbounded_channel();
-        let options = async_nats::ConnectOptions::with_user_and_password(user.to_owned(), nats.password(user))
-            .custom_inbox_prefix(access::inbox(user))
-            .event_callback(move |event| {
-                let _ = sender.send(event.to_string());
-                std::future::ready(())
-            });
+        let options = async_nats::ConnectOptions::with_user_and_password(
+            user.to_owned(),
+            nats.password(user),
+        )
+        .custom_inbox_prefix(access::inbox(user))
+        .event_callback(move |event| {
+            let _ = sender.send(event.to_string());
+            std::future::ready(())
+        });
         Self { client: options.connect(nats.url()).await.unwrap(), errors }
     }
 
@@ -68,15 +72,26 @@ async fn users_cannot_subscribe_beyond_their_permissions() {
     let all = access::ALL;
     for access in &all {
         let mut thief = Thief::of(&nats, access).await;
-        for subject in [">", "aod.>", "aod.rpc.>", "aod.log.>", "aod.cmd.>", "$JS.>", "$SYS.>", "_INBOX.>"] {
+        for subject in
+            [">", "aod.>", "aod.rpc.>", "aod.log.>", "aod.cmd.>", "$JS.>", "$SYS.>", "_INBOX.>"]
+        {
             assert!(!thief.may_subscribe(subject).await, "{} listens to {subject}", access.user);
         }
         for other in all.iter().filter(|other| other.user != access.user) {
             let subject = format!("{}.>", other.inbox());
-            assert!(!thief.may_subscribe(&subject).await, "{} reads the answers to {}", access.user, other.user);
+            assert!(
+                !thief.may_subscribe(&subject).await,
+                "{} reads the answers to {}",
+                access.user,
+                other.user
+            );
         }
         let own = format!("{}.x", access.inbox());
-        assert!(thief.may_subscribe(&own).await, "{} cannot hear its own answers: the check checks nothing", access.user);
+        assert!(
+            thief.may_subscribe(&own).await,
+            "{} cannot hear its own answers: the check checks nothing",
+            access.user
+        );
     }
 }
 
@@ -95,8 +110,16 @@ async fn the_servers_own_account_reports_on_them_and_hears_nothing_of_ours() {
     let log = subject::session_log(types::SessionId::new(), types::Partition::FIRST);
     assert!(thief.may_publish(&log).await);
     system.client.publish(log, "".into()).await.unwrap();
-    assert!(futures::StreamExt::next(&mut heard).await.is_some_and(|message| message.payload.is_empty()), "its own message is heard");
-    assert!(tokio::time::timeout(A_MOMENT, futures::StreamExt::next(&mut heard)).await.is_err(), "and the runner's is not");
+    assert!(
+        futures::StreamExt::next(&mut heard)
+            .await
+            .is_some_and(|message| message.payload.is_empty()),
+        "its own message is heard"
+    );
+    assert!(
+        tokio::time::timeout(A_MOMENT, futures::StreamExt::next(&mut heard)).await.is_err(),
+        "and the runner's is not"
+    );
     drop(scheduler);
 }
 
@@ -201,21 +224,30 @@ async fn each_may_ask_for_its_own_job_and_nothing_else() {
     assert!(nobody.is_err(), "{:?}", nobody.as_mut().map(|_| ()));
 }
 
-/// Who may read a stream chooses where its messages are delivered to, and no permission limits that: the services must.
+/// Who may read a stream chooses where its messages are delivered to, and no permission limits
+/// that: the services must.
 #[tokio::test]
 async fn a_stream_that_is_delivered_to_a_service_is_neither_hint_nor_request() {
     let stack = Stack::start(Options::default()).await.unwrap();
-    let session = stack.session("shell", "for i in $(seq 20); do echo line $i; sleep 0.2; done").await.unwrap();
+    let session = stack
+        .session("shell", "for i in $(seq 20); do echo line $i; sleep 0.2; done")
+        .await
+        .unwrap();
     let mut events = stack.stream(&session, 0).await.unwrap();
     events.until_output("line 1\n").await.unwrap();
     let url = url::Url::parse(&stack.ready_text("/events_url")).unwrap();
     let password = url.password().unwrap().to_owned();
-    let reader = async_nats::ConnectOptions::with_user_and_password(access::EVENTS.user.to_owned(), password);
+    let reader = async_nats::ConnectOptions::with_user_and_password(
+        access::EVENTS.user.to_owned(),
+        password,
+    );
     let address = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap());
     let reader = reader.custom_inbox_prefix(access::EVENTS.inbox()).connect(address).await.unwrap();
     let stream = async_nats::jetstream::new(reader).get_stream_no_info("EVENTS").await.unwrap();
     let id: types::SessionId = session.parse().unwrap();
-    for (name, deliver_subject) in [("a", subject::terminate_hint(id)), ("b", rpc::RPCS[0].subject.to_owned())] {
+    for (name, deliver_subject) in
+        [("a", subject::terminate_hint(id)), ("b", rpc::RPCS[0].subject.to_owned())]
+    {
         let deliver = push::Config {
             name: Some(name.to_owned()),
             deliver_subject,
@@ -227,7 +259,8 @@ async fn a_stream_that_is_delivered_to_a_service_is_neither_hint_nor_request() {
         // Should the server come to refuse this, so much the better: then the test is to go.
         stream.create_consumer(deliver).await.unwrap();
     }
-    // A runner that took it for a termination deletes the Sprite, and the turn has no end for a long while.
+    // A runner that took it for a termination deletes the Sprite, and the turn has no end for a
+    // long while.
     let ended = tokio::time::timeout(Duration::from_secs(90), events.all()).await.unwrap().unwrap();
     assert_eq!(ended.last().unwrap().pointer("/code"), Some(&0.into()), "{:?}", ended.last());
 }
@@ -243,10 +276,18 @@ async fn a_role_of_postgres_sees_its_own_schema_and_no_other() {
             .unwrap();
     assert!(tables.len() > 12, "{tables:?}");
     for role in store::provision::SERVICES {
-        let mut connection = PgConnection::connect(&stack.ready_text("/database_url")).await.unwrap();
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("set session authorization {role}"))).execute(&mut connection).await.unwrap();
+        let mut connection =
+            PgConnection::connect(&stack.ready_text("/database_url")).await.unwrap();
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("set session authorization {role}")))
+            .execute(&mut connection)
+            .await
+            .unwrap();
         for (schema, table) in &tables {
-            let read = sqlx::raw_sql(sqlx::AssertSqlSafe(format!("select * from {schema}.{table} limit 1"))).execute(&mut connection).await;
+            let read = sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+                "select * from {schema}.{table} limit 1"
+            )))
+            .execute(&mut connection)
+            .await;
             assert_eq!(read.is_ok(), schema == role, "{role} on {schema}.{table}: {read:?}");
         }
         for forbidden in [

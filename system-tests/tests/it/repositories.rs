@@ -1,4 +1,5 @@
-//! Repositories that want a token: cloned with it, pushed to with it by the agent's own git, and each with its own.
+//! Repositories that want a token: cloned with it, pushed to with it by the agent's own git, and
+//! each with its own.
 
 use axum::{
     Json, Router,
@@ -20,9 +21,19 @@ fn repository(name: &str, token: Option<&str>) -> Value {
     resource
 }
 
-async fn run(stack: &Stack, github: &PrivateGitHub, resources: Value, prompt: &str) -> (String, Vec<Value>) {
-    let environment =
-        stack.post("/environments", json!({ "name": types::SessionId::new().to_string(), "env_vars": github.as_github() })).await.unwrap();
+async fn run(
+    stack: &Stack,
+    github: &PrivateGitHub,
+    resources: Value,
+    prompt: &str,
+) -> (String, Vec<Value>) {
+    let environment = stack
+        .post(
+            "/environments",
+            json!({ "name": types::SessionId::new().to_string(), "env_vars": github.as_github() }),
+        )
+        .await
+        .unwrap();
     let agent = stack.agent("shell").await.unwrap();
     let body = json!({ "agent_id": agent, "environment_id": environment.text("id"), "prompt": prompt, "resources": resources });
     let session = stack.post("/sessions", body).await.unwrap();
@@ -38,9 +49,21 @@ fn output(events: &[Value]) -> String {
 
 #[tokio::test]
 async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
-    let github = PrivateGitHub::start(&[("acme/one", "ghp_one/@:"), ("acme/two", "ghp_two"), ("acme/other", "ghp_other")]).await;
-    let stack = Stack::start(Options::default().with("AOD_GITHUB_URL", github.url()).reaching(&[github.port])).await.unwrap();
-    let resources = json!([repository("acme/one", Some("ghp_one/@:")), repository("acme/two", Some("ghp_two"))]);
+    let github = PrivateGitHub::start(&[
+        ("acme/one", "ghp_one/@:"),
+        ("acme/two", "ghp_two"),
+        ("acme/other", "ghp_other"),
+    ])
+    .await;
+    let stack = Stack::start(
+        Options::default().with("AOD_GITHUB_URL", github.url()).reaching(&[github.port]),
+    )
+    .await
+    .unwrap();
+    let resources = json!([
+        repository("acme/one", Some("ghp_one/@:")),
+        repository("acme/two", Some("ghp_two"))
+    ]);
     let prompt = r#"
         git config --global user.name Agent; git config --global user.email agent@example.org
         for name in one two; do
@@ -68,14 +91,27 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
     github.set_token("acme/one", "ghp_newer");
     github.set_token("acme/two", "ghp_unknown");
     let sessions = stack.get("/v1/sessions").await.unwrap();
-    let path = format!("/v1/sessions/{}/resources", sessions.body["data"][0]["id"].as_str().unwrap());
+    let path =
+        format!("/v1/sessions/{}/resources", sessions.body["data"][0]["id"].as_str().unwrap());
     let listed = stack.get(&path).await.unwrap().body["data"].clone();
-    let one = listed.as_array().unwrap().iter().find(|resource| resource["mount_path"] == "/workspace/acme/one").unwrap();
+    let one = listed
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|resource| resource["mount_path"] == "/workspace/acme/one")
+        .unwrap();
     let path = format!("{path}/{}", one["id"].as_str().unwrap());
     let exchanged = stack.post(&path, json!({ "authorization_token": "ghp_newer" })).await.unwrap();
-    assert!(exchanged.status == 200 && exchanged.body["updated_at"] != one["updated_at"], "{exchanged:?}");
+    assert!(
+        exchanged.status == 200 && exchanged.body["updated_at"] != one["updated_at"],
+        "{exchanged:?}"
+    );
     assert!(!exchanged.body.to_string().contains("ghp_"), "{exchanged:?}");
-    for bad in [json!({}), json!({ "authorization_token": "a b" }), json!({ "authorization_token": "t", "url": "x" })] {
+    for bad in [
+        json!({}),
+        json!({ "authorization_token": "a b" }),
+        json!({ "authorization_token": "t", "url": "x" }),
+    ] {
         assert_eq!(stack.post(&path, bad.clone()).await.unwrap().status, 400, "{bad}");
     }
     let again = r#"
@@ -84,16 +120,25 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
         done
         grep -rl 'ghp[_]' /workspace ~ /tmp 2>/dev/null || echo no token
         touch ~/.gitconfig.lock"#;
-    let answer = stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": again })).await.unwrap();
+    let answer = stack
+        .post(&format!("/sessions/{session}/prompt"), json!({ "prompt": again }))
+        .await
+        .unwrap();
     assert_eq!(answer.status, 202, "{answer:?}");
     let since = events.last().unwrap()["id"].as_u64().unwrap();
     let events = stack.stream(&session, since).await.unwrap().all().await.unwrap();
     let said = output(&events);
     assert!(said.contains("pushed one\nrefused two\nno token\n"), "{said}");
-    // Git cannot be set up again beside a lock that an agent left: the turn that can remove it begins all the same.
+    // Git cannot be set up again beside a lock that an agent left: the turn that can remove it
+    // begins all the same.
     let since = events.last().unwrap()["id"].as_u64().unwrap();
-    let answer =
-        stack.post(&format!("/sessions/{session}/prompt"), json!({ "prompt": "rm ~/.gitconfig.lock && echo removed" })).await.unwrap();
+    let answer = stack
+        .post(
+            &format!("/sessions/{session}/prompt"),
+            json!({ "prompt": "rm ~/.gitconfig.lock && echo removed" }),
+        )
+        .await
+        .unwrap();
     assert_eq!(answer.status, 202, "{answer:?}");
     let said = output(&stack.stream(&session, since).await.unwrap().all().await.unwrap());
     assert!(said.contains("removed\n"), "{said}");
@@ -102,12 +147,21 @@ async fn an_agent_pushes_to_each_private_repository_with_its_own_token() {
 #[tokio::test]
 async fn a_private_repository_without_its_token_is_a_clear_failure() {
     let github = PrivateGitHub::start(&[("acme/one", "ghp_right")]).await;
-    let stack = Stack::start(Options::default().with("AOD_GITHUB_URL", github.url()).reaching(&[github.port])).await.unwrap();
+    let stack = Stack::start(
+        Options::default().with("AOD_GITHUB_URL", github.url()).reaching(&[github.port]),
+    )
+    .await
+    .unwrap();
     for token in [None, Some("ghp_wrong_4711")] {
-        let (session, events) = run(&stack, &github, json!([repository("acme/one", token)]), "true").await;
-        let failure = stack.get(&format!("/sessions/{session}")).await.unwrap().body["failure"].clone();
+        let (session, events) =
+            run(&stack, &github, json!([repository("acme/one", token)]), "true").await;
+        let failure =
+            stack.get(&format!("/sessions/{session}")).await.unwrap().body["failure"].clone();
         let message = failure["message"].as_str().unwrap();
-        assert!(message.contains("there is no such repository, or its authorization_token"), "{failure}");
+        assert!(
+            message.contains("there is no such repository, or its authorization_token"),
+            "{failure}"
+        );
         assert!(!format!("{failure}{events:?}").contains("4711"), "{failure} {events:?}");
     }
 }
@@ -128,11 +182,16 @@ async fn run_each<const N: usize>(stack: &Stack, sessions: [Value; N]) -> [(Stri
 
 #[tokio::test]
 async fn an_agent_works_where_its_session_says_and_commits_as_its_repositories_say() {
-    let served = GitServer::serving("o/r", &[("hello", "from the repository\n"), ("part/here", "in a part of it\n")]).await;
+    let served = GitServer::serving(
+        "o/r",
+        &[("hello", "from the repository\n"), ("part/here", "in a part of it\n")],
+    )
+    .await;
     let stack = Stack::start(Options::default().reaching(&[served.port])).await.unwrap();
     let vars = served.as_github();
     let author = json!({ "name": "Ann O'Neil", "email": "ann@example.org" });
-    let one = json!([{ "type": "github_repository", "url": "https://github.com/o/r", "author": author }]);
+    let one =
+        json!([{ "type": "github_repository", "url": "https://github.com/o/r", "author": author }]);
     let two = json!([
         { "type": "github_repository", "url": "https://github.com/o/r", "author": author },
         { "type": "github_repository", "url": "https://github.com/o/r", "mount_path": "/workspace/second one" },
@@ -153,10 +212,19 @@ async fn an_agent_works_where_its_session_says_and_commits_as_its_repositories_s
     .await;
     assert_eq!(whole.0, "/workspace/r\nAnn O'Neil <ann@example.org>\n", "{}", whole.1);
     assert_eq!(part.0, "/workspace/r/part\nin a part of it\n", "{}", part.1);
-    assert_eq!(second.0, "/workspace/second one\nAgent on Demand <agent@agent-on-demand.invalid>\n", "{}", second.1);
+    assert_eq!(
+        second.0, "/workspace/second one\nAgent on Demand <agent@agent-on-demand.invalid>\n",
+        "{}",
+        second.1
+    );
     assert_eq!(empty.0, "/workspace/made\n", "{}", empty.1);
     let told = missing.1["message"].as_str().unwrap_or_default();
-    assert!(told.contains("entering the working directory") && told.contains("No such file or directory"), "{}", missing.1);
+    assert!(
+        told.contains("entering the working directory")
+            && told.contains("No such file or directory"),
+        "{}",
+        missing.1
+    );
 
     let agent = stack.agent("shell").await.unwrap();
     for bad in ["r", "/workspace/../x", "/workspace/", ""] {
@@ -170,12 +238,20 @@ async fn lfs_server(oid: String, content: &'static str) -> (u16, JoinSet<std::io
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let batch = async move |Json(asked): Json<Value>| {
-        assert_eq!((&asked["operation"], &asked["objects"][0]["oid"]), (&json!("download"), &json!(oid)));
+        assert_eq!(
+            (&asked["operation"], &asked["objects"][0]["oid"]),
+            (&json!("download"), &json!(oid))
+        );
         let download = json!({ "download": { "href": format!("http://127.0.0.1:{port}/object") } });
         let object = json!({ "oid": oid, "size": content.len(), "authenticated": true, "actions": download });
-        ([("content-type", "application/vnd.git-lfs+json")], json!({ "transfer": "basic", "objects": [object] }).to_string())
+        (
+            [("content-type", "application/vnd.git-lfs+json")],
+            json!({ "transfer": "basic", "objects": [object] }).to_string(),
+        )
     };
-    let router = Router::new().route("/lfs/objects/batch", post(batch)).route("/object", get(async move || content));
+    let router = Router::new()
+        .route("/lfs/objects/batch", post(batch))
+        .route("/object", get(async move || content));
     let mut server = JoinSet::new();
     server.spawn(axum::serve(listener, router).into_future());
     (port, server)
@@ -186,9 +262,13 @@ async fn lfs_server(oid: String, content: &'static str) -> (u16, JoinSet<std::io
 async fn files_in_git_lfs_are_fetched_where_that_is_asked_for() {
     const CONTENT: &str = "what the pointer stands for\n";
     let oid = sha256(CONTENT);
-    let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {}\n", CONTENT.len());
+    let pointer = format!(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {}\n",
+        CONTENT.len()
+    );
     let attributes = "*.bin filter=lfs diff=lfs merge=lfs -text\n";
-    let served = GitServer::serving("o/r", &[("large.bin", &pointer), (".gitattributes", attributes)]).await;
+    let served =
+        GitServer::serving("o/r", &[("large.bin", &pointer), (".gitattributes", attributes)]).await;
     let (port, _lfs) = lfs_server(oid, CONTENT).await;
     let stack = Stack::start(Options::default().reaching(&[served.port, port])).await.unwrap();
     let mut vars = served.as_github();
@@ -197,7 +277,12 @@ async fn files_in_git_lfs_are_fetched_where_that_is_asked_for() {
     vars["GIT_CONFIG_VALUE_1"] = format!("http://127.0.0.1:{port}/lfs").into();
     let environment = json!({ "name": "e", "packages": { "apt": ["git-lfs"] }, "env_vars": vars });
     let with = stack.post("/environments", environment).await.unwrap().text("id").to_owned();
-    let without = stack.post("/environments", json!({ "name": "f", "env_vars": vars })).await.unwrap().text("id").to_owned();
+    let without = stack
+        .post("/environments", json!({ "name": "f", "env_vars": vars }))
+        .await
+        .unwrap()
+        .text("id")
+        .to_owned();
     let resources = |lfs: bool| json!([{ "type": "github_repository", "url": "https://github.com/o/r", "lfs": lfs }]);
     let prompt = "cat large.bin; git status --short";
     let [fetched, left, not_there] = run_each(
@@ -211,7 +296,13 @@ async fn files_in_git_lfs_are_fetched_where_that_is_asked_for() {
     .await;
     assert_eq!(fetched.0, CONTENT, "{}", fetched.1);
     assert_eq!(left.0, pointer, "{}", left.1);
-    assert!(not_there.1["message"].as_str().is_some_and(|text| text.contains("git-lfs is not installed")), "{}", not_there.1);
+    assert!(
+        not_there.1["message"]
+            .as_str()
+            .is_some_and(|text| text.contains("git-lfs is not installed")),
+        "{}",
+        not_there.1
+    );
 }
 
 fn sha256(text: &str) -> String {

@@ -1,4 +1,5 @@
-//! What users do to a turn that runs, with every agent CLI for real: interrupt it, queue a message behind it, join it, answer what it asks.
+//! What users do to a turn that runs, with every agent CLI for real: interrupt it, queue a message
+//! behind it, join it, answer what it asks.
 
 use std::{
     fs::File,
@@ -12,7 +13,14 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use system_tests::{Options, RUNTIMES, Stack, for_each_agent};
 
-const MODEL: Options = Options { scripted_model: true, runners: 1, replicas: 1, nats_servers: 1, no_restart: false, settings: &[] };
+const MODEL: Options = Options {
+    scripted_model: true,
+    runners: 1,
+    replicas: 1,
+    nats_servers: 1,
+    no_restart: false,
+    settings: &[],
+};
 const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Chat<'a> {
@@ -24,18 +32,26 @@ struct Chat<'a> {
 }
 
 impl<'a> Chat<'a> {
-    async fn begin(stack: &'a Stack, (runtime, model): (&'static str, &str), permissions: Value, prompt: &str) -> Self {
-        let agent =
-            json!({ "name": runtime, "model": model, "runtime": runtime, "system": "Be brief. MARK-4711", "permissions": permissions });
+    async fn begin(
+        stack: &'a Stack,
+        (runtime, model): (&'static str, &str),
+        permissions: Value,
+        prompt: &str,
+    ) -> Self {
+        let agent = json!({ "name": runtime, "model": model, "runtime": runtime, "system": "Be brief. MARK-4711", "permissions": permissions });
         let agent = stack.post("/agents", agent).await.unwrap();
         assert_eq!(agent.status, 201, "{agent:?}");
-        let session = stack.post("/sessions", json!({ "agent_id": agent.text("id"), "prompt": prompt })).await.unwrap();
+        let session = stack
+            .post("/sessions", json!({ "agent_id": agent.text("id"), "prompt": prompt }))
+            .await
+            .unwrap();
         assert_eq!(session.status, 202, "{session:?}");
         Self { stack, runtime, session: session.text("id").to_owned(), after: 0 }
     }
 
     async fn post(&self, route: &str, body: Value, status: u16) -> Value {
-        let answer = self.stack.post(&format!("/sessions/{}/{route}", self.session), body).await.unwrap();
+        let answer =
+            self.stack.post(&format!("/sessions/{}/{route}", self.session), body).await.unwrap();
         assert_eq!(answer.status, status, "{} {route}: {answer:?}", self.runtime);
         answer.body
     }
@@ -62,7 +78,12 @@ impl<'a> Chat<'a> {
                 }
             }
         });
-        assert!(found.await.is_ok(), "{}: no {kind} in {read:?} of {}", self.runtime, self.get("").await);
+        assert!(
+            found.await.is_ok(),
+            "{}: no {kind} in {read:?} of {}",
+            self.runtime,
+            self.get("").await
+        );
         read
     }
 
@@ -79,7 +100,13 @@ impl<'a> Chat<'a> {
         let request = events.last().unwrap()["tool_use_id"].as_u64().unwrap();
         let open = self.get("/requests?status=open").await;
         assert_eq!(open["data"][0]["id"], request, "{}: {open}", self.runtime);
-        assert!(self.get("").await["waiting_on"].as_str().is_some_and(|text| text.starts_with("a decision on ")), "{}", self.runtime);
+        assert!(
+            self.get("").await["waiting_on"]
+                .as_str()
+                .is_some_and(|text| text.starts_with("a decision on ")),
+            "{}",
+            self.runtime
+        );
         request
     }
 
@@ -93,7 +120,9 @@ impl<'a> Chat<'a> {
 }
 
 fn said(events: &[Value]) -> String {
-    let contents = events.iter().filter(|event| event["type"].as_str().is_some_and(|kind| kind.starts_with("agent.")));
+    let contents = events
+        .iter()
+        .filter(|event| event["type"].as_str().is_some_and(|kind| kind.starts_with("agent.")));
     let texts = contents.flat_map(|event| event["content"].as_array().cloned().unwrap_or_default());
     texts.filter_map(|block| block["text"].as_str().map(|text| format!("{text}\n"))).collect()
 }
@@ -114,24 +143,42 @@ async fn a_running_turn_is_interrupted_joined_and_followed_by_a_queued_message()
         assert_eq!(interrupt["kind"], "interrupt");
         assert_eq!(chat.ended().await.1, "interrupted", "{runtime}");
         let session = chat.get("").await;
-        assert_eq!((&session["status"], &session["exit_code"]), (&json!("completed"), &json!(0)), "{runtime}: {session}");
+        assert_eq!(
+            (&session["status"], &session["exit_code"]),
+            (&json!("completed"), &json!(0)),
+            "{runtime}: {session}"
+        );
         chat.post("interrupt", Value::Null, 409).await;
 
         // While a tool runs; a message waits for the end, and another one behind it.
         chat.post("prompt", json!({ "prompt": "run: sleep 61; echo never" }), 202).await;
         chat.until("agent.tool_use").await;
         chat.post("prompt", json!({ "prompt": "no" }), 409).await;
-        let first = chat.post("prompt", json!({ "prompt": "what was my first message?", "when_busy": "interrupt" }), 202).await;
+        let first = chat
+            .post(
+                "prompt",
+                json!({ "prompt": "what was my first message?", "when_busy": "interrupt" }),
+                202,
+            )
+            .await;
         chat.post("prompt", json!({ "prompt": "say the mark", "when_busy": "queue" }), 202).await;
         let (_, reason) = chat.ended().await;
         assert_eq!(reason, "interrupted", "{runtime}");
         let began = chat.until("session.status_running").await;
         assert_eq!(began.last().unwrap()["input_id"], first["input"]["id"], "{runtime}");
         let (text, reason) = chat.ended().await;
-        assert!(text.contains("Your first message was:") && reason == "end_turn", "{runtime}: {reason} {text}");
+        assert!(
+            text.contains("Your first message was:") && reason == "end_turn",
+            "{runtime}: {reason} {text}"
+        );
         let (text, _) = chat.ended().await;
         assert!(text.contains("MARK-4711"), "{runtime}: {text}");
-        let expected = [pair("interrupt", "applied"), pair("message", "applied"), pair("interrupt", "applied"), pair("message", "applied")];
+        let expected = [
+            pair("interrupt", "applied"),
+            pair("message", "applied"),
+            pair("interrupt", "applied"),
+            pair("message", "applied"),
+        ];
         let mut inputs = chat.inputs().await;
         inputs[1..].sort();
         let mut expected = expected.to_vec();
@@ -157,7 +204,11 @@ async fn a_running_turn_is_interrupted_joined_and_followed_by_a_queued_message()
         }
         assert!(text.contains("MARK-4711"), "{runtime}: {text}");
         let inputs = chat.get("/inputs").await;
-        assert_eq!((&inputs["data"][0]["id"], &inputs["data"][0]["status"]), (&sent["input"]["id"], &json!("applied")), "{runtime}");
+        assert_eq!(
+            (&inputs["data"][0]["id"], &inputs["data"][0]["status"]),
+            (&sent["input"]["id"], &json!("applied")),
+            "{runtime}"
+        );
     })
     .await;
 }
@@ -167,15 +218,23 @@ async fn a_permission_request_is_allowed_or_denied_with_a_message() {
     let stack = Stack::start(MODEL).await.unwrap();
     for_each_agent(RUNTIMES, async |(runtime, model, shell, _)| {
         let permissions = json!({ "rules": [{ "tool": shell, "evaluation": "ask" }] });
-        let mut chat = Chat::begin(&stack, (runtime, model), permissions, "run: echo allowed >/workspace/made; cat /workspace/made").await;
+        let mut chat = Chat::begin(
+            &stack,
+            (runtime, model),
+            permissions,
+            "run: echo allowed >/workspace/made; cat /workspace/made",
+        )
+        .await;
         let request = chat.asked().await;
-        let answered = chat.post(&format!("requests/{request}"), json!({ "decision": "allow" }), 200).await;
+        let answered =
+            chat.post(&format!("requests/{request}"), json!({ "decision": "allow" }), 200).await;
         assert_eq!(answered["answer"]["decision"], "allow", "{runtime}: {answered}");
         chat.post(&format!("requests/{request}"), json!({ "decision": "deny" }), 409).await;
         let (text, reason) = chat.ended().await;
         assert!(text.contains("allowed") && reason == "end_turn", "{runtime}: {reason} {text}");
 
-        chat.post("prompt", json!({ "prompt": "run: echo denied >/workspace/not-made" }), 202).await;
+        chat.post("prompt", json!({ "prompt": "run: echo denied >/workspace/not-made" }), 202)
+            .await;
         let request = chat.asked().await;
         let message = if runtime == "gemini" { Value::Null } else { "use the copy instead".into() };
         let mut denial = json!({ "decision": "deny" });
@@ -188,7 +247,12 @@ async fn a_permission_request_is_allowed_or_denied_with_a_message() {
             assert!(text.contains(message), "{runtime}: the model did not read why: {text}");
         }
         let requests = chat.get("/requests").await;
-        let statuses: Vec<_> = requests["data"].as_array().unwrap().iter().map(|request| request["status"].clone()).collect();
+        let statuses: Vec<_> = requests["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|request| request["status"].clone())
+            .collect();
         assert_eq!(statuses, ["denied", "allowed"], "{runtime}");
         assert!(requests["data"][0]["answer"]["key_id"].is_string(), "{runtime}: {requests}");
     })
@@ -200,7 +264,13 @@ async fn an_answer_is_applied_after_everything_around_the_agent_was_killed() {
     let stack = Stack::start(MODEL).await.unwrap();
     let permissions = json!({ "default": "ask" });
     let claude = ("claude", "anthropic/claude-sonnet-4-5");
-    let mut chat = Chat::begin(&stack, claude, permissions, "run: echo done >>/workspace/times; wc -l </workspace/times").await;
+    let mut chat = Chat::begin(
+        &stack,
+        claude,
+        permissions,
+        "run: echo done >>/workspace/times; wc -l </workspace/times",
+    )
+    .await;
     let request = chat.asked().await;
     for service in ["sprite-runner", "scheduler", "gateway", "local-sprites"] {
         let pids = stack.pids(service);
@@ -225,8 +295,8 @@ async fn an_answer_is_applied_after_everything_around_the_agent_was_killed() {
     assert_eq!(chat.inputs().await, [pair("decision", "applied")]);
 }
 
-/// Its sandbox, with the agent, is frozen while the request is open. `AOD_TEST_PAUSED_SECONDS`: for how long; `make test-paused`
-/// waits ten minutes.
+/// Its sandbox, with the agent, is frozen while the request is open. `AOD_TEST_PAUSED_SECONDS`: for
+/// how long; `make test-paused` waits ten minutes.
 #[tokio::test]
 async fn a_permission_request_stays_open_while_its_sandbox_is_paused() {
     #[expect(clippy::disallowed_methods, reason = "a test has no settings of its own")]
@@ -235,17 +305,32 @@ async fn a_permission_request_stays_open_while_its_sandbox_is_paused() {
     let stack = Stack::start(Options { settings, ..MODEL }).await.unwrap();
     for_each_agent(RUNTIMES, async |(runtime, model, shell, _)| {
         let permissions = json!({ "rules": [{ "tool": shell, "evaluation": "ask" }] });
-        let mut chat =
-            Chat::begin(&stack, (runtime, model), permissions, "run: echo done >>/workspace/times; wc -l </workspace/times").await;
+        let mut chat = Chat::begin(
+            &stack,
+            (runtime, model),
+            permissions,
+            "run: echo done >>/workspace/times; wc -l </workspace/times",
+        )
+        .await;
         let request = chat.asked().await;
-        testkit::eventually("the sandbox is frozen", async || sprite_status(&stack, &chat.session).await == "warm").await;
+        testkit::eventually("the sandbox is frozen", async || {
+            sprite_status(&stack, &chat.session).await == "warm"
+        })
+        .await;
         tokio::time::sleep(Duration::from_secs(seconds)).await;
-        assert_eq!(sprite_status(&stack, &chat.session).await, "warm", "{runtime}: the open request wakes its sandbox");
+        assert_eq!(
+            sprite_status(&stack, &chat.session).await,
+            "warm",
+            "{runtime}: the open request wakes its sandbox"
+        );
         let session = chat.get("").await;
         assert_eq!(session["status"], "running", "{runtime}: {session}");
         chat.post(&format!("requests/{request}"), json!({ "decision": "allow" }), 200).await;
         let (text, reason) = chat.ended().await;
-        assert!(reason == "end_turn" && (runtime == "gemini" || text.contains('1')), "{runtime}: {reason} {text}");
+        assert!(
+            reason == "end_turn" && (runtime == "gemini" || text.contains('1')),
+            "{runtime}: {reason} {text}"
+        );
         assert_eq!(chat.inputs().await, [pair("decision", "applied")], "{runtime}");
     })
     .await;
@@ -253,8 +338,10 @@ async fn a_permission_request_stays_open_while_its_sandbox_is_paused() {
 
 /// As the sandbox's server tells it; asking does not wake the sandbox.
 async fn sprite_status(stack: &Stack, session: &str) -> String {
-    let request =
-        stack.http.get(format!("{}/v1/sprites", stack.ready_text("/sprites_url"))).bearer_auth(stack.ready_text("/sprites_token"));
+    let request = stack
+        .http
+        .get(format!("{}/v1/sprites", stack.ready_text("/sprites_url")))
+        .bearer_auth(stack.ready_text("/sprites_token"));
     let list: Value = request.send().await.unwrap().json().await.unwrap();
     let tail = session.replace('-', "").split_off(12);
     let sprites = list["sprites"].as_array().unwrap();
@@ -298,7 +385,10 @@ async fn the_command_line_shows_what_the_agent_does_approves_and_interrupts() {
     let start = |args: &[&str]| {
         let (out, err) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         let mut command = stack.aod(args).unwrap();
-        let command = command.stdin(Stdio::null()).stdout(out.try_clone().unwrap()).stderr(err.try_clone().unwrap());
+        let command = command
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().unwrap())
+            .stderr(err.try_clone().unwrap());
         (command.spawn().unwrap(), out, err)
     };
     let written = |mut file: File| {
@@ -308,14 +398,33 @@ async fn the_command_line_shows_what_the_agent_does_approves_and_interrupts() {
         text
     };
     let model = "anthropic/claude-sonnet-4-5";
-    let agent =
-        run(&["--output", "json", "agents", "create", "--name", "a", "--runtime", "claude", "--model", model, "--permission", "Bash=ask"]);
+    let agent = run(&[
+        "--output",
+        "json",
+        "agents",
+        "create",
+        "--name",
+        "a",
+        "--runtime",
+        "claude",
+        "--model",
+        model,
+        "--permission",
+        "Bash=ask",
+    ]);
     let agent: Value = serde_json::from_str(&agent).unwrap();
-    assert_eq!(agent["permissions"], json!({ "default": "allow", "rules": [{ "tool": "Bash", "evaluation": "ask" }] }));
+    assert_eq!(
+        agent["permissions"],
+        json!({ "default": "allow", "rules": [{ "tool": "Bash", "evaluation": "ask" }] })
+    );
     let id = agent["id"].as_str().unwrap();
     let (mut child, out, err) = start(&["run", "--agent", id, "run: echo shown"]);
-    testkit::eventually("the agent asks", || async { written(err.try_clone().unwrap()).contains("aod sessions approve") }).await;
-    let sessions: Value = serde_json::from_str(&run(&["--output", "json", "sessions", "list"])).unwrap();
+    testkit::eventually("the agent asks", || async {
+        written(err.try_clone().unwrap()).contains("aod sessions approve")
+    })
+    .await;
+    let sessions: Value =
+        serde_json::from_str(&run(&["--output", "json", "sessions", "list"])).unwrap();
     let session = sessions[0]["id"].as_str().unwrap().to_owned();
     run(&["sessions", "approve", &session]);
     assert_eq!(child.wait().unwrap().code(), Some(0), "{}", written(err));
@@ -348,21 +457,45 @@ async fn the_command_line_queues_prompts_and_follows_them() {
         (output.status.code(), text(&output.stdout), text(&output.stderr))
     };
     let (code, _, error) = run(&["sessions", "prompt", &session, "echo no"]);
-    assert!(code == Some(1) && error.contains("Session already has a pending turn") || error.contains("is already running"), "{error}");
-    let (code, _, error) = run(&["sessions", "prompt", &session, "--when-busy", "steer", "echo no"]);
-    assert!(code == Some(1) && error.contains("Runtime shell takes no message while a turn runs"), "{error}");
-    let (code, output, error) = run(&["--output", "json", "sessions", "prompt", &session, "--when-busy", "queue", "echo two"]);
+    assert!(
+        code == Some(1) && error.contains("Session already has a pending turn")
+            || error.contains("is already running"),
+        "{error}"
+    );
+    let (code, _, error) =
+        run(&["sessions", "prompt", &session, "--when-busy", "steer", "echo no"]);
+    assert!(
+        code == Some(1) && error.contains("Runtime shell takes no message while a turn runs"),
+        "{error}"
+    );
+    let (code, output, error) = run(&[
+        "--output",
+        "json",
+        "sessions",
+        "prompt",
+        &session,
+        "--when-busy",
+        "queue",
+        "echo two",
+    ]);
     assert_eq!(code, Some(0), "{error}");
     let queued: Value = serde_json::from_str(&output).unwrap();
-    assert_eq!((&queued["current_turn"], &queued["input"]["status"]), (&json!(1), &json!("queued")), "{queued}");
+    assert_eq!(
+        (&queued["current_turn"], &queued["input"]["status"]),
+        (&json!(1), &json!("queued")),
+        "{queued}"
+    );
     let id = queued["input"]["id"].as_str().unwrap();
-    let (code, output, error) = run(&["sessions", "edit", &session, id, "echo two, changed; exit 0"]);
+    let (code, output, error) =
+        run(&["sessions", "edit", &session, id, "echo two, changed; exit 0"]);
     assert!(code == Some(0) && output.contains("echo two, changed"), "{output}{error}");
     // Its own turn is followed, and neither the one before it nor the one after.
-    let (code, output, error) = run(&["run", "--session", &session, "--when-busy", "queue", "echo three; exit 3"]);
+    let (code, output, error) =
+        run(&["run", "--session", &session, "--when-busy", "queue", "echo three; exit 3"]);
     assert_eq!((code, output.as_str()), (Some(3), "three\n"), "{error}");
     let turns = stack.get(&format!("/sessions/{session}/turns")).await.unwrap();
-    let prompts: Vec<_> = turns.body["data"].as_array().unwrap().iter().map(|turn| turn["prompt"].clone()).collect();
+    let prompts: Vec<_> =
+        turns.body["data"].as_array().unwrap().iter().map(|turn| turn["prompt"].clone()).collect();
     assert_eq!(prompts, ["sleep 2; echo one", "echo two, changed; exit 0", "echo three; exit 3"]);
     let (_, output, _) = run(&["sessions", "inputs", &session]);
     assert_eq!(output.matches("applied").count(), 2, "{output}");

@@ -1,5 +1,5 @@
-//! What users' scripts and agents do to their supervisor and to its files, and what a takeover does to a set-up step: nothing is lost, and
-//! nothing runs twice.
+//! What users' scripts and agents do to their supervisor and to its files, and what a takeover does
+//! to a set-up step: nothing is lost, and nothing runs twice.
 
 use futures::future::join_all;
 use rustix::process::Signal;
@@ -37,8 +37,16 @@ async fn environment(stack: &Stack, setup_script: &str) -> String {
 
 /// Each prompt, what it prints and its exit code.
 const PROMPTS: [(&str, &str, i64); 12] = [
-    ("echo one; echo two >/dev/stdout; echo three | tee /dev/stderr 2>/dev/null; echo four", "one\ntwo\nthree\nfour\n", 0),
-    ("echo one; echo two | dd of=/dev/stdout 2>/dev/null; echo three >>/dev/stdout", "one\ntwo\nthree\n", 0),
+    (
+        "echo one; echo two >/dev/stdout; echo three | tee /dev/stderr 2>/dev/null; echo four",
+        "one\ntwo\nthree\nfour\n",
+        0,
+    ),
+    (
+        "echo one; echo two | dd of=/dev/stdout 2>/dev/null; echo three >>/dev/stdout",
+        "one\ntwo\nthree\n",
+        0,
+    ),
     ("echo one; echo two >/proc/self/fd/1; : >/dev/stderr; echo three", "one\ntwo\nthree\n", 0),
     ("exec > >(sed -u s/^/x:/); echo a; echo b", "x:a\nx:b\n", 0),
     ("(sleep 1; echo late) & echo first; exit 4", "first\nlate\n", 4),
@@ -54,37 +62,80 @@ const PROMPTS: [(&str, &str, i64); 12] = [
 #[tokio::test]
 async fn what_an_agent_prints_and_how_it_ends_is_its_own_whatever_it_does_to_its_supervisor() {
     let stack = Stack::start(Options::default()).await.unwrap();
-    let ended = join_all(PROMPTS.map(|(prompt, ..)| run(&stack, json!({ "prompt": prompt, "timeout": 300 })))).await;
+    let ended = join_all(
+        PROMPTS.map(|(prompt, ..)| run(&stack, json!({ "prompt": prompt, "timeout": 300 }))),
+    )
+    .await;
     for ((prompt, stdout, code), ended) in PROMPTS.iter().zip(ended) {
-        assert_eq!((ended.stdout.as_str(), ended.end["code"].as_i64()), (*stdout, Some(*code)), "{prompt}: {}", ended.end);
-        assert_eq!(ended.stderr.contains("left running still write"), prompt.contains("too late"), "{prompt}: {}", ended.stderr);
+        assert_eq!(
+            (ended.stdout.as_str(), ended.end["code"].as_i64()),
+            (*stdout, Some(*code)),
+            "{prompt}: {}",
+            ended.end
+        );
+        assert_eq!(
+            ended.stderr.contains("left running still write"),
+            prompt.contains("too late"),
+            "{prompt}: {}",
+            ended.stderr
+        );
     }
     let variables = [
-        (json!({ "TIMEOUT": "1", "KILL_GRACE": "x", "MARK": "", "spool": "/tmp", "dir": "/tmp" }), "sleep 2; echo $TIMEOUT", "1\n"),
+        (
+            json!({ "TIMEOUT": "1", "KILL_GRACE": "x", "MARK": "", "spool": "/tmp", "dir": "/tmp" }),
+            "sleep 2; echo $TIMEOUT",
+            "1\n",
+        ),
         (json!({ "STDIN": "/etc/hostname" }), "cat; echo ran", "ran\n"),
         (json!({ "TRACE": "1" }), "echo ${TRACEPARENT:0:3}", "00-\n"),
         (json!({ "UID": "1000", "POSIXLY_CORRECT": "1" }), "env | grep ^UID=", "UID=1000\n"),
-        (json!({ "PATH": "/opt/tools/bin:$PATH" }), "echo ${PATH%%:*}; cat /dev/null && echo ran", "/opt/tools/bin\nran\n"),
+        (
+            json!({ "PATH": "/opt/tools/bin:$PATH" }),
+            "echo ${PATH%%:*}; cat /dev/null && echo ran",
+            "/opt/tools/bin\nran\n",
+        ),
         (json!({ "PATH": "/home/sprite/bin" }), "cat /dev/null && echo ran", "ran\n"),
-        (json!({ "CONVERSATION": "mine", "said": "mine too" }), "echo $CONVERSATION $said", "mine mine too\n"),
+        (
+            json!({ "CONVERSATION": "mine", "said": "mine too" }),
+            "echo $CONVERSATION $said",
+            "mine mine too\n",
+        ),
         (json!({ "BIG": "x".repeat(131_072 - "BIG=".len() - 1) }), "echo ${#BIG}", "131067\n"),
         (json!({ "PERL5OPT": "-Mnosuch", "PERL5LIB": "/tmp" }), "echo $PERL5OPT", "-Mnosuch\n"),
     ];
-    let runs = variables.iter().map(|(vars, prompt, _)| run(&stack, json!({ "prompt": prompt, "secret_env_vars": vars, "timeout": 300 })));
+    let runs = variables.iter().map(|(vars, prompt, _)| {
+        run(&stack, json!({ "prompt": prompt, "secret_env_vars": vars, "timeout": 300 }))
+    });
     for ((vars, _, stdout), ended) in variables.iter().zip(join_all(runs).await) {
-        assert_eq!((ended.stdout.as_str(), &ended.end["code"]), (*stdout, &json!(0)), "{vars}: {}{}", ended.stderr, ended.end);
+        assert_eq!(
+            (ended.stdout.as_str(), &ended.end["code"]),
+            (*stdout, &json!(0)),
+            "{vars}: {}{}",
+            ended.stderr,
+            ended.end
+        );
     }
     let agent = stack.agent("shell").await.unwrap();
-    for vars in [json!({ "BIG": "x".repeat(131_072) }), json!({ "AOD_TURN": "x" }), json!({ "_": "x" })] {
-        let refused = stack.post("/sessions", json!({ "agent_id": agent, "prompt": "true", "secret_env_vars": vars })).await.unwrap();
+    for vars in
+        [json!({ "BIG": "x".repeat(131_072) }), json!({ "AOD_TURN": "x" }), json!({ "_": "x" })]
+    {
+        let refused = stack
+            .post(
+                "/sessions",
+                json!({ "agent_id": agent, "prompt": "true", "secret_env_vars": vars }),
+            )
+            .await
+            .unwrap();
         assert_eq!(refused.status, 422, "{refused:?}");
     }
     let skill = json!([{ "name": "s", "description": "d", "content": "---\nname: x\ndescription: when: asked\n---\n" }]);
-    let refused = json!({ "name": "a", "model": "claude-sonnet-4-5", "runtime": "claude", "skills": skill });
+    let refused =
+        json!({ "name": "a", "model": "claude-sonnet-4-5", "runtime": "claude", "skills": skill });
     assert_eq!(stack.post("/agents", refused).await.unwrap().status, 422);
 }
 
-/// Services that a script starts live on; line ends of Windows are read as such; and of a failure both streams are told.
+/// Services that a script starts live on; line ends of Windows are read as such; and of a failure
+/// both streams are told.
 #[tokio::test]
 async fn a_setup_step_ends_with_its_script_and_leaves_its_services_running() {
     let stack = Stack::start(Options::default()).await.unwrap();
@@ -102,7 +153,11 @@ async fn a_setup_step_ends_with_its_script_and_leaves_its_services_running() {
         let expected = if script.contains("mkdir") { "alive\nx\n" } else { "alive\n" };
         assert_eq!(ended.stdout, expected, "{script}: {}", ended.end);
     }
-    let environment = environment(&stack, "echo 'npm warn deprecated' >&2; echo 'FAILED: connection refused'; exit 1").await;
+    let environment = environment(
+        &stack,
+        "echo 'npm warn deprecated' >&2; echo 'FAILED: connection refused'; exit 1",
+    )
+    .await;
     let failed = run(&stack, json!({ "prompt": "true", "environment_id": environment })).await;
     let message = failed.end["message"].as_str().unwrap();
     assert!(message.contains("npm warn") && message.contains("connection refused"), "{message}");
@@ -113,9 +168,14 @@ async fn a_setup_step_ends_with_its_script_and_leaves_its_services_running() {
 async fn a_setup_script_runs_once_however_often_its_runner_is_replaced() {
     let settings = &[("LOCAL_SPRITES_CHAOS", "drop-sockets=40")];
     let stack = Stack::start(Options { runners: 2, settings, ..Options::default() }).await.unwrap();
-    let environment = environment(&stack, "set -e; mkdir /home/sprite/once; sleep 9; echo done >/home/sprite/once/done").await;
+    let environment = environment(
+        &stack,
+        "set -e; mkdir /home/sprite/once; sleep 9; echo done >/home/sprite/once/done",
+    )
+    .await;
     let agent = stack.agent("shell").await.unwrap();
-    let body = json!({ "agent_id": agent, "environment_id": environment, "prompt": "cat ~/once/done" });
+    let body =
+        json!({ "agent_id": agent, "environment_id": environment, "prompt": "cat ~/once/done" });
     let session = stack.post("/sessions", body).await.unwrap().text("id").to_owned();
     stack.runner_of(&session).await.unwrap();
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
@@ -140,19 +200,25 @@ async fn a_full_disk_takes_no_exit_code() {
         "echo begun; yes | head -c 100M; exit 3",
         "for d in $(seq 1 40); do mkdir d$d && (cd d$d && python3 -c \"[open(str(i), 'w').close() for i in range(1000)]\"); done 2>/dev/null; exit 3",
     ];
-    for (prompt, ended) in
-        prompts.iter().zip(join_all(prompts.map(|prompt| run(&stack, json!({ "prompt": prompt, "timeout": 300 })))).await)
-    {
+    for (prompt, ended) in prompts.iter().zip(
+        join_all(prompts.map(|prompt| run(&stack, json!({ "prompt": prompt, "timeout": 300 }))))
+            .await,
+    ) {
         assert_eq!(ended.end["code"], 3, "{prompt}: {}", ended.end);
         if prompt.contains("yes") {
             // More than the disk holds.
-            assert_eq!((ended.stdout.len(), ended.stdout.starts_with("begun\ny\n")), (6 + (100 << 20), true), "{}", ended.stderr);
+            assert_eq!(
+                (ended.stdout.len(), ended.stdout.starts_with("begun\ny\n")),
+                (6 + (100 << 20), true),
+                "{}",
+                ended.stderr
+            );
         }
     }
 }
 
-/// By root inside of the sandbox, while a hundred thousand lines are printed: the turn ends at once with the true reason, and what the
-/// journal had is in the log without a gap.
+/// By root inside of the sandbox, while a hundred thousand lines are printed: the turn ends at once
+/// with the true reason, and what the journal had is in the log without a gap.
 #[tokio::test]
 async fn a_host_that_is_killed_ends_its_turn_at_once_and_its_journal_is_kept() {
     const LINES: usize = 100_000;
@@ -187,9 +253,15 @@ async fn a_host_that_is_killed_ends_its_turn_at_once_and_its_journal_is_kept() {
         (after, now - killed, lines.len(), written)
     });
     for (after, took, lines, written) in join_all(runs).await {
-        // What was in the pipe between agent and host is lost with the host: at most what the pipe holds.
-        println!("killed after {after:.3} s: ended {took:.2} s later, {lines} lines are in the log, {written} were written");
+        // What was in the pipe between agent and host is lost with the host: at most what the pipe
+        // holds.
+        println!(
+            "killed after {after:.3} s: ended {took:.2} s later, {lines} lines are in the log, {written} were written"
+        );
         let pipe = (1 << 20) / "1 a line\n".len();
-        assert!(written <= lines + pipe, "{after}: {written} lines were written, {lines} are in the log");
+        assert!(
+            written <= lines + pipe,
+            "{after}: {written} lines were written, {lines} are in the log"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Services whose NATS and Postgres are reached over TLS, with a certificate authority of their own.
+//! Services whose NATS and Postgres are reached over TLS, with a certificate authority of their
+//! own.
 
 use contract::{access, common::Empty, rpc};
 use sqlx::{Connection as _, PgConnection};
@@ -17,22 +18,35 @@ async fn a_service_reaches_both_over_tls_and_refuses_who_cannot_prove_itself() {
     let nats_ca = nats.config(&access::AUTH).ca_file.unwrap().display().to_string();
     let password = nats.password(access::AUTH.user);
     let settings = |database_url: &str, nats_url: &str, nats_ca: &str| {
-        [("DATABASE_URL", database_url), ("NATS_URL", nats_url), ("NATS_CA_FILE", nats_ca), ("NATS_PASSWORD", password.as_str())]
-            .map(|(name, value)| (name, value.to_owned()))
+        [
+            ("DATABASE_URL", database_url),
+            ("NATS_URL", nats_url),
+            ("NATS_CA_FILE", nats_ca),
+            ("NATS_PASSWORD", password.as_str()),
+        ]
+        .map(|(name, value)| (name, value.to_owned()))
     };
     let says = |settings: [(&'static str, String); 4]| {
         let mut command = std::process::Command::new("timeout");
-        command.arg("20").arg(services::binary("auth").unwrap()).env("AOD_ADMIN_ADDR", "127.0.0.1:0").envs(settings);
+        command
+            .arg("20")
+            .arg(services::binary("auth").unwrap())
+            .env("AOD_ADMIN_ADDR", "127.0.0.1:0")
+            .envs(settings);
         let output = command.output().unwrap();
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };
 
     let good = settings(&url(&ca), &nats.url(), &nats_ca);
-    let good: Vec<(&str, &str)> = good.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let good: Vec<(&str, &str)> =
+        good.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let _auth = services::start("auth", &good).unwrap();
     let gateway = nats.connect(&access::GATEWAY).await.unwrap();
-    eventually("auth answers over TLS", async || gateway.call::<rpc::AuthHealth>(&Empty {}, Duration::from_secs(1)).await.is_ok()).await;
+    eventually("auth answers over TLS", async || {
+        gateway.call::<rpc::AuthHealth>(&Empty {}, Duration::from_secs(1)).await.is_ok()
+    })
+    .await;
     let mut admin: PgConnection = database.admin().await.unwrap();
     let encrypted: Vec<bool> = sqlx::query_scalar(
         "select s.ssl from pg_stat_ssl s join pg_stat_activity a using (pid) where a.application_name = 'auth' and a.usename = 'auth'",

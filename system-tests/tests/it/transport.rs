@@ -92,7 +92,11 @@ impl Cutter {
 
 impl Cutter {
     /// Forwards a WebSocket but for some of its frames.
-    async fn lose_frames(&self, from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
+    async fn lose_frames(
+        &self,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
+    ) -> std::io::Result<()> {
         let (mut from, mut upgrade) = (BufReader::new(from), Vec::new());
         while !upgrade.ends_with(b"\r\n\r\n") {
             upgrade.push(from.read_u8().await?);
@@ -112,8 +116,11 @@ impl Cutter {
             let start = frame.len();
             frame.resize(start + extended, 0);
             from.read_exact(&mut frame[start..]).await?;
-            let length =
-                if extended == 0 { u64::from(frame[1]) } else { frame[start..].iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte)) };
+            let length = if extended == 0 {
+                u64::from(frame[1])
+            } else {
+                frame[start..].iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+            };
             let start = frame.len();
             frame.resize(start + usize::try_from(length).unwrap(), 0);
             from.read_exact(&mut frame[start..]).await?;
@@ -130,18 +137,28 @@ impl Cutter {
 async fn whatever_becomes_of_the_sockets_no_output_is_lost() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let cutter =
-        Arc::new(Cutter { target: OnceLock::new(), execs: AtomicUsize::new(0), cut: AtomicUsize::new(0), lost: AtomicUsize::new(0) });
+    let cutter = Arc::new(Cutter {
+        target: OnceLock::new(),
+        execs: AtomicUsize::new(0),
+        cut: AtomicUsize::new(0),
+        lost: AtomicUsize::new(0),
+    });
     let mut serving = JoinSet::new();
     serving.spawn(cutter.clone().serve(listener));
-    let settings: &'static [(&str, &str)] = Box::leak(Box::new([("SPRITES_BASE_URL", &*url.leak())]));
+    let settings: &'static [(&str, &str)] =
+        Box::leak(Box::new([("SPRITES_BASE_URL", &*url.leak())]));
     let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
     let target = stack.ready_text("/sprites_url").strip_prefix("http://").unwrap().parse().unwrap();
     cutter.target.set(target).unwrap();
     let token = json!({ "value": stack.ready_text("/sprites_token") });
-    assert_eq!(stack.call(Method::PUT, "/credentials/backend:sprites", Some(token)).await.unwrap().status, 200);
+    assert_eq!(
+        stack.call(Method::PUT, "/credentials/backend:sprites", Some(token)).await.unwrap().status,
+        200
+    );
     let lines = 900;
-    let script = format!("for i in $(seq {lines}); do echo line $i; [ $((i % 20)) = 0 ] && sleep 0.05; done; exit 9");
+    let script = format!(
+        "for i in $(seq {lines}); do echo line $i; [ $((i % 20)) = 0 ] && sleep 0.05; done; exit 9"
+    );
     let sessions = join_all((0..4).map(|_| stack.session("shell", &script))).await;
     let expected: String = (1..=lines).map(|i| format!("line {i}\n")).collect();
     let judged = sessions.into_iter().map(Result::unwrap).map(|session| async {
@@ -152,16 +169,21 @@ async fn whatever_becomes_of_the_sockets_no_output_is_lost() {
         assert_eq!(events.last().unwrap()["code"], 9);
     });
     join_all(judged).await;
-    let [execs, cut, lost] = [&cutter.execs, &cutter.cut, &cutter.lost].map(|count| count.load(Ordering::Relaxed));
+    let [execs, cut, lost] =
+        [&cutter.execs, &cutter.cut, &cutter.lost].map(|count| count.load(Ordering::Relaxed));
     println!("{execs} execs, {cut} of them cut; {lost} frames of others lost");
     assert!(cut >= 8 && lost >= 3, "{cut} of {execs} were cut, {lost} frames lost");
 }
 
-/// As the real service does with Sprites that seem idle: everything in it stands still, and no socket says so.
+/// As the real service does with Sprites that seem idle: everything in it stands still, and no
+/// socket says so.
 #[tokio::test]
 async fn a_sprite_that_was_paused_for_long_continues() {
     let stack = Stack::start(Options::default()).await.unwrap();
-    let session = stack.session("shell", "for i in $(seq 60); do echo line $i; sleep 0.05; done; exit 4").await.unwrap();
+    let session = stack
+        .session("shell", "for i in $(seq 60); do echo line $i; sleep 0.05; done; exit 4")
+        .await
+        .unwrap();
     let mut events = stack.stream(&session, 0).await.unwrap();
     let mut output = events.until_output("line 20\n").await.unwrap();
     let paused = inside_sprites(&stack);
@@ -178,18 +200,30 @@ async fn a_sprite_that_was_paused_for_long_continues() {
     assert!(log.contains("fell silent"), "{log}");
 }
 
-/// The processes that run in the stack's sandboxes: those of the namespaces of what its runner started there.
+/// The processes that run in the stack's sandboxes: those of the namespaces of what its runner
+/// started there.
 fn inside_sprites(stack: &Stack) -> Vec<u32> {
-    let processes = || std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<u32>().ok());
+    let processes = || {
+        std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<u32>().ok())
+    };
     let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
     let servers = stack.pids("local-sprites");
     let parent = |pid: u32| -> Option<u32> {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
     };
-    let of_stack = |pid: u32| std::iter::successors(Some(pid), |pid| parent(*pid).filter(|pid| *pid > 1)).any(|pid| servers.contains(&pid));
+    let of_stack = |pid: u32| {
+        std::iter::successors(Some(pid), |pid| parent(*pid).filter(|pid| *pid > 1))
+            .any(|pid| servers.contains(&pid))
+    };
     let own = namespace(std::process::id());
-    let sandboxes: Vec<_> = processes().filter(|pid| of_stack(*pid)).map(namespace).filter(|it| it.is_some() && *it != own).collect();
+    let sandboxes: Vec<_> = processes()
+        .filter(|pid| of_stack(*pid))
+        .map(namespace)
+        .filter(|it| it.is_some() && *it != own)
+        .collect();
     processes().filter(|pid| sandboxes.contains(&namespace(*pid))).collect()
 }
 
@@ -197,10 +231,17 @@ fn inside_sprites(stack: &Stack) -> Vec<u32> {
 async fn a_sprites_token_that_does_not_work_is_said_to_be_that() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let wrong = json!({ "value": "wrong-token-123" });
-    assert_eq!(stack.call(Method::PUT, "/credentials/backend:sprites", Some(wrong)).await.unwrap().status, 200);
+    assert_eq!(
+        stack.call(Method::PUT, "/credentials/backend:sprites", Some(wrong)).await.unwrap().status,
+        200
+    );
     let session = stack.session("shell", "true").await.unwrap();
     let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
     let message = events.last().unwrap()["message"].as_str().unwrap().to_owned();
-    assert!(message.starts_with("Provisioning failed at create_sprite:") && message.contains("credentials"), "{message}");
+    assert!(
+        message.starts_with("Provisioning failed at create_sprite:")
+            && message.contains("credentials"),
+        "{message}"
+    );
     assert!(!message.contains("wrong-token"));
 }

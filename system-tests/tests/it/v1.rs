@@ -36,17 +36,26 @@ impl<'a> Client<'a> {
     async fn turn(&self, session: &str, text: &str) -> String {
         let path = format!("/v1/sessions/{session}/events");
         let idle = async || {
-            let events = self.stack.get(&path).await.unwrap().body["data"].as_array().unwrap().clone();
-            (events.iter().filter(|event| event["type"] == "session.status_idle").count(), events.is_empty())
+            let events =
+                self.stack.get(&path).await.unwrap().body["data"].as_array().unwrap().clone();
+            (
+                events.iter().filter(|event| event["type"] == "session.status_idle").count(),
+                events.is_empty(),
+            )
         };
         let (before, is_first) = idle().await;
-        let output = async |since: u64| self.stack.stream(&ours(session), since).await.unwrap().all().await.unwrap();
-        let since = if is_first { 0 } else { output(0).await.last().unwrap()["id"].as_u64().unwrap() };
-        let message = json!({ "type": "user.message", "content": [{ "type": "text", "text": text }] });
+        let output = async |since: u64| {
+            self.stack.stream(&ours(session), since).await.unwrap().all().await.unwrap()
+        };
+        let since =
+            if is_first { 0 } else { output(0).await.last().unwrap()["id"].as_u64().unwrap() };
+        let message =
+            json!({ "type": "user.message", "content": [{ "type": "text", "text": text }] });
         let sent = self.stack.post(&path, json!({ "events": [message] })).await.unwrap();
         assert_eq!(sent.status, 200, "{sent:?}");
         testkit::eventually("the turn ends", || async { idle().await.0 > before }).await;
-        let said: String = output(since).await.iter().filter_map(|event| event["data"].as_str()).collect();
+        let said: String =
+            output(since).await.iter().filter_map(|event| event["data"].as_str()).collect();
         said.trim().to_owned()
     }
 }
@@ -55,7 +64,11 @@ impl<'a> Client<'a> {
 pub fn ours(session: &str) -> String {
     const DIGITS: &[u8; 58] = b"123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
     let digit = |byte: u8| DIGITS.iter().position(|digit| *digit == byte).unwrap() as u128;
-    let bits = session.strip_prefix("sesn_01").unwrap().bytes().fold(0, |bits: u128, byte| bits * 58 + digit(byte));
+    let bits = session
+        .strip_prefix("sesn_01")
+        .unwrap()
+        .bytes()
+        .fold(0, |bits: u128, byte| bits * 58 + digit(byte));
     types::SessionId::from_uuid(uuid::Uuid::from_u128(bits)).to_string()
 }
 
@@ -70,7 +83,11 @@ pub async fn created(stack: &Stack, path: &str, body: Value) -> String {
 fn foreign_key(stack: &Stack) -> String {
     let data = stack.data_dir().to_str().unwrap();
     let admin = |args: &[&str]| {
-        let output = stack.aod(&[&["--output", "json", "admin", "--data-dir", data], args].concat()).unwrap().output().unwrap();
+        let output = stack
+            .aod(&[&["--output", "json", "admin", "--data-dir", data], args].concat())
+            .unwrap()
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice::<Value>(&output.stdout).unwrap_or_default()
     };
@@ -78,8 +95,17 @@ fn foreign_key(stack: &Stack) -> String {
     admin(&["key", "create", "mallory"])["key"].as_str().unwrap().to_owned()
 }
 
-async fn status_for(stack: &Stack, key: &str, method: Method, path: &str, body: Option<Value>) -> u16 {
-    let request = stack.http.request(method, format!("{}{path}", stack.ready_text("/api_url"))).bearer_auth(key);
+async fn status_for(
+    stack: &Stack,
+    key: &str,
+    method: Method,
+    path: &str,
+    body: Option<Value>,
+) -> u16 {
+    let request = stack
+        .http
+        .request(method, format!("{}{path}", stack.ready_text("/api_url")))
+        .bearer_auth(key);
     let request = if let Some(body) = body { request.json(&body) } else { request };
     request.send().await.unwrap().status().as_u16()
 }
@@ -94,7 +120,8 @@ async fn a_vaults_variables_reach_its_sessions_and_follow_rotation() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let client = Client::shell(&stack).await;
     let (vault, later) = (
-        created(&stack, "/v1/vaults", json!({ "display_name": "v", "metadata": { "a": "b" } })).await,
+        created(&stack, "/v1/vaults", json!({ "display_name": "v", "metadata": { "a": "b" } }))
+            .await,
         created(&stack, "/v1/vaults", json!({ "display_name": "later" })).await,
     );
     let credentials = format!("/v1/vaults/{vault}/credentials");
@@ -110,17 +137,21 @@ async fn a_vaults_variables_reach_its_sessions_and_follow_rotation() {
         let output = std::process::Command::new("sh").args(["-c", script, text]).output().unwrap();
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     };
-    let expected = |rotated: &str, later: &str| format!("ROTATED {};LATER {};", digest(rotated), digest(later));
+    let expected = |rotated: &str, later: &str| {
+        format!("ROTATED {};LATER {};", digest(rotated), digest(later))
+    };
     assert_eq!(client.turn(&session, show).await, expected("SENTINEL-one", "SENTINEL-later"));
 
     // The agent's process of the first turn is still there: the second one gets the new value.
-    let rotate = json!({ "auth": { "type": "environment_variable", "secret_value": "SENTINEL-two" } });
+    let rotate =
+        json!({ "auth": { "type": "environment_variable", "secret_value": "SENTINEL-two" } });
     let rotated = stack.post(&format!("{credentials}/{credential}"), rotate).await.unwrap();
     assert_eq!(rotated.status, 200, "{rotated:?}");
     assert_eq!(client.turn(&session, show).await, expected("SENTINEL-two", "SENTINEL-later"));
 
     // Archived, its secret is gone and its name is free; the next vault's credential counts.
-    let archived = stack.post(&format!("{credentials}/{credential}/archive"), json!({})).await.unwrap();
+    let archived =
+        stack.post(&format!("{credentials}/{credential}/archive"), json!({})).await.unwrap();
     assert!(archived.body["archived_at"].is_string(), "{archived:?}");
     assert_eq!(client.turn(&session, show).await, expected("SENTINEL-shadowed", "SENTINEL-later"));
     created(&stack, &credentials, variable("ROTATED", "SENTINEL-three")).await;
@@ -153,21 +184,39 @@ async fn vaults_are_paged_patched_archived_and_their_users_own() {
     let client = Client::shell(&stack).await;
     let mut vaults = Vec::new();
     for number in 0..3 {
-        vaults
-            .push(created(&stack, "/v1/vaults", json!({ "display_name": format!("v{number}"), "metadata": { "a": "1", "b": "2" } })).await);
+        vaults.push(
+            created(
+                &stack,
+                "/v1/vaults",
+                json!({ "display_name": format!("v{number}"), "metadata": { "a": "1", "b": "2" } }),
+            )
+            .await,
+        );
     }
     let (mut listed, mut page) = (Vec::new(), String::new());
     loop {
         let answer = stack.get(&format!("/v1/vaults?limit=1{page}")).await.unwrap();
-        listed.extend(answer.body["data"].as_array().unwrap().iter().map(|vault| vault["id"].as_str().unwrap().to_owned()));
+        listed.extend(
+            answer.body["data"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|vault| vault["id"].as_str().unwrap().to_owned()),
+        );
         let Some(next) = answer.body["next_page"].as_str() else { break };
         page = format!("&page={next}");
     }
     assert_eq!(listed.iter().rev().collect::<Vec<_>>(), vaults.iter().collect::<Vec<_>>());
 
     let path = format!("/v1/vaults/{}", vaults[0]);
-    let patched = stack.post(&path, json!({ "display_name": "w", "metadata": { "a": null, "c": "3" } })).await.unwrap();
-    assert_eq!((patched.text("display_name"), &patched.body["metadata"]), ("w", &json!({ "b": "2", "c": "3" })));
+    let patched = stack
+        .post(&path, json!({ "display_name": "w", "metadata": { "a": null, "c": "3" } }))
+        .await
+        .unwrap();
+    assert_eq!(
+        (patched.text("display_name"), &patched.body["metadata"]),
+        ("w", &json!({ "b": "2", "c": "3" }))
+    );
     let credentials = format!("{path}/credentials");
     let credential = created(&stack, &credentials, variable("NAME", "value")).await;
     let again = stack.post(&credentials, variable("NAME", "other")).await.unwrap();
@@ -175,7 +224,10 @@ async fn vaults_are_paged_patched_archived_and_their_users_own() {
     assert_eq!(again.headers["x-should-retry"], "false");
     let bearer = |url: &str| json!({ "auth": { "type": "static_bearer", "mcp_server_url": url, "token": "t" } });
     created(&stack, &credentials, bearer("https://mcp.example/sse")).await;
-    assert_eq!(stack.post(&credentials, bearer("HTTPS://mcp.example:443/sse/")).await.unwrap().status, 409);
+    assert_eq!(
+        stack.post(&credentials, bearer("HTTPS://mcp.example:443/sse/")).await.unwrap().status,
+        409
+    );
 
     for (path, body, field) in [
         ("/v1/vaults".to_owned(), json!({}), "display_name"),
@@ -183,9 +235,17 @@ async fn vaults_are_paged_patched_archived_and_their_users_own() {
         ("/v1/vaults".to_owned(), json!({ "display_name": "x", "nope": 1 }), "nope"),
         (credentials.clone(), json!({}), "auth"),
         (credentials.clone(), json!({ "auth": { "type": "mcp_oauth" } }), "auth.type"),
-        (credentials.clone(), json!({ "auth": { "type": "static_bearer", "token": "t" } }), "mcp_server_url"),
+        (
+            credentials.clone(),
+            json!({ "auth": { "type": "static_bearer", "token": "t" } }),
+            "mcp_server_url",
+        ),
         (credentials.clone(), variable("1", "x"), "secret_name"),
-        (format!("{credentials}/{credential}"), json!({ "auth": { "type": "static_bearer", "token": "t" } }), "auth.type"),
+        (
+            format!("{credentials}/{credential}"),
+            json!({ "auth": { "type": "static_bearer", "token": "t" } }),
+            "auth.type",
+        ),
         (format!("{credentials}/{credential}"), variable("OTHER", "x"), "secret_name"),
     ] {
         let refused = stack.post(&path, body.clone()).await.unwrap();
@@ -203,40 +263,91 @@ async fn vaults_are_paged_patched_archived_and_their_users_own() {
         (Method::GET, credentials.clone(), None),
         (Method::POST, credentials.clone(), Some(variable("MINE", "x"))),
         (Method::GET, format!("{credentials}/{credential}"), None),
-        (Method::POST, format!("{credentials}/{credential}"), Some(json!({ "display_name": "mine" }))),
+        (
+            Method::POST,
+            format!("{credentials}/{credential}"),
+            Some(json!({ "display_name": "mine" })),
+        ),
         (Method::POST, format!("{credentials}/{credential}/archive"), None),
         (Method::DELETE, format!("{credentials}/{credential}"), None),
     ] {
-        assert_eq!(status_for(&stack, &foreign, method.clone(), &path, body).await, 404, "{method} {path}");
+        assert_eq!(
+            status_for(&stack, &foreign, method.clone(), &path, body).await,
+            404,
+            "{method} {path}"
+        );
     }
     let key = stack.ready_text("/sprites_token");
-    assert_eq!(status_for(&stack, &foreign, Method::PUT, "/credentials/backend:sprites", Some(json!({ "value": key }))).await, 200);
+    assert_eq!(
+        status_for(
+            &stack,
+            &foreign,
+            Method::PUT,
+            "/credentials/backend:sprites",
+            Some(json!({ "value": key }))
+        )
+        .await,
+        200
+    );
     let body = json!({ "name": "s", "model": "claude-sonnet-4-5", "metadata": { "aod.runtime": "shell" } });
     let url = stack.ready_text("/api_url");
     let send = async |path: &str, body: Value| {
-        let answer = stack.http.post(format!("{url}{path}")).bearer_auth(&foreign).json(&body).send().await.unwrap();
+        let answer = stack
+            .http
+            .post(format!("{url}{path}"))
+            .bearer_auth(&foreign)
+            .json(&body)
+            .send()
+            .await
+            .unwrap();
         (answer.status().as_u16(), answer.json::<Value>().await.unwrap())
     };
-    let (agent, environment) = (send("/v1/agents", body).await.1, send("/v1/environments", json!({ "name": "e" })).await.1);
+    let (agent, environment) = (
+        send("/v1/agents", body).await.1,
+        send("/v1/environments", json!({ "name": "e" })).await.1,
+    );
     let theirs = json!({ "agent": agent["id"], "environment_id": environment["id"], "vault_ids": [vaults[0]] });
     assert_eq!(send("/v1/sessions", theirs).await.0, 404);
 
     // An archived vault is readable, takes no credentials, and no new session.
     let archived = stack.post(&format!("{path}/archive"), json!({})).await.unwrap();
     assert!(archived.body["archived_at"].is_string(), "{archived:?}");
-    assert_eq!(stack.post(&format!("{path}/archive"), json!({})).await.unwrap().body, archived.body);
+    assert_eq!(
+        stack.post(&format!("{path}/archive"), json!({})).await.unwrap().body,
+        archived.body
+    );
     let left = stack.get(&format!("{credentials}?include_archived=true")).await.unwrap();
-    assert!(left.body["data"].as_array().unwrap().iter().all(|credential| credential["archived_at"].is_string()), "{left:?}");
+    assert!(
+        left.body["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|credential| credential["archived_at"].is_string()),
+        "{left:?}"
+    );
     for (path, body) in [
         (path.clone(), json!({ "display_name": "x" })),
         (credentials.clone(), variable("NEW", "x")),
-        ("/v1/sessions".to_owned(), json!({ "agent": client.agent, "environment_id": client.environment, "vault_ids": [vaults[0]] })),
+        (
+            "/v1/sessions".to_owned(),
+            json!({ "agent": client.agent, "environment_id": client.environment, "vault_ids": [vaults[0]] }),
+        ),
     ] {
         let refused = stack.post(&path, body).await.unwrap();
-        assert_eq!((refused.status, refused.body["error"]["details"]["error_code"].as_str()), (400, Some("vault_archived")), "{refused:?}");
+        assert_eq!(
+            (refused.status, refused.body["error"]["details"]["error_code"].as_str()),
+            (400, Some("vault_archived")),
+            "{refused:?}"
+        );
     }
     assert_eq!(stack.get("/v1/vaults").await.unwrap().body["data"].as_array().unwrap().len(), 2);
-    assert_eq!(stack.get("/v1/vaults?include_archived=true").await.unwrap().body["data"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        stack.get("/v1/vaults?include_archived=true").await.unwrap().body["data"]
+            .as_array()
+            .unwrap()
+            .len(),
+        3
+    );
     let gone = stack.call(Method::DELETE, &path, None).await.unwrap();
     assert_eq!(gone.status, 200, "{gone:?}");
     assert_eq!(stack.get(&path).await.unwrap().status, 404);
@@ -246,9 +357,11 @@ async fn vaults_are_paged_patched_archived_and_their_users_own() {
 async fn a_static_bearer_reaches_its_mcp_server_and_follows_rotation() {
     let token = Arc::new(Mutex::new("first-token".to_owned()));
     let (url, port, _server) = mcp_over_http(token.clone()).await;
-    let stack = Stack::start(Options { scripted_model: true, ..Options::default() }.reaching(&[port])).await.unwrap();
-    let allowed =
-        json!({ "type": "mcp_toolset", "mcp_server_name": "echo", "default_config": { "permission_policy": { "type": "always_allow" } } });
+    let stack =
+        Stack::start(Options { scripted_model: true, ..Options::default() }.reaching(&[port]))
+            .await
+            .unwrap();
+    let allowed = json!({ "type": "mcp_toolset", "mcp_server_name": "echo", "default_config": { "permission_policy": { "type": "always_allow" } } });
     let agent = json!({
         "name": "m",
         "model": "claude-sonnet-4-5",
@@ -266,12 +379,16 @@ async fn a_static_bearer_reaches_its_mcp_server_and_follows_rotation() {
     assert!(said.contains("seven over HTTP"), "{said}");
     *token.lock().unwrap() = "second-token".to_owned();
     let rotate = json!({ "auth": { "type": "static_bearer", "token": "second-token" } });
-    assert_eq!(stack.post(&format!("{credentials}/{credential}"), rotate).await.unwrap().status, 200);
+    assert_eq!(
+        stack.post(&format!("{credentials}/{credential}"), rotate).await.unwrap().status,
+        200
+    );
     let said = client.turn(&session, "echo by MCP: eight").await;
     assert!(said.contains("eight over HTTP"), "{said}");
 }
 
-// --- files -----------------------------------------------------------------------------------------
+// --- files
+// -----------------------------------------------------------------------------------------
 
 const LIMITED: Options = Options {
     scripted_model: false,
@@ -292,7 +409,11 @@ async fn upload(stack: &Stack, key: &str, name: &str, content: &[u8], more: &str
     body.extend_from_slice(content);
     body.extend_from_slice(format!("\r\n{more}--{boundary}--\r\n").as_bytes());
     let url = format!("{}/v1/files", stack.ready_text("/api_url"));
-    let request = stack.http.post(url).bearer_auth(key).header("content-type", format!("multipart/form-data; boundary={boundary}"));
+    let request = stack
+        .http
+        .post(url)
+        .bearer_auth(key)
+        .header("content-type", format!("multipart/form-data; boundary={boundary}"));
     let answer = request.body(body).send().await.unwrap();
     (answer.status().as_u16(), answer.json().await.unwrap())
 }
@@ -312,7 +433,12 @@ async fn content(stack: &Stack, key: &str, file: &str) -> (u16, Vec<u8>) {
 /// How many objects the store has.
 fn objects(stack: &Stack) -> usize {
     let folders = std::fs::read_dir(stack.data_dir().join("files/objects"));
-    folders.into_iter().flatten().flatten().map(|folder| std::fs::read_dir(folder.path()).unwrap().count()).sum()
+    folders
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|folder| std::fs::read_dir(folder.path()).unwrap().count())
+        .sum()
 }
 
 #[tokio::test]
@@ -321,7 +447,10 @@ async fn files_reach_sandboxes_and_what_an_agent_writes_outlives_its_sandbox() {
     let key = stack.ready_text("/api_key");
     let client = Client::shell(&stack).await;
     let large: Vec<u8> = (0..9_000_000_u32).map(|n| (n % 251) as u8).collect();
-    let (one, two) = (uploaded(&stack, "one.txt", b"first file").await, uploaded(&stack, "large.bin", &large).await);
+    let (one, two) = (
+        uploaded(&stack, "one.txt", b"first file").await,
+        uploaded(&stack, "large.bin", &large).await,
+    );
     assert_eq!(content(&stack, &key, &two).await, (200, large));
     let file = |id: &str, path: Option<&str>| match path {
         Some(path) => json!({ "type": "file", "file_id": id, "mount_path": path }),
@@ -332,9 +461,15 @@ async fn files_reach_sandboxes_and_what_an_agent_writes_outlives_its_sandbox() {
     let given = stack.get(&resources).await.unwrap().body["data"].clone();
     assert_eq!(given[0]["mount_path"], "/mnt/session/uploads/data/one.txt");
     assert_ne!(given[0]["file_id"], json!(one), "the session has a copy");
-    assert_eq!(stack.get(&format!("/v1/sessions/{session}")).await.unwrap().body["resources"], given);
+    assert_eq!(
+        stack.get(&format!("/v1/sessions/{session}")).await.unwrap().body["resources"],
+        given
+    );
     // Deleted while it is in use: the session keeps its copy.
-    assert_eq!(stack.call(Method::DELETE, &format!("/v1/files/{one}"), None).await.unwrap().text("type"), "file_deleted");
+    assert_eq!(
+        stack.call(Method::DELETE, &format!("/v1/files/{one}"), None).await.unwrap().text("type"),
+        "file_deleted"
+    );
     assert_eq!(stack.get(&format!("/v1/files/{one}")).await.unwrap().status, 404);
     let write = "cat /mnt/session/uploads/data/one.txt; cd /mnt/session/outputs && mkdir -p sub && printf report >sub/report.csv && \
                  printf x >later; ln -s /etc/passwd link";
@@ -342,7 +477,11 @@ async fn files_reach_sandboxes_and_what_an_agent_writes_outlives_its_sandbox() {
 
     // Added and removed on a living session.
     let added = stack.post(&resources, file(&two, None)).await.unwrap();
-    assert_eq!((added.status, added.body["mount_path"].as_str()), (200, Some(&*format!("/mnt/session/uploads/{two}"))), "{added:?}");
+    assert_eq!(
+        (added.status, added.body["mount_path"].as_str()),
+        (200, Some(&*format!("/mnt/session/uploads/{two}"))),
+        "{added:?}"
+    );
     let first = given[0]["id"].as_str().unwrap();
     let removed = stack.call(Method::DELETE, &format!("{resources}/{first}"), None).await.unwrap();
     assert_eq!(removed.text("type"), "session_resource_deleted", "{removed:?}");
@@ -357,24 +496,53 @@ async fn files_reach_sandboxes_and_what_an_agent_writes_outlives_its_sandbox() {
     let mut outputs: Vec<(String, String, String)> = Vec::new();
     for file in listed.body["data"].as_array().unwrap() {
         assert_eq!(file["scope"], json!({ "type": "session", "id": session }), "{file}");
-        let text = String::from_utf8(content(&stack, &key, file["id"].as_str().unwrap()).await.1).unwrap();
-        outputs.push((file["filename"].as_str().unwrap().to_owned(), file["mime_type"].as_str().unwrap().to_owned(), text));
+        let text =
+            String::from_utf8(content(&stack, &key, file["id"].as_str().unwrap()).await.1).unwrap();
+        outputs.push((
+            file["filename"].as_str().unwrap().to_owned(),
+            file["mime_type"].as_str().unwrap().to_owned(),
+            text,
+        ));
     }
     outputs.sort();
-    let expected = [("later", "application/octet-stream", "changed"), ("sub/report.csv", "text/csv", "report")];
-    assert_eq!(outputs, expected.map(|(name, mime, text)| (name.to_owned(), mime.to_owned(), text.to_owned())));
+    let expected = [
+        ("later", "application/octet-stream", "changed"),
+        ("sub/report.csv", "text/csv", "report"),
+    ];
+    assert_eq!(
+        outputs,
+        expected.map(|(name, mime, text)| (name.to_owned(), mime.to_owned(), text.to_owned()))
+    );
 
     // The sandbox goes with the session's end; the files stay until the session is deleted.
-    assert_eq!(stack.post(&format!("/v1/sessions/{session}/archive"), json!({})).await.unwrap().status, 200);
-    let report = listed.body["data"].as_array().unwrap().iter().find(|file| file["filename"] == "sub/report.csv").unwrap();
+    assert_eq!(
+        stack.post(&format!("/v1/sessions/{session}/archive"), json!({})).await.unwrap().status,
+        200
+    );
+    let report = listed.body["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|file| file["filename"] == "sub/report.csv")
+        .unwrap();
     let report = report["id"].as_str().unwrap();
     assert_eq!(content(&stack, &key, report).await, (200, b"report".to_vec()));
-    assert_eq!(stack.post(&resources, file(&two, None)).await.unwrap().status, 400, "it is archived");
-    assert_eq!(stack.call(Method::DELETE, &format!("/v1/sessions/{session}"), None).await.unwrap().status, 200);
+    assert_eq!(
+        stack.post(&resources, file(&two, None)).await.unwrap().status,
+        400,
+        "it is archived"
+    );
+    assert_eq!(
+        stack.call(Method::DELETE, &format!("/v1/sessions/{session}"), None).await.unwrap().status,
+        200
+    );
     assert_eq!(content(&stack, &key, report).await.0, 404);
     // Of all the bytes those of the one file that is left.
     testkit::eventually("the bytes are deleted", || async { objects(&stack) == 1 }).await;
-    assert_eq!(stack.call(Method::DELETE, &format!("/v1/files/{two}"), None).await.unwrap().status, 200);
+    assert_eq!(
+        stack.call(Method::DELETE, &format!("/v1/files/{two}"), None).await.unwrap().status,
+        200
+    );
     testkit::eventually("the last bytes are deleted", || async { objects(&stack) == 0 }).await;
 }
 
@@ -390,48 +558,88 @@ async fn files_are_limited_paged_and_their_users_own() {
     let (mut listed, mut page) = (Vec::new(), String::new());
     loop {
         let answer = stack.get(&format!("/v1/files?limit=1{page}")).await.unwrap();
-        listed.extend(answer.body["data"].as_array().unwrap().iter().map(|file| file["id"].as_str().unwrap().to_owned()));
+        listed.extend(
+            answer.body["data"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|file| file["id"].as_str().unwrap().to_owned()),
+        );
         let Some(next) = answer.body["next_page"].as_str() else { break };
         page = format!("&page={next}");
     }
     assert_eq!(listed.iter().rev().collect::<Vec<_>>(), files.iter().collect::<Vec<_>>());
-    let two = stack.get(&format!("/v1/files?ids[]={}&ids[]={}&ids[]=file_none", files[0], files[2])).await.unwrap();
+    let two = stack
+        .get(&format!("/v1/files?ids[]={}&ids[]={}&ids[]=file_none", files[0], files[2]))
+        .await
+        .unwrap();
     assert_eq!(two.body["data"].as_array().unwrap().len(), 2, "{two:?}");
 
     // Another user's.
     let foreign = foreign_key(&stack);
     let path = format!("/v1/files/{}", files[0]);
-    for (method, path) in [(Method::GET, path.clone()), (Method::GET, format!("{path}/content")), (Method::DELETE, path.clone())] {
-        assert_eq!(status_for(&stack, &foreign, method.clone(), &path, None).await, 404, "{method} {path}");
+    for (method, path) in [
+        (Method::GET, path.clone()),
+        (Method::GET, format!("{path}/content")),
+        (Method::DELETE, path.clone()),
+    ] {
+        assert_eq!(
+            status_for(&stack, &foreign, method.clone(), &path, None).await,
+            404,
+            "{method} {path}"
+        );
     }
     let (status, theirs) = upload(&stack, &foreign, "theirs", b"x", "").await;
     assert_eq!(status, 200, "{theirs}");
     let wanted = |id: &Value| json!([{ "type": "file", "file_id": id }]);
     let body = json!({ "agent": client.agent, "environment_id": client.environment, "resources": wanted(&theirs["id"]) });
     let refused = stack.post("/v1/sessions", body).await.unwrap();
-    assert_eq!((refused.status, refused.body["error"]["details"]["error_code"].as_str()), (404, Some("file_not_found")), "{refused:?}");
+    assert_eq!(
+        (refused.status, refused.body["error"]["details"]["error_code"].as_str()),
+        (404, Some("file_not_found")),
+        "{refused:?}"
+    );
     let session = client.session(json!({})).await;
-    let refused = stack.post(&format!("/v1/sessions/{session}/resources"), wanted(&theirs["id"])[0].clone()).await.unwrap();
+    let refused = stack
+        .post(&format!("/v1/sessions/{session}/resources"), wanted(&theirs["id"])[0].clone())
+        .await
+        .unwrap();
     assert_eq!(refused.status, 404, "{refused:?}");
 
     // Too large, alone and together.
     let (status, refused) = upload(&stack, &key, "large", &vec![0; 1_000_001], "").await;
-    assert_eq!((status, refused["error"]["type"].as_str()), (413, Some("request_too_large")), "{refused}");
+    assert_eq!(
+        (status, refused["error"]["type"].as_str()),
+        (413, Some("request_too_large")),
+        "{refused}"
+    );
     for _ in 0..2 {
         uploaded(&stack, "mb", &vec![0; 1_000_000]).await;
     }
     let (status, refused) = upload(&stack, &key, "mb", &vec![0; 1_000_000], "").await;
-    assert_eq!((status, refused["error"]["details"]["error_code"].as_str()), (400, Some("storage_quota_exceeded")), "{refused}");
+    assert_eq!(
+        (status, refused["error"]["details"]["error_code"].as_str()),
+        (400, Some("storage_quota_exceeded")),
+        "{refused}"
+    );
     // What an agent writes beyond the limits is left; its turn is none the worse.
     let write = "cd /mnt/session/outputs; head -c 1000001 /dev/zero >large; head -c 900000 /dev/zero >second; printf small >a; echo done";
     assert_eq!(client.turn(&session, write).await, "done");
     let kept = stack.get(&format!("/v1/files?scope_id={session}")).await.unwrap();
-    let kept: Vec<&str> = kept.body["data"].as_array().unwrap().iter().map(|file| file["filename"].as_str().unwrap()).collect();
+    let kept: Vec<&str> = kept.body["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|file| file["filename"].as_str().unwrap())
+        .collect();
     assert_eq!(kept, ["a"]);
 
     // Wrong forms name the part.
-    let part =
-        |name: &str, value: &str| format!("------------boundary\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n");
+    let part = |name: &str, value: &str| {
+        format!(
+            "------------boundary\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n"
+        )
+    };
     for (name, more, field) in [
         ("a/b", String::new(), "file"),
         ("a", part("expires_in_seconds", "1"), "expires_in_seconds"),
@@ -442,7 +650,8 @@ async fn files_are_limited_paged_and_their_users_own() {
         let told = refused["error"]["message"].as_str().unwrap_or_default();
         assert!(status == 400 && told.starts_with(field), "{name} {more}: {refused}");
     }
-    let (status, expiring) = upload(&stack, &key, "a", b"x", &part("expires_in_seconds", "3600")).await;
+    let (status, expiring) =
+        upload(&stack, &key, "a", b"x", &part("expires_in_seconds", "3600")).await;
     assert!(status == 200 && expiring["expires_at"].is_string(), "{expiring}");
     assert_eq!(stack.post("/v1/files", json!({})).await.unwrap().status, 400, "it is no form");
     // Nothing is left of what was refused.

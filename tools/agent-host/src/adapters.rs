@@ -1,5 +1,5 @@
-//! The agent CLIs. Each adapter is a pure state machine in one file: lines of the CLI and inputs go in, [`Effect`]s come out.
-//! A further runtime is one file and one line in [`ALL`].
+//! The agent CLIs. Each adapter is a pure state machine in one file: lines of the CLI and inputs go
+//! in, [`Effect`]s come out. A further runtime is one file and one line in [`ALL`].
 
 mod claude;
 mod codex;
@@ -8,7 +8,10 @@ mod json;
 mod opencode;
 mod shell;
 
-use contract::host::{Capabilities, ModelUsage, Spec, ToolResult, ToolUse, capabilities, decision::Verdict, event, turn_ended};
+use contract::host::{
+    Capabilities, ModelUsage, Spec, ToolResult, ToolUse, capabilities, decision::Verdict, event,
+    turn_ended,
+};
 
 pub use json::mcp_failed;
 pub use shell::script;
@@ -41,7 +44,8 @@ const CONVERSES: Capabilities = Capabilities {
     stays_alive: true,
 };
 
-pub const ALL: [&Runtime; 5] = [&claude::RUNTIME, &codex::RUNTIME, &gemini::RUNTIME, &opencode::RUNTIME, &shell::RUNTIME];
+pub const ALL: [&Runtime; 5] =
+    [&claude::RUNTIME, &codex::RUNTIME, &gemini::RUNTIME, &opencode::RUNTIME, &shell::RUNTIME];
 
 /// Adds what a model request used to what its turn used.
 fn add_usage(turn: &mut ModelUsage, request: &ModelUsage) {
@@ -75,20 +79,26 @@ Generated from the adapters of the agent host: `cargo run -p agent-host -- runti
         text.push_str(&format!("| {what} | {} |\n", ALL.map(cell).join(" | ")));
     };
     let yes = |yes: bool| if yes { "yes" } else { "no" };
-    row("version", &|runtime| if runtime.version.is_empty() { "any bash" } else { runtime.version });
+    row("version", &|runtime| {
+        if runtime.version.is_empty() { "any bash" } else { runtime.version }
+    });
     row("protocol", &|runtime| runtime.protocol);
     row("the process serves several turns", &|runtime| yes(runtime.capabilities.stays_alive));
     row("a turn can be interrupted", &|runtime| yes(runtime.capabilities.interrupt));
     row("a message can join a running turn", &|runtime| yes(runtime.capabilities.steer));
     row("tools can be asked about", &|runtime| yes(runtime.capabilities.permission_requests));
-    row("a denial's reason reaches the model", &|runtime| yes(runtime.capabilities.deny_with_message));
+    row("a denial's reason reaches the model", &|runtime| {
+        yes(runtime.capabilities.deny_with_message)
+    });
     row("partial messages", &|runtime| yes(runtime.capabilities.partial_messages));
     row("usage", &|runtime| match runtime.capabilities.usage() {
         capabilities::Usage::None => "no",
         capabilities::Usage::PerTurn => "per turn",
         capabilities::Usage::PerRequest => "per model request",
     });
-    row("the CLI can fork a conversation (no input of the host does yet)", &|runtime| yes(runtime.capabilities.fork));
+    row("the CLI can fork a conversation (no input of the host does yet)", &|runtime| {
+        yes(runtime.capabilities.fork)
+    });
     row("names of tools in events and rules", &|runtime| runtime.tools);
     row("known gaps", &|runtime| runtime.gaps);
     text
@@ -97,9 +107,11 @@ Generated from the adapters of the agent host: `cargo run -p agent-host -- runti
 /// How a program's standard streams are connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stdio {
-    /// One socket pair is standard input and output, another standard error: neither can be opened through `/proc`.
+    /// One socket pair is standard input and output, another standard error: neither can be opened
+    /// through `/proc`.
     Protocol,
-    /// Nothing to read, and a pipe each for output and errors, which programs may open as `/dev/stdout`.
+    /// Nothing to read, and a pipe each for output and errors, which programs may open as
+    /// `/dev/stdout`.
     Output,
 }
 
@@ -114,7 +126,8 @@ pub struct Launch {
     pub stdio: Stdio,
     /// Done as the user before the start.
     pub prepare: Vec<prepare::Action>,
-    /// Whether the program and all that it starts are ended with the turn: true for all but set-up steps.
+    /// Whether the program and all that it starts are ended with the turn: true for all but set-up
+    /// steps.
     pub belongs_to_turns: bool,
 }
 
@@ -193,9 +206,11 @@ pub enum Close {
     Terminate,
 }
 
-/// A CLI's protocol. Whatever the CLI prints, no method panics, and no end of a turn is reported that the CLI did not report.
+/// A CLI's protocol. Whatever the CLI prints, no method panics, and no end of a turn is reported
+/// that the CLI did not report.
 pub trait Adapter {
-    /// The program for a message. `conversation` is the one to resume. Forgets what a former process had open.
+    /// The program for a message. `conversation` is the one to resume. Forgets what a former
+    /// process had open.
     fn launch(&mut self, conversation: Option<&str>, first_message: &str) -> Launch;
 
     /// The process runs, in that folder.

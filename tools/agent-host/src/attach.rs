@@ -1,6 +1,8 @@
-//! `agent-host attach`: writes the journal from an offset to standard output, and passes inputs from standard input on to the host.
+//! `agent-host attach`: writes the journal from an offset to standard output, and passes inputs
+//! from standard input on to the host.
 //!
-//! It reads the journal's files itself, so that a host that was killed takes nothing along. Only whole, undamaged frames are written.
+//! It reads the journal's files itself, so that a host that was killed takes nothing along. Only
+//! whole, undamaged frames are written.
 
 use std::{
     fs::File,
@@ -66,20 +68,29 @@ impl Tail {
         let starts = match segments(&self.folder) {
             Ok(starts) => starts,
             // The journal was deleted under its host.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Step::Unreadable { first: 0, end: 0 }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Step::Unreadable { first: 0, end: 0 });
+            }
             Err(error) => return Err(error),
         };
         let (start, file) = match &self.segment {
             Some(segment) => segment,
             None => {
                 let first = starts.first().copied().unwrap_or(0);
-                let Some(start) = starts.iter().rev().find(|start| **start <= self.offset).copied() else {
-                    return Ok(if starts.is_empty() && self.offset == 0 { Step::Wait } else { Step::Unreadable { first, end: first } });
+                let Some(start) = starts.iter().rev().find(|start| **start <= self.offset).copied()
+                else {
+                    return Ok(if starts.is_empty() && self.offset == 0 {
+                        Step::Wait
+                    } else {
+                        Step::Unreadable { first, end: first }
+                    });
                 };
                 let file = match File::open(segment_path(&self.folder, start)) {
                     Ok(file) => file,
                     // Deleted a moment ago.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Step::Unreadable { first, end: first }),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                        return Ok(Step::Unreadable { first, end: first });
+                    }
                     Err(error) => return Err(error),
                 };
                 self.segment.insert((start, file))
@@ -87,10 +98,15 @@ impl Tail {
         };
         let kept = self.buffer.len();
         self.buffer.resize(kept + READ_BYTES, 0);
-        let read = file.read_at(self.buffer.get_mut(kept..).unwrap_or_default(), self.offset - start + kept as u64)?;
+        let read = file.read_at(
+            self.buffer.get_mut(kept..).unwrap_or_default(),
+            self.offset - start + kept as u64,
+        )?;
         self.buffer.truncate(kept + read);
         let mut whole = 0;
-        while let Found::Frame { offset, payload } = journal::find(self.buffer.get(whole..).unwrap_or_default()) {
+        while let Found::Frame { offset, payload } =
+            journal::find(self.buffer.get(whole..).unwrap_or_default())
+        {
             if offset != self.offset + whole as u64 {
                 break;
             }
@@ -107,11 +123,14 @@ impl Tail {
         }
         let length = file.metadata()?.len();
         if self.offset - start > length {
-            return Ok(Step::Unreadable { first: starts.first().copied().unwrap_or(0), end: start + length });
+            return Ok(Step::Unreadable {
+                first: starts.first().copied().unwrap_or(0),
+                end: start + length,
+            });
         }
         if read == 0 || journal::find(&self.buffer) == Found::Damaged {
-            // What lies here is no frame: perhaps one that is being written, that found no room, or what a host that was killed left.
-            // It is read again.
+            // What lies here is no frame: perhaps one that is being written, that found no room, or
+            // what a host that was killed left. It is read again.
             self.buffer.clear();
         }
         Ok(Step::Wait)
@@ -125,7 +144,9 @@ impl Tail {
 
 /// Cheap for output, which is most of a journal.
 fn is_end(payload: &[u8]) -> bool {
-    payload.len() < 4096 && Record::decode(payload).is_ok_and(|record| matches!(record.kind, Some(record::Kind::HostEnded(_))))
+    payload.len() < 4096
+        && Record::decode(payload)
+            .is_ok_and(|record| matches!(record.kind, Some(record::Kind::HostEnded(_))))
 }
 
 fn tell(kind: control::Kind) -> io::Result<()> {
@@ -138,7 +159,11 @@ fn tell(kind: control::Kind) -> io::Result<()> {
 pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
     let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
     let folder = journal_path(dir);
-    match inotify::add_watch(&watch, &folder, inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO) {
+    match inotify::add_watch(
+        &watch,
+        &folder,
+        inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO,
+    ) {
         Ok(_) => {}
         Err(rustix::io::Errno::NOENT) if from == 0 => {
             tell(control::Kind::HostLost(HostLost {}))?;
@@ -153,7 +178,8 @@ pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
     let mut host = UnixStream::connect(socket_path(dir)).ok();
     let mut tail = Tail::new(folder, from);
     // A reader that is at the end hears at once that it is.
-    let (mut stdin_open, mut input, mut told) = (true, Vec::new(), monotonic_ms().saturating_sub(ALIVE_MS));
+    let (mut stdin_open, mut input, mut told) =
+        (true, Vec::new(), monotonic_ms().saturating_sub(ALIVE_MS));
     let mut host_is_gone = false;
     loop {
         match tail.step()? {
@@ -180,7 +206,8 @@ pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
             Step::Wait => {}
         }
         if is_free(dir) {
-            // Read once more after the lock was seen free: a host's last words come before it lets go.
+            // Read once more after the lock was seen free: a host's last words come before it lets
+            // go.
             if !host_is_gone {
                 host_is_gone = true;
                 continue;
@@ -221,8 +248,10 @@ fn wait(
 ) -> io::Result<bool> {
     let stdin = io::stdin();
     let stdout = io::stdout();
-    let mut fds =
-        vec![PollFd::from_borrowed_fd(watch.as_fd(), PollFlags::IN), PollFd::from_borrowed_fd(stdout.as_fd(), PollFlags::empty())];
+    let mut fds = vec![
+        PollFd::from_borrowed_fd(watch.as_fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(stdout.as_fd(), PollFlags::empty()),
+    ];
     // Without a host no input is taken: the sender keeps it.
     let stdin_index = (reads_stdin && host.is_some() && input.is_empty()).then(|| {
         fds.push(PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN));
@@ -233,11 +262,16 @@ fn wait(
         fds.push(PollFd::from_borrowed_fd(host.as_fd(), flags));
         fds.len() - 1
     });
-    match poll(&mut fds, Some(&Timespec { tv_sec: timeout_ms / 1000, tv_nsec: (timeout_ms % 1000) * 1_000_000 })) {
+    match poll(
+        &mut fds,
+        Some(&Timespec { tv_sec: timeout_ms / 1000, tv_nsec: (timeout_ms % 1000) * 1_000_000 }),
+    ) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(error) => return Err(error.into()),
     }
-    let events = |index: Option<usize>| index.and_then(|index| fds.get(index)).map_or(PollFlags::empty(), PollFd::revents);
+    let events = |index: Option<usize>| {
+        index.and_then(|index| fds.get(index)).map_or(PollFlags::empty(), PollFd::revents)
+    };
     if events(Some(1)).intersects(PollFlags::ERR | PollFlags::HUP) {
         return Err(io::ErrorKind::BrokenPipe.into());
     }
@@ -255,7 +289,8 @@ fn wait(
     Ok(events(host_index).intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::RDHUP))
 }
 
-/// Passes bytes of inputs on. What a host that is gone did not take is dropped: its sender has no acceptance in the journal.
+/// Passes bytes of inputs on. What a host that is gone did not take is dropped: its sender has no
+/// acceptance in the journal.
 fn pass_inputs(host: &mut Option<UnixStream>, input: &mut Vec<u8>) {
     let Some(stream) = host else {
         input.clear();
@@ -271,12 +306,14 @@ fn pass_inputs(host: &mut Option<UnixStream>, input: &mut Vec<u8>) {
 
 /// Whether no host holds the lock.
 fn is_free(dir: &Path) -> bool {
-    File::open(lock_path(dir)).is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared).is_ok())
+    File::open(lock_path(dir))
+        .is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared).is_ok())
 }
 
 /// Reads a whole file of frames; for people and tests.
 pub fn dump(dir: &Path) -> io::Result<ExitCode> {
-    let mut tail = Tail::new(journal_path(dir), segments(&journal_path(dir))?.first().copied().unwrap_or(0));
+    let mut tail =
+        Tail::new(journal_path(dir), segments(&journal_path(dir))?.first().copied().unwrap_or(0));
     let mut stdout = io::stdout().lock();
     while let Step::Frames(bytes) = tail.step()? {
         let mut rest = tail.buffer.get(..bytes).unwrap_or_default();

@@ -1,5 +1,5 @@
-//! A small HTTP/1.1 client: to a CLI's server on the loopback interface, and to the sandbox's task API. Each request has a thread of its
-//! own, which ends with its answer or its time limit.
+//! A small HTTP/1.1 client: to a CLI's server on the loopback interface, and to the sandbox's task
+//! API. Each request has a thread of its own, which ends with its answer or its time limit.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
@@ -32,7 +32,8 @@ impl Replies {
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
-    // A thread that cannot be started is a request without an answer: adapters have time limits above them.
+    // A thread that cannot be started is a request without an answer: adapters have time limits
+    // above them.
     let _ = std::thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(work);
 }
 
@@ -47,14 +48,18 @@ pub fn send(request: Request, replies: Replies) {
 }
 
 fn exchange(request: &Request, replies: &Replies) -> io::Result<Reply> {
-    let mut stream = TcpStream::connect_timeout(&(Ipv4Addr::LOCALHOST, request.port).into(), TIMEOUT)?;
+    let mut stream =
+        TcpStream::connect_timeout(&(Ipv4Addr::LOCALHOST, request.port).into(), TIMEOUT)?;
     stream.set_read_timeout(Some(if request.stream { STREAM_TIMEOUT } else { TIMEOUT }))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     let body = request.body.as_deref().unwrap_or_default();
     let authorization = if request.password.is_empty() {
         String::new()
     } else {
-        format!("Authorization: Basic {}\r\n", base64(format!("opencode:{}", request.password).as_bytes()))
+        format!(
+            "Authorization: Basic {}\r\n",
+            base64(format!("opencode:{}", request.password).as_bytes())
+        )
     };
     let head = format!(
         "{} {} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n{authorization}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
@@ -91,7 +96,9 @@ fn read_head(reader: &mut impl BufRead) -> io::Result<(u16, bool, Option<u64>)> 
     loop {
         line.clear();
         reader.read_line(&mut line)?;
-        let Some((name, value)) = line.trim().split_once(':') else { return Ok((status, chunked, length)) };
+        let Some((name, value)) = line.trim().split_once(':') else {
+            return Ok((status, chunked, length));
+        };
         if name.eq_ignore_ascii_case("transfer-encoding") {
             chunked = value.to_ascii_lowercase().contains("chunked");
         } else if name.eq_ignore_ascii_case("content-length") {
@@ -115,7 +122,8 @@ impl<R: BufRead> Read for Chunks<R> {
                 self.done = true;
             } else if !line.trim().is_empty() {
                 let size = line.trim().split(';').next().unwrap_or_default();
-                self.left = u64::from_str_radix(size, 16).map_err(|_| io::Error::other("a chunk has no size"))?;
+                self.left = u64::from_str_radix(size, 16)
+                    .map_err(|_| io::Error::other("a chunk has no size"))?;
                 self.done = self.left == 0;
             }
         }
@@ -164,7 +172,9 @@ fn task(socket: &str, method: &'static str, body: &'static str) {
             stream.set_read_timeout(Some(Duration::from_secs(5)))?;
             stream.set_write_timeout(Some(Duration::from_secs(5)))?;
             let length = body.len();
-            let head = format!("{method} {TASK} HTTP/1.1\r\nHost: sprite\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}");
+            let head = format!(
+                "{method} {TASK} HTTP/1.1\r\nHost: sprite\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+            );
             stream.write_all(head.as_bytes())?;
             stream.take(4096).read_to_end(&mut Vec::new())?;
             Ok(())
@@ -178,9 +188,15 @@ fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for chunk in bytes.chunks(3) {
-        let group = chunk.iter().enumerate().fold(0_u32, |group, (index, byte)| group | u32::from(*byte) << (16 - 8 * index));
+        let group = chunk
+            .iter()
+            .enumerate()
+            .fold(0_u32, |group, (index, byte)| group | u32::from(*byte) << (16 - 8 * index));
         for index in 0..4 {
-            let letter = ALPHABET.get((group >> (18 - 6 * index)) as usize & 63).copied().unwrap_or_default();
+            let letter = ALPHABET
+                .get((group >> (18 - 6 * index)) as usize & 63)
+                .copied()
+                .unwrap_or_default();
             text.push(if index <= chunk.len() { char::from(letter) } else { '=' });
         }
     }
@@ -195,7 +211,9 @@ mod tests {
     fn chunked_events_are_read_however_they_are_cut() {
         let body = "data: {\"a\":1}\n\ndata: two\ndata: lines\n\n: comment\n\ndata: cut off";
         for size in 1..body.len() {
-            let chunks = body.as_bytes().chunks(size).map(|chunk| [format!("{:x}\r\n", chunk.len()).as_bytes(), chunk, b"\r\n"].concat());
+            let chunks = body.as_bytes().chunks(size).map(|chunk| {
+                [format!("{:x}\r\n", chunk.len()).as_bytes(), chunk, b"\r\n"].concat()
+            });
             let text = [
                 b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n".to_vec(),
                 chunks.collect::<Vec<_>>().concat(),
@@ -206,13 +224,19 @@ mod tests {
             let (status, chunked, _) = read_head(&mut reader).unwrap();
             assert!(status == 200 && chunked);
             let mut events = Vec::new();
-            read_events(&mut BufReader::new(Chunks { reader, left: 0, done: false }), |data| events.push(data)).unwrap();
+            read_events(&mut BufReader::new(Chunks { reader, left: 0, done: false }), |data| {
+                events.push(data)
+            })
+            .unwrap();
             assert_eq!(events, ["{\"a\":1}", "two\nlines"]);
         }
     }
 
     #[test]
     fn base64_is_padded() {
-        assert_eq!(["", "f", "fo", "foo", "foob"].map(|text| base64(text.as_bytes())), ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg=="]);
+        assert_eq!(
+            ["", "f", "fo", "foo", "foob"].map(|text| base64(text.as_bytes())),
+            ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg=="]
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! What the host does next: inputs, the CLI's output, exits and time go in, [`Action`]s come out. No I/O.
+//! What the host does next: inputs, the CLI's output, exits and time go in, [`Action`]s come out.
+//! No I/O.
 
 mod calls;
 mod clock;
@@ -11,8 +12,9 @@ mod work;
 use std::collections::{HashMap, HashSet};
 
 use contract::host::{
-    Capabilities, DecisionSettled, HostStarted, Input, InputSettled, Message, Spec, Step, StepEnded, TurnEnded, WhenBusy,
-    decision_settled::How, event, input, input_settled::Outcome, record, turn_ended::Reason,
+    Capabilities, DecisionSettled, HostStarted, Input, InputSettled, Message, Spec, Step,
+    StepEnded, TurnEnded, WhenBusy, decision_settled::How, event, input, input_settled::Outcome,
+    record, turn_ended::Reason,
 };
 
 use crate::{
@@ -24,7 +26,8 @@ use crate::{
 /// Of a request's texts: a snapshot with many open requests fits into a frame.
 const REQUEST_BYTES_MAX: usize = 64 << 10;
 const REQUESTS_MAX: usize = 16;
-/// Calls of custom tools in a turn. Each is kept in the log, and is not part of the output, whose size is limited.
+/// Calls of custom tools in a turn. Each is kept in the log, and is not part of the output, whose
+/// size is limited.
 const CUSTOM_CALLS_MAX: usize = 2_000;
 /// A prompt that the API takes fits; and a snapshot with a full queue fits into a frame.
 const MESSAGE_BYTES_MAX: usize = 3 << 20;
@@ -136,7 +139,14 @@ pub struct Core {
 
 impl Core {
     /// Takes a journal over. `lost` says what ended what a former host had open.
-    pub fn new(spec: Spec, adapter: Box<dyn Adapter>, capabilities: Capabilities, state: State, lost: Reason, now: u64) -> Self {
+    pub fn new(
+        spec: Spec,
+        adapter: Box<dyn Adapter>,
+        capabilities: Capabilities,
+        state: State,
+        lost: Reason,
+        now: u64,
+    ) -> Self {
         let mut core = Self {
             spec,
             adapter,
@@ -169,9 +179,14 @@ impl Core {
         };
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let generation = core.state.generation + 1;
-        core.record(record::Kind::HostStarted(HostStarted { generation, version, capabilities: Some(capabilities) }));
+        core.record(record::Kind::HostStarted(HostStarted {
+            generation,
+            version,
+            capabilities: Some(capabilities),
+        }));
         for request in core.state.requests.clone() {
-            let settled = DecisionSettled { id: request.id, how: How::Void.into(), input_id: String::new() };
+            let settled =
+                DecisionSettled { id: request.id, how: How::Void.into(), input_id: String::new() };
             core.record(record::Kind::DecisionSettled(settled));
         }
         let message = match lost {
@@ -179,11 +194,21 @@ impl Core {
             _ => "The agent host was killed inside the sandbox",
         };
         if let Some(turn) = core.state.turn.clone() {
-            let ended = TurnEnded { turn: turn.turn, reason: lost.into(), message: message.to_owned(), ..TurnEnded::default() };
+            let ended = TurnEnded {
+                turn: turn.turn,
+                reason: lost.into(),
+                message: message.to_owned(),
+                ..TurnEnded::default()
+            };
             core.record(record::Kind::TurnEnded(ended));
         }
         if let Some(step) = core.state.step.clone() {
-            let ended = StepEnded { input_id: step.input_id, name: step.name, reason: lost.into(), ..StepEnded::default() };
+            let ended = StepEnded {
+                input_id: step.input_id,
+                name: step.name,
+                reason: lost.into(),
+                ..StepEnded::default()
+            };
             core.record(record::Kind::StepEnded(ended));
         }
         // Accepted a moment before the end of the host that could have passed it on.
@@ -214,7 +239,11 @@ impl Core {
     }
 
     fn settle(&mut self, id: &str, outcome: Outcome, message: &str) {
-        let settled = InputSettled { id: id.to_owned(), outcome: outcome.into(), message: message.to_owned() };
+        let settled = InputSettled {
+            id: id.to_owned(),
+            outcome: outcome.into(),
+            message: message.to_owned(),
+        };
         self.record(record::Kind::InputSettled(settled));
     }
 

@@ -1,7 +1,8 @@
 //! Custom tools: the session's user runs them. The host offers them to its CLI as an MCP server.
 //!
-//! The CLI starts the server (`agent-host tools NAME`), which speaks MCP with the CLI and lines of JSON with the host: the host is the one
-//! that waits for results, so that a call outlives the runner.
+//! The CLI starts the server (`agent-host tools NAME`), which speaks MCP with the CLI and lines of
+//! JSON with the host: the host is the one that waits for results, so that a call outlives the
+//! runner.
 
 use std::{
     collections::HashMap,
@@ -23,16 +24,19 @@ pub const SERVER: &str = "aod_tools";
 pub const PREFIX: &str = "aod_tools_";
 /// What the model reads where its turn has ended.
 pub const ENDED: &str = "The turn has ended";
-/// How long a CLI waits for a result, if that can be configured: 23 days, close to the maximum of JavaScript timers.
+/// How long a CLI waits for a result, if that can be configured: 23 days, close to the maximum of
+/// JavaScript timers.
 pub const TIMEOUT_SECONDS: u64 = 2_000_000;
 /// A line holds a result, which is an input of the host.
 const LINE_BYTES_MAX: usize = 8 << 20;
-/// What a server that does not read may leave unread: more than the results of all calls that can be open.
+/// What a server that does not read may leave unread: more than the results of all calls that can
+/// be open.
 const UNREAD_BYTES_MAX: usize = 64 << 20;
 /// CLIs wait on while progress is reported.
 const PROGRESS: Duration = Duration::from_secs(10);
 
-/// Where the servers of a host's CLI connect to: a name that no file system has, so that it is the same for every user of the sandbox.
+/// Where the servers of a host's CLI connect to: a name that no file system has, so that it is the
+/// same for every user of the sandbox.
 pub fn listen() -> io::Result<(UnixListener, String)> {
     let name = format!("aod-tools-{}", crate::random_hex());
     let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
@@ -51,7 +55,8 @@ pub fn command(name: &str) -> Vec<String> {
 /// The host's first message to a server: the answer to `tools/list`.
 pub fn listed(tools: &[CustomTool]) -> Value {
     let tools = tools.iter().map(|tool| {
-        let schema = serde_json::from_str::<Value>(&tool.input_schema_json).unwrap_or_else(|_| json!({ "type": "object" }));
+        let schema = serde_json::from_str::<Value>(&tool.input_schema_json)
+            .unwrap_or_else(|_| json!({ "type": "object" }));
         json!({ "name": tool.name, "description": tool.description, "inputSchema": schema })
     });
     json!({ "tools": tools.collect::<Vec<_>>() })
@@ -119,7 +124,14 @@ impl Client {
         match self.stream.read(&mut buffer) {
             Ok(0) => return None,
             Ok(bytes) => self.incoming.extend_from_slice(buffer.get(..bytes).unwrap_or_default()),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return Some(Vec::new()),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                return Some(Vec::new());
+            }
             Err(_) => return None,
         }
         let mut told = Vec::new();
@@ -150,9 +162,11 @@ fn locked(calls: &Calls) -> std::sync::MutexGuard<'_, HashMap<String, Option<Val
     calls.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// `agent-host tools NAME`: serves MCP on standard input and output until its CLI or its host is gone.
+/// `agent-host tools NAME`: serves MCP on standard input and output until its CLI or its host is
+/// gone.
 pub fn serve(name: &str) -> ExitCode {
-    let connected = SocketAddr::from_abstract_name(name).and_then(|address| UnixStream::connect_addr(&address));
+    let connected =
+        SocketAddr::from_abstract_name(name).and_then(|address| UnixStream::connect_addr(&address));
     match connected.and_then(|host| serve_on(&host)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -184,7 +198,9 @@ fn serve_on(host: &UnixStream) -> io::Result<()> {
             }
             let content = json!([{ "type": "text", "text": line.get("text") }]);
             let result = json!({ "content": content, "isError": line.get("is_error") });
-            say(&json!({ "jsonrpc": "2.0", "id": serde_json::from_str::<Value>(id).unwrap_or_default(), "result": result }));
+            say(
+                &json!({ "jsonrpc": "2.0", "id": serde_json::from_str::<Value>(id).unwrap_or_default(), "result": result }),
+            );
         }
         // Without its host no call is answered.
         std::process::exit(0);
@@ -195,7 +211,9 @@ fn serve_on(host: &UnixStream) -> io::Result<()> {
             let tokens: Vec<Value> = locked(&progressing).values().flatten().cloned().collect();
             for token in tokens {
                 let params = json!({ "progressToken": token, "progress": progress });
-                say(&json!({ "jsonrpc": "2.0", "method": "notifications/progress", "params": params }));
+                say(
+                    &json!({ "jsonrpc": "2.0", "method": "notifications/progress", "params": params }),
+                );
             }
         }
     });
@@ -214,7 +232,8 @@ fn handle(request: &Value, tools: &Value, calls: &Calls) -> Option<Value> {
     let method = request.get("method").and_then(Value::as_str)?;
     let params = request.get("params").unwrap_or(&Value::Null);
     let Some(id) = request.get("id") else {
-        let cancelled = params.get("requestId").filter(|_| method == "notifications/cancelled")?.to_string();
+        let cancelled =
+            params.get("requestId").filter(|_| method == "notifications/cancelled")?.to_string();
         return locked(calls).remove(&cancelled).map(|_| json!({ "cancel": cancelled }));
     };
     let answer = |result: Value| {
@@ -223,9 +242,12 @@ fn handle(request: &Value, tools: &Value, calls: &Calls) -> Option<Value> {
     };
     match method {
         "initialize" => {
-            let version = params.get("protocolVersion").cloned().unwrap_or_else(|| "2025-06-18".into());
+            let version =
+                params.get("protocolVersion").cloned().unwrap_or_else(|| "2025-06-18".into());
             let server = json!({ "name": SERVER, "version": env!("CARGO_PKG_VERSION") });
-            answer(json!({ "protocolVersion": version, "capabilities": { "tools": {} }, "serverInfo": server }))
+            answer(
+                json!({ "protocolVersion": version, "capabilities": { "tools": {} }, "serverInfo": server }),
+            )
         }
         "ping" => answer(json!({})),
         "tools/list" => answer(tools.clone()),

@@ -1,4 +1,5 @@
-//! The host's process: carries out what [`Core`] decides, and passes events to it. One thread waits for everything.
+//! The host's process: carries out what [`Core`] decides, and passes events to it. One thread waits
+//! for everything.
 
 mod actions;
 mod poll;
@@ -69,9 +70,14 @@ pub fn journal_path(dir: &Path) -> PathBuf {
 /// `user`: whom programs run as, where the specification names no one.
 pub fn start(dir: &Path, spec: &Path, user: &str) -> Result<(), String> {
     let failed = |what: &str, error: io::Error| format!("{what}: {error}");
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| failed("cannot create the folder", error))?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|error| failed("cannot create the folder", error))?;
     let bytes = fs::read(spec).map_err(|error| failed("cannot read the specification", error))?;
-    let mut spec = Spec::decode(bytes.as_slice()).map_err(|error| format!("the specification is not valid: {error}"))?;
+    let mut spec = Spec::decode(bytes.as_slice())
+        .map_err(|error| format!("the specification is not valid: {error}"))?;
     if spec.user.is_empty() {
         user.clone_into(&mut spec.user);
     }
@@ -91,11 +97,16 @@ pub fn start(dir: &Path, spec: &Path, user: &str) -> Result<(), String> {
         .current_dir("/");
     let mut child = command.spawn().map_err(|error| failed("cannot start the host", error))?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(&spec.encode_to_vec()).map_err(|error| failed("cannot pass the specification on", error))?;
+        stdin
+            .write_all(&spec.encode_to_vec())
+            .map_err(|error| failed("cannot pass the specification on", error))?;
     }
     let mut answer = String::new();
     if let Some(stdout) = child.stdout.take() {
-        stdout.take(4096).read_to_string(&mut answer).map_err(|error| failed("cannot read the host's answer", error))?;
+        stdout
+            .take(4096)
+            .read_to_string(&mut answer)
+            .map_err(|error| failed("cannot read the host's answer", error))?;
     }
     match answer.trim() {
         "ready" | "running" => Ok(()),
@@ -109,12 +120,18 @@ fn end_running(dir: &Path) -> Result<(), String> {
     // Without a host there is nothing to connect to.
     let Ok(mut stream) = UnixStream::connect(socket_path(dir)) else { return Ok(()) };
     // Unlike any before, since a host ignores an id that it knows.
-    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let since_epoch =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let id = format!("restart-{}-{}", since_epoch.as_nanos(), std::process::id());
     let stop = Input { id, kind: Some(input::Kind::Stop(Stop {})) };
     let _ = stream.set_write_timeout(Some(Duration::from_secs(5)));
-    stream.write_all(&journal::input_frame(&stop)).map_err(|error| format!("cannot end the running host: {error}"))?;
-    let lock = OpenOptions::new().write(true).open(lock_path(dir)).map_err(|error| format!("cannot open the lock: {error}"))?;
+    stream
+        .write_all(&journal::input_frame(&stop))
+        .map_err(|error| format!("cannot end the running host: {error}"))?;
+    let lock = OpenOptions::new()
+        .write(true)
+        .open(lock_path(dir))
+        .map_err(|error| format!("cannot open the lock: {error}"))?;
     for _ in 0..RESTART_MS / RESTART_POLL_MS {
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
             return Ok(());
@@ -124,7 +141,8 @@ fn end_running(dir: &Path) -> Result<(), String> {
     Err("the running host did not end".to_owned())
 }
 
-/// `agent-host run`: the host itself. Reads its specification from standard input, answers `ready`, `running` or an error, and serves.
+/// `agent-host run`: the host itself. Reads its specification from standard input, answers `ready`,
+/// `running` or an error, and serves.
 pub fn run(dir: &Path) -> ExitCode {
     let answer = |text: &str| {
         let mut stdout = io::stdout();
@@ -192,7 +210,8 @@ struct Host {
     tools_clients: Vec<custom_tools::Client>,
     tools_accepted: u64,
     running: Option<Running>,
-    /// What background processes write after their program's end goes nowhere; without a reader they would be killed.
+    /// What background processes write after their program's end goes nowhere; without a reader
+    /// they would be killed.
     late: VecDeque<OwnedFd>,
     /// In order: a line for the CLI waits until the records before it are written.
     actions: VecDeque<Action>,
@@ -212,42 +231,64 @@ impl Host {
     fn open(dir: &Path, spec: &[u8]) -> Result<Option<Self>, String> {
         let failed = |what: &str, error: io::Error| format!("{what}: {error}");
         let mut options = OpenOptions::new();
-        let lock = options.write(true).create(true).truncate(false).mode(0o600).open(lock_path(dir));
+        let lock =
+            options.write(true).create(true).truncate(false).mode(0o600).open(lock_path(dir));
         let lock = lock.map_err(|error| failed("cannot open the lock", error))?;
         if !take_lock(&lock) {
             return Ok(None);
         }
-        let mut spec = Spec::decode(spec).map_err(|error| format!("the specification is not valid: {error}"))?;
+        let mut spec = Spec::decode(spec)
+            .map_err(|error| format!("the specification is not valid: {error}"))?;
         let mut tools = None;
         if !spec.custom_tools.is_empty() {
-            let (listener, name) = custom_tools::listen().map_err(|error| failed("cannot offer custom tools", error))?;
+            let (listener, name) = custom_tools::listen()
+                .map_err(|error| failed("cannot offer custom tools", error))?;
             spec.tools_command = custom_tools::command(&name);
             spec.mcp_servers.push(custom_tools::SERVER.to_owned());
             tools = Some(listener);
         }
-        let runtime = adapters::find(&spec.runtime).ok_or_else(|| format!("runtime {} is not known", spec.runtime))?;
+        let runtime = adapters::find(&spec.runtime)
+            .ok_or_else(|| format!("runtime {} is not known", spec.runtime))?;
         let user = User::find(&spec.user)?;
-        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(|error| failed("subreaper", error.into()))?;
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+            .map_err(|error| failed("subreaper", error.into()))?;
         // Above the agent, where that is permitted: what runs out of memory is not the supervisor.
         let _ = fs::write("/proc/self/oom_score_adj", "-900");
         // Nor do programs of the same user look into it.
-        let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+        let _ =
+            rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
 
         let (run_path, run) = (dir.join("sandbox-run"), process::sandbox_run());
-        let lost = if fs::read_to_string(&run_path).is_ok_and(|former| former != run) { Reason::SandboxLost } else { Reason::HostLost };
-        let store = Store::open(&journal_path(dir), SEGMENT_BYTES).map_err(|error| failed("cannot open the journal", error))?;
+        let lost = if fs::read_to_string(&run_path).is_ok_and(|former| former != run) {
+            Reason::SandboxLost
+        } else {
+            Reason::HostLost
+        };
+        let store = Store::open(&journal_path(dir), SEGMENT_BYTES)
+            .map_err(|error| failed("cannot open the journal", error))?;
         fs::write(&run_path, run).map_err(|error| failed("cannot write to the folder", error))?;
-        fs::write(revision_path(dir), &spec.revision).map_err(|error| failed("cannot write to the folder", error))?;
+        fs::write(revision_path(dir), &spec.revision)
+            .map_err(|error| failed("cannot write to the folder", error))?;
         process::end_marked(&user, &spec.session_id);
 
         let _ = fs::remove_file(socket_path(dir));
-        let listener = UnixListener::bind(socket_path(dir)).map_err(|error| failed("cannot listen", error))?;
+        let listener =
+            UnixListener::bind(socket_path(dir)).map_err(|error| failed("cannot listen", error))?;
         listener.set_nonblocking(true).map_err(|error| failed("cannot listen", error))?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed("eventfd", error.into()))?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| failed("eventfd", error.into()))?;
         let refused_bytes = fs::metadata(&spec.refused_log).map_or(0, |metadata| metadata.len());
-        let mcp_failures_bytes = fs::symlink_metadata(&spec.mcp_failures).map_or(0, |metadata| metadata.len());
+        let mcp_failures_bytes =
+            fs::symlink_metadata(&spec.mcp_failures).map_or(0, |metadata| metadata.len());
         let now = monotonic_ms();
-        let core = Core::new(spec.clone(), (runtime.new)(&spec), runtime.capabilities, store.state.clone(), lost, now);
+        let core = Core::new(
+            spec.clone(),
+            (runtime.new)(&spec),
+            runtime.capabilities,
+            store.state.clone(),
+            lost,
+            now,
+        );
         Ok(Some(Self {
             dir: dir.to_owned(),
             spec,

@@ -1,4 +1,5 @@
-//! Requests to a CLI that serves HTTP on the loopback interface, as adapters make them, and the replies.
+//! Requests to a CLI that serves HTTP on the loopback interface, as adapters make them, and the
+//! replies.
 
 /// A request whose answer comes as [`Reply::Answer`], or a stream of server-sent events.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -1,7 +1,9 @@
-//! The agent host: runs an agent CLI inside a sandbox, speaks the CLI's own two-way protocol, and keeps a journal of everything.
+//! The agent host: runs an agent CLI inside a sandbox, speaks the CLI's own two-way protocol, and
+//! keeps a journal of everything.
 //!
-//! [`host`] is the process, [`core`] decides what it does, [`adapters`] know the CLIs; [`store`] writes the journal, [`state`] is what a
-//! journal says is open, [`attach`] carries it to the runner; [`process`] starts and ends programs, [`prepare`] works in the user's home.
+//! [`host`] is the process, [`core`] decides what it does, [`adapters`] know the CLIs; [`store`]
+//! writes the journal, [`state`] is what a journal says is open, [`attach`] carries it to the
+//! runner; [`process`] starts and ends programs, [`prepare`] works in the user's home.
 //! docs/agent-host.md describes how a runner uses it.
 
 mod adapters;
@@ -32,7 +34,10 @@ Usage:
 Exit status of attach: 0 the host ended, 3 the host was lost (start it again), 4 the journal has no such offset";
 
 fn main() -> ExitCode {
-    let mut arguments: Vec<String> = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
+    let mut arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
     // Whom programs run as, where the host became root.
     let mut user = String::new();
     match arguments.first().map(String::as_str) {
@@ -52,15 +57,19 @@ fn main() -> ExitCode {
         ExitCode::FAILURE
     };
     match words.as_slice() {
-        ["start", "--dir", dir, "--spec", spec] => match host::start(Path::new(dir), Path::new(spec), &user) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(message) => failed(&message),
-        },
+        ["start", "--dir", dir, "--spec", spec] => {
+            match host::start(Path::new(dir), Path::new(spec), &user) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(message) => failed(&message),
+            }
+        }
         ["attach", "--dir", dir, "--from", offset] => {
             let Ok(offset) = offset.parse() else { return failed("the offset is not a number") };
             attach::run(Path::new(dir), offset).unwrap_or_else(|error| failed(&error.to_string()))
         }
-        ["dump", "--dir", dir] => attach::dump(Path::new(dir)).unwrap_or_else(|error| failed(&error.to_string())),
+        ["dump", "--dir", dir] => {
+            attach::dump(Path::new(dir)).unwrap_or_else(|error| failed(&error.to_string()))
+        }
         ["runtimes"] => {
             print!("{}", adapters::document());
             ExitCode::SUCCESS
@@ -89,7 +98,8 @@ fn variable(name: &str) -> Option<String> {
 fn random_hex() -> String {
     let mut bytes = [0_u8; 16];
     // Without random bytes there is no secret to keep: the file is part of every sandbox.
-    let _ = std::fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes));
+    let _ = std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes));
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -102,5 +112,6 @@ fn now_us() -> u64 {
 /// Milliseconds of a clock that only goes forward, and on while the sandbox sleeps.
 fn monotonic_ms() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1000 + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1000
+        + u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000
 }

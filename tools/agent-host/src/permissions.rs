@@ -1,17 +1,30 @@
 //! Which rule decides about a tool call.
 //!
-//! A rule names a tool, the beginning of tools' names followed by `*`, or `tool(pattern)`. A pattern is compared with the call's command,
-//! path or address; `*` stands for anything, and `words:*` for the words alone or followed by more. A command is a shell's text, and
-//! more than one program may run in it: a rule that denies or asks matches when any part of it does, one that allows only when there
-//! is but one part.
+//! A rule names a tool, the beginning of tools' names followed by `*`, or `tool(pattern)`. A
+//! pattern is compared with the call's command, path or address; `*` stands for anything, and
+//! `words:*` for the words alone or followed by more. A command is a shell's text, and more than
+//! one program may run in it: a rule that denies or asks matches when any part of it does, one that
+//! allows only when there is but one part.
 
 use contract::host::{Evaluation, PermissionRule, Permissions};
 use serde_json::Value;
 
 /// What a pattern is compared with, in this order.
-const SUBJECTS: [&str; 10] = ["command", "cmd", "file_path", "filePath", "notebook_path", "path", "url", "query", "pattern", "title"];
+const SUBJECTS: [&str; 10] = [
+    "command",
+    "cmd",
+    "file_path",
+    "filePath",
+    "notebook_path",
+    "path",
+    "url",
+    "query",
+    "pattern",
+    "title",
+];
 const COMMANDS: [&str; 2] = ["command", "cmd"];
-/// Where one program of a shell's text ends and another may begin, or where what it does is decided only as it runs.
+/// Where one program of a shell's text ends and another may begin, or where what it does is decided
+/// only as it runs.
 const SEPARATORS: [char; 10] = [';', '&', '|', '\n', '\r', '(', ')', '`', '{', '}'];
 const REDIRECTIONS: [char; 3] = ['<', '>', '$'];
 
@@ -23,8 +36,10 @@ pub fn evaluate(permissions: &Permissions, tool: &str, input_json: &str) -> Eval
 }
 
 fn matches(rule: &PermissionRule, tool: &str, input: &Value) -> bool {
-    if let Some((name, pattern)) = rule.tool.strip_suffix(')').and_then(|rule| rule.split_once('(')) {
-        return tool == name && subject(input).is_some_and(|subject| subject.matches(pattern, rule.evaluation()));
+    if let Some((name, pattern)) = rule.tool.strip_suffix(')').and_then(|rule| rule.split_once('('))
+    {
+        return tool == name
+            && subject(input).is_some_and(|subject| subject.matches(pattern, rule.evaluation()));
     }
     match rule.tool.strip_suffix('*') {
         Some(prefix) => tool.starts_with(prefix),
@@ -42,7 +57,9 @@ fn subject(input: &Value) -> Option<Subject> {
     SUBJECTS.into_iter().find_map(|name| {
         let text = match input.get(name)? {
             Value::String(text) => text.clone(),
-            Value::Array(words) => words.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" "),
+            Value::Array(words) => {
+                words.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" ")
+            }
             _ => return None,
         };
         Some(Subject { text, is_command: COMMANDS.contains(&name) })
@@ -53,8 +70,13 @@ impl Subject {
     fn matches(&self, pattern: &str, evaluation: Evaluation) -> bool {
         let text = self.text.trim();
         match (self.is_command, evaluation) {
-            (true, Evaluation::Allow) => !text.contains(SEPARATORS) && !text.contains(REDIRECTIONS) && is_like(text, pattern),
-            (true, _) => is_like(text, pattern) || text.split(SEPARATORS).any(|part| is_like(part.trim(), pattern)),
+            (true, Evaluation::Allow) => {
+                !text.contains(SEPARATORS) && !text.contains(REDIRECTIONS) && is_like(text, pattern)
+            }
+            (true, _) => {
+                is_like(text, pattern)
+                    || text.split(SEPARATORS).any(|part| is_like(part.trim(), pattern))
+            }
             (false, _) => is_like(text, pattern),
         }
     }
@@ -62,7 +84,9 @@ impl Subject {
 
 fn is_like(text: &str, pattern: &str) -> bool {
     if let Some(words) = pattern.strip_suffix(":*") {
-        return text.strip_prefix(words).is_some_and(|rest| rest.is_empty() || rest.starts_with(' '));
+        return text
+            .strip_prefix(words)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with(' '));
     }
     let Some((first, rest)) = pattern.split_once('*') else { return text == pattern };
     let Some(mut text) = text.strip_prefix(first) else { return false };
@@ -83,8 +107,15 @@ mod tests {
     use super::*;
 
     fn decide(rules: &[(&str, Evaluation)], tool: &str, input: &Value) -> Evaluation {
-        let rules = rules.iter().map(|(tool, evaluation)| PermissionRule { tool: (*tool).to_owned(), evaluation: (*evaluation).into() });
-        evaluate(&Permissions { rules: rules.collect(), otherwise: Evaluation::Ask.into() }, tool, &input.to_string())
+        let rules = rules.iter().map(|(tool, evaluation)| PermissionRule {
+            tool: (*tool).to_owned(),
+            evaluation: (*evaluation).into(),
+        });
+        evaluate(
+            &Permissions { rules: rules.collect(), otherwise: Evaluation::Ask.into() },
+            tool,
+            &input.to_string(),
+        )
     }
 
     #[test]
@@ -97,7 +128,8 @@ mod tests {
             ("mcp__*", Evaluation::Allow),
             ("WebFetch(https://example.org/*)", Evaluation::Allow),
         ];
-        let bash = |command: &str| decide(&rules, "Bash", &serde_json::json!({ "command": command }));
+        let bash =
+            |command: &str| decide(&rules, "Bash", &serde_json::json!({ "command": command }));
         for (command, evaluation) in [
             ("git status", Evaluation::Allow),
             ("git", Evaluation::Allow),
@@ -116,14 +148,22 @@ mod tests {
         ] {
             assert_eq!(bash(command), evaluation, "{command}");
         }
-        let call = |tool: &str, name: &str, text: &str| decide(&rules, tool, &serde_json::json!({ name: text }));
+        let call = |tool: &str, name: &str, text: &str| {
+            decide(&rules, tool, &serde_json::json!({ name: text }))
+        };
         assert_eq!(call("Edit", "file_path", "/workspace/src/main.rs"), Evaluation::Allow);
         assert_eq!(call("Edit", "file_path", "/etc/main.rs"), Evaluation::Ask);
         assert_eq!(call("WebFetch", "url", "https://example.org/a;b"), Evaluation::Allow);
         assert_eq!(call("mcp__a__b", "x", ""), Evaluation::Allow);
         // A list of words, as one CLI sends it; and what has no subject is like no pattern.
-        assert_eq!(decide(&rules, "Bash", &serde_json::json!({ "command": ["git", "diff"] })), Evaluation::Allow);
-        assert_eq!(decide(&rules, "Bash", &serde_json::json!({ "other": "git diff" })), Evaluation::Ask);
+        assert_eq!(
+            decide(&rules, "Bash", &serde_json::json!({ "command": ["git", "diff"] })),
+            Evaluation::Allow
+        );
+        assert_eq!(
+            decide(&rules, "Bash", &serde_json::json!({ "other": "git diff" })),
+            Evaluation::Ask
+        );
     }
 
     proptest! {

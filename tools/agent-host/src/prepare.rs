@@ -1,5 +1,5 @@
-//! What an adapter needs done in the user's home before its CLI starts. Runs as the user: links that the agent laid lead no further than
-//! the agent itself could go.
+//! What an adapter needs done in the user's home before its CLI starts. Runs as the user: links
+//! that the agent laid lead no further than the agent itself could go.
 
 use std::{
     fs,
@@ -15,14 +15,17 @@ use serde_json::{Value, json};
 pub enum Action {
     /// Writes a file below the home, with mode 0600.
     Write { path: String, text: String },
-    /// Of the files below `folder` whose names end with `suffix`: keeps the largest as `name` beside where it was, deletes the others.
+    /// Of the files below `folder` whose names end with `suffix`: keeps the largest as `name`
+    /// beside where it was, deletes the others.
     KeepLargest { folder: String, suffix: String, name: String },
 }
 
 pub fn to_json(actions: &[Action]) -> String {
     let action = |action: &Action| match action {
         Action::Write { path, text } => json!({ "write": path, "text": text }),
-        Action::KeepLargest { folder, suffix, name } => json!({ "keep_largest": folder, "suffix": suffix, "name": name }),
+        Action::KeepLargest { folder, suffix, name } => {
+            json!({ "keep_largest": folder, "suffix": suffix, "name": name })
+        }
     };
     Value::Array(actions.iter().map(action).collect()).to_string()
 }
@@ -35,7 +38,8 @@ pub fn run() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let actions: Value = serde_json::from_str(&text).unwrap_or_default();
-    let done = actions.as_array().into_iter().flatten().all(|action| carry_out(&home, action).is_ok());
+    let done =
+        actions.as_array().into_iter().flatten().all(|action| carry_out(&home, action).is_ok());
     if done { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -47,10 +51,18 @@ fn carry_out(home: &Path, action: &Value) -> std::io::Result<()> {
             fs::create_dir_all(folder)?;
         }
         let draft = path.with_extension("draft");
-        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?.write_all(text.as_bytes())?;
+        fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&draft)?
+            .write_all(text.as_bytes())?;
         return fs::rename(draft, path);
     }
-    if let (Some(folder), Some(suffix), Some(name)) = (field("keep_largest"), field("suffix"), field("name")) {
+    if let (Some(folder), Some(suffix), Some(name)) =
+        (field("keep_largest"), field("suffix"), field("name"))
+    {
         let mut files = Vec::new();
         collect(&home.join(folder), suffix, 4, &mut files);
         files.sort();
@@ -84,7 +96,8 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let chats = home.path().join("tmp/project/chats");
         fs::create_dir_all(&chats).unwrap();
-        fs::write(chats.join("session-2026-11-25T10-00-c0ffee12.jsonl"), "long conversation").unwrap();
+        fs::write(chats.join("session-2026-11-25T10-00-c0ffee12.jsonl"), "long conversation")
+            .unwrap();
         fs::write(chats.join("session-2026-11-25T10-05-c0ffee12.jsonl"), "short").unwrap();
         fs::write(chats.join("session-2026-11-25T10-05-other123.jsonl"), "other").unwrap();
         let action = Action::KeepLargest {
@@ -92,12 +105,20 @@ mod tests {
             suffix: "-c0ffee12.jsonl".to_owned(),
             name: "session-2020-01-01T00-00-c0ffee12.jsonl".to_owned(),
         };
-        for action in serde_json::from_str::<Value>(&to_json(&[action])).unwrap().as_array().unwrap() {
+        for action in
+            serde_json::from_str::<Value>(&to_json(&[action])).unwrap().as_array().unwrap()
+        {
             carry_out(home.path(), action).unwrap();
         }
-        let mut names: Vec<String> = fs::read_dir(&chats).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<String> = fs::read_dir(&chats)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
-        assert_eq!(names, ["session-2020-01-01T00-00-c0ffee12.jsonl", "session-2026-11-25T10-05-other123.jsonl"]);
+        assert_eq!(
+            names,
+            ["session-2020-01-01T00-00-c0ffee12.jsonl", "session-2026-11-25T10-05-other123.jsonl"]
+        );
         assert_eq!(fs::read_to_string(chats.join(&names[0])).unwrap(), "long conversation");
     }
 }

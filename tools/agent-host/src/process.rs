@@ -1,7 +1,7 @@
 //! Processes of the sandbox's user: how they are started, and how whole trees of them are ended.
 //!
-//! A program is started through `agent-host exec`, which becomes the user in a process of its own and then the program: changing users
-//! between `fork` and `exec` cannot be done in safe Rust.
+//! A program is started through `agent-host exec`, which becomes the user in a process of its own
+//! and then the program: changing users between `fork` and `exec` cannot be done in safe Rust.
 
 use std::{
     fs::{self, File},
@@ -21,8 +21,8 @@ use rustix::{
     pipe::{PipeFlags, fcntl_setpipe_size, pipe_with},
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
     thread::{
-        CapabilitySet, CapabilitySets, capability_is_in_ambient_set, configure_capability_in_ambient_set, set_capabilities,
-        set_keep_capabilities,
+        CapabilitySet, CapabilitySets, capability_is_in_ambient_set,
+        configure_capability_in_ambient_set, set_capabilities, set_keep_capabilities,
     },
 };
 
@@ -30,7 +30,8 @@ use crate::adapters::{Launch, Stdio as LaunchStdio};
 
 /// In the environment of every process that works on turns.
 pub const MARK: &str = "AOD_HOST_SESSION";
-/// In place of a program: the adapter's actions, in this process. The user need not be able to start the host's file.
+/// In place of a program: the adapter's actions, in this process. The user need not be able to
+/// start the host's file.
 const PREPARE: &str = "--prepare";
 const PIPE_BYTES: usize = 1 << 20;
 /// In place of a program: ends what is marked with the session, which only its own user can see.
@@ -65,12 +66,22 @@ impl User {
             None if name.is_empty() => {
                 let home = crate::variable("HOME").unwrap_or_else(|| "/".to_owned());
                 let gid = rustix::process::getgid().as_raw();
-                Self { name: String::new(), uid: own, gid, groups: Vec::new(), home, shell: "/bin/sh".to_owned(), other: false }
+                Self {
+                    name: String::new(),
+                    uid: own,
+                    gid,
+                    groups: Vec::new(),
+                    home,
+                    shell: "/bin/sh".to_owned(),
+                    other: false,
+                }
             }
             None => return Err(format!("user {name} does not exist")),
         };
         if user.other && own != 0 {
-            return Err(format!("only root can run programs as {name}: start the host as root, or without a user"));
+            return Err(format!(
+                "only root can run programs as {name}: start the host as root, or without a user"
+            ));
         }
         Ok(user)
     }
@@ -79,7 +90,15 @@ impl User {
     fn number(name: &str, own: u32) -> Option<Self> {
         let uid = name.parse().ok()?;
         let (home, shell) = ("/".to_owned(), "/bin/sh".to_owned());
-        Some(Self { name: name.to_owned(), uid, gid: uid, groups: vec![uid], home, shell, other: uid != own })
+        Some(Self {
+            name: name.to_owned(),
+            uid,
+            gid: uid,
+            groups: vec![uid],
+            home,
+            shell,
+            other: uid != own,
+        })
     }
 
     fn parse(passwd: &str, group: &str, name: &str, own: u32) -> Option<Self> {
@@ -126,8 +145,14 @@ fn environment(spec: &Spec, user: &User, launch: &Launch) -> Vec<(String, String
     env.extend(launch.env.iter().cloned());
     env.extend(spec.env.iter().map(|variable| (variable.name.clone(), variable.value.clone())));
     // A name with `=` or a NUL cannot be passed on at all.
-    env.retain(|(name, value)| !name.is_empty() && !name.contains(['=', '\0']) && !value.contains('\0'));
-    let home = env.iter().rev().find(|(name, _)| name == "HOME").map_or(user.home.clone(), |(_, home)| home.clone());
+    env.retain(|(name, value)| {
+        !name.is_empty() && !name.contains(['=', '\0']) && !value.contains('\0')
+    });
+    let home = env
+        .iter()
+        .rev()
+        .find(|(name, _)| name == "HOME")
+        .map_or(user.home.clone(), |(_, home)| home.clone());
     let own = crate::variable("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".to_owned());
     let given = env.iter().filter(|(name, _)| name == "PATH");
     let path = given.fold(own.clone(), |path, (_, given)| expand_path(given, &path));
@@ -156,7 +181,9 @@ fn expand_path(given: &str, path: &str) -> String {
     while let Some(at) = rest.find('$') {
         let (before, reference) = rest.split_at(at);
         expanded.push_str(before);
-        let plain = reference.strip_prefix("$PATH").filter(|after| !after.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_'));
+        let plain = reference
+            .strip_prefix("$PATH")
+            .filter(|after| !after.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_'));
         match reference.strip_prefix("${PATH}").or(plain) {
             Some(after) => {
                 expanded.push_str(path);
@@ -174,11 +201,17 @@ fn expand_path(given: &str, path: &str) -> String {
 /// Where programs work: the first of the session's folders that exists, else the user's home.
 pub fn folder(spec: &Spec, user: &User) -> String {
     let found = spec.working_directories.iter().find(|folder| Path::new(folder).is_dir()).cloned();
-    let home = spec.env.iter().rev().find(|variable| variable.name == "HOME").map(|variable| variable.value.clone());
+    let home = spec
+        .env
+        .iter()
+        .rev()
+        .find(|variable| variable.name == "HOME")
+        .map(|variable| variable.value.clone());
     found.or(home).unwrap_or_else(|| user.home.clone())
 }
 
-/// Starts a program as the user, in a session and process group of its own. It dies with the host's main thread.
+/// Starts a program as the user, in a session and process group of its own. It dies with the host's
+/// main thread.
 pub fn start(spec: &Spec, user: &User, folder: &str, launch: &Launch) -> io::Result<Program> {
     let own_end = |fd: OwnedFd| -> io::Result<OwnedFd> {
         rustix::io::ioctl_fionbio(&fd, true)?;
@@ -199,7 +232,12 @@ pub fn start(spec: &Spec, user: &User, folder: &str, launch: &Launch) -> io::Res
     command.arg("exec").arg(exec_user(user)).arg(folder);
     // They live until the program is started.
     let mut files = Vec::new();
-    for (argument, is_file) in launch.argv.iter().map(|argument| (argument, false)).chain(launch.script.iter().map(|text| (text, true))) {
+    for (argument, is_file) in launch
+        .argv
+        .iter()
+        .map(|argument| (argument, false))
+        .chain(launch.script.iter().map(|text| (text, true)))
+    {
         if !is_file && argument.len() <= ARGUMENT_BYTES_MAX {
             command.arg(argument);
             continue;
@@ -231,25 +269,38 @@ pub fn start(spec: &Spec, user: &User, folder: &str, launch: &Launch) -> io::Res
     Ok(Program { pid, pidfd, stdout: own_end(stdout)?, stderr: own_end(stderr)?, has_stdin })
 }
 
-/// Carries out an adapter's actions as the user, in a process of its own that reads them from standard input.
+/// Carries out an adapter's actions as the user, in a process of its own that reads them from
+/// standard input.
 pub fn prepare(spec: &Spec, user: &User, launch: &Launch) -> io::Result<()> {
     if launch.prepare.is_empty() {
         return Ok(());
     }
     let mut command = Command::new(SELF);
     command.arg("exec").arg(exec_user(user)).arg("").arg(PREPARE);
-    command.envs(environment(spec, user, launch)).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .envs(environment(spec, user, launch))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         io::Write::write_all(&mut stdin, crate::prepare::to_json(&launch.prepare).as_bytes())?;
     }
     let status = child.wait()?;
-    if status.success() { Ok(()) } else { Err(io::Error::other(format!("the preparation failed: {status}"))) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("the preparation failed: {status}")))
+    }
 }
 
 fn exec_user(user: &User) -> String {
     let groups: Vec<String> = user.groups.iter().map(u32::to_string).collect();
-    if user.other { format!("{}:{}:{}", user.uid, user.gid, groups.join(",")) } else { String::new() }
+    if user.other {
+        format!("{}:{}:{}", user.uid, user.gid, groups.join(","))
+    } else {
+        String::new()
+    }
 }
 
 /// `agent-host exec USER FOLDER PROGRAM ARGUMENT...`: becomes the user, then the program.
@@ -264,8 +315,14 @@ pub fn exec(arguments: &[String]) -> ExitCode {
         }
         Ok(()) => {
             let home = crate::variable("HOME").unwrap_or_else(|| "/".to_owned());
-            let entered = [folder.as_str(), home.as_str(), "/"].iter().any(|folder| std::env::set_current_dir(folder).is_ok());
-            if entered { Command::new(program).args(rest).exec() } else { io::Error::other("no folder to work in") }
+            let entered = [folder.as_str(), home.as_str(), "/"]
+                .iter()
+                .any(|folder| std::env::set_current_dir(folder).is_ok());
+            if entered {
+                Command::new(program).args(rest).exec()
+            } else {
+                io::Error::other("no folder to work in")
+            }
         }
     };
     eprintln!("{program} could not be started: {error}");
@@ -278,13 +335,23 @@ fn become_user(user: &str) -> rustix::io::Result<()> {
     let _ = fs::write("/proc/self/oom_score_adj", "0");
     if !user.is_empty() {
         let mut fields = user.split(':');
-        let mut number = || fields.next().and_then(|field| field.parse::<u32>().ok()).ok_or(rustix::io::Errno::INVAL);
+        let mut number = || {
+            fields
+                .next()
+                .and_then(|field| field.parse::<u32>().ok())
+                .ok_or(rustix::io::Errno::INVAL)
+        };
         let (uid, gid) = (number()?, number()?);
-        let groups: Vec<Gid> =
-            fields.next().unwrap_or_default().split(',').filter_map(|group| Some(Gid::from_raw(group.parse().ok()?))).collect();
+        let groups: Vec<Gid> = fields
+            .next()
+            .unwrap_or_default()
+            .split(',')
+            .filter_map(|group| Some(Gid::from_raw(group.parse().ok()?)))
+            .collect();
         rustix::thread::set_thread_groups(&groups)?;
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-        // What the sandbox's user may beside its own: all but to signal other users' processes, the host among them.
+        // What the sandbox's user may beside its own: all but to signal other users' processes, the
+        // host among them.
         let kept = ambient() - CapabilitySet::KILL;
         if !kept.is_empty() {
             set_keep_capabilities(true)?;
@@ -292,8 +359,12 @@ fn become_user(user: &str) -> rustix::io::Result<()> {
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)?;
         if !kept.is_empty() {
-            set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: kept })?;
-            kept.iter().try_for_each(|capability| configure_capability_in_ambient_set(capability, true))?;
+            set_capabilities(
+                None,
+                CapabilitySets { effective: kept, permitted: kept, inheritable: kept },
+            )?;
+            kept.iter()
+                .try_for_each(|capability| configure_capability_in_ambient_set(capability, true))?;
         }
     }
     // After the user: a change of user clears it.
@@ -303,26 +374,44 @@ fn become_user(user: &str) -> rustix::io::Result<()> {
 /// Rights that the sandbox gives its user's processes.
 fn ambient() -> CapabilitySet {
     let all = CapabilitySet::from_bits_truncate((1 << 41) - 1);
-    all.iter().filter(|capability| capability_is_in_ambient_set(*capability).unwrap_or(false)).collect()
+    all.iter()
+        .filter(|capability| capability_is_in_ambient_set(*capability).unwrap_or(false))
+        .collect()
 }
 
-/// Becomes root, by right or by `sudo`; stays what it is where neither works. Returns whom it was, where it became root.
+/// Becomes root, by right or by `sudo`; stays what it is where neither works. Returns whom it was,
+/// where it became root.
 pub fn become_root(command: &[String]) -> String {
     let uid = rustix::process::getuid();
     if uid.is_root() {
         return String::new();
     }
     let (root, group) = (Uid::ROOT, Gid::ROOT);
-    if rustix::thread::set_thread_res_gid(group, group, group).is_ok() && rustix::thread::set_thread_res_uid(root, root, root).is_ok() {
+    if rustix::thread::set_thread_res_gid(group, group, group).is_ok()
+        && rustix::thread::set_thread_res_uid(root, root, root).is_ok()
+    {
         let _ = rustix::thread::set_thread_groups(&[]);
         return uid.as_raw().to_string();
     }
-    let quiet = || Command::new("sudo").args(["-n", "true"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if let (Ok(program), true) = (std::env::current_exe(), quiet().is_ok_and(|status| status.success())) {
+    let quiet = || {
+        Command::new("sudo")
+            .args(["-n", "true"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+    };
+    if let (Ok(program), true) =
+        (std::env::current_exe(), quiet().is_ok_and(|status| status.success()))
+    {
         let path = format!("PATH={}", crate::variable("PATH").unwrap_or_default());
         let mut sudo = Command::new("sudo");
         // It keeps no PATH of its caller's.
-        sudo.args(["-n", "-E", "env"]).arg(path).arg(program).args(["root-of", &uid.as_raw().to_string()]).args(command);
+        sudo.args(["-n", "-E", "env"])
+            .arg(path)
+            .arg(program)
+            .args(["root-of", &uid.as_raw().to_string()])
+            .args(command);
         let _ = sudo.exec();
     }
     String::new()
@@ -337,7 +426,8 @@ fn parents() -> Vec<(Pid, Pid)> {
             // `pid (name) state parent ...`, where the name may hold anything.
             let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
             let after = stat.iter().rposition(|byte| *byte == b')')?;
-            let mut fields = std::str::from_utf8(stat.get(after + 1..)?).ok()?.split_ascii_whitespace();
+            let mut fields =
+                std::str::from_utf8(stat.get(after + 1..)?).ok()?.split_ascii_whitespace();
             let state = fields.next()?;
             let parent = fields.next()?.parse().ok()?;
             (state != "Z").then(|| Some((Pid::from_raw(pid)?, Pid::from_raw(parent)?))).flatten()
@@ -351,7 +441,9 @@ pub fn descendants(root: Pid, spare: &[Pid]) -> Vec<Pid> {
     let mut found: Vec<Pid> = vec![root];
     let mut next = 0;
     while let Some(parent) = found.get(next).copied() {
-        let children = parents.iter().filter(|(pid, of)| *of == parent && !spare.contains(pid) && !found.contains(pid));
+        let children = parents
+            .iter()
+            .filter(|(pid, of)| *of == parent && !spare.contains(pid) && !found.contains(pid));
         let children: Vec<Pid> = children.map(|(pid, _)| *pid).collect();
         found.extend(children);
         next += 1;
@@ -363,14 +455,19 @@ pub fn descendants(root: Pid, spare: &[Pid]) -> Vec<Pid> {
 /// Whether the environment a process was started with has the session's mark.
 fn is_marked(pid: Pid, session: &str) -> bool {
     let mark = format!("{MARK}={session}");
-    let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
+    let environment =
+        fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
     environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
 }
 
 /// Processes of the session's turns that no longer descend from this host: a former host's.
 fn marked(session: &str) -> Vec<Pid> {
     let own = rustix::process::getpid();
-    parents().into_iter().map(|(pid, _)| pid).filter(|pid| *pid != own && is_marked(*pid, session)).collect()
+    parents()
+        .into_iter()
+        .map(|(pid, _)| pid)
+        .filter(|pid| *pid != own && is_marked(*pid, session))
+        .collect()
 }
 
 /// Ends what a former host's turns left behind.
@@ -404,17 +501,25 @@ pub fn signal(pids: &[Pid], signal: Signal) {
 /// Reaps every child that has exited; the status of each as a shell reports it.
 pub fn reap() -> Vec<(Pid, i32)> {
     let mut exited = Vec::new();
-    while let Ok(Some((pid, status))) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {
-        let code = status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal));
+    while let Ok(Some((pid, status))) = rustix::process::wait(rustix::process::WaitOptions::NOHANG)
+    {
+        let code =
+            status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal));
         exited.extend(code.map(|code| (pid, code)));
     }
     exited
 }
 
-/// Tells one run of the sandbox from the next: after a restart the former host cannot have been killed by anyone.
+/// Tells one run of the sandbox from the next: after a restart the former host cannot have been
+/// killed by anyone.
 pub fn sandbox_run() -> String {
     let first = fs::read_to_string("/proc/1/stat").unwrap_or_default();
-    let started = first.rsplit(')').next().and_then(|rest| rest.split_ascii_whitespace().nth(19)).unwrap_or_default().to_owned();
+    let started = first
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.split_ascii_whitespace().nth(19))
+        .unwrap_or_default()
+        .to_owned();
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     format!("{} {started} {}\n", boot.trim(), namespace.display())
@@ -431,14 +536,16 @@ pub fn read_from(path: &Path, offset: u64) -> Vec<u8> {
     text
 }
 
-/// As [`read_from`], of a file that a user wrote: nothing where it is another's, or no file. The user could lay links to what only the
-/// host may read.
+/// As [`read_from`], of a file that a user wrote: nothing where it is another's, or no file. The
+/// user could lay links to what only the host may read.
 pub fn read_own(path: &Path, uid: u32, offset: u64) -> Vec<u8> {
     let mut text = Vec::new();
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let Ok(file) = rustix::fs::open(path, flags, Mode::empty()) else { return text };
     let mut file = File::from(file);
-    let is_own = file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.uid() == uid && metadata.nlink() == 1);
+    let is_own = file
+        .metadata()
+        .is_ok_and(|metadata| metadata.is_file() && metadata.uid() == uid && metadata.nlink() == 1);
     if is_own && io::Seek::seek(&mut file, io::SeekFrom::Start(offset)).is_ok() {
         let _ = file.take(64 << 10).read_to_end(&mut text);
     }
@@ -482,7 +589,10 @@ mod tests {
         let passwd = "root:x:0:0:root:/root:/bin/bash\nsprite:x:1000:1001::/home/sprite:/bin/zsh\n";
         let group = "sudo:x:27:a,sprite\ndocker:x:99:b\nsprite:x:1001:\n";
         let user = User::parse(passwd, group, "sprite", 0).unwrap();
-        assert_eq!((user.uid, user.gid, user.groups, user.home.as_str()), (1000, 1001, vec![27, 1001], "/home/sprite"));
+        assert_eq!(
+            (user.uid, user.gid, user.groups, user.home.as_str()),
+            (1000, 1001, vec![27, 1001], "/home/sprite")
+        );
         assert!(user.other);
         assert_eq!(User::parse(passwd, group, "1000", 0).unwrap().name, "sprite");
         assert_eq!(User::parse(passwd, group, "", 0).unwrap().name, "root");

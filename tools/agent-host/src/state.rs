@@ -1,10 +1,14 @@
-//! What a journal says is open: rebuilt by replaying records, carried over in a snapshot at the start of each segment.
+//! What a journal says is open: rebuilt by replaying records, carried over in a snapshot at the
+//! start of each segment.
 
 use std::collections::VecDeque;
 
-use contract::host::{DecisionRequested, Input, Record, Snapshot, StepStarted, TurnStarted, event, input, record};
+use contract::host::{
+    DecisionRequested, Input, Record, Snapshot, StepStarted, TurnStarted, event, input, record,
+};
 
-/// How many accepted ids are remembered. A repeated input comes from a runner that has not seen its acceptance, so from the recent past.
+/// How many accepted ids are remembered. A repeated input comes from a runner that has not seen its
+/// acceptance, so from the recent past.
 pub const ACCEPTED_MAX: usize = 1000;
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -39,12 +43,16 @@ impl State {
                     self.queued.push(input.clone());
                 }
             }
-            record::Kind::InputSettled(settled) => self.queued.retain(|input| input.id != settled.id),
+            record::Kind::InputSettled(settled) => {
+                self.queued.retain(|input| input.id != settled.id)
+            }
             record::Kind::DecisionRequested(request) => {
                 self.last_event_id = self.last_event_id.max(request.id);
                 self.requests.push(request.clone());
             }
-            record::Kind::DecisionSettled(settled) => self.requests.retain(|request| request.id != settled.id),
+            record::Kind::DecisionSettled(settled) => {
+                self.requests.retain(|request| request.id != settled.id)
+            }
             record::Kind::TurnStarted(turn) => {
                 self.queued.retain(|input| input.id != turn.input_id);
                 self.turn = Some(turn.clone());
@@ -61,7 +69,10 @@ impl State {
                     self.conversation_id.clone_from(&started.conversation_id);
                 }
             }
-            record::Kind::Output(_) | record::Kind::CliStarted(_) | record::Kind::CliExited(_) | record::Kind::HostEnded(_) => {}
+            record::Kind::Output(_)
+            | record::Kind::CliStarted(_)
+            | record::Kind::CliExited(_)
+            | record::Kind::HostEnded(_) => {}
         }
     }
 

@@ -1,8 +1,9 @@
 //! The journal's files: one folder of segments, each named by the offset at which it begins.
 //!
-//! Only the process that holds the host's lock writes. A record that was cut by a kill is removed when the next host opens the journal.
-//! Each segment's room is reserved on the disk when it is created, with [`RESERVED_BYTES`] more for [`Store::append_last`], so that a
-//! turn's end can be written when the disk is full.
+//! Only the process that holds the host's lock writes. A record that was cut by a kill is removed
+//! when the next host opens the journal. Each segment's room is reserved on the disk when it is
+//! created, with [`RESERVED_BYTES`] more for [`Store::append_last`], so that a turn's end can be
+//! written when the disk is full.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -38,8 +39,10 @@ pub fn segment_path(folder: &Path, start: u64) -> PathBuf {
 
 /// Where the segments begin, ascending.
 pub fn segments(folder: &Path) -> io::Result<Vec<u64>> {
-    let names = fs::read_dir(folder)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut starts: Vec<u64> = names.filter_map(|name| name.strip_suffix(SUFFIX)?.parse().ok()).collect();
+    let names =
+        fs::read_dir(folder)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut starts: Vec<u64> =
+        names.filter_map(|name| name.strip_suffix(SUFFIX)?.parse().ok()).collect();
     starts.sort_unstable();
     Ok(starts)
 }
@@ -63,9 +66,11 @@ impl Store {
         let _ = fs::remove_file(folder.join(DRAFT));
         let mut starts = segments(folder)?;
         while let Some(start) = starts.last().copied() {
-            let file = OpenOptions::new().read(true).write(true).open(segment_path(folder, start))?;
+            let file =
+                OpenOptions::new().read(true).write(true).open(segment_path(folder, start))?;
             let (state, bytes) = replay(&file, start)?;
-            // A segment that was created last and holds nothing yet tells less than the one before it.
+            // A segment that was created last and holds nothing yet tells less than the one before
+            // it.
             if bytes == 0 && starts.len() > 1 {
                 fs::remove_file(segment_path(folder, start))?;
                 starts.pop();
@@ -74,11 +79,27 @@ impl Store {
             file.set_len(bytes)?;
             reserve(&file, segment_bytes);
             let first = starts.first().copied().unwrap_or(start);
-            return Ok(Self { folder: folder.to_owned(), segment_bytes, file, start, first, end: start + bytes, state });
+            return Ok(Self {
+                folder: folder.to_owned(),
+                segment_bytes,
+                file,
+                start,
+                first,
+                end: start + bytes,
+                state,
+            });
         }
         let file = create(&segment_path(folder, 0))?;
         reserve(&file, segment_bytes);
-        Ok(Self { folder: folder.to_owned(), segment_bytes, file, start: 0, first: 0, end: 0, state: State::default() })
+        Ok(Self {
+            folder: folder.to_owned(),
+            segment_bytes,
+            file,
+            start: 0,
+            first: 0,
+            end: 0,
+            state: State::default(),
+        })
     }
 
     /// Bytes between the oldest record that is kept and the end.
@@ -119,7 +140,8 @@ impl Store {
         Ok(())
     }
 
-    /// Overwrites what a failed write left behind the end: bytes of the agent's, which must never be read as a frame.
+    /// Overwrites what a failed write left behind the end: bytes of the agent's, which must never
+    /// be read as a frame.
     fn erase(&self, bytes: usize) {
         let end = self.end - self.start;
         let length = self.file.metadata().map_or(0, |metadata| metadata.len());
@@ -128,8 +150,8 @@ impl Store {
         let _ = self.file.write_all_at(&vec![0; left], end);
     }
 
-    /// Continues in a new segment. It gets its name only once it is whole: a reader keeps a segment open that it has found, and would wait
-    /// for ever in one that was taken back.
+    /// Continues in a new segment. It gets its name only once it is whole: a reader keeps a segment
+    /// open that it has found, and would wait for ever in one that was taken back.
     fn rotate(&mut self) -> Result<(), NotWritten> {
         let draft = self.folder.join(DRAFT);
         let begun = self.begin_segment(&draft);
@@ -148,7 +170,8 @@ impl Store {
     /// The next segment with its snapshot, and the snapshot's bytes.
     fn begin_segment(&self, draft: &Path) -> Result<(File, u64), NotWritten> {
         let file = create(draft).map_err(not_written)?;
-        let snapshot = Record { at_us: now_us(), kind: Some(record::Kind::Snapshot(self.state.snapshot())) };
+        let snapshot =
+            Record { at_us: now_us(), kind: Some(record::Kind::Snapshot(self.state.snapshot())) };
         let frame = journal::record_frame(self.end, &snapshot);
         if !reserve(&file, self.segment_bytes) {
             return Err(NotWritten::Full);
@@ -177,7 +200,8 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
-/// Reserves space for a segment. Returns false if there is none; if the file system cannot reserve, writes fail later.
+/// Reserves space for a segment. Returns false if there is none; if the file system cannot reserve,
+/// writes fail later.
 fn reserve(file: &File, segment_bytes: u64) -> bool {
     !matches!(
         fallocate(file, FallocateFlags::KEEP_SIZE, 0, segment_bytes + RESERVED_BYTES),
@@ -187,7 +211,9 @@ fn reserve(file: &File, segment_bytes: u64) -> bool {
 
 fn not_written(error: io::Error) -> NotWritten {
     match error.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::WriteZero => NotWritten::Full,
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::WriteZero => {
+            NotWritten::Full
+        }
         _ => NotWritten::Failed(error),
     }
 }
@@ -199,7 +225,8 @@ fn replay(file: &File, start: u64) -> io::Result<(State, u64)> {
     file.read_exact_at(&mut bytes, 0)?;
     let mut state = State::default();
     let mut end = 0;
-    while let Found::Frame { offset, payload } = journal::find(bytes.get(end..).unwrap_or_default()) {
+    while let Found::Frame { offset, payload } = journal::find(bytes.get(end..).unwrap_or_default())
+    {
         let Ok(record) = Record::decode(payload) else { break };
         if offset != start + end as u64 {
             break;
@@ -212,7 +239,10 @@ fn replay(file: &File, start: u64) -> io::Result<(State, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use contract::host::{Event, Input, InputAccepted, InputSettled, Message, Output, TurnEnded, TurnStarted, input, output};
+    use contract::host::{
+        Event, Input, InputAccepted, InputSettled, Message, Output, TurnEnded, TurnStarted, input,
+        output,
+    };
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
@@ -223,11 +253,21 @@ mod tests {
             Input { id: format!("i{}", id % 7), kind: Some(input::Kind::Message(message)) }
         };
         let kind = prop_oneof![
-            vec(any::<u8>(), 0..60)
-                .prop_map(|data| record::Kind::Output(Output { stream: output::Stream::Stderr.into(), data: data.into() })),
-            any::<u8>().prop_map(move |id| record::Kind::InputAccepted(InputAccepted { input: Some(input(id)) })),
-            (0_u8..7).prop_map(|id| record::Kind::InputSettled(InputSettled { id: format!("i{id}"), ..InputSettled::default() })),
-            (0_u8..7).prop_map(|id| record::Kind::TurnStarted(TurnStarted { input_id: format!("i{id}"), ..TurnStarted::default() })),
+            vec(any::<u8>(), 0..60).prop_map(|data| record::Kind::Output(Output {
+                stream: output::Stream::Stderr.into(),
+                data: data.into()
+            })),
+            any::<u8>().prop_map(move |id| record::Kind::InputAccepted(InputAccepted {
+                input: Some(input(id))
+            })),
+            (0_u8..7).prop_map(|id| record::Kind::InputSettled(InputSettled {
+                id: format!("i{id}"),
+                ..InputSettled::default()
+            })),
+            (0_u8..7).prop_map(|id| record::Kind::TurnStarted(TurnStarted {
+                input_id: format!("i{id}"),
+                ..TurnStarted::default()
+            })),
             Just(record::Kind::TurnEnded(TurnEnded::default())),
             (1_u64..9).prop_map(|id| record::Kind::Event(Event { id, ..Event::default() })),
         ];
@@ -236,7 +276,10 @@ mod tests {
 
     fn whole(folder: &Path) -> Vec<u8> {
         let starts = segments(folder).unwrap();
-        starts.into_iter().flat_map(|start| fs::read(segment_path(folder, start)).unwrap()).collect()
+        starts
+            .into_iter()
+            .flat_map(|start| fs::read(segment_path(folder, start)).unwrap())
+            .collect()
     }
 
     fn decode(bytes: &[u8], from: u64) -> Vec<record::Kind> {
@@ -252,8 +295,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
 
-        /// A kill between any two bytes of the last segment: everything before is there, the state is that of what is there, and the
-        /// journal continues.
+        /// A kill between any two bytes of the last segment: everything before is there, the state
+        /// is that of what is there, and the journal continues.
         #[test]
         fn a_journal_cut_anywhere_opens_at_its_last_whole_record(kinds in kinds(), cut in any::<prop::sample::Index>()) {
             let folder = tempfile::tempdir().unwrap();
@@ -300,7 +343,9 @@ mod tests {
     fn a_segment_without_its_first_record_is_left_out() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Store::open(folder.path(), 256).unwrap();
-        store.append(record::Kind::TurnStarted(TurnStarted { turn: 3, ..TurnStarted::default() })).unwrap();
+        store
+            .append(record::Kind::TurnStarted(TurnStarted { turn: 3, ..TurnStarted::default() }))
+            .unwrap();
         let end = store.end();
         drop(store);
         fs::write(segment_path(folder.path(), end), [0; 9]).unwrap();

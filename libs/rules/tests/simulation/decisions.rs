@@ -18,4 +18,9 @@ pub struct Decisions {
     pub position: for<'a> fn(Option<Newest<'a>>, Option<Newest<'a>>, u32, u32) -> Position,
 }
 
-pub const RIGHT: Decisions = Decisions { link: chain::link, ending: ending::step, claim: ownership::claim, position: position::position };
+pub const RIGHT: Decisions = Decisions {
+    link: chain::link,
+    ending: ending::step,
+    claim: ownership::claim,
+    position: position::position,
+};

@@ -1,4 +1,5 @@
-//! Faults: processes that die or pause, messages that are lost or doubled, and a stream that is lost, set back or trimmed.
+//! Faults: processes that die or pause, messages that are lost or doubled, and a stream that is
+//! lost, set back or trimmed.
 
 use std::collections::BTreeMap;
 

@@ -1,9 +1,12 @@
-//! A deterministic simulation of the core: the decisions of this crate, around models of Postgres, the stream, the queue, runners,
-//! schedulers and agents. Every step of every process may be the last before a crash; messages are lost, late and doubled; the stream is
-//! lost, set back to a snapshot and trimmed. All waiting is by the database's clock, so that clocks of processes do not matter.
+//! A deterministic simulation of the core: the decisions of this crate, around models of Postgres,
+//! the stream, the queue, runners, schedulers and agents. Every step of every process may be the
+//! last before a crash; messages are lost, late and doubled; the stream is lost, set back to a
+//! snapshot and trimmed. All waiting is by the database's clock, so that clocks of processes do not
+//! matter.
 //!
-//! Safety is checked after each step, liveness after a time without faults. A failure prints its seed:
-//! `SIMULATION_SEED=n cargo test -p rules --test simulation` repeats it; `SIMULATION_STEPS=n` runs longer.
+//! Safety is checked after each step, liveness after a time without faults. A failure prints its
+//! seed: `SIMULATION_SEED=n cargo test -p rules --test simulation` repeats it; `SIMULATION_STEPS=n`
+//! runs longer.
 
 mod checks;
 mod decisions;
@@ -28,7 +31,8 @@ use crate::{
 
 const FAULTY_STEPS: usize = 6_000;
 
-/// Runs worlds until so many steps were made. Returns the steps, and the first failure with its seed.
+/// Runs worlds until so many steps were made. Returns the steps, and the first failure with its
+/// seed.
 fn run(decisions: Decisions, first_seed: u64, steps: usize) -> (usize, u64, Option<(u64, String)>) {
     let (mut done, mut gaps, mut seed) = (0, 0, first_seed);
     while done < steps {
@@ -42,7 +46,10 @@ fn run(decisions: Decisions, first_seed: u64, steps: usize) -> (usize, u64, Opti
         match outcome {
             Ok((steps, found)) => (done, gaps) = (done + steps, gaps + found),
             Err(panic) => {
-                let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+                let text = panic
+                    .downcast_ref::<String>()
+                    .cloned()
+                    .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
                 return (done, gaps, Some((seed, text.unwrap_or_default())));
             }
         }
@@ -75,7 +82,10 @@ fn nothing_is_lost_doubled_or_stuck_whatever_fails() {
 #[test]
 fn a_planted_mistake_is_found() {
     let mistakes: [(&str, Decisions); 4] = [
-        ("events are persisted whatever they follow", Decisions { link: |_, _, _| Link::Continues, ..RIGHT }),
+        (
+            "events are persisted whatever they follow",
+            Decisions { link: |_, _, _| Link::Continues, ..RIGHT },
+        ),
         (
             "a deadline does not look whether the turn has ended",
             Decisions {
@@ -83,7 +93,10 @@ fn a_planted_mistake_is_found() {
                     let newest = log.streamed.map_or(0, |(id, _)| id);
                     Step::Append {
                         expected: newest,
-                        follows: log.streamed.or(log.persisted).map_or(Mark::default(), |(id, event)| Mark::of(id, event)),
+                        follows: log
+                            .streamed
+                            .or(log.persisted)
+                            .map_or(Mark::default(), |(id, event)| Mark::of(id, event)),
                     }
                 },
                 ..RIGHT
@@ -101,10 +114,18 @@ fn a_planted_mistake_is_found() {
         ),
         (
             "a runner always continues from the stream",
-            Decisions { position: |streamed, _, turn, epoch| position::position(streamed, None, turn, epoch), ..RIGHT },
+            Decisions {
+                position: |streamed, _, turn, epoch| {
+                    position::position(streamed, None, turn, epoch)
+                },
+                ..RIGHT
+            },
         ),
     ];
-    let found: Vec<_> = mistakes.iter().map(|(mistake, decisions)| (*mistake, run(*decisions, 1, 3_000_000).2)).collect();
+    let found: Vec<_> = mistakes
+        .iter()
+        .map(|(mistake, decisions)| (*mistake, run(*decisions, 1, 3_000_000).2))
+        .collect();
     for (mistake, failure) in found {
         assert!(failure.is_some(), "not noticed: {mistake}");
     }

@@ -20,7 +20,11 @@ pub struct Stream {
 
 impl Stream {
     pub fn newest(&self, session: usize) -> Option<(u64, &SessionEvent)> {
-        self.entries.iter().rev().find(|(_, of, _)| *of == session).map(|(id, _, event)| (*id, event))
+        self.entries
+            .iter()
+            .rev()
+            .find(|(_, of, _)| *of == session)
+            .map(|(id, _, event)| (*id, event))
     }
 
     pub fn append(&mut self, session: usize, expected: u64, event: SessionEvent) -> Option<u64> {

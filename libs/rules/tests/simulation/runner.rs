@@ -1,6 +1,8 @@
 //! Runners and their agents: claims, the log that a turn writes, and heartbeats.
 
-use contract::session::{Output, SessionEvent, TakenOver, TurnEnded, TurnStarted, session_event::Kind};
+use contract::session::{
+    Output, SessionEvent, TakenOver, TurnEnded, TurnStarted, session_event::Kind,
+};
 use rules::{
     chain::Mark,
     ownership::{self, Held, Verdict},
@@ -55,7 +57,8 @@ impl World {
         if self.fault(20) {
             self.queue.push_back(session);
         }
-        let (lease, held) = (self.runners[index].lease, self.runners[index].holds.contains_key(&session));
+        let (lease, held) =
+            (self.runners[index].lease, self.runners[index].holds.contains_key(&session));
         if held || !self.leases.contains_key(&lease) {
             return;
         }
@@ -64,14 +67,17 @@ impl World {
         if (self.decisions.claim)(row.session, turn, lease) != Verdict::Run {
             return;
         }
-        (row.owner, row.claimed_at, row.offer_after, row.offers) = (Some(lease), self.now, self.now, 0);
+        (row.owner, row.claimed_at, row.offer_after, row.offers) =
+            (Some(lease), self.now, self.now, 0);
         row.epoch += 1;
         let epoch = row.epoch;
         // Read after the claim was committed.
         let projected = self.projected;
         let persisted = self.logs[session].last().cloned().map(Box::new);
         if !self.fault(10) {
-            self.runners[index].holds.insert(session, Hold { epoch, phase: Phase::Claimed { persisted, projected } });
+            self.runners[index]
+                .holds
+                .insert(session, Hold { epoch, phase: Phase::Claimed { persisted, projected } });
         }
     }
 
@@ -87,11 +93,20 @@ impl World {
                     return false;
                 }
                 let streamed = streamed.map(|(id, event)| Newest { id, event });
-                let persisted = persisted.as_ref().map(|newest| Newest { id: newest.0, event: &newest.1 });
+                let persisted =
+                    persisted.as_ref().map(|newest| Newest { id: newest.0, event: &newest.1 });
                 match (self.decisions.position)(streamed, persisted, TURN, hold.epoch) {
                     Position::Open { expected, follows, checkpoint, .. } => {
                         let taken_over = hold.epoch == 1;
-                        hold.phase = Phase::Open { expected, follows, floor: *projected, checkpoint, taken_over, sent: None, acked: None };
+                        hold.phase = Phase::Open {
+                            expected,
+                            follows,
+                            floor: *projected,
+                            checkpoint,
+                            taken_over,
+                            sent: None,
+                            acked: None,
+                        };
                         true
                     }
                     Position::Ended { id } => {
@@ -127,7 +142,10 @@ impl World {
                     } else if agent.produced > offset {
                         let size = self.rng.u64(1..=agent.produced - offset);
                         checkpoint.stdout_offset += size;
-                        Kind::Output(Output { stderr: false, data: vec![b'x'; size as usize].into() })
+                        Kind::Output(Output {
+                            stderr: false,
+                            data: vec![b'x'; size as usize].into(),
+                        })
                     } else if agent.produced == agent.size {
                         Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })
                     } else {
@@ -172,7 +190,14 @@ impl World {
         let Some(sent) = self.runners[index].heartbeat.take() else {
             let held = |(session, hold): (&usize, &Hold)| {
                 let ended = if let Phase::Ended(id) = hold.phase { Some(id) } else { None };
-                (Held { session: Uuid::from_u128(*session as u128), turn: TURN, epoch: hold.epoch }, ended)
+                (
+                    Held {
+                        session: Uuid::from_u128(*session as u128),
+                        turn: TURN,
+                        epoch: hold.epoch,
+                    },
+                    ended,
+                )
             };
             let held = self.runners[index].holds.iter().map(held).collect();
             self.runners[index].heartbeat = Some(held);
@@ -195,14 +220,20 @@ impl World {
             .filter(|session| self.rows[*session].owner == Some(lease))
             .map(|session| {
                 let row = &self.rows[session];
-                let held = Held { session: Uuid::from_u128(session as u128), turn: TURN, epoch: row.epoch };
+                let held = Held {
+                    session: Uuid::from_u128(session as u128),
+                    turn: TURN,
+                    epoch: row.epoch,
+                };
                 (held, row.claimed_at + CLAIM_GRACE > now)
             })
             .collect();
         let held: Vec<Held> = sent.iter().map(|(held, _)| *held).collect();
         let mut differences = ownership::compare(&held, &owned);
         for (held, ended) in &sent {
-            if ended.is_some_and(|id| id <= projected) && owned.iter().any(|(owned, _)| owned == held) {
+            if ended.is_some_and(|id| id <= projected)
+                && owned.iter().any(|(owned, _)| owned == held)
+            {
                 self.purge(held.session.as_u128() as usize);
                 differences.forgotten.push(*held);
                 differences.lost.push(*held);
@@ -218,7 +249,8 @@ impl World {
         self.runners[index].registered = true;
         for held in differences.lost {
             let session = held.session.as_u128() as usize;
-            if self.runners[index].holds.get(&session).is_some_and(|hold| hold.epoch == held.epoch) {
+            if self.runners[index].holds.get(&session).is_some_and(|hold| hold.epoch == held.epoch)
+            {
                 self.runners[index].holds.remove(&session);
             }
         }

@@ -30,7 +30,12 @@ impl World {
 
     pub fn reconcile(&mut self) {
         let now = self.now;
-        let expired: Vec<Uuid> = self.leases.iter().filter(|(_, until)| **until < now).map(|(lease, _)| *lease).collect();
+        let expired: Vec<Uuid> = self
+            .leases
+            .iter()
+            .filter(|(_, until)| **until < now)
+            .map(|(lease, _)| *lease)
+            .collect();
         for lease in expired {
             self.leases.remove(&lease);
             for row in self.rows.iter_mut().filter(|row| row.owner == Some(lease)) {
@@ -40,7 +45,10 @@ impl World {
         for (session, row) in self.rows.iter_mut().enumerate() {
             if row.is_open() && row.owner.is_none() && row.offer_after <= now {
                 row.offers += 1;
-                row.offer_after = now + u64::try_from(ownership::next_offer(row.offers).as_millis()).unwrap_or(u64::MAX) / 10;
+                row.offer_after = now
+                    + u64::try_from(ownership::next_offer(row.offers).as_millis())
+                        .unwrap_or(u64::MAX)
+                        / 10;
                 self.queue.push_back(session);
             }
         }
@@ -54,24 +62,31 @@ impl World {
         }
         self.streams_lease = (index, self.now + LEASE);
         if let Some(seen) = self.schedulers[index].recreated.take() {
-            self.known = Some(Known { created_at: seen.created_at, high_watermark: seen.last_sequence });
+            self.known =
+                Some(Known { created_at: seen.created_at, high_watermark: seen.last_sequence });
             let now = self.now;
             for row in self.rows.iter_mut().filter(|row| row.is_open() && row.owner.is_none()) {
                 row.release(now);
             }
             return;
         }
-        let seen = self.stream.as_ref().map(|stream| Seen { created_at: at(stream.created), last_sequence: stream.last });
+        let seen = self
+            .stream
+            .as_ref()
+            .map(|stream| Seen { created_at: at(stream.created), last_sequence: stream.last });
         match (generation::condition(self.known, self.projected, seen), seen) {
             (Condition::Intact, Some(seen)) => {
-                self.known = Some(Known { created_at: seen.created_at, high_watermark: seen.last_sequence });
+                self.known =
+                    Some(Known { created_at: seen.created_at, high_watermark: seen.last_sequence });
             }
             _ => {
                 self.streams_made += 1;
                 let first = generation::first_sequence(self.known, self.projected);
                 let (created, last) = (self.streams_made, first - 1);
-                self.stream = Some(Stream { created, first, last, trimmed_through: 0, entries: Vec::new() });
-                self.schedulers[index].recreated = Some(Seen { created_at: at(created), last_sequence: last });
+                self.stream =
+                    Some(Stream { created, first, last, trimmed_through: 0, entries: Vec::new() });
+                self.schedulers[index].recreated =
+                    Some(Seen { created_at: at(created), last_sequence: last });
             }
         }
     }
@@ -135,7 +150,11 @@ impl World {
 
     fn apply(&mut self, session: usize, kind: &Kind) {
         let row = &mut self.rows[session];
-        let transition = state::next(State { session: row.session, current_turn: TURN, turn: Some(row.turn) }, TURN, kind);
+        let transition = state::next(
+            State { session: row.session, current_turn: TURN, turn: Some(row.turn) },
+            TURN,
+            kind,
+        );
         if let Some(status) = transition.turn {
             row.turn = status;
             if status != TurnStatus::Running {
@@ -148,18 +167,26 @@ impl World {
     /// One step of ending a turn at its deadline, or a session for its user.
     pub fn end(&mut self, index: usize) {
         let Some(mut end) = self.schedulers[index].end.take() else {
-            let overdue = (0..SESSIONS).find(|session| self.rows[*session].is_open() && self.rows[*session].deadline_at < self.now);
-            let wanted =
-                (0..SESSIONS).find(|session| self.terminations[*session] && self.rows[*session].session != SessionStatus::Terminated);
+            let overdue = (0..SESSIONS).find(|session| {
+                self.rows[*session].is_open() && self.rows[*session].deadline_at < self.now
+            });
+            let wanted = (0..SESSIONS).find(|session| {
+                self.terminations[*session]
+                    && self.rows[*session].session != SessionStatus::Terminated
+            });
             let deadline = overdue.map(|session| (session, Ending::Deadline { turn: TURN }));
-            if let Some((session, ending)) = wanted.map(|session| (session, Ending::Termination)).or(deadline) {
-                self.schedulers[index].end = Some(End { session, ending, event: None, appended: None });
+            if let Some((session, ending)) =
+                wanted.map(|session| (session, Ending::Termination)).or(deadline)
+            {
+                self.schedulers[index].end =
+                    Some(End { session, ending, event: None, appended: None });
             }
             return;
         };
         let session = end.session;
         if let Some(id) = end.appended {
-            // The projector applies it; a termination is applied in any case, once the projector has passed it.
+            // The projector applies it; a termination is applied in any case, once the projector
+            // has passed it.
             if self.projected >= id {
                 self.apply(session, &Kind::Terminated(Terminated::default()));
             } else {
@@ -171,13 +198,17 @@ impl World {
         let persisted = self.logs[session].last().map(|(id, event)| (*id, event));
         let Some((expected, event)) = end.event.take() else {
             let streamed = stream.newest(session);
-            if let Step::Append { expected, follows } =
-                (self.decisions.ending)(end.ending, Log { streamed, persisted, projected: self.projected })
-            {
+            if let Step::Append { expected, follows } = (self.decisions.ending)(
+                end.ending,
+                Log { streamed, persisted, projected: self.projected },
+            ) {
                 let kind = match end.ending {
                     Ending::Termination => Kind::Terminated(Terminated::default()),
                     Ending::Deadline { .. } => {
-                        let failure = Some(Failure { stage: state::DEADLINE.to_owned(), message: String::new() });
+                        let failure = Some(Failure {
+                            stage: state::DEADLINE.to_owned(),
+                            message: String::new(),
+                        });
                         Kind::TurnEnded(TurnEnded { failure, ..TurnEnded::default() })
                     }
                     // The model's users change nothing but what runs.
@@ -201,7 +232,9 @@ impl World {
             }
             return;
         };
-        let appended = stream.append(session, expected, event).filter(|id| persisted.is_none_or(|(persisted, _)| *id > persisted));
+        let appended = stream
+            .append(session, expected, event)
+            .filter(|id| persisted.is_none_or(|(persisted, _)| *id > persisted));
         if let (Some(id), Ending::Termination) = (appended, end.ending) {
             end.appended = Some(id);
             self.schedulers[index].end = Some(end);

@@ -64,7 +64,9 @@ impl World {
             deadline_at: if rng.u8(..4) == 0 { rng.u64(500..6000) } else { u64::MAX },
         };
         let rows: Vec<_> = (0..SESSIONS).map(|_| row(&mut rng)).collect();
-        let agents = (0..SESSIONS).map(|_| Agent { size: rng.u64(0..500), produced: 0, started: false }).collect();
+        let agents = (0..SESSIONS)
+            .map(|_| Agent { size: rng.u64(0..500), produced: 0, started: false })
+            .collect();
         let mut world = Self {
             rng,
             decisions,
@@ -95,7 +97,13 @@ impl World {
     pub fn fresh_runner(&mut self) -> Runner {
         self.next_uuid += 1;
         let lease = Uuid::from_u128(self.next_uuid);
-        Runner { lease, registered: false, holds: BTreeMap::new(), heartbeat: None, paused_until: 0 }
+        Runner {
+            lease,
+            registered: false,
+            holds: BTreeMap::new(),
+            heartbeat: None,
+            paused_until: 0,
+        }
     }
 
     /// True once in so many times, while faults are injected.

@@ -1,4 +1,5 @@
-//! Runs a command with one Postgres for all its tests: `testkit-run cargo test`. Exits with the command's exit code.
+//! Runs a command with one Postgres for all its tests: `testkit-run cargo test`. Exits with the
+//! command's exit code.
 
 use std::process::{Command, ExitCode};
 
@@ -11,5 +12,8 @@ fn main() -> anyhow::Result<ExitCode> {
     let server = Server::start()?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(server.ready())?;
     let status = Command::new(program).args(args).env(URL_VARIABLE, server.url()).status()?;
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from))
 }

@@ -3,7 +3,10 @@
 use clap::{Args, Subcommand};
 use contract::{
     rpc,
-    scheduler::{Budget, BudgetLimits, GetBudgetRequest, ListUsageRequest, ModelsChange, SetBudgetRequest, UsageSum},
+    scheduler::{
+        Budget, BudgetLimits, GetBudgetRequest, ListUsageRequest, ModelsChange, SetBudgetRequest,
+        UsageSum,
+    },
 };
 use serde_json::{Value, json};
 use types::limits::PAGE_MAX;
@@ -98,8 +101,10 @@ impl Operator {
                 let mut change = limits.change();
                 change.requests_per_minute = requests_per_minute.map(Limit::change);
                 let names_models = allow_all_models || !allow_model.is_empty();
-                change.allowed_models = names_models.then_some(ModelsChange { models: allow_model });
-                let request = SetBudgetRequest { of: Some(self.budget_of(of).await?), change: Some(change) };
+                change.allowed_models =
+                    names_models.then_some(ModelsChange { models: allow_model });
+                let request =
+                    SetBudgetRequest { of: Some(self.budget_of(of).await?), change: Some(change) };
                 self.call::<rpc::SetBudget>(&request).await?
             }
         };
@@ -110,7 +115,9 @@ impl Operator {
     async fn budget_of(&self, of: BudgetOf) -> Result<GetBudgetRequest, AdminError> {
         let scope_id = match (of.scope, of.name) {
             (Scope::User, Some(name)) => self.user(name).await?,
-            (Scope::Deployment, Some(_)) => return Err(AdminError::Local("the deployment has no name".to_owned())),
+            (Scope::Deployment, Some(_)) => {
+                return Err(AdminError::Local("the deployment has no name".to_owned()));
+            }
             (_, name) => name.unwrap_or_default(),
         };
         Ok(GetBudgetRequest { scope: of.scope.name().to_owned(), scope_id, user_id: None })
@@ -123,10 +130,19 @@ impl Operator {
         };
         let (mut sums, mut after) = (Vec::new(), None);
         while sums.len() < args.limit as usize {
-            let limit = (args.limit - u32::try_from(sums.len()).unwrap_or(args.limit)).min(PAGE_MAX);
+            let limit =
+                (args.limit - u32::try_from(sums.len()).unwrap_or(args.limit)).min(PAGE_MAX);
             let (from_day, to_day) = (args.from.clone(), args.to.clone());
             let (user_id, group_by) = (user_id.clone(), args.by.clone());
-            let request = ListUsageRequest { user_id, group_by, from_day, to_day, limit, after, ..ListUsageRequest::default() };
+            let request = ListUsageRequest {
+                user_id,
+                group_by,
+                from_day,
+                to_day,
+                limit,
+                after,
+                ..ListUsageRequest::default()
+            };
             let page = self.call::<rpc::ListUsage>(&request).await?;
             after = page.sums.last().map(|sum| sum.group.clone());
             sums.extend(page.sums.iter().map(describe_sum));

@@ -56,12 +56,14 @@ impl Operator {
     }
 
     pub(super) async fn keys(&self, command: Keys) -> Result<(), AdminError> {
-        const KEYS: Table = Table(&["id", "name", "prefix", "is_active", "expires_at", "last_used_at"]);
+        const KEYS: Table =
+            Table(&["id", "name", "prefix", "is_active", "expires_at", "last_used_at"]);
         match command {
             Keys::Create { user, name, expires_in_days } => {
                 let user_id = self.user(user).await?;
                 let key = new_key()?;
-                let expires_at_us = expires_in_days.map(|days| Timestamp::now().unix_micros() + i64::from(days) * 86_400_000_000);
+                let expires_at_us = expires_in_days
+                    .map(|days| Timestamp::now().unix_micros() + i64::from(days) * 86_400_000_000);
                 let request = CreateKeyRequest {
                     user_id,
                     name,
@@ -81,7 +83,9 @@ impl Operator {
             }
             Keys::Revoke { user, id } => {
                 let user_id = self.user(user).await?;
-                let key = self.call::<rpc::DeactivateKey>(&DeactivateKeyRequest { user_id, key_id: id }).await?;
+                let key = self
+                    .call::<rpc::DeactivateKey>(&DeactivateKeyRequest { user_id, key_id: id })
+                    .await?;
                 self.output.one(&describe_key(&key));
             }
         }

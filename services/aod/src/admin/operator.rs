@@ -27,8 +27,18 @@ pub enum AdminError {
 pub const DEADLINE: Duration = Duration::from_secs(10);
 
 /// The bus, as its user `operator`.
-pub fn operator_config(url: String, password: SecretString, ca_file: Option<PathBuf>) -> bus::Config {
-    bus::Config { url, user: access::OPERATOR.user, password, ca_file, name: format!("aod-admin/{}", std::process::id()) }
+pub fn operator_config(
+    url: String,
+    password: SecretString,
+    ca_file: Option<PathBuf>,
+) -> bus::Config {
+    bus::Config {
+        url,
+        user: access::OPERATOR.user,
+        password,
+        ca_file,
+        name: format!("aod-admin/{}", std::process::id()),
+    }
 }
 
 pub struct Operator {

@@ -28,12 +28,18 @@ impl Operator {
         Ok(())
     }
 
-    pub(super) async fn audit(&self, session_id: Option<String>, limit: u32) -> Result<(), AdminError> {
-        const REDEMPTIONS: Table = Table(&["redeemed_at", "session", "purpose", "runner", "outcome", "kinds"]);
+    pub(super) async fn audit(
+        &self,
+        session_id: Option<String>,
+        limit: u32,
+    ) -> Result<(), AdminError> {
+        const REDEMPTIONS: Table =
+            Table(&["redeemed_at", "session", "purpose", "runner", "outcome", "kinds"]);
         let (mut redemptions, mut before) = (Vec::new(), None);
         while redemptions.len() < limit as usize {
             let page = (limit - u32::try_from(redemptions.len()).unwrap_or(limit)).min(PAGE_MAX);
-            let request = ListRedemptionsRequest { session_id: session_id.clone(), limit: page, before };
+            let request =
+                ListRedemptionsRequest { session_id: session_id.clone(), limit: page, before };
             let reply = self.call::<rpc::ListRedemptions>(&request).await?.redemptions;
             before = reply.last().map(|redemption| redemption.redemption_id);
             redemptions.extend(reply.iter().map(describe_redemption));

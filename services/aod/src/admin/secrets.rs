@@ -6,7 +6,10 @@ use clap::Subcommand;
 use contract::{
     common::Empty,
     rpc,
-    vault::{Credential, DeleteCredentialRequest, KeyStatus, ListCredentialsRequest, PutCredentialRequest, RotateKeysRequest},
+    vault::{
+        Credential, DeleteCredentialRequest, KeyStatus, ListCredentialsRequest,
+        PutCredentialRequest, RotateKeysRequest,
+    },
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
@@ -49,26 +52,47 @@ pub enum Vault {
 }
 
 impl Operator {
-    pub(super) async fn credentials(&self, command: Credentials, value: Option<SecretString>) -> Result<(), AdminError> {
+    pub(super) async fn credentials(
+        &self,
+        command: Credentials,
+        value: Option<SecretString>,
+    ) -> Result<(), AdminError> {
         const CREDENTIALS: Table = Table(&["kind", "hint", "updated_at"]);
         match command {
             Credentials::Set { user, kind } => {
                 let user_id = self.user(user).await?;
                 let (kind, value) = (kind.name(), value.unwrap_or_default());
                 let value = value.expose_secret().as_bytes();
-                let sealed = Some(self.bus.seal_for_vault(&AcceptedKeys::default(), &user_id, &kind, value, DEADLINE).await?);
-                let request = PutCredentialRequest { user_id, kind, sealed, ..PutCredentialRequest::default() };
+                let sealed = Some(
+                    self.bus
+                        .seal_for_vault(&AcceptedKeys::default(), &user_id, &kind, value, DEADLINE)
+                        .await?,
+                );
+                let request = PutCredentialRequest {
+                    user_id,
+                    kind,
+                    sealed,
+                    ..PutCredentialRequest::default()
+                };
                 let stored = self.call::<rpc::PutCredential>(&request).await?;
                 self.output.one(&describe_credential(&stored));
             }
             Credentials::List { user } => {
                 let user_id = self.user(user).await?;
-                let stored = self.call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id }).await?.credentials;
-                self.output.list(&stored.iter().map(describe_credential).collect::<Vec<_>>(), CREDENTIALS);
+                let stored = self
+                    .call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id })
+                    .await?
+                    .credentials;
+                self.output
+                    .list(&stored.iter().map(describe_credential).collect::<Vec<_>>(), CREDENTIALS);
             }
             Credentials::Delete { user, kind } => {
                 let user_id = self.user(user).await?;
-                self.call::<rpc::DeleteCredential>(&DeleteCredentialRequest { user_id, kind: kind.name() }).await?;
+                self.call::<rpc::DeleteCredential>(&DeleteCredentialRequest {
+                    user_id,
+                    kind: kind.name(),
+                })
+                .await?;
                 self.output.one(&json!({ "detail": "Credential deleted" }));
             }
         }
@@ -76,11 +100,13 @@ impl Operator {
     }
 
     pub(super) async fn vault(&self, command: Vault) -> Result<(), AdminError> {
-        const KEY_VERSIONS: Table = Table(&["version", "is_current", "is_configured", "secrets", "public_key"]);
+        const KEY_VERSIONS: Table =
+            Table(&["version", "is_current", "is_configured", "secrets", "public_key"]);
         match command {
             Vault::Status => {
                 let keys = self.call::<rpc::KeyStatus>(&Empty {}).await?.keys;
-                self.output.list(&keys.iter().map(describe_key_version).collect::<Vec<_>>(), KEY_VERSIONS);
+                self.output
+                    .list(&keys.iter().map(describe_key_version).collect::<Vec<_>>(), KEY_VERSIONS);
             }
             Vault::Rotate => self.rotate().await?,
         }
@@ -91,7 +117,8 @@ impl Operator {
     async fn rotate(&self) -> Result<(), AdminError> {
         let (mut rotated, mut damaged, mut after) = (0, Vec::new(), None);
         loop {
-            let step = self.call::<rpc::RotateKeys>(&RotateKeysRequest { after_secret_id: after }).await?;
+            let step =
+                self.call::<rpc::RotateKeys>(&RotateKeysRequest { after_secret_id: after }).await?;
             rotated += step.rotated;
             damaged.extend(step.damaged_secret_ids);
             note!("{rotated} moved to key version {}, {} left", step.version, step.remaining);
@@ -99,12 +126,18 @@ impl Operator {
             after = step.last_secret_id;
             if !damaged.is_empty() && at_the_end {
                 let ids = damaged.join(", ");
-                return Err(AdminError::Local(format!("{} secrets do not open and were left as they are: {ids}", damaged.len())));
+                return Err(AdminError::Local(format!(
+                    "{} secrets do not open and were left as they are: {ids}",
+                    damaged.len()
+                )));
             }
             if step.remaining == 0 {
-                let detail =
-                    format!("Every secret is under key version {}; older keys may be removed from FIELD_ENCRYPTION_KEY", step.version);
-                self.output.one(&json!({ "detail": detail, "version": step.version, "rotated": rotated }));
+                let detail = format!(
+                    "Every secret is under key version {}; older keys may be removed from FIELD_ENCRYPTION_KEY",
+                    step.version
+                );
+                self.output
+                    .one(&json!({ "detail": detail, "version": step.version, "rotated": rotated }));
                 return Ok(());
             }
         }

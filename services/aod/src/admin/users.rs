@@ -53,7 +53,12 @@ impl std::str::FromStr for Limit {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
             "default" => Ok(Self(None)),
-            text => text.parse().ok().filter(|limit| *limit > 0).map(|limit| Self(Some(limit))).ok_or("a number from 1, or `default`"),
+            text => text
+                .parse()
+                .ok()
+                .filter(|limit| *limit > 0)
+                .map(|limit| Self(Some(limit)))
+                .ok_or("a number from 1, or `default`"),
         }
     }
 }
@@ -63,13 +68,16 @@ impl Operator {
         const USERS: Table = Table(&["name", "id", "is_active", "session_limit", "created_at"]);
         match command {
             Users::Create { name } => {
-                self.output.one(&describe_user(&self.call::<rpc::CreateUser>(&CreateUserRequest { name }).await?));
+                self.output.one(&describe_user(
+                    &self.call::<rpc::CreateUser>(&CreateUserRequest { name }).await?,
+                ));
             }
             Users::List => {
                 let (mut users, mut request) = (Vec::new(), ListUsersRequest::default());
                 loop {
                     let page = self.call::<rpc::ListUsers>(&request).await?;
-                    request.after_name = page.users.last().map(|user| user.name.clone()).unwrap_or_default();
+                    request.after_name =
+                        page.users.last().map(|user| user.name.clone()).unwrap_or_default();
                     users.extend(page.users);
                     if !page.has_more {
                         break;
@@ -86,14 +94,17 @@ impl Operator {
     pub(super) async fn quotas(&self, command: Quotas) -> Result<(), AdminError> {
         let Quotas::Set { user, limit } = command;
         let user_id = self.user(user).await?;
-        let user = self.call::<rpc::SetQuota>(&SetQuotaRequest { user_id, session_limit: limit.0 }).await?;
+        let user = self
+            .call::<rpc::SetQuota>(&SetQuotaRequest { user_id, session_limit: limit.0 })
+            .await?;
         self.output.one(&describe_user(&user));
         Ok(())
     }
 
     async fn set_active(&self, name: String, is_active: bool) -> Result<(), AdminError> {
         let user_id = self.user(name).await?;
-        let user = self.call::<rpc::SetUserActive>(&SetUserActiveRequest { user_id, is_active }).await?;
+        let user =
+            self.call::<rpc::SetUserActive>(&SetUserActiveRequest { user_id, is_active }).await?;
         self.output.one(&describe_user(&user));
         Ok(())
     }

@@ -45,7 +45,8 @@ pub enum Agents {
         /// Id of the environment that sessions use by default
         #[arg(long, value_name = "ID")]
         environment: Option<String>,
-        /// What a tool may do without asking (allow, ask or deny); `*` at a name's end matches any rest; repeatable, the first match decides
+        /// What a tool may do without asking (allow, ask or deny); `*` at a name's end matches any
+        /// rest; repeatable, the first match decides
         #[arg(long, value_name = "TOOL=EVALUATION", value_parser = permission, conflicts_with = "permissions")]
         permission: Vec<(String, Evaluation)>,
         /// Read the permissions from a JSON file, as the API takes them
@@ -78,7 +79,8 @@ pub enum Agents {
 
 fn permission(text: &str) -> Result<(String, Evaluation), String> {
     let rule = text.rsplit_once('=').filter(|(tool, _)| !tool.is_empty());
-    let rule = rule.and_then(|(tool, evaluation)| Some((tool.to_owned(), evaluation.parse().ok()?)));
+    let rule =
+        rule.and_then(|(tool, evaluation)| Some((tool.to_owned(), evaluation.parse().ok()?)));
     rule.ok_or_else(|| "expected TOOL=allow, TOOL=ask or TOOL=deny".to_owned())
 }
 
@@ -86,9 +88,13 @@ fn permission(text: &str) -> Result<(String, Evaluation), String> {
 fn permissions(rules: &[(String, Evaluation)], file: Option<&Path>) -> Result<Value, ApiFailure> {
     if let Some(path) = file {
         let text = read_file(path)?;
-        return serde_json::from_str(&text).map_err(|error| ApiFailure::Local(format!("{}: {error}", path.display())));
+        return serde_json::from_str(&text)
+            .map_err(|error| ApiFailure::Local(format!("{}: {error}", path.display())));
     }
-    let rules: Vec<Value> = rules.iter().map(|(tool, evaluation)| json!({ "tool": tool, "evaluation": evaluation.as_str() })).collect();
+    let rules: Vec<Value> = rules
+        .iter()
+        .map(|(tool, evaluation)| json!({ "tool": tool, "evaluation": evaluation.as_str() }))
+        .collect();
     Ok(if rules.is_empty() { Value::Null } else { json!({ "rules": rules }) })
 }
 
@@ -98,7 +104,16 @@ impl Call for Agents {
         match self {
             Self::List(page) => list(api, "/agents", &page, output, AGENTS).await?,
             Self::Get { id } => output.one(&api.get(&format!("/agents/{id}")).await?),
-            Self::Create { name, model, runtime, system, environment, permission, permissions: file, budget } => {
+            Self::Create {
+                name,
+                model,
+                runtime,
+                system,
+                environment,
+                permission,
+                permissions: file,
+                budget,
+            } => {
                 let permissions = permissions(&permission, file.as_deref())?;
                 let body = json!({
                     "name": name, "model": model, "runtime": runtime, "system": system, "environment_id": environment,
@@ -106,9 +121,15 @@ impl Call for Agents {
                 });
                 output.one(&api.post("/agents", &body).await?);
             }
-            Self::Budget { id, limits } => output.one(&change_budget(api, &format!("/agents/{id}/budget"), &limits).await?),
-            Self::Versions { id, page } => list(api, &format!("/agents/{id}/versions"), &page, output, VERSIONS).await?,
-            Self::Archive { id } => output.one(&api.post(&format!("/agents/{id}/archive"), &Value::Null).await?),
+            Self::Budget { id, limits } => {
+                output.one(&change_budget(api, &format!("/agents/{id}/budget"), &limits).await?)
+            }
+            Self::Versions { id, page } => {
+                list(api, &format!("/agents/{id}/versions"), &page, output, VERSIONS).await?
+            }
+            Self::Archive { id } => {
+                output.one(&api.post(&format!("/agents/{id}/archive"), &Value::Null).await?)
+            }
         }
         Ok(())
     }

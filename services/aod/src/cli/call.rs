@@ -48,12 +48,24 @@ pub trait Call: Subcommand {
 
 impl<C: Call> Client<C> {
     pub async fn call(self, output: Output) -> ExitCode {
-        finish("aod", async { self.command.call(&self.api.connect()?, output).await.map(|()| ExitCode::SUCCESS) }.await)
+        finish(
+            "aod",
+            async {
+                self.command.call(&self.api.connect()?, output).await.map(|()| ExitCode::SUCCESS)
+            }
+            .await,
+        )
     }
 }
 
 /// Prints one page of a list, and on standard error how to get the next one.
-pub async fn list(api: &Api, path: &str, page: &Page, output: Output, table: Table) -> Result<(), ApiFailure> {
+pub async fn list(
+    api: &Api,
+    path: &str,
+    page: &Page,
+    output: Output,
+    table: Table,
+) -> Result<(), ApiFailure> {
     let (rows, next) = api.page(path, page).await?;
     output.list(&rows, table);
     if let Some(cursor) = next {

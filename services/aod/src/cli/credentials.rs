@@ -34,12 +34,22 @@ impl Call for Credentials {
         const CREDENTIALS: Table = Table(&["kind", "hint", "updated_at"]);
         match self {
             // There is one of each kind at most.
-            Self::List => output.list(&api.page("/credentials", &Page::default()).await?.0, CREDENTIALS),
+            Self::List => {
+                output.list(&api.page("/credentials", &Page::default()).await?.0, CREDENTIALS)
+            }
             Self::Set { kind } => {
                 let value = secret_input::read().map_err(ApiFailure::Local)?;
-                output.one(&api.put(&format!("/credentials/{}", kind.name()), &json!({ "value": value.expose_secret() })).await?);
+                output.one(
+                    &api.put(
+                        &format!("/credentials/{}", kind.name()),
+                        &json!({ "value": value.expose_secret() }),
+                    )
+                    .await?,
+                );
             }
-            Self::Delete { kind } => output.one(&api.delete(&format!("/credentials/{}", kind.name())).await?),
+            Self::Delete { kind } => {
+                output.one(&api.delete(&format!("/credentials/{}", kind.name())).await?)
+            }
         }
         Ok(())
     }

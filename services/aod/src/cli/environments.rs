@@ -24,7 +24,9 @@ pub enum Envs {
         id: String,
     },
     /// Create an environment
-    #[command(after_help = "Example:\n  aod envs create --name python --setup-script setup.sh --env-file .env")]
+    #[command(
+        after_help = "Example:\n  aod envs create --name python --setup-script setup.sh --env-file .env"
+    )]
     Create {
         /// Name, unique among your active environments
         #[arg(long)]
@@ -63,12 +65,25 @@ impl Call for Envs {
             Self::Get { id } => output.one(&api.get(&format!("/environments/{id}")).await?),
             Self::Create { name, setup_script, env_file } => {
                 let script = setup_script.map(|path| read_file(&path)).transpose()?;
-                let variables = env_file.map(|path| read_variables(&path)).transpose()?.unwrap_or_default();
-                output.one(&api.post("/environments", &json!({ "name": name, "setup_script": script, "env_vars": variables })).await?);
+                let variables =
+                    env_file.map(|path| read_variables(&path)).transpose()?.unwrap_or_default();
+                output.one(
+                    &api.post(
+                        "/environments",
+                        &json!({ "name": name, "setup_script": script, "env_vars": variables }),
+                    )
+                    .await?,
+                );
             }
-            Self::Versions { id, page } => list(api, &format!("/environments/{id}/versions"), &page, output, VERSIONS).await?,
-            Self::Archive { id } => output.one(&api.post(&format!("/environments/{id}/archive"), &Value::Null).await?),
-            Self::Delete { id } => output.one(&api.delete(&format!("/environments/{id}/delete")).await?),
+            Self::Versions { id, page } => {
+                list(api, &format!("/environments/{id}/versions"), &page, output, VERSIONS).await?
+            }
+            Self::Archive { id } => {
+                output.one(&api.post(&format!("/environments/{id}/archive"), &Value::Null).await?)
+            }
+            Self::Delete { id } => {
+                output.one(&api.delete(&format!("/environments/{id}/delete")).await?)
+            }
         }
         Ok(())
     }

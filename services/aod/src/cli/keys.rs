@@ -31,7 +31,9 @@ impl Call for Keys {
         const KEYS: Table = Table(&["id", "name", "prefix", "is_active", "last_used_at"]);
         match self {
             Self::List(page) => list(api, "/api-keys", &page, output, KEYS).await?,
-            Self::Create { name } => output.one(&api.post("/api-keys", &json!({ "name": name })).await?),
+            Self::Create { name } => {
+                output.one(&api.post("/api-keys", &json!({ "name": name })).await?)
+            }
             Self::Revoke { id } => output.one(&api.delete(&format!("/api-keys/{id}")).await?),
         }
         Ok(())

@@ -50,7 +50,9 @@ pub enum Sessions {
         page: Page,
     },
     /// Start the next turn of a session without following it
-    #[command(after_help = "Example:\n  aod sessions prompt SESSION --when-busy queue 'and then run the tests'")]
+    #[command(
+        after_help = "Example:\n  aod sessions prompt SESSION --when-busy queue 'and then run the tests'"
+    )]
     Prompt {
         /// Id of the session
         id: String,
@@ -107,7 +109,9 @@ pub enum Sessions {
         for_session: bool,
     },
     /// Deny what the agent asks for
-    #[command(after_help = "Example:\n  aod sessions deny SESSION --message 'Use the staging database.'")]
+    #[command(
+        after_help = "Example:\n  aod sessions deny SESSION --message 'Use the staging database.'"
+    )]
     Deny {
         /// Id of the session
         id: String,
@@ -155,10 +159,12 @@ impl WhenBusy {
 
 impl Call for Sessions {
     async fn call(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
-        const SESSIONS: Table = Table(&["id", "status", "runtime", "exit_code", "turn_count", "created_at"]);
+        const SESSIONS: Table =
+            Table(&["id", "status", "runtime", "exit_code", "turn_count", "created_at"]);
         const INPUTS: Table = Table(&["id", "kind", "status", "turn", "created_at", "text"]);
         const REQUESTS: Table = Table(&["id", "turn", "tool", "status", "created_at", "input"]);
-        const TURNS: Table = Table(&["turn_number", "status", "exit_code", "started_at", "ended_at", "prompt"]);
+        const TURNS: Table =
+            Table(&["turn_number", "status", "exit_code", "started_at", "ended_at", "prompt"]);
         match self {
             Self::List(page) => list(api, "/sessions", &page, output, SESSIONS).await?,
             Self::Get { id } => output.one(&api.get(&format!("/sessions/{id}")).await?),
@@ -166,33 +172,64 @@ impl Call for Sessions {
                 let body = json!({ "agent_id": agent, "prompt": prompt.read()?, "timeout": timeout, "budget": budget.body() });
                 output.one(&api.post("/sessions", &body).await?);
             }
-            Self::Budget { id, limits } => output.one(&change_budget(api, &format!("/sessions/{id}/budget"), &limits).await?),
-            Self::Turns { id, page } => list(api, &format!("/sessions/{id}/turns"), &page, output, TURNS).await?,
+            Self::Budget { id, limits } => {
+                output.one(&change_budget(api, &format!("/sessions/{id}/budget"), &limits).await?)
+            }
+            Self::Turns { id, page } => {
+                list(api, &format!("/sessions/{id}/turns"), &page, output, TURNS).await?
+            }
             Self::Prompt { id, when_busy, prompt } => {
-                let body = json!({ "prompt": prompt.read()?, "when_busy": when_busy.map(WhenBusy::name) });
+                let body =
+                    json!({ "prompt": prompt.read()?, "when_busy": when_busy.map(WhenBusy::name) });
                 output.one(&api.post(&format!("/sessions/{id}/prompt"), &body).await?);
             }
-            Self::Interrupt { id } => output.one(&api.post(&format!("/sessions/{id}/interrupt"), &Value::Null).await?),
-            Self::Inputs { id, page } => list(api, &format!("/sessions/{id}/inputs"), &page, output, INPUTS).await?,
-            Self::Edit { id, input, prompt } => {
-                output.one(&api.patch(&format!("/sessions/{id}/inputs/{input}"), &json!({ "text": prompt.read()? })).await?);
+            Self::Interrupt { id } => {
+                output.one(&api.post(&format!("/sessions/{id}/interrupt"), &Value::Null).await?)
             }
-            Self::Withdraw { id, input } => output.one(&api.delete(&format!("/sessions/{id}/inputs/{input}")).await?),
-            Self::Requests { id, page } => list(api, &format!("/sessions/{id}/requests"), &page, output, REQUESTS).await?,
+            Self::Inputs { id, page } => {
+                list(api, &format!("/sessions/{id}/inputs"), &page, output, INPUTS).await?
+            }
+            Self::Edit { id, input, prompt } => {
+                output.one(
+                    &api.patch(
+                        &format!("/sessions/{id}/inputs/{input}"),
+                        &json!({ "text": prompt.read()? }),
+                    )
+                    .await?,
+                );
+            }
+            Self::Withdraw { id, input } => {
+                output.one(&api.delete(&format!("/sessions/{id}/inputs/{input}")).await?)
+            }
+            Self::Requests { id, page } => {
+                list(api, &format!("/sessions/{id}/requests"), &page, output, REQUESTS).await?
+            }
             Self::Approve { id, request, for_session } => {
                 let decision = if for_session { "allow_for_session" } else { "allow" };
                 output.one(&decide(api, &id, request, decision, None).await?);
             }
-            Self::Deny { id, request, message } => output.one(&decide(api, &id, request, "deny", message.as_deref()).await?),
-            Self::Terminate { id } => output.one(&api.post(&format!("/sessions/{id}/terminate"), &Value::Null).await?),
-            Self::Delete { id } => output.one(&api.delete(&format!("/sessions/{id}/delete")).await?),
+            Self::Deny { id, request, message } => {
+                output.one(&decide(api, &id, request, "deny", message.as_deref()).await?)
+            }
+            Self::Terminate { id } => {
+                output.one(&api.post(&format!("/sessions/{id}/terminate"), &Value::Null).await?)
+            }
+            Self::Delete { id } => {
+                output.one(&api.delete(&format!("/sessions/{id}/delete")).await?)
+            }
         }
         Ok(())
     }
 }
 
 /// Answers a permission request: the one that is named, or the only one that is open.
-pub async fn decide(api: &Api, session: &str, request: Option<u64>, decision: &str, message: Option<&str>) -> Result<Value, ApiFailure> {
+pub async fn decide(
+    api: &Api,
+    session: &str,
+    request: Option<u64>,
+    decision: &str,
+    message: Option<&str>,
+) -> Result<Value, ApiFailure> {
     let request = match request {
         Some(request) => request,
         None => only_request(api, session).await?,
@@ -203,15 +240,25 @@ pub async fn decide(api: &Api, session: &str, request: Option<u64>, decision: &s
 
 async fn only_request(api: &Api, session: &str) -> Result<u64, ApiFailure> {
     let answer = api.get(&format!("/sessions/{session}/requests?status=open")).await?;
-    let requests = answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let requests =
+        answer.get("data").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     // Those that were answered are still open until the agent has read it.
-    let open: Vec<&Value> = requests.iter().filter(|request| request.get("answer").is_none_or(Value::is_null)).collect();
+    let open: Vec<&Value> = requests
+        .iter()
+        .filter(|request| request.get("answer").is_none_or(Value::is_null))
+        .collect();
     match open.as_slice() {
         [] => Err(ApiFailure::Local("no permission request is open".to_owned())),
         [request] => Ok(request.get("id").and_then(Value::as_u64).unwrap_or_default()),
         several => {
-            let ids: Vec<String> = several.iter().map(|request| format!("{} ({})", request["id"], request["tool"])).collect();
-            Err(ApiFailure::Local(format!("several permission requests are open, name one: {}", ids.join(", "))))
+            let ids: Vec<String> = several
+                .iter()
+                .map(|request| format!("{} ({})", request["id"], request["tool"]))
+                .collect();
+            Err(ApiFailure::Local(format!(
+                "several permission requests are open, name one: {}",
+                ids.join(", ")
+            )))
         }
     }
 }

@@ -39,7 +39,11 @@ enum GroupBy {
 
 impl UsageArgs {
     pub async fn print(self, api: &Api, output: Output) -> Result<(), ApiFailure> {
-        let by = self.by.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        let by = self
+            .by
+            .to_possible_value()
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default();
         let mut query = format!("group_by={by}");
         for (name, value) in [("agent_id", &self.agent), ("from", &self.from), ("to", &self.to)] {
             if let Some(value) = value {

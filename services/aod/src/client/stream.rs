@@ -11,7 +11,8 @@ use crate::client::{Api, ApiFailure};
 
 /// The server sends a heartbeat every 15 s.
 const SILENCE_MAX: Duration = Duration::from_secs(40);
-const RETRY: Backoff = Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: 20 };
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(200), max: Duration::from_secs(5), attempts: 20 };
 
 /// Which stream of a session is followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +29,8 @@ pub enum Next {
     Stop,
 }
 
-/// Passes every event after `since` to `receive` exactly once, until it returns [`Next::Stop`] or the session's turn ends. With `idle`
-/// set, also returns after that long without an event.
+/// Passes every event after `since` to `receive` exactly once, until it returns [`Next::Stop`] or
+/// the session's turn ends. With `idle` set, also returns after that long without an event.
 pub async fn follow(
     api: &Api,
     session: &str,
@@ -44,8 +45,13 @@ pub async fn follow(
         Source::Events => ("events", "after"),
     };
     loop {
-        let request = api.http.get(format!("{}/sessions/{session}/{route}", api.base_url)).bearer_auth(api.token.expose_secret());
-        let request = request.header(reqwest::header::ACCEPT, "text/event-stream").query(&[(parameter, since)]);
+        let request = api
+            .http
+            .get(format!("{}/sessions/{session}/{route}", api.base_url))
+            .bearer_auth(api.token.expose_secret());
+        let request = request
+            .header(reqwest::header::ACCEPT, "text/event-stream")
+            .query(&[(parameter, since)]);
         let response = match api.checked(request.send().await).await {
             Ok(response) => response,
             Err(error @ ApiFailure::Refused { .. }) => return Err(error),

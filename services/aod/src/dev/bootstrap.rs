@@ -1,4 +1,5 @@
-//! The first user: with a key, a Sprites credential for the local server, and with the scripted model something to call it with.
+//! The first user: with a key, a Sprites credential for the local server, and with the scripted
+//! model something to call it with.
 
 use std::time::Duration;
 
@@ -18,12 +19,22 @@ const USER: &str = "dev";
 const SCRIPTED_MODEL_KEY: &str = "scripted-model-needs-no-key";
 
 /// Idempotent: it runs at every start.
-pub async fn user(config: &bus::Config, secrets: &Secrets, own_sprites: bool, scripted_model: bool) -> anyhow::Result<()> {
+pub async fn user(
+    config: &bus::Config,
+    secrets: &Secrets,
+    own_sprites: bool,
+    scripted_model: bool,
+) -> anyhow::Result<()> {
     let bus = Bus::connect(config).await?;
-    let user = bus.call::<rpc::EnsureUser>(&EnsureUserRequest { name: USER.to_owned() }, DEADLINE).await?;
+    let user =
+        bus.call::<rpc::EnsureUser>(&EnsureUserRequest { name: USER.to_owned() }, DEADLINE).await?;
     let key = ApiKey::parse(&secrets.api_key)?;
     let hash = key.hash().as_bytes().to_vec();
-    if bus.call::<rpc::VerifyKey>(&VerifyKeyRequest { key_hash: hash.clone() }, DEADLINE).await.is_err() {
+    if bus
+        .call::<rpc::VerifyKey>(&VerifyKeyRequest { key_hash: hash.clone() }, DEADLINE)
+        .await
+        .is_err()
+    {
         let request = CreateKeyRequest {
             user_id: user.user_id.clone(),
             name: "aod dev".to_owned(),
@@ -39,10 +50,20 @@ pub async fn user(config: &bus::Config, secrets: &Secrets, own_sprites: bool, sc
         credentials.push((CredentialKind::Sprites, secrets.sprites_token.as_str()));
     }
     if scripted_model {
-        credentials.extend(Provider::ALL.map(|provider| (CredentialKind::Provider(provider), SCRIPTED_MODEL_KEY)));
+        credentials.extend(
+            Provider::ALL.map(|provider| (CredentialKind::Provider(provider), SCRIPTED_MODEL_KEY)),
+        );
     }
     for (kind, value) in credentials {
-        let sealed = bus.seal_for_vault(&AcceptedKeys::default(), &user.user_id, kind.as_str(), value.as_bytes(), DEADLINE).await?;
+        let sealed = bus
+            .seal_for_vault(
+                &AcceptedKeys::default(),
+                &user.user_id,
+                kind.as_str(),
+                value.as_bytes(),
+                DEADLINE,
+            )
+            .await?;
         let request = PutCredentialRequest {
             user_id: user.user_id.clone(),
             kind: kind.as_str().to_owned(),

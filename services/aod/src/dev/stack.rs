@@ -72,12 +72,14 @@ struct NatsAddrs {
 
 const START_ATTEMPTS: u32 = 5;
 
-/// The services that there is one of, and those that there may be more of, beside the runners. Each has a port for its health.
+/// The services that there is one of, and those that there may be more of, beside the runners. Each
+/// has a port for its health.
 const SINGLE: usize = 3;
 const REPLICATED: usize = 4;
 
-/// Ports for one stack. Its services may be started again at any time, and their ports are free meanwhile: so a stack has a block of
-/// ports to itself, for as long as it holds the block's first. Not from the range that the kernel gives to outgoing connections.
+/// Ports for one stack. Its services may be started again at any time, and their ports are free
+/// meanwhile: so a stack has a block of ports to itself, for as long as it holds the block's first.
+/// Not from the range that the kernel gives to outgoing connections.
 struct Ports {
     _block: TcpListener,
     addrs: Vec<SocketAddr>,
@@ -96,7 +98,10 @@ impl Ports {
             let Ok(block) = TcpListener::bind((Ipv4Addr::LOCALHOST, first)) else { continue };
             // A process that knows nothing of blocks may have taken one.
             let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
-            let addrs = (first + 1..first + Self::BLOCK).filter(free).take(count).map(|port| (Ipv4Addr::LOCALHOST, port).into());
+            let addrs = (first + 1..first + Self::BLOCK)
+                .filter(free)
+                .take(count)
+                .map(|port| (Ipv4Addr::LOCALHOST, port).into());
             let addrs: Vec<SocketAddr> = addrs.collect();
             if addrs.len() == count {
                 return Ok(Self { _block: block, addrs });
@@ -107,20 +112,42 @@ impl Ports {
 }
 
 /// The programs that are asked for their settings.
-const PROGRAMS: &[&str] =
-    &["gateway", "auth", "credential-vault", "scheduler", "sprite-runner", "model-gateway", "local-sprites", "scripted-model"];
+const PROGRAMS: &[&str] = &[
+    "gateway",
+    "auth",
+    "credential-vault",
+    "scheduler",
+    "sprite-runner",
+    "model-gateway",
+    "local-sprites",
+    "scripted-model",
+];
 
 /// What services get from files of their own: other processes of the user may read an environment.
-const SECRETS: &[&str] = &["AOD_DEPLOYMENT_ID", "DATABASE_URL", "FIELD_ENCRYPTION_KEY", "LOCAL_SPRITES_TOKEN", "NATS_PASSWORD"];
+const SECRETS: &[&str] = &[
+    "AOD_DEPLOYMENT_ID",
+    "DATABASE_URL",
+    "FIELD_ENCRYPTION_KEY",
+    "LOCAL_SPRITES_TOKEN",
+    "NATS_PASSWORD",
+];
 
 impl Stack {
-    pub fn new(tools: Tools, data: DataDir, api: SocketAddr, args: DevArgs) -> Result<Self, DevError> {
+    pub fn new(
+        tools: Tools,
+        data: DataDir,
+        api: SocketAddr,
+        args: DevArgs,
+    ) -> Result<Self, DevError> {
         let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         // Sandboxes elsewhere do not reach a port of this machine.
         let has_model_gateway = !args.no_model_gateway && args.sprites_url.is_none();
         let mut stack = Self {
             postgres: nowhere,
-            nats: vec![NatsAddrs { client: nowhere, peer: nowhere }; usize::from(args.nats_servers)],
+            nats: vec![
+                NatsAddrs { client: nowhere, peer: nowhere };
+                usize::from(args.nats_servers)
+            ],
             sprites: nowhere,
             other_sprites: args.sprites_url,
             model: args.scripted_model.then_some(nowhere),
@@ -145,7 +172,9 @@ impl Stack {
 
     fn choose_ports(&mut self) -> Result<(), DevError> {
         let (replicas, runners) = (usize::from(self.replicas), usize::from(self.runners));
-        let claimed = Ports::claim(4 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len() + 1)?;
+        let claimed = Ports::claim(
+            4 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len() + 1,
+        )?;
         let mut ports = claimed.addrs.clone();
         let api = ports.pop();
         if let Some(api) = api.filter(|_| self.chooses_api_port) {
@@ -153,7 +182,8 @@ impl Stack {
         }
         self.other_apis = ports.split_off(ports.len() - (replicas - 1));
         let nats = ports.split_off(ports.len() - 2 * self.nats.len());
-        self.nats = nats.chunks_exact(2).map(|pair| NatsAddrs { client: pair[0], peer: pair[1] }).collect();
+        self.nats =
+            nats.chunks_exact(2).map(|pair| NatsAddrs { client: pair[0], peer: pair[1] }).collect();
         let [postgres, sprites, model, model_gateway, admin @ ..] = ports.as_slice() else {
             return Err(DevError::Broken("no free ports".to_owned()));
         };
@@ -183,12 +213,16 @@ impl Stack {
         self.model.is_some()
     }
 
-    /// Starts everything and returns when all of it answers. A port may be taken between its choice and its use: then others are tried.
+    /// Starts everything and returns when all of it answers. A port may be taken between its choice
+    /// and its use: then others are tried.
     pub async fn start(&mut self) -> Result<(), DevError> {
         let mut attempts = 1;
         loop {
             match self.start_once().await {
-                Err(DevError::Broken(error)) if attempts < START_ATTEMPTS && error.to_lowercase().contains("address already in use") => {
+                Err(DevError::Broken(error))
+                    if attempts < START_ATTEMPTS
+                        && error.to_lowercase().contains("address already in use") =>
+                {
                     attempts += 1;
                     self.stop().await;
                     self.choose_ports()?;
@@ -210,7 +244,9 @@ impl Stack {
             process.ready(START_MAX).await?;
         }
         let (model, own_sprites) = (self.model.is_some(), self.other_sprites.is_none());
-        bootstrap::user(&self.nats_config("operator"), &self.data.secrets, own_sprites, model).await.map_err(DevError::broken)?;
+        bootstrap::user(&self.nats_config("operator"), &self.data.secrets, own_sprites, model)
+            .await
+            .map_err(DevError::broken)?;
         self.write_ready_file()
     }
 
@@ -232,9 +268,12 @@ impl Stack {
     /// Ends every child.
     pub async fn stop(&mut self) {
         let is_server = |process: &Process| matches!(process.spec.service, "postgres" | "nats");
-        let (mut servers, mut services): (Vec<_>, Vec<_>) = std::mem::take(&mut self.processes).into_iter().partition(is_server);
-        futures::future::join_all(services.iter_mut().map(|process| process.stop(SERVICES_STOP))).await;
-        futures::future::join_all(servers.iter_mut().map(|process| process.stop(SERVERS_STOP))).await;
+        let (mut servers, mut services): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.processes).into_iter().partition(is_server);
+        futures::future::join_all(services.iter_mut().map(|process| process.stop(SERVICES_STOP)))
+            .await;
+        futures::future::join_all(servers.iter_mut().map(|process| process.stop(SERVERS_STOP)))
+            .await;
         for path in self.ready_files() {
             let _ = fs::remove_file(path);
         }
@@ -248,7 +287,12 @@ impl Stack {
         }
         let port = self.postgres.port().to_string();
         let mut args: Vec<String> = vec!["-D".into(), dir.display().to_string(), "-p".into(), port];
-        for setting in ["listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=200", "shared_buffers=64MB"] {
+        for setting in [
+            "listen_addresses=127.0.0.1",
+            "unix_socket_directories=",
+            "max_connections=200",
+            "shared_buffers=64MB",
+        ] {
             args.extend(["-c".to_owned(), setting.to_owned()]);
         }
         let spec = Spec {
@@ -256,7 +300,10 @@ impl Stack {
             service: "postgres",
             program: self.tools.postgres.clone(),
             args,
-            env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned()), ("LC_ALL".to_owned(), "C.UTF-8".to_owned())],
+            env: vec![
+                ("PATH".to_owned(), "/usr/bin:/bin".to_owned()),
+                ("LC_ALL".to_owned(), "C.UTF-8".to_owned()),
+            ],
             user,
             // Fast shutdown: it does not wait for clients.
             stop_signal: Signal::INT,
@@ -275,14 +322,19 @@ impl Stack {
         let _ = fs::remove_dir_all(dir);
         fs::create_dir_all(dir).map_err(DevError::broken)?;
         let password_file = self.data.join("postgres-password");
-        fs::write(&password_file, &self.data.secrets.postgres_password).map_err(DevError::broken)?;
+        fs::write(&password_file, &self.data.secrets.postgres_password)
+            .map_err(DevError::broken)?;
         if let Some(user) = self.data.postgres_user.as_ref().filter(|user| !user.mapped) {
             for path in [dir, &password_file] {
-                std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)).map_err(DevError::broken)?;
+                std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid))
+                    .map_err(DevError::broken)?;
             }
         }
-        let mut command = self.tools.tied(&self.tools.initdb, self.data.postgres_user.as_ref(), "TERM");
-        command.args(["-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8", "-D"]).arg(dir);
+        let mut command =
+            self.tools.tied(&self.tools.initdb, self.data.postgres_user.as_ref(), "TERM");
+        command
+            .args(["-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8", "-D"])
+            .arg(dir);
         command.arg("--pwfile").arg(&password_file).current_dir("/").env_remove("LC_ALL");
         let output = command.output().map_err(DevError::broken)?;
         let _ = fs::remove_file(&password_file);
@@ -290,19 +342,30 @@ impl Stack {
             return Ok(());
         }
         let _ = fs::remove_dir_all(dir);
-        Err(DevError::Broken(format!("initdb failed: {}", String::from_utf8_lossy(&output.stderr).trim())))
+        Err(DevError::Broken(format!(
+            "initdb failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        )))
     }
 
     async fn provision_postgres(&self) -> Result<(), DevError> {
         let mut admin = self.connect_admin("postgres").await?;
-        let exists = sqlx::query("select 1 from pg_database where datname = $1").bind(DATABASE).fetch_optional(&mut admin).await;
+        let exists = sqlx::query("select 1 from pg_database where datname = $1")
+            .bind(DATABASE)
+            .fetch_optional(&mut admin)
+            .await;
         if exists.map_err(DevError::broken)?.is_none() {
-            sqlx::query("create database aod").execute(&mut admin).await.map_err(DevError::broken)?;
+            sqlx::query("create database aod")
+                .execute(&mut admin)
+                .await
+                .map_err(DevError::broken)?;
         }
         let mut admin = self.connect_admin(DATABASE).await?;
         for service in store::provision::SERVICES {
             let password = self.data.secrets.service_password(service);
-            store::provision::provision(&mut admin, service, password).await.map_err(DevError::broken)?;
+            store::provision::provision(&mut admin, service, password)
+                .await
+                .map_err(DevError::broken)?;
         }
         Ok(())
     }
@@ -314,7 +377,11 @@ impl Stack {
         loop {
             match PgConnection::connect(&url).await {
                 Ok(connection) => return Ok(connection),
-                Err(error) if attempt > 200 => return Err(DevError::Broken(format!("Postgres does not take connections: {error}"))),
+                Err(error) if attempt > 200 => {
+                    return Err(DevError::Broken(format!(
+                        "Postgres does not take connections: {error}"
+                    )));
+                }
                 Err(_) => attempt += 1,
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -327,24 +394,48 @@ impl Stack {
 
     async fn start_nats(&mut self) -> Result<(), DevError> {
         let dir = self.data.join("nats");
-        let confs = [("nats-server.conf", NATS_CONF), ("cluster.conf", NATS_CLUSTER_CONF), ("permissions.conf", NATS_PERMISSIONS)];
+        let confs = [
+            ("nats-server.conf", NATS_CONF),
+            ("cluster.conf", NATS_CLUSTER_CONF),
+            ("permissions.conf", NATS_PERMISSIONS),
+        ];
         for (name, text) in confs {
             fs::write(dir.join(name), text).map_err(DevError::broken)?;
         }
         // Known to these servers alone, for as long as they run.
         let cluster_password = random::secret().map_err(DevError::broken)?;
-        let routes: Vec<String> = self.nats.iter().map(|addrs| format!("nats://cluster:{cluster_password}@{}", addrs.peer)).collect();
+        let routes: Vec<String> = self
+            .nats
+            .iter()
+            .map(|addrs| format!("nats://cluster:{cluster_password}@{}", addrs.peer))
+            .collect();
         let first = self.processes.len();
         for (number, addrs) in (1..).zip(&self.nats) {
-            let (name, alone) = (if number == 1 { "nats".to_owned() } else { format!("nats-{number}") }, self.nats.len() == 1);
+            let (name, alone) = (
+                if number == 1 { "nats".to_owned() } else { format!("nats-{number}") },
+                self.nats.len() == 1,
+            );
             let conf = dir.join(if alone { "nats-server.conf" } else { "cluster.conf" });
-            let store = dir.join(if number == 1 { "store".to_owned() } else { format!("store-{number}") });
-            let mut args = vec!["-c".to_owned(), conf.display().to_string(), "-a".to_owned(), "127.0.0.1".to_owned()];
-            args.extend(["-p".to_owned(), addrs.client.port().to_string(), "-sd".to_owned(), store.display().to_string()]);
+            let store =
+                dir.join(if number == 1 { "store".to_owned() } else { format!("store-{number}") });
+            let mut args = vec![
+                "-c".to_owned(),
+                conf.display().to_string(),
+                "-a".to_owned(),
+                "127.0.0.1".to_owned(),
+            ];
+            args.extend([
+                "-p".to_owned(),
+                addrs.client.port().to_string(),
+                "-sd".to_owned(),
+                store.display().to_string(),
+            ]);
             if !alone {
                 args.extend(["--cluster".to_owned(), format!("nats://{}", addrs.peer)]);
             }
-            let password = |user| (access::password_variable(user), self.data.secrets.nats_password(user).to_owned());
+            let password = |user| {
+                (access::password_variable(user), self.data.secrets.nats_password(user).to_owned())
+            };
             let peer = [
                 ("NATS_SERVER_NAME".to_owned(), name.clone()),
                 ("NATS_CLUSTER_PASSWORD".to_owned(), cluster_password.clone()),
@@ -370,7 +461,11 @@ impl Stack {
     }
 
     fn nats_url(&self) -> String {
-        self.nats.iter().map(|addrs| format!("nats://{}", addrs.client)).collect::<Vec<_>>().join(",")
+        self.nats
+            .iter()
+            .map(|addrs| format!("nats://{}", addrs.client))
+            .collect::<Vec<_>>()
+            .join(",")
     }
 
     fn nats_config(&self, user: &'static str) -> bus::Config {
@@ -389,19 +484,29 @@ impl Stack {
         let settings = &self.settings;
         let mut ports = self.admin.iter().copied();
         let mut specs = Vec::new();
-        let mut add = |name: String, program: &'static str, env: Vec<(&str, String)>| -> Result<(), DevError> {
+        let mut add = |name: String,
+                       program: &'static str,
+                       env: Vec<(&str, String)>|
+         -> Result<(), DevError> {
             let admin = ports.next().ok_or_else(|| DevError::Broken("no free port".to_owned()))?;
             let given = |(variable, value): (&str, String)| match SECRETS.contains(&variable) {
                 true => self.data.write_secret(&name, variable, &value),
                 false => Ok((variable.to_owned(), value)),
             };
-            let set_here: Vec<&str> = env.iter().map(|(variable, _)| *variable).chain(["AOD_ADMIN_ADDR"]).collect();
+            let set_here: Vec<&str> =
+                env.iter().map(|(variable, _)| *variable).chain(["AOD_ADMIN_ADDR"]).collect();
             let defaults = [("AOD_STOP_GRACE_SECONDS", "3"), ("AOD_DRAIN_SECONDS", "0")];
-            let defaults = defaults.map(|(variable, value)| (variable.to_owned(), value.to_owned()));
+            let defaults =
+                defaults.map(|(variable, value)| (variable.to_owned(), value.to_owned()));
             let from_environment = settings.of(program, &set_here);
             let own = env.into_iter().map(given).collect::<Result<Vec<_>, _>>()?;
             let admin_addr = ("AOD_ADMIN_ADDR".to_owned(), admin.to_string());
-            let env = defaults.into_iter().chain(from_environment).chain(own).chain([admin_addr]).collect();
+            let env = defaults
+                .into_iter()
+                .chain(from_environment)
+                .chain(own)
+                .chain([admin_addr])
+                .collect();
             specs.push(Spec {
                 log: self.data.join(&format!("logs/{name}.log")),
                 name,
@@ -416,63 +521,109 @@ impl Stack {
             });
             Ok(())
         };
-        let nats = |user: &str| vec![("NATS_URL", self.nats_url()), ("NATS_PASSWORD", secrets.nats_password(user).to_owned())];
-        let database = |service: &str| ("DATABASE_URL", self.database_url(service, secrets.service_password(service), DATABASE));
+        let nats = |user: &str| {
+            vec![
+                ("NATS_URL", self.nats_url()),
+                ("NATS_PASSWORD", secrets.nats_password(user).to_owned()),
+            ]
+        };
+        let database = |service: &str| {
+            (
+                "DATABASE_URL",
+                self.database_url(service, secrets.service_password(service), DATABASE),
+            )
+        };
 
         let mut sprites = vec![
             ("LOCAL_SPRITES_ADDR", self.sprites.to_string()),
             ("LOCAL_SPRITES_TOKEN", secrets.sprites_token.clone()),
             ("LOCAL_SPRITES_DATA_DIR", self.data.join("sprites").display().to_string()),
         ];
-        // What Sprites reach of this machine: the model gateway, the model, and what the user names.
+        // What Sprites reach of this machine: the model gateway, the model, and what the user
+        // names.
         let named = super::tools::env("LOCAL_SPRITES_PRIVATE_HOSTS").unwrap_or_default();
-        let own = [self.model_gateway, self.model].into_iter().flatten().map(|addr| addr.to_string());
+        let own =
+            [self.model_gateway, self.model].into_iter().flatten().map(|addr| addr.to_string());
         // The model gateway reaches these for them, where they are MCP servers.
-        let private_hosts = (!settings.has("AOD_MODEL_GATEWAY_PRIVATE_HOSTS")).then(|| ("AOD_MODEL_GATEWAY_PRIVATE_HOSTS", named.clone()));
+        let private_hosts = (!settings.has("AOD_MODEL_GATEWAY_PRIVATE_HOSTS"))
+            .then(|| ("AOD_MODEL_GATEWAY_PRIVATE_HOSTS", named.clone()));
         let private: Vec<String> = own.chain([named]).filter(|host| !host.is_empty()).collect();
         sprites.push(("LOCAL_SPRITES_PRIVATE_HOSTS", private.join(",")));
         sprites.push(("LOCAL_SPRITES_ROOTFS", self.tools.rootfs.display().to_string()));
-        sprites.extend(self.tools.agents.as_ref().map(|dir| ("LOCAL_SPRITES_AGENTS_DIR", dir.display().to_string())));
+        sprites.extend(
+            self.tools
+                .agents
+                .as_ref()
+                .map(|dir| ("LOCAL_SPRITES_AGENTS_DIR", dir.display().to_string())),
+        );
         sprites.push(("LOCAL_SPRITES_AGENT_HOST", self.tools.agent_host.display().to_string()));
         add("local-sprites".to_owned(), "local-sprites", sprites)?;
         if let Some(model) = self.model {
-            add("scripted-model".to_owned(), "scripted-model", vec![("SCRIPTED_MODEL_ADDR", model.to_string())])?;
+            add(
+                "scripted-model".to_owned(),
+                "scripted-model",
+                vec![("SCRIPTED_MODEL_ADDR", model.to_string())],
+            )?;
         }
         for name in self.replicas_of("auth") {
             add(name, "auth", [nats("auth"), vec![database("auth")]].concat())?;
         }
         for name in self.replicas_of("credential-vault") {
-            let vault = vec![database("vault"), ("FIELD_ENCRYPTION_KEY", secrets.encryption_key.clone())];
+            let vault =
+                vec![database("vault"), ("FIELD_ENCRYPTION_KEY", secrets.encryption_key.clone())];
             add(name, "credential-vault", [nats("vault"), vault].concat())?;
         }
         let files = ("AOD_FILES_URL", format!("file://{}", self.data.join("files").display()));
         for name in self.replicas_of("scheduler") {
             let copies = ("AOD_STREAM_REPLICAS", self.nats.len().min(3).to_string());
             let deployment = ("AOD_DEPLOYMENT_ID", secrets.deployment_id.clone());
-            add(name, "scheduler", [nats("scheduler"), vec![database("scheduler"), deployment, copies, files.clone()]].concat())?;
+            add(
+                name,
+                "scheduler",
+                [nats("scheduler"), vec![database("scheduler"), deployment, copies, files.clone()]]
+                    .concat(),
+            )?;
         }
-        let models = ["AOD_MODEL_BASE_URL_ANTHROPIC", "AOD_MODEL_BASE_URL_OPENAI", "AOD_MODEL_BASE_URL_GOOGLE"];
+        let models = [
+            "AOD_MODEL_BASE_URL_ANTHROPIC",
+            "AOD_MODEL_BASE_URL_OPENAI",
+            "AOD_MODEL_BASE_URL_GOOGLE",
+        ];
         let scripted = self.model.map(|model| format!("http://{model}"));
-        let scripted: Vec<(&str, String)> =
-            models.into_iter().filter(|name| !settings.has(name)).filter_map(|name| Some((name, scripted.clone()?))).collect();
+        let scripted: Vec<(&str, String)> = models
+            .into_iter()
+            .filter(|name| !settings.has(name))
+            .filter_map(|name| Some((name, scripted.clone()?)))
+            .collect();
         if let Some(addr) = self.model_gateway {
             let listen = vec![("AOD_MODEL_GATEWAY_ADDR", addr.to_string())];
             let private = private_hosts.clone().into_iter().collect();
-            add("model-gateway".to_owned(), "model-gateway", [nats("model_gateway"), listen, scripted.clone(), private].concat())?;
+            add(
+                "model-gateway".to_owned(),
+                "model-gateway",
+                [nats("model_gateway"), listen, scripted.clone(), private].concat(),
+            )?;
         }
         for number in 1..=self.runners {
             let mut runner = nats("runner");
             runner.push(files.clone());
-            let sprites = self.other_sprites.clone().unwrap_or_else(|| format!("http://{}", self.sprites));
+            let sprites =
+                self.other_sprites.clone().unwrap_or_else(|| format!("http://{}", self.sprites));
             runner.push(("SPRITES_BASE_URL", sprites));
             runner.push(("AOD_AGENT_HOST", self.tools.agent_host.display().to_string()));
             runner.extend(scripted.clone());
-            runner.extend(self.model_gateway.map(|addr| ("AOD_MODEL_GATEWAY_URL", format!("http://{addr}"))));
+            runner.extend(
+                self.model_gateway.map(|addr| ("AOD_MODEL_GATEWAY_URL", format!("http://{addr}"))),
+            );
             runner.extend(private_hosts.clone());
             add(format!("sprite-runner-{number}"), "sprite-runner", runner)?;
         }
         for (name, addr) in self.replicas_of("gateway").zip(self.apis()) {
-            let gateway = vec![("AOD_LISTEN_ADDR", addr.to_string()), ("ENABLE_SHELL_RUNTIME", "true".to_owned()), files.clone()];
+            let gateway = vec![
+                ("AOD_LISTEN_ADDR", addr.to_string()),
+                ("ENABLE_SHELL_RUNTIME", "true".to_owned()),
+                files.clone(),
+            ];
             add(name, "gateway", [nats("gateway"), gateway].concat())?;
         }
         Ok(specs)
@@ -480,7 +631,9 @@ impl Stack {
 
     /// `auth`, `auth-2` and so on.
     fn replicas_of(&self, service: &'static str) -> impl Iterator<Item = String> + use<> {
-        (1..=self.replicas).map(move |number| if number == 1 { service.to_owned() } else { format!("{service}-{number}") })
+        (1..=self.replicas).map(move |number| {
+            if number == 1 { service.to_owned() } else { format!("{service}-{number}") }
+        })
     }
 
     /// Where gateways listen.
@@ -500,7 +653,9 @@ impl Stack {
             let list = services.entry(process.spec.service).or_insert_with(|| json!([]));
             if let (Some(list), Some(pid)) = (list.as_array_mut(), process.pid()) {
                 let mut service = json!({ "pid": pid, "log": process.spec.log });
-                if let (Some(service), Probe::Ready(admin)) = (service.as_object_mut(), &process.spec.probe) {
+                if let (Some(service), Probe::Ready(admin)) =
+                    (service.as_object_mut(), &process.spec.probe)
+                {
                     service.insert("admin_url".to_owned(), format!("http://{admin}").into());
                 }
                 list.push(service);
@@ -524,12 +679,19 @@ impl Stack {
         let write = |path: &Path| -> std::io::Result<()> {
             use std::os::unix::fs::OpenOptionsExt as _;
             let draft = path.with_extension("draft");
-            let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+            let mut file = fs::OpenOptions::new()
+                .create(true)
+                .truncate(true)
+                .write(true)
+                .mode(0o600)
+                .open(&draft)?;
             file.write_all(format!("{ready:#}\n").as_bytes())?;
             fs::rename(draft, path)
         };
         for path in self.ready_files() {
-            write(&path).map_err(|error| DevError::Unfit(format!("ready file {} cannot be written: {error}", path.display())))?;
+            write(&path).map_err(|error| {
+                DevError::Unfit(format!("ready file {} cannot be written: {error}", path.display()))
+            })?;
         }
         Ok(())
     }

@@ -15,7 +15,8 @@ use types::Backoff;
 
 use crate::dev::{DevError, data::User, tools::Tools};
 
-const RESTART: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(5), attempts: u32::MAX };
+const RESTART: Backoff =
+    Backoff { base: Duration::from_millis(50), max: Duration::from_secs(5), attempts: u32::MAX };
 /// One that ran this long had started well.
 const STARTED_WELL: Duration = Duration::from_secs(10);
 
@@ -53,14 +54,19 @@ pub struct Process {
 
 impl Process {
     pub fn start(spec: Spec, tools: &Tools) -> Result<Self, DevError> {
-        let mut process = Self { spec, child: None, started_at: Instant::now(), deaths: 0, restart_at: None };
+        let mut process =
+            Self { spec, child: None, started_at: Instant::now(), deaths: 0, restart_at: None };
         process.spawn(tools)?;
         Ok(process)
     }
 
     fn spawn(&mut self, tools: &Tools) -> Result<(), DevError> {
         let spec = &self.spec;
-        let log = OpenOptions::new().create(true).append(true).open(&spec.log).map_err(DevError::broken)?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&spec.log)
+            .map_err(DevError::broken)?;
         let signal = if spec.stop_signal == Signal::INT { "INT" } else { "TERM" };
         // Whatever becomes of this process, its children do not outlive it.
         let mut command = Command::from(tools.tied(&spec.program, spec.user.as_ref(), signal));
@@ -68,7 +74,9 @@ impl Process {
         let log_too = log.try_clone().map_err(DevError::broken)?;
         // A group of its own: Ctrl-C reaches this process alone, which ends the others in order.
         command.stdin(Stdio::null()).stdout(log).stderr(log_too).process_group(0).current_dir("/");
-        self.child = Some(command.spawn().map_err(|error| DevError::Broken(format!("{} cannot be started: {error}", spec.name)))?);
+        self.child = Some(command.spawn().map_err(|error| {
+            DevError::Broken(format!("{} cannot be started: {error}", spec.name))
+        })?);
         self.started_at = Instant::now();
         self.restart_at = None;
         Ok(())
@@ -83,10 +91,19 @@ impl Process {
         let deadline = Instant::now() + limit;
         while !self.spec.probe.answers().await {
             if let Some(status) = self.ended() {
-                return Err(DevError::Broken(format!("{} ended with {status} while starting:\n{}", self.spec.name, self.log_tail())));
+                return Err(DevError::Broken(format!(
+                    "{} ended with {status} while starting:\n{}",
+                    self.spec.name,
+                    self.log_tail()
+                )));
             }
             if Instant::now() > deadline {
-                return Err(DevError::Broken(format!("{} is not up after {} s:\n{}", self.spec.name, limit.as_secs(), self.log_tail())));
+                return Err(DevError::Broken(format!(
+                    "{} is not up after {} s:\n{}",
+                    self.spec.name,
+                    limit.as_secs(),
+                    self.log_tail()
+                )));
             }
             tokio::time::sleep(Duration::from_millis(15)).await;
         }
@@ -97,13 +114,19 @@ impl Process {
         self.child.as_mut().and_then(|child| child.try_wait().ok().flatten())
     }
 
-    /// Notices a death, and starts the child again when it is time. True when the list of processes has changed.
+    /// Notices a death, and starts the child again when it is time. True when the list of processes
+    /// has changed.
     pub fn tend(&mut self, restart: bool, tools: &Tools) -> bool {
         if let Some(status) = self.ended() {
             self.child = None;
-            self.deaths = if self.started_at.elapsed() > STARTED_WELL { 1 } else { self.deaths + 1 };
+            self.deaths =
+                if self.started_at.elapsed() > STARTED_WELL { 1 } else { self.deaths + 1 };
             let delay = RESTART.jittered(self.deaths);
-            note!("aod dev: {} ended with {status}{}", self.spec.name, if restart { "; starting it again" } else { "" });
+            note!(
+                "aod dev: {} ended with {status}{}",
+                self.spec.name,
+                if restart { "; starting it again" } else { "" }
+            );
             self.restart_at = restart.then(|| Instant::now() + delay);
             return !restart;
         }
@@ -120,7 +143,9 @@ impl Process {
     }
 
     fn signal(&self, signal: Signal) {
-        if let Some(pid) = self.pid().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) {
+        if let Some(pid) =
+            self.pid().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw)
+        {
             let _ = rustix::process::kill_process(pid, signal);
         }
     }
@@ -138,7 +163,8 @@ impl Process {
 
     fn log_tail(&self) -> String {
         let mut text = String::new();
-        let _ = std::fs::File::open(&self.spec.log).and_then(|mut file| file.read_to_string(&mut text));
+        let _ =
+            std::fs::File::open(&self.spec.log).and_then(|mut file| file.read_to_string(&mut text));
         let lines: Vec<&str> = text.lines().collect();
         lines.get(lines.len().saturating_sub(8)..).unwrap_or_default().join("\n")
     }
@@ -151,8 +177,12 @@ impl Probe {
             match self {
                 Self::Connect(addr) => tokio::net::TcpStream::connect(addr).await.is_ok(),
                 Self::Ready(addr) => {
-                    let Ok(mut stream) = tokio::net::TcpStream::connect(addr).await else { return false };
-                    let request = format!("GET /readyz HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");
+                    let Ok(mut stream) = tokio::net::TcpStream::connect(addr).await else {
+                        return false;
+                    };
+                    let request = format!(
+                        "GET /readyz HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n"
+                    );
                     let mut answer = String::new();
                     let _ = stream.write_all(request.as_bytes()).await;
                     let _ = stream.read_to_string(&mut answer).await;

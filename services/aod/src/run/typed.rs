@@ -1,4 +1,5 @@
-//! Typed events for a person. What the agent says and does goes to standard output, everything about it to standard error.
+//! Typed events for a person. What the agent says and does goes to standard output, everything
+//! about it to standard error.
 
 use std::{collections::HashMap, fmt::Write as _};
 
@@ -38,7 +39,11 @@ impl Renderer {
                 }
             }
             "agent.tool_use" | "agent.mcp_tool_use" => {
-                let server = event.get("mcp_server_name").and_then(Value::as_str).map(|server| format!("{server}/")).unwrap_or_default();
+                let server = event
+                    .get("mcp_server_name")
+                    .and_then(Value::as_str)
+                    .map(|server| format!("{server}/"))
+                    .unwrap_or_default();
                 let name = format!("{server}{}", text(event, "name"));
                 out(&format!("→ {name} {}", input(event)));
                 if let Some(id) = event.get("id").and_then(Value::as_u64) {
@@ -46,12 +51,18 @@ impl Renderer {
                 }
             }
             "agent.tool_result" | "agent.mcp_tool_result" => {
-                let tool = event.get("tool_use_id").or_else(|| event.get("mcp_tool_use_id")).and_then(Value::as_u64);
+                let tool = event
+                    .get("tool_use_id")
+                    .or_else(|| event.get("mcp_tool_use_id"))
+                    .and_then(Value::as_u64);
                 let tool = tool.and_then(|tool| self.tools.remove(&tool)).unwrap_or_default();
                 let failed = event.get("is_error").and_then(Value::as_bool) == Some(true);
                 let mark = if failed { "✗" } else { "←" };
-                contents(event).for_each(|text| text.lines().for_each(|line| out(&format!("{mark} {line}"))));
-                if let Some(code) = event.get("exit_code").and_then(Value::as_i64).filter(|code| *code != 0) {
+                contents(event)
+                    .for_each(|text| text.lines().for_each(|line| out(&format!("{mark} {line}"))));
+                if let Some(code) =
+                    event.get("exit_code").and_then(Value::as_i64).filter(|code| *code != 0)
+                {
                     out(&format!("{mark} {tool}: exit code {code}"));
                 }
                 for change in list(event, "changes") {
@@ -86,12 +97,19 @@ impl Renderer {
 fn note(event: &Value, kind: &str) -> Option<String> {
     Some(match kind {
         "session.stage" => return stage(event),
-        "session.stage_output" => text(event, "data").lines().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n"),
-        "agent.thinking" => format!("· {}", text(event, "text").lines().next().filter(|line| !line.is_empty())?),
+        "session.stage_output" => text(event, "data")
+            .lines()
+            .map(|line| format!("  | {line}"))
+            .collect::<Vec<_>>()
+            .join("\n"),
+        "agent.thinking" => {
+            format!("· {}", text(event, "text").lines().next().filter(|line| !line.is_empty())?)
+        }
         "agent.thread_context_compacted" => "· the conversation was compacted".to_owned(),
         "session.error" => {
             let error = event.get("error")?;
-            let again = error.pointer("/retry_status/type").and_then(Value::as_str) == Some("retrying");
+            let again =
+                error.pointer("/retry_status/type").and_then(Value::as_str) == Some("retrying");
             format!("✗ {}{}", text(error, "message"), if again { " (will retry)" } else { "" })
         }
         "session.permission_settled" => match text(event, "decision") {
@@ -101,10 +119,14 @@ fn note(event: &Value, kind: &str) -> Option<String> {
         },
         "session.output_dropped" => {
             let bytes = event.get("bytes").and_then(Value::as_u64).unwrap_or_default();
-            format!("· {bytes} bytes of the agent's output were dropped: it printed more than is kept")
+            format!(
+                "· {bytes} bytes of the agent's output were dropped: it printed more than is kept"
+            )
         }
         "session.input_refused" => format!("· not sent: {}", text(event, "message")),
-        "user.message" => contents(event).map(|text| format!("» {text}")).collect::<Vec<_>>().join("\n"),
+        "user.message" => {
+            contents(event).map(|text| format!("» {text}")).collect::<Vec<_>>().join("\n")
+        }
         "session.status_idle" => return idle(event),
         "session.status_terminated" => "Session terminated".to_owned(),
         "session.deleted" => "Session deleted".to_owned(),
@@ -113,10 +135,16 @@ fn note(event: &Value, kind: &str) -> Option<String> {
 }
 
 fn stage(event: &Value) -> Option<String> {
-    let duration = event.get("duration_ms").and_then(Value::as_u64).map(|ms| format!(" ({ms} ms)")).unwrap_or_default();
+    let duration = event
+        .get("duration_ms")
+        .and_then(Value::as_u64)
+        .map(|ms| format!(" ({ms} ms)"))
+        .unwrap_or_default();
     match text(event, "state") {
         "done" => Some(format!("· {}{duration}", text(event, "stage"))),
-        "failed" => Some(format!("✗ {}{duration}: {}", text(event, "stage"), text(event, "message"))),
+        "failed" => {
+            Some(format!("✗ {}{duration}: {}", text(event, "stage"), text(event, "message")))
+        }
         _ => None,
     }
 }
@@ -223,10 +251,17 @@ mod tests {
         let idle = |event: Value| shown(&[event]);
         let failure = json!({ "stage": "timeout", "message": "Turn timed out after 60s" });
         assert_eq!(
-            idle(json!({ "type": "session.status_idle", "stop_reason": { "type": "failed" }, "failure": failure })),
+            idle(
+                json!({ "type": "session.status_idle", "stop_reason": { "type": "failed" }, "failure": failure })
+            ),
             ["(Turn timed out after 60s)"]
         );
-        assert_eq!(idle(json!({ "type": "session.status_idle", "stop_reason": { "type": "failed" }, "exit_code": 3 })), ["(exit code 3)"]);
+        assert_eq!(
+            idle(
+                json!({ "type": "session.status_idle", "stop_reason": { "type": "failed" }, "exit_code": 3 })
+            ),
+            ["(exit code 3)"]
+        );
         assert!(idle(json!({ "type": "session.status_idle", "stop_reason": { "type": "end_turn" }, "exit_code": 0 })).is_empty());
     }
 }

@@ -1,4 +1,5 @@
-//! Follows a session's typed events in a terminal: prints them, asks for decisions, and interrupts the turn on Ctrl-C.
+//! Follows a session's typed events in a terminal: prints them, asks for decisions, and interrupts
+//! the turn on Ctrl-C.
 
 use std::{collections::VecDeque, io::IsTerminal as _, process::ExitCode};
 
@@ -21,11 +22,13 @@ use crate::{
 /// How following ended.
 pub struct Watched {
     pub code: ExitCode,
-    /// Whether the agent's own events were among those that were printed: those of earlier releases have none.
+    /// Whether the agent's own events were among those that were printed: those of earlier releases
+    /// have none.
     pub agent_seen: bool,
 }
 
-/// Prints a session's typed events: those of one turn until its end, or all until the session's newest turn has ended.
+/// Prints a session's typed events: those of one turn until its end, or all until the session's
+/// newest turn has ended.
 pub async fn watch(
     api: &Api,
     session: &str,
@@ -43,7 +46,11 @@ pub async fn watch(
             let lines = if is_shown { renderer.render(event) } else { Vec::new() };
             show(lines);
             match text(event, "type") {
-                "session.permission_requested" | "session.permission_settled" | "session.status_idle" if is_shown => {
+                "session.permission_requested"
+                | "session.permission_settled"
+                | "session.status_idle"
+                    if is_shown =>
+                {
                     let _ = news.send(event.clone());
                 }
                 "session.status_terminated" | "session.deleted" => return Next::Stop,
@@ -112,7 +119,8 @@ fn turn(event: &Value) -> Option<u64> {
     event.get("turn").and_then(Value::as_u64)
 }
 
-/// Whether the session is settled after a turn's end: a queued message may have begun the next turn.
+/// Whether the session is settled after a turn's end: a queued message may have begun the next
+/// turn.
 async fn is_settled(api: &Api, session: &str, turn: Option<u64>) -> Result<bool, ApiFailure> {
     let session = api.get(&format!("/sessions/{session}")).await?;
     let is_active = matches!(text(&session, "status"), "pending" | "running");
@@ -139,7 +147,9 @@ impl Asking {
             return;
         }
         if !self.is_terminal {
-            note!("The agent waits for a decision: aod sessions approve {session} {request}, or deny");
+            note!(
+                "The agent waits for a decision: aod sessions approve {session} {request}, or deny"
+            );
             return;
         }
         self.open.push_back((request, text(event, "name").to_owned()));
@@ -151,7 +161,9 @@ impl Asking {
 
     fn ask(&self) {
         if let Some((_, tool)) = self.open.front() {
-            note!("Allow {tool}? y: once, a: for the session, n: no, n REASON: no, and tell the agent why");
+            note!(
+                "Allow {tool}? y: once, a: for the session, n: no, n REASON: no, and tell the agent why"
+            );
         }
     }
 
@@ -186,7 +198,8 @@ fn decision(line: &str) -> Option<(&'static str, Option<&str>)> {
     }
 }
 
-/// Reads the terminal on a thread of its own, which ends with the process: a read cannot be cancelled.
+/// Reads the terminal on a thread of its own, which ends with the process: a read cannot be
+/// cancelled.
 fn read_lines() -> mpsc::Receiver<String> {
     let (sender, lines) = mpsc::channel(1);
     std::thread::spawn(move || {

@@ -19,7 +19,9 @@ use crate::{
 pub fn read(fields: &mut Fields) -> Option<Vec<McpServer>> {
     let servers = fields.objects("mcp_servers", AGENT_ITEMS_MAX, read_one)?;
     for (at, server) in servers.iter().enumerate() {
-        if !server.name.is_empty() && servers.iter().take(at).any(|earlier| earlier.name == server.name) {
+        if !server.name.is_empty()
+            && servers.iter().take(at).any(|earlier| earlier.name == server.name)
+        {
             fields.refuse("mcp_servers", &format!("duplicate name: {}", server.name));
         }
     }
@@ -29,7 +31,10 @@ pub fn read(fields: &mut Fields) -> Option<Vec<McpServer>> {
 fn read_one(item: &mut Fields) -> McpServer {
     let name = filled(item, "name");
     let transport = match item.optional_string("type", BODY_BYTES_MAX).as_deref() {
-        None | Some("url") => McpTransport::Url { url: filled(item, "url"), headers: item.string_map("headers").unwrap_or_default() },
+        None | Some("url") => McpTransport::Url {
+            url: filled(item, "url"),
+            headers: item.string_map("headers").unwrap_or_default(),
+        },
         Some("stdio") => McpTransport::Stdio {
             command: filled(item, "command"),
             args: item.strings("args").unwrap_or_default(),
@@ -59,7 +64,10 @@ pub fn nothing_stored(servers: &[McpServer], stored: &[McpServer]) -> Option<Fie
         let known = stored.iter().find(|stored| stored.name == server.name);
         for (name, value) in server.secrets() {
             if value == REDACTED && !known.is_some_and(|known| known.secrets().contains_key(name)) {
-                let why = format!("'{}' of {} is '{REDACTED}', but no value is stored for it", name, server.name);
+                let why = format!(
+                    "'{}' of {} is '{REDACTED}', but no value is stored for it",
+                    name, server.name
+                );
                 return Some(FieldError::value("mcp_servers", &why, REDACTED.into()));
             }
         }
@@ -68,9 +76,17 @@ pub fn nothing_stored(servers: &[McpServer], stored: &[McpServer]) -> Option<Fie
 }
 
 /// Keeps the servers' secrets, where there are any.
-pub async fn keep(app: &App, user_id: &str, servers: &[McpServer], base: Option<String>) -> Result<Option<Kept>, ApiError> {
-    let document: BTreeMap<&str, _> =
-        servers.iter().filter(|server| !server.secrets().is_empty()).map(|server| (server.name.as_str(), server.secrets())).collect();
+pub async fn keep(
+    app: &App,
+    user_id: &str,
+    servers: &[McpServer],
+    base: Option<String>,
+) -> Result<Option<Kept>, ApiError> {
+    let document: BTreeMap<&str, _> = servers
+        .iter()
+        .filter(|server| !server.secrets().is_empty())
+        .map(|server| (server.name.as_str(), server.secrets()))
+        .collect();
     if document.is_empty() {
         return Ok(None);
     }

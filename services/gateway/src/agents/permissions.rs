@@ -37,9 +37,16 @@ fn is_rule(tool: &str) -> bool {
     };
     match pattern {
         Some(pattern) => {
-            !name.is_empty() && !name.contains('*') && pattern.strip_suffix(')').is_some_and(|pattern| !pattern.trim().is_empty())
+            !name.is_empty()
+                && !name.contains('*')
+                && pattern.strip_suffix(')').is_some_and(|pattern| !pattern.trim().is_empty())
         }
-        None => !name.is_empty() && !name.trim_end_matches('*').contains('*') && !name.ends_with("**") && !name.contains(')'),
+        None => {
+            !name.is_empty()
+                && !name.trim_end_matches('*').contains('*')
+                && !name.ends_with("**")
+                && !name.contains(')')
+        }
     }
 }
 
@@ -74,7 +81,18 @@ mod tests {
         for good in ["Bash", "mcp__*", "*", "Bash(git *)", "Edit(/a (b)/*)", "Bash(git:*)"] {
             assert!(is_rule(good), "{good}");
         }
-        for bad in ["", "a*b", "a**", "Bash(", "Bash()", "Bash( )", "(git)", "Bas*(git)", "Bash)", "Bash(git) "] {
+        for bad in [
+            "",
+            "a*b",
+            "a**",
+            "Bash(",
+            "Bash()",
+            "Bash( )",
+            "(git)",
+            "Bas*(git)",
+            "Bash)",
+            "Bash(git) ",
+        ] {
             assert!(!is_rule(bad), "{bad}");
         }
     }

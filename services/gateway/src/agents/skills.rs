@@ -3,7 +3,9 @@
 use types::{
     Skill,
     agent::{GithubSkill, GithubTag, InlineSkill, is_skill_name, is_skill_source},
-    limits::{AGENT_ITEMS_MAX, BODY_BYTES_MAX, SKILL_CONTENT_BYTES_MAX, SKILL_DESCRIPTION_CHARS_MAX},
+    limits::{
+        AGENT_ITEMS_MAX, BODY_BYTES_MAX, SKILL_CONTENT_BYTES_MAX, SKILL_DESCRIPTION_CHARS_MAX,
+    },
     skill::check_content,
 };
 
@@ -14,7 +16,9 @@ pub fn read(fields: &mut Fields) -> Option<Vec<Skill>> {
     for (at, skill) in skills.iter().enumerate() {
         let identity = skill.identity();
         // What is empty was refused already.
-        if !identity.1.is_empty() && skills.iter().take(at).any(|earlier| earlier.identity() == identity) {
+        if !identity.1.is_empty()
+            && skills.iter().take(at).any(|earlier| earlier.identity() == identity)
+        {
             fields.refuse("skills", &format!("duplicate {}: {}", identity.0, identity.1));
         }
     }
@@ -23,8 +27,13 @@ pub fn read(fields: &mut Fields) -> Option<Vec<Skill>> {
 
 fn read_one(item: &mut Fields) -> Skill {
     let is_github = item.names().any(|name| name == "type");
-    let known: &[&str] = if is_github { &["type", "source", "description", "name"] } else { &["name", "description", "content"] };
-    let unknown: Vec<String> = item.names().filter(|name| !known.contains(name)).map(str::to_owned).collect();
+    let known: &[&str] = if is_github {
+        &["type", "source", "description", "name"]
+    } else {
+        &["name", "description", "content"]
+    };
+    let unknown: Vec<String> =
+        item.names().filter(|name| !known.contains(name)).map(str::to_owned).collect();
     for name in unknown {
         item.refuse(&name, &format!("unknown key: {name}"));
     }
@@ -57,8 +66,13 @@ fn read_inline(item: &mut Fields) -> InlineSkill {
     let content = item.named_string("content", BODY_BYTES_MAX);
     if content.as_ref().is_some_and(|content| content.len() > SKILL_CONTENT_BYTES_MAX) {
         item.refuse("content", &format!("content must be at most {SKILL_CONTENT_BYTES_MAX} bytes"));
-    } else if let Some(error) = content.as_deref().and_then(|content| check_content(content).err()) {
+    } else if let Some(error) = content.as_deref().and_then(|content| check_content(content).err())
+    {
         item.refuse("content", &error.to_string());
     }
-    InlineSkill { name: name.unwrap_or_default(), description: description.unwrap_or_default(), content: content.unwrap_or_default() }
+    InlineSkill {
+        name: name.unwrap_or_default(),
+        description: description.unwrap_or_default(),
+        content: content.unwrap_or_default(),
+    }
 }

@@ -63,7 +63,9 @@ impl Fields {
                     Value::String(text) => {
                         map.insert(key, text);
                     }
-                    other => fields.error("string_type", &key, "Input should be a valid string", other),
+                    other => {
+                        fields.error("string_type", &key, "Input should be a valid string", other)
+                    }
                 }
             }
         });
@@ -101,14 +103,20 @@ impl Fields {
     }
 
     /// A list of objects, each read in turn.
-    pub fn objects<T>(&mut self, name: &str, max: usize, mut read: impl FnMut(&mut Self) -> T) -> Option<Vec<T>> {
+    pub fn objects<T>(
+        &mut self,
+        name: &str,
+        max: usize,
+        mut read: impl FnMut(&mut Self) -> T,
+    ) -> Option<Vec<T>> {
         let items = self.list(name)?;
         if self.refuse_more_than(name, items.len(), max) {
             return None;
         }
         let mut values = Vec::with_capacity(items.len());
         for (index, item) in items.into_iter().enumerate() {
-            let loc: Vec<Value> = self.loc.iter().cloned().chain([name.into(), index.into()]).collect();
+            let loc: Vec<Value> =
+                self.loc.iter().cloned().chain([name.into(), index.into()]).collect();
             match item {
                 Value::Object(object) => {
                     let mut fields = Self::of(object, loc);
@@ -145,7 +153,9 @@ fn has_nul(value: &Value) -> bool {
     match value {
         Value::String(text) => text.contains('\0'),
         Value::Array(items) => items.iter().any(has_nul),
-        Value::Object(object) => object.iter().any(|(key, value)| key.contains('\0') || has_nul(value)),
+        Value::Object(object) => {
+            object.iter().any(|(key, value)| key.contains('\0') || has_nul(value))
+        }
         _ => false,
     }
 }

@@ -6,12 +6,24 @@ use types::agent::REDACTED;
 /// How much of what was sent an error shows.
 pub const ECHO_BYTES_MAX: usize = 4096;
 
-/// Fields whose contents no answer shows, not even the one that refuses them (docs/api.md §3 to §6).
+/// Fields whose contents no answer shows, not even the one that refuses them (docs/api.md §3 to
+/// §6).
 pub fn is_secret(name: &str) -> bool {
-    matches!(name, "authorization_token" | "env" | "env_vars" | "headers" | "secret_env_vars" | "secret_value" | "token" | "value")
+    matches!(
+        name,
+        "authorization_token"
+            | "env"
+            | "env_vars"
+            | "headers"
+            | "secret_env_vars"
+            | "secret_value"
+            | "token"
+            | "value"
+    )
 }
 
-/// What an error shows of a value: its beginning, without secrets. `left` is what it may still take, in bytes.
+/// What an error shows of a value: its beginning, without secrets. `left` is what it may still
+/// take, in bytes.
 pub fn echo(value: &Value, left: &mut usize) -> Value {
     match value {
         Value::String(text) => {

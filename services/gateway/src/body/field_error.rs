@@ -20,7 +20,12 @@ impl FieldError {
     /// A value that the rules of the domain refuse.
     pub fn value(field: &str, text: &str, input: Value) -> Self {
         let text = text.strip_prefix("Value error, ").unwrap_or(text);
-        Self { kind: "value_error", loc: vec![field.into()], msg: format!("Value error, {text}"), input }
+        Self {
+            kind: "value_error",
+            loc: vec![field.into()],
+            msg: format!("Value error, {text}"),
+            input,
+        }
     }
 
     pub fn into_json(self) -> Value {

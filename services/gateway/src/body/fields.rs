@@ -12,11 +12,13 @@ use crate::{
     error::ApiError,
 };
 
-/// An answer shows so many errors at most, of so many bytes together: it does not grow with what was sent.
+/// An answer shows so many errors at most, of so many bytes together: it does not grow with what
+/// was sent.
 const ERRORS_MAX: usize = 100;
 const ERRORS_BYTES_MAX: usize = 64 * 1024;
 
-/// An object's fields, read one after the other; what is wrong is remembered until [`Self::finish`].
+/// An object's fields, read one after the other; what is wrong is remembered until
+/// [`Self::finish`].
 pub struct Fields {
     pub(super) object: Map<String, Value>,
     pub(super) loc: Vec<Value>,
@@ -61,7 +63,13 @@ impl Fields {
         self.object.keys().map(String::as_str)
     }
 
-    pub(super) fn error(&mut self, kind: &'static str, name: &str, msg: impl Into<String>, input: Value) {
+    pub(super) fn error(
+        &mut self,
+        kind: &'static str,
+        name: &str,
+        msg: impl Into<String>,
+        input: Value,
+    ) {
         let loc: Vec<Value> = self.loc.iter().cloned().chain([name.into()]).collect();
         // What is missing is shown with what is there beside it.
         let secret = kind != "missing" && loc.iter().filter_map(Value::as_str).any(is_secret);
@@ -84,12 +92,22 @@ impl Fields {
 
     /// Adds that the rules of the domain refuse a field, and why.
     pub fn refuse(&mut self, name: &str, why: &str) {
-        let input = self.object.get(name).map(|value| echo(value, &mut { ECHO_BYTES_MAX })).unwrap_or_default();
+        let input = self
+            .object
+            .get(name)
+            .map(|value| echo(value, &mut { ECHO_BYTES_MAX }))
+            .unwrap_or_default();
         self.error("value_error", name, format!("Value error, {why}"), input);
     }
 
-    /// As [`Self::refuse`], for items of a field: says why of the first, shows it alone, and counts the others.
-    pub fn refuse_items<'a>(&mut self, name: &str, mut items: impl Iterator<Item = &'a str>, why: impl FnOnce(&str) -> String) {
+    /// As [`Self::refuse`], for items of a field: says why of the first, shows it alone, and counts
+    /// the others.
+    pub fn refuse_items<'a>(
+        &mut self,
+        name: &str,
+        mut items: impl Iterator<Item = &'a str>,
+        why: impl FnOnce(&str) -> String,
+    ) {
         let Some(first) = items.next() else { return };
         let more = match items.count() {
             0 => String::new(),
@@ -101,7 +119,8 @@ impl Fields {
 
     /// Refuses a text that holds nothing but white space; what is no text was refused already.
     pub fn refuse_blank(&mut self, name: &str) {
-        if self.object.get(name).and_then(Value::as_str).is_some_and(|text| text.trim().is_empty()) {
+        if self.object.get(name).and_then(Value::as_str).is_some_and(|text| text.trim().is_empty())
+        {
             self.refuse(name, &format!("{name} must not be empty"));
         }
     }
@@ -154,7 +173,12 @@ impl Fields {
     pub fn optional_string(&mut self, name: &str, chars_max: usize) -> Option<String> {
         match self.get(name)?.clone() {
             Value::String(text) if text.chars().count() > chars_max => {
-                self.error("string_too_long", name, format!("String should have at most {chars_max} characters"), text.into());
+                self.error(
+                    "string_too_long",
+                    name,
+                    format!("String should have at most {chars_max} characters"),
+                    text.into(),
+                );
                 None
             }
             Value::String(text) if text.contains('\0') => {
@@ -197,11 +221,21 @@ impl Fields {
         let input = self.get(name)?.clone();
         match coerce_integer(&input) {
             Ok(number) if number < min => {
-                self.error("greater_than_equal", name, format!("Input should be greater than or equal to {min}"), input);
+                self.error(
+                    "greater_than_equal",
+                    name,
+                    format!("Input should be greater than or equal to {min}"),
+                    input,
+                );
                 None
             }
             Ok(number) if number > max => {
-                self.error("less_than_equal", name, format!("Input should be less than or equal to {max}"), input);
+                self.error(
+                    "less_than_equal",
+                    name,
+                    format!("Input should be less than or equal to {max}"),
+                    input,
+                );
                 None
             }
             Ok(number) => Some(number),
@@ -244,14 +278,20 @@ mod tests {
 
     #[test]
     fn several_errors_come_together_in_field_order() {
-        let mut fields = fields(r#"{"name": 5, "timeout": "x", "metadata": [], "list": [{}, 3, {"a": 1}], "env": {"A": 1}}"#);
+        let mut fields = fields(
+            r#"{"name": 5, "timeout": "x", "metadata": [], "list": [{}, 3, {"a": 1}], "env": {"A": 1}}"#,
+        );
         fields.string("name", 200);
         fields.string("prompt", 200);
         fields.integer("timeout", 10, 3600);
         fields.object("metadata");
         fields.objects("list", 3, |item| item.string("a", 9));
         fields.string_map("env");
-        let errors: Vec<_> = fields.errors.iter().map(|error| (error.kind, Value::from(error.loc.clone()).to_string())).collect();
+        let errors: Vec<_> = fields
+            .errors
+            .iter()
+            .map(|error| (error.kind, Value::from(error.loc.clone()).to_string()))
+            .collect();
         let expected = [
             ("string_type", r#"["name"]"#),
             ("missing", r#"["prompt"]"#),
@@ -282,7 +322,8 @@ mod tests {
     #[test]
     fn an_answer_does_not_grow_with_what_is_wrong() {
         let hosts = |count: usize| json!({ "type": "limited", "allowed_hosts": vec![""; count] });
-        let vars = |count: usize| Value::Object((0..count).map(|n| (n.to_string(), "".into())).collect());
+        let vars =
+            |count: usize| Value::Object((0..count).map(|n| (n.to_string(), "".into())).collect());
         let huge = "é/".repeat(1_000_000);
         for (field, value) in [
             ("networking", hosts(900)),
@@ -329,7 +370,8 @@ mod tests {
 
     #[test]
     fn text_with_nul_is_refused_wherever_it_hides() {
-        let mut fields = fields(r#"{"a": "\u0000", "b": {"x": [{"\u0000": 1}]}, "c": {"x": "\\u0000"}}"#);
+        let mut fields =
+            fields(r#"{"a": "\u0000", "b": {"x": [{"\u0000": 1}]}, "c": {"x": "\\u0000"}}"#);
         fields.string("a", 9);
         fields.object("b");
         fields.object("c");

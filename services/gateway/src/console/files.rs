@@ -6,7 +6,8 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 
-/// Path and content of each file, from `console/dist`. A file may have a compressed twin, named with `.br` at its end.
+/// Path and content of each file, from `console/dist`. A file may have a compressed twin, named
+/// with `.br` at its end.
 const FILES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/console_files.rs"));
 
 /// Files with a hash of their content in their name are in this folder.
@@ -22,7 +23,10 @@ const MISSING: &str = "<!doctype html><html lang=en><meta charset=utf-8><title>A
 pub async fn page(headers: HeaderMap) -> Response {
     match find(PAGE) {
         Some(_) => answer(PAGE, &headers),
-        None => (StatusCode::NOT_FOUND, [(header::CONTENT_TYPE, "text/html; charset=utf-8")], MISSING).into_response(),
+        None => {
+            (StatusCode::NOT_FOUND, [(header::CONTENT_TYPE, "text/html; charset=utf-8")], MISSING)
+                .into_response()
+        }
     }
 }
 
@@ -32,7 +36,11 @@ pub async fn file(Path(path): Path<String>, headers: HeaderMap) -> Response {
 }
 
 fn find(path: &str) -> Option<&'static [u8]> {
-    FILES.binary_search_by_key(&path, |(name, _)| name).ok().and_then(|index| FILES.get(index)).map(|(_, content)| *content)
+    FILES
+        .binary_search_by_key(&path, |(name, _)| name)
+        .ok()
+        .and_then(|index| FILES.get(index))
+        .map(|(_, content)| *content)
 }
 
 fn answer(path: &str, headers: &HeaderMap) -> Response {
@@ -41,7 +49,8 @@ fn answer(path: &str, headers: &HeaderMap) -> Response {
     };
     let compressed = find(&format!("{path}.br")).filter(|_| accepts_brotli(headers));
     let mut response = compressed.unwrap_or(plain).into_response();
-    let caching = if path.starts_with(HASHED) { "public, max-age=31536000, immutable" } else { "no-cache" };
+    let caching =
+        if path.starts_with(HASHED) { "public, max-age=31536000, immutable" } else { "no-cache" };
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type(path)));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(caching));
@@ -53,7 +62,8 @@ fn answer(path: &str, headers: &HeaderMap) -> Response {
 }
 
 fn accepts_brotli(headers: &HeaderMap) -> bool {
-    let values = headers.get_all(header::ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
+    let values =
+        headers.get_all(header::ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).any(|coding| {
         let (name, weight) = coding.split_once(';').unwrap_or((coding, ""));
         name.trim() == "br" && !matches!(weight.trim(), "q=0" | "q=0.0" | "q=0.00" | "q=0.000")
@@ -78,8 +88,12 @@ mod tests {
 
     #[test]
     fn brotli_is_sent_only_where_it_is_accepted() {
-        let accepts =
-            |value: &'static str| accepts_brotli(&HeaderMap::from_iter([(header::ACCEPT_ENCODING, HeaderValue::from_static(value))]));
+        let accepts = |value: &'static str| {
+            accepts_brotli(&HeaderMap::from_iter([(
+                header::ACCEPT_ENCODING,
+                HeaderValue::from_static(value),
+            )]))
+        };
         assert!(accepts("gzip, deflate, br, zstd") && accepts("br;q=0.5"));
         assert!(!accepts("gzip") && !accepts("br;q=0") && !accepts_brotli(&HeaderMap::new()));
     }

@@ -95,7 +95,11 @@ impl Event {
     pub fn new(id: u64, event: SessionEvent) -> Self {
         let turn = event.turn;
         if let Some(Kind::Output(output)) = event.kind {
-            return Self::shown(id, turn, Visible::Output(OutputFrame::new(id, turn, output).whole()));
+            return Self::shown(
+                id,
+                turn,
+                Visible::Output(OutputFrame::new(id, turn, output).whole()),
+            );
         }
         let kind = match &event.kind {
             Some(Kind::Stage(stage)) => Visible::Stage(frame(
@@ -108,14 +112,20 @@ impl Event {
                     message: stage.message.as_deref(),
                 },
             )),
-            Some(Kind::TurnEnded(ended)) => Visible::TurnEnd(match (ended.exit_code, &ended.failure) {
-                (Some(code), _) => frame(id, &StreamEvent::Exit { id, code, turn }),
-                (None, failure) => {
-                    let message = failure.as_ref().map_or("Session failed", |failure| failure.message.as_str());
-                    frame(id, &StreamEvent::Error { id, message, turn })
-                }
-            }),
-            Some(Kind::Terminated(_)) => Visible::Terminated(frame(id, &StreamEvent::Terminated { id, message: TERMINATED })),
+            Some(Kind::TurnEnded(ended)) => {
+                Visible::TurnEnd(match (ended.exit_code, &ended.failure) {
+                    (Some(code), _) => frame(id, &StreamEvent::Exit { id, code, turn }),
+                    (None, failure) => {
+                        let message = failure
+                            .as_ref()
+                            .map_or("Session failed", |failure| failure.message.as_str());
+                        frame(id, &StreamEvent::Error { id, message, turn })
+                    }
+                })
+            }
+            Some(Kind::Terminated(_)) => {
+                Visible::Terminated(frame(id, &StreamEvent::Terminated { id, message: TERMINATED }))
+            }
             // GET /sessions/{id}/events shows what is not raw output.
             Some(
                 Kind::Output(_)
@@ -149,7 +159,10 @@ impl Event {
 
     /// Reports that the session is idle: the event that is looked for precedes it.
     pub fn is_update(&self) -> bool {
-        matches!(self.source.as_ref().and_then(|source| source.kind.as_ref()), Some(Kind::Updated(_)))
+        matches!(
+            self.source.as_ref().and_then(|source| source.kind.as_ref()),
+            Some(Kind::Updated(_))
+        )
     }
 
     /// A client that sees it may ask for what it changed: it is shown once that is persisted.
@@ -157,7 +170,13 @@ impl Event {
         let kind = self.source.as_ref().and_then(|source| source.kind.as_ref());
         matches!(
             kind,
-            Some(Kind::TurnStarted(_) | Kind::TurnEnded(_) | Kind::DecisionRequested(_) | Kind::DecisionSettled(_) | Kind::InputSettled(_))
+            Some(
+                Kind::TurnStarted(_)
+                    | Kind::TurnEnded(_)
+                    | Kind::DecisionRequested(_)
+                    | Kind::DecisionSettled(_)
+                    | Kind::InputSettled(_)
+            )
         )
     }
 
@@ -167,9 +186,13 @@ impl Event {
         matches!(kind, Some(Kind::Terminated(_) | Kind::Deleted(_)))
     }
 
-    /// The event's lines in the typed view, written once for all readers. None where that leaves it out.
+    /// The event's lines in the typed view, written once for all readers. None where that leaves it
+    /// out.
     pub fn typed(&self) -> Option<&Bytes> {
-        let write = || TypedEvent::of(self.id, self.source.as_deref()?.clone()).map(|event| frame(self.id, &event));
+        let write = || {
+            TypedEvent::of(self.id, self.source.as_deref()?.clone())
+                .map(|event| frame(self.id, &event))
+        };
         self.typed.get_or_init(write).as_ref()
     }
 
@@ -179,7 +202,10 @@ impl Event {
         // The typed view is about as large as what it shows.
         let source = self.source.as_ref().map_or(0, |source| 2 * source.encoded_len() + 256);
         let frame = match &self.kind {
-            Visible::Stage(frame) | Visible::Output(frame) | Visible::TurnEnd(frame) | Visible::Terminated(frame) => frame.len(),
+            Visible::Stage(frame)
+            | Visible::Output(frame)
+            | Visible::TurnEnd(frame)
+            | Visible::Terminated(frame) => frame.len(),
             Visible::Hidden => 0,
         };
         source + frame + 64
@@ -221,7 +247,8 @@ pub fn anonymous_frame(body: &impl Serialize) -> Bytes {
     bytes.into()
 }
 
-/// An output event's lines, written piece by piece: what they hold escaped is up to six times as large.
+/// An output event's lines, written piece by piece: what they hold escaped is up to six times as
+/// large.
 #[derive(Debug)]
 pub struct OutputFrame {
     id: u64,
@@ -309,7 +336,8 @@ fn escape(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend_from_slice(rest.as_bytes());
 }
 
-/// JSON in pure ASCII: the published client splits lines at U+0085, U+2028 and U+2029 too (docs/api.md §7).
+/// JSON in pure ASCII: the published client splits lines at U+0085, U+2028 and U+2029 too
+/// (docs/api.md §7).
 fn write_ascii(bytes: &mut Vec<u8>, body: &impl Serialize) {
     let mut serializer = serde_json::Serializer::with_formatter(bytes, Ascii);
     // Writing into memory does not fail, and no body of ours has keys that are no strings.
@@ -320,11 +348,19 @@ struct Ascii;
 
 impl Formatter for Ascii {
     /// What is beyond ASCII in JSON that comes ready-made is in strings.
-    fn write_raw_fragment<W: ?Sized + io::Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+    fn write_raw_fragment<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
         self.write_string_fragment(writer, fragment)
     }
 
-    fn write_string_fragment<W: ?Sized + io::Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+    fn write_string_fragment<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
         let mut rest = fragment;
         while let Some(at) = rest.find(|c: char| !c.is_ascii() || c == '\x7f') {
             let (plain, special) = rest.split_at(at);
@@ -350,8 +386,11 @@ mod tests {
 
     fn output(data: &[u8]) -> String {
         let kind = Some(Kind::Output(Output { stderr: false, data: Bytes::copy_from_slice(data) }));
-        let payload = SessionEvent { turn: 2, epoch: 1, kind, ..SessionEvent::default() }.encode_to_vec();
-        let Visible::Output(frame) = Event::decode(9, payload.into()).kind else { panic!("hidden") };
+        let payload =
+            SessionEvent { turn: 2, epoch: 1, kind, ..SessionEvent::default() }.encode_to_vec();
+        let Visible::Output(frame) = Event::decode(9, payload.into()).kind else {
+            panic!("hidden")
+        };
         String::from_utf8(frame.to_vec()).unwrap()
     }
 

@@ -28,7 +28,8 @@ use crate::{
     },
 };
 
-/// Pages of the log that one answer may take: raw output lies between typed events, and is read over.
+/// Pages of the log that one answer may take: raw output lies between typed events, and is read
+/// over.
 const LOG_PAGES: usize = 32;
 /// An answer that holds so much is complete.
 const ANSWER_BYTES: usize = 4 * 1024 * 1024;
@@ -56,7 +57,8 @@ pub struct Params {
 #[derive(Serialize, ToSchema)]
 pub struct EventPage {
     data: Vec<TypedEvent>,
-    /// Whether the log has more events. A page may be shorter than `limit`, and empty, while it does.
+    /// Whether the log has more events. A page may be shorter than `limit`, and empty, while it
+    /// does.
     has_more: bool,
     /// Where the next page begins: its `after`; with the newest first, its `before`.
     last_id: u64,
@@ -81,16 +83,23 @@ impl Direction {
             false if params.before.is_some() => Err(bad_query("before is for the order 'desc'")),
             true if params.after.is_some() => Err(bad_query("after is for the order 'asc'")),
             false => Ok(Self::After(resume_point("after", params.after.as_deref())?)),
-            true => Ok(Self::Before(params.before.as_deref().map_or(Ok(u64::MAX), |before| resume_point("before", Some(before)))?)),
+            true => Ok(Self::Before(
+                params
+                    .before
+                    .as_deref()
+                    .map_or(Ok(u64::MAX), |before| resume_point("before", Some(before)))?,
+            )),
         }
     }
 }
 
 /// List or follow typed events
 ///
-/// What the agent does, under the names of the Managed Agents API: messages, tool uses and their results, plans, usage, errors, permission
-/// requests, and the session's own events. With `Accept: text/event-stream` or `stream=true`: all events after `after` or
-/// `Last-Event-ID`, then live events, across turns until the session is terminated or deleted; a comment is sent after 10 s of silence.
+/// What the agent does, under the names of the Managed Agents API: messages, tool uses and their
+/// results, plans, usage, errors, permission requests, and the session's own events. With `Accept:
+/// text/event-stream` or `stream=true`: all events after `after` or `Last-Event-ID`, then live
+/// events, across turns until the session is terminated or deleted; a comment is sent after 10 s of
+/// silence.
 #[utoipa::path(get, path = "/sessions/{id}/events", tag = "sessions", params(IdParams, Params, LastEventId),
     responses((status = 200, description = "A page of events; with `Accept: text/event-stream`, one `data:` line with each `TypedEvent`",
                content((EventPage = "application/json"), (super::ServerSentEvent = "text/event-stream")))))]
@@ -105,14 +114,24 @@ pub async fn events(
     let Query(params) = params.map_err(|_| bad_query("Malformed query"))?;
     let after = resume_point("after", params.after.as_deref())?;
     let accepts = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
-    if params.stream.unwrap_or_else(|| accepts.is_some_and(|accepts| accepts.contains("text/event-stream"))) {
-        let after = last_event_id(&headers).map(|text| resume_point("Last-Event-ID", Some(text))).transpose()?.unwrap_or(after);
+    if params
+        .stream
+        .unwrap_or_else(|| accepts.is_some_and(|accepts| accepts.contains("text/event-stream")))
+    {
+        let after = last_event_id(&headers)
+            .map(|text| resume_point("Last-Event-ID", Some(text)))
+            .transpose()?
+            .unwrap_or(after);
         let (partition, open) = (partition(&session)?, open(&app, &caller)?);
-        let follower = Follower::new(app, caller.user_id, open, (session_id, partition), after, View::Typed);
+        let follower =
+            Follower::new(app, caller.user_id, open, (session_id, partition), after, View::Typed);
         return Ok(sse(Body::from_stream(follower.into_stream())));
     }
     let direction = Direction::of(&params)?;
-    let limit = match params.limit.map(|text| text.parse::<u32>().ok().filter(|limit| (1..=PAGE_MAX).contains(limit))) {
+    let limit = match params
+        .limit
+        .map(|text| text.parse::<u32>().ok().filter(|limit| (1..=PAGE_MAX).contains(limit)))
+    {
         None => PAGE_MAX,
         Some(Some(limit)) => limit,
         Some(None) => return Err(bad_query("limit must be an integer from 1 to 1000")),
@@ -122,8 +141,12 @@ pub async fn events(
     let mut bytes = 0;
     'pages: for _ in 0..LOG_PAGES {
         let read = match direction {
-            Direction::After(_) => history::read_page(&app.bus, session_id, page.last_id, PAGE_BYTES).await?,
-            Direction::Before(_) => history::read_page_before(&app.bus, session_id, page.last_id, PAGE_BYTES).await?,
+            Direction::After(_) => {
+                history::read_page(&app.bus, session_id, page.last_id, PAGE_BYTES).await?
+            }
+            Direction::Before(_) => {
+                history::read_page_before(&app.bus, session_id, page.last_id, PAGE_BYTES).await?
+            }
         };
         if read.session_deleted {
             return Err(ApiError::not_found("Session"));

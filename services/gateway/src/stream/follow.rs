@@ -1,4 +1,5 @@
-//! Following a session's typed events over server-sent events, from turn to turn until the session ends.
+//! Following a session's typed events over server-sent events, from turn to turn until the session
+//! ends.
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
@@ -36,8 +37,10 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 /// What is written to the socket at a time.
 const CHUNK_BYTES: usize = 64 * 1024;
 const EVENTS_AT_A_TIME: usize = 512;
-/// Between reads of an event log that has nothing new, or cannot be read. The first is made at once.
-const RETRY: Backoff = Backoff { base: Duration::from_millis(5), max: Duration::from_secs(1), attempts: u32::MAX };
+/// Between reads of an event log that has nothing new, or cannot be read. The first is made at
+/// once.
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(5), max: Duration::from_secs(1), attempts: u32::MAX };
 
 /// Events of users whose ids a connection remembers: those that come as queued afterwards are old.
 const PROCESSED_MAX: usize = 256;
@@ -95,17 +98,23 @@ impl Managed {
         Self { thread, from, processed: VecDeque::new(), previews }
     }
 
-    /// The frames of what the log does not have yet. They carry no SSE id: a client that reconnects continues after the last event that has its place.
+    /// The frames of what the log does not have yet. They carry no SSE id: a client that reconnects
+    /// continues after the last event that has its place.
     fn queued(&mut self, inputs: &QueuedInputs) -> Bytes {
         let mut bytes = Vec::new();
         for event in inputs.inputs.iter().filter_map(send::queued) {
-            let (id, kind) = (event["id"].as_str().unwrap_or_default(), event["type"].as_str().unwrap_or_default());
+            let (id, kind) = (
+                event["id"].as_str().unwrap_or_default(),
+                event["type"].as_str().unwrap_or_default(),
+            );
             if !self.processed.iter().any(|processed| processed == id) {
                 bytes.extend_from_slice(&named_frame(kind, None, &event));
             }
         }
         let running = self.thread.running_turn();
-        for (kind, event) in inputs.previews.iter().flat_map(|preview| self.previews.show(preview, running)) {
+        for (kind, event) in
+            inputs.previews.iter().flat_map(|preview| self.previews.show(preview, running))
+        {
             bytes.extend_from_slice(&named_frame(kind, None, &event));
         }
         bytes.into()
@@ -175,7 +184,9 @@ impl Follower {
 
     /// The bytes of the response. Nothing is read ahead of what the socket takes.
     pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, Infallible>> {
-        futures::stream::unfold(self, |mut follower| async move { Some((Ok(follower.next().await?), follower)) })
+        futures::stream::unfold(self, |mut follower| async move {
+            Some((Ok(follower.next().await?), follower))
+        })
     }
 
     async fn next(&mut self) -> Option<Bytes> {
@@ -247,7 +258,8 @@ impl Follower {
         }
     }
 
-    /// Turns pending events into bytes: a chunk's worth, up to an event that has to be persisted before it is shown.
+    /// Turns pending events into bytes: a chunk's worth, up to an event that has to be persisted
+    /// before it is shown.
     fn render(&mut self) -> Bytes {
         let mut bytes = Vec::new();
         let persisted = self.persisted;
@@ -257,7 +269,11 @@ impl Follower {
                 // A client that sees an event also finds it in the list.
                 View::Managed(_) => event.source().is_some(),
             };
-            let Some(event) = self.pending.pop_front_if(|event| event.id <= persisted || !waits(event)) else { break };
+            let Some(event) =
+                self.pending.pop_front_if(|event| event.id <= persisted || !waits(event))
+            else {
+                break;
+            };
             self.cursor = self.cursor.max(event.id);
             let is_last = match &mut self.view {
                 View::Typed => {
@@ -296,8 +312,13 @@ impl Follower {
             }
             Ok(page) => {
                 self.attempts = 0;
-                self.persisted = page.events.last().map_or(0, |event| event.event_id).max(self.persisted);
-                self.pending.extend(page.events.into_iter().map(|event| Arc::new(Event::decode_typed(event.event_id, event.payload))));
+                self.persisted =
+                    page.events.last().map_or(0, |event| event.event_id).max(self.persisted);
+                self.pending.extend(
+                    page.events
+                        .into_iter()
+                        .map(|event| Arc::new(Event::decode_typed(event.event_id, event.payload))),
+                );
             }
             Err(error) if error.code == ErrorCode::NotFound => return self.end_as_deleted(),
             Err(error) => {
@@ -308,7 +329,8 @@ impl Follower {
         None
     }
 
-    /// The event that the next one to be shown waits for: in the managed view all that is there, which saves requests.
+    /// The event that the next one to be shown waits for: in the managed view all that is there,
+    /// which saves requests.
     fn first_unpersisted(&self) -> Option<u64> {
         match self.view {
             View::Typed => self.pending.front().map(|event| event.id),
@@ -366,7 +388,9 @@ impl Follower {
 }
 
 /// What is queued next. Waits for ever where nothing more comes.
-async fn next_queued(queued: &mut Option<broadcast::Receiver<Arc<QueuedInputs>>>) -> Arc<QueuedInputs> {
+async fn next_queued(
+    queued: &mut Option<broadcast::Receiver<Arc<QueuedInputs>>>,
+) -> Arc<QueuedInputs> {
     while let Some(receiver) = queued {
         match receiver.recv().await {
             Ok(inputs) => return inputs,

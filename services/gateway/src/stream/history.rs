@@ -13,7 +13,8 @@ use crate::RPC_DEADLINE;
 const PAGE_EVENTS: u32 = 2000;
 pub const PAGE_BYTES: u32 = 256 * 1024;
 const PAGE_BYTES_MIN: u32 = 32 * 1024;
-/// Pages of all readers together are bounded by about this much, as long as [`PAGE_BYTES_MIN`] is enough for each.
+/// Pages of all readers together are bounded by about this much, as long as [`PAGE_BYTES_MIN`] is
+/// enough for each.
 const ALL_PAGES_BYTES: u32 = 128 * 1024 * 1024;
 
 /// Bytes of a page when so many streams are open.
@@ -26,7 +27,12 @@ pub fn page_bytes(streams: usize) -> u32 {
 ///
 /// # Errors
 /// When the scheduler or its database is away.
-pub async fn read_page(bus: &Bus, session: SessionId, after: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
+pub async fn read_page(
+    bus: &Bus,
+    session: SessionId,
+    after: u64,
+    max_bytes: u32,
+) -> Result<ReadEventsReply, Failure> {
     read(bus, &ReadEventsRequest { after, ..request(session, max_bytes) }).await
 }
 
@@ -34,8 +40,14 @@ pub async fn read_page(bus: &Bus, session: SessionId, after: u64, max_bytes: u32
 ///
 /// # Errors
 /// When the scheduler or its database is away.
-pub async fn read_shown(bus: &Bus, session: SessionId, after: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
-    read(bus, &ReadEventsRequest { after, without_output: true, ..request(session, max_bytes) }).await
+pub async fn read_shown(
+    bus: &Bus,
+    session: SessionId,
+    after: u64,
+    max_bytes: u32,
+) -> Result<ReadEventsReply, Failure> {
+    read(bus, &ReadEventsRequest { after, without_output: true, ..request(session, max_bytes) })
+        .await
 }
 
 /// As [`read_shown`], at most so many.
@@ -50,10 +62,15 @@ pub async fn read_shown_entries(
     max_bytes: u32,
 ) -> Result<ReadEventsReply, Failure> {
     let limit = u32::try_from(limit).unwrap_or(PAGE_EVENTS).min(PAGE_EVENTS);
-    read(bus, &ReadEventsRequest { after, without_output: true, limit, ..request(session, max_bytes) }).await
+    read(
+        bus,
+        &ReadEventsRequest { after, without_output: true, limit, ..request(session, max_bytes) },
+    )
+    .await
 }
 
-/// Reads the last events before one but for raw output, newest first, at most so many. A scheduler of an earlier release returns all.
+/// Reads the last events before one but for raw output, newest first, at most so many. A scheduler
+/// of an earlier release returns all.
 ///
 /// # Errors
 /// When the scheduler or its database is away.
@@ -66,19 +83,33 @@ pub async fn read_shown_entries_before(
 ) -> Result<ReadEventsReply, Failure> {
     let limit = u32::try_from(limit).unwrap_or(PAGE_EVENTS).min(PAGE_EVENTS);
     let (before, without_output_before) = (Some(before), true);
-    read(bus, &ReadEventsRequest { before, without_output_before, limit, ..request(session, max_bytes) }).await
+    read(
+        bus,
+        &ReadEventsRequest { before, without_output_before, limit, ..request(session, max_bytes) },
+    )
+    .await
 }
 
 /// Reads the events before one, newest first.
 ///
 /// # Errors
 /// When the scheduler or its database is away.
-pub async fn read_page_before(bus: &Bus, session: SessionId, before: u64, max_bytes: u32) -> Result<ReadEventsReply, Failure> {
+pub async fn read_page_before(
+    bus: &Bus,
+    session: SessionId,
+    before: u64,
+    max_bytes: u32,
+) -> Result<ReadEventsReply, Failure> {
     read(bus, &ReadEventsRequest { before: Some(before), ..request(session, max_bytes) }).await
 }
 
 fn request(session: SessionId, max_bytes: u32) -> ReadEventsRequest {
-    ReadEventsRequest { session_id: session.to_string(), limit: PAGE_EVENTS, max_bytes, ..ReadEventsRequest::default() }
+    ReadEventsRequest {
+        session_id: session.to_string(),
+        limit: PAGE_EVENTS,
+        max_bytes,
+        ..ReadEventsRequest::default()
+    }
 }
 
 async fn read(bus: &Bus, request: &ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
@@ -87,7 +118,8 @@ async fn read(bus: &Bus, request: &ReadEventsRequest) -> Result<ReadEventsReply,
     Ok(reply)
 }
 
-/// Copies payloads out of the connection's buffer, which they would hold in memory, into one of their size.
+/// Copies payloads out of the connection's buffer, which they would hold in memory, into one of
+/// their size.
 fn detach(events: &mut [RecordedEvent]) {
     let mut buffer = BytesMut::with_capacity(events.iter().map(|event| event.payload.len()).sum());
     for event in events {
@@ -96,7 +128,8 @@ fn detach(events: &mut [RecordedEvent]) {
     }
 }
 
-/// The newest persisted event of a session; 0 where it has none. `None` where the session was deleted.
+/// The newest persisted event of a session; 0 where it has none. `None` where the session was
+/// deleted.
 ///
 /// # Errors
 /// When the scheduler or its database is away.
@@ -124,7 +157,10 @@ mod tests {
 
     #[test]
     fn pages_shrink_when_many_read() {
-        assert_eq!((page_bytes(0), page_bytes(512), page_bytes(16_384)), (PAGE_BYTES, PAGE_BYTES, PAGE_BYTES_MIN));
+        assert_eq!(
+            (page_bytes(0), page_bytes(512), page_bytes(16_384)),
+            (PAGE_BYTES, PAGE_BYTES, PAGE_BYTES_MIN)
+        );
         assert_eq!(page_bytes(1024), 128 * 1024);
     }
 }

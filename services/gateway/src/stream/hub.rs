@@ -1,7 +1,8 @@
-//! A hub follows one session for all the readers that this gateway has of it: by a live subscription, and by the event log in Postgres
-//! where that missed something or is interrupted. It keeps the newest events in a [`Tail`]; readers take from it what comes after their own
-//! place, and read the event log in Postgres themselves where they have fallen behind it. So no reader has a buffer of its own, and none
-//! slows another. A hub lives as long as it has readers.
+//! A hub follows one session for all the readers that this gateway has of it: by a live
+//! subscription, and by the event log in Postgres where that missed something or is interrupted. It
+//! keeps the newest events in a [`Tail`]; readers take from it what comes after their own place,
+//! and read the event log in Postgres themselves where they have fallen behind it. So no reader has
+//! a buffer of its own, and none slows another. A hub lives as long as it has readers.
 
 use std::{
     collections::HashMap,
@@ -39,14 +40,17 @@ use crate::stream::{
 /// Requests of all hubs together, to NATS and to the scheduler each.
 const REQUESTS_MAX: usize = 64;
 /// Between reads of the event log while it has to tell what the subscription does not.
-const RETRY: Backoff = Backoff { base: Duration::from_millis(10), max: Duration::from_secs(1), attempts: u32::MAX };
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(10), max: Duration::from_secs(1), attempts: u32::MAX };
 /// The stream is asked first where a log ends; Postgres when it takes longer than this.
 const STREAM_WAIT: Duration = Duration::from_millis(250);
-/// How often a silent hub compares itself with Postgres. Only that shows messages that were lost between servers of a NATS cluster.
+/// How often a silent hub compares itself with Postgres. Only that shows messages that were lost
+/// between servers of a NATS cluster.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// Messages about queued inputs that a slow reader may be behind.
 const QUEUED_MAX: usize = 64;
-/// How long a turn's end waits until it is persisted, so that a client's next request agrees with it.
+/// How long a turn's end waits until it is persisted, so that a client's next request agrees with
+/// it.
 const PERSISTED_WAIT: Duration = Duration::from_secs(5);
 
 /// The hubs of this gateway.
@@ -69,7 +73,8 @@ struct Shared {
     tail: Mutex<Tail>,
     /// Changes with the tail.
     changes: watch::Sender<u64>,
-    /// Inputs that were just queued, and texts that the agent is writing. A slow reader misses some and finds them in the event log later.
+    /// Inputs that were just queued, and texts that the agent is writing. A slow reader misses some
+    /// and finds them in the event log later.
     queued: broadcast::Sender<Arc<QueuedInputs>>,
     /// The last turn's end that was asked about: its event, and the session at that time.
     ended: tokio::sync::Mutex<Option<(u64, Option<Session>)>>,
@@ -83,7 +88,12 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Hubs {
     pub fn new(bus: Bus, tasks: TaskTracker) -> Self {
-        Self { bus, tasks, requests: Arc::new(Semaphore::new(REQUESTS_MAX)), hubs: Mutex::default() }
+        Self {
+            bus,
+            tasks,
+            requests: Arc::new(Semaphore::new(REQUESTS_MAX)),
+            hubs: Mutex::default(),
+        }
     }
 
     /// Returns the session's hub; a new one subscribes at once.
@@ -95,12 +105,29 @@ impl Hubs {
         let stop = CancellationToken::new();
         let (tail, changes) = (Mutex::new(Tail::new()), watch::Sender::new(0));
         let queued = broadcast::Sender::new(QUEUED_MAX);
-        let shared =
-            Arc::new(Shared { tail, changes, queued, ended: tokio::sync::Mutex::default(), persisted: tokio::sync::Mutex::default() });
-        let hub = Arc::new(Hub { session, shared: shared.clone(), hubs: Arc::downgrade(self), _stop: stop.clone().drop_guard() });
+        let shared = Arc::new(Shared {
+            tail,
+            changes,
+            queued,
+            ended: tokio::sync::Mutex::default(),
+            persisted: tokio::sync::Mutex::default(),
+        });
+        let hub = Arc::new(Hub {
+            session,
+            shared: shared.clone(),
+            hubs: Arc::downgrade(self),
+            _stop: stop.clone().drop_guard(),
+        });
         hubs.insert(session, Arc::downgrade(&hub));
         metrics::gauge!("aod_followed_sessions").set(hubs.len() as f64);
-        let follower = Follower { bus: self.bus.clone(), requests: self.requests.clone(), session, partition, shared, gap: None };
+        let follower = Follower {
+            bus: self.bus.clone(),
+            requests: self.requests.clone(),
+            session,
+            partition,
+            shared,
+            gap: None,
+        };
         self.tasks.spawn(async move {
             stop.run_until_cancelled(follower.run()).await;
         });
@@ -141,7 +168,8 @@ impl Hub {
         locked(&self.shared.tail).end_after(cursor)
     }
 
-    /// The session as it is once an event is persisted. Readers of the same event share the answer. `None` where none came in time.
+    /// The session as it is once an event is persisted. Readers of the same event share the answer.
+    /// `None` where none came in time.
     pub async fn session_at_end(&self, bus: &Bus, user_id: &str, event_id: u64) -> Option<Session> {
         let mut ended = self.shared.ended.lock().await;
         if let Some((id, session)) = &*ended
@@ -154,7 +182,8 @@ impl Hub {
         session
     }
 
-    /// Waits until an event is persisted, or the session is deleted, however long that takes. Readers share the requests.
+    /// Waits until an event is persisted, or the session is deleted, however long that takes.
+    /// Readers share the requests.
     pub async fn persisted(&self, bus: &Bus, user_id: &str, event_id: u64) {
         until_answered(|| async {
             let mut persisted = self.shared.persisted.lock().await;
@@ -182,12 +211,27 @@ async fn until_answered<F: Future<Output = Result<(), Failure>>>(ask: impl Fn() 
 }
 
 /// The session as it is once an event is persisted. `None` where no answer came in time.
-pub async fn session_once_persisted(bus: &Bus, user_id: &str, session: SessionId, event_id: u64) -> Option<Session> {
+pub async fn session_once_persisted(
+    bus: &Bus,
+    user_id: &str,
+    session: SessionId,
+    event_id: u64,
+) -> Option<Session> {
     ask_session(bus, user_id, session, event_id).await.ok()
 }
 
-async fn ask_session(bus: &Bus, user_id: &str, session: SessionId, event_id: u64) -> Result<Session, Failure> {
-    let request = GetSessionRequest { user_id: user_id.to_owned(), session_id: session.to_string(), recorded_through: event_id, v1: false };
+async fn ask_session(
+    bus: &Bus,
+    user_id: &str,
+    session: SessionId,
+    event_id: u64,
+) -> Result<Session, Failure> {
+    let request = GetSessionRequest {
+        user_id: user_id.to_owned(),
+        session_id: session.to_string(),
+        recorded_through: event_id,
+        v1: false,
+    };
     bus.call::<rpc::GetSession>(&request, PERSISTED_WAIT).await
 }
 
@@ -227,13 +271,20 @@ impl Follower {
                 Need::Nothing => (self.gap, last, attempts) = (None, None, 0),
                 Need::Last => {
                     self.gap.get_or_insert_with(Unfollowed::new);
-                    last.get_or_insert_with(|| self.ask_last(is_unknown, RETRY.jittered(attempts).min(pause(attempts))));
-                    let delay = if is_unknown { STREAM_WAIT } else { RETRY.jittered(attempts.max(1)) };
-                    page.get_or_insert_with(|| if is_unknown { self.ask_newest(delay) } else { self.ask_page(end, delay) });
+                    last.get_or_insert_with(|| {
+                        self.ask_last(is_unknown, RETRY.jittered(attempts).min(pause(attempts)))
+                    });
+                    let delay =
+                        if is_unknown { STREAM_WAIT } else { RETRY.jittered(attempts.max(1)) };
+                    page.get_or_insert_with(|| {
+                        if is_unknown { self.ask_newest(delay) } else { self.ask_page(end, delay) }
+                    });
                 }
                 Need::Persisted { after } => {
                     self.gap.get_or_insert_with(Unfollowed::new);
-                    page.get_or_insert_with(|| self.ask_page(after, RETRY.jittered(attempts).min(pause(attempts))));
+                    page.get_or_insert_with(|| {
+                        self.ask_page(after, RETRY.jittered(attempts).min(pause(attempts)))
+                    });
                 }
             }
             tokio::select! {
@@ -311,7 +362,10 @@ impl Follower {
             Answer::Last(last, newest) => tail.join(last, newest),
             Answer::Newest(newest) => tail.start_without_stream(newest),
             Answer::Page(page) => {
-                let events = page.events.into_iter().map(|event| Event::decode(event.event_id, event.payload));
+                let events = page
+                    .events
+                    .into_iter()
+                    .map(|event| Event::decode(event.event_id, event.payload));
                 tail.add_persisted(events, page.projected);
             }
             Answer::Deleted => tail.delete(),
@@ -324,16 +378,22 @@ impl Follower {
         self.shared.changes.send_modify(|change| *change += 1);
     }
 
-    /// Asks the stream where the log ends; where it holds nothing of it and `needs_newest`, Postgres too.
+    /// Asks the stream where the log ends; where it holds nothing of it and `needs_newest`,
+    /// Postgres too.
     fn ask_last(&self, needs_newest: bool, delay: Duration) -> Request {
-        let (bus, requests, session, partition) = (self.bus.clone(), self.requests.clone(), self.session, self.partition);
+        let (bus, requests, session, partition) =
+            (self.bus.clone(), self.requests.clone(), self.session, self.partition);
         Box::pin(async move {
             tokio::time::sleep(delay).await;
             let permit = requests.acquire_owned().await;
             let stream = topology::events(partition).name;
             let answer = match bus.last(stream, &subject::session_log(session, partition)).await {
                 Ok(Some(last)) => {
-                    let entry = Entry { sequence: last.sequence, previous: last.follows.unwrap_or_default(), payload: last.payload };
+                    let entry = Entry {
+                        sequence: last.sequence,
+                        previous: last.follows.unwrap_or_default(),
+                        payload: last.payload,
+                    };
                     Answer::Last(Some(Last { entry, follows: last.follows }), None)
                 }
                 Ok(None) if !needs_newest => Answer::Last(None, None),

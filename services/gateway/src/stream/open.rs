@@ -1,4 +1,5 @@
-//! The open streams of each API key: limits their number, and ends them when the key is deactivated.
+//! The open streams of each API key: limits their number, and ends them when the key is
+//! deactivated.
 
 use std::{
     collections::HashMap,
@@ -15,7 +16,8 @@ use types::{ErrorCode, KeyHash};
 
 use crate::{App, auth};
 
-/// Keys with open streams are verified this often: with what is remembered of a key, a stream ends within 5 s.
+/// Keys with open streams are verified this often: with what is remembered of a key, a stream ends
+/// within 5 s.
 const VERIFY_INTERVAL: Duration = Duration::from_secs(3);
 
 /// Why a key does not work any more, once it does not.
@@ -52,7 +54,12 @@ pub struct OpenStream {
 
 impl OpenStreams {
     pub fn new(max_per_key: usize, tasks: TaskTracker) -> Self {
-        Self(Arc::new(Shared { max_per_key, tasks, streams: AtomicUsize::new(0), keys: Mutex::default() }))
+        Self(Arc::new(Shared {
+            max_per_key,
+            tasks,
+            streams: AtomicUsize::new(0),
+            keys: Mutex::default(),
+        }))
     }
 
     fn keys(&self) -> MutexGuard<'_, HashMap<KeyHash, OpenKey>> {
@@ -64,7 +71,8 @@ impl OpenStreams {
         self.0.streams.load(Ordering::Relaxed)
     }
 
-    /// Counts a stream of a key that was just verified, and verifies the key from time to time while it has any.
+    /// Counts a stream of a key that was just verified, and verifies the key from time to time
+    /// while it has any.
     ///
     /// # Errors
     /// [`TooManyStreams`].
@@ -79,7 +87,9 @@ impl OpenStreams {
     fn count_one(&self, key: KeyHash) -> Result<(OpenStream, bool), TooManyStreams> {
         let mut keys = self.keys();
         let is_first = !keys.contains_key(&key);
-        let entry = keys.entry(key).or_insert_with(|| OpenKey { streams: 0, refusal: watch::Sender::new(None) });
+        let entry = keys
+            .entry(key)
+            .or_insert_with(|| OpenKey { streams: 0, refusal: watch::Sender::new(None) });
         if entry.streams >= self.0.max_per_key {
             return Err(TooManyStreams { max: self.0.max_per_key });
         }
@@ -91,7 +101,8 @@ impl OpenStreams {
 
     async fn verify(self, app: App, key: KeyHash) {
         loop {
-            let _ = app.shutdown.closing.run_until_cancelled(tokio::time::sleep(VERIFY_INTERVAL)).await;
+            let _ =
+                app.shutdown.closing.run_until_cancelled(tokio::time::sleep(VERIFY_INTERVAL)).await;
             if app.shutdown.closing.is_cancelled() || !self.is_open(key) {
                 return;
             }

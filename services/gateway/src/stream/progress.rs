@@ -1,4 +1,5 @@
-//! Where one connection is in its session's stream, and when that ends. Pure: [`super::reader`] reads and writes.
+//! Where one connection is in its session's stream, and when that ends. Pure: [`super::reader`]
+//! reads and writes.
 
 use types::SessionStatus;
 
@@ -51,25 +52,30 @@ impl Progress {
         turn >= self.turn_count
     }
 
-    /// Whether a turn's end is the session's, by the session as it was once the end was persisted: not when another turn was begun since,
-    /// nor when a termination came first. Without an answer the end is true all the same: it is only persisted late.
+    /// Whether a turn's end is the session's, by the session as it was once the end was persisted:
+    /// not when another turn was begun since, nor when a termination came first. Without an answer
+    /// the end is true all the same: it is only persisted late.
     pub fn is_end(&mut self, turn: u32, session: Option<(u32, Option<SessionStatus>)>) -> bool {
         let Some((turn_count, status)) = session else { return self.may_end(turn) };
         self.learn_turn_count(turn_count);
         turn == turn_count && status != Some(SessionStatus::Terminated)
     }
 
-    /// What follows when nothing after the cursor is persisted. `newest` is the newest persisted event, `status` the session's status
-    /// asked for after that; `is_second` where that was [`EndOfLog::ReadAgain`] before.
-    pub fn at_end_of_log(&self, status: Option<SessionStatus>, newest: Option<&Event>, is_second: bool) -> EndOfLog {
-        let Some(status) = status.filter(|status| !status.is_active()) else { return EndOfLog::Follow };
+    /// What follows when nothing after the cursor is persisted. `newest` is the newest persisted
+    /// event, `status` the session's status asked for after that; `is_second` where that was
+    /// [`EndOfLog::ReadAgain`] before.
+    pub fn at_end_of_log(
+        &self,
+        status: Option<SessionStatus>,
+        newest: Option<&Event>,
+        is_second: bool,
+    ) -> EndOfLog {
+        let Some(status) = status.filter(|status| !status.is_active()) else {
+            return EndOfLog::Follow;
+        };
         match newest {
             Some(newest) if is_end_of(newest, status, self.turn_count) => {
-                if newest.id <= self.cursor {
-                    EndOfLog::Ended
-                } else {
-                    EndOfLog::ReadAgain
-                }
+                if newest.id <= self.cursor { EndOfLog::Ended } else { EndOfLog::ReadAgain }
             }
             _ if !is_second => EndOfLog::ReadAgain,
             _ if status == SessionStatus::Completed => EndOfLog::Ended,
@@ -128,7 +134,10 @@ mod tests {
         }
         let (failed, completed) = (Some(SessionStatus::Failed), Some(SessionStatus::Completed));
         assert_eq!(progress.at_end_of_log(failed, Some(&turn_end(7, 1)), false), EndOfLog::Ended);
-        assert_eq!(progress.at_end_of_log(failed, Some(&turn_end(8, 1)), true), EndOfLog::ReadAgain);
+        assert_eq!(
+            progress.at_end_of_log(failed, Some(&turn_end(8, 1)), true),
+            EndOfLog::ReadAgain
+        );
         let output = event(7, 1, Visible::Output(Bytes::new()));
         assert_eq!(progress.at_end_of_log(failed, Some(&output), false), EndOfLog::ReadAgain);
         assert_eq!(progress.at_end_of_log(failed, Some(&output), true), EndOfLog::EndMissing);
@@ -136,10 +145,16 @@ mod tests {
         assert_eq!(progress.at_end_of_log(completed, None, true), EndOfLog::Ended);
         // Overtaken by a termination, whose event is missing.
         let terminated = Some(SessionStatus::Terminated);
-        assert_eq!(progress.at_end_of_log(terminated, Some(&turn_end(7, 1)), true), EndOfLog::EndMissing);
+        assert_eq!(
+            progress.at_end_of_log(terminated, Some(&turn_end(7, 1)), true),
+            EndOfLog::EndMissing
+        );
         let end = event(7, 0, Visible::Terminated(Bytes::new()));
         assert_eq!(progress.at_end_of_log(terminated, Some(&end), false), EndOfLog::Ended);
         // A client beyond the end has the end.
-        assert_eq!(Progress::new(u64::MAX, 1).at_end_of_log(completed, Some(&turn_end(7, 1)), false), EndOfLog::Ended);
+        assert_eq!(
+            Progress::new(u64::MAX, 1).at_end_of_log(completed, Some(&turn_end(7, 1)), false),
+            EndOfLog::Ended
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! One connection to a session's stream: reads what [`Progress`] asks for, and writes what the socket takes.
+//! One connection to a session's stream: reads what [`Progress`] asks for, and writes what the
+//! socket takes.
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
@@ -33,10 +34,13 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 const CHUNK_BYTES: usize = 64 * 1024;
 /// Events that are taken from a hub at a time.
 const EVENTS_AT_A_TIME: usize = 512;
-/// How long the end of a settled session may take to arrive where Postgres does not have it: it may have had it once.
+/// How long the end of a settled session may take to arrive where Postgres does not have it: it may
+/// have had it once.
 const END_WAIT: Duration = Duration::from_secs(30);
-/// Between reads of an event log that has nothing new, or cannot be read. The first is made at once.
-const RETRY: Backoff = Backoff { base: Duration::from_millis(5), max: Duration::from_secs(1), attempts: u32::MAX };
+/// Between reads of an event log that has nothing new, or cannot be read. The first is made at
+/// once.
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(5), max: Duration::from_secs(1), attempts: u32::MAX };
 
 /// One connection.
 pub struct Reader {
@@ -75,7 +79,8 @@ pub struct Reader {
 enum State {
     Starting,
     Reading,
-    /// The event log was read to its end, and the session is asked for; for the second time in a row or not.
+    /// The event log was read to its end, and the session is asked for; for the second time in a
+    /// row or not.
     AtEnd {
         is_second: bool,
     },
@@ -180,7 +185,8 @@ impl Reader {
         }
     }
 
-    /// Turns pending events into bytes: a chunk's worth, up to a turn's end that has to be asked about, or the end of the stream.
+    /// Turns pending events into bytes: a chunk's worth, up to a turn's end that has to be asked
+    /// about, or the end of the stream.
     fn render(&mut self) -> Bytes {
         let mut bytes = Vec::new();
         while bytes.len() < CHUNK_BYTES && self.state != State::Ended {
@@ -212,7 +218,8 @@ impl Reader {
                 },
                 Visible::Terminated(frame) => Some(frame),
             };
-            if frame.is_some() && matches!(event.kind, Visible::TurnEnd(_) | Visible::Terminated(_)) {
+            if frame.is_some() && matches!(event.kind, Visible::TurnEnd(_) | Visible::Terminated(_))
+            {
                 self.state = State::Ended;
             }
             self.pass(event.id);
@@ -256,7 +263,8 @@ impl Reader {
         }
     }
 
-    /// Makes the request that is needed next, or takes what the hub has. Returns whether there is something to wait for.
+    /// Makes the request that is needed next, or takes what the hub has. Returns whether there is
+    /// something to wait for.
     fn plan(&mut self) -> bool {
         if self.request.is_some() {
             return true;
@@ -306,10 +314,15 @@ impl Reader {
         }
     }
 
-    /// Waits for the request or the hub, or until the stream ends. Returns whether the connection has to be kept alive.
+    /// Waits for the request or the hub, or until the stream ends. Returns whether the connection
+    /// has to be kept alive.
     async fn wait(&mut self, heartbeat_at: Instant) -> bool {
         let stale_at = self.last_event_at + self.app.config.stream_stale;
-        let until = [Some(heartbeat_at), Some(stale_at), self.end_due].into_iter().flatten().min().unwrap_or(heartbeat_at);
+        let until = [Some(heartbeat_at), Some(stale_at), self.end_due]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(heartbeat_at);
         let is_asking = self.request.is_some();
         let changed = async {
             match &mut self.hub {
@@ -362,14 +375,18 @@ impl Reader {
             Answer::Page(Ok(page)) if page.events.is_empty() => self.at_end_of_page(page),
             Answer::Page(Ok(page)) => {
                 self.attempts = 0;
-                self.pending.extend(page.events.into_iter().map(|event| Pending::Stored(event.into())));
+                self.pending
+                    .extend(page.events.into_iter().map(|event| Pending::Stored(event.into())));
             }
             Answer::Page(Err(error)) => self.retry(&error),
-            Answer::Session(Err(error), _) if error.code == ErrorCode::NotFound => self.end_as_deleted(),
+            Answer::Session(Err(error), _) if error.code == ErrorCode::NotFound => {
+                self.end_as_deleted()
+            }
             Answer::Session(Err(error), _) => self.retry(&error),
             Answer::Session(Ok(session), newest) => self.at_end_of_log(&session, newest.as_ref()),
             Answer::TurnEnd { id, turn, session } => {
-                let session = session.map(|session| (session.turn_count, session.status.parse().ok()));
+                let session =
+                    session.map(|session| (session.turn_count, session.status.parse().ok()));
                 self.verdict = Some((id, self.progress.is_end(turn, session)));
             }
         }
@@ -455,7 +472,8 @@ impl Reader {
     }
 
     fn ask_turn_end(&self, id: u64, turn: u32) -> BoxFuture<'static, Answer> {
-        let (bus, user_id, session_id) = (self.app.bus.clone(), self.caller.user_id.clone(), self.session_id);
+        let (bus, user_id, session_id) =
+            (self.app.bus.clone(), self.caller.user_id.clone(), self.session_id);
         let hub = self.hub.as_ref().map(|(hub, _)| hub.clone());
         Box::pin(async move {
             let session = match hub {

@@ -1,8 +1,10 @@
-//! The newest part of one session's event log, kept without a gap. Pure: [`super::hub`] does what it asks for.
+//! The newest part of one session's event log, kept without a gap. Pure: [`super::hub`] does what
+//! it asks for.
 //!
-//! Entries come from a live subscription, which may lose some. [`Tail::offer`] compares what each entry says of the one before it; what
-//! is missing is read from Postgres ([`Tail::need`], [`Tail::add_persisted`]), and what arrives meanwhile is held. So the events from
-//! `floor` to `end` are complete and in order, whatever was lost.
+//! Entries come from a live subscription, which may lose some. [`Tail::offer`] compares what each
+//! entry says of the one before it; what is missing is read from Postgres ([`Tail::need`],
+//! [`Tail::add_persisted`]), and what arrives meanwhile is held. So the events from `floor` to
+//! `end` are complete and in order, whatever was lost.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -37,7 +39,8 @@ enum Source {
     Live,
     /// Postgres, since the connection was interrupted; whether anything was missed is not known.
     Interrupted,
-    /// Postgres, until everything up to `through` is persisted. `held` follows after that, without a gap.
+    /// Postgres, until everything up to `through` is persisted. `held` follows after that, without
+    /// a gap.
     Gap { through: u64, held: VecDeque<Entry>, held_bytes: usize },
 }
 
@@ -59,7 +62,8 @@ pub enum Read {
     Events(Vec<Arc<Event>>),
     /// Nothing yet: more will come.
     Wait,
-    /// The tail begins later: read the event log in Postgres, until everything up to `floor` is persisted.
+    /// The tail begins later: read the event log in Postgres, until everything up to `floor` is
+    /// persisted.
     Behind {
         floor: u64,
     },
@@ -71,7 +75,14 @@ pub enum Read {
 
 impl Tail {
     pub fn new() -> Self {
-        Self { floor: 0, end: 0, events: VecDeque::new(), bytes: 0, source: Source::Unknown, deleted: false }
+        Self {
+            floor: 0,
+            end: 0,
+            events: VecDeque::new(),
+            bytes: 0,
+            source: Source::Unknown,
+            deleted: false,
+        }
     }
 
     pub fn need(&self) -> Need {
@@ -111,20 +122,29 @@ impl Tail {
             return false;
         }
         match &mut self.source {
-            Source::Live if entry.previous == self.end && (self.end > 0 || is_first(&entry)) => self.push(entry),
+            Source::Live if entry.previous == self.end && (self.end > 0 || is_first(&entry)) => {
+                self.push(entry)
+            }
             Source::Interrupted if entry.previous == self.end && self.end > 0 => {
                 self.source = Source::Live;
                 self.push(entry);
             }
-            Source::Gap { held, held_bytes, .. } if held.back().is_some_and(|last| last.sequence == entry.previous) => {
+            Source::Gap { held, held_bytes, .. }
+                if held.back().is_some_and(|last| last.sequence == entry.previous) =>
+            {
                 *held_bytes += entry.payload.len();
                 held.push_back(entry);
                 self.limit_held();
             }
-            Source::Gap { held, .. } if held.back().is_some_and(|last| last.sequence >= entry.sequence) => {}
+            Source::Gap { held, .. }
+                if held.back().is_some_and(|last| last.sequence >= entry.sequence) => {}
             _ => {
                 let through = before(&entry, self.end);
-                self.source = Source::Gap { through, held_bytes: entry.payload.len(), held: VecDeque::from([entry]) };
+                self.source = Source::Gap {
+                    through,
+                    held_bytes: entry.payload.len(),
+                    held: VecDeque::from([entry]),
+                };
                 self.limit_held();
                 return true;
             }
@@ -142,8 +162,9 @@ impl Tail {
         }
     }
 
-    /// Takes the stream's last entry of the session, asked for after the subscription was there: what follows it arrives. `None` where the
-    /// stream holds none: everything is persisted. `newest` is the newest persisted event, needed where the end is unknown.
+    /// Takes the stream's last entry of the session, asked for after the subscription was there:
+    /// what follows it arrives. `None` where the stream holds none: everything is persisted.
+    /// `newest` is the newest persisted event, needed where the end is unknown.
     pub fn join(&mut self, last: Option<Last>, newest: Option<u64>) {
         match (&self.source, last, newest) {
             (Source::Unknown, Some(Last { entry, follows }), _) => {
@@ -160,8 +181,12 @@ impl Tail {
                 (self.floor, self.end) = (newest, newest);
                 self.source = Source::Live;
             }
-            (Source::Interrupted, Some(Last { entry, .. }), _) if entry.sequence <= self.end => self.source = Source::Live,
-            (Source::Interrupted, Some(Last { entry, follows }), _) if follows == Some(self.end) && self.end > 0 => {
+            (Source::Interrupted, Some(Last { entry, .. }), _) if entry.sequence <= self.end => {
+                self.source = Source::Live
+            }
+            (Source::Interrupted, Some(Last { entry, follows }), _)
+                if follows == Some(self.end) && self.end > 0 =>
+            {
                 self.source = Source::Live;
                 self.push(entry);
             }
@@ -182,7 +207,8 @@ impl Tail {
         }
     }
 
-    /// Takes the persisted events after some event up to `end`. An empty page is complete up to `projected`.
+    /// Takes the persisted events after some event up to `end`. An empty page is complete up to
+    /// `projected`.
     pub fn add_persisted(&mut self, events: impl Iterator<Item = Event>, projected: u64) {
         let mut is_empty = true;
         if matches!(self.source, Source::Unknown) {
@@ -195,7 +221,9 @@ impl Tail {
             }
         }
         let Source::Gap { through, held, .. } = &mut self.source else { return };
-        let joins = held.front().is_some_and(|first| first.previous == self.end || first.sequence <= self.end);
+        let joins = held
+            .front()
+            .is_some_and(|first| first.previous == self.end || first.sequence <= self.end);
         if joins || is_empty && projected >= *through {
             let held = std::mem::take(held);
             self.source = Source::Live;
@@ -234,7 +262,9 @@ impl Tail {
 
     /// The event after `cursor` that may end the session's stream.
     pub fn end_after(&self, cursor: u64) -> Option<Arc<Event>> {
-        let ends = |event: &&Arc<Event>| event.id > cursor && matches!(event.kind, Visible::TurnEnd(_) | Visible::Terminated(_));
+        let ends = |event: &&Arc<Event>| {
+            event.id > cursor && matches!(event.kind, Visible::TurnEnd(_) | Visible::Terminated(_))
+        };
         self.events.iter().rev().find(ends).cloned()
     }
 
@@ -264,13 +294,19 @@ pub struct Last {
     pub follows: Option<u64>,
 }
 
-/// The newest event that may be missing before an entry, when everything up to `end` is known. A stream that does not hold the entry before
-/// it any more, or holds an older one than is known, says nothing.
+/// The newest event that may be missing before an entry, when everything up to `end` is known. A
+/// stream that does not hold the entry before it any more, or holds an older one than is known,
+/// says nothing.
 fn before(entry: &Entry, end: u64) -> u64 {
-    if entry.previous > end && entry.previous < entry.sequence { entry.previous } else { entry.sequence.saturating_sub(1) }
+    if entry.previous > end && entry.previous < entry.sequence {
+        entry.previous
+    } else {
+        entry.sequence.saturating_sub(1)
+    }
 }
 
-/// Whether an entry begins its session's log: that the stream holds none before it may also mean that it was trimmed.
+/// Whether an entry begins its session's log: that the stream holds none before it may also mean
+/// that it was trimmed.
 fn is_first(entry: &Entry) -> bool {
     SessionEvent::decode(entry.payload.clone()).is_ok_and(|event| event.follows.unwrap_or(0) == 0)
 }
@@ -312,7 +348,9 @@ mod tests {
         assert!(matches!(tail.read(0, 9), Read::Unknown));
         tail.join(last(10, Some(7)), None);
         assert_eq!((tail.need(), ids(&tail, 7)), (Need::Nothing, vec![10]));
-        assert!(!tail.offer(entry(12, 10)) && !tail.offer(entry(12, 10)) && !tail.offer(entry(11, 10)));
+        assert!(
+            !tail.offer(entry(12, 10)) && !tail.offer(entry(12, 10)) && !tail.offer(entry(11, 10))
+        );
         assert_eq!(ids(&tail, 7), [10, 12]);
         assert!(matches!(tail.read(3, 9), Read::Behind { floor: 7 }));
         assert!(matches!(tail.read(u64::MAX, 9), Read::Wait));
@@ -443,8 +481,16 @@ mod tests {
                     }
                 }
                 Happening::ReadPage => {
-                    let page: Vec<u64> = self.log[..self.persisted].iter().copied().filter(|id| *id > tail.end()).take(2).collect();
-                    tail.add_persisted(events(&page), if page.is_empty() { self.projected } else { 0 });
+                    let page: Vec<u64> = self.log[..self.persisted]
+                        .iter()
+                        .copied()
+                        .filter(|id| *id > tail.end())
+                        .take(2)
+                        .collect();
+                    tail.add_persisted(
+                        events(&page),
+                        if page.is_empty() { self.projected } else { 0 },
+                    );
                 }
             }
         }

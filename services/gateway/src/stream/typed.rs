@@ -1,11 +1,17 @@
 //! The typed view of a session's log: what `GET /sessions/{id}/events` shows. Pure.
 //!
-//! One event of the log is one event here, under the same id; raw output and the log's internal entries are left out. The shapes of
-//! `agent.*` events are those of the Managed Agents API.
+//! One event of the log is one event here, under the same id; raw output and the log's internal
+//! entries are left out. The shapes of `agent.*` events are those of the Managed Agents API.
 
 use contract::{
-    host::{self, DecisionSettled, Evaluation, agent_error::Retry, decision_settled::How, event, input_settled::Outcome},
-    session::{self, AgentEvent, BudgetNotice, ModelRequestEnded, SessionEvent, StopReason, TurnEnded, session_event::Kind},
+    host::{
+        self, DecisionSettled, Evaluation, agent_error::Retry, decision_settled::How, event,
+        input_settled::Outcome,
+    },
+    session::{
+        self, AgentEvent, BudgetNotice, ModelRequestEnded, SessionEvent, StopReason, TurnEnded,
+        session_event::Kind,
+    },
 };
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -73,7 +79,8 @@ pub enum Body {
         stream: &'static str,
         data: String,
     },
-    /// The agent printed more than is kept: so many bytes of its output that would stand here were dropped.
+    /// The agent printed more than is kept: so many bytes of its output that would stand here were
+    /// dropped.
     #[serde(rename = "session.output_dropped")]
     OutputDropped { bytes: u64 },
     /// A message joined the running turn.
@@ -184,7 +191,8 @@ pub enum Body {
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },
-    /// More than 80 percent of a budget are used, or all of it, and no more model requests are sent.
+    /// More than 80 percent of a budget are used, or all of it, and no more model requests are
+    /// sent.
     #[serde(rename = "session.budget")]
     Budget {
         /// `warning` or `reached`.
@@ -311,7 +319,8 @@ impl TypedEvent {
     /// None for what the typed view leaves out.
     #[must_use]
     pub fn of(id: u64, event: SessionEvent) -> Option<Self> {
-        let processed_at = (event.at_us != 0).then(|| Timestamp::from_unix_micros(event.at_us).to_string());
+        let processed_at =
+            (event.at_us != 0).then(|| Timestamp::from_unix_micros(event.at_us).to_string());
         Some(Self { id, turn: event.turn, processed_at, body: body(event.kind?)? })
     }
 }
@@ -319,13 +328,18 @@ impl TypedEvent {
 fn body(kind: Kind) -> Option<Body> {
     Some(match kind {
         Kind::Output(_) | Kind::TakenOver(_) | Kind::Updated(_) => return None,
-        Kind::TurnStarted(started) => Body::Running { prompt: started.prompt, input_id: present(started.input_id) },
+        Kind::TurnStarted(started) => {
+            Body::Running { prompt: started.prompt, input_id: present(started.input_id) }
+        }
         Kind::TurnEnded(ended) => idle(ended),
         Kind::Terminated(_) => Body::Terminated,
         Kind::Deleted(_) => Body::Deleted,
-        Kind::Stage(stage) => {
-            Body::Stage { stage: stage.stage, state: stage.state, duration_ms: stage.duration_ms, message: stage.message }
-        }
+        Kind::Stage(stage) => Body::Stage {
+            stage: stage.stage,
+            state: stage.state,
+            duration_ms: stage.duration_ms,
+            message: stage.message,
+        },
         Kind::StageOutput(output) => Body::StageOutput {
             stage: output.stage,
             stream: if output.stderr { "stderr" } else { "stdout" },
@@ -334,11 +348,22 @@ fn body(kind: Kind) -> Option<Body> {
         Kind::OutputDropped(dropped) => Body::OutputDropped { bytes: dropped.bytes },
         Kind::Agent(agent) => return agent_event(agent),
         // Custom tools are the Managed Agents API's.
-        Kind::DecisionRequested(session::DecisionRequested { request: Some(request), .. }) if request.is_custom_tool => return None,
+        Kind::DecisionRequested(session::DecisionRequested { request: Some(request), .. })
+            if request.is_custom_tool =>
+        {
+            return None;
+        }
         Kind::DecisionSettled(session::DecisionSettled { result: Some(_), .. }) => return None,
         Kind::DecisionRequested(requested) => {
-            let host::DecisionRequested { tool, input_json, diff, reason, .. } = requested.request.unwrap_or_default();
-            Body::PermissionRequested { tool_use_id: requested.tool_use, name: tool, input: json(input_json), diff, reason }
+            let host::DecisionRequested { tool, input_json, diff, reason, .. } =
+                requested.request.unwrap_or_default();
+            Body::PermissionRequested {
+                tool_use_id: requested.tool_use,
+                name: tool,
+                input: json(input_json),
+                diff,
+                reason,
+            }
         }
         Kind::DecisionSettled(settled) => {
             let tool_use_id = settled.tool_use;
@@ -352,7 +377,9 @@ fn body(kind: Kind) -> Option<Body> {
             Body::PermissionSettled { tool_use_id, decision, input_id: present(settled.input_id) }
         }
         Kind::InputSettled(input) => return input_settled(input),
-        Kind::ModelRequestStarted(started) => Body::ModelRequestStart { provider: started.provider, model: started.model },
+        Kind::ModelRequestStarted(started) => {
+            Body::ModelRequestStart { provider: started.provider, model: started.model }
+        }
         Kind::ModelRequestEnded(ended) => model_request_end(ended),
         Kind::BudgetNotice(notice) => budget(notice),
     })
@@ -361,10 +388,16 @@ fn body(kind: Kind) -> Option<Body> {
 fn model_request_end(ended: ModelRequestEnded) -> Body {
     let model = ended.model;
     let usage = |usage: session::Usage| {
-        let (read, written) = (usage.cache_read_tokens.unwrap_or_default(), usage.cache_write_tokens.unwrap_or_default());
+        let (read, written) = (
+            usage.cache_read_tokens.unwrap_or_default(),
+            usage.cache_write_tokens.unwrap_or_default(),
+        );
         ModelUsage {
             // Without those that were read from or into a cache.
-            input_tokens: usage.input_tokens.unwrap_or_default().saturating_sub(read.saturating_add(written)),
+            input_tokens: usage
+                .input_tokens
+                .unwrap_or_default()
+                .saturating_sub(read.saturating_add(written)),
             output_tokens: usage.output_tokens.unwrap_or_default(),
             cache_creation_input_tokens: written,
             cache_read_input_tokens: read,
@@ -389,7 +422,13 @@ fn budget(notice: BudgetNotice) -> Body {
         _ => ("seconds", 1.0),
     };
     let state = if notice.is_reached { "reached" } else { "warning" };
-    Body::Budget { state, scope: notice.scope, limit, used: notice.used as f64 / unit, max: notice.max as f64 / unit }
+    Body::Budget {
+        state,
+        scope: notice.scope,
+        limit,
+        used: notice.used as f64 / unit,
+        max: notice.max as f64 / unit,
+    }
 }
 
 fn idle(ended: TurnEnded) -> Body {
@@ -398,13 +437,17 @@ fn idle(ended: TurnEnded) -> Body {
         StopReason::Interrupted => Stop::Interrupted,
         StopReason::Limit => Stop::Limit,
         StopReason::Refused => Stop::Refusal,
-        StopReason::EndTurn | StopReason::Unspecified if ended.exit_code == Some(0) => Stop::EndTurn,
+        StopReason::EndTurn | StopReason::Unspecified if ended.exit_code == Some(0) => {
+            Stop::EndTurn
+        }
         StopReason::EndTurn | StopReason::Unspecified => Stop::Failed,
     };
     Body::Idle {
         stop_reason,
         exit_code: ended.exit_code,
-        failure: ended.failure.map(|failure| Failure { stage: failure.stage, message: failure.message }),
+        failure: ended
+            .failure
+            .map(|failure| Failure { stage: failure.stage, message: failure.message }),
         usage: ended.usage.map(|usage| Usage {
             input_tokens: usage.input_tokens,
             output_tokens: usage.output_tokens,
@@ -419,9 +462,13 @@ fn idle(ended: TurnEnded) -> Body {
 fn input_settled(input: session::InputSettled) -> Option<Body> {
     let settled = input.settled.unwrap_or_default();
     match (settled.outcome(), input.kind.as_str()) {
-        (Outcome::Applied, "message") => Some(Body::UserMessage { content: text(input.text), input_id: settled.id }),
+        (Outcome::Applied, "message") => {
+            Some(Body::UserMessage { content: text(input.text), input_id: settled.id })
+        }
         (Outcome::Applied, "interrupt") => Some(Body::UserInterrupt { input_id: settled.id }),
-        (Outcome::Refused, _) => Some(Body::InputRefused { input_id: settled.id, message: settled.message }),
+        (Outcome::Refused, _) => {
+            Some(Body::InputRefused { input_id: settled.id, message: settled.message })
+        }
         // A decision shows as its request's end.
         _ => None,
     }
@@ -430,11 +477,19 @@ fn input_settled(input: session::InputSettled) -> Option<Body> {
 fn agent_event(agent: AgentEvent) -> Option<Body> {
     let parent_tool_use_id = positive(agent.parent);
     Some(match agent.event?.kind? {
-        event::Kind::ConversationStarted(started) => {
-            Body::ConversationStarted { conversation_id: started.conversation_id, model: started.model, resumed: started.resumed }
+        event::Kind::ConversationStarted(started) => Body::ConversationStarted {
+            conversation_id: started.conversation_id,
+            model: started.model,
+            resumed: started.resumed,
+        },
+        event::Kind::Message(message) => Body::Message {
+            content: text(message.text),
+            aborted: message.aborted,
+            parent_tool_use_id,
+        },
+        event::Kind::Thinking(thinking) => {
+            Body::Thinking { text: thinking.text, parent_tool_use_id }
         }
-        event::Kind::Message(message) => Body::Message { content: text(message.text), aborted: message.aborted, parent_tool_use_id },
-        event::Kind::Thinking(thinking) => Body::Thinking { text: thinking.text, parent_tool_use_id },
         event::Kind::ToolUse(tool) => {
             let evaluated_permission = match tool.evaluation() {
                 Evaluation::Unspecified => None,
@@ -445,11 +500,25 @@ fn agent_event(agent: AgentEvent) -> Option<Body> {
             let (name, input) = (tool.name, json(tool.input_json));
             match present(tool.mcp_server) {
                 Some(mcp_server_name) => {
-                    // Each CLI has a way of its own to name a server's tools; permission rules know them by that name.
-                    let prefixes = [format!("mcp__{mcp_server_name}__"), format!("mcp_{mcp_server_name}_"), format!("{mcp_server_name}_")];
-                    let bare = prefixes.iter().find_map(|prefix| name.strip_prefix(prefix)).map(str::to_owned);
+                    // Each CLI has a way of its own to name a server's tools; permission rules know
+                    // them by that name.
+                    let prefixes = [
+                        format!("mcp__{mcp_server_name}__"),
+                        format!("mcp_{mcp_server_name}_"),
+                        format!("{mcp_server_name}_"),
+                    ];
+                    let bare = prefixes
+                        .iter()
+                        .find_map(|prefix| name.strip_prefix(prefix))
+                        .map(str::to_owned);
                     let name = bare.unwrap_or(name);
-                    Body::McpToolUse { mcp_server_name, name, input, evaluated_permission, parent_tool_use_id }
+                    Body::McpToolUse {
+                        mcp_server_name,
+                        name,
+                        input,
+                        evaluated_permission,
+                        parent_tool_use_id,
+                    }
                 }
                 None => Body::ToolUse { name, input, evaluated_permission, parent_tool_use_id },
             }
@@ -457,20 +526,33 @@ fn agent_event(agent: AgentEvent) -> Option<Body> {
         event::Kind::ToolResult(result) => {
             let (content, is_error) = (text(result.content), result.is_error);
             match agent.is_mcp {
-                true => Body::McpToolResult { mcp_tool_use_id: positive(agent.tool_use), content, is_error, parent_tool_use_id },
+                true => Body::McpToolResult {
+                    mcp_tool_use_id: positive(agent.tool_use),
+                    content,
+                    is_error,
+                    parent_tool_use_id,
+                },
                 false => Body::ToolResult {
                     tool_use_id: positive(agent.tool_use),
                     content,
                     is_error,
                     exit_code: result.exit_code,
-                    changes: result.changes.into_iter().map(|change| Change { path: change.path, diff: change.diff }).collect(),
+                    changes: result
+                        .changes
+                        .into_iter()
+                        .map(|change| Change { path: change.path, diff: change.diff })
+                        .collect(),
                     parent_tool_use_id,
                 },
             }
         }
-        event::Kind::Plan(plan) => {
-            Body::Plan { entries: plan.entries.into_iter().map(|entry| PlanEntry { text: entry.text, status: entry.status }).collect() }
-        }
+        event::Kind::Plan(plan) => Body::Plan {
+            entries: plan
+                .entries
+                .into_iter()
+                .map(|entry| PlanEntry { text: entry.text, status: entry.status })
+                .collect(),
+        },
         event::Kind::ModelRequestEnded(ended) => {
             let usage = ended.usage.unwrap_or_default();
             Body::ModelRequestEnd {
@@ -493,7 +575,9 @@ fn agent_event(agent: AgentEvent) -> Option<Body> {
                 Retry::Retrying => RetryStatus::Retrying,
                 Retry::Exhausted | Retry::Unspecified => RetryStatus::Exhausted,
             };
-            Body::Error { error: AgentError { kind: error.kind, message: error.message, retry_status } }
+            Body::Error {
+                error: AgentError { kind: error.kind, message: error.message, retry_status },
+            }
         }
         event::Kind::ContextCompacted(_) => Body::ContextCompacted,
         event::Kind::Delta(_) => return None,
@@ -530,41 +614,65 @@ mod tests {
     use super::*;
 
     fn shown(kind: Kind) -> Option<serde_json::Value> {
-        let event = SessionEvent { turn: 2, at_us: 1_500_000, kind: Some(kind), ..SessionEvent::default() };
+        let event =
+            SessionEvent { turn: 2, at_us: 1_500_000, kind: Some(kind), ..SessionEvent::default() };
         TypedEvent::of(7, event).map(|event| serde_json::to_value(event).unwrap())
     }
 
     fn agent(kind: event::Kind, tool_use: u64, is_mcp: bool) -> Kind {
-        Kind::Agent(AgentEvent { event: Some(Event { id: 3, parent: 0, kind: Some(kind) }), tool_use, is_mcp, ..AgentEvent::default() })
+        Kind::Agent(AgentEvent {
+            event: Some(Event { id: 3, parent: 0, kind: Some(kind) }),
+            tool_use,
+            is_mcp,
+            ..AgentEvent::default()
+        })
     }
 
     #[test]
     fn a_tool_use_and_its_result_are_paired_by_id() {
-        let tool = ToolUse { name: "Bash".to_owned(), input_json: r#"{"command":"ls"}"#.to_owned(), ..ToolUse::default() };
+        let tool = ToolUse {
+            name: "Bash".to_owned(),
+            input_json: r#"{"command":"ls"}"#.to_owned(),
+            ..ToolUse::default()
+        };
         assert_eq!(
             shown(agent(event::Kind::ToolUse(tool), 0, false)).unwrap(),
             json!({ "id": 7, "type": "agent.tool_use", "name": "Bash", "input": { "command": "ls" }, "turn": 2,
                     "processed_at": "1970-01-01T00:00:01.500000+00:00" })
         );
-        let result = ToolResult { content: "a\n".to_owned(), exit_code: Some(0), ..ToolResult::default() };
+        let result =
+            ToolResult { content: "a\n".to_owned(), exit_code: Some(0), ..ToolResult::default() };
         assert_eq!(
             shown(agent(event::Kind::ToolResult(result.clone()), 6, false)).unwrap(),
             json!({ "id": 7, "type": "agent.tool_result", "tool_use_id": 6, "content": [{ "type": "text", "text": "a\n" }],
                     "is_error": false, "exit_code": 0, "turn": 2, "processed_at": "1970-01-01T00:00:01.500000+00:00" })
         );
-        assert_eq!(shown(agent(event::Kind::ToolResult(result), 6, true)).unwrap()["mcp_tool_use_id"], 6);
+        assert_eq!(
+            shown(agent(event::Kind::ToolResult(result), 6, true)).unwrap()["mcp_tool_use_id"],
+            6
+        );
     }
 
     #[test]
     fn an_input_that_is_no_json_does_not_break_the_page() {
-        let tool = ToolUse { name: "x".to_owned(), input_json: "{\"cut".to_owned(), ..ToolUse::default() };
+        let tool =
+            ToolUse { name: "x".to_owned(), input_json: "{\"cut".to_owned(), ..ToolUse::default() };
         assert_eq!(shown(agent(event::Kind::ToolUse(tool), 0, false)).unwrap()["input"], json!({}));
     }
 
     #[test]
     fn a_turns_end_says_why() {
-        let idle = |ended| shown(Kind::TurnEnded(ended)).unwrap()["stop_reason"]["type"].as_str().unwrap().to_owned();
-        let ended = |exit_code, reason: StopReason| TurnEnded { exit_code, stop_reason: reason.into(), ..TurnEnded::default() };
+        let idle = |ended| {
+            shown(Kind::TurnEnded(ended)).unwrap()["stop_reason"]["type"]
+                .as_str()
+                .unwrap()
+                .to_owned()
+        };
+        let ended = |exit_code, reason: StopReason| TurnEnded {
+            exit_code,
+            stop_reason: reason.into(),
+            ..TurnEnded::default()
+        };
         assert_eq!(idle(ended(Some(0), StopReason::Interrupted)), "interrupted");
         assert_eq!(idle(ended(Some(0), StopReason::Unspecified)), "end_turn");
         assert_eq!(idle(ended(None, StopReason::Unspecified)), "failed");
@@ -572,6 +680,9 @@ mod tests {
 
     #[test]
     fn raw_output_is_left_to_the_stream() {
-        assert!(shown(Kind::Output(session::Output::default())).is_none() && shown(Kind::TakenOver(session::TakenOver {})).is_none());
+        assert!(
+            shown(Kind::Output(session::Output::default())).is_none()
+                && shown(Kind::TakenOver(session::TakenOver {})).is_none()
+        );
     }
 }

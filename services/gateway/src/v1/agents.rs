@@ -4,7 +4,10 @@ use axum::{Json, extract::State};
 use bus::Failure;
 use contract::{
     rpc,
-    scheduler::{self, CreateAgentRequest, Cursor, GetAgentRequest, ListPartsRequest, ListRequest, UpdateAgentRequest},
+    scheduler::{
+        self, CreateAgentRequest, Cursor, GetAgentRequest, ListPartsRequest, ListRequest,
+        UpdateAgentRequest,
+    },
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -124,7 +127,11 @@ impl From<&scheduler::Agent> for Snapshot {
     fn from(agent: &scheduler::Agent) -> Self {
         let Parts { servers, tools, .. } = Parts::of(agent);
         let skills: Vec<Skill> = serde_json::from_str(&agent.skills).unwrap_or_default();
-        let skill = |skill: &Skill| SkillRef { r#type: "custom", skill_id: skill.identity().1.to_owned(), version: "1" };
+        let skill = |skill: &Skill| SkillRef {
+            r#type: "custom",
+            skill_id: skill.identity().1.to_owned(),
+            version: "1",
+        };
         let server = |McpServer { name, transport }: McpServer| {
             let url = match transport {
                 McpTransport::Url { url, .. } => url,
@@ -170,7 +177,8 @@ impl From<scheduler::Agent> for Agent {
 pub struct AgentBody {
     #[schema(min_length = 1, max_length = 200)]
     name: String,
-    /// A model's id, or an object with one: `claude-*`, `gpt-*`, `o*`, `codex-*`, `gemini-*`, or `provider/model` for opencode
+    /// A model's id, or an object with one: `claude-*`, `gpt-*`, `o*`, `codex-*`, `gemini-*`, or
+    /// `provider/model` for opencode
     #[schema(value_type = String)]
     model: Value,
     #[schema(max_length = 100_000)]
@@ -200,8 +208,18 @@ pub struct AgentFields {
     pub clear_skills: bool,
 }
 
-const KNOWN: [&str; 10] =
-    ["name", "model", "system", "description", "tools", "mcp_servers", "metadata", "skills", "multiagent", "execution_identity"];
+const KNOWN: [&str; 10] = [
+    "name",
+    "model",
+    "system",
+    "description",
+    "tools",
+    "mcp_servers",
+    "metadata",
+    "skills",
+    "multiagent",
+    "execution_identity",
+];
 
 impl AgentFields {
     /// Null clears what may be cleared.
@@ -226,7 +244,8 @@ impl AgentFields {
             tools: tools::read(fields).or_else(|| cleared(fields, "tools").then(Vec::new)),
             servers: read_servers(fields).or_else(|| cleared(fields, "mcp_servers").then(Vec::new)),
             metadata: metadata::read(fields),
-            clear_skills: fields.is_null("skills") || fields.value("skills").is_some_and(|skills| *skills == json!([])),
+            clear_skills: fields.is_null("skills")
+                || fields.value("skills").is_some_and(|skills| *skills == json!([])),
         };
         if fields.value("skills").is_some_and(|skills| *skills != json!([])) {
             fields.refuse("skills", "skills of this form are not supported: POST /agents takes inline and GitHub skills");
@@ -255,7 +274,10 @@ fn read_servers(fields: &mut Fields) -> Option<Vec<McpServer>> {
             if !url.starts_with("https://") && !url.starts_with("http://") {
                 item.refuse("url", "must be an http or https URL");
             }
-            Some(McpServer { name, transport: McpTransport::Url { url, headers: Default::default() } })
+            Some(McpServer {
+                name,
+                transport: McpTransport::Url { url, headers: Default::default() },
+            })
         })?
         .into_iter()
         .flatten()
@@ -269,8 +291,14 @@ fn read_servers(fields: &mut Fields) -> Option<Vec<McpServer>> {
 }
 
 /// The permissions of tools, or why the runtime cannot enforce them.
-pub fn permissions(runtime: Runtime, tools: &[Tool], servers: &[McpServer], current: &Permissions) -> Result<Permissions, ApiError> {
-    tools::permissions(runtime, tools, servers, current).map_err(|refused| refused_field(&refused.field, &refused.why))
+pub fn permissions(
+    runtime: Runtime,
+    tools: &[Tool],
+    servers: &[McpServer],
+    current: &Permissions,
+) -> Result<Permissions, ApiError> {
+    tools::permissions(runtime, tools, servers, current)
+        .map_err(|refused| refused_field(&refused.field, &refused.why))
 }
 
 // --- handlers ----------------------------------------------------------------------------------
@@ -278,15 +306,22 @@ pub fn permissions(runtime: Runtime, tools: &[Tool], servers: &[McpServer], curr
 /// Create an agent
 #[utoipa::path(post, path = "/v1/agents", tag = "managed-agents", operation_id = "agents_create", params(IdempotencyParams), request_body = AgentBody,
     responses((status = 200, description = "The agent, at version 1", body = Agent)))]
-pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Json<Agent>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    key: IdempotencyKey,
+    body: Body,
+) -> Result<Json<Agent>, ApiError> {
     let mut fields = body.fields()?;
     fields.allow_only(&KNOWN);
     fields.require(&["name", "model"]);
     let agent = AgentFields::read(&mut fields);
     fields.finish()?;
-    let metadata = metadata::merged("{}", &agent.metadata.unwrap_or_default()).map_err(|why| refused_field("metadata", &why))?;
+    let metadata = metadata::merged("{}", &agent.metadata.unwrap_or_default())
+        .map_err(|why| refused_field("metadata", &why))?;
     let (runtime, model) =
-        model::choose(&agent.model.unwrap_or_default(), &metadata, app.runtimes()).map_err(|why| refused_field("model", &why))?;
+        model::choose(&agent.model.unwrap_or_default(), &metadata, app.runtimes())
+            .map_err(|why| refused_field("model", &why))?;
     let (tools, servers) = (agent.tools.unwrap_or_default(), agent.servers.unwrap_or_default());
     let permissions = permissions(runtime, &tools, &servers, &Permissions::default())?;
     let request = CreateAgentRequest {
@@ -309,15 +344,26 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     Ok(Json(reply.agent.unwrap_or_default().into()))
 }
 
-async fn find(app: &App, caller: &Caller, agent_id: &str, version: Option<u32>) -> Result<scheduler::Agent, ApiError> {
-    let request = GetAgentRequest { user_id: caller.user_id.clone(), agent_id: agent_id.to_owned(), version };
+async fn find(
+    app: &App,
+    caller: &Caller,
+    agent_id: &str,
+    version: Option<u32>,
+) -> Result<scheduler::Agent, ApiError> {
+    let request =
+        GetAgentRequest { user_id: caller.user_id.clone(), agent_id: agent_id.to_owned(), version };
     app.call::<rpc::GetAgent>(&request).await
 }
 
 /// Update an agent
 #[utoipa::path(post, path = "/v1/agents/{id}", tag = "managed-agents", operation_id = "agents_update", params(IdParams), request_body = AgentBody,
     responses((status = 200, description = "The agent; its version is raised if anything changed", body = Agent)))]
-pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, body: Body) -> Result<Json<Agent>, ApiError> {
+pub async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    body: Body,
+) -> Result<Json<Agent>, ApiError> {
     let agent_id = Prefix::Agent.find(&id)?;
     for attempt in 1.. {
         let mut fields = body.fields()?;
@@ -330,7 +376,8 @@ pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, 
         let reply = app.bus.call::<rpc::UpdateAgent>(&request, crate::RPC_DEADLINE).await;
         app.forget_unless_used(kept, &reply, |_| true).await;
         match reply {
-            Err(Failure { code: ErrorCode::Conflict, reason: None, .. }) if version.is_none() && attempt < ATTEMPTS => {}
+            Err(Failure { code: ErrorCode::Conflict, reason: None, .. })
+                if version.is_none() && attempt < ATTEMPTS => {}
             reply => return Ok(Json(reply?.into())),
         }
     }
@@ -348,7 +395,8 @@ async fn changed(
     let version = version.unwrap_or_else(|| current.version.into());
     let parts = Parts::of(&current);
     let patch = change.metadata.unwrap_or_default();
-    let metadata = metadata::merged(&current.metadata, &patch).map_err(|why| refused_field("metadata", &why))?;
+    let metadata = metadata::merged(&current.metadata, &patch)
+        .map_err(|why| refused_field("metadata", &why))?;
     let shown = Model::of(&current.runtime, &current.model);
     let id = change.model.unwrap_or_else(|| shown.id().to_owned());
     let skills = change.clear_skills.then(|| "[]".to_owned());
@@ -364,10 +412,12 @@ async fn changed(
         ..UpdateAgentRequest::default()
     };
     let mut runtime = parts.runtime;
-    // An agent of the original API may run a model whose name says nothing: what is not changed needs no explanation.
+    // An agent of the original API may run a model whose name says nothing: what is not changed
+    // needs no explanation.
     if id != shown.id() || patch.contains_key(RUNTIME_KEY) {
         let model;
-        (runtime, model) = model::choose(&id, &metadata, app.runtimes()).map_err(|why| refused_field("model", &why))?;
+        (runtime, model) = model::choose(&id, &metadata, app.runtimes())
+            .map_err(|why| refused_field("model", &why))?;
         request.model = Some(model);
         request.runtime = Some(runtime.as_str().to_owned());
     }
@@ -375,8 +425,12 @@ async fn changed(
     let servers = match change.servers {
         None => parts.servers.clone(),
         Some(sent) => {
-            let servers: Vec<McpServer> = sent.into_iter().map(|server| with_stored_headers(server, &parts.servers)).collect();
-            let stored = keep_servers(app, caller, &current.agent_id, version, servers.clone()).await?;
+            let servers: Vec<McpServer> = sent
+                .into_iter()
+                .map(|server| with_stored_headers(server, &parts.servers))
+                .collect();
+            let stored =
+                keep_servers(app, caller, &current.agent_id, version, servers.clone()).await?;
             request.mcp_servers = Some(stored.redacted);
             request.mcp_secret_id = stored.kept.as_ref().map(|kept| kept.id.clone());
             request.secrets_of_version = Some(stored.version);
@@ -407,7 +461,8 @@ pub async fn overridden(
     let mut runtime = parts.runtime;
     if let Some(id) = change.model.filter(|id| id != Model::of(&agent.runtime, &agent.model).id()) {
         let metadata = serde_json::from_str(&agent.metadata).unwrap_or_default();
-        (runtime, agent.model) = model::choose(&id, &metadata, app.runtimes()).map_err(|why| refused_field("agent.model", &why))?;
+        (runtime, agent.model) = model::choose(&id, &metadata, app.runtimes())
+            .map_err(|why| refused_field("agent.model", &why))?;
         runtime.as_str().clone_into(&mut agent.runtime);
     }
     agent.system = change.system.unwrap_or(agent.system);
@@ -418,7 +473,10 @@ pub async fn overridden(
     let servers = match change.servers {
         None => parts.servers.clone(),
         Some(sent) => {
-            let servers: Vec<McpServer> = sent.into_iter().map(|server| with_stored_headers(server, &parts.servers)).collect();
+            let servers: Vec<McpServer> = sent
+                .into_iter()
+                .map(|server| with_stored_headers(server, &parts.servers))
+                .collect();
             kept = mcp::keep(app, &caller.user_id, &servers, agent.mcp_secret_id.clone()).await?;
             agent.mcp_secret_id = kept.as_ref().map(|kept| kept.id.clone());
             agent.mcp_servers = mcp::redacted(servers.clone());
@@ -439,7 +497,9 @@ pub async fn overridden(
 /// Headers are no part of this API: a server that stays keeps those that it has.
 fn with_stored_headers(mut server: McpServer, stored: &[McpServer]) -> McpServer {
     let same = stored.iter().find(|stored| match (&stored.transport, &server.transport) {
-        (McpTransport::Url { url: one, .. }, McpTransport::Url { url: other, .. }) => stored.name == server.name && one == other,
+        (McpTransport::Url { url: one, .. }, McpTransport::Url { url: other, .. }) => {
+            stored.name == server.name && one == other
+        }
         _ => false,
     });
     for name in same.into_iter().flat_map(|stored| stored.secrets().keys()) {
@@ -460,7 +520,12 @@ pub struct VersionParams {
 /// Get an agent
 #[utoipa::path(get, path = "/v1/agents/{id}", tag = "managed-agents", operation_id = "agents_retrieve", params(IdParams, VersionParams),
     responses((status = 200, description = "The agent, archived or not", body = Agent)))]
-pub async fn get(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Json<Agent>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    query: Query,
+) -> Result<Json<Agent>, ApiError> {
     let version = query.number("version", u32::MAX)?;
     Ok(Json(find(&app, &caller, &Prefix::Agent.find(&id)?, version).await?.into()))
 }
@@ -468,11 +533,21 @@ pub async fn get(State(app): State<App>, caller: Caller, PathId(id): PathId, que
 /// Archive an agent
 #[utoipa::path(post, path = "/v1/agents/{id}/archive", tag = "managed-agents", operation_id = "agents_archive", params(IdParams),
     responses((status = 200, description = "The agent, archived now or before", body = Agent)))]
-pub async fn archive(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Agent>, ApiError> {
-    let request = GetAgentRequest { user_id: caller.user_id.clone(), agent_id: Prefix::Agent.find(&id)?, version: None };
+pub async fn archive(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Agent>, ApiError> {
+    let request = GetAgentRequest {
+        user_id: caller.user_id.clone(),
+        agent_id: Prefix::Agent.find(&id)?,
+        version: None,
+    };
     match app.bus.call::<rpc::ArchiveAgent>(&request, crate::RPC_DEADLINE).await {
         // Archived before.
-        Err(Failure { code: ErrorCode::Conflict, .. }) => Ok(Json(find(&app, &caller, &request.agent_id, None).await?.into())),
+        Err(Failure { code: ErrorCode::Conflict, .. }) => {
+            Ok(Json(find(&app, &caller, &request.agent_id, None).await?.into()))
+        }
         reply => Ok(Json(reply?.into())),
     }
 }
@@ -494,7 +569,11 @@ pub struct ListParams {
 ///
 /// # Errors
 /// 400 for a bad query.
-pub fn list_request(query: &Query, wanted: &Wanted, user_id: String) -> Result<ListRequest, ApiError> {
+pub fn list_request(
+    query: &Query,
+    wanted: &Wanted,
+    user_id: String,
+) -> Result<ListRequest, ApiError> {
     let after = |time: i64| time.saturating_add(1);
     let from = [query.time("created_at[gte]")?, query.time("created_at[gt]")?.map(after)];
     let before = [query.time("created_at[lt]")?, query.time("created_at[lte]")?.map(after)];
@@ -512,20 +591,39 @@ pub fn list_request(query: &Query, wanted: &Wanted, user_id: String) -> Result<L
 /// List agents, newest first
 #[utoipa::path(get, path = "/v1/agents", tag = "managed-agents", operation_id = "agents_list", params(PageParams, ListParams),
     responses((status = 200, description = "A page of agents", body = Page<Agent>)))]
-pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Json<Page<Agent>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    query: Query,
+) -> Result<Json<Page<Agent>>, ApiError> {
     let wanted = Wanted::of_fixed_order(&query, LIMITS)?;
-    let reply = app.call::<rpc::ListAgents>(&list_request(&query, &wanted, caller.user_id)?).await?;
-    let cursor = |agent: &scheduler::Agent| Cursor { position: agent.created_at_us, id: agent.agent_id.clone() };
+    let reply =
+        app.call::<rpc::ListAgents>(&list_request(&query, &wanted, caller.user_id)?).await?;
+    let cursor = |agent: &scheduler::Agent| Cursor {
+        position: agent.created_at_us,
+        id: agent.agent_id.clone(),
+    };
     Ok(page(reply.agents, reply.has_more, cursor, Agent::from))
 }
 
 /// List the versions of an agent, newest first
 #[utoipa::path(get, path = "/v1/agents/{id}/versions", tag = "managed-agents", operation_id = "agent_versions_list", params(IdParams, PageParams),
     responses((status = 200, description = "A page of versions", body = Page<Agent>)))]
-pub async fn versions(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Json<Page<Agent>>, ApiError> {
+pub async fn versions(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    query: Query,
+) -> Result<Json<Page<Agent>>, ApiError> {
     let wanted = Wanted::of_fixed_order(&query, LIMITS)?;
-    let request = ListPartsRequest { user_id: caller.user_id, id: Prefix::Agent.find(&id)?, limit: wanted.limit, after: wanted.after() };
+    let request = ListPartsRequest {
+        user_id: caller.user_id,
+        id: Prefix::Agent.find(&id)?,
+        limit: wanted.limit,
+        after: wanted.after(),
+    };
     let reply = app.call::<rpc::ListAgentVersions>(&request).await?;
-    let cursor = |agent: &scheduler::Agent| Cursor { position: agent.version.into(), id: String::new() };
+    let cursor =
+        |agent: &scheduler::Agent| Cursor { position: agent.version.into(), id: String::new() };
     Ok(page(reply.agents, reply.has_more, cursor, Agent::from))
 }

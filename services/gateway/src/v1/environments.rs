@@ -1,4 +1,5 @@
-//! Environments under `/v1`, which have no versions: a change applies to sessions that are created later.
+//! Environments under `/v1`, which have no versions: a change applies to sessions that are created
+//! later.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +8,9 @@ use bus::Failure;
 use contract::{
     common::Empty,
     rpc,
-    scheduler::{self, CreateEnvironmentRequest, Cursor, GetEnvironmentRequest, UpdateEnvironmentRequest},
+    scheduler::{
+        self, CreateEnvironmentRequest, Cursor, GetEnvironmentRequest, UpdateEnvironmentRequest,
+    },
 };
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -93,7 +96,8 @@ pub struct Packages {
 
 impl From<scheduler::Environment> for Environment {
     fn from(environment: scheduler::Environment) -> Self {
-        let networking: Networking = serde_json::from_str(&environment.networking).unwrap_or_default();
+        let networking: Networking =
+            serde_json::from_str(&environment.networking).unwrap_or_default();
         let networking = match networking.kind {
             NetworkingKind::Unrestricted => Network::Unrestricted,
             NetworkingKind::Limited => Network::Limited {
@@ -102,14 +106,21 @@ impl From<scheduler::Environment> for Environment {
                 allow_package_managers: networking.allow_package_managers,
             },
         };
-        let mut packages: BTreeMap<String, Vec<String>> = serde_json::from_str(&environment.packages).unwrap_or_default();
-        let by_manager = PackageManager::ALL.map(|manager| (manager.as_str(), packages.remove(manager.as_str()).unwrap_or_default()));
+        let mut packages: BTreeMap<String, Vec<String>> =
+            serde_json::from_str(&environment.packages).unwrap_or_default();
+        let by_manager = PackageManager::ALL.map(|manager| {
+            (manager.as_str(), packages.remove(manager.as_str()).unwrap_or_default())
+        });
         Self {
             id: Prefix::Environment.of(&environment.environment_id),
             r#type: "environment",
             name: environment.name,
             description: environment.description,
-            config: Config { r#type: "cloud", networking, packages: Packages { r#type: "packages", by_manager: by_manager.into() } },
+            config: Config {
+                r#type: "cloud",
+                networking,
+                packages: Packages { r#type: "packages", by_manager: by_manager.into() },
+            },
             metadata: metadata::shown(&environment.metadata),
             scope: Value::Null,
             state: if environment.archived_at_us.is_some() { "archived" } else { "active" },
@@ -156,7 +167,10 @@ impl EnvironmentFields {
         let config = fields.nested("config", |config| {
             match config.named_string("type", BODY_BYTES_MAX).as_deref() {
                 None | Some("cloud") => {}
-                Some("self_hosted") => config.refuse("type", "self_hosted environments are not supported: the sandboxes are this server's"),
+                Some("self_hosted") => config.refuse(
+                    "type",
+                    "self_hosted environments are not supported: the sandboxes are this server's",
+                ),
                 Some(_) => config.refuse("type", "must be 'cloud'"),
             }
             config.allow_only(&["type", "networking", "packages"]);
@@ -187,7 +201,12 @@ fn read_networking(networking: &mut Fields) -> Networking {
             return Networking::default();
         }
     }
-    networking.allow_only(&["type", "allowed_hosts", "allow_mcp_servers", "allow_package_managers"]);
+    networking.allow_only(&[
+        "type",
+        "allowed_hosts",
+        "allow_mcp_servers",
+        "allow_package_managers",
+    ]);
     let hosts = networking.strings("allowed_hosts").unwrap_or_default();
     let bad = hosts.iter().map(String::as_str).filter(|host| HostPattern::parse(host).is_none());
     networking.refuse_items("allowed_hosts", bad, |host| format!("not a host name: {host:?}"));
@@ -229,10 +248,16 @@ fn read_packages(packages: &mut Fields) -> BTreeMap<String, Vec<String>> {
 }
 
 /// Packages come from the registries, which a limited network has to let through.
-fn check_packages(networking: &Networking, packages: &BTreeMap<String, Vec<String>>) -> Result<(), ApiError> {
+fn check_packages(
+    networking: &Networking,
+    packages: &BTreeMap<String, Vec<String>>,
+) -> Result<(), ApiError> {
     let limited = networking.kind == NetworkingKind::Limited && !networking.allow_package_managers;
     if limited && packages.values().any(|names| !names.is_empty()) {
-        return Err(refused_field("config.packages", "packages in a limited network need networking.allow_package_managers"));
+        return Err(refused_field(
+            "config.packages",
+            "packages in a limited network need networking.allow_package_managers",
+        ));
     }
     Ok(())
 }
@@ -240,14 +265,21 @@ fn check_packages(networking: &Networking, packages: &BTreeMap<String, Vec<Strin
 /// Create an environment
 #[utoipa::path(post, path = "/v1/environments", tag = "managed-agents", operation_id = "environments_create", params(IdempotencyParams), request_body = EnvironmentBody,
     responses((status = 200, description = "The environment", body = Environment)))]
-pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Json<Environment>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    key: IdempotencyKey,
+    body: Body,
+) -> Result<Json<Environment>, ApiError> {
     let mut fields = body.fields()?;
     fields.require(&["name"]);
     let environment = EnvironmentFields::read(&mut fields);
     fields.finish()?;
-    let (networking, packages) = (environment.networking.unwrap_or_default(), environment.packages.unwrap_or_default());
+    let (networking, packages) =
+        (environment.networking.unwrap_or_default(), environment.packages.unwrap_or_default());
     check_packages(&networking, &packages)?;
-    let metadata = metadata::merged("{}", &environment.metadata.unwrap_or_default()).map_err(|why| refused_field("metadata", &why))?;
+    let metadata = metadata::merged("{}", &environment.metadata.unwrap_or_default())
+        .map_err(|why| refused_field("metadata", &why))?;
     let request = CreateEnvironmentRequest {
         user_id: caller.user_id,
         name: environment.name.unwrap_or_default(),
@@ -264,25 +296,43 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
 }
 
 fn request(caller: &Caller, id: &str) -> Result<GetEnvironmentRequest, ApiError> {
-    Ok(GetEnvironmentRequest { user_id: caller.user_id.clone(), environment_id: Prefix::Environment.find(id)? })
+    Ok(GetEnvironmentRequest {
+        user_id: caller.user_id.clone(),
+        environment_id: Prefix::Environment.find(id)?,
+    })
 }
 
 /// Update an environment
 #[utoipa::path(post, path = "/v1/environments/{id}", tag = "managed-agents", operation_id = "environments_update", params(IdParams), request_body = EnvironmentBody,
     responses((status = 200, description = "The environment", body = Environment)))]
-pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, body: Body) -> Result<Json<Environment>, ApiError> {
+pub async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    body: Body,
+) -> Result<Json<Environment>, ApiError> {
     let request = request(&caller, &id)?;
     let mut fields = body.fields()?;
     let change = EnvironmentFields::read(&mut fields);
     fields.finish()?;
     for attempt in 1.. {
         let current = app.call::<rpc::GetEnvironment>(&request).await?;
-        let networking = change.networking.clone().unwrap_or_else(|| serde_json::from_str(&current.networking).unwrap_or_default());
-        let packages = change.packages.clone().unwrap_or_else(|| serde_json::from_str(&current.packages).unwrap_or_default());
+        let networking = change
+            .networking
+            .clone()
+            .unwrap_or_else(|| serde_json::from_str(&current.networking).unwrap_or_default());
+        let packages = change
+            .packages
+            .clone()
+            .unwrap_or_else(|| serde_json::from_str(&current.packages).unwrap_or_default());
         if change.networking.is_some() || change.packages.is_some() {
             check_packages(&networking, &packages)?;
         }
-        let metadata = change.metadata.as_ref().map(|patch| metadata::merged(&current.metadata, patch)).transpose();
+        let metadata = change
+            .metadata
+            .as_ref()
+            .map(|patch| metadata::merged(&current.metadata, patch))
+            .transpose();
         let update = UpdateEnvironmentRequest {
             user_id: caller.user_id.clone(),
             environment_id: request.environment_id.clone(),
@@ -307,18 +357,28 @@ pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, 
 /// Get an environment
 #[utoipa::path(get, path = "/v1/environments/{id}", tag = "managed-agents", operation_id = "environments_retrieve", params(IdParams),
     responses((status = 200, description = "The environment, archived or not", body = Environment)))]
-pub async fn get(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Environment>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Environment>, ApiError> {
     Ok(Json(app.call::<rpc::GetEnvironment>(&request(&caller, &id)?).await?.into()))
 }
 
 /// Archive an environment
 #[utoipa::path(post, path = "/v1/environments/{id}/archive", tag = "managed-agents", operation_id = "environments_archive", params(IdParams),
     responses((status = 200, description = "The environment, archived now or before", body = Environment)))]
-pub async fn archive(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Environment>, ApiError> {
+pub async fn archive(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Environment>, ApiError> {
     let request = request(&caller, &id)?;
     match app.bus.call::<rpc::ArchiveEnvironment>(&request, crate::RPC_DEADLINE).await {
         // Archived before.
-        Err(Failure { code: ErrorCode::Conflict, .. }) => Ok(Json(app.call::<rpc::GetEnvironment>(&request).await?.into())),
+        Err(Failure { code: ErrorCode::Conflict, .. }) => {
+            Ok(Json(app.call::<rpc::GetEnvironment>(&request).await?.into()))
+        }
         reply => Ok(Json(reply?.into())),
     }
 }
@@ -335,7 +395,11 @@ pub struct Deleted {
 /// Delete an environment that no session uses
 #[utoipa::path(delete, path = "/v1/environments/{id}", tag = "managed-agents", operation_id = "environments_delete", params(IdParams),
     responses((status = 200, description = "The environment was deleted", body = Deleted)))]
-pub async fn delete(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Deleted>, ApiError> {
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Deleted>, ApiError> {
     let Empty {} = app.call::<rpc::DeleteEnvironment>(&request(&caller, &id)?).await?;
     Ok(Json(Deleted { id, r#type: "environment_deleted" }))
 }
@@ -343,9 +407,17 @@ pub async fn delete(State(app): State<App>, caller: Caller, PathId(id): PathId) 
 /// List environments, newest first
 #[utoipa::path(get, path = "/v1/environments", tag = "managed-agents", operation_id = "environments_list", params(PageParams, ListParams),
     responses((status = 200, description = "A page of environments", body = Page<Environment>)))]
-pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Json<Page<Environment>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    query: Query,
+) -> Result<Json<Page<Environment>>, ApiError> {
     let wanted = Wanted::of_fixed_order(&query, LIMITS)?;
-    let reply = app.call::<rpc::ListEnvironments>(&list_request(&query, &wanted, caller.user_id)?).await?;
-    let cursor = |row: &scheduler::Environment| Cursor { position: row.created_at_us, id: row.environment_id.clone() };
+    let reply =
+        app.call::<rpc::ListEnvironments>(&list_request(&query, &wanted, caller.user_id)?).await?;
+    let cursor = |row: &scheduler::Environment| Cursor {
+        position: row.created_at_us,
+        id: row.environment_id.clone(),
+    };
     Ok(page(reply.environments, reply.has_more, cursor, Environment::from))
 }

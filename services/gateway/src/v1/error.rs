@@ -1,4 +1,5 @@
-//! Failed answers under `/v1`: Anthropic's error envelope, whichever layer refused the request, and the `request-id` of every answer.
+//! Failed answers under `/v1`: Anthropic's error envelope, whichever layer refused the request, and
+//! the `request-id` of every answer.
 
 use axum::{
     extract::Request,
@@ -51,7 +52,8 @@ pub async fn envelope(request: Request, next: Next) -> Response {
     if !is_under_v1(request.uri().path()) {
         return next.run(request).await;
     }
-    let changes_something = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    let changes_something =
+        !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
     let mut response = next.run(request).await;
     let id = trace::id().map(|id| format!("req_{id}"));
     if let Some(refusal) = response.extensions_mut().remove::<Refusal>() {
@@ -63,28 +65,36 @@ pub async fn envelope(request: Request, next: Next) -> Response {
     response
 }
 
-fn refused(original: Response, refusal: Refusal, changes_something: bool, request_id: Option<String>) -> Response {
+fn refused(
+    original: Response,
+    refusal: Refusal,
+    changes_something: bool,
+    request_id: Option<String>,
+) -> Response {
     let status = status(original.status(), refusal.reason.as_deref());
     let error = Described {
         r#type: kind(status),
         message: message(refusal.detail),
         details: refusal.reason.map(|error_code| Details { error_code: error_code.into_string() }),
     };
-    let mut response = (status, axum::Json(Envelope { r#type: "error", error, request_id })).into_response();
+    let mut response =
+        (status, axum::Json(Envelope { r#type: "error", error, request_id })).into_response();
     for name in [header::WWW_AUTHENTICATE, header::RETRY_AFTER] {
         if let Some(value) = original.headers().get(&name) {
             response.headers_mut().insert(name, value.clone());
         }
     }
-    // A state that refuses a request refuses its repetition. What may have been done would be done twice.
+    // A state that refuses a request refuses its repetition. What may have been done would be done
+    // twice.
     if status == StatusCode::CONFLICT || (changes_something && refusal.may_have_happened) {
         response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
     }
     response
 }
 
-/// Validation is answered 400, never 422. So is a request that the state of a resource refuses, where the scheduler names the state: 409
-/// is for requests that lost a race. A method that a route does not have is a route that there is not.
+/// Validation is answered 400, never 422. So is a request that the state of a resource refuses,
+/// where the scheduler names the state: 409 is for requests that lost a race. A method that a route
+/// does not have is a route that there is not.
 fn status(original: StatusCode, reason: Option<&str>) -> StatusCode {
     match original {
         StatusCode::UNPROCESSABLE_ENTITY => StatusCode::BAD_REQUEST,
@@ -119,7 +129,8 @@ fn message(detail: Value) -> String {
     };
     let described = errors.iter().map(|error| {
         let loc = error["loc"].as_array().into_iter().flatten();
-        let loc: Vec<String> = loc.map(|part| part.as_str().map_or_else(|| part.to_string(), str::to_owned)).collect();
+        let loc: Vec<String> =
+            loc.map(|part| part.as_str().map_or_else(|| part.to_string(), str::to_owned)).collect();
         let text = error["msg"].as_str().unwrap_or_default();
         let text = text.strip_prefix("Value error, ").unwrap_or(text);
         if loc.is_empty() { text.to_owned() } else { format!("{}: {text}", loc.join(".")) }
@@ -147,15 +158,23 @@ mod tests {
         let mut response = error.into_response();
         let refusal = response.extensions_mut().remove::<Refusal>().unwrap();
         let response = refused(response, refusal, changes_something, None);
-        let retry = response.headers().get(SHOULD_RETRY).map(|value| value.to_str().unwrap().to_owned());
+        let retry =
+            response.headers().get(SHOULD_RETRY).map(|value| value.to_str().unwrap().to_owned());
         let status = response.status().as_u16();
-        (status, serde_json::from_slice(&to_bytes(response.into_body(), 1 << 20).await.unwrap()).unwrap(), retry)
+        (
+            status,
+            serde_json::from_slice(&to_bytes(response.into_body(), 1 << 20).await.unwrap())
+                .unwrap(),
+            retry,
+        )
     }
 
     #[tokio::test]
     async fn field_errors_become_one_sentence_and_400() {
-        let errors =
-            vec![FieldError::value("name", "must not be empty", "".into()), FieldError::value("model", "is required", Value::Null)];
+        let errors = vec![
+            FieldError::value("name", "must not be empty", "".into()),
+            FieldError::value("model", "is required", Value::Null),
+        ];
         let (status, body, retry) = shown(ApiError::fields(errors), true).await;
         assert_eq!(status, 400);
         let error = json!({ "type": "invalid_request_error", "message": "name: must not be empty; model: is required" });
@@ -165,11 +184,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_lost_race_is_409_and_a_state_is_400_and_neither_is_repeated_by_an_sdk() {
-        let (status, body, retry) = shown(Failure::conflict("Version mismatch: expected 3, got 2").into(), true).await;
-        assert_eq!((status, body["error"]["type"].as_str(), retry.as_deref()), (409, Some("conflict_error"), Some("false")));
+        let (status, body, retry) =
+            shown(Failure::conflict("Version mismatch: expected 3, got 2").into(), true).await;
+        assert_eq!(
+            (status, body["error"]["type"].as_str(), retry.as_deref()),
+            (409, Some("conflict_error"), Some("false"))
+        );
         let failure = Failure::conflict("Environment is archived").because("environment_archived");
         let (status, body, _) = shown(failure.into(), true).await;
-        assert_eq!((status, body["error"]["details"]["error_code"].as_str()), (400, Some("environment_archived")));
+        assert_eq!(
+            (status, body["error"]["details"]["error_code"].as_str()),
+            (400, Some("environment_archived"))
+        );
     }
 
     #[tokio::test]

@@ -1,4 +1,5 @@
-//! `GET /v1/sessions/{id}/events` and `…/events/stream`: a session's events, in pages of either order, or followed live.
+//! `GET /v1/sessions/{id}/events` and `…/events/stream`: a session's events, in pages of either
+//! order, or followed live.
 
 use std::ops::Range;
 
@@ -58,7 +59,12 @@ pub struct ListParams {
 }
 
 fn found_request(caller: &Caller, session_id: SessionId, before: u64) -> FindTurnRequest {
-    FindTurnRequest { user_id: caller.user_id.clone(), session_id: session_id.to_string(), before, ..FindTurnRequest::default() }
+    FindTurnRequest {
+        user_id: caller.user_id.clone(),
+        session_id: session_id.to_string(),
+        before,
+        ..FindTurnRequest::default()
+    }
 }
 
 fn session(id: &str) -> Result<SessionId, ApiError> {
@@ -71,10 +77,16 @@ fn session(id: &str) -> Result<SessionId, ApiError> {
 #[utoipa::path(get, path = "/v1/sessions/{id}/events", tag = "managed-agents", operation_id = "sessions_events_list",
     params(("id" = String, Path, description = "The session's id"), LongPageParams, ListParams),
     responses((status = 200, description = "A page of events", body = Page<Object>)))]
-pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Events, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    query: Query,
+) -> Result<Events, ApiError> {
     let session = session(&id)?;
     let (wanted, filter) = (Wanted::read(&query, LIMITS, Order::Ascending)?, Filter::read(&query)?);
-    let mut listing = Listing::new(Remote { app, caller, session }, session, filter, wanted.limit as usize);
+    let mut listing =
+        Listing::new(Remote { app, caller, session }, session, filter, wanted.limit as usize);
     let from = wanted.start.as_ref().map(|start| &start.row);
     let next = match wanted.order {
         Order::Ascending => listing.ascending(from).await?,
@@ -92,7 +104,9 @@ pub struct Events {
 
 impl IntoResponse for Events {
     fn into_response(self) -> Response {
-        let mut body = String::with_capacity(self.data.iter().map(|event| event.len() + 1).sum::<usize>() + 256);
+        let mut body = String::with_capacity(
+            self.data.iter().map(|event| event.len() + 1).sum::<usize>() + 256,
+        );
         body.push_str(r#"{"data":["#);
         for (index, event) in self.data.iter().enumerate() {
             if index > 0 {
@@ -107,7 +121,8 @@ impl IntoResponse for Events {
             None => body.push_str("null"),
         }
         body.push('}');
-        ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
+        ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body)
+            .into_response()
     }
 }
 
@@ -124,12 +139,21 @@ impl Log for Remote {
     }
 
     async fn read(&self, after: u64, limit: usize) -> Result<Read, ApiError> {
-        let page = history::read_shown_entries(&self.app.bus, self.session, after, limit, LIST_BYTES).await?;
+        let page =
+            history::read_shown_entries(&self.app.bus, self.session, after, limit, LIST_BYTES)
+                .await?;
         read_of(page, |page| page.read_through > after, shown_entry)
     }
 
     async fn read_before(&self, before: u64, limit: usize) -> Result<Read, ApiError> {
-        let mut page = history::read_shown_entries_before(&self.app.bus, self.session, before, limit, LIST_BYTES).await?;
+        let mut page = history::read_shown_entries_before(
+            &self.app.bus,
+            self.session,
+            before,
+            limit,
+            LIST_BYTES,
+        )
+        .await?;
         page.events.reverse();
         let entry = |payload: Bytes| SessionEvent::decode(payload).unwrap_or_default();
         read_of(page, |page| page.read_through > 0, entry)
@@ -138,7 +162,9 @@ impl Log for Remote {
     async fn queue(&self) -> Result<Vec<Input>, ApiError> {
         let mut inputs: Vec<Input> = Vec::new();
         loop {
-            let after = inputs.last().map(|last| Cursor { position: last.created_at_us, id: last.input_id.clone() });
+            let after = inputs
+                .last()
+                .map(|last| Cursor { position: last.created_at_us, id: last.input_id.clone() });
             let (user_id, id) = (self.caller.user_id.clone(), self.session.to_string());
             let request = ListPartsRequest { user_id, id, limit: PAGE_MAX, after };
             let page = self.app.call::<rpc::ListOpenInputs>(&request).await?;
@@ -160,22 +186,32 @@ fn read_of(
         return Err(ApiError::not_found("Session"));
     }
     if page.events.is_empty() {
-        return Ok(if has_output(&page) { Read::Output { through: page.read_through } } else { Read::End });
+        return Ok(if has_output(&page) {
+            Read::Output { through: page.read_through }
+        } else {
+            Read::End
+        });
     }
-    let entries = page.events.into_iter().map(|event| (event.event_id, event.payload.len(), decode(event.payload)));
+    let entries = page
+        .events
+        .into_iter()
+        .map(|event| (event.event_id, event.payload.len(), decode(event.payload)));
     Ok(Read::Entries(entries.map(|(id, size, entry)| (id, entry, size)).collect()))
 }
 
 /// An entry without its checkpoint, which is the larger part of most of them and shows as nothing.
 fn shown_entry(payload: Bytes) -> SessionEvent {
     let entry = match checkpoint_of(&payload) {
-        Some(range) => SessionEvent::decode(payload.slice(..range.start).chain(payload.slice(range.end..))),
+        Some(range) => {
+            SessionEvent::decode(payload.slice(..range.start).chain(payload.slice(range.end..)))
+        }
         None => SessionEvent::decode(payload),
     };
     entry.unwrap_or_default()
 }
 
-/// Where the checkpoint is in the bytes of a `SessionEvent`, whose fields are in the order of their numbers: two numbers come before it.
+/// Where the checkpoint is in the bytes of a `SessionEvent`, whose fields are in the order of their
+/// numbers: two numbers come before it.
 fn checkpoint_of(payload: &[u8]) -> Option<Range<usize>> {
     let mut rest = payload;
     loop {
@@ -198,7 +234,8 @@ fn checkpoint_of(payload: &[u8]) -> Option<Range<usize>> {
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "describes a query")]
 pub struct StreamParams {
-    /// `agent.message` and `agent.thinking`: such events are also shown while they are written, by `event_start` and `event_delta`
+    /// `agent.message` and `agent.thinking`: such events are also shown while they are written, by
+    /// `event_start` and `event_delta`
     #[param(rename = "event_deltas[]")]
     event_deltas: Option<Vec<String>>,
     /// Events after this one are sent first; `Last-Event-ID` does the same
@@ -207,8 +244,8 @@ pub struct StreamParams {
 
 /// Follow the events of a session
 ///
-/// Server-sent events from now on, or from `after_id` on, across turns until the session is terminated or deleted. A comment is sent
-/// after 10 s of silence.
+/// Server-sent events from now on, or from `after_id` on, across turns until the session is
+/// terminated or deleted. A comment is sent after 10 s of silence.
 #[utoipa::path(get, path = "/v1/sessions/{id}/events/stream", tag = "managed-agents", operation_id = "sessions_events_stream",
     params(("id" = String, Path, description = "The session's id"), StreamParams),
     responses((status = 200, description = "Server-sent events: `event:` with the type, `id:`, one `data:` line", body = String,
@@ -223,18 +260,32 @@ pub async fn stream(
     let (session_id, session) = stream::find(&app, &caller, Prefix::Session.find(&id)?).await?;
     let deltas: Vec<&str> = query.all("event_deltas").collect();
     if deltas.len() > DELTAS_MAX || deltas.iter().any(|delta| !DELTAS.contains(delta)) {
-        return Err(bad("event_deltas: must be at most 100 of 'agent.message' and 'agent.thinking'"));
+        return Err(bad(
+            "event_deltas: must be at most 100 of 'agent.message' and 'agent.thinking'",
+        ));
     }
     let after = stream::last_event_id(&headers).or_else(|| query.one("after_id"));
-    let after = after.map(|text| EventId::decode(text).ok_or_else(|| bad("after_id: unknown event"))).transpose()?;
+    let after = after
+        .map(|text| EventId::decode(text).ok_or_else(|| bad("after_id: unknown event")))
+        .transpose()?;
     // What is appended while this is read follows the place, and is shown.
-    let find = |before| FindTurnRequest { wants_previews: !deltas.is_empty(), ..found_request(&caller, session_id, before) };
+    let find = |before| FindTurnRequest {
+        wants_previews: !deltas.is_empty(),
+        ..found_request(&caller, session_id, before)
+    };
     let (found, from) = match after {
         None => {
-            let newest = history::newest(&app.bus, session_id).await?.ok_or_else(|| ApiError::not_found("Session"))?;
-            (app.call::<rpc::FindTurn>(&find(newest.saturating_add(1))).await?, Place::after(newest))
+            let newest = history::newest(&app.bus, session_id)
+                .await?
+                .ok_or_else(|| ApiError::not_found("Session"))?;
+            (
+                app.call::<rpc::FindTurn>(&find(newest.saturating_add(1))).await?,
+                Place::after(newest),
+            )
         }
-        Some(EventId::Log { id, part }) => (app.call::<rpc::FindTurn>(&find(id)).await?, Place { entry: id, part }),
+        Some(EventId::Log { id, part }) => {
+            (app.call::<rpc::FindTurn>(&find(id)).await?, Place { entry: id, part })
+        }
         Some(EventId::Text { turn, text }) => {
             let found = app.call::<rpc::FindTurn>(&FindTurnRequest { turn, ..find(0) }).await?;
             let entry = find_text(&app, session_id, &found, (turn, text)).await?;
@@ -242,23 +293,36 @@ pub async fn stream(
         }
         Some(EventId::Input(input)) => {
             let request = FindTurnRequest { input_id: input.to_string(), ..find(0) };
-            let found = app.bus.call::<rpc::FindTurn>(&request, crate::RPC_DEADLINE).await.map_err(|failure| match failure.code {
-                ErrorCode::NotFound => bad("after_id: unknown event"),
-                _ => failure.into(),
-            })?;
-            let from = if found.is_within { Place { entry: found.after, part: 0 } } else { Place::after(found.after) };
+            let found =
+                app.bus.call::<rpc::FindTurn>(&request, crate::RPC_DEADLINE).await.map_err(
+                    |failure| match failure.code {
+                        ErrorCode::NotFound => bad("after_id: unknown event"),
+                        _ => failure.into(),
+                    },
+                )?;
+            let from = if found.is_within {
+                Place { entry: found.after, part: 0 }
+            } else {
+                Place::after(found.after)
+            };
             (found, from)
         }
     };
     let (partition, open) = (stream::partition(&session)?, stream::open(&app, &caller)?);
     let managed = Managed::new(Thread::at(session_id, &found), from, Previews::of(&deltas));
     let view = View::Managed(Box::new(managed));
-    let follower = Follower::new(app, caller.user_id, open, (session_id, partition), found.begun_after, view);
+    let follower =
+        Follower::new(app, caller.user_id, open, (session_id, partition), found.begun_after, view);
     Ok(stream::sse(Body::from_stream(follower.into_stream())))
 }
 
 /// Where a text that was shown while it was written stands in the log.
-async fn find_text(app: &App, session: SessionId, found: &FindTurnReply, (turn, text): (u32, u32)) -> Result<Option<u64>, ApiError> {
+async fn find_text(
+    app: &App,
+    session: SessionId,
+    found: &FindTurnReply,
+    (turn, text): (u32, u32),
+) -> Result<Option<u64>, ApiError> {
     let mut after = found.begun_after;
     loop {
         let page = history::read_shown(&app.bus, session, after, PAGE_BYTES).await?;
@@ -267,7 +331,9 @@ async fn find_text(app: &App, session: SessionId, found: &FindTurnReply, (turn, 
         for event in page.events {
             let entry = SessionEvent::decode(event.payload).unwrap_or_default();
             match entry.kind {
-                Some(Kind::Agent(agent)) if entry.turn == turn && agent.text == u64::from(text) => return Ok(Some(event.event_id)),
+                Some(Kind::Agent(agent)) if entry.turn == turn && agent.text == u64::from(text) => {
+                    return Ok(Some(event.event_id));
+                }
                 _ if entry.turn > turn => return Ok(None),
                 _ => {}
             }
@@ -287,9 +353,22 @@ mod tests {
     #[test]
     fn an_entry_is_read_without_its_checkpoint() {
         let kind = Some(Kind::Agent(AgentEvent { tool_use: 9, ..AgentEvent::default() }));
-        let entry = SessionEvent { turn: 300, epoch: 2, follows: Some(7), tag: 5, at_us: 1 << 50, kind, ..SessionEvent::default() };
-        let checkpoint = Checkpoint { stages_done: vec!["a".repeat(200)], open_requests: vec![1; 50], ..Checkpoint::default() };
-        for whole in [SessionEvent { checkpoint: Some(checkpoint), ..entry.clone() }, entry.clone()] {
+        let entry = SessionEvent {
+            turn: 300,
+            epoch: 2,
+            follows: Some(7),
+            tag: 5,
+            at_us: 1 << 50,
+            kind,
+            ..SessionEvent::default()
+        };
+        let checkpoint = Checkpoint {
+            stages_done: vec!["a".repeat(200)],
+            open_requests: vec![1; 50],
+            ..Checkpoint::default()
+        };
+        for whole in [SessionEvent { checkpoint: Some(checkpoint), ..entry.clone() }, entry.clone()]
+        {
             assert_eq!(shown_entry(whole.encode_to_vec().into()), entry);
         }
         assert_eq!(shown_entry(Bytes::new()), SessionEvent::default());

@@ -1,5 +1,5 @@
-//! Files of `/v1`: uploaded by users, or written by agents. Their bytes go between the client and the store of files; the scheduler knows
-//! what they are.
+//! Files of `/v1`: uploaded by users, or written by agents. Their bytes go between the client and
+//! the store of files; the scheduler knows what they are.
 
 use std::{
     collections::HashMap,
@@ -21,7 +21,9 @@ use bytes::Bytes;
 use contract::{
     common::Empty,
     rpc,
-    scheduler::{self, CommitFileRequest, CreateFileRequest, Cursor, GetFileRequest, ListFilesRequest},
+    scheduler::{
+        self, CommitFileRequest, CreateFileRequest, Cursor, GetFileRequest, ListFilesRequest,
+    },
 };
 use files::{Files, NotWritten, Written};
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
@@ -67,7 +69,8 @@ const BYTES_PER_SECOND_MIN: u64 = 4 << 10;
 /// Each holds two parts of an object in memory.
 const UPLOADS_MAX: usize = 32;
 const UPLOADS_OF_USER_MAX: usize = 8;
-/// What the parser may hold of a form that is no data of a part: it searches all of that with each chunk.
+/// What the parser may hold of a form that is no data of a part: it searches all of that with each
+/// chunk.
 const HELD_BYTES_MAX: usize = 1 << 20;
 const EXPIRES_SECONDS: std::ops::RangeInclusive<u64> = 3600..=7_776_000;
 
@@ -83,17 +86,31 @@ pub struct FileStore {
 
 impl FileStore {
     pub fn new(store: Option<Files>, bytes_max: u64) -> Self {
-        Self { store, bytes_max, uploads: Arc::new(Semaphore::new(UPLOADS_MAX)), shares: Arc::default() }
+        Self {
+            store,
+            bytes_max,
+            uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
+            shares: Arc::default(),
+        }
     }
 
-    /// Waits until one more upload may begin. A user's share is taken first: who waits for it keeps no one else from theirs.
+    /// Waits until one more upload may begin. A user's share is taken first: who waits for it keeps
+    /// no one else from theirs.
     async fn slot(&self, user_id: &str) -> Option<[OwnedSemaphorePermit; 2]> {
         let share = {
             let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
             shares.retain(|_, share| Arc::strong_count(share) > 1);
-            shares.entry(user_id.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(UPLOADS_OF_USER_MAX))).clone()
+            shares
+                .entry(user_id.to_owned())
+                .or_insert_with(|| Arc::new(Semaphore::new(UPLOADS_OF_USER_MAX)))
+                .clone()
         };
-        let both = async { Some([share.acquire_owned().await.ok()?, self.uploads.clone().acquire_owned().await.ok()?]) };
+        let both = async {
+            Some([
+                share.acquire_owned().await.ok()?,
+                self.uploads.clone().acquire_owned().await.ok()?,
+            ])
+        };
         tokio::time::timeout(crate::RPC_DEADLINE, both).await.ok().flatten()
     }
 
@@ -146,7 +163,9 @@ impl From<scheduler::File> for File {
             created_at: time(file.created_at_us),
             downloadable: true,
             expires_at: file.expires_at_us.map(time),
-            scope: file.session_id.map(|id| Scope { r#type: "session", id: Prefix::Session.of(&id) }),
+            scope: file
+                .session_id
+                .map(|id| Scope { r#type: "session", id: Prefix::Session.of(&id) }),
             sha256: file.sha256.iter().map(|byte| format!("{byte:02x}")).collect(),
         }
     }
@@ -168,20 +187,36 @@ pub struct Upload {
 #[utoipa::path(post, path = "/v1/files", tag = "managed-agents", operation_id = "files_upload",
     request_body(content = Upload, content_type = "multipart/form-data"),
     responses((status = 200, description = "The file", body = File)))]
-pub async fn upload(State(app): State<App>, caller: Caller, request: Request) -> Result<Json<File>, ApiError> {
+pub async fn upload(
+    State(app): State<App>,
+    caller: Caller,
+    request: Request,
+) -> Result<Json<File>, ApiError> {
     let store = app.files.open()?;
-    let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let boundary = multer::parse_boundary(content_type).map_err(|_| bad("The body must be multipart/form-data with a part 'file'"))?;
-    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    let content_type = request
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let boundary = multer::parse_boundary(content_type)
+        .map_err(|_| bad("The body must be multipart/form-data with a part 'file'"))?;
+    let announced = request
+        .headers()
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|bytes| bytes > app.files.bytes_max + FRAME_BYTES_MAX) {
         return Err(too_large(app.files.bytes_max));
     }
     let slot = app.files.slot(&caller.user_id).await;
-    let Some(_slot) = slot else { return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "Too many uploads at a time")) };
+    let Some(_slot) = slot else {
+        return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "Too many uploads at a time"));
+    };
     let held = Held::default();
     let form = Multipart::new(chunks(request.into_body(), held.clone()), boundary);
     let file_id = FileId::new();
-    let received = tokio::time::timeout(UPLOAD_TIME_MAX, receive(&app, store, &caller, file_id, (form, held))).await;
+    let received =
+        tokio::time::timeout(UPLOAD_TIME_MAX, receive(&app, store, &caller, file_id, (form, held)))
+            .await;
     let stored = match received.unwrap_or_else(|_| Err(slow())) {
         Ok(form) => commit(&app, &caller, file_id, form).await,
         Err(refused) => Err(refused),
@@ -213,10 +248,14 @@ async fn receive(
             Some("file") if written.is_none() => {
                 let name = field.file_name().unwrap_or_default().to_owned();
                 if !is_filename(&name) {
-                    return Err(refused_field("file", "needs a filename of 1 to 255 bytes without slashes and control characters"));
+                    return Err(refused_field(
+                        "file",
+                        "needs a filename of 1 to 255 bytes without slashes and control characters",
+                    ));
                 }
                 let given = field.content_type().map(|mime| mime.essence_str().to_owned());
-                let given = given.filter(|mime| is_mime(mime) && mime != "application/octet-stream");
+                let given =
+                    given.filter(|mime| is_mime(mime) && mime != "application/octet-stream");
                 let request = CreateFileRequest {
                     user_id: caller.user_id.clone(),
                     file_id: file_id.to_string(),
@@ -224,14 +263,23 @@ async fn receive(
                     filename: name,
                 };
                 let file = app.call::<rpc::CreateFile>(&request).await?;
-                written = Some(write(app, store, &file.object_id, data(field, held.clone())).await?);
+                written =
+                    Some(write(app, store, &file.object_id, data(field, held.clone())).await?);
             }
             Some("expires_in_seconds") if expires_in_seconds.is_none() => {
                 let text = text(field).await?;
-                let seconds = text.trim().parse().ok().filter(|seconds| EXPIRES_SECONDS.contains(seconds));
-                expires_in_seconds = Some(seconds.ok_or_else(|| refused_field("expires_in_seconds", "must be from 3600 to 7776000"))?);
+                let seconds =
+                    text.trim().parse().ok().filter(|seconds| EXPIRES_SECONDS.contains(seconds));
+                expires_in_seconds = Some(seconds.ok_or_else(|| {
+                    refused_field("expires_in_seconds", "must be from 3600 to 7776000")
+                })?);
             }
-            name => return Err(refused_field(name.unwrap_or("body"), "this field is not supported, or was sent twice")),
+            name => {
+                return Err(refused_field(
+                    name.unwrap_or("body"),
+                    "this field is not supported, or was sent twice",
+                ));
+            }
         }
     }
     let written = written.ok_or_else(|| refused_field("file", "is required"))?;
@@ -251,7 +299,10 @@ async fn write(
         Err(NotWritten::Source(error)) => Err(broken(error)),
         Err(NotWritten::Store(error)) => {
             tracing::error!(%error, "failed to store a file");
-            Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "The file cannot be stored; try again later"))
+            Err(ApiError::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "The file cannot be stored; try again later",
+            ))
         }
     }
 }
@@ -280,9 +331,12 @@ fn is_too_slow(bytes: u64, waited: Duration) -> bool {
     waited > SLOW_AFTER && bytes < waited.as_secs() * BYTES_PER_SECOND_MIN
 }
 
-/// A body's chunks. Each has a deadline, and together they have a minimum rate. They are yielded one at a time, because the parser
-/// buffers all it can get.
-fn chunks(body: Body, held: Held) -> impl Stream<Item = Result<Bytes, std::io::Error>> + Send + 'static {
+/// A body's chunks. Each has a deadline, and together they have a minimum rate. They are yielded
+/// one at a time, because the parser buffers all it can get.
+fn chunks(
+    body: Body,
+    held: Held,
+) -> impl Stream<Item = Result<Bytes, std::io::Error>> + Send + 'static {
     let state = (body.into_data_stream(), held, 0_u64, Duration::ZERO);
     futures::stream::try_unfold(state, |(mut body, held, mut bytes, mut waited)| async move {
         tokio::task::yield_now().await;
@@ -321,7 +375,9 @@ async fn text(mut field: Field<'_>) -> Result<String, ApiError> {
 
 fn broken(error: multer::Error) -> ApiError {
     if let multer::Error::StreamReadFailed(cause) = &error
-        && cause.downcast_ref::<std::io::Error>().is_some_and(|cause| cause.kind() == std::io::ErrorKind::TimedOut)
+        && cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|cause| cause.kind() == std::io::ErrorKind::TimedOut)
     {
         return slow();
     }
@@ -340,20 +396,32 @@ fn too_large(max: u64) -> ApiError {
 
 async fn find(app: &App, caller: &Caller, id: &str) -> Result<scheduler::File, ApiError> {
     app.files.open()?;
-    app.call::<rpc::GetFile>(&GetFileRequest { user_id: caller.user_id.clone(), file_id: Prefix::File.find(id)? }).await
+    app.call::<rpc::GetFile>(&GetFileRequest {
+        user_id: caller.user_id.clone(),
+        file_id: Prefix::File.find(id)?,
+    })
+    .await
 }
 
 /// Get a file's metadata
 #[utoipa::path(get, path = "/v1/files/{id}", tag = "managed-agents", operation_id = "files_retrieve_metadata", params(IdParams),
     responses((status = 200, description = "The file, without its bytes", body = File)))]
-pub async fn get(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<File>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<File>, ApiError> {
     Ok(Json(find(&app, &caller, &id).await?.into()))
 }
 
 /// Download a file
 #[utoipa::path(get, path = "/v1/files/{id}/content", tag = "managed-agents", operation_id = "files_download", params(IdParams),
     responses((status = 200, description = "Its bytes", body = Vec<u8>, content_type = "application/octet-stream")))]
-pub async fn download(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Response, ApiError> {
+pub async fn download(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Response, ApiError> {
     let file = find(&app, &caller, &id).await?;
     let object: Uuid = file.object_id.parse().map_err(|_| ApiError::not_found("File"))?;
     let chunks = app.files.open()?.read(object).await.map_err(|error| {
@@ -375,7 +443,11 @@ pub async fn download(State(app): State<App>, caller: Caller, PathId(id): PathId
 /// Sessions that have it mounted keep their copy.
 #[utoipa::path(delete, path = "/v1/files/{id}", tag = "managed-agents", operation_id = "files_delete", params(IdParams),
     responses((status = 200, description = "The file was deleted", body = Deleted)))]
-pub async fn delete(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Deleted>, ApiError> {
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Deleted>, ApiError> {
     app.files.open()?;
     let request = GetFileRequest { user_id: caller.user_id, file_id: Prefix::File.find(&id)? };
     let Empty {} = app.call::<rpc::DeleteFile>(&request).await?;
@@ -410,11 +482,16 @@ pub struct ListParams {
 /// List files, newest first
 #[utoipa::path(get, path = "/v1/files", tag = "managed-agents", operation_id = "files_list", params(LongPageParams, ListParams),
     responses((status = 200, description = "A page of files", body = FilePage)))]
-pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Json<FilePage>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    query: Query,
+) -> Result<Json<FilePage>, ApiError> {
     app.files.open()?;
     let wanted = Wanted::of_fixed_order(&query, LIMITS)?;
     let ids: Vec<&str> = query.all("ids").collect();
-    let alone = ["limit", "page", "scope_id", "after_id"].iter().all(|name| query.one(name).is_none());
+    let alone =
+        ["limit", "page", "scope_id", "after_id"].iter().all(|name| query.one(name).is_none());
     if ids.len() > IDS_MAX || (!ids.is_empty() && !alone) {
         return Err(bad(&format!("ids: at most {IDS_MAX}, and no other parameter beside them")));
     }
@@ -430,34 +507,58 @@ pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Resul
     // What is no id names nothing.
     let file_ids: Vec<String> = ids.iter().filter_map(|id| Prefix::File.find(id).ok()).collect();
     if file_ids.is_empty() && !ids.is_empty() {
-        return Ok(Json(FilePage { data: Vec::new(), next_page: None, has_more: false, first_id: None, last_id: None }));
+        return Ok(Json(FilePage {
+            data: Vec::new(),
+            next_page: None,
+            has_more: false,
+            first_id: None,
+            last_id: None,
+        }));
     }
-    let limit = if ids.is_empty() { wanted.limit } else { u32::try_from(IDS_MAX).unwrap_or(u32::MAX) };
+    let limit =
+        if ids.is_empty() { wanted.limit } else { u32::try_from(IDS_MAX).unwrap_or(u32::MAX) };
     let request = ListFilesRequest { user_id: caller.user_id, limit, after, session_id, file_ids };
     let reply = app.call::<rpc::ListFiles>(&request).await?;
-    let cursor = |file: &scheduler::File| Cursor { position: file.created_at_us, id: file.file_id.clone() };
+    let cursor =
+        |file: &scheduler::File| Cursor { position: file.created_at_us, id: file.file_id.clone() };
     let next = reply.files.last().filter(|_| reply.has_more);
-    let next_page = next.map(|file| Start { order: Order::Descending, backwards: false, row: cursor(file) }.encode());
+    let next_page = next.map(|file| {
+        Start { order: Order::Descending, backwards: false, row: cursor(file) }.encode()
+    });
     let id = |file: Option<&scheduler::File>| file.map(|file| Prefix::File.of(&file.file_id));
     let (first_id, last_id) = (id(reply.files.first()), id(reply.files.last()));
-    Ok(Json(FilePage { data: reply.files.into_iter().map(File::from).collect(), next_page, has_more: reply.has_more, first_id, last_id }))
+    Ok(Json(FilePage {
+        data: reply.files.into_iter().map(File::from).collect(),
+        next_page,
+        has_more: reply.has_more,
+        first_id,
+        last_id,
+    }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const HEAD: &[u8] = b"--xx\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n";
+    const HEAD: &[u8] =
+        b"--xx\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n";
 
-    /// A body that starts with the given bytes, followed by `count` chunks, and how many of them were read.
-    fn form(begin: &'static [u8], chunk: Vec<u8>, count: usize) -> (Multipart<'static>, Held, Arc<AtomicUsize>) {
+    /// A body that starts with the given bytes, followed by `count` chunks, and how many of them
+    /// were read.
+    fn form(
+        begin: &'static [u8],
+        chunk: Vec<u8>,
+        count: usize,
+    ) -> (Multipart<'static>, Held, Arc<AtomicUsize>) {
         let (taken, held) = (Arc::new(AtomicUsize::new(0)), Held::default());
         let (counted, chunk) = (taken.clone(), Bytes::from(chunk));
-        let chunks_of_body = std::iter::once(Bytes::from_static(begin)).chain((0..count).map(move |_| {
-            counted.fetch_add(1, Ordering::Relaxed);
-            chunk.clone()
-        }));
-        let body = Body::from_stream(futures::stream::iter(chunks_of_body.map(Ok::<_, std::io::Error>)));
+        let chunks_of_body =
+            std::iter::once(Bytes::from_static(begin)).chain((0..count).map(move |_| {
+                counted.fetch_add(1, Ordering::Relaxed);
+                chunk.clone()
+            }));
+        let body =
+            Body::from_stream(futures::stream::iter(chunks_of_body.map(Ok::<_, std::io::Error>)));
         (Multipart::new(chunks(body, held.clone()), "xx"), held, taken)
     }
 
@@ -466,7 +567,10 @@ mod tests {
         for begin in [&b"preamble"[..], b"--xx\r\ncontent-disposition: "] {
             let (mut form, _, taken) = form(begin, vec![b'x'; 64 << 10], 10_000);
             assert!(form.next_field().await.is_err());
-            assert!(taken.load(Ordering::Relaxed) <= HELD_BYTES_MAX / (64 << 10) + 1, "{taken:?} chunks");
+            assert!(
+                taken.load(Ordering::Relaxed) <= HELD_BYTES_MAX / (64 << 10) + 1,
+                "{taken:?} chunks"
+            );
         }
     }
 

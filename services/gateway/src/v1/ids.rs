@@ -1,4 +1,5 @@
-//! Ids as `/v1` shows them: a prefix, and the 128 bits of ours in base 58. Nothing is stored: either form follows from the other.
+//! Ids as `/v1` shows them: a prefix, and the 128 bits of ours in base 58. Nothing is stored:
+//! either form follows from the other.
 
 use axum::{
     extract::{FromRequestParts, Path},
@@ -84,7 +85,9 @@ impl Prefix {
     /// # Errors
     /// 404: a text that is no such id names nothing.
     pub fn find(self, text: &str) -> Result<String, ApiError> {
-        self.decode(text).map(|uuid| uuid.hyphenated().to_string()).ok_or_else(|| ApiError::not_found(self.noun()))
+        self.decode(text)
+            .map(|uuid| uuid.hyphenated().to_string())
+            .ok_or_else(|| ApiError::not_found(self.noun()))
     }
 
     fn encode_bits(self, mut bits: u128) -> String {
@@ -122,19 +125,22 @@ const CHUNK_RADIX: u128 = RADIX.pow(CHUNK as u32) as u128;
 /// 58^22 is more than 2^128.
 const LENGTH: usize = 22;
 
-/// What an event of `/v1` comes from. One entry of the log may show as several events: `part` tells them apart.
+/// What an event of `/v1` comes from. One entry of the log may show as several events: `part` tells
+/// them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventId {
     Log {
         id: u64,
         part: u8,
     },
-    /// A text of which parts were shown while the agent wrote it, before its place in the log was known.
+    /// A text of which parts were shown while the agent wrote it, before its place in the log was
+    /// known.
     Text {
         turn: u32,
         text: u32,
     },
-    /// An event that its user sent: the same id in the answer, while it waits, on the stream and in history.
+    /// An event that its user sent: the same id in the answer, while it waits, on the stream and in
+    /// history.
     Input(InputId),
 }
 
@@ -146,8 +152,11 @@ const TEXT: u128 = 1;
 impl EventId {
     pub fn encode(self) -> String {
         match self {
-            Self::Log { id, part } => Prefix::Event.encode_bits(u128::from(id) << u8::BITS | u128::from(part)),
-            Self::Text { turn, text } => Prefix::Event.encode_bits(TEXT << LOG_BITS | u128::from(turn) << u32::BITS | u128::from(text)),
+            Self::Log { id, part } => {
+                Prefix::Event.encode_bits(u128::from(id) << u8::BITS | u128::from(part))
+            }
+            Self::Text { turn, text } => Prefix::Event
+                .encode_bits(TEXT << LOG_BITS | u128::from(turn) << u32::BITS | u128::from(text)),
             Self::Input(input) => Prefix::Event.encode(input.uuid()),
         }
     }
@@ -155,9 +164,15 @@ impl EventId {
     pub fn decode(text: &str) -> Option<Self> {
         let bits = Prefix::Event.decode_bits(text)?;
         match bits >> LOG_BITS {
-            0 => return Some(Self::Log { id: (bits >> u8::BITS) as u64, part: (bits & u128::from(u8::MAX)) as u8 }),
+            0 => {
+                return Some(Self::Log {
+                    id: (bits >> u8::BITS) as u64,
+                    part: (bits & u128::from(u8::MAX)) as u8,
+                });
+            }
             TEXT => {
-                let turn = u32::try_from((bits >> u32::BITS) & u128::from(u64::MAX >> u32::BITS)).ok()?;
+                let turn =
+                    u32::try_from((bits >> u32::BITS) & u128::from(u64::MAX >> u32::BITS)).ok()?;
                 return Some(Self::Text { turn, text: bits as u32 });
             }
             _ => {}
@@ -166,7 +181,8 @@ impl EventId {
     }
 }
 
-/// The id in a route's path, as it came: [`Prefix::find`] reads it. Of a part of a resource, both ids.
+/// The id in a route's path, as it came: [`Prefix::find`] reads it. Of a part of a resource, both
+/// ids.
 pub struct PathId<T = String>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for PathId<T> {

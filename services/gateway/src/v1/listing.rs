@@ -1,4 +1,5 @@
-//! Pages of a session's events, in either order. They are read through [`Log`], which tests implement.
+//! Pages of a session's events, in either order. They are read through [`Log`], which tests
+//! implement.
 //!
 //! A page with a cursor is never empty: SDKs stop at the first empty page.
 
@@ -32,11 +33,13 @@ use crate::{
 
 /// Pages of the log after which an answer ends that has something to show.
 const LOG_PAGES: usize = 32;
-/// In descending order so many entries more are read than are to be shown: one of them tells how the thread is at its place.
+/// In descending order so many entries more are read than are to be shown: one of them tells how
+/// the thread is at its place.
 const MARGIN: usize = if cfg!(test) { 6 } else { 64 };
 /// Tool uses that are open at such a place, at most.
 const OPEN_TOOLS: usize = 16;
-/// Most turns begin within so many entries from where they are said to begin: set-up stages come before.
+/// Most turns begin within so many entries from where they are said to begin: set-up stages come
+/// before.
 const HEAD: usize = 64;
 /// The entries that one answer in descending order shows hold about so many bytes.
 const ANSWER_BYTES: usize = 8 * 1024 * 1024;
@@ -85,13 +88,23 @@ impl Filter {
             return Err(bad(&format!("types: '{unknown}' is no type of an event")));
         }
         let time = |name: &str| query.time(&format!("created_at[{name}]"));
-        let from = time("gte")?.into_iter().chain(time("gt")?.map(|at| at.saturating_add(1))).max().unwrap_or(i64::MIN);
-        let to = time("lte")?.into_iter().chain(time("lt")?.map(|at| at.saturating_sub(1))).min().unwrap_or(i64::MAX);
+        let from = time("gte")?
+            .into_iter()
+            .chain(time("gt")?.map(|at| at.saturating_add(1)))
+            .max()
+            .unwrap_or(i64::MIN);
+        let to = time("lte")?
+            .into_iter()
+            .chain(time("lt")?.map(|at| at.saturating_sub(1)))
+            .min()
+            .unwrap_or(i64::MAX);
         Ok(Self { types, times: from..=to })
     }
 
     fn takes(&self, event: &Shown) -> bool {
-        self.takes_type(event.kind) && self.times.contains(&event.at_us) && event.kind != "session.deleted"
+        self.takes_type(event.kind)
+            && self.times.contains(&event.at_us)
+            && event.kind != "session.deleted"
     }
 
     fn takes_type(&self, kind: &str) -> bool {
@@ -101,7 +114,8 @@ impl Filter {
     /// An event that is not processed has no time to compare.
     fn queued(&self, input: &Input) -> Option<Value> {
         let event = send::queued(input)?;
-        let is_wanted = self.takes_type(event["type"].as_str().unwrap_or_default()) && self.times == (i64::MIN..=i64::MAX);
+        let is_wanted = self.takes_type(event["type"].as_str().unwrap_or_default())
+            && self.times == (i64::MIN..=i64::MAX);
         is_wanted.then_some(event)
     }
 }
@@ -159,10 +173,11 @@ struct Window {
     begin: Option<Place>,
 }
 
-/// Whether a thread is known at an entry of a turn that an agent's CLI reported: its checkpoint is of exactly this place, and nothing is
-/// asked.
+/// Whether a thread is known at an entry of a turn that an agent's CLI reported: its checkpoint is
+/// of exactly this place, and nothing is asked.
 fn place_of(entry: &SessionEvent, turn: u32) -> Option<&Checkpoint> {
-    let checkpoint = entry.checkpoint.as_ref().filter(|checkpoint| entry.turn == turn && checkpoint.started)?;
+    let checkpoint =
+        entry.checkpoint.as_ref().filter(|checkpoint| entry.turn == turn && checkpoint.started)?;
     let Some(Kind::Agent(agent)) = &entry.kind else { return None };
     // The checkpoint of a tool use does not know its own id.
     let is_use = matches!(agent.event.as_ref()?.kind, Some(event::Kind::ToolUse(_)));
@@ -180,10 +195,13 @@ fn reports_requests(runtime: &str) -> bool {
     !matches!(runtime.parse(), Ok(Runtime::Claude | Runtime::Gemini | Runtime::Shell))
 }
 
-/// The tool use that an entry shows, if it does, and whether it is open until its result: a custom tool is not.
+/// The tool use that an entry shows, if it does, and whether it is open until its result: a custom
+/// tool is not.
 fn is_tool_use(entry: &SessionEvent) -> Option<bool> {
     match &entry.kind {
-        Some(Kind::Agent(agent)) => matches!(agent.event.as_ref()?.kind, Some(event::Kind::ToolUse(_))).then_some(true),
+        Some(Kind::Agent(agent)) => {
+            matches!(agent.event.as_ref()?.kind, Some(event::Kind::ToolUse(_))).then_some(true)
+        }
         Some(Kind::DecisionRequested(asked)) => Some(!asked.request.as_ref()?.is_custom_tool),
         _ => None,
     }
@@ -203,7 +221,15 @@ pub struct Listing<L> {
 
 impl<L: Log> Listing<L> {
     pub fn new(log: L, session: SessionId, filter: Filter, limit: usize) -> Self {
-        Self { log, session, filter, limit, data: Vec::new(), bytes: 0, until: Instant::now() + SEARCH_TIME }
+        Self {
+            log,
+            session,
+            filter,
+            limit,
+            data: Vec::new(),
+            bytes: 0,
+            until: Instant::now() + SEARCH_TIME,
+        }
     }
 
     pub fn into_data(self) -> Vec<String> {
@@ -214,7 +240,8 @@ impl<L: Log> Listing<L> {
         self.data.len() == self.limit
     }
 
-    /// How many entries of the log are read at a time. Most show as one event; one more than a page shows that there is another page.
+    /// How many entries of the log are read at a time. Most show as one event; one more than a page
+    /// shows that there is another page.
     fn entries_wanted(&self) -> usize {
         let all = self.filter.types.is_empty() && *self.filter.times.start() == i64::MIN;
         if all { (self.limit - self.data.len() + 1).min(ENTRIES_MAX) } else { ENTRIES_MAX }
@@ -222,7 +249,9 @@ impl<L: Log> Listing<L> {
 
     fn check_time(&self) -> Result<(), ApiError> {
         if self.data.is_empty() && Instant::now() > self.until {
-            return Err(bad("the log is too long to search for these events: narrow created_at, or leave out types"));
+            return Err(bad(
+                "the log is too long to search for these events: narrow created_at, or leave out types",
+            ));
         }
         Ok(())
     }
@@ -232,11 +261,14 @@ impl<L: Log> Listing<L> {
         let resumed: Option<Forward> = from.map(start).transpose()?;
         let begin = resumed.as_ref().map_or(0, |at| at.entry);
         // Neither needs the other.
-        let (found, first) = futures::try_join!(self.log.find(1), self.log.read(begin, self.entries_wanted()))?;
+        let (found, first) =
+            futures::try_join!(self.log.find(1), self.log.read(begin, self.entries_wanted()))?;
         let mut thread = Thread::at(self.session, &found);
-        let mut at = resumed.unwrap_or_else(|| Forward { state: thread.state.clone(), ..Forward::default() });
+        let mut at = resumed
+            .unwrap_or_else(|| Forward { state: thread.state.clone(), ..Forward::default() });
         thread.state = at.state.clone();
-        let (mut processed, mut queue, mut pages, mut first) = (HashSet::new(), None, 0, Some(first));
+        let (mut processed, mut queue, mut pages, mut first) =
+            (HashSet::new(), None, 0, Some(first));
         loop {
             let read = match first.take() {
                 Some(first) => first,
@@ -254,7 +286,8 @@ impl<L: Log> Listing<L> {
                     queue = open;
                     for (id, entry, _) in entries {
                         // Without what one entry may show as, the page may end within it.
-                        let before = (self.data.len() + usize::from(u8::MAX) > self.limit).then(|| thread.state.clone());
+                        let before = (self.data.len() + usize::from(u8::MAX) > self.limit)
+                            .then(|| thread.state.clone());
                         let mut shown = Vec::new();
                         thread.apply(id, &entry, &mut shown);
                         for event in shown {
@@ -271,7 +304,10 @@ impl<L: Log> Listing<L> {
                                 continue;
                             }
                             if self.is_full() {
-                                return cursor(&Forward { state: before.unwrap_or_default(), ..at });
+                                return cursor(&Forward {
+                                    state: before.unwrap_or_default(),
+                                    ..at
+                                });
                             }
                             at.after = event.place;
                             self.data.push(event.body);
@@ -288,7 +324,12 @@ impl<L: Log> Listing<L> {
         }
     }
 
-    fn queued_last(&mut self, queue: &[Input], processed: &HashSet<String>, mut at: Forward) -> Result<Option<Cursor>, ApiError> {
+    fn queued_last(
+        &mut self,
+        queue: &[Input],
+        processed: &HashSet<String>,
+        mut at: Forward,
+    ) -> Result<Option<Cursor>, ApiError> {
         for input in queue {
             let key = queue_key(input);
             if at.queued.as_ref().is_some_and(|shown| key <= *shown) {
@@ -349,8 +390,9 @@ impl<L: Log> Listing<L> {
         Ok(None)
     }
 
-    /// The events before a place that the page still takes, or some of them. It costs what it shows: a thread is known at many places within
-    /// a turn. Where it is not, the turn is read from its begin.
+    /// The events before a place that the page still takes, or some of them. It costs what it
+    /// shows: a thread is known at many places within a turn. Where it is not, the turn is read
+    /// from its begin.
     async fn window(&self, end: Place) -> Result<Window, ApiError> {
         let (mut entries, mut bytes): (Vec<Entry>, usize) = (Vec::new(), 0);
         let mut before = if end.part == 0 { end.entry } else { end.entry.saturating_add(1) };
@@ -377,7 +419,8 @@ impl<L: Log> Listing<L> {
             false => self.known_within(&found, &entries).await?,
         };
         let Some((mut thread, first)) = known else { return self.turn_before(&found, end).await };
-        let begin = entries.get(first).filter(|_| !is_start).map(|(id, ..)| Place { entry: *id, part: 0 });
+        let begin =
+            entries.get(first).filter(|_| !is_start).map(|(id, ..)| Place { entry: *id, part: 0 });
         let (mut window, mut bytes) = (Window { begin, ..Window::default() }, self.bytes);
         for (id, entry, size) in entries.drain(first..) {
             self.apply((id, &entry, size), end, &mut thread, &mut window, &mut bytes);
@@ -385,11 +428,20 @@ impl<L: Log> Listing<L> {
         Ok(window)
     }
 
-    /// How the thread is before some entry of a window, and which entry that is: as early as it is known.
-    async fn known_within(&self, found: &FindTurnReply, entries: &[Entry]) -> Result<Option<(Thread, usize)>, ApiError> {
-        let begin = entries.iter().position(|(_, entry, _)| matches!(entry.kind, Some(Kind::TurnStarted(_))));
+    /// How the thread is before some entry of a window, and which entry that is: as early as it is
+    /// known.
+    async fn known_within(
+        &self,
+        found: &FindTurnReply,
+        entries: &[Entry],
+    ) -> Result<Option<(Thread, usize)>, ApiError> {
+        let begin = entries
+            .iter()
+            .position(|(_, entry, _)| matches!(entry.kind, Some(Kind::TurnStarted(_))));
         let mut head = None;
-        for (index, (_, entry, _)) in entries.iter().enumerate().take(begin.unwrap_or(entries.len() - 1)) {
+        for (index, (_, entry, _)) in
+            entries.iter().enumerate().take(begin.unwrap_or(entries.len() - 1))
+        {
             let Some(checkpoint) = place_of(entry, found.turn) else { continue };
             let (started, is_metered) = match head {
                 Some(head) => head,
@@ -402,16 +454,27 @@ impl<L: Log> Listing<L> {
             if reports_requests && !is_report(entry) {
                 continue;
             }
-            let Some(tools) = self.open_tools(checkpoint, started, entries).await? else { continue };
-            let thread = Thread::within(self.session, found, Within { started, is_metered, reports_requests, tools });
+            let Some(tools) = self.open_tools(checkpoint, started, entries).await? else {
+                continue;
+            };
+            let thread = Thread::within(
+                self.session,
+                found,
+                Within { started, is_metered, reports_requests, tools },
+            );
             let rest = entries.get(index + 1..).unwrap_or_default();
             if !ends_as_known(&thread, rest, found.turn, reports_requests) {
                 break;
             }
             return Ok(Some((thread, index + 1)));
         }
-        let Some((begin, (id, entry, _))) = begin.and_then(|begin| Some((begin, entries.get(begin)?))) else { return Ok(None) };
-        let found = if entry.turn == found.turn { found.clone() } else { self.log.find(*id).await? };
+        let Some((begin, (id, entry, _))) =
+            begin.and_then(|begin| Some((begin, entries.get(begin)?)))
+        else {
+            return Ok(None);
+        };
+        let found =
+            if entry.turn == found.turn { found.clone() } else { self.log.find(*id).await? };
         // Of a turn of an earlier release it is not known what was used before it.
         Ok((found.turn == entry.turn).then(|| (Thread::at(self.session, &found), begin)))
     }
@@ -420,9 +483,13 @@ impl<L: Log> Listing<L> {
     async fn head(&self, found: &FindTurnReply) -> Result<Option<(u64, bool)>, ApiError> {
         // What set-up steps printed may stand before it.
         for limit in [HEAD, ENTRIES_MAX] {
-            let Read::Entries(entries) = self.log.read(found.begun_after, limit).await? else { return Ok(None) };
+            let Read::Entries(entries) = self.log.read(found.begun_after, limit).await? else {
+                return Ok(None);
+            };
             let head = entries.iter().find_map(|(id, entry, _)| match &entry.kind {
-                Some(Kind::TurnStarted(started)) if entry.turn == found.turn => Some((*id, started.is_metered)),
+                Some(Kind::TurnStarted(started)) if entry.turn == found.turn => {
+                    Some((*id, started.is_metered))
+                }
                 _ => None,
             });
             if head.is_some() {
@@ -432,16 +499,23 @@ impl<L: Log> Listing<L> {
         Ok(None)
     }
 
-    /// The tool uses that wait for their results where a checkpoint was taken. `None`: it does not say.
-    async fn open_tools(&self, checkpoint: &Checkpoint, started: u64, entries: &[Entry]) -> Result<Option<BTreeMap<u64, bool>>, ApiError> {
+    /// The tool uses that wait for their results where a checkpoint was taken. `None`: it does not
+    /// say.
+    async fn open_tools(
+        &self,
+        checkpoint: &Checkpoint,
+        started: u64,
+        entries: &[Entry],
+    ) -> Result<Option<BTreeMap<u64, bool>>, ApiError> {
         let mut tools = BTreeMap::new();
         for tool in checkpoint.open_tools.iter().filter(|tool| tool.event_id > started) {
             let is_open = match entries.binary_search_by_key(&tool.event_id, |(id, ..)| *id) {
                 Ok(at) => entries.get(at).and_then(|(_, entry, _)| is_tool_use(entry)),
                 Err(_) => match self.log.read(tool.event_id.saturating_sub(1), 1).await? {
-                    Read::Entries(read) => {
-                        read.first().filter(|(id, ..)| *id == tool.event_id).and_then(|(_, entry, _)| is_tool_use(entry))
-                    }
+                    Read::Entries(read) => read
+                        .first()
+                        .filter(|(id, ..)| *id == tool.event_id)
+                        .and_then(|(_, entry, _)| is_tool_use(entry)),
                     _ => None,
                 },
             };
@@ -456,9 +530,11 @@ impl<L: Log> Listing<L> {
 
     /// The last events of a turn before a place, read from the turn's begin.
     async fn turn_before(&self, found: &FindTurnReply, end: Place) -> Result<Window, ApiError> {
-        let begin = (found.begun_after > 0).then(|| Place { entry: found.begun_after.saturating_add(1), part: 0 });
+        let begin = (found.begun_after > 0)
+            .then(|| Place { entry: found.begun_after.saturating_add(1), part: 0 });
         let mut window = Window { begin, ..Window::default() };
-        let (mut thread, mut after, mut bytes) = (Thread::at(self.session, found), found.begun_after, self.bytes);
+        let (mut thread, mut after, mut bytes) =
+            (Thread::at(self.session, found), found.begun_after, self.bytes);
         loop {
             match self.log.read(after, ENTRIES_MAX).await? {
                 Read::End => return Ok(window),
@@ -479,7 +555,8 @@ impl<L: Log> Listing<L> {
         }
     }
 
-    /// Adds what an entry shows as to a window, and takes from its begin what the page has no room for.
+    /// Adds what an entry shows as to a window, and takes from its begin what the page has no room
+    /// for.
     fn apply(
         &self,
         (id, entry, size): (u64, &SessionEvent, usize),
@@ -497,7 +574,9 @@ impl<L: Log> Listing<L> {
                 window.events.push_back((event, size));
             }
         }
-        while self.data.len() + window.events.len() > self.limit || (*bytes > ANSWER_BYTES && self.data.len() + window.events.len() > 1) {
+        while self.data.len() + window.events.len() > self.limit
+            || (*bytes > ANSWER_BYTES && self.data.len() + window.events.len() > 1)
+        {
             let Some((_, size)) = window.events.pop_front() else { break };
             *bytes -= size;
             window.has_more = true;
@@ -505,10 +584,17 @@ impl<L: Log> Listing<L> {
     }
 }
 
-/// Whether the end of the turn, if it is among these entries, shows as it should though the thread was built within the turn.
+/// Whether the end of the turn, if it is among these entries, shows as it should though the thread
+/// was built within the turn.
 fn ends_as_known(thread: &Thread, entries: &[Entry], turn: u32, reports_requests: bool) -> bool {
-    let end = entries.iter().position(|(_, entry, _)| entry.turn == turn && matches!(entry.kind, Some(Kind::TurnEnded(_))));
-    let Some((before, (_, entry, _))) = end.and_then(|end| Some((entries.get(..end)?, entries.get(end)?))) else { return true };
+    let end = entries.iter().position(|(_, entry, _)| {
+        entry.turn == turn && matches!(entry.kind, Some(Kind::TurnEnded(_)))
+    });
+    let Some((before, (_, entry, _))) =
+        end.and_then(|end| Some((entries.get(..end)?, entries.get(end)?)))
+    else {
+        return true;
+    };
     let Some(Kind::TurnEnded(ended)) = &entry.kind else { return true };
     let (mut thread, mut shown) = (thread.clone(), Vec::new());
     for (id, entry, _) in before {
@@ -522,8 +608,14 @@ mod tests {
     use std::cell::RefCell;
 
     use contract::{
-        host::{AgentError, AgentMessage, Event, ModelRequestEnded, ModelUsage, ToolResult, ToolUse, decision_settled::How},
-        session::{AgentEvent, DecisionRequested, DecisionSettled, OpenTool, Output, StopReason, TurnEnded, TurnStarted, Usage},
+        host::{
+            AgentError, AgentMessage, Event, ModelRequestEnded, ModelUsage, ToolResult, ToolUse,
+            decision_settled::How,
+        },
+        session::{
+            AgentEvent, DecisionRequested, DecisionSettled, OpenTool, Output, StopReason,
+            TurnEnded, TurnStarted, Usage,
+        },
     };
     use futures::FutureExt as _;
     use proptest::prelude::*;
@@ -565,18 +657,35 @@ mod tests {
     }
 
     fn agent(kind: event::Kind, tool_use: u64) -> Kind {
-        Kind::Agent(AgentEvent { event: Some(Event { id: 1, parent: 0, kind: Some(kind) }), tool_use, ..AgentEvent::default() })
+        Kind::Agent(AgentEvent {
+            event: Some(Event { id: 1, parent: 0, kind: Some(kind) }),
+            tool_use,
+            ..AgentEvent::default()
+        })
     }
 
     fn said() -> Kind {
-        agent(event::Kind::Message(AgentMessage { text: "ok".to_owned(), ..AgentMessage::default() }), 0)
+        agent(
+            event::Kind::Message(AgentMessage { text: "ok".to_owned(), ..AgentMessage::default() }),
+            0,
+        )
     }
 
     impl Session {
         fn append(&mut self, kind: Kind) -> u64 {
-            let (id, at_us) = self.log.last().map_or((7, 1_000_000), |(id, event)| (id + 3, event.at_us + 1000));
+            let (id, at_us) =
+                self.log.last().map_or((7, 1_000_000), |(id, event)| (id + 3, event.at_us + 1000));
             let (turn, checkpoint) = (self.turns.len() as u32, Some(self.checkpoint.clone()));
-            self.log.push((id, SessionEvent { turn, at_us, checkpoint, kind: Some(kind), ..SessionEvent::default() }));
+            self.log.push((
+                id,
+                SessionEvent {
+                    turn,
+                    at_us,
+                    checkpoint,
+                    kind: Some(kind),
+                    ..SessionEvent::default()
+                },
+            ));
             id
         }
 
@@ -585,13 +694,22 @@ mod tests {
             self.checkpoint = Checkpoint::default();
             self.append(Kind::Stage(contract::session::StageChanged::default()));
             self.checkpoint.started = true;
-            self.append(Kind::TurnStarted(TurnStarted { prompt: "hi".to_owned(), input_id, is_metered }));
+            self.append(Kind::TurnStarted(TurnStarted {
+                prompt: "hi".to_owned(),
+                input_id,
+                is_metered,
+            }));
         }
 
         fn end(&mut self, fails: bool) {
             let (exit_code, stop_reason) = (Some(i32::from(fails)), StopReason::EndTurn.into());
             let usage = Some(Usage { output_tokens: Some(1000), ..Usage::default() });
-            self.append(Kind::TurnEnded(TurnEnded { exit_code, stop_reason, usage, ..TurnEnded::default() }));
+            self.append(Kind::TurnEnded(TurnEnded {
+                exit_code,
+                stop_reason,
+                usage,
+                ..TurnEnded::default()
+            }));
         }
 
         fn turn(&mut self, input_id: String, outputs: usize, messages: usize) {
@@ -610,40 +728,76 @@ mod tests {
                 Step::Say => _ = self.append(said()),
                 Step::Print => _ = self.append(Kind::Output(Output::default())),
                 Step::Use => {
-                    let id = self.append(agent(event::Kind::ToolUse(ToolUse { name: "Bash".to_owned(), ..ToolUse::default() }), 0));
+                    let id = self.append(agent(
+                        event::Kind::ToolUse(ToolUse {
+                            name: "Bash".to_owned(),
+                            ..ToolUse::default()
+                        }),
+                        0,
+                    ));
                     self.checkpoint.open_tools.push(opened(id));
                 }
                 Step::Result(index) if !self.checkpoint.open_tools.is_empty() => {
-                    let tool = self.checkpoint.open_tools.remove(index % self.checkpoint.open_tools.len());
-                    self.append(agent(event::Kind::ToolResult(ToolResult::default()), tool.event_id));
+                    let tool =
+                        self.checkpoint.open_tools.remove(index % self.checkpoint.open_tools.len());
+                    self.append(agent(
+                        event::Kind::ToolResult(ToolResult::default()),
+                        tool.event_id,
+                    ));
                 }
                 Step::Ask(_) | Step::Custom => {
-                    let is_own = matches!(step, Step::Ask(true) | Step::Custom) || self.checkpoint.open_tools.is_empty();
+                    let is_own = matches!(step, Step::Ask(true) | Step::Custom)
+                        || self.checkpoint.open_tools.is_empty();
                     let id = self.log.len() as u64;
                     let tool_use = if is_own { 0 } else { self.checkpoint.open_tools[0].event_id };
-                    let asked =
-                        contract::host::DecisionRequested { id, is_custom_tool: matches!(step, Step::Custom), ..Default::default() };
+                    let asked = contract::host::DecisionRequested {
+                        id,
+                        is_custom_tool: matches!(step, Step::Custom),
+                        ..Default::default()
+                    };
                     self.checkpoint.open_requests.push(id);
-                    let event = self.append(Kind::DecisionRequested(DecisionRequested { request: Some(asked), tool_use }));
+                    let event = self.append(Kind::DecisionRequested(DecisionRequested {
+                        request: Some(asked),
+                        tool_use,
+                    }));
                     if is_own {
-                        self.checkpoint.open_tools.push(OpenTool { journal_id: id, event_id: event, is_mcp: false });
+                        self.checkpoint.open_tools.push(OpenTool {
+                            journal_id: id,
+                            event_id: event,
+                            is_mcp: false,
+                        });
                     }
                 }
                 Step::Answer if !self.checkpoint.open_requests.is_empty() => {
                     let id = self.checkpoint.open_requests.remove(0);
                     let asked = self.log.iter().find_map(|(event, entry)| match &entry.kind {
-                        Some(Kind::DecisionRequested(asked)) if asked.request.as_ref()?.id == id => Some((*event, asked.tool_use)),
+                        Some(Kind::DecisionRequested(asked))
+                            if asked.request.as_ref()?.id == id =>
+                        {
+                            Some((*event, asked.tool_use))
+                        }
                         _ => None,
                     });
                     let (event, tool_use) = asked.unwrap();
                     let how = How::Allowed.into();
-                    let settled = contract::host::DecisionSettled { id, how, input_id: InputId::new().to_string() };
+                    let settled = contract::host::DecisionSettled {
+                        id,
+                        how,
+                        input_id: InputId::new().to_string(),
+                    };
                     let tool_use = if tool_use == 0 { event } else { tool_use };
-                    self.append(Kind::DecisionSettled(DecisionSettled { settled: Some(settled), tool_use, ..DecisionSettled::default() }));
+                    self.append(Kind::DecisionSettled(DecisionSettled {
+                        settled: Some(settled),
+                        tool_use,
+                        ..DecisionSettled::default()
+                    }));
                 }
                 Step::Report if self.runtime == "codex" => {
                     let usage = Some(ModelUsage { output_tokens: 10, ..ModelUsage::default() });
-                    self.append(agent(event::Kind::ModelRequestEnded(ModelRequestEnded { usage }), 0));
+                    self.append(agent(
+                        event::Kind::ModelRequestEnded(ModelRequestEnded { usage }),
+                        0,
+                    ));
                 }
                 Step::Fail => _ = self.append(agent(event::Kind::Error(AgentError::default()), 0)),
                 Step::Result(_) | Step::Answer | Step::Report => {}
@@ -652,7 +806,10 @@ mod tests {
 
         fn requested(&mut self) {
             self.requests += 1;
-            if self.drain_every > 0 && self.requests.is_multiple_of(self.drain_every) && !self.queue.is_empty() {
+            if self.drain_every > 0
+                && self.requests.is_multiple_of(self.drain_every)
+                && !self.queue.is_empty()
+            {
                 let input = self.queue.remove(0);
                 self.turn(input.input_id, 1, 1);
             }
@@ -662,7 +819,8 @@ mod tests {
     /// Rows of an earlier release: a page may hold nothing but output.
     fn read(page: Vec<(u64, SessionEvent)>, through: Option<u64>) -> Read {
         let Some(through) = through else { return Read::End };
-        let shown = page.into_iter().filter(|(_, event)| !matches!(event.kind, Some(Kind::Output(_))));
+        let shown =
+            page.into_iter().filter(|(_, event)| !matches!(event.kind, Some(Kind::Output(_))));
         let entries: Vec<Entry> = shown.map(|(id, event)| (id, event, 100)).collect();
         if entries.is_empty() { Read::Output { through } } else { Read::Entries(entries) }
     }
@@ -671,19 +829,38 @@ mod tests {
         async fn find(&self, before: u64) -> Result<FindTurnReply, ApiError> {
             self.borrow_mut().requested();
             let session = self.borrow();
-            let found = session.turns.iter().enumerate().rev().find(|(_, begun_after)| before == 0 || **begun_after < before);
-            let (turn, begun_after) = found.map_or((0, 0), |(index, begun_after)| (index as u32 + 1, *begun_after));
-            let usage_before = Some(Usage { output_tokens: Some(1000 * u64::from(turn.saturating_sub(1))), ..Usage::default() });
-            Ok(FindTurnReply { turn, begun_after, usage_before, runtime: session.runtime.to_owned(), ..FindTurnReply::default() })
+            let found = session
+                .turns
+                .iter()
+                .enumerate()
+                .rev()
+                .find(|(_, begun_after)| before == 0 || **begun_after < before);
+            let (turn, begun_after) =
+                found.map_or((0, 0), |(index, begun_after)| (index as u32 + 1, *begun_after));
+            let usage_before = Some(Usage {
+                output_tokens: Some(1000 * u64::from(turn.saturating_sub(1))),
+                ..Usage::default()
+            });
+            Ok(FindTurnReply {
+                turn,
+                begun_after,
+                usage_before,
+                runtime: session.runtime.to_owned(),
+                ..FindTurnReply::default()
+            })
         }
 
         async fn read(&self, after: u64, limit: usize) -> Result<Read, ApiError> {
             self.borrow_mut().requested();
             let mut session = self.borrow_mut();
             let limit = session.page.min(limit);
-            let page: Vec<_> = session.log.iter().filter(|(id, _)| *id > after).take(limit).cloned().collect();
+            let page: Vec<_> =
+                session.log.iter().filter(|(id, _)| *id > after).take(limit).cloned().collect();
             session.entries_read += page.len();
-            let page: Vec<_> = page.into_iter().map(|(id, event)| (id, SessionEvent { checkpoint: None, ..event })).collect();
+            let page: Vec<_> = page
+                .into_iter()
+                .map(|(id, event)| (id, SessionEvent { checkpoint: None, ..event }))
+                .collect();
             let through = page.last().map(|(id, _)| *id);
             Ok(read(page, through))
         }
@@ -692,7 +869,14 @@ mod tests {
             self.borrow_mut().requested();
             let mut session = self.borrow_mut();
             let limit = session.page.min(limit);
-            let mut page: Vec<_> = session.log.iter().rev().filter(|(id, _)| *id < before).take(limit).cloned().collect();
+            let mut page: Vec<_> = session
+                .log
+                .iter()
+                .rev()
+                .filter(|(id, _)| *id < before)
+                .take(limit)
+                .cloned()
+                .collect();
             session.entries_read += page.len();
             page.reverse();
             let through = page.first().map(|(id, _)| *id);
@@ -707,11 +891,19 @@ mod tests {
     }
 
     fn input(created_at_us: i64) -> Input {
-        Input { input_id: InputId::new().to_string(), kind: "message".to_owned(), created_at_us, ..Input::default() }
+        Input {
+            input_id: InputId::new().to_string(),
+            kind: "message".to_owned(),
+            created_at_us,
+            ..Input::default()
+        }
     }
 
     fn every(types: &[&str]) -> Filter {
-        Filter { types: types.iter().map(|name| (*name).to_owned()).collect(), times: i64::MIN..=i64::MAX }
+        Filter {
+            types: types.iter().map(|name| (*name).to_owned()).collect(),
+            times: i64::MIN..=i64::MAX,
+        }
     }
 
     fn page(
@@ -719,7 +911,8 @@ mod tests {
         (limit, types, is_ascending): (usize, &[&str], bool),
         from: Option<&Cursor>,
     ) -> (Vec<String>, Option<Cursor>) {
-        let mut listing = Listing::new(session, SessionId::from_uuid(uuid::Uuid::nil()), every(types), limit);
+        let mut listing =
+            Listing::new(session, SessionId::from_uuid(uuid::Uuid::nil()), every(types), limit);
         let next = match is_ascending {
             true => listing.ascending(from).now_or_never(),
             false => listing.descending(from).now_or_never(),
@@ -728,11 +921,19 @@ mod tests {
     }
 
     /// Follows the cursors as an SDK does: to the first page that is empty or the last.
-    fn pages(session: &RefCell<Session>, limit: usize, types: &[&str], is_ascending: bool) -> Vec<String> {
+    fn pages(
+        session: &RefCell<Session>,
+        limit: usize,
+        types: &[&str],
+        is_ascending: bool,
+    ) -> Vec<String> {
         let (mut all, mut from) = (Vec::new(), None);
         for _ in 0..10_000 {
             let (data, next) = page(session, (limit, types, is_ascending), from.as_ref());
-            assert!(data.len() <= limit && (next.is_none() || !data.is_empty()), "an empty page with a cursor");
+            assert!(
+                data.len() <= limit && (next.is_none() || !data.is_empty()),
+                "an empty page with a cursor"
+            );
             all.extend(data);
             from = next;
             if from.is_none() {
@@ -743,7 +944,9 @@ mod tests {
     }
 
     fn ids(events: &[String]) -> Vec<String> {
-        let id = |event: &String| serde_json::from_str::<Value>(event).unwrap()["id"].as_str().unwrap().to_owned();
+        let id = |event: &String| {
+            serde_json::from_str::<Value>(event).unwrap()["id"].as_str().unwrap().to_owned()
+        };
         events.iter().map(id).collect()
     }
 
@@ -783,7 +986,10 @@ mod tests {
                 let begin = whole.len() - 100 * (number + 1);
                 assert!(data.iter().rev().eq(&whole[begin..begin + 100]));
                 let (read, requests) = (session.borrow().entries_read, session.borrow().requests);
-                assert!(read <= 101 + MARGIN + HEAD && requests <= 5, "{runtime} {number}: {read} entries, {requests} requests");
+                assert!(
+                    read <= 101 + MARGIN + HEAD && requests <= 5,
+                    "{runtime} {number}: {read} entries, {requests} requests"
+                );
                 from = next;
             }
         }
@@ -813,7 +1019,8 @@ mod tests {
             prop_assert_eq!(&backwards, &whole);
         }
 
-        /// Whatever the size of pages, and however much output lies between events: all pages together are one long page, in both orders.
+        /// Whatever the size of pages, and however much output lies between events: all pages
+        /// together are one long page, in both orders.
         #[test]
         fn pages_together_hold_every_event_once(
             turns in proptest::collection::vec((0_usize..12, 0_usize..3), 0..4),
@@ -832,7 +1039,8 @@ mod tests {
             }
         }
 
-        /// Messages leave the queue between pages, and while a page is made: each event is in some page.
+        /// Messages leave the queue between pages, and while a page is made: each event is in some
+        /// page.
         #[test]
         fn what_leaves_the_queue_is_in_some_page(
             (turns, queued, limit, page, drain_every) in (0_usize..3, 1_i64..6, 1_usize..8, 1_usize..8, 1_usize..9),
@@ -847,7 +1055,8 @@ mod tests {
             let seen: HashSet<_> = ids(&pages(&session, limit, &[], is_ascending)).into_iter().collect();
             prop_assert!(before.iter().all(|id| seen.contains(id)));
             if is_ascending {
-                // What is queued last needs no second look; everything that was processed before it was read does.
+                // What is queued last needs no second look; everything that was processed before it
+                // was read does.
                 session.borrow_mut().drain_every = 0;
                 let left: HashSet<_> = session.borrow().queue.iter().map(|input| send::queued(input).unwrap()["id"].as_str().unwrap().to_owned()).collect();
                 let missing = ids(&pages(&session, 100_000, &["user.message"], true)).into_iter();

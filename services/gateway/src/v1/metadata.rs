@@ -1,4 +1,5 @@
-//! `metadata`: at most 16 texts by name. A change names what it changes; null deletes a key, and so does an empty text.
+//! `metadata`: at most 16 texts by name. A change names what it changes; null deletes a key, and so
+//! does an empty text.
 
 use serde_json::{Map, Value};
 use types::agent::{METADATA_KEYS_MAX, merge_limited_metadata};
@@ -21,7 +22,10 @@ pub fn read(fields: &mut Fields) -> Option<Map<String, Value>> {
                 change.insert(key, "".into());
             }
             Value::String(text) if text.chars().count() > VALUE_CHARS_MAX => {
-                fields.refuse("metadata", &format!("the value of {key} must hold at most {VALUE_CHARS_MAX} characters"));
+                fields.refuse(
+                    "metadata",
+                    &format!("the value of {key} must hold at most {VALUE_CHARS_MAX} characters"),
+                );
             }
             Value::String(text) => {
                 change.insert(key, text.into());
@@ -70,9 +74,18 @@ mod tests {
             fields.finish().map(|()| change).map_err(|_| ())
         };
         let delete = change(json!({ "a": null, "b": "x" })).unwrap();
-        assert_eq!(Value::Object(merged(r#"{"a":"1","c":2}"#, &delete).unwrap()), json!({ "c": 2, "b": "x" }));
+        assert_eq!(
+            Value::Object(merged(r#"{"a":"1","c":2}"#, &delete).unwrap()),
+            json!({ "c": 2, "b": "x" })
+        );
         assert_eq!(Value::Object(shown(r#"{"c":2,"d":"x"}"#)), json!({ "c": "2", "d": "x" }));
-        for bad in [json!({ "a": 5 }), json!({ "": "x" }), json!({ "a": "x".repeat(513) }), json!({ "k".repeat(65): "x" }), json!(5)] {
+        for bad in [
+            json!({ "a": 5 }),
+            json!({ "": "x" }),
+            json!({ "a": "x".repeat(513) }),
+            json!({ "k".repeat(65): "x" }),
+            json!(5),
+        ] {
             assert!(change(bad).is_err());
         }
         let many: Map<String, Value> = (0..17).map(|n| (n.to_string(), "x".into())).collect();

@@ -33,11 +33,14 @@ const EFFORT: &str = "high";
 const SPEED: &str = "standard";
 
 impl Model {
-    /// Models are stored as `provider/model`. A bare name selects the provider's own CLI, a full name opencode.
+    /// Models are stored as `provider/model`. A bare name selects the provider's own CLI, a full
+    /// name opencode.
     pub fn of(runtime: &str, model: &str) -> Self {
         let bare = match runtime.parse() {
             Ok(Runtime::Opencode | Runtime::Shell) | Err(()) => None,
-            Ok(runtime) => ModelRef::parse(runtime, model).ok().map(|parsed| parsed.model_id().to_owned()),
+            Ok(runtime) => {
+                ModelRef::parse(runtime, model).ok().map(|parsed| parsed.model_id().to_owned())
+            }
         };
         let id = bare.unwrap_or_else(|| model.to_owned());
         Self { id, effort: Effort { r#type: EFFORT }, inference_geo: Value::Null, speed: SPEED }
@@ -58,7 +61,8 @@ pub fn read(fields: &mut Fields) -> Option<String> {
                 other => other.cloned(),
             };
             if effort.is_some_and(|effort| effort != EFFORT) {
-                model.refuse("effort", &format!("can only be '{EFFORT}': no runtime takes another"));
+                model
+                    .refuse("effort", &format!("can only be '{EFFORT}': no runtime takes another"));
             }
             if model.value("speed").is_some_and(|speed| speed != SPEED) {
                 model.refuse("speed", &format!("can only be '{SPEED}': no runtime takes another"));
@@ -72,16 +76,23 @@ pub fn read(fields: &mut Fields) -> Option<String> {
     fields.optional_string("model", BODY_BYTES_MAX)
 }
 
-/// The runtime that a model id and an agent's metadata stand for, and the model as the scheduler has it.
+/// The runtime that a model id and an agent's metadata stand for, and the model as the scheduler
+/// has it.
 ///
 /// # Errors
 /// Why there is none, in a sentence.
-pub fn choose(id: &str, metadata: &Map<String, Value>, known: &[Runtime]) -> Result<(Runtime, String), String> {
+pub fn choose(
+    id: &str,
+    metadata: &Map<String, Value>,
+    known: &[Runtime],
+) -> Result<(Runtime, String), String> {
     let runtime = match metadata.get(RUNTIME_KEY).and_then(Value::as_str) {
         Some(name) => {
             let named = name.parse().ok().filter(|runtime| known.contains(runtime));
             let names = quoted(known.iter().map(|runtime| runtime.as_str()));
-            named.ok_or_else(|| format!("the runtime {name} of metadata[\"{RUNTIME_KEY}\"] must be one of: {names}"))?
+            named.ok_or_else(|| {
+                format!("the runtime {name} of metadata[\"{RUNTIME_KEY}\"] must be one of: {names}")
+            })?
         }
         None if id.contains('/') => Runtime::Opencode,
         None => match provider(id) {
@@ -102,7 +113,8 @@ pub fn choose(id: &str, metadata: &Map<String, Value>, known: &[Runtime]) -> Res
 
 /// The provider of a bare model id, by its family.
 fn provider(id: &str) -> Option<Provider> {
-    let is_o = id.strip_prefix('o').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    let is_o =
+        id.strip_prefix('o').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
     let begins = |prefixes: &[&str]| prefixes.iter().any(|prefix| id.starts_with(prefix));
     if begins(&["claude-"]) {
         Some(Provider::Anthropic)
@@ -145,7 +157,10 @@ mod tests {
     fn metadata_names_the_runtime() {
         let metadata = |name: &str| json!({ RUNTIME_KEY: name }).as_object().cloned().unwrap();
         let (runtime, model) = choose("mock", &metadata("claude"), &Runtime::AGENTS).unwrap();
-        assert_eq!((runtime, model.as_str(), Model::of("claude", &model).id()), (Runtime::Claude, "anthropic/mock", "mock"));
+        assert_eq!(
+            (runtime, model.as_str(), Model::of("claude", &model).id()),
+            (Runtime::Claude, "anthropic/mock", "mock")
+        );
         assert!(choose("mock", &metadata("shell"), &Runtime::AGENTS).is_err());
         assert_eq!(choose("mock", &metadata("shell"), &Runtime::ALL).unwrap().0, Runtime::Shell);
         assert!(choose("gpt-5", &metadata("claude"), &Runtime::AGENTS).is_ok(), "a name is a name");

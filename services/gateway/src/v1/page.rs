@@ -31,7 +31,8 @@ const PREFIX: &str = "page_";
 
 impl Start {
     pub fn encode(&self) -> String {
-        let mut bytes = vec![u8::from(self.order == Order::Descending) << 1 | u8::from(self.backwards)];
+        let mut bytes =
+            vec![u8::from(self.order == Order::Descending) << 1 | u8::from(self.backwards)];
         // A vector grows: this cannot fail.
         let _ = self.row.encode(&mut bytes);
         format!("{PREFIX}{}", URL_SAFE_NO_PAD.encode(bytes))
@@ -78,7 +79,10 @@ impl Wanted {
             Some("desc") => Some(Order::Descending),
             Some(_) => return Err(bad("order: must be 'asc' or 'desc'")),
         };
-        let start = query.one("page").map(|text| Start::decode(text).ok_or_else(|| bad("page: unknown cursor"))).transpose()?;
+        let start = query
+            .one("page")
+            .map(|text| Start::decode(text).ok_or_else(|| bad("page: unknown cursor")))
+            .transpose()?;
         let order = asked.or(start.as_ref().map(|start| start.order)).unwrap_or(default);
         if start.as_ref().is_some_and(|start| start.order != order) {
             return Err(bad("page: the cursor belongs to another order"));
@@ -92,7 +96,8 @@ impl Wanted {
     /// As [`Self::read`].
     pub fn of_fixed_order(query: &Query, limits: Limits) -> Result<Self, ApiError> {
         let wanted = Self::read(query, limits, Order::Descending)?;
-        let fits = wanted.order == Order::Descending && wanted.start.as_ref().is_none_or(|start| !start.backwards);
+        let fits = wanted.order == Order::Descending
+            && wanted.start.as_ref().is_none_or(|start| !start.backwards);
         if fits { Ok(wanted) } else { Err(bad("page: unknown cursor")) }
     }
 
@@ -110,8 +115,14 @@ pub struct Page<T> {
 }
 
 /// Shows a page's rows; the next page begins after the last one.
-pub fn page<R, T>(rows: Vec<R>, has_more: bool, cursor: impl Fn(&R) -> Cursor, show: impl Fn(R) -> T) -> axum::Json<Page<T>> {
-    let next = |row: &R| Start { order: Order::Descending, backwards: false, row: cursor(row) }.encode();
+pub fn page<R, T>(
+    rows: Vec<R>,
+    has_more: bool,
+    cursor: impl Fn(&R) -> Cursor,
+    show: impl Fn(R) -> T,
+) -> axum::Json<Page<T>> {
+    let next =
+        |row: &R| Start { order: Order::Descending, backwards: false, row: cursor(row) }.encode();
     let next_page = rows.last().filter(|_| has_more).map(next);
     axum::Json(Page { data: rows.into_iter().map(show).collect(), next_page })
 }

@@ -1,6 +1,8 @@
-//! Texts that the agent is writing, as one connection of `…/events/stream?event_deltas[]=…` shows them. Pure.
+//! Texts that the agent is writing, as one connection of `…/events/stream?event_deltas[]=…` shows
+//! them. Pure.
 //!
-//! They come at most once, and beside the log: what does not continue what was shown is left out, and so is what comes after the whole text.
+//! They come at most once, and beside the log: what does not continue what was shown is left out,
+//! and so is what comes after the whole text.
 
 use contract::session::Preview;
 use serde_json::{Value, json};
@@ -26,7 +28,11 @@ pub struct Previews {
 impl Previews {
     /// Of the types that a query names.
     pub fn of(types: &[&str]) -> Self {
-        Self { messages: types.contains(&"agent.message"), thinking: types.contains(&"agent.thinking"), ..Self::default() }
+        Self {
+            messages: types.contains(&"agent.message"),
+            thinking: types.contains(&"agent.thinking"),
+            ..Self::default()
+        }
     }
 
     /// The text is shown as a whole.
@@ -36,16 +42,21 @@ impl Previews {
         }
     }
 
-    /// The events that a part of a text shows as, with their types; `running` is the turn whose begin was shown.
+    /// The events that a part of a text shows as, with their types; `running` is the turn whose
+    /// begin was shown.
     pub fn show(&mut self, preview: &Preview, running: Option<u32>) -> Vec<(&'static str, Value)> {
-        let (Ok(number), turn) = (u32::try_from(preview.text), preview.turn) else { return Vec::new() };
+        let (Ok(number), turn) = (u32::try_from(preview.text), preview.turn) else {
+            return Vec::new();
+        };
         let text = (turn, number);
         let is_wanted = if preview.is_thinking { self.thinking } else { self.messages };
         if !is_wanted || running != Some(turn) || Some(text) <= self.whole {
             return Vec::new();
         }
         let id = EventId::Text { turn, text: number }.encode();
-        let start = |kind: &str| ("event_start", json!({ "type": "event_start", "event": { "type": kind, "id": id } }));
+        let start = |kind: &str| {
+            ("event_start", json!({ "type": "event_start", "event": { "type": kind, "id": id } }))
+        };
         if preview.is_thinking {
             // Thoughts have no text here.
             let is_new = Some(text) > self.thought;
@@ -65,10 +76,14 @@ impl Previews {
         };
         // A runner that took the turn over tells some again.
         let known = usize::try_from(shown.saturating_sub(preview.offset)).unwrap_or(usize::MAX);
-        let new = preview.content.get(known..).filter(|new| preview.offset <= shown && !new.is_empty());
+        let new =
+            preview.content.get(known..).filter(|new| preview.offset <= shown && !new.is_empty());
         if let Some(new) = new {
             let delta = json!({ "type": "content_delta", "index": 0, "content": { "type": "text", "text": new } });
-            events.push(("event_delta", json!({ "type": "event_delta", "event_id": id, "delta": delta })));
+            events.push((
+                "event_delta",
+                json!({ "type": "event_delta", "event_id": id, "delta": delta }),
+            ));
         }
         self.message = Some((text, shown + new.map_or(0, str::len) as u64));
         events
@@ -97,11 +112,21 @@ mod tests {
     #[test]
     fn parts_are_shown_in_order_and_none_twice() {
         let mut previews = Previews::of(&["agent.message"]);
-        let parts = [part(1, 0, "Hé"), part(1, 3, "llo"), part(1, 0, "Hé"), part(1, 3, "llo you"), part(1, 20, "lost"), part(1, 10, "!")];
+        let parts = [
+            part(1, 0, "Hé"),
+            part(1, 3, "llo"),
+            part(1, 0, "Hé"),
+            part(1, 3, "llo you"),
+            part(1, 20, "lost"),
+            part(1, 10, "!"),
+        ];
         assert_eq!(texts(&mut previews, &parts), ["+agent.message", "Hé", "llo", " you", "!"]);
         // The next text, the end of the former, and one whose beginning was missed.
         assert_eq!(
-            texts(&mut previews, &[part(2, 0, "a"), part(1, 11, "late"), part(1, 0, "late"), part(3, 4, "x")]),
+            texts(
+                &mut previews,
+                &[part(2, 0, "a"), part(1, 11, "late"), part(1, 0, "late"), part(3, 4, "x")]
+            ),
             ["+agent.message", "a"]
         );
     }
@@ -112,7 +137,10 @@ mod tests {
         assert_eq!(texts(&mut previews, &[part(1, 0, "a")]), ["+agent.message", "a"]);
         previews.ended(&EventId::Text { turn: 2, text: 1 }.encode());
         assert!(texts(&mut previews, &[part(1, 1, "b")]).is_empty());
-        assert!(previews.show(&part(2, 0, "a"), None).is_empty() && previews.show(&part(2, 0, "a"), Some(1)).is_empty());
+        assert!(
+            previews.show(&part(2, 0, "a"), None).is_empty()
+                && previews.show(&part(2, 0, "a"), Some(1)).is_empty()
+        );
     }
 
     #[test]

@@ -28,12 +28,17 @@ impl<S: Send + Sync> FromRequestParts<S> for Query {
 impl Query {
     /// A parameter's value; an empty one counts as absent.
     pub fn one(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(key, value)| key == name && !value.is_empty()).map(|(_, value)| value.as_str())
+        self.0
+            .iter()
+            .find(|(key, value)| key == name && !value.is_empty())
+            .map(|(_, value)| value.as_str())
     }
 
     /// The values of a list: `name[]=a&name[]=b`, or `name=a&name=b`.
     pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
-        let is_named = move |key: &str| key.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest == "[]");
+        let is_named = move |key: &str| {
+            key.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest == "[]")
+        };
         self.0.iter().filter(move |(key, _)| is_named(key)).map(|(_, value)| value.as_str())
     }
 
@@ -63,7 +68,8 @@ impl Query {
         let Some(text) = self.one(name) else { return Ok(None) };
         // A `+` that was not escaped is a space by now.
         let time = text.replace(' ', "+").parse::<Timestamp>();
-        time.map(|time| Some(time.unix_micros())).map_err(|_| bad(&format!("{name}: must be an RFC 3339 time")))
+        time.map(|time| Some(time.unix_micros()))
+            .map_err(|_| bad(&format!("{name}: must be an RFC 3339 time")))
     }
 }
 
@@ -73,10 +79,17 @@ mod tests {
 
     #[test]
     fn lists_are_taken_with_and_without_brackets() {
-        let query =
-            Query([("a[]", "1"), ("a", "2"), ("ab", "3"), ("a[]", "4")].map(|(key, value)| (key.to_owned(), value.to_owned())).into());
+        let query = Query(
+            [("a[]", "1"), ("a", "2"), ("ab", "3"), ("a[]", "4")]
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .into(),
+        );
         assert_eq!(query.all("a").collect::<Vec<_>>(), ["1", "2", "4"]);
         assert_eq!(query.number("ab", 3).unwrap(), Some(3));
-        assert!(query.number("ab", 2).is_err() && query.flag("ab").is_err() && query.time("ab").is_err());
+        assert!(
+            query.number("ab", 2).is_err()
+                && query.flag("ab").is_err()
+                && query.time("ab").is_err()
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Resources of sessions under `/v1`: repositories, given when a session is created, and files, which may be added later.
+//! Resources of sessions under `/v1`: repositories, given when a session is created, and files,
+//! which may be added later.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +7,10 @@ use axum::{Json, extract::State};
 use contract::{
     common::Empty,
     rpc,
-    scheduler::{self, AddSessionFileRequest, EnsureSessionSecretRequest, GetSessionRequest, NewSessionFile, RemoveSessionFileRequest},
+    scheduler::{
+        self, AddSessionFileRequest, EnsureSessionSecretRequest, GetSessionRequest, NewSessionFile,
+        RemoveSessionFileRequest,
+    },
 };
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
@@ -65,20 +69,29 @@ pub enum Given {
 impl Resource {
     /// Repositories have no ids of their own: a path names one in its session.
     fn id_of_repository(session: &str, mount_path: &str) -> String {
-        let digest = Sha256::new().chain_update(session).chain_update(b"\0").chain_update(mount_path).finalize();
+        let digest = Sha256::new()
+            .chain_update(session)
+            .chain_update(b"\0")
+            .chain_update(mount_path)
+            .finalize();
         let bytes = digest.first_chunk::<16>().copied().unwrap_or_default();
         Prefix::Resource.encode(Uuid::from_bytes(bytes))
     }
 
     pub fn all_of(session: &scheduler::Session) -> Vec<Self> {
-        let repositories: Vec<Repository> = serde_json::from_str(&session.resources).unwrap_or_default();
+        let repositories: Vec<Repository> =
+            serde_json::from_str(&session.resources).unwrap_or_default();
         let repository = |repository: Repository| Self {
             id: Self::id_of_repository(&session.session_id, &repository.mount_path),
             given: Given::Repository(repository),
             created_at: time(session.created_at_us),
             updated_at: time(session.tokens_changed_at_us.unwrap_or(session.created_at_us)),
         };
-        repositories.into_iter().map(repository).chain(session.files.iter().map(Self::from)).collect()
+        repositories
+            .into_iter()
+            .map(repository)
+            .chain(session.files.iter().map(Self::from))
+            .collect()
     }
 }
 
@@ -107,7 +120,11 @@ impl WantedFile {
     /// # Errors
     /// 404 for what is no id of a file.
     pub fn copy(self) -> Result<NewSessionFile, ApiError> {
-        Ok(NewSessionFile { copy_id: FileId::new().to_string(), file_id: Prefix::File.find(&self.file_id)?, path: self.path })
+        Ok(NewSessionFile {
+            copy_id: FileId::new().to_string(),
+            file_id: Prefix::File.find(&self.file_id)?,
+            path: self.path,
+        })
     }
 }
 
@@ -125,13 +142,15 @@ enum Item {
 
 pub fn read(fields: &mut Fields) -> Wanted {
     let items =
-        fields.objects("resources", RESOURCES_MAX + FILES_OF_SESSION_MAX, |item| match item.value("type").and_then(|kind| kind.as_str()) {
-            Some("file") => read_file(item).map(Item::File),
-            Some("memory_store") => {
-                item.refuse("type", "memory_store is not supported");
-                None
+        fields.objects("resources", RESOURCES_MAX + FILES_OF_SESSION_MAX, |item| {
+            match item.value("type").and_then(|kind| kind.as_str()) {
+                Some("file") => read_file(item).map(Item::File),
+                Some("memory_store") => {
+                    item.refuse("type", "memory_store is not supported");
+                    None
+                }
+                _ => Some(Item::Repository(read_resource(item))),
             }
-            _ => Some(Item::Repository(read_resource(item))),
         });
     let mut wanted = Wanted::default();
     for item in items.unwrap_or_default().into_iter().flatten() {
@@ -140,16 +159,21 @@ pub fn read(fields: &mut Fields) -> Wanted {
             Item::File(file) => wanted.files.push(file),
         }
     }
-    for (count, max, what) in
-        [(wanted.repositories.len(), RESOURCES_MAX, "repositories"), (wanted.files.len(), FILES_OF_SESSION_MAX, "files")]
-    {
+    for (count, max, what) in [
+        (wanted.repositories.len(), RESOURCES_MAX, "repositories"),
+        (wanted.files.len(), FILES_OF_SESSION_MAX, "files"),
+    ] {
         if count > max {
             fields.refuse("resources", &format!("holds {count} {what}; at most {max} are allowed"));
         }
     }
-    let paths = wanted.repositories.iter().filter_map(|repository| repository.mount_path.as_deref());
+    let paths =
+        wanted.repositories.iter().filter_map(|repository| repository.mount_path.as_deref());
     let mut seen = BTreeSet::new();
-    let twice = paths.chain(wanted.files.iter().map(|file| file.path.as_str())).find(|path| !seen.insert(*path)).map(str::to_owned);
+    let twice = paths
+        .chain(wanted.files.iter().map(|file| file.path.as_str()))
+        .find(|path| !seen.insert(*path))
+        .map(str::to_owned);
     if let Some(path) = twice {
         fields.refuse("resources", &format!("duplicate mount_path: {path}"));
     }
@@ -175,8 +199,12 @@ fn read_file(item: &mut Fields) -> Option<WantedFile> {
 // --- routes --------------------------------------------------------------------------------------
 
 async fn find(app: &App, caller: &Caller, id: &str) -> Result<scheduler::Session, ApiError> {
-    let request =
-        GetSessionRequest { user_id: caller.user_id.clone(), session_id: Prefix::Session.find(id)?, recorded_through: 0, v1: true };
+    let request = GetSessionRequest {
+        user_id: caller.user_id.clone(),
+        session_id: Prefix::Session.find(id)?,
+        recorded_through: 0,
+        v1: true,
+    };
     app.call::<rpc::GetSession>(&request).await
 }
 
@@ -190,7 +218,11 @@ pub struct Resources {
 /// List the resources of a session
 #[utoipa::path(get, path = "/v1/sessions/{id}/resources", tag = "managed-agents", operation_id = "session_resources_list", params(IdParams),
     responses((status = 200, description = "All of them", body = Resources)))]
-pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Resources>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Resources>, ApiError> {
     let session = find(&app, &caller, &id).await?;
     Ok(Json(Resources { data: Resource::all_of(&session), next_page: None }))
 }
@@ -212,7 +244,12 @@ pub struct ResourceBody {
 /// Its sandbox has it from the next turn on.
 #[utoipa::path(post, path = "/v1/sessions/{id}/resources", tag = "managed-agents", operation_id = "session_resources_add", params(IdParams), request_body = ResourceBody,
     responses((status = 200, description = "The resource", body = Resource)))]
-pub async fn add(State(app): State<App>, caller: Caller, PathId(id): PathId, body: Body) -> Result<Json<Resource>, ApiError> {
+pub async fn add(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    body: Body,
+) -> Result<Json<Resource>, ApiError> {
     let session_id = Prefix::Session.find(&id)?;
     let mut fields = body.fields()?;
     if fields.named_string("type", BODY_BYTES_MAX).is_some_and(|kind| kind != "file") {
@@ -221,7 +258,8 @@ pub async fn add(State(app): State<App>, caller: Caller, PathId(id): PathId, bod
     let wanted = read_file(&mut fields);
     fields.finish()?;
     let Some(wanted) = wanted else { return Err(refused_field("file_id", "is required")) };
-    let request = AddSessionFileRequest { user_id: caller.user_id, session_id, file: Some(wanted.copy()?) };
+    let request =
+        AddSessionFileRequest { user_id: caller.user_id, session_id, file: Some(wanted.copy()?) };
     let file = app.call::<rpc::AddSessionFile>(&request).await?;
     Ok(Json(Resource::from(&file)))
 }
@@ -237,7 +275,12 @@ pub struct ResourceParams {
 }
 
 /// A session and one of its resources.
-async fn find_resource(app: &App, caller: &Caller, id: &str, resource_id: &str) -> Result<(scheduler::Session, Resource), ApiError> {
+async fn find_resource(
+    app: &App,
+    caller: &Caller,
+    id: &str,
+    resource_id: &str,
+) -> Result<(scheduler::Session, Resource), ApiError> {
     let session = find(app, caller, id).await?;
     let found = Resource::all_of(&session).into_iter().find(|resource| resource.id == resource_id);
     found.map(|resource| (session, resource)).ok_or_else(|| ApiError::not_found("Resource"))
@@ -266,7 +309,8 @@ pub struct UpdateBody {
 
 /// Exchange the token of a session's repository
 ///
-/// Requests that go through the model gateway are sent with it within a minute, others from the next turn on.
+/// Requests that go through the model gateway are sent with it within a minute, others from the
+/// next turn on.
 #[utoipa::path(post, path = "/v1/sessions/{id}/resources/{resource_id}", tag = "managed-agents", operation_id = "session_resources_update", params(ResourceParams), request_body = UpdateBody,
     responses((status = 200, description = "The resource", body = Resource)))]
 pub async fn update(
@@ -282,10 +326,15 @@ pub async fn update(
         fields.refuse("authorization_token", "authorization_token is required");
     }
     fields.finish()?;
-    let Some(token) = token else { return Err(refused_field("authorization_token", "is required")) };
+    let Some(token) = token else {
+        return Err(refused_field("authorization_token", "is required"));
+    };
     let (session, resource) = find_resource(&app, &caller, &id, &resource_id).await?;
     let Given::Repository(repository) = &resource.given else {
-        return Err(refused_field("resource_id", "a file does not change: add another, and delete this one"));
+        return Err(refused_field(
+            "resource_id",
+            "a file does not change: add another, and delete this one",
+        ));
     };
     let tokens = BTreeMap::from([(repository.mount_path.clone(), token)]);
     let request = EnsureSessionSecretRequest {
@@ -294,7 +343,13 @@ pub async fn update(
         secret_id: SecretId::new().to_string(),
     };
     let secret = app.call::<rpc::EnsureSessionSecret>(&request).await?.secret_id;
-    app.merge(&caller.user_id, Kind::Session, &SessionSecrets { env: BTreeMap::new(), tokens }, secret.clone()).await?;
+    app.merge(
+        &caller.user_id,
+        Kind::Session,
+        &SessionSecrets { env: BTreeMap::new(), tokens },
+        secret.clone(),
+    )
+    .await?;
     let changed = find_resource(&app, &caller, &id, &resource_id).await;
     // A session that was deleted meanwhile had its secrets deleted before this one was stored.
     if changed.as_ref().is_err_and(ApiError::is_not_found) {
@@ -318,7 +373,11 @@ pub async fn remove(
         return Err(refused_field("resource_id", "a repository stays with its session"));
     }
     let copy_id = Prefix::Resource.find(&resource_id)?;
-    let request = RemoveSessionFileRequest { user_id: caller.user_id, session_id: session.session_id, copy_id };
+    let request = RemoveSessionFileRequest {
+        user_id: caller.user_id,
+        session_id: session.session_id,
+        copy_id,
+    };
     let Empty {} = app.call::<rpc::RemoveSessionFile>(&request).await?;
     Ok(Json(Deleted { id: resource_id, r#type: "session_resource_deleted" }))
 }
@@ -343,7 +402,10 @@ mod tests {
             Some(path) => json!({ "type": "file", "file_id": "file_x", "mount_path": path }),
             None => json!({ "type": "file", "file_id": "file_x" }),
         };
-        let paths = vec!["/mnt/session/uploads/file_x".to_owned(), "/mnt/session/uploads/data/a".to_owned()];
+        let paths = vec![
+            "/mnt/session/uploads/file_x".to_owned(),
+            "/mnt/session/uploads/data/a".to_owned(),
+        ];
         assert_eq!(wanted(json!([repository, file(None), file(Some("data/a"))])), Ok((1, paths)));
         for bad in [
             json!([file(Some("a")), file(Some("/a"))]),

@@ -9,8 +9,8 @@ use axum::{
 use contract::{
     rpc,
     scheduler::{
-        Input, SendEventsReply, SendEventsRequest, SentDecision, SentEvent, SentInterrupt, SentMessage, SentToolResult,
-        sent_event::Kind as Sent,
+        Input, SendEventsReply, SendEventsRequest, SentDecision, SentEvent, SentInterrupt,
+        SentMessage, SentToolResult, sent_event::Kind as Sent,
     },
 };
 use serde::Serialize;
@@ -98,7 +98,10 @@ fn shown(event: &SentEvent, input: &Input) -> Value {
         }
         Some(Sent::Decision(decision)) => {
             body.insert("type".to_owned(), "user.tool_confirmation".into());
-            body.insert("tool_use_id".to_owned(), super::thread::entry::tool_use_of(decision.request_id).into());
+            body.insert(
+                "tool_use_id".to_owned(),
+                super::thread::entry::tool_use_of(decision.request_id).into(),
+            );
             body.insert("result".to_owned(), decision.verdict.clone().into());
             if !decision.deny_message.is_empty() {
                 body.insert("deny_message".to_owned(), decision.deny_message.clone().into());
@@ -106,13 +109,19 @@ fn shown(event: &SentEvent, input: &Input) -> Value {
         }
         Some(Sent::ToolResult(result)) => {
             body.insert("type".to_owned(), "user.custom_tool_result".into());
-            body.insert("custom_tool_use_id".to_owned(), super::thread::entry::tool_use_of(result.request_id).into());
+            body.insert(
+                "custom_tool_use_id".to_owned(),
+                super::thread::entry::tool_use_of(result.request_id).into(),
+            );
             body.insert("content".to_owned(), text(&result.text));
             body.insert("is_error".to_owned(), result.is_error.into());
         }
         None => {}
     }
-    body.insert("processed_at".to_owned(), input.settled_at_us.map_or(Value::Null, |at| time(at).into()));
+    body.insert(
+        "processed_at".to_owned(),
+        input.settled_at_us.map_or(Value::Null, |at| time(at).into()),
+    );
     Value::Object(body)
 }
 
@@ -141,15 +150,23 @@ pub fn queued(input: &Input) -> Option<Value> {
 fn parse(body: &Value) -> Result<Vec<SentEvent>, ApiError> {
     let Value::Object(fields) = body else { return Err(bad("the body must be an object")) };
     known(fields, "", &["events"])?;
-    let Some(Value::Array(events)) = fields.get("events") else { return Err(bad("events: must be a list")) };
+    let Some(Value::Array(events)) = fields.get("events") else {
+        return Err(bad("events: must be a list"));
+    };
     if events.is_empty() || events.len() > EVENTS_MAX {
         return Err(bad(&format!("events: must have 1 to {EVENTS_MAX} items")));
     }
-    events.iter().enumerate().map(|(index, event)| parse_event(event, &format!("events.{index}."))).collect()
+    events
+        .iter()
+        .enumerate()
+        .map(|(index, event)| parse_event(event, &format!("events.{index}.")))
+        .collect()
 }
 
 fn parse_event(event: &Value, at: &str) -> Result<SentEvent, ApiError> {
-    let Value::Object(fields) = event else { return Err(bad(&format!("{}: must be an object", at.trim_end_matches('.')))) };
+    let Value::Object(fields) = event else {
+        return Err(bad(&format!("{}: must be an object", at.trim_end_matches('.'))));
+    };
     let kind = match string(fields, "type", at)? {
         "user.message" => {
             known(fields, at, &["type", "content"])?;
@@ -160,11 +177,19 @@ fn parse_event(event: &Value, at: &str) -> Result<SentEvent, ApiError> {
             Sent::Interrupt(SentInterrupt {})
         }
         "user.tool_confirmation" => {
-            known(fields, at, &["type", "tool_use_id", "result", "deny_message", "session_thread_id"])?;
+            known(
+                fields,
+                at,
+                &["type", "tool_use_id", "result", "deny_message", "session_thread_id"],
+            )?;
             Sent::Decision(confirmation(fields, at)?)
         }
         "user.custom_tool_result" => {
-            known(fields, at, &["type", "custom_tool_use_id", "content", "is_error", "session_thread_id"])?;
+            known(
+                fields,
+                at,
+                &["type", "custom_tool_use_id", "content", "is_error", "session_thread_id"],
+            )?;
             Sent::ToolResult(tool_result(fields, at)?)
         }
         other => {
@@ -177,30 +202,44 @@ fn parse_event(event: &Value, at: &str) -> Result<SentEvent, ApiError> {
 
 fn confirmation(fields: &Map<String, Value>, at: &str) -> Result<SentDecision, ApiError> {
     let request_id = request_of(string(fields, "tool_use_id", at)?);
-    let request_id = request_id.ok_or_else(|| bad(&format!("{at}tool_use_id: no such tool use waits for a confirmation")))?;
+    let request_id = request_id.ok_or_else(|| {
+        bad(&format!("{at}tool_use_id: no such tool use waits for a confirmation"))
+    })?;
     let verdict = string(fields, "result", at)?;
     if !["allow", "deny"].contains(&verdict) {
         return Err(bad(&format!("{at}result: must be 'allow' or 'deny'")));
     }
     let deny_message = match fields.get("deny_message") {
         None | Some(Value::Null) => "",
-        Some(_) if verdict != "deny" => return Err(bad(&format!("{at}deny_message: is for the result 'deny'"))),
+        Some(_) if verdict != "deny" => {
+            return Err(bad(&format!("{at}deny_message: is for the result 'deny'")));
+        }
         Some(_) => string(fields, "deny_message", at)?,
     };
     if deny_message.chars().count() > DENY_MESSAGE_CHARS_MAX {
-        return Err(bad(&format!("{at}deny_message: must have at most {DENY_MESSAGE_CHARS_MAX} characters")));
+        return Err(bad(&format!(
+            "{at}deny_message: must have at most {DENY_MESSAGE_CHARS_MAX} characters"
+        )));
     }
-    Ok(SentDecision { request_id, verdict: verdict.to_owned(), deny_message: deny_message.to_owned() })
+    Ok(SentDecision {
+        request_id,
+        verdict: verdict.to_owned(),
+        deny_message: deny_message.to_owned(),
+    })
 }
 
 fn tool_result(fields: &Map<String, Value>, at: &str) -> Result<SentToolResult, ApiError> {
     let request_id = request_of(string(fields, "custom_tool_use_id", at)?);
-    let request_id = request_id.ok_or_else(|| bad(&format!("{at}custom_tool_use_id: no such tool use waits for a result")))?;
+    let request_id = request_id.ok_or_else(|| {
+        bad(&format!("{at}custom_tool_use_id: no such tool use waits for a result"))
+    })?;
     let is_absent = matches!(fields.get("content"), None | Some(Value::Null));
     let text = if is_absent { String::new() } else { texts(fields, at)? };
     let is_error = match fields.get("is_error") {
         None | Some(Value::Null) => false,
-        Some(is_error) => is_error.as_bool().ok_or_else(|| bad(&format!("{at}is_error: must be a boolean")))?,
+        Some(is_error) => {
+            is_error.as_bool().ok_or_else(|| bad(&format!("{at}is_error: must be a boolean")))?
+        }
     };
     Ok(SentToolResult { request_id, text, is_error })
 }
@@ -208,31 +247,50 @@ fn tool_result(fields: &Map<String, Value>, at: &str) -> Result<SentToolResult, 
 /// The text of a message.
 fn content(fields: &Map<String, Value>, at: &str) -> Result<String, ApiError> {
     let text = texts(fields, at)?;
-    if text.trim().is_empty() { Err(bad(&format!("{at}content: must have text"))) } else { Ok(text) }
+    if text.trim().is_empty() {
+        Err(bad(&format!("{at}content: must have text")))
+    } else {
+        Ok(text)
+    }
 }
 
 /// Blocks of text are joined by an empty line.
 fn texts(fields: &Map<String, Value>, at: &str) -> Result<String, ApiError> {
-    let Some(Value::Array(blocks)) = fields.get("content") else { return Err(bad(&format!("{at}content: must be a list"))) };
+    let Some(Value::Array(blocks)) = fields.get("content") else {
+        return Err(bad(&format!("{at}content: must be a list")));
+    };
     let mut texts = Vec::new();
     for (index, block) in blocks.iter().enumerate() {
         let at = format!("{at}content.{index}.");
-        let Value::Object(block) = block else { return Err(bad(&format!("{}: must be an object", at.trim_end_matches('.')))) };
+        let Value::Object(block) = block else {
+            return Err(bad(&format!("{}: must be an object", at.trim_end_matches('.'))));
+        };
         match string(block, "type", &at)? {
             "text" => {
                 known(block, &at, &["type", "text"])?;
                 texts.push(string(block, "text", &at)?);
             }
-            other => return Err(bad(&format!("{at}type: '{other}' blocks are not supported; send text"))),
+            other => {
+                return Err(bad(&format!(
+                    "{at}type: '{other}' blocks are not supported; send text"
+                )));
+            }
         }
     }
     Ok(texts.join("\n\n"))
 }
 
 fn string<'a>(fields: &'a Map<String, Value>, name: &str, at: &str) -> Result<&'a str, ApiError> {
-    let text = fields.get(name).and_then(Value::as_str).ok_or_else(|| bad(&format!("{at}{name}: must be a string")))?;
+    let text = fields
+        .get(name)
+        .and_then(Value::as_str)
+        .ok_or_else(|| bad(&format!("{at}{name}: must be a string")))?;
     // Postgres keeps no NUL in text.
-    if text.contains('\0') { Err(bad(&format!("{at}{name}: must not contain NUL"))) } else { Ok(text) }
+    if text.contains('\0') {
+        Err(bad(&format!("{at}{name}: must not contain NUL")))
+    } else {
+        Ok(text)
+    }
 }
 
 fn known(fields: &Map<String, Value>, at: &str, names: &[&str]) -> Result<(), ApiError> {
@@ -253,21 +311,39 @@ mod tests {
     fn refusal(event: Value) -> String {
         use axum::response::IntoResponse as _;
         let error = parse(&json!({ "events": [event] })).err().unwrap().into_response();
-        error.extensions().get::<crate::error::Refusal>().unwrap().detail.as_str().unwrap().to_owned()
+        error
+            .extensions()
+            .get::<crate::error::Refusal>()
+            .unwrap()
+            .detail
+            .as_str()
+            .unwrap()
+            .to_owned()
     }
 
     #[test]
     fn fields_without_effect_are_refused_by_name() {
         let message = |content: Value| json!({ "type": "user.message", "content": content });
-        assert_eq!(refusal(message(json!([{ "type": "image" }]))), "events.0.content.0.type: 'image' blocks are not supported; send text");
+        assert_eq!(
+            refusal(message(json!([{ "type": "image" }]))),
+            "events.0.content.0.type: 'image' blocks are not supported; send text"
+        );
         assert_eq!(refusal(message(json!([]))), "events.0.content: must have text");
         let nul = json!([{ "type": "text", "text": "a\0b" }]);
         assert_eq!(refusal(message(nul)), "events.0.content.0.text: must not contain NUL");
         let confirmation = |result: &str| json!({ "type": "user.tool_confirmation", "tool_use_id": tool_use_of(7), "result": result, "deny_message": "no" });
-        assert_eq!(refusal(confirmation("allow")), "events.0.deny_message: is for the result 'deny'");
+        assert_eq!(
+            refusal(confirmation("allow")),
+            "events.0.deny_message: is for the result 'deny'"
+        );
         assert!(parse(&json!({ "events": [confirmation("deny")] })).is_ok());
-        assert_eq!(refusal(json!({ "type": "user.interrupt", "message": "x" })), "events.0.message: is not supported");
-        assert!(refusal(json!({ "type": "nope" })).starts_with("events.0.type: 'nope' cannot be sent"));
+        assert_eq!(
+            refusal(json!({ "type": "user.interrupt", "message": "x" })),
+            "events.0.message: is not supported"
+        );
+        assert!(
+            refusal(json!({ "type": "nope" })).starts_with("events.0.type: 'nope' cannot be sent")
+        );
         assert!(parse(&json!({ "events": [] })).is_err() && parse(&json!([])).is_err());
     }
 

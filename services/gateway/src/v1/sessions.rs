@@ -8,8 +8,8 @@ use contract::{
     common::Empty,
     rpc,
     scheduler::{
-        self, ArchiveSessionRequest, CreateSessionRequest, Cursor, DeleteSessionRequest, GetAgentRequest, GetSessionRequest, ListRequest,
-        TerminateRequest, UpdateSessionRequest,
+        self, ArchiveSessionRequest, CreateSessionRequest, Cursor, DeleteSessionRequest,
+        GetAgentRequest, GetSessionRequest, ListRequest, TerminateRequest, UpdateSessionRequest,
     },
     session::Usage as Used,
     vault::ListCredentialsRequest,
@@ -107,7 +107,8 @@ pub fn usage(used: &Used, active_us: i64) -> Value {
     });
     if let Some(cost) = used.cost_micro_usd.filter(|cost| *cost > 0) {
         // Whole cents, as text.
-        usage["list_cost"] = json!({ "amount": cost.div_ceil(10_000).to_string(), "currency": "USD" });
+        usage["list_cost"] =
+            json!({ "amount": cost.div_ceil(10_000).to_string(), "currency": "USD" });
     }
     if active_us > 0 {
         usage["active_seconds"] = json!(seconds(active_us));
@@ -155,7 +156,8 @@ impl From<scheduler::Session> for Session {
 #[schema(as = V1SessionBody)]
 #[expect(dead_code, reason = "describes a body")]
 pub struct SessionBody {
-    /// An agent's id, `{"type": "agent", "id", "version"}`, or `{"type": "agent_with_overrides", "id", ...}`
+    /// An agent's id, `{"type": "agent", "id", "version"}`, or `{"type": "agent_with_overrides",
+    /// "id", ...}`
     #[schema(value_type = String)]
     agent: Value,
     environment_id: String,
@@ -181,19 +183,34 @@ struct ChosenAgent {
 
 fn read_agent(fields: &mut Fields) -> Option<ChosenAgent> {
     if !fields.value("agent").is_some_and(Value::is_object) {
-        return Some(ChosenAgent { id: fields.string("agent", BODY_BYTES_MAX), version: None, overrides: None });
+        return Some(ChosenAgent {
+            id: fields.string("agent", BODY_BYTES_MAX),
+            version: None,
+            overrides: None,
+        });
     }
     fields.nested("agent", |agent| {
         let kind = agent.named_string("type", BODY_BYTES_MAX)?;
         let id = agent.named_string("id", BODY_BYTES_MAX)?;
-        let version = agent.integer("version", 1, i64::from(u32::MAX)).and_then(|version| u32::try_from(version).ok());
+        let version = agent
+            .integer("version", 1, i64::from(u32::MAX))
+            .and_then(|version| u32::try_from(version).ok());
         let overrides = match kind.as_str() {
             "agent" => {
                 agent.allow_only(&["type", "id", "version"]);
                 None
             }
             "agent_with_overrides" => {
-                agent.allow_only(&["type", "id", "version", "model", "system", "tools", "mcp_servers", "skills"]);
+                agent.allow_only(&[
+                    "type",
+                    "id",
+                    "version",
+                    "model",
+                    "system",
+                    "tools",
+                    "mcp_servers",
+                    "skills",
+                ]);
                 Some(AgentFields::read(agent))
             }
             _ => {
@@ -221,7 +238,8 @@ fn read_initial_events(fields: &mut Fields) -> Vec<String> {
             block.allow_only(&["type", "text"]);
             block.named_string("text", BODY_BYTES_MAX)
         });
-        let text = blocks.unwrap_or_default().into_iter().flatten().collect::<Vec<_>>().join("\n\n");
+        let text =
+            blocks.unwrap_or_default().into_iter().flatten().collect::<Vec<_>>().join("\n\n");
         if text.trim().is_empty() {
             event.refuse("content", "must hold some text");
         }
@@ -232,12 +250,26 @@ fn read_initial_events(fields: &mut Fields) -> Vec<String> {
 
 /// Create a session
 ///
-/// Without `initial_events` it is idle. With them its first turn begins; all of them are stored, or none is.
+/// Without `initial_events` it is idle. With them its first turn begins; all of them are stored, or
+/// none is.
 #[utoipa::path(post, path = "/v1/sessions", tag = "managed-agents", operation_id = "sessions_create", params(IdempotencyParams), request_body = SessionBody,
     responses((status = 200, description = "The session", body = Session)))]
-pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey, body: Body) -> Result<Json<Session>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    key: IdempotencyKey,
+    body: Body,
+) -> Result<Json<Session>, ApiError> {
     let mut fields = body.fields()?;
-    fields.allow_only(&["agent", "environment_id", "title", "metadata", "resources", "vault_ids", "initial_events"]);
+    fields.allow_only(&[
+        "agent",
+        "environment_id",
+        "title",
+        "metadata",
+        "resources",
+        "vault_ids",
+        "initial_events",
+    ]);
     let agent = read_agent(&mut fields);
     let environment_id = fields.string("environment_id", BODY_BYTES_MAX);
     let title = fields.optional_string("title", TITLE_CHARS_MAX);
@@ -251,26 +283,40 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
     }
     fields.finish()?;
     if vault_ids.len() > VAULTS_OF_SESSION_MAX {
-        return Err(refused_field("vault_ids", &format!("must hold at most {VAULTS_OF_SESSION_MAX} ids")));
+        return Err(refused_field(
+            "vault_ids",
+            &format!("must hold at most {VAULTS_OF_SESSION_MAX} ids"),
+        ));
     }
-    let vault_ids = vault_ids.iter().map(|id| Prefix::Vault.find(id)).collect::<Result<Vec<_>, _>>()?;
+    let vault_ids =
+        vault_ids.iter().map(|id| Prefix::Vault.find(id)).collect::<Result<Vec<_>, _>>()?;
     let files = resources.files.into_iter().map(WantedFile::copy).collect::<Result<Vec<_>, _>>()?;
     let metadata = metadata::merged("{}", &patch).map_err(|why| refused_field("metadata", &why))?;
-    let Some(ChosenAgent { id, version, overrides }) = agent else { return Err(refused_field("agent", "is required")) };
+    let Some(ChosenAgent { id, version, overrides }) = agent else {
+        return Err(refused_field("agent", "is required"));
+    };
     let agent_id = Prefix::Agent.find(&id)?;
-    let environment_id = Prefix::Environment.find(&environment_id).map_err(|not_found| not_found.because("environment_not_found"))?;
+    let environment_id = Prefix::Environment
+        .find(&environment_id)
+        .map_err(|not_found| not_found.because("environment_not_found"))?;
     let mut kept_servers = None;
     let changed = match overrides {
         None => None,
         Some(overrides) => {
-            let request = GetAgentRequest { user_id: caller.user_id.clone(), agent_id: agent_id.clone(), version };
+            let request = GetAgentRequest {
+                user_id: caller.user_id.clone(),
+                agent_id: agent_id.clone(),
+                version,
+            };
             let agent = app.call::<rpc::GetAgent>(&request).await?;
             let changed;
             (changed, kept_servers) = overridden(&app, &caller, agent, overrides).await?;
             Some(changed)
         }
     };
-    let stored = app.call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id.clone() }).await?;
+    let stored = app
+        .call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id.clone() })
+        .await?;
     let (repositories, tokens) = split_tokens(resources.repositories);
     let secrets = SessionSecrets { env: Default::default(), tokens };
     let kept = keep(&app, &caller, &secrets).await?;
@@ -279,7 +325,11 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
         agent_id,
         timeout_seconds: TIMEOUT_SECONDS_MAX,
         environment_id: Some(environment_id),
-        credential_kinds: stored.credentials.into_iter().map(|credential| credential.kind).collect(),
+        credential_kinds: stored
+            .credentials
+            .into_iter()
+            .map(|credential| credential.kind)
+            .collect(),
         session_limit: caller.session_limit.unwrap_or(app.config.default_session_limit),
         metadata: text(&metadata),
         resources: text(&repositories),
@@ -305,15 +355,23 @@ pub async fn create(State(app): State<App>, caller: Caller, key: IdempotencyKey,
 // --- reading -----------------------------------------------------------------------------------
 
 async fn find(app: &App, caller: &Caller, id: &str) -> Result<scheduler::Session, ApiError> {
-    let request =
-        GetSessionRequest { user_id: caller.user_id.clone(), session_id: Prefix::Session.find(id)?, recorded_through: 0, v1: true };
+    let request = GetSessionRequest {
+        user_id: caller.user_id.clone(),
+        session_id: Prefix::Session.find(id)?,
+        recorded_through: 0,
+        v1: true,
+    };
     app.call::<rpc::GetSession>(&request).await
 }
 
 /// Get a session
 #[utoipa::path(get, path = "/v1/sessions/{id}", tag = "managed-agents", operation_id = "sessions_retrieve", params(IdParams),
     responses((status = 200, description = "The session, archived or not", body = Session)))]
-pub async fn get(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Session>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Session>, ApiError> {
     Ok(Json(find(&app, &caller, &id).await?.into()))
 }
 
@@ -349,12 +407,18 @@ pub struct ListParams {
 /// List sessions
 #[utoipa::path(get, path = "/v1/sessions", tag = "managed-agents", operation_id = "sessions_list", params(LongPageParams, ListParams),
     responses((status = 200, description = "A page of sessions", body = SessionPage)))]
-pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Json<SessionPage>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    query: Query,
+) -> Result<Json<SessionPage>, ApiError> {
     let wanted = Wanted::read(&query, LIMITS, Order::Descending)?;
     let backwards = wanted.start.as_ref().is_some_and(|start| start.backwards);
     let mut request = super::agents::list_request(&query, &wanted, caller.user_id)?;
-    let from_excludes = |row: &Cursor| request.created_from_us.is_some_and(|from| row.position < from);
-    let before_excludes = |row: &Cursor| request.created_before_us.is_some_and(|before| row.position >= before);
+    let from_excludes =
+        |row: &Cursor| request.created_from_us.is_some_and(|from| row.position < from);
+    let before_excludes =
+        |row: &Cursor| request.created_before_us.is_some_and(|before| row.position >= before);
     if request.after.as_ref().is_some_and(|row| from_excludes(row) || before_excludes(row)) {
         return Err(bad("page: the cursor lies outside of created_at"));
     }
@@ -366,7 +430,9 @@ pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Resul
         return Err(bad("agent_version: needs agent_id"));
     }
     request.v1_statuses = query.all("statuses").map(str::to_owned).collect();
-    if let Some(unknown) = request.v1_statuses.iter().find(|status| !STATUSES.contains(&status.as_str())) {
+    if let Some(unknown) =
+        request.v1_statuses.iter().find(|status| !STATUSES.contains(&status.as_str()))
+    {
         return Err(bad(&format!("statuses: '{unknown}' is none of {}", STATUSES.join(", "))));
     }
     // No session belongs to one.
@@ -376,7 +442,12 @@ pub async fn list(State(app): State<App>, caller: Caller, query: Query) -> Resul
     Ok(Json(read_page(&app, &wanted, backwards, &request).await?))
 }
 
-async fn read_page(app: &App, wanted: &Wanted, backwards: bool, request: &ListRequest) -> Result<SessionPage, ApiError> {
+async fn read_page(
+    app: &App,
+    wanted: &Wanted,
+    backwards: bool,
+    request: &ListRequest,
+) -> Result<SessionPage, ApiError> {
     let reply = app.call::<rpc::ListSessions>(request).await?;
     let mut sessions = reply.sessions;
     if backwards {
@@ -387,16 +458,24 @@ async fn read_page(app: &App, wanted: &Wanted, backwards: bool, request: &ListRe
         row.map(|row| Start { order: wanted.order, backwards, row }.encode())
     };
     // A page that was asked for by a cursor has a neighbour on that side.
-    let (follows, precedes) = if backwards { (true, reply.has_more) } else { (reply.has_more, wanted.start.is_some()) };
+    let (follows, precedes) =
+        if backwards { (true, reply.has_more) } else { (reply.has_more, wanted.start.is_some()) };
     let next_page = cursor(sessions.last(), false).filter(|_| follows);
     let prev_page = cursor(sessions.first(), true).filter(|_| precedes);
-    let agents: HashMap<(String, i32), scheduler::Agent> =
-        reply.agents.into_iter().map(|agent| ((agent.agent_id.clone(), agent.row_version), agent)).collect();
+    let agents: HashMap<(String, i32), scheduler::Agent> = reply
+        .agents
+        .into_iter()
+        .map(|agent| ((agent.agent_id.clone(), agent.row_version), agent))
+        .collect();
     let with_agent = |session: scheduler::Session| {
         let key = (session.agent_id.clone().unwrap_or_default(), session.agent_row_version);
         scheduler::Session { agent: agents.get(&key).cloned(), ..session }
     };
-    Ok(SessionPage { data: sessions.into_iter().map(with_agent).map(Session::from).collect(), next_page, prev_page })
+    Ok(SessionPage {
+        data: sessions.into_iter().map(with_agent).map(Session::from).collect(),
+        next_page,
+        prev_page,
+    })
 }
 
 // --- changing ----------------------------------------------------------------------------------
@@ -420,7 +499,12 @@ pub struct UpdateBody {
 /// Update a session
 #[utoipa::path(post, path = "/v1/sessions/{id}", tag = "managed-agents", operation_id = "sessions_update", params(IdParams), request_body = UpdateBody,
     responses((status = 200, description = "The session", body = Session)))]
-pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, body: Body) -> Result<Json<Session>, ApiError> {
+pub async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    body: Body,
+) -> Result<Json<Session>, ApiError> {
     let session_id = Prefix::Session.find(&id)?;
     let mut fields = body.fields()?;
     fields.allow_only(&["title", "metadata", "agent"]);
@@ -437,7 +521,9 @@ pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, 
         let (mut kept, mut changed, mut agent_row_version) = (None, None, None);
         if let Some(change) = agent.clone() {
             let current = find(&app, &caller, &id).await?;
-            let Some(snapshot) = current.agent else { return Err(ApiError::new(StatusCode::BAD_REQUEST, "The agent is gone")) };
+            let Some(snapshot) = current.agent else {
+                return Err(ApiError::new(StatusCode::BAD_REQUEST, "The agent is gone"));
+            };
             let new;
             (new, kept) = overridden(&app, &caller, snapshot.clone(), change).await?;
             changed = (new != snapshot).then_some(new);
@@ -456,7 +542,8 @@ pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, 
         app.forget_unless_used(kept, &reply, |_| true).await;
         match reply {
             // Overtaken by another change of the agent: this one is made again from what it left.
-            Err(Failure { code: ErrorCode::Conflict, reason: None, .. }) if attempt < UPDATE_ATTEMPTS => {}
+            Err(Failure { code: ErrorCode::Conflict, reason: None, .. })
+                if attempt < UPDATE_ATTEMPTS => {}
             reply => return Ok(Json(reply?.into())),
         }
     }
@@ -468,22 +555,36 @@ pub async fn update(State(app): State<App>, caller: Caller, PathId(id): PathId, 
 /// It is terminated and accepts no further events; its history is kept.
 #[utoipa::path(post, path = "/v1/sessions/{id}/archive", tag = "managed-agents", operation_id = "sessions_archive", params(IdParams),
     responses((status = 200, description = "The session, archived now or before", body = Session)))]
-pub async fn archive(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Session>, ApiError> {
-    let request = ArchiveSessionRequest { user_id: caller.user_id, session_id: Prefix::Session.find(&id)? };
+pub async fn archive(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Session>, ApiError> {
+    let request =
+        ArchiveSessionRequest { user_id: caller.user_id, session_id: Prefix::Session.find(&id)? };
     Ok(Json(app.call::<rpc::ArchiveSession>(&request).await?.into()))
 }
 
 /// Delete a session that is not running
 #[utoipa::path(delete, path = "/v1/sessions/{id}", tag = "managed-agents", operation_id = "sessions_delete", params(IdParams),
     responses((status = 200, description = "The session was deleted", body = Deleted)))]
-pub async fn delete(State(app): State<App>, caller: Caller, PathId(id): PathId) -> Result<Json<Deleted>, ApiError> {
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+) -> Result<Json<Deleted>, ApiError> {
     let session = find(&app, &caller, &id).await?;
     let (user_id, session_id) = (caller.user_id, session.session_id);
     if session.v1_status == "idle" && ["pending", "running"].contains(&session.status.as_str()) {
         // It waits for an answer that will not come.
-        app.call::<rpc::Terminate>(&TerminateRequest { user_id: user_id.clone(), session_id: session_id.clone() }).await?;
+        app.call::<rpc::Terminate>(&TerminateRequest {
+            user_id: user_id.clone(),
+            session_id: session_id.clone(),
+        })
+        .await?;
     }
-    let Empty {} = app.call::<rpc::DeleteSession>(&DeleteSessionRequest { user_id, session_id }).await?;
+    let Empty {} =
+        app.call::<rpc::DeleteSession>(&DeleteSessionRequest { user_id, session_id }).await?;
     Ok(Json(Deleted { id, r#type: "session_deleted" }))
 }
 
@@ -521,10 +622,11 @@ mod tests {
 
     #[test]
     fn initial_events_are_messages_of_text() {
-        let events = |events: Value| sent(json!({ "agent": "a", "initial_events": events })).map(|sent| sent.3);
+        let events = |events: Value| {
+            sent(json!({ "agent": "a", "initial_events": events })).map(|sent| sent.3)
+        };
         let text = |text: &str| json!({ "type": "text", "text": text });
-        let two =
-            json!([{ "type": "user.message", "content": [text("a"), text("b")] }, { "type": "user.message", "content": [text("c")] }]);
+        let two = json!([{ "type": "user.message", "content": [text("a"), text("b")] }, { "type": "user.message", "content": [text("c")] }]);
         assert_eq!(events(two), Ok(vec!["a\n\nb".to_owned(), "c".to_owned()]));
         for bad in [
             json!([{}]),

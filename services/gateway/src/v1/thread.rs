@@ -1,7 +1,8 @@
 //! Derives the events of `/v1` from a session's log. One entry may become several events. Pure.
 //!
-//! Some events depend on what came before them: which requests are open, and what earlier turns used. At the begin of a turn nothing is
-//! open, so [`Thread`] is built from there ([`contract::rpc::FindTurn`]) and fed every entry that follows.
+//! Some events depend on what came before them: which requests are open, and what earlier turns
+//! used. At the begin of a turn nothing is open, so [`Thread`] is built from there
+//! ([`contract::rpc::FindTurn`]) and fed every entry that follows.
 
 mod agent;
 pub mod entry;
@@ -83,11 +84,15 @@ pub struct Thread {
 
 /// What changed of a session.
 fn changes(updated: &session::Updated) -> Value {
-    let mut changes: Map<String, Value> = serde_json::from_str(&updated.changes).unwrap_or_default();
+    let mut changes: Map<String, Value> =
+        serde_json::from_str(&updated.changes).unwrap_or_default();
     if let Ok(agent) = Agent::decode(updated.agent.as_ref())
         && !updated.agent.is_empty()
     {
-        changes.insert("agent".to_owned(), serde_json::to_value(Snapshot::from(&agent)).unwrap_or_default());
+        changes.insert(
+            "agent".to_owned(),
+            serde_json::to_value(Snapshot::from(&agent)).unwrap_or_default(),
+        );
     }
     changes.into()
 }
@@ -97,11 +102,15 @@ impl Thread {
     pub fn at(session: SessionId, found: &FindTurnReply) -> Self {
         let usage = found.usage_before.as_ref().map(Totals::from).unwrap_or_default();
         let state = State { usage, turn: found.turn.saturating_sub(1), ..State::default() };
-        Self { id: Prefix::Thread.encode(session.uuid()), agent_name: found.agent_name.clone(), state }
+        Self {
+            id: Prefix::Thread.encode(session.uuid()),
+            agent_name: found.agent_name.clone(),
+            state,
+        }
     }
 
-    /// As it is within a turn whose agent waits for no one. What the turn's requests used and whether it failed are not known here:
-    /// [`Self::knows_end`].
+    /// As it is within a turn whose agent waits for no one. What the turn's requests used and
+    /// whether it failed are not known here: [`Self::knows_end`].
     pub fn within(session: SessionId, found: &FindTurnReply, within: Within) -> Self {
         let mut thread = Self::at(session, found);
         let has_span = !within.is_metered && !within.reports_requests;
@@ -117,7 +126,8 @@ impl Thread {
         thread
     }
 
-    /// Whether a thread that was built within a turn shows this end of the turn as one that was built at its begin does.
+    /// Whether a thread that was built within a turn shows this end of the turn as one that was
+    /// built at its begin does.
     pub fn knows_end(&self, ended: &TurnEnded, reports_requests: bool) -> bool {
         let knows_failure = ended.exit_code == Some(0) || self.state.has_failed;
         let knows_usage = !reports_requests || self.state.span.is_none();
@@ -132,29 +142,44 @@ impl Thread {
         let entry = &mut entry;
         match &event.kind {
             Some(Kind::TurnStarted(started)) => {
-                entry.add_sent(&started.input_id, "user.message", Content { content: Blocks(&started.prompt) });
+                entry.add_sent(
+                    &started.input_id,
+                    "user.message",
+                    Content { content: Blocks(&started.prompt) },
+                );
                 self.begin(event.turn, entry);
                 self.state.is_metered = started.is_metered;
                 self.begin_span(entry);
             }
-            Some(Kind::ModelRequestStarted(_)) => entry.add(part::SPAN_START, "span.model_request_start", json!({})),
+            Some(Kind::ModelRequestStarted(_)) => {
+                entry.add(part::SPAN_START, "span.model_request_start", json!({}))
+            }
             Some(Kind::ModelRequestEnded(ended)) => end_of_request(ended, entry),
             Some(Kind::TurnEnded(ended)) => self.end(event.turn, ended, entry),
             Some(Kind::Terminated(_)) => self.terminate(entry),
             Some(Kind::Deleted(_)) => entry.add(part::END, "session.deleted", json!({})),
-            Some(Kind::Updated(updated)) => entry.add(part::MAIN, "session.updated", changes(updated)),
+            Some(Kind::Updated(updated)) => {
+                entry.add(part::MAIN, "session.updated", changes(updated))
+            }
             Some(Kind::Agent(agent)) => self.agent(agent, entry),
             Some(Kind::DecisionRequested(requested)) => {
                 let request = requested.request.clone().unwrap_or_default();
                 let mut tool_use = requested.tool_use;
                 if request.is_custom_tool {
                     tool_use = id;
-                    let input = serde_json::from_str::<Map<String, Value>>(&request.input_json).unwrap_or_default();
-                    let body = json!({ "name": request.tool, "input": input, "session_thread_id": null });
+                    let input = serde_json::from_str::<Map<String, Value>>(&request.input_json)
+                        .unwrap_or_default();
+                    let body =
+                        json!({ "name": request.tool, "input": input, "session_thread_id": null });
                     entry.add(part::MAIN, "agent.custom_tool_use", body);
                 } else if tool_use == 0 {
                     tool_use = id;
-                    let tool = Tool { name: &request.tool, server: "", input: &request.input_json, evaluation: Evaluation::Ask };
+                    let tool = Tool {
+                        name: &request.tool,
+                        server: "",
+                        input: &request.input_json,
+                        evaluation: Evaluation::Ask,
+                    };
                     self.use_tool(&tool, entry);
                     self.state.own.insert(request.id, id);
                 }
@@ -195,9 +220,15 @@ impl Thread {
                 let settled = input.settled.clone().unwrap_or_default();
                 match (settled.outcome(), input.kind.as_str()) {
                     (Outcome::Applied, "message") => {
-                        entry.add_sent(&settled.id, "user.message", Content { content: Blocks(&input.text) });
+                        entry.add_sent(
+                            &settled.id,
+                            "user.message",
+                            Content { content: Blocks(&input.text) },
+                        );
                     }
-                    (Outcome::Applied, "interrupt") => entry.add_sent(&settled.id, "user.interrupt", json!({})),
+                    (Outcome::Applied, "interrupt") => {
+                        entry.add_sent(&settled.id, "user.interrupt", json!({}))
+                    }
                     _ => {}
                 }
             }
@@ -243,7 +274,11 @@ impl Thread {
     fn idle(&mut self, reason: &Value, details: &Value, entry: &mut Entry<'_>) {
         let stop = json!({ "stop_reason": reason, "stop_details": details });
         entry.add(part::THREAD_END, "session.thread_status_idle", self.of_thread(stop.clone()));
-        entry.add(part::USAGE, "session.usage", json!({ "usage": self.state.usage.of_session(), "budget": null }));
+        entry.add(
+            part::USAGE,
+            "session.usage",
+            json!({ "usage": self.state.usage.of_session(), "budget": null }),
+        );
         entry.add(part::END, "session.status_idle", stop);
     }
 
@@ -265,24 +300,37 @@ impl Thread {
         if !self.state.is_running || self.state.turn != turn {
             // It ended before its agent began.
             if let Some(unstarted) = &ended.unstarted {
-                entry.add_sent(&unstarted.input_id, "user.message", Content { content: Blocks(&unstarted.prompt) });
+                entry.add_sent(
+                    &unstarted.input_id,
+                    "user.message",
+                    Content { content: Blocks(&unstarted.prompt) },
+                );
             }
             self.begin(turn, entry);
         }
         let reason = ended.stop_reason();
-        let is_stop = matches!(reason, StopReason::Interrupted | StopReason::Refused | StopReason::Budget);
+        let is_stop =
+            matches!(reason, StopReason::Interrupted | StopReason::Refused | StopReason::Budget);
         let has_failed = reason == StopReason::Limit || (ended.exit_code != Some(0) && !is_stop);
         let usage = ended.usage.as_ref().map(Totals::from).unwrap_or_default();
         self.end_span(usage.minus(self.state.reported), has_failed, entry);
         let open = std::mem::take(&mut self.state.tools);
         for (part, (tool_use, is_mcp)) in part::RESULTS.zip(open) {
-            let content = if reason == StopReason::Interrupted { "interrupted" } else { "the turn ended" };
+            let content =
+                if reason == StopReason::Interrupted { "interrupted" } else { "the turn ended" };
             result(tool_use, is_mcp, content, true, part, entry);
         }
         let is_terminal = rules::state::leaves_nothing(ended);
         if has_failed && (is_terminal || !self.state.has_failed) {
-            let message = ended.failure.as_ref().map_or("The agent failed", |failure| failure.message.as_str());
-            let kind = if reason == StopReason::Limit { "tool_use_limit_reached_error" } else { "unknown_error" };
+            let message = ended
+                .failure
+                .as_ref()
+                .map_or("The agent failed", |failure| failure.message.as_str());
+            let kind = if reason == StopReason::Limit {
+                "tool_use_limit_reached_error"
+            } else {
+                "unknown_error"
+            };
             let retry = if is_terminal { "terminal" } else { "exhausted" };
             entry.add(part::ERROR, "session.error", error(kind, message, retry));
         }
@@ -294,7 +342,9 @@ impl Thread {
         }
         let (reason, details) = match reason {
             StopReason::Budget => ("budget_reached", Value::Null),
-            StopReason::Refused => ("refusal", json!({ "type": "refusal", "category": null, "explanation": null })),
+            StopReason::Refused => {
+                ("refusal", json!({ "type": "refusal", "category": null, "explanation": null }))
+            }
             _ if has_failed => ("retries_exhausted", Value::Null),
             _ => ("end_turn", Value::Null),
         };

@@ -25,7 +25,12 @@ use crate::{
 /// The primary thread of a session, whose id is the session's under another prefix.
 async fn primary(app: &App, caller: &Caller, id: &str) -> Result<Value, ApiError> {
     let session_id = Prefix::Session.find(id)?;
-    let request = GetSessionRequest { user_id: caller.user_id.clone(), session_id, recorded_through: 0, v1: true };
+    let request = GetSessionRequest {
+        user_id: caller.user_id.clone(),
+        session_id,
+        recorded_through: 0,
+        v1: true,
+    };
     let session = app.call::<rpc::GetSession>(&request).await?;
     let thread = Prefix::Thread.of(&session.session_id);
     let session = serde_json::to_value(Session::from(session)).unwrap_or_default();
@@ -48,7 +53,9 @@ async fn primary(app: &App, caller: &Caller, id: &str) -> Result<Value, ApiError
 /// # Errors
 /// 404 for any other thread.
 fn check(id: &str, thread: &str) -> Result<(), ApiError> {
-    let is_primary = Prefix::Session.decode(id).is_some_and(|session| Prefix::Thread.decode(thread) == Some(session));
+    let is_primary = Prefix::Session
+        .decode(id)
+        .is_some_and(|session| Prefix::Thread.decode(thread) == Some(session));
     if is_primary { Ok(()) } else { Err(ApiError::not_found("Thread")) }
 }
 
@@ -56,7 +63,12 @@ fn check(id: &str, thread: &str) -> Result<(), ApiError> {
 #[utoipa::path(get, path = "/v1/sessions/{id}/threads", tag = "managed-agents", operation_id = "sessions_threads_list",
     params(("id" = String, Path, description = "The session's id")),
     responses((status = 200, description = "The primary thread", body = Page<Object>)))]
-pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Json<Page<Value>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    query: Query,
+) -> Result<Json<Page<Value>>, ApiError> {
     let thread = primary(&app, &caller, &id).await?;
     let mut statuses = query.all("statuses").peekable();
     let is_wanted = statuses.peek().is_none() || statuses.any(|status| thread["status"] == status);
@@ -67,7 +79,11 @@ pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, qu
 #[utoipa::path(get, path = "/v1/sessions/{id}/threads/{thread}", tag = "managed-agents", operation_id = "sessions_threads_get",
     params(("id" = String, Path, description = "The session's id"), ("thread" = String, Path, description = "The thread's id")),
     responses((status = 200, description = "The thread", body = Object)))]
-pub async fn get(State(app): State<App>, caller: Caller, Path((id, thread)): Path<(String, String)>) -> Result<Json<Value>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    Path((id, thread)): Path<(String, String)>,
+) -> Result<Json<Value>, ApiError> {
     check(&id, &thread)?;
     primary(&app, &caller, &id).await.map(Json)
 }

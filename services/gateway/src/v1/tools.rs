@@ -1,6 +1,8 @@
-//! `tools` of an agent: toolsets with policies, in and out, and the permissions that they become (docs/managed-agents-api.md).
+//! `tools` of an agent: toolsets with policies, in and out, and the permissions that they become
+//! (docs/managed-agents-api.md).
 //!
-//! Permissions name tools as each CLI does, and are what is enforced. A policy that a CLI cannot enforce is refused. Pure.
+//! Permissions name tools as each CLI does, and are what is enforced. A policy that a CLI cannot
+//! enforce is refused. Pure.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -90,7 +92,8 @@ impl Settings {
 
 /// The tools of a body, every field filled in.
 pub fn read(fields: &mut Fields) -> Option<Vec<Tool>> {
-    let tools: Vec<Tool> = fields.objects("tools", TOOLS_MAX, read_one)?.into_iter().flatten().collect();
+    let tools: Vec<Tool> =
+        fields.objects("tools", TOOLS_MAX, read_one)?.into_iter().flatten().collect();
     let identity = |tool: &Tool| match tool {
         Tool::Agent { .. } => ("agent_toolset_20260401", String::new()),
         Tool::Mcp { mcp_server_name, .. } => ("mcp_toolset", mcp_server_name.clone()),
@@ -118,7 +121,11 @@ fn read_one(item: &mut Fields) -> Option<Tool> {
                 if config.optional_string("type", BODY_BYTES_MAX).is_some_and(|kind| kind != name) {
                     config.refuse("type", "must be the same as name");
                 }
-                Some(AgentToolConfig { r#type: name.clone(), name, settings: read_settings(config, default_config) })
+                Some(AgentToolConfig {
+                    r#type: name.clone(),
+                    name,
+                    settings: read_settings(config, default_config),
+                })
             });
             let configs: Vec<_> = configs.unwrap_or_default().into_iter().flatten().collect();
             refuse_twice(item, configs.iter().map(|config| config.name.as_str()));
@@ -146,7 +153,8 @@ fn read_one(item: &mut Fields) -> Option<Tool> {
             if !is_word(&name) {
                 item.refuse("name", "may hold 1 to 128 letters, digits, '_' and '-'");
             }
-            let description = item.named_string("description", DESCRIPTION_CHARS_MAX).unwrap_or_default();
+            let description =
+                item.named_string("description", DESCRIPTION_CHARS_MAX).unwrap_or_default();
             let input_schema = item.object("input_schema").unwrap_or_default();
             if input_schema.get("type").and_then(Value::as_str) != Some("object") {
                 item.refuse("input_schema", "its type must be 'object'");
@@ -170,7 +178,8 @@ fn refuse_twice<'a>(item: &mut Fields, names: impl Iterator<Item = &'a str>) {
 
 /// `^[A-Za-z0-9_-]{1,128}$`: CLIs build the names of tools from such words without changing them.
 pub fn is_word(text: &str) -> bool {
-    (1..=128).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_' || c == b'-')
+    (1..=128).contains(&text.len())
+        && text.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_' || c == b'-')
 }
 
 fn read_default(item: &mut Fields, default: Settings) -> Settings {
@@ -211,7 +220,8 @@ fn read_settings(config: &mut Fields, default: Settings) -> Settings {
 // --- permissions -------------------------------------------------------------------------------
 
 /// The names of built-in tools in the API.
-const BUILT_IN: [&str; 8] = ["bash", "read", "write", "edit", "glob", "grep", "web_fetch", "web_search"];
+const BUILT_IN: [&str; 8] =
+    ["bash", "read", "write", "edit", "glob", "grep", "web_fetch", "web_search"];
 
 /// What a CLI has for a built-in tool of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,7 +234,8 @@ pub enum Counterpart {
     Unasked,
 }
 
-/// A test of the agent host proves the names (`tools/agent-host/tests/it/clis.rs`); docs/managed-agents-api.md shows this table.
+/// A test of the agent host proves the names (`tools/agent-host/tests/it/clis.rs`);
+/// docs/managed-agents-api.md shows this table.
 pub fn counterpart(runtime: Runtime, tool: &str) -> Counterpart {
     use Counterpart::{Named, PartOf, Unasked};
     match (runtime, tool) {
@@ -275,19 +286,32 @@ pub struct Unenforceable {
 ///
 /// # Errors
 /// When a toolset names no server, a server has no toolset, or the runtime cannot enforce a policy.
-pub fn permissions(runtime: Runtime, tools: &[Tool], servers: &[McpServer], current: &Permissions) -> Result<Permissions, Unenforceable> {
+pub fn permissions(
+    runtime: Runtime,
+    tools: &[Tool],
+    servers: &[McpServer],
+    current: &Permissions,
+) -> Result<Permissions, Unenforceable> {
     let refused = |field: String, why: String| Err(Unenforceable { field, why });
     let toolset = tools.iter().enumerate().find_map(|(at, tool)| match tool {
         Tool::Agent { configs, default_config } => Some((at, configs, *default_config)),
         _ => None,
     });
     // An agent without the toolset has none of the CLI's tools, as far as the CLI asks about them.
-    let without = if runtime.capabilities().permission_requests { Evaluation::Deny } else { Evaluation::Allow };
+    let without = if runtime.capabilities().permission_requests {
+        Evaluation::Deny
+    } else {
+        Evaluation::Allow
+    };
     let default = toolset.map_or(without, |(_, _, default)| default.evaluation());
     let mut rules: Vec<PermissionRule> = Vec::new();
     if let Some((at, configs, _)) = toolset {
         let config = |tool: &str| configs.iter().position(|config| config.name == tool);
-        let evaluation = |tool: &str| config(tool).and_then(|at| configs.get(at)).map_or(default, |config| config.settings.evaluation());
+        let evaluation = |tool: &str| {
+            config(tool)
+                .and_then(|at| configs.get(at))
+                .map_or(default, |config| config.settings.evaluation())
+        };
         for tool in BUILT_IN {
             let wanted = evaluation(tool);
             let field = match config(tool) {
@@ -300,8 +324,9 @@ pub fn permissions(runtime: Runtime, tools: &[Tool], servers: &[McpServer], curr
                         let rule = PermissionRule { tool: (*name).to_owned(), evaluation: wanted };
                         match rules.iter().find(|earlier| earlier.tool == *name) {
                             Some(earlier) if earlier.evaluation != wanted => {
-                                let why =
-                                    format!("runtime {runtime} has one tool, {name}, for {tool} and another: give both the same policy");
+                                let why = format!(
+                                    "runtime {runtime} has one tool, {name}, for {tool} and another: give both the same policy"
+                                );
                                 return refused(field, why);
                             }
                             Some(_) => {}
@@ -309,12 +334,21 @@ pub fn permissions(runtime: Runtime, tools: &[Tool], servers: &[McpServer], curr
                         }
                     }
                 }
-                Counterpart::PartOf(other) if strictness(wanted) > strictness(evaluation(other)) => {
-                    return refused(field, format!("runtime {runtime} does {tool} by {other}, which has a weaker policy"));
+                Counterpart::PartOf(other)
+                    if strictness(wanted) > strictness(evaluation(other)) =>
+                {
+                    return refused(
+                        field,
+                        format!(
+                            "runtime {runtime} does {tool} by {other}, which has a weaker policy"
+                        ),
+                    );
                 }
                 Counterpart::PartOf(_) => {}
                 Counterpart::Unasked if wanted != Evaluation::Allow => {
-                    let why = format!("runtime {runtime} does not ask about {tool}: its policy can only be always_allow");
+                    let why = format!(
+                        "runtime {runtime} does not ask about {tool}: its policy can only be always_allow"
+                    );
                     return refused(field, why);
                 }
                 Counterpart::Unasked => {}
@@ -325,24 +359,54 @@ pub fn permissions(runtime: Runtime, tools: &[Tool], servers: &[McpServer], curr
     for (at, tool) in tools.iter().enumerate() {
         let Tool::Mcp { mcp_server_name, configs, default_config } = tool else { continue };
         if !servers.iter().any(|server| server.name == *mcp_server_name) {
-            return refused(format!("tools[{at}].mcp_server_name"), format!("no entry of mcp_servers has the name {mcp_server_name}"));
+            return refused(
+                format!("tools[{at}].mcp_server_name"),
+                format!("no entry of mcp_servers has the name {mcp_server_name}"),
+            );
         }
         let prefix = prefix(runtime, mcp_server_name);
-        let exact = configs.iter().map(|config| (format!("{prefix}{}", config.name), config.settings));
+        let exact =
+            configs.iter().map(|config| (format!("{prefix}{}", config.name), config.settings));
         let rest = (format!("{prefix}*"), *default_config);
-        rules.extend(exact.chain([rest]).map(|(tool, settings)| PermissionRule { tool, evaluation: settings.evaluation() }));
+        rules.extend(
+            exact
+                .chain([rest])
+                .map(|(tool, settings)| PermissionRule { tool, evaluation: settings.evaluation() }),
+        );
     }
-    if let Some(at) = tools.iter().position(|tool| matches!(tool, Tool::Custom { .. })).filter(|_| runtime == Runtime::Shell) {
-        return refused(format!("tools[{at}].type"), format!("runtime {runtime} has no model that could use a custom tool"));
+    if let Some(at) = tools
+        .iter()
+        .position(|tool| matches!(tool, Tool::Custom { .. }))
+        .filter(|_| runtime == Runtime::Shell)
+    {
+        return refused(
+            format!("tools[{at}].type"),
+            format!("runtime {runtime} has no model that could use a custom tool"),
+        );
     }
-    let has_toolset = |name: &str| tools.iter().any(|tool| matches!(tool, Tool::Mcp { mcp_server_name, .. } if mcp_server_name == name));
-    if let Some((at, server)) = servers.iter().enumerate().find(|(_, server)| !has_toolset(&server.name)) {
-        return refused(format!("mcp_servers[{at}]"), format!("{} has no mcp_toolset in tools", server.name));
+    let has_toolset = |name: &str| {
+        tools.iter().any(
+            |tool| matches!(tool, Tool::Mcp { mcp_server_name, .. } if mcp_server_name == name),
+        )
+    };
+    if let Some((at, server)) =
+        servers.iter().enumerate().find(|(_, server)| !has_toolset(&server.name))
+    {
+        return refused(
+            format!("mcp_servers[{at}]"),
+            format!("{} has no mcp_toolset in tools", server.name),
+        );
     }
-    if default == Evaluation::Allow && rules.iter().all(|rule| rule.evaluation == Evaluation::Allow) {
+    if default == Evaluation::Allow && rules.iter().all(|rule| rule.evaluation == Evaluation::Allow)
+    {
         rules.clear();
     }
-    Ok(Permissions { default, rules, timeout_seconds: current.timeout_seconds, on_timeout: current.on_timeout })
+    Ok(Permissions {
+        default,
+        rules,
+        timeout_seconds: current.timeout_seconds,
+        on_timeout: current.on_timeout,
+    })
 }
 
 fn strictness(evaluation: Evaluation) -> u8 {
@@ -353,10 +417,19 @@ fn strictness(evaluation: Evaluation) -> u8 {
     }
 }
 
-/// An agent's tools: the list that was sent, while it still means the agent's permissions; otherwise the one that they mean.
-pub fn shown(runtime: Runtime, sent: &str, permissions: &Permissions, servers: &[McpServer]) -> Vec<Tool> {
+/// An agent's tools: the list that was sent, while it still means the agent's permissions;
+/// otherwise the one that they mean.
+pub fn shown(
+    runtime: Runtime,
+    sent: &str,
+    permissions: &Permissions,
+    servers: &[McpServer],
+) -> Vec<Tool> {
     let sent: Vec<Tool> = serde_json::from_str(sent).unwrap_or_default();
-    let means = |tools: &[Tool]| self::permissions(runtime, tools, servers, permissions).is_ok_and(|meant| meant == *permissions);
+    let means = |tools: &[Tool]| {
+        self::permissions(runtime, tools, servers, permissions)
+            .is_ok_and(|meant| meant == *permissions)
+    };
     if !sent.is_empty() && means(&sent) {
         return sent;
     }
@@ -372,7 +445,11 @@ fn derived(runtime: Runtime, permissions: &Permissions, servers: &[McpServer]) -
     });
     let configs: Vec<_> = named
         .filter(|(_, evaluation)| *evaluation != permissions.default)
-        .map(|(tool, evaluation)| AgentToolConfig { name: tool.to_owned(), r#type: tool.to_owned(), settings: Settings::of(evaluation) })
+        .map(|(tool, evaluation)| AgentToolConfig {
+            name: tool.to_owned(),
+            r#type: tool.to_owned(),
+            settings: Settings::of(evaluation),
+        })
         .collect();
     let mut tools = Vec::new();
     if permissions.default != Evaluation::Deny || !configs.is_empty() {
@@ -382,11 +459,21 @@ fn derived(runtime: Runtime, permissions: &Permissions, servers: &[McpServer]) -
         let prefix = prefix(runtime, &server.name);
         let default = permissions.evaluate(&prefix);
         let configs = permissions.rules.iter().filter_map(|rule| {
-            let name = rule.tool.strip_prefix(&prefix).filter(|name| !name.is_empty() && !name.ends_with('*'))?;
+            let name = rule
+                .tool
+                .strip_prefix(&prefix)
+                .filter(|name| !name.is_empty() && !name.ends_with('*'))?;
             let evaluation = permissions.evaluate(&rule.tool);
-            (evaluation != default).then(|| McpToolConfig { name: name.to_owned(), settings: Settings::of(evaluation) })
+            (evaluation != default).then(|| McpToolConfig {
+                name: name.to_owned(),
+                settings: Settings::of(evaluation),
+            })
         });
-        Tool::Mcp { mcp_server_name: server.name.clone(), configs: configs.collect(), default_config: Settings::of(default) }
+        Tool::Mcp {
+            mcp_server_name: server.name.clone(),
+            configs: configs.collect(),
+            default_config: Settings::of(default),
+        }
     }));
     tools
 }
@@ -406,30 +493,43 @@ mod tests {
     }
 
     fn servers(names: &[&str]) -> Vec<McpServer> {
-        let server = |name: &&str| serde_json::from_value(json!({ "name": name, "type": "url", "url": "https://x" })).unwrap();
+        let server = |name: &&str| {
+            serde_json::from_value(json!({ "name": name, "type": "url", "url": "https://x" }))
+                .unwrap()
+        };
         names.iter().map(server).collect()
     }
 
     fn meant(runtime: Runtime, tools: Value, names: &[&str]) -> Result<Value, String> {
         let tools = parsed(tools).unwrap();
         let permissions = permissions(runtime, &tools, &servers(names), &Permissions::default());
-        permissions.map(|meant| serde_json::to_value(meant).unwrap()).map_err(|refused| format!("{}: {}", refused.field, refused.why))
+        permissions
+            .map(|meant| serde_json::to_value(meant).unwrap())
+            .map_err(|refused| format!("{}: {}", refused.field, refused.why))
     }
 
     /// What docs/managed-agents-api.md says of tools, from what is enforced.
     fn table() -> String {
         let cell = |runtime: Runtime, name: &str| match counterpart(runtime, name) {
-            Counterpart::Named(names) => names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
+            Counterpart::Named(names) => {
+                names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+            }
             Counterpart::PartOf(other) => format!("as `{other}`"),
             Counterpart::Unasked if runtime == Runtime::Shell => "-".to_owned(),
             Counterpart::Unasked => "`always_allow` only".to_owned(),
         };
-        let takes = |runtime: Runtime, tools: Value, names: &[&str]| if meant(runtime, tools, names).is_ok() { "yes" } else { "no" };
+        let takes = |runtime: Runtime, tools: Value, names: &[&str]| {
+            if meant(runtime, tools, names).is_ok() { "yes" } else { "no" }
+        };
         let custom = json!([{ "type": "custom", "name": "a", "description": "b", "input_schema": { "type": "object" } }]);
         let asks = json!([{ "type": "mcp_toolset", "mcp_server_name": "a" }]);
         let mut rows = vec![("|".to_owned(), Runtime::ALL.map(|runtime| runtime.to_string()))];
         rows.push(("|".to_owned() + " ---", Runtime::ALL.map(|_| "---".to_owned())));
-        rows.extend(BUILT_IN.map(|name| (format!("| `{name}`"), Runtime::ALL.map(|runtime| cell(runtime, name)))));
+        rows.extend(
+            BUILT_IN.map(|name| {
+                (format!("| `{name}`"), Runtime::ALL.map(|runtime| cell(runtime, name)))
+            }),
+        );
         let mut row = |what: &str, says: &dyn Fn(Runtime) -> &'static str| {
             rows.push((format!("| {what}"), Runtime::ALL.map(|runtime| says(runtime).to_owned())));
         };
@@ -438,8 +538,12 @@ mod tests {
             Runtime::Shell => "-",
             _ => takes(runtime, asks.clone(), &["a"]),
         });
-        row("`deny_message`", &|runtime| if runtime.capabilities().deny_with_message { "yes" } else { "no" });
-        rows.into_iter().map(|(what, cells)| format!("{what} | {} |\n", cells.join(" | "))).collect()
+        row("`deny_message`", &|runtime| {
+            if runtime.capabilities().deny_with_message { "yes" } else { "no" }
+        });
+        rows.into_iter()
+            .map(|(what, cells)| format!("{what} | {} |\n", cells.join(" | ")))
+            .collect()
     }
 
     #[test]
@@ -454,14 +558,19 @@ mod tests {
         if std::env::var("INSTA_UPDATE").is_ok_and(|update| update == "always") {
             std::fs::write(path, expected).unwrap();
         } else {
-            assert!(document == expected, "run: INSTA_UPDATE=always cargo test -p gateway the_document");
+            assert!(
+                document == expected,
+                "run: INSTA_UPDATE=always cargo test -p gateway the_document"
+            );
         }
     }
 
     #[test]
     fn every_field_is_filled_in() {
-        let tools = parsed(json!([{ "type": "agent_toolset_20260401", "configs": [{ "name": "bash", "enabled": false }] },
-                                  { "type": "mcp_toolset", "mcp_server_name": "a" }]));
+        let tools = parsed(
+            json!([{ "type": "agent_toolset_20260401", "configs": [{ "name": "bash", "enabled": false }] },
+                                  { "type": "mcp_toolset", "mcp_server_name": "a" }]),
+        );
         let (allow, ask) = (json!({ "type": "always_allow" }), json!({ "type": "always_ask" }));
         let expected = json!([
             { "type": "agent_toolset_20260401", "default_config": { "enabled": true, "permission_policy": allow },
@@ -497,7 +606,8 @@ mod tests {
                                         "configs": [{ "name": name, "permission_policy": { "type": "always_ask" } }] }])
         };
         let rules = |names: &[&str]| {
-            let rules: Vec<_> = names.iter().map(|name| json!({ "tool": name, "evaluation": "ask" })).collect();
+            let rules: Vec<_> =
+                names.iter().map(|name| json!({ "tool": name, "evaluation": "ask" })).collect();
             Ok(json!({ "default": "allow", "rules": rules }))
         };
         assert_eq!(meant(Runtime::Claude, ask("bash"), &[]), rules(&["Bash"]));
@@ -506,14 +616,19 @@ mod tests {
         assert_eq!(meant(Runtime::Opencode, ask("bash"), &[]), rules(&["bash"]));
         let everything = json!([{ "type": "agent_toolset_20260401" }]);
         for runtime in Runtime::ALL {
-            assert_eq!(meant(runtime, everything.clone(), &[]), Ok(json!({ "default": "allow", "rules": [] })));
+            assert_eq!(
+                meant(runtime, everything.clone(), &[]),
+                Ok(json!({ "default": "allow", "rules": [] }))
+            );
         }
         let refused = meant(Runtime::Gemini, ask("read"), &[]).unwrap_err();
         assert!(refused.starts_with("tools[0].configs[0]: runtime gemini"), "{refused}");
         let refused = meant(Runtime::Codex, ask("write"), &[]).unwrap_err();
         assert!(refused.contains("runtime codex has one tool, apply_patch"), "{refused}");
         assert!(meant(Runtime::Codex, ask("read"), &[]).unwrap_err().contains("by bash"));
-        assert!(meant(Runtime::Codex, ask("web_search"), &[]).unwrap_err().contains("runtime codex"));
+        assert!(
+            meant(Runtime::Codex, ask("web_search"), &[]).unwrap_err().contains("runtime codex")
+        );
     }
 
     #[test]
@@ -521,9 +636,18 @@ mod tests {
         let tools = json!([{ "type": "agent_toolset_20260401" },
             { "type": "mcp_toolset", "mcp_server_name": "a", "configs": [{ "name": "x", "permission_policy": { "type": "always_allow" } }] }]);
         let rules = json!([{ "tool": "mcp__a__x", "evaluation": "allow" }, { "tool": "mcp__a__*", "evaluation": "ask" }]);
-        assert_eq!(meant(Runtime::Claude, tools.clone(), &["a"]), Ok(json!({ "default": "allow", "rules": rules })));
-        assert!(meant(Runtime::Claude, tools.clone(), &[]).unwrap_err().starts_with("tools[1].mcp_server_name"));
-        assert!(meant(Runtime::Claude, tools, &["a", "b"]).unwrap_err().starts_with("mcp_servers[1]"));
+        assert_eq!(
+            meant(Runtime::Claude, tools.clone(), &["a"]),
+            Ok(json!({ "default": "allow", "rules": rules }))
+        );
+        assert!(
+            meant(Runtime::Claude, tools.clone(), &[])
+                .unwrap_err()
+                .starts_with("tools[1].mcp_server_name")
+        );
+        assert!(
+            meant(Runtime::Claude, tools, &["a", "b"]).unwrap_err().starts_with("mcp_servers[1]")
+        );
     }
 
     #[test]
@@ -532,7 +656,12 @@ mod tests {
         let permissions = |text: &str| serde_json::from_str::<Permissions>(text).unwrap();
         let all = shown(Runtime::Claude, sent, &permissions("{}"), &[]);
         assert_eq!(serde_json::to_string(&all).unwrap(), sent);
-        let some = shown(Runtime::Claude, sent, &permissions(r#"{"rules":[{"tool":"Ba*","evaluation":"deny"}]}"#), &[]);
+        let some = shown(
+            Runtime::Claude,
+            sent,
+            &permissions(r#"{"rules":[{"tool":"Ba*","evaluation":"deny"}]}"#),
+            &[],
+        );
         assert_eq!(serde_json::to_value(some).unwrap()[0]["configs"][0]["enabled"], false);
         assert_eq!(shown(Runtime::Claude, "", &permissions(r#"{"default":"deny"}"#), &[]), []);
     }

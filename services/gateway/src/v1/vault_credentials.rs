@@ -5,7 +5,8 @@ use contract::{
     common::Empty,
     rpc,
     scheduler::{
-        self, CreateVaultCredentialRequest, Cursor, GetVaultCredentialRequest, ListVaultCredentialsRequest, UpdateVaultCredentialRequest,
+        self, CreateVaultCredentialRequest, Cursor, GetVaultCredentialRequest,
+        ListVaultCredentialsRequest, UpdateVaultCredentialRequest,
     },
 };
 use serde::Serialize;
@@ -85,8 +86,8 @@ impl From<scheduler::VaultCredential> for Credential {
 #[schema(as = V1CredentialBody)]
 #[expect(dead_code, reason = "describes a body")]
 pub struct CredentialBody {
-    /// `{"type": "environment_variable", "secret_name", "secret_value", "networking": {"type": "unrestricted"}}`, or
-    /// `{"type": "static_bearer", "mcp_server_url", "token"}`
+    /// `{"type": "environment_variable", "secret_name", "secret_value", "networking": {"type":
+    /// "unrestricted"}}`, or `{"type": "static_bearer", "mcp_server_url", "token"}`
     #[schema(value_type = Object)]
     auth: Value,
     #[schema(max_length = 255)]
@@ -98,7 +99,10 @@ pub struct CredentialBody {
 /// The ids of a vault and of a credential in it, as they are in a route's path.
 type CredentialPath = PathId<(String, String)>;
 
-fn request(caller: &Caller, PathId((vault, credential)): &CredentialPath) -> Result<GetVaultCredentialRequest, ApiError> {
+fn request(
+    caller: &Caller,
+    PathId((vault, credential)): &CredentialPath,
+) -> Result<GetVaultCredentialRequest, ApiError> {
     Ok(GetVaultCredentialRequest {
         user_id: caller.user_id.clone(),
         vault_id: Prefix::Vault.find(vault)?,
@@ -146,7 +150,11 @@ fn read_auth(auth: &mut Fields, is_new: bool) -> Option<Auth> {
 
 /// A text that a new credential needs, and that an update may name.
 fn secret(auth: &mut Fields, name: &str, is_new: bool) -> Option<String> {
-    let value = if is_new { auth.named_string(name, BODY_BYTES_MAX) } else { auth.optional_string(name, BODY_BYTES_MAX) };
+    let value = if is_new {
+        auth.named_string(name, BODY_BYTES_MAX)
+    } else {
+        auth.optional_string(name, BODY_BYTES_MAX)
+    };
     if value.as_deref() == Some("") {
         auth.refuse(name, &format!("{name} must not be empty"));
     }
@@ -160,7 +168,10 @@ fn read_variable(auth: &mut Fields, is_new: bool) -> Auth {
     auth.allow_only(&["type", "secret_name", "secret_value", "networking", "injection_location"]);
     let name = key(auth, "secret_name", is_new, NAME_CHARS_MAX);
     if name.as_deref().is_some_and(|name| !is_variable(name)) {
-        auth.refuse("secret_name", "must be the name of a variable: letters, digits and _, and no digit first");
+        auth.refuse(
+            "secret_name",
+            "must be the name of a variable: letters, digits and _, and no digit first",
+        );
     }
     let value = secret(auth, "secret_value", is_new);
     if let (Some(name), Some(value)) = (&name, &value)
@@ -207,8 +218,13 @@ fn read_bearer(auth: &mut Fields, is_new: bool) -> Auth {
         auth.refuse("mcp_server_url", "must be an http or https URL without a user");
     }
     let value = secret(auth, "token", is_new);
-    if value.as_deref().is_some_and(|token| token.len() > TOKEN_BYTES_MAX || !token.bytes().all(|byte| (b'!'..=b'~').contains(&byte))) {
-        auth.refuse("token", &format!("must be at most {TOKEN_BYTES_MAX} printable ASCII characters without spaces"));
+    if value.as_deref().is_some_and(|token| {
+        token.len() > TOKEN_BYTES_MAX || !token.bytes().all(|byte| (b'!'..=b'~').contains(&byte))
+    }) {
+        auth.refuse(
+            "token",
+            &format!("must be at most {TOKEN_BYTES_MAX} printable ASCII characters without spaces"),
+        );
     }
     let shown = json!({ "type": AuthKind::StaticBearer.as_str(), "mcp_server_url": url });
     Auth { kind: AuthKind::StaticBearer, key: normal, shown, value }
@@ -232,7 +248,12 @@ fn key(auth: &mut Fields, name: &str, is_new: bool, chars_max: usize) -> Option<
 /// Its secret is encrypted by the vault and never shown.
 #[utoipa::path(post, path = "/v1/vaults/{id}/credentials", tag = "managed-agents", operation_id = "vault_credentials_create", params(IdParams), request_body = CredentialBody,
     responses((status = 200, description = "The credential", body = Credential)))]
-pub async fn create(State(app): State<App>, caller: Caller, PathId(id): PathId, body: Body) -> Result<Json<Credential>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    body: Body,
+) -> Result<Json<Credential>, ApiError> {
     let vault_id = Prefix::Vault.find(&id)?;
     let mut fields = body.fields()?;
     fields.allow_only(&["auth", "display_name", "metadata"]);
@@ -243,8 +264,11 @@ pub async fn create(State(app): State<App>, caller: Caller, PathId(id): PathId, 
     let display_name = fields.optional_string("display_name", NAME_CHARS_MAX);
     let patch = metadata::read(&mut fields);
     fields.finish()?;
-    let Some(Auth { kind, key: Some(key), shown, value: Some(value) }) = auth else { return Err(refused_field("auth", "is incomplete")) };
-    let metadata = metadata::merged("{}", &patch.unwrap_or_default()).map_err(|why| refused_field("metadata", &why))?;
+    let Some(Auth { kind, key: Some(key), shown, value: Some(value) }) = auth else {
+        return Err(refused_field("auth", "is incomplete"));
+    };
+    let metadata = metadata::merged("{}", &patch.unwrap_or_default())
+        .map_err(|why| refused_field("metadata", &why))?;
     let document = CredentialDocument { kind, key: key.clone(), value };
     let kept = app.keep(&caller.user_id, Kind::VaultCredential, &document, None).await?;
     let request = CreateVaultCredentialRequest {
@@ -266,7 +290,11 @@ pub async fn create(State(app): State<App>, caller: Caller, PathId(id): PathId, 
 /// Get a credential
 #[utoipa::path(get, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_retrieve", params(CredentialParams),
     responses((status = 200, description = "The credential, archived or not", body = Credential)))]
-pub async fn get(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Credential>, ApiError> {
+pub async fn get(
+    State(app): State<App>,
+    caller: Caller,
+    path: CredentialPath,
+) -> Result<Json<Credential>, ApiError> {
     Ok(Json(app.call::<rpc::GetVaultCredential>(&request(&caller, &path)?).await?.into()))
 }
 
@@ -275,7 +303,12 @@ pub async fn get(State(app): State<App>, caller: Caller, path: CredentialPath) -
 /// A new secret reaches running sessions with their next turn.
 #[utoipa::path(post, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_update", params(CredentialParams), request_body = CredentialBody,
     responses((status = 200, description = "The credential", body = Credential)))]
-pub async fn update(State(app): State<App>, caller: Caller, path: CredentialPath, body: Body) -> Result<Json<Credential>, ApiError> {
+pub async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    path: CredentialPath,
+    body: Body,
+) -> Result<Json<Credential>, ApiError> {
     let GetVaultCredentialRequest { user_id, vault_id, credential_id } = request(&caller, &path)?;
     let mut fields = body.fields()?;
     fields.allow_only(&["auth", "display_name", "metadata"]);
@@ -286,26 +319,36 @@ pub async fn update(State(app): State<App>, caller: Caller, path: CredentialPath
     fields.finish()?;
     let current = app.call::<rpc::GetVaultCredential>(&request(&caller, &path)?).await?;
     if let Some(patch) = &patch {
-        metadata::merged(&current.metadata, patch).map_err(|why| refused_field("metadata", &why))?;
+        metadata::merged(&current.metadata, patch)
+            .map_err(|why| refused_field("metadata", &why))?;
     }
     let kept = match auth {
         None => None,
         Some(auth) => {
             let shown: Value = serde_json::from_str(&current.auth).unwrap_or_default();
             if shown["type"] != auth.kind.as_str() {
-                return Err(refused_field("auth.type", "cannot be changed: create another credential"));
+                return Err(refused_field(
+                    "auth.type",
+                    "cannot be changed: create another credential",
+                ));
             }
             match auth.value {
                 None => None,
                 Some(value) => {
                     let key = match auth.kind {
-                        AuthKind::EnvironmentVariable => shown["secret_name"].as_str().map(str::to_owned),
-                        AuthKind::StaticBearer => shown["mcp_server_url"].as_str().and_then(normal_url),
+                        AuthKind::EnvironmentVariable => {
+                            shown["secret_name"].as_str().map(str::to_owned)
+                        }
+                        AuthKind::StaticBearer => {
+                            shown["mcp_server_url"].as_str().and_then(normal_url)
+                        }
                     };
                     if let (AuthKind::EnvironmentVariable, Some(name)) = (auth.kind, &key) {
-                        check_variable(name, &value).map_err(|why| refused_field("auth.secret_value", &why.to_string()))?;
+                        check_variable(name, &value)
+                            .map_err(|why| refused_field("auth.secret_value", &why.to_string()))?;
                     }
-                    let document = CredentialDocument { kind: auth.kind, key: key.unwrap_or_default(), value };
+                    let document =
+                        CredentialDocument { kind: auth.kind, key: key.unwrap_or_default(), value };
                     Some(app.keep(&user_id, Kind::VaultCredential, &document, None).await?)
                 }
             }
@@ -328,7 +371,12 @@ pub async fn update(State(app): State<App>, caller: Caller, path: CredentialPath
 /// List the credentials of a vault, newest first
 #[utoipa::path(get, path = "/v1/vaults/{id}/credentials", tag = "managed-agents", operation_id = "vault_credentials_list", params(IdParams, PageParams),
     responses((status = 200, description = "A page of credentials", body = Page<Credential>)))]
-pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, query: Query) -> Result<Json<Page<Credential>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(id): PathId,
+    query: Query,
+) -> Result<Json<Page<Credential>>, ApiError> {
     let wanted = Wanted::of_fixed_order(&query, LIMITS)?;
     let request = ListVaultCredentialsRequest {
         user_id: caller.user_id,
@@ -338,21 +386,32 @@ pub async fn list(State(app): State<App>, caller: Caller, PathId(id): PathId, qu
         include_archived: query.flag("include_archived")?,
     };
     let reply = app.call::<rpc::ListVaultCredentials>(&request).await?;
-    let cursor = |row: &scheduler::VaultCredential| Cursor { position: row.created_at_us, id: row.credential_id.clone() };
+    let cursor = |row: &scheduler::VaultCredential| Cursor {
+        position: row.created_at_us,
+        id: row.credential_id.clone(),
+    };
     Ok(page(reply.credentials, reply.has_more, cursor, Credential::from))
 }
 
 /// Archive a credential, whose secret is deleted
 #[utoipa::path(post, path = "/v1/vaults/{id}/credentials/{credential_id}/archive", tag = "managed-agents", operation_id = "vault_credentials_archive", params(CredentialParams),
     responses((status = 200, description = "The credential, archived now or before", body = Credential)))]
-pub async fn archive(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Credential>, ApiError> {
+pub async fn archive(
+    State(app): State<App>,
+    caller: Caller,
+    path: CredentialPath,
+) -> Result<Json<Credential>, ApiError> {
     Ok(Json(app.call::<rpc::ArchiveVaultCredential>(&request(&caller, &path)?).await?.into()))
 }
 
 /// Delete a credential
 #[utoipa::path(delete, path = "/v1/vaults/{id}/credentials/{credential_id}", tag = "managed-agents", operation_id = "vault_credentials_delete", params(CredentialParams),
     responses((status = 200, description = "The credential was deleted", body = Deleted)))]
-pub async fn delete(State(app): State<App>, caller: Caller, path: CredentialPath) -> Result<Json<Deleted>, ApiError> {
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    path: CredentialPath,
+) -> Result<Json<Deleted>, ApiError> {
     let Empty {} = app.call::<rpc::DeleteVaultCredential>(&request(&caller, &path)?).await?;
     Ok(Json(Deleted { id: path.0.1, r#type: "vault_credential_deleted" }))
 }
@@ -373,11 +432,13 @@ mod tests {
         let unrestricted = json!({ "type": "unrestricted" });
         let auth = json!({ "type": "environment_variable", "secret_name": "A", "secret_value": "SENTINEL", "networking": unrestricted });
         let read_auth = read(auth, true).unwrap();
-        assert_eq!((read_auth.key.as_deref(), read_auth.value.as_deref()), (Some("A"), Some("SENTINEL")));
+        assert_eq!(
+            (read_auth.key.as_deref(), read_auth.value.as_deref()),
+            (Some("A"), Some("SENTINEL"))
+        );
         assert!(!read_auth.shown.to_string().contains("SENTINEL"));
         let with = |name: &str, value: Value| {
-            let mut auth =
-                json!({ "type": "environment_variable", "secret_name": "A", "secret_value": "SENTINEL", "networking": unrestricted });
+            let mut auth = json!({ "type": "environment_variable", "secret_name": "A", "secret_value": "SENTINEL", "networking": unrestricted });
             auth[name] = value;
             read(auth, true)
         };
@@ -403,11 +464,19 @@ mod tests {
 
     #[test]
     fn a_bearer_is_kept_under_its_servers_normal_url() {
-        let bearer = |url: &str, token: &str| read(json!({ "type": "static_bearer", "mcp_server_url": url, "token": token }), true);
+        let bearer = |url: &str, token: &str| {
+            read(json!({ "type": "static_bearer", "mcp_server_url": url, "token": token }), true)
+        };
         let auth = bearer("HTTPS://Mcp.Example:443/sse/", "t").unwrap();
         assert_eq!(auth.key.as_deref(), Some("https://mcp.example/sse"));
         assert_eq!(auth.shown["mcp_server_url"], "HTTPS://Mcp.Example:443/sse/");
-        for (url, token) in [("x", "t"), ("https://a/", ""), ("https://a/", "a b"), ("https://a/", "a\nb"), ("https://u@a/", "t")] {
+        for (url, token) in [
+            ("x", "t"),
+            ("https://a/", ""),
+            ("https://a/", "a b"),
+            ("https://a/", "a\nb"),
+            ("https://u@a/", "t"),
+        ] {
             assert!(bearer(url, token).is_err(), "{url} {token}");
         }
         assert!(read(json!({ "type": "mcp_oauth" }), true).is_err());
@@ -415,7 +484,10 @@ mod tests {
 
     #[test]
     fn an_update_changes_no_key() {
-        assert_eq!(read(json!({ "type": "static_bearer", "token": "t" }), false).unwrap().value.as_deref(), Some("t"));
+        assert_eq!(
+            read(json!({ "type": "static_bearer", "token": "t" }), false).unwrap().value.as_deref(),
+            Some("t")
+        );
         assert_eq!(read(json!({ "type": "environment_variable" }), false).unwrap().value, None);
         for auth in [
             json!({ "type": "static_bearer", "mcp_server_url": "https://a/" }),

@@ -1,4 +1,5 @@
-//! Checkpoints (docs/sprites-api.md §7). Progress is sent as it happens; a failure is the last line of a reply with status 200.
+//! Checkpoints (docs/sprites-api.md §7). Progress is sent as it happens; a failure is the last line
+//! of a reply with status 200.
 
 use std::sync::Arc;
 
@@ -37,8 +38,13 @@ fn line(kind: &str, text: String) -> Value {
     json!({ "type": kind, field: text, "time": Timestamp::now().to_string() })
 }
 
-/// Sends that an operation begins, runs it, and sends its result; continues if the client disconnects.
-fn tell<F: Future<Output = Result<String, RegistryError>> + Send + 'static>(api: &Api, begins: String, work: F) -> Response {
+/// Sends that an operation begins, runs it, and sends its result; continues if the client
+/// disconnects.
+fn tell<F: Future<Output = Result<String, RegistryError>> + Send + 'static>(
+    api: &Api,
+    begins: String,
+    work: F,
+) -> Response {
     let (sender, receiver) = mpsc::channel(4);
     api.registry.lifecycle.tracker().spawn(async move {
         let _ = sender.send(line("info", begins)).await;
@@ -58,10 +64,17 @@ fn find(api: &Api, name: &str) -> Result<Arc<Sprite>, Failure> {
     Ok(api.registry.get(name)?)
 }
 
-pub async fn create(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<Response, Failure> {
+pub async fn create(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Result<Response, Failure> {
     let sprite = find(&api, &name)?;
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
-    let comment = body.get("comment").and_then(Value::as_str).map(|comment| comment.chars().take(COMMENT_CHARS_MAX).collect());
+    let comment = body
+        .get("comment")
+        .and_then(Value::as_str)
+        .map(|comment| comment.chars().take(COMMENT_CHARS_MAX).collect());
     let registry = api.registry.clone();
     Ok(tell(&api, "Creating checkpoint...".to_owned(), async move {
         let checkpoint = registry.make_checkpoint(&sprite, comment).await?;
@@ -69,17 +82,26 @@ pub async fn create(State(api): State<Api>, Path(name): Path<String>, body: Byte
     }))
 }
 
-pub async fn list(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn list(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Failure> {
     let sprite = find(&api, &name)?;
     Ok(Json(checkpoint::list(&sprite).iter().map(describe).collect()))
 }
 
-pub async fn get(State(api): State<Api>, Path((name, id)): Path<(String, String)>) -> Result<Json<Value>, Failure> {
+pub async fn get(
+    State(api): State<Api>,
+    Path((name, id)): Path<(String, String)>,
+) -> Result<Json<Value>, Failure> {
     let sprite = find(&api, &name)?;
     Ok(Json(describe(&checkpoint::get(&sprite, &id)?)))
 }
 
-pub async fn restore(State(api): State<Api>, Path((name, id)): Path<(String, String)>) -> Result<Response, Failure> {
+pub async fn restore(
+    State(api): State<Api>,
+    Path((name, id)): Path<(String, String)>,
+) -> Result<Response, Failure> {
     let sprite = find(&api, &name)?;
     checkpoint::get(&sprite, &id)?;
     let (registry, again) = (api.registry.clone(), api.clone());
@@ -90,7 +112,10 @@ pub async fn restore(State(api): State<Api>, Path((name, id)): Path<(String, Str
     }))
 }
 
-pub async fn delete(State(api): State<Api>, Path((name, id)): Path<(String, String)>) -> Result<StatusCode, Failure> {
+pub async fn delete(
+    State(api): State<Api>,
+    Path((name, id)): Path<(String, String)>,
+) -> Result<StatusCode, Failure> {
     let sprite = find(&api, &name)?;
     api.registry.delete_checkpoint(&sprite, &id).await?;
     Ok(StatusCode::NO_CONTENT)

@@ -32,7 +32,8 @@ use crate::{
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// How long the client has to close the socket after the exit frame.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
-/// A command without a terminal keeps running so long after its last client is gone (docs/sprites-api.md §3.1).
+/// A command without a terminal keeps running so long after its last client is gone
+/// (docs/sprites-api.md §3.1).
 const MAX_RUN_AFTER_DISCONNECT: Duration = Duration::from_secs(10);
 const KILL_GRACE: Duration = Duration::from_secs(10);
 const KILL_GRACE_MAX: Duration = Duration::from_secs(600);
@@ -54,16 +55,26 @@ pub fn request(query: &Query, terminal_allowed: bool) -> Result<exec::Request, F
     if argv.iter().any(null) || query.all("env").iter().any(null) {
         return Err(invalid("a command holds no null characters"));
     }
-    let number = |name: &str, default: u16| query.get(name).and_then(|text| text.parse().ok()).filter(|n| *n > 0).unwrap_or(default);
+    let number = |name: &str, default: u16| {
+        query.get(name).and_then(|text| text.parse().ok()).filter(|n| *n > 0).unwrap_or(default)
+    };
     let usual = Size::default();
-    let terminal =
-        (terminal_allowed && query.is("tty")).then(|| Size { cols: number("cols", usual.cols), rows: number("rows", usual.rows) });
+    let terminal = (terminal_allowed && query.is("tty"))
+        .then(|| Size { cols: number("cols", usual.cols), rows: number("rows", usual.rows) });
     let usual_run = if terminal.is_some() { Duration::ZERO } else { MAX_RUN_AFTER_DISCONNECT };
     let detachable = query.is("detachable");
-    let max_run = query.duration("max_run_after_disconnect").unwrap_or(if detachable { Duration::ZERO } else { usual_run });
+    let max_run = query.duration("max_run_after_disconnect").unwrap_or(if detachable {
+        Duration::ZERO
+    } else {
+        usual_run
+    });
     Ok(exec::Request {
         argv,
-        env: query.all("env").into_iter().filter_map(|pair| pair.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned()))).collect(),
+        env: query
+            .all("env")
+            .into_iter()
+            .filter_map(|pair| pair.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned())))
+            .collect(),
         dir: query.get("dir").filter(|dir| !dir.is_empty()).unwrap_or(HOME).to_owned(),
         stdin: query.is("stdin"),
         terminal,
@@ -71,10 +82,17 @@ pub fn request(query: &Query, terminal_allowed: bool) -> Result<exec::Request, F
     })
 }
 
-pub async fn start_or_list(State(api): State<Api>, Path(name): Path<String>, query: Query, request: Request) -> Result<Response, Failure> {
+pub async fn start_or_list(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    query: Query,
+    request: Request,
+) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
     let (mut parts, _) = request.into_parts();
-    let Ok(upgrade) = WebSocketUpgrade::from_request_parts(&mut parts, &()).await else { return Ok(list(&sprite).into_response()) };
+    let Ok(upgrade) = WebSocketUpgrade::from_request_parts(&mut parts, &()).await else {
+        return Ok(list(&sprite).into_response());
+    };
     if let Some(id) = query.get("id") {
         return attach_to(&api, &sprite, id, upgrade, &parts.headers);
     }
@@ -82,13 +100,20 @@ pub async fn start_or_list(State(api): State<Api>, Path(name): Path<String>, que
     // Started only when the socket is there: no output is made before a client listens.
     Ok(accept(upgrade, move |socket| async move {
         let started = match api.registry.wake(&sprite).await {
-            Ok(holder) => {
-                ExecSession::start(sprite.start_of(holder, &request), request, &api.registry.lifecycle).map_err(|error| error.to_string())
-            }
+            Ok(holder) => ExecSession::start(
+                sprite.start_of(holder, &request),
+                request,
+                &api.registry.lifecycle,
+            )
+            .map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
         match started {
-            Ok((session, output)) => Conversation { api, session, is_owner: true, drops_first_end: false }.hold(socket, output).await,
+            Ok((session, output)) => {
+                Conversation { api, session, is_owner: true, drops_first_end: false }
+                    .hold(socket, output)
+                    .await
+            }
             Err(message) => refuse(socket, &message).await,
         }
     }))
@@ -98,7 +123,8 @@ fn accept<F: Future<Output = ()> + Send + 'static>(
     upgrade: WebSocketUpgrade,
     talk: impl FnOnce(WebSocket) -> F + Send + 'static,
 ) -> Response {
-    let mut response = upgrade.max_message_size(MESSAGE_BYTES_MAX).write_buffer_size(0).on_upgrade(talk);
+    let mut response =
+        upgrade.max_message_size(MESSAGE_BYTES_MAX).write_buffer_size(0).on_upgrade(talk);
     response.headers_mut().insert("x-sprite-capabilities", HeaderValue::from_static("signal"));
     response
 }
@@ -106,7 +132,8 @@ fn accept<F: Future<Output = ()> + Send + 'static>(
 fn list(sprite: &Sprite) -> Json<Value> {
     let describe = |session: &Arc<ExecSession>| {
         let (quiet, bytes_per_second) = session.activity();
-        let last = Timestamp::now().unix_micros() - i64::try_from(quiet.as_micros()).unwrap_or_default();
+        let last =
+            Timestamp::now().unix_micros() - i64::try_from(quiet.as_micros()).unwrap_or_default();
         json!({
             "id": session.id,
             "command": session.command(),
@@ -122,7 +149,11 @@ fn list(sprite: &Sprite) -> Json<Value> {
     Json(json!({ "count": sessions.len(), "sessions": sessions }))
 }
 
-pub async fn attach(State(api): State<Api>, Path((name, id)): Path<(String, String)>, request: Request) -> Result<Response, Failure> {
+pub async fn attach(
+    State(api): State<Api>,
+    Path((name, id)): Path<(String, String)>,
+    request: Request,
+) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
     let (mut parts, _) = request.into_parts();
     match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
@@ -143,16 +174,20 @@ fn attach_to(
     headers: &axum::http::HeaderMap,
 ) -> Result<Response, Failure> {
     let session = locked(&sprite.sessions).get(id).ok_or_else(|| not_found(id))?;
-    // sprites-py sends an end of input before it can know that it is attached to a terminal, where that would log a shell out
-    // (docs/sprites-api.md §3.7).
-    let is_python = headers.get(header::USER_AGENT).is_some_and(|agent| agent.as_bytes().starts_with(b"sprites-py"));
+    // sprites-py sends an end of input before it can know that it is attached to a terminal, where
+    // that would log a shell out (docs/sprites-api.md §3.7).
+    let is_python = headers
+        .get(header::USER_AGENT)
+        .is_some_and(|agent| agent.as_bytes().starts_with(b"sprites-py"));
     let drops_first_end = is_python && session.terminal().is_some();
     let (api, sprite) = (api.clone(), sprite.clone());
     Ok(accept(upgrade, move |socket| async move {
         // A paused Sprite is resumed when a client attaches.
         if api.registry.wake(&sprite).await.is_ok() {
             let output = session.attach();
-            Conversation { api, session, is_owner: false, drops_first_end }.hold(socket, output).await;
+            Conversation { api, session, is_owner: false, drops_first_end }
+                .hold(socket, output)
+                .await;
         }
     }))
 }
@@ -195,7 +230,8 @@ impl Conversation {
         let mut keepalive = tokio::time::interval(KEEPALIVE);
         keepalive.reset();
         let mut sent_bytes = 0;
-        // What the command does not read yet. Its output is read meanwhile, or each would wait for the other for ever.
+        // What the command does not read yet. Its output is read meanwhile, or each would wait for
+        // the other for ever.
         let mut held: Option<Input> = None;
         loop {
             let sent = tokio::select! {
@@ -256,7 +292,13 @@ impl Conversation {
 
     fn control(&self, control: &Value) {
         let text = |name: &str| control.get(name).and_then(Value::as_str);
-        let number = |name: &str| control.get(name).and_then(Value::as_u64).and_then(|n| u16::try_from(n).ok()).filter(|n| *n > 0);
+        let number = |name: &str| {
+            control
+                .get(name)
+                .and_then(Value::as_u64)
+                .and_then(|n| u16::try_from(n).ok())
+                .filter(|n| *n > 0)
+        };
         match text("type") {
             Some("signal") => {
                 if let Some(signal) = text("signal").and_then(exec::parse_signal) {
@@ -274,7 +316,8 @@ impl Conversation {
     }
 }
 
-/// The command never ran: its reason on standard error, and the status of a shell that finds no command.
+/// The command never ran: its reason on standard error, and the status of a shell that finds no
+/// command.
 async fn refuse(mut socket: WebSocket, message: &str) {
     let mut frame = vec![exec::Stream::Stderr as u8];
     frame.extend_from_slice(message.as_bytes());
@@ -296,10 +339,20 @@ async fn finish(mut socket: WebSocket, code: u8, terminal: bool) {
     // The JS client waits for the close of a terminal, and knows the status by its code alone.
     let close = if terminal && code != 0 { 4000 + u16::from(code) } else { 1000 };
     if !terminal {
-        let _ = tokio::time::timeout(CLOSE_WAIT, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
+        let _ = tokio::time::timeout(CLOSE_WAIT, async {
+            while let Some(Ok(_)) = socket.recv().await {}
+        })
+        .await;
     }
-    if socket.send(Message::Close(Some(CloseFrame { code: close, reason: "".into() }))).await.is_ok() {
-        let _ = tokio::time::timeout(CLOSE_WAIT, async { while let Some(Ok(_)) = socket.recv().await {} }).await;
+    if socket
+        .send(Message::Close(Some(CloseFrame { code: close, reason: "".into() })))
+        .await
+        .is_ok()
+    {
+        let _ = tokio::time::timeout(CLOSE_WAIT, async {
+            while let Some(Ok(_)) = socket.recv().await {}
+        })
+        .await;
     }
 }
 
@@ -313,15 +366,25 @@ pub async fn kill(
     let found = locked(&sprite.sessions).get(&id);
     let Some(session) = found else {
         let ended = locked(&sprite.sessions).has_ended(&id);
-        return Err(if ended { failure(StatusCode::GONE, &format!("session has exited: {id}")) } else { not_found(&id) });
+        return Err(if ended {
+            failure(StatusCode::GONE, &format!("session has exited: {id}"))
+        } else {
+            not_found(&id)
+        });
     };
     // Some clients send a query, some a JSON body (docs/sprites-api.md §4.2).
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
-    let signal = query.get("signal").or_else(|| body.get("signal").and_then(Value::as_str)).unwrap_or("SIGTERM").to_owned();
+    let signal = query
+        .get("signal")
+        .or_else(|| body.get("signal").and_then(Value::as_str))
+        .unwrap_or("SIGTERM")
+        .to_owned();
     let number = exec::parse_signal(&signal).ok_or_else(|| invalid("unknown signal"))?;
     let in_body = match body.get("timeout") {
         Some(Value::String(text)) => parse_duration(text),
-        Some(seconds) => seconds.as_f64().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+        Some(seconds) => {
+            seconds.as_f64().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        }
         None => None,
     };
     let grace = query.duration("timeout").or(in_body).unwrap_or(KILL_GRACE).min(KILL_GRACE_MAX);
@@ -333,7 +396,13 @@ pub async fn kill(
 }
 
 /// Signals a command, waits, and ends it by force; continues when the client is gone.
-async fn end(session: Arc<ExecSession>, signal: String, number: Signal, grace: Duration, tell: mpsc::Sender<Value>) {
+async fn end(
+    session: Arc<ExecSession>,
+    signal: String,
+    number: Signal,
+    grace: Duration,
+    tell: mpsc::Sender<Value>,
+) {
     let say = async |line: Value| drop(tell.send(line).await);
     session.signal(number);
     say(json!({ "type": "signal", "message": format!("Sent {signal}"), "signal": signal, "pid": session.id.parse::<i64>().ok() })).await;
@@ -344,7 +413,8 @@ async fn end(session: Arc<ExecSession>, signal: String, number: Signal, grace: D
         } else {
             say(json!({ "type": "timeout", "message": "Process did not exit in time" })).await;
             session.kill();
-            let _ = tokio::time::timeout(Duration::from_secs(5), exit.wait_for(Option::is_some)).await;
+            let _ =
+                tokio::time::timeout(Duration::from_secs(5), exit.wait_for(Option::is_some)).await;
             say(json!({ "type": "killed", "message": "Process killed" })).await;
         }
     }

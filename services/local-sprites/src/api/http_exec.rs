@@ -1,6 +1,8 @@
-//! Commands over plain HTTP (docs/sprites-api.md §4.3): frames without lengths, separated by the chunks in which they are sent.
+//! Commands over plain HTTP (docs/sprites-api.md §4.3): frames without lengths, separated by the
+//! chunks in which they are sent.
 //!
-//! Clients read a frame with one read of their socket. So a frame is small, and each waits until the one before it was read.
+//! Clients read a frame with one read of their socket. So a frame is small, and each waits until
+//! the one before it was read.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -23,13 +25,20 @@ const PACE: Duration = Duration::from_millis(15);
 const EXIT_PACE: Duration = Duration::from_millis(50);
 const EXIT: u8 = 3;
 
-pub async fn run(State(api): State<Api>, Path(name): Path<String>, query: Query, body: Body) -> Result<Response, Failure> {
+pub async fn run(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    query: Query,
+    body: Body,
+) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
     let request = exec::request(&query, false)?;
     let takes_input = request.stdin;
     let holder = api.registry.wake(&sprite).await?;
-    let started = ExecSession::start(sprite.start_of(holder, &request), request, &api.registry.lifecycle);
-    let (session, output) = started.map_err(|error| failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()))?;
+    let started =
+        ExecSession::start(sprite.start_of(holder, &request), request, &api.registry.lifecycle);
+    let (session, output) =
+        started.map_err(|error| failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()))?;
     let (lifecycle, stop) = (&api.registry.lifecycle, api.registry.lifecycle.stop_token());
     if takes_input {
         let feed = async move {
@@ -45,8 +54,11 @@ pub async fn run(State(api): State<Api>, Path(name): Path<String>, query: Query,
     let (sender, receiver) = mpsc::channel(1);
     lifecycle.tracker().spawn(async move { stop.run_until_cancelled(pace(output, sender)).await });
     // Where the command's end is not known, the reply breaks off without an exit frame.
-    let frames = futures::stream::unfold(receiver, |mut frames| async move { Some((Ok::<_, Infallible>(frames.recv().await?), frames)) });
-    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], Body::from_stream(frames)).into_response())
+    let frames = futures::stream::unfold(receiver, |mut frames| async move {
+        Some((Ok::<_, Infallible>(frames.recv().await?), frames))
+    });
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], Body::from_stream(frames))
+        .into_response())
 }
 
 /// Output not sent yet, of each stream.

@@ -1,7 +1,10 @@
-//! The API that a Sprite's own programs see, at `/.sprite/api.sock` (docs/sprites-api.md §11.1): what holds it awake, its services, its
-//! checkpoints, its network policy to read. Nothing of any other Sprite.
+//! The API that a Sprite's own programs see, at `/.sprite/api.sock` (docs/sprites-api.md §11.1):
+//! what holds it awake, its services, its checkpoints, its network policy to read. Nothing of any
+//! other Sprite.
 
-use std::{fs, io, os::fd::AsRawFd as _, os::unix::fs::PermissionsExt as _, sync::Arc, time::Duration};
+use std::{
+    fs, io, os::fd::AsRawFd as _, os::unix::fs::PermissionsExt as _, sync::Arc, time::Duration,
+};
 
 use axum::{
     Json, Router,
@@ -54,7 +57,9 @@ pub fn open(api: &Api, sprite: &Arc<Sprite>) {
             let router = router(api, sprite);
             server.spawn(serve(listener, router));
         }
-        Err(error) => tracing::warn!(%error, sprite = sprite.name(), "a Sprite has no management socket"),
+        Err(error) => {
+            tracing::warn!(%error, sprite = sprite.name(), "a Sprite has no management socket")
+        }
     }
 }
 
@@ -69,7 +74,8 @@ async fn serve(listener: UnixListener, router: Router) {
             Ok((stream, _)) => {
                 let router = router.clone();
                 connections.spawn(async move {
-                    let _ = tokio::time::timeout(CONNECTION_TIME_MAX, connection(stream, router)).await;
+                    let _ =
+                        tokio::time::timeout(CONNECTION_TIME_MAX, connection(stream, router)).await;
                     drop(slot);
                 });
             }
@@ -82,12 +88,18 @@ async fn connection(stream: UnixStream, router: Router) -> hyper::Result<()> {
     let service = service_fn(move |request: Request<Incoming>| {
         let answer = router.clone().oneshot(request.map(Body::new));
         async move {
-            let late = || failure(StatusCode::REQUEST_TIMEOUT, "the request took too long").into_response();
+            let late = || {
+                failure(StatusCode::REQUEST_TIMEOUT, "the request took too long").into_response()
+            };
             tokio::time::timeout(ANSWER_TIME_MAX, answer).await.unwrap_or_else(|_| Ok(late()))
         }
     });
-    let limits =
-        ConnectionLimits { head_time: HEAD_TIME_MAX, head_bytes: HEAD_BYTES_MAX, headers: HEADERS_MAX, write_time: WRITE_TIME_MAX };
+    let limits = ConnectionLimits {
+        head_time: HEAD_TIME_MAX,
+        head_bytes: HEAD_BYTES_MAX,
+        headers: HEADERS_MAX,
+        write_time: WRITE_TIME_MAX,
+    };
     serve_connection(stream, limits, service).await
 }
 
@@ -110,7 +122,11 @@ struct Inside {
 }
 
 fn router(api: &Api, sprite: &Arc<Sprite>) -> Router {
-    let inside = Inside { name: sprite.name(), sprite: Arc::downgrade(sprite), whole: routes(api, BODY_BYTES_MAX) };
+    let inside = Inside {
+        name: sprite.name(),
+        sprite: Arc::downgrade(sprite),
+        whole: routes(api, BODY_BYTES_MAX),
+    };
     Router::new()
         .route("/v1/tasks", get(list).post(create).put(extend_named))
         .route("/v1/tasks/{task}", get(show).put(extend).delete(remove))
@@ -125,7 +141,9 @@ async fn forward(State(inside): State<Inside>, mut request: Request) -> Response
     let Some(below) = path.strip_prefix("/v1") else { return not_served().await.into_response() };
     let own = ["/services", "/checkpoint"].iter().any(|own| below.starts_with(own));
     let to_read = below == "/policy/network" && request.method() == Method::GET;
-    let Ok(uri) = format!("/v1/sprites/{}{below}", inside.name).parse::<Uri>() else { return not_served().await.into_response() };
+    let Ok(uri) = format!("/v1/sprites/{}{below}", inside.name).parse::<Uri>() else {
+        return not_served().await.into_response();
+    };
     if !own && !to_read {
         return not_served().await.into_response();
     }
@@ -147,10 +165,13 @@ impl Inside {
             Some(seconds) => seconds.as_u64().map(Duration::from_secs),
             None => None,
         };
-        let expire = expire.ok_or_else(|| invalid("expire is required: seconds, or a text such as \"5m\""))?;
+        let expire = expire
+            .ok_or_else(|| invalid("expire is required: seconds, or a text such as \"5m\""))?;
         match self.sprite()?.tasks.set(name, expire, replace) {
             Ok(task) => Ok(Json(describe(name, &task))),
-            Err(error @ TaskError::Exists) => Err(failure(StatusCode::CONFLICT, &error.to_string())),
+            Err(error @ TaskError::Exists) => {
+                Err(failure(StatusCode::CONFLICT, &error.to_string()))
+            }
             Err(error) => Err(invalid(error.to_string())),
         }
     }
@@ -169,7 +190,8 @@ fn named(body: &Value) -> String {
 }
 
 async fn list(State(inside): State<Inside>) -> Result<Json<Value>, Failure> {
-    let tasks: Vec<_> = inside.sprite()?.tasks.list().iter().map(|(name, task)| describe(name, task)).collect();
+    let tasks: Vec<_> =
+        inside.sprite()?.tasks.list().iter().map(|(name, task)| describe(name, task)).collect();
     Ok(Json(json!({ "tasks": tasks })))
 }
 
@@ -183,17 +205,31 @@ async fn extend_named(State(inside): State<Inside>, body: Bytes) -> Result<Json<
     inside.set(&named(&body), &body, true)
 }
 
-async fn extend(State(inside): State<Inside>, Path(task): Path<String>, body: Bytes) -> Result<Json<Value>, Failure> {
+async fn extend(
+    State(inside): State<Inside>,
+    Path(task): Path<String>,
+    body: Bytes,
+) -> Result<Json<Value>, Failure> {
     inside.set(&task, &parse(&body)?, true)
 }
 
-async fn show(State(inside): State<Inside>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+async fn show(
+    State(inside): State<Inside>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Failure> {
     match inside.sprite()?.tasks.get(&name) {
         Some(task) => Ok(Json(describe(&name, &task))),
         None => Err(failure(StatusCode::NOT_FOUND, "task not found")),
     }
 }
 
-async fn remove(State(inside): State<Inside>, Path(name): Path<String>) -> Result<StatusCode, Failure> {
-    if inside.sprite()?.tasks.remove(&name) { Ok(StatusCode::NO_CONTENT) } else { Err(failure(StatusCode::NOT_FOUND, "task not found")) }
+async fn remove(
+    State(inside): State<Inside>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Failure> {
+    if inside.sprite()?.tasks.remove(&name) {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(failure(StatusCode::NOT_FOUND, "task not found"))
+    }
 }

@@ -34,7 +34,11 @@ const CHUNK_BYTES: usize = 64 * 1024;
 const CHECK: Duration = Duration::from_millis(500);
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
-pub async fn proxy(State(api): State<Api>, Path(name): Path<String>, upgrade: WebSocketUpgrade) -> Result<Response, Failure> {
+pub async fn proxy(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
     let holder = api.registry.wake(&sprite).await?;
     let connection = sprite.connect();
@@ -52,7 +56,8 @@ pub async fn proxy(State(api): State<Api>, Path(name): Path<String>, upgrade: We
                 let _ = socket.send(Message::text(failed.to_string())).await;
             }
         }
-        let _ = socket.send(Message::Close(Some(CloseFrame { code: 1000, reason: "".into() }))).await;
+        let _ =
+            socket.send(Message::Close(Some(CloseFrame { code: 1000, reason: "".into() }))).await;
     }))
 }
 
@@ -60,9 +65,16 @@ pub async fn proxy(State(api): State<Api>, Path(name): Path<String>, upgrade: We
 async fn connect(socket: &mut WebSocket, holder: Holder) -> io::Result<(TcpStream, SocketAddr)> {
     let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidInput, why.to_owned());
     let first = tokio::time::timeout(CONNECT_MAX, socket.recv()).await;
-    let Ok(Some(Ok(Message::Text(asked)))) = first else { return Err(invalid("where to is expected")) };
+    let Ok(Some(Ok(Message::Text(asked)))) = first else {
+        return Err(invalid("where to is expected"));
+    };
     let asked: Value = serde_json::from_str(&asked).map_err(|_| invalid("where to is JSON"))?;
-    let host = asked.get("host").and_then(Value::as_str).filter(|host| !host.is_empty()).unwrap_or("localhost").to_owned();
+    let host = asked
+        .get("host")
+        .and_then(Value::as_str)
+        .filter(|host| !host.is_empty())
+        .unwrap_or("localhost")
+        .to_owned();
     let port = asked.get("port").and_then(Value::as_u64).and_then(|port| u16::try_from(port).ok());
     let port = port.ok_or_else(|| invalid("port is required"))?;
     let dial = async {
@@ -71,10 +83,14 @@ async fn connect(socket: &mut WebSocket, holder: Holder) -> io::Result<(TcpStrea
         }
         // Names are of no use where there is nothing but the Sprite itself.
         let host = if host == "localhost" { "127.0.0.1".to_owned() } else { host };
-        let address: SocketAddr = format!("{host}:{port}").parse().map_err(|_| invalid("this Sprite reaches itself only"))?;
+        let address: SocketAddr = format!("{host}:{port}")
+            .parse()
+            .map_err(|_| invalid("this Sprite reaches itself only"))?;
         network::connect_inside(holder.process.pid, address).await
     };
-    let stream = tokio::time::timeout(CONNECT_MAX, dial).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let stream = tokio::time::timeout(CONNECT_MAX, dial)
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     stream.set_nodelay(true)?;
     let target = stream.peer_addr()?;
     Ok((stream, target))
@@ -107,7 +123,11 @@ async fn carry(socket: &mut WebSocket, mut stream: TcpStream) -> io::Result<()> 
     }
 }
 
-pub async fn watch_ports(State(api): State<Api>, Path(name): Path<String>, upgrade: WebSocketUpgrade) -> Result<Response, Failure> {
+pub async fn watch_ports(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Failure> {
     let sprite = api.registry.get(&name)?;
     Ok(upgrade.on_upgrade(move |mut socket| async move {
         tell_ports(&mut socket, sprite).await;
@@ -131,7 +151,8 @@ async fn tell_ports(socket: &mut WebSocket, sprite: Arc<Sprite>) {
     let mut known: BTreeSet<Port> = look().await;
     let list = json!({ "type": "port_list", "ports": known.iter().map(|port| describe("port_opened", port)).collect::<Vec<_>>() });
     let mut messages = vec![Message::text(list.to_string())];
-    let (mut check, mut keepalive) = (tokio::time::interval(CHECK), tokio::time::interval(KEEPALIVE));
+    let (mut check, mut keepalive) =
+        (tokio::time::interval(CHECK), tokio::time::interval(KEEPALIVE));
     loop {
         for message in messages {
             if socket.send(message).await.is_err() {

@@ -19,11 +19,18 @@ fn parse<'a, T: Deserialize<'a>>(what: &str, body: &'a Bytes) -> Result<T, Failu
     serde_json::from_slice(body).map_err(|error| invalid(format!("invalid {what} policy: {error}")))
 }
 
-pub async fn network(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Policy>, Failure> {
+pub async fn network(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Policy>, Failure> {
     Ok(Json(api.registry.get(&name)?.record().policy))
 }
 
-pub async fn set_network(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<StatusCode, Failure> {
+pub async fn set_network(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
     let policy: Policy = parse("network", &body)?;
     if let Some(problem) = policy.problem() {
         return Err(invalid(format!("invalid network policy: {problem}")));
@@ -32,25 +39,42 @@ pub async fn set_network(State(api): State<Api>, Path(name): Path<String>, body:
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub async fn privileges(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<PrivilegesPolicy>, Failure> {
+pub async fn privileges(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<PrivilegesPolicy>, Failure> {
     Ok(Json(api.registry.get(&name)?.record().privileges.unwrap_or_default()))
 }
 
 /// Holds for what is started from now on.
-pub async fn set_privileges(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<StatusCode, Failure> {
+pub async fn set_privileges(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
     let policy: PrivilegesPolicy = parse("privileges", &body)?;
     if !policy.devices.is_empty() {
         return Err(invalid("this server has no devices to give"));
     }
-    if let Some(runtime) = api.registry.sandboxes.runtime_without_privileges().filter(|_| policy.profile != Privileges::Minimal) {
-        return Err(invalid(format!("with {runtime} programs have no rights but those of their user: only minimal is supported")));
+    if let Some(runtime) = api
+        .registry
+        .sandboxes
+        .runtime_without_privileges()
+        .filter(|_| policy.profile != Privileges::Minimal)
+    {
+        return Err(invalid(format!(
+            "with {runtime} programs have no rights but those of their user: only minimal is supported"
+        )));
     }
     let sprite = api.registry.get(&name)?;
     sprite.change(|record| record.privileges = Some(policy))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub async fn clear_privileges(State(api): State<Api>, Path(name): Path<String>) -> Result<StatusCode, Failure> {
+pub async fn clear_privileges(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Failure> {
     api.registry.get(&name)?.change(|record| record.privileges = None)?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -65,7 +89,10 @@ struct Memory {
     limit_mb: Option<u64>,
 }
 
-pub async fn resources(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn resources(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Failure> {
     let limit = api.registry.get(&name)?.record().memory_limit_mb;
     Ok(Json(match limit {
         Some(limit_mb) => json!({ "memory": { "limit_mb": limit_mb, "autoscale": false } }),
@@ -73,7 +100,11 @@ pub async fn resources(State(api): State<Api>, Path(name): Path<String>) -> Resu
     }))
 }
 
-pub async fn set_resources(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<StatusCode, Failure> {
+pub async fn set_resources(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
     let policy: ResourcesPolicy = parse("resources", &body)?;
     let limit_mb = policy.memory.and_then(|memory| memory.limit_mb);
     if limit_mb.is_some_and(|limit| !(MEMORY_MB_MIN..=MEMORY_MB_MAX).contains(&limit)) {
@@ -84,7 +115,10 @@ pub async fn set_resources(State(api): State<Api>, Path(name): Path<String>, bod
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub async fn clear_resources(State(api): State<Api>, Path(name): Path<String>) -> Result<StatusCode, Failure> {
+pub async fn clear_resources(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Failure> {
     api.registry.set_memory_limit(&name, None)?;
     Ok(StatusCode::NO_CONTENT)
 }

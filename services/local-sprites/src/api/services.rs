@@ -1,4 +1,5 @@
-//! Services (docs/sprites-api.md §9): definitions, states, and a stream of events for a while after each call.
+//! Services (docs/sprites-api.md §9): definitions, states, and a stream of events for a while after
+//! each call.
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -75,7 +76,13 @@ fn event_line(event: &Event, at: Timestamp) -> Value {
 }
 
 /// Tells what happens to a service for a while, or until it is stopped; then where its log is.
-fn follow(api: &Api, name: &str, before: Vec<Value>, mut events: broadcast::Receiver<Event>, watch: Duration) -> Response {
+fn follow(
+    api: &Api,
+    name: &str,
+    before: Vec<Value>,
+    mut events: broadcast::Receiver<Event>,
+    watch: Duration,
+) -> Response {
     let (sender, receiver) = mpsc::channel(64);
     let log = format!("/.sprite/logs/services/{name}.log");
     let stop = api.registry.lifecycle.stop_token();
@@ -90,7 +97,9 @@ fn follow(api: &Api, name: &str, before: Vec<Value>, mut events: broadcast::Rece
                 match events.recv().await {
                     Ok(event) => {
                         let is_last = matches!(event, Event::Stopped(_));
-                        if sender.send(event_line(&event, Timestamp::now())).await.is_err() || is_last {
+                        if sender.send(event_line(&event, Timestamp::now())).await.is_err()
+                            || is_last
+                        {
                             return;
                         }
                     }
@@ -120,12 +129,25 @@ fn find_unit(api: &Api, name: &str, service: &str) -> Result<(Arc<Sprite>, Arc<U
     Ok((sprite, unit))
 }
 
-pub async fn list(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn list(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Failure> {
     let sprite = find(&api, &name)?;
-    Ok(Json(sprite.record().services.iter().map(|(name, definition)| describe(&sprite, name, definition)).collect()))
+    Ok(Json(
+        sprite
+            .record()
+            .services
+            .iter()
+            .map(|(name, definition)| describe(&sprite, name, definition))
+            .collect(),
+    ))
 }
 
-pub async fn get(State(api): State<Api>, Path((name, service)): Path<(String, String)>) -> Result<Json<Value>, Failure> {
+pub async fn get(
+    State(api): State<Api>,
+    Path((name, service)): Path<(String, String)>,
+) -> Result<Json<Value>, Failure> {
     let sprite = find(&api, &name)?;
     match sprite.record().services.get(&service) {
         Some(definition) => Ok(Json(describe(&sprite, &service, definition))),
@@ -140,12 +162,18 @@ pub async fn put(
     body: Bytes,
 ) -> Result<Response, Failure> {
     if !is_name(&service) {
-        return Err(invalid("a service's name is up to 63 letters, digits, '-', '_' and '.', and not \"signal\""));
+        return Err(invalid(
+            "a service's name is up to 63 letters, digits, '-', '_' and '.', and not \"signal\"",
+        ));
     }
     if body.len() > DEFINITION_BYTES_MAX {
-        return Err(failure(StatusCode::PAYLOAD_TOO_LARGE, "a service's definition is at most 16 KiB"));
+        return Err(failure(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "a service's definition is at most 16 KiB",
+        ));
     }
-    let mut definition: Definition = serde_json::from_slice(&body).map_err(|error| invalid(format!("invalid service: {error}")))?;
+    let mut definition: Definition = serde_json::from_slice(&body)
+        .map_err(|error| invalid(format!("invalid service: {error}")))?;
     definition.stopped = false;
     if definition.cmd.is_empty() {
         return Err(invalid("cmd is required"));
@@ -160,14 +188,18 @@ pub async fn put(
     Ok(follow(&api, &service, Vec::new(), events, query.duration("duration").unwrap_or(WATCH)))
 }
 
-pub async fn delete(State(api): State<Api>, Path((name, service)): Path<(String, String)>) -> Result<StatusCode, Failure> {
+pub async fn delete(
+    State(api): State<Api>,
+    Path((name, service)): Path<(String, String)>,
+) -> Result<StatusCode, Failure> {
     let (sprite, unit) = find_unit(&api, &name, &service)?;
     let _ = unit.stop(STOP_GRACE).await;
     sprite.services.remove(&sprite, &service)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Whether its user wants a service to run is kept: it holds when the Sprite or this server is restarted.
+/// Whether its user wants a service to run is kept: it holds when the Sprite or this server is
+/// restarted.
 fn want(sprite: &Sprite, service: &str, stopped: bool) -> Result<(), Failure> {
     let change = |definition: &mut Definition| definition.stopped = stopped;
     Ok(sprite.change(|record| {
@@ -175,7 +207,12 @@ fn want(sprite: &Sprite, service: &str, stopped: bool) -> Result<(), Failure> {
     })?)
 }
 
-async fn begin(api: &Api, (name, service): (String, String), query: Query, ends_first: bool) -> Result<Response, Failure> {
+async fn begin(
+    api: &Api,
+    (name, service): (String, String),
+    query: Query,
+    ends_first: bool,
+) -> Result<Response, Failure> {
     let (sprite, unit) = find_unit(api, &name, &service)?;
     want(&sprite, &service, false)?;
     let holder = api.registry.wake(&sprite).await?;
@@ -187,15 +224,27 @@ async fn begin(api: &Api, (name, service): (String, String), query: Query, ends_
     Ok(follow(api, &service, Vec::new(), events, query.duration("duration").unwrap_or(WATCH)))
 }
 
-pub async fn start(State(api): State<Api>, Path(path): Path<(String, String)>, query: Query) -> Result<Response, Failure> {
+pub async fn start(
+    State(api): State<Api>,
+    Path(path): Path<(String, String)>,
+    query: Query,
+) -> Result<Response, Failure> {
     begin(&api, path, query, false).await
 }
 
-pub async fn restart(State(api): State<Api>, Path(path): Path<(String, String)>, query: Query) -> Result<Response, Failure> {
+pub async fn restart(
+    State(api): State<Api>,
+    Path(path): Path<(String, String)>,
+    query: Query,
+) -> Result<Response, Failure> {
     begin(&api, path, query, true).await
 }
 
-pub async fn stop(State(api): State<Api>, Path((name, service)): Path<(String, String)>, query: Query) -> Result<Response, Failure> {
+pub async fn stop(
+    State(api): State<Api>,
+    Path((name, service)): Path<(String, String)>,
+    query: Query,
+) -> Result<Response, Failure> {
     let (sprite, unit) = find_unit(&api, &name, &service)?;
     let grace = query.duration("timeout").unwrap_or(STOP_GRACE).min(WATCH_MAX);
     if !unit.is_kept() {
@@ -207,7 +256,11 @@ pub async fn stop(State(api): State<Api>, Path((name, service)): Path<(String, S
     Ok(follow(&api, &service, Vec::new(), events, grace + Duration::from_secs(5)))
 }
 
-pub async fn signal(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<StatusCode, Failure> {
+pub async fn signal(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Result<StatusCode, Failure> {
     let body: Value = serde_json::from_slice(&body).map_err(|_| invalid("invalid JSON"))?;
     let text = |name: &str| body.get(name).and_then(Value::as_str).unwrap_or_default();
     let signal = parse_signal(text("signal")).ok_or_else(|| invalid("unknown signal"))?;
@@ -217,13 +270,19 @@ pub async fn signal(State(api): State<Api>, Path(name): Path<String>, body: Byte
 }
 
 /// The newest lines of a service's log, then what happens to it.
-pub async fn logs(State(api): State<Api>, Path((name, service)): Path<(String, String)>, query: Query) -> Result<Response, Failure> {
+pub async fn logs(
+    State(api): State<Api>,
+    Path((name, service)): Path<(String, String)>,
+    query: Query,
+) -> Result<Response, Failure> {
     let (sprite, unit) = find_unit(&api, &name, &service)?;
-    let lines = query.get("lines").and_then(|text| text.parse().ok()).unwrap_or(LINES).min(LINES_MAX);
+    let lines =
+        query.get("lines").and_then(|text| text.parse().ok()).unwrap_or(LINES).min(LINES_MAX);
     let events = unit.watch();
     let log = fs::read_to_string(log_path(&sprite, &service)).unwrap_or_default();
     let all: Vec<_> = log.lines().collect();
-    let before = all[all.len().saturating_sub(lines)..].iter().filter_map(|line| logged(line)).collect();
+    let before =
+        all[all.len().saturating_sub(lines)..].iter().filter_map(|line| logged(line)).collect();
     Ok(follow(&api, &service, before, events, query.duration("duration").unwrap_or_default()))
 }
 

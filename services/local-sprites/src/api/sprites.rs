@@ -43,14 +43,16 @@ struct UrlSettings {
 
 impl Change {
     fn parse(body: &Bytes) -> Result<Self, Failure> {
-        let change: Self = serde_json::from_slice(body).map_err(|error| invalid(format!("invalid JSON: {error}")))?;
+        let change: Self = serde_json::from_slice(body)
+            .map_err(|error| invalid(format!("invalid JSON: {error}")))?;
         if !matches!(change.runtime.as_deref(), None | Some("default" | "dev")) {
             return Err(invalid("runtime is default or dev"));
         }
         if change.labels.as_ref().is_some_and(|labels| labels.len() > LABELS_MAX) {
             return Err(invalid("too many labels"));
         }
-        if let Some(auth) = change.url_settings.as_ref().and_then(|settings| settings.auth.as_deref())
+        if let Some(auth) =
+            change.url_settings.as_ref().and_then(|settings| settings.auth.as_deref())
             && !["sprite", "public"].contains(&auth)
         {
             return Err(invalid("url_settings.auth is sprite or public"));
@@ -99,7 +101,13 @@ pub async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, Fai
     let name = change.name.take().ok_or_else(|| invalid("name is required"))?;
     let name: SpriteName = name.parse().map_err(|_| invalid("name is not a DNS label"))?;
     if let Some((wait, body)) = api.faults.refuse_creation() {
-        return Err((StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, wait.to_string())], Json(body)).into_response().into());
+        return Err((
+            StatusCode::TOO_MANY_REQUESTS,
+            [(header::RETRY_AFTER, wait.to_string())],
+            Json(body),
+        )
+            .into_response()
+            .into());
     }
     api.faults.before_creation().await;
     let mut settings = Settings::default();
@@ -111,12 +119,19 @@ pub async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, Fai
 
 pub async fn list(State(api): State<Api>, query: Query, headers: HeaderMap) -> Response {
     let prefix = query.get("prefix").unwrap_or_default();
-    let wants_lines = |accept: &header::HeaderValue| accept.to_str().is_ok_and(|accept| accept.contains("application/x-ndjson"));
+    let wants_lines = |accept: &header::HeaderValue| {
+        accept.to_str().is_ok_and(|accept| accept.contains("application/x-ndjson"))
+    };
     if headers.get(header::ACCEPT).is_some_and(wants_lines) {
         return watch(&api, prefix.to_owned());
     }
-    let limit = query.get("max_results").and_then(|text| text.parse().ok()).unwrap_or(500_usize).clamp(1, 500);
-    let (sprites, has_more) = api.registry.list(prefix, query.get("continuation_token").unwrap_or_default(), limit);
+    let limit = query
+        .get("max_results")
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(500_usize)
+        .clamp(1, 500);
+    let (sprites, has_more) =
+        api.registry.list(prefix, query.get("continuation_token").unwrap_or_default(), limit);
     let token = has_more.then(|| sprites.last().map(|sprite| sprite.name())).flatten();
     let organization = organization(&api.registry);
     let mut reply = json!({
@@ -145,12 +160,22 @@ fn watch(api: &Api, prefix: String) -> Response {
     let told = async move {
         let (mut known, mut quiet): (HashMap<String, Status>, _) = (HashMap::new(), Duration::ZERO);
         loop {
-            let sprites: Vec<Arc<Sprite>> = registry.all().into_iter().filter(|sprite| sprite.name().starts_with(&prefix)).collect();
+            let sprites: Vec<Arc<Sprite>> = registry
+                .all()
+                .into_iter()
+                .filter(|sprite| sprite.name().starts_with(&prefix))
+                .collect();
             let organization = organization(&registry);
-            let now: HashMap<_, _> = sprites.iter().map(|sprite| (sprite.name(), sprite.status())).collect();
-            let gone: Vec<_> = known.keys().filter(|name| !now.contains_key(*name)).map(|name| (name.clone(), "deleted")).collect();
+            let now: HashMap<_, _> =
+                sprites.iter().map(|sprite| (sprite.name(), sprite.status())).collect();
+            let gone: Vec<_> = known
+                .keys()
+                .filter(|name| !now.contains_key(*name))
+                .map(|name| (name.clone(), "deleted"))
+                .collect();
             let changed = now.iter().filter(|(name, status)| known.get(*name) != Some(status));
-            let changes: Vec<_> = changed.map(|(name, status)| (name.clone(), status.name())).chain(gone).collect();
+            let changes: Vec<_> =
+                changed.map(|(name, status)| (name.clone(), status.name())).chain(gone).collect();
             quiet = if changes.is_empty() { quiet + CHECK } else { Duration::ZERO };
             for (name, status) in changes {
                 let line = json!({ "name": name, "status": status, "timestamp": Timestamp::now().to_string(), "org": organization });
@@ -183,31 +208,49 @@ pub async fn get(State(api): State<Api>, Path(name): Path<String>) -> Result<Jso
     Ok(Json(describe(&*api.registry.get(&name)?)))
 }
 
-pub async fn update(State(api): State<Api>, Path(name): Path<String>, body: Bytes) -> Result<Json<Value>, Failure> {
+pub async fn update(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Result<Json<Value>, Failure> {
     let sprite = api.registry.get(&name)?;
     let change = Change::parse(&body)?;
     sprite.change(|record| change.apply(&mut record.settings))?;
     Ok(Json(describe(&sprite)))
 }
 
-pub async fn delete(State(api): State<Api>, Path(name): Path<String>) -> Result<StatusCode, Failure> {
+pub async fn delete(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Failure> {
     api.registry.delete(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// There is nothing newer than what runs.
-pub async fn upgrade(State(api): State<Api>, Path(name): Path<String>) -> Result<StatusCode, Failure> {
+pub async fn upgrade(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Failure> {
     api.registry.get(&name)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub async fn restart(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn restart(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Failure> {
     let holder = api.registry.restart(&name).await?;
-    Ok(Json(json!({ "sprite_name": name, "machine_id": holder.process.pid.to_string(), "message": "Sprite restarted" })))
+    Ok(Json(
+        json!({ "sprite_name": name, "machine_id": holder.process.pid.to_string(), "message": "Sprite restarted" }),
+    ))
 }
 
 /// Whether a Sprite works, found out by waking it.
-pub async fn check(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn check(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Failure> {
     let sprite = api.registry.get(&name)?;
     let begun = std::time::Instant::now();
     let woken = api.registry.wake(&sprite).await;

@@ -1,5 +1,6 @@
-//! Copies a directory tree that may change meanwhile. Every entry is opened below its parent's descriptor and never
-//! through a link, so nothing outside of the tree is read or written, whatever is moved where.
+//! Copies a directory tree that may change meanwhile. Every entry is opened below its parent's
+//! descriptor and never through a link, so nothing outside of the tree is read or written, whatever
+//! is moved where.
 
 use std::{
     collections::HashMap,
@@ -12,8 +13,9 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid, XattrFlags, fgetxattr, flistxattr,
-        fsetxattr, linkat, mkdirat, mknodat, openat, readlinkat, symlinkat,
+        AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid,
+        XattrFlags, fgetxattr, flistxattr, fsetxattr, linkat, mkdirat, mknodat, openat, readlinkat,
+        symlinkat,
     },
     io::Errno,
 };
@@ -23,10 +25,12 @@ const DEPTH_MAX: usize = 256;
 const XATTRS_BYTES_MAX: usize = 64 * 1024;
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Copies `from` to `to`, which must not exist: content, owners, modes, times, attributes, links between files, holes.
+/// Copies `from` to `to`, which must not exist: content, owners, modes, times, attributes, links
+/// between files, holes.
 ///
 /// # Errors
-/// When there is no room, or the tree is deeper than 256 directories. An entry that is removed meanwhile is left out.
+/// When there is no room, or the tree is deeper than 256 directories. An entry that is removed
+/// meanwhile is left out.
 pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let source = openat(CWD, from, directory_flags(), Mode::empty())?;
     rustix::fs::mkdir(to, Mode::RWXU)?;
@@ -48,10 +52,17 @@ struct Copier {
 }
 
 impl Copier {
-    /// Files with several names that are kept in mind; beyond it each name becomes a file of its own.
+    /// Files with several names that are kept in mind; beyond it each name becomes a file of its
+    /// own.
     const LINKED_MAX: usize = 1 << 20;
 
-    fn directory(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, path: &Path, depth: usize) -> io::Result<()> {
+    fn directory(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        path: &Path,
+        depth: usize,
+    ) -> io::Result<()> {
         if depth > DEPTH_MAX {
             return Err(io::Error::other(format!("directories are more than {DEPTH_MAX} deep")));
         }
@@ -63,7 +74,11 @@ impl Copier {
             }
             match self.entry(from, to, name, path, depth) {
                 // Gone meanwhile, or seen under its name twice.
-                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
+                    ) => {}
                 other => other?,
             }
         }
@@ -72,7 +87,14 @@ impl Copier {
         own(to, &stat)
     }
 
-    fn entry(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr, path: &Path, depth: usize) -> io::Result<()> {
+    fn entry(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        name: &CStr,
+        path: &Path,
+        depth: usize,
+    ) -> io::Result<()> {
         use std::os::unix::ffi::OsStrExt as _;
         let stat = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let below = path.join(std::ffi::OsStr::from_bytes(name.to_bytes()));
@@ -108,7 +130,11 @@ impl Copier {
                 if FileType::from_raw_mode(opened.st_mode) != FileType::RegularFile {
                     return Ok(());
                 }
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let flags = OFlags::WRONLY
+                    | OFlags::CREATE
+                    | OFlags::EXCL
+                    | OFlags::NOFOLLOW
+                    | OFlags::CLOEXEC;
                 let target = openat(to, name, flags, Mode::RUSR | Mode::WUSR)?;
                 content(&source, &target)?;
                 attributes(source.as_fd(), target.as_fd())?;
@@ -122,7 +148,8 @@ impl Copier {
                 symlinkat(link.as_c_str(), to, name)?;
                 owner_at(to, name, &stat)
             }
-            // What an overlay marks as removed is a device of number 0; others are opened by nothing.
+            // What an overlay marks as removed is a device of number 0; others are opened by
+            // nothing.
             kind => {
                 mknodat(to, name, kind, Mode::from_raw_mode(stat.st_mode & 0o7777), stat.st_rdev)?;
                 owner_at(to, name, &stat)
@@ -151,7 +178,8 @@ fn times(stat: &Stat) -> Timestamps {
     }
 }
 
-/// Extended attributes: an overlay keeps what it knows of a directory there, and programs their capabilities.
+/// Extended attributes: an overlay keeps what it knows of a directory there, and programs their
+/// capabilities.
 fn attributes(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     let mut names = vec![0; XATTRS_BYTES_MAX];
     let length = match flistxattr(from, &mut names) {
@@ -159,10 +187,20 @@ fn attributes(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
         listed => listed?,
     };
     let mut value = vec![0; XATTRS_BYTES_MAX];
-    for name in names.get(..length).unwrap_or_default().split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+    for name in names
+        .get(..length)
+        .unwrap_or_default()
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+    {
         let name = CString::new(name)?;
         let length = fgetxattr(from, name.as_c_str(), &mut value)?;
-        fsetxattr(to, name.as_c_str(), value.get(..length).unwrap_or_default(), XattrFlags::empty())?;
+        fsetxattr(
+            to,
+            name.as_c_str(),
+            value.get(..length).unwrap_or_default(),
+            XattrFlags::empty(),
+        )?;
     }
     Ok(())
 }
@@ -253,7 +291,9 @@ mod tests {
         for number in 0..500 {
             let to = dir.path().join(format!("to-{number}"));
             copy(&from, &to).unwrap();
-            let copied = [to.join("d"), to.join("old")].into_iter().filter(|dir| dir.is_dir() && !dir.is_symlink());
+            let copied = [to.join("d"), to.join("old")]
+                .into_iter()
+                .filter(|dir| dir.is_dir() && !dir.is_symlink());
             for marker in copied.map(|dir| dir.join("marker")) {
                 assert_eq!(fs::read_to_string(marker).unwrap(), "its own");
             }

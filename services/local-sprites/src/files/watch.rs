@@ -1,4 +1,5 @@
-//! Changes of a Sprite's files as they happen (docs/sprites-api.md §6), by inotify, which sees what passes through the Sprite's own mounts.
+//! Changes of a Sprite's files as they happen (docs/sprites-api.md §6), by inotify, which sees what
+//! passes through the Sprite's own mounts.
 
 use std::{
     collections::HashMap,
@@ -88,7 +89,11 @@ impl Watcher {
             | WatchFlags::ATTRIB;
         // Resolved inside the Sprite's root; the name under /proc is the same file.
         let target = self.root.open(path, OFlags::PATH, Mode::empty())?;
-        let id = inotify::add_watch(&self.inotify, format!("/proc/self/fd/{}", target.as_raw_fd()), flags)?;
+        let id = inotify::add_watch(
+            &self.inotify,
+            format!("/proc/self/fd/{}", target.as_raw_fd()),
+            flags,
+        )?;
         self.watched.insert(id, path.to_owned());
         if self.recursive {
             for entry in self.root.list(path, false)? {
@@ -116,8 +121,14 @@ impl Watcher {
                     }
                     Err(error) => return Err(error.into()),
                 };
-                let (Some(dir), Some(change)) = (self.watched.get(&event.wd()), Change::of(event.events())) else { continue };
-                let name = event.file_name().map(|name| Path::new(std::ffi::OsStr::new(&*name.to_string_lossy())).to_owned());
+                let (Some(dir), Some(change)) =
+                    (self.watched.get(&event.wd()), Change::of(event.events()))
+                else {
+                    continue;
+                };
+                let name = event.file_name().map(|name| {
+                    Path::new(std::ffi::OsStr::new(&*name.to_string_lossy())).to_owned()
+                });
                 let path = name.map_or_else(|| dir.clone(), |name| dir.join(name));
                 let is_dir = event.events().contains(ReadFlags::ISDIR);
                 if self.recursive && is_dir && change == Change::Create {

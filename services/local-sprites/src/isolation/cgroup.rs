@@ -1,6 +1,8 @@
-//! Limits of memory, CPU and processes, by control groups of version 1 or 2; and the freezer, by which a Sprite is paused.
+//! Limits of memory, CPU and processes, by control groups of version 1 or 2; and the freezer, by
+//! which a Sprite is paused.
 //!
-//! Each Sprite has a group below this server's own. Limits that a machine does not support are logged at the start and not applied.
+//! Each Sprite has a group below this server's own. Limits that a machine does not support are
+//! logged at the start and not applied.
 
 use std::{
     fmt,
@@ -15,7 +17,8 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// The scheduler's period, in microseconds; a limit of CPUs is a part of it.
 const CPU_PERIOD_US: u64 = 100_000;
 
-/// Where a Sprite's processes are, below the group that has its limits: a Sprite may become root over what it sees of its own group.
+/// Where a Sprite's processes are, below the group that has its limits: a Sprite may become root
+/// over what it sees of its own group.
 const INSIDE: &str = "inside";
 
 /// What one Sprite may use.
@@ -68,7 +71,8 @@ impl fmt::Display for Controller {
     }
 }
 
-/// The groups of this server's Sprites: a directory for each controller that works here. With version 2 it is the same for all.
+/// The groups of this server's Sprites: a directory for each controller that works here. With
+/// version 2 it is the same for all.
 #[derive(Debug)]
 pub struct Cgroups {
     unified: bool,
@@ -83,7 +87,10 @@ impl Cgroups {
         let unified = Path::new(MOUNT).join("cgroup.controllers").exists();
         let parents = match unified {
             true => Self::delegate(&membership, instance),
-            false => Controller::ALL.into_iter().filter_map(|one| Some((one, Self::hierarchy(&membership, one, instance)?))).collect(),
+            false => Controller::ALL
+                .into_iter()
+                .filter_map(|one| Some((one, Self::hierarchy(&membership, one, instance)?)))
+                .collect(),
         };
         Self { unified, parents, limits }
     }
@@ -109,20 +116,29 @@ impl Cgroups {
         limits.cpu_milli.map_or(Ok(()), |milli| all.limit_cpus(milli))
     }
 
-    /// The memory that the server's own group allows it and its Sprites; none where that is not limited.
+    /// The memory that the server's own group allows it and its Sprites; none where that is not
+    /// limited.
     pub fn own_memory_limit(&self) -> Option<u64> {
         let file = if self.unified { "memory.max" } else { "memory.limit_in_bytes" };
-        fs::read_to_string(self.parent(Controller::Memory)?.parent()?.join(file)).ok()?.trim().parse().ok()
+        fs::read_to_string(self.parent(Controller::Memory)?.parent()?.join(file))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
     }
 
     /// The memory that all Sprites together use, without what the kernel can take back at once.
     pub fn memory_used(&self) -> Option<u64> {
         let parent = self.parent(Controller::Memory)?;
-        let (used, reclaimable) =
-            if self.unified { ("memory.current", "inactive_file ") } else { ("memory.usage_in_bytes", "total_inactive_file ") };
+        let (used, reclaimable) = if self.unified {
+            ("memory.current", "inactive_file ")
+        } else {
+            ("memory.usage_in_bytes", "total_inactive_file ")
+        };
         let used: u64 = fs::read_to_string(parent.join(used)).ok()?.trim().parse().ok()?;
         let stat = fs::read_to_string(parent.join("memory.stat")).ok()?;
-        let reclaimable = stat.lines().find_map(|line| line.strip_prefix(reclaimable)?.parse::<u64>().ok());
+        let reclaimable =
+            stat.lines().find_map(|line| line.strip_prefix(reclaimable)?.parse::<u64>().ok());
         Some(used.saturating_sub(reclaimable.unwrap_or_default()))
     }
 
@@ -143,22 +159,30 @@ impl Cgroups {
     fn hierarchy(membership: &str, controller: Controller, instance: &str) -> Option<PathBuf> {
         let own = membership.lines().find_map(|line| {
             let [_, controllers, path] = line.splitn(3, ':').collect::<Vec<_>>().try_into().ok()?;
-            controllers.split(',').any(|name| name == controller.name()).then(|| path.trim_start_matches('/').to_owned())
+            controllers
+                .split(',')
+                .any(|name| name == controller.name())
+                .then(|| path.trim_start_matches('/').to_owned())
         })?;
         let mount = Path::new(MOUNT).join(controller.name());
-        let parent = [mount.join(own), mount].into_iter().find(|path| path.is_dir())?.join(instance);
+        let parent =
+            [mount.join(own), mount].into_iter().find(|path| path.is_dir())?.join(instance);
         make(&parent).ok()?;
         Some(parent)
     }
 
-    /// Version 2: controllers are given to groups below only by a group that holds no process itself, so this server moves into one of
-    /// its own beside its Sprites'.
+    /// Version 2: controllers are given to groups below only by a group that holds no process
+    /// itself, so this server moves into one of its own beside its Sprites'.
     fn delegate(membership: &str, instance: &str) -> Vec<(Controller, PathBuf)> {
         let own = membership.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
         let own = Path::new(MOUNT).join(own.trim_end_matches("/server"));
         let parent = own.join(instance);
-        let give = |group: &Path, controller: Controller| put(&group.join("cgroup.subtree_control"), &format!("+{}", controller.name()));
-        if !own.join("cgroup.type").exists() || make(&own.join("server")).is_ok_and(|()| put(&own.join("server/cgroup.procs"), "0").is_ok())
+        let give = |group: &Path, controller: Controller| {
+            put(&group.join("cgroup.subtree_control"), &format!("+{}", controller.name()))
+        };
+        if !own.join("cgroup.type").exists()
+            || make(&own.join("server"))
+                .is_ok_and(|()| put(&own.join("server/cgroup.procs"), "0").is_ok())
         {
             let _ = make(&parent);
         }
@@ -175,14 +199,23 @@ impl Cgroups {
     /// # Errors
     /// When a limit cannot be set.
     pub fn group(&self, id: &str) -> io::Result<Cgroup> {
-        let groups: Vec<_> = self.parents.iter().map(|(controller, parent)| (*controller, parent.join(id))).collect();
+        let groups: Vec<_> = self
+            .parents
+            .iter()
+            .map(|(controller, parent)| (*controller, parent.join(id)))
+            .collect();
         let group = Cgroup { unified: self.unified, groups };
         for (_, path) in &group.groups {
             make(path)?;
             make(&path.join(INSIDE))?;
         }
         group.limit_memory(self.limits.memory_bytes)?;
-        group.set(Controller::Processes, "pids.max", "pids.max", &self.limits.processes.to_string())?;
+        group.set(
+            Controller::Processes,
+            "pids.max",
+            "pids.max",
+            &self.limits.processes.to_string(),
+        )?;
         if let Some(milli) = self.limits.cpu_milli {
             group.limit_cpus(milli)?;
         }
@@ -211,7 +244,8 @@ pub struct Cgroup {
 impl Cgroup {
     /// The files that a process writes `0` to in order to be limited.
     pub fn entrances(&self) -> Vec<PathBuf> {
-        let mut files: Vec<_> = self.groups.iter().map(|(_, path)| path.join(INSIDE).join("cgroup.procs")).collect();
+        let mut files: Vec<_> =
+            self.groups.iter().map(|(_, path)| path.join(INSIDE).join("cgroup.procs")).collect();
         files.dedup();
         files
     }
@@ -223,12 +257,14 @@ impl Cgroup {
     pub fn add_all(&self, processes: impl Fn() -> Vec<i32>) -> io::Result<()> {
         let mut added = Vec::new();
         loop {
-            let new: Vec<i32> = processes().into_iter().filter(|pid| !added.contains(pid)).collect();
+            let new: Vec<i32> =
+                processes().into_iter().filter(|pid| !added.contains(pid)).collect();
             if new.is_empty() {
                 return Ok(());
             }
             for pid in new {
-                let entered = self.entrances().iter().try_for_each(|file| put(file, &pid.to_string()));
+                let entered =
+                    self.entrances().iter().try_for_each(|file| put(file, &pid.to_string()));
                 if added.is_empty() {
                     entered?;
                 }
@@ -241,10 +277,16 @@ impl Cgroup {
     /// When what the Sprite uses already is more.
     pub fn limit_memory(&self, bytes: u64) -> io::Result<()> {
         let bytes = bytes.to_string();
-        // No way around it by swap, where the kernel counts that. In version 1 the sum is never less than the part, so it is raised
-        // first, or else lowered last.
-        let swap =
-            || self.set(Controller::Memory, "memory.swap.max", "memory.memsw.limit_in_bytes", if self.unified { "0" } else { &bytes });
+        // No way around it by swap, where the kernel counts that. In version 1 the sum is never
+        // less than the part, so it is raised first, or else lowered last.
+        let swap = || {
+            self.set(
+                Controller::Memory,
+                "memory.swap.max",
+                "memory.memsw.limit_in_bytes",
+                if self.unified { "0" } else { &bytes },
+            )
+        };
         let _ = swap();
         self.set(Controller::Memory, "memory.max", "memory.limit_in_bytes", &bytes)?;
         let _ = swap();
@@ -252,7 +294,8 @@ impl Cgroup {
     }
 
     fn limit_cpus(&self, milli: u64) -> io::Result<()> {
-        let (quota, period) = ((milli * CPU_PERIOD_US / 1000).to_string(), CPU_PERIOD_US.to_string());
+        let (quota, period) =
+            ((milli * CPU_PERIOD_US / 1000).to_string(), CPU_PERIOD_US.to_string());
         if self.unified {
             return self.set(Controller::Cpu, "cpu.max", "", &format!("{quota} {period}"));
         }
@@ -283,7 +326,9 @@ impl Cgroup {
         for path in self.groups.iter().flat_map(|(_, path)| [path.join(INSIDE), path.clone()]) {
             for _ in 0..100 {
                 match fs::remove_dir(&path) {
-                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy => tokio::time::sleep(Duration::from_millis(5)).await,
+                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                        tokio::time::sleep(Duration::from_millis(5)).await
+                    }
                     _ => break,
                 }
             }

@@ -1,8 +1,9 @@
-//! A Sprite's disk: all that it writes. An image of a file system of its own, which cannot grow over its size, where this machine has
-//! loop devices; otherwise a directory without a limit.
+//! A Sprite's disk: all that it writes. An image of a file system of its own, which cannot grow
+//! over its size, where this machine has loop devices; otherwise a directory without a limit.
 //!
-//! A new disk is a copy of a template, and a checkpoint is a copy of a disk: on file systems that share blocks (Btrfs, XFS) nothing is
-//! copied until it is written; elsewhere what was written is copied, and holes are not.
+//! A new disk is a copy of a template, and a checkpoint is a copy of a disk: on file systems that
+//! share blocks (Btrfs, XFS) nothing is copied until it is written; elsewhere what was written is
+//! copied, and holes are not.
 
 use std::{
     fs, io,
@@ -36,11 +37,17 @@ impl Disks {
     ///
     /// # Errors
     /// When not even a directory works; why there is no limit goes to the log.
-    pub async fn prepare(template: &Path, bytes: Option<u64>, fill: impl Fn(&Path) -> io::Result<()>) -> io::Result<Self> {
+    pub async fn prepare(
+        template: &Path,
+        bytes: Option<u64>,
+        fill: impl Fn(&Path) -> io::Result<()>,
+    ) -> io::Result<Self> {
         if let Some(bytes) = bytes {
             match Self::prepare_image(template, bytes, &fill).await {
                 Ok(()) => return Ok(Self::Images),
-                Err(error) => tracing::warn!(%error, "disks of Sprites are not limited: no file system image can be created and mounted"),
+                Err(error) => {
+                    tracing::warn!(%error, "disks of Sprites are not limited: no file system image can be created and mounted")
+                }
             }
         }
         reset(template)?;
@@ -48,26 +55,37 @@ impl Disks {
         Ok(Self::Directories)
     }
 
-    async fn prepare_image(template: &Path, bytes: u64, fill: &impl Fn(&Path) -> io::Result<()>) -> io::Result<()> {
+    async fn prepare_image(
+        template: &Path,
+        bytes: u64,
+        fill: &impl Fn(&Path) -> io::Result<()>,
+    ) -> io::Result<()> {
         reset(template)?;
         let image = template.join(IMAGE);
         fs::File::create(&image)?.set_len(bytes)?;
-        let options = ["-q", "-F", "-m", "0", "-J", "size=4", "-E", "lazy_itable_init=1,lazy_journal_init=1"];
+        let options =
+            ["-q", "-F", "-m", "0", "-J", "size=4", "-E", "lazy_itable_init=1,lazy_journal_init=1"];
         run(Command::new("mkfs.ext4").args(options).arg(&image)).await?;
         Self::Images.mount(template).await?;
         let content = template.join(CONTENT);
-        // Written out here: a sandbox that is being made beside this one may hold the mount a moment longer, and the image be copied.
-        let filled = fill(&content).and_then(|()| Ok(rustix::fs::syncfs(fs::File::open(&content)?)?));
+        // Written out here: a sandbox that is being made beside this one may hold the mount a
+        // moment longer, and the image be copied.
+        let filled =
+            fill(&content).and_then(|()| Ok(rustix::fs::syncfs(fs::File::open(&content)?)?));
         Self::unmount(template);
         filled
     }
 
-    /// The content of a Sprite's disk, mounted until [`Self::unmount`] or until the last sandbox that has it ends.
+    /// The content of a Sprite's disk, mounted until [`Self::unmount`] or until the last sandbox
+    /// that has it ends.
     pub async fn mount(self, dir: &Path) -> io::Result<PathBuf> {
         let content = Self::content(dir);
         if self == Self::Images && !is_mounted(&content)? {
-            run(Command::new("mount").args(["-t", "ext4", "-o", "loop,noatime,nosuid,nodev,discard"]).arg(dir.join(IMAGE)).arg(&content))
-                .await?;
+            run(Command::new("mount")
+                .args(["-t", "ext4", "-o", "loop,noatime,nosuid,nodev,discard"])
+                .arg(dir.join(IMAGE))
+                .arg(&content))
+            .await?;
         }
         Ok(content)
     }
@@ -96,18 +114,23 @@ impl Disks {
             Self::Images => {
                 fs::create_dir_all(to.join(CONTENT))?;
                 let mut command = Command::new("cp");
-                command.args(["--archive", "--reflink=auto", "--sparse=always"]).arg(from.join(IMAGE)).arg(to.join(IMAGE));
+                command
+                    .args(["--archive", "--reflink=auto", "--sparse=always"])
+                    .arg(from.join(IMAGE))
+                    .arg(to.join(IMAGE));
                 run(&mut command).await
             }
             Self::Directories => {
                 let (from, to) = (from.join(CONTENT), to.join(CONTENT));
-                // Not by a program that names files by path: the Sprite may put a link in a directory's place meanwhile.
+                // Not by a program that names files by path: the Sprite may put a link in a
+                // directory's place meanwhile.
                 tokio::task::spawn_blocking(move || tree::copy(&from, &to)).await?
             }
         }
     }
 
-    /// Puts a copy in a disk's place. Whenever it is interrupted, [`Self::recover`] finds one or the other whole.
+    /// Puts a copy in a disk's place. Whenever it is interrupted, [`Self::recover`] finds one or
+    /// the other whole.
     pub fn replace(self, dir: &Path, by: &Path) -> io::Result<()> {
         match self {
             Self::Images => fs::rename(by.join(IMAGE), dir.join(IMAGE)),
@@ -169,11 +192,17 @@ fn is_mounted(content: &Path) -> io::Result<bool> {
 async fn run(command: &mut Command) -> io::Result<()> {
     let name = command.as_std().get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = tokio::time::timeout(COMMAND_MAX, output).await.map_err(|_| io::Error::other(format!("{name} does not end")))?;
-    let output = output.map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
+    let output = tokio::time::timeout(COMMAND_MAX, output)
+        .await
+        .map_err(|_| io::Error::other(format!("{name} does not end")))?;
+    let output =
+        output.map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
     if output.status.success() {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(io::Error::other(format!("{name}: {}", said.trim().lines().last().unwrap_or("failed without a word"))))
+    Err(io::Error::other(format!(
+        "{name}: {}",
+        said.trim().lines().last().unwrap_or("failed without a word")
+    )))
 }

@@ -19,7 +19,8 @@ pub struct Holder {
     pub(super) network: Network,
     /// The process that carries its traffic to public addresses.
     pub(super) uplink: Option<Process>,
-    /// The first of this machine's user ids that its users are; none where it has one user, who is this server's.
+    /// The first of this machine's user ids that its users are; none where it has one user, who is
+    /// this server's.
     pub(super) first_user: Option<u32>,
     /// Serves the sandbox's files, where the sandbox has a kernel of its own (gVisor) and commands
     /// cannot join its namespaces.

@@ -1,5 +1,6 @@
-//! The way into a sandbox. This program, started again as `local-sprites launch`, joins the sandbox's limits and namespaces, gives up
-//! what a Sprite's processes are not to have, and only then runs the command: nothing of the Sprite runs with more.
+//! The way into a sandbox. This program, started again as `local-sprites launch`, joins the
+//! sandbox's limits and namespaces, gives up what a Sprite's processes are not to have, and only
+//! then runs the command: nothing of the Sprite runs with more.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -17,9 +18,10 @@ use rustix::{
     fs::Mode,
     process::{Gid, Pid, PidfdFlags, Uid, pidfd_open, umask},
     thread::{
-        CapabilitySet, CapabilitySets, ThreadNameSpaceType, configure_capability_in_ambient_set, move_into_thread_name_spaces,
-        remove_capability_from_bounding_set, set_capabilities, set_keep_capabilities, set_no_new_privs, set_thread_groups,
-        set_thread_res_gid, set_thread_res_uid,
+        CapabilitySet, CapabilitySets, ThreadNameSpaceType, configure_capability_in_ambient_set,
+        move_into_thread_name_spaces, remove_capability_from_bounding_set, set_capabilities,
+        set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+        set_thread_res_uid,
     },
 };
 use serde::{Deserialize, Serialize};
@@ -40,7 +42,8 @@ const EXIT_NOT_FOUND: u8 = 127;
 
 /// The first argument of this program as what sets a sandbox's own limits.
 pub const LIMIT_COMMAND: &str = "limit-namespace";
-/// What a user namespace's own limits are: no namespaces within, and of what the whole machine shares a part.
+/// What a user namespace's own limits are: no namespaces within, and of what the whole machine
+/// shares a part.
 const NAMESPACE_LIMITS: [(&str, &str); 9] = [
     ("max_cgroup_namespaces", "0"),
     ("max_inotify_instances", "64"),
@@ -60,20 +63,35 @@ const LIMIT_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 /// When not all of them are in force.
 pub async fn limit_namespace(pid: i32) -> io::Result<()> {
     let mut command = tokio::process::Command::new("/proc/self/exe");
-    command.args([LIMIT_COMMAND, &pid.to_string()]).env_clear().stdin(Stdio::null()).kill_on_drop(true);
-    let output = tokio::time::timeout(LIMIT_MAX, command.output()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    if output.status.success() { Ok(()) } else { Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned())) }
+    command
+        .args([LIMIT_COMMAND, &pid.to_string()])
+        .env_clear()
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(LIMIT_MAX, command.output())
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+    }
 }
 
-/// Joins the user namespace of a process, and no other, and sets its limits there: each such namespace has its own.
+/// Joins the user namespace of a process, and no other, and sets its limits there: each such
+/// namespace has its own.
 pub fn limit_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let mut set = || {
-        let pid = arguments.next().and_then(|text| Pid::from_raw(text.to_str()?.parse().ok()?)).ok_or(rustix::io::Errno::INVAL)?;
+        let pid = arguments
+            .next()
+            .and_then(|text| Pid::from_raw(text.to_str()?.parse().ok()?))
+            .ok_or(rustix::io::Errno::INVAL)?;
         let sandbox = pidfd_open(pid, PidfdFlags::empty())?;
         move_into_thread_name_spaces(sandbox.as_fd(), ThreadNameSpaceType::USER)?;
         NAMESPACE_LIMITS.iter().try_for_each(|(name, value)| {
             let file = format!("/proc/sys/user/{name}");
-            fs::write(&file, value).map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))
+            fs::write(&file, value)
+                .map_err(|error| io::Error::new(error.kind(), format!("{file}: {error}")))
         })
     };
     match set() {
@@ -110,12 +128,14 @@ pub struct Launch {
     pub dir: PathBuf,
     /// Whether standard input is a terminal that the command is to control.
     pub terminal: bool,
-    /// Whether it waits for a byte on standard input, which the command then does not have. It is sent once the
-    /// process is noted on disk; where this server died before, the command never begins.
+    /// Whether it waits for a byte on standard input, which the command then does not have. It is
+    /// sent once the process is noted on disk; where this server died before, the command never
+    /// begins.
     pub held: bool,
 }
 
-/// What a Sprite's processes may do beside what their user may (docs/sprites-api.md §8.2 and §11.2).
+/// What a Sprite's processes may do beside what their user may (docs/sprites-api.md §8.2 and
+/// §11.2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Privileges {
@@ -125,7 +145,8 @@ pub enum Privileges {
     #[default]
     #[serde(alias = "")]
     Standard,
-    /// Its own network too. Not what would let it undo its sandbox: mounts, and looking into the processes that hold it.
+    /// Its own network too. Not what would let it undo its sandbox: mounts, and looking into the
+    /// processes that hold it.
     Privileged,
 }
 
@@ -148,7 +169,12 @@ impl Privileges {
         match self {
             Self::Minimal => CapabilitySet::empty(),
             Self::Standard => standard,
-            Self::Privileged => standard | CapabilitySet::NET_ADMIN | CapabilitySet::IPC_LOCK | CapabilitySet::SYS_NICE,
+            Self::Privileged => {
+                standard
+                    | CapabilitySet::NET_ADMIN
+                    | CapabilitySet::IPC_LOCK
+                    | CapabilitySet::SYS_NICE
+            }
         }
     }
 }
@@ -159,10 +185,15 @@ impl Launch {
     ///
     /// # Errors
     /// When the launch cannot be written down, which does not happen.
-    pub fn command(&self, argv: &[String], variables: impl IntoIterator<Item = (String, String)>) -> io::Result<tokio::process::Command> {
+    pub fn command(
+        &self,
+        argv: &[String],
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> io::Result<tokio::process::Command> {
         let mut command = tokio::process::Command::new("/proc/self/exe");
         command.args([COMMAND, &serde_json::to_string(self)?]).args(argv).env_clear();
-        let variables = variables.into_iter().map(|(name, value)| (format!("{VARIABLE_PREFIX}{name}"), value));
+        let variables =
+            variables.into_iter().map(|(name, value)| (format!("{VARIABLE_PREFIX}{name}"), value));
         command.envs(variables);
         // What the launcher starts on the machine, it finds as this server does.
         command.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
@@ -173,7 +204,11 @@ impl Launch {
 
     fn enter(&self) -> io::Result<()> {
         let gone = || io::Error::other("the sandbox is gone");
-        let sandbox = pidfd_open(Pid::from_raw(self.holder.process.pid).ok_or_else(gone)?, PidfdFlags::empty()).map_err(|_| gone())?;
+        let sandbox = pidfd_open(
+            Pid::from_raw(self.holder.process.pid).ok_or_else(gone)?,
+            PidfdFlags::empty(),
+        )
+        .map_err(|_| gone())?;
         // The number may be another process's by now; the descriptor stays what it is.
         if !self.holder.is_alive() {
             return Err(gone());
@@ -187,8 +222,12 @@ impl Launch {
         move_into_thread_name_spaces(sandbox.as_fd(), namespaces)?;
         self.give_up_privileges()?;
         umask(Mode::from_raw_mode(0o022));
-        std::env::set_current_dir(&self.dir)
-            .map_err(|error| io::Error::new(error.kind(), format!("cannot change to {}: {error}", self.dir.display())))
+        std::env::set_current_dir(&self.dir).map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("cannot change to {}: {error}", self.dir.display()),
+            )
+        })
     }
 
     fn limit(&self) -> io::Result<()> {
@@ -205,7 +244,11 @@ impl Launch {
 
     /// The order matters: each step takes away what a later one would have needed.
     fn give_up_privileges(&self) -> io::Result<()> {
-        let kept = if self.holder.has_users() { self.privileges.capabilities() } else { CapabilitySet::empty() };
+        let kept = if self.holder.has_users() {
+            self.privileges.capabilities()
+        } else {
+            CapabilitySet::empty()
+        };
         let known = CapabilitySet::from_bits_truncate((1 << 41) - 1);
         for capability in (known - kept).iter() {
             // One that this kernel does not know cannot be had either.
@@ -218,7 +261,10 @@ impl Launch {
             set_thread_res_gid(group, group, group)?;
             set_thread_res_uid(user, user, user)?;
         }
-        set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: kept })?;
+        set_capabilities(
+            None,
+            CapabilitySets { effective: kept, permitted: kept, inheritable: kept },
+        )?;
         for capability in kept.iter() {
             configure_capability_in_ambient_set(capability, true)?;
         }
@@ -229,7 +275,8 @@ impl Launch {
 
 /// Runs the launcher: its arguments are a [`Launch`] and the command. Ends as the command does.
 pub fn main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    let launch = arguments.next().and_then(|text| serde_json::from_str::<Launch>(text.to_str()?).ok());
+    let launch =
+        arguments.next().and_then(|text| serde_json::from_str::<Launch>(text.to_str()?).ok());
     let (Some(launch), Some(program)) = (launch, arguments.next()) else {
         eprintln!("local-sprites: {COMMAND} is for the server itself");
         return ExitCode::from(2);

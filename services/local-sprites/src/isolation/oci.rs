@@ -25,7 +25,8 @@ const MASKED: [&str; 16] = [
     "/proc/timer_list",
     "/proc/vmallocinfo",
 ];
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// What differs between sandboxes.
 #[derive(Debug)]
@@ -71,7 +72,8 @@ impl Sandbox<'_> {
             tmpfs("/run", "mode=755"),
             json!({ "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"] }),
         ];
-        let mut namespaces: Vec<Value> = ["user", "mount", "pid", "ipc", "uts"].map(|kind| json!({ "type": kind })).into();
+        let mut namespaces: Vec<Value> =
+            ["user", "mount", "pid", "ipc", "uts"].map(|kind| json!({ "type": kind })).into();
         namespaces.extend(self.network.map(|path| json!({ "type": "network", "path": path })));
         mounts.extend(self.binds.iter().map(|(there, here, access)| {
             let access = if *access == Access::ReadOnly { "ro" } else { "rw" };

@@ -13,7 +13,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process that has this number now; of a child that was not waited for yet, also one that has ended.
+    /// The process that has this number now; of a child that was not waited for yet, also one that
+    /// has ended.
     pub fn find(pid: i32) -> Option<Self> {
         Some(Self { pid, start_time: look(pid)?.1 })
     }
@@ -43,7 +44,8 @@ impl Process {
         while let Some(pid) = next.pop() {
             let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
             for thread in threads {
-                let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+                let children =
+                    fs::read_to_string(thread.path().join("children")).unwrap_or_default();
                 let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
                 for child in children.filter(|child| !found.contains(child)).collect::<Vec<i32>>() {
                     found.push(child);
@@ -54,7 +56,8 @@ impl Process {
         found
     }
 
-    /// Sends a signal to what a launcher started, and all of its group; to the launcher while it has started nothing.
+    /// Sends a signal to what a launcher started, and all of its group; to the launcher while it
+    /// has started nothing.
     pub fn signal_command(self, signal: Signal) {
         if self.is_alive()
             && let Some(command) = Pid::from_raw(self.child().unwrap_or(self.pid))

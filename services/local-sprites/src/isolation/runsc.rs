@@ -129,7 +129,8 @@ pub fn run(start: &Start<'_>) -> io::Result<u8> {
 fn process_json(start: &Start<'_>) -> io::Result<OwnedFd> {
     let text = |text: &OsString| text.to_string_lossy().into_owned();
     let args: Vec<_> = std::iter::once(&start.program).chain(&start.arguments).map(text).collect();
-    let env: Vec<_> = variables().map(|(name, value)| format!("{}={}", text(&name), text(&value))).collect();
+    let env: Vec<_> =
+        variables().map(|(name, value)| format!("{}={}", text(&name), text(&value))).collect();
     let none: [&str; 0] = [];
     let process = json!({
         "terminal": start.terminal,
@@ -188,8 +189,10 @@ fn ran(mut command: Command) -> bool {
 /// Runs the relay: a container and the file with the command's number there, then what to run.
 /// Ends as that does.
 pub fn relay_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    let guest = arguments.next().and_then(|text| serde_json::from_str::<Guest>(text.to_str()?).ok());
-    let (Some(guest), Some(pid_file), Some(program)) = (guest, arguments.next(), arguments.next()) else {
+    let guest =
+        arguments.next().and_then(|text| serde_json::from_str::<Guest>(text.to_str()?).ok());
+    let (Some(guest), Some(pid_file), Some(program)) = (guest, arguments.next(), arguments.next())
+    else {
         eprintln!("local-sprites: {RELAY_COMMAND} is for the server itself");
         return ExitCode::from(2);
     };
@@ -211,13 +214,19 @@ pub fn relay_main(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-async fn relay(guest: &Guest, pid_file: PathBuf, mut command: tokio::process::Command) -> io::Result<ExitStatus> {
+async fn relay(
+    guest: &Guest,
+    pid_file: PathBuf,
+    mut command: tokio::process::Command,
+) -> io::Result<ExitStatus> {
     let (sender, mut signals) = tokio::sync::mpsc::channel(16);
     let mut listeners = tokio::task::JoinSet::new();
     for number in PASSED_ON {
         let mut caught = signal(SignalKind::from_raw(number))?;
         let sender = sender.clone();
-        listeners.spawn(async move { while caught.recv().await.is_some() && sender.send(number).await.is_ok() {} });
+        listeners.spawn(async move {
+            while caught.recv().await.is_some() && sender.send(number).await.is_ok() {}
+        });
     }
     let mut child = command.spawn()?;
     let mut sending = tokio::task::JoinSet::new();

@@ -46,7 +46,10 @@ impl FromStr for Program {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::Runc, Self::Crun, Self::Runsc].into_iter().find(|program| program.name() == text).ok_or(())
+        [Self::Runc, Self::Crun, Self::Runsc]
+            .into_iter()
+            .find(|program| program.name() == text)
+            .ok_or(())
     }
 }
 
@@ -68,7 +71,13 @@ impl Runtime {
     ///
     /// # Errors
     /// With the runtime's own words.
-    pub async fn start(&self, id: &str, bundle: &Path, config: &Value, network: &Path) -> io::Result<i32> {
+    pub async fn start(
+        &self,
+        id: &str,
+        bundle: &Path,
+        config: &Value,
+        network: &Path,
+    ) -> io::Result<i32> {
         fs::create_dir_all(bundle)?;
         fs::write(bundle.join("config.json"), serde_json::to_vec(config)?)?;
         let (pid_file, log) = (bundle.join(PID_FILE), bundle.join("log"));
@@ -77,31 +86,54 @@ impl Runtime {
             Program::Runc | Program::Crun => self.command(id),
             Program::Runsc => self.runsc_in(network, id),
         };
-        command.arg("--log").arg(&log).args(["run", "--detach", "--pid-file"]).arg(&pid_file).arg("--bundle").arg(bundle).arg(id);
+        command
+            .arg("--log")
+            .arg(&log)
+            .args(["run", "--detach", "--pid-file"])
+            .arg(&pid_file)
+            .arg("--bundle")
+            .arg(bundle)
+            .arg(id);
         // A group of its own: a signal to the server's group does not reach the container.
         let status = command.process_group(0).stdout(Stdio::null()).stderr(Stdio::null()).status();
-        let status = tokio::time::timeout(START_MAX, status).await.map_err(|_| io::Error::other("the OCI runtime does not end"))?;
-        let status = status.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", self.program)))?;
+        let status = tokio::time::timeout(START_MAX, status)
+            .await
+            .map_err(|_| io::Error::other("the OCI runtime does not end"))?;
+        let status = status
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", self.program)))?;
         let pid = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
         match pid {
             Some(pid) if status.success() => Ok(pid),
             _ => {
                 let said = fs::read_to_string(&log).unwrap_or_default();
                 let _ = self.delete(id).await;
-                Err(io::Error::other(format!("{}: {}", self.program, said.lines().last().unwrap_or("failed and said nothing"))))
+                Err(io::Error::other(format!(
+                    "{}: {}",
+                    self.program,
+                    said.lines().last().unwrap_or("failed and said nothing")
+                )))
             }
         }
     }
 
-    /// Removes what the runtime keeps of a container whose processes have ended, and kills those that have not.
+    /// Removes what the runtime keeps of a container whose processes have ended, and kills those
+    /// that have not.
     pub async fn delete(&self, id: &str) -> io::Result<()> {
         // By force takes 100 ms longer.
         for arguments in [&["delete"][..], &["delete", "--force"]] {
             if !self.state.join(id).exists() {
                 break;
             }
-            let done = self.command(id).args(arguments).arg(id).stdout(Stdio::null()).stderr(Stdio::null()).status();
-            tokio::time::timeout(START_MAX, done).await.map_err(|_| io::Error::other("the OCI runtime does not end"))??;
+            let done = self
+                .command(id)
+                .args(arguments)
+                .arg(id)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
+            tokio::time::timeout(START_MAX, done)
+                .await
+                .map_err(|_| io::Error::other("the OCI runtime does not end"))??;
             let guest = self.guest(id);
             if self.program == Program::Runsc && guest.gofer().is_none() {
                 // The container is gone; its directory stays.

@@ -1,11 +1,13 @@
-//! A Sprite's sandbox: a container that an OCI runtime creates, with user, mount, PID, IPC, UTS and network namespaces of its own.
+//! A Sprite's sandbox: a container that an OCI runtime creates, with user, mount, PID, IPC, UTS and
+//! network namespaces of its own.
 //!
-//! Its root is an image of a Linux system, read-only and the same for all, under a layer of the Sprite's own disk. It holds nothing of
-//! this machine. The owners of the image's files say which of this machine's user ids the Sprites' users are; none of them may be a
-//! user of this machine.
+//! Its root is an image of a Linux system, read-only and the same for all, under a layer of the
+//! Sprite's own disk. It holds nothing of this machine. The owners of the image's files say which
+//! of this machine's user ids the Sprites' users are; none of them may be a user of this machine.
 //!
-//! A holder process keeps the namespaces alive. Commands enter them with [`crate::isolation::launch`]; killing the holder kills everything inside.
-//! The holder outlives this server, so that a restart takes the Sprite up as it runs.
+//! A holder process keeps the namespaces alive. Commands enter them with
+//! [`crate::isolation::launch`]; killing the holder kills everything inside. The holder outlives
+//! this server, so that a restart takes the Sprite up as it runs.
 //!
 //! Without root, bubblewrap makes a sandbox with one user over the image, read-only.
 
@@ -61,8 +63,8 @@ pub struct Sandboxes {
     disks: Disks,
     /// What is made once for all Sprites: the first disk, the files that a Sprite only reads.
     shared: PathBuf,
-    /// How much a file system in memory holds. Files there count as the Sprite's memory: were they all of it, nothing could run any more, not
-    /// even what removes them.
+    /// How much a file system in memory holds. Files there count as the Sprite's memory: were they
+    /// all of it, nothing could run any more, not even what removes them.
     memory_files_bytes: u64,
 }
 
@@ -75,21 +77,34 @@ impl Sandboxes {
             Isolation::ReadOnly => false,
         };
         fs::create_dir_all(data_dir).map_err(io_error("the data directory cannot be made"))?;
-        let data_dir = data_dir.canonicalize().map_err(io_error("the data directory cannot be found"))?;
+        let data_dir =
+            data_dir.canonicalize().map_err(io_error("the data directory cannot be found"))?;
         let shared = data_dir.join("shared");
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(&shared).map_err(io_error("the data directory cannot be written to"))?;
-        let no_rootfs = io_error("LOCAL_SPRITES_ROOTFS has no Linux system (scripts/rootfs.sh makes one)");
-        let rootfs = kind.rootfs.canonicalize().and_then(|dir| Ok((fs::metadata(dir.join("bin/sh"))?, dir))).map_err(no_rootfs)?.1;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&shared)
+            .map_err(io_error("the data directory cannot be written to"))?;
+        let no_rootfs =
+            io_error("LOCAL_SPRITES_ROOTFS has no Linux system (scripts/rootfs.sh makes one)");
+        let rootfs = kind
+            .rootfs
+            .canonicalize()
+            .and_then(|dir| Ok((fs::metadata(dir.join("bin/sh"))?, dir)))
+            .map_err(no_rootfs)?
+            .1;
         let containers = match root {
             true => Some(Containers::prepare(&kind, &rootfs)?),
             false => None,
         };
         let memory_files_bytes = kind.memory_bytes / 4;
         let agent_host = kind.agent_host.as_deref().map(program_for_all).transpose();
-        let agent_host = agent_host.map_err(io_error("LOCAL_SPRITES_AGENT_HOST is no program that everyone may run"))?;
+        let agent_host = agent_host
+            .map_err(io_error("LOCAL_SPRITES_AGENT_HOST is no program that everyone may run"))?;
         let kind = Kind { rootfs, agent_host, ..kind };
         let disk_bytes = kind.disk_bytes.filter(|_| root);
-        let mut sandboxes = Self { kind, containers, disks: Disks::Directories, shared, memory_files_bytes };
+        let mut sandboxes =
+            Self { kind, containers, disks: Disks::Directories, shared, memory_files_bytes };
         sandboxes.share().map_err(io_error("what Sprites share cannot be made"))?;
         let template = sandboxes.shared.join("template");
         let made = Disks::prepare(&template, disk_bytes, |content| sandboxes.fill(content)).await;
@@ -102,12 +117,14 @@ impl Sandboxes {
         let works = sandboxes.check_programs(&probe, holder).await;
         sandboxes.destroy(&probe, Some(holder)).await;
         works?;
-        let runtime = if root { sandboxes.kind.runtime.name() } else { "bubblewrap, with a read-only root" };
+        let runtime =
+            if root { sandboxes.kind.runtime.name() } else { "bubblewrap, with a read-only root" };
         tracing::info!(runtime, rootfs = %sandboxes.kind.rootfs.display(), disks = ?sandboxes.disks, "sandboxes work");
         Ok(sandboxes)
     }
 
-    /// Proves that a sandbox's own kernel runs the programs of the root file system: old ones do not.
+    /// Proves that a sandbox's own kernel runs the programs of the root file system: old ones do
+    /// not.
     async fn check_programs(&self, dir: &Path, holder: Holder) -> Result<(), SandboxError> {
         if !holder.has_own_kernel() {
             return Ok(());
@@ -122,9 +139,13 @@ impl Sandboxes {
             held: false,
         };
         let argv = ["ls", "-l", "/usr"].map(str::to_owned);
-        let mut command = launch.command(&argv, environment(holder)).map_err(io_error("the first command cannot be started"))?;
+        let mut command = launch
+            .command(&argv, environment(holder))
+            .map_err(io_error("the first command cannot be started"))?;
         command.stdin(Stdio::null()).kill_on_drop(true);
-        let output = tokio::time::timeout(CHECK_MAX, command.output()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut));
+        let output = tokio::time::timeout(CHECK_MAX, command.output())
+            .await
+            .map_err(|_| io::Error::from(io::ErrorKind::TimedOut));
         let output = output.flatten().map_err(io_error("the first command failed"))?;
         if output.status.success() {
             return Ok(());
@@ -137,12 +158,16 @@ impl Sandboxes {
     /// How commands find the sandbox of a Sprite, where it has a kernel of its own.
     pub fn guest(&self, dir: &Path) -> Option<Guest> {
         let containers = self.containers.as_ref()?;
-        (containers.runtime.program() == Program::Runsc).then(|| containers.runtime.guest(&container_id(dir)))
+        (containers.runtime.program() == Program::Runsc)
+            .then(|| containers.runtime.guest(&container_id(dir)))
     }
 
     /// The runtime's name, where Sprites' programs have no rights but those of their user.
     pub fn runtime_without_privileges(&self) -> Option<Program> {
-        self.containers.as_ref().map(|containers| containers.runtime.program()).filter(|program| *program == Program::Runsc)
+        self.containers
+            .as_ref()
+            .map(|containers| containers.runtime.program())
+            .filter(|program| *program == Program::Runsc)
     }
 
     /// Removes containers of this server that no known Sprite has.
@@ -167,12 +192,22 @@ impl Sandboxes {
     }
 
     /// Starts the sandbox of a Sprite whose files are there.
-    pub async fn boot(&self, dir: &Path, hostname: &str, network: Network) -> Result<Holder, SandboxError> {
-        let Some(containers) = &self.containers else { return self.boot_as_user(dir, hostname).await };
+    pub async fn boot(
+        &self,
+        dir: &Path,
+        hostname: &str,
+        network: Network,
+    ) -> Result<Holder, SandboxError> {
+        let Some(containers) = &self.containers else {
+            return self.boot_as_user(dir, hostname).await;
+        };
         let booted = self.boot_container(containers, dir, hostname, network).await;
-        // The sandbox has its own view of the mounts; the root in this machine's table is not needed any more.
+        // The sandbox has its own view of the mounts; the root in this machine's table is not
+        // needed any more.
         let _ = rustix::mount::unmount(containers.place(dir).join("root"), UnmountFlags::DETACH);
-        let booted = booted.and_then(|holder| conceal(&containers.place(dir)).map(|()| holder).map_err(io_error("a mount stays")));
+        let booted = booted.and_then(|holder| {
+            conceal(&containers.place(dir)).map(|()| holder).map_err(io_error("a mount stays"))
+        });
         match booted {
             // The disk neither: nothing is left mounted when this server is killed.
             Ok(_) => self.unmount_disk(dir),
@@ -198,12 +233,14 @@ impl Sandboxes {
         }
     }
 
-    /// The first of this machine's user ids that Sprites' users are; none where a Sprite has one user.
+    /// The first of this machine's user ids that Sprites' users are; none where a Sprite has one
+    /// user.
     pub fn first_user(&self) -> Option<u32> {
         self.containers.as_ref().map(|containers| containers.first_user)
     }
 
-    /// The owner of what the file API makes, as this server names it; none where a Sprite has one user.
+    /// The owner of what the file API makes, as this server names it; none where a Sprite has one
+    /// user.
     pub fn owner(&self) -> Option<u32> {
         self.first_user().map(|first| first + Holder::UID)
     }
@@ -212,7 +249,9 @@ impl Sandboxes {
     pub async fn snapshot(&self, dir: &Path, holder: Option<Holder>, to: &Path) -> io::Result<()> {
         let frozen = match holder {
             // The same file system once more, to freeze it by.
-            Some(_) if self.disks == Disks::Images => Some(Frozen::freeze(self.disks.mount(dir).await?).await?),
+            Some(_) if self.disks == Disks::Images => {
+                Some(Frozen::freeze(self.disks.mount(dir).await?).await?)
+            }
             _ => None,
         };
         let copied = self.disks.copy(dir, to).await;
@@ -250,7 +289,9 @@ impl Sandboxes {
             let _ = rustix::mount::unmount(place.join("root"), UnmountFlags::DETACH);
             match conceal(&place) {
                 Ok(()) => drop(fs::remove_dir_all(place)),
-                Err(error) => tracing::warn!(%error, place = %place.display(), "failed to unmount what a Sprite saw of the machine"),
+                Err(error) => {
+                    tracing::warn!(%error, place = %place.display(), "failed to unmount what a Sprite saw of the machine")
+                }
             }
         }
         self.unmount_disk(dir);

@@ -1,11 +1,12 @@
-//! The system calls that a Sprite's programs may make: an allow list, like that of containers. What is missing fails with `EPERM`:
-//! namespaces, mounts, kernel modules, BPF, io_uring, keyrings, tracing of the kernel, changes of the clock, and whatever a later
-//! kernel adds.
+//! The system calls that a Sprite's programs may make: an allow list, like that of containers. What
+//! is missing fails with `EPERM`: namespaces, mounts, kernel modules, BPF, io_uring, keyrings,
+//! tracing of the kernel, changes of the clock, and whatever a later kernel adds.
 
 use std::{collections::BTreeMap, io};
 
 use seccompiler::{
-    SeccompAction, SeccompCmpArgLen::Dword, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch, apply_filter,
+    SeccompAction, SeccompCmpArgLen::Dword, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
 };
 
 /// Names and numbers, which differ between architectures.
@@ -325,7 +326,8 @@ const NAMESPACE_FLAGS: u64 = (libc::CLONE_NEWNS
 const REFUSED_FAMILIES: [i32; 2] = [libc::AF_VSOCK, libc::AF_ALG];
 /// Input pushed into a terminal by a process that has it open, as if its user had typed it.
 const REFUSED_TERMINAL_REQUESTS: [u64; 2] = [libc::TIOCSTI, libc::TIOCLINUX];
-/// Execution domains: Linux, 32-bit addresses, without randomized addresses (debuggers), and both; and which one it is.
+/// Execution domains: Linux, 32-bit addresses, without randomized addresses (debuggers), and both;
+/// and which one it is.
 const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
 fn allowed() -> impl Iterator<Item = Call> {
@@ -336,22 +338,40 @@ fn allowed() -> impl Iterator<Item = Call> {
 fn filters() -> Result<[SeccompFilter; 2], seccompiler::Error> {
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     let is_not = |argument, value| SeccompCondition::new(argument, Dword, SeccompCmpOp::Ne, value);
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = allowed().map(|(_, number)| (number, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        allowed().map(|(_, number)| (number, Vec::new())).collect();
     let clone = SeccompCondition::new(0, Dword, SeccompCmpOp::MaskedEq(NAMESPACE_FLAGS), 0)?;
     rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![clone])?]);
-    let families = REFUSED_FAMILIES.map(|family| is_not(0, family as u64)).into_iter().collect::<Result<_, _>>()?;
+    let families = REFUSED_FAMILIES
+        .map(|family| is_not(0, family as u64))
+        .into_iter()
+        .collect::<Result<_, _>>()?;
     rules.insert(libc::SYS_socket, vec![SeccompRule::new(families)?]);
-    let requests = REFUSED_TERMINAL_REQUESTS.map(|request| is_not(1, request)).into_iter().collect::<Result<_, _>>()?;
+    let requests = REFUSED_TERMINAL_REQUESTS
+        .map(|request| is_not(1, request))
+        .into_iter()
+        .collect::<Result<_, _>>()?;
     rules.insert(libc::SYS_ioctl, vec![SeccompRule::new(requests)?]);
-    let personalities = PERSONALITIES.map(|value| SeccompRule::new(vec![SeccompCondition::new(0, Dword, SeccompCmpOp::Eq, value)?]));
-    rules.insert(libc::SYS_personality, personalities.into_iter().collect::<Result<_, seccompiler::BackendError>>()?);
+    let personalities = PERSONALITIES.map(|value| {
+        SeccompRule::new(vec![SeccompCondition::new(0, Dword, SeccompCmpOp::Eq, value)?])
+    });
+    rules.insert(
+        libc::SYS_personality,
+        personalities.into_iter().collect::<Result<_, seccompiler::BackendError>>()?,
+    );
     // Refused by the next filter, with another error.
     rules.insert(libc::SYS_clone3, Vec::new());
     let refused = SeccompAction::Errno(libc::EPERM as u32);
     let allow_list = SeccompFilter::new(rules, refused, SeccompAction::Allow, architecture)?;
-    // Its flags are in memory, where a filter cannot look. As if the kernel had none: the C library then uses `clone`.
+    // Its flags are in memory, where a filter cannot look. As if the kernel had none: the C library
+    // then uses `clone`.
     let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    let not_there = SeccompFilter::new(clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32), architecture)?;
+    let not_there = SeccompFilter::new(
+        clone3,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        architecture,
+    )?;
     Ok([allow_list, not_there])
 }
 
@@ -364,10 +384,15 @@ pub fn apply() -> io::Result<()> {
     Ok(())
 }
 
-/// The filter of the process that only holds a sandbox, as an OCI runtime reads it: less than programs may.
+/// The filter of the process that only holds a sandbox, as an OCI runtime reads it: less than
+/// programs may.
 pub fn holder_profile() -> serde_json::Value {
-    let names: Vec<&str> = allowed().filter_map(|(name, _)| name.strip_prefix("SYS_")).filter(|name| *name != "ptrace").collect();
-    let architecture = if cfg!(target_arch = "aarch64") { "SCMP_ARCH_AARCH64" } else { "SCMP_ARCH_X86_64" };
+    let names: Vec<&str> = allowed()
+        .filter_map(|(name, _)| name.strip_prefix("SYS_"))
+        .filter(|name| *name != "ptrace")
+        .collect();
+    let architecture =
+        if cfg!(target_arch = "aarch64") { "SCMP_ARCH_AARCH64" } else { "SCMP_ARCH_X86_64" };
     serde_json::json!({
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": libc::EPERM,
@@ -395,7 +420,17 @@ mod tests {
     #[test]
     fn system_calls_that_reach_outside_the_sandbox_are_not_allowed() {
         let names: Vec<_> = allowed().map(|(name, _)| name).collect();
-        for refused in ["unshare", "setns", "mount", "umount2", "bpf", "io_uring_setup", "keyctl", "userfaultfd", "open_by_handle_at"] {
+        for refused in [
+            "unshare",
+            "setns",
+            "mount",
+            "umount2",
+            "bpf",
+            "io_uring_setup",
+            "keyctl",
+            "userfaultfd",
+            "open_by_handle_at",
+        ] {
             assert!(!names.contains(&format!("SYS_{refused}").as_str()), "{refused}");
         }
         assert!(filters().is_ok() && names.len() > 250);

@@ -23,16 +23,21 @@ pub struct Port {
 pub fn listening(holder: Holder) -> BTreeSet<Port> {
     let mut sockets = BTreeMap::new();
     for table in ["tcp", "tcp6"] {
-        let text = fs::read_to_string(format!("/proc/{}/net/{table}", holder.process.pid)).unwrap_or_default();
+        let text = fs::read_to_string(format!("/proc/{}/net/{table}", holder.process.pid))
+            .unwrap_or_default();
         sockets.extend(text.lines().skip(1).filter_map(parse));
     }
     let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let processes = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|pid| holder.contains(*pid));
+    let processes = numbers
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| holder.contains(*pid));
     let mut ports = BTreeSet::new();
     for pid in processes {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         for link in descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()) {
-            let inode = link.to_str().and_then(|text| text.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok());
+            let inode = link.to_str().and_then(|text| {
+                text.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok()
+            });
             // Told once, by the first process that has it.
             if let Some((address, port)) = inode.and_then(|inode| sockets.remove(&inode)) {
                 ports.insert(Port { port, address, pid });
@@ -48,13 +53,18 @@ fn parse(line: &str) -> Option<(u64, (IpAddr, u16))> {
     let (local, state, inode) = (*fields.get(1)?, *fields.get(3)?, *fields.get(9)?);
     let (address, port) = local.split_once(':')?;
     // Words in the machine's own byte order.
-    let words: Option<Vec<_>> = (0..address.len() / 8).map(|at| u32::from_str_radix(&address[at * 8..at * 8 + 8], 16).ok()).collect();
+    let words: Option<Vec<_>> = (0..address.len() / 8)
+        .map(|at| u32::from_str_radix(&address[at * 8..at * 8 + 8], 16).ok())
+        .collect();
     let bytes: Vec<_> = words?.into_iter().flat_map(u32::to_ne_bytes).collect();
     let address = match bytes.len() {
         4 => IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?)),
         _ => IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?)),
     };
-    (state == LISTENING).then_some((inode.parse().ok()?, (address.to_canonical(), u16::from_str_radix(port, 16).ok()?)))
+    (state == LISTENING).then_some((
+        inode.parse().ok()?,
+        (address.to_canonical(), u16::from_str_radix(port, 16).ok()?),
+    ))
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
-//! A Sprite's own network: a namespace that belongs to this machine's root, so that nothing in a Sprite can change it, and a process
-//! (pasta) that carries its traffic from there to public addresses. It outlives this server, as the Sprite does.
+//! A Sprite's own network: a namespace that belongs to this machine's root, so that nothing in a
+//! Sprite can change it, and a process (pasta) that carries its traffic from there to public
+//! addresses. It outlives this server, as the Sprite does.
 //!
-//! What is not public has no route there: this machine's addresses, private and special ranges. Names are resolved by the machine's own
-//! servers.
+//! What is not public has no route there: this machine's addresses, private and special ranges.
+//! Names are resolved by the machine's own servers.
 
 use std::{
     fs, io,
@@ -18,13 +19,15 @@ use tokio::process::Command;
 use crate::isolation::process::Process;
 
 const START_MAX: Duration = Duration::from_secs(20);
-/// The addresses in a Sprite's network, of a range that is for such use (RFC 7335): its own, the way out, and where names are asked for.
+/// The addresses in a Sprite's network, of a range that is for such use (RFC 7335): its own, the
+/// way out, and where names are asked for.
 const ADDRESS: &str = "192.0.0.2";
 const PREFIX_BITS: &str = "29";
 const GATEWAY: &str = "192.0.0.1";
 pub const NAME_SERVER: &str = "192.0.0.3";
 
-/// What is not public (RFC 6890). The Sprite's own network is within the second of them, and a longer prefix wins.
+/// What is not public (RFC 6890). The Sprite's own network is within the second of them, and a
+/// longer prefix wins.
 const NOT_PUBLIC: [&str; 12] = [
     "0.0.0.0/8",
     "192.0.0.0/24",
@@ -45,7 +48,8 @@ const NOT_PUBLIC: [&str; 12] = [
 pub struct Namespace(PathBuf);
 
 impl Namespace {
-    /// Makes one with a loopback device, which `addresses` are on, and without routes to what is not public.
+    /// Makes one with a loopback device, which `addresses` are on, and without routes to what is
+    /// not public.
     pub async fn make(path: PathBuf, addresses: Vec<Ipv4Addr>) -> io::Result<Self> {
         let namespace = Self(path.clone());
         tokio::task::spawn_blocking(move || {
@@ -59,7 +63,8 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// Takes it out of this machine's table of mounts, which ends what carries its traffic; those who are in it keep it.
+    /// Takes it out of this machine's table of mounts, which ends what carries its traffic; those
+    /// who are in it keep it.
     pub fn remove(path: &Path) {
         let _ = rustix::mount::unmount(path, UnmountFlags::DETACH);
         let _ = fs::remove_file(path);
@@ -69,54 +74,119 @@ impl Namespace {
         &self.0
     }
 
-    /// Connects it to public addresses. `loopback_ports` of this machine are found at the same ports of the Sprite's loopback.
+    /// Connects it to public addresses. `loopback_ports` of this machine are found at the same
+    /// ports of the Sprite's loopback.
     pub async fn connect(&self, loopback_ports: &[u16], pid_file: PathBuf) -> io::Result<Process> {
         let _ = fs::remove_file(&pid_file);
         let ports: Vec<String> = loopback_ports.iter().map(u16::to_string).collect();
         let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(",") };
         let mut command = Command::new("pasta");
-        command.args(["--runas", "0", "--quiet", "--config-net", "--ipv4-only", "--netns-only", "--netns"]).arg(self.path());
-        command.args(["--address", ADDRESS, "--netmask", PREFIX_BITS, "--gateway", GATEWAY, "--no-map-gw", "--ns-ifname", "eth0"]);
-        command.args(["--dns-forward", NAME_SERVER, "--no-dhcp", "--no-dhcpv6", "--no-ndp", "--no-ra"]);
-        command.args(["--tcp-ports", "none", "--udp-ports", "none", "--udp-ns", "none", "--tcp-ns", &ports]);
+        command
+            .args([
+                "--runas",
+                "0",
+                "--quiet",
+                "--config-net",
+                "--ipv4-only",
+                "--netns-only",
+                "--netns",
+            ])
+            .arg(self.path());
+        command.args([
+            "--address",
+            ADDRESS,
+            "--netmask",
+            PREFIX_BITS,
+            "--gateway",
+            GATEWAY,
+            "--no-map-gw",
+            "--ns-ifname",
+            "eth0",
+        ]);
+        command.args([
+            "--dns-forward",
+            NAME_SERVER,
+            "--no-dhcp",
+            "--no-dhcpv6",
+            "--no-ndp",
+            "--no-ra",
+        ]);
+        command.args([
+            "--tcp-ports",
+            "none",
+            "--udp-ports",
+            "none",
+            "--udp-ns",
+            "none",
+            "--tcp-ns",
+            &ports,
+        ]);
         command.arg("--pid").arg(&pid_file);
-        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-        let output = tokio::time::timeout(START_MAX, command.output()).await.map_err(|_| io::Error::other("pasta does not start"))?;
-        let output = output.map_err(|error| io::Error::new(error.kind(), format!("pasta (of the package passt): {error}")))?;
+        command
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        let output = tokio::time::timeout(START_MAX, command.output())
+            .await
+            .map_err(|_| io::Error::other("pasta does not start"))?;
+        let output = output.map_err(|error| {
+            io::Error::new(error.kind(), format!("pasta (of the package passt): {error}"))
+        })?;
         let pid = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
         match pid.and_then(Process::find) {
             Some(process) if output.status.success() => Ok(process),
             _ => {
-                let said = String::from_utf8_lossy(&output.stderr).lines().rfind(|line| !line.contains("syslog")).map(str::to_owned);
-                Err(io::Error::other(format!("pasta: {}", said.unwrap_or_else(|| "failed and said nothing".to_owned()))))
+                let said = String::from_utf8_lossy(&output.stderr)
+                    .lines()
+                    .rfind(|line| !line.contains("syslog"))
+                    .map(str::to_owned);
+                Err(io::Error::other(format!(
+                    "pasta: {}",
+                    said.unwrap_or_else(|| "failed and said nothing".to_owned())
+                )))
             }
         }
     }
 }
 
 fn make(path: &Path, addresses: &[Ipv4Addr]) -> io::Result<()> {
-    #[expect(deprecated, reason = "sound for a namespace of the network; the other one is unsafe for the sake of descriptors")]
+    #[expect(
+        deprecated,
+        reason = "sound for a namespace of the network; the other one is unsafe for the sake of descriptors"
+    )]
     rustix::thread::unshare(UnshareFlags::NEWNET)?;
-    // Low ports and pings are allowed to all users: none in the Sprite has rights over this namespace.
+    // Low ports and pings are allowed to all users: none in the Sprite has rights over this
+    // namespace.
     fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")?;
     let _ = fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
     let mut batch = "link set lo up\n".to_owned();
     for address in addresses.iter().filter(|address| !address.is_loopback()) {
         batch.push_str(&format!("addr add {address}/32 dev lo\n"));
     }
-    let own: Vec<String> = machine_addresses().into_iter().map(|address| format!("{address}/32")).collect();
+    let own: Vec<String> =
+        machine_addresses().into_iter().map(|address| format!("{address}/32")).collect();
     for range in NOT_PUBLIC.iter().map(|range| (*range).to_owned()).chain(own) {
         batch.push_str(&format!("route add unreachable {range}\n"));
     }
     let mut ip = std::process::Command::new("ip");
-    ip.args(["-force", "-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut ip = ip.spawn().map_err(|error| io::Error::new(error.kind(), format!("ip (of the package iproute2): {error}")))?;
+    ip.args(["-force", "-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut ip = ip.spawn().map_err(|error| {
+        io::Error::new(error.kind(), format!("ip (of the package iproute2): {error}"))
+    })?;
     if let Some(mut stdin) = ip.stdin.take() {
         io::Write::write_all(&mut stdin, batch.as_bytes())?;
     }
     let output = ip.wait_with_output()?;
     if !output.status.success() {
-        return Err(io::Error::other(format!("ip: {}", String::from_utf8_lossy(&output.stderr).trim())));
+        return Err(io::Error::other(format!(
+            "ip: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        )));
     }
     Ok(rustix::mount::mount_bind("/proc/thread-self/ns/net", path)?)
 }
@@ -124,7 +194,10 @@ fn make(path: &Path, addresses: &[Ipv4Addr]) -> io::Result<()> {
 /// This machine's own addresses.
 fn machine_addresses() -> Vec<Ipv4Addr> {
     // The process's, not the thread's, which is in another namespace by now.
-    local_addresses(&fs::read_to_string(format!("/proc/{}/net/fib_trie", std::process::id())).unwrap_or_default())
+    local_addresses(
+        &fs::read_to_string(format!("/proc/{}/net/fib_trie", std::process::id()))
+            .unwrap_or_default(),
+    )
 }
 
 /// What the kernel's table of routes has as its own: the leaf, and in the next line what it is.
@@ -134,7 +207,8 @@ fn local_addresses(trie: &str) -> Vec<Ipv4Addr> {
         let address = pair.first()?.trim().strip_prefix("|-- ")?;
         pair.get(1)?.contains("/32 host LOCAL").then(|| address.parse::<Ipv4Addr>().ok()).flatten()
     };
-    let mut found: Vec<Ipv4Addr> = lines.windows(2).filter_map(leaf).filter(|address| !address.is_loopback()).collect();
+    let mut found: Vec<Ipv4Addr> =
+        lines.windows(2).filter_map(leaf).filter(|address| !address.is_loopback()).collect();
     found.sort();
     found.dedup();
     found

@@ -1,7 +1,7 @@
 //! Commands in a Sprite: a process, its output to every client that is attached, its exit status.
 //!
-//! Output is never dropped while a client is attached: a slow client slows the process. With none attached the newest output is kept
-//! for the next one, as much as the real service keeps.
+//! Output is never dropped while a client is attached: a slow client slows the process. With none
+//! attached the newest output is kept for the next one, as much as the real service keeps.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -46,7 +46,8 @@ const SEND_MAX: Duration = Duration::from_secs(300);
 const ENDED_KEPT: usize = 64;
 const END_OF_FILE: u8 = 4;
 
-/// What a client receives from a command. If the channel closes before the exit, the command keeps running without this client.
+/// What a client receives from a command. If the channel closes before the exit, the command keeps
+/// running without this client.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The stream's byte, and output of it.
@@ -144,7 +145,11 @@ struct Clients {
 
 impl ExecSession {
     /// Starts a command and attaches the first client.
-    pub fn start(start: Start, request: Request, lifecycle: &Lifecycle) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
+    pub fn start(
+        start: Start,
+        request: Request,
+        lifecycle: &Lifecycle,
+    ) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
         let Start { launch, environment, owner, sessions } = start;
         let mut variables = sandbox::environment(launch.holder);
         variables.extend(environment);
@@ -159,13 +164,17 @@ impl ExecSession {
             command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
             terminal = Some((Arc::new(master), Mutex::new(size)));
         } else {
-            command.stdin(if request.stdin { Stdio::piped() } else { Stdio::null() }).stdout(Stdio::piped()).stderr(Stdio::piped());
+            command
+                .stdin(if request.stdin { Stdio::piped() } else { Stdio::null() })
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
         }
         let mut child = command.spawn()?;
         // Its own ends of the terminal are closed here: the last one that is open is the Sprite's.
         drop(command);
         let launcher = child.id().and_then(|id| Process::find(i32::try_from(id).ok()?));
-        let launcher = launcher.ok_or_else(|| io::Error::other("the command ended before it began"))?;
+        let launcher =
+            launcher.ok_or_else(|| io::Error::other("the command ended before it began"))?;
         let (stdin_tx, stdin_rx) = mpsc::channel(16);
         let (exit_tx, exit) = watch::channel(None);
         let session = Arc::new(Self {
@@ -184,11 +193,14 @@ impl ExecSession {
         locked(&sessions).running.insert(session.id.clone(), session.clone());
         let tasks = lifecycle.tracker();
         match (&session.terminal, child.stdin.take()) {
-            (Some((terminal, _)), _) => drop(tasks.spawn(type_into(terminal.clone(), stdin_rx, lifecycle.clone()))),
+            (Some((terminal, _)), _) => {
+                drop(tasks.spawn(type_into(terminal.clone(), stdin_rx, lifecycle.clone())))
+            }
             (None, Some(stdin)) => drop(tasks.spawn(feed(stdin, stdin_rx, lifecycle.clone()))),
             (None, None) => {}
         }
-        let supervise = session.clone().supervise(sessions, child, exit_tx, request.max_run_after_disconnect);
+        let supervise =
+            session.clone().supervise(sessions, child, exit_tx, request.max_run_after_disconnect);
         let stop = lifecycle.stop_token();
         // At a stop the command is left alone, and its clients hear no exit.
         tasks.spawn(async move { stop.run_until_cancelled(supervise).await });
@@ -215,15 +227,18 @@ impl ExecSession {
         locked(&self.clients).attached.clear();
     }
 
-    /// Bytes for the command's standard input; `None` ends it. Ignored by a command that reads none.
+    /// Bytes for the command's standard input; `None` ends it. Ignored by a command that reads
+    /// none.
     pub async fn feed(&self, data: Option<Bytes>) {
         locked(&self.clients).last_activity = Instant::now();
         let _ = self.stdin.send(data).await;
     }
 
-    /// Sends a signal to the command's process group; with a terminal, to the one in the foreground.
+    /// Sends a signal to the command's process group; with a terminal, to the one in the
+    /// foreground.
     pub fn signal(&self, signal: Signal) {
-        // A kernel of its own knows its foreground group; what started the command passes signals on.
+        // A kernel of its own knows its foreground group; what started the command passes signals
+        // on.
         let terminal = self.terminal.as_ref().filter(|_| !self.has_own_kernel);
         match terminal.and_then(|(terminal, _)| terminal.foreground()) {
             Some(group) => drop(rustix::process::kill_process_group(group, signal)),
@@ -267,7 +282,8 @@ impl ExecSession {
             let pid = self.launcher.child()?;
             let executable = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
             let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            let arguments = line.split(|byte| *byte == 0).skip(1).filter(|argument| !argument.is_empty());
+            let arguments =
+                line.split(|byte| *byte == 0).skip(1).filter(|argument| !argument.is_empty());
             let words = std::iter::once(executable.as_os_str().as_bytes()).chain(arguments);
             Some(words.map(String::from_utf8_lossy).collect::<Vec<_>>().join(" "))
         };
@@ -297,7 +313,10 @@ impl ExecSession {
         let pumps = async {
             match &self.terminal {
                 Some((terminal, _)) => self.pump_terminal(terminal).await,
-                None => drop(tokio::join!(self.pump(stdout, Stream::Stdout), self.pump(stderr, Stream::Stderr))),
+                None => drop(tokio::join!(
+                    self.pump(stdout, Stream::Stdout),
+                    self.pump(stderr, Stream::Stderr)
+                )),
             }
         };
         let mut pumps = std::pin::pin!(pumps);
@@ -317,7 +336,8 @@ impl ExecSession {
             }
         };
         if !drained {
-            // What the command wrote is in the pipes; a daemon that keeps them open is not waited for.
+            // What the command wrote is in the pipes; a daemon that keeps them open is not waited
+            // for.
             let _ = self.drain(pumps).await;
         }
         let code = status.map_or(u8::MAX, exit_code);
@@ -337,7 +357,9 @@ impl ExecSession {
     async fn drain(&self, mut pumps: std::pin::Pin<&mut impl Future<Output = ()>>) {
         loop {
             let before = locked(&self.clients).seen;
-            if tokio::time::timeout(LINGER, &mut pumps).await.is_ok() || locked(&self.clients).seen == before {
+            if tokio::time::timeout(LINGER, &mut pumps).await.is_ok()
+                || locked(&self.clients).seen == before
+            {
                 return;
             }
         }
@@ -400,7 +422,13 @@ impl ExecSession {
 
 impl Default for Clients {
     fn default() -> Self {
-        Self { attached: Vec::new(), replay: VecDeque::new(), seen: 0, last_activity: Instant::now(), exit: None }
+        Self {
+            attached: Vec::new(),
+            replay: VecDeque::new(),
+            seen: 0,
+            last_activity: Instant::now(),
+            exit: None,
+        }
     }
 }
 
@@ -418,7 +446,11 @@ impl Clients {
     }
 }
 
-async fn feed(mut stdin: ChildStdin, mut data: mpsc::Receiver<Option<Bytes>>, lifecycle: Lifecycle) {
+async fn feed(
+    mut stdin: ChildStdin,
+    mut data: mpsc::Receiver<Option<Bytes>>,
+    lifecycle: Lifecycle,
+) {
     let stop = lifecycle.stop_token();
     let feed = async {
         while let Some(Some(bytes)) = data.recv().await {
@@ -430,7 +462,11 @@ async fn feed(mut stdin: ChildStdin, mut data: mpsc::Receiver<Option<Bytes>>, li
     stop.run_until_cancelled(feed).await;
 }
 
-async fn type_into(terminal: Arc<Terminal>, mut data: mpsc::Receiver<Option<Bytes>>, lifecycle: Lifecycle) {
+async fn type_into(
+    terminal: Arc<Terminal>,
+    mut data: mpsc::Receiver<Option<Bytes>>,
+    lifecycle: Lifecycle,
+) {
     let stop = lifecycle.stop_token();
     let typing = async {
         while let Some(bytes) = data.recv().await {

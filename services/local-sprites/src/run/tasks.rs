@@ -1,4 +1,5 @@
-//! Tasks, which keep a quiet Sprite awake. Its own programs register them for a limited time (docs/sprites-api.md §11.1).
+//! Tasks, which keep a quiet Sprite awake. Its own programs register them for a limited time
+//! (docs/sprites-api.md §11.1).
 
 use std::{
     collections::BTreeMap,
@@ -66,8 +67,14 @@ impl Tasks {
             return Err(TaskError::TooMany);
         }
         let now = Timestamp::now();
-        let expires_at = Timestamp::from_unix_micros(now.unix_micros() + i64::try_from(expire.as_micros()).unwrap_or(i64::MAX));
-        let task = Task { started_at: before.map_or(now, |task| task.started_at), expires_at, ends: Instant::now() + expire };
+        let expires_at = Timestamp::from_unix_micros(
+            now.unix_micros() + i64::try_from(expire.as_micros()).unwrap_or(i64::MAX),
+        );
+        let task = Task {
+            started_at: before.map_or(now, |task| task.started_at),
+            expires_at,
+            ends: Instant::now() + expire,
+        };
         tasks.insert(name.to_owned(), task);
         Ok(task)
     }
@@ -89,7 +96,10 @@ mod tests {
         assert_eq!(tasks.set("build", minute, false).unwrap_err(), TaskError::Exists);
         let longer = tasks.set("build", minute * 5, true).unwrap();
         assert!(longer.started_at == first.started_at && longer.expires_at > first.expires_at);
-        assert_eq!(tasks.set("other", Duration::from_secs(3601), true).unwrap_err(), TaskError::Expire);
+        assert_eq!(
+            tasks.set("other", Duration::from_secs(3601), true).unwrap_err(),
+            TaskError::Expire
+        );
         assert!(tasks.any() && tasks.remove("build") && !tasks.remove("build") && !tasks.any());
     }
 }

@@ -52,7 +52,10 @@ impl Terminal {
     }
 
     pub fn resize(&self, size: Size) -> io::Result<()> {
-        Ok(tcsetwinsize(&self.0, Winsize { ws_row: size.rows, ws_col: size.cols, ws_xpixel: 0, ws_ypixel: 0 })?)
+        Ok(tcsetwinsize(
+            &self.0,
+            Winsize { ws_row: size.rows, ws_col: size.cols, ws_xpixel: 0, ws_ypixel: 0 },
+        )?)
     }
 
     /// The processes that the keyboard is connected to.
@@ -70,7 +73,9 @@ impl Terminal {
                     buffer.extend_from_slice(&chunk[..read]);
                     return Ok(read);
                 }
-                Ok(Err(error)) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => return Ok(0),
+                Ok(Err(error)) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
+                    return Ok(0);
+                }
                 Ok(Err(error)) => return Err(error),
                 Err(_not_ready) => {}
             }
@@ -90,10 +95,15 @@ impl Terminal {
     }
 }
 
-/// Opens the Sprite's own `/dev/pts/ptmx`, which must be one: what the Sprite put in its place is not used.
+/// Opens the Sprite's own `/dev/pts/ptmx`, which must be one: what the Sprite put in its place is
+/// not used.
 fn open_multiplexer(holder: Holder) -> io::Result<OwnedFd> {
     let root = Root::new(holder.root()?, None);
-    let multiplexer = root.open(Path::new("/dev/pts/ptmx"), OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK, rustix::fs::Mode::empty())?;
+    let multiplexer = root.open(
+        Path::new("/dev/pts/ptmx"),
+        OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK,
+        rustix::fs::Mode::empty(),
+    )?;
     let stat = rustix::fs::fstat(&multiplexer)?;
     let device = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
     if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && device == (5, 2) {
@@ -104,7 +114,10 @@ fn open_multiplexer(holder: Holder) -> io::Result<OwnedFd> {
 }
 
 /// A descriptor that the runtime waits for.
-#[expect(deprecated, reason = "sound for an owned descriptor, which stays what it is; the other constructor is unsafe")]
+#[expect(
+    deprecated,
+    reason = "sound for an owned descriptor, which stays what it is; the other constructor is unsafe"
+)]
 pub fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::new(fd)
 }

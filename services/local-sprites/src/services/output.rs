@@ -1,8 +1,11 @@
-//! What a service writes, on its way to its log, with no line lost or doubled, whenever this server is killed.
+//! What a service writes, on its way to its log, with no line lost or doubled, whenever this server
+//! is killed.
 //!
-//! The service writes to two named pipes that it holds open itself: with no server to read them it waits. One system call moves bytes from a
-//! pipe into a spool, so that they are always in one of the two. From there lines go to the log; the position file then says how far the
-//! spools are logged and how long the log was. What a killed server logged beyond that is cut off, and logged again by the next one.
+//! The service writes to two named pipes that it holds open itself: with no server to read them it
+//! waits. One system call moves bytes from a pipe into a spool, so that they are always in one of
+//! the two. From there lines go to the log; the position file then says how far the spools are
+//! logged and how long the log was. What a killed server logged beyond that is cut off, and logged
+//! again by the next one.
 
 use std::{
     fmt::Write as _,
@@ -50,9 +53,11 @@ impl Files {
         path.into()
     }
 
-    /// The writing ends for the service: stdout and stderr. It opens them for reading too, and so never has to wait for a reader to come.
+    /// The writing ends for the service: stdout and stderr. It opens them for reading too, and so
+    /// never has to wait for a reader to come.
     pub fn writers(&self) -> io::Result<[Stdio; 2]> {
-        let open = |kind| OpenOptions::new().read(true).write(true).open(self.own(kind)).map(Stdio::from);
+        let open =
+            |kind| OpenOptions::new().read(true).write(true).open(self.own(kind)).map(Stdio::from);
         Ok([open("stdout")?, open("stderr")?])
     }
 
@@ -77,20 +82,35 @@ impl Output {
         if let Some(dir) = files.own.parent() {
             fs::create_dir_all(dir)?;
         }
-        let position = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(files.own("position"))?;
+        let position = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(files.own("position"))?;
         let known = Position::read(&position)?;
-        let source = |kind: &str, logged| Source::open(&files.own(kind), &files.own(&format!("{kind}.spool")), logged);
+        let source = |kind: &str, logged| {
+            Source::open(&files.own(kind), &files.own(&format!("{kind}.spool")), logged)
+        };
         let stdout = source("stdout", known.map_or(0, |known| known.stdout))?;
         let stderr = source("stderr", known.map_or(0, |known| known.stderr))?;
-        Ok(Self { stdout, stderr, log: Log::open(&files.log, known.map(|known| known.log))?, position })
+        Ok(Self {
+            stdout,
+            stderr,
+            log: Log::open(&files.log, known.map(|known| known.log))?,
+            position,
+        })
     }
 
-    /// The next lines of either, which are in the log by now. Loses nothing when it is dropped before it is done.
+    /// The next lines of either, which are in the log by now. Loses nothing when it is dropped
+    /// before it is done.
     pub async fn next(&mut self) -> io::Result<Vec<(Stream, String)>> {
         // There may always be more, and others want to run too.
         tokio::task::yield_now().await;
         loop {
-            for (stream, bytes) in [(Stream::Stdout, self.stdout.whole()), (Stream::Stderr, self.stderr.whole())] {
+            for (stream, bytes) in
+                [(Stream::Stdout, self.stdout.whole()), (Stream::Stderr, self.stderr.whole())]
+            {
                 if bytes > 0 {
                     return self.record(stream, bytes);
                 }
@@ -115,8 +135,11 @@ impl Output {
             self.note()?;
         }
         let source = if stream == Stream::Stdout { &mut self.stdout } else { &mut self.stderr };
-        let lines = source.held[..bytes].split_inclusive(|byte| *byte == b'\n').flat_map(|line| line.chunks(LINE_BYTES_MAX));
-        let lines: Vec<_> = lines.map(|line| (stream, String::from_utf8_lossy(line).into_owned())).collect();
+        let lines = source.held[..bytes]
+            .split_inclusive(|byte| *byte == b'\n')
+            .flat_map(|line| line.chunks(LINE_BYTES_MAX));
+        let lines: Vec<_> =
+            lines.map(|line| (stream, String::from_utf8_lossy(line).into_owned())).collect();
         self.log.append(&lines)?;
         source.held.drain(..bytes);
         source.logged += bytes as u64;
@@ -130,7 +153,8 @@ impl Output {
     }
 
     fn note(&self) -> io::Result<()> {
-        Position { stdout: self.stdout.logged, stderr: self.stderr.logged, log: self.log.len }.write(&self.position)
+        Position { stdout: self.stdout.logged, stderr: self.stderr.logged, log: self.log.len }
+            .write(&self.position)
     }
 }
 
@@ -152,7 +176,9 @@ impl Position {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             other => other?,
         }
-        let number = |at: usize| bytes[at..at + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        let number = |at: usize| {
+            bytes[at..at + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+        };
         Ok(Some(Self { stdout: number(0), stderr: number(8), log: number(16) }))
     }
 
@@ -183,7 +209,13 @@ impl Source {
         }
         // Opened for writing too, so that it never ends.
         let pipe = pipe::OpenOptions::new().read_write(true).open_receiver(pipe)?;
-        let spool = OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(spool)?;
+        let spool = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .open(spool)?;
         let spooled = spool.metadata()?.len();
         // Shorter: it was started over, and that was not noted any more.
         let logged = if logged > spooled { 0 } else { logged };
@@ -206,7 +238,16 @@ impl Source {
         loop {
             self.pipe.readable().await?;
             let mut end = self.spooled;
-            let splice = || Ok(splice(&self.pipe, None, &self.spool, Some(&mut end), MOVE_BYTES_MAX, SpliceFlags::NONBLOCK)?);
+            let splice = || {
+                Ok(splice(
+                    &self.pipe,
+                    None,
+                    &self.spool,
+                    Some(&mut end),
+                    MOVE_BYTES_MAX,
+                    SpliceFlags::NONBLOCK,
+                )?)
+            };
             let moved = match self.pipe.try_io(splice) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 moved => moved?,
@@ -219,8 +260,8 @@ impl Source {
         }
     }
 
-    /// Gives back the room of what is logged; true where the spool was started over. A busy service's may never be logged whole: there a hole
-    /// is left, and offsets stay what they are.
+    /// Gives back the room of what is logged; true where the spool was started over. A busy
+    /// service's may never be logged whole: there a hole is left, and offsets stay what they are.
     fn trim(&mut self) -> io::Result<bool> {
         if self.logged - self.trimmed < SPOOL_BYTES_MAX {
             return Ok(false);
@@ -244,7 +285,8 @@ struct Log {
 }
 
 impl Log {
-    /// Opens it at a length that was noted, where one was; it is shorter where it was started over since.
+    /// Opens it at a length that was noted, where one was; it is shorter where it was started over
+    /// since.
     fn open(path: &Path, noted: Option<u64>) -> io::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let mut len = file.metadata()?.len();
@@ -298,7 +340,11 @@ mod tests {
     }
 
     fn logged(files: &Files) -> Vec<String> {
-        fs::read_to_string(&files.log).unwrap().lines().map(|line| line.split_once("] ").unwrap().1.to_owned()).collect()
+        fs::read_to_string(&files.log)
+            .unwrap()
+            .lines()
+            .map(|line| line.split_once("] ").unwrap().1.to_owned())
+            .collect()
     }
 
     async fn follow(output: &mut Output, lines: usize) {
@@ -380,7 +426,11 @@ mod tests {
         }
         let spool = fs::metadata(files.own("stdout.spool")).unwrap();
         let room = std::os::unix::fs::MetadataExt::blocks(&spool) * 512;
-        assert!(spool.len() > 5 * SPOOL_BYTES_MAX && room < 2 * SPOOL_BYTES_MAX, "{room} bytes for {}", spool.len());
+        assert!(
+            spool.len() > 5 * SPOOL_BYTES_MAX && room < 2 * SPOOL_BYTES_MAX,
+            "{room} bytes for {}",
+            spool.len()
+        );
         drop(output);
         let mut output = Output::open(&files).unwrap();
         write(&files, "ended\n");
@@ -397,7 +447,11 @@ mod tests {
         write(&files, &"x".repeat(LINE_BYTES_MAX));
         follow(&mut output, 1).await;
         write(&files, "rest");
-        assert!(tokio::time::timeout(std::time::Duration::from_millis(50), output.next()).await.is_err());
+        assert!(
+            tokio::time::timeout(std::time::Duration::from_millis(50), output.next())
+                .await
+                .is_err()
+        );
         assert_eq!(output.rest().unwrap(), [(Stream::Stdout, "rest".to_owned())]);
         assert_eq!(logged(&files).iter().map(String::len).collect::<Vec<_>>(), [LINE_BYTES_MAX, 4]);
     }

@@ -1,7 +1,8 @@
 //! Limits of all Sprites together, and how long an idle Sprite keeps its resources.
 //!
-//! Memory, CPUs and processes are limits of the control group above all Sprites. While less of the disk is free than the reserve, Sprites
-//! with more than the average do not start. The caretaker watches the disk and the idle.
+//! Memory, CPUs and processes are limits of the control group above all Sprites. While less of the
+//! disk is free than the reserve, Sprites with more than the average do not start. The caretaker
+//! watches the disk and the idle.
 
 use std::{fs, time::Duration};
 
@@ -29,7 +30,8 @@ pub struct Space {
     pub free_bytes: u64,
 }
 
-/// After how long without use a Sprite is frozen, and after how long frozen it is stopped; never where none.
+/// After how long without use a Sprite is frozen, and after how long frozen it is stopped; never
+/// where none.
 #[derive(Clone, Copy, Debug)]
 pub struct Idle {
     pub freeze_after: Option<Duration>,
@@ -44,10 +46,12 @@ pub enum Step {
 }
 
 impl Budget {
-    /// The memory of all Sprites together, on a machine or in a container that has `total`. At least half of it: on a small machine the
-    /// reserve would leave nothing.
+    /// The memory of all Sprites together, on a machine or in a container that has `total`. At
+    /// least half of it: on a small machine the reserve would leave nothing.
     pub fn memory(&self, total: u64) -> u64 {
-        self.memory_bytes.unwrap_or_else(|| total.saturating_sub(MEMORY_RESERVE_BYTES).max(total / 2)).min(total)
+        self.memory_bytes
+            .unwrap_or_else(|| total.saturating_sub(MEMORY_RESERVE_BYTES).max(total / 2))
+            .min(total)
     }
 
     pub fn disk_reserve(&self, disk: Space) -> u64 {
@@ -58,7 +62,8 @@ impl Budget {
         disk.free_bytes < self.disk_reserve(disk)
     }
 
-    /// Whether a Sprite may start: with room left, any; with little, those that hold no more than the average.
+    /// Whether a Sprite may start: with room left, any; with little, those that hold no more than
+    /// the average.
     pub fn may_start(&self, disk: Space, own: u64, average: u64) -> bool {
         !self.is_full(disk) || (disk.free_bytes >= self.disk_reserve(disk) / 2 && own <= average)
     }
@@ -69,7 +74,9 @@ impl Idle {
         let freeze_after = self.freeze_after?;
         match status {
             Status::Running if idle > freeze_after => Some(Step::Freeze),
-            Status::Warm if self.stop_after.is_some_and(|after| idle > freeze_after + after) => Some(Step::Stop),
+            Status::Warm if self.stop_after.is_some_and(|after| idle > freeze_after + after) => {
+                Some(Step::Stop)
+            }
             _ => None,
         }
     }
@@ -78,14 +85,16 @@ impl Idle {
 /// The machine's memory.
 pub fn machine_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?;
+    let kib =
+        text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix("kB")?;
     Some(kib.trim().parse::<u64>().ok()? << 10)
 }
 
 /// Half of the processes and threads that this machine can have.
 pub fn processes() -> Option<u64> {
     let limit = |file: &str| fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
-    let limits = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"].into_iter().filter_map(limit);
+    let limits =
+        ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"].into_iter().filter_map(limit);
     limits.min().map(|limit| limit / 2)
 }
 
@@ -96,7 +105,10 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn budget(memory_bytes: Option<u64>) -> Budget {
-        let idle = Idle { freeze_after: Some(Duration::from_secs(300)), stop_after: Some(Duration::from_secs(3600)) };
+        let idle = Idle {
+            freeze_after: Some(Duration::from_secs(300)),
+            stop_after: Some(Duration::from_secs(3600)),
+        };
         Budget { memory_bytes, cpu_milli: None, disk_reserve_bytes: 4 * GIB, idle }
     }
 

@@ -1,4 +1,5 @@
-//! Keeps all Sprites together within their limits: freezes and stops idle ones, and stops the one that fills the disk.
+//! Keeps all Sprites together within their limits: freezes and stops idle ones, and stops the one
+//! that fills the disk.
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
@@ -29,7 +30,9 @@ async fn end_idle(registry: &Registry) {
     let idle = registry.budget().idle;
     for sprite in registry.all().into_iter().filter(|sprite| !sprite.is_in_use()) {
         let done = match idle.step(sprite.status(), sprite.idle()) {
-            Some(Step::Freeze) => registry.pause_unused(&sprite, idle.freeze_after.unwrap_or_default()).await,
+            Some(Step::Freeze) => {
+                registry.pause_unused(&sprite, idle.freeze_after.unwrap_or_default()).await
+            }
             Some(Step::Stop) => registry.stop_unused(&sprite).await,
             None => continue,
         };
@@ -45,20 +48,35 @@ async fn free_memory(registry: &Registry) {
     if used < limit / 100 * MEMORY_FULL_PERCENT {
         return;
     }
-    let frozen = registry.all().into_iter().filter(|sprite| sprite.status() == Status::Warm && !sprite.is_in_use());
+    let frozen = registry
+        .all()
+        .into_iter()
+        .filter(|sprite| sprite.status() == Status::Warm && !sprite.is_in_use());
     if let Some(sprite) = frozen.max_by_key(|sprite| sprite.idle()) {
-        tracing::info!(sprite = sprite.name(), used_bytes = used, limit_bytes = limit, "stopping an idle Sprite: memory is short");
+        tracing::info!(
+            sprite = sprite.name(),
+            used_bytes = used,
+            limit_bytes = limit,
+            "stopping an idle Sprite: memory is short"
+        );
         let _ = registry.stop_unused(&sprite).await;
     }
 }
 
-/// Stops the Sprite that fills the disk. What it has written to memory by then still arrives: that is what the reserve is for.
+/// Stops the Sprite that fills the disk. What it has written to memory by then still arrives: that
+/// is what the reserve is for.
 async fn keep_disk_free(registry: &Registry, before: &mut HashMap<PathBuf, u64>) {
-    let running: Vec<Arc<Sprite>> = registry.all().into_iter().filter(|sprite| sprite.status() == Status::Running).collect();
-    let now: HashMap<PathBuf, u64> = running.iter().map(|sprite| (sprite.dir().to_path_buf(), sprite.disk_bytes())).collect();
+    let running: Vec<Arc<Sprite>> =
+        registry.all().into_iter().filter(|sprite| sprite.status() == Status::Running).collect();
+    let now: HashMap<PathBuf, u64> =
+        running.iter().map(|sprite| (sprite.dir().to_path_buf(), sprite.disk_bytes())).collect();
     let before = std::mem::replace(before, now);
-    let Some(disk) = registry.disk_space().filter(|disk| registry.budget().is_full(*disk)) else { return };
-    let growth = |sprite: &Sprite| sprite.disk_bytes().saturating_sub(before.get(sprite.dir()).copied().unwrap_or_default());
+    let Some(disk) = registry.disk_space().filter(|disk| registry.budget().is_full(*disk)) else {
+        return;
+    };
+    let growth = |sprite: &Sprite| {
+        sprite.disk_bytes().saturating_sub(before.get(sprite.dir()).copied().unwrap_or_default())
+    };
     if let Some(sprite) = fastest(running.iter().map(|sprite| (sprite, growth(sprite)))) {
         tracing::warn!(
             sprite = sprite.name(),

@@ -1,4 +1,5 @@
-//! The registry: creates, finds, lists, changes and deletes Sprites. It is persisted, so that a restart finds them unchanged.
+//! The registry: creates, finds, lists, changes and deletes Sprites. It is persisted, so that a
+//! restart finds them unchanged.
 
 use std::{
     collections::BTreeMap,
@@ -58,9 +59,14 @@ impl Registry {
     ) -> io::Result<Arc<Self>> {
         let dir = data_dir.canonicalize()?.join("sprites");
         fs::create_dir_all(&dir)?;
-        let total = [budget::machine_memory(), cgroups.own_memory_limit()].into_iter().flatten().min();
+        let total =
+            [budget::machine_memory(), cgroups.own_memory_limit()].into_iter().flatten().min();
         let memory_bytes = total.map(|total| budget.memory(total));
-        let limits = SharedLimits { memory_bytes, cpu_milli: budget.cpu_milli, processes: budget::processes() };
+        let limits = SharedLimits {
+            memory_bytes,
+            cpu_milli: budget.cpu_milli,
+            processes: budget::processes(),
+        };
         if let Err(error) = cgroups.limit_all(limits) {
             tracing::warn!(%error, ?limits, "failed to limit all Sprites together");
         }
@@ -80,21 +86,26 @@ impl Registry {
             match fs::read(path.join("sprite.json")) {
                 Ok(bytes) => match serde_json::from_slice::<Record>(&bytes) {
                     Ok(record) => registry.take_up(path, record).await?,
-                    Err(error) => tracing::warn!(%error, path = %path.display(), "a Sprite of another version is left alone"),
+                    Err(error) => {
+                        tracing::warn!(%error, path = %path.display(), "a Sprite of another version is left alone")
+                    }
                 },
                 Err(_) => registry.sandboxes.destroy(&path, None).await,
             }
         }
-        let known: Vec<String> = registry.all().iter().map(|sprite| container_id(sprite.dir())).collect();
+        let known: Vec<String> =
+            registry.all().iter().map(|sprite| container_id(sprite.dir())).collect();
         registry.sandboxes.remove_strays(&known).await;
         tracing::info!(sprites = locked(&registry.sprites).len(), "adopted running Sprites");
         Ok(registry)
     }
 
-    /// What runs in a Sprite keeps running; its way out, its services' keeper and its socket ended with the server that was here before.
+    /// What runs in a Sprite keeps running; its way out, its services' keeper and its socket ended
+    /// with the server that was here before.
     async fn take_up(self: &Arc<Self>, path: PathBuf, record: Record) -> io::Result<()> {
         self.sandboxes.disks().recover(&path)?;
-        let (name, holder) = (record.name.clone(), record.holder.filter(|holder| holder.is_alive()));
+        let (name, holder) =
+            (record.name.clone(), record.holder.filter(|holder| holder.is_alive()));
         let sprite = Arc::new(Sprite::new(path, record, &self.sandboxes));
         locked(&self.sprites).insert(name.clone(), sprite.clone());
         let Some(holder) = holder else {
@@ -117,18 +128,28 @@ impl Registry {
         Ok(())
     }
 
-    /// Opens what this server carries of a Sprite's traffic: the way out of a limited one, and the ways to private services.
+    /// Opens what this server carries of a Sprite's traffic: the way out of a limited one, and the
+    /// ways to private services.
     fn open_network(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
         let policy = sprite.record().policy;
         let proxy = match holder.network() {
             Network::Limited => {
                 let refusals = sprite.inside_dir().join("policy/refused");
-                Some(EgressProxy::open(holder.process.pid, policy, self.private_hosts.clone(), refusals).map_err(RegistryError::Network)?)
+                Some(
+                    EgressProxy::open(
+                        holder.process.pid,
+                        policy,
+                        self.private_hosts.clone(),
+                        refusals,
+                    )
+                    .map_err(RegistryError::Network)?,
+                )
             }
             Network::Machine | Network::Public => None,
         };
         let forwards = match holder.network() {
-            Network::Public => Forward::open_all(self.sandboxes.forwards(), holder.process.pid).map_err(RegistryError::Network)?,
+            Network::Public => Forward::open_all(self.sandboxes.forwards(), holder.process.pid)
+                .map_err(RegistryError::Network)?,
             Network::Machine | Network::Limited => JoinSet::new(),
         };
         let mut attached = sprite.attached();
@@ -141,7 +162,8 @@ impl Registry {
 
     fn limit(&self, sprite: &Sprite) -> Result<Cgroup, RegistryError> {
         let record = sprite.record();
-        let group = self.cgroups.group(&record.id.simple().to_string()).map_err(RegistryError::Limits)?;
+        let group =
+            self.cgroups.group(&record.id.simple().to_string()).map_err(RegistryError::Limits)?;
         if let Some(limit) = record.memory_limit_mb {
             group.limit_memory(limit << 20).map_err(RegistryError::Limits)?;
         }
@@ -149,15 +171,24 @@ impl Registry {
         Ok(group)
     }
 
-    /// Puts rules into force. Between limited and unlimited the sandbox is restarted, and what runs in it ends.
-    pub async fn set_policy(self: &Arc<Self>, name: &str, policy: Policy) -> Result<(), RegistryError> {
+    /// Puts rules into force. Between limited and unlimited the sandbox is restarted, and what runs
+    /// in it ends.
+    pub async fn set_policy(
+        self: &Arc<Self>,
+        name: &str,
+        policy: Policy,
+    ) -> Result<(), RegistryError> {
         let (registry, sprite) = (self.clone(), self.get(name)?);
-        let network = self.sandboxes.network(policy.is_limited()).ok_or(RegistryError::Unlimited)?;
+        let network =
+            self.sandboxes.network(policy.is_limited()).ok_or(RegistryError::Unlimited)?;
         self.uninterrupted(async move {
             let hold = sprite.hold().await?;
             sprite.change(|record| record.policy = policy.clone())?;
             // A Sprite may read its own rules (docs/sprites-api.md §8.1).
-            fs::write(sprite.inside_dir().join("policy/network.json"), serde_json::to_vec(&policy).map_err(io::Error::other)?)?;
+            fs::write(
+                sprite.inside_dir().join("policy/network.json"),
+                serde_json::to_vec(&policy).map_err(io::Error::other)?,
+            )?;
             match sprite.holder() {
                 Some(holder) if holder.network() == network => {
                     if let Some(proxy) = &sprite.attached().proxy {
@@ -190,7 +221,11 @@ impl Registry {
         self.lifecycle.tracker().spawn(work).await.unwrap_or(Err(RegistryError::Closed))
     }
 
-    pub async fn create(self: &Arc<Self>, name: SpriteName, settings: Settings) -> Result<Arc<Sprite>, RegistryError> {
+    pub async fn create(
+        self: &Arc<Self>,
+        name: SpriteName,
+        settings: Settings,
+    ) -> Result<Arc<Sprite>, RegistryError> {
         let registry = self.clone();
         let made = self.uninterrupted(async move { registry.make(&name, settings).await }).await;
         self.prepare_next();
@@ -203,7 +238,11 @@ impl Registry {
         self.lifecycle.tracker().spawn(async move { registry.sandboxes.make_spare().await });
     }
 
-    async fn make(&self, name: &SpriteName, settings: Settings) -> Result<Arc<Sprite>, RegistryError> {
+    async fn make(
+        &self,
+        name: &SpriteName,
+        settings: Settings,
+    ) -> Result<Arc<Sprite>, RegistryError> {
         let now = Timestamp::now().unix_micros();
         let record = Record {
             id: Uuid::new_v4(),
@@ -218,7 +257,8 @@ impl Registry {
             checkpoints_made: 0,
             holder: None,
         };
-        // A directory of its own for each life of a name: a deletion that is still under way does not touch a new one.
+        // A directory of its own for each life of a name: a deletion that is still under way does
+        // not touch a new one.
         let dir = self.dir.join(format!("{name}.{}", record.id.simple()));
         let sprite = Arc::new(Sprite::new(dir, record, &self.sandboxes));
         let mut hold = sprite.hold().await?;
@@ -258,10 +298,12 @@ impl Registry {
         locked(&self.sprites).values().cloned().collect()
     }
 
-    /// At most `limit` Sprites whose names begin with `prefix`, after a name; and whether there are more.
+    /// At most `limit` Sprites whose names begin with `prefix`, after a name; and whether there are
+    /// more.
     pub fn list(&self, prefix: &str, after: &str, limit: usize) -> (Vec<Arc<Sprite>>, bool) {
         let sprites = locked(&self.sprites);
-        let mut matching = sprites.iter().filter(|(name, _)| name.starts_with(prefix) && name.as_str() > after);
+        let mut matching =
+            sprites.iter().filter(|(name, _)| name.starts_with(prefix) && name.as_str() > after);
         let page = matching.by_ref().take(limit).map(|(_, sprite)| sprite.clone()).collect();
         (page, matching.next().is_some())
     }
@@ -319,7 +361,11 @@ impl Registry {
         let holder = hold.holder();
         let mut attached = hold.attached();
         if holder.is_some() && std::mem::take(&mut attached.is_paused) {
-            attached.group.as_ref().map_or(Ok(()), |group| group.freeze(false)).map_err(RegistryError::Limits)?;
+            attached
+                .group
+                .as_ref()
+                .map_or(Ok(()), |group| group.freeze(false))
+                .map_err(RegistryError::Limits)?;
         }
         Ok(holder)
     }
@@ -342,14 +388,24 @@ impl Registry {
 
     /// Refuses to start a Sprite while the machine's disk is nearly full.
     fn check_disk(&self, sprite: &Sprite) -> Result<(), RegistryError> {
-        let Some(disk) = self.disk_space().filter(|disk| self.budget.is_full(*disk)) else { return Ok(()) };
+        let Some(disk) = self.disk_space().filter(|disk| self.budget.is_full(*disk)) else {
+            return Ok(());
+        };
         let all: Vec<u64> = self.all().iter().map(|sprite| sprite.disk_bytes()).collect();
         let average = all.iter().sum::<u64>() / (all.len() as u64).max(1);
-        if self.budget.may_start(disk, sprite.disk_bytes(), average) { Ok(()) } else { Err(RegistryError::DiskFull) }
+        if self.budget.may_start(disk, sprite.disk_bytes(), average) {
+            Ok(())
+        } else {
+            Err(RegistryError::DiskFull)
+        }
     }
 
     /// Freezes a Sprite that no one is connected to.
-    pub async fn pause_unused(&self, sprite: &Arc<Sprite>, after: Duration) -> Result<(), RegistryError> {
+    pub async fn pause_unused(
+        &self,
+        sprite: &Arc<Sprite>,
+        after: Duration,
+    ) -> Result<(), RegistryError> {
         let hold = sprite.hold().await?;
         if sprite.is_in_use() { Ok(()) } else { freeze(&hold, after) }
     }
@@ -363,7 +419,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Stops all that runs in a Sprite where it is, and cuts its connections: what the real service does with an idle one.
+    /// Stops all that runs in a Sprite where it is, and cuts its connections: what the real service
+    /// does with an idle one.
     pub async fn pause(&self, sprite: &Arc<Sprite>, after: Duration) -> Result<(), RegistryError> {
         freeze(&sprite.hold().await?, after)
     }
@@ -393,7 +450,10 @@ impl Registry {
             Some(holder) => return Ok(holder),
             None if self.closed.load(Ordering::SeqCst) => return Err(RegistryError::Closed),
             None => {
-                let network = self.sandboxes.network(record.policy.is_limited()).ok_or(RegistryError::Unlimited)?;
+                let network = self
+                    .sandboxes
+                    .network(record.policy.is_limited())
+                    .ok_or(RegistryError::Unlimited)?;
                 self.check_disk(sprite)?;
                 // What is left of one that ended by itself is in the way.
                 self.sandboxes.end(sprite.dir(), record.holder).await;

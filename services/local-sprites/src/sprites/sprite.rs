@@ -1,4 +1,5 @@
-//! One Sprite: its persisted record, what is attached to its sandbox, and the lock that guards both.
+//! One Sprite: its persisted record, what is attached to its sandbox, and the lock that guards
+//! both.
 
 use std::{
     collections::BTreeMap,
@@ -61,7 +62,8 @@ pub struct Settings {
     pub url_auth: Option<String>,
 }
 
-/// docs/sprites-api.md §8.2. Programs never gain rights by being started here, whatever it says; there are no devices to give.
+/// docs/sprites-api.md §8.2. Programs never gain rights by being started here, whatever it says;
+/// there are no devices to give.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PrivilegesPolicy {
@@ -73,7 +75,8 @@ pub struct PrivilegesPolicy {
     pub no_new_privileges: bool,
 }
 
-/// Whether a Sprite's processes run, are stopped where they were, or are gone (docs/sprites-api.md §2.3).
+/// Whether a Sprite's processes run, are stopped where they were, or are gone (docs/sprites-api.md
+/// §2.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     Running,
@@ -190,7 +193,9 @@ pub enum RegistryError {
     NoCheckpoint,
     #[error("a Sprite has at most {} checkpoints; delete one first", CHECKPOINTS_MAX)]
     TooManyCheckpoints,
-    #[error("the disk and its checkpoints would hold more than the Sprite's disk limit; delete a checkpoint first")]
+    #[error(
+        "the disk and its checkpoints would hold more than the Sprite's disk limit; delete a checkpoint first"
+    )]
     CheckpointsTooLarge,
     #[error("the checkpoint failed: {0}")]
     Checkpoint(#[source] io::Error),
@@ -269,7 +274,11 @@ impl Sprite {
     /// How a command of this Sprite starts.
     pub fn launch(&self, holder: Holder, dir: PathBuf, terminal: bool) -> Launch {
         let limits = self.attached().group.as_ref().map(Cgroup::entrances).unwrap_or_default();
-        let privileges = locked(&self.record).privileges.as_ref().map(|policy| policy.profile).unwrap_or_default();
+        let privileges = locked(&self.record)
+            .privileges
+            .as_ref()
+            .map(|policy| policy.profile)
+            .unwrap_or_default();
         Launch { holder, guest: self.guest.clone(), limits, privileges, dir, terminal, held: false }
     }
 
@@ -283,10 +292,12 @@ impl Sprite {
         }
     }
 
-    /// The blocks of this machine that its disk and its checkpoints take; 0 where disks are directories.
+    /// The blocks of this machine that its disk and its checkpoints take; 0 where disks are
+    /// directories.
     pub fn disk_bytes(&self) -> u64 {
         let copies = fs::read_dir(self.checkpoints_dir()).into_iter().flatten().flatten();
-        Disks::image_bytes(&self.dir) + copies.map(|copy| Disks::image_bytes(&copy.path())).sum::<u64>()
+        Disks::image_bytes(&self.dir)
+            + copies.map(|copy| Disks::image_bytes(&copy.path())).sum::<u64>()
     }
 
     pub fn checkpoints_dir(&self) -> PathBuf {
@@ -329,7 +340,8 @@ impl Sprite {
 
     /// Whether a client is connected to it, or to a command in it.
     pub fn is_in_use(&self) -> bool {
-        self.connections.load(Ordering::SeqCst) > 0 || locked(&self.sessions).all().iter().any(|session| session.is_attached())
+        self.connections.load(Ordering::SeqCst) > 0
+            || locked(&self.sessions).all().iter().any(|session| session.is_attached())
     }
 
     pub fn touch(&self) {
@@ -343,7 +355,8 @@ impl Sprite {
         }
     }
 
-    /// How long it has been unused; zero while something holds it awake (docs/sprites-api.md §11.3).
+    /// How long it has been unused; zero while something holds it awake (docs/sprites-api.md
+    /// §11.3).
     pub fn idle(&self) -> Duration {
         if self.tasks.any() {
             return Duration::ZERO;

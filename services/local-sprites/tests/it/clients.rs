@@ -10,7 +10,11 @@ fn repository() -> PathBuf {
 
 async fn passes(command: std::process::Command) {
     let output = output(command).await;
-    let text = format!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text = format!(
+        "{}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(output.status.success(), "{text}");
 }
 
@@ -30,7 +34,11 @@ async fn fly_sprites() {
     // Modules are found beside the program: it is put where they are.
     let modules = repository().join(".venv/node");
     let program = modules.join(format!("sprites-{}.test.mjs", std::process::id()));
-    std::fs::copy(repository().join("services/local-sprites/tests/clients/sprites_js.test.mjs"), &program).unwrap();
+    std::fs::copy(
+        repository().join("services/local-sprites/tests/clients/sprites_js.test.mjs"),
+        &program,
+    )
+    .unwrap();
     let mut command = server.with_client(&modules.join("node"));
     command.args(["--test", "--test-timeout=90000"]).arg(&program);
     passes(command).await;

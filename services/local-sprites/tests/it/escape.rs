@@ -8,7 +8,11 @@ use crate::server::{Server, TOKEN, bash, said};
 
 async fn call(server: &Server, method: &str, path: &str, body: &Value) -> (u16, String) {
     let url = format!("{}/v1/sprites/{path}", server.url());
-    let request = sprites::http_client().unwrap().request(method.parse().unwrap(), url).bearer_auth(TOKEN).json(body);
+    let request = sprites::http_client()
+        .unwrap()
+        .request(method.parse().unwrap(), url)
+        .bearer_auth(TOKEN)
+        .json(body);
     let response = request.send().await.unwrap();
     (response.status().as_u16(), response.text().await.unwrap())
 }
@@ -18,11 +22,16 @@ async fn call(server: &Server, method: &str, path: &str, body: &Value) -> (u16, 
 async fn inherited_descriptors_do_not_reach_a_sprite() {
     let server = Server::start(&[]).await;
     let sprite = server.sprite("inheritor").await;
-    assert_eq!(said(&sprite, "ls /proc/self/fd | tr '\\n' ' '").await, "0 1 2 3 ", "3 is the directory that ls reads");
+    assert_eq!(
+        said(&sprite, "ls /proc/self/fd | tr '\\n' ' '").await,
+        "0 1 2 3 ",
+        "3 is the directory that ls reads"
+    );
     let of_all = "for p in $(ls /proc | grep '^[0-9]'); do sudo ls -l /proc/$p/fd 2>/dev/null; done | grep -c ' -> /$'";
     assert_eq!(said(&sprite, of_all).await, "0\n");
     let service = json!({ "cmd": "sh", "args": ["-c", "ls /proc/$$/fd | sort -n | tail -1 > /tmp/last; exec sleep 1000"] });
-    let (status, _) = call(&server, "PUT", "inheritor/services/descriptors?duration=500ms", &service).await;
+    let (status, _) =
+        call(&server, "PUT", "inheritor/services/descriptors?duration=500ms", &service).await;
     assert_eq!(status, 200);
     let last: u32 = said(&sprite, "cat /tmp/last").await.trim().parse().unwrap();
     assert!(last < 7 || last == 10 || last == 255, "{last}");
@@ -40,13 +49,24 @@ async fn variables_of_a_command_do_not_reach_what_starts_it() {
     let service = json!({ "cmd": "sh", "args": ["-c", "env > /home/sprite/seen; exec sleep 1000"], "env": { "LD_DEBUG": "libs", "LD_DEBUG_OUTPUT": file } });
     // By the agent itself, and by a client.
     sprite.write("/home/sprite/service", service.to_string(), 0o644).await.unwrap();
-    bash(&sprite, "sprite-env curl -X PUT --data-binary @service '/v1/services/linked?duration=500ms'").await;
+    bash(
+        &sprite,
+        "sprite-env curl -X PUT --data-binary @service '/v1/services/linked?duration=500ms'",
+    )
+    .await;
     let command = format!("linker/exec?cmd=env&env=LD_DEBUG%3Dlibs&env=LD_DEBUG_OUTPUT%3D{file}");
     let (_, seen) = call(&server, "POST", &command, &json!({})).await;
     for seen in [seen, said(&sprite, "cat seen").await] {
-        assert!(seen.contains(&format!("LD_DEBUG_OUTPUT={file}\n")) && !seen.contains("sprite:"), "{seen}");
+        assert!(
+            seen.contains(&format!("LD_DEBUG_OUTPUT={file}\n")) && !seen.contains("sprite:"),
+            "{seen}"
+        );
     }
-    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0, "files of the machine were written");
+    assert_eq!(
+        fs::read_dir(outside.path()).unwrap().count(),
+        0,
+        "files of the machine were written"
+    );
 }
 
 #[tokio::test]
@@ -78,7 +98,9 @@ async fn the_management_socket_holds_little_of_the_server() {
     // Connections without a request are closed, and others get their turn.
     tokio::time::sleep(Duration::from_secs(11)).await;
     testkit::eventually("the socket answers", async || {
-        said(&sprite, "sprite-env curl -m 2 -o /dev/null -w '%{http_code}' /v1/services").await.contains("200")
+        said(&sprite, "sprite-env curl -m 2 -o /dev/null -w '%{http_code}' /v1/services")
+            .await
+            .contains("200")
     })
     .await;
 }
@@ -94,7 +116,10 @@ async fn checkpoints_are_few_and_count_as_disk() {
     let (_, told) = call(&server, "POST", "keeper/checkpoint", &json!({})).await;
     assert!(told.contains("at most 5 checkpoints"), "{told}");
     for number in 0..5 {
-        assert_eq!(call(&server, "DELETE", &format!("keeper/checkpoints/v{number}"), &json!({})).await.0, 204);
+        assert_eq!(
+            call(&server, "DELETE", &format!("keeper/checkpoints/v{number}"), &json!({})).await.0,
+            204
+        );
     }
     assert_eq!(bash(&sprite, "head -c 80M /dev/urandom > data && sync").await.code, 0);
     let (_, told) = call(&server, "POST", "keeper/checkpoint", &json!({})).await;
@@ -121,7 +146,11 @@ async fn a_checkpoint_copies_nothing_of_the_machine() {
         assert!(told.contains(&format!("Checkpoint v{number} created")), "{told}");
     }
     let data = server.data.path().display().to_string();
-    let found = tokio::process::Command::new("grep").args(["-rl", "the machine's", &data]).output().await.unwrap();
+    let found = tokio::process::Command::new("grep")
+        .args(["-rl", "the machine's", &data])
+        .output()
+        .await
+        .unwrap();
     assert_eq!(String::from_utf8_lossy(&found.stdout), "");
     bash(&sprite, "pkill -f 'ln -s[n]'; true").await;
     let (_, told) = call(&server, "POST", "copier/checkpoints/v0/restore", &json!({})).await;
@@ -135,7 +164,11 @@ async fn a_checkpoint_copies_nothing_of_the_machine() {
 async fn nothing_of_the_machines_own_is_changed_by_a_sprites_root() {
     let server = Server::start(&[]).await;
     let sprite = server.sprite("root").await;
-    let changed = |path: &str| fs::metadata(path).map(|metadata| (metadata.ctime(), metadata.ctime_nsec(), metadata.mode())).unwrap();
+    let changed = |path: &str| {
+        fs::metadata(path)
+            .map(|metadata| (metadata.ctime(), metadata.ctime_nsec(), metadata.mode()))
+            .unwrap()
+    };
     let before = ["/dev/full", "/dev/null", "/proc/meminfo"].map(changed);
     for attempt in [
         "sudo chmod 666 /dev/full",
@@ -156,9 +189,11 @@ async fn nothing_of_the_machines_own_is_changed_by_a_sprites_root() {
     // Its users are none of the machine's.
     bash(&sprite, "(setsid sudo sleep 54321 >/dev/null 2>&1 &); sleep 0.2").await;
     let sleeps = fs::read_dir("/proc").unwrap().flatten().filter(|entry| {
-        fs::read_to_string(entry.path().join("cmdline")).is_ok_and(|line| line.starts_with("sleep\0") && line.contains("54321"))
+        fs::read_to_string(entry.path().join("cmdline"))
+            .is_ok_and(|line| line.starts_with("sleep\0") && line.contains("54321"))
     });
-    let owners: Vec<u32> = sleeps.filter_map(|entry| Some(fs::metadata(entry.path()).ok()?.uid())).collect();
+    let owners: Vec<u32> =
+        sleeps.filter_map(|entry| Some(fs::metadata(entry.path()).ok()?.uid())).collect();
     assert!(!owners.is_empty() && owners.iter().all(|owner| *owner > 1 << 30), "{owners:?}");
     // Its first program is its own image's, which it changes for itself alone.
     let shells = format!("{}/bin/sleep", testkit::rootfs().display());
@@ -211,7 +246,8 @@ print('vsock', family(40), 'alg', family(38), 'inet', family(2))
     for run in ["python3 calls.py", "sudo python3 /home/sprite/calls.py"] {
         assert_eq!(said(&sprite, run).await, expected, "{run}");
     }
-    // The process that holds the sandbox is under the same filter, should a Sprite's root take it over.
+    // The process that holds the sandbox is under the same filter, should a Sprite's root take it
+    // over.
     assert_eq!(said(&sprite, "sudo grep -c '^Seccomp:.2' /proc/1/status").await, "1\n");
 }
 
@@ -230,7 +266,8 @@ async fn one_sprite_does_not_take_what_all_share() {
     assert_eq!(said(&other, "python3 instances.py").await, "64\n");
 }
 
-/// A Sprite reaches nothing of the machine and of other Sprites, but what the deployment names; and its loopback is its own.
+/// A Sprite reaches nothing of the machine and of other Sprites, but what the deployment names; and
+/// its loopback is its own.
 #[tokio::test]
 async fn only_named_addresses_of_the_machine_are_reachable() {
     let served = tokio::net::TcpListener::bind("0.0.0.0:0").await.unwrap();
@@ -240,7 +277,11 @@ async fn only_named_addresses_of_the_machine_are_reachable() {
         let Ok((mut client, _)) = listener.accept().await else { return };
         // Read first: what is not read when the connection ends takes the answer with it.
         let _ = tokio::io::AsyncReadExt::read(&mut client, &mut [0; 1024]).await;
-        let _ = tokio::io::AsyncWriteExt::write_all(&mut client, b"HTTP/1.0 200 OK\r\n\r\nthe machine's").await;
+        let _ = tokio::io::AsyncWriteExt::write_all(
+            &mut client,
+            b"HTTP/1.0 200 OK\r\n\r\nthe machine's",
+        )
+        .await;
     };
     let mut answering = tokio::task::JoinSet::new();
     answering.spawn(answer(served));
@@ -253,19 +294,27 @@ async fn only_named_addresses_of_the_machine_are_reachable() {
     let (sprite, neighbour) = (server.sprite("one").await, server.sprite("two").await);
     let api = server.port;
     bash(&neighbour, "(setsid python3 -m http.server 8123 >/dev/null 2>&1 &); sleep 0.5").await;
-    for (host, refused) in
-        [("127.0.0.1", api), ("127.0.0.1", unnamed), ("[::1]", api), ("localhost", api), ("192.0.0.1", api), ("192.0.0.1", 22)]
-            .map(|(host, port)| (host.to_owned(), port))
-            .into_iter()
-            .chain([(machine.to_string(), api), (machine.to_string(), unnamed), (machine.to_string(), 22)])
-            .chain(
-                ["10.0.0.1", "172.17.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "192.0.0.2"].map(|host| (host.to_owned(), 8123)),
-            )
-    {
+    for (host, refused) in [
+        ("127.0.0.1", api),
+        ("127.0.0.1", unnamed),
+        ("[::1]", api),
+        ("localhost", api),
+        ("192.0.0.1", api),
+        ("192.0.0.1", 22),
+    ]
+    .map(|(host, port)| (host.to_owned(), port))
+    .into_iter()
+    .chain([(machine.to_string(), api), (machine.to_string(), unnamed), (machine.to_string(), 22)])
+    .chain(
+        ["10.0.0.1", "172.17.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "192.0.0.2"]
+            .map(|host| (host.to_owned(), 8123)),
+    ) {
         let get = format!("curl -sS -m 3 http://{host}:{refused}/");
         let got = bash(&sprite, &get).await;
         let text = String::from_utf8_lossy(&got.stdout);
-        let ours = ["authentication", "machine's", "Directory listing", "SSH"].iter().any(|mark| text.contains(mark));
+        let ours = ["authentication", "machine's", "Directory listing", "SSH"]
+            .iter()
+            .any(|mark| text.contains(mark));
         // The Sprite's own way out is an address that some networks have something at.
         assert!(!ours && (got.code != 0 || host == "192.0.0.1"), "{get}: {text}");
     }
@@ -273,7 +322,8 @@ async fn only_named_addresses_of_the_machine_are_reachable() {
     for host in ["127.0.0.1".to_owned(), machine.to_string()] {
         assert_eq!(said(&sprite, &reaches(&host)).await, "the machine's", "{host}");
     }
-    // The port of the server itself, on the Sprite's own loopback: no process of the machine connects to it, whenever the server restarts.
+    // The port of the server itself, on the Sprite's own loopback: no process of the machine
+    // connects to it, whenever the server restarts.
     let thief = format!(
         "import socket\ns = socket.create_server(('127.0.0.1', {api}))\nprint('bound', flush=True)\nc = s.accept()[0]\nprint(c.recv(9999), flush=True)\n"
     );
@@ -288,7 +338,8 @@ async fn only_named_addresses_of_the_machine_are_reachable() {
     assert_eq!(said(&sprite, &reaches(&machine.to_string())).await, "the machine's");
 }
 
-/// With rules: its own servers are reached as programs reach them, by the proxy that their environment names.
+/// With rules: its own servers are reached as programs reach them, by the proxy that their
+/// environment names.
 #[tokio::test]
 async fn a_limited_sprite_reaches_its_own_loopback() {
     let server = Server::start(&[]).await;

@@ -96,9 +96,16 @@ async fn sprites_do_not_reach_each_other() {
     )
     .await;
     let seen = said(&other, "cat /home/sprite/file /tmp/file; ls /etc/own /usr/bin/own; pgrep -fc 'sleep [7]77'; hostname").await;
-    assert!(!seen.contains("mine") && seen.lines().filter(|line| line.contains("No such file")).count() == 4, "{seen}");
+    assert!(
+        !seen.contains("mine")
+            && seen.lines().filter(|line| line.contains("No such file")).count() == 4,
+        "{seen}"
+    );
     assert!(seen.starts_with("0\nother\n"), "{seen}");
-    assert!(!std::path::Path::new("/etc/own").exists() && !std::path::Path::new("/usr/bin/own").exists());
+    assert!(
+        !std::path::Path::new("/etc/own").exists()
+            && !std::path::Path::new("/usr/bin/own").exists()
+    );
     // By the socket of the server either.
     let calls = "for path in /v1/sprites /v1/sprites/one /v1/sprites/one/exec /v1/services/../../one /v1/policy/network; do \
                  sprite-env curl --path-as-is -o /dev/null -w '%{http_code} ' $path; done; sprite-env curl -X POST -d '{}' -o /dev/null -w '%{http_code}' /v1/policy/network";
@@ -126,7 +133,8 @@ async fn limits_hold() {
     bash(&sprite, "sudo head -c 500M /dev/zero | sudo tee /run/x >/dev/null").await;
     assert_eq!(bash(&sprite, "rm -f /dev/shm/x && sudo rm -f /run/x").await.code, 0);
     let forked = said(&sprite, "for n in $(seq 300); do sleep 5 & done 2>&1 | grep -c 'Resource temporarily unavailable'; true").await;
-    let finished = bash(&neighbour, "for n in $(seq 50); do sleep 0.1 & done; wait; echo fine").await;
+    let finished =
+        bash(&neighbour, "for n in $(seq 50); do sleep 0.1 & done; wait; echo fine").await;
     assert_eq!(finished.stdout, b"fine\n", "{forked}");
     testkit::eventually("the Sprite works again", async || {
         let request = ExecRequest { argv: &["true"], ..ExecRequest::default() };
@@ -134,10 +142,18 @@ async fn limits_hold() {
     })
     .await;
     // The disk, through a command, through the system directories, and through the file API.
-    let full = said(&sprite, "head -c 200M /dev/zero > big; ls -s --block-size=1M big | cut -d' ' -f1").await;
+    let full =
+        said(&sprite, "head -c 200M /dev/zero > big; ls -s --block-size=1M big | cut -d' ' -f1")
+            .await;
     assert!(full.contains("No space left on device"), "{full}");
-    assert!(matches!(sprite.write("/home/sprite/more", vec![1; 1 << 20], 0o644).await, Err(Error::Failed { .. })));
-    assert_ne!(bash(&sprite, "sudo head -c 1M /dev/urandom | sudo tee /usr/more >/dev/null").await.code, 0);
+    assert!(matches!(
+        sprite.write("/home/sprite/more", vec![1; 1 << 20], 0o644).await,
+        Err(Error::Failed { .. })
+    ));
+    assert_ne!(
+        bash(&sprite, "sudo head -c 1M /dev/urandom | sudo tee /usr/more >/dev/null").await.code,
+        0
+    );
     assert_eq!(bash(&neighbour, "head -c 30M /dev/zero > fits").await.code, 0);
     bash(&sprite, "rm big").await;
     sprite.write("/home/sprite/more", vec![1; 1 << 20], 0o644).await.unwrap();
@@ -165,7 +181,10 @@ async fn the_file_api_stays_inside() {
         let _ = sprite.write(&path, "overwritten", 0o644).await;
         let _ = sprite.write(&format!("/home/sprite/{link}/new"), "new", 0o644).await;
     }
-    assert!(matches!(sprite.read(&format!("/../../../../{out}/secret")).await, Err(Error::NotFound { .. })));
+    assert!(matches!(
+        sprite.read(&format!("/../../../../{out}/secret")).await,
+        Err(Error::NotFound { .. })
+    ));
     assert_eq!(fs::read_to_string(outside.path().join("secret")).unwrap(), "the host's");
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
     // A directory that becomes a link while it is written through.
@@ -181,11 +200,20 @@ async fn the_file_api_stays_inside() {
     }
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1, "nothing is written outside");
     // Its devices are the machine's own, to which the server is root.
-    let of_null = || fs::metadata("/dev/null").map(|metadata| (metadata.mode(), metadata.uid(), metadata.gid())).unwrap();
+    let of_null = || {
+        fs::metadata("/dev/null")
+            .map(|metadata| (metadata.mode(), metadata.uid(), metadata.gid()))
+            .unwrap()
+    };
     let null = of_null();
     assert!(sprite.write("/dev/null", "x", 0o600).await.is_err());
-    for (change, body) in [("chown", r#"{"path":"/dev/null","uid":0,"gid":0}"#), ("chmod", r#"{"path":"/dev/null","mode":"0600"}"#)] {
-        let request = sprites::http_client().unwrap().post(format!("{}/v1/sprites/climber/fs/{change}", server.url()));
+    for (change, body) in [
+        ("chown", r#"{"path":"/dev/null","uid":0,"gid":0}"#),
+        ("chmod", r#"{"path":"/dev/null","mode":"0600"}"#),
+    ] {
+        let request = sprites::http_client()
+            .unwrap()
+            .post(format!("{}/v1/sprites/climber/fs/{change}", server.url()));
         let answer = request.bearer_auth(crate::server::TOKEN).body(body).send().await.unwrap();
         assert!(!answer.status().is_success(), "{change}: {}", answer.status());
     }
@@ -193,20 +221,29 @@ async fn the_file_api_stays_inside() {
     // What is no file is not waited for.
     bash(&sprite, "mkfifo pipe").await;
     assert!(sprite.read("/home/sprite/pipe").await.is_err());
-    assert!(matches!(sprite.write("/home/sprite/pipe", "x", 0o644).await, Err(Error::Rejected { .. } | Error::Failed { .. })));
+    assert!(matches!(
+        sprite.write("/home/sprite/pipe", "x", 0o644).await,
+        Err(Error::Rejected { .. } | Error::Failed { .. })
+    ));
 }
 
 #[tokio::test]
 async fn a_limited_sprite_does_not_reach_the_machines_loopback() {
     let server = Server::start(&[]).await;
     let sprite = server.sprite("limited").await;
-    sprite.limit_network(&["localhost".to_owned(), "127.0.0.1".to_owned(), "example.com".to_owned()]).await.unwrap();
+    sprite
+        .limit_network(&["localhost".to_owned(), "127.0.0.1".to_owned(), "example.com".to_owned()])
+        .await
+        .unwrap();
     let url = server.url();
     for probe in [
         format!("curl -sS -m 5 {url}/v1/sprites -f"),
         format!("curl -sS -m 5 -f --proxytunnel {url}/v1/sprites"),
         format!("curl -sS -m 5 -f --noproxy '*' {url}/v1/sprites"),
-        format!("sudo curl -sS -m 5 -f --noproxy '*' {}/v1/sprites", url.replace("127.0.0.1", "[::1]")),
+        format!(
+            "sudo curl -sS -m 5 -f --noproxy '*' {}/v1/sprites",
+            url.replace("127.0.0.1", "[::1]")
+        ),
         "timeout 3 bash -c 'echo > /dev/udp/1.1.1.1/53' && sleep 0 && false".to_owned(),
     ] {
         assert_ne!(bash(&sprite, &probe).await.code, 0, "{probe}");
@@ -220,7 +257,9 @@ async fn bad_requests_are_answered() {
     server.sprite("asked").await;
     let http = sprites::http_client().unwrap();
     let call = async |method: &str, path: &str, body: &str| {
-        let request = http.request(method.parse().unwrap(), format!("{}{path}", server.url())).bearer_auth(crate::server::TOKEN);
+        let request = http
+            .request(method.parse().unwrap(), format!("{}{path}", server.url()))
+            .bearer_auth(crate::server::TOKEN);
         let response = request.body(body.to_owned()).send().await.unwrap();
         (response.status().as_u16(), response.text().await.unwrap())
     };

@@ -10,7 +10,14 @@ use crate::server::{Server, TOKEN, bash, said};
 
 async fn call(server: &Server, method: reqwest::Method, path: &str, body: Value) -> (u16, String) {
     let url = format!("{}/v1/sprites/{path}", server.url());
-    let response = sprites::http_client().unwrap().request(method, url).bearer_auth(TOKEN).json(&body).send().await.unwrap();
+    let response = sprites::http_client()
+        .unwrap()
+        .request(method, url)
+        .bearer_auth(TOKEN)
+        .json(&body)
+        .send()
+        .await
+        .unwrap();
     (response.status().as_u16(), response.text().await.unwrap())
 }
 
@@ -20,25 +27,42 @@ async fn what_runs_in_a_sprite_survives_a_kill_and_a_stop_of_the_server() {
     let sprite = server.sprite("survivor").await;
     bash(&sprite, "(setsid sh -c 'n=0; while true; do n=$((n+1)); echo $n >> ticks; sleep 0.05; done' >/dev/null 2>&1 &)").await;
     let service = json!({ "cmd": "sh", "args": ["-c", "n=0; while true; do n=$((n+1)); echo line $n; sleep 0.002; done"] });
-    let (status, _) = call(&server, reqwest::Method::PUT, "survivor/services/counter?duration=100ms", service).await;
+    let (status, _) =
+        call(&server, reqwest::Method::PUT, "survivor/services/counter?duration=100ms", service)
+            .await;
     assert_eq!(status, 200);
     let pid = said(&sprite, "pgrep -f 'echo line' | head -1").await;
     for signal in [Signal::KILL, Signal::TERM, Signal::KILL, Signal::KILL, Signal::KILL] {
         server.end(signal).await;
         tokio::time::sleep(Duration::from_millis(200)).await;
         server.run().await;
-        assert_eq!(said(&sprite, "pgrep -f 'echo line' | head -1").await, pid, "the service is the same process");
+        assert_eq!(
+            said(&sprite, "pgrep -f 'echo line' | head -1").await,
+            pid,
+            "the service is the same process"
+        );
         let before: u64 = said(&sprite, "tail -1 ticks").await.trim().parse().unwrap();
         tokio::time::sleep(Duration::from_millis(300)).await;
-        assert!(said(&sprite, "tail -1 ticks").await.trim().parse::<u64>().unwrap() > before, "the daemon keeps running");
+        assert!(
+            said(&sprite, "tail -1 ticks").await.trim().parse::<u64>().unwrap() > before,
+            "the daemon keeps running"
+        );
     }
     let log = said(&sprite, "cut -d' ' -f2- /.sprite/logs/services/counter.log").await;
-    let numbers: Vec<u64> = log.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
-    assert!(numbers.len() > 20 && numbers.iter().zip(1..).all(|(number, expected)| *number == expected), "no line is lost: {log}");
+    let numbers: Vec<u64> =
+        log.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+    assert!(
+        numbers.len() > 20 && numbers.iter().zip(1..).all(|(number, expected)| *number == expected),
+        "no line is lost: {log}"
+    );
     // Ended with the server when that is what its user means.
     server.end(Signal::INT).await;
     server.run().await;
-    assert_eq!(said(&sprite, "pgrep -fc 'ech[o] $n'; ls ticks").await, "0\nticks\n", "its programs end, its disk stays");
+    assert_eq!(
+        said(&sprite, "pgrep -fc 'ech[o] $n'; ls ticks").await,
+        "0\nticks\n",
+        "its programs end, its disk stays"
+    );
 }
 
 #[tokio::test]
@@ -47,7 +71,8 @@ async fn a_service_that_prints_a_lot_loses_and_doubles_no_line_when_the_server_i
     let mut server = Server::start(&[]).await;
     let sprite = server.sprite("printer").await;
     let service = json!({ "cmd": "sh", "args": ["-c", format!("seq 1 {LINES}; exec sleep 1000")] });
-    let (status, _) = call(&server, reqwest::Method::PUT, "printer/services/burst?duration=1ms", service).await;
+    let (status, _) =
+        call(&server, reqwest::Method::PUT, "printer/services/burst?duration=1ms", service).await;
     assert_eq!(status, 200);
     for delay in [1, 20, 50, 100, 200].map(Duration::from_millis) {
         server.end(Signal::KILL).await;
@@ -56,24 +81,45 @@ async fn a_service_that_prints_a_lot_loses_and_doubles_no_line_when_the_server_i
     }
     let log = "/.sprite/logs/services/burst.log";
     let last = format!("tail -1 {log}");
-    testkit::eventually("the last line is logged", async || said(&sprite, &last).await.ends_with(&format!(" {LINES}\n"))).await;
-    assert_eq!(said(&sprite, &format!("cut -d' ' -f3 {log} | diff - <(seq 1 {LINES}) | head -20")).await, "");
+    testkit::eventually("the last line is logged", async || {
+        said(&sprite, &last).await.ends_with(&format!(" {LINES}\n"))
+    })
+    .await;
+    assert_eq!(
+        said(&sprite, &format!("cut -d' ' -f3 {log} | diff - <(seq 1 {LINES}) | head -20")).await,
+        ""
+    );
 }
 
 #[tokio::test]
-async fn a_service_that_prints_without_end_is_stopped_and_so_is_one_that_leaves_such_a_program_behind() {
+async fn a_service_that_prints_without_end_is_stopped_and_so_is_one_that_leaves_such_a_program_behind()
+ {
     let server = Server::start(&[]).await;
     let sprite = server.sprite("endless").await;
     let left_behind = "setsid yes left & exec sleep 1000";
     for (name, script) in [("yes", "exec yes"), ("parent", left_behind)] {
         let service = json!({ "cmd": "sh", "args": ["-c", script] });
-        let (status, _) = call(&server, reqwest::Method::PUT, &format!("endless/services/{name}?duration=100ms"), service).await;
+        let (status, _) = call(
+            &server,
+            reqwest::Method::PUT,
+            &format!("endless/services/{name}?duration=100ms"),
+            service,
+        )
+        .await;
         assert_eq!(status, 200);
         let begun = std::time::Instant::now();
-        let (status, told) = call(&server, reqwest::Method::POST, &format!("endless/services/{name}/stop?timeout=1s"), json!({})).await;
+        let (status, told) = call(
+            &server,
+            reqwest::Method::POST,
+            &format!("endless/services/{name}/stop?timeout=1s"),
+            json!({}),
+        )
+        .await;
         assert!(status == 200 && told.contains("\"type\":\"stopped\""), "{name}: {told}");
         assert!(begun.elapsed() < Duration::from_secs(20), "{name}: {:?}", begun.elapsed());
-        let (_, state) = call(&server, reqwest::Method::GET, &format!("endless/services/{name}"), json!({})).await;
+        let (_, state) =
+            call(&server, reqwest::Method::GET, &format!("endless/services/{name}"), json!({}))
+                .await;
         assert!(state.contains("\"status\":\"stopped\""), "{name}: {state}");
     }
     assert_eq!(said(&sprite, "pgrep -fc 'slee[p] 1000|exec ye[s]'").await, "0\n");
@@ -118,9 +164,16 @@ async fn a_checkpoint_is_whole_while_the_sprite_writes() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     let (status, told) = call(&server, reqwest::Method::POST, "writer/checkpoint", json!({})).await;
     assert!(status == 200 && told.contains("Checkpoint v0 created"), "{told}");
-    assert!(said(&sprite, "x=$(wc -l < a); sleep 0.2; y=$(wc -l < a); [ $y -gt $x ] && echo goes on").await.contains("goes on"));
-    let (_, told) = call(&server, reqwest::Method::POST, "writer/checkpoints/v0/restore", json!({})).await;
+    assert!(
+        said(&sprite, "x=$(wc -l < a); sleep 0.2; y=$(wc -l < a); [ $y -gt $x ] && echo goes on")
+            .await
+            .contains("goes on")
+    );
+    let (_, told) =
+        call(&server, reqwest::Method::POST, "writer/checkpoints/v0/restore", json!({})).await;
     assert!(told.contains("Restored to v0"), "{told}");
-    let lines = said(&sprite, "echo $(( $(wc -l < a) - $(wc -l < b) )); seq 1 $(wc -l < a) | cmp - a").await;
+    let lines =
+        said(&sprite, "echo $(( $(wc -l < a) - $(wc -l < b) )); seq 1 $(wc -l < a) | cmp - a")
+            .await;
     assert!(["0\n", "1\n"].contains(&lines.as_str()), "{lines}");
 }

@@ -19,7 +19,10 @@ pub struct Server {
 
 impl Server {
     pub async fn start(settings: &[(&str, &str)]) -> Self {
-        let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let settings = settings
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
         let port = testkit::free_port().unwrap();
         let mut server = Self { data: tempfile::tempdir().unwrap(), port, settings, child: None };
         server.run().await;
@@ -40,7 +43,8 @@ impl Server {
             .envs(self.settings.iter().cloned())
             .stdout(Stdio::null());
         self.child = Some(testkit::spawn_tied(command).unwrap());
-        testkit::eventually("the server answers", async || self.status("/v1/sprites").await == 200).await;
+        testkit::eventually("the server answers", async || self.status("/v1/sprites").await == 200)
+            .await;
     }
 
     pub fn url(&self) -> String {
@@ -48,7 +52,8 @@ impl Server {
     }
 
     pub async fn status(&self, path: &str) -> u16 {
-        let request = sprites::http_client().unwrap().get(format!("{}{path}", self.url())).bearer_auth(TOKEN);
+        let request =
+            sprites::http_client().unwrap().get(format!("{}{path}", self.url())).bearer_auth(TOKEN);
         request.send().await.map_or(0, |response| response.status().as_u16())
     }
 

@@ -1,4 +1,5 @@
-//! The model gateway as processes, beside real Postgres, NATS, scheduler, vault and auth; the provider counts what it is sent.
+//! The model gateway as processes, beside real Postgres, NATS, scheduler, vault and auth; the
+//! provider counts what it is sent.
 
 use std::{
     sync::{
@@ -23,8 +24,8 @@ use contract::{
     common::Empty,
     rpc,
     scheduler::{
-        BudgetChange, ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, GetBudgetRequest, HeartbeatRequest, LimitChange,
-        SetBudgetRequest, claim_turn_reply::Verdict,
+        BudgetChange, ClaimTurnRequest, CreateAgentRequest, CreateSessionRequest, GetBudgetRequest,
+        HeartbeatRequest, LimitChange, SetBudgetRequest, claim_turn_reply::Verdict,
     },
     vault::PutCredentialRequest,
 };
@@ -94,7 +95,10 @@ impl Provider {
     }
 }
 
-async fn answer(State(provider): State<Arc<Provider>>, request: axum::http::Request<Body>) -> Response {
+async fn answer(
+    State(provider): State<Arc<Provider>>,
+    request: axum::http::Request<Body>,
+) -> Response {
     assert_eq!(request.headers()["x-api-key"], KEY);
     let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap();
     let body: Value = serde_json::from_slice(&body).unwrap();
@@ -102,17 +106,23 @@ async fn answer(State(provider): State<Arc<Provider>>, request: axum::http::Requ
     let mood = provider.mood();
     if let Mood::Refuses(status) | Mood::RefusesOnce(status) = mood {
         let error = json!({ "type": "error", "error": { "type": "an_error", "message": "so says the provider" } });
-        return (StatusCode::from_u16(status).unwrap(), [(header::RETRY_AFTER, "0")], Json(error)).into_response();
+        return (StatusCode::from_u16(status).unwrap(), [(header::RETRY_AFTER, "0")], Json(error))
+            .into_response();
     }
     let before = provider.spent.fetch_add(tokens, Ordering::SeqCst);
-    provider.seen.lock().unwrap().push((body["metadata"]["user_id"].as_str().unwrap().to_owned(), before));
+    provider
+        .seen
+        .lock()
+        .unwrap()
+        .push((body["metadata"]["user_id"].as_str().unwrap().to_owned(), before));
     if let Mood::Streams(bytes) = mood {
         return streamed(tokens, bytes);
     }
     let start = json!({ "type": "message_start", "message": { "model": "m", "usage": { "input_tokens": 0, "output_tokens": 0 } } });
     let delta = json!({ "type": "message_delta", "usage": { "output_tokens": tokens } });
     let events = [start, delta, json!({ "type": "message_stop" })];
-    let events = stream::iter(events.map(|event| Bytes::from(format!("event: x\ndata: {event}\n\n"))));
+    let events =
+        stream::iter(events.map(|event| Bytes::from(format!("event: x\ndata: {event}\n\n"))));
     let events = events.enumerate().then(move |(index, event)| async move {
         match mood {
             Mood::Hangs if index > 0 => std::future::pending().await,
@@ -128,13 +138,22 @@ fn streamed(tokens: u64, bytes: usize) -> Response {
     const TEXT: usize = 200;
     const AT_ONCE: usize = 80;
     let event = |event: &Value| format!("event: x\ndata: {event}\n\n");
-    let text = event(&json!({ "type": "content_block_delta", "index": 0, "delta": { "type": "text_delta", "text": "x".repeat(TEXT) } }));
+    let text = event(
+        &json!({ "type": "content_block_delta", "index": 0, "delta": { "type": "text_delta", "text": "x".repeat(TEXT) } }),
+    );
     let chunk = Bytes::from(text.repeat(AT_ONCE.min(bytes.div_ceil(TEXT))));
-    let start = event(&json!({ "type": "message_start", "message": { "model": "m", "usage": { "input_tokens": 1, "output_tokens": 0 } } }));
-    let end = event(&json!({ "type": "message_delta", "usage": { "output_tokens": tokens } })) + &event(&json!({ "type": "message_stop" }));
+    let start = event(
+        &json!({ "type": "message_start", "message": { "model": "m", "usage": { "input_tokens": 1, "output_tokens": 0 } } }),
+    );
+    let end = event(&json!({ "type": "message_delta", "usage": { "output_tokens": tokens } }))
+        + &event(&json!({ "type": "message_stop" }));
     let chunks = std::iter::repeat_n(chunk.clone(), bytes.div_ceil(chunk.len()));
     let all = std::iter::once(Bytes::from(start)).chain(chunks).chain([Bytes::from(end)]);
-    ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(stream::iter(all.map(Ok::<_, std::io::Error>)))).into_response()
+    (
+        [(header::CONTENT_TYPE, "text/event-stream")],
+        Body::from_stream(stream::iter(all.map(Ok::<_, std::io::Error>))),
+    )
+        .into_response()
 }
 
 pub fn body(token: &str) -> String {
@@ -162,19 +181,36 @@ impl World {
         let provider = Arc::new(Provider::default());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let upstream = format!("http://{}", listener.local_addr().unwrap());
-        let router =
-            Router::new().route("/v1/messages", post(answer)).route("/v1/messages/count_tokens", post(answer)).with_state(provider.clone());
+        let router = Router::new()
+            .route("/v1/messages", post(answer))
+            .route("/v1/messages/count_tokens", post(answer))
+            .with_state(provider.clone());
         let mut server = JoinSet::new();
         server.spawn(async move { axum::serve(listener, router).await });
         let started = |name: &str, user: &str, schema: &str, more: (&str, &str)| {
             let (url, password, store) = (nats.url(), nats.password(user), database.url(schema));
-            let settings = [("NATS_URL", &*url), ("NATS_PASSWORD", &*password), ("DATABASE_URL", &*store), more];
+            let settings = [
+                ("NATS_URL", &*url),
+                ("NATS_PASSWORD", &*password),
+                ("DATABASE_URL", &*store),
+                more,
+            ];
             testkit::services::start(name, &settings).unwrap()
         };
         let services = vec![
             started("auth", access::AUTH.user, "auth", ("LOG_LEVEL", "info")),
-            started("credential-vault", access::VAULT.user, "vault", ("FIELD_ENCRYPTION_KEY", "0123456789abcdef")),
-            started("scheduler", access::SCHEDULER.user, "scheduler", ("AOD_DEPLOYMENT_ID", "deployment-of-tests")),
+            started(
+                "credential-vault",
+                access::VAULT.user,
+                "vault",
+                ("FIELD_ENCRYPTION_KEY", "0123456789abcdef"),
+            ),
+            started(
+                "scheduler",
+                access::SCHEDULER.user,
+                "scheduler",
+                ("AOD_DEPLOYMENT_ID", "deployment-of-tests"),
+            ),
         ];
         let gateway = nats.connect(&access::GATEWAY).await.unwrap();
         let operator = nats.connect(&access::OPERATOR).await.unwrap();
@@ -184,9 +220,16 @@ impl World {
                 && gateway.call::<rpc::SchedulerHealth>(&Empty {}, SOON).await.is_ok()
         })
         .await;
-        let user = operator.call::<rpc::CreateUser>(&CreateUserRequest { name: "u".to_owned() }, SOON).await.unwrap().user_id;
+        let user = operator
+            .call::<rpc::CreateUser>(&CreateUserRequest { name: "u".to_owned() }, SOON)
+            .await
+            .unwrap()
+            .user_id;
         for (kind, value) in [(ANTHROPIC, KEY), ("backend:sprites", "s")] {
-            let sealed = gateway.seal_for_vault(&AcceptedKeys::default(), &user, kind, value.as_bytes(), SOON).await.unwrap();
+            let sealed = gateway
+                .seal_for_vault(&AcceptedKeys::default(), &user, kind, value.as_bytes(), SOON)
+                .await
+                .unwrap();
             let put = PutCredentialRequest {
                 user_id: user.clone(),
                 kind: kind.to_owned(),
@@ -205,15 +248,30 @@ impl World {
             mcp_servers: "[]".to_owned(),
             ..CreateAgentRequest::default()
         };
-        let agent = gateway.call::<rpc::CreateAgent>(&agent, SOON).await.unwrap().agent.unwrap().agent_id;
+        let agent =
+            gateway.call::<rpc::CreateAgent>(&agent, SOON).await.unwrap().agent.unwrap().agent_id;
         let runner = nats.connect(&access::RUNNER).await.unwrap();
         let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build().unwrap();
-        Self { nats, database, provider, upstream, gateway, operator, runner, user, agent, http, _services: services, _server: server }
+        Self {
+            nats,
+            database,
+            provider,
+            upstream,
+            gateway,
+            operator,
+            runner,
+            user,
+            agent,
+            http,
+            _services: services,
+            _server: server,
+        }
     }
 
     /// A process of the gateway, and its address.
     pub async fn model_gateway(&self) -> (Service, String) {
-        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let address =
+            std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let (url, password) = (self.nats.url(), self.nats.password(access::MODEL_GATEWAY.user));
         let settings = [
             ("NATS_URL", &*url),
@@ -222,7 +280,10 @@ impl World {
             ("AOD_MODEL_BASE_URL_ANTHROPIC", &*self.upstream),
         ];
         let process = testkit::services::start("model-gateway", &settings).unwrap();
-        eventually("the gateway listens", || async { tokio::net::TcpStream::connect(&address).await.is_ok() }).await;
+        eventually("the gateway listens", || async {
+            tokio::net::TcpStream::connect(&address).await.is_ok()
+        })
+        .await;
         (process, format!("http://{address}/anthropic/v1/messages"))
     }
 
@@ -239,9 +300,21 @@ impl World {
             resources: "[]".to_owned(),
             ..CreateSessionRequest::default()
         };
-        let session = self.gateway.call::<rpc::CreateSession>(&request, SOON).await.unwrap().session.unwrap().session_id;
+        let session = self
+            .gateway
+            .call::<rpc::CreateSession>(&request, SOON)
+            .await
+            .unwrap()
+            .session
+            .unwrap()
+            .session_id;
         let (lease, token) = (Uuid::now_v7().to_string(), Uuid::new_v4().to_string());
-        let beat = HeartbeatRequest { runner_lease: lease.clone(), runner: "r".to_owned(), first: true, held: Vec::new() };
+        let beat = HeartbeatRequest {
+            runner_lease: lease.clone(),
+            runner: "r".to_owned(),
+            first: true,
+            held: Vec::new(),
+        };
         self.runner.call::<rpc::Heartbeat>(&beat, SOON).await.unwrap();
         let claim = ClaimTurnRequest {
             session_id: session,
@@ -273,16 +346,23 @@ impl World {
     }
 
     pub async fn limit(&self, tokens: u64) {
-        let change = BudgetChange { tokens: Some(LimitChange { max: Some(tokens) }), ..BudgetChange::default() };
+        let change = BudgetChange {
+            tokens: Some(LimitChange { max: Some(tokens) }),
+            ..BudgetChange::default()
+        };
         let request = SetBudgetRequest { of: Some(self.budget()), change: Some(change) };
         self.operator.call::<rpc::SetBudget>(&request, SOON).await.unwrap();
     }
 
     pub async fn numbers(&self, query: &'static str) -> Vec<i64> {
-        sqlx::query_scalar(query).fetch_all(&mut self.database.admin().await.unwrap()).await.unwrap()
+        sqlx::query_scalar(query)
+            .fetch_all(&mut self.database.admin().await.unwrap())
+            .await
+            .unwrap()
     }
 
-    /// The leases of gateways that are gone ran out long ago. Those alive renew theirs every five seconds.
+    /// The leases of gateways that are gone ran out long ago. Those alive renew theirs every five
+    /// seconds.
     pub async fn forward_lost_gateways(&self) {
         let statements = "update scheduler.model_gateway set expires_at = now() - interval '1 hour'
                           where expires_at < now() + interval '15 seconds';

@@ -2,13 +2,15 @@
 
 use bus::Failure;
 use contract::scheduler::{
-    Agent, CreateAgentReply, CreateAgentRequest, GetAgentRequest, ListAgentsReply, ListPartsRequest, ListRequest, UpdateAgentRequest,
+    Agent, CreateAgentReply, CreateAgentRequest, GetAgentRequest, ListAgentsReply,
+    ListPartsRequest, ListRequest, UpdateAgentRequest,
 };
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 use types::{
-    AgentId, EnvironmentId, ErrorCode, ModelRef, Permissions, Runtime, SessionId, UserId, agent::merge_metadata, model::ModelError,
+    AgentId, EnvironmentId, ErrorCode, ModelRef, Permissions, Runtime, SessionId, UserId,
+    agent::merge_metadata, model::ModelError,
 };
 use uuid::Uuid;
 
@@ -66,7 +68,10 @@ impl From<AgentRow> for Agent {
             skills: row.skills.to_string(),
             mcp_servers: row.mcp_servers.to_string(),
             mcp_secret_id: row.mcp_secret_id.map(|id| id.to_string()),
-            permissions: row.permissions.map(|permissions| permissions.to_string()).unwrap_or_default(),
+            permissions: row
+                .permissions
+                .map(|permissions| permissions.to_string())
+                .unwrap_or_default(),
             tools: row.tools.map(|tools| tools.to_string()).unwrap_or_default(),
         }
     }
@@ -77,9 +82,14 @@ fn missing() -> Failure {
 }
 
 /// An environment that an agent may be given.
-async fn usable_environment(tx: &mut PgConnection, user: UserId, id: &str) -> Result<Uuid, Failure> {
+async fn usable_environment(
+    tx: &mut PgConnection,
+    user: UserId,
+    id: &str,
+) -> Result<Uuid, Failure> {
     let id: EnvironmentId = id.parse().map_err(|_| environments::missing())?;
-    let archived = environments::find_archived(tx, user, id).await?.ok_or_else(environments::missing)?;
+    let archived =
+        environments::find_archived(tx, user, id).await?.ok_or_else(environments::missing)?;
     if archived {
         return Err(Failure::conflict("Cannot assign an archived environment to an agent"));
     }
@@ -91,7 +101,8 @@ fn permissions(text: &str) -> Result<Option<Value>, Failure> {
     if text.is_empty() {
         return Ok(None);
     }
-    let permissions: Permissions = serde_json::from_str(text).map_err(|_| Failure::invalid("Malformed permissions"))?;
+    let permissions: Permissions =
+        serde_json::from_str(text).map_err(|_| Failure::invalid("Malformed permissions"))?;
     if permissions == Permissions::default() {
         return Ok(None);
     }
@@ -105,16 +116,30 @@ fn tools(text: &str) -> Result<Option<Value>, Failure> {
 
 /// A runtime that cannot ask cannot be restricted either.
 fn check_permissions(agent: &AgentRow) -> Result<(), Failure> {
-    let permissions = agent.permissions.clone().map(serde_json::from_value::<Permissions>).transpose().map_err(Failure::internal)?;
-    let can_ask = agent.runtime.parse::<Runtime>().is_ok_and(|runtime| runtime.capabilities().permission_requests);
+    let permissions = agent
+        .permissions
+        .clone()
+        .map(serde_json::from_value::<Permissions>)
+        .transpose()
+        .map_err(Failure::internal)?;
+    let can_ask = agent
+        .runtime
+        .parse::<Runtime>()
+        .is_ok_and(|runtime| runtime.capabilities().permission_requests);
     if can_ask || !permissions.is_some_and(|permissions| permissions.restrict()) {
         return Ok(());
     }
-    let message = format!("Runtime {} cannot ask before it uses a tool: its permissions have to be 'allow'", agent.runtime);
+    let message = format!(
+        "Runtime {} cannot ask before it uses a tool: its permissions have to be 'allow'",
+        agent.runtime
+    );
     Err(Failure::new(ErrorCode::Unprocessable, message))
 }
 
-pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
+pub async fn create(
+    scheduler: Scheduler,
+    request: CreateAgentRequest,
+) -> Result<CreateAgentReply, Failure> {
     let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&mut tx, request.clone()).await;
@@ -123,7 +148,8 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
     .await;
     let (user_id, agent_id) = (request.user_id, request.agent_id.clone());
     let earlier = async {
-        let agent = get(scheduler.clone(), GetAgentRequest { user_id, agent_id, version: None }).await?;
+        let agent =
+            get(scheduler.clone(), GetAgentRequest { user_id, agent_id, version: None }).await?;
         Ok(CreateAgentReply { agent: Some(agent), replayed: false })
     };
     idempotency::or_created_earlier(outcome, &request.agent_id, earlier).await
@@ -132,12 +158,24 @@ pub async fn create(scheduler: Scheduler, request: CreateAgentRequest) -> Result
 /// The route of idempotency keys of creations.
 const ROUTE: &str = "agents";
 
-async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result<CreateAgentReply, Failure> {
+async fn create_in(
+    tx: &mut PgConnection,
+    request: CreateAgentRequest,
+) -> Result<CreateAgentReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let id = idempotency::chosen(&request.agent_id, AgentId::new)?;
-    let earlier = idempotency::earlier_creation::<Agent>(tx, user, ROUTE, request.once.as_ref(), &request.agent_id);
+    let earlier = idempotency::earlier_creation::<Agent>(
+        tx,
+        user,
+        ROUTE,
+        request.once.as_ref(),
+        &request.agent_id,
+    );
     if let Some(agent) = earlier.await? {
-        return Ok(CreateAgentReply { replayed: agent.agent_id != request.agent_id, agent: Some(agent) });
+        return Ok(CreateAgentReply {
+            replayed: agent.agent_id != request.agent_id,
+            agent: Some(agent),
+        });
     }
     let environment_id = match &request.environment_id {
         None => None,
@@ -184,9 +222,17 @@ async fn create_in(tx: &mut PgConnection, request: CreateAgentRequest) -> Result
 
 async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Failure> {
     // Fields that are changed one by one could add up to more than an answer may hold.
-    let texts = [&row.name, &row.description, &row.system].map(String::len).into_iter().sum::<usize>();
-    let documents = [Some(&row.metadata), Some(&row.skills), Some(&row.mcp_servers), row.permissions.as_ref(), row.tools.as_ref()];
-    let documents = documents.into_iter().flatten().map(|value| value.to_string().len()).sum::<usize>();
+    let texts =
+        [&row.name, &row.description, &row.system].map(String::len).into_iter().sum::<usize>();
+    let documents = [
+        Some(&row.metadata),
+        Some(&row.skills),
+        Some(&row.mcp_servers),
+        row.permissions.as_ref(),
+        row.tools.as_ref(),
+    ];
+    let documents =
+        documents.into_iter().flatten().map(|value| value.to_string().len()).sum::<usize>();
     check_size("agent", texts + documents)?;
     sqlx::query(
         "insert into agent_version (agent_id, version, name, description, system, model, runtime, environment_id, metadata, skills,
@@ -214,9 +260,17 @@ async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Fai
     Ok(())
 }
 
-/// A session's own version of its agent: a row like the others, of a negative number, that no list shows.
-pub async fn override_agent(tx: &mut PgConnection, agent: Uuid, session: SessionId, changed: &Agent) -> Result<i32, Failure> {
-    let number: i32 = sqlx::query_scalar("select -nextval('agent_override_number')::integer").fetch_one(&mut *tx).await?;
+/// A session's own version of its agent: a row like the others, of a negative number, that no list
+/// shows.
+pub async fn override_agent(
+    tx: &mut PgConnection,
+    agent: Uuid,
+    session: SessionId,
+    changed: &Agent,
+) -> Result<i32, Failure> {
+    let number: i32 = sqlx::query_scalar("select -nextval('agent_override_number')::integer")
+        .fetch_one(&mut *tx)
+        .await?;
     insert_override(tx, agent, number, changed).await?;
     // They go together.
     sqlx::query("update agent_version set session_id = $3 where agent_id = $1 and version = $2")
@@ -229,7 +283,12 @@ pub async fn override_agent(tx: &mut PgConnection, agent: Uuid, session: Session
 }
 
 /// Writes a session's own version of an agent.
-async fn insert_override(tx: &mut PgConnection, agent: Uuid, number: i32, changed: &Agent) -> Result<(), Failure> {
+async fn insert_override(
+    tx: &mut PgConnection,
+    agent: Uuid,
+    number: i32,
+    changed: &Agent,
+) -> Result<(), Failure> {
     let now = now();
     let row = AgentRow {
         agent_id: agent,
@@ -256,7 +315,11 @@ async fn insert_override(tx: &mut PgConnection, agent: Uuid, number: i32, change
 }
 
 /// The rows of versions, also of sessions' own ones: pairs of an agent and a row's number.
-pub async fn find_versions(connection: &mut PgConnection, agents: &[Uuid], versions: &[i32]) -> Result<Vec<Agent>, Failure> {
+pub async fn find_versions(
+    connection: &mut PgConnection,
+    agents: &[Uuid],
+    versions: &[i32],
+) -> Result<Vec<Agent>, Failure> {
     let rows: Vec<AgentRow> = sqlx::query_as(
         "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
                 v.mcp_servers, v.mcp_secret_id, v.permissions, v.tools, v.version, v.base_version, a.created_at, a.updated_at,
@@ -281,7 +344,8 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
         Some(id) => Some(usable_environment(&mut tx, user, id).await?),
     };
     let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
-    // Locked by itself: a lock within the join below would see the row's newest version beside the join's older one.
+    // Locked by itself: a lock within the join below would see the row's newest version beside the
+    // join's older one.
     sqlx::query("select from agent where agent_id = $1 and user_id = $2 for update")
         .bind(agent.uuid())
         .bind(user.uuid())
@@ -310,16 +374,22 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     new.system = request.system.unwrap_or(new.system);
     if request.model.is_some() || request.runtime.is_some() {
         let runtime = request.runtime.unwrap_or(new.runtime);
-        let parsed: Runtime = runtime.parse().map_err(|()| Failure::internal(format!("agent {agent} has runtime {runtime}")))?;
+        let parsed: Runtime = runtime
+            .parse()
+            .map_err(|()| Failure::internal(format!("agent {agent} has runtime {runtime}")))?;
         let model = request.model.unwrap_or(new.model);
-        new.model = ModelRef::parse(parsed, &model).map_err(|error| unservable(&error, &model))?.as_str().to_owned();
+        new.model = ModelRef::parse(parsed, &model)
+            .map_err(|error| unservable(&error, &model))?
+            .as_str()
+            .to_owned();
         new.runtime = runtime;
     }
     if request.detach_environment || environment_id.is_some() {
         new.environment_id = environment_id;
     }
     if let Some(change) = &request.metadata {
-        let change: Map<String, Value> = serde_json::from_str(change).map_err(|_| Failure::invalid("Malformed metadata"))?;
+        let change: Map<String, Value> =
+            serde_json::from_str(change).map_err(|_| Failure::invalid("Malformed metadata"))?;
         let old = current.metadata.as_object().cloned().unwrap_or_default();
         new.metadata = Value::Object(merge_metadata(old, change));
     }
@@ -343,13 +413,15 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     new.version += 1;
     new.updated_at = now();
     insert_version(&mut tx, &new).await?;
-    sqlx::query("update agent set version = $2, environment_id = $3, updated_at = $4 where agent_id = $1")
-        .bind(new.agent_id)
-        .bind(new.version)
-        .bind(new.environment_id)
-        .bind(new.updated_at)
-        .execute(&mut *tx)
-        .await?;
+    sqlx::query(
+        "update agent set version = $2, environment_id = $3, updated_at = $4 where agent_id = $1",
+    )
+    .bind(new.agent_id)
+    .bind(new.version)
+    .bind(new.environment_id)
+    .bind(new.updated_at)
+    .execute(&mut *tx)
+    .await?;
     tx.commit().await?;
     Ok(new.into())
 }
@@ -375,7 +447,11 @@ pub async fn archive(scheduler: Scheduler, request: GetAgentRequest) -> Result<A
     .execute(&scheduler.pool)
     .await?;
     let agent = get(scheduler, request).await?;
-    if archived.rows_affected() == 0 { Err(Failure::conflict("Agent is already archived")) } else { Ok(agent) }
+    if archived.rows_affected() == 0 {
+        Err(Failure::conflict("Agent is already archived"))
+    } else {
+        Ok(agent)
+    }
 }
 
 pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent, Failure> {
@@ -414,7 +490,10 @@ const VERSION_BYTES: &str = "coalesce(octet_length(v.permissions::text), 0) + co
                              + octet_length(v.skills::text) + octet_length(v.mcp_servers::text) + 500";
 
 /// The snapshots of an agent, newest first. Both times of each are the snapshot's.
-pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListAgentsReply, Failure> {
+pub async fn versions(
+    scheduler: Scheduler,
+    request: ListPartsRequest,
+) -> Result<ListAgentsReply, Failure> {
     let agent: AgentId = request.id.parse().map_err(|_| missing())?;
     let newest = GetAgentRequest { user_id: request.user_id, agent_id: request.id, version: None };
     let archived_at_us = get(scheduler.clone(), newest).await?.archived_at_us;
@@ -428,7 +507,12 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
             "agent_id, name, description, system, model, runtime, environment_id, metadata, skills, mcp_servers, mcp_secret_id, permissions,
                   tools, version, created_at, created_at as updated_at, null::timestamptz as archived_at",
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(agent.uuid()).bind(start.limit).bind(start.number));
+    let page = list.read(&scheduler.pool, |query| {
+        query.bind(agent.uuid()).bind(start.limit).bind(start.number)
+    });
     let (rows, has_more): (Vec<AgentRow>, _) = page.await?;
-    Ok(ListAgentsReply { agents: rows.into_iter().map(|row| Agent { archived_at_us, ..row.into() }).collect(), has_more })
+    Ok(ListAgentsReply {
+        agents: rows.into_iter().map(|row| Agent { archived_at_us, ..row.into() }).collect(),
+        has_more,
+    })
 }

@@ -4,8 +4,8 @@ use bus::Failure;
 use contract::{
     common::Empty,
     scheduler::{
-        CreateEnvironmentReply, CreateEnvironmentRequest, Environment, GetEnvironmentRequest, ListEnvironmentsReply, ListPartsRequest,
-        ListRequest, UpdateEnvironmentRequest,
+        CreateEnvironmentReply, CreateEnvironmentRequest, Environment, GetEnvironmentRequest,
+        ListEnvironmentsReply, ListPartsRequest, ListRequest, UpdateEnvironmentRequest,
     },
 };
 use serde_json::Value;
@@ -65,7 +65,11 @@ pub fn missing() -> Failure {
 }
 
 /// Whether an environment of the user is archived; `None` when there is no such environment.
-pub async fn find_archived(tx: &mut PgConnection, user: UserId, id: EnvironmentId) -> Result<Option<bool>, Failure> {
+pub async fn find_archived(
+    tx: &mut PgConnection,
+    user: UserId,
+    id: EnvironmentId,
+) -> Result<Option<bool>, Failure> {
     sqlx::query_scalar("select archived_at is not null from environment where environment_id = $1 and user_id = $2")
         .bind(id.uuid())
         .bind(user.uuid())
@@ -87,7 +91,10 @@ fn metadata(text: &str) -> Result<Value, Failure> {
     if text.is_empty() { Ok(Value::Object(serde_json::Map::new())) } else { parsed_json(text) }
 }
 
-pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
+pub async fn create(
+    scheduler: Scheduler,
+    request: CreateEnvironmentRequest,
+) -> Result<CreateEnvironmentReply, Failure> {
     let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&mut tx, request.clone()).await;
@@ -96,7 +103,8 @@ pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> 
     .await;
     let (user_id, environment_id) = (request.user_id, request.environment_id.clone());
     let earlier = async {
-        let environment = get(scheduler.clone(), GetEnvironmentRequest { user_id, environment_id }).await?;
+        let environment =
+            get(scheduler.clone(), GetEnvironmentRequest { user_id, environment_id }).await?;
         Ok(CreateEnvironmentReply { environment: Some(environment), replayed: false })
     };
     idempotency::or_created_earlier(outcome, &request.environment_id, earlier).await
@@ -105,10 +113,19 @@ pub async fn create(scheduler: Scheduler, request: CreateEnvironmentRequest) -> 
 /// The route of idempotency keys of creations.
 const ROUTE: &str = "environments";
 
-async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> Result<CreateEnvironmentReply, Failure> {
+async fn create_in(
+    tx: &mut PgConnection,
+    request: CreateEnvironmentRequest,
+) -> Result<CreateEnvironmentReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     let id = idempotency::chosen(&request.environment_id, EnvironmentId::new)?;
-    let earlier = idempotency::earlier_creation::<Environment>(tx, user, ROUTE, request.once.as_ref(), &request.environment_id);
+    let earlier = idempotency::earlier_creation::<Environment>(
+        tx,
+        user,
+        ROUTE,
+        request.once.as_ref(),
+        &request.environment_id,
+    );
     if let Some(environment) = earlier.await? {
         return Ok(CreateEnvironmentReply {
             replayed: environment.environment_id != request.environment_id,
@@ -153,9 +170,12 @@ async fn create_in(tx: &mut PgConnection, request: CreateEnvironmentRequest) -> 
 async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(), Failure> {
     // Fields that are changed one by one could add up to more than an answer may hold.
     let names = row.env_var_names.iter().map(String::len).sum::<usize>();
-    let documents = [&row.packages, &row.networking, &row.metadata].map(|value| value.to_string().len()).into_iter().sum::<usize>();
-    let texts =
-        [&row.name, &row.setup_script].map(String::len).into_iter().sum::<usize>() + row.description.as_ref().map_or(0, String::len);
+    let documents = [&row.packages, &row.networking, &row.metadata]
+        .map(|value| value.to_string().len())
+        .into_iter()
+        .sum::<usize>();
+    let texts = [&row.name, &row.setup_script].map(String::len).into_iter().sum::<usize>()
+        + row.description.as_ref().map_or(0, String::len);
     check_size("environment", texts + names + documents)?;
     sqlx::query(
         "insert into environment_version (environment_id, version, name, packages, setup_script, networking, env_var_names,
@@ -196,11 +216,15 @@ async fn find(
 }
 
 /// Checks in the contract's order (docs/api.md §5); a real change is a new version.
-pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> Result<Environment, Failure> {
+pub async fn update(
+    scheduler: Scheduler,
+    request: UpdateEnvironmentRequest,
+) -> Result<Environment, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
-    // Locked by itself: a lock within the join below would see the row's newest version beside the join's older one.
+    // Locked by itself: a lock within the join below would see the row's newest version beside the
+    // join's older one.
     sqlx::query("select from environment where environment_id = $1 and user_id = $2 for update")
         .bind(environment.uuid())
         .bind(user.uuid())
@@ -208,7 +232,8 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
         .await?;
     let current = find(&mut *tx, user, environment).await?.ok_or_else(missing)?;
     if current.archived_at.is_some() {
-        return Err(Failure::conflict("Cannot update an archived environment").because("environment_archived"));
+        return Err(Failure::conflict("Cannot update an archived environment")
+            .because("environment_archived"));
     }
     version_mismatch(current.version, request.version, request.secrets_of_version)?;
 
@@ -256,7 +281,10 @@ pub async fn update(scheduler: Scheduler, request: UpdateEnvironmentRequest) -> 
     Ok(new.into())
 }
 
-pub async fn archive(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result<Environment, Failure> {
+pub async fn archive(
+    scheduler: Scheduler,
+    request: GetEnvironmentRequest,
+) -> Result<Environment, Failure> {
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let archived = sqlx::query(
@@ -269,11 +297,18 @@ pub async fn archive(scheduler: Scheduler, request: GetEnvironmentRequest) -> Re
     .execute(&scheduler.pool)
     .await?;
     let environment = get(scheduler, request).await?;
-    if archived.rows_affected() == 0 { Err(Failure::conflict("Environment is already archived")) } else { Ok(environment) }
+    if archived.rows_affected() == 0 {
+        Err(Failure::conflict("Environment is already archived"))
+    } else {
+        Ok(environment)
+    }
 }
 
 /// Sessions hold on to their environment; its variables' values go with it.
-pub async fn delete(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result<Empty, Failure> {
+pub async fn delete(
+    scheduler: Scheduler,
+    request: GetEnvironmentRequest,
+) -> Result<Empty, Failure> {
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
@@ -301,19 +336,26 @@ pub async fn delete(scheduler: Scheduler, request: GetEnvironmentRequest) -> Res
             Ok(Empty {})
         }
         Err(error) if store::violates(&error, "session_environment_id_fkey") => {
-            Err(Failure::conflict("Cannot delete environment with existing sessions").because("environment_in_use"))
+            Err(Failure::conflict("Cannot delete environment with existing sessions")
+                .because("environment_in_use"))
         }
         Err(error) => Err(Failure::internal(error)),
     }
 }
 
-pub async fn get(scheduler: Scheduler, request: GetEnvironmentRequest) -> Result<Environment, Failure> {
+pub async fn get(
+    scheduler: Scheduler,
+    request: GetEnvironmentRequest,
+) -> Result<Environment, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     find(&scheduler.pool, user, environment).await?.map(Environment::from).ok_or_else(missing)
 }
 
-pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvironmentsReply, Failure> {
+pub async fn list(
+    scheduler: Scheduler,
+    request: ListRequest,
+) -> Result<ListEnvironmentsReply, Failure> {
     let list = OwnedList {
         owned: "environment",
         table: "environment e join environment_version v using (environment_id, version)",
@@ -322,7 +364,10 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListEnvi
                   e.metadata, version, e.created_at, e.updated_at, e.archived_at",
     };
     let (rows, has_more): (Vec<EnvironmentRow>, _) = list.read(&scheduler.pool, &request).await?;
-    Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
+    Ok(ListEnvironmentsReply {
+        environments: rows.into_iter().map(Environment::from).collect(),
+        has_more,
+    })
 }
 
 /// The size of a version `v` in an answer, at least.
@@ -330,9 +375,16 @@ const VERSION_BYTES: &str = "octet_length(v.name) + octet_length(v.setup_script)
                              + octet_length(v.networking::text) + octet_length(v.env_var_names::text) + 20000";
 
 /// The snapshots of an environment, newest first. Both times of each are the snapshot's.
-pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListEnvironmentsReply, Failure> {
+pub async fn versions(
+    scheduler: Scheduler,
+    request: ListPartsRequest,
+) -> Result<ListEnvironmentsReply, Failure> {
     let environment: EnvironmentId = request.id.parse().map_err(|_| missing())?;
-    get(scheduler.clone(), GetEnvironmentRequest { user_id: request.user_id, environment_id: request.id }).await?;
+    get(
+        scheduler.clone(),
+        GetEnvironmentRequest { user_id: request.user_id, environment_id: request.id },
+    )
+    .await?;
     let start = PageStart::by_number_downwards(request.limit, request.after.as_ref());
     let list = List {
         keys: "select version from environment_version where environment_id = $1 and version < $3 order by version desc limit $2 + 1",
@@ -342,7 +394,12 @@ pub async fn versions(scheduler: Scheduler, request: ListPartsRequest) -> Result
         columns: "environment_id, name, packages, setup_script, networking, env_var_names, env_vars_secret_id, null as description,
                   '{}'::jsonb as metadata, version, created_at, created_at as updated_at, null::timestamptz as archived_at",
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(environment.uuid()).bind(start.limit).bind(start.number));
+    let page = list.read(&scheduler.pool, |query| {
+        query.bind(environment.uuid()).bind(start.limit).bind(start.number)
+    });
     let (rows, has_more): (Vec<EnvironmentRow>, _) = page.await?;
-    Ok(ListEnvironmentsReply { environments: rows.into_iter().map(Environment::from).collect(), has_more })
+    Ok(ListEnvironmentsReply {
+        environments: rows.into_iter().map(Environment::from).collect(),
+        has_more,
+    })
 }

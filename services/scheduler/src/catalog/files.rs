@@ -1,7 +1,9 @@
-//! Files of the Managed Agents API: their names, owners and states, and where their bytes are (docs/adr/0120-files.md).
+//! Files of the Managed Agents API: their names, owners and states, and where their bytes are
+//! (docs/adr/0120-files.md).
 //!
-//! A row is `pending` before its bytes are written, `ready` once they are, and `deleted` until they are gone: there are no bytes without
-//! a row, and no row that can be read without its bytes. A sweep finishes what a process that died left.
+//! A row is `pending` before its bytes are written, `ready` once they are, and `deleted` until they
+//! are gone: there are no bytes without a row, and no row that can be read without its bytes. A
+//! sweep finishes what a process that died left.
 
 use std::time::Duration;
 
@@ -10,8 +12,9 @@ use bus::Failure;
 use contract::{
     common::Empty,
     scheduler::{
-        AddSessionFileRequest, BeginOutputRequest, CommitFileRequest, CommitOutputRequest, CreateFileRequest, File, GetFileRequest,
-        ListFilesReply, ListFilesRequest, NewSessionFile, RemoveSessionFileRequest,
+        AddSessionFileRequest, BeginOutputRequest, CommitFileRequest, CommitOutputRequest,
+        CreateFileRequest, File, GetFileRequest, ListFilesReply, ListFilesRequest, NewSessionFile,
+        RemoveSessionFileRequest,
     },
 };
 use futures::StreamExt as _;
@@ -94,7 +97,8 @@ fn size(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
-// --- uploaded files --------------------------------------------------------------------------------
+// --- uploaded files
+// --------------------------------------------------------------------------------
 
 pub async fn create(scheduler: Scheduler, request: CreateFileRequest) -> Result<File, Failure> {
     let (user, file) = ids(&request.user_id, &request.file_id)?;
@@ -153,9 +157,18 @@ impl NewFile<'_> {
     }
 }
 
-/// Refuses what would be more than a user may have. Held until the transaction ends, so that two files do not both fit alone.
-async fn check_quota(tx: &mut PgConnection, settings: &FileSettings, user: UserId, more: u64) -> Result<(), Failure> {
-    sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 3))").bind(format!("files of {user}")).execute(&mut *tx).await?;
+/// Refuses what would be more than a user may have. Held until the transaction ends, so that two
+/// files do not both fit alone.
+async fn check_quota(
+    tx: &mut PgConnection,
+    settings: &FileSettings,
+    user: UserId,
+    more: u64,
+) -> Result<(), Failure> {
+    sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 3))")
+        .bind(format!("files of {user}"))
+        .execute(&mut *tx)
+        .await?;
     let used: i64 = sqlx::query_scalar(
         "select coalesce(sum(size_bytes), 0)::bigint from file where user_id = $1 and state = 'ready' and kind in ('upload', 'output')",
     )
@@ -163,8 +176,11 @@ async fn check_quota(tx: &mut PgConnection, settings: &FileSettings, user: UserI
     .fetch_one(tx)
     .await?;
     let limit = settings.user_bytes_max;
-    if used.unsigned_abs().saturating_add(more) > limit || (more == 0 && used.unsigned_abs() >= limit) {
-        return Err(Failure::conflict(format!("Your files may hold {limit} bytes together")).because("storage_quota_exceeded"));
+    if used.unsigned_abs().saturating_add(more) > limit
+        || (more == 0 && used.unsigned_abs() >= limit)
+    {
+        return Err(Failure::conflict(format!("Your files may hold {limit} bytes together"))
+            .because("storage_quota_exceeded"));
     }
     Ok(())
 }
@@ -173,7 +189,15 @@ pub async fn commit(scheduler: Scheduler, request: CommitFileRequest) -> Result<
     let (user, file) = ids(&request.user_id, &request.file_id)?;
     let mut tx = scheduler.pool.begin().await?;
     check_quota(&mut tx, &scheduler.files, user, request.size_bytes).await?;
-    let row = finish(&mut tx, user, file, request.size_bytes, &request.sha256, request.expires_in_seconds).await?;
+    let row = finish(
+        &mut tx,
+        user,
+        file,
+        request.size_bytes,
+        &request.sha256,
+        request.expires_in_seconds,
+    )
+    .await?;
     tx.commit().await?;
     Ok(row.into())
 }
@@ -206,12 +230,15 @@ async fn finish(
 
 pub async fn get(scheduler: Scheduler, request: GetFileRequest) -> Result<File, Failure> {
     let (user, file) = ids(&request.user_id, &request.file_id)?;
-    let row: Option<FileRow> =
-        sqlx::query_as(concat!("select ", columns!(), " from file where file_id = $1 and user_id = $2 and state = 'ready'"))
-            .bind(file.uuid())
-            .bind(user.uuid())
-            .fetch_optional(&scheduler.pool)
-            .await?;
+    let row: Option<FileRow> = sqlx::query_as(concat!(
+        "select ",
+        columns!(),
+        " from file where file_id = $1 and user_id = $2 and state = 'ready'"
+    ))
+    .bind(file.uuid())
+    .bind(user.uuid())
+    .fetch_optional(&scheduler.pool)
+    .await?;
     let row = row.ok_or_else(missing)?;
     if row.expires_at.is_some_and(|at| at <= OffsetDateTime::now_utc()) {
         return Err(missing().because("file_expired"));
@@ -219,12 +246,26 @@ pub async fn get(scheduler: Scheduler, request: GetFileRequest) -> Result<File, 
     Ok(row.into())
 }
 
-pub async fn list(scheduler: Scheduler, request: ListFilesRequest) -> Result<ListFilesReply, Failure> {
+pub async fn list(
+    scheduler: Scheduler,
+    request: ListFilesRequest,
+) -> Result<ListFilesReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
-    let session = request.session_id.as_deref().map(str::parse::<SessionId>).transpose().map_err(|_| session_missing())?;
-    let wanted: Vec<Uuid> = request.file_ids.iter().filter_map(|id| id.parse::<FileId>().ok()).map(FileId::uuid).collect();
+    let session = request
+        .session_id
+        .as_deref()
+        .map(str::parse::<SessionId>)
+        .transpose()
+        .map_err(|_| session_missing())?;
+    let wanted: Vec<Uuid> = request
+        .file_ids
+        .iter()
+        .filter_map(|id| id.parse::<FileId>().ok())
+        .map(FileId::uuid)
+        .collect();
     let start = PageStart::by_time(request.limit, request.after.as_ref())?;
-    // A filter that is not asked for is not in the statement: a plan that is kept would have to suit it.
+    // A filter that is not asked for is not in the statement: a plan that is kept would have to
+    // suit it.
     let whose = match (session.is_some(), request.file_ids.is_empty()) {
         (true, _) => "session_id = $5 and kind = 'output' and $6::uuid[] is not null",
         (false, true) => "kind = 'upload' and $5::uuid is null and $6::uuid[] is not null",
@@ -265,16 +306,24 @@ pub async fn delete(scheduler: Scheduler, request: GetFileRequest) -> Result<Emp
     if deleted.rows_affected() == 0 { Err(missing()) } else { Ok(Empty {}) }
 }
 
-// --- what sessions are given -----------------------------------------------------------------------
+// --- what sessions are given
+// -----------------------------------------------------------------------
 
 /// Copies of a user's files, for a session.
-pub async fn give(tx: &mut PgConnection, user: UserId, session: SessionId, new: &[NewSessionFile]) -> Result<(), Failure> {
+pub async fn give(
+    tx: &mut PgConnection,
+    user: UserId,
+    session: SessionId,
+    new: &[NewSessionFile],
+) -> Result<(), Failure> {
     if new.is_empty() {
         return Ok(());
     }
     for file in new {
-        let (copy, original): (FileId, FileId) =
-            (file.copy_id.parse().map_err(|_| missing())?, file.file_id.parse().map_err(|_| missing())?);
+        let (copy, original): (FileId, FileId) = (
+            file.copy_id.parse().map_err(|_| missing())?,
+            file.file_id.parse().map_err(|_| missing())?,
+        );
         // Held, so that it is not deleted meanwhile.
         let found = sqlx::query(
             "select from file where file_id = $1 and user_id = $2 and state = 'ready' and (expires_at is null or expires_at > now())
@@ -296,27 +345,35 @@ pub async fn give(tx: &mut PgConnection, user: UserId, session: SessionId, new: 
         .await;
         inserted.map_err(|error| {
             if store::violates(&error, "one_copy_at_a_path") {
-                Failure::conflict(format!("The session has a file at {}", file.path)).because("mount_path_taken")
+                Failure::conflict(format!("The session has a file at {}", file.path))
+                    .because("mount_path_taken")
             } else {
                 error.into()
             }
         })?;
     }
-    let count: i64 = sqlx::query_scalar("select count(*) from file where session_id = $1 and kind = 'copy' and state = 'ready'")
-        .bind(session.uuid())
-        .fetch_one(&mut *tx)
-        .await?;
+    let count: i64 = sqlx::query_scalar(
+        "select count(*) from file where session_id = $1 and kind = 'copy' and state = 'ready'",
+    )
+    .bind(session.uuid())
+    .fetch_one(&mut *tx)
+    .await?;
     if count.unsigned_abs() > FILES_OF_SESSION_MAX as u64 {
         let message = format!("A session has at most {FILES_OF_SESSION_MAX} files");
         return Err(Failure::conflict(message).because("too_many_files"));
     }
-    sqlx::query("update session set had_files = true where session_id = $1").bind(session.uuid()).execute(tx).await?;
+    sqlx::query("update session set had_files = true where session_id = $1")
+        .bind(session.uuid())
+        .execute(tx)
+        .await?;
     Ok(())
 }
 
 pub async fn add(scheduler: Scheduler, request: AddSessionFileRequest) -> Result<File, Failure> {
-    let (user, session): (UserId, SessionId) =
-        (request.user_id.parse().map_err(|_| session_missing())?, request.session_id.parse().map_err(|_| session_missing())?);
+    let (user, session): (UserId, SessionId) = (
+        request.user_id.parse().map_err(|_| session_missing())?,
+        request.session_id.parse().map_err(|_| session_missing())?,
+    );
     let new = request.file.ok_or_else(missing)?;
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(session_missing)?;
@@ -326,12 +383,18 @@ pub async fn add(scheduler: Scheduler, request: AddSessionFileRequest) -> Result
     give(&mut tx, user, session, std::slice::from_ref(&new)).await?;
     let copy: FileId = new.copy_id.parse().map_err(|_| missing())?;
     let file: FileRow =
-        sqlx::query_as(concat!("select ", columns!(), " from file where file_id = $1")).bind(copy.uuid()).fetch_one(&mut *tx).await?;
+        sqlx::query_as(concat!("select ", columns!(), " from file where file_id = $1"))
+            .bind(copy.uuid())
+            .fetch_one(&mut *tx)
+            .await?;
     tx.commit().await?;
     Ok(file.into())
 }
 
-pub async fn remove(scheduler: Scheduler, request: RemoveSessionFileRequest) -> Result<Empty, Failure> {
+pub async fn remove(
+    scheduler: Scheduler,
+    request: RemoveSessionFileRequest,
+) -> Result<Empty, Failure> {
     let (user, copy) = ids(&request.user_id, &request.copy_id)?;
     let session: SessionId = request.session_id.parse().map_err(|_| session_missing())?;
     let removed = sqlx::query(
@@ -343,11 +406,20 @@ pub async fn remove(scheduler: Scheduler, request: RemoveSessionFileRequest) -> 
     .bind(session.uuid())
     .execute(&scheduler.pool)
     .await?;
-    if removed.rows_affected() == 0 { Err(Failure::not_found("Resource not found")) } else { Ok(Empty {}) }
+    if removed.rows_affected() == 0 {
+        Err(Failure::not_found("Resource not found"))
+    } else {
+        Ok(Empty {})
+    }
 }
 
-/// The files of sessions that are mounted, or that their agents wrote; in the order of their creation.
-pub async fn of_sessions(pool: &PgPool, sessions: &[Uuid], kind: FileKind) -> Result<Vec<File>, Failure> {
+/// The files of sessions that are mounted, or that their agents wrote; in the order of their
+/// creation.
+pub async fn of_sessions(
+    pool: &PgPool,
+    sessions: &[Uuid],
+    kind: FileKind,
+) -> Result<Vec<File>, Failure> {
     let rows: Vec<FileRow> = sqlx::query_as(concat!(
         "select ",
         columns!(),
@@ -360,10 +432,16 @@ pub async fn of_sessions(pool: &PgPool, sessions: &[Uuid], kind: FileKind) -> Re
     Ok(rows.into_iter().map(File::from).collect())
 }
 
-// --- what agents write -----------------------------------------------------------------------------
+// --- what agents write
+// -----------------------------------------------------------------------------
 
 /// The user of a session whose turn a runner has claimed.
-async fn owner(tx: &mut PgConnection, session: &str, turn: u32, epoch: u32) -> Result<(UserId, SessionId), Failure> {
+async fn owner(
+    tx: &mut PgConnection,
+    session: &str,
+    turn: u32,
+    epoch: u32,
+) -> Result<(UserId, SessionId), Failure> {
     let session: SessionId = session.parse().map_err(|_| session_missing())?;
     let user: Option<Uuid> = sqlx::query_scalar(
         "select s.user_id from session s join turn t using (session_id)
@@ -378,7 +456,10 @@ async fn owner(tx: &mut PgConnection, session: &str, turn: u32, epoch: u32) -> R
     Ok((UserId::from_uuid(user), session))
 }
 
-pub async fn begin_output(scheduler: Scheduler, request: BeginOutputRequest) -> Result<File, Failure> {
+pub async fn begin_output(
+    scheduler: Scheduler,
+    request: BeginOutputRequest,
+) -> Result<File, Failure> {
     let file: FileId = request.file_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
     let (user, session) = owner(&mut tx, &request.session_id, request.turn, request.epoch).await?;
@@ -390,7 +471,10 @@ pub async fn begin_output(scheduler: Scheduler, request: BeginOutputRequest) -> 
             .fetch_one(&mut *tx)
             .await?;
     if others.unsigned_abs() >= OUTPUTS_OF_SESSION_MAX as u64 {
-        return Err(Failure::conflict(format!("{OUTPUTS_OF_SESSION_MAX} files of a session are kept")).because("too_many_files"));
+        return Err(Failure::conflict(format!(
+            "{OUTPUTS_OF_SESSION_MAX} files of a session are kept"
+        ))
+        .because("too_many_files"));
     }
     let new = NewFile {
         file,
@@ -409,7 +493,10 @@ pub async fn begin_output(scheduler: Scheduler, request: BeginOutputRequest) -> 
 }
 
 /// The file takes the place of the one that the agent wrote at its path before.
-pub async fn commit_output(scheduler: Scheduler, request: CommitOutputRequest) -> Result<Empty, Failure> {
+pub async fn commit_output(
+    scheduler: Scheduler,
+    request: CommitOutputRequest,
+) -> Result<Empty, Failure> {
     let file: FileId = request.file_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
     let (user, session) = owner(&mut tx, &request.session_id, request.turn, request.epoch).await?;
@@ -428,7 +515,8 @@ pub async fn commit_output(scheduler: Scheduler, request: CommitOutputRequest) -
     Ok(Empty {})
 }
 
-// --- sweeping --------------------------------------------------------------------------------------
+// --- sweeping
+// --------------------------------------------------------------------------------------
 
 const EVERY: Duration = Duration::from_secs(2);
 const SEARCH_EVERY: Duration = Duration::from_secs(60 * 60);
@@ -439,7 +527,8 @@ const PENDING_SECONDS_MAX: f64 = 60.0 * 60.0;
 const OBJECT_AGE_MIN: Duration = Duration::from_secs(2 * 60 * 60);
 const OBJECTS_AT_A_TIME: usize = 1000;
 
-/// Removes the bytes of deleted files, gives up what was never finished, and ends files whose time is over.
+/// Removes the bytes of deleted files, gives up what was never finished, and ends files whose time
+/// is over.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     service::periodically("files", EVERY, stop, || async {
         end_some(&scheduler).await?;
@@ -451,7 +540,10 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 
 /// Looks for bytes without a row.
 pub async fn search(scheduler: Scheduler, stop: CancellationToken) {
-    service::periodically("objects of files", SEARCH_EVERY, stop, || remove_lost_objects(&scheduler)).await;
+    service::periodically("objects of files", SEARCH_EVERY, stop, || {
+        remove_lost_objects(&scheduler)
+    })
+    .await;
 }
 
 async fn end_some(scheduler: &Scheduler) -> Result<(), Failure> {
@@ -485,10 +577,12 @@ async fn remove_some(scheduler: &Scheduler) -> Result<i64, Failure> {
             .fetch_all(&mut *tx)
             .await?;
     let objects: Vec<Uuid> = rows.iter().map(|(_, object)| *object).collect();
-    let used: Vec<Uuid> = sqlx::query_scalar("select object_id from file where object_id = any($1) and state <> 'deleted'")
-        .bind(&objects)
-        .fetch_all(&mut *tx)
-        .await?;
+    let used: Vec<Uuid> = sqlx::query_scalar(
+        "select object_id from file where object_id = any($1) and state <> 'deleted'",
+    )
+    .bind(&objects)
+    .fetch_all(&mut *tx)
+    .await?;
     let mut removed = Vec::new();
     for (file, object) in rows {
         if used.contains(&object) {
@@ -497,10 +591,15 @@ async fn remove_some(scheduler: &Scheduler) -> Result<i64, Failure> {
         }
         match store.delete(object).await {
             Ok(()) => removed.push(file),
-            Err(error) => tracing::warn!(%error, %file, "failed to delete a file's bytes; will retry"),
+            Err(error) => {
+                tracing::warn!(%error, %file, "failed to delete a file's bytes; will retry")
+            }
         }
     }
-    sqlx::query("delete from file where file_id = any($1)").bind(&removed).execute(&mut *tx).await?;
+    sqlx::query("delete from file where file_id = any($1)")
+        .bind(&removed)
+        .execute(&mut *tx)
+        .await?;
     tx.commit().await?;
     Ok(removed.len() as i64)
 }
@@ -511,17 +610,22 @@ async fn remove_lost_objects(scheduler: &Scheduler) -> anyhow::Result<()> {
     let (mut chunks, mut lost) = (store.older_than(OBJECT_AGE_MIN, OBJECTS_AT_A_TIME), 0);
     while let Some(objects) = chunks.next().await {
         let objects = objects?;
-        let known: Vec<Uuid> = sqlx::query_scalar("select distinct object_id from file where object_id = any($1)")
-            .bind(&objects)
-            .fetch_all(&scheduler.pool)
-            .await?;
+        let known: Vec<Uuid> =
+            sqlx::query_scalar("select distinct object_id from file where object_id = any($1)")
+                .bind(&objects)
+                .fetch_all(&scheduler.pool)
+                .await?;
         for object in objects.into_iter().filter(|object| !known.contains(object)) {
             store.delete(object).await?;
             lost += 1;
         }
     }
     if lost + abandoned > 0 {
-        tracing::warn!(objects = lost, parts = abandoned, "removed bytes of files that no one knows");
+        tracing::warn!(
+            objects = lost,
+            parts = abandoned,
+            "removed bytes of files that no one knows"
+        );
     }
     Ok(())
 }

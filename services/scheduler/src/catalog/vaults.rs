@@ -1,13 +1,14 @@
-//! Vaults of the Managed Agents API and their credentials. Their secrets are at the credential vault; a session names vaults, and each
-//! claim of a turn finds out which credentials those hold then.
+//! Vaults of the Managed Agents API and their credentials. Their secrets are at the credential
+//! vault; a session names vaults, and each claim of a turn finds out which credentials those hold
+//! then.
 
 use bus::Failure;
 use contract::{
     common::Empty,
     scheduler::{
-        CreateVaultCredentialRequest, CreateVaultRequest, GetVaultCredentialRequest, GetVaultRequest, ListRequest,
-        ListVaultCredentialsReply, ListVaultCredentialsRequest, ListVaultsReply, UpdateVaultCredentialRequest, UpdateVaultRequest, Vault,
-        VaultCredential,
+        CreateVaultCredentialRequest, CreateVaultRequest, GetVaultCredentialRequest,
+        GetVaultRequest, ListRequest, ListVaultCredentialsReply, ListVaultCredentialsRequest,
+        ListVaultsReply, UpdateVaultCredentialRequest, UpdateVaultRequest, Vault, VaultCredential,
     },
 };
 use serde_json::{Map, Value};
@@ -118,13 +119,26 @@ fn merged(current: &Value, change: Option<&str>) -> Result<Value, Failure> {
     let current = current.as_object().cloned().unwrap_or_default();
     Ok(Value::Object(match change {
         None => current,
-        Some(change) => merge_limited_metadata(current, object(change)?).map_err(Failure::invalid)?,
+        Some(change) => {
+            merge_limited_metadata(current, object(change)?).map_err(Failure::invalid)?
+        }
     }))
 }
 
-async fn find(connection: &mut PgConnection, user: UserId, vault: VaultId, lock: &str) -> Result<VaultRow, Failure> {
-    let sql = format!("select {} from vault where vault_id = $1 and user_id = $2 {lock}", vault_columns!());
-    let row = sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(vault.uuid()).bind(user.uuid()).fetch_optional(connection);
+async fn find(
+    connection: &mut PgConnection,
+    user: UserId,
+    vault: VaultId,
+    lock: &str,
+) -> Result<VaultRow, Failure> {
+    let sql = format!(
+        "select {} from vault where vault_id = $1 and user_id = $2 {lock}",
+        vault_columns!()
+    );
+    let row = sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        .bind(vault.uuid())
+        .bind(user.uuid())
+        .fetch_optional(connection);
     row.await?.ok_or_else(missing)
 }
 
@@ -202,7 +216,11 @@ pub async fn archive(scheduler: Scheduler, request: GetVaultRequest) -> Result<V
 }
 
 /// One credential of a vault, or all of them.
-async fn archive_credentials(tx: &mut PgConnection, vault: VaultId, one: Option<VaultCredentialId>) -> Result<(), Failure> {
+async fn archive_credentials(
+    tx: &mut PgConnection,
+    vault: VaultId,
+    one: Option<VaultCredentialId>,
+) -> Result<(), Failure> {
     forget_secrets(tx, vault, one).await?;
     sqlx::query(
         "update vault_credential set secret_id = null, archived_at = now(), updated_at = now()
@@ -216,7 +234,11 @@ async fn archive_credentials(tx: &mut PgConnection, vault: VaultId, one: Option<
 }
 
 /// The credential vault deletes them after the transaction.
-async fn forget_secrets(tx: &mut PgConnection, vault: VaultId, one: Option<VaultCredentialId>) -> Result<(), Failure> {
+async fn forget_secrets(
+    tx: &mut PgConnection,
+    vault: VaultId,
+    one: Option<VaultCredentialId>,
+) -> Result<(), Failure> {
     sqlx::query(
         "insert into unused_secret (secret_id)
          select secret_id from vault_credential
@@ -237,7 +259,10 @@ pub async fn delete(scheduler: Scheduler, request: GetVaultRequest) -> Result<Em
     let mut tx = scheduler.pool.begin().await?;
     find(&mut tx, user, vault, "for update").await?;
     forget_secrets(&mut tx, vault, None).await?;
-    sqlx::query("delete from vault where vault_id = $1").bind(vault.uuid()).execute(&mut *tx).await?;
+    sqlx::query("delete from vault where vault_id = $1")
+        .bind(vault.uuid())
+        .execute(&mut *tx)
+        .await?;
     tx.commit().await?;
     Ok(Empty {})
 }
@@ -250,14 +275,24 @@ async fn find_credential(
     credential: VaultCredentialId,
     lock: &str,
 ) -> Result<CredentialRow, Failure> {
-    let sql = format!("select {} from vault_credential where vault_id = $1 and credential_id = $2 {lock}", credential_columns!());
-    let row = sqlx::query_as(sqlx::AssertSqlSafe(sql)).bind(vault.uuid()).bind(credential.uuid()).fetch_optional(connection);
+    let sql = format!(
+        "select {} from vault_credential where vault_id = $1 and credential_id = $2 {lock}",
+        credential_columns!()
+    );
+    let row = sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        .bind(vault.uuid())
+        .bind(credential.uuid())
+        .fetch_optional(connection);
     row.await?.ok_or_else(credential_missing)
 }
 
-pub async fn create_credential(scheduler: Scheduler, request: CreateVaultCredentialRequest) -> Result<VaultCredential, Failure> {
+pub async fn create_credential(
+    scheduler: Scheduler,
+    request: CreateVaultCredentialRequest,
+) -> Result<VaultCredential, Failure> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
-    let credential: VaultCredentialId = request.credential_id.parse().map_err(|_| credential_missing())?;
+    let credential: VaultCredentialId =
+        request.credential_id.parse().map_err(|_| credential_missing())?;
     let mut tx = scheduler.pool.begin().await?;
     // Locked: credentials are counted.
     if find(&mut tx, user, vault, "for update").await?.archived_at.is_some() {
@@ -266,12 +301,17 @@ pub async fn create_credential(scheduler: Scheduler, request: CreateVaultCredent
     if let Ok(earlier) = find_credential(&mut tx, vault, credential, "").await {
         return Ok(earlier.into());
     }
-    let active: i64 = sqlx::query_scalar("select count(*) from vault_credential where vault_id = $1 and archived_at is null")
-        .bind(vault.uuid())
-        .fetch_one(&mut *tx)
-        .await?;
+    let active: i64 = sqlx::query_scalar(
+        "select count(*) from vault_credential where vault_id = $1 and archived_at is null",
+    )
+    .bind(vault.uuid())
+    .fetch_one(&mut *tx)
+    .await?;
     if active >= CREDENTIALS_MAX {
-        return Err(Failure::conflict(format!("A vault holds at most {CREDENTIALS_MAX} credentials")).because("vault_full"));
+        return Err(Failure::conflict(format!(
+            "A vault holds at most {CREDENTIALS_MAX} credentials"
+        ))
+        .because("vault_full"));
     }
     let row: Result<CredentialRow, sqlx::Error> = sqlx::query_as(concat!(
         "insert into vault_credential (credential_id, vault_id, display_name, metadata, kind, key, auth, secret_id)
@@ -299,7 +339,10 @@ pub async fn create_credential(scheduler: Scheduler, request: CreateVaultCredent
     Ok(row.into())
 }
 
-pub async fn get_credential(scheduler: Scheduler, request: GetVaultCredentialRequest) -> Result<VaultCredential, Failure> {
+pub async fn get_credential(
+    scheduler: Scheduler,
+    request: GetVaultCredentialRequest,
+) -> Result<VaultCredential, Failure> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let credential = request.credential_id.parse().map_err(|_| credential_missing())?;
     let mut connection = scheduler.pool.acquire().await?;
@@ -307,16 +350,24 @@ pub async fn get_credential(scheduler: Scheduler, request: GetVaultCredentialReq
     Ok(find_credential(&mut connection, vault, credential, "").await?.into())
 }
 
-pub async fn update_credential(scheduler: Scheduler, request: UpdateVaultCredentialRequest) -> Result<VaultCredential, Failure> {
+pub async fn update_credential(
+    scheduler: Scheduler,
+    request: UpdateVaultCredentialRequest,
+) -> Result<VaultCredential, Failure> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
-    let credential: VaultCredentialId = request.credential_id.parse().map_err(|_| credential_missing())?;
+    let credential: VaultCredentialId =
+        request.credential_id.parse().map_err(|_| credential_missing())?;
     let mut tx = scheduler.pool.begin().await?;
     find(&mut tx, user, vault, "for update").await?;
     let row = find_credential(&mut tx, vault, credential, "for update").await?;
     if row.archived_at.is_some() {
         return Err(Failure::conflict("The credential is archived").because("credential_archived"));
     }
-    let name = if request.clear_display_name { None } else { request.display_name.clone().or_else(|| row.display_name.clone()) };
+    let name = if request.clear_display_name {
+        None
+    } else {
+        request.display_name.clone().or_else(|| row.display_name.clone())
+    };
     let metadata = merged(&row.metadata, request.metadata.as_deref())?;
     let secret = secret_id(request.secret_id.as_deref())?;
     if name == row.display_name && metadata == row.metadata && secret.is_none() {
@@ -350,7 +401,10 @@ pub async fn update_credential(scheduler: Scheduler, request: UpdateVaultCredent
     Ok(changed.into())
 }
 
-pub async fn list_credentials(scheduler: Scheduler, request: ListVaultCredentialsRequest) -> Result<ListVaultCredentialsReply, Failure> {
+pub async fn list_credentials(
+    scheduler: Scheduler,
+    request: ListVaultCredentialsRequest,
+) -> Result<ListVaultCredentialsReply, Failure> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     find(&mut *scheduler.pool.acquire().await?, user, vault, "").await?;
     let start = PageStart::by_time(request.limit, request.after.as_ref())?;
@@ -366,15 +420,26 @@ pub async fn list_credentials(scheduler: Scheduler, request: ListVaultCredential
         bytes: "octet_length(metadata::text) + octet_length(auth::text) + coalesce(octet_length(display_name), 0) + 500",
         columns: credential_columns!(),
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(vault.uuid()).bind(start.limit).bind(start.time).bind(start.id)).await?;
+    let page = list
+        .read(&scheduler.pool, |query| {
+            query.bind(vault.uuid()).bind(start.limit).bind(start.time).bind(start.id)
+        })
+        .await?;
     let (rows, has_more): (Vec<CredentialRow>, _) = page;
-    Ok(ListVaultCredentialsReply { credentials: rows.into_iter().map(VaultCredential::from).collect(), has_more })
+    Ok(ListVaultCredentialsReply {
+        credentials: rows.into_iter().map(VaultCredential::from).collect(),
+        has_more,
+    })
 }
 
 /// Archives a credential; its secret goes, and its key is free. Archiving it again is no error.
-pub async fn archive_credential(scheduler: Scheduler, request: GetVaultCredentialRequest) -> Result<VaultCredential, Failure> {
+pub async fn archive_credential(
+    scheduler: Scheduler,
+    request: GetVaultCredentialRequest,
+) -> Result<VaultCredential, Failure> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
-    let credential: VaultCredentialId = request.credential_id.parse().map_err(|_| credential_missing())?;
+    let credential: VaultCredentialId =
+        request.credential_id.parse().map_err(|_| credential_missing())?;
     let mut tx = scheduler.pool.begin().await?;
     find(&mut tx, user, vault, "for update").await?;
     find_credential(&mut tx, vault, credential, "").await?;
@@ -384,22 +449,34 @@ pub async fn archive_credential(scheduler: Scheduler, request: GetVaultCredentia
     Ok(row.into())
 }
 
-pub async fn delete_credential(scheduler: Scheduler, request: GetVaultCredentialRequest) -> Result<Empty, Failure> {
+pub async fn delete_credential(
+    scheduler: Scheduler,
+    request: GetVaultCredentialRequest,
+) -> Result<Empty, Failure> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
-    let credential: VaultCredentialId = request.credential_id.parse().map_err(|_| credential_missing())?;
+    let credential: VaultCredentialId =
+        request.credential_id.parse().map_err(|_| credential_missing())?;
     let mut tx = scheduler.pool.begin().await?;
     find(&mut tx, user, vault, "for update").await?;
     find_credential(&mut tx, vault, credential, "").await?;
     forget_secrets(&mut tx, vault, Some(credential)).await?;
-    sqlx::query("delete from vault_credential where credential_id = $1").bind(credential.uuid()).execute(&mut *tx).await?;
+    sqlx::query("delete from vault_credential where credential_id = $1")
+        .bind(credential.uuid())
+        .execute(&mut *tx)
+        .await?;
     tx.commit().await?;
     Ok(Empty {})
 }
 
 // --- of sessions ---------------------------------------------------------------------------------
 
-/// Refuses vaults that a new session cannot be given; returns the names of the variables that they bring.
-pub async fn check(tx: &mut PgConnection, user: UserId, vaults: &Value) -> Result<Vec<String>, Failure> {
+/// Refuses vaults that a new session cannot be given; returns the names of the variables that they
+/// bring.
+pub async fn check(
+    tx: &mut PgConnection,
+    user: UserId,
+    vaults: &Value,
+) -> Result<Vec<String>, Failure> {
     let ids = vault_ids(vaults);
     if ids.is_empty() {
         return Ok(Vec::new());
@@ -424,7 +501,8 @@ pub async fn check(tx: &mut PgConnection, user: UserId, vaults: &Value) -> Resul
     Ok(names)
 }
 
-/// The secrets of a session's vaults as they are now. Of two credentials for the same thing that of the earlier vault counts.
+/// The secrets of a session's vaults as they are now. Of two credentials for the same thing that of
+/// the earlier vault counts.
 pub async fn secrets(pool: &PgPool, vaults: &Value) -> Result<Vec<Uuid>, Failure> {
     let ids = vault_ids(vaults);
     if ids.is_empty() {

@@ -1,4 +1,5 @@
-//! Deletes sessions. The row is deleted at once; events, the stream's subject and secrets are purged afterwards.
+//! Deletes sessions. The row is deleted at once; events, the stream's subject and secrets are
+//! purged afterwards.
 
 use std::time::Duration;
 
@@ -34,7 +35,11 @@ pub async fn delete(scheduler: Scheduler, request: DeleteSessionRequest) -> Resu
     Ok(Empty {})
 }
 
-async fn delete_row(scheduler: &Scheduler, user: UserId, session: SessionId) -> Result<(), Failure> {
+async fn delete_row(
+    scheduler: &Scheduler,
+    user: UserId,
+    session: SessionId,
+) -> Result<(), Failure> {
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(missing)?;
     if matches!(row.status()?, SessionStatus::Pending | SessionStatus::Running) {
@@ -89,7 +94,8 @@ const PURGE_AGAIN: Duration = Duration::from_secs(30);
 const AT_A_TIME: i64 = 100;
 const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Removes what deleted sessions have left. Replicas share the work by row locks; what one leaves undone the next finds.
+/// Removes what deleted sessions have left. Replicas share the work by row locks; what one leaves
+/// undone the next finds.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     service::periodically("deletion", EVERY, stop, || async {
         // Each part by itself: one that fails holds up no other.
@@ -104,7 +110,8 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     .await;
 }
 
-/// Removes the events of deleted sessions, a moment after the deletion, when nothing writes them any more.
+/// Removes the events of deleted sessions, a moment after the deletion, when nothing writes them
+/// any more.
 async fn purge(scheduler: &Scheduler) -> Result<(), Failure> {
     while let Some(session) = next_to_purge(scheduler).await? {
         if let Err(error) = purge_one(scheduler, session).await {
@@ -141,21 +148,30 @@ async fn next_to_purge(scheduler: &Scheduler) -> Result<Option<SessionId>, Failu
 }
 
 async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Failure> {
-    let number: i16 = sqlx::query_scalar("select event_partition from deleted_session where session_id = $1")
-        .bind(session.uuid())
-        .fetch_one(&scheduler.pool)
-        .await?;
+    let number: i16 =
+        sqlx::query_scalar("select event_partition from deleted_session where session_id = $1")
+            .bind(session.uuid())
+            .fetch_one(&scheduler.pool)
+            .await?;
     let partition = partition(number)?;
     event_log::purge(&scheduler.pool, session).await?;
     models::purge(&scheduler.pool, session).await?;
     let log = subject::session_log(session, partition);
     // Nothing else tells those who follow an idle session.
-    let deleted = SessionEvent { at_us: Timestamp::now().unix_micros(), kind: Some(Kind::Deleted(Deleted {})), ..SessionEvent::default() };
-    let told = scheduler.bus.publish(log.clone(), deleted.encode_to_vec().into(), &format!("deleted-{session}")).await;
+    let deleted = SessionEvent {
+        at_us: Timestamp::now().unix_micros(),
+        kind: Some(Kind::Deleted(Deleted {})),
+        ..SessionEvent::default()
+    };
+    let told = scheduler
+        .bus
+        .publish(log.clone(), deleted.encode_to_vec().into(), &format!("deleted-{session}"))
+        .await;
     told.map_err(Failure::internal)?;
     scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(Failure::internal)?;
     let mut tx = scheduler.pool.begin().await?;
-    // Its Sprite is gone too: then nothing is left, and nothing refers to its leases. The user's account is searched once more.
+    // Its Sprite is gone too: then nothing is left, and nothing refers to its leases. The user's
+    // account is searched once more.
     let done = sqlx::query(
         "with done as (delete from deleted_session where session_id = $1 and sprite_destroyed_at is not null returning user_id)
          insert into sprite_sweep (user_id, queued_at) select user_id, 'epoch' from done
@@ -178,15 +194,26 @@ async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Fail
 }
 
 async fn forget_secrets(scheduler: &Scheduler) -> Result<(), Failure> {
-    let (listed, forgotten) = ("select secret_id from unused_secret limit $1", "delete from unused_secret where secret_id = any($1)");
-    tell_vault::<rpc::DeleteSecrets>(scheduler, listed, forgotten, |secret_ids| DeleteSecretsRequest { secret_ids }).await
+    let (listed, forgotten) = (
+        "select secret_id from unused_secret limit $1",
+        "delete from unused_secret where secret_id = any($1)",
+    );
+    tell_vault::<rpc::DeleteSecrets>(scheduler, listed, forgotten, |secret_ids| {
+        DeleteSecretsRequest { secret_ids }
+    })
+    .await
 }
 
 /// An agent whose session ended must not call models for as long as its sandbox cannot be deleted.
 async fn revoke_model_tokens(scheduler: &Scheduler) -> Result<(), Failure> {
-    let (listed, forgotten) =
-        ("select session_id from model_tokens_to_revoke limit $1", "delete from model_tokens_to_revoke where session_id = any($1)");
-    tell_vault::<rpc::RevokeModelTokens>(scheduler, listed, forgotten, |session_ids| RevokeModelTokensRequest { session_ids }).await
+    let (listed, forgotten) = (
+        "select session_id from model_tokens_to_revoke limit $1",
+        "delete from model_tokens_to_revoke where session_id = any($1)",
+    );
+    tell_vault::<rpc::RevokeModelTokens>(scheduler, listed, forgotten, |session_ids| {
+        RevokeModelTokensRequest { session_ids }
+    })
+    .await
 }
 
 /// Tells the vault of the ids that a statement lists, and forgets them once it knows.
@@ -196,11 +223,15 @@ async fn tell_vault<R: Rpc>(
     forgotten: &'static str,
     request: impl FnOnce(Vec<String>) -> R::Request,
 ) -> Result<(), Failure> {
-    let ids: Vec<Uuid> = sqlx::query_scalar(listed).bind(AT_A_TIME).fetch_all(&scheduler.pool).await?;
+    let ids: Vec<Uuid> =
+        sqlx::query_scalar(listed).bind(AT_A_TIME).fetch_all(&scheduler.pool).await?;
     if ids.is_empty() {
         return Ok(());
     }
-    scheduler.bus.call::<R>(&request(ids.iter().map(Uuid::to_string).collect()), VAULT_DEADLINE).await?;
+    scheduler
+        .bus
+        .call::<R>(&request(ids.iter().map(Uuid::to_string).collect()), VAULT_DEADLINE)
+        .await?;
     sqlx::query(forgotten).bind(ids).execute(&scheduler.pool).await?;
     Ok(())
 }

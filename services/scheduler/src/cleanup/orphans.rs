@@ -1,7 +1,9 @@
-//! Orphaned Sprites: created by a runner that died before it reported them, or left when their session's row was deleted. They cost money.
+//! Orphaned Sprites: created by a runner that died before it reported them, or left when their
+//! session's row was deleted. They cost money.
 //!
-//! A runner lists what an account holds under this deployment's prefix; what is an orphan is decided here, where sessions are known. A
-//! session's row is there before its Sprite is made, so that a Sprite without one has lost it.
+//! A runner lists what an account holds under this deployment's prefix; what is an orphan is
+//! decided here, where sessions are known. A session's row is there before its Sprite is made, so
+//! that a Sprite without one has lost it.
 
 use std::time::Duration;
 
@@ -28,8 +30,8 @@ use crate::{
 
 const LEASE: Duration = Duration::from_secs(300);
 
-/// A user's account is searched until this many intervals after the last change of a session: a Sprite that is made late, by a runner that
-/// was paused for instance, is found too.
+/// A user's account is searched until this many intervals after the last change of a session: a
+/// Sprite that is made late, by a runner that was paused for instance, is found too.
 const INTERVALS: f64 = 4.0;
 /// A question about so many users fits a message.
 const USERS_AT_A_TIME: usize = 50_000;
@@ -37,14 +39,16 @@ const VAULT_DEADLINE: Duration = Duration::from_secs(3);
 /// Users whose accounts have not been searched for so long are forgotten here.
 const FORGET_AFTER_DAYS: i32 = 7;
 
-/// Queues a search of the accounts of users whose sessions changed, once in a while, whichever replica comes first.
+/// Queues a search of the accounts of users whose sessions changed, once in a while, whichever
+/// replica comes first.
 pub async fn run(scheduler: Scheduler, every: Duration, stop: CancellationToken) {
     service::periodically("orphans", every, stop, || queue(&scheduler, every)).await;
 }
 
 async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
     let mut tx = scheduler.pool.begin().await?;
-    // Where none was searched for longer than that, as after a restore, what changed meanwhile may not be known: then everyone's.
+    // Where none was searched for longer than that, as after a restore, what changed meanwhile may
+    // not be known: then everyone's.
     let users: Vec<Uuid> = sqlx::query_scalar(
         "with since as (
              select now() - make_interval(secs => $1 * $2) as time,
@@ -65,7 +69,8 @@ async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
     .fetch_all(&mut *tx)
     .await?;
     for user in one_of_each_account(scheduler, users).await {
-        enqueue(&mut tx, &subject::sprite_sweep(user), &SweepSprites { user_id: user.to_string() }).await?;
+        enqueue(&mut tx, &subject::sprite_sweep(user), &SweepSprites { user_id: user.to_string() })
+            .await?;
     }
     // The newest stays: it says when was searched last.
     sqlx::query(
@@ -81,14 +86,18 @@ async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
     Ok(())
 }
 
-/// One of the users of each account: users without a token of their own share the deployment's, which is searched once for all of them.
+/// One of the users of each account: users without a token of their own share the deployment's,
+/// which is searched once for all of them.
 async fn one_of_each_account(scheduler: &Scheduler, users: Vec<Uuid>) -> Vec<UserId> {
     let users: Vec<UserId> = users.into_iter().map(UserId::from_uuid).collect();
     let mut found = Vec::new();
     for users in users.chunks(USERS_AT_A_TIME) {
-        let request = FindAccountsRequest { user_ids: users.iter().map(UserId::to_string).collect() };
+        let request =
+            FindAccountsRequest { user_ids: users.iter().map(UserId::to_string).collect() };
         match scheduler.bus.call::<rpc::FindAccounts>(&request, VAULT_DEADLINE).await {
-            Ok(reply) => found.extend(reply.user_ids.iter().filter_map(|id| id.parse::<UserId>().ok())),
+            Ok(reply) => {
+                found.extend(reply.user_ids.iter().filter_map(|id| id.parse::<UserId>().ok()))
+            }
             // Then each is searched as if it were an account of its own.
             Err(error) => {
                 tracing::warn!(%error, "the vault did not say who shares a Sprites account");
@@ -100,7 +109,10 @@ async fn one_of_each_account(scheduler: &Scheduler, users: Vec<Uuid>) -> Vec<Use
 }
 
 /// Returns what is needed to search a user's account.
-pub async fn claim(scheduler: Scheduler, request: ClaimSweepRequest) -> Result<ClaimSweepReply, Failure> {
+pub async fn claim(
+    scheduler: Scheduler,
+    request: ClaimSweepRequest,
+) -> Result<ClaimSweepReply, Failure> {
     let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
     // No session's: an id of its own, that the audit shows.
     let kinds = &[CredentialKind::Sprites];
@@ -121,9 +133,13 @@ pub async fn claim(scheduler: Scheduler, request: ClaimSweepRequest) -> Result<C
 }
 
 /// Those of an account's Sprites that have to go.
-pub async fn find(scheduler: Scheduler, request: FindOrphansRequest) -> Result<FindOrphansReply, Failure> {
+pub async fn find(
+    scheduler: Scheduler,
+    request: FindOrphansRequest,
+) -> Result<FindOrphansReply, Failure> {
     let prefix = format!("{}-", scheduler.sprite_name_prefix);
-    let ours: Vec<String> = request.names.into_iter().filter(|name| name.starts_with(&prefix)).collect();
+    let ours: Vec<String> =
+        request.names.into_iter().filter(|name| name.starts_with(&prefix)).collect();
     let names = sqlx::query_scalar(
         "select name
          from unnest($1::text[]) as found (name)
@@ -138,15 +154,20 @@ pub async fn find(scheduler: Scheduler, request: FindOrphansRequest) -> Result<F
 
 /// The name of this deployment in those of its Sprites.
 ///
-/// `id` is the setting AOD_DEPLOYMENT_ID. The first scheduler that has one puts it into the database; in another deployment, which has a copy
-/// of that database, it differs.
+/// `id` is the setting AOD_DEPLOYMENT_ID. The first scheduler that has one puts it into the
+/// database; in another deployment, which has a copy of that database, it differs.
 ///
 /// # Errors
-/// When it differs: everything that a scheduler does with Sprites would be done to those of the other deployment.
+/// When it differs: everything that a scheduler does with Sprites would be done to those of the
+/// other deployment.
 pub async fn deployment(pool: &sqlx::PgPool, id: &SecretString) -> anyhow::Result<String> {
     let id = id.expose_secret();
-    sqlx::query("update deployment set owner = $1 where owner is null").bind(id).execute(pool).await?;
-    let (name, owner): (String, String) = sqlx::query_as("select deployment_id, owner from deployment").fetch_one(pool).await?;
+    sqlx::query("update deployment set owner = $1 where owner is null")
+        .bind(id)
+        .execute(pool)
+        .await?;
+    let (name, owner): (String, String) =
+        sqlx::query_as("select deployment_id, owner from deployment").fetch_one(pool).await?;
     anyhow::ensure!(
         owner == id,
         "this database belongs to another deployment: its AOD_DEPLOYMENT_ID is not this one's. Set AOD_DEPLOYMENT_ID to that deployment's where \

@@ -1,6 +1,7 @@
 //! Requests that take effect once, however often they come (docs/api.md §1, `Idempotency-Key`).
 //!
-//! The answer is written in the transaction of the change that it reports: a crash at any moment leaves both or neither.
+//! The answer is written in the transaction of the change that it reports: a crash at any moment
+//! leaves both or neither.
 
 use std::time::Duration;
 
@@ -26,16 +27,25 @@ pub async fn earlier<R: Message + Default>(
     if once.is_of_one_request {
         wait_for_earlier_attempts(tx, &lock).await?;
     } else {
-        let alone = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 1))").bind(lock).fetch_one(&mut *tx);
+        let alone = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 1))")
+            .bind(lock)
+            .fetch_one(&mut *tx);
         if !alone.await? {
-            return Err(Failure::conflict("A request with this Idempotency-Key is still in progress"));
+            return Err(Failure::conflict(
+                "A request with this Idempotency-Key is still in progress",
+            ));
         }
     }
     answered(tx, user, route, once).await
 }
 
 /// The answer to an earlier request with the same key, whose lock is held.
-async fn answered<R: Message + Default>(tx: &mut PgConnection, user: UserId, route: &str, once: &Once) -> Result<Option<R>, Failure> {
+async fn answered<R: Message + Default>(
+    tx: &mut PgConnection,
+    user: UserId,
+    route: &str,
+    once: &Once,
+) -> Result<Option<R>, Failure> {
     let row = sqlx::query(
         "select body_hash, reply
          from answered_once
@@ -48,13 +58,17 @@ async fn answered<R: Message + Default>(tx: &mut PgConnection, user: UserId, rou
     .await?;
     let Some(row) = row else { return Ok(None) };
     if row.try_get::<Vec<u8>, _>(0)? != once.body_hash {
-        return Err(Failure::new(ErrorCode::Unprocessable, "This Idempotency-Key was used with another request body"));
+        return Err(Failure::new(
+            ErrorCode::Unprocessable,
+            "This Idempotency-Key was used with another request body",
+        ));
     }
     let reply: Vec<u8> = row.try_get(1)?;
     R::decode(reply.as_slice()).map(Some).map_err(Failure::internal)
 }
 
-/// Like [`earlier`], for a creation with an id that the caller chose. Waits for other attempts of the same request first.
+/// Like [`earlier`], for a creation with an id that the caller chose. Waits for other attempts of
+/// the same request first.
 pub async fn earlier_creation<R: Message + Default>(
     tx: &mut PgConnection,
     user: UserId,
@@ -71,14 +85,19 @@ pub async fn earlier_creation<R: Message + Default>(
     earlier(tx, user, route, once).await
 }
 
-/// Waits until other attempts of the same request have ended, in this replica or in another. `request` is what they share.
+/// Waits until other attempts of the same request have ended, in this replica or in another.
+/// `request` is what they share.
 async fn wait_for_earlier_attempts(tx: &mut PgConnection, request: &str) -> Result<(), Failure> {
-    sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 2))").bind(request).execute(tx).await?;
+    sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 2))")
+        .bind(request)
+        .execute(tx)
+        .await?;
     Ok(())
 }
 
-/// The outcome of a creation under an id that its caller chose. Where it failed, an earlier attempt may have made what is asked for: that is
-/// then the reason for which it failed, or the answer all the same.
+/// The outcome of a creation under an id that its caller chose. Where it failed, an earlier attempt
+/// may have made what is asked for: that is then the reason for which it failed, or the answer all
+/// the same.
 pub async fn or_created_earlier<R>(
     outcome: Result<R, Failure>,
     id: &str,
@@ -95,16 +114,31 @@ pub async fn or_created_earlier<R>(
 /// # Errors
 /// When the text is not an id.
 pub fn chosen<I: std::str::FromStr>(id: &str, new: impl FnOnce() -> I) -> Result<I, Failure> {
-    if id.is_empty() { Ok(new()) } else { id.parse().map_err(|_| Failure::invalid("The id is not a lowercase UUID")) }
+    if id.is_empty() {
+        Ok(new())
+    } else {
+        id.parse().map_err(|_| Failure::invalid("The id is not a lowercase UUID"))
+    }
 }
 
-/// Converts the error of an insert. If the id exists already, another attempt of the same request was faster.
+/// Converts the error of an insert. If the id exists already, another attempt of the same request
+/// was faster.
 pub fn not_inserted(error: sqlx::Error, primary_key: &str) -> Failure {
-    if store::violates(&error, primary_key) { Failure::conflict("It exists already") } else { error.into() }
+    if store::violates(&error, primary_key) {
+        Failure::conflict("It exists already")
+    } else {
+        error.into()
+    }
 }
 
 /// Stores the answer in the transaction of the change that it reports.
-pub async fn remember(tx: &mut PgConnection, user: UserId, route: &str, once: Option<&Once>, reply: &impl Message) -> Result<(), Failure> {
+pub async fn remember(
+    tx: &mut PgConnection,
+    user: UserId,
+    route: &str,
+    once: Option<&Once>,
+    reply: &impl Message,
+) -> Result<(), Failure> {
     let Some(once) = once else { return Ok(()) };
     // A row that is older than a day may still be there.
     sqlx::query(
@@ -122,7 +156,8 @@ pub async fn remember(tx: &mut PgConnection, user: UserId, route: &str, once: Op
     Ok(())
 }
 
-/// Ends the transaction before its outcome is returned, so that an immediate retry does not find its key in use.
+/// Ends the transaction before its outcome is returned, so that an immediate retry does not find
+/// its key in use.
 pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, Failure>) -> Result<T, Failure> {
     match outcome {
         Ok(reply) => tx.commit().await.map(|()| reply).map_err(Failure::from),
@@ -134,18 +169,22 @@ pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, Failure>) -> Re
     }
 }
 
-/// Runs a whole transaction again, a few times, while Postgres rolls it back in favour of others: a deadlock, or a conflict of writes.
+/// Runs a whole transaction again, a few times, while Postgres rolls it back in favour of others: a
+/// deadlock, or a conflict of writes.
 pub async fn retried<T, F>(mut transaction: impl FnMut() -> F) -> Result<T, Failure>
 where
     F: Future<Output = Result<T, Failure>>,
 {
     for attempt in 1..CONFLICT.attempts {
         match transaction().await {
-            Err(failure) if failure.rolled_back => tokio::time::sleep(CONFLICT.jittered(attempt)).await,
+            Err(failure) if failure.rolled_back => {
+                tokio::time::sleep(CONFLICT.jittered(attempt)).await
+            }
             outcome => return outcome,
         }
     }
     transaction().await
 }
 
-const CONFLICT: Backoff = Backoff { base: Duration::from_millis(10), max: Duration::from_millis(200), attempts: 4 };
+const CONFLICT: Backoff =
+    Backoff { base: Duration::from_millis(10), max: Duration::from_millis(200), attempts: 4 };

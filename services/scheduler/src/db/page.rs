@@ -1,4 +1,5 @@
-//! Pages of lists. A page is limited by rows and by bytes, which Postgres adds up, so that no reply is larger than a message and no more is read than is sent.
+//! Pages of lists. A page is limited by rows and by bytes, which Postgres adds up, so that no reply
+//! is larger than a message and no more is read than is sent.
 
 use bus::Failure;
 use contract::scheduler::{Cursor, ListRequest};
@@ -7,7 +8,8 @@ use time::OffsetDateTime;
 use types::{ErrorCode, UserId};
 use uuid::Uuid;
 
-/// A page ends with the row that reaches this many bytes, and no row is larger than that: together they fit a message.
+/// A page ends with the row that reaches this many bytes, and no row is larger than that: together
+/// they fit a message.
 const BYTES_MAX: u32 = (types::limits::MESSAGE_BYTES_MAX / 2) as u32 - 64 * 1024;
 
 /// Refuses a row that would not fit into a page.
@@ -18,7 +20,10 @@ pub fn check_size(what: &str, bytes: usize) -> Result<(), Failure> {
     if bytes <= BYTES_MAX as usize {
         return Ok(());
     }
-    Err(Failure::new(ErrorCode::Unprocessable, format!("The {what} is too large: its fields may hold {BYTES_MAX} bytes together")))
+    Err(Failure::new(
+        ErrorCode::Unprocessable,
+        format!("The {what} is too large: its fields may hold {BYTES_MAX} bytes together"),
+    ))
 }
 
 /// Where a page begins, and how many rows it may hold.
@@ -36,7 +41,8 @@ impl PageStart {
         let (time, id) = match after {
             None => (OffsetDateTime::now_utc() + time::Duration::days(1), Uuid::max()),
             Some(cursor) => (
-                OffsetDateTime::from_unix_timestamp_nanos(i128::from(cursor.position) * 1000).map_err(|_| malformed())?,
+                OffsetDateTime::from_unix_timestamp_nanos(i128::from(cursor.position) * 1000)
+                    .map_err(|_| malformed())?,
                 cursor.id.parse().map_err(|_| malformed())?,
             ),
         };
@@ -51,7 +57,12 @@ impl PageStart {
     /// Parts with a greater number than the cursor's, or all.
     pub fn by_number_upwards(limit: u32, after: Option<&Cursor>) -> Self {
         let limit = limit.clamp(1, types::limits::PAGE_MAX).into();
-        Self { time: OffsetDateTime::UNIX_EPOCH, id: Uuid::nil(), number: after.map_or(0, number), limit }
+        Self {
+            time: OffsetDateTime::UNIX_EPOCH,
+            id: Uuid::nil(),
+            number: after.map_or(0, number),
+            limit,
+        }
     }
 }
 
@@ -70,24 +81,41 @@ impl Filters {
     /// # Errors
     /// When a time is not valid.
     pub fn of(request: &ListRequest) -> Result<Self, Failure> {
-        let time = |us: i64| OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000).map_err(|_| Failure::invalid("Invalid time"));
-        let (from, before) = (request.created_from_us.map(time).transpose()?, request.created_before_us.map(time).transpose()?);
+        let time = |us: i64| {
+            OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000)
+                .map_err(|_| Failure::invalid("Invalid time"))
+        };
+        let (from, before) = (
+            request.created_from_us.map(time).transpose()?,
+            request.created_before_us.map(time).transpose()?,
+        );
         Ok(Self { include_archived: request.include_archived, from, before })
     }
 
-    /// As a condition of SQL; `from` and `before` are bound to the parameters `first` and the next. A filter that is not asked for is not
-    /// in the statement: a plan that is kept would have to suit it.
+    /// As a condition of SQL; `from` and `before` are bound to the parameters `first` and the next.
+    /// A filter that is not asked for is not in the statement: a plan that is kept would have to
+    /// suit it.
     pub fn conditions(&self, not_archived: &str, first: usize) -> String {
-        let (second, archived) = (first + 1, if self.include_archived { "true" } else { not_archived });
-        let from = if self.from.is_some() { format!("created_at >= ${first}") } else { format!("${first}::timestamptz is null") };
-        let before = if self.before.is_some() { format!("created_at < ${second}") } else { format!("${second}::timestamptz is null") };
+        let (second, archived) =
+            (first + 1, if self.include_archived { "true" } else { not_archived });
+        let from = if self.from.is_some() {
+            format!("created_at >= ${first}")
+        } else {
+            format!("${first}::timestamptz is null")
+        };
+        let before = if self.before.is_some() {
+            format!("created_at < ${second}")
+        } else {
+            format!("${second}::timestamptz is null")
+        };
         format!("{archived} and {from} and {before}")
     }
 }
 
 /// A list of what a user has and may archive, newest first, as a [`ListRequest`] asks for it.
 pub struct OwnedList<'a> {
-    /// The table with `user_id`, `created_at` and `archived_at`. Its key is called as the table, with `_id`.
+    /// The table with `user_id`, `created_at` and `archived_at`. Its key is called as the table,
+    /// with `_id`.
     pub owned: &'a str,
     /// As in [`List`].
     pub table: &'a str,
@@ -100,13 +128,18 @@ impl OwnedList<'_> {
     ///
     /// # Errors
     /// When the request names no user, cursor or time, or Postgres refuses.
-    pub async fn read<T>(&self, pool: &PgPool, request: &ListRequest) -> Result<(Vec<T>, bool), Failure>
+    pub async fn read<T>(
+        &self,
+        pool: &PgPool,
+        request: &ListRequest,
+    ) -> Result<(Vec<T>, bool), Failure>
     where
         T: for<'r> FromRow<'r, PgRow>,
     {
         let Self { owned, table, bytes, columns } = *self;
         let key = format!("{owned}_id");
-        let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+        let user: UserId =
+            request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
         let start = PageStart::by_time(request.limit, request.after.as_ref())?;
         let filters = Filters::of(request)?;
         let keys = format!(
@@ -123,7 +156,8 @@ impl OwnedList<'_> {
     }
 }
 
-/// A list, in SQL. In all its parts `$1` is whose list it is and `$2` how many rows the page may hold; further parameters are `keys`' own.
+/// A list, in SQL. In all its parts `$1` is whose list it is and `$2` how many rows the page may
+/// hold; further parameters are `keys`' own.
 pub struct List<'a> {
     /// Selects the keys of rows, in the list's order: one column, `limit $2 + 1`.
     pub keys: &'a str,
@@ -136,7 +170,8 @@ pub struct List<'a> {
 }
 
 impl List<'_> {
-    /// The sizes of rows are added up one by one, and only until the page is full: to know a size is to read the row.
+    /// The sizes of rows are added up one by one, and only until the page is full: to know a size
+    /// is to read the row.
     fn sql(&self) -> String {
         let Self { keys, table, by_key, bytes, columns } = self;
         format!(
@@ -162,13 +197,16 @@ impl List<'_> {
     pub async fn read<T>(
         &self,
         pool: &PgPool,
-        bind: impl for<'q> FnOnce(Query<'q, Postgres, sqlx::postgres::PgArguments>) -> Query<'q, Postgres, sqlx::postgres::PgArguments>,
+        bind: impl for<'q> FnOnce(
+            Query<'q, Postgres, sqlx::postgres::PgArguments>,
+        ) -> Query<'q, Postgres, sqlx::postgres::PgArguments>,
     ) -> Result<(Vec<T>, bool), Failure>
     where
         T: for<'r> FromRow<'r, PgRow>,
     {
         let rows = bind(sqlx::query(AssertSqlSafe(self.sql()))).fetch_all(pool).await?;
-        let has_more = rows.last().map(|row| row.try_get("has_more")).transpose()?.unwrap_or_default();
+        let has_more =
+            rows.last().map(|row| row.try_get("has_more")).transpose()?.unwrap_or_default();
         Ok((rows.iter().map(T::from_row).collect::<Result<_, _>>()?, has_more))
     }
 }

@@ -1,4 +1,5 @@
-//! Claims and heartbeats of runners. A claim says whether a job is still to be done, who owns it, and what is needed for it.
+//! Claims and heartbeats of runners. A claim says whether a job is still to be done, who owns it,
+//! and what is needed for it.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -8,8 +9,9 @@ use contract::{
     host::CustomTool,
     rpc,
     scheduler::{
-        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, HeartbeatReply, HeartbeatRequest, HeldTurn, LeaseExpired,
-        Owned, ReleaseTurnRequest, Routing, Settled, SpriteClaim, TurnSpec, claim_turn_reply::Verdict,
+        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, HeartbeatReply,
+        HeartbeatRequest, HeldTurn, LeaseExpired, Owned, ReleaseTurnRequest, Routing, Settled,
+        SpriteClaim, TurnSpec, claim_turn_reply::Verdict,
     },
     subject, topology,
     vault::{MintLeaseRequest, Route, RouteKind, Routes},
@@ -68,24 +70,41 @@ struct TurnRow {
     has_changed_tokens: bool,
 }
 
-/// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant is fenced off, and returns all that
-/// running it takes.
-pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<ClaimTurnReply, Failure> {
+/// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant
+/// is fenced off, and returns all that running it takes.
+pub async fn turn(
+    scheduler: Scheduler,
+    request: ClaimTurnRequest,
+) -> Result<ClaimTurnReply, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let number = i32::try_from(request.turn).map_err(|_| missing())?;
-    let claimant: Uuid = request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
+    let claimant: Uuid =
+        request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
     let answer = |verdict| Ok(ClaimTurnReply { verdict: Some(verdict) });
     let mut tx = scheduler.pool.begin().await?;
     // The lease first, as where it is deleted: then its turns.
-    let valid = sqlx::query("select from runner_lease where lease_id = $1 for key share").bind(claimant).fetch_optional(&mut *tx);
+    let valid = sqlx::query("select from runner_lease where lease_id = $1 for key share")
+        .bind(claimant)
+        .fetch_optional(&mut *tx);
     if valid.await?.is_none() {
         return answer(Verdict::LeaseExpired(LeaseExpired {}));
     }
-    let Some(session) = lock(&mut tx, id, None).await? else { return answer(Verdict::Settled(Settled { destroy: None })) };
+    let Some(session) = lock(&mut tx, id, None).await? else {
+        return answer(Verdict::Settled(Settled { destroy: None }));
+    };
     let status = session.status()?;
     if status == SessionStatus::Terminated {
         drop(tx);
-        let destroy = Some(sprite_claim(&scheduler, UserId::from_uuid(session.user_id), id, session.sprite, request.public_key).await?);
+        let destroy = Some(
+            sprite_claim(
+                &scheduler,
+                UserId::from_uuid(session.user_id),
+                id,
+                session.sprite,
+                request.public_key,
+            )
+            .await?,
+        );
         return answer(Verdict::Settled(Settled { destroy }));
     }
     let verdict = match turn_to_claim(&mut tx, &session, number).await? {
@@ -123,7 +142,16 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
         metrics::histogram!("aod_turn_wait_seconds").record(turn.age_seconds);
     }
     let epoch = unsigned(turn.epoch);
-    match specification(&scheduler, id, number, session, turn, (request.public_key, request.model_token_hash, request.routing)).await {
+    match specification(
+        &scheduler,
+        id,
+        number,
+        session,
+        turn,
+        (request.public_key, request.model_token_hash, request.routing),
+    )
+    .await
+    {
         Ok(spec) => answer(Verdict::Run(spec)),
         Err(failure) => {
             // Not the turn's fault, and no failed attempt: the vault is away, say.
@@ -133,16 +161,24 @@ pub async fn turn(scheduler: Scheduler, request: ClaimTurnRequest) -> Result<Cla
     }
 }
 
-async fn turn_to_claim(tx: &mut PgConnection, session: &SessionRow, number: i32) -> Result<Option<ownership::Turn>, Failure> {
-    let row = sqlx::query("select status, owner from turn where session_id = $1 and turn_number = $2 for update")
-        .bind(session.session_id)
-        .bind(number)
-        .fetch_optional(tx)
-        .await?;
+async fn turn_to_claim(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+    number: i32,
+) -> Result<Option<ownership::Turn>, Failure> {
+    let row = sqlx::query(
+        "select status, owner from turn where session_id = $1 and turn_number = $2 for update",
+    )
+    .bind(session.session_id)
+    .bind(number)
+    .fetch_optional(tx)
+    .await?;
     let Some(row) = row else { return Ok(None) };
     let status: &str = row.try_get(0)?;
     Ok(Some(ownership::Turn {
-        status: status.parse().map_err(|()| Failure::internal(format!("a turn has the status {status}")))?,
+        status: status
+            .parse()
+            .map_err(|()| Failure::internal(format!("a turn has the status {status}")))?,
         is_current: number == session.turn_count,
         owner: row.try_get(1)?,
     }))
@@ -158,9 +194,15 @@ async fn specification(
     (public_key, model_token_hash, routing): (Vec<u8>, Vec<u8>, Option<Routing>),
 ) -> Result<TurnSpec, Failure> {
     let partition = session.partition()?;
-    let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
+    let runtime: Runtime = session
+        .runtime
+        .parse()
+        .map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
     let timeout_seconds = unsigned(turn.timeout_seconds);
-    let kinds = CredentialKind::serving(runtime).into_iter().chain([CredentialKind::Sprites]).collect::<Vec<_>>();
+    let kinds = CredentialKind::serving(runtime)
+        .into_iter()
+        .chain([CredentialKind::Sprites])
+        .collect::<Vec<_>>();
     let secrets = [turn.env_vars_secret_id, turn.mcp_secret_id, turn.secret_id];
     let of_vaults = vaults::secrets(&scheduler.pool, &session.vault_ids).await?;
     let secrets = secrets.into_iter().flatten().chain(of_vaults).map(|id| id.to_string()).collect();
@@ -177,14 +219,17 @@ async fn specification(
         model_token_hash,
         routes: routing.map(|routing| routes(id, &turn, &routing)).transpose()?,
     };
-    // In this order: what was persisted up to there is seen by the query after it. The vault answers meanwhile.
+    // In this order: what was persisted up to there is seen by the query after it. The vault
+    // answers meanwhile.
     let end_of_log = async {
         let recorded_through = positions::projected_through(&scheduler.pool, partition).await?;
         Ok::<_, Failure>((recorded_through, event_log::newest(&scheduler.pool, id).await?))
     };
-    let (lease_id, (recorded_through, last_event)) = tokio::try_join!(mint(scheduler, grant), end_of_log)?;
+    let (lease_id, (recorded_through, last_event)) =
+        tokio::try_join!(mint(scheduler, grant), end_of_log)?;
     let has_vaults = session.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
-    let may_change = session.agent_version < 0 || has_vaults || turn.wants_previews || turn.has_changed_tokens;
+    let may_change =
+        session.agent_version < 0 || has_vaults || turn.wants_previews || turn.has_changed_tokens;
     let files_of = async |wanted: bool, kind: FileKind| match wanted {
         true => files::of_sessions(&scheduler.pool, &[id.uuid()], kind).await,
         false => Ok(Vec::new()),
@@ -213,7 +258,10 @@ async fn specification(
         mcp_servers: turn.mcp_servers.to_string(),
         resources: turn.resources.to_string(),
         working_directory: turn.working_directory,
-        permissions: turn.permissions.map(|permissions| permissions.to_string()).unwrap_or_default(),
+        permissions: turn
+            .permissions
+            .map(|permissions| permissions.to_string())
+            .unwrap_or_default(),
         input_id: turn.input_id.map(|id| id.to_string()).unwrap_or_default(),
         may_change,
         custom_tools: turn.tools.map(custom_tools).unwrap_or_default(),
@@ -227,43 +275,59 @@ async fn specification(
 
 /// Where the session's requests go by way of the model gateway.
 fn routes(id: SessionId, turn: &TurnRow, routing: &Routing) -> Result<Routes, Failure> {
-    let unreadable = |error: serde_json::Error| Failure::internal(format!("the routes of session {id} cannot be read: {error}"));
-    let servers: Vec<McpServer> = serde_json::from_value(turn.mcp_servers.clone()).map_err(unreadable)?;
-    let repositories: Vec<Repository> = serde_json::from_value(turn.resources.clone()).map_err(unreadable)?;
-    let networking = turn.networking.clone().map(serde_json::from_value::<Networking>).transpose().map_err(unreadable)?.unwrap_or_default();
-    let routes = route::of_session(&servers, &repositories, &networking, &routing.private_hosts).into_iter().map(|route| Route {
-        kind: match route.kind {
-            route::RouteKind::Mcp => RouteKind::Mcp,
-            route::RouteKind::Git => RouteKind::Git,
-        }
-        .into(),
-        path: route.path,
-        name: route.name,
-        url: route.url,
-        is_refused: route.is_refused,
-        headers: Vec::new(),
-    });
+    let unreadable = |error: serde_json::Error| {
+        Failure::internal(format!("the routes of session {id} cannot be read: {error}"))
+    };
+    let servers: Vec<McpServer> =
+        serde_json::from_value(turn.mcp_servers.clone()).map_err(unreadable)?;
+    let repositories: Vec<Repository> =
+        serde_json::from_value(turn.resources.clone()).map_err(unreadable)?;
+    let networking = turn
+        .networking
+        .clone()
+        .map(serde_json::from_value::<Networking>)
+        .transpose()
+        .map_err(unreadable)?
+        .unwrap_or_default();
+    let routes = route::of_session(&servers, &repositories, &networking, &routing.private_hosts)
+        .into_iter()
+        .map(|route| Route {
+            kind: match route.kind {
+                route::RouteKind::Mcp => RouteKind::Mcp,
+                route::RouteKind::Git => RouteKind::Git,
+            }
+            .into(),
+            path: route.path,
+            name: route.name,
+            url: route.url,
+            is_refused: route.is_refused,
+            headers: Vec::new(),
+        });
     Ok(Routes { routes: routes.collect() })
 }
 
 /// Those of an agent's tools that the session's user runs.
 fn custom_tools(tools: Value) -> Vec<CustomTool> {
-    let text = |tool: &Value, field: &str| tool.get(field).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let text = |tool: &Value, field: &str| {
+        tool.get(field).and_then(Value::as_str).unwrap_or_default().to_owned()
+    };
     let Value::Array(tools) = tools else { return Vec::new() };
-    let custom = tools.iter().filter(|tool| text(tool, "type") == "custom").map(|tool| CustomTool {
-        name: text(tool, "name"),
-        description: text(tool, "description"),
-        input_schema_json: tool.get("input_schema").map(Value::to_string).unwrap_or_default(),
-    });
+    let custom =
+        tools.iter().filter(|tool| text(tool, "type") == "custom").map(|tool| CustomTool {
+            name: text(tool, "name"),
+            description: text(tool, "description"),
+            input_schema_json: tool.get("input_schema").map(Value::to_string).unwrap_or_default(),
+        });
     custom.collect()
 }
 
-/// Releases a turn to other runners. With a reason it counts as a failed attempt, and the reason is kept for the turn's user. Ignored if
-/// the claim is stale.
+/// Releases a turn to other runners. With a reason it counts as a failed attempt, and the reason is
+/// kept for the turn's user. Ignored if the claim is stale.
 pub async fn release(scheduler: Scheduler, request: ReleaseTurnRequest) -> Result<Empty, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let number = i32::try_from(request.turn).map_err(|_| missing())?;
-    let reason: String = request.reason.chars().filter(|c| *c != '\0').take(REASON_CHARS_MAX).collect();
+    let reason: String =
+        request.reason.chars().filter(|c| *c != '\0').take(REASON_CHARS_MAX).collect();
     let reason = (!reason.is_empty()).then_some(reason);
     release_claim(&scheduler, id, number, request.epoch, reason, Duration::ZERO).await?;
     Ok(Empty {})
@@ -313,8 +377,12 @@ async fn release_claim(
 }
 
 /// Extends a runner's lease, and compares the turns that it holds with those that it owns.
-pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Result<HeartbeatReply, Failure> {
-    let lease: Uuid = request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
+pub async fn heartbeat(
+    scheduler: Scheduler,
+    request: HeartbeatRequest,
+) -> Result<HeartbeatReply, Failure> {
+    let lease: Uuid =
+        request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
     let statement = match request.first {
         true => {
             "insert into runner_lease (lease_id, runner, expires_at) values ($1, $3, now() + make_interval(secs => $2))
@@ -322,13 +390,18 @@ pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Resul
         }
         false => "update runner_lease set expires_at = now() + make_interval(secs => $2), runner = $3 where lease_id = $1",
     };
-    let extended =
-        sqlx::query(statement).bind(lease).bind(ownership::LEASE.as_secs_f64()).bind(&request.runner).execute(&scheduler.pool).await?;
+    let extended = sqlx::query(statement)
+        .bind(lease)
+        .bind(ownership::LEASE.as_secs_f64())
+        .bind(&request.runner)
+        .execute(&scheduler.pool)
+        .await?;
     if extended.rows_affected() == 0 {
         return Ok(HeartbeatReply { expired: true, ..HeartbeatReply::default() });
     }
     let held: Vec<Held> = request.held.iter().filter_map(parse_held).collect();
-    let ended: Vec<(Held, u64)> = request.held.iter().filter_map(|turn| Some((parse_held(turn)?, turn.ended?))).collect();
+    let ended: Vec<(Held, u64)> =
+        request.held.iter().filter_map(|turn| Some((parse_held(turn)?, turn.ended?))).collect();
     let lost_ends = lost_ends(&scheduler, &ended).await?;
     let rows = sqlx::query(
         "select session_id, turn_number, epoch, claimed_at > now() - make_interval(secs => $2),
@@ -345,7 +418,8 @@ pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Resul
     let (mut owned, mut with_inputs) = (Vec::with_capacity(rows.len()), Vec::new());
     for row in rows {
         let read = || -> Result<_, sqlx::Error> {
-            let (session, turn, epoch): (Uuid, i32, i32) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+            let (session, turn, epoch): (Uuid, i32, i32) =
+                (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
             Ok((Held { session, turn: unsigned(turn), epoch: unsigned(epoch) }, row.try_get(3)?))
         };
         let turn: (Held, bool) = read()?;
@@ -362,7 +436,15 @@ pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Resul
         differences.lost.push(turn);
     }
     for turn in &differences.forgotten {
-        release_claim(&scheduler, SessionId::from_uuid(turn.session), turn.turn as i32, turn.epoch, None, Duration::ZERO).await?;
+        release_claim(
+            &scheduler,
+            SessionId::from_uuid(turn.session),
+            turn.turn as i32,
+            turn.epoch,
+            None,
+            Duration::ZERO,
+        )
+        .await?;
     }
     let turns = |turns: Vec<Held>| {
         let turn = |held: Held| HeldTurn {
@@ -373,7 +455,11 @@ pub async fn heartbeat(scheduler: Scheduler, request: HeartbeatRequest) -> Resul
         };
         turns.into_iter().map(turn).collect()
     };
-    Ok(HeartbeatReply { expired: false, lost: turns(differences.lost), with_inputs: turns(with_inputs) })
+    Ok(HeartbeatReply {
+        expired: false,
+        lost: turns(differences.lost),
+        with_inputs: turns(with_inputs),
+    })
 }
 
 fn parse_held(turn: &HeldTurn) -> Option<Held> {
@@ -381,40 +467,54 @@ fn parse_held(turn: &HeldTurn) -> Option<Held> {
     Some(Held { session: session.uuid(), turn: turn.turn, epoch: turn.epoch })
 }
 
-/// Those of the ended turns whose ends the projector has passed. Read before the turns' owners: an end that was persisted has taken its
-/// turn's owner away by then.
-async fn lost_ends(scheduler: &Scheduler, ended: &[(Held, u64)]) -> Result<BTreeSet<Held>, Failure> {
+/// Those of the ended turns whose ends the projector has passed. Read before the turns' owners: an
+/// end that was persisted has taken its turn's owner away by then.
+async fn lost_ends(
+    scheduler: &Scheduler,
+    ended: &[(Held, u64)],
+) -> Result<BTreeSet<Held>, Failure> {
     if ended.is_empty() {
         return Ok(BTreeSet::new());
     }
     let sessions: Vec<Uuid> = ended.iter().map(|(held, _)| held.session).collect();
-    let rows = sqlx::query("select session_id, event_partition from session where session_id = any($1)")
-        .bind(sessions)
-        .fetch_all(&scheduler.pool)
-        .await?;
+    let rows =
+        sqlx::query("select session_id, event_partition from session where session_id = any($1)")
+            .bind(sessions)
+            .fetch_all(&scheduler.pool)
+            .await?;
     let mut lost = BTreeSet::new();
     for row in rows {
         let (session, number): (Uuid, i16) = (row.try_get(0)?, row.try_get(1)?);
         let projected = positions::projected_through(&scheduler.pool, partition(number)?).await?;
-        lost.extend(ended.iter().filter(|(held, id)| held.session == session && *id <= projected).map(|(held, _)| *held));
+        lost.extend(
+            ended
+                .iter()
+                .filter(|(held, id)| held.session == session && *id <= projected)
+                .map(|(held, _)| *held),
+        );
     }
     Ok(lost)
 }
 
 /// Empties a session's subject in its stream, so that the next writer continues the persisted log.
 async fn purge_log(scheduler: &Scheduler, session: Uuid) -> Result<(), Failure> {
-    let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
-        .bind(session)
-        .fetch_optional(&scheduler.pool)
-        .await?;
+    let number: Option<i16> =
+        sqlx::query_scalar("select event_partition from session where session_id = $1")
+            .bind(session)
+            .fetch_optional(&scheduler.pool)
+            .await?;
     let Some(number) = number else { return Ok(()) };
     let partition = partition(number)?;
     let log = subject::session_log(SessionId::from_uuid(session), partition);
     scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(Failure::internal)
 }
 
-/// Returns what is needed to delete a session's Sprite, if the session was terminated, failed or was deleted.
-pub async fn sprite(scheduler: Scheduler, request: ClaimSpriteRequest) -> Result<SpriteClaim, Failure> {
+/// Returns what is needed to delete a session's Sprite, if the session was terminated, failed or
+/// was deleted.
+pub async fn sprite(
+    scheduler: Scheduler,
+    request: ClaimSpriteRequest,
+) -> Result<SpriteClaim, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let row = sqlx::query(
         "select user_id, sprite from session

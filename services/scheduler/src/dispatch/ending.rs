@@ -1,5 +1,5 @@
-//! Ends of turns that do not come from a runner: deadlines and terminations. Both append to the session's log and leave the rest to the projector,
-//! so that the log alone decides who was first.
+//! Ends of turns that do not come from a runner: deadlines and terminations. Both append to the
+//! session's log and leave the rest to the projector, so that the log alone decides who was first.
 
 use std::time::Duration;
 
@@ -33,8 +33,10 @@ const EVERY: Duration = Duration::from_secs(1);
 const BATCH: i64 = 100;
 /// Appends that were overtaken by another writer.
 const ATTEMPTS: u32 = 20;
-const RETRY: Backoff = Backoff { base: Duration::from_millis(5), max: Duration::from_millis(100), attempts: u32::MAX };
-/// A turn whose deadline is over by so much is ended without the log: the bus has been away all this time.
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(5), max: Duration::from_millis(100), attempts: u32::MAX };
+/// A turn whose deadline is over by so much is ended without the log: the bus has been away all
+/// this time.
 const WITHOUT_LOG_AFTER: Duration = Duration::from_secs(15 * 60);
 
 /// The result of an attempt to end a turn or session.
@@ -44,7 +46,8 @@ pub enum Appended {
     Here(u64),
     /// The log had ended before.
     Before,
-    /// Not possible now: the projector is behind, the stream has to be recreated, or others keep writing.
+    /// Not possible now: the projector is behind, the stream has to be recreated, or others keep
+    /// writing.
     Later,
 }
 
@@ -60,7 +63,8 @@ pub async fn append(
     turn: u32,
     kind: &Kind,
 ) -> Result<Appended, Failure> {
-    let (stream, log) = (topology::events(partition).name, subject::session_log(session, partition));
+    let (stream, log) =
+        (topology::events(partition).name, subject::session_log(session, partition));
     let unavailable = || Failure::unavailable("The event log");
     let mut sent: Option<Vec<u8>> = None;
     for attempt in 1..=ATTEMPTS {
@@ -68,7 +72,9 @@ pub async fn append(
         let streamed = scheduler.bus.last(stream, &log).await.map_err(|_| unavailable())?;
         let streamed = streamed.map(|entry| (entry.sequence, entry.payload));
         // Read last: what the projector has passed is persisted by now.
-        let persisted = event_log::newest(&scheduler.pool, session).await?.map(|event| (event.event_id, event.payload));
+        let persisted = event_log::newest(&scheduler.pool, session)
+            .await?
+            .map(|event| (event.event_id, event.payload));
         let (streamed_event, persisted_event) = (decode(&streamed)?, decode(&persisted)?);
         let state = Log {
             streamed: streamed_event.as_ref().map(|(id, event)| (*id, event)),
@@ -76,12 +82,17 @@ pub async fn append(
             projected,
         };
         let (expected, follows) = match (ending::step(ending, state), &streamed) {
-            (Step::Ended, Some((id, payload))) if sent.as_deref() == Some(payload.as_ref()) => return Ok(Appended::Here(*id)),
+            (Step::Ended, Some((id, payload))) if sent.as_deref() == Some(payload.as_ref()) => {
+                return Ok(Appended::Here(*id));
+            }
             (Step::Ended, _) => return Ok(Appended::Before),
             (Step::Wait, _) => return Ok(Appended::Later),
             (Step::Append { expected, follows }, _) => (expected, follows),
         };
-        let newest = [&streamed_event, &persisted_event].into_iter().flatten().find(|(id, _)| *id == follows.id);
+        let newest = [&streamed_event, &persisted_event]
+            .into_iter()
+            .flatten()
+            .find(|(id, _)| *id == follows.id);
         let newest = newest.map(|(_, event)| event);
         let event = SessionEvent {
             turn,
@@ -116,25 +127,37 @@ async fn projected_through(scheduler: &Scheduler, partition: Partition) -> Resul
 
 fn decode(event: &Option<(u64, Bytes)>) -> Result<Option<(u64, SessionEvent)>, Failure> {
     let Some((id, payload)) = event else { return Ok(None) };
-    let event = SessionEvent::decode(payload.clone()).map_err(|_| Failure::internal("the newest event cannot be read by this release"))?;
+    let event = SessionEvent::decode(payload.clone())
+        .map_err(|_| Failure::internal("the newest event cannot be read by this release"))?;
     Ok(Some((*id, event)))
 }
 
-/// Ends turns that no one ended by their deadline. Takes no input and asks the table each time, so that it does the same after a crash
-/// as on any other day.
+/// Ends turns that no one ended by their deadline. Takes no input and asks the table each time, so
+/// that it does the same after a crash as on any other day.
 pub async fn run_deadlines(scheduler: Scheduler, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         match tokio::time::timeout(Duration::from_secs(30), end_overdue(&scheduler)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "failed to look for overdue turns; will retry"),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "failed to look for overdue turns; will retry")
+            }
             Err(_) => tracing::warn!("looking for overdue turns took too long; will retry"),
         }
-        match tokio::time::timeout(Duration::from_secs(30), inputs::requests::decide_overdue(&scheduler)).await {
+        match tokio::time::timeout(
+            Duration::from_secs(30),
+            inputs::requests::decide_overdue(&scheduler),
+        )
+        .await
+        {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "failed to look for overdue permission requests; will retry"),
-            Err(_) => tracing::warn!("looking for overdue permission requests took too long; will retry"),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "failed to look for overdue permission requests; will retry")
+            }
+            Err(_) => {
+                tracing::warn!("looking for overdue permission requests took too long; will retry")
+            }
         }
     }
 }
@@ -177,12 +200,24 @@ async fn end_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
 
 fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, Failure> {
     let read = || -> Result<_, sqlx::Error> {
-        let (id, turn, timeout): (Uuid, i32, i32) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let (id, turn, timeout): (Uuid, i32, i32) =
+            (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         let (status, reason): (&str, Option<&str>) = (row.try_get(3)?, row.try_get(4)?);
-        let (number, without_log, failures): (i16, bool, i32) = (row.try_get(5)?, row.try_get(6)?, row.try_get(7)?);
+        let (number, without_log, failures): (i16, bool, i32) =
+            (row.try_get(5)?, row.try_get(6)?, row.try_get(7)?);
         let (prompt, input): (String, Option<Uuid>) = (row.try_get(8)?, row.try_get(9)?);
         let input_id = input.map(|id| InputId::from_uuid(id).to_string()).unwrap_or_default();
-        Ok((id, turn, timeout, status, reason, number, without_log, failures, TurnStarted { prompt, input_id, ..TurnStarted::default() }))
+        Ok((
+            id,
+            turn,
+            timeout,
+            status,
+            reason,
+            number,
+            without_log,
+            failures,
+            TurnStarted { prompt, input_id, ..TurnStarted::default() },
+        ))
     };
     let (id, turn, timeout, status, reason, number, without_log, failures, begin) = read()?;
     let unstarted = (status == "pending").then_some(begin);
@@ -191,18 +226,30 @@ fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, Failure> {
             let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
             format!("Given up after {} attempts{reason}", rules::ownership::FAILURES_MAX)
         }
-        ("pending", _) => format!("Turn could not be started in time: {}", reason.unwrap_or("no runner finished setting it up")),
+        ("pending", _) => format!(
+            "Turn could not be started in time: {}",
+            reason.unwrap_or("no runner finished setting it up")
+        ),
         _ => format!("Turn timed out after {timeout}s"),
     };
-    Ok(Overdue { session: SessionId::from_uuid(id), partition: partition(number)?, turn: unsigned(turn), message, without_log, unstarted })
+    Ok(Overdue {
+        session: SessionId::from_uuid(id),
+        partition: partition(number)?,
+        turn: unsigned(turn),
+        message,
+        without_log,
+        unstarted,
+    })
 }
 
 async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), Failure> {
     let failure = session::Failure { stage: DEADLINE.to_owned(), message: overdue.message.clone() };
     let unstarted = overdue.unstarted.clone();
-    let kind = Kind::TurnEnded(TurnEnded { failure: Some(failure), unstarted, ..TurnEnded::default() });
+    let kind =
+        Kind::TurnEnded(TurnEnded { failure: Some(failure), unstarted, ..TurnEnded::default() });
     let (session, turn) = (overdue.session, overdue.turn);
-    let appended = append(scheduler, session, overdue.partition, Ending::Deadline { turn }, turn, &kind).await;
+    let appended =
+        append(scheduler, session, overdue.partition, Ending::Deadline { turn }, turn, &kind).await;
     match appended {
         Ok(Appended::Here(_)) => {
             metrics::counter!("aod_deadline_settlements_total").increment(1);
@@ -214,8 +261,14 @@ async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), Failure> {
             metrics::counter!("aod_deadline_settlements_total").increment(1);
             let mut tx = scheduler.pool.begin().await?;
             let at = At::new(0, Timestamp::now().unix_micros());
-            let observation = projection::apply(&mut tx, session, turn, &kind, at).await?.observation;
-            let event = SessionEvent { turn, at_us: Timestamp::now().unix_micros(), kind: Some(kind), ..SessionEvent::default() };
+            let observation =
+                projection::apply(&mut tx, session, turn, &kind, at).await?.observation;
+            let event = SessionEvent {
+                turn,
+                at_us: Timestamp::now().unix_micros(),
+                kind: Some(kind),
+                ..SessionEvent::default()
+            };
             enqueue(&mut tx, &subject::session_log(session, overdue.partition), &event).await?;
             tx.commit().await?;
             scheduler.outbox.notify_one();

@@ -1,4 +1,5 @@
-//! Writes jobs and lifecycle events to the outbox, in the transaction of the change. [`crate::dispatch::relay`] publishes them.
+//! Writes jobs and lifecycle events to the outbox, in the transaction of the change.
+//! [`crate::dispatch::relay`] publishes them.
 
 use bus::{Failure, trace};
 use contract::{runner::DestroySprite, scheduler::SessionChanged, session::Usage, subject};
@@ -8,13 +9,19 @@ use types::{SessionId, SpriteName, Timestamp};
 use crate::sessions::row::SessionRow;
 
 /// Adds a message to the transaction, as part of the trace at hand.
-pub async fn enqueue(tx: &mut PgConnection, subject: &str, message: &impl prost::Message) -> Result<(), Failure> {
+pub async fn enqueue(
+    tx: &mut PgConnection,
+    subject: &str,
+    message: &impl prost::Message,
+) -> Result<(), Failure> {
     let traceparent = trace::traceparent();
-    store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref()).await.map_err(Failure::from)
+    store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref())
+        .await
+        .map_err(Failure::from)
 }
 
-/// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The session may be deleted already. Its agent's
-/// tokens are revoked meanwhile.
+/// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The
+/// session may be deleted already. Its agent's tokens are revoked meanwhile.
 pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), Failure> {
     for statement in [
         "update session set destroy_after = now() + interval '10 minutes' where session_id = $1",
@@ -27,12 +34,17 @@ pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<
     destroy_job(tx, SessionId::from_uuid(row.session_id), &sprite).await
 }
 
-pub async fn destroy_job(tx: &mut PgConnection, session: SessionId, sprite: &SpriteName) -> Result<(), Failure> {
+pub async fn destroy_job(
+    tx: &mut PgConnection,
+    session: SessionId,
+    sprite: &SpriteName,
+) -> Result<(), Failure> {
     let job = DestroySprite { session_id: session.to_string(), sprite: sprite.to_string() };
     enqueue(tx, &subject::sprite_destroy(sprite), &job).await
 }
 
-/// Enqueues a lifecycle event for other services: a session's new status, or `deleted`; with the usage of a turn that ended by itself.
+/// Enqueues a lifecycle event for other services: a session's new status, or `deleted`; with the
+/// usage of a turn that ended by itself.
 pub async fn enqueue_lifecycle_event(
     tx: &mut PgConnection,
     row: &SessionRow,

@@ -1,7 +1,8 @@
-//! Finds unsettled turns without an owner and offers them again, whatever the reason: a dead runner, a lost or set-back queue, a restored
-//! backup and a lost answer all look the same here.
+//! Finds unsettled turns without an owner and offers them again, whatever the reason: a dead
+//! runner, a lost or set-back queue, a restored backup and a lost answer all look the same here.
 //!
-//! Every replica runs it, several at once: locked rows are skipped, and a second offer costs only a message.
+//! Every replica runs it, several at once: locked rows are skipped, and a second offer costs only a
+//! message.
 
 use std::time::{Duration, Instant};
 
@@ -41,8 +42,9 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
             _ = ticks.tick() => {}
             () = scheduler.released.notified() => {}
         }
-        // A lease may look expired because its heartbeats could not be written. So leases expire only in front of a replica for which
-        // bus, Postgres and its own process were all fast for as long as a lease lasts.
+        // A lease may look expired because its heartbeats could not be written. So leases expire
+        // only in front of a replica for which bus, Postgres and its own process were all fast for
+        // as long as a lease lasts.
         let late = last_pass.elapsed() > EVERY + SMOOTH;
         if late || !scheduler.bus.is_connected() {
             smooth_since = None;
@@ -56,7 +58,11 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
                 if offered > 0 {
                     scheduler.outbox.notify_one();
                 }
-                smooth_since = if last_pass.elapsed() > SMOOTH { None } else { smooth_since.or(Some(Instant::now())) };
+                smooth_since = if last_pass.elapsed() > SMOOTH {
+                    None
+                } else {
+                    smooth_since.or(Some(Instant::now()))
+                };
             }
             Ok(Err(error)) => {
                 smooth_since = None;
@@ -80,7 +86,8 @@ async fn pass(scheduler: &Scheduler, may_expire: bool, queues_too: bool) -> anyh
     Ok(offer_turns(scheduler).await? + offer_destructions(scheduler).await?)
 }
 
-/// Deletes the leases of runners that sent no heartbeat. The foreign key clears the owner of their turns.
+/// Deletes the leases of runners that sent no heartbeat. The foreign key clears the owner of their
+/// turns.
 async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
     let expired: Vec<String> = sqlx::query_scalar(
         "delete from runner_lease
@@ -96,8 +103,8 @@ async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Begins turns from messages that wait in sessions where nothing runs: the transaction that ended their last turn was an earlier
-/// release's.
+/// Begins turns from messages that wait in sessions where nothing runs: the transaction that ended
+/// their last turn was an earlier release's.
 async fn begin_queued(scheduler: &Scheduler) -> anyhow::Result<()> {
     let sessions: Vec<Uuid> = sqlx::query_scalar(
         "select distinct i.session_id
@@ -138,7 +145,8 @@ async fn offer_turns(scheduler: &Scheduler) -> anyhow::Result<usize> {
     }
     let (mut sessions, mut turns, mut waits) = (Vec::new(), Vec::new(), Vec::new());
     for row in &due {
-        let (session, turn, offers): (Uuid, i32, i32) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let (session, turn, offers): (Uuid, i32, i32) =
+            (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         sessions.push(session);
         turns.push(turn);
         waits.push(ownership::next_offer(unsigned(offers) + 1).as_secs_f64());
@@ -162,8 +170,9 @@ async fn offer_turns(scheduler: &Scheduler) -> anyhow::Result<usize> {
     Ok(due.len())
 }
 
-/// Offers jobs for Sprites that are still to be deleted, in case the queue was lost; a job in the queue is retried by itself. Less and
-/// less often, since a Sprite cannot be deleted if its user's credentials are missing.
+/// Offers jobs for Sprites that are still to be deleted, in case the queue was lost; a job in the
+/// queue is retried by itself. Less and less often, since a Sprite cannot be deleted if its user's
+/// credentials are missing.
 async fn offer_destructions(scheduler: &Scheduler) -> anyhow::Result<usize> {
     let mut tx = scheduler.pool.begin().await?;
     let mut offered = 0;

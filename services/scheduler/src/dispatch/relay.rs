@@ -1,7 +1,9 @@
-//! Publishes the outbox. Woken after each commit of this replica; a timer covers commits of other replicas.
+//! Publishes the outbox. Woken after each commit of this replica; a timer covers commits of other
+//! replicas.
 //!
-//! Each lane of the outbox, which is a stream, is emptied by itself. Within a lane, what is acknowledged leaves without waiting for the
-//! slowest, and what fails is due again later, behind what is due now.
+//! Each lane of the outbox, which is a stream, is emptied by itself. Within a lane, what is
+//! acknowledged leaves without waiting for the slowest, and what fails is due again later, behind
+//! what is due now.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -17,16 +19,20 @@ use crate::Scheduler;
 
 const BATCH: i64 = 256;
 const POLL: Duration = Duration::from_millis(500);
-/// How long a batch waits for its slowest acknowledgements. What is published after all is dropped by the stream as a duplicate.
+/// How long a batch waits for its slowest acknowledgements. What is published after all is dropped
+/// by the stream as a duplicate.
 const BATCH_WAIT: Duration = Duration::from_secs(1);
 /// The longest that a batch may take with its statements.
 const BATCH_MAX: Duration = Duration::from_secs(15);
-const RETRY: Backoff = Backoff { base: Duration::from_millis(50), max: Duration::from_secs(5), attempts: u32::MAX };
-/// Streams are made again within seconds: a message that has had none for so long is for one that is not meant to be.
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(50), max: Duration::from_secs(5), attempts: u32::MAX };
+/// Streams are made again within seconds: a message that has had none for so long is for one that
+/// is not meant to be.
 const STREAM_MISSING_MAX: Duration = Duration::from_secs(60 * 60);
 
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    let mut relay = Relay { scheduler: &scheduler, lanes: FuturesUnordered::new(), busy: BTreeMap::new() };
+    let mut relay =
+        Relay { scheduler: &scheduler, lanes: FuturesUnordered::new(), busy: BTreeMap::new() };
     let mut failures = 0;
     loop {
         // A last pass after the stop, so that nothing waits for another replica.
@@ -77,7 +83,8 @@ impl Relay<'_> {
         }
     }
 
-    /// Returns when a lane is done that may have become due again. (One whose messages another replica has taken is due all the while.)
+    /// Returns when a lane is done that may have become due again. (One whose messages another
+    /// replica has taken is due all the while.)
     async fn lane_to_look_at(&mut self) {
         while let Some((lane, took_some)) = self.lanes.next().await {
             let again = self.busy.remove(&lane).unwrap_or_default();
@@ -109,7 +116,10 @@ async fn empty(scheduler: &Scheduler, lane: String) -> (String, bool) {
                 }
             }
             Ok(Err(error)) => {
-                tracing::warn!("{:#}", error.context(format!("outbox lane {lane} is not published; will retry")));
+                tracing::warn!(
+                    "{:#}",
+                    error.context(format!("outbox lane {lane} is not published; will retry"))
+                );
                 return (lane, false);
             }
             Err(_) => {
@@ -129,8 +139,10 @@ async fn publish_batch(scheduler: &Scheduler, lane: &str) -> anyhow::Result<usiz
     }
     let count = rows.len();
     let mut waiting: BTreeMap<Uuid, u32> = rows.iter().map(|row| (row.id, row.attempts)).collect();
-    let mut in_flight: FuturesUnordered<_> = rows.into_iter().map(|row| publish(scheduler, row)).collect();
-    let (mut published, mut postponed, mut dead) = (Vec::with_capacity(count), Vec::new(), Vec::new());
+    let mut in_flight: FuturesUnordered<_> =
+        rows.into_iter().map(|row| publish(scheduler, row)).collect();
+    let (mut published, mut postponed, mut dead) =
+        (Vec::with_capacity(count), Vec::new(), Vec::new());
     let wait = tokio::time::sleep(BATCH_WAIT);
     tokio::pin!(wait);
     loop {
@@ -146,7 +158,11 @@ async fn publish_batch(scheduler: &Scheduler, lane: &str) -> anyhow::Result<usiz
         }
     }
     if !waiting.is_empty() {
-        tracing::warn!(lane, messages = waiting.len(), "messages were not acknowledged in time; will retry");
+        tracing::warn!(
+            lane,
+            messages = waiting.len(),
+            "messages were not acknowledged in time; will retry"
+        );
     }
     postponed.extend(waiting.into_iter().map(|(id, attempts)| (id, RETRY.jittered(attempts + 1))));
     store::outbox::delete(&mut tx, &published).await?;
@@ -172,7 +188,9 @@ fn fate(appended: &Result<u64, AppendError>, age: Duration) -> Fate {
     match appended {
         Ok(_) => Fate::Published,
         Err(error) if error.is_too_large() => Fate::Dead("larger than a message may be"),
-        Err(error) if error.has_no_stream() && age > STREAM_MISSING_MAX => Fate::Dead("no stream has its subject"),
+        Err(error) if error.has_no_stream() && age > STREAM_MISSING_MAX => {
+            Fate::Dead("no stream has its subject")
+        }
         Err(_) => Fate::Failed,
     }
 }
@@ -181,13 +199,21 @@ async fn publish(scheduler: &Scheduler, row: Row) -> (Uuid, Fate) {
     let span = tracing::info_span!("publish", otel.kind = "producer", trace_id = field::Empty);
     trace::follow(&span, row.traceparent.as_deref());
     let id = row.id.to_string();
-    let appended = scheduler.bus.publish(row.subject.clone(), row.payload.into(), &id).instrument(span.clone()).await;
+    let appended = scheduler
+        .bus
+        .publish(row.subject.clone(), row.payload.into(), &id)
+        .instrument(span.clone())
+        .await;
     let fate = fate(&appended, row.age);
     if let Err(error) = appended {
         let _entered = span.entered();
         match fate {
-            Fate::Dead(reason) => tracing::error!(%error, subject = row.subject, outbox_id = %row.id, reason, "message set aside"),
-            _ => tracing::warn!(%error, subject = row.subject, attempts = row.attempts, "message not published; will retry"),
+            Fate::Dead(reason) => {
+                tracing::error!(%error, subject = row.subject, outbox_id = %row.id, reason, "message set aside")
+            }
+            _ => {
+                tracing::warn!(%error, subject = row.subject, attempts = row.attempts, "message not published; will retry")
+            }
         }
     }
     (row.id, fate)

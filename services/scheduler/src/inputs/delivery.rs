@@ -4,11 +4,15 @@ use std::collections::HashMap;
 
 use bus::Failure;
 use contract::{
-    host::{self, WhenBusy as HostWhenBusy, decision::Verdict as HostVerdict, input::Kind as HostInput},
+    host::{
+        self, WhenBusy as HostWhenBusy, decision::Verdict as HostVerdict, input::Kind as HostInput,
+    },
     scheduler::{FetchInputsReply, FetchInputsRequest},
 };
 use sqlx::Row as _;
-use types::{InputId, InputKind, InputStatus, SessionId, TurnStatus, Verdict, limits::QUEUED_BYTES_MAX};
+use types::{
+    InputId, InputKind, InputStatus, SessionId, TurnStatus, Verdict, limits::QUEUED_BYTES_MAX,
+};
 
 use crate::{
     Scheduler,
@@ -17,8 +21,12 @@ use crate::{
     unsigned,
 };
 
-/// The inputs that a turn's runner sends to the agent host. They are delivered from now on, and again until the log settles them.
-pub async fn fetch(scheduler: Scheduler, request: FetchInputsRequest) -> Result<FetchInputsReply, Failure> {
+/// The inputs that a turn's runner sends to the agent host. They are delivered from now on, and
+/// again until the log settles them.
+pub async fn fetch(
+    scheduler: Scheduler,
+    request: FetchInputsRequest,
+) -> Result<FetchInputsReply, Failure> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
     if lock(&mut tx, id, None).await?.is_none() {
@@ -30,7 +38,8 @@ pub async fn fetch(scheduler: Scheduler, request: FetchInputsRequest) -> Result<
         .fetch_optional(&mut *tx)
         .await?;
     let Some(turn) = turn else { return Ok(FetchInputsReply::default()) };
-    let (status, epoch, is_owned): (&str, i32, bool) = (turn.try_get(0)?, turn.try_get(1)?, turn.try_get(2)?);
+    let (status, epoch, is_owned): (&str, i32, bool) =
+        (turn.try_get(0)?, turn.try_get(1)?, turn.try_get(2)?);
     // Before its agent runs, an interrupt would find nothing to interrupt.
     if status != TurnStatus::Running.as_str() || unsigned(epoch) != request.epoch || !is_owned {
         return Ok(FetchInputsReply::default());
@@ -56,10 +65,12 @@ pub async fn fetch(scheduler: Scheduler, request: FetchInputsRequest) -> Result<
         }
         inputs.extend(for_host(row, request.turn, &journal_ids));
     }
-    sqlx::query("update input set status = 'delivered', delivered_at = now() where input_id = any($1)")
-        .bind(&delivered)
-        .execute(&mut *tx)
-        .await?;
+    sqlx::query(
+        "update input set status = 'delivered', delivered_at = now() where input_id = any($1)",
+    )
+    .bind(&delivered)
+    .execute(&mut *tx)
+    .await?;
     tx.commit().await?;
     Ok(FetchInputsReply { inputs })
 }
@@ -82,11 +93,19 @@ fn for_host(row: InputRow, turn: u32, journal_ids: &HashMap<i64, i64>) -> Option
                 Verdict::Deny => HostVerdict::Deny,
             };
             let request = journal_ids.get(&row.request_id?)?.cast_unsigned();
-            HostInput::Decision(host::Decision { request, verdict: verdict.into(), message: row.deny_message })
+            HostInput::Decision(host::Decision {
+                request,
+                verdict: verdict.into(),
+                message: row.deny_message,
+            })
         }
         InputKind::ToolResult => {
             let request = journal_ids.get(&row.request_id?)?.cast_unsigned();
-            HostInput::CustomToolResult(host::CustomToolResult { request, text: row.text, is_error: row.is_error })
+            HostInput::CustomToolResult(host::CustomToolResult {
+                request,
+                text: row.text,
+                is_error: row.is_error,
+            })
         }
     };
     Some(host::Input { id: InputId::from_uuid(row.input_id).to_string(), kind: Some(kind) })

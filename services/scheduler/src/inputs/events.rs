@@ -23,7 +23,13 @@ pub fn concerns(kind: &Kind) -> bool {
 }
 
 /// Applies an event that [`concerns`] inputs and requests. The session's row is locked.
-pub async fn apply(tx: &mut PgConnection, session: &SessionRow, turn: u32, kind: &Kind, at: At) -> Result<(), Failure> {
+pub async fn apply(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+    turn: u32,
+    kind: &Kind,
+    at: At,
+) -> Result<(), Failure> {
     let id = SessionId::from_uuid(session.session_id);
     match kind {
         Kind::InputSettled(event) => match &event.settled {
@@ -39,14 +45,31 @@ pub async fn apply(tx: &mut PgConnection, session: &SessionRow, turn: u32, kind:
     }
 }
 
-async fn input_settled(tx: &mut PgConnection, session: SessionId, turn: u32, settled: &InputSettled, at: At) -> Result<(), Failure> {
+async fn input_settled(
+    tx: &mut PgConnection,
+    session: SessionId,
+    turn: u32,
+    settled: &InputSettled,
+    at: At,
+) -> Result<(), Failure> {
     let Ok(input) = settled.id.parse::<InputId>() else { return Ok(()) };
     let Some(row) = locked(tx, session, input).await? else { return Ok(()) };
-    change(tx, row.input_id, inputs::settled(row.rule()?, turn, settled.outcome()), &settled.message, Some(at)).await
+    change(
+        tx,
+        row.input_id,
+        inputs::settled(row.rule()?, turn, settled.outcome()),
+        &settled.message,
+        Some(at),
+    )
+    .await
 }
 
 /// The clock of a turn that is not settled yet; its row is locked.
-async fn clock(tx: &mut PgConnection, session: SessionId, turn: u32) -> Result<Option<Clock>, Failure> {
+async fn clock(
+    tx: &mut PgConnection,
+    session: SessionId,
+    turn: u32,
+) -> Result<Option<Clock>, Failure> {
     let row = sqlx::query(
         "select deadline_at, waiting_since from turn
          where session_id = $1 and turn_number = $2 and status in ('pending', 'running')
@@ -57,12 +80,20 @@ async fn clock(tx: &mut PgConnection, session: SessionId, turn: u32) -> Result<O
     .fetch_optional(tx)
     .await?;
     let Some(row) = row else { return Ok(None) };
-    let (deadline, waiting_since): (OffsetDateTime, Option<OffsetDateTime>) = (row.try_get(0)?, row.try_get(1)?);
+    let (deadline, waiting_since): (OffsetDateTime, Option<OffsetDateTime>) =
+        (row.try_get(0)?, row.try_get(1)?);
     Ok(Some(Clock { deadline: micros(deadline), waiting_since: waiting_since.map(micros) }))
 }
 
-async fn set_clock(tx: &mut PgConnection, session: SessionId, turn: u32, clock: Clock) -> Result<(), Failure> {
-    let time = |us: i64| OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000).map_err(Failure::internal);
+async fn set_clock(
+    tx: &mut PgConnection,
+    session: SessionId,
+    turn: u32,
+    clock: Clock,
+) -> Result<(), Failure> {
+    let time = |us: i64| {
+        OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000).map_err(Failure::internal)
+    };
     sqlx::query("update turn set deadline_at = $3, waiting_since = $4 where session_id = $1 and turn_number = $2")
         .bind(session.uuid())
         .bind(i32::try_from(turn).unwrap_or(i32::MAX))
@@ -90,7 +121,8 @@ async fn requested(
     .fetch_optional(&mut *tx)
     .await?
     .flatten();
-    let permissions: Permissions = permissions.and_then(|json| serde_json::from_value(json).ok()).unwrap_or_default();
+    let permissions: Permissions =
+        permissions.and_then(|json| serde_json::from_value(json).ok()).unwrap_or_default();
     // A request whose tool use is not in the log is known by its own event.
     let id = if tool_use > 0 { tool_use } else { at.event_id };
     let (tool, input_json) = (without_nul(&request.tool), without_nul(&request.input_json));
@@ -124,7 +156,14 @@ async fn requested(
 }
 
 /// An answer that a lost agent did not receive is sent again when the same is asked again.
-async fn answer_again(tx: &mut PgConnection, session: SessionId, turn: u32, id: u64, tool: &str, input_json: &str) -> Result<(), Failure> {
+async fn answer_again(
+    tx: &mut PgConnection,
+    session: SessionId,
+    turn: u32,
+    id: u64,
+    tool: &str,
+    input_json: &str,
+) -> Result<(), Failure> {
     let earlier = sqlx::query(
         "select r.request_id, i.verdict, i.deny_message, i.key_id
          from permission_request r join input i on i.input_id = r.answer_id
@@ -141,17 +180,30 @@ async fn answer_again(tx: &mut PgConnection, session: SessionId, turn: u32, id: 
     let Some(earlier) = earlier else { return Ok(()) };
     let verdict = earlier.try_get::<Option<String>, _>(1)?.and_then(|verdict| verdict.parse().ok());
     let deny_message: String = earlier.try_get(2)?;
-    let new = New { verdict, deny_message: &deny_message, key: earlier.try_get(3)?, ..New::of(InputKind::Decision, "") };
+    let new = New {
+        verdict,
+        deny_message: &deny_message,
+        key: earlier.try_get(3)?,
+        ..New::of(InputKind::Decision, "")
+    };
     answer(tx, session, turn, id, new).await?;
-    sqlx::query("update permission_request set answer_id = null where session_id = $1 and request_id = $2")
-        .bind(session.uuid())
-        .bind(earlier.try_get::<i64, _>(0)?)
-        .execute(tx)
-        .await?;
+    sqlx::query(
+        "update permission_request set answer_id = null where session_id = $1 and request_id = $2",
+    )
+    .bind(session.uuid())
+    .bind(earlier.try_get::<i64, _>(0)?)
+    .execute(tx)
+    .await?;
     Ok(())
 }
 
-async fn request_settled(tx: &mut PgConnection, session: SessionId, turn: u32, event: &DecisionSettled, at: At) -> Result<(), Failure> {
+async fn request_settled(
+    tx: &mut PgConnection,
+    session: SessionId,
+    turn: u32,
+    event: &DecisionSettled,
+    at: At,
+) -> Result<(), Failure> {
     let Some(settled) = &event.settled else { return Ok(()) };
     let Some(status) = inputs::request_settled(settled.how()) else { return Ok(()) };
     let request: Option<i64> = sqlx::query_scalar(
@@ -183,18 +235,33 @@ async fn request_settled(tx: &mut PgConnection, session: SessionId, turn: u32, e
             change(tx, row.input_id, Change::Refused(Some(inputs::NOT_OPEN)), "", Some(at)).await?;
         }
     }
-    let still_open: i64 = sqlx::query_scalar("select count(*) from permission_request where session_id = $1 and status = 'open'")
-        .bind(session.uuid())
-        .fetch_one(&mut *tx)
-        .await?;
+    let still_open: i64 = sqlx::query_scalar(
+        "select count(*) from permission_request where session_id = $1 and status = 'open'",
+    )
+    .bind(session.uuid())
+    .fetch_one(&mut *tx)
+    .await?;
     match clock(tx, session, turn).await? {
-        Some(clock) => set_clock(tx, session, turn, clock.answered(at.us, usize::try_from(still_open).unwrap_or_default())).await,
+        Some(clock) => {
+            set_clock(
+                tx,
+                session,
+                turn,
+                clock.answered(at.us, usize::try_from(still_open).unwrap_or_default()),
+            )
+            .await
+        }
         None => Ok(()),
     }
 }
 
 /// Settles what a turn's begin settles. Tells whether inputs wait for the turn's runner.
-pub async fn turn_started(tx: &mut PgConnection, session: SessionId, turn: u32, at: At) -> Result<bool, Failure> {
+pub async fn turn_started(
+    tx: &mut PgConnection,
+    session: SessionId,
+    turn: u32,
+    at: At,
+) -> Result<bool, Failure> {
     let mut waiting = false;
     for row in open(tx, session).await? {
         let rule = row.rule()?;
@@ -205,9 +272,16 @@ pub async fn turn_started(tx: &mut PgConnection, session: SessionId, turn: u32, 
 }
 
 /// Settles what is left of a turn that ended.
-pub async fn turn_ended(tx: &mut PgConnection, session: SessionId, turn: u32, ended: &TurnEnded, at: At) -> Result<(), Failure> {
+pub async fn turn_ended(
+    tx: &mut PgConnection,
+    session: SessionId,
+    turn: u32,
+    ended: &TurnEnded,
+    at: At,
+) -> Result<(), Failure> {
     for row in open(tx, session).await? {
-        change(tx, row.input_id, inputs::turn_ended(row.rule()?, turn, ended), "", Some(at)).await?;
+        change(tx, row.input_id, inputs::turn_ended(row.rule()?, turn, ended), "", Some(at))
+            .await?;
     }
     Ok(())
 }

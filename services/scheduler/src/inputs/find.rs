@@ -1,4 +1,5 @@
-//! Where a turn begins in its session's log, and from where a reader that has seen an input continues.
+//! Where a turn begins in its session's log, and from where a reader that has seen an input
+//! continues.
 
 use bus::Failure;
 use contract::scheduler::{FindTurnReply, FindTurnRequest};
@@ -14,7 +15,10 @@ use crate::{
 };
 
 /// Where a turn begins in its session's log.
-pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result<FindTurnReply, Failure> {
+pub async fn find_turn(
+    scheduler: Scheduler,
+    request: FindTurnRequest,
+) -> Result<FindTurnReply, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     let row: Option<(Option<String>, String)> = sqlx::query_as(
         "select av.name, s.runtime from session s left join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -26,20 +30,29 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
     .await?;
     let (agent_name, runtime) = row.ok_or_else(missing)?;
     if request.wants_previews {
-        sqlx::query("update session set wants_previews = true where session_id = $1 and not wants_previews")
-            .bind(id.uuid())
-            .execute(&scheduler.pool)
-            .await?;
+        sqlx::query(
+            "update session set wants_previews = true where session_id = $1 and not wants_previews",
+        )
+        .bind(id.uuid())
+        .execute(&scheduler.pool)
+        .await?;
     }
-    let (mut before, mut reply) =
-        (request.before, FindTurnReply { agent_name: agent_name.unwrap_or_default(), runtime, ..FindTurnReply::default() });
+    let (mut before, mut reply) = (
+        request.before,
+        FindTurnReply {
+            agent_name: agent_name.unwrap_or_default(),
+            runtime,
+            ..FindTurnReply::default()
+        },
+    );
     if !request.input_id.is_empty() {
         let input = request.input_id.parse().map_err(|_| input_missing())?;
         let place = place(&scheduler, id, input).await?.ok_or_else(input_missing)?;
         (reply.after, reply.is_within) = (place.event_id, place.is_within);
         before = if place.is_within { place.event_id } else { place.event_id.saturating_add(1) };
     }
-    // A turn of an earlier release does not say where it begins: the log is read from its start then.
+    // A turn of an earlier release does not say where it begins: the log is read from its start
+    // then.
     let row = sqlx::query(
         "with found as (
              select turn_number, begun_after
@@ -70,8 +83,13 @@ pub async fn find_turn(scheduler: Scheduler, request: FindTurnRequest) -> Result
     })
 }
 
-/// The position from which a reader that has seen an input continues. `None`: the session has no such input.
-async fn place(scheduler: &Scheduler, session: SessionId, input: InputId) -> Result<Option<inputs::Place>, Failure> {
+/// The position from which a reader that has seen an input continues. `None`: the session has no
+/// such input.
+async fn place(
+    scheduler: &Scheduler,
+    session: SessionId,
+    input: InputId,
+) -> Result<Option<inputs::Place>, Failure> {
     let row = sqlx::query(
         "select i.status, i.settled_by, coalesce(i.sent_after, t.begun_after), coalesce(l.last_event_id, 0)
          from input i
@@ -85,7 +103,10 @@ async fn place(scheduler: &Scheduler, session: SessionId, input: InputId) -> Res
     .await?;
     let Some(row) = row else { return Ok(None) };
     let status: &str = row.try_get(0)?;
-    let status = status.parse().map_err(|()| Failure::internal(format!("an input has the status {status}")))?;
-    let id = |index: usize| row.try_get::<Option<i64>, _>(index).map(|id| id.map(i64::unsigned_abs));
+    let status = status
+        .parse()
+        .map_err(|()| Failure::internal(format!("an input has the status {status}")))?;
+    let id =
+        |index: usize| row.try_get::<Option<i64>, _>(index).map(|id| id.map(i64::unsigned_abs));
     Ok(Some(inputs::place(status, id(1)?, id(2)?, id(3)?.unwrap_or_default())))
 }

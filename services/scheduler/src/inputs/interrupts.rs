@@ -16,14 +16,23 @@ use crate::{
 };
 
 /// The interrupt of a session's newest turn that is on its way.
-pub(super) async fn open_interrupt(tx: &mut PgConnection, session: &SessionRow) -> Result<Option<InputRow>, Failure> {
+pub(super) async fn open_interrupt(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+) -> Result<Option<InputRow>, Failure> {
     let open = open(tx, SessionId::from_uuid(session.session_id)).await?;
-    let is_of_turn = |row: &InputRow| row.kind == InputKind::Interrupt.as_str() && row.turn_number == Some(session.turn_count);
+    let is_of_turn = |row: &InputRow| {
+        row.kind == InputKind::Interrupt.as_str() && row.turn_number == Some(session.turn_count)
+    };
     Ok(open.into_iter().find(is_of_turn))
 }
 
 /// Has the running turn interrupted; once, however often it is asked for.
-pub async fn interrupt_in(tx: &mut PgConnection, session: &SessionRow, key_id: &str) -> Result<Input, Failure> {
+pub async fn interrupt_in(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+    key_id: &str,
+) -> Result<Input, Failure> {
     if let Some(row) = open_interrupt(tx, session).await? {
         return Ok(row.into());
     }

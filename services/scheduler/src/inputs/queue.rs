@@ -1,4 +1,5 @@
-//! Messages for a session that is busy: they wait for the end of its turn, and the oldest begins the next one.
+//! Messages for a session that is busy: they wait for the end of its turn, and the oldest begins
+//! the next one.
 
 use bus::Failure;
 use contract::scheduler::{ChangeInputRequest, Input, PromptRequest, WithdrawInputRequest};
@@ -20,7 +21,12 @@ use crate::{
 };
 
 /// A message for a session that is busy.
-pub async fn enqueue(tx: &mut PgConnection, session: &SessionRow, request: &PromptRequest, steers: bool) -> Result<Input, Failure> {
+pub async fn enqueue(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+    request: &PromptRequest,
+    steers: bool,
+) -> Result<Input, Failure> {
     let id = SessionId::from_uuid(session.session_id);
     let (count, bytes): (i64, i64) = sqlx::query_as(
         "select count(*), coalesce(sum(octet_length(text)), 0)::bigint from input
@@ -42,15 +48,20 @@ pub async fn enqueue(tx: &mut PgConnection, session: &SessionRow, request: &Prom
 
 fn check_queue(count: i64, bytes: i64, more: usize) -> Result<(), Failure> {
     if count >= QUEUED_INPUTS_MAX as i64 {
-        return Err(Failure::conflict(format!("{QUEUED_INPUTS_MAX} messages are queued already: withdraw one or wait")));
+        return Err(Failure::conflict(format!(
+            "{QUEUED_INPUTS_MAX} messages are queued already: withdraw one or wait"
+        )));
     }
     if usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(more) > QUEUED_BYTES_MAX {
-        return Err(Failure::conflict(format!("The queued messages would hold more than {QUEUED_BYTES_MAX} bytes together")));
+        return Err(Failure::conflict(format!(
+            "The queued messages would hold more than {QUEUED_BYTES_MAX} bytes together"
+        )));
     }
     Ok(())
 }
 
-/// The messages that a new session begins with: the first begins a turn, the others wait for its end.
+/// The messages that a new session begins with: the first begins a turn, the others wait for its
+/// end.
 pub async fn begin_with(
     tx: &mut PgConnection,
     session: SessionRow,
@@ -70,9 +81,13 @@ pub async fn begin_with(
     lock(tx, id, None).await?.ok_or_else(missing)
 }
 
-/// Begins the next turn from the oldest queued message, or refuses the queued messages. `session` is as the turn's end left it, and `at`
-/// is where that stands, if it is known.
-pub async fn begin_next(tx: &mut PgConnection, session: &SessionRow, at: Option<At>) -> Result<(), Failure> {
+/// Begins the next turn from the oldest queued message, or refuses the queued messages. `session`
+/// is as the turn's end left it, and `at` is where that stands, if it is known.
+pub async fn begin_next(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+    at: Option<At>,
+) -> Result<(), Failure> {
     let id = SessionId::from_uuid(session.session_id);
     let status: SessionStatus = session.status()?;
     match inputs::next(status, session.sprite_destroyed_at.is_none()) {
@@ -95,7 +110,11 @@ pub async fn begin_next(tx: &mut PgConnection, session: &SessionRow, at: Option<
     }
 }
 
-pub(super) async fn begin(tx: &mut PgConnection, session: &SessionRow, input: InputRow) -> Result<(), Failure> {
+pub(super) async fn begin(
+    tx: &mut PgConnection,
+    session: &SessionRow,
+    input: InputRow,
+) -> Result<(), Failure> {
     let turn = session.turn_count + 1;
     // A message that a host knows by its id already would be ignored as a repetition.
     let input_id = input.delivered_at.is_none().then_some(input.input_id);
@@ -111,7 +130,12 @@ pub(super) async fn begin(tx: &mut PgConnection, session: &SessionRow, input: In
 }
 
 /// A message that has not left the queue; its row and the session's are locked.
-async fn queued(tx: &mut PgConnection, user: &str, session: &str, input: &str) -> Result<InputRow, Failure> {
+async fn queued(
+    tx: &mut PgConnection,
+    user: &str,
+    session: &str,
+    input: &str,
+) -> Result<InputRow, Failure> {
     let (user, id) = whose(user, session)?;
     lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
     let input: InputId = input.parse().map_err(|_| input_missing())?;
@@ -122,7 +146,10 @@ async fn queued(tx: &mut PgConnection, user: &str, session: &str, input: &str) -
     Ok(row)
 }
 
-pub async fn change_text(scheduler: Scheduler, request: ChangeInputRequest) -> Result<Input, Failure> {
+pub async fn change_text(
+    scheduler: Scheduler,
+    request: ChangeInputRequest,
+) -> Result<Input, Failure> {
     let mut tx = scheduler.pool.begin().await?;
     let row = queued(&mut tx, &request.user_id, &request.session_id, &request.input_id).await?;
     let others: i64 = sqlx::query_scalar(
@@ -133,16 +160,22 @@ pub async fn change_text(scheduler: Scheduler, request: ChangeInputRequest) -> R
     .fetch_one(&mut *tx)
     .await?;
     check_queue(0, others, request.text.len())?;
-    let row: InputRow = sqlx::query_as(concat!("update input set text = $2 where input_id = $1 returning ", input_columns!()))
-        .bind(row.input_id)
-        .bind(&request.text)
-        .fetch_one(&mut *tx)
-        .await?;
+    let row: InputRow = sqlx::query_as(concat!(
+        "update input set text = $2 where input_id = $1 returning ",
+        input_columns!()
+    ))
+    .bind(row.input_id)
+    .bind(&request.text)
+    .fetch_one(&mut *tx)
+    .await?;
     tx.commit().await?;
     Ok(row.into())
 }
 
-pub async fn withdraw(scheduler: Scheduler, request: WithdrawInputRequest) -> Result<Input, Failure> {
+pub async fn withdraw(
+    scheduler: Scheduler,
+    request: WithdrawInputRequest,
+) -> Result<Input, Failure> {
     let mut tx = scheduler.pool.begin().await?;
     let row = queued(&mut tx, &request.user_id, &request.session_id, &request.input_id).await?;
     let row: InputRow = sqlx::query_as(concat!(

@@ -4,7 +4,10 @@ use std::collections::HashMap;
 
 use bus::Failure;
 use contract::{
-    scheduler::{DecideRequest, Input, ListPermissionRequestsReply, ListPermissionRequestsRequest, PermissionRequest, SentDecision},
+    scheduler::{
+        DecideRequest, Input, ListPermissionRequestsReply, ListPermissionRequestsRequest,
+        PermissionRequest, SentDecision,
+    },
     subject,
 };
 use sqlx::PgConnection;
@@ -55,19 +58,30 @@ impl RequestRow {
 }
 
 /// Writes a decision, and that it answers a request.
-pub(super) async fn answer(tx: &mut PgConnection, session: SessionId, turn: u32, request: u64, new: New<'_>) -> Result<InputRow, Failure> {
+pub(super) async fn answer(
+    tx: &mut PgConnection,
+    session: SessionId,
+    turn: u32,
+    request: u64,
+    new: New<'_>,
+) -> Result<InputRow, Failure> {
     let new = New { turn: i32::try_from(turn).ok(), request: Some(request.cast_signed()), ..new };
     let row = new.insert(tx, session).await?;
-    sqlx::query("update permission_request set answer_id = $3 where session_id = $1 and request_id = $2")
-        .bind(session.uuid())
-        .bind(request.cast_signed())
-        .bind(row.input_id)
-        .execute(tx)
-        .await?;
+    sqlx::query(
+        "update permission_request set answer_id = $3 where session_id = $1 and request_id = $2",
+    )
+    .bind(session.uuid())
+    .bind(request.cast_signed())
+    .bind(row.input_id)
+    .execute(tx)
+    .await?;
     Ok(row)
 }
 
-pub async fn list(scheduler: Scheduler, request: ListPermissionRequestsRequest) -> Result<ListPermissionRequestsReply, Failure> {
+pub async fn list(
+    scheduler: Scheduler,
+    request: ListPermissionRequestsRequest,
+) -> Result<ListPermissionRequestsReply, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     check_owner(&scheduler, user, id).await?;
     let before = request.after.as_ref().map_or(i64::MAX, |cursor| cursor.position);
@@ -81,14 +95,21 @@ pub async fn list(scheduler: Scheduler, request: ListPermissionRequestsRequest) 
         columns: REQUEST_COLUMNS,
     };
     let limit = i64::from(request.limit.clamp(1, PAGE_MAX));
-    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(limit).bind(before).bind(request.status.clone()));
+    let page = list.read(&scheduler.pool, |query| {
+        query.bind(id.uuid()).bind(limit).bind(before).bind(request.status.clone())
+    });
     let (rows, has_more): (Vec<RequestRow>, _) = page.await?;
     let answers: Vec<Uuid> = rows.iter().filter_map(|row| row.answer_id).collect();
-    let answers: Vec<InputRow> = sqlx::query_as(concat!("select ", input_columns!(), " from input where input_id = any($1)"))
-        .bind(answers)
-        .fetch_all(&scheduler.pool)
-        .await?;
-    let mut answers: HashMap<Uuid, Input> = answers.into_iter().map(|row| (row.input_id, row.into())).collect();
+    let answers: Vec<InputRow> = sqlx::query_as(concat!(
+        "select ",
+        input_columns!(),
+        " from input where input_id = any($1)"
+    ))
+    .bind(answers)
+    .fetch_all(&scheduler.pool)
+    .await?;
+    let mut answers: HashMap<Uuid, Input> =
+        answers.into_iter().map(|row| (row.input_id, row.into())).collect();
     let requests = rows.into_iter().map(|row| {
         let answer = row.answer_id.and_then(|id| answers.remove(&id));
         row.with_answer(answer)
@@ -97,17 +118,34 @@ pub async fn list(scheduler: Scheduler, request: ListPermissionRequestsRequest) 
 }
 
 /// A request's row, locked.
-async fn request_row(tx: &mut PgConnection, session: SessionId, request: u64, is_custom_tool: bool) -> Result<Option<RequestRow>, Failure> {
+async fn request_row(
+    tx: &mut PgConnection,
+    session: SessionId,
+    request: u64,
+    is_custom_tool: bool,
+) -> Result<Option<RequestRow>, Failure> {
     let row = sqlx::query_as(
         "select request_id, turn_number, tool, input_json, diff, reason, status, answer_id, created_at, settled_at
          from permission_request where session_id = $1 and request_id = $2 and is_custom_tool = $3 for update",
     );
-    Ok(row.bind(session.uuid()).bind(request.cast_signed()).bind(is_custom_tool).fetch_optional(tx).await?)
+    Ok(row
+        .bind(session.uuid())
+        .bind(request.cast_signed())
+        .bind(is_custom_tool)
+        .fetch_optional(tx)
+        .await?)
 }
 
 /// A request that has no answer yet; its row is locked.
-pub(super) async fn awaited(tx: &mut PgConnection, session: SessionId, request: u64, is_custom_tool: bool) -> Result<RequestRow, Failure> {
-    let row = request_row(tx, session, request, is_custom_tool).await?.ok_or_else(|| Failure::not_found("Request not found"))?;
+pub(super) async fn awaited(
+    tx: &mut PgConnection,
+    session: SessionId,
+    request: u64,
+    is_custom_tool: bool,
+) -> Result<RequestRow, Failure> {
+    let row = request_row(tx, session, request, is_custom_tool)
+        .await?
+        .ok_or_else(|| Failure::not_found("Request not found"))?;
     if row.answer_id.is_some() {
         return Err(Failure::conflict("Request has been answered already"));
     }
@@ -117,11 +155,18 @@ pub(super) async fn awaited(tx: &mut PgConnection, session: SessionId, request: 
     Ok(row)
 }
 
-pub async fn decide(scheduler: Scheduler, request: DecideRequest) -> Result<PermissionRequest, Failure> {
+pub async fn decide(
+    scheduler: Scheduler,
+    request: DecideRequest,
+) -> Result<PermissionRequest, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     let mut tx = scheduler.pool.begin().await?;
     let session = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
-    let sent = SentDecision { request_id: request.request_id, verdict: request.verdict, deny_message: request.message };
+    let sent = SentDecision {
+        request_id: request.request_id,
+        verdict: request.verdict,
+        deny_message: request.message,
+    };
     let (row, answer) = decide_in(&mut tx, &session, &sent, &request.key_id).await?;
     tx.commit().await?;
     scheduler.bus.hint(subject::inputs_hint(id)).await;
@@ -135,14 +180,22 @@ pub(super) async fn decide_in(
     key_id: &str,
 ) -> Result<(RequestRow, Input), Failure> {
     let id = SessionId::from_uuid(session.session_id);
-    let verdict: Verdict = sent.verdict.parse().map_err(|()| Failure::invalid("Unknown decision"))?;
+    let verdict: Verdict =
+        sent.verdict.parse().map_err(|()| Failure::invalid("Unknown decision"))?;
     let row = awaited(tx, id, sent.request_id, false).await?;
-    let runtime: Runtime = session.runtime.parse().map_err(|()| Failure::internal("a session has an unknown runtime"))?;
+    let runtime: Runtime = session
+        .runtime
+        .parse()
+        .map_err(|()| Failure::internal("a session has an unknown runtime"))?;
     if !sent.deny_message.is_empty() && !runtime.capabilities().deny_with_message {
         let message = format!("Runtime {runtime} cannot pass on the message of a denial");
         return Err(Failure::new(types::ErrorCode::Unprocessable, message));
     }
-    let new = New { verdict: Some(verdict), deny_message: &sent.deny_message, ..New::of(InputKind::Decision, key_id) };
+    let new = New {
+        verdict: Some(verdict),
+        deny_message: &sent.deny_message,
+        ..New::of(InputKind::Decision, key_id)
+    };
     let answer = answer(tx, id, unsigned(row.turn_number), sent.request_id, new).await?;
     Ok((row, answer.into()))
 }
@@ -162,15 +215,19 @@ pub async fn decide_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
         if lock(&mut tx, id, None).await?.is_none() {
             continue;
         }
-        let Some(row) = request_row(&mut tx, id, request.cast_unsigned(), false).await? else { continue };
+        let Some(row) = request_row(&mut tx, id, request.cast_unsigned(), false).await? else {
+            continue;
+        };
         if row.answer_id.is_some() || row.status != RequestStatus::Open.as_str() {
             continue;
         }
-        let how: Option<String> = sqlx::query_scalar("select on_timeout from permission_request where session_id = $1 and request_id = $2")
-            .bind(session)
-            .bind(request)
-            .fetch_one(&mut *tx)
-            .await?;
+        let how: Option<String> = sqlx::query_scalar(
+            "select on_timeout from permission_request where session_id = $1 and request_id = $2",
+        )
+        .bind(session)
+        .bind(request)
+        .fetch_one(&mut *tx)
+        .await?;
         let verdict = how.and_then(|how| how.parse().ok()).unwrap_or(Verdict::Deny);
         let new = New { verdict: Some(verdict), ..New::of(InputKind::Decision, "") };
         answer(&mut tx, id, unsigned(row.turn_number), row.request_id.cast_unsigned(), new).await?;

@@ -2,7 +2,10 @@
 
 use bus::Failure;
 use contract::{
-    scheduler::{Input, PromptRequest, QueuedInputs, SendEventsReply, SendEventsRequest, SentMessage, sent_event::Kind as Sent},
+    scheduler::{
+        Input, PromptRequest, QueuedInputs, SendEventsReply, SendEventsRequest, SentMessage,
+        sent_event::Kind as Sent,
+    },
     subject,
 };
 use prost::Message as _;
@@ -29,7 +32,10 @@ use crate::{
 };
 
 /// Events that are sent together: all take effect, or none does.
-pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<SendEventsReply, Failure> {
+pub async fn send(
+    scheduler: Scheduler,
+    request: SendEventsRequest,
+) -> Result<SendEventsReply, Failure> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     let reply = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
@@ -39,45 +45,66 @@ pub async fn send(scheduler: Scheduler, request: SendEventsRequest) -> Result<Se
     .await?;
     scheduler.outbox.notify_one();
     scheduler.bus.hint(subject::inputs_hint(id)).await;
-    let queued: Vec<Input> = reply.inputs.iter().filter(|input| input.settled_at_us.is_none()).cloned().collect();
+    let queued: Vec<Input> =
+        reply.inputs.iter().filter(|input| input.settled_at_us.is_none()).cloned().collect();
     if !reply.replayed && !queued.is_empty() {
         scheduler
             .bus
-            .publish_hint(subject::queued_inputs(id), QueuedInputs { inputs: queued, ..QueuedInputs::default() }.encode_to_vec().into())
+            .publish_hint(
+                subject::queued_inputs(id),
+                QueuedInputs { inputs: queued, ..QueuedInputs::default() }.encode_to_vec().into(),
+            )
             .await;
     }
     Ok(reply)
 }
 
-async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &SendEventsRequest) -> Result<SendEventsReply, Failure> {
+async fn send_in(
+    tx: &mut PgConnection,
+    user: UserId,
+    id: SessionId,
+    request: &SendEventsRequest,
+) -> Result<SendEventsReply, Failure> {
     let route = format!("sessions/{id}/events");
-    if let Some(reply) = idempotency::earlier::<SendEventsReply>(tx, user, &route, request.once.as_ref()).await? {
+    if let Some(reply) =
+        idempotency::earlier::<SendEventsReply>(tx, user, &route, request.once.as_ref()).await?
+    {
         return Ok(SendEventsReply { replayed: true, ..reply });
     }
     let mut reply = SendEventsReply::default();
     for event in &request.events {
         let session = lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
         if session.status()? == SessionStatus::Terminated {
-            return Err(Failure::conflict("Session is terminated and takes no more events").because("session_terminated"));
+            return Err(Failure::conflict("Session is terminated and takes no more events")
+                .because("session_terminated"));
         }
         let input = match &event.kind {
             Some(Sent::Message(message)) => send_message(tx, session, message, request).await?,
-            Some(Sent::Interrupt(_)) if session.status()?.is_active() && open_interrupt(tx, &session).await?.is_none() => {
+            Some(Sent::Interrupt(_))
+                if session.status()?.is_active()
+                    && open_interrupt(tx, &session).await?.is_none() =>
+            {
                 interrupt_in(tx, &session, &request.key_id).await?
             }
-            // Nothing is to be interrupted, or is being interrupted already. Each event has an id of its own.
+            // Nothing is to be interrupted, or is being interrupted already. Each event has an id
+            // of its own.
             Some(Sent::Interrupt(_)) => {
                 let row = New::of(InputKind::Interrupt, &request.key_id).insert(tx, id).await?;
                 change(tx, row.input_id, Change::Applied, "", None).await?;
                 Input { settled_at_us: Some(micros(row.created_at)), ..Input::from(row) }
             }
-            Some(Sent::Decision(decision)) => {
-                decide_in(tx, &session, decision, &request.key_id).await.map(|(_, answer)| answer).map_err(not_pending)?
-            }
+            Some(Sent::Decision(decision)) => decide_in(tx, &session, decision, &request.key_id)
+                .await
+                .map(|(_, answer)| answer)
+                .map_err(not_pending)?,
             Some(Sent::ToolResult(result)) => {
                 let row = awaited(tx, id, result.request_id, true).await.map_err(not_pending)?;
                 let (kind, turn) = (InputKind::ToolResult, unsigned(row.turn_number));
-                let new = New { text: &result.text, is_error: result.is_error, ..New::of(kind, &request.key_id) };
+                let new = New {
+                    text: &result.text,
+                    is_error: result.is_error,
+                    ..New::of(kind, &request.key_id)
+                };
                 answer(tx, id, turn, result.request_id, new).await?.into()
             }
             None => return Err(Failure::invalid("Unknown event")),
@@ -91,7 +118,11 @@ async fn send_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &S
 /// Names why an answer was refused that no one waits for.
 fn not_pending(failure: Failure) -> Failure {
     let is_other = !matches!(failure.code, types::ErrorCode::NotFound | types::ErrorCode::Conflict);
-    if is_other { failure } else { Failure::conflict(failure.message).because("tool_use_not_pending") }
+    if is_other {
+        failure
+    } else {
+        Failure::conflict(failure.message).because("tool_use_not_pending")
+    }
 }
 
 /// Begins a turn of a session that is not busy, also of one whose turn failed; else it is queued.
@@ -111,17 +142,25 @@ async fn send_message(
         return enqueue(tx, &session, &prompt, false).await;
     }
     if session.sprite_destroyed_at.is_some() {
-        return Err(Failure::conflict("The session's sandbox is gone; start a new session").because("session_terminated"));
+        return Err(Failure::conflict("The session's sandbox is gone; start a new session")
+            .because("session_terminated"));
     }
     // A gateway of an earlier release sends none.
     if let Some(limit) = request.session_limit {
         quota::enforce(tx, UserId::from_uuid(session.user_id), limit).await?;
     }
-    let new = New { text: &prompt.prompt, timeout_seconds: prompt.timeout_seconds, ..New::of(InputKind::Message, &prompt.key_id) };
+    let new = New {
+        text: &prompt.prompt,
+        timeout_seconds: prompt.timeout_seconds,
+        ..New::of(InputKind::Message, &prompt.key_id)
+    };
     let row = new.insert(tx, SessionId::from_uuid(session.session_id)).await?;
     let input_id = row.input_id;
     begin(tx, &session, row).await?;
     let row: InputRow =
-        sqlx::query_as(concat!("select ", input_columns!(), " from input where input_id = $1")).bind(input_id).fetch_one(tx).await?;
+        sqlx::query_as(concat!("select ", input_columns!(), " from input where input_id = $1"))
+            .bind(input_id)
+            .fetch_one(tx)
+            .await?;
     Ok(row.into())
 }

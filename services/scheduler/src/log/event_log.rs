@@ -1,8 +1,9 @@
 //! The persisted event log of a session: read and removed by the days on which it was written.
 //!
-//! Events are kept in a table for each day, by the thousand where they are kept for ever. A query that does not name the day opens and
-//! locks every one of them. So each query here names its days, as literals: parameters would be known too late to leave tables out of a
-//! plan that is kept (docs/adr/0001-event-log-reads-name-their-days.md).
+//! Events are kept in a table for each day, by the thousand where they are kept for ever. A query
+//! that does not name the day opens and locks every one of them. So each query here names its days,
+//! as literals: parameters would be known too late to leave tables out of a plan that is kept
+//! (docs/adr/0001-event-log-reads-name-their-days.md).
 
 use bus::Failure;
 use contract::scheduler::RecordedEvent;
@@ -28,8 +29,9 @@ struct Days {
 impl Days {
     /// `None` when the session is not known.
     async fn of(pool: &PgPool, session: SessionId) -> Result<Option<Self>, sqlx::Error> {
-        // What is written while this is read may be of the next day. A session's row is older than its events: it is believed more than the
-        // log's own first day, which a projector of the release before did not keep.
+        // What is written while this is read may be of the next day. A session's row is older than
+        // its events: it is believed more than the log's own first day, which a projector of the
+        // release before did not keep.
         let row = sqlx::query(
             "select least(l.first_day, (s.created_at at time zone 'utc')::date),
                     case when l.last_day < today - 1 then l.last_day else today + 1 end,
@@ -91,8 +93,9 @@ fn backward_query(days: Days) -> String {
     )
 }
 
-/// As [`page_query`], without raw output, which is not read at all where its table has an index of the rest. What an earlier release wrote
-/// is decided by its payload: where a whole page of it is output, the last row alone is returned, without a payload.
+/// As [`page_query`], without raw output, which is not read at all where its table has an index of
+/// the rest. What an earlier release wrote is decided by its payload: where a whole page of it is
+/// output, the last row alone is returned, without a payload.
 fn shown_query(from: From, days: Days) -> String {
     let (follows, order, last) = match from {
         From::After(_) => (">", "asc", "max"),
@@ -118,7 +121,10 @@ fn shown_query(from: From, days: Days) -> String {
 }
 
 fn newest_query(days: Days) -> String {
-    format!("select event_id, payload from event where session_id = $1 and {} order by event_id desc limit 1", days.condition())
+    format!(
+        "select event_id, payload from event where session_id = $1 and {} order by event_id desc limit 1",
+        days.condition()
+    )
 }
 
 /// Which events of a log a page holds.
@@ -131,7 +137,13 @@ pub enum From {
 }
 
 /// At most `limit` events, and fewer where they hold more than `max_bytes` (0: [`PAGE_BYTES_MAX`]).
-pub async fn page(pool: &PgPool, session: SessionId, from: From, limit: u32, max_bytes: u32) -> Result<Vec<RecordedEvent>, Failure> {
+pub async fn page(
+    pool: &PgPool,
+    session: SessionId,
+    from: From,
+    limit: u32,
+    max_bytes: u32,
+) -> Result<Vec<RecordedEvent>, Failure> {
     let Some(days) = Days::of(pool, session).await? else { return Ok(Vec::new()) };
     let (query, bound) = match from {
         From::After(after) => (page_query(days), after),
@@ -141,22 +153,42 @@ pub async fn page(pool: &PgPool, session: SessionId, from: From, limit: u32, max
     Ok(rows.iter().map(event).collect::<Result<_, _>>()?)
 }
 
-async fn rows(pool: &PgPool, query: String, session: SessionId, bound: u64, limit: u32, max_bytes: u32) -> Result<Vec<PgRow>, Failure> {
+async fn rows(
+    pool: &PgPool,
+    query: String,
+    session: SessionId,
+    bound: u64,
+    limit: u32,
+    max_bytes: u32,
+) -> Result<Vec<PgRow>, Failure> {
     let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
-    let query = sqlx::query(AssertSqlSafe(query)).bind(session.uuid()).bind(i64::try_from(bound).unwrap_or(i64::MAX));
-    Ok(query.bind(i64::from(limit.clamp(1, 5000))).bind(i64::from(max_bytes)).fetch_all(pool).await?)
+    let query = sqlx::query(AssertSqlSafe(query))
+        .bind(session.uuid())
+        .bind(i64::try_from(bound).unwrap_or(i64::MAX));
+    Ok(query
+        .bind(i64::from(limit.clamp(1, 5000)))
+        .bind(i64::from(max_bytes))
+        .fetch_all(pool)
+        .await?)
 }
 
 /// A page of a log without its raw output.
 #[derive(Debug, Default)]
 pub struct Shown {
     pub events: Vec<RecordedEvent>,
-    /// Where there are no events: nothing but output between the bound and this one, which is included; 0: nothing at all.
+    /// Where there are no events: nothing but output between the bound and this one, which is
+    /// included; 0: nothing at all.
     pub read_through: u64,
 }
 
 /// As [`page`], of the events that are not raw output.
-pub async fn shown(pool: &PgPool, session: SessionId, from: From, limit: u32, max_bytes: u32) -> Result<Shown, Failure> {
+pub async fn shown(
+    pool: &PgPool,
+    session: SessionId,
+    from: From,
+    limit: u32,
+    max_bytes: u32,
+) -> Result<Shown, Failure> {
     let Some(days) = Days::of(pool, session).await? else { return Ok(Shown::default()) };
     let (From::After(bound) | From::Before(bound)) = from;
     let rows = rows(pool, shown_query(from, days), session, bound, limit, max_bytes).await?;
@@ -176,30 +208,43 @@ pub async fn shown(pool: &PgPool, session: SessionId, from: From, limit: u32, ma
 pub async fn newest(pool: &PgPool, session: SessionId) -> Result<Option<RecordedEvent>, Failure> {
     let Some(days) = Days::of(pool, session).await? else { return Ok(None) };
     let days = Days { first: days.newest.unwrap_or(days.first), ..days };
-    let row = sqlx::query(AssertSqlSafe(newest_query(days))).bind(session.uuid()).fetch_optional(pool).await?;
+    let row = sqlx::query(AssertSqlSafe(newest_query(days)))
+        .bind(session.uuid())
+        .fetch_optional(pool)
+        .await?;
     Ok(row.as_ref().map(event).transpose()?)
 }
 
 fn event(row: &PgRow) -> Result<RecordedEvent, sqlx::Error> {
-    Ok(RecordedEvent { event_id: row.try_get::<i64, _>(0)?.unsigned_abs(), payload: row.try_get::<Vec<u8>, _>(1)?.into() })
+    Ok(RecordedEvent {
+        event_id: row.try_get::<i64, _>(0)?.unsigned_abs(),
+        payload: row.try_get::<Vec<u8>, _>(1)?.into(),
+    })
 }
 
 /// Removes the log of a session that is deleted. Safe to interrupt and rerun.
 pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), Failure> {
     // Without a row there is no log, or one of the release before, which may be of any day.
-    let condition = Days::of(pool, session).await?.map_or_else(|| "true".to_owned(), Days::condition);
+    let condition =
+        Days::of(pool, session).await?.map_or_else(|| "true".to_owned(), Days::condition);
     let statement = format!(
         "delete from event
          where session_id = $1 and {condition}
            and event_id in (select event_id from event where session_id = $1 and {condition} order by event_id limit {DELETED_AT_A_TIME})"
     );
     loop {
-        let deleted = sqlx::query(AssertSqlSafe(statement.clone())).bind(session.uuid()).execute(pool).await?;
+        let deleted = sqlx::query(AssertSqlSafe(statement.clone()))
+            .bind(session.uuid())
+            .execute(pool)
+            .await?;
         if deleted.rows_affected() < DELETED_AT_A_TIME {
             break;
         }
     }
-    sqlx::query("delete from event_log where session_id = $1").bind(session.uuid()).execute(pool).await?;
+    sqlx::query("delete from event_log where session_id = $1")
+        .bind(session.uuid())
+        .execute(pool)
+        .await?;
     Ok(())
 }
 
@@ -207,7 +252,9 @@ pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), Failure> {
 mod tests {
     use std::time::Duration;
 
-    use contract::session::{AgentEvent, Checkpoint, Output, SessionEvent, TurnStarted, session_event::Kind};
+    use contract::session::{
+        AgentEvent, Checkpoint, Output, SessionEvent, TurnStarted, session_event::Kind,
+    };
     use prost::Message as _;
     use sqlx::PgConnection;
     use testkit::Database;
@@ -218,7 +265,8 @@ mod tests {
     /// A database as it is after so many days, with a session of today.
     async fn after_days(days: i32) -> (PgPool, SessionId) {
         let database = Database::create().await.unwrap();
-        let pool = store::open(&database.config("scheduler"), "test", crate::MIGRATIONS).await.unwrap();
+        let pool =
+            store::open(&database.config("scheduler"), "test", crate::MIGRATIONS).await.unwrap();
         let mut connection = pool.acquire().await.unwrap();
         for from in (1..=days).step_by(50) {
             // Few at a time: a transaction locks all that it makes.
@@ -265,10 +313,17 @@ mod tests {
         .fetch_all(&pool)
         .await
         .unwrap();
-        assert!(methods.len() > 3 && methods.iter().all(|(_, method)| method == "l"), "{methods:?}");
+        assert!(
+            methods.len() > 3 && methods.iter().all(|(_, method)| method == "l"),
+            "{methods:?}"
+        );
     }
 
-    async fn tables_in_plan(connection: &mut PgConnection, query: String, session: SessionId) -> usize {
+    async fn tables_in_plan(
+        connection: &mut PgConnection,
+        query: String,
+        session: SessionId,
+    ) -> usize {
         let plan: Vec<String> = sqlx::query_scalar(AssertSqlSafe(format!("explain {query}")))
             .bind(session.uuid())
             .bind(0_i64)
@@ -286,14 +341,27 @@ mod tests {
         let days = Days::of(&pool, session).await.unwrap().unwrap();
         let mut connection = pool.acquire().await.unwrap();
         // The plan that is kept for every session, not one for this.
-        sqlx::raw_sql("set plan_cache_mode = force_generic_plan").execute(&mut *connection).await.unwrap();
+        sqlx::raw_sql("set plan_cache_mode = force_generic_plan")
+            .execute(&mut *connection)
+            .await
+            .unwrap();
         assert!(tables_in_plan(&mut connection, page_query(days), session).await <= 2);
-        let newest = newest_query(days).replace("$1", "$1 and $2::bigint + $3::bigint + $4::bigint is not null");
+        let newest = newest_query(days)
+            .replace("$1", "$1 and $2::bigint + $3::bigint + $4::bigint is not null");
         assert!(tables_in_plan(&mut connection, newest, session).await <= 2);
         assert_eq!(page(&pool, session, From::After(1900), 1000, 0).await.unwrap().len(), 100);
-        let ids = |events: Vec<RecordedEvent>| events.iter().map(|event| event.event_id).collect::<Vec<_>>();
-        assert_eq!(ids(page(&pool, session, From::Before(u64::MAX), 3, 0).await.unwrap()), [2000, 1999, 1998]);
-        assert_eq!(ids(page(&pool, session, From::Before(1998), 5, 1).await.unwrap()), [1997], "bounded in bytes");
+        let ids = |events: Vec<RecordedEvent>| {
+            events.iter().map(|event| event.event_id).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            ids(page(&pool, session, From::Before(u64::MAX), 3, 0).await.unwrap()),
+            [2000, 1999, 1998]
+        );
+        assert_eq!(
+            ids(page(&pool, session, From::Before(1998), 5, 1).await.unwrap()),
+            [1997],
+            "bounded in bytes"
+        );
         assert!(page(&pool, session, From::Before(1), 10, 0).await.unwrap().is_empty());
         assert_eq!(super::newest(&pool, session).await.unwrap().unwrap().event_id, 2000);
         purge(&pool, session).await.unwrap();
@@ -315,10 +383,20 @@ mod tests {
             };
             SessionEvent { kind: Some(kind), checkpoint: Some(checkpoint), ..times }.encode_to_vec()
         };
-        let checkpoint =
-            Checkpoint { stages_done: vec!["Z".repeat(90)], journal_offset: 90, open_requests: vec![90; 90], ..Checkpoint::default() };
-        let output = says(Kind::Output(Output { stderr: false, data: vec![b'Z'; 9000].into() }), checkpoint.clone());
-        let message = says(Kind::TurnStarted(TurnStarted { prompt: "Z".to_owned(), ..TurnStarted::default() }), checkpoint);
+        let checkpoint = Checkpoint {
+            stages_done: vec!["Z".repeat(90)],
+            journal_offset: 90,
+            open_requests: vec![90; 90],
+            ..Checkpoint::default()
+        };
+        let output = says(
+            Kind::Output(Output { stderr: false, data: vec![b'Z'; 9000].into() }),
+            checkpoint.clone(),
+        );
+        let message = says(
+            Kind::TurnStarted(TurnStarted { prompt: "Z".to_owned(), ..TurnStarted::default() }),
+            checkpoint,
+        );
         let agent = says(Kind::Agent(AgentEvent::default()), Checkpoint::default());
         // Of this release, and of an earlier one, which did not say what is output.
         for (from, is_output) in [(3001, Some(true)), (5000, None)] {
@@ -334,7 +412,9 @@ mod tests {
             .await
             .unwrap();
         }
-        for (id, payload, is_output) in [(4700_i64, &message, Some(false)), (6600, &agent, None), (6601, &message, None)] {
+        for (id, payload, is_output) in
+            [(4700_i64, &message, Some(false)), (6600, &agent, None), (6601, &message, None)]
+        {
             sqlx::query("insert into event (session_id, event_id, payload, is_output) values ($1, $2, $3, $4)")
                 .bind(session.uuid())
                 .bind(id)
@@ -362,19 +442,32 @@ mod tests {
             let page = shown(&pool, session, From::Before(before), 1000, 0).await.unwrap();
             pages += 1;
             before = page.events.last().map_or(page.read_through, |event| event.event_id);
-            read.extend(page.events.into_iter().map(|event| event.event_id).filter(|id| *id > 2000));
+            read.extend(
+                page.events.into_iter().map(|event| event.event_id).filter(|id| *id > 2000),
+            );
             if before <= 2000 {
                 break;
             }
         }
         assert_eq!((read, pages), (vec![6601, 6600, 4700], 3), "newest first");
         let bounded = shown(&pool, session, From::Before(6601), 1000, 1).await.unwrap().events;
-        assert_eq!(bounded.iter().map(|event| event.event_id).collect::<Vec<_>>(), [6600], "bounded in bytes");
+        assert_eq!(
+            bounded.iter().map(|event| event.event_id).collect::<Vec<_>>(),
+            [6600],
+            "bounded in bytes"
+        );
         let bounded = shown(&pool, session, From::After(6500), 1000, 1).await.unwrap().events;
-        assert_eq!(bounded.iter().map(|event| event.event_id).collect::<Vec<_>>(), [6600], "bounded in bytes");
+        assert_eq!(
+            bounded.iter().map(|event| event.event_id).collect::<Vec<_>>(),
+            [6600],
+            "bounded in bytes"
+        );
 
         let mut connection = pool.acquire().await.unwrap();
-        sqlx::raw_sql("analyze event; set plan_cache_mode = force_generic_plan").execute(&mut *connection).await.unwrap();
+        sqlx::raw_sql("analyze event; set plan_cache_mode = force_generic_plan")
+            .execute(&mut *connection)
+            .await
+            .unwrap();
         let days = Days::of(&pool, session).await.unwrap().unwrap();
         for from in [From::After(0), From::Before(0)] {
             assert!(tables_in_plan(&mut connection, shown_query(from, days), session).await <= 2);
@@ -403,7 +496,12 @@ mod tests {
             let mut before = Vec::new();
             for _ in 0..100 {
                 let begun = Instant::now();
-                sqlx::query(unnamed).bind(session.uuid()).bind(1900_i64).fetch_all(&pool).await.unwrap();
+                sqlx::query(unnamed)
+                    .bind(session.uuid())
+                    .bind(1900_i64)
+                    .fetch_all(&pool)
+                    .await
+                    .unwrap();
                 before.push(begun.elapsed());
             }
             before.sort();

@@ -32,15 +32,23 @@ impl Projected {
         &self.0[usize::from(partition.number())].newest
     }
 
-    /// Returns when an event of the partition is persisted, by this replica or another. However many wait, one asks Postgres.
-    pub async fn wait(&self, pool: &PgPool, partition: Partition, event_id: u64) -> Result<(), sqlx::Error> {
+    /// Returns when an event of the partition is persisted, by this replica or another. However
+    /// many wait, one asks Postgres.
+    pub async fn wait(
+        &self,
+        pool: &PgPool,
+        partition: Partition,
+        event_id: u64,
+    ) -> Result<(), sqlx::Error> {
         let Position { newest, poll } = &self.0[usize::from(partition.number())];
         let mut news = newest.subscribe();
         while *news.borrow_and_update() < event_id {
             let polled = async {
                 let _polling = poll.lock().await;
                 let through = projected_through(pool, partition).await?;
-                newest.send_if_modified(|newest| through > std::mem::replace(newest, through.max(*newest)));
+                newest.send_if_modified(|newest| {
+                    through > std::mem::replace(newest, through.max(*newest))
+                });
                 if through < event_id {
                     tokio::time::sleep(POLL).await;
                 }
@@ -67,7 +75,8 @@ pub async fn begin_partition(pool: &PgPool, partition: Partition) -> Result<(), 
 
 /// The partitions in which sessions were created so far.
 pub async fn partitions(pool: &PgPool) -> Result<Vec<Partition>, sqlx::Error> {
-    let streams: Vec<String> = sqlx::query_scalar("select stream from recorded order by stream").fetch_all(pool).await?;
+    let streams: Vec<String> =
+        sqlx::query_scalar("select stream from recorded order by stream").fetch_all(pool).await?;
     Ok(streams.iter().filter_map(|stream| topology::partition_of(stream)).collect())
 }
 
@@ -75,16 +84,24 @@ pub async fn partitions(pool: &PgPool) -> Result<Vec<Partition>, sqlx::Error> {
 pub async fn projected_through(pool: &PgPool, partition: Partition) -> Result<u64, sqlx::Error> {
     let stream = topology::events(partition).name;
     let through: Option<i64> =
-        sqlx::query_scalar("select event_id from recorded where stream = $1").bind(stream).fetch_optional(pool).await?;
+        sqlx::query_scalar("select event_id from recorded where stream = $1")
+            .bind(stream)
+            .fetch_optional(pool)
+            .await?;
     Ok(through.map_or(0, i64::unsigned_abs))
 }
 
 /// Waits for the projector, in this replica or another. The caller's deadline ends it.
-pub async fn wait_until_projected(scheduler: &Scheduler, session: SessionId, event_id: u64) -> Result<(), Failure> {
-    let number: Option<i16> = sqlx::query_scalar("select event_partition from session where session_id = $1")
-        .bind(session.uuid())
-        .fetch_optional(&scheduler.pool)
-        .await?;
+pub async fn wait_until_projected(
+    scheduler: &Scheduler,
+    session: SessionId,
+    event_id: u64,
+) -> Result<(), Failure> {
+    let number: Option<i16> =
+        sqlx::query_scalar("select event_partition from session where session_id = $1")
+            .bind(session.uuid())
+            .fetch_optional(&scheduler.pool)
+            .await?;
     let partition = partition(number.ok_or_else(missing)?)?;
     Ok(scheduler.projected.wait(&scheduler.pool, partition, event_id).await?)
 }

@@ -23,7 +23,13 @@ pub struct Applied {
 }
 
 /// Applies an event to its turn and session. Idempotent: see [`state::next`].
-pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: &Kind, at: At) -> Result<Applied, Failure> {
+pub async fn apply(
+    tx: &mut PgConnection,
+    id: SessionId,
+    event_turn: u32,
+    kind: &Kind,
+    at: At,
+) -> Result<Applied, Failure> {
     let Some(session) = lock(tx, id, None).await? else { return Ok(Applied::default()) };
     if inputs::events::concerns(kind) {
         inputs::events::apply(tx, &session, event_turn, kind, at).await?;
@@ -44,10 +50,15 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
     let (mut status, mut seconds, mut has_requests, mut has_inputs) = (None, 0.0, false, false);
     if let Some(turn) = turn {
         let text: &str = turn.try_get(0)?;
-        status = Some(text.parse().map_err(|()| Failure::internal(format!("a turn has the status {text}")))?);
-        (seconds, has_requests, has_inputs) = (turn.try_get(1)?, turn.try_get(2)?, turn.try_get(3)?);
+        status = Some(
+            text.parse()
+                .map_err(|()| Failure::internal(format!("a turn has the status {text}")))?,
+        );
+        (seconds, has_requests, has_inputs) =
+            (turn.try_get(1)?, turn.try_get(2)?, turn.try_get(3)?);
     }
-    let transition = state::next(State { session: session.status()?, current_turn, turn: status }, number, kind);
+    let transition =
+        state::next(State { session: session.status()?, current_turn, turn: status }, number, kind);
     if transition == Transition::default() {
         return Ok(Applied::default());
     }
@@ -59,8 +70,9 @@ pub async fn apply(tx: &mut PgConnection, id: SessionId, event_turn: u32, kind: 
         let is_metered = matches!(kind, Kind::TurnStarted(started) if started.is_metered);
         update_turn(tx, id, number, (status, is_metered), &ended).await?;
     }
-    let inputs_wait =
-        has_inputs && transition.turn == Some(TurnStatus::Running) && inputs::events::turn_started(tx, id, number, at).await?;
+    let inputs_wait = has_inputs
+        && transition.turn == Some(TurnStatus::Running)
+        && inputs::events::turn_started(tx, id, number, at).await?;
     if transition.turn.is_some_and(|status| status != TurnStatus::Running) {
         if has_inputs {
             inputs::events::turn_ended(tx, id, number, &ended, at).await?;

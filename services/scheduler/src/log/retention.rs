@@ -1,5 +1,6 @@
-//! Retention: removes old events by dropping the tables of their days, and old sessions one by one, if an operator sets a limit. Also
-//! creates the tables of the next days, which must exist before their day.
+//! Retention: removes old events by dropping the tables of their days, and old sessions one by one,
+//! if an operator sets a limit. Also creates the tables of the next days, which must exist before
+//! their day.
 
 use std::time::Duration;
 
@@ -27,7 +28,8 @@ const DAYS_AHEAD: i32 = 7;
 const SESSIONS_AT_A_TIME: i64 = 100;
 const TABLE_PREFIX: &str = "event_";
 const LEASE: &str = "event-retention";
-/// At most one day of events is dropped in this time, so that a wrong clock or setting is noticed before everything is gone.
+/// At most one day of events is dropped in this time, so that a wrong clock or setting is noticed
+/// before everything is gone.
 const DROP_EVERY: Duration = Duration::from_secs(60 * 60);
 /// The clocks of Postgres and of this replica must agree so far.
 const SKEW_MAX: Duration = Duration::from_secs(60 * 60);
@@ -48,10 +50,12 @@ async fn keep(scheduler: &Scheduler, retention: Retention, owner: Uuid) -> anyho
     Ok(())
 }
 
-/// Makes the tables of today and of the days to come, where they are not there. Today is Postgres' day, in UTC.
+/// Makes the tables of today and of the days to come, where they are not there. Today is Postgres'
+/// day, in UTC.
 ///
-/// A table is attached when it is finished, which reads and writes of the others do not notice. That waits for no more than a second, for
-/// instance behind another change of tables; the next run tries again.
+/// A table is attached when it is finished, which reads and writes of the others do not notice.
+/// That waits for no more than a second, for instance behind another change of tables; the next run
+/// tries again.
 ///
 /// # Errors
 /// When Postgres refuses.
@@ -62,7 +66,10 @@ pub async fn make_days(pool: &PgPool) -> anyhow::Result<()> {
     let mut tx = pool.begin().await?;
     sqlx::raw_sql("set local lock_timeout = '1s'").execute(&mut *tx).await?;
     // Two replicas that make a table at once would both find it missing.
-    let alone: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock($1)").bind(LOCK).fetch_one(&mut *tx).await?;
+    let alone: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock($1)")
+        .bind(LOCK)
+        .fetch_one(&mut *tx)
+        .await?;
     if !alone {
         return Ok(());
     }
@@ -80,7 +87,9 @@ pub async fn make_days(pool: &PgPool) -> anyhow::Result<()> {
 }
 
 /// The days that have no table yet: its name, the day, and the day after.
-async fn missing_days(connection: &mut PgConnection) -> Result<Vec<(String, String, String)>, sqlx::Error> {
+async fn missing_days(
+    connection: &mut PgConnection,
+) -> Result<Vec<(String, String, String)>, sqlx::Error> {
     sqlx::query_as(
         "select $2 || to_char(day, 'YYYYMMDD'), to_char(day, 'YYYY-MM-DD'), to_char(day + 1, 'YYYY-MM-DD')
          from (select (now() at time zone 'utc')::date + ahead as day from generate_series(0, $1) as ahead) days
@@ -96,8 +105,9 @@ async fn missing_days(connection: &mut PgConnection) -> Result<Vec<(String, Stri
     .await
 }
 
-/// Drops the oldest table of the days that are over by so many days. Online: it is detached while others read and write the rest. What an
-/// earlier attempt left half detached, or detached and not dropped, is finished.
+/// Drops the oldest table of the days that are over by so many days. Online: it is detached while
+/// others read and write the rest. What an earlier attempt left half detached, or detached and not
+/// dropped, is finished.
 async fn drop_due_day(pool: &PgPool, days: u16, owner: Uuid) -> anyhow::Result<()> {
     // By Postgres' clock, which the days are named by.
     let due: Vec<(String, Option<bool>, f64)> = sqlx::query_as(
@@ -116,11 +126,20 @@ async fn drop_due_day(pool: &PgPool, days: u16, owner: Uuid) -> anyhow::Result<(
     for (table, ..) in due.iter().filter(|(_, detach_pending, _)| detach_pending.is_none()) {
         drop_day(pool, table, None).await?;
     }
-    let due: Vec<_> = due.into_iter().filter_map(|(table, detach_pending, time)| Some((table, detach_pending?, time))).collect();
+    let due: Vec<_> = due
+        .into_iter()
+        .filter_map(|(table, detach_pending, time)| Some((table, detach_pending?, time)))
+        .collect();
     metrics::gauge!("aod_event_days_due").set(due.len() as f64);
-    let Some((table, detach_pending, database_time)) = due.into_iter().next() else { return Ok(()) };
+    let Some((table, detach_pending, database_time)) = due.into_iter().next() else {
+        return Ok(());
+    };
     check_clocks(database_time, OffsetDateTime::now_utc().unix_timestamp() as f64)?;
-    let Some(lease) = store::lease::acquire(pool, owner, &[LEASE.to_owned()], DROP_EVERY).await?.pop() else { return Ok(()) };
+    let Some(lease) =
+        store::lease::acquire(pool, owner, &[LEASE.to_owned()], DROP_EVERY).await?.pop()
+    else {
+        return Ok(());
+    };
     let dropped = drop_day(pool, &table, Some(detach_pending)).await;
     if dropped.is_err() {
         lease.release(pool).await?;
@@ -131,28 +150,41 @@ async fn drop_due_day(pool: &PgPool, days: u16, owner: Uuid) -> anyhow::Result<(
     Ok(())
 }
 
-/// Both in seconds since the epoch. Which of two clocks is wrong is not known: a day that is dropped too early is gone.
+/// Both in seconds since the epoch. Which of two clocks is wrong is not known: a day that is
+/// dropped too early is gone.
 fn check_clocks(postgres: f64, own: f64) -> anyhow::Result<()> {
     let skew = (postgres - own).abs();
-    anyhow::ensure!(skew < SKEW_MAX.as_secs_f64(), "no events are dropped: the clocks of Postgres and the scheduler differ by {skew:.0} s");
+    anyhow::ensure!(
+        skew < SKEW_MAX.as_secs_f64(),
+        "no events are dropped: the clocks of Postgres and the scheduler differ by {skew:.0} s"
+    );
     Ok(())
 }
 
 /// `table` is a name that the database itself returned.
-async fn drop_day(pool: &PgPool, table: &str, detach_pending: Option<bool>) -> Result<(), sqlx::Error> {
+async fn drop_day(
+    pool: &PgPool,
+    table: &str,
+    detach_pending: Option<bool>,
+) -> Result<(), sqlx::Error> {
     let detach = match detach_pending {
         Some(false) => Some("concurrently"),
         Some(true) => Some("finalize"),
         None => None,
     };
     if let Some(how) = detach {
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("alter table event detach partition {table} {how}"))).execute(pool).await?;
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+            "alter table event detach partition {table} {how}"
+        )))
+        .execute(pool)
+        .await?;
     }
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop table {table}"))).execute(pool).await?;
     Ok(())
 }
 
-/// Deletes the sessions that were settled so many days ago, as their users would. One that cannot be deleted holds up no other.
+/// Deletes the sessions that were settled so many days ago, as their users would. One that cannot
+/// be deleted holds up no other.
 async fn delete_sessions(scheduler: &Scheduler, days: u16) -> anyhow::Result<()> {
     let (mut after, mut failed) = ((OffsetDateTime::UNIX_EPOCH, Uuid::nil()), 0);
     loop {
@@ -172,7 +204,8 @@ async fn delete_sessions(scheduler: &Scheduler, days: u16) -> anyhow::Result<()>
         .await?;
         for (session, user, updated_at) in &rows {
             after = (*updated_at, *session);
-            let request = DeleteSessionRequest { session_id: session.to_string(), user_id: user.to_string() };
+            let request =
+                DeleteSessionRequest { session_id: session.to_string(), user_id: user.to_string() };
             match deletion::delete(scheduler.clone(), request).await {
                 // Prompted again, or deleted, a moment ago.
                 Ok(_) | Err(Failure { code: ErrorCode::Conflict | ErrorCode::NotFound, .. }) => {}
@@ -201,7 +234,9 @@ mod tests {
         for (postgres, own) in [(now, now), (now, now + 3599.0), (now - 3599.0, now)] {
             check_clocks(postgres, own).unwrap();
         }
-        for (postgres, own) in [(now + YEAR, now), (now, now + YEAR), (now - 3600.0, now), (0.0, now), (f64::NAN, now)] {
+        for (postgres, own) in
+            [(now + YEAR, now), (now, now + YEAR), (now - 3600.0, now), (0.0, now), (f64::NAN, now)]
+        {
             let error = check_clocks(postgres, own).unwrap_err().to_string();
             assert!(error.contains("clocks of Postgres and the scheduler differ"), "{error}");
         }

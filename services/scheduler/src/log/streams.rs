@@ -1,9 +1,11 @@
-//! The streams: created at the start, trimmed when they grow, and recreated when they are not the ones that were published to.
+//! The streams: created at the start, trimmed when they grow, and recreated when they are not the
+//! ones that were published to.
 //!
-//! JetStream may be lost whole, come back without its tail, or be exchanged. Postgres knows each stream's generation: when it was created,
-//! and the highest sequence seen or persisted. One replica compares both every second. An EVENTS stream of another generation is deleted
-//! and recreated above every id that anyone may have seen; writers then continue from what is persisted. What waited in a lost queue is
-//! offered again by the reconciler.
+//! JetStream may be lost whole, come back without its tail, or be exchanged. Postgres knows each
+//! stream's generation: when it was created, and the highest sequence seen or persisted. One
+//! replica compares both every second. An EVENTS stream of another generation is deleted and
+//! recreated above every id that anyone may have seen; writers then continue from what is
+//! persisted. What waited in a lost queue is offered again by the reconciler.
 
 use std::{
     collections::BTreeSet,
@@ -27,13 +29,15 @@ const LEASE: Duration = Duration::from_secs(10);
 const PASS_MAX: Duration = Duration::from_secs(30);
 const LEASE_NAME: &str = "streams";
 const READY_WITHIN: Duration = Duration::from_secs(60);
-const RETRY: Backoff = Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
+const RETRY: Backoff =
+    Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 
-/// Creates what is missing before anything else starts, or waits until another replica has. A cluster of NATS servers that has just
-/// started takes a while to elect its leaders.
+/// Creates what is missing before anything else starts, or waits until another replica has. A
+/// cluster of NATS servers that has just started takes a while to elect its leaders.
 ///
 /// # Errors
-/// When the server refuses, kept another configuration than it was given, or does not answer for a minute.
+/// When the server refuses, kept another configuration than it was given, or does not answer for a
+/// minute.
 pub async fn ready(scheduler: &Scheduler) -> anyhow::Result<()> {
     let (owner, begun) = (Uuid::now_v7(), Instant::now());
     let mut attempt = 0;
@@ -42,7 +46,9 @@ pub async fn ready(scheduler: &Scheduler) -> anyhow::Result<()> {
             Ok(true) => return Ok(()),
             Ok(false) => {}
             Err(error) if begun.elapsed() > READY_WITHIN => return Err(error),
-            Err(error) => tracing::warn!(error = format!("{error:#}"), "streams are not ready; will retry"),
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "streams are not ready; will retry")
+            }
         }
         attempt += 1;
         tokio::time::sleep(RETRY.jittered(attempt)).await;
@@ -99,7 +105,9 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
         match tokio::time::timeout(PASS_MAX, pass).await {
             Ok(Ok(())) => {}
             // The bus or Postgres does not answer: that is no loss.
-            Ok(Err(error)) => tracing::debug!(error = format!("{error:#}"), "streams cannot be checked now"),
+            Ok(Err(error)) => {
+                tracing::debug!(error = format!("{error:#}"), "streams cannot be checked now")
+            }
             Err(_) => tracing::warn!("checking the streams took too long; will retry"),
         }
     }
@@ -108,7 +116,8 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     }
 }
 
-/// Brings the streams that exist to their declared configuration, and creates those of partitions that are new.
+/// Brings the streams that exist to their declared configuration, and creates those of partitions
+/// that are new.
 async fn configure(scheduler: &Scheduler) -> anyhow::Result<()> {
     let specs = specs(scheduler).await?;
     // First those that exist: they may have to give room to others.
@@ -122,7 +131,10 @@ async fn configure(scheduler: &Scheduler) -> anyhow::Result<()> {
         if scheduler.bus.find_stream(spec).await?.is_none() && !is_known(scheduler, spec).await? {
             create(scheduler, spec, 1).await?;
             let info = scheduler.bus.stream_info(spec).await?;
-            let seen = Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence };
+            let seen = Seen {
+                created_at: micros(info.created_at.into()),
+                last_sequence: info.last_sequence,
+            };
             let mut connection = scheduler.pool.acquire().await?;
             remember(&mut connection, spec, seen).await?;
         }
@@ -143,7 +155,8 @@ async fn is_known(scheduler: &Scheduler, spec: &StreamSpec) -> Result<bool, sqlx
 
 /// Every stream of this deployment, with its share of the room for events.
 async fn specs(scheduler: &Scheduler) -> anyhow::Result<Vec<StreamSpec>> {
-    let mut partitions: BTreeSet<_> = positions::partitions(&scheduler.pool).await?.into_iter().collect();
+    let mut partitions: BTreeSet<_> =
+        positions::partitions(&scheduler.pool).await?.into_iter().collect();
     partitions.extend(Partition::all().take(scheduler.event_partitions.get().into()));
     let share = scheduler.events_max_bytes / i64::try_from(partitions.len())?;
     let sized = |mut spec: StreamSpec| {
@@ -165,7 +178,10 @@ async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
         };
         let known = known(scheduler, &spec).await?;
         let info = scheduler.bus.find_stream(&spec).await?;
-        let seen = info.map(|info| Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence });
+        let seen = info.map(|info| Seen {
+            created_at: micros(info.created_at.into()),
+            last_sequence: info.last_sequence,
+        });
         let condition = generation::condition(known, persisted, seen);
         match (condition, seen) {
             (Condition::Intact, Some(seen)) => {
@@ -173,7 +189,9 @@ async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
                     remember(&mut *scheduler.pool.acquire().await?, &spec, seen).await?;
                 }
             }
-            _ => restore(scheduler, &spec, condition, known, persisted).await.with_context(|| format!("{} is {condition:?}", spec.name))?,
+            _ => restore(scheduler, &spec, condition, known, persisted)
+                .await
+                .with_context(|| format!("{} is {condition:?}", spec.name))?,
         }
         if let (Condition::Intact, Some(partition)) = (condition, partition) {
             trim(scheduler, &spec, partition).await?;
@@ -187,8 +205,8 @@ async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes a stream the one that is published to from now on. What is known of it is written last: a replica that dies before leaves the
-/// stream in question, and the next pass does all of it again.
+/// Makes a stream the one that is published to from now on. What is known of it is written last: a
+/// replica that dies before leaves the stream in question, and the next pass does all of it again.
 async fn restore(
     scheduler: &Scheduler,
     spec: &StreamSpec,
@@ -199,9 +217,15 @@ async fn restore(
     let is_log = topology::partition_of(spec.name).is_some();
     if condition != Condition::New {
         metrics::counter!("aod_streams_lost_total").increment(1);
-        tracing::error!(stream = spec.name, ?condition, persisted, "stream was lost, replaced or set back");
+        tracing::error!(
+            stream = spec.name,
+            ?condition,
+            persisted,
+            "stream was lost, replaced or set back"
+        );
     }
-    // What a queue or the lifecycle stream still holds is true; a log that differs from the persisted one is not.
+    // What a queue or the lifecycle stream still holds is true; a log that differs from the
+    // persisted one is not.
     if is_log && matches!(condition, Condition::Exchanged | Condition::SetBack) {
         scheduler.bus.delete_stream(spec).await?;
     }
@@ -212,7 +236,8 @@ async fn restore(
         scheduler.bus.ensure_consumer(consumer).await?;
     }
     let info = scheduler.bus.stream_info(spec).await?;
-    let seen = Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence };
+    let seen =
+        Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence };
     let mut tx = scheduler.pool.begin().await?;
     if condition != Condition::New {
         reconciler::offer_all(&mut tx).await?;
@@ -222,19 +247,32 @@ async fn restore(
     Ok(())
 }
 
-async fn create(scheduler: &Scheduler, spec: &StreamSpec, first_sequence: u64) -> anyhow::Result<()> {
+async fn create(
+    scheduler: &Scheduler,
+    spec: &StreamSpec,
+    first_sequence: u64,
+) -> anyhow::Result<()> {
     Ok(scheduler.bus.ensure_stream(spec, first_sequence, scheduler.stream_replicas).await?)
 }
 
 async fn known(scheduler: &Scheduler, spec: &StreamSpec) -> Result<Option<Known>, sqlx::Error> {
-    let row: Option<(OffsetDateTime, i64)> = sqlx::query_as("select created_at, high_watermark from stream_generation where stream = $1")
-        .bind(spec.name)
-        .fetch_optional(&scheduler.pool)
-        .await?;
-    Ok(row.map(|(created_at, high_watermark)| Known { created_at, high_watermark: high_watermark.unsigned_abs() }))
+    let row: Option<(OffsetDateTime, i64)> = sqlx::query_as(
+        "select created_at, high_watermark from stream_generation where stream = $1",
+    )
+    .bind(spec.name)
+    .fetch_optional(&scheduler.pool)
+    .await?;
+    Ok(row.map(|(created_at, high_watermark)| Known {
+        created_at,
+        high_watermark: high_watermark.unsigned_abs(),
+    }))
 }
 
-async fn remember(connection: &mut sqlx::PgConnection, spec: &StreamSpec, seen: Seen) -> Result<(), sqlx::Error> {
+async fn remember(
+    connection: &mut sqlx::PgConnection,
+    spec: &StreamSpec,
+    seen: Seen,
+) -> Result<(), sqlx::Error> {
     sqlx::query(
         "insert into stream_generation (stream, created_at, high_watermark) values ($1, $2, $3)
          on conflict (stream) do update set created_at = $2, high_watermark = $3",
@@ -252,8 +290,13 @@ fn micros(time: OffsetDateTime) -> OffsetDateTime {
     time.replace_microsecond(time.microsecond()).unwrap_or(time)
 }
 
-/// Makes room in a stream of events before it is full: removes the older half, as far as it is persisted.
-async fn trim(scheduler: &Scheduler, spec: &StreamSpec, partition: Partition) -> anyhow::Result<()> {
+/// Makes room in a stream of events before it is full: removes the older half, as far as it is
+/// persisted.
+async fn trim(
+    scheduler: &Scheduler,
+    spec: &StreamSpec,
+    partition: Partition,
+) -> anyhow::Result<()> {
     let info = scheduler.bus.stream_info(spec).await?;
     if info.bytes <= info.bytes_max / 2 {
         return Ok(());

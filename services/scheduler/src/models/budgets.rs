@@ -4,8 +4,8 @@ use std::ops::RangeInclusive;
 
 use bus::Failure;
 use contract::scheduler::{
-    Budget, BudgetChange, BudgetLimits, GetBudgetRequest, LimitChange, ListUsageReply, ListUsageRequest, ModelsChange, SetBudgetRequest,
-    UsageSum,
+    Budget, BudgetChange, BudgetLimits, GetBudgetRequest, LimitChange, ListUsageReply,
+    ListUsageRequest, ModelsChange, SetBudgetRequest, UsageSum,
 };
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use time::{Date, Duration, OffsetDateTime, macros::format_description};
@@ -66,8 +66,12 @@ pub async fn clear(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Bu
 }
 
 /// Whose budget is meant. A user reaches those of their own sessions and agents.
-async fn find(connection: &mut PgConnection, request: &GetBudgetRequest) -> Result<(Scope, Uuid), Failure> {
-    let scope: Scope = request.scope.parse().map_err(|()| Failure::invalid("Unknown scope of a budget"))?;
+async fn find(
+    connection: &mut PgConnection,
+    request: &GetBudgetRequest,
+) -> Result<(Scope, Uuid), Failure> {
+    let scope: Scope =
+        request.scope.parse().map_err(|()| Failure::invalid("Unknown scope of a budget"))?;
     if scope == Scope::Deployment && request.user_id.is_none() {
         return Ok((scope, Uuid::nil()));
     }
@@ -82,18 +86,30 @@ async fn find(connection: &mut PgConnection, request: &GetBudgetRequest) -> Resu
         Some(user) => Some(user.parse::<Uuid>().map_err(|_| absent())?),
     };
     let statement = match scope {
-        Scope::Session => "select from session where session_id = $1 and ($2::uuid is null or user_id = $2)",
-        Scope::Agent => "select from agent where agent_id = $1 and ($2::uuid is null or user_id = $2)",
+        Scope::Session => {
+            "select from session where session_id = $1 and ($2::uuid is null or user_id = $2)"
+        }
+        Scope::Agent => {
+            "select from agent where agent_id = $1 and ($2::uuid is null or user_id = $2)"
+        }
         // Another service knows which users exist; the operator's command asks it first.
         Scope::User | Scope::Deployment if owner.is_none() => return Ok((scope, id)),
-        Scope::User | Scope::Deployment => return Err(Failure::invalid("The operator sets this budget")),
+        Scope::User | Scope::Deployment => {
+            return Err(Failure::invalid("The operator sets this budget"));
+        }
     };
     let found = sqlx::query(statement).bind(id).bind(owner).fetch_optional(connection).await?;
     found.map(|_| (scope, id)).ok_or_else(absent)
 }
 
-/// Changes a budget within the transaction of the caller, who has checked whose it is. What a session used before counts.
-pub async fn write(tx: &mut PgConnection, scope: Scope, id: Uuid, change: &BudgetChange) -> Result<(), Failure> {
+/// Changes a budget within the transaction of the caller, who has checked whose it is. What a
+/// session used before counts.
+pub async fn write(
+    tx: &mut PgConnection,
+    scope: Scope,
+    id: Uuid,
+    change: &BudgetChange,
+) -> Result<(), Failure> {
     limits::make(tx, scope, id).await?;
     let models = change.allowed_models.as_ref().map(allowed_models).transpose()?;
     let rate = limit(change.requests_per_minute)?;
@@ -136,19 +152,29 @@ pub async fn write(tx: &mut PgConnection, scope: Scope, id: Uuid, change: &Budge
 /// Whether it changes, and to what.
 fn limit(change: Option<LimitChange>) -> Result<(bool, Option<i64>), Failure> {
     let Some(change) = change else { return Ok((false, None)) };
-    let max = change.max.map(|max| i64::try_from(max).map_err(|_| Failure::invalid("The limit is too large")));
+    let max = change
+        .max
+        .map(|max| i64::try_from(max).map_err(|_| Failure::invalid("The limit is too large")));
     Ok((true, max.transpose()?))
 }
 
 fn allowed_models(change: &ModelsChange) -> Result<Option<Vec<String>>, Failure> {
     let is_short = |model: &String| (1..=MODEL_CHARS_MAX).contains(&model.chars().count());
     if change.models.len() > MODELS_MAX || !change.models.iter().all(is_short) {
-        return Err(Failure::invalid(format!("At most {MODELS_MAX} models of at most {MODEL_CHARS_MAX} characters may be named")));
+        return Err(Failure::invalid(format!(
+            "At most {MODELS_MAX} models of at most {MODEL_CHARS_MAX} characters may be named"
+        )));
     }
-    Ok(Some(change.models.iter().map(|model| without_nul(model)).collect::<Vec<_>>()).filter(|models| !models.is_empty()))
+    Ok(Some(change.models.iter().map(|model| without_nul(model)).collect::<Vec<_>>())
+        .filter(|models| !models.is_empty()))
 }
 
-async fn read(connection: &mut PgConnection, defaults: &Defaults, scope: Scope, id: Uuid) -> Result<Budget, Failure> {
+async fn read(
+    connection: &mut PgConnection,
+    defaults: &Defaults,
+    scope: Scope,
+    id: Uuid,
+) -> Result<Budget, Failure> {
     let row = sqlx::query(
         "select max_cost_micro_usd, max_tokens, max_requests, max_seconds, used_cost_micro_usd, used_tokens, used_requests,
                 used_us / 1000000, held_cost_micro_usd, held_tokens, allowed_models, requests_per_minute
@@ -158,7 +184,9 @@ async fn read(connection: &mut PgConnection, defaults: &Defaults, scope: Scope, 
     .bind(id)
     .fetch_optional(connection)
     .await?;
-    let whole = |row: &PgRow, index: usize| row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs));
+    let whole = |row: &PgRow, index: usize| {
+        row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs))
+    };
     let limits = |row: &PgRow, first: usize| -> Result<BudgetLimits, Failure> {
         Ok(BudgetLimits {
             cost_micro_usd: whole(row, first)?,
@@ -167,11 +195,24 @@ async fn read(connection: &mut PgConnection, defaults: &Defaults, scope: Scope, 
             seconds: whole(row, first + 3)?,
         })
     };
-    let zero = BudgetLimits { cost_micro_usd: Some(0), tokens: Some(0), requests: Some(0), seconds: Some(0) };
+    let zero = BudgetLimits {
+        cost_micro_usd: Some(0),
+        tokens: Some(0),
+        requests: Some(0),
+        seconds: Some(0),
+    };
     let (own, used, reserved) = match &row {
-        None => (BudgetLimits::default(), zero, BudgetLimits { cost_micro_usd: Some(0), tokens: Some(0), ..BudgetLimits::default() }),
+        None => (
+            BudgetLimits::default(),
+            zero,
+            BudgetLimits { cost_micro_usd: Some(0), tokens: Some(0), ..BudgetLimits::default() },
+        ),
         Some(row) => {
-            let reserved = BudgetLimits { cost_micro_usd: whole(row, 8)?, tokens: whole(row, 9)?, ..BudgetLimits::default() };
+            let reserved = BudgetLimits {
+                cost_micro_usd: whole(row, 8)?,
+                tokens: whole(row, 9)?,
+                ..BudgetLimits::default()
+            };
             (limits(row, 0)?, limits(row, 4)?, reserved)
         }
     };
@@ -184,7 +225,10 @@ async fn read(connection: &mut PgConnection, defaults: &Defaults, scope: Scope, 
     };
     let (allowed_models, rate) = match &row {
         None => (Vec::new(), None),
-        Some(row) => (row.try_get::<Option<Vec<String>>, _>(10)?.unwrap_or_default(), row.try_get::<Option<i32>, _>(11)?),
+        Some(row) => (
+            row.try_get::<Option<Vec<String>>, _>(10)?.unwrap_or_default(),
+            row.try_get::<Option<i32>, _>(11)?,
+        ),
     };
     Ok(Budget {
         scope: scope.as_str().to_owned(),
@@ -218,11 +262,16 @@ impl GroupBy {
             "key" => Self::Key,
             "user" => Self::User,
             "session" => Self::Session,
-            _ => return Err(Failure::invalid("group_by must be day, agent, model, key, session or, for the operator, user")),
+            _ => {
+                return Err(Failure::invalid(
+                    "group_by must be day, agent, model, key, session or, for the operator, user",
+                ));
+            }
         })
     }
 
-    /// A page of groups behind `$3`. The days of the table's rows are from `$4` to `$5`; `$6` is how many.
+    /// A page of groups behind `$3`. The days of the table's rows are from `$4` to `$5`; `$6` is
+    /// how many.
     const fn statement(self) -> &'static str {
         macro_rules! sums {
             ($group:literal, $behind:literal) => {
@@ -267,27 +316,43 @@ const YEARS: RangeInclusive<i32> = 2000..=9998;
 
 fn day(text: Option<&str>, otherwise: Date) -> Result<Date, Failure> {
     let Some(text) = text else { return Ok(otherwise) };
-    let day = Date::parse(text, format_description!("[year]-[month]-[day]")).ok().filter(|day| YEARS.contains(&day.year()));
+    let day = Date::parse(text, format_description!("[year]-[month]-[day]"))
+        .ok()
+        .filter(|day| YEARS.contains(&day.year()));
     day.ok_or_else(|| Failure::invalid("A day must be written as 2026-01-31"))
 }
 
-pub async fn usage(scheduler: Scheduler, request: ListUsageRequest) -> Result<ListUsageReply, Failure> {
+pub async fn usage(
+    scheduler: Scheduler,
+    request: ListUsageRequest,
+) -> Result<ListUsageReply, Failure> {
     let id = |text: &Option<String>, what: &str| {
-        text.as_ref().map(|text| text.parse::<Uuid>().map_err(|_| Failure::invalid(format!("{what} must be a UUID")))).transpose()
+        text.as_ref()
+            .map(|text| {
+                text.parse::<Uuid>().map_err(|_| Failure::invalid(format!("{what} must be a UUID")))
+            })
+            .transpose()
     };
     let (user, agent) = (id(&request.user_id, "user_id")?, id(&request.agent_id, "agent_id")?);
     let session = id(&request.session_id, "session_id")?;
     let group_by = GroupBy::read(&request.group_by)?;
-    if group_by == GroupBy::User && user.is_some() || session.is_some() && group_by != GroupBy::Session {
+    if group_by == GroupBy::User && user.is_some()
+        || session.is_some() && group_by != GroupBy::Session
+    {
         return Err(Failure::invalid("This cannot be grouped so"));
     }
     let to = day(request.to_day.as_deref(), OffsetDateTime::now_utc().date())?;
     let from = day(request.from_day.as_deref(), to - Duration::days(DAYS - 1))?;
     // One session is found whenever it was created.
-    let (from, to) =
-        if session.is_some() { (Date::from_calendar_date(2000, time::Month::January, 1).unwrap_or(from), to) } else { (from, to) };
+    let (from, to) = if session.is_some() {
+        (Date::from_calendar_date(2000, time::Month::January, 1).unwrap_or(from), to)
+    } else {
+        (from, to)
+    };
     if session.is_none() && (to - from).whole_days() >= DAYS_MAX {
-        return Err(Failure::invalid(format!("At most {DAYS_MAX} days may be asked for at a time")));
+        return Err(Failure::invalid(format!(
+            "At most {DAYS_MAX} days may be asked for at a time"
+        )));
     }
     let limit = request.limit.clamp(1, PAGE_MAX);
     let query = sqlx::query(group_by.statement()).bind(user).bind(agent);
@@ -334,9 +399,15 @@ mod tests {
         let today = OffsetDateTime::now_utc().date();
         assert_eq!(day(None, today).ok(), Some(today));
         for good in ["2026-01-31", "2000-01-01", "9998-12-31"] {
-            assert_eq!(day(Some(good), today).map(|day| (day - Duration::days(DAYS)).year() >= 1999).ok(), Some(true), "{good}");
+            assert_eq!(
+                day(Some(good), today).map(|day| (day - Duration::days(DAYS)).year() >= 1999).ok(),
+                Some(true),
+                "{good}"
+            );
         }
-        for wrong in ["-9999-01-01", "0000-01-01", "1999-12-31", "9999-12-31", "2026-02-30", "2026-1-1", ""] {
+        for wrong in
+            ["-9999-01-01", "0000-01-01", "1999-12-31", "9999-12-31", "2026-02-30", "2026-1-1", ""]
+        {
             assert!(day(Some(wrong), today).is_err(), "{wrong}");
         }
     }

@@ -1,5 +1,5 @@
-//! What the model gateway recorded and a session's log is to show. The runner of its turn fetches entries by their numbers and appends
-//! them; how far it got stands in the log's checkpoints.
+//! What the model gateway recorded and a session's log is to show. The runner of its turn fetches
+//! entries by their numbers and appends them; how far it got stands in the log's checkpoints.
 
 use bus::Failure;
 use contract::{
@@ -21,7 +21,12 @@ use crate::{
 const AT_A_TIME: i64 = 200;
 
 /// Adds an entry under the number that the session's meter was set to.
-pub async fn add(tx: &mut PgConnection, session: Uuid, number: i64, kind: meter_entry::Kind) -> Result<(), Failure> {
+pub async fn add(
+    tx: &mut PgConnection,
+    session: Uuid,
+    number: i64,
+    kind: meter_entry::Kind,
+) -> Result<(), Failure> {
     sqlx::query("insert into model_entry (session_id, number, payload) values ($1, $2, $3)")
         .bind(session)
         .bind(number)
@@ -41,7 +46,10 @@ pub async fn hint(scheduler: &Scheduler, session: SessionId) {
 }
 
 /// Ignored if the claim is stale.
-pub async fn fetch(scheduler: Scheduler, request: FetchModelRequestsRequest) -> Result<FetchModelRequestsReply, Failure> {
+pub async fn fetch(
+    scheduler: Scheduler,
+    request: FetchModelRequestsRequest,
+) -> Result<FetchModelRequestsReply, Failure> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let turn = i32::try_from(request.turn).map_err(|_| missing())?;
     let row = sqlx::query(
@@ -76,7 +84,8 @@ pub async fn fetch(scheduler: Scheduler, request: FetchModelRequestsRequest) -> 
     let entries = rows.iter().filter_map(entry).collect();
     let open: i64 = row.try_get(1)?;
     let reasoning_tokens = row.try_get::<Option<i64>, _>(7)?.map(i64::unsigned_abs);
-    let turn_usage = Usage { reasoning_tokens, model: row.try_get(8)?, ..usage::of_columns(&row, 2)? };
+    let turn_usage =
+        Usage { reasoning_tokens, model: row.try_get(8)?, ..usage::of_columns(&row, 2)? };
     let reached: Option<Vec<u8>> = row.try_get(9)?;
     Ok(FetchModelRequestsReply {
         entries,

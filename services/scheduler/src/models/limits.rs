@@ -1,4 +1,5 @@
-//! Budgets and policies: rows of `model_limit`, with the deployment's defaults where a row or a value is missing.
+//! Budgets and policies: rows of `model_limit`, with the deployment's defaults where a row or a
+//! value is missing.
 
 use std::str::FromStr;
 
@@ -58,14 +59,19 @@ impl FromStr for DefaultBudget {
 
     fn from_str(text: &str) -> Result<Self, ()> {
         let mut limits = Limits::default();
-        for part in text.split(',').map(str::trim).filter(|part| !part.is_empty() && *part != "none") {
+        for part in
+            text.split(',').map(str::trim).filter(|part| !part.is_empty() && *part != "none")
+        {
             let (name, value) = part.split_once('=').ok_or(())?;
             if name == "usd" {
                 let usd: f64 = value.parse().map_err(|_| ())?;
-                limits.cost = Some((0.0..1e9).contains(&usd).then_some((usd * 1e6).round() as u64).ok_or(())?);
+                limits.cost = Some(
+                    (0.0..1e9).contains(&usd).then_some((usd * 1e6).round() as u64).ok_or(())?,
+                );
                 continue;
             }
-            let value = value.parse::<u64>().ok().filter(|value| i64::try_from(*value).is_ok()).ok_or(())?;
+            let value =
+                value.parse::<u64>().ok().filter(|value| i64::try_from(*value).is_ok()).ok_or(())?;
             match name {
                 "tokens" => limits.tokens = Some(value),
                 "requests" => limits.requests = Some(value),
@@ -85,19 +91,36 @@ impl std::fmt::Display for DefaultBudget {
 
 impl Defaults {
     pub fn from_env(env: &mut Env) -> Self {
-        let mut budget = |name: &str, meaning: &'static str| env.parsed(name, meaning, DefaultBudget::default());
-        let session = budget("AOD_BUDGET_SESSION", "default budget of each session, e.g. usd=5,tokens=2000000,requests=500,seconds=3600");
-        let agent = budget("AOD_BUDGET_AGENT", "default budget of all sessions of an agent, like AOD_BUDGET_SESSION");
-        let user = budget("AOD_BUDGET_USER", "default budget of all sessions of a user, like AOD_BUDGET_SESSION");
-        let deployment = budget("AOD_BUDGET_DEPLOYMENT", "budget of all sessions together, like AOD_BUDGET_SESSION");
-        let requests_per_minute =
-            env.parsed("AOD_MODEL_REQUESTS_PER_MINUTE", "maximum number of model requests of a session per minute; 0: no limit", 0);
+        let mut budget =
+            |name: &str, meaning: &'static str| env.parsed(name, meaning, DefaultBudget::default());
+        let session = budget(
+            "AOD_BUDGET_SESSION",
+            "default budget of each session, e.g. usd=5,tokens=2000000,requests=500,seconds=3600",
+        );
+        let agent = budget(
+            "AOD_BUDGET_AGENT",
+            "default budget of all sessions of an agent, like AOD_BUDGET_SESSION",
+        );
+        let user = budget(
+            "AOD_BUDGET_USER",
+            "default budget of all sessions of a user, like AOD_BUDGET_SESSION",
+        );
+        let deployment = budget(
+            "AOD_BUDGET_DEPLOYMENT",
+            "budget of all sessions together, like AOD_BUDGET_SESSION",
+        );
+        let requests_per_minute = env.parsed(
+            "AOD_MODEL_REQUESTS_PER_MINUTE",
+            "maximum number of model requests of a session per minute; 0: no limit",
+            0,
+        );
         Self { session, agent, user, deployment, requests_per_minute }
     }
 
     /// Whether a session without a row of its own is limited by nothing.
     pub fn limit_nothing(&self) -> bool {
-        self.requests_per_minute == 0 && Scope::ALL.into_iter().all(|scope| self.of(scope).is_none())
+        self.requests_per_minute == 0
+            && Scope::ALL.into_iter().all(|scope| self.of(scope).is_none())
     }
 
     pub fn of(&self, scope: Scope) -> Limits {
@@ -159,7 +182,11 @@ impl Policies {
 }
 
 /// Reads policies, and makes the rows of default budgets.
-pub async fn policies(tx: &mut PgConnection, owners: &Owners, defaults: &Defaults) -> Result<Policies, Failure> {
+pub async fn policies(
+    tx: &mut PgConnection,
+    owners: &Owners,
+    defaults: &Defaults,
+) -> Result<Policies, Failure> {
     let (scopes, ids) = owners.ids();
     let rows = sqlx::query(
         "select scope, allowed_models, requests_per_minute,
@@ -170,7 +197,8 @@ pub async fn policies(tx: &mut PgConnection, owners: &Owners, defaults: &Default
     .bind(&ids)
     .fetch_all(&mut *tx)
     .await?;
-    let mut policies = Policies { requests_per_minute: defaults.requests_per_minute, ..Policies::default() };
+    let mut policies =
+        Policies { requests_per_minute: defaults.requests_per_minute, ..Policies::default() };
     let mut known = Vec::new();
     let mut own_rates = Vec::new();
     for row in &rows {
@@ -193,7 +221,8 @@ pub async fn policies(tx: &mut PgConnection, owners: &Owners, defaults: &Default
     Ok(policies)
 }
 
-/// Creates the row of a budget if there is none. A session's row includes what the session used before; others start at zero.
+/// Creates the row of a budget if there is none. A session's row includes what the session used
+/// before; others start at zero.
 pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), Failure> {
     if scope == Scope::Session {
         // The row that everybody who writes of a session's requests takes first.
@@ -217,7 +246,11 @@ pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), F
 }
 
 /// Takes the rows of budgets until the transaction ends.
-pub async fn lock(tx: &mut PgConnection, owners: &Owners, defaults: &Defaults) -> Result<Vec<(Scope, Account)>, Failure> {
+pub async fn lock(
+    tx: &mut PgConnection,
+    owners: &Owners,
+    defaults: &Defaults,
+) -> Result<Vec<(Scope, Account)>, Failure> {
     let (scopes, ids) = owners.ids();
     let rows = sqlx::query(
         "select scope, max_cost_micro_usd, max_tokens, max_requests, max_seconds, used_cost_micro_usd, used_tokens, used_requests,
@@ -234,7 +267,9 @@ pub async fn lock(tx: &mut PgConnection, owners: &Owners, defaults: &Defaults) -
     let account = |row: &PgRow| -> Result<Option<(Scope, Account)>, Failure> {
         let Ok(scope) = row.try_get::<&str, _>(0)?.parse::<Scope>() else { return Ok(None) };
         let count = |index: usize| row.try_get::<i64, _>(index).map(i64::unsigned_abs);
-        let max = |index: usize| row.try_get::<Option<i64>, _>(index).map(|max| max.map(i64::unsigned_abs));
+        let max = |index: usize| {
+            row.try_get::<Option<i64>, _>(index).map(|max| max.map(i64::unsigned_abs))
+        };
         let own = Limits { cost: max(1)?, tokens: max(2)?, requests: max(3)?, seconds: max(4)? };
         let account = Account {
             limits: own.or(defaults.of(scope)),
@@ -278,7 +313,12 @@ pub struct Change {
     pub held_tokens: i64,
 }
 
-pub async fn apply(tx: &mut PgConnection, owners: &Owners, change: Change, warned: &[Scope]) -> Result<(), Failure> {
+pub async fn apply(
+    tx: &mut PgConnection,
+    owners: &Owners,
+    change: Change,
+    warned: &[Scope],
+) -> Result<(), Failure> {
     let (scopes, ids) = owners.ids();
     let warned: Vec<&str> = warned.iter().map(|scope| scope.as_str()).collect();
     let number = |count: u64| count.min(super::requests::COUNT_MAX).cast_signed();
@@ -318,7 +358,8 @@ mod tests {
 
     #[test]
     fn a_budget_is_read_from_a_setting() {
-        let limits = Limits { cost: Some(2_500_000), tokens: None, requests: Some(10), seconds: Some(60) };
+        let limits =
+            Limits { cost: Some(2_500_000), tokens: None, requests: Some(10), seconds: Some(60) };
         assert_eq!("usd=2.5, requests=10,seconds=60".parse(), Ok(DefaultBudget(limits)));
         assert_eq!("".parse(), Ok(DefaultBudget::default()));
         for wrong in ["usd", "usd=-1", "euro=5", "tokens=1.5", "tokens=99999999999999999999"] {
@@ -329,11 +370,16 @@ mod tests {
     #[test]
     fn a_model_has_to_be_allowed_by_every_scope_that_names_some() {
         let policies = Policies {
-            allowed_models: vec![vec!["claude-*".to_owned()], vec!["claude-haiku-4-5".to_owned(), "gpt-5".to_owned()]],
+            allowed_models: vec![
+                vec!["claude-*".to_owned()],
+                vec!["claude-haiku-4-5".to_owned(), "gpt-5".to_owned()],
+            ],
             ..Policies::default()
         };
         assert!(policies.allow("claude-haiku-4-5"));
-        assert!(!policies.allow("claude-opus-4-5") && !policies.allow("gpt-5") && !policies.allow(""));
+        assert!(
+            !policies.allow("claude-opus-4-5") && !policies.allow("gpt-5") && !policies.allow("")
+        );
         assert!(Policies::default().allow("anything"));
     }
 }

@@ -1,7 +1,8 @@
 //! Model requests: admitted and reserved before they are sent, settled once with what they used.
 //!
-//! Code that writes about a session's requests locks its row of `model_meter` first, then the budgets' rows, session first and deployment
-//! last. Each transaction is short: a budget's row is held for as long as Postgres takes to commit.
+//! Code that writes about a session's requests locks its row of `model_meter` first, then the
+//! budgets' rows, session first and deployment last. Each transaction is short: a budget's row is
+//! held for as long as Postgres takes to commit.
 
 use std::time::Duration;
 
@@ -9,8 +10,9 @@ use bus::Failure;
 use contract::{
     common::Empty,
     scheduler::{
-        BeginModelRequestReply, BeginModelRequestRequest, EndModelRequestRequest, ModelRequestAdmitted, ModelRequestRefused,
-        ModelRequestWaits, RenewModelGatewayRequest, begin_model_request_reply::Verdict, meter_entry,
+        BeginModelRequestReply, BeginModelRequestRequest, EndModelRequestRequest,
+        ModelRequestAdmitted, ModelRequestRefused, ModelRequestWaits, RenewModelGatewayRequest,
+        begin_model_request_reply::Verdict, meter_entry,
     },
     session::{BudgetNotice, ModelRequestEnded, ModelRequestStarted, Usage},
 };
@@ -39,7 +41,10 @@ const NAME_CHARS_MAX: usize = 200;
 /// No request used more: sums of such counts do not overflow.
 pub const COUNT_MAX: u64 = 1_000_000_000_000;
 
-pub async fn renew(scheduler: Scheduler, request: RenewModelGatewayRequest) -> Result<Empty, Failure> {
+pub async fn renew(
+    scheduler: Scheduler,
+    request: RenewModelGatewayRequest,
+) -> Result<Empty, Failure> {
     sqlx::query(
         "insert into model_gateway (gateway_id, expires_at) values ($1, now() + make_interval(secs => $2))
          on conflict (gateway_id) do update set expires_at = excluded.expires_at",
@@ -79,7 +84,10 @@ impl Named {
             provider: name(&request.provider),
             model: name(&request.model),
             key: name(&request.key),
-            estimate: Estimate { cost: request.estimated_cost_micro_usd, tokens: request.estimated_tokens },
+            estimate: Estimate {
+                cost: request.estimated_cost_micro_usd,
+                tokens: request.estimated_tokens,
+            },
         })
     }
 }
@@ -89,10 +97,17 @@ fn admitted(is_unlimited: bool) -> Verdict {
 }
 
 fn refused(reason: &str, message: impl Into<String>) -> Verdict {
-    Verdict::Refused(ModelRequestRefused { reason: reason.to_owned(), message: message.into(), retry_after_seconds: 0 })
+    Verdict::Refused(ModelRequestRefused {
+        reason: reason.to_owned(),
+        message: message.into(),
+        retry_after_seconds: 0,
+    })
 }
 
-pub async fn begin(scheduler: Scheduler, request: BeginModelRequestRequest) -> Result<BeginModelRequestReply, Failure> {
+pub async fn begin(
+    scheduler: Scheduler,
+    request: BeginModelRequestRequest,
+) -> Result<BeginModelRequestReply, Failure> {
     let named = Named::read(request)?;
     let (verdict, has_entries) = idempotency::retried(|| begin_once(&scheduler, &named)).await?;
     if has_entries {
@@ -126,7 +141,8 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
     .fetch_optional(&mut *tx)
     .await?;
     let Some(row) = row else { return Ok((refused("session", "The session was deleted"), false)) };
-    let owners = Owners { session: named.session.uuid(), user: row.try_get(0)?, agent: row.try_get(1)? };
+    let owners =
+        Owners { session: named.session.uuid(), user: row.try_get(0)?, agent: row.try_get(1)? };
     let (turn, status): (i32, &str) = (row.try_get(2)?, row.try_get(3)?);
     if status == SessionStatus::Terminated.as_str() {
         return Ok((refused("session", "The session was terminated"), false));
@@ -137,7 +153,10 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
         return Ok((admitted(policies.is_unlimited()), false));
     }
     if !policies.allow(&named.model) {
-        return Ok((refused("model", format!("The model {} is not allowed for this session", named.model)), false));
+        return Ok((
+            refused("model", format!("The model {} is not allowed for this session", named.model)),
+            false,
+        ));
     }
     let meter = sqlx::query(
         "insert into model_meter as m (session_id, number, minute_requests) values ($1, 1, 1)
@@ -151,15 +170,27 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
     .bind(owners.session)
     .fetch_one(&mut *tx)
     .await?;
-    let (number, in_minute, left): (i64, i32, f64) = (meter.try_get(0)?, meter.try_get(1)?, meter.try_get(2)?);
+    let (number, in_minute, left): (i64, i32, f64) =
+        (meter.try_get(0)?, meter.try_get(1)?, meter.try_get(2)?);
     if policies.requests_per_minute > 0 && unsigned(in_minute) > policies.requests_per_minute {
-        let message = format!("The session may send {} model requests per minute", policies.requests_per_minute);
+        let message = format!(
+            "The session may send {} model requests per minute",
+            policies.requests_per_minute
+        );
         let retry_after_seconds = left.ceil().clamp(1.0, 60.0) as u32;
-        return Ok((Verdict::Refused(ModelRequestRefused { reason: "rate".to_owned(), message, retry_after_seconds }), false));
+        return Ok((
+            Verdict::Refused(ModelRequestRefused {
+                reason: "rate".to_owned(),
+                message,
+                retry_after_seconds,
+            }),
+            false,
+        ));
     }
     let mut next = number;
     if policies.has_budget {
-        let (has_overdrawn, reached, counted): (bool, Option<i32>, i64) = (meter.try_get(3)?, meter.try_get(4)?, meter.try_get(5)?);
+        let (has_overdrawn, reached, counted): (bool, Option<i32>, i64) =
+            (meter.try_get(3)?, meter.try_get(4)?, meter.try_get(5)?);
         // How long its turns ran is counted when a model is asked.
         let (ran_us, ran) = ran(&mut tx, owners.session, turn, counted).await?;
         let taken = limits::lock(&mut tx, &owners, defaults).await?;
@@ -179,13 +210,27 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
                     held_tokens: hold(named.estimate.tokens),
                     ..time
                 };
-                let warned: Vec<Scope> = warnings.iter().filter_map(|warning| scopes.get(warning.account).copied()).collect();
+                let warned: Vec<Scope> = warnings
+                    .iter()
+                    .filter_map(|warning| scopes.get(warning.account).copied())
+                    .collect();
                 for warning in &warnings {
-                    entries::add(&mut tx, owners.session, next, meter_entry::Kind::Notice(notice(warning, &scopes, false))).await?;
+                    entries::add(
+                        &mut tx,
+                        owners.session,
+                        next,
+                        meter_entry::Kind::Notice(notice(warning, &scopes, false)),
+                    )
+                    .await?;
                     metrics::counter!("aod_budget_warnings_total").increment(1);
                     next += 1;
                 }
-                settle_meter(&mut tx, &owners, Meter { number: next, counted: ran_us, overdraws, reached: None }).await?;
+                settle_meter(
+                    &mut tx,
+                    &owners,
+                    Meter { number: next, counted: ran_us, overdraws, reached: None },
+                )
+                .await?;
                 limits::apply(&mut tx, &owners, change, &warned).await?;
             }
             budget::Verdict::Reached(reached_limit) => {
@@ -193,18 +238,32 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
                 let message = budget::message(&reached_notice);
                 let is_new = reached != Some(turn);
                 if is_new {
-                    entries::add(&mut tx, owners.session, number, meter_entry::Kind::Notice(reached_notice.clone())).await?;
+                    entries::add(
+                        &mut tx,
+                        owners.session,
+                        number,
+                        meter_entry::Kind::Notice(reached_notice.clone()),
+                    )
+                    .await?;
                     metrics::counter!("aod_budgets_reached_total", "scope" => scopes.get(reached_limit.account).map_or("", |s| s.as_str()))
                         .increment(1);
                 }
-                let meter = Meter { number, counted: ran_us, overdraws: has_overdrawn, reached: Some((turn, reached_notice)) };
+                let meter = Meter {
+                    number,
+                    counted: ran_us,
+                    overdraws: has_overdrawn,
+                    reached: Some((turn, reached_notice)),
+                };
                 settle_meter(&mut tx, &owners, meter).await?;
                 limits::apply(&mut tx, &owners, time, &[]).await?;
                 tx.commit().await?;
                 return Ok((refused("budget", message), is_new));
             }
             budget::Verdict::Unpriced => {
-                let message = format!("The model {} has no price, and a budget of money applies to the session", named.model);
+                let message = format!(
+                    "The model {} has no price, and a budget of money applies to the session",
+                    named.model
+                );
                 return Ok((refused("price", message), false));
             }
             budget::Verdict::Waits => return Ok((Verdict::Waits(ModelRequestWaits {}), false)),
@@ -213,16 +272,24 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
         count_time(&mut tx, owners.session).await?;
     }
     insert(&mut tx, named, &owners, turn, policies.has_budget).await?;
-    let started = ModelRequestStarted { request_id: named.id.to_string(), provider: named.provider.clone(), model: named.model.clone() };
+    let started = ModelRequestStarted {
+        request_id: named.id.to_string(),
+        provider: named.provider.clone(),
+        model: named.model.clone(),
+    };
     entries::add(&mut tx, owners.session, next, meter_entry::Kind::Started(started)).await?;
     tx.commit().await?;
     Ok((admitted(policies.is_unlimited()), true))
 }
 
-/// What [`begin_once`] does for a session that no row limits, in one statement: an agent waits for it. Returns whether there was such a
-/// session, without a request of that id.
+/// What [`begin_once`] does for a session that no row limits, in one statement: an agent waits for
+/// it. Returns whether there was such a session, without a request of that id.
 async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, Failure> {
-    let started = ModelRequestStarted { request_id: named.id.to_string(), provider: named.provider.clone(), model: named.model.clone() };
+    let started = ModelRequestStarted {
+        request_id: named.id.to_string(),
+        provider: named.provider.clone(),
+        model: named.model.clone(),
+    };
     let begun = sqlx::query(
         "with free as (
              select s.user_id, s.agent_id, s.turn_count,
@@ -264,9 +331,15 @@ async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, F
     Ok(begun.rows_affected() == 1)
 }
 
-/// How long the turns of a session ran so far, in microseconds, and what of that is new. Budgets that it shares with others do not count
-/// turns from before any of its time was counted: an earlier release counted none without a budget.
-async fn ran(tx: &mut PgConnection, session: Uuid, turn: i32, counted: i64) -> Result<(i64, Ran), Failure> {
+/// How long the turns of a session ran so far, in microseconds, and what of that is new. Budgets
+/// that it shares with others do not count turns from before any of its time was counted: an
+/// earlier release counted none without a budget.
+async fn ran(
+    tx: &mut PgConnection,
+    session: Uuid,
+    turn: i32,
+    counted: i64,
+) -> Result<(i64, Ran), Failure> {
     let row = sqlx::query(
         "with ran as (
              select turn_number, extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000 as us
@@ -284,7 +357,8 @@ async fn ran(tx: &mut PgConnection, session: Uuid, turn: i32, counted: i64) -> R
     Ok((total, Ran { own, shared }))
 }
 
-/// Counts how long a session's turns ran that has no budget: one that is set later for others too is not to count it.
+/// Counts how long a session's turns ran that has no budget: one that is set later for others too
+/// is not to count it.
 async fn count_time(tx: &mut PgConnection, session: Uuid) -> Result<(), Failure> {
     sqlx::query(
         "update model_meter
@@ -307,7 +381,8 @@ struct Meter {
 }
 
 async fn settle_meter(tx: &mut PgConnection, owners: &Owners, meter: Meter) -> Result<(), Failure> {
-    let (turn, reached) = meter.reached.map(|(turn, notice)| (turn, notice.encode_to_vec())).unzip();
+    let (turn, reached) =
+        meter.reached.map(|(turn, notice)| (turn, notice.encode_to_vec())).unzip();
     sqlx::query(
         "update model_meter set number = $2, counted_us = greatest(counted_us, $3), has_overdrawn = $4, reached_turn = $5, reached = $6
          where session_id = $1",
@@ -333,7 +408,13 @@ fn notice(notice: &Notice, scopes: &[Scope], is_reached: bool) -> BudgetNotice {
     }
 }
 
-async fn insert(tx: &mut PgConnection, named: &Named, owners: &Owners, turn: i32, is_budgeted: bool) -> Result<(), Failure> {
+async fn insert(
+    tx: &mut PgConnection,
+    named: &Named,
+    owners: &Owners,
+    turn: i32,
+    is_budgeted: bool,
+) -> Result<(), Failure> {
     let held = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
     sqlx::query(
         "insert into model_request (request_id, session_id, user_id, agent_id, turn_number, gateway_id, provider, model, key, status,
@@ -361,7 +442,10 @@ pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Resul
     let named = Named::read(request.begun.clone().unwrap_or_default())?;
     idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
-        let known = sqlx::query("select from model_request where request_id = $1").bind(named.id).fetch_optional(&mut *tx).await?;
+        let known = sqlx::query("select from model_request where request_id = $1")
+            .bind(named.id)
+            .fetch_optional(&mut *tx)
+            .await?;
         if known.is_none() && is_unsent(&request) {
             insert_unsent(&mut tx, &named).await?;
             tx.commit().await?;
@@ -384,7 +468,8 @@ fn is_unsent(request: &EndModelRequestRequest) -> bool {
     request.status == 0 && !request.is_partial && request.usage.is_none()
 }
 
-/// A request that ended before its beginning came, if that comes at all: it is to reserve nothing then. No total counts it.
+/// A request that ended before its beginning came, if that comes at all: it is to reserve nothing
+/// then. No total counts it.
 async fn insert_unsent(tx: &mut PgConnection, named: &Named) -> Result<(), Failure> {
     if insert_late(tx, named).await? {
         sqlx::query("update model_request set status = 'settled', ended_at = now(), is_summed = true where request_id = $1")
@@ -395,20 +480,28 @@ async fn insert_unsent(tx: &mut PgConnection, named: &Named) -> Result<(), Failu
     Ok(())
 }
 
-/// A request whose beginning was not recorded: the gateway sent it while this service was away, for nothing limits the session.
+/// A request whose beginning was not recorded: the gateway sent it while this service was away, for
+/// nothing limits the session.
 async fn insert_late(tx: &mut PgConnection, named: &Named) -> Result<bool, Failure> {
-    let row = sqlx::query("select user_id, agent_id, turn_count from session where session_id = $1")
-        .bind(named.session.uuid())
-        .fetch_optional(&mut *tx)
-        .await?;
+    let row =
+        sqlx::query("select user_id, agent_id, turn_count from session where session_id = $1")
+            .bind(named.session.uuid())
+            .fetch_optional(&mut *tx)
+            .await?;
     let Some(row) = row else { return Ok(false) };
-    let owners = Owners { session: named.session.uuid(), user: row.try_get(0)?, agent: row.try_get(1)? };
+    let owners =
+        Owners { session: named.session.uuid(), user: row.try_get(0)?, agent: row.try_get(1)? };
     insert(tx, named, &owners, row.try_get(2)?, false).await?;
     Ok(true)
 }
 
 /// Settles a request, once; one that was unknown may be settled later.
-async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &EndModelRequestRequest) -> Result<(), Failure> {
+async fn settle(
+    tx: &mut PgConnection,
+    session: SessionId,
+    id: Uuid,
+    request: &EndModelRequestRequest,
+) -> Result<(), Failure> {
     // None: the session was deleted, and nothing is kept of it but what counts for others.
     let number: Option<i64> = sqlx::query_scalar(
         "insert into model_meter as m (session_id, number) select session_id, 1 from session where session_id = $1
@@ -442,18 +535,30 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
     let Some(row) = row else { return Ok(()) };
     let was_unknown: bool = row.try_get(0)?;
     let owners = Owners { session: session.uuid(), user: row.try_get(1)?, agent: row.try_get(2)? };
-    let (turn, provider, model): (i32, String, String) = (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
-    let (is_budgeted, held_tokens, held_cost): (bool, i64, i64) = (row.try_get(6)?, row.try_get(7)?, row.try_get(8)?);
+    let (turn, provider, model): (i32, String, String) =
+        (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
+    let (is_budgeted, held_tokens, held_cost): (bool, i64, i64) =
+        (row.try_get(6)?, row.try_get(7)?, row.try_get(8)?);
     if let Some(number) = number {
-        let used = Used { owners, turn, number, provider, model, was_unknown, usage: usage.as_ref() };
+        let used =
+            Used { owners, turn, number, provider, model, was_unknown, usage: usage.as_ref() };
         show(tx, used, id, request).await?;
     }
-    let sum = |usage: &Usage| usage.input_tokens.unwrap_or_default().saturating_add(usage.output_tokens.unwrap_or_default());
-    let (tokens, cost) = (usage.as_ref().map(sum), usage.as_ref().and_then(|usage| usage.cost_micro_usd));
+    let sum = |usage: &Usage| {
+        usage
+            .input_tokens
+            .unwrap_or_default()
+            .saturating_add(usage.output_tokens.unwrap_or_default())
+    };
+    let (tokens, cost) =
+        (usage.as_ref().map(sum), usage.as_ref().and_then(|usage| usage.cost_micro_usd));
     let is_whole = is_known && !request.is_partial;
     let (held_tokens, held_cost) = (held_tokens.unsigned_abs(), held_cost.unsigned_abs());
     // A gateway that saw more generated than was reserved says so.
-    let least = request.begun.as_ref().map(|begun| (begun.estimated_tokens, begun.estimated_cost_micro_usd.unwrap_or_default()));
+    let least = request
+        .begun
+        .as_ref()
+        .map(|begun| (begun.estimated_tokens, begun.estimated_cost_micro_usd.unwrap_or_default()));
     let (least_tokens, least_cost) = least.unwrap_or_default();
     let used_tokens = charge(held_tokens.max(least_tokens), tokens, is_whole);
     let used_cost = charge(held_cost.max(least_cost), cost, is_whole);
@@ -469,7 +574,8 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
             used_cost,
             held_tokens: -held_tokens.cast_signed(),
             held_cost: -held_cost.cast_signed(),
-            // One that began before there was a budget is counted by the one that was set meanwhile.
+            // One that began before there was a budget is counted by the one that was set
+            // meanwhile.
             used_requests: u64::from(!is_budgeted),
             ..Change::default()
         },
@@ -477,12 +583,28 @@ async fn settle(tx: &mut PgConnection, session: SessionId, id: Uuid, request: &E
     limits::apply(tx, &owners, change, &[]).await
 }
 
-/// What a request used, in the order of the columns: input, output, cache read, cache write and reasoning tokens, and the cost.
+/// What a request used, in the order of the columns: input, output, cache read, cache write and
+/// reasoning tokens, and the cost.
 fn counts(usage: Option<&Usage>) -> [Option<i64>; 6] {
     let Some(usage) = usage else { return [None; 6] };
-    let Usage { input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, .. } = *usage;
-    [input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd]
-        .map(|count| count.map(|count| count.min(COUNT_MAX).cast_signed()))
+    let Usage {
+        input_tokens,
+        output_tokens,
+        cache_read_tokens,
+        cache_write_tokens,
+        reasoning_tokens,
+        cost_micro_usd,
+        ..
+    } = *usage;
+    [
+        input_tokens,
+        output_tokens,
+        cache_read_tokens,
+        cache_write_tokens,
+        reasoning_tokens,
+        cost_micro_usd,
+    ]
+    .map(|count| count.map(|count| count.min(COUNT_MAX).cast_signed()))
 }
 
 /// A request that was settled, for its turn's usage and its session's log.
@@ -496,7 +618,12 @@ struct Used<'a> {
     usage: Option<&'a Usage>,
 }
 
-async fn show(tx: &mut PgConnection, used: Used<'_>, id: Uuid, request: &EndModelRequestRequest) -> Result<(), Failure> {
+async fn show(
+    tx: &mut PgConnection,
+    used: Used<'_>,
+    id: Uuid,
+    request: &EndModelRequestRequest,
+) -> Result<(), Failure> {
     let Used { owners, turn, number, provider, model, was_unknown, usage } = used;
     let is_unpriced = usage.is_some_and(|usage| usage.cost_micro_usd.is_none());
     let query = sqlx::query(
@@ -517,7 +644,8 @@ async fn show(tx: &mut PgConnection, used: Used<'_>, id: Uuid, request: &EndMode
     .bind(was_unknown)
     .bind(usage.is_none())
     .bind(i64::from(is_unpriced));
-    let query = counts(usage).into_iter().fold(query, |query, count| query.bind(count.unwrap_or_default()));
+    let query =
+        counts(usage).into_iter().fold(query, |query, count| query.bind(count.unwrap_or_default()));
     query.bind(&model).execute(&mut *tx).await?;
     let failure = (!request.error.is_empty()).then(|| without_nul(&request.error));
     sqlx::query("update model_meter set failed_turn = $2, failure = $3 where session_id = $1")
@@ -577,9 +705,14 @@ pub async fn settle_lost(scheduler: &Scheduler) -> Result<(), Failure> {
     outcome
 }
 
-async fn settle_one_lost(scheduler: &Scheduler, id: Uuid, session: SessionId) -> Result<(), Failure> {
+async fn settle_one_lost(
+    scheduler: &Scheduler,
+    id: Uuid,
+    session: SessionId,
+) -> Result<(), Failure> {
     let error = "The model gateway that sent it is gone".to_owned();
-    let lost = EndModelRequestRequest { is_partial: true, error, ..EndModelRequestRequest::default() };
+    let lost =
+        EndModelRequestRequest { is_partial: true, error, ..EndModelRequestRequest::default() };
     let mut tx = scheduler.pool.begin().await?;
     settle(&mut tx, session, id, &lost).await?;
     tx.commit().await?;

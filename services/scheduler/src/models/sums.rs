@@ -1,5 +1,5 @@
-//! Totals per user, day, agent, key and model. Requests are added up a moment after they are settled, many at a time: no row is written
-//! by every request.
+//! Totals per user, day, agent, key and model. Requests are added up a moment after they are
+//! settled, many at a time: no row is written by every request.
 
 use bus::Failure;
 use sqlx::PgPool;
@@ -7,7 +7,8 @@ use sqlx::PgPool;
 const AT_A_TIME: i64 = 2000;
 const KEPT_DAYS: i32 = 7;
 
-/// Adds settled requests to the totals of their day. Unknown ones wait for an hour, in case their usage is still reported.
+/// Adds settled requests to the totals of their day. Unknown ones wait for an hour, in case their
+/// usage is still reported.
 pub async fn add_up(pool: &PgPool) -> Result<(), Failure> {
     loop {
         let summed = sqlx::query(

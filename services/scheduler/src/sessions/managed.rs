@@ -1,12 +1,14 @@
-//! What the Managed Agents API does with sessions beyond the original one: their own versions of agents, changes that the log shows,
-//! archiving. Statuses of both are projections of one row: see `v1_status` in the migration.
+//! What the Managed Agents API does with sessions beyond the original one: their own versions of
+//! agents, changes that the log shows, archiving. Statuses of both are projections of one row: see
+//! `v1_status` in the migration.
 
 use std::time::Duration;
 
 use bus::Failure;
 use contract::{
     scheduler::{
-        ArchiveSessionRequest, EnsureSessionSecretReply, EnsureSessionSecretRequest, GetSessionRequest, Session, UpdateSessionRequest,
+        ArchiveSessionRequest, EnsureSessionSecretReply, EnsureSessionSecretRequest,
+        GetSessionRequest, Session, UpdateSessionRequest,
     },
     session::{Terminated, Updated, session_event::Kind},
 };
@@ -37,20 +39,27 @@ use crate::{
 
 const EVERY: Duration = Duration::from_secs(1);
 const AT_A_TIME: i64 = 100;
-/// How long a change waits for its event to be in the log. It is appended later where that takes longer.
+/// How long a change waits for its event to be in the log. It is appended later where that takes
+/// longer.
 const APPENDED_WITHIN: Duration = Duration::from_secs(3);
 
 /// A status of the Managed Agents API.
 const RUNNING: &str = "running";
 
 async fn v1_status(tx: &mut PgConnection, session: SessionId) -> Result<String, Failure> {
-    let status = sqlx::query_scalar("select v1_status(session) from session where session_id = $1").bind(session.uuid());
+    let status = sqlx::query_scalar("select v1_status(session) from session where session_id = $1")
+        .bind(session.uuid());
     Ok(status.fetch_one(tx).await?)
 }
 
-pub async fn update(scheduler: Scheduler, request: UpdateSessionRequest) -> Result<Session, Failure> {
-    let (user, id): (UserId, SessionId) =
-        (request.user_id.parse().map_err(|_| missing())?, request.session_id.parse().map_err(|_| missing())?);
+pub async fn update(
+    scheduler: Scheduler,
+    request: UpdateSessionRequest,
+) -> Result<Session, Failure> {
+    let (user, id): (UserId, SessionId) = (
+        request.user_id.parse().map_err(|_| missing())?,
+        request.session_id.parse().map_err(|_| missing())?,
+    );
     let changed = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = update_in(&mut tx, user, id, &request).await;
@@ -64,21 +73,36 @@ pub async fn update(scheduler: Scheduler, request: UpdateSessionRequest) -> Resu
             tracing::warn!(session_id = %id, %error, "failed to append a session's update; will retry");
         }
     }
-    let get = GetSessionRequest { user_id: request.user_id, session_id: request.session_id, recorded_through: 0, v1: true };
+    let get = GetSessionRequest {
+        user_id: request.user_id,
+        session_id: request.session_id,
+        recorded_through: 0,
+        v1: true,
+    };
     sessions::get(scheduler, get).await
 }
 
 /// Tells whether anything changed.
-async fn update_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: &UpdateSessionRequest) -> Result<bool, Failure> {
+async fn update_in(
+    tx: &mut PgConnection,
+    user: UserId,
+    id: SessionId,
+    request: &UpdateSessionRequest,
+) -> Result<bool, Failure> {
     let row = lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
     let mut changes = Map::new();
-    let title = if request.clear_title { None } else { request.title.clone().or_else(|| row.title.clone()) };
+    let title = if request.clear_title {
+        None
+    } else {
+        request.title.clone().or_else(|| row.title.clone())
+    };
     if title != row.title {
         changes.insert("title".to_owned(), title.clone().into());
     }
     let mut metadata = row.metadata.clone();
     if let Some(patch) = &request.metadata {
-        let patch: Map<String, Value> = serde_json::from_str(patch).map_err(|_| Failure::invalid("Malformed metadata"))?;
+        let patch: Map<String, Value> =
+            serde_json::from_str(patch).map_err(|_| Failure::invalid("Malformed metadata"))?;
         let current = row.metadata.as_object().cloned().unwrap_or_default();
         metadata = Value::Object(merge_limited_metadata(current, patch).map_err(Failure::invalid)?);
     }
@@ -87,11 +111,14 @@ async fn update_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: 
     }
     let mut version = row.agent_version;
     if let Some(changed) = &request.agent {
-        let agent = row.agent_id.ok_or_else(|| Failure::conflict("The session's agent is gone").because("agent_missing"))?;
+        let agent = row.agent_id.ok_or_else(|| {
+            Failure::conflict("The session's agent is gone").because("agent_missing")
+        })?;
         if v1_status(tx, id).await? == RUNNING || row.status()?.is_active() {
-            return Err(
-                Failure::conflict("The agent of a running session cannot be changed: interrupt it first").because("session_running")
-            );
+            return Err(Failure::conflict(
+                "The agent of a running session cannot be changed: interrupt it first",
+            )
+            .because("session_running"));
         }
         // All of the agent is written: a change that was made meanwhile would be lost.
         if request.agent_row_version.is_some_and(|read| read != row.agent_version) {
@@ -120,11 +147,16 @@ async fn update_in(tx: &mut PgConnection, user: UserId, id: SessionId, request: 
     Ok(true)
 }
 
-/// The secret that a session keeps its tokens in: the one that it has, or the one that the request names. Its next turn renews what its
-/// sandbox has of them.
-pub async fn ensure_secret(scheduler: Scheduler, request: EnsureSessionSecretRequest) -> Result<EnsureSessionSecretReply, Failure> {
-    let (user, id): (UserId, SessionId) =
-        (request.user_id.parse().map_err(|_| missing())?, request.session_id.parse().map_err(|_| missing())?);
+/// The secret that a session keeps its tokens in: the one that it has, or the one that the request
+/// names. Its next turn renews what its sandbox has of them.
+pub async fn ensure_secret(
+    scheduler: Scheduler,
+    request: EnsureSessionSecretRequest,
+) -> Result<EnsureSessionSecretReply, Failure> {
+    let (user, id): (UserId, SessionId) = (
+        request.user_id.parse().map_err(|_| missing())?,
+        request.session_id.parse().map_err(|_| missing())?,
+    );
     let new = secret_id(Some(&request.secret_id))?;
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
@@ -145,11 +177,12 @@ pub async fn ensure_secret(scheduler: Scheduler, request: EnsureSessionSecretReq
 
 /// Appends what changed of sessions to their logs, once they are idle.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    service::periodically("session updates", EVERY, stop, || append_updates(&scheduler, None)).await;
+    service::periodically("session updates", EVERY, stop, || append_updates(&scheduler, None))
+        .await;
 }
 
-/// Appends the updates of one session, or of all that are idle. The row goes after its event is in the log: a crash between the two
-/// appends it again, which the event's id shows.
+/// Appends the updates of one session, or of all that are idle. The row goes after its event is in
+/// the log: a crash between the two appends it again, which the event's id shows.
 async fn append_updates(scheduler: &Scheduler, session: Option<SessionId>) -> Result<(), Failure> {
     let rows = sqlx::query(
         "select u.update_id, u.session_id, u.changes, u.agent_version
@@ -170,7 +203,9 @@ async fn append_updates(scheduler: &Scheduler, session: Option<SessionId>) -> Re
             continue;
         }
         let id = SessionId::from_uuid(session);
-        if let Err(error) = append_update(scheduler, update, id, row.try_get(2)?, row.try_get(3)?).await {
+        if let Err(error) =
+            append_update(scheduler, update, id, row.try_get(2)?, row.try_get(3)?).await
+        {
             tracing::warn!(%error, session_id = %id, "failed to append a session's update; will retry");
             failed = Some(session);
         }
@@ -181,18 +216,28 @@ async fn append_updates(scheduler: &Scheduler, session: Option<SessionId>) -> Re
     Ok(())
 }
 
-async fn append_update(scheduler: &Scheduler, update: Uuid, id: SessionId, changes: Value, version: i32) -> Result<(), Failure> {
+async fn append_update(
+    scheduler: &Scheduler,
+    update: Uuid,
+    id: SessionId,
+    changes: Value,
+    version: i32,
+) -> Result<(), Failure> {
     // One replica at a time; the lock ends with the transaction.
     let mut tx = scheduler.pool.begin().await?;
-    let mine = sqlx::query("select from session_update where update_id = $1 for update skip locked").bind(update).fetch_optional(&mut *tx);
+    let mine =
+        sqlx::query("select from session_update where update_id = $1 for update skip locked")
+            .bind(update)
+            .fetch_optional(&mut *tx);
     if mine.await?.is_none() {
         return Ok(());
     }
-    let row: Option<(i16, i32, String, Option<Uuid>)> =
-        sqlx::query_as("select event_partition, turn_count, status, agent_id from session where session_id = $1")
-            .bind(id.uuid())
-            .fetch_optional(&mut *tx)
-            .await?;
+    let row: Option<(i16, i32, String, Option<Uuid>)> = sqlx::query_as(
+        "select event_partition, turn_count, status, agent_id from session where session_id = $1",
+    )
+    .bind(id.uuid())
+    .fetch_optional(&mut *tx)
+    .await?;
     let Some((partition, turn, status, agent)) = row else { return Ok(()) };
     if status.parse().is_ok_and(|status: SessionStatus| status.is_active()) {
         return Ok(());
@@ -204,9 +249,21 @@ async fn append_update(scheduler: &Scheduler, update: Uuid, id: SessionId, chang
     let agent = agent.map(|agent| agent.encode_to_vec()).unwrap_or_default();
     let updated = Updated { update_id: update.to_string(), changes: changes.to_string(), agent };
     let kind = Kind::Updated(updated);
-    match ending::append(scheduler, id, row::partition(partition)?, Ending::Update, unsigned(turn), &kind).await? {
+    match ending::append(
+        scheduler,
+        id,
+        row::partition(partition)?,
+        Ending::Update,
+        unsigned(turn),
+        &kind,
+    )
+    .await?
+    {
         Appended::Here(_) | Appended::Before => {
-            sqlx::query("delete from session_update where update_id = $1").bind(update).execute(&mut *tx).await?;
+            sqlx::query("delete from session_update where update_id = $1")
+                .bind(update)
+                .execute(&mut *tx)
+                .await?;
             tx.commit().await?;
         }
         // The next round tries again.
@@ -218,10 +275,16 @@ async fn append_update(scheduler: &Scheduler, update: Uuid, id: SessionId, chang
 /// Archivings at a time: each holds a connection while it appends to the log, which needs another.
 static ARCHIVINGS: Semaphore = Semaphore::const_new(4);
 
-/// Archives a session that is idle: it is terminated, and lists leave it out. Archiving it again is no error.
-pub async fn archive(scheduler: Scheduler, request: ArchiveSessionRequest) -> Result<Session, Failure> {
-    let (user, id): (UserId, SessionId) =
-        (request.user_id.parse().map_err(|_| missing())?, request.session_id.parse().map_err(|_| missing())?);
+/// Archives a session that is idle: it is terminated, and lists leave it out. Archiving it again is
+/// no error.
+pub async fn archive(
+    scheduler: Scheduler,
+    request: ArchiveSessionRequest,
+) -> Result<Session, Failure> {
+    let (user, id): (UserId, SessionId) = (
+        request.user_id.parse().map_err(|_| missing())?,
+        request.session_id.parse().map_err(|_| missing())?,
+    );
     let archived = async {
         let _permit = ARCHIVINGS.acquire().await.map_err(Failure::internal)?;
         while !archive_in(&scheduler, user, id).await? {
@@ -229,29 +292,40 @@ pub async fn archive(scheduler: Scheduler, request: ArchiveSessionRequest) -> Re
         }
         Ok::<_, Failure>(())
     };
-    tokio::time::timeout(PROJECTED_WITHIN, archived).await.map_err(|_| Failure::unavailable("The event log"))??;
+    tokio::time::timeout(PROJECTED_WITHIN, archived)
+        .await
+        .map_err(|_| Failure::unavailable("The event log"))??;
     scheduler.outbox.notify_one();
-    let get = GetSessionRequest { user_id: request.user_id, session_id: request.session_id, recorded_through: 0, v1: true };
+    let get = GetSessionRequest {
+        user_id: request.user_id,
+        session_id: request.session_id,
+        recorded_through: 0,
+        v1: true,
+    };
     sessions::get(scheduler, get).await
 }
 
-/// Archives a session, or returns false where that is not possible now. The row is locked from the check until the termination is applied:
-/// a message is accepted before it, and the session is not idle, or after it, and the session takes none.
+/// Archives a session, or returns false where that is not possible now. The row is locked from the
+/// check until the termination is applied: a message is accepted before it, and the session is not
+/// idle, or after it, and the session takes none.
 async fn archive_in(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<bool, Failure> {
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
     if v1_status(&mut tx, id).await? == RUNNING {
-        return Err(Failure::conflict("A running session cannot be archived: interrupt it first").because("session_running"));
+        return Err(Failure::conflict("A running session cannot be archived: interrupt it first")
+            .because("session_running"));
     }
     if row.status()? != SessionStatus::Terminated {
         let (partition, turn) = (row.partition()?, unsigned(row.turn_count));
         let kind = Kind::Terminated(Terminated { archived: true });
-        let event_id = match ending::append(scheduler, id, partition, Ending::Termination, turn, &kind).await? {
-            Appended::Here(event_id) => event_id,
-            // Terminated by a request that has not applied it yet.
-            Appended::Before => 0,
-            Appended::Later => return Ok(false),
-        };
+        let event_id =
+            match ending::append(scheduler, id, partition, Ending::Termination, turn, &kind).await?
+            {
+                Appended::Here(event_id) => event_id,
+                // Terminated by a request that has not applied it yet.
+                Appended::Before => 0,
+                Appended::Later => return Ok(false),
+            };
         let at = At::new(event_id, Timestamp::now().unix_micros());
         projection::apply(&mut tx, id, turn, &kind, at).await?;
     }

@@ -1,7 +1,8 @@
 //! A user's quota of active sessions (docs/api.md §2). Concurrent creations cannot exceed it.
 //!
-//! Counts include only what is committed. Far below a large quota, creations share a lock and do not wait for one another: at most as
-//! many as Postgres has connections are in flight, and all of them fit. Near the quota, or if it is small, they run one at a time.
+//! Counts include only what is committed. Far below a large quota, creations share a lock and do
+//! not wait for one another: at most as many as Postgres has connections are in flight, and all of
+//! them fit. Near the quota, or if it is small, they run one at a time.
 
 use bus::Failure;
 use sqlx::PgConnection;
@@ -17,7 +18,8 @@ const SMALL: u32 = 1000;
 pub async fn enforce(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<(), Failure> {
     let lock = format!("(hashtextextended('quota {user}', 0))");
     if limit > SMALL {
-        // Made of an id alone. A lock cannot be exchanged for the other kind; it goes with its savepoint.
+        // Made of an id alone. A lock cannot be exchanged for the other kind; it goes with its
+        // savepoint.
         let shared = format!("savepoint quota; select pg_advisory_xact_lock_shared{lock}");
         sqlx::raw_sql(sqlx::AssertSqlSafe(shared)).execute(&mut *tx).await?;
         let (active, under_way) = count(tx, user).await?;
@@ -26,13 +28,19 @@ pub async fn enforce(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<
         }
         sqlx::raw_sql("rollback to savepoint quota").execute(&mut *tx).await?;
     }
-    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("select pg_advisory_xact_lock{lock}"))).execute(&mut *tx).await?;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("select pg_advisory_xact_lock{lock}")))
+        .execute(&mut *tx)
+        .await?;
     let (active, _) = count(tx, user).await?;
     if active < i64::from(limit) {
         return Ok(());
     }
-    let message = format!("Concurrent session limit reached ({active}/{limit}). Terminate an active session before starting a new one.");
-    Err(Failure::new(ErrorCode::ResourceExhausted, message).with_number("limit", i64::from(limit)).with_number("active", active))
+    let message = format!(
+        "Concurrent session limit reached ({active}/{limit}). Terminate an active session before starting a new one."
+    );
+    Err(Failure::new(ErrorCode::ResourceExhausted, message)
+        .with_number("limit", i64::from(limit))
+        .with_number("active", active))
 }
 
 /// A user's active sessions, and how many creations can be under way at most.

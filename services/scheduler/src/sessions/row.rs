@@ -10,7 +10,8 @@ use uuid::Uuid;
 
 use crate::{micros, unsigned};
 
-/// The columns of a [`SessionRow`], by name: a migration then changes no statement that a running replica has prepared.
+/// The columns of a [`SessionRow`], by name: a migration then changes no statement that a running
+/// replica has prepared.
 macro_rules! session_columns {
     () => {
         "session_id, user_id, agent_id, environment_id, runtime, provider, sprite, status, exit_code, failure_stage, failure_message,
@@ -58,7 +59,9 @@ pub struct SessionRow {
 
 impl SessionRow {
     pub fn status(&self) -> Result<SessionStatus, Failure> {
-        self.status.parse().map_err(|()| Failure::internal(format!("session {} has status {}", self.session_id, self.status)))
+        self.status.parse().map_err(|()| {
+            Failure::internal(format!("session {} has status {}", self.session_id, self.status))
+        })
     }
 
     pub fn partition(&self) -> Result<Partition, Failure> {
@@ -74,7 +77,10 @@ pub fn partition(number: i16) -> Result<Partition, Failure> {
 
 impl From<SessionRow> for Session {
     fn from(row: SessionRow) -> Self {
-        let failure = row.failure_message.map(|message| session::Failure { stage: row.failure_stage.unwrap_or_default(), message });
+        let failure = row.failure_message.map(|message| session::Failure {
+            stage: row.failure_stage.unwrap_or_default(),
+            message,
+        });
         Self {
             session_id: row.session_id.to_string(),
             agent_id: row.agent_id.map(|id| id.to_string()),
@@ -105,16 +111,24 @@ impl From<SessionRow> for Session {
 
 /// A session of a user.
 pub async fn find(pool: &PgPool, session: SessionId, user: UserId) -> Result<SessionRow, Failure> {
-    let row = sqlx::query_as(concat!("select ", session_columns!(), " from session where session_id = $1 and user_id = $2"))
-        .bind(session.uuid())
-        .bind(user.uuid())
-        .fetch_optional(pool)
-        .await?;
+    let row = sqlx::query_as(concat!(
+        "select ",
+        session_columns!(),
+        " from session where session_id = $1 and user_id = $2"
+    ))
+    .bind(session.uuid())
+    .bind(user.uuid())
+    .fetch_optional(pool)
+    .await?;
     row.ok_or_else(missing)
 }
 
 /// A session's row, locked; of one user, or of any where none is given.
-pub async fn lock(tx: &mut PgConnection, session: SessionId, user: Option<UserId>) -> Result<Option<SessionRow>, Failure> {
+pub async fn lock(
+    tx: &mut PgConnection,
+    session: SessionId,
+    user: Option<UserId>,
+) -> Result<Option<SessionRow>, Failure> {
     sqlx::query_as(concat!(
         "select ",
         session_columns!(),

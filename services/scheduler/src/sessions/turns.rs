@@ -33,7 +33,8 @@ pub async fn insert(
     timeout_seconds: u32,
     input: Option<Uuid>,
 ) -> Result<(), Failure> {
-    let deadline = PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
+    let deadline =
+        PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
     sqlx::query(
         "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after, input_id, begun_after)
          values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5), 1, now() + make_interval(secs => $6), $7,
@@ -61,7 +62,8 @@ pub async fn begin(
     input: Option<Uuid>,
 ) -> Result<SessionRow, Failure> {
     let turn = session.turn_count + 1;
-    insert(tx, SessionId::from_uuid(session.session_id), turn, prompt, timeout_seconds, input).await?;
+    insert(tx, SessionId::from_uuid(session.session_id), turn, prompt, timeout_seconds, input)
+        .await?;
     let row = sqlx::query_as(concat!(
         "update session
          set status = 'pending', exit_code = null, failure_stage = null, failure_message = null, turn_count = $2, updated_at = now()
@@ -105,7 +107,10 @@ impl TurnRow {
     }
 }
 
-pub async fn list(scheduler: Scheduler, request: ListPartsRequest) -> Result<ListTurnsReply, Failure> {
+pub async fn list(
+    scheduler: Scheduler,
+    request: ListPartsRequest,
+) -> Result<ListTurnsReply, Failure> {
     let id: SessionId = request.id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     find(&scheduler.pool, id, user).await?;
@@ -118,7 +123,8 @@ pub async fn list(scheduler: Scheduler, request: ListPartsRequest) -> Result<Lis
         columns: "turn_number, prompt, status, exit_code, created_at, started_at, ended_at, input_tokens, output_tokens, cost_micro_usd,
                   model_used",
     };
-    let page = list.read(&scheduler.pool, |query| query.bind(id.uuid()).bind(start.limit).bind(start.number));
+    let page = list
+        .read(&scheduler.pool, |query| query.bind(id.uuid()).bind(start.limit).bind(start.number));
     let (rows, has_more): (Vec<TurnRow>, _) = page.await?;
     let turn = |row: TurnRow| Turn {
         usage: row.usage(),

@@ -19,14 +19,22 @@ async fn a_turn_that_no_runner_can_run_fails_with_the_last_reason() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let release = async |epoch, reason: &str| {
-        let request = ReleaseTurnRequest { session_id: session.clone(), turn: 1, epoch, reason: reason.to_owned() };
+        let request = ReleaseTurnRequest {
+            session_id: session.clone(),
+            turn: 1,
+            epoch,
+            reason: reason.to_owned(),
+        };
         world.runner.call::<rpc::ReleaseTurn>(&request, SOON).await.unwrap();
     };
     let epoch = world.run(&session, 1).await.epoch;
     release(epoch, "no sandbox to be had").await;
     // A stale claim releases nothing.
     release(epoch + 1, "nonsense").await;
-    assert_eq!(world.get(&session, 0).await.waiting_on.as_deref(), Some("another attempt: no sandbox to be had"));
+    assert_eq!(
+        world.get(&session, 0).await.waiting_on.as_deref(),
+        Some("another attempt: no sandbox to be had")
+    );
     // Takeovers without a failure do not count.
     for _ in 0..110 {
         let epoch = world.run(&session, 1).await.epoch;
@@ -36,7 +44,10 @@ async fn a_turn_that_no_runner_can_run_fails_with_the_last_reason() {
         let epoch = world.run(&session, 1).await.epoch;
         release(epoch, "no sandbox to be had").await;
     }
-    eventually("the turn is given up", || async { world.get(&session, 0).await.status == "failed" }).await;
+    eventually("the turn is given up", || async {
+        world.get(&session, 0).await.status == "failed"
+    })
+    .await;
     assert!(matches!(world.claim(&session, 1).await, Verdict::Settled(_)));
     let now = world.get(&session, 0).await;
     assert_eq!(
@@ -50,11 +61,16 @@ async fn a_second_job_for_an_owned_turn_is_ignored_until_its_lease_expires() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let (first, second) = (Uuid::now_v7(), Uuid::now_v7());
-    assert!(matches!(world.claim_with(first, &session, 1).await, Verdict::Run(spec) if spec.epoch == 1));
+    assert!(
+        matches!(world.claim_with(first, &session, 1).await, Verdict::Run(spec) if spec.epoch == 1)
+    );
     assert!(matches!(world.claim_with(second, &session, 1).await, Verdict::Owned(_)));
     // The first runner falls silent: its turn has no owner any more, and is offered again.
-    eventually("the turn is offered again", || async { owner(&world, &session).await.is_none() }).await;
-    assert!(matches!(world.claim_with(second, &session, 1).await, Verdict::Run(spec) if spec.epoch == 2));
+    eventually("the turn is offered again", || async { owner(&world, &session).await.is_none() })
+        .await;
+    assert!(
+        matches!(world.claim_with(second, &session, 1).await, Verdict::Run(spec) if spec.epoch == 2)
+    );
     assert!(world.heartbeat(first, false, Vec::new()).await.expired);
     let claim = ClaimTurnRequest {
         session_id: session,
@@ -70,10 +86,14 @@ async fn a_second_job_for_an_owned_turn_is_ignored_until_its_lease_expires() {
 #[tokio::test]
 async fn a_heartbeat_finds_turns_that_were_lost_and_turns_that_were_forgotten() {
     let (world, agent) = World::with_agent().await;
-    let (mine, others) = (world.create(&agent, 10).await.unwrap().session_id, world.create(&agent, 10).await.unwrap().session_id);
+    let (mine, others) = (
+        world.create(&agent, 10).await.unwrap().session_id,
+        world.create(&agent, 10).await.unwrap().session_id,
+    );
     world.run(&mine, 1).await;
     world.claim_with(Uuid::now_v7(), &others, 1).await;
-    let held = |session: &String| HeldTurn { session_id: session.clone(), turn: 1, epoch: 1, ended: None };
+    let held =
+        |session: &String| HeldTurn { session_id: session.clone(), turn: 1, epoch: 1, ended: None };
     let reply = world.heartbeat(world.lease, false, vec![held(&mine), held(&others)]).await;
     assert_eq!(reply.lost, [held(&others)]);
     // The answer to its claim was lost: this runner does not know that it owns the turn.
@@ -93,6 +113,9 @@ async fn a_turn_whose_end_was_lost_is_offered_again() {
     let other = world.create(&agent, 10).await.unwrap().session_id;
     world.complete(&other, 1).await;
     let held = HeldTurn { session_id: session.clone(), turn: 1, epoch: 1, ended: Some(1) };
-    assert_eq!(world.heartbeat(world.lease, false, vec![held.clone()]).await.lost, [held].map(|held| HeldTurn { ended: None, ..held }));
+    assert_eq!(
+        world.heartbeat(world.lease, false, vec![held.clone()]).await.lost,
+        [held].map(|held| HeldTurn { ended: None, ..held })
+    );
     assert_eq!(owner(&world, &session).await, None);
 }

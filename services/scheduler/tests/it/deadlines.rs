@@ -7,8 +7,12 @@ async fn an_overdue_turn_is_settled_with_a_reason() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let mut admin = world.database.admin().await.unwrap();
-    sqlx::query("update scheduler.turn set deadline_at = now() - interval '1 second'").execute(&mut admin).await.unwrap();
-    eventually("the session fails", || async { world.get(&session, 0).await.status == "failed" }).await;
+    sqlx::query("update scheduler.turn set deadline_at = now() - interval '1 second'")
+        .execute(&mut admin)
+        .await
+        .unwrap();
+    eventually("the session fails", || async { world.get(&session, 0).await.status == "failed" })
+        .await;
     assert_eq!(
         world.get(&session, 0).await.failure.unwrap().message,
         "Turn could not be started in time: no runner finished setting it up"
@@ -23,11 +27,20 @@ async fn a_deadline_never_overrules_an_end_that_waits_to_be_projected() {
     eventually("it runs", || async { world.get(&session, 0).await.status == "running" }).await;
     // Nothing is projected while another replica seems to lead.
     execute(&world, "update scheduler.lease set epoch = epoch + 1, owner = gen_random_uuid(), expires_at = now() + interval '4 seconds' where name like 'projector%'").await;
-    world.append(&session, 1, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })).await;
+    world
+        .append(
+            &session,
+            1,
+            Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() }),
+        )
+        .await;
     execute(&world, "update scheduler.turn set deadline_at = now() - interval '1 minute'").await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(world.get(&session, 0).await.status, "running");
-    eventually("the end is projected", || async { world.get(&session, 0).await.status != "running" }).await;
+    eventually("the end is projected", || async {
+        world.get(&session, 0).await.status != "running"
+    })
+    .await;
     let now = world.get(&session, 0).await;
     assert_eq!((now.status.as_str(), now.exit_code), ("completed", Some(0)));
 }
@@ -55,7 +68,8 @@ async fn a_turn_that_cannot_be_ended_delays_no_other_deadline() {
         .await
         .unwrap();
     for session in &sessions[1..] {
-        eventually("the others end", || async { world.get(session, 0).await.status == "failed" }).await;
+        eventually("the others end", || async { world.get(session, 0).await.status == "failed" })
+            .await;
         let failure = world.get(session, 0).await.failure.unwrap();
         assert_eq!(failure.message, "Turn timed out after 60s");
     }

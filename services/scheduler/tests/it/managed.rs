@@ -6,12 +6,25 @@ use serde_json::{Map, Value};
 use super::*;
 
 impl World {
-    async fn update(&self, session: &str, change: UpdateSessionRequest) -> Result<Session, Failure> {
-        let request = UpdateSessionRequest { user_id: self.user.to_string(), session_id: session.to_owned(), ..change };
+    async fn update(
+        &self,
+        session: &str,
+        change: UpdateSessionRequest,
+    ) -> Result<Session, Failure> {
+        let request = UpdateSessionRequest {
+            user_id: self.user.to_string(),
+            session_id: session.to_owned(),
+            ..change
+        };
         self.gateway.call::<rpc::UpdateSession>(&request, SOON * 2).await
     }
 
-    async fn with_statuses(&self, statuses: &[&str], include_archived: bool, limit: u32) -> Vec<String> {
+    async fn with_statuses(
+        &self,
+        statuses: &[&str],
+        include_archived: bool,
+        limit: u32,
+    ) -> Vec<String> {
         let (mut ids, mut after) = (Vec::new(), None);
         loop {
             let request = ListRequest {
@@ -24,7 +37,10 @@ impl World {
                 ..ListRequest::default()
             };
             let page = self.gateway.call::<rpc::ListSessions>(&request, SOON).await.unwrap();
-            after = page.sessions.last().map(|last| Cursor { position: last.created_at_us, id: last.session_id.clone() });
+            after = page
+                .sessions
+                .last()
+                .map(|last| Cursor { position: last.created_at_us, id: last.session_id.clone() });
             ids.extend(page.sessions.into_iter().map(|session| session.session_id));
             if !page.has_more {
                 return ids;
@@ -49,15 +65,22 @@ async fn sessions_are_listed_by_their_statuses_from_an_index() {
         "status = 'terminated', archived_at = now()",
     ];
     for (session, change) in all.iter().zip(changes) {
-        let change = format!("update scheduler.session set {change} where session_id = '{session}'");
+        let change =
+            format!("update scheduler.session set {change} where session_id = '{session}'");
         sqlx::raw_sql(sqlx::AssertSqlSafe(change)).execute(&mut database).await.unwrap();
     }
-    let (waiting, running) = (world.create(&agent, 100).await.unwrap().session_id, world.create(&agent, 100).await.unwrap().session_id);
-    let waits = format!("update scheduler.turn set waiting_since = now() where session_id = '{waiting}'");
+    let (waiting, running) = (
+        world.create(&agent, 100).await.unwrap().session_id,
+        world.create(&agent, 100).await.unwrap().session_id,
+    );
+    let waits =
+        format!("update scheduler.turn set waiting_since = now() where session_id = '{waiting}'");
     sqlx::raw_sql(sqlx::AssertSqlSafe(waits)).execute(&mut database).await.unwrap();
     all.extend([waiting, running]);
 
-    let of = |numbers: &[usize]| numbers.iter().rev().map(|number| all[*number].clone()).collect::<Vec<_>>();
+    let of = |numbers: &[usize]| {
+        numbers.iter().rev().map(|number| all[*number].clone()).collect::<Vec<_>>()
+    };
     for (statuses, include_archived, expected) in [
         (&["idle"][..], false, &[0, 5, 6, 7][..]),
         (&["running"], true, &[8]),
@@ -70,15 +93,28 @@ async fn sessions_are_listed_by_their_statuses_from_an_index() {
         (&[], false, &[0, 1, 2, 3, 5, 6, 7, 8]),
     ] {
         for limit in [2, 100] {
-            assert_eq!(world.with_statuses(statuses, include_archived, limit).await, of(expected), "{statuses:?} {include_archived}");
+            assert_eq!(
+                world.with_statuses(statuses, include_archived, limit).await,
+                of(expected),
+                "{statuses:?} {include_archived}"
+            );
         }
     }
     let shown: Vec<(Uuid, String)> =
-        sqlx::query_as("select session_id, scheduler.v1_status(s) from scheduler.session s").fetch_all(&mut database).await.unwrap();
+        sqlx::query_as("select session_id, scheduler.v1_status(s) from scheduler.session s")
+            .fetch_all(&mut database)
+            .await
+            .unwrap();
     for status in ["idle", "running", "terminated"] {
         let listed = world.with_statuses(&[status], true, 100).await;
-        let same = shown.iter().filter(|(_, is)| is == status).all(|(id, _)| listed.contains(&id.to_string()));
-        assert!(same && listed.len() == shown.iter().filter(|(_, is)| is == status).count(), "{status}");
+        let same = shown
+            .iter()
+            .filter(|(_, is)| is == status)
+            .all(|(id, _)| listed.contains(&id.to_string()));
+        assert!(
+            same && listed.len() == shown.iter().filter(|(_, is)| is == status).count(),
+            "{status}"
+        );
     }
 
     // Among many idle ones the few others are found without a look at each.
@@ -99,10 +135,15 @@ async fn sessions_are_listed_by_their_statuses_from_an_index() {
          order by created_at desc, session_id desc limit 21",
         world.user
     );
-    let plan: Value = sqlx::query_scalar(sqlx::AssertSqlSafe(explain)).fetch_one(&mut database).await.unwrap();
+    let plan: Value =
+        sqlx::query_scalar(sqlx::AssertSqlSafe(explain)).fetch_one(&mut database).await.unwrap();
     let text = plan.to_string();
-    let pages = plan[0]["Plan"]["Shared Hit Blocks"].as_i64().unwrap() + plan[0]["Plan"]["Shared Read Blocks"].as_i64().unwrap();
-    assert!(text.contains("session_by_class") && !text.contains("Sort") && pages < 20, "{pages} {text}");
+    let pages = plan[0]["Plan"]["Shared Hit Blocks"].as_i64().unwrap()
+        + plan[0]["Plan"]["Shared Read Blocks"].as_i64().unwrap();
+    assert!(
+        text.contains("session_by_class") && !text.contains("Sort") && pages < 20,
+        "{pages} {text}"
+    );
 }
 
 #[tokio::test]
@@ -110,14 +151,22 @@ async fn metadata_has_its_limit_whatever_changes_at_once() {
     let world = World::start().await;
     let session = world.create_idle(&world.agent().await).await;
     let change = |number: usize| {
-        let keys: Map<String, Value> = (0..8).map(|key| (format!("k{number}-{key}"), "x".into())).collect();
-        UpdateSessionRequest { metadata: Some(Value::Object(keys).to_string()), ..UpdateSessionRequest::default() }
+        let keys: Map<String, Value> =
+            (0..8).map(|key| (format!("k{number}-{key}"), "x".into())).collect();
+        UpdateSessionRequest {
+            metadata: Some(Value::Object(keys).to_string()),
+            ..UpdateSessionRequest::default()
+        }
     };
     let results = join_all((0..6).map(|number| world.update(&session, change(number)))).await;
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 2);
     let refused = results.into_iter().find_map(Result::err).unwrap();
-    assert_eq!((refused.code, refused.message.as_str()), (ErrorCode::InvalidArgument, "metadata: must hold at most 16 keys"));
-    let metadata: Map<String, Value> = serde_json::from_str(&world.get(&session, 0).await.metadata).unwrap();
+    assert_eq!(
+        (refused.code, refused.message.as_str()),
+        (ErrorCode::InvalidArgument, "metadata: must hold at most 16 keys")
+    );
+    let metadata: Map<String, Value> =
+        serde_json::from_str(&world.get(&session, 0).await.metadata).unwrap();
     assert_eq!(metadata.len(), 16);
 }
 
@@ -143,14 +192,16 @@ async fn changes_of_an_agent_follow_each_other_and_go_with_their_session() {
     let world = World::start().await;
     let (shared, first, second) = (Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7());
     let new = CreateAgentRequest { mcp_secret_id: Some(shared.to_string()), ..world.new_agent() };
-    let agent = world.gateway.call::<rpc::CreateAgent>(&new, SOON).await.unwrap().agent.unwrap().agent_id;
+    let agent =
+        world.gateway.call::<rpc::CreateAgent>(&new, SOON).await.unwrap().agent.unwrap().agent_id;
     let create = CreateSessionRequest {
         is_v1: true,
         prompt: String::new(),
         agent_override: Some(own(&agent, "at creation", shared)),
         ..world.session_of(&agent, 100)
     };
-    let session = world.gateway.call::<rpc::CreateSession>(&create, SOON).await.unwrap().session.unwrap();
+    let session =
+        world.gateway.call::<rpc::CreateSession>(&create, SOON).await.unwrap().session.unwrap();
     let (id, mut read) = (session.session_id, session.agent_row_version);
     for secret in [first, second] {
         let change = UpdateSessionRequest {
@@ -176,11 +227,20 @@ async fn changes_of_an_agent_follow_each_other_and_go_with_their_session() {
     .await
     .unwrap();
     let own_versions = "select count(*) from scheduler.agent_version where version < 0";
-    assert_eq!(sqlx::query_scalar::<_, i64>(own_versions).fetch_one(&mut database).await.unwrap(), 3);
+    assert_eq!(
+        sqlx::query_scalar::<_, i64>(own_versions).fetch_one(&mut database).await.unwrap(),
+        3
+    );
     let delete = DeleteSessionRequest { user_id: world.user.to_string(), session_id: id };
     world.gateway.call::<rpc::DeleteSession>(&delete, SOON).await.unwrap();
-    assert_eq!(sqlx::query_scalar::<_, i64>(own_versions).fetch_one(&mut database).await.unwrap(), 0);
-    let mut forgotten: Vec<Uuid> = sqlx::query_scalar("select secret_id from public.forgotten").fetch_all(&mut database).await.unwrap();
+    assert_eq!(
+        sqlx::query_scalar::<_, i64>(own_versions).fetch_one(&mut database).await.unwrap(),
+        0
+    );
+    let mut forgotten: Vec<Uuid> = sqlx::query_scalar("select secret_id from public.forgotten")
+        .fetch_all(&mut database)
+        .await
+        .unwrap();
     forgotten.sort();
     assert_eq!(forgotten, [first, second], "not the one that the agent itself has");
 }

@@ -2,8 +2,9 @@
 
 use contract::{
     scheduler::{
-        BeginModelRequestRequest, Budget, BudgetChange, EndModelRequestRequest, FetchModelRequestsReply, FetchModelRequestsRequest,
-        GetBudgetRequest, LimitChange, ListUsageRequest, RenewModelGatewayRequest, SetBudgetRequest, UsageSum,
+        BeginModelRequestRequest, Budget, BudgetChange, EndModelRequestRequest,
+        FetchModelRequestsReply, FetchModelRequestsRequest, GetBudgetRequest, LimitChange,
+        ListUsageRequest, RenewModelGatewayRequest, SetBudgetRequest, UsageSum,
         begin_model_request_reply::Verdict as Admission, meter_entry,
     },
     session::Usage,
@@ -19,7 +20,10 @@ struct Models {
 
 impl Models {
     async fn start(world: &World) -> Self {
-        let models = Self { bus: world.nats.connect(&access::MODEL_GATEWAY).await.unwrap(), gateway: Uuid::now_v7() };
+        let models = Self {
+            bus: world.nats.connect(&access::MODEL_GATEWAY).await.unwrap(),
+            gateway: Uuid::now_v7(),
+        };
         let renew = RenewModelGatewayRequest { gateway_id: models.gateway.to_string() };
         models.bus.call::<rpc::RenewModelGateway>(&renew, SOON).await.unwrap();
         models
@@ -43,9 +47,18 @@ impl Models {
     }
 
     async fn end(&self, request: &BeginModelRequestRequest, tokens: u64) {
-        let usage = Usage { input_tokens: Some(tokens), output_tokens: Some(0), cost_micro_usd: Some(tokens), ..Usage::default() };
-        let end =
-            EndModelRequestRequest { begun: Some(request.clone()), status: 200, usage: Some(usage), ..EndModelRequestRequest::default() };
+        let usage = Usage {
+            input_tokens: Some(tokens),
+            output_tokens: Some(0),
+            cost_micro_usd: Some(tokens),
+            ..Usage::default()
+        };
+        let end = EndModelRequestRequest {
+            begun: Some(request.clone()),
+            status: 200,
+            usage: Some(usage),
+            ..EndModelRequestRequest::default()
+        };
         self.bus.call::<rpc::EndModelRequest>(&end, SOON).await.unwrap();
     }
 }
@@ -55,13 +68,20 @@ impl World {
     async fn asking(&self, agent: &str) -> (String, u32) {
         let session = self.create(agent, 1000).await.unwrap().session_id;
         let epoch = self.run(&session, 1).await.epoch;
-        let started = self.append(&session, 1, Kind::TurnStarted(TurnStarted { is_metered: true, ..TurnStarted::default() })).await;
+        let started = self
+            .append(
+                &session,
+                1,
+                Kind::TurnStarted(TurnStarted { is_metered: true, ..TurnStarted::default() }),
+            )
+            .await;
         self.get(&session, started).await;
         (session, epoch)
     }
 
     async fn entries(&self, session: &str, epoch: u32, after: u64) -> FetchModelRequestsReply {
-        let request = FetchModelRequestsRequest { session_id: session.to_owned(), turn: 1, epoch, after };
+        let request =
+            FetchModelRequestsRequest { session_id: session.to_owned(), turn: 1, epoch, after };
         self.runner.call::<rpc::FetchModelRequests>(&request, SOON).await.unwrap()
     }
 
@@ -70,11 +90,17 @@ impl World {
             "insert into scheduler.model_limit (scope, scope_id, {column}) values ('{scope}', '{id}', {max})
              on conflict (scope, scope_id) do update set {column} = excluded.{column}"
         );
-        sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut self.database.admin().await.unwrap()).await.unwrap();
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statement))
+            .execute(&mut self.database.admin().await.unwrap())
+            .await
+            .unwrap();
     }
 
     async fn number(&self, query: &str) -> i64 {
-        sqlx::query_scalar(sqlx::AssertSqlSafe(query.to_owned())).fetch_one(&mut self.database.admin().await.unwrap()).await.unwrap()
+        sqlx::query_scalar(sqlx::AssertSqlSafe(query.to_owned()))
+            .fetch_one(&mut self.database.admin().await.unwrap())
+            .await
+            .unwrap()
     }
 }
 
@@ -96,7 +122,9 @@ async fn a_model_request_is_counted_once_however_often_it_is_reported() {
     let (session, epoch) = world.asking(&world.agent().await).await;
     let first = models.request(&session, 50);
     for _ in 0..2 {
-        assert!(matches!(models.begin(&first).await, Admission::Admitted(admitted) if admitted.is_unlimited));
+        assert!(
+            matches!(models.begin(&first).await, Admission::Admitted(admitted) if admitted.is_unlimited)
+        );
     }
     assert_eq!(world.entries(&session, epoch, 0).await.open, 1);
     models.end(&first, 30).await;
@@ -116,7 +144,12 @@ async fn a_model_request_is_counted_once_however_often_it_is_reported() {
     let ended = TurnEnded { exit_code: Some(0), usage: Some(reported), ..TurnEnded::default() };
     let end = world.append(&session, 1, Kind::TurnEnded(ended)).await;
     world.get(&session, end).await;
-    let request = GetSessionRequest { user_id: world.user.to_string(), session_id: session, recorded_through: 0, v1: true };
+    let request = GetSessionRequest {
+        user_id: world.user.to_string(),
+        session_id: session,
+        recorded_through: 0,
+        v1: true,
+    };
     let session = world.gateway.call::<rpc::GetSession>(&request, SOON).await.unwrap();
     assert_eq!(session.usage.unwrap().input_tokens, Some(42));
 }
@@ -128,11 +161,16 @@ async fn a_request_of_a_lost_gateway_is_unknown_until_it_is_told_and_budgets_cou
     let (session, epoch) = world.asking(&world.agent().await).await;
     world.limit("user", world.user.uuid(), "max_tokens", 1000).await;
     let request = models.request(&session, 400);
-    assert!(matches!(models.begin(&request).await, Admission::Admitted(admitted) if !admitted.is_unlimited));
+    assert!(
+        matches!(models.begin(&request).await, Admission::Admitted(admitted) if !admitted.is_unlimited)
+    );
     let lost = "update scheduler.model_gateway set expires_at = now() - interval '1 second';
                 update scheduler.model_request set started_at = now() - interval '1 hour'";
     sqlx::raw_sql(lost).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
-    eventually("it is settled", || async { kinds(&world.entries(&session, epoch, 0).await) == ["started", "unknown"] }).await;
+    eventually("it is settled", || async {
+        kinds(&world.entries(&session, epoch, 0).await) == ["started", "unknown"]
+    })
+    .await;
     assert_eq!(world.number("select used_tokens from scheduler.model_limit").await, 400);
     assert_eq!(world.number("select held_tokens from scheduler.model_limit").await, 0);
     let used = "select input_tokens + 1000 * unknown from scheduler.turn_usage";
@@ -146,17 +184,26 @@ async fn a_request_of_a_lost_gateway_is_unknown_until_it_is_told_and_budgets_cou
     sqlx::raw_sql(lost).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
     eventually("it is settled", || async { world.number(used_tokens).await == 410 }).await;
     models.end(&larger, 500).await;
-    assert_eq!(world.number(used_tokens).await, 900, "what it used beyond its estimate is counted later");
+    assert_eq!(
+        world.number(used_tokens).await,
+        900,
+        "what it used beyond its estimate is counted later"
+    );
 }
 
 #[tokio::test]
-async fn a_request_that_was_not_sent_reserves_nothing_whether_its_beginning_or_its_end_comes_first() {
+async fn a_request_that_was_not_sent_reserves_nothing_whether_its_beginning_or_its_end_comes_first()
+{
     let world = World::start().await;
     let models = Models::start(&world).await;
     let (session, epoch) = world.asking(&world.agent().await).await;
     world.limit("user", world.user.uuid(), "max_tokens", 1000).await;
     let unsent = async |request: &BeginModelRequestRequest| {
-        let end = EndModelRequestRequest { begun: Some(request.clone()), error: "broken off".to_owned(), ..Default::default() };
+        let end = EndModelRequestRequest {
+            begun: Some(request.clone()),
+            error: "broken off".to_owned(),
+            ..Default::default()
+        };
         models.bus.call::<rpc::EndModelRequest>(&end, SOON).await.unwrap();
     };
     let held = "select held_tokens + used_tokens from scheduler.model_limit";
@@ -169,11 +216,16 @@ async fn a_request_that_was_not_sent_reserves_nothing_whether_its_beginning_or_i
     assert!(matches!(models.begin(&second).await, Admission::Admitted(_)));
     assert_eq!(world.number(held).await, 0);
     let reply = world.entries(&session, epoch, 0).await;
-    assert_eq!((kinds(&reply), reply.open), (vec!["started", "ended"], 0), "of the one that was begun");
+    assert_eq!(
+        (kinds(&reply), reply.open),
+        (vec!["started", "ended"], 0),
+        "of the one that was begun"
+    );
 }
 
 #[tokio::test]
-async fn a_response_that_was_cut_counts_as_what_was_generated_where_that_is_more_than_its_estimate() {
+async fn a_response_that_was_cut_counts_as_what_was_generated_where_that_is_more_than_its_estimate()
+{
     let world = World::start().await;
     let models = Models::start(&world).await;
     let (session, _) = world.asking(&world.agent().await).await;
@@ -199,13 +251,21 @@ async fn no_name_and_no_count_of_one_request_stops_the_totals_of_all() {
     let models = Models::start(&world).await;
     let (session, _) = world.asking(&world.agent().await).await;
     world.limit("user", world.user.uuid(), "max_tokens", i64::MAX).await;
-    let long: String = (0..6000_u32).map(|number| char::from(b'a' + (number.wrapping_mul(2_654_435_761) >> 24) as u8 % 26)).collect();
+    let long: String = (0..6000_u32)
+        .map(|number| char::from(b'a' + (number.wrapping_mul(2_654_435_761) >> 24) as u8 % 26))
+        .collect();
     let named = BeginModelRequestRequest { model: long.clone(), ..models.request(&session, 5) };
     models.begin(&named).await;
-    assert_eq!(world.number("select length(model)::bigint from scheduler.model_request").await, 200);
+    assert_eq!(
+        world.number("select length(model)::bigint from scheduler.model_request").await,
+        200
+    );
     // As an earlier release kept it.
     let stored = format!("update scheduler.model_request set model = '{long}'");
-    sqlx::raw_sql(sqlx::AssertSqlSafe(stored)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(stored))
+        .execute(&mut world.database.admin().await.unwrap())
+        .await
+        .unwrap();
     models.end(&named, 1).await;
     for _ in 0..2 {
         let absurd = models.request(&session, 5);
@@ -213,7 +273,8 @@ async fn no_name_and_no_count_of_one_request_stops_the_totals_of_all() {
         models.end(&absurd, u64::MAX).await;
     }
     eventually("all of them are in the totals", || async {
-        world.number("select coalesce(sum(requests), 0)::bigint from scheduler.usage_day").await == 3
+        world.number("select coalesce(sum(requests), 0)::bigint from scheduler.usage_day").await
+            == 3
     })
     .await;
 }
@@ -231,9 +292,15 @@ async fn the_end_of_a_request_of_a_deleted_session_frees_budgets_and_leaves_noth
          delete from scheduler.session where session_id = '{session}';
          delete from scheduler.model_meter; delete from scheduler.turn_usage; delete from scheduler.model_entry;"
     );
-    sqlx::raw_sql(sqlx::AssertSqlSafe(delete)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(delete))
+        .execute(&mut world.database.admin().await.unwrap())
+        .await
+        .unwrap();
     models.end(&request, 7).await;
-    assert_eq!(world.number("select 1000 * held_tokens + used_tokens from scheduler.model_limit").await, 7);
+    assert_eq!(
+        world.number("select 1000 * held_tokens + used_tokens from scheduler.model_limit").await,
+        7
+    );
     let left = "select (select count(*) from scheduler.model_meter) + (select count(*) from scheduler.turn_usage)
                 + (select count(*) from scheduler.model_entry)";
     assert_eq!(world.number(left).await, 0);
@@ -278,7 +345,10 @@ async fn sessions_of_one_user_share_a_budget_and_each_passes_it_by_one_request_a
     assert!(counts.iter().map(|(_, requests)| requests).sum::<u32>() >= 60);
     let used = world.number("select used_tokens from scheduler.model_limit").await.unsigned_abs();
     assert_eq!(used, sent.into_inner());
-    assert_eq!(world.number("select held_tokens + held_cost_micro_usd from scheduler.model_limit").await, 0);
+    assert_eq!(
+        world.number("select held_tokens + held_cost_micro_usd from scheduler.model_limit").await,
+        0
+    );
     // Each session is told once, with a warning before it, and continues once the budget is raised.
     let mut warnings = 0;
     for (session, epoch) in &sessions {
@@ -314,40 +384,66 @@ async fn policies_and_every_kind_of_budget_are_kept() {
     assert_eq!(refused(&session).await, "budget");
     let (session, _) = world.asking(&agent).await;
     world.limit("session", session.parse().unwrap(), "max_cost_micro_usd", 100).await;
-    let unpriced = BeginModelRequestRequest { estimated_cost_micro_usd: None, ..models.request(&session, 5) };
-    assert!(matches!(models.begin(&unpriced).await, Admission::Refused(refused) if refused.reason == "price"));
+    let unpriced =
+        BeginModelRequestRequest { estimated_cost_micro_usd: None, ..models.request(&session, 5) };
+    assert!(
+        matches!(models.begin(&unpriced).await, Admission::Refused(refused) if refused.reason == "price")
+    );
     let (session, _) = world.asking(&agent).await;
     world.limit("session", session.parse().unwrap(), "requests_per_minute", 2).await;
     for _ in 0..2 {
         assert!(matches!(models.begin(&models.request(&session, 5)).await, Admission::Admitted(_)));
     }
-    let Admission::Refused(rate) = models.begin(&models.request(&session, 5)).await else { panic!("not refused") };
+    let Admission::Refused(rate) = models.begin(&models.request(&session, 5)).await else {
+        panic!("not refused")
+    };
     assert!(rate.reason == "rate" && (1..=60).contains(&rate.retry_after_seconds), "{rate:?}");
     world.limit("agent", agent.parse().unwrap(), "max_tokens", 0).await;
     assert_eq!(refused(&session).await, "rate");
     let (session, _) = world.asking(&agent).await;
     assert_eq!(refused(&session).await, "budget");
-    let only = format!("update scheduler.model_limit set max_tokens = null, allowed_models = '{{gpt-*}}' where scope_id = '{agent}'");
-    sqlx::raw_sql(sqlx::AssertSqlSafe(only)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+    let only = format!(
+        "update scheduler.model_limit set max_tokens = null, allowed_models = '{{gpt-*}}' where scope_id = '{agent}'"
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(only))
+        .execute(&mut world.database.admin().await.unwrap())
+        .await
+        .unwrap();
     assert_eq!(refused(&session).await, "model");
 }
 
 impl World {
     fn owned(&self, scope: &str, id: &str) -> GetBudgetRequest {
-        GetBudgetRequest { scope: scope.to_owned(), scope_id: id.to_owned(), user_id: Some(self.user.to_string()) }
+        GetBudgetRequest {
+            scope: scope.to_owned(),
+            scope_id: id.to_owned(),
+            user_id: Some(self.user.to_string()),
+        }
     }
 
-    async fn set_budget(&self, of: GetBudgetRequest, tokens: Option<u64>) -> Result<Budget, Failure> {
-        let change = BudgetChange { tokens: Some(LimitChange { max: tokens }), ..BudgetChange::default() };
-        self.gateway.call::<rpc::SetBudget>(&SetBudgetRequest { of: Some(of), change: Some(change) }, SOON).await
+    async fn set_budget(
+        &self,
+        of: GetBudgetRequest,
+        tokens: Option<u64>,
+    ) -> Result<Budget, Failure> {
+        let change =
+            BudgetChange { tokens: Some(LimitChange { max: tokens }), ..BudgetChange::default() };
+        self.gateway
+            .call::<rpc::SetBudget>(&SetBudgetRequest { of: Some(of), change: Some(change) }, SOON)
+            .await
     }
 
     async fn usage(&self, request: ListUsageRequest) -> Vec<UsageSum> {
-        let request = ListUsageRequest { user_id: Some(self.user.to_string()), limit: 1, ..request };
+        let request =
+            ListUsageRequest { user_id: Some(self.user.to_string()), limit: 1, ..request };
         let mut sums: Vec<UsageSum> = Vec::new();
         loop {
             let after = sums.last().map(|sum| sum.group.clone());
-            let page = self.gateway.call::<rpc::ListUsage>(&ListUsageRequest { after, ..request.clone() }, SOON).await.unwrap();
+            let page = self
+                .gateway
+                .call::<rpc::ListUsage>(&ListUsageRequest { after, ..request.clone() }, SOON)
+                .await
+                .unwrap();
             sums.extend(page.sums);
             if !page.has_more {
                 return sums;
@@ -360,9 +456,11 @@ impl World {
 async fn a_budget_counts_earlier_usage_and_raising_it_continues_with_a_new_warning() {
     let world = World::start().await;
     let models = Models::start(&world).await;
-    let budget = BudgetChange { requests: Some(LimitChange { max: Some(100) }), ..BudgetChange::default() };
+    let budget =
+        BudgetChange { requests: Some(LimitChange { max: Some(100) }), ..BudgetChange::default() };
     let agent = CreateAgentRequest { budget: Some(budget), ..world.new_agent() };
-    let agent = world.gateway.call::<rpc::CreateAgent>(&agent, SOON).await.unwrap().agent.unwrap().agent_id;
+    let agent =
+        world.gateway.call::<rpc::CreateAgent>(&agent, SOON).await.unwrap().agent.unwrap().agent_id;
     let (session, epoch) = world.asking(&agent).await;
     let used = models.request(&session, 50);
     models.begin(&used).await;
@@ -372,12 +470,17 @@ async fn a_budget_counts_earlier_usage_and_raising_it_continues_with_a_new_warni
     models.begin(&open).await;
     let of = world.owned("session", &session);
     let set = world.set_budget(of.clone(), Some(100)).await.unwrap();
-    assert_eq!((set.max.unwrap().tokens, set.used.unwrap().tokens, set.used.unwrap().requests), (Some(100), Some(85), Some(1)));
+    assert_eq!(
+        (set.max.unwrap().tokens, set.used.unwrap().tokens, set.used.unwrap().requests),
+        (Some(100), Some(85), Some(1))
+    );
     let warned = models.request(&session, 5);
     assert!(matches!(models.begin(&warned).await, Admission::Admitted(_)));
     models.end(&warned, 5).await;
     models.end(&open, 10).await;
-    assert!(matches!(models.begin(&models.request(&session, 5)).await, Admission::Refused(refused) if refused.reason == "budget"));
+    assert!(
+        matches!(models.begin(&models.request(&session, 5)).await, Admission::Refused(refused) if refused.reason == "budget")
+    );
     assert!(world.entries(&session, epoch, 0).await.budget_reached.is_some());
     // Raised: the session continues, and is warned of the new limit once.
     world.set_budget(of.clone(), Some(120)).await.unwrap();
@@ -390,9 +493,14 @@ async fn a_budget_counts_earlier_usage_and_raising_it_continues_with_a_new_warni
     assert!(entries.budget_reached.is_none());
     assert_eq!(kinds(&entries).iter().filter(|kind| **kind == "warning").count(), 2);
     // The agent's budget counted all of it; the operator removes what its owner set.
-    let of_agent = world.gateway.call::<rpc::GetBudget>(&world.owned("agent", &agent), SOON).await.unwrap();
+    let of_agent =
+        world.gateway.call::<rpc::GetBudget>(&world.owned("agent", &agent), SOON).await.unwrap();
     assert_eq!(
-        (of_agent.max.unwrap().requests, of_agent.used.unwrap().requests, of_agent.used.unwrap().tokens),
+        (
+            of_agent.max.unwrap().requests,
+            of_agent.used.unwrap().requests,
+            of_agent.used.unwrap().tokens
+        ),
         (Some(100), Some(5), Some(110))
     );
     let operator = world.nats.connect(&access::OPERATOR).await.unwrap();
@@ -400,7 +508,11 @@ async fn a_budget_counts_earlier_usage_and_raising_it_continues_with_a_new_warni
     let cleared = operator.call::<rpc::ClearBudget>(&cleared, SOON).await.unwrap();
     assert_eq!((cleared.max.unwrap().tokens, cleared.used.unwrap().tokens), (None, Some(0)));
     let again = world.set_budget(world.owned("session", &session), Some(100)).await.unwrap();
-    assert_eq!((again.max.unwrap().tokens, again.used.unwrap().tokens), (Some(100), Some(0)), "its counts start over");
+    assert_eq!(
+        (again.max.unwrap().tokens, again.used.unwrap().tokens),
+        (Some(100), Some(0)),
+        "its counts start over"
+    );
 }
 
 #[tokio::test]
@@ -409,7 +521,10 @@ async fn a_budget_of_time_does_not_count_what_sessions_ran_before_it_unless_it_i
     let models = Models::start(&world).await;
     let agent = world.agent().await;
     let sql = async |statement: String| {
-        sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut world.database.admin().await.unwrap()).await.unwrap();
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statement))
+            .execute(&mut world.database.admin().await.unwrap())
+            .await
+            .unwrap();
     };
     let (asked, _) = world.asking(&agent).await;
     sql(format!("update scheduler.turn set started_at = now() - interval '1 hour' where session_id = '{asked}'")).await;
@@ -423,9 +538,20 @@ async fn a_budget_of_time_does_not_count_what_sessions_ran_before_it_unless_it_i
     ))
     .await;
     let seconds = async |scope: &str, id: &str, max: u64| {
-        let change = BudgetChange { seconds: Some(LimitChange { max: Some(max) }), ..BudgetChange::default() };
+        let change = BudgetChange {
+            seconds: Some(LimitChange { max: Some(max) }),
+            ..BudgetChange::default()
+        };
         let set = SetBudgetRequest { of: Some(world.owned(scope, id)), change: Some(change) };
-        world.gateway.call::<rpc::SetBudget>(&set, SOON).await.unwrap().used.unwrap().seconds.unwrap()
+        world
+            .gateway
+            .call::<rpc::SetBudget>(&set, SOON)
+            .await
+            .unwrap()
+            .used
+            .unwrap()
+            .seconds
+            .unwrap()
     };
     assert_eq!(seconds("agent", &agent, 1800).await, 0);
     assert!((3600..4000).contains(&seconds("session", &asked, 20_000).await));
@@ -442,11 +568,18 @@ async fn a_budget_of_time_does_not_count_what_sessions_ran_before_it_unless_it_i
 #[tokio::test]
 async fn users_change_budgets_of_their_own_sessions_and_agents_alone() {
     let (world, agent) = World::with_agent().await;
-    let other = GetBudgetRequest { user_id: Some(UserId::new().to_string()), ..world.owned("agent", &agent) };
+    let other = GetBudgetRequest {
+        user_id: Some(UserId::new().to_string()),
+        ..world.owned("agent", &agent)
+    };
     assert_eq!(world.set_budget(other, Some(1)).await.unwrap_err().code, ErrorCode::NotFound);
     for scope in ["user", "deployment"] {
         let own = world.owned(scope, &world.user.to_string());
-        assert_eq!(world.set_budget(own, Some(1)).await.unwrap_err().code, ErrorCode::InvalidArgument, "{scope}");
+        assert_eq!(
+            world.set_budget(own, Some(1)).await.unwrap_err().code,
+            ErrorCode::InvalidArgument,
+            "{scope}"
+        );
     }
     assert!(world.set_budget(world.owned("agent", &agent), Some(1)).await.is_ok());
     assert!(world.set_budget(world.owned("agent", &agent), Some(u64::MAX)).await.is_err());
@@ -458,17 +591,29 @@ async fn usage_is_added_up_by_day_agent_model_key_session_and_user() {
     let models = Models::start(&world).await;
     let (first, second) = (world.agent().await, world.agent().await);
     let mut sessions = Vec::new();
-    for (agent, model, tokens) in [(&first, "claude-a", 10), (&first, "claude-b", 20), (&second, "claude-a", 30)] {
+    for (agent, model, tokens) in
+        [(&first, "claude-a", 10), (&first, "claude-b", 20), (&second, "claude-a", 30)]
+    {
         let (session, _) = world.asking(agent).await;
-        let request = BeginModelRequestRequest { model: model.to_owned(), ..models.request(&session, 50) };
+        let request =
+            BeginModelRequestRequest { model: model.to_owned(), ..models.request(&session, 50) };
         models.begin(&request).await;
         models.end(&request, tokens).await;
         sessions.push(session);
     }
-    let by = |group: &str| ListUsageRequest { group_by: group.to_owned(), ..ListUsageRequest::default() };
-    let tokens = |sums: &[UsageSum]| sums.iter().map(|sum| (sum.group.clone(), sum.input_tokens)).collect::<Vec<_>>();
-    eventually("the totals have it", || async { world.usage(by("day")).await.first().is_some_and(|sum| sum.input_tokens == 60) }).await;
-    let models_used = [("anthropic/claude-a".to_owned(), 40), ("anthropic/claude-b".to_owned(), 20)];
+    let by = |group: &str| ListUsageRequest {
+        group_by: group.to_owned(),
+        ..ListUsageRequest::default()
+    };
+    let tokens = |sums: &[UsageSum]| {
+        sums.iter().map(|sum| (sum.group.clone(), sum.input_tokens)).collect::<Vec<_>>()
+    };
+    eventually("the totals have it", || async {
+        world.usage(by("day")).await.first().is_some_and(|sum| sum.input_tokens == 60)
+    })
+    .await;
+    let models_used =
+        [("anthropic/claude-a".to_owned(), 40), ("anthropic/claude-b".to_owned(), 20)];
     assert_eq!(tokens(&world.usage(by("model")).await), models_used);
     let mut agents = vec![(first.clone(), 30), (second, 30)];
     agents.sort();
@@ -481,12 +626,21 @@ async fn usage_is_added_up_by_day_agent_model_key_session_and_user() {
     assert_eq!(tokens(&world.usage(by("session")).await), newest_first);
     let one = ListUsageRequest { session_id: Some(sessions[0].clone()), ..by("session") };
     assert_eq!(tokens(&world.usage(one).await), [(sessions[0].clone(), 10)]);
-    let day = |from: &str, to: &str| ListUsageRequest { from_day: Some(from.to_owned()), to_day: Some(to.to_owned()), ..by("day") };
+    let day = |from: &str, to: &str| ListUsageRequest {
+        from_day: Some(from.to_owned()),
+        to_day: Some(to.to_owned()),
+        ..by("day")
+    };
     assert!(world.usage(day("2020-01-01", "2020-01-31")).await.is_empty());
     let operator = world.nats.connect(&access::OPERATOR).await.unwrap();
-    let users = operator.call::<rpc::ListUsage>(&ListUsageRequest { limit: 10, ..by("user") }, SOON).await.unwrap();
+    let users = operator
+        .call::<rpc::ListUsage>(&ListUsageRequest { limit: 10, ..by("user") }, SOON)
+        .await
+        .unwrap();
     assert_eq!(tokens(&users.sums), [(world.user.to_string(), 60)]);
-    for wrong in [by("user"), by("week"), day("2020-01-01", "2026-01-01"), day("yesterday", "2026-01-01")] {
+    for wrong in
+        [by("user"), by("week"), day("2020-01-01", "2026-01-01"), day("yesterday", "2026-01-01")]
+    {
         let request = ListUsageRequest { user_id: Some(world.user.to_string()), ..wrong };
         assert!(world.gateway.call::<rpc::ListUsage>(&request, SOON).await.is_err(), "{request:?}");
     }

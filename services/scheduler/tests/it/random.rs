@@ -15,7 +15,8 @@ impl Model {
     }
 }
 
-/// Random courses of everything that can happen to a session, each step compared with what the contract says of it.
+/// Random courses of everything that can happen to a session, each step compared with what the
+/// contract says of it.
 #[tokio::test]
 async fn random_event_sequences_match_the_session_model() {
     let seed = fastrand::u64(..);
@@ -46,7 +47,13 @@ async fn random_event_sequences_match_the_session_model() {
                     }
                 }
                 1 => {
-                    let done = world.gateway.call::<rpc::Terminate>(&TerminateRequest { user_id: ids.0, session_id: ids.1 }, SOON).await;
+                    let done = world
+                        .gateway
+                        .call::<rpc::Terminate>(
+                            &TerminateRequest { user_id: ids.0, session_id: ids.1 },
+                            SOON,
+                        )
+                        .await;
                     assert_eq!(done.is_ok(), now.status != "terminated", "{log:?}");
                     model = Some(Model { status: "terminated", ..now });
                 }
@@ -59,7 +66,9 @@ async fn random_event_sequences_match_the_session_model() {
                     }
                 }
                 3 => {
-                    let id = world.append(&session, now.turn, Kind::TurnStarted(TurnStarted::default())).await;
+                    let id = world
+                        .append(&session, now.turn, Kind::TurnStarted(TurnStarted::default()))
+                        .await;
                     world.get(&session, id).await;
                     if now.status == "pending" {
                         model = Some(Model { status: "running", ..now });
@@ -74,15 +83,31 @@ async fn random_event_sequences_match_the_session_model() {
                 _ => {
                     let (code, stale) = (i32::from(rng.u8(..2)), now.turn > 1 && rng.bool());
                     let turn = if stale { now.turn - 1 } else { now.turn };
-                    let id =
-                        world.append(&session, turn, Kind::TurnEnded(TurnEnded { exit_code: Some(code), ..TurnEnded::default() })).await;
+                    let id = world
+                        .append(
+                            &session,
+                            turn,
+                            Kind::TurnEnded(TurnEnded {
+                                exit_code: Some(code),
+                                ..TurnEnded::default()
+                            }),
+                        )
+                        .await;
                     world.get(&session, id).await;
                     if now.is_active() && !stale {
-                        model = Some(Model { status: if code == 0 { "completed" } else { "failed" }, ..now });
+                        model = Some(Model {
+                            status: if code == 0 { "completed" } else { "failed" },
+                            ..now
+                        });
                     }
                 }
             }
-            let request = GetSessionRequest { user_id: user.clone(), session_id: session.clone(), recorded_through: 0, v1: false };
+            let request = GetSessionRequest {
+                user_id: user.clone(),
+                session_id: session.clone(),
+                recorded_through: 0,
+                v1: false,
+            };
             let seen = world.gateway.call::<rpc::GetSession>(&request, SOON).await.ok();
             let seen = seen.map(|session| (session.status, session.turn_count));
             assert_eq!(seen, model.map(|model| (model.status.to_owned(), model.turn)), "{log:?}");
@@ -91,7 +116,8 @@ async fn random_event_sequences_match_the_session_model() {
     world.counts_are_right().await;
 }
 
-/// All at once on one session: termination wins over everything but deletion, and nothing is in between.
+/// All at once on one session: termination wins over everything but deletion, and nothing is in
+/// between.
 #[tokio::test]
 async fn concurrent_requests_end_in_one_state() {
     let (world, agent) = World::with_agent().await;
@@ -115,23 +141,39 @@ async fn concurrent_requests_end_in_one_state() {
             world.gateway.call::<rpc::Terminate>(&terminate, SOON),
             world.gateway.call::<rpc::DeleteSession>(&delete, SOON),
             world.claim(&session, 1),
-            world.append(&session, 1, Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })),
+            world.append(
+                &session,
+                1,
+                Kind::TurnEnded(TurnEnded { exit_code: Some(0), ..TurnEnded::default() })
+            ),
         );
-        assert!(terminated.is_ok() || deleted.is_ok(), "round {round}: {terminated:?}, {deleted:?}");
+        assert!(
+            terminated.is_ok() || deleted.is_ok(),
+            "round {round}: {terminated:?}, {deleted:?}"
+        );
         // Written down, whatever became of the session.
         eventually("the end is recorded", || async {
-            let through: Option<i64> = sqlx::query_scalar("select event_id from scheduler.recorded")
-                .fetch_optional(&mut world.database.admin().await.unwrap())
-                .await
-                .unwrap();
+            let through: Option<i64> =
+                sqlx::query_scalar("select event_id from scheduler.recorded")
+                    .fetch_optional(&mut world.database.admin().await.unwrap())
+                    .await
+                    .unwrap();
             through.is_some_and(|through| through.unsigned_abs() >= ended)
         })
         .await;
-        let request = GetSessionRequest { user_id: user.clone(), session_id: session.clone(), recorded_through: 0, v1: false };
+        let request = GetSessionRequest {
+            user_id: user.clone(),
+            session_id: session.clone(),
+            recorded_through: 0,
+            v1: false,
+        };
         match world.gateway.call::<rpc::GetSession>(&request, SOON).await {
             Ok(now) => {
                 assert!(deleted.is_err());
-                assert_eq!((now.status.as_str(), now.turn_count), ("terminated", 1 + u32::from(prompted.is_ok())));
+                assert_eq!(
+                    (now.status.as_str(), now.turn_count),
+                    ("terminated", 1 + u32::from(prompted.is_ok()))
+                );
             }
             Err(failure) => assert!(deleted.is_ok() && failure.code == ErrorCode::NotFound),
         }

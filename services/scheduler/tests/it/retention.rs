@@ -5,13 +5,17 @@ use super::*;
 #[tokio::test]
 async fn old_data_is_removed_and_newer_data_kept() {
     let (world, agent) = World::with_agent().await;
-    let (old, new) = (world.create(&agent, 10).await.unwrap().session_id, world.create(&agent, 10).await.unwrap().session_id);
+    let (old, new) = (
+        world.create(&agent, 10).await.unwrap().session_id,
+        world.create(&agent, 10).await.unwrap().session_id,
+    );
     let active = world.create(&agent, 10).await.unwrap().session_id;
     for session in [&old, &new] {
         world.complete(session, 1).await;
     }
     let mut admin = world.database.admin().await.unwrap();
-    let mut run = async |statement: &'static str| sqlx::raw_sql(statement).execute(&mut admin).await.unwrap();
+    let mut run =
+        async |statement: &'static str| sqlx::raw_sql(statement).execute(&mut admin).await.unwrap();
     run("create table scheduler.event_20200101 partition of scheduler.event for values from ('2020-01-01') to ('2020-01-02');
          insert into scheduler.event (session_id, event_id, recorded_on, payload)
          select session_id, event_id - 1000000, '2020-01-01', payload from scheduler.event;
@@ -30,10 +34,18 @@ async fn old_data_is_removed_and_newer_data_kept() {
     // Another replica, which does what is to be done when it starts.
     world.run_scheduler(&Lifecycle::new()).await;
     let get = async |session: &str| {
-        let request = GetSessionRequest { user_id: world.user.to_string(), session_id: session.to_owned(), recorded_through: 0, v1: false };
+        let request = GetSessionRequest {
+            user_id: world.user.to_string(),
+            session_id: session.to_owned(),
+            recorded_through: 0,
+            v1: false,
+        };
         world.gateway.call::<rpc::GetSession>(&request, SOON).await
     };
-    eventually("the old session is gone", || async { get(&old).await.is_err_and(|failure| failure.code == ErrorCode::NotFound) }).await;
+    eventually("the old session is gone", || async {
+        get(&old).await.is_err_and(|failure| failure.code == ErrorCode::NotFound)
+    })
+    .await;
     eventually("the old day is gone", || async {
         let there: bool = sqlx::query_scalar(
             "select coalesce(to_regclass('scheduler.event_20200101'), to_regclass('scheduler.event_20200102')) is not null",
@@ -44,7 +56,8 @@ async fn old_data_is_removed_and_newer_data_kept() {
         !there
     })
     .await;
-    // An active session is never old, and a stream whose first events were deleted continues with the next one.
+    // An active session is never old, and a stream whose first events were deleted continues with
+    // the next one.
     assert!(get(&active).await.is_ok() && get(&new).await.is_ok());
     let read = ReadEventsRequest {
         session_id: new,
@@ -76,10 +89,12 @@ async fn one_day_of_events_is_dropped_in_an_hour_whichever_replica_starts() {
         .unwrap();
     }
     let days = async || {
-        sqlx::query_scalar::<_, String>("select relname::text from pg_class where relname like 'event\\_2020____' order by 1")
-            .fetch_all(&mut world.database.admin().await.unwrap())
-            .await
-            .unwrap()
+        sqlx::query_scalar::<_, String>(
+            "select relname::text from pg_class where relname like 'event\\_2020____' order by 1",
+        )
+        .fetch_all(&mut world.database.admin().await.unwrap())
+        .await
+        .unwrap()
     };
     for left in [&["event_20200104", "event_20200105"] as &[_], &["event_20200105"]] {
         for _ in 0..3 {
@@ -89,18 +104,27 @@ async fn one_day_of_events_is_dropped_in_an_hour_whichever_replica_starts() {
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert_eq!(days().await, left, "and no other");
         // An hour later.
-        sqlx::raw_sql("update scheduler.lease set expires_at = now() where name = 'event-retention'").execute(&mut admin).await.unwrap();
+        sqlx::raw_sql(
+            "update scheduler.lease set expires_at = now() where name = 'event-retention'",
+        )
+        .execute(&mut admin)
+        .await
+        .unwrap();
     }
 }
 
-/// Between any two steps of a gateway: a row without bytes, bytes with a row that was never finished, bytes that no row knows.
+/// Between any two steps of a gateway: a row without bytes, bytes with a row that was never
+/// finished, bytes that no row knows.
 #[tokio::test]
 async fn partial_files_of_killed_processes_are_removed() {
     let world = World::start().await;
     let directory = tempfile::tempdir().unwrap();
     let store = files::Files::open(&format!("file://{}", directory.path().display())).unwrap();
     let chunk = || futures::stream::iter([Ok::<_, ()>(bytes::Bytes::from_static(b"bytes"))]);
-    let request = |id: &str| scheduler_messages::GetFileRequest { user_id: world.user.to_string(), file_id: id.to_owned() };
+    let request = |id: &str| scheduler_messages::GetFileRequest {
+        user_id: world.user.to_string(),
+        file_id: id.to_owned(),
+    };
     let mut ids = Vec::new();
     for _ in 0..4 {
         let create = scheduler_messages::CreateFileRequest {
@@ -146,10 +170,16 @@ async fn partial_files_of_killed_processes_are_removed() {
         use futures::TryStreamExt as _;
         let objects: Vec<Uuid> = store.older_than(Duration::ZERO, 10).try_concat().await.unwrap();
         let mut connection = world.database.admin().await.unwrap();
-        let rows: Vec<Uuid> = sqlx::query_scalar("select file_id from scheduler.file").fetch_all(&mut connection).await.unwrap();
+        let rows: Vec<Uuid> = sqlx::query_scalar("select file_id from scheduler.file")
+            .fetch_all(&mut connection)
+            .await
+            .unwrap();
         objects == [whole.parse::<Uuid>().unwrap()] && rows == objects
     })
     .await;
     assert!(world.gateway.call::<rpc::GetFile>(&request(whole), SOON).await.is_ok());
-    assert_eq!(world.gateway.call::<rpc::GetFile>(&request(unfinished), SOON).await.unwrap_err().code, ErrorCode::NotFound);
+    assert_eq!(
+        world.gateway.call::<rpc::GetFile>(&request(unfinished), SOON).await.unwrap_err().code,
+        ErrorCode::NotFound
+    );
 }

@@ -1,25 +1,34 @@
-//! The events that records become: without secrets, and with the ids that tool uses have in the log.
+//! The events that records become: without secrets, and with the ids that tool uses have in the
+//! log.
 
 use contract::{
     host::{self as agent_host, event},
     session::{
-        AgentEvent, DecisionRequested, DecisionSettled, InputSettled, OpenTool, Output, OutputDropped, StageOutput, session_event::Kind,
+        AgentEvent, DecisionRequested, DecisionSettled, InputSettled, OpenTool, Output,
+        OutputDropped, StageOutput, session_event::Kind,
     },
 };
 
 use crate::playback::{Emitted, Playback, Ready, Scope, tools::remember};
 
 impl Playback {
-    /// The next event to append. After one that shows a tool use, [`Self::appended`] has to be called before the next.
+    /// The next event to append. After one that shows a tool use, [`Self::appended`] has to be
+    /// called before the next.
     pub fn next(&mut self) -> Option<Emitted> {
         let (ready, mut place) = self.ready.pop_front()?;
         let kind = match ready {
             Ready::Output { stderr, data } => match self.scope {
-                Scope::SetUp { stage, .. } => Kind::StageOutput(StageOutput { stage: stage.to_owned(), stderr, data: data.into() }),
+                Scope::SetUp { stage, .. } => Kind::StageOutput(StageOutput {
+                    stage: stage.to_owned(),
+                    stderr,
+                    data: data.into(),
+                }),
                 Scope::Turn(_) => Kind::Output(Output { stderr, data }),
             },
             Ready::Dropped { bytes } => Kind::OutputDropped(OutputDropped { bytes }),
-            Ready::Event(event, text) => Kind::Agent(AgentEvent { text, ..self.agent_event(event) }),
+            Ready::Event(event, text) => {
+                Kind::Agent(AgentEvent { text, ..self.agent_event(event) })
+            }
             Ready::Requested(mut request) => {
                 let tool_use = self.tool(request.id).map(|tool| tool.event_id).unwrap_or_default();
                 self.mask(&mut request.input_json);
@@ -27,7 +36,8 @@ impl Playback {
                 self.mask(&mut request.reason);
                 if tool_use == 0 {
                     // Its own event shows it, under an id that is known once it is in the log.
-                    self.awaits_id = Some(OpenTool { journal_id: request.id, event_id: 0, is_mcp: false });
+                    self.awaits_id =
+                        Some(OpenTool { journal_id: request.id, event_id: 0, is_mcp: false });
                 }
                 Kind::DecisionRequested(DecisionRequested { request: Some(request), tool_use })
             }
@@ -44,7 +54,11 @@ impl Playback {
                 let joined = settled.outcome == agent_host::input_settled::Outcome::Applied as i32;
                 let mut text = if joined { text } else { String::new() };
                 self.mask(&mut text);
-                Kind::InputSettled(InputSettled { settled: Some(settled), text, kind: kind.to_owned() })
+                Kind::InputSettled(InputSettled {
+                    settled: Some(settled),
+                    text,
+                    kind: kind.to_owned(),
+                })
             }
         };
         place.open_tools = self.open_tools.iter().cloned().collect();
@@ -71,7 +85,9 @@ impl Playback {
                 self.awaits_id = Some(OpenTool { journal_id: event.id, event_id: 0, is_mcp });
             }
             Some(event::Kind::ToolResult(result)) => {
-                if let Some(index) = self.open_tools.iter().rposition(|tool| tool.journal_id == result.tool_use) {
+                if let Some(index) =
+                    self.open_tools.iter().rposition(|tool| tool.journal_id == result.tool_use)
+                {
                     let tool = self.open_tools.remove(index).unwrap_or_default();
                     (tool_use, is_mcp) = (tool.event_id, tool.is_mcp);
                 }
@@ -98,7 +114,8 @@ fn texts_of(kind: &mut event::Kind) -> Vec<&mut String> {
         event::Kind::Thinking(thinking) => vec![&mut thinking.text],
         event::Kind::ToolUse(tool) => vec![&mut tool.input_json],
         event::Kind::ToolResult(result) => {
-            let changes = result.changes.iter_mut().flat_map(|change| [&mut change.path, &mut change.diff]);
+            let changes =
+                result.changes.iter_mut().flat_map(|change| [&mut change.path, &mut change.diff]);
             std::iter::once(&mut result.content).chain(changes).collect()
         }
         event::Kind::Plan(plan) => plan.entries.iter_mut().map(|entry| &mut entry.text).collect(),

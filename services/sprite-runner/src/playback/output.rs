@@ -1,4 +1,5 @@
-//! Output of an agent: what may be appended of it, what is held back, and what is dropped beyond the limit.
+//! Output of an agent: what may be appended of it, what is held back, and what is dropped beyond
+//! the limit.
 
 use bytes::BytesMut;
 use contract::host as agent_host;
@@ -15,7 +16,8 @@ use crate::{
 /// How much journal may follow output that is held back.
 const HELD_BACK_MAX: u64 = 16 << 20;
 
-/// How much output is dropped between two events that say so. Less than what the runner keeps of the journal.
+/// How much output is dropped between two events that say so. Less than what the runner keeps of
+/// the journal.
 const DROPPED_STEP: u64 = 4 << 20;
 
 impl Playback {
@@ -33,14 +35,19 @@ impl Playback {
         }
         let known = stream.logged + stream.held.len() as u64;
         stream.seen += output.data.len() as u64;
-        let new = usize::try_from(stream.seen.saturating_sub(known)).unwrap_or(usize::MAX).min(output.data.len());
+        let new = usize::try_from(stream.seen.saturating_sub(known))
+            .unwrap_or(usize::MAX)
+            .min(output.data.len());
         if new == 0 {
             return;
         }
-        stream.held.extend_from_slice(output.data.get(output.data.len() - new..).unwrap_or_default());
+        stream
+            .held
+            .extend_from_slice(output.data.get(output.data.len() - new..).unwrap_or_default());
         self.marks.push_back(Mark { offset, below });
         if self.marks.front().is_some_and(|oldest| offset - oldest.offset > HELD_BACK_MAX) {
-            // The other stream has held back its last bytes for so long that the journal could not be deleted.
+            // The other stream has held back its last bytes for so long that the journal could not
+            // be deleted.
             match self.is_over_limit() {
                 true => self.drop_output(!stderr, 0, true),
                 false => self.flush_stream(!stderr, true, 1),
@@ -57,7 +64,8 @@ impl Playback {
         self.flush(false);
     }
 
-    /// Emits what is held; at the end of the turn or the step (`last`) also the end of output that exceeds the limit.
+    /// Emits what is held; at the end of the turn or the step (`last`) also the end of output that
+    /// exceeds the limit.
     pub(super) fn flush(&mut self, last: bool) {
         if last {
             self.tell_dropped();
@@ -135,7 +143,10 @@ impl Playback {
     /// A record is in the log when what the journal has below the next one is.
     fn drop_marks(&mut self) {
         while !self.marks.is_empty() {
-            let below = self.marks.get(1).map_or([self.streams[0].seen, self.streams[1].seen], |next| next.below);
+            let below = self
+                .marks
+                .get(1)
+                .map_or([self.streams[0].seen, self.streams[1].seen], |next| next.below);
             if below.iter().zip(&self.streams).any(|(below, stream)| *below > stream.logged) {
                 return;
             }

@@ -14,7 +14,8 @@ pub struct Emitted {
 pub(super) const EVENT_BYTES_MIN: usize = 512;
 
 impl Emitted {
-    /// Bytes that the agent caused: a program in its CLI's place may tell and ask as fast as it prints.
+    /// Bytes that the agent caused: a program in its CLI's place may tell and ask as fast as it
+    /// prints.
     pub fn output_bytes(&self) -> usize {
         match &self.kind {
             Kind::Output(output) => output.data.len(),

@@ -8,7 +8,8 @@ use contract::{
 
 use crate::{mask::Masker, playback::place::EVENT_BYTES_MIN};
 
-/// What previews cost at least, as they are sent: a program in the CLI's place may write as fast as it prints.
+/// What previews cost at least, as they are sent: a program in the CLI's place may write as fast as
+/// it prints.
 pub fn sent_bytes(previews: &[Preview]) -> usize {
     previews.iter().map(|preview| preview.content.len().max(EVENT_BYTES_MIN)).sum()
 }
@@ -44,7 +45,13 @@ impl Drafts {
             let content = String::from_utf8_lossy(&piece.data).into_owned();
             let offset = writing.sent;
             writing.sent += content.len() as u64;
-            self.previews.push(Preview { turn: 0, text: writing.text, is_thinking: delta.thinking, offset, content });
+            self.previews.push(Preview {
+                turn: 0,
+                text: writing.text,
+                is_thinking: delta.thinking,
+                offset,
+                content,
+            });
         }
     }
 

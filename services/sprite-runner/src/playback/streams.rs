@@ -1,10 +1,12 @@
-//! What was read of an agent's standard output and standard error, and how much of it is in the log.
+//! What was read of an agent's standard output and standard error, and how much of it is in the
+//! log.
 
 use std::collections::VecDeque;
 
 use bytes::BytesMut;
 
-/// How much of each stream's end is kept, for the diagnosis of a failure and as the end of output that is dropped.
+/// How much of each stream's end is kept, for the diagnosis of a failure and as the end of output
+/// that is dropped.
 pub const TAIL_BYTES: usize = 64 << 10;
 
 #[derive(Debug, Default)]

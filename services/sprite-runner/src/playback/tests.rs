@@ -2,8 +2,9 @@ use std::collections::HashMap;
 
 use contract::{
     host::{
-        self as agent_host, AgentMessage, Decision, DecisionRequested, DecisionSettled, Input, InputAccepted, InputSettled, Record,
-        StepEnded, StepStarted, ToolResult, ToolUse, TurnEnded, TurnStarted, event, input, record,
+        self as agent_host, AgentMessage, Decision, DecisionRequested, DecisionSettled, Input,
+        InputAccepted, InputSettled, Record, StepEnded, StepStarted, ToolResult, ToolUse,
+        TurnEnded, TurnStarted, event, input, record,
     },
     session::{Checkpoint, OutputDropped, Preview, session_event::Kind},
 };
@@ -12,7 +13,10 @@ use types::limits::OUTPUT_EVENT_BYTES_MAX;
 
 use crate::{
     mask::Masker,
-    playback::{Emitted, Place, Playback, Scope, own_tool, place::EVENT_BYTES_MIN, sent_bytes, streams::TAIL_BYTES},
+    playback::{
+        Emitted, Place, Playback, Scope, own_tool, place::EVENT_BYTES_MIN, sent_bytes,
+        streams::TAIL_BYTES,
+    },
 };
 
 const TURN: u32 = 7;
@@ -33,7 +37,10 @@ fn journal(kinds: Vec<record::Kind>) -> Journal {
 }
 
 fn output(stderr: bool, data: &[u8]) -> record::Kind {
-    record::Kind::Output(agent_host::Output { stream: i32::from(stderr), data: data.to_vec().into() })
+    record::Kind::Output(agent_host::Output {
+        stream: i32::from(stderr),
+        data: data.to_vec().into(),
+    })
 }
 
 fn event(id: u64, kind: event::Kind) -> record::Kind {
@@ -58,7 +65,11 @@ fn ended(turn: u32) -> record::Kind {
 
 /// What may stand in a turn, of whatever the agent does.
 fn inside() -> impl Strategy<Value = Vec<record::Kind>> {
-    let text = prop_oneof!["[a-z\u{e9}\u{1f600}\n]{0,12}", Just(format!("<{SECRET}>")), Just("sk-sentinel-1".to_owned())];
+    let text = prop_oneof![
+        "[a-z\u{e9}\u{1f600}\n]{0,12}",
+        Just(format!("<{SECRET}>")),
+        Just("sk-sentinel-1".to_owned())
+    ];
     let bytes = prop_oneof![4 => text.prop_map(String::into_bytes), 1 => vec(any::<u8>(), 0..6)];
     let piece = prop_oneof![
         6 => (any::<bool>(), bytes).prop_map(|(stderr, data)| (0, stderr, data)),
@@ -82,23 +93,37 @@ fn inside() -> impl Strategy<Value = Vec<record::Kind>> {
                 3 => {
                     let id = format!("input-{id}");
                     let decision = Some(input::Kind::Decision(Decision::default()));
-                    let accepted = InputAccepted { input: Some(Input { id: id.clone(), kind: decision }) };
+                    let accepted =
+                        InputAccepted { input: Some(Input { id: id.clone(), kind: decision }) };
                     kinds.push(record::Kind::InputAccepted(accepted));
-                    kinds.push(record::Kind::InputSettled(InputSettled { id, ..InputSettled::default() }));
+                    kinds.push(record::Kind::InputSettled(InputSettled {
+                        id,
+                        ..InputSettled::default()
+                    }));
                 }
                 4 => kinds.extend(open.last().map(|id| {
                     asked.push(*id);
-                    record::Kind::DecisionRequested(DecisionRequested { id: *id, ..DecisionRequested::default() })
+                    record::Kind::DecisionRequested(DecisionRequested {
+                        id: *id,
+                        ..DecisionRequested::default()
+                    })
                 })),
                 // A custom tool's, which no event shows but this one.
                 5 => {
                     asked.push(id);
-                    let request = DecisionRequested { id, is_custom_tool: true, ..DecisionRequested::default() };
+                    let request = DecisionRequested {
+                        id,
+                        is_custom_tool: true,
+                        ..DecisionRequested::default()
+                    };
                     kinds.push(record::Kind::DecisionRequested(request));
                 }
-                _ => {
-                    kinds.extend(asked.pop().map(|id| record::Kind::DecisionSettled(DecisionSettled { id, ..DecisionSettled::default() })))
-                }
+                _ => kinds.extend(asked.pop().map(|id| {
+                    record::Kind::DecisionSettled(DecisionSettled {
+                        id,
+                        ..DecisionSettled::default()
+                    })
+                })),
             }
         }
         kinds
@@ -110,7 +135,8 @@ fn inside() -> impl Strategy<Value = Vec<record::Kind>> {
 struct Log(Vec<(Kind, Checkpoint)>);
 
 impl Log {
-    /// What a successor finds: the newest event's checkpoint and, where that shows a tool use, its own.
+    /// What a successor finds: the newest event's checkpoint and, where that shows a tool use, its
+    /// own.
     fn checkpoint(&self, beginning: &Checkpoint) -> Checkpoint {
         let Some((kind, checkpoint)) = self.0.last() else { return beginning.clone() };
         let mut checkpoint = checkpoint.clone();
@@ -128,12 +154,16 @@ impl Log {
         }
     }
 
-    /// What a reader sees: both streams as they are joined, and the other events, whose references are to positions among themselves.
+    /// What a reader sees: both streams as they are joined, and the other events, whose references
+    /// are to positions among themselves.
     fn seen(&self) -> ([Vec<u8>; 2], Vec<String>) {
-        let (mut streams, mut events, mut numbers) = ([Vec::new(), Vec::new()], Vec::new(), HashMap::from([(0, 0)]));
+        let (mut streams, mut events, mut numbers) =
+            ([Vec::new(), Vec::new()], Vec::new(), HashMap::from([(0, 0)]));
         for (index, (kind, _)) in self.0.iter().enumerate() {
             match kind {
-                Kind::Output(output) => streams[usize::from(output.stderr)].extend_from_slice(&output.data),
+                Kind::Output(output) => {
+                    streams[usize::from(output.stderr)].extend_from_slice(&output.data)
+                }
                 kind => {
                     numbers.insert(index as u64 + 1, events.len() as u64 + 1);
                     let mut kind = kind.clone();
@@ -161,14 +191,20 @@ fn play_on(
     settle: &[bool],
 ) -> bool {
     let checkpoint = log.checkpoint(beginning);
-    let mut playback = Playback::new(Scope::Turn(TURN), masker.clone(), output_bytes_max, &checkpoint);
+    let mut playback =
+        Playback::new(Scope::Turn(TURN), masker.clone(), output_bytes_max, &checkpoint);
     // A runner that takes over fetches what is not settled.
     for (_, _, record) in journal {
-        if let Some(record::Kind::InputAccepted(InputAccepted { input: Some(input) })) = &record.kind {
+        if let Some(record::Kind::InputAccepted(InputAccepted { input: Some(input) })) =
+            &record.kind
+        {
             playback.knows(input);
         }
     }
-    let from = journal.iter().position(|(offset, ..)| *offset == checkpoint.journal_offset).unwrap_or(journal.len());
+    let from = journal
+        .iter()
+        .position(|(offset, ..)| *offset == checkpoint.journal_offset)
+        .unwrap_or(journal.len());
     for (number, (offset, next, record)) in journal.iter().skip(from).take(records).enumerate() {
         playback.push(*offset, *next, record.clone());
         if settle.get(number % settle.len().max(1)).copied().unwrap_or_default() {
@@ -183,7 +219,8 @@ fn play_on(
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
 
-    /// Runners that are cut off after any record and any append, one after the other, write what one alone writes: each thing once.
+    /// Runners that are cut off after any record and any append, one after the other, write what
+    /// one alone writes: each thing once.
     #[test]
     fn takeovers_at_any_checkpoint_yield_the_same_events_once(
         inside in inside(),
@@ -215,7 +252,8 @@ proptest! {
         }
     }
 
-    /// What a checkpoint says is in the log is in the log: the journal below it is not needed any more.
+    /// What a checkpoint says is in the log is in the log: the journal below it is not needed any
+    /// more.
     #[test]
     fn all_below_a_checkpoint_is_in_the_log(inside in inside()) {
         let journal = journal([vec![started(TURN)], inside, vec![ended(TURN)]].concat());
@@ -236,11 +274,29 @@ proptest! {
 #[test]
 fn neighbouring_output_is_one_event_as_large_as_events_may_be() {
     let data = vec![b'x'; OUTPUT_EVENT_BYTES_MAX / 2 + 1];
-    let journal = journal(vec![started(TURN), output(false, &data), output(false, &data), output(true, b"e"), ended(TURN)]);
+    let journal = journal(vec![
+        started(TURN),
+        output(false, &data),
+        output(false, &data),
+        output(true, b"e"),
+        ended(TURN),
+    ]);
     let beginning = Checkpoint { started: true, journal_offset: 3, ..Checkpoint::default() };
     let mut log = Log::default();
-    play_on(&mut log, &journal, &beginning, (&Masker::default(), u64::MAX), usize::MAX, usize::MAX, &[false]);
-    let sizes: Vec<usize> = log.0.iter().map(|(kind, _)| if let Kind::Output(output) = kind { output.data.len() } else { 0 }).collect();
+    play_on(
+        &mut log,
+        &journal,
+        &beginning,
+        (&Masker::default(), u64::MAX),
+        usize::MAX,
+        usize::MAX,
+        &[false],
+    );
+    let sizes: Vec<usize> = log
+        .0
+        .iter()
+        .map(|(kind, _)| if let Kind::Output(output) = kind { output.data.len() } else { 0 })
+        .collect();
     assert_eq!(sizes, [OUTPUT_EVENT_BYTES_MAX, 2, 1]);
 }
 
@@ -252,7 +308,8 @@ fn printed() -> impl Strategy<Value = Vec<(bool, usize)>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// Beyond the limit the middle is dropped, and the events say how much, wherever runners are cut off.
+    /// Beyond the limit the middle is dropped, and the events say how much, wherever runners are
+    /// cut off.
     #[test]
     fn output_beyond_the_limit_keeps_its_beginning_and_its_end(
         printed in printed(),
@@ -312,25 +369,54 @@ fn what_is_dropped_and_what_is_previewed_counts_in_the_pace() {
 
 #[test]
 fn texts_of_events_show_no_secret() {
-    let message = event::Kind::Message(AgentMessage { text: format!("the key is {SECRET}"), aborted: false });
+    let message =
+        event::Kind::Message(AgentMessage { text: format!("the key is {SECRET}"), aborted: false });
     let journal = journal(vec![started(TURN), event(1, message), ended(TURN)]);
     let beginning = Checkpoint { started: true, journal_offset: 3, ..Checkpoint::default() };
     let mut log = Log::default();
-    play_on(&mut log, &journal, &beginning, (&Masker::new([SECRET]), u64::MAX), usize::MAX, usize::MAX, &[false]);
+    play_on(
+        &mut log,
+        &journal,
+        &beginning,
+        (&Masker::new([SECRET]), u64::MAX),
+        usize::MAX,
+        usize::MAX,
+        &[false],
+    );
     assert!(format!("{:?}", log.0).contains("the key is ***"));
 }
 
-/// A successor reads a set-up's journal from its beginning: it knows what was said, and appends what is not in the log.
+/// A successor reads a set-up's journal from its beginning: it knows what was said, and appends
+/// what is not in the log.
 #[test]
 fn a_set_up_that_is_read_again_yields_no_duplicate_events() {
-    let step = |id: &str| record::Kind::StepStarted(StepStarted { input_id: id.to_owned(), name: String::new() });
-    let end = |id: &str| record::Kind::StepEnded(StepEnded { input_id: id.to_owned(), exit_code: Some(3), ..StepEnded::default() });
-    let journal =
-        journal(vec![step("a"), output(false, b"one"), end("a"), step("b"), output(false, b"two"), output(true, b"three"), end("b")]);
+    let step = |id: &str| {
+        record::Kind::StepStarted(StepStarted { input_id: id.to_owned(), name: String::new() })
+    };
+    let end = |id: &str| {
+        record::Kind::StepEnded(StepEnded {
+            input_id: id.to_owned(),
+            exit_code: Some(3),
+            ..StepEnded::default()
+        })
+    };
+    let journal = journal(vec![
+        step("a"),
+        output(false, b"one"),
+        end("a"),
+        step("b"),
+        output(false, b"two"),
+        output(true, b"three"),
+        end("b"),
+    ]);
     let play = |checkpoint: &Checkpoint, records: usize| {
-        let scope = Scope::SetUp { stage: "provision_setup", logged_below: checkpoint.journal_offset };
+        let scope =
+            Scope::SetUp { stage: "provision_setup", logged_below: checkpoint.journal_offset };
         let mut playback = Playback::new(scope, Masker::default(), u64::MAX, checkpoint);
-        journal.iter().take(records).for_each(|(offset, next, record)| playback.push(*offset, *next, record.clone()));
+        journal
+            .iter()
+            .take(records)
+            .for_each(|(offset, next, record)| playback.push(*offset, *next, record.clone()));
         playback.settle();
         let (mut said, mut last) = (String::new(), checkpoint.clone());
         while let Some(emitted) = playback.next() {
@@ -347,7 +433,10 @@ fn a_set_up_that_is_read_again_yields_no_duplicate_events() {
         let (first, checkpoint, _) = play(&beginning, cut);
         let (second, _, playback) = play(&checkpoint, 7);
         assert_eq!(first + &second, "onetwothree", "cut after {cut}");
-        assert_eq!((playback.tail(false), playback.tail(true)), ("two".to_owned(), "three".to_owned()));
+        assert_eq!(
+            (playback.tail(false), playback.tail(true)),
+            ("two".to_owned(), "three".to_owned())
+        );
         assert_eq!(playback.step("a", &[]).unwrap().exit_code, Some(3));
     }
 }

@@ -1,4 +1,5 @@
-//! Tool uses without a result. A checkpoint contains their ids, because their results refer to them.
+//! Tool uses without a result. A checkpoint contains their ids, because their results refer to
+//! them.
 
 use std::collections::VecDeque;
 
@@ -7,7 +8,8 @@ use contract::{
     session::{AgentEvent, Checkpoint, DecisionRequested, OpenTool, session_event::Kind},
 };
 
-/// How many tool uses without a result are remembered. The result of a forgotten one names no tool use.
+/// How many tool uses without a result are remembered. The result of a forgotten one names no tool
+/// use.
 const OPEN_TOOLS_MAX: usize = 1000;
 
 /// Adds a tool use, and forgets the oldest if there are too many.
@@ -21,10 +23,15 @@ pub fn remember(tools: &mut VecDeque<OpenTool>, tool: OpenTool) {
 /// Adds an event that shows a tool use to its own checkpoint.
 pub fn own_tool(kind: Option<&Kind>, id: u64, checkpoint: &mut Checkpoint) {
     let (journal_id, is_mcp) = match kind {
-        Some(Kind::Agent(AgentEvent { event: Some(event), is_mcp, .. })) if matches!(event.kind, Some(event::Kind::ToolUse(_))) => {
+        Some(Kind::Agent(AgentEvent { event: Some(event), is_mcp, .. }))
+            if matches!(event.kind, Some(event::Kind::ToolUse(_))) =>
+        {
             (event.id, *is_mcp)
         }
-        Some(Kind::DecisionRequested(DecisionRequested { request: Some(request), tool_use: 0 })) => (request.id, false),
+        Some(Kind::DecisionRequested(DecisionRequested {
+            request: Some(request),
+            tool_use: 0,
+        })) => (request.id, false),
         _ => return,
     };
     let mut tools: VecDeque<OpenTool> = std::mem::take(&mut checkpoint.open_tools).into();

@@ -21,10 +21,17 @@ impl Adapter for Claude {
         env
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
+    fn config_files(
+        &self,
+        mcp_servers: &[McpServer],
+        _: &ModelEndpoints,
+    ) -> Vec<(&'static str, String)> {
         // Asked nothing at its first start.
         let mut config = json!({ "hasCompletedOnboarding": true });
-        let servers: Map<String, Value> = mcp_servers.iter().map(|server| (server.name.clone(), mcp_server(&server.transport))).collect();
+        let servers: Map<String, Value> = mcp_servers
+            .iter()
+            .map(|server| (server.name.clone(), mcp_server(&server.transport)))
+            .collect();
         if let (Some(config), false) = (config.as_object_mut(), servers.is_empty()) {
             config.insert("mcpServers".to_owned(), servers.into());
         }
@@ -38,7 +45,11 @@ impl Adapter for Claude {
 
 fn mcp_server(transport: &McpTransport) -> Value {
     match transport {
-        McpTransport::Url { url, headers } => json!({ "type": "http", "url": url, "headers": headers }),
-        McpTransport::Stdio { command, args, env } => json!({ "type": "stdio", "command": command, "args": args, "env": env }),
+        McpTransport::Url { url, headers } => {
+            json!({ "type": "http", "url": url, "headers": headers })
+        }
+        McpTransport::Stdio { command, args, env } => {
+            json!({ "type": "stdio", "command": command, "args": args, "env": env })
+        }
     }
 }

@@ -16,13 +16,18 @@ impl Adapter for Codex {
         Some("codex")
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)> {
+    fn config_files(
+        &self,
+        mcp_servers: &[McpServer],
+        models: &ModelEndpoints,
+    ) -> Vec<(&'static str, String)> {
         let mut config = Map::from_iter([
             ("check_for_update_on_startup".to_owned(), json!(false)),
             ("analytics".to_owned(), json!({ "enabled": false })),
         ]);
         if let Some(url) = models.base_url(Provider::Openai) {
-            // A provider of its own: with the built-in one it tries WebSockets first, for seconds where there are none.
+            // A provider of its own: with the built-in one it tries WebSockets first, for seconds
+            // where there are none.
             let provider = json!({
                 "name": PROVIDER,
                 "base_url": format!("{}/v1", url.trim_end_matches('/')),
@@ -33,7 +38,10 @@ impl Adapter for Codex {
             config.insert("model_provider".to_owned(), PROVIDER.into());
             config.insert("model_providers".to_owned(), json!({ PROVIDER: provider }));
         }
-        let servers: Map<String, Value> = mcp_servers.iter().map(|server| (server.name.clone(), mcp_server(&server.transport))).collect();
+        let servers: Map<String, Value> = mcp_servers
+            .iter()
+            .map(|server| (server.name.clone(), mcp_server(&server.transport)))
+            .collect();
         if !servers.is_empty() {
             config.insert("mcp_servers".to_owned(), servers.into());
         }
@@ -58,12 +66,20 @@ fn mcp_server(transport: &McpTransport) -> Value {
             json!({ "command": command, "args": args, "env": env, "startup_timeout_sec": limit })
         }
         McpTransport::Url { url, headers } => {
-            let mut server = Map::from_iter([("url".to_owned(), json!(url)), ("startup_timeout_sec".to_owned(), json!(limit))]);
+            let mut server = Map::from_iter([
+                ("url".to_owned(), json!(url)),
+                ("startup_timeout_sec".to_owned(), json!(limit)),
+            ]);
             let (mut literal, mut variables) = (Map::new(), Map::new());
             for (name, value) in headers {
-                let bearer = value.strip_prefix("Bearer ").and_then(variable).filter(|_| name.eq_ignore_ascii_case("authorization"));
+                let bearer = value
+                    .strip_prefix("Bearer ")
+                    .and_then(variable)
+                    .filter(|_| name.eq_ignore_ascii_case("authorization"));
                 match (bearer, variable(value)) {
-                    (Some(variable), _) => drop(server.insert("bearer_token_env_var".to_owned(), variable.into())),
+                    (Some(variable), _) => {
+                        drop(server.insert("bearer_token_env_var".to_owned(), variable.into()))
+                    }
                     (None, Some(variable)) => drop(variables.insert(name.clone(), variable.into())),
                     (None, None) => drop(literal.insert(name.clone(), json!(value))),
                 }
@@ -86,14 +102,24 @@ mod tests {
 
     #[test]
     fn mcp_servers_are_toml() {
-        let headers = [("Authorization", "Bearer ${TOKEN}"), ("X-Key", "${KEY}"), ("X-Plain", "a \"b\"")];
-        let headers = headers.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect::<BTreeMap<_, _>>();
+        let headers =
+            [("Authorization", "Bearer ${TOKEN}"), ("X-Key", "${KEY}"), ("X-Plain", "a \"b\"")];
+        let headers = headers
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect::<BTreeMap<_, _>>();
         let transport = McpTransport::Url { url: "https://mcp.example".to_owned(), headers };
         let server = McpServer { name: "one".to_owned(), transport };
-        let files = Codex.config_files(&[server], &ModelEndpoints { openai: Some("http://m/".to_owned()), ..ModelEndpoints::default() });
+        let files = Codex.config_files(
+            &[server],
+            &ModelEndpoints { openai: Some("http://m/".to_owned()), ..ModelEndpoints::default() },
+        );
         let config: Value = toml::from_str(&files[0].1).unwrap();
         let provider = &config["model_providers"][config["model_provider"].as_str().unwrap()];
-        assert_eq!((&provider["base_url"], &provider["supports_websockets"]), (&json!("http://m/v1"), &json!(false)));
+        assert_eq!(
+            (&provider["base_url"], &provider["supports_websockets"]),
+            (&json!("http://m/v1"), &json!(false))
+        );
         let expected = json!({ "url": "https://mcp.example", "startup_timeout_sec": 20, "bearer_token_env_var": "TOKEN", "env_http_headers": { "X-Key": "KEY" },
                                "http_headers": { "X-Plain": "a \"b\"" } });
         assert_eq!(config["mcp_servers"]["one"], expected);

@@ -18,10 +18,17 @@ impl Adapter for Gemini {
         url.map(|url| ("GOOGLE_GEMINI_BASE_URL".to_owned(), url.to_owned())).into_iter().collect()
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer], _: &ModelEndpoints) -> Vec<(&'static str, String)> {
-        let servers: Map<String, Value> = mcp_servers.iter().map(|server| (server.name.clone(), mcp_server(&server.transport))).collect();
-        // A sandbox has no use for updates and telemetry, and may not reach them. It says nothing while it asks a failing model again: a few
-        // attempts, then the reason.
+    fn config_files(
+        &self,
+        mcp_servers: &[McpServer],
+        _: &ModelEndpoints,
+    ) -> Vec<(&'static str, String)> {
+        let servers: Map<String, Value> = mcp_servers
+            .iter()
+            .map(|server| (server.name.clone(), mcp_server(&server.transport)))
+            .collect();
+        // A sandbox has no use for updates and telemetry, and may not reach them. It says nothing
+        // while it asks a failing model again: a few attempts, then the reason.
         let settings = json!({
             "security": { "auth": { "selectedType": "gemini-api-key" } },
             "general": { "enableAutoUpdate": false, "enableAutoUpdateNotification": false, "maxAttempts": 3 },
@@ -58,8 +65,15 @@ mod tests {
     /// Gemini CLI asks about no tool of a server that it trusts, whatever the agent's policy says.
     #[test]
     fn tools_of_mcp_servers_are_asked_about() {
-        let remote = McpTransport::Url { url: "https://mcp.example/mcp".to_owned(), headers: Default::default() };
-        let local = McpTransport::Stdio { command: "true".to_owned(), args: Vec::new(), env: Default::default() };
+        let remote = McpTransport::Url {
+            url: "https://mcp.example/mcp".to_owned(),
+            headers: Default::default(),
+        };
+        let local = McpTransport::Stdio {
+            command: "true".to_owned(),
+            args: Vec::new(),
+            env: Default::default(),
+        };
         for transport in [remote, local] {
             assert_eq!(mcp_server(&transport).get("trust"), None);
         }

@@ -13,14 +13,24 @@ impl Adapter for Opencode {
         Some("opencode")
     }
 
-    fn config_files(&self, mcp_servers: &[McpServer], models: &ModelEndpoints) -> Vec<(&'static str, String)> {
-        let versions =
-            [(Provider::Anthropic, "anthropic", "v1"), (Provider::Openai, "openai", "v1"), (Provider::Google, "google", "v1beta")];
+    fn config_files(
+        &self,
+        mcp_servers: &[McpServer],
+        models: &ModelEndpoints,
+    ) -> Vec<(&'static str, String)> {
+        let versions = [
+            (Provider::Anthropic, "anthropic", "v1"),
+            (Provider::Openai, "openai", "v1"),
+            (Provider::Google, "google", "v1beta"),
+        ];
         let providers = versions.into_iter().filter_map(|(provider, name, version)| {
             let url = models.base_url(provider)?.trim_end_matches('/');
             Some((name.to_owned(), json!({ "options": { "baseURL": format!("{url}/{version}") } })))
         });
-        let servers: Map<String, Value> = mcp_servers.iter().map(|server| (server.name.clone(), mcp_server(&server.transport))).collect();
+        let servers: Map<String, Value> = mcp_servers
+            .iter()
+            .map(|server| (server.name.clone(), mcp_server(&server.transport)))
+            .collect();
         let config = json!({
             "$schema": "https://opencode.ai/config.json",
             "share": "disabled",
@@ -52,7 +62,10 @@ fn env_references(text: &str) -> String {
 fn mcp_server(transport: &McpTransport) -> Value {
     match transport {
         McpTransport::Url { url, headers } => {
-            let headers: Map<String, Value> = headers.iter().map(|(name, value)| (name.clone(), env_references(value).into())).collect();
+            let headers: Map<String, Value> = headers
+                .iter()
+                .map(|(name, value)| (name.clone(), env_references(value).into()))
+                .collect();
             json!({ "type": "remote", "url": url, "headers": headers, "enabled": true, "oauth": false })
         }
         McpTransport::Stdio { command, args, env } => {

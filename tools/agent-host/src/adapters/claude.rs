@@ -1,10 +1,12 @@
 //! Claude Code: newline-delimited JSON in both directions, with control requests either way.
 //!
-//! Every tool call is asked about by a `PreToolUse` hook, in every mode and before all rules; `can_use_tool` is the net below it.
+//! Every tool call is asked about by a `PreToolUse` hook, in every mode and before all rules;
+//! `can_use_tool` is the net below it.
 
 use contract::host::{
-    AgentError, AgentMessage, ContextCompacted, Delta, FileChange, ModelUsage, Plan, PlanEntry, Spec, Thinking, ToolResult, ToolUse,
-    agent_error::Retry, decision::Verdict, event, turn_ended::Reason,
+    AgentError, AgentMessage, ContextCompacted, Delta, FileChange, ModelUsage, Plan, PlanEntry,
+    Spec, Thinking, ToolResult, ToolUse, agent_error::Retry, decision::Verdict, event,
+    turn_ended::Reason,
 };
 use serde_json::{Value, json};
 
@@ -51,7 +53,9 @@ impl Claude {
     fn control(&mut self, request: &Value, out: &mut Out) {
         self.requests += 1;
         let id = format!("host-{}", self.requests);
-        out.push(Effect::Send(json!({ "type": "control_request", "request_id": id, "request": request }).to_string()));
+        out.push(Effect::Send(
+            json!({ "type": "control_request", "request_id": id, "request": request }).to_string(),
+        ));
     }
 
     fn system(&mut self, line: &Value, out: &mut Out) {
@@ -60,16 +64,23 @@ impl Claude {
             "init" => {
                 if self.conversation != text(line, "/session_id") {
                     self.conversation = text(line, "/session_id").to_owned();
-                    out.push(Effect::Conversation { id: self.conversation.clone(), model: text(line, "/model").to_owned() });
+                    out.push(Effect::Conversation {
+                        id: self.conversation.clone(),
+                        model: text(line, "/model").to_owned(),
+                    });
                 }
                 self.mcp_servers(array(line, "/mcp_servers"), out);
             }
             "session_state_changed" if text(line, "/state") == "idle" => self.end_turn(out),
             "api_retry" => {
-                let status = line.pointer("/error_status").map(Value::to_string).unwrap_or_default();
+                let status =
+                    line.pointer("/error_status").map(Value::to_string).unwrap_or_default();
                 out.event(event::Kind::Error(AgentError {
                     kind: error_kind(&status).to_owned(),
-                    message: format!("The model API failed with status {status}: {}", text(line, "/error")),
+                    message: format!(
+                        "The model API failed with status {status}: {}",
+                        text(line, "/error")
+                    ),
                     retry: Retry::Retrying.into(),
                 }));
             }
@@ -83,7 +94,9 @@ impl Claude {
         self.mcp_is_pending = servers.iter().any(|server| text(server, "/status") == "pending");
         for server in servers {
             let (name, status) = (text(server, "/name"), text(server, "/status"));
-            if matches!(status, "failed" | "needs-auth") && !self.told_of_mcp.iter().any(|told| told == name) {
+            if matches!(status, "failed" | "needs-auth")
+                && !self.told_of_mcp.iter().any(|told| told == name)
+            {
                 self.told_of_mcp.push(name.to_owned());
                 out.event(mcp_failed(name, text(server, "/error"), status == "needs-auth"));
             }
@@ -100,9 +113,14 @@ impl Claude {
             let kind = match text(block, "/type") {
                 "text" => {
                     let aborted = line.get("aborted").and_then(Value::as_bool) == Some(true);
-                    event::Kind::Message(AgentMessage { text: text(block, "/text").to_owned(), aborted })
+                    event::Kind::Message(AgentMessage {
+                        text: text(block, "/text").to_owned(),
+                        aborted,
+                    })
                 }
-                "thinking" => event::Kind::Thinking(Thinking { text: text(block, "/thinking").to_owned() }),
+                "thinking" => {
+                    event::Kind::Thinking(Thinking { text: text(block, "/thinking").to_owned() })
+                }
                 "tool_use" => {
                     let (name, call) = (text(block, "/name"), text(block, "/id"));
                     self.open_calls.push(call.to_owned());
@@ -113,8 +131,10 @@ impl Claude {
                         continue;
                     }
                     let entries = array(&input, "/todos").iter();
-                    let entries =
-                        entries.map(|todo| PlanEntry { text: text(todo, "/content").to_owned(), status: text(todo, "/status").to_owned() });
+                    let entries = entries.map(|todo| PlanEntry {
+                        text: text(todo, "/content").to_owned(),
+                        status: text(todo, "/status").to_owned(),
+                    });
                     event::Kind::Plan(Plan { entries: entries.collect() })
                 }
                 _ => continue,
@@ -124,7 +144,10 @@ impl Claude {
     }
 
     fn user(&mut self, line: &Value, out: &mut Out) {
-        for block in array(line, "/message/content").iter().filter(|block| text(block, "/type") == "tool_result") {
+        for block in array(line, "/message/content")
+            .iter()
+            .filter(|block| text(block, "/type") == "tool_result")
+        {
             let call = text(block, "/tool_use_id").to_owned();
             self.open_calls.retain(|open| *open != call);
             let result = ToolResult {
@@ -141,10 +164,17 @@ impl Claude {
         match text(line, "/event/type") {
             "content_block_start" => self.texts += 1,
             "content_block_delta" => {
-                let (words, thought) = (text(line, "/event/delta/text"), text(line, "/event/delta/thinking"));
-                let (content, thinking) = if thought.is_empty() { (words, false) } else { (thought, true) };
-                if !content.is_empty() && line.get("parent_tool_use_id").is_none_or(Value::is_null) {
-                    out.event(event::Kind::Delta(Delta { text: self.texts, content: content.to_owned(), thinking }));
+                let (words, thought) =
+                    (text(line, "/event/delta/text"), text(line, "/event/delta/thinking"));
+                let (content, thinking) =
+                    if thought.is_empty() { (words, false) } else { (thought, true) };
+                if !content.is_empty() && line.get("parent_tool_use_id").is_none_or(Value::is_null)
+                {
+                    out.event(event::Kind::Delta(Delta {
+                        text: self.texts,
+                        content: content.to_owned(),
+                        thinking,
+                    }));
                 }
             }
             _ => {}
@@ -166,8 +196,13 @@ impl Claude {
             _ => Reason::Completed,
         };
         if reason == Reason::Failed {
-            let status = line.pointer("/api_error_status").map(Value::to_string).unwrap_or_default();
-            let error = AgentError { kind: error_kind(&status).to_owned(), message: message.clone(), retry: Retry::Exhausted.into() };
+            let status =
+                line.pointer("/api_error_status").map(Value::to_string).unwrap_or_default();
+            let error = AgentError {
+                kind: error_kind(&status).to_owned(),
+                message: message.clone(),
+                retry: Retry::Exhausted.into(),
+            };
             out.event(event::Kind::Error(error));
         }
         let usage = self.usage.get_or_insert_default();
@@ -178,7 +213,8 @@ impl Claude {
         usage.reasoning_tokens += number(line, "/usage/output_tokens_details/thinking_tokens");
         usage.model = greatest(line.get("modelUsage"), "outputTokens").unwrap_or_default();
         if let Some(total) = micro_dollars(line, "/total_cost_usd") {
-            // The total continues from the transcript's, or begins at nothing where that was not written.
+            // The total continues from the transcript's, or begins at nothing where that was not
+            // written.
             let cost = if total >= self.cost { total - self.cost } else { total };
             *usage.cost_micro_usd.get_or_insert_default() += cost;
             self.cost = total;
@@ -198,16 +234,23 @@ impl Claude {
     }
 
     fn control_request(line: &Value, out: &mut Out) {
-        let (id, request) = (text(line, "/request_id"), line.get("request").unwrap_or(&Value::Null));
+        let (id, request) =
+            (text(line, "/request_id"), line.get("request").unwrap_or(&Value::Null));
         let (input, tool, call) = match text(request, "/subtype") {
-            "hook_callback" => {
-                (request.pointer("/input/tool_input"), text(request, "/input/tool_name"), text(request, "/input/tool_use_id"))
+            "hook_callback" => (
+                request.pointer("/input/tool_input"),
+                text(request, "/input/tool_name"),
+                text(request, "/input/tool_use_id"),
+            ),
+            "can_use_tool" => {
+                (request.get("input"), text(request, "/tool_name"), text(request, "/tool_use_id"))
             }
-            "can_use_tool" => (request.get("input"), text(request, "/tool_name"), text(request, "/tool_use_id")),
             other => {
                 let error = format!("the agent host does not answer {other}");
                 let response = json!({ "subtype": "error", "request_id": id, "error": error });
-                out.push(Effect::Send(json!({ "type": "control_response", "response": response }).to_string()));
+                out.push(Effect::Send(
+                    json!({ "type": "control_response", "response": response }).to_string(),
+                ));
                 return;
             }
         };
@@ -230,8 +273,18 @@ const HOOK: &str = "hook:";
 const TOOL: &str = "tool:";
 
 fn tool_use(name: &str, call: &str, input: &Value) -> ToolUse {
-    let server = name.strip_prefix("mcp__").and_then(|rest| rest.split_once("__")).map(|(server, _)| server).unwrap_or_default();
-    ToolUse { name: name.to_owned(), mcp_server: server.to_owned(), input_json: input.to_string(), call_id: call.to_owned(), evaluation: 0 }
+    let server = name
+        .strip_prefix("mcp__")
+        .and_then(|rest| rest.split_once("__"))
+        .map(|(server, _)| server)
+        .unwrap_or_default();
+    ToolUse {
+        name: name.to_owned(),
+        mcp_server: server.to_owned(),
+        input_json: input.to_string(),
+        call_id: call.to_owned(),
+        evaluation: 0,
+    }
 }
 
 /// What a tool did to a file.
@@ -239,9 +292,19 @@ fn change(result: Option<&Value>) -> Option<FileChange> {
     let result = result?;
     let path = result.get("filePath")?.as_str()?;
     let hunks = array(result, "/structuredPatch").iter().map(|hunk| {
-        let lines: String = array(hunk, "/lines").iter().filter_map(Value::as_str).map(|line| format!("{line}\n")).collect();
+        let lines: String = array(hunk, "/lines")
+            .iter()
+            .filter_map(Value::as_str)
+            .map(|line| format!("{line}\n"))
+            .collect();
         let at = |name: &str| number(hunk, name);
-        format!("@@ -{},{} +{},{} @@\n{lines}", at("/oldStart"), at("/oldLines"), at("/newStart"), at("/newLines"))
+        format!(
+            "@@ -{},{} +{},{} @@\n{lines}",
+            at("/oldStart"),
+            at("/oldLines"),
+            at("/newStart"),
+            at("/newLines")
+        )
     });
     Some(FileChange { path: path.to_owned(), diff: hunks.collect() })
 }
@@ -251,7 +314,8 @@ impl Adapter for Claude {
         let cost = self.cost;
         *self = Self { spec: std::mem::take(&mut self.spec), cost, ..Self::default() };
         let id = conversation.unwrap_or(&self.spec.conversation_id);
-        let mut argv: Vec<String> = ["sh", "-c", BEGIN_OR_RESUME, "claude", id].map(str::to_owned).into();
+        let mut argv: Vec<String> =
+            ["sh", "-c", BEGIN_OR_RESUME, "claude", id].map(str::to_owned).into();
         let words = "--print --verbose --input-format stream-json --output-format stream-json --permission-prompt-tool stdio \
                      --permission-mode manual --disallowedTools AskUserQuestion,EnterPlanMode,ExitPlanMode";
         argv.extend(words.split_ascii_whitespace().map(str::to_owned));
@@ -260,7 +324,10 @@ impl Adapter for Claude {
         }
         if let Some((command, args)) = self.spec.tools_command.split_first() {
             let server = json!({ "type": "stdio", "command": command, "args": args });
-            argv.extend(["--mcp-config".to_owned(), json!({ "mcpServers": { custom_tools::SERVER: server } }).to_string()]);
+            argv.extend([
+                "--mcp-config".to_owned(),
+                json!({ "mcpServers": { custom_tools::SERVER: server } }).to_string(),
+            ]);
         }
         if !self.spec.model.is_empty() {
             argv.extend(["--model".to_owned(), self.spec.model.clone()]);
@@ -268,7 +335,10 @@ impl Adapter for Claude {
         if !self.spec.system.is_empty() {
             // An argument that is too long is passed as a file.
             let is_long = self.spec.system.len() > crate::process::ARGUMENT_BYTES_MAX;
-            argv.push(if is_long { "--append-system-prompt-file" } else { "--append-system-prompt" }.to_owned());
+            argv.push(
+                if is_long { "--append-system-prompt-file" } else { "--append-system-prompt" }
+                    .to_owned(),
+            );
             argv.push(self.spec.system.clone());
         }
         let env = [
@@ -278,17 +348,31 @@ impl Adapter for Claude {
         ];
         let mut env: Vec<_> = env.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         if !self.spec.tools_command.is_empty() {
-            env.push(("MCP_TOOL_TIMEOUT".to_owned(), (custom_tools::TIMEOUT_SECONDS * 1000).to_string()));
-            // Tools that have to be searched for cannot be had without the tool that searches, which an agent may not have.
+            env.push((
+                "MCP_TOOL_TIMEOUT".to_owned(),
+                (custom_tools::TIMEOUT_SECONDS * 1000).to_string(),
+            ));
+            // Tools that have to be searched for cannot be had without the tool that searches,
+            // which an agent may not have.
             env.push(("ENABLE_TOOL_SEARCH".to_owned(), "false".to_owned()));
         }
-        Launch { argv, script: None, env, stdio: Stdio::Protocol, prepare: Vec::new(), belongs_to_turns: true }
+        Launch {
+            argv,
+            script: None,
+            env,
+            stdio: Stdio::Protocol,
+            prepare: Vec::new(),
+            belongs_to_turns: true,
+        }
     }
 
     fn started(&mut self, _: &str, out: &mut Out) {
         let hook = json!({ "matcher": "*", "hookCallbackIds": ["gate"], "timeout": 31_536_000 });
         let request = json!({ "subtype": "initialize", "hooks": { "PreToolUse": [hook] } });
-        out.push(Effect::Send(json!({ "type": "control_request", "request_id": INITIALIZE, "request": request }).to_string()));
+        out.push(Effect::Send(
+            json!({ "type": "control_request", "request_id": INITIALIZE, "request": request })
+                .to_string(),
+        ));
     }
 
     fn message(&mut self, text: &str, out: &mut Out) {
@@ -297,7 +381,8 @@ impl Adapter for Claude {
     }
 
     fn steer(&mut self, text: &str, out: &mut Out) -> bool {
-        // While a tool runs it joins the tool's result; while the model writes it would wait for the end.
+        // While a tool runs it joins the tool's result; while the model writes it would wait for
+        // the end.
         out.push(Effect::Send(user_line(text, self.open_calls.is_empty())));
         true
     }
@@ -318,10 +403,19 @@ impl Adapter for Claude {
             (id, json!({ "hookSpecificOutput": decision }))
         } else {
             let id = key.strip_prefix(TOOL).unwrap_or(key);
-            (id, if allow { json!({ "behavior": "allow" }) } else { json!({ "behavior": "deny", "message": message, "interrupt": false }) })
+            (
+                id,
+                if allow {
+                    json!({ "behavior": "allow" })
+                } else {
+                    json!({ "behavior": "deny", "message": message, "interrupt": false })
+                },
+            )
         };
         let response = json!({ "subtype": "success", "request_id": id, "response": response });
-        out.push(Effect::Send(json!({ "type": "control_response", "response": response }).to_string()));
+        out.push(Effect::Send(
+            json!({ "type": "control_response", "response": response }).to_string(),
+        ));
     }
 
     fn line(&mut self, line: &[u8], out: &mut Out) {
@@ -335,27 +429,35 @@ impl Adapter for Claude {
             "control_request" => Self::control_request(&line, out),
             "control_cancel_request" => {
                 for prefix in [HOOK, TOOL] {
-                    out.push(Effect::Unask { key: format!("{prefix}{}", text(&line, "/request_id")) });
+                    out.push(Effect::Unask {
+                        key: format!("{prefix}{}", text(&line, "/request_id")),
+                    });
                 }
             }
-            "control_response" if text(&line, "/response/request_id") == INITIALIZE && !self.ready => {
+            "control_response"
+                if text(&line, "/response/request_id") == INITIALIZE && !self.ready =>
+            {
                 self.ready = true;
                 out.push(Effect::Ready);
             }
-            "control_response" => self.mcp_servers(array(&line, "/response/response/mcpServers"), out),
+            "control_response" => {
+                self.mcp_servers(array(&line, "/response/response/mcpServers"), out)
+            }
             _ => {}
         }
     }
 
     fn exited(&mut self, _: i32, out: &mut Out) {
-        // A result is the model's end of the turn, though the CLI did not live to say that it is idle.
+        // A result is the model's end of the turn, though the CLI did not live to say that it is
+        // idle.
         self.end_turn(out);
     }
 }
 
 fn user_line(text: &str, now: bool) -> String {
     let message = json!({ "role": "user", "content": text });
-    let mut line = json!({ "type": "user", "message": message, "parent_tool_use_id": null, "session_id": "" });
+    let mut line =
+        json!({ "type": "user", "message": message, "parent_tool_use_id": null, "session_id": "" });
     if let (true, Some(line)) = (now, line.as_object_mut()) {
         line.insert("priority".to_owned(), "now".into());
     }

@@ -1,10 +1,12 @@
-//! Codex: `codex app-server`, JSON-RPC without its version field, one object per line. The server asks for approvals with ids of its own.
+//! Codex: `codex app-server`, JSON-RPC without its version field, one object per line. The server
+//! asks for approvals with ids of its own.
 
 use std::collections::HashMap;
 
 use contract::host::{
-    AgentError, AgentMessage, Capabilities, ContextCompacted, Delta, Evaluation, FileChange, ModelRequestEnded, ModelUsage, Plan,
-    PlanEntry, Spec, Thinking, ToolResult, ToolUse, agent_error::Retry, capabilities, decision::Verdict, event, turn_ended::Reason,
+    AgentError, AgentMessage, Capabilities, ContextCompacted, Delta, Evaluation, FileChange,
+    ModelRequestEnded, ModelUsage, Plan, PlanEntry, Spec, Thinking, ToolResult, ToolUse,
+    agent_error::Retry, capabilities, decision::Verdict, event, turn_ended::Reason,
 };
 use serde_json::{Value, json};
 
@@ -53,8 +55,8 @@ struct Codex {
     changes: HashMap<String, Vec<FileChange>>,
     /// Requests that are answered as elicitations.
     elicitations: Vec<String>,
-    /// Calls of MCP tools that run: the item, what the call is known by, the tool. An approval does not name its item, and either may
-    /// come first.
+    /// Calls of MCP tools that run: the item, what the call is known by, the tool. An approval does
+    /// not name its item, and either may come first.
     mcp_calls: Vec<McpCall>,
     texts: HashMap<String, u64>,
 }
@@ -69,13 +71,18 @@ impl Codex {
     /// What an item's call is known by.
     fn mcp_item(&mut self, item: &str, tool: &str) -> String {
         let known = self.mcp_calls.iter().position(|call| call.item.as_deref() == Some(item));
-        let asked = || self.mcp_calls.iter().position(|call| call.item.is_none() && call.tool == tool);
+        let asked =
+            || self.mcp_calls.iter().position(|call| call.item.is_none() && call.tool == tool);
         if let Some(call) = known.or_else(asked).and_then(|index| self.mcp_calls.get_mut(index)) {
             call.item = Some(item.to_owned());
             return call.call.clone();
         }
         if self.mcp_calls.len() < ITEMS_MAX {
-            self.mcp_calls.push(McpCall { item: Some(item.to_owned()), call: item.to_owned(), tool: tool.to_owned() });
+            self.mcp_calls.push(McpCall {
+                item: Some(item.to_owned()),
+                call: item.to_owned(),
+                tool: tool.to_owned(),
+            });
         }
         item.to_owned()
     }
@@ -95,19 +102,26 @@ impl Codex {
     fn request(&mut self, kind: Request, method: &str, params: Value, out: &mut Out) {
         self.last_request += 1;
         self.requests.insert(self.last_request, kind);
-        out.push(Effect::Send(json!({ "id": self.last_request, "method": method, "params": params }).to_string()));
+        out.push(Effect::Send(
+            json!({ "id": self.last_request, "method": method, "params": params }).to_string(),
+        ));
     }
 
     /// What a thread runs under, in its own words.
     fn settings(&self) -> Value {
         let permissions = self.spec.permissions.clone().unwrap_or_default();
-        let decides = |evaluation: Evaluation| matches!(evaluation, Evaluation::Ask | Evaluation::Deny);
-        let asks = permissions.rules.iter().any(|rule| decides(rule.evaluation())) || decides(permissions.otherwise());
-        // Without any policy it refuses commands like `rm -rf` by itself: such requests are answered by the session's rules.
+        let decides =
+            |evaluation: Evaluation| matches!(evaluation, Evaluation::Ask | Evaluation::Deny);
+        let asks = permissions.rules.iter().any(|rule| decides(rule.evaluation()))
+            || decides(permissions.otherwise());
+        // Without any policy it refuses commands like `rm -rf` by itself: such requests are
+        // answered by the session's rules.
         let policy = if asks { "untrusted" } else { "on-request" };
         let mut settings = json!({ "approvalPolicy": policy, "sandbox": "danger-full-access" });
         if let Some(settings) = settings.as_object_mut() {
-            for (name, value) in [("model", &self.spec.model), ("developerInstructions", &self.spec.system)] {
+            for (name, value) in
+                [("model", &self.spec.model), ("developerInstructions", &self.spec.system)]
+            {
                 if !value.is_empty() {
                     settings.insert(name.to_owned(), value.as_str().into());
                 }
@@ -129,7 +143,11 @@ impl Codex {
     }
 
     fn reply(&mut self, line: &Value, out: &mut Out) {
-        let Some(kind) = line.get("id").and_then(Value::as_u64).and_then(|id| self.requests.remove(&id)) else { return };
+        let Some(kind) =
+            line.get("id").and_then(Value::as_u64).and_then(|id| self.requests.remove(&id))
+        else {
+            return;
+        };
         let failed = line.get("error").is_some();
         match kind {
             Request::Initialize => {
@@ -147,10 +165,15 @@ impl Codex {
                 self.resume = None;
                 self.open_thread(out);
             }
-            // The turn cannot begin; without it the process has no use, and the host takes its exit for the turn's end.
+            // The turn cannot begin; without it the process has no use, and the host takes its exit
+            // for the turn's end.
             Request::Start | Request::Resume => self.fail(line, out),
             Request::Turn if failed => {
-                out.push(Effect::TurnEnded { reason: Reason::Failed, message: text(line, "/error/message").to_owned(), usage: None });
+                out.push(Effect::TurnEnded {
+                    reason: Reason::Failed,
+                    message: text(line, "/error/message").to_owned(),
+                    usage: None,
+                });
             }
             Request::Turn => self.turn_is(text(line, "/result/turn/id"), out),
             Request::Clean => self.end_turn(out),
@@ -161,7 +184,10 @@ impl Codex {
     fn fail(&mut self, line: &Value, out: &mut Out) {
         out.event(event::Kind::Error(AgentError {
             kind: "unknown_error".to_owned(),
-            message: format!("Codex could not open the conversation: {}", text(line, "/error/message")),
+            message: format!(
+                "Codex could not open the conversation: {}",
+                text(line, "/error/message")
+            ),
             retry: Retry::Exhausted.into(),
         }));
         out.push(Effect::Unusable);
@@ -190,12 +216,18 @@ impl Codex {
             }
             "turn/started" => self.turn_is(text(params, "/turn/id"), out),
             "item/started" => self.item_started(params.get("item").unwrap_or(&Value::Null), out),
-            "item/completed" => self.item_completed(params.get("item").unwrap_or(&Value::Null), out),
+            "item/completed" => {
+                self.item_completed(params.get("item").unwrap_or(&Value::Null), out)
+            }
             "item/agentMessage/delta" | "item/reasoning/summaryTextDelta" => {
                 let next = self.texts.len() as u64 + 1;
                 let number = *self.texts.entry(text(params, "/itemId").to_owned()).or_insert(next);
                 let content = text(params, "/delta").to_owned();
-                out.event(event::Kind::Delta(Delta { text: number, content, thinking: method == "item/reasoning/summaryTextDelta" }));
+                out.event(event::Kind::Delta(Delta {
+                    text: number,
+                    content,
+                    thinking: method == "item/reasoning/summaryTextDelta",
+                }));
             }
             "turn/plan/updated" => {
                 let entries = array(params, "/plan").iter().map(|entry| PlanEntry {
@@ -209,8 +241,13 @@ impl Codex {
                 out.event(event::Kind::Plan(Plan { entries: entries.collect() }));
             }
             "thread/tokenUsage/updated" => {
-                let usage = usage(params.pointer("/tokenUsage/last").unwrap_or(&Value::Null), &self.spec.model);
-                out.event(event::Kind::ModelRequestEnded(ModelRequestEnded { usage: Some(usage.clone()) }));
+                let usage = usage(
+                    params.pointer("/tokenUsage/last").unwrap_or(&Value::Null),
+                    &self.spec.model,
+                );
+                out.event(event::Kind::ModelRequestEnded(ModelRequestEnded {
+                    usage: Some(usage.clone()),
+                }));
                 add_usage(self.usage.get_or_insert_default(), &usage);
             }
             "error" => {
@@ -244,7 +281,10 @@ impl Codex {
         let reason = match (text(params, "/turn/status"), info.and_then(Value::as_str)) {
             ("completed", _) => Reason::Completed,
             ("interrupted", _) => Reason::Interrupted,
-            ("failed", Some("contextWindowExceeded" | "sessionBudgetExceeded" | "usageLimitExceeded")) => Reason::Limit,
+            (
+                "failed",
+                Some("contextWindowExceeded" | "sessionBudgetExceeded" | "usageLimitExceeded"),
+            ) => Reason::Limit,
             ("failed", _) => Reason::Failed,
             _ => return,
         };
@@ -254,14 +294,23 @@ impl Codex {
         } else {
             // An interrupted turn's commands keep running until they are told to end.
             let thread = self.thread.clone();
-            self.request(Request::Clean, "thread/backgroundTerminals/clean", json!({ "threadId": thread }), out);
+            self.request(
+                Request::Clean,
+                "thread/backgroundTerminals/clean",
+                json!({ "threadId": thread }),
+                out,
+            );
         }
     }
 
     fn item_started(&mut self, item: &Value, out: &mut Out) {
         let mut call_id = text(item, "/id").to_owned();
         let (name, server, input) = match text(item, "/type") {
-            "commandExecution" => (SHELL.to_owned(), "", json!({ "command": command(text(item, "/command")), "cwd": text(item, "/cwd") })),
+            "commandExecution" => (
+                SHELL.to_owned(),
+                "",
+                json!({ "command": command(text(item, "/command")), "cwd": text(item, "/cwd") }),
+            ),
             "fileChange" => {
                 let changes = changes(item);
                 let paths: Vec<&str> = changes.iter().map(|change| change.path.as_str()).collect();
@@ -280,7 +329,13 @@ impl Codex {
             "webSearch" => ("web_search".to_owned(), "", json!({ "query": text(item, "/query") })),
             _ => return,
         };
-        let tool = ToolUse { name, mcp_server: server.to_owned(), input_json: input.to_string(), call_id, evaluation: 0 };
+        let tool = ToolUse {
+            name,
+            mcp_server: server.to_owned(),
+            input_json: input.to_string(),
+            call_id,
+            evaluation: 0,
+        };
         out.push(Effect::ToolUse { parent: None, tool });
     }
 
@@ -289,17 +344,31 @@ impl Codex {
         let failed = matches!(text(item, "/status"), "failed" | "declined");
         let result = match text(item, "/type") {
             "agentMessage" => {
-                return out.event(event::Kind::Message(AgentMessage { text: text(item, "/text").to_owned(), aborted: false }));
+                return out.event(event::Kind::Message(AgentMessage {
+                    text: text(item, "/text").to_owned(),
+                    aborted: false,
+                }));
             }
             "reasoning" => {
-                let summary: Vec<&str> = array(item, "/summary").iter().filter_map(Value::as_str).collect();
+                let summary: Vec<&str> =
+                    array(item, "/summary").iter().filter_map(Value::as_str).collect();
                 return out.event(event::Kind::Thinking(Thinking { text: summary.join("\n") }));
             }
-            "contextCompaction" => return out.event(event::Kind::ContextCompacted(ContextCompacted {})),
+            "contextCompaction" => {
+                return out.event(event::Kind::ContextCompacted(ContextCompacted {}));
+            }
             "commandExecution" => {
-                let exit_code = item.get("exitCode").and_then(Value::as_i64).and_then(|code| i32::try_from(code).ok());
+                let exit_code = item
+                    .get("exitCode")
+                    .and_then(Value::as_i64)
+                    .and_then(|code| i32::try_from(code).ok());
                 let content = text(item, "/aggregatedOutput").to_owned();
-                ToolResult { content, is_error: failed || exit_code.is_some_and(|code| code != 0), exit_code, ..ToolResult::default() }
+                ToolResult {
+                    content,
+                    is_error: failed || exit_code.is_some_and(|code| code != 0),
+                    exit_code,
+                    ..ToolResult::default()
+                }
             }
             "fileChange" => {
                 self.changes.remove(&call);
@@ -307,15 +376,25 @@ impl Codex {
             }
             "mcpToolCall" => {
                 let error = text(item, "/error/message");
-                let content = if error.is_empty() { content(item.pointer("/result/content")) } else { error.to_owned() };
-                ToolResult { content, is_error: failed || !error.is_empty(), ..ToolResult::default() }
+                let content = if error.is_empty() {
+                    content(item.pointer("/result/content"))
+                } else {
+                    error.to_owned()
+                };
+                ToolResult {
+                    content,
+                    is_error: failed || !error.is_empty(),
+                    ..ToolResult::default()
+                }
             }
             "webSearch" => ToolResult::default(),
             _ => return,
         };
         // A command that was refused or so short that nothing said it began.
         self.item_started(item, out);
-        if let Some(index) = self.mcp_calls.iter().position(|known| known.item.as_ref() == Some(&call)) {
+        if let Some(index) =
+            self.mcp_calls.iter().position(|known| known.item.as_ref() == Some(&call))
+        {
             call = self.mcp_calls.swap_remove(index).call;
         }
         out.push(Effect::ToolResult { call, result });
@@ -328,16 +407,37 @@ impl Codex {
         let ask = match method {
             "item/commandExecution/requestApproval" => {
                 let input = json!({ "command": command(text(params, "/command")), "cwd": text(params, "/cwd") });
-                Ask { key, call, tool: SHELL.to_owned(), input_json: input.to_string(), reason, ..Ask::default() }
+                Ask {
+                    key,
+                    call,
+                    tool: SHELL.to_owned(),
+                    input_json: input.to_string(),
+                    reason,
+                    ..Ask::default()
+                }
             }
             "item/fileChange/requestApproval" => {
                 let changes = self.changes.get(&call).cloned().unwrap_or_default();
                 let paths: Vec<&str> = changes.iter().map(|change| change.path.as_str()).collect();
-                let diff = changes.iter().map(|change| change.diff.as_str()).collect::<Vec<_>>().join("\n");
+                let diff = changes
+                    .iter()
+                    .map(|change| change.diff.as_str())
+                    .collect::<Vec<_>>()
+                    .join("\n");
                 let input_json = json!({ "paths": paths }).to_string();
-                Ask { key, call, tool: PATCH.to_owned(), input_json, diff, reason, ..Ask::default() }
+                Ask {
+                    key,
+                    call,
+                    tool: PATCH.to_owned(),
+                    input_json,
+                    diff,
+                    reason,
+                    ..Ask::default()
+                }
             }
-            "mcpServer/elicitation/request" if text(params, "/_meta/codex_approval_kind") == "mcp_tool_call" => {
+            "mcpServer/elicitation/request"
+                if text(params, "/_meta/codex_approval_kind") == "mcp_tool_call" =>
+            {
                 self.elicitations.push(key.clone());
                 let server = text(params, "/serverName");
                 let input = params.pointer("/_meta/tool_params").cloned().unwrap_or_default();
@@ -367,7 +467,10 @@ fn mcp_tool(server: &str, tool: &str) -> String {
 }
 
 fn changes(item: &Value) -> Vec<FileChange> {
-    let change = |change: &Value| FileChange { path: text(change, "/path").to_owned(), diff: text(change, "/diff").to_owned() };
+    let change = |change: &Value| FileChange {
+        path: text(change, "/path").to_owned(),
+        diff: text(change, "/diff").to_owned(),
+    };
     array(item, "/changes").iter().map(change).collect()
 }
 
@@ -411,11 +514,23 @@ fn usage(last: &Value, model: &str) -> ModelUsage {
 
 impl Adapter for Codex {
     fn launch(&mut self, conversation: Option<&str>, _: &str) -> Launch {
-        *self = Self { spec: std::mem::take(&mut self.spec), resume: conversation.map(str::to_owned), ..Self::default() };
+        *self = Self {
+            spec: std::mem::take(&mut self.spec),
+            resume: conversation.map(str::to_owned),
+            ..Self::default()
+        };
         // It reads its key from this file alone.
-        let key = self.spec.env.iter().rev().find(|variable| variable.name == "OPENAI_API_KEY").map(|variable| &variable.value);
-        let prepare = key
-            .map(|key| prepare::Action::Write { path: ".codex/auth.json".to_owned(), text: json!({ "OPENAI_API_KEY": key }).to_string() });
+        let key = self
+            .spec
+            .env
+            .iter()
+            .rev()
+            .find(|variable| variable.name == "OPENAI_API_KEY")
+            .map(|variable| &variable.value);
+        let prepare = key.map(|key| prepare::Action::Write {
+            path: ".codex/auth.json".to_owned(),
+            text: json!({ "OPENAI_API_KEY": key }).to_string(),
+        });
         let mut argv = vec!["codex".to_owned()];
         if let Some((command, args)) = self.spec.tools_command.split_first() {
             // JSON's strings and lists of them are TOML too.
@@ -426,7 +541,10 @@ impl Adapter for Codex {
                 ("tool_timeout_sec", json!(custom_tools::TIMEOUT_SECONDS)),
             ];
             for (name, value) in settings {
-                argv.extend(["-c".to_owned(), format!("mcp_servers.{}.{name}={value}", custom_tools::SERVER)]);
+                argv.extend([
+                    "-c".to_owned(),
+                    format!("mcp_servers.{}.{name}={value}", custom_tools::SERVER),
+                ]);
             }
         }
         argv.push("app-server".to_owned());
@@ -450,7 +568,8 @@ impl Adapter for Codex {
 
     fn message(&mut self, text: &str, out: &mut Out) {
         (self.turn, self.ending, self.usage) = (None, None, None);
-        let params = json!({ "threadId": self.thread, "input": [{ "type": "text", "text": text }] });
+        let params =
+            json!({ "threadId": self.thread, "input": [{ "type": "text", "text": text }] });
         self.request(Request::Turn, "turn/start", params, out);
     }
 

@@ -1,12 +1,14 @@
 //! Gemini CLI: the Agent Client Protocol, version 1: JSON-RPC, one object per line.
 //!
-//! The protocol reports little about tools: a call that needs permission first appears as a request, and a command's output is missing.
+//! The protocol reports little about tools: a call that needs permission first appears as a
+//! request, and a command's output is missing.
 
 use std::collections::HashMap;
 
 use contract::host::{
-    AgentError, AgentMessage, Capabilities, Delta, FileChange, ModelUsage, Plan, PlanEntry, Spec, Thinking, ToolResult, ToolUse,
-    agent_error::Retry, decision::Verdict, event, turn_ended::Reason,
+    AgentError, AgentMessage, Capabilities, Delta, FileChange, ModelUsage, Plan, PlanEntry, Spec,
+    Thinking, ToolResult, ToolUse, agent_error::Retry, decision::Verdict, event,
+    turn_ended::Reason,
 };
 use serde_json::{Value, json};
 
@@ -58,19 +60,30 @@ impl Gemini {
 
     fn open_session(&mut self, out: &mut Out) {
         let server = |(command, args)| json!({ "name": custom_tools::SERVER, "command": command, "args": args, "env": [] });
-        let servers: Vec<Value> = self.spec.tools_command.split_first().map(server).into_iter().collect();
+        let servers: Vec<Value> =
+            self.spec.tools_command.split_first().map(server).into_iter().collect();
         match self.resume.clone() {
             Some(session) => {
                 self.loading = true;
-                let params = json!({ "sessionId": session, "cwd": self.cwd, "mcpServers": servers });
+                let params =
+                    json!({ "sessionId": session, "cwd": self.cwd, "mcpServers": servers });
                 self.request(Request::Load, "session/load", params, out);
             }
-            None => self.request(Request::New, "session/new", json!({ "cwd": self.cwd, "mcpServers": servers }), out),
+            None => self.request(
+                Request::New,
+                "session/new",
+                json!({ "cwd": self.cwd, "mcpServers": servers }),
+                out,
+            ),
         }
     }
 
     fn reply(&mut self, line: &Value, out: &mut Out) {
-        let Some(kind) = line.get("id").and_then(Value::as_u64).and_then(|id| self.requests.remove(&id)) else { return };
+        let Some(kind) =
+            line.get("id").and_then(Value::as_u64).and_then(|id| self.requests.remove(&id))
+        else {
+            return;
+        };
         let error = line.get("error");
         match (kind, error) {
             (Request::Initialize, _) => self.open_session(out),
@@ -84,7 +97,10 @@ impl Gemini {
                 self.resume = None;
                 out.event(event::Kind::Error(AgentError {
                     kind: "unknown_error".to_owned(),
-                    message: format!("The conversation could not be loaded, and a new one begins: {}", text(error, "/message")),
+                    message: format!(
+                        "The conversation could not be loaded, and a new one begins: {}",
+                        text(error, "/message")
+                    ),
                     retry: Retry::Retrying.into(),
                 }));
                 self.open_session(out);
@@ -92,7 +108,10 @@ impl Gemini {
             (Request::New, Some(error)) => {
                 out.event(event::Kind::Error(AgentError {
                     kind: "unknown_error".to_owned(),
-                    message: format!("Gemini could not open a conversation: {}", text(error, "/message")),
+                    message: format!(
+                        "Gemini could not open a conversation: {}",
+                        text(error, "/message")
+                    ),
                     retry: Retry::Exhausted.into(),
                 }));
                 out.push(Effect::Unusable);
@@ -107,8 +126,13 @@ impl Gemini {
                     "refusal" => Reason::Refused,
                     _ => Reason::Failed,
                 };
-                let message = if reason == Reason::Completed { "" } else { text(result, "/stopReason") };
-                out.push(Effect::TurnEnded { reason, message: message.to_owned(), usage: usage(result) });
+                let message =
+                    if reason == Reason::Completed { "" } else { text(result, "/stopReason") };
+                out.push(Effect::TurnEnded {
+                    reason,
+                    message: message.to_owned(),
+                    usage: usage(result),
+                });
             }
             (Request::Prompt, Some(error)) => {
                 self.flush(out);
@@ -118,9 +142,20 @@ impl Gemini {
                     "" => text(error, "/message"),
                     details => details,
                 };
-                let error = AgentError { kind: error_kind(&code).to_owned(), message: message.to_owned(), retry: Retry::Exhausted.into() };
-                out.push(Effect::TurnEnded { reason: Reason::Failed, message: error.message.clone(), usage: None });
-                out.0.insert(out.0.len() - 1, Effect::Event { parent: None, kind: event::Kind::Error(error) });
+                let error = AgentError {
+                    kind: error_kind(&code).to_owned(),
+                    message: message.to_owned(),
+                    retry: Retry::Exhausted.into(),
+                };
+                out.push(Effect::TurnEnded {
+                    reason: Reason::Failed,
+                    message: error.message.clone(),
+                    usage: None,
+                });
+                out.0.insert(
+                    out.0.len() - 1,
+                    Effect::Event { parent: None, kind: event::Kind::Error(error) },
+                );
             }
         }
     }
@@ -136,7 +171,9 @@ impl Gemini {
     fn flush(&mut self, out: &mut Out) {
         match self.chunks.take() {
             Some((text, true)) => out.event(event::Kind::Thinking(Thinking { text })),
-            Some((text, false)) if !text.is_empty() => out.event(event::Kind::Message(AgentMessage { text, aborted: false })),
+            Some((text, false)) if !text.is_empty() => {
+                out.event(event::Kind::Message(AgentMessage { text, aborted: false }))
+            }
             _ => {}
         }
     }
@@ -150,7 +187,11 @@ impl Gemini {
         if let Some((text, _)) = &mut self.chunks {
             text.push_str(content);
         }
-        out.event(event::Kind::Delta(Delta { text: self.texts, content: content.to_owned(), thinking }));
+        out.event(event::Kind::Delta(Delta {
+            text: self.texts,
+            content: content.to_owned(),
+            thinking,
+        }));
     }
 
     fn update(&mut self, update: &Value, out: &mut Out) {
@@ -181,8 +222,10 @@ impl Gemini {
             "plan" => {
                 self.flush(out);
                 let entries = array(update, "/entries").iter();
-                let entries =
-                    entries.map(|entry| PlanEntry { text: text(entry, "/content").to_owned(), status: text(entry, "/status").to_owned() });
+                let entries = entries.map(|entry| PlanEntry {
+                    text: text(entry, "/content").to_owned(),
+                    status: text(entry, "/status").to_owned(),
+                });
                 out.event(event::Kind::Plan(Plan { entries: entries.collect() }));
             }
             _ => {}
@@ -192,19 +235,28 @@ impl Gemini {
     fn server_request(&mut self, id: &Value, method: &str, params: &Value, out: &mut Out) {
         if method != "session/request_permission" {
             let error = json!({ "code": -32601, "message": format!("the agent host does not answer {method}") });
-            out.push(Effect::Send(json!({ "jsonrpc": "2.0", "id": id, "error": error }).to_string()));
+            out.push(Effect::Send(
+                json!({ "jsonrpc": "2.0", "id": id, "error": error }).to_string(),
+            ));
             return;
         }
         self.flush(out);
         let call = params.get("toolCall").unwrap_or(&Value::Null);
         let option = |kind: &str| {
             let options = array(params, "/options").iter();
-            options.into_iter().find(|option| text(option, "/kind") == kind).map(|option| text(option, "/optionId").to_owned())
+            options
+                .into_iter()
+                .find(|option| text(option, "/kind") == kind)
+                .map(|option| text(option, "/optionId").to_owned())
         };
         let key = id.to_string();
-        self.asks.insert(key.clone(), [option("allow_once"), option("allow_always"), option("reject_once")]);
+        self.asks.insert(
+            key.clone(),
+            [option("allow_once"), option("allow_always"), option("reject_once")],
+        );
         let tool = tool_use(call);
-        let diff = changes(call).into_iter().map(|change| change.diff).collect::<Vec<_>>().join("\n");
+        let diff =
+            changes(call).into_iter().map(|change| change.diff).collect::<Vec<_>>().join("\n");
         out.push(Effect::Ask(Ask {
             key,
             call: tool.call_id,
@@ -218,11 +270,14 @@ impl Gemini {
 
     fn answer(key: &str, outcome: &Value, out: &mut Out) {
         let id: Value = serde_json::from_str(key).unwrap_or_default();
-        out.push(Effect::Send(json!({ "jsonrpc": "2.0", "id": id, "result": { "outcome": outcome } }).to_string()));
+        out.push(Effect::Send(
+            json!({ "jsonrpc": "2.0", "id": id, "result": { "outcome": outcome } }).to_string(),
+        ));
     }
 }
 
-/// All that the protocol says of a call: its id begins with the tool's name, its title is the command or the file.
+/// All that the protocol says of a call: its id begins with the tool's name, its title is the
+/// command or the file.
 fn tool_use(call: &Value) -> ToolUse {
     let (id, title) = (text(call, "/toolCallId"), text(call, "/title"));
     let name = id.split("__").next().unwrap_or_default();
@@ -230,7 +285,11 @@ fn tool_use(call: &Value) -> ToolUse {
     // "tool (server MCP Server)"
     let mcp = title.strip_suffix(" MCP Server)").and_then(|title| title.rsplit_once(" ("));
     let key = if text(call, "/kind") == "execute" { "command" } else { "title" };
-    let input = call.get("rawInput").filter(|input| !input.is_null()).cloned().unwrap_or_else(|| json!({ key: title }));
+    let input = call
+        .get("rawInput")
+        .filter(|input| !input.is_null())
+        .cloned()
+        .unwrap_or_else(|| json!({ key: title }));
     ToolUse {
         name: if name.is_empty() { text(call, "/kind").to_owned() } else { name.to_owned() },
         mcp_server: mcp.map(|(_, server)| server.to_owned()).unwrap_or_default(),
@@ -242,7 +301,9 @@ fn tool_use(call: &Value) -> ToolUse {
 
 fn changes(call: &Value) -> Vec<FileChange> {
     let diffs = array(call, "/content").iter().filter(|block| text(block, "/type") == "diff");
-    let lines = |sign: char, text: &str| text.lines().map(|line| format!("{sign}{line}\n")).collect::<String>();
+    let lines = |sign: char, text: &str| {
+        text.lines().map(|line| format!("{sign}{line}\n")).collect::<String>()
+    };
     let change = |diff: &Value| FileChange {
         path: text(diff, "/path").to_owned(),
         diff: lines('-', text(diff, "/oldText")) + &lines('+', text(diff, "/newText")),
@@ -255,23 +316,34 @@ fn usage(result: &Value) -> Option<ModelUsage> {
     Some(ModelUsage {
         input_tokens: number(counts, "/input_tokens"),
         output_tokens: number(counts, "/output_tokens"),
-        model: array(result, "/_meta/quota/model_usage").first().map(|model| text(model, "/model").to_owned()).unwrap_or_default(),
+        model: array(result, "/_meta/quota/model_usage")
+            .first()
+            .map(|model| text(model, "/model").to_owned())
+            .unwrap_or_default(),
         ..ModelUsage::default()
     })
 }
 
 impl Adapter for Gemini {
     fn launch(&mut self, conversation: Option<&str>, _: &str) -> Launch {
-        *self = Self { spec: std::mem::take(&mut self.spec), resume: conversation.map(str::to_owned), ..Self::default() };
+        *self = Self {
+            spec: std::mem::take(&mut self.spec),
+            resume: conversation.map(str::to_owned),
+            ..Self::default()
+        };
         let mut argv: Vec<String> = ["gemini", "--acp", "--skip-trust"].map(str::to_owned).into();
         if !self.spec.model.is_empty() {
             argv.extend(["--model".to_owned(), self.spec.model.clone()]);
         }
         let mut prepare = Vec::new();
         if !self.spec.system.is_empty() {
-            prepare.push(prepare::Action::Write { path: ".gemini/GEMINI.md".to_owned(), text: self.spec.system.clone() });
+            prepare.push(prepare::Action::Write {
+                path: ".gemini/GEMINI.md".to_owned(),
+                text: self.spec.system.clone(),
+            });
         }
-        // Loading a conversation begins a file of the current minute, and destroys what it finds there.
+        // Loading a conversation begins a file of the current minute, and destroys what it finds
+        // there.
         if let Some(id) = conversation.and_then(|id| id.get(..8)) {
             prepare.push(prepare::Action::KeepLargest {
                 folder: ".gemini/tmp".to_owned(),
@@ -286,12 +358,19 @@ impl Adapter for Gemini {
 
     fn started(&mut self, cwd: &str, out: &mut Out) {
         cwd.clone_into(&mut self.cwd);
-        let capabilities = json!({ "fs": { "readTextFile": false, "writeTextFile": false }, "terminal": false });
-        self.request(Request::Initialize, "initialize", json!({ "protocolVersion": 1, "clientCapabilities": capabilities }), out);
+        let capabilities =
+            json!({ "fs": { "readTextFile": false, "writeTextFile": false }, "terminal": false });
+        self.request(
+            Request::Initialize,
+            "initialize",
+            json!({ "protocolVersion": 1, "clientCapabilities": capabilities }),
+            out,
+        );
     }
 
     fn message(&mut self, text: &str, out: &mut Out) {
-        let params = json!({ "sessionId": self.session, "prompt": [{ "type": "text", "text": text }] });
+        let params =
+            json!({ "sessionId": self.session, "prompt": [{ "type": "text", "text": text }] });
         self.request(Request::Prompt, "session/prompt", params, out);
     }
 
@@ -326,7 +405,9 @@ impl Adapter for Gemini {
         match (line.get("id"), line.get("method").and_then(Value::as_str)) {
             (Some(id), Some(method)) => self.server_request(id, method, params, out),
             (Some(_), None) => self.reply(&line, out),
-            (None, Some("session/update")) => self.update(params.get("update").unwrap_or(&Value::Null), out),
+            (None, Some("session/update")) => {
+                self.update(params.get("update").unwrap_or(&Value::Null), out)
+            }
             (None, _) => {}
         }
     }

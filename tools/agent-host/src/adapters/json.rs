@@ -34,7 +34,11 @@ pub fn content(value: Option<&Value>) -> String {
 /// An amount of dollars in millionths.
 pub fn micro_dollars(value: &Value, pointer: &str) -> Option<u64> {
     let dollars = value.pointer(pointer)?.as_f64()?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be a small positive number")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked to be a small positive number"
+    )]
     (0.0..1e9).contains(&dollars).then(|| (dollars * 1e6).round() as u64)
 }
 
@@ -58,10 +62,21 @@ pub fn error_kind(status: &str) -> &'static str {
 /// An MCP server that the CLI continues without.
 pub fn mcp_failed(server: &str, why: &str, wants_login: bool) -> event::Kind {
     let message = match (wants_login, why) {
-        (true, _) => format!("The MCP server {server} wants its user to log in; the turn continues without it"),
-        (false, "") => format!("The MCP server {server} did not start; the turn continues without it"),
-        (false, why) => format!("The MCP server {server} did not start; the turn continues without it: {why}"),
+        (true, _) => format!(
+            "The MCP server {server} wants its user to log in; the turn continues without it"
+        ),
+        (false, "") => {
+            format!("The MCP server {server} did not start; the turn continues without it")
+        }
+        (false, why) => {
+            format!("The MCP server {server} did not start; the turn continues without it: {why}")
+        }
     };
-    let kind = if wants_login { "mcp_authentication_failed_error" } else { "mcp_connection_failed_error" };
-    event::Kind::Error(AgentError { kind: kind.to_owned(), message, retry: Retry::Exhausted.into() })
+    let kind =
+        if wants_login { "mcp_authentication_failed_error" } else { "mcp_connection_failed_error" };
+    event::Kind::Error(AgentError {
+        kind: kind.to_owned(),
+        message,
+        retry: Retry::Exhausted.into(),
+    })
 }

@@ -1,14 +1,18 @@
-//! opencode: its HTTP server on the loopback interface, and the server's stream of events, which are not replayed.
+//! opencode: its HTTP server on the loopback interface, and the server's stream of events, which
+//! are not replayed.
 
 use std::collections::{HashMap, HashSet};
 
 use contract::host::{
-    AgentError, AgentMessage, Capabilities, ContextCompacted, Delta, Evaluation, FileChange, ModelRequestEnded, ModelUsage, Plan,
-    PlanEntry, Spec, Thinking, ToolResult, ToolUse, agent_error::Retry, capabilities, decision::Verdict, event, turn_ended::Reason,
+    AgentError, AgentMessage, Capabilities, ContextCompacted, Delta, Evaluation, FileChange,
+    ModelRequestEnded, ModelUsage, Plan, PlanEntry, Spec, Thinking, ToolResult, ToolUse,
+    agent_error::Retry, capabilities, decision::Verdict, event, turn_ended::Reason,
 };
 use serde_json::{Map, Value, json};
 
-use super::{Adapter, Ask, CONVERSES, Close, Effect, Launch, Out, Runtime, Stdio, add_usage, json::*};
+use super::{
+    Adapter, Ask, CONVERSES, Close, Effect, Launch, Out, Runtime, Stdio, add_usage, json::*,
+};
 use crate::{
     custom_tools,
     http::{Reply, Request},
@@ -20,7 +24,11 @@ pub const RUNTIME: Runtime = Runtime {
     protocol: "HTTP and server-sent events (`serve`)",
     tools: "the CLI's own (`bash`, `edit`, ...); MCP: `server_tool`",
     gaps: "its password is visible to commands that the agent runs: permission requests guard against mistakes, not against the agent",
-    capabilities: Capabilities { steer: false, usage: capabilities::Usage::PerRequest as i32, ..CONVERSES },
+    capabilities: Capabilities {
+        steer: false,
+        usage: capabilities::Usage::PerRequest as i32,
+        ..CONVERSES
+    },
     new: |spec| Box::new(Opencode { spec: spec.clone(), ..Opencode::default() }),
 };
 
@@ -59,7 +67,14 @@ struct Opencode {
 }
 
 impl Opencode {
-    fn request(&self, tag: &str, method: &'static str, path: String, body: Option<Value>, out: &mut Out) {
+    fn request(
+        &self,
+        tag: &str,
+        method: &'static str,
+        path: String,
+        body: Option<Value>,
+        out: &mut Out,
+    ) {
         out.push(Effect::Http(Request {
             tag: tag.to_owned(),
             port: self.port,
@@ -84,7 +99,10 @@ impl Opencode {
         match tag {
             CREATE | RESUME if ok => {
                 self.session = text(&reply, "/id").to_owned();
-                out.push(Effect::Conversation { id: self.session.clone(), model: self.spec.model.clone() });
+                out.push(Effect::Conversation {
+                    id: self.session.clone(),
+                    model: self.spec.model.clone(),
+                });
                 out.push(Effect::Ready);
                 if !self.spec.mcp_servers.is_empty() {
                     self.request(MCP, "GET", "/mcp".to_owned(), None, out);
@@ -126,7 +144,8 @@ impl Opencode {
             self.opened = true;
             return self.open_session(out);
         }
-        let sessions = ["/sessionID", "/part/sessionID", "/info/sessionID"].map(|pointer| text(properties, pointer));
+        let sessions = ["/sessionID", "/part/sessionID", "/info/sessionID"]
+            .map(|pointer| text(properties, pointer));
         if self.session.is_empty() || !sessions.contains(&self.session.as_str()) {
             return;
         }
@@ -144,21 +163,32 @@ impl Opencode {
             "session.idle" => self.idle(out),
             "session.error" => self.failed(properties, out),
             "session.compacted" => out.event(event::Kind::ContextCompacted(ContextCompacted {})),
-            "message.updated" if text(properties, "/info/role") == "assistant" && self.answers.len() < REMEMBERED_MAX => {
+            "message.updated"
+                if text(properties, "/info/role") == "assistant"
+                    && self.answers.len() < REMEMBERED_MAX =>
+            {
                 self.answers.insert(text(properties, "/info/id").to_owned());
             }
-            "message.part.delta" if text(properties, "/field") == "text" => self.delta(properties, out),
-            "message.part.updated" => self.part(properties.get("part").unwrap_or(&Value::Null), out),
+            "message.part.delta" if text(properties, "/field") == "text" => {
+                self.delta(properties, out)
+            }
+            "message.part.updated" => {
+                self.part(properties.get("part").unwrap_or(&Value::Null), out)
+            }
             "permission.asked" => self.asked(properties, out),
             "permission.replied" => {
-                let key = ["/requestID", "/permissionID", "/id"].map(|pointer| text(properties, pointer)).concat();
+                let key = ["/requestID", "/permissionID", "/id"]
+                    .map(|pointer| text(properties, pointer))
+                    .concat();
                 self.asks.retain(|open| *open != key);
                 out.push(Effect::Unask { key });
             }
             "todo.updated" => {
                 let entries = array(properties, "/todos").iter();
-                let entries =
-                    entries.map(|todo| PlanEntry { text: text(todo, "/content").to_owned(), status: text(todo, "/status").to_owned() });
+                let entries = entries.map(|todo| PlanEntry {
+                    text: text(todo, "/content").to_owned(),
+                    status: text(todo, "/status").to_owned(),
+                });
                 out.event(event::Kind::Plan(Plan { entries: entries.collect() }));
             }
             _ => {}
@@ -172,8 +202,13 @@ impl Opencode {
             return;
         }
         let message = if message.is_empty() { text(properties, "/error/name") } else { message };
-        let status = properties.pointer("/error/data/statusCode").map(Value::to_string).unwrap_or_default();
-        let error = AgentError { kind: error_kind(&status).to_owned(), message: message.to_owned(), retry: Retry::Exhausted.into() };
+        let status =
+            properties.pointer("/error/data/statusCode").map(Value::to_string).unwrap_or_default();
+        let error = AgentError {
+            kind: error_kind(&status).to_owned(),
+            message: message.to_owned(),
+            retry: Retry::Exhausted.into(),
+        };
         out.event(event::Kind::Error(error));
         self.error = Some((Reason::Failed, message.to_owned()));
     }
@@ -199,7 +234,11 @@ impl Opencode {
         let Some((kind, number)) = self.parts.get(text(properties, "/partID")) else { return };
         if self.answers.contains(text(properties, "/messageID")) {
             let content = text(properties, "/delta").to_owned();
-            out.event(event::Kind::Delta(Delta { text: *number, content, thinking: kind == "reasoning" }));
+            out.event(event::Kind::Delta(Delta {
+                text: *number,
+                content,
+                thinking: kind == "reasoning",
+            }));
         }
     }
 
@@ -220,7 +259,10 @@ impl Opencode {
                 if kind == "reasoning" {
                     out.event(event::Kind::Thinking(Thinking { text }));
                 } else if !text.is_empty() {
-                    let aborted = self.error.as_ref().is_some_and(|(reason, _)| *reason == Reason::Interrupted);
+                    let aborted = self
+                        .error
+                        .as_ref()
+                        .is_some_and(|(reason, _)| *reason == Reason::Interrupted);
                     out.event(event::Kind::Message(AgentMessage { text, aborted }));
                 }
             }
@@ -228,7 +270,9 @@ impl Opencode {
             "step-finish" if self.told.insert(id.clone()) => {
                 text(part, "/reason").clone_into(&mut self.finish);
                 let usage = step_usage(part, &self.spec.model);
-                out.event(event::Kind::ModelRequestEnded(ModelRequestEnded { usage: Some(usage.clone()) }));
+                out.event(event::Kind::ModelRequestEnded(ModelRequestEnded {
+                    usage: Some(usage.clone()),
+                }));
                 add_usage(self.usage.get_or_insert_default(), &usage);
             }
             _ => {}
@@ -236,7 +280,8 @@ impl Opencode {
     }
 
     fn tool(&mut self, part: &Value, id: &str, out: &mut Out) {
-        let (name, call, status) = (text(part, "/tool"), text(part, "/callID"), text(part, "/state/status"));
+        let (name, call, status) =
+            (text(part, "/tool"), text(part, "/callID"), text(part, "/state/status"));
         if self.calls.len() < REMEMBERED_MAX {
             self.calls.insert(call.to_owned(), name.to_owned());
         }
@@ -249,11 +294,16 @@ impl Opencode {
         if !matches!(status, "completed" | "error") || !self.told.insert(id.to_owned()) {
             return;
         }
-        let exit_code = part.pointer("/state/metadata/exit").and_then(Value::as_i64).and_then(|code| i32::try_from(code).ok());
+        let exit_code = part
+            .pointer("/state/metadata/exit")
+            .and_then(Value::as_i64)
+            .and_then(|code| i32::try_from(code).ok());
         let diff = text(part, "/state/metadata/diff");
-        let change = FileChange { path: text(&input, "/filePath").to_owned(), diff: diff.to_owned() };
+        let change =
+            FileChange { path: text(&input, "/filePath").to_owned(), diff: diff.to_owned() };
         let result = ToolResult {
-            content: text(part, if status == "error" { "/state/error" } else { "/state/output" }).to_owned(),
+            content: text(part, if status == "error" { "/state/error" } else { "/state/output" })
+                .to_owned(),
             is_error: status == "error" || exit_code.is_some_and(|code| code != 0),
             exit_code,
             changes: if diff.is_empty() { Vec::new() } else { vec![change] },
@@ -264,8 +314,9 @@ impl Opencode {
 
     /// Tools of an MCP server have its name in front.
     fn tool_use(&self, name: &str, call: &str, input: &Value) -> ToolUse {
-        let server =
-            self.spec.mcp_servers.iter().find(|server| name.strip_prefix(server.as_str()).is_some_and(|rest| rest.starts_with('_')));
+        let server = self.spec.mcp_servers.iter().find(|server| {
+            name.strip_prefix(server.as_str()).is_some_and(|rest| rest.starts_with('_'))
+        });
         ToolUse {
             name: name.to_owned(),
             mcp_server: server.cloned().unwrap_or_default(),
@@ -276,7 +327,8 @@ impl Opencode {
     }
 
     fn asked(&mut self, properties: &Value, out: &mut Out) {
-        let (key, call) = (text(properties, "/id").to_owned(), text(properties, "/tool/callID").to_owned());
+        let (key, call) =
+            (text(properties, "/id").to_owned(), text(properties, "/tool/callID").to_owned());
         let permission = text(properties, "/permission");
         let tool = self.calls.get(&call).cloned().unwrap_or_else(|| permission.to_owned());
         let metadata = properties.get("metadata").cloned().unwrap_or_default();
@@ -320,13 +372,24 @@ fn step_usage(part: &Value, model: &str) -> ModelUsage {
 impl Adapter for Opencode {
     fn launch(&mut self, conversation: Option<&str>, _: &str) -> Launch {
         let password = crate::random_hex();
-        *self = Self { spec: std::mem::take(&mut self.spec), password, resume: conversation.map(str::to_owned), ..Self::default() };
-        let argv = ["opencode", "serve", "--hostname", "127.0.0.1", "--port", "0"].map(str::to_owned).into();
+        *self = Self {
+            spec: std::mem::take(&mut self.spec),
+            password,
+            resume: conversation.map(str::to_owned),
+            ..Self::default()
+        };
+        let argv = ["opencode", "serve", "--hostname", "127.0.0.1", "--port", "0"]
+            .map(str::to_owned)
+            .into();
         let mut env: Vec<(String, String)> =
-            ["OPENCODE_DISABLE_MODELS_FETCH", "OPENCODE_DISABLE_AUTOUPDATE"].map(|name| (name.to_owned(), "1".to_owned())).into();
+            ["OPENCODE_DISABLE_MODELS_FETCH", "OPENCODE_DISABLE_AUTOUPDATE"]
+                .map(|name| (name.to_owned(), "1".to_owned()))
+                .into();
         env.push(("OPENCODE_SERVER_PASSWORD".to_owned(), self.password.clone()));
         // It knows Google's key by another name.
-        if let Some(key) = self.spec.env.iter().rev().find(|variable| variable.name == "GEMINI_API_KEY") {
+        if let Some(key) =
+            self.spec.env.iter().rev().find(|variable| variable.name == "GEMINI_API_KEY")
+        {
             env.push(("GOOGLE_GENERATIVE_AI_API_KEY".to_owned(), key.value.clone()));
         }
         if !self.spec.tools_command.is_empty() {
@@ -336,11 +399,21 @@ impl Adapter for Opencode {
             env.push(("OPENCODE_CONFIG_CONTENT".to_owned(), config.to_string()));
         }
         let permissions = self.spec.permissions.clone().unwrap_or_default();
-        let decides = |evaluation: Evaluation| matches!(evaluation, Evaluation::Ask | Evaluation::Deny);
-        if permissions.rules.iter().any(|rule| decides(rule.evaluation())) || decides(permissions.otherwise()) {
+        let decides =
+            |evaluation: Evaluation| matches!(evaluation, Evaluation::Ask | Evaluation::Deny);
+        if permissions.rules.iter().any(|rule| decides(rule.evaluation()))
+            || decides(permissions.otherwise())
+        {
             env.push(("OPENCODE_PERMISSION".to_owned(), json!({ "*": "ask" }).to_string()));
         }
-        Launch { argv, script: None, env, stdio: Stdio::Protocol, prepare: Vec::new(), belongs_to_turns: true }
+        Launch {
+            argv,
+            script: None,
+            env,
+            stdio: Stdio::Protocol,
+            prepare: Vec::new(),
+            belongs_to_turns: true,
+        }
     }
 
     /// It is ready when it says where it listens: a request before that is never answered.
@@ -353,13 +426,22 @@ impl Adapter for Opencode {
         let mut body = json!({ "parts": [{ "type": "text", "text": text }] });
         if let Some(body) = body.as_object_mut() {
             if let Some((provider, model)) = self.spec.model.split_once('/') {
-                body.insert("model".to_owned(), json!({ "providerID": provider, "modelID": model }));
+                body.insert(
+                    "model".to_owned(),
+                    json!({ "providerID": provider, "modelID": model }),
+                );
             }
             if !self.spec.system.is_empty() {
                 body.insert("system".to_owned(), self.spec.system.as_str().into());
             }
         }
-        self.request(PROMPT, "POST", format!("/session/{}/prompt_async", self.session), Some(body), out);
+        self.request(
+            PROMPT,
+            "POST",
+            format!("/session/{}/prompt_async", self.session),
+            Some(body),
+            out,
+        );
     }
 
     fn interrupt(&mut self, out: &mut Out) -> bool {
@@ -378,14 +460,18 @@ impl Adapter for Opencode {
         match verdict {
             Verdict::Allow => self.reply(key, "once", "", out),
             Verdict::AllowForSession => self.reply(key, "always", "", out),
-            Verdict::Deny | Verdict::Unspecified if message.is_empty() => self.reply(key, "reject", "The user does not permit this", out),
+            Verdict::Deny | Verdict::Unspecified if message.is_empty() => {
+                self.reply(key, "reject", "The user does not permit this", out)
+            }
             Verdict::Deny | Verdict::Unspecified => self.reply(key, "reject", message, out),
         }
     }
 
     fn line(&mut self, line: &[u8], out: &mut Out) {
         let line = String::from_utf8_lossy(line);
-        if let (0, Some(port)) = (self.port, line.trim().strip_prefix(LISTENING).and_then(|port| port.parse().ok())) {
+        if let (0, Some(port)) =
+            (self.port, line.trim().strip_prefix(LISTENING).and_then(|port| port.parse().ok()))
+        {
             self.port = port;
             self.request(EVENTS, "GET", "/event".to_owned(), None, out);
         }
@@ -398,7 +484,8 @@ impl Adapter for Opencode {
                 self.event(&event, out);
             }
             Reply::Answer { tag, status, body } => self.answer(tag, *status, body, out),
-            // Without its events, or with a message that may or may not have come, the process is of no use.
+            // Without its events, or with a message that may or may not have come, the process is
+            // of no use.
             Reply::Failed { tag, .. } if tag == OTHER => {}
             Reply::Failed { .. } => out.push(Effect::Unusable),
         }

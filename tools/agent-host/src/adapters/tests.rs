@@ -1,5 +1,5 @@
-//! Every adapter against what its CLI's pinned version wrote: two turns, the first with a command. Recorded by
-//! `AOD_RECORD_TRANSCRIPTS=1 cargo test -p agent-host --test it clis`.
+//! Every adapter against what its CLI's pinned version wrote: two turns, the first with a command.
+//! Recorded by `AOD_RECORD_TRANSCRIPTS=1 cargo test -p agent-host --test it clis`.
 
 use proptest::prelude::*;
 
@@ -10,7 +10,11 @@ const TRANSCRIPTS: [(&str, &str, &[&str]); 4] = [
     ("claude", include_str!("../../transcripts/claude.jsonl"), &["\"state\":\"idle\""]),
     ("codex", include_str!("../../transcripts/codex.jsonl"), &["turn/completed"]),
     ("gemini", include_str!("../../transcripts/gemini.jsonl"), &["stopReason"]),
-    ("opencode", include_str!("../../transcripts/opencode.jsonl"), &["session.idle", "\"type\":\"idle\"", "session.error"]),
+    (
+        "opencode",
+        include_str!("../../transcripts/opencode.jsonl"),
+        &["session.idle", "\"type\":\"idle\"", "session.error"],
+    ),
 ];
 
 /// Feeds lines to a fresh adapter as the host would; what came out, without what was sent.
@@ -30,7 +34,10 @@ fn replay(name: &str, lines: &[Vec<u8>], session: &str) -> Vec<Effect> {
                 Effect::Ask(ask) => adapter.decide(&ask.key, Verdict::Allow, "", &mut more),
                 Effect::Http(request) if request.path == "/session" => {
                     let body = format!("{{\"id\":\"{session}\"}}");
-                    adapter.http(&http::Reply::Answer { tag: request.tag.clone(), status: 200, body }, &mut more);
+                    adapter.http(
+                        &http::Reply::Answer { tag: request.tag.clone(), status: 200, body },
+                        &mut more,
+                    );
                 }
                 _ => {}
             }
@@ -84,20 +91,33 @@ fn transcripts_become_typed_events() {
         let messages: Vec<&str> = effects
             .iter()
             .filter_map(|effect| match effect {
-                Effect::Event { kind: event::Kind::Message(message), .. } => Some(message.text.as_str()),
+                Effect::Event { kind: event::Kind::Message(message), .. } => {
+                    Some(message.text.as_str())
+                }
                 _ => None,
             })
             .collect();
-        assert!(messages.iter().any(|text| text.starts_with("The command said:")), "{name}: {messages:?}");
+        assert!(
+            messages.iter().any(|text| text.starts_with("The command said:")),
+            "{name}: {messages:?}"
+        );
         assert_eq!(messages.last(), Some(&"The mark is MARK-4711."), "{name}");
-        let turns: Vec<&Effect> = effects.iter().filter(|effect| matches!(effect, Effect::TurnEnded { .. })).collect();
+        let turns: Vec<&Effect> =
+            effects.iter().filter(|effect| matches!(effect, Effect::TurnEnded { .. })).collect();
         for turn in &turns {
-            let Effect::TurnEnded { reason, usage: Some(usage), .. } = turn else { panic!("{name}: {turn:?}") };
+            let Effect::TurnEnded { reason, usage: Some(usage), .. } = turn else {
+                panic!("{name}: {turn:?}")
+            };
             assert_eq!(*reason, turn_ended::Reason::Completed, "{name}");
             assert!(usage.input_tokens > 0 && usage.output_tokens > 0, "{name}: {usage:?}");
         }
         assert_eq!(turns.len(), 2, "{name}");
-        assert!(effects.iter().any(|effect| matches!(effect, Effect::Conversation { id, .. } if !id.is_empty())), "{name}");
+        assert!(
+            effects
+                .iter()
+                .any(|effect| matches!(effect, Effect::Conversation { id, .. } if !id.is_empty())),
+            "{name}"
+        );
     }
 }
 
@@ -119,7 +139,8 @@ fn damage() -> impl Strategy<Value = Damage> {
         (index(), index()).prop_map(|(line, at)| Damage::Cut(line, at)),
         (index(), index()).prop_map(|(one, other)| Damage::Swap(one, other)),
         index().prop_map(Damage::Repeat),
-        (index(), proptest::collection::vec(any::<u8>(), 0..40)).prop_map(|(line, bytes)| Damage::Garbage(line, bytes)),
+        (index(), proptest::collection::vec(any::<u8>(), 0..40))
+            .prop_map(|(line, bytes)| Damage::Garbage(line, bytes)),
         index().prop_map(Damage::Retype),
     ]
 }
@@ -137,7 +158,10 @@ fn apply(damage: &Damage, lines: &mut Vec<Vec<u8>>) {
         Damage::Garbage(line, bytes) => lines.insert(line.index(length), bytes.clone()),
         Damage::Retype(line) => {
             let line = &mut lines[line.index(length)];
-            *line = String::from_utf8_lossy(line).replace(":\"", ":[\"").replace("\",", "\"],").into_bytes();
+            *line = String::from_utf8_lossy(line)
+                .replace(":\"", ":[\"")
+                .replace("\",", "\"],")
+                .into_bytes();
         }
     }
 }
@@ -182,8 +206,14 @@ fn the_api_knows_what_each_adapter_supports() {
     for declared in ALL {
         let runtime: types::Runtime = declared.name.parse().unwrap();
         let known = runtime.capabilities();
-        let Capabilities { steer, permission_requests, deny_with_message, interrupt, .. } = declared.capabilities;
-        let declared = types::model::RuntimeCapabilities { steer, permission_requests, deny_with_message, interrupt };
+        let Capabilities { steer, permission_requests, deny_with_message, interrupt, .. } =
+            declared.capabilities;
+        let declared = types::model::RuntimeCapabilities {
+            steer,
+            permission_requests,
+            deny_with_message,
+            interrupt,
+        };
         assert_eq!(known, declared, "{runtime}");
     }
     assert_eq!(types::Runtime::ALL.len(), ALL.len());

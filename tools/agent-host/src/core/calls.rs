@@ -1,6 +1,10 @@
-//! Calls of custom tools, which the session's user runs, and the time that a turn waits for answers.
+//! Calls of custom tools, which the session's user runs, and the time that a turn waits for
+//! answers.
 
-use contract::host::{CustomToolResult, DecisionRequested, DecisionSettled, decision_settled::How, input_settled::Outcome, record};
+use contract::host::{
+    CustomToolResult, DecisionRequested, DecisionSettled, decision_settled::How,
+    input_settled::Outcome, record,
+};
 
 use super::{Action, CUSTOM_CALLS_MAX, Core, Open, REQUEST_BYTES_MAX, REQUESTS_MAX};
 use crate::custom_tools;
@@ -11,10 +15,16 @@ impl Core {
         let refusal = match &self.turn {
             None => Some(custom_tools::ENDED),
             Some(turn) if turn.ending.is_some() => Some(custom_tools::ENDED),
-            Some(_) if !self.spec.custom_tools.iter().any(|tool| tool.name == name) => Some("There is no such tool"),
-            Some(_) if input_json.len() > REQUEST_BYTES_MAX => Some("The input is larger than 64 KiB"),
+            Some(_) if !self.spec.custom_tools.iter().any(|tool| tool.name == name) => {
+                Some("There is no such tool")
+            }
+            Some(_) if input_json.len() > REQUEST_BYTES_MAX => {
+                Some("The input is larger than 64 KiB")
+            }
             Some(_) if self.asks.len() >= REQUESTS_MAX => Some("Too many requests are open"),
-            Some(_) if self.custom_calls >= CUSTOM_CALLS_MAX => Some("Too many calls of custom tools in this turn"),
+            Some(_) if self.custom_calls >= CUSTOM_CALLS_MAX => {
+                Some("Too many calls of custom tools in this turn")
+            }
             Some(_) => None,
         };
         if let Some(message) = refusal {
@@ -23,7 +33,13 @@ impl Core {
         }
         self.custom_calls += 1;
         let id = self.next_event_id();
-        let request = DecisionRequested { id, tool: name, input_json, is_custom_tool: true, ..DecisionRequested::default() };
+        let request = DecisionRequested {
+            id,
+            tool: name,
+            input_json,
+            is_custom_tool: true,
+            ..DecisionRequested::default()
+        };
         self.record(record::Kind::DecisionRequested(request));
         self.asks.push(Open { id, key: call, is_custom_tool: true });
         self.waiting_since.get_or_insert(now);
@@ -46,11 +62,17 @@ impl Core {
     }
 
     pub(super) fn custom_tool_result(&mut self, input: &str, result: CustomToolResult, now: u64) {
-        let Some(index) = self.asks.iter().position(|open| open.id == result.request && open.is_custom_tool) else {
+        let Some(index) =
+            self.asks.iter().position(|open| open.id == result.request && open.is_custom_tool)
+        else {
             return self.settle(input, Outcome::Refused, "no such call of a custom tool waits");
         };
         let Open { id, key, .. } = self.asks.swap_remove(index);
-        self.record(record::Kind::DecisionSettled(DecisionSettled { id, how: How::Allowed.into(), input_id: input.to_owned() }));
+        self.record(record::Kind::DecisionSettled(DecisionSettled {
+            id,
+            how: How::Allowed.into(),
+            input_id: input.to_owned(),
+        }));
         self.settle(input, Outcome::Applied, "");
         self.resume_clock(now);
         self.answer_custom_tool(key, &result.text, result.is_error);
@@ -63,7 +85,11 @@ impl Core {
     pub(super) fn withdraw(&mut self, is_meant: impl Fn(&Open) -> bool, now: u64) {
         if let Some(index) = self.asks.iter().position(is_meant) {
             let Open { id, .. } = self.asks.swap_remove(index);
-            self.record(record::Kind::DecisionSettled(DecisionSettled { id, how: How::Withdrawn.into(), input_id: String::new() }));
+            self.record(record::Kind::DecisionSettled(DecisionSettled {
+                id,
+                how: How::Withdrawn.into(),
+                input_id: String::new(),
+            }));
             self.resume_clock(now);
         }
     }

@@ -1,8 +1,8 @@
 //! What clients send: messages, steps, interrupts, decisions.
 
 use contract::host::{
-    DecisionSettled, Input, InputAccepted, WhenBusy, decision::Verdict, decision_settled::How, input, input_settled::Outcome, record,
-    turn_ended::Reason,
+    DecisionSettled, Input, InputAccepted, WhenBusy, decision::Verdict, decision_settled::How,
+    input, input_settled::Outcome, record, turn_ended::Reason,
 };
 use prost::Message as _;
 
@@ -18,7 +18,11 @@ impl Core {
             self.actions.push(Action::Persisted(persisted.offset));
             return;
         }
-        if input.id.is_empty() || input.id.len() > INPUT_ID_BYTES_MAX || self.state.has_accepted(&input.id) || self.exited {
+        if input.id.is_empty()
+            || input.id.len() > INPUT_ID_BYTES_MAX
+            || self.state.has_accepted(&input.id)
+            || self.exited
+        {
             return;
         }
         self.quiet_since = now;
@@ -28,8 +32,14 @@ impl Core {
         let refusal = match &input.kind {
             None => Some("this release of the agent host does not know this kind of input"),
             Some(_) if bytes > MESSAGE_BYTES_MAX => Some("the input is larger than 3 MiB"),
-            Some(input::Kind::Message(_) | input::Kind::Step(_)) if queued + bytes > QUEUE_BYTES_MAX => Some("the queue is full"),
-            Some(input::Kind::Message(_) | input::Kind::Step(_)) if self.stopping => Some("the session is stopping"),
+            Some(input::Kind::Message(_) | input::Kind::Step(_))
+                if queued + bytes > QUEUE_BYTES_MAX =>
+            {
+                Some("the queue is full")
+            }
+            Some(input::Kind::Message(_) | input::Kind::Step(_)) if self.stopping => {
+                Some("the session is stopping")
+            }
             Some(_) => None,
         };
         if let Some(message) = refusal {
@@ -42,7 +52,10 @@ impl Core {
         match input.kind {
             Some(input::Kind::Message(message)) if message.when_busy() == WhenBusy::Join => {
                 // One that was delivered late belongs to no other turn.
-                let is_its = self.turn.as_ref().is_some_and(|turn| message.turn == 0 || turn.message.turn == message.turn);
+                let is_its = self
+                    .turn
+                    .as_ref()
+                    .is_some_and(|turn| message.turn == 0 || turn.message.turn == message.turn);
                 if is_its && self.is_working() && self.steer(&message.text, now) {
                     self.settle(&id, Outcome::Applied, "");
                 } else {
@@ -51,7 +64,9 @@ impl Core {
             }
             Some(input::Kind::Message(message)) if self.is_working() => match message.when_busy() {
                 WhenBusy::Queue | WhenBusy::Join => {}
-                WhenBusy::Steer if self.steer(&message.text, now) => self.settle(&id, Outcome::Applied, ""),
+                WhenBusy::Steer if self.steer(&message.text, now) => {
+                    self.settle(&id, Outcome::Applied, "")
+                }
                 WhenBusy::Steer | WhenBusy::Interrupt => self.end_work(Reason::Interrupted, now),
             },
             Some(input::Kind::Interrupt(interrupt)) => {
@@ -67,7 +82,9 @@ impl Core {
             Some(input::Kind::Decision(decision)) => {
                 self.decide(&id, decision.request, decision.verdict(), &decision.message, now);
             }
-            Some(input::Kind::CustomToolResult(result)) => self.custom_tool_result(&id, result, now),
+            Some(input::Kind::CustomToolResult(result)) => {
+                self.custom_tool_result(&id, result, now)
+            }
             Some(input::Kind::Withdraw(withdraw)) => {
                 if self.state.queued.iter().any(|input| input.id == withdraw.input_id) {
                     self.settle(&withdraw.input_id, Outcome::Withdrawn, "");
@@ -84,7 +101,8 @@ impl Core {
                 }
                 self.end_work(Reason::Stopped, now);
             }
-            Some(input::Kind::Message(_) | input::Kind::Step(_) | input::Kind::Persisted(_)) | None => {}
+            Some(input::Kind::Message(_) | input::Kind::Step(_) | input::Kind::Persisted(_))
+            | None => {}
         }
         self.advance(now);
     }
@@ -99,8 +117,17 @@ impl Core {
         steered
     }
 
-    pub(super) fn decide(&mut self, input: &str, request: u64, verdict: Verdict, message: &str, now: u64) {
-        let Some(index) = self.asks.iter().position(|open| open.id == request && !open.is_custom_tool) else {
+    pub(super) fn decide(
+        &mut self,
+        input: &str,
+        request: u64,
+        verdict: Verdict,
+        message: &str,
+        now: u64,
+    ) {
+        let Some(index) =
+            self.asks.iter().position(|open| open.id == request && !open.is_custom_tool)
+        else {
             self.settle(input, Outcome::Refused, "no such request is open");
             return;
         };
@@ -114,10 +141,19 @@ impl Core {
         };
         let Open { key, .. } = self.asks.swap_remove(index);
         if verdict == Verdict::AllowForSession {
-            let tool = self.state.requests.iter().find(|open| open.id == request).map(|open| open.tool.clone());
+            let tool = self
+                .state
+                .requests
+                .iter()
+                .find(|open| open.id == request)
+                .map(|open| open.tool.clone());
             self.allowed.extend(tool);
         }
-        self.record(record::Kind::DecisionSettled(DecisionSettled { id: request, how: how.into(), input_id: input.to_owned() }));
+        self.record(record::Kind::DecisionSettled(DecisionSettled {
+            id: request,
+            how: how.into(),
+            input_id: input.to_owned(),
+        }));
         self.settle(input, Outcome::Applied, "");
         if how == How::Allowed {
             self.permitted.push(request);
@@ -131,7 +167,11 @@ impl Core {
     /// Settles every open request without an answer.
     pub(super) fn settle_asks(&mut self, how: How, now: u64) {
         for open in std::mem::take(&mut self.asks) {
-            self.record(record::Kind::DecisionSettled(DecisionSettled { id: open.id, how: how.into(), input_id: String::new() }));
+            self.record(record::Kind::DecisionSettled(DecisionSettled {
+                id: open.id,
+                how: how.into(),
+                input_id: String::new(),
+            }));
             if open.is_custom_tool {
                 self.answer_custom_tool(open.key, custom_tools::ENDED, true);
             }

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 
 use contract::host::{
-    DecisionRequested, Evaluation, Event, Output, ToolUse, decision::Verdict, event, output::Stream, record, turn_ended::Reason,
+    DecisionRequested, Evaluation, Event, Output, ToolUse, decision::Verdict, event,
+    output::Stream, record, turn_ended::Reason,
 };
 use prost::Message as _;
 
@@ -63,7 +64,10 @@ impl Core {
         if let http::Reply::Event { data, .. } = reply {
             let line = [data.as_bytes(), b"\n"].concat();
             for part in line.chunks(OUTPUT_BYTES_MAX) {
-                self.record(record::Kind::Output(Output { stream: Stream::Stdout.into(), data: part.to_vec().into() }));
+                self.record(record::Kind::Output(Output {
+                    stream: Stream::Stdout.into(),
+                    data: part.to_vec().into(),
+                }));
             }
         }
         let mut out = Out::default();
@@ -74,7 +78,9 @@ impl Core {
     /// An MCP server did not start: the CLI does not say so.
     pub fn mcp_failed(&mut self, server: &str) {
         // Some CLIs start each server more than once.
-        if !self.failed_mcp.iter().any(|failed| failed == server) && self.failed_mcp.len() < FAILED_MCP_MAX {
+        if !self.failed_mcp.iter().any(|failed| failed == server)
+            && self.failed_mcp.len() < FAILED_MCP_MAX
+        {
             self.failed_mcp.push(server.to_owned());
             self.event(None, mcp_failed(server, "", false));
         }
@@ -97,7 +103,11 @@ impl Core {
                 if let Program::Cli { ready } = &mut self.program {
                     *ready = true;
                     self.ready_by = None;
-                    if self.turn.as_ref().is_some_and(|turn| !turn.delivered && turn.ending.is_none()) {
+                    if self
+                        .turn
+                        .as_ref()
+                        .is_some_and(|turn| !turn.delivered && turn.ending.is_none())
+                    {
                         self.deliver(now);
                     } else if self.turn.as_ref().is_some_and(|turn| !turn.delivered) {
                         self.end_turn(Reason::Interrupted, None, String::new(), None, now);
@@ -106,10 +116,16 @@ impl Core {
             }
             Effect::Conversation { id, model } => {
                 let resumed = self.state.conversation_id == id;
-                let kind = event::Kind::ConversationStarted(contract::host::ConversationStarted { conversation_id: id, model, resumed });
+                let kind = event::Kind::ConversationStarted(contract::host::ConversationStarted {
+                    conversation_id: id,
+                    model,
+                    resumed,
+                });
                 self.event(None, kind);
             }
-            Effect::Send(line) => self.actions.push(Action::Send([line.as_bytes(), b"\n"].concat())),
+            Effect::Send(line) => {
+                self.actions.push(Action::Send([line.as_bytes(), b"\n"].concat()))
+            }
             Effect::Http(request) => self.actions.push(Action::Http(request)),
             Effect::Event { parent, kind } => {
                 if self.spec.partial_messages || !matches!(kind, event::Kind::Delta(_)) {
@@ -165,13 +181,18 @@ impl Core {
                 event::Kind::Error(error)
             }
             event::Kind::Plan(mut plan) => {
-                plan.entries.iter_mut().for_each(|entry| entry.text = shorten_to(std::mem::take(&mut entry.text), REQUEST_BYTES_MAX));
+                plan.entries.iter_mut().for_each(|entry| {
+                    entry.text = shorten_to(std::mem::take(&mut entry.text), REQUEST_BYTES_MAX)
+                });
                 event::Kind::Plan(plan)
             }
             other => other,
         };
-        // An MCP server may fail after the end of the turn that began without it. Other errors between turns are of the turn that ended.
-        if matches!(&kind, event::Kind::Error(error) if error.kind.starts_with("mcp_")) && !self.is_working() {
+        // An MCP server may fail after the end of the turn that began without it. Other errors
+        // between turns are of the turn that ended.
+        if matches!(&kind, event::Kind::Error(error) if error.kind.starts_with("mcp_"))
+            && !self.is_working()
+        {
             if self.early.len() < EARLY_MAX {
                 self.early.push(kind);
             }
@@ -183,8 +204,11 @@ impl Core {
         if bytes > EVENT_BYTES_MAX {
             // The raw output has it.
             let message = format!("an event of {bytes} bytes was left out");
-            event.kind =
-                Some(event::Kind::Error(contract::host::AgentError { kind: "unknown_error".to_owned(), message, ..Default::default() }));
+            event.kind = Some(event::Kind::Error(contract::host::AgentError {
+                kind: "unknown_error".to_owned(),
+                message,
+                ..Default::default()
+            }));
         }
         self.record(record::Kind::Event(event));
     }
@@ -210,7 +234,8 @@ impl Core {
 
     /// Whether a tool is one of the host's own MCP server.
     fn is_custom_tool(&self, server: &str, name: &str) -> bool {
-        !self.spec.custom_tools.is_empty() && (server == custom_tools::SERVER || name.contains(custom_tools::PREFIX))
+        !self.spec.custom_tools.is_empty()
+            && (server == custom_tools::SERVER || name.contains(custom_tools::PREFIX))
     }
 
     fn evaluate(&self, tool: &str, input_json: &str) -> Evaluation {
@@ -244,19 +269,41 @@ impl Core {
         let ending = self.turn.as_ref().is_none_or(|turn| turn.ending.is_some());
         match self.evaluate(&ask.tool, &ask.input_json) {
             _ if ending => self.adapter.decide(&ask.key, Verdict::Deny, "The turn is ending", more),
-            Evaluation::Allow | Evaluation::Unspecified => self.adapter.decide(&ask.key, Verdict::Allow, "", more),
-            Evaluation::Deny => self.adapter.decide(&ask.key, Verdict::Deny, "The session's rules do not permit this tool", more),
-            Evaluation::Ask if self.permitted.contains(&id) => self.adapter.decide(&ask.key, Verdict::Allow, "", more),
+            Evaluation::Allow | Evaluation::Unspecified => {
+                self.adapter.decide(&ask.key, Verdict::Allow, "", more)
+            }
+            Evaluation::Deny => self.adapter.decide(
+                &ask.key,
+                Verdict::Deny,
+                "The session's rules do not permit this tool",
+                more,
+            ),
+            Evaluation::Ask if self.permitted.contains(&id) => {
+                self.adapter.decide(&ask.key, Verdict::Allow, "", more)
+            }
             Evaluation::Ask => {
                 if self.asks.iter().any(|open| open.id == id || open.key == ask.key) {
                     return;
                 }
                 if self.asks.len() >= REQUESTS_MAX {
-                    return self.adapter.decide(&ask.key, Verdict::Deny, "Too many permission requests are open", more);
+                    return self.adapter.decide(
+                        &ask.key,
+                        Verdict::Deny,
+                        "Too many permission requests are open",
+                        more,
+                    );
                 }
                 let input_json = shorten_json(ask.input_json, REQUEST_BYTES_MAX);
-                let [diff, reason] = [ask.diff, ask.reason].map(|text| shorten_to(text, REQUEST_BYTES_MAX));
-                let request = DecisionRequested { id, tool: ask.tool, input_json, diff, reason, is_custom_tool: false };
+                let [diff, reason] =
+                    [ask.diff, ask.reason].map(|text| shorten_to(text, REQUEST_BYTES_MAX));
+                let request = DecisionRequested {
+                    id,
+                    tool: ask.tool,
+                    input_json,
+                    diff,
+                    reason,
+                    is_custom_tool: false,
+                };
                 self.record(record::Kind::DecisionRequested(request));
                 self.asks.push(Open { id, key: ask.key, is_custom_tool: false });
                 self.waiting_since.get_or_insert(now);

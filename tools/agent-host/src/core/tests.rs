@@ -1,6 +1,6 @@
 use contract::host::{
-    CustomToolResult, InputAccepted, Interrupt, Message, Spec, TurnEnded, WhenBusy, Withdraw, decision::Verdict, event, input, record,
-    turn_ended::Reason,
+    CustomToolResult, InputAccepted, Interrupt, Message, Spec, TurnEnded, WhenBusy, Withdraw,
+    decision::Verdict, event, input, record, turn_ended::Reason,
 };
 use proptest::prelude::*;
 
@@ -17,7 +17,12 @@ fn core(state: State) -> Core {
 }
 
 fn message(id: u32, when_busy: WhenBusy) -> Input {
-    let message = Message { turn: id, text: format!("echo {id}"), when_busy: when_busy.into(), ..Message::default() };
+    let message = Message {
+        turn: id,
+        text: format!("echo {id}"),
+        when_busy: when_busy.into(),
+        ..Message::default()
+    };
     Input { id: format!("m{id}"), kind: Some(input::Kind::Message(message)) }
 }
 
@@ -36,7 +41,11 @@ impl Adapter for Prompt {
     fn message(&mut self, _: &str, _: &mut Out) {}
 
     fn interrupt(&mut self, out: &mut Out) -> bool {
-        out.push(Effect::TurnEnded { reason: Reason::Interrupted, message: String::new(), usage: None });
+        out.push(Effect::TurnEnded {
+            reason: Reason::Interrupted,
+            message: String::new(),
+            usage: None,
+        });
         true
     }
 }
@@ -46,7 +55,8 @@ fn running() -> Core {
     let tools = vec![contract::host::CustomTool { name: "ask".to_owned(), ..Default::default() }];
     let spec = Spec { runtime: "shell".to_owned(), custom_tools: tools, ..Spec::default() };
     let capabilities = find("claude").unwrap().capabilities;
-    let mut core = Core::new(spec, Box::new(Prompt), capabilities, State::default(), Reason::HostLost, 0);
+    let mut core =
+        Core::new(spec, Box::new(Prompt), capabilities, State::default(), Reason::HostLost, 0);
     core.input(message(1, WhenBusy::Queue), 0);
     core.started(1, "/", 0);
     core.take_actions();
@@ -61,9 +71,14 @@ fn records(core: &mut Core) -> Vec<record::Kind> {
 #[test]
 fn an_interrupt_is_settled_before_the_turn_that_it_ends() {
     let mut core = running();
-    core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+    core.input(
+        Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) },
+        1,
+    );
     let records = records(&mut core);
-    let settled = records.iter().position(|kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == "i"));
+    let settled = records
+        .iter()
+        .position(|kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == "i"));
     let ended = records.iter().position(|kind| matches!(kind, record::Kind::TurnEnded(_)));
     assert!(settled.is_some() && settled < ended, "{records:?}");
 }
@@ -71,7 +86,10 @@ fn an_interrupt_is_settled_before_the_turn_that_it_ends() {
 #[test]
 fn an_error_between_turns_is_reported_in_the_next_turn() {
     let mut core = running();
-    core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+    core.input(
+        Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) },
+        1,
+    );
     core.take_actions();
     let is_error = |kind: &record::Kind| matches!(kind, record::Kind::Event(event) if matches!(event.kind, Some(event::Kind::Error(_))));
     core.mcp_failed("slow");
@@ -83,13 +101,20 @@ fn an_error_between_turns_is_reported_in_the_next_turn() {
     assert_eq!(told.iter().filter(|kind| is_error(kind)).count(), 1);
 }
 
-/// Of the CLI's, that is: what it says late of a turn that was interrupted is no error of the next turn.
+/// Of the CLI's, that is: what it says late of a turn that was interrupted is no error of the next
+/// turn.
 #[test]
 fn an_error_of_a_turn_that_ended_is_not_told_of_in_the_next_one() {
     let mut core = running();
-    core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+    core.input(
+        Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) },
+        1,
+    );
     let mut late = Out::default();
-    late.event(event::Kind::Error(contract::host::AgentError { kind: "unknown_error".to_owned(), ..Default::default() }));
+    late.event(event::Kind::Error(contract::host::AgentError {
+        kind: "unknown_error".to_owned(),
+        ..Default::default()
+    }));
     core.apply(late, 2);
     core.take_actions();
     core.input(message(2, WhenBusy::Queue), 3);
@@ -112,13 +137,28 @@ fn a_custom_tool_waits_for_its_result_and_takes_the_first() {
         Input { id: id.to_owned(), kind: Some(input::Kind::CustomToolResult(result)) }
     };
     // A decision is no result.
-    let decision = contract::host::Decision { request, verdict: Verdict::Allow.into(), message: String::new() };
+    let decision = contract::host::Decision {
+        request,
+        verdict: Verdict::Allow.into(),
+        message: String::new(),
+    };
     core.input(Input { id: "d".to_owned(), kind: Some(input::Kind::Decision(decision)) }, 2);
     for (id, text) in [("r", "yes"), ("r", "yes"), ("s", "no")] {
         core.input(result(id, text), 2);
     }
-    let answers: Vec<_> = core.take_actions().into_iter().filter(|action| matches!(action, Action::CustomToolResult { .. })).collect();
-    assert_eq!(answers, [Action::CustomToolResult { call: "1:7".to_owned(), text: "yes".to_owned(), is_error: false }]);
+    let answers: Vec<_> = core
+        .take_actions()
+        .into_iter()
+        .filter(|action| matches!(action, Action::CustomToolResult { .. }))
+        .collect();
+    assert_eq!(
+        answers,
+        [Action::CustomToolResult {
+            call: "1:7".to_owned(),
+            text: "yes".to_owned(),
+            is_error: false
+        }]
+    );
     assert!(core.state().requests.is_empty());
 }
 
@@ -130,8 +170,12 @@ fn calls_of_custom_tools_that_are_withdrawn_at_once_do_not_fill_the_log() {
         core.custom_tool_called(call.clone(), "ask".to_owned(), "{}".to_owned(), 1);
         core.custom_tool_cancelled(&call, 1);
     }
-    let requested = |action: &Action| matches!(action, Action::Record(record::Kind::DecisionRequested(_)));
-    assert_eq!(core.take_actions().iter().filter(|action| requested(action)).count(), CUSTOM_CALLS_MAX);
+    let requested =
+        |action: &Action| matches!(action, Action::Record(record::Kind::DecisionRequested(_)));
+    assert_eq!(
+        core.take_actions().iter().filter(|action| requested(action)).count(),
+        CUSTOM_CALLS_MAX
+    );
 }
 
 #[test]
@@ -144,9 +188,15 @@ fn open_custom_tool_calls_are_withdrawn_with_their_turn_or_server() {
     core.custom_tools_gone(1, 1);
     assert_eq!(core.state().requests.len(), 1);
     core.take_actions();
-    core.input(Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) }, 1);
+    core.input(
+        Input { id: "i".to_owned(), kind: Some(input::Kind::Interrupt(Interrupt::default())) },
+        1,
+    );
     assert!(core.state().requests.is_empty());
-    let answers = core.take_actions().into_iter().filter(|action| matches!(action, Action::CustomToolResult { is_error: true, .. }));
+    let answers = core
+        .take_actions()
+        .into_iter()
+        .filter(|action| matches!(action, Action::CustomToolResult { is_error: true, .. }));
     assert_eq!(answers.count(), 1);
 }
 
@@ -159,7 +209,12 @@ enum Happening {
 }
 
 fn happenings() -> impl Strategy<Value = Vec<Happening>> {
-    let busy = prop_oneof![Just(WhenBusy::Queue), Just(WhenBusy::Interrupt), Just(WhenBusy::Steer), Just(WhenBusy::Join)];
+    let busy = prop_oneof![
+        Just(WhenBusy::Queue),
+        Just(WhenBusy::Interrupt),
+        Just(WhenBusy::Steer),
+        Just(WhenBusy::Join)
+    ];
     let happening = prop_oneof![
         4 => (1_u32..6, busy).prop_map(|(id, busy)| Happening::Deliver(message(id, busy))),
         1 => (0_u32..4).prop_map(|id| Happening::Deliver(Input { id: format!("i{id}"), kind: Some(input::Kind::Interrupt(Interrupt::default())) })),
@@ -175,8 +230,9 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
 }
 
 proptest! {
-    /// Deliveries repeated, late and in any order, exits, kills of the host: each message is one turn at most, turns follow one
-    /// another, each that began ends once, and at rest nothing that was accepted is left over.
+    /// Deliveries repeated, late and in any order, exits, kills of the host: each message is one
+    /// turn at most, turns follow one another, each that began ends once, and at rest nothing that
+    /// was accepted is left over.
     #[test]
     fn every_accepted_message_is_one_turn_or_none(happenings in happenings()) {
         let mut core = core(State::default());

@@ -1,8 +1,9 @@
 //! Turns and steps: how they begin, run and end.
 
 use contract::host::{
-    CliExited, CliStarted, Message, ModelUsage, Step, StepEnded, StepStarted, TurnEnded, TurnStarted, decision_settled::How, host_ended,
-    input, input_settled::Outcome, record, turn_ended::Reason,
+    CliExited, CliStarted, Message, ModelUsage, Step, StepEnded, StepStarted, TurnEnded,
+    TurnStarted, decision_settled::How, host_ended, input, input_settled::Outcome, record,
+    turn_ended::Reason,
 };
 
 use super::{Action, Core, KILLED_MS, Program, RunningStep, Turn, output::shorten};
@@ -10,7 +11,8 @@ use crate::adapters::{Close, Effect, Launch, Out, script};
 
 /// How long a CLI that was asked to end may take.
 const CLOSE_MS: u64 = 2_000;
-/// How long a CLI may take until it accepts a message: its MCP servers may have to be installed first.
+/// How long a CLI may take until it accepts a message: its MCP servers may have to be installed
+/// first.
 const READY_MS: u64 = 180_000;
 
 impl Core {
@@ -32,8 +34,12 @@ impl Core {
             && let Some(input) = self.state.queued.first().cloned()
         {
             match (input.kind, self.program) {
-                (Some(input::Kind::Message(message)), Program::None | Program::Cli { .. }) => self.begin_turn(&input.id, message, now),
-                (Some(input::Kind::Step(step)), Program::None) => self.begin_step(input.id, step, now),
+                (Some(input::Kind::Message(message)), Program::None | Program::Cli { .. }) => {
+                    self.begin_turn(&input.id, message, now)
+                }
+                (Some(input::Kind::Step(step)), Program::None) => {
+                    self.begin_step(input.id, step, now)
+                }
                 (Some(input::Kind::Step(_)), Program::Cli { .. }) => self.close(now),
                 _ => {}
             }
@@ -46,9 +52,14 @@ impl Core {
     }
 
     fn begin_turn(&mut self, input_id: &str, message: Message, now: u64) {
-        let started = TurnStarted { turn: message.turn, input_id: input_id.to_owned(), timeout_seconds: message.timeout_seconds };
+        let started = TurnStarted {
+            turn: message.turn,
+            input_id: input_id.to_owned(),
+            timeout_seconds: message.timeout_seconds,
+        };
         self.record(record::Kind::TurnStarted(started));
-        let deadline = (message.timeout_seconds > 0).then(|| now + u64::from(message.timeout_seconds) * 1000);
+        let deadline =
+            (message.timeout_seconds > 0).then(|| now + u64::from(message.timeout_seconds) * 1000);
         let (text, traceparent) = (message.text.clone(), message.traceparent.clone());
         self.turn = Some(Turn { message, delivered: false, ending: None, deadline });
         self.tell_early();
@@ -59,7 +70,8 @@ impl Core {
         self.permitted.clear();
         match self.program {
             Program::None => {
-                let conversation = Some(self.state.conversation_id.clone()).filter(|id| !id.is_empty());
+                let conversation =
+                    Some(self.state.conversation_id.clone()).filter(|id| !id.is_empty());
                 let launch = self.adapter.launch(conversation.as_deref(), &text);
                 self.start(launch, traceparent);
             }
@@ -69,9 +81,13 @@ impl Core {
     }
 
     fn begin_step(&mut self, input_id: String, step: Step, now: u64) {
-        self.record(record::Kind::StepStarted(StepStarted { input_id: input_id.clone(), name: step.name.clone() }));
+        self.record(record::Kind::StepStarted(StepStarted {
+            input_id: input_id.clone(),
+            name: step.name.clone(),
+        }));
         let launch = script(&step.script, false);
-        let deadline = (step.timeout_seconds > 0).then(|| now + u64::from(step.timeout_seconds) * 1000);
+        let deadline =
+            (step.timeout_seconds > 0).then(|| now + u64::from(step.timeout_seconds) * 1000);
         let traceparent = step.traceparent.clone();
         self.step = Some(RunningStep { input_id, step, since: now, deadline, ending: None });
         self.start(launch, traceparent);
@@ -131,7 +147,8 @@ impl Core {
 
     /// Ends the running turn or step, politely where the CLI can.
     pub(super) fn end_work(&mut self, reason: Reason, now: u64) {
-        let grace = if self.spec.kill_grace_ms == 0 { 10_000 } else { u64::from(self.spec.kill_grace_ms) };
+        let grace =
+            if self.spec.kill_grace_ms == 0 { 10_000 } else { u64::from(self.spec.kill_grace_ms) };
         if let Some(step) = &mut self.step {
             if step.ending.is_none() {
                 step.ending = Some(reason);
@@ -157,18 +174,28 @@ impl Core {
         }
     }
 
-    pub(super) fn end_turn(&mut self, reason: Reason, exit_code: Option<i32>, message: String, usage: Option<ModelUsage>, now: u64) {
+    pub(super) fn end_turn(
+        &mut self,
+        reason: Reason,
+        exit_code: Option<i32>,
+        message: String,
+        usage: Option<ModelUsage>,
+        now: u64,
+    ) {
         let Some(turn) = self.turn.take() else { return };
         let how = if matches!(self.program, Program::None) { How::Void } else { How::Withdrawn };
         self.settle_asks(how, now);
         self.waiting_since = None;
         let reason = turn.ending.unwrap_or(reason);
         let message = match turn.ending {
-            Some(Reason::Failed) => "The sandbox's disk is full: the agent's output could not be kept".to_owned(),
+            Some(Reason::Failed) => {
+                "The sandbox's disk is full: the agent's output could not be kept".to_owned()
+            }
             Some(_) => String::new(),
             None => shorten(message),
         };
-        let ended = TurnEnded { turn: turn.message.turn, reason: reason.into(), exit_code, message, usage };
+        let ended =
+            TurnEnded { turn: turn.message.turn, reason: reason.into(), exit_code, message, usage };
         self.record(record::Kind::TurnEnded(ended));
         self.kill_at = None;
         self.quiet_since = now;
@@ -203,7 +230,13 @@ impl Core {
     fn step_ended(&mut self, step: RunningStep, exit_code: Option<i32>, reason: Reason, now: u64) {
         let reason = step.ending.unwrap_or(reason);
         let duration_ms = now.saturating_sub(step.since);
-        let ended = StepEnded { input_id: step.input_id.clone(), name: step.step.name, exit_code, reason: reason.into(), duration_ms };
+        let ended = StepEnded {
+            input_id: step.input_id.clone(),
+            name: step.step.name,
+            exit_code,
+            reason: reason.into(),
+            duration_ms,
+        };
         self.record(record::Kind::StepEnded(ended));
         self.settle(&step.input_id, Outcome::Applied, "");
         self.kill_at = None;
@@ -214,7 +247,10 @@ impl Core {
     pub fn spares_leftovers(&self) -> bool {
         match (&self.step, &self.turn) {
             (Some(step), _) => step.ending.is_none(),
-            (None, turn) => !self.capabilities.stays_alive && turn.as_ref().is_none_or(|turn| turn.ending.is_none()),
+            (None, turn) => {
+                !self.capabilities.stays_alive
+                    && turn.as_ref().is_none_or(|turn| turn.ending.is_none())
+            }
         }
     }
 
@@ -247,7 +283,8 @@ impl Core {
             }
         }
         if self.turn.is_some() {
-            let message = format!("The agent's process ended with status {code} before its turn did");
+            let message =
+                format!("The agent's process ended with status {code} before its turn did");
             self.end_turn(Reason::CliLost, Some(code), message, None, now);
         }
         self.actions.push(if spares { Action::SpareLeftovers } else { Action::Kill });

@@ -46,11 +46,18 @@ impl Host {
                     running.close_input = true;
                 }
             }
-            Action::Http(request) => client::send(request, client::Replies { sender: self.http.0.clone(), wake: self.wake.try_clone()? }),
+            Action::Http(request) => client::send(
+                request,
+                client::Replies { sender: self.http.0.clone(), wake: self.wake.try_clone()? },
+            ),
             Action::CustomToolResult { call, text, is_error } => {
-                self.tools_clients.iter_mut().for_each(|client| client.answer(&call, &text, is_error));
+                self.tools_clients
+                    .iter_mut()
+                    .for_each(|client| client.answer(&call, &text, is_error));
             }
-            Action::SpareLeftovers => self.spared = process::descendants(rustix::process::getpid(), &[]),
+            Action::SpareLeftovers => {
+                self.spared = process::descendants(rustix::process::getpid(), &[])
+            }
             Action::Awake(awake) => {
                 self.awake = awake;
                 self.awake_at = 0;
@@ -69,7 +76,11 @@ impl Host {
         let is_bulk = matches!(kind, record::Kind::Output(_) | record::Kind::Event(_));
         let now = monotonic_ms();
         let give_up = self.full_since.is_some_and(|since| now - since > FULL_MS);
-        let written = if is_bulk && !give_up { self.store.append(kind.clone()) } else { self.store.append_last(kind.clone()) };
+        let written = if is_bulk && !give_up {
+            self.store.append(kind.clone())
+        } else {
+            self.store.append_last(kind.clone())
+        };
         match written {
             Ok(()) => {
                 if !give_up {

@@ -32,25 +32,48 @@ pub(super) enum Source {
 }
 
 impl Host {
-    /// Whether the program's output may be read: what was read is written, and the journal has room.
+    /// Whether the program's output may be read: what was read is written, and the journal has
+    /// room.
     pub(super) fn takes_output(&self) -> bool {
-        let max = if self.spec.journal_bytes_max == 0 { JOURNAL_BYTES_MAX } else { self.spec.journal_bytes_max };
+        let max = if self.spec.journal_bytes_max == 0 {
+            JOURNAL_BYTES_MAX
+        } else {
+            self.spec.journal_bytes_max
+        };
         let is_gone = self.running.as_ref().is_some_and(|running| running.exit.is_some());
         self.actions.is_empty() && (is_gone || self.store.bytes() < max)
     }
 
     pub(super) fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
-        let mut waited = vec![(Source::Listener, self.listener.as_fd(), PollFlags::IN), (Source::Wake, self.wake.as_fd(), PollFlags::IN)];
-        waited.extend(self.clients.iter().enumerate().map(|(index, client)| (Source::Client(index), client.stream.as_fd(), PollFlags::IN)));
-        waited.extend(self.tools.iter().map(|listener| (Source::Tools, listener.as_fd(), PollFlags::IN)));
+        let mut waited = vec![
+            (Source::Listener, self.listener.as_fd(), PollFlags::IN),
+            (Source::Wake, self.wake.as_fd(), PollFlags::IN),
+        ];
+        waited.extend(
+            self.clients.iter().enumerate().map(|(index, client)| {
+                (Source::Client(index), client.stream.as_fd(), PollFlags::IN)
+            }),
+        );
+        waited.extend(
+            self.tools.iter().map(|listener| (Source::Tools, listener.as_fd(), PollFlags::IN)),
+        );
         waited.extend(self.tools_clients.iter().enumerate().map(|(index, client)| {
             let write = if client.has_more() { PollFlags::OUT } else { PollFlags::empty() };
             (Source::ToolsClient(index), client.stream.as_fd(), PollFlags::IN | write)
         }));
-        waited.extend(self.late.iter().enumerate().map(|(index, fd)| (Source::Late(index), fd.as_fd(), PollFlags::IN)));
+        waited.extend(
+            self.late
+                .iter()
+                .enumerate()
+                .map(|(index, fd)| (Source::Late(index), fd.as_fd(), PollFlags::IN)),
+        );
         if let Some(running) = &self.running {
             let read = if self.takes_output() { PollFlags::IN } else { PollFlags::empty() };
-            let write = if running.to_cli.is_empty() || running.input_closed { PollFlags::empty() } else { PollFlags::OUT };
+            let write = if running.to_cli.is_empty() || running.input_closed {
+                PollFlags::empty()
+            } else {
+                PollFlags::OUT
+            };
             if running.stdout_open && !(read | write).is_empty() {
                 waited.push((Source::Stdout, running.program.stdout.as_fd(), read | write));
             }
@@ -61,11 +84,13 @@ impl Host {
                 waited.push((Source::Exit, running.program.pidfd.as_fd(), PollFlags::IN));
             }
         }
-        let mut fds: Vec<PollFd<'_>> = waited.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+        let mut fds: Vec<PollFd<'_>> =
+            waited.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
         let now = monotonic_ms();
         let mut timeout = self.core.next_tick().map_or(1000, |at| at.saturating_sub(now)).min(1000);
         if let Some(running) = self.running.as_ref().filter(|running| running.exit.is_some()) {
-            let quiet = (running.quiet_since + self.drain_quiet_ms()).min(running.gone_since + DRAIN_MS);
+            let quiet =
+                (running.quiet_since + self.drain_quiet_ms()).min(running.gone_since + DRAIN_MS);
             timeout = timeout.min(quiet.saturating_sub(now));
         }
         if !self.actions.is_empty() {
@@ -122,8 +147,12 @@ impl Host {
                 }
                 Source::Stderr => self.read_output(Stream::Stderr),
                 Source::Late(index) => {
-                    let read = self.late.get(*index).map(|fd| rustix::io::read(fd, &mut [0; 64 << 10]));
-                    if !matches!(read, Some(Ok(1..) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR))) {
+                    let read =
+                        self.late.get(*index).map(|fd| rustix::io::read(fd, &mut [0; 64 << 10]));
+                    if !matches!(
+                        read,
+                        Some(Ok(1..) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR))
+                    ) {
                         silent.push(*index);
                     }
                 }
@@ -154,7 +183,8 @@ impl Host {
     fn accept_tools_clients(&mut self) {
         while let Some(Ok((stream, _))) = self.tools.as_ref().map(UnixListener::accept) {
             self.tools_accepted += 1;
-            let client = custom_tools::Client::new(stream, self.tools_accepted, &self.spec.custom_tools);
+            let client =
+                custom_tools::Client::new(stream, self.tools_accepted, &self.spec.custom_tools);
             // Each process of the CLI has one.
             if self.tools_clients.len() < CLIENTS_MAX {
                 self.tools_clients.extend(client);
@@ -170,7 +200,9 @@ impl Host {
         for told in told {
             let now = monotonic_ms();
             match told {
-                Told::Called { call, name, input_json } => self.core.custom_tool_called(call, name, input_json, now),
+                Told::Called { call, name, input_json } => {
+                    self.core.custom_tool_called(call, name, input_json, now)
+                }
                 Told::Cancelled { call } => self.core.custom_tool_cancelled(&call, now),
             }
         }
@@ -184,7 +216,9 @@ impl Host {
         match client.stream.read(&mut buffer) {
             Ok(0) => return false,
             Ok(bytes) => client.decoder.push(buffer.get(..bytes).unwrap_or_default()),
-            Err(error) => return matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
+            Err(error) => {
+                return matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted);
+            }
         }
         loop {
             match client.decoder.next() {

@@ -19,7 +19,8 @@ impl Host {
     pub(super) fn start_program(&mut self, launch: &Launch) {
         let folder = process::folder(&self.spec, &self.user);
         let prepared = process::prepare(&self.spec, &self.user, launch);
-        let started = prepared.and_then(|()| process::start(&self.spec, &self.user, &folder, launch));
+        let started =
+            prepared.and_then(|()| process::start(&self.spec, &self.user, &folder, launch));
         let now = monotonic_ms();
         match started {
             Ok(program) => {
@@ -37,7 +38,9 @@ impl Host {
                 });
                 self.core.started(pid, &folder, now);
             }
-            Err(error) => self.core.start_failed(&format!("{} could not be started: {error}", self.spec.runtime), now),
+            Err(error) => self
+                .core
+                .start_failed(&format!("{} could not be started: {error}", self.spec.runtime), now),
         }
     }
 
@@ -49,7 +52,8 @@ impl Host {
         }
         while !running.to_cli.is_empty() && !running.input_closed {
             let (part, _) = running.to_cli.as_slices();
-            match rustix::net::send(&running.program.stdout, part, rustix::net::SendFlags::NOSIGNAL) {
+            match rustix::net::send(&running.program.stdout, part, rustix::net::SendFlags::NOSIGNAL)
+            {
                 Ok(sent) => drop(running.to_cli.drain(..sent)),
                 Err(rustix::io::Errno::AGAIN) => return,
                 Err(rustix::io::Errno::INTR) => {}
@@ -96,7 +100,8 @@ impl Host {
         let Some(end) = added.iter().rposition(|byte| *byte == b'\n') else { return };
         self.refused_bytes += end as u64 + 1;
         let text = String::from_utf8_lossy(added.get(..end).unwrap_or_default()).into_owned();
-        let told: String = text.lines().map(|line| format!("refused by the network policy: {line}\n")).collect();
+        let told: String =
+            text.lines().map(|line| format!("refused by the network policy: {line}\n")).collect();
         self.core.output(Stream::Stderr, told.into_bytes(), monotonic_ms());
     }
 
@@ -105,17 +110,26 @@ impl Host {
         if self.spec.mcp_failures.is_empty() || self.running.is_none() {
             return;
         }
-        let added = process::read_own(Path::new(&self.spec.mcp_failures), self.user.uid, self.mcp_failures_bytes);
+        let added = process::read_own(
+            Path::new(&self.spec.mcp_failures),
+            self.user.uid,
+            self.mcp_failures_bytes,
+        );
         let Some(end) = added.iter().rposition(|byte| *byte == b'\n') else { return };
         self.mcp_failures_bytes += end as u64 + 1;
         let text = String::from_utf8_lossy(added.get(..end).unwrap_or_default()).into_owned();
-        text.lines().filter(|line| !line.is_empty()).take(MCP_FAILURES_MAX).for_each(|line| self.core.mcp_failed(line));
+        text.lines()
+            .filter(|line| !line.is_empty())
+            .take(MCP_FAILURES_MAX)
+            .for_each(|line| self.core.mcp_failed(line));
     }
 
     pub(super) fn reap(&mut self) {
         for (pid, code) in process::reap() {
             self.spared.retain(|spared| *spared != pid);
-            if let Some(running) = self.running.as_mut().filter(|running| running.program.pid == pid) {
+            if let Some(running) =
+                self.running.as_mut().filter(|running| running.program.pid == pid)
+            {
                 running.exit = Some(code);
                 running.gone_since = monotonic_ms();
                 running.quiet_since = running.gone_since;
@@ -123,22 +137,26 @@ impl Host {
         }
     }
 
-    /// Tells of a program's exit once its output is read: to its end, or until background processes are quiet.
+    /// Tells of a program's exit once its output is read: to its end, or until background processes
+    /// are quiet.
     pub(super) fn finish_program(&mut self) {
         let Some(running) = &self.running else { return };
         let Some(code) = running.exit else { return };
         let now = monotonic_ms();
         let is_read = !running.stdout_open && !running.stderr_open;
-        let is_quiet = now >= (running.quiet_since + self.drain_quiet_ms()).min(running.gone_since + DRAIN_MS);
+        let is_quiet =
+            now >= (running.quiet_since + self.drain_quiet_ms()).min(running.gone_since + DRAIN_MS);
         if self.takes_output() && (is_read || is_quiet) {
             self.read_refusals();
             if !is_read && self.core.spares_leftovers() {
-                const NOTE: &str =
-                    "[aod] processes that were left running still write to this output; what they write from now on is lost\n";
+                const NOTE: &str = "[aod] processes that were left running still write to this output; what they write from now on is lost\n";
                 self.core.output(Stream::Stderr, NOTE.as_bytes().to_vec(), now);
             }
             if let Some(running) = self.running.take() {
-                let open = [(running.stdout_open, running.program.stdout), (running.stderr_open, running.program.stderr)];
+                let open = [
+                    (running.stdout_open, running.program.stdout),
+                    (running.stderr_open, running.program.stderr),
+                ];
                 self.late.extend(open.into_iter().filter(|(open, _)| *open).map(|(_, fd)| fd));
                 self.late.drain(..self.late.len().saturating_sub(LATE_MAX));
             }
@@ -150,7 +168,8 @@ impl Host {
         process::descendants(rustix::process::getpid(), &self.spared)
     }
 
-    /// Ends everything that belongs to turns; a process that forks all the time is caught by repetition.
+    /// Ends everything that belongs to turns; a process that forks all the time is caught by
+    /// repetition.
     pub(super) fn kill(&mut self) {
         for _ in 0..200 {
             let tree = self.tree();

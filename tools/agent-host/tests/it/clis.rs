@@ -1,5 +1,5 @@
-//! The real CLIs of the pinned versions, against the scripted model. Each CLI's test is one conversation in few processes: their starts
-//! are what takes time.
+//! The real CLIs of the pinned versions, against the scripted model. Each CLI's test is one
+//! conversation in few processes: their starts are what takes time.
 
 use std::{
     path::{Path, PathBuf},
@@ -8,8 +8,9 @@ use std::{
 };
 
 use contract::host::{
-    Evaluation, Event, Message, PermissionRule, Permissions, Spec, ToolResult, ToolUse, TurnEnded, Variable, WhenBusy, decision::Verdict,
-    decision_settled::How, event, input, input_settled::Outcome, record, turn_ended::Reason,
+    Evaluation, Event, Message, PermissionRule, Permissions, Spec, ToolResult, ToolUse, TurnEnded,
+    Variable, WhenBusy, decision::Verdict, decision_settled::How, event, input,
+    input_settled::Outcome, record, turn_ended::Reason,
 };
 
 use crate::support::{Attached, Host, eventually, is_running, output, show};
@@ -32,7 +33,9 @@ impl Model {
         assert!(program.exists(), "build scripted-model first: cargo build");
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut command = Command::new(program);
-        command.env("SCRIPTED_MODEL_ADDR", format!("127.0.0.1:{port}")).env("AOD_ADMIN_ADDR", "127.0.0.1:0");
+        command
+            .env("SCRIPTED_MODEL_ADDR", format!("127.0.0.1:{port}"))
+            .env("AOD_ADMIN_ADDR", "127.0.0.1:0");
         let process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let model = Self { process, port };
         eventually(|| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
@@ -42,7 +45,9 @@ impl Model {
 
 /// Where scripts/setup.sh installs the CLIs.
 static AGENTS: LazyLock<PathBuf> = LazyLock::new(|| {
-    let folder = |name: &str, rest: &str| std::env::var_os(name).map(|folder| PathBuf::from(folder).join(rest));
+    let folder = |name: &str, rest: &str| {
+        std::env::var_os(name).map(|folder| PathBuf::from(folder).join(rest))
+    };
     let tools = folder("AOD_TOOLS_DIR", "").or_else(|| folder("XDG_DATA_HOME", "aod/tools"));
     let tools = tools.or_else(|| folder("HOME", ".local/share/aod/tools")).unwrap();
     tools.join("agents/bin")
@@ -54,10 +59,14 @@ fn host(runtime: &str, model: &Model, ask_for: &[&str]) -> Option<Host> {
         eprintln!("skipped: {runtime} is not installed (scripts/setup.sh {runtime})");
         return None;
     }
-    let rules = ask_for.iter().map(|tool| PermissionRule { tool: (*tool).to_owned(), evaluation: Evaluation::Ask.into() });
+    let rules = ask_for.iter().map(|tool| PermissionRule {
+        tool: (*tool).to_owned(),
+        evaluation: Evaluation::Ask.into(),
+    });
     let mut host = Host::new(Spec {
         runtime: runtime.to_owned(),
-        model: if runtime == "opencode" { "anthropic/claude-sonnet-4-5" } else { "scripted-1" }.to_owned(),
+        model: if runtime == "opencode" { "anthropic/claude-sonnet-4-5" } else { "scripted-1" }
+            .to_owned(),
         conversation_id: "c0ffee00-0000-4000-8000-000000000001".to_owned(),
         idle_seconds: 300,
         partial_messages: true,
@@ -81,7 +90,8 @@ fn host(runtime: &str, model: &Model, ask_for: &[&str]) -> Option<Host> {
         ("GEMINI_API_KEY", "key"),
         ("IS_SANDBOX", "1"),
     ];
-    host.spec.env = env.map(|(name, value)| Variable { name: name.to_owned(), value: value.to_owned() }).into();
+    host.spec.env =
+        env.map(|(name, value)| Variable { name: name.to_owned(), value: value.to_owned() }).into();
     host.spec.working_directories = vec![work.to_str().unwrap().to_owned()];
     host.spec.mcp_servers = vec!["echo".to_owned()];
     let echo = work.join("echo.py");
@@ -210,7 +220,12 @@ impl Chat {
     fn completed(&mut self, text: &str) -> Vec<record::Kind> {
         self.send(text);
         let (kinds, ended) = self.attached.turn_ended();
-        assert_eq!((ended.reason(), ended.turn), (Reason::Completed, self.turn), "{}", show(&kinds));
+        assert_eq!(
+            (ended.reason(), ended.turn),
+            (Reason::Completed, self.turn),
+            "{}",
+            show(&kinds)
+        );
         kinds
     }
 
@@ -223,8 +238,12 @@ impl Chat {
 
     /// Reads until a decision is asked for.
     fn asked(&mut self) -> (u64, Vec<record::Kind>) {
-        let kinds = self.attached.until(|kind| matches!(kind, record::Kind::DecisionRequested(_) | record::Kind::TurnEnded(_)));
-        let Some(record::Kind::DecisionRequested(request)) = kinds.last() else { panic!("{}", show(&kinds)) };
+        let kinds = self.attached.until(|kind| {
+            matches!(kind, record::Kind::DecisionRequested(_) | record::Kind::TurnEnded(_))
+        });
+        let Some(record::Kind::DecisionRequested(request)) = kinds.last() else {
+            panic!("{}", show(&kinds))
+        };
         (request.id, kinds)
     }
 
@@ -240,19 +259,25 @@ impl Chat {
     }
 }
 
-/// With `AOD_RECORD_TRANSCRIPTS=1`: keeps what the CLI wrote in two turns for the adapters' own tests.
+/// With `AOD_RECORD_TRANSCRIPTS=1`: keeps what the CLI wrote in two turns for the adapters' own
+/// tests.
 fn record_transcript(chat: &Chat) {
     if std::env::var_os("AOD_RECORD_TRANSCRIPTS").is_none() {
         return;
     }
     let (kinds, _) = chat.host.whole_journal();
     let name = format!("{}.jsonl", chat.host.spec.runtime);
-    std::fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join("transcripts").join(name), output(&kinds).0).unwrap();
+    std::fs::write(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("transcripts").join(name),
+        output(&kinds).0,
+    )
+    .unwrap();
 }
 
 const ENDLESS: &str = "run: while :; do sleep 1.375; done";
 
-/// What every CLI does: tools, a second turn in the living process, interrupts, a resumed conversation, allow and deny.
+/// What every CLI does: tools, a second turn in the living process, interrupts, a resumed
+/// conversation, allow and deny.
 fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     let model = Model::start();
     let Some(host) = host(runtime, &model, &[]) else { return };
@@ -266,12 +291,21 @@ fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     assert_eq!(tool.name, shell);
     assert!(tool.input_json.contains("echo one"), "{tool:?}");
     let result = result.as_ref().unwrap_or_else(|| panic!("no result\n{}", show(&kinds)));
-    assert!(!result.is_error && result.content.contains("one") == has_output, "{result:?}\n{}", show(&kinds));
+    assert!(
+        !result.is_error && result.content.contains("one") == has_output,
+        "{result:?}\n{}",
+        show(&kinds)
+    );
     assert!(said(&kinds).contains("The command said:"), "{}", show(&kinds));
     assert!(deltas(&kinds).contains(&said(&kinds)), "{}", show(&kinds));
     let Some(record::Kind::TurnEnded(ended)) = kinds.last() else { panic!("no end") };
-    assert!(ended.usage.as_ref().is_some_and(|usage| usage.input_tokens > 0 && usage.output_tokens > 0), "{ended:?}");
-    let started = |kinds: &[record::Kind]| kinds.iter().any(|kind| matches!(kind, record::Kind::CliStarted(_)));
+    assert!(
+        ended.usage.as_ref().is_some_and(|usage| usage.input_tokens > 0 && usage.output_tokens > 0),
+        "{ended:?}"
+    );
+    let started = |kinds: &[record::Kind]| {
+        kinds.iter().any(|kind| matches!(kind, record::Kind::CliStarted(_)))
+    };
     assert!(started(&kinds));
 
     // The living process takes the next turn; instructions reach the model.
@@ -283,8 +317,13 @@ fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     // A tool of an MCP server, whose name is told apart from the tool's.
     let kinds = chat.completed("echo by MCP: seven");
     let tools = self::tools(&kinds);
-    let Some((tool, result)) = tools.iter().find(|(tool, _)| tool.mcp_server == "echo") else { panic!("{tools:?}\n{}", show(&kinds)) };
-    assert!(tool.name.contains("say") && tool.input_json.contains("seven") | !has_output, "{tool:?}");
+    let Some((tool, result)) = tools.iter().find(|(tool, _)| tool.mcp_server == "echo") else {
+        panic!("{tools:?}\n{}", show(&kinds))
+    };
+    assert!(
+        tool.name.contains("say") && tool.input_json.contains("seven") | !has_output,
+        "{tool:?}"
+    );
     assert!(result.as_ref().is_some_and(|result| !result.is_error), "{tools:?}\n{}", show(&kinds));
     assert!(said(&kinds).contains("seven by MCP"), "{}", show(&kinds));
 
@@ -303,10 +342,16 @@ fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     assert_eq!(ended.reason(), Reason::Interrupted, "{}", show(&kinds));
     eventually(|| !is_running("sleep\u{0}1.375"));
 
-    // A message for the running turn: part of it where the CLI can, else the next turn in place of this one.
+    // A message for the running turn: part of it where the CLI can, else the next turn in place of
+    // this one.
     chat.send("slowly");
     chat.until_event(|kind| matches!(kind, event::Kind::Delta(_)));
-    let message = Message { turn: 90, text: "say the mark".to_owned(), when_busy: WhenBusy::Steer.into(), ..Message::default() };
+    let message = Message {
+        turn: 90,
+        text: "say the mark".to_owned(),
+        when_busy: WhenBusy::Steer.into(),
+        ..Message::default()
+    };
     chat.attached.send("steered", input::Kind::Message(message));
     let (mut kinds, mut ended) = chat.ended();
     if !steers {
@@ -323,15 +368,21 @@ fn conversation(runtime: &str, shell: &str, has_output: bool, steers: bool) {
     assert_eq!(ended.reason(), Reason::Failed, "{}", show(&kinds));
     assert!(ended.message.contains("The script says so"), "{ended:?}");
 
-    // The host and the CLI are killed; the conversation continues by its id, and now asks. What began was marked and is gone.
+    // The host and the CLI are killed; the conversation continues by its id, and now asks. What
+    // began was marked and is gone.
     let rules = vec![PermissionRule { tool: shell.to_owned(), evaluation: Evaluation::Ask.into() }];
     chat.host.spec.permissions = Some(Permissions { rules, otherwise: 0 });
     chat.restart_host();
     let kinds = chat.completed("What was my first message");
     assert!(said(&kinds).contains("echo one"), "{}", show(&kinds));
-    assert!(kinds.iter().any(|kind| matches!(kind, record::Kind::CliStarted(started) if started.resumed)));
+    assert!(
+        kinds
+            .iter()
+            .any(|kind| matches!(kind, record::Kind::CliStarted(started) if started.resumed))
+    );
 
-    let (allowed, denied) = (chat.host.folder.path().join("allowed"), chat.host.folder.path().join("denied"));
+    let (allowed, denied) =
+        (chat.host.folder.path().join("allowed"), chat.host.folder.path().join("denied"));
     chat.send(&format!("run: touch {}", allowed.display()));
     let (request, _) = chat.asked();
     assert!(!allowed.exists());
@@ -439,6 +490,9 @@ fn warm_follow_ups() {
             })
             .collect();
         times.sort();
-        println!("{runtime}: message to first delta, p50: {:?}; first turn with the CLI's start: {cold:?}", times[10]);
+        println!(
+            "{runtime}: message to first delta, p50: {:?}; first turn with the CLI's start: {cold:?}",
+            times[10]
+        );
     }
 }

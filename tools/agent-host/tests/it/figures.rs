@@ -1,4 +1,5 @@
-//! Figures, printed: `cargo test -p agent-host --test it figures -- --ignored --nocapture`, with `AOD_AGENT_HOST` for the static build.
+//! Figures, printed: `cargo test -p agent-host --test it figures -- --ignored --nocapture`, with
+//! `AOD_AGENT_HOST` for the static build.
 
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,8 @@ fn figures() {
     attached.message(1000, "head -c 1000000000 /dev/zero");
     let mut bytes = 0;
     loop {
-        let kinds = attached.until(|kind| matches!(kind, record::Kind::Output(_) | record::Kind::TurnEnded(_)));
+        let kinds = attached
+            .until(|kind| matches!(kind, record::Kind::Output(_) | record::Kind::TurnEnded(_)));
         bytes += output(&kinds).0.len();
         attached.persisted();
         if matches!(kinds.last(), Some(record::Kind::TurnEnded(_))) {
@@ -42,9 +44,15 @@ fn figures() {
     attached.message(1001, "while read -r -t 0.05 _ </dev/zero; do date +%s%N; done; for i in $(seq 100); do date +%s%N; sleep 0.01; done");
     let mut times = Vec::new();
     loop {
-        let kinds = attached.until(|kind| matches!(kind, record::Kind::Output(_) | record::Kind::TurnEnded(_)));
+        let kinds = attached
+            .until(|kind| matches!(kind, record::Kind::Output(_) | record::Kind::TurnEnded(_)));
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-        times.extend(output(&kinds).0.lines().filter_map(|line| Some(now - Duration::from_nanos(line.parse().ok()?))));
+        times.extend(
+            output(&kinds)
+                .0
+                .lines()
+                .filter_map(|line| Some(now - Duration::from_nanos(line.parse().ok()?))),
+        );
         if matches!(kinds.last(), Some(record::Kind::TurnEnded(_))) {
             break;
         }

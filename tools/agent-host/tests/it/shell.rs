@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, process::Command};
 
-use contract::host::{HostEnded, Message, Spec, Step, Variable, control, input, input_settled::Outcome, record, turn_ended::Reason};
+use contract::host::{
+    HostEnded, Message, Spec, Step, Variable, control, input, input_settled::Outcome, record,
+    turn_ended::Reason,
+};
 
 use crate::support::{Host, end_sleep, eventually, is_running, message, output};
 
@@ -15,7 +18,8 @@ fn turns_run_one_after_another_with_exact_output_and_status() {
     assert_eq!(output(&kinds), ("one\nno end".to_owned(), "two\n".to_owned()));
     assert_eq!((ended.reason(), ended.exit_code, ended.turn), (Reason::Failed, Some(3), 1));
 
-    // A repeated delivery is not applied again; standard output may be opened by name; late output is waited for.
+    // A repeated delivery is not applied again; standard output may be opened by name; late output
+    // is waited for.
     attached.message(1, "echo again");
     let reopened = "echo a >/dev/stdout; echo b | tee /dev/stderr; dd if=/dev/zero of=/dev/stdout bs=2 count=1 status=none; \
                     exec > >(sleep 0.3; tr a-z A-Z); echo late";
@@ -38,7 +42,10 @@ fn turns_run_one_after_another_with_exact_output_and_status() {
 
     attached.stop();
     let (kinds, control) = attached.rest();
-    assert!(matches!(kinds.last(), Some(record::Kind::HostEnded(HostEnded { reason: 1, .. }))), "{kinds:?}");
+    assert!(
+        matches!(kinds.last(), Some(record::Kind::HostEnded(HostEnded { reason: 1, .. }))),
+        "{kinds:?}"
+    );
     assert!(matches!(control.unwrap().kind, Some(control::Kind::Ended(_))));
     end_sleep("31.7");
 }
@@ -100,7 +107,8 @@ fn a_killed_host_leaves_a_whole_journal_and_the_next_one_says_so() {
         let turn = u32::try_from(round).unwrap() + 1;
         host.start();
         let mut attached = host.attach(from);
-        let script = "setsid sleep 87.3 & for i in $(seq 1 100000); do echo line $i; done; sleep 30";
+        let script =
+            "setsid sleep 87.3 & for i in $(seq 1 100000); do echo line $i; done; sleep 30";
         attached.message(turn, script);
         let mut kinds = attached.until(|kind| matches!(kind, record::Kind::CliStarted(_)));
         std::thread::sleep(std::time::Duration::from_millis(wait));
@@ -110,7 +118,8 @@ fn a_killed_host_leaves_a_whole_journal_and_the_next_one_says_so() {
         assert!(matches!(control.unwrap().kind, Some(control::Kind::HostLost(_))));
         assert_eq!(attached.child.wait().unwrap().code(), Some(3));
         let text = output(&kinds).0;
-        let whole: String = text.lines().enumerate().map(|(index, _)| format!("line {}\n", index + 1)).collect();
+        let whole: String =
+            text.lines().enumerate().map(|(index, _)| format!("line {}\n", index + 1)).collect();
         assert!(whole.starts_with(&text), "{text}");
         let read_to = attached.decoder.offset();
 
@@ -188,7 +197,8 @@ fn the_journal_is_bounded_and_gives_way_as_it_is_persisted() {
     eventually(|| size() >= 12 << 20);
     let mut bytes = 0;
     loop {
-        let kinds = attached.until(|kind| matches!(kind, record::Kind::Output(_) | record::Kind::TurnEnded(_)));
+        let kinds = attached
+            .until(|kind| matches!(kind, record::Kind::Output(_) | record::Kind::TurnEnded(_)));
         bytes += output(&kinds).0.len();
         assert!(size() < 14 << 20);
         attached.persisted();
@@ -199,7 +209,9 @@ fn the_journal_is_bounded_and_gives_way_as_it_is_persisted() {
     assert_eq!(bytes, 60_000_004);
     // What is gone is said to be gone.
     let mut late = host.attach(0);
-    assert!(matches!(late.rest().1.unwrap().kind, Some(control::Kind::Unreadable(gone)) if gone.first > 0));
+    assert!(
+        matches!(late.rest().1.unwrap().kind, Some(control::Kind::Unreadable(gone)) if gone.first > 0)
+    );
 }
 
 #[test]
@@ -208,11 +220,17 @@ fn set_up_steps_run_once_and_their_services_live_on() {
     host.start();
     let file = host.folder.path().join("count");
     let mut attached = host.attach(0);
-    let script = format!("echo x >>{}; sleep 45.5 >/dev/null 2>&1 & echo installing; exit 4", file.display());
+    let script = format!(
+        "echo x >>{}; sleep 45.5 >/dev/null 2>&1 & echo installing; exit 4",
+        file.display()
+    );
     attached.step("install", &script, 0);
     let kinds = attached.until(|kind| matches!(kind, record::Kind::StepEnded(_)));
     let Some(record::Kind::StepEnded(ended)) = kinds.last() else { panic!("no end") };
-    assert_eq!((ended.exit_code, ended.reason(), output(&kinds).0.as_str()), (Some(4), Reason::Failed, "installing\n"));
+    assert_eq!(
+        (ended.exit_code, ended.reason(), output(&kinds).0.as_str()),
+        (Some(4), Reason::Failed, "installing\n")
+    );
     attached.step("install", &script, 0);
     attached.step("slow", "echo begun; sleep 60", 1);
     let kinds = attached.until(|kind| matches!(kind, record::Kind::StepEnded(_)));
@@ -250,7 +268,10 @@ fn queued_messages_can_be_withdrawn_and_unknown_requests_are_refused() {
     };
     assert_eq!(outcome("message-2"), Some(Outcome::Withdrawn));
     assert_eq!(outcome("decision"), Some(Outcome::Refused));
-    assert_eq!((outcome("withdraw"), outcome("interrupt")), (Some(Outcome::Applied), Some(Outcome::Applied)));
+    assert_eq!(
+        (outcome("withdraw"), outcome("interrupt")),
+        (Some(Outcome::Applied), Some(Outcome::Applied))
+    );
     assert_eq!(attached.turn_ended().1.turn, 3);
 }
 
@@ -265,7 +286,10 @@ fn the_agents_user_reaches_neither_the_host_nor_its_state() {
     let user = (61_000 + std::process::id() % 1000).to_string();
     host.spec.user.clone_from(&user);
     host.spec.env = [("TIMEOUT", "1"), ("PATH", "/usr/bin:/bin"), ("BASH_ENV", "/nonexistent")]
-        .map(|(name, value)| contract::host::Variable { name: name.to_owned(), value: value.to_owned() })
+        .map(|(name, value)| contract::host::Variable {
+            name: name.to_owned(),
+            value: value.to_owned(),
+        })
         .into();
     host.start();
     let mut attached = host.attach(0);
@@ -285,13 +309,17 @@ fn a_turns_end_is_written_when_the_disk_is_full() {
     let host = Host::shell();
     let state = host.dir();
     std::fs::create_dir_all(&state).unwrap();
-    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"]).arg(&state).status();
+    let mounted =
+        Command::new("mount").args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"]).arg(&state).status();
     if !mounted.is_ok_and(|status| status.success()) {
         return;
     }
     host.start();
     let mut attached = host.attach(0);
-    let fill = format!("head -c 100000000 /dev/zero >{}/fill 2>/dev/null; echo filled; exit 5", state.display());
+    let fill = format!(
+        "head -c 100000000 /dev/zero >{}/fill 2>/dev/null; echo filled; exit 5",
+        state.display()
+    );
     let (kinds, ended) = attached.turn(1, &fill);
     assert_eq!((output(&kinds).0.as_str(), ended.exit_code), ("filled\n", Some(5)));
     // More output than there is room for waits until there is some.
@@ -300,8 +328,13 @@ fn a_turns_end_is_written_when_the_disk_is_full() {
     let full_until = std::time::Instant::now() + std::time::Duration::from_millis(1500);
     let mut seen = BTreeSet::new();
     while std::time::Instant::now() < full_until {
-        let names: BTreeSet<_> = std::fs::read_dir(state.join("journal")).unwrap().flatten().map(|entry| entry.file_name()).collect();
-        let segments: BTreeSet<_> = names.into_iter().filter(|name| name.to_string_lossy().ends_with(".seg")).collect();
+        let names: BTreeSet<_> = std::fs::read_dir(state.join("journal"))
+            .unwrap()
+            .flatten()
+            .map(|entry| entry.file_name())
+            .collect();
+        let segments: BTreeSet<_> =
+            names.into_iter().filter(|name| name.to_string_lossy().ends_with(".seg")).collect();
         // A reader keeps a segment open that it found.
         assert!(seen.is_subset(&segments), "a segment was taken back: {seen:?} {segments:?}");
         seen = segments;
@@ -322,7 +355,8 @@ fn a_specification_that_cannot_be_followed_is_refused_with_its_reason() {
     let spec = host.folder.path().join("spec");
     std::fs::write(&spec, prost::Message::encode_to_vec(&host.spec)).unwrap();
     let mut command = Command::new(crate::support::program());
-    let output = command.args(["start", "--dir"]).arg(host.dir()).arg("--spec").arg(&spec).output().unwrap();
+    let output =
+        command.args(["start", "--dir"]).arg(host.dir()).arg("--spec").arg(&spec).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "agent-host: runtime cobol is not known\n");
     assert_eq!(output.status.code(), Some(1));
 }
@@ -331,21 +365,39 @@ fn a_specification_that_cannot_be_followed_is_refused_with_its_reason() {
 fn each_turn_and_step_has_its_own_trace_unless_the_session_names_one() {
     let traced = |turn: u32| {
         let traceparent = format!("00-{turn:032x}-{turn:016x}-01");
-        input::Kind::Message(Message { turn, text: "echo $TRACEPARENT".to_owned(), traceparent, ..Message::default() })
+        input::Kind::Message(Message {
+            turn,
+            text: "echo $TRACEPARENT".to_owned(),
+            traceparent,
+            ..Message::default()
+        })
     };
     for own in [None, Some("mine")] {
         let mut host = Host::shell();
-        host.spec.env = own.map(|value| Variable { name: "TRACEPARENT".to_owned(), value: value.to_owned() }).into_iter().collect();
+        host.spec.env = own
+            .map(|value| Variable { name: "TRACEPARENT".to_owned(), value: value.to_owned() })
+            .into_iter()
+            .collect();
         host.start();
         let mut attached = host.attach(0);
         for turn in [1, 2] {
             attached.send(&format!("turn-{turn}"), traced(turn));
             let (kinds, _) = attached.turn_ended();
-            let expected = own.map_or_else(|| format!("00-{turn:032x}-{turn:016x}-01\n"), |value| format!("{value}\n"));
+            let expected = own.map_or_else(
+                || format!("00-{turn:032x}-{turn:016x}-01\n"),
+                |value| format!("{value}\n"),
+            );
             assert_eq!(output(&kinds).0, expected);
         }
         let script = "echo $TRACEPARENT".to_owned();
-        attached.send("step", input::Kind::Step(Step { script, traceparent: "00-step".to_owned(), ..Step::default() }));
+        attached.send(
+            "step",
+            input::Kind::Step(Step {
+                script,
+                traceparent: "00-step".to_owned(),
+                ..Step::default()
+            }),
+        );
         let kinds = attached.until(|kind| matches!(kind, record::Kind::StepEnded(_)));
         assert_eq!(output(&kinds).0, format!("{}\n", own.unwrap_or("00-step")));
     }

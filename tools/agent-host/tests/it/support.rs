@@ -9,7 +9,8 @@ use std::{
 };
 
 use contract::host::{
-    Control, Decision, Input, Interrupt, Message, Output, Persisted, Record, Spec, Step, Stop, TurnEnded, decision::Verdict, input, record,
+    Control, Decision, Input, Interrupt, Message, Output, Persisted, Record, Spec, Step, Stop,
+    TurnEnded, decision::Verdict, input, record,
 };
 use journal::{Decoder, Frame};
 use prost::Message as _;
@@ -18,7 +19,8 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The host under test: another build of it with `AOD_AGENT_HOST`.
 pub fn program() -> PathBuf {
-    std::env::var_os("AOD_AGENT_HOST").map_or_else(|| env!("CARGO_BIN_EXE_agent-host").into(), PathBuf::from)
+    std::env::var_os("AOD_AGENT_HOST")
+        .map_or_else(|| env!("CARGO_BIN_EXE_agent-host").into(), PathBuf::from)
 }
 
 pub struct Host {
@@ -45,7 +47,13 @@ impl Host {
         let spec = self.folder.path().join("spec");
         std::fs::write(&spec, self.spec.encode_to_vec()).unwrap();
         let mut command = Command::new(program());
-        let output = command.args(["start", "--dir"]).arg(self.dir()).arg("--spec").arg(spec).output().unwrap();
+        let output = command
+            .args(["start", "--dir"])
+            .arg(self.dir())
+            .arg("--spec")
+            .arg(spec)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
@@ -69,7 +77,9 @@ impl Host {
     /// What the journal's first segment holds.
     pub fn whole_journal(&self) -> (Vec<record::Kind>, u64) {
         let mut decoder = Decoder::new(0);
-        decoder.push(&std::fs::read(self.dir().join("journal").join(format!("{:020}.seg", 0))).unwrap());
+        decoder.push(
+            &std::fs::read(self.dir().join("journal").join(format!("{:020}.seg", 0))).unwrap(),
+        );
         let mut kinds = Vec::new();
         while let Ok(Some(Frame::Record { record, .. })) = decoder.next() {
             kinds.extend(record.kind);
@@ -80,9 +90,13 @@ impl Host {
     /// The pid of the host's process, which is the only one with the folder as `run --dir`.
     pub fn pid(&self) -> Option<i32> {
         let wanted = format!("run\0--dir\0{}\0", self.dir().display());
-        let processes = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().into_string().ok());
-        let is_host =
-            |pid: &i32| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).ends_with(&wanted));
+        let processes = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+        let is_host = |pid: &i32| {
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| String::from_utf8_lossy(&line).ends_with(&wanted))
+        };
         processes.filter_map(|name| name.parse().ok()).find(is_host)
     }
 
@@ -100,7 +114,9 @@ impl Drop for Host {
         }
         let mark = format!("AOD_HOST_SESSION={}", self.spec.session_id);
         for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
             let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
             if environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes()) {
                 kill(pid);
@@ -110,7 +126,10 @@ impl Drop for Host {
 }
 
 pub fn kill(pid: i32) {
-    let _ = rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL);
+    let _ = rustix::process::kill_process(
+        rustix::process::Pid::from_raw(pid).unwrap(),
+        rustix::process::Signal::KILL,
+    );
 }
 
 fn is_zombie(pid: i32) -> bool {
@@ -131,7 +150,8 @@ pub fn end_sleep(seconds: &str) {
 pub fn is_running(word: &str) -> bool {
     std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
         let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(word) && !String::from_utf8_lossy(&line).contains("agent-host")
+        String::from_utf8_lossy(&line).contains(word)
+            && !String::from_utf8_lossy(&line).contains("agent-host")
     })
 }
 
@@ -165,7 +185,14 @@ impl Attached {
     }
 
     pub fn decide(&mut self, id: &str, request: u64, verdict: Verdict, message: &str) {
-        self.send(id, input::Kind::Decision(Decision { request, verdict: verdict.into(), message: message.to_owned() }));
+        self.send(
+            id,
+            input::Kind::Decision(Decision {
+                request,
+                verdict: verdict.into(),
+                message: message.to_owned(),
+            }),
+        );
     }
 
     pub fn persisted(&mut self) {
@@ -178,19 +205,33 @@ impl Attached {
     }
 
     pub fn step(&mut self, name: &str, script: &str, timeout_seconds: u32) {
-        self.send(name, input::Kind::Step(Step { name: name.to_owned(), script: script.to_owned(), timeout_seconds, ..Step::default() }));
+        self.send(
+            name,
+            input::Kind::Step(Step {
+                name: name.to_owned(),
+                script: script.to_owned(),
+                timeout_seconds,
+                ..Step::default()
+            }),
+        );
     }
 
     fn next(&mut self, until: Instant) -> Result<Frame, Option<Control>> {
         loop {
             match self.decoder.next().unwrap() {
-                Some(Frame::Control(control)) if matches!(control.kind, Some(contract::host::control::Kind::Alive(_))) => {}
+                Some(Frame::Control(control))
+                    if matches!(control.kind, Some(contract::host::control::Kind::Alive(_))) => {}
                 Some(Frame::Control(control)) => return Err(Some(control)),
                 Some(frame) => return Ok(frame),
-                None => match self.chunks.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                    Ok(chunk) => self.decoder.push(&chunk),
-                    Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => return Err(None),
-                },
+                None => {
+                    match self.chunks.recv_timeout(until.saturating_duration_since(Instant::now()))
+                    {
+                        Ok(chunk) => self.decoder.push(&chunk),
+                        Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => {
+                            return Err(None);
+                        }
+                    }
+                }
             }
         }
     }
@@ -248,14 +289,21 @@ impl Drop for Attached {
 }
 
 pub fn message(turn: u32, text: &str, timeout_seconds: u32) -> input::Kind {
-    input::Kind::Message(Message { turn, text: text.to_owned(), timeout_seconds, ..Message::default() })
+    input::Kind::Message(Message {
+        turn,
+        text: text.to_owned(),
+        timeout_seconds,
+        ..Message::default()
+    })
 }
 
 /// What was written to standard output and standard error.
 pub fn output(kinds: &[record::Kind]) -> (String, String) {
     let of = |stream: i32| {
         let parts = kinds.iter().filter_map(|kind| match kind {
-            record::Kind::Output(Output { stream: of, data }) if *of == stream => Some(data.to_vec()),
+            record::Kind::Output(Output { stream: of, data }) if *of == stream => {
+                Some(data.to_vec())
+            }
             _ => None,
         });
         String::from_utf8_lossy(&parts.collect::<Vec<_>>().concat()).into_owned()
@@ -267,7 +315,9 @@ pub fn output(kinds: &[record::Kind]) -> (String, String) {
 pub fn show(kinds: &[record::Kind]) -> String {
     let lines = kinds.iter().map(|kind| {
         let mut line = match kind {
-            record::Kind::Output(output) => format!("Output({}): {}", output.stream, String::from_utf8_lossy(&output.data)),
+            record::Kind::Output(output) => {
+                format!("Output({}): {}", output.stream, String::from_utf8_lossy(&output.data))
+            }
             kind => format!("{kind:?}"),
         };
         line.truncate(line.floor_char_boundary(600));

@@ -25,7 +25,12 @@ impl Thread {
             event::Kind::Message(message) => {
                 self.begin_span(entry);
                 let id = self.text_id(agent, entry);
-                entry.add_as(id, part::MAIN, "agent.message", Content { content: Blocks(&message.text) });
+                entry.add_as(
+                    id,
+                    part::MAIN,
+                    "agent.message",
+                    Content { content: Blocks(&message.text) },
+                );
             }
             event::Kind::Thinking(_) => {
                 self.begin_span(entry);
@@ -35,11 +40,21 @@ impl Thread {
             event::Kind::ToolUse(tool) => {
                 self.begin_span(entry);
                 let (server, evaluation) = (tool.mcp_server.as_str(), tool.evaluation());
-                self.use_tool(&Tool { name: &tool.name, server, input: &tool.input_json, evaluation }, entry);
+                self.use_tool(
+                    &Tool { name: &tool.name, server, input: &tool.input_json, evaluation },
+                    entry,
+                );
             }
             event::Kind::ToolResult(outcome) => {
                 if self.state.tools.remove(&agent.tool_use).is_some() {
-                    result(agent.tool_use, agent.is_mcp, &outcome.content, outcome.is_error, part::MAIN, entry);
+                    result(
+                        agent.tool_use,
+                        agent.is_mcp,
+                        &outcome.content,
+                        outcome.is_error,
+                        part::MAIN,
+                        entry,
+                    );
                 }
             }
             event::Kind::ModelRequestEnded(ended) => {
@@ -52,14 +67,20 @@ impl Thread {
                 let is_retrying = failed.retry() == Retry::Retrying;
                 self.state.has_failed |= !is_retrying;
                 let retry = if is_retrying { "retrying" } else { "exhausted" };
-                entry.add(part::ERROR, "session.error", error(&failed.kind, &failed.message, retry));
+                entry.add(
+                    part::ERROR,
+                    "session.error",
+                    error(&failed.kind, &failed.message, retry),
+                );
                 // The CLI waits and asks its model again.
                 if is_retrying && failed.kind.starts_with("model_") && self.state.is_running {
                     entry.add(part::RESCHEDULED, "session.status_rescheduled", json!({}));
                     entry.add(part::RUNNING_AGAIN, "session.status_running", json!({}));
                 }
             }
-            event::Kind::ContextCompacted(_) => entry.add(part::MAIN, "agent.thread_context_compacted", json!({})),
+            event::Kind::ContextCompacted(_) => {
+                entry.add(part::MAIN, "agent.thread_context_compacted", json!({}))
+            }
             event::Kind::ConversationStarted(_) | event::Kind::Plan(_) | event::Kind::Delta(_) => {}
         }
     }

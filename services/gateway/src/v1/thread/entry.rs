@@ -10,7 +10,8 @@ use crate::v1::{
     time,
 };
 
-/// Where each event stands among those of its entry, and the last part of its id. These never change: clients keep ids.
+/// Where each event stands among those of its entry, and the last part of its id. These never
+/// change: clients keep ids.
 pub mod part {
     pub const MESSAGE: u8 = 0;
     pub const RUNNING: u8 = 1;
@@ -61,10 +62,13 @@ impl Shown {
         matches!(self.kind, "session.status_terminated" | "session.deleted")
     }
 
-    /// The id after which a stream resumes most easily: the event's own, or where it stands in the log.
+    /// The id after which a stream resumes most easily: the event's own, or where it stands in the
+    /// log.
     pub fn resume_id(&self) -> String {
         match EventId::decode(&self.id) {
-            Some(EventId::Text { .. }) => EventId::Log { id: self.place.entry, part: self.place.part }.encode(),
+            Some(EventId::Text { .. }) => {
+                EventId::Log { id: self.place.entry, part: self.place.part }.encode()
+            }
             _ => self.id.clone(),
         }
     }
@@ -98,7 +102,9 @@ impl Entry<'_> {
 
     /// An event that a user sent has the id that was returned to its sender.
     pub fn add_sent(&mut self, input_id: &str, kind: &'static str, fields: impl Serialize) {
-        let id = input_id.parse().map_or(EventId::Log { id: self.id, part: part::MESSAGE }, EventId::Input);
+        let id = input_id
+            .parse()
+            .map_or(EventId::Log { id: self.id, part: part::MESSAGE }, EventId::Input);
         self.add_as(id, part::MESSAGE, kind, fields);
     }
 }
@@ -122,7 +128,9 @@ pub fn request_of(tool_use_id: &str) -> Option<u64> {
 
 /// An event that was sent and is not in the log yet.
 pub fn sent_id(input_id: &str) -> String {
-    input_id.parse::<InputId>().map_or_else(|_| input_id.to_owned(), |id| EventId::Input(id).encode())
+    input_id
+        .parse::<InputId>()
+        .map_or_else(|_| input_id.to_owned(), |id| EventId::Input(id).encode())
 }
 
 /// A decision of a time-out was sent by no one.
@@ -134,8 +142,22 @@ pub fn text(text: &str) -> Value {
     if text.is_empty() { json!([]) } else { json!([{ "type": "text", "text": text }]) }
 }
 
-pub fn result(tool_use: u64, is_mcp: bool, content: &str, is_error: bool, part: u8, entry: &mut Entry<'_>) {
-    let (kind, id) = (if is_mcp { "agent.mcp_tool_result" } else { "agent.tool_result" }, Some(main_id(tool_use)));
+pub fn result(
+    tool_use: u64,
+    is_mcp: bool,
+    content: &str,
+    is_error: bool,
+    part: u8,
+    entry: &mut Entry<'_>,
+) {
+    let (kind, id) = (
+        if is_mcp { "agent.mcp_tool_result" } else { "agent.tool_result" },
+        Some(main_id(tool_use)),
+    );
     let (tool_use_id, mcp_tool_use_id) = if is_mcp { (None, id) } else { (id, None) };
-    entry.add(part, kind, ToolResult { tool_use_id, mcp_tool_use_id, content: Blocks(content), is_error });
+    entry.add(
+        part,
+        kind,
+        ToolResult { tool_use_id, mcp_tool_use_id, content: Blocks(content), is_error },
+    );
 }

@@ -2,11 +2,15 @@ use std::collections::BTreeSet;
 
 use contract::{
     host::{
-        AgentError, AgentMessage, CustomToolResult, DecisionRequested, DecisionSettled, Evaluation, Event, InputSettled, Thinking,
-        ToolResult, ToolUse, agent_error::Retry, decision_settled::How, event, input_settled::Outcome,
+        AgentError, AgentMessage, CustomToolResult, DecisionRequested, DecisionSettled, Evaluation,
+        Event, InputSettled, Thinking, ToolResult, ToolUse, agent_error::Retry,
+        decision_settled::How, event, input_settled::Outcome,
     },
     scheduler::FindTurnReply,
-    session::{self, AgentEvent, ModelRequestEnded, SessionEvent, StopReason, TurnEnded, TurnStarted, session_event::Kind},
+    session::{
+        self, AgentEvent, ModelRequestEnded, SessionEvent, StopReason, TurnEnded, TurnStarted,
+        session_event::Kind,
+    },
 };
 use proptest::prelude::*;
 use serde_json::json;
@@ -22,11 +26,18 @@ use crate::v1::{
 };
 
 fn thread() -> Thread {
-    Thread::at(SessionId::new(), &FindTurnReply { turn: 1, agent_name: "a".to_owned(), ..FindTurnReply::default() })
+    Thread::at(
+        SessionId::new(),
+        &FindTurnReply { turn: 1, agent_name: "a".to_owned(), ..FindTurnReply::default() },
+    )
 }
 
 fn agent(kind: event::Kind, tool_use: u64) -> Kind {
-    Kind::Agent(AgentEvent { event: Some(Event { id: 1, parent: 0, kind: Some(kind) }), tool_use, ..AgentEvent::default() })
+    Kind::Agent(AgentEvent {
+        event: Some(Event { id: 1, parent: 0, kind: Some(kind) }),
+        tool_use,
+        ..AgentEvent::default()
+    })
 }
 
 fn started() -> Kind {
@@ -34,25 +45,55 @@ fn started() -> Kind {
 }
 
 fn tool(evaluation: Evaluation) -> Kind {
-    agent(event::Kind::ToolUse(ToolUse { name: "Bash".to_owned(), evaluation: evaluation.into(), ..ToolUse::default() }), 0)
+    agent(
+        event::Kind::ToolUse(ToolUse {
+            name: "Bash".to_owned(),
+            evaluation: evaluation.into(),
+            ..ToolUse::default()
+        }),
+        0,
+    )
 }
 
 fn said(text: &str) -> Kind {
-    agent(event::Kind::Message(AgentMessage { text: text.to_owned(), ..AgentMessage::default() }), 0)
+    agent(
+        event::Kind::Message(AgentMessage { text: text.to_owned(), ..AgentMessage::default() }),
+        0,
+    )
 }
 
 fn ended(exit_code: i32, reason: StopReason) -> Kind {
-    let usage = Some(session::Usage { input_tokens: Some(9), output_tokens: Some(4), ..session::Usage::default() });
-    Kind::TurnEnded(TurnEnded { exit_code: Some(exit_code), stop_reason: reason.into(), usage, ..TurnEnded::default() })
+    let usage = Some(session::Usage {
+        input_tokens: Some(9),
+        output_tokens: Some(4),
+        ..session::Usage::default()
+    });
+    Kind::TurnEnded(TurnEnded {
+        exit_code: Some(exit_code),
+        stop_reason: reason.into(),
+        usage,
+        ..TurnEnded::default()
+    })
 }
 
 fn asked(tool_use: u64) -> Kind {
-    Kind::DecisionRequested(session::DecisionRequested { request: Some(DecisionRequested::default()), tool_use })
+    Kind::DecisionRequested(session::DecisionRequested {
+        request: Some(DecisionRequested::default()),
+        tool_use,
+    })
 }
 
 fn decided(tool_use: u64, input: InputId) -> Kind {
-    let settled = DecisionSettled { how: How::Allowed.into(), input_id: input.to_string(), ..DecisionSettled::default() };
-    Kind::DecisionSettled(session::DecisionSettled { settled: Some(settled), tool_use, ..session::DecisionSettled::default() })
+    let settled = DecisionSettled {
+        how: How::Allowed.into(),
+        input_id: input.to_string(),
+        ..DecisionSettled::default()
+    };
+    Kind::DecisionSettled(session::DecisionSettled {
+        settled: Some(settled),
+        tool_use,
+        ..session::DecisionSettled::default()
+    })
 }
 
 /// Entries 10, 11, … of turn 1, a millisecond apart.
@@ -60,7 +101,11 @@ fn play(thread: &mut Thread, kinds: Vec<Kind>) -> Vec<Shown> {
     let mut shown = Vec::new();
     for (index, kind) in kinds.into_iter().enumerate() {
         let at_us = 1_000_000 + 1000 * index as i64;
-        thread.apply(10 + index as u64, &SessionEvent { turn: 1, at_us, kind: Some(kind), ..SessionEvent::default() }, &mut shown);
+        thread.apply(
+            10 + index as u64,
+            &SessionEvent { turn: 1, at_us, kind: Some(kind), ..SessionEvent::default() },
+            &mut shown,
+        );
     }
     shown
 }
@@ -98,12 +143,19 @@ fn a_text_that_was_shown_while_it_was_written_has_the_id_that_was_shown() {
         Kind::Agent(event) => Kind::Agent(AgentEvent { text, ..event }),
         other => other,
     };
-    let message = event::Kind::Message(AgentMessage { text: "Hi.".to_owned(), ..AgentMessage::default() });
+    let message =
+        event::Kind::Message(AgentMessage { text: "Hi.".to_owned(), ..AgentMessage::default() });
     let thought = event::Kind::Thinking(Thinking::default());
-    let shown = play(&mut thread(), vec![started(), written(thought, 4), written(message, 5), said("whole")]);
+    let shown = play(
+        &mut thread(),
+        vec![started(), written(thought, 4), written(message, 5), said("whole")],
+    );
     let [.., thought, message, whole] = &shown[..] else { unreachable!() };
     assert_eq!(thought.id, EventId::Text { turn: 1, text: 4 }.encode());
-    assert_eq!((message.kind, &message.id), ("agent.message", &EventId::Text { turn: 1, text: 5 }.encode()));
+    assert_eq!(
+        (message.kind, &message.id),
+        ("agent.message", &EventId::Text { turn: 1, text: 5 }.encode())
+    );
     assert_eq!(message.resume_id(), main_id(12));
     assert_eq!((whole.id.as_str(), whole.resume_id()), (main_id(13).as_str(), main_id(13)));
 }
@@ -111,7 +163,14 @@ fn a_text_that_was_shown_while_it_was_written_has_the_id_that_was_shown() {
 #[test]
 fn an_error_that_passes_reschedules() {
     let failed = |kind: &str, retry: Retry| {
-        agent(event::Kind::Error(AgentError { kind: kind.to_owned(), retry: retry.into(), ..AgentError::default() }), 0)
+        agent(
+            event::Kind::Error(AgentError {
+                kind: kind.to_owned(),
+                retry: retry.into(),
+                ..AgentError::default()
+            }),
+            0,
+        )
     };
     let entries = vec![
         started(),
@@ -120,8 +179,18 @@ fn an_error_that_passes_reschedules() {
         failed("model_overloaded_error", Retry::Exhausted),
     ];
     let shown = play(&mut thread(), entries);
-    let after: Vec<_> = shown.iter().filter(|event| event.place.entry > 10).map(|event| event.kind).collect();
-    assert_eq!(after, ["session.error", "session.status_rescheduled", "session.status_running", "session.error", "session.error"]);
+    let after: Vec<_> =
+        shown.iter().filter(|event| event.place.entry > 10).map(|event| event.kind).collect();
+    assert_eq!(
+        after,
+        [
+            "session.error",
+            "session.status_rescheduled",
+            "session.status_running",
+            "session.error",
+            "session.error"
+        ]
+    );
 }
 
 #[test]
@@ -153,10 +222,16 @@ fn two_asks_are_answered_one_after_the_other() {
     let (one, two) = (main_id(11), main_id(12));
     assert_eq!([ids(0), ids(1), ids(2)], [json!([one]), json!([one, two]), json!([two])]);
     let confirmation = shown.iter().find(|event| event.kind == "user.tool_confirmation").unwrap();
-    assert_eq!((confirmation.id.as_str(), &confirmation.value()["tool_use_id"]), (sent_id(&input.to_string()).as_str(), &json!(one)));
+    assert_eq!(
+        (confirmation.id.as_str(), &confirmation.value()["tool_use_id"]),
+        (sent_id(&input.to_string()).as_str(), &json!(one))
+    );
     assert_eq!(shown.last().unwrap().kind, "session.thread_status_running");
     let used = shown.iter().find(|event| event.kind == "agent.tool_use").unwrap();
-    assert_eq!((&used.value()["name"], &used.value()["evaluated_permission"]), (&json!("bash"), &json!("ask")));
+    assert_eq!(
+        (&used.value()["name"], &used.value()["evaluated_permission"]),
+        (&json!("bash"), &json!("ask"))
+    );
     assert_eq!(request_of(&used.id), Some(11));
 }
 
@@ -167,51 +242,124 @@ fn a_request_without_a_tool_use_is_settled_by_the_id_that_the_host_gave_it() {
         Kind::DecisionRequested(session::DecisionRequested { request, tool_use: 0 })
     };
     let settled = |id, input: InputId| {
-        let settled = Some(DecisionSettled { id, how: How::Denied.into(), input_id: input.to_string() });
-        Kind::DecisionSettled(session::DecisionSettled { settled, ..session::DecisionSettled::default() })
+        let settled =
+            Some(DecisionSettled { id, how: How::Denied.into(), input_id: input.to_string() });
+        Kind::DecisionSettled(session::DecisionSettled {
+            settled,
+            ..session::DecisionSettled::default()
+        })
     };
-    let entries = vec![started(), asked(5), asked(6), settled(6, InputId::new()), settled(5, InputId::of_timeout())];
+    let entries = vec![
+        started(),
+        asked(5),
+        asked(6),
+        settled(6, InputId::new()),
+        settled(5, InputId::of_timeout()),
+    ];
     let shown = play(&mut thread(), entries);
-    let used = shown.iter().filter(|event| event.kind == "agent.tool_use").map(|event| &event.id).collect::<Vec<_>>();
+    let used = shown
+        .iter()
+        .filter(|event| event.kind == "agent.tool_use")
+        .map(|event| &event.id)
+        .collect::<Vec<_>>();
     let after: Vec<_> = shown.iter().filter(|event| event.place.entry >= 13).collect();
-    assert_eq!((after[0].kind, &after[0].value()["tool_use_id"]), ("user.tool_confirmation", &json!(used[1])));
+    assert_eq!(
+        (after[0].kind, &after[0].value()["tool_use_id"]),
+        ("user.tool_confirmation", &json!(used[1]))
+    );
     assert_eq!(after[3].value()["stop_reason"]["event_ids"], json!([used[0]]));
     // No one sent the decision of a time-out.
-    let last: Vec<_> = after.iter().filter(|event| event.place.entry == 14).map(|event| event.kind).collect();
+    let last: Vec<_> =
+        after.iter().filter(|event| event.place.entry == 14).map(|event| event.kind).collect();
     assert_eq!(last, ["session.status_running", "session.thread_status_running"]);
 }
 
 #[test]
 fn a_custom_tool_waits_for_its_result() {
-    let request = DecisionRequested { id: 5, tool: "ask".to_owned(), is_custom_tool: true, ..DecisionRequested::default() };
-    let asked = Kind::DecisionRequested(session::DecisionRequested { request: Some(request), tool_use: 0 });
+    let request = DecisionRequested {
+        id: 5,
+        tool: "ask".to_owned(),
+        is_custom_tool: true,
+        ..DecisionRequested::default()
+    };
+    let asked =
+        Kind::DecisionRequested(session::DecisionRequested { request: Some(request), tool_use: 0 });
     let input = InputId::new();
-    let settled = DecisionSettled { how: How::Allowed.into(), input_id: input.to_string(), ..DecisionSettled::default() };
+    let settled = DecisionSettled {
+        how: How::Allowed.into(),
+        input_id: input.to_string(),
+        ..DecisionSettled::default()
+    };
     let result = Some(CustomToolResult { text: "42".to_owned(), ..CustomToolResult::default() });
-    let settled = Kind::DecisionSettled(session::DecisionSettled { settled: Some(settled), tool_use: 11, result });
-    let shown = play(&mut thread(), vec![started(), asked, settled, said("Thanks."), ended(0, StopReason::EndTurn)]);
+    let settled = Kind::DecisionSettled(session::DecisionSettled {
+        settled: Some(settled),
+        tool_use: 11,
+        result,
+    });
+    let shown = play(
+        &mut thread(),
+        vec![started(), asked, settled, said("Thanks."), ended(0, StopReason::EndTurn)],
+    );
     let of = |kind: &str| shown.iter().find(|event| event.kind == kind).unwrap();
     let used = of("agent.custom_tool_use");
     assert_eq!(request_of(&used.id), Some(11));
-    assert_eq!(of("session.status_idle").value()["stop_reason"], json!({ "type": "requires_action", "event_ids": [used.id] }));
+    assert_eq!(
+        of("session.status_idle").value()["stop_reason"],
+        json!({ "type": "requires_action", "event_ids": [used.id] })
+    );
     let result = of("user.custom_tool_result");
-    assert_eq!((&result.id, &result.value()["custom_tool_use_id"]), (&sent_id(&input.to_string()), &json!(used.id)));
+    assert_eq!(
+        (&result.id, &result.value()["custom_tool_use_id"]),
+        (&sent_id(&input.to_string()), &json!(used.id))
+    );
     assert_eq!(result.value()["content"], text("42"));
-    let after: Vec<_> = kinds(&shown).into_iter().skip_while(|kind| *kind != "user.custom_tool_result").take(4).collect();
-    assert_eq!(after, ["user.custom_tool_result", "session.status_running", "session.thread_status_running", "agent.message"]);
+    let after: Vec<_> = kinds(&shown)
+        .into_iter()
+        .skip_while(|kind| *kind != "user.custom_tool_result")
+        .take(4)
+        .collect();
+    assert_eq!(
+        after,
+        [
+            "user.custom_tool_result",
+            "session.status_running",
+            "session.thread_status_running",
+            "agent.message"
+        ]
+    );
     assert!(!shown.iter().any(|event| event.kind == "agent.tool_result"));
 }
 
 #[test]
 fn an_interrupt_closes_open_calls_and_spans() {
     let input = InputId::new();
-    let settled = InputSettled { id: input.to_string(), outcome: Outcome::Applied.into(), ..InputSettled::default() };
-    let interrupt = session::InputSettled { settled: Some(settled), kind: "interrupt".to_owned(), ..session::InputSettled::default() };
-    let entries = vec![started(), tool(Evaluation::Allow), Kind::InputSettled(interrupt), ended(0, StopReason::Interrupted)];
+    let settled = InputSettled {
+        id: input.to_string(),
+        outcome: Outcome::Applied.into(),
+        ..InputSettled::default()
+    };
+    let interrupt = session::InputSettled {
+        settled: Some(settled),
+        kind: "interrupt".to_owned(),
+        ..session::InputSettled::default()
+    };
+    let entries = vec![
+        started(),
+        tool(Evaluation::Allow),
+        Kind::InputSettled(interrupt),
+        ended(0, StopReason::Interrupted),
+    ];
     let shown = play(&mut thread(), entries);
     let result = shown.iter().find(|event| event.kind == "agent.tool_result").unwrap();
-    assert_eq!((&result.value()["is_error"], &result.value()["tool_use_id"]), (&json!(true), &json!(main_id(11))));
-    assert!(shown.iter().any(|event| event.kind == "user.interrupt" && event.id == sent_id(&input.to_string())));
+    assert_eq!(
+        (&result.value()["is_error"], &result.value()["tool_use_id"]),
+        (&json!(true), &json!(main_id(11)))
+    );
+    assert!(
+        shown
+            .iter()
+            .any(|event| event.kind == "user.interrupt" && event.id == sent_id(&input.to_string()))
+    );
     assert_eq!(shown.last().unwrap().value()["stop_reason"]["type"], "end_turn");
 }
 
@@ -225,12 +373,26 @@ fn a_failed_turn_says_why_and_leaves_the_session_idle() {
 
 #[test]
 fn a_set_up_that_failed_shows_the_message_and_terminates() {
-    let failure = Some(session::Failure { stage: "provision_setup".to_owned(), message: "no".to_owned() });
+    let failure =
+        Some(session::Failure { stage: "provision_setup".to_owned(), message: "no".to_owned() });
     let input = InputId::new();
-    let unstarted = Some(TurnStarted { prompt: "hi".to_owned(), input_id: input.to_string(), ..TurnStarted::default() });
-    let shown = play(&mut thread(), vec![Kind::TurnEnded(TurnEnded { failure, unstarted, ..TurnEnded::default() })]);
-    assert_eq!(kinds(&shown)[..3], ["user.message", "session.status_running", "session.thread_status_running"]);
-    assert_eq!((shown[0].id.as_str(), &shown[0].value()["content"][0]["text"]), (sent_id(&input.to_string()).as_str(), &json!("hi")));
+    let unstarted = Some(TurnStarted {
+        prompt: "hi".to_owned(),
+        input_id: input.to_string(),
+        ..TurnStarted::default()
+    });
+    let shown = play(
+        &mut thread(),
+        vec![Kind::TurnEnded(TurnEnded { failure, unstarted, ..TurnEnded::default() })],
+    );
+    assert_eq!(
+        kinds(&shown)[..3],
+        ["user.message", "session.status_running", "session.thread_status_running"]
+    );
+    assert_eq!(
+        (shown[0].id.as_str(), &shown[0].value()["content"][0]["text"]),
+        (sent_id(&input.to_string()).as_str(), &json!("hi"))
+    );
     assert!(shown.last().unwrap().is_last());
 }
 
@@ -246,22 +408,52 @@ fn any_kind() -> impl Strategy<Value = Kind> {
         Just(ended(0, StopReason::EndTurn)),
         Just(ended(1, StopReason::Unspecified)),
         Just(ended(0, StopReason::Interrupted)),
-        Just(agent(event::Kind::ModelRequestEnded(contract::host::ModelRequestEnded::default()), 0)),
+        Just(agent(
+            event::Kind::ModelRequestEnded(contract::host::ModelRequestEnded::default()),
+            0
+        )),
     ]
 }
 
 #[test]
 fn requests_that_the_model_gateway_counted_are_the_spans_and_no_others() {
-    let started = TurnStarted { prompt: "hi".to_owned(), is_metered: true, ..TurnStarted::default() };
+    let started =
+        TurnStarted { prompt: "hi".to_owned(), is_metered: true, ..TurnStarted::default() };
     let request = |number: u64| format!("request-{number}");
-    let begun = |number| Kind::ModelRequestStarted(session::ModelRequestStarted { request_id: request(number), ..Default::default() });
-    let usage = session::Usage { input_tokens: Some(12), output_tokens: Some(5), cache_read_tokens: Some(2), ..Default::default() };
-    let ended = |started| Kind::ModelRequestEnded(ModelRequestEnded { started, usage: Some(usage.clone()), ..Default::default() });
-    let end = TurnEnded { stop_reason: StopReason::Budget.into(), exit_code: Some(1), ..TurnEnded::default() };
-    let kinds = [Kind::TurnStarted(started), begun(1), begun(2), ended(3), ended(2), Kind::TurnEnded(end)];
-    let (mut thread, mut shown) = (Thread::at(SessionId::new(), &FindTurnReply::default()), Vec::new());
+    let begun = |number| {
+        Kind::ModelRequestStarted(session::ModelRequestStarted {
+            request_id: request(number),
+            ..Default::default()
+        })
+    };
+    let usage = session::Usage {
+        input_tokens: Some(12),
+        output_tokens: Some(5),
+        cache_read_tokens: Some(2),
+        ..Default::default()
+    };
+    let ended = |started| {
+        Kind::ModelRequestEnded(ModelRequestEnded {
+            started,
+            usage: Some(usage.clone()),
+            ..Default::default()
+        })
+    };
+    let end = TurnEnded {
+        stop_reason: StopReason::Budget.into(),
+        exit_code: Some(1),
+        ..TurnEnded::default()
+    };
+    let kinds =
+        [Kind::TurnStarted(started), begun(1), begun(2), ended(3), ended(2), Kind::TurnEnded(end)];
+    let (mut thread, mut shown) =
+        (Thread::at(SessionId::new(), &FindTurnReply::default()), Vec::new());
     for (id, kind) in (1..).zip(kinds) {
-        thread.apply(id, &SessionEvent { turn: 1, kind: Some(kind), ..SessionEvent::default() }, &mut shown);
+        thread.apply(
+            id,
+            &SessionEvent { turn: 1, kind: Some(kind), ..SessionEvent::default() },
+            &mut shown,
+        );
     }
     let of = |kind: &str| shown.iter().filter(|event| event.kind == kind).collect::<Vec<_>>();
     let starts = of("span.model_request_start");
@@ -276,7 +468,8 @@ fn requests_that_the_model_gateway_counted_are_the_spans_and_no_others() {
 }
 
 proptest! {
-    /// Ids differ, times and places ascend, results follow their uses, and a thread that is resumed from a kept state shows the same.
+    /// Ids differ, times and places ascend, results follow their uses, and a thread that is resumed
+    /// from a kept state shows the same.
     #[test]
     fn random_logs_show_in_order(entries in proptest::collection::vec(any_kind(), 0..30), cut in 0_usize..30) {
         let mut thread = thread();

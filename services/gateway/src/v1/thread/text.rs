@@ -1,4 +1,5 @@
-//! Events as JSON text. They are written once, in the form in which they are sent: a list shows a hundred thousand of them a second.
+//! Events as JSON text. They are written once, in the form in which they are sent: a list shows a
+//! hundred thousand of them a second.
 
 use std::borrow::Cow;
 
@@ -83,12 +84,15 @@ pub struct Evaluated {
 
 /// The object that a text is, in one line, or an empty one.
 pub fn object(text: &str) -> Cow<'_, RawValue> {
-    let raw = serde_json::from_str::<&RawValue>(text).ok().filter(|value| value.get().starts_with('{'));
+    let raw =
+        serde_json::from_str::<&RawValue>(text).ok().filter(|value| value.get().starts_with('{'));
     match raw {
         // Between its tokens: texts have none.
         Some(raw) if raw.get().contains(['\n', '\r']) => {
             let value: Option<Value> = serde_json::from_str(raw.get()).ok();
-            value.and_then(|value| to_raw_value(&value).ok()).map_or(Cow::Borrowed(RawValue::NULL), Cow::Owned)
+            value
+                .and_then(|value| to_raw_value(&value).ok())
+                .map_or(Cow::Borrowed(RawValue::NULL), Cow::Owned)
         }
         Some(raw) => Cow::Borrowed(raw),
         None => to_raw_value(&Map::new()).map_or(Cow::Borrowed(RawValue::NULL), Cow::Owned),
@@ -103,18 +107,30 @@ mod tests {
 
     #[test]
     fn an_event_is_one_object() {
-        let read = |fields: &Value| serde_json::from_str::<Value>(&event("sevt_1", "a.b", fields, "now")).unwrap();
-        assert_eq!(read(&json!({})), json!({ "id": "sevt_1", "type": "a.b", "processed_at": "now" }));
+        let read = |fields: &Value| {
+            serde_json::from_str::<Value>(&event("sevt_1", "a.b", fields, "now")).unwrap()
+        };
+        assert_eq!(
+            read(&json!({})),
+            json!({ "id": "sevt_1", "type": "a.b", "processed_at": "now" })
+        );
         let fields = json!({ "text": "\"}\u{2028}", "more": { "x": [] } });
         assert_eq!(
             read(&fields),
             json!({ "id": "sevt_1", "type": "a.b", "text": "\"}\u{2028}", "more": { "x": [] }, "processed_at": "now" })
         );
-        assert_eq!(serde_json::to_value(Content { content: Blocks("") }).unwrap(), json!({ "content": [] }));
         assert_eq!(
-            [r#" {"a": 1}"#, "{\n\"a\": 1}", "[]", "{", ""].map(|text| object(text).get().to_owned()),
+            serde_json::to_value(Content { content: Blocks("") }).unwrap(),
+            json!({ "content": [] })
+        );
+        assert_eq!(
+            [r#" {"a": 1}"#, "{\n\"a\": 1}", "[]", "{", ""]
+                .map(|text| object(text).get().to_owned()),
             [r#"{"a": 1}"#, r#"{"a":1}"#, "{}", "{}", "{}"]
         );
-        assert_eq!(serde_json::to_value(Blocks("a")).unwrap(), json!([{ "type": "text", "text": "a" }]));
+        assert_eq!(
+            serde_json::to_value(Blocks("a")).unwrap(),
+            json!([{ "type": "text", "text": "a" }])
+        );
     }
 }

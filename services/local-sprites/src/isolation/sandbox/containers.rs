@@ -18,7 +18,8 @@ use crate::isolation::{
     },
 };
 
-/// Where sandboxes are put together: users that this machine does not know have to reach their roots.
+/// Where sandboxes are put together: users that this machine does not know have to reach their
+/// roots.
 const RUN_DIR: &str = "/run";
 
 /// Where [`expose`] mounts, in a sandbox's place.
@@ -35,7 +36,8 @@ pub struct Containers {
 
 impl Containers {
     pub fn prepare(kind: &Kind, rootfs: &Path) -> Result<Self, SandboxError> {
-        let owner = fs::metadata(rootfs).map_err(io_error("LOCAL_SPRITES_ROOTFS cannot be read"))?.uid();
+        let owner =
+            fs::metadata(rootfs).map_err(io_error("LOCAL_SPRITES_ROOTFS cannot be read"))?.uid();
         if owner < Holder::UIDS {
             let why = "LOCAL_SPRITES_ROOTFS belongs to users of this machine; scripts/rootfs.sh gives its files to users that this machine does not have";
             return Err(SandboxError::Boot(why.to_owned()));
@@ -48,7 +50,15 @@ impl Containers {
         };
         make().map_err(io_error("/run cannot be written to"))?;
         share_inotify();
-        Ok(Self { runtime: Runtime::new(kind.runtime, run_dir.join(state_dir(kind.runtime)), kind.cgroups), first_user: owner, run_dir })
+        Ok(Self {
+            runtime: Runtime::new(
+                kind.runtime,
+                run_dir.join(state_dir(kind.runtime)),
+                kind.cgroups,
+            ),
+            first_user: owner,
+            run_dir,
+        })
     }
 
     /// Where a sandbox is put together, and its network is while it lives.
@@ -97,16 +107,22 @@ fn state_dir(runtime: Program) -> &'static str {
     }
 }
 
-/// Inotify instances count against the creator of the user namespace, which is root for all Sprites. Each Sprite has a limit of its own; this
-/// is so that they do not take them from each other.
+/// Inotify instances count against the creator of the user namespace, which is root for all
+/// Sprites. Each Sprite has a limit of its own; this is so that they do not take them from each
+/// other.
 fn share_inotify() {
     const FILE: &str = "/proc/sys/fs/inotify/max_user_instances";
     const INSTANCES: u32 = 8192;
     let now = fs::read_to_string(FILE).ok().and_then(|text| text.trim().parse::<u32>().ok());
     if now.is_some_and(|now| now < INSTANCES) {
         match fs::write(FILE, INSTANCES.to_string()) {
-            Ok(()) => tracing::info!(instances = INSTANCES, "raised this machine's limit of inotify instances"),
-            Err(error) => tracing::warn!(%error, "Sprites share the inotify instances that this machine allows its root"),
+            Ok(()) => tracing::info!(
+                instances = INSTANCES,
+                "raised this machine's limit of inotify instances"
+            ),
+            Err(error) => {
+                tracing::warn!(%error, "Sprites share the inotify instances that this machine allows its root")
+            }
         }
     }
 }

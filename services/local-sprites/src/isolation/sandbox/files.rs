@@ -44,7 +44,8 @@ impl Sandboxes {
             ("passwd", format!("{USER}:x:{uid}:{uid}::{HOME}:/bin/bash\n", uid = Holder::UID)),
             ("group", format!("{USER}:x:{}:\n", Holder::UID)),
         ] {
-            let mut text = fs::read_to_string(self.kind.rootfs.join("etc").join(file)).unwrap_or_default();
+            let mut text =
+                fs::read_to_string(self.kind.rootfs.join("etc").join(file)).unwrap_or_default();
             if !text.contains(&format!("\n{USER}:")) {
                 text.push_str(&entry);
             }
@@ -57,7 +58,8 @@ impl Sandboxes {
         script(&self.shared.join("sprite-env"), include_str!("../../../scripts/sprite-env.sh"))
     }
 
-    /// The content of a new Sprite's disk: the layer over the image, or, without root, the directories that can be written to.
+    /// The content of a new Sprite's disk: the layer over the image, or, without root, the
+    /// directories that can be written to.
     pub(super) fn fill(&self, content: &Path) -> io::Result<()> {
         let upper = content.join("upper");
         let Some(containers) = &self.containers else {
@@ -107,13 +109,15 @@ impl Sandboxes {
         self.shared.join("spare")
     }
 
-    /// Copies a disk ahead, so that the next Sprite does not wait for that. Not having one is no harm.
+    /// Copies a disk ahead, so that the next Sprite does not wait for that. Not having one is no
+    /// harm.
     pub async fn make_spare(&self) {
         if self.spare().exists() {
             return;
         }
         let draft = self.shared.join(format!("spare.{}", Uuid::new_v4().simple()));
-        let copied = self.copy_template(&draft).await.and_then(|()| fs::rename(&draft, self.spare()));
+        let copied =
+            self.copy_template(&draft).await.and_then(|()| fs::rename(&draft, self.spare()));
         if let Err(error) = copied {
             // Another request's may be there by now.
             tracing::debug!(%error, "no spare disk");
@@ -135,7 +139,8 @@ impl Sandboxes {
 
 pub fn hosts(hostname: &str, forwards: &[Forward]) -> String {
     let named = forwards.iter().filter(|forward| forward.address.is_loopback());
-    let named: String = named.map(|forward| format!("{} {}\n", forward.address, forward.host)).collect();
+    let named: String =
+        named.map(|forward| format!("{} {}\n", forward.address, forward.host)).collect();
     format!("127.0.0.1 localhost\n::1 localhost ip6-localhost\n127.0.1.1 {hostname}\n{named}")
 }
 

@@ -21,7 +21,10 @@ impl FromStr for Isolation {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::Auto, Self::Overlay, Self::ReadOnly].into_iter().find(|isolation| isolation.to_string() == text).ok_or(())
+        [Self::Auto, Self::Overlay, Self::ReadOnly]
+            .into_iter()
+            .find(|isolation| isolation.to_string() == text)
+            .ok_or(())
     }
 }
 
