@@ -6,8 +6,8 @@ use types::agent::REDACTED;
 /// How much of what was sent an error shows.
 pub const ECHO_BYTES_MAX: usize = 4096;
 
-/// Fields whose contents no answer shows, not even the one that refuses them (docs/api.md §3 to
-/// §6).
+/// Fields whose contents no answer shows, not even the one that refuses them
+/// (docs/api.md §3 to §6).
 pub fn is_secret(name: &str) -> bool {
     matches!(
         name,

@@ -134,8 +134,8 @@ pub struct Launch {
     pub held: bool,
 }
 
-/// What a Sprite's processes may do beside what their user may (docs/sprites-api.md §8.2 and
-/// §11.2).
+/// What a Sprite's processes may do beside what their user may
+/// (docs/sprites-api.md §8.2 and §11.2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Privileges {

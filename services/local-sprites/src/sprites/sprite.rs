@@ -75,8 +75,8 @@ pub struct PrivilegesPolicy {
     pub no_new_privileges: bool,
 }
 
-/// Whether a Sprite's processes run, are stopped where they were, or are gone (docs/sprites-api.md
-/// §2.3).
+/// Whether a Sprite's processes run, are stopped where they were, or are gone
+/// (docs/sprites-api.md §2.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     Running,
@@ -355,8 +355,8 @@ impl Sprite {
         }
     }
 
-    /// How long it has been unused; zero while something holds it awake (docs/sprites-api.md
-    /// §11.3).
+    /// How long it has been unused; zero while something holds it awake
+    /// (docs/sprites-api.md §11.3).
     pub fn idle(&self) -> Duration {
         if self.tasks.any() {
             return Duration::ZERO;
