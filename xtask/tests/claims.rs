@@ -74,29 +74,38 @@ fn commands(section: &str) -> Vec<&str> {
 /// Whether a command names a target of the Makefile, or tests that exist.
 fn exists(command: &str) -> bool {
     let words: Vec<&str> = command.split(' ').take_while(|word| *word != "--").collect();
-    let read = |path: String| std::fs::read_to_string(root().join(path)).unwrap_or_default();
     match words.as_slice() {
-        ["make", target, ..] => read("Makefile".into()).contains(&format!("\n{target}: ")),
+        ["make", target, ..] => read("Makefile").contains(&format!("\n{target}: ")),
         ["cargo", "test", "-p", package, "--test", test, rest @ ..] => {
-            let folder = format!("{package}/tests/*.rs");
-            let mut list = Command::new("git");
-            list.args(["ls-files", "-z", &folder, &format!("*/{folder}")]).current_dir(root());
-            let output = list.output().unwrap();
-            let paths = String::from_utf8(output.stdout).unwrap();
-            let files: Vec<&str> =
-                paths.split('\0').filter(|path| path.contains(&format!("/tests/{test}"))).collect();
-            // A filter names a module, or what a test's name contains.
-            let is_module =
-                |filter: &str| files.iter().any(|path| path.ends_with(&format!("/{filter}.rs")));
-            let is_name = |filter: &str| {
-                files
-                    .iter()
-                    .any(|path| read((*path).to_owned()).lines().any(|line| is_test(line, filter)))
-            };
-            !files.is_empty() && rest.iter().all(|filter| is_module(filter) || is_name(filter))
+            let files = tracked(&format!("{package}/tests/*.rs"), &format!("/tests/{test}"));
+            !files.is_empty() && rest.iter().all(|filter| names_tests(&files, filter))
+        }
+        ["cargo", "test", "-p", package, "--lib", rest @ ..] => {
+            let files = tracked(&format!("{package}/src/*.rs"), "/src/");
+            !files.is_empty() && rest.iter().all(|filter| names_tests(&files, filter))
         }
         _ => false,
     }
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap_or_default()
+}
+
+/// The files of the repository that match a pattern, in any folder, and whose paths hold this.
+fn tracked(pattern: &str, part: &str) -> Vec<String> {
+    let mut list = Command::new("git");
+    list.args(["ls-files", "-z", pattern, &format!("*/{pattern}")]).current_dir(root());
+    let paths = String::from_utf8(list.output().unwrap().stdout).unwrap();
+    paths.split('\0').filter(|path| path.contains(part)).map(str::to_owned).collect()
+}
+
+/// A filter names a module, or what a test's name contains.
+fn names_tests(files: &[String], filter: &str) -> bool {
+    files.iter().any(|path| {
+        path.ends_with(&format!("/{filter}.rs"))
+            || read(path).lines().any(|line| is_test(line, filter))
+    })
 }
 
 fn is_test(line: &str, filter: &str) -> bool {
