@@ -204,7 +204,7 @@ impl Provisioning<'_> {
             ExecRequest { argv: &["bash", "-c", &git.script()], ..ExecRequest::default() };
         match self.sprite.run(&request, STAGE_MAX).await.map_err(|error| error.to_string())?.code {
             0 => {}
-            // The agent can break its own configuration of git, and repair it: its turns go on.
+            // The agent can break its own configuration of git, and repair it: its turns continue.
             code => tracing::warn!(exit_code = code, "failed to renew the configuration of git"),
         }
         Ok(())
