@@ -16,11 +16,12 @@ pub const LEASE: Duration = Duration::from_secs(2);
 pub const CLAIM_GRACE: Duration = Duration::from_secs(12);
 /// An attempt that failed this often will not go better the next time.
 pub const FAILURES_MAX: u32 = 100;
-/// How soon a turn that no runner claimed is offered again. It may well be waiting in the queue:
-/// then less and less often.
-const OFFERS: Backoff =
+/// When a turn is offered again that was offered so often and has no owner. It may well be waiting
+/// in the queue: then less and less often.
+pub const OFFERS: Backoff =
     Backoff { base: Duration::from_secs(2), max: Duration::from_secs(30), attempts: u32::MAX };
-const RETRIES: Backoff =
+/// When a turn is offered again after so many failed attempts.
+pub const RETRIES: Backoff =
     Backoff { base: Duration::from_millis(200), max: Duration::from_secs(10), attempts: u32::MAX };
 
 /// A turn as a claim finds it.
@@ -56,18 +57,6 @@ pub fn claim(session: SessionStatus, turn: Turn, claimant: Uuid) -> Verdict {
         Some(owner) if owner != claimant => Verdict::Owned,
         _ => Verdict::Run,
     }
-}
-
-/// When a turn is offered again that was offered so often and has no owner.
-#[must_use]
-pub fn next_offer(offers: u32) -> Duration {
-    OFFERS.jittered(offers.max(1))
-}
-
-/// When a turn is offered again after so many failed attempts.
-#[must_use]
-pub fn after_failure(failures: u32) -> Duration {
-    RETRIES.jittered(failures.max(1))
 }
 
 /// A turn in a heartbeat, or in the rows of its lease.

@@ -23,10 +23,16 @@ impl Backoff {
     /// The wait after failed attempt `attempt` for loops that never give up.
     #[must_use]
     pub fn jittered(&self, attempt: u32) -> Duration {
+        self.spread(attempt, random_fraction())
+    }
+
+    /// The wait after failed attempt `attempt`, for a random fraction that the caller drew.
+    #[must_use]
+    pub fn spread(&self, attempt: u32, fraction: f64) -> Duration {
         let ceiling =
             self.base.saturating_mul(1_u32 << attempt.saturating_sub(1).min(16)).min(self.max);
         // Half fixed, half random: never zero, so that a failing peer is not hammered.
-        ceiling / 2 + ceiling.mul_f64(random_fraction() / 2.0)
+        ceiling / 2 + ceiling.mul_f64(fraction / 2.0)
     }
 }
 

@@ -78,6 +78,11 @@ fn nothing_is_lost_doubled_or_stuck_whatever_fails() {
     assert!(gaps > 0 || steps < 1_000_000, "the faults did not break a single chain");
 }
 
+#[test]
+fn a_seed_repeats_its_worlds() {
+    assert_eq!(run(RIGHT, 7, 100_000), run(RIGHT, 7, 100_000));
+}
+
 /// Each of these mistakes was made, or nearly. The simulation has to notice it.
 #[test]
 fn a_planted_mistake_is_found() {

@@ -109,7 +109,8 @@ pub struct End {
     pub session: usize,
     pub ending: Ending,
     pub event: Option<(u64, SessionEvent)>,
-    pub appended: Option<u64>,
+    /// The id of the termination in the stream, and until when the projector is waited for.
+    pub appended: Option<(u64, u64)>,
 }
 
 #[derive(Debug, Default)]

@@ -17,6 +17,9 @@ use crate::{
     world::{LEASE, SESSIONS, TURN, World},
 };
 
+/// How long a termination waits for the projector.
+const PROJECTED_WITHIN: u64 = 800;
+
 fn at(second: i64) -> OffsetDateTime {
     OffsetDateTime::UNIX_EPOCH + Duration::seconds(second)
 }
@@ -42,11 +45,12 @@ impl World {
                 row.owner = None;
             }
         }
+        let rng = &mut self.rng;
         for (session, row) in self.rows.iter_mut().enumerate() {
             if row.is_open() && row.owner.is_none() && row.offer_after <= now {
                 row.offers += 1;
                 row.offer_after = now
-                    + u64::try_from(ownership::next_offer(row.offers).as_millis())
+                    + u64::try_from(ownership::OFFERS.spread(row.offers, rng.f64()).as_millis())
                         .unwrap_or(u64::MAX)
                         / 10;
                 self.queue.push_back(session);
@@ -184,12 +188,12 @@ impl World {
             return;
         };
         let session = end.session;
-        if let Some(id) = end.appended {
+        if let Some((id, until)) = end.appended {
             // The projector applies it; a termination is applied in any case, once the projector
-            // has passed it.
+            // has passed it. Where the stream was lost before, the user is told to try again.
             if self.projected >= id {
                 self.apply(session, &Kind::Terminated(Terminated::default()));
-            } else {
+            } else if self.now < until {
                 self.schedulers[index].end = Some(end);
             }
             return;
@@ -236,7 +240,7 @@ impl World {
             .append(session, expected, event)
             .filter(|id| persisted.is_none_or(|(persisted, _)| *id > persisted));
         if let (Some(id), Ending::Termination) = (appended, end.ending) {
-            end.appended = Some(id);
+            end.appended = Some((id, self.now + PROJECTED_WITHIN));
             self.schedulers[index].end = Some(end);
         }
     }

@@ -367,7 +367,7 @@ async fn release_claim(
         sqlx::query("update turn set offer_after = now() + make_interval(secs => $3) where session_id = $1 and turn_number = $2")
             .bind(id.uuid())
             .bind(number)
-            .bind(ownership::after_failure(unsigned(failures)).as_secs_f64())
+            .bind(ownership::RETRIES.jittered(unsigned(failures)).as_secs_f64())
             .execute(&mut *tx)
             .await?;
     }

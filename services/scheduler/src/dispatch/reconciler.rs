@@ -149,7 +149,7 @@ async fn offer_turns(scheduler: &Scheduler) -> anyhow::Result<usize> {
             (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
         sessions.push(session);
         turns.push(turn);
-        waits.push(ownership::next_offer(unsigned(offers) + 1).as_secs_f64());
+        waits.push(ownership::OFFERS.jittered(unsigned(offers) + 1).as_secs_f64());
         let session = SessionId::from_uuid(session);
         let job = RunTurn { session_id: session.to_string(), turn: unsigned(turn) };
         enqueue(&mut tx, &subject::turn_run(session), &job).await?;

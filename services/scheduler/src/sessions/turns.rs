@@ -45,7 +45,7 @@ pub async fn insert(
     .bind(prompt)
     .bind(i32::try_from(timeout_seconds).unwrap_or(i32::MAX))
     .bind(deadline.as_secs_f64())
-    .bind(rules::ownership::next_offer(1).as_secs_f64())
+    .bind(rules::ownership::OFFERS.jittered(1).as_secs_f64())
     .bind(input)
     .execute(&mut *tx)
     .await?;
