@@ -12,5 +12,5 @@ export default defineConfig({
     reportCompressedSize: false,
   },
   // `npm run dev` beside a stack of `aod dev`.
-  server: { proxy: { "^/(?!console/(?!session))": "http://127.0.0.1:8777" } },
+  server: { proxy: { "^/(?!console/(?!session$))": process.env.AOD_API_URL ?? "http://127.0.0.1:8777" } },
 });

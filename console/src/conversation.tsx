@@ -16,26 +16,49 @@ interface Props {
   showRaw: () => void;
 }
 
-export function Conversation({ events, session, requests, onDecided, denialReaches, showRaw }: Props) {
+/** Event ids of a block. The browser skips whole blocks that are off screen: to watch each item takes it longer than to paint some. */
+const BLOCK = 64;
+
+export function Conversation({ events, session, requests, ...shared }: Props) {
   const items = useMemo(() => fold(events), [events]);
   const open = new Map(requests.map((request) => [request.id, request]));
+  const blocks: Item[][] = [];
+  let number = -1;
+  for (const item of items) {
+    if (Math.floor(item.key / BLOCK) !== number) blocks.push([]);
+    number = Math.floor(item.key / BLOCK);
+    blocks.at(-1)?.push(item);
+  }
   return (
     <>
-      {items.map((item) => (
-        <ItemView
-          key={item.key}
-          item={item}
-          runtime={session.runtime}
-          request={item.kind === "tool" ? open.get(item.key) : undefined}
-          session={session.id}
-          onDecided={onDecided}
-          denialReaches={denialReaches}
-          showRaw={showRaw}
-        />
+      {blocks.map((block, at) => (
+        <Block key={Math.floor((block[0]?.key ?? 0) / BLOCK)} items={block} open={open} growing={at === blocks.length - 1} runtime={session.runtime} session={session.id} {...shared} />
       ))}
     </>
   );
 }
+
+interface BlockProps extends Omit<ItemProps, "item" | "request"> {
+  items: Item[];
+  open: ReadonlyMap<number, PermissionRequest>;
+  growing: boolean;
+}
+
+const Block = memo(
+  function Block({ items, open, growing, ...shared }: BlockProps) {
+    return (
+      <div class={growing ? "block growing" : "block"}>
+        {items.map((item) => (
+          <ItemView key={item.key} item={item} request={item.kind === "tool" ? open.get(item.key) : undefined} {...shared} />
+        ))}
+      </div>
+    );
+  },
+  (before, after) =>
+    before.growing === after.growing &&
+    before.items.length === after.items.length &&
+    after.items.every((item, at) => same(before.items[at] as Item, item) && before.open.get(item.key) === after.open.get(item.key)),
+);
 
 interface ItemProps {
   item: Item;

@@ -69,11 +69,8 @@ async fn long_session(stack: &Stack) -> String {
     id
 }
 
-#[tokio::test]
-async fn a_person_uses_the_console_in_a_browser() {
-    let stack = Stack::start(MODEL).await.unwrap();
-    let long = long_session(&stack).await;
-    let script = root().join("console/e2e/console.mjs");
+/// Runs a script of `console/e2e` against the stack, and returns what it prints.
+async fn browse(stack: &Stack, script: &str, settings: &[(&str, &str)]) -> String {
     assert!(
         root().join("console/node_modules/playwright-core").exists(),
         "run `make console` first"
@@ -81,12 +78,10 @@ async fn a_person_uses_the_console_in_a_browser() {
     let node = root().join(".venv/node/node");
     let mut command = Command::new(if node.exists() { node } else { "node".into() });
     command
-        .arg(script)
+        .arg(root().join("console/e2e").join(script))
         .env("AOD_API_URL", stack.ready_text("/api_url"))
         .env("AOD_API_TOKEN", stack.ready_text("/api_key"))
-        .env("AOD_LONG_SESSION", long)
-        .env("AOD_READY_FILE", stack.data_dir().join("ready.json"))
-        .env("FAILURE_SCREENSHOT", std::env::temp_dir().join("console-failure.png"))
+        .envs(settings.iter().copied())
         .stdin(Stdio::null())
         .kill_on_drop(true);
     let output = tokio::time::timeout(PATIENCE, command.output()).await.unwrap().unwrap();
@@ -94,6 +89,41 @@ async fn a_person_uses_the_console_in_a_browser() {
         (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{out}\n{err}");
     println!("{out}");
+    out.into_owned()
+}
+
+#[tokio::test]
+async fn a_person_uses_the_console_in_a_browser() {
+    let stack = Stack::start(MODEL).await.unwrap();
+    let long = long_session(&stack).await;
+    let ready = stack.data_dir().join("ready.json");
+    let screenshot = std::env::temp_dir().join("console-failure.png");
+    let settings = [
+        ("AOD_LONG_SESSION", long.as_str()),
+        ("AOD_READY_FILE", ready.to_str().unwrap()),
+        ("FAILURE_SCREENSHOT", screenshot.to_str().unwrap()),
+    ];
+    browse(&stack, "console.mjs", &settings).await;
+}
+
+/// The browser uses little while an agent writes about 50 events a second, as Claude Code does
+/// when neither the model nor its tools take time.
+#[tokio::test]
+async fn a_busy_session_is_followed_with_little_of_a_core_and_without_growing() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("script.json");
+    let text = "I look at **the next file**, and say `what` I find there in a sentence or two.";
+    let steps = vec![json!({ "text": text, "shell": "seq 12" }); 2000];
+    std::fs::write(&script, json!([{ "when": "keep at it", "steps": steps }]).to_string()).unwrap();
+    let script = script.to_str().unwrap().to_owned();
+    let stack = Stack::start(MODEL.with("SCRIPTED_MODEL_SCRIPT", script)).await.unwrap();
+    let report: Value = serde_json::from_str(&browse(&stack, "busy.mjs", &[]).await).unwrap();
+    let number = |path: &str| report.pointer(path).and_then(Value::as_f64).unwrap();
+    // On a machine that runs other tests too, the agent is slower and events wait longer.
+    assert!(number("/events_per_second") > 20.0, "{report}");
+    assert!(number("/cpu_share") < 0.3, "{report}");
+    assert!(number("/event_to_pixel_ms/p50") < 100.0, "{report}");
+    assert!(number("/heap_mb/after") < number("/heap_mb/before") + 4.0, "{report}");
 }
 
 /// A console session ends when its time is over, when it is signed out, and with its key.
