@@ -96,6 +96,7 @@ impl From<InputRow> for Input {
 /// An input that is to be written.
 struct New<'a> {
     kind: InputKind,
+    status: InputStatus,
     text: &'a str,
     timeout_seconds: u32,
     steers: bool,
@@ -112,6 +113,7 @@ impl New<'_> {
         let key = key_id.parse().ok();
         Self {
             kind,
+            status: InputStatus::Queued,
             text: "",
             timeout_seconds: 0,
             steers: false,
@@ -124,14 +126,20 @@ impl New<'_> {
         }
     }
 
+    /// A message whose turn begins with it.
+    fn of_turn(self, turn: i32) -> Self {
+        Self { status: InputStatus::Delivered, turn: Some(turn), ..self }
+    }
+
     async fn insert(self, tx: &mut PgConnection, session: SessionId) -> Result<InputRow, Failure> {
         let is_of_timeout = self.kind == InputKind::Decision && self.key.is_none();
         let id = if is_of_timeout { InputId::of_timeout() } else { InputId::new() };
         let row = sqlx::query_as(concat!(
-            "insert into input (input_id, session_id, kind, status, text, timeout_seconds, steers, turn_number, request_id, verdict,
-                                deny_message, key_id, is_error, sent_after)
-             values ($1, $2, $3, 'queued', $4, $5, $6, $7, $8, $9, $10, $11, $12,
-                     coalesce((select last_event_id from event_log where session_id = $2), 0))
+            "insert into input (input_id, session_id, kind, text, timeout_seconds, steers, turn_number, request_id, verdict,
+                                deny_message, key_id, is_error, status, sent_after, delivered_at)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
+                     coalesce((select last_event_id from event_log where session_id = $2), 0),
+                     case when $13 = 'delivered' then now() end)
              returning ",
             input_columns!()
         ))
@@ -147,6 +155,7 @@ impl New<'_> {
         .bind(self.deny_message)
         .bind(self.key)
         .bind(self.is_error)
+        .bind(self.status.as_str())
         .fetch_one(tx)
         .await?;
         Ok(row)

@@ -76,7 +76,10 @@ pub async fn create(
     scheduler.outbox.notify_one();
     if let Some(session) = reply.session.as_mut().filter(|_| request.is_v1) {
         session.agent = agent_of(&scheduler, session).await?;
-        if let Ok(id) = session.session_id.parse::<SessionId>() {
+        let id = session.session_id.parse::<SessionId>();
+        if let Ok(id) = id
+            && !request.files.is_empty()
+        {
             session.files =
                 files::of_sessions(&scheduler.pool, &[id.uuid()], FileKind::Copy).await?;
         }
@@ -159,13 +162,13 @@ async fn create_in(
         None => template.agent_version,
         Some(own) => agents::override_agent(tx, agent.uuid(), id, own).await?,
     };
-    let (messages, begins) = (&request.initial_messages, !request.is_v1);
+    let messages = &request.initial_messages;
+    let begins = !request.is_v1 || !messages.is_empty();
     let (status, turn_count) =
         if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };
-
     let sprite =
         SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
-    if begins || !messages.is_empty() {
+    if begins {
         quota::enforce(tx, user, request.session_limit).await?;
     }
     let row: SessionRow = sqlx::query_as(concat!(
@@ -210,17 +213,13 @@ async fn create_in(
     if let Some(budget) = &request.budget {
         budgets::write(tx, Scope::Session, id.uuid(), budget).await?;
     }
-    let mut session = if begins {
-        turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
-        Session::from(row)
-    } else {
-        Session::from(
-            inputs::queue::begin_with(tx, row, messages, request.timeout_seconds, &request.key_id)
-                .await?,
-        )
-    };
+    let mut session = Session::from(row);
     if request.is_v1 {
-        session.v1_status = if messages.is_empty() { "idle" } else { "running" }.to_owned();
+        session.v1_status = if begins { "running" } else { "idle" }.to_owned();
+        inputs::queue::begin_with(tx, id, messages, request.timeout_seconds, &request.key_id)
+            .await?;
+    } else {
+        turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
     }
     idempotency::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
     Ok(CreateSessionReply { session: Some(session), replayed: false })

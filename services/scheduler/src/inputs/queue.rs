@@ -60,25 +60,23 @@ fn check_queue(count: i64, bytes: i64, more: usize) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The messages that a new session begins with: the first begins a turn, the others wait for its
-/// end.
+/// The messages that a new session begins with: the first is that of its first turn, the others
+/// wait for the turn's end.
 pub async fn begin_with(
     tx: &mut PgConnection,
-    session: SessionRow,
+    session: SessionId,
     messages: &[String],
     timeout_seconds: u32,
     key_id: &str,
-) -> Result<SessionRow, Failure> {
-    let id = SessionId::from_uuid(session.session_id);
-    let Some((first, others)) = messages.split_first() else { return Ok(session) };
+) -> Result<(), Failure> {
+    let Some((first, others)) = messages.split_first() else { return Ok(()) };
     let new = |text| New { text, timeout_seconds, ..New::of(InputKind::Message, key_id) };
     check_queue(others.len() as i64, 0, others.iter().map(String::len).sum())?;
-    let input = new(first).insert(tx, id).await?;
+    let input = new(first).of_turn(1).insert(tx, session).await?;
     for text in others {
-        new(text).insert(tx, id).await?;
+        new(text).insert(tx, session).await?;
     }
-    begin(tx, &session, input).await?;
-    lock(tx, id, None).await?.ok_or_else(missing)
+    turns::insert(tx, session, 1, first, timeout_seconds, Some(input.input_id)).await
 }
 
 /// Begins the next turn from the oldest queued message, or refuses the queued messages. `session`
@@ -110,7 +108,7 @@ pub async fn begin_next(
     }
 }
 
-pub(super) async fn begin(
+async fn begin(
     tx: &mut PgConnection,
     session: &SessionRow,
     input: InputRow,

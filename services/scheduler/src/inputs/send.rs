@@ -17,9 +17,9 @@ use crate::{
     Scheduler,
     db::idempotency,
     inputs::{
-        InputRow, New, change, input_columns,
+        New, change,
         interrupts::{interrupt_in, open_interrupt},
-        queue::{begin, enqueue},
+        queue::enqueue,
         requests::{answer, awaited, decide_in},
         whose,
     },
@@ -27,6 +27,7 @@ use crate::{
     sessions::{
         quota,
         row::{SessionRow, lock, missing},
+        turns,
     },
     unsigned,
 };
@@ -149,18 +150,14 @@ async fn send_message(
     if let Some(limit) = request.session_limit {
         quota::enforce(tx, UserId::from_uuid(session.user_id), limit).await?;
     }
+    let (id, turn) = (SessionId::from_uuid(session.session_id), session.turn_count + 1);
     let new = New {
         text: &prompt.prompt,
         timeout_seconds: prompt.timeout_seconds,
         ..New::of(InputKind::Message, &prompt.key_id)
     };
-    let row = new.insert(tx, SessionId::from_uuid(session.session_id)).await?;
-    let input_id = row.input_id;
-    begin(tx, &session, row).await?;
-    let row: InputRow =
-        sqlx::query_as(concat!("select ", input_columns!(), " from input where input_id = $1"))
-            .bind(input_id)
-            .fetch_one(tx)
-            .await?;
+    let row = new.of_turn(turn).insert(tx, id).await?;
+    let input = Some(row.input_id);
+    turns::begin(tx, &session, &prompt.prompt, prompt.timeout_seconds, input).await?;
     Ok(row.into())
 }
