@@ -88,6 +88,19 @@ const checks = {
     assert.deepEqual(order, [...order].sort((a, b) => a - b), "events are in their order");
     await accessible("a session");
   },
+  async "the list of sessions is polled cheaply, and shows what others start"() {
+    await page.goto(`${url}/console/`);
+    await page.getByText("Up to date").waitFor();
+    const unchanged = () => page.waitForResponse((response) => /\/sessions\?limit=/.test(response.url()) && response.status() === 304);
+    const first = await unchanged();
+    assert.equal((await first.body().catch(() => "")).length, 0);
+    const agents = (await api("GET", "/agents")).data;
+    const { id } = await api("POST", "/sessions", { agent_id: agents[0].id, prompt: "started by a program" });
+    await page.getByText("started by a program").waitFor();
+    await ended(id);
+    await page.getByRole("link", { name: "started by a program" }).getByText("Idle").waitFor();
+    await unchanged();
+  },
   async "a message is queued, changed and withdrawn; the agent is stopped"() {
     await composer().fill("run: tail -f /dev/null");
     await composer().press("Enter");

@@ -89,7 +89,7 @@ async function send(method: string, path: string, body?: unknown, headers: Recor
   } catch {
     throw new ApiError(0, "The gateway cannot be reached. Check your connection; nothing that was accepted is lost.");
   }
-  if (response.ok) return response;
+  if (response.ok || response.status === 304) return response;
   const answer = await response.json().catch(() => null);
   const error = new ApiError(response.status, describe(response.status, answer), answer?.request_id ?? "", Number(response.headers.get("Retry-After") ?? 0));
   if (response.status === 401 && !headers.Authorization && path !== "/console/session") signedOut(error.message);
@@ -107,6 +107,19 @@ async function call<T>(method: string, path: string, body?: unknown, headers?: R
 }
 
 export const get = <T>(path: string): Promise<T> => call<T>("GET", path);
+
+export interface Tagged<T> {
+  tag: string;
+  body: T;
+}
+
+/** Returns what is known, the same object, where nothing has changed. */
+export async function getTagged<T>(path: string, known?: Tagged<T>): Promise<Tagged<T>> {
+  const response = await send("GET", path, undefined, known && { "If-None-Match": known.tag });
+  if (response.status === 304 && known) return known;
+  return { tag: response.headers.get("ETag") ?? "", body: (await response.json()) as T };
+}
+
 export const put = <T>(path: string, body: unknown): Promise<T> => call<T>("PUT", path, body);
 export const patch = <T>(path: string, body: unknown): Promise<T> => call<T>("PATCH", path, body);
 export const del = <T>(path: string): Promise<T> => call<T>("DELETE", path);

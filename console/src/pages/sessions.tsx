@@ -1,6 +1,6 @@
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { agentsById, loadAgents, need } from "../agents-by-id";
-import { type Page, type Session, get, words } from "../api";
+import { type Page, type Session, type Tagged, getTagged, words } from "../api";
 import { age, money, now, plural } from "../format";
 import { href } from "../router";
 import { Age, Empty, ErrorBox, Status } from "../ui";
@@ -9,6 +9,8 @@ const PAGE = 100;
 const REFRESH_MS = 2500;
 /** A long list is read again as a whole, and so less often. */
 const REFRESH_LONG_MS = 10_000;
+/** No one sees the list: only its title counts, which says how many sessions need a decision. */
+const REFRESH_HIDDEN_MS = 30_000;
 const FILTERS = [
   ["", "All"],
   ["waiting", "Needs you"],
@@ -32,7 +34,7 @@ export function Sessions() {
   const [wanted, setWanted] = useState(PAGE);
   const [hasMore, setHasMore] = useState(false);
   const [error, setError] = useState<unknown>(null);
-  const [updated, setUpdated] = useState(0);
+  const updated = useRef(0);
   const search = useRef<HTMLInputElement>(null);
   const list = useRef<HTMLUListElement>(null);
   const end = useRef<HTMLDivElement>(null);
@@ -43,39 +45,51 @@ export function Sessions() {
   useEffect(() => {
     let stopped = false;
     let timer: ReturnType<typeof setTimeout>;
+    // What was read last, by address: the gateway sends only what has changed since.
+    let known = new Map<string, Tagged<Page<Session>>>();
     const load = async () => {
+      clearTimeout(timer);
       try {
         const status = filter === "waiting" ? "running" : filter;
+        const fresh: typeof known = new Map();
         const rows: Session[] = [];
         let cursor = "";
         let more = true;
         while (rows.length < wanted && more) {
-          const query = `limit=${Math.min(1000, wanted - rows.length)}${status && `&status=${status}`}${cursor && `&cursor=${encodeURIComponent(cursor)}`}`;
-          const page: Page<Session> = await get(`/sessions?${query}`);
-          rows.push(...page.data);
-          more = page.has_more;
-          cursor = page.next_cursor ?? "";
+          const path = `/sessions?limit=${Math.min(1000, wanted - rows.length)}${status && `&status=${status}`}${cursor && `&cursor=${encodeURIComponent(cursor)}`}`;
+          const page = await getTagged<Page<Session>>(path, known.get(path));
+          fresh.set(path, page);
+          rows.push(...page.body.data);
+          more = page.body.has_more;
+          cursor = page.body.next_cursor ?? "";
         }
         if (stopped) return;
-        setSessions(rows);
-        setHasMore(more);
+        const isSame = fresh.size === known.size && [...fresh].every(([path, page]) => known.get(path) === page);
+        known = fresh;
+        if (!isSame) {
+          setSessions(rows);
+          setHasMore(more);
+          need(rows.map((session) => session.agent_id));
+        }
         setError(null);
-        setUpdated(Date.now());
-        need(rows.map((session) => session.agent_id));
+        updated.current = Date.now();
       } catch (failure) {
         if (!stopped) setError(failure);
       }
-      if (!stopped) timer = setTimeout(poll, wanted > PAGE ? REFRESH_LONG_MS : REFRESH_MS);
+      if (stopped) return;
+      const pause = document.hidden ? REFRESH_HIDDEN_MS : wanted > PAGE ? REFRESH_LONG_MS : REFRESH_MS;
+      clearTimeout(timer);
+      timer = setTimeout(() => void load(), pause * (0.8 + Math.random() * 0.4));
     };
-    const poll = () => {
-      // A hidden page counts only sessions that need a decision, for the title.
-      if (document.hidden) timer = setTimeout(() => void load(), 10_000);
-      else void load();
+    const onVisible = () => {
+      if (!document.hidden) void load();
     };
     void load();
+    document.addEventListener("visibilitychange", onVisible);
     return () => {
       stopped = true;
       clearTimeout(timer);
+      document.removeEventListener("visibilitychange", onVisible);
     };
   }, [filter, wanted]);
 
@@ -127,9 +141,9 @@ export function Sessions() {
       <header class="head">
         <h1 id="title">Sessions</h1>
         {error && sessions ? (
-          <span class="live lost" role="status">Not up to date{updated ? ` for ${age(new Date(updated).toISOString(), now.value)}` : ""}: {words(error)}</span>
+          <span class="live lost" role="status">Not up to date for {age(new Date(updated.current).toISOString(), now.value)}: {words(error)}</span>
         ) : (
-          updated > 0 && <span class="live" role="status"><span class="dot" aria-hidden="true" />Up to date</span>
+          sessions && <span class="live" role="status"><span class="dot" aria-hidden="true" />Up to date</span>
         )}
       </header>
       <div class="filters">

@@ -13,6 +13,7 @@ mod console;
 mod credentials;
 mod environments;
 mod error;
+mod etag;
 mod health;
 mod idempotency;
 mod inputs;

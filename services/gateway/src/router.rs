@@ -139,6 +139,7 @@ fn cors(origins: &[String]) -> CorsLayer {
             v1::error::REQUEST_ID,
             v1::error::SHOULD_RETRY,
             header::RETRY_AFTER,
+            header::ETAG,
             idempotency::REPLAYED,
         ])
         .max_age(std::time::Duration::from_secs(86_400))

@@ -6,6 +6,7 @@ use axum::{
     Json,
     extract::{FromRequestParts, State},
     http::{StatusCode, request::Parts},
+    response::Response,
 };
 use contract::{
     common::Empty,
@@ -38,6 +39,7 @@ use crate::{
     body::{Body, Fields},
     environments::read_env_vars,
     error::{ApiError, Detail},
+    etag::Known,
     idempotency::{Created, IdempotencyKey, IdempotencyParams},
     inputs::Input,
     openapi::{Conflict, QuotaUsedUp},
@@ -529,14 +531,21 @@ impl<S: Send + Sync> FromRequestParts<S> for Filter {
 }
 
 /// List sessions, newest first
-#[utoipa::path(get, path = "/sessions", tag = "sessions", params(PageParams, Filter),
-    responses((status = 200, description = "A page of sessions", body = Listed<Session>)))]
+///
+/// A client that asks again and again sends the answer's `ETag` as `If-None-Match`: it receives 304
+/// without a body until something has changed.
+#[utoipa::path(get, path = "/sessions", tag = "sessions",
+    params(PageParams, Filter, ("If-None-Match" = Option<String>, Header, description = "The `ETag` of the page that the client has")),
+    responses(
+        (status = 200, description = "A page of sessions", body = Listed<Session>, headers(("ETag" = String, description = "Changes with the page"))),
+        (status = 304, description = "The client has this page")))]
 pub async fn list(
     State(app): State<App>,
     caller: Caller,
     page: Page,
     filter: Filter,
-) -> Result<Json<Listed<Session>>, ApiError> {
+    known: Known,
+) -> Result<Response, ApiError> {
     let Filter { status, agent_id, environment_id } = filter;
     let request =
         scheduler::ListRequest { status, agent_id, environment_id, ..page.request(caller) };
@@ -545,7 +554,8 @@ pub async fn list(
         position: row.created_at_us,
         id: row.session_id.clone(),
     };
-    Ok(listed(reply.sessions, reply.has_more, cursor, Session::from))
+    let Json(page) = listed(reply.sessions, reply.has_more, cursor, Session::from);
+    known.answer(&page)
 }
 
 /// List the turns of a session, oldest first
