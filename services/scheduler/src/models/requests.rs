@@ -442,25 +442,38 @@ pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Resul
     let named = Named::read(request.begun.clone().unwrap_or_default())?;
     idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
-        let known = sqlx::query("select from model_request where request_id = $1")
-            .bind(named.id)
-            .fetch_optional(&mut *tx)
-            .await?;
-        if known.is_none() && is_unsent(&request) {
-            insert_unsent(&mut tx, &named).await?;
+        if settle(&mut tx, named.session, named.id, &request).await? {
             tx.commit().await?;
             return Ok(());
         }
-        if known.is_none() && !insert_late(&mut tx, &named).await? {
-            return Ok(());
-        }
-        settle(&mut tx, named.session, named.id, &request).await?;
-        tx.commit().await?;
-        Ok(())
+        tx.rollback().await?;
+        end_unknown(&scheduler, &named, &request).await
     })
     .await?;
     entries::hint(&scheduler, named.session).await;
     Ok(Empty {})
+}
+
+/// Settles a request whose beginning was not recorded. One that was settled before stays as it is.
+async fn end_unknown(
+    scheduler: &Scheduler,
+    named: &Named,
+    request: &EndModelRequestRequest,
+) -> Result<(), Failure> {
+    let mut tx = scheduler.pool.begin().await?;
+    let known = sqlx::query("select from model_request where request_id = $1")
+        .bind(named.id)
+        .fetch_optional(&mut *tx);
+    if known.await?.is_some() {
+        return Ok(());
+    }
+    if is_unsent(request) {
+        insert_unsent(&mut tx, named).await?;
+    } else if insert_late(&mut tx, named).await? {
+        settle(&mut tx, named.session, named.id, request).await?;
+    }
+    tx.commit().await?;
+    Ok(())
 }
 
 /// The provider did not get it: its client was gone, or the gateway was refused an answer.
@@ -495,13 +508,14 @@ async fn insert_late(tx: &mut PgConnection, named: &Named) -> Result<bool, Failu
     Ok(true)
 }
 
-/// Settles a request, once; one that was unknown may be settled later.
+/// Settles a request, once; one that was unknown may be settled later. Returns whether there was
+/// one to settle.
 async fn settle(
     tx: &mut PgConnection,
     session: SessionId,
     id: Uuid,
     request: &EndModelRequestRequest,
-) -> Result<(), Failure> {
+) -> Result<bool, Failure> {
     // None: the session was deleted, and nothing is kept of it but what counts for others.
     let number: Option<i64> = sqlx::query_scalar(
         "insert into model_meter as m (session_id, number) select session_id, 1 from session where session_id = $1
@@ -532,7 +546,7 @@ async fn settle(
     .bind(request.is_partial);
     let query = counts(usage.as_ref()).into_iter().fold(query, |query, count| query.bind(count));
     let row = query.fetch_optional(&mut *tx).await?;
-    let Some(row) = row else { return Ok(()) };
+    let Some(row) = row else { return Ok(false) };
     let was_unknown: bool = row.try_get(0)?;
     let owners = Owners { session: session.uuid(), user: row.try_get(1)?, agent: row.try_get(2)? };
     let (turn, provider, model): (i32, String, String) =
@@ -580,7 +594,8 @@ async fn settle(
             ..Change::default()
         },
     };
-    limits::apply(tx, &owners, change, &[]).await
+    limits::apply(tx, &owners, change, &[]).await?;
+    Ok(true)
 }
 
 /// What a request used, in the order of the columns: input, output, cache read, cache write and
@@ -626,8 +641,10 @@ async fn show(
 ) -> Result<(), Failure> {
     let Used { owners, turn, number, provider, model, was_unknown, usage } = used;
     let is_unpriced = usage.is_some_and(|usage| usage.cost_micro_usd.is_none());
+    let failure = (!request.error.is_empty()).then(|| without_nul(&request.error));
     let query = sqlx::query(
-        "insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
+        "with failed as (update model_meter set failed_turn = $13, failure = $14 where session_id = $1)
+         insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
                                       cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, model)
          values ($1, $2, case when $3 then 0 else 1 end, case when $4 then 1 when $3 then -1 else 0 end, $5, $6, $7, $8, $9, $10, $11, $12)
          on conflict (session_id, turn_number) do update
@@ -646,14 +663,8 @@ async fn show(
     .bind(i64::from(is_unpriced));
     let query =
         counts(usage).into_iter().fold(query, |query, count| query.bind(count.unwrap_or_default()));
-    query.bind(&model).execute(&mut *tx).await?;
-    let failure = (!request.error.is_empty()).then(|| without_nul(&request.error));
-    sqlx::query("update model_meter set failed_turn = $2, failure = $3 where session_id = $1")
-        .bind(owners.session)
-        .bind(failure.is_some().then_some(turn))
-        .bind(&failure)
-        .execute(&mut *tx)
-        .await?;
+    let query = query.bind(&model).bind(failure.is_some().then_some(turn)).bind(&failure);
+    query.execute(&mut *tx).await?;
     if !was_unknown {
         let ended = ModelRequestEnded {
             request_id: id.to_string(),
