@@ -327,8 +327,17 @@ async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, F
     .bind(&named.key)
     .bind(entries::payload(meter_entry::Kind::Started(started)))
     .execute(&scheduler.pool)
-    .await?;
+    .await
+    .map_err(not_inserted)?;
     Ok(begun.rows_affected() == 1)
+}
+
+/// Converts the error of an insert of a request. If another attempt of it was faster, the
+/// transaction runs again and finds that one.
+fn not_inserted(error: sqlx::Error) -> Failure {
+    let rolled_back = store::violates(&error, "model_request_pkey");
+    let failure = idempotency::not_inserted(error, "model_request_pkey");
+    Failure { rolled_back: failure.rolled_back || rolled_back, ..failure }
 }
 
 /// How long the turns of a session ran so far, in microseconds, and what of that is new. Budgets
@@ -434,7 +443,8 @@ async fn insert(
     .bind(if is_budgeted { held(named.estimate.tokens) } else { 0 })
     .bind(if is_budgeted { held(named.estimate.cost.unwrap_or_default()) } else { 0 })
     .execute(tx)
-    .await?;
+    .await
+    .map_err(not_inserted)?;
     Ok(())
 }
 

@@ -155,6 +155,42 @@ async fn a_model_request_is_counted_once_however_often_it_is_reported() {
 }
 
 #[tokio::test]
+async fn a_model_request_that_is_asked_twice_at_once_is_admitted_both_times_and_begun_once() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    for is_limited in [false, true] {
+        let (session, epoch) = world.asking(&world.agent().await).await;
+        if is_limited {
+            world.limit("session", session.parse().unwrap(), "max_tokens", 1_000_000).await;
+        }
+        models.end(&models.request(&session, 1), 1).await;
+        let request = models.request(&session, 50);
+        // The first attempt takes so long that the gateway sends another.
+        let mut admin = world.database.admin().await.unwrap();
+        let mut held = admin.begin().await.unwrap();
+        sqlx::query("select from scheduler.model_meter where session_id = $1::uuid for update")
+            .bind(&session)
+            .execute(&mut *held)
+            .await
+            .unwrap();
+        let release = async {
+            let waiting = "select count(*) from pg_stat_activity
+                           where wait_event_type = 'Lock' and query like '%insert into model_meter%'";
+            testkit::eventually("both attempts wait", async || world.number(waiting).await == 2)
+                .await;
+            held.commit().await.unwrap();
+        };
+        let (first, second, ()) =
+            tokio::join!(models.begin(&request), models.begin(&request), release);
+        for verdict in [first, second] {
+            assert!(matches!(verdict, Admission::Admitted(_)), "{verdict:?}");
+        }
+        let reply = world.entries(&session, epoch, 0).await;
+        assert_eq!((kinds(&reply), reply.open), (vec!["ended", "started"], 1));
+    }
+}
+
+#[tokio::test]
 async fn a_request_of_a_lost_gateway_is_unknown_until_it_is_told_and_budgets_count_its_estimate() {
     let world = World::start().await;
     let models = Models::start(&world).await;
