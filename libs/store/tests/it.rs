@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 use sqlx::Connection as _;
 use store::Step;
 use testkit::{Database, eventually};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 const OLD: &[Step] = &[(1, "first", "create table first (id int)")];
 const NEW: &[Step] = &[OLD[0], (2, "second", "create table second (id int)")];
@@ -141,4 +143,52 @@ async fn a_transaction_that_hangs_holds_others_up_for_seconds_and_no_longer() {
     let begun = Instant::now();
     sqlx::raw_sql("update auth.first set id = 7").execute(&mut admin).await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+}
+
+/// A server that becomes a standby is restarted. Connections that were used a moment ago are not
+/// checked again, and new ones are refused until it is a primary.
+#[tokio::test]
+async fn a_server_that_became_a_standby_is_neither_written_to_nor_read_from() {
+    let mut server = testkit::postgres::Server::start().unwrap();
+    let database = Database::create_on(server.url().to_owned()).await.unwrap();
+    let pool = store::open(&database.config("auth"), "test", OLD).await.unwrap();
+    let stop = CancellationToken::new();
+    // Each writes all the time, so that its connection is never idle.
+    let mut writers = JoinSet::new();
+    for writer in 0..4 {
+        let (pool, stop) = (pool.clone(), stop.clone());
+        writers.spawn(async move {
+            let mut written = Vec::new();
+            for id in (writer..).step_by(4) {
+                if stop.is_cancelled() {
+                    break;
+                }
+                let insert = sqlx::query("insert into first values ($1)").bind(id);
+                if insert.execute(&pool).await.is_ok() {
+                    written.push(id);
+                }
+            }
+            written
+        });
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    server.demote().unwrap();
+    server.ready().await.unwrap();
+    for _ in 0..2 {
+        let read = sqlx::query("select from first").fetch_all(&pool).await;
+        assert!(read.is_err(), "a standby was read from");
+    }
+    let mut admin = database.admin().await.unwrap();
+    let before: i64 =
+        sqlx::query_scalar("select count(*) from auth.first").fetch_one(&mut admin).await.unwrap();
+    sqlx::query("select pg_promote()").execute(&mut admin).await.unwrap();
+    let count = async || {
+        sqlx::query_scalar("select count(*) from first").fetch_one(&pool).await.unwrap_or(0)
+    };
+    eventually("it is written to again", async || count().await > before).await;
+    stop.cancel();
+    for written in writers.join_all().await {
+        let kept = sqlx::query("select from first where id = any($1)").bind(&written);
+        assert_eq!(kept.fetch_all(&pool).await.unwrap().len(), written.len());
+    }
 }

@@ -97,7 +97,7 @@ impl Nats {
                     .arg(tls.key_file());
             }
             command.envs(passwords);
-            Running::Process(spawn_tied(command)?)
+            Running::Process(spawn_tied(&command)?)
         } else {
             // As this process's user, so that the folder can be removed; its store outlives a
             // restart.

@@ -33,7 +33,7 @@ pub struct Server {
 
 #[derive(Debug)]
 enum Running {
-    Process { child: Child, _data: TempDir },
+    Process { child: Child, command: Box<Command>, data: TempDir },
     Container { _container: Container },
 }
 
@@ -146,10 +146,10 @@ impl Server {
             }
             postgres.args(["-c", "ssl=on"]);
         }
-        let child = spawn_tied(postgres)?;
+        let child = spawn_tied(&postgres)?;
         Ok(Self {
             url: format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}"),
-            running: Running::Process { child, _data: data },
+            running: Running::Process { child, command: Box::new(postgres), data },
         })
     }
 
@@ -166,19 +166,36 @@ impl Server {
     pub async fn ready(&self) -> anyhow::Result<()> {
         connect(&self.url).await.map(|_| ())
     }
+
+    /// Restarts the server as a standby, as after a failover. `pg_promote()` makes it a primary.
+    ///
+    /// # Errors
+    /// When it runs in a container, or does not start.
+    pub fn demote(&mut self) -> anyhow::Result<()> {
+        let Running::Process { child, command, data } = &mut self.running else {
+            bail!("the server runs in a container");
+        };
+        interrupt(child);
+        std::fs::write(data.path().join("data/standby.signal"), "")?;
+        *child = spawn_tied(command)?;
+        Ok(())
+    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         if let Running::Process { child, .. } = &mut self.running {
-            if let Some(pid) =
-                i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw)
-            {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
-            }
-            let _ = child.wait();
+            interrupt(child);
         }
     }
+}
+
+/// Closes all connections and waits until the server has exited.
+fn interrupt(child: &mut Child) {
+    if let Some(pid) = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+    }
+    let _ = child.wait();
 }
 
 async fn connect(url: &str) -> anyhow::Result<PgConnection> {

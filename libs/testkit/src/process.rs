@@ -9,7 +9,7 @@ use anyhow::Context as _;
 
 /// Starts a command that receives TERM when this process ends. The kernel sends it when the thread
 /// that started the command exits, so that thread is kept.
-pub fn spawn_tied(command: Command) -> anyhow::Result<Child> {
+pub fn spawn_tied(command: &Command) -> anyhow::Result<Child> {
     let (sender, receiver) = mpsc::channel();
     let mut tied = Command::new("setpriv");
     // A command that already runs setpriv names its own signal.

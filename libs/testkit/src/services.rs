@@ -32,7 +32,7 @@ pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
 pub fn start(name: &str, settings: &[(&str, &str)]) -> anyhow::Result<Service> {
     let mut command = Command::new(binary(name)?);
     command.env("AOD_ADMIN_ADDR", "127.0.0.1:0").envs(settings.iter().copied());
-    Ok(Service(spawn_tied(command)?))
+    Ok(Service(spawn_tied(&command)?))
 }
 
 impl Drop for Service {

@@ -30,7 +30,7 @@ async fn run() -> anyhow::Result<()> {
         .env("LOCAL_SPRITES_ROOTFS", testkit::rootfs())
         .env("AOD_ADMIN_ADDR", "127.0.0.1:0")
         .env("RUST_LOG", "error");
-    let mut server = testkit::spawn_tied(command)?;
+    let mut server = testkit::spawn_tied(&command)?;
     let client = Client::new(
         sprites::http_client()?,
         &format!("http://127.0.0.1:{port}"),

@@ -42,7 +42,7 @@ impl Server {
             .env("AOD_ADMIN_ADDR", "127.0.0.1:0")
             .envs(self.settings.iter().cloned())
             .stdout(Stdio::null());
-        self.child = Some(testkit::spawn_tied(command).unwrap());
+        self.child = Some(testkit::spawn_tied(&command).unwrap());
         testkit::eventually("the server answers", async || self.status("/v1/sprites").await == 200)
             .await;
     }
