@@ -24,7 +24,7 @@ struct Table {
 #[serde(deny_unknown_fields)]
 struct Price {
     provider: String,
-    /// How the model's name begins.
+    /// The model's name without a date, or how it begins with `*` behind it.
     model: String,
     input: f64,
     output: f64,
@@ -34,6 +34,26 @@ struct Price {
     input_above: Option<f64>,
     output_above: Option<f64>,
     cache_read_above: Option<f64>,
+    cache_write_above: Option<f64>,
+}
+
+impl Price {
+    fn is_of(&self, model: &str) -> bool {
+        match self.model.strip_suffix('*') {
+            Some(start) => model.starts_with(start),
+            None => model.strip_prefix(self.model.as_str()).is_some_and(is_version),
+        }
+    }
+}
+
+/// Whether what follows a model's name still means that model: nothing, a date as in `-20251001`,
+/// `-2025-08-07` and `@20251001`, or `-latest`. Any other name is that of another model, which may
+/// have another price.
+fn is_version(rest: &str) -> bool {
+    let date = rest.strip_prefix(['-', '@']).unwrap_or_default();
+    let digits = date.bytes().filter(u8::is_ascii_digit).count();
+    let is_date = digits == 8 && date.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-');
+    rest.is_empty() || rest == "-latest" || is_date
 }
 
 impl Prices {
@@ -57,22 +77,23 @@ impl Prices {
         let price = self
             .0
             .iter()
-            .find(|price| price.provider == provider.as_str() && model.starts_with(&price.model))?;
+            .find(|price| price.provider == provider.as_str() && price.is_of(model))?;
         let whole_input =
             tokens.input.saturating_add(tokens.cache_read).saturating_add(tokens.cache_write);
         let is_above = price.above.is_some_and(|above| whole_input > above);
-        let (input, output, cache_read) = match is_above {
+        let (input, output, cache_read, cache_write) = match is_above {
             true => (
                 price.input_above.unwrap_or(price.input),
                 price.output_above.unwrap_or(price.output),
                 price.cache_read_above.or(price.cache_read),
+                price.cache_write_above.or(price.cache_write),
             ),
-            false => (price.input, price.output, price.cache_read),
+            false => (price.input, price.output, price.cache_read, price.cache_write),
         };
         let parts = [
             (tokens.input, input),
             (tokens.cache_read, cache_read.unwrap_or(input)),
-            (tokens.cache_write, price.cache_write.unwrap_or(input)),
+            (tokens.cache_write, cache_write.unwrap_or(input)),
             (tokens.output, output),
         ];
         let micros: u128 = parts
@@ -91,7 +112,16 @@ fn parse(text: &str) -> anyhow::Result<Vec<Price>> {
             "unknown provider {}",
             price.provider
         );
-        let numbers = [Some(price.input), Some(price.output), price.cache_read, price.cache_write];
+        let numbers = [
+            Some(price.input),
+            Some(price.output),
+            price.cache_read,
+            price.cache_write,
+            price.input_above,
+            price.output_above,
+            price.cache_read_above,
+            price.cache_write_above,
+        ];
         anyhow::ensure!(
             numbers.into_iter().flatten().all(|price| (0.0..1e6).contains(&price)),
             "{} has no valid price",
@@ -109,6 +139,36 @@ fn millionths(price: f64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What the CLIs of the release ask for by themselves, beside their users' choice.
+    #[test]
+    fn models_of_the_clis_have_a_price_and_models_with_similar_names_have_none() {
+        let prices = Prices::load(None).unwrap();
+        let tokens = Tokens { input: 1_000_000, ..Tokens::default() };
+        let cost = |provider: Provider, model: &str| prices.cost(provider, model, tokens);
+        for (provider, model, input) in [
+            (Provider::Anthropic, "claude-opus-4-1-20250805", 15_000_000),
+            (Provider::Anthropic, "claude-opus-4-8", 5_000_000),
+            (Provider::Anthropic, "claude-opus-5-5", 4_000_000),
+            (Provider::Anthropic, "claude-haiku-5-5", 500_000),
+            (Provider::Openai, "gpt-5-2025-08-07", 1_250_000),
+            (Provider::Openai, "gpt-5.2-codex", 1_750_000),
+            (Provider::Openai, "gpt-6-sol", 4_000_000),
+            (Provider::Google, "gemini-3.8-flash", 750_000),
+            (Provider::Google, "gemini-2.5-flash-lite", 100_000),
+        ] {
+            assert_eq!(cost(provider, model), Some(input), "{model}");
+        }
+        for (provider, model) in [
+            (Provider::Anthropic, "claude-opus-4-9"),
+            (Provider::Anthropic, "claude-opus-5-fast"),
+            (Provider::Openai, "gpt-5.2-max"),
+            (Provider::Openai, "gpt-55"),
+            (Provider::Google, "gemini-2.5-flash-image"),
+        ] {
+            assert_eq!(cost(provider, model), None, "{model}");
+        }
+    }
 
     #[test]
     fn costs_follow_the_list_and_its_tiers_and_own_prices_come_first() {
@@ -134,7 +194,7 @@ mod tests {
         let own = std::env::temp_dir().join(format!("prices-{}.toml", std::process::id()));
         std::fs::write(
             &own,
-            "[[price]]\nprovider = \"anthropic\"\nmodel = \"\"\ninput = 1\noutput = 2\n",
+            "[[price]]\nprovider = \"anthropic\"\nmodel = \"*\"\ninput = 1\noutput = 2\n",
         )
         .unwrap();
         assert_eq!(
@@ -143,7 +203,7 @@ mod tests {
         );
         std::fs::write(
             &own,
-            "[[price]]\nprovider = \"nobody\"\nmodel = \"\"\ninput = 1\noutput = 2\n",
+            "[[price]]\nprovider = \"nobody\"\nmodel = \"*\"\ninput = 1\noutput = 2\n",
         )
         .unwrap();
         assert!(Prices::load(Some(&own)).is_err());
