@@ -471,11 +471,19 @@ async fn end_unknown(
     request: &EndModelRequestRequest,
 ) -> Result<(), Failure> {
     let mut tx = scheduler.pool.begin().await?;
-    let known = sqlx::query("select from model_request where request_id = $1")
-        .bind(named.id)
-        .fetch_optional(&mut *tx);
-    if known.await?.is_some() {
-        return Ok(());
+    let status: Option<String> =
+        sqlx::query_scalar("select status from model_request where request_id = $1")
+            .bind(named.id)
+            .fetch_optional(&mut *tx)
+            .await?;
+    match status.as_deref() {
+        None => {}
+        // It began since it was looked for.
+        Some("open") => {
+            let failure = Failure::conflict("The request began meanwhile");
+            return Err(Failure { rolled_back: true, ..failure });
+        }
+        Some(_) => return Ok(()),
     }
     if is_unsent(request) {
         insert_unsent(&mut tx, named).await?;

@@ -190,6 +190,29 @@ async fn a_model_request_that_is_asked_twice_at_once_is_admitted_both_times_and_
     }
 }
 
+/// A client that goes away while its request is being asked for: beginning and end reach different
+/// schedulers.
+#[tokio::test]
+async fn a_request_whose_end_comes_with_its_beginning_is_not_left_open() {
+    let world = World::start().await;
+    world.run_scheduler(&Lifecycle::new()).await;
+    let models = Models::start(&world).await;
+    let (session, epoch) = world.asking(&world.agent().await).await;
+    for _ in 0..200 {
+        let request = models.request(&session, 50);
+        let end = EndModelRequestRequest {
+            begun: Some(request.clone()),
+            ..EndModelRequestRequest::default()
+        };
+        let (_, ended) = tokio::join!(
+            models.begin(&request),
+            models.bus.call::<rpc::EndModelRequest>(&end, SOON)
+        );
+        ended.unwrap();
+    }
+    assert_eq!(world.entries(&session, epoch, 0).await.open, 0);
+}
+
 #[tokio::test]
 async fn a_request_of_a_lost_gateway_is_unknown_until_it_is_told_and_budgets_count_its_estimate() {
     let world = World::start().await;
