@@ -142,6 +142,39 @@ const checks = {
     await until("the turn ends", async () => (await page.getByText("Turn complete").count()) === 2);
     assert.ok(!/^\(/.test(await page.title()));
   },
+  async "a session that a budget stopped goes on with one click; budgets are shown and set"() {
+    const agent = await api("POST", "/agents", { name: "On a budget", runtime: "claude", model: "claude-sonnet-4-5" });
+    const { id } = await api("POST", "/sessions", { agent_id: agent.id, prompt: "write a haiku", budget: { requests: 2 } });
+    await open(id);
+    await page.getByText("Stopped at a budget").waitFor();
+    await page.getByText("The budget of the session is reached: 2 requests of 2 requests").waitFor();
+    await accessible("a reached budget");
+    await page.getByRole("button", { name: "Raise and continue" }).click();
+    await page.getByText("Turn complete").waitFor();
+    assert.equal((await api("GET", `/sessions/${id}/budget`)).limits.requests, 4);
+    assert.equal(await page.getByRole("button", { name: "Raise and continue" }).count(), 0);
+    await page.getByRole("tab", { name: "Details" }).click();
+    await page.getByRole("meter", { name: "Model requests used" }).waitFor();
+    await page.getByLabel("Limit in US dollars").fill("2.5");
+    await page.getByLabel("Limit in requests").fill("");
+    await accessible("the details of a session");
+    await page.getByRole("button", { name: "Save budget" }).click();
+    await until("the budget is saved", async () => (await api("GET", `/sessions/${id}/budget`)).own_limits.usd === 2.5);
+    assert.equal((await api("GET", `/sessions/${id}/budget`)).own_limits.requests, null);
+    await page.goto(`${url}/console/agents/${agent.id}`);
+    await page.getByLabel("Limit in tokens").fill("1");
+    await page.getByRole("button", { name: "Save budget" }).click();
+    await until("the budget is saved", async () => (await api("GET", `/agents/${agent.id}/budget`)).own_limits.tokens === 1);
+    // The agent's budget counts from now on: the turn after the next one is stopped, and the page raises the agent's.
+    for (const prompt of ["one", "two"]) {
+      await api("POST", `/sessions/${id}/prompt`, { prompt });
+      await ended(id);
+    }
+    await open(id);
+    await page.getByLabel("The agent's new limit in tokens").waitFor();
+    await page.getByRole("button", { name: "Raise and continue" }).click();
+    await until("the turn ends", async () => (await page.getByText("Turn complete").count()) === 3);
+  },
   async "what agents and users write is never run or loaded"() {
     const attack = [
       "<img src=x onerror=alert(1)><script>alert(2)</script><svg onload=alert(3)></svg><iframe srcdoc='<script>alert(4)</script>'></iframe>",

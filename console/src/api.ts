@@ -12,6 +12,7 @@ export type AgentVersion = Schemas["AgentVersion"];
 export type Environment = Schemas["Environment"];
 export type Key = Schemas["Key"];
 export type Credential = Schemas["Credential"];
+export type Budget = Schemas["Budget"];
 
 export interface Page<T> {
   data: T[];

@@ -4,7 +4,7 @@ import { memo } from "preact/compat";
 import { useMemo, useState } from "preact/hooks";
 import { type PermissionRequest, type Session, type TypedEvent, post, words } from "./api";
 import { count, clock, duration, money, now } from "./format";
-import { type Item, type StagesItem, type ToolItem, type TurnEndItem, fold, same, text } from "./transcript";
+import { type Item, STOPS, type StagesItem, type ToolItem, type TurnEndItem, between, command, fold, same, str, text, tokens } from "./transcript";
 import { Markdown, Output, TextDiff, UnifiedDiff } from "./ui";
 
 interface Props {
@@ -152,6 +152,8 @@ function Plain({ event, showRaw }: { event: TypedEvent; showRaw?: () => void }) 
           </span>
         </div>
       );
+    case "session.budget":
+      return <p class="mark">{event.state === "reached" ? "The budget" : "80 % of the budget"} of the {event.scope} {event.state === "reached" ? "is reached" : "are used"}: {budgeted(event.limit, event.used)} of {budgeted(event.limit, event.max)} <At event={event} /></p>;
     case "session.input_refused":
       return <div class="errorbox" role="note"><span>A message was refused: {event.message}</span></div>;
     case "session.output_dropped":
@@ -174,7 +176,7 @@ function Plain({ event, showRaw }: { event: TypedEvent; showRaw?: () => void }) 
   }
 }
 
-const str = (value: unknown): string => (typeof value === "string" ? value : value === undefined || value === null ? "" : JSON.stringify(value));
+const budgeted = (limit: string, amount: number): string => (limit === "cost_usd" ? money(amount) : `${count(amount)} ${limit}`);
 
 /** What a tool is used with, in one line. */
 function headline(input: Record<string, unknown>): string {
@@ -183,12 +185,6 @@ function headline(input: Record<string, unknown>): string {
     if (value) return value.split("\n")[0]?.slice(0, 200) ?? "";
   }
   return "";
-}
-
-function command(input: Record<string, unknown>): string {
-  const value = input.command ?? input.cmd ?? input.script;
-  if (Array.isArray(value)) return value.map(str).join(" ");
-  return typeof value === "string" ? value : "";
 }
 
 /** Text with the characters that a person would not see, or that reorder what they see. */
@@ -350,27 +346,18 @@ function Stages({ item }: { item: StagesItem }) {
   );
 }
 
-const STOPS: Record<string, string> = {
-  end_turn: "Turn complete",
-  interrupted: "Stopped by you",
-  limit: "Stopped at a limit of the agent",
-  refusal: "The model refused",
-  failed: "Failed",
-};
-
 function TurnEnd({ item }: { item: TurnEndItem }) {
-  const { event, started } = item;
+  const { event, started, first } = item;
   if (event.type === "session.status_terminated") return <p class="turnend terminated">Session terminated <At event={event} /></p>;
   const reason = event.stop_reason?.type ?? "end_turn";
-  const took = started?.processed_at && event.processed_at ? duration(Date.parse(event.processed_at) - Date.parse(started.processed_at)) : "";
-  const usage = event.usage;
-  const tokens = (usage?.input_tokens ?? 0) + (usage?.output_tokens ?? 0) + (usage?.cache_read_input_tokens ?? 0) + (usage?.cache_creation_input_tokens ?? 0);
+  const [took, waited, used] = [between(started, event), between(started, first), tokens(event.usage)];
   return (
     <div class={`turnend ${reason}`}>
       <span>{STOPS[reason] ?? reason}{event.exit_code ? `, exit code ${event.exit_code}` : ""}</span>
-      {took && <span>{took}</span>}
-      {tokens > 0 && <span>{count(tokens)} tokens</span>}
-      {usage?.cost_usd != null && <span>{money(usage.cost_usd)}</span>}
+      {took !== undefined && <span>{duration(took)}</span>}
+      {waited !== undefined && <span title="From the start of the turn to the first message or tool use of the agent">first reply after {duration(waited)}</span>}
+      {used > 0 && <span>{count(used)} tokens</span>}
+      {event.usage?.cost_usd != null && <span>{money(event.usage.cost_usd)}</span>}
       <At event={event} />
       {event.failure && <p class="bad">{event.failure.message}</p>}
     </div>

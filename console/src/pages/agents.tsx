@@ -1,6 +1,7 @@
 import { useEffect, useState } from "preact/hooks";
 import { loadAgents } from "../agents-by-id";
 import { type Agent, type AgentVersion, type Environment, all, create, get, me, post, put } from "../api";
+import { BudgetSection } from "../budget";
 import { go, href } from "../router";
 import { Action, Age, Empty, ErrorBox, Field, toast, useLoad } from "../ui";
 import { CAN_ASK, DEFAULT_MODELS } from "./runtimes";
@@ -63,6 +64,7 @@ export function AgentPage({ id }: { id: string }) {
       <ErrorBox error={error} retry={reload} />
       {data?.agent?.archived_at && <p class="warn">This agent is archived: it starts no more sessions and cannot be changed.</p>}
       {data && <AgentForm key={`${id} ${data.agent?.version}`} agent={data.agent} environments={data.environments} done={reload} />}
+      {data?.agent && <BudgetSection of={`/agents/${id}`} />}
       {data?.agent && <Versions versions={data.versions} />}
     </section>
   );

@@ -33,6 +33,7 @@ export function NewSession() {
   const [token, setToken] = useState("");
   const [secrets, setSecrets] = useState<Secret[]>([]);
   const [timeout, setTimeoutSeconds] = useState("");
+  const [budget, setBudget] = useState("");
   const [busy, setBusy] = useState(false);
   const [failure, setFailure] = useState<unknown>(null);
   const [language, setLanguage] = useState<"curl" | "python">("curl");
@@ -54,12 +55,13 @@ export function NewSession() {
       prompt,
       ...(environment && { environment_id: environment }),
       ...(timeout && { timeout: Number(timeout) }),
+      ...(budget && { budget: { usd: Number(budget) } }),
       ...(repository && {
         resources: [{ type: "github_repository", url: repository, ...(branch && { checkout: { type: "branch", name: branch } }), ...(token && { authorization_token: token }) }],
       }),
       ...(named.length > 0 && { secret_env_vars: Object.fromEntries(named.map((secret) => [secret.name, secret.value])) }),
     };
-  }, [prompt, environment, timeout, repository, branch, token, secrets]);
+  }, [prompt, environment, timeout, budget, repository, branch, token, secrets]);
   const usedRuntime = agentId === NEW ? runtime : (data?.agents.find((agent) => agent.id === agentId)?.runtime ?? runtime);
   const missing = data && PROVIDERS[usedRuntime]?.length && !PROVIDERS[usedRuntime]?.some((kind) => data.kinds.has(kind));
 
@@ -126,12 +128,13 @@ export function NewSession() {
           <p class="warn" role="note">No key for {usedRuntime} is stored. <a href={href("/credentials")}>Store one</a>, or pass it as a secret below.</p>
         )}
         <details class="options">
-          <summary>Repository, secrets, time limit</summary>
+          <summary>Repository, secrets, budget, time limit</summary>
           <div class="grid2">
             <Field label="GitHub repository"><input type="url" placeholder="https://github.com/owner/repo" value={repository} onInput={(event) => setRepository(event.currentTarget.value)} /></Field>
             <Field label="Branch"><input placeholder="the default branch" value={branch} onInput={(event) => setBranch(event.currentTarget.value)} /></Field>
             <Field label="Access token" hint="Only for a private repository. Stored encrypted and never shown again."><input type="password" autocomplete="off" value={token} onInput={(event) => setToken(event.currentTarget.value)} /></Field>
             <Field label="Time limit of a turn, in seconds"><input type="number" min={10} max={3600} placeholder={String(me.value?.default_timeout ?? 600)} value={timeout} onInput={(event) => setTimeoutSeconds(event.currentTarget.value)} /></Field>
+            <Field label="Budget of the session, in US dollars" hint="It stops there, and goes on once you raise it."><input type="number" min={0} step="any" placeholder="the deployment's default" value={budget} onInput={(event) => setBudget(event.currentTarget.value)} /></Field>
           </div>
           <fieldset>
             <legend>Secret environment variables</legend>

@@ -3,6 +3,7 @@ import { useSignal, useSignalEffect } from "@preact/signals";
 import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { agentsById, need } from "../agents-by-id";
 import { type Input, type Page, type PermissionRequest, type Session, type Turn, type TypedEvent, ApiError, all, create, del, get, patch, post } from "../api";
+import { BudgetReached, BudgetSection } from "../budget";
 import { Conversation } from "../conversation";
 import { count, duration, money, now, plural, short } from "../format";
 import { SessionLog } from "../log";
@@ -309,6 +310,11 @@ function Composer({ session, requests, queued, refresh, showRequest }: { session
       box.current?.focus();
     }
   };
+  const stoppedAt = session.status === "completed" && session.failure?.stage === "budget" ? session.failure.message : undefined;
+  const resume = async () => {
+    await create(`/sessions/${session.id}/prompt`, { prompt: "Continue where you stopped." }, crypto.randomUUID());
+    await refresh();
+  };
   const onKeyDown = (event: KeyboardEvent) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     // On a phone Enter makes a new line: there is a button to send.
@@ -331,6 +337,7 @@ function Composer({ session, requests, queued, refresh, showRequest }: { session
           The agent waits for {requests.length === 1 ? `your decision on ${requests[0]?.tool}` : `${requests.length} decisions`} ↑
         </button>
       )}
+      {stoppedAt && <BudgetReached session={session.id} agent={session.agent_id} message={stoppedAt} resume={resume} />}
       {queued.length > 0 && (
         <ol class="queue" aria-label="Queued messages">
           {queued.map((input) => (
@@ -408,6 +415,7 @@ function Details({ session, turns }: { session: Session; turns: Turn[] }) {
             </tbody>
           </table>
         </div>
+        <BudgetSection of={`/sessions/${session.id}`} round={turns.at(-1)?.ended_at} />
         <h2>Session</h2>
         <dl class="facts-list">
           <dt>Id</dt><dd><code>{session.id}</code> <Copy text={session.id} /></dd>
