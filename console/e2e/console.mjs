@@ -44,6 +44,12 @@ const open = async (id) => {
   await page.goto(`${url}/console/sessions/${id}`);
   await page.getByRole("heading", { level: 1 }).waitFor();
 };
+async function downloaded(format) {
+  const download = page.waitForEvent("download");
+  await page.getByRole("button", { name: `Download as ${format}` }).click();
+  const file = await download;
+  return { name: file.suggestedFilename(), text: readFileSync(await file.path(), "utf8") };
+}
 const composer = () => page.getByLabel("Message to the agent");
 const checks = {
   async "a wrong key is refused, and a right one signs in"() {
@@ -88,19 +94,6 @@ const checks = {
     assert.deepEqual(order, [...order].sort((a, b) => a - b), "events are in their order");
     await accessible("a session");
   },
-  async "the list of sessions is polled cheaply, and shows what others start"() {
-    await page.goto(`${url}/console/`);
-    await page.getByText("Up to date").waitFor();
-    const unchanged = () => page.waitForResponse((response) => /\/sessions\?limit=/.test(response.url()) && response.status() === 304);
-    const first = await unchanged();
-    assert.equal((await first.body().catch(() => "")).length, 0);
-    const agents = (await api("GET", "/agents")).data;
-    const { id } = await api("POST", "/sessions", { agent_id: agents[0].id, prompt: "started by a program" });
-    await page.getByText("started by a program").waitFor();
-    await ended(id);
-    await page.getByRole("link", { name: "started by a program" }).getByText("Idle").waitFor();
-    await unchanged();
-  },
   async "a message is queued, changed and withdrawn; the agent is stopped"() {
     await composer().fill("run: tail -f /dev/null");
     await composer().press("Enter");
@@ -118,6 +111,19 @@ const checks = {
     await page.getByRole("button", { name: "Stop", exact: true }).click();
     await page.getByText("Stopped by you").waitFor();
     await page.locator(".status.completed").waitFor();
+  },
+  async "the list of sessions is polled cheaply, and shows what others start"() {
+    await page.goto(`${url}/console/`);
+    await page.getByText("Up to date").waitFor();
+    const unchanged = () => page.waitForResponse((response) => /\/sessions\?limit=/.test(response.url()) && response.status() === 304);
+    const first = await unchanged();
+    assert.equal((await first.body().catch(() => "")).length, 0);
+    const agent = await api("POST", "/agents", { name: "Elsewhere", runtime: "claude", model: "claude-sonnet-4-5" });
+    const { id } = await api("POST", "/sessions", { agent_id: agent.id, prompt: "started by a program" });
+    await page.getByText("started by a program").waitFor();
+    await ended(id);
+    await page.getByRole("link", { name: "started by a program" }).getByText("Idle").waitFor();
+    await unchanged();
   },
   async "a permission request shows in list and title, and is answered in place"() {
     const agent = await api("POST", "/agents", { name: "Asks first", runtime: "claude", model: "claude-sonnet-4-5", permissions: { rules: [{ tool: "Bash", evaluation: "ask" }] } });
@@ -147,7 +153,7 @@ const checks = {
     const { id } = await api("POST", "/sessions", { agent_id: agent.id, prompt: "write a haiku", budget: { requests: 2 } });
     await open(id);
     await page.getByText("Stopped at a budget").waitFor();
-    await page.getByText("The budget of the session is reached: 2 requests of 2 requests").waitFor();
+    await page.getByText("The budget of the session is reached: 2 of 2 requests").waitFor();
     await accessible("a reached budget");
     await page.getByRole("button", { name: "Raise and continue" }).click();
     await page.getByText("Turn complete").waitFor();
@@ -174,6 +180,27 @@ const checks = {
     await page.getByLabel("The agent's new limit in tokens").waitFor();
     await page.getByRole("button", { name: "Raise and continue" }).click();
     await until("the turn ends", async () => (await page.getByText("Turn complete").count()) === 3);
+  },
+  async "a transcript is downloaded whole, in Markdown and in JSON"() {
+    const agent = await api("POST", "/agents", { name: "Poet", runtime: "claude", model: "claude-sonnet-4-5" });
+    const { id } = await api("POST", "/sessions", { agent_id: agent.id, prompt: "write a haiku" });
+    await ended(id);
+    await api("POST", `/sessions/${id}/prompt`, { prompt: "run: printf '\\033[31mred\\033[0m\\n'; echo '```'; exit 3" });
+    await ended(id);
+    await open(id);
+    await page.getByRole("tab", { name: "Details" }).click();
+    const { name, text } = await downloaded("JSON");
+    assert.equal(name, `session-${id}.json`);
+    const transcript = JSON.parse(text);
+    assert.equal(transcript.session.id, id);
+    assert.deepEqual(transcript.events, (await api("GET", `/sessions/${id}/events`)).data);
+    const markdown = (await downloaded("Markdown")).text;
+    const parts = ["## Turn 1", "**You**\n\nwrite a haiku", "**Tool: Write**", "**Result of Write**", "*Turn complete", "## Turn 2", "````\nExit code 3\nred\n```\n````", "*Turn complete"];
+    let at = 0;
+    for (const part of parts) {
+      at = markdown.indexOf(part, at);
+      assert.ok(at >= 0, `${part} in its place of\n${markdown}`);
+    }
   },
   async "what agents and users write is never run or loaded"() {
     const attack = [
@@ -221,13 +248,22 @@ const checks = {
   },
   async "agents are changed, compared; credentials are stored; keys are shown once and revoked"() {
     await page.goto(`${url}/console/agents/new`);
+    await page.getByRole("button", { name: "With an MCP server" }).click();
+    await page.getByLabel("MCP servers").fill('[{"name": "docs", "url": "https://mcp.example.com/mcp"}]');
+    await page.getByRole("button", { name: "Create agent" }).click();
+    await page.getByRole("heading", { name: "Researcher" }).waitFor();
+    await page.getByText("The MCP server docs has no credential").waitFor();
+    await accessible("an agent without a credential");
+    await page.goto(`${url}/console/agents/new`);
+    await page.getByRole("button", { name: "Careful engineer" }).click();
+    await accessible("the templates of agents");
     await page.getByRole("textbox", { name: "Name", exact: true }).fill("Made in the console");
-    await page.getByRole("combobox", { name: "Runtime" }).selectOption("claude");
     await page.getByRole("button", { name: "Create agent" }).click();
     await page.getByRole("heading", { name: "Made in the console" }).waitFor();
     await page.getByLabel("Instructions").fill("Be brief.");
     await page.getByRole("button", { name: "Save as a new version" }).click();
     await page.getByLabel("Changes of Version 1 to 2").getByText("Be brief.").waitFor();
+    await page.getByLabel("Changes of Version 1 to 2").getByText("You change code in small steps.").waitFor();
     await page.goto(`${url}/console/credentials`);
     await page.getByRole("button", { name: "Store OpenAI" }).or(page.getByRole("button", { name: "Replace OpenAI" })).click();
     await page.getByLabel("Value of OpenAI").fill("sk-never-shown-again-1234");
@@ -281,6 +317,22 @@ const checks = {
     assert.ok(items <= 600, `${items} items are held`);
     await page.getByRole("button", { name: /To the end/ }).click();
     await page.getByText("Turn complete").waitFor();
+    await page.getByRole("tab", { name: "Details" }).click();
+    // What the page holds, without garbage.
+    const memory = await context.newCDPSession(page);
+    let most = 0;
+    const measure = async () => {
+      await memory.send("HeapProfiler.collectGarbage");
+      most = Math.max(most, (await memory.send("Runtime.getHeapUsage")).usedSize);
+    };
+    const timer = setInterval(() => void measure().catch(() => undefined), 200);
+    const saving = Date.now();
+    const { text } = await downloaded("JSON");
+    clearInterval(timer);
+    const { events } = JSON.parse(text);
+    console.log(`    ${events.length} events downloaded in ${Date.now() - saving} ms, ${text.length / 1e6} MB; the page held at most ${most / 1e6} MB`);
+    assert.ok(events.length >= 100_000 && events.every((event, at) => at === 0 || event.id > events[at - 1].id));
+    assert.ok(most > 0 && most < 30e6, `${most} bytes are held`);
   },
   async "a session that has expired or was signed out elsewhere asks to sign in again"() {
     await page.goto(`${url}/console/`);

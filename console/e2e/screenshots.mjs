@@ -21,11 +21,13 @@ async function example() {
   const failed = await start(shell.id, "echo starting; ls --color=always /; echo 'disk is full' >&2; exit 2");
   const waiting = await start(careful.id, "run: rm -rf /workspace/build && cargo test --workspace");
   const markdown = await start(writer.id, "Here is what I know:\n\n## Findings\n\n- **Two** tests fail\n- `cargo test` takes 40 s\n\n```rust\nfn main() {\n    println!(\"hello\");\n}\n```\n\n| crate | tests |\n| --- | --- |\n| gateway | 47 |\n| auth | 4 |\n\n> Quote of the day");
-  await Promise.all([ended(haiku), ended(failed), ended(markdown), asks(waiting)]);
+  const thrifty = await agent({ name: "Thrifty reader", runtime: "claude", model, mcp_servers: [{ name: "docs", url: "https://mcp.example.com/mcp" }] });
+  const stopped = (await api("POST", "/sessions", { agent_id: thrifty.id, prompt: "write a haiku", budget: { requests: 2, usd: 5 } })).id;
+  await Promise.all([ended(stopped), ended(haiku), ended(failed), ended(markdown), asks(waiting)]);
   await api("POST", `/sessions/${haiku}/prompt`, { prompt: "run: printf '\\033[32mok\\033[0m 1\\n\\033[31mFAILED\\033[0m 2\\n'; exit 3" });
   await api("POST", `/sessions/${waiting}/prompt`, { prompt: "and then run the linter", when_busy: "queue" });
   await ended(haiku);
-  return { agent: writer.id, environment: environment.id, haiku, failed, waiting, markdown };
+  return { agent: writer.id, environment: environment.id, thrifty: thrifty.id, haiku, failed, waiting, markdown, stopped };
 }
 
 const ids = await example();
@@ -34,10 +36,14 @@ const pages = {
   session: `/sessions/${ids.haiku}`,
   waiting: `/sessions/${ids.waiting}`,
   markdown: `/sessions/${ids.markdown}`,
+  budget: `/sessions/${ids.stopped}`,
+  details: `/sessions/${ids.stopped}#Details`,
   raw: `/sessions/${ids.failed}`,
   new: "/new",
   agents: "/agents",
   agent: `/agents/${ids.agent}`,
+  "agent-new": "/agents/new",
+  "agent-mcp": `/agents/${ids.thrifty}`,
   environment: `/environments/${ids.environment}`,
   credentials: "/credentials",
   keys: "/keys",
@@ -57,8 +63,10 @@ try {
         await signIn(page);
       }
       for (const [title, path] of Object.entries(pages)) {
-        await page.goto(`${url}/console${path}`);
+        const [address, tab] = path.split("#");
+        await page.goto(`${url}/console${address}`);
         await page.getByRole("heading", { level: 1 }).waitFor();
+        if (tab) await page.getByRole("tab", { name: tab }).click();
         await page.waitForTimeout(900);
         await page.screenshot({ path: `${folder}/${title}-${theme}-${name}.png` });
       }

@@ -52,6 +52,9 @@ export function runs(output: string): Run[] {
   return found;
 }
 
+/** The text without colours and controls. */
+export const plain = (output: string): string => runs(output).map((run) => run.text).join("");
+
 function look(style: Style): Omit<Run, "text"> {
   const [fg, bg] = style.inverse ? [style.bg || "inverse", style.fg || "inverse"] : [style.fg, style.bg];
   const classes = [style.bold && "ab", style.dim && "ad", style.italic && "ai", style.underline && "au"].filter(Boolean) as string[];

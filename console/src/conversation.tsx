@@ -153,7 +153,7 @@ function Plain({ event, showRaw }: { event: TypedEvent; showRaw?: () => void }) 
         </div>
       );
     case "session.budget":
-      return <p class="mark">{event.state === "reached" ? "The budget" : "80 % of the budget"} of the {event.scope} {event.state === "reached" ? "is reached" : "are used"}: {budgeted(event.limit, event.used)} of {budgeted(event.limit, event.max)} <At event={event} /></p>;
+      return <p class="mark">{event.state === "reached" ? "The budget" : "80 % of the budget"} of the {event.scope} {event.state === "reached" ? "is reached" : "are used"}: {event.limit === "cost_usd" ? `${money(event.used)} of ${money(event.max)}` : `${count(event.used)} of ${count(event.max)} ${event.limit}`} <At event={event} /></p>;
     case "session.input_refused":
       return <div class="errorbox" role="note"><span>A message was refused: {event.message}</span></div>;
     case "session.output_dropped":
@@ -175,8 +175,6 @@ function Plain({ event, showRaw }: { event: TypedEvent; showRaw?: () => void }) 
       );
   }
 }
-
-const budgeted = (limit: string, amount: number): string => (limit === "cost_usd" ? money(amount) : `${count(amount)} ${limit}`);
 
 /** What a tool is used with, in one line. */
 function headline(input: Record<string, unknown>): string {

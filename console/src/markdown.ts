@@ -1,7 +1,7 @@
 // Markdown that agents write. It is not trusted: a short list of elements remains, and nothing is loaded.
 import DOMPurify from "dompurify";
 import { Marked } from "marked";
-import { runs } from "./ansi";
+import { plain } from "./ansi";
 
 const MARKDOWN_CHARS_MAX = 50_000;
 /** Quotes and lists nested deeper than people write take seconds to parse, or overflow the stack. */
@@ -34,10 +34,9 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
 /** None where the text is too long or too deeply nested: it is shown as it was written. */
 export function render(text: string): DocumentFragment | null {
   if (text.length > MARKDOWN_CHARS_MAX || TOO_DEEP.test(text)) return null;
-  const plain = runs(text).map((run) => run.text).join("");
   let html: string;
   try {
-    html = marked.parse(plain, { async: false });
+    html = marked.parse(plain(text), { async: false });
   } catch {
     return null;
   }

@@ -4,7 +4,8 @@ import { type Agent, type AgentVersion, type Environment, all, create, get, me, 
 import { BudgetSection } from "../budget";
 import { go, href } from "../router";
 import { Action, Age, Empty, ErrorBox, Field, toast, useLoad } from "../ui";
-import { CAN_ASK, DEFAULT_MODELS } from "./runtimes";
+import { BLANK, type Draft, TEMPLATES } from "./agent-templates";
+import { CAN_ASK, DEFAULT_MODELS, withoutCredential } from "./runtimes";
 import { Versions } from "./versioned";
 
 export function Agents() {
@@ -42,6 +43,7 @@ export function Agents() {
 
 export function AgentPage({ id }: { id: string }) {
   const isNew = id === "new";
+  const [template, setTemplate] = useState(BLANK);
   const { data, error, reload } = useLoad(async () => {
     const environments = await all<Environment>("/environments");
     if (isNew) return { environments, agent: undefined, versions: [] };
@@ -63,7 +65,18 @@ export function AgentPage({ id }: { id: string }) {
       </header>
       <ErrorBox error={error} retry={reload} />
       {data?.agent?.archived_at && <p class="warn">This agent is archived: it starts no more sessions and cannot be changed.</p>}
-      {data && <AgentForm key={`${id} ${data.agent?.version}`} agent={data.agent} environments={data.environments} done={reload} />}
+      {data?.agent && <McpWarning agent={data.agent} />}
+      {isNew && (
+        <div role="group" aria-label="Start from" class="templates">
+          {TEMPLATES.filter(({ draft }) => !draft.runtime || me.value?.runtimes.includes(draft.runtime)).map((each) => (
+            <button type="button" key={each.title} aria-pressed={each === template} onClick={() => setTemplate(each)}>
+              <strong>{each.title}</strong>
+              <span class="hint">{each.about}</span>
+            </button>
+          ))}
+        </div>
+      )}
+      {data && <AgentForm key={`${id} ${data.agent?.version} ${template.title}`} agent={data.agent} draft={data.agent ?? template.draft} environments={data.environments} done={reload} />}
       {data?.agent && <BudgetSection of={`/agents/${id}`} />}
       {data?.agent && <Versions versions={data.versions} />}
     </section>
@@ -72,18 +85,30 @@ export function AgentPage({ id }: { id: string }) {
 
 const json = (value: unknown): string => JSON.stringify(value ?? [], null, 2);
 
-function AgentForm({ agent, environments, done }: { agent?: Agent; environments: Environment[]; done: () => void }) {
+/** Says which MCP servers are called without a credential. */
+export function McpWarning({ agent }: { agent: Agent }) {
+  const servers = withoutCredential(agent);
+  if (servers.length === 0) return null;
+  return (
+    <p class="warn" role="note">
+      {servers.length === 1 ? `The MCP server ${servers[0]} has` : `The MCP servers ${servers.join(", ")} have`} no credential: requests to it carry no header. If it wants one, add <code>headers</code> to the agent.
+    </p>
+  );
+}
+
+/** `agent`: the one that is changed, `draft`: what the fields hold first. */
+function AgentForm({ agent, draft, environments, done }: { agent?: Agent; draft: Draft; environments: Environment[]; done: () => void }) {
   const runtimes = me.value?.runtimes ?? [];
-  const [name, setName] = useState(agent?.name ?? "");
-  const [description, setDescription] = useState(agent?.description ?? "");
-  const [runtime, setRuntime] = useState(agent?.runtime ?? runtimes[0] ?? "claude");
-  const [model, setModel] = useState(agent?.model ?? "");
-  const [system, setSystem] = useState(agent?.system ?? "");
-  const [environment, setEnvironment] = useState(agent?.environment_id ?? "");
-  const [permission, setPermission] = useState<string>((agent?.permissions as { default?: string } | undefined)?.default ?? "allow");
-  const [rules, setRules] = useState(json((agent?.permissions as { rules?: unknown } | undefined)?.rules));
-  const [servers, setServers] = useState(json(agent?.mcp_servers));
-  const [skills, setSkills] = useState(json(agent?.skills));
+  const [name, setName] = useState(draft.name ?? "");
+  const [description, setDescription] = useState(draft.description ?? "");
+  const [runtime, setRuntime] = useState(draft.runtime ?? runtimes[0] ?? "claude");
+  const [model, setModel] = useState(draft.model ?? "");
+  const [system, setSystem] = useState(draft.system ?? "");
+  const [environment, setEnvironment] = useState(draft.environment_id ?? "");
+  const [permission, setPermission] = useState<string>(draft.permissions?.default ?? "allow");
+  const [rules, setRules] = useState(json(draft.permissions?.rules));
+  const [servers, setServers] = useState(json(draft.mcp_servers));
+  const [skills, setSkills] = useState(json(draft.skills));
   const [error, setError] = useState<unknown>(null);
   const [key] = useState(() => crypto.randomUUID());
   const asks = CAN_ASK.has(runtime);
@@ -150,7 +175,7 @@ function AgentForm({ agent, environments, done }: { agent?: Agent; environments:
           )}
         </div>
         <Field label="Instructions" hint="The system prompt of every turn."><textarea rows={4} value={system} onInput={(event) => setSystem(event.currentTarget.value)} /></Field>
-        <details class="options">
+        <details class="options" open={!agent && !!(draft.mcp_servers ?? draft.permissions)}>
           <summary>Rules, MCP servers, skills</summary>
           {asks && <Field label="Rules" hint={'For example [{"tool": "Bash", "evaluation": "ask"}]. The first rule that names a tool decides.'}><textarea class="code" rows={3} spellcheck={false} value={rules} onInput={(event) => setRules(event.currentTarget.value)} /></Field>}
           <Field label="MCP servers" hint={'For example [{"name": "docs", "url": "https://example.com/mcp", "headers": {"Authorization": "Bearer …"}}]. Values shown as *** are kept.'}><textarea class="code" rows={4} spellcheck={false} value={servers} onInput={(event) => setServers(event.currentTarget.value)} /></Field>

@@ -3,6 +3,7 @@ import { loadAgents } from "../agents-by-id";
 import { type Credential, type Environment, type Page, type Session, all, create, get, me, words } from "../api";
 import { go, href } from "../router";
 import { Copy, ErrorBox, Field, useLoad } from "../ui";
+import { McpWarning } from "./agents";
 import { DEFAULT_MODELS, PROVIDERS } from "./runtimes";
 
 interface Secret {
@@ -62,7 +63,8 @@ export function NewSession() {
       ...(named.length > 0 && { secret_env_vars: Object.fromEntries(named.map((secret) => [secret.name, secret.value])) }),
     };
   }, [prompt, environment, timeout, budget, repository, branch, token, secrets]);
-  const usedRuntime = agentId === NEW ? runtime : (data?.agents.find((agent) => agent.id === agentId)?.runtime ?? runtime);
+  const agent = data?.agents.find((each) => each.id === agentId);
+  const usedRuntime = agent?.runtime ?? runtime;
   const missing = data && PROVIDERS[usedRuntime]?.length && !PROVIDERS[usedRuntime]?.some((kind) => data.kinds.has(kind));
 
   const submit = async (event: Event) => {
@@ -127,6 +129,7 @@ export function NewSession() {
         {missing && (
           <p class="warn" role="note">No key for {usedRuntime} is stored. <a href={href("/credentials")}>Store one</a>, or pass it as a secret below.</p>
         )}
+        {agent && <McpWarning agent={agent} />}
         <details class="options">
           <summary>Repository, secrets, budget, time limit</summary>
           <div class="grid2">

@@ -1,4 +1,5 @@
 // What the console knows of runtimes that the API does not say.
+import type { Agent } from "../api";
 
 /** Kinds of credentials of which a runtime needs one. */
 export const PROVIDERS: Record<string, string[]> = {
@@ -18,3 +19,7 @@ export const DEFAULT_MODELS: Record<string, string> = {
 
 /** Runtimes that can ask before they use a tool. */
 export const CAN_ASK = new Set(["claude", "codex", "gemini", "opencode"]);
+
+/** Names of an agent's MCP servers that are reached over HTTP without a header: no credential is sent. */
+export const withoutCredential = (agent: Agent): string[] =>
+  agent.mcp_servers.flatMap((server) => (server.type === "url" && Object.keys(server.headers ?? {}).length === 0 ? [server.name] : []));

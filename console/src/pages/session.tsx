@@ -5,6 +5,7 @@ import { agentsById, need } from "../agents-by-id";
 import { type Input, type Page, type PermissionRequest, type Session, type Turn, type TypedEvent, ApiError, all, create, del, get, patch, post } from "../api";
 import { BudgetReached, BudgetSection } from "../budget";
 import { Conversation } from "../conversation";
+import { type Format, TranscriptDownload } from "../download";
 import { count, duration, money, now, plural, short } from "../format";
 import { SessionLog } from "../log";
 import { go, href } from "../router";
@@ -54,6 +55,8 @@ export function SessionPage({ id }: { id: string }) {
     });
   }, [id]);
 
+  const download = useMemo(() => new TranscriptDownload(), [id]);
+
   useEffect(() => {
     void refresh();
     void log.open();
@@ -74,6 +77,7 @@ export function SessionPage({ id }: { id: string }) {
       clearTimeout(hiddenFor);
       document.removeEventListener("visibilitychange", onVisibility);
       log.close();
+      download.cancel();
     };
   }, [id]);
 
@@ -138,7 +142,7 @@ export function SessionPage({ id }: { id: string }) {
       <div id="view" role="tabpanel" aria-labelledby={`tab-${shown}`} class="view">
         {shown === "conversation" && <Transcript log={log} session={session} requests={requests} onDecided={() => void refresh()} showRaw={() => setTab("raw")} />}
         {shown === "raw" && <RawOutput id={id} log={log} />}
-        {shown === "details" && <Details session={session} turns={turns} />}
+        {shown === "details" && <Details session={session} turns={turns} download={download} />}
       </div>
       {shown === "details" ? null : <Composer session={session} requests={requests} queued={queued} refresh={refresh} showRequest={() => setTab("conversation")} />}
     </section>
@@ -390,7 +394,34 @@ function Queued({ session, input, refresh }: { session: string; input: Input; re
   );
 }
 
-function Details({ session, turns }: { session: Session; turns: Turn[] }) {
+const FORMATS: [Format, string][] = [
+  ["markdown", "Markdown"],
+  ["json", "JSON"],
+];
+
+function Download({ session, download }: { session: Session; download: TranscriptDownload }) {
+  const running = download.running.value;
+  const title = agentsById.value.get(session.agent_id ?? "")?.name ?? "Session";
+  return (
+    <section aria-label="Transcript">
+      <h2>Transcript</h2>
+      <p class="hint">All events until now, in Markdown to read or in JSON to process.</p>
+      <div class="row download">
+        {running ? (
+          <>
+            <progress aria-label="Download" max={1} value={running.share} />
+            <span class="meta">{Math.floor(running.share * 100)} %</span>
+            <button type="button" onClick={() => download.cancel()}>Cancel</button>
+          </>
+        ) : (
+          FORMATS.map(([format, label]) => <Action key={format} run={() => download.save(format, session, title)}>Download as {label}</Action>)
+        )}
+      </div>
+    </section>
+  );
+}
+
+function Details({ session, turns, download }: { session: Session; turns: Turn[]; download: TranscriptDownload }) {
   return (
     <div class="scroller">
       <div class="column details">
@@ -416,6 +447,7 @@ function Details({ session, turns }: { session: Session; turns: Turn[] }) {
           </table>
         </div>
         <BudgetSection of={`/sessions/${session.id}`} round={turns.at(-1)?.ended_at} />
+        <Download session={session} download={download} />
         <h2>Session</h2>
         <dl class="facts-list">
           <dt>Id</dt><dd><code>{session.id}</code> <Copy text={session.id} /></dd>
