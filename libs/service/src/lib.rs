@@ -9,7 +9,7 @@ pub mod telemetry;
 use std::{fmt, future::Future, process::ExitCode};
 
 pub use lifecycle::Lifecycle;
-pub use periodic::periodically;
+pub use periodic::{periodically, ticks};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 pub use settings::Env;
 

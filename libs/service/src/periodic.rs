@@ -2,14 +2,24 @@
 
 use std::{fmt, future::Future, time::Duration};
 
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
 
 /// The longest that one run may take. A run that hangs, on a connection that is half dead for
 /// example, is dropped with what it holds.
 const RUN_MAX: Duration = Duration::from_secs(60);
 
-/// Runs `work` now and after each `every`, until the stop, which also interrupts a run. A run that
+/// Ticks soon, and then after each `every`; a tick that is late moves the later ones. Each process
+/// and task begins at a moment of its own within a second, so that they do not all want a
+/// connection at the same moments for ever.
+pub fn ticks(every: Duration) -> Interval {
+    let first = every.min(Duration::from_secs(1)).mul_f64(types::random_fraction());
+    let mut ticks = interval_at(Instant::now() + first, every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// Runs `work` soon and after each `every`, until the stop, which also interrupts a run. A run that
 /// fails or takes more than a minute is logged, and counted in `aod_periodic_failures_total`; the
 /// next one is on time.
 ///
@@ -40,8 +50,7 @@ async fn repeat<F, E>(
         "aod_periodic_failures_total",
         "runs of periodic work that failed or took too long, by task"
     );
-    let mut ticks = interval(every);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut ticks = ticks(every);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         let error = match stop.run_until_cancelled(timeout(run_max, work())).await {
             None | Some(Ok(Ok(()))) => continue,

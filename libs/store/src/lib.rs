@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 /// How long a request waits for a connection. Less than a third of what callers wait for an answer,
 /// so that they learn why there is none.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+const LIFETIME: Duration = Duration::from_secs(5 * 60);
 const OBSERVE_EVERY: Duration = Duration::from_secs(5);
 
 /// How to reach a service's own database.
@@ -83,6 +84,9 @@ pub async fn open(config: &Config, name: &str, steps: &[Step]) -> Result<PgPool,
     let pool = PgPoolOptions::new()
         .max_connections(config.max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
+        // The pool takes its connections in turn, so that none is idle for long: what a busy moment
+        // opened goes by its age.
+        .max_lifetime(LIFETIME)
         // In place of sqlx's own ping, and not for each query: a server that became a standby was
         // restarted, so a connection that was used a moment ago still leads to a primary.
         .test_before_acquire(false)

@@ -135,8 +135,7 @@ fn decode(event: &Option<(u64, Bytes)>) -> Result<Option<(u64, SessionEvent)>, F
 /// Ends turns that no one ended by their deadline. Takes no input and asks the table each time, so
 /// that it does the same after a crash as on any other day.
 pub async fn run_deadlines(scheduler: Scheduler, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut ticks = service::ticks(EVERY);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         match tokio::time::timeout(Duration::from_secs(30), end_overdue(&scheduler)).await {
             Ok(Ok(())) => {}

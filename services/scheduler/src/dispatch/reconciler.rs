@@ -31,8 +31,7 @@ const BATCH: i64 = 256;
 const QUEUES_EVERY: u32 = 8;
 
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut ticks = service::ticks(EVERY);
     let mut smooth_since: Option<Instant> = None;
     let mut last_pass = Instant::now();
     let mut passes = 0_u32;
@@ -80,15 +79,41 @@ async fn pass(scheduler: &Scheduler, may_expire: bool, queues_too: bool) -> anyh
     if queues_too {
         begin_queued(scheduler).await?;
     }
-    if may_expire {
-        expire_leases(scheduler).await?;
+    let due = due(scheduler).await?;
+    let mut offered = 0;
+    let have_expired = may_expire && due.leases && expire_leases(scheduler).await?;
+    if due.turns || have_expired {
+        offered += offer_turns(scheduler).await?;
     }
-    Ok(offer_turns(scheduler).await? + offer_destructions(scheduler).await?)
+    if due.destructions {
+        offered += offer_destructions(scheduler).await?;
+    }
+    Ok(offered)
 }
 
-/// Deletes the leases of runners that sent no heartbeat. The foreign key clears the owner of their
-/// turns.
-async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
+/// What there is to do, in one statement, for most of the time there is nothing.
+#[derive(sqlx::FromRow)]
+struct Due {
+    leases: bool,
+    turns: bool,
+    destructions: bool,
+}
+
+async fn due(scheduler: &Scheduler) -> Result<Due, sqlx::Error> {
+    sqlx::query_as(
+        "select exists (select from runner_lease where expires_at < now()) as leases,
+                exists (select from turn where owner is null and status in ('pending', 'running') and offer_after <= now()) as turns,
+                exists (select from session
+                        where destroy_after <= now() and destroy_after is not null and sprite_destroyed_at is null)
+                or exists (select from deleted_session where destroy_after <= now() and sprite_destroyed_at is null) as destructions",
+    )
+    .fetch_one(&scheduler.pool)
+    .await
+}
+
+/// Deletes the leases of runners that sent no heartbeat, and returns whether there were any. The
+/// foreign key clears the owner of their turns.
+async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<bool> {
     let expired: Vec<String> = sqlx::query_scalar(
         "delete from runner_lease
          where lease_id in (select lease_id from runner_lease where expires_at < now() for update skip locked)
@@ -100,7 +125,7 @@ async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<()> {
         metrics::counter!("aod_runner_leases_expired_total").increment(1);
         tracing::warn!(runner, "runner lease expired; releasing its turns");
     }
-    Ok(())
+    Ok(!expired.is_empty())
 }
 
 /// Begins turns from messages that wait in sessions where nothing runs: the transaction that ended

@@ -8,7 +8,7 @@
 //! persisted. What waited in a lost queue is offered again by the reconciler.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     time::{Duration, Instant},
 };
 
@@ -89,8 +89,7 @@ async fn acquire(scheduler: &Scheduler, owner: Uuid) -> Result<Option<Lease>, sq
 
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     let (owner, mut held): (_, Option<Lease>) = (Uuid::now_v7(), None);
-    let mut ticks = tokio::time::interval(EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut ticks = service::ticks(EVERY);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         let pass = async {
             held = match held.take() {
@@ -170,13 +169,14 @@ async fn specs(scheduler: &Scheduler) -> anyhow::Result<Vec<StreamSpec>> {
 
 /// Compares each stream with its generation, and puts right what differs.
 async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
+    let generations = generations(scheduler).await?;
     for spec in specs(scheduler).await? {
         let partition = topology::partition_of(spec.name);
         let persisted = match partition {
             Some(partition) => positions::projected_through(&scheduler.pool, partition).await?,
             None => 0,
         };
-        let known = known(scheduler, &spec).await?;
+        let known = generations.get(spec.name).copied();
         let info = scheduler.bus.find_stream(&spec).await?;
         let seen = info.map(|info| Seen {
             created_at: micros(info.created_at.into()),
@@ -255,17 +255,16 @@ async fn create(
     Ok(scheduler.bus.ensure_stream(spec, first_sequence, scheduler.stream_replicas).await?)
 }
 
-async fn known(scheduler: &Scheduler, spec: &StreamSpec) -> Result<Option<Known>, sqlx::Error> {
-    let row: Option<(OffsetDateTime, i64)> = sqlx::query_as(
-        "select created_at, high_watermark from stream_generation where stream = $1",
-    )
-    .bind(spec.name)
-    .fetch_optional(&scheduler.pool)
-    .await?;
-    Ok(row.map(|(created_at, high_watermark)| Known {
-        created_at,
-        high_watermark: high_watermark.unsigned_abs(),
-    }))
+/// What is known of each stream.
+async fn generations(scheduler: &Scheduler) -> Result<HashMap<String, Known>, sqlx::Error> {
+    let rows: Vec<(String, OffsetDateTime, i64)> =
+        sqlx::query_as("select stream, created_at, high_watermark from stream_generation")
+            .fetch_all(&scheduler.pool)
+            .await?;
+    let known = |(stream, created_at, high_watermark): (_, _, i64)| {
+        (stream, Known { created_at, high_watermark: high_watermark.unsigned_abs() })
+    };
+    Ok(rows.into_iter().map(known).collect())
 }
 
 async fn remember(
