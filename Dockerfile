@@ -9,6 +9,8 @@ COPY scripts/versions.env /tmp/
 RUN . /tmp/versions.env && case $(uname -m) in aarch64) arch=arm64 ;; *) arch=x64 ;; esac && \
     npm install --prefix .venv/node --no-fund --no-audit "node-linux-$arch@$NODE_VERSION" && \
     ln -s node_modules/node-linux-$arch/bin/node .venv/node/node
+# Node.js trusts what the base image trusts, such as a company's proxy.
+ENV NODE_USE_SYSTEM_CA=1
 COPY scripts/console.sh scripts/
 COPY docs/openapi.json docs/
 COPY console console
