@@ -45,7 +45,7 @@ const open = async (id) => {
   await page.getByRole("heading", { level: 1 }).waitFor();
 };
 async function downloaded(format) {
-  const download = page.waitForEvent("download");
+  const download = page.waitForEvent("download", { timeout: 300_000 });
   await page.getByRole("button", { name: `Download as ${format}` }).click();
   const file = await download;
   return { name: file.suggestedFilename(), text: readFileSync(await file.path(), "utf8") };
