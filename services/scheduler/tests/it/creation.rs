@@ -30,6 +30,10 @@ async fn a_creation_that_is_asked_of_two_schedulers_takes_effect_once() {
     let key = |key: &str| {
         Some(Once { key: key.to_owned(), body_hash: vec![1], is_of_one_request: false })
     };
+    // The gateway's own, of a request without a key of its client's.
+    let own = |key: &str| {
+        Some(Once { key: key.to_owned(), body_hash: Vec::new(), is_of_one_request: true })
+    };
     let json = "{}".to_owned();
     let environment = CreateEnvironmentRequest {
         user_id: world.user.to_string(),
@@ -39,7 +43,7 @@ async fn a_creation_that_is_asked_of_two_schedulers_takes_effect_once() {
         environment_id: Uuid::now_v7().to_string(),
         ..CreateEnvironmentRequest::default()
     };
-    for once in [None, key("a")] {
+    for once in [None, key("a"), own("own")] {
         let agent = CreateAgentRequest { once: once.clone(), ..agent.clone() };
         for created in
             join_all((0..5).map(|_| world.gateway.call::<rpc::CreateAgent>(&agent, SOON))).await
@@ -64,7 +68,7 @@ async fn a_creation_that_is_asked_of_two_schedulers_takes_effect_once() {
             );
         }
     }
-    for (limit, once) in [(1, None), (2, key("b")), (5000, None)] {
+    for (limit, once) in [(1, None), (2, key("b")), (3, own("own")), (5000, None)] {
         let session_id = Uuid::now_v7().to_string();
         let request = CreateSessionRequest {
             session_id: session_id.clone(),
@@ -80,7 +84,7 @@ async fn a_creation_that_is_asked_of_two_schedulers_takes_effect_once() {
                 (session_id.clone(), false)
             );
         }
-        if once.is_some() {
+        if once.is_some_and(|once| !once.is_of_one_request) {
             let of_the_client =
                 CreateSessionRequest { session_id: Uuid::now_v7().to_string(), ..request };
             let replay =
@@ -94,7 +98,7 @@ async fn a_creation_that_is_asked_of_two_schedulers_takes_effect_once() {
     .fetch_all(&mut world.database.admin().await.unwrap())
     .await
     .unwrap();
-    assert_eq!(turns, [(3, 3)]);
+    assert_eq!(turns, [(4, 4)]);
     world.counts_are_right().await;
 
     // The id of another's is refused, and tells nothing.
