@@ -56,7 +56,8 @@ pub struct DevArgs {
     /// Number of NATS servers; three keep three copies of each stream, and any one of them may fail
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=5))]
     nats_servers: u16,
-    /// Replicas of each other service; further gateways listen on ports of their own
+    /// Replicas of each other service; further gateways and model gateways listen on ports of their
+    /// own. AOD_MODEL_GATEWAY_URL may name a balancer in front of the model gateways
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=8))]
     replicas: u16,
     /// Do not restart processes that exit

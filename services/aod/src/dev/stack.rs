@@ -53,6 +53,8 @@ pub struct Stack {
     model: Option<SocketAddr>,
     /// Where sandboxes reach the model gateway, unless they get providers' keys.
     model_gateway: Option<SocketAddr>,
+    /// The model gateways beyond the first.
+    other_model_gateways: Vec<SocketAddr>,
     admin: Vec<SocketAddr>,
     /// Held for as long as the stack is there.
     ports: Option<Ports>,
@@ -74,8 +76,8 @@ const START_ATTEMPTS: u32 = 5;
 
 /// The services that there is one of, and those that there may be more of, beside the runners. Each
 /// has a port for its health.
-const SINGLE: usize = 3;
-const REPLICATED: usize = 4;
+const SINGLE: usize = 2;
+const REPLICATED: usize = 5;
 
 /// Ports for one stack. Its services may be started again at any time, and their ports are free
 /// meanwhile: so a stack has a block of ports to itself, for as long as it holds the block's first.
@@ -152,6 +154,7 @@ impl Stack {
             other_sprites: args.sprites_url,
             model: args.scripted_model.then_some(nowhere),
             model_gateway: has_model_gateway.then_some(nowhere),
+            other_model_gateways: Vec::new(),
             admin: Vec::new(),
             ports: None,
             settings: Settings::load(&tools.services, PROGRAMS)?,
@@ -173,7 +176,12 @@ impl Stack {
     fn choose_ports(&mut self) -> Result<(), DevError> {
         let (replicas, runners) = (usize::from(self.replicas), usize::from(self.runners));
         let claimed = Ports::claim(
-            4 + SINGLE + replicas * REPLICATED + runners + replicas - 1 + 2 * self.nats.len() + 1,
+            4 + SINGLE
+                + replicas * REPLICATED
+                + runners
+                + 2 * (replicas - 1)
+                + 2 * self.nats.len()
+                + 1,
         )?;
         let mut ports = claimed.addrs.clone();
         let api = ports.pop();
@@ -181,6 +189,7 @@ impl Stack {
             self.api = api;
         }
         self.other_apis = ports.split_off(ports.len() - (replicas - 1));
+        self.other_model_gateways = ports.split_off(ports.len() - (replicas - 1));
         let nats = ports.split_off(ports.len() - 2 * self.nats.len());
         self.nats =
             nats.chunks_exact(2).map(|pair| NatsAddrs { client: pair[0], peer: pair[1] }).collect();
@@ -190,8 +199,12 @@ impl Stack {
         (self.postgres, self.sprites) = (*postgres, *sprites);
         self.model = self.model.map(|_| *model);
         self.admin = admin.to_vec();
-        if self.model_gateway.is_some() {
-            self.model_gateway = Some(self.data.kept_port(MODEL_GATEWAY_PORT, *model_gateway)?);
+        match self.model_gateway {
+            Some(_) => {
+                let kept = self.data.kept_port(MODEL_GATEWAY_PORT, *model_gateway)?;
+                self.model_gateway = Some(kept);
+            }
+            None => self.other_model_gateways.clear(),
         }
         self.ports = Some(claimed);
         Ok(())
@@ -542,8 +555,7 @@ impl Stack {
         // What Sprites reach of this machine: the model gateway, the model, and what the user
         // names.
         let named = super::tools::env("LOCAL_SPRITES_PRIVATE_HOSTS").unwrap_or_default();
-        let own =
-            [self.model_gateway, self.model].into_iter().flatten().map(|addr| addr.to_string());
+        let own = self.model_gateways().chain(self.model).map(|addr| addr.to_string());
         // The model gateway reaches these for them, where they are MCP servers.
         let private_hosts = (!settings.has("AOD_MODEL_GATEWAY_PRIVATE_HOSTS"))
             .then(|| ("AOD_MODEL_GATEWAY_PRIVATE_HOSTS", named.clone()));
@@ -595,11 +607,11 @@ impl Stack {
             .filter(|name| !settings.has(name))
             .filter_map(|name| Some((name, scripted.clone()?)))
             .collect();
-        if let Some(addr) = self.model_gateway {
+        for (name, addr) in self.replicas_of("model-gateway").zip(self.model_gateways()) {
             let listen = vec![("AOD_MODEL_GATEWAY_ADDR", addr.to_string())];
             let private = private_hosts.clone().into_iter().collect();
             add(
-                "model-gateway".to_owned(),
+                name,
                 "model-gateway",
                 [nats("model_gateway"), listen, scripted.clone(), private].concat(),
             )?;
@@ -612,8 +624,11 @@ impl Stack {
             runner.push(("SPRITES_BASE_URL", sprites));
             runner.push(("AOD_AGENT_HOST", self.tools.agent_host.display().to_string()));
             runner.extend(scripted.clone());
+            // The user's own names a balancer in front of these.
             runner.extend(
-                self.model_gateway.map(|addr| ("AOD_MODEL_GATEWAY_URL", format!("http://{addr}"))),
+                self.model_gateway
+                    .filter(|_| !settings.has("AOD_MODEL_GATEWAY_URL"))
+                    .map(|addr| ("AOD_MODEL_GATEWAY_URL", format!("http://{addr}"))),
             );
             runner.extend(private_hosts.clone());
             add(format!("sprite-runner-{number}"), "sprite-runner", runner)?;
@@ -641,6 +656,12 @@ impl Stack {
         [self.api].into_iter().chain(self.other_apis.iter().copied())
     }
 
+    /// Where model gateways listen.
+    fn model_gateways(&self) -> impl Iterator<Item = SocketAddr> {
+        let others = self.other_model_gateways.iter().copied();
+        self.model_gateway.into_iter().chain(others)
+    }
+
     /// In the data directory, where `aod admin` finds it; and where it was asked for.
     fn ready_files(&self) -> impl Iterator<Item = PathBuf> {
         [self.data.join(READY_FILE)].into_iter().chain(self.ready_file.clone())
@@ -663,16 +684,19 @@ impl Stack {
         }
         let secrets = &self.data.secrets;
         let nats = self.nats.first().map(|addrs| addrs.client.to_string()).unwrap_or_default();
+        let urls = |addrs: &mut dyn Iterator<Item = SocketAddr>| {
+            addrs.map(|addr| format!("http://{addr}")).collect::<Vec<_>>()
+        };
         let ready = json!({
             "api_url": self.api_url(),
-            "api_urls": self.apis().map(|addr| format!("http://{addr}")).collect::<Vec<_>>(),
+            "api_urls": urls(&mut self.apis()),
             "api_key": secrets.api_key,
             "sprites_url": format!("http://{}", self.sprites),
             "sprites_token": secrets.sprites_token,
             "nats_url": format!("nats://operator:{}@{nats}", secrets.nats_password("operator")),
             "events_url": format!("nats://events:{}@{nats}", secrets.nats_password("events")),
             "database_url": self.database_url("postgres", &secrets.postgres_password, DATABASE),
-            "model_gateway_url": self.model_gateway.map(|addr| format!("http://{addr}")),
+            "model_gateway_urls": urls(&mut self.model_gateways()),
             "model_url": self.model.map(|addr| format!("http://{addr}")),
             "services": services,
         });
