@@ -16,6 +16,7 @@ mod faults;
 mod git;
 mod hardening;
 mod leaks;
+mod model_gateways;
 mod network;
 mod observability;
 mod packages;
