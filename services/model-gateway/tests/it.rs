@@ -119,6 +119,14 @@ async fn twenty_sessions_keep_one_budget_while_gateways_are_killed() {
     let (used, spent) =
         (budget.used.unwrap().tokens.unwrap(), world.provider.spent.load(Ordering::SeqCst));
     assert!(used >= spent && used >= MAX, "{used} counted of {spent}");
+    // Raised, it is one budget again.
+    world.limit(used + MAX).await;
+    let urls = urls.into_inner().unwrap();
+    let send = async |(index, token): (usize, &String)| {
+        let (status, text) = world.send(&urls[index % urls.len()], token).await.unwrap();
+        assert!(status == 200 && text.contains("message_stop"), "{status}: {text}");
+    };
+    join_all(tokens.iter().enumerate().map(send)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
