@@ -34,7 +34,7 @@ test: build ## Run every test, with every agent CLI
 
 test-paused: AGENTS = claude codex gemini opencode
 test-paused: build ## Leave permission requests of all CLIs open for ten minutes of a paused sandbox
-	AOD_TEST_PAUSED_SECONDS=600 $(CARGO) test --quiet -p system-tests --test it a_permission_request_stays_open
+	PAUSED_SECONDS=600 $(CARGO) test --quiet -p system-tests --test it a_permission_request_stays_open
 
 faults: build ## Inject faults into a stack for about ten minutes and print what was lost (ARGS="--seed 7 --only runner")
 	@$(CARGO) build --quiet -p system-tests --bin faults

@@ -295,12 +295,12 @@ async fn an_answer_is_applied_after_everything_around_the_agent_was_killed() {
     assert_eq!(chat.inputs().await, [pair("decision", "applied")]);
 }
 
-/// Its sandbox, with the agent, is frozen while the request is open. `AOD_TEST_PAUSED_SECONDS`: for
+/// Its sandbox, with the agent, is frozen while the request is open. `PAUSED_SECONDS`: for
 /// how long; `make test-paused` waits ten minutes.
 #[tokio::test]
 async fn a_permission_request_stays_open_while_its_sandbox_is_paused() {
     #[expect(clippy::disallowed_methods, reason = "a test has no settings of its own")]
-    let seconds = std::env::var("AOD_TEST_PAUSED_SECONDS").map_or(4, |text| text.parse().unwrap());
+    let seconds = std::env::var("PAUSED_SECONDS").map_or(4, |text| text.parse().unwrap());
     let settings = &[("LOCAL_SPRITES_FREEZE_AFTER_S", "2")];
     let stack = Stack::start(Options { settings, ..MODEL }).await.unwrap();
     for_each_agent(RUNTIMES, async |(runtime, model, shell, _)| {
