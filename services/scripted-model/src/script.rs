@@ -2,13 +2,13 @@
 //! answers, step by step: one step for each time the model is asked within a turn, so that a tool
 //! call has its follow-up.
 //!
-//! Texts may hold `{prompt}`, `{first_prompt}`, `{tool_result}`, `{mark}` and `{after}` (what
-//! stands behind `when` in the prompt).
+//! Texts may hold `{prompt}`, `{first_prompt}`, `{tool_result}`, `{mark}`, `{after}` (what stands
+//! behind `when` in the prompt) and `{asked_at}` (microseconds since the epoch).
 
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, ensure};
@@ -133,12 +133,14 @@ impl Script {
         };
         let Some(step) = rule.steps.get(question.answered) else { return done() };
         let after = question.prompt.split_once(&rule.when).map_or("", |(_, after)| after).trim();
+        let asked_at = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_micros().to_string();
         let fill = |text: &str| {
             text.replace("{prompt}", &question.prompt)
                 .replace("{first_prompt}", &question.first_prompt)
                 .replace("{tool_result}", &question.tool_result)
                 .replace("{after}", after)
                 .replace("{mark}", &question.mark)
+                .replace("{asked_at}", &asked_at)
         };
         if let Some(status) = step.status.as_ref().filter(|_| self.fails(step, question)) {
             return Answer::Fail {

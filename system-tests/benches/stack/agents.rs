@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use sprites::{ExecEvent, ExecRequest};
 use system_tests::{Events, Options, Stack};
 use testkit::bench::{Figure, Times};
+use types::Timestamp;
 
 use crate::{OPTIONS, sprite};
 
@@ -42,14 +43,19 @@ pub async fn agents() -> Result<()> {
     cold.beside("`claude -p` in a new sandbox, by hand", &Times::new(by_hand)).report()?;
 
     let mut chat = last.context("no session")?;
-    let mut follow_ups = Vec::new();
+    let (mut asked, mut follow_ups) = (Vec::new(), Vec::new());
     for _ in 0..FOLLOW_UPS {
-        let begun = Instant::now();
-        chat.prompt("hello").await?;
-        chat.until("agent.message").await?;
+        let (begun, posted) = (Instant::now(), Timestamp::now().unix_micros());
+        chat.prompt("when were you asked?").await?;
+        let message = chat.until("agent.message").await?;
         follow_ups.push(begun.elapsed());
+        let text = message["content"][0]["text"].as_str().context("no text")?;
+        asked.push(Duration::from_micros(text.parse::<i64>()?.abs_diff(posted)));
         chat.until("session.status_idle").await?;
     }
+    let asked =
+        Figure::new("agents: from a follow-up's POST to the model's request", &Times::new(asked));
+    asked.report()?;
     Figure::new(
         "agents: Claude Code's first words on a follow-up, from POST",
         &Times::new(follow_ups),
