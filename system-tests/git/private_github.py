@@ -1,4 +1,5 @@
-"""github.com in private: git's own server behind a password. It answers over HTTP, and over TLS as a proxy that is asked for github.com.
+"""github.com in private: git's own server behind a password, and Git LFS, whose objects are elsewhere and take no password. It answers
+over HTTP, and over TLS as a proxy that is asked for github.com.
 
 usage: private_github.py FOLDER CERTIFICATE KEY      FOLDER/OWNER/NAME is a bare repository, and its file `token` the password
 Prints its port. Ends with its standard input.
@@ -7,6 +8,7 @@ Prints its port. Ends with its standard input.
 import base64
 import gzip
 import http.server
+import json
 import os
 import pathlib
 import ssl
@@ -33,6 +35,8 @@ class GitHub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path, _, query = self.path.partition("?")
+        if path.startswith("/objects/"):
+            return self.object(pathlib.Path(FOLDER, "objects", path.removeprefix("/objects/")))
         repository = pathlib.Path(FOLDER, *path.split("/")[1:3])
         if repository.suffix == ".git":
             repository = repository.with_suffix("")
@@ -45,6 +49,8 @@ class GitHub(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         rest = "/".join(path.split("/")[3:])
+        if rest == "info/lfs/objects/batch":
+            return self.lfs(json.loads(body))
         environment = {
             "PATH": os.environ["PATH"],
             "GIT_PROJECT_ROOT": str(repository),
@@ -63,7 +69,25 @@ class GitHub(http.server.BaseHTTPRequestHandler):
         status = next((value for name, value in fields if name == "Status"), "200 OK")
         self.answer(status, [field for field in fields if field[0] != "Status"], body)
 
-    do_POST = do_GET
+    do_POST = do_PUT = do_GET
+
+    def lfs(self, asked):
+        def located(object):
+            href = f"http://127.0.0.1:{server.server_port}/objects/{object['oid']}"
+            action = {"href": href, "header": {"X-Object": object["oid"]}}
+            return {**object, "authenticated": True, "actions": {asked["operation"]: action}}
+
+        answer = {"transfer": "basic", "objects": [located(object) for object in asked["objects"]]}
+        self.answer("200 OK", [("Content-Type", "application/vnd.git-lfs+json")], json.dumps(answer).encode())
+
+    def object(self, file):
+        if self.headers.get("X-Object") != file.name or "Authorization" in self.headers:
+            return self.answer("403 Forbidden", [], b"")
+        if self.command == "PUT":
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(self.body())
+            return self.answer("200 OK", [], b"")
+        self.answer("200 OK", [("Content-Type", "application/octet-stream")], file.read_bytes())
 
     def body(self):
         if self.headers.get("Transfer-Encoding") != "chunked":

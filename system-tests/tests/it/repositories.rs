@@ -27,13 +27,17 @@ async fn run(
     resources: Value,
     prompt: &str,
 ) -> (String, Vec<Value>) {
-    let environment = stack
-        .post(
-            "/environments",
-            json!({ "name": types::SessionId::new().to_string(), "env_vars": github.as_github() }),
-        )
-        .await
-        .unwrap();
+    run_in(stack, json!({ "env_vars": github.as_github() }), resources, prompt).await
+}
+
+async fn run_in(
+    stack: &Stack,
+    mut environment: Value,
+    resources: Value,
+    prompt: &str,
+) -> (String, Vec<Value>) {
+    environment["name"] = types::SessionId::new().to_string().into();
+    let environment = stack.post("/environments", environment).await.unwrap();
     let agent = stack.agent("shell").await.unwrap();
     let body = json!({ "agent_id": agent, "environment_id": environment.text("id"), "prompt": prompt, "resources": resources });
     let session = stack.post("/sessions", body).await.unwrap();
@@ -303,6 +307,33 @@ async fn files_in_git_lfs_are_fetched_where_that_is_asked_for() {
         "{}",
         not_there.1
     );
+}
+
+/// The questions pass the model gateway, which adds the token; the objects are fetched and sent
+/// directly.
+#[tokio::test]
+async fn an_agent_pushes_and_fetches_git_lfs_of_a_private_repository_without_its_token() {
+    let github = PrivateGitHub::start(&[("acme/one", "ghp_one")]).await;
+    let stack = Stack::start(
+        Options::default().with("AOD_GITHUB_URL", github.url()).reaching(&[github.port]),
+    )
+    .await
+    .unwrap();
+    let environment = json!({ "packages": { "apt": ["git-lfs"] }, "env_vars": github.as_github() });
+    let mut resource = repository("acme/one", Some("ghp_one"));
+    let push = r#"
+        cd /workspace/acme/one && git lfs install --local >/dev/null && git lfs track '*.bin' >/dev/null
+        echo "what the pointer stands for" >large.bin && git add . && git commit -qm large && git push -q 2>&1 && echo pushed
+        grep -rl 'ghp[_]' /workspace ~ /tmp 2>/dev/null || echo no token"#;
+    let pushing = run_in(&stack, environment.clone(), json!([resource]), push).await;
+    assert!(output(&pushing.1).ends_with("pushed\nno token\n"), "{:#?}", pushing.1);
+    let pointer = github.git("acme/one", &["show", "main:large.bin"]).await;
+    assert!(pointer.starts_with("version https://git-lfs.github.com/spec/v1\n"), "{pointer}");
+    resource["lfs"] = true.into();
+    let fetch =
+        "cat /workspace/acme/one/large.bin; grep -rl 'ghp[_]' /workspace ~ /tmp || echo no token";
+    let fetching = run_in(&stack, environment, json!([resource]), fetch).await;
+    assert_eq!(output(&fetching.1), "what the pointer stands for\nno token\n", "{:#?}", fetching.1);
 }
 
 fn sha256(text: &str) -> String {
