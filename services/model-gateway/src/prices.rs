@@ -30,11 +30,13 @@ struct Price {
     output: f64,
     cache_read: Option<f64>,
     cache_write: Option<f64>,
+    cache_write_hour: Option<f64>,
     above: Option<u64>,
     input_above: Option<f64>,
     output_above: Option<f64>,
     cache_read_above: Option<f64>,
     cache_write_above: Option<f64>,
+    cache_write_hour_above: Option<f64>,
 }
 
 impl Price {
@@ -81,19 +83,28 @@ impl Prices {
         let whole_input =
             tokens.input.saturating_add(tokens.cache_read).saturating_add(tokens.cache_write);
         let is_above = price.above.is_some_and(|above| whole_input > above);
-        let (input, output, cache_read, cache_write) = match is_above {
+        let (input, output, cache_read, cache_write, cache_write_hour) = match is_above {
             true => (
                 price.input_above.unwrap_or(price.input),
                 price.output_above.unwrap_or(price.output),
                 price.cache_read_above.or(price.cache_read),
                 price.cache_write_above.or(price.cache_write),
+                price.cache_write_hour_above.or(price.cache_write_hour),
             ),
-            false => (price.input, price.output, price.cache_read, price.cache_write),
+            false => (
+                price.input,
+                price.output,
+                price.cache_read,
+                price.cache_write,
+                price.cache_write_hour,
+            ),
         };
+        let cache_write = cache_write.unwrap_or(input);
         let parts = [
             (tokens.input, input),
             (tokens.cache_read, cache_read.unwrap_or(input)),
-            (tokens.cache_write, cache_write.unwrap_or(input)),
+            (tokens.cache_write.saturating_sub(tokens.cache_write_hour), cache_write),
+            (tokens.cache_write_hour, cache_write_hour.unwrap_or(cache_write)),
             (tokens.output, output),
         ];
         let micros: u128 = parts
@@ -117,10 +128,12 @@ fn parse(text: &str) -> anyhow::Result<Vec<Price>> {
             Some(price.output),
             price.cache_read,
             price.cache_write,
+            price.cache_write_hour,
             price.input_above,
             price.output_above,
             price.cache_read_above,
             price.cache_write_above,
+            price.cache_write_hour_above,
         ];
         anyhow::ensure!(
             numbers.into_iter().flatten().all(|price| (0.0..1e6).contains(&price)),
@@ -183,11 +196,17 @@ mod tests {
             Some(4_000_000),
             "above 200,000 tokens"
         );
-        let cached = Tokens { input: 1, cache_read: 10, cache_write: 10, output: 0, reasoning: 0 };
+        let cached = Tokens { input: 1, cache_read: 10, cache_write: 10, ..Tokens::default() };
         assert_eq!(
             prices.cost(Provider::Anthropic, "claude-sonnet-4-5", cached),
             Some(44),
             "43.5, rounded up"
+        );
+        let for_an_hour = Tokens { cache_write_hour: 4, ..cached };
+        assert_eq!(
+            prices.cost(Provider::Anthropic, "claude-sonnet-4-5", for_an_hour),
+            Some(53),
+            "52.5, rounded up"
         );
         assert_eq!(prices.cost(Provider::Anthropic, "some-new-model", tokens), None);
         assert_eq!(prices.cost(Provider::Openai, "claude-sonnet-4-5", tokens), None);

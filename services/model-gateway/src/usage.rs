@@ -63,6 +63,8 @@ pub struct Tokens {
     pub input: u64,
     pub cache_read: u64,
     pub cache_write: u64,
+    /// Part of `cache_write`: what is kept for an hour, which costs more.
+    pub cache_write_hour: u64,
     pub output: u64,
     /// Part of `output`.
     pub reasoning: u64,
@@ -112,6 +114,7 @@ struct Raw {
     output: Option<u64>,
     cached: u64,
     cache_write: u64,
+    cache_write_hour: u64,
     reasoning: u64,
     tool_input: u64,
 }
@@ -151,15 +154,21 @@ impl Reader {
             return None;
         }
         let (input, output) = (raw.input.unwrap_or_default(), raw.output.unwrap_or_default());
-        let Raw { cached, cache_write, reasoning, tool_input, .. } = raw;
+        let Raw { cached, cache_write, cache_write_hour, reasoning, tool_input, .. } = raw;
         Some(match self.provider {
-            Provider::Anthropic => {
-                Tokens { input, cache_read: cached, cache_write, output, reasoning }
-            }
-            Provider::Openai => Tokens {
-                input: input.saturating_sub(cached),
+            Provider::Anthropic => Tokens {
+                input,
                 cache_read: cached,
-                cache_write: 0,
+                cache_write,
+                cache_write_hour: cache_write_hour.min(cache_write),
+                output,
+                reasoning,
+            },
+            Provider::Openai => Tokens {
+                input: input.saturating_sub(cached).saturating_sub(cache_write),
+                cache_read: cached,
+                cache_write,
+                cache_write_hour: 0,
                 output,
                 reasoning,
             },
@@ -167,6 +176,7 @@ impl Reader {
                 input: input.saturating_sub(cached).saturating_add(tool_input),
                 cache_read: cached,
                 cache_write: 0,
+                cache_write_hour: 0,
                 output: output.saturating_add(reasoning),
                 reasoning,
             },
@@ -192,7 +202,14 @@ impl Reader {
                 Provider::Openai,
                 ["input_tokens_details" | "prompt_tokens_details", "cached_tokens"],
             ) => self.raw.cached = number,
-            (Provider::Anthropic, ["cache_creation_input_tokens"]) => self.raw.cache_write = number,
+            (Provider::Anthropic, ["cache_creation_input_tokens"])
+            | (
+                Provider::Openai,
+                ["input_tokens_details" | "prompt_tokens_details", "cache_write_tokens"],
+            ) => self.raw.cache_write = number,
+            (Provider::Anthropic, ["cache_creation", "ephemeral_1h_input_tokens"]) => {
+                self.raw.cache_write_hour = number
+            }
             (
                 Provider::Openai,
                 ["output_tokens_details" | "completion_tokens_details", "reasoning_tokens"],
@@ -300,7 +317,7 @@ mod tests {
         let anthropic = stream(&[
             json!({ "type": "message_start", "message": { "model": "m", "content": [], "usage": {
                 "input_tokens": 100, "cache_read_input_tokens": 7, "cache_creation_input_tokens": 5, "output_tokens": 1,
-                "cache_creation": { "ephemeral_5m_input_tokens": 5 } } } }),
+                "cache_creation": { "ephemeral_5m_input_tokens": 2, "ephemeral_1h_input_tokens": 3 } } } }),
             json!({ "type": "content_block_delta", "index": 0, "delta": { "type": "text_delta", "text": trap } }),
             json!({ "type": "message_delta", "delta": { "stop_reason": "end_turn" }, "usage": { "output_tokens": 42 } }),
             json!({ "type": "message_stop" }),
@@ -309,8 +326,8 @@ mod tests {
             json!({ "type": "response.created", "response": { "model": "m", "usage": null } }),
             json!({ "type": "response.output_text.delta", "delta": trap }),
             json!({ "type": "response.completed", "response": { "model": "m", "output": [{ "content": [{ "text": trap }] }], "usage": {
-                "input_tokens": 112, "input_tokens_details": { "cached_tokens": 12 }, "output_tokens": 42,
-                "output_tokens_details": { "reasoning_tokens": 2 }, "total_tokens": 154 } } }),
+                "input_tokens": 116, "input_tokens_details": { "cached_tokens": 12, "cache_write_tokens": 4 }, "output_tokens": 42,
+                "output_tokens_details": { "reasoning_tokens": 2 }, "total_tokens": 158 } } }),
         ]);
         let chat = stream(&[
             json!({ "model": "m", "choices": [{ "delta": { "content": trap }, "finish_reason": null }], "usage": null }),
@@ -323,17 +340,22 @@ mod tests {
             json!({ "candidates": [{ "finishReason": "STOP" }], "modelVersion": "m", "usageMetadata": {
                 "promptTokenCount": 112, "cachedContentTokenCount": 12, "candidatesTokenCount": 40, "thoughtsTokenCount": 2 } }),
         ]);
-        let openai =
-            Tokens { input: 100, cache_read: 12, cache_write: 0, output: 42, reasoning: 2 };
+        let anthropic_tokens = Tokens {
+            input: 100,
+            cache_read: 7,
+            cache_write: 5,
+            cache_write_hour: 3,
+            output: 42,
+            reasoning: 0,
+        };
+        let uncached =
+            Tokens { input: 100, cache_read: 12, output: 42, reasoning: 2, ..Tokens::default() };
+        let written = Tokens { cache_write: 4, ..uncached };
         vec![
-            (
-                Provider::Anthropic,
-                anthropic,
-                Tokens { input: 100, cache_read: 7, cache_write: 5, output: 42, reasoning: 0 },
-            ),
-            (Provider::Openai, responses, openai),
-            (Provider::Openai, chat, openai),
-            (Provider::Google, google, openai),
+            (Provider::Anthropic, anthropic, anthropic_tokens),
+            (Provider::Openai, responses, written),
+            (Provider::Openai, chat, uncached),
+            (Provider::Google, google, uncached),
         ]
     }
 
@@ -379,7 +401,7 @@ mod tests {
                 let cut = at.index(stream.len());
                 let reported = read(provider, true, [&stream.as_bytes()[..cut]]);
                 if let Some(partial) = reported.tokens {
-                    prop_assert!(partial.output <= tokens.output && partial.input <= 112);
+                    prop_assert!(partial.output <= tokens.output && partial.input <= 116);
                 }
                 let last = stream.trim_end().rfind("data:").unwrap();
                 let marks_end_early = matches!(provider, Provider::Openai if stream.contains("[DONE]"));
