@@ -222,7 +222,8 @@ pub async fn policies(
 }
 
 /// Creates the row of a budget if there is none. A session's row includes what the session used
-/// before; others start at zero.
+/// before; others start at zero. What open requests reserved in other budgets is reserved in this
+/// one too: their ends take it from each.
 pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), Failure> {
     if scope == Scope::Session {
         // The row that everybody who writes of a session's requests takes first.
@@ -232,10 +233,22 @@ pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), F
             .await?;
     }
     sqlx::query(
-        "insert into model_limit (scope, scope_id, used_cost_micro_usd, used_tokens, used_requests, used_us)
-         select $1, $2, coalesce(sum(cost_micro_usd), 0), coalesce(sum(input_tokens + output_tokens), 0), coalesce(sum(requests), 0),
-                coalesce((select counted_us from model_meter where $1 = 'session' and session_id = $2), 0)
-         from turn_usage where $1 = 'session' and session_id = $2
+        "with underway as (
+             select count(*) as requests, coalesce(sum(held_cost_micro_usd), 0) as cost, coalesce(sum(held_tokens), 0) as tokens
+             from model_request
+             where status = 'open' and is_budgeted
+               and case $1 when 'session' then session_id = $2 when 'agent' then agent_id = $2 when 'user' then user_id = $2 else true end
+         ), used as (
+             select coalesce(sum(cost_micro_usd), 0) as cost, coalesce(sum(input_tokens + output_tokens), 0) as tokens,
+                    coalesce(sum(requests), 0) as requests
+             from turn_usage where $1 = 'session' and session_id = $2
+         )
+         insert into model_limit (scope, scope_id, used_cost_micro_usd, used_tokens, used_requests, used_us,
+                                  held_cost_micro_usd, held_tokens)
+         select $1, $2, used.cost, used.tokens, used.requests + underway.requests,
+                coalesce((select counted_us from model_meter where $1 = 'session' and session_id = $2), 0),
+                underway.cost, underway.tokens
+         from used, underway
          on conflict (scope, scope_id) do nothing",
     )
     .bind(scope.as_str())

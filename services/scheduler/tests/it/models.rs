@@ -524,14 +524,15 @@ async fn a_budget_counts_earlier_usage_and_raising_it_continues_with_a_new_warni
     let used = models.request(&session, 50);
     models.begin(&used).await;
     models.end(&used, 85).await;
-    // One that is under way while the budget is set is counted by it when it ends.
+    // One that is under way while the budget is set is counted by it as a request, and its tokens
+    // when it ends.
     let open = models.request(&session, 10);
     models.begin(&open).await;
     let of = world.owned("session", &session);
     let set = world.set_budget(of.clone(), Some(100)).await.unwrap();
     assert_eq!(
         (set.max.unwrap().tokens, set.used.unwrap().tokens, set.used.unwrap().requests),
-        (Some(100), Some(85), Some(1))
+        (Some(100), Some(85), Some(2))
     );
     let warned = models.request(&session, 5);
     assert!(matches!(models.begin(&warned).await, Admission::Admitted(_)));
@@ -622,6 +623,35 @@ async fn a_budget_of_time_does_not_count_what_sessions_ran_before_it_unless_it_i
     assert!(seconds("agent", &agent, 1800).await < 600);
     assert!((3600..4000).contains(&seconds("session", &asked, 20_000).await));
     assert!((7200..7800).contains(&seconds("session", &uncounted, 20_000).await));
+}
+
+#[tokio::test]
+async fn a_budget_that_is_set_under_way_reserves_what_open_requests_reserve_elsewhere() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (session, _) = world.asking(&world.agent().await).await;
+    world.limit("user", world.user.uuid(), "max_tokens", 100_000).await;
+    let first = models.request(&session, 400);
+    models.begin(&first).await;
+    let own = GetBudgetRequest {
+        scope: "session".to_owned(),
+        scope_id: session.clone(),
+        user_id: Some(world.user.to_string()),
+    };
+    let budget = world.set_budget(own.clone(), Some(1000)).await.unwrap();
+    assert_eq!(budget.reserved.unwrap().tokens, Some(400));
+    let second = models.request(&session, 400);
+    assert!(matches!(models.begin(&second).await, Admission::Admitted(_)));
+    models.end(&first, 300).await;
+    let budget = world.set_budget(own, Some(1000)).await.unwrap();
+    let (used, reserved) = (budget.used.unwrap(), budget.reserved.unwrap());
+    assert_eq!((used.tokens, used.requests), (Some(300), Some(2)));
+    assert_eq!(reserved.tokens, Some(400), "the second one is under way");
+    models.end(&second, 300).await;
+    for scope in ["session", "user"] {
+        let held = format!("select held_tokens from scheduler.model_limit where scope = '{scope}'");
+        assert_eq!(world.number(&held).await, 0, "{scope}");
+    }
 }
 
 #[tokio::test]
