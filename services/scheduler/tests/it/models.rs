@@ -654,6 +654,64 @@ async fn a_budget_that_is_set_under_way_reserves_what_open_requests_reserve_else
     }
 }
 
+/// Two schedulers, requests that begin and end in any order, and budgets that come and go.
+#[tokio::test]
+async fn no_reservation_is_left_and_no_request_is_counted_twice_whatever_is_set_meanwhile() {
+    const REQUESTS: u64 = 60;
+    let world = World::start().await;
+    world.run_scheduler(&Lifecycle::new()).await;
+    let models = Models::start(&world).await;
+    let agent = world.agent().await;
+    let sessions = [world.asking(&agent).await.0, world.asking(&agent).await.0];
+    let requests = join_all((0..REQUESTS).map(|number| {
+        let session = &sessions[number as usize % sessions.len()];
+        let request = models.request(session, 10 + number);
+        let models = &models;
+        async move {
+            tokio::time::sleep(Duration::from_millis(number * 20)).await;
+            if number % 5 == 0 {
+                // Both at once, and one of them again.
+                tokio::join!(models.begin(&request), models.end(&request, 1));
+            } else if let Admission::Refused(refused) = models.begin(&request).await {
+                panic!("{refused:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(number % 7 * 30)).await;
+            tokio::join!(models.end(&request, 1), models.end(&request, 1));
+        }
+    }));
+    let settings = async {
+        let user = GetBudgetRequest {
+            scope: "user".to_owned(),
+            scope_id: world.user.to_string(),
+            user_id: None,
+        };
+        let max = |max| BudgetChange {
+            tokens: Some(LimitChange { max: Some(max) }),
+            ..BudgetChange::default()
+        };
+        let operator = world.nats.connect(&access::OPERATOR).await.unwrap();
+        for turn in 0..12 {
+            let of = match turn % 3 {
+                0 => user.clone(),
+                1 => world.owned("agent", &agent),
+                _ => world.owned("session", &sessions[0]),
+            };
+            let set = SetBudgetRequest { of: Some(of.clone()), change: Some(max(1_000_000)) };
+            operator.call::<rpc::SetBudget>(&set, SOON).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            operator.call::<rpc::ClearBudget>(&of, SOON).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+    };
+    tokio::join!(requests, settings);
+    let open = "select count(*) from scheduler.model_request where status <> 'settled'";
+    assert_eq!(world.number(open).await, 0);
+    let held = "select sum(held_tokens + held_cost_micro_usd)::bigint from scheduler.model_limit";
+    assert_eq!(world.number(held).await, 0);
+    let counted = "select sum(input_tokens)::bigint from scheduler.turn_usage";
+    assert_eq!(world.number(counted).await, REQUESTS.cast_signed());
+}
+
 #[tokio::test]
 async fn users_change_budgets_of_their_own_sessions_and_agents_alone() {
     let (world, agent) = World::with_agent().await;
