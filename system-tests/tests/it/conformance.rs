@@ -161,7 +161,7 @@ async fn post(stack: &Stack, path: &str, body: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn a_custom_tools_result_reaches_the_agent_once_though_the_runner_is_killed() {
+async fn a_custom_tools_result_reaches_the_agent_once_though_gateway_and_runner_are_killed() {
     let stack = Stack::start(MODEL).await.unwrap();
     let environment = post(&stack, "/v1/environments", &json!({ "name": "custom" })).await;
     let schema = json!({ "type": "object", "properties": { "question": { "type": "string" } } });
@@ -184,6 +184,11 @@ async fn a_custom_tools_result_reaches_the_agent_once_though_the_runner_is_kille
         json!({ "type": "requires_action", "event_ids": [used["id"]] })
     );
 
+    Stack::signal(&stack.pids("gateway"), Signal::KILL);
+    testkit::eventually("another gateway lists the same", || async {
+        listed(&stack, &path).await == events
+    })
+    .await;
     // The result is there before the runner's successor is.
     Stack::signal(&stack.pids("sprite-runner"), Signal::KILL);
     let result = json!({ "type": "user.custom_tool_result", "custom_tool_use_id": used["id"], "content": text("forty-two") });
