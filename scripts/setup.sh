@@ -71,6 +71,12 @@ if ! { have nats-server && new_enough nats-server; } && ! { [ -x "$tools/bin/nat
     new_enough "$tools/bin/nats-server" || { say "the nats-server that was installed does not run"; exit 1; }
 fi
 
+# --- an S3 server, for the tests of files in a bucket -------------------------------------------------
+if ! have s3s-fs && [ ! -x "$tools/bin/s3s-fs" ]; then
+    say "installing s3s-fs $S3S_FS_VERSION"
+    cargo install --quiet --locked --debug --root "$tools" s3s-fs --version "$S3S_FS_VERSION" --features binary
+fi
+
 # --- the root file system of Sprites; making one takes root ---------------------------------------------
 if [ "$(id -u)" = 0 ]; then
     scripts/rootfs.sh "$tools/rootfs"

@@ -9,17 +9,24 @@ pub mod containers;
 pub mod nats;
 pub mod postgres;
 mod process;
+pub mod s3;
 pub mod services;
 pub mod tls;
 
 pub use nats::Nats;
 pub use postgres::Database;
 pub use process::{free_port, spawn_tied};
+pub use s3::S3;
 
 use std::{future::Future, path::PathBuf, time::Duration};
 
 /// The root file system of Sprites that the set-up makes.
 pub fn rootfs() -> PathBuf {
+    tools().join("rootfs")
+}
+
+/// Where the set-up installs what is not of the distribution.
+fn tools() -> PathBuf {
     let of = |name: &str, below: &str| {
         std::env::var_os(name)
             .filter(|value| !value.is_empty())
@@ -28,7 +35,14 @@ pub fn rootfs() -> PathBuf {
     let tools = of("AOD_TOOLS_DIR", "")
         .or_else(|| of("XDG_DATA_HOME", "aod/tools"))
         .or_else(|| of("HOME", ".local/share/aod/tools"));
-    tools.unwrap_or_else(|| "/var/lib/aod/tools".into()).join("rootfs")
+    tools.unwrap_or_else(|| "/var/lib/aod/tools".into())
+}
+
+/// Where a program may be: the set-up's first, then those on PATH.
+fn programs(name: &str) -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::iter::once(tools().join("bin")).chain(std::env::split_paths(&path));
+    folders.map(|folder| folder.join(name)).collect()
 }
 
 /// Waits until a condition holds, for 20 s at most. Tests wait on states, never on time.

@@ -214,21 +214,10 @@ fn password(user: &str) -> String {
 
 /// The one that was asked for, the set-up script's, or the one on PATH; new enough, or none.
 fn find_program() -> Option<PathBuf> {
-    let var =
-        |wanted: &str| std::env::vars().find(|(name, _)| name == wanted).map(|(_, value)| value);
-    if let Some(path) = var("NATS_SERVER_BIN") {
+    if let Some(path) = std::env::var_os("NATS_SERVER_BIN") {
         return Some(path.into());
     }
-    let data = var("XDG_DATA_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(var("HOME")?).join(".local/share")));
-    let tools =
-        var("AOD_TOOLS_DIR").map(PathBuf::from).or_else(|| Some(data?.join("aod/tools")))?;
-    let path = var("PATH").unwrap_or_default();
-    let candidates = [tools.join("bin")]
-        .into_iter()
-        .chain(path.split(':').map(PathBuf::from))
-        .map(|dir| dir.join("nats-server"));
+    let candidates = crate::programs("nats-server");
     candidates.into_iter().find(|program| new_enough(program).unwrap_or(false))
 }
 
