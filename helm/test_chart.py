@@ -246,6 +246,37 @@ def test_files_are_on_one_volume_of_the_services_that_use_it():
     assert mounted(REAL) == {} and "AOD_FILES_URL" not in settings(find(render(REAL), "Deployment", "gateway")["spec"]["template"])
 
 
+def test_files_are_in_a_bucket_that_the_services_reach_with_its_key():
+    s3 = {"bucket": "aod-files", "prefix": "prod", "endpoint": "https://s3.example.com:9000", "pathStyle": False, "existingSecret": "bucket"}
+    documents = render({**REAL, "files": {"enabled": True, "s3": s3}})
+    users = set()
+    for name, pod in pods(documents):
+        env = settings(pod)
+        if "AOD_FILES_URL" not in env:
+            assert not [v for v in pod["spec"].get("volumes", []) if v["name"] == "secrets-files"]
+            continue
+        service = name.removeprefix("aod-agent-on-demand-")
+        users.add(service)
+        assert env["AOD_FILES_URL"] == "s3://aod-files/prod" and env["AOD_FILES_S3_PATH_STYLE"] == "false"
+        assert (env["AOD_FILES_S3_ENDPOINT"], env["AOD_FILES_S3_REGION"]) == ("https://s3.example.com:9000", "us-east-1")
+        [volume] = [v for v in pod["spec"]["volumes"] if v["name"] == "secrets-files"]
+        [mount] = [m for m in pod["spec"]["containers"][0]["volumeMounts"] if m["name"] == "secrets-files"]
+        assert volume["secret"]["secretName"] == "bucket"
+        for key in ["AOD_FILES_S3_ACCESS_KEY_ID", "AOD_FILES_S3_SECRET_ACCESS_KEY"]:
+            assert env[f"{key}_FILE"] == f"{mount['mountPath']}/{key}"
+            assert {"key": key, "path": key} in volume["secret"]["items"]
+        policy = find(documents, "NetworkPolicy", service)
+        assert 9000 in [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
+    assert users == {"gateway", "scheduler", "sprite-runner"}
+    assert not [d for d in documents if d["kind"] == "PersistentVolumeClaim"]
+    for endpoint, port in [("", 443), ("http://minio", 80)]:
+        documents = render({**REAL, "files": {"enabled": True, "s3": {**s3, "endpoint": endpoint}}})
+        egress = find(documents, "NetworkPolicy", "scheduler")["spec"]["egress"]
+        assert port in [port["port"] for rule in egress for port in rule["ports"]]
+    with pytest.raises(helm_python.HelmError, match="files.s3.existingSecret"):
+        render({**REAL, "files": {"enabled": True, "s3": {"bucket": "aod-files"}}})
+
+
 def test_the_database_is_made_before_the_services_need_it():
     job = find(render(REAL), "Job", "database")
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"

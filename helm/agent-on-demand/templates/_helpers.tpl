@@ -51,6 +51,21 @@ model-gateway: { secrets: [NATS_PASSWORD] }
 {{- if and .root.Values.files.enabled (has .name (list "gateway" "scheduler" "sprite-runner")) }}true{{ end -}}
 {{- end }}
 
+{{/* Not empty for components that mount the volume of files. */}}
+{{- define "aod.hasFilesVolume" -}}
+{{- if and (include "aod.hasFiles" .) (not .root.Values.files.s3.bucket) }}true{{ end -}}
+{{- end }}
+
+{{/* Not empty for components that use a bucket. */}}
+{{- define "aod.hasBucket" -}}
+{{- if and (include "aod.hasFiles" .) .root.Values.files.s3.bucket }}true{{ end -}}
+{{- end }}
+
+{{- define "aod.bucketPort" -}}
+{{- $url := .Values.files.s3.endpoint | default "https://aws" | urlParse -}}
+{{ $url.host | splitList ":" | rest | last | default (eq $url.scheme "http" | ternary "80" "443") }}
+{{- end }}
+
 {{- define "aod.filesPath" -}}
 /var/lib/aod/files
 {{- end }}
@@ -88,7 +103,15 @@ capabilities: { drop: [ALL] }
 {{- if .root.Values.nats.caSecret }}{{ $_ := set $settings "NATS_CA_FILE" "/nats-ca/ca.crt" }}{{ end -}}
 {{- if .root.Values.traces.endpoint }}{{ $_ := set $settings "OTEL_EXPORTER_OTLP_ENDPOINT" .root.Values.traces.endpoint }}{{ end -}}
 {{- if and (has .name (list "gateway" "credential-vault")) (not .root.Values.trial.enabled) }}{{ $_ := set $settings "AOD_ENV" "production" }}{{ end -}}
-{{- if include "aod.hasFiles" . }}{{ $_ := set $settings "AOD_FILES_URL" (printf "file://%s" (include "aod.filesPath" .root)) }}{{ end -}}
+{{- if include "aod.hasFilesVolume" . }}{{ $_ := set $settings "AOD_FILES_URL" (printf "file://%s" (include "aod.filesPath" .root)) }}{{ end -}}
+{{- if include "aod.hasBucket" . }}
+{{- with .root.Values.files.s3 }}
+{{- $_ := set $settings "AOD_FILES_URL" (printf "s3://%s/%s" .bucket .prefix | trimSuffix "/") }}
+{{- $_ := set $settings "AOD_FILES_S3_REGION" .region }}
+{{- $_ := set $settings "AOD_FILES_S3_PATH_STYLE" (toString .pathStyle) }}
+{{- if .endpoint }}{{ $_ := set $settings "AOD_FILES_S3_ENDPOINT" .endpoint }}{{ end }}
+{{- end }}
+{{- end }}
 {{- if eq .name "gateway" }}
 {{- /* Until every proxy has heard that this pod goes. */}}
 {{- $_ := set $settings "AOD_DRAIN_SECONDS" "10" }}

@@ -1,23 +1,31 @@
 //! The bytes of files by object id. The scheduler stores their metadata (docs/adr/0120-files.md).
 //!
-//! An object is written whole or not at all, and never changed. Services that share one store share
+//! The store is a directory or a bucket. An object is written whole or not at all, and never changed. Services that share one store share
 //! nothing else of it.
+
+mod s3;
 
 use std::{path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use object_store::{
-    ObjectStore, ObjectStoreExt as _, WriteMultipart, local::LocalFileSystem, path::Path,
+    ObjectStore, ObjectStoreExt as _, buffered::BufWriter, local::LocalFileSystem, path::Path,
+    prefix::PrefixStore,
 };
 use settings::Env;
 use sha2::{Digest as _, Sha256};
+use tokio::io::AsyncWriteExt as _;
 use url::Url;
 use uuid::Uuid;
+
+pub use self::s3::S3Settings;
 
 /// How much of an object is in memory while it is written: two parts.
 const PART_BYTES: usize = 5 << 20;
 const PARTS_AT_A_TIME: usize = 1;
+/// How long the first request to a bucket may take, with its retries.
+const CHECK_MAX: Duration = Duration::from_secs(30);
 /// Parts of an object whose writer died are removed after this time.
 const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -25,8 +33,15 @@ const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Clone, Debug)]
 pub struct Files {
     store: Arc<dyn ObjectStore>,
-    /// Where the store is a directory.
-    directory: Option<PathBuf>,
+    place: Place,
+}
+
+/// Where a store is.
+#[derive(Clone, Debug)]
+enum Place {
+    Directory(PathBuf),
+    /// A bucket, and how it was reached.
+    Bucket(String),
 }
 
 /// What was written.
@@ -45,13 +60,13 @@ pub enum NotWritten<E> {
     #[error("its source failed")]
     Source(E),
     #[error("the store failed: {0}")]
-    Store(#[from] object_store::Error),
+    Store(#[from] std::io::Error),
 }
 
 /// Why a store cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Unusable {
-    #[error("must be a URL like file:///var/lib/aod/files")]
+    #[error("must be a URL like file:///var/lib/aod/files or s3://BUCKET/PREFIX")]
     NotAUrl,
     #[error("{0}")]
     Store(#[from] object_store::Error),
@@ -59,12 +74,33 @@ pub enum Unusable {
     Directory(#[from] std::io::Error),
 }
 
+/// Why a bucket cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "AOD_FILES_URL: cannot list {bucket}: {why}; check the AOD_FILES_S3_ settings, and that the \
+     bucket exists and its access key may list, read, write and delete in it"
+)]
+pub struct Unreachable {
+    bucket: String,
+    why: String,
+}
+
 impl Files {
     /// Reads `AOD_FILES_URL`. None: the deployment has no files.
     pub fn from_env(env: &mut Env) -> Option<Self> {
-        let meaning = "where files are stored: file:///DIRECTORY, shared by gateways, schedulers and runners; empty: no files";
-        let url = env.optional("AOD_FILES_URL", meaning)?;
-        match Self::open(&url) {
+        let url = env.optional(
+            "AOD_FILES_URL",
+            "where files are stored, shared by gateways, schedulers and runners: file:///DIRECTORY or s3://BUCKET[/PREFIX]; empty: no files",
+        );
+        let is_bucket = url.as_ref().is_some_and(|url| url.starts_with("s3:"));
+        let s3 = S3Settings::from_env(env, is_bucket);
+        let opened = match (url?, s3) {
+            (url, Some(s3)) => Self::open_bucket(&url, &s3),
+            // What is missing was said.
+            (_, None) if is_bucket => return None,
+            (url, None) => Self::open(&url),
+        };
+        match opened {
             Ok(files) => Some(files),
             Err(error) => {
                 env.refuse(format!("AOD_FILES_URL: {error}"));
@@ -73,7 +109,7 @@ impl Files {
         }
     }
 
-    /// Opens a store; a directory that is not there is created.
+    /// Opens a directory; one that is not there is created.
     ///
     /// # Errors
     /// [`Unusable`].
@@ -82,7 +118,45 @@ impl Files {
         let path = url.to_file_path().map_err(|()| Unusable::NotAUrl)?;
         std::fs::create_dir_all(&path)?;
         let store = LocalFileSystem::new_with_prefix(&path)?.with_fsync(true);
-        Ok(Self { store: Arc::new(store), directory: Some(path) })
+        Ok(Self { store: Arc::new(store), place: Place::Directory(path) })
+    }
+
+    /// Opens `s3://BUCKET/PREFIX`, without a request to it.
+    ///
+    /// # Errors
+    /// [`Unusable`].
+    pub fn open_bucket(url: &str, s3: &S3Settings) -> Result<Self, Unusable> {
+        let url = Url::parse(url).map_err(|_| Unusable::NotAUrl)?;
+        let is_plain = url.scheme() == "s3"
+            && url.username().is_empty()
+            && url.port().is_none()
+            && url.query().is_none()
+            && url.fragment().is_none();
+        let bucket = url.host_str().filter(|name| is_plain && is_bucket_name(name));
+        let bucket = bucket.ok_or(Unusable::NotAUrl)?;
+        let prefix = Path::from_url_path(url.path()).map_err(|_| Unusable::NotAUrl)?;
+        let store = PrefixStore::new(s3.open(bucket)?, prefix);
+        let place = match &s3.endpoint {
+            Some(endpoint) => format!("{url} at {endpoint}"),
+            None => format!("{url} at AWS in {}", s3.region),
+        };
+        Ok(Self { store: Arc::new(store), place: Place::Bucket(place) })
+    }
+
+    /// Asks a bucket for its first object: before a service depends on it.
+    ///
+    /// # Errors
+    /// When the bucket cannot be reached, does not exist, or may not be listed.
+    pub async fn check(&self) -> Result<(), Unreachable> {
+        let Place::Bucket(bucket) = &self.place else { return Ok(()) };
+        let first = Path::from(FOLDER);
+        let mut objects = self.store.list(Some(&first));
+        let why = match tokio::time::timeout(CHECK_MAX, objects.next()).await {
+            Ok(None | Some(Ok(_))) => return Ok(()),
+            Ok(Some(Err(error))) => error.to_string(),
+            Err(_) => format!("no answer in {} s", CHECK_MAX.as_secs()),
+        };
+        Err(Unreachable { bucket: bucket.clone(), why })
     }
 
     /// Writes an object from its chunks, at most `bytes_max` of them. Nothing is left of one that
@@ -96,11 +170,11 @@ impl Files {
         bytes_max: u64,
         chunks: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Written, NotWritten<E>> {
-        let upload = self.store.put_multipart(&path(object)).await?;
-        let mut writer = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
+        let mut writer = BufWriter::with_capacity(self.store.clone(), path(object), PART_BYTES)
+            .with_max_concurrency(PARTS_AT_A_TIME);
         match fill(&mut writer, bytes_max, chunks).await {
             Ok(written) => {
-                writer.finish().await?;
+                writer.shutdown().await.map_err(NotWritten::Store)?;
                 Ok(written)
             }
             Err(error) => {
@@ -155,12 +229,13 @@ impl Files {
         old.try_chunks(chunk).map_err(|error| error.1).boxed()
     }
 
-    /// Removes parts of objects whose writers died. Other stores than directories do it themselves.
+    /// Removes parts of objects whose writers died. A bucket does it itself, by a rule for
+    /// multipart uploads (docs/deploy.md).
     ///
     /// # Errors
     /// When the directory cannot be read.
     pub async fn remove_abandoned(&self) -> std::io::Result<u64> {
-        let Some(directory) = self.directory.clone() else { return Ok(0) };
+        let Place::Directory(directory) = self.place.clone() else { return Ok(0) };
         // A walk over files: it would hold up others.
         let removed = tokio::task::spawn_blocking(move || {
             remove_abandoned(&directory.join(FOLDER), ABANDONED_AFTER)
@@ -171,6 +246,12 @@ impl Files {
 
 const FOLDER: &str = "objects";
 
+/// As all stores have them; the dots of some names do not matter here.
+fn is_bucket_name(name: &str) -> bool {
+    let is_allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._".contains(c);
+    (3..=63).contains(&name.len()) && name.chars().all(is_allowed)
+}
+
 /// In folders by the id's last digits: its first are a time.
 fn path(object: Uuid) -> Path {
     let name = object.simple().to_string();
@@ -179,7 +260,7 @@ fn path(object: Uuid) -> Path {
 }
 
 async fn fill<E>(
-    writer: &mut WriteMultipart,
+    writer: &mut BufWriter,
     bytes_max: u64,
     chunks: impl Stream<Item = Result<Bytes, E>>,
 ) -> Result<Written, NotWritten<E>> {
@@ -191,8 +272,7 @@ async fn fill<E>(
             return Err(NotWritten::TooLarge(bytes_max));
         }
         digest.update(&chunk);
-        writer.wait_for_capacity(PARTS_AT_A_TIME).await?;
-        writer.put(chunk);
+        writer.put(chunk).await.map_err(std::io::Error::from)?;
     }
     Ok(Written { bytes, sha256: digest.finalize().to_vec() })
 }

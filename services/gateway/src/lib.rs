@@ -216,6 +216,7 @@ impl App {
 /// When the bus cannot be reached or the address cannot be bound.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     crate::metrics::describe();
+    config.files.check().await?;
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());

@@ -243,6 +243,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     crate::metrics::describe();
     let pool = store::open(&config.store, "scheduler", MIGRATIONS).await?;
     lifecycle.spawn("pool", store::observe(pool.clone(), lifecycle.stop_token()));
+    if let Some(files) = &config.files.store {
+        files.check().await?;
+    }
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());

@@ -187,6 +187,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let name = config.bus.name.clone();
     let program = host::Program::load(config.agent_host.as_deref())
         .map_err(|error| anyhow::anyhow!("the agent host: {error}"))?;
+    if let Some(files) = &config.files {
+        files.check().await?;
+    }
     let bus = Bus::connect(&config.bus).await.context("bus")?;
     let connection = bus.clone();
     lifecycle.add_check("bus", move || connection.is_connected());

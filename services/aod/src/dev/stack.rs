@@ -585,15 +585,20 @@ impl Stack {
                 vec![database("vault"), ("FIELD_ENCRYPTION_KEY", secrets.encryption_key.clone())];
             add(name, "credential-vault", [nats("vault"), vault].concat())?;
         }
-        let files = ("AOD_FILES_URL", format!("file://{}", self.data.join("files").display()));
+        let files = (!settings.has("AOD_FILES_URL"))
+            .then(|| ("AOD_FILES_URL", format!("file://{}", self.data.join("files").display())));
         for name in self.replicas_of("scheduler") {
             let copies = ("AOD_STREAM_REPLICAS", self.nats.len().min(3).to_string());
             let deployment = ("AOD_DEPLOYMENT_ID", secrets.deployment_id.clone());
             add(
                 name,
                 "scheduler",
-                [nats("scheduler"), vec![database("scheduler"), deployment, copies, files.clone()]]
-                    .concat(),
+                [
+                    nats("scheduler"),
+                    vec![database("scheduler"), deployment, copies],
+                    files.clone().into_iter().collect(),
+                ]
+                .concat(),
             )?;
         }
         let models = [
@@ -618,7 +623,7 @@ impl Stack {
         }
         for number in 1..=self.runners {
             let mut runner = nats("runner");
-            runner.push(files.clone());
+            runner.extend(files.clone());
             let sprites =
                 self.other_sprites.clone().unwrap_or_else(|| format!("http://{}", self.sprites));
             runner.push(("SPRITES_BASE_URL", sprites));
@@ -637,9 +642,9 @@ impl Stack {
             let gateway = vec![
                 ("AOD_LISTEN_ADDR", addr.to_string()),
                 ("ENABLE_SHELL_RUNTIME", "true".to_owned()),
-                files.clone(),
             ];
-            add(name, "gateway", [nats("gateway"), gateway].concat())?;
+            let files = files.clone().into_iter().collect();
+            add(name, "gateway", [nats("gateway"), gateway, files].concat())?;
         }
         Ok(specs)
     }

@@ -94,6 +94,17 @@ impl FileStore {
         }
     }
 
+    /// Finds out whether files can be stored, where that is enabled.
+    ///
+    /// # Errors
+    /// When the store cannot be reached.
+    pub async fn check(&self) -> Result<(), files::Unreachable> {
+        match &self.store {
+            Some(store) => store.check().await,
+            None => Ok(()),
+        }
+    }
+
     /// Waits until one more upload may begin. A user's share is taken first: who waits for it keeps
     /// no one else from theirs.
     async fn slot(&self, user_id: &str) -> Option<[OwnedSemaphorePermit; 2]> {
