@@ -233,11 +233,16 @@ pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), F
             .await?;
     }
     sqlx::query(
-        "with underway as (
-             select count(*) as requests, coalesce(sum(held_cost_micro_usd), 0) as cost, coalesce(sum(held_tokens), 0) as tokens
+        "with open as (
+             select held_cost_micro_usd, held_tokens
              from model_request
              where status = 'open' and is_budgeted
                and case $1 when 'session' then session_id = $2 when 'agent' then agent_id = $2 when 'user' then user_id = $2 else true end
+             -- One that ends meanwhile does not know of this row yet, or waits for it.
+             for share
+         ), underway as (
+             select count(*) as requests, coalesce(sum(held_cost_micro_usd), 0) as cost, coalesce(sum(held_tokens), 0) as tokens
+             from open
          ), used as (
              select coalesce(sum(cost_micro_usd), 0) as cost, coalesce(sum(input_tokens + output_tokens), 0) as tokens,
                     coalesce(sum(requests), 0) as requests
