@@ -165,6 +165,8 @@ pub const MODEL_GATEWAY: Access = Access {
     user: "model_gateway",
     publish: &[
         "aod.rpc.vault.v1.model_token.redeem",
+        "aod.rpc.vault.v1.oauth.*",
+        "aod.rpc.vault.v1.sealing.key",
         "aod.rpc.scheduler.v1.model_request.*",
         "aod.rpc.auth.v1.user.check",
     ],

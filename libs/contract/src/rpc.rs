@@ -118,6 +118,11 @@ rpcs! {
     /// Returns the credentials for models of a session's token, encrypted to a one-time key. For
     /// the model gateway.
     RedeemModelToken: vault::RedeemModelTokenRequest => vault::RedeemModelTokenReply, "aod.rpc.vault.v1.model_token.redeem", retry_safe: true;
+    /// Grants the right to refresh an access token of OAuth, to one caller at a time. For the model
+    /// gateway.
+    ClaimRefresh: vault::ClaimRefreshRequest => vault::ClaimRefreshReply, "aod.rpc.vault.v1.oauth.claim", retry_safe: true;
+    /// Stores the tokens that a refresh brought, or that it was refused.
+    FinishRefresh: vault::FinishRefreshRequest => common::Empty, "aod.rpc.vault.v1.oauth.finish", retry_safe: true;
     /// Revokes the tokens for the model gateway of sessions that ended.
     RevokeModelTokens: vault::RevokeModelTokensRequest => common::Empty, "aod.rpc.vault.v1.model_token.revoke", retry_safe: true;
     /// Re-wraps one batch of secrets with the newest key-encryption key. For operators.

@@ -22,6 +22,8 @@ pub enum AuthKind {
     EnvironmentVariable,
     /// The `Authorization` of an MCP server.
     StaticBearer,
+    /// The same, with an access token of OAuth that expires and may be refreshed.
+    McpOauth,
 }
 
 impl AuthKind {
@@ -30,7 +32,14 @@ impl AuthKind {
         match self {
             Self::EnvironmentVariable => "environment_variable",
             Self::StaticBearer => "static_bearer",
+            Self::McpOauth => "mcp_oauth",
         }
+    }
+
+    /// Whether its value is the bearer token of an MCP server.
+    #[must_use]
+    pub const fn is_bearer(self) -> bool {
+        matches!(self, Self::StaticBearer | Self::McpOauth)
     }
 }
 
@@ -41,6 +50,55 @@ pub struct CredentialDocument {
     /// A variable's name, or a server's URL as [`normal_url`] has it.
     pub key: String,
     pub value: String,
+    /// Of [`AuthKind::McpOauth`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oauth: Option<OAuth>,
+}
+
+/// What is known of an access token.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OAuth {
+    /// Unix time in seconds; none: it is used until its server refuses it.
+    #[serde(default)]
+    pub expires_at: Option<i64>,
+    #[serde(default)]
+    pub refresh: Option<Refresh>,
+}
+
+/// How another access token is obtained (RFC 6749, section 6).
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refresh {
+    pub client_id: String,
+    pub refresh_token: String,
+    pub token_endpoint: String,
+    pub token_endpoint_auth: ClientAuth,
+    #[serde(default)]
+    pub resource: Option<String>,
+    #[serde(default)]
+    pub scope: Option<String>,
+}
+
+/// How the client authenticates at the token endpoint.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientAuth {
+    pub r#type: ClientAuthKind,
+    #[serde(default)]
+    pub client_secret: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClientAuthKind {
+    None,
+    ClientSecretBasic,
+    ClientSecretPost,
+}
+
+impl Drop for Refresh {
+    fn drop(&mut self) {
+        self.refresh_token.zeroize();
+        self.token_endpoint_auth.client_secret.zeroize();
+    }
 }
 
 impl fmt::Debug for CredentialDocument {
@@ -132,6 +190,7 @@ mod tests {
             kind: AuthKind::StaticBearer,
             key: "k".to_owned(),
             value: "SENTINEL".to_owned(),
+            oauth: None,
         };
         assert!(!format!("{document:?}").contains("SENTINEL"));
         let text = serde_json::to_string(&document).unwrap();

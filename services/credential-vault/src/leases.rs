@@ -139,6 +139,8 @@ pub async fn redeem(
     // The claimant learns which routes there are, and nothing that is sent on them.
     bundle.routes = routes::divide(routes.routes, &mut bundle.secrets);
     bundle.routes.retain(|route| !route.headers.is_empty());
+    bundle.routes.iter_mut().for_each(|route| route.refreshable = None);
+    routes::without_refresh(&mut bundle.secrets);
     for header in bundle.routes.iter_mut().flat_map(|route| std::mem::take(&mut route.headers)) {
         drop(Zeroizing::new(header.value));
     }
@@ -197,7 +199,11 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
     let mut secrets = Vec::with_capacity(rows.len());
     for row in rows {
         let kind = row.kind.clone();
-        secrets.push(BundledSecret { kind, value: row.open(&vault.keys)?.to_vec() });
+        secrets.push(BundledSecret {
+            kind,
+            value: row.open(&vault.keys)?.to_vec(),
+            ..BundledSecret::default()
+        });
     }
     let sprites = CredentialKind::Sprites.as_str();
     let wanted = lease.credential_kinds.iter().any(|kind| kind == sprites)
@@ -206,6 +212,7 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
         secrets.push(BundledSecret {
             kind: sprites.to_owned(),
             value: shared.expose_secret().as_bytes().to_vec(),
+            ..BundledSecret::default()
         });
     }
     let proxied_kinds = sqlx::query_scalar(

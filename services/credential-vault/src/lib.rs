@@ -2,7 +2,7 @@
 //! key-encryption keys.
 //!
 //! [`keyring`] holds the key-encryption keys, [`envelope`] is how a secret lies in the table;
-//! [`secrets`], [`leases`], [`model_tokens`], [`keys`] and [`audit`] are what others may ask for.
+//! [`secrets`], [`leases`], [`model_tokens`], [`oauth`], [`keys`] and [`audit`] are what others may ask for.
 
 mod audit;
 mod envelope;
@@ -11,6 +11,7 @@ mod keys;
 mod leases;
 pub mod metrics;
 mod model_tokens;
+mod oauth;
 mod routes;
 mod secrets;
 
@@ -80,6 +81,7 @@ const MIGRATIONS: &[store::Step] = &[
         include_str!("../../../migrations/vault/0060_model_tokens.sql"),
     ),
     (160, "routes of the model gateway", include_str!("../../../migrations/vault/0160_routes.sql")),
+    (210, "refreshes of oauth", include_str!("../../../migrations/vault/0210_oauth_refreshes.sql")),
 ];
 
 /// The state of the handlers.
@@ -128,6 +130,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::RevokeLeases, _, _>(leases::revoke).await?;
     responder.serve::<rpc::RedeemModelToken, _, _>(model_tokens::redeem).await?;
     responder.serve::<rpc::RevokeModelTokens, _, _>(model_tokens::revoke).await?;
+    responder.serve::<rpc::ClaimRefresh, _, _>(oauth::claim).await?;
+    responder.serve::<rpc::FinishRefresh, _, _>(oauth::finish).await?;
     responder.serve::<rpc::RotateKeys, _, _>(keys::rotate).await?;
     responder.serve::<rpc::KeyStatus, _, _>(keys::status).await?;
     responder.serve::<rpc::SealingKey, _, _>(keys::sealing_key).await?;

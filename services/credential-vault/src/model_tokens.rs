@@ -148,8 +148,9 @@ pub async fn redeem(
     .await?;
     let mut bundle = Bundle::default();
     for row in rows {
-        let kind = row.kind.clone();
-        bundle.secrets.push(BundledSecret { kind, value: row.open(&vault.keys)?.to_vec() });
+        let (kind, secret_id) = (row.kind.clone(), row.secret_id.to_string());
+        let value = row.open(&vault.keys)?.to_vec();
+        bundle.secrets.push(BundledSecret { kind, value, secret_id });
     }
     let routes =
         Routes::decode(token.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;

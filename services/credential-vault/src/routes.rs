@@ -2,11 +2,12 @@
 //! session's sandbox gets. No I/O.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use contract::vault::{BundledSecret, Route, RouteHeader, RouteKind};
+use contract::vault::{BundledSecret, Refreshable, Route, RouteHeader, RouteKind};
 use serde_json::{Map, Value};
+use sha2::{Digest as _, Sha256};
 use types::{
     route::holds_variable,
-    vault::{self, AuthKind, CredentialDocument},
+    vault::{self, CredentialDocument},
 };
 use zeroize::{Zeroize as _, Zeroizing};
 
@@ -71,19 +72,40 @@ fn is_bearer_of(secret: &mut BundledSecret, routes: &mut [Route]) -> bool {
     };
     let is_for = |route: &&mut Route| {
         let (is_mcp, url) = (route.kind() == RouteKind::Mcp, vault::normal_url(&route.url));
-        is_mcp
-            && credential.kind == AuthKind::StaticBearer
-            && url.is_some_and(|url| url == credential.key)
+        is_mcp && credential.kind.is_bearer() && url.is_some_and(|url| url == credential.key)
     };
     let mut is_taken = false;
     for route in routes.iter_mut().filter(is_for) {
         authorize(route, format!("Bearer {}", credential.value));
+        route.refreshable = refreshable(&credential, &secret.secret_id);
         is_taken = true;
     }
     if is_taken {
         secret.value.zeroize();
     }
     is_taken
+}
+
+fn refreshable(credential: &CredentialDocument, secret_id: &str) -> Option<Refreshable> {
+    let oauth = credential.oauth.as_ref().filter(|oauth| oauth.refresh.is_some())?;
+    Some(Refreshable {
+        secret_id: secret_id.to_owned(),
+        token_hash: Sha256::digest(&credential.value).to_vec(),
+        expires_at: oauth.expires_at,
+    })
+}
+
+/// Takes out of what a sandbox gets what only a refresh needs.
+pub fn without_refresh(secrets: &mut [BundledSecret]) {
+    for secret in secrets.iter_mut().filter(|secret| secret.kind == vault::DOCUMENT_KIND) {
+        let Ok(mut credential) = serde_json::from_slice::<CredentialDocument>(&secret.value) else {
+            continue;
+        };
+        if credential.oauth.take().is_some() {
+            secret.value.zeroize();
+            secret.value = serde_json::to_vec(&credential).unwrap_or_default();
+        }
+    }
 }
 
 fn authorize(route: &mut Route, value: String) {
@@ -98,7 +120,8 @@ mod tests {
     use super::*;
 
     fn secret(kind: &str, value: &Value) -> BundledSecret {
-        BundledSecret { kind: kind.to_owned(), value: value.to_string().into_bytes() }
+        let value = value.to_string().into_bytes();
+        BundledSecret { kind: kind.to_owned(), value, ..BundledSecret::default() }
     }
 
     fn route(kind: RouteKind, name: &str, url: &str) -> Route {

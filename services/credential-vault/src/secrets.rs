@@ -257,7 +257,7 @@ pub async fn put_secret(
 
 /// Merges a change into a stored document. Its id stays, so leases that refer to it get the new
 /// values.
-async fn merge_into(
+pub async fn merge_into(
     vault: &Vault,
     tx: &mut PgConnection,
     binding: &Binding<'_>,
@@ -335,7 +335,7 @@ pub async fn delete_secrets(vault: Vault, request: DeleteSecretsRequest) -> Resu
 }
 
 /// A value as it was before it was sealed to this vault.
-fn unseal(
+pub fn unseal(
     vault: &Vault,
     clear: Vec<u8>,
     sealed: Option<SealedValue>,

@@ -20,6 +20,7 @@ mod git;
 mod ledger;
 mod mcp;
 pub mod metrics;
+mod oauth;
 mod prices;
 mod proxy;
 mod refusal;
@@ -36,7 +37,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use axum::{Router, routing::any};
-use bus::Bus;
+use bus::{Bus, vault::AcceptedKeys};
 use contract::access;
 use reqwest::Url;
 use service::{Env, Lifecycle};
@@ -48,6 +49,7 @@ use crate::{
     body::Memory,
     egress::Egress,
     ledger::Ledger,
+    oauth::Refresher,
     prices::Prices,
     proxy::Proxy,
     routed::Routed,
@@ -70,6 +72,7 @@ const IDLE_CONNECTION_MAX: Duration = Duration::from_secs(90);
 #[derive(Debug)]
 pub struct Config {
     pub bus: bus::Config,
+    pub vault_keys: AcceptedKeys,
     pub addr: SocketAddr,
     pub upstreams: Upstreams,
     pub connections: usize,
@@ -151,6 +154,7 @@ impl Config {
         });
         Self {
             bus: bus::Config::from_env(env, &access::MODEL_GATEWAY),
+            vault_keys: AcceptedKeys::from_env(env),
             addr: env.parsed("AOD_MODEL_GATEWAY_ADDR", "listen address for sandboxes", ([127, 0, 0, 1], 8780).into()),
             // The providers' own addresses are URLs.
             upstreams: upstreams.unwrap_or_else(|_: Provider| unreachable!("the providers' own addresses are URLs")),
@@ -241,18 +245,24 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let ledger =
         Ledger::new(bus.clone(), Prices::load(config.prices.as_deref())?, lifecycle.tracker());
     lifecycle.spawn("lease", ledger.clone().renew(lifecycle.stop_token()));
+    let refresher_bus = bus.clone();
     let tokens = Tokens::new(bus, name, Shares::new(share));
     let memory = Memory::new(config.bodies_bytes_max, config.body_bytes_max);
     let egress = Egress::new(config.private_hosts);
+    // A proxy would resolve names itself, to private addresses too.
+    let mcp =
+        client().read_timeout(config.silence).dns_resolver(egress.clone()).no_proxy().build()?;
     let routed = Routed {
+        oauth: Refresher {
+            bus: refresher_bus,
+            vault_keys: config.vault_keys,
+            http: mcp.clone(),
+            egress: egress.clone(),
+            tasks: lifecycle.tracker(),
+        },
         tokens: tokens.clone(),
         memory: Memory::new(routed_bytes, routed_bytes_of_session.min(config.body_bytes_max)),
-        // A proxy would resolve names itself, to private addresses too.
-        mcp: client()
-            .read_timeout(config.silence)
-            .dns_resolver(egress.clone())
-            .no_proxy()
-            .build()?,
+        mcp,
         egress,
         // It would give up a push that takes longer: the response begins after it.
         git: client().build()?,

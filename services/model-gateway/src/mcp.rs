@@ -12,6 +12,7 @@ use reqwest::Url;
 use types::route::SESSION_HEADER;
 
 use crate::{
+    oauth::{self, Refreshed},
     refusal::Refusal,
     routed::{self, Admitted, GrantedRoute, NotRouted, Routed},
     server::Connection,
@@ -52,16 +53,48 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
             },
         )?;
     let asked = Asked { method: parts.method, headers: parts.headers, body: held.bytes };
+    let mut route = route;
+    if route.refreshable.as_ref().is_some_and(oauth::is_due)
+        && refresh(&routed, &mut admitted, &route).await == Refreshed::Renewed
+    {
+        route = routed.find(&mut admitted, RouteKind::Mcp, &path).await?;
+    }
     let mut response = asked.send(&routed, &admitted, &route).await?;
     // A secret that was replaced since it was redeemed: once more, where there is another.
     if response.status() == StatusCode::UNAUTHORIZED && routed.renew(&mut admitted).await {
         let renewed = routed.find(&mut admitted, RouteKind::Mcp, &path).await?;
         if !renewed.has_headers_of(&route) {
             response = asked.send(&routed, &admitted, &renewed).await?;
+            route = renewed;
+        }
+    }
+    // An access token that ended before its time, or whose time is not known.
+    if response.status() == StatusCode::UNAUTHORIZED && route.refreshable.is_some() {
+        match refresh(&routed, &mut admitted, &route).await {
+            Refreshed::Renewed => {
+                let renewed = routed.find(&mut admitted, RouteKind::Mcp, &path).await?;
+                response = asked.send(&routed, &admitted, &renewed).await?;
+            }
+            // The client reports that it has to authenticate.
+            Refreshed::Refused => {}
+            Refreshed::Failed => {
+                return Err(NotRouted::Upstream(
+                    "the server refuses the access token, and it cannot be refreshed at the moment; try again",
+                ));
+            }
         }
     }
     drop(held.memory);
     Ok(routed.pass_back(response, admitted))
+}
+
+async fn refresh(routed: &Routed, admitted: &mut Admitted, route: &GrantedRoute) -> Refreshed {
+    let Some(refreshable) = &route.refreshable else { return Refreshed::Refused };
+    let refreshed = routed.oauth.refresh(&admitted.shown, refreshable).await;
+    if refreshed == Refreshed::Renewed && !routed.renew(admitted).await {
+        return Refreshed::Failed;
+    }
+    refreshed
 }
 
 /// A request, as often as it has to be sent.

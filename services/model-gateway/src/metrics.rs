@@ -29,6 +29,10 @@ pub fn describe() {
         "requests to MCP servers and repositories, by kind (mcp, git) and outcome (the status, or refused, failed)"
     );
     describe_counter!(
+        "aod_oauth_refreshes_total",
+        "refreshes of access tokens of MCP servers, by outcome: renewed, refused or failed"
+    );
+    describe_counter!(
         "aod_model_token_redemptions_total",
         "redemptions of sessions' tokens at the vault, by outcome"
     );

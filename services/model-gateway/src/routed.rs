@@ -17,7 +17,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use bytes::Bytes;
-use contract::vault::RouteKind;
+use contract::vault::{Refreshable, RouteKind};
 use futures::{FutureExt as _, Stream, StreamExt as _, stream};
 use reqwest::Url;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -27,6 +27,7 @@ use crate::{
     body::Memory,
     call::{Scheme, Shown},
     egress::Egress,
+    oauth::Refresher,
     proxy,
     server::Connection,
     tokens::{Grant, TokenRefused, Tokens},
@@ -36,6 +37,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Routed {
     pub tokens: Tokens,
+    pub oauth: Refresher,
     /// Apart from what model requests have.
     pub memory: Memory,
     pub egress: Egress,
@@ -55,6 +57,8 @@ pub struct GrantedRoute {
     pub url: String,
     pub is_refused: bool,
     pub headers: Vec<(String, SecretString)>,
+    /// Of the bearer token among the headers.
+    pub refreshable: Option<Refreshable>,
 }
 
 impl GrantedRoute {

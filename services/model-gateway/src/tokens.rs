@@ -284,7 +284,14 @@ fn granted(route: Route) -> GrantedRoute {
         .into_iter()
         .map(|header| (header.name, SecretString::from(header.value)))
         .collect();
-    GrantedRoute { kind, path: route.path, url: route.url, is_refused: route.is_refused, headers }
+    GrantedRoute {
+        kind,
+        path: route.path,
+        url: route.url,
+        is_refused: route.is_refused,
+        headers,
+        refreshable: route.refreshable,
+    }
 }
 
 #[cfg(test)]

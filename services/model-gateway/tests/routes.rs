@@ -118,6 +118,7 @@ impl Gateway {
         let addr = ([127, 0, 0, 1], testkit::free_port().unwrap()).into();
         let config = Config {
             bus: nats.config(&access::MODEL_GATEWAY),
+            vault_keys: bus::vault::AcceptedKeys::default(),
             addr,
             upstreams: Upstreams::new(|_| None).unwrap(),
             connections: 256,

@@ -215,6 +215,7 @@ const MIGRATIONS: &[store::Step] = &[
         include_str!("../../../migrations/scheduler/0190_exchanged_tokens.sql"),
     ),
     (200, "events in lz4", include_str!("../../../migrations/scheduler/0200_events_in_lz4.sql")),
+    (210, "credentials of oauth", include_str!("../../../migrations/scheduler/0210_mcp_oauth.sql")),
 ];
 
 /// The state of the handlers.

@@ -212,9 +212,8 @@ impl Secrets {
     /// The token that a vault holds for an MCP server.
     fn bearer(&self, url: &str) -> Option<&str> {
         let url = vault::normal_url(url)?;
-        let is_for = |credential: &&CredentialDocument| {
-            credential.kind == AuthKind::StaticBearer && credential.key == url
-        };
+        let is_for =
+            |credential: &&CredentialDocument| credential.kind.is_bearer() && credential.key == url;
         self.credentials.iter().find(is_for).map(|credential| credential.value.as_str())
     }
 
@@ -389,6 +388,7 @@ mod tests {
             kind,
             key: key.to_owned(),
             value: value.to_owned(),
+            oauth: None,
         };
         let mut secrets = secrets(&[], r#"{"env":{"A":"session"}}"#);
         secrets

@@ -234,7 +234,7 @@ async fn vaults_are_paged_patched_archived_and_their_users_own() {
         ("/v1/vaults".to_owned(), json!({ "display_name": " " }), "display_name"),
         ("/v1/vaults".to_owned(), json!({ "display_name": "x", "nope": 1 }), "nope"),
         (credentials.clone(), json!({}), "auth"),
-        (credentials.clone(), json!({ "auth": { "type": "mcp_oauth" } }), "auth.type"),
+        (credentials.clone(), json!({ "auth": { "type": "mcp_oauth" } }), "access_token"),
         (
             credentials.clone(),
             json!({ "auth": { "type": "static_bearer", "token": "t" } }),
@@ -385,6 +385,155 @@ async fn a_static_bearer_reaches_its_mcp_server_and_follows_rotation() {
     );
     let said = client.turn(&session, "echo by MCP: eight").await;
     assert!(said.contains("eight over HTTP"), "{said}");
+}
+
+/// A token endpoint: rotates refresh tokens, and ends the grant if one is used twice.
+#[derive(Clone)]
+struct TokenEndpoint {
+    /// What the MCP server demands.
+    access_token: Arc<Mutex<String>>,
+    /// The refresh token that is good now; none: the grant has ended.
+    refresh_token: Arc<Mutex<Option<String>>>,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl TokenEndpoint {
+    async fn start(&self) -> (String, u16, tokio::task::JoinSet<std::io::Result<()>>) {
+        use axum::{Json, extract::State, http::HeaderMap, http::StatusCode};
+        let answer = async |State(endpoint): State<Self>, headers: HeaderMap, body: String| {
+            // client:s3cr3t/+
+            let basic = headers["authorization"] == "Basic Y2xpZW50OnMzY3IzdCUyRiUyQg==";
+            let form: std::collections::BTreeMap<String, String> =
+                reqwest::Url::parse(&format!("http://x/?{body}"))
+                    .unwrap()
+                    .query_pairs()
+                    .into_owned()
+                    .collect();
+            let count = {
+                let mut asked = endpoint.asked.lock().unwrap();
+                asked.push(body.clone());
+                asked.len()
+            };
+            // Long enough for all who find the token expired to ask.
+            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+            let mut good = endpoint.refresh_token.lock().unwrap();
+            let is_good = basic
+                && form["grant_type"] == "refresh_token"
+                && form["scope"] == "tools"
+                && good.as_ref() == Some(&form["refresh_token"]);
+            if !is_good {
+                *good = None;
+                return (StatusCode::BAD_REQUEST, Json(json!({ "error": "invalid_grant" })));
+            }
+            let (access, refresh) = (format!("access-{count}"), format!("refresh-{count}"));
+            *endpoint.access_token.lock().unwrap() = access.clone();
+            *good = Some(refresh.clone());
+            let answer = json!({ "access_token": access, "token_type": "Bearer", "expires_in": 3600, "refresh_token": refresh });
+            (StatusCode::OK, Json(answer))
+        };
+        let router = axum::Router::new()
+            .route("/token", axum::routing::post(answer))
+            .with_state(self.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut server = tokio::task::JoinSet::new();
+        server.spawn(axum::serve(listener, router).into_future());
+        (format!("http://{address}/token"), address.port(), server)
+    }
+
+    fn count(&self) -> usize {
+        self.asked.lock().unwrap().len()
+    }
+
+    /// As after the access token's life.
+    fn expire(&self) {
+        *self.access_token.lock().unwrap() = "expired".to_owned();
+    }
+}
+
+#[tokio::test]
+async fn an_access_token_is_refreshed_on_its_way_to_the_mcp_server() {
+    let endpoint = TokenEndpoint {
+        access_token: Arc::new(Mutex::new("access-0".to_owned())),
+        refresh_token: Arc::new(Mutex::new(Some("refresh-0".to_owned()))),
+        asked: Arc::default(),
+    };
+    let (url, port, _server) = mcp_over_http(endpoint.access_token.clone()).await;
+    let (token_endpoint, token_port, _token_server) = endpoint.start().await;
+    let options = Options { scripted_model: true, ..Options::default() };
+    let stack = Stack::start(options.reaching(&[port, token_port])).await.unwrap();
+    let allowed = json!({ "type": "mcp_toolset", "mcp_server_name": "echo", "default_config": { "permission_policy": { "type": "always_allow" } } });
+    let agent = json!({
+        "name": "m",
+        "model": "claude-sonnet-4-5",
+        "tools": [{ "type": "agent_toolset_20260401" }, allowed],
+        "mcp_servers": [{ "type": "url", "name": "echo", "url": url }],
+    });
+    let client = Client::new(&stack, agent).await;
+    let vault = created(&stack, "/v1/vaults", json!({ "display_name": "v" })).await;
+    let credentials = format!("/v1/vaults/{vault}/credentials");
+    let auth = json!({
+        "type": "mcp_oauth",
+        "mcp_server_url": url,
+        "access_token": "access-0",
+        "refresh": {
+            "client_id": "client",
+            "refresh_token": "refresh-0",
+            "token_endpoint": token_endpoint,
+            "token_endpoint_auth": { "type": "client_secret_basic", "client_secret": "s3cr3t/+" },
+            "scope": "tools",
+        },
+    });
+    let credential = created(&stack, &credentials, json!({ "auth": auth })).await;
+    let session = client.session(json!({ "vault_ids": [vault] })).await;
+    let said = client.turn(&session, "echo by MCP: one").await;
+    assert!(said.contains("one over HTTP"), "{said}");
+    assert_eq!(endpoint.count(), 0, "it is not refreshed before its time");
+
+    // Of several sessions at once, one refreshes: the endpoint takes each refresh token once.
+    for word in ["two", "three"] {
+        endpoint.expire();
+        let before = endpoint.count();
+        let others = [client.session(json!({ "vault_ids": [vault] })).await, session.clone()];
+        let prompt = format!("echo by MCP: {word}");
+        let said =
+            futures::future::join_all(others.iter().map(|session| client.turn(session, &prompt)));
+        for said in said.await {
+            assert!(said.contains(&format!("{word} over HTTP")), "{said}");
+        }
+        assert_eq!(endpoint.count(), before + 1, "{:?}", endpoint.asked.lock().unwrap());
+    }
+
+    let path = format!("{credentials}/{credential}");
+    let shown = stack.get(&path).await.unwrap().body;
+    for secret in ["access-", "refresh-", "s3cr3t"] {
+        assert!(!shown.to_string().contains(secret), "{shown}");
+    }
+    assert_eq!(
+        (&shown["auth"]["refresh"]["token_endpoint_auth"], &shown["auth"]["refresh"]["client_id"]),
+        (&json!({ "type": "client_secret_basic" }), &json!("client"))
+    );
+
+    // A grant that has ended is not asked for again, until the user brings another.
+    endpoint.expire();
+    *endpoint.refresh_token.lock().unwrap() = None;
+    let before = endpoint.count();
+    for _ in 0..2 {
+        let said = client.turn(&session, "echo by MCP: four").await;
+        assert!(!said.contains("four over HTTP"), "{said}");
+    }
+    assert_eq!(endpoint.count(), before + 1);
+    *endpoint.access_token.lock().unwrap() = "access-9".to_owned();
+    *endpoint.refresh_token.lock().unwrap() = Some("refresh-9".to_owned());
+    let expired = "2020-01-01T00:00:00Z";
+    let rotate = json!({ "auth": { "type": "mcp_oauth", "access_token": "access-8", "expires_at": expired, "refresh": { "refresh_token": "refresh-9" } } });
+    let rotated = stack.post(&path, rotate).await.unwrap();
+    assert_eq!((rotated.status, &rotated.body["auth"]["expires_at"]), (200, &json!(expired)));
+    assert_eq!(rotated.body["auth"]["refresh"]["client_id"], "client");
+    let session = client.session(json!({ "vault_ids": [vault] })).await;
+    let said = client.turn(&session, "echo by MCP: five").await;
+    assert!(said.contains("five over HTTP"), "{said}");
+    assert_eq!(endpoint.count(), before + 2, "it is refreshed before it is sent");
 }
 
 // --- files

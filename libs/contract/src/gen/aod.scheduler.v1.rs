@@ -1544,6 +1544,9 @@ pub struct VaultCredential {
     pub updated_at_us: i64,
     #[prost(int64, optional, tag = "8")]
     pub archived_at_us: ::core::option::Option<i64>,
+    /// Where the vault keeps the secret; absent once it is archived.
+    #[prost(string, optional, tag = "9")]
+    pub secret_id: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateVaultCredentialRequest {
@@ -1597,6 +1600,9 @@ pub struct UpdateVaultCredentialRequest {
     /// A new secret takes the place of the former one.
     #[prost(string, optional, tag = "7")]
     pub secret_id: ::core::option::Option<::prost::alloc::string::String>,
+    /// JSON, as /v1 shows it from now on.
+    #[prost(string, optional, tag = "8")]
+    pub auth: ::core::option::Option<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListVaultCredentialsRequest {

@@ -165,6 +165,62 @@ pub struct Route {
     /// What requests are sent with. Only the model gateway receives them.
     #[prost(message, repeated, tag = "6")]
     pub headers: ::prost::alloc::vec::Vec<RouteHeader>,
+    /// Set where the bearer token among the headers can be refreshed.
+    #[prost(message, optional, tag = "7")]
+    pub refreshable: ::core::option::Option<Refreshable>,
+}
+/// An access token of OAuth that the model gateway may have refreshed.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Refreshable {
+    #[prost(string, tag = "1")]
+    pub secret_id: ::prost::alloc::string::String,
+    /// SHA-256 of the access token.
+    #[prost(bytes = "vec", tag = "2")]
+    pub token_hash: ::prost::alloc::vec::Vec<u8>,
+    /// Unix time in seconds.
+    #[prost(int64, optional, tag = "3")]
+    pub expires_at: ::core::option::Option<i64>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ClaimRefreshRequest {
+    /// SHA-256 of a session's token that stands for the secret.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session_token_hash: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "2")]
+    pub secret_id: ::prost::alloc::string::String,
+    /// SHA-256 of the access token that is no longer good.
+    #[prost(bytes = "vec", tag = "3")]
+    pub token_hash: ::prost::alloc::vec::Vec<u8>,
+    /// Chosen by the caller: claiming again is the same as claiming once.
+    #[prost(string, tag = "4")]
+    pub claim_id: ::prost::alloc::string::String,
+    /// X25519: the reply is sealed to it.
+    #[prost(bytes = "vec", tag = "5")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ClaimRefreshReply {
+    #[prost(enumeration = "RefreshState", tag = "1")]
+    pub state: i32,
+    /// Where it is granted: the JSON of types::vault::Refresh, sealed to the request's key and bound to the session token's hash.
+    #[prost(bytes = "vec", tag = "2")]
+    pub sealed: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "3")]
+    pub user_id: ::prost::alloc::string::String,
+}
+/// Ends a claim. Without new tokens and not refused, another may try.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FinishRefreshRequest {
+    #[prost(string, tag = "1")]
+    pub secret_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub claim_id: ::prost::alloc::string::String,
+    /// What changes of the document: a JSON object.
+    #[prost(message, optional, tag = "3")]
+    pub sealed: ::core::option::Option<SealedValue>,
+    /// The token endpoint refused the refresh token.
+    #[prost(bool, tag = "4")]
+    pub is_refused: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]
@@ -249,6 +305,9 @@ pub struct BundledSecret {
     pub kind: ::prost::alloc::string::String,
     #[prost(bytes = "vec", tag = "2")]
     pub value: ::prost::alloc::vec::Vec<u8>,
+    /// Where it is stored.
+    #[prost(string, tag = "3")]
+    pub secret_id: ::prost::alloc::string::String,
 }
 /// One step of a rotation.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -360,6 +419,44 @@ impl RouteKind {
             "ROUTE_KIND_UNSPECIFIED" => Some(Self::Unspecified),
             "ROUTE_KIND_MCP" => Some(Self::Mcp),
             "ROUTE_KIND_GIT" => Some(Self::Git),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RefreshState {
+    Unspecified = 0,
+    /// The secret has another access token already.
+    Current = 1,
+    /// Someone else refreshes it at the moment.
+    Busy = 2,
+    /// It has no refresh token, or one that was refused.
+    Refused = 3,
+    Granted = 4,
+}
+impl RefreshState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "REFRESH_STATE_UNSPECIFIED",
+            Self::Current => "REFRESH_STATE_CURRENT",
+            Self::Busy => "REFRESH_STATE_BUSY",
+            Self::Refused => "REFRESH_STATE_REFUSED",
+            Self::Granted => "REFRESH_STATE_GRANTED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "REFRESH_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "REFRESH_STATE_CURRENT" => Some(Self::Current),
+            "REFRESH_STATE_BUSY" => Some(Self::Busy),
+            "REFRESH_STATE_REFUSED" => Some(Self::Refused),
+            "REFRESH_STATE_GRANTED" => Some(Self::Granted),
             _ => None,
         }
     }

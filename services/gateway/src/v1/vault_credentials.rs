@@ -1,6 +1,7 @@
 //! Credentials in vaults of `/v1`. Secrets go to the credential vault and never come back.
 
 use axum::{Json, extract::State};
+use bus::Failure;
 use contract::{
     common::Empty,
     rpc,
@@ -12,10 +13,10 @@ use contract::{
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use types::{
-    VaultCredentialId,
+    Timestamp, VaultCredentialId,
     environment::{check_variable, is_variable},
     limits::BODY_BYTES_MAX,
-    vault::{AuthKind, CredentialDocument, normal_url},
+    vault::{AuthKind, ClientAuthKind, CredentialDocument, normal_url},
 };
 use utoipa::{IntoParams, ToSchema};
 
@@ -53,7 +54,8 @@ pub struct Credential {
     r#type: &'static str,
     vault_id: String,
     display_name: Option<String>,
-    /// `environment_variable` with `secret_name`, or `static_bearer` with `mcp_server_url`.
+    /// `environment_variable` with `secret_name`; `static_bearer` with `mcp_server_url`; or
+    /// `mcp_oauth` with `mcp_server_url`, `expires_at` and `refresh`.
     #[schema(value_type = Object)]
     auth: Value,
     metadata: Map<String, Value>,
@@ -87,7 +89,9 @@ impl From<scheduler::VaultCredential> for Credential {
 #[expect(dead_code, reason = "describes a body")]
 pub struct CredentialBody {
     /// `{"type": "environment_variable", "secret_name", "secret_value", "networking": {"type":
-    /// "unrestricted"}}`, or `{"type": "static_bearer", "mcp_server_url", "token"}`
+    /// "unrestricted"}}`, `{"type": "static_bearer", "mcp_server_url", "token"}`, or `{"type":
+    /// "mcp_oauth", "mcp_server_url", "access_token", "expires_at", "refresh": {"client_id",
+    /// "refresh_token", "token_endpoint", "token_endpoint_auth": {"type": "none"}}}`
     #[schema(value_type = Object)]
     auth: Value,
     #[schema(max_length = 255)]
@@ -131,18 +135,17 @@ struct Auth {
     shown: Value,
     /// The secret; of an update it may be absent.
     value: Option<String>,
+    /// Of `mcp_oauth`: what the document says besides, or what changes of it.
+    oauth: Option<Value>,
 }
 
 fn read_auth(auth: &mut Fields, is_new: bool) -> Option<Auth> {
     match auth.named_string("type", BODY_BYTES_MAX)?.as_str() {
         "environment_variable" => Some(read_variable(auth, is_new)),
         "static_bearer" => Some(read_bearer(auth, is_new)),
-        "mcp_oauth" => {
-            auth.refuse("type", "mcp_oauth is not supported: use static_bearer");
-            None
-        }
+        "mcp_oauth" => Some(read_oauth(auth, is_new)),
         _ => {
-            auth.refuse("type", "must be 'environment_variable' or 'static_bearer'");
+            auth.refuse("type", "must be 'environment_variable', 'static_bearer' or 'mcp_oauth'");
             None
         }
     }
@@ -207,27 +210,148 @@ fn read_variable(auth: &mut Fields, is_new: bool) -> Auth {
         "networking": { "type": "unrestricted" },
         "injection_location": { "header": true, "body": true },
     });
-    Auth { kind: AuthKind::EnvironmentVariable, key: name, shown, value }
+    Auth { kind: AuthKind::EnvironmentVariable, key: name, shown, value, oauth: None }
 }
 
 fn read_bearer(auth: &mut Fields, is_new: bool) -> Auth {
     auth.allow_only(&["type", "mcp_server_url", "token"]);
+    let (url, normal) = server_url(auth, is_new);
+    let value = token(auth, "token", is_new);
+    let shown = json!({ "type": AuthKind::StaticBearer.as_str(), "mcp_server_url": url });
+    Auth { kind: AuthKind::StaticBearer, key: normal, shown, value, oauth: None }
+}
+
+/// An MCP server's URL: as it is shown, and as credentials are matched by.
+fn server_url(auth: &mut Fields, is_new: bool) -> (Option<String>, Option<String>) {
     let url = key(auth, "mcp_server_url", is_new, URL_CHARS_MAX);
     let normal = url.as_deref().and_then(normal_url);
     if url.is_some() && normal.is_none() {
         auth.refuse("mcp_server_url", "must be an http or https URL without a user");
     }
-    let value = secret(auth, "token", is_new);
+    (url, normal)
+}
+
+/// A secret that is sent in a header.
+fn token(auth: &mut Fields, name: &str, is_new: bool) -> Option<String> {
+    let value = secret(auth, name, is_new);
     if value.as_deref().is_some_and(|token| {
         token.len() > TOKEN_BYTES_MAX || !token.bytes().all(|byte| (b'!'..=b'~').contains(&byte))
     }) {
         auth.refuse(
-            "token",
+            name,
             &format!("must be at most {TOKEN_BYTES_MAX} printable ASCII characters without spaces"),
         );
     }
-    let shown = json!({ "type": AuthKind::StaticBearer.as_str(), "mcp_server_url": url });
-    Auth { kind: AuthKind::StaticBearer, key: normal, shown, value }
+    value
+}
+
+/// What an update names takes the place of what was there; a new access token without `expires_at`
+/// has no known end.
+fn read_oauth(auth: &mut Fields, is_new: bool) -> Auth {
+    auth.allow_only(&["type", "mcp_server_url", "access_token", "expires_at", "refresh"]);
+    let (url, normal) = server_url(auth, is_new);
+    let value = token(auth, "access_token", is_new);
+    let (mut shown, mut oauth) = (Map::new(), Map::new());
+    if is_new {
+        shown.insert("type".to_owned(), AuthKind::McpOauth.as_str().into());
+        shown.insert("mcp_server_url".to_owned(), url.into());
+    }
+    let is_cleared = auth.is_null("expires_at");
+    let expires_at = auth.optional_string("expires_at", NAME_CHARS_MAX);
+    let parsed = expires_at.as_deref().map(str::parse::<Timestamp>);
+    if matches!(parsed, Some(Err(_))) {
+        auth.refuse("expires_at", "must be a time such as 2026-01-31T12:00:00Z");
+    }
+    if is_new || is_cleared || expires_at.is_some() || value.is_some() {
+        shown.insert("expires_at".to_owned(), expires_at.into());
+        let seconds = parsed.and_then(Result::ok).map(|at| at.unix_micros().div_euclid(1_000_000));
+        oauth.insert("expires_at".to_owned(), seconds.into());
+    }
+    if !is_new && auth.is_null("refresh") {
+        auth.refuse("refresh", "cannot be removed: create another credential");
+    }
+    if let Some((refresh_shown, refresh)) =
+        auth.nested("refresh", |refresh| read_refresh(refresh, is_new))
+    {
+        shown.insert("refresh".to_owned(), refresh_shown);
+        oauth.insert("refresh".to_owned(), refresh);
+    } else if is_new {
+        shown.insert("refresh".to_owned(), Value::Null);
+    }
+    Auth {
+        kind: AuthKind::McpOauth,
+        key: normal,
+        shown: shown.into(),
+        value,
+        oauth: Some(oauth.into()),
+    }
+}
+
+/// What is shown of it, and what is stored.
+fn read_refresh(refresh: &mut Fields, is_new: bool) -> (Value, Value) {
+    refresh.allow_only(&[
+        "client_id",
+        "refresh_token",
+        "token_endpoint",
+        "token_endpoint_auth",
+        "resource",
+        "scope",
+    ]);
+    let (mut shown, mut stored) = (Map::new(), Map::new());
+    for name in ["client_id", "token_endpoint"] {
+        if let Some(text) = key(refresh, name, is_new, URL_CHARS_MAX) {
+            shown.insert(name.to_owned(), text.clone().into());
+            stored.insert(name.to_owned(), text.into());
+        }
+    }
+    let endpoint = stored.get("token_endpoint").and_then(Value::as_str);
+    if endpoint.is_some_and(|url| normal_url(url).is_none()) {
+        refresh.refuse("token_endpoint", "must be an http or https URL without a user");
+    }
+    if let Some(token) = secret(refresh, "refresh_token", is_new) {
+        stored.insert("refresh_token".to_owned(), token.into());
+    }
+    if !is_new && refresh.value("resource").is_some() {
+        refresh.refuse("resource", "cannot be changed: create another credential");
+    }
+    for name in ["resource", "scope"] {
+        let is_cleared = refresh.is_null(name);
+        let text = refresh.optional_string(name, URL_CHARS_MAX);
+        if is_new || is_cleared || text.is_some() {
+            shown.insert(name.to_owned(), text.clone().into());
+            stored.insert(name.to_owned(), text.into());
+        }
+    }
+    if is_new && refresh.value("token_endpoint_auth").is_none() {
+        refresh.refuse("token_endpoint_auth", "token_endpoint_auth is required");
+    }
+    if let Some(Some((kind, secret))) = refresh.nested("token_endpoint_auth", read_client_auth) {
+        shown.insert("token_endpoint_auth".to_owned(), json!({ "type": kind }));
+        stored.insert(
+            "token_endpoint_auth".to_owned(),
+            json!({ "type": kind, "client_secret": secret }),
+        );
+    }
+    (shown.into(), stored.into())
+}
+
+/// A client's way to authenticate, and its secret. An update names both.
+fn read_client_auth(auth: &mut Fields) -> Option<(ClientAuthKind, Option<String>)> {
+    auth.allow_only(&["type", "client_secret"]);
+    let kind = match auth.named_string("type", BODY_BYTES_MAX)?.as_str() {
+        "none" => ClientAuthKind::None,
+        "client_secret_basic" => ClientAuthKind::ClientSecretBasic,
+        "client_secret_post" => ClientAuthKind::ClientSecretPost,
+        _ => {
+            auth.refuse("type", "must be 'none', 'client_secret_basic' or 'client_secret_post'");
+            return None;
+        }
+    };
+    let secret = auth.optional_string("client_secret", TOKEN_BYTES_MAX);
+    if secret.as_deref().unwrap_or_default().is_empty() != (kind == ClientAuthKind::None) {
+        auth.refuse("client_secret", "is required, unless the type is 'none'");
+    }
+    Some((kind, secret))
 }
 
 /// What a credential is for: it does not change.
@@ -264,12 +388,13 @@ pub async fn create(
     let display_name = fields.optional_string("display_name", NAME_CHARS_MAX);
     let patch = metadata::read(&mut fields);
     fields.finish()?;
-    let Some(Auth { kind, key: Some(key), shown, value: Some(value) }) = auth else {
+    let Some(Auth { kind, key: Some(key), shown, value: Some(value), oauth }) = auth else {
         return Err(refused_field("auth", "is incomplete"));
     };
     let metadata = metadata::merged("{}", &patch.unwrap_or_default())
         .map_err(|why| refused_field("metadata", &why))?;
-    let document = CredentialDocument { kind, key: key.clone(), value };
+    let oauth = oauth.map(serde_json::from_value).transpose().map_err(Failure::internal)?;
+    let document = CredentialDocument { kind, key: key.clone(), value, oauth };
     let kept = app.keep(&caller.user_id, Kind::VaultCredential, &document, None).await?;
     let request = CreateVaultCredentialRequest {
         user_id: caller.user_id,
@@ -322,35 +447,57 @@ pub async fn update(
         metadata::merged(&current.metadata, patch)
             .map_err(|why| refused_field("metadata", &why))?;
     }
+    let mut shown_auth = None;
     let kept = match auth {
         None => None,
         Some(auth) => {
-            let shown: Value = serde_json::from_str(&current.auth).unwrap_or_default();
+            let mut shown: Value = serde_json::from_str(&current.auth).unwrap_or_default();
             if shown["type"] != auth.kind.as_str() {
                 return Err(refused_field(
                     "auth.type",
                     "cannot be changed: create another credential",
                 ));
             }
-            match auth.value {
-                None => None,
-                Some(value) => {
-                    let key = match auth.kind {
-                        AuthKind::EnvironmentVariable => {
-                            shown["secret_name"].as_str().map(str::to_owned)
-                        }
-                        AuthKind::StaticBearer => {
-                            shown["mcp_server_url"].as_str().and_then(normal_url)
-                        }
-                    };
-                    if let (AuthKind::EnvironmentVariable, Some(name)) = (auth.kind, &key) {
-                        check_variable(name, &value)
-                            .map_err(|why| refused_field("auth.secret_value", &why.to_string()))?;
-                    }
-                    let document =
-                        CredentialDocument { kind: auth.kind, key: key.unwrap_or_default(), value };
-                    Some(app.keep(&user_id, Kind::VaultCredential, &document, None).await?)
+            if let Some(oauth) = auth.oauth {
+                if !shown["refresh"].is_object() && !oauth["refresh"].is_null() {
+                    return Err(refused_field(
+                        "auth.refresh",
+                        "the credential has none: create another credential",
+                    ));
                 }
+                let mut change = json!({ "oauth": oauth });
+                if let Some(value) = auth.value {
+                    change["value"] = value.into();
+                }
+                // In place: a refresh that runs at the same time changes it as well.
+                if let Some(secret_id) = current.secret_id {
+                    app.merge(&user_id, Kind::VaultCredential, &change, secret_id).await?;
+                }
+                merge(&mut shown, auth.shown);
+                shown_auth = Some(shown.to_string());
+                None
+            } else if let Some(value) = auth.value {
+                let key = match auth.kind {
+                    AuthKind::EnvironmentVariable => {
+                        shown["secret_name"].as_str().map(str::to_owned)
+                    }
+                    AuthKind::StaticBearer => shown["mcp_server_url"].as_str().and_then(normal_url),
+                    // Above.
+                    AuthKind::McpOauth => None,
+                };
+                if let (AuthKind::EnvironmentVariable, Some(name)) = (auth.kind, &key) {
+                    check_variable(name, &value)
+                        .map_err(|why| refused_field("auth.secret_value", &why.to_string()))?;
+                }
+                let document = CredentialDocument {
+                    kind: auth.kind,
+                    key: key.unwrap_or_default(),
+                    value,
+                    oauth: None,
+                };
+                Some(app.keep(&user_id, Kind::VaultCredential, &document, None).await?)
+            } else {
+                None
             }
         }
     };
@@ -362,10 +509,23 @@ pub async fn update(
         clear_display_name,
         metadata: patch.as_ref().map(text),
         secret_id: kept.as_ref().map(|kept| kept.id.clone()),
+        auth: shown_auth,
     };
     let reply = app.bus.call::<rpc::UpdateVaultCredential>(&request, crate::RPC_DEADLINE).await;
     app.forget_unless_used(kept, &reply, |_| true).await;
     Ok(Json(reply?.into()))
+}
+
+/// Gives an object the members of another, also within objects.
+fn merge(document: &mut Value, change: Value) {
+    match (document, change) {
+        (Value::Object(document), Value::Object(change)) => {
+            for (name, value) in change {
+                merge(document.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (document, change) => *document = change,
+    }
 }
 
 /// List the credentials of a vault, newest first

@@ -38,7 +38,7 @@ macro_rules! vault_columns {
 
 macro_rules! credential_columns {
     () => {
-        "credential_id, vault_id, display_name, metadata, auth, created_at, updated_at, archived_at"
+        "credential_id, vault_id, display_name, metadata, auth, secret_id, created_at, updated_at, archived_at"
     };
 }
 
@@ -72,6 +72,7 @@ struct CredentialRow {
     display_name: Option<String>,
     metadata: Value,
     auth: Value,
+    secret_id: Option<Uuid>,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
     archived_at: Option<OffsetDateTime>,
@@ -85,6 +86,7 @@ impl From<CredentialRow> for VaultCredential {
             display_name: row.display_name,
             metadata: row.metadata.to_string(),
             auth: row.auth.to_string(),
+            secret_id: row.secret_id.map(|id| id.to_string()),
             created_at_us: micros(row.created_at),
             updated_at_us: micros(row.updated_at),
             archived_at_us: row.archived_at.map(micros),
@@ -370,7 +372,9 @@ pub async fn update_credential(
     };
     let metadata = merged(&row.metadata, request.metadata.as_deref())?;
     let secret = secret_id(request.secret_id.as_deref())?;
-    if name == row.display_name && metadata == row.metadata && secret.is_none() {
+    let auth = request.auth.as_deref().map(parsed_json).transpose()?.unwrap_or(row.auth.clone());
+    let is_same = name == row.display_name && metadata == row.metadata && auth == row.auth;
+    if is_same && secret.is_none() {
         return Ok(row.into());
     }
     if let Some(secret) = secret {
@@ -386,7 +390,7 @@ pub async fn update_credential(
     }
     let changed: CredentialRow = sqlx::query_as(concat!(
         "update vault_credential
-         set display_name = $2, metadata = $3, secret_id = coalesce($4, secret_id), updated_at = now()
+         set display_name = $2, metadata = $3, secret_id = coalesce($4, secret_id), auth = $5, updated_at = now()
          where credential_id = $1
          returning ",
         credential_columns!()
@@ -395,6 +399,7 @@ pub async fn update_credential(
     .bind(name)
     .bind(metadata)
     .bind(secret)
+    .bind(auth)
     .fetch_one(&mut *tx)
     .await?;
     tx.commit().await?;

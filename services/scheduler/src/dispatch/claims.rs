@@ -302,6 +302,7 @@ fn routes(id: SessionId, turn: &TurnRow, routing: &Routing) -> Result<Routes, Fa
             url: route.url,
             is_refused: route.is_refused,
             headers: Vec::new(),
+            refreshable: None,
         });
     Ok(Routes { routes: routes.collect() })
 }

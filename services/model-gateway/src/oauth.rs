@@ -1,0 +1,287 @@
+//! Access tokens of MCP servers that expire: asks their token endpoint for new ones (RFC 6749,
+//! section 6), one refresh at a time for each credential. The vault grants the right to it, and
+//! stores what it brings before anyone uses it.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bus::{Bus, Failure, vault::AcceptedKeys};
+use contract::{
+    rpc,
+    vault::{ClaimRefreshRequest, FinishRefreshRequest, RefreshState, Refreshable},
+};
+use reqwest::{StatusCode, Url, header};
+use sealing::KeyPair;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use tokio_util::task::TaskTracker;
+use types::vault::{ClientAuthKind, DOCUMENT_KIND, Refresh};
+use url::form_urlencoded;
+use uuid::Uuid;
+use zeroize::{Zeroize as _, Zeroizing};
+
+use crate::{call::Shown, egress::Egress};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+/// How long a token endpoint may take.
+const ANSWER_MAX: Duration = Duration::from_secs(15);
+const ANSWER_BYTES_MAX: usize = 64 * 1024;
+/// How long a request waits for a refresh that another does.
+const BUSY_MAX: Duration = Duration::from_secs(25);
+/// How often the vault is told what a refresh brought, while it does not answer.
+const STORE_ATTEMPTS: u32 = 4;
+/// A token is refreshed so long before it expires.
+const EARLY_SECONDS: i64 = 30;
+
+/// What came of a refresh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refreshed {
+    /// The vault has another access token.
+    Renewed,
+    /// The refresh token is not good, or there is none.
+    Refused,
+    /// The token endpoint or the vault does not answer.
+    Failed,
+}
+
+/// Refreshes access tokens. Cheap to clone.
+#[derive(Clone)]
+pub struct Refresher {
+    pub bus: Bus,
+    pub vault_keys: AcceptedKeys,
+    /// Connects to what [`Egress`] allows.
+    pub http: reqwest::Client,
+    pub egress: Egress,
+    pub tasks: TaskTracker,
+}
+
+/// Whether a token has expired, or is about to.
+pub fn is_due(token: &Refreshable) -> bool {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = i64::try_from(now).unwrap_or(i64::MAX);
+    token.expires_at.is_some_and(|at| at.saturating_sub(EARLY_SECONDS) <= now)
+}
+
+impl Refresher {
+    /// Has an access token replaced, by this process or another.
+    pub async fn refresh(&self, shown: &Shown, token: &Refreshable) -> Refreshed {
+        let hash = Sha256::digest(shown.token.as_bytes()).to_vec();
+        let (refresher, token) = (self.clone(), token.clone());
+        // A client that goes must not lose the refresh token that replaced the one that was used.
+        let task = self.tasks.spawn(async move { refresher.claim(hash, token).await });
+        match task.await {
+            Ok(Ok(refreshed)) => refreshed,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "failed to refresh an access token");
+                Refreshed::Failed
+            }
+            Err(_) => Refreshed::Failed,
+        }
+    }
+
+    async fn claim(&self, session: Vec<u8>, token: Refreshable) -> Result<Refreshed, Failure> {
+        let begun = Instant::now();
+        let claim = Uuid::new_v4();
+        loop {
+            let key = KeyPair::generate().map_err(Failure::internal)?;
+            let request = ClaimRefreshRequest {
+                session_token_hash: session.clone(),
+                secret_id: token.secret_id.clone(),
+                token_hash: token.token_hash.clone(),
+                claim_id: claim.to_string(),
+                public_key: key.public().to_vec(),
+            };
+            let reply = self.bus.call::<rpc::ClaimRefresh>(&request, DEADLINE).await?;
+            match reply.state() {
+                RefreshState::Current => return Ok(Refreshed::Renewed),
+                RefreshState::Refused => return Ok(Refreshed::Refused),
+                RefreshState::Granted => {
+                    let plaintext = key.open(&reply.sealed, &session).map_err(Failure::internal)?;
+                    let refresh: Refresh =
+                        serde_json::from_slice(&plaintext).map_err(Failure::internal)?;
+                    let finish = FinishRefreshRequest {
+                        secret_id: token.secret_id,
+                        claim_id: claim.to_string(),
+                        ..FinishRefreshRequest::default()
+                    };
+                    return self.exchange(&refresh, &reply.user_id, finish).await;
+                }
+                _ if begun.elapsed() > BUSY_MAX => return Ok(Refreshed::Failed),
+                _ => {
+                    let [jitter, ..] = *Uuid::new_v4().as_bytes();
+                    tokio::time::sleep(Duration::from_millis(100 + u64::from(jitter))).await;
+                }
+            }
+        }
+    }
+
+    /// Asks the token endpoint, and tells the vault what it answered.
+    async fn exchange(
+        &self,
+        refresh: &Refresh,
+        user: &str,
+        mut finish: FinishRefreshRequest,
+    ) -> Result<Refreshed, Failure> {
+        let answered = self.ask(refresh).await;
+        let refreshed = match &answered {
+            Ok(_) => Refreshed::Renewed,
+            Err(NotRefreshed::Refused(status)) => {
+                tracing::info!(%status, "a token endpoint refused a refresh token");
+                finish.is_refused = true;
+                Refreshed::Refused
+            }
+            Err(NotRefreshed::Failed(why)) => {
+                tracing::warn!(why, "a token endpoint did not refresh an access token");
+                Refreshed::Failed
+            }
+        };
+        let outcome = match refreshed {
+            Refreshed::Renewed => "renewed",
+            Refreshed::Refused => "refused",
+            Refreshed::Failed => "failed",
+        };
+        metrics::counter!("aod_oauth_refreshes_total", "outcome" => outcome).increment(1);
+        for attempt in 1.. {
+            let told = self.tell(answered.as_ref().ok(), user, &mut finish).await;
+            match told {
+                Ok(()) => break,
+                Err(error) if attempt == STORE_ATTEMPTS => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(200 << attempt)).await,
+            }
+        }
+        Ok(refreshed)
+    }
+
+    async fn tell(
+        &self,
+        answer: Option<&Answer>,
+        user: &str,
+        finish: &mut FinishRefreshRequest,
+    ) -> Result<(), Failure> {
+        if let Some(answer) = answer {
+            let change = Zeroizing::new(answer.change().to_string());
+            let sealed = self.bus.seal_for_vault(
+                &self.vault_keys,
+                user,
+                DOCUMENT_KIND,
+                change.as_bytes(),
+                DEADLINE,
+            );
+            finish.sealed = Some(sealed.await?);
+        }
+        self.bus.call::<rpc::FinishRefresh>(finish, DEADLINE).await?;
+        Ok(())
+    }
+
+    async fn ask(&self, refresh: &Refresh) -> Result<Answer, NotRefreshed> {
+        let failed = |why: &'static str| NotRefreshed::Failed(why);
+        let url = Url::parse(&refresh.token_endpoint).map_err(|_| failed("its URL is none"))?;
+        if !self.egress.allows(&url) {
+            return Err(failed("its address is private"));
+        }
+        let mut request = self
+            .http
+            .post(url)
+            .timeout(ANSWER_MAX)
+            .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
+            .header(header::ACCEPT, "application/json");
+        if let Some(basic) = basic(refresh) {
+            request = request.header(header::AUTHORIZATION, basic);
+        }
+        let mut response =
+            request.body(form(refresh)).send().await.map_err(|_| failed("it does not answer"))?;
+        let status = response.status();
+        if matches!(
+            status,
+            StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
+        ) {
+            return Err(NotRefreshed::Refused(status));
+        }
+        if !status.is_success() {
+            return Err(failed("it answers with an error"));
+        }
+        let mut body = Zeroizing::new(Vec::new());
+        while let Some(chunk) =
+            response.chunk().await.map_err(|_| failed("its answer breaks off"))?
+        {
+            if body.len() + chunk.len() > ANSWER_BYTES_MAX {
+                return Err(failed("its answer is too large"));
+            }
+            body.extend_from_slice(&chunk);
+        }
+        let answer: Answer =
+            serde_json::from_slice(&body).map_err(|_| failed("its answer has no access token"))?;
+        let is_header = answer.access_token.bytes().all(|byte| (b'!'..=b'~').contains(&byte));
+        if answer.access_token.is_empty() || !is_header {
+            return Err(failed("its access token cannot be sent"));
+        }
+        Ok(answer)
+    }
+}
+
+enum NotRefreshed {
+    Refused(StatusCode),
+    Failed(&'static str),
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    access_token: String,
+    #[serde(default)]
+    expires_in: Option<i64>,
+    /// The one that was used is not good any more.
+    #[serde(default)]
+    refresh_token: Option<String>,
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.access_token.zeroize();
+        self.refresh_token.zeroize();
+    }
+}
+
+impl Answer {
+    /// What changes of the credential's document.
+    fn change(&self) -> Value {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = i64::try_from(now).unwrap_or(i64::MAX);
+        let expires_at = self.expires_in.map(|seconds| now.saturating_add(seconds));
+        let mut oauth = json!({ "expires_at": expires_at });
+        if let Some(token) = self.refresh_token.as_ref().filter(|token| !token.is_empty()) {
+            oauth["refresh"] = json!({ "refresh_token": token });
+        }
+        json!({ "value": self.access_token, "oauth": oauth })
+    }
+}
+
+fn form(refresh: &Refresh) -> String {
+    let auth = &refresh.token_endpoint_auth;
+    let mut form = form_urlencoded::Serializer::new(String::new());
+    form.append_pair("grant_type", "refresh_token")
+        .append_pair("refresh_token", &refresh.refresh_token);
+    if auth.r#type != ClientAuthKind::ClientSecretBasic {
+        form.append_pair("client_id", &refresh.client_id);
+    }
+    if auth.r#type == ClientAuthKind::ClientSecretPost {
+        form.append_pair("client_secret", auth.client_secret.as_deref().unwrap_or_default());
+    }
+    for (name, value) in [("scope", &refresh.scope), ("resource", &refresh.resource)] {
+        if let Some(value) = value {
+            form.append_pair(name, value);
+        }
+    }
+    form.finish()
+}
+
+/// RFC 6749, section 2.3.1: both parts are encoded as in a form.
+fn basic(refresh: &Refresh) -> Option<String> {
+    let auth = &refresh.token_endpoint_auth;
+    let encoded = |text: &str| form_urlencoded::byte_serialize(text.as_bytes()).collect::<String>();
+    (auth.r#type == ClientAuthKind::ClientSecretBasic).then(|| {
+        let secret = auth.client_secret.as_deref().unwrap_or_default();
+        let pair = Zeroizing::new(format!("{}:{}", encoded(&refresh.client_id), encoded(secret)));
+        format!("Basic {}", STANDARD.encode(pair.as_bytes()))
+    })
+}
