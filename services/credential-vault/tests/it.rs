@@ -8,10 +8,11 @@ use bus::{Bus, vault::AcceptedKeys};
 use contract::{
     access, rpc,
     vault::{
-        Bundle, FindAccountsRequest, ListCredentialsRequest, ListRedemptionsRequest,
-        MintLeaseRequest, PutCredentialRequest, PutSecretRequest, RedeemLeaseRequest,
-        RedeemModelTokenRequest, RevokeLeasesRequest, RevokeModelTokensRequest, RotateKeysReply,
-        RotateKeysRequest, Route, RouteKind, Routes,
+        Bundle, ClaimRefreshRequest, FindAccountsRequest, FinishRefreshRequest,
+        ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest,
+        PutSecretRequest, RedeemLeaseRequest, RedeemModelTokenRequest, RefreshState,
+        RevokeLeasesRequest, RevokeModelTokensRequest, RotateKeysReply, RotateKeysRequest, Route,
+        RouteKind, Routes,
     },
 };
 use credential_vault::Config;
@@ -19,6 +20,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use prost::Message as _;
 use sealing::KeyPair;
 use service::Lifecycle;
+use sha2::Digest as _;
 use sqlx::Row as _;
 use testkit::{Database, Nats};
 use types::{ErrorCode, SecretId, SessionId, UserId};
@@ -512,6 +514,115 @@ async fn secrets_of_routes_are_redeemed_by_the_model_gateway_alone() {
             && text(&lease).contains("routed-4")
     );
     assert_eq!(values(&redeem(vec![1; 32]).await).len(), 3);
+}
+
+#[tokio::test]
+async fn an_access_token_is_refreshed_by_one_gateway_at_a_time_and_a_refused_grant_by_none() {
+    let (vault, gateway, scheduler, runner) = Vault::start().await;
+    let models = vault.nats.connect(&access::MODEL_GATEWAY).await.unwrap();
+    let (user, session) = (UserId::new(), SessionId::new());
+    let key = KeyPair::generate().unwrap();
+    let hash = |text: &str| sha2::Sha256::digest(text).to_vec();
+    let store = async |secret_id: &str, merge: bool, value: &str| {
+        let request = PutSecretRequest {
+            user_id: user.to_string(),
+            kind: "vault_credential".to_owned(),
+            value: value.as_bytes().to_vec(),
+            secret_id: secret_id.to_owned(),
+            merge,
+            ..PutSecretRequest::default()
+        };
+        gateway.call::<rpc::PutSecret>(&request, SOON).await.unwrap().secret_id
+    };
+    let document = r#"{"kind":"mcp_oauth","key":"https://kept.example/mcp","value":"access-1","oauth":{"refresh":
+        {"client_id":"c","refresh_token":"refresh-1","token_endpoint":"https://kept.example/token","token_endpoint_auth":{"type":"none"}}}}"#;
+    let secret_id = store("", false, document).await;
+    let mint = MintLeaseRequest {
+        user_id: user.to_string(),
+        session_id: session.to_string(),
+        purpose: "turn 1".to_owned(),
+        secret_ids: vec![secret_id.clone()],
+        ttl_seconds: 60,
+        epoch: 1,
+        public_key: key.public().to_vec(),
+        model_token_hash: vec![1; 32],
+        ..MintLeaseRequest::default()
+    };
+    // Also where it has no route, a sandbox gets no refresh token.
+    let lease_id = scheduler.call::<rpc::MintLease>(&mint, SOON).await.unwrap().lease_id;
+    let redeem = RedeemLeaseRequest {
+        lease_id: lease_id.clone(),
+        public_key: key.public().to_vec(),
+        runner: "r1".to_owned(),
+    };
+    let sealed = runner.call::<rpc::RedeemLease>(&redeem, SOON).await.unwrap().sealed;
+    let lease = key.open(&sealed, lease_id.as_bytes()).unwrap();
+    let lease = String::from_utf8_lossy(&lease);
+    assert!(lease.contains("access-1") && !lease.contains("refresh-1"));
+    let route = Route {
+        kind: RouteKind::Mcp.into(),
+        url: "https://kept.example/mcp".to_owned(),
+        ..Route::default()
+    };
+    let mint = MintLeaseRequest { epoch: 2, routes: Some(Routes { routes: vec![route] }), ..mint };
+    scheduler.call::<rpc::MintLease>(&mint, SOON).await.unwrap();
+
+    let claim = async |claim_id: uuid::Uuid, access_token: &str| {
+        let request = ClaimRefreshRequest {
+            session_token_hash: vec![1; 32],
+            secret_id: secret_id.clone(),
+            token_hash: hash(access_token),
+            claim_id: claim_id.to_string(),
+            public_key: key.public().to_vec(),
+        };
+        models.call::<rpc::ClaimRefresh>(&request, SOON).await.unwrap()
+    };
+    let finish = async |claim_id: uuid::Uuid, change: Option<&str>, is_refused: bool| {
+        let sealed = match change {
+            Some(change) => Some(
+                models
+                    .seal_for_vault(
+                        &AcceptedKeys::default(),
+                        &user.to_string(),
+                        "vault_credential",
+                        change.as_bytes(),
+                        SOON,
+                    )
+                    .await
+                    .unwrap(),
+            ),
+            None => None,
+        };
+        let request = FinishRefreshRequest {
+            secret_id: secret_id.clone(),
+            claim_id: claim_id.to_string(),
+            sealed,
+            is_refused,
+        };
+        models.call::<rpc::FinishRefresh>(&request, SOON).await.unwrap();
+    };
+    let (first, second) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
+    let granted = claim(first, "access-1").await;
+    assert_eq!(granted.state(), RefreshState::Granted);
+    let grant = key.open(&granted.sealed, &[1; 32]).unwrap();
+    assert!(String::from_utf8_lossy(&grant).contains("refresh-1"));
+    assert_eq!(claim(first, "access-1").await.state(), RefreshState::Granted);
+    assert_eq!(claim(second, "access-1").await.state(), RefreshState::Busy);
+    let change = r#"{"value":"access-2","oauth":{"refresh":{"refresh_token":"refresh-2"}}}"#;
+    finish(first, Some(change), false).await;
+    assert_eq!(claim(second, "access-1").await.state(), RefreshState::Current);
+    // What comes late changes nothing.
+    finish(first, Some(r#"{"value":"late"}"#), false).await;
+    let granted = claim(second, "access-2").await;
+    let grant = key.open(&granted.sealed, &[1; 32]).unwrap();
+    assert!(String::from_utf8_lossy(&grant).contains("refresh-2"));
+    // One that failed may be tried again; one that was refused may not, until it is replaced.
+    finish(second, None, false).await;
+    assert_eq!(claim(first, "access-2").await.state(), RefreshState::Granted);
+    finish(first, None, true).await;
+    assert_eq!(claim(second, "access-2").await.state(), RefreshState::Refused);
+    store(&secret_id, true, r#"{"oauth":{"refresh":{"refresh_token":"refresh-3"}}}"#).await;
+    assert_eq!(claim(second, "access-2").await.state(), RefreshState::Granted);
 }
 
 /// A stream may have any subjects, so a user who may create one could read every request.
