@@ -131,7 +131,7 @@ def test_every_setting_is_one_that_the_service_knows(name):
             continue
         component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
         own = reference.split(f"\n## {component}\n")[1].split("\n## ")[0] + reference.split("\n## Every service\n")[1].split("\n## ")[0]
-        known = re.findall(r"^\| `([A-Z_]+)(\[_FILE\])?`", own, re.M)
+        known = re.findall(r"^\| `([A-Z0-9_]+)(\[_FILE\])?`", own, re.M)
         known = {n for n, _ in known} | {f"{n}_FILE" for n, file in known if file}
         assert set(settings(pod)) <= known, (component, set(settings(pod)) - known)
 

@@ -51,7 +51,7 @@ def test_each_service_has_an_image_a_check_of_its_health_and_settings_that_it_kn
         service = SERVICES[name]
         assert service["build"]["target"] == name and name in targets
         assert service["healthcheck"]["test"] == ["CMD", name, "--check-ready"]
-        known = re.findall(r"^\| `([A-Z_]+)(\[_FILE\])?`", everywhere + reference.split(f"\n## {name}\n")[1].split("\n## ")[0], re.M)
+        known = re.findall(r"^\| `([A-Z0-9_]+)(\[_FILE\])?`", everywhere + reference.split(f"\n## {name}\n")[1].split("\n## ")[0], re.M)
         known = {setting for setting, _ in known} | {f"{setting}_FILE" for setting, file in known if file}
         environment = {}
         for part in [service.get("environment", {})]:
