@@ -27,7 +27,7 @@ dev: build ## Run the stack until Ctrl-C (ARGS=--scripted-model: agents need no 
 
 # One Postgres serves the whole run.
 test: AGENTS = claude codex gemini opencode
-test: export SETUP_BROWSER = 1
+test: export SETUP_TESTS = 1
 test: build ## Run every test, with every agent CLI
 	$(CARGO) test --workspace --no-run --quiet
 	$(BIN)/testkit-run scripts/test.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the project needs and this machine lacks. Says nothing when nothing is missing.
 #   scripts/setup.sh [AGENT ...]   agents: claude (the default), codex, gemini, opencode; or none
+# SETUP_TESTS=1 adds what only tests use: a browser and an S3 server.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/versions.env
@@ -31,7 +32,7 @@ have python3 || packages+=(python3)
 have_venv || packages+=(python3-venv)
 have npm || packages+=(nodejs npm)
 # The tests of the console use it.
-[ -z "${SETUP_BROWSER:-}" ] || have chromium || packages+=(chromium)
+[ -z "${SETUP_TESTS:-}" ] || have chromium || packages+=(chromium)
 if [ ${#packages[@]} -gt 0 ]; then
     if ! have apt-get; then
         say "please install, by this system's own means: PostgreSQL (14 or later), bubblewrap, runc, passt, iproute2, mmdebstrap, util-linux, e2fsprogs, perl, curl, a C compiler, python3 with venv, Node.js with npm"
@@ -72,7 +73,7 @@ if ! { have nats-server && new_enough nats-server; } && ! { [ -x "$tools/bin/nat
 fi
 
 # --- an S3 server, for the tests of files in a bucket -------------------------------------------------
-if ! have s3s-fs && [ ! -x "$tools/bin/s3s-fs" ]; then
+if [ -n "${SETUP_TESTS:-}" ] && ! have s3s-fs && [ ! -x "$tools/bin/s3s-fs" ]; then
     say "installing s3s-fs $S3S_FS_VERSION"
     cargo install --quiet --locked --debug --root "$tools" s3s-fs --version "$S3S_FS_VERSION" --features binary
 fi

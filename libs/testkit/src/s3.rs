@@ -31,7 +31,7 @@ impl S3 {
     pub fn start(bucket: &str) -> anyhow::Result<Self> {
         let program = crate::programs("s3s-fs").into_iter().find(|program| program.is_file());
         let mut s3 = Self {
-            program: program.context("s3s-fs is not installed: run `make setup`")?,
+            program: program.context("s3s-fs is not installed: run `SETUP_TESTS=1 make setup`")?,
             port: free_port()?,
             buckets: tempfile::Builder::new().prefix("aod-s3-").tempdir()?,
             running: None,
