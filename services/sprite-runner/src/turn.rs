@@ -106,11 +106,7 @@ pub async fn run(
 ) -> End {
     let epoch = spec.epoch;
     tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn claimed");
-    let (log, secrets) = tokio::join!(
-        EventLog::open(&runner.bus, session, turn, &spec),
-        Secrets::redeem(runner, &spec.lease_id, key)
-    );
-    let mut log = match log {
+    let mut log = match EventLog::open(&runner.bus, session, turn, &spec).await {
         Ok(Position::Open(log)) => log,
         Ok(Position::Ended(id)) => return End::Settled(id),
         Ok(Position::Fenced(fenced)) => return end_of(fenced),
@@ -126,7 +122,7 @@ pub async fn run(
             return end_of(fenced);
         }
     }
-    let secrets = match secrets {
+    let secrets = match Secrets::redeem(runner, &spec.lease_id, key).await {
         Ok(secrets) => secrets.with_model_token(model_token),
         Err(error) => {
             tracing::warn!(%session, %error, "secrets cannot be redeemed");
@@ -277,6 +273,7 @@ async fn work(
         link = host.link;
     }
     if !started {
+        log.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
         let prompt = log.masker.text(&spec.prompt);
         let begin = TurnStarted {
             prompt,
@@ -290,7 +287,6 @@ async fn work(
         if is_early {
             log.started(begin.clone(), offset).await?;
         }
-        log.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
         // Where the turn's records are looked for. A journal that was lost between turns is no
         // loss.
         if position == 0 {
