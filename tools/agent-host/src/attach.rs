@@ -31,6 +31,8 @@ use crate::{
 
 const READ_BYTES: usize = 1 << 20;
 const ALIVE_MS: u64 = 5_000;
+/// How long a host that hung up may take to let go of its lock, if it has ended.
+const HUNG_UP_MS: u64 = 200;
 
 /// No host runs, and the journal has no end.
 pub const HOST_LOST: u8 = 3;
@@ -180,7 +182,7 @@ pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
     // A reader that is at the end hears at once that it is.
     let (mut stdin_open, mut input, mut told) =
         (true, Vec::new(), monotonic_ms().saturating_sub(ALIVE_MS));
-    let mut host_is_gone = false;
+    let (mut host_is_gone, mut hung_up_at) = (false, None);
     loop {
         match tail.step()? {
             Step::Frames(bytes) => {
@@ -220,18 +222,24 @@ pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
             return Ok(ExitCode::from(HOST_LOST));
         }
         host_is_gone = false;
-        if host.is_none() {
+        let now = monotonic_ms();
+        // It prefers newer connections. What it had not read of this one is lost, and only a new
+        // connection of the sender sends it again.
+        if hung_up_at.is_some_and(|at| now - at >= HUNG_UP_MS) {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        if host.is_none() && hung_up_at.is_none() {
             host = UnixStream::connect(socket_path(dir)).ok();
         }
-        let now = monotonic_ms();
         if now - told >= ALIVE_MS {
             tell(control::Kind::Alive(Alive {}))?;
             told = now;
         }
         let open = stdin_open;
-        let hung_up = wait(&watch, host.as_ref(), open, 1000, &mut input, &mut stdin_open)?;
+        let timeout = hung_up_at.map_or(1000, |_| 50);
+        let hung_up = wait(&watch, host.as_ref(), open, timeout, &mut input, &mut stdin_open)?;
         if hung_up {
-            host = None;
+            (host, hung_up_at) = (None, Some(monotonic_ms()));
         }
         pass_inputs(&mut host, &mut input);
     }
