@@ -74,6 +74,22 @@ fn another_specification_replaces_a_host_that_runs() {
 }
 
 #[test]
+fn the_newest_of_many_connections_is_heard_and_those_before_it_end() {
+    let host = Host::shell();
+    host.start();
+    let mut older: Vec<_> = (0..20).map(|_| host.attach(0)).collect();
+    let mut newest = host.attach(0);
+    assert_eq!(output(&newest.turn(1, "echo heard").0).0, "heard\n");
+    // Its sender has to learn that what it passed on may be lost.
+    eventually(|| older[0].child.try_wait().unwrap().is_some_and(|status| !status.success()));
+    assert_eq!(output(&newest.turn(2, "echo heard again").0).0, "heard again\n");
+    for attached in &mut older {
+        let _ = attached.child.kill();
+        let _ = attached.child.wait();
+    }
+}
+
+#[test]
 fn a_reader_that_is_killed_loses_nothing() {
     let host = Host::shell();
     host.start();
