@@ -182,7 +182,7 @@ pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
     // A reader that is at the end hears at once that it is.
     let (mut stdin_open, mut input, mut told) =
         (true, Vec::new(), monotonic_ms().saturating_sub(ALIVE_MS));
-    let (mut host_is_gone, mut hung_up_at) = (false, None);
+    let (mut host_is_gone, mut was_connected, mut hung_up_at) = (false, host.is_some(), None);
     loop {
         match tail.step()? {
             Step::Frames(bytes) => {
@@ -223,13 +223,15 @@ pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
         }
         host_is_gone = false;
         let now = monotonic_ms();
-        // It prefers newer connections. What it had not read of this one is lost, and only a new
-        // connection of the sender sends it again.
-        if hung_up_at.is_some_and(|at| now - at >= HUNG_UP_MS) {
-            return Err(io::ErrorKind::ConnectionReset.into());
-        }
-        if host.is_none() && hung_up_at.is_none() {
+        if host.is_none() && was_connected {
+            // It prefers newer connections. What it had not read of this one is lost, and only a
+            // new connection of the sender sends it again.
+            if now - *hung_up_at.get_or_insert(now) >= HUNG_UP_MS {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+        } else if host.is_none() {
             host = UnixStream::connect(socket_path(dir)).ok();
+            was_connected = host.is_some();
         }
         if now - told >= ALIVE_MS {
             tell(control::Kind::Alive(Alive {}))?;
@@ -239,7 +241,7 @@ pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
         let timeout = hung_up_at.map_or(1000, |_| 50);
         let hung_up = wait(&watch, host.as_ref(), open, timeout, &mut input, &mut stdin_open)?;
         if hung_up {
-            (host, hung_up_at) = (None, Some(monotonic_ms()));
+            host = None;
         }
         pass_inputs(&mut host, &mut input);
     }
