@@ -137,7 +137,7 @@ export function NewSession() {
             <Field label="Branch"><input placeholder="the default branch" value={branch} onInput={(event) => setBranch(event.currentTarget.value)} /></Field>
             <Field label="Access token" hint="Only for a private repository. Stored encrypted and never shown again."><input type="password" autocomplete="off" value={token} onInput={(event) => setToken(event.currentTarget.value)} /></Field>
             <Field label="Time limit of a turn, in seconds"><input type="number" min={10} max={3600} placeholder={String(me.value?.default_timeout ?? 600)} value={timeout} onInput={(event) => setTimeoutSeconds(event.currentTarget.value)} /></Field>
-            <Field label="Budget of the session, in US dollars" hint="It stops there, and goes on once you raise it."><input type="number" min={0} step="any" placeholder="the deployment's default" value={budget} onInput={(event) => setBudget(event.currentTarget.value)} /></Field>
+            <Field label="Budget of the session, in US dollars" hint="It stops there, and continues once you raise it."><input type="number" min={0} step="any" placeholder="the deployment's default" value={budget} onInput={(event) => setBudget(event.currentTarget.value)} /></Field>
           </div>
           <fieldset>
             <legend>Secret environment variables</legend>
