@@ -3,7 +3,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use bus::{Bus, Failure};
 use contract::{
@@ -33,6 +36,7 @@ use scheduler::Retention;
 use service::Lifecycle;
 use sqlx::Connection as _;
 use testkit::{Database, Nats, eventually};
+use tokio::task::JoinSet;
 use types::{ErrorCode, Partition, SessionId, UserId};
 use uuid::Uuid;
 
@@ -66,9 +70,25 @@ struct World {
     gateway: Bus,
     runner: Bus,
     user: UserId,
-    /// The lease that claims are made with.
+    /// The lease that claims are made with; its heartbeats, as a runner sends them; and the turns
+    /// that they name.
     lease: Uuid,
+    heartbeats: JoinSet<()>,
+    held: Arc<Mutex<Vec<HeldTurn>>>,
     _vault: testkit::services::Service,
+}
+
+/// Sends a runner's heartbeats, so that a slow machine's test does not lose its turns.
+async fn keep(runner: Bus, lease: Uuid, held: Arc<Mutex<Vec<HeldTurn>>>) {
+    loop {
+        let request = heartbeat(lease, false, held.lock().unwrap().clone());
+        drop(runner.call::<rpc::Heartbeat>(&request, SOON).await);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+fn heartbeat(runner_lease: Uuid, first: bool, held: Vec<HeldTurn>) -> HeartbeatRequest {
+    HeartbeatRequest { runner_lease: runner_lease.to_string(), runner: "r".to_owned(), first, held }
 }
 
 impl World {
@@ -86,9 +106,11 @@ impl World {
             gateway.call::<rpc::VaultHealth>(&Empty {}, SOON).await.is_ok()
         })
         .await;
-        let world = Self {
+        let mut world = Self {
             gateway,
             _vault: vault,
+            heartbeats: JoinSet::new(),
+            held: Arc::default(),
             runner: nats.connect(&access::RUNNER).await.unwrap(),
             nats,
             database,
@@ -96,6 +118,7 @@ impl World {
             lease: Uuid::now_v7(),
         };
         world.run_scheduler(&Lifecycle::new()).await;
+        world.heartbeats.spawn(keep(world.runner.clone(), world.lease, world.held.clone()));
         world
     }
 
@@ -120,13 +143,13 @@ impl World {
     }
 
     async fn heartbeat(&self, lease: Uuid, first: bool, held: Vec<HeldTurn>) -> HeartbeatReply {
-        let request = HeartbeatRequest {
-            runner_lease: lease.to_string(),
-            runner: "r".to_owned(),
-            first,
-            held,
-        };
+        let request = heartbeat(lease, first, held);
         self.runner.call::<rpc::Heartbeat>(&request, SOON).await.unwrap()
+    }
+
+    /// Its runner dies.
+    fn fall_silent(&mut self) {
+        self.heartbeats.abort_all();
     }
 
     /// Claims a turn with a valid lease.
@@ -150,6 +173,9 @@ impl World {
     async fn run(&self, session: &str, turn: u32) -> TurnSpec {
         let verdict = self.claim(session, turn).await;
         let Verdict::Run(spec) = verdict else { unreachable!("{verdict:?}") };
+        let held =
+            HeldTurn { session_id: session.to_owned(), turn, epoch: spec.epoch, ended: None };
+        self.held.lock().unwrap().push(held);
         spec
     }
 

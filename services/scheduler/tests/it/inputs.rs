@@ -451,7 +451,7 @@ async fn a_message_that_cannot_join_its_turn_begins_the_next_one() {
 
 #[tokio::test]
 async fn a_request_is_answered_once_and_its_turn_waits_without_a_deadline() {
-    let world = World::start().await;
+    let mut world = World::start().await;
     let (session, spec) = world.running("claude", r#"{"default":"ask"}"#).await;
     assert_eq!(spec.permissions, r#"{"rules":[],"default":"ask"}"#);
     let request = world.asks(&session, 1, 7).await;
@@ -481,7 +481,11 @@ async fn a_request_is_answered_once_and_its_turn_waits_without_a_deadline() {
         (refused.code, refused.message.as_str()),
         (ErrorCode::Conflict, "Request has been answered already")
     );
-    assert!(world.fetch(&session, 1, spec.epoch).await.is_empty(), "its owner's lease has expired");
+    world.fall_silent();
+    eventually("its owner's lease has expired", || async {
+        world.fetch(&session, 1, spec.epoch).await.is_empty()
+    })
+    .await;
     let epoch = world.run(&session, 1).await.epoch;
     let fetched = world.fetch(&session, 1, epoch).await;
     let decision = host::Decision {
