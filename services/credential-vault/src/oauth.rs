@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How long a claim lasts whose holder says nothing: longer than it tries.
-const CLAIM_SECONDS: f64 = 60.0;
+const CLAIM_SECONDS: f64 = 120.0;
 
 /// Grants the right to refresh, if the access token is still the one that is no longer good.
 pub async fn claim(
@@ -121,6 +121,16 @@ pub async fn finish(vault: Vault, request: FinishRefreshRequest) -> Result<Empty
     }
     tx.commit().await?;
     Ok(Empty {})
+}
+
+/// Forgets the claim and the refusal of a secret that its user changes. A refresh that is under way
+/// has asked with what was there before: what it brings is worth nothing any more.
+pub async fn overtake(tx: &mut PgConnection, secret: SecretId) -> Result<(), Failure> {
+    sqlx::query("delete from oauth_refresh where secret_id = $1")
+        .bind(secret.uuid())
+        .execute(tx)
+        .await?;
+    Ok(())
 }
 
 async fn lock(tx: &mut PgConnection, secret: SecretId) -> Result<Option<SecretRow>, Failure> {

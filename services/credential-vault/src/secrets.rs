@@ -20,7 +20,7 @@ use crate::{
     Vault,
     envelope::{Binding, Sealed},
     keyring::{KeyVersion, Keyring},
-    keys,
+    keys, oauth,
 };
 
 const CREDENTIAL_BYTES_MAX: usize = 16 * 1024;
@@ -250,6 +250,7 @@ pub async fn put_secret(
     .await?;
     if request.merge && inserted.rows_affected() == 0 {
         merge_into(&vault, &mut tx, &binding, version, new).await?;
+        oauth::overtake(&mut tx, id).await?;
     }
     tx.commit().await?;
     Ok(PutSecretReply { secret_id: id.to_string() })

@@ -621,8 +621,24 @@ async fn an_access_token_is_refreshed_by_one_gateway_at_a_time_and_a_refused_gra
     assert_eq!(claim(first, "access-2").await.state(), RefreshState::Granted);
     finish(first, None, true).await;
     assert_eq!(claim(second, "access-2").await.state(), RefreshState::Refused);
+    // Whatever it is that its user replaces: it may have been the client's secret that was wrong.
+    store(&secret_id, true, r#"{"oauth":{"refresh":{"client_id":"d"}}}"#).await;
+    assert_eq!(claim(second, "access-2").await.state(), RefreshState::Granted);
+    finish(second, None, true).await;
     store(&secret_id, true, r#"{"oauth":{"refresh":{"refresh_token":"refresh-3"}}}"#).await;
     assert_eq!(claim(second, "access-2").await.state(), RefreshState::Granted);
+
+    // What the user stores while a refresh is under way is neither replaced by what the refresh
+    // brings nor taken for what was refused.
+    store(&secret_id, true, r#"{"value":"own","oauth":{"refresh":{"refresh_token":"own"}}}"#).await;
+    finish(second, Some(change), false).await;
+    assert_eq!(claim(first, "own").await.state(), RefreshState::Granted);
+    store(&secret_id, true, r#"{"oauth":{"refresh":{"refresh_token":"own-2"}}}"#).await;
+    finish(first, None, true).await;
+    let granted = claim(second, "own").await;
+    assert_eq!(granted.state(), RefreshState::Granted);
+    let grant = key.open(&granted.sealed, &[1; 32]).unwrap();
+    assert!(String::from_utf8_lossy(&grant).contains("own-2"));
 }
 
 /// A stream may have any subjects, so a user who may create one could read every request.
