@@ -228,6 +228,9 @@ async fn vaults_are_paged_patched_archived_and_their_users_own() {
         stack.post(&credentials, bearer("HTTPS://mcp.example:443/sse/")).await.unwrap().status,
         409
     );
+    // A server has one token, of whichever kind.
+    let oauth = json!({ "type": "mcp_oauth", "mcp_server_url": "https://mcp.example/sse", "access_token": "t" });
+    assert_eq!(stack.post(&credentials, json!({ "auth": oauth })).await.unwrap().status, 409);
 
     for (path, body, field) in [
         ("/v1/vaults".to_owned(), json!({}), "display_name"),
@@ -374,7 +377,12 @@ async fn a_static_bearer_reaches_its_mcp_server_and_follows_rotation() {
     // Spelled otherwise, it is the same server.
     let auth = json!({ "type": "static_bearer", "mcp_server_url": format!("{}/", url.to_uppercase().replace("/MCP", "/mcp")), "token": "first-token" });
     let credential = created(&stack, &credentials, json!({ "auth": auth })).await;
-    let session = client.session(json!({ "vault_ids": [vault] })).await;
+    // That of a later vault does not count, though it is of another kind.
+    let later = created(&stack, "/v1/vaults", json!({ "display_name": "later" })).await;
+    let other = json!({ "type": "mcp_oauth", "mcp_server_url": url, "access_token": "other" });
+    let others = format!("/v1/vaults/{later}/credentials");
+    created(&stack, &others, json!({ "auth": other })).await;
+    let session = client.session(json!({ "vault_ids": [vault, later] })).await;
     let said = client.turn(&session, "echo by MCP: seven").await;
     assert!(said.contains("seven over HTTP"), "{said}");
     *token.lock().unwrap() = "second-token".to_owned();

@@ -315,6 +315,23 @@ pub async fn create_credential(
         ))
         .because("vault_full"));
     }
+    // A server has one token, of whichever kind.
+    let is_taken: bool = sqlx::query_scalar(
+        "select exists (
+             select from vault_credential
+             where vault_id = $1 and key = $2 and (kind = $4) = ($3 = $4) and archived_at is null
+         )",
+    )
+    .bind(vault.uuid())
+    .bind(&request.key)
+    .bind(&request.kind)
+    .bind(AuthKind::EnvironmentVariable.as_str())
+    .fetch_one(&mut *tx)
+    .await?;
+    if is_taken {
+        let message = format!("The vault has an active credential for {}", request.key);
+        return Err(Failure::conflict(message));
+    }
     let row: Result<CredentialRow, sqlx::Error> = sqlx::query_as(concat!(
         "insert into vault_credential (credential_id, vault_id, display_name, metadata, kind, key, auth, secret_id)
          values ($1, $2, $3, $4, $5, $6, $7, $8) returning ",
@@ -330,13 +347,7 @@ pub async fn create_credential(
     .bind(secret_id(Some(&request.secret_id))?)
     .fetch_one(&mut *tx)
     .await;
-    let row = row.map_err(|error| {
-        if store::violates(&error, "vault_credential_key") {
-            Failure::conflict(format!("The vault has an active credential for {}", request.key))
-        } else {
-            idempotency::not_inserted(error, "vault_credential_pkey")
-        }
-    })?;
+    let row = row.map_err(|error| idempotency::not_inserted(error, "vault_credential_pkey"))?;
     tx.commit().await?;
     Ok(row.into())
 }
@@ -514,13 +525,14 @@ pub async fn secrets(pool: &PgPool, vaults: &Value) -> Result<Vec<Uuid>, Failure
         return Ok(Vec::new());
     }
     let secrets = sqlx::query_scalar(
-        "select distinct on (c.kind, c.key) c.secret_id
+        "select distinct on (c.kind = $2, c.key) c.secret_id
          from unnest($1::uuid[]) with ordinality as named (vault_id, place)
          join vault_credential c using (vault_id)
          where c.archived_at is null
-         order by c.kind, c.key, named.place",
+         order by c.kind = $2, c.key, named.place, c.created_at desc",
     )
     .bind(&ids)
+    .bind(AuthKind::EnvironmentVariable.as_str())
     .fetch_all(pool)
     .await?;
     Ok(secrets)
