@@ -54,9 +54,10 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
         )?;
     let asked = Asked { method: parts.method, headers: parts.headers, body: held.bytes };
     let mut route = route;
-    if route.refreshable.as_ref().is_some_and(oauth::is_due)
-        && refresh(&routed, &mut admitted, &route).await == Refreshed::Renewed
-    {
+    // One request asks a token endpoint once.
+    let mut refreshed = None;
+    if route.refreshable.as_ref().is_some_and(oauth::is_due) {
+        refreshed = Some(refresh(&routed, &mut admitted, &route).await);
         route = routed.find(&mut admitted, RouteKind::Mcp, &path).await?;
     }
     let mut response = asked.send(&routed, &admitted, &route).await?;
@@ -65,18 +66,22 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
         let renewed = routed.find(&mut admitted, RouteKind::Mcp, &path).await?;
         if !renewed.has_headers_of(&route) {
             response = asked.send(&routed, &admitted, &renewed).await?;
-            route = renewed;
+            (route, refreshed) = (renewed, None);
         }
     }
     // An access token that ended before its time, or whose time is not known.
     if response.status() == StatusCode::UNAUTHORIZED && route.refreshable.is_some() {
-        match refresh(&routed, &mut admitted, &route).await {
-            Refreshed::Renewed => {
+        let outcome = match refreshed {
+            Some(outcome) => outcome,
+            None => refresh(&routed, &mut admitted, &route).await,
+        };
+        match outcome {
+            Refreshed::Renewed if refreshed.is_none() => {
                 let renewed = routed.find(&mut admitted, RouteKind::Mcp, &path).await?;
                 response = asked.send(&routed, &admitted, &renewed).await?;
             }
             // The client reports that it has to authenticate.
-            Refreshed::Refused => {}
+            Refreshed::Renewed | Refreshed::Refused => {}
             Refreshed::Failed => {
                 return Err(NotRouted::Upstream(
                     "the server refuses the access token, and it cannot be refreshed at the moment; try again",
@@ -91,10 +96,20 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
 async fn refresh(routed: &Routed, admitted: &mut Admitted, route: &GrantedRoute) -> Refreshed {
     let Some(refreshable) = &route.refreshable else { return Refreshed::Refused };
     let refreshed = routed.oauth.refresh(&admitted.shown, refreshable).await;
-    if refreshed == Refreshed::Renewed && !routed.renew(admitted).await {
-        return Refreshed::Failed;
+    if refreshed != Refreshed::Renewed {
+        return refreshed;
     }
-    refreshed
+    // Twice: an answer of the vault that was on its way meanwhile holds the former token.
+    for _ in 0..2 {
+        if !routed.renew(admitted).await {
+            return Refreshed::Failed;
+        }
+        let renewed = admitted.grant.route(RouteKind::Mcp, &route.path);
+        if renewed.is_none_or(|renewed| renewed.refreshable != route.refreshable) {
+            break;
+        }
+    }
+    Refreshed::Renewed
 }
 
 /// A request, as often as it has to be sent.

@@ -31,6 +31,20 @@ const ANSWER_BYTES_MAX: usize = 64 * 1024;
 const BUSY_MAX: Duration = Duration::from_secs(25);
 /// How often the vault is told what a refresh brought, while it does not answer.
 const STORE_ATTEMPTS: u32 = 4;
+/// Errors with which an endpoint that answers 400 or 401 may be asked again.
+const PASSING_ERRORS: [&str; 3] = ["temporarily_unavailable", "server_error", "slow_down"];
+/// Errors that are final also where the status, against RFC 6749, is another; the last two are of
+/// GitHub and Slack.
+const REFUSALS: [&str; 8] = [
+    "invalid_grant",
+    "invalid_client",
+    "invalid_request",
+    "invalid_scope",
+    "unauthorized_client",
+    "unsupported_grant_type",
+    "bad_refresh_token",
+    "invalid_refresh_token",
+];
 /// A token is refreshed so long before it expires.
 const EARLY_SECONDS: i64 = 30;
 
@@ -191,16 +205,6 @@ impl Refresher {
         }
         let mut response =
             request.body(form(refresh)).send().await.map_err(|_| failed("it does not answer"))?;
-        let status = response.status();
-        if matches!(
-            status,
-            StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN
-        ) {
-            return Err(NotRefreshed::Refused(status));
-        }
-        if !status.is_success() {
-            return Err(failed("it answers with an error"));
-        }
         let mut body = Zeroizing::new(Vec::new());
         while let Some(chunk) =
             response.chunk().await.map_err(|_| failed("its answer breaks off"))?
@@ -210,14 +214,35 @@ impl Refresher {
             }
             body.extend_from_slice(&chunk);
         }
-        let answer: Answer =
-            serde_json::from_slice(&body).map_err(|_| failed("its answer has no access token"))?;
-        let is_header = answer.access_token.bytes().all(|byte| (b'!'..=b'~').contains(&byte));
-        if answer.access_token.is_empty() || !is_header {
-            return Err(failed("its access token cannot be sent"));
-        }
-        Ok(answer)
+        read_answer(response.status(), &body)
     }
+}
+
+/// What an endpoint answered. The vault remembers a refusal, so what may pass, or is perhaps a
+/// proxy's answer, is none.
+fn read_answer(status: StatusCode, body: &[u8]) -> Result<Answer, NotRefreshed> {
+    if status.is_success()
+        && let Ok(answer) = serde_json::from_slice::<Answer>(body)
+    {
+        let is_header = answer.access_token.bytes().all(|byte| (b'!'..=b'~').contains(&byte));
+        return match is_header && !answer.access_token.is_empty() {
+            true => Ok(answer),
+            false => Err(NotRefreshed::Failed("its access token cannot be sent")),
+        };
+    }
+    let error = serde_json::from_slice::<ErrorAnswer>(body).unwrap_or_default().error;
+    let is_refusal = match status {
+        StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED => {
+            !PASSING_ERRORS.contains(&error.as_str())
+        }
+        StatusCode::OK | StatusCode::FORBIDDEN => REFUSALS.contains(&error.as_str()),
+        _ => false,
+    };
+    Err(match is_refusal {
+        true => NotRefreshed::Refused(status),
+        false if status.is_success() => NotRefreshed::Failed("its answer has no access token"),
+        false => NotRefreshed::Failed("it answers with an error"),
+    })
 }
 
 enum NotRefreshed {
@@ -225,11 +250,18 @@ enum NotRefreshed {
     Failed(&'static str),
 }
 
+/// RFC 6749, section 5.2.
+#[derive(Default, Deserialize)]
+struct ErrorAnswer {
+    error: String,
+}
+
 #[derive(Deserialize)]
 struct Answer {
     access_token: String,
+    /// A number of seconds; some endpoints send text or a fraction.
     #[serde(default)]
-    expires_in: Option<i64>,
+    expires_in: Value,
     /// The one that was used is not good any more.
     #[serde(default)]
     refresh_token: Option<String>,
@@ -247,7 +279,12 @@ impl Answer {
     fn change(&self) -> Value {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let now = i64::try_from(now).unwrap_or(i64::MAX);
-        let expires_at = self.expires_in.map(|seconds| now.saturating_add(seconds));
+        let seconds = self.expires_in.to_string();
+        let seconds =
+            seconds.trim_matches('"').split('.').next().and_then(|text| text.parse().ok());
+        // One that is over at once would be refreshed for each request.
+        let expires_at =
+            seconds.filter(|seconds: &i64| *seconds > 0).map(|seconds| now.saturating_add(seconds));
         let mut oauth = json!({ "expires_at": expires_at });
         if let Some(token) = self.refresh_token.as_ref().filter(|token| !token.is_empty()) {
             oauth["refresh"] = json!({ "refresh_token": token });
@@ -284,4 +321,95 @@ fn basic(refresh: &Refresh) -> Option<String> {
         let pair = Zeroizing::new(format!("{}:{}", encoded(&refresh.client_id), encoded(secret)));
         format!("Basic {}", STANDARD.encode(pair.as_bytes()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(status: u16, body: &str) -> Result<Value, &'static str> {
+        match read_answer(StatusCode::from_u16(status).unwrap(), body.as_bytes()) {
+            Ok(answer) => Ok(answer.change()),
+            Err(NotRefreshed::Refused(_)) => Err("refused"),
+            Err(NotRefreshed::Failed(_)) => Err("failed"),
+        }
+    }
+
+    #[test]
+    fn a_grant_is_given_up_only_for_what_its_endpoint_says_of_it() {
+        for (status, body, outcome) in [
+            (400, r#"{"error":"invalid_grant"}"#, "refused"),
+            (401, r#"{"error":"invalid_client"}"#, "refused"),
+            (401, "", "refused"),
+            (403, r#"{"error":"invalid_grant"}"#, "refused"),
+            (200, r#"{"error":"bad_refresh_token","error_description":"x"}"#, "refused"),
+            (200, r#"{"ok":false,"error":"invalid_refresh_token"}"#, "refused"),
+            (400, r#"{"error":"temporarily_unavailable"}"#, "failed"),
+            (403, "<html>Are you a robot?</html>", "failed"),
+            (200, r#"{"ok":false,"error":"ratelimited"}"#, "failed"),
+            (200, "<html>", "failed"),
+            (200, "[]", "failed"),
+            (200, r#"{"access_token":7}"#, "failed"),
+            (200, r#"{"access_token":""}"#, "failed"),
+            (200, r#"{"access_token":"a b"}"#, "failed"),
+            (302, r#"{"access_token":"a"}"#, "failed"),
+            (429, r#"{"error":"invalid_grant"}"#, "failed"),
+            (500, r#"{"error":"invalid_grant"}"#, "failed"),
+        ] {
+            assert_eq!(read(status, body), Err(outcome), "{status} {body}");
+        }
+    }
+
+    #[test]
+    fn a_replaced_refresh_token_is_not_lost_to_an_odd_life_of_the_access_token() {
+        let expires_at = |expires_in: &str| {
+            let body =
+                format!(r#"{{"access_token":"a","refresh_token":"r","expires_in":{expires_in}}}"#);
+            let change = read(200, &body).unwrap();
+            assert_eq!(
+                (&change["value"], &change["oauth"]["refresh"]["refresh_token"]),
+                (&json!("a"), &json!("r"))
+            );
+            change["oauth"]["expires_at"].as_i64()
+        };
+        for in_an_hour in ["3600", "\"3600\"", "3600.5"] {
+            let token =
+                Refreshable { expires_at: expires_at(in_an_hour), ..Refreshable::default() };
+            assert!(token.expires_at.is_some() && !is_due(&token), "{in_an_hour}");
+        }
+        for unknown in ["null", "0", "-1", "\"soon\"", "{}", "[1]", "true"] {
+            assert_eq!(expires_at(unknown), None, "{unknown}");
+        }
+        assert_eq!(expires_at("9223372036854775807"), Some(i64::MAX));
+    }
+
+    #[test]
+    fn a_client_authenticates_as_its_credential_says() {
+        let refresh = |kind: &str, secret: Value| {
+            let auth = json!({ "type": kind, "client_secret": secret });
+            serde_json::from_value::<Refresh>(json!({
+                "client_id": "c&d",
+                "refresh_token": "r+1",
+                "token_endpoint": "https://auth.example/token",
+                "token_endpoint_auth": auth,
+                "resource": "https://mcp.example/mcp",
+            }))
+            .unwrap()
+        };
+        let always = "grant_type=refresh_token&refresh_token=r%2B1";
+        let resource = "&resource=https%3A%2F%2Fmcp.example%2Fmcp";
+        let none = refresh("none", Value::Null);
+        assert_eq!(form(&none), format!("{always}&client_id=c%26d{resource}"));
+        assert_eq!(basic(&none), None);
+        let post = refresh("client_secret_post", json!("s=/"));
+        assert_eq!(
+            form(&post),
+            format!("{always}&client_id=c%26d&client_secret=s%3D%2F{resource}")
+        );
+        assert_eq!(basic(&post), None);
+        let in_header = refresh("client_secret_basic", json!("s=/"));
+        assert_eq!(form(&in_header), format!("{always}{resource}"));
+        let expected = format!("Basic {}", STANDARD.encode("c%26d:s%3D%2F"));
+        assert_eq!(basic(&in_header), Some(expected));
+    }
 }

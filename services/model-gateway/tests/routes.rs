@@ -6,6 +6,7 @@
 #![expect(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks")]
 
 use std::{
+    collections::VecDeque,
     path::Path,
     process::Stdio,
     sync::{Arc, Mutex},
@@ -25,14 +26,18 @@ use bus::{Bus, Failure, responder::Responder};
 use contract::{
     access,
     auth::CheckUserReply,
+    common::Empty,
     rpc,
     vault::{
-        Bundle, RedeemModelTokenReply, RedeemModelTokenRequest, Route, RouteHeader, RouteKind,
+        Bundle, ClaimRefreshReply, ClaimRefreshRequest, FinishRefreshRequest,
+        RedeemModelTokenReply, RedeemModelTokenRequest, RefreshState, Refreshable, Route,
+        RouteHeader, RouteKind, SealingKeyReply,
     },
 };
 use futures::StreamExt as _;
 use model_gateway::{Config, Retries, Upstreams};
 use prost::Message as _;
+use sealing::KeyPair;
 use serde_json::{Value, json};
 use service::Lifecycle;
 use sha2::{Digest as _, Sha256};
@@ -42,7 +47,7 @@ use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     process::{Child, Command},
 };
-use types::SessionId;
+use types::{SessionId, UserId, vault::DOCUMENT_KIND};
 
 const TOKEN: &str = "aod_session_of_this_test";
 const SECRET: &str = "SENTINEL-secret";
@@ -51,10 +56,66 @@ const SECRET: &str = "SENTINEL-secret";
 #[derive(Clone)]
 struct Vault {
     session: SessionId,
+    user: UserId,
     routes: Arc<Mutex<Vec<Route>>>,
+    /// What it answers from the next redemptions on.
+    later: Arc<Mutex<VecDeque<Vec<Route>>>>,
+    /// What values are sealed to.
+    key: Arc<KeyPair>,
+    /// How an access token is refreshed; null: another gateway has done it.
+    refresh: Arc<Mutex<Value>>,
+    /// What refreshes came to: an access token, or whether it was refused.
+    finished: Arc<Mutex<Vec<Result<String, bool>>>>,
 }
 
 impl Vault {
+    fn new() -> Self {
+        Self {
+            session: SessionId::new(),
+            user: UserId::new(),
+            routes: Arc::default(),
+            later: Arc::default(),
+            key: Arc::new(KeyPair::generate().unwrap()),
+            refresh: Arc::default(),
+            finished: Arc::default(),
+        }
+    }
+
+    async fn claim_refresh(
+        self,
+        request: ClaimRefreshRequest,
+    ) -> Result<ClaimRefreshReply, Failure> {
+        let refresh = self.refresh.lock().unwrap().clone();
+        if refresh.is_null() {
+            let state = RefreshState::Current.into();
+            return Ok(ClaimRefreshReply { state, ..ClaimRefreshReply::default() });
+        }
+        let (key, context) = (&request.public_key, &request.session_token_hash);
+        let sealed = sealing::seal(key, refresh.to_string().as_bytes(), context).unwrap();
+        let state = RefreshState::Granted.into();
+        Ok(ClaimRefreshReply { state, sealed, user_id: self.user.to_string() })
+    }
+
+    async fn finish_refresh(self, request: FinishRefreshRequest) -> Result<Empty, Failure> {
+        let finished = match request.sealed {
+            Some(sealed) => {
+                let context = bus::vault::context(&self.user.to_string(), DOCUMENT_KIND);
+                let change = self.key.open(&sealed.sealed, &context).unwrap();
+                let change: Value = serde_json::from_slice(&change).unwrap();
+                Ok(change["value"].as_str().unwrap().to_owned())
+            }
+            None => Err(request.is_refused),
+        };
+        if let Ok(token) = &finished {
+            for route in self.routes.lock().unwrap().iter_mut() {
+                route.headers.iter_mut().for_each(|header| header.value.clone_from(token));
+                route.refreshable = Some(refreshable(token, None));
+            }
+        }
+        self.finished.lock().unwrap().push(finished);
+        Ok(Empty {})
+    }
+
     async fn redeem(
         self,
         request: RedeemModelTokenRequest,
@@ -62,12 +123,15 @@ impl Vault {
         if request.token_hash != Sha256::digest(TOKEN).as_slice() {
             return Err(Failure::not_found("Token not found, expired or revoked"));
         }
+        if let Some(routes) = self.later.lock().unwrap().pop_front() {
+            *self.routes.lock().unwrap() = routes;
+        }
         let bundle = Bundle { routes: self.routes.lock().unwrap().clone(), ..Bundle::default() };
         let sealed =
             sealing::seal(&request.public_key, &bundle.encode_to_vec(), &request.token_hash)
                 .unwrap();
         Ok(RedeemModelTokenReply {
-            user_id: types::UserId::new().to_string(),
+            user_id: self.user.to_string(),
             session_id: self.session.to_string(),
             sealed,
         })
@@ -98,7 +162,7 @@ impl Gateway {
         let nats = Nats::start().unwrap();
         let (vault_bus, lifecycle) =
             (nats.connect(&access::VAULT).await.unwrap(), Lifecycle::new());
-        let vault = Vault { session: SessionId::new(), routes: Arc::default() };
+        let vault = Vault::new();
         let responder = Responder::new(
             &vault_bus,
             "credential-vault",
@@ -107,6 +171,14 @@ impl Gateway {
             lifecycle.stop_token(),
         );
         responder.serve::<rpc::RedeemModelToken, _, _>(Vault::redeem).await.unwrap();
+        responder.serve::<rpc::ClaimRefresh, _, _>(Vault::claim_refresh).await.unwrap();
+        responder.serve::<rpc::FinishRefresh, _, _>(Vault::finish_refresh).await.unwrap();
+        responder
+            .serve::<rpc::SealingKey, _, _>(|vault, _| async move {
+                Ok(SealingKeyReply { key_version: 1, public_key: vault.key.public().to_vec() })
+            })
+            .await
+            .unwrap();
         let auth_bus = nats.connect(&access::AUTH).await.unwrap();
         let auth =
             Responder::new(&auth_bus, "auth", (), lifecycle.tracker(), lifecycle.stop_token());
@@ -179,6 +251,11 @@ fn route(kind: RouteKind, path: &str, url: &str, headers: &[(&str, &str)]) -> Ro
     }
 }
 
+fn refreshable(token: &str, expires_at: Option<i64>) -> Refreshable {
+    let token_hash = Sha256::digest(token).to_vec();
+    Refreshable { secret_id: "s".to_owned(), token_hash, expires_at }
+}
+
 // --- MCP
 // -------------------------------------------------------------------------------------------
 
@@ -189,6 +266,8 @@ struct Server {
     asked: Arc<Mutex<Vec<(Method, String, HeaderMap)>>>,
     /// Where `/elsewhere` redirects.
     other: Arc<Mutex<String>>,
+    /// What `/token` answers.
+    token: Arc<Mutex<(u16, &'static str)>>,
     /// What its stream sends next.
     events: Arc<tokio::sync::Notify>,
 }
@@ -200,6 +279,7 @@ impl Server {
             secret: Arc::new(Mutex::new(SECRET.to_owned())),
             asked: Arc::default(),
             other: Arc::default(),
+            token: Arc::default(),
             events: Arc::default(),
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -225,6 +305,10 @@ async fn answer(
     match uri.path() {
         "/moved" => {
             return (StatusCode::TEMPORARY_REDIRECT, [("location", "/mcp?key=1")]).into_response();
+        }
+        "/token" => {
+            let (status, body) = *server.token.lock().unwrap();
+            return (StatusCode::from_u16(status).unwrap(), body).into_response();
         }
         // It reads what it is sent, and says nothing.
         "/silent" => std::future::pending().await,
@@ -359,6 +443,70 @@ async fn a_secret_that_was_replaced_and_a_route_that_is_new_are_redeemed_at_once
     })
     .await;
     assert_eq!(gateway.ask(Method::POST, "mcp/new", "").await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_request_asks_its_token_endpoint_once_and_no_other_address() {
+    let ((server, host), (endpoint, token_host)) = (Server::start().await, Server::start().await);
+    let ((other, other_host), (unnamed, unnamed_host)) =
+        (Server::start().await, Server::start().await);
+    let named = [host.clone(), token_host.clone(), other_host.clone()];
+    let gateway = Gateway::start(&named, "http://127.0.0.1:9").await;
+    *endpoint.other.lock().unwrap() = format!("http://{other_host}/token");
+    let unnamed_port = unnamed_host.rsplit_once(':').unwrap().1;
+    // (the endpoint, what it answers, the server's token, the status of the request, what the vault
+    // is told)
+    let named = format!("http://{token_host}/token");
+    let cases = [
+        (named.clone(), (500, "{}"), "new", 502, Err(false)),
+        (named.clone(), (403, "<html>"), "new", 502, Err(false)),
+        (named.clone(), (400, r#"{"error":"invalid_grant"}"#), "new", 401, Err(true)),
+        (named.clone(), (200, r#"{"access_token":"new"}"#), "new", 200, Ok("new")),
+        // A server that wants something else is not the endpoint's fault.
+        (named.clone(), (200, r#"{"access_token":"new"}"#), "other", 401, Ok("new")),
+        (format!("http://{token_host}/elsewhere"), (200, "{}"), "new", 502, Err(false)),
+        (format!("http://{unnamed_host}/token"), (200, "{}"), "new", 502, Err(false)),
+        (format!("http://localhost:{unnamed_port}/token"), (200, "{}"), "new", 502, Err(false)),
+    ];
+    for (number, (token_endpoint, answer, good, status, told)) in cases.into_iter().enumerate() {
+        good.clone_into(&mut server.secret.lock().unwrap());
+        *endpoint.token.lock().unwrap() = answer;
+        *gateway.vault.refresh.lock().unwrap() = json!({
+            "client_id": "c",
+            "refresh_token": "r",
+            "token_endpoint": token_endpoint,
+            "token_endpoint_auth": { "type": "none" },
+        });
+        let path = format!("mcp/{number}");
+        let url = format!("http://{host}/mcp");
+        let old = route(RouteKind::Mcp, &path, &url, &[("X-Key", "old")]);
+        gateway.routes(vec![Route { refreshable: Some(refreshable("old", Some(1))), ..old }]);
+        let (before, told_before) =
+            (endpoint.count(), gateway.vault.finished.lock().unwrap().len());
+        let answered = gateway.ask(Method::POST, &path, "hello").await.status();
+        assert_eq!(answered, status, "{token_endpoint} {answer:?}");
+        let is_asked = token_endpoint.contains(&token_host);
+        assert_eq!(endpoint.count(), before + usize::from(is_asked), "{token_endpoint} {answer:?}");
+        let finished = gateway.vault.finished.lock().unwrap()[told_before..].to_vec();
+        assert_eq!(finished, [told.map(str::to_owned)], "{token_endpoint} {answer:?}");
+    }
+    assert_eq!((other.count(), unnamed.count()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_token_that_another_gateway_refreshed_is_used_though_an_older_answer_comes_first() {
+    let (server, host) = Server::start().await;
+    let gateway = Gateway::start(std::slice::from_ref(&host), "http://127.0.0.1:9").await;
+    "new".clone_into(&mut server.secret.lock().unwrap());
+    let with = |token: &str| {
+        let url = format!("http://{host}/mcp");
+        let route = route(RouteKind::Mcp, "mcp/echo", &url, &[("X-Key", token)]);
+        vec![Route { refreshable: Some(refreshable(token, None)), ..route }]
+    };
+    // The first redemption, after the server's 401, after the refresh, and once more.
+    let answers = ["old", "old", "old", "new"].map(with);
+    gateway.vault.later.lock().unwrap().extend(answers);
+    assert_eq!(gateway.ask(Method::POST, "mcp/echo", "hello").await.status(), 200);
 }
 
 #[tokio::test]

@@ -308,7 +308,7 @@ fn read_refresh(refresh: &mut Fields, is_new: bool) -> (Value, Value) {
     if endpoint.is_some_and(|url| normal_url(url).is_none()) {
         refresh.refuse("token_endpoint", "must be an http or https URL without a user");
     }
-    if let Some(token) = secret(refresh, "refresh_token", is_new) {
+    if let Some(token) = token(refresh, "refresh_token", is_new) {
         stored.insert("refresh_token".to_owned(), token.into());
     }
     if !is_new && refresh.value("resource").is_some() {
