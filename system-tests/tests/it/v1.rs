@@ -601,14 +601,38 @@ fn objects(stack: &Stack) -> usize {
 #[tokio::test]
 async fn files_reach_sandboxes_and_what_an_agent_writes_outlives_its_sandbox() {
     let stack = Stack::start(Options::default()).await.unwrap();
+    use_files(&stack, || objects(&stack)).await;
+}
+
+#[tokio::test]
+async fn files_in_a_bucket_reach_sandboxes_and_outlive_them_as_those_in_a_directory_do() {
+    let s3 = testkit::S3::start("aod-files").unwrap();
+    let options = Options::default()
+        .with("AOD_FILES_URL", "s3://aod-files/a/deployment".to_owned())
+        .with("AOD_FILES_S3_ENDPOINT", s3.endpoint())
+        .with("AOD_FILES_S3_ACCESS_KEY_ID", testkit::s3::ACCESS_KEY_ID.to_owned())
+        .with("AOD_FILES_S3_SECRET_ACCESS_KEY", testkit::s3::SECRET_ACCESS_KEY.to_owned());
+    let stack = Stack::start(options).await.unwrap();
+    use_files(&stack, || {
+        let stored = s3.stored().unwrap();
+        let folder = std::path::Path::new("aod-files/a/deployment/objects");
+        let is_object =
+            |path: &&std::path::PathBuf| path.ancestors().any(|parent| parent.ends_with(folder));
+        stored.iter().filter(is_object).count()
+    })
+    .await;
+    assert!(!stack.data_dir().join("files").exists(), "nothing is beside the bucket");
+}
+
+async fn use_files(stack: &Stack, objects: impl Fn() -> usize) {
     let key = stack.ready_text("/api_key");
-    let client = Client::shell(&stack).await;
+    let client = Client::shell(stack).await;
     let large: Vec<u8> = (0..9_000_000_u32).map(|n| (n % 251) as u8).collect();
     let (one, two) = (
-        uploaded(&stack, "one.txt", b"first file").await,
-        uploaded(&stack, "large.bin", &large).await,
+        uploaded(stack, "one.txt", b"first file").await,
+        uploaded(stack, "large.bin", &large).await,
     );
-    assert_eq!(content(&stack, &key, &two).await, (200, large));
+    assert_eq!(content(stack, &key, &two).await, (200, large));
     let file = |id: &str, path: Option<&str>| match path {
         Some(path) => json!({ "type": "file", "file_id": id, "mount_path": path }),
         None => json!({ "type": "file", "file_id": id }),
@@ -654,7 +678,7 @@ async fn files_reach_sandboxes_and_what_an_agent_writes_outlives_its_sandbox() {
     for file in listed.body["data"].as_array().unwrap() {
         assert_eq!(file["scope"], json!({ "type": "session", "id": session }), "{file}");
         let text =
-            String::from_utf8(content(&stack, &key, file["id"].as_str().unwrap()).await.1).unwrap();
+            String::from_utf8(content(stack, &key, file["id"].as_str().unwrap()).await.1).unwrap();
         outputs.push((
             file["filename"].as_str().unwrap().to_owned(),
             file["mime_type"].as_str().unwrap().to_owned(),
@@ -683,7 +707,7 @@ async fn files_reach_sandboxes_and_what_an_agent_writes_outlives_its_sandbox() {
         .find(|file| file["filename"] == "sub/report.csv")
         .unwrap();
     let report = report["id"].as_str().unwrap();
-    assert_eq!(content(&stack, &key, report).await, (200, b"report".to_vec()));
+    assert_eq!(content(stack, &key, report).await, (200, b"report".to_vec()));
     assert_eq!(
         stack.post(&resources, file(&two, None)).await.unwrap().status,
         400,
@@ -693,14 +717,14 @@ async fn files_reach_sandboxes_and_what_an_agent_writes_outlives_its_sandbox() {
         stack.call(Method::DELETE, &format!("/v1/sessions/{session}"), None).await.unwrap().status,
         200
     );
-    assert_eq!(content(&stack, &key, report).await.0, 404);
+    assert_eq!(content(stack, &key, report).await.0, 404);
     // Of all the bytes those of the one file that is left.
-    testkit::eventually("the bytes are deleted", || async { objects(&stack) == 1 }).await;
+    testkit::eventually("the bytes are deleted", || async { objects() == 1 }).await;
     assert_eq!(
         stack.call(Method::DELETE, &format!("/v1/files/{two}"), None).await.unwrap().status,
         200
     );
-    testkit::eventually("the last bytes are deleted", || async { objects(&stack) == 0 }).await;
+    testkit::eventually("the last bytes are deleted", || async { objects() == 0 }).await;
 }
 
 #[tokio::test]
