@@ -56,7 +56,7 @@ async fn all(files: &Files) -> Vec<Uuid> {
 #[tokio::test]
 async fn an_object_is_read_as_it_was_written_until_it_is_deleted() {
     let s3 = S3::start(BUCKET).unwrap();
-    let files = open(&s3, "/one/deployment");
+    let files = open(&s3, "/one deployment/+ü%23%25é~!'()=&;");
     files.check().await.unwrap();
     let (empty, small, large) = (Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7());
     for (object, parts) in
