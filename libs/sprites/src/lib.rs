@@ -9,6 +9,7 @@ mod error;
 mod exec;
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -17,7 +18,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, header};
 use secrecy::{ExposeSecret as _, SecretString};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 use tracing::{Instrument as _, field};
 use types::{Backoff, SpriteName};
 
@@ -66,6 +67,30 @@ struct ListReply {
     has_more: bool,
     #[serde(default)]
     next_continuation_token: Option<String>,
+}
+
+/// A secret of which a Sprite's programs know a placeholder alone.
+#[derive(Clone, Debug, Serialize)]
+pub struct OutsideSecret {
+    pub placeholder: String,
+    #[serde(serialize_with = "exposed")]
+    pub value: SecretString,
+    /// Receive the value in the placeholder's place (`types::vault::CredentialHost`).
+    pub hosts: Vec<String>,
+}
+
+fn exposed<S: Serializer>(value: &SecretString, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(value.expose_secret())
+}
+
+#[derive(Serialize)]
+struct SecretsPolicy<'a> {
+    secrets: &'a [OutsideSecret],
+}
+
+#[derive(Deserialize)]
+struct SecretsReply {
+    environment: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -410,6 +435,28 @@ impl Sprite {
             })
             .await?;
         Ok(())
+    }
+
+    /// Keeps the values of these secrets outside of the Sprite, in place of those before. Returns
+    /// the variables that its programs need for that.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::NotFound`] also from a server that cannot do it, at once.
+    pub async fn set_secrets(
+        &self,
+        secrets: &[OutsideSecret],
+    ) -> Result<BTreeMap<String, String>, Error> {
+        let url = format!("/v1/sprites/{}/policy/secrets", self.name);
+        let body = SecretsPolicy { secrets };
+        let request = || self.client.request(Method::POST, &url).json(&body);
+        let reply: SecretsReply = self
+            .client
+            .send("set_secrets", Absence::Expected, request)
+            .await?
+            .json()
+            .await
+            .map_err(Error::transport)?;
+        Ok(reply.environment)
     }
 
     /// Starts a command. Not repeated by itself: the caller knows whether that is harmless.

@@ -6,6 +6,7 @@
 
 pub mod bench;
 pub mod containers;
+pub mod https;
 pub mod nats;
 pub mod postgres;
 mod process;

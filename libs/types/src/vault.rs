@@ -6,11 +6,17 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroize;
 
+use crate::environment::HostPattern;
+
 /// The kind that documents of credentials are put into the credential vault with.
 pub const DOCUMENT_KIND: &str = "vault_credential";
 
 /// How many active credentials a vault may hold.
 pub const CREDENTIALS_MAX: i64 = 20;
+/// How long a value may be that is sent in a header.
+pub const HEADER_BYTES_MAX: usize = 16 * 1024;
+/// How many hosts a credential may be limited to.
+pub const HOSTS_MAX: usize = 16;
 /// How many vaults a session may be given.
 pub const VAULTS_OF_SESSION_MAX: usize = 50;
 
@@ -116,6 +122,40 @@ impl Drop for CredentialDocument {
     }
 }
 
+/// A host that receives a credential's value over HTTPS: a name that may begin with `*.`, and its
+/// port, which is 443 unless it is given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CredentialHost<'a> {
+    pattern: HostPattern<'a>,
+    port: u16,
+}
+
+impl<'a> CredentialHost<'a> {
+    /// `None` for what cannot name a host.
+    #[must_use]
+    pub fn parse(text: &'a str) -> Option<Self> {
+        let (name, port) = match text.rsplit_once(':') {
+            Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => {
+                (name, port.parse().ok().filter(|port| *port > 0)?)
+            }
+            _ => (text, 443),
+        };
+        Some(Self { pattern: HostPattern::parse(name)?, port })
+    }
+
+    #[must_use]
+    pub fn names(&self, host: &str, port: u16) -> bool {
+        self.port == port && self.pattern.allows(host)
+    }
+}
+
+/// Whether a value can be sent in a header.
+#[must_use]
+pub fn fits_header(value: &str) -> bool {
+    (1..=HEADER_BYTES_MAX).contains(&value.len())
+        && value.bytes().all(|byte| (b' '..=b'~').contains(&byte))
+}
+
 /// A server's URL as credentials are matched by: scheme and host in lower case, without the default
 /// port, a slash at the end, or a fragment. None: it is no URL of HTTP with a host and without a
 /// user.
@@ -182,6 +222,22 @@ mod tests {
         ] {
             assert_eq!(normal_url(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_credentials_host_is_reached_at_its_own_port() {
+        let names = |text: &str, host: &str, port: u16| {
+            CredentialHost::parse(text).unwrap().names(host, port)
+        };
+        assert!(names("api.example.com", "API.example.com.", 443));
+        assert!(!names("api.example.com", "api.example.com", 8443));
+        assert!(!names("api.example.com", "api.example.com.evil.com", 443));
+        assert!(names("*.example.com:8443", "api.example.com", 8443));
+        assert!(!names("*.example.com:8443", "example.com", 8443));
+        for bad in ["", "*", "https://a", "a:", "a:0", "a:65536", "a:b", "a b", "a/b", ":443"] {
+            assert_eq!(CredentialHost::parse(bad), None, "{bad}");
+        }
+        assert!(fits_header("Bearer a b") && !fits_header("") && !fits_header("a\nb"));
     }
 
     #[test]

@@ -91,6 +91,7 @@ fn routes(api: &Api, body_bytes_max: usize) -> Router {
         .route("/services/{service}/restart", post(services::restart))
         .route("/services/{service}/logs", get(services::logs))
         .route("/policy/network", get(policies::network).post(policies::set_network))
+        .route("/policy/secrets", post(policies::set_secrets))
         .route(
             "/policy/privileges",
             get(policies::privileges)
@@ -193,7 +194,10 @@ impl From<Response> for Failure {
 impl From<RegistryError> for Failure {
     fn from(error: RegistryError) -> Self {
         let status = match error {
-            RegistryError::NotFound | RegistryError::NoCheckpoint => StatusCode::NOT_FOUND,
+            // As from a server that has no such policy.
+            RegistryError::NotFound
+            | RegistryError::NoCheckpoint
+            | RegistryError::Unintercepted => StatusCode::NOT_FOUND,
             RegistryError::Exists => StatusCode::CONFLICT,
             RegistryError::Closed => StatusCode::SERVICE_UNAVAILABLE,
             RegistryError::DiskFull => StatusCode::INSUFFICIENT_STORAGE,

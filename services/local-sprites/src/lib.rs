@@ -59,6 +59,7 @@ pub struct Config {
     runtime: Program,
     rootfs: PathBuf,
     private_hosts: Vec<String>,
+    ca_file: Option<PathBuf>,
     limits: Limits,
     disk_bytes: Option<u64>,
     budget: Budget,
@@ -91,6 +92,12 @@ impl Config {
                 );
                 hosts.unwrap_or_default().split(',').map(|host| host.trim().to_owned()).filter(|host| !host.is_empty()).collect()
             },
+            ca_file: env
+                .optional(
+                    "LOCAL_SPRITES_CA_FILE",
+                    "PEM file of authorities, beside the machine's own, by which hosts of vault credentials are verified",
+                )
+                .map(Into::into),
             limits: Limits {
                 memory_bytes: env.parsed(
                     "LOCAL_SPRITES_MEMORY_MB",
@@ -188,12 +195,17 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         !faults.pauses() || cgroups.can_freeze(),
         "LOCAL_SPRITES_CHAOS: no Sprite can be paused here"
     );
+    let reach = network::Reach {
+        private_hosts: config.private_hosts.into(),
+        tls: network::intercept::trusting(config.ca_file.as_deref())
+            .context("LOCAL_SPRITES_CA_FILE")?,
+    };
     let registry = Registry::load(
         &config.data_dir,
         sandboxes,
         cgroups,
         config.budget,
-        config.private_hosts,
+        reach,
         lifecycle.clone(),
     )
     .await;

@@ -5,7 +5,10 @@
 //! The proxy listens inside of the namespace and connects outside of it, by name, where a rule
 //! allows that.
 
+mod authority;
+pub mod intercept;
 pub mod ports;
+pub mod substitution;
 pub mod uplink;
 
 use std::{
@@ -17,6 +20,7 @@ use std::{
 };
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustls::ClientConfig;
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
@@ -27,7 +31,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use types::address::is_public;
 
-use crate::sync::locked;
+use crate::{network::intercept::Interceptor, sync::locked};
 
 /// Where the proxy is, as the Sprite sees it.
 const PROXY: &str = "127.0.0.1:3128";
@@ -147,10 +151,15 @@ fn weight(domain: &str, host: &str) -> Option<usize> {
     }
 }
 
-/// The variables that send a Sprite's programs to its proxy.
+/// The variables that send all that a Sprite's programs ask for to its proxy.
 pub fn proxy_variables() -> impl Iterator<Item = (&'static str, String)> {
-    let names =
-        ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"];
+    let names = ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
+    names.into_iter().map(|name| (name, format!("http://{PROXY}"))).chain(https_proxy_variables())
+}
+
+/// The variables that send what a Sprite's programs ask for by HTTPS to its proxy.
+pub fn https_proxy_variables() -> impl Iterator<Item = (&'static str, String)> {
+    let names = ["HTTPS_PROXY", "https_proxy"];
     // Node.js looks at them when told to.
     names
         .into_iter()
@@ -158,13 +167,13 @@ pub fn proxy_variables() -> impl Iterator<Item = (&'static str, String)> {
         .chain([("NODE_USE_ENV_PROXY", "1".to_owned())])
 }
 
-/// The proxy through which a limited Sprite reaches the network.
+/// The proxy through which a limited Sprite reaches the network, and one with secrets the hosts
+/// that get them.
 #[derive(Debug)]
 pub struct EgressProxy {
     policy: Mutex<Policy>,
-    /// Hosts that may be private addresses: those of the deployment's own services, never what
-    /// users name.
-    private_hosts: Arc<[String]>,
+    interceptor: Arc<Interceptor>,
+    reach: Reach,
     slots: Arc<Semaphore>,
     lookups: Arc<Semaphore>,
     /// Ends the connections that were made under rules that do not hold any more.
@@ -175,6 +184,16 @@ pub struct EgressProxy {
     /// The task that accepts; it ends when the proxy is closed, and its connections with it.
     server: Mutex<JoinSet<()>>,
     refusals: Mutex<Refusals>,
+}
+
+/// What a server's proxies may reach.
+#[derive(Clone, Debug)]
+pub struct Reach {
+    /// Hosts that may be private addresses: those of the deployment's own services, never what
+    /// users name.
+    pub private_hosts: Arc<[String]>,
+    /// How hosts of secrets prove who they are.
+    pub tls: Arc<ClientConfig>,
 }
 
 /// What was refused, for the Sprite to read: each host and port once.
@@ -209,7 +228,8 @@ impl EgressProxy {
     pub fn open(
         pid: i32,
         policy: Policy,
-        private_hosts: Arc<[String]>,
+        interceptor: Arc<Interceptor>,
+        reach: Reach,
         refusals: PathBuf,
     ) -> io::Result<Arc<Self>> {
         let listener = inside(pid, || {
@@ -221,7 +241,8 @@ impl EgressProxy {
         let closed = CancellationToken::new();
         let proxy = Arc::new(Self {
             policy: Mutex::new(policy),
-            private_hosts,
+            interceptor,
+            reach,
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             lookups: Arc::new(Semaphore::new(LOOKUPS_MAX)),
             connections: Mutex::new(closed.child_token()),
@@ -265,7 +286,7 @@ impl EgressProxy {
         }
     }
 
-    async fn connection(&self, mut client: TcpStream) -> io::Result<()> {
+    async fn connection(self: Arc<Self>, mut client: TcpStream) -> io::Result<()> {
         let _ = client.set_nodelay(true);
         let Ok(Ok(Some((request, rest)))) =
             tokio::time::timeout(HEAD_TIME_MAX, read_head(&mut client)).await
@@ -299,6 +320,16 @@ impl EgressProxy {
                 .await;
             }
         };
+        if request.forward.is_none()
+            && let Some(authority) = self.interceptor.authority_for(&request.host, request.port)
+        {
+            if !rest.is_empty() {
+                let why = "a tunnel is used when it was answered";
+                return answer(&mut client, "400 Bad Request", why).await;
+            }
+            let target = (request.host, request.port);
+            return intercept::serve(self.clone(), &authority, client, target, server).await;
+        }
         match request.forward {
             None => client.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").await?,
             Some(head) => server.write_all(&head).await?,
@@ -308,7 +339,8 @@ impl EgressProxy {
     }
 
     async fn dial(&self, host: &str, port: u16) -> Result<TcpStream, Refused> {
-        let named = self.private_hosts.iter().any(|own| *own == format!("{host}:{port}"));
+        let private_hosts = &self.reach.private_hosts;
+        let named = private_hosts.iter().any(|own| *own == format!("{host}:{port}"));
         if let Some(loopback) = loopback(host).filter(|_| !named) {
             let connected = tokio::time::timeout(
                 CONNECT_MAX,
@@ -321,8 +353,7 @@ impl EgressProxy {
         if !locked(&self.policy).allows(host) {
             return Err(Refused::Policy);
         }
-        let private_allowed = self
-            .private_hosts
+        let private_allowed = private_hosts
             .iter()
             .any(|own| own.eq_ignore_ascii_case(host) || *own == format!("{host}:{port}"));
         let unreachable = |error: io::Error| Refused::Unreachable(error.to_string());

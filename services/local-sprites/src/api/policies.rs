@@ -10,7 +10,14 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Api, Failure, invalid};
-use crate::{isolation::launch::Privileges, network::Policy, sprites::sprite::PrivilegesPolicy};
+use crate::{
+    isolation::launch::Privileges,
+    network::{
+        Policy,
+        substitution::{Secret, Secrets},
+    },
+    sprites::sprite::PrivilegesPolicy,
+};
 
 const MEMORY_MB_MIN: u64 = 64;
 const MEMORY_MB_MAX: u64 = 1 << 20;
@@ -37,6 +44,26 @@ pub async fn set_network(
     }
     api.registry.set_policy(&name, policy).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SecretsPolicy {
+    secrets: Vec<Secret>,
+}
+
+/// An addition of this server (docs/sprites-api.md §8.4).
+pub async fn set_secrets(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Result<Json<Value>, Failure> {
+    // Not with the parser's words: they may quote a value.
+    let policy: SecretsPolicy =
+        serde_json::from_slice(&body).map_err(|_| invalid("invalid secrets policy"))?;
+    let secrets = Secrets::new(policy.secrets)
+        .map_err(|problem| invalid(format!("invalid secrets policy: {problem}")))?;
+    Ok(Json(json!({ "environment": api.registry.set_secrets(&name, secrets).await? })))
 }
 
 pub async fn privileges(

@@ -183,6 +183,11 @@ impl Sandboxes {
         self.kind.disk_bytes.filter(|_| self.disks == Disks::Images)
     }
 
+    /// The root file system that Sprites are made of.
+    pub fn image(&self) -> &Path {
+        &self.kind.rootfs
+    }
+
     pub fn forwards(&self) -> &[Forward] {
         &self.kind.forwards
     }

@@ -23,7 +23,7 @@ use crate::{
         holder::{Holder, Network},
         sandbox::{Sandboxes, container_id},
     },
-    network::{EgressProxy, Forward, Policy},
+    network::{EgressProxy, Forward, Policy, Reach, substitution::Secrets},
     sprites::{
         budget::{self, Budget, Space},
         sprite::{Hold, Record, RegistryError, Settings, Sprite, Status},
@@ -39,8 +39,7 @@ pub struct Registry {
     budget: Budget,
     /// The memory of all Sprites together.
     memory_bytes: Option<u64>,
-    /// What limited Sprites may reach although it is private: the deployment's own services.
-    private_hosts: Arc<[String]>,
+    reach: Reach,
     sprites: Mutex<BTreeMap<String, Arc<Sprite>>>,
     /// No Sprite is made or started any more.
     closed: AtomicBool,
@@ -54,7 +53,7 @@ impl Registry {
         sandboxes: Sandboxes,
         cgroups: Cgroups,
         budget: Budget,
-        private_hosts: Vec<String>,
+        reach: Reach,
         lifecycle: Lifecycle,
     ) -> io::Result<Arc<Self>> {
         let dir = data_dir.canonicalize()?.join("sprites");
@@ -76,7 +75,7 @@ impl Registry {
             cgroups,
             budget,
             memory_bytes,
-            private_hosts: private_hosts.into(),
+            reach,
             sprites: Mutex::default(),
             closed: AtomicBool::new(false),
             lifecycle,
@@ -131,33 +130,66 @@ impl Registry {
     /// Opens what this server carries of a Sprite's traffic: the way out of a limited one, and the
     /// ways to private services.
     fn open_network(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
-        let policy = sprite.record().policy;
-        let proxy = match holder.network() {
-            Network::Limited => {
-                let refusals = sprite.inside_dir().join("policy/refused");
-                Some(
-                    EgressProxy::open(
-                        holder.process.pid,
-                        policy,
-                        self.private_hosts.clone(),
-                        refusals,
-                    )
-                    .map_err(RegistryError::Network)?,
-                )
-            }
-            Network::Machine | Network::Public => None,
-        };
+        // That of a sandbox that ended by itself.
+        if let Some(before) = sprite.attached().proxy.take() {
+            before.close();
+        }
+        self.open_proxy(sprite, holder)?;
         let forwards = match holder.network() {
             Network::Public => Forward::open_all(self.sandboxes.forwards(), holder.process.pid)
                 .map_err(RegistryError::Network)?,
             Network::Machine | Network::Limited => JoinSet::new(),
         };
-        let mut attached = sprite.attached();
-        attached.forwards = forwards;
-        if let Some(before) = std::mem::replace(&mut attached.proxy, proxy) {
-            before.close();
-        }
+        sprite.attached().forwards = forwards;
         Ok(())
+    }
+
+    /// Opens the proxy of a Sprite that needs one and has none yet.
+    fn open_proxy(&self, sprite: &Sprite, holder: Holder) -> Result<(), RegistryError> {
+        let is_needed = match holder.network() {
+            Network::Limited => true,
+            Network::Public => sprite.interceptor.is_used(),
+            Network::Machine => false,
+        };
+        if !is_needed || sprite.attached().proxy.is_some() {
+            return Ok(());
+        }
+        let proxy = EgressProxy::open(
+            holder.process.pid,
+            sprite.record().policy,
+            sprite.interceptor.clone(),
+            self.reach.clone(),
+            sprite.inside_dir().join("policy/refused"),
+        );
+        sprite.attached().proxy = Some(proxy.map_err(RegistryError::Network)?);
+        Ok(())
+    }
+
+    /// Replaces the secrets whose values stay outside of a Sprite, and returns the variables that
+    /// its programs need for that. What runs is not ended.
+    pub async fn set_secrets(
+        self: &Arc<Self>,
+        name: &str,
+        secrets: Secrets,
+    ) -> Result<BTreeMap<String, String>, RegistryError> {
+        let (registry, sprite) = (self.clone(), self.get(name)?);
+        self.uninterrupted(async move {
+            let hold = sprite.hold().await?;
+            let limited = sprite.record().policy.is_limited();
+            let network = match registry.sandboxes.network(limited) {
+                Some(network @ (Network::Public | Network::Limited)) => network,
+                // Without secrets nothing is asked of it.
+                _ if secrets.is_empty() => return Ok(BTreeMap::new()),
+                _ => return Err(RegistryError::Unintercepted),
+            };
+            let image = registry.sandboxes.image();
+            sprite.interceptor.set_secrets(secrets, &sprite.inside_dir(), image)?;
+            if let Some(holder) = hold.holder() {
+                registry.open_proxy(&sprite, holder)?;
+            }
+            Ok(sprite.interceptor.variables(network))
+        })
+        .await
     }
 
     fn limit(&self, sprite: &Sprite) -> Result<Cgroup, RegistryError> {

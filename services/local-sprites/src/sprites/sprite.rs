@@ -28,7 +28,7 @@ use crate::{
         runsc::Guest,
         sandbox::{SandboxError, Sandboxes},
     },
-    network::{EgressProxy, Policy},
+    network::{EgressProxy, Policy, intercept::Interceptor},
     run::{
         exec::{self, ExecSession, Sessions},
         tasks::Tasks,
@@ -113,6 +113,8 @@ pub struct Sprite {
     guest: Option<Guest>,
     pub sessions: Arc<Mutex<Sessions>>,
     pub services: Services,
+    /// Puts the values of its secrets into what it sends.
+    pub interceptor: Arc<Interceptor>,
     /// What holds it awake.
     pub tasks: Tasks,
     /// Serves its own management socket; ends with the Sprite.
@@ -124,7 +126,7 @@ pub struct Sprite {
 pub struct Attached {
     /// Its limits.
     pub group: Option<Cgroup>,
-    /// Its way out, where its network is limited.
+    /// Its way out, where its network is limited or it has secrets outside.
     pub proxy: Option<Arc<EgressProxy>>,
     /// Carry its connections to private services that the deployment names.
     pub forwards: JoinSet<()>,
@@ -185,6 +187,8 @@ pub enum RegistryError {
     DiskFull,
     #[error("this server cannot limit a Sprite's network: it does not run as root")]
     Unlimited,
+    #[error("this server cannot keep secrets outside of a Sprite: it does not run as root")]
+    Unintercepted,
     #[error("the network policy cannot be put into force: {0}")]
     Network(#[source] io::Error),
     #[error("the limits cannot be set: {0}")]
@@ -207,6 +211,7 @@ impl Sprite {
     pub fn new(dir: PathBuf, record: Record, sandboxes: &Sandboxes) -> Self {
         let (owner, guest) = (sandboxes.owner(), sandboxes.guest(&dir));
         Self {
+            interceptor: Arc::new(Interceptor::of(&dir)),
             dir,
             record: Mutex::new(record),
             life: Arc::new(tokio::sync::Mutex::new(Life::Usable)),

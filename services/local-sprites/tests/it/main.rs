@@ -9,4 +9,5 @@ mod escape;
 mod isolation;
 mod lifetime;
 mod runsc;
+mod secrets;
 mod server;

@@ -1,0 +1,353 @@
+//! Puts the values of secrets into requests whose sandbox knows placeholders alone. No I/O.
+
+use std::sync::Arc;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use hyper::{
+    HeaderMap, Request, Uri, Version,
+    header::{self, HeaderValue},
+};
+use memchr::memmem;
+use serde::Deserialize;
+use types::vault::{CredentialHost, HOSTS_MAX, fits_header};
+use zeroize::{Zeroize as _, Zeroizing};
+
+const SECRETS_MAX: usize = 1000;
+/// A shorter one might be found in what is none.
+const PLACEHOLDER_BYTES_MIN: usize = 16;
+const PLACEHOLDER_BYTES_MAX: usize = 200;
+/// What the headers of a request may hold once values are in them.
+const HEADERS_BYTES_MAX: usize = 64 * 1024;
+
+/// What concerns one connection alone, and `Expect`, which this proxy answers.
+const HOP_BY_HOP: [&str; 9] = [
+    "connection",
+    "expect",
+    "keep-alive",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// A secret whose value is outside of its sandbox. Cannot be printed; wiped when dropped.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Secret {
+    placeholder: String,
+    value: String,
+    hosts: Vec<String>,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Secret").field("hosts", &self.hosts).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.value.zeroize();
+    }
+}
+
+impl Secret {
+    fn is_for(&self, host: &str, port: u16) -> bool {
+        let names = |text: &String| {
+            CredentialHost::parse(text).is_some_and(|listed| listed.names(host, port))
+        };
+        self.hosts.iter().any(names)
+    }
+}
+
+/// The secrets of a Sprite.
+#[derive(Clone, Debug, Default)]
+pub struct Secrets(Arc<[Secret]>);
+
+impl Secrets {
+    /// # Errors
+    /// What is wrong with them.
+    pub fn new(secrets: Vec<Secret>) -> Result<Self, &'static str> {
+        let placeholder = |text: &str| {
+            (PLACEHOLDER_BYTES_MIN..=PLACEHOLDER_BYTES_MAX).contains(&text.len())
+                && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        };
+        if secrets.len() > SECRETS_MAX {
+            return Err("too many secrets");
+        }
+        for secret in &secrets {
+            if !placeholder(&secret.placeholder) {
+                return Err("a placeholder is 16 to 200 letters, digits and _");
+            }
+            if !fits_header(&secret.value) {
+                return Err("a value is at most 16 KiB of printable ASCII characters");
+            }
+            let is_host = |host: &String| CredentialHost::parse(host).is_some();
+            if secret.hosts.len() > HOSTS_MAX || !secret.hosts.iter().all(is_host) {
+                return Err("hosts are at most 16 names, which may begin with *. and have a port");
+            }
+        }
+        Ok(Self(secrets.into()))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether any of them is for a host.
+    pub fn are_for(&self, host: &str, port: u16) -> bool {
+        self.0.iter().any(|secret| secret.is_for(host, port))
+    }
+
+    /// Makes of a request what its host gets: without what concerns the sandbox's connection alone,
+    /// and with the values of the secrets that are for the host in place of their placeholders, in
+    /// values of headers.
+    ///
+    /// # Errors
+    /// When the request is for another host, or its headers become too long.
+    pub fn put_into<B>(
+        &self,
+        request: &mut Request<B>,
+        host: &str,
+        port: u16,
+    ) -> Result<(), Refused> {
+        // Servers of many hosts choose by this header: the value is for the listed one alone.
+        if !is_addressed_to(request.headers(), request.uri(), host, port) {
+            return Err(Refused::OtherHost);
+        }
+        *request.version_mut() = Version::HTTP_11;
+        let headers = request.headers_mut();
+        remove_hop_by_hop(headers);
+        let secrets: Vec<&Secret> =
+            self.0.iter().filter(|secret| secret.is_for(host, port)).collect();
+        let mut room = HEADERS_BYTES_MAX;
+        for (name, value) in headers.iter_mut() {
+            let is_basic = *name == header::AUTHORIZATION;
+            if let Some(replaced) = replaced(value.as_bytes(), is_basic, &secrets)? {
+                *value = HeaderValue::from_bytes(&replaced).map_err(|_| Refused::TooLong)?;
+                value.set_sensitive(true);
+            }
+            room = room.checked_sub(value.len()).ok_or(Refused::TooLong)?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a request is not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error("the request is for another host than the connection")]
+    OtherHost,
+    #[error("the headers are too long")]
+    TooLong,
+}
+
+fn is_addressed_to(headers: &HeaderMap, uri: &Uri, host: &str, port: u16) -> bool {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (Some(named), None) = (hosts.next(), hosts.next()) else { return false };
+    let Ok(named) = named.to_str() else { return false };
+    let (name, named_port) = match named.rsplit_once(':') {
+        Some((name, port)) => (name, port.parse().ok()),
+        None => (named, Some(443)),
+    };
+    let plain = |name: &str| name.trim_end_matches('.').to_ascii_lowercase();
+    let is_of_connection = plain(name) == plain(host) && named_port == Some(port);
+    is_of_connection && uri.authority().is_none() && uri.path().starts_with('/')
+}
+
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    let connection = headers.get_all(header::CONNECTION).iter();
+    let named: Vec<String> = connection
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_ascii_lowercase())
+        .filter(|name| !["host", "content-length"].contains(&name.as_str()))
+        .collect();
+    for name in HOP_BY_HOP.into_iter().chain(named.iter().map(String::as_str)) {
+        headers.remove(name);
+    }
+}
+
+/// A header's value with secrets in place of placeholders; none where it holds no placeholder.
+fn replaced(
+    value: &[u8],
+    is_authorization: bool,
+    secrets: &[&Secret],
+) -> Result<Option<Zeroizing<Vec<u8>>>, Refused> {
+    if is_authorization && let Some(pair) = basic(value) {
+        // Password and user name are encoded together.
+        let Some(pair) = substituted(&pair, secrets)? else { return Ok(None) };
+        let encoded = Zeroizing::new(BASE64.encode(pair));
+        return Ok(Some([&b"Basic "[..], encoded.as_bytes()].concat().into()));
+    }
+    substituted(value, secrets)
+}
+
+fn basic(value: &[u8]) -> Option<Vec<u8>> {
+    let (scheme, encoded) = value.split_at_checked("Basic ".len())?;
+    scheme.eq_ignore_ascii_case(b"basic ").then(|| BASE64.decode(encoded.trim_ascii()).ok())?
+}
+
+fn substituted(value: &[u8], secrets: &[&Secret]) -> Result<Option<Zeroizing<Vec<u8>>>, Refused> {
+    let (mut made, mut rest) = (Zeroizing::new(Vec::new()), value);
+    // One pass: a value is not searched for placeholders.
+    while let Some((at, secret)) = next_placeholder(rest, secrets) {
+        let (before, after) = rest.split_at(at);
+        made.extend_from_slice(before);
+        made.extend_from_slice(secret.value.as_bytes());
+        if made.len() > HEADERS_BYTES_MAX {
+            return Err(Refused::TooLong);
+        }
+        rest = after.get(secret.placeholder.len()..).unwrap_or_default();
+    }
+    if rest.len() == value.len() {
+        return Ok(None);
+    }
+    made.extend_from_slice(rest);
+    Ok(Some(made))
+}
+
+fn next_placeholder<'a>(value: &[u8], secrets: &[&'a Secret]) -> Option<(usize, &'a Secret)> {
+    let found = secrets
+        .iter()
+        .filter_map(|secret| Some((memmem::find(value, secret.placeholder.as_bytes())?, *secret)));
+    found.min_by_key(|(at, secret)| (*at, std::cmp::Reverse(secret.placeholder.len())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: &str = "aod_placeholder_1";
+    const OTHER: &str = "aod_placeholder_2";
+
+    fn secrets() -> Secrets {
+        let secret = |placeholder: &str, value: &str, hosts: &[&str]| Secret {
+            placeholder: placeholder.to_owned(),
+            value: value.to_owned(),
+            hosts: hosts.iter().map(|host| (*host).to_owned()).collect(),
+        };
+        Secrets::new(vec![
+            secret(ONE, "SENTINEL one", &["api.example.com", "*.one.example:8443"]),
+            secret(OTHER, "SENTINEL two", &["api.two.example"]),
+        ])
+        .unwrap()
+    }
+
+    fn request(uri: &str, headers: &[(&str, &str)]) -> Request<()> {
+        let request = Request::builder().method("POST").uri(uri);
+        let with = |request: hyper::http::request::Builder, (name, value): &(&str, &str)| {
+            request.header(*name, *value)
+        };
+        headers.iter().fold(request, with).body(()).unwrap()
+    }
+
+    fn sent(headers: &[(&str, &str)]) -> Result<Request<()>, Refused> {
+        let host = ("host", "api.example.com");
+        let mut request = request("/a?b=aod_placeholder_1", &[&[host], headers].concat());
+        secrets().put_into(&mut request, "api.example.com", 443).map(|()| request)
+    }
+
+    #[test]
+    fn placeholders_are_replaced_in_headers_and_nowhere_else() {
+        let basic = |text: &str| format!("Basic {}", BASE64.encode(text));
+        let bearer = format!("Bearer {ONE}");
+        let request = sent(&[
+            ("authorization", &bearer),
+            ("x-twice", &format!("{ONE},{ONE}x")),
+            ("x-plain", "plain"),
+        ])
+        .unwrap();
+        let header = |name: &str| request.headers()[name].to_str().unwrap();
+        assert_eq!(header("authorization"), "Bearer SENTINEL one");
+        assert_eq!(header("x-twice"), "SENTINEL one,SENTINEL onex");
+        assert_eq!(header("x-plain"), "plain");
+        assert_eq!(request.uri(), "/a?b=aod_placeholder_1");
+        assert!(!format!("{:?} {:?}", request.headers(), secrets()).contains("SENTINEL"));
+        let request = sent(&[("authorization", &basic(&format!("user:{ONE}")))]).unwrap();
+        assert_eq!(request.headers()["authorization"], basic("user:SENTINEL one"));
+    }
+
+    #[test]
+    fn a_secret_of_another_host_stays_a_placeholder() {
+        let request = sent(&[("x-key", OTHER)]).unwrap();
+        assert_eq!(request.headers()["x-key"], OTHER);
+        let secrets = secrets();
+        assert!(secrets.are_for("API.example.com.", 443));
+        assert!(secrets.are_for("a.one.example", 8443) && !secrets.are_for("a.one.example", 443));
+        assert!(!secrets.are_for("example.com", 443) && !secrets.are_for("x.api.example.com", 443));
+    }
+
+    #[test]
+    fn a_request_for_another_host_than_the_connections_gets_no_value() {
+        let key = ("x-key", ONE);
+        for (uri, headers) in [
+            ("/", vec![key]),
+            ("/", vec![("host", "evil.example"), key]),
+            ("/", vec![("host", "api.example.com:8443"), key]),
+            ("/", vec![("host", "api.example.com"), ("host", "evil.example"), key]),
+            ("https://evil.example/", vec![("host", "api.example.com"), key]),
+            ("*", vec![("host", "api.example.com"), key]),
+        ] {
+            let mut request = request(uri, &headers);
+            let refused = secrets().put_into(&mut request, "api.example.com", 443);
+            assert_eq!(refused, Err(Refused::OtherHost), "{uri} {headers:?}");
+            assert_eq!(request.headers()["x-key"], ONE);
+        }
+    }
+
+    #[test]
+    fn what_concerns_the_sandboxs_connection_stays_there() {
+        let request = sent(&[
+            ("connection", "keep-alive, X-Hop, host"),
+            ("x-hop", "1"),
+            ("upgrade", "websocket"),
+            ("transfer-encoding", "chunked"),
+            ("x-end", "1"),
+        ])
+        .unwrap();
+        let mut names: Vec<&str> = request.headers().keys().map(|name| name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["host", "x-end"]);
+    }
+
+    #[test]
+    fn headers_do_not_grow_without_bound() {
+        let secret = Secret {
+            placeholder: ONE.to_owned(),
+            value: "x".repeat(16 * 1024),
+            hosts: vec!["api.example.com".to_owned()],
+        };
+        let secrets = Secrets::new(vec![secret]).unwrap();
+        for (number, refused) in [(3, Ok(())), (5, Err(Refused::TooLong))] {
+            let (many, host) = (ONE.repeat(number), ("host", "api.example.com"));
+            let mut one = request("/", &[host, ("x", &many)]);
+            assert_eq!(secrets.put_into(&mut one, "api.example.com", 443), refused);
+            let mut several = vec![host];
+            several.extend(std::iter::repeat_n(("x", ONE), number));
+            let mut several = request("/", &several);
+            assert_eq!(secrets.put_into(&mut several, "api.example.com", 443), refused);
+        }
+    }
+
+    #[test]
+    fn wrong_secrets_are_refused() {
+        let secret = |placeholder: &str, value: &str, host: &str| Secret {
+            placeholder: placeholder.to_owned(),
+            value: value.to_owned(),
+            hosts: vec![host.to_owned()],
+        };
+        for bad in [
+            secret("short", "v", "a.example"),
+            secret("a placeholder with spaces", "v", "a.example"),
+            secret(ONE, "", "a.example"),
+            secret(ONE, "a\r\nInjected: b", "a.example"),
+            secret(ONE, "v", "*"),
+            secret(ONE, "v", "https://a.example"),
+        ] {
+            assert!(Secrets::new(vec![bad]).is_err());
+        }
+    }
+}
