@@ -56,6 +56,10 @@ pub struct CredentialDocument {
     /// A variable's name, or a server's URL as [`normal_url`] has it.
     pub key: String,
     pub value: String,
+    /// Of [`AuthKind::EnvironmentVariable`]: the hosts ([`CredentialHost`]) that alone receive the
+    /// value, which then is not in the sandbox.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hosts: Option<Vec<String>>,
     /// Of [`AuthKind::McpOauth`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oauth: Option<OAuth>,
@@ -246,6 +250,7 @@ mod tests {
             kind: AuthKind::StaticBearer,
             key: "k".to_owned(),
             value: "SENTINEL".to_owned(),
+            hosts: None,
             oauth: None,
         };
         assert!(!format!("{document:?}").contains("SENTINEL"));

@@ -1,6 +1,6 @@
 //! Builds the agent host's specification of a session's agent, and a turn's message to it.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use contract::{
     host::{
@@ -95,6 +95,11 @@ impl Agent {
             // A browser's text fields send line ends that a shell takes for parts of names.
             prompt: if is_shell { prompt.replace("\r\n", "\n") } else { prompt },
         })
+    }
+
+    /// Adds variables that the sandbox server wants its programs to have.
+    pub fn add_variables(&mut self, variables: BTreeMap<String, String>) {
+        self.plain_vars.extend(variables);
     }
 
     /// The specification of the session's host. Later variables win: stored credentials, what the

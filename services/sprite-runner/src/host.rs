@@ -15,7 +15,9 @@ use bytes::Bytes;
 use contract::host::{Control, Input, Persisted, Record, control, input};
 use journal::{Decoder, Frame};
 use sha2::{Digest as _, Sha256};
-use sprites::{Client, Error, ExecEvent, ExecInput, ExecOutput, ExecRequest, Sprite};
+use sprites::{
+    Client, Error, ExecEvent, ExecInput, ExecOutput, ExecRequest, OutsideSecret, Sprite,
+};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinSet,
@@ -213,6 +215,8 @@ pub struct Access {
     pub program: Program,
     /// The specification of a host that has to be started.
     pub spec: Zeroizing<Vec<u8>>,
+    /// Secrets that the sandbox server holds, in memory alone.
+    pub outside: Vec<OutsideSecret>,
     pub from: u64,
     /// Whether a host was started before, and most likely still runs.
     pub may_run: bool,
@@ -238,6 +242,7 @@ impl Link {
         let worker = Worker {
             decoder: Decoder::new(access.from),
             may_run: access.may_run,
+            is_again: false,
             access,
             contact: Contact::new(),
             starts: 0,
@@ -292,6 +297,8 @@ struct Worker {
     access: Access,
     decoder: Decoder,
     may_run: bool,
+    /// Whether a connection was tried before.
+    is_again: bool,
     contact: Contact,
     starts: u32,
     /// What the host has not accepted.
@@ -391,6 +398,13 @@ impl Worker {
     }
 
     async fn connect(&mut self) -> Broken {
+        // The sandbox server may be another one, which does not have them.
+        if std::mem::replace(&mut self.is_again, true)
+            && !self.access.outside.is_empty()
+            && let Err(error) = self.access.sprite.set_secrets(&self.access.outside).await
+        {
+            return error.into();
+        }
         let script = if self.may_run { self.attach_script() } else { self.start_script() };
         let spec = self.spec_path();
         if !self.may_run {

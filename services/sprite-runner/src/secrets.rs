@@ -13,8 +13,9 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
+use sprites::OutsideSecret;
 use types::{
-    CredentialKind, McpServer, Provider,
+    CredentialKind, McpServer, Provider, SessionId,
     agent::{McpTransport, REDACTED},
     route::SESSION_HEADER,
     vault::{self, AuthKind, CredentialDocument},
@@ -78,6 +79,8 @@ pub struct Secrets {
     /// If the deployment has a model gateway: routes whose secrets it adds, which are not here.
     routes: Vec<Route>,
     model_token: Option<ModelToken>,
+    /// Whose turn it is; none where no agent is run.
+    session: Option<SessionId>,
 }
 
 impl Secrets {
@@ -105,12 +108,13 @@ impl Secrets {
             secret.value.zeroize();
         }
         let proxied = bundle.proxied_kinds.iter().filter_map(|kind| kind.parse().ok()).collect();
-        Ok(Self { values, credentials, proxied, routes: bundle.routes, model_token: None })
+        let routes = bundle.routes;
+        Ok(Self { values, credentials, proxied, routes, model_token: None, session: None })
     }
 
-    /// With the token that was named in the claim of these secrets.
-    pub fn with_model_token(self, model_token: Option<ModelToken>) -> Self {
-        Self { model_token, ..self }
+    /// Those of a session's turn, with the token that was named in the claim of these secrets.
+    pub fn of_turn(self, session: SessionId, model_token: Option<ModelToken>) -> Self {
+        Self { session: Some(session), model_token, ..self }
     }
 
     /// Finds every value in texts.
@@ -199,14 +203,45 @@ impl Secrets {
             .credentials
             .iter()
             .filter(|credential| credential.kind == AuthKind::EnvironmentVariable);
-        let of_vaults =
-            of_vaults.map(|credential| (credential.key.clone(), credential.value.clone()));
+        let of_vaults = of_vaults.filter_map(|credential| {
+            let value = match credential.hosts {
+                None => credential.value.clone(),
+                Some(_) => self.placeholder(&credential.key)?,
+            };
+            Some((credential.key.clone(), value))
+        });
         environment
             .into_iter()
             .chain(of_vaults)
             .chain(session.env)
             .map(|(name, value)| (name, value.into()))
             .collect()
+    }
+
+    /// What the agent has in place of a variable's value: the same in all turns of a session.
+    fn placeholder(&self, name: &str) -> Option<String> {
+        let digest = Sha256::new()
+            .chain_update(self.session?.to_string())
+            .chain_update([0])
+            .chain_update(name);
+        let hex: String =
+            digest.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        Some(format!("aod_placeholder_{hex}"))
+    }
+
+    /// The variables of vaults whose values are not in the sandbox, by name.
+    pub fn outside(&self) -> BTreeMap<String, OutsideSecret> {
+        let session: SessionDocument = self.document(SESSION);
+        let of = |credential: &CredentialDocument| {
+            let is_overridden = session.env.contains_key(&credential.key);
+            let outside = OutsideSecret {
+                placeholder: self.placeholder(&credential.key)?,
+                value: credential.value.as_str().into(),
+                hosts: credential.hosts.clone().filter(|_| !is_overridden)?,
+            };
+            Some((credential.key.clone(), outside))
+        };
+        self.credentials.iter().filter_map(of).collect()
     }
 
     /// The token that a vault holds for an MCP server.
@@ -332,6 +367,7 @@ mod tests {
             proxied: proxied.to_vec(),
             routes: Vec::new(),
             model_token,
+            session: Some(SessionId::new()),
         }
     }
 
@@ -388,6 +424,7 @@ mod tests {
             kind,
             key: key.to_owned(),
             value: value.to_owned(),
+            hosts: None,
             oauth: None,
         };
         let mut secrets = secrets(&[], r#"{"env":{"A":"session"}}"#);
@@ -425,6 +462,34 @@ mod tests {
             BTreeMap::from([("Authorization".to_owned(), "Bearer token".to_owned())])
         );
         assert_eq!(filled("https://mcp.example/other"), server("").secrets().clone());
+    }
+
+    #[test]
+    fn a_variable_for_named_hosts_is_a_placeholder_in_the_sandbox() {
+        let credential = |key: &str| CredentialDocument {
+            kind: AuthKind::EnvironmentVariable,
+            key: key.to_owned(),
+            value: format!("SENTINEL-{key}"),
+            hosts: Some(vec!["api.example.com".to_owned()]),
+            oauth: None,
+        };
+        let mut secrets = secrets(&[], r#"{"env":{"OVERRIDDEN":"session"}}"#);
+        secrets.credentials = vec![credential("A"), credential("B"), credential("OVERRIDDEN")];
+        let values = |secrets: &Secrets| -> Vec<String> {
+            secrets.vars().iter().map(|(_, value)| value.expose_secret().to_owned()).collect()
+        };
+        let vars = values(&secrets);
+        assert!(!vars.concat().contains("SENTINEL") && vars[0] != vars[1], "{vars:?}");
+        let outside = secrets.outside();
+        assert_eq!(outside.keys().collect::<Vec<_>>(), ["A", "B"]);
+        assert_eq!(outside["A"].placeholder, vars[0]);
+        assert_eq!(outside["A"].value.expose_secret(), "SENTINEL-A");
+        // As in the next turn, with another value.
+        secrets.credentials[0].value = "SENTINEL-rotated".to_owned();
+        assert_eq!(values(&secrets), vars);
+        assert_eq!(secrets.masker().text("SENTINEL-rotated"), "***");
+        secrets.session = Some(SessionId::new());
+        assert_ne!(values(&secrets), vars);
     }
 
     #[test]

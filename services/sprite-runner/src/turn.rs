@@ -1,6 +1,9 @@
 //! Runs one turn, from the end of its log so far to the turn's end.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use contract::{
     host::{self as agent_host, Input, event, turn_ended::Reason},
@@ -11,6 +14,7 @@ use contract::{
     },
 };
 use sealing::KeyPair;
+use sprites::{OutsideSecret, Sprite};
 use tokio::time::Instant;
 use types::{CredentialKind, ModelRef, Runtime, SessionId, SpriteName, Stage, StageState};
 
@@ -123,7 +127,7 @@ pub async fn run(
         }
     }
     let secrets = match Secrets::redeem(runner, &spec.lease_id, key).await {
-        Ok(secrets) => secrets.with_model_token(model_token),
+        Ok(secrets) => secrets.of_turn(session, model_token),
         Err(error) => {
             tracing::warn!(%session, %error, "secrets cannot be redeemed");
             return End::Released(format!("its secrets cannot be had: {}", error.message));
@@ -216,8 +220,9 @@ async fn work(
         return Err(Stopped::Failed { stage: "credentials".to_owned(), message });
     }
     let models = runner.models_of(secrets);
-    let agent = Agent::new(session, spec, (runtime, adapter), &models, &setup, runner.agent_idle)
-        .map_err(unreadable)?;
+    let mut agent =
+        Agent::new(session, spec, (runtime, adapter), &models, &setup, runner.agent_idle)
+            .map_err(unreadable)?;
     let gateway = runner.model_gateway.as_deref();
     let provisioning = Provisioning {
         client: &client,
@@ -232,6 +237,10 @@ async fn work(
     let is_new = turn == 1 && !started;
     if is_new {
         provisioning.create(log).await?;
+    }
+    let outside = secrets.outside();
+    if spec.may_change {
+        agent.add_variables(keep_outside(&sprite, &client, &outside).await?);
     }
     let offset = log.checkpoint.journal_offset;
     let revision = if spec.may_change {
@@ -257,6 +266,7 @@ async fn work(
         sprite: sprite.clone(),
         program: runner.program.clone(),
         spec: agent.spec(secrets, revision),
+        outside: outside.into_values().collect(),
         // A set-up's journal is read again by each runner: what a failed script said is told.
         from: if is_new { 0 } else { offset },
         may_run: offset > 0 && !renews,
@@ -341,6 +351,43 @@ async fn work(
         Some(reached) => at_budget(ended, &reached),
         None => ended,
     })
+}
+
+/// Keeps the values of variables outside of the sandbox, in place of those of the turn before, and
+/// returns the variables that this takes. A sandbox server that cannot do it fails the turn: the
+/// values are for their hosts alone.
+async fn keep_outside(
+    sprite: &Sprite,
+    client: &sprites::Client,
+    outside: &BTreeMap<String, OutsideSecret>,
+) -> Result<BTreeMap<String, String>, Stopped> {
+    let secrets: Vec<OutsideSecret> = outside.values().cloned().collect();
+    let failed =
+        |message: String| Err(Stopped::Failed { stage: "credentials".to_owned(), message });
+    match sprite.set_secrets(&secrets).await {
+        Ok(variables) => Ok(variables),
+        // Where nothing can be kept outside, nothing is.
+        Err(error) if outside.is_empty() && !error.is_transient() => Ok(BTreeMap::new()),
+        // A sandbox that is gone is told of by what follows.
+        Err(sprites::Error::NotFound { .. })
+            if matches!(client.exists(sprite.name()).await, Ok(false)) =>
+        {
+            Ok(BTreeMap::new())
+        }
+        Err(sprites::Error::NotFound { .. }) => {
+            let names: Vec<&str> = outside.keys().map(String::as_str).collect();
+            failed(format!(
+                "Vault credentials with limited networking ({}) cannot be used: this deployment's sandboxes cannot keep values from the agent. Give the credentials unrestricted networking to put their values into the sandbox.",
+                names.join(", ")
+            ))
+        }
+        Err(error) if !error.is_transient() => {
+            failed(format!("Vault credentials cannot be used: {error}"))
+        }
+        Err(error) => {
+            Err(Stopped::Released(format!("its sandbox does not take its credentials: {error}")))
+        }
+    }
 }
 
 /// The end of a turn whose last model request a budget refused, whatever its CLI reports.

@@ -21,7 +21,7 @@ use crate::{
 
 /// What no place but the Sprite may hold. Their first characters are what a hint may show: the last
 /// four are told by the contract.
-const SENTINELS: [(&str, &str); 12] = [
+const SENTINELS: [(&str, &str); 13] = [
     ("provider:anthropic", "sk-ant-SENTINELcredential0001"),
     ("provider:openai", "sk-oai-SENTINELopenai0002"),
     ("provider:google", "AIzaSENTINELgoogle0008"),
@@ -32,6 +32,7 @@ const SENTINELS: [(&str, &str); 12] = [
     ("mcp header", "SENTINELmcpheader0006"),
     ("mcp env", "SENTINELmcpenv0007"),
     ("vault bearer", "SENTINELvaultbearer0010"),
+    ("vault variable", "SENTINELvaultvariable0011"),
     ("api key", ""),
     ("sprites token", ""),
 ];
@@ -41,6 +42,8 @@ const SENTINELS: [(&str, &str); 12] = [
 const MODEL_CREDENTIALS: [&str; 4] =
     ["provider:anthropic", "provider:openai", "provider:google", "runtime_token:claude-oauth"];
 const ROUTED: [&str; 3] = ["repository token", "mcp header", "vault bearer"];
+/// What the sandbox server keeps out of them.
+const OUTSIDE: &str = "vault variable";
 
 /// How tokens for the model gateway begin.
 const TOKEN: &[u8] = b"aod_session_";
@@ -232,7 +235,8 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
         assert_eq!(session.status, 202, "{session:?}");
         sessions.push(session.text("id").to_owned());
     }
-    sessions.push(session_with_vault(&stack, &by_vault.0, of("vault bearer")).await);
+    let of_vault = (of("vault bearer"), of(OUTSIDE));
+    sessions.push(session_with_vault(&stack, &by_vault.0, of_vault).await);
     let mut search = Search::new(&stack);
     let mut shell = stack.stream(&sessions[1], 0).await.unwrap();
     shell.until_output("all there").await.unwrap();
@@ -246,6 +250,7 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
     let outside: Vec<(&str, String)> = MODEL_CREDENTIALS
         .into_iter()
         .chain(ROUTED)
+        .chain([OUTSIDE])
         .map(|name| (name, of(name).to_owned()))
         .collect();
     let as_password = BASE64.encode(format!("x-access-token:{}", of("repository token")));
@@ -380,9 +385,12 @@ async fn no_secret_is_anywhere_but_in_its_sprite() {
 
 /// A session of `/v1` whose MCP server's token is in a vault, with one turn. Returns the original
 /// API's id.
-async fn session_with_vault(stack: &Stack, url: &str, token: &str) -> String {
+async fn session_with_vault(stack: &Stack, url: &str, (token, variable): (&str, &str)) -> String {
     let vault = created(stack, "/v1/vaults", json!({ "display_name": "v" })).await;
     let auth = json!({ "type": "static_bearer", "mcp_server_url": url, "token": token });
+    created(stack, &format!("/v1/vaults/{vault}/credentials"), json!({ "auth": auth })).await;
+    let networking = json!({ "type": "limited", "allowed_hosts": ["api.example.com"] });
+    let auth = json!({ "type": "environment_variable", "secret_name": "OUTSIDE", "secret_value": variable, "networking": networking });
     created(stack, &format!("/v1/vaults/{vault}/credentials"), json!({ "auth": auth })).await;
     let client = Client::new(
         stack,

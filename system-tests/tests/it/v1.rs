@@ -3,8 +3,10 @@
 use std::sync::{Arc, Mutex};
 
 use reqwest::Method;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use system_tests::{Options, Stack};
+use testkit::{https::Https, tls::Tls};
 
 use crate::runtimes::mcp_over_http;
 
@@ -176,6 +178,85 @@ async fn a_vaults_variables_reach_its_sessions_and_follow_rotation() {
         told += &answer.body.to_string();
     }
     assert!(!told.contains("SENTINEL"), "{told}");
+}
+
+#[tokio::test]
+async fn a_variable_for_named_hosts_is_a_placeholder_to_the_agent_and_a_value_to_its_hosts() {
+    let tls = Tls::generate().unwrap();
+    let (listed, other) = (Https::start(&tls).await.unwrap(), Https::start(&tls).await.unwrap());
+    let options = Options::default()
+        .reaching(&[listed.port, other.port])
+        .with("LOCAL_SPRITES_CA_FILE", tls.ca_file().display().to_string());
+    let stack = Stack::start(options).await.unwrap();
+    let client = Client::shell(&stack).await;
+    let vault = created(&stack, "/v1/vaults", json!({ "display_name": "v" })).await;
+    let credentials = format!("/v1/vaults/{vault}/credentials");
+    let host = format!("127.0.0.1:{}", listed.port);
+    let networking = json!({ "type": "limited", "allowed_hosts": [host] });
+    let auth = json!({ "type": "environment_variable", "secret_name": "KEY", "secret_value": "SENTINEL-one", "networking": networking });
+    let credential = created(&stack, &credentials, json!({ "auth": auth })).await;
+    let session = client.session(json!({ "vault_ids": [vault] })).await;
+    let send = format!(
+        "echo ${{KEY%_*}}; curl -sS -o /dev/null -w '%{{http_code}}\n' -H \"Authorization: Bearer $KEY\" https://{host}/"
+    );
+    let by_other_programs = format!(
+        "cat >/tmp/repo.sh <<'E'\ngit -c http.extraHeader=\"X-Git: $KEY\" ls-remote https://{host}/r 2>&1 | tail -1\nE\nbash /tmp/repo.sh >/dev/null; \
+         node -e 'fetch(process.argv[1], {{headers: {{\"X-Node\": process.env.KEY}}}}).then(r => console.log(r.status))' https://{host}/node"
+    );
+    let elsewhere =
+        format!("curl -skS -o /dev/null -H \"X-Key: $KEY\" https://127.0.0.1:{}/", other.port);
+    let said = client.turn(&session, &format!("{send}; {by_other_programs}; {elsewhere}")).await;
+    assert_eq!(said, "aod_placeholder\n200\n200");
+    let received = |https: &Https| https.heads().concat();
+    for header in ["authorization: Bearer", "x-git:", "x-node:"] {
+        assert!(
+            received(&listed).contains(&format!("{header} SENTINEL-one\n")),
+            "{header}: {:?}",
+            listed.heads()
+        );
+    }
+    assert!(received(&other).contains("x-key: aod_placeholder_"), "{:?}", other.heads());
+
+    // Rotated between turns; a sandbox server that restarts in a turn gets it again.
+    let rotate =
+        json!({ "auth": { "type": "environment_variable", "secret_value": "SENTINEL-two" } });
+    let rotated = stack.post(&format!("{credentials}/{credential}"), rotate).await.unwrap();
+    assert_eq!(rotated.status, 200, "{rotated:?}");
+    assert_eq!(client.turn(&session, &send).await, "aod_placeholder\n200");
+    assert!(received(&listed).contains("Bearer SENTINEL-two"), "{:?}", listed.heads());
+    let again = format!(
+        "for n in $(seq 150); do curl -sS -o /dev/null -H \"X-Again: $KEY\" https://{host}/; sleep 0.1; done 2>/dev/null; echo done"
+    );
+    let sent_again = async |since: usize| {
+        testkit::eventually("the value is sent", async || {
+            listed.heads()[since..].concat().contains("x-again: SENTINEL-two\n")
+        })
+        .await;
+    };
+    let (said, ()) = tokio::join!(client.turn(&session, &again), async {
+        sent_again(0).await;
+        let before = stack.pids("local-sprites");
+        Stack::signal(&before, Signal::TERM);
+        testkit::eventually("another server", async || {
+            stack.pids("local-sprites") != before && !stack.pids("local-sprites").is_empty()
+        })
+        .await;
+        sent_again(listed.heads().len()).await;
+    });
+    assert_eq!(said, "done");
+
+    // Limited no more, the value is the agent's.
+    let lift = json!({ "auth": { "type": "environment_variable", "networking": { "type": "unrestricted" } } });
+    let lifted = stack.post(&format!("{credentials}/{credential}"), lift).await.unwrap();
+    assert_eq!(lifted.body["auth"]["networking"], json!({ "type": "unrestricted" }), "{lifted:?}");
+    let length = client.turn(&session, "echo ${#KEY} $HTTPS_PROXY").await;
+    assert_eq!(length, "SENTINEL-two".len().to_string());
+    // Archived, it is gone.
+    let archived =
+        stack.post(&format!("{credentials}/{credential}/archive"), json!({})).await.unwrap();
+    assert_eq!(archived.status, 200, "{archived:?}");
+    assert_eq!(client.turn(&session, "echo ${KEY:-none}").await, "none");
+    assert!(!received(&other).contains("SENTINEL"), "{:?}", other.heads());
 }
 
 #[tokio::test]

@@ -16,7 +16,10 @@ use types::{
     Timestamp, VaultCredentialId,
     environment::{check_variable, is_variable},
     limits::BODY_BYTES_MAX,
-    vault::{AuthKind, ClientAuthKind, CredentialDocument, normal_url},
+    vault::{
+        AuthKind, ClientAuthKind, CredentialDocument, CredentialHost, HEADER_BYTES_MAX, HOSTS_MAX,
+        fits_header, normal_url,
+    },
 };
 use utoipa::{IntoParams, ToSchema};
 
@@ -42,7 +45,7 @@ use crate::{
 
 const URL_CHARS_MAX: usize = 2048;
 /// The limit of an HTTP header.
-const TOKEN_BYTES_MAX: usize = 16 * 1024;
+const TOKEN_BYTES_MAX: usize = HEADER_BYTES_MAX;
 
 /// A credential of a vault: all but its secret.
 #[derive(Serialize, ToSchema)]
@@ -89,9 +92,14 @@ impl From<scheduler::VaultCredential> for Credential {
 #[expect(dead_code, reason = "describes a body")]
 pub struct CredentialBody {
     /// `{"type": "environment_variable", "secret_name", "secret_value", "networking": {"type":
-    /// "unrestricted"}}`, `{"type": "static_bearer", "mcp_server_url", "token"}`, or `{"type":
+    /// "limited", "allowed_hosts": ["api.example.com"]}}`, `{"type": "static_bearer", "mcp_server_url", "token"}`, or `{"type":
     /// "mcp_oauth", "mcp_server_url", "access_token", "expires_at", "refresh": {"client_id",
     /// "refresh_token", "token_endpoint", "token_endpoint_auth": {"type": "none"}}}`
+    ///
+    /// The value of an `environment_variable` with `limited` networking stays outside of the
+    /// sandbox: the agent has a placeholder, which is replaced in headers of HTTPS requests to the
+    /// allowed hosts. This takes `local-sprites`; on Fly.io's Sprites, turns with such a credential
+    /// fail. With `unrestricted` networking the real value is in the sandbox.
     #[schema(value_type = Object)]
     auth: Value,
     #[schema(max_length = 255)]
@@ -135,6 +143,8 @@ struct Auth {
     shown: Value,
     /// The secret; of an update it may be absent.
     value: Option<String>,
+    /// Of `environment_variable`, where its networking is named: the hosts that it is limited to.
+    hosts: Option<Option<Vec<String>>>,
     /// Of `mcp_oauth`: what the document says besides, or what changes of it.
     oauth: Option<Value>,
 }
@@ -185,32 +195,100 @@ fn read_variable(auth: &mut Fields, is_new: bool) -> Auth {
     if is_new && auth.value("networking").is_none() {
         auth.refuse("networking", "networking is required");
     }
-    auth.nested("networking", |networking| match networking.named_string("type", BODY_BYTES_MAX).as_deref() {
-        Some("unrestricted") => networking.allow_only(&["type"]),
-        // Accepted, it would promise what nothing enforces.
-        Some("limited") => networking.refuse(
-            "type",
-            "limited is not supported: the value is in the agent's environment and may go to any host that the environment allows",
-        ),
-        Some(_) => networking.refuse("type", "must be 'unrestricted'"),
-        None => {}
-    });
+    if !is_new && auth.is_null("networking") {
+        auth.refuse("networking", "cannot be null");
+    }
+    let hosts = auth.nested("networking", read_hosts).flatten();
     if auth.is_null("injection_location") {
         auth.refuse("injection_location", "cannot be null");
     }
-    auth.nested("injection_location", |location| {
+    let location = auth.nested("injection_location", |location| {
         location.allow_only(&["header", "body"]);
-        if !["header", "body"].into_iter().all(|part| location.optional_bool(part) == Some(true)) {
-            location.refuse("header", "header and body must both be true: the value is a variable of the agent, and may be used anywhere");
+        ["header", "body"].map(|part| (part, location.optional_bool(part)))
+    });
+    let mut shown = Map::new();
+    if is_new {
+        shown.insert("type".to_owned(), AuthKind::EnvironmentVariable.as_str().into());
+        shown.insert("secret_name".to_owned(), name.clone().into());
+    }
+    let mut places = Map::new();
+    if let Some(hosts) = &hosts {
+        let networking = match hosts {
+            None => json!({ "type": "unrestricted" }),
+            Some(hosts) => json!({ "type": "limited", "allowed_hosts": hosts }),
+        };
+        shown.insert("networking".to_owned(), networking);
+        // Where nothing is said of them: all that there are.
+        places.insert("header".to_owned(), true.into());
+        places.insert("body".to_owned(), hosts.is_none().into());
+    }
+    for (part, wanted) in location.into_iter().flatten() {
+        if let Some(wanted) = wanted.or(is_new.then_some(false)) {
+            places.insert(part.to_owned(), wanted.into());
         }
-    });
-    let shown = json!({
-        "type": AuthKind::EnvironmentVariable.as_str(),
-        "secret_name": name,
-        "networking": { "type": "unrestricted" },
-        "injection_location": { "header": true, "body": true },
-    });
-    Auth { kind: AuthKind::EnvironmentVariable, key: name, shown, value, oauth: None }
+    }
+    if !places.is_empty() {
+        shown.insert("injection_location".to_owned(), places.into());
+    }
+    let kind = AuthKind::EnvironmentVariable;
+    Auth { kind, key: name, shown: shown.into(), value, hosts, oauth: None }
+}
+
+/// The hosts that a variable's value is limited to; `Some(None)`: it is not limited.
+fn read_hosts(networking: &mut Fields) -> Option<Option<Vec<String>>> {
+    match networking.named_string("type", BODY_BYTES_MAX)?.as_str() {
+        "unrestricted" => {
+            networking.allow_only(&["type"]);
+            Some(None)
+        }
+        "limited" => {
+            networking.allow_only(&["type", "allowed_hosts"]);
+            let hosts = networking.strings("allowed_hosts").unwrap_or_default();
+            if hosts.is_empty() || hosts.len() > HOSTS_MAX {
+                networking.refuse("allowed_hosts", &format!("must be 1 to {HOSTS_MAX} hosts"));
+            }
+            let bad = hosts
+                .iter()
+                .map(String::as_str)
+                .filter(|host| CredentialHost::parse(host).is_none());
+            networking.refuse_items("allowed_hosts", bad, |host| {
+                format!("must be a host name, which may begin with *. and have a port: {host:?}")
+            });
+            Some(Some(hosts))
+        }
+        _ => {
+            networking.refuse("type", "must be 'limited' or 'unrestricted'");
+            None
+        }
+    }
+}
+
+/// Whether a variable can be used as `auth` says, once it has this value.
+fn check_use(auth: &Value, value: Option<&str>) -> Result<(), ApiError> {
+    let location = &auth["injection_location"];
+    let wanted = ["header", "body"].map(|part| location[part] == true);
+    let is_limited = auth["networking"]["type"] == "limited";
+    if is_limited && wanted != [true, false] {
+        return Err(refused_field(
+            "auth.injection_location",
+            "must be {\"header\": true, \"body\": false} where networking is limited: values are put into headers alone",
+        ));
+    }
+    if !is_limited && wanted != [true, true] {
+        return Err(refused_field(
+            "auth.injection_location",
+            "header and body must both be true where networking is unrestricted: the value is a variable of the agent, and may be used anywhere",
+        ));
+    }
+    if is_limited && value.is_some_and(|value| !fits_header(value)) {
+        return Err(refused_field(
+            "auth.secret_value",
+            &format!(
+                "must be at most {HEADER_BYTES_MAX} printable ASCII characters where networking is limited: it is sent in headers"
+            ),
+        ));
+    }
+    Ok(())
 }
 
 fn read_bearer(auth: &mut Fields, is_new: bool) -> Auth {
@@ -218,7 +296,7 @@ fn read_bearer(auth: &mut Fields, is_new: bool) -> Auth {
     let (url, normal) = server_url(auth, is_new);
     let value = token(auth, "token", is_new);
     let shown = json!({ "type": AuthKind::StaticBearer.as_str(), "mcp_server_url": url });
-    Auth { kind: AuthKind::StaticBearer, key: normal, shown, value, oauth: None }
+    Auth { kind: AuthKind::StaticBearer, key: normal, shown, value, hosts: None, oauth: None }
 }
 
 /// An MCP server's URL: as it is shown, and as credentials are matched by.
@@ -283,6 +361,7 @@ fn read_oauth(auth: &mut Fields, is_new: bool) -> Auth {
         key: normal,
         shown: shown.into(),
         value,
+        hosts: None,
         oauth: Some(oauth.into()),
     }
 }
@@ -388,13 +467,17 @@ pub async fn create(
     let display_name = fields.optional_string("display_name", NAME_CHARS_MAX);
     let patch = metadata::read(&mut fields);
     fields.finish()?;
-    let Some(Auth { kind, key: Some(key), shown, value: Some(value), oauth }) = auth else {
+    let Some(Auth { kind, key: Some(key), shown, value: Some(value), hosts, oauth }) = auth else {
         return Err(refused_field("auth", "is incomplete"));
     };
+    if kind == AuthKind::EnvironmentVariable {
+        check_use(&shown, Some(&value))?;
+    }
     let metadata = metadata::merged("{}", &patch.unwrap_or_default())
         .map_err(|why| refused_field("metadata", &why))?;
     let oauth = oauth.map(serde_json::from_value).transpose().map_err(Failure::internal)?;
-    let document = CredentialDocument { kind, key: key.clone(), value, oauth };
+    let hosts = hosts.flatten();
+    let document = CredentialDocument { kind, key: key.clone(), value, hosts, oauth };
     let kept = app.keep(&caller.user_id, Kind::VaultCredential, &document, None).await?;
     let request = CreateVaultCredentialRequest {
         user_id: caller.user_id,
@@ -458,7 +541,25 @@ pub async fn update(
                     "cannot be changed: create another credential",
                 ));
             }
-            if let Some(oauth) = auth.oauth {
+            if auth.kind == AuthKind::EnvironmentVariable {
+                if let (Some(name), Some(value)) = (shown["secret_name"].as_str(), &auth.value) {
+                    check_variable(name, value)
+                        .map_err(|why| refused_field("auth.secret_value", &why.to_string()))?;
+                }
+                let mut change = Map::new();
+                if let Some(hosts) = auth.hosts {
+                    shown["networking"] = Value::Null;
+                    change.insert("hosts".to_owned(), json!(hosts));
+                }
+                merge(&mut shown, auth.shown);
+                check_use(&shown, auth.value.as_deref())?;
+                change.extend(auth.value.map(|value| ("value".to_owned(), value.into())));
+                if let Some(secret_id) = current.secret_id.filter(|_| !change.is_empty()) {
+                    app.merge(&user_id, Kind::VaultCredential, &change, secret_id).await?;
+                }
+                shown_auth = Some(shown.to_string());
+                None
+            } else if let Some(oauth) = auth.oauth {
                 if !shown["refresh"].is_object() && !oauth["refresh"].is_null() {
                     return Err(refused_field(
                         "auth.refresh",
@@ -477,22 +578,12 @@ pub async fn update(
                 shown_auth = Some(shown.to_string());
                 None
             } else if let Some(value) = auth.value {
-                let key = match auth.kind {
-                    AuthKind::EnvironmentVariable => {
-                        shown["secret_name"].as_str().map(str::to_owned)
-                    }
-                    AuthKind::StaticBearer => shown["mcp_server_url"].as_str().and_then(normal_url),
-                    // Above.
-                    AuthKind::McpOauth => None,
-                };
-                if let (AuthKind::EnvironmentVariable, Some(name)) = (auth.kind, &key) {
-                    check_variable(name, &value)
-                        .map_err(|why| refused_field("auth.secret_value", &why.to_string()))?;
-                }
+                let key = shown["mcp_server_url"].as_str().and_then(normal_url);
                 let document = CredentialDocument {
                     kind: auth.kind,
                     key: key.unwrap_or_default(),
                     value,
+                    hosts: None,
                     oauth: None,
                 };
                 Some(app.keep(&user_id, Kind::VaultCredential, &document, None).await?)
@@ -609,10 +700,14 @@ mod tests {
             ("secret_value", json!("")),
             ("secret_value", json!("x\0")),
             ("secret_value", Value::Null),
-            ("networking", json!({ "type": "limited", "allowed_hosts": ["a.example"] })),
+            ("networking", json!({ "type": "limited" })),
+            ("networking", json!({ "type": "limited", "allowed_hosts": [] })),
+            ("networking", json!({ "type": "limited", "allowed_hosts": ["https://a.example"] })),
+            ("networking", json!({ "type": "limited", "allowed_hosts": vec!["a.example"; 17] })),
+            ("networking", json!({ "type": "unrestricted", "allowed_hosts": ["a.example"] })),
             ("networking", Value::Null),
             ("networking", json!({})),
-            ("injection_location", json!({ "header": true })),
+            ("injection_location", json!({ "header": "yes" })),
             ("injection_location", Value::Null),
             ("token", json!("t")),
         ] {
@@ -620,6 +715,55 @@ mod tests {
             assert!(!refused.contains("SENTINEL"), "{name} {value}: {refused}");
         }
         assert!(with("injection_location", json!({ "header": true, "body": true })).is_ok());
+    }
+
+    #[test]
+    fn a_variable_for_named_hosts_is_put_into_headers_alone() {
+        let limited =
+            json!({ "type": "limited", "allowed_hosts": ["a.example", "*.b.example:8443"] });
+        let of = |networking: &Value, location: Value| {
+            let mut auth = json!({ "type": "environment_variable", "secret_name": "A", "secret_value": "v", "networking": networking });
+            if !location.is_null() {
+                auth["injection_location"] = location;
+            }
+            read(auth, true).unwrap()
+        };
+        let auth = of(&limited, Value::Null);
+        let hosts = ["a.example", "*.b.example:8443"].map(str::to_owned).to_vec();
+        assert_eq!(auth.hosts, Some(Some(hosts)));
+        assert_eq!(auth.shown["networking"], limited);
+        assert_eq!(auth.shown["injection_location"], json!({ "header": true, "body": false }));
+        let unrestricted = json!({ "type": "unrestricted" });
+        for (networking, location, is_usable) in [
+            (&limited, Value::Null, true),
+            (&limited, json!({ "header": true }), true),
+            (&limited, json!({ "header": true, "body": true }), false),
+            (&limited, json!({ "body": true }), false),
+            (&limited, json!({}), false),
+            (&unrestricted, Value::Null, true),
+            (&unrestricted, json!({ "header": true, "body": true }), true),
+            (&unrestricted, json!({ "header": true }), false),
+        ] {
+            let auth = of(networking, location.clone());
+            let used = check_use(&auth.shown, Some("v"));
+            assert_eq!(used.is_ok(), is_usable, "{networking} {location}");
+        }
+        assert!(check_use(&auth.shown, Some("two\nlines")).is_err());
+        // An update names what changes.
+        let update = |change: Value| {
+            let mut auth = json!({ "type": "environment_variable" });
+            merge(&mut auth, change);
+            read(auth, false).unwrap()
+        };
+        assert_eq!(update(json!({ "secret_value": "w" })).shown, json!({}));
+        let auth = update(json!({ "networking": unrestricted }));
+        assert_eq!(auth.hosts, Some(None));
+        assert_eq!(auth.shown["injection_location"], json!({ "header": true, "body": true }));
+        let auth = update(json!({ "injection_location": { "body": false } }));
+        assert_eq!(auth.shown, json!({ "injection_location": { "body": false } }));
+        assert!(
+            read(json!({ "type": "environment_variable", "networking": null }), false).is_err()
+        );
     }
 
     #[test]
