@@ -240,7 +240,9 @@ async fn work(
     }
     let outside = secrets.outside();
     if spec.may_change {
-        agent.add_variables(keep_outside(&sprite, &client, &outside).await?);
+        // A sandbox that was not set up has no later turns.
+        let stage = if is_new { Stage::EnvFile.as_str() } else { "credentials" };
+        agent.add_variables(keep_outside(&sprite, &client, &outside, stage).await?);
     }
     let offset = log.checkpoint.journal_offset;
     let revision = if spec.may_change {
@@ -360,10 +362,10 @@ async fn keep_outside(
     sprite: &Sprite,
     client: &sprites::Client,
     outside: &BTreeMap<String, OutsideSecret>,
+    stage: &str,
 ) -> Result<BTreeMap<String, String>, Stopped> {
     let secrets: Vec<OutsideSecret> = outside.values().cloned().collect();
-    let failed =
-        |message: String| Err(Stopped::Failed { stage: "credentials".to_owned(), message });
+    let failed = |message: String| Err(Stopped::Failed { stage: stage.to_owned(), message });
     match sprite.set_secrets(&secrets).await {
         Ok(variables) => Ok(variables),
         // Where nothing can be kept outside, nothing is.

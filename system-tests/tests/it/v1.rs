@@ -259,6 +259,32 @@ async fn a_variable_for_named_hosts_is_a_placeholder_to_the_agent_and_a_value_to
     assert!(!received(&other).contains("SENTINEL"), "{:?}", other.heads());
 }
 
+/// As Fly.io's Sprites cannot.
+#[tokio::test]
+async fn sandboxes_that_cannot_limit_a_value_to_hosts_do_not_get_it() {
+    let settings = &[("LOCAL_SPRITES_ISOLATION", "readonly")];
+    let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
+    let client = Client::shell(&stack).await;
+    let vault = created(&stack, "/v1/vaults", json!({ "display_name": "v" })).await;
+    let credentials = format!("/v1/vaults/{vault}/credentials");
+    let networking = json!({ "type": "limited", "allowed_hosts": ["api.example.com"] });
+    let auth = json!({ "type": "environment_variable", "secret_name": "KEY", "secret_value": "SENTINEL-one", "networking": networking });
+    created(&stack, &credentials, json!({ "auth": auth })).await;
+    let session = client.session(json!({ "vault_ids": [vault] })).await;
+    let path = format!("/v1/sessions/{session}/events");
+    let message =
+        json!({ "type": "user.message", "content": [{ "type": "text", "text": "echo ${#KEY}" }] });
+    let sent = stack.post(&path, json!({ "events": [message] })).await.unwrap();
+    assert_eq!(sent.status, 200, "{sent:?}");
+    // It was not set up: it has no later turn without what the first one was to do.
+    testkit::eventually("the session ends", async || {
+        stack.get(&format!("/v1/sessions/{session}")).await.unwrap().text("status") == "terminated"
+    })
+    .await;
+    let told = stack.get(&path).await.unwrap().body["data"].to_string();
+    assert!(told.contains("limited networking (KEY) cannot be used"), "{told}");
+}
+
 #[tokio::test]
 async fn vaults_are_paged_patched_archived_and_their_users_own() {
     let stack = Stack::start(Options::default()).await.unwrap();
