@@ -720,6 +720,14 @@ async fn files_in_a_bucket_reach_sandboxes_and_outlive_them_as_those_in_a_direct
         .with("AOD_FILES_S3_ACCESS_KEY_ID", testkit::s3::ACCESS_KEY_ID.to_owned())
         .with("AOD_FILES_S3_SECRET_ACCESS_KEY", testkit::s3::SECRET_ACCESS_KEY.to_owned());
     let stack = Stack::start(options).await.unwrap();
+    // Of an upload whose client goes no part stays: no list of objects would show it.
+    let before = s3.stored().unwrap().len();
+    let client = begin_upload(&stack).await;
+    testkit::eventually("a part is stored", || async { s3.stored().unwrap().len() > before + 1 })
+        .await;
+    drop(client);
+    testkit::eventually("no part is left", || async { s3.stored().unwrap().len() == before }).await;
+
     use_files(&stack, || {
         let stored = s3.stored().unwrap();
         let folder = std::path::Path::new("aod-files/a/deployment/objects");
@@ -729,6 +737,20 @@ async fn files_in_a_bucket_reach_sandboxes_and_outlive_them_as_those_in_a_direct
     })
     .await;
     assert!(!stack.data_dir().join("files").exists(), "nothing is beside the bucket");
+}
+
+/// Sends the first 12 MB of a larger file.
+async fn begin_upload(stack: &Stack) -> tokio::net::TcpStream {
+    use tokio::io::AsyncWriteExt as _;
+    let (url, key) = (stack.ready_text("/api_url"), stack.ready_text("/api_key"));
+    let host = url.trim_start_matches("http://").trim_end_matches('/');
+    let mut client = tokio::net::TcpStream::connect(host).await.unwrap();
+    let head = format!(
+        "POST /v1/files HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {key}\r\ncontent-length: 20000000\r\ncontent-type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\n"
+    );
+    client.write_all(head.as_bytes()).await.unwrap();
+    client.write_all(&vec![b'x'; 12_000_000]).await.unwrap();
+    client
 }
 
 async fn use_files(stack: &Stack, objects: impl Fn() -> usize) {
