@@ -96,20 +96,10 @@ async fn pass_on(routed: Routed, request: Request) -> Result<Response, NotRouted
 async fn refresh(routed: &Routed, admitted: &mut Admitted, route: &GrantedRoute) -> Refreshed {
     let Some(refreshable) = &route.refreshable else { return Refreshed::Refused };
     let refreshed = routed.oauth.refresh(&admitted.shown, refreshable).await;
-    if refreshed != Refreshed::Renewed {
-        return refreshed;
+    if refreshed == Refreshed::Renewed && !routed.renew_changed(admitted).await {
+        return Refreshed::Failed;
     }
-    // Twice: an answer of the vault that was on its way meanwhile holds the former token.
-    for _ in 0..2 {
-        if !routed.renew(admitted).await {
-            return Refreshed::Failed;
-        }
-        let renewed = admitted.grant.route(RouteKind::Mcp, &route.path);
-        if renewed.is_none_or(|renewed| renewed.refreshable != route.refreshable) {
-            break;
-        }
-    }
-    Refreshed::Renewed
+    refreshed
 }
 
 /// A request, as often as it has to be sent.

@@ -197,6 +197,12 @@ impl Routed {
         let renewed = self.tokens.renew(&admitted.shown).await;
         renewed.map(|grant| admitted.grant = grant).is_some()
     }
+
+    /// The same, at once: what the token stands for was just changed.
+    pub async fn renew_changed(&self, admitted: &mut Admitted) -> bool {
+        let renewed = self.tokens.renew_changed(&admitted.shown).await;
+        renewed.map(|grant| admitted.grant = grant).is_some()
+    }
 }
 
 /// A client's headers without those that are the gateway's, and with the route's own.

@@ -34,7 +34,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const FRESH: Duration = Duration::from_secs(60);
 /// How long a redemption is used while the vault does not answer.
 const KEPT: Duration = Duration::from_secs(600);
-/// How soon a token may be redeemed again before [`FRESH`] is over.
+/// How soon after it was renewed a token may be renewed again before [`FRESH`] is over.
 const RENEWED_AFTER: Duration = Duration::from_secs(1);
 /// An unknown token is refused without asking the vault again.
 const REFUSED_FOR: Duration = Duration::from_secs(5);
@@ -122,7 +122,10 @@ pub enum TokenRefused {
 #[derive(Clone)]
 struct Entry {
     grant: Arc<Grant>,
-    redeemed: Instant,
+    /// When the vault was asked.
+    asked: Instant,
+    /// Whether that was before [`FRESH`] was over.
+    is_renewed: bool,
 }
 
 /// Redeemed tokens. Cheap to clone; concurrent requests with one token ask once.
@@ -155,7 +158,7 @@ impl Tokens {
     pub async fn redeem(&self, shown: &Shown) -> Result<Arc<Grant>, TokenRefused> {
         let hash: Hash = Sha256::digest(shown.token.as_bytes()).into();
         let known = self.entries.get(&hash).await;
-        if let Some(entry) = known.as_ref().filter(|entry| entry.redeemed.elapsed() < FRESH) {
+        if let Some(entry) = known.as_ref().filter(|entry| entry.asked.elapsed() < FRESH) {
             return Ok(entry.grant.clone());
         }
         if self.refused.contains_key(&hash) {
@@ -179,23 +182,39 @@ impl Tokens {
     /// known, or a secret that its server refuses. None: it cannot be redeemed.
     pub async fn renew(&self, shown: &Shown) -> Option<Arc<Grant>> {
         let hash: Hash = Sha256::digest(shown.token.as_bytes()).into();
-        if let Some(known) = self.entries.get(&hash).await {
-            tokio::time::sleep(RENEWED_AFTER.saturating_sub(known.redeemed.elapsed())).await;
-            let newer =
-                self.entries.get(&hash).await.filter(|entry| entry.redeemed > known.redeemed);
+        // The first time is at once: agents' CLIs do not wait for servers that begin slowly.
+        if let Some(known) = self.entries.get(&hash).await.filter(|known| known.is_renewed) {
+            tokio::time::sleep(RENEWED_AFTER.saturating_sub(known.asked.elapsed())).await;
+            let newer = self.entries.get(&hash).await.filter(|entry| entry.asked > known.asked);
             if let Some(newer) = newer {
                 return Some(newer.grant);
             }
         }
-        let asked = self.asking.get_with(hash, async { self.ask(hash).await }).await;
-        match asked {
-            Ok(entry) => {
-                self.entries.insert(hash, entry.clone()).await;
-                Some(entry.grant)
-            }
-            Err(refused) => {
-                self.forget(hash, refused).await;
-                None
+        self.ask_again(hash).await
+    }
+
+    /// Redeems a token again at once: what it stands for was just changed. None: it cannot be
+    /// redeemed.
+    pub async fn renew_changed(&self, shown: &Shown) -> Option<Arc<Grant>> {
+        self.ask_again(Sha256::digest(shown.token.as_bytes()).into()).await
+    }
+
+    async fn ask_again(&self, hash: Hash) -> Option<Arc<Grant>> {
+        let begun = Instant::now();
+        loop {
+            let asked = self.asking.get_with(hash, async { self.ask(hash).await }).await;
+            match asked {
+                // What another request asked before may be out of date.
+                Ok(entry) if entry.asked < begun => self.asking.invalidate(&hash).await,
+                Ok(mut entry) => {
+                    entry.is_renewed = true;
+                    self.entries.insert(hash, entry.clone()).await;
+                    return Some(entry.grant);
+                }
+                Err(refused) => {
+                    self.forget(hash, refused).await;
+                    return None;
+                }
             }
         }
     }
@@ -230,6 +249,7 @@ impl Tokens {
     }
 
     async fn redeem_at_vault(&self, hash: Hash) -> Result<Entry, TokenRefused> {
+        let asked = Instant::now();
         let key = KeyPair::generate().map_err(|_| TokenRefused::Unavailable)?;
         let request = RedeemModelTokenRequest {
             token_hash: hash.to_vec(),
@@ -273,7 +293,7 @@ impl Tokens {
         let routes = bundle.routes.into_iter().map(|route| Arc::new(granted(route))).collect();
         let share = self.shares.of(&reply.session_id, &reply.user_id);
         let grant = Grant { session_id: reply.session_id, secrets, routes, share };
-        Ok(Entry { grant: Arc::new(grant), redeemed: Instant::now() })
+        Ok(Entry { grant: Arc::new(grant), asked, is_renewed: false })
     }
 }
 
