@@ -216,6 +216,11 @@ const MIGRATIONS: &[store::Step] = &[
     ),
     (200, "events in lz4", include_str!("../../../migrations/scheduler/0200_events_in_lz4.sql")),
     (210, "credentials of oauth", include_str!("../../../migrations/scheduler/0210_mcp_oauth.sql")),
+    (
+        220,
+        "deleted sprite to destroy",
+        include_str!("../../../migrations/scheduler/0220_deleted_sprite_to_destroy.sql"),
+    ),
 ];
 
 /// The state of the handlers.

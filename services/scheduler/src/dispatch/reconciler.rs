@@ -99,16 +99,15 @@ struct Due {
     destructions: bool,
 }
 
+const DUE: &str =
+    "select exists (select from runner_lease where expires_at < now()) as leases,
+            exists (select from turn where owner is null and status in ('pending', 'running') and offer_after <= now()) as turns,
+            exists (select from session
+                    where destroy_after <= now() and destroy_after is not null and sprite_destroyed_at is null)
+            or exists (select from deleted_session where destroy_after <= now() and sprite_destroyed_at is null) as destructions";
+
 async fn due(scheduler: &Scheduler) -> Result<Due, sqlx::Error> {
-    sqlx::query_as(
-        "select exists (select from runner_lease where expires_at < now()) as leases,
-                exists (select from turn where owner is null and status in ('pending', 'running') and offer_after <= now()) as turns,
-                exists (select from session
-                        where destroy_after <= now() and destroy_after is not null and sprite_destroyed_at is null)
-                or exists (select from deleted_session where destroy_after <= now() and sprite_destroyed_at is null) as destructions",
-    )
-    .fetch_one(&scheduler.pool)
-    .await
+    sqlx::query_as(DUE).fetch_one(&scheduler.pool).await
 }
 
 /// Deletes the leases of runners that sent no heartbeat, and returns whether there were any. The
@@ -245,4 +244,45 @@ pub async fn offer_all(tx: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
         .execute(tx)
         .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::AssertSqlSafe;
+    use testkit::Database;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn to_look_for_work_costs_the_same_however_much_waits_or_is_done() {
+        let database = Database::create().await.unwrap();
+        let pool =
+            store::open(&database.config("scheduler"), "test", crate::MIGRATIONS).await.unwrap();
+        let many = "
+            insert into session (session_id, user_id, agent_version, runtime, sprite, conversation_id, metadata, status, turn_count,
+                                 sprite_destroyed_at, destroy_after)
+            select gen_random_uuid(), gen_random_uuid(), 1, 'shell', 'done-' || number, gen_random_uuid(), '{}', 'completed', 1,
+                   case when number % 10 > 0 then now() end, now() + interval '1 day'
+            from generate_series(1, 20000) as number;
+            insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offer_after)
+            select session_id, number, 'x', 60, case when number = 2 then 'pending' else 'completed' end, now(),
+                   now() + interval '1 day'
+            from session, generate_series(1, 2) as number where number = 1 or sprite_destroyed_at is null;
+            insert into deleted_session (session_id, user_id, sprite, destroy_after)
+            select gen_random_uuid(), gen_random_uuid(), 'gone-' || number, now() + interval '1 day'
+            from generate_series(1, 20000) as number";
+        sqlx::raw_sql(many).execute(&pool).await.unwrap();
+        sqlx::raw_sql("vacuum analyze session, turn, deleted_session")
+            .execute(&pool)
+            .await
+            .unwrap();
+        let plan: Vec<String> = sqlx::query_scalar(AssertSqlSafe(format!("explain {DUE}")))
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+        let plan = plan.join("\n");
+        for index in ["turn_without_owner", "sprite_to_destroy", "deleted_sprite_to_destroy"] {
+            assert!(plan.contains(&format!("using {index} ")), "{index}: {plan}");
+        }
+    }
 }
