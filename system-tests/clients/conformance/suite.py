@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 
@@ -889,13 +890,20 @@ def output_of(world, session, name):
 
 
 class McpServer(http.server.BaseHTTPRequestHandler):
-    """A server with one tool, for whoever shows the token."""
+    """A server with one tool, for whoever shows a token, and its token endpoint."""
 
     protocol_version = "HTTP/1.1"
+    lock = threading.Lock()
+    tokens = {"t0ken-of-the-vault"}
+    # Each is good once.
+    refresh_tokens = set()
 
     def do_POST(self):
-        sent = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if self.headers["authorization"] != "Bearer t0ken-of-the-vault":
+        sent = self.rfile.read(int(self.headers["content-length"]))
+        if self.path == "/token":
+            return self.refresh(dict(urllib.parse.parse_qsl(sent.decode())))
+        sent = json.loads(sent)
+        if (self.headers["authorization"] or "").removeprefix("Bearer ") not in self.tokens:
             return self.answer(401)
         if "id" not in sent:
             return self.answer(202)
@@ -922,6 +930,19 @@ class McpServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
+    def refresh(self, form):
+        with self.lock:
+            is_client = (form["grant_type"], form["client_id"], form["client_secret"]) == ("refresh_token", "c", "s3cr3t/+")
+            if not is_client or form["refresh_token"] not in self.refresh_tokens:
+                return self.answer(400, b'{"error": "invalid_grant"}')
+            self.refresh_tokens.remove(form["refresh_token"])
+            access, refresh = f"access-{uuid.uuid4()}", f"refresh-{uuid.uuid4()}"
+            self.tokens.add(access)
+            self.refresh_tokens.add(refresh)
+        answer = {"access_token": access, "token_type": "Bearer", "expires_in": 3600, "refresh_token": refresh}
+        self.answer(200, json.dumps(answer).encode())
+
+
 MCP_SERVING = threading.Lock()
 
 
@@ -931,22 +952,25 @@ def serve_mcp(port):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
-@check(50, "an MCP server with a static_bearer", per_runtime=True)
-def mcp_server(world):
+def mcp_origin(world):
     # A port of this machine that sandboxes reach.
     port = os.environ.get("MCP_PORT")
     if world.runtime == "shell" or not port:
         raise NotHere
     with MCP_SERVING:
         serve_mcp(int(port))
-    url = f"http://127.0.0.1:{port}/mcp"
+    return f"http://127.0.0.1:{port}"
+
+
+def says_by_mcp(world, url, vault, word):
+    """A session's tool use of the server, which its user allows. Returns all of the session's events."""
     tools = TOOLS + [{"type": "mcp_toolset", "mcp_server_name": "echo"}]
     agent = world.new_agent(tools=tools, mcp_servers=[{"type": "url", "name": "echo", "url": url}]).id
-    vault = world.client.beta.vaults.create(display_name="v").id
-    world.client.beta.vaults.credentials.create(vault, auth={"type": "static_bearer", "mcp_server_url": url, "token": "t0ken-of-the-vault"})
     session = world.new_session(agent=agent, vault_ids=[vault]).id
+    # Codex does not wait for a server in its first turn.
+    world.turn(session, world.say("hello"))
     follower = Follower(world.client, session)
-    world.client.beta.sessions.events.send(session, events=[message("echo by MCP: seven")])
+    world.client.beta.sessions.events.send(session, events=[message(f"echo by MCP: {word}")])
     events = follower.until(asked)
     use = [event for event in events if event.type == "agent.mcp_tool_use"][-1]
     assert (use.mcp_server_name, use.name, use.evaluated_permission) == ("echo", "say", "ask"), use
@@ -954,8 +978,42 @@ def mcp_server(world):
     confirm(world, session, use.id, "allow")
     rest = follower.until(is_end, len(events))
     [result] = [event for event in rest if event.type == "agent.mcp_tool_result"]
-    assert result.mcp_tool_use_id == use.id and "seven over HTTP" in result.content[0].text, result
-    assert "seven over HTTP" in said(rest) and "t0ken-of-the-vault" not in str(follower.events), said(rest)
+    assert result.mcp_tool_use_id == use.id and f"{word} over HTTP" in result.content[0].text, result
+    assert f"{word} over HTTP" in said(rest), said(rest)
+    return follower.events
+
+
+@check(50, "an MCP server with a static_bearer", per_runtime=True)
+def mcp_server(world):
+    url = f"{mcp_origin(world)}/mcp"
+    vault = world.client.beta.vaults.create(display_name="v").id
+    world.client.beta.vaults.credentials.create(vault, auth={"type": "static_bearer", "mcp_server_url": url, "token": "t0ken-of-the-vault"})
+    assert "t0ken-of-the-vault" not in str(says_by_mcp(world, url, vault, "seven"))
+
+
+@check(66, "an MCP server with an mcp_oauth that is refreshed", per_runtime=True)
+def mcp_server_with_oauth(world):
+    origin = mcp_origin(world)
+    vault, credentials = world.client.beta.vaults.create(display_name="v").id, world.client.beta.vaults.credentials
+    first = f"refresh-{uuid.uuid4()}"
+    McpServer.refresh_tokens.add(first)
+    refresh = {
+        "client_id": "c",
+        "refresh_token": first,
+        "token_endpoint": f"{origin}/token",
+        "token_endpoint_auth": {"type": "client_secret_post", "client_secret": "s3cr3t/+"},
+    }
+    auth = {"type": "mcp_oauth", "mcp_server_url": f"{origin}/mcp", "access_token": "access-0", "expires_at": "2020-01-01T00:00:00Z", "refresh": refresh}
+    credential = credentials.create(vault, auth=auth)
+    # A second session uses what the refresh for the first one brought.
+    for word in ["eight", "nine"]:
+        events = str(says_by_mcp(world, f"{origin}/mcp", vault, word))
+        assert "access-" not in events and "refresh-" not in events, events
+        assert first not in McpServer.refresh_tokens
+    raises(anthropic.ConflictError, lambda: credentials.create(vault, auth={"type": "static_bearer", "mcp_server_url": f"{origin}/mcp", "token": "t"}))
+    shown = credentials.retrieve(credential.id, vault_id=vault)
+    assert shown.auth.type == "mcp_oauth" and shown.auth.refresh.token_endpoint_auth.type == "client_secret_post", shown
+    assert not any(secret in str(shown) for secret in ["s3cr3t", "access-", "refresh-"]), shown
 
 
 @check(51, "files into and out of a sandbox", per_runtime=True)
