@@ -3,12 +3,13 @@
 use std::{
     convert::Infallible,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use http_body_util::{Either, Full};
 use hyper::{Method, Request, Response, body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::{
     ServerConfig,
     crypto::aws_lc_rs,
@@ -18,6 +19,9 @@ use tokio::{net::TcpListener, task::JoinSet};
 use tokio_rustls::TlsAcceptor;
 
 use crate::tls::Tls;
+
+/// How long a connection is kept for another request.
+pub const KEPT: Duration = Duration::from_secs(1);
 
 /// Answers a request with its head, or one that has a body with that. Ends when dropped.
 #[derive(Debug)]
@@ -59,7 +63,11 @@ async fn serve(listener: TcpListener, acceptor: TlsAcceptor, heads: Arc<Mutex<Ve
         connections.spawn(async move {
             let Ok(stream) = acceptor.accept(stream).await else { return };
             let service = service_fn(|request| std::future::ready(shown(&heads, request)));
-            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            let _ = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(KEPT)
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
         });
     }
 }

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 
 use rustix::process::Signal;
 use sprites::{Error, OutsideSecret, Sprite};
-use testkit::{https::Https, tls::Tls};
+use testkit::{
+    https::{Https, KEPT},
+    tls::Tls,
+};
 
 use crate::server::{Server, said};
 
@@ -87,6 +90,29 @@ async fn a_host_receives_the_value_that_its_sandbox_does_not_know() {
     let heads = world.listed.heads();
     assert!(heads.iter().any(|head| head.starts_with(&format!("POST /body?{PLACEHOLDER}"))));
     assert_eq!(heads.len(), 10, "{heads:?}");
+}
+
+#[tokio::test]
+async fn a_connection_outlives_those_that_its_host_closes() {
+    let world = World::start().await;
+    let sprite = world.server.sprite("one").await;
+    let variables = world.put(&sprite).await;
+    let script = format!(
+        "python3 - <<'E'
+import http.client, ssl, time
+connection = http.client.HTTPSConnection('127.0.0.1', 3128, context=ssl.create_default_context())
+connection.set_tunnel('127.0.0.1', {})
+for pause in (0, 0, {}):
+    time.sleep(pause)
+    connection.request('GET', '/', headers={{'X-Key': '{PLACEHOLDER}'}})
+    answer = connection.getresponse()
+    print(answer.status, b'{VALUE}' in answer.read(), connection.sock is not None)
+E",
+        world.listed.port,
+        2 * KEPT.as_secs()
+    );
+    let said = said_with(&sprite, &variables, &script).await;
+    assert_eq!(said, "200 True True\n".repeat(3));
 }
 
 #[tokio::test]
