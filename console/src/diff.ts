@@ -48,7 +48,9 @@ export function between(old: string, fresh: string): DiffLine[] {
   const same = (text: string): DiffLine => ({ kind: "same", text });
   const middle: DiffLine[] = [];
   if (x.length * y.length > CELLS_MAX) {
-    middle.push(...x.map((text): DiffLine => ({ kind: "del", text })), ...y.map((text): DiffLine => ({ kind: "add", text })));
+    // One by one: so many arguments at once overflow the stack.
+    for (const text of x) middle.push({ kind: "del", text });
+    for (const text of y) middle.push({ kind: "add", text });
   } else {
     const width = y.length + 1;
     const longest = new Uint32Array((x.length + 1) * width);

@@ -6,7 +6,8 @@ import { STOPS, between, command, text, tokens } from "./transcript";
 
 /** A block of code whose fence is longer than any in the text. */
 function fenced(content: string, language = ""): string {
-  const longest = Math.max(2, ...[...content.matchAll(/`+/g)].map(([ticks]) => ticks.length));
+  let longest = 2;
+  for (const [ticks] of content.matchAll(/`+/g)) longest = Math.max(longest, ticks.length);
   const fence = "`".repeat(longest + 1);
   return `${fence}${language}\n${content.replace(/\n*$/, "\n")}${fence}\n\n`;
 }
