@@ -8,11 +8,11 @@ use bus::{Bus, vault::AcceptedKeys};
 use contract::{
     access, rpc,
     vault::{
-        Bundle, ClaimRefreshRequest, FindAccountsRequest, FinishRefreshRequest,
-        ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest, PutCredentialRequest,
-        PutSecretRequest, RedeemLeaseRequest, RedeemModelTokenRequest, RefreshState,
-        RevokeLeasesRequest, RevokeModelTokensRequest, RotateKeysReply, RotateKeysRequest, Route,
-        RouteKind, Routes,
+        Bundle, ClaimRefreshRequest, DeleteSecretsRequest, FindAccountsRequest,
+        FinishRefreshRequest, ListCredentialsRequest, ListRedemptionsRequest, MintLeaseRequest,
+        PutCredentialRequest, PutSecretRequest, RedeemLeaseRequest, RedeemModelTokenRequest,
+        RefreshState, RevokeLeasesRequest, RevokeModelTokensRequest, RotateKeysReply,
+        RotateKeysRequest, Route, RouteKind, Routes,
     },
 };
 use credential_vault::Config;
@@ -639,6 +639,35 @@ async fn an_access_token_is_refreshed_by_one_gateway_at_a_time_and_a_refused_gra
     assert_eq!(granted.state(), RefreshState::Granted);
     let grant = key.open(&granted.sealed, &[1; 32]).unwrap();
     assert!(String::from_utf8_lossy(&grant).contains("own-2"));
+
+    // A gateway that was killed holds up no one for longer than its claim lasts, and what it says
+    // after that changes nothing.
+    assert_eq!(claim(first, "own").await.state(), RefreshState::Busy);
+    let mut admin = vault.database.admin().await.unwrap();
+    let over = "update vault.oauth_refresh set claimed_until = now() - interval '1 second'";
+    sqlx::query(over).execute(&mut admin).await.unwrap();
+    assert_eq!(claim(first, "own").await.state(), RefreshState::Granted);
+    finish(second, Some(change), false).await;
+    finish(second, None, true).await;
+    assert_eq!(claim(first, "own").await.state(), RefreshState::Granted);
+
+    // Of a credential that is archived meanwhile nothing comes back.
+    let delete = DeleteSecretsRequest { secret_ids: vec![secret_id.clone()] };
+    scheduler.call::<rpc::DeleteSecrets>(&delete, SOON).await.unwrap();
+    let late = FinishRefreshRequest {
+        secret_id: secret_id.clone(),
+        claim_id: first.to_string(),
+        ..FinishRefreshRequest::default()
+    };
+    let gone = models.call::<rpc::FinishRefresh>(&late, SOON).await.unwrap_err();
+    assert_eq!(gone.code, ErrorCode::NotFound);
+    let left: i64 = sqlx::query_scalar(
+        "select (select count(*) from vault.secret) + (select count(*) from vault.oauth_refresh)",
+    )
+    .fetch_one(&mut admin)
+    .await
+    .unwrap();
+    assert_eq!(left, 0);
 }
 
 /// A stream may have any subjects, so a user who may create one could read every request.
