@@ -61,8 +61,15 @@ impl Outcome {
     }
 }
 
+/// Records a redemption. The first one that was granted starts the time in which the lease may be
+/// redeemed again.
 pub async fn write(pool: &PgPool, redeemed: &Redeemed<'_>) -> Result<(), Failure> {
-    sqlx::query("insert into redemption (lease_id, session_id, purpose, runner, outcome, kinds) values ($1, $2, $3, $4, $5, $6)")
+    sqlx::query(
+        "with first as (
+            update lease set redeemed_at = now() where lease_id = $1 and redeemed_at is null and $5 = 'granted'
+         )
+         insert into redemption (lease_id, session_id, purpose, runner, outcome, kinds) values ($1, $2, $3, $4, $5, $6)",
+    )
         .bind(redeemed.lease.uuid())
         .bind(redeemed.session)
         .bind(redeemed.purpose)

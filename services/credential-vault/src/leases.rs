@@ -150,10 +150,6 @@ pub async fn redeem(
     let key = lease.public_key.as_ref().unwrap_or(&request.public_key);
     let sealed = sealing::seal(key, &plaintext, request.lease_id.as_bytes())
         .map_err(|error| Failure::invalid(format!("The lease cannot be sealed: {error}")))?;
-    sqlx::query("update lease set redeemed_at = now() where lease_id = $1 and redeemed_at is null")
-        .bind(id.uuid())
-        .execute(&vault.pool)
-        .await?;
     // Written before the answer leaves: there is no redemption without its audit.
     write_down(Some(&lease), Outcome::Granted, &kinds).await?;
     Ok(RedeemLeaseReply { sealed })

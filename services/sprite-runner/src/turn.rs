@@ -110,7 +110,11 @@ pub async fn run(
 ) -> End {
     let epoch = spec.epoch;
     tracing::info!(%session, turn, epoch, sprite = spec.sprite, "turn claimed");
-    let mut log = match EventLog::open(&runner.bus, session, turn, &spec).await {
+    let (log, secrets) = tokio::join!(
+        EventLog::open(&runner.bus, session, turn, &spec),
+        Secrets::redeem(runner, &spec.lease_id, key)
+    );
+    let mut log = match log {
         Ok(Position::Open(log)) => log,
         Ok(Position::Ended(id)) => return End::Settled(id),
         Ok(Position::Fenced(fenced)) => return end_of(fenced),
@@ -126,7 +130,7 @@ pub async fn run(
             return end_of(fenced);
         }
     }
-    let secrets = match Secrets::redeem(runner, &spec.lease_id, key).await {
+    let secrets = match secrets {
         Ok(secrets) => secrets.of_turn(session, model_token),
         Err(error) => {
             tracing::warn!(%session, %error, "secrets cannot be redeemed");
