@@ -266,6 +266,14 @@ impl Bus {
         }
     }
 
+    /// Whether anyone may be subscribed to a subject: false only if the server said that no one is.
+    /// Those who follow hints there do not see this.
+    pub async fn may_be_followed(&self, subject: String, limit: Duration) -> bool {
+        let question = async_nats::Request::new().timeout(Some(limit));
+        let answer = self.client.send_request(subject, question).await;
+        !answer.is_err_and(|error| error.kind() == RequestErrorKind::NoResponders)
+    }
+
     /// Subscribes to hints on a subject.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ use bus::{
     work::{self, Outcome},
 };
 use contract::{access, auth, rpc, subject, topology, vault};
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use secrecy::ExposeSecret as _;
 use testkit::{Nats, eventually};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -562,4 +562,26 @@ async fn messages_of_the_server_in_a_log_are_recognized_and_removed() {
     let entry = last().await;
     assert!(!entry.is_foreign && entry.sequence == first);
     runner.append(log.clone(), "2".into(), first).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_subject_counts_as_followed_until_its_only_subscriber_is_gone() {
+    let nats = Nats::start().unwrap();
+    let scheduler = nats.connect(&access::SCHEDULER).await.unwrap();
+    let runner = nats.connect(&access::RUNNER).await.unwrap();
+    let presence = subject::lease_presence("a");
+    let limit = Duration::from_secs(5);
+    assert!(!scheduler.may_be_followed(presence.clone(), limit).await);
+    let mut hints = runner.hints(presence.clone()).await.unwrap();
+    // The question is no hint, and gets no answer.
+    eventually("the server knows that it is followed", || async {
+        scheduler.may_be_followed(presence.clone(), Duration::from_millis(100)).await
+    })
+    .await;
+    assert!(hints.next().now_or_never().is_none());
+    drop((hints, runner));
+    eventually("the server knows that nobody follows it", || async {
+        !scheduler.may_be_followed(presence.clone(), limit).await
+    })
+    .await;
 }

@@ -109,6 +109,12 @@ pub fn inputs_hint(session: SessionId) -> String {
     format!("aod.hint.runner.v1.session.inputs.{session}")
 }
 
+/// Subscribed to by the runner that has this lease, for as long as it is connected.
+#[must_use]
+pub fn lease_presence(lease: impl std::fmt::Display) -> String {
+    format!("aod.hint.runner.v1.lease.present.{lease}")
+}
+
 /// Tells those who follow a session what was just queued for it, and what its agent is writing.
 #[must_use]
 pub fn queued_inputs(session: SessionId) -> String {
@@ -210,6 +216,13 @@ pub const PUBLICATIONS: &[Publication] = &[
         parameters: &[SESSION],
         message: None,
         meaning: "Tells the runner of a session that new inputs are queued. A lost hint only costs latency: heartbeats report them too.",
+    },
+    Publication {
+        name: "LeasePresence",
+        address: "aod.hint.runner.v1.lease.present.{lease}",
+        parameters: &[("lease", "The lease's id")],
+        message: None,
+        meaning: "Not read by anyone: NATS answers whether the runner that has the lease is connected, when its heartbeat is late.",
     },
     Publication {
         name: "QueuedInputs",

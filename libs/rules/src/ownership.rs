@@ -11,6 +11,9 @@ use uuid::Uuid;
 
 /// A runner that sends no heartbeat for this long has lost its turns.
 pub const LEASE: Duration = Duration::from_secs(2);
+/// After so long without a heartbeat, a runner that is not connected to the bus either has lost
+/// them already. It sends a heartbeat more often than this.
+pub const SILENCE: Duration = Duration::from_secs(1);
 /// How long a claimed turn may be missing in its owner's heartbeats: the answer to the claim may be
 /// on its way.
 pub const CLAIM_GRACE: Duration = Duration::from_secs(12);

@@ -80,6 +80,7 @@ struct World {
 
 /// Sends a runner's heartbeats, so that a slow machine's test does not lose its turns.
 async fn keep(runner: Bus, lease: Uuid, held: Arc<Mutex<Vec<HeldTurn>>>) {
+    let _presence = runner.hints(subject::lease_presence(lease)).await.unwrap();
     loop {
         let request = heartbeat(lease, false, held.lock().unwrap().clone());
         drop(runner.call::<rpc::Heartbeat>(&request, SOON).await);

@@ -13,6 +13,7 @@ use std::{
 use contract::{
     rpc,
     scheduler::{HeartbeatReply, HeartbeatRequest, HeldTurn},
+    subject,
 };
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -149,6 +150,8 @@ impl Turns {
     /// Sends heartbeats until the stop, and after it until every turn was released.
     pub async fn keep(self, bus: Bus, runner: Arc<str>, stop: CancellationToken) {
         let (mut lease, mut first) = (Uuid::now_v7(), true);
+        // Kept for the scheduler to find that this runner is connected.
+        let mut _presence = bus.hints(subject::lease_presence(lease)).await;
         while !(stop.is_cancelled() && self.lock().held.values().all(|entry| entry.ended.is_some()))
         {
             let request = HeartbeatRequest {
@@ -164,6 +167,7 @@ impl Turns {
                     self.lease.send_replace(None);
                     self.lose_all();
                     (lease, first) = (Uuid::now_v7(), true);
+                    _presence = bus.hints(subject::lease_presence(lease)).await;
                     continue;
                 }
                 Ok(reply) => {

@@ -67,17 +67,25 @@ async fn a_stopping_runner_releases_its_turns_at_once() {
     let stack = Stack::start(Options { no_restart: true, ..TWO_RUNNERS }).await.unwrap();
     let pause = disturbed(&stack, async |session| {
         Stack::signal(&[stack.runner_of(session).await.unwrap()], Signal::TERM);
-        let claimed = async || {
-            logs_of(&stack, "sprite-runner").iter().filter(|log| log.contains(session)).count() == 2
-        };
+        let runners = || logs_of(&stack, "sprite-runner");
+        let claimed = async || runners().iter().filter(|log| log.contains(session)).count() == 2;
         testkit::eventually("the other runner has the turn", claimed).await;
-        let schedulers = logs_of(&stack, "scheduler");
+        // Lines begin with their time.
+        let second_claim = lines(&runners(), "turn claimed").into_iter().max();
+        let first_expired =
+            lines(&logs_of(&stack, "scheduler"), "runner lease expired").into_iter().min();
         assert!(
-            !schedulers.iter().any(|log| log.contains("runner lease expired")),
+            first_expired.is_none_or(|expired| Some(expired) > second_claim),
             "the turn was not handed over, but taken"
         );
     });
     println!("stopped, handed over to the other: output paused for {:?}", pause.await);
+}
+
+/// The lines of all logs that contain a text.
+fn lines(logs: &[String], with: &str) -> Vec<String> {
+    let lines = logs.iter().flat_map(|log| log.lines()).filter(|line| line.contains(with));
+    lines.map(str::to_owned).collect()
 }
 
 fn logs_of(stack: &Stack, service: &str) -> Vec<String> {

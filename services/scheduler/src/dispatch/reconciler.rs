@@ -7,6 +7,7 @@
 use std::time::{Duration, Instant};
 
 use contract::{runner::RunTurn, subject};
+use futures::future::join_all;
 use rules::ownership;
 use sqlx::Row as _;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +28,10 @@ const PASS_MAX: Duration = Duration::from_secs(5);
 /// A slower pass means that Postgres is busy, so that heartbeats may be late as well.
 const SMOOTH: Duration = Duration::from_millis(700);
 const BATCH: i64 = 256;
+/// What is left of the lease of a runner that was silent for long enough.
+const SILENT_REST: Duration = ownership::LEASE.saturating_sub(ownership::SILENCE);
+/// For NATS to say that nobody is there; it says nothing otherwise.
+const PRESENCE_MAX: Duration = Duration::from_millis(100);
 /// How many passes there are from one check of the queues to the next.
 const QUEUES_EVERY: u32 = 8;
 
@@ -99,25 +104,46 @@ struct Due {
     destructions: bool,
 }
 
+/// Of one parameter: what is left of the lease of a silent runner, in seconds.
 const DUE: &str =
-    "select exists (select from runner_lease where expires_at < now()) as leases,
+    "select exists (select from runner_lease where expires_at < now() + make_interval(secs => $1)) as leases,
             exists (select from turn where owner is null and status in ('pending', 'running') and offer_after <= now()) as turns,
             exists (select from session
                     where destroy_after <= now() and destroy_after is not null and sprite_destroyed_at is null)
             or exists (select from deleted_session where destroy_after <= now() and sprite_destroyed_at is null) as destructions";
 
 async fn due(scheduler: &Scheduler) -> Result<Due, sqlx::Error> {
-    sqlx::query_as(DUE).fetch_one(&scheduler.pool).await
+    sqlx::query_as(DUE).bind(SILENT_REST.as_secs_f64()).fetch_one(&scheduler.pool).await
 }
 
-/// Deletes the leases of runners that sent no heartbeat, and returns whether there were any. The
-/// foreign key clears the owner of their turns.
+/// Deletes the leases of runners that sent no heartbeat, and of silent ones that are not connected
+/// either. Returns whether there were any. The foreign key clears the owner of their turns.
 async fn expire_leases(scheduler: &Scheduler) -> anyhow::Result<bool> {
+    let silent: Vec<Uuid> = sqlx::query_scalar(
+        "select lease_id from runner_lease
+         where expires_at between now() and now() + make_interval(secs => $1) limit $2",
+    )
+    .bind(SILENT_REST.as_secs_f64())
+    .bind(BATCH)
+    .fetch_all(&scheduler.pool)
+    .await?;
+    let absent = join_all(silent.into_iter().map(async |lease| {
+        let presence = subject::lease_presence(lease);
+        (!scheduler.bus.may_be_followed(presence, PRESENCE_MAX).await).then_some(lease)
+    }));
+    let absent: Vec<Uuid> = absent.await.into_iter().flatten().collect();
+    // A heartbeat may have come meanwhile.
     let expired: Vec<String> = sqlx::query_scalar(
         "delete from runner_lease
-         where lease_id in (select lease_id from runner_lease where expires_at < now() for update skip locked)
+         where lease_id in (
+            select lease_id from runner_lease
+            where expires_at < now() + make_interval(secs => $1) and (expires_at < now() or lease_id = any($2))
+            for update skip locked
+         )
          returning runner",
     )
+    .bind(SILENT_REST.as_secs_f64())
+    .bind(absent)
     .fetch_all(&scheduler.pool)
     .await?;
     for runner in &expired {
@@ -277,6 +303,7 @@ mod tests {
             .await
             .unwrap();
         let plan: Vec<String> = sqlx::query_scalar(AssertSqlSafe(format!("explain {DUE}")))
+            .bind(SILENT_REST.as_secs_f64())
             .fetch_all(&pool)
             .await
             .unwrap();

@@ -61,6 +61,7 @@ async fn a_second_job_for_an_owned_turn_is_ignored_until_its_lease_expires() {
     let world = World::start().await;
     let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
     let (first, second) = (Uuid::now_v7(), Uuid::now_v7());
+    let _presence = world.runner.hints(subject::lease_presence(first)).await.unwrap();
     assert!(
         matches!(world.claim_with(first, &session, 1).await, Verdict::Run(spec) if spec.epoch == 1)
     );
@@ -81,6 +82,25 @@ async fn a_second_job_for_an_owned_turn_is_ignored_until_its_lease_expires() {
     };
     let verdict = world.runner.call::<rpc::ClaimTurn>(&claim, SOON).await.unwrap().verdict.unwrap();
     assert!(matches!(verdict, Verdict::LeaseExpired(_)));
+}
+
+/// Its lease is extended as by a heartbeat that was 1.5 s ago, and never ends.
+#[tokio::test]
+async fn a_runner_that_left_the_bus_loses_its_turns_before_its_lease_ends() {
+    let world = World::start().await;
+    let session = world.create(&world.agent().await, 10).await.unwrap().session_id;
+    let lease = Uuid::now_v7();
+    world.claim_with(lease, &session, 1).await;
+    let owned_while_silent = async || {
+        execute(
+            &world,
+            "update scheduler.runner_lease set expires_at = now() + interval '500 milliseconds'",
+        )
+        .await;
+        owner(&world, &session).await.is_some()
+    };
+    eventually("its turn is released", async || !owned_while_silent().await).await;
+    assert!(world.heartbeat(lease, false, Vec::new()).await.expired);
 }
 
 #[tokio::test]
