@@ -154,6 +154,8 @@ const checks = {
     await open(id);
     await page.getByText("Stopped at a budget").waitFor();
     await page.getByText("The budget of the session is reached: 2 of 2 requests").waitFor();
+    await page.getByText("At its budget", { exact: true }).waitFor();
+    assert.match(await page.title(), /At its budget/);
     await accessible("a reached budget");
     await page.getByRole("button", { name: "Raise and continue" }).click();
     await page.getByText("Turn complete").waitFor();

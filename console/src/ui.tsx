@@ -3,7 +3,7 @@ import { signal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import { runs } from "./ansi";
-import { words } from "./api";
+import { type Session, words } from "./api";
 import { between, type DiffLine, nearChanges, parse } from "./diff";
 import { absolute, age, now } from "./format";
 import { render } from "./markdown";
@@ -101,17 +101,28 @@ const STATUS_WORDS: Record<string, string> = {
   running: "Working",
   waiting: "Needs you",
   completed: "Idle",
+  budget: "At its budget",
   failed: "Failed",
   terminated: "Terminated",
 };
 
+/** Why a budget ended a session's last turn, if one did. */
+export const budgetReached = (session: Session) =>
+  session.status === "completed" && session.failure?.stage === "budget" ? session.failure.message : undefined;
+
+function shownStatus(session: Session, waiting: boolean): string {
+  if (session.status === "running" && waiting) return "waiting";
+  return budgetReached(session) ? "budget" : session.status;
+}
+
 /** A session's status in a word. A completed turn leaves the session idle: it takes the next prompt. */
-export function Status({ status, waiting }: { status: string; waiting?: boolean }) {
-  const shown = status === "running" && waiting ? "waiting" : status;
+export const statusWord = (session: Session, waiting: boolean) => STATUS_WORDS[shownStatus(session, waiting)] ?? session.status;
+
+export function Status({ session, waiting }: { session: Session; waiting: boolean }) {
   return (
-    <span class={`status ${shown}`}>
+    <span class={`status ${shownStatus(session, waiting)}`}>
       <span class="dot" aria-hidden="true" />
-      {STATUS_WORDS[shown] ?? shown}
+      {statusWord(session, waiting)}
     </span>
   );
 }

@@ -9,7 +9,7 @@ import { type Format, TranscriptDownload } from "../download";
 import { count, duration, money, now, plural, short } from "../format";
 import { SessionLog } from "../log";
 import { go, href } from "../router";
-import { Age, Action, Copy, ErrorBox, Status, toast } from "../ui";
+import { Age, Action, Copy, ErrorBox, Status, budgetReached, statusWord, toast } from "../ui";
 import { RawOutput } from "./raw-output";
 
 const REFRESH_MS = 10_000;
@@ -83,9 +83,9 @@ export function SessionPage({ id }: { id: string }) {
 
   const agent = agentsById.value.get(session?.agent_id ?? "");
   useEffect(() => {
-    const status = requests.length > 0 ? "Needs you" : session ? { pending: "Starting", running: "Working", completed: "Idle", failed: "Failed", terminated: "Terminated" }[session.status] : "";
+    const status = session ? statusWord(session, requests.length > 0) : "";
     document.title = `${requests.length > 0 ? `(${requests.length}) ` : ""}${status ? `${status} · ` : ""}${agent?.name ?? "Session"} · Agent on Demand`;
-  }, [requests.length, session?.status, agent?.name]);
+  }, [requests.length, session, agent?.name]);
 
   if (!session) {
     if (error instanceof ApiError && error.status === 404) {
@@ -107,7 +107,7 @@ export function SessionPage({ id }: { id: string }) {
         <div class="row">
           <a class="back" href={href("/")} aria-label="All sessions">←</a>
           <h1 id="title">{agent?.name ?? "Session"}</h1>
-          <Status status={session.status} waiting={requests.length > 0} />
+          <Status session={session} waiting={requests.length > 0} />
           {session.status !== "failed" && <Live log={log} />}
           <span class="grow" />
           {isActive && (
@@ -314,7 +314,7 @@ function Composer({ session, requests, queued, refresh, showRequest }: { session
       box.current?.focus();
     }
   };
-  const stoppedAt = session.status === "completed" && session.failure?.stage === "budget" ? session.failure.message : undefined;
+  const stoppedAt = budgetReached(session);
   const resume = async () => {
     await create(`/sessions/${session.id}/prompt`, { prompt: "Continue where you stopped." }, crypto.randomUUID());
     await refresh();

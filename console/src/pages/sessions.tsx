@@ -197,7 +197,7 @@ function Row({ session, agent }: { session: Session; agent?: string }) {
   return (
     <li>
       <a class="session" href={href(`/sessions/${session.id}`)}>
-        <Status status={session.status} waiting={!!session.waiting_on} />
+        <Status session={session} waiting={!!session.waiting_on} />
         <span class="prompt">
           {waits || failed}
           {session.last_prompt ?? ""}
