@@ -358,7 +358,7 @@ fn comments_avoid_banned_phrases() {
 }
 
 #[test]
-fn one_version_is_everywhere() {
+fn every_file_names_the_same_version() {
     let version = env!("CARGO_PKG_VERSION");
     let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
     let chart = read("helm/agent-on-demand/Chart.yaml");

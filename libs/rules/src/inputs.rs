@@ -457,7 +457,7 @@ mod tests {
         /// However requests overlap, the deadline moves by the time in which at least one was open,
         /// and none passes meanwhile.
         #[test]
-        fn a_turns_time_stands_still_while_a_request_is_open(steps in proptest::collection::vec((any::<bool>(), 0_i64..100), 0..40)) {
+        fn the_timeout_of_a_turn_is_paused_while_a_request_is_open(steps in proptest::collection::vec((any::<bool>(), 0_i64..100), 0..40)) {
             let mut clock = Clock { deadline: 1000, waiting_since: None };
             let (mut now, mut open, mut waited) = (0_i64, 0_usize, 0_i64);
             for (asks, passed) in steps {

@@ -336,7 +336,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_not_redacted_is_taken_as_it_is(value in metadata()) {
+        fn values_that_are_not_redacted_are_unchanged(value in metadata()) {
             prop_assert_eq!(keep_redacted(Value::Object(value.clone()), None), Some(Value::Object(value)));
         }
     }

@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn shell_takes_any_model() {
+    fn shell_accepts_any_model() {
         assert_eq!(ModelRef::parse(Runtime::Shell, "whatever").unwrap().model_id(), "whatever");
     }
 }

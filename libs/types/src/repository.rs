@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn branches_and_commits_are_what_git_takes() {
+    fn branches_and_commits_are_validated_as_by_git() {
         for good in ["main", "feature/a-b", "é", "a.b", "@x"] {
             assert!(is_branch(good), "{good}");
         }

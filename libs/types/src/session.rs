@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_completed_session_takes_a_prompt() {
+    fn only_a_completed_session_accepts_a_prompt() {
         let welcome: Vec<_> =
             SessionStatus::ALL.iter().filter(|status| status.prompt_refusal().is_none()).collect();
         assert_eq!(welcome, [&SessionStatus::Completed]);

@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn one_key_is_version_1_and_several_say_theirs() {
+    fn a_single_key_is_version_1_and_several_name_their_versions() {
         assert_eq!(parse("0123456789abcdef"), Ok(vec![1]));
         assert_eq!(parse("a passphrase of several words"), Ok(vec![1]));
         assert_eq!(parse("2:abcdef0123456789\n1:0123456789abcdef\n"), Ok(vec![1, 2]));

@@ -109,7 +109,7 @@ async fn a_document_that_is_stored_again_under_its_id_is_stored_once() {
 /// A token of one repository is exchanged while the session's other secrets stay, also where two
 /// are exchanged at once.
 #[tokio::test]
-async fn a_document_takes_over_the_members_of_another() {
+async fn a_document_is_merged_with_another() {
     let (_vault, gateway, scheduler, runner) = Vault::start().await;
     let (id, user, session) = (SecretId::new().to_string(), UserId::new(), SessionId::new());
     let request = |value: &str| PutSecretRequest {

@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_not_taken_from_what_the_client_says() {
+    fn a_client_cannot_choose_the_address_that_is_limited() {
         assert_eq!(client(&limits(0), "10.0.0.1", &["1.2.3.4"]), "10.0.0.1");
         assert_eq!(client(&limits(1), "10.0.0.1", &["6.6.6.6, 1.2.3.4"]), "1.2.3.4");
         assert_eq!(client(&limits(2), "10.0.0.1", &["6.6.6.6", "1.2.3.4, 10.0.0.2"]), "1.2.3.4");

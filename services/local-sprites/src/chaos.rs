@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn switches_are_read_and_mistakes_refused() {
+    fn switches_are_parsed_and_typos_refused() {
         let chaos: Chaos = "pause=1.5, lose-output=65536,creates-per-minute=10".parse().unwrap();
         assert_eq!(
             (chaos.pause, chaos.lose_output, chaos.creates_per_minute),
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn creations_are_limited_as_the_real_service_says_it() {
+    fn the_rate_limit_of_creations_has_the_form_of_the_real_service() {
         let faults = FaultInjector::new("creates-per-minute=2".parse().unwrap());
         assert!(faults.refuse_creation().is_none() && faults.refuse_creation().is_none());
         let (wait, body) = faults.refuse_creation().unwrap();

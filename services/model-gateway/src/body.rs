@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn announced_bodies_take_no_memory_and_silent_ones_end() {
+    async fn a_content_length_reserves_no_memory_and_a_stalled_body_times_out() {
         let memory = Memory::new(64 * UNIT, 64 * UNIT);
         let (first, second) = (shares(64), shares(64));
         let announcing = (0..64).map(|_| memory.read(silent(), Some(64 * UNIT), &first));

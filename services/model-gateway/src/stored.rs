@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_plain_json_in_utf_8_is_not_readable() {
+    fn only_plain_json_in_utf_8_is_readable() {
         let readable = |headers: &[(header::HeaderName, &str)], body: &[u8]| {
             let headers =
                 headers.iter().map(|(name, value)| (name.clone(), value.parse().unwrap()));

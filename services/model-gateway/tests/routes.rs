@@ -767,7 +767,7 @@ async fn canned(answer: String) -> String {
 }
 
 #[tokio::test]
-async fn neither_a_redirect_nor_an_answer_of_git_lfs_takes_the_token_along() {
+async fn neither_a_redirect_nor_an_answer_of_git_lfs_receives_the_token() {
     let echo = format!(
         "{{\"Authorization\":\"Basic {}\"}}",
         BASE64.encode(format!("x-access-token:{SECRET}"))

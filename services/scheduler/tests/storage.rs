@@ -107,7 +107,7 @@ async fn outbox_holds(admin: &mut PgConnection, waiting: i64, dead: i64) {
 }
 
 #[tokio::test]
-async fn messages_that_no_stream_takes_hold_up_no_others_and_are_set_aside() {
+async fn messages_that_no_stream_accepts_delay_no_others_and_are_set_aside() {
     let database = Database::create().await.unwrap();
     let _world = World::start(&database).await;
     let mut admin = database.admin().await.unwrap();

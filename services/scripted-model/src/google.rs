@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_chunk_says_how_it_ended() {
+    fn the_last_chunk_contains_the_usage() {
         assert_eq!(chunk("m", Vec::new(), Some("abcd"))["usageMetadata"]["totalTokenCount"], 102);
         assert_eq!(parts("a b", Duration::from_millis(1)), ["a ", "b"]);
     }

@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_more_is_read_of_an_output_than_was_found() {
+    async fn an_output_that_grows_is_read_up_to_the_size_that_was_found() {
         let chunks = || {
             futures::stream::iter(
                 [&b"abc"[..], b"def", b"ghi"].map(|chunk| Ok::<_, ()>(Bytes::from_static(chunk))),

@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn mcp_servers_get_names_that_every_cli_takes() {
+    fn mcp_servers_get_names_that_every_cli_accepts() {
         let names =
             ["Salesforce DX", "na\u{ef}ve", "a_b", "a b", "a.b", "\u{6d77}"].map(str::to_owned);
         assert_eq!(named(&names), ["Salesforce_DX", "na_ve", "a_b", "a_b_2", "a_b_3", "_"]);

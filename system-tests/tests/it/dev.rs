@@ -147,7 +147,7 @@ async fn processes_that_die_are_restarted_and_listed() {
 }
 
 #[tokio::test]
-async fn a_killed_stack_takes_its_children_with_it() {
+async fn the_children_of_a_killed_stack_end_with_it() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let marker = stack.data_dir().to_str().unwrap().to_owned();
     assert!(!processes_of(&marker).is_empty());

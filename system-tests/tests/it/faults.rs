@@ -195,7 +195,7 @@ async fn any_server_of_a_cluster_may_die() {
 
 /// What left the agent's process group is the agent's all the same.
 #[tokio::test]
-async fn a_turn_that_times_out_takes_its_whole_tree_with_it() {
+async fn a_turn_that_times_out_is_killed_with_its_process_tree() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let stubborn = r#"setsid -f bash -c 'trap "" TERM; while :; do echo >>/home/sprite/alive; sleep 0.1; done'; echo begun; sleep 100"#;
     let agent = stack.agent("shell").await.unwrap();
@@ -233,7 +233,7 @@ async fn a_turn_that_times_out_takes_its_whole_tree_with_it() {
 
 /// A turn without a runner says what it waits for.
 #[tokio::test]
-async fn a_session_that_waits_says_why() {
+async fn a_waiting_session_has_a_reason() {
     let stack = Stack::start(Options { no_restart: true, ..Options::default() }).await.unwrap();
     Stack::signal(&stack.pids("sprite-runner"), Signal::KILL);
     let session = format!("/sessions/{}", stack.session("shell", "true").await.unwrap());
@@ -242,7 +242,7 @@ async fn a_session_that_waits_says_why() {
 
 /// A sandbox that no session knows is deleted, and one of another deployment is kept.
 #[tokio::test]
-async fn a_sandbox_that_no_session_knows_is_found_and_deleted() {
+async fn orphaned_sandboxes_are_found_and_deleted() {
     let stack = Stack::start(Options {
         settings: &[("AOD_ORPHAN_SWEEP_SECONDS", "1")],
         ..Options::default()

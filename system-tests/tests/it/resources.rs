@@ -488,7 +488,7 @@ async fn a_network_that_cannot_be_limited_is_a_failure_and_not_an_open_network()
 
 /// Real clones from a real git server in GitHub's place.
 #[tokio::test]
-async fn a_repository_lies_at_its_mount_path() {
+async fn a_repository_is_cloned_to_its_mount_path() {
     let github = PrivateGitHub::start(&[("o/r", "ghp_sentinel")]).await;
     let stack = Stack::start(
         Options::default().with("AOD_GITHUB_URL", github.url()).reaching(&[github.port]),

@@ -87,7 +87,7 @@ async fn trouble_that_passes_is_outlived() {
 }
 
 #[tokio::test]
-async fn a_limit_is_waited_for_as_long_as_its_body_says() {
+async fn the_wait_for_a_rate_limit_follows_its_body() {
     let (client, asked) = troubled(vec![limited, made]).await;
     let begun = Instant::now();
     client.ensure(&name()).await.unwrap();
@@ -111,7 +111,7 @@ async fn permanent_refusals_are_not_retried() {
 }
 
 #[tokio::test]
-async fn a_refused_sprites_token_fails_the_turn_and_says_so() {
+async fn a_refused_sprites_token_fails_the_turn_with_that_reason() {
     let stack = Stack::start(Options::default()).await.unwrap();
     stack
         .call(

@@ -27,7 +27,7 @@ async fn raw(stack: &Stack, session: &str, header: Option<(&str, &str)>) -> Stri
 }
 
 #[tokio::test]
-async fn every_line_is_what_the_contract_says() {
+async fn every_streamed_line_has_the_form_of_the_contract() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let session = stack.session("shell", "echo é").await.unwrap();
     let text = raw(&stack, &session, None).await;
@@ -301,7 +301,7 @@ async fn idle_sessions_that_are_followed_cost_little_memory() {
 }
 
 #[tokio::test]
-async fn a_silent_stream_beats_and_goes_stale() {
+async fn a_stream_without_events_sends_heartbeats_and_goes_stale() {
     let stack =
         Stack::start(Options { settings: &[("STREAM_STALE_SECONDS", "17")], ..Options::default() })
             .await
@@ -318,7 +318,7 @@ async fn a_silent_stream_beats_and_goes_stale() {
 }
 
 #[tokio::test]
-async fn a_reader_that_takes_nothing_is_disconnected_and_slows_no_other() {
+async fn a_reader_that_reads_nothing_is_disconnected_and_slows_no_other() {
     let stack = Stack::start(Options {
         settings: &[("AOD_SLOW_READER_SECONDS", "3")],
         ..Options::default()

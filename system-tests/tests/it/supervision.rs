@@ -60,7 +60,7 @@ const PROMPTS: [(&str, &str, i64); 12] = [
 ];
 
 #[tokio::test]
-async fn what_an_agent_prints_and_how_it_ends_is_its_own_whatever_it_does_to_its_supervisor() {
+async fn an_agent_that_attacks_its_supervisor_keeps_its_output_and_exit_code() {
     let stack = Stack::start(Options::default()).await.unwrap();
     let ended = join_all(
         PROMPTS.map(|(prompt, ..)| run(&stack, json!({ "prompt": prompt, "timeout": 300 }))),
@@ -192,7 +192,7 @@ async fn a_setup_script_runs_once_however_often_its_runner_is_replaced() {
 
 /// The exit code has its room; and output that is in the log needs none.
 #[tokio::test]
-async fn a_full_disk_takes_no_exit_code() {
+async fn an_exit_code_is_kept_when_the_disk_is_full() {
     let settings = &[("LOCAL_SPRITES_DISK_MB", "64")];
     let stack = Stack::start(Options { settings, ..Options::default() }).await.unwrap();
     let prompts = [

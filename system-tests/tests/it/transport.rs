@@ -134,7 +134,7 @@ impl Cutter {
 }
 
 #[tokio::test]
-async fn whatever_becomes_of_the_sockets_no_output_is_lost() {
+async fn no_output_is_lost_when_sockets_are_cut() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let cutter = Arc::new(Cutter {

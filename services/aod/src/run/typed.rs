@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_turn_says_why_and_with_which_code() {
+    fn a_failed_turn_has_a_reason_and_an_exit_code() {
         let idle = |event: Value| shown(&[event]);
         let failure = json!({ "stage": "timeout", "message": "Turn timed out after 60s" });
         assert_eq!(

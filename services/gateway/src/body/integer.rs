@@ -41,7 +41,7 @@ mod tests {
     use crate::body::Body;
 
     #[test]
-    fn integers_are_taken_as_pydantic_takes_them() {
+    fn integers_are_parsed_as_by_pydantic() {
         for (text, expected) in [
             ("60", Ok(60)),
             ("\"60\"", Ok(60)),

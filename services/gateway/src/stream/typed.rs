@@ -661,7 +661,7 @@ mod tests {
     }
 
     #[test]
-    fn a_turns_end_says_why() {
+    fn the_end_of_a_turn_has_a_reason() {
         let idle = |ended| {
             shown(Kind::TurnEnded(ended)).unwrap()["stop_reason"]["type"]
                 .as_str()

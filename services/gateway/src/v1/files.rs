@@ -606,7 +606,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_user_does_not_take_every_upload() {
+    async fn one_user_does_not_occupy_every_upload() {
         let files = FileStore::new(None, 0);
         let mut slots = Vec::new();
         for _ in 0..UPLOADS_OF_USER_MAX {

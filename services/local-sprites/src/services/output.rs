@@ -415,7 +415,7 @@ mod tests {
 
     /// Each read ends within a line: the spool is never logged whole.
     #[tokio::test]
-    async fn the_spool_of_a_busy_service_takes_no_more_and_more_room() {
+    async fn the_spool_of_a_busy_service_is_bounded() {
         let dir = tempfile::tempdir().unwrap();
         let files = files(dir.path());
         let mut output = Output::open(&files).unwrap();

@@ -253,7 +253,7 @@ print('vsock', family(40), 'alg', family(38), 'inet', family(2))
 
 /// Whatever all Sprites and the machine share is had in part.
 #[tokio::test]
-async fn one_sprite_does_not_take_what_all_share() {
+async fn one_sprite_does_not_exhaust_what_all_share() {
     let server = Server::start(&[]).await;
     let (greedy, other) = (server.sprite("greedy").await, server.sprite("other").await);
     let instances = "import ctypes\nn = 0\nwhile n < 1000 and ctypes.CDLL(None).inotify_init() >= 0: n += 1\nprint(n, flush=True)\n\

@@ -22,7 +22,7 @@ async fn call(server: &Server, method: reqwest::Method, path: &str, body: Value)
 }
 
 #[tokio::test]
-async fn what_runs_in_a_sprite_survives_a_kill_and_a_stop_of_the_server() {
+async fn processes_in_a_sprite_survive_a_kill_and_a_stop_of_the_server() {
     let mut server = Server::start(&[]).await;
     let sprite = server.sprite("survivor").await;
     bash(&sprite, "(setsid sh -c 'n=0; while true; do n=$((n+1)); echo $n >> ticks; sleep 0.05; done' >/dev/null 2>&1 &)").await;

@@ -570,7 +570,7 @@ async fn an_agent_may_say_how_a_request_is_decided_that_no_one_answers() {
 }
 
 #[tokio::test]
-async fn a_runtime_that_cannot_ask_takes_no_permissions() {
+async fn permissions_are_refused_for_a_runtime_that_cannot_ask() {
     let world = World::start().await;
     let request = CreateAgentRequest {
         user_id: world.user.to_string(),

@@ -255,7 +255,7 @@ proptest! {
     /// What a checkpoint says is in the log is in the log: the journal below it is not needed any
     /// more.
     #[test]
-    fn all_below_a_checkpoint_is_in_the_log(inside in inside()) {
+    fn everything_below_a_checkpoint_is_in_the_log(inside in inside()) {
         let journal = journal([vec![started(TURN)], inside, vec![ended(TURN)]].concat());
         let beginning = Checkpoint { started: true, journal_offset: 3, ..Checkpoint::default() };
         let masker = Masker::new([SECRET]);

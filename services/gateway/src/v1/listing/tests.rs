@@ -411,7 +411,7 @@ proptest! {
     /// Messages leave the queue between pages, and while a page is made: each event is in some
     /// page.
     #[test]
-    fn what_leaves_the_queue_is_in_some_page(
+    fn every_message_that_leaves_the_queue_is_in_a_page(
         (turns, queued, limit, page, drain_every) in (0_usize..3, 1_i64..6, 1_usize..8, 1_usize..8, 1_usize..9),
         is_ascending: bool,
     ) {

@@ -364,7 +364,7 @@ fn an_interrupt_closes_open_calls_and_spans() {
 }
 
 #[test]
-fn a_failed_turn_says_why_and_leaves_the_session_idle() {
+fn a_failed_turn_has_a_reason_and_leaves_the_session_idle() {
     let shown = play(&mut thread(), vec![started(), ended(1, StopReason::EndTurn)]);
     let error = shown.iter().find(|event| event.kind == "session.error").unwrap();
     assert_eq!(error.value()["error"]["retry_status"]["type"], "exhausted");
