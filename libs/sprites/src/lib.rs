@@ -34,6 +34,8 @@ const SPURIOUS_NOT_FOUND_ATTEMPTS: u32 = 3;
 /// The longest `Retry-After` that is honoured; a longer one fails the call.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A copy of a disk may take as long.
+const COPY_TIMEOUT: Duration = Duration::from_secs(60);
 /// A creation may wait for capacity.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(120);
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -93,6 +95,47 @@ struct SecretsReply {
     environment: BTreeMap<String, String>,
 }
 
+/// What a Sprite began from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Began {
+    /// An image; how long its copy took.
+    FromImage(Duration),
+    /// An empty disk, on a server that keeps images.
+    Empty,
+    /// An empty disk, on a server that knows no images.
+    WithoutImages,
+}
+
+#[derive(Default, Deserialize)]
+struct Described {
+    /// Null: none. Absent from a server that knows no images.
+    #[serde(default, deserialize_with = "present")]
+    from_image: Option<Option<FromImage>>,
+}
+
+#[derive(Deserialize)]
+struct FromImage {
+    copied_ms: u64,
+}
+
+/// Tells what is null from what is absent.
+fn present<'de, D, T>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Option::<T>::deserialize(deserializer).map(Some)
+}
+
+#[derive(Deserialize)]
+struct Drafted {
+    draft: String,
+}
+
+/// A copy of a Sprite's disk that may become an image.
+#[derive(Debug)]
+pub struct ImageDraft(String);
+
 #[derive(Debug, Deserialize)]
 struct Listed {
     name: String,
@@ -125,6 +168,40 @@ impl Client {
             Ok(_) | Err(Error::Conflict { .. }) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Creates the Sprite as [`Self::ensure`] does, from an image where the server has it.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn ensure_from(&self, name: &SpriteName, image: &str) -> Result<Began, Error> {
+        let body = serde_json::json!({
+            "name": name.as_str(),
+            "wait_for_capacity": true,
+            "from_image": image,
+        });
+        let request =
+            || self.request(Method::POST, "/v1/sprites").timeout(CREATE_TIMEOUT).json(&body);
+        let described = match self.send("create", Absence::Spurious, request).await {
+            // The Sprite says itself what an earlier attempt made it from.
+            Err(Error::Conflict { .. }) => {
+                let path = format!("/v1/sprites/{name}");
+                self.send("get", Absence::Spurious, || self.request(Method::GET, &path)).await?
+            }
+            // By a server that takes no unknown fields.
+            Err(Error::Rejected { .. }) => {
+                self.ensure(name).await?;
+                return Ok(Began::WithoutImages);
+            }
+            created => created?,
+        };
+        // A Sprite that cannot be described is there all the same.
+        let described: Described = described.json().await.unwrap_or_default();
+        Ok(match described.from_image {
+            Some(Some(image)) => Began::FromImage(Duration::from_millis(image.copied_ms)),
+            Some(None) => Began::Empty,
+            None => Began::WithoutImages,
+        })
     }
 
     /// Deletes the Sprite; one that is not there is deleted already.
@@ -245,6 +322,14 @@ impl Client {
     }
 }
 
+async fn sent_once(request: RequestBuilder) -> Result<Response, Error> {
+    match request.send().await {
+        Ok(response) if response.status().is_success() => Ok(response),
+        Ok(response) => Err(Error::from_response(response).await),
+        Err(error) => Err(Error::transport(error)),
+    }
+}
+
 /// Counts and times a call, its repetitions included, and gives it a span.
 async fn observed<T>(
     operation: &'static str,
@@ -334,14 +419,8 @@ impl Sprite {
         let request =
             request.timeout(TRANSFER_TIMEOUT).query(&query).header(header::CONTENT_LENGTH, bytes);
         let request = request.body(reqwest::Body::wrap_stream(content));
-        let write = async {
-            match request.send().await {
-                Ok(response) if response.status().is_success() => Ok(()),
-                Ok(response) => Err(Error::from_response(response).await),
-                Err(error) => Err(Error::transport(error)),
-            }
-        };
-        observed("write", write).await
+        observed("write", sent_once(request)).await?;
+        Ok(())
     }
 
     /// Reads a file from an offset to its end; empty at or past the end.
@@ -457,6 +536,34 @@ impl Sprite {
             .await
             .map_err(Error::transport)?;
         Ok(reply.environment)
+    }
+
+    /// Copies the Sprite's disk as it is, for an image without these directories. Tried once: what
+    /// is on the disk later is not what the caller meant.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::Conflict`] where there is an image with this key, [`Error::NotFound`] from a
+    /// server that keeps none.
+    pub async fn draft_image(&self, key: &str, without: &[&str]) -> Result<ImageDraft, Error> {
+        let url = format!("/v1/sprites/{}/image", self.name);
+        let body = serde_json::json!({ "key": key, "without": without });
+        let request = self.client.request(Method::POST, &url).timeout(COPY_TIMEOUT).json(&body);
+        let drafted: Drafted = observed("draft_image", sent_once(request))
+            .await?
+            .json()
+            .await
+            .map_err(Error::transport)?;
+        Ok(ImageDraft(drafted.draft))
+    }
+
+    /// Makes a draft an image, unless there is one with its key.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn keep_image(&self, draft: ImageDraft) -> Result<(), Error> {
+        let url = format!("/v1/sprites/{}/image/{}", self.name, draft.0);
+        observed("keep_image", sent_once(self.client.request(Method::PUT, &url))).await?;
+        Ok(())
     }
 
     /// Starts a command. Not repeated by itself: the caller knows whether that is harmless.

@@ -5,6 +5,7 @@ mod checkpoints;
 mod exec;
 mod files;
 mod http_exec;
+mod images;
 pub mod inside;
 mod network;
 mod policies;
@@ -80,6 +81,8 @@ fn routes(api: &Api, body_bytes_max: usize) -> Router {
         .route("/checkpoints", get(checkpoints::list))
         .route("/checkpoints/{id}", get(checkpoints::get).delete(checkpoints::delete))
         .route("/checkpoints/{id}/restore", post(checkpoints::restore))
+        .route("/image", post(images::draft))
+        .route("/image/{draft}", put(images::keep))
         .route("/services", get(services::list))
         .route("/services/signal", post(services::signal))
         .route(
@@ -197,19 +200,22 @@ impl From<RegistryError> for Failure {
             // As from a server that has no such policy.
             RegistryError::NotFound
             | RegistryError::NoCheckpoint
+            | RegistryError::NoImages
+            | RegistryError::NoDraft
             | RegistryError::Unintercepted => StatusCode::NOT_FOUND,
             RegistryError::Exists => StatusCode::CONFLICT,
             RegistryError::Closed => StatusCode::SERVICE_UNAVAILABLE,
             RegistryError::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
-            RegistryError::TooManyCheckpoints | RegistryError::CheckpointsTooLarge => {
-                StatusCode::CONFLICT
-            }
+            RegistryError::TooManyCheckpoints
+            | RegistryError::CheckpointsTooLarge
+            | RegistryError::ImageExists => StatusCode::CONFLICT,
             RegistryError::Unlimited => StatusCode::NOT_IMPLEMENTED,
             RegistryError::Sandbox(_)
             | RegistryError::Record(_)
             | RegistryError::Network(_)
             | RegistryError::Limits(_)
-            | RegistryError::Checkpoint(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            | RegistryError::Checkpoint(_)
+            | RegistryError::Image(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         if status.is_server_error() {
             tracing::error!(%error, "request failed");

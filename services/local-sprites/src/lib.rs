@@ -41,6 +41,7 @@ use crate::{
     },
     sprites::{
         budget::{Budget, Idle},
+        image::ImageLimits,
         registry::Registry,
     },
 };
@@ -63,6 +64,7 @@ pub struct Config {
     limits: Limits,
     disk_bytes: Option<u64>,
     budget: Budget,
+    images: ImageLimits,
     chaos: Chaos,
 }
 
@@ -145,6 +147,16 @@ impl Config {
                     },
                 },
             },
+            images: ImageLimits {
+                bytes_max: env.parsed(
+                    "LOCAL_SPRITES_IMAGES_MB",
+                    "disks with installed packages that are kept for new Sprites, in MiB together; 0: none",
+                    10_240_u64,
+                ) << 20,
+                age_max: Duration::from_secs(
+                    3600 * env.parsed("LOCAL_SPRITES_IMAGE_HOURS", "hours after which such a disk is deleted, so that packages are updated", 72_u64),
+                ),
+            },
             chaos: {
                 let argument = std::env::args().skip_while(|argument| argument != "--chaos").nth(1);
                 let chaos = env.parsed("LOCAL_SPRITES_CHAOS", chaos::HELP, Chaos::default());
@@ -204,7 +216,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         &config.data_dir,
         sandboxes,
         cgroups,
-        config.budget,
+        (config.budget, config.images),
         reach,
         lifecycle.clone(),
     )

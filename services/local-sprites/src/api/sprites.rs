@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use types::{SpriteName, Timestamp};
 
-use super::{Api, Failure, Query, inside, invalid, lines};
+use super::{Api, Failure, Query, images, inside, invalid, lines};
 use crate::sprites::{
     registry::Registry,
     sprite::{Settings, Sprite, Status},
@@ -34,6 +34,8 @@ struct Change {
     environment: Option<std::collections::BTreeMap<String, String>>,
     url_settings: Option<UrlSettings>,
     runtime: Option<String>,
+    /// An addition of this server (docs/sprites-api.md §8.5).
+    from_image: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -93,6 +95,7 @@ fn describe(sprite: &Sprite) -> Value {
         "created_at": time(record.created_at_us),
         "updated_at": time(record.updated_at_us),
         "labels": record.settings.labels,
+        "from_image": record.from_image,
     })
 }
 
@@ -100,6 +103,7 @@ pub async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, Fai
     let mut change = Change::parse(&body)?;
     let name = change.name.take().ok_or_else(|| invalid("name is required"))?;
     let name: SpriteName = name.parse().map_err(|_| invalid("name is not a DNS label"))?;
+    let image = change.from_image.take().map(|key| images::key(&key)).transpose()?;
     if let Some((wait, body)) = api.faults.refuse_creation() {
         return Err((
             StatusCode::TOO_MANY_REQUESTS,
@@ -112,7 +116,7 @@ pub async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, Fai
     api.faults.before_creation().await;
     let mut settings = Settings::default();
     change.apply(&mut settings);
-    let sprite = api.registry.create(name, settings).await?;
+    let sprite = api.registry.create(name, settings, image).await?;
     inside::open(&api, &sprite);
     Ok((StatusCode::CREATED, Json(describe(&sprite))).into_response())
 }

@@ -8,7 +8,7 @@
 use std::{
     fs, io,
     os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
@@ -21,6 +21,8 @@ use crate::files::tree;
 const COMMAND_MAX: Duration = Duration::from_secs(300);
 /// Where a disk's content is found in a Sprite's directory while it is mounted.
 const CONTENT: &str = "disk";
+/// Where all that a Sprite writes is in the content.
+const LAYER: &str = "upper";
 const IMAGE: &str = "disk.img";
 /// The unit of `st_blocks`.
 const BLOCK_BYTES: u64 = 512;
@@ -129,6 +131,38 @@ impl Disks {
         }
     }
 
+    /// Removes paths of the Sprite from a disk that no sandbox has, with all that can still be found
+    /// of what was deleted. Returns what the disk takes on this machine.
+    ///
+    /// # Errors
+    /// Also where a link is in the way of a path.
+    pub async fn strip(self, dir: &Path, paths: &[PathBuf]) -> io::Result<u64> {
+        let content = self.mount(dir).await?;
+        let (layer, paths) = (content.join(LAYER), paths.to_vec());
+        let stripped = async {
+            let remove = move || paths.iter().try_for_each(|path| remove_below(&layer, path));
+            tokio::task::spawn_blocking(remove).await??;
+            // Blocks are free once the deletions are written out.
+            rustix::fs::syncfs(fs::File::open(&content)?)?;
+            match self {
+                Self::Images => run(Command::new("fstrim").arg(&content)).await,
+                Self::Directories => Ok(()),
+            }
+        };
+        let stripped = stripped.await;
+        if self == Self::Images {
+            Self::unmount(dir);
+        }
+        stripped?;
+        match self {
+            Self::Images => {
+                fs::File::open(dir.join(IMAGE))?.sync_all()?;
+                Ok(Self::image_bytes(dir))
+            }
+            Self::Directories => tokio::task::spawn_blocking(move || tree_bytes(&content)).await?,
+        }
+    }
+
     /// Puts a copy in a disk's place. Whenever it is interrupted, [`Self::recover`] finds one or
     /// the other whole.
     pub fn replace(self, dir: &Path, by: &Path) -> io::Result<()> {
@@ -181,6 +215,35 @@ fn reset(template: &Path) -> io::Result<()> {
         _ => {}
     }
     fs::create_dir_all(template.join(CONTENT))
+}
+
+/// Removes a path of a tree that nothing changes meanwhile. Follows no links.
+fn remove_below(tree: &Path, path: &Path) -> io::Result<()> {
+    let below = path.strip_prefix("/").map_err(io::Error::other)?;
+    let mut at = tree.to_owned();
+    for part in below.components() {
+        let Component::Normal(name) = part else {
+            return Err(io::Error::other("the path is not a normal one"));
+        };
+        at.push(name);
+        match fs::symlink_metadata(&at) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+            Ok(found) if found.is_dir() => {}
+            Ok(_) => return Err(io::Error::other(format!("{} is no directory", at.display()))),
+        }
+    }
+    fs::remove_dir_all(at)
+}
+
+/// The blocks of all files of a tree.
+fn tree_bytes(dir: &Path) -> io::Result<u64> {
+    fs::read_dir(dir)?.try_fold(0, |sum, entry| {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        let below = if metadata.is_dir() { tree_bytes(&entry.path())? } else { 0 };
+        Ok(sum + metadata.blocks() * BLOCK_BYTES + below)
+    })
 }
 
 fn is_mounted(content: &Path) -> io::Result<bool> {

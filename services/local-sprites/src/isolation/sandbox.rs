@@ -20,8 +20,10 @@ mod inside;
 mod kind;
 
 use std::{
-    fs, io,
-    os::unix::fs::DirBuilderExt as _,
+    fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -106,7 +108,7 @@ impl Sandboxes {
         let mut sandboxes =
             Self { kind, containers, disks: Disks::Directories, shared, memory_files_bytes };
         sandboxes.share().map_err(io_error("what Sprites share cannot be made"))?;
-        let template = sandboxes.shared.join("template");
+        let template = sandboxes.template();
         let made = Disks::prepare(&template, disk_bytes, |content| sandboxes.fill(content)).await;
         sandboxes.disks = made.map_err(io_error("a first disk cannot be made"))?;
         let probe = data_dir.join("probe");
@@ -186,6 +188,28 @@ impl Sandboxes {
     /// The root file system that Sprites are made of.
     pub fn image(&self) -> &Path {
         &self.kind.rootfs
+    }
+
+    /// Another for each root file system, and for all else that a Sprite's disk only fits with;
+    /// the same after a restart.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = DefaultHasher::new();
+        let kind = &self.kind;
+        (env!("CARGO_PKG_VERSION"), &kind.rootfs, kind.disk_bytes, &kind.agents_dir)
+            .hash(&mut hasher);
+        let containers = self.containers.as_ref();
+        containers
+            .map(|containers| (containers.first_user, containers.runtime.program().name()))
+            .hash(&mut hasher);
+        (self.disks == Disks::Images).hash(&mut hasher);
+        // What a new root file system, and an upgrade within one, changes.
+        for path in ["", "etc/os-release", "var/lib/dpkg/status"] {
+            let metadata = fs::metadata(kind.rootfs.join(path)).ok();
+            metadata
+                .map(|metadata| (metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
+                .hash(&mut hasher);
+        }
+        format!("{:016x}", hasher.finish())
     }
 
     pub fn forwards(&self) -> &[Forward] {

@@ -1,28 +1,42 @@
 //! Keeps all Sprites together within their limits: freezes and stops idle ones, and stops the one
 //! that fills the disk.
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use service::Lifecycle;
 
 use crate::sprites::{
     budget::Step,
+    image::Images,
     registry::Registry,
     sprite::{Sprite, Status},
 };
 
 const CHECK: Duration = Duration::from_secs(1);
+/// How often it is looked for images that are too old.
+const EXPIRE: Duration = Duration::from_secs(30);
 /// Above so many hundredths of the memory for all Sprites, frozen ones are stopped.
 const MEMORY_FULL_PERCENT: u64 = 90;
 
 /// Keeps the Sprites within the budget until the server stops.
 pub async fn keep(registry: Arc<Registry>, lifecycle: Lifecycle) {
     let stop = lifecycle.stop_token();
-    let mut disks = HashMap::new();
+    let (mut disks, mut expired) = (HashMap::new(), Instant::now());
     while stop.run_until_cancelled(tokio::time::sleep(CHECK)).await.is_some() {
         keep_disk_free(&registry, &mut disks).await;
         free_memory(&registry).await;
         end_idle(&registry).await;
+        if expired.elapsed() > EXPIRE {
+            expired = Instant::now();
+            if let Some(images) = &registry.images {
+                images.expire();
+            }
+        }
     }
 }
 
@@ -74,6 +88,14 @@ async fn keep_disk_free(registry: &Registry, before: &mut HashMap<PathBuf, u64>)
     let Some(disk) = registry.disk_space().filter(|disk| registry.budget().is_full(*disk)) else {
         return;
     };
+    // Before what runs is ended: an image can be made again.
+    if registry.images.as_ref().is_some_and(Images::remove_oldest) {
+        tracing::warn!(
+            free_bytes = disk.free_bytes,
+            "deleted the least recently used image: the machine's disk is full"
+        );
+        return;
+    }
     let growth = |sprite: &Sprite| {
         sprite.disk_bytes().saturating_sub(before.get(sprite.dir()).copied().unwrap_or_default())
     };

@@ -9,7 +9,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use service::Lifecycle;
@@ -26,7 +26,8 @@ use crate::{
     network::{EgressProxy, Forward, Policy, Reach, substitution::Secrets},
     sprites::{
         budget::{self, Budget, Space},
-        sprite::{Hold, Record, RegistryError, Settings, Sprite, Status},
+        image::{ImageKey, ImageLimits, Images},
+        sprite::{FromImage, Hold, Record, RegistryError, Settings, Sprite, Status},
     },
     sync::locked,
 };
@@ -37,6 +38,8 @@ pub struct Registry {
     pub(crate) sandboxes: Sandboxes,
     cgroups: Cgroups,
     budget: Budget,
+    /// None where none are kept.
+    pub(crate) images: Option<Images>,
     /// The memory of all Sprites together.
     memory_bytes: Option<u64>,
     reach: Reach,
@@ -52,7 +55,7 @@ impl Registry {
         data_dir: &Path,
         sandboxes: Sandboxes,
         cgroups: Cgroups,
-        budget: Budget,
+        (budget, images): (Budget, ImageLimits),
         reach: Reach,
         lifecycle: Lifecycle,
     ) -> io::Result<Arc<Self>> {
@@ -69,11 +72,22 @@ impl Registry {
         if let Err(error) = cgroups.limit_all(limits) {
             tracing::warn!(%error, ?limits, "failed to limit all Sprites together");
         }
+        // Without root a disk has one owner, and packages go elsewhere.
+        let images = match sandboxes.first_user() {
+            Some(_) => Images::load(
+                &data_dir.canonicalize()?,
+                &sandboxes.fingerprint(),
+                images,
+                sandboxes.disks(),
+            )?,
+            None => None,
+        };
         let registry = Arc::new(Self {
             dir,
             sandboxes,
             cgroups,
             budget,
+            images,
             memory_bytes,
             reach,
             sprites: Mutex::default(),
@@ -257,9 +271,11 @@ impl Registry {
         self: &Arc<Self>,
         name: SpriteName,
         settings: Settings,
+        image: Option<ImageKey>,
     ) -> Result<Arc<Sprite>, RegistryError> {
         let registry = self.clone();
-        let made = self.uninterrupted(async move { registry.make(&name, settings).await }).await;
+        let made =
+            self.uninterrupted(async move { registry.make(&name, settings, image).await }).await;
         self.prepare_next();
         made
     }
@@ -274,6 +290,7 @@ impl Registry {
         &self,
         name: &SpriteName,
         settings: Settings,
+        image: Option<ImageKey>,
     ) -> Result<Arc<Sprite>, RegistryError> {
         let now = Timestamp::now().unix_micros();
         let record = Record {
@@ -288,6 +305,7 @@ impl Registry {
             services: BTreeMap::new(),
             checkpoints_made: 0,
             holder: None,
+            from_image: None,
         };
         // A directory of its own for each life of a name: a deletion that is still under way does
         // not touch a new one.
@@ -304,11 +322,18 @@ impl Registry {
             }
             sprites.insert(name.to_string(), sprite.clone());
         }
-        let made = async {
-            self.sandboxes.make_files(sprite.dir()).await?;
-            self.boot(&hold).await
+        let mut made = match image {
+            Some(image) => self.begin_from(&image, &hold).await,
+            None => None,
         };
-        if let Err(error) = made.await {
+        if made.is_none() {
+            let plain = async {
+                self.sandboxes.make_files(sprite.dir()).await?;
+                self.boot(&hold).await
+            };
+            made = Some(plain.await);
+        }
+        if let Some(Err(error)) = made {
             hold.mark_deleted();
             locked(&self.sprites).remove(name.as_str());
             self.sandboxes.destroy(sprite.dir(), None).await;
@@ -316,6 +341,35 @@ impl Registry {
         }
         drop(hold);
         Ok(sprite)
+    }
+
+    /// Starts a new Sprite with a copy of an image. None: there is no such image, or none that a
+    /// Sprite starts with, and nothing of it is left.
+    async fn begin_from(
+        &self,
+        key: &ImageKey,
+        sprite: &Hold,
+    ) -> Option<Result<Holder, RegistryError>> {
+        let images = self.images.as_ref()?;
+        let (image, begun) = (images.find(key)?, Instant::now());
+        let started = async {
+            self.sandboxes.copy_disk(&image, sprite.dir()).await?;
+            let copied_ms = begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX);
+            self.sandboxes.make_files(sprite.dir()).await?;
+            sprite.change(|record| record.from_image = Some(FromImage { copied_ms }))?;
+            self.boot(sprite).await
+        };
+        match started.await {
+            // It may be deleted meanwhile, and is no good otherwise.
+            Err(error @ (RegistryError::Record(_) | RegistryError::Sandbox(_))) => {
+                tracing::warn!(%error, %key, "an image cannot be used");
+                self.sandboxes.destroy(sprite.dir(), None).await;
+                sprite.forget_image();
+                images.remove(key);
+                None
+            }
+            started => Some(started),
+        }
     }
 
     pub fn get(&self, name: &str) -> Result<Arc<Sprite>, RegistryError> {

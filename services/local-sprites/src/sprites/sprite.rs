@@ -52,6 +52,16 @@ pub struct Record {
     /// Checkpoints made so far; their numbers are not used again.
     pub checkpoints_made: u32,
     pub holder: Option<Holder>,
+    /// The image that it began from.
+    #[serde(default)]
+    pub from_image: Option<FromImage>,
+}
+
+/// What is told of the image that a Sprite began from.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct FromImage {
+    /// How long the copy took.
+    pub copied_ms: u64,
 }
 
 /// What a Sprite is created with, and what can be changed later.
@@ -203,6 +213,14 @@ pub enum RegistryError {
     CheckpointsTooLarge,
     #[error("the checkpoint failed: {0}")]
     Checkpoint(#[source] io::Error),
+    #[error("this server keeps no images")]
+    NoImages,
+    #[error("there is an image with this key")]
+    ImageExists,
+    #[error("draft not found")]
+    NoDraft,
+    #[error("the disk cannot be copied: {0}")]
+    Image(#[source] io::Error),
     #[error("the Sprite's record cannot be kept: {0}")]
     Record(#[from] io::Error),
 }
@@ -322,6 +340,12 @@ impl Sprite {
             record.updated_at_us = Timestamp::now().unix_micros();
         }
         self.keep_record()
+    }
+
+    /// It did not begin from an image after all; nothing of it is on disk yet.
+    pub fn forget_image(&self) {
+        let mut record = locked(&self.record);
+        (record.from_image, record.holder) = (None, None);
     }
 
     /// Keeps which sandbox is the Sprite's, for a server that takes it up.

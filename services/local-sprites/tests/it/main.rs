@@ -6,6 +6,7 @@ mod budget;
 mod chaos;
 mod clients;
 mod escape;
+mod images;
 mod isolation;
 mod lifetime;
 mod runsc;

@@ -47,6 +47,11 @@ impl Server {
             .await;
     }
 
+    /// Changes a setting of the next run.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::{
     isolation::{
+        disk::Disks,
         holder::Holder,
         runtime::Program,
         sandbox::{
@@ -84,11 +85,12 @@ impl Sandboxes {
         USERS_DIRECTORIES.iter().try_for_each(|own| lchown(upper.join(own), user, user))
     }
 
-    /// Writes a new Sprite's files.
+    /// Writes a new Sprite's files, with a disk where it has none yet.
     pub async fn make_files(&self, dir: &Path) -> Result<(), SandboxError> {
         let make = async {
-            if fs::rename(self.spare(), dir).is_err() {
-                self.copy_template(dir).await?;
+            let has_disk = Disks::content(dir).exists();
+            if !has_disk && fs::rename(self.spare(), dir).is_err() {
+                self.copy_disk(&self.template(), dir).await?;
             }
             // What the server tells the Sprite; nothing that the Sprite writes is there.
             for part in ["inside/bin", "inside/policy", "inside/logs/services"] {
@@ -100,9 +102,14 @@ impl Sandboxes {
         make.await.map_err(io_error("a Sprite's files cannot be made"))
     }
 
-    async fn copy_template(&self, dir: &Path) -> io::Result<()> {
+    /// Gives a new Sprite a copy of a disk that no sandbox has.
+    pub async fn copy_disk(&self, from: &Path, dir: &Path) -> io::Result<()> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        self.disks.copy(&self.shared.join("template"), dir).await
+        self.disks.copy(from, dir).await
+    }
+
+    pub(super) fn template(&self) -> PathBuf {
+        self.shared.join("template")
     }
 
     fn spare(&self) -> PathBuf {
@@ -116,8 +123,10 @@ impl Sandboxes {
             return;
         }
         let draft = self.shared.join(format!("spare.{}", Uuid::new_v4().simple()));
-        let copied =
-            self.copy_template(&draft).await.and_then(|()| fs::rename(&draft, self.spare()));
+        let copied = self
+            .copy_disk(&self.template(), &draft)
+            .await
+            .and_then(|()| fs::rename(&draft, self.spare()));
         if let Err(error) = copied {
             // Another request's may be there by now.
             tracing::debug!(%error, "no spare disk");
