@@ -306,18 +306,19 @@ const STAGES: Record<string, string> = {
   network_policy: "Apply the network policy",
   env_file: "Write the environment",
   git_credentials: "Set up git credentials",
-  provision_setup: "Install packages and run the set-up",
+  packages: "Install packages",
+  provision_setup: "Run the set-up",
   runtime_config: "Configure the agent",
   skills: "Install skills",
   runtime_start: "Start the agent",
 };
 
 function Stages({ item }: { item: StagesItem }) {
-  const stages = new Map<string, { state: string; ms?: number; message?: string; output: string; since?: string }>();
+  const stages = new Map<string, { state: string; ms?: number; message?: string; restored?: boolean; output: string; since?: string }>();
   for (const event of item.events) {
     const stage = stages.get(event.stage) ?? { state: "started", output: "", since: event.processed_at };
     if (event.type === "session.stage_output") stage.output += event.data;
-    else Object.assign(stage, { state: event.state, ms: event.duration_ms ?? stage.ms, message: event.message ?? stage.message });
+    else Object.assign(stage, { state: event.state, ms: event.duration_ms ?? stage.ms, message: event.message ?? stage.message, restored: event.restored });
     stages.set(event.stage, stage);
   }
   const rows = [...stages].filter(([name, stage]) => name !== "runtime_start" || stage.state === "failed");
@@ -332,7 +333,7 @@ function Stages({ item }: { item: StagesItem }) {
       <ul>
         {rows.map(([name, stage]) => (
           <li class={stage.state}>
-            <span class="name">{STAGES[name] ?? name}</span>
+            <span class="name">{STAGES[name] ?? name}{stage.restored && " (restored)"}</span>
             <span class="bar" aria-hidden="true"><span style={{ width: `${Math.max(1, ((stage.ms ?? 0) / longest) * 100)}%` }} /></span>
             <span class="ms">{stage.state === "started" ? "…" : duration(stage.ms ?? 0)}</span>
             {stage.message && <p class="bad">{stage.message}</p>}

@@ -16,7 +16,7 @@ pub struct Newest<'a> {
 pub enum Position {
     /// Append with `expected` as the subject's last sequence; the next event continues the event
     /// `follows`, which was written at `at_us`.
-    Open { expected: u64, follows: Mark, checkpoint: Checkpoint, at_us: i64 },
+    Open { expected: u64, follows: Mark, checkpoint: Box<Checkpoint>, at_us: i64 },
     /// The turn's end is in the log, with this id.
     Ended { id: u64 },
     /// The session was terminated.
@@ -42,14 +42,14 @@ pub fn position(
         return Position::Open {
             expected,
             follows: Mark::default(),
-            checkpoint: Checkpoint::default(),
+            checkpoint: Box::default(),
             at_us: 0,
         };
     };
-    let open = |checkpoint| Position::Open {
+    let open = |checkpoint: Checkpoint| Position::Open {
         expected,
         follows: Mark::of(newest.id, newest.event),
-        checkpoint,
+        checkpoint: Box::new(checkpoint),
         at_us: newest.event.at_us,
     };
     match &newest.event.kind {
@@ -102,7 +102,7 @@ mod tests {
         let open = |expected, id: u64, stdout_offset| Position::Open {
             expected,
             follows: Mark { id, tag: u64::from(id > 0) },
-            checkpoint: Checkpoint { stdout_offset, ..Checkpoint::default() },
+            checkpoint: Box::new(Checkpoint { stdout_offset, ..Checkpoint::default() }),
             at_us: id as i64,
         };
         assert_eq!(position(Some(streamed), Some(persisted), 1, 2), open(9, 9, 70));
@@ -140,7 +140,7 @@ mod tests {
             panic!("not open")
         };
         assert_eq!(
-            checkpoint,
+            *checkpoint,
             Checkpoint { journal_offset: 4711, metered_through: 3, ..Checkpoint::default() }
         );
     }

@@ -60,6 +60,7 @@ named! {
         InstallRuntime = "install_runtime",
         NetworkPolicy = "network_policy",
         EnvFile = "env_file",
+        Packages = "packages",
         GitCredentials = "git_credentials",
         ProvisionSetup = "provision_setup",
         RuntimeConfig = "runtime_config",

@@ -179,7 +179,7 @@ impl EventLog {
             follows,
             next_at_us: last_at_us.saturating_add(chain::PARTS_MAX),
             floor: spec.recorded_through,
-            checkpoint,
+            checkpoint: *checkpoint,
             secrets: Masker::default(),
             masker: Masker::default(),
             silent_since: (epoch == 1).then(Instant::now),
@@ -207,6 +207,20 @@ impl EventLog {
             state: state.as_str().to_owned(),
             duration_ms,
             message,
+            restored: false,
+        };
+        self.append(Kind::Stage(changed)).await
+    }
+
+    /// A stage is done by what the Sprite began from.
+    pub async fn restored(&mut self, stage: Stage, took_ms: u64) -> Result<(), Fenced> {
+        self.checkpoint.stages_done.push(stage.as_str().to_owned());
+        let changed = StageChanged {
+            stage: stage.as_str().to_owned(),
+            state: StageState::Done.as_str().to_owned(),
+            duration_ms: Some(took_ms),
+            message: None,
+            restored: true,
         };
         self.append(Kind::Stage(changed)).await
     }

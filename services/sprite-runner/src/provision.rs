@@ -8,7 +8,7 @@ use std::{
 };
 
 use contract::host::{Input, Step as HostStep, StepEnded, input, turn_ended::Reason};
-use sprites::{Client, ExecRequest, Sprite};
+use sprites::{Began, Client, ExecRequest, ImageDraft, Sprite};
 use tracing::Instrument as _;
 use types::{Runtime, Skill, Stage, StageState};
 
@@ -17,7 +17,7 @@ use crate::{
     agent::traceparent,
     diagnosis,
     event_log::{EventLog, Fenced},
-    host::{Gone, Link},
+    host::{self, Gone, Link},
     playback::Playback,
     runtimes::{self, Adapter, Skills},
     secrets::{AtGateway, Secrets},
@@ -31,6 +31,9 @@ const STAGE_MAX: Duration = Duration::from_secs(600);
 const TAIL_BYTES: usize = 2000;
 /// How much of the journal is kept for a successor that has to tell what a failed script said.
 const KEPT_BYTES: u64 = 64 << 20;
+
+/// Directories that belong to a session, and temporary files: no part of an image.
+const NOT_IN_IMAGES: [&str; 3] = [host::DIR, host::ROOT, "/tmp"];
 
 const GIT_CREDENTIALS: &str = "/home/sprite/.aod/git-credentials";
 /// The credentials with which git authenticates at the model gateway.
@@ -121,10 +124,14 @@ impl Git<'_> {
 impl Provisioning<'_> {
     /// What comes before the agent host: the Sprite itself.
     pub async fn create(&self, log: &mut EventLog) -> Result<(), StageFailed> {
-        stage(log, Stage::CreateSprite, async {
-            Ok(self.client.ensure(self.sprite.name()).await?)
-        })
-        .await?;
+        if let Some(course) = Course::begin(log, Stage::CreateSprite).await? {
+            let created = timed(Stage::CreateSprite, self.create_sprite()).await;
+            // In the log before anything depends on it.
+            if let Ok(Some((image, restored_ms))) = &created {
+                (log.checkpoint.image, log.checkpoint.restored_ms) = (image.clone(), *restored_ms);
+            }
+            course.end(log, created.map(drop)).await?;
+        }
         if let Some(executable) = self.adapter.executable() {
             stage(log, Stage::InstallRuntime, self.find(executable)).await?;
         }
@@ -135,13 +142,88 @@ impl Provisioning<'_> {
         Ok(())
     }
 
+    /// Returns the image that the Sprite was to begin from, with how long its copy took if it did.
+    async fn create_sprite(&self) -> Result<Option<(String, Option<u64>)>, Trouble> {
+        let Some(image) = self.setup.image().filter(|_| self.installs_without_variables()) else {
+            self.client.ensure(self.sprite.name()).await?;
+            return Ok(None);
+        };
+        Ok(match self.client.ensure_from(self.sprite.name(), &image).await? {
+            Began::FromImage(took) => {
+                Some((image, Some(u64::try_from(took.as_millis()).unwrap_or(u64::MAX))))
+            }
+            Began::Empty => Some((image, None)),
+            Began::WithoutImages => None,
+        })
+    }
+
+    /// Whether no variables of the user's are there while packages are installed: an installer may
+    /// write them down.
+    fn installs_without_variables(&self) -> bool {
+        self.secrets.vars().is_empty()
+    }
+
+    /// What depends on the environment alone. Comes before all that belongs to the session, so that
+    /// the disk can be kept for the next one.
+    pub async fn install_packages(
+        &self,
+        log: &mut EventLog,
+        host: &mut StepRunner,
+    ) -> Result<(), StageFailed> {
+        stage(log, Stage::EnvFile, host.reach()).await?;
+        let mut steps = self.setup.package_steps();
+        // Earlier releases installed packages in the set-up.
+        if steps.is_empty() || log.is_done(Stage::ProvisionSetup) {
+            return Ok(());
+        }
+        let Some(course) = Course::begin(log, Stage::Packages).await? else { return Ok(()) };
+        if let Some(took_ms) = log.checkpoint.restored_ms {
+            return Ok(log.restored(Stage::Packages, took_ms).await?);
+        }
+        let image = Some(log.checkpoint.image.clone())
+            .filter(|image| !image.is_empty() && self.installs_without_variables());
+        if image.is_some() {
+            // What installers do not know, they do not write down.
+            let names: Vec<String> =
+                self.secrets.credential_vars().into_iter().map(|(name, _)| name).collect();
+            for step in &mut steps {
+                step.script = format!("unset -v {}\n{}", names.join(" "), step.script);
+            }
+        }
+        let done = self.run_steps((Stage::Packages, 0), &steps, log, host).await;
+        let draft = match (&done, image) {
+            (Ok(()), Some(image)) => self.draft_image(&image).await,
+            _ => None,
+        };
+        course.end(log, done).await?;
+        // The stage's end is in the log, so no other runner had the session by then: nothing of the
+        // session was on the disk when it was copied.
+        if let Some(draft) = draft
+            && let Err(error) = self.sprite.keep_image(draft).await
+        {
+            tracing::info!(%error, "failed to keep an image of the installed packages");
+        }
+        Ok(())
+    }
+
+    async fn draft_image(&self, image: &str) -> Option<ImageDraft> {
+        match self.sprite.draft_image(image, &NOT_IN_IMAGES).await {
+            Ok(draft) => Some(draft),
+            // Another session's is there, or the server is set to keep none.
+            Err(sprites::Error::Conflict { .. } | sprites::Error::NotFound { .. }) => None,
+            Err(error) => {
+                tracing::info!(%error, "failed to copy the disk for an image");
+                None
+            }
+        }
+    }
+
     /// All else.
     pub async fn set_up(
         &self,
         log: &mut EventLog,
         host: &mut StepRunner,
     ) -> Result<(), StageFailed> {
-        stage(log, Stage::EnvFile, host.reach()).await?;
         let git = self.git();
         if !git.is_empty()
             && let Some(course) = Course::begin(log, Stage::GitCredentials).await?
@@ -153,7 +235,8 @@ impl Provisioning<'_> {
         if !steps.is_empty()
             && let Some(course) = Course::begin(log, Stage::ProvisionSetup).await?
         {
-            let done = self.run_steps(Stage::ProvisionSetup, &steps, log, host).await;
+            let packages = self.setup.package_steps().len();
+            let done = self.run_steps((Stage::ProvisionSetup, packages), &steps, log, host).await;
             course.end(log, done).await?;
         }
         let config = self.config_files();
@@ -262,19 +345,24 @@ impl Provisioning<'_> {
     ) -> Result<(), Trouble> {
         self.write_git_files(&git).await?;
         let step = Step { what: "setting git up".to_owned(), script: git.script() };
-        self.run_steps(Stage::GitCredentials, &[step], log, host).await
+        self.run_steps((Stage::GitCredentials, 0), &[step], log, host).await
     }
 
-    /// Runs scripts one after the other, with the session's variables.
+    /// Runs scripts one after the other, with the session's variables. `before`: the stage's steps
+    /// that are not among them.
     async fn run_steps(
         &self,
-        stage: Stage,
+        (stage, before): (Stage, usize),
         steps: &[Step],
         log: &mut EventLog,
         host: &mut StepRunner,
     ) -> Result<(), Trouble> {
-        let ids: Vec<String> =
-            (1..=steps.len()).map(|number| format!("step-{stage}-{number}")).collect();
+        // Earlier releases ran packages as the first steps of the set-up: a step has the same id,
+        // whichever release asks the host for it.
+        let named = if stage == Stage::Packages { Stage::ProvisionSetup } else { stage };
+        let ids: Vec<String> = (before + 1..=before + steps.len())
+            .map(|number| format!("step-{named}-{number}"))
+            .collect();
         host.playback.enter_stage(stage.as_str());
         for (number, step) in steps.iter().enumerate() {
             let (Some(id), Some(later)) = (ids.get(number), ids.get(number + 1..)) else { break };
@@ -346,7 +434,7 @@ impl Provisioning<'_> {
                 }
             }
         }
-        self.run_steps(Stage::Skills, &steps, log, host).await
+        self.run_steps((Stage::Skills, 0), &steps, log, host).await
     }
 }
 
@@ -460,11 +548,19 @@ async fn stage(
     work: impl Future<Output = Result<(), Trouble>>,
 ) -> Result<(), StageFailed> {
     let Some(course) = Course::begin(log, stage).await? else { return Ok(()) };
-    let work = work.instrument(tracing::info_span!("stage", otel.name = stage.as_str()));
-    let done = tokio::time::timeout(STAGE_MAX, work)
-        .await
-        .unwrap_or_else(|_| Err(format!("not done after {} s", STAGE_MAX.as_secs()).into()));
+    let done = timed(stage, work).await;
     course.end(log, done).await
+}
+
+/// Limits the time of a stage's work.
+async fn timed<T>(
+    stage: Stage,
+    work: impl Future<Output = Result<T, Trouble>>,
+) -> Result<T, Trouble> {
+    let work = work.instrument(tracing::info_span!("stage", otel.name = stage.as_str()));
+    tokio::time::timeout(STAGE_MAX, work)
+        .await
+        .unwrap_or_else(|_| Err(format!("not done after {} s", STAGE_MAX.as_secs()).into()))
 }
 
 #[cfg(test)]

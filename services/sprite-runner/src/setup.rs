@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use contract::scheduler::TurnSpec;
 use secrecy::ExposeSecret as _;
+use sha2::{Digest as _, Sha256};
 use types::{
     McpServer, Networking, PackageManager, Repository, Skill, agent::GithubSkill,
     repository::Checkout,
@@ -13,6 +14,8 @@ use crate::{secrets::Secrets, shell::quote};
 
 #[derive(Debug)]
 pub struct Setup {
+    /// The user, the environment and its version.
+    environment: (String, String, u32),
     packages: BTreeMap<String, Vec<String>>,
     script: String,
     networking: Networking,
@@ -39,6 +42,7 @@ impl Setup {
         };
         let networking = json(&environment.networking, "{}");
         Ok(Self {
+            environment: (environment.user_id, environment.environment_id, environment.version),
             packages: serde_json::from_str(&json(&environment.packages, "{}"))?,
             // Browsers send CRLF; a shell would take the CR as part of a word.
             script: environment.setup_script.replace("\r\n", "\n"),
@@ -87,16 +91,39 @@ impl Setup {
         lines
     }
 
-    /// Packages, then repositories, then the environment's own script; last, that the working
-    /// directory is there.
-    pub fn steps(&self) -> Vec<Step> {
-        let packages = PackageManager::ALL.into_iter().filter_map(|manager| {
+    /// What depends on the environment alone.
+    pub fn package_steps(&self) -> Vec<Step> {
+        let steps = PackageManager::ALL.into_iter().filter_map(|manager| {
             let names = self.packages.get(manager.as_str()).filter(|names| !names.is_empty())?;
             Some(Step {
                 what: format!("installing {manager} packages"),
                 script: install(manager, names),
             })
         });
+        steps.collect()
+    }
+
+    /// The key of an image with the environment's packages: the same for what installs the same,
+    /// for the same user. None: there are no packages.
+    pub fn image(&self) -> Option<String> {
+        let (steps, (user, environment, version)) = (self.package_steps(), &self.environment);
+        if steps.is_empty() || user.is_empty() || environment.is_empty() {
+            return None;
+        }
+        let mut digest = Sha256::new();
+        let mut add = |text: &str| {
+            digest.update([&(text.len() as u64).to_be_bytes(), text.as_bytes()].concat())
+        };
+        add(user);
+        add(environment);
+        add(&version.to_string());
+        add(&format!("{:?}", self.allowed_hosts()));
+        steps.iter().for_each(|step| add(&step.script));
+        Some(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// Repositories, then the environment's own script; last, that the working directory is there.
+    pub fn steps(&self) -> Vec<Step> {
         // A repository inside of another comes after it, in whichever order they were given.
         let mut repositories: Vec<&Repository> = self.repositories.iter().collect();
         repositories.sort_by_key(|repository| repository.mount_path.split('/').count());
@@ -110,7 +137,7 @@ impl Setup {
             what: "entering the working directory".to_owned(),
             script: format!("cd -- {}", quote(path)),
         });
-        packages.chain(clones).chain(script).chain(directory).collect()
+        clones.chain(script).chain(directory).collect()
     }
 }
 
@@ -279,12 +306,14 @@ mod tests {
                 packages: r#"{"pip":["requests>=2"],"apt":["jq"],"npm":[]}"#.to_owned(),
                 setup_script: "make".to_owned(),
                 networking: r#"{"type":"limited","allowed_hosts":["*.x.org"]}"#.to_owned(),
+                ..EnvironmentSpec::default()
             }),
             resources: r#"[{"type":"github_repository","url":"https://github.com/o/r","mount_path":"/work/a b"}]"#.to_owned(),
             ..TurnSpec::default()
         };
         let setup = Setup::read(&spec).unwrap();
-        let what: Vec<_> = setup.steps().into_iter().map(|step| step.what).collect();
+        let steps: Vec<_> = setup.package_steps().into_iter().chain(setup.steps()).collect();
+        let what: Vec<_> = steps.iter().map(|step| step.what.as_str()).collect();
         assert_eq!(
             what,
             [
@@ -295,11 +324,38 @@ mod tests {
             ]
         );
         assert!(
-            setup.steps()[1].script.contains("'requests>=2'")
-                && setup.steps()[2].script.contains("'/work/a b'")
+            steps[1].script.contains("'requests>=2'") && steps[2].script.contains("'/work/a b'")
         );
         assert_eq!(setup.allowed_hosts(), Some(vec!["*.x.org".to_owned()]));
         assert_eq!(Setup::read(&TurnSpec::default()).unwrap().allowed_hosts(), None);
+    }
+
+    #[test]
+    fn an_image_is_for_one_users_version_of_an_environment() {
+        let image = |user: &str, environment: &str, version: u32, packages: &str| {
+            let environment = EnvironmentSpec {
+                packages: packages.to_owned(),
+                user_id: user.to_owned(),
+                environment_id: environment.to_owned(),
+                version,
+                ..EnvironmentSpec::default()
+            };
+            let spec = TurnSpec { environment: Some(environment), ..TurnSpec::default() };
+            Setup::read(&spec).unwrap().image()
+        };
+        let packages = r#"{"pip":["six"]}"#;
+        let first = image("u", "e", 1, packages);
+        assert_eq!(first.as_ref().map(String::len), Some(64));
+        assert_eq!(first, image("u", "e", 1, packages));
+        for other in [
+            image("v", "e", 1, packages),
+            image("u", "f", 1, packages),
+            image("u", "e", 2, packages),
+            image("u", "e", 1, r#"{"pip":["seven"]}"#),
+        ] {
+            assert!(other.is_some() && other != first);
+        }
+        assert_eq!(image("u", "e", 1, "{}"), None);
     }
 
     /// A repository on this disk, and a home for git: what the clone script is run with.

@@ -100,6 +100,15 @@ impl From<StageFailed> for Stopped {
     }
 }
 
+impl From<NotMounted> for Stopped {
+    fn from(error: NotMounted) -> Self {
+        match error {
+            NotMounted::Released(reason) => Self::Released(reason),
+            NotMounted::Failed(message) => Self::Failed { stage: "files".to_owned(), message },
+        }
+    }
+}
+
 pub async fn run(
     runner: &Runner,
     session: SessionId,
@@ -261,11 +270,8 @@ async fn work(
             "its sandbox does not take the agent's configuration: {error}"
         )));
     }
-    if !started {
-        files::mount(runner, &sprite, spec, is_new).await.map_err(|error| match error {
-            NotMounted::Released(reason) => Stopped::Released(reason),
-            NotMounted::Failed(message) => Stopped::Failed { stage: "files".to_owned(), message },
-        })?;
+    if !started && !is_new {
+        files::mount(runner, &sprite, spec, is_new).await?;
     }
     let mut link = Link::open(Access {
         client: client.clone(),
@@ -284,6 +290,8 @@ async fn work(
         let playback =
             Playback::new(scope, log.secrets.clone(), runner.output.bytes_max, &log.checkpoint);
         let mut host = StepRunner { link, playback };
+        provisioning.install_packages(log, &mut host).await?;
+        files::mount(runner, &sprite, spec, is_new).await?;
         provisioning.set_up(log, &mut host).await?;
         position = host.playback.position().max(offset);
         link = host.link;

@@ -15,6 +15,7 @@ mod failures;
 mod faults;
 mod git;
 mod hardening;
+mod images;
 mod leaks;
 mod model_gateways;
 mod network;

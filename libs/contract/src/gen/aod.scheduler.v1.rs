@@ -1398,6 +1398,13 @@ pub struct EnvironmentSpec {
     pub setup_script: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
     pub networking: ::prost::alloc::string::String,
+    /// Whose environment it is, which, and its version. Empty: the session has none.
+    #[prost(string, tag = "4")]
+    pub user_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub environment_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "6")]
+    pub version: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ClaimSpriteRequest {

@@ -115,6 +115,12 @@ pub struct Checkpoint {
     /// Bytes of the turn's typed events that are in the log.
     #[prost(uint64, tag = "22")]
     pub event_bytes: u64,
+    /// The image that the Sprite was to begin from. Empty: this session neither begins from one nor makes one, or its sandbox server keeps none.
+    #[prost(string, tag = "23")]
+    pub image: ::prost::alloc::string::String,
+    /// The Sprite began from that image; how long its copy took.
+    #[prost(uint64, optional, tag = "24")]
+    pub restored_ms: ::core::option::Option<u64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenModelRequest {
@@ -145,6 +151,9 @@ pub struct StageChanged {
     pub duration_ms: ::core::option::Option<u64>,
     #[prost(string, optional, tag = "4")]
     pub message: ::core::option::Option<::prost::alloc::string::String>,
+    /// The stage's result was restored from an image, in `duration_ms`.
+    #[prost(bool, tag = "5")]
+    pub restored: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Output {

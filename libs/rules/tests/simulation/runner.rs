@@ -102,7 +102,7 @@ impl World {
                             expected,
                             follows,
                             floor: *projected,
-                            checkpoint,
+                            checkpoint: *checkpoint,
                             taken_over,
                             sent: None,
                             acked: None,

@@ -135,10 +135,12 @@ fn note(event: &Value, kind: &str) -> Option<String> {
 }
 
 fn stage(event: &Value) -> Option<String> {
+    let restored =
+        if event.get("restored") == Some(&Value::Bool(true)) { ", restored" } else { "" };
     let duration = event
         .get("duration_ms")
         .and_then(Value::as_u64)
-        .map(|ms| format!(" ({ms} ms)"))
+        .map(|ms| format!(" ({ms} ms{restored})"))
         .unwrap_or_default();
     match text(event, "state") {
         "done" => Some(format!("· {}{duration}", text(event, "stage"))),

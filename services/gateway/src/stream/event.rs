@@ -54,6 +54,9 @@ pub enum StreamEvent<'a> {
         duration_ms: Option<u64>,
         #[serde(skip_serializing_if = "Option::is_none")]
         message: Option<&'a str>,
+        /// True: the result was restored from an image, and was not made here.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        restored: bool,
     },
     /// Before a turn's first output on this connection. Without an `id:` line.
     TurnStart { id: u64, turn: u32 },
@@ -110,6 +113,7 @@ impl Event {
                     state: &stage.state,
                     duration_ms: stage.duration_ms,
                     message: stage.message.as_deref(),
+                    restored: stage.restored,
                 },
             )),
             Some(Kind::TurnEnded(ended)) => {

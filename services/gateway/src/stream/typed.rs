@@ -70,6 +70,9 @@ pub enum Body {
         duration_ms: Option<u64>,
         #[serde(skip_serializing_if = "Option::is_none")]
         message: Option<String>,
+        /// True: the result was restored from an image, and was not made here.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        restored: bool,
     },
     /// A set-up step printed something.
     #[serde(rename = "session.stage_output")]
@@ -339,6 +342,7 @@ fn body(kind: Kind) -> Option<Body> {
             state: stage.state,
             duration_ms: stage.duration_ms,
             message: stage.message,
+            restored: stage.restored,
         },
         Kind::StageOutput(output) => Body::StageOutput {
             stage: output.stage,

@@ -54,6 +54,7 @@ struct TurnRow {
     packages: Option<Value>,
     setup_script: Option<String>,
     networking: Option<Value>,
+    environment_version: Option<i32>,
     skills: Value,
     mcp_servers: Value,
     resources: Value,
@@ -124,7 +125,7 @@ pub async fn turn(
             returning session_id, epoch, extract(epoch from now() - created_at)::float8 as age_seconds, prompt, timeout_seconds, input_id
          )
          select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
-                ev.packages, ev.setup_script, ev.networking, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
+                ev.packages, ev.setup_script, ev.networking, ev.version as environment_version, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
                 s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools,
                 s.collects_outputs, s.had_files, s.wants_previews, s.tokens_changed_at is not null as has_changed_tokens
          from claimed c
@@ -250,6 +251,9 @@ async fn specification(
             packages: turn.packages.unwrap_or_else(empty).to_string(),
             setup_script: turn.setup_script.unwrap_or_default(),
             networking: turn.networking.unwrap_or_else(empty).to_string(),
+            user_id: session.user_id.to_string(),
+            environment_id: session.environment_id.map(|id| id.to_string()).unwrap_or_default(),
+            version: turn.environment_version.map(unsigned).unwrap_or_default(),
         }),
         last_event,
         recorded_through,
