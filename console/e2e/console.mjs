@@ -87,7 +87,9 @@ const checks = {
     await page.getByRole("button", { name: "Start session" }).click();
     await page.getByRole("log", { name: "Transcript" }).waitFor();
     console.log(`    from the list to the started session: ${Date.now() - begun} ms`);
-        await page.getByLabel("Write: done").getByText("/workspace/haiku.txt").first().waitFor();
+    await page.getByLabel("Write: done").getByText("/workspace/haiku.txt").first().waitFor();
+    // All of the new file.
+    await page.getByLabel("Write: done").getByText("+3", { exact: true }).waitFor();
     await page.getByText("a frog jumps into the shell").first().waitFor();
     await page.getByText("Turn complete").waitFor();
     const order = await page.locator(".item").evaluateAll((items) => items.map((item) => Number(item.dataset.key)));

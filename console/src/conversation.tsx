@@ -239,7 +239,9 @@ function ToolState({ item, state }: { item: ToolItem; state: string }) {
 /** File changes: as the CLI reports them, else as its input says. */
 function Changed({ input, changes, diff }: { input: Record<string, unknown>; changes: { path: string; diff: string }[]; diff?: string | null }): ComponentChildren {
   const path = str(input.file_path ?? input.filePath ?? input.path);
-  if (changes.length > 0) return changes.map((change) => <UnifiedDiff key={change.path} path={change.path} diff={change.diff} />);
+  // Those of an earlier release say nothing of a file that was created.
+  const told = changes.filter((change) => change.diff);
+  if (told.length > 0) return told.map((change) => <UnifiedDiff key={change.path} path={change.path} diff={change.diff} />);
   if (diff) return <UnifiedDiff path={path || "changes"} diff={diff} />;
   const [before, after] = [input.old_string ?? input.oldString, input.new_string ?? input.newString];
   if (typeof before === "string" && typeof after === "string") return <TextDiff path={path} before={before} after={after} />;

@@ -96,6 +96,12 @@ export function Age({ time }: { time: string }) {
   return <time dateTime={time} title={absolute(time)}>{age(time, now.value)}</time>;
 }
 
+/** When something happened, within a sentence. */
+export function Ago({ time }: { time: string }) {
+  const since = age(time, now.value);
+  return <time dateTime={time} title={absolute(time)}>{since === "now" ? "just now" : `${since} ago`}</time>;
+}
+
 const STATUS_WORDS: Record<string, string> = {
   pending: "Starting",
   running: "Working",

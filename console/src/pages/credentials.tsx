@@ -1,6 +1,6 @@
 import { useEffect, useState } from "preact/hooks";
 import { type Credential, type Page, del, get, put } from "../api";
-import { Action, Age, ErrorBox, toast, useLoad } from "../ui";
+import { Action, Ago, ErrorBox, toast, useLoad } from "../ui";
 
 const KINDS: [string, string, string][] = [
   ["provider:anthropic", "Anthropic", "For claude, and for opencode with Anthropic's models"],
@@ -41,7 +41,7 @@ function Kind({ kind, name, use, stored, reload }: { kind: string; name: string;
         <div class="grow">
           <strong>{name}</strong>
           <p class="hint">{use}</p>
-          <p class="meta">{stored ? <>ends in <code>{stored.hint}</code> · stored <Age time={stored.updated_at} /> ago</> : "not stored"}</p>
+          <p class="meta">{stored ? <>ends in <code>{stored.hint}</code> · stored <Ago time={stored.updated_at} /></> : "not stored"}</p>
         </div>
         {value === undefined && <button type="button" class="small" aria-label={`${stored ? "Replace" : "Store"} ${name}`} onClick={() => setValue("")}>{stored ? "Replace" : "Store"}</button>}
         {stored && value === undefined && <Action class="small danger-quiet" aria-label={`Delete ${name}`} confirm={`New sessions cannot use ${name} any more.`} run={() => del(`/credentials/${kind}`).then(reload)}>Delete</Action>}

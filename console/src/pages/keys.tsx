@@ -1,7 +1,7 @@
 import { useEffect, useState } from "preact/hooks";
 import { type Key, all, createKey, del, me } from "../api";
 import { absolute } from "../format";
-import { Action, Age, Copy, ErrorBox, Field, toast, useLoad } from "../ui";
+import { Action, Ago, Copy, ErrorBox, Field, toast, useLoad } from "../ui";
 
 const DAY_MS = 86_400_000;
 
@@ -60,7 +60,7 @@ export function Keys() {
                 <div class="grow">
                   <strong>{key.name || "unnamed"}</strong>{mine && <span class="tag">you are signed in with it</span>}
                   <p class="meta">
-                    <code>{key.prefix}…</code> · created <Age time={key.created_at} /> ago · {key.last_used_at ? <>used <Age time={key.last_used_at} /> ago</> : "never used"}
+                    <code>{key.prefix}…</code> · created <Ago time={key.created_at} /> · {key.last_used_at ? <>used <Ago time={key.last_used_at} /></> : "never used"}
                     {key.expires_at && <> · {expired ? "expired" : "expires"} {absolute(key.expires_at)}</>}
                     {!key.is_active && " · revoked"}
                   </p>

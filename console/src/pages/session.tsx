@@ -9,7 +9,7 @@ import { type Format, TranscriptDownload } from "../download";
 import { count, duration, money, now, plural, short } from "../format";
 import { SessionLog } from "../log";
 import { go, href } from "../router";
-import { Age, Action, Copy, ErrorBox, Status, budgetReached, statusWord, toast } from "../ui";
+import { Ago, Action, Copy, ErrorBox, Status, budgetReached, statusWord, toast } from "../ui";
 import { RawOutput } from "./raw-output";
 
 const REFRESH_MS = 10_000;
@@ -170,7 +170,7 @@ function Facts({ session, turns, model }: { session: Session; turns: Turn[]; mod
       <span>{plural(session.turn_count, "turn")}</span>
       {isActive && started && <span>{session.status === "pending" ? "starting" : "working"} for {duration(now.value - Date.parse(started))}</span>}
       {session.status === "pending" && session.waiting_on && <span>waits for {session.waiting_on}</span>}
-      {!isActive && turn?.ended_at && <span>last turn ended <Age time={turn.ended_at} /> ago</span>}
+      {!isActive && turn?.ended_at && <span>last turn ended <Ago time={turn.ended_at} /></span>}
       {tokens > 0 && <span>{count(tokens)} tokens</span>}
       {cost > 0 && <span>{money(cost)}</span>}
       {session.exit_code ? <span class="bad">exit code {session.exit_code}</span> : null}
@@ -451,7 +451,7 @@ function Details({ session, turns, download }: { session: Session; turns: Turn[]
         <h2>Session</h2>
         <dl class="facts-list">
           <dt>Id</dt><dd><code>{session.id}</code> <Copy text={session.id} /></dd>
-          <dt>Created</dt><dd><Age time={session.created_at} /> ago</dd>
+          <dt>Created</dt><dd><Ago time={session.created_at} /></dd>
           {session.agent_id && <><dt>Agent</dt><dd><a href={href(`/agents/${session.agent_id}`)}>{agentsById.value.get(session.agent_id)?.name ?? session.agent_id}</a></dd></>}
           {session.environment_id && <><dt>Environment</dt><dd><a href={href(`/environments/${session.environment_id}`)}>{session.environment_id}</a></dd></>}
           {session.resources.map((resource) => (

@@ -291,6 +291,13 @@ fn tool_use(name: &str, call: &str, input: &Value) -> ToolUse {
 fn change(result: Option<&Value>) -> Option<FileChange> {
     let result = result?;
     let path = result.get("filePath")?.as_str()?;
+    // The CLI compares a file with nothing only if there was one.
+    if text(result, "/type") == "create" {
+        let content = text(result, "/content");
+        let lines: String = content.lines().map(|line| format!("+{line}\n")).collect();
+        let diff = format!("@@ -0,0 +1,{} @@\n{lines}", content.lines().count());
+        return Some(FileChange { path: path.to_owned(), diff });
+    }
     let hunks = array(result, "/structuredPatch").iter().map(|hunk| {
         let lines: String = array(hunk, "/lines")
             .iter()
@@ -462,4 +469,21 @@ fn user_line(text: &str, now: bool) -> String {
         line.insert("priority".to_owned(), "now".into());
     }
     line.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_created_file_is_a_change_that_adds_all_of_it() {
+        let created = json!({
+            "type": "create", "filePath": "/w/a", "content": "one\ntwo\n", "structuredPatch": [],
+        });
+        let change = change(Some(&created)).unwrap();
+        assert_eq!(
+            (change.path.as_str(), change.diff.as_str()),
+            ("/w/a", "@@ -0,0 +1,2 @@\n+one\n+two\n")
+        );
+    }
 }
