@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tracing::Instrument as _;
 use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};
 
-use crate::{Failure, trace};
+use crate::{RpcError, trace};
 
 /// Older servers silently ignore stream and consumer settings that they do not know.
 const SERVER_VERSION_MIN: (u64, u64) = (2, 12);
@@ -178,7 +178,7 @@ impl Bus {
         &self,
         request: &R::Request,
         deadline: Duration,
-    ) -> Result<R::Reply, Failure> {
+    ) -> Result<R::Reply, RpcError> {
         let call = async {
             if !R::RETRY_SAFE {
                 return self.call_once::<R>(request, deadline).await;
@@ -201,7 +201,7 @@ impl Bus {
         &self,
         request: &R::Request,
         deadline: Duration,
-    ) -> Result<R::Reply, Failure> {
+    ) -> Result<R::Reply, RpcError> {
         let mut headers = trace_headers();
         headers.insert(header::TIMEOUT, deadline.as_millis().to_string());
         headers.insert(header::DEADLINE, unix_millis(SystemTime::now() + deadline).to_string());
@@ -216,39 +216,39 @@ impl Bus {
         let reply = tokio::select! {
             reply = self.client.send_request(R::SUBJECT, message) => reply,
             // Its answer does not come on another connection than the one it was asked on.
-            () = reconnected(&mut connections) => return Err(Failure::unavailable("The message bus")),
+            () = reconnected(&mut connections) => return Err(RpcError::unavailable("The message bus")),
         };
         let reply = reply.map_err(|error| match error.kind() {
-            RequestErrorKind::NoResponders => Failure::unavailable(owner(R::SUBJECT)),
-            RequestErrorKind::TimedOut => Failure::new(
+            RequestErrorKind::NoResponders => RpcError::unavailable(owner(R::SUBJECT)),
+            RequestErrorKind::TimedOut => RpcError::new(
                 ErrorCode::DeadlineExceeded,
                 format!("{} did not answer in time", owner(R::SUBJECT)),
             ),
             RequestErrorKind::MaxPayloadExceeded => {
-                Failure::internal(format!("{}: {error}", R::SUBJECT))
+                RpcError::internal(format!("{}: {error}", R::SUBJECT))
             }
             _ => {
                 tracing::warn!(%error, subject = R::SUBJECT, "request not sent");
-                Failure::unavailable("The message bus")
+                RpcError::unavailable("The message bus")
             }
         })?;
         if let Some(error) = reply.headers.as_ref().and_then(|headers| headers.get(header::ERROR)) {
-            return Err(Failure::from_header(error.as_str())
-                .unwrap_or_else(|| Failure::internal("an error header that cannot be read")));
+            return Err(RpcError::from_header(error.as_str())
+                .unwrap_or_else(|| RpcError::internal("an error header that cannot be read")));
         }
         let payload = self.unseal(R::SUBJECT, &reply)?;
-        R::Reply::decode(payload).map_err(Failure::internal)
+        R::Reply::decode(payload).map_err(RpcError::internal)
     }
 
     /// Returns the message of a reply. Services of the previous release do not seal replies.
-    fn unseal(&self, subject: &str, reply: &Message) -> Result<Bytes, Failure> {
+    fn unseal(&self, subject: &str, reply: &Message) -> Result<Bytes, RpcError> {
         match (&self.reply_key, is_marked(reply, header::SEALED)) {
             (_, false) => Ok(reply.payload.clone()),
             (Some(key), true) => key
                 .open(&reply.payload, subject.as_bytes())
                 .map(|message| Bytes::copy_from_slice(&message))
-                .map_err(Failure::internal),
-            (None, true) => Err(Failure::internal("a sealed reply that was not asked for")),
+                .map_err(RpcError::internal),
+            (None, true) => Err(RpcError::internal("a sealed reply that was not asked for")),
         }
     }
 
@@ -281,7 +281,7 @@ impl Bus {
     pub async fn hints(
         &self,
         subject: String,
-    ) -> Result<impl futures::Stream<Item = ()> + Unpin + use<>, Failure> {
+    ) -> Result<impl futures::Stream<Item = ()> + Unpin + use<>, RpcError> {
         use futures::StreamExt as _;
         Ok(self.hint_messages(subject).await?.map(|_| ()))
     }
@@ -293,9 +293,9 @@ impl Bus {
     pub async fn hint_messages(
         &self,
         subject: String,
-    ) -> Result<impl futures::Stream<Item = Bytes> + Unpin + use<>, Failure> {
+    ) -> Result<impl futures::Stream<Item = Bytes> + Unpin + use<>, RpcError> {
         use futures::StreamExt as _;
-        let subscription = self.client.subscribe(subject).await.map_err(Failure::internal)?;
+        let subscription = self.client.subscribe(subject).await.map_err(RpcError::internal)?;
         Ok(subscription
             .filter(|message| std::future::ready(is_hint(message)))
             .map(|message| message.payload))

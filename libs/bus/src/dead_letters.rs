@@ -7,7 +7,7 @@ use async_nats::{
 use contract::{header, topology::DLQ};
 use types::Timestamp;
 
-use crate::{Bus, Failure};
+use crate::{Bus, RpcError};
 
 /// A job that was given up.
 #[derive(Clone, Debug)]
@@ -23,9 +23,9 @@ impl Bus {
     ///
     /// # Errors
     /// When the stream does not answer.
-    pub async fn dead_letters(&self, limit: usize) -> Result<Vec<DeadLetter>, Failure> {
+    pub async fn dead_letters(&self, limit: usize) -> Result<Vec<DeadLetter>, RpcError> {
         let stream: Stream =
-            self.jetstream.get_stream(DLQ.name).await.map_err(Failure::internal)?;
+            self.jetstream.get_stream(DLQ.name).await.map_err(RpcError::internal)?;
         let state = &stream.cached_info().state;
         let (mut sequence, mut letters) = (state.last_sequence, Vec::new());
         while sequence >= state.first_sequence.max(1) && letters.len() < limit {
@@ -45,7 +45,7 @@ impl Bus {
                 }
                 // Deleted in between.
                 Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {}
-                Err(error) => return Err(Failure::internal(error)),
+                Err(error) => return Err(RpcError::internal(error)),
             }
             sequence -= 1;
         }

@@ -8,14 +8,14 @@
 
 mod client;
 pub mod dead_letters;
-mod failure;
 pub mod live;
 pub mod log;
 pub mod responder;
+mod rpc_error;
 pub mod topology;
 pub mod trace;
 pub mod vault;
 pub mod work;
 
 pub use client::{Bus, Config, ConnectError};
-pub use failure::Failure;
+pub use rpc_error::RpcError;

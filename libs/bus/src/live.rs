@@ -10,7 +10,7 @@ use futures::StreamExt as _;
 use tokio::sync::watch;
 use types::{Partition, SessionId};
 
-use crate::{Bus, Failure, client::reconnected};
+use crate::{Bus, RpcError, client::reconnected};
 
 /// An entry of a log, as it was stored.
 #[derive(Clone, Debug)]
@@ -42,14 +42,14 @@ impl Bus {
     ///
     /// # Errors
     /// When the connection is closed for good.
-    pub async fn live(&self, session: SessionId, partition: Partition) -> Result<Live, Failure> {
+    pub async fn live(&self, session: SessionId, partition: Partition) -> Result<Live, RpcError> {
         let (connections, mut drops) = (self.next_connection(), self.drops.clone());
         drops.mark_unchanged();
         let subscription = self
             .client
             .subscribe(subject::session_live(session, partition))
             .await
-            .map_err(Failure::internal)?;
+            .map_err(RpcError::internal)?;
         Ok(Live { subscription, connections, drops, is_closed: false })
     }
 }

@@ -18,7 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, field};
 use types::{ErrorCode, limits::MESSAGE_BYTES_MAX};
 
-use crate::{Bus, Failure, client::unix_millis, trace};
+use crate::{Bus, RpcError, client::unix_millis, trace};
 
 /// Requests of one subject in flight at a time; more are refused rather than queued.
 const CONCURRENCY: usize = 512;
@@ -58,17 +58,17 @@ impl<S: Clone + Send + Sync + 'static> Responder<S> {
     ///
     /// # Errors
     /// When the subject cannot be subscribed to.
-    pub async fn serve<R, H, F>(&self, handler: H) -> Result<(), Failure>
+    pub async fn serve<R, H, F>(&self, handler: H) -> Result<(), RpcError>
     where
         R: Rpc,
         H: Fn(S, R::Request) -> F + Send + Sync + 'static,
-        F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
+        F: Future<Output = Result<R::Reply, RpcError>> + Send + 'static,
     {
         let requests = self
             .client
             .queue_subscribe(R::SUBJECT, self.group.clone())
             .await
-            .map_err(Failure::internal)?;
+            .map_err(RpcError::internal)?;
         // The server must know the subscription before this service reports that it is ready.
         settle(&self.client).await?;
         let endpoint = Arc::new(Endpoint {
@@ -140,7 +140,7 @@ impl Endpoint {
         R: Rpc,
         S: Send + 'static,
         H: Fn(S, R::Request) -> F + Send + Sync + 'static,
-        F: Future<Output = Result<R::Reply, Failure>> + Send + 'static,
+        F: Future<Output = Result<R::Reply, RpcError>> + Send + 'static,
     {
         if !self.may_answer(request.reply.as_deref()) {
             // A user who may create consumers can have messages of a stream delivered to any
@@ -158,7 +158,7 @@ impl Endpoint {
         self.tasks.spawn(async move {
             let result = match &permit {
                 Ok(_) => serve_one::<R, S, H, F>(&request, state, &*handler).await,
-                Err(_) => Err(Failure::new(ErrorCode::Unavailable, "The service is overloaded")),
+                Err(_) => Err(RpcError::new(ErrorCode::Unavailable, "The service is overloaded")),
             };
             if let Err(error) = endpoint.answer(request, R::SUBJECT, result).await {
                 tracing::warn!(%error, subject = R::SUBJECT, "answer not sent");
@@ -175,7 +175,7 @@ impl Endpoint {
         &self,
         request: Message,
         subject: &str,
-        result: Result<M, Failure>,
+        result: Result<M, RpcError>,
     ) -> Result<(), PublishError> {
         let Some(reply) = request.reply else { return Ok(()) };
         let mut headers = HeaderMap::new();
@@ -191,7 +191,7 @@ impl Endpoint {
             // Refused at once, so that the caller does not wait in vain.
             match payload.len() {
                 bytes if bytes > MESSAGE_BYTES_MAX => {
-                    Err(Failure::internal(format!("an answer of {bytes} bytes to {subject}")))
+                    Err(RpcError::internal(format!("an answer of {bytes} bytes to {subject}")))
                 }
                 _ => Ok(payload),
             }
@@ -206,21 +206,21 @@ impl Endpoint {
 }
 
 /// Seals a reply to the key that its caller named.
-fn seal(key: &str, message: &[u8], subject: &str) -> Result<Vec<u8>, Failure> {
-    let key = STANDARD.decode(key).map_err(|_| Failure::invalid("Malformed reply key"))?;
+fn seal(key: &str, message: &[u8], subject: &str) -> Result<Vec<u8>, RpcError> {
+    let key = STANDARD.decode(key).map_err(|_| RpcError::invalid("Malformed reply key"))?;
     sealing::seal(&key, message, subject.as_bytes())
-        .map_err(|error| Failure::invalid(format!("The reply cannot be sealed: {error}")))
+        .map_err(|error| RpcError::invalid(format!("The reply cannot be sealed: {error}")))
 }
 
 async fn serve_one<R, S, H, F>(
     request: &Message,
     state: S,
     handler: &H,
-) -> Result<R::Reply, Failure>
+) -> Result<R::Reply, RpcError>
 where
     R: Rpc,
     H: Fn(S, R::Request) -> F,
-    F: Future<Output = Result<R::Reply, Failure>>,
+    F: Future<Output = Result<R::Reply, RpcError>>,
 {
     let text = |name| {
         request
@@ -244,13 +244,13 @@ where
     );
     let work = async {
         let message = R::Request::decode(request.payload.clone())
-            .map_err(|error| Failure::invalid(format!("Malformed request: {error}")))?;
+            .map_err(|error| RpcError::invalid(format!("Malformed request: {error}")))?;
         handler(state, message).await
     };
     let started = Instant::now();
     let result =
         tokio::time::timeout(left, work.instrument(span.clone())).await.unwrap_or_else(|_| {
-            Err(Failure::new(ErrorCode::DeadlineExceeded, "The service ran out of time"))
+            Err(RpcError::new(ErrorCode::DeadlineExceeded, "The service ran out of time"))
         });
     span.record("code", observe(R::SUBJECT, started.elapsed(), result.as_ref().err()));
     result
@@ -258,18 +258,18 @@ where
 
 /// Returns when the server has processed everything that was sent before: a message to ourselves
 /// comes back behind it. (A flush ends when the bytes have left.)
-async fn settle(client: &Client) -> Result<(), Failure> {
+async fn settle(client: &Client) -> Result<(), RpcError> {
     let inbox = client.new_inbox();
-    let mut echo = client.subscribe(inbox.clone()).await.map_err(Failure::internal)?;
-    client.publish(inbox, Bytes::new()).await.map_err(Failure::internal)?;
+    let mut echo = client.subscribe(inbox.clone()).await.map_err(RpcError::internal)?;
+    client.publish(inbox, Bytes::new()).await.map_err(RpcError::internal)?;
     match tokio::time::timeout(SETTLE_MAX, echo.next()).await {
         Ok(Some(_)) => Ok(()),
-        _ => Err(Failure::unavailable("The message bus")),
+        _ => Err(RpcError::unavailable("The message bus")),
     }
 }
 
 /// Counts a served request and returns its code.
-fn observe(subject: &'static str, elapsed: Duration, failure: Option<&Failure>) -> &'static str {
+fn observe(subject: &'static str, elapsed: Duration, failure: Option<&RpcError>) -> &'static str {
     let code = failure.map_or("ok", |failure| failure.code.as_str());
     metrics::counter!("aod_bus_requests_total", "subject" => subject, "code" => code).increment(1);
     metrics::histogram!("aod_bus_request_seconds", "subject" => subject).record(elapsed);

@@ -7,7 +7,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use contract::{common::Empty, rpc, vault::SealedValue};
 use settings::Env;
 
-use crate::{Bus, Failure};
+use crate::{Bus, RpcError};
 
 const KEY_BYTES: usize = 32;
 
@@ -57,17 +57,17 @@ impl Bus {
         kind: &str,
         value: &[u8],
         deadline: Duration,
-    ) -> Result<SealedValue, Failure> {
+    ) -> Result<SealedValue, RpcError> {
         let key = self.call::<rpc::SealingKey>(&Empty {}, deadline).await?;
         if !accepted.accept(&key.public_key) {
             tracing::error!(
                 key = STANDARD.encode(&key.public_key),
                 "the vault's public key is not in AOD_VAULT_PUBLIC_KEYS; refusing to send secrets"
             );
-            return Err(Failure::unavailable("The vault"));
+            return Err(RpcError::unavailable("The vault"));
         }
         let sealed = sealing::seal(&key.public_key, value, &context(user, kind))
-            .map_err(Failure::internal)?;
+            .map_err(RpcError::internal)?;
         Ok(SealedValue { key_version: key.key_version, sealed })
     }
 }

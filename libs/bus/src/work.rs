@@ -16,7 +16,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, field};
 use types::Backoff;
 
-use crate::{Bus, Failure, topology::TopologyError, trace};
+use crate::{Bus, RpcError, topology::TopologyError, trace};
 
 /// How long one pull waits at the server.
 const PULL_EXPIRES: Duration = Duration::from_secs(5);
@@ -203,7 +203,7 @@ async fn keep_in_flight<F: Future>(acker: &Acker, every: Duration, work: F) -> F
 }
 
 impl Bus {
-    async fn dead_letter(&self, job: &Job, reason: &str) -> Result<(), Failure> {
+    async fn dead_letter(&self, job: &Job, reason: &str) -> Result<(), RpcError> {
         let owner = job.subject.split('.').nth(2).unwrap_or("unknown").to_owned();
         let mut headers = async_nats::HeaderMap::new();
         headers.insert(header::DLQ_SUBJECT, job.subject.as_str());
@@ -212,7 +212,7 @@ impl Bus {
             .jetstream
             .publish_with_headers(subject::dead_letter(&owner), headers, job.payload.clone())
             .await;
-        ack.map_err(Failure::internal)?.await.map_err(Failure::internal)?;
+        ack.map_err(RpcError::internal)?.await.map_err(RpcError::internal)?;
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use std::{
 
 use async_nats::jetstream::consumer::{AckPolicy, push};
 use bus::{
-    Failure,
+    RpcError,
     log::AppendError,
     responder::Responder,
     work::{self, Outcome},
@@ -34,14 +34,14 @@ async fn a_failure_arrives_as_it_was_meant() {
     let responder =
         Responder::new(&server, "auth", (), TaskTracker::new(), CancellationToken::new());
     let fail = |(), _: auth::VerifyKeyRequest| async {
-        Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1))
+        Err(RpcError::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1))
     };
     responder.serve::<rpc::VerifyKey, _, _>(fail).await.unwrap();
     let failure =
         client.call::<rpc::VerifyKey>(&auth::VerifyKeyRequest::default(), SOON).await.unwrap_err();
     assert_eq!(
         failure,
-        Failure::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1)
+        RpcError::new(ErrorCode::Unauthenticated, "Invalid API key").with_number("n", 1)
     );
 }
 

@@ -1,7 +1,7 @@
 //! Browsers that are signed in: each holds a token instead of the API key, which expires and can be
 //! revoked by itself.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     auth::{
         ConsoleSession, CreateConsoleSessionRequest, EndConsoleSessionRequest,
@@ -18,11 +18,11 @@ use crate::keys;
 /// Sign-ins of one key that are kept; the oldest end first.
 const SESSIONS_PER_KEY_MAX: i64 = 50;
 
-fn refused() -> Failure {
-    Failure::new(ErrorCode::Unauthenticated, "Console session has ended")
+fn refused() -> RpcError {
+    RpcError::new(ErrorCode::Unauthenticated, "Console session has ended")
 }
 
-fn hash(bytes: &[u8]) -> Result<KeyHash, Failure> {
+fn hash(bytes: &[u8]) -> Result<KeyHash, RpcError> {
     KeyHash::try_from(bytes).map_err(|_| refused())
 }
 
@@ -30,7 +30,7 @@ fn hash(bytes: &[u8]) -> Result<KeyHash, Failure> {
 pub async fn create(
     pool: PgPool,
     request: CreateConsoleSessionRequest,
-) -> Result<ConsoleSession, Failure> {
+) -> Result<ConsoleSession, RpcError> {
     let token = hash(&request.token_hash)?;
     let key =
         keys::verify(pool.clone(), VerifyKeyRequest { key_hash: request.key_hash.clone() }).await?;
@@ -47,7 +47,7 @@ pub async fn create(
     .execute(&mut *tx)
     .await?;
     if inserted.rows_affected() == 0 {
-        return Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key"));
+        return Err(RpcError::new(ErrorCode::Unauthenticated, "Invalid API key"));
     }
     // An expired session stays for a day, so that its browser is told that it expired.
     sqlx::query(
@@ -75,7 +75,7 @@ struct Row {
 pub async fn find(
     pool: PgPool,
     request: FindConsoleSessionRequest,
-) -> Result<ConsoleSession, Failure> {
+) -> Result<ConsoleSession, RpcError> {
     let row: Option<Row> = sqlx::query_as(
         "select a.name as user_name, k.name as key_name, k.prefix, s.expires_at
          from console_session s
@@ -96,7 +96,7 @@ pub async fn find(
 }
 
 /// Signs out. Idempotent.
-pub async fn end(pool: PgPool, request: EndConsoleSessionRequest) -> Result<Empty, Failure> {
+pub async fn end(pool: PgPool, request: EndConsoleSessionRequest) -> Result<Empty, RpcError> {
     sqlx::query("delete from console_session where token_hash = $1")
         .bind(hash(&request.token_hash)?.as_bytes().as_slice())
         .execute(&pool)

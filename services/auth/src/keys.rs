@@ -1,6 +1,6 @@
 //! API keys: verified by their hash, displayed by their prefix, deactivated instead of deleted.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::auth::{
     CreateKeyRequest, DeactivateKeyRequest, Key, ListKeysReply, ListKeysRequest, VerifyKeyReply,
     VerifyKeyRequest,
@@ -24,8 +24,8 @@ struct Verified {
 
 /// Who calls, with a key or from a console session. The texts of refusals are the contract's
 /// (docs/api.md §2).
-pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKeyReply, Failure> {
-    let refused = |message: &str| Failure::new(ErrorCode::Unauthenticated, message);
+pub async fn verify(pool: PgPool, request: VerifyKeyRequest) -> Result<VerifyKeyReply, RpcError> {
+    let refused = |message: &str| RpcError::new(ErrorCode::Unauthenticated, message);
     let hash =
         KeyHash::try_from(request.key_hash.as_slice()).map_err(|_| refused("Invalid API key"))?;
     // The index compares hashes of 256 random bits: its timing tells nothing about a key.
@@ -95,7 +95,7 @@ impl From<KeyRow> for Key {
 }
 
 /// Stores a key. The same key again, of the same user, is the one that is there.
-pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Failure> {
+pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, RpcError> {
     let mut connection = pool.acquire().await?;
     insert(&mut connection, request).await
 }
@@ -103,19 +103,20 @@ pub async fn create(pool: PgPool, request: CreateKeyRequest) -> Result<Key, Fail
 pub async fn insert(
     connection: &mut PgConnection,
     request: CreateKeyRequest,
-) -> Result<Key, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+) -> Result<Key, RpcError> {
+    let user: UserId =
+        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
     let hash = KeyHash::try_from(request.key_hash.as_slice())
-        .map_err(|_| Failure::invalid("A key's hash has 32 bytes"))?;
+        .map_err(|_| RpcError::invalid("A key's hash has 32 bytes"))?;
     let expires_at = request
         .expires_at_us
         .map(|micros| OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1000));
     let expires_at = expires_at
         .transpose()
-        .map_err(|_| Failure::invalid("The expiry is out of range").at_field("expires_at", ""))?;
+        .map_err(|_| RpcError::invalid("The expiry is out of range").at_field("expires_at", ""))?;
     let created_by =
         Some(&request.created_by_key_id).filter(|id| !id.is_empty()).map(|id| id.parse::<KeyId>());
-    let created_by = created_by.transpose().map_err(|_| Failure::invalid("Malformed key id"))?;
+    let created_by = created_by.transpose().map_err(|_| RpcError::invalid("Malformed key id"))?;
     let row: Result<KeyRow, sqlx::Error> = sqlx::query_as(
         // `least` ignores nulls: a key without an expiry bounds nothing.
         "insert into api_key (key_id, user_id, key_hash, prefix, name, expires_at)
@@ -135,20 +136,21 @@ pub async fn insert(
     match row {
         Ok(row) => Ok(row.into()),
         Err(error) if store::violates(&error, "api_key_user_id_fkey") => {
-            Err(Failure::not_found("User not found"))
+            Err(RpcError::not_found("User not found"))
         }
-        Err(error) => Err(Failure::internal(error)),
+        Err(error) => Err(RpcError::internal(error)),
     }
 }
 
-pub async fn list(pool: PgPool, request: ListKeysRequest) -> Result<ListKeysReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+pub async fn list(pool: PgPool, request: ListKeysRequest) -> Result<ListKeysReply, RpcError> {
+    let user: UserId =
+        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
     let after = request
         .after_key_id
         .as_deref()
         .map(str::parse::<KeyId>)
         .transpose()
-        .map_err(|_| Failure::invalid("Invalid cursor"))?;
+        .map_err(|_| RpcError::invalid("Invalid cursor"))?;
     let limit = request.limit.clamp(1, PAGE_MAX) as usize;
     // Ids are made in the order of time.
     let mut rows: Vec<KeyRow> = sqlx::query_as(
@@ -168,8 +170,8 @@ pub async fn list(pool: PgPool, request: ListKeysRequest) -> Result<ListKeysRepl
     Ok(ListKeysReply { keys: rows.into_iter().map(Key::from).collect(), has_more })
 }
 
-pub async fn deactivate(pool: PgPool, request: DeactivateKeyRequest) -> Result<Key, Failure> {
-    let missing = || Failure::not_found("API key not found");
+pub async fn deactivate(pool: PgPool, request: DeactivateKeyRequest) -> Result<Key, RpcError> {
+    let missing = || RpcError::not_found("API key not found");
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let key: KeyId = request.key_id.parse().map_err(|_| missing())?;
     let row: Option<KeyRow> = sqlx::query_as(

@@ -59,7 +59,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn health(pool: PgPool, _: common::Empty) -> Result<common::Empty, bus::Failure> {
+async fn health(pool: PgPool, _: common::Empty) -> Result<common::Empty, bus::RpcError> {
     sqlx::query("select 1 from account limit 1").fetch_optional(&pool).await?;
     Ok(common::Empty {})
 }

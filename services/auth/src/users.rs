@@ -1,6 +1,6 @@
 //! Users: owners of everything else. For operators.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::auth::{
     BootstrapRequest, CheckUserReply, CheckUserRequest, CreateKeyRequest, CreateUserRequest,
     EnsureUserRequest, FindUserRequest, Key, ListUsersReply, ListUsersRequest, SetQuotaRequest,
@@ -36,20 +36,20 @@ impl From<UserRow> for User {
     }
 }
 
-fn missing() -> Failure {
-    Failure::not_found("User not found")
+fn missing() -> RpcError {
+    RpcError::not_found("User not found")
 }
 
-fn check_name(name: &str) -> Result<(), Failure> {
+fn check_name(name: &str) -> Result<(), RpcError> {
     let printable = name.chars().all(|c| !c.is_control());
     if (1..=NAME_CHARS_MAX).contains(&name.chars().count()) && printable {
         return Ok(());
     }
-    Err(Failure::invalid(format!("A user's name has 1 to {NAME_CHARS_MAX} printable characters")))
+    Err(RpcError::invalid(format!("A user's name has 1 to {NAME_CHARS_MAX} printable characters")))
 }
 
 /// Finds the user of that name, or makes it.
-pub async fn ensure(pool: PgPool, request: EnsureUserRequest) -> Result<User, Failure> {
+pub async fn ensure(pool: PgPool, request: EnsureUserRequest) -> Result<User, RpcError> {
     match create(pool.clone(), CreateUserRequest { name: request.name.clone() }).await {
         Err(failure) if failure.code == types::ErrorCode::Conflict => {
             find(pool, FindUserRequest { name: request.name }).await
@@ -58,16 +58,16 @@ pub async fn ensure(pool: PgPool, request: EnsureUserRequest) -> Result<User, Fa
     }
 }
 
-pub async fn create(pool: PgPool, request: CreateUserRequest) -> Result<User, Failure> {
+pub async fn create(pool: PgPool, request: CreateUserRequest) -> Result<User, RpcError> {
     check_name(&request.name)?;
     let mut connection = pool.acquire().await?;
     insert(&mut connection, &request.name)
         .await?
         .map(User::from)
-        .ok_or_else(|| Failure::conflict(format!("A user named '{}' exists.", request.name)))
+        .ok_or_else(|| RpcError::conflict(format!("A user named '{}' exists.", request.name)))
 }
 
-async fn insert(connection: &mut PgConnection, name: &str) -> Result<Option<UserRow>, Failure> {
+async fn insert(connection: &mut PgConnection, name: &str) -> Result<Option<UserRow>, RpcError> {
     sqlx::query_as(
         "insert into account (user_id, name) values ($1, $2)
          on conflict (name) do nothing
@@ -77,10 +77,10 @@ async fn insert(connection: &mut PgConnection, name: &str) -> Result<Option<User
     .bind(name)
     .fetch_optional(connection)
     .await
-    .map_err(Failure::from)
+    .map_err(RpcError::from)
 }
 
-pub async fn find(pool: PgPool, request: FindUserRequest) -> Result<User, Failure> {
+pub async fn find(pool: PgPool, request: FindUserRequest) -> Result<User, RpcError> {
     let row: Option<UserRow> = sqlx::query_as(
         "select user_id, name, is_active, session_limit, created_at from account where name = $1",
     )
@@ -90,7 +90,7 @@ pub async fn find(pool: PgPool, request: FindUserRequest) -> Result<User, Failur
     row.map(User::from).ok_or_else(missing)
 }
 
-pub async fn list(pool: PgPool, request: ListUsersRequest) -> Result<ListUsersReply, Failure> {
+pub async fn list(pool: PgPool, request: ListUsersRequest) -> Result<ListUsersReply, RpcError> {
     let mut rows: Vec<UserRow> =
         sqlx::query_as("select user_id, name, is_active, session_limit, created_at from account where name > $1 order by name limit $2")
             .bind(request.after_name)
@@ -103,7 +103,7 @@ pub async fn list(pool: PgPool, request: ListUsersRequest) -> Result<ListUsersRe
 }
 
 /// A user that is not active has no active key.
-pub async fn set_active(pool: PgPool, request: SetUserActiveRequest) -> Result<User, Failure> {
+pub async fn set_active(pool: PgPool, request: SetUserActiveRequest) -> Result<User, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let row: Option<UserRow> = sqlx::query_as(
         "update account set is_active = $2 where user_id = $1
@@ -117,7 +117,7 @@ pub async fn set_active(pool: PgPool, request: SetUserActiveRequest) -> Result<U
 }
 
 /// For services that keep working for a user without one of the user's keys.
-pub async fn check(pool: PgPool, request: CheckUserRequest) -> Result<CheckUserReply, Failure> {
+pub async fn check(pool: PgPool, request: CheckUserRequest) -> Result<CheckUserReply, RpcError> {
     let Ok(user) = request.user_id.parse::<UserId>() else {
         return Ok(CheckUserReply { is_active: false });
     };
@@ -129,12 +129,12 @@ pub async fn check(pool: PgPool, request: CheckUserRequest) -> Result<CheckUserR
     Ok(CheckUserReply { is_active: is_active == Some(true) })
 }
 
-pub async fn set_quota(pool: PgPool, request: SetQuotaRequest) -> Result<User, Failure> {
+pub async fn set_quota(pool: PgPool, request: SetQuotaRequest) -> Result<User, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let limit =
         request.session_limit.map(i32::try_from).transpose().ok().filter(|limit| *limit != Some(0));
     let limit =
-        limit.ok_or_else(|| Failure::invalid("A limit is a number from 1 to 2147483647"))?;
+        limit.ok_or_else(|| RpcError::invalid("A limit is a number from 1 to 2147483647"))?;
     let row: Option<UserRow> = sqlx::query_as(
         "update account set session_limit = $2 where user_id = $1
          returning user_id, name, is_active, session_limit, created_at",
@@ -147,7 +147,7 @@ pub async fn set_quota(pool: PgPool, request: SetQuotaRequest) -> Result<User, F
 }
 
 /// The first user and key, where there is no user yet: of two at once, one.
-pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, Failure> {
+pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, RpcError> {
     check_name(&request.user_name)?;
     let mut tx = pool.begin().await?;
     sqlx::query("lock table account in exclusive mode").execute(&mut *tx).await?;
@@ -155,7 +155,7 @@ pub async fn bootstrap(pool: PgPool, request: BootstrapRequest) -> Result<Key, F
         sqlx::query_scalar("select exists (select 1 from account)").fetch_one(&mut *tx).await?;
     let user = if taken { None } else { insert(&mut tx, &request.user_name).await? };
     let user = user.ok_or_else(|| {
-        Failure::conflict(
+        RpcError::conflict(
             "This deployment already has users; create keys with `aod admin key create`",
         )
     })?;

@@ -1,6 +1,6 @@
 //! The audit log: which runner redeemed which lease, and which attempts were refused.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::vault::{ListRedemptionsReply, ListRedemptionsRequest, Redemption};
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -63,7 +63,7 @@ impl Outcome {
 
 /// Records a redemption. The first one that was granted starts the time in which the lease may be
 /// redeemed again.
-pub async fn write(pool: &PgPool, redeemed: &Redeemed<'_>) -> Result<(), Failure> {
+pub async fn write(pool: &PgPool, redeemed: &Redeemed<'_>) -> Result<(), RpcError> {
     sqlx::query(
         "with first as (
             update lease set redeemed_at = now() where lease_id = $1 and redeemed_at is null and $5 = 'granted'
@@ -85,9 +85,9 @@ pub async fn write(pool: &PgPool, redeemed: &Redeemed<'_>) -> Result<(), Failure
 pub async fn list(
     vault: Vault,
     request: ListRedemptionsRequest,
-) -> Result<ListRedemptionsReply, Failure> {
+) -> Result<ListRedemptionsReply, RpcError> {
     let session = request.session_id.as_deref().map(str::parse::<SessionId>).transpose();
-    let session = session.map_err(|_| Failure::not_found("Session not found"))?;
+    let session = session.map_err(|_| RpcError::not_found("Session not found"))?;
     let rows: Vec<Row> = sqlx::query_as(
         "select redemption_id, redeemed_at, lease_id, session_id, purpose, runner, outcome, kinds
          from redemption

@@ -1,7 +1,7 @@
 //! The key-encryption keys in use: verified at the start, rotated while the service runs.
 
 use anyhow::{Context as _, bail, ensure};
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     vault::{KeyStatus, KeyStatusReply, RotateKeysReply, RotateKeysRequest, SealingKeyReply},
@@ -91,11 +91,11 @@ async fn register(
 }
 
 /// The version to encrypt with. It stays so until the transaction ends.
-pub async fn current(tx: &mut PgConnection) -> Result<KeyVersion, Failure> {
+pub async fn current(tx: &mut PgConnection) -> Result<KeyVersion, RpcError> {
     sqlx::query_scalar("select version from current_key for share")
         .fetch_one(tx)
         .await
-        .map_err(Failure::from)
+        .map_err(RpcError::from)
 }
 
 #[derive(sqlx::FromRow)]
@@ -109,11 +109,11 @@ struct Wrapped {
 
 /// One step of a rotation: the newest key encrypts from here on, and some data keys are wrapped by
 /// it. Idempotent and safe to run concurrently.
-pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKeysReply, Failure> {
+pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKeysReply, RpcError> {
     let newest = vault.keys.newest();
     let after = request.after_secret_id.as_deref().map(str::parse::<SecretId>).transpose();
     let after = after
-        .map_err(|_| Failure::invalid("Malformed secret id"))?
+        .map_err(|_| RpcError::invalid("Malformed secret id"))?
         .map_or(Uuid::nil(), SecretId::uuid);
     make_current(&vault, newest).await?;
 
@@ -146,7 +146,7 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
                 damaged.push(secret.to_string());
             }
             Err(error) => {
-                return Err(Failure::conflict(format!("The rotation cannot continue: {error}")));
+                return Err(RpcError::conflict(format!("The rotation cannot continue: {error}")));
             }
         }
     }
@@ -176,11 +176,11 @@ pub async fn rotate(vault: Vault, request: RotateKeysRequest) -> Result<RotateKe
 }
 
 /// Waits for those who encrypt with the version before.
-async fn make_current(vault: &Vault, newest: KeyVersion) -> Result<(), Failure> {
+async fn make_current(vault: &Vault, newest: KeyVersion) -> Result<(), RpcError> {
     let mut tx = vault.pool.begin().await?;
     register(&mut tx, &vault.keys, newest)
         .await
-        .map_err(|error| Failure::conflict(format!("{error:#}")))?;
+        .map_err(|error| RpcError::conflict(format!("{error:#}")))?;
     sqlx::query("update current_key set version = $1 where version < $1")
         .bind(newest)
         .execute(&mut *tx)
@@ -192,13 +192,13 @@ async fn make_current(vault: &Vault, newest: KeyVersion) -> Result<(), Failure> 
         let message = format!(
             "Key version {current} encrypts already; the newest configured here is {newest}"
         );
-        return Err(Failure::conflict(message));
+        return Err(RpcError::conflict(message));
     }
     Ok(())
 }
 
 /// Every version that is in use or configured.
-pub async fn status(vault: Vault, _: Empty) -> Result<KeyStatusReply, Failure> {
+pub async fn status(vault: Vault, _: Empty) -> Result<KeyStatusReply, RpcError> {
     let counts: Vec<(KeyVersion, i64)> = sqlx::query_as(
         "select v.version, count(s.secret_id)
          from (select version from key_version union select unnest($1::int[])) v
@@ -226,13 +226,13 @@ pub async fn status(vault: Vault, _: Empty) -> Result<KeyStatusReply, Failure> {
 }
 
 /// The public key of the version that encrypts, which every replica has while keys are rotated.
-pub async fn sealing_key(vault: Vault, _: Empty) -> Result<SealingKeyReply, Failure> {
+pub async fn sealing_key(vault: Vault, _: Empty) -> Result<SealingKeyReply, RpcError> {
     let current: KeyVersion =
         sqlx::query_scalar("select version from current_key").fetch_one(&vault.pool).await?;
     let key = vault
         .keys
         .sealing(current)
-        .ok_or_else(|| Failure::internal(EnvelopeError::UnknownCurrentKey { version: current }))?;
+        .ok_or_else(|| RpcError::internal(EnvelopeError::UnknownCurrentKey { version: current }))?;
     Ok(SealingKeyReply { key_version: unsigned(current), public_key: key.public().to_vec() })
 }
 

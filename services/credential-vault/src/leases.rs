@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     vault::{
@@ -33,12 +33,12 @@ const REPEAT_SECONDS: f64 = 60.0;
 const FORGET_INTERVAL: Duration = Duration::from_secs(600);
 const FORGET_AT_A_TIME: u64 = 10_000;
 
-pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseReply, Failure> {
+pub async fn mint(vault: Vault, request: MintLeaseRequest) -> Result<MintLeaseReply, RpcError> {
     let id = LeaseId::new();
     let secrets: Result<Vec<Uuid>, _> =
         request.secret_ids.iter().map(|id| id.parse::<SecretId>().map(SecretId::uuid)).collect();
     let (user, session) = (user(&request.user_id)?.uuid(), session(&request.session_id)?.uuid());
-    let secrets = secrets.map_err(|_| Failure::invalid("Malformed secret id"))?;
+    let secrets = secrets.map_err(|_| RpcError::invalid("Malformed secret id"))?;
     let routes = request
         .routes
         .as_ref()
@@ -96,8 +96,8 @@ struct LeaseRow {
 pub async fn redeem(
     vault: Vault,
     request: RedeemLeaseRequest,
-) -> Result<RedeemLeaseReply, Failure> {
-    let refused = || Failure::not_found("Lease not found, expired, revoked or redeemed");
+) -> Result<RedeemLeaseReply, RpcError> {
+    let refused = || RpcError::not_found("Lease not found, expired, revoked or redeemed");
     let id: LeaseId = request.lease_id.parse().map_err(|_| refused())?;
     // A runner that claimed the work meanwhile has a lease of a higher epoch.
     let lease: Option<LeaseRow> = sqlx::query_as(
@@ -135,7 +135,7 @@ pub async fn redeem(
     };
     let mut bundle = bundle(&vault, &lease).await?;
     let routes =
-        Routes::decode(lease.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;
+        Routes::decode(lease.routes.as_deref().unwrap_or_default()).map_err(RpcError::internal)?;
     // The claimant learns which routes there are, and nothing that is sent on them.
     bundle.routes = routes::divide(routes.routes, &mut bundle.secrets);
     bundle.routes.retain(|route| !route.headers.is_empty());
@@ -149,7 +149,7 @@ pub async fn redeem(
     bundle.secrets.iter_mut().for_each(|secret| secret.value.zeroize());
     let key = lease.public_key.as_ref().unwrap_or(&request.public_key);
     let sealed = sealing::seal(key, &plaintext, request.lease_id.as_bytes())
-        .map_err(|error| Failure::invalid(format!("The lease cannot be sealed: {error}")))?;
+        .map_err(|error| RpcError::invalid(format!("The lease cannot be sealed: {error}")))?;
     // Written before the answer leaves: there is no redemption without its audit.
     write_down(Some(&lease), Outcome::Granted, &kinds).await?;
     Ok(RedeemLeaseReply { sealed })
@@ -181,7 +181,7 @@ async fn forget_some(pool: &PgPool) -> Result<u64, sqlx::Error> {
 
 /// The lease's secrets, opened. Credentials that are gone meanwhile are left out; the deployment's
 /// Sprites token steps in.
-async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
+async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, RpcError> {
     let rows: Vec<SecretRow> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
          from secret
@@ -221,7 +221,7 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, Failure> {
     Ok(Bundle { secrets, proxied_kinds, routes: Vec::new() })
 }
 
-pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty, Failure> {
+pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty, RpcError> {
     let session = session(&request.session_id)?.uuid();
     sqlx::query("update lease set revoked_at = now() where session_id = $1 and revoked_at is null")
         .bind(session)
@@ -231,6 +231,6 @@ pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty,
     Ok(Empty {})
 }
 
-fn session(text: &str) -> Result<SessionId, Failure> {
-    text.parse().map_err(|_| Failure::not_found("Session not found"))
+fn session(text: &str) -> Result<SessionId, RpcError> {
+    text.parse().map_err(|_| RpcError::not_found("Session not found"))
 }

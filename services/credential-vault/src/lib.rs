@@ -18,7 +18,7 @@ mod secrets;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use bus::{Bus, Failure, responder::Responder};
+use bus::{Bus, RpcError, responder::Responder};
 use contract::{access, common, rpc};
 use secrecy::{ExposeSecret as _, SecretString};
 use service::{Env, Lifecycle};
@@ -143,12 +143,12 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
 }
 
 /// A real encryption and decryption, and a real query.
-async fn health(vault: Vault, _: common::Empty) -> Result<common::Empty, Failure> {
+async fn health(vault: Vault, _: common::Empty) -> Result<common::Empty, RpcError> {
     let binding =
         Binding { user: types::UserId::new(), kind: "health", secret: types::SecretId::new() };
     let sealed =
-        vault.keys.encrypt(vault.keys.newest(), b"health", &binding).map_err(Failure::internal)?;
-    vault.keys.decrypt(&sealed, &binding).map_err(Failure::internal)?;
+        vault.keys.encrypt(vault.keys.newest(), b"health", &binding).map_err(RpcError::internal)?;
+    vault.keys.decrypt(&sealed, &binding).map_err(RpcError::internal)?;
     sqlx::query("select 1 from secret limit 1").fetch_optional(&vault.pool).await?;
     Ok(common::Empty {})
 }

@@ -1,7 +1,7 @@
 //! Tokens that agents show to the model gateway instead of a provider's key. The vault stores their
 //! hashes, and which credentials and which [`routes`] they stand for.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     vault::{
@@ -48,9 +48,9 @@ pub async fn register(
     user: Uuid,
     session: Uuid,
     kinds: &[String],
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     if token_hash.len() != HASH_BYTES {
-        return Err(Failure::invalid("Malformed token hash"));
+        return Err(RpcError::invalid("Malformed token hash"));
     }
     sqlx::query(
         "insert into model_token (token_hash, token_id, user_id, session_id, credential_kinds, expires_at)
@@ -76,11 +76,11 @@ pub async fn register(
     Ok(())
 }
 
-pub async fn revoke(vault: Vault, request: RevokeModelTokensRequest) -> Result<Empty, Failure> {
+pub async fn revoke(vault: Vault, request: RevokeModelTokensRequest) -> Result<Empty, RpcError> {
     let sessions: Result<Vec<SessionId>, ()> =
         request.session_ids.iter().map(|id| id.parse().map_err(drop)).collect();
     let sessions: Vec<Uuid> = sessions
-        .map_err(|()| Failure::invalid("Malformed session id"))?
+        .map_err(|()| RpcError::invalid("Malformed session id"))?
         .into_iter()
         .map(SessionId::uuid)
         .collect();
@@ -88,7 +88,7 @@ pub async fn revoke(vault: Vault, request: RevokeModelTokensRequest) -> Result<E
     Ok(Empty {})
 }
 
-pub async fn revoke_of(pool: &PgPool, sessions: &[Uuid]) -> Result<(), Failure> {
+pub async fn revoke_of(pool: &PgPool, sessions: &[Uuid]) -> Result<(), RpcError> {
     sqlx::query("update model_token set revoked_at = now() where session_id = any($1) and revoked_at is null")
         .bind(sessions)
         .execute(pool)
@@ -103,7 +103,7 @@ pub async fn route(
     session: Uuid,
     routes: &[u8],
     secrets: &[Uuid],
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     sqlx::query("update model_token set routes = $2, secret_ids = $3 where session_id = $1 and revoked_at is null")
         .bind(session)
         .bind(routes)
@@ -126,7 +126,7 @@ struct TokenRow {
 pub async fn redeem(
     vault: Vault,
     request: RedeemModelTokenRequest,
-) -> Result<RedeemModelTokenReply, Failure> {
+) -> Result<RedeemModelTokenReply, RpcError> {
     let token: Option<TokenRow> = sqlx::query_as(
         "update model_token set expires_at = now() + make_interval(secs => $2)
          where token_hash = $1 and revoked_at is null and expires_at > now()
@@ -136,7 +136,7 @@ pub async fn redeem(
     .bind(LIFE_SECONDS)
     .fetch_optional(&vault.pool)
     .await?;
-    let token = token.ok_or_else(|| Failure::not_found("Token not found, expired or revoked"))?;
+    let token = token.ok_or_else(|| RpcError::not_found("Token not found, expired or revoked"))?;
     let rows: Vec<SecretRow> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
          from secret where user_id = $1 and ((is_credential and kind = any($2)) or (not is_credential and secret_id = any($3)))",
@@ -153,7 +153,7 @@ pub async fn redeem(
         bundle.secrets.push(BundledSecret { kind, value, secret_id });
     }
     let routes =
-        Routes::decode(token.routes.as_deref().unwrap_or_default()).map_err(Failure::internal)?;
+        Routes::decode(token.routes.as_deref().unwrap_or_default()).map_err(RpcError::internal)?;
     bundle.routes = routes::divide(routes.routes, &mut bundle.secrets);
     // A server that has no secret may have had one when its route was written into the sandbox; a
     // repository has another way.
@@ -186,7 +186,7 @@ pub async fn redeem(
         .flat_map(|route| &mut route.headers)
         .for_each(|header| header.value.zeroize());
     let sealed = sealing::seal(&request.public_key, &plaintext, &request.token_hash)
-        .map_err(|error| Failure::invalid(format!("The credentials cannot be sealed: {error}")))?;
+        .map_err(|error| RpcError::invalid(format!("The credentials cannot be sealed: {error}")))?;
     // Written before the answer leaves: there is no redemption without its audit.
     if !audited(&vault.pool, token.token_id, &request.gateway).await? {
         let redeemed = Redeemed {
@@ -216,7 +216,7 @@ fn route_kind(kind: RouteKind) -> &'static str {
 }
 
 /// Whether the audit shows a recent redemption of a token by this gateway.
-async fn audited(pool: &PgPool, token: Uuid, gateway: &str) -> Result<bool, Failure> {
+async fn audited(pool: &PgPool, token: Uuid, gateway: &str) -> Result<bool, RpcError> {
     let recent = sqlx::query(
         "select 1 from redemption
          where lease_id = $1 and runner = $2 and outcome = 'granted' and redeemed_at > now() - make_interval(secs => $3) limit 1",

@@ -1,7 +1,7 @@
 //! Refreshes of access tokens: one at a time for each credential, over all replicas of the model
 //! gateway. A refresh token that its server replaced is stored before the new access token is used.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     vault::{ClaimRefreshReply, ClaimRefreshRequest, FinishRefreshRequest, RefreshState},
@@ -30,11 +30,11 @@ const CLAIM_SECONDS: f64 = 120.0;
 pub async fn claim(
     vault: Vault,
     request: ClaimRefreshRequest,
-) -> Result<ClaimRefreshReply, Failure> {
-    let missing = || Failure::not_found("Token or secret not found");
+) -> Result<ClaimRefreshReply, RpcError> {
+    let missing = || RpcError::not_found("Token or secret not found");
     let secret: SecretId = request.secret_id.parse().map_err(|_| missing())?;
     let claim: Uuid =
-        request.claim_id.parse().map_err(|_| Failure::invalid("Malformed claim id"))?;
+        request.claim_id.parse().map_err(|_| RpcError::invalid("Malformed claim id"))?;
     let mut tx = vault.pool.begin().await?;
     let user: Option<Uuid> = sqlx::query_scalar(
         "select user_id from model_token
@@ -81,17 +81,17 @@ pub async fn claim(
     .bind(CLAIM_SECONDS)
     .execute(&mut *tx)
     .await?;
-    let plaintext = Zeroizing::new(serde_json::to_vec(refresh).map_err(Failure::internal)?);
+    let plaintext = Zeroizing::new(serde_json::to_vec(refresh).map_err(RpcError::internal)?);
     let sealed = sealing::seal(&request.public_key, &plaintext, &request.session_token_hash)
-        .map_err(|error| Failure::invalid(format!("The grant cannot be sealed: {error}")))?;
+        .map_err(|error| RpcError::invalid(format!("The grant cannot be sealed: {error}")))?;
     tx.commit().await?;
     Ok(ClaimRefreshReply { sealed, ..reply(RefreshState::Granted) })
 }
 
 /// Stores what a refresh brought. The claim is enough: the session may have ended meanwhile, and
 /// its server knows no other refresh token any more.
-pub async fn finish(vault: Vault, request: FinishRefreshRequest) -> Result<Empty, Failure> {
-    let missing = || Failure::not_found("Claim not found");
+pub async fn finish(vault: Vault, request: FinishRefreshRequest) -> Result<Empty, RpcError> {
+    let missing = || RpcError::not_found("Claim not found");
     let secret: SecretId = request.secret_id.parse().map_err(|_| missing())?;
     let claim: Uuid = request.claim_id.parse().map_err(|_| missing())?;
     let mut tx = vault.pool.begin().await?;
@@ -114,7 +114,7 @@ pub async fn finish(vault: Vault, request: FinishRefreshRequest) -> Result<Empty
         let user_id = user.to_string();
         let change = unseal(&vault, Vec::new(), request.sealed, &user_id, DOCUMENT_KIND)?;
         let change: Value = serde_json::from_slice(&change)
-            .map_err(|_| Failure::invalid("The change is not a JSON object"))?;
+            .map_err(|_| RpcError::invalid("The change is not a JSON object"))?;
         let version = keys::current(&mut tx).await?;
         let binding = Binding { user, kind: DOCUMENT_KIND, secret };
         merge_into(&vault, &mut tx, &binding, version, change).await?;
@@ -125,7 +125,7 @@ pub async fn finish(vault: Vault, request: FinishRefreshRequest) -> Result<Empty
 
 /// Forgets the claim and the refusal of a secret that its user changes. A refresh that is under way
 /// has asked with what was there before: what it brings is worth nothing any more.
-pub async fn overtake(tx: &mut PgConnection, secret: SecretId) -> Result<(), Failure> {
+pub async fn overtake(tx: &mut PgConnection, secret: SecretId) -> Result<(), RpcError> {
     sqlx::query("delete from oauth_refresh where secret_id = $1")
         .bind(secret.uuid())
         .execute(tx)
@@ -133,7 +133,7 @@ pub async fn overtake(tx: &mut PgConnection, secret: SecretId) -> Result<(), Fai
     Ok(())
 }
 
-async fn lock(tx: &mut PgConnection, secret: SecretId) -> Result<Option<SecretRow>, Failure> {
+async fn lock(tx: &mut PgConnection, secret: SecretId) -> Result<Option<SecretRow>, RpcError> {
     let row = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
          from secret where secret_id = $1 and kind = $2 and not is_credential for update",
@@ -141,9 +141,9 @@ async fn lock(tx: &mut PgConnection, secret: SecretId) -> Result<Option<SecretRo
     Ok(row.bind(secret.uuid()).bind(DOCUMENT_KIND).fetch_optional(tx).await?)
 }
 
-fn document(vault: &Vault, row: SecretRow) -> Result<CredentialDocument, Failure> {
+fn document(vault: &Vault, row: SecretRow) -> Result<CredentialDocument, RpcError> {
     let plaintext = row.open(&vault.keys)?;
-    serde_json::from_slice(&plaintext).map_err(Failure::internal)
+    serde_json::from_slice(&plaintext).map_err(RpcError::internal)
 }
 
 fn digest(refresh: &Refresh) -> Vec<u8> {

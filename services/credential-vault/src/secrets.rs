@@ -1,6 +1,6 @@
 //! Stored secrets: a user's credentials, and what else refers to a secret by its id.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     vault::{
@@ -36,7 +36,7 @@ pub struct SecretRow {
 }
 
 impl SecretRow {
-    pub fn open(self, keys: &Keyring) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    pub fn open(self, keys: &Keyring) -> Result<Zeroizing<Vec<u8>>, RpcError> {
         let binding = Binding {
             user: UserId::from_uuid(self.user_id),
             kind: &self.kind,
@@ -47,7 +47,7 @@ impl SecretRow {
             wrapped_key: self.wrapped_key,
             ciphertext: self.ciphertext,
         };
-        keys.decrypt(&sealed, &binding).map_err(Failure::internal)
+        keys.decrypt(&sealed, &binding).map_err(RpcError::internal)
     }
 }
 
@@ -90,18 +90,18 @@ impl From<CredentialRow> for Credential {
 pub async fn put_credential(
     vault: Vault,
     request: PutCredentialRequest,
-) -> Result<Credential, Failure> {
+) -> Result<Credential, RpcError> {
     let value = unseal(&vault, request.value, request.sealed, &request.user_id, &request.kind)?;
     let user = user(&request.user_id)?;
     let kind: CredentialKind =
-        request.kind.parse().map_err(|_| Failure::not_found("Credential not found"))?;
+        request.kind.parse().map_err(|_| RpcError::not_found("Credential not found"))?;
     let text = std::str::from_utf8(&value)
         .ok()
         .filter(|text| !text.is_empty() && text.len() <= CREDENTIAL_BYTES_MAX);
     let text = text.filter(|text| !text.contains(['\0', '\n', '\r'])).ok_or_else(|| {
         let message =
             format!("Value error, a credential is one line of 1 to {CREDENTIAL_BYTES_MAX} bytes");
-        Failure::new(ErrorCode::Unprocessable, message).at_field("value", "***")
+        RpcError::new(ErrorCode::Unprocessable, message).at_field("value", "***")
     })?;
     let hint = hint(text);
     let mut tx = vault.pool.begin().await?;
@@ -120,7 +120,7 @@ pub async fn put_credential(
     .await?;
     let binding = Binding { user, kind: kind.as_str(), secret: SecretId::from_uuid(id) };
     let version = keys::current(&mut tx).await?;
-    let sealed = vault.keys.encrypt(version, &value, &binding).map_err(Failure::internal)?;
+    let sealed = vault.keys.encrypt(version, &value, &binding).map_err(RpcError::internal)?;
     let row: CredentialRow = sqlx::query_as(
         "update secret
          set hint = $2, key_version = $3, wrapped_key = $4, ciphertext = $5
@@ -141,7 +141,7 @@ pub async fn put_credential(
 pub async fn list_credentials(
     vault: Vault,
     request: ListCredentialsRequest,
-) -> Result<ListCredentialsReply, Failure> {
+) -> Result<ListCredentialsReply, RpcError> {
     let rows = credentials(&vault.pool, user(&request.user_id)?).await?;
     let mut credentials: Vec<Credential> = rows.into_iter().map(Credential::from).collect();
     // A deployment's own token serves everybody; it is no user's, so it shows no hint and cannot be
@@ -159,7 +159,7 @@ pub async fn list_credentials(
 pub async fn find_accounts(
     vault: Vault,
     request: FindAccountsRequest,
-) -> Result<FindAccountsReply, Failure> {
+) -> Result<FindAccountsReply, RpcError> {
     let users: Vec<Uuid> =
         request.user_ids.iter().map(|id| user(id).map(UserId::uuid)).collect::<Result<_, _>>()?;
     let mut accounts: Vec<Uuid> =
@@ -177,18 +177,18 @@ pub async fn find_accounts(
     })
 }
 
-async fn credentials(pool: &PgPool, user: UserId) -> Result<Vec<CredentialRow>, Failure> {
+async fn credentials(pool: &PgPool, user: UserId) -> Result<Vec<CredentialRow>, RpcError> {
     sqlx::query_as("select kind, hint, created_at, updated_at from secret where user_id = $1 and is_credential order by kind")
         .bind(user.uuid())
         .fetch_all(pool)
         .await
-        .map_err(Failure::from)
+        .map_err(RpcError::from)
 }
 
 pub async fn delete_credential(
     vault: Vault,
     request: DeleteCredentialRequest,
-) -> Result<Empty, Failure> {
+) -> Result<Empty, RpcError> {
     let deleted =
         sqlx::query("delete from secret where user_id = $1 and kind = $2 and is_credential")
             .bind(user(&request.user_id)?.uuid())
@@ -196,7 +196,7 @@ pub async fn delete_credential(
             .execute(&vault.pool)
             .await?;
     if deleted.rows_affected() == 0 {
-        Err(Failure::not_found("Credential not found"))
+        Err(RpcError::not_found("Credential not found"))
     } else {
         Ok(Empty {})
     }
@@ -207,10 +207,10 @@ pub async fn delete_credential(
 pub async fn put_secret(
     vault: Vault,
     request: PutSecretRequest,
-) -> Result<PutSecretReply, Failure> {
+) -> Result<PutSecretReply, RpcError> {
     let value = unseal(&vault, request.value, request.sealed, &request.user_id, &request.kind)?;
     let user = user(&request.user_id)?;
-    let malformed = || Failure::invalid("A secret is a JSON object");
+    let malformed = || RpcError::invalid("A secret is a JSON object");
     let new: Value = serde_json::from_slice(&value).map_err(|_| malformed())?;
     let base = match &request.base_secret_id {
         None => None,
@@ -218,7 +218,7 @@ pub async fn put_secret(
     };
     let new = if request.keep_redacted {
         keep_redacted(new, base.as_ref())
-            .ok_or_else(|| Failure::invalid("A redacted value has nothing that it could keep"))?
+            .ok_or_else(|| RpcError::invalid("A redacted value has nothing that it could keep"))?
     } else {
         new
     };
@@ -228,13 +228,13 @@ pub async fn put_secret(
     let value = Zeroizing::new(new.to_string());
     let id = match request.secret_id.as_str() {
         "" => SecretId::new(),
-        id => id.parse().map_err(|_| Failure::invalid("The id is not a lowercase UUID"))?,
+        id => id.parse().map_err(|_| RpcError::invalid("The id is not a lowercase UUID"))?,
     };
     let binding = Binding { user, kind: &request.kind, secret: id };
     let mut tx = vault.pool.begin().await?;
     let version = keys::current(&mut tx).await?;
     let sealed =
-        vault.keys.encrypt(version, value.as_bytes(), &binding).map_err(Failure::internal)?;
+        vault.keys.encrypt(version, value.as_bytes(), &binding).map_err(RpcError::internal)?;
     let inserted = sqlx::query(
         "insert into secret (secret_id, user_id, kind, is_credential, hint, key_version, wrapped_key, ciphertext)
          values ($1, $2, $3, false, '', $4, $5, $6)
@@ -264,7 +264,7 @@ pub async fn merge_into(
     binding: &Binding<'_>,
     version: i32,
     change: Value,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let row: Option<SecretRow> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
          from secret
@@ -276,12 +276,12 @@ pub async fn merge_into(
     .bind(binding.kind)
     .fetch_optional(&mut *tx)
     .await?;
-    let stored = row.ok_or_else(|| Failure::not_found("Secret not found"))?.open(&vault.keys)?;
-    let mut document = serde_json::from_slice(&stored).map_err(Failure::internal)?;
+    let stored = row.ok_or_else(|| RpcError::not_found("Secret not found"))?.open(&vault.keys)?;
+    let mut document = serde_json::from_slice(&stored).map_err(RpcError::internal)?;
     merge(&mut document, change);
     let merged = Zeroizing::new(document.to_string());
     let sealed =
-        vault.keys.encrypt(version, merged.as_bytes(), binding).map_err(Failure::internal)?;
+        vault.keys.encrypt(version, merged.as_bytes(), binding).map_err(RpcError::internal)?;
     sqlx::query("update secret set key_version = $2, wrapped_key = $3, ciphertext = $4, updated_at = now() where secret_id = $1")
         .bind(binding.secret.uuid())
         .bind(sealed.key_version)
@@ -304,8 +304,8 @@ fn merge(document: &mut Value, change: Value) {
 }
 
 /// A user's document of a kind.
-async fn read(vault: &Vault, user: UserId, id: &str, kind: &str) -> Result<Value, Failure> {
-    let missing = || Failure::not_found("Secret not found");
+async fn read(vault: &Vault, user: UserId, id: &str, kind: &str) -> Result<Value, RpcError> {
+    let missing = || RpcError::not_found("Secret not found");
     let id: SecretId = id.parse().map_err(|_| missing())?;
     let row: Option<SecretRow> = sqlx::query_as(
         "select secret_id, user_id, kind, key_version, wrapped_key, ciphertext
@@ -318,10 +318,13 @@ async fn read(vault: &Vault, user: UserId, id: &str, kind: &str) -> Result<Value
     .fetch_optional(&vault.pool)
     .await?;
     let plaintext = row.ok_or_else(missing)?.open(&vault.keys)?;
-    serde_json::from_slice(&plaintext).map_err(Failure::internal)
+    serde_json::from_slice(&plaintext).map_err(RpcError::internal)
 }
 
-pub async fn delete_secrets(vault: Vault, request: DeleteSecretsRequest) -> Result<Empty, Failure> {
+pub async fn delete_secrets(
+    vault: Vault,
+    request: DeleteSecretsRequest,
+) -> Result<Empty, RpcError> {
     let ids: Vec<Uuid> = request
         .secret_ids
         .iter()
@@ -342,19 +345,19 @@ pub fn unseal(
     sealed: Option<SealedValue>,
     user: &str,
     kind: &str,
-) -> Result<Zeroizing<Vec<u8>>, Failure> {
+) -> Result<Zeroizing<Vec<u8>>, RpcError> {
     let Some(sealed) = sealed else { return Ok(Zeroizing::new(clear)) };
     // A version that was removed since its key was asked for.
     let key = KeyVersion::try_from(sealed.key_version)
         .ok()
         .and_then(|version| vault.keys.sealing(version));
-    let key = key.ok_or_else(|| Failure::unavailable("The key that the value is sealed to"))?;
+    let key = key.ok_or_else(|| RpcError::unavailable("The key that the value is sealed to"))?;
     key.open(&sealed.sealed, &bus::vault::context(user, kind))
-        .map_err(|_| Failure::invalid("The sealed value does not open"))
+        .map_err(|_| RpcError::invalid("The sealed value does not open"))
 }
 
-pub fn user(text: &str) -> Result<UserId, Failure> {
-    text.parse().map_err(|_| Failure::not_found("User not found"))
+pub fn user(text: &str) -> Result<UserId, RpcError> {
+    text.parse().map_err(|_| RpcError::not_found("User not found"))
 }
 
 /// The last four characters; none of a value so short that four would give it away.

@@ -5,7 +5,7 @@ mod permissions;
 mod skills;
 
 use axum::{Json, extract::State, http::StatusCode};
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     rpc,
     scheduler::{self, CreateAgentRequest, Cursor, GetAgentRequest, UpdateAgentRequest},
@@ -397,7 +397,7 @@ pub async fn keep_servers(
     let current = match app.bus.call::<rpc::GetAgent>(&request, crate::RPC_DEADLINE).await {
         Ok(agent) => agent,
         // The scheduler says so itself, when it is the turn of that check.
-        Err(Failure { code: ErrorCode::NotFound, .. }) => scheduler::Agent::default(),
+        Err(RpcError { code: ErrorCode::NotFound, .. }) => scheduler::Agent::default(),
         Err(failure) => return Err(failure.into()),
     };
     let seen = current.version;

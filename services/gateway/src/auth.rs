@@ -7,7 +7,7 @@ use axum::{
     extract::FromRequestParts,
     http::{header, request::Parts},
 };
-use bus::Failure;
+use bus::RpcError;
 use contract::{auth::VerifyKeyRequest, rpc};
 use moka::future::Cache;
 use types::{ApiKey, ErrorCode, KeyHash};
@@ -62,7 +62,7 @@ impl FromRequestParts<App> for Caller {
         let client = app.limits.client(parts);
         let verified = match hash {
             Some(hash) => verify(app, hash).await.map(|caller| Caller { is_browser, ..caller }),
-            None => Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key")),
+            None => Err(RpcError::new(ErrorCode::Unauthenticated, "Invalid API key")),
         };
         if verified.as_ref().is_err_and(|failure| failure.code == ErrorCode::Unauthenticated) {
             app.limits
@@ -96,7 +96,7 @@ fn x_api_key(parts: &Parts) -> Option<&str> {
 /// # Errors
 /// `Unauthenticated` with the reason if the key is not valid; other codes when auth does not
 /// answer.
-pub async fn verify(app: &App, key: KeyHash) -> Result<Caller, Failure> {
+pub async fn verify(app: &App, key: KeyHash) -> Result<Caller, RpcError> {
     let ask = async {
         let request = VerifyKeyRequest { key_hash: key.as_bytes().to_vec() };
         let reply = app.bus.call::<rpc::VerifyKey>(&request, RPC_DEADLINE).await?;
@@ -112,5 +112,5 @@ pub async fn verify(app: &App, key: KeyHash) -> Result<Caller, Failure> {
         .0
         .try_get_with(key, ask)
         .await
-        .map_err(|failure: std::sync::Arc<Failure>| (*failure).clone())
+        .map_err(|failure: std::sync::Arc<RpcError>| (*failure).clone())
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use axum::{Json, extract::State, http::StatusCode};
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     rpc,
@@ -307,7 +307,7 @@ async fn keep_vars(
     let current = match app.bus.call::<rpc::GetEnvironment>(&request, crate::RPC_DEADLINE).await {
         Ok(environment) => environment,
         // The scheduler says so itself, when it is the turn of that check.
-        Err(Failure { code: ErrorCode::NotFound, .. }) => scheduler::Environment::default(),
+        Err(RpcError { code: ErrorCode::NotFound, .. }) => scheduler::Environment::default(),
         Err(failure) => return Err(failure.into()),
     };
     let applies = i64::from(current.version) == version

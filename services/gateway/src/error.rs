@@ -5,7 +5,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use bus::{Failure, trace};
+use bus::{RpcError, trace};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use types::ErrorCode;
@@ -80,8 +80,8 @@ impl ApiError {
     }
 }
 
-impl From<Failure> for ApiError {
-    fn from(failure: Failure) -> Self {
+impl From<RpcError> for ApiError {
+    fn from(failure: RpcError) -> Self {
         let (status, retry_after_seconds) = match failure.code {
             ErrorCode::InvalidArgument => (StatusCode::BAD_REQUEST, None),
             ErrorCode::Unprocessable => (StatusCode::UNPROCESSABLE_ENTITY, None),

@@ -1,7 +1,7 @@
 //! API keys (docs/api.md §2). Made here and shown once; only the hash travels on.
 
 use axum::{Json, extract::State, http::StatusCode};
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     auth::{self, CreateKeyRequest, DeactivateKeyRequest, ListKeysRequest},
     rpc,
@@ -99,7 +99,7 @@ pub async fn create(
             }
         };
     fields.finish()?;
-    let key = ApiKey::generate().map_err(Failure::internal)?;
+    let key = ApiKey::generate().map_err(RpcError::internal)?;
     let request = CreateKeyRequest {
         user_id: caller.user_id,
         name,

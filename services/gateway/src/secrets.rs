@@ -1,7 +1,7 @@
 //! Sends secrets to the vault: seals them to its public key as they arrive, and keeps only a
 //! reference.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     rpc,
     vault::{DeleteSecretsRequest, PutSecretRequest},
@@ -54,7 +54,7 @@ impl App {
         value: &impl Serialize,
         base: Option<String>,
     ) -> Result<Kept, ApiError> {
-        let value = Zeroizing::new(serde_json::to_vec(value).map_err(Failure::internal)?);
+        let value = Zeroizing::new(serde_json::to_vec(value).map_err(RpcError::internal)?);
         let sealed = Some(self.seal(user_id, kind.as_str(), &value).await?);
         let keep_redacted = matches!(kind, Kind::McpServers);
         let request = PutSecretRequest {
@@ -78,7 +78,7 @@ impl App {
         value: &impl Serialize,
         secret_id: String,
     ) -> Result<(), ApiError> {
-        let value = Zeroizing::new(serde_json::to_vec(value).map_err(Failure::internal)?);
+        let value = Zeroizing::new(serde_json::to_vec(value).map_err(RpcError::internal)?);
         let sealed = Some(self.seal(user_id, kind.as_str(), &value).await?);
         let (user_id, kind) = (user_id.to_owned(), kind.as_str().to_owned());
         let request = PutSecretRequest {
@@ -97,7 +97,7 @@ impl App {
     pub async fn forget_unless_used<T>(
         &self,
         kept: Option<Kept>,
-        result: &Result<T, Failure>,
+        result: &Result<T, RpcError>,
         used: impl FnOnce(&T) -> bool,
     ) {
         let Some(kept) = kept.filter(|kept| kept.fresh) else { return };

@@ -168,33 +168,33 @@ async fn versioned(request: Request, next: Next) -> Response {
 }
 
 /// An answer that says what was wrong.
-struct Failure(Box<Response>);
+struct ErrorResponse(Box<Response>);
 
-fn failure(status: StatusCode, message: &str) -> Failure {
-    Failure::from((status, Json(json!({ "error": message }))).into_response())
+fn failure(status: StatusCode, message: &str) -> ErrorResponse {
+    ErrorResponse::from((status, Json(json!({ "error": message }))).into_response())
 }
 
-fn invalid(message: impl AsRef<str>) -> Failure {
+fn invalid(message: impl AsRef<str>) -> ErrorResponse {
     failure(StatusCode::BAD_REQUEST, message.as_ref())
 }
 
-async fn not_served() -> Failure {
+async fn not_served() -> ErrorResponse {
     failure(StatusCode::NOT_FOUND, "not found")
 }
 
-impl IntoResponse for Failure {
+impl IntoResponse for ErrorResponse {
     fn into_response(self) -> Response {
         *self.0
     }
 }
 
-impl From<Response> for Failure {
+impl From<Response> for ErrorResponse {
     fn from(response: Response) -> Self {
         Self(Box::new(response))
     }
 }
 
-impl From<RegistryError> for Failure {
+impl From<RegistryError> for ErrorResponse {
     fn from(error: RegistryError) -> Self {
         let status = match error {
             // As from a server that has no such policy.
@@ -224,7 +224,7 @@ impl From<RegistryError> for Failure {
     }
 }
 
-impl From<ServiceError> for Failure {
+impl From<ServiceError> for ErrorResponse {
     fn from(error: ServiceError) -> Self {
         let status = match error {
             ServiceError::NotFound => StatusCode::NOT_FOUND,

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bus::{Bus, Failure};
+use bus::{Bus, RpcError};
 use contract::{
     rpc,
     scheduler::{
@@ -197,7 +197,7 @@ impl Ledger {
         Ok(entry)
     }
 
-    async fn ask(&self, begun: &BeginModelRequestRequest) -> Result<Option<Verdict>, Failure> {
+    async fn ask(&self, begun: &BeginModelRequestRequest) -> Result<Option<Verdict>, RpcError> {
         Ok(self.bus.call::<rpc::BeginModelRequest>(begun, BEGIN_DEADLINE).await?.verdict)
     }
 

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use bus::{Bus, Failure, vault::AcceptedKeys};
+use bus::{Bus, RpcError, vault::AcceptedKeys};
 use contract::{
     rpc,
     vault::{ClaimRefreshRequest, FinishRefreshRequest, RefreshState, Refreshable},
@@ -94,11 +94,11 @@ impl Refresher {
         }
     }
 
-    async fn claim(&self, session: Vec<u8>, token: Refreshable) -> Result<Refreshed, Failure> {
+    async fn claim(&self, session: Vec<u8>, token: Refreshable) -> Result<Refreshed, RpcError> {
         let begun = Instant::now();
         let claim = Uuid::new_v4();
         loop {
-            let key = KeyPair::generate().map_err(Failure::internal)?;
+            let key = KeyPair::generate().map_err(RpcError::internal)?;
             let request = ClaimRefreshRequest {
                 session_token_hash: session.clone(),
                 secret_id: token.secret_id.clone(),
@@ -111,9 +111,10 @@ impl Refresher {
                 RefreshState::Current => return Ok(Refreshed::Renewed),
                 RefreshState::Refused => return Ok(Refreshed::Refused),
                 RefreshState::Granted => {
-                    let plaintext = key.open(&reply.sealed, &session).map_err(Failure::internal)?;
+                    let plaintext =
+                        key.open(&reply.sealed, &session).map_err(RpcError::internal)?;
                     let refresh: Refresh =
-                        serde_json::from_slice(&plaintext).map_err(Failure::internal)?;
+                        serde_json::from_slice(&plaintext).map_err(RpcError::internal)?;
                     let finish = FinishRefreshRequest {
                         secret_id: token.secret_id,
                         claim_id: claim.to_string(),
@@ -136,7 +137,7 @@ impl Refresher {
         refresh: &Refresh,
         user: &str,
         mut finish: FinishRefreshRequest,
-    ) -> Result<Refreshed, Failure> {
+    ) -> Result<Refreshed, RpcError> {
         let answered = self.ask(refresh).await;
         let refreshed = match &answered {
             Ok(_) => Refreshed::Renewed,
@@ -172,7 +173,7 @@ impl Refresher {
         answer: Option<&Answer>,
         user: &str,
         finish: &mut FinishRefreshRequest,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), RpcError> {
         if let Some(answer) = answer {
             let change = Zeroizing::new(answer.change().to_string());
             let sealed = self.bus.seal_for_vault(

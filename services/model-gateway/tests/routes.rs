@@ -22,7 +22,7 @@ use axum::{
     routing::any,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use bus::{Bus, Failure, responder::Responder};
+use bus::{Bus, RpcError, responder::Responder};
 use contract::{
     access,
     auth::CheckUserReply,
@@ -84,7 +84,7 @@ impl Vault {
     async fn claim_refresh(
         self,
         request: ClaimRefreshRequest,
-    ) -> Result<ClaimRefreshReply, Failure> {
+    ) -> Result<ClaimRefreshReply, RpcError> {
         let refresh = self.refresh.lock().unwrap().clone();
         if refresh.is_null() {
             let state = RefreshState::Current.into();
@@ -96,7 +96,7 @@ impl Vault {
         Ok(ClaimRefreshReply { state, sealed, user_id: self.user.to_string() })
     }
 
-    async fn finish_refresh(self, request: FinishRefreshRequest) -> Result<Empty, Failure> {
+    async fn finish_refresh(self, request: FinishRefreshRequest) -> Result<Empty, RpcError> {
         let finished = match request.sealed {
             Some(sealed) => {
                 let context = bus::vault::context(&self.user.to_string(), DOCUMENT_KIND);
@@ -119,9 +119,9 @@ impl Vault {
     async fn redeem(
         self,
         request: RedeemModelTokenRequest,
-    ) -> Result<RedeemModelTokenReply, Failure> {
+    ) -> Result<RedeemModelTokenReply, RpcError> {
         if request.token_hash != Sha256::digest(TOKEN).as_slice() {
-            return Err(Failure::not_found("Token not found, expired or revoked"));
+            return Err(RpcError::not_found("Token not found, expired or revoked"));
         }
         if let Some(routes) = self.later.lock().unwrap().pop_front() {
             *self.routes.lock().unwrap() = routes;

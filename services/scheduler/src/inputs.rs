@@ -14,7 +14,7 @@ pub mod queue;
 pub mod requests;
 pub mod send;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::Input;
 use rules::inputs::{self, Change};
 use sqlx::PgConnection;
@@ -24,8 +24,8 @@ use uuid::Uuid;
 
 use crate::{Scheduler, micros, sessions::row::missing, unsigned, without_nul};
 
-fn input_missing() -> Failure {
-    Failure::not_found("Input not found")
+fn input_missing() -> RpcError {
+    RpcError::not_found("Input not found")
 }
 
 #[derive(Debug, sqlx::FromRow)]
@@ -57,9 +57,9 @@ macro_rules! input_columns {
 use input_columns;
 
 impl InputRow {
-    fn rule(&self) -> Result<inputs::Input, Failure> {
+    fn rule(&self) -> Result<inputs::Input, RpcError> {
         let unknown = |()| {
-            Failure::internal(format!("input {} cannot be read by this release", self.input_id))
+            RpcError::internal(format!("input {} cannot be read by this release", self.input_id))
         };
         Ok(inputs::Input {
             kind: self.kind.parse().map_err(unknown)?,
@@ -131,7 +131,7 @@ impl New<'_> {
         Self { status: InputStatus::Delivered, turn: Some(turn), ..self }
     }
 
-    async fn insert(self, tx: &mut PgConnection, session: SessionId) -> Result<InputRow, Failure> {
+    async fn insert(self, tx: &mut PgConnection, session: SessionId) -> Result<InputRow, RpcError> {
         let is_of_timeout = self.kind == InputKind::Decision && self.key.is_none();
         let id = if is_of_timeout { InputId::of_timeout() } else { InputId::new() };
         let row = sqlx::query_as(concat!(
@@ -163,7 +163,7 @@ impl New<'_> {
 }
 
 /// Those of a session's inputs of which it is not yet known what becomes of them, oldest first.
-async fn open(tx: &mut PgConnection, session: SessionId) -> Result<Vec<InputRow>, Failure> {
+async fn open(tx: &mut PgConnection, session: SessionId) -> Result<Vec<InputRow>, RpcError> {
     let rows = sqlx::query_as(concat!(
         "select ",
         input_columns!(),
@@ -177,7 +177,7 @@ async fn locked(
     tx: &mut PgConnection,
     session: SessionId,
     input: InputId,
-) -> Result<Option<InputRow>, Failure> {
+) -> Result<Option<InputRow>, RpcError> {
     let row = sqlx::query_as(concat!(
         "select ",
         input_columns!(),
@@ -193,7 +193,7 @@ async fn change(
     change: Change,
     reason: &str,
     at: Option<At>,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let (status, reason) = match change {
         Change::Keep => return Ok(()),
         Change::Queued => {
@@ -231,7 +231,7 @@ impl At {
     }
 }
 
-fn whose(user: &str, session: &str) -> Result<(UserId, SessionId), Failure> {
+fn whose(user: &str, session: &str) -> Result<(UserId, SessionId), RpcError> {
     Ok((user.parse().map_err(|_| missing())?, session.parse().map_err(|_| missing())?))
 }
 
@@ -239,7 +239,7 @@ async fn check_owner(
     scheduler: &Scheduler,
     user: UserId,
     session: SessionId,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let found = sqlx::query("select from session where session_id = $1 and user_id = $2")
         .bind(session.uuid())
         .bind(user.uuid());

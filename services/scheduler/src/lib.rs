@@ -20,7 +20,7 @@ mod sessions;
 use std::{num::NonZeroU8, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use bus::{Bus, Failure, responder::Responder};
+use bus::{Bus, RpcError, responder::Responder};
 use contract::{access, common, rpc};
 use secrecy::SecretString;
 use service::{Env, Lifecycle};
@@ -372,7 +372,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn health(scheduler: Scheduler, _: common::Empty) -> Result<common::Empty, Failure> {
+async fn health(scheduler: Scheduler, _: common::Empty) -> Result<common::Empty, RpcError> {
     sqlx::query("select 1 from session limit 1").fetch_optional(&scheduler.pool).await?;
     Ok(common::Empty {})
 }
@@ -398,26 +398,26 @@ fn without_nul(text: &str) -> String {
 }
 
 /// JSON that the gateway has checked.
-fn parsed_json(text: &str) -> Result<serde_json::Value, Failure> {
-    serde_json::from_str(text).map_err(|_| Failure::invalid("Malformed JSON on the bus"))
+fn parsed_json(text: &str) -> Result<serde_json::Value, RpcError> {
+    serde_json::from_str(text).map_err(|_| RpcError::invalid("Malformed JSON on the bus"))
 }
 
 /// A reference to the vault.
-fn secret_id(text: Option<&str>) -> Result<Option<uuid::Uuid>, Failure> {
+fn secret_id(text: Option<&str>) -> Result<Option<uuid::Uuid>, RpcError> {
     let id = text
         .map(str::parse::<SecretId>)
         .transpose()
-        .map_err(|_| Failure::invalid("Malformed secret id"))?;
+        .map_err(|_| RpcError::invalid("Malformed secret id"))?;
     Ok(id.map(SecretId::uuid))
 }
 
 /// Optimistic concurrency: a change applies to the version that its author saw, and its secrets to
 /// the version they were taken from.
-fn version_mismatch(current: i32, sent: i64, secrets_of: Option<u32>) -> Result<(), Failure> {
+fn version_mismatch(current: i32, sent: i64, secrets_of: Option<u32>) -> Result<(), RpcError> {
     let seen = secrets_of.map_or(i64::from(current), i64::from);
     match [i64::from(current), seen].into_iter().find(|version| *version != sent) {
         Some(expected) => {
-            Err(Failure::conflict(format!("Version mismatch: expected {expected}, got {sent}")))
+            Err(RpcError::conflict(format!("Version mismatch: expected {expected}, got {sent}")))
         }
         None => Ok(()),
     }

@@ -13,7 +13,7 @@ mod sums;
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 use types::SessionId;
@@ -31,14 +31,14 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
             sums::add_up(&scheduler.pool).await,
             sums::forget(&scheduler.pool).await,
         ];
-        parts.into_iter().collect::<Result<(), Failure>>()
+        parts.into_iter().collect::<Result<(), RpcError>>()
     })
     .await;
 }
 
 /// Removes what belongs to a session that was deleted. Its requests stay until they are in the
 /// totals.
-pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), Failure> {
+pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), RpcError> {
     for statement in [
         "delete from model_entry where session_id = $1",
         "delete from model_meter where session_id = $1",

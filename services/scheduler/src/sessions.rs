@@ -8,7 +8,7 @@ pub mod termination;
 pub mod turns;
 pub mod usage;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     scheduler::{
         CreateSessionReply, CreateSessionRequest, GetSessionRequest, PromptRequest,
@@ -55,7 +55,7 @@ struct Template {
 pub async fn create(
     scheduler: Scheduler,
     request: CreateSessionRequest,
-) -> Result<CreateSessionReply, Failure> {
+) -> Result<CreateSessionReply, RpcError> {
     let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&scheduler, &mut tx, request.clone()).await;
@@ -94,8 +94,9 @@ async fn create_in(
     scheduler: &Scheduler,
     tx: &mut PgConnection,
     request: CreateSessionRequest,
-) -> Result<CreateSessionReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+) -> Result<CreateSessionReply, RpcError> {
+    let user: UserId =
+        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
     let id = idempotency::chosen(&request.session_id, SessionId::new)?;
     let earlier = idempotency::earlier_creation::<Session>(
         tx,
@@ -111,7 +112,7 @@ async fn create_in(
         });
     }
     let agent: AgentId =
-        request.agent_id.parse().map_err(|_| Failure::not_found("Agent not found"))?;
+        request.agent_id.parse().map_err(|_| RpcError::not_found("Agent not found"))?;
     let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);
     let template: Template = sqlx::query_as(
         "select av.version as agent_version, a.archived_at is not null as agent_archived, av.runtime, av.model,
@@ -128,9 +129,9 @@ async fn create_in(
     .bind(request.agent_version.map(|version| i32::try_from(version).unwrap_or(i32::MAX)))
     .fetch_optional(&mut *tx)
     .await?
-    .ok_or_else(|| Failure::not_found("Agent not found"))?;
+    .ok_or_else(|| RpcError::not_found("Agent not found"))?;
     if template.agent_archived {
-        return Err(Failure::conflict("Cannot create session with archived agent")
+        return Err(RpcError::conflict("Cannot create session with archived agent")
             .because("agent_archived"));
     }
     if matches!(override_id, Some(Err(_)))
@@ -139,7 +140,7 @@ async fn create_in(
         return Err(environments::missing().because("environment_not_found"));
     }
     if template.environment_id.is_some() && template.environment_archived == Some(true) {
-        return Err(Failure::conflict("Cannot create session with archived environment")
+        return Err(RpcError::conflict("Cannot create session with archived environment")
             .because("environment_archived"));
     }
     let own = request.agent_override.as_ref();
@@ -147,7 +148,7 @@ async fn create_in(
         own.map_or((&template.runtime, &template.model), |own| (&own.runtime, &own.model));
     let runtime: Runtime = runtime
         .parse()
-        .map_err(|()| Failure::internal(format!("agent {agent} has an unknown runtime")))?;
+        .map_err(|()| RpcError::internal(format!("agent {agent} has an unknown runtime")))?;
     let mut brought = template.env_var_names.unwrap_or_default();
     brought.extend(request.secret_env_var_names);
     let vault_ids = if request.vault_ids.is_empty() {
@@ -157,7 +158,7 @@ async fn create_in(
     };
     brought.extend(vaults::check(tx, user, &vault_ids).await?);
     check_credentials(runtime, &request.credential_kinds, &brought)?;
-    let model = ModelRef::parse(runtime, model).map_err(Failure::internal)?;
+    let model = ModelRef::parse(runtime, model).map_err(RpcError::internal)?;
     let agent_version = match own {
         None => template.agent_version,
         Some(own) => agents::override_agent(tx, agent.uuid(), id, own).await?,
@@ -167,7 +168,7 @@ async fn create_in(
     let (status, turn_count) =
         if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };
     let sprite =
-        SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(Failure::internal)?;
+        SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(RpcError::internal)?;
     if begins {
         quota::enforce(tx, user, request.session_limit).await?;
     }
@@ -231,22 +232,22 @@ fn check_credentials(
     runtime: Runtime,
     stored: &[String],
     env_vars: &[String],
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let has = |kind: CredentialKind| stored.iter().any(|stored| stored == kind.as_str());
     let brings = |kind: CredentialKind| {
         kind.env_var().is_some_and(|name| env_vars.iter().any(|var| var == name))
     };
     let serving = CredentialKind::serving(runtime);
     if !serving.is_empty() && !serving.into_iter().any(|kind| has(kind) || brings(kind)) {
-        return Err(Failure::invalid(format!("No API key configured for runtime: {runtime}")));
+        return Err(RpcError::invalid(format!("No API key configured for runtime: {runtime}")));
     }
     if !has(CredentialKind::Sprites) {
-        return Err(Failure::invalid("No backend credentials configured"));
+        return Err(RpcError::invalid("No backend credentials configured"));
     }
     Ok(())
 }
 
-pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Session, Failure> {
+pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Session, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     if request.recorded_through > 0 {
@@ -272,7 +273,7 @@ pub async fn get(scheduler: Scheduler, request: GetSessionRequest) -> Result<Ses
 }
 
 /// A session with all that the Managed Agents API shows, as it is at one moment.
-async fn get_v1(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<Session, Failure> {
+async fn get_v1(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<Session, RpcError> {
     let row: Option<SessionRow> = sqlx::query_as(concat!(
         "select ",
         session_columns!(),
@@ -293,7 +294,7 @@ async fn get_v1(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<Se
 async fn agent_of(
     scheduler: &Scheduler,
     session: &Session,
-) -> Result<Option<contract::scheduler::Agent>, Failure> {
+) -> Result<Option<contract::scheduler::Agent>, RpcError> {
     let Some(agent) = session.agent_id.as_deref().and_then(|id| id.parse().ok()) else {
         return Ok(None);
     };
@@ -302,7 +303,7 @@ async fn agent_of(
 }
 
 /// Says for the user what a pending turn waits for.
-async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<String>, Failure> {
+async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<String>, RpcError> {
     let id: SessionId = session.session_id.parse().map_err(|_| missing())?;
     let row = sqlx::query(
         "select epoch, handed_back_reason from turn where session_id = $1 and turn_number = $2",
@@ -324,7 +325,7 @@ async fn waiting_on(scheduler: &Scheduler, session: &Session) -> Result<Option<S
 pub async fn prompt(
     scheduler: Scheduler,
     request: PromptRequest,
-) -> Result<CreateSessionReply, Failure> {
+) -> Result<CreateSessionReply, RpcError> {
     let reply = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = prompt_in(&mut tx, request.clone()).await;
@@ -342,7 +343,7 @@ pub async fn prompt(
 async fn prompt_in(
     tx: &mut PgConnection,
     request: PromptRequest,
-) -> Result<CreateSessionReply, Failure> {
+) -> Result<CreateSessionReply, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let route = format!("sessions/{session}/prompt");
@@ -362,10 +363,10 @@ async fn prompt_in(
         return Ok(CreateSessionReply { session: Some(session), replayed: false });
     }
     if let Some(refusal) = row.status()?.prompt_refusal() {
-        return Err(Failure::conflict(refusal));
+        return Err(RpcError::conflict(refusal));
     }
     if row.sprite_destroyed_at.is_some() {
-        return Err(Failure::conflict(
+        return Err(RpcError::conflict(
             "Session backend is no longer available; start a new session.",
         ));
     }
@@ -375,21 +376,21 @@ async fn prompt_in(
     Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 
-fn when_busy(request: &PromptRequest, session: &SessionRow) -> Result<WhenBusy, Failure> {
+fn when_busy(request: &PromptRequest, session: &SessionRow) -> Result<WhenBusy, RpcError> {
     if request.when_busy.is_empty() {
         return Ok(WhenBusy::Reject);
     }
     let when_busy =
-        request.when_busy.parse().map_err(|()| Failure::invalid("Unknown when_busy"))?;
+        request.when_busy.parse().map_err(|()| RpcError::invalid("Unknown when_busy"))?;
     let runtime: Runtime = session
         .runtime
         .parse()
-        .map_err(|()| Failure::internal("a session has an unknown runtime"))?;
+        .map_err(|()| RpcError::internal("a session has an unknown runtime"))?;
     if when_busy == WhenBusy::Steer && !runtime.capabilities().steer {
         let message = format!(
             "Runtime {runtime} takes no message while a turn runs: when_busy can be 'reject', 'queue' or 'interrupt'"
         );
-        return Err(Failure::new(ErrorCode::Unprocessable, message));
+        return Err(RpcError::new(ErrorCode::Unprocessable, message));
     }
     Ok(when_busy)
 }
@@ -397,7 +398,7 @@ fn when_busy(request: &PromptRequest, session: &SessionRow) -> Result<WhenBusy, 
 pub async fn events(
     scheduler: Scheduler,
     request: ReadEventsRequest,
-) -> Result<ReadEventsReply, Failure> {
+) -> Result<ReadEventsReply, RpcError> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let from =
         request.before.map_or(event_log::From::After(request.after), event_log::From::Before);
@@ -426,7 +427,7 @@ async fn shown_events(
     session: SessionId,
     from: event_log::From,
     request: &ReadEventsRequest,
-) -> Result<ReadEventsReply, Failure> {
+) -> Result<ReadEventsReply, RpcError> {
     let read =
         || event_log::shown(&scheduler.pool, session, from, request.limit, request.max_bytes);
     let event_log::Shown { mut events, mut read_through } = read().await?;
@@ -448,7 +449,7 @@ fn deleted() -> ReadEventsReply {
 async fn partition_of(
     scheduler: &Scheduler,
     session: SessionId,
-) -> Result<Option<Partition>, Failure> {
+) -> Result<Option<Partition>, RpcError> {
     let number: Option<i16> =
         sqlx::query_scalar("select event_partition from session where session_id = $1")
             .bind(session.uuid())

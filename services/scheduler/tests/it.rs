@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use bus::{Bus, Failure};
+use bus::{Bus, RpcError};
 use contract::{
     access,
     common::Empty,
@@ -199,7 +199,7 @@ impl World {
         }
     }
 
-    async fn create(&self, agent: &str, limit: u32) -> Result<Session, Failure> {
+    async fn create(&self, agent: &str, limit: u32) -> Result<Session, RpcError> {
         let request = self.session_of(agent, limit);
         Ok(self.gateway.call::<rpc::CreateSession>(&request, SOON).await?.session.unwrap())
     }
@@ -251,7 +251,7 @@ impl World {
             .map_err(|failure| failure.code)
     }
 
-    async fn archive(&self, session: &str) -> Result<Session, Failure> {
+    async fn archive(&self, session: &str) -> Result<Session, RpcError> {
         let request = ArchiveSessionRequest {
             user_id: self.user.to_string(),
             session_id: session.to_owned(),

@@ -6,7 +6,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use ::files::Files;
-use bus::Failure;
+use bus::RpcError;
 use bytes::Bytes;
 use contract::{
     rpc,
@@ -306,7 +306,7 @@ async fn keep(
     (session, turn, epoch): (SessionId, u32, u32),
     found: &Found,
 ) -> Result<(), String> {
-    let told = |failure: Failure| failure.message.to_string();
+    let told = |failure: RpcError| failure.message.to_string();
     let begin = BeginOutputRequest {
         session_id: session.to_string(),
         turn,

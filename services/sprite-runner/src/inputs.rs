@@ -53,9 +53,13 @@ impl Inputs {
     ///
     /// # Errors
     /// When hints cannot be subscribed to.
-    pub async fn follow(bus: &Bus, turn: Turn, waiting: Arc<Notify>) -> Result<Self, bus::Failure> {
+    pub async fn follow(
+        bus: &Bus,
+        turn: Turn,
+        waiting: Arc<Notify>,
+    ) -> Result<Self, bus::RpcError> {
         let hints =
-            bus.hints(subject::inputs_hint(turn.session)).await.map_err(bus::Failure::internal)?;
+            bus.hints(subject::inputs_hint(turn.session)).await.map_err(bus::RpcError::internal)?;
         let (first, due) = match turn.epoch {
             0 | 1 => (VecDeque::new(), false),
             _ => match bus.call::<rpc::FetchInputs>(&turn.request(), DEADLINE).await {

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bus::{
-    Failure,
+    RpcError,
     work::{Job, Outcome},
 };
 use contract::{
@@ -187,8 +187,8 @@ async fn destroy_now(runner: &Runner, session: SessionId) {
 async fn claim_and_destroy(
     runner: &Runner,
     session: SessionId,
-) -> Result<Result<(), String>, Failure> {
-    let key = KeyPair::generate().map_err(Failure::internal)?;
+) -> Result<Result<(), String>, RpcError> {
+    let key = KeyPair::generate().map_err(RpcError::internal)?;
     let request = ClaimSpriteRequest {
         session_id: session.to_string(),
         runner: runner.name.to_string(),

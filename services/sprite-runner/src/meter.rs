@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use bus::{Bus, Failure};
+use bus::{Bus, RpcError};
 use contract::{
     host::event,
     rpc,
@@ -56,9 +56,9 @@ pub struct Meter {
 impl Meter {
     /// # Errors
     /// When hints cannot be subscribed to.
-    pub async fn follow(bus: &Bus, turn: &Turn, after: u64) -> Result<Self, Failure> {
+    pub async fn follow(bus: &Bus, turn: &Turn, after: u64) -> Result<Self, RpcError> {
         let hints =
-            bus.hints(subject::models_hint(turn.session)).await.map_err(Failure::internal)?;
+            bus.hints(subject::models_hint(turn.session)).await.map_err(RpcError::internal)?;
         let request = FetchModelRequestsRequest {
             session_id: turn.session.to_string(),
             turn: turn.turn,

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     rpc,
     vault::{Bundle, RedeemLeaseRequest, Route, RouteKind},
@@ -88,15 +88,15 @@ impl Secrets {
     ///
     /// # Errors
     /// When the vault refuses or does not answer.
-    pub async fn redeem(runner: &Runner, lease_id: &str, key: &KeyPair) -> Result<Self, Failure> {
+    pub async fn redeem(runner: &Runner, lease_id: &str, key: &KeyPair) -> Result<Self, RpcError> {
         let request = RedeemLeaseRequest {
             lease_id: lease_id.to_owned(),
             public_key: key.public().to_vec(),
             runner: runner.name.to_string(),
         };
         let reply = runner.bus.call::<rpc::RedeemLease>(&request, DEADLINE).await?;
-        let plaintext = key.open(&reply.sealed, lease_id.as_bytes()).map_err(Failure::internal)?;
-        let bundle = Bundle::decode(plaintext.as_slice()).map_err(Failure::internal)?;
+        let plaintext = key.open(&reply.sealed, lease_id.as_bytes()).map_err(RpcError::internal)?;
+        let bundle = Bundle::decode(plaintext.as_slice()).map_err(RpcError::internal)?;
         let (mut values, mut credentials) = (BTreeMap::new(), Vec::new());
         for mut secret in bundle.secrets {
             if secret.kind == vault::DOCUMENT_KIND {

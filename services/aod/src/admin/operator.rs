@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use bus::{Bus, Failure};
+use bus::{Bus, RpcError};
 use contract::{
     access,
     auth::FindUserRequest,
@@ -21,7 +21,7 @@ pub enum AdminError {
     #[error(transparent)]
     Connect(#[from] bus::ConnectError),
     #[error("{}", .0.message)]
-    Refused(#[from] Failure),
+    Refused(#[from] RpcError),
 }
 
 pub const DEADLINE: Duration = Duration::from_secs(10);

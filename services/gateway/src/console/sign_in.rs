@@ -11,7 +11,7 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts},
     response::{IntoResponse as _, Response},
 };
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     auth::{
         self, CreateConsoleSessionRequest, EndConsoleSessionRequest, FindConsoleSessionRequest,
@@ -91,7 +91,7 @@ pub async fn sign_in(
     let key = fields.string("api_key", 200);
     fields.finish()?;
     let (token, client) =
-        (ConsoleToken::generate().map_err(Failure::internal)?, app.limits.client(&parts));
+        (ConsoleToken::generate().map_err(RpcError::internal)?, app.limits.client(&parts));
     let created = match ApiKey::parse(key.trim()) {
         Ok(key) => {
             let request = CreateConsoleSessionRequest {
@@ -101,7 +101,7 @@ pub async fn sign_in(
             };
             app.bus.call::<rpc::CreateConsoleSession>(&request, crate::RPC_DEADLINE).await
         }
-        Err(_) => Err(Failure::new(ErrorCode::Unauthenticated, "Invalid API key")),
+        Err(_) => Err(RpcError::new(ErrorCode::Unauthenticated, "Invalid API key")),
     };
     if created.as_ref().is_err_and(|failure| failure.code == ErrorCode::Unauthenticated) {
         app.limits
@@ -157,7 +157,7 @@ fn cookie(headers: &HeaderMap, value: &str, seconds: u32) -> Result<HeaderValue,
     let (name, secure) = if secure { (SECURE_COOKIE, "; Secure") } else { (COOKIE, "") };
     let text =
         format!("{name}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={seconds}{secure}");
-    HeaderValue::from_str(&text).map_err(|error| Failure::internal(error).into())
+    HeaderValue::from_str(&text).map_err(|error| RpcError::internal(error).into())
 }
 
 #[cfg(test)]

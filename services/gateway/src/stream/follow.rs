@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
-use bus::Failure;
+use bus::RpcError;
 use bytes::Bytes;
 use contract::scheduler::{QueuedInputs, ReadEventsReply};
 use futures::{Stream, future::BoxFuture};
@@ -47,7 +47,7 @@ const PROCESSED_MAX: usize = 256;
 
 /// What a request brought.
 enum Answer {
-    Page(Result<ReadEventsReply, Failure>),
+    Page(Result<ReadEventsReply, RpcError>),
     /// The event is persisted; in the typed view, or was waited for long enough.
     Persisted(u64),
 }

@@ -1,6 +1,6 @@
 //! Pages of a session's event log in Postgres, bounded in bytes.
 
-use bus::{Bus, Failure};
+use bus::{Bus, RpcError};
 use bytes::{Bytes, BytesMut};
 use contract::{
     rpc,
@@ -32,7 +32,7 @@ pub async fn read_page(
     session: SessionId,
     after: u64,
     max_bytes: u32,
-) -> Result<ReadEventsReply, Failure> {
+) -> Result<ReadEventsReply, RpcError> {
     read(bus, &ReadEventsRequest { after, ..request(session, max_bytes) }).await
 }
 
@@ -45,7 +45,7 @@ pub async fn read_shown(
     session: SessionId,
     after: u64,
     max_bytes: u32,
-) -> Result<ReadEventsReply, Failure> {
+) -> Result<ReadEventsReply, RpcError> {
     read(bus, &ReadEventsRequest { after, without_output: true, ..request(session, max_bytes) })
         .await
 }
@@ -60,7 +60,7 @@ pub async fn read_shown_entries(
     after: u64,
     limit: usize,
     max_bytes: u32,
-) -> Result<ReadEventsReply, Failure> {
+) -> Result<ReadEventsReply, RpcError> {
     let limit = u32::try_from(limit).unwrap_or(PAGE_EVENTS).min(PAGE_EVENTS);
     read(
         bus,
@@ -80,7 +80,7 @@ pub async fn read_shown_entries_before(
     before: u64,
     limit: usize,
     max_bytes: u32,
-) -> Result<ReadEventsReply, Failure> {
+) -> Result<ReadEventsReply, RpcError> {
     let limit = u32::try_from(limit).unwrap_or(PAGE_EVENTS).min(PAGE_EVENTS);
     let (before, without_output_before) = (Some(before), true);
     read(
@@ -99,7 +99,7 @@ pub async fn read_page_before(
     session: SessionId,
     before: u64,
     max_bytes: u32,
-) -> Result<ReadEventsReply, Failure> {
+) -> Result<ReadEventsReply, RpcError> {
     read(bus, &ReadEventsRequest { before: Some(before), ..request(session, max_bytes) }).await
 }
 
@@ -112,7 +112,7 @@ fn request(session: SessionId, max_bytes: u32) -> ReadEventsRequest {
     }
 }
 
-async fn read(bus: &Bus, request: &ReadEventsRequest) -> Result<ReadEventsReply, Failure> {
+async fn read(bus: &Bus, request: &ReadEventsRequest) -> Result<ReadEventsReply, RpcError> {
     let mut reply = bus.call::<rpc::ReadEvents>(request, RPC_DEADLINE).await?;
     detach(&mut reply.events);
     Ok(reply)
@@ -133,7 +133,7 @@ fn detach(events: &mut [RecordedEvent]) {
 ///
 /// # Errors
 /// When the scheduler or its database is away.
-pub async fn newest(bus: &Bus, session: SessionId) -> Result<Option<u64>, Failure> {
+pub async fn newest(bus: &Bus, session: SessionId) -> Result<Option<u64>, RpcError> {
     let reply = read_page(bus, session, u64::MAX, 1).await?;
     Ok((!reply.session_deleted).then(|| reply.newest.map_or(0, |event| event.event_id)))
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use bus::{
-    Bus, Failure,
+    Bus, RpcError,
     live::{Entry, Interrupted, Live},
 };
 use contract::{
@@ -198,7 +198,7 @@ impl Hub {
 }
 
 /// Asks until there is an answer; that the session does not exist any more is one.
-async fn until_answered<F: Future<Output = Result<(), Failure>>>(ask: impl Fn() -> F) {
+async fn until_answered<F: Future<Output = Result<(), RpcError>>>(ask: impl Fn() -> F) {
     for attempts in 1.. {
         match ask().await {
             Err(failure) if failure.code != ErrorCode::NotFound => {
@@ -225,7 +225,7 @@ async fn ask_session(
     user_id: &str,
     session: SessionId,
     event_id: u64,
-) -> Result<Session, Failure> {
+) -> Result<Session, RpcError> {
     let request = GetSessionRequest {
         user_id: user_id.to_owned(),
         session_id: session.to_string(),
@@ -251,7 +251,7 @@ enum Answer {
     Newest(u64),
     Page(ReadEventsReply),
     Deleted,
-    Failed(Failure),
+    Failed(RpcError),
 }
 
 type Request = BoxFuture<'static, Answer>;
@@ -404,7 +404,7 @@ impl Follower {
                 },
                 Err(error) => {
                     tracing::debug!(session_id = %session, error = %anyhow::Error::new(error).root_cause(), "failed to read a log's last event; will retry");
-                    Answer::Failed(Failure::unavailable("The message bus"))
+                    Answer::Failed(RpcError::unavailable("The message bus"))
                 }
             };
             drop(permit);
@@ -485,8 +485,8 @@ mod tests {
             until_answered(|| async {
                 asked.set(asked.get() + 1);
                 match code {
-                    _ if asked.get() < last => Err(Failure::unavailable("The scheduler")),
-                    Some(code) => Err(Failure::new(code, "gone")),
+                    _ if asked.get() < last => Err(RpcError::unavailable("The scheduler")),
+                    Some(code) => Err(RpcError::new(code, "gone")),
                     None => Ok(()),
                 }
             })

@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
-use bus::Failure;
+use bus::RpcError;
 use bytes::Bytes;
 use contract::{
     rpc,
@@ -95,9 +95,9 @@ enum Pending {
 
 /// What a request brought.
 enum Answer {
-    Page(Result<ReadEventsReply, Failure>),
+    Page(Result<ReadEventsReply, RpcError>),
     /// The session, and the newest persisted event before it was asked for.
-    Session(Result<Session, Failure>, Option<Event>),
+    Session(Result<Session, RpcError>, Option<Event>),
     /// The session once a turn's end was persisted.
     TurnEnd {
         id: u64,
@@ -392,7 +392,7 @@ impl Reader {
         }
     }
 
-    fn retry(&mut self, error: &Failure) {
+    fn retry(&mut self, error: &RpcError) {
         self.attempts += 1;
         tracing::debug!(session_id = %self.session_id, %error, attempt = self.attempts, "event log cannot be read; will retry");
     }

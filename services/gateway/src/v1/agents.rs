@@ -1,7 +1,7 @@
 //! Agents under `/v1`.
 
 use axum::{Json, extract::State};
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     rpc,
     scheduler::{
@@ -376,7 +376,7 @@ pub async fn update(
         let reply = app.bus.call::<rpc::UpdateAgent>(&request, crate::RPC_DEADLINE).await;
         app.forget_unless_used(kept, &reply, |_| true).await;
         match reply {
-            Err(Failure { code: ErrorCode::Conflict, reason: None, .. })
+            Err(RpcError { code: ErrorCode::Conflict, reason: None, .. })
                 if version.is_none() && attempt < ATTEMPTS => {}
             reply => return Ok(Json(reply?.into())),
         }
@@ -545,7 +545,7 @@ pub async fn archive(
     };
     match app.bus.call::<rpc::ArchiveAgent>(&request, crate::RPC_DEADLINE).await {
         // Archived before.
-        Err(Failure { code: ErrorCode::Conflict, .. }) => {
+        Err(RpcError { code: ErrorCode::Conflict, .. }) => {
             Ok(Json(find(&app, &caller, &request.agent_id, None).await?.into()))
         }
         reply => Ok(Json(reply?.into())),

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use axum::{Json, extract::State};
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     rpc,
@@ -347,7 +347,8 @@ pub async fn update(
         };
         match app.bus.call::<rpc::UpdateEnvironment>(&update, crate::RPC_DEADLINE).await {
             // Overtaken by another change: the last one wins. A name that is taken stays taken.
-            Err(Failure { code: ErrorCode::Conflict, reason: None, .. }) if attempt < ATTEMPTS => {}
+            Err(RpcError { code: ErrorCode::Conflict, reason: None, .. }) if attempt < ATTEMPTS => {
+            }
             reply => return Ok(Json(reply?.into())),
         }
     }
@@ -376,7 +377,7 @@ pub async fn archive(
     let request = request(&caller, &id)?;
     match app.bus.call::<rpc::ArchiveEnvironment>(&request, crate::RPC_DEADLINE).await {
         // Archived before.
-        Err(Failure { code: ErrorCode::Conflict, .. }) => {
+        Err(RpcError { code: ErrorCode::Conflict, .. }) => {
             Ok(Json(app.call::<rpc::GetEnvironment>(&request).await?.into()))
         }
         reply => Ok(Json(reply?.into())),

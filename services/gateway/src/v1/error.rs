@@ -147,7 +147,7 @@ pub fn refused_field(field: &str, why: &str) -> ApiError {
 #[cfg(test)]
 mod tests {
     use axum::body::to_bytes;
-    use bus::Failure;
+    use bus::RpcError;
     use serde_json::json;
     use types::ErrorCode;
 
@@ -185,12 +185,12 @@ mod tests {
     #[tokio::test]
     async fn a_lost_race_is_409_and_a_state_is_400_and_neither_is_repeated_by_an_sdk() {
         let (status, body, retry) =
-            shown(Failure::conflict("Version mismatch: expected 3, got 2").into(), true).await;
+            shown(RpcError::conflict("Version mismatch: expected 3, got 2").into(), true).await;
         assert_eq!(
             (status, body["error"]["type"].as_str(), retry.as_deref()),
             (409, Some("conflict_error"), Some("false"))
         );
-        let failure = Failure::conflict("Environment is archived").because("environment_archived");
+        let failure = RpcError::conflict("Environment is archived").because("environment_archived");
         let (status, body, _) = shown(failure.into(), true).await;
         assert_eq!(
             (status, body["error"]["details"]["error_code"].as_str()),
@@ -206,7 +206,7 @@ mod tests {
             (ErrorCode::Internal, true, Some("false")),
             (ErrorCode::DeadlineExceeded, false, None),
         ] {
-            let (status, _, retry) = shown(Failure::new(code, "x").into(), changes).await;
+            let (status, _, retry) = shown(RpcError::new(code, "x").into(), changes).await;
             assert!(status >= 500);
             assert_eq!(retry.as_deref(), expected, "{code} {changes}");
         }

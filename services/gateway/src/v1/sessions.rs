@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use axum::{Json, extract::State, http::StatusCode};
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     rpc,
@@ -542,7 +542,7 @@ pub async fn update(
         app.forget_unless_used(kept, &reply, |_| true).await;
         match reply {
             // Overtaken by another change of the agent: this one is made again from what it left.
-            Err(Failure { code: ErrorCode::Conflict, reason: None, .. })
+            Err(RpcError { code: ErrorCode::Conflict, reason: None, .. })
                 if attempt < UPDATE_ATTEMPTS => {}
             reply => return Ok(Json(reply?.into())),
         }

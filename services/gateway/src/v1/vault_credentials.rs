@@ -1,7 +1,7 @@
 //! Credentials in vaults of `/v1`. Secrets go to the credential vault and never come back.
 
 use axum::{Json, extract::State};
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     rpc,
@@ -475,7 +475,7 @@ pub async fn create(
     }
     let metadata = metadata::merged("{}", &patch.unwrap_or_default())
         .map_err(|why| refused_field("metadata", &why))?;
-    let oauth = oauth.map(serde_json::from_value).transpose().map_err(Failure::internal)?;
+    let oauth = oauth.map(serde_json::from_value).transpose().map_err(RpcError::internal)?;
     let hosts = hosts.flatten();
     let document = CredentialDocument { kind, key: key.clone(), value, hosts, oauth };
     let kept = app.keep(&caller.user_id, Kind::VaultCredential, &document, None).await?;

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use types::Timestamp;
 
-use super::{Api, Failure, inside, lines};
+use super::{Api, ErrorResponse, inside, lines};
 use crate::sprites::{
     checkpoint::{self, Checkpoint},
     sprite::{RegistryError, Sprite},
@@ -60,7 +60,7 @@ fn tell<F: Future<Output = Result<String, RegistryError>> + Send + 'static>(
     lines(receiver)
 }
 
-fn find(api: &Api, name: &str) -> Result<Arc<Sprite>, Failure> {
+fn find(api: &Api, name: &str) -> Result<Arc<Sprite>, ErrorResponse> {
     Ok(api.registry.get(name)?)
 }
 
@@ -68,7 +68,7 @@ pub async fn create(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = find(&api, &name)?;
     let body: Value = serde_json::from_slice(&body).unwrap_or_default();
     let comment = body
@@ -85,7 +85,7 @@ pub async fn create(
 pub async fn list(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let sprite = find(&api, &name)?;
     Ok(Json(checkpoint::list(&sprite).iter().map(describe).collect()))
 }
@@ -93,7 +93,7 @@ pub async fn list(
 pub async fn get(
     State(api): State<Api>,
     Path((name, id)): Path<(String, String)>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let sprite = find(&api, &name)?;
     Ok(Json(describe(&checkpoint::get(&sprite, &id)?)))
 }
@@ -101,7 +101,7 @@ pub async fn get(
 pub async fn restore(
     State(api): State<Api>,
     Path((name, id)): Path<(String, String)>,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = find(&api, &name)?;
     checkpoint::get(&sprite, &id)?;
     let (registry, again) = (api.registry.clone(), api.clone());
@@ -115,7 +115,7 @@ pub async fn restore(
 pub async fn delete(
     State(api): State<Api>,
     Path((name, id)): Path<(String, String)>,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     let sprite = find(&api, &name)?;
     api.registry.delete_checkpoint(&sprite, &id).await?;
     Ok(StatusCode::NO_CONTENT)

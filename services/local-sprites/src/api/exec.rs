@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use types::Timestamp;
 
-use super::{Api, Failure, Query, failure, invalid, lines, parse_duration};
+use super::{Api, ErrorResponse, Query, failure, invalid, lines, parse_duration};
 use crate::{
     isolation::sandbox::HOME,
     run::{
@@ -43,7 +43,7 @@ const EXIT: u8 = 3;
 const STDIN_END: u8 = 4;
 
 /// Reads a command from a query; its terminal too, where the way it is asked for can have one.
-pub fn request(query: &Query, terminal_allowed: bool) -> Result<exec::Request, Failure> {
+pub fn request(query: &Query, terminal_allowed: bool) -> Result<exec::Request, ErrorResponse> {
     let mut argv = query.all("cmd");
     let path = query.get("path").filter(|path| !path.is_empty());
     match (argv.first_mut(), path) {
@@ -87,7 +87,7 @@ pub async fn start_or_list(
     Path(name): Path<String>,
     query: Query,
     request: Request,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     let (mut parts, _) = request.into_parts();
     let Ok(upgrade) = WebSocketUpgrade::from_request_parts(&mut parts, &()).await else {
@@ -153,7 +153,7 @@ pub async fn attach(
     State(api): State<Api>,
     Path((name, id)): Path<(String, String)>,
     request: Request,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     let (mut parts, _) = request.into_parts();
     match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
@@ -162,7 +162,7 @@ pub async fn attach(
     }
 }
 
-fn not_found(id: &str) -> Failure {
+fn not_found(id: &str) -> ErrorResponse {
     failure(StatusCode::NOT_FOUND, &format!("session not found: {id}"))
 }
 
@@ -172,7 +172,7 @@ fn attach_to(
     id: &str,
     upgrade: WebSocketUpgrade,
     headers: &axum::http::HeaderMap,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let session = locked(&sprite.sessions).get(id).ok_or_else(|| not_found(id))?;
     // sprites-py sends an end of input before it can know that it is attached to a terminal, where
     // that would log a shell out (docs/sprites-api.md §3.7).
@@ -361,7 +361,7 @@ pub async fn kill(
     Path((name, id)): Path<(String, String)>,
     query: Query,
     body: Bytes,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     let found = locked(&sprite.sessions).get(&id);
     let Some(session) = found else {

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio_util::io::ReaderStream;
 use types::Timestamp;
 
-use super::{Api, Failure, Query, failure, invalid};
+use super::{Api, ErrorResponse, Query, failure, invalid};
 use crate::{
     files::{Root, absolute, watch::Watcher},
     isolation::holder::Holder,
@@ -46,7 +46,7 @@ async fn in_root<T: Send + 'static>(
     name: &str,
     (path, whose): (PathBuf, For),
     operation: impl FnOnce(&Root, &FilePath) -> io::Result<T> + Send + 'static,
-) -> Result<T, Failure> {
+) -> Result<T, ErrorResponse> {
     let sprite = api.registry.get(name)?;
     let holder = api.registry.wake(&sprite).await?;
     let _connection = sprite.connect();
@@ -62,7 +62,7 @@ async fn in_root<T: Send + 'static>(
     }
 }
 
-fn file_failure(error: &io::Error, path: &FilePath) -> Failure {
+fn file_failure(error: &io::Error, path: &FilePath) -> ErrorResponse {
     let (status, code) = match error.kind() {
         io::ErrorKind::NotFound => (StatusCode::NOT_FOUND, "ENOENT"),
         io::ErrorKind::AlreadyExists => (StatusCode::BAD_REQUEST, "EEXIST"),
@@ -103,7 +103,7 @@ pub async fn read(
     Path(name): Path<String>,
     query: Query,
     headers: HeaderMap,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let range = range(&headers);
     let offset = range.map_or(0, |(first, _)| first);
     let (file, size) =
@@ -141,7 +141,7 @@ pub async fn write(
     Path(name): Path<String>,
     query: Query,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let mode = parse_mode(query.get("mode").unwrap_or("0644"))
         .ok_or_else(|| invalid("mode is not octal"))?;
     let parents = query.get("mkdirParents").or_else(|| query.get("mkdir")) != Some("false");
@@ -159,7 +159,7 @@ pub async fn list(
     State(api): State<Api>,
     Path(name): Path<String>,
     query: Query,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let (target, recursive) = (target(&query), query.is("recursive"));
     let path = target.0.clone();
     let mut entries =
@@ -177,7 +177,7 @@ pub async fn delete(
     Path(name): Path<String>,
     query: Query,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     // The clients send a query, the documents say a body.
     let (target, recursive) = match Change::parse(&body) {
         Some(change) if query.get("path").is_none() => {
@@ -220,7 +220,7 @@ pub async fn rename(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let change = Change::parse(&body).ok_or_else(|| invalid("invalid JSON"))?;
     let (source, dest) = (change.target("source"), change.path("dest"));
     let (from, to) = (source.0.clone(), dest.clone());
@@ -232,7 +232,7 @@ pub async fn copy(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let change = Change::parse(&body).ok_or_else(|| invalid("invalid JSON"))?;
     let (source, dest, recursive) =
         (change.target("source"), change.path("dest"), change.is("recursive"));
@@ -248,7 +248,7 @@ pub async fn chmod(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let change = Change::parse(&body).ok_or_else(|| invalid("invalid JSON"))?;
     let mode = parse_mode(change.text("mode")).ok_or_else(|| invalid("mode is not octal"))?;
     let recursive = change.is("recursive");
@@ -267,7 +267,7 @@ pub async fn chown(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let change = Change::parse(&body).ok_or_else(|| invalid("invalid JSON"))?;
     let Some(first_user) = api.registry.sandboxes.first_user() else {
         return Err(failure(
@@ -324,7 +324,7 @@ pub async fn watch(
     State(api): State<Api>,
     Path(name): Path<String>,
     upgrade: WebSocketUpgrade,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     let holder = api.registry.wake(&sprite).await?;
     let connection = sprite.connect();

@@ -15,7 +15,7 @@ use axum::{
 use futures::StreamExt as _;
 use tokio::{sync::mpsc, time::Instant};
 
-use super::{Api, Failure, Query, exec, failure};
+use super::{Api, ErrorResponse, Query, exec, failure};
 use crate::run::exec::{Event, ExecSession, Stream};
 
 const FRAME_BYTES_MAX: usize = 32 * 1024;
@@ -30,7 +30,7 @@ pub async fn run(
     Path(name): Path<String>,
     query: Query,
     body: Body,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     let request = exec::request(&query, false)?;
     let takes_input = request.stdin;

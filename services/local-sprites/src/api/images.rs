@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Api, Failure, invalid};
+use super::{Api, ErrorResponse, invalid};
 use crate::sprites::{image::ImageKey, sprite::RegistryError};
 
 const PATHS_MAX: usize = 32;
@@ -26,7 +26,7 @@ struct Draft {
     without: Vec<PathBuf>,
 }
 
-pub fn key(text: &str) -> Result<ImageKey, Failure> {
+pub fn key(text: &str) -> Result<ImageKey, ErrorResponse> {
     text.parse().map_err(|()| {
         invalid("an image's key has 1 to 64 characters: lower-case letters, digits and dashes")
     })
@@ -36,7 +36,7 @@ pub async fn draft(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<(StatusCode, Json<Value>), Failure> {
+) -> Result<(StatusCode, Json<Value>), ErrorResponse> {
     let draft: Draft = serde_json::from_slice(&body)
         .map_err(|error| invalid(format!("invalid image: {error}")))?;
     let is_normal = |path: &PathBuf| {
@@ -55,7 +55,7 @@ pub async fn draft(
 pub async fn keep(
     State(api): State<Api>,
     Path((name, draft)): Path<(String, String)>,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     let draft: Uuid = draft.parse().map_err(|_| RegistryError::NoDraft)?;
     api.registry.keep_image(&name, draft)?;
     Ok(StatusCode::ACCEPTED)

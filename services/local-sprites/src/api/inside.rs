@@ -24,7 +24,7 @@ use tokio::{
 };
 use tower::ServiceExt as _;
 
-use super::{Api, Failure, failure, invalid, not_served, parse_duration, routes};
+use super::{Api, ErrorResponse, failure, invalid, not_served, parse_duration, routes};
 use crate::{
     run::tasks::{Task, TaskError},
     sprites::sprite::Sprite,
@@ -152,11 +152,11 @@ async fn forward(State(inside): State<Inside>, mut request: Request) -> Response
 }
 
 impl Inside {
-    fn sprite(&self) -> Result<Arc<Sprite>, Failure> {
+    fn sprite(&self) -> Result<Arc<Sprite>, ErrorResponse> {
         self.sprite.upgrade().ok_or_else(|| failure(StatusCode::NOT_FOUND, "sprite not found"))
     }
 
-    fn set(&self, name: &str, body: &Value, replace: bool) -> Result<Json<Value>, Failure> {
+    fn set(&self, name: &str, body: &Value, replace: bool) -> Result<Json<Value>, ErrorResponse> {
         if name.is_empty() || name.chars().count() > NAME_CHARS_MAX {
             return Err(invalid("a task has a name, of at most 200 characters"));
         }
@@ -181,7 +181,7 @@ fn describe(name: &str, task: &Task) -> Value {
     json!({ "name": name, "started_at": task.started_at.to_string(), "expires_at": task.expires_at.to_string() })
 }
 
-fn parse(body: &Bytes) -> Result<Value, Failure> {
+fn parse(body: &Bytes) -> Result<Value, ErrorResponse> {
     serde_json::from_slice(body).map_err(|_| invalid("invalid JSON"))
 }
 
@@ -189,18 +189,21 @@ fn named(body: &Value) -> String {
     body.get("name").and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
-async fn list(State(inside): State<Inside>) -> Result<Json<Value>, Failure> {
+async fn list(State(inside): State<Inside>) -> Result<Json<Value>, ErrorResponse> {
     let tasks: Vec<_> =
         inside.sprite()?.tasks.list().iter().map(|(name, task)| describe(name, task)).collect();
     Ok(Json(json!({ "tasks": tasks })))
 }
 
-async fn create(State(inside): State<Inside>, body: Bytes) -> Result<Response, Failure> {
+async fn create(State(inside): State<Inside>, body: Bytes) -> Result<Response, ErrorResponse> {
     let body = parse(&body)?;
     Ok((StatusCode::CREATED, inside.set(&named(&body), &body, false)?).into_response())
 }
 
-async fn extend_named(State(inside): State<Inside>, body: Bytes) -> Result<Json<Value>, Failure> {
+async fn extend_named(
+    State(inside): State<Inside>,
+    body: Bytes,
+) -> Result<Json<Value>, ErrorResponse> {
     let body = parse(&body)?;
     inside.set(&named(&body), &body, true)
 }
@@ -209,14 +212,14 @@ async fn extend(
     State(inside): State<Inside>,
     Path(task): Path<String>,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     inside.set(&task, &parse(&body)?, true)
 }
 
 async fn show(
     State(inside): State<Inside>,
     Path(name): Path<String>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     match inside.sprite()?.tasks.get(&name) {
         Some(task) => Ok(Json(describe(&name, &task))),
         None => Err(failure(StatusCode::NOT_FOUND, "task not found")),
@@ -226,7 +229,7 @@ async fn show(
 async fn remove(
     State(inside): State<Inside>,
     Path(name): Path<String>,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     if inside.sprite()?.tasks.remove(&name) {
         Ok(StatusCode::NO_CONTENT)
     } else {

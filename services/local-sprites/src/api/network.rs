@@ -17,7 +17,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{Api, Failure};
+use super::{Api, ErrorResponse};
 use crate::{
     isolation::holder::Holder,
     network::{
@@ -38,7 +38,7 @@ pub async fn proxy(
     State(api): State<Api>,
     Path(name): Path<String>,
     upgrade: WebSocketUpgrade,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     let holder = api.registry.wake(&sprite).await?;
     let connection = sprite.connect();
@@ -127,7 +127,7 @@ pub async fn watch_ports(
     State(api): State<Api>,
     Path(name): Path<String>,
     upgrade: WebSocketUpgrade,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     Ok(upgrade.on_upgrade(move |mut socket| async move {
         tell_ports(&mut socket, sprite).await;

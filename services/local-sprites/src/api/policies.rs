@@ -9,7 +9,7 @@ use axum::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Api, Failure, invalid};
+use super::{Api, ErrorResponse, invalid};
 use crate::{
     isolation::launch::Privileges,
     network::{
@@ -22,14 +22,14 @@ use crate::{
 const MEMORY_MB_MIN: u64 = 64;
 const MEMORY_MB_MAX: u64 = 1 << 20;
 
-fn parse<'a, T: Deserialize<'a>>(what: &str, body: &'a Bytes) -> Result<T, Failure> {
+fn parse<'a, T: Deserialize<'a>>(what: &str, body: &'a Bytes) -> Result<T, ErrorResponse> {
     serde_json::from_slice(body).map_err(|error| invalid(format!("invalid {what} policy: {error}")))
 }
 
 pub async fn network(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<Json<Policy>, Failure> {
+) -> Result<Json<Policy>, ErrorResponse> {
     Ok(Json(api.registry.get(&name)?.record().policy))
 }
 
@@ -37,7 +37,7 @@ pub async fn set_network(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     let policy: Policy = parse("network", &body)?;
     if let Some(problem) = policy.problem() {
         return Err(invalid(format!("invalid network policy: {problem}")));
@@ -57,7 +57,7 @@ pub async fn set_secrets(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     // Not with the parser's words: they may quote a value.
     let policy: SecretsPolicy =
         serde_json::from_slice(&body).map_err(|_| invalid("invalid secrets policy"))?;
@@ -69,7 +69,7 @@ pub async fn set_secrets(
 pub async fn privileges(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<Json<PrivilegesPolicy>, Failure> {
+) -> Result<Json<PrivilegesPolicy>, ErrorResponse> {
     Ok(Json(api.registry.get(&name)?.record().privileges.unwrap_or_default()))
 }
 
@@ -78,7 +78,7 @@ pub async fn set_privileges(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     let policy: PrivilegesPolicy = parse("privileges", &body)?;
     if !policy.devices.is_empty() {
         return Err(invalid("this server has no devices to give"));
@@ -101,7 +101,7 @@ pub async fn set_privileges(
 pub async fn clear_privileges(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     api.registry.get(&name)?.change(|record| record.privileges = None)?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -119,7 +119,7 @@ struct Memory {
 pub async fn resources(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let limit = api.registry.get(&name)?.record().memory_limit_mb;
     Ok(Json(match limit {
         Some(limit_mb) => json!({ "memory": { "limit_mb": limit_mb, "autoscale": false } }),
@@ -131,7 +131,7 @@ pub async fn set_resources(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     let policy: ResourcesPolicy = parse("resources", &body)?;
     let limit_mb = policy.memory.and_then(|memory| memory.limit_mb);
     if limit_mb.is_some_and(|limit| !(MEMORY_MB_MIN..=MEMORY_MB_MAX).contains(&limit)) {
@@ -145,7 +145,7 @@ pub async fn set_resources(
 pub async fn clear_resources(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     api.registry.set_memory_limit(&name, None)?;
     Ok(StatusCode::NO_CONTENT)
 }

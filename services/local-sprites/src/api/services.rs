@@ -17,7 +17,7 @@ use tokio::sync::{
 };
 use types::Timestamp;
 
-use super::{Api, Failure, Query, failure, invalid, lines};
+use super::{Api, ErrorResponse, Query, failure, invalid, lines};
 use crate::{
     run::exec::{Stream, parse_signal},
     services::{Definition, Event, ServiceError, State as ServiceState, Unit, is_name, log_path},
@@ -118,11 +118,15 @@ fn follow(
     lines(receiver)
 }
 
-fn find(api: &Api, name: &str) -> Result<Arc<Sprite>, Failure> {
+fn find(api: &Api, name: &str) -> Result<Arc<Sprite>, ErrorResponse> {
     Ok(api.registry.get(name)?)
 }
 
-fn find_unit(api: &Api, name: &str, service: &str) -> Result<(Arc<Sprite>, Arc<Unit>), Failure> {
+fn find_unit(
+    api: &Api,
+    name: &str,
+    service: &str,
+) -> Result<(Arc<Sprite>, Arc<Unit>), ErrorResponse> {
     let sprite = find(api, name)?;
     // Before its Sprite was started there is a service, and nothing that keeps it.
     let unit = sprite.services.defined(&sprite, service)?;
@@ -132,7 +136,7 @@ fn find_unit(api: &Api, name: &str, service: &str) -> Result<(Arc<Sprite>, Arc<U
 pub async fn list(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let sprite = find(&api, &name)?;
     Ok(Json(
         sprite
@@ -147,7 +151,7 @@ pub async fn list(
 pub async fn get(
     State(api): State<Api>,
     Path((name, service)): Path<(String, String)>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let sprite = find(&api, &name)?;
     match sprite.record().services.get(&service) {
         Some(definition) => Ok(Json(describe(&sprite, &service, definition))),
@@ -160,7 +164,7 @@ pub async fn put(
     Path((name, service)): Path<(String, String)>,
     query: Query,
     body: Bytes,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     if !is_name(&service) {
         return Err(invalid(
             "a service's name is up to 63 letters, digits, '-', '_' and '.', and not \"signal\"",
@@ -191,7 +195,7 @@ pub async fn put(
 pub async fn delete(
     State(api): State<Api>,
     Path((name, service)): Path<(String, String)>,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     let (sprite, unit) = find_unit(&api, &name, &service)?;
     let _ = unit.stop(STOP_GRACE).await;
     sprite.services.remove(&sprite, &service)?;
@@ -200,7 +204,7 @@ pub async fn delete(
 
 /// Whether its user wants a service to run is kept: it holds when the Sprite or this server is
 /// restarted.
-fn want(sprite: &Sprite, service: &str, stopped: bool) -> Result<(), Failure> {
+fn want(sprite: &Sprite, service: &str, stopped: bool) -> Result<(), ErrorResponse> {
     let change = |definition: &mut Definition| definition.stopped = stopped;
     Ok(sprite.change(|record| {
         let _ = record.services.get_mut(service).map(change);
@@ -212,7 +216,7 @@ async fn begin(
     (name, service): (String, String),
     query: Query,
     ends_first: bool,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let (sprite, unit) = find_unit(api, &name, &service)?;
     want(&sprite, &service, false)?;
     let holder = api.registry.wake(&sprite).await?;
@@ -228,7 +232,7 @@ pub async fn start(
     State(api): State<Api>,
     Path(path): Path<(String, String)>,
     query: Query,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     begin(&api, path, query, false).await
 }
 
@@ -236,7 +240,7 @@ pub async fn restart(
     State(api): State<Api>,
     Path(path): Path<(String, String)>,
     query: Query,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     begin(&api, path, query, true).await
 }
 
@@ -244,7 +248,7 @@ pub async fn stop(
     State(api): State<Api>,
     Path((name, service)): Path<(String, String)>,
     query: Query,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let (sprite, unit) = find_unit(&api, &name, &service)?;
     let grace = query.duration("timeout").unwrap_or(STOP_GRACE).min(WATCH_MAX);
     if !unit.is_kept() {
@@ -260,7 +264,7 @@ pub async fn signal(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     let body: Value = serde_json::from_slice(&body).map_err(|_| invalid("invalid JSON"))?;
     let text = |name: &str| body.get(name).and_then(Value::as_str).unwrap_or_default();
     let signal = parse_signal(text("signal")).ok_or_else(|| invalid("unknown signal"))?;
@@ -274,7 +278,7 @@ pub async fn logs(
     State(api): State<Api>,
     Path((name, service)): Path<(String, String)>,
     query: Query,
-) -> Result<Response, Failure> {
+) -> Result<Response, ErrorResponse> {
     let (sprite, unit) = find_unit(&api, &name, &service)?;
     let lines =
         query.get("lines").and_then(|text| text.parse().ok()).unwrap_or(LINES).min(LINES_MAX);

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use types::{SpriteName, Timestamp};
 
-use super::{Api, Failure, Query, images, inside, invalid, lines};
+use super::{Api, ErrorResponse, Query, images, inside, invalid, lines};
 use crate::sprites::{
     registry::Registry,
     sprite::{Settings, Sprite, Status},
@@ -44,7 +44,7 @@ struct UrlSettings {
 }
 
 impl Change {
-    fn parse(body: &Bytes) -> Result<Self, Failure> {
+    fn parse(body: &Bytes) -> Result<Self, ErrorResponse> {
         let change: Self = serde_json::from_slice(body)
             .map_err(|error| invalid(format!("invalid JSON: {error}")))?;
         if !matches!(change.runtime.as_deref(), None | Some("default" | "dev")) {
@@ -99,7 +99,7 @@ fn describe(sprite: &Sprite) -> Value {
     })
 }
 
-pub async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, Failure> {
+pub async fn create(State(api): State<Api>, body: Bytes) -> Result<Response, ErrorResponse> {
     let mut change = Change::parse(&body)?;
     let name = change.name.take().ok_or_else(|| invalid("name is required"))?;
     let name: SpriteName = name.parse().map_err(|_| invalid("name is not a DNS label"))?;
@@ -208,7 +208,10 @@ fn watch(api: &Api, prefix: String) -> Response {
 /// How often the list is looked at for a client that watches it.
 const CHECK: Duration = Duration::from_millis(500);
 
-pub async fn get(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+pub async fn get(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ErrorResponse> {
     Ok(Json(describe(&*api.registry.get(&name)?)))
 }
 
@@ -216,7 +219,7 @@ pub async fn update(
     State(api): State<Api>,
     Path(name): Path<String>,
     body: Bytes,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     let change = Change::parse(&body)?;
     sprite.change(|record| change.apply(&mut record.settings))?;
@@ -226,7 +229,7 @@ pub async fn update(
 pub async fn delete(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     api.registry.delete(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -235,7 +238,7 @@ pub async fn delete(
 pub async fn upgrade(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<StatusCode, Failure> {
+) -> Result<StatusCode, ErrorResponse> {
     api.registry.get(&name)?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -243,7 +246,7 @@ pub async fn upgrade(
 pub async fn restart(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let holder = api.registry.restart(&name).await?;
     Ok(Json(
         json!({ "sprite_name": name, "machine_id": holder.process.pid.to_string(), "message": "Sprite restarted" }),
@@ -254,7 +257,7 @@ pub async fn restart(
 pub async fn check(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Value>, ErrorResponse> {
     let sprite = api.registry.get(&name)?;
     let begun = std::time::Instant::now();
     let woken = api.registry.wake(&sprite).await;

@@ -1,6 +1,6 @@
 //! Agents: templates that sessions run. Every version is kept.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::{
     Agent, CreateAgentReply, CreateAgentRequest, GetAgentRequest, ListAgentsReply,
     ListPartsRequest, ListRequest, UpdateAgentRequest,
@@ -77,8 +77,8 @@ impl From<AgentRow> for Agent {
     }
 }
 
-fn missing() -> Failure {
-    Failure::not_found("Agent not found")
+fn missing() -> RpcError {
+    RpcError::not_found("Agent not found")
 }
 
 /// An environment that an agent may be given.
@@ -86,42 +86,42 @@ async fn usable_environment(
     tx: &mut PgConnection,
     user: UserId,
     id: &str,
-) -> Result<Uuid, Failure> {
+) -> Result<Uuid, RpcError> {
     let id: EnvironmentId = id.parse().map_err(|_| environments::missing())?;
     let archived =
         environments::find_archived(tx, user, id).await?.ok_or_else(environments::missing)?;
     if archived {
-        return Err(Failure::conflict("Cannot assign an archived environment to an agent"));
+        return Err(RpcError::conflict("Cannot assign an archived environment to an agent"));
     }
     Ok(id.uuid())
 }
 
 /// As a column has them: null where they allow everything.
-fn permissions(text: &str) -> Result<Option<Value>, Failure> {
+fn permissions(text: &str) -> Result<Option<Value>, RpcError> {
     if text.is_empty() {
         return Ok(None);
     }
     let permissions: Permissions =
-        serde_json::from_str(text).map_err(|_| Failure::invalid("Malformed permissions"))?;
+        serde_json::from_str(text).map_err(|_| RpcError::invalid("Malformed permissions"))?;
     if permissions == Permissions::default() {
         return Ok(None);
     }
-    serde_json::to_value(permissions).map(Some).map_err(Failure::internal)
+    serde_json::to_value(permissions).map(Some).map_err(RpcError::internal)
 }
 
 /// As a column has them: null where they follow from the permissions.
-fn tools(text: &str) -> Result<Option<Value>, Failure> {
+fn tools(text: &str) -> Result<Option<Value>, RpcError> {
     if text.is_empty() { Ok(None) } else { parsed_json(text).map(Some) }
 }
 
 /// A runtime that cannot ask cannot be restricted either.
-fn check_permissions(agent: &AgentRow) -> Result<(), Failure> {
+fn check_permissions(agent: &AgentRow) -> Result<(), RpcError> {
     let permissions = agent
         .permissions
         .clone()
         .map(serde_json::from_value::<Permissions>)
         .transpose()
-        .map_err(Failure::internal)?;
+        .map_err(RpcError::internal)?;
     let can_ask = agent
         .runtime
         .parse::<Runtime>()
@@ -133,13 +133,13 @@ fn check_permissions(agent: &AgentRow) -> Result<(), Failure> {
         "Runtime {} cannot ask before it uses a tool: its permissions have to be 'allow'",
         agent.runtime
     );
-    Err(Failure::new(ErrorCode::Unprocessable, message))
+    Err(RpcError::new(ErrorCode::Unprocessable, message))
 }
 
 pub async fn create(
     scheduler: Scheduler,
     request: CreateAgentRequest,
-) -> Result<CreateAgentReply, Failure> {
+) -> Result<CreateAgentReply, RpcError> {
     let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&mut tx, request.clone()).await;
@@ -161,8 +161,9 @@ const ROUTE: &str = "agents";
 async fn create_in(
     tx: &mut PgConnection,
     request: CreateAgentRequest,
-) -> Result<CreateAgentReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+) -> Result<CreateAgentReply, RpcError> {
+    let user: UserId =
+        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
     let id = idempotency::chosen(&request.agent_id, AgentId::new)?;
     let earlier = idempotency::earlier_creation::<Agent>(
         tx,
@@ -220,7 +221,7 @@ async fn create_in(
     Ok(CreateAgentReply { agent: Some(agent), replayed: false })
 }
 
-async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), Failure> {
+async fn insert_version(tx: &mut PgConnection, row: &AgentRow) -> Result<(), RpcError> {
     // Fields that are changed one by one could add up to more than an answer may hold.
     let texts =
         [&row.name, &row.description, &row.system].map(String::len).into_iter().sum::<usize>();
@@ -267,7 +268,7 @@ pub async fn override_agent(
     agent: Uuid,
     session: SessionId,
     changed: &Agent,
-) -> Result<i32, Failure> {
+) -> Result<i32, RpcError> {
     let number: i32 = sqlx::query_scalar("select -nextval('agent_override_number')::integer")
         .fetch_one(&mut *tx)
         .await?;
@@ -288,7 +289,7 @@ async fn insert_override(
     agent: Uuid,
     number: i32,
     changed: &Agent,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let now = now();
     let row = AgentRow {
         agent_id: agent,
@@ -319,7 +320,7 @@ pub async fn find_versions(
     connection: &mut PgConnection,
     agents: &[Uuid],
     versions: &[i32],
-) -> Result<Vec<Agent>, Failure> {
+) -> Result<Vec<Agent>, RpcError> {
     let rows: Vec<AgentRow> = sqlx::query_as(
         "select a.agent_id, v.name, v.description, v.system, v.model, v.runtime, a.environment_id, v.metadata, v.skills,
                 v.mcp_servers, v.mcp_secret_id, v.permissions, v.tools, v.version, v.base_version, a.created_at, a.updated_at,
@@ -336,7 +337,7 @@ pub async fn find_versions(
 }
 
 /// Checks in the contract's order (docs/api.md §4); a real change is a new version.
-pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result<Agent, Failure> {
+pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result<Agent, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
     let environment_id = match &request.environment_id {
@@ -364,7 +365,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     .await?
     .ok_or_else(missing)?;
     if current.archived_at.is_some() {
-        return Err(Failure::conflict("Cannot update an archived agent").because("agent_archived"));
+        return Err(RpcError::conflict("Cannot update an archived agent").because("agent_archived"));
     }
     version_mismatch(current.version, request.version, request.secrets_of_version)?;
 
@@ -376,7 +377,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
         let runtime = request.runtime.unwrap_or(new.runtime);
         let parsed: Runtime = runtime
             .parse()
-            .map_err(|()| Failure::internal(format!("agent {agent} has runtime {runtime}")))?;
+            .map_err(|()| RpcError::internal(format!("agent {agent} has runtime {runtime}")))?;
         let model = request.model.unwrap_or(new.model);
         new.model = ModelRef::parse(parsed, &model)
             .map_err(|error| unservable(&error, &model))?
@@ -389,7 +390,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     }
     if let Some(change) = &request.metadata {
         let change: Map<String, Value> =
-            serde_json::from_str(change).map_err(|_| Failure::invalid("Malformed metadata"))?;
+            serde_json::from_str(change).map_err(|_| RpcError::invalid("Malformed metadata"))?;
         let old = current.metadata.as_object().cloned().unwrap_or_default();
         new.metadata = Value::Object(merge_metadata(old, change));
     }
@@ -426,15 +427,15 @@ pub async fn update(scheduler: Scheduler, request: UpdateAgentRequest) -> Result
     Ok(new.into())
 }
 
-fn unservable(error: &ModelError, model: &str) -> Failure {
-    let failure = Failure::new(ErrorCode::Unprocessable, error.to_string());
+fn unservable(error: &ModelError, model: &str) -> RpcError {
+    let failure = RpcError::new(ErrorCode::Unprocessable, error.to_string());
     match error {
         ModelError::Unknown(_) => failure.at_field("model", model),
         ModelError::NotServed { .. } => failure,
     }
 }
 
-pub async fn archive(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent, Failure> {
+pub async fn archive(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent, RpcError> {
     let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let archived = sqlx::query(
@@ -448,13 +449,13 @@ pub async fn archive(scheduler: Scheduler, request: GetAgentRequest) -> Result<A
     .await?;
     let agent = get(scheduler, request).await?;
     if archived.rows_affected() == 0 {
-        Err(Failure::conflict("Agent is already archived"))
+        Err(RpcError::conflict("Agent is already archived"))
     } else {
         Ok(agent)
     }
 }
 
-pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent, Failure> {
+pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let agent: AgentId = request.agent_id.parse().map_err(|_| missing())?;
     let row: Option<AgentRow> = sqlx::query_as(
@@ -473,7 +474,7 @@ pub async fn get(scheduler: Scheduler, request: GetAgentRequest) -> Result<Agent
     row.map(Agent::from).ok_or_else(missing)
 }
 
-pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgentsReply, Failure> {
+pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListAgentsReply, RpcError> {
     let list = OwnedList {
         owned: "agent",
         table: "agent a join agent_version v using (agent_id, version)",
@@ -493,7 +494,7 @@ const VERSION_BYTES: &str = "coalesce(octet_length(v.permissions::text), 0) + co
 pub async fn versions(
     scheduler: Scheduler,
     request: ListPartsRequest,
-) -> Result<ListAgentsReply, Failure> {
+) -> Result<ListAgentsReply, RpcError> {
     let agent: AgentId = request.id.parse().map_err(|_| missing())?;
     let newest = GetAgentRequest { user_id: request.user_id, agent_id: request.id, version: None };
     let archived_at_us = get(scheduler.clone(), newest).await?.archived_at_us;

@@ -1,6 +1,6 @@
 //! Environments: how a sandbox is set up. Values of variables are in the vault.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     scheduler::{
@@ -60,8 +60,8 @@ impl From<EnvironmentRow> for Environment {
     }
 }
 
-pub fn missing() -> Failure {
-    Failure::not_found("Environment not found")
+pub fn missing() -> RpcError {
+    RpcError::not_found("Environment not found")
 }
 
 /// Whether an environment of the user is archived; `None` when there is no such environment.
@@ -69,32 +69,32 @@ pub async fn find_archived(
     tx: &mut PgConnection,
     user: UserId,
     id: EnvironmentId,
-) -> Result<Option<bool>, Failure> {
+) -> Result<Option<bool>, RpcError> {
     sqlx::query_scalar("select archived_at is not null from environment where environment_id = $1 and user_id = $2")
         .bind(id.uuid())
         .bind(user.uuid())
         .fetch_optional(tx)
         .await
-        .map_err(Failure::from)
+        .map_err(RpcError::from)
 }
 
 /// A name that another active environment of the user has is refused by the table itself.
-fn refused(error: sqlx::Error, name: &str) -> Failure {
+fn refused(error: sqlx::Error, name: &str) -> RpcError {
     if store::violates(&error, "environment_name_is_unique") {
-        Failure::conflict(format!("An active environment named '{name}' exists."))
+        RpcError::conflict(format!("An active environment named '{name}' exists."))
     } else {
         idempotency::not_inserted(error, "environment_pkey")
     }
 }
 
-fn metadata(text: &str) -> Result<Value, Failure> {
+fn metadata(text: &str) -> Result<Value, RpcError> {
     if text.is_empty() { Ok(Value::Object(serde_json::Map::new())) } else { parsed_json(text) }
 }
 
 pub async fn create(
     scheduler: Scheduler,
     request: CreateEnvironmentRequest,
-) -> Result<CreateEnvironmentReply, Failure> {
+) -> Result<CreateEnvironmentReply, RpcError> {
     let outcome = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let outcome = create_in(&mut tx, request.clone()).await;
@@ -116,8 +116,9 @@ const ROUTE: &str = "environments";
 async fn create_in(
     tx: &mut PgConnection,
     request: CreateEnvironmentRequest,
-) -> Result<CreateEnvironmentReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+) -> Result<CreateEnvironmentReply, RpcError> {
+    let user: UserId =
+        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
     let id = idempotency::chosen(&request.environment_id, EnvironmentId::new)?;
     let earlier = idempotency::earlier_creation::<Environment>(
         tx,
@@ -167,7 +168,7 @@ async fn create_in(
     Ok(CreateEnvironmentReply { environment: Some(environment), replayed: false })
 }
 
-async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(), Failure> {
+async fn insert_version(tx: &mut PgConnection, row: &EnvironmentRow) -> Result<(), RpcError> {
     // Fields that are changed one by one could add up to more than an answer may hold.
     let names = row.env_var_names.iter().map(String::len).sum::<usize>();
     let documents = [&row.packages, &row.networking, &row.metadata]
@@ -219,7 +220,7 @@ async fn find(
 pub async fn update(
     scheduler: Scheduler,
     request: UpdateEnvironmentRequest,
-) -> Result<Environment, Failure> {
+) -> Result<Environment, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
@@ -232,7 +233,7 @@ pub async fn update(
         .await?;
     let current = find(&mut *tx, user, environment).await?.ok_or_else(missing)?;
     if current.archived_at.is_some() {
-        return Err(Failure::conflict("Cannot update an archived environment")
+        return Err(RpcError::conflict("Cannot update an archived environment")
             .because("environment_archived"));
     }
     version_mismatch(current.version, request.version, request.secrets_of_version)?;
@@ -284,7 +285,7 @@ pub async fn update(
 pub async fn archive(
     scheduler: Scheduler,
     request: GetEnvironmentRequest,
-) -> Result<Environment, Failure> {
+) -> Result<Environment, RpcError> {
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let archived = sqlx::query(
@@ -298,7 +299,7 @@ pub async fn archive(
     .await?;
     let environment = get(scheduler, request).await?;
     if archived.rows_affected() == 0 {
-        Err(Failure::conflict("Environment is already archived"))
+        Err(RpcError::conflict("Environment is already archived"))
     } else {
         Ok(environment)
     }
@@ -308,7 +309,7 @@ pub async fn archive(
 pub async fn delete(
     scheduler: Scheduler,
     request: GetEnvironmentRequest,
-) -> Result<Empty, Failure> {
+) -> Result<Empty, RpcError> {
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
@@ -336,17 +337,17 @@ pub async fn delete(
             Ok(Empty {})
         }
         Err(error) if store::violates(&error, "session_environment_id_fkey") => {
-            Err(Failure::conflict("Cannot delete environment with existing sessions")
+            Err(RpcError::conflict("Cannot delete environment with existing sessions")
                 .because("environment_in_use"))
         }
-        Err(error) => Err(Failure::internal(error)),
+        Err(error) => Err(RpcError::internal(error)),
     }
 }
 
 pub async fn get(
     scheduler: Scheduler,
     request: GetEnvironmentRequest,
-) -> Result<Environment, Failure> {
+) -> Result<Environment, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let environment: EnvironmentId = request.environment_id.parse().map_err(|_| missing())?;
     find(&scheduler.pool, user, environment).await?.map(Environment::from).ok_or_else(missing)
@@ -355,7 +356,7 @@ pub async fn get(
 pub async fn list(
     scheduler: Scheduler,
     request: ListRequest,
-) -> Result<ListEnvironmentsReply, Failure> {
+) -> Result<ListEnvironmentsReply, RpcError> {
     let list = OwnedList {
         owned: "environment",
         table: "environment e join environment_version v using (environment_id, version)",
@@ -378,7 +379,7 @@ const VERSION_BYTES: &str = "octet_length(v.name) + octet_length(v.setup_script)
 pub async fn versions(
     scheduler: Scheduler,
     request: ListPartsRequest,
-) -> Result<ListEnvironmentsReply, Failure> {
+) -> Result<ListEnvironmentsReply, RpcError> {
     let environment: EnvironmentId = request.id.parse().map_err(|_| missing())?;
     get(
         scheduler.clone(),

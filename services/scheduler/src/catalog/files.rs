@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use ::files::Files;
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     scheduler::{
@@ -85,11 +85,11 @@ impl From<FileRow> for File {
     }
 }
 
-fn missing() -> Failure {
-    Failure::not_found("File not found")
+fn missing() -> RpcError {
+    RpcError::not_found("File not found")
 }
 
-fn ids(user: &str, file: &str) -> Result<(UserId, FileId), Failure> {
+fn ids(user: &str, file: &str) -> Result<(UserId, FileId), RpcError> {
     Ok((user.parse().map_err(|_| missing())?, file.parse().map_err(|_| missing())?))
 }
 
@@ -100,7 +100,7 @@ fn size(bytes: u64) -> i64 {
 // --- uploaded files
 // --------------------------------------------------------------------------------
 
-pub async fn create(scheduler: Scheduler, request: CreateFileRequest) -> Result<File, Failure> {
+pub async fn create(scheduler: Scheduler, request: CreateFileRequest) -> Result<File, RpcError> {
     let (user, file) = ids(&request.user_id, &request.file_id)?;
     let mut tx = scheduler.pool.begin().await?;
     check_quota(&mut tx, &scheduler.files, user, 0).await?;
@@ -134,7 +134,7 @@ struct NewFile<'a> {
 }
 
 impl NewFile<'_> {
-    async fn insert(self, tx: &mut PgConnection) -> Result<FileRow, Failure> {
+    async fn insert(self, tx: &mut PgConnection) -> Result<FileRow, RpcError> {
         let row = sqlx::query_as(concat!(
             "insert into file (file_id, user_id, kind, state, object_id, filename, mime_type, size_bytes, session_id, path, modified_us)
              values ($1, $2, $3, 'pending', $1, $4, $5, $6, $7, $8, $9)
@@ -164,7 +164,7 @@ async fn check_quota(
     settings: &FileSettings,
     user: UserId,
     more: u64,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 3))")
         .bind(format!("files of {user}"))
         .execute(&mut *tx)
@@ -179,13 +179,13 @@ async fn check_quota(
     if used.unsigned_abs().saturating_add(more) > limit
         || (more == 0 && used.unsigned_abs() >= limit)
     {
-        return Err(Failure::conflict(format!("Your files may hold {limit} bytes together"))
+        return Err(RpcError::conflict(format!("Your files may hold {limit} bytes together"))
             .because("storage_quota_exceeded"));
     }
     Ok(())
 }
 
-pub async fn commit(scheduler: Scheduler, request: CommitFileRequest) -> Result<File, Failure> {
+pub async fn commit(scheduler: Scheduler, request: CommitFileRequest) -> Result<File, RpcError> {
     let (user, file) = ids(&request.user_id, &request.file_id)?;
     let mut tx = scheduler.pool.begin().await?;
     check_quota(&mut tx, &scheduler.files, user, request.size_bytes).await?;
@@ -210,7 +210,7 @@ async fn finish(
     bytes: u64,
     sha256: &[u8],
     expires_in_seconds: Option<u64>,
-) -> Result<FileRow, Failure> {
+) -> Result<FileRow, RpcError> {
     let row: Option<FileRow> = sqlx::query_as(concat!(
         "update file set state = 'ready', state_since = now(), size_bytes = $3, sha256 = $4,
                         expires_at = coalesce(expires_at, now() + make_interval(secs => $5))
@@ -225,10 +225,10 @@ async fn finish(
     .bind(expires_in_seconds.map(|seconds| seconds as f64))
     .fetch_optional(tx)
     .await?;
-    row.ok_or_else(|| Failure::conflict("The upload took too long, and was given up"))
+    row.ok_or_else(|| RpcError::conflict("The upload took too long, and was given up"))
 }
 
-pub async fn get(scheduler: Scheduler, request: GetFileRequest) -> Result<File, Failure> {
+pub async fn get(scheduler: Scheduler, request: GetFileRequest) -> Result<File, RpcError> {
     let (user, file) = ids(&request.user_id, &request.file_id)?;
     let row: Option<FileRow> = sqlx::query_as(concat!(
         "select ",
@@ -249,8 +249,9 @@ pub async fn get(scheduler: Scheduler, request: GetFileRequest) -> Result<File, 
 pub async fn list(
     scheduler: Scheduler,
     request: ListFilesRequest,
-) -> Result<ListFilesReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+) -> Result<ListFilesReply, RpcError> {
+    let user: UserId =
+        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
     let session = request
         .session_id
         .as_deref()
@@ -293,7 +294,7 @@ pub async fn list(
 }
 
 /// Also of one that was never finished. Copies that sessions have stay readable.
-pub async fn delete(scheduler: Scheduler, request: GetFileRequest) -> Result<Empty, Failure> {
+pub async fn delete(scheduler: Scheduler, request: GetFileRequest) -> Result<Empty, RpcError> {
     let (user, file) = ids(&request.user_id, &request.file_id)?;
     let deleted = sqlx::query(
         "update file set state = 'deleted', state_since = now()
@@ -315,7 +316,7 @@ pub async fn give(
     user: UserId,
     session: SessionId,
     new: &[NewSessionFile],
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     if new.is_empty() {
         return Ok(());
     }
@@ -345,7 +346,7 @@ pub async fn give(
         .await;
         inserted.map_err(|error| {
             if store::violates(&error, "one_copy_at_a_path") {
-                Failure::conflict(format!("The session has a file at {}", file.path))
+                RpcError::conflict(format!("The session has a file at {}", file.path))
                     .because("mount_path_taken")
             } else {
                 error.into()
@@ -360,7 +361,7 @@ pub async fn give(
     .await?;
     if count.unsigned_abs() > FILES_OF_SESSION_MAX as u64 {
         let message = format!("A session has at most {FILES_OF_SESSION_MAX} files");
-        return Err(Failure::conflict(message).because("too_many_files"));
+        return Err(RpcError::conflict(message).because("too_many_files"));
     }
     sqlx::query("update session set had_files = true where session_id = $1")
         .bind(session.uuid())
@@ -369,7 +370,7 @@ pub async fn give(
     Ok(())
 }
 
-pub async fn add(scheduler: Scheduler, request: AddSessionFileRequest) -> Result<File, Failure> {
+pub async fn add(scheduler: Scheduler, request: AddSessionFileRequest) -> Result<File, RpcError> {
     let (user, session): (UserId, SessionId) = (
         request.user_id.parse().map_err(|_| session_missing())?,
         request.session_id.parse().map_err(|_| session_missing())?,
@@ -378,7 +379,7 @@ pub async fn add(scheduler: Scheduler, request: AddSessionFileRequest) -> Result
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(session_missing)?;
     if row.archived_at.is_some() || row.sprite_destroyed_at.is_some() {
-        return Err(Failure::conflict("The session is terminated").because("session_terminated"));
+        return Err(RpcError::conflict("The session is terminated").because("session_terminated"));
     }
     give(&mut tx, user, session, std::slice::from_ref(&new)).await?;
     let copy: FileId = new.copy_id.parse().map_err(|_| missing())?;
@@ -394,7 +395,7 @@ pub async fn add(scheduler: Scheduler, request: AddSessionFileRequest) -> Result
 pub async fn remove(
     scheduler: Scheduler,
     request: RemoveSessionFileRequest,
-) -> Result<Empty, Failure> {
+) -> Result<Empty, RpcError> {
     let (user, copy) = ids(&request.user_id, &request.copy_id)?;
     let session: SessionId = request.session_id.parse().map_err(|_| session_missing())?;
     let removed = sqlx::query(
@@ -407,7 +408,7 @@ pub async fn remove(
     .execute(&scheduler.pool)
     .await?;
     if removed.rows_affected() == 0 {
-        Err(Failure::not_found("Resource not found"))
+        Err(RpcError::not_found("Resource not found"))
     } else {
         Ok(Empty {})
     }
@@ -419,7 +420,7 @@ pub async fn of_sessions(
     pool: &PgPool,
     sessions: &[Uuid],
     kind: FileKind,
-) -> Result<Vec<File>, Failure> {
+) -> Result<Vec<File>, RpcError> {
     let rows: Vec<FileRow> = sqlx::query_as(concat!(
         "select ",
         columns!(),
@@ -441,7 +442,7 @@ async fn owner(
     session: &str,
     turn: u32,
     epoch: u32,
-) -> Result<(UserId, SessionId), Failure> {
+) -> Result<(UserId, SessionId), RpcError> {
     let session: SessionId = session.parse().map_err(|_| session_missing())?;
     let user: Option<Uuid> = sqlx::query_scalar(
         "select s.user_id from session s join turn t using (session_id)
@@ -452,14 +453,14 @@ async fn owner(
     .bind(i32::try_from(epoch).unwrap_or(i32::MAX))
     .fetch_optional(tx)
     .await?;
-    let user = user.ok_or_else(|| Failure::conflict("The claim is stale"))?;
+    let user = user.ok_or_else(|| RpcError::conflict("The claim is stale"))?;
     Ok((UserId::from_uuid(user), session))
 }
 
 pub async fn begin_output(
     scheduler: Scheduler,
     request: BeginOutputRequest,
-) -> Result<File, Failure> {
+) -> Result<File, RpcError> {
     let file: FileId = request.file_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
     let (user, session) = owner(&mut tx, &request.session_id, request.turn, request.epoch).await?;
@@ -471,7 +472,7 @@ pub async fn begin_output(
             .fetch_one(&mut *tx)
             .await?;
     if others.unsigned_abs() >= OUTPUTS_OF_SESSION_MAX as u64 {
-        return Err(Failure::conflict(format!(
+        return Err(RpcError::conflict(format!(
             "{OUTPUTS_OF_SESSION_MAX} files of a session are kept"
         ))
         .because("too_many_files"));
@@ -496,7 +497,7 @@ pub async fn begin_output(
 pub async fn commit_output(
     scheduler: Scheduler,
     request: CommitOutputRequest,
-) -> Result<Empty, Failure> {
+) -> Result<Empty, RpcError> {
     let file: FileId = request.file_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
     let (user, session) = owner(&mut tx, &request.session_id, request.turn, request.epoch).await?;
@@ -533,7 +534,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     service::periodically("files", EVERY, stop, || async {
         end_some(&scheduler).await?;
         while remove_some(&scheduler).await? == AT_A_TIME {}
-        Ok::<_, Failure>(())
+        Ok::<_, RpcError>(())
     })
     .await;
 }
@@ -546,7 +547,7 @@ pub async fn search(scheduler: Scheduler, stop: CancellationToken) {
     .await;
 }
 
-async fn end_some(scheduler: &Scheduler) -> Result<(), Failure> {
+async fn end_some(scheduler: &Scheduler) -> Result<(), RpcError> {
     // Each by its own index.
     let given_up = sqlx::query(
         "update file set state = 'deleted', state_since = now()
@@ -568,7 +569,7 @@ async fn end_some(scheduler: &Scheduler) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn remove_some(scheduler: &Scheduler) -> Result<i64, Failure> {
+async fn remove_some(scheduler: &Scheduler) -> Result<i64, RpcError> {
     let Some(store) = &scheduler.files.store else { return Ok(0) };
     let mut tx = scheduler.pool.begin().await?;
     let rows: Vec<(Uuid, Uuid)> =

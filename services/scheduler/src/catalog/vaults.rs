@@ -2,7 +2,7 @@
 //! vault; a session names vaults, and each claim of a turn finds out which credentials those hold
 //! then.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     scheduler::{
@@ -94,35 +94,35 @@ impl From<CredentialRow> for VaultCredential {
     }
 }
 
-fn missing() -> Failure {
-    Failure::not_found("Vault not found")
+fn missing() -> RpcError {
+    RpcError::not_found("Vault not found")
 }
 
-fn credential_missing() -> Failure {
-    Failure::not_found("Credential not found")
+fn credential_missing() -> RpcError {
+    RpcError::not_found("Credential not found")
 }
 
-fn archived() -> Failure {
-    Failure::conflict("The vault is archived").because("vault_archived")
+fn archived() -> RpcError {
+    RpcError::conflict("The vault is archived").because("vault_archived")
 }
 
-fn ids(user: &str, vault: &str) -> Result<(UserId, VaultId), Failure> {
+fn ids(user: &str, vault: &str) -> Result<(UserId, VaultId), RpcError> {
     Ok((user.parse().map_err(|_| missing())?, vault.parse().map_err(|_| missing())?))
 }
 
-fn object(text: &str) -> Result<Map<String, Value>, Failure> {
+fn object(text: &str) -> Result<Map<String, Value>, RpcError> {
     match parsed_json(if text.is_empty() { "{}" } else { text })? {
         Value::Object(object) => Ok(object),
-        _ => Err(Failure::invalid("Malformed metadata")),
+        _ => Err(RpcError::invalid("Malformed metadata")),
     }
 }
 
-fn merged(current: &Value, change: Option<&str>) -> Result<Value, Failure> {
+fn merged(current: &Value, change: Option<&str>) -> Result<Value, RpcError> {
     let current = current.as_object().cloned().unwrap_or_default();
     Ok(Value::Object(match change {
         None => current,
         Some(change) => {
-            merge_limited_metadata(current, object(change)?).map_err(Failure::invalid)?
+            merge_limited_metadata(current, object(change)?).map_err(RpcError::invalid)?
         }
     }))
 }
@@ -132,7 +132,7 @@ async fn find(
     user: UserId,
     vault: VaultId,
     lock: &str,
-) -> Result<VaultRow, Failure> {
+) -> Result<VaultRow, RpcError> {
     let sql = format!(
         "select {} from vault where vault_id = $1 and user_id = $2 {lock}",
         vault_columns!()
@@ -144,7 +144,7 @@ async fn find(
     row.await?.ok_or_else(missing)
 }
 
-pub async fn create(scheduler: Scheduler, request: CreateVaultRequest) -> Result<Vault, Failure> {
+pub async fn create(scheduler: Scheduler, request: CreateVaultRequest) -> Result<Vault, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     sqlx::query("insert into vault (vault_id, user_id, display_name, metadata) values ($1, $2, $3, $4) on conflict (vault_id) do nothing")
         .bind(vault.uuid())
@@ -156,12 +156,12 @@ pub async fn create(scheduler: Scheduler, request: CreateVaultRequest) -> Result
     get(scheduler, GetVaultRequest { user_id: request.user_id, vault_id: request.vault_id }).await
 }
 
-pub async fn get(scheduler: Scheduler, request: GetVaultRequest) -> Result<Vault, Failure> {
+pub async fn get(scheduler: Scheduler, request: GetVaultRequest) -> Result<Vault, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     Ok(find(&mut *scheduler.pool.acquire().await?, user, vault, "").await?.into())
 }
 
-pub async fn update(scheduler: Scheduler, request: UpdateVaultRequest) -> Result<Vault, Failure> {
+pub async fn update(scheduler: Scheduler, request: UpdateVaultRequest) -> Result<Vault, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let mut tx = scheduler.pool.begin().await?;
     let row = find(&mut tx, user, vault, "for update").await?;
@@ -186,7 +186,7 @@ pub async fn update(scheduler: Scheduler, request: UpdateVaultRequest) -> Result
     Ok(changed.into())
 }
 
-pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListVaultsReply, Failure> {
+pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListVaultsReply, RpcError> {
     let list = OwnedList {
         owned: "vault",
         table: "vault",
@@ -198,7 +198,7 @@ pub async fn list(scheduler: Scheduler, request: ListRequest) -> Result<ListVaul
 }
 
 /// Archives a vault and its credentials; their secrets go. Archiving it again is no error.
-pub async fn archive(scheduler: Scheduler, request: GetVaultRequest) -> Result<Vault, Failure> {
+pub async fn archive(scheduler: Scheduler, request: GetVaultRequest) -> Result<Vault, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let mut tx = scheduler.pool.begin().await?;
     let row = find(&mut tx, user, vault, "for update").await?;
@@ -222,7 +222,7 @@ async fn archive_credentials(
     tx: &mut PgConnection,
     vault: VaultId,
     one: Option<VaultCredentialId>,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     forget_secrets(tx, vault, one).await?;
     sqlx::query(
         "update vault_credential set secret_id = null, archived_at = now(), updated_at = now()
@@ -240,7 +240,7 @@ async fn forget_secrets(
     tx: &mut PgConnection,
     vault: VaultId,
     one: Option<VaultCredentialId>,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     sqlx::query(
         "insert into unused_secret (secret_id)
          select secret_id from vault_credential
@@ -256,7 +256,7 @@ async fn forget_secrets(
 }
 
 /// Sessions that name the vault continue without it.
-pub async fn delete(scheduler: Scheduler, request: GetVaultRequest) -> Result<Empty, Failure> {
+pub async fn delete(scheduler: Scheduler, request: GetVaultRequest) -> Result<Empty, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let mut tx = scheduler.pool.begin().await?;
     find(&mut tx, user, vault, "for update").await?;
@@ -276,7 +276,7 @@ async fn find_credential(
     vault: VaultId,
     credential: VaultCredentialId,
     lock: &str,
-) -> Result<CredentialRow, Failure> {
+) -> Result<CredentialRow, RpcError> {
     let sql = format!(
         "select {} from vault_credential where vault_id = $1 and credential_id = $2 {lock}",
         credential_columns!()
@@ -291,7 +291,7 @@ async fn find_credential(
 pub async fn create_credential(
     scheduler: Scheduler,
     request: CreateVaultCredentialRequest,
-) -> Result<VaultCredential, Failure> {
+) -> Result<VaultCredential, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let credential: VaultCredentialId =
         request.credential_id.parse().map_err(|_| credential_missing())?;
@@ -310,7 +310,7 @@ pub async fn create_credential(
     .fetch_one(&mut *tx)
     .await?;
     if active >= CREDENTIALS_MAX {
-        return Err(Failure::conflict(format!(
+        return Err(RpcError::conflict(format!(
             "A vault holds at most {CREDENTIALS_MAX} credentials"
         ))
         .because("vault_full"));
@@ -330,7 +330,7 @@ pub async fn create_credential(
     .await?;
     if is_taken {
         let message = format!("The vault has an active credential for {}", request.key);
-        return Err(Failure::conflict(message));
+        return Err(RpcError::conflict(message));
     }
     let row: Result<CredentialRow, sqlx::Error> = sqlx::query_as(concat!(
         "insert into vault_credential (credential_id, vault_id, display_name, metadata, kind, key, auth, secret_id)
@@ -355,7 +355,7 @@ pub async fn create_credential(
 pub async fn get_credential(
     scheduler: Scheduler,
     request: GetVaultCredentialRequest,
-) -> Result<VaultCredential, Failure> {
+) -> Result<VaultCredential, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let credential = request.credential_id.parse().map_err(|_| credential_missing())?;
     let mut connection = scheduler.pool.acquire().await?;
@@ -366,7 +366,7 @@ pub async fn get_credential(
 pub async fn update_credential(
     scheduler: Scheduler,
     request: UpdateVaultCredentialRequest,
-) -> Result<VaultCredential, Failure> {
+) -> Result<VaultCredential, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let credential: VaultCredentialId =
         request.credential_id.parse().map_err(|_| credential_missing())?;
@@ -374,7 +374,7 @@ pub async fn update_credential(
     find(&mut tx, user, vault, "for update").await?;
     let row = find_credential(&mut tx, vault, credential, "for update").await?;
     if row.archived_at.is_some() {
-        return Err(Failure::conflict("The credential is archived").because("credential_archived"));
+        return Err(RpcError::conflict("The credential is archived").because("credential_archived"));
     }
     let name = if request.clear_display_name {
         None
@@ -420,7 +420,7 @@ pub async fn update_credential(
 pub async fn list_credentials(
     scheduler: Scheduler,
     request: ListVaultCredentialsRequest,
-) -> Result<ListVaultCredentialsReply, Failure> {
+) -> Result<ListVaultCredentialsReply, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     find(&mut *scheduler.pool.acquire().await?, user, vault, "").await?;
     let start = PageStart::by_time(request.limit, request.after.as_ref())?;
@@ -452,7 +452,7 @@ pub async fn list_credentials(
 pub async fn archive_credential(
     scheduler: Scheduler,
     request: GetVaultCredentialRequest,
-) -> Result<VaultCredential, Failure> {
+) -> Result<VaultCredential, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let credential: VaultCredentialId =
         request.credential_id.parse().map_err(|_| credential_missing())?;
@@ -468,7 +468,7 @@ pub async fn archive_credential(
 pub async fn delete_credential(
     scheduler: Scheduler,
     request: GetVaultCredentialRequest,
-) -> Result<Empty, Failure> {
+) -> Result<Empty, RpcError> {
     let (user, vault) = ids(&request.user_id, &request.vault_id)?;
     let credential: VaultCredentialId =
         request.credential_id.parse().map_err(|_| credential_missing())?;
@@ -492,7 +492,7 @@ pub async fn check(
     tx: &mut PgConnection,
     user: UserId,
     vaults: &Value,
-) -> Result<Vec<String>, Failure> {
+) -> Result<Vec<String>, RpcError> {
     let ids = vault_ids(vaults);
     if ids.is_empty() {
         return Ok(Vec::new());
@@ -519,7 +519,7 @@ pub async fn check(
 
 /// The secrets of a session's vaults as they are now. Of two credentials for the same thing that of
 /// the earlier vault counts.
-pub async fn secrets(pool: &PgPool, vaults: &Value) -> Result<Vec<Uuid>, Failure> {
+pub async fn secrets(pool: &PgPool, vaults: &Value) -> Result<Vec<Uuid>, RpcError> {
     let ids = vault_ids(vaults);
     if ids.is_empty() {
         return Ok(Vec::new());

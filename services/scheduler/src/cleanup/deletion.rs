@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     rpc::{self, Rpc},
@@ -27,7 +27,10 @@ use crate::{
     unsigned,
 };
 
-pub async fn delete(scheduler: Scheduler, request: DeleteSessionRequest) -> Result<Empty, Failure> {
+pub async fn delete(
+    scheduler: Scheduler,
+    request: DeleteSessionRequest,
+) -> Result<Empty, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     idempotency::retried(|| delete_row(&scheduler, user, session)).await?;
@@ -39,11 +42,13 @@ async fn delete_row(
     scheduler: &Scheduler,
     user: UserId,
     session: SessionId,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, session, Some(user)).await?.ok_or_else(missing)?;
     if matches!(row.status()?, SessionStatus::Pending | SessionStatus::Running) {
-        return Err(Failure::conflict("Cannot delete an active session").because("session_running"));
+        return Err(
+            RpcError::conflict("Cannot delete an active session").because("session_running")
+        );
     }
     sqlx::query(
         "with gone as (
@@ -105,14 +110,14 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
             revoke_model_tokens(&scheduler).await,
             forget_answers(&scheduler).await,
         ];
-        parts.into_iter().collect::<Result<(), Failure>>()
+        parts.into_iter().collect::<Result<(), RpcError>>()
     })
     .await;
 }
 
 /// Removes the events of deleted sessions, a moment after the deletion, when nothing writes them
 /// any more.
-async fn purge(scheduler: &Scheduler) -> Result<(), Failure> {
+async fn purge(scheduler: &Scheduler) -> Result<(), RpcError> {
     while let Some(session) = next_to_purge(scheduler).await? {
         if let Err(error) = purge_one(scheduler, session).await {
             tracing::warn!(%error, session_id = %session, "failed to purge a deleted session; will retry");
@@ -127,7 +132,7 @@ async fn purge(scheduler: &Scheduler) -> Result<(), Failure> {
 }
 
 /// The deleted session that is due longest; the others' turn comes while it is worked on.
-async fn next_to_purge(scheduler: &Scheduler) -> Result<Option<SessionId>, Failure> {
+async fn next_to_purge(scheduler: &Scheduler) -> Result<Option<SessionId>, RpcError> {
     let session: Option<Uuid> = sqlx::query_scalar(
         "update deleted_session set purge_after = now() + make_interval(secs => $1)
          where session_id = (
@@ -147,7 +152,7 @@ async fn next_to_purge(scheduler: &Scheduler) -> Result<Option<SessionId>, Failu
     Ok(session.map(SessionId::from_uuid))
 }
 
-async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Failure> {
+async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), RpcError> {
     let number: i16 =
         sqlx::query_scalar("select event_partition from deleted_session where session_id = $1")
             .bind(session.uuid())
@@ -167,8 +172,12 @@ async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Fail
         .bus
         .publish(log.clone(), deleted.encode_to_vec().into(), &format!("deleted-{session}"))
         .await;
-    told.map_err(Failure::internal)?;
-    scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(Failure::internal)?;
+    told.map_err(RpcError::internal)?;
+    scheduler
+        .bus
+        .purge(topology::events(partition).name, &log)
+        .await
+        .map_err(RpcError::internal)?;
     let mut tx = scheduler.pool.begin().await?;
     // Its Sprite is gone too: then nothing is left, and nothing refers to its leases. The user's
     // account is searched once more.
@@ -193,7 +202,7 @@ async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), Fail
     Ok(())
 }
 
-async fn forget_secrets(scheduler: &Scheduler) -> Result<(), Failure> {
+async fn forget_secrets(scheduler: &Scheduler) -> Result<(), RpcError> {
     let (listed, forgotten) = (
         "select secret_id from unused_secret limit $1",
         "delete from unused_secret where secret_id = any($1)",
@@ -205,7 +214,7 @@ async fn forget_secrets(scheduler: &Scheduler) -> Result<(), Failure> {
 }
 
 /// An agent whose session ended must not call models for as long as its sandbox cannot be deleted.
-async fn revoke_model_tokens(scheduler: &Scheduler) -> Result<(), Failure> {
+async fn revoke_model_tokens(scheduler: &Scheduler) -> Result<(), RpcError> {
     let (listed, forgotten) = (
         "select session_id from model_tokens_to_revoke limit $1",
         "delete from model_tokens_to_revoke where session_id = any($1)",
@@ -222,7 +231,7 @@ async fn tell_vault<R: Rpc>(
     listed: &'static str,
     forgotten: &'static str,
     request: impl FnOnce(Vec<String>) -> R::Request,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let ids: Vec<Uuid> =
         sqlx::query_scalar(listed).bind(AT_A_TIME).fetch_all(&scheduler.pool).await?;
     if ids.is_empty() {
@@ -237,7 +246,7 @@ async fn tell_vault<R: Rpc>(
 }
 
 /// Idempotency keys are kept for a day.
-async fn forget_answers(scheduler: &Scheduler) -> Result<(), Failure> {
+async fn forget_answers(scheduler: &Scheduler) -> Result<(), RpcError> {
     sqlx::query(
         "delete from answered_once
          where (user_id, route, key) in (

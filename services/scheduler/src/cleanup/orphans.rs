@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     rpc,
     runner::SweepSprites,
@@ -45,7 +45,7 @@ pub async fn run(scheduler: Scheduler, every: Duration, stop: CancellationToken)
     service::periodically("orphans", every, stop, || queue(&scheduler, every)).await;
 }
 
-async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), Failure> {
+async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     // Where none was searched for longer than that, as after a restore, what changed meanwhile may
     // not be known: then everyone's.
@@ -112,8 +112,9 @@ async fn one_of_each_account(scheduler: &Scheduler, users: Vec<Uuid>) -> Vec<Use
 pub async fn claim(
     scheduler: Scheduler,
     request: ClaimSweepRequest,
-) -> Result<ClaimSweepReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+) -> Result<ClaimSweepReply, RpcError> {
+    let user: UserId =
+        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
     // No session's: an id of its own, that the audit shows.
     let kinds = &[CredentialKind::Sprites];
     let grant = Grant {
@@ -136,7 +137,7 @@ pub async fn claim(
 pub async fn find(
     scheduler: Scheduler,
     request: FindOrphansRequest,
-) -> Result<FindOrphansReply, Failure> {
+) -> Result<FindOrphansReply, RpcError> {
     let prefix = format!("{}-", scheduler.sprite_name_prefix);
     let ours: Vec<String> =
         request.names.into_iter().filter(|name| name.starts_with(&prefix)).collect();

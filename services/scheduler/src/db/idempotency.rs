@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::Once;
 use prost::Message;
 use sqlx::{PgConnection, PgTransaction, Row as _};
@@ -20,7 +20,7 @@ pub async fn earlier<R: Message + Default>(
     user: UserId,
     route: &str,
     once: Option<&Once>,
-) -> Result<Option<R>, Failure> {
+) -> Result<Option<R>, RpcError> {
     let Some(once) = once else { return Ok(None) };
     let lock = format!("{user} {route} {}", once.key);
     // Held until the transaction ends.
@@ -31,7 +31,7 @@ pub async fn earlier<R: Message + Default>(
             .bind(lock)
             .fetch_one(&mut *tx);
         if !alone.await? {
-            return Err(Failure::conflict(
+            return Err(RpcError::conflict(
                 "A request with this Idempotency-Key is still in progress",
             ));
         }
@@ -45,7 +45,7 @@ async fn answered<R: Message + Default>(
     user: UserId,
     route: &str,
     once: &Once,
-) -> Result<Option<R>, Failure> {
+) -> Result<Option<R>, RpcError> {
     let row = sqlx::query(
         "select body_hash, reply
          from answered_once
@@ -58,13 +58,13 @@ async fn answered<R: Message + Default>(
     .await?;
     let Some(row) = row else { return Ok(None) };
     if row.try_get::<Vec<u8>, _>(0)? != once.body_hash {
-        return Err(Failure::new(
+        return Err(RpcError::new(
             ErrorCode::Unprocessable,
             "This Idempotency-Key was used with another request body",
         ));
     }
     let reply: Vec<u8> = row.try_get(1)?;
-    R::decode(reply.as_slice()).map(Some).map_err(Failure::internal)
+    R::decode(reply.as_slice()).map(Some).map_err(RpcError::internal)
 }
 
 /// Like [`earlier`], for a creation with an id that the caller chose. Waits for other attempts of
@@ -75,7 +75,7 @@ pub async fn earlier_creation<R: Message + Default>(
     route: &str,
     once: Option<&Once>,
     id: &str,
-) -> Result<Option<R>, Failure> {
+) -> Result<Option<R>, RpcError> {
     let Some(known) = once else { return Ok(None) };
     wait_for_earlier_attempts(tx, id).await?;
     // The caller of one request chose both its key and the id.
@@ -87,7 +87,7 @@ pub async fn earlier_creation<R: Message + Default>(
 
 /// Waits until other attempts of the same request have ended, in this replica or in another.
 /// `request` is what they share.
-async fn wait_for_earlier_attempts(tx: &mut PgConnection, request: &str) -> Result<(), Failure> {
+async fn wait_for_earlier_attempts(tx: &mut PgConnection, request: &str) -> Result<(), RpcError> {
     sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 2))")
         .bind(request)
         .execute(tx)
@@ -99,10 +99,10 @@ async fn wait_for_earlier_attempts(tx: &mut PgConnection, request: &str) -> Resu
 /// may have made what is asked for: that is then the reason for which it failed, or the answer all
 /// the same.
 pub async fn or_created_earlier<R>(
-    outcome: Result<R, Failure>,
+    outcome: Result<R, RpcError>,
     id: &str,
-    find: impl Future<Output = Result<R, Failure>>,
-) -> Result<R, Failure> {
+    find: impl Future<Output = Result<R, RpcError>>,
+) -> Result<R, RpcError> {
     match outcome {
         Err(failure) if !id.is_empty() => find.await.map_err(|_| failure),
         outcome => outcome,
@@ -113,19 +113,19 @@ pub async fn or_created_earlier<R>(
 ///
 /// # Errors
 /// When the text is not an id.
-pub fn chosen<I: std::str::FromStr>(id: &str, new: impl FnOnce() -> I) -> Result<I, Failure> {
+pub fn chosen<I: std::str::FromStr>(id: &str, new: impl FnOnce() -> I) -> Result<I, RpcError> {
     if id.is_empty() {
         Ok(new())
     } else {
-        id.parse().map_err(|_| Failure::invalid("The id is not a lowercase UUID"))
+        id.parse().map_err(|_| RpcError::invalid("The id is not a lowercase UUID"))
     }
 }
 
 /// Converts the error of an insert. If the id exists already, another attempt of the same request
 /// was faster.
-pub fn not_inserted(error: sqlx::Error, primary_key: &str) -> Failure {
+pub fn not_inserted(error: sqlx::Error, primary_key: &str) -> RpcError {
     if store::violates(&error, primary_key) {
-        Failure::conflict("It exists already")
+        RpcError::conflict("It exists already")
     } else {
         error.into()
     }
@@ -138,7 +138,7 @@ pub async fn remember(
     route: &str,
     once: Option<&Once>,
     reply: &impl Message,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let Some(once) = once else { return Ok(()) };
     // A row that is older than a day may still be there.
     sqlx::query(
@@ -158,9 +158,9 @@ pub async fn remember(
 
 /// Ends the transaction before its outcome is returned, so that an immediate retry does not find
 /// its key in use.
-pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, Failure>) -> Result<T, Failure> {
+pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, RpcError>) -> Result<T, RpcError> {
     match outcome {
-        Ok(reply) => tx.commit().await.map(|()| reply).map_err(Failure::from),
+        Ok(reply) => tx.commit().await.map(|()| reply).map_err(RpcError::from),
         Err(failure) => {
             // Where that fails the connection is lost, and the key with it.
             let _ = tx.rollback().await;
@@ -171,9 +171,9 @@ pub async fn finish<T>(tx: PgTransaction<'_>, outcome: Result<T, Failure>) -> Re
 
 /// Runs a whole transaction again, a few times, while Postgres rolls it back in favour of others: a
 /// deadlock, or a conflict of writes.
-pub async fn retried<T, F>(mut transaction: impl FnMut() -> F) -> Result<T, Failure>
+pub async fn retried<T, F>(mut transaction: impl FnMut() -> F) -> Result<T, RpcError>
 where
-    F: Future<Output = Result<T, Failure>>,
+    F: Future<Output = Result<T, RpcError>>,
 {
     for attempt in 1..CONFLICT.attempts {
         match transaction().await {

@@ -1,7 +1,7 @@
 //! Pages of lists. A page is limited by rows and by bytes, which Postgres adds up, so that no reply
 //! is larger than a message and no more is read than is sent.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::{Cursor, ListRequest};
 use sqlx::{AssertSqlSafe, FromRow, PgPool, Postgres, Row as _, postgres::PgRow, query::Query};
 use time::OffsetDateTime;
@@ -16,11 +16,11 @@ const BYTES_MAX: u32 = (types::limits::MESSAGE_BYTES_MAX / 2) as u32 - 64 * 1024
 ///
 /// # Errors
 /// When it is larger than a page may be.
-pub fn check_size(what: &str, bytes: usize) -> Result<(), Failure> {
+pub fn check_size(what: &str, bytes: usize) -> Result<(), RpcError> {
     if bytes <= BYTES_MAX as usize {
         return Ok(());
     }
-    Err(Failure::new(
+    Err(RpcError::new(
         ErrorCode::Unprocessable,
         format!("The {what} is too large: its fields may hold {BYTES_MAX} bytes together"),
     ))
@@ -36,8 +36,8 @@ pub struct PageStart {
 
 impl PageStart {
     /// Rows older than the cursor, or all.
-    pub fn by_time(limit: u32, after: Option<&Cursor>) -> Result<Self, Failure> {
-        let malformed = || Failure::invalid("Invalid cursor");
+    pub fn by_time(limit: u32, after: Option<&Cursor>) -> Result<Self, RpcError> {
+        let malformed = || RpcError::invalid("Invalid cursor");
         let (time, id) = match after {
             None => (OffsetDateTime::now_utc() + time::Duration::days(1), Uuid::max()),
             Some(cursor) => (
@@ -80,10 +80,10 @@ pub struct Filters {
 impl Filters {
     /// # Errors
     /// When a time is not valid.
-    pub fn of(request: &ListRequest) -> Result<Self, Failure> {
+    pub fn of(request: &ListRequest) -> Result<Self, RpcError> {
         let time = |us: i64| {
             OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000)
-                .map_err(|_| Failure::invalid("Invalid time"))
+                .map_err(|_| RpcError::invalid("Invalid time"))
         };
         let (from, before) = (
             request.created_from_us.map(time).transpose()?,
@@ -132,14 +132,14 @@ impl OwnedList<'_> {
         &self,
         pool: &PgPool,
         request: &ListRequest,
-    ) -> Result<(Vec<T>, bool), Failure>
+    ) -> Result<(Vec<T>, bool), RpcError>
     where
         T: for<'r> FromRow<'r, PgRow>,
     {
         let Self { owned, table, bytes, columns } = *self;
         let key = format!("{owned}_id");
         let user: UserId =
-            request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+            request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
         let start = PageStart::by_time(request.limit, request.after.as_ref())?;
         let filters = Filters::of(request)?;
         let keys = format!(
@@ -200,7 +200,7 @@ impl List<'_> {
         bind: impl for<'q> FnOnce(
             Query<'q, Postgres, sqlx::postgres::PgArguments>,
         ) -> Query<'q, Postgres, sqlx::postgres::PgArguments>,
-    ) -> Result<(Vec<T>, bool), Failure>
+    ) -> Result<(Vec<T>, bool), RpcError>
     where
         T: for<'r> FromRow<'r, PgRow>,
     {

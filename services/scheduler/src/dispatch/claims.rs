@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     host::CustomTool,
@@ -76,11 +76,11 @@ struct TurnRow {
 pub async fn turn(
     scheduler: Scheduler,
     request: ClaimTurnRequest,
-) -> Result<ClaimTurnReply, Failure> {
+) -> Result<ClaimTurnReply, RpcError> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let number = i32::try_from(request.turn).map_err(|_| missing())?;
     let claimant: Uuid =
-        request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
+        request.runner_lease.parse().map_err(|_| RpcError::invalid("Malformed runner lease"))?;
     let answer = |verdict| Ok(ClaimTurnReply { verdict: Some(verdict) });
     let mut tx = scheduler.pool.begin().await?;
     // The lease first, as where it is deleted: then its turns.
@@ -166,7 +166,7 @@ async fn turn_to_claim(
     tx: &mut PgConnection,
     session: &SessionRow,
     number: i32,
-) -> Result<Option<ownership::Turn>, Failure> {
+) -> Result<Option<ownership::Turn>, RpcError> {
     let row = sqlx::query(
         "select status, owner from turn where session_id = $1 and turn_number = $2 for update",
     )
@@ -179,7 +179,7 @@ async fn turn_to_claim(
     Ok(Some(ownership::Turn {
         status: status
             .parse()
-            .map_err(|()| Failure::internal(format!("a turn has the status {status}")))?,
+            .map_err(|()| RpcError::internal(format!("a turn has the status {status}")))?,
         is_current: number == session.turn_count,
         owner: row.try_get(1)?,
     }))
@@ -193,12 +193,12 @@ async fn specification(
     session: SessionRow,
     turn: TurnRow,
     (public_key, model_token_hash, routing): (Vec<u8>, Vec<u8>, Option<Routing>),
-) -> Result<TurnSpec, Failure> {
+) -> Result<TurnSpec, RpcError> {
     let partition = session.partition()?;
     let runtime: Runtime = session
         .runtime
         .parse()
-        .map_err(|()| Failure::internal(format!("session {id} has an unknown runtime")))?;
+        .map_err(|()| RpcError::internal(format!("session {id} has an unknown runtime")))?;
     let timeout_seconds = unsigned(turn.timeout_seconds);
     let kinds = CredentialKind::serving(runtime)
         .into_iter()
@@ -224,7 +224,7 @@ async fn specification(
     // answers meanwhile.
     let end_of_log = async {
         let recorded_through = positions::projected_through(&scheduler.pool, partition).await?;
-        Ok::<_, Failure>((recorded_through, event_log::newest(&scheduler.pool, id).await?))
+        Ok::<_, RpcError>((recorded_through, event_log::newest(&scheduler.pool, id).await?))
     };
     let (lease_id, (recorded_through, last_event)) =
         tokio::try_join!(mint(scheduler, grant), end_of_log)?;
@@ -278,9 +278,9 @@ async fn specification(
 }
 
 /// Where the session's requests go by way of the model gateway.
-fn routes(id: SessionId, turn: &TurnRow, routing: &Routing) -> Result<Routes, Failure> {
+fn routes(id: SessionId, turn: &TurnRow, routing: &Routing) -> Result<Routes, RpcError> {
     let unreadable = |error: serde_json::Error| {
-        Failure::internal(format!("the routes of session {id} cannot be read: {error}"))
+        RpcError::internal(format!("the routes of session {id} cannot be read: {error}"))
     };
     let servers: Vec<McpServer> =
         serde_json::from_value(turn.mcp_servers.clone()).map_err(unreadable)?;
@@ -328,7 +328,7 @@ fn custom_tools(tools: Value) -> Vec<CustomTool> {
 
 /// Releases a turn to other runners. With a reason it counts as a failed attempt, and the reason is
 /// kept for the turn's user. Ignored if the claim is stale.
-pub async fn release(scheduler: Scheduler, request: ReleaseTurnRequest) -> Result<Empty, Failure> {
+pub async fn release(scheduler: Scheduler, request: ReleaseTurnRequest) -> Result<Empty, RpcError> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let number = i32::try_from(request.turn).map_err(|_| missing())?;
     let reason: String =
@@ -345,7 +345,7 @@ async fn release_claim(
     epoch: u32,
     reason: Option<String>,
     wait: Duration,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     let failed = i32::from(reason.is_some());
     let failures: Option<i32> = sqlx::query_scalar(
@@ -385,9 +385,9 @@ async fn release_claim(
 pub async fn heartbeat(
     scheduler: Scheduler,
     request: HeartbeatRequest,
-) -> Result<HeartbeatReply, Failure> {
+) -> Result<HeartbeatReply, RpcError> {
     let lease: Uuid =
-        request.runner_lease.parse().map_err(|_| Failure::invalid("Malformed runner lease"))?;
+        request.runner_lease.parse().map_err(|_| RpcError::invalid("Malformed runner lease"))?;
     let statement = match request.first {
         true => {
             "insert into runner_lease (lease_id, runner, expires_at) values ($1, $3, now() + make_interval(secs => $2))
@@ -477,7 +477,7 @@ fn parse_held(turn: &HeldTurn) -> Option<Held> {
 async fn lost_ends(
     scheduler: &Scheduler,
     ended: &[(Held, u64)],
-) -> Result<BTreeSet<Held>, Failure> {
+) -> Result<BTreeSet<Held>, RpcError> {
     if ended.is_empty() {
         return Ok(BTreeSet::new());
     }
@@ -502,7 +502,7 @@ async fn lost_ends(
 }
 
 /// Empties a session's subject in its stream, so that the next writer continues the persisted log.
-async fn purge_log(scheduler: &Scheduler, session: Uuid) -> Result<(), Failure> {
+async fn purge_log(scheduler: &Scheduler, session: Uuid) -> Result<(), RpcError> {
     let number: Option<i16> =
         sqlx::query_scalar("select event_partition from session where session_id = $1")
             .bind(session)
@@ -511,7 +511,7 @@ async fn purge_log(scheduler: &Scheduler, session: Uuid) -> Result<(), Failure> 
     let Some(number) = number else { return Ok(()) };
     let partition = partition(number)?;
     let log = subject::session_log(SessionId::from_uuid(session), partition);
-    scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(Failure::internal)
+    scheduler.bus.purge(topology::events(partition).name, &log).await.map_err(RpcError::internal)
 }
 
 /// Returns what is needed to delete a session's Sprite, if the session was terminated, failed or
@@ -519,7 +519,7 @@ async fn purge_log(scheduler: &Scheduler, session: Uuid) -> Result<(), Failure> 
 pub async fn sprite(
     scheduler: Scheduler,
     request: ClaimSpriteRequest,
-) -> Result<SpriteClaim, Failure> {
+) -> Result<SpriteClaim, RpcError> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let row = sqlx::query(
         "select user_id, sprite from session
@@ -542,7 +542,7 @@ async fn sprite_claim(
     session: SessionId,
     sprite: String,
     public_key: Vec<u8>,
-) -> Result<SpriteClaim, Failure> {
+) -> Result<SpriteClaim, RpcError> {
     let kinds = &[CredentialKind::Sprites];
     let grant = Grant {
         user,
@@ -578,7 +578,7 @@ pub struct Grant<'a> {
     pub routes: Option<Routes>,
 }
 
-pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, Failure> {
+pub async fn mint(scheduler: &Scheduler, grant: Grant<'_>) -> Result<String, RpcError> {
     let request = MintLeaseRequest {
         user_id: grant.user.to_string(),
         session_id: grant.session.to_string(),

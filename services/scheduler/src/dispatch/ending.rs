@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use bus::{Failure, log::AppendError};
+use bus::{RpcError, log::AppendError};
 use bytes::Bytes;
 use contract::{
     session::{self, SessionEvent, TurnEnded, TurnStarted, session_event::Kind},
@@ -62,10 +62,10 @@ pub async fn append(
     ending: Ending,
     turn: u32,
     kind: &Kind,
-) -> Result<Appended, Failure> {
+) -> Result<Appended, RpcError> {
     let (stream, log) =
         (topology::events(partition).name, subject::session_log(session, partition));
-    let unavailable = || Failure::unavailable("The event log");
+    let unavailable = || RpcError::unavailable("The event log");
     let mut sent: Option<Vec<u8>> = None;
     for attempt in 1..=ATTEMPTS {
         let projected = projected_through(scheduler, partition).await?;
@@ -121,14 +121,14 @@ pub async fn append(
     Ok(Appended::Later)
 }
 
-async fn projected_through(scheduler: &Scheduler, partition: Partition) -> Result<u64, Failure> {
+async fn projected_through(scheduler: &Scheduler, partition: Partition) -> Result<u64, RpcError> {
     positions::projected_through(&scheduler.pool, partition).await.map_err(Into::into)
 }
 
-fn decode(event: &Option<(u64, Bytes)>) -> Result<Option<(u64, SessionEvent)>, Failure> {
+fn decode(event: &Option<(u64, Bytes)>) -> Result<Option<(u64, SessionEvent)>, RpcError> {
     let Some((id, payload)) = event else { return Ok(None) };
     let event = SessionEvent::decode(payload.clone())
-        .map_err(|_| Failure::internal("the newest event cannot be read by this release"))?;
+        .map_err(|_| RpcError::internal("the newest event cannot be read by this release"))?;
     Ok(Some((*id, event)))
 }
 
@@ -173,7 +173,7 @@ struct Overdue {
     unstarted: Option<TurnStarted>,
 }
 
-async fn end_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
+async fn end_overdue(scheduler: &Scheduler) -> Result<(), RpcError> {
     let rows = sqlx::query(
         "select t.session_id, t.turn_number, t.timeout_seconds, t.status, t.handed_back_reason, s.event_partition,
                 t.deadline_at < now() - make_interval(secs => $2), t.failures, t.prompt, t.input_id
@@ -197,7 +197,7 @@ async fn end_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
     Ok(())
 }
 
-fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, Failure> {
+fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, RpcError> {
     let read = || -> Result<_, sqlx::Error> {
         let (id, turn, timeout): (Uuid, i32, i32) =
             (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
@@ -241,7 +241,7 @@ fn overdue(row: &sqlx::postgres::PgRow) -> Result<Overdue, Failure> {
     })
 }
 
-async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), Failure> {
+async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), RpcError> {
     let failure = session::Failure { stage: DEADLINE.to_owned(), message: overdue.message.clone() };
     let unstarted = overdue.unstarted.clone();
     let kind =

@@ -1,7 +1,7 @@
 //! Writes jobs and lifecycle events to the outbox, in the transaction of the change.
 //! [`crate::dispatch::relay`] publishes them.
 
-use bus::{Failure, trace};
+use bus::{RpcError, trace};
 use contract::{runner::DestroySprite, scheduler::SessionChanged, session::Usage, subject};
 use sqlx::PgConnection;
 use types::{SessionId, SpriteName, Timestamp};
@@ -13,16 +13,16 @@ pub async fn enqueue(
     tx: &mut PgConnection,
     subject: &str,
     message: &impl prost::Message,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let traceparent = trace::traceparent();
     store::outbox::enqueue(tx, subject, &message.encode_to_vec(), traceparent.as_deref())
         .await
-        .map_err(Failure::from)
+        .map_err(RpcError::from)
 }
 
 /// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The
 /// session may be deleted already. Its agent's tokens are revoked meanwhile.
-pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), Failure> {
+pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), RpcError> {
     for statement in [
         "update session set destroy_after = now() + interval '10 minutes' where session_id = $1",
         "update deleted_session set destroy_after = now() + interval '10 minutes' where session_id = $1",
@@ -30,7 +30,7 @@ pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<
     ] {
         sqlx::query(statement).bind(row.session_id).execute(&mut *tx).await?;
     }
-    let sprite: SpriteName = row.sprite.parse().map_err(Failure::internal)?;
+    let sprite: SpriteName = row.sprite.parse().map_err(RpcError::internal)?;
     destroy_job(tx, SessionId::from_uuid(row.session_id), &sprite).await
 }
 
@@ -38,7 +38,7 @@ pub async fn destroy_job(
     tx: &mut PgConnection,
     session: SessionId,
     sprite: &SpriteName,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let job = DestroySprite { session_id: session.to_string(), sprite: sprite.to_string() };
     enqueue(tx, &subject::sprite_destroy(sprite), &job).await
 }
@@ -51,7 +51,7 @@ pub async fn enqueue_lifecycle_event(
     what: &str,
     turn: u32,
     usage: Option<Usage>,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let session = SessionId::from_uuid(row.session_id);
     let event = SessionChanged {
         session_id: session.to_string(),

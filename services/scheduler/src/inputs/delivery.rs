@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     host::{
         self, WhenBusy as HostWhenBusy, decision::Verdict as HostVerdict, input::Kind as HostInput,
@@ -26,7 +26,7 @@ use crate::{
 pub async fn fetch(
     scheduler: Scheduler,
     request: FetchInputsRequest,
-) -> Result<FetchInputsReply, Failure> {
+) -> Result<FetchInputsReply, RpcError> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let mut tx = scheduler.pool.begin().await?;
     if lock(&mut tx, id, None).await?.is_none() {

@@ -1,6 +1,6 @@
 //! What events of a session's log change of its inputs and of the requests of its agent.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     host::{DecisionRequested, InputSettled},
     session::{DecisionSettled, TurnEnded, session_event::Kind},
@@ -29,7 +29,7 @@ pub async fn apply(
     turn: u32,
     kind: &Kind,
     at: At,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let id = SessionId::from_uuid(session.session_id);
     match kind {
         Kind::InputSettled(event) => match &event.settled {
@@ -51,7 +51,7 @@ async fn input_settled(
     turn: u32,
     settled: &InputSettled,
     at: At,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let Ok(input) = settled.id.parse::<InputId>() else { return Ok(()) };
     let Some(row) = locked(tx, session, input).await? else { return Ok(()) };
     change(
@@ -69,7 +69,7 @@ async fn clock(
     tx: &mut PgConnection,
     session: SessionId,
     turn: u32,
-) -> Result<Option<Clock>, Failure> {
+) -> Result<Option<Clock>, RpcError> {
     let row = sqlx::query(
         "select deadline_at, waiting_since from turn
          where session_id = $1 and turn_number = $2 and status in ('pending', 'running')
@@ -90,9 +90,9 @@ async fn set_clock(
     session: SessionId,
     turn: u32,
     clock: Clock,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let time = |us: i64| {
-        OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000).map_err(Failure::internal)
+        OffsetDateTime::from_unix_timestamp_nanos(i128::from(us) * 1000).map_err(RpcError::internal)
     };
     sqlx::query("update turn set deadline_at = $3, waiting_since = $4 where session_id = $1 and turn_number = $2")
         .bind(session.uuid())
@@ -111,7 +111,7 @@ async fn requested(
     tool_use: u64,
     request: &DecisionRequested,
     at: At,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let Some(clock) = clock(tx, session, turn).await? else { return Ok(()) };
     let permissions: Option<serde_json::Value> = sqlx::query_scalar(
         "select av.permissions from session s join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -163,7 +163,7 @@ async fn answer_again(
     id: u64,
     tool: &str,
     input_json: &str,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let earlier = sqlx::query(
         "select r.request_id, i.verdict, i.deny_message, i.key_id
          from permission_request r join input i on i.input_id = r.answer_id
@@ -203,7 +203,7 @@ async fn request_settled(
     turn: u32,
     event: &DecisionSettled,
     at: At,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let Some(settled) = &event.settled else { return Ok(()) };
     let Some(status) = inputs::request_settled(settled.how()) else { return Ok(()) };
     let request: Option<i64> = sqlx::query_scalar(
@@ -261,7 +261,7 @@ pub async fn turn_started(
     session: SessionId,
     turn: u32,
     at: At,
-) -> Result<bool, Failure> {
+) -> Result<bool, RpcError> {
     let mut waiting = false;
     for row in open(tx, session).await? {
         let rule = row.rule()?;
@@ -278,7 +278,7 @@ pub async fn turn_ended(
     turn: u32,
     ended: &TurnEnded,
     at: At,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     for row in open(tx, session).await? {
         change(tx, row.input_id, inputs::turn_ended(row.rule()?, turn, ended), "", Some(at))
             .await?;
@@ -287,7 +287,7 @@ pub async fn turn_ended(
 }
 
 /// A turn that ended no longer asks.
-pub async fn void_requests(tx: &mut PgConnection, session: SessionId) -> Result<(), Failure> {
+pub async fn void_requests(tx: &mut PgConnection, session: SessionId) -> Result<(), RpcError> {
     sqlx::query("update permission_request set status = 'void', settled_at = now() where session_id = $1 and status = 'open'")
         .bind(session.uuid())
         .execute(&mut *tx)

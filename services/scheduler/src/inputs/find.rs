@@ -1,7 +1,7 @@
 //! Where a turn begins in its session's log, and from where a reader that has seen an input
 //! continues.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::{FindTurnReply, FindTurnRequest};
 use rules::inputs;
 use sqlx::Row as _;
@@ -18,7 +18,7 @@ use crate::{
 pub async fn find_turn(
     scheduler: Scheduler,
     request: FindTurnRequest,
-) -> Result<FindTurnReply, Failure> {
+) -> Result<FindTurnReply, RpcError> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     let row: Option<(Option<String>, String)> = sqlx::query_as(
         "select av.name, s.runtime from session s left join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
@@ -89,7 +89,7 @@ async fn place(
     scheduler: &Scheduler,
     session: SessionId,
     input: InputId,
-) -> Result<Option<inputs::Place>, Failure> {
+) -> Result<Option<inputs::Place>, RpcError> {
     let row = sqlx::query(
         "select i.status, i.settled_by, coalesce(i.sent_after, t.begun_after), coalesce(l.last_event_id, 0)
          from input i
@@ -105,7 +105,7 @@ async fn place(
     let status: &str = row.try_get(0)?;
     let status = status
         .parse()
-        .map_err(|()| Failure::internal(format!("an input has the status {status}")))?;
+        .map_err(|()| RpcError::internal(format!("an input has the status {status}")))?;
     let id =
         |index: usize| row.try_get::<Option<i64>, _>(index).map(|id| id.map(i64::unsigned_abs));
     Ok(Some(inputs::place(status, id(1)?, id(2)?, id(3)?.unwrap_or_default())))

@@ -1,6 +1,6 @@
 //! Interrupts of the turn that runs.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     scheduler::{Input, InterruptRequest},
     subject,
@@ -19,7 +19,7 @@ use crate::{
 pub(super) async fn open_interrupt(
     tx: &mut PgConnection,
     session: &SessionRow,
-) -> Result<Option<InputRow>, Failure> {
+) -> Result<Option<InputRow>, RpcError> {
     let open = open(tx, SessionId::from_uuid(session.session_id)).await?;
     let is_of_turn = |row: &InputRow| {
         row.kind == InputKind::Interrupt.as_str() && row.turn_number == Some(session.turn_count)
@@ -32,7 +32,7 @@ pub async fn interrupt_in(
     tx: &mut PgConnection,
     session: &SessionRow,
     key_id: &str,
-) -> Result<Input, Failure> {
+) -> Result<Input, RpcError> {
     if let Some(row) = open_interrupt(tx, session).await? {
         return Ok(row.into());
     }
@@ -41,13 +41,13 @@ pub async fn interrupt_in(
     Ok(new.insert(tx, id).await?.into())
 }
 
-pub async fn interrupt(scheduler: Scheduler, request: InterruptRequest) -> Result<Input, Failure> {
+pub async fn interrupt(scheduler: Scheduler, request: InterruptRequest) -> Result<Input, RpcError> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     let input = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
         let session = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
         if !session.status()?.is_active() {
-            return Err(Failure::conflict("No turn is running"));
+            return Err(RpcError::conflict("No turn is running"));
         }
         let input = interrupt_in(&mut tx, &session, &request.key_id).await?;
         tx.commit().await?;

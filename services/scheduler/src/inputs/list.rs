@@ -1,6 +1,6 @@
 //! A session's inputs, page by page.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::{Cursor, Input, ListInputsReply, ListPartsRequest};
 use sqlx::Row as _;
 use types::SessionId;
@@ -16,7 +16,7 @@ use crate::{
 pub async fn list(
     scheduler: Scheduler,
     request: ListPartsRequest,
-) -> Result<ListInputsReply, Failure> {
+) -> Result<ListInputsReply, RpcError> {
     let keys =
         "select input_id from input where session_id = $1 and (created_at, input_id) < ($3, $4)
                 order by created_at desc, input_id desc limit $2 + 1";
@@ -27,7 +27,7 @@ pub async fn list(
 pub async fn list_open(
     scheduler: Scheduler,
     request: ListPartsRequest,
-) -> Result<ListInputsReply, Failure> {
+) -> Result<ListInputsReply, RpcError> {
     let start = Cursor { position: 0, id: Uuid::nil().to_string() };
     let keys = "select input_id from input
                 where session_id = $1 and status in ('queued', 'delivered') and (created_at, input_id) > ($3, $4)
@@ -40,7 +40,7 @@ async fn page(
     request: &ListPartsRequest,
     after: Option<&Cursor>,
     keys: &str,
-) -> Result<ListInputsReply, Failure> {
+) -> Result<ListInputsReply, RpcError> {
     let (user, id) = whose(&request.user_id, &request.id)?;
     check_owner(scheduler, user, id).await?;
     let start = PageStart::by_time(request.limit, after)?;
@@ -63,7 +63,7 @@ async fn page(
 pub async fn waiting(
     scheduler: &Scheduler,
     session: SessionId,
-) -> Result<(u32, Option<(u64, String)>), Failure> {
+) -> Result<(u32, Option<(u64, String)>), RpcError> {
     let row = sqlx::query(
         "select (select count(*) from input where session_id = $1 and kind = 'message' and status = 'queued')::integer, r.request_id, r.tool
          from (select 1) one

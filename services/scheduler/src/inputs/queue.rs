@@ -1,7 +1,7 @@
 //! Messages for a session that is busy: they wait for the end of its turn, and the oldest begins
 //! the next one.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::{ChangeInputRequest, Input, PromptRequest, WithdrawInputRequest};
 use rules::inputs::{self, Change, Next};
 use sqlx::PgConnection;
@@ -26,7 +26,7 @@ pub async fn enqueue(
     session: &SessionRow,
     request: &PromptRequest,
     steers: bool,
-) -> Result<Input, Failure> {
+) -> Result<Input, RpcError> {
     let id = SessionId::from_uuid(session.session_id);
     let (count, bytes): (i64, i64) = sqlx::query_as(
         "select count(*), coalesce(sum(octet_length(text)), 0)::bigint from input
@@ -46,14 +46,14 @@ pub async fn enqueue(
     Ok(new.insert(tx, id).await?.into())
 }
 
-fn check_queue(count: i64, bytes: i64, more: usize) -> Result<(), Failure> {
+fn check_queue(count: i64, bytes: i64, more: usize) -> Result<(), RpcError> {
     if count >= QUEUED_INPUTS_MAX as i64 {
-        return Err(Failure::conflict(format!(
+        return Err(RpcError::conflict(format!(
             "{QUEUED_INPUTS_MAX} messages are queued already: withdraw one or wait"
         )));
     }
     if usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(more) > QUEUED_BYTES_MAX {
-        return Err(Failure::conflict(format!(
+        return Err(RpcError::conflict(format!(
             "The queued messages would hold more than {QUEUED_BYTES_MAX} bytes together"
         )));
     }
@@ -68,7 +68,7 @@ pub async fn begin_with(
     messages: &[String],
     timeout_seconds: u32,
     key_id: &str,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let Some((first, others)) = messages.split_first() else { return Ok(()) };
     let new = |text| New { text, timeout_seconds, ..New::of(InputKind::Message, key_id) };
     check_queue(others.len() as i64, 0, others.iter().map(String::len).sum())?;
@@ -85,7 +85,7 @@ pub async fn begin_next(
     tx: &mut PgConnection,
     session: &SessionRow,
     at: Option<At>,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let id = SessionId::from_uuid(session.session_id);
     let status: SessionStatus = session.status()?;
     match inputs::next(status, session.sprite_destroyed_at.is_none()) {
@@ -112,7 +112,7 @@ async fn begin(
     tx: &mut PgConnection,
     session: &SessionRow,
     input: InputRow,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let turn = session.turn_count + 1;
     // A message that a host knows by its id already would be ignored as a repetition.
     let input_id = input.delivered_at.is_none().then_some(input.input_id);
@@ -133,13 +133,13 @@ async fn queued(
     user: &str,
     session: &str,
     input: &str,
-) -> Result<InputRow, Failure> {
+) -> Result<InputRow, RpcError> {
     let (user, id) = whose(user, session)?;
     lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
     let input: InputId = input.parse().map_err(|_| input_missing())?;
     let row = locked(tx, id, input).await?.ok_or_else(input_missing)?;
     if row.kind != InputKind::Message.as_str() || row.status != InputStatus::Queued.as_str() {
-        return Err(Failure::conflict("Input is not queued any more"));
+        return Err(RpcError::conflict("Input is not queued any more"));
     }
     Ok(row)
 }
@@ -147,7 +147,7 @@ async fn queued(
 pub async fn change_text(
     scheduler: Scheduler,
     request: ChangeInputRequest,
-) -> Result<Input, Failure> {
+) -> Result<Input, RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     let row = queued(&mut tx, &request.user_id, &request.session_id, &request.input_id).await?;
     let others: i64 = sqlx::query_scalar(
@@ -173,7 +173,7 @@ pub async fn change_text(
 pub async fn withdraw(
     scheduler: Scheduler,
     request: WithdrawInputRequest,
-) -> Result<Input, Failure> {
+) -> Result<Input, RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     let row = queued(&mut tx, &request.user_id, &request.session_id, &request.input_id).await?;
     let row: InputRow = sqlx::query_as(concat!(

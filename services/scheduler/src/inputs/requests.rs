@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     scheduler::{
         DecideRequest, Input, ListPermissionRequestsReply, ListPermissionRequestsRequest,
@@ -64,7 +64,7 @@ pub(super) async fn answer(
     turn: u32,
     request: u64,
     new: New<'_>,
-) -> Result<InputRow, Failure> {
+) -> Result<InputRow, RpcError> {
     let new = New { turn: i32::try_from(turn).ok(), request: Some(request.cast_signed()), ..new };
     let row = new.insert(tx, session).await?;
     sqlx::query(
@@ -81,7 +81,7 @@ pub(super) async fn answer(
 pub async fn list(
     scheduler: Scheduler,
     request: ListPermissionRequestsRequest,
-) -> Result<ListPermissionRequestsReply, Failure> {
+) -> Result<ListPermissionRequestsReply, RpcError> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     check_owner(&scheduler, user, id).await?;
     let before = request.after.as_ref().map_or(i64::MAX, |cursor| cursor.position);
@@ -123,7 +123,7 @@ async fn request_row(
     session: SessionId,
     request: u64,
     is_custom_tool: bool,
-) -> Result<Option<RequestRow>, Failure> {
+) -> Result<Option<RequestRow>, RpcError> {
     let row = sqlx::query_as(
         "select request_id, turn_number, tool, input_json, diff, reason, status, answer_id, created_at, settled_at
          from permission_request where session_id = $1 and request_id = $2 and is_custom_tool = $3 for update",
@@ -142,15 +142,15 @@ pub(super) async fn awaited(
     session: SessionId,
     request: u64,
     is_custom_tool: bool,
-) -> Result<RequestRow, Failure> {
+) -> Result<RequestRow, RpcError> {
     let row = request_row(tx, session, request, is_custom_tool)
         .await?
-        .ok_or_else(|| Failure::not_found("Request not found"))?;
+        .ok_or_else(|| RpcError::not_found("Request not found"))?;
     if row.answer_id.is_some() {
-        return Err(Failure::conflict("Request has been answered already"));
+        return Err(RpcError::conflict("Request has been answered already"));
     }
     if row.status != RequestStatus::Open.as_str() {
-        return Err(Failure::conflict("Request is not open any more"));
+        return Err(RpcError::conflict("Request is not open any more"));
     }
     Ok(row)
 }
@@ -158,7 +158,7 @@ pub(super) async fn awaited(
 pub async fn decide(
     scheduler: Scheduler,
     request: DecideRequest,
-) -> Result<PermissionRequest, Failure> {
+) -> Result<PermissionRequest, RpcError> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     let mut tx = scheduler.pool.begin().await?;
     let session = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
@@ -178,18 +178,18 @@ pub(super) async fn decide_in(
     session: &SessionRow,
     sent: &SentDecision,
     key_id: &str,
-) -> Result<(RequestRow, Input), Failure> {
+) -> Result<(RequestRow, Input), RpcError> {
     let id = SessionId::from_uuid(session.session_id);
     let verdict: Verdict =
-        sent.verdict.parse().map_err(|()| Failure::invalid("Unknown decision"))?;
+        sent.verdict.parse().map_err(|()| RpcError::invalid("Unknown decision"))?;
     let row = awaited(tx, id, sent.request_id, false).await?;
     let runtime: Runtime = session
         .runtime
         .parse()
-        .map_err(|()| Failure::internal("a session has an unknown runtime"))?;
+        .map_err(|()| RpcError::internal("a session has an unknown runtime"))?;
     if !sent.deny_message.is_empty() && !runtime.capabilities().deny_with_message {
         let message = format!("Runtime {runtime} cannot pass on the message of a denial");
-        return Err(Failure::new(types::ErrorCode::Unprocessable, message));
+        return Err(RpcError::new(types::ErrorCode::Unprocessable, message));
     }
     let new = New {
         verdict: Some(verdict),
@@ -201,7 +201,7 @@ pub(super) async fn decide_in(
 }
 
 /// Decides requests whose users did not in time, as their agents say.
-pub async fn decide_overdue(scheduler: &Scheduler) -> Result<(), Failure> {
+pub async fn decide_overdue(scheduler: &Scheduler) -> Result<(), RpcError> {
     let overdue: Vec<(Uuid, i64)> = sqlx::query_as(
         "select session_id, request_id from permission_request
          where status = 'open' and answer_id is null and decide_after < now()

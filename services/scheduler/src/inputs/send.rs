@@ -1,6 +1,6 @@
 //! Events that a user sends together, of any kind: all take effect, or none does.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     scheduler::{
         Input, PromptRequest, QueuedInputs, SendEventsReply, SendEventsRequest, SentMessage,
@@ -36,7 +36,7 @@ use crate::{
 pub async fn send(
     scheduler: Scheduler,
     request: SendEventsRequest,
-) -> Result<SendEventsReply, Failure> {
+) -> Result<SendEventsReply, RpcError> {
     let (user, id) = whose(&request.user_id, &request.session_id)?;
     let reply = idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
@@ -65,7 +65,7 @@ async fn send_in(
     user: UserId,
     id: SessionId,
     request: &SendEventsRequest,
-) -> Result<SendEventsReply, Failure> {
+) -> Result<SendEventsReply, RpcError> {
     let route = format!("sessions/{id}/events");
     if let Some(reply) =
         idempotency::earlier::<SendEventsReply>(tx, user, &route, request.once.as_ref()).await?
@@ -76,7 +76,7 @@ async fn send_in(
     for event in &request.events {
         let session = lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
         if session.status()? == SessionStatus::Terminated {
-            return Err(Failure::conflict("Session is terminated and takes no more events")
+            return Err(RpcError::conflict("Session is terminated and takes no more events")
                 .because("session_terminated"));
         }
         let input = match &event.kind {
@@ -108,7 +108,7 @@ async fn send_in(
                 };
                 answer(tx, id, turn, result.request_id, new).await?.into()
             }
-            None => return Err(Failure::invalid("Unknown event")),
+            None => return Err(RpcError::invalid("Unknown event")),
         };
         reply.inputs.push(input);
     }
@@ -117,12 +117,12 @@ async fn send_in(
 }
 
 /// Names why an answer was refused that no one waits for.
-fn not_pending(failure: Failure) -> Failure {
+fn not_pending(failure: RpcError) -> RpcError {
     let is_other = !matches!(failure.code, types::ErrorCode::NotFound | types::ErrorCode::Conflict);
     if is_other {
         failure
     } else {
-        Failure::conflict(failure.message).because("tool_use_not_pending")
+        RpcError::conflict(failure.message).because("tool_use_not_pending")
     }
 }
 
@@ -132,7 +132,7 @@ async fn send_message(
     session: SessionRow,
     message: &SentMessage,
     request: &SendEventsRequest,
-) -> Result<Input, Failure> {
+) -> Result<Input, RpcError> {
     let prompt = PromptRequest {
         prompt: message.text.clone(),
         timeout_seconds: request.timeout_seconds,
@@ -143,7 +143,7 @@ async fn send_message(
         return enqueue(tx, &session, &prompt, false).await;
     }
     if session.sprite_destroyed_at.is_some() {
-        return Err(Failure::conflict("The session's sandbox is gone; start a new session")
+        return Err(RpcError::conflict("The session's sandbox is gone; start a new session")
             .because("session_terminated"));
     }
     // A gateway of an earlier release sends none.

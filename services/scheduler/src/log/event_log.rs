@@ -5,7 +5,7 @@
 //! as literals: parameters would be known too late to leave tables out of a plan that is kept
 //! (docs/adr/0001-event-log-reads-name-their-days.md).
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::RecordedEvent;
 use sqlx::{AssertSqlSafe, PgPool, Row as _, postgres::PgRow};
 use time::Date;
@@ -143,7 +143,7 @@ pub async fn page(
     from: From,
     limit: u32,
     max_bytes: u32,
-) -> Result<Vec<RecordedEvent>, Failure> {
+) -> Result<Vec<RecordedEvent>, RpcError> {
     let Some(days) = Days::of(pool, session).await? else { return Ok(Vec::new()) };
     let (query, bound) = match from {
         From::After(after) => (page_query(days), after),
@@ -160,7 +160,7 @@ async fn rows(
     bound: u64,
     limit: u32,
     max_bytes: u32,
-) -> Result<Vec<PgRow>, Failure> {
+) -> Result<Vec<PgRow>, RpcError> {
     let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
     let query = sqlx::query(AssertSqlSafe(query))
         .bind(session.uuid())
@@ -188,7 +188,7 @@ pub async fn shown(
     from: From,
     limit: u32,
     max_bytes: u32,
-) -> Result<Shown, Failure> {
+) -> Result<Shown, RpcError> {
     let Some(days) = Days::of(pool, session).await? else { return Ok(Shown::default()) };
     let (From::After(bound) | From::Before(bound)) = from;
     let rows = rows(pool, shown_query(from, days), session, bound, limit, max_bytes).await?;
@@ -205,7 +205,7 @@ pub async fn shown(
 }
 
 /// The last event that is persisted.
-pub async fn newest(pool: &PgPool, session: SessionId) -> Result<Option<RecordedEvent>, Failure> {
+pub async fn newest(pool: &PgPool, session: SessionId) -> Result<Option<RecordedEvent>, RpcError> {
     let Some(days) = Days::of(pool, session).await? else { return Ok(None) };
     let days = Days { first: days.newest.unwrap_or(days.first), ..days };
     let row = sqlx::query(AssertSqlSafe(newest_query(days)))
@@ -223,7 +223,7 @@ fn event(row: &PgRow) -> Result<RecordedEvent, sqlx::Error> {
 }
 
 /// Removes the log of a session that is deleted. Safe to interrupt and rerun.
-pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), Failure> {
+pub async fn purge(pool: &PgPool, session: SessionId) -> Result<(), RpcError> {
     // Without a row there is no log, or one of the release before, which may be of any day.
     let condition =
         Days::of(pool, session).await?.map_or_else(|| "true".to_owned(), Days::condition);

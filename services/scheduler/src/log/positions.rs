@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use bus::Failure;
+use bus::RpcError;
 use contract::topology;
 use sqlx::PgPool;
 use tokio::sync::{Mutex, watch};
@@ -96,7 +96,7 @@ pub async fn wait_until_projected(
     scheduler: &Scheduler,
     session: SessionId,
     event_id: u64,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let number: Option<i16> =
         sqlx::query_scalar("select event_partition from session where session_id = $1")
             .bind(session.uuid())

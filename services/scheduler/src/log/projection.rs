@@ -1,6 +1,6 @@
 //! Applies an event to its turn, its session and their inputs, in the transaction that persists it.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::session::{TurnEnded, session_event::Kind};
 use rules::state::{self, State, Transition};
 use sqlx::{PgConnection, Row as _};
@@ -29,7 +29,7 @@ pub async fn apply(
     event_turn: u32,
     kind: &Kind,
     at: At,
-) -> Result<Applied, Failure> {
+) -> Result<Applied, RpcError> {
     let Some(session) = lock(tx, id, None).await? else { return Ok(Applied::default()) };
     if inputs::events::concerns(kind) {
         inputs::events::apply(tx, &session, event_turn, kind, at).await?;
@@ -52,7 +52,7 @@ pub async fn apply(
         let text: &str = turn.try_get(0)?;
         status = Some(
             text.parse()
-                .map_err(|()| Failure::internal(format!("a turn has the status {text}")))?,
+                .map_err(|()| RpcError::internal(format!("a turn has the status {text}")))?,
         );
         (seconds, has_requests, has_inputs) =
             (turn.try_get(1)?, turn.try_get(2)?, turn.try_get(3)?);
@@ -106,7 +106,7 @@ async fn update_turn(
     number: u32,
     (status, is_metered): (TurnStatus, bool),
     ended: &TurnEnded,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let number = i32::try_from(number).unwrap_or(i32::MAX);
     if status == TurnStatus::Running {
         // From here on the turn's own timeout counts, and the set-up's no longer does.
@@ -153,7 +153,7 @@ async fn update_session(
     transition: &Transition,
     ended: &TurnEnded,
     archived: bool,
-) -> Result<SessionRow, Failure> {
+) -> Result<SessionRow, RpcError> {
     let Some(status) = transition.session else { return Ok(session) };
     let failure = ended.failure.as_ref();
     sqlx::query_as(concat!(

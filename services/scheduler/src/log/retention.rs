@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::DeleteSessionRequest;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
@@ -208,7 +208,7 @@ async fn delete_sessions(scheduler: &Scheduler, days: u16) -> anyhow::Result<()>
                 DeleteSessionRequest { session_id: session.to_string(), user_id: user.to_string() };
             match deletion::delete(scheduler.clone(), request).await {
                 // Prompted again, or deleted, a moment ago.
-                Ok(_) | Err(Failure { code: ErrorCode::Conflict | ErrorCode::NotFound, .. }) => {}
+                Ok(_) | Err(RpcError { code: ErrorCode::Conflict | ErrorCode::NotFound, .. }) => {}
                 Err(error) => {
                     failed += 1;
                     tracing::warn!(%error, session_id = %session, "session not deleted by SESSION_RETENTION_DAYS; will retry");

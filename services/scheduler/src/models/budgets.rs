@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::{
     Budget, BudgetChange, BudgetLimits, GetBudgetRequest, LimitChange, ListUsageReply,
     ListUsageRequest, ModelsChange, SetBudgetRequest, UsageSum,
@@ -26,13 +26,13 @@ const DAYS: i64 = 31;
 const MODELS_MAX: usize = 100;
 const MODEL_CHARS_MAX: usize = 100;
 
-pub async fn get(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Budget, Failure> {
+pub async fn get(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Budget, RpcError> {
     let mut connection = scheduler.pool.acquire().await?;
     let (scope, id) = find(&mut connection, &request).await?;
     read(&mut connection, &scheduler.model_defaults, scope, id).await
 }
 
-pub async fn set(scheduler: Scheduler, request: SetBudgetRequest) -> Result<Budget, Failure> {
+pub async fn set(scheduler: Scheduler, request: SetBudgetRequest) -> Result<Budget, RpcError> {
     let of = request.of.unwrap_or_default();
     let change = request.change.unwrap_or_default();
     idempotency::retried(|| async {
@@ -46,7 +46,7 @@ pub async fn set(scheduler: Scheduler, request: SetBudgetRequest) -> Result<Budg
     .await
 }
 
-pub async fn clear(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Budget, Failure> {
+pub async fn clear(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Budget, RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     let (scope, id) = find(&mut tx, &request).await?;
     // Reservations of requests in flight stay: their ends release them.
@@ -69,15 +69,15 @@ pub async fn clear(scheduler: Scheduler, request: GetBudgetRequest) -> Result<Bu
 async fn find(
     connection: &mut PgConnection,
     request: &GetBudgetRequest,
-) -> Result<(Scope, Uuid), Failure> {
+) -> Result<(Scope, Uuid), RpcError> {
     let scope: Scope =
-        request.scope.parse().map_err(|()| Failure::invalid("Unknown scope of a budget"))?;
+        request.scope.parse().map_err(|()| RpcError::invalid("Unknown scope of a budget"))?;
     if scope == Scope::Deployment && request.user_id.is_none() {
         return Ok((scope, Uuid::nil()));
     }
     let absent = || match scope {
-        Scope::Agent => Failure::not_found("Agent not found"),
-        Scope::User | Scope::Deployment => Failure::not_found("User not found"),
+        Scope::Agent => RpcError::not_found("Agent not found"),
+        Scope::User | Scope::Deployment => RpcError::not_found("User not found"),
         Scope::Session => missing(),
     };
     let id: Uuid = request.scope_id.parse().map_err(|_| absent())?;
@@ -95,7 +95,7 @@ async fn find(
         // Another service knows which users exist; the operator's command asks it first.
         Scope::User | Scope::Deployment if owner.is_none() => return Ok((scope, id)),
         Scope::User | Scope::Deployment => {
-            return Err(Failure::invalid("The operator sets this budget"));
+            return Err(RpcError::invalid("The operator sets this budget"));
         }
     };
     let found = sqlx::query(statement).bind(id).bind(owner).fetch_optional(connection).await?;
@@ -109,7 +109,7 @@ pub async fn write(
     scope: Scope,
     id: Uuid,
     change: &BudgetChange,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     limits::make(tx, scope, id).await?;
     let models = change.allowed_models.as_ref().map(allowed_models).transpose()?;
     let rate = limit(change.requests_per_minute)?;
@@ -150,18 +150,18 @@ pub async fn write(
 }
 
 /// Whether it changes, and to what.
-fn limit(change: Option<LimitChange>) -> Result<(bool, Option<i64>), Failure> {
+fn limit(change: Option<LimitChange>) -> Result<(bool, Option<i64>), RpcError> {
     let Some(change) = change else { return Ok((false, None)) };
     let max = change
         .max
-        .map(|max| i64::try_from(max).map_err(|_| Failure::invalid("The limit is too large")));
+        .map(|max| i64::try_from(max).map_err(|_| RpcError::invalid("The limit is too large")));
     Ok((true, max.transpose()?))
 }
 
-fn allowed_models(change: &ModelsChange) -> Result<Option<Vec<String>>, Failure> {
+fn allowed_models(change: &ModelsChange) -> Result<Option<Vec<String>>, RpcError> {
     let is_short = |model: &String| (1..=MODEL_CHARS_MAX).contains(&model.chars().count());
     if change.models.len() > MODELS_MAX || !change.models.iter().all(is_short) {
-        return Err(Failure::invalid(format!(
+        return Err(RpcError::invalid(format!(
             "At most {MODELS_MAX} models of at most {MODEL_CHARS_MAX} characters may be named"
         )));
     }
@@ -174,7 +174,7 @@ async fn read(
     defaults: &Defaults,
     scope: Scope,
     id: Uuid,
-) -> Result<Budget, Failure> {
+) -> Result<Budget, RpcError> {
     let row = sqlx::query(
         "select max_cost_micro_usd, max_tokens, max_requests, max_seconds, used_cost_micro_usd, used_tokens, used_requests,
                 used_us / 1000000, held_cost_micro_usd, held_tokens, allowed_models, requests_per_minute
@@ -187,7 +187,7 @@ async fn read(
     let whole = |row: &PgRow, index: usize| {
         row.try_get::<Option<i64>, _>(index).map(|count| count.map(i64::unsigned_abs))
     };
-    let limits = |row: &PgRow, first: usize| -> Result<BudgetLimits, Failure> {
+    let limits = |row: &PgRow, first: usize| -> Result<BudgetLimits, RpcError> {
         Ok(BudgetLimits {
             cost_micro_usd: whole(row, first)?,
             tokens: whole(row, first + 1)?,
@@ -254,7 +254,7 @@ enum GroupBy {
 }
 
 impl GroupBy {
-    fn read(text: &str) -> Result<Self, Failure> {
+    fn read(text: &str) -> Result<Self, RpcError> {
         Ok(match text {
             "day" => Self::Day,
             "agent" => Self::Agent,
@@ -263,7 +263,7 @@ impl GroupBy {
             "user" => Self::User,
             "session" => Self::Session,
             _ => {
-                return Err(Failure::invalid(
+                return Err(RpcError::invalid(
                     "group_by must be day, agent, model, key, session or, for the operator, user",
                 ));
             }
@@ -314,22 +314,23 @@ impl GroupBy {
 /// Years before or after cannot be reckoned with.
 const YEARS: RangeInclusive<i32> = 2000..=9998;
 
-fn day(text: Option<&str>, otherwise: Date) -> Result<Date, Failure> {
+fn day(text: Option<&str>, otherwise: Date) -> Result<Date, RpcError> {
     let Some(text) = text else { return Ok(otherwise) };
     let day = Date::parse(text, format_description!("[year]-[month]-[day]"))
         .ok()
         .filter(|day| YEARS.contains(&day.year()));
-    day.ok_or_else(|| Failure::invalid("A day must be written as 2026-01-31"))
+    day.ok_or_else(|| RpcError::invalid("A day must be written as 2026-01-31"))
 }
 
 pub async fn usage(
     scheduler: Scheduler,
     request: ListUsageRequest,
-) -> Result<ListUsageReply, Failure> {
+) -> Result<ListUsageReply, RpcError> {
     let id = |text: &Option<String>, what: &str| {
         text.as_ref()
             .map(|text| {
-                text.parse::<Uuid>().map_err(|_| Failure::invalid(format!("{what} must be a UUID")))
+                text.parse::<Uuid>()
+                    .map_err(|_| RpcError::invalid(format!("{what} must be a UUID")))
             })
             .transpose()
     };
@@ -339,7 +340,7 @@ pub async fn usage(
     if group_by == GroupBy::User && user.is_some()
         || session.is_some() && group_by != GroupBy::Session
     {
-        return Err(Failure::invalid("This cannot be grouped so"));
+        return Err(RpcError::invalid("This cannot be grouped so"));
     }
     let to = day(request.to_day.as_deref(), OffsetDateTime::now_utc().date())?;
     let from = day(request.from_day.as_deref(), to - Duration::days(DAYS - 1))?;
@@ -350,7 +351,7 @@ pub async fn usage(
         (from, to)
     };
     if session.is_none() && (to - from).whole_days() >= DAYS_MAX {
-        return Err(Failure::invalid(format!(
+        return Err(RpcError::invalid(format!(
             "At most {DAYS_MAX} days may be asked for at a time"
         )));
     }
@@ -365,7 +366,7 @@ pub async fn usage(
     let mut rows = query.fetch_all(&scheduler.pool).await?;
     let has_more = rows.len() > limit as usize;
     rows.truncate(limit as usize);
-    let sum = |row: &PgRow| -> Result<UsageSum, Failure> {
+    let sum = |row: &PgRow| -> Result<UsageSum, RpcError> {
         let count = |index: usize| row.try_get::<i64, _>(index).map(i64::unsigned_abs);
         Ok(UsageSum {
             group: row.try_get(0)?,

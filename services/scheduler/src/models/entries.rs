@@ -1,7 +1,7 @@
 //! What the model gateway recorded and a session's log is to show. The runner of its turn fetches
 //! entries by their numbers and appends them; how far it got stands in the log's checkpoints.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     scheduler::{FetchModelRequestsReply, FetchModelRequestsRequest, MeterEntry, meter_entry},
     session::{BudgetNotice, Usage},
@@ -26,7 +26,7 @@ pub async fn add(
     session: Uuid,
     number: i64,
     kind: meter_entry::Kind,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     sqlx::query("insert into model_entry (session_id, number, payload) values ($1, $2, $3)")
         .bind(session)
         .bind(number)
@@ -49,7 +49,7 @@ pub async fn hint(scheduler: &Scheduler, session: SessionId) {
 pub async fn fetch(
     scheduler: Scheduler,
     request: FetchModelRequestsRequest,
-) -> Result<FetchModelRequestsReply, Failure> {
+) -> Result<FetchModelRequestsReply, RpcError> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let turn = i32::try_from(request.turn).map_err(|_| missing())?;
     let row = sqlx::query(

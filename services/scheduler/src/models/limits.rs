@@ -3,7 +3,7 @@
 
 use std::str::FromStr;
 
-use bus::Failure;
+use bus::RpcError;
 use rules::budget::{Account, Limits};
 use service::Env;
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
@@ -186,7 +186,7 @@ pub async fn policies(
     tx: &mut PgConnection,
     owners: &Owners,
     defaults: &Defaults,
-) -> Result<Policies, Failure> {
+) -> Result<Policies, RpcError> {
     let (scopes, ids) = owners.ids();
     let rows = sqlx::query(
         "select scope, allowed_models, requests_per_minute,
@@ -224,7 +224,7 @@ pub async fn policies(
 /// Creates the row of a budget if there is none. A session's row includes what the session used
 /// before; others start at zero. What open requests reserved in other budgets is reserved in this
 /// one too: their ends take it from each.
-pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), Failure> {
+pub async fn make(tx: &mut PgConnection, scope: Scope, id: Uuid) -> Result<(), RpcError> {
     if scope == Scope::Session {
         // The row that everybody who writes of a session's requests takes first.
         sqlx::query("insert into model_meter (session_id) values ($1) on conflict (session_id) do update set number = model_meter.number")
@@ -268,7 +268,7 @@ pub async fn lock(
     tx: &mut PgConnection,
     owners: &Owners,
     defaults: &Defaults,
-) -> Result<Vec<(Scope, Account)>, Failure> {
+) -> Result<Vec<(Scope, Account)>, RpcError> {
     let (scopes, ids) = owners.ids();
     let rows = sqlx::query(
         "select scope, max_cost_micro_usd, max_tokens, max_requests, max_seconds, used_cost_micro_usd, used_tokens, used_requests,
@@ -282,7 +282,7 @@ pub async fn lock(
     .bind(&ids)
     .fetch_all(tx)
     .await?;
-    let account = |row: &PgRow| -> Result<Option<(Scope, Account)>, Failure> {
+    let account = |row: &PgRow| -> Result<Option<(Scope, Account)>, RpcError> {
         let Ok(scope) = row.try_get::<&str, _>(0)?.parse::<Scope>() else { return Ok(None) };
         let count = |index: usize| row.try_get::<i64, _>(index).map(i64::unsigned_abs);
         let max = |index: usize| {
@@ -336,7 +336,7 @@ pub async fn apply(
     owners: &Owners,
     change: Change,
     warned: &[Scope],
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let (scopes, ids) = owners.ids();
     let warned: Vec<&str> = warned.iter().map(|scope| scope.as_str()).collect();
     let number = |count: u64| count.min(super::requests::COUNT_MAX).cast_signed();

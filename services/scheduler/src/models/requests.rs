@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     scheduler::{
@@ -44,7 +44,7 @@ pub const COUNT_MAX: u64 = 1_000_000_000_000;
 pub async fn renew(
     scheduler: Scheduler,
     request: RenewModelGatewayRequest,
-) -> Result<Empty, Failure> {
+) -> Result<Empty, RpcError> {
     sqlx::query(
         "insert into model_gateway (gateway_id, expires_at) values ($1, now() + make_interval(secs => $2))
          on conflict (gateway_id) do update set expires_at = excluded.expires_at",
@@ -56,8 +56,8 @@ pub async fn renew(
     Ok(Empty {})
 }
 
-fn uuid(text: &str) -> Result<Uuid, Failure> {
-    text.parse().map_err(|_| Failure::invalid("Malformed id"))
+fn uuid(text: &str) -> Result<Uuid, RpcError> {
+    text.parse().map_err(|_| RpcError::invalid("Malformed id"))
 }
 
 fn name(text: &str) -> String {
@@ -76,7 +76,7 @@ struct Named {
 }
 
 impl Named {
-    fn read(request: BeginModelRequestRequest) -> Result<Self, Failure> {
+    fn read(request: BeginModelRequestRequest) -> Result<Self, RpcError> {
         Ok(Self {
             id: uuid(&request.request_id)?,
             session: request.session_id.parse().map_err(|_| missing())?,
@@ -107,7 +107,7 @@ fn refused(reason: &str, message: impl Into<String>) -> Verdict {
 pub async fn begin(
     scheduler: Scheduler,
     request: BeginModelRequestRequest,
-) -> Result<BeginModelRequestReply, Failure> {
+) -> Result<BeginModelRequestReply, RpcError> {
     let named = Named::read(request)?;
     let (verdict, has_entries) = idempotency::retried(|| begin_once(&scheduler, &named)).await?;
     if has_entries {
@@ -127,7 +127,7 @@ pub async fn begin(
 }
 
 /// Tells too whether the session's log has something to show.
-async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bool), Failure> {
+async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bool), RpcError> {
     if scheduler.model_defaults.limit_nothing() && begin_unlimited(scheduler, named).await? {
         return Ok((admitted(true), true));
     }
@@ -284,7 +284,7 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
 
 /// What [`begin_once`] does for a session that no row limits, in one statement: an agent waits for
 /// it. Returns whether there was such a session, without a request of that id.
-async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, Failure> {
+async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, RpcError> {
     let started = ModelRequestStarted {
         request_id: named.id.to_string(),
         provider: named.provider.clone(),
@@ -334,10 +334,10 @@ async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, F
 
 /// Converts the error of an insert of a request. If another attempt of it was faster, the
 /// transaction runs again and finds that one.
-fn not_inserted(error: sqlx::Error) -> Failure {
+fn not_inserted(error: sqlx::Error) -> RpcError {
     let rolled_back = store::violates(&error, "model_request_pkey");
     let failure = idempotency::not_inserted(error, "model_request_pkey");
-    Failure { rolled_back: failure.rolled_back || rolled_back, ..failure }
+    RpcError { rolled_back: failure.rolled_back || rolled_back, ..failure }
 }
 
 /// How long the turns of a session ran so far, in microseconds, and what of that is new. Budgets
@@ -348,7 +348,7 @@ async fn ran(
     session: Uuid,
     turn: i32,
     counted: i64,
-) -> Result<(i64, Ran), Failure> {
+) -> Result<(i64, Ran), RpcError> {
     let row = sqlx::query(
         "with ran as (
              select turn_number, extract(epoch from coalesce(ended_at, now()) - started_at) * 1000000 as us
@@ -368,7 +368,7 @@ async fn ran(
 
 /// Counts how long a session's turns ran that has no budget: one that is set later for others too
 /// is not to count it.
-async fn count_time(tx: &mut PgConnection, session: Uuid) -> Result<(), Failure> {
+async fn count_time(tx: &mut PgConnection, session: Uuid) -> Result<(), RpcError> {
     sqlx::query(
         "update model_meter
          set counted_us = greatest(counted_us, (
@@ -389,7 +389,11 @@ struct Meter {
     reached: Option<(i32, BudgetNotice)>,
 }
 
-async fn settle_meter(tx: &mut PgConnection, owners: &Owners, meter: Meter) -> Result<(), Failure> {
+async fn settle_meter(
+    tx: &mut PgConnection,
+    owners: &Owners,
+    meter: Meter,
+) -> Result<(), RpcError> {
     let (turn, reached) =
         meter.reached.map(|(turn, notice)| (turn, notice.encode_to_vec())).unzip();
     sqlx::query(
@@ -423,7 +427,7 @@ async fn insert(
     owners: &Owners,
     turn: i32,
     is_budgeted: bool,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let held = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
     sqlx::query(
         "insert into model_request (request_id, session_id, user_id, agent_id, turn_number, gateway_id, provider, model, key, status,
@@ -448,7 +452,7 @@ async fn insert(
     Ok(())
 }
 
-pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Result<Empty, Failure> {
+pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Result<Empty, RpcError> {
     let named = Named::read(request.begun.clone().unwrap_or_default())?;
     idempotency::retried(|| async {
         let mut tx = scheduler.pool.begin().await?;
@@ -469,7 +473,7 @@ async fn end_unknown(
     scheduler: &Scheduler,
     named: &Named,
     request: &EndModelRequestRequest,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     let status: Option<String> =
         sqlx::query_scalar("select status from model_request where request_id = $1")
@@ -480,8 +484,8 @@ async fn end_unknown(
         None => {}
         // It began since it was looked for.
         Some("open") => {
-            let failure = Failure::conflict("The request began meanwhile");
-            return Err(Failure { rolled_back: true, ..failure });
+            let failure = RpcError::conflict("The request began meanwhile");
+            return Err(RpcError { rolled_back: true, ..failure });
         }
         Some(_) => return Ok(()),
     }
@@ -501,7 +505,7 @@ fn is_unsent(request: &EndModelRequestRequest) -> bool {
 
 /// A request that ended before its beginning came, if that comes at all: it is to reserve nothing
 /// then. No total counts it.
-async fn insert_unsent(tx: &mut PgConnection, named: &Named) -> Result<(), Failure> {
+async fn insert_unsent(tx: &mut PgConnection, named: &Named) -> Result<(), RpcError> {
     if insert_late(tx, named).await? {
         sqlx::query("update model_request set status = 'settled', ended_at = now(), is_summed = true where request_id = $1")
             .bind(named.id)
@@ -513,7 +517,7 @@ async fn insert_unsent(tx: &mut PgConnection, named: &Named) -> Result<(), Failu
 
 /// A request whose beginning was not recorded: the gateway sent it while this service was away, for
 /// nothing limits the session.
-async fn insert_late(tx: &mut PgConnection, named: &Named) -> Result<bool, Failure> {
+async fn insert_late(tx: &mut PgConnection, named: &Named) -> Result<bool, RpcError> {
     let row =
         sqlx::query("select user_id, agent_id, turn_count from session where session_id = $1")
             .bind(named.session.uuid())
@@ -533,7 +537,7 @@ async fn settle(
     session: SessionId,
     id: Uuid,
     request: &EndModelRequestRequest,
-) -> Result<bool, Failure> {
+) -> Result<bool, RpcError> {
     // None: the session was deleted, and nothing is kept of it but what counts for others.
     let number: Option<i64> = sqlx::query_scalar(
         "insert into model_meter as m (session_id, number) select session_id, 1 from session where session_id = $1
@@ -656,7 +660,7 @@ async fn show(
     used: Used<'_>,
     id: Uuid,
     request: &EndModelRequestRequest,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let Used { owners, turn, number, provider, model, was_unknown, usage } = used;
     let is_unpriced = usage.is_some_and(|usage| usage.cost_micro_usd.is_none());
     let failure = (!request.error.is_empty()).then(|| without_nul(&request.error));
@@ -715,7 +719,7 @@ fn nothing() -> Usage {
 }
 
 /// Settles the requests of gateways that are gone: what they used is not known.
-pub async fn settle_lost(scheduler: &Scheduler) -> Result<(), Failure> {
+pub async fn settle_lost(scheduler: &Scheduler) -> Result<(), RpcError> {
     let rows: Vec<(Uuid, Uuid)> = sqlx::query_as(
         "select r.request_id, r.session_id
          from model_request r left join model_gateway g using (gateway_id)
@@ -738,7 +742,7 @@ async fn settle_one_lost(
     scheduler: &Scheduler,
     id: Uuid,
     session: SessionId,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let error = "The model gateway that sent it is gone".to_owned();
     let lost =
         EndModelRequestRequest { is_partial: true, error, ..EndModelRequestRequest::default() };

@@ -1,7 +1,7 @@
 //! Totals per user, day, agent, key and model. Requests are added up a moment after they are
 //! settled, many at a time: no row is written by every request.
 
-use bus::Failure;
+use bus::RpcError;
 use sqlx::PgPool;
 
 const AT_A_TIME: i64 = 2000;
@@ -9,7 +9,7 @@ const KEPT_DAYS: i32 = 7;
 
 /// Adds settled requests to the totals of their day. Unknown ones wait for an hour, in case their
 /// usage is still reported.
-pub async fn add_up(pool: &PgPool) -> Result<(), Failure> {
+pub async fn add_up(pool: &PgPool) -> Result<(), RpcError> {
     loop {
         let summed = sqlx::query(
             "with batch as (
@@ -53,7 +53,7 @@ pub async fn add_up(pool: &PgPool) -> Result<(), Failure> {
     }
 }
 
-pub async fn forget(pool: &PgPool) -> Result<(), Failure> {
+pub async fn forget(pool: &PgPool) -> Result<(), RpcError> {
     for statement in [
         "delete from model_request where request_id in (
              select request_id from model_request where is_summed and ended_at < now() - make_interval(days => $1) limit $2)",

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::scheduler::{ListRequest, ListSessionsReply, Session};
 use types::{AgentId, EnvironmentId, SessionId, UserId, file::FileKind};
 use uuid::Uuid;
@@ -21,18 +21,19 @@ const LISTED_PROMPT_CHARS: i32 = 200;
 pub async fn list(
     scheduler: Scheduler,
     request: ListRequest,
-) -> Result<ListSessionsReply, Failure> {
-    let user: UserId = request.user_id.parse().map_err(|_| Failure::not_found("User not found"))?;
+) -> Result<ListSessionsReply, RpcError> {
+    let user: UserId =
+        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
     let start = PageStart::by_time(request.limit, request.after.as_ref())?;
     let agent = request
         .agent_id
         .as_deref()
         .map(str::parse::<AgentId>)
         .transpose()
-        .map_err(|_| Failure::invalid("agent_id must be an id"))?;
+        .map_err(|_| RpcError::invalid("agent_id must be an id"))?;
     let environment =
         request.environment_id.as_deref().map(str::parse::<EnvironmentId>).transpose();
-    let environment = environment.map_err(|_| Failure::invalid("environment_id must be an id"))?;
+    let environment = environment.map_err(|_| RpcError::invalid("environment_id must be an id"))?;
     let filters = Filters::of(&request)?;
     // The original API knows no archived sessions.
     let not_archived = if request.is_v1 { "archived_at is null" } else { "true" };
@@ -146,7 +147,7 @@ struct Summary {
 
 /// Adds what a list shows of each session beside its row: its last prompt, its cost, and the
 /// decision it waits for.
-async fn summarise(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<(), Failure> {
+async fn summarise(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<(), RpcError> {
     let ids: Vec<Uuid> = sessions
         .iter()
         .filter_map(|session| session.session_id.parse::<SessionId>().ok())
@@ -193,7 +194,7 @@ pub fn decision(request: u64, tool: &str) -> String {
 async fn with_agents(
     scheduler: &Scheduler,
     mut reply: ListSessionsReply,
-) -> Result<ListSessionsReply, Failure> {
+) -> Result<ListSessionsReply, RpcError> {
     usage::complete(scheduler, &mut reply.sessions).await?;
     let key = |session: &Session| {
         Some((session.agent_id.as_deref()?.parse::<Uuid>().ok()?, session.agent_row_version))

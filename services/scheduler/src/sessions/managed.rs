@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     scheduler::{
         ArchiveSessionRequest, EnsureSessionSecretReply, EnsureSessionSecretRequest,
@@ -46,7 +46,7 @@ const APPENDED_WITHIN: Duration = Duration::from_secs(3);
 /// A status of the Managed Agents API.
 const RUNNING: &str = "running";
 
-async fn v1_status(tx: &mut PgConnection, session: SessionId) -> Result<String, Failure> {
+async fn v1_status(tx: &mut PgConnection, session: SessionId) -> Result<String, RpcError> {
     let status = sqlx::query_scalar("select v1_status(session) from session where session_id = $1")
         .bind(session.uuid());
     Ok(status.fetch_one(tx).await?)
@@ -55,7 +55,7 @@ async fn v1_status(tx: &mut PgConnection, session: SessionId) -> Result<String, 
 pub async fn update(
     scheduler: Scheduler,
     request: UpdateSessionRequest,
-) -> Result<Session, Failure> {
+) -> Result<Session, RpcError> {
     let (user, id): (UserId, SessionId) = (
         request.user_id.parse().map_err(|_| missing())?,
         request.session_id.parse().map_err(|_| missing())?,
@@ -88,7 +88,7 @@ async fn update_in(
     user: UserId,
     id: SessionId,
     request: &UpdateSessionRequest,
-) -> Result<bool, Failure> {
+) -> Result<bool, RpcError> {
     let row = lock(tx, id, Some(user)).await?.ok_or_else(missing)?;
     let mut changes = Map::new();
     let title = if request.clear_title {
@@ -102,9 +102,10 @@ async fn update_in(
     let mut metadata = row.metadata.clone();
     if let Some(patch) = &request.metadata {
         let patch: Map<String, Value> =
-            serde_json::from_str(patch).map_err(|_| Failure::invalid("Malformed metadata"))?;
+            serde_json::from_str(patch).map_err(|_| RpcError::invalid("Malformed metadata"))?;
         let current = row.metadata.as_object().cloned().unwrap_or_default();
-        metadata = Value::Object(merge_limited_metadata(current, patch).map_err(Failure::invalid)?);
+        metadata =
+            Value::Object(merge_limited_metadata(current, patch).map_err(RpcError::invalid)?);
     }
     if metadata != row.metadata {
         changes.insert("metadata".to_owned(), metadata.clone());
@@ -112,17 +113,17 @@ async fn update_in(
     let mut version = row.agent_version;
     if let Some(changed) = &request.agent {
         let agent = row.agent_id.ok_or_else(|| {
-            Failure::conflict("The session's agent is gone").because("agent_missing")
+            RpcError::conflict("The session's agent is gone").because("agent_missing")
         })?;
         if v1_status(tx, id).await? == RUNNING || row.status()?.is_active() {
-            return Err(Failure::conflict(
+            return Err(RpcError::conflict(
                 "The agent of a running session cannot be changed: interrupt it first",
             )
             .because("session_running"));
         }
         // All of the agent is written: a change that was made meanwhile would be lost.
         if request.agent_row_version.is_some_and(|read| read != row.agent_version) {
-            return Err(Failure::conflict("The session's agent was changed by another request"));
+            return Err(RpcError::conflict("The session's agent was changed by another request"));
         }
         version = agents::override_agent(tx, agent, id, changed).await?;
         changes.insert("agent".to_owned(), true.into());
@@ -152,7 +153,7 @@ async fn update_in(
 pub async fn ensure_secret(
     scheduler: Scheduler,
     request: EnsureSessionSecretRequest,
-) -> Result<EnsureSessionSecretReply, Failure> {
+) -> Result<EnsureSessionSecretReply, RpcError> {
     let (user, id): (UserId, SessionId) = (
         request.user_id.parse().map_err(|_| missing())?,
         request.session_id.parse().map_err(|_| missing())?,
@@ -161,7 +162,7 @@ pub async fn ensure_secret(
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
     if row.archived_at.is_some() || row.sprite_destroyed_at.is_some() {
-        return Err(Failure::conflict("The session is terminated").because("session_terminated"));
+        return Err(RpcError::conflict("The session is terminated").because("session_terminated"));
     }
     let secret: Uuid = sqlx::query_scalar(
         "update session set secret_id = coalesce(secret_id, $2), tokens_changed_at = now(), updated_at = now()
@@ -183,7 +184,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
 
 /// Appends the updates of one session, or of all that are idle. The row goes after its event is in
 /// the log: a crash between the two appends it again, which the event's id shows.
-async fn append_updates(scheduler: &Scheduler, session: Option<SessionId>) -> Result<(), Failure> {
+async fn append_updates(scheduler: &Scheduler, session: Option<SessionId>) -> Result<(), RpcError> {
     let rows = sqlx::query(
         "select u.update_id, u.session_id, u.changes, u.agent_version
          from session_update u join session s using (session_id)
@@ -222,7 +223,7 @@ async fn append_update(
     id: SessionId,
     changes: Value,
     version: i32,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     // One replica at a time; the lock ends with the transaction.
     let mut tx = scheduler.pool.begin().await?;
     let mine =
@@ -280,21 +281,21 @@ static ARCHIVINGS: Semaphore = Semaphore::const_new(4);
 pub async fn archive(
     scheduler: Scheduler,
     request: ArchiveSessionRequest,
-) -> Result<Session, Failure> {
+) -> Result<Session, RpcError> {
     let (user, id): (UserId, SessionId) = (
         request.user_id.parse().map_err(|_| missing())?,
         request.session_id.parse().map_err(|_| missing())?,
     );
     let archived = async {
-        let _permit = ARCHIVINGS.acquire().await.map_err(Failure::internal)?;
+        let _permit = ARCHIVINGS.acquire().await.map_err(RpcError::internal)?;
         while !archive_in(&scheduler, user, id).await? {
             tokio::time::sleep(AGAIN).await;
         }
-        Ok::<_, Failure>(())
+        Ok::<_, RpcError>(())
     };
     tokio::time::timeout(PROJECTED_WITHIN, archived)
         .await
-        .map_err(|_| Failure::unavailable("The event log"))??;
+        .map_err(|_| RpcError::unavailable("The event log"))??;
     scheduler.outbox.notify_one();
     let get = GetSessionRequest {
         user_id: request.user_id,
@@ -308,11 +309,11 @@ pub async fn archive(
 /// Archives a session, or returns false where that is not possible now. The row is locked from the
 /// check until the termination is applied: a message is accepted before it, and the session is not
 /// idle, or after it, and the session takes none.
-async fn archive_in(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<bool, Failure> {
+async fn archive_in(scheduler: &Scheduler, user: UserId, id: SessionId) -> Result<bool, RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     let row = lock(&mut tx, id, Some(user)).await?.ok_or_else(missing)?;
     if v1_status(&mut tx, id).await? == RUNNING {
-        return Err(Failure::conflict("A running session cannot be archived: interrupt it first")
+        return Err(RpcError::conflict("A running session cannot be archived: interrupt it first")
             .because("session_running"));
     }
     if row.status()? != SessionStatus::Terminated {

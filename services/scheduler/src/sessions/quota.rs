@@ -4,7 +4,7 @@
 //! not wait for one another: at most as many as Postgres has connections are in flight, and all of
 //! them fit. Near the quota, or if it is small, they run one at a time.
 
-use bus::Failure;
+use bus::RpcError;
 use sqlx::PgConnection;
 use types::{ErrorCode, UserId};
 
@@ -15,7 +15,7 @@ const SMALL: u32 = 1000;
 ///
 /// # Errors
 /// When there is none.
-pub async fn enforce(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<(), Failure> {
+pub async fn enforce(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<(), RpcError> {
     let lock = format!("(hashtextextended('quota {user}', 0))");
     if limit > SMALL {
         // Made of an id alone. A lock cannot be exchanged for the other kind; it goes with its
@@ -38,13 +38,13 @@ pub async fn enforce(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<
     let message = format!(
         "Concurrent session limit reached ({active}/{limit}). Terminate an active session before starting a new one."
     );
-    Err(Failure::new(ErrorCode::ResourceExhausted, message)
+    Err(RpcError::new(ErrorCode::ResourceExhausted, message)
         .with_number("limit", i64::from(limit))
         .with_number("active", active))
 }
 
 /// A user's active sessions, and how many creations can be under way at most.
-async fn count(tx: &mut PgConnection, user: UserId) -> Result<(i64, i64), Failure> {
+async fn count(tx: &mut PgConnection, user: UserId) -> Result<(i64, i64), RpcError> {
     sqlx::query_as(
         "select coalesce(sum(sessions), 0), current_setting('max_connections')::bigint
          from active_sessions
@@ -53,5 +53,5 @@ async fn count(tx: &mut PgConnection, user: UserId) -> Result<(i64, i64), Failur
     .bind(user.uuid())
     .fetch_one(tx)
     .await
-    .map_err(Failure::from)
+    .map_err(RpcError::from)
 }

@@ -1,6 +1,6 @@
 //! The row of a session.
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{scheduler::Session, session};
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
@@ -21,8 +21,8 @@ macro_rules! session_columns {
 }
 pub(crate) use session_columns;
 
-pub fn missing() -> Failure {
-    Failure::not_found("Session not found")
+pub fn missing() -> RpcError {
+    RpcError::not_found("Session not found")
 }
 
 #[derive(sqlx::FromRow)]
@@ -58,21 +58,21 @@ pub struct SessionRow {
 }
 
 impl SessionRow {
-    pub fn status(&self) -> Result<SessionStatus, Failure> {
+    pub fn status(&self) -> Result<SessionStatus, RpcError> {
         self.status.parse().map_err(|()| {
-            Failure::internal(format!("session {} has status {}", self.session_id, self.status))
+            RpcError::internal(format!("session {} has status {}", self.session_id, self.status))
         })
     }
 
-    pub fn partition(&self) -> Result<Partition, Failure> {
+    pub fn partition(&self) -> Result<Partition, RpcError> {
         partition(self.event_partition)
     }
 }
 
 /// As a column holds it.
-pub fn partition(number: i16) -> Result<Partition, Failure> {
+pub fn partition(number: i16) -> Result<Partition, RpcError> {
     let known = u32::try_from(number).ok().and_then(Partition::new);
-    known.ok_or_else(|| Failure::internal(format!("this release knows no partition {number}")))
+    known.ok_or_else(|| RpcError::internal(format!("this release knows no partition {number}")))
 }
 
 impl From<SessionRow> for Session {
@@ -110,7 +110,7 @@ impl From<SessionRow> for Session {
 }
 
 /// A session of a user.
-pub async fn find(pool: &PgPool, session: SessionId, user: UserId) -> Result<SessionRow, Failure> {
+pub async fn find(pool: &PgPool, session: SessionId, user: UserId) -> Result<SessionRow, RpcError> {
     let row = sqlx::query_as(concat!(
         "select ",
         session_columns!(),
@@ -128,7 +128,7 @@ pub async fn lock(
     tx: &mut PgConnection,
     session: SessionId,
     user: Option<UserId>,
-) -> Result<Option<SessionRow>, Failure> {
+) -> Result<Option<SessionRow>, RpcError> {
     sqlx::query_as(concat!(
         "select ",
         session_columns!(),
@@ -141,5 +141,5 @@ pub async fn lock(
     .bind(user.map(UserId::uuid))
     .fetch_optional(tx)
     .await
-    .map_err(Failure::from)
+    .map_err(RpcError::from)
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     common::Empty,
     rpc,
@@ -33,11 +33,11 @@ pub const AGAIN: Duration = Duration::from_millis(100);
 pub async fn terminate(
     scheduler: Scheduler,
     request: TerminateRequest,
-) -> Result<Session, Failure> {
+) -> Result<Session, RpcError> {
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     let row = find(&scheduler.pool, session, user).await?;
-    let already = || Failure::conflict("Session is already terminated");
+    let already = || RpcError::conflict("Session is already terminated");
     if row.status()? == SessionStatus::Terminated {
         return Err(already());
     }
@@ -58,7 +58,7 @@ pub async fn terminate(
             }
         }
     };
-    let unavailable = || Failure::unavailable("The event log");
+    let unavailable = || RpcError::unavailable("The event log");
     let id =
         tokio::time::timeout(PROJECTED_WITHIN, appended).await.map_err(|_| unavailable())??;
     scheduler.bus.hint(subject::terminate_hint(session)).await;
@@ -76,7 +76,7 @@ async fn apply(
     turn: u32,
     kind: &Kind,
     event_id: u64,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let mut tx = scheduler.pool.begin().await?;
     let at = At::new(event_id, Timestamp::now().unix_micros());
     let observation = projection::apply(&mut tx, session, turn, kind, at).await?.observation;
@@ -92,7 +92,7 @@ async fn apply(
 pub async fn sprite_destroyed(
     scheduler: Scheduler,
     request: SpriteDestroyedRequest,
-) -> Result<Empty, Failure> {
+) -> Result<Empty, RpcError> {
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     sqlx::query("update session set sprite_destroyed_at = now() where session_id = $1 and sprite_destroyed_at is null")
         .bind(session.uuid())

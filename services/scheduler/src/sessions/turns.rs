@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{
     runner::RunTurn,
     scheduler::{ListPartsRequest, ListTurnsReply, Turn},
@@ -32,7 +32,7 @@ pub async fn insert(
     prompt: &str,
     timeout_seconds: u32,
     input: Option<Uuid>,
-) -> Result<(), Failure> {
+) -> Result<(), RpcError> {
     let deadline =
         PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
     sqlx::query(
@@ -60,7 +60,7 @@ pub async fn begin(
     prompt: &str,
     timeout_seconds: u32,
     input: Option<Uuid>,
-) -> Result<SessionRow, Failure> {
+) -> Result<SessionRow, RpcError> {
     let turn = session.turn_count + 1;
     insert(tx, SessionId::from_uuid(session.session_id), turn, prompt, timeout_seconds, input)
         .await?;
@@ -110,7 +110,7 @@ impl TurnRow {
 pub async fn list(
     scheduler: Scheduler,
     request: ListPartsRequest,
-) -> Result<ListTurnsReply, Failure> {
+) -> Result<ListTurnsReply, RpcError> {
     let id: SessionId = request.id.parse().map_err(|_| missing())?;
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     find(&scheduler.pool, id, user).await?;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use bus::Failure;
+use bus::RpcError;
 use contract::{scheduler::Session, session::Usage};
 use sqlx::{Row as _, postgres::PgRow};
 use uuid::Uuid;
@@ -27,7 +27,7 @@ pub fn of_columns(row: &PgRow, first: usize) -> Result<Usage, sqlx::Error> {
 
 /// Fills in the usage of sessions and how long their turns ran, which only the Managed Agents API
 /// shows.
-pub async fn complete(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<(), Failure> {
+pub async fn complete(scheduler: &Scheduler, sessions: &mut [Session]) -> Result<(), RpcError> {
     let ids: Vec<Uuid> =
         sessions.iter().filter_map(|session| session.session_id.parse().ok()).collect();
     let rows = sqlx::query(

@@ -64,7 +64,7 @@ impl World {
         session: &str,
         prompt: &str,
         when_busy: &str,
-    ) -> Result<Session, Failure> {
+    ) -> Result<Session, RpcError> {
         let request = PromptRequest {
             user_id: self.user.to_string(),
             session_id: session.to_owned(),
@@ -118,7 +118,7 @@ impl World {
         request_id: u64,
         verdict: &str,
         message: &str,
-    ) -> Result<PermissionRequest, Failure> {
+    ) -> Result<PermissionRequest, RpcError> {
         let request = DecideRequest {
             user_id: self.user.to_string(),
             session_id: session.to_owned(),
@@ -330,7 +330,7 @@ async fn a_reader_finds_its_place_after_whatever_was_sent() {
                 SOON,
             )
             .await?;
-        Ok::<_, Failure>((found.turn, found.after, found.is_within))
+        Ok::<_, RpcError>((found.turn, found.after, found.is_within))
     };
     let mut queued = Vec::new();
     for _ in 0..3 {

@@ -10,7 +10,7 @@ impl World {
         &self,
         session: &str,
         change: UpdateSessionRequest,
-    ) -> Result<Session, Failure> {
+    ) -> Result<Session, RpcError> {
         let request = UpdateSessionRequest {
             user_id: self.user.to_string(),
             session_id: session.to_owned(),

@@ -484,7 +484,7 @@ impl World {
         &self,
         of: GetBudgetRequest,
         tokens: Option<u64>,
-    ) -> Result<Budget, Failure> {
+    ) -> Result<Budget, RpcError> {
         let change =
             BudgetChange { tokens: Some(LimitChange { max: tokens }), ..BudgetChange::default() };
         self.gateway

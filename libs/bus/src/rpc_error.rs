@@ -11,7 +11,7 @@ use types::ErrorCode;
 /// they happen.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{message} ({code})")]
-pub struct Failure {
+pub struct RpcError {
     pub code: ErrorCode,
     pub message: String,
     /// Numbers that belong to the message, such as a quota's.
@@ -33,7 +33,7 @@ pub struct Field {
     pub input: String,
 }
 
-impl Failure {
+impl RpcError {
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self {
             code,
@@ -117,7 +117,7 @@ impl Failure {
 /// Errors of Postgres: `Unavailable` where the same request may succeed later, a defect of ours
 /// otherwise.
 #[cfg(feature = "postgres")]
-impl From<sqlx::Error> for Failure {
+impl From<sqlx::Error> for RpcError {
     fn from(error: sqlx::Error) -> Self {
         let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
         let code = code.as_deref().unwrap_or_default();
@@ -169,11 +169,11 @@ mod tests {
 
     #[test]
     fn a_failure_survives_the_wire() {
-        let failure = Failure::new(ErrorCode::ResourceExhausted, "too many\nlines é")
+        let failure = RpcError::new(ErrorCode::ResourceExhausted, "too many\nlines é")
             .with_number("limit", 3)
             .at_field("model", "x")
             .because("limit");
-        assert_eq!(Failure::from_header(&failure.to_header()), Some(failure));
-        assert_eq!(Failure::from_header("%"), None);
+        assert_eq!(RpcError::from_header(&failure.to_header()), Some(failure));
+        assert_eq!(RpcError::from_header("%"), None);
     }
 }
