@@ -52,7 +52,10 @@ impl<'a> Chat<'a> {
     async fn post(&self, route: &str, body: Value, status: u16) -> Value {
         let answer =
             self.stack.post(&format!("/sessions/{}/{route}", self.session), body).await.unwrap();
-        assert_eq!(answer.status, status, "{} {route}: {answer:?}", self.runtime);
+        if answer.status != status {
+            let newest = self.get("/events?order=desc&limit=20").await["data"].clone();
+            panic!("{} {route}: {answer:?}, not {status}, after {newest}", self.runtime);
+        }
         answer.body
     }
 
