@@ -574,13 +574,13 @@ async fn a_subject_counts_as_followed_until_its_only_subscriber_is_gone() {
     assert!(!scheduler.may_be_followed(presence.clone(), limit).await);
     let mut hints = runner.hints(presence.clone()).await.unwrap();
     // The question is no hint, and gets no answer.
-    eventually("the server knows that it is followed", || async {
+    eventually("the server has the subscription", || async {
         scheduler.may_be_followed(presence.clone(), Duration::from_millis(100)).await
     })
     .await;
     assert!(hints.next().now_or_never().is_none());
     drop((hints, runner));
-    eventually("the server knows that nobody follows it", || async {
+    eventually("the server reports no subscriber", || async {
         !scheduler.may_be_followed(presence.clone(), limit).await
     })
     .await;

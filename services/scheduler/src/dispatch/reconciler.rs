@@ -30,7 +30,7 @@ const SMOOTH: Duration = Duration::from_millis(700);
 const BATCH: i64 = 256;
 /// What is left of the lease of a runner that was silent for long enough.
 const SILENT_REST: Duration = ownership::LEASE.saturating_sub(ownership::SILENCE);
-/// For NATS to say that nobody is there; it says nothing otherwise.
+/// How long NATS may take to answer that a subject has no subscriber. It answers nothing else.
 const PRESENCE_MAX: Duration = Duration::from_millis(100);
 /// How many passes there are from one check of the queues to the next.
 const QUEUES_EVERY: u32 = 8;
