@@ -21,7 +21,7 @@ use types::{
 };
 use uuid::Uuid;
 
-use crate::Runner;
+use crate::{Runner, stopped::Stopped};
 
 /// The manifest of files in a sandbox. Its agent may change it.
 const MANIFEST: &str = "/var/lib/aod/session-files.json";
@@ -51,6 +51,15 @@ pub enum NotMounted {
 impl From<Error> for NotMounted {
     fn from(error: Error) -> Self {
         Self::Released(format!("its sandbox does not take the session's files: {error}"))
+    }
+}
+
+impl From<NotMounted> for Stopped {
+    fn from(error: NotMounted) -> Self {
+        match error {
+            NotMounted::Released(reason) => Self::Released(reason),
+            NotMounted::Failed(message) => Self::failed("files", message),
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! Claims turns, drives the Sprites API, and appends events. Stores nothing: any other runner can
 //! replace one that dies.
 //!
-//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one;
-//! [`provision`] sets the Sprite up; [`host`] is the connection to the agent host, which runs
-//! set-up steps and the [`agent`]; [`inputs`] fetches inputs of a running turn; [`meter`] fetches
-//! what the model gateway recorded; [`playback`] decides which events the host's journal becomes;
-//! [`pace`] slows down agents that print too fast; [`event_log`] appends events to the session's
-//! log as its only writer; [`runtimes`] knows what the CLIs need.
+//! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one,
+//! [`stopped`] says why one cannot continue, and [`outcome`] what its end means; [`provision`] sets
+//! the Sprite up; [`host`] is the connection to the agent host, which runs set-up steps and the
+//! [`agent`]; [`inputs`] fetches inputs of a running turn; [`meter`] fetches what the model gateway
+//! recorded; [`playback`] decides which events the host's journal becomes; [`pace`] slows down
+//! agents that print too fast; [`event_log`] appends events to the session's log as its only
+//! writer; [`runtimes`] knows what the CLIs need.
 
 mod agent;
 mod destroy;
@@ -20,6 +21,7 @@ mod lease;
 mod mask;
 mod meter;
 pub mod metrics;
+mod outcome;
 mod pace;
 mod playback;
 mod provision;
@@ -27,6 +29,7 @@ mod runtimes;
 mod secrets;
 mod setup;
 mod shell;
+mod stopped;
 mod sweep;
 mod turn;
 mod utf8;

@@ -23,6 +23,7 @@ use crate::{
     secrets::{AtGateway, Secrets},
     setup::{self, Setup, Step},
     shell::quote,
+    stopped::Stopped,
 };
 
 /// No single step takes longer.
@@ -39,18 +40,6 @@ const GIT_CREDENTIALS: &str = "/home/sprite/.aod/git-credentials";
 /// The credentials with which git authenticates at the model gateway.
 const GIT_SESSION: &str = "/home/sprite/.aod/git-session";
 
-/// Why provisioning stopped.
-#[derive(Debug)]
-pub enum StageFailed {
-    Fenced(Fenced),
-    /// Another attempt may continue where this one stopped.
-    Released(String),
-    Failed {
-        stage: Stage,
-        message: String,
-    },
-}
-
 /// Why a stage's work stopped.
 #[derive(Debug)]
 enum Trouble {
@@ -62,12 +51,6 @@ enum Trouble {
 impl<T: fmt::Display> From<T> for Trouble {
     fn from(error: T) -> Self {
         Self::Failed(error.to_string())
-    }
-}
-
-impl From<Fenced> for StageFailed {
-    fn from(fenced: Fenced) -> Self {
-        Self::Fenced(fenced)
     }
 }
 
@@ -123,7 +106,7 @@ impl Git<'_> {
 
 impl Provisioning<'_> {
     /// What comes before the agent host: the Sprite itself.
-    pub async fn create(&self, log: &mut EventLog) -> Result<(), StageFailed> {
+    pub async fn create(&self, log: &mut EventLog) -> Result<(), Stopped> {
         if let Some(course) = Course::begin(log, Stage::CreateSprite).await? {
             let created = timed(Stage::CreateSprite, self.create_sprite()).await;
             // In the log before anything depends on it.
@@ -169,7 +152,7 @@ impl Provisioning<'_> {
         &self,
         log: &mut EventLog,
         host: &mut StepRunner,
-    ) -> Result<(), StageFailed> {
+    ) -> Result<(), Stopped> {
         stage(log, Stage::EnvFile, host.reach()).await?;
         let mut steps = self.setup.package_steps();
         // Earlier releases installed packages in the set-up.
@@ -219,11 +202,7 @@ impl Provisioning<'_> {
     }
 
     /// All else.
-    pub async fn set_up(
-        &self,
-        log: &mut EventLog,
-        host: &mut StepRunner,
-    ) -> Result<(), StageFailed> {
+    pub async fn set_up(&self, log: &mut EventLog, host: &mut StepRunner) -> Result<(), Stopped> {
         let git = self.git();
         if !git.is_empty()
             && let Some(course) = Course::begin(log, Stage::GitCredentials).await?
@@ -496,9 +475,7 @@ fn trouble(gone: Gone) -> Trouble {
 fn last_words(stdout: &str, stderr: &str) -> String {
     let tail = |text: &str| {
         let text = text.trim();
-        let from = (text.len().saturating_sub(TAIL_BYTES)..text.len())
-            .find(|at| text.is_char_boundary(*at))
-            .unwrap_or_default();
+        let from = text.ceil_char_boundary(text.len().saturating_sub(TAIL_BYTES));
         text.get(from..).unwrap_or_default().to_owned()
     };
     match (tail(stdout), tail(stderr)) {
@@ -515,7 +492,7 @@ struct Course {
 
 impl Course {
     /// None: the stage is done.
-    async fn begin(log: &mut EventLog, stage: Stage) -> Result<Option<Self>, StageFailed> {
+    async fn begin(log: &mut EventLog, stage: Stage) -> Result<Option<Self>, Stopped> {
         if log.is_done(stage) {
             return Ok(None);
         }
@@ -523,19 +500,20 @@ impl Course {
         Ok(Some(Self { stage, begun: Instant::now() }))
     }
 
-    async fn end(self, log: &mut EventLog, done: Result<(), Trouble>) -> Result<(), StageFailed> {
+    async fn end(self, log: &mut EventLog, done: Result<(), Trouble>) -> Result<(), Stopped> {
         let (stage, took) = (self.stage, self.begun.elapsed());
         metrics::histogram!("aod_stage_seconds", "stage" => stage.as_str()).record(took);
         match done {
             Ok(()) => Ok(log.stage(stage, StageState::Done, Some(took), None).await?),
             Err(Trouble::Fenced(fenced)) => Err(fenced.into()),
-            Err(Trouble::Released(reason)) => Err(StageFailed::Released(reason)),
+            Err(Trouble::Released(reason)) => Err(Stopped::Released(reason)),
             Err(Trouble::Failed(message)) => {
                 metrics::counter!("aod_stages_failed_total", "stage" => stage.as_str())
                     .increment(1);
                 let message = log.secrets.text(&message);
                 log.stage(stage, StageState::Failed, Some(took), Some(message.clone())).await?;
-                Err(StageFailed::Failed { stage, message })
+                let message = format!("Provisioning failed at {stage}: {message}");
+                Err(Stopped::failed(stage.as_str(), message))
             }
         }
     }
@@ -546,7 +524,7 @@ async fn stage(
     log: &mut EventLog,
     stage: Stage,
     work: impl Future<Output = Result<(), Trouble>>,
-) -> Result<(), StageFailed> {
+) -> Result<(), Stopped> {
     let Some(course) = Course::begin(log, stage).await? else { return Ok(()) };
     let done = timed(stage, work).await;
     course.end(log, done).await

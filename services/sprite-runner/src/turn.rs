@@ -6,12 +6,9 @@ use std::{
 };
 
 use contract::{
-    host::{self as agent_host, Input, event, turn_ended::Reason},
+    host::{Input, event},
     scheduler::TurnSpec,
-    session::{
-        AgentEvent, BudgetNotice, Failure, StopReason, TurnEnded, TurnStarted, Usage,
-        session_event::Kind,
-    },
+    session::{AgentEvent, Failure, TurnEnded, TurnStarted, session_event::Kind},
 };
 use sealing::KeyPair;
 use sprites::{OutsideSecret, Sprite};
@@ -21,18 +18,19 @@ use types::{CredentialKind, ModelRef, Runtime, SessionId, SpriteName, Stage, Sta
 use crate::{
     Runner,
     agent::Agent,
-    diagnosis::{self, Cause},
     event_log::{EventLog, Fenced, Position},
-    files::{self, NotMounted},
-    host::{Access, Gone, Incoming, Link},
+    files,
+    host::{Access, Incoming, Link},
     inputs::{self, Inputs},
     meter::Meter,
+    outcome::{self, Outcome},
     pace::Pace,
     playback::{Playback, Scope, sent_bytes, turn_input},
-    provision::{Provisioning, StageFailed, StepRunner},
+    provision::{Provisioning, StepRunner},
     runtimes,
     secrets::{ModelToken, Secrets},
     setup::Setup,
+    stopped::Stopped,
 };
 
 /// How much of the journal is kept after it was appended, in case the stream loses events before
@@ -45,13 +43,6 @@ const REST_AFTER: Duration = Duration::from_secs(1);
 /// How long a sandbox is kept awake for an input that the host does not accept: it may know the
 /// input already.
 const ACCEPTED_WITHIN: Duration = Duration::from_secs(15);
-/// How many bytes at the end of an agent's output are searched for the cause of its failure.
-const SAID_BYTES: usize = 8 << 10;
-
-/// The stage of a failure that is the agent's own.
-const AGENT: &str = "agent";
-/// The stage of a turn's end at a budget.
-const BUDGET: &str = "budget";
 
 /// How a runner's work on a turn ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -65,48 +56,6 @@ pub enum End {
     /// Released for another attempt. The reason names the infrastructure failure; it is empty if
     /// there was none.
     Released(String),
-}
-
-/// Why a turn could not continue.
-#[derive(Debug)]
-pub enum Stopped {
-    Fenced(Fenced),
-    /// This runner cannot continue, but another attempt may: its lease of secrets has ended, or the
-    /// sandbox does not answer.
-    Released(String),
-    /// The turn failed, with this message for its user.
-    Failed {
-        stage: String,
-        message: String,
-    },
-}
-
-impl From<Fenced> for Stopped {
-    fn from(fenced: Fenced) -> Self {
-        Self::Fenced(fenced)
-    }
-}
-
-impl From<StageFailed> for Stopped {
-    fn from(failed: StageFailed) -> Self {
-        match failed {
-            StageFailed::Fenced(fenced) => Self::Fenced(fenced),
-            StageFailed::Released(reason) => Self::Released(reason),
-            StageFailed::Failed { stage, message } => Self::Failed {
-                stage: stage.to_string(),
-                message: format!("Provisioning failed at {stage}: {message}"),
-            },
-        }
-    }
-}
-
-impl From<NotMounted> for Stopped {
-    fn from(error: NotMounted) -> Self {
-        match error {
-            NotMounted::Released(reason) => Self::Released(reason),
-            NotMounted::Failed(message) => Self::Failed { stage: "files".to_owned(), message },
-        }
-    }
 }
 
 pub async fn run(
@@ -197,32 +146,33 @@ async fn work(
     log: &mut EventLog,
     inputs: Inputs,
 ) -> Result<TurnEnded, Stopped> {
-    let failed =
-        |stage: Stage, message: String| Stopped::Failed { stage: stage.to_string(), message };
     let Ok(runtime) = spec.runtime.parse::<Runtime>() else {
-        return Err(failed(
-            Stage::InstallRuntime,
+        return Err(Stopped::failed(
+            Stage::InstallRuntime.as_str(),
             format!("Runtime {} is not available on this deployment", spec.runtime),
         ));
     };
     let adapter = runtimes::adapter(runtime);
     let Some(token) = secrets.credential(CredentialKind::Sprites) else {
-        return Err(failed(Stage::CreateSprite, "No backend credentials configured".to_owned()));
+        return Err(Stopped::failed(
+            Stage::CreateSprite.as_str(),
+            "No backend credentials configured",
+        ));
     };
-    let name: SpriteName = spec
-        .sprite
-        .parse()
-        .map_err(|_| failed(Stage::CreateSprite, "The Sprite's name is not valid".to_owned()))?;
+    let name: SpriteName = spec.sprite.parse().map_err(|_| {
+        Stopped::failed(Stage::CreateSprite.as_str(), "The Sprite's name is not valid")
+    })?;
     let started = log.checkpoint.started;
     if started && log.checkpoint.journal_offset == 0 {
         // An earlier release kept no journal, and its files in the Sprite are no longer supported.
         let message = "The turn was started by an earlier release of the runner and cannot be continued; send the prompt again";
-        return Err(Stopped::Failed { stage: "sandbox".to_owned(), message: message.to_owned() });
+        return Err(Stopped::failed("sandbox", message));
     }
     let client = sprites::Client::new(runner.http.clone(), &runner.sprites_base_url, token.clone());
     let sprite = client.sprite(name);
     let unreadable = |error: serde_json::Error| {
-        failed(Stage::CreateSprite, format!("The session's set-up cannot be read: {error}"))
+        let message = format!("The session's set-up cannot be read: {error}");
+        Stopped::failed(Stage::CreateSprite.as_str(), message)
     };
     let setup = Setup::read(spec).map_err(unreadable)?;
     let provider = ModelRef::parse(runtime, &spec.model).ok().and_then(|model| model.provider());
@@ -230,7 +180,7 @@ async fn work(
         let message = format!(
             "The session sets {name} without a key: stored keys are sent to the model gateway's providers alone. Set the key's variable beside it."
         );
-        return Err(Stopped::Failed { stage: "credentials".to_owned(), message });
+        return Err(Stopped::failed("credentials", message));
     }
     let models = runner.models_of(secrets);
     let mut agent =
@@ -317,7 +267,7 @@ async fn work(
             position = match link.next().await {
                 Incoming::Attached(offset) => offset,
                 Incoming::Record { next, .. } => next,
-                Incoming::Gone(gone) => return Err(stopped(gone)),
+                Incoming::Gone(gone) => return Err(gone.into()),
             };
         }
         match is_early {
@@ -353,16 +303,17 @@ async fn work(
     // Before the turn's end is in the log, so that a client that sees the end finds the files.
     files::collect(runner, &sprite, (session, turn), spec).await;
     let ended = playback.ended().cloned().unwrap_or_default();
-    let Some(mut meter) = meter else {
-        return Ok(end(runtime, &ended, spec.timeout_seconds, &playback, ""));
+    let outcome = Outcome {
+        runtime,
+        ended: &ended,
+        timeout_seconds: spec.timeout_seconds,
+        printed: [playback.tail(false), playback.tail(true)],
     };
+    let Some(mut meter) = meter else { return Ok(outcome.turn_ended("")) };
     let metered = meter.finish(log).await?;
-    let ended = TurnEnded {
-        usage: metered.turn_usage,
-        ..end(runtime, &ended, spec.timeout_seconds, &playback, &metered.failure)
-    };
+    let ended = TurnEnded { usage: metered.turn_usage, ..outcome.turn_ended(&metered.failure) };
     Ok(match metered.budget_reached {
-        Some(reached) => at_budget(ended, &reached),
+        Some(reached) => outcome::at_budget(ended, &reached),
         None => ended,
     })
 }
@@ -377,7 +328,7 @@ async fn keep_outside(
     stage: &str,
 ) -> Result<BTreeMap<String, String>, Stopped> {
     let secrets: Vec<OutsideSecret> = outside.values().cloned().collect();
-    let failed = |message: String| Err(Stopped::Failed { stage: stage.to_owned(), message });
+    let failed = |message: String| Err(Stopped::failed(stage, message));
     match sprite.set_secrets(&secrets).await {
         Ok(variables) => Ok(variables),
         // Where nothing can be kept outside, nothing is.
@@ -401,28 +352,6 @@ async fn keep_outside(
         Err(error) => {
             Err(Stopped::Released(format!("its sandbox does not take its credentials: {error}")))
         }
-    }
-}
-
-/// The end of a turn whose last model request a budget refused, whatever its CLI reports.
-fn at_budget(ended: TurnEnded, reached: &BudgetNotice) -> TurnEnded {
-    if ended.stop_reason() == StopReason::Interrupted {
-        return ended;
-    }
-    let failure =
-        Some(Failure { stage: BUDGET.to_owned(), message: rules::budget::message(reached) });
-    TurnEnded { exit_code: Some(1), failure, stop_reason: StopReason::Budget.into(), ..ended }
-}
-
-fn stopped(gone: Gone) -> Stopped {
-    let lost = |message: String| Stopped::Failed { stage: "sandbox".to_owned(), message };
-    match gone {
-        Gone::Released(reason) => Stopped::Released(reason),
-        Gone::Failed(why) => lost(format!("The agent can no longer be followed: {why}")),
-        Gone::JournalLost => {
-            lost("The agent host's journal was deleted inside the sandbox".to_owned())
-        }
-        Gone::SandboxLost => lost("The sandbox disappeared while the agent was running".to_owned()),
     }
 }
 
@@ -498,7 +427,7 @@ async fn play(
                 (resting, quiet_since) = (false, Instant::now());
                 let mut incoming = Some(incoming);
                 while let Some(came) = incoming {
-                    playback.absorb(came).map_err(stopped)?;
+                    playback.absorb(came)?;
                     incoming = if playback.is_drained() { link.try_next() } else { None };
                 }
                 playback.settle();
@@ -536,126 +465,4 @@ async fn due(meter: &mut Option<Meter>) {
 
 fn is_own_report(kind: &Kind) -> bool {
     matches!(kind, Kind::Agent(AgentEvent { event: Some(event), .. }) if matches!(event.kind, Some(event::Kind::ModelRequestEnded(_))))
-}
-
-/// What the turn's end in the journal means for its user. `refused`: why the model gateway's last
-/// request failed.
-fn end(
-    runtime: Runtime,
-    ended: &agent_host::TurnEnded,
-    timeout_seconds: u32,
-    playback: &Playback,
-    refused: &str,
-) -> TurnEnded {
-    let usage = ended.usage.as_ref().map(usage);
-    let exited = |code: i32, stop_reason: StopReason, failure: Option<Failure>| TurnEnded {
-        exit_code: Some(code),
-        failure,
-        usage: usage.clone(),
-        stop_reason: stop_reason.into(),
-        ..TurnEnded::default()
-    };
-    let without_code = |stage: &str, message: String| TurnEnded {
-        failure: Some(Failure { stage: stage.to_owned(), message }),
-        usage: usage.clone(),
-        ..TurnEnded::default()
-    };
-    let agent_failed = |message: String| Some(Failure { stage: AGENT.to_owned(), message });
-    let code = ended.exit_code.unwrap_or(1);
-    match ended.reason() {
-        Reason::Completed if runtime == Runtime::Shell => {
-            exited(ended.exit_code.unwrap_or(0), StopReason::EndTurn, None)
-        }
-        Reason::Completed => exited(0, StopReason::EndTurn, None),
-        Reason::Interrupted => exited(0, StopReason::Interrupted, None),
-        Reason::TimedOut => {
-            // CLIs retry a failing model for longer than many turns may take.
-            let cause = if runtime == Runtime::Shell {
-                None
-            } else {
-                diagnose(playback, None, &ended.message)
-            };
-            let hint = cause
-                .map(|cause| format!(". Its last output suggests that {cause}"))
-                .unwrap_or_default();
-            without_code("timeout", format!("Turn timed out after {timeout_seconds}s{hint}"))
-        }
-        // A script's own status, whatever it is.
-        Reason::Failed if runtime == Runtime::Shell && ended.message.is_empty() => {
-            exited(code, StopReason::EndTurn, None)
-        }
-        Reason::Failed => {
-            let what = ended.exit_code.map_or_else(
-                || "The agent failed".to_owned(),
-                |code| format!("The agent exited with {code}"),
-            );
-            let said = format!("{refused}\n{}", ended.message);
-            let cause = diagnose(playback, ended.exit_code, &said).map(|cause| cause.to_string());
-            let cause = cause.or_else(|| {
-                [refused, &ended.message]
-                    .into_iter()
-                    .find(|said| !said.is_empty())
-                    .map(str::to_owned)
-            });
-            exited(
-                code,
-                StopReason::Unspecified,
-                cause.and_then(|cause| agent_failed(format!("{what}: {cause}"))),
-            )
-        }
-        Reason::Limit => exited(
-            code,
-            StopReason::Limit,
-            agent_failed(or(&ended.message, "The agent reached a limit")),
-        ),
-        Reason::Refused => {
-            exited(code, StopReason::Refused, agent_failed(or(&ended.message, "The model refused")))
-        }
-        Reason::CliLost => {
-            let cause = diagnose(playback, ended.exit_code, "")
-                .map(|cause| format!(": {cause}"))
-                .unwrap_or_default();
-            without_code(
-                "sandbox",
-                format!(
-                    "{}{cause}",
-                    or(&ended.message, "The agent's process ended before its turn did")
-                ),
-            )
-        }
-        Reason::HostLost | Reason::SandboxLost | Reason::Stopped | Reason::Unspecified => {
-            without_code("sandbox", or(&ended.message, "The agent was stopped inside the sandbox"))
-        }
-    }
-}
-
-fn or(message: &str, otherwise: &str) -> String {
-    if message.is_empty() { otherwise } else { message }.to_owned()
-}
-
-/// The cause of an agent's end, if the end of its output names one; without a status if it was
-/// killed.
-fn diagnose(playback: &Playback, code: Option<i32>, message: &str) -> Option<Cause> {
-    let last = |text: &str| {
-        let from = (text.len().saturating_sub(SAID_BYTES)..=text.len())
-            .find(|at| text.is_char_boundary(*at))
-            .unwrap_or_default();
-        text.get(from..).unwrap_or_default().to_owned()
-    };
-    let said =
-        [message.to_owned(), last(&playback.tail(false)), last(&playback.tail(true))].join("\n");
-    diagnosis::of_agent(code.and_then(|code| u8::try_from(code).ok()), &said)
-}
-
-/// The sum of input tokens, including those read from and written to a cache.
-fn usage(used: &agent_host::ModelUsage) -> Usage {
-    Usage {
-        input_tokens: Some(used.input_tokens + used.cache_read_tokens + used.cache_write_tokens),
-        output_tokens: Some(used.output_tokens),
-        cost_micro_usd: used.cost_micro_usd,
-        model: Some(used.model.clone()).filter(|model| !model.is_empty()),
-        cache_read_tokens: Some(used.cache_read_tokens),
-        cache_write_tokens: Some(used.cache_write_tokens),
-        reasoning_tokens: Some(used.reasoning_tokens),
-    }
 }
