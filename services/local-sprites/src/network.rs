@@ -362,9 +362,15 @@ impl EgressProxy {
                 .await
                 .map_err(unreachable)?;
             // An allowed name that leads to this machine or its network is not what was allowed.
+            let own = tokio::task::spawn_blocking(uplink::machine_addresses).await;
+            let own = own.map_err(|error| unreachable(error.into()))?;
+            let is_outside = |address: &SocketAddr| {
+                let ip = address.ip().to_canonical();
+                is_public(ip) && !own.contains(&ip)
+            };
             let addresses: Vec<_> = addresses
                 .into_iter()
-                .filter(|address| private_allowed || is_public(address.ip()))
+                .filter(|address| private_allowed || is_outside(address))
                 .collect();
             if addresses.is_empty() {
                 return Err(Refused::Policy);

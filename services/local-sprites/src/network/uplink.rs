@@ -7,7 +7,7 @@
 
 use std::{
     fs, io,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -165,8 +165,11 @@ fn make(path: &Path, addresses: &[Ipv4Addr]) -> io::Result<()> {
     for address in addresses.iter().filter(|address| !address.is_loopback()) {
         batch.push_str(&format!("addr add {address}/32 dev lo\n"));
     }
-    let own: Vec<String> =
-        machine_addresses().into_iter().map(|address| format!("{address}/32")).collect();
+    let own: Vec<String> = machine_addresses()
+        .into_iter()
+        .filter(IpAddr::is_ipv4)
+        .map(|address| format!("{address}/32"))
+        .collect();
     for range in NOT_PUBLIC.iter().map(|range| (*range).to_owned()).chain(own) {
         batch.push_str(&format!("route add unreachable {range}\n"));
     }
@@ -191,13 +194,25 @@ fn make(path: &Path, addresses: &[Ipv4Addr]) -> io::Result<()> {
     Ok(rustix::mount::mount_bind("/proc/thread-self/ns/net", path)?)
 }
 
-/// This machine's own addresses.
-fn machine_addresses() -> Vec<Ipv4Addr> {
-    // The process's, not the thread's, which is in another namespace by now.
-    local_addresses(
-        &fs::read_to_string(format!("/proc/{}/net/fib_trie", std::process::id()))
-            .unwrap_or_default(),
-    )
+/// This machine's own addresses, but for its loopback's.
+pub fn machine_addresses() -> Vec<IpAddr> {
+    // The process's, not the thread's, which may be in another namespace.
+    let table = |name: &str| {
+        fs::read_to_string(format!("/proc/{}/net/{name}", std::process::id())).unwrap_or_default()
+    };
+    let v4 = local_addresses(&table("fib_trie")).into_iter().map(IpAddr::from);
+    v4.chain(interface_addresses(&table("if_inet6")).into_iter().map(IpAddr::from)).collect()
+}
+
+/// What the kernel's table of IPv6 addresses holds: in each line an address of 32 digits first.
+fn interface_addresses(table: &str) -> Vec<Ipv6Addr> {
+    let address = |line: &str| u128::from_str_radix(line.split(' ').next()?, 16).ok();
+    table
+        .lines()
+        .filter_map(address)
+        .map(Ipv6Addr::from)
+        .filter(|address| !address.is_loopback())
+        .collect()
 }
 
 /// What the kernel's table of routes has as its own: the leaf, and in the next line what it is.
@@ -222,5 +237,7 @@ mod tests {
     fn the_machines_addresses_are_read() {
         let trie = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 0.0.0.0\n        /0 universe UNICAST\n     +-- 127.0.0.0/8 2 0 2\n           |-- 127.0.0.1\n              /32 host LOCAL\n     |-- 203.0.113.7\n        /32 host LOCAL\n     |-- 203.0.113.255\n        /32 link BROADCAST\nLocal:\n     |-- 203.0.113.7\n        /32 host LOCAL\n";
         assert_eq!(local_addresses(trie), [Ipv4Addr::new(203, 0, 113, 7)]);
+        let table = "00000000000000000000000000000001 01 80 10 80       lo\n20010db8000000000000000000000007 02 40 00 80     eth0\n";
+        assert_eq!(interface_addresses(table), ["2001:db8::7".parse::<Ipv6Addr>().unwrap()]);
     }
 }

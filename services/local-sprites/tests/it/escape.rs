@@ -338,6 +338,60 @@ async fn only_named_addresses_of_the_machine_are_reachable() {
     assert_eq!(said(&sprite, &reaches(&machine.to_string())).await, "the machine's");
 }
 
+/// An address of this machine that counts as public, until dropped.
+struct PublicAddress(&'static str);
+
+impl PublicAddress {
+    fn add(address: &'static str) -> Self {
+        assert!(ip_address("add", address));
+        Self(address)
+    }
+}
+
+impl Drop for PublicAddress {
+    fn drop(&mut self) {
+        ip_address("del", self.0);
+    }
+}
+
+fn ip_address(change: &str, address: &str) -> bool {
+    let mut ip = std::process::Command::new("ip");
+    let bits = if address.contains(':') { 128 } else { 32 };
+    ip.args(["address", change, &format!("{address}/{bits}"), "dev", "lo"]);
+    ip.status().unwrap().success()
+}
+
+/// Services of a machine may listen at its public addresses as well, and proxies connect from the
+/// machine's own network.
+#[tokio::test]
+async fn no_proxy_leads_to_a_public_address_of_the_machine() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    // Of ranges for documentation: no one has them.
+    let addresses = ["203.0.113.77", "3fff::77"].map(PublicAddress::add);
+    let server = Server::start(&[]).await;
+    let (free, limited) = (server.sprite("free").await, server.sprite("limited").await);
+    let hosts = addresses.iter().map(|address| address.0.to_owned());
+    limited.limit_network(&hosts.collect::<Vec<_>>()).await.unwrap();
+    let secret = sprites::OutsideSecret {
+        placeholder: "aod_placeholder_of_a_test".to_owned(),
+        value: "value".into(),
+        hosts: vec!["a.example".to_owned()],
+    };
+    free.set_secrets(&[secret]).await.unwrap();
+    for address in &addresses {
+        let ip: std::net::IpAddr = address.0.parse().unwrap();
+        let service = tokio::net::TcpListener::bind((ip, 0)).await.unwrap();
+        let target = service.local_addr().unwrap();
+        for sprite in [&free, &limited] {
+            let tunnel = format!("curl -sS -m 3 -p -x http://127.0.0.1:3128 http://{target}/");
+            let said = said(sprite, &tunnel).await;
+            assert!(said.contains("403"), "{target}: {said}");
+        }
+    }
+}
+
 /// With rules: its own servers are reached as programs reach them, by the proxy that their
 /// environment names.
 #[tokio::test]
