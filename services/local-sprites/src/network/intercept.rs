@@ -185,7 +185,7 @@ impl Exchange {
         // Those of now: what was taken back is sent no more.
         let secrets = self.proxy.interceptor.secrets();
         if let Err(refused) = secrets.put_into(&mut request, &self.host, self.port) {
-            return failure(StatusCode::MISDIRECTED_REQUEST, &refused.to_string());
+            return failure(refused.status(), &refused.to_string());
         }
         let mut upstream = self.upstream.lock().await;
         let mut sender = match self.connected(upstream.take()).await {

@@ -1,13 +1,13 @@
 //! Puts the values of secrets into requests whose sandbox knows placeholders alone. No I/O.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
+use aho_corasick::{AhoCorasick, MatchKind};
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use hyper::{
-    HeaderMap, Request, Uri, Version,
+    HeaderMap, Method, Request, StatusCode, Uri, Version,
     header::{self, HeaderValue},
 };
-use memchr::memmem;
 use serde::Deserialize;
 use types::vault::{CredentialHost, HOSTS_MAX, fits_header};
 use zeroize::{Zeroize as _, Zeroizing};
@@ -64,7 +64,11 @@ impl Secret {
 
 /// The secrets of a Sprite.
 #[derive(Clone, Debug, Default)]
-pub struct Secrets(Arc<[Secret]>);
+pub struct Secrets {
+    all: Arc<[Secret]>,
+    /// Finds their placeholders, in one pass however many there are.
+    finder: Option<AhoCorasick>,
+}
 
 impl Secrets {
     /// # Errors
@@ -89,16 +93,25 @@ impl Secrets {
                 return Err("hosts are at most 16 names, which may begin with *. and have a port");
             }
         }
-        Ok(Self(secrets.into()))
+        let placeholders: BTreeSet<&str> =
+            secrets.iter().map(|secret| secret.placeholder.as_str()).collect();
+        if placeholders.len() < secrets.len() {
+            return Err("each secret has a placeholder of its own");
+        }
+        let finder = AhoCorasick::builder()
+            .match_kind(MatchKind::LeftmostLongest)
+            .build(secrets.iter().map(|secret| &secret.placeholder))
+            .map_err(|_| "the placeholders are too long together")?;
+        Ok(Self { all: secrets.into(), finder: Some(finder) })
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.all.is_empty()
     }
 
     /// Whether any of them is for a host.
     pub fn are_for(&self, host: &str, port: u16) -> bool {
-        self.0.iter().any(|secret| secret.is_for(host, port))
+        self.all.iter().any(|secret| secret.is_for(host, port))
     }
 
     /// Makes of a request what its host gets: without what concerns the sandbox's connection alone,
@@ -106,13 +119,18 @@ impl Secrets {
     /// values of headers.
     ///
     /// # Errors
-    /// When the request is for another host, or its headers become too long.
+    /// When the request is for another host, has a method that is no use with it, or its headers
+    /// become too long.
     pub fn put_into<B>(
         &self,
         request: &mut Request<B>,
         host: &str,
         port: u16,
     ) -> Result<(), Refused> {
+        // TRACE has the host repeat the headers, and a tunnel would not be this host's.
+        if [Method::TRACE, Method::CONNECT].contains(request.method()) {
+            return Err(Refused::Method);
+        }
         // Servers of many hosts choose by this header: the value is for the listed one alone.
         if !is_addressed_to(request.headers(), request.uri(), host, port) {
             return Err(Refused::OtherHost);
@@ -120,18 +138,64 @@ impl Secrets {
         *request.version_mut() = Version::HTTP_11;
         let headers = request.headers_mut();
         remove_hop_by_hop(headers);
-        let secrets: Vec<&Secret> =
-            self.0.iter().filter(|secret| secret.is_for(host, port)).collect();
+        let values: Vec<Option<&str>> = self
+            .all
+            .iter()
+            .map(|secret| secret.is_for(host, port).then_some(secret.value.as_str()))
+            .collect();
         let mut room = HEADERS_BYTES_MAX;
         for (name, value) in headers.iter_mut() {
             let is_basic = *name == header::AUTHORIZATION;
-            if let Some(replaced) = replaced(value.as_bytes(), is_basic, &secrets)? {
+            if let Some(replaced) = self.replaced(value.as_bytes(), is_basic, &values)? {
                 *value = HeaderValue::from_bytes(&replaced).map_err(|_| Refused::TooLong)?;
                 value.set_sensitive(true);
             }
             room = room.checked_sub(value.len()).ok_or(Refused::TooLong)?;
         }
         Ok(())
+    }
+
+    /// A header's value with secrets in place of placeholders; none where it holds no placeholder.
+    /// `values`: that of each secret that is for the host.
+    fn replaced(
+        &self,
+        header: &[u8],
+        is_authorization: bool,
+        values: &[Option<&str>],
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, Refused> {
+        if is_authorization && let Some(pair) = basic(header) {
+            // Password and user name are encoded together.
+            let Some(pair) = self.substituted(&pair, values)? else { return Ok(None) };
+            let encoded = Zeroizing::new(BASE64.encode(pair));
+            return Ok(Some([&b"Basic "[..], encoded.as_bytes()].concat().into()));
+        }
+        self.substituted(header, values)
+    }
+
+    fn substituted(
+        &self,
+        text: &[u8],
+        values: &[Option<&str>],
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, Refused> {
+        let Some(finder) = &self.finder else { return Ok(None) };
+        let (mut made, mut copied) = (Zeroizing::new(Vec::new()), 0);
+        // One pass: a value is not searched for placeholders.
+        for found in finder.find_iter(text) {
+            let Some(value) = values.get(found.pattern().as_usize()).copied().flatten() else {
+                continue;
+            };
+            made.extend_from_slice(text.get(copied..found.start()).unwrap_or_default());
+            made.extend_from_slice(value.as_bytes());
+            copied = found.end();
+            if made.len() > HEADERS_BYTES_MAX {
+                return Err(Refused::TooLong);
+            }
+        }
+        if copied == 0 {
+            return Ok(None);
+        }
+        made.extend_from_slice(text.get(copied..).unwrap_or_default());
+        Ok(Some(made))
     }
 }
 
@@ -140,8 +204,20 @@ impl Secrets {
 pub enum Refused {
     #[error("the request is for another host than the connection")]
     OtherHost,
+    #[error("TRACE and CONNECT are not passed on to hosts of credentials")]
+    Method,
     #[error("the headers are too long")]
     TooLong,
+}
+
+impl Refused {
+    pub fn status(self) -> StatusCode {
+        match self {
+            Self::OtherHost => StatusCode::MISDIRECTED_REQUEST,
+            Self::Method => StatusCode::METHOD_NOT_ALLOWED,
+            Self::TooLong => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+        }
+    }
 }
 
 fn is_addressed_to(headers: &HeaderMap, uri: &Uri, host: &str, port: u16) -> bool {
@@ -170,54 +246,15 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// A header's value with secrets in place of placeholders; none where it holds no placeholder.
-fn replaced(
-    value: &[u8],
-    is_authorization: bool,
-    secrets: &[&Secret],
-) -> Result<Option<Zeroizing<Vec<u8>>>, Refused> {
-    if is_authorization && let Some(pair) = basic(value) {
-        // Password and user name are encoded together.
-        let Some(pair) = substituted(&pair, secrets)? else { return Ok(None) };
-        let encoded = Zeroizing::new(BASE64.encode(pair));
-        return Ok(Some([&b"Basic "[..], encoded.as_bytes()].concat().into()));
-    }
-    substituted(value, secrets)
-}
-
 fn basic(value: &[u8]) -> Option<Vec<u8>> {
     let (scheme, encoded) = value.split_at_checked("Basic ".len())?;
     scheme.eq_ignore_ascii_case(b"basic ").then(|| BASE64.decode(encoded.trim_ascii()).ok())?
 }
 
-fn substituted(value: &[u8], secrets: &[&Secret]) -> Result<Option<Zeroizing<Vec<u8>>>, Refused> {
-    let (mut made, mut rest) = (Zeroizing::new(Vec::new()), value);
-    // One pass: a value is not searched for placeholders.
-    while let Some((at, secret)) = next_placeholder(rest, secrets) {
-        let (before, after) = rest.split_at(at);
-        made.extend_from_slice(before);
-        made.extend_from_slice(secret.value.as_bytes());
-        if made.len() > HEADERS_BYTES_MAX {
-            return Err(Refused::TooLong);
-        }
-        rest = after.get(secret.placeholder.len()..).unwrap_or_default();
-    }
-    if rest.len() == value.len() {
-        return Ok(None);
-    }
-    made.extend_from_slice(rest);
-    Ok(Some(made))
-}
-
-fn next_placeholder<'a>(value: &[u8], secrets: &[&'a Secret]) -> Option<(usize, &'a Secret)> {
-    let found = secrets
-        .iter()
-        .filter_map(|secret| Some((memmem::find(value, secret.placeholder.as_bytes())?, *secret)));
-    found.min_by_key(|(at, secret)| (*at, std::cmp::Reverse(secret.placeholder.len())))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     const ONE: &str = "aod_placeholder_1";
@@ -299,6 +336,34 @@ mod tests {
     }
 
     #[test]
+    fn no_method_has_a_host_repeat_headers_or_open_a_tunnel() {
+        for method in [Method::TRACE, Method::CONNECT] {
+            let mut request = request("/", &[("host", "api.example.com"), ("x-key", ONE)]);
+            *request.method_mut() = method;
+            let refused = secrets().put_into(&mut request, "api.example.com", 443);
+            assert_eq!(refused, Err(Refused::Method));
+            assert_eq!(request.headers()["x-key"], ONE);
+        }
+    }
+
+    /// A search for each placeholder of each secret takes minutes here.
+    #[test]
+    fn many_placeholders_in_a_header_cost_little() {
+        let secret = |number: usize| Secret {
+            placeholder: format!("aod_placeholder_{number:032}"),
+            value: "v".to_owned(),
+            hosts: vec!["api.example.com".to_owned()],
+        };
+        let secrets = Secrets::new((0..SECRETS_MAX).map(secret).collect()).unwrap();
+        let many = secret(0).placeholder.repeat(1300);
+        let mut request = request("/", &[("host", "api.example.com"), ("x", &many)]);
+        let begun = Instant::now();
+        assert_eq!(secrets.put_into(&mut request, "api.example.com", 443), Ok(()));
+        assert_eq!(request.headers()["x"].len(), 1300);
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    }
+
+    #[test]
     fn what_concerns_the_sandboxs_connection_stays_there() {
         let request = sent(&[
             ("connection", "keep-alive, X-Hop, host"),
@@ -349,5 +414,7 @@ mod tests {
         ] {
             assert!(Secrets::new(vec![bad]).is_err());
         }
+        let twice = ["a.example", "b.example"].map(|host| secret(ONE, "v", host));
+        assert!(Secrets::new(twice.into()).is_err());
     }
 }
