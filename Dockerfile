@@ -108,11 +108,12 @@ RUN apt-get update && apt-get install -y --no-install-recommends nodejs npm && .
     rm -rf /tmp/* /root/.npm
 FROM debian:bookworm-slim AS rootfs
 RUN apt-get update && apt-get install -y --no-install-recommends python3
-COPY --from=sprite / /rootfs
+# Below another directory: COPY keeps the owners of what is in a directory, and not the directory's own.
+COPY --from=sprite / /made/rootfs
 COPY scripts/foreign-owners.py /
-RUN rm -rf /rootfs/dev /rootfs/proc /rootfs/sys && mkdir /rootfs/dev /rootfs/proc /rootfs/sys && python3 /foreign-owners.py /rootfs
+RUN cd /made/rootfs && rm -rf dev proc sys && mkdir dev proc sys && python3 /foreign-owners.py /made/rootfs
 
-# A sandbox server makes namespaces, networks and mounts: it runs as root, with SYS_ADMIN and NET_ADMIN.
+# A sandbox server makes namespaces, networks and mounts: it runs as root, with SYS_ADMIN, NET_ADMIN and SYS_PTRACE.
 FROM debian:bookworm-slim AS local-sprites
 RUN apt-get update && \
     apt-get install -y --no-install-recommends \
@@ -121,7 +122,7 @@ RUN apt-get update && \
 COPY --from=build /out/local-sprites /out/agent-host /usr/local/bin/
 ENV LOCAL_SPRITES_AGENT_HOST=/usr/local/bin/agent-host
 COPY --from=agents /agents /opt/agents
-COPY --from=rootfs /rootfs /usr/lib/local-sprites/rootfs
+COPY --from=rootfs /made /usr/lib/local-sprites
 ENV AOD_ADMIN_ADDR=0.0.0.0:9464 LOCAL_SPRITES_ADDR=0.0.0.0:8778 LOCAL_SPRITES_DATA_DIR=/var/lib/sprites LOCAL_SPRITES_AGENTS_DIR=/opt/agents
 VOLUME /var/lib/sprites
 EXPOSE 8778 9464

@@ -27,6 +27,14 @@ def test_images_are_pinned():
         assert repository and (tag != "latest") and (service["image"].startswith("aod/") or re.search(r"\d", tag)), name
 
 
+def test_the_sandbox_server_has_what_runc_needs():
+    # Without SYS_PTRACE runc cannot open the mount namespace of a container whose users are unknown here.
+    assert set(SERVICES["local-sprites"]["cap_add"]) == {"SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE"}
+    # COPY keeps the owners of what is in a directory, and not the directory's own, which a Sprite's root has to be.
+    copies = re.findall(r"^COPY --from=rootfs (\S+) (\S+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert copies == [("/made", "/usr/lib/local-sprites")]
+
+
 def test_all_but_the_sandboxes_run_with_few_rights():
     for name, service in SERVICES.items():
         if name in ("postgres", "local-sprites"):
