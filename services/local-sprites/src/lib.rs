@@ -190,8 +190,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         agent_host: config.agent_host,
         disk_bytes: config.disk_bytes,
         memory_bytes: config.limits.memory_bytes,
-        forwards: network::Forward::of(&config.private_hosts),
-        loopback_ports: network::loopback_ports(&config.private_hosts),
+        forwards: network::private_hosts::Forward::of(&config.private_hosts),
+        loopback_ports: network::private_hosts::loopback_ports(&config.private_hosts),
         instance,
         cgroups: cgroups.any(),
     };
@@ -207,7 +207,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         !faults.pauses() || cgroups.can_freeze(),
         "LOCAL_SPRITES_CHAOS: no Sprite can be paused here"
     );
-    let reach = network::Reach {
+    let reach = network::proxy::Reach {
         private_hosts: config.private_hosts.into(),
         tls: network::intercept::trusting(config.ca_file.as_deref())
             .context("LOCAL_SPRITES_CA_FILE")?,

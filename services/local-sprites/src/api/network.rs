@@ -21,7 +21,7 @@ use super::{Api, ErrorResponse};
 use crate::{
     isolation::holder::Holder,
     network::{
-        self,
+        namespace::connect_inside,
         ports::{self, Port},
     },
     sprites::sprite::Sprite,
@@ -86,7 +86,7 @@ async fn connect(socket: &mut WebSocket, holder: Holder) -> io::Result<(TcpStrea
         let address: SocketAddr = format!("{host}:{port}")
             .parse()
             .map_err(|_| invalid("this Sprite reaches itself only"))?;
-        network::connect_inside(holder.process.pid, address).await
+        connect_inside(holder.process.pid, address).await
     };
     let stream = tokio::time::timeout(CONNECT_MAX, dial)
         .await

@@ -13,7 +13,7 @@ use super::{Api, ErrorResponse, invalid};
 use crate::{
     isolation::launch::Privileges,
     network::{
-        Policy,
+        policy::Policy,
         substitution::{Secret, Secrets},
     },
     sprites::sprite::PrivilegesPolicy,

@@ -50,7 +50,7 @@ use crate::{
             kind::program_for_all,
         },
     },
-    network::{Forward, uplink::Namespace},
+    network::{private_hosts::Forward, uplink::Namespace},
 };
 
 /// How long a first command may take.

@@ -36,9 +36,10 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use crate::{
     isolation::holder::Network,
     network::{
-        CONNECT_MAX, EgressProxy, HEAD_TIME_MAX, Refused, answer,
+        CONNECT_MAX,
         authority::{Authority, PROTOCOL},
-        https_proxy_variables,
+        head::answer,
+        proxy::{EgressProxy, HEAD_TIME_MAX, Refused, https_proxy_variables},
         substitution::Secrets,
     },
     sync::locked,

@@ -23,7 +23,12 @@ use crate::{
         holder::{Holder, Network},
         sandbox::{Sandboxes, container_id},
     },
-    network::{EgressProxy, Forward, Policy, Reach, substitution::Secrets},
+    network::{
+        policy::Policy,
+        private_hosts::Forward,
+        proxy::{EgressProxy, Reach},
+        substitution::Secrets,
+    },
     sprites::{
         budget::{self, Budget, Space},
         image::{ImageKey, ImageLimits, Images},

@@ -28,7 +28,7 @@ use crate::{
         runsc::Guest,
         sandbox::{SandboxError, Sandboxes},
     },
-    network::{EgressProxy, Policy, intercept::Interceptor},
+    network::{intercept::Interceptor, policy::Policy, proxy::EgressProxy},
     run::{
         exec::{self, ExecSession, Sessions},
         tasks::Tasks,

@@ -20,7 +20,7 @@ use crate::{
         },
         seccomp,
     },
-    network::Forward,
+    network::private_hosts::Forward,
 };
 
 /// Directories of the Sprite's user.

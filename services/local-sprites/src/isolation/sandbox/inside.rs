@@ -27,7 +27,7 @@ pub fn environment(holder: Holder) -> Vec<(String, String)> {
         own.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
     if holder.network() == Network::Limited {
         environment.extend(
-            crate::network::proxy_variables().map(|(name, value)| (name.to_owned(), value)),
+            crate::network::proxy::proxy_variables().map(|(name, value)| (name.to_owned(), value)),
         );
     }
     environment

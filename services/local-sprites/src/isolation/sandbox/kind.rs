@@ -7,7 +7,7 @@ use std::{
     str::FromStr,
 };
 
-use crate::{isolation::runtime::Program, network::Forward};
+use crate::{isolation::runtime::Program, network::private_hosts::Forward};
 
 /// How Sprites are kept apart from this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
