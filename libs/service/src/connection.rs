@@ -3,14 +3,41 @@
 use std::{error::Error, pin::Pin, time::Duration};
 
 use hyper::{
-    Request, Response,
+    HeaderMap, Request, Response,
     body::{Body, Incoming},
+    header,
     server::conn::http1,
     service::Service,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_io_timeout::TimeoutStream;
+
+/// Headers that concern one connection alone (RFC 9110, 7.6.1), and `Expect`, which a proxy answers.
+pub const HOP_BY_HOP: [&str; 10] = [
+    "connection",
+    "expect",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// The names of headers that a proxy does not pass on with these: [`HOP_BY_HOP`], and those that
+/// `Connection` names, but for the two that say where a request goes and where a body ends.
+pub fn hop_by_hop(headers: &HeaderMap) -> Vec<String> {
+    let connection = headers.get_all(header::CONNECTION).iter();
+    let named = connection
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_ascii_lowercase())
+        .filter(|name| !["host", "content-length"].contains(&name.as_str()));
+    HOP_BY_HOP.into_iter().map(str::to_owned).chain(named).collect()
+}
 
 /// Limits of a connection.
 #[derive(Clone, Copy, Debug)]
@@ -45,4 +72,22 @@ where
         .max_buf_size(limits.head_bytes)
         .max_headers(limits.headers)
         .serve_connection(TokioIo::new(Box::pin(stream)), service)
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::header::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn a_client_names_what_is_of_its_connection_but_not_where_a_request_goes() {
+        let mut headers = HeaderMap::new();
+        for value in ["Close, X-Own", "host,content-length", "\u{e4}"] {
+            headers.append(header::CONNECTION, HeaderValue::from_str(value).unwrap());
+        }
+        let dropped = hop_by_hop(&headers);
+        assert_eq!(dropped[HOP_BY_HOP.len()..], ["close", "x-own"]);
+        assert!(dropped.iter().any(|name| name == "transfer-encoding"));
+    }
 }

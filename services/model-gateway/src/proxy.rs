@@ -10,6 +10,7 @@ use axum::{
 };
 use futures::{StreamExt as _, stream};
 use reqwest::Url;
+use service::connection::{HOP_BY_HOP, hop_by_hop};
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use types::Provider;
 
@@ -266,41 +267,28 @@ fn attach(headers: &mut HeaderMap, credential: Credential<'_>) -> Result<(), Ref
     Ok(())
 }
 
-/// Headers that belong to one connection (RFC 9110, 7.6.1), and those that the gateway sets itself.
-pub const OWN: [&str; 12] = [
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "expect",
-    "host",
-    "content-length",
-];
+/// Whether the gateway sets a header itself, or it belongs to one connection.
+pub fn is_own(name: &str) -> bool {
+    HOP_BY_HOP
+        .into_iter()
+        .chain(["host", "content-length"])
+        .any(|own| own.eq_ignore_ascii_case(name))
+}
+
 /// What a client shows, or would have its provider know of other sessions.
 const FROM_CLIENT: [&str; 6] =
     ["authorization", "x-api-key", "x-goog-api-key", "cookie", "accept-encoding", "forwarded"];
 
 pub fn forwarded(headers: &HeaderMap, is_response: bool) -> HeaderMap {
-    let named: Vec<String> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(|name| name.trim().to_ascii_lowercase())
-        .collect();
+    let dropped = hop_by_hop(headers);
     let is_dropped = |name: &str| {
-        let own = OWN.contains(&name) && !(is_response && name == "content-length");
+        let own = is_own(name) && !(is_response && name == "content-length");
         let other = if is_response {
             name == "set-cookie"
         } else {
             FROM_CLIENT.contains(&name) || name.starts_with("x-forwarded-")
         };
-        own || other || named.iter().any(|named| named == name)
+        own || other || dropped.iter().any(|dropped| dropped == name)
     };
     headers
         .iter()

@@ -218,8 +218,7 @@ pub fn headers(
             headers.insert(name, value.clone());
         }
     }
-    let is_own = |name: &str| proxy::OWN.iter().any(|own| own.eq_ignore_ascii_case(name));
-    for (name, value) in route.headers.iter().filter(|(name, _)| !is_own(name)) {
+    for (name, value) in route.headers.iter().filter(|(name, _)| !proxy::is_own(name)) {
         let malformed = || {
             NotRouted::Upstream(
                 "a configured header has a name or a value that HTTP does not allow",

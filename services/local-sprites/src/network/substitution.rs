@@ -9,6 +9,7 @@ use hyper::{
     header::{self, HeaderValue},
 };
 use serde::Deserialize;
+use service::connection::hop_by_hop;
 use types::vault::{CredentialHost, HOSTS_MAX, fits_header};
 use zeroize::{Zeroize as _, Zeroizing};
 
@@ -18,19 +19,6 @@ const PLACEHOLDER_BYTES_MIN: usize = 16;
 const PLACEHOLDER_BYTES_MAX: usize = 200;
 /// What the headers of a request may hold once values are in them.
 const HEADERS_BYTES_MAX: usize = 64 * 1024;
-
-/// What concerns one connection alone, and `Expect`, which this proxy answers.
-const HOP_BY_HOP: [&str; 9] = [
-    "connection",
-    "expect",
-    "keep-alive",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-];
 
 /// A secret whose value is outside of its sandbox. Cannot be printed; wiped when dropped.
 #[derive(Deserialize)]
@@ -137,7 +125,9 @@ impl Secrets {
         }
         *request.version_mut() = Version::HTTP_11;
         let headers = request.headers_mut();
-        remove_hop_by_hop(headers);
+        for name in hop_by_hop(headers) {
+            headers.remove(name);
+        }
         let values: Vec<Option<&str>> = self
             .all
             .iter()
@@ -231,19 +221,6 @@ fn is_addressed_to(headers: &HeaderMap, uri: &Uri, host: &str, port: u16) -> boo
     let plain = |name: &str| name.trim_end_matches('.').to_ascii_lowercase();
     let is_of_connection = plain(name) == plain(host) && named_port == Some(port);
     is_of_connection && uri.authority().is_none() && uri.path().starts_with('/')
-}
-
-fn remove_hop_by_hop(headers: &mut HeaderMap) {
-    let connection = headers.get_all(header::CONNECTION).iter();
-    let named: Vec<String> = connection
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(|name| name.trim().to_ascii_lowercase())
-        .filter(|name| !["host", "content-length"].contains(&name.as_str()))
-        .collect();
-    for name in HOP_BY_HOP.into_iter().chain(named.iter().map(String::as_str)) {
-        headers.remove(name);
-    }
 }
 
 fn basic(value: &[u8]) -> Option<Vec<u8>> {
