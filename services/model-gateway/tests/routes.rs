@@ -256,8 +256,7 @@ fn refreshable(token: &str, expires_at: Option<i64>) -> Refreshable {
     Refreshable { secret_id: "s".to_owned(), token_hash, expires_at }
 }
 
-// --- MCP
-// -------------------------------------------------------------------------------------------
+// --- MCP ---
 
 /// An MCP server that wants a header, and a record of what it was asked.
 #[derive(Clone)]
@@ -555,8 +554,7 @@ async fn no_proxy_of_the_environment_comes_between_the_gateway_and_mcp_servers()
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
 }
 
-// --- git
-// -------------------------------------------------------------------------------------------
+// --- git ---
 
 /// GitHub with repositories that want a token, over HTTP. Ended when dropped.
 struct GitHub {

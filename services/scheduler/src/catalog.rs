@@ -4,4 +4,5 @@
 pub mod agents;
 pub mod environments;
 pub mod files;
+pub mod vault_credentials;
 pub mod vaults;

@@ -1,4 +1,5 @@
-//! Removes what is left of deleted sessions, and Sprites that no session knows.
+//! Removes what is left of deleted sessions and files, and Sprites that no session knows.
 
 pub mod deletion;
+pub mod files;
 pub mod orphans;

@@ -34,7 +34,7 @@ pub use crate::{
     models::limits::Defaults as ModelDefaults,
 };
 use crate::{
-    catalog::{agents, environments, files, vaults},
+    catalog::{agents, environments, files, vault_credentials, vaults},
     cleanup::{deletion, orphans},
     dispatch::{claims, ending, reconciler, relay},
     log::{positions, projector, retention, streams},
@@ -289,8 +289,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         retention::run(scheduler.clone(), config.retention, lifecycle.stop_token()),
     );
     lifecycle.spawn("session updates", managed::run(scheduler.clone(), lifecycle.stop_token()));
-    lifecycle.spawn("files", files::run(scheduler.clone(), lifecycle.stop_token()));
-    lifecycle.spawn("objects of files", files::search(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("files", cleanup::files::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn(
+        "objects of files",
+        cleanup::files::search(scheduler.clone(), lifecycle.stop_token()),
+    );
     lifecycle.spawn("model requests", models::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("gauges", gauges::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deadlines", ending::run_deadlines(scheduler.clone(), lifecycle.stop_token()));
@@ -344,12 +347,12 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::ListVaults, _, _>(vaults::list).await?;
     responder.serve::<rpc::ArchiveVault, _, _>(vaults::archive).await?;
     responder.serve::<rpc::DeleteVault, _, _>(vaults::delete).await?;
-    responder.serve::<rpc::CreateVaultCredential, _, _>(vaults::create_credential).await?;
-    responder.serve::<rpc::GetVaultCredential, _, _>(vaults::get_credential).await?;
-    responder.serve::<rpc::UpdateVaultCredential, _, _>(vaults::update_credential).await?;
-    responder.serve::<rpc::ListVaultCredentials, _, _>(vaults::list_credentials).await?;
-    responder.serve::<rpc::ArchiveVaultCredential, _, _>(vaults::archive_credential).await?;
-    responder.serve::<rpc::DeleteVaultCredential, _, _>(vaults::delete_credential).await?;
+    responder.serve::<rpc::CreateVaultCredential, _, _>(vault_credentials::create).await?;
+    responder.serve::<rpc::GetVaultCredential, _, _>(vault_credentials::get).await?;
+    responder.serve::<rpc::UpdateVaultCredential, _, _>(vault_credentials::update).await?;
+    responder.serve::<rpc::ListVaultCredentials, _, _>(vault_credentials::list).await?;
+    responder.serve::<rpc::ArchiveVaultCredential, _, _>(vault_credentials::archive).await?;
+    responder.serve::<rpc::DeleteVaultCredential, _, _>(vault_credentials::delete).await?;
     responder.serve::<rpc::CreateFile, _, _>(files::create).await?;
     responder.serve::<rpc::CommitFile, _, _>(files::commit).await?;
     responder.serve::<rpc::GetFile, _, _>(files::get).await?;

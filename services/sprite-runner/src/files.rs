@@ -157,8 +157,7 @@ async fn put(store: &Files, sprite: &Sprite, file: &File) -> Result<(), NotMount
     }
 }
 
-// --- outputs
-// ---------------------------------------------------------------------------------------
+// --- outputs ---
 
 /// A file that the agent wrote.
 #[derive(Clone, Debug, PartialEq, Eq)]
