@@ -157,13 +157,7 @@ impl Cgroups {
 
     /// Version 1: a controller's own hierarchy. A container sees its own part of it as the whole.
     fn hierarchy(membership: &str, controller: Controller, instance: &str) -> Option<PathBuf> {
-        let own = membership.lines().find_map(|line| {
-            let [_, controllers, path] = line.splitn(3, ':').collect::<Vec<_>>().try_into().ok()?;
-            controllers
-                .split(',')
-                .any(|name| name == controller.name())
-                .then(|| path.trim_start_matches('/').to_owned())
-        })?;
+        let own = own_group(membership, controller)?;
         let mount = Path::new(MOUNT).join(controller.name());
         let parent =
             [mount.join(own), mount].into_iter().find(|path| path.is_dir())?.join(instance);
@@ -174,8 +168,7 @@ impl Cgroups {
     /// Version 2: controllers are given to groups below only by a group that holds no process
     /// itself, so this server moves into one of its own beside its Sprites'.
     fn delegate(membership: &str, instance: &str) -> Vec<(Controller, PathBuf)> {
-        let own = membership.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-        let own = Path::new(MOUNT).join(own.trim_end_matches("/server"));
+        let own = Path::new(MOUNT).join(own_unified_group(membership));
         let parent = own.join(instance);
         let give = |group: &Path, controller: Controller| {
             put(&group.join("cgroup.subtree_control"), &format!("+{}", controller.name()))
@@ -346,4 +339,50 @@ fn make(path: &Path) -> io::Result<()> {
 /// Control files are written whole, and are never made.
 fn put(file: &Path, value: &str) -> io::Result<()> {
     OpenOptions::new().write(true).open(file)?.write_all(value.as_bytes())
+}
+
+/// The process's group in the hierarchy of a controller, of version 1.
+fn own_group(membership: &str, controller: Controller) -> Option<&str> {
+    membership.lines().find_map(|line| {
+        let [_, controllers, path] = line.splitn(3, ':').collect::<Vec<_>>().try_into().ok()?;
+        let is_its = controllers.split(',').any(|name| name == controller.name());
+        is_its.then(|| path.trim_start_matches('/'))
+    })
+}
+
+/// The group of version 2 that this server was started in: it may have moved into `server` below it.
+fn own_unified_group(membership: &str) -> &str {
+    let own = membership.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let outer = own.strip_suffix("server").filter(|outer| outer.is_empty() || outer.ends_with('/'));
+    outer.unwrap_or(own).trim_end_matches('/')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_controllers_own_group_is_found_in_version_1() {
+        let membership = "12:cpu,cpuacct:/system.slice/local-sprites.service\n4:memory:/docker/a:b\n\
+                          3:cpuset:/\n1:name=systemd:/x\n0::/y\n";
+        let own = |controller| own_group(membership, controller);
+        assert_eq!(own(Controller::Cpu), Some("system.slice/local-sprites.service"));
+        assert_eq!(own(Controller::Memory), Some("docker/a:b"));
+        // "pids" and "freezer" are not mounted, and "cpuset" is not "cpu".
+        assert_eq!((own(Controller::Processes), own(Controller::Freezer)), (None, None));
+    }
+
+    #[test]
+    fn a_restarted_server_finds_the_group_that_it_was_first_started_in() {
+        for (membership, group) in [
+            ("0::/\n", ""),
+            ("0::/server\n", ""),
+            ("0::/system.slice/a.service\n", "system.slice/a.service"),
+            ("0::/system.slice/a.service/server\n", "system.slice/a.service"),
+            ("0::/system.slice/my-server\n", "system.slice/my-server"),
+            ("1:name=systemd:/x\n", ""),
+        ] {
+            assert_eq!(own_unified_group(membership), group, "{membership}");
+        }
+    }
 }
