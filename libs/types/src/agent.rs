@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 /// Replaces a secret in answers; a change that sends it keeps the stored value.
 pub const REDACTED: &str = "***";
 
-/// Something an agent knows how to do, brought along or fetched.
+/// Instructions for a task, given inline or fetched.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(untagged)]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// The host of all repositories.
 pub const HOST: &str = "github.com";
 
-/// A GitHub repository and where it lies in the sandbox.
+/// A GitHub repository and its path in the sandbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Repository {

@@ -64,7 +64,7 @@ pub struct AgentVersion {
     #[schema(format = Uuid)]
     environment_id: Option<String>,
     skills: Vec<Skill>,
-    /// Secret values are answered as `***`.
+    /// Secret values are returned as `***`.
     mcp_servers: Vec<McpServer>,
     permissions: Permissions,
     metadata: Map<String, Value>,
@@ -128,7 +128,7 @@ pub struct CreateAgent {
     /// `claude`, `codex`, `gemini` or `opencode`. Required unless `provider` is given
     #[schema(example = "claude")]
     runtime: Option<String>,
-    /// `anthropic`, `openai` or `google`: stands for the provider's own runtime
+    /// `anthropic`, `openai` or `google`: selects the provider's own runtime
     provider: Option<String>,
     #[schema(max_length = 262_144)]
     system: Option<String>,
@@ -139,7 +139,7 @@ pub struct CreateAgent {
     /// `type` may be left out: `url`
     #[schema(max_items = 20)]
     mcp_servers: Option<Vec<McpServer>>,
-    /// What it may do without asking; everything where they are absent
+    /// What it may do without asking; everything if absent
     permissions: Option<Permissions>,
     metadata: Option<Map<String, Value>>,
     /// What its sessions may use together; see docs/budgets.md
@@ -185,7 +185,7 @@ pub async fn create(
     let mut fields = body.fields()?;
     let agent = CreateAgent::read(&mut fields);
     let servers = agent.mcp_servers.unwrap_or_default();
-    // Nothing is stored yet that `***` could stand for.
+    // `***` stands for a stored value, and a new agent has none.
     if let Some(error) = mcp::nothing_stored(&servers, &[]) {
         fields.add(error);
     }
@@ -222,12 +222,12 @@ pub async fn create(
     })
 }
 
-/// JSON for the bus. What we serialize has text for keys.
+/// JSON for the bus. Cannot fail: the keys of all our maps are strings.
 pub fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
-/// A bare model id with the provider that was named beside it.
+/// Adds the provider that a request names to a model id without one.
 fn with_provider(model: String, provider: Option<&str>) -> String {
     match provider {
         Some(provider) if !model.contains('/') => format!("{provider}/{model}"),
@@ -377,11 +377,11 @@ pub async fn update(
     Ok(Json(reply?.into()))
 }
 
-/// MCP servers as a change has them, their secrets in the vault.
+/// The MCP servers of a change, with their secrets in the vault.
 pub struct ServersOfVersion {
     pub redacted: String,
     pub kept: Option<Kept>,
-    /// The version that the values behind `***` are of.
+    /// The version whose stored values `***` stands for.
     pub version: u32,
 }
 
@@ -396,7 +396,7 @@ pub async fn keep_servers(
         GetAgentRequest { user_id: caller.user_id.clone(), agent_id: id.to_owned(), version: None };
     let current = match app.bus.call::<rpc::GetAgent>(&request, crate::RPC_DEADLINE).await {
         Ok(agent) => agent,
-        // The scheduler says so itself, when it is the turn of that check.
+        // The scheduler answers that itself, after the checks that precede it.
         Err(RpcError { code: ErrorCode::NotFound, .. }) => scheduler::Agent::default(),
         Err(failure) => return Err(failure.into()),
     };

@@ -31,7 +31,8 @@ const USD_MAX: f64 = 1e9;
 /// So are more tokens, requests or seconds than this.
 const COUNT_MAX: u64 = 1_000_000_000_000_000;
 
-/// Limits of a budget. What is absent or null is not limited, or by the deployment's default.
+/// Limits of a budget. What is absent or null has the deployment's default, if there is one, and
+/// otherwise no limit.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes a field")]
 pub struct NewBudget {
@@ -277,11 +278,11 @@ pub struct UsageSum {
     /// credential.
     group: String,
     requests: u64,
-    /// Requests of which no usage is known: they are in no other count.
+    /// Requests whose usage is unknown: no other count includes them.
     unknown: u64,
-    /// Requests of models without a price: they are not in the cost.
+    /// Requests of models without a price: the cost does not include them.
     unpriced: u64,
-    /// With those from and into caches.
+    /// Includes tokens that were read from and written to caches.
     input_tokens: u64,
     output_tokens: u64,
     cache_read_tokens: u64,
@@ -307,7 +308,7 @@ impl From<scheduler::UsageSum> for UsageSum {
 
 /// Add up what model requests used
 ///
-/// Days and sessions come newest first. A request appears here a moment after it ended.
+/// Days and sessions come newest first. A request appears here a moment after it ends.
 #[utoipa::path(get, path = "/usage", tag = "usage", params(PageParams, UsageParams),
     responses((status = 200, description = "A page of sums", body = Listed<UsageSum>)))]
 pub async fn usage(

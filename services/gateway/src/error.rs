@@ -157,7 +157,7 @@ pub struct ErrorBody {
     detail: ErrorDetail,
     /// The id of the request, for its logs.
     request_id: Option<String>,
-    /// Of a quota: how many sessions may be active.
+    /// For a quota: how many sessions may be active.
     limit: Option<u32>,
     /// Of a quota: how many are.
     active: Option<u32>,

@@ -43,20 +43,20 @@ pub struct Input {
     status: String,
     /// Of a message.
     text: Option<String>,
-    /// Of a message: `steer` where it is to join the running turn, else `queue`.
+    /// For a message: `steer` if it is to join the running turn, otherwise `queue`.
     #[schema(pattern = "^(queue|steer)$")]
     when_busy: Option<&'static str>,
     /// The turn that it was sent to, or that it began; a queued message has none yet.
     turn: Option<u32>,
-    /// Of a decision: the permission request that it answers.
+    /// For a decision: the permission request that it answers.
     request_id: Option<u64>,
-    /// Of a decision: `allow`, `allow_for_session` or `deny`.
+    /// For a decision: `allow`, `allow_for_session` or `deny`.
     decision: Option<String>,
-    /// Of a denial: what the model reads.
+    /// For a denial: what the model reads.
     deny_message: Option<String>,
     /// Why it was refused.
     reason: Option<String>,
-    /// The API key that sent it. Null: no one did, the request's time was over.
+    /// The API key that answered; null if the request timed out.
     #[schema(format = Uuid)]
     key_id: Option<String>,
     #[schema(format = DateTime)]
@@ -189,7 +189,7 @@ pub struct PermissionRequest {
     turn: u32,
     #[schema(example = "Bash")]
     tool: String,
-    /// What the tool is to be used with.
+    /// The tool's arguments.
     input: Value,
     /// A unified diff, where the agent's CLI supplies one.
     diff: Option<String>,

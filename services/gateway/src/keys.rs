@@ -38,7 +38,7 @@ pub struct Key {
     last_used_at: Option<String>,
 }
 
-/// A new API key. It is shown this once.
+/// A new API key. It is shown only once.
 #[derive(Serialize, ToSchema)]
 pub struct NewKey {
     #[serde(flatten)]
@@ -67,7 +67,7 @@ impl From<auth::Key> for Key {
 pub struct CreateKey {
     #[schema(max_length = 100)]
     name: String,
-    /// When the key expires; absent for as late as the key that creates it, which it never outlives
+    /// When the key expires; at the latest, and by default, with the key that creates it
     #[schema(format = DateTime)]
     expires_at: Option<String>,
 }

@@ -197,7 +197,7 @@ pub struct AcceptedTurn {
     status: Status,
     stream_url: String,
     current_turn: u32,
-    /// The message that waits for the running turn or joins it; absent if no turn was running.
+    /// The message that waits for the running turn, or joins it; absent if no turn was running.
     #[serde(skip_serializing_if = "Option::is_none")]
     input: Option<Input>,
 }
@@ -532,8 +532,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Filter {
 
 /// List sessions, newest first
 ///
-/// A client that asks again and again sends the answer's `ETag` as `If-None-Match`: it receives 304
-/// without a body until something has changed.
+/// A client that polls sends the response's `ETag` as `If-None-Match` and receives 304 without a
+/// body until something changes.
 #[utoipa::path(get, path = "/sessions", tag = "sessions",
     params(PageParams, Filter, ("If-None-Match" = Option<String>, Header, description = "The `ETag` of the page that the client has")),
     responses(

@@ -54,7 +54,7 @@ pub enum StreamEvent<'a> {
         duration_ms: Option<u64>,
         #[serde(skip_serializing_if = "Option::is_none")]
         message: Option<&'a str>,
-        /// True: the result was restored from an image, and was not made here.
+        /// True if the result was restored from an image instead of being built.
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         restored: bool,
     },
@@ -75,7 +75,7 @@ pub enum StreamEvent<'a> {
     Error { id: u64, message: &'a str, turn: u32 },
     /// The session was terminated: the stream ends.
     Terminated { id: u64, message: &'a str },
-    /// Nothing came for long: this connection ends.
+    /// There was no event for a long time: this connection ends.
     Stale { id: u64, message: &'a str },
 }
 

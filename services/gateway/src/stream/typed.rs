@@ -70,7 +70,7 @@ pub enum Body {
         duration_ms: Option<u64>,
         #[serde(skip_serializing_if = "Option::is_none")]
         message: Option<String>,
-        /// True: the result was restored from an image, and was not made here.
+        /// True if the result was restored from an image instead of being built.
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         restored: bool,
     },
@@ -82,8 +82,7 @@ pub enum Body {
         stream: &'static str,
         data: String,
     },
-    /// The agent printed more than is kept: so many bytes of its output that would stand here were
-    /// dropped.
+    /// The agent printed more than is kept: this many bytes of its output were dropped here.
     #[serde(rename = "session.output_dropped")]
     OutputDropped { bytes: u64 },
     /// A message joined the running turn.
@@ -194,7 +193,7 @@ pub enum Body {
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },
-    /// More than 80 percent of a budget are used, or all of it, and no more model requests are
+    /// More than 80 percent of a budget is used; or all of it, and no more model requests are
     /// sent.
     #[serde(rename = "session.budget")]
     Budget {

@@ -63,7 +63,7 @@ pub struct Agent {
     archived_at: Option<String>,
 }
 
-/// What an agent is made of, as a session shows it too.
+/// The settings of an agent, which a session shows too.
 #[derive(Serialize, ToSchema)]
 #[schema(as = V1AgentSnapshot)]
 pub struct Snapshot {
@@ -171,7 +171,7 @@ impl From<scheduler::Agent> for Agent {
 
 // --- reading -----------------------------------------------------------------------------------
 
-/// A new agent. Of an update every field may be absent; null clears.
+/// A new agent. In an update, every field may be absent; null clears.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes a body")]
 pub struct AgentBody {
@@ -191,7 +191,7 @@ pub struct AgentBody {
     /// `aod.runtime` names the CLI where the model does not
     #[schema(value_type = Option<Object>)]
     metadata: Option<Value>,
-    /// Of an update: the version that it is made to; without it the last change wins
+    /// In an update: the version that it changes; without it the last change wins
     version: Option<u32>,
 }
 

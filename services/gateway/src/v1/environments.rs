@@ -131,7 +131,7 @@ impl From<scheduler::Environment> for Environment {
     }
 }
 
-/// A new environment. Of an update every field may be absent.
+/// A new environment. In an update, every field may be absent.
 #[derive(ToSchema)]
 #[schema(as = V1EnvironmentBody)]
 #[expect(dead_code, reason = "describes a body")]

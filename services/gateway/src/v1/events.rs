@@ -73,7 +73,7 @@ fn session(id: &str) -> Result<SessionId, ApiError> {
 
 /// List the events of a session
 ///
-/// In the order of `processed_at`; what is queued stands behind it.
+/// In the order of `processed_at`; queued messages come last.
 #[utoipa::path(get, path = "/v1/sessions/{id}/events", tag = "managed-agents", operation_id = "sessions_events_list",
     params(("id" = String, Path, description = "The session's id"), LongPageParams, ListParams),
     responses((status = 200, description = "A page of events", body = Page<Object>)))]

@@ -471,7 +471,7 @@ pub async fn delete(
 pub struct FilePage {
     data: Vec<File>,
     next_page: Option<String>,
-    /// As earlier releases of the SDKs page.
+    /// Pages of earlier SDK releases.
     has_more: bool,
     first_id: Option<String>,
     last_id: Option<String>,
@@ -486,7 +486,7 @@ pub struct ListParams {
     /// These alone, at most 100
     #[param(rename = "ids[]")]
     ids: Option<Vec<String>>,
-    /// As earlier releases of the SDKs page: behind this file
+    /// Pages of earlier SDK releases: only files after this one
     after_id: Option<String>,
 }
 

@@ -375,7 +375,7 @@ pub async fn get(
     Ok(Json(find(&app, &caller, &id).await?.into()))
 }
 
-/// A page of sessions, with the way back.
+/// A page of sessions, with a cursor of the page before.
 #[derive(Serialize, ToSchema)]
 pub struct SessionPage {
     data: Vec<Session>,

@@ -76,7 +76,7 @@ impl From<scheduler::VaultCredential> for Credential {
     }
 }
 
-/// A new credential. Of an update every field may be absent.
+/// A new credential. In an update, every field may be absent.
 #[derive(ToSchema)]
 #[schema(as = V1CredentialBody)]
 #[expect(dead_code, reason = "describes a body")]

@@ -64,7 +64,7 @@ impl From<scheduler::Vault> for Vault {
     }
 }
 
-/// A new vault. Of an update every field may be absent.
+/// A new vault. In an update, every field may be absent.
 #[derive(ToSchema)]
 #[schema(as = V1VaultBody)]
 #[expect(dead_code, reason = "describes a body")]
