@@ -24,7 +24,7 @@ struct Table {
 #[serde(deny_unknown_fields)]
 struct Price {
     provider: String,
-    /// The model's name without a date, or how it begins with `*` behind it.
+    /// The model's name without a date, or the start of several names followed by `*`.
     model: String,
     input: f64,
     output: f64,
@@ -48,9 +48,9 @@ impl Price {
     }
 }
 
-/// Whether what follows a model's name still means that model: nothing, a date as in `-20251001`,
-/// `-2025-08-07` and `@20251001`, or `-latest`. Any other name is that of another model, which may
-/// have another price.
+/// Whether a model's name with this suffix is a version of the same model: none, a date as in
+/// `-20251001`, `-2025-08-07` and `@20251001`, or `-latest`. Any other name may be a model with
+/// another price.
 fn is_version(rest: &str) -> bool {
     let date = rest.strip_prefix(['-', '@']).unwrap_or_default();
     let digits = date.bytes().filter(u8::is_ascii_digit).count();
@@ -153,7 +153,7 @@ fn millionths(price: f64) -> u64 {
 mod tests {
     use super::*;
 
-    /// What the CLIs of the release ask for by themselves, beside their users' choice.
+    /// The models that the release's CLIs request on their own, whatever their users choose.
     #[test]
     fn models_of_the_clis_have_a_price_and_models_with_similar_names_have_none() {
         let prices = Prices::load(None).unwrap();

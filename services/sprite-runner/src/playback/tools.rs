@@ -20,7 +20,7 @@ pub fn remember(tools: &mut VecDeque<OpenTool>, tool: OpenTool) {
     tools.push_back(tool);
 }
 
-/// Adds an event that shows a tool use to its own checkpoint.
+/// Adds the tool use that an event shows to the checkpoint of the same event.
 pub fn own_tool(kind: Option<&Kind>, id: u64, checkpoint: &mut Checkpoint) {
     let (journal_id, is_mcp) = match kind {
         Some(Kind::Agent(AgentEvent { event: Some(event), is_mcp, .. }))
