@@ -1,6 +1,6 @@
-//! Copies a directory tree that may change meanwhile. Every entry is opened below its parent's
+//! Copies and removes directory trees that a Sprite wrote. Every entry is opened below its parent's
 //! descriptor and never through a link, so nothing outside of the tree is read or written, whatever
-//! is moved where.
+//! is moved where meanwhile.
 
 use std::{
     collections::HashMap,
@@ -15,7 +15,7 @@ use rustix::{
     fs::{
         AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid,
         XattrFlags, fgetxattr, flistxattr, fsetxattr, linkat, mkdirat, mknodat, openat, readlinkat,
-        symlinkat,
+        symlinkat, unlinkat,
     },
     io::Errno,
 };
@@ -38,6 +38,57 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let root = target.try_clone()?;
     let mut copier = Copier { root, linked: HashMap::new(), names: 0 };
     copier.directory(source.as_fd(), target.as_fd(), Path::new(""), 0)
+}
+
+/// Removes a tree. However deep it is, that takes two descriptors and no recursion: what a Sprite
+/// nests must not exhaust this server's descriptors or its stack, as `fs::remove_dir_all` would.
+///
+/// # Errors
+/// When it is no directory, or something cannot be removed.
+pub fn remove(dir: &Path) -> io::Result<()> {
+    let mut at = openat(CWD, dir, directory_flags(), Mode::empty())?;
+    let mut above = Vec::new();
+    loop {
+        if let Some(below) = empty(&at)? {
+            above.push(identity(&at)?);
+            at = below;
+            continue;
+        }
+        let Some(parent) = above.pop() else { break };
+        at = openat(&at, c"..", directory_flags(), Mode::empty())?;
+        if identity(&at)? != parent {
+            return Err(io::Error::other("a directory was moved while its tree was removed"));
+        }
+    }
+    std::fs::remove_dir(dir)
+}
+
+/// Removes what is in a directory, up to the first directory that is not empty, and opens that.
+fn empty(dir: &OwnedFd) -> io::Result<Option<OwnedFd>> {
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        let removed = match unlinkat(dir, name, AtFlags::empty()) {
+            Err(Errno::ISDIR | Errno::PERM) => unlinkat(dir, name, AtFlags::REMOVEDIR),
+            removed => removed,
+        };
+        match removed {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(Errno::NOTEMPTY | Errno::EXIST) => {
+                return Ok(Some(openat(dir, name, directory_flags(), Mode::empty())?));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
+}
+
+fn identity(dir: &OwnedFd) -> io::Result<(u64, u64)> {
+    let stat = rustix::fs::fstat(dir)?;
+    Ok((stat.st_dev, stat.st_ino))
 }
 
 fn directory_flags() -> OFlags {
@@ -268,6 +319,28 @@ mod tests {
         assert_eq!(fs::read_link(to.join("link")).unwrap(), Path::new("/etc/passwd"));
         let sparse = fs::metadata(to.join("sparse")).unwrap();
         assert!(sparse.len() == 1 << 30 && sparse.blocks() < 1000, "{}", sparse.blocks());
+    }
+
+    #[test]
+    fn a_tree_of_any_depth_is_removed_and_nothing_that_it_links_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let (outside, tree) = (dir.path().join("outside"), dir.path().join("tree"));
+        fs::create_dir_all(outside.join("kept")).unwrap();
+        fs::create_dir_all(tree.join("b/c")).unwrap();
+        fs::write(tree.join("b/file"), "x").unwrap();
+        symlink(&outside, tree.join("b/link")).unwrap();
+        for number in 0..300 {
+            fs::create_dir_all(tree.join(format!("wide/{number}/below"))).unwrap();
+        }
+        let mut at = openat(CWD, &tree, directory_flags(), Mode::empty()).unwrap();
+        for _ in 0..10_000 {
+            mkdirat(&at, "a", Mode::RWXU).unwrap();
+            at = openat(&at, "a", directory_flags(), Mode::empty()).unwrap();
+        }
+        remove(&tree).unwrap();
+        assert!(!tree.exists() && outside.join("kept").exists());
+        assert_eq!(remove(&tree).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(remove(Path::new("/dev/null")).is_err());
     }
 
     #[test]

@@ -172,7 +172,7 @@ impl Disks {
                 let old = dir.join("disk.old");
                 fs::rename(dir.join(CONTENT), &old)?;
                 fs::rename(by.join(CONTENT), dir.join(CONTENT))?;
-                fs::remove_dir_all(old)
+                tree::remove(&old)
             }
         }
     }
@@ -181,7 +181,7 @@ impl Disks {
     pub fn recover(self, dir: &Path) -> io::Result<()> {
         let (content, old) = (dir.join(CONTENT), dir.join("disk.old"));
         if self == Self::Directories && old.exists() {
-            if content.exists() { fs::remove_dir_all(old)? } else { fs::rename(old, content)? }
+            if content.exists() { tree::remove(&old)? } else { fs::rename(old, content)? }
         }
         Ok(())
     }
@@ -218,9 +218,9 @@ fn reset(template: &Path) -> io::Result<()> {
 }
 
 /// Removes a path of a tree that nothing changes meanwhile. Follows no links.
-fn remove_below(tree: &Path, path: &Path) -> io::Result<()> {
+fn remove_below(layer: &Path, path: &Path) -> io::Result<()> {
     let below = path.strip_prefix("/").map_err(io::Error::other)?;
-    let mut at = tree.to_owned();
+    let mut at = layer.to_owned();
     for part in below.components() {
         let Component::Normal(name) = part else {
             return Err(io::Error::other("the path is not a normal one"));
@@ -233,7 +233,7 @@ fn remove_below(tree: &Path, path: &Path) -> io::Result<()> {
             Ok(_) => return Err(io::Error::other(format!("{} is no directory", at.display()))),
         }
     }
-    fs::remove_dir_all(at)
+    tree::remove(&at)
 }
 
 /// The blocks of all files of a tree.

@@ -38,6 +38,7 @@ pub use crate::isolation::sandbox::{
     kind::{Isolation, Kind},
 };
 use crate::{
+    files::tree,
     isolation::{
         disk::{Disks, Frozen},
         holder::{Holder, Network},
@@ -330,7 +331,7 @@ impl Sandboxes {
     pub async fn destroy(&self, dir: &Path, holder: Option<Holder>) {
         self.end(dir, holder).await;
         let dir = dir.to_path_buf();
-        let removed = tokio::task::spawn_blocking(move || fs::remove_dir_all(dir)).await;
+        let removed = tokio::task::spawn_blocking(move || tree::remove(&dir)).await;
         if let Ok(Err(error)) = removed
             && error.kind() != io::ErrorKind::NotFound
         {

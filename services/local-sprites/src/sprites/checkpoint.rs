@@ -8,6 +8,7 @@ use types::Timestamp;
 
 use crate::{
     atomic::write_atomically,
+    files::tree,
     isolation::disk::Disks,
     sprites::{
         registry::Registry,
@@ -152,7 +153,7 @@ impl Registry {
 }
 
 fn remove(dir: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(dir) {
+    match tree::remove(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }

@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::{
     atomic::write_atomically,
+    files::tree,
     isolation::disk::Disks,
     sprites::{
         registry::Registry,
@@ -306,7 +307,7 @@ fn used_at(image: &Path) -> Option<SystemTime> {
 fn discard(dir: &Path) -> io::Result<()> {
     Disks::unmount(dir);
     let _ = fs::remove_file(record(dir));
-    fs::remove_dir_all(dir)
+    tree::remove(dir)
 }
 
 fn remove(dir: &Path) {

@@ -231,3 +231,28 @@ async fn an_image_that_no_sprite_starts_with_is_replaced() {
     assert!(names(&server).is_empty());
     keep_and_wait(&server, &sprite, "one").await;
 }
+
+/// As a package's script may leave them. With a call for each level the server's stack overflows.
+#[tokio::test]
+async fn deep_directories_end_no_server() {
+    if !has_root() {
+        return;
+    }
+    let nest = "python3 -c 'import os; os.chdir(\"/tmp\"); [(os.mkdir(\"a\"), os.chdir(\"a\")) for _ in range(20000)]'";
+    for disk_mb in ["512", "0"] {
+        let server = Server::start(&[("LOCAL_SPRITES_DISK_MB", disk_mb)]).await;
+        let sprite = server.sprite("deep").await;
+        assert_eq!(bash(&sprite, nest).await.code, 0);
+        match sprite.draft_image("one", &["/tmp"]).await {
+            Ok(draft) => {
+                sprite.keep_image(draft).await.unwrap();
+                eventually("the image is there", async || names(&server) == ["one"]).await;
+            }
+            // Disks that are directories are copied only so deep.
+            Err(error) => assert!(error.to_string().contains("deep"), "{error}"),
+        }
+        server.client().delete(&"deep".parse().unwrap()).await.unwrap();
+        assert_eq!(said(&server.sprite("next").await, "echo fine").await, "fine\n");
+        assert!(fs::read_dir(server.data.path().join("sprites")).unwrap().count() == 1);
+    }
+}
