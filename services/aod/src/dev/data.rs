@@ -227,16 +227,7 @@ impl Secrets {
     }
 
     fn save(&self, path: &Path) -> anyhow::Result<()> {
-        let draft = path.with_extension("draft");
-        let mut file = fs::OpenOptions::new()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .mode(0o600)
-            .open(&draft)?;
-        file.write_all(serde_json::to_string_pretty(self)?.as_bytes())?;
-        file.sync_all()?;
-        Ok(fs::rename(draft, path)?)
+        Ok(write_privately(path, serde_json::to_string_pretty(self)?.as_bytes())?)
     }
 
     pub fn service_password(&self, service: &str) -> &str {
@@ -250,4 +241,14 @@ impl Secrets {
 
 fn find<'a>(pairs: &'a [(String, String)], name: &str) -> &'a str {
     pairs.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value)
+}
+
+/// Writes a file that only its owner can read, whole or not at all.
+pub fn write_privately(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let draft = path.with_extension("draft");
+    let mut file =
+        fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    fs::rename(draft, path)
 }

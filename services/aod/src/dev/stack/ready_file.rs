@@ -1,18 +1,12 @@
 //! The file that says what was started, for programs.
 
-use std::{
-    fs,
-    io::Write as _,
-    net::SocketAddr,
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
-};
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use crate::dev::{
     DevError,
-    data::READY_FILE,
+    data::{READY_FILE, write_privately},
     stack::{DATABASE, Stack},
     supervisor::Probe,
 };
@@ -23,7 +17,7 @@ impl Stack {
         [self.data.join(READY_FILE)].into_iter().chain(self.ready_file.clone())
     }
 
-    /// What was started, for programs: written whole or not at all.
+    /// What was started, for programs.
     pub(super) fn write_ready_file(&self) -> Result<(), DevError> {
         let mut services: Map<String, Value> = Map::new();
         for process in &self.processes {
@@ -56,19 +50,9 @@ impl Stack {
             "model_url": self.model.map(|addr| format!("http://{addr}")),
             "services": services,
         });
-        let write = |path: &Path| -> std::io::Result<()> {
-            let draft = path.with_extension("draft");
-            let mut file = fs::OpenOptions::new()
-                .create(true)
-                .truncate(true)
-                .write(true)
-                .mode(0o600)
-                .open(&draft)?;
-            file.write_all(format!("{ready:#}\n").as_bytes())?;
-            fs::rename(draft, path)
-        };
+        let ready = format!("{ready:#}\n");
         for path in self.ready_files() {
-            write(&path).map_err(|error| {
+            write_privately(&path, ready.as_bytes()).map_err(|error| {
                 DevError::Unfit(format!("ready file {} cannot be written: {error}", path.display()))
             })?;
         }
