@@ -10,10 +10,14 @@ use std::{
 fn main() -> Result<()> {
     let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../console/dist").canonicalize();
     let mut files = Vec::new();
-    if let Ok(dist) = &dist {
-        println!("cargo:rerun-if-changed={}", dist.display());
-        collect(dist, &mut files)?;
-        files.sort_by_key(|file| file.display().to_string());
+    match &dist {
+        Ok(dist) => {
+            println!("cargo:rerun-if-changed={}", dist.display());
+            collect(dist, &mut files)?;
+            files.sort_by_key(|file| file.display().to_string());
+        }
+        // Until the console is built for the first time.
+        Err(_) => println!("cargo:rerun-if-changed={}/../../console", env!("CARGO_MANIFEST_DIR")),
     }
     println!("cargo:rerun-if-changed=build.rs");
     let mut table = fs::File::create(
