@@ -501,17 +501,8 @@ impl Printer {
         if self.only_turn.is_some_and(|turn| turn > 1) {
             return;
         }
-        let restored =
-            if event.get("restored") == Some(&Value::Bool(true)) { ", restored" } else { "" };
-        let duration = event
-            .get("duration_ms")
-            .and_then(Value::as_u64)
-            .map(|ms| format!(" ({ms} ms{restored})"))
-            .unwrap_or_default();
-        match text(event, "state") {
-            "done" => note!("· {}{duration}", text(event, "stage")),
-            "failed" => note!("✗ {}{duration}: {}", text(event, "stage"), text(event, "message")),
-            _ => {}
+        if let Some(line) = typed::stage(event) {
+            note!("{line}");
         }
     }
 }

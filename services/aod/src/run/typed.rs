@@ -134,7 +134,8 @@ fn note(event: &Value, kind: &str) -> Option<String> {
     })
 }
 
-fn stage(event: &Value) -> Option<String> {
+/// The end of a stage of the set-up, as a line.
+pub fn stage(event: &Value) -> Option<String> {
     let restored =
         if event.get("restored") == Some(&Value::Bool(true)) { ", restored" } else { "" };
     let duration = event
