@@ -6,7 +6,7 @@ use async_nats::jetstream::{
     ErrorCode,
     consumer::{AckPolicy, PullConsumer, pull},
     context::{GetStreamError, GetStreamErrorKind},
-    stream::{Config, DiscardPolicy, Republish, RetentionPolicy, StorageType},
+    stream::{Config, DiscardPolicy, Republish, RetentionPolicy, StorageType, Stream},
 };
 use contract::topology::{CONSUMERS_MAX, ConsumerSpec, Retention, StreamSpec};
 
@@ -191,15 +191,7 @@ impl Bus {
     /// # Errors
     /// [`TopologyError`].
     pub async fn ensure_consumer(&self, spec: &ConsumerSpec) -> Result<(), TopologyError> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer {
-            name: spec.name,
-            source,
-        };
-        let stream = self
-            .jetstream
-            .get_stream_no_info(spec.stream)
-            .await
-            .map_err(|error| failed(error.into()))?;
+        let stream = self.stream_of(spec).await?;
         let config = pull::Config {
             durable_name: Some(spec.name.to_owned()),
             filter_subjects: spec.filters.iter().map(ToString::to_string).collect(),
@@ -211,8 +203,10 @@ impl Bus {
             max_ack_pending: spec.max_ack_pending,
             ..pull::Config::default()
         };
-        let consumer =
-            stream.create_consumer(config.clone()).await.map_err(|error| failed(error.into()))?;
+        let consumer = stream
+            .create_consumer(config.clone())
+            .await
+            .map_err(|error| consumer_failed(spec, error.into()))?;
         let kept = &consumer.cached_info().config;
         let filters = if kept.filter_subjects.is_empty() {
             vec![kept.filter_subject.clone()]
@@ -242,22 +236,27 @@ impl Bus {
         })
     }
 
+    /// The stream of a consumer.
+    async fn stream_of(&self, spec: &ConsumerSpec) -> Result<Stream<()>, TopologyError> {
+        let stream = self.jetstream.get_stream_no_info(spec.stream).await;
+        stream.map_err(|error| consumer_failed(spec, error.into()))
+    }
+
     /// A consumer that another service creates.
     pub(crate) async fn consumer(
         &self,
         spec: &ConsumerSpec,
     ) -> Result<PullConsumer, TopologyError> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Consumer {
-            name: spec.name,
-            source,
-        };
-        let stream = self
-            .jetstream
-            .get_stream_no_info(spec.stream)
-            .await
-            .map_err(|error| failed(error.into()))?;
-        stream.get_consumer(spec.name).await.map_err(failed)
+        let stream = self.stream_of(spec).await?;
+        stream.get_consumer(spec.name).await.map_err(|source| consumer_failed(spec, source))
     }
+}
+
+fn consumer_failed(
+    spec: &ConsumerSpec,
+    source: Box<dyn std::error::Error + Send + Sync>,
+) -> TopologyError {
+    TopologyError::Consumer { name: spec.name, source }
 }
 
 fn is_not_found(error: &GetStreamError) -> bool {
