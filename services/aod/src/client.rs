@@ -30,6 +30,10 @@ fn explain(status: StatusCode, detail: &str) -> String {
         format!("\nStore one first (it is read from standard input): aod credentials set {kind}")
     } else if detail == "No backend credentials configured" {
         "\nStore a Sprites token first (it is read from standard input): aod credentials set backend:sprites".to_owned()
+    } else if detail == "Host not allowed" {
+        "\nThe gateway's setting ALLOWED_HOSTS must name the host of AOD_API_URL.".to_owned()
+    } else if detail.starts_with("Unknown runtime: shell.") {
+        "\nThe gateway runs it with ENABLE_SHELL_RUNTIME=true.".to_owned()
     } else if status == StatusCode::UNAUTHORIZED {
         "\nAOD_API_TOKEN must hold a valid key; `aod dev` prints one when it starts.".to_owned()
     } else {
@@ -291,6 +295,22 @@ fn without_nulls(body: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refusal_says_what_to_do_about_it() {
+        for (status, detail, hint) in [
+            (400, "No API key configured for runtime: codex", "credentials set provider:openai"),
+            (400, "No backend credentials configured", "credentials set backend:sprites"),
+            (400, "Host not allowed", "ALLOWED_HOSTS"),
+            (400, "Unknown runtime: shell. Must be one of: ['claude']", "ENABLE_SHELL_RUNTIME"),
+            (401, "Invalid API key", "AOD_API_TOKEN"),
+        ] {
+            let text = explain(StatusCode::from_u16(status).unwrap(), detail);
+            assert!(text.starts_with(detail) && text.contains(hint), "{text}");
+        }
+        let unknown = explain(StatusCode::CONFLICT, "No turn is running");
+        assert_eq!(unknown, "No turn is running (409)");
+    }
 
     #[test]
     fn keys_lose_line_ends_and_nothing_else() {
