@@ -52,7 +52,7 @@ pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
             Transition {
                 turn: Some(turn),
                 session: current.then_some(session),
-                destroy: current && leaves_nothing(ended),
+                destroy: current && leaves_nothing(event_turn, ended),
             }
         }
         Kind::Terminated(_) if state.session != SessionStatus::Terminated => Transition {
@@ -64,12 +64,16 @@ pub fn next(state: State, event_turn: u32, kind: &Kind) -> Transition {
     }
 }
 
-/// Whether a turn's end leaves an unusable Sprite: its set-up failed, or its deadline passed.
+/// Whether a turn's end leaves an unusable Sprite: its set-up failed, or its deadline passed. The
+/// first turn sets the Sprite up, and later ones rely on that: whatever failed before the first one
+/// began, its Sprite is not set up, and may not even exist.
 #[must_use]
-pub fn leaves_nothing(ended: &TurnEnded) -> bool {
-    let stage = ended.failure.as_ref().map(|failure| failure.stage.as_str());
+pub fn leaves_nothing(turn: u32, ended: &TurnEnded) -> bool {
+    let is_not_set_up = turn == 1 && ended.unstarted.is_some();
     ended.exit_code.is_none()
-        && stage.is_some_and(|stage| stage == DEADLINE || stage.parse::<Stage>().is_ok())
+        && ended.failure.as_ref().is_some_and(|failure| {
+            is_not_set_up || failure.stage == DEADLINE || failure.stage.parse::<Stage>().is_ok()
+        })
 }
 
 #[cfg(test)]
@@ -159,5 +163,22 @@ mod tests {
                 && !ended(None, Some("timeout"))
                 && !ended(Some(0), None)
         );
+    }
+
+    #[test]
+    fn a_first_turn_that_fails_before_it_begins_destroys_its_sprite_and_a_later_one_does_not() {
+        let destroys = |turn, unstarted| {
+            let state = State {
+                session: SessionStatus::Pending,
+                current_turn: turn,
+                turn: Some(TurnStatus::Pending),
+            };
+            let failure = Some(Failure { stage: "credentials".to_owned(), message: String::new() });
+            let ended = TurnEnded { failure, unstarted, ..TurnEnded::default() };
+            next(state, turn, &Kind::TurnEnded(ended)).destroy
+        };
+        let unstarted = Some(TurnStarted::default());
+        assert!(destroys(1, unstarted.clone()));
+        assert!(!destroys(2, unstarted) && !destroys(1, None));
     }
 }

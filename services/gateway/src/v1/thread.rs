@@ -320,7 +320,7 @@ impl Thread {
                 if reason == StopReason::Interrupted { "interrupted" } else { "the turn ended" };
             result(tool_use, is_mcp, content, true, part, entry);
         }
-        let is_terminal = rules::state::leaves_nothing(ended);
+        let is_terminal = rules::state::leaves_nothing(turn, ended);
         if has_failed && (is_terminal || !self.state.has_failed) {
             let message = ended
                 .failure

@@ -373,8 +373,16 @@ fn a_failed_turn_has_a_reason_and_leaves_the_session_idle() {
 
 #[test]
 fn a_set_up_that_failed_shows_the_message_and_terminates() {
-    let failure =
-        Some(session::Failure { stage: "provision_setup".to_owned(), message: "no".to_owned() });
+    failed_before_it_began("provision_setup");
+}
+
+#[test]
+fn a_first_turn_that_failed_before_its_set_up_terminates() {
+    failed_before_it_began("credentials");
+}
+
+fn failed_before_it_began(stage: &str) {
+    let failure = Some(session::Failure { stage: stage.to_owned(), message: "no".to_owned() });
     let input = InputId::new();
     let unstarted = Some(TurnStarted {
         prompt: "hi".to_owned(),
