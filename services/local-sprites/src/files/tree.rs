@@ -333,7 +333,7 @@ mod tests {
             fs::create_dir_all(tree.join(format!("wide/{number}/below"))).unwrap();
         }
         let mut at = openat(CWD, &tree, directory_flags(), Mode::empty()).unwrap();
-        for _ in 0..10_000 {
+        for _ in 0..20_000 {
             mkdirat(&at, "a", Mode::RWXU).unwrap();
             at = openat(&at, "a", directory_flags(), Mode::empty()).unwrap();
         }

@@ -85,17 +85,18 @@ async fn keep_disk_free(registry: &Registry, before: &mut HashMap<PathBuf, u64>)
     let now: HashMap<PathBuf, u64> =
         running.iter().map(|sprite| (sprite.dir().to_path_buf(), sprite.disk_bytes())).collect();
     let before = std::mem::replace(before, now);
-    let Some(disk) = registry.disk_space().filter(|disk| registry.budget().is_full(*disk)) else {
-        return;
-    };
-    // Before what runs is ended: an image can be made again.
-    if registry.images.as_ref().is_some_and(Images::remove_oldest) {
+    let full = || registry.disk_space().filter(|disk| registry.budget().is_full(*disk));
+    // Before what runs is ended: an image can be made again. As many as it takes at once, since the
+    // disk fills meanwhile.
+    while let Some(disk) = full()
+        && registry.images.as_ref().is_some_and(Images::remove_oldest)
+    {
         tracing::warn!(
             free_bytes = disk.free_bytes,
             "deleted the least recently used image: the machine's disk is full"
         );
-        return;
     }
+    let Some(disk) = full() else { return };
     let growth = |sprite: &Sprite| {
         sprite.disk_bytes().saturating_sub(before.get(sprite.dir()).copied().unwrap_or_default())
     };

@@ -13,7 +13,10 @@ use std::{
     io,
     path::{Path, PathBuf},
     str::FromStr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -25,10 +28,7 @@ use crate::{
     atomic::write_atomically,
     files::tree,
     isolation::disk::Disks,
-    sprites::{
-        registry::Registry,
-        sprite::{RegistryError, Sprite},
-    },
+    sprites::{registry::Registry, sprite::RegistryError},
     sync::locked,
 };
 
@@ -136,6 +136,11 @@ impl Images {
         remove(&self.dir.join(&key.0));
     }
 
+    /// What the copy of an image takes.
+    pub fn bytes_of(&self, image: &Path) -> u64 {
+        read(image).map_or(0, |record| record.bytes)
+    }
+
     /// Deletes what is too old.
     pub fn expire(&self) {
         for image in self.all() {
@@ -237,7 +242,7 @@ impl Registry {
             if images.find(&key).is_some() {
                 return Err(RegistryError::ImageExists);
             }
-            registry.check_room_for_copy(&sprite)?;
+            let _room = registry.room_for_copy(Disks::image_bytes(sprite.dir()))?;
             let id = Uuid::new_v4();
             let dir = images.draft_dir(id);
             let copied = async {
@@ -272,14 +277,28 @@ impl Registry {
         Ok(())
     }
 
-    /// Whether a copy of a Sprite's disk leaves the machine its reserve.
-    fn check_room_for_copy(&self, sprite: &Sprite) -> Result<(), RegistryError> {
-        let copy = Disks::image_bytes(sprite.dir());
+    /// Room on the machine's disk for a copy, if that and those under way leave the reserve.
+    pub(super) fn room_for_copy(&self, bytes: u64) -> Result<Room<'_>, RegistryError> {
+        let room = Room { copying: &self.copying, bytes };
+        let copying = self.copying.fetch_add(bytes, Ordering::SeqCst) + bytes;
         let is_full = self.disk_space().is_some_and(|mut disk| {
-            disk.free_bytes = disk.free_bytes.saturating_sub(copy);
+            disk.free_bytes = disk.free_bytes.saturating_sub(copying);
             self.budget().is_full(disk)
         });
-        if is_full { Err(RegistryError::DiskFull) } else { Ok(()) }
+        if is_full { Err(RegistryError::DiskFull) } else { Ok(room) }
+    }
+}
+
+/// Counts the bytes of a copy until it is dropped.
+#[derive(Debug)]
+pub(super) struct Room<'a> {
+    copying: &'a AtomicU64,
+    bytes: u64,
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.copying.fetch_sub(self.bytes, Ordering::SeqCst);
     }
 }
 

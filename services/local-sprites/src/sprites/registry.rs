@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -45,6 +45,8 @@ pub struct Registry {
     budget: Budget,
     /// None where none are kept.
     pub(crate) images: Option<Images>,
+    /// The bytes of the copies of disks that are under way.
+    pub(super) copying: AtomicU64,
     /// The memory of all Sprites together.
     memory_bytes: Option<u64>,
     reach: Reach,
@@ -93,6 +95,7 @@ impl Registry {
             cgroups,
             budget,
             images,
+            copying: AtomicU64::new(0),
             memory_bytes,
             reach,
             sprites: Mutex::default(),
@@ -348,8 +351,8 @@ impl Registry {
         Ok(sprite)
     }
 
-    /// Starts a new Sprite with a copy of an image. None: there is no such image, or none that a
-    /// Sprite starts with, and nothing of it is left.
+    /// Starts a new Sprite with a copy of an image. None: there is no such image, no room for a copy
+    /// of it, or none that a Sprite starts with, and nothing of it is left.
     async fn begin_from(
         &self,
         key: &ImageKey,
@@ -357,8 +360,10 @@ impl Registry {
     ) -> Option<Result<Holder, RegistryError>> {
         let images = self.images.as_ref()?;
         let (image, begun) = (images.find(key)?, Instant::now());
+        let room = self.room_for_copy(images.bytes_of(&image)).ok()?;
         let started = async {
             self.sandboxes.copy_disk(&image, sprite.dir()).await?;
+            drop(room);
             let copied_ms = begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX);
             self.sandboxes.make_files(sprite.dir()).await?;
             sprite.change(|record| record.from_image = Some(FromImage { copied_ms }))?;

@@ -73,6 +73,18 @@ async fn the_sprite_that_fills_the_disk_is_stopped_and_others_run_on() {
     ])
     .await;
     let (hog, other) = (server.sprite("hog").await, server.sprite("other").await);
+    // Images go first, and do not keep it running meanwhile.
+    bash(&other, "head -c 6M /dev/urandom >some; sync").await;
+    for number in 0..8 {
+        let draft = other.draft_image(&format!("image-{number}"), &[]).await.unwrap();
+        other.keep_image(draft).await.unwrap();
+    }
+    let images = || {
+        let roots = std::fs::read_dir(data.join("images")).unwrap().flatten();
+        let below = |root: std::fs::DirEntry| std::fs::read_dir(root.path()).unwrap().flatten();
+        roots.flat_map(below).filter(|image| image.path().join("image.json").exists()).count()
+    };
+    testkit::eventually("the images are there", async || images() == 8).await;
     let write = "for n in $(seq 100); do head -c 20M /dev/urandom > /home/sprite/$n || exit 3; sync; sleep 0.1; done";
     let request = ExecRequest { argv: &["bash", "-c", write], ..ExecRequest::default() };
     let ended =
@@ -80,6 +92,7 @@ async fn the_sprite_that_fills_the_disk_is_stopped_and_others_run_on() {
             .await
             .unwrap();
     assert!(ended.as_ref().map_or(true, |finished| finished.code == 137), "{ended:?}");
+    assert_eq!(images(), 0);
     assert_eq!(said(&other, "echo x > file && sync && cat file").await, "x\n");
     let woken = sprites::http_client()
         .unwrap()

@@ -1,13 +1,13 @@
 //! Sprites that begin from kept disks.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use rustix::process::Signal;
 use serde_json::Value;
 use sprites::{Began, Error, Sprite};
 use testkit::eventually;
 
-use crate::server::{Server, bash, said};
+use crate::server::{Server, bash, output, said};
 
 const WITHOUT: [&str; 2] = ["/var/lib/aod-host", "/var/lib/aod"];
 /// In no text of this test's but by its parts.
@@ -230,6 +230,40 @@ async fn an_image_that_no_sprite_starts_with_is_replaced() {
     );
     assert!(names(&server).is_empty());
     keep_and_wait(&server, &sprite, "one").await;
+}
+
+/// On a disk of the test's own. A quarter of it is to stay free.
+#[tokio::test]
+async fn no_copy_of_an_image_takes_the_machines_reserve() {
+    if !has_root() {
+        return;
+    }
+    let mount = tempfile::tempdir().unwrap();
+    let mut tmpfs = Command::new("mount");
+    tmpfs.args(["-t", "tmpfs", "-o", "size=1200M", "tmpfs"]).arg(mount.path());
+    assert!(output(tmpfs).await.status.success());
+    let data = mount.path().join("data");
+    let server = Server::start(&[("LOCAL_SPRITES_DATA_DIR", data.to_str().unwrap())]).await;
+    let sprite = server.sprite("maker").await;
+    bash(&sprite, "head -c 200M /dev/urandom >big; sync").await;
+    keep(&sprite, "one").await;
+    eventually("a Sprite begins from it", async || {
+        let first = began(&server, "first", "one").await;
+        if first == Began::Empty {
+            server.client().delete(&"first".parse().unwrap()).await.unwrap();
+        }
+        first != Began::Empty
+    })
+    .await;
+    let names = ["second", "third"];
+    let all = futures::future::join_all(names.map(|name| began(&server, name, "one"))).await;
+    assert!(all.contains(&Began::Empty), "{all:?}");
+    let free = rustix::fs::statvfs(&data).unwrap();
+    assert!(free.f_bavail * free.f_frsize > 300 << 20, "{} blocks", free.f_bavail);
+    drop(server);
+    let mut unmount = Command::new("umount");
+    unmount.arg("--lazy").arg(mount.path());
+    assert!(output(unmount).await.status.success());
 }
 
 /// As a package's script may leave them. With a call for each level the server's stack overflows.
