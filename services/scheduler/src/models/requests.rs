@@ -33,6 +33,20 @@ use crate::{
     unsigned, without_nul,
 };
 
+/// Adds what a request used to what its turn used before.
+macro_rules! add_up {
+    () => {
+        "on conflict (session_id, turn_number) do update
+         set requests = u.requests + excluded.requests, unknown = u.unknown + excluded.unknown,
+             unpriced = u.unpriced + excluded.unpriced, input_tokens = u.input_tokens + excluded.input_tokens,
+             output_tokens = u.output_tokens + excluded.output_tokens,
+             cache_read_tokens = u.cache_read_tokens + excluded.cache_read_tokens,
+             cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
+             reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
+             cost_micro_usd = u.cost_micro_usd + excluded.cost_micro_usd, model = excluded.model"
+    };
+}
+
 /// How long a gateway's requests stay open without a sign of life.
 const GATEWAY_LEASE: Duration = Duration::from_secs(30);
 const LOST_AT_A_TIME: i64 = 100;
@@ -283,7 +297,8 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
 }
 
 /// What [`begin_once`] does for a session that no row limits, in one statement: an agent waits for
-/// it. Returns whether there was such a session, without a request of that id.
+/// it. Returns whether there was such a session, without a request of that id, whose meter nobody
+/// wrote meanwhile: a budget is made in a transaction that writes it.
 async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, RpcError> {
     let started = ModelRequestStarted {
         request_id: named.id.to_string(),
@@ -310,6 +325,7 @@ async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, R
                  minute_began_at = case when m.minute_began_at < now() - interval '1 minute' then now() else m.minute_began_at end,
                  minute_requests = case when m.minute_began_at < now() - interval '1 minute' then 1 else m.minute_requests + 1 end,
                  counted_us = greatest(m.counted_us, excluded.counted_us)
+             where m.xmin = (select xmin from model_meter where session_id = $1)
              returning number
          ), request as (
              insert into model_request (request_id, session_id, user_id, agent_id, turn_number, gateway_id, provider, model, key, status)
@@ -455,6 +471,11 @@ async fn insert(
 pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Result<Empty, RpcError> {
     let named = Named::read(request.begun.clone().unwrap_or_default())?;
     idempotency::retried(|| async {
+        if scheduler.model_defaults.limit_nothing()
+            && settle_unlimited(&scheduler, &named, &request).await?
+        {
+            return Ok(());
+        }
         let mut tx = scheduler.pool.begin().await?;
         if settle(&mut tx, named.session, named.id, &request).await? {
             tx.commit().await?;
@@ -530,6 +551,97 @@ async fn insert_late(tx: &mut PgConnection, named: &Named) -> Result<bool, RpcEr
     Ok(true)
 }
 
+/// What [`settle`] does for an open request of a session that nothing limits, in one statement.
+/// Returns whether there was one, of a session whose meter nobody wrote meanwhile, as
+/// [`begin_unlimited`].
+async fn settle_unlimited(
+    scheduler: &Scheduler,
+    named: &Named,
+    request: &EndModelRequestRequest,
+) -> Result<bool, RpcError> {
+    let usage = known_usage(request);
+    let ended = ended(named.id, (&named.provider, &named.model), request, usage.as_ref());
+    let failure = (!ended.error.is_empty()).then(|| ended.error.clone());
+    let query = sqlx::query(concat!(
+        "with ended as (
+             select r.user_id, r.agent_id, r.turn_number
+             from model_request r join session s using (session_id)
+             where request_id = $1 and session_id = $2 and r.status = 'open' and not is_budgeted
+               and not exists (
+                   select from model_limit l
+                   join (values ('session', session_id), ('agent', r.agent_id), ('user', r.user_id), ('deployment', $3::uuid))
+                       as o (scope, scope_id) using (scope, scope_id))
+         ), meter as (
+             insert into model_meter as m (session_id, number, failed_turn, failure)
+             select $2, 1, case when $4::text is not null then turn_number end, $4 from ended
+             on conflict (session_id) do update
+             set number = m.number + 1, failed_turn = excluded.failed_turn, failure = excluded.failure
+             where m.xmin = (select xmin from model_meter where session_id = $2)
+             returning number
+         ), request as (
+             update model_request r
+             set status = case when $5 then 'settled' else 'unknown' end, ended_at = now(), http_status = $6, is_partial = $7,
+                 input_tokens = $11, output_tokens = $12, cache_read_tokens = $13, cache_write_tokens = $14, reasoning_tokens = $15,
+                 cost_micro_usd = $16
+             from meter where request_id = $1
+         ), used as (
+             insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
+                                          cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, model)
+             select $2, turn_number, 1, case when $5 then 0 else 1 end, $8, coalesce($11, 0), coalesce($12, 0), coalesce($13, 0),
+                    coalesce($14, 0), coalesce($15, 0), coalesce($16, 0), $9
+             from ended, meter
+             ",
+        add_up!(),
+        "
+         )
+         insert into model_entry (session_id, number, payload) select $2, number, $10 from meter",
+    ))
+    .bind(named.id)
+    .bind(named.session.uuid())
+    .bind(Uuid::nil())
+    .bind(failure)
+    .bind(usage.is_some())
+    .bind(i32::try_from(request.status).unwrap_or_default())
+    .bind(request.is_partial)
+    .bind(is_unpriced(usage.as_ref()))
+    .bind(&named.model)
+    .bind(entries::payload(meter_entry::Kind::Ended(ended)));
+    let query = counts(usage.as_ref()).into_iter().fold(query, |query, count| query.bind(count));
+    Ok(query.execute(&scheduler.pool).await?.rows_affected() == 1)
+}
+
+/// What a request used, if that is known. A response that says nothing of usage used nothing where
+/// it is a refusal.
+fn known_usage(request: &EndModelRequestRequest) -> Option<Usage> {
+    let is_known = request.usage.is_some() || request.status >= 400 || is_unsent(request);
+    is_known.then(|| request.usage.clone().unwrap_or_else(nothing))
+}
+
+fn is_unpriced(usage: Option<&Usage>) -> i64 {
+    i64::from(usage.is_some_and(|usage| usage.cost_micro_usd.is_none()))
+}
+
+/// A request's end as its session's log shows it.
+fn ended(
+    id: Uuid,
+    (provider, model): (&str, &str),
+    request: &EndModelRequestRequest,
+    usage: Option<&Usage>,
+) -> ModelRequestEnded {
+    ModelRequestEnded {
+        request_id: id.to_string(),
+        started: 0,
+        provider: provider.to_owned(),
+        model: model.to_owned(),
+        status: request.status,
+        usage: usage.cloned(),
+        is_partial: request.is_partial,
+        duration_ms: request.duration_ms,
+        error: without_nul(&request.error),
+        error_kind: request.error_kind.clone(),
+    }
+}
+
 /// Settles a request, once; one that was unknown may be settled later. Returns whether there was
 /// one to settle.
 async fn settle(
@@ -546,9 +658,8 @@ async fn settle(
     .bind(session.uuid())
     .fetch_optional(&mut *tx)
     .await?;
-    // An answer that says nothing of usage used nothing where it is a refusal.
-    let is_known = request.usage.is_some() || request.status >= 400 || is_unsent(request);
-    let usage = if is_known { Some(request.usage.clone().unwrap_or_else(nothing)) } else { None };
+    let usage = known_usage(request);
+    let is_known = usage.is_some();
     let query = sqlx::query(
         "with old as (
              select * from model_request where request_id = $1 and (status = 'open' or (status = 'unknown' and $2 and not is_summed))
@@ -662,44 +773,26 @@ async fn show(
     request: &EndModelRequestRequest,
 ) -> Result<(), RpcError> {
     let Used { owners, turn, number, provider, model, was_unknown, usage } = used;
-    let is_unpriced = usage.is_some_and(|usage| usage.cost_micro_usd.is_none());
-    let failure = (!request.error.is_empty()).then(|| without_nul(&request.error));
-    let query = sqlx::query(
+    let ended = ended(id, (&provider, &model), request, usage);
+    let failure = (!ended.error.is_empty()).then_some(ended.error.as_str());
+    let query = sqlx::query(concat!(
         "with failed as (update model_meter set failed_turn = $13, failure = $14 where session_id = $1)
          insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
                                       cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, model)
          values ($1, $2, case when $3 then 0 else 1 end, case when $4 then 1 when $3 then -1 else 0 end, $5, $6, $7, $8, $9, $10, $11, $12)
-         on conflict (session_id, turn_number) do update
-         set requests = u.requests + excluded.requests, unknown = u.unknown + excluded.unknown,
-             unpriced = u.unpriced + excluded.unpriced, input_tokens = u.input_tokens + excluded.input_tokens,
-             output_tokens = u.output_tokens + excluded.output_tokens,
-             cache_read_tokens = u.cache_read_tokens + excluded.cache_read_tokens,
-             cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
-             reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
-             cost_micro_usd = u.cost_micro_usd + excluded.cost_micro_usd, model = excluded.model",
-    )
+         ",
+        add_up!(),
+    ))
     .bind(owners.session)
     .bind(turn)
     .bind(was_unknown)
     .bind(usage.is_none())
-    .bind(i64::from(is_unpriced));
+    .bind(is_unpriced(usage));
     let query =
         counts(usage).into_iter().fold(query, |query, count| query.bind(count.unwrap_or_default()));
-    let query = query.bind(&model).bind(failure.is_some().then_some(turn)).bind(&failure);
+    let query = query.bind(&model).bind(failure.is_some().then_some(turn)).bind(failure);
     query.execute(&mut *tx).await?;
     if !was_unknown {
-        let ended = ModelRequestEnded {
-            request_id: id.to_string(),
-            started: 0,
-            provider,
-            model,
-            status: request.status,
-            usage: usage.cloned(),
-            is_partial: request.is_partial,
-            duration_ms: request.duration_ms,
-            error: failure.unwrap_or_default(),
-            error_kind: request.error_kind.clone(),
-        };
         entries::add(tx, owners.session, number, meter_entry::Kind::Ended(ended)).await?;
     }
     Ok(())

@@ -190,6 +190,34 @@ async fn a_model_request_that_is_asked_twice_at_once_is_admitted_both_times_and_
     }
 }
 
+#[tokio::test]
+async fn a_budget_that_is_made_while_a_request_begins_and_another_ends_counts_both() {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (session, _) = world.asking(&world.agent().await).await;
+    let (earlier, later) = (models.request(&session, 30), models.request(&session, 500));
+    models.begin(&earlier).await;
+    // As a budget is made: the meter's row first.
+    let mut admin = world.database.admin().await.unwrap();
+    let mut making = admin.begin().await.unwrap();
+    for statement in [
+        "update scheduler.model_meter set number = number where session_id = $1::uuid",
+        "insert into scheduler.model_limit (scope, scope_id, max_tokens) values ('session', $1::uuid, 100000)",
+    ] {
+        sqlx::query(statement).bind(&session).execute(&mut *making).await.unwrap();
+    }
+    let made = async {
+        let waiting = "select count(*) from pg_stat_activity
+                       where wait_event_type = 'Lock' and query like '%insert into model_meter%'";
+        testkit::eventually("both wait", async || world.number(waiting).await == 2).await;
+        making.commit().await.unwrap();
+    };
+    let (admission, (), ()) = tokio::join!(models.begin(&later), models.end(&earlier, 30), made);
+    assert!(matches!(admission, Admission::Admitted(admitted) if !admitted.is_unlimited));
+    assert_eq!(world.number("select used_tokens from scheduler.model_limit").await, 30);
+    assert_eq!(world.number("select held_tokens from scheduler.model_limit").await, 500);
+}
+
 /// A client that goes away while its request is being asked for: beginning and end reach different
 /// schedulers.
 #[tokio::test]
