@@ -85,7 +85,7 @@ struct LeaseRow {
     purpose: String,
     credential_kinds: Vec<String>,
     secret_ids: Vec<Uuid>,
-    /// Left to the model gateway.
+    /// Stored credentials that are left to the model gateway.
     proxied_kinds: Vec<String>,
     routes: Option<Vec<u8>>,
     /// None where a runner of the release before claimed.
@@ -101,7 +101,11 @@ pub async fn redeem(
     let id: LeaseId = request.lease_id.parse().map_err(|_| refused())?;
     // A runner that claimed the work meanwhile has a lease of a higher epoch.
     let lease: Option<LeaseRow> = sqlx::query_as(
-        "select user_id, session_id, purpose, credential_kinds, secret_ids, proxied_kinds, routes, public_key,
+        "select user_id, session_id, purpose, credential_kinds, secret_ids, routes, public_key,
+                array(
+                    select kind from secret
+                    where secret.user_id = lease.user_id and is_credential and kind = any(lease.proxied_kinds)
+                ) as proxied_kinds,
                 revoked_at is null and expires_at > now()
                 and (redeemed_at is null or redeemed_at > now() - make_interval(secs => $2))
                 and (public_key is null or public_key = $3)
@@ -211,14 +215,7 @@ async fn bundle(vault: &Vault, lease: &LeaseRow) -> Result<Bundle, RpcError> {
             ..BundledSecret::default()
         });
     }
-    let proxied_kinds = sqlx::query_scalar(
-        "select kind from secret where user_id = $1 and is_credential and kind = any($2)",
-    )
-    .bind(lease.user_id)
-    .bind(&lease.proxied_kinds)
-    .fetch_all(&vault.pool)
-    .await?;
-    Ok(Bundle { secrets, proxied_kinds, routes: Vec::new() })
+    Ok(Bundle { secrets, proxied_kinds: lease.proxied_kinds.clone(), routes: Vec::new() })
 }
 
 pub async fn revoke(vault: Vault, request: RevokeLeasesRequest) -> Result<Empty, RpcError> {

@@ -138,21 +138,17 @@ pub async fn turn(
     .bind(claimant)
     .fetch_one(&mut *tx)
     .await?;
-    tx.commit().await?;
-    if turn.epoch == 1 {
-        metrics::histogram!("aod_turn_wait_seconds").record(turn.age_seconds);
+    let (epoch, is_first, waited) = (unsigned(turn.epoch), turn.epoch == 1, turn.age_seconds);
+    // The vault answers while the claim is committed. A lease of a claim that was not is a lease
+    // for the key of a runner that does not get to know of it.
+    let secrets = (request.public_key, request.model_token_hash, request.routing);
+    let (committed, spec) =
+        tokio::join!(tx.commit(), specification(&scheduler, id, number, session, turn, secrets));
+    committed?;
+    if is_first {
+        metrics::histogram!("aod_turn_wait_seconds").record(waited);
     }
-    let epoch = unsigned(turn.epoch);
-    match specification(
-        &scheduler,
-        id,
-        number,
-        session,
-        turn,
-        (request.public_key, request.model_token_hash, request.routing),
-    )
-    .await
-    {
+    match spec {
         Ok(spec) => answer(Verdict::Run(spec)),
         Err(failure) => {
             // Not the turn's fault, and no failed attempt: the vault is away, say.
