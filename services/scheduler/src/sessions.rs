@@ -27,7 +27,10 @@ use uuid::Uuid;
 use self::row::{SessionRow, find, lock, missing, partition, session_columns};
 use crate::{
     Scheduler,
-    catalog::{agents, environments, files, vaults},
+    catalog::{
+        agents::{self, AgentRow},
+        environments, files, vaults,
+    },
     db::idempotency,
     inputs,
     log::{
@@ -41,11 +44,9 @@ use crate::{
 /// What a new session takes from its agent and environment.
 #[derive(sqlx::FromRow)]
 struct Template {
-    agent_version: i32,
-    agent_archived: bool,
-    runtime: String,
-    model: String,
-    environment_id: Option<Uuid>,
+    #[sqlx(flatten)]
+    agent: AgentRow,
+    session_environment_id: Option<Uuid>,
     environment_version: Option<i32>,
     environment_archived: Option<bool>,
     env_var_names: Option<Vec<String>>,
@@ -75,7 +76,9 @@ pub async fn create(
         Box::pin(idempotency::or_created_earlier(outcome, &request.session_id, earlier)).await?;
     scheduler.outbox.notify_one();
     if let Some(session) = reply.session.as_mut().filter(|_| request.is_v1) {
-        session.agent = agent_of(&scheduler, session).await?;
+        if session.agent.is_none() {
+            session.agent = agent_of(&scheduler, session).await?;
+        }
         let id = session.session_id.parse::<SessionId>();
         if let Ok(id) = id
             && !request.files.is_empty()
@@ -115,8 +118,9 @@ async fn create_in(
         request.agent_id.parse().map_err(|_| RpcError::not_found("Agent not found"))?;
     let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);
     let template: Template = sqlx::query_as(
-        "select av.version as agent_version, a.archived_at is not null as agent_archived, av.runtime, av.model,
-                e.environment_id, e.version as environment_version, e.archived_at is not null as environment_archived, ev.env_var_names
+        "select a.agent_id, av.name, av.description, av.system, av.model, av.runtime, a.environment_id, av.metadata, av.skills,
+                av.mcp_servers, av.mcp_secret_id, av.permissions, av.tools, av.version, a.created_at, a.updated_at, a.archived_at,
+                e.environment_id as session_environment_id, e.version as environment_version, e.archived_at is not null as environment_archived, ev.env_var_names
          from agent a
          join agent_version av on av.agent_id = a.agent_id and av.version = coalesce($4, a.version) and av.version > 0
          left join environment e on e.environment_id = coalesce($3, a.environment_id) and e.user_id = $2
@@ -130,22 +134,22 @@ async fn create_in(
     .fetch_optional(&mut *tx)
     .await?
     .ok_or_else(|| RpcError::not_found("Agent not found"))?;
-    if template.agent_archived {
+    if template.agent.archived_at.is_some() {
         return Err(RpcError::conflict("Cannot create session with archived agent")
             .because("agent_archived"));
     }
     if matches!(override_id, Some(Err(_)))
-        || (override_id.is_some() && template.environment_id.is_none())
+        || (override_id.is_some() && template.session_environment_id.is_none())
     {
         return Err(environments::missing().because("environment_not_found"));
     }
-    if template.environment_id.is_some() && template.environment_archived == Some(true) {
+    if template.session_environment_id.is_some() && template.environment_archived == Some(true) {
         return Err(RpcError::conflict("Cannot create session with archived environment")
             .because("environment_archived"));
     }
     let own = request.agent_override.as_ref();
-    let (runtime, model) =
-        own.map_or((&template.runtime, &template.model), |own| (&own.runtime, &own.model));
+    let (runtime, model) = own
+        .map_or((&template.agent.runtime, &template.agent.model), |own| (&own.runtime, &own.model));
     let runtime: Runtime = runtime
         .parse()
         .map_err(|()| RpcError::internal(format!("agent {agent} has an unknown runtime")))?;
@@ -160,7 +164,7 @@ async fn create_in(
     check_credentials(runtime, &request.credential_kinds, &brought)?;
     let model = ModelRef::parse(runtime, model).map_err(RpcError::internal)?;
     let agent_version = match own {
-        None => template.agent_version,
+        None => template.agent.version,
         Some(own) => agents::override_agent(tx, agent.uuid(), id, own).await?,
     };
     let messages = &request.initial_messages;
@@ -184,7 +188,7 @@ async fn create_in(
     .bind(user.uuid())
     .bind(agent.uuid())
     .bind(agent_version)
-    .bind(template.environment_id)
+    .bind(template.session_environment_id)
     .bind(template.environment_version)
     .bind(runtime.as_str())
     .bind(model.provider().map(types::Provider::as_str))
@@ -223,6 +227,9 @@ async fn create_in(
         turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
     }
     idempotency::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
+    if request.is_v1 && own.is_none() {
+        session.agent = Some(template.agent.into());
+    }
     Ok(CreateSessionReply { session: Some(session), replayed: false })
 }
 

@@ -27,13 +27,13 @@ use crate::{
 };
 
 #[derive(Clone, PartialEq, sqlx::FromRow)]
-struct AgentRow {
+pub struct AgentRow {
     agent_id: Uuid,
     name: String,
     description: String,
     system: String,
-    model: String,
-    runtime: String,
+    pub model: String,
+    pub runtime: String,
     environment_id: Option<Uuid>,
     metadata: Value,
     skills: Value,
@@ -41,12 +41,12 @@ struct AgentRow {
     mcp_secret_id: Option<Uuid>,
     permissions: Option<Value>,
     tools: Option<Value>,
-    version: i32,
+    pub version: i32,
     #[sqlx(default)]
     base_version: Option<i32>,
     created_at: OffsetDateTime,
     updated_at: OffsetDateTime,
-    archived_at: Option<OffsetDateTime>,
+    pub archived_at: Option<OffsetDateTime>,
 }
 
 impl From<AgentRow> for Agent {
