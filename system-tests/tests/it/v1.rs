@@ -287,6 +287,33 @@ async fn sandboxes_that_cannot_limit_a_value_to_hosts_do_not_get_it() {
     assert!(told.contains("limited networking (KEY) cannot be used"), "{told}");
 }
 
+/// Its sandbox was never created: a second turn would find none.
+#[tokio::test]
+async fn a_session_whose_first_turn_fails_before_its_set_up_ends() {
+    let stack = Stack::start(Options::default()).await.unwrap();
+    let key = Some(json!({ "value": "SENTINEL-key" }));
+    let stored = stack.call(Method::PUT, "/credentials/provider:anthropic", key).await.unwrap();
+    assert!((200..300).contains(&stored.status), "{stored:?}");
+    let client = Client::new(&stack, json!({ "name": "c", "model": "claude-sonnet-4-5" })).await;
+    let vault = created(&stack, "/v1/vaults", json!({ "display_name": "v" })).await;
+    let address = variable("ANTHROPIC_BASE_URL", "http://127.0.0.1:9");
+    created(&stack, &format!("/v1/vaults/{vault}/credentials"), address).await;
+    let session = client.session(json!({ "vault_ids": [vault] })).await;
+    let path = format!("/v1/sessions/{session}/events");
+    let message =
+        json!({ "type": "user.message", "content": [{ "type": "text", "text": "echo one" }] });
+    let sent = stack.post(&path, json!({ "events": [message] })).await.unwrap();
+    assert_eq!(sent.status, 200, "{sent:?}");
+    let status = async || {
+        let shown = stack.get(&format!("/v1/sessions/{session}")).await.unwrap();
+        shown.text("status").to_owned()
+    };
+    testkit::eventually("the turn ends", async || status().await != "running").await;
+    assert_eq!(status().await, "terminated");
+    let told = stack.get(&path).await.unwrap().body["data"].to_string();
+    assert!(told.contains("sets ANTHROPIC_BASE_URL without a key"), "{told}");
+}
+
 #[tokio::test]
 async fn vaults_are_paged_patched_archived_and_their_users_own() {
     let stack = Stack::start(Options::default()).await.unwrap();
