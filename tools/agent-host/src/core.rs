@@ -130,6 +130,8 @@ pub struct Core {
     idle_at: Option<u64>,
     /// When a CLI that takes no message yet is given up.
     ready_by: Option<u64>,
+    /// The input for which the CLI was started, until it takes a message or is given one.
+    start_input: Option<String>,
     quiet_since: u64,
     stopping: bool,
     exited: bool,
@@ -171,6 +173,7 @@ impl Core {
             give_up_at: None,
             idle_at: None,
             ready_by: None,
+            start_input: None,
             quiet_since: now,
             stopping: false,
             exited: false,

@@ -115,7 +115,7 @@ pub struct Input {
     /// Unique within the session; at most 64 bytes. Not needed for `persisted`.
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
-    #[prost(oneof = "input::Kind", tags = "10, 11, 12, 13, 14, 15, 16, 17")]
+    #[prost(oneof = "input::Kind", tags = "10, 11, 12, 13, 14, 15, 16, 17, 18")]
     pub kind: ::core::option::Option<input::Kind>,
 }
 /// Nested message and enum types in `Input`.
@@ -140,8 +140,13 @@ pub mod input {
         Withdraw(super::Withdraw),
         #[prost(message, tag = "17")]
         CustomToolResult(super::CustomToolResult),
+        #[prost(message, tag = "18")]
+        StartCli(super::StartCli),
     }
 }
+/// Starts the CLI ahead of its first message. Settled once it takes one; refused where it cannot be started or has something to do.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StartCli {}
 /// What a custom tool returned.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CustomToolResult {

@@ -93,6 +93,7 @@ impl Core {
                     self.settle(&id, Outcome::Refused, "no such input is queued");
                 }
             }
+            Some(input::Kind::StartCli(_)) => self.start_cli(id),
             Some(input::Kind::Stop(_)) => {
                 self.settle(&id, Outcome::Applied, "");
                 self.stopping = true;

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use contract::host::{
     DecisionRequested, Evaluation, Event, Output, ToolUse, decision::Verdict, event,
-    output::Stream, record, turn_ended::Reason,
+    input_settled::Outcome, output::Stream, record, turn_ended::Reason,
 };
 use prost::Message as _;
 
@@ -103,7 +103,10 @@ impl Core {
                 if let Program::Cli { ready } = &mut self.program {
                     *ready = true;
                     self.ready_by = None;
-                    if self
+                    if self.turn.is_none() {
+                        self.settle_start(Outcome::Applied, "");
+                        self.rest(now);
+                    } else if self
                         .turn
                         .as_ref()
                         .is_some_and(|turn| !turn.delivered && turn.ending.is_none())

@@ -1,6 +1,6 @@
 use contract::host::{
-    CustomToolResult, InputAccepted, Interrupt, Message, Spec, TurnEnded, WhenBusy, Withdraw,
-    decision::Verdict, event, input, record, turn_ended::Reason,
+    CustomToolResult, InputAccepted, Interrupt, Message, Spec, StartCli, TurnEnded, WhenBusy,
+    Withdraw, decision::Verdict, event, input, input_settled::Outcome, record, turn_ended::Reason,
 };
 use proptest::prelude::*;
 
@@ -50,13 +50,17 @@ impl Adapter for Prompt {
     }
 }
 
-/// A turn of [`Prompt`] that has the message.
-fn running() -> Core {
+/// A host of [`Prompt`], whose process serves several turns.
+fn converses() -> Core {
     let tools = vec![contract::host::CustomTool { name: "ask".to_owned(), ..Default::default() }];
     let spec = Spec { runtime: "shell".to_owned(), custom_tools: tools, ..Spec::default() };
     let capabilities = find("claude").unwrap().capabilities;
-    let mut core =
-        Core::new(spec, Box::new(Prompt), capabilities, State::default(), Reason::HostLost, 0);
+    Core::new(spec, Box::new(Prompt), capabilities, State::default(), Reason::HostLost, 0)
+}
+
+/// A turn of [`Prompt`] that has the message.
+fn running() -> Core {
+    let mut core = converses();
     core.input(message(1, WhenBusy::Queue), 0);
     core.started(1, "/", 0);
     core.take_actions();
@@ -81,6 +85,62 @@ fn an_interrupt_is_settled_before_the_turn_that_it_ends() {
         .position(|kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == "i"));
     let ended = records.iter().position(|kind| matches!(kind, record::Kind::TurnEnded(_)));
     assert!(settled.is_some() && settled < ended, "{records:?}");
+}
+
+fn start_cli(id: &str) -> Input {
+    Input { id: id.to_owned(), kind: Some(input::Kind::StartCli(StartCli {})) }
+}
+
+fn outcome(records: &[record::Kind], id: &str) -> Option<Outcome> {
+    records.iter().find_map(|kind| match kind {
+        record::Kind::InputSettled(settled) if settled.id == id => Some(settled.outcome()),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_cli_that_was_started_ahead_takes_its_first_message_and_is_closed_when_none_comes() {
+    let mut core = converses();
+    core.spec.idle_seconds = 300;
+    core.input(start_cli("s"), 0);
+    let starts = core.take_actions();
+    assert_eq!(starts.iter().filter(|action| matches!(action, Action::Start(_))).count(), 1);
+    core.started(1, "/", 10);
+    assert_eq!(outcome(&records(&mut core), "s"), Some(Outcome::Applied));
+    assert_eq!(core.next_tick(), Some(300_010), "an idle CLI is closed");
+    core.input(message(1, WhenBusy::Queue), 20);
+    let actions = core.take_actions();
+    assert!(!actions.iter().any(|action| matches!(action, Action::Start(_))), "{actions:?}");
+    assert!(core.turn.as_ref().is_some_and(|turn| turn.delivered));
+    core.input(start_cli("late"), 30);
+    assert_eq!(outcome(&records(&mut core), "late"), Some(Outcome::Refused));
+}
+
+#[test]
+fn a_message_that_comes_while_the_cli_starts_ahead_waits_for_no_second_start() {
+    let mut core = converses();
+    core.input(start_cli("s"), 0);
+    core.input(message(1, WhenBusy::Queue), 1);
+    core.started(1, "/", 2);
+    let actions = core.take_actions();
+    assert_eq!(actions.iter().filter(|action| matches!(action, Action::Start(_))).count(), 1);
+    assert!(core.turn.as_ref().is_some_and(|turn| turn.delivered), "{actions:?}");
+}
+
+#[test]
+fn a_cli_that_cannot_be_started_ahead_costs_its_first_message_nothing() {
+    let mut core = converses();
+    core.input(start_cli("s"), 0);
+    core.take_actions();
+    core.start_failed("no such file", 1);
+    assert_eq!(outcome(&records(&mut core), "s"), Some(Outcome::Refused));
+    core.input(message(1, WhenBusy::Queue), 2);
+    core.started(1, "/", 3);
+    assert!(core.turn.as_ref().is_some_and(|turn| turn.delivered));
+    // A shell has no process that waits.
+    let mut core = self::core(State::default());
+    core.input(start_cli("s"), 0);
+    assert_eq!(outcome(&records(&mut core), "s"), Some(Outcome::Refused));
 }
 
 #[test]
@@ -218,6 +278,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
     let happening = prop_oneof![
         4 => (1_u32..6, busy).prop_map(|(id, busy)| Happening::Deliver(message(id, busy))),
         1 => (0_u32..4).prop_map(|id| Happening::Deliver(Input { id: format!("i{id}"), kind: Some(input::Kind::Interrupt(Interrupt::default())) })),
+        1 => (0_u32..4).prop_map(|id| Happening::Deliver(start_cli(&format!("s{id}")))),
         1 => (0_u32..6).prop_map(|id| {
             let withdraw = Withdraw { input_id: format!("m{id}") };
             Happening::Deliver(Input { id: format!("w{id}"), kind: Some(input::Kind::Withdraw(withdraw)) })
@@ -234,8 +295,13 @@ proptest! {
     /// turn at most, turns follow one another, each that began ends once, and at rest nothing that
     /// was accepted is left over.
     #[test]
-    fn every_accepted_message_is_one_turn_or_none(happenings in happenings()) {
-        let mut core = core(State::default());
+    fn every_accepted_message_is_one_turn_or_none(happenings in happenings(), is_shell in any::<bool>()) {
+        let new = |state: State| {
+            let mut core = core(state);
+            core.capabilities.stays_alive = !is_shell;
+            core
+        };
+        let mut core = new(State::default());
         let (mut now, mut records, mut runs) = (0, Vec::new(), false);
         let mut settle = |core: &mut Core, now: u64, runs: &mut bool| {
             loop {
@@ -271,7 +337,7 @@ proptest! {
                 Happening::ProgramExits => {}
                 Happening::HostIsKilled => {
                     runs = false;
-                    core = self::core(core.state().clone());
+                    core = new(core.state().clone());
                 }
                 Happening::TimePasses(ms) => {
                     now += ms;

@@ -51,7 +51,35 @@ impl Core {
         }
     }
 
+    /// Starts the CLI without a message, where nothing else is to be done.
+    pub(super) fn start_cli(&mut self, input_id: String) {
+        let is_free = !self.is_working() && self.state.queued.is_empty() && !self.stopping;
+        match self.program {
+            Program::Cli { ready: true } if is_free => self.settle(&input_id, Outcome::Applied, ""),
+            Program::None if is_free && self.capabilities.stays_alive => {
+                self.start_input = Some(input_id);
+                let launch = self.adapter.launch(self.conversation().as_deref(), "");
+                self.start(launch, String::new());
+            }
+            _ => self.settle(&input_id, Outcome::Refused, "the CLI cannot be started now"),
+        }
+    }
+
+    /// Settles the input for which the CLI was started.
+    pub(super) fn settle_start(&mut self, outcome: Outcome, message: &str) {
+        if let Some(id) = self.start_input.take() {
+            self.settle(&id, outcome, message);
+        }
+    }
+
+    /// The conversation to resume.
+    fn conversation(&self) -> Option<String> {
+        Some(self.state.conversation_id.clone()).filter(|id| !id.is_empty())
+    }
+
     fn begin_turn(&mut self, input_id: &str, message: Message, now: u64) {
+        // First: what settles later is of the turn.
+        self.settle_start(Outcome::Applied, "");
         let started = TurnStarted {
             turn: message.turn,
             input_id: input_id.to_owned(),
@@ -70,9 +98,7 @@ impl Core {
         self.permitted.clear();
         match self.program {
             Program::None => {
-                let conversation =
-                    Some(self.state.conversation_id.clone()).filter(|id| !id.is_empty());
-                let launch = self.adapter.launch(conversation.as_deref(), &text);
+                let launch = self.adapter.launch(self.conversation().as_deref(), &text);
                 self.start(launch, traceparent);
             }
             Program::Cli { ready: true } => self.deliver(now),
@@ -129,6 +155,7 @@ impl Core {
         if let Some(step) = self.step.take() {
             self.step_ended(step, None, Reason::Failed, now);
         } else {
+            self.settle_start(Outcome::Refused, error);
             self.end_turn(Reason::Failed, None, error.to_owned(), None, now);
         }
         self.advance(now);
@@ -206,9 +233,14 @@ impl Core {
                 self.give_up_at = Some(now + KILLED_MS);
                 self.actions.push(Action::Kill);
             } else {
-                self.idle_at = Some(now + u64::from(self.spec.idle_seconds) * 1000);
+                self.rest(now);
             }
         }
+    }
+
+    /// The CLI has nothing to do: it is kept for a while.
+    pub(super) fn rest(&mut self, now: u64) {
+        self.idle_at = Some(now + u64::from(self.spec.idle_seconds) * 1000);
     }
 
     pub(super) fn close(&mut self, now: u64) {
@@ -270,6 +302,7 @@ impl Core {
             return;
         }
         self.record(record::Kind::CliExited(CliExited { exit_code: code, message: String::new() }));
+        self.settle_start(Outcome::Refused, "the CLI ended before it took a message");
         if let Program::Cli { .. } = self.program {
             self.flush_line(now);
         }

@@ -8,8 +8,8 @@ use std::{
 };
 
 use contract::host::{
-    Evaluation, Event, Message, PermissionRule, Permissions, Spec, ToolResult, ToolUse, TurnEnded,
-    Variable, WhenBusy, decision::Verdict, decision_settled::How, event, input,
+    Evaluation, Event, Message, PermissionRule, Permissions, Spec, StartCli, ToolResult, ToolUse,
+    TurnEnded, Variable, WhenBusy, decision::Verdict, decision_settled::How, event, input,
     input_settled::Outcome, record, turn_ended::Reason,
 };
 
@@ -466,6 +466,32 @@ fn a_cli_that_was_idle_or_killed_is_started_again_with_its_conversation() {
     chat.attached.until(refused);
     let kinds = chat.completed("What was my first message");
     assert!(said(&kinds).contains("the first words") && !file.exists(), "{}", show(&kinds));
+}
+
+/// A CLI that waits for its first message answers it in the same process. One that was closed
+/// meanwhile is started again, though its conversation has nothing in it.
+#[test]
+fn every_cli_can_be_started_ahead_of_its_first_message() {
+    for runtime in ["claude", "codex", "gemini", "opencode"] {
+        for idle_seconds in [300, 1] {
+            let model = Model::start();
+            let Some(mut host) = host(runtime, &model, &[]) else { continue };
+            host.spec.idle_seconds = idle_seconds;
+            let mut chat = Chat::new(host);
+            chat.attached.send("ahead", input::Kind::StartCli(StartCli {}));
+            let settled = |kind: &record::Kind| matches!(kind, record::Kind::InputSettled(settled) if settled.id == "ahead" && settled.outcome() == Outcome::Applied);
+            chat.attached.until(settled);
+            if idle_seconds == 1 {
+                chat.attached.until(|kind| matches!(kind, record::Kind::CliExited(_)));
+            }
+            let kinds = chat.completed("the first words");
+            let starts =
+                kinds.iter().filter(|kind| matches!(kind, record::Kind::CliStarted(_))).count();
+            assert_eq!(starts, usize::from(idle_seconds == 1), "{runtime}: {}", show(&kinds));
+            let kinds = chat.completed("What was my first message");
+            assert!(said(&kinds).contains("the first words"), "{runtime}: {}", show(&kinds));
+        }
+    }
 }
 
 /// Printed: `cargo test -p agent-host --test it warm -- --ignored --nocapture`.
