@@ -245,6 +245,9 @@ rpcs! {
     /// Makes a runner the owner of a turn, raises the turn's epoch, and returns what is needed to
     /// run it. For runners.
     ClaimTurn: scheduler::ClaimTurnRequest => scheduler::ClaimTurnReply, "aod.rpc.scheduler.v1.turn.claim", retry_safe: true;
+    /// Returns what it takes to prepare a session for its first turn, once for each session. For
+    /// runners.
+    ClaimPreparation: scheduler::ClaimPreparationRequest => scheduler::ClaimPreparationReply, "aod.rpc.scheduler.v1.turn.prepare", retry_safe: false;
     /// Releases a turn, with the reason where an attempt failed. For runners.
     ReleaseTurn: scheduler::ReleaseTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", retry_safe: true;
     /// Extends a runner's lease and compares the turns it holds with those it owns. For runners.

@@ -187,7 +187,7 @@ pub const PUBLICATIONS: &[Publication] = &[
         address: "aod.cmd.runner.v1.turn.run.{session}",
         parameters: &[SESSION],
         message: Some("runner::RunTurn"),
-        meaning: "Asks one of the runners to run a turn. Stored in the work queue JOBS until it is acknowledged.",
+        meaning: "Asks one of the runners to run a turn, or to prepare a session for its first one. Stored in the work queue JOBS until it is acknowledged.",
     },
     Publication {
         name: "DestroySprite",

@@ -55,6 +55,8 @@ pub struct Config {
     pub retention: Retention,
     pub files: FileSettings,
     pub model_defaults: models::limits::Defaults,
+    /// How many sessions of a user are prepared and wait for their first message.
+    pub prepared_sessions_max: u32,
 }
 
 impl Config {
@@ -88,6 +90,11 @@ impl Config {
             ),
             stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "replicas of each stream in a NATS cluster", 1),
             model_defaults: models::limits::Defaults::from_env(env),
+            prepared_sessions_max: env.parsed(
+                "AOD_PREPARED_SESSIONS_MAX",
+                "how many sessions of one user, created within the last hour, have their sandboxes prepared before their first messages; 0: none",
+                10,
+            ),
         };
         if config.events_max_bytes < EVENTS_BYTES_MIN {
             env.refuse("AOD_EVENTS_MAX_BYTES has to be 1048576 or more");
@@ -221,6 +228,16 @@ const MIGRATIONS: &[store::Step] = &[
         "deleted sprite to destroy",
         include_str!("../../../migrations/scheduler/0220_deleted_sprite_to_destroy.sql"),
     ),
+    (
+        240,
+        "prepared sessions",
+        include_str!("../../../migrations/scheduler/0240_prepared_sessions.sql"),
+    ),
+    (
+        241,
+        "prepared sessions of a user",
+        include_str!("../../../migrations/scheduler/0241_prepared_sessions_of_user.sql"),
+    ),
 ];
 
 /// The state of the handlers.
@@ -239,6 +256,7 @@ struct Scheduler {
     events_max_bytes: i64,
     files: Arc<FileSettings>,
     model_defaults: Arc<models::limits::Defaults>,
+    prepared_sessions_max: u32,
 }
 
 /// Connects, makes the streams, and begins to serve.
@@ -271,6 +289,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         events_max_bytes: config.events_max_bytes,
         files: Arc::new(config.files),
         model_defaults: Arc::new(config.model_defaults),
+        prepared_sessions_max: config.prepared_sessions_max,
         pool,
     };
     retention::make_days(&scheduler.pool).await?;
@@ -364,6 +383,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::BeginOutput, _, _>(files::begin_output).await?;
     responder.serve::<rpc::CommitOutput, _, _>(files::commit_output).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
+    responder.serve::<rpc::ClaimPreparation, _, _>(claims::preparation).await?;
     responder.serve::<rpc::Heartbeat, _, _>(claims::heartbeat).await?;
     responder.serve::<rpc::ReleaseTurn, _, _>(claims::release).await?;
     responder.serve::<rpc::ClaimSprite, _, _>(claims::sprite).await?;

@@ -223,6 +223,9 @@ async fn create_in(
         session.v1_status = if begins { "running" } else { "idle" }.to_owned();
         inputs::queue::begin_with(tx, id, messages, request.timeout_seconds, &request.key_id)
             .await?;
+        if !begins && scheduler.prepared_sessions_max > 0 {
+            turns::prepare(tx, id).await?;
+        }
     } else {
         turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
     }

@@ -4,6 +4,7 @@
 pub struct RunTurn {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
+    /// 0: prepare the session for its first turn. A runner of an earlier release finds that there is no such turn.
     #[prost(uint32, tag = "2")]
     pub turn: u32,
 }

@@ -937,6 +937,27 @@ pub struct ClaimTurnRequest {
     #[prost(message, optional, tag = "22")]
     pub routing: ::core::option::Option<Routing>,
 }
+/// A runner asks for what it takes to prepare a session that has had no message.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ClaimPreparationRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub runner: ::prost::alloc::string::String,
+    /// As those of ClaimTurnRequest.
+    #[prost(bytes = "vec", tag = "20")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "21")]
+    pub model_token_hash: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, optional, tag = "22")]
+    pub routing: ::core::option::Option<Routing>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ClaimPreparationReply {
+    /// That of the first turn, without a prompt. Absent: there is nothing to prepare.
+    #[prost(message, optional, tag = "1")]
+    pub spec: ::core::option::Option<TurnSpec>,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Routing {
     /// A loopback address means the sandbox itself, but for these, `host:port`: the model gateway reaches them.
@@ -1389,6 +1410,9 @@ pub struct TurnSpec {
     pub collects_outputs: bool,
     #[prost(message, repeated, tag = "28")]
     pub outputs: ::prost::alloc::vec::Vec<File>,
+    /// Whether the session's sandbox was prepared before its first turn, as far as that got.
+    #[prost(bool, tag = "32")]
+    pub is_prepared: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EnvironmentSpec {

@@ -35,6 +35,8 @@ pub async fn delete(
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     idempotency::retried(|| delete_row(&scheduler, user, session)).await?;
     scheduler.outbox.notify_one();
+    // It may be in preparation.
+    scheduler.bus.hint(subject::terminate_hint(session)).await;
     Ok(Empty {})
 }
 

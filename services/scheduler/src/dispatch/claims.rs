@@ -9,9 +9,10 @@ use contract::{
     host::CustomTool,
     rpc,
     scheduler::{
-        ClaimSpriteRequest, ClaimTurnReply, ClaimTurnRequest, EnvironmentSpec, HeartbeatReply,
-        HeartbeatRequest, HeldTurn, LeaseExpired, Owned, ReleaseTurnRequest, Routing, Settled,
-        SpriteClaim, TurnSpec, claim_turn_reply::Verdict,
+        ClaimPreparationReply, ClaimPreparationRequest, ClaimSpriteRequest, ClaimTurnReply,
+        ClaimTurnRequest, EnvironmentSpec, HeartbeatReply, HeartbeatRequest, HeldTurn,
+        LeaseExpired, Owned, ReleaseTurnRequest, Routing, Settled, SpriteClaim, TurnSpec,
+        claim_turn_reply::Verdict,
     },
     subject, topology,
     vault::{MintLeaseRequest, Route, RouteKind, Routes},
@@ -40,6 +41,8 @@ const REASON_CHARS_MAX: usize = 1000;
 const VAULT_AWAY: Duration = Duration::from_secs(1);
 /// For deleting one Sprite.
 const DESTROY_LIFE: Duration = Duration::from_secs(300);
+/// How long a prepared session without a message counts towards its user's number of them.
+const PREPARED_FOR: Duration = Duration::from_secs(3600);
 const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(sqlx::FromRow)]
@@ -69,6 +72,24 @@ struct TurnRow {
     had_files: bool,
     wants_previews: bool,
     has_changed_tokens: bool,
+    is_prepared: bool,
+}
+
+/// What a turn takes, from a `with` that names the session, the epoch and what the turn itself says
+/// as `claimed`.
+macro_rules! turn_columns {
+    () => {
+        "
+         select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
+                ev.packages, ev.setup_script, ev.networking, ev.version as environment_version, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
+                s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools,
+                s.collects_outputs, s.had_files, s.wants_previews, s.tokens_changed_at is not null as has_changed_tokens,
+                s.prepared_at is not null as is_prepared
+         from claimed c
+         join session s using (session_id)
+         join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
+         left join environment_version ev on ev.environment_id = s.environment_id and ev.version = s.environment_version"
+    };
 }
 
 /// Makes a runner's lease the owner of a turn, raises the turn's epoch, so that an earlier claimant
@@ -117,22 +138,15 @@ pub async fn turn(
         ownership::Verdict::Owned => return answer(Verdict::Owned(Owned {})),
         ownership::Verdict::Settled => return answer(Verdict::Settled(Settled { destroy: None })),
     }
-    let turn: TurnRow = sqlx::query_as(
+    let turn: TurnRow = sqlx::query_as(concat!(
         "with claimed as (
             update turn
             set epoch = epoch + 1, owner = $3, claimed_at = now(), offer_after = now(), offers = 0
             where session_id = $1 and turn_number = $2
             returning session_id, epoch, extract(epoch from now() - created_at)::float8 as age_seconds, prompt, timeout_seconds, input_id
-         )
-         select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
-                ev.packages, ev.setup_script, ev.networking, ev.version as environment_version, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
-                s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools,
-                s.collects_outputs, s.had_files, s.wants_previews, s.tokens_changed_at is not null as has_changed_tokens
-         from claimed c
-         join session s using (session_id)
-         join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
-         left join environment_version ev on ev.environment_id = s.environment_id and ev.version = s.environment_version",
-    )
+         )",
+        turn_columns!()
+    ))
     .bind(id.uuid())
     .bind(number)
     .bind(claimant)
@@ -142,8 +156,11 @@ pub async fn turn(
     // The vault answers while the claim is committed. A lease of a claim that was not is a lease
     // for the key of a runner that does not get to know of it.
     let secrets = (request.public_key, request.model_token_hash, request.routing);
-    let (committed, spec) =
-        tokio::join!(tx.commit(), specification(&scheduler, id, number, session, turn, secrets));
+    let purpose = format!("turn {number}");
+    let (committed, spec) = tokio::join!(
+        tx.commit(),
+        specification(&scheduler, id, (number, &purpose), session, turn, secrets)
+    );
     committed?;
     if is_first {
         metrics::histogram!("aod_turn_wait_seconds").record(waited);
@@ -156,6 +173,40 @@ pub async fn turn(
             Err(failure)
         }
     }
+}
+
+/// Returns what it takes to prepare a session's sandbox for its first turn; nothing where that was
+/// begun before, where the session has had a message, or where its user has enough sessions that
+/// wait for theirs. No one owns a preparation: one that is lost is done by the first turn.
+pub async fn preparation(
+    scheduler: Scheduler,
+    request: ClaimPreparationRequest,
+) -> Result<ClaimPreparationReply, RpcError> {
+    let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
+    let nothing = Ok(ClaimPreparationReply { spec: None });
+    let mut tx = scheduler.pool.begin().await?;
+    let Some(session) = lock(&mut tx, id, None).await? else { return nothing };
+    let turn: Option<TurnRow> = sqlx::query_as(concat!(
+        "with claimed as (
+            update session set prepared_at = now()
+            where session_id = $1 and turn_count = 0 and status = 'completed' and prepared_at is null
+                and (select count(*) from session other
+                     where other.user_id = $2 and other.prepared_at > now() - make_interval(secs => $4) and other.turn_count = 0) < $3
+            returning session_id, 1 as epoch, 0::float8 as age_seconds, '' as prompt, 0 as timeout_seconds, null::uuid as input_id
+         )",
+        turn_columns!()
+    ))
+    .bind(id.uuid())
+    .bind(session.user_id)
+    .bind(i64::from(scheduler.prepared_sessions_max))
+    .bind(PREPARED_FOR.as_secs_f64())
+    .fetch_optional(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    let Some(turn) = turn else { return nothing };
+    let claimant = (request.public_key, request.model_token_hash, request.routing);
+    let spec = specification(&scheduler, id, (1, "preparation"), session, turn, claimant).await?;
+    Ok(ClaimPreparationReply { spec: Some(spec) })
 }
 
 async fn turn_to_claim(
@@ -181,11 +232,11 @@ async fn turn_to_claim(
     }))
 }
 
-/// Collects everything that is needed to run a claimed turn.
+/// Collects everything that is needed to run a claimed turn, or to prepare the first one.
 async fn specification(
     scheduler: &Scheduler,
     id: SessionId,
-    number: i32,
+    (number, purpose): (i32, &str),
     session: SessionRow,
     turn: TurnRow,
     (public_key, model_token_hash, routing): (Vec<u8>, Vec<u8>, Option<Routing>),
@@ -207,7 +258,7 @@ async fn specification(
     let grant = Grant {
         user: UserId::from_uuid(session.user_id),
         session: id,
-        purpose: &format!("turn {number}"),
+        purpose,
         epoch: unsigned(turn.epoch),
         kinds: &kinds,
         secret_ids: secrets,
@@ -270,6 +321,7 @@ async fn specification(
         had_files: turn.had_files,
         collects_outputs: turn.collects_outputs,
         outputs: files_of(turn.collects_outputs, FileKind::Output).await?,
+        is_prepared: turn.is_prepared,
     })
 }
 

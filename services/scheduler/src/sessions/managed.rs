@@ -11,6 +11,7 @@ use contract::{
         GetSessionRequest, Session, UpdateSessionRequest,
     },
     session::{Terminated, Updated, session_event::Kind},
+    subject,
 };
 use prost::Message as _;
 use rules::ending::Ending;
@@ -297,6 +298,8 @@ pub async fn archive(
         .await
         .map_err(|_| RpcError::unavailable("The event log"))??;
     scheduler.outbox.notify_one();
+    // It may be in preparation.
+    scheduler.bus.hint(subject::terminate_hint(id)).await;
     let get = GetSessionRequest {
         user_id: request.user_id,
         session_id: request.session_id,

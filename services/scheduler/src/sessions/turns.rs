@@ -53,6 +53,13 @@ pub async fn insert(
     enqueue(tx, &subject::turn_run(session), &job).await
 }
 
+/// A job that prepares a session for its first turn. Should it be lost, the first turn does what is
+/// missing.
+pub async fn prepare(tx: &mut PgConnection, session: SessionId) -> Result<(), RpcError> {
+    let job = RunTurn { session_id: session.to_string(), turn: 0 };
+    enqueue(tx, &subject::turn_run(session), &job).await
+}
+
 /// The next turn of a session whose turn is settled; `input` became it.
 pub async fn begin(
     tx: &mut PgConnection,

@@ -21,6 +21,7 @@ pub fn config(nats: &Nats, database: &Database) -> Config {
         retention: Retention { event_days: None, session_days: None },
         files: FileSettings { store: None, user_bytes_max: u64::MAX, days: None },
         model_defaults: ModelDefaults::default(),
+        prepared_sessions_max: 10,
     }
 }
 

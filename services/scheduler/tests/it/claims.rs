@@ -139,3 +139,59 @@ async fn a_turn_whose_end_was_lost_is_offered_again() {
     );
     assert_eq!(owner(&world, &session).await, None);
 }
+
+impl World {
+    async fn prepare(&self, session: &str) -> Option<TurnSpec> {
+        let request = ClaimPreparationRequest {
+            session_id: session.to_owned(),
+            runner: "r".to_owned(),
+            public_key: vec![1; 32],
+            ..ClaimPreparationRequest::default()
+        };
+        self.runner.call::<rpc::ClaimPreparation>(&request, SOON).await.unwrap().spec
+    }
+}
+
+#[tokio::test]
+async fn a_session_without_a_message_is_prepared_once_and_its_first_turn_knows() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let session = world.create_idle(&agent).await;
+    let spec = world.prepare(&session).await.unwrap();
+    assert_eq!((spec.epoch, spec.prompt.as_str(), spec.is_prepared), (1, "", false));
+    assert!(!spec.lease_id.is_empty() && !spec.sprite.is_empty());
+    assert!(world.prepare(&session).await.is_none(), "another runner has done what it could");
+    let now = world.get(&session, 0).await;
+    assert_eq!((now.status.as_str(), now.turn_count), ("completed", 0));
+    world.send_message(&session, 100).await.unwrap();
+    let turn = world.run(&session, 1).await;
+    assert_eq!((turn.epoch, turn.prompt.as_str(), turn.is_prepared), (1, "echo", true));
+    assert_eq!((turn.sprite, turn.system), (spec.sprite, spec.system));
+
+    let late = world.create_idle(&agent).await;
+    world.send_message(&late, 100).await.unwrap();
+    assert!(world.prepare(&late).await.is_none(), "its first turn does it");
+    assert!(!world.run(&late, 1).await.is_prepared);
+}
+
+#[tokio::test]
+async fn a_user_has_a_bounded_number_of_prepared_sessions_without_a_message() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let mut prepared = Vec::new();
+    for _ in 0..10 {
+        let session = world.create_idle(&agent).await;
+        assert!(world.prepare(&session).await.is_some());
+        prepared.push(session);
+    }
+    let more = world.create_idle(&agent).await;
+    assert!(world.prepare(&more).await.is_none());
+    world.send_message(&prepared[0], 100).await.unwrap();
+    assert!(world.prepare(&more).await.is_some());
+    let last = world.create_idle(&agent).await;
+    assert!(world.prepare(&last).await.is_none());
+    let mut database = world.database.admin().await.unwrap();
+    let older = "update scheduler.session set prepared_at = prepared_at - interval '1 hour'";
+    sqlx::raw_sql(older).execute(&mut database).await.unwrap();
+    assert!(world.prepare(&last).await.is_some(), "those that were abandoned count for an hour");
+}
