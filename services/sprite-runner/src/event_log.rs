@@ -99,6 +99,8 @@ pub struct EventLog {
     pub secrets: Masker,
     /// Masks secrets in the agent's output.
     pub masker: Masker,
+    /// Whether nothing is appended: see [`Self::unwritten`].
+    is_unwritten: bool,
     /// When this runner took the turn, until the agent's first output.
     silent_since: Option<Instant>,
 }
@@ -182,8 +184,50 @@ impl EventLog {
             checkpoint: *checkpoint,
             secrets: Masker::default(),
             masker: Masker::default(),
+            is_unwritten: false,
             silent_since: (epoch == 1).then(Instant::now),
         })))
+    }
+
+    /// The log of a session that is prepared for its first turn, which alone writes it.
+    ///
+    /// # Errors
+    /// When this release does not know the session's partition.
+    pub fn unwritten(bus: &Bus, session: SessionId, spec: &TurnSpec) -> Result<Self, OpenError> {
+        let partition = Partition::new(spec.event_partition)
+            .ok_or(OpenError::UnknownPartition(spec.event_partition))?;
+        Ok(Self {
+            bus: bus.clone(),
+            session,
+            stream: topology::events(partition).name,
+            log: subject::session_log(session, partition),
+            turn: 0,
+            epoch: 0,
+            last_sequence: 0,
+            follows: Mark::default(),
+            next_at_us: 0,
+            floor: spec.recorded_through,
+            checkpoint: Checkpoint::default(),
+            secrets: Masker::default(),
+            masker: Masker::default(),
+            is_unwritten: true,
+            silent_since: None,
+        })
+    }
+
+    /// Whether no other writer had begun by now. A log that is written knows by its appends.
+    pub async fn is_undisturbed(&self) -> bool {
+        if !self.is_unwritten {
+            return true;
+        }
+        let is_untrimmed = async {
+            let partition = topology::partition_of(self.stream)?;
+            let info = self.bus.stream_info(topology::events(partition)).await.ok()?;
+            Some(info.trimmed_through <= self.floor)
+        };
+        // In this order: what was trimmed in between is found.
+        matches!(self.bus.last(self.stream, &self.log).await, Ok(None))
+            && is_untrimmed.await == Some(true)
     }
 
     /// Makes this runner the writer: earlier writers are refused from here on.
@@ -282,7 +326,9 @@ impl EventLog {
     /// Appends an event from the journal; returns the event's id.
     pub async fn play(&mut self, emitted: Emitted) -> Result<u64, Fenced> {
         emitted.place.apply(&mut self.checkpoint);
-        if let Kind::Output(output) = &emitted.kind {
+        if let Kind::Output(output) = &emitted.kind
+            && !self.is_unwritten
+        {
             if let Some(opened) = self.silent_since.take() {
                 metrics::histogram!("aod_first_output_seconds").record(opened.elapsed());
             }
@@ -317,6 +363,9 @@ impl EventLog {
     /// Appends and waits for the acknowledgement, for as long as it takes: nothing is dropped
     /// because the bus is slow or full. The task's owner ends the wait.
     async fn append(&mut self, kind: Kind) -> Result<(), Fenced> {
+        if self.is_unwritten {
+            return Ok(());
+        }
         let tag = Uuid::new_v4().as_u64_pair().1;
         let at_us = Timestamp::now().unix_micros().max(self.next_at_us);
         self.next_at_us = at_us.saturating_add(chain::step(Some(&kind)));

@@ -25,6 +25,7 @@ use crate::{
     Runner, destroy,
     inputs::{self, Inputs},
     lease::Hold,
+    prepare,
     secrets::ModelToken,
     sweep, turn,
 };
@@ -59,6 +60,9 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
     let Ok(session) = job.session_id.parse::<SessionId>() else {
         return Outcome::Reject("malformed session id".to_owned());
     };
+    if job.turn == 0 {
+        return prepare::handle(runner, session).await;
+    }
     let Some(lease) = runner.turns.lease() else { return Outcome::Retry(NO_LEASE) };
     let Some(hold) = runner.turns.hold(session, job.turn) else { return Outcome::Done };
     // Subscribed before the claim: a termination is seen by the one or the other.
@@ -183,8 +187,8 @@ async fn destroy_now(runner: &Runner, session: SessionId) {
     }
 }
 
-/// Claims a session's Sprite with a key of its own, and deletes it.
-async fn claim_and_destroy(
+/// Claims the Sprite of a session that ended, with a key of its own, and deletes it.
+pub async fn claim_and_destroy(
     runner: &Runner,
     session: SessionId,
 ) -> Result<Result<(), String>, RpcError> {

@@ -2,12 +2,12 @@
 //! replace one that dies.
 //!
 //! [`jobs`] decides what a job means now; [`lease`] owns turns by heartbeats; [`turn`] runs one,
-//! [`stopped`] says why one cannot continue, and [`outcome`] what its end means; [`provision`] sets
-//! the Sprite up; [`host`] is the connection to the agent host, which runs set-up steps and the
-//! [`agent`]; [`inputs`] fetches inputs of a running turn; [`meter`] fetches what the model gateway
-//! recorded; [`playback`] decides which events the host's journal becomes; [`pace`] slows down
-//! agents that print too fast; [`event_log`] appends events to the session's log as its only
-//! writer; [`runtimes`] knows what the CLIs need.
+//! [`stopped`] says why one cannot continue, and [`outcome`] what its end means; [`prepare`] does
+//! what precedes the first one; [`provision`] sets the Sprite up; [`host`] is the connection to the
+//! agent host, which runs set-up steps and the [`agent`]; [`inputs`] fetches inputs of a running
+//! turn; [`meter`] fetches what the model gateway recorded; [`playback`] decides which events the
+//! host's journal becomes; [`pace`] slows down agents that print too fast; [`event_log`] appends
+//! events to the session's log as its only writer; [`runtimes`] knows what the CLIs need.
 
 mod agent;
 mod destroy;
@@ -24,6 +24,7 @@ pub mod metrics;
 mod outcome;
 mod pace;
 mod playback;
+mod prepare;
 mod provision;
 mod runtimes;
 mod secrets;
@@ -40,10 +41,14 @@ use anyhow::Context as _;
 use bus::Bus;
 use contract::{access, topology};
 use service::{Env, Lifecycle};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use types::Provider;
 
 pub use crate::pace::OutputLimits;
+
+/// Preparations use at most this share of a runner's capacity: turns are waited for.
+const PREPARATIONS_SHARE: usize = 4;
 
 #[derive(Debug)]
 pub struct Config {
@@ -159,6 +164,8 @@ struct Runner {
     program: host::Program,
     /// The turns that this process holds.
     turns: lease::Turns,
+    /// Sessions that are prepared at a time.
+    preparations: Arc<Semaphore>,
     files: Option<::files::Files>,
     file_bytes_max: u64,
     /// Shown in audits: which process redeemed a lease.
@@ -208,6 +215,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         agent_idle: config.agent_idle,
         program,
         turns: lease::Turns::new(),
+        preparations: Arc::new(Semaphore::new(config.concurrency.div_ceil(PREPARATIONS_SHARE))),
         files: config.files,
         file_bytes_max: config.file_bytes_max,
         name: name.into(),

@@ -114,9 +114,12 @@ pub fn turn_input(turn: u32) -> String {
     format!("turn-{turn}")
 }
 
+/// The input that starts a CLI ahead of the first turn.
+pub const START_INPUT: &str = "start-cli";
+
 /// Whether an input is one of the runner's own, of which the scheduler knows nothing.
 fn is_own(id: &str) -> bool {
-    id.starts_with("turn-") || id.starts_with("step-")
+    id.starts_with("turn-") || id.starts_with("step-") || id == START_INPUT
 }
 
 fn kind_of(input: &Input) -> (&'static str, String) {
@@ -271,8 +274,11 @@ impl Playback {
                 }
             }
             Some(record::Kind::StepStarted(_)) => {
-                self.streams.iter_mut().for_each(|stream| stream.tail.clear())
+                self.is_inside = true;
+                self.streams.iter_mut().for_each(|stream| stream.tail.clear());
             }
+            // What a CLI prints before its first message is no output of the set-up.
+            Some(record::Kind::CliStarted(_)) if !self.is_of_turn() => self.is_inside = false,
             Some(record::Kind::StepEnded(ended)) => {
                 self.flush(true);
                 self.steps.insert(ended.input_id.clone(), ended);

@@ -70,6 +70,8 @@ pub struct Provisioning<'a> {
     pub models: &'a ModelEndpoints,
     /// Where sandboxes reach the model gateway.
     pub gateway: Option<&'a str>,
+    /// Whether the Sprite may have more than packages by now: it was prepared before.
+    pub is_prepared: bool,
 }
 
 /// How git reaches repositories that need a token.
@@ -175,13 +177,14 @@ impl Provisioning<'_> {
         }
         let done = self.run_steps((Stage::Packages, 0), &steps, log, host).await;
         let draft = match (&done, image) {
-            (Ok(()), Some(image)) => self.draft_image(&image).await,
+            (Ok(()), Some(image)) if !self.is_prepared => self.draft_image(&image).await,
             _ => None,
         };
         course.end(log, done).await?;
-        // The stage's end is in the log, so no other runner had the session by then: nothing of the
-        // session was on the disk when it was copied.
+        // The stage's end is in the log, or no one else wrote it, so no other runner had the session
+        // by then: nothing of the session was on the disk when it was copied.
         if let Some(draft) = draft
+            && log.is_undisturbed().await
             && let Err(error) = self.sprite.keep_image(draft).await
         {
             tracing::info!(%error, "failed to keep an image of the installed packages");

@@ -137,15 +137,26 @@ fn end_of(fenced: Fenced) -> End {
     }
 }
 
-async fn work(
+/// A turn's sandbox, with all that precedes the turn itself.
+pub struct Reached {
+    runtime: Runtime,
+    sprite: Sprite,
+    agent: Agent,
+    pub link: Link,
+    /// Where the turn's records are looked for, as far as is known.
+    position: u64,
+    renews: bool,
+}
+
+/// Sets a new sandbox up, or renews an existing one, and connects to its agent host.
+pub async fn reach(
     runner: &Runner,
     session: SessionId,
     turn: u32,
     spec: &TurnSpec,
     secrets: &Secrets,
     log: &mut EventLog,
-    inputs: Inputs,
-) -> Result<TurnEnded, Stopped> {
+) -> Result<Reached, Stopped> {
     let Ok(runtime) = spec.runtime.parse::<Runtime>() else {
         return Err(Stopped::failed(
             Stage::InstallRuntime.as_str(),
@@ -196,6 +207,7 @@ async fn work(
         adapter,
         models: &models,
         gateway,
+        is_prepared: spec.is_prepared,
     };
     let is_new = turn == 1 && !started;
     if is_new {
@@ -234,7 +246,7 @@ async fn work(
         may_run: offset > 0 && !renews,
         may_skip: !started,
     });
-    let (mut position, mut waited) = (0, Duration::ZERO);
+    let mut position = 0;
     if is_new {
         let scope = Scope::SetUp { stage: "", logged_below: offset };
         let playback =
@@ -246,6 +258,22 @@ async fn work(
         position = host.playback.position().max(offset);
         link = host.link;
     }
+    Ok(Reached { runtime, sprite, agent, link, position, renews })
+}
+
+async fn work(
+    runner: &Runner,
+    session: SessionId,
+    turn: u32,
+    spec: &TurnSpec,
+    secrets: &Secrets,
+    log: &mut EventLog,
+    inputs: Inputs,
+) -> Result<TurnEnded, Stopped> {
+    let (started, offset) = (log.checkpoint.started, log.checkpoint.journal_offset);
+    let Reached { runtime, sprite, agent, mut link, mut position, renews } =
+        reach(runner, session, turn, spec, secrets, log).await?;
+    let mut waited = Duration::ZERO;
     if !started {
         log.stage(Stage::RuntimeStart, StageState::Started, None, None).await?;
         let prompt = log.masker.text(&spec.prompt);

@@ -15,6 +15,10 @@ use types::Timestamp;
 use crate::{OPTIONS, sprite};
 
 const COLD: usize = 5;
+const PREPARED: usize = 10;
+/// What a client does between the session's creation and its first message: more than a
+/// preparation takes.
+const BEFORE_MESSAGE: Duration = Duration::from_secs(4);
 const FOLLOW_UPS: usize = 20;
 const DECISIONS: usize = 10;
 
@@ -41,6 +45,8 @@ pub async fn agents() -> Result<()> {
         &Times::new(cold),
     );
     cold.beside("`claude -p` in a new sandbox, by hand", &Times::new(by_hand)).report()?;
+
+    prepared(&stack).await?;
 
     let mut chat = last.context("no session")?;
     let (mut asked, mut follow_ups) = (Vec::new(), Vec::new());
@@ -83,6 +89,36 @@ pub async fn agents() -> Result<()> {
     Figure::new(
         "agents: from the decision on a permission request to the tool's result",
         &Times::new(decided),
+    )
+    .report()
+}
+
+/// A session that was created without a message, as SDKs of `/v1` do it: its sandbox is ready by
+/// the first one.
+async fn prepared(stack: &Stack) -> Result<()> {
+    let agent = json!({ "name": "bench", "model": "claude-sonnet-4-5", "metadata": { "aod.runtime": "claude" } });
+    let agent = made(stack, "/v1/agents", agent, 200).await?;
+    let environment = made(stack, "/v1/environments", json!({ "name": "bench" }), 200).await?;
+    let mut times = Vec::new();
+    for _ in 0..PREPARED {
+        let session = json!({ "agent": agent, "environment_id": environment });
+        let session = made(stack, "/v1/sessions", session, 200).await?;
+        let path = format!("/v1/sessions/{session}/events");
+        let events = stack.events(0, &format!("{path}/stream")).await?;
+        tokio::time::sleep(BEFORE_MESSAGE).await;
+        let mut chat = Chat { stack, session, events };
+        let begun = Instant::now();
+        let message =
+            json!({ "type": "user.message", "content": [{ "type": "text", "text": "hello" }] });
+        let sent = stack.post(&path, json!({ "events": [message] })).await?;
+        ensure!(sent.status == 200, "{sent:?}");
+        chat.until("agent.message").await?;
+        times.push(begun.elapsed());
+        chat.until("session.status_idle").await?;
+    }
+    Figure::new(
+        "agents: Claude Code's first words, from the first message of a prepared session",
+        &Times::new(times),
     )
     .report()
 }

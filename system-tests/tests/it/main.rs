@@ -23,6 +23,7 @@ mod observability;
 mod packages;
 mod partitions;
 mod permissions;
+mod prepared;
 mod repositories;
 mod resources;
 mod rolling;
