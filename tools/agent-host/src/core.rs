@@ -120,7 +120,7 @@ pub struct Core {
     custom_calls: usize,
     /// MCP servers whose failure was reported.
     failed_mcp: Vec<String>,
-    /// Errors that occurred between turns; the next turn reports them.
+    /// What occurred between turns and is of the next one, which reports it.
     early: Vec<event::Kind>,
     line: Vec<u8>,
     line_is_too_long: bool,

@@ -192,10 +192,14 @@ impl Core {
             other => other,
         };
         // An MCP server may fail after the end of the turn that began without it. Other errors
-        // between turns are of the turn that ended.
-        if matches!(&kind, event::Kind::Error(error) if error.kind.starts_with("mcp_"))
-            && !self.is_working()
-        {
+        // between turns are of the turn that ended. A conversation that is opened before its first
+        // message begins with that: the CLIs do not keep one that is empty.
+        let is_of_next = match &kind {
+            event::Kind::Error(error) => error.kind.starts_with("mcp_"),
+            event::Kind::ConversationStarted(_) => true,
+            _ => false,
+        };
+        if is_of_next && !self.is_working() {
             if self.early.len() < EARLY_MAX {
                 self.early.push(kind);
             }

@@ -35,6 +35,7 @@ impl Adapter for Prompt {
     }
 
     fn started(&mut self, _: &str, out: &mut Out) {
+        out.push(Effect::Conversation { id: "c".to_owned(), model: "m".to_owned() });
         out.push(Effect::Ready);
     }
 
@@ -114,6 +115,32 @@ fn a_cli_that_was_started_ahead_takes_its_first_message_and_is_closed_when_none_
     assert!(core.turn.as_ref().is_some_and(|turn| turn.delivered));
     core.input(start_cli("late"), 30);
     assert_eq!(outcome(&records(&mut core), "late"), Some(Outcome::Refused));
+}
+
+#[test]
+fn a_conversation_that_was_opened_ahead_is_reported_with_its_first_message_or_forgotten() {
+    let is_opened = |kind: &record::Kind| {
+        matches!(kind, record::Kind::Event(event)
+            if matches!(event.kind, Some(event::Kind::ConversationStarted(_))))
+    };
+    for is_closed in [false, true] {
+        let mut core = converses();
+        core.input(start_cli("s"), 0);
+        core.started(1, "/", 10);
+        assert!(!records(&mut core).iter().any(is_opened), "no turn would report it");
+        if is_closed {
+            core.exited(0, 20);
+        }
+        core.input(message(1, WhenBusy::Queue), 30);
+        assert_eq!(core.state().conversation_id.is_empty(), is_closed, "nothing to resume");
+        if is_closed {
+            core.started(2, "/", 40);
+        }
+        let records = records(&mut core);
+        let begun =
+            records.iter().position(|kind| matches!(kind, record::Kind::TurnStarted(_))).unwrap();
+        assert_eq!(records[begun..].iter().filter(|kind| is_opened(kind)).count(), 1);
+    }
 }
 
 #[test]

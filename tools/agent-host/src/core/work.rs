@@ -2,7 +2,7 @@
 
 use contract::host::{
     CliExited, CliStarted, Message, ModelUsage, Step, StepEnded, StepStarted, TurnEnded,
-    TurnStarted, decision_settled::How, host_ended, input, input_settled::Outcome, record,
+    TurnStarted, decision_settled::How, event, host_ended, input, input_settled::Outcome, record,
     turn_ended::Reason,
 };
 
@@ -310,6 +310,7 @@ impl Core {
         self.adapter.exited(code, &mut out);
         self.program = Program::None;
         (self.idle_at, self.ready_by, self.kill_at) = (None, None, None);
+        self.early.retain(|kind| !matches!(kind, event::Kind::ConversationStarted(_)));
         for effect in out.0 {
             if let Effect::TurnEnded { reason, message, usage } = effect {
                 self.end_turn(reason, Some(code), message, usage, now);

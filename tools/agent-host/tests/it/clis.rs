@@ -488,6 +488,25 @@ fn every_cli_can_be_started_ahead_of_its_first_message() {
             let starts =
                 kinds.iter().filter(|kind| matches!(kind, record::Kind::CliStarted(_))).count();
             assert_eq!(starts, usize::from(idle_seconds == 1), "{runtime}: {}", show(&kinds));
+            let opened = |kind: &record::Kind| {
+                matches!(
+                    kind,
+                    record::Kind::Event(Event {
+                        kind: Some(event::Kind::ConversationStarted(_)),
+                        ..
+                    })
+                )
+            };
+            let failed = |kind: &record::Kind| {
+                matches!(kind, record::Kind::Event(Event { kind: Some(event::Kind::Error(_)), .. }))
+            };
+            assert_eq!(
+                kinds.iter().filter(|kind| opened(kind)).count(),
+                1,
+                "{runtime}: {}",
+                show(&kinds)
+            );
+            assert!(!kinds.iter().any(failed), "{runtime}: {}", show(&kinds));
             let kinds = chat.completed("What was my first message");
             assert!(said(&kinds).contains("the first words"), "{runtime}: {}", show(&kinds));
         }
