@@ -67,8 +67,9 @@ pub fn journal_path(dir: &Path) -> PathBuf {
 
 /// `agent-host start`: starts the host detached, unless it runs, and returns when it serves.
 ///
-/// `user`: whom programs run as, where the specification names no one.
-pub fn start(dir: &Path, spec: &Path, user: &str) -> Result<(), String> {
+/// `user`: whom programs run as, where the specification names no one. `keeps`: a host of another
+/// revision continues.
+pub fn start(dir: &Path, spec: &Path, user: &str, keeps: bool) -> Result<(), String> {
     let failed = |what: &str, error: io::Error| format!("{what}: {error}");
     fs::DirBuilder::new()
         .recursive(true)
@@ -82,7 +83,7 @@ pub fn start(dir: &Path, spec: &Path, user: &str) -> Result<(), String> {
         user.clone_into(&mut spec.user);
     }
     let former = fs::read_to_string(revision_path(dir)).unwrap_or_default();
-    if !spec.revision.is_empty() && spec.revision != former {
+    if !keeps && !spec.revision.is_empty() && spec.revision != former {
         end_running(dir)?;
     }
     let mut command = Command::new(process::SELF);

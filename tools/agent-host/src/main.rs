@@ -26,6 +26,7 @@ Run an agent CLI inside a sandbox and keep a journal of what it does
 
 Usage:
   agent-host start --dir DIR --spec FILE    Start the host detached, unless it runs; return when it serves
+                             [--keep]       Leave a host alone that runs under another revision
   agent-host attach --dir DIR --from OFFSET Write the journal from an offset; pass inputs on from standard input
   agent-host dump --dir DIR                 Print the journal for people
   agent-host runtimes                       Print what each runtime supports, as Markdown
@@ -57,8 +58,8 @@ fn main() -> ExitCode {
         ExitCode::FAILURE
     };
     match words.as_slice() {
-        ["start", "--dir", dir, "--spec", spec] => {
-            match host::start(Path::new(dir), Path::new(spec), &user) {
+        ["start", "--dir", dir, "--spec", spec, keep @ ..] if matches!(keep, [] | ["--keep"]) => {
+            match host::start(Path::new(dir), Path::new(spec), &user, !keep.is_empty()) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(message) => failed(&message),
             }
