@@ -215,6 +215,10 @@ impl EventLog {
         })
     }
 
+    pub const fn is_unwritten(&self) -> bool {
+        self.is_unwritten
+    }
+
     /// Whether no other writer had begun by now. A log that is written knows by its appends.
     pub async fn is_undisturbed(&self) -> bool {
         if !self.is_unwritten {

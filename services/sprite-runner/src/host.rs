@@ -48,8 +48,8 @@ const QUEUE_BYTES: usize = 4 << 20;
 const QUEUE_RECORDS: usize = 4096;
 /// How long a host is left alone that waits for a decision.
 const REST: Duration = Duration::from_secs(60);
-/// How often a host is started that does not stay.
-const STARTS_MAX: u32 = 5;
+/// For [`Access::starts_max`], where the host is this runner's to start.
+pub const STARTS_MAX: u32 = 5;
 const STAYS: Duration = Duration::from_secs(60);
 
 const HOST_ENDED: u8 = 0;
@@ -220,6 +220,10 @@ pub struct Access {
     pub from: u64,
     /// Whether a host was started before, and most likely still runs.
     pub may_run: bool,
+    /// Whether one that runs with another specification continues.
+    pub keeps_host: bool,
+    /// How often a host is started that does not stay.
+    pub starts_max: u32,
     /// Whether nothing is lost where the journal does not have the offset: then it is read from its
     /// beginning.
     pub may_skip: bool,
@@ -332,11 +336,12 @@ impl Worker {
             }
             Broken::Ended { code: HOST_ENDED | HOST_LOST, .. } => {
                 self.may_run = false;
-                if self.starts < STARTS_MAX {
+                if self.starts < self.access.starts_max {
                     return Ok(());
                 }
                 return Err(Some(Gone::Failed(format!(
-                    "the agent host was started {STARTS_MAX} times and did not stay"
+                    "the agent host was started {} times and did not stay",
+                    self.starts
                 ))));
             }
             Broken::Unreadable { first, .. }
@@ -469,11 +474,12 @@ impl Worker {
         format!(
             "bin={MOUNTED}; [ -x $bin ] && [ \"$(sha256sum <$bin)\" = '{sha256}  -' ] || bin={uploaded}\n\
              [ -x $bin ] && [ \"$(sha256sum <$bin)\" = '{sha256}  -' ] || {{ rm -f {spec}; exit {NOT_INSTALLED}; }}\n\
-             $bin root start --dir {DIR} --spec {spec} </dev/null; status=$?; rm -f {spec}; [ $status = 0 ] || exit 1\n\
+             $bin root start --dir {DIR} --spec {spec}{keep} </dev/null; status=$?; rm -f {spec}; [ $status = 0 ] || exit 1\n\
              exec $bin root attach --dir {DIR} --from {from}",
             sha256 = self.access.program.sha256,
             uploaded = self.access.program.uploaded(),
             spec = self.spec_path(),
+            keep = if self.access.keeps_host { " --keep" } else { "" },
             from = self.decoder.offset(),
         )
     }

@@ -20,7 +20,7 @@ use crate::{
     agent::Agent,
     event_log::{EventLog, Fenced, Position},
     files,
-    host::{Access, Incoming, Link},
+    host::{Access, Incoming, Link, STARTS_MAX},
     inputs::{self, Inputs},
     meter::Meter,
     outcome::{self, Outcome},
@@ -235,17 +235,24 @@ pub async fn reach(
     if !started && !is_new {
         files::mount(runner, &sprite, spec, is_new).await?;
     }
-    let mut link = Link::open(Access {
+    let is_preparation = log.is_unwritten();
+    let access = |from: u64, may_run: bool, keeps_host: bool| Access {
         client: client.clone(),
         sprite: sprite.clone(),
         program: runner.program.clone(),
-        spec: agent.spec(secrets, revision),
-        outside: outside.into_values().collect(),
-        // A set-up's journal is read again by each runner: what a failed script said is told.
-        from: if is_new { 0 } else { offset },
-        may_run: offset > 0 && !renews,
+        spec: agent.spec(secrets, revision.clone()),
+        outside: outside.values().cloned().collect(),
+        from,
+        may_run,
+        keeps_host,
+        // A host that ends in a preparation was replaced by the first turn.
+        starts_max: if is_preparation { 1 } else { STARTS_MAX },
         may_skip: !started,
-    });
+    };
+    // A set-up's journal is read again by each runner: what a failed script said is told. Scripts
+    // that run continue, whatever their host was started with.
+    let from = if is_new { 0 } else { offset };
+    let mut link = Link::open(access(from, offset > 0 && !renews, is_new));
     let mut position = 0;
     if is_new {
         let scope = Scope::SetUp { stage: "", logged_below: offset };
@@ -257,6 +264,11 @@ pub async fn reach(
         provisioning.set_up(log, &mut host).await?;
         position = host.playback.position().max(offset);
         link = host.link;
+        let may_be_of_another = spec.is_prepared || spec.epoch > 1;
+        if may_be_of_another && !is_preparation && !revision.is_empty() {
+            drop(link);
+            link = Link::open(access(position, false, false));
+        }
     }
     Ok(Reached { runtime, sprite, agent, link, position, renews })
 }

@@ -170,3 +170,17 @@ async fn a_session_that_is_deleted_while_it_is_prepared_leaves_no_sandbox() {
     testkit::eventually("the sandbox is gone", || async { running("sleep 300.8125").is_empty() })
         .await;
 }
+
+#[tokio::test]
+async fn a_session_that_is_changed_while_its_set_up_runs_keeps_the_set_up() {
+    let stack = Stack::start(OPTIONS).await.unwrap();
+    let session = session(&stack, "claude", "sleep 6.8125; echo ran >>/workspace/ran").await;
+    testkit::eventually("the set-up runs", || async { !running("sleep 6.8125").is_empty() }).await;
+    // Its CLI will report partial messages: it takes another specification of the host.
+    let followed = format!("/v1/sessions/{session}/events/stream?event_deltas[]=agent.message");
+    let _following = stack.events(0, &followed).await.unwrap();
+    let events = turn(&stack, &session, "run: cat /workspace/ran").await;
+    assert_eq!(events.last().unwrap()["code"], 0, "{events:?}");
+    let said = output(&events);
+    assert!(said.contains("The command said:\\nran") && !said.contains("ran\\nran"), "{said}");
+}
