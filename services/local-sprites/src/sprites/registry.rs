@@ -320,15 +320,21 @@ impl Registry {
         let dir = self.dir.join(format!("{name}.{}", record.id.simple()));
         let sprite = Arc::new(Sprite::new(dir, record, &self.sandboxes));
         let mut hold = sprite.hold().await?;
-        {
+        let existing = {
             let mut sprites = locked(&self.sprites);
             if self.closed.load(Ordering::SeqCst) {
                 return Err(RegistryError::Closed);
             }
-            if sprites.contains_key(name.as_str()) {
-                return Err(RegistryError::Exists);
+            let existing = sprites.get(name.as_str()).cloned();
+            if existing.is_none() {
+                sprites.insert(name.to_string(), sprite.clone());
             }
-            sprites.insert(name.to_string(), sprite.clone());
+            existing
+        };
+        if let Some(existing) = existing {
+            // Another request may be creating it: only then is it known what it begins from.
+            existing.hold().await?;
+            return Err(RegistryError::Exists);
         }
         let mut made = match image {
             Some(image) => self.begin_from(&image, &hold).await,

@@ -99,6 +99,9 @@ async fn a_sprite_begins_with_what_another_installed_and_without_its_secrets() {
     server.run().await;
     assert!(matches!(began(&server, "second", "one").await, Began::FromImage(_)));
     assert_eq!(began(&server, "third", "other").await, Began::Empty);
+    // So does a request for a Sprite that another one is creating.
+    let both = tokio::join!(began(&server, "raced", "one"), began(&server, "raced", "one"));
+    assert!(matches!(both, (Began::FromImage(_), Began::FromImage(_))), "{both:?}");
     // The first one wins.
     let third = server.client().sprite("third".parse().unwrap());
     assert!(matches!(third.draft_image("one", &[]).await, Err(Error::Conflict { .. })));
