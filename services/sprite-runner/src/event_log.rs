@@ -246,6 +246,10 @@ impl EventLog {
         took: Option<Duration>,
         message: Option<String>,
     ) -> Result<(), Fenced> {
+        // Should the hint of a message be lost, this stops what would write old configuration.
+        if self.is_unwritten && matches!(self.bus.last(self.stream, &self.log).await, Ok(Some(_))) {
+            return Err(Fenced::Superseded);
+        }
         if state == StageState::Done {
             self.checkpoint.stages_done.push(stage.as_str().to_owned());
         }
@@ -505,5 +509,24 @@ mod tests {
             EventLog::open(&bus, session, 1, &spec).await,
             Err(OpenError::Unreadable)
         ));
+    }
+
+    #[tokio::test]
+    async fn a_preparation_ends_with_its_stage_once_the_log_is_written() {
+        let nats = Nats::start().unwrap();
+        nats.with_streams().await.unwrap();
+        let bus = nats.connect(&contract::access::RUNNER).await.unwrap();
+        let (session, spec) = (SessionId::new(), TurnSpec { epoch: 1, ..TurnSpec::default() });
+        let mut unwritten = EventLog::unwritten(&bus, session, &spec).unwrap();
+        let stage = async |log: &mut EventLog, state| {
+            log.stage(Stage::RuntimeConfig, state, None, None).await.is_ok()
+        };
+        assert!(stage(&mut unwritten, StageState::Started).await);
+        let Ok(Position::Open(mut turn)) = EventLog::open(&bus, session, 1, &spec).await else {
+            unreachable!("its first turn begins")
+        };
+        assert!(stage(&mut turn, StageState::Started).await);
+        assert!(!stage(&mut unwritten, StageState::Done).await);
+        assert!(stage(&mut turn, StageState::Done).await);
     }
 }
