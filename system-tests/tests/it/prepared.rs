@@ -184,3 +184,24 @@ async fn a_session_that_is_changed_while_its_set_up_runs_keeps_the_set_up() {
     let said = output(&events);
     assert!(said.contains("The command said:\\nran") && !said.contains("ran\\nran"), "{said}");
 }
+
+#[tokio::test]
+async fn a_permission_that_is_tightened_before_the_first_message_holds() {
+    let stack = Stack::start(OPTIONS).await.unwrap();
+    let session = session(&stack, "claude", "").await;
+    assert_eq!(waiting_cli(&stack, &session).await.len(), 1);
+    let asks = json!({ "enabled": true, "permission_policy": { "type": "always_ask" } });
+    let tools = json!([{ "type": "agent_toolset_20260401", "default_config": asks }]);
+    let path = format!("/v1/sessions/{session}");
+    let updated = stack.post(&path, json!({ "agent": { "tools": tools } })).await.unwrap();
+    assert_eq!(updated.status, 200, "{updated:?}");
+    let text = json!([{ "type": "text", "text": "run: touch /workspace/ran" }]);
+    let message = json!({ "events": [{ "type": "user.message", "content": text }] });
+    let sent = stack.post(&format!("{path}/events"), message).await.unwrap();
+    assert_eq!(sent.status, 200, "{sent:?}");
+    let asked = || async {
+        let events = events(&stack, &session).await;
+        events.iter().any(|event| event["stop_reason"]["type"] == "requires_action")
+    };
+    testkit::eventually("the command is asked about", asked).await;
+}
