@@ -30,6 +30,8 @@ use crate::{
     turn,
 };
 
+/// Many clients send the message at once. Its turn is slower beside a preparation than without one.
+const MESSAGE_WITHIN: Duration = Duration::from_millis(200);
 const CLAIM_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a CLI that starts is waited for. It continues to start by itself.
 const CLI_MAX: Duration = Duration::from_secs(60);
@@ -51,6 +53,9 @@ async fn prepare(runner: Runner, session: SessionId, _permit: OwnedSemaphorePerm
     ) else {
         return;
     };
+    if tokio::time::timeout(MESSAGE_WITHIN, messages.next()).await.is_ok() {
+        return;
+    }
     let (spec, secrets) = match claim(&runner, session).await {
         Ok(Some(claimed)) => claimed,
         Ok(None) => return,
