@@ -472,8 +472,8 @@ impl Worker {
 
     fn start_script(&self) -> String {
         format!(
-            "bin={MOUNTED}; [ -x $bin ] && [ \"$(sha256sum <$bin)\" = '{sha256}  -' ] || bin={uploaded}\n\
-             [ -x $bin ] && [ \"$(sha256sum <$bin)\" = '{sha256}  -' ] || {{ rm -f {spec}; exit {NOT_INSTALLED}; }}\n\
+            "is_ours() {{ [ -x $1 ] && [ \"$(sha256sum <$1)\" = '{sha256}  -' ]; }}\n\
+             bin={MOUNTED}; is_ours $bin || {{ bin={uploaded}; is_ours $bin; }} || {{ rm -f {spec}; exit {NOT_INSTALLED}; }}\n\
              $bin root start --dir {DIR} --spec {spec}{keep} </dev/null; status=$?; rm -f {spec}; [ $status = 0 ] || exit 1\n\
              exec $bin root attach --dir {DIR} --from {from}",
             sha256 = self.access.program.sha256,
