@@ -235,7 +235,7 @@ impl Host {
         let lock =
             options.write(true).create(true).truncate(false).mode(0o600).open(lock_path(dir));
         let lock = lock.map_err(|error| failed("cannot open the lock", error))?;
-        if !take_lock(&lock) {
+        if !take_lock(dir, &lock) {
             return Ok(None);
         }
         let mut spec = Spec::decode(spec)
@@ -335,12 +335,18 @@ impl Host {
     }
 }
 
-/// A reader that checks for a host holds the lock for a moment.
-fn take_lock(lock: &File) -> bool {
-    (0..20).any(|attempt| {
+/// A reader that checks for a host holds the lock for a moment. A host that holds it also serves.
+fn take_lock(dir: &Path, lock: &File) -> bool {
+    for attempt in 0..20 {
         if attempt > 0 {
             std::thread::sleep(Duration::from_millis(10));
         }
-        flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok()
-    })
+        if flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return true;
+        }
+        if UnixStream::connect(socket_path(dir)).is_ok() {
+            return false;
+        }
+    }
+    false
 }
