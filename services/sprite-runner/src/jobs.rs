@@ -11,7 +11,7 @@ use contract::{
     rpc,
     runner::{DestroySprite, RunTurn},
     scheduler::{
-        ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, Routing, TurnSpec,
+        ClaimSpriteRequest, ClaimTurnRequest, ReleaseTurnRequest, TurnSpec,
         claim_turn_reply::Verdict,
     },
     subject::RunnerJob,
@@ -70,10 +70,7 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         return Outcome::Retry(again);
     };
     let Ok(key) = KeyPair::generate() else { return Outcome::Retry(again) };
-    let Ok(model_token) = runner.model_gateway.as_ref().map(|_| ModelToken::generate()).transpose()
-    else {
-        return Outcome::Retry(again);
-    };
+    let Ok(model_token) = runner.model_token() else { return Outcome::Retry(again) };
     let claim = ClaimTurnRequest {
         session_id: job.session_id.clone(),
         turn: job.turn,
@@ -81,10 +78,7 @@ async fn run_turn(runner: Runner, job: RunTurn, again: Duration) -> Outcome {
         runner_lease: lease.to_string(),
         public_key: key.public().to_vec(),
         model_token_hash: model_token.as_ref().map(ModelToken::hash).unwrap_or_default(),
-        routing: runner
-            .model_gateway
-            .as_ref()
-            .map(|_| Routing { private_hosts: runner.private_hosts.to_vec() }),
+        routing: runner.routing(),
     };
     let verdict = match runner.bus.call::<rpc::ClaimTurn>(&claim, CLAIM_DEADLINE).await {
         Ok(reply) => reply.verdict,

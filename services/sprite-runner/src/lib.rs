@@ -39,13 +39,14 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use bus::Bus;
-use contract::{access, topology};
+use contract::{access, scheduler::Routing, topology};
 use service::{Env, Lifecycle};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use types::Provider;
 
 pub use crate::pace::OutputLimits;
+use crate::secrets::ModelToken;
 
 /// Preparations use at most this share of a runner's capacity: turns are waited for.
 const PREPARATIONS_SHARE: usize = 4;
@@ -174,6 +175,17 @@ struct Runner {
 }
 
 impl Runner {
+    /// The token for the model gateway that is named in a claim; none without a model gateway.
+    fn model_token(&self) -> Result<Option<ModelToken>, getrandom::Error> {
+        self.model_gateway.as_ref().map(|_| ModelToken::generate()).transpose()
+    }
+
+    /// What a claim says of MCP servers and repositories; nothing without a model gateway.
+    fn routing(&self) -> Option<Routing> {
+        let gateway = self.model_gateway.as_ref();
+        gateway.map(|_| Routing { private_hosts: self.private_hosts.to_vec() })
+    }
+
     /// Where a session's agent finds the models.
     fn models_of(&self, secrets: &secrets::Secrets) -> ModelEndpoints {
         let of = |provider: Provider| match &self.model_gateway {

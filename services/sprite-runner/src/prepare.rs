@@ -10,7 +10,7 @@ use bus::work::Outcome;
 use contract::{
     host::{Input, StartCli, input, input_settled, record},
     rpc,
-    scheduler::{ClaimPreparationRequest, Routing, TurnSpec},
+    scheduler::{ClaimPreparationRequest, TurnSpec},
     subject,
 };
 use futures::StreamExt as _;
@@ -86,17 +86,13 @@ async fn prepare(runner: Runner, session: SessionId, _permit: OwnedSemaphorePerm
 /// What the preparation takes, if there is anything to prepare.
 async fn claim(runner: &Runner, session: SessionId) -> Result<Option<(TurnSpec, Secrets)>, String> {
     let key = KeyPair::generate().map_err(|error| error.to_string())?;
-    let model_token = runner.model_gateway.as_ref().map(|_| ModelToken::generate()).transpose();
-    let model_token = model_token.map_err(|error| error.to_string())?;
+    let model_token = runner.model_token().map_err(|error| error.to_string())?;
     let request = ClaimPreparationRequest {
         session_id: session.to_string(),
         runner: runner.name.to_string(),
         public_key: key.public().to_vec(),
         model_token_hash: model_token.as_ref().map(ModelToken::hash).unwrap_or_default(),
-        routing: runner
-            .model_gateway
-            .as_ref()
-            .map(|_| Routing { private_hosts: runner.private_hosts.to_vec() }),
+        routing: runner.routing(),
     };
     let reply = runner.bus.call::<rpc::ClaimPreparation>(&request, CLAIM_DEADLINE).await;
     let Some(spec) = reply.map_err(|error| error.to_string())?.spec else { return Ok(None) };
