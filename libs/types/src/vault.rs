@@ -4,6 +4,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use zeroize::Zeroize;
 
 use crate::environment::HostPattern;
@@ -191,6 +192,18 @@ pub fn normal_url(text: &str) -> Option<String> {
     Some(format!("{scheme}://{host}{}{query}", path.trim_end_matches('/')))
 }
 
+/// Gives a document the members of another, also within objects; those that it does not name stay.
+pub fn merge(document: &mut Value, change: Value) {
+    match (document, change) {
+        (Value::Object(document), Value::Object(change)) => {
+            for (name, value) in change {
+                merge(document.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (document, change) => *document = change,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -242,6 +255,20 @@ mod tests {
             assert_eq!(CredentialHost::parse(bad), None, "{bad}");
         }
         assert!(fits_header("Bearer a b") && !fits_header("") && !fits_header("a\nb"));
+    }
+
+    #[test]
+    fn a_change_keeps_fields_that_it_does_not_name() {
+        let mut document =
+            serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "old", "/b": "b" } });
+        merge(
+            &mut document,
+            serde_json::json!({ "env": {}, "tokens": { "/a": "new", "/c": "c" } }),
+        );
+        assert_eq!(
+            document,
+            serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "b", "/c": "c" } })
+        );
     }
 
     #[test]

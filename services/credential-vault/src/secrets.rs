@@ -12,7 +12,9 @@ use contract::{
 use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
-use types::{CredentialKind, ErrorCode, SecretId, Timestamp, UserId, agent::keep_redacted};
+use types::{
+    CredentialKind, ErrorCode, SecretId, Timestamp, UserId, agent::keep_redacted, vault::merge,
+};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
@@ -292,17 +294,6 @@ pub async fn merge_into(
     Ok(())
 }
 
-fn merge(document: &mut Value, change: Value) {
-    match (document, change) {
-        (Value::Object(document), Value::Object(change)) => {
-            for (name, value) in change {
-                merge(document.entry(name).or_insert(Value::Null), value);
-            }
-        }
-        (document, change) => *document = change,
-    }
-}
-
 /// A user's document of a kind.
 async fn read(vault: &Vault, user: UserId, id: &str, kind: &str) -> Result<Value, RpcError> {
     let missing = || RpcError::not_found("Secret not found");
@@ -369,20 +360,6 @@ fn hint(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_change_keeps_fields_that_it_does_not_name() {
-        let mut document =
-            serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "old", "/b": "b" } });
-        merge(
-            &mut document,
-            serde_json::json!({ "env": {}, "tokens": { "/a": "new", "/c": "c" } }),
-        );
-        assert_eq!(
-            document,
-            serde_json::json!({ "env": { "A": "1" }, "tokens": { "/a": "new", "/b": "b", "/c": "c" } })
-        );
-    }
 
     #[test]
     fn a_short_value_gives_no_hint() {

@@ -8,7 +8,7 @@ use types::{
     limits::BODY_BYTES_MAX,
     vault::{
         AuthKind, ClientAuthKind, CredentialDocument, CredentialHost, HEADER_BYTES_MAX, HOSTS_MAX,
-        fits_header, normal_url,
+        fits_header, merge, normal_url,
     },
 };
 
@@ -411,18 +411,6 @@ fn key(auth: &mut Fields, name: &str, is_new: bool, chars_max: usize) -> Option<
         auth.refuse(name, "cannot be changed: create another credential");
     }
     None
-}
-
-/// Gives an object the members of another, also within objects.
-fn merge(document: &mut Value, change: Value) {
-    match (document, change) {
-        (Value::Object(document), Value::Object(change)) => {
-            for (name, value) in change {
-                merge(document.entry(name).or_insert(Value::Null), value);
-            }
-        }
-        (document, change) => *document = change,
-    }
 }
 
 #[cfg(test)]
