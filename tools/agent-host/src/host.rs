@@ -29,6 +29,8 @@ use prost::Message as _;
 use rustix::{
     event::{EventfdFlags, eventfd},
     fs::{FlockOperation, flock},
+    io::Errno,
+    net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with},
     process::Pid,
 };
 
@@ -344,9 +346,20 @@ fn take_lock(dir: &Path, lock: &File) -> bool {
         if flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
             return true;
         }
-        if UnixStream::connect(socket_path(dir)).is_ok() {
+        if is_served(dir) {
             return false;
         }
     }
     false
+}
+
+/// Whether a host listens. One that hangs may have as many connections waiting as its socket takes:
+/// another would wait without end.
+fn is_served(dir: &Path) -> bool {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    SocketAddrUnix::new(socket_path(dir)).is_ok_and(|address| {
+        socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).is_ok_and(|socket| {
+            matches!(net::connect(socket, &address), Ok(()) | Err(Errno::AGAIN))
+        })
+    })
 }

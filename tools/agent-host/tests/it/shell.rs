@@ -2,6 +2,8 @@
 
 use std::{
     collections::BTreeSet,
+    fs::File,
+    os::unix::net::{UnixListener, UnixStream},
     process::Command,
     time::{Duration, Instant},
 };
@@ -392,6 +394,28 @@ fn a_host_that_runs_is_found_without_a_wait() {
     };
     let fastest = (0..5).map(|_| again()).min().unwrap();
     assert!(fastest < Duration::from_millis(150), "{fastest:?}");
+}
+
+#[test]
+fn a_host_that_hangs_and_takes_no_more_connections_does_not_hold_up_a_start() {
+    let host = Host::shell();
+    std::fs::create_dir(host.dir()).unwrap();
+    let lock = File::create(host.dir().join("lock")).unwrap();
+    lock.lock().unwrap();
+    let listener = UnixListener::bind(host.dir().join("sock")).unwrap();
+    // From now on it takes one.
+    rustix::net::listen(&listener, 0).unwrap();
+    let _waiting = UnixStream::connect(host.dir().join("sock")).unwrap();
+    let (sender, started) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            host.start();
+            sender.send(()).unwrap();
+        });
+        let outcome = started.recv_timeout(Duration::from_secs(10));
+        drop(listener);
+        outcome.expect("the start returns");
+    });
 }
 
 #[test]
