@@ -32,6 +32,7 @@ use crate::{
         environments, files, vaults,
     },
     db::idempotency,
+    dispatch::claims,
     inputs,
     log::{
         event_log,
@@ -223,7 +224,10 @@ async fn create_in(
         session.v1_status = if begins { "running" } else { "idle" }.to_owned();
         inputs::queue::begin_with(tx, id, messages, request.timeout_seconds, &request.key_id)
             .await?;
-        if !begins && scheduler.prepared_sessions_max > 0 {
+        let max = scheduler.prepared_sessions_max;
+        // The claim asks again. A job that it refuses would keep others from being prepared: their
+        // runner waits for a message before it claims.
+        if !begins && max > 0 && claims::may_prepare(tx, user, max).await? {
             turns::prepare(tx, id).await?;
         }
     } else {

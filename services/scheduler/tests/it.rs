@@ -29,7 +29,7 @@ use contract::{
         DecisionRequested, DecisionSettled, InputSettled, Output, SessionEvent, StopReason,
         TurnEnded, TurnStarted, session_event::Kind,
     },
-    subject,
+    subject, topology,
 };
 use futures::future::join_all;
 use prost::Message as _;

@@ -186,20 +186,20 @@ pub async fn preparation(
     let nothing = Ok(ClaimPreparationReply { spec: None });
     let mut tx = scheduler.pool.begin().await?;
     let Some(session) = lock(&mut tx, id, None).await? else { return nothing };
+    if !may_prepare(&mut tx, UserId::from_uuid(session.user_id), scheduler.prepared_sessions_max)
+        .await?
+    {
+        return nothing;
+    }
     let turn: Option<TurnRow> = sqlx::query_as(concat!(
         "with claimed as (
             update session set prepared_at = now()
             where session_id = $1 and turn_count = 0 and status = 'completed' and prepared_at is null
-                and (select count(*) from session other
-                     where other.user_id = $2 and other.prepared_at > now() - make_interval(secs => $4) and other.turn_count = 0) < $3
             returning session_id, 1 as epoch, 0::float8 as age_seconds, '' as prompt, 0 as timeout_seconds, null::uuid as input_id
          )",
         turn_columns!()
     ))
     .bind(id.uuid())
-    .bind(session.user_id)
-    .bind(i64::from(scheduler.prepared_sessions_max))
-    .bind(PREPARED_FOR.as_secs_f64())
     .fetch_optional(&mut *tx)
     .await?;
     tx.commit().await?;
@@ -207,6 +207,19 @@ pub async fn preparation(
     let claimant = (request.public_key, request.model_token_hash, request.routing);
     let spec = specification(&scheduler, id, (1, "preparation"), session, turn, claimant).await?;
     Ok(ClaimPreparationReply { spec: Some(spec) })
+}
+
+/// Whether a user has fewer prepared sessions that wait for their first message than `max`.
+pub async fn may_prepare(tx: &mut PgConnection, user: UserId, max: u32) -> Result<bool, RpcError> {
+    let waiting: i64 = sqlx::query_scalar(
+        "select count(*) from session
+         where user_id = $1 and prepared_at > now() - make_interval(secs => $2) and turn_count = 0",
+    )
+    .bind(user.uuid())
+    .bind(PREPARED_FOR.as_secs_f64())
+    .fetch_one(tx)
+    .await?;
+    Ok(waiting < i64::from(max))
 }
 
 async fn turn_to_claim(

@@ -195,3 +195,26 @@ async fn a_user_has_a_bounded_number_of_prepared_sessions_without_a_message() {
     sqlx::raw_sql(older).execute(&mut database).await.unwrap();
     assert!(world.prepare(&last).await.is_some(), "those that were abandoned count for an hour");
 }
+
+#[tokio::test]
+async fn sessions_beyond_their_users_bound_take_no_runners_time_from_those_of_others() {
+    let world = World::start().await;
+    let agent = world.agent().await;
+    let scheduler = world.nats.connect(&access::SCHEDULER).await.unwrap();
+    let jobs = async || {
+        eventually("all jobs are in the queue", || async {
+            let mut database = world.database.admin().await.unwrap();
+            let unsent = sqlx::query_scalar("select count(*) from scheduler.outbox");
+            unsent.fetch_one(&mut database).await.is_ok_and(|unsent: i64| unsent == 0)
+        })
+        .await;
+        scheduler.backlog(&topology::RUNNER).await.unwrap().waiting
+    };
+    for _ in 0..10 {
+        let session = world.create_idle(&agent).await;
+        assert!(world.prepare(&session).await.is_some());
+    }
+    assert_eq!(jobs().await, 10);
+    world.create_idle(&agent).await;
+    assert_eq!(jobs().await, 10);
+}
