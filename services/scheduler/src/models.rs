@@ -1,14 +1,17 @@
 //! Model requests as the model gateway reports them: checks of budgets and policies before, usage
 //! after, and events for the session's log.
 //!
-//! [`requests`] begins and settles them; [`limits`] reads budgets and policies, which [`budgets`]
-//! sets; [`entries`] are what runners append to logs; [`sums`] adds up totals.
+//! [`admission`] begins them and [`settlement`] ends them, as rows of [`requests`]; [`limits`] reads
+//! budgets and policies, which [`budgets`] sets; [`entries`] are what runners append to logs;
+//! [`sums`] adds up totals.
 //! docs/adr/0130-metering.md has the reasons.
 
+pub mod admission;
 pub mod budgets;
 pub mod entries;
 pub mod limits;
 pub mod requests;
+pub mod settlement;
 mod sums;
 
 use std::time::Duration;
@@ -27,7 +30,7 @@ const EVERY: Duration = Duration::from_secs(2);
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     service::periodically("model requests", EVERY, stop, || async {
         let parts = [
-            requests::settle_lost(&scheduler).await,
+            settlement::settle_lost(&scheduler).await,
             sums::add_up(&scheduler.pool).await,
             sums::forget(&scheduler.pool).await,
         ];
