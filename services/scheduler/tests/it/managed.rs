@@ -244,3 +244,44 @@ async fn changes_of_an_agent_follow_each_other_and_go_with_their_session() {
     forgotten.sort();
     assert_eq!(forgotten, [first, second], "not the one that the agent itself has");
 }
+
+#[tokio::test]
+async fn a_new_session_is_answered_with_the_agent_that_reading_it_shows() {
+    let (world, agent) = World::with_agent().await;
+    let change = UpdateAgentRequest {
+        user_id: world.user.to_string(),
+        agent_id: agent.clone(),
+        version: 1,
+        name: Some("renamed".to_owned()),
+        model: Some("newer".to_owned()),
+        ..UpdateAgentRequest::default()
+    };
+    world.gateway.call::<rpc::UpdateAgent>(&change, SOON).await.unwrap();
+    for version in [None, Some(1), Some(2)] {
+        let once = Once { key: format!("{version:?}"), body_hash: vec![1], ..Once::default() };
+        let create = CreateSessionRequest {
+            is_v1: true,
+            prompt: String::new(),
+            agent_version: version,
+            session_id: SessionId::new().to_string(),
+            once: Some(once),
+            ..world.session_of(&agent, 100)
+        };
+        let created = world.gateway.call::<rpc::CreateSession>(&create, SOON).await.unwrap();
+        let session = created.session.unwrap();
+        let shown = session.agent.unwrap();
+        assert_eq!(shown.version, version.unwrap_or(2));
+        let get = GetSessionRequest {
+            user_id: world.user.to_string(),
+            session_id: session.session_id,
+            recorded_through: 0,
+            v1: true,
+        };
+        let read = world.gateway.call::<rpc::GetSession>(&get, SOON).await.unwrap();
+        assert_eq!(read.agent.as_ref(), Some(&shown));
+        let again = CreateSessionRequest { session_id: SessionId::new().to_string(), ..create };
+        let again = world.gateway.call::<rpc::CreateSession>(&again, SOON).await.unwrap();
+        assert!(again.replayed);
+        assert_eq!(again.session.unwrap().agent, Some(shown));
+    }
+}
