@@ -285,13 +285,28 @@ def test_the_database_is_made_before_the_services_need_it():
     assert "annotations" not in find(render(TRIAL), "Job", "database-1")["metadata"]
 
 
+def test_streams_are_created_by_a_user_of_their_own():
+    values = {**FULL, "env": {"AOD_EVENTS_MAX_BYTES": "1073741824"}, "scheduler": {"env": {"EVENT_PARTITIONS": 3}}}
+    documents = render(values)
+    pod = find(documents, "Deployment", "streams")["spec"]["template"]
+    assert pod["spec"]["containers"][0]["args"] == ["deploy", "streams", "--watch"]
+    assert {name for name, _ in mounted(pod)} == {"aod-agent-on-demand-streams", "nats-ca"}
+    scheduler = settings(find(documents, "Deployment", "scheduler")["spec"]["template"])
+    own = settings(pod)
+    assert own["EVENT_PARTITIONS"] == scheduler["EVENT_PARTITIONS"] == "3"
+    assert (own["AOD_STREAM_REPLICAS"], own["AOD_EVENTS_MAX_BYTES"]) == ("3", "1073741824") and "AOD_STREAM_REPLICAS" not in scheduler
+    policy = find(documents, "NetworkPolicy", "streams")["spec"]
+    assert "ingress" not in policy and {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 4222}
+
+
 def test_a_trials_secrets_fit_each_other():
     documents = render(TRIAL)
     secrets = {d["metadata"]["name"].removeprefix("aod-agent-on-demand-"): {k: base64.b64decode(v).decode() for k, v in d["data"].items()}
                for d in documents if d["kind"] == "Secret"}
     permissions = (PATH / "files/permissions.conf").read_text()
     assert set(re.findall(r"\$(NATS_PASSWORD_\w+)", permissions)) == set(secrets["nats"])
-    for service, user in zip(TRIAL_SERVICES, ["gateway", "auth", "vault", "scheduler", "runner", "model_gateway"]):
+    users = ["gateway", "auth", "vault", "scheduler", "runner", "model_gateway", "streams"]
+    for service, user in zip([*TRIAL_SERVICES, "streams"], users, strict=True):
         assert secrets[service]["NATS_PASSWORD"] == secrets["nats"][f"NATS_PASSWORD_{user.upper()}"]
         if "DATABASE_URL" in secrets[service]:
             assert secrets[service]["DATABASE_URL"] == f"postgres://{user}:{secrets['database'][user]}@aod-agent-on-demand-postgres:5432/aod"

@@ -51,20 +51,33 @@ def test_sandboxes_share_a_network_with_those_alone_who_need_them():
     assert set().union(*networks.values()) <= set(COMPOSE["networks"])
 
 
+def known_settings(name):
+    reference = (ROOT / "docs/configuration.md").read_text()
+    everywhere, own = (reference.split(f"\n## {part}\n")[1].split("\n## ")[0] for part in ("Every service", name))
+    known = re.findall(r"^\| `([A-Z0-9_]+)(\[_FILE\])?`", everywhere + own, re.M)
+    return {setting for setting, _ in known} | {f"{setting}_FILE" for setting, file in known if file}
+
+
 def test_each_service_has_an_image_a_check_of_its_health_and_settings_that_it_knows():
     targets = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.M)
-    reference = (ROOT / "docs/configuration.md").read_text()
-    everywhere = reference.split("\n## Every service\n")[1].split("\n## ")[0]
     for name in OURS:
         service = SERVICES[name]
         assert service["build"]["target"] == name and name in targets
         assert service["healthcheck"]["test"] == ["CMD", name, "--check-ready"]
-        known = re.findall(r"^\| `([A-Z0-9_]+)(\[_FILE\])?`", everywhere + reference.split(f"\n## {name}\n")[1].split("\n## ")[0], re.M)
-        known = {setting for setting, _ in known} | {f"{setting}_FILE" for setting, file in known if file}
+        known = known_settings(name)
         environment = {}
         for part in [service.get("environment", {})]:
             environment.update(part)
         assert set(environment) <= known, (name, set(environment) - known)
+
+
+def test_streams_are_created_by_a_user_of_their_own_before_the_scheduler_needs_them():
+    streams, scheduler = SERVICES["streams"], SERVICES["scheduler"]
+    assert streams["command"] == "deploy streams --watch" and streams["restart"] == "unless-stopped"
+    assert set(streams["environment"]) <= known_settings("streams")
+    assert streams["environment"]["EVENT_PARTITIONS"] == scheduler["environment"]["EVENT_PARTITIONS"]
+    assert scheduler["depends_on"]["streams"] == {"condition": "service_started"}
+    assert [name for name, service in SERVICES.items() if "secrets-streams:/secrets:ro" in service.get("volumes", [])] == ["streams"]
 
 
 def test_what_is_mounted_is_there():

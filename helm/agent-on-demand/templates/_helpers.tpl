@@ -78,6 +78,10 @@ model-gateway: { secrets: [NATS_PASSWORD] }
 {{- if .Values.trial.enabled }}nats://{{ include "aod.fullname" . }}-nats:4222{{ else }}{{ required "nats.url: where NATS is (or trial.enabled)" .Values.nats.url }}{{ end -}}
 {{- end }}
 
+{{- define "aod.natsPort" -}}
+{{ (include "aod.natsUrl" . | splitList "," | first | urlParse).host | splitList ":" | rest | first | default "4222" }}
+{{- end }}
+
 {{- define "aod.spritesBaseUrl" -}}
 {{- if .Values.trial.enabled }}http://{{ include "aod.fullname" . }}-local-sprites:8778{{ else }}{{ index .Values "sprite-runner" "spritesBaseUrl" }}{{ end -}}
 {{- end }}
@@ -123,7 +127,6 @@ capabilities: { drop: [ALL] }
 {{- $_ := set $settings "ALLOWED_HOSTS" (ternary "*" ($hosts | uniq | join ",") .root.Values.trial.enabled) }}
 {{- if .root.Values.trial.enabled }}{{ $_ := set $settings "ENABLE_SHELL_RUNTIME" "true" }}{{ end }}
 {{- end }}
-{{- if eq .name "scheduler" }}{{ $_ := set $settings "AOD_STREAM_REPLICAS" (toString .root.Values.nats.streamReplicas) }}{{ end }}
 {{- if eq .name "sprite-runner" }}
 {{- $_ := set $settings "SPRITES_BASE_URL" (include "aod.spritesBaseUrl" .root) }}
 {{- $_ := set $settings "AOD_RUNNER_CONCURRENCY" (toString $values.concurrency) }}

@@ -50,7 +50,7 @@ pub struct Backlog {
 }
 
 impl Bus {
-    /// Creates or updates a stream. A created one begins with the sequence `first_sequence`.
+    /// Creates or updates a stream, which only the user `streams` may.
     ///
     /// # Errors
     /// [`TopologyError`]: also when the server kept another configuration than the one it was
@@ -58,7 +58,6 @@ impl Bus {
     pub async fn ensure_stream(
         &self,
         spec: &StreamSpec,
-        first_sequence: u64,
         replicas: usize,
     ) -> Result<(), TopologyError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| TopologyError::Stream {
@@ -66,9 +65,8 @@ impl Bus {
             source,
         };
         let existing = self.jetstream.get_stream(spec.name).await.ok();
-        let first_sequence = existing.as_ref().map_or(Some(first_sequence.max(1)), |stream| {
-            stream.cached_info().config.first_sequence
-        });
+        let first_sequence =
+            existing.as_ref().and_then(|stream| stream.cached_info().config.first_sequence);
         let mut config = Config {
             name: spec.name.to_owned(),
             subjects: spec.subjects.iter().map(ToString::to_string).collect(),
@@ -140,20 +138,6 @@ impl Bus {
             Ok(info) => Ok(Some(info)),
             Err(TopologyError::StreamNotFound { .. }) => Ok(None),
             Err(error) => Err(error),
-        }
-    }
-
-    /// Deletes a stream with all its messages. Succeeds if it does not exist.
-    ///
-    /// # Errors
-    /// [`TopologyError`] when the server refuses or does not answer.
-    pub async fn delete_stream(&self, spec: &StreamSpec) -> Result<(), TopologyError> {
-        match self.jetstream.delete_stream(spec.name).await {
-            Ok(_) => Ok(()),
-            Err(error) => match self.find_stream(spec).await {
-                Ok(None) => Ok(()),
-                _ => Err(TopologyError::Stream { name: spec.name, source: error.into() }),
-            },
         }
     }
 

@@ -250,8 +250,7 @@ async fn a_job_handed_back_comes_again_and_one_done_does_not() {
 #[tokio::test]
 async fn a_live_subscription_carries_each_entrys_sequence_and_the_one_before_it() {
     let mut nats = Nats::start().unwrap();
-    let scheduler = nats.with_streams().await.unwrap();
-    scheduler.ensure_stream(topology::events(Partition::new(3).unwrap()), 1, 1).await.unwrap();
+    nats.create_streams([Partition::FIRST, Partition::new(3).unwrap()]).await.unwrap();
     let (runner, gateway) = (
         nats.connect(&access::RUNNER).await.unwrap(),
         nats.connect(&access::GATEWAY).await.unwrap(),
@@ -297,12 +296,12 @@ async fn a_live_subscription_carries_each_entrys_sequence_and_the_one_before_it(
 #[tokio::test]
 async fn a_stream_of_an_earlier_release_is_brought_up_to_date() {
     let nats = Nats::start().unwrap();
-    let config = nats.config(&access::SCHEDULER);
+    let config = nats.config(&access::STREAMS);
     let options = async_nats::ConnectOptions::with_user_and_password(
         config.user.to_owned(),
         config.password.expose_secret().to_owned(),
     )
-    .custom_inbox_prefix(access::SCHEDULER.inbox());
+    .custom_inbox_prefix(access::STREAMS.inbox());
     let jetstream = async_nats::jetstream::new(options.connect(config.url).await.unwrap());
     let earlier = async_nats::jetstream::stream::Config {
         name: topology::EVENTS.name.to_owned(),

@@ -111,19 +111,10 @@ pub const SCHEDULER: Access = Access {
         "aod.rpc.vault.v1.lease.revoke",
         "aod.rpc.vault.v1.model_token.revoke",
         "aod.rpc.vault.v1.secret.delete",
-        "$JS.API.STREAM.CREATE.JOBS",
-        "$JS.API.STREAM.CREATE.EVENTS",
-        "$JS.API.STREAM.CREATE.LIFECYCLE",
-        "$JS.API.STREAM.CREATE.DLQ",
-        "$JS.API.STREAM.UPDATE.JOBS",
-        "$JS.API.STREAM.UPDATE.EVENTS",
-        "$JS.API.STREAM.UPDATE.LIFECYCLE",
-        "$JS.API.STREAM.UPDATE.DLQ",
         "$JS.API.STREAM.INFO.JOBS",
         "$JS.API.STREAM.INFO.EVENTS",
         "$JS.API.STREAM.INFO.LIFECYCLE",
         "$JS.API.STREAM.INFO.DLQ",
-        "$JS.API.STREAM.DELETE.EVENTS",
         "$JS.API.STREAM.PURGE.EVENTS",
         "$JS.API.STREAM.MSG.GET.EVENTS",
         "$JS.API.STREAM.MSG.DELETE.EVENTS",
@@ -173,6 +164,27 @@ pub const MODEL_GATEWAY: Access = Access {
     subscribe: &[],
 };
 
+/// `aod deploy streams`: creates and changes streams, which no other user may. A stream may store any
+/// subject and republish it to any other, and no permission limits that.
+pub const STREAMS: Access = Access {
+    user: "streams",
+    publish: &[
+        "$JS.API.STREAM.CREATE.JOBS",
+        "$JS.API.STREAM.CREATE.EVENTS",
+        "$JS.API.STREAM.CREATE.LIFECYCLE",
+        "$JS.API.STREAM.CREATE.DLQ",
+        "$JS.API.STREAM.UPDATE.JOBS",
+        "$JS.API.STREAM.UPDATE.EVENTS",
+        "$JS.API.STREAM.UPDATE.LIFECYCLE",
+        "$JS.API.STREAM.UPDATE.DLQ",
+        "$JS.API.STREAM.INFO.JOBS",
+        "$JS.API.STREAM.INFO.EVENTS",
+        "$JS.API.STREAM.INFO.LIFECYCLE",
+        "$JS.API.STREAM.INFO.DLQ",
+    ],
+    subscribe: &[],
+};
+
 /// `aod admin` and `aod dev`: sets users, keys and credentials; reads no secret.
 pub const OPERATOR: Access = Access {
     user: "operator",
@@ -214,8 +226,8 @@ pub const EVENTS: Access = Access {
 /// others, so they are sealed to a key of the process that asked.
 pub const SEALED_REPLIES: &[&str] = &[RUNNER.user];
 
-pub const ALL: [Access; 8] =
-    [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS];
+pub const ALL: [Access; 9] =
+    [GATEWAY, AUTH, VAULT, SCHEDULER, RUNNER, MODEL_GATEWAY, STREAMS, OPERATOR, EVENTS];
 
 /// The account of all of these: what is said in it, other accounts of the same servers do not hear.
 pub const ACCOUNT: &str = "AOD";
@@ -327,6 +339,25 @@ mod tests {
         assert_eq!(callers("aod.rpc.vault.v1.model_token.redeem"), ["model_gateway"]);
     }
 
+    /// A user who may set the subjects of a stream can read messages of all others.
+    #[test]
+    fn streams_are_created_and_changed_by_their_own_user_alone() {
+        for partition in Partition::all() {
+            for stream in topology::streams([partition]) {
+                for what in ["CREATE", "UPDATE", "RESTORE", "DELETE"] {
+                    let subject = format!("$JS.API.STREAM.{what}.{}", stream.name);
+                    let may = |access: &&Access| {
+                        access.publish_everywhere().any(|pattern| matches(&pattern, &subject))
+                    };
+                    let users: Vec<_> = ALL.iter().filter(may).map(|access| access.user).collect();
+                    let expected: &[&str] =
+                        if matches!(what, "CREATE" | "UPDATE") { &["streams"] } else { &[] };
+                    assert_eq!(users, expected, "{subject}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn only_the_inboxes_of_callers_are_answered_and_nothing_else_is_open_to_reply_subjects() {
         let answered = |access: &Access| access.inboxes_to_answer().collect::<Vec<_>>();
@@ -345,7 +376,7 @@ mod tests {
             answered(&SCHEDULER),
             ["_INBOX_gateway", "_INBOX_runner", "_INBOX_model_gateway", "_INBOX_operator"]
         );
-        for access in [GATEWAY, RUNNER, MODEL_GATEWAY, OPERATOR, EVENTS] {
+        for access in [GATEWAY, RUNNER, MODEL_GATEWAY, STREAMS, OPERATOR, EVENTS] {
             assert!(answered(&access).is_empty(), "{}", access.user);
         }
         assert!(!render_permissions().contains("allow_responses"));

@@ -135,6 +135,21 @@ pub fn streams(
     OTHERS.into_iter().chain(partitions.into_iter().map(|partition| *events(partition)))
 }
 
+/// Room for one event of the greatest size, and others beside it.
+pub const EVENTS_BYTES_MIN: i64 = 1024 * 1024;
+
+/// All streams of a deployment with these partitions, which share `events_max_bytes` evenly.
+#[must_use]
+pub fn sized_streams(partitions: &[Partition], events_max_bytes: i64) -> Vec<StreamSpec> {
+    let count = i64::try_from(partitions.len()).unwrap_or(i64::MAX).max(1);
+    let max_bytes = (events_max_bytes / count).max(EVENTS_BYTES_MIN);
+    let sized = |spec: StreamSpec| match partition_of(spec.name) {
+        Some(_) => StreamSpec { max_bytes, ..spec },
+        None => spec,
+    };
+    streams(partitions.iter().copied()).map(sized).collect()
+}
+
 /// All runners share it: a job goes to one of them, and comes back when that one falls silent.
 pub const RUNNER: ConsumerSpec = ConsumerSpec {
     stream: JOBS.name,

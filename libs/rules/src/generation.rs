@@ -26,39 +26,33 @@ pub struct Seen {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
     Intact,
-    /// Never created before.
-    New,
-    /// The server does not have it any more.
-    Lost,
-    /// Another stream of the same name.
+    /// Another stream of the same name: the one that was published to was lost or replaced.
     Exchanged,
     /// It ends before what was published: a lost tail, or a restored snapshot.
     SetBack,
 }
 
 #[must_use]
-pub fn condition(known: Option<Known>, persisted: u64, seen: Option<Seen>) -> Condition {
-    match (known, seen) {
-        (None, None) if persisted == 0 => Condition::New,
-        (_, None) => Condition::Lost,
-        (Some(known), Some(seen)) if known.created_at != seen.created_at => Condition::Exchanged,
-        (known, Some(seen))
-            if seen.last_sequence
-                < persisted.max(known.map_or(0, |known| known.high_watermark)) =>
-        {
-            Condition::SetBack
-        }
-        (_, Some(_)) => Condition::Intact,
+pub fn condition(known: Option<Known>, persisted: u64, seen: Seen) -> Condition {
+    match known {
+        Some(known) if known.created_at != seen.created_at => Condition::Exchanged,
+        _ if seen.last_sequence < highest(known, persisted) => Condition::SetBack,
+        _ => Condition::Intact,
     }
 }
 
-/// Where a recreated stream begins: above every id that anyone may have seen.
+/// Where a stream that is not intact continues: above every id that anyone may have seen, and above
+/// all that it holds.
 #[must_use]
-pub fn first_sequence(known: Option<Known>, persisted: u64) -> u64 {
-    match persisted.max(known.map_or(0, |known| known.high_watermark)) {
+pub fn first_sequence(known: Option<Known>, persisted: u64, seen: Seen) -> u64 {
+    match highest(known, persisted).max(seen.last_sequence) {
         0 => 1,
         highest => highest + UNSEEN_MAX,
     }
+}
+
+fn highest(known: Option<Known>, persisted: u64) -> u64 {
+    persisted.max(known.map_or(0, |known| known.high_watermark))
 }
 
 #[cfg(test)]
@@ -74,17 +68,16 @@ mod tests {
     proptest! {
         #[test]
         fn a_stream_is_intact_only_if_it_holds_everything_published(
-            known in proptest::option::of((0_i64..2, 0_u64..5)), persisted in 0_u64..5, seen in proptest::option::of((0_i64..2, 0_u64..5)),
+            known in proptest::option::of((0_i64..2, 0_u64..5)), persisted in 0_u64..5, seen in (0_i64..2, 0_u64..5),
         ) {
             let known = known.map(|(second, high_watermark)| Known { created_at: at(second), high_watermark });
-            let seen = seen.map(|(second, last_sequence)| Seen { created_at: at(second), last_sequence });
+            let seen = Seen { created_at: at(seen.0), last_sequence: seen.1 };
             let intact = condition(known, persisted, seen) == Condition::Intact;
-            let holds_all = seen.is_some_and(|seen| {
-                seen.last_sequence >= persisted && known.is_none_or(|known| known.created_at == seen.created_at && seen.last_sequence >= known.high_watermark)
-            });
+            let holds_all = seen.last_sequence >= persisted
+                && known.is_none_or(|known| known.created_at == seen.created_at && seen.last_sequence >= known.high_watermark);
             prop_assert_eq!(intact, holds_all);
-            let first = first_sequence(known, persisted);
-            prop_assert!(first > persisted && known.is_none_or(|known| first > known.high_watermark));
+            let first = first_sequence(known, persisted, seen);
+            prop_assert!(first > persisted && first > seen.last_sequence && known.is_none_or(|known| first > known.high_watermark));
         }
     }
 }

@@ -153,19 +153,26 @@ impl Env {
         self.problems.push(problem.into());
     }
 
+    /// Returns the settings that were read, as `--help` lists them.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut text = String::from("Settings, from the environment:\n");
+        for (name, meaning, kind) in &self.described {
+            let _ = writeln!(text, "  {name:<32}  {meaning} ({kind})");
+        }
+        text
+    }
+
     /// Returns whether the settings are valid, or the help text if it was requested.
     #[must_use]
     pub fn finish(self) -> Verdict {
         if self.help_wanted {
-            let mut text = format!(
-                "{}: {}\n\n  --check-ready  exit with 0 if the process with the same AOD_ADMIN_ADDR is ready\n\n\
-                 Settings, from the environment:\n",
-                self.name, self.about
-            );
-            for (name, meaning, kind) in &self.described {
-                let _ = writeln!(text, "  {name:<32}  {meaning} ({kind})");
-            }
-            return Verdict::Help(text);
+            return Verdict::Help(format!(
+                "{}: {}\n\n  --check-ready  exit with 0 if the process with the same AOD_ADMIN_ADDR is ready\n\n{}",
+                self.name,
+                self.about,
+                self.table()
+            ));
         }
         if self.problems.is_empty() {
             return Verdict::Ready;

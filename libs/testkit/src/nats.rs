@@ -186,15 +186,29 @@ impl Nats {
         Ok(Bus::connect(&self.config(access)).await?)
     }
 
-    /// The contract's streams and consumers, made as the scheduler makes them.
+    /// Creates the contract's streams, as a deployment does.
+    ///
+    /// # Errors
+    /// When the server refuses.
+    pub async fn create_streams(
+        &self,
+        partitions: impl IntoIterator<Item = Partition>,
+    ) -> anyhow::Result<()> {
+        let bus = self.connect(&access::STREAMS).await?;
+        let partitions: Vec<_> = partitions.into_iter().collect();
+        for stream in topology::sized_streams(&partitions, topology::EVENTS.max_bytes) {
+            bus.ensure_stream(&stream, 1).await?;
+        }
+        Ok(())
+    }
+
+    /// Creates the contract's streams and consumers. Returns the scheduler's connection.
     ///
     /// # Errors
     /// When the server refuses.
     pub async fn with_streams(&self) -> anyhow::Result<Bus> {
+        self.create_streams([Partition::FIRST]).await?;
         let bus = self.connect(&access::SCHEDULER).await?;
-        for stream in topology::streams([Partition::FIRST]) {
-            bus.ensure_stream(&stream, 1, 1).await?;
-        }
         for consumer in &topology::CONSUMERS {
             bus.ensure_consumer(consumer).await?;
         }

@@ -1,5 +1,7 @@
-//! `aod deploy`: generates a deployment's secrets, and creates roles and schemas in Postgres. Safe
-//! to rerun.
+//! `aod deploy`: generates a deployment's secrets, creates roles and schemas in Postgres and streams
+//! in NATS. Safe to rerun.
+
+pub mod streams;
 
 use std::{
     fs::{self, OpenOptions, Permissions},
@@ -48,6 +50,17 @@ pub enum DeployArgs {
         #[arg(long)]
         passwords: PathBuf,
     },
+    /// Create the streams in NATS, or bring existing ones up to date
+    #[command(after_help = format!(
+        "Connects to NATS as the user `streams`. Run it before the services start, and again after an upgrade.\n\n\
+         Example:\n  NATS_PASSWORD_FILE=secrets/streams/NATS_PASSWORD aod deploy streams --watch\n\n{}",
+        streams::settings_table()
+    ))]
+    Streams {
+        /// Keep running, and create streams again that the NATS servers have lost
+        #[arg(long)]
+        watch: bool,
+    },
     /// Make a copy of another deployment's database this deployment's own
     #[command(
         after_help = "For staging systems and restore drills: run it on the copy, after `aod deploy database` and before the first \
@@ -65,6 +78,7 @@ impl DeployArgs {
         match self {
             Self::Secrets { dir, database, owner } => Secrets { dir, owner }.make(&database),
             Self::Database { passwords } => provision(&passwords).await,
+            Self::Streams { watch } => streams::run(watch).await,
             Self::Adopt => {
                 let mut owner = connect("aod deploy adopt").await?;
                 store::provision::adopt(&mut owner)

@@ -681,8 +681,7 @@ async fn the_bus_carries_no_secret_in_the_clear_on_its_way_to_the_vault() {
         no_ack: true,
         ..Default::default()
     };
-    let mut captured =
-        jetstream_as(&vault.nats, &access::SCHEDULER).await.create_stream(capture).await.unwrap();
+    jetstream_as(&vault.nats, &access::STREAMS).await.create_stream(capture).await.unwrap();
     let (user, session) = (UserId::new(), SessionId::new());
     let seal = async |kind: &str, value: &[u8]| {
         Some(
@@ -726,6 +725,8 @@ async fn the_bus_carries_no_secret_in_the_clear_on_its_way_to_the_vault() {
         Bundle::decode(key.open(&sealed, lease_id.as_bytes()).unwrap().as_slice()).unwrap();
     assert_eq!(bundle.secrets[0].value, b"sk-sentinel-0001");
 
+    let reader = jetstream_as(&vault.nats, &access::SCHEDULER).await;
+    let mut captured = reader.get_stream("EVENTS").await.unwrap();
     let held = captured.info().await.unwrap().state.last_sequence;
     assert!(held >= 6, "the check checks nothing: {held}");
     for sequence in 1..=held {

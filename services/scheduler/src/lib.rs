@@ -48,8 +48,6 @@ pub struct Config {
     pub sprite_name_prefix: String,
     /// Kept outside of the database, to tell a copy of it.
     pub deployment_id: SecretString,
-    pub stream_replicas: usize,
-    pub events_max_bytes: i64,
     pub event_partitions: NonZeroU8,
     pub orphan_sweep: Duration,
     pub retention: Retention,
@@ -78,17 +76,11 @@ impl Config {
                 days: Some(env.parsed("FILE_RETENTION_DAYS", "days that uploaded files are kept; 0: forever", 0)).filter(|days| *days > 0),
             },
             orphan_sweep: env.seconds("AOD_ORPHAN_SWEEP_SECONDS", "how often accounts are searched for orphaned Sprites", 900),
-            events_max_bytes: env.parsed(
-                "AOD_EVENTS_MAX_BYTES",
-                "total size of the EVENTS streams, which hold output while Postgres is away",
-                contract::topology::EVENTS.max_bytes,
-            ),
             event_partitions: env.parsed(
                 "EVENT_PARTITIONS",
                 "number of EVENTS streams over which new sessions are spread; at most 8",
                 NonZeroU8::MIN,
             ),
-            stream_replicas: env.parsed("AOD_STREAM_REPLICAS", "replicas of each stream in a NATS cluster", 1),
             model_defaults: models::limits::Defaults::from_env(env),
             prepared_sessions_max: env.parsed(
                 "AOD_PREPARED_SESSIONS_MAX",
@@ -96,9 +88,6 @@ impl Config {
                 10,
             ),
         };
-        if config.events_max_bytes < EVENTS_BYTES_MIN {
-            env.refuse("AOD_EVENTS_MAX_BYTES has to be 1048576 or more");
-        }
         if config.event_partitions.get() > Partition::COUNT_MAX {
             env.refuse("EVENT_PARTITIONS has to be 8 or less");
         }
@@ -114,9 +103,6 @@ impl Config {
         config
     }
 }
-
-/// Room for one event of the greatest size, and others beside it.
-const EVENTS_BYTES_MIN: i64 = 1024 * 1024;
 
 const MIGRATIONS: &[store::Step] = &[
     (1, "sessions", include_str!("../../../migrations/scheduler/0001_sessions.sql")),
@@ -252,8 +238,6 @@ struct Scheduler {
     released: Arc<Notify>,
     projected: positions::Projected,
     event_partitions: NonZeroU8,
-    stream_replicas: usize,
-    events_max_bytes: i64,
     files: Arc<FileSettings>,
     model_defaults: Arc<models::limits::Defaults>,
     prepared_sessions_max: u32,
@@ -285,8 +269,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         released: Arc::new(Notify::new()),
         projected: positions::Projected::default(),
         event_partitions: config.event_partitions,
-        stream_replicas: config.stream_replicas,
-        events_max_bytes: config.events_max_bytes,
         files: Arc::new(config.files),
         model_defaults: Arc::new(config.model_defaults),
         prepared_sessions_max: config.prepared_sessions_max,

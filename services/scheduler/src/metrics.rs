@@ -48,7 +48,7 @@ pub fn describe() {
         "aod_event_days_due",
         "days of events that retention has yet to remove, one each hour"
     );
-    describe_counter!("aod_streams_lost_total", "streams that NATS lost and that were recreated");
+    describe_counter!("aod_streams_lost_total", "streams that were lost, replaced or set back");
     describe_gauge!("aod_turns_pending", "turns whose agent has not started");
     describe_gauge!(
         "aod_oldest_pending_turn_seconds",

@@ -119,6 +119,7 @@ impl World {
             user: UserId::new(),
             lease: Uuid::now_v7(),
         };
+        world.nats.create_streams([Partition::FIRST]).await.unwrap();
         world.run_scheduler(&Lifecycle::new()).await;
         world.heartbeats.spawn(keep(world.runner.clone(), world.lease, world.held.clone()));
         world

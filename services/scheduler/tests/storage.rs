@@ -13,12 +13,13 @@ use contract::{
         CreateAgentRequest, CreateEnvironmentRequest, Cursor, GetSessionRequest, ListPartsRequest,
         ListRequest,
     },
+    topology,
 };
 use futures::future::join_all;
 use service::Lifecycle;
 use sqlx::{Connection as _, PgConnection};
 use testkit::{Database, Nats, eventually, postgres::Server};
-use types::{ErrorCode, UserId};
+use types::{ErrorCode, Partition, UserId};
 use uuid::Uuid;
 
 mod common;
@@ -55,6 +56,7 @@ impl World {
         nats: &Nats,
         database: &Database,
     ) -> anyhow::Result<()> {
+        nats.create_streams([Partition::FIRST]).await?;
         scheduler::run(Self::config(deployment_id, 1, nats, database), lifecycle.clone()).await
     }
 
@@ -569,11 +571,30 @@ async fn however_many_wait_for_the_projector_one_asks_postgres() {
     assert!(waiting.iter().all(Result::is_ok));
 }
 
+/// Who may create a stream can have it store whatever others send.
+#[tokio::test]
+async fn a_scheduler_waits_for_the_streams_and_creates_none() {
+    let (database, nats) = (Database::create().await.unwrap(), Nats::start().unwrap());
+    let config = World::config("deployment-of-tests", 2, &nats, &database);
+    let create = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let bus = nats.connect(&access::SCHEDULER).await.unwrap();
+        for stream in topology::streams(Partition::all().take(2)) {
+            assert!(bus.find_stream(&stream).await.unwrap().is_none(), "{}", stream.name);
+            bus.ensure_stream(&stream, 1).await.unwrap_err();
+        }
+        nats.create_streams(Partition::all().take(2)).await.unwrap();
+    };
+    let (started, ()) = tokio::join!(scheduler::run(config, Lifecycle::new()), create);
+    started.unwrap();
+}
+
 /// Those that wait for another replica's lease keep no connection busy and open none.
 #[tokio::test]
 async fn schedulers_that_stand_by_open_no_connections_and_ask_little() {
     const REPLICAS: usize = 4;
     let (database, nats) = (Database::create().await.unwrap(), Nats::start().unwrap());
+    nats.create_streams(Partition::all().take(4)).await.unwrap();
     let _replicas = join_all((0..REPLICAS).map(async |_| {
         let lifecycle = Lifecycle::new();
         scheduler::run(

@@ -130,7 +130,7 @@ async fn each_may_ask_for_its_own_job_and_nothing_else() {
     let session = types::SessionId::new();
     let log = subject::session_log(session, types::Partition::FIRST);
     let elsewhere = subject::session_log(session, types::Partition::new(3).unwrap());
-    let forbidden: [(&Access, &[&str]); 5] = [
+    let forbidden: [(&Access, &[&str]); 7] = [
         (
             &access::GATEWAY,
             &[
@@ -187,6 +187,33 @@ async fn each_may_ask_for_its_own_job_and_nothing_else() {
                 "$JS.API.STREAM.PURGE.LIFECYCLE",
                 "$JS.API.STREAM.MSG.DELETE.LIFECYCLE",
                 "$JS.API.CONSUMER.CREATE.JOBS.x",
+            ],
+        ),
+        (
+            &access::SCHEDULER,
+            &[
+                "$JS.API.STREAM.CREATE.EVENTS",
+                "$JS.API.STREAM.CREATE.EVENTS_7",
+                "$JS.API.STREAM.CREATE.x",
+                "$JS.API.STREAM.UPDATE.EVENTS",
+                "$JS.API.STREAM.UPDATE.LIFECYCLE",
+                "$JS.API.STREAM.DELETE.EVENTS",
+                "$JS.API.STREAM.RESTORE.EVENTS",
+                "aod.rpc.vault.v1.lease.redeem",
+                "aod.rpc.auth.v1.key.create",
+            ],
+        ),
+        (
+            &access::STREAMS,
+            &[
+                "$JS.API.STREAM.CREATE.x",
+                "$JS.API.STREAM.DELETE.EVENTS",
+                "$JS.API.STREAM.PURGE.EVENTS",
+                "$JS.API.STREAM.MSG.GET.EVENTS",
+                "$JS.API.CONSUMER.CREATE.EVENTS.x",
+                "aod.rpc.vault.v1.lease.redeem",
+                "aod.rpc.auth.v1.key.create",
+                &log,
             ],
         ),
         (

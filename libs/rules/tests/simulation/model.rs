@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use contract::session::{Checkpoint, SessionEvent};
-use rules::{chain::Mark, ending::Ending, generation::Seen, ownership::Held};
+use rules::{chain::Mark, ending::Ending, ownership::Held};
 use types::{SessionStatus, TurnStatus};
 use uuid::Uuid;
 
@@ -117,6 +117,6 @@ pub struct End {
 pub struct Scheduler {
     pub projector: Option<(u64, Vec<Entry>)>,
     pub end: Option<End>,
-    /// A stream that it recreated, and has not told Postgres of.
-    pub recreated: Option<Seen>,
+    /// Up to where it emptied the stream, and has not told Postgres of.
+    pub raised: Option<u64>,
 }

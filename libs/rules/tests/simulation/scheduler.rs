@@ -59,38 +59,48 @@ impl World {
     }
 
     pub fn check_stream(&mut self, index: usize) {
+        // What creates streams knows nothing of earlier ones.
+        let Some(stream) = &mut self.stream else {
+            self.streams_made += 1;
+            self.stream = Some(Stream {
+                created: self.streams_made,
+                first: 1,
+                last: 0,
+                trimmed_through: 0,
+                entries: Vec::new(),
+            });
+            return;
+        };
         // One replica at a time, by a lease; one that died keeps it for a while.
         let (holder, until) = self.streams_lease;
         if holder != index && until > self.now {
             return;
         }
         self.streams_lease = (index, self.now + LEASE);
-        if let Some(seen) = self.schedulers[index].recreated.take() {
-            self.known =
-                Some(Known { created_at: seen.created_at, high_watermark: seen.last_sequence });
+        let seen = Seen { created_at: at(stream.created), last_sequence: stream.last };
+        let now_known =
+            Some(Known { created_at: seen.created_at, high_watermark: seen.last_sequence });
+        if let Some(through) = self.schedulers[index].raised.take() {
+            (self.known, self.projected) = (now_known, self.projected.max(through));
             let now = self.now;
             for row in self.rows.iter_mut().filter(|row| row.is_open() && row.owner.is_none()) {
                 row.release(now);
             }
             return;
         }
-        let seen = self
-            .stream
-            .as_ref()
-            .map(|stream| Seen { created_at: at(stream.created), last_sequence: stream.last });
-        match (generation::condition(self.known, self.projected, seen), seen) {
-            (Condition::Intact, Some(seen)) => {
-                self.known =
-                    Some(Known { created_at: seen.created_at, high_watermark: seen.last_sequence });
-            }
-            _ => {
-                self.streams_made += 1;
-                let first = generation::first_sequence(self.known, self.projected);
-                let (created, last) = (self.streams_made, first - 1);
-                self.stream =
-                    Some(Stream { created, first, last, trimmed_through: 0, entries: Vec::new() });
-                self.schedulers[index].recreated =
-                    Some(Seen { created_at: at(created), last_sequence: last });
+        match generation::condition(self.known, self.projected, seen) {
+            Condition::Intact => self.known = now_known,
+            Condition::Exchanged | Condition::SetBack => {
+                let through = generation::first_sequence(self.known, self.projected, seen) - 1;
+                let highest = self.known.map_or(0, |known| known.high_watermark);
+                self.known = Some(Known {
+                    created_at: OffsetDateTime::UNIX_EPOCH,
+                    high_watermark: highest.max(self.projected),
+                });
+                (stream.first, stream.last) = (through + 1, through);
+                stream.trimmed_through = through;
+                stream.entries.clear();
+                self.schedulers[index].raised = Some(through);
             }
         }
     }

@@ -10,8 +10,14 @@ const HEADING: &str = "Settings, from the environment:";
 /// Variables of programs rather than settings of a service.
 const INHERITED: &[&str] = &["PATH", "HOME", "RUST_LOG", "RUST_BACKTRACE"];
 /// Settings of `aod` itself, of its tools and of the tests that start it.
-const OWN: &[&str] =
-    &["AOD_API_TOKEN", "AOD_API_URL", "AOD_PORT", "AOD_TEST_POSTGRES", "AOD_TOOLS_DIR"];
+const OWN: &[&str] = &[
+    "AOD_API_TOKEN",
+    "AOD_API_URL",
+    "AOD_EVENTS_MAX_BYTES",
+    "AOD_PORT",
+    "AOD_TEST_POSTGRES",
+    "AOD_TOOLS_DIR",
+];
 /// Prefix of variables that the OpenTelemetry SDK reads by itself.
 const OTEL: &str = "OTEL_";
 

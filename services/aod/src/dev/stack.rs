@@ -13,6 +13,8 @@ use std::{
     time::Duration,
 };
 
+use tokio::task::JoinSet;
+
 use crate::dev::{
     DevArgs, DevError, bootstrap, data::DataDir, settings::Settings, stack::ports::Ports,
     supervisor::Process, tools::Tools,
@@ -54,6 +56,8 @@ pub struct Stack {
     restart: bool,
     ready_file: Option<PathBuf>,
     processes: Vec<Process>,
+    /// Creates streams again that the servers have lost.
+    streams: JoinSet<()>,
 }
 
 /// Where a NATS server listens, for clients and for its peers.
@@ -116,6 +120,7 @@ impl Stack {
             restart: !args.no_restart,
             ready_file: args.ready_file,
             processes: Vec::new(),
+            streams: JoinSet::new(),
         };
         stack.choose_ports()?;
         Ok(stack)
@@ -196,6 +201,7 @@ impl Stack {
     async fn start_once(&mut self) -> Result<(), DevError> {
         self.start_postgres().await?;
         self.start_nats().await?;
+        self.start_streams().await?;
         let services = self.services()?;
         for spec in services {
             let process = Process::start(spec, &self.tools)?;
@@ -228,6 +234,7 @@ impl Stack {
 
     /// Ends every child.
     pub async fn stop(&mut self) {
+        self.streams.abort_all();
         let is_server = |process: &Process| matches!(process.spec.service, "postgres" | "nats");
         let (mut servers, mut services): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.processes).into_iter().partition(is_server);

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bus::RpcError;
 use contract::topology;
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use tokio::sync::{Mutex, watch};
 use types::{Partition, SessionId};
 
@@ -70,6 +70,23 @@ pub async fn begin_partition(pool: &PgPool, partition: Partition) -> Result<(), 
         .bind(topology::events(partition).name)
         .execute(pool)
         .await?;
+    Ok(())
+}
+
+/// Persists that nothing up to an event is going to be projected any more.
+pub async fn pass(
+    connection: &mut PgConnection,
+    stream: &str,
+    event_id: u64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert into recorded (stream, event_id) values ($1, $2)
+         on conflict (stream) do update set event_id = greatest(recorded.event_id, excluded.event_id)",
+    )
+    .bind(stream)
+    .bind(event_id.cast_signed())
+    .execute(connection)
+    .await?;
     Ok(())
 }
 

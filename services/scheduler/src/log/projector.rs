@@ -35,7 +35,7 @@ use crate::{
     Scheduler,
     inputs::{self, At},
     log::{
-        positions::{partitions, projected_through},
+        positions::{self, partitions, projected_through},
         projection::{Applied, apply},
     },
     metrics::Observation,
@@ -276,14 +276,8 @@ async fn write(
     for session in &broken {
         repair(scheduler, &mut tx, partition, *session).await?;
     }
-    sqlx::query(
-        "insert into recorded (stream, event_id) values ($1, $2)
-         on conflict (stream) do update set event_id = greatest(recorded.event_id, excluded.event_id)",
-    )
-    .bind(topology::events(partition).name)
-    .bind(entries.last().map(|entry| entry.sequence as i64).unwrap_or_default())
-    .execute(&mut *tx)
-    .await?;
+    let through = entries.last().map(|entry| entry.sequence).unwrap_or_default();
+    positions::pass(&mut tx, topology::events(partition).name, through).await?;
     tx.commit().await?;
     observations.into_iter().for_each(Observation::count);
     for session in hints {

@@ -1,10 +1,10 @@
-//! The streams: created at the start, trimmed when they grow, and recreated when they are not the
-//! ones that were published to.
+//! The streams: waited for at the start, trimmed when they grow, and emptied when they are not the
+//! ones that were published to. `aod deploy streams` creates them, as a user of its own.
 //!
 //! JetStream may be lost whole, come back without its tail, or be exchanged. Postgres knows each
 //! stream's generation: when it was created, and the highest sequence seen or persisted. One
-//! replica compares both every second. An EVENTS stream of another generation is deleted and
-//! recreated above every id that anyone may have seen; writers then continue from what is
+//! replica compares both every second. An EVENTS stream of another generation is purged, and
+//! continues above every id that anyone may have seen; writers then continue from what is
 //! persisted. What waited in a lost queue is offered again by the reconciler.
 
 use std::{
@@ -12,7 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
+use bus::topology::StreamInfo;
 use contract::topology::{self, StreamSpec};
 use rules::generation::{self, Condition, Known, Seen};
 use store::lease::{self, Lease};
@@ -21,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use types::{Backoff, Partition};
 use uuid::Uuid;
 
-use crate::{EVENTS_BYTES_MIN, Scheduler, dispatch::reconciler, log::positions};
+use crate::{Scheduler, dispatch::reconciler, log::positions};
 
 const EVERY: Duration = Duration::from_secs(1);
 const LEASE: Duration = Duration::from_secs(10);
@@ -32,55 +33,45 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 const RETRY: Backoff =
     Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
 
-/// Creates what is missing before anything else starts, or waits until another replica has. A
-/// cluster of NATS servers that has just started takes a while to elect its leaders.
+/// Waits until the streams are there, before anything else starts. A cluster of NATS servers that
+/// has just started takes a while to elect its leaders.
 ///
 /// # Errors
-/// When the server refuses, kept another configuration than it was given, or does not answer for a
-/// minute.
+/// When a stream is missing for a minute, or the server does not answer for so long.
 pub async fn ready(scheduler: &Scheduler) -> anyhow::Result<()> {
     let (owner, begun) = (Uuid::now_v7(), Instant::now());
     let mut attempt = 0;
-    loop {
-        match prepare(scheduler, owner).await {
-            Ok(true) => return Ok(()),
-            Ok(false) => {}
-            Err(error) if begun.elapsed() > READY_WITHIN => return Err(error),
-            Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "streams are not ready; will retry")
-            }
+    while let Err(error) = prepare(scheduler, owner).await {
+        if begun.elapsed() > READY_WITHIN {
+            return Err(error);
         }
+        tracing::warn!(error = format!("{error:#}"), "streams are not ready; will retry");
         attempt += 1;
         tokio::time::sleep(RETRY.jittered(attempt)).await;
     }
+    Ok(())
 }
 
-/// Returns whether the streams are there.
-async fn prepare(scheduler: &Scheduler, owner: Uuid) -> anyhow::Result<bool> {
-    if let Some(lease) = acquire(scheduler, owner).await? {
-        let checked = async {
-            configure(scheduler).await?;
-            check(scheduler).await
-        };
-        let checked = checked.await;
-        lease.release(&scheduler.pool).await?;
-        return checked.map(|()| true);
-    }
-    // Another replica takes care of them. Where it died and a stream is missing, its lease expires.
-    if exist(scheduler).await? {
-        configure(scheduler).await?;
-        return Ok(true);
-    }
-    Ok(false)
-}
-
-async fn exist(scheduler: &Scheduler) -> anyhow::Result<bool> {
+async fn prepare(scheduler: &Scheduler, owner: Uuid) -> anyhow::Result<()> {
     for spec in specs(scheduler).await? {
         if scheduler.bus.find_stream(&spec).await?.is_none() {
-            return Ok(false);
+            bail!("stream {} does not exist: {}", spec.name, how_to_create(scheduler));
+        }
+        if let Some(partition) = topology::partition_of(spec.name) {
+            positions::begin_partition(&scheduler.pool, partition).await?;
         }
     }
-    Ok(true)
+    // Otherwise another replica takes care of them.
+    if let Some(lease) = acquire(scheduler, owner).await? {
+        let checked = check(scheduler).await;
+        lease.release(&scheduler.pool).await?;
+        checked?;
+    }
+    Ok(())
+}
+
+fn how_to_create(scheduler: &Scheduler) -> String {
+    format!("run `aod deploy streams` with EVENT_PARTITIONS={}", scheduler.event_partitions)
 }
 
 async fn acquire(scheduler: &Scheduler, owner: Uuid) -> Result<Option<Lease>, sqlx::Error> {
@@ -89,6 +80,7 @@ async fn acquire(scheduler: &Scheduler, owner: Uuid) -> Result<Option<Lease>, sq
 
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     let (owner, mut held): (_, Option<Lease>) = (Uuid::now_v7(), None);
+    let mut missing = BTreeSet::new();
     let mut ticks = service::ticks(EVERY);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         let pass = async {
@@ -99,10 +91,19 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
                 }
                 None => acquire(&scheduler, owner).await?,
             };
-            if held.is_some() { check(&scheduler).await } else { Ok(()) }
+            if held.is_some() { check(&scheduler).await } else { Ok(BTreeSet::new()) }
         };
         match tokio::time::timeout(PASS_MAX, pass).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(found)) => {
+                for stream in found.difference(&missing) {
+                    tracing::error!(
+                        stream,
+                        help = how_to_create(&scheduler),
+                        "stream does not exist"
+                    );
+                }
+                missing = found;
+            }
             // The bus or Postgres does not answer: that is no loss.
             Ok(Err(error)) => {
                 tracing::debug!(error = format!("{error:#}"), "streams cannot be checked now")
@@ -115,61 +116,19 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     }
 }
 
-/// Brings the streams that exist to their declared configuration, and creates those of partitions
-/// that are new.
-async fn configure(scheduler: &Scheduler) -> anyhow::Result<()> {
-    let specs = specs(scheduler).await?;
-    // First those that exist: they may have to give room to others.
-    for spec in &specs {
-        if scheduler.bus.find_stream(spec).await?.is_some() {
-            scheduler.bus.ensure_stream(spec, 1, scheduler.stream_replicas).await?;
-        }
-    }
-    for spec in &specs {
-        let Some(partition) = topology::partition_of(spec.name) else { continue };
-        if scheduler.bus.find_stream(spec).await?.is_none() && !is_known(scheduler, spec).await? {
-            create(scheduler, spec, 1).await?;
-            let info = scheduler.bus.stream_info(spec).await?;
-            let seen = Seen {
-                created_at: micros(info.created_at.into()),
-                last_sequence: info.last_sequence,
-            };
-            let mut connection = scheduler.pool.acquire().await?;
-            remember(&mut connection, spec, seen).await?;
-        }
-        // Persisted once its stream exists: no other replica takes it for lost.
-        positions::begin_partition(&scheduler.pool, partition).await?;
-    }
-    Ok(())
-}
-
-async fn is_known(scheduler: &Scheduler, spec: &StreamSpec) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar(
-        "select exists (select from stream_generation where stream = $1) or exists (select from recorded where stream = $1 and event_id > 0)",
-    )
-    .bind(spec.name)
-    .fetch_one(&scheduler.pool)
-    .await
-}
-
-/// Every stream of this deployment, with its share of the room for events.
-async fn specs(scheduler: &Scheduler) -> anyhow::Result<Vec<StreamSpec>> {
+/// Every stream of this deployment.
+async fn specs(scheduler: &Scheduler) -> Result<Vec<StreamSpec>, sqlx::Error> {
     let mut partitions: BTreeSet<_> =
         positions::partitions(&scheduler.pool).await?.into_iter().collect();
     partitions.extend(Partition::all().take(scheduler.event_partitions.get().into()));
-    let share = scheduler.events_max_bytes / i64::try_from(partitions.len())?;
-    let sized = |mut spec: StreamSpec| {
-        if topology::partition_of(spec.name).is_some() {
-            spec.max_bytes = share.max(EVENTS_BYTES_MIN);
-        }
-        spec
-    };
-    Ok(topology::streams(partitions).map(sized).collect())
+    Ok(topology::streams(partitions).collect())
 }
 
-/// Compares each stream with its generation, and puts right what differs.
-async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
+/// Compares each stream with its generation, and puts right what differs. Returns the streams that
+/// do not exist.
+async fn check(scheduler: &Scheduler) -> anyhow::Result<BTreeSet<&'static str>> {
     let generations = generations(scheduler).await?;
+    let mut missing = BTreeSet::new();
     for spec in specs(scheduler).await? {
         let partition = topology::partition_of(spec.name);
         let persisted = match partition {
@@ -177,32 +136,41 @@ async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
             None => 0,
         };
         let known = generations.get(spec.name).copied();
-        let info = scheduler.bus.find_stream(&spec).await?;
-        let seen = info.map(|info| Seen {
-            created_at: micros(info.created_at.into()),
-            last_sequence: info.last_sequence,
-        });
-        let condition = generation::condition(known, persisted, seen);
-        match (condition, seen) {
-            (Condition::Intact, Some(seen)) => {
+        let Some(info) = scheduler.bus.find_stream(&spec).await? else {
+            missing.insert(spec.name);
+            continue;
+        };
+        let seen = seen(&info);
+        match generation::condition(known, persisted, seen) {
+            Condition::Intact => {
                 if known.is_none_or(|known| known.high_watermark != seen.last_sequence) {
                     remember(&mut *scheduler.pool.acquire().await?, &spec, seen).await?;
                 }
+                if let Some(partition) = partition {
+                    trim(scheduler, &spec, partition).await?;
+                }
             }
-            _ => restore(scheduler, &spec, condition, known, persisted)
-                .await
-                .with_context(|| format!("{} is {condition:?}", spec.name))?,
-        }
-        if let (Condition::Intact, Some(partition)) = (condition, partition) {
-            trim(scheduler, &spec, partition).await?;
+            condition => {
+                metrics::counter!("aod_streams_lost_total").increment(1);
+                tracing::error!(
+                    stream = spec.name,
+                    ?condition,
+                    persisted,
+                    "stream was lost, replaced or set back"
+                );
+                restore(scheduler, &spec, known, persisted, seen)
+                    .await
+                    .with_context(|| format!("{} is {condition:?}", spec.name))?;
+            }
         }
     }
-    for consumer in &topology::CONSUMERS {
+    for consumer in topology::CONSUMERS.iter().filter(|consumer| !missing.contains(consumer.stream))
+    {
         if scheduler.bus.backlog(consumer).await.is_err() {
             scheduler.bus.ensure_consumer(consumer).await?;
         }
     }
-    Ok(())
+    Ok(missing)
 }
 
 /// Makes a stream the one that is published to from now on. What is known of it is written last: a
@@ -210,49 +178,35 @@ async fn check(scheduler: &Scheduler) -> anyhow::Result<()> {
 async fn restore(
     scheduler: &Scheduler,
     spec: &StreamSpec,
-    condition: Condition,
     known: Option<Known>,
     persisted: u64,
+    seen: Seen,
 ) -> anyhow::Result<()> {
-    let is_log = topology::partition_of(spec.name).is_some();
-    if condition != Condition::New {
-        metrics::counter!("aod_streams_lost_total").increment(1);
-        tracing::error!(
-            stream = spec.name,
-            ?condition,
-            persisted,
-            "stream was lost, replaced or set back"
-        );
-    }
     // What a queue or the lifecycle stream still holds is true; a log that differs from the
     // persisted one is not.
-    if is_log && matches!(condition, Condition::Exchanged | Condition::SetBack) {
-        scheduler.bus.delete_stream(spec).await?;
-    }
-    if is_log || matches!(condition, Condition::New | Condition::Lost) {
-        create(scheduler, spec, generation::first_sequence(known, persisted)).await?;
+    let begins_at = match topology::partition_of(spec.name) {
+        Some(_) => generation::first_sequence(known, persisted, seen),
+        None => 1,
+    };
+    if begins_at > 1 {
+        let highest = known.map_or(0, |known| known.high_watermark).max(persisted);
+        let in_question = Seen { created_at: OffsetDateTime::UNIX_EPOCH, last_sequence: highest };
+        remember(&mut *scheduler.pool.acquire().await?, spec, in_question).await?;
+        scheduler.bus.trim(spec.name, begins_at - 1).await?;
     }
     for consumer in topology::CONSUMERS.iter().filter(|consumer| consumer.stream == spec.name) {
         scheduler.bus.ensure_consumer(consumer).await?;
     }
-    let info = scheduler.bus.stream_info(spec).await?;
-    let seen =
-        Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence };
+    let seen = self::seen(&scheduler.bus.stream_info(spec).await?);
     let mut tx = scheduler.pool.begin().await?;
-    if condition != Condition::New {
-        reconciler::offer_all(&mut tx).await?;
+    reconciler::offer_all(&mut tx).await?;
+    if begins_at > 1 {
+        // Nothing below is going to be persisted: a runner does not wait for it.
+        positions::pass(&mut tx, spec.name, begins_at - 1).await?;
     }
     remember(&mut tx, spec, seen).await?;
     tx.commit().await?;
     Ok(())
-}
-
-async fn create(
-    scheduler: &Scheduler,
-    spec: &StreamSpec,
-    first_sequence: u64,
-) -> anyhow::Result<()> {
-    Ok(scheduler.bus.ensure_stream(spec, first_sequence, scheduler.stream_replicas).await?)
 }
 
 /// What is known of each stream.
@@ -282,6 +236,10 @@ async fn remember(
     .execute(connection)
     .await?;
     Ok(())
+}
+
+fn seen(info: &StreamInfo) -> Seen {
+    Seen { created_at: micros(info.created_at.into()), last_sequence: info.last_sequence }
 }
 
 /// As precise as Postgres keeps it.

@@ -2,7 +2,7 @@
 
 use std::{num::NonZeroU8, time::Duration};
 
-use contract::{access, scheduler::CreateAgentRequest, topology};
+use contract::{access, scheduler::CreateAgentRequest};
 use scheduler::{Config, FileSettings, ModelDefaults, Retention};
 use testkit::{Database, Nats};
 use types::UserId;
@@ -14,8 +14,6 @@ pub fn config(nats: &Nats, database: &Database) -> Config {
         store: database.config("scheduler"),
         sprite_name_prefix: "aod".to_owned(),
         deployment_id: "deployment-of-tests".into(),
-        stream_replicas: 1,
-        events_max_bytes: topology::EVENTS.max_bytes,
         event_partitions: NonZeroU8::MIN,
         orphan_sweep: Duration::from_secs(900),
         retention: Retention { event_days: None, session_days: None },

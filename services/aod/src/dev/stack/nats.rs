@@ -2,11 +2,13 @@
 
 use std::fs;
 
+use bus::Bus;
 use contract::access;
 use rustix::process::Signal;
 use serde_json::json;
 
 use crate::{
+    deploy::streams::Plan,
     dev::{
         DevError,
         stack::{START_MAX, Stack},
@@ -85,6 +87,22 @@ impl Stack {
         for process in &mut self.processes[first..] {
             process.ready(START_MAX).await?;
         }
+        Ok(())
+    }
+
+    /// Creates the streams, and again those that the servers lose.
+    pub(super) async fn start_streams(&mut self) -> Result<(), DevError> {
+        let mut env = service::Env::from_process("aod dev", "");
+        let plan = Plan { replicas: self.nats.len().min(3), ..Plan::from_env(&mut env) };
+        if let settings::Verdict::Refused(problems) = env.finish() {
+            return Err(DevError::Unfit(problems));
+        }
+        let bus = Bus::connect(&self.nats_config(access::STREAMS.user))
+            .await
+            .map_err(DevError::broken)?;
+        let streams = plan.apply(&bus).await.map_err(DevError::broken)?;
+        let keep = async move { plan.keep(&bus, &streams).await };
+        self.streams.spawn(keep);
         Ok(())
     }
 

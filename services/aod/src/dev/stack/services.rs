@@ -116,14 +116,13 @@ impl Stack {
         let files = (!settings.has("AOD_FILES_URL"))
             .then(|| ("AOD_FILES_URL", format!("file://{}", self.data.join("files").display())));
         for name in self.replicas_of("scheduler") {
-            let copies = ("AOD_STREAM_REPLICAS", self.nats.len().min(3).to_string());
             let deployment = ("AOD_DEPLOYMENT_ID", secrets.deployment_id.clone());
             add(
                 name,
                 "scheduler",
                 [
                     nats("scheduler"),
-                    vec![database("scheduler"), deployment, copies],
+                    vec![database("scheduler"), deployment],
                     files.clone().into_iter().collect(),
                 ]
                 .concat(),
