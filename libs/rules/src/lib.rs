@@ -12,4 +12,5 @@ pub mod generation;
 pub mod inputs;
 pub mod ownership;
 pub mod position;
+pub mod spares;
 pub mod state;
