@@ -248,6 +248,8 @@ rpcs! {
     /// Returns what it takes to prepare a session for its first turn, once for each session. For
     /// runners.
     ClaimPreparation: scheduler::ClaimPreparationRequest => scheduler::ClaimPreparationReply, "aod.rpc.scheduler.v1.turn.prepare", retry_safe: false;
+    /// Reports how the preparation of a spare ended. For runners.
+    EndPreparation: scheduler::EndPreparationRequest => common::Empty, "aod.rpc.scheduler.v1.turn.end_preparation", retry_safe: true;
     /// Releases a turn, with the reason where an attempt failed. For runners.
     ReleaseTurn: scheduler::ReleaseTurnRequest => common::Empty, "aod.rpc.scheduler.v1.turn.hand_back", retry_safe: true;
     /// Extends a runner's lease and compares the turns it holds with those it owns. For runners.

@@ -957,6 +957,17 @@ pub struct ClaimPreparationReply {
     /// That of the first turn, without a prompt. Absent: there is nothing to prepare.
     #[prost(message, optional, tag = "1")]
     pub spec: ::core::option::Option<TurnSpec>,
+    /// Prepared for a session that does not exist yet: how that ended is reported with EndPreparation.
+    #[prost(bool, tag = "2")]
+    pub is_spare: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EndPreparationRequest {
+    #[prost(string, tag = "1")]
+    pub session_id: ::prost::alloc::string::String,
+    /// Whether the sandbox waits for a message now.
+    #[prost(bool, tag = "2")]
+    pub is_ready: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Routing {
