@@ -1,5 +1,5 @@
-//! Prepares a session's sandbox before its first message (ADR 0240): all that precedes the first
-//! turn, and the CLI, which then waits.
+//! Prepares a session's sandbox before its first message (ADR 0240), or before the session is
+//! created (ADR 0250): all that precedes the first turn, and the CLI, which then waits.
 //!
 //! Nothing of it is in the event log, and no one owns it. The first turn does the same once more
 //! and finds it done, as a successor finds what a runner that died has done.
@@ -10,7 +10,7 @@ use bus::work::Outcome;
 use contract::{
     host::{Input, StartCli, input, input_settled, record},
     rpc,
-    scheduler::{ClaimPreparationRequest, TurnSpec},
+    scheduler::{ClaimPreparationReply, ClaimPreparationRequest, EndPreparationRequest, TurnSpec},
     subject,
 };
 use futures::StreamExt as _;
@@ -56,7 +56,7 @@ async fn prepare(runner: Runner, session: SessionId, _permit: OwnedSemaphorePerm
     if tokio::time::timeout(MESSAGE_WITHIN, messages.next()).await.is_ok() {
         return;
     }
-    let (spec, secrets) = match claim(&runner, session).await {
+    let Claim { spec, secrets, is_spare } = match claim(&runner, session).await {
         Ok(Some(claimed)) => claimed,
         Ok(None) => return,
         Err(reason) => {
@@ -65,17 +65,34 @@ async fn prepare(runner: Runner, session: SessionId, _permit: OwnedSemaphorePerm
         }
     };
     let work = tokio::time::timeout(PROVISIONING_MAX, work(&runner, session, &spec, &secrets));
-    tokio::select! {
-        () = runner.stop.cancelled() => return,
+    let is_ready = tokio::select! {
+        () = runner.stop.cancelled() => {
+            if !is_spare {
+                return;
+            }
+            false
+        }
         // Its turn continues, with this runner or another.
-        _ = messages.next() => tracing::debug!("a message ended the preparation"),
-        _ = terminated.next() => {}
-        done = work => match done {
-            Ok(Ok(())) => tracing::info!("session is prepared"),
-            // The first turn tells its user.
-            Ok(Err(reason)) => tracing::info!(reason, "session is not prepared"),
-            Err(_) => tracing::info!("preparing the session took too long"),
-        },
+        _ = messages.next() => {
+            tracing::debug!("a message ended the preparation");
+            false
+        }
+        _ = terminated.next() => false,
+        done = work => {
+            match &done {
+                Ok(Ok(())) => tracing::info!("session is prepared"),
+                // The first turn tells its user.
+                Ok(Err(reason)) => tracing::info!(reason, "session is not prepared"),
+                Err(_) => tracing::info!("preparing the session took too long"),
+            }
+            matches!(done, Ok(Ok(())))
+        }
+    };
+    if is_spare {
+        let request = EndPreparationRequest { session_id: session.to_string(), is_ready };
+        if let Err(error) = runner.bus.call::<rpc::EndPreparation>(&request, CLAIM_DEADLINE).await {
+            tracing::info!(%error, "the end of the preparation is not reported");
+        }
     }
     // A session that ended meanwhile may have had its Sprite deleted before this made it.
     if let Ok(Err(reason)) = claim_and_destroy(&runner, session).await {
@@ -83,8 +100,15 @@ async fn prepare(runner: Runner, session: SessionId, _permit: OwnedSemaphorePerm
     }
 }
 
-/// What the preparation takes, if there is anything to prepare.
-async fn claim(runner: &Runner, session: SessionId) -> Result<Option<(TurnSpec, Secrets)>, String> {
+/// What a preparation takes.
+struct Claim {
+    spec: TurnSpec,
+    secrets: Secrets,
+    is_spare: bool,
+}
+
+/// Claims the preparation, if there is anything to prepare.
+async fn claim(runner: &Runner, session: SessionId) -> Result<Option<Claim>, String> {
     let key = KeyPair::generate().map_err(|error| error.to_string())?;
     let model_token = runner.model_token().map_err(|error| error.to_string())?;
     let request = ClaimPreparationRequest {
@@ -95,10 +119,11 @@ async fn claim(runner: &Runner, session: SessionId) -> Result<Option<(TurnSpec, 
         routing: runner.routing(),
     };
     let reply = runner.bus.call::<rpc::ClaimPreparation>(&request, CLAIM_DEADLINE).await;
-    let Some(spec) = reply.map_err(|error| error.to_string())?.spec else { return Ok(None) };
+    let ClaimPreparationReply { spec, is_spare } = reply.map_err(|error| error.to_string())?;
+    let Some(spec) = spec else { return Ok(None) };
     let secrets = Secrets::redeem(runner, &spec.lease_id, &key).await;
     let secrets = secrets.map_err(|error| error.to_string())?.of_turn(session, model_token);
-    Ok(Some((spec, secrets)))
+    Ok(Some(Claim { spec, secrets, is_spare }))
 }
 
 async fn work(
