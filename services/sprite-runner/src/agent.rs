@@ -118,7 +118,7 @@ impl Agent {
     }
 
     /// Tells what an agent's process was started with: all but the token for the model gateway,
-    /// which is another for each claim and stays good.
+    /// which is another for each claim and stays good. Stored keys are part of it.
     pub fn revision(&self, secrets: &Secrets, config: &[(&'static str, String)]) -> String {
         let mut digest = Sha256::new().chain_update(self.spec.encode_to_vec());
         let mut add = |text: &str| {
@@ -128,7 +128,7 @@ impl Agent {
             add(name);
             add(value);
         }
-        for (name, value) in secrets.vars() {
+        for (name, value) in secrets.stored_vars().into_iter().chain(secrets.vars()) {
             add(&name);
             add(value.expose_secret());
         }

@@ -154,6 +154,14 @@ impl Secrets {
         CredentialKind::ALL.into_iter().filter_map(var).collect()
     }
 
+    /// The stored credentials that are in the sandbox, under the variables that the CLIs read.
+    pub fn stored_vars(&self) -> Vec<(String, SecretString)> {
+        let var = |kind: CredentialKind| {
+            Some((kind.env_var()?.to_owned(), self.credential(kind)?.clone()))
+        };
+        CredentialKind::ALL.into_iter().filter_map(var).collect()
+    }
+
     /// Whether the agent's requests to a provider go through the model gateway. Those of a session
     /// that brings a key or an address of its own do not: the gateway would not know the key.
     pub fn is_proxied(&self, provider: Provider) -> bool {
