@@ -35,6 +35,14 @@ async fn measure(scheduler: &Scheduler) -> anyhow::Result<()> {
     metrics::gauge!("aod_oldest_outbox_message_seconds").set(row.try_get::<f64, _>(4)?);
     metrics::gauge!("aod_deleted_sessions_to_purge").set(row.try_get::<i64, _>(5)? as f64);
     metrics::gauge!("aod_outbox_dead_messages").set(row.try_get::<i64, _>(6)? as f64);
+    let spares = sqlx::query(
+        "select state, count(spare.state)
+         from unnest(array['offered', 'preparing', 'ready', 'failed']) as state left join spare using (state) group by state",
+    );
+    for row in spares.fetch_all(&scheduler.pool).await? {
+        let state: String = row.try_get(0)?;
+        metrics::gauge!("aod_spares", "state" => state).set(row.try_get::<i64, _>(1)? as f64);
+    }
     let mut lag = 0;
     for spec in topology::streams(positions::partitions(&scheduler.pool).await?) {
         let info = scheduler.bus.stream_info(&spec).await?;

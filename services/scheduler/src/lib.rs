@@ -22,6 +22,7 @@ use std::{num::NonZeroU8, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use bus::{Bus, RpcError, responder::Responder};
 use contract::{access, common, rpc};
+use rules::spares::Limits;
 use secrecy::SecretString;
 use service::{Env, Lifecycle};
 use sqlx::PgPool;
@@ -38,7 +39,7 @@ use crate::{
     cleanup::{deletion, orphans},
     dispatch::{claims, ending, reconciler, relay},
     log::{positions, projector, retention, streams},
-    sessions::{managed, termination},
+    sessions::{managed, spares, termination},
 };
 
 #[derive(Debug)]
@@ -55,6 +56,8 @@ pub struct Config {
     pub model_defaults: models::limits::Defaults,
     /// How many sessions of a user are prepared and wait for their first message.
     pub prepared_sessions_max: u32,
+    /// How many sandboxes are prepared for sessions that do not exist yet.
+    pub spares: Limits,
 }
 
 impl Config {
@@ -87,6 +90,18 @@ impl Config {
                 "how many sessions of one user, created within the last hour, have their sandboxes prepared before their first messages; 0: none",
                 10,
             ),
+            spares: Limits {
+                all: env.parsed(
+                    "AOD_SPARE_SESSIONS_MAX",
+                    "how many sandboxes are prepared for sessions that users are likely to create; 0: none",
+                    0,
+                ),
+                of_user: env.parsed(
+                    "AOD_SPARE_SESSIONS_OF_USER_MAX",
+                    "how many of the sandboxes of AOD_SPARE_SESSIONS_MAX are for one user",
+                    2,
+                ),
+            },
         };
         if config.event_partitions.get() > Partition::COUNT_MAX {
             env.refuse("EVENT_PARTITIONS has to be 8 or less");
@@ -224,6 +239,7 @@ const MIGRATIONS: &[store::Step] = &[
         "prepared sessions of a user",
         include_str!("../../../migrations/scheduler/0241_prepared_sessions_of_user.sql"),
     ),
+    (250, "spares", include_str!("../../../migrations/scheduler/0250_spares.sql")),
 ];
 
 /// The state of the handlers.
@@ -241,6 +257,7 @@ struct Scheduler {
     files: Arc<FileSettings>,
     model_defaults: Arc<models::limits::Defaults>,
     prepared_sessions_max: u32,
+    spares: Arc<spares::Demand>,
 }
 
 /// Connects, makes the streams, and begins to serve.
@@ -272,6 +289,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
         files: Arc::new(config.files),
         model_defaults: Arc::new(config.model_defaults),
         prepared_sessions_max: config.prepared_sessions_max,
+        spares: Arc::new(spares::Demand::new(config.spares)),
         pool,
     };
     retention::make_days(&scheduler.pool).await?;
@@ -280,6 +298,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("projectors", projector::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("reconciler", reconciler::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("spares", spares::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("deletion", deletion::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn(
         "orphans",
@@ -366,6 +385,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::CommitOutput, _, _>(files::commit_output).await?;
     responder.serve::<rpc::ClaimTurn, _, _>(claims::turn).await?;
     responder.serve::<rpc::ClaimPreparation, _, _>(claims::preparation).await?;
+    responder.serve::<rpc::EndPreparation, _, _>(spares::end_preparation).await?;
     responder.serve::<rpc::Heartbeat, _, _>(claims::heartbeat).await?;
     responder.serve::<rpc::ReleaseTurn, _, _>(claims::release).await?;
     responder.serve::<rpc::ClaimSprite, _, _>(claims::sprite).await?;

@@ -66,6 +66,9 @@ pub fn describe() {
         "aod_outbox_dead_messages",
         "messages that no stream accepts, moved to outbox_dead"
     );
+    describe_gauge!("aod_spares", "prepared sandboxes that no session has, by state");
+    describe_counter!("aod_spares_adopted_total", "prepared sandboxes that new sessions got");
+    describe_counter!("aod_spares_ended_total", "prepared sandboxes that no session got");
     describe_gauge!(
         "aod_deleted_sessions_to_purge",
         "deleted sessions whose events are not purged yet"

@@ -4,6 +4,7 @@ pub mod list;
 pub mod managed;
 pub mod quota;
 pub mod row;
+pub mod spares;
 pub mod termination;
 pub mod turns;
 pub mod usage;
@@ -20,11 +21,14 @@ use serde_json::Value;
 use sqlx::{PgConnection, Row as _};
 use types::{
     AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId,
-    SessionStatus, SpriteName, UserId, WhenBusy, file::FileKind,
+    SessionStatus, UserId, WhenBusy, file::FileKind,
 };
 use uuid::Uuid;
 
-use self::row::{SessionRow, find, lock, missing, partition, session_columns};
+use self::{
+    row::{SessionRow, find, lock, missing, partition, session_columns},
+    spares::Sandbox,
+};
 use crate::{
     Scheduler,
     catalog::{
@@ -64,8 +68,11 @@ pub async fn create(
         idempotency::finish(tx, outcome).await
     })
     .await;
-    let (user_id, session_id) = (request.user_id, request.session_id.clone());
+    let (user_id, mut session_id) = (request.user_id.clone(), request.session_id.clone());
     let earlier = async {
+        if let Some(adopted) = spares::adopted_for(&scheduler.pool, &session_id).await? {
+            session_id = adopted.to_string();
+        }
         let session = get(
             scheduler.clone(),
             GetSessionRequest { user_id, session_id, recorded_through: 0, v1: request.is_v1 },
@@ -76,6 +83,9 @@ pub async fn create(
     let mut reply =
         Box::pin(idempotency::or_created_earlier(outcome, &request.session_id, earlier)).await?;
     scheduler.outbox.notify_one();
+    if let Ok(user) = request.user_id.parse() {
+        scheduler.spares.created(user);
+    }
     if let Some(session) = reply.session.as_mut().filter(|_| request.is_v1) {
         if session.agent.is_none() {
             session.agent = agent_of(&scheduler, session).await?;
@@ -110,10 +120,10 @@ async fn create_in(
         &request.session_id,
     );
     if let Some(session) = earlier.await? {
-        return Ok(CreateSessionReply {
-            replayed: session.session_id != request.session_id,
-            session: Some(session),
-        });
+        let adopted = spares::adopted_for(&mut *tx, &request.session_id).await?;
+        let first = adopted.map_or(request.session_id, |id| id.to_string());
+        let replayed = session.session_id != first;
+        return Ok(CreateSessionReply { session: Some(session), replayed });
     }
     let agent: AgentId =
         request.agent_id.parse().map_err(|_| RpcError::not_found("Agent not found"))?;
@@ -155,7 +165,7 @@ async fn create_in(
         .parse()
         .map_err(|()| RpcError::internal(format!("agent {agent} has an unknown runtime")))?;
     let mut brought = template.env_var_names.unwrap_or_default();
-    brought.extend(request.secret_env_var_names);
+    brought.extend(request.secret_env_var_names.iter().cloned());
     let vault_ids = if request.vault_ids.is_empty() {
         Value::Array(Vec::new())
     } else {
@@ -164,6 +174,20 @@ async fn create_in(
     brought.extend(vaults::check(tx, user, &vault_ids).await?);
     check_credentials(runtime, &request.credential_kinds, &brought)?;
     let model = ModelRef::parse(runtime, model).map_err(RpcError::internal)?;
+    let collects_outputs = request.is_v1 && scheduler.files.store.is_some();
+    let prepared_for = rules::spares::Template {
+        user: user.uuid(),
+        agent: agent.uuid(),
+        agent_version: template.agent.version,
+        environment: template.session_environment_id.zip(template.environment_version),
+        working_directory: request.working_directory.clone(),
+        collects_outputs,
+    };
+    let sandbox = match spares::adopt(scheduler, tx, &request, prepared_for).await? {
+        Some(spare) => spare,
+        None => Sandbox::of_new(scheduler, id)?,
+    };
+    let id = SessionId::from_uuid(sandbox.session_id);
     let agent_version = match own {
         None => template.agent.version,
         Some(own) => agents::override_agent(tx, agent.uuid(), id, own).await?,
@@ -172,16 +196,14 @@ async fn create_in(
     let begins = !request.is_v1 || !messages.is_empty();
     let (status, turn_count) =
         if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };
-    let sprite =
-        SpriteName::for_session(&scheduler.sprite_name_prefix, id).map_err(RpcError::internal)?;
     if begins {
         quota::enforce(tx, user, request.session_limit).await?;
     }
     let row: SessionRow = sqlx::query_as(concat!(
         "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
                               sprite, conversation_id, metadata, resources, secret_id, event_partition, working_directory, status, turn_count,
-                              title, vault_ids, collects_outputs)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
+                              title, vault_ids, collects_outputs, prepared_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, case when $21 then now() end)
          returning ",
         session_columns!()
     ))
@@ -193,18 +215,19 @@ async fn create_in(
     .bind(template.environment_version)
     .bind(runtime.as_str())
     .bind(model.provider().map(types::Provider::as_str))
-    .bind(sprite.as_str())
-    .bind(Uuid::new_v4())
+    .bind(&sandbox.sprite)
+    .bind(sandbox.conversation_id)
     .bind(parsed_json(&request.metadata)?)
     .bind(parsed_json(&request.resources)?)
     .bind(secret_id(request.secret_id.as_deref())?)
-    .bind(i16::from(Partition::of_new(id, scheduler.event_partitions).number()))
+    .bind(sandbox.event_partition)
     .bind(request.working_directory.as_deref())
     .bind(status.as_str())
     .bind(turn_count)
     .bind(&request.title)
     .bind(vault_ids)
-    .bind(request.is_v1 && scheduler.files.store.is_some())
+    .bind(collects_outputs)
+    .bind(sandbox.is_prepared)
     .fetch_one(&mut *tx)
     .await
     .map_err(|error| {
@@ -227,7 +250,7 @@ async fn create_in(
         let max = scheduler.prepared_sessions_max;
         // The claim asks again. A job that it refuses would keep others from being prepared: their
         // runner waits for a message before it claims.
-        if !begins && max > 0 && claims::may_prepare(tx, user, max).await? {
+        if !begins && !sandbox.is_prepared && max > 0 && claims::may_prepare(tx, user, max).await? {
             turns::prepare(tx, id).await?;
         }
     } else {

@@ -18,12 +18,12 @@ use contract::{
         self as scheduler_messages, ArchiveSessionRequest, ChangeInputRequest,
         ClaimPreparationRequest, ClaimSpriteRequest, ClaimTurnRequest, CreateAgentRequest,
         CreateEnvironmentRequest, CreateSessionRequest, Cursor, DecideRequest,
-        DeleteSessionRequest, FetchInputsRequest, FindTurnRequest, GetSessionRequest,
-        HeartbeatReply, HeartbeatRequest, HeldTurn, InterruptRequest, ListPartsRequest,
-        ListPermissionRequestsRequest, Once, PermissionRequest, PromptRequest, ReadEventsRequest,
-        ReleaseTurnRequest, SendEventsRequest, SentEvent, SentMessage, Session, TerminateRequest,
-        TurnSpec, UpdateAgentRequest, WithdrawInputRequest, claim_turn_reply::Verdict,
-        sent_event::Kind as Sent,
+        DeleteSessionRequest, EndPreparationRequest, FetchInputsRequest, FindOrphansRequest,
+        FindTurnRequest, GetSessionRequest, HeartbeatReply, HeartbeatRequest, HeldTurn,
+        InterruptRequest, ListPartsRequest, ListPermissionRequestsRequest, ListRequest, Once,
+        PermissionRequest, PromptRequest, ReadEventsRequest, ReleaseTurnRequest, SendEventsRequest,
+        SentEvent, SentMessage, Session, TerminateRequest, TurnSpec, UpdateAgentRequest,
+        WithdrawInputRequest, claim_turn_reply::Verdict, sent_event::Kind as Sent,
     },
     session::{
         DecisionRequested, DecisionSettled, InputSettled, Output, SessionEvent, StopReason,
@@ -33,6 +33,7 @@ use contract::{
 };
 use futures::future::join_all;
 use prost::Message as _;
+use rules::spares::Limits;
 use scheduler::Retention;
 use service::Lifecycle;
 use sqlx::Connection as _;
@@ -62,6 +63,8 @@ mod models;
 mod random;
 #[path = "it/retention.rs"]
 mod retention;
+#[path = "it/spares.rs"]
+mod spares;
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -70,6 +73,7 @@ struct World {
     database: Database,
     gateway: Bus,
     runner: Bus,
+    spares: Limits,
     user: UserId,
     /// The lease that claims are made with; its heartbeats, as a runner sends them; and the turns
     /// that they name.
@@ -95,6 +99,10 @@ fn heartbeat(runner_lease: Uuid, first: bool, held: Vec<HeldTurn>) -> HeartbeatR
 
 impl World {
     async fn start() -> Self {
+        Self::start_with(Limits::default()).await
+    }
+
+    async fn start_with(spares: Limits) -> Self {
         let (nats, database) = (Nats::start().unwrap(), Database::create().await.unwrap());
         let settings = [
             ("NATS_URL", &*nats.url()),
@@ -116,6 +124,7 @@ impl World {
             runner: nats.connect(&access::RUNNER).await.unwrap(),
             nats,
             database,
+            spares,
             user: UserId::new(),
             lease: Uuid::now_v7(),
         };
@@ -139,6 +148,7 @@ impl World {
     async fn run_scheduler_with(&self, lifecycle: &Lifecycle, files: Option<files::Files>) {
         let config = scheduler::Config {
             retention: Retention { event_days: Some(3), session_days: Some(3) },
+            spares: self.spares,
             files: scheduler::FileSettings { store: files, user_bytes_max: u64::MAX, days: None },
             ..common::config(&self.nats, &self.database)
         };

@@ -85,7 +85,7 @@ async fn delete_row(
         .execute(&mut *tx)
         .await?;
     if row.sprite_destroyed_at.is_none() {
-        enqueue_destroy(&mut tx, &row).await?;
+        enqueue_destroy(&mut tx, session, &row.sprite).await?;
     }
     enqueue_lifecycle_event(&mut tx, &row, "deleted", unsigned(row.turn_count), None).await?;
     tx.commit().await?;
@@ -155,26 +155,29 @@ async fn next_to_purge(scheduler: &Scheduler) -> Result<Option<SessionId>, RpcEr
 }
 
 async fn purge_one(scheduler: &Scheduler, session: SessionId) -> Result<(), RpcError> {
-    let number: i16 =
-        sqlx::query_scalar("select event_partition from deleted_session where session_id = $1")
-            .bind(session.uuid())
-            .fetch_one(&scheduler.pool)
-            .await?;
+    let (number, was_purged): (i16, bool) = sqlx::query_as(
+        "select event_partition, purged_at is not null from deleted_session where session_id = $1",
+    )
+    .bind(session.uuid())
+    .fetch_one(&scheduler.pool)
+    .await?;
     let partition = partition(number)?;
     event_log::purge(&scheduler.pool, session).await?;
     models::purge(&scheduler.pool, session).await?;
     let log = subject::session_log(session, partition);
-    // Nothing else tells those who follow an idle session.
-    let deleted = SessionEvent {
-        at_us: Timestamp::now().unix_micros(),
-        kind: Some(Kind::Deleted(Deleted {})),
-        ..SessionEvent::default()
-    };
-    let told = scheduler
-        .bus
-        .publish(log.clone(), deleted.encode_to_vec().into(), &format!("deleted-{session}"))
-        .await;
-    told.map_err(RpcError::internal)?;
+    if !was_purged {
+        // Nothing else tells those who follow an idle session.
+        let deleted = SessionEvent {
+            at_us: Timestamp::now().unix_micros(),
+            kind: Some(Kind::Deleted(Deleted {})),
+            ..SessionEvent::default()
+        };
+        let told = scheduler
+            .bus
+            .publish(log.clone(), deleted.encode_to_vec().into(), &format!("deleted-{session}"))
+            .await;
+        told.map_err(RpcError::internal)?;
+    }
     scheduler
         .bus
         .purge(topology::events(partition).name, &log)

@@ -2,8 +2,8 @@
 //! session's row was deleted. They cost money.
 //!
 //! A runner lists what an account holds under this deployment's prefix; what is an orphan is
-//! decided here, where sessions are known. A session's row is there before its Sprite is made, so
-//! that a Sprite without one has lost it.
+//! decided here, where sessions are known. The row of a session, or of a spare, is there before its
+//! Sprite is made, so that a Sprite without one has lost it.
 
 use std::time::Duration;
 
@@ -145,7 +145,8 @@ pub async fn find(
         "select name
          from unnest($1::text[]) as found (name)
          where not exists (select from session where sprite = name and sprite_destroyed_at is null)
-           and not exists (select from deleted_session where sprite = name and sprite_destroyed_at is null)",
+           and not exists (select from deleted_session where sprite = name and sprite_destroyed_at is null)
+           and not exists (select from spare where sprite = name and state <> 'adopted')",
     )
     .bind(ours)
     .fetch_all(&scheduler.pool)

@@ -87,7 +87,10 @@ pub async fn earlier_creation<R: Message + Default>(
 
 /// Waits until other attempts of the same request have ended, in this replica or in another.
 /// `request` is what they share.
-async fn wait_for_earlier_attempts(tx: &mut PgConnection, request: &str) -> Result<(), RpcError> {
+pub async fn wait_for_earlier_attempts(
+    tx: &mut PgConnection,
+    request: &str,
+) -> Result<(), RpcError> {
     sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 2))")
         .bind(request)
         .execute(tx)

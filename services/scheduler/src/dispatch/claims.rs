@@ -47,6 +47,13 @@ const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(sqlx::FromRow)]
 struct TurnRow {
+    user_id: Uuid,
+    runtime: String,
+    sprite: String,
+    event_partition: i16,
+    agent_version: i32,
+    environment_id: Option<Uuid>,
+    vault_ids: Value,
     epoch: i32,
     age_seconds: f64,
     prompt: String,
@@ -76,19 +83,20 @@ struct TurnRow {
 }
 
 /// What a turn takes, from a `with` that names the session, the epoch and what the turn itself says
-/// as `claimed`.
+/// as `claimed`, and from the relation that has the session.
 macro_rules! turn_columns {
-    () => {
-        "
-         select c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
+    ($sessions:literal) => {
+        concat!("
+         select s.user_id, s.runtime, s.sprite, s.event_partition, s.agent_version, s.environment_id, s.vault_ids,
+                c.epoch, c.age_seconds, c.prompt, c.timeout_seconds, s.conversation_id, av.system, av.model,
                 ev.packages, ev.setup_script, ev.networking, ev.version as environment_version, ev.env_vars_secret_id, av.skills, av.mcp_servers, av.mcp_secret_id,
                 s.resources, s.working_directory, s.secret_id, av.permissions, c.input_id, av.tools,
                 s.collects_outputs, s.had_files, s.wants_previews, s.tokens_changed_at is not null as has_changed_tokens,
                 s.prepared_at is not null as is_prepared
          from claimed c
-         join session s using (session_id)
+         join ", $sessions, " s using (session_id)
          join agent_version av on av.agent_id = s.agent_id and av.version = s.agent_version
-         left join environment_version ev on ev.environment_id = s.environment_id and ev.version = s.environment_version"
+         left join environment_version ev on ev.environment_id = s.environment_id and ev.version = s.environment_version")
     };
 }
 
@@ -145,7 +153,7 @@ pub async fn turn(
             where session_id = $1 and turn_number = $2
             returning session_id, epoch, extract(epoch from now() - created_at)::float8 as age_seconds, prompt, timeout_seconds, input_id
          )",
-        turn_columns!()
+        turn_columns!("session")
     ))
     .bind(id.uuid())
     .bind(number)
@@ -157,10 +165,8 @@ pub async fn turn(
     // for the key of a runner that does not get to know of it.
     let secrets = (request.public_key, request.model_token_hash, request.routing);
     let purpose = format!("turn {number}");
-    let (committed, spec) = tokio::join!(
-        tx.commit(),
-        specification(&scheduler, id, (number, &purpose), session, turn, secrets)
-    );
+    let (committed, spec) =
+        tokio::join!(tx.commit(), specification(&scheduler, id, (number, &purpose), turn, secrets));
     committed?;
     if is_first {
         metrics::histogram!("aod_turn_wait_seconds").record(waited);
@@ -175,39 +181,52 @@ pub async fn turn(
     }
 }
 
-/// Returns what it takes to prepare a session's sandbox for its first turn; nothing where that was
-/// begun before, where the session has had a message, or where its user has enough sessions that
-/// wait for theirs. No one owns a preparation: one that is lost is done by the first turn.
+/// Returns what it takes to prepare the sandbox of a session for its first turn, or a spare; nothing
+/// where that was begun before, where the session has had a message, or where its user has enough
+/// sessions that wait for theirs. No one owns a preparation: one that is lost is done by the first
+/// turn, or by another spare.
 pub async fn preparation(
     scheduler: Scheduler,
     request: ClaimPreparationRequest,
 ) -> Result<ClaimPreparationReply, RpcError> {
     let id: SessionId = request.session_id.parse().map_err(|_| missing())?;
-    let nothing = Ok(ClaimPreparationReply { spec: None });
+    let nothing = Ok(ClaimPreparationReply::default());
     let mut tx = scheduler.pool.begin().await?;
-    let Some(session) = lock(&mut tx, id, None).await? else { return nothing };
-    if !may_prepare(&mut tx, UserId::from_uuid(session.user_id), scheduler.prepared_sessions_max)
-        .await?
-    {
-        return nothing;
+    let session = lock(&mut tx, id, None).await?;
+    let is_spare = session.is_none();
+    if let Some(session) = session {
+        let user = UserId::from_uuid(session.user_id);
+        if !may_prepare(&mut tx, user, scheduler.prepared_sessions_max).await? {
+            return nothing;
+        }
     }
-    let turn: Option<TurnRow> = sqlx::query_as(concat!(
-        "with claimed as (
-            update session set prepared_at = now()
-            where session_id = $1 and turn_count = 0 and status = 'completed' and prepared_at is null
-            returning session_id, 1 as epoch, 0::float8 as age_seconds, '' as prompt, 0 as timeout_seconds, null::uuid as input_id
-         )",
-        turn_columns!()
-    ))
-    .bind(id.uuid())
-    .fetch_optional(&mut *tx)
-    .await?;
+    let claim = if is_spare { CLAIM_SPARE } else { CLAIM_UNPREPARED };
+    let turn: Option<TurnRow> =
+        sqlx::query_as(claim).bind(id.uuid()).fetch_optional(&mut *tx).await?;
     tx.commit().await?;
     let Some(turn) = turn else { return nothing };
     let claimant = (request.public_key, request.model_token_hash, request.routing);
-    let spec = specification(&scheduler, id, (1, "preparation"), session, turn, claimant).await?;
-    Ok(ClaimPreparationReply { spec: Some(spec) })
+    let spec = specification(&scheduler, id, (0, "preparation"), turn, claimant).await?;
+    Ok(ClaimPreparationReply { spec: Some(spec), is_spare })
 }
+
+const CLAIM_UNPREPARED: &str = concat!(
+    "with claimed as (
+        update session set prepared_at = now()
+        where session_id = $1 and turn_count = 0 and status = 'completed' and prepared_at is null
+        returning session_id, 1 as epoch, 0::float8 as age_seconds, '' as prompt, 0 as timeout_seconds, null::uuid as input_id
+     )",
+    turn_columns!("session")
+);
+
+const CLAIM_SPARE: &str = concat!(
+    "with claimed as (
+        update spare set state = 'preparing', state_since = now()
+        where session_id = $1 and state = 'offered'
+        returning session_id, 1 as epoch, 0::float8 as age_seconds, '' as prompt, 0 as timeout_seconds, null::uuid as input_id
+     )",
+    turn_columns!("spare_session")
+);
 
 /// Whether a user has fewer prepared sessions that wait for their first message than `max`.
 pub async fn may_prepare(tx: &mut PgConnection, user: UserId, max: u32) -> Result<bool, RpcError> {
@@ -245,17 +264,17 @@ async fn turn_to_claim(
     }))
 }
 
-/// Collects everything that is needed to run a claimed turn, or to prepare the first one.
+/// Collects everything that is needed to run a claimed turn, or, under the number 0, to prepare the
+/// first one.
 async fn specification(
     scheduler: &Scheduler,
     id: SessionId,
     (number, purpose): (i32, &str),
-    session: SessionRow,
     turn: TurnRow,
     (public_key, model_token_hash, routing): (Vec<u8>, Vec<u8>, Option<Routing>),
 ) -> Result<TurnSpec, RpcError> {
-    let partition = session.partition()?;
-    let runtime: Runtime = session
+    let partition = partition(turn.event_partition)?;
+    let runtime: Runtime = turn
         .runtime
         .parse()
         .map_err(|()| RpcError::internal(format!("session {id} has an unknown runtime")))?;
@@ -265,11 +284,11 @@ async fn specification(
         .chain([CredentialKind::Sprites])
         .collect::<Vec<_>>();
     let secrets = [turn.env_vars_secret_id, turn.mcp_secret_id, turn.secret_id];
-    let of_vaults = vaults::secrets(&scheduler.pool, &session.vault_ids).await?;
+    let of_vaults = vaults::secrets(&scheduler.pool, &turn.vault_ids).await?;
     let secrets = secrets.into_iter().flatten().chain(of_vaults).map(|id| id.to_string()).collect();
     let life = PROVISIONING_MAX + SETTLE_GRACE + Duration::from_secs(u64::from(timeout_seconds));
     let grant = Grant {
-        user: UserId::from_uuid(session.user_id),
+        user: UserId::from_uuid(turn.user_id),
         session: id,
         purpose,
         epoch: unsigned(turn.epoch),
@@ -288,22 +307,26 @@ async fn specification(
     };
     let (lease_id, (recorded_through, last_event)) =
         tokio::try_join!(mint(scheduler, grant), end_of_log)?;
-    let has_vaults = session.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
-    let may_change =
-        session.agent_version < 0 || has_vaults || turn.wants_previews || turn.has_changed_tokens;
+    let has_vaults = turn.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
+    let is_of_preparation = number == 0 || (number == 1 && turn.is_prepared);
+    let may_change = turn.agent_version < 0
+        || has_vaults
+        || turn.wants_previews
+        || turn.has_changed_tokens
+        || is_of_preparation;
     let files_of = async |wanted: bool, kind: FileKind| match wanted {
         true => files::of_sessions(&scheduler.pool, &[id.uuid()], kind).await,
         false => Ok(Vec::new()),
     };
     let empty = || Value::Object(serde_json::Map::new());
     Ok(TurnSpec {
-        sprite: session.sprite,
+        sprite: turn.sprite,
         epoch: unsigned(turn.epoch),
         lease_id,
-        runtime: session.runtime,
+        runtime: turn.runtime,
         model: turn.model,
         // What precedes a script is no instruction to an agent: it runs once.
-        system: if number == 1 || runtime != Runtime::Shell { turn.system } else { String::new() },
+        system: if number <= 1 || runtime != Runtime::Shell { turn.system } else { String::new() },
         prompt: turn.prompt,
         timeout_seconds,
         conversation_id: turn.conversation_id.to_string(),
@@ -311,8 +334,8 @@ async fn specification(
             packages: turn.packages.unwrap_or_else(empty).to_string(),
             setup_script: turn.setup_script.unwrap_or_default(),
             networking: turn.networking.unwrap_or_else(empty).to_string(),
-            user_id: session.user_id.to_string(),
-            environment_id: session.environment_id.map(|id| id.to_string()).unwrap_or_default(),
+            user_id: turn.user_id.to_string(),
+            environment_id: turn.environment_id.map(|id| id.to_string()).unwrap_or_default(),
             version: turn.environment_version.map(unsigned).unwrap_or_default(),
         }),
         last_event,

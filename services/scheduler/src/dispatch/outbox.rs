@@ -22,16 +22,20 @@ pub async fn enqueue(
 
 /// Has a session's Sprite destroyed: now by a job, and by further ones until it is gone. The
 /// session may be deleted already. Its agent's tokens are revoked meanwhile.
-pub async fn enqueue_destroy(tx: &mut PgConnection, row: &SessionRow) -> Result<(), RpcError> {
+pub async fn enqueue_destroy(
+    tx: &mut PgConnection,
+    session: SessionId,
+    sprite: &str,
+) -> Result<(), RpcError> {
     for statement in [
         "update session set destroy_after = now() + interval '10 minutes' where session_id = $1",
         "update deleted_session set destroy_after = now() + interval '10 minutes' where session_id = $1",
         "insert into model_tokens_to_revoke (session_id) values ($1) on conflict do nothing",
     ] {
-        sqlx::query(statement).bind(row.session_id).execute(&mut *tx).await?;
+        sqlx::query(statement).bind(session.uuid()).execute(&mut *tx).await?;
     }
-    let sprite: SpriteName = row.sprite.parse().map_err(RpcError::internal)?;
-    destroy_job(tx, SessionId::from_uuid(row.session_id), &sprite).await
+    let sprite: SpriteName = sprite.parse().map_err(RpcError::internal)?;
+    destroy_job(tx, session, &sprite).await
 }
 
 pub async fn destroy_job(

@@ -87,7 +87,7 @@ pub async fn apply(
         enqueue_lifecycle_event(tx, &session, &session.status, number, ended.usage.clone()).await?;
     }
     if transition.destroy {
-        enqueue_destroy(tx, &session).await?;
+        enqueue_destroy(tx, id, &session.sprite).await?;
     }
     if has_inputs {
         inputs::queue::begin_next(tx, &session, Some(at)).await?;

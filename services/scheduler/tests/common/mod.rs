@@ -3,6 +3,7 @@
 use std::{num::NonZeroU8, time::Duration};
 
 use contract::{access, scheduler::CreateAgentRequest};
+use rules::spares::Limits;
 use scheduler::{Config, FileSettings, ModelDefaults, Retention};
 use testkit::{Database, Nats};
 use types::UserId;
@@ -20,6 +21,7 @@ pub fn config(nats: &Nats, database: &Database) -> Config {
         files: FileSettings { store: None, user_bytes_max: u64::MAX, days: None },
         model_defaults: ModelDefaults::default(),
         prepared_sessions_max: 10,
+        spares: Limits::default(),
     }
 }
 

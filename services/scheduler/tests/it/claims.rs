@@ -141,7 +141,7 @@ async fn a_turn_whose_end_was_lost_is_offered_again() {
 }
 
 impl World {
-    async fn prepare(&self, session: &str) -> Option<TurnSpec> {
+    pub async fn prepare(&self, session: &str) -> Option<TurnSpec> {
         let request = ClaimPreparationRequest {
             session_id: session.to_owned(),
             runner: "r".to_owned(),
