@@ -19,6 +19,8 @@ const PREPARED: usize = 10;
 /// What a client does between the session's creation and its first message: more than a
 /// preparation takes.
 const BEFORE_MESSAGE: Duration = Duration::from_secs(4);
+/// The second session has the first spare made.
+const UNPREPARED: usize = 2;
 const FOLLOW_UPS: usize = 20;
 const DECISIONS: usize = 10;
 
@@ -47,6 +49,7 @@ pub async fn agents() -> Result<()> {
     cold.beside("`claude -p` in a new sandbox, by hand", &Times::new(by_hand)).report()?;
 
     prepared(&stack).await?;
+    with_spares().await?;
 
     let mut chat = last.context("no session")?;
     let (mut asked, mut follow_ups) = (Vec::new(), Vec::new());
@@ -121,6 +124,28 @@ async fn prepared(stack: &Stack) -> Result<()> {
         &Times::new(times),
     )
     .report()
+}
+
+/// Sessions that are created alike, each after the spare that it gets is ready.
+async fn with_spares() -> Result<()> {
+    let options = OPTIONS.with("AOD_SPARE_SESSIONS_MAX", "1".to_owned());
+    let stack = Stack::start(Options { scripted_model: true, ..options }).await?;
+    let agent =
+        json!({ "name": "bench", "runtime": "claude", "model": "anthropic/claude-sonnet-4-5" });
+    let agent = made(&stack, "/agents", agent, 201).await?;
+    let mut times = Vec::new();
+    for number in 0..PREPARED + UNPREPARED {
+        let begun = Instant::now();
+        let mut chat = Chat::begin(&stack, &agent, "hello").await?;
+        chat.until("agent.message").await?;
+        if number >= UNPREPARED {
+            times.push(begun.elapsed());
+        }
+        chat.until("session.status_idle").await?;
+        tokio::time::sleep(BEFORE_MESSAGE).await;
+    }
+    Figure::new("agents: Claude Code's first words, from POST, with a spare", &Times::new(times))
+        .report()
 }
 
 /// A session and its typed events.

@@ -28,6 +28,7 @@ mod repositories;
 mod resources;
 mod rolling;
 mod runtimes;
+mod spares;
 mod sprites_api;
 mod steering;
 mod streams;
