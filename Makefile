@@ -3,7 +3,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/debug
 .DEFAULT_GOAL = help
-.PHONY: help setup build console demo dev test test-paused faults soak conformance bench peers reference fmt lint clean
+.PHONY: help setup build console demo dev test test-paused escape faults soak conformance bench peers reference fmt lint clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -35,6 +35,9 @@ test: build ## Run every test, with every agent CLI
 test-paused: AGENTS = claude codex gemini opencode
 test-paused: build ## Leave permission requests of all CLIs open for ten minutes of a paused sandbox
 	PAUSED_SECONDS=600 $(CARGO) test --quiet -p system-tests --test it a_permission_request_stays_open
+
+escape: build ## Attack sandboxes with each OCI runtime that is installed: runc, crun, runsc
+	@CARGO="$(CARGO)" scripts/escape.sh
 
 faults: build ## Inject faults into a stack for about ten minutes and print what was lost (ARGS="--seed 7 --only runner")
 	@$(CARGO) build --quiet -p system-tests --bin faults

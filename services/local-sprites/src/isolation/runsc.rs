@@ -50,6 +50,8 @@ const EXIT_OF_RUNSC: u8 = 128;
 const EXIT_KILLED: u8 = 137;
 /// How long a command may take until it can be sent signals.
 const START_MAX: Duration = Duration::from_secs(10);
+/// How long a sandbox that was killed may take to be gone.
+const DEATH_MAX: Duration = Duration::from_millis(500);
 const KILL: i32 = 9;
 /// The signals of the API that a program can catch.
 const PASSED_ON: [i32; 8] = [1, 2, 3, 10, 12, 15, 18, 28];
@@ -119,10 +121,20 @@ pub fn run(start: &Start<'_>) -> io::Result<u8> {
     let code = match exit_code(status) {
         _ if !start.holder.is_alive() => EXIT_KILLED,
         EXIT_OF_RUNSC if target.pid().is_none() => EXIT_NOT_FOUND,
+        // What runs the command ends before the sandbox that dies under it.
+        EXIT_OF_RUNSC if dies_within(start.holder, DEATH_MAX) => EXIT_KILLED,
         code => code,
     };
     let _ = fs::remove_file(&target.pid_file);
     Ok(code)
+}
+
+fn dies_within(holder: Holder, limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    while holder.is_alive() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    !holder.is_alive()
 }
 
 /// What `runsc` is told about the command, in memory: the environment may hold secrets.

@@ -1,6 +1,6 @@
 //! Sandboxes with a kernel of their own: gVisor, where `runsc` is installed.
 
-use std::{fs, time::Duration};
+use std::{fs, os::unix::fs::MetadataExt as _, time::Duration};
 
 use serde_json::{Value, json};
 use sprites::ExecRequest;
@@ -144,4 +144,70 @@ async fn a_sprite_runs_on_a_kernel_of_its_own() {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let lines = processes.filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok());
     assert_eq!(lines.filter(|line| line.contains("runsc") && line.contains(data)).count(), 0);
+}
+
+/// Namespaces inside are of gVisor's kernel: root in them is root of nothing else.
+#[tokio::test]
+async fn root_of_its_own_kernel_gets_nothing_of_the_machine() {
+    if !is_there() {
+        return;
+    }
+    let secret = tempfile::Builder::new().prefix("host-secret").tempdir_in("/tmp").unwrap();
+    fs::write(secret.path().join("file"), "the host's").unwrap();
+    let server = Server::start(&[("LOCAL_SPRITES_RUNTIME", "runsc")]).await;
+    let (sprite, other) = (server.sprite("root").await, server.sprite("other").await);
+    bash(&other, "echo another > marker; (setsid python3 -m http.server 8000 >/dev/null 2>&1 &)")
+        .await;
+    let of = |path: &str| {
+        let metadata = fs::metadata(path).unwrap();
+        (metadata.mode(), metadata.uid(), metadata.gid(), metadata.len())
+    };
+    let shell = format!("{}/bin/sh", testkit::rootfs().display());
+    let paths = ["/dev/null", "/dev/full", "/proc/meminfo", &shell];
+    let before = paths.map(of);
+    let nested = async |script: &str| {
+        let script = format!("unshare -Urmnp --fork sh -c '{script}'");
+        bash(&sprite, &script).await
+    };
+    assert_eq!(nested("id -u").await.stdout, b"0\n", "the check checks nothing");
+    for attempt in [
+        "mknod disk b 7 0 && head -c 1 disk",
+        "mknod disk b 254 0 && head -c 1 disk",
+        "mknod memory c 1 1 && head -c 1 memory",
+        "head -c 1 /proc/kcore | grep .",
+        "chmod 666 /dev/full && chmod 666 /bin/sh",
+        "echo x >> /bin/sh",
+        "echo x >> /.sprite/version.txt",
+        "mount -o remount,rw /.sprite && echo x >> /.sprite/version.txt",
+        "echo x > /proc/sys/kernel/core_pattern",
+        "echo x > /proc/sys/kernel/hostname && hostname | grep -v x",
+        "reboot -f && sleep 5",
+    ] {
+        let finished = nested(attempt).await;
+        assert_ne!(finished.code, 0, "{attempt}: {}", String::from_utf8_lossy(&finished.stdout));
+    }
+    // Whatever it mounts, the files are those of its own disk.
+    let find = format!(
+        "mount -t proc proc /mnt; mount -t tmpfs x /media; mount -t overlay x -o lowerdir=/ /srv; \
+         grep -rsl the.host {0} /mnt/1/root{0} /proc/*/root{0} /srv{0}; ls -d /proc/*/root/{1}",
+        secret.path().display(),
+        server.data.path().display(),
+    );
+    assert_eq!(String::from_utf8_lossy(&nested(&find).await.stdout), "");
+    let look = "cat /proc/*/root/home/sprite/marker /home/sprite/marker";
+    assert_eq!(nested(look).await.stdout, b"");
+    // A network of its own leads nowhere, and the Sprite's own not to the machine.
+    for enter in ["unshare -Urm", "unshare -Urmn"] {
+        for host in ["127.0.0.1", "192.0.0.1", "10.0.0.1", "169.254.169.254"] {
+            let call = format!(
+                "{enter} sh -c 'ip route del unreachable 10.0.0.0/8; ip route del unreachable 127.0.0.0/8; \
+                 curl -s -m 2 http://{host}:{}/v1/sprites' | grep authentication",
+                server.port
+            );
+            assert_ne!(bash(&sprite, &call).await.code, 0, "{enter} {host}");
+        }
+    }
+    assert_eq!(paths.map(of), before);
+    assert_eq!(said(&sprite, "echo still here").await, "still here\n");
+    assert_eq!(said(&other, "cat marker").await, "another\n");
 }

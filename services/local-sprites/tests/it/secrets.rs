@@ -10,7 +10,7 @@ use testkit::{
     tls::Tls,
 };
 
-use crate::server::{Server, said};
+use crate::server::{Server, as_root, said};
 
 const PLACEHOLDER: &str = "aod_placeholder_of_a_test";
 const VALUE: &str = "SENTINEL-value";
@@ -160,7 +160,7 @@ async fn nothing_of_a_value_is_in_the_sprite_or_on_the_servers_disk() {
     let sprite = world.server.sprite("one").await;
     let variables = world.put(&sprite).await;
     let search = "sudo grep -rl SENTINEL-[v]alue / --exclude-dir=proc --exclude-dir=sys 2>/dev/null; sudo cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep -c SENTINEL-[v]alue; sudo ls -A /.sprite/policy";
-    let found = said_with(&sprite, &variables, search).await;
+    let found = said_with(&sprite, &variables, &as_root(search)).await;
     assert!(found.starts_with("0\n") && found.contains("ca-bundle.pem"), "{found}");
     let grep = std::process::Command::new("grep")
         .args(["-rl", VALUE])

@@ -96,6 +96,17 @@ impl Drop for Server {
     }
 }
 
+/// Whether the servers use gVisor: each Sprite has a kernel of its own, whose namespaces, devices and
+/// limits are no one else's.
+pub fn has_own_kernel() -> bool {
+    std::env::var_os("LOCAL_SPRITES_RUNTIME").is_some_and(|runtime| runtime == "runsc")
+}
+
+/// A script that is as close to root as a Sprite's programs get: with gVisor there is no `sudo`.
+pub fn as_root(script: &str) -> String {
+    if has_own_kernel() { script.replace("sudo ", "") } else { script.to_owned() }
+}
+
 /// Runs a shell script in a Sprite.
 pub async fn bash(sprite: &Sprite, script: &str) -> Finished {
     let request = ExecRequest { argv: &["bash", "-c", script], ..ExecRequest::default() };
