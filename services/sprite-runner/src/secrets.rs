@@ -380,6 +380,22 @@ mod tests {
     }
 
     #[test]
+    fn keys_that_are_in_the_sandbox_are_told_from_tokens_that_stand_for_them() {
+        let (anthropic, openai) = (
+            CredentialKind::Provider(Provider::Anthropic),
+            CredentialKind::Provider(Provider::Openai),
+        );
+        let values = [anthropic, CredentialKind::Sprites]
+            .map(|kind| (kind.as_str().to_owned(), SecretString::from("key")));
+        let secrets = Secrets { values: values.into(), ..secrets(&[openai], "{}") };
+        let names = |vars: Vec<(String, SecretString)>| {
+            vars.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(secrets.credential_vars()), ["ANTHROPIC_API_KEY", "OPENAI_API_KEY"]);
+        assert_eq!(names(secrets.stored_vars()), ["ANTHROPIC_API_KEY"]);
+    }
+
+    #[test]
     fn a_token_stands_for_the_credentials_unless_the_session_brings_its_own() {
         let (anthropic, openai) = (
             CredentialKind::Provider(Provider::Anthropic),

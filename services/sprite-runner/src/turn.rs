@@ -220,7 +220,12 @@ pub async fn reach(
         agent.add_variables(keep_outside(&sprite, &client, &outside, stage).await?);
     }
     let offset = log.checkpoint.journal_offset;
-    let revision = if spec.may_change {
+    let is_preparation = log.is_unwritten();
+    // A CLI that a preparation started may have another key than the one that is stored by now.
+    let may_have_old_key =
+        is_new && (is_preparation || spec.is_prepared) && !secrets.stored_vars().is_empty();
+    let may_change = spec.may_change || may_have_old_key;
+    let revision = if may_change {
         agent.revision(secrets, &provisioning.config_without_token())
     } else {
         String::new()
@@ -235,7 +240,6 @@ pub async fn reach(
     if !started && !is_new {
         files::mount(runner, &sprite, spec, is_new).await?;
     }
-    let is_preparation = log.is_unwritten();
     let access = |from: u64, may_run: bool, keeps_host: bool| Access {
         client: client.clone(),
         sprite: sprite.clone(),
