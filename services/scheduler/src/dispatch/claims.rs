@@ -308,12 +308,8 @@ async fn specification(
     let (lease_id, (recorded_through, last_event)) =
         tokio::try_join!(mint(scheduler, grant), end_of_log)?;
     let has_vaults = turn.vault_ids.as_array().is_some_and(|vaults| !vaults.is_empty());
-    let is_of_preparation = number == 0 || (number == 1 && turn.is_prepared);
-    let may_change = turn.agent_version < 0
-        || has_vaults
-        || turn.wants_previews
-        || turn.has_changed_tokens
-        || is_of_preparation;
+    let may_change =
+        turn.agent_version < 0 || has_vaults || turn.wants_previews || turn.has_changed_tokens;
     let files_of = async |wanted: bool, kind: FileKind| match wanted {
         true => files::of_sessions(&scheduler.pool, &[id.uuid()], kind).await,
         false => Ok(Vec::new()),

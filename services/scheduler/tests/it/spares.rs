@@ -84,7 +84,7 @@ async fn the_third_session_of_a_user_gets_a_sandbox_that_was_prepared_before() {
     assert_ne!(unprepared, spare, "no one prepared it");
     let prepared = world.prepare(&spare).await.unwrap();
     assert!(world.prepare(&spare).await.is_none(), "another runner prepares it");
-    assert!(prepared.may_change && !prepared.lease_id.is_empty());
+    assert!(!prepared.lease_id.is_empty());
     world.end_preparation(&spare, true).await;
 
     let get = GetSessionRequest {
@@ -104,10 +104,7 @@ async fn the_third_session_of_a_user_gets_a_sandbox_that_was_prepared_before() {
     assert_eq!(world.listed().await, [spare.clone(), unprepared, second, first]);
     let turn = world.run(&spare, 1).await;
     assert_eq!((turn.epoch, turn.prompt.as_str(), turn.is_prepared), (1, "echo", true));
-    assert_eq!(
-        (turn.sprite, turn.conversation_id, turn.may_change),
-        (prepared.sprite, prepared.conversation_id, true)
-    );
+    assert_eq!((turn.sprite, turn.conversation_id), (prepared.sprite, prepared.conversation_id));
     assert_eq!(world.complete(&spare, 1).await.status, "completed");
     world.counts_are_right().await;
     let another = world.wait_for_spares("offered", 2).await;
