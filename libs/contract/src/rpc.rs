@@ -263,6 +263,9 @@ rpcs! {
     BeginModelRequest: scheduler::BeginModelRequestRequest => scheduler::BeginModelRequestReply, "aod.rpc.scheduler.v1.model_request.begin", retry_safe: true;
     /// Settles a model request with what it used. For the model gateway.
     EndModelRequest: scheduler::EndModelRequestRequest => common::Empty, "aod.rpc.scheduler.v1.model_request.end", retry_safe: true;
+    /// Begins and settles many model requests at once, as far as nothing limits their sessions. For the
+    /// model gateway.
+    RecordModelRequests: scheduler::RecordModelRequestsRequest => scheduler::RecordModelRequestsReply, "aod.rpc.scheduler.v1.model_request.record", retry_safe: false;
     /// Extends the lease of a model gateway, on which its requests depend.
     RenewModelGateway: scheduler::RenewModelGatewayRequest => common::Empty, "aod.rpc.scheduler.v1.model_request.renew", retry_safe: true;
     /// Returns a budget: what is allowed and what is used.

@@ -354,6 +354,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     responder.serve::<rpc::FetchInputs, _, _>(inputs::delivery::fetch).await?;
     responder.serve::<rpc::BeginModelRequest, _, _>(models::admission::begin).await?;
     responder.serve::<rpc::EndModelRequest, _, _>(models::settlement::end).await?;
+    responder.serve::<rpc::RecordModelRequests, _, _>(models::unlimited::record).await?;
     responder.serve::<rpc::RenewModelGateway, _, _>(models::requests::renew).await?;
     responder.serve::<rpc::FetchModelRequests, _, _>(models::entries::fetch).await?;
     responder.serve::<rpc::GetBudget, _, _>(models::budgets::get).await?;

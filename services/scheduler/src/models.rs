@@ -1,10 +1,24 @@
 //! Model requests as the model gateway reports them: checks of budgets and policies before, usage
 //! after, and events for the session's log.
 //!
-//! [`admission`] begins them and [`settlement`] ends them, as rows of [`requests`]; [`limits`] reads
-//! budgets and policies, which [`budgets`] sets; [`entries`] are what runners append to logs;
-//! [`sums`] adds up totals.
+//! [`admission`] begins them and [`settlement`] ends them, as rows of [`requests`]; [`unlimited`] does
+//! both for sessions without limits; [`limits`] reads budgets and policies, which [`budgets`] sets;
+//! [`entries`] are what runners append to logs; [`sums`] adds up totals.
 //! docs/adr/0130-metering.md has the reasons.
+
+/// Adds what a request used to what its turn used before.
+macro_rules! add_up {
+    () => {
+        "on conflict (session_id, turn_number) do update
+         set requests = u.requests + excluded.requests, unknown = u.unknown + excluded.unknown,
+             unpriced = u.unpriced + excluded.unpriced, input_tokens = u.input_tokens + excluded.input_tokens,
+             output_tokens = u.output_tokens + excluded.output_tokens,
+             cache_read_tokens = u.cache_read_tokens + excluded.cache_read_tokens,
+             cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
+             reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
+             cost_micro_usd = u.cost_micro_usd + excluded.cost_micro_usd, model = excluded.model"
+    };
+}
 
 pub mod admission;
 pub mod budgets;
@@ -13,6 +27,7 @@ pub mod limits;
 pub mod requests;
 pub mod settlement;
 mod sums;
+pub mod unlimited;
 
 use std::time::Duration;
 

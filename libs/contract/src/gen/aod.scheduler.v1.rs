@@ -1151,6 +1151,22 @@ pub struct EndModelRequestRequest {
     #[prost(string, tag = "7")]
     pub error_kind: ::prost::alloc::string::String,
 }
+/// Beginnings and ends of model requests that came at about the same time, of sessions that nothing limited when they asked last.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RecordModelRequestsRequest {
+    #[prost(message, repeated, tag = "1")]
+    pub begins: ::prost::alloc::vec::Vec<BeginModelRequestRequest>,
+    #[prost(message, repeated, tag = "2")]
+    pub ends: ::prost::alloc::vec::Vec<EndModelRequestRequest>,
+}
+/// The ids of those requests whose beginning was admitted, or whose end was settled. All others are unchanged: they are asked for one by one.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RecordModelRequestsReply {
+    #[prost(string, repeated, tag = "1")]
+    pub begun: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "2")]
+    pub ended: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 /// Extends the lease of a model gateway. Requests of one whose lease expired are settled as unknown.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RenewModelGatewayRequest {

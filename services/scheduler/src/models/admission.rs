@@ -21,7 +21,8 @@ use crate::{
     models::{
         entries,
         limits::{self, Change, Owners, Ran, Scope},
-        requests::{Named, insert, not_inserted},
+        requests::{Named, insert},
+        unlimited,
     },
     unsigned,
 };
@@ -62,7 +63,9 @@ pub async fn begin(
 
 /// Tells too whether the session's log has something to show.
 async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bool), RpcError> {
-    if scheduler.model_defaults.limit_nothing() && begin_unlimited(scheduler, named).await? {
+    if scheduler.model_defaults.limit_nothing()
+        && !unlimited::begin(&scheduler.pool, std::slice::from_ref(named)).await?.is_empty()
+    {
         return Ok((admitted(true), true));
     }
     let mut tx = scheduler.pool.begin().await?;
@@ -214,59 +217,6 @@ async fn begin_once(scheduler: &Scheduler, named: &Named) -> Result<(Verdict, bo
     entries::add(&mut tx, owners.session, next, meter_entry::Kind::Started(started)).await?;
     tx.commit().await?;
     Ok((admitted(policies.is_unlimited()), true))
-}
-
-/// Does what [`begin_once`] does, in one statement, for a session without limits: an agent waits for
-/// it. Returns false, and changes nothing, if there is no such session, if the request exists, or if
-/// the session's meter was written since the statement's snapshot: what creates a session's
-/// budget writes it.
-async fn begin_unlimited(scheduler: &Scheduler, named: &Named) -> Result<bool, RpcError> {
-    let started = ModelRequestStarted {
-        request_id: named.id.to_string(),
-        provider: named.provider.clone(),
-        model: named.model.clone(),
-    };
-    let begun = sqlx::query(
-        "with free as (
-             select s.user_id, s.agent_id, s.turn_count,
-                    (select coalesce(sum(extract(epoch from coalesce(t.ended_at, now()) - t.started_at) * 1000000), 0)::bigint
-                     from turn t where t.session_id = $1) as ran_us
-             from session s
-             where s.session_id = $1 and s.status <> $3
-               and not exists (select from model_request where request_id = $2)
-               and not exists (
-                   select from model_limit l
-                   join (values ('session', s.session_id), ('agent', s.agent_id), ('user', s.user_id), ('deployment', $4::uuid))
-                       as o (scope, scope_id) using (scope, scope_id))
-         ), meter as (
-             insert into model_meter as m (session_id, number, minute_requests, counted_us)
-             select $1, 1, 1, ran_us from free
-             on conflict (session_id) do update
-             set number = m.number + 1,
-                 minute_began_at = case when m.minute_began_at < now() - interval '1 minute' then now() else m.minute_began_at end,
-                 minute_requests = case when m.minute_began_at < now() - interval '1 minute' then 1 else m.minute_requests + 1 end,
-                 counted_us = greatest(m.counted_us, excluded.counted_us)
-             where m.xmin = (select xmin from model_meter where session_id = $1)
-             returning number
-         ), request as (
-             insert into model_request (request_id, session_id, user_id, agent_id, turn_number, gateway_id, provider, model, key, status)
-             select $2, $1, user_id, agent_id, turn_count, $5, $6, $7, $8, 'open' from free, meter
-         )
-         insert into model_entry (session_id, number, payload) select $1, number, $9 from meter",
-    )
-    .bind(named.session.uuid())
-    .bind(named.id)
-    .bind(SessionStatus::Terminated.as_str())
-    .bind(Uuid::nil())
-    .bind(named.gateway)
-    .bind(&named.provider)
-    .bind(&named.model)
-    .bind(&named.key)
-    .bind(entries::payload(meter_entry::Kind::Started(started)))
-    .execute(&scheduler.pool)
-    .await
-    .map_err(not_inserted)?;
-    Ok(begun.rows_affected() == 1)
 }
 
 /// How long the turns of a session ran so far, in microseconds, and what of that is new. Budgets

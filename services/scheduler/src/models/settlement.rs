@@ -19,31 +19,20 @@ use crate::{
         entries,
         limits::{self, Change, Owners},
         requests::{COUNT_MAX, GATEWAY_LEASE, Named, insert},
+        unlimited,
     },
     without_nul,
 };
 
 const LOST_AT_A_TIME: i64 = 100;
-
-/// Adds what a request used to what its turn used before.
-macro_rules! add_up {
-    () => {
-        "on conflict (session_id, turn_number) do update
-         set requests = u.requests + excluded.requests, unknown = u.unknown + excluded.unknown,
-             unpriced = u.unpriced + excluded.unpriced, input_tokens = u.input_tokens + excluded.input_tokens,
-             output_tokens = u.output_tokens + excluded.output_tokens,
-             cache_read_tokens = u.cache_read_tokens + excluded.cache_read_tokens,
-             cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
-             reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
-             cost_micro_usd = u.cost_micro_usd + excluded.cost_micro_usd, model = excluded.model"
-    };
-}
+/// See [`counts`].
+pub(super) const COUNTS: usize = 6;
 
 pub async fn end(scheduler: Scheduler, request: EndModelRequestRequest) -> Result<Empty, RpcError> {
     let named = Named::read(request.begun.clone().unwrap_or_default())?;
     idempotency::retried(|| async {
         if scheduler.model_defaults.limit_nothing()
-            && settle_unlimited(&scheduler, &named, &request).await?
+            && unlimited::end(&scheduler.pool, &[(&named, &request)]).await?.contains(&named.id)
         {
             return Ok(());
         }
@@ -122,78 +111,19 @@ async fn insert_late(tx: &mut PgConnection, named: &Named) -> Result<bool, RpcEr
     Ok(true)
 }
 
-/// Does what [`settle`] does, in one statement, for an open request of a session without limits.
-/// Returns false, and changes nothing, if there is no such request, or if the session's meter was
-/// written since the statement's snapshot: what creates a session's budget writes it.
-async fn settle_unlimited(
-    scheduler: &Scheduler,
-    named: &Named,
-    request: &EndModelRequestRequest,
-) -> Result<bool, RpcError> {
-    let usage = known_usage(request);
-    let ended = ended(named.id, (&named.provider, &named.model), request, usage.as_ref());
-    let failure = (!ended.error.is_empty()).then(|| ended.error.clone());
-    let query = sqlx::query(concat!(
-        "with ended as (
-             select r.user_id, r.agent_id, r.turn_number
-             from model_request r join session s using (session_id)
-             where request_id = $1 and session_id = $2 and r.status = 'open' and not is_budgeted
-               and not exists (
-                   select from model_limit l
-                   join (values ('session', session_id), ('agent', r.agent_id), ('user', r.user_id), ('deployment', $3::uuid))
-                       as o (scope, scope_id) using (scope, scope_id))
-         ), meter as (
-             insert into model_meter as m (session_id, number, failed_turn, failure)
-             select $2, 1, case when $4::text is not null then turn_number end, $4 from ended
-             on conflict (session_id) do update
-             set number = m.number + 1, failed_turn = excluded.failed_turn, failure = excluded.failure
-             where m.xmin = (select xmin from model_meter where session_id = $2)
-             returning number
-         ), request as (
-             update model_request r
-             set status = case when $5 then 'settled' else 'unknown' end, ended_at = now(), http_status = $6, is_partial = $7,
-                 input_tokens = $11, output_tokens = $12, cache_read_tokens = $13, cache_write_tokens = $14, reasoning_tokens = $15,
-                 cost_micro_usd = $16
-             from meter where request_id = $1
-         ), used as (
-             insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
-                                          cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, model)
-             select $2, turn_number, 1, case when $5 then 0 else 1 end, $8, coalesce($11, 0), coalesce($12, 0), coalesce($13, 0),
-                    coalesce($14, 0), coalesce($15, 0), coalesce($16, 0), $9
-             from ended, meter
-             ",
-        add_up!(),
-        "
-         )
-         insert into model_entry (session_id, number, payload) select $2, number, $10 from meter",
-    ))
-    .bind(named.id)
-    .bind(named.session.uuid())
-    .bind(Uuid::nil())
-    .bind(failure)
-    .bind(usage.is_some())
-    .bind(i32::try_from(request.status).unwrap_or_default())
-    .bind(request.is_partial)
-    .bind(is_unpriced(usage.as_ref()))
-    .bind(&named.model)
-    .bind(entries::payload(meter_entry::Kind::Ended(ended)));
-    let query = counts(usage.as_ref()).into_iter().fold(query, |query, count| query.bind(count));
-    Ok(query.execute(&scheduler.pool).await?.rows_affected() == 1)
-}
-
 /// What a request used, if that is known. A response that says nothing of usage used nothing where
 /// it is a refusal.
-fn known_usage(request: &EndModelRequestRequest) -> Option<Usage> {
+pub(super) fn known_usage(request: &EndModelRequestRequest) -> Option<Usage> {
     let is_known = request.usage.is_some() || request.status >= 400 || is_unsent(request);
     is_known.then(|| request.usage.clone().unwrap_or_else(nothing))
 }
 
-fn is_unpriced(usage: Option<&Usage>) -> i64 {
+pub(super) fn is_unpriced(usage: Option<&Usage>) -> i64 {
     i64::from(usage.is_some_and(|usage| usage.cost_micro_usd.is_none()))
 }
 
 /// A request's end as its session's log shows it.
-fn ended(
+pub(super) fn ended(
     id: Uuid,
     (provider, model): (&str, &str),
     request: &EndModelRequestRequest,
@@ -304,8 +234,8 @@ async fn settle(
 
 /// What a request used, in the order of the columns: input, output, cache read, cache write and
 /// reasoning tokens, and the cost.
-fn counts(usage: Option<&Usage>) -> [Option<i64>; 6] {
-    let Some(usage) = usage else { return [None; 6] };
+pub(super) fn counts(usage: Option<&Usage>) -> [Option<i64>; COUNTS] {
+    let Some(usage) = usage else { return [None; COUNTS] };
     let Usage {
         input_tokens,
         output_tokens,

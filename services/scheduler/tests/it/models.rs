@@ -1,11 +1,13 @@
 //! Model requests as the model gateway begins and ends them: entries for the log, totals, budgets.
 
+use std::collections::BTreeSet;
+
 use contract::{
     scheduler::{
         BeginModelRequestRequest, Budget, BudgetChange, EndModelRequestRequest,
         FetchModelRequestsReply, FetchModelRequestsRequest, GetBudgetRequest, LimitChange,
-        ListUsageRequest, RenewModelGatewayRequest, SetBudgetRequest, UsageSum,
-        begin_model_request_reply::Verdict as Admission, meter_entry,
+        ListUsageRequest, RecordModelRequestsRequest, RenewModelGatewayRequest, SetBudgetRequest,
+        UsageSum, begin_model_request_reply::Verdict as Admission, meter_entry,
     },
     session::Usage,
 };
@@ -175,7 +177,7 @@ async fn a_model_request_that_is_asked_twice_at_once_is_admitted_both_times_and_
             .unwrap();
         let release = async {
             let waiting = "select count(*) from pg_stat_activity
-                           where wait_event_type = 'Lock' and query like '%insert into model_meter%'";
+                           where wait_event_type = 'Lock' and query like any ('{%model_meter%,%model_request%}')";
             testkit::eventually("both attempts wait", async || world.number(waiting).await == 2)
                 .await;
             held.commit().await.unwrap();
@@ -208,7 +210,7 @@ async fn a_budget_that_is_made_while_a_request_begins_and_another_ends_counts_bo
     }
     let made = async {
         let waiting = "select count(*) from pg_stat_activity
-                       where wait_event_type = 'Lock' and query like '%insert into model_meter%'";
+                       where wait_event_type = 'Lock' and query like any ('{%model_meter%,%model_request%}')";
         testkit::eventually("both wait", async || world.number(waiting).await == 2).await;
         making.commit().await.unwrap();
     };
@@ -216,6 +218,85 @@ async fn a_budget_that_is_made_while_a_request_begins_and_another_ends_counts_bo
     assert!(matches!(admission, Admission::Admitted(admitted) if !admitted.is_unlimited));
     assert_eq!(world.number("select used_tokens from scheduler.model_limit").await, 30);
     assert_eq!(world.number("select held_tokens from scheduler.model_limit").await, 500);
+}
+
+#[tokio::test]
+async fn requests_of_many_sessions_are_recorded_at_once_and_none_of_a_session_with_limits_among_them()
+ {
+    let world = World::start().await;
+    let models = Models::start(&world).await;
+    let (agent, limited_agent) = (world.agent().await, world.agent().await);
+    let (session, epoch) = world.asking(&agent).await;
+    let (other, other_epoch) = world.asking(&agent).await;
+    let (limited, _) = world.asking(&limited_agent).await;
+    world.limit("agent", limited_agent.parse().unwrap(), "max_tokens", 1_000_000).await;
+    let terminated = world.create(&agent, 1000).await.unwrap().session_id;
+    let terminate =
+        TerminateRequest { user_id: world.user.to_string(), session_id: terminated.clone() };
+    world.gateway.call::<rpc::Terminate>(&terminate, SOON).await.unwrap();
+    let ended = |begun: &BeginModelRequestRequest, tokens: Option<u64>| EndModelRequestRequest {
+        begun: Some(begun.clone()),
+        status: 200,
+        usage: tokens.map(|tokens| Usage {
+            input_tokens: Some(tokens),
+            cost_micro_usd: Some(tokens),
+            ..Usage::default()
+        }),
+        error: if tokens.is_none() { "broken off".to_owned() } else { String::new() },
+        ..EndModelRequestRequest::default()
+    };
+    let record = async |begins: &[&BeginModelRequestRequest], ends: &[EndModelRequestRequest]| {
+        let begins = begins.iter().map(|begin| (*begin).clone()).collect();
+        let request = RecordModelRequestsRequest { begins, ends: ends.to_vec() };
+        let reply = models.bus.call::<rpc::RecordModelRequests>(&request, SOON).await.unwrap();
+        let sorted = |ids: Vec<String>| ids.into_iter().collect::<BTreeSet<_>>();
+        (sorted(reply.begun), sorted(reply.ended))
+    };
+    let ids = |requests: &[&BeginModelRequestRequest]| {
+        requests.iter().map(|request| request.request_id.clone()).collect::<BTreeSet<_>>()
+    };
+    let none = BTreeSet::new();
+
+    let earlier = models.request(&session, 50);
+    models.begin(&earlier).await;
+    let [first, second, of_other, of_limited, of_terminated, of_none] =
+        [&session, &session, &other, &limited, &terminated, &Uuid::now_v7().to_string()]
+            .map(|session| models.request(session, 50));
+    let begins = [&first, &of_limited, &of_other, &earlier, &of_terminated, &second, &of_none];
+    let begun = ids(&[&first, &second, &of_other]);
+    assert_eq!(record(&begins, &[]).await, (begun, none.clone()));
+    assert_eq!(record(&begins, &[]).await, (none.clone(), none.clone()), "once more");
+    models.begin(&of_limited).await;
+
+    let third = models.request(&session, 50);
+    let ends = [
+        ended(&second, None),
+        ended(&of_limited, Some(1)),
+        ended(&of_other, Some(7)),
+        ended(&earlier, Some(30)),
+        ended(&models.request(&other, 1), Some(1)),
+        ended(&first, Some(12)),
+    ];
+    let settled = ids(&[&earlier, &first, &second, &of_other]);
+    assert_eq!(record(&[&third], &ends).await, (ids(&[&third]), settled));
+    assert_eq!(record(&[], &ends).await, (none.clone(), none), "once more");
+
+    let reply = world.entries(&session, epoch, 0).await;
+    assert_eq!(
+        kinds(&reply),
+        ["started", "started", "started", "unknown", "ended", "ended", "started"]
+    );
+    assert_eq!(
+        reply.entries.iter().map(|entry| entry.number).collect::<Vec<_>>(),
+        (1..=7).collect::<Vec<_>>()
+    );
+    assert_eq!((reply.open, reply.turn_usage.unwrap().input_tokens), (1, Some(42)));
+    assert_eq!(reply.failure, "", "its newest end is no failure");
+    let reply = world.entries(&other, other_epoch, 0).await;
+    assert_eq!((kinds(&reply), reply.open), (vec!["started", "ended"], 0));
+    let used =
+        "select requests * 1000 + unknown from scheduler.turn_usage order by requests desc limit 1";
+    assert_eq!(world.number(used).await, 3001);
 }
 
 /// A client that goes away while its request is being asked for: beginning and end reach different
