@@ -61,6 +61,32 @@ impl Outcome {
     }
 }
 
+/// Records a redemption, unless one of the same lease by the same runner with the same outcome was
+/// recorded within so many seconds.
+pub async fn write_unless_repeated(
+    pool: &PgPool,
+    redeemed: &Redeemed<'_>,
+    within_seconds: f64,
+) -> Result<(), RpcError> {
+    sqlx::query(
+        "insert into redemption (lease_id, session_id, purpose, runner, outcome, kinds)
+         select $1, $2, $3, $4, $5, $6
+         where not exists (
+             select from redemption
+             where lease_id = $1 and runner = $4 and outcome = $5 and redeemed_at > now() - make_interval(secs => $7))",
+    )
+    .bind(redeemed.lease.uuid())
+    .bind(redeemed.session)
+    .bind(redeemed.purpose)
+    .bind(redeemed.runner)
+    .bind(redeemed.outcome.as_str())
+    .bind(redeemed.kinds)
+    .bind(within_seconds)
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
 /// Records a redemption. The first one that was granted starts the time in which the lease may be
 /// redeemed again.
 pub async fn write(pool: &PgPool, redeemed: &Redeemed<'_>) -> Result<(), RpcError> {

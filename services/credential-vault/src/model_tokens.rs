@@ -188,17 +188,15 @@ pub async fn redeem(
     let sealed = sealing::seal(&request.public_key, &plaintext, &request.token_hash)
         .map_err(|error| RpcError::invalid(format!("The credentials cannot be sealed: {error}")))?;
     // Written before the answer leaves: there is no redemption without its audit.
-    if !audited(&vault.pool, token.token_id, &request.gateway).await? {
-        let redeemed = Redeemed {
-            lease: LeaseId::from_uuid(token.token_id),
-            session: Some(token.session_id),
-            purpose: Some(PURPOSE),
-            runner: &request.gateway,
-            outcome: Outcome::Granted,
-            kinds: &kinds,
-        };
-        audit::write(&vault.pool, &redeemed).await?;
-    }
+    let redeemed = Redeemed {
+        lease: LeaseId::from_uuid(token.token_id),
+        session: Some(token.session_id),
+        purpose: Some(PURPOSE),
+        runner: &request.gateway,
+        outcome: Outcome::Granted,
+        kinds: &kinds,
+    };
+    audit::write_unless_repeated(&vault.pool, &redeemed, AUDIT_EVERY_SECONDS).await?;
     Ok(RedeemModelTokenReply {
         user_id: UserId::from_uuid(token.user_id).to_string(),
         session_id: SessionId::from_uuid(token.session_id).to_string(),
@@ -213,17 +211,6 @@ fn route_kind(kind: RouteKind) -> &'static str {
         RouteKind::Git => "repository_token",
         RouteKind::Unspecified => "",
     }
-}
-
-/// Whether the audit shows a recent redemption of a token by this gateway.
-async fn audited(pool: &PgPool, token: Uuid, gateway: &str) -> Result<bool, RpcError> {
-    let recent = sqlx::query(
-        "select 1 from redemption
-         where lease_id = $1 and runner = $2 and outcome = 'granted' and redeemed_at > now() - make_interval(secs => $3) limit 1",
-    );
-    let recent =
-        recent.bind(token).bind(gateway).bind(AUDIT_EVERY_SECONDS).fetch_optional(pool).await?;
-    Ok(recent.is_some())
 }
 
 /// Deletes tokens that ended long ago, a batch at a time.
