@@ -36,6 +36,8 @@ const FRESH: Duration = Duration::from_secs(60);
 const KEPT: Duration = Duration::from_secs(600);
 /// How soon after it was renewed a token may be renewed again before [`FRESH`] is over.
 const RENEWED_AFTER: Duration = Duration::from_secs(1);
+/// How long it is taken to be known whether a user is active.
+const USER_FRESH: Duration = Duration::from_secs(1);
 /// An unknown token is refused without asking the vault again.
 const REFUSED_FOR: Duration = Duration::from_secs(5);
 const TOKENS_MAX: u64 = 20_000;
@@ -137,6 +139,7 @@ pub struct Tokens {
     entries: Cache<Hash, Entry>,
     refused: Cache<Hash, ()>,
     asking: Cache<Hash, Result<Entry, TokenRefused>>,
+    are_active: Cache<String, bool>,
 }
 
 impl Tokens {
@@ -152,6 +155,7 @@ impl Tokens {
                 .max_capacity(TOKENS_MAX)
                 .time_to_live(Duration::from_millis(1))
                 .build(),
+            are_active: Cache::builder().max_capacity(TOKENS_MAX).time_to_live(USER_FRESH).build(),
         }
     }
 
@@ -248,6 +252,15 @@ impl Tokens {
         redeemed
     }
 
+    async fn is_active(&self, user_id: String) -> Result<bool, TokenRefused> {
+        let user = CheckUserRequest { user_id };
+        let reply = self.bus.call::<rpc::CheckUser>(&user, DEADLINE).await.map_err(|error| {
+            tracing::warn!(%error, "failed to check whether a session's user is active");
+            TokenRefused::Unavailable
+        })?;
+        Ok(reply.is_active)
+    }
+
     async fn redeem_at_vault(&self, hash: Hash) -> Result<Entry, TokenRefused> {
         let asked = Instant::now();
         let key = KeyPair::generate().map_err(|_| TokenRefused::Unavailable)?;
@@ -267,12 +280,9 @@ impl Tokens {
                 }
             })?;
         // The vault does not know who is disabled.
-        let user = CheckUserRequest { user_id: reply.user_id.clone() };
-        let user = self.bus.call::<rpc::CheckUser>(&user, DEADLINE).await.map_err(|error| {
-            tracing::warn!(%error, "failed to check whether a session's user is active");
-            TokenRefused::Unavailable
-        })?;
-        if !user.is_active {
+        let user = reply.user_id.clone();
+        let is_active = self.are_active.try_get_with(user.clone(), self.is_active(user)).await;
+        if !is_active.map_err(|refused| *refused)? {
             return Err(TokenRefused::Unknown);
         }
         let unreadable = |error: &dyn fmt::Display| {
