@@ -10,8 +10,8 @@ use bus::{Bus, RpcError};
 use contract::{
     rpc,
     scheduler::{
-        BeginModelRequestRequest, EndModelRequestRequest, ModelRequestRefused,
-        RenewModelGatewayRequest, begin_model_request_reply::Verdict,
+        BeginModelRequestRequest, EndModelRequestRequest, ModelRequestAdmitted,
+        ModelRequestRefused, RenewModelGatewayRequest, begin_model_request_reply::Verdict,
     },
     session::Usage,
 };
@@ -22,6 +22,7 @@ use types::{Backoff, ErrorCode, Provider};
 use uuid::Uuid;
 
 use crate::{
+    batches::Batches,
     prices::Prices,
     usage::{Asked, Reported, Tokens},
 };
@@ -61,10 +62,11 @@ pub enum Refused {
 #[derive(Clone, Debug)]
 pub struct Ledger {
     bus: Bus,
+    batches: Batches,
     gateway: Arc<str>,
     prices: Arc<Prices>,
-    /// Sessions that nothing limited when they asked last.
-    unlimited: Cache<String, Instant>,
+    /// Whether nothing limited a session when it asked last.
+    are_unlimited: Cache<String, bool>,
     ends: Arc<Semaphore>,
     tasks: TaskTracker,
 }
@@ -96,12 +98,13 @@ pub struct Outcome {
 }
 
 impl Ledger {
-    pub fn new(bus: Bus, prices: Prices, tasks: TaskTracker) -> Self {
+    pub fn new(bus: Bus, batches: Batches, prices: Prices, tasks: TaskTracker) -> Self {
         Self {
             bus,
+            batches,
             gateway: Uuid::now_v7().to_string().into(),
             prices: Arc::new(prices),
-            unlimited: Cache::builder()
+            are_unlimited: Cache::builder()
                 .max_capacity(SESSIONS_MAX)
                 .time_to_live(UNLIMITED_FOR)
                 .build(),
@@ -166,14 +169,11 @@ impl Ledger {
             entry.is_told = matches!(asked, Ok(Some(Verdict::Refused(_) | Verdict::Waits(_))));
             match asked {
                 Ok(Some(Verdict::Admitted(admitted))) => {
-                    match admitted.is_unlimited {
-                        true => self.unlimited.insert(session.to_owned(), Instant::now()).await,
-                        false => self.unlimited.invalidate(session).await,
-                    }
+                    self.are_unlimited.insert(session.to_owned(), admitted.is_unlimited).await;
                     break;
                 }
                 Ok(Some(Verdict::Refused(refused))) => {
-                    self.unlimited.invalidate(session).await;
+                    self.are_unlimited.insert(session.to_owned(), false).await;
                     return Err(refusal(refused));
                 }
                 Ok(_) if started.elapsed() < WAIT_MAX => {
@@ -186,7 +186,7 @@ impl Ledger {
                     ));
                 }
                 // Nothing is to be kept: the request is told of later.
-                Err(_) if self.unlimited.contains_key(session) => break,
+                Err(_) if self.are_unlimited.get(session).await == Some(true) => break,
                 Err(error) => {
                     tracing::warn!(session, %error, "a model request cannot be checked");
                     return Err(Refused::Unavailable);
@@ -198,7 +198,15 @@ impl Ledger {
     }
 
     async fn ask(&self, begun: &BeginModelRequestRequest) -> Result<Option<Verdict>, RpcError> {
+        if self.may_be_unlimited(&begun.session_id).await && self.batches.begin(begun.clone()).await
+        {
+            return Ok(Some(Verdict::Admitted(ModelRequestAdmitted { is_unlimited: true })));
+        }
         Ok(self.bus.call::<rpc::BeginModelRequest>(begun, BEGIN_DEADLINE).await?.verdict)
+    }
+
+    async fn may_be_unlimited(&self, session: &str) -> bool {
+        self.are_unlimited.get(session).await != Some(false)
     }
 
     /// Reports the end of a request, and retries until it arrives. If this gateway exits first, the
@@ -208,8 +216,13 @@ impl Ledger {
             metrics::counter!("aod_model_ends_dropped_total").increment(1);
             return;
         };
-        let bus = self.bus.clone();
+        let ledger = self.clone();
         self.tasks.spawn(async move {
+            let session = end.begun.as_ref().map_or("", |begun| &begun.session_id);
+            if ledger.may_be_unlimited(session).await && ledger.batches.end(end.clone()).await {
+                return drop(permit);
+            }
+            let bus = &ledger.bus;
             let mut attempt = 0;
             loop {
                 attempt += 1;

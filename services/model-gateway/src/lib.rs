@@ -7,12 +7,14 @@
 //! private addresses.
 //!
 //! [`call`] decides which requests are forwarded; [`tokens`] redeems tokens; [`ledger`] asks the
-//! scheduler before each request and reports what [`usage`] read of the response, with [`prices`];
+//! scheduler before each request and reports what [`usage`] read of the response, with [`prices`],
+//! many at a time by [`batches`];
 //! [`proxy`] forwards requests and responses; [`refusal`] has the gateway's own answers, in the
 //! providers' shapes; [`retry`] retries requests that a provider refuses temporarily; [`stored`]
 //! finds references that a body must not contain; [`server`] limits connections, [`body`] memory,
 //! and [`share`] what one session takes of either. docs/adr/0070-model-gateway.md has the reasons.
 
+mod batches;
 mod body;
 mod call;
 mod egress;
@@ -46,6 +48,7 @@ use types::Provider;
 
 pub use crate::retry::Retries;
 use crate::{
+    batches::Batches,
     body::Memory,
     egress::Egress,
     ledger::Ledger,
@@ -242,8 +245,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
             connections: config.connections / USER_FRACTION,
         },
     };
-    let ledger =
-        Ledger::new(bus.clone(), Prices::load(config.prices.as_deref())?, lifecycle.tracker());
+    let batches = Batches::start(bus.clone(), &lifecycle);
+    let prices = Prices::load(config.prices.as_deref())?;
+    let ledger = Ledger::new(bus.clone(), batches, prices, lifecycle.tracker());
     lifecycle.spawn("lease", ledger.clone().renew(lifecycle.stop_token()));
     let refresher_bus = bus.clone();
     let tokens = Tokens::new(bus, name, Shares::new(share));
