@@ -63,3 +63,25 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, condition: impl Fn
         panic!("{what}: not within 60 s");
     }
 }
+
+/// The first release of gVisor whose kernel runs the programs of our root file system is later than
+/// Debian 12's.
+const OLDEST_GVISOR: u32 = 20_230_501;
+
+/// Whether a `runsc` is there that can be used.
+#[must_use]
+pub fn has_gvisor() -> bool {
+    let version = std::process::Command::new("runsc").arg("--version").output();
+    let text = version
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
+    let release = text
+        .split(|c: char| !c.is_ascii_digit())
+        .find(|part| part.len() == 8)
+        .and_then(|part| part.parse::<u32>().ok());
+    let usable = release.is_some_and(|release| release >= OLDEST_GVISOR);
+    if !usable {
+        eprintln!("skipped: no runsc of {OLDEST_GVISOR} or later is installed");
+    }
+    usable
+}

@@ -484,3 +484,25 @@ async fn a_slash_command_is_one_for_a_cli_that_has_them() {
     })
     .await;
 }
+
+/// gVisor: no `sudo`, and fewer system calls than Linux.
+#[tokio::test]
+async fn turns_run_in_a_sandbox_with_a_kernel_of_its_own() {
+    if !testkit::has_gvisor() {
+        return;
+    }
+    let stack =
+        Stack::start(MODEL.with("LOCAL_SPRITES_RUNTIME", "runsc".to_owned())).await.unwrap();
+    let session = stack.session("shell", "uname -r; echo one > kept").await.unwrap();
+    let events = stack.stream(&session, 0).await.unwrap().all().await.unwrap();
+    let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
+    assert_eq!(output, "4.4.0\n", "{:?}", events.last());
+    let prompt = json!({ "prompt": "cat kept; exit 3" });
+    let answer = stack.post(&format!("/sessions/{session}/prompt"), prompt).await.unwrap();
+    assert_eq!(answer.status, 202, "{answer:?}");
+    let since = events.last().unwrap()["id"].as_u64().unwrap_or_default();
+    let events = stack.stream(&session, since).await.unwrap().all().await.unwrap();
+    let output: String = events.iter().filter_map(|event| event["data"].as_str()).collect();
+    assert_eq!(output, "one\n");
+    assert_eq!(events.last().unwrap()["code"], 3);
+}

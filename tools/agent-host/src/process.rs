@@ -19,7 +19,7 @@ use rustix::{
     fs::{Gid, MemfdFlags, Mode, OFlags, Uid, fchown, memfd_create},
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
     pipe::{PipeFlags, fcntl_setpipe_size, pipe_with},
-    process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, waitid},
     thread::{
         CapabilitySet, CapabilitySets, capability_is_in_ambient_set,
         configure_capability_in_ambient_set, set_capabilities, set_keep_capabilities,
@@ -126,7 +126,7 @@ impl User {
 #[derive(Debug)]
 pub struct Program {
     pub pid: Pid,
-    pub pidfd: OwnedFd,
+    pub exited: OwnedFd,
     /// Both directions of a protocol, or the reading end of a pipe.
     pub stdout: OwnedFd,
     pub stderr: OwnedFd,
@@ -265,8 +265,28 @@ pub fn start(spec: &Spec, user: &User, folder: &str, launch: &Launch) -> io::Res
     let child = command.spawn()?;
     drop(files);
     let pid = Pid::from_child(&child);
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    Ok(Program { pid, pidfd, stdout: own_end(stdout)?, stderr: own_end(stderr)?, has_stdin })
+    let exited = exit_of(pid)?;
+    Ok(Program { pid, exited, stdout: own_end(stdout)?, stderr: own_end(stderr)?, has_stdin })
+}
+
+/// A descriptor that is ready once a child has ended.
+fn exit_of(pid: Pid) -> io::Result<OwnedFd> {
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        // gVisor has no such call.
+        Err(rustix::io::Errno::NOSYS) => exit_by_thread(pid),
+        opened => Ok(opened?),
+    }
+}
+
+fn exit_by_thread(pid: Pid) -> io::Result<OwnedFd> {
+    let (exited, open) = pipe_with(PipeFlags::CLOEXEC)?;
+    std::thread::Builder::new().name("exit".to_owned()).spawn(move || {
+        // It stays for the one that asks how it ended.
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        while matches!(waitid(WaitId::Pid(pid), options), Err(rustix::io::Errno::INTR)) {}
+        drop(open);
+    })?;
+    Ok(exited)
 }
 
 /// Carries out an adapter's actions as the user, in a process of its own that reads them from
@@ -554,6 +574,8 @@ pub fn read_own(path: &Path, uid: u32, offset: u64) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::event::{PollFd, PollFlags};
+
     use super::*;
 
     #[test]
@@ -569,6 +591,24 @@ mod tests {
         for name in ["link", "other", "missing", "."] {
             assert_eq!(read_own(&at(name), uid, 0), b"", "{name}");
         }
+    }
+
+    /// As in gVisor, which has no descriptors of processes.
+    #[test]
+    fn the_end_of_a_program_is_noticed_without_a_descriptor_of_it() {
+        let mut child = Command::new("sleep").arg("0.2").spawn().unwrap();
+        let exited = exit_by_thread(Pid::from_child(&child)).unwrap();
+        let within = |milliseconds: i64| {
+            let limit = rustix::event::Timespec {
+                tv_sec: milliseconds / 1000,
+                tv_nsec: milliseconds % 1000 * 1_000_000,
+            };
+            let waited = PollFd::new(&exited, PollFlags::IN);
+            rustix::event::poll(&mut [waited], Some(&limit)).unwrap()
+        };
+        assert_eq!(within(20), 0, "it runs");
+        assert_eq!(within(10_000), 1);
+        assert!(child.wait().unwrap().success(), "how it ended is still there");
     }
 
     #[test]

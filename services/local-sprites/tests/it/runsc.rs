@@ -7,27 +7,6 @@ use sprites::ExecRequest;
 
 use crate::server::{Server, TOKEN, bash, said};
 
-/// The first release whose kernel runs the programs of our root file system is later than Debian
-/// 12's.
-const OLDEST_RELEASE: u32 = 20_230_501;
-
-/// Whether a `runsc` is there that can be used.
-fn is_there() -> bool {
-    let version = std::process::Command::new("runsc").arg("--version").output();
-    let text = version
-        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
-        .unwrap_or_default();
-    let release = text
-        .split(|c: char| !c.is_ascii_digit())
-        .find(|part| part.len() == 8)
-        .and_then(|part| part.parse::<u32>().ok());
-    let usable = release.is_some_and(|release| release >= OLDEST_RELEASE);
-    if !usable {
-        eprintln!("skipped: no runsc of {OLDEST_RELEASE} or later is installed");
-    }
-    usable
-}
-
 async fn call(server: &Server, method: &str, path: &str, body: &Value) -> (u16, String) {
     let url = format!("{}/v1/sprites/{path}", server.url());
     let request = sprites::http_client()
@@ -41,7 +20,7 @@ async fn call(server: &Server, method: &str, path: &str, body: &Value) -> (u16, 
 
 #[tokio::test]
 async fn a_sprite_runs_on_a_kernel_of_its_own() {
-    if !is_there() {
+    if !testkit::has_gvisor() {
         return;
     }
     let secret = tempfile::Builder::new().prefix("host-secret").tempdir_in("/tmp").unwrap();
@@ -149,7 +128,7 @@ async fn a_sprite_runs_on_a_kernel_of_its_own() {
 /// Namespaces inside are of gVisor's kernel: root in them is root of nothing else.
 #[tokio::test]
 async fn root_of_its_own_kernel_gets_nothing_of_the_machine() {
-    if !is_there() {
+    if !testkit::has_gvisor() {
         return;
     }
     let secret = tempfile::Builder::new().prefix("host-secret").tempdir_in("/tmp").unwrap();

@@ -81,7 +81,7 @@ impl Host {
                 waited.push((Source::Stderr, running.program.stderr.as_fd(), read));
             }
             if running.exit.is_none() {
-                waited.push((Source::Exit, running.program.pidfd.as_fd(), PollFlags::IN));
+                waited.push((Source::Exit, running.program.exited.as_fd(), PollFlags::IN));
             }
         }
         let mut fds: Vec<PollFd<'_>> =

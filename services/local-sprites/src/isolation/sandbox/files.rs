@@ -26,6 +26,10 @@ use crate::{
 /// Directories of the Sprite's user.
 const USERS_DIRECTORIES: [&str; 3] = ["home/sprite", "workspace", "srv"];
 
+/// Where the agent host keeps its journal. It makes the directory as root, where a Sprite has
+/// `sudo`.
+const AGENT_HOSTS_DIRECTORY: &str = "var/lib/aod-host";
+
 /// Without root: what can be written to.
 pub const WRITABLE: [&str; 5] = ["home/sprite", "workspace", "srv", "tmp", "var/tmp"];
 
@@ -70,6 +74,9 @@ impl Sandboxes {
         for own in USERS_DIRECTORIES.iter().chain(&MOUNT_POINTS).chain(&["etc", "usr/local/bin"]) {
             fs::create_dir_all(upper.join(own))?;
         }
+        if containers.runtime.program() == Program::Runsc {
+            fs::create_dir_all(upper.join(AGENT_HOSTS_DIRECTORY))?;
+        }
         for file in ["passwd", "group"] {
             fs::copy(self.shared.join(file), upper.join("etc").join(file))?;
         }
@@ -82,7 +89,11 @@ impl Sandboxes {
         script(&bin.join("sudo"), sudo)?;
         give(&upper, containers.first_user)?;
         let user = Some(containers.first_user + Holder::UID);
-        USERS_DIRECTORIES.iter().try_for_each(|own| lchown(upper.join(own), user, user))
+        let mut own = USERS_DIRECTORIES.to_vec();
+        if containers.runtime.program() == Program::Runsc {
+            own.push(AGENT_HOSTS_DIRECTORY);
+        }
+        own.iter().try_for_each(|own| lchown(upper.join(own), user, user))
     }
 
     /// Writes a new Sprite's files, with a disk where it has none yet.
