@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, fs};
 
+use reqwest::Method;
+use rustix::process::Signal;
 use serde_json::{Value, json};
+use sprites::Client;
 use system_tests::{Options, Stack};
 
 const OPTIONS: Options = Options {
@@ -14,28 +17,35 @@ const OPTIONS: Options = Options {
     settings: &[("RUST_LOG", "info"), ("AOD_SPARE_SESSIONS_MAX", "1")],
 };
 
-/// The processes of waiting Claude Codes, by the sessions that they are of.
-fn clis() -> BTreeSet<(String, u32)> {
+/// Processes of this machine with a text in one of their files, and that file.
+fn processes(file: &str, text: &str) -> Vec<(u32, String)> {
     let pids = fs::read_dir("/proc").unwrap().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let text = |pid: u32, file: &str| {
-        String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default())
-            .into_owned()
+    let read = |pid: u32| {
+        let content = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        (pid, String::from_utf8_lossy(&content).into_owned())
     };
-    let of_session = |pid: u32| {
-        let is_cli = text(pid, "cmdline").replace('\0', " ").contains("--input-format stream-json");
-        let environment = text(pid, "environ");
-        let session =
-            environment.split('\0').find_map(|var| var.strip_prefix("AOD_SESSION_ID="))?;
-        is_cli.then(|| (session.to_owned(), pid))
-    };
-    pids.filter_map(of_session).collect()
+    pids.map(read).filter(|(_, content)| content.contains(text)).collect()
 }
 
+/// The processes of waiting Claude Codes, by the sessions that they are of.
+fn clis() -> BTreeSet<(String, u32)> {
+    let clis = processes("cmdline", "--input-format\0stream-json").into_iter();
+    let with_session = |(pid, _): (u32, String)| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let environment = String::from_utf8_lossy(&environment).into_owned();
+        let session =
+            environment.split('\0').find_map(|var| var.strip_prefix("AOD_SESSION_ID="))?;
+        Some((session.to_owned(), pid))
+    };
+    clis.filter_map(with_session).collect()
+}
+
+const SET_UP: &str = "echo ran >>/workspace/ran; echo installed";
+
 /// An agent of Claude Code in an environment with a set-up script.
-async fn agent(stack: &Stack) -> Value {
-    let environment =
-        json!({ "name": "e", "setup_script": "echo ran >>/workspace/ran; echo installed" });
+async fn agent(stack: &Stack, set_up: &str) -> Value {
+    let environment = json!({ "name": "e", "setup_script": set_up });
     let environment = stack.post("/environments", environment).await.unwrap();
     assert_eq!(environment.status, 201, "{environment:?}");
     let agent = json!({
@@ -102,7 +112,7 @@ async fn spare(stack: &Stack, agent: &Value) -> (String, u32) {
 #[tokio::test]
 async fn the_third_session_finds_its_sandbox_set_up_and_its_cli_waiting() {
     let stack = Stack::start(OPTIONS).await.unwrap();
-    let agent = agent(&stack).await;
+    let agent = agent(&stack, SET_UP).await;
     let (id, pid) = spare(&stack, &agent).await;
     assert_eq!(stack.get(&format!("/sessions/{id}")).await.unwrap().status, 404);
 
@@ -136,15 +146,51 @@ async fn the_third_session_finds_its_sandbox_set_up_and_its_cli_waiting() {
 #[tokio::test]
 async fn a_changed_agent_gets_no_sandbox_that_was_prepared_for_the_earlier_one() {
     let stack = Stack::start(OPTIONS).await.unwrap();
-    let agent = agent(&stack).await;
+    let agent = agent(&stack, SET_UP).await;
     let (id, pid) = spare(&stack, &agent).await;
     let change = json!({ "version": agent["version"], "system": "Be brief." });
     let path = format!("/agents/{}", agent["id"].as_str().unwrap());
-    let changed = stack.call(reqwest::Method::PUT, &path, Some(change)).await.unwrap();
+    let changed = stack.call(Method::PUT, &path, Some(change)).await.unwrap();
     assert_eq!(changed.status, 200, "{changed:?}");
     let next = session(&stack, &agent, "hello").await;
     assert_ne!(next, id);
     events(&stack, &next).await;
     testkit::eventually("its sandbox is gone", || async { !clis().contains(&(id.clone(), pid)) })
         .await;
+}
+
+#[tokio::test]
+async fn a_session_whose_prepared_sandbox_is_gone_gets_another() {
+    let stack = Stack::start(OPTIONS).await.unwrap();
+    let agent = agent(&stack, SET_UP).await;
+    let (id, _) = spare(&stack, &agent).await;
+    let client = Client::new(
+        sprites::http_client().unwrap(),
+        &stack.ready_text("/sprites_url"),
+        stack.ready_text("/sprites_token").into(),
+    );
+    let tail = id.replace('-', "").split_off(12);
+    let names = client.list("aod-").await.unwrap();
+    let name = names.iter().find(|name| name.ends_with(&tail)).unwrap();
+    client.delete(&name.parse().unwrap()).await.unwrap();
+
+    assert_eq!(session(&stack, &agent, "run: cat /workspace/ran").await, id);
+    let said: String =
+        events(&stack, &id).await.iter().filter_map(|event| event["data"].as_str()).collect();
+    assert!(said.contains("The command said:\\nran"), "{said}");
+}
+
+#[tokio::test]
+async fn no_session_waits_for_a_spare_whose_runner_died() {
+    let stack = Stack::start(OPTIONS).await.unwrap();
+    let agent = agent(&stack, "sleep 5.9375").await;
+    let first = session(&stack, &agent, "hello").await;
+    let second = session(&stack, &agent, "hello").await;
+    let all_sleep = || async { processes("cmdline", "sleep\x005.9375").len() == 3 };
+    testkit::eventually("a spare is set up beside the sessions", all_sleep).await;
+    Stack::signal(&stack.pids("sprite-runner"), Signal::KILL);
+    let third = session(&stack, &agent, "hello").await;
+    for session in [first, second, third] {
+        events(&stack, &session).await;
+    }
 }
