@@ -10,6 +10,8 @@ update session set sprite = replace(sprite, '-' || old || '-', '-' || new || '-'
     destroy_after = null from names;
 update deleted_session set sprite = replace(sprite, '-' || old || '-', '-' || new || '-'),
     sprite_destroyed_at = coalesce(sprite_destroyed_at, now()), destroy_after = null from names;
+-- Nor is what was prepared for sessions to come: one of the other deployment's sessions may have it by now.
+delete from spare;
 -- Turns that ran when the copy was made end the regular way, by their deadline.
 update turn set deadline_at = now(), owner = null, offer_after = 'infinity' where status in ('pending', 'running');
 -- What was to leave concerns the other deployment.

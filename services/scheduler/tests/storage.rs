@@ -486,6 +486,16 @@ async fn a_copy_of_the_database_is_refused_until_it_is_adopted_and_names_no_spri
     lifecycle.stop_token().cancel();
     lifecycle.tracker().close();
     lifecycle.tracker().wait().await;
+    sqlx::query(
+        "insert into scheduler.spare (session_id, user_id, agent_id, agent_version, collects_outputs, runtime, sprite, conversation_id,
+                                      event_partition, state)
+         select gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 1, false, 'shell', 'aod-' || $1 || '-spare', gen_random_uuid(), 0,
+                'ready'",
+    )
+    .bind(&before)
+    .execute(&mut admin)
+    .await
+    .unwrap();
     let (staging, lifecycle) = (Nats::start().unwrap(), Lifecycle::new());
     let refused =
         World::run_scheduler_of("staging", &lifecycle, &staging, &database).await.unwrap_err();
@@ -494,6 +504,8 @@ async fn a_copy_of_the_database_is_refused_until_it_is_adopted_and_names_no_spri
         "{refused}"
     );
     store::provision::adopt(&mut admin).await.unwrap();
+    let spares = sqlx::query_scalar::<_, i64>("select count(*) from scheduler.spare");
+    assert_eq!(spares.fetch_one(&mut admin).await.unwrap(), 0, "the copy would destroy them");
     World::run_scheduler_of("staging", &lifecycle, &staging, &database).await.unwrap();
     let adopted: String = sqlx::query_scalar(name).fetch_one(&mut admin).await.unwrap();
     assert_ne!(adopted, before);
