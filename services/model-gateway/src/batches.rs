@@ -19,6 +19,9 @@ use types::limits::MESSAGE_BYTES_MAX;
 
 /// What takes longer is asked for again, one by one.
 const DEADLINE: Duration = Duration::from_secs(1);
+/// For the message that is under way, and the next one. Where more wait than that takes, they are
+/// asked for one by one: a scheduler that is slow is to delay none longer.
+const WAIT_MAX: Duration = Duration::from_secs(2);
 const BATCH_MAX: usize = 64;
 /// Most have some hundred bytes.
 const ITEM_BYTES_MAX: usize = 4096;
@@ -70,7 +73,8 @@ impl Batches {
         }
         let (waiting, recorded) = oneshot::channel();
         // Where too much waits, or after the stop, nothing of it is.
-        self.0.try_send((item, waiting)).is_ok() && recorded.await.unwrap_or_default()
+        self.0.try_send((item, waiting)).is_ok()
+            && matches!(tokio::time::timeout(WAIT_MAX, recorded).await, Ok(Ok(true)))
     }
 }
 
@@ -82,7 +86,7 @@ async fn run(bus: Bus, mut waiting: mpsc::Receiver<Waiting>, stop: CancellationT
         .await
         .is_some_and(|count| count > 0)
     {
-        // Whose client is gone has ended meanwhile.
+        // Whose client is gone has ended meanwhile; who waited too long asks alone.
         batch.retain(|(_, waiting)| !waiting.is_closed());
         if batch.is_empty() {
             continue;
@@ -115,4 +119,42 @@ async fn send(bus: &Bus, batch: &[Waiting]) -> Result<RecordModelRequestsReply, 
         }
     }
     bus.call::<rpc::RecordModelRequests>(&request, DEADLINE).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use bus::responder::Responder;
+    use contract::access;
+    use futures::future::join_all;
+    use testkit::Nats;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_does_not_wait_for_all_messages_before_its_own_to_a_slow_scheduler() {
+        let nats = Nats::start().unwrap();
+        let lifecycle = Lifecycle::new();
+        let scheduler = nats.connect(&access::SCHEDULER).await.unwrap();
+        let responder = Responder::new(
+            &scheduler,
+            "scheduler",
+            (),
+            lifecycle.tracker(),
+            lifecycle.stop_token(),
+        );
+        let slow = async |(), _: RecordModelRequestsRequest| {
+            tokio::time::sleep(DEADLINE * 9 / 10).await;
+            Ok(RecordModelRequestsReply::default())
+        };
+        responder.serve::<rpc::RecordModelRequests, _, _>(slow).await.unwrap();
+        let gateway = nats.connect(&access::MODEL_GATEWAY).await.unwrap();
+        let batches = Batches::start(gateway, &lifecycle);
+        let begun = Instant::now();
+        let begins = (0..BATCH_MAX * 6).map(|_| batches.begin(BeginModelRequestRequest::default()));
+        join_all(begins).await;
+        let waited = begun.elapsed();
+        assert!(waited < WAIT_MAX + DEADLINE / 2, "{waited:?}");
+    }
 }
