@@ -162,6 +162,12 @@ impl Secrets {
         CredentialKind::ALL.into_iter().filter_map(var).collect()
     }
 
+    /// Whether the sandbox may have stored credentials: these, or those of an earlier claim that
+    /// were removed since. A model gateway keeps them outside.
+    pub fn may_be_in_sandbox(&self) -> bool {
+        self.model_token.is_none()
+    }
+
     /// Whether the agent's requests to a provider go through the model gateway. Those of a session
     /// that brings a key or an address of its own do not: the gateway would not know the key.
     pub fn is_proxied(&self, provider: Provider) -> bool {
@@ -393,6 +399,13 @@ mod tests {
         };
         assert_eq!(names(secrets.credential_vars()), ["ANTHROPIC_API_KEY", "OPENAI_API_KEY"]);
         assert_eq!(names(secrets.stored_vars()), ["ANTHROPIC_API_KEY"]);
+    }
+
+    #[test]
+    fn a_sandbox_may_have_a_key_that_was_removed_since_where_no_model_gateway_keeps_keys() {
+        let with_gateway = secrets(&[CredentialKind::Provider(Provider::Openai)], "{}");
+        assert!(!with_gateway.may_be_in_sandbox());
+        assert!(Secrets { model_token: None, ..secrets(&[], "{}") }.may_be_in_sandbox());
     }
 
     #[test]

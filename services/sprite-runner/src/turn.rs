@@ -221,9 +221,10 @@ pub async fn reach(
     }
     let offset = log.checkpoint.journal_offset;
     let is_preparation = log.is_unwritten();
-    // A CLI that a preparation started may have another key than the one that is stored by now.
+    // A CLI that a preparation started may have another key than the one that is stored by now, or
+    // one where none is.
     let may_have_old_key =
-        is_new && (is_preparation || spec.is_prepared) && !secrets.stored_vars().is_empty();
+        is_new && (is_preparation || spec.is_prepared) && secrets.may_be_in_sandbox();
     let may_change = spec.may_change || may_have_old_key;
     let revision = if may_change {
         agent.revision(secrets, &provisioning.config_without_token())
