@@ -89,14 +89,19 @@ async fn prepare(runner: Runner, session: SessionId, _permit: OwnedSemaphorePerm
         }
     };
     if is_spare {
-        let request = EndPreparationRequest { session_id: session.to_string(), is_ready };
-        if let Err(error) = runner.bus.call::<rpc::EndPreparation>(&request, CLAIM_DEADLINE).await {
-            tracing::info!(%error, "the end of the preparation is not reported");
-        }
+        report(&runner, session, is_ready).await;
     }
     // A session that ended meanwhile may have had its Sprite deleted before this made it.
     if let Ok(Err(reason)) = claim_and_destroy(&runner, session).await {
         tracing::debug!(reason, "Sprite not deleted here");
+    }
+}
+
+/// Reports how the preparation of a spare ended.
+async fn report(runner: &Runner, session: SessionId, is_ready: bool) {
+    let request = EndPreparationRequest { session_id: session.to_string(), is_ready };
+    if let Err(error) = runner.bus.call::<rpc::EndPreparation>(&request, CLAIM_DEADLINE).await {
+        tracing::info!(%error, "the end of the preparation is not reported");
     }
 }
 
@@ -122,6 +127,9 @@ async fn claim(runner: &Runner, session: SessionId) -> Result<Option<Claim>, Str
     let ClaimPreparationReply { spec, is_spare } = reply.map_err(|error| error.to_string())?;
     let Some(spec) = spec else { return Ok(None) };
     let secrets = Secrets::redeem(runner, &spec.lease_id, &key).await;
+    if secrets.is_err() && is_spare {
+        report(runner, session, false).await;
+    }
     let secrets = secrets.map_err(|error| error.to_string())?.of_turn(session, model_token);
     Ok(Some(Claim { spec, secrets, is_spare }))
 }

@@ -10,8 +10,8 @@ use contract::{
     rpc,
     scheduler::{
         ClaimPreparationReply, ClaimPreparationRequest, ClaimSpriteRequest, ClaimTurnReply,
-        ClaimTurnRequest, EnvironmentSpec, HeartbeatReply, HeartbeatRequest, HeldTurn,
-        LeaseExpired, Owned, ReleaseTurnRequest, Routing, Settled, SpriteClaim, TurnSpec,
+        ClaimTurnRequest, EndPreparationRequest, EnvironmentSpec, HeartbeatReply, HeartbeatRequest,
+        HeldTurn, LeaseExpired, Owned, ReleaseTurnRequest, Routing, Settled, SpriteClaim, TurnSpec,
         claim_turn_reply::Verdict,
     },
     subject, topology,
@@ -32,7 +32,10 @@ use crate::{
     Scheduler,
     catalog::{files, vaults},
     log::{event_log, positions},
-    sessions::row::{SessionRow, lock, missing, partition},
+    sessions::{
+        row::{SessionRow, lock, missing, partition},
+        spares,
+    },
     unsigned,
 };
 
@@ -206,8 +209,13 @@ pub async fn preparation(
     tx.commit().await?;
     let Some(turn) = turn else { return nothing };
     let claimant = (request.public_key, request.model_token_hash, request.routing);
-    let spec = specification(&scheduler, id, (0, "preparation"), turn, claimant).await?;
-    Ok(ClaimPreparationReply { spec: Some(spec), is_spare })
+    let spec = specification(&scheduler, id, (0, "preparation"), turn, claimant).await;
+    if spec.is_err() && is_spare {
+        // Its runner does not get to know that it claimed one.
+        let ended = EndPreparationRequest { session_id: request.session_id, is_ready: false };
+        spares::end_preparation(scheduler, ended).await?;
+    }
+    Ok(ClaimPreparationReply { spec: Some(spec?), is_spare })
 }
 
 const CLAIM_UNPREPARED: &str = concat!(

@@ -212,6 +212,26 @@ async fn a_spare_whose_preparation_fails_is_destroyed_and_not_repeated_at_once()
 }
 
 #[tokio::test]
+async fn a_spare_whose_secrets_cannot_be_leased_is_not_taken_to_be_in_preparation() {
+    let world = World::start_with(LIMITS).await;
+    let agent = world.agent().await;
+    for _ in 0..2 {
+        world.create(&agent, 1000).await.unwrap();
+    }
+    let spare = world.wait_for_spares("offered", 1).await.remove(0);
+    let claim = ClaimPreparationRequest {
+        session_id: spare.clone(),
+        runner: "r".to_owned(),
+        public_key: vec![1; 32],
+        // The vault refuses it.
+        model_token_hash: vec![1],
+        ..ClaimPreparationRequest::default()
+    };
+    assert!(world.runner.call::<rpc::ClaimPreparation>(&claim, SOON).await.is_err());
+    assert_eq!(world.spares("failed").await, [spare]);
+}
+
+#[tokio::test]
 async fn spares_are_ended_where_no_one_wants_them_any_more() {
     let world = World::start_with(LIMITS).await;
     let agent = world.agent().await;
