@@ -35,6 +35,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use testkit::{Database, Nats, services::Service};
 use tokio::{net::TcpListener, task::JoinSet};
+use types::Partition;
 use uuid::Uuid;
 
 pub const SOON: Duration = Duration::from_secs(20);
@@ -178,6 +179,7 @@ pub struct World {
 impl World {
     pub async fn start() -> Self {
         let (nats, database) = (Nats::start().unwrap(), Database::create().await.unwrap());
+        nats.create_streams([Partition::FIRST]).await.unwrap();
         let provider = Arc::new(Provider::default());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let upstream = format!("http://{}", listener.local_addr().unwrap());
