@@ -57,10 +57,15 @@ pub async fn record(
     if !scheduler.model_defaults.limit_nothing() {
         return Ok(RecordModelRequestsReply::default());
     }
-    let begins = request.begins.into_iter().map(Named::read).collect::<Result<Vec<_>, _>>()?;
+    let mut begins = request.begins.into_iter().map(Named::read).collect::<Result<Vec<_>, _>>()?;
     let named = |end: &EndModelRequestRequest| Named::read(end.begun.clone().unwrap_or_default());
     let ends = request.ends.iter().map(named).collect::<Result<Vec<_>, _>>()?;
-    let ends: Vec<_> = ends.iter().zip(&request.ends).collect();
+    let mut ends: Vec<_> = ends.iter().zip(&request.ends).collect();
+    // A statement would count one that is named twice as two.
+    let mut named_before = HashSet::new();
+    begins.retain(|named| named_before.insert(named.id));
+    named_before.clear();
+    ends.retain(|(named, _)| named_before.insert(named.id));
     // An agent sends its next request when the one before has ended.
     let ended = end(&scheduler.pool, &ends).await?;
     let begun = begin(&scheduler.pool, &begins).await?;

@@ -262,7 +262,8 @@ async fn requests_of_many_sessions_are_recorded_at_once_and_none_of_a_session_wi
     let [first, second, of_other, of_limited, of_terminated, of_none] =
         [&session, &session, &other, &limited, &terminated, &Uuid::now_v7().to_string()]
             .map(|session| models.request(session, 50));
-    let begins = [&first, &of_limited, &of_other, &earlier, &of_terminated, &second, &of_none];
+    let begins =
+        [&first, &of_limited, &of_other, &earlier, &of_terminated, &second, &of_none, &first];
     let begun = ids(&[&first, &second, &of_other]);
     assert_eq!(record(&begins, &[]).await, (begun, none.clone()));
     assert_eq!(record(&begins, &[]).await, (none.clone(), none.clone()), "once more");
@@ -275,6 +276,7 @@ async fn requests_of_many_sessions_are_recorded_at_once_and_none_of_a_session_wi
         ended(&of_other, Some(7)),
         ended(&earlier, Some(30)),
         ended(&models.request(&other, 1), Some(1)),
+        ended(&first, Some(12)),
         ended(&first, Some(12)),
     ];
     let settled = ids(&[&earlier, &first, &second, &of_other]);
