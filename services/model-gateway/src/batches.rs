@@ -95,7 +95,7 @@ async fn run(bus: Bus, mut waiting: mpsc::Receiver<Waiting>, stop: CancellationT
         let recorded = sent.unwrap_or_else(|error| {
             // What came meanwhile waits for no second failure.
             batch.extend(std::iter::from_fn(|| waiting.try_recv().ok()));
-            tracing::warn!(%error, requests = batch.len(), "model requests are told one by one");
+            tracing::debug!(%error, requests = batch.len(), "model requests are told one by one");
             RecordModelRequestsReply::default()
         });
         let ids = |ids: Vec<String>| ids.into_iter().collect::<HashSet<_>>();
