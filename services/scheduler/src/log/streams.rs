@@ -53,9 +53,10 @@ pub async fn ready(scheduler: &Scheduler) -> anyhow::Result<()> {
 }
 
 async fn prepare(scheduler: &Scheduler, owner: Uuid) -> anyhow::Result<()> {
-    for spec in specs(scheduler).await? {
-        if scheduler.bus.find_stream(&spec).await?.is_none() {
-            bail!("stream {} does not exist: {}", spec.name, how_to_create(scheduler));
+    let specs = specs(scheduler).await?;
+    for spec in &specs {
+        if scheduler.bus.find_stream(spec).await?.is_none() {
+            bail!("stream {} does not exist: {}", spec.name, how_to_create(&specs));
         }
         if let Some(partition) = topology::partition_of(spec.name) {
             positions::begin_partition(&scheduler.pool, partition).await?;
@@ -70,8 +71,11 @@ async fn prepare(scheduler: &Scheduler, owner: Uuid) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn how_to_create(scheduler: &Scheduler) -> String {
-    format!("run `aod deploy streams` with EVENT_PARTITIONS={}", scheduler.event_partitions)
+/// Sessions may have more partitions than the setting says by now.
+fn how_to_create(specs: &[StreamSpec]) -> String {
+    let numbers = specs.iter().filter_map(|spec| topology::partition_of(spec.name));
+    let count = numbers.map(|partition| partition.number() + 1).max().unwrap_or(1);
+    format!("run `aod deploy streams` with EVENT_PARTITIONS={count}")
 }
 
 async fn acquire(scheduler: &Scheduler, owner: Uuid) -> Result<Option<Lease>, sqlx::Error> {
@@ -96,11 +100,9 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
         match tokio::time::timeout(PASS_MAX, pass).await {
             Ok(Ok(found)) => {
                 for stream in found.difference(&missing) {
-                    tracing::error!(
-                        stream,
-                        help = how_to_create(&scheduler),
-                        "stream does not exist"
-                    );
+                    let help = specs(&scheduler).await.map(|specs| how_to_create(&specs));
+                    let help = help.unwrap_or_default();
+                    tracing::error!(stream, help, "stream does not exist");
                 }
                 missing = found;
             }

@@ -1,6 +1,6 @@
 //! The stack's NATS servers.
 
-use std::fs;
+use std::{fs, num::NonZeroU8};
 
 use bus::Bus;
 use contract::access;
@@ -93,10 +93,13 @@ impl Stack {
     /// Creates the streams, and again those that the servers lose.
     pub(super) async fn start_streams(&mut self) -> Result<(), DevError> {
         let mut env = service::Env::from_process("aod dev", "");
-        let plan = Plan { replicas: self.nats.len().min(3), ..Plan::from_env(&mut env) };
+        let plan = Plan::from_env(&mut env);
         if let settings::Verdict::Refused(problems) = env.finish() {
             return Err(DevError::Unfit(problems));
         }
+        let born = NonZeroU8::new(self.partitions().await?).unwrap_or(NonZeroU8::MIN);
+        let partitions = plan.partitions.max(born);
+        let plan = Plan { partitions, replicas: self.nats.len().min(3), ..plan };
         let bus = Bus::connect(&self.nats_config(access::STREAMS.user))
             .await
             .map_err(DevError::broken)?;

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path, time::Duration};
 
+use contract::topology;
 use rustix::process::Signal;
 use sqlx::{Connection as _, PgConnection};
 
@@ -101,6 +102,27 @@ impl Stack {
                 .map_err(DevError::broken)?;
         }
         Ok(())
+    }
+
+    /// How many partitions the sessions of earlier starts have, whatever the setting says by now.
+    pub(super) async fn partitions(&self) -> Result<u8, DevError> {
+        let mut admin = self.connect_admin(DATABASE).await?;
+        let is_new: bool = sqlx::query_scalar("select to_regclass('scheduler.recorded') is null")
+            .fetch_one(&mut admin)
+            .await
+            .map_err(DevError::broken)?;
+        if is_new {
+            return Ok(0);
+        }
+        let streams: Vec<String> = sqlx::query_scalar("select stream from scheduler.recorded")
+            .fetch_all(&mut admin)
+            .await
+            .map_err(DevError::broken)?;
+        let counts = streams
+            .iter()
+            .filter_map(|stream| topology::partition_of(stream))
+            .map(|partition| partition.number() + 1);
+        Ok(counts.max().unwrap_or_default())
     }
 
     /// Right after its start Postgres takes connections and still refuses them.
