@@ -154,7 +154,9 @@ async fn a_running_turn_is_interrupted_joined_and_followed_by_a_queued_message()
         chat.post("interrupt", Value::Null, 409).await;
 
         // While a tool runs; a message waits for the end, and another one behind it.
-        chat.post("prompt", json!({ "prompt": "run: sleep 61; echo never" }), 202).await;
+        // Claude Code refuses some commands that begin with `sleep`.
+        let long = "run: timeout 61 tail -f /dev/null; echo never";
+        chat.post("prompt", json!({ "prompt": long }), 202).await;
         chat.until("agent.tool_use").await;
         chat.post("prompt", json!({ "prompt": "no" }), 409).await;
         let first = chat
