@@ -34,7 +34,7 @@ impl Plan {
         let plan = Self {
             partitions: env.parsed(
                 "EVENT_PARTITIONS",
-                "number of EVENTS streams; the same as the schedulers'",
+                "number of EVENTS streams: as many as the schedulers have, or ever had",
                 NonZeroU8::MIN,
             ),
             events_max_bytes: env.parsed(
