@@ -14,5 +14,5 @@ for runtime in runc crun runsc; do
         continue
     fi
     echo "with $(head -1 <<<"$version"):"
-    LOCAL_SPRITES_RUNTIME=$runtime "${CARGO:-cargo}" test --quiet -p local-sprites --test it -- escape:: isolation:: secrets:: runsc::
+    LOCAL_SPRITES_RUNTIME=$runtime "${CARGO:-cargo}" test --quiet -p local-sprites --test it -- escape:: isolation:: secrets:: users:: runsc::
 done

@@ -44,17 +44,28 @@ enum For {
 async fn in_root<T: Send + 'static>(
     api: &Api,
     name: &str,
-    (path, whose): (PathBuf, For),
+    target: (PathBuf, For),
     operation: impl FnOnce(&Root, &FilePath) -> io::Result<T> + Send + 'static,
+) -> Result<T, ErrorResponse> {
+    in_sandbox(api, name, target, |_, root, path| operation(root, path)).await
+}
+
+/// A file operation that needs to know of the sandbox as well.
+async fn in_sandbox<T: Send + 'static>(
+    api: &Api,
+    name: &str,
+    (path, whose): (PathBuf, For),
+    operation: impl FnOnce(Holder, &Root, &FilePath) -> io::Result<T> + Send + 'static,
 ) -> Result<T, ErrorResponse> {
     let sprite = api.registry.get(name)?;
     let holder = api.registry.wake(&sprite).await?;
     let _connection = sprite.connect();
-    let owner = sprite.owner().map(|user| if whose == For::Root { 0 } else { user });
+    let owner = holder.user(if whose == For::Root { 0 } else { Holder::UID });
     let shown = path.clone();
-    let done =
-        tokio::task::spawn_blocking(move || operation(&Root::new(holder.root()?, owner), &path))
-            .await;
+    let done = tokio::task::spawn_blocking(move || {
+        operation(holder, &Root::new(holder.root()?, owner), &path)
+    })
+    .await;
     match done {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(file_failure(&error, &shown)),
@@ -269,21 +280,21 @@ pub async fn chown(
     body: Bytes,
 ) -> Result<Json<Value>, ErrorResponse> {
     let change = Change::parse(&body).ok_or_else(|| invalid("invalid JSON"))?;
-    let Some(first_user) = api.registry.sandboxes.first_user() else {
+    if !api.registry.sandboxes.have_users() {
         return Err(failure(
             StatusCode::NOT_IMPLEMENTED,
             "a Sprite has one user on this server, which does not run as root",
         ));
-    };
+    }
     let recursive = change.is("recursive");
     let (uid, gid) = (
         change.0.get("uid").cloned().unwrap_or_default(),
         change.0.get("gid").cloned().unwrap_or_default(),
     );
-    let outside = move |inside: u32| first_user + inside;
-    let changed = in_root(&api, &name, change.target("path"), move |root, path| {
+    let changed = in_sandbox(&api, &name, change.target("path"), move |holder, root, path| {
+        let outside = |within: u32| holder.user(within);
         let (uid, gid) = (id_of(root, "/etc/passwd", &uid)?, id_of(root, "/etc/group", &gid)?);
-        let paths = root.chown(path, uid.map(outside), gid.map(outside), recursive)?;
+        let paths = root.chown(path, uid.and_then(outside), gid.and_then(outside), recursive)?;
         Ok((paths, uid, gid))
     });
     let (paths, uid, gid) = changed.await?;

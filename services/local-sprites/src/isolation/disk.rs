@@ -102,6 +102,13 @@ impl Disks {
         fs::metadata(dir.join(IMAGE)).map_or(0, |metadata| metadata.blocks() * BLOCK_BYTES)
     }
 
+    /// As [`Self::unmount`], where disks are mounted.
+    pub fn unmount_image(self, dir: &Path) {
+        if self == Self::Images {
+            Self::unmount(dir);
+        }
+    }
+
     /// Takes a disk out of this machine's own table of mounts; sandboxes keep theirs.
     pub fn unmount(dir: &Path) {
         let _ = rustix::mount::unmount(dir.join(CONTENT), UnmountFlags::DETACH);
@@ -150,9 +157,7 @@ impl Disks {
             }
         };
         let stripped = stripped.await;
-        if self == Self::Images {
-            Self::unmount(dir);
-        }
+        self.unmount_image(dir);
         stripped?;
         match self {
             Self::Images => {

@@ -74,6 +74,12 @@ impl Holder {
         self.first_user.is_some()
     }
 
+    /// A user of the sandbox, numbered as within, as this machine names it; none where the sandbox
+    /// has one user.
+    pub fn user(self, within: u32) -> Option<u32> {
+        Some(self.first_user? + within)
+    }
+
     /// Whether the sandbox has a kernel of its own, which the machine's system calls do not reach.
     pub fn has_own_kernel(self) -> bool {
         self.gofer.is_some()

@@ -2,8 +2,8 @@
 //! network namespaces of its own.
 //!
 //! Its root is an image of a Linux system, read-only and the same for all, under a layer of the
-//! Sprite's own disk. It holds nothing of this machine. The owners of the image's files say which
-//! of this machine's user ids the Sprites' users are; none of them may be a user of this machine.
+//! Sprite's own disk. It holds nothing of this machine. No user of it is a user of this machine
+//! ([`crate::isolation::users`]).
 //!
 //! A holder process keeps the namespaces alive. Commands enter them with
 //! [`crate::isolation::launch`]; killing the holder kills everything inside. The holder outlives
@@ -61,7 +61,7 @@ const CHECK_MAX: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Sandboxes {
     kind: Kind,
-    /// The runtime, and the first of the machine's user ids that a Sprite's are; none without root.
+    /// The runtime, and which of the machine's users are in which container; none without root.
     containers: Option<Containers>,
     disks: Disks,
     /// What is made once for all Sprites: the first disk, the files that a Sprite only reads.
@@ -116,14 +116,44 @@ impl Sandboxes {
         sandboxes.destroy(&probe, None).await;
         sandboxes.make_files(&probe).await?;
         let network = if root { Network::Public } else { Network::Machine };
-        let holder = sandboxes.boot(&probe, "probe", network).await?;
+        let holder = sandboxes.boot_first(&probe, network).await?;
         let works = sandboxes.check_programs(&probe, holder).await;
         sandboxes.destroy(&probe, Some(holder)).await;
         works?;
         let runtime =
             if root { sandboxes.kind.runtime.name() } else { "bubblewrap, with a read-only root" };
-        tracing::info!(runtime, rootfs = %sandboxes.kind.rootfs.display(), disks = ?sandboxes.disks, "sandboxes work");
+        tracing::info!(
+            runtime,
+            rootfs = %sandboxes.kind.rootfs.display(),
+            disks = ?sandboxes.disks,
+            own_user_ids = sandboxes.containers.as_ref().is_some_and(|containers| containers.users.are_separate()),
+            "sandboxes work"
+        );
         Ok(sandboxes)
+    }
+
+    /// Starts a first sandbox, with user ids of its own if that works here, as all others from then
+    /// on.
+    async fn boot_first(&mut self, dir: &Path, network: Network) -> Result<Holder, SandboxError> {
+        const NAME: &str = "probe";
+        if let Some(containers) = &self.containers
+            && containers.runtime.program() != Program::Runsc
+            && let Some(first_user) = containers.users.trial()
+        {
+            match self.boot_as_root(containers, dir, NAME, network, first_user).await {
+                Ok(holder) => {
+                    if let Some(containers) = &mut self.containers {
+                        containers.users.separate();
+                    }
+                    return Ok(holder);
+                }
+                Err(error) => tracing::warn!(
+                    %error,
+                    "all Sprites have the same user ids on this machine: none starts with its own"
+                ),
+            }
+        }
+        self.boot(dir, NAME, network).await
     }
 
     /// Proves that a sandbox's own kernel runs the programs of the root file system: old ones do
@@ -200,7 +230,7 @@ impl Sandboxes {
             .hash(&mut hasher);
         let containers = self.containers.as_ref();
         containers
-            .map(|containers| (containers.first_user, containers.runtime.program().name()))
+            .map(|containers| (containers.users.image(), containers.runtime.program().name()))
             .hash(&mut hasher);
         (self.disks == Disks::Images).hash(&mut hasher);
         // What a new root file system, and an upgrade within one, changes.
@@ -231,17 +261,31 @@ impl Sandboxes {
         let Some(containers) = &self.containers else {
             return self.boot_as_user(dir, hostname).await;
         };
-        let booted = self.boot_container(containers, dir, hostname, network).await;
+        let first_user = containers.users.take(&container_id(dir)).ok_or_else(|| {
+            SandboxError::Boot(
+                "all ranges of user ids are in use: delete Sprites, then retry".to_owned(),
+            )
+        })?;
+        self.boot_as_root(containers, dir, hostname, network, first_user).await
+    }
+
+    async fn boot_as_root(
+        &self,
+        containers: &Containers,
+        dir: &Path,
+        hostname: &str,
+        network: Network,
+        first_user: u32,
+    ) -> Result<Holder, SandboxError> {
+        let booted = self.boot_container(containers, dir, hostname, network, first_user).await;
         // The sandbox has its own view of the mounts; the root in this machine's table is not
         // needed any more.
         let _ = rustix::mount::unmount(containers.place(dir).join("root"), UnmountFlags::DETACH);
         let booted = booted.and_then(|holder| {
             conceal(&containers.place(dir)).map(|()| holder).map_err(io_error("a mount stays"))
         });
-        match booted {
-            // The disk neither: nothing is left mounted when this server is killed.
-            Ok(_) => self.unmount_disk(dir),
-            Err(_) => self.end(dir, None).await,
+        if booted.is_err() {
+            self.end(dir, None).await;
         }
         booted
     }
@@ -263,16 +307,16 @@ impl Sandboxes {
         }
     }
 
-    /// The first of this machine's user ids that Sprites' users are; none where a Sprite has one
-    /// user.
-    pub fn first_user(&self) -> Option<u32> {
-        self.containers.as_ref().map(|containers| containers.first_user)
+    /// Whether Sprites have several users.
+    pub fn have_users(&self) -> bool {
+        self.containers.is_some()
     }
 
-    /// The owner of what the file API makes, as this server names it; none where a Sprite has one
-    /// user.
-    pub fn owner(&self) -> Option<u32> {
-        self.first_user().map(|first| first + Holder::UID)
+    /// A sandbox of the server before this one still runs.
+    pub fn adopt(&self, dir: &Path, holder: Holder) {
+        if let (Some(containers), Some(first_user)) = (&self.containers, holder.user(0)) {
+            containers.users.keep(container_id(dir), first_user);
+        }
     }
 
     /// Copies a Sprite's disk as it is now; what runs in it waits meanwhile.
@@ -288,14 +332,8 @@ impl Sandboxes {
         if let Some(frozen) = frozen {
             frozen.thaw().await?;
         }
-        self.unmount_disk(dir);
+        self.disks.unmount_image(dir);
         copied
-    }
-
-    fn unmount_disk(&self, dir: &Path) {
-        if self.disks == Disks::Images {
-            Disks::unmount(dir);
-        }
     }
 
     /// Releases what a killed server left frozen.
@@ -323,8 +361,9 @@ impl Sandboxes {
                     tracing::warn!(%error, place = %place.display(), "failed to unmount what a Sprite saw of the machine")
                 }
             }
+            containers.users.release(&container_id(dir));
         }
-        self.unmount_disk(dir);
+        self.disks.unmount_image(dir);
     }
 
     /// Ends everything inside and deletes the files.

@@ -80,8 +80,6 @@ pub struct Start {
     pub launch: Launch,
     /// The environment that the Sprite was created with.
     pub environment: BTreeMap<String, String>,
-    /// The owner of a terminal, as this machine names it.
-    pub owner: Option<u32>,
     pub sessions: Arc<Mutex<Sessions>>,
 }
 
@@ -150,7 +148,7 @@ impl ExecSession {
         request: Request,
         lifecycle: &Lifecycle,
     ) -> io::Result<(Arc<Self>, mpsc::Receiver<Event>)> {
-        let Start { launch, environment, owner, sessions } = start;
+        let Start { launch, environment, sessions } = start;
         let mut variables = sandbox::environment(launch.holder);
         variables.extend(environment);
         if request.terminal.is_some() {
@@ -160,7 +158,7 @@ impl ExecSession {
         let mut command = launch.command(&request.argv, variables)?;
         let mut terminal = None;
         if let Some(size) = request.terminal {
-            let (master, slave) = Terminal::open(launch.holder, size, owner)?;
+            let (master, slave) = Terminal::open(launch.holder, size)?;
             command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
             terminal = Some((Arc::new(master), Mutex::new(size)));
         } else {

@@ -35,14 +35,14 @@ pub struct Terminal(AsyncFd<OwnedFd>);
 
 impl Terminal {
     /// A new terminal, and the side of it that a command is started with.
-    pub fn open(holder: Holder, size: Size, owner: Option<u32>) -> io::Result<(Self, OwnedFd)> {
+    pub fn open(holder: Holder, size: Size) -> io::Result<(Self, OwnedFd)> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let own = if holder.has_own_kernel() { None } else { open_multiplexer(holder).ok() };
         // A Sprite that has no terminals of its own uses this machine's.
         let master = own.map_or_else(|| openpt(flags), Ok)?;
         unlockpt(&master)?;
         let slave = ioctl_tiocgptpeer(&master, flags)?;
-        if let Some(owner) = owner {
+        if let Some(owner) = holder.user(Holder::UID) {
             rustix::fs::fchown(&slave, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)))?;
         }
         rustix::io::ioctl_fionbio(&master, true)?;

@@ -80,14 +80,14 @@ impl Registry {
             tracing::warn!(%error, ?limits, "failed to limit all Sprites together");
         }
         // Without root a disk has one owner, and packages go elsewhere.
-        let images = match sandboxes.first_user() {
-            Some(_) => Images::load(
+        let images = match sandboxes.have_users() {
+            true => Images::load(
                 &data_dir.canonicalize()?,
                 &sandboxes.fingerprint(),
                 images,
                 sandboxes.disks(),
             )?,
-            None => None,
+            false => None,
         };
         let registry = Arc::new(Self {
             dir,
@@ -134,6 +134,7 @@ impl Registry {
             self.sandboxes.end(sprite.dir(), sprite.record().holder).await;
             return Ok(());
         };
+        self.sandboxes.adopt(sprite.dir(), holder);
         self.sandboxes.release(sprite.dir()).await;
         let attached = async {
             self.limit(&sprite)?;

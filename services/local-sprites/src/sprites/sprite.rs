@@ -117,8 +117,6 @@ pub struct Sprite {
     last_used: Mutex<Instant>,
     /// Open connections that are no commands' clients.
     connections: AtomicUsize,
-    /// The owner of what the file API makes, as this machine names it.
-    owner: Option<u32>,
     /// How commands find its sandbox, where that has a kernel of its own.
     guest: Option<Guest>,
     pub sessions: Arc<Mutex<Sessions>>,
@@ -227,7 +225,7 @@ pub enum RegistryError {
 
 impl Sprite {
     pub fn new(dir: PathBuf, record: Record, sandboxes: &Sandboxes) -> Self {
-        let (owner, guest) = (sandboxes.owner(), sandboxes.guest(&dir));
+        let guest = sandboxes.guest(&dir);
         Self {
             interceptor: Arc::new(Interceptor::of(&dir)),
             dir,
@@ -236,7 +234,6 @@ impl Sprite {
             attached: Mutex::default(),
             last_used: Mutex::new(Instant::now()),
             connections: AtomicUsize::new(0),
-            owner,
             guest,
             sessions: Arc::default(),
             services: Services::default(),
@@ -277,10 +274,6 @@ impl Sprite {
         self.dir.join("inside")
     }
 
-    pub fn owner(&self) -> Option<u32> {
-        self.owner
-    }
-
     /// The sandbox, while it is there.
     pub fn holder(&self) -> Option<Holder> {
         locked(&self.record).holder.filter(|holder| holder.is_alive())
@@ -310,7 +303,6 @@ impl Sprite {
         exec::Start {
             launch: self.launch(holder, PathBuf::from(&request.dir), request.terminal.is_some()),
             environment: self.environment(),
-            owner: self.owner,
             sessions: self.sessions.clone(),
         }
     }

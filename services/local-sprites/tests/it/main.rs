@@ -12,3 +12,4 @@ mod lifetime;
 mod runsc;
 mod secrets;
 mod server;
+mod users;

@@ -2,18 +2,19 @@
 
 use std::{fs, io, path::Path};
 
-use rustix::mount::MountFlags;
+use rustix::{fs::StatVfsMountFlags, mount::MountFlags};
 
 use crate::{
     isolation::{
         holder::{Holder, Network},
         launch,
         oci::{self, Access},
+        owners::OwnerMap,
         process::Process,
         runtime::Program,
         sandbox::{
             Sandboxes,
-            containers::{Containers, container_id, expose},
+            containers::{Containers, conceal, container_id, expose, expose_mapped},
             error::{SandboxError, io_error},
             files::{give, hosts},
             inside::{AGENT_HOST, AGENTS, PATH},
@@ -32,14 +33,22 @@ impl Sandboxes {
         dir: &Path,
         hostname: &str,
         network: Network,
+        first_user: u32,
     ) -> Result<Holder, SandboxError> {
         let id = container_id(dir);
         let place = containers.place(dir);
         let root = place.join("root");
         fs::create_dir_all(&root).map_err(io_error("/run cannot be written to"))?;
         let mount = async {
-            let content = self.mount_disk(dir).await?;
-            self.mount_root(&content, &root)
+            let map = async {
+                let map = match first_user == containers.users.image() {
+                    true => Ok(None),
+                    false => containers.owners.to(first_user).await.map(Some),
+                };
+                map.map_err(io_error("the owners of files cannot be mapped"))
+            };
+            let (content, map) = tokio::try_join!(self.mount_disk(dir), map)?;
+            self.mount_root(&content, &place, &root, map.as_deref())
                 .map_err(io_error("the root file system cannot be mounted"))
         };
         let addresses = self.kind.forwards.iter().map(|forward| forward.address).collect();
@@ -59,7 +68,7 @@ impl Sandboxes {
         {
             let write = || {
                 fs::write(bundle.join(file), text)
-                    .and_then(|()| give(&bundle.join(file), containers.first_user))
+                    .and_then(|()| give(&bundle.join(file), first_user))
             };
             write().map_err(io_error("a Sprite's files cannot be made"))?;
         }
@@ -81,7 +90,7 @@ impl Sandboxes {
         let config = oci::Sandbox {
             root: &root,
             hostname,
-            users: (containers.first_user, Holder::UIDS),
+            users: (first_user, Holder::UIDS),
             network: (!has_own_kernel).then(|| namespace.path()),
             cgroups: cgroups.as_deref(),
             memory_files_bytes: self.memory_files_bytes,
@@ -99,9 +108,22 @@ impl Sandboxes {
                 Network::Machine | Network::Limited => Ok(None),
             }
         };
-        let (started, uplink) = tokio::join!(
+        // The overlay keeps its layers: nothing is left mounted when this server is killed. Here,
+        // where no one waits for it, since the kernel takes milliseconds. With a kernel of its own
+        // the sandbox still needs what is exposed; a mount that stays is reported later.
+        let layers = {
+            let (place, dir, disks) = (place.clone(), dir.to_owned(), self.disks);
+            tokio::task::spawn_blocking(move || {
+                if !has_own_kernel {
+                    let _ = conceal(&place);
+                }
+                disks.unmount_image(&dir);
+            })
+        };
+        let (started, uplink, _) = tokio::join!(
             containers.runtime.start(&id, &bundle, &config, namespace.path()),
-            connect
+            connect,
+            layers
         );
         let end_uplink = |error: io::Error| {
             if let Ok(Some(uplink)) = &uplink {
@@ -123,25 +145,43 @@ impl Sandboxes {
                 None
             }
         };
-        Ok(Holder { process, network, uplink, first_user: Some(containers.first_user), gofer })
+        Ok(Holder { process, network, uplink, first_user: Some(first_user), gofer })
     }
 
     /// Lays a Sprite's own layer over the image.
-    fn mount_root(&self, content: &Path, root: &Path) -> io::Result<()> {
+    fn mount_root(
+        &self,
+        content: &Path,
+        place: &Path,
+        root: &Path,
+        map: Option<&OwnerMap>,
+    ) -> io::Result<()> {
+        let (image, content) = match map {
+            Some(map) => (
+                expose_mapped(place, "image", &self.kind.rootfs, map)?,
+                expose_mapped(place, "disk", content, map)?,
+            ),
+            None => (self.kind.rootfs.clone(), content.to_owned()),
+        };
         let (upper, work) = (content.join("upper"), content.join("work"));
         let options = format!(
             "lowerdir={},upperdir={},workdir={}",
-            self.kind.rootfs.display(),
+            image.display(),
             upper.display(),
             work.display()
         );
         let options = std::ffi::CString::new(options).map_err(io::Error::other)?;
-        Ok(rustix::mount::mount(
+        rustix::mount::mount(
             "overlay",
             root,
             "overlay",
             MountFlags::NODEV | MountFlags::NOSUID,
             options.as_c_str(),
-        )?)
+        )?;
+        // Where it cannot use its work directory, the kernel mounts it all the same.
+        if rustix::fs::statvfs(root)?.f_flag.contains(StatVfsMountFlags::RDONLY) {
+            return Err(io::Error::other("the overlay is read-only"));
+        }
+        Ok(())
     }
 }

@@ -11,25 +11,28 @@ use rustix::mount::UnmountFlags;
 use crate::isolation::{
     holder::Holder,
     oci::Access,
+    owners::{OwnerMap, OwnerMaps},
     runtime::{Program, Runtime},
     sandbox::{
         error::{SandboxError, io_error},
         kind::Kind,
     },
+    users::UserRanges,
 };
 
 /// Where sandboxes are put together: users that this machine does not know have to reach their
 /// roots.
 const RUN_DIR: &str = "/run";
 
-/// Where [`expose`] mounts, in a sandbox's place.
+/// Where [`expose`] and [`expose_mapped`] mount, in a sandbox's place.
 const EXPOSED: &str = "exposed";
 
 /// The containers of this server.
 #[derive(Debug)]
 pub struct Containers {
     pub runtime: Runtime,
-    pub first_user: u32,
+    pub users: UserRanges,
+    pub owners: OwnerMaps,
     /// Where sandboxes are put together.
     run_dir: PathBuf,
 }
@@ -56,7 +59,8 @@ impl Containers {
                 run_dir.join(state_dir(kind.runtime)),
                 kind.cgroups,
             ),
-            first_user: owner,
+            users: UserRanges::of_image(owner),
+            owners: OwnerMaps::new(owner),
             run_dir,
         })
     }
@@ -83,6 +87,19 @@ pub fn expose(place: &Path, binds: &mut [(&str, PathBuf, Access)]) -> io::Result
         *source = target;
     }
     Ok(())
+}
+
+/// Mounts a layer of a sandbox's root with the owners of its files mapped, and returns where.
+pub fn expose_mapped(
+    place: &Path,
+    name: &str,
+    source: &Path,
+    map: &OwnerMap,
+) -> io::Result<PathBuf> {
+    let target = place.join(EXPOSED).join(name);
+    fs::create_dir_all(&target)?;
+    map.mount(source, &target)?;
+    Ok(target)
 }
 
 /// Takes these mounts away; sandboxes keep theirs. Deletes nothing that is still mounted.

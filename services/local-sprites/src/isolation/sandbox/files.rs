@@ -87,8 +87,8 @@ impl Sandboxes {
             Program::Runsc => include_str!("../../../scripts/sudo-runsc.sh"),
         };
         script(&bin.join("sudo"), sudo)?;
-        give(&upper, containers.first_user)?;
-        let user = Some(containers.first_user + Holder::UID);
+        give(&upper, containers.users.image())?;
+        let user = Some(containers.users.image() + Holder::UID);
         let mut own = USERS_DIRECTORIES.to_vec();
         if containers.runtime.program() == Program::Runsc {
             own.push(AGENT_HOSTS_DIRECTORY);
@@ -127,9 +127,15 @@ impl Sandboxes {
         self.shared.join("spare")
     }
 
-    /// Copies a disk ahead, so that the next Sprite does not wait for that. Not having one is no
-    /// harm.
+    /// Copies a disk and maps owners ahead, so that the next Sprite does not wait for that. Not
+    /// having them is no harm.
     pub async fn make_spare(&self) {
+        if let Some(containers) = &self.containers
+            && let Some(first_user) = containers.users.next()
+            && let Err(error) = containers.owners.to(first_user).await
+        {
+            tracing::debug!(%error, "no map of owners");
+        }
         if self.spare().exists() {
             return;
         }
