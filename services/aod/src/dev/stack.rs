@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::select_all;
 use tokio::task::JoinSet;
 
 use crate::dev::{
@@ -219,14 +220,11 @@ impl Stack {
 
     /// Keeps the stack running. Returns when that no longer works.
     pub async fn watch(&mut self) -> DevError {
-        let mut ticks = tokio::time::interval(Duration::from_millis(25));
         loop {
-            ticks.tick().await;
-            let mut changed = false;
-            for process in &mut self.processes {
-                changed |= process.tend(self.restart, &self.tools);
-            }
-            if changed && let Err(error) = self.write_ready_file() {
+            let tended =
+                self.processes.iter_mut().map(|process| process.tend(self.restart, &self.tools));
+            select_all(tended.map(Box::pin)).await;
+            if let Err(error) = self.write_ready_file() {
                 return error;
             }
         }

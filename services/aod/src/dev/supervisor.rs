@@ -114,32 +114,37 @@ impl Process {
         self.child.as_mut().and_then(|child| child.try_wait().ok().flatten())
     }
 
-    /// Notices a death, and starts the child again when it is time. True when the list of processes
-    /// has changed.
-    pub fn tend(&mut self, restart: bool, tools: &Tools) -> bool {
-        if let Some(status) = self.ended() {
-            self.child = None;
-            self.deaths =
-                if self.started_at.elapsed() > STARTED_WELL { 1 } else { self.deaths + 1 };
-            let delay = RESTART.jittered(self.deaths);
-            note!(
-                "aod dev: {} ended with {status}{}",
-                self.spec.name,
-                if restart { "; starting it again" } else { "" }
-            );
-            self.restart_at = restart.then(|| Instant::now() + delay);
-            return !restart;
-        }
-        if self.restart_at.is_some_and(|at| Instant::now() >= at) {
+    /// Notices a death, and starts the child again when it is time. Returns when the list of
+    /// processes has changed. Safe to interrupt.
+    pub async fn tend(&mut self, restart: bool, tools: &Tools) {
+        loop {
+            if let Some(child) = &mut self.child {
+                let Ok(status) = child.wait().await else { break };
+                self.child = None;
+                self.deaths =
+                    if self.started_at.elapsed() > STARTED_WELL { 1 } else { self.deaths + 1 };
+                let delay = RESTART.jittered(self.deaths);
+                note!(
+                    "aod dev: {} ended with {status}{}",
+                    self.spec.name,
+                    if restart { "; starting it again" } else { "" }
+                );
+                self.restart_at = restart.then(|| Instant::now() + delay);
+                if !restart {
+                    return;
+                }
+            }
+            let Some(at) = self.restart_at else { break };
+            tokio::time::sleep_until(at.into()).await;
             match self.spawn(tools) {
-                Ok(()) => return true,
+                Ok(()) => return,
                 Err(error) => {
                     note!("aod dev: {error}");
                     self.restart_at = Some(Instant::now() + RESTART.max);
                 }
             }
         }
-        false
+        std::future::pending().await
     }
 
     fn signal(&self, signal: Signal) {
