@@ -26,6 +26,8 @@ impl Stack {
             "unix_socket_directories=",
             "max_connections=200",
             "shared_buffers=64MB",
+            // Nothing here replicates.
+            "max_logical_replication_workers=0",
         ] {
             args.extend(["-c".to_owned(), setting.to_owned()]);
         }
