@@ -26,6 +26,8 @@ use crate::{Scheduler, dispatch::reconciler, log::positions};
 
 const EVERY: Duration = Duration::from_secs(1);
 const LEASE: Duration = Duration::from_secs(10);
+/// How often the lease is extended.
+const EXTEND_EVERY: Duration = Duration::from_secs(3);
 /// The longest that a pass may take.
 const PASS_MAX: Duration = Duration::from_secs(30);
 const LEASE_NAME: &str = "streams";
@@ -53,7 +55,7 @@ pub async fn ready(scheduler: &Scheduler) -> anyhow::Result<()> {
 }
 
 async fn prepare(scheduler: &Scheduler, owner: Uuid) -> anyhow::Result<()> {
-    let specs = specs(scheduler).await?;
+    let specs = specs(scheduler, &recorded(scheduler).await?);
     for spec in &specs {
         if scheduler.bus.find_stream(spec).await?.is_none() {
             bail!("stream {} does not exist: {}", spec.name, how_to_create(&specs));
@@ -83,24 +85,31 @@ async fn acquire(scheduler: &Scheduler, owner: Uuid) -> Result<Option<Lease>, sq
 }
 
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    let (owner, mut held): (_, Option<Lease>) = (Uuid::now_v7(), None);
+    let (owner, mut held): (_, Option<(Lease, Instant)>) = (Uuid::now_v7(), None);
     let mut missing = BTreeSet::new();
     let mut ticks = service::ticks(EVERY);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         let pass = async {
+            let asked_at = Instant::now();
             held = match held.take() {
-                Some(lease) => {
-                    let mut connection = scheduler.pool.acquire().await?;
-                    lease.extend(&mut connection, LEASE).await?.then_some(lease)
+                Some((lease, extended_at)) if extended_at.elapsed() < EXTEND_EVERY => {
+                    Some((lease, extended_at))
                 }
-                None => acquire(&scheduler, owner).await?,
+                Some((lease, _)) => {
+                    let mut connection = scheduler.pool.acquire().await?;
+                    let extended = lease.extend(&mut connection, LEASE).await?;
+                    extended.then_some((lease, asked_at))
+                }
+                None => acquire(&scheduler, owner).await?.map(|lease| (lease, asked_at)),
             };
             if held.is_some() { check(&scheduler).await } else { Ok(BTreeSet::new()) }
         };
         match tokio::time::timeout(PASS_MAX, pass).await {
             Ok(Ok(found)) => {
                 for stream in found.difference(&missing) {
-                    let help = specs(&scheduler).await.map(|specs| how_to_create(&specs));
+                    let recorded = recorded(&scheduler).await;
+                    let help =
+                        recorded.map(|recorded| how_to_create(&specs(&scheduler, &recorded)));
                     let help = help.unwrap_or_default();
                     tracing::error!(stream, help, "stream does not exist");
                 }
@@ -113,31 +122,31 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
             Err(_) => tracing::warn!("checking the streams took too long; will retry"),
         }
     }
-    if let Some(lease) = held {
+    if let Some((lease, _)) = held {
         let _ = tokio::time::timeout(EVERY, lease.release(&scheduler.pool)).await;
     }
 }
 
 /// Every stream of this deployment.
-async fn specs(scheduler: &Scheduler) -> Result<Vec<StreamSpec>, sqlx::Error> {
-    let mut partitions: BTreeSet<_> =
-        positions::partitions(&scheduler.pool).await?.into_iter().collect();
+fn specs(scheduler: &Scheduler, recorded: &HashMap<String, Recorded>) -> Vec<StreamSpec> {
+    let with_sessions = recorded
+        .iter()
+        .filter(|(_, recorded)| recorded.persisted.is_some())
+        .filter_map(|(stream, _)| topology::partition_of(stream));
+    let mut partitions: BTreeSet<_> = with_sessions.collect();
     partitions.extend(Partition::all().take(scheduler.event_partitions.get().into()));
-    Ok(topology::streams(partitions).collect())
+    topology::streams(partitions).collect()
 }
 
 /// Compares each stream with its generation, and puts right what differs. Returns the streams that
 /// do not exist.
 async fn check(scheduler: &Scheduler) -> anyhow::Result<BTreeSet<&'static str>> {
-    let generations = generations(scheduler).await?;
+    let recorded = recorded(scheduler).await?;
     let mut missing = BTreeSet::new();
-    for spec in specs(scheduler).await? {
+    for spec in specs(scheduler, &recorded) {
         let partition = topology::partition_of(spec.name);
-        let persisted = match partition {
-            Some(partition) => positions::projected_through(&scheduler.pool, partition).await?,
-            None => 0,
-        };
-        let known = generations.get(spec.name).copied();
+        let Recorded { known, persisted } = recorded.get(spec.name).copied().unwrap_or_default();
+        let persisted = persisted.unwrap_or_default();
         let Some(info) = scheduler.bus.find_stream(&spec).await? else {
             missing.insert(spec.name);
             continue;
@@ -149,7 +158,7 @@ async fn check(scheduler: &Scheduler) -> anyhow::Result<BTreeSet<&'static str>> 
                     remember(&mut *scheduler.pool.acquire().await?, &spec, seen).await?;
                 }
                 if let Some(partition) = partition {
-                    trim(scheduler, &spec, partition).await?;
+                    trim(scheduler, &spec, &info, partition).await?;
                 }
             }
             condition => {
@@ -211,16 +220,29 @@ async fn restore(
     Ok(())
 }
 
-/// What is known of each stream.
-async fn generations(scheduler: &Scheduler) -> Result<HashMap<String, Known>, sqlx::Error> {
-    let rows: Vec<(String, OffsetDateTime, i64)> =
-        sqlx::query_as("select stream, created_at, high_watermark from stream_generation")
-            .fetch_all(&scheduler.pool)
-            .await?;
-    let known = |(stream, created_at, high_watermark): (_, _, i64)| {
-        (stream, Known { created_at, high_watermark: high_watermark.unsigned_abs() })
+/// What Postgres has of a stream.
+#[derive(Clone, Copy, Default)]
+struct Recorded {
+    known: Option<Known>,
+    /// The id of the newest persisted event, of a partition in which sessions were created.
+    persisted: Option<u64>,
+}
+
+async fn recorded(scheduler: &Scheduler) -> Result<HashMap<String, Recorded>, sqlx::Error> {
+    type Row = (String, Option<OffsetDateTime>, Option<i64>, Option<i64>);
+    let rows: Vec<Row> = sqlx::query_as(
+        "select stream, created_at, high_watermark, event_id from stream_generation full join recorded using (stream)",
+    )
+    .fetch_all(&scheduler.pool)
+    .await?;
+    let recorded = |(stream, created_at, high_watermark, event_id): Row| {
+        let known = created_at.zip(high_watermark).map(|(created_at, high_watermark)| Known {
+            created_at,
+            high_watermark: high_watermark.unsigned_abs(),
+        });
+        (stream, Recorded { known, persisted: event_id.map(i64::unsigned_abs) })
     };
-    Ok(rows.into_iter().map(known).collect())
+    Ok(rows.into_iter().map(recorded).collect())
 }
 
 async fn remember(
@@ -254,9 +276,9 @@ fn micros(time: OffsetDateTime) -> OffsetDateTime {
 async fn trim(
     scheduler: &Scheduler,
     spec: &StreamSpec,
+    info: &StreamInfo,
     partition: Partition,
 ) -> anyhow::Result<()> {
-    let info = scheduler.bus.stream_info(spec).await?;
     if info.bytes <= info.bytes_max / 2 {
         return Ok(());
     }
