@@ -9,7 +9,7 @@ pub mod telemetry;
 use std::{fmt, future::Future, process::ExitCode};
 
 pub use lifecycle::Lifecycle;
-pub use periodic::{periodically, ticks};
+pub use periodic::{periodically, ticks, whenever};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 pub use settings::Env;
 

@@ -2,7 +2,10 @@
 
 use std::{fmt, future::Future, time::Duration};
 
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
+use tokio::{
+    sync::Notify,
+    time::{Instant, Interval, MissedTickBehavior, interval_at, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 /// The longest that one run may take. A run that hangs, on a connection that is half dead for
@@ -33,12 +36,28 @@ pub async fn periodically<F, E>(
     F: Future<Output = Result<(), E>>,
     E: fmt::Display,
 {
-    repeat(name, every, RUN_MAX, stop, work).await;
+    repeat(name, every, None, RUN_MAX, stop, work).await;
+}
+
+/// As [`periodically`], but only when `due` was notified: a run begins at once, or `pause` after the
+/// last one began.
+pub async fn whenever<F, E>(
+    name: &'static str,
+    due: &Notify,
+    pause: Duration,
+    stop: CancellationToken,
+    work: impl FnMut() -> F,
+) where
+    F: Future<Output = Result<(), E>>,
+    E: fmt::Display,
+{
+    repeat(name, pause, Some(due), RUN_MAX, stop, work).await;
 }
 
 async fn repeat<F, E>(
     name: &'static str,
     every: Duration,
+    due: Option<&Notify>,
     run_max: Duration,
     stop: CancellationToken,
     mut work: impl FnMut() -> F,
@@ -51,7 +70,14 @@ async fn repeat<F, E>(
         "runs of periodic work that failed or took too long, by task"
     );
     let mut ticks = ticks(every);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+    let mut next = async || {
+        ticks.tick().await;
+        if let Some(due) = due {
+            due.notified().await;
+            ticks.reset();
+        }
+    };
+    while stop.run_until_cancelled(next()).await.is_some() {
         let error = match stop.run_until_cancelled(timeout(run_max, work())).await {
             None | Some(Ok(Ok(()))) => continue,
             Some(Ok(Err(error))) => format!("{error:#}"),
@@ -80,8 +106,32 @@ mod tests {
             }
             Ok(())
         };
-        repeat("test", Duration::from_millis(1), Duration::from_millis(20), stop.clone(), work)
-            .await;
+        let (every, run_max) = (Duration::from_millis(1), Duration::from_millis(20));
+        repeat("test", every, None, run_max, stop.clone(), work).await;
         assert_eq!(runs.load(Ordering::Relaxed), 4);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn work_runs_at_once_when_it_is_due_and_not_more_often_than_it_may() {
+        const PAUSE: Duration = Duration::from_secs(1);
+        let (runs, stop, due) = (AtomicUsize::new(0), CancellationToken::new(), Notify::new());
+        let work = || async {
+            runs.fetch_add(1, Ordering::Relaxed);
+            Ok::<_, &str>(())
+        };
+        let watched = async {
+            tokio::time::sleep(PAUSE * 10).await;
+            assert_eq!(runs.load(Ordering::Relaxed), 0, "nothing was due");
+            due.notify_one();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            assert_eq!(runs.load(Ordering::Relaxed), 1);
+            for _ in 0..40 {
+                tokio::time::sleep(PAUSE / 4).await;
+                due.notify_one();
+            }
+            assert_eq!(runs.load(Ordering::Relaxed), 1 + 40 / 4, "once in each pause");
+            stop.cancel();
+        };
+        tokio::join!(whenever("test", &due, PAUSE, stop.clone(), work), watched);
     }
 }

@@ -49,22 +49,22 @@ pub async fn enqueue(
     Ok(())
 }
 
+/// Lists the lanes in which messages are due: from one lane to the next by the index, however many
+/// messages there are.
+pub const DUE_LANES: &str = "with recursive lanes as (
+         (select lane from outbox order by lane limit 1)
+         union all
+         select (select lane from outbox where lane > lanes.lane order by lane limit 1) from lanes where lanes.lane is not null
+     )
+     select lane from lanes
+     where (select true from outbox where outbox.lane = lanes.lane and not_before <= now() limit 1)";
+
 /// The lanes in which messages are due.
 ///
 /// # Errors
 /// When Postgres refuses.
 pub async fn due_lanes(pool: &PgPool) -> Result<Vec<String>, sqlx::Error> {
-    // From one lane to the next by the index, however many messages there are.
-    sqlx::query_scalar(
-        "with recursive lanes as (
-             (select lane from outbox order by lane limit 1)
-             union all
-             select (select lane from outbox where lane > lanes.lane order by lane limit 1) from lanes where lanes.lane is not null
-         )
-         select lane from lanes where exists (select from outbox where outbox.lane = lanes.lane and not_before <= now())",
-    )
-    .fetch_all(pool)
-    .await
+    sqlx::query_scalar(DUE_LANES).fetch_all(pool).await
 }
 
 /// Takes a lane's messages that are due and that no other relay has taken, oldest first. They stay

@@ -10,6 +10,7 @@ mod catalog;
 mod cleanup;
 mod db;
 mod dispatch;
+mod due;
 mod gauges;
 mod inputs;
 mod log;
@@ -248,8 +249,7 @@ struct Scheduler {
     pool: PgPool,
     bus: Bus,
     sprite_name_prefix: Arc<str>,
-    /// Wakes the relay after a commit.
-    outbox: Arc<Notify>,
+    due: due::Due,
     /// Wakes the reconciler when a turn was released.
     released: Arc<Notify>,
     projected: positions::Projected,
@@ -282,7 +282,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
             orphans::deployment(&pool, &config.deployment_id).await?
         )
         .into(),
-        outbox: Arc::new(Notify::new()),
+        due: due::Due::default(),
         released: Arc::new(Notify::new()),
         projected: positions::Projected::default(),
         event_partitions: config.event_partitions,
@@ -295,6 +295,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     retention::make_days(&scheduler.pool).await?;
     streams::ready(&scheduler).await?;
     lifecycle.spawn("streams", streams::run(scheduler.clone(), lifecycle.stop_token()));
+    lifecycle.spawn("due work", due::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("relay", relay::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("projectors", projector::run(scheduler.clone(), lifecycle.stop_token()));
     lifecycle.spawn("reconciler", reconciler::run(scheduler.clone(), lifecycle.stop_token()));

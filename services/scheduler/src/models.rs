@@ -40,10 +40,14 @@ use crate::Scheduler;
 
 const EVERY: Duration = Duration::from_secs(2);
 
+pub fn due() -> String {
+    format!("{} or {} or {}", settlement::lost(), sums::TO_ADD_UP, sums::to_forget())
+}
+
 /// Settles requests of lost gateways, adds up totals, and removes what is no longer needed. Safe to
 /// run in several replicas at once.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    service::periodically("model requests", EVERY, stop, || async {
+    service::whenever("model requests", &scheduler.due.model_requests, EVERY, stop, || async {
         let parts = [
             settlement::settle_lost(&scheduler).await,
             sums::add_up(&scheduler.pool).await,

@@ -82,7 +82,7 @@ pub async fn create(
     };
     let mut reply =
         Box::pin(idempotency::or_created_earlier(outcome, &request.session_id, earlier)).await?;
-    scheduler.outbox.notify_one();
+    scheduler.due.outbox.notify_one();
     if let Ok(user) = request.user_id.parse() {
         scheduler.spares.created(user);
     }
@@ -369,7 +369,7 @@ pub async fn prompt(
         idempotency::finish(tx, outcome).await
     })
     .await?;
-    scheduler.outbox.notify_one();
+    scheduler.due.outbox.notify_one();
     let session = reply.session.as_ref().filter(|session| session.input.is_some());
     if let Some(id) = session.and_then(|session| session.session_id.parse().ok()) {
         scheduler.bus.hint(subject::inputs_hint(id)).await;

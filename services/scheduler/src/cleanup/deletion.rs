@@ -34,7 +34,7 @@ pub async fn delete(
     let user: UserId = request.user_id.parse().map_err(|_| missing())?;
     let session: SessionId = request.session_id.parse().map_err(|_| missing())?;
     idempotency::retried(|| delete_row(&scheduler, user, session)).await?;
-    scheduler.outbox.notify_one();
+    scheduler.due.outbox.notify_one();
     // It may be in preparation.
     scheduler.bus.hint(subject::terminate_hint(session)).await;
     Ok(Empty {})
@@ -101,10 +101,17 @@ const PURGE_AGAIN: Duration = Duration::from_secs(30);
 const AT_A_TIME: i64 = 100;
 const VAULT_DEADLINE: Duration = Duration::from_secs(5);
 
+pub const DUE: &str = "exists (select from deleted_session
+             where (purged_at is null or sprite_destroyed_at is not null)
+               and purge_after < now() and deleted_at < now() - interval '2 seconds')
+     or exists (select from unused_secret)
+     or exists (select from model_tokens_to_revoke)
+     or exists (select from answered_once where created_at < now() - interval '24 hours')";
+
 /// Removes what deleted sessions have left. Replicas share the work by row locks; what one leaves
 /// undone the next finds.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    service::periodically("deletion", EVERY, stop, || async {
+    service::whenever("deletion", &scheduler.due.deletions, EVERY, stop, || async {
         // Each part by itself: one that fails holds up no other.
         let parts = [
             purge(&scheduler).await,

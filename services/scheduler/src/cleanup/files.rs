@@ -7,7 +7,7 @@ use futures::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::Scheduler;
+use crate::{Scheduler, catalog::files::FileSettings};
 
 const EVERY: Duration = Duration::from_secs(2);
 const SEARCH_EVERY: Duration = Duration::from_secs(60 * 60);
@@ -18,10 +18,27 @@ const PENDING_SECONDS_MAX: f64 = 60.0 * 60.0;
 const OBJECT_AGE_MIN: Duration = Duration::from_secs(2 * 60 * 60);
 const OBJECTS_AT_A_TIME: usize = 1000;
 
+pub fn due(settings: &FileSettings) -> String {
+    let old = settings.days.map(|days| {
+        format!(
+            "or exists (select from file
+                        where state = 'ready' and kind = 'upload' and created_at < now() - make_interval(days => {days}))"
+        )
+    });
+    format!(
+        "exists (select from file where state <> 'ready' and state = 'deleted')
+         or exists (select from file
+                    where state = 'pending' and state <> 'ready' and state_since < now() - make_interval(secs => {PENDING_SECONDS_MAX}))
+         or exists (select from file where state = 'ready' and expires_at < now())
+         {}",
+        old.unwrap_or_default()
+    )
+}
+
 /// Removes the bytes of deleted files, gives up what was never finished, and ends files whose time
 /// is over.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    service::periodically("files", EVERY, stop, || async {
+    service::whenever("files", &scheduler.due.files, EVERY, stop, || async {
         end_some(&scheduler).await?;
         while remove_some(&scheduler).await? == AT_A_TIME {}
         Ok::<_, RpcError>(())

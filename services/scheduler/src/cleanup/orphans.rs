@@ -82,7 +82,7 @@ async fn queue(scheduler: &Scheduler, every: Duration) -> Result<(), RpcError> {
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    scheduler.outbox.notify_one();
+    scheduler.due.outbox.notify_one();
     Ok(())
 }
 

@@ -132,11 +132,20 @@ fn decode(event: &Option<(u64, Bytes)>) -> Result<Option<(u64, SessionEvent)>, R
     Ok(Some((*id, event)))
 }
 
+pub const DUE: &str =
+    "exists (select from turn where status in ('pending', 'running') and deadline_at < now() and waiting_since is null)
+     or exists (select from permission_request where status = 'open' and answer_id is null and decide_after < now())";
+
 /// Ends turns that no one ended by their deadline. Takes no input and asks the table each time, so
 /// that it does the same after a crash as on any other day.
 pub async fn run_deadlines(scheduler: Scheduler, stop: CancellationToken) {
     let mut ticks = service::ticks(EVERY);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+    let mut next = async || {
+        ticks.tick().await;
+        scheduler.due.endings.notified().await;
+        ticks.reset();
+    };
+    while stop.run_until_cancelled(next()).await.is_some() {
         match tokio::time::timeout(Duration::from_secs(30), end_overdue(&scheduler)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
@@ -270,7 +279,7 @@ async fn end(scheduler: &Scheduler, overdue: &Overdue) -> Result<(), RpcError> {
             };
             enqueue(&mut tx, &subject::session_log(session, overdue.partition), &event).await?;
             tx.commit().await?;
-            scheduler.outbox.notify_one();
+            scheduler.due.outbox.notify_one();
             if let Some(observation) = observation {
                 observation.count();
             }

@@ -60,7 +60,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
         match tokio::time::timeout(PASS_MAX, pass(&scheduler, may_expire, queues_too)).await {
             Ok(Ok(offered)) => {
                 if offered > 0 {
-                    scheduler.outbox.notify_one();
+                    scheduler.due.outbox.notify_one();
                 }
                 smooth_since = if last_pass.elapsed() > SMOOTH {
                     None
@@ -172,7 +172,7 @@ async fn begin_queued(scheduler: &Scheduler) -> anyhow::Result<()> {
             inputs::queue::begin_next(&mut tx, &row, None).await?;
         }
         tx.commit().await?;
-        scheduler.outbox.notify_one();
+        scheduler.due.outbox.notify_one();
     }
     Ok(())
 }

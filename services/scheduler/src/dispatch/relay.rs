@@ -1,5 +1,5 @@
-//! Publishes the outbox. Woken after each commit of this replica; a timer covers commits of other
-//! replicas.
+//! Publishes the outbox. Woken after each commit of this replica; commits of other replicas are
+//! noticed by [`crate::due`].
 //!
 //! Each lane of the outbox, which is a stream, is emptied by itself. Within a lane, what is
 //! acknowledged leaves without waiting for the slowest, and what fails is due again later, behind
@@ -18,7 +18,6 @@ use uuid::Uuid;
 use crate::Scheduler;
 
 const BATCH: i64 = 256;
-const POLL: Duration = Duration::from_millis(500);
 /// How long a batch waits for its slowest acknowledgements. What is published after all is dropped
 /// by the stream as a duplicate.
 const BATCH_WAIT: Duration = Duration::from_secs(1);
@@ -30,6 +29,10 @@ const RETRY: Backoff =
 /// is not meant to be.
 const STREAM_MISSING_MAX: Duration = Duration::from_secs(60 * 60);
 
+pub fn due() -> String {
+    format!("exists ({})", store::outbox::DUE_LANES)
+}
+
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     let mut relay =
         Relay { scheduler: &scheduler, lanes: FuturesUnordered::new(), busy: BTreeMap::new() };
@@ -37,7 +40,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     loop {
         // A last pass after the stop, so that nothing waits for another replica.
         let last = stop.is_cancelled();
-        let mut pause = POLL;
+        let mut retry_after = None;
         match due_lanes(&scheduler).await {
             Ok(due) => {
                 failures = 0;
@@ -45,7 +48,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
             }
             Err(error) => {
                 failures += 1;
-                pause = RETRY.jittered(failures);
+                retry_after = Some(RETRY.jittered(failures));
                 tracing::warn!("{:#}", error.context("outbox cannot be read; will retry"));
             }
         }
@@ -55,10 +58,17 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
         }
         tokio::select! {
             () = stop.cancelled() => {}
-            () = scheduler.outbox.notified() => {}
-            () = tokio::time::sleep(pause) => {}
+            () = scheduler.due.outbox.notified() => {}
+            () = elapsed(retry_after) => {}
             () = relay.lane_to_look_at() => {}
         }
+    }
+}
+
+async fn elapsed(wait: Option<Duration>) {
+    match wait {
+        Some(wait) => tokio::time::sleep(wait).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -44,7 +44,7 @@ pub async fn send(
         idempotency::finish(tx, outcome).await
     })
     .await?;
-    scheduler.outbox.notify_one();
+    scheduler.due.outbox.notify_one();
     scheduler.bus.hint(subject::inputs_hint(id)).await;
     let queued: Vec<Input> =
         reply.inputs.iter().filter(|input| input.settled_at_us.is_none()).cloned().collect();

@@ -48,13 +48,15 @@ const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// projector does so too.
 const LEASE: Duration = Duration::from_secs(2);
 const IDLE: Duration = Duration::from_millis(700);
-/// How often a replica looks for partitions that no one projects.
-const STANDBY: Duration = Duration::from_millis(500);
 /// The longest that one step in Postgres or on the bus may take. A connection that is slower is
 /// dropped.
 const STEP_MAX: Duration = Duration::from_secs(5);
 const RETRY: Backoff =
     Backoff { base: Duration::from_millis(100), max: Duration::from_secs(2), attempts: u32::MAX };
+
+/// Whether no one projects a partition.
+pub const DUE: &str = "exists (select from recorded r
+             where not exists (select from lease l where l.name = 'projector:' || r.stream and l.expires_at > now()))";
 
 /// Projects the partitions that no other replica projects.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
@@ -62,7 +64,12 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
     let (mut led, mut projectors) = (BTreeSet::new(), JoinSet::new());
     let mut failures = 0;
     loop {
-        let wait = if failures == 0 { STANDBY } else { RETRY.jittered(failures) };
+        let wait = async {
+            match failures {
+                0 => scheduler.due.projections.notified().await,
+                failures => tokio::time::sleep(RETRY.jittered(failures)).await,
+            }
+        };
         tokio::select! {
             () = stop.cancelled() => break,
             Some(ended) = projectors.join_next() => {
@@ -74,7 +81,7 @@ pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
                 failures = failures.max(1);
                 continue;
             }
-            () = tokio::time::sleep(wait) => {}
+            () = wait => {}
         }
         let acquired = async {
             let free = partitions(&scheduler.pool)
@@ -186,7 +193,7 @@ async fn project(
         metrics::counter!("aod_events_recorded_total").increment(entries.len() as u64);
         scheduler.projected.of(partition).send_replace(last);
         if woken {
-            scheduler.outbox.notify_one();
+            scheduler.due.outbox.notify_one();
         }
     }
     let _ = connection.close().await;

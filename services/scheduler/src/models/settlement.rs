@@ -312,6 +312,16 @@ fn nothing() -> Usage {
     }
 }
 
+/// Whether there are requests of gateways that are gone.
+pub fn lost() -> String {
+    format!(
+        "exists (select from model_request r left join model_gateway g using (gateway_id)
+                 where r.status = 'open' and (g.gateway_id is null or g.expires_at < now())
+                   and r.started_at < now() - make_interval(secs => {}))",
+        GATEWAY_LEASE.as_secs_f64()
+    )
+}
+
 /// Settles the requests of gateways that are gone: what they used is not known.
 pub async fn settle_lost(scheduler: &Scheduler) -> Result<(), RpcError> {
     let rows: Vec<(Uuid, Uuid)> = sqlx::query_as(

@@ -7,6 +7,10 @@ use sqlx::PgPool;
 const AT_A_TIME: i64 = 2000;
 const KEPT_DAYS: i32 = 7;
 
+/// Whether there are requests to add up.
+pub const TO_ADD_UP: &str = "exists (select from model_request
+             where status <> 'open' and not is_summed and (status = 'settled' or ended_at < now() - interval '1 hour'))";
+
 /// Adds settled requests to the totals of their day. Unknown ones wait for an hour, in case their
 /// usage is still reported.
 pub async fn add_up(pool: &PgPool) -> Result<(), RpcError> {
@@ -51,6 +55,16 @@ pub async fn add_up(pool: &PgPool) -> Result<(), RpcError> {
             return Ok(());
         }
     }
+}
+
+/// Whether there is anything to remove.
+pub fn to_forget() -> String {
+    let old = format!("< now() - make_interval(days => {KEPT_DAYS})");
+    format!(
+        "exists (select from model_request where is_summed and ended_at {old})
+         or exists (select from model_entry where recorded_at {old})
+         or exists (select from model_gateway where expires_at {old})"
+    )
 }
 
 pub async fn forget(pool: &PgPool) -> Result<(), RpcError> {

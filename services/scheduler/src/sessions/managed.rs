@@ -177,9 +177,12 @@ pub async fn ensure_secret(
     Ok(EnsureSessionSecretReply { secret_id: secret.to_string() })
 }
 
+pub const DUE: &str = "exists (select from session_update)";
+
 /// Appends what changed of sessions to their logs, once they are idle.
 pub async fn run(scheduler: Scheduler, stop: CancellationToken) {
-    service::periodically("session updates", EVERY, stop, || append_updates(&scheduler, None))
+    let due = &scheduler.due.session_updates;
+    service::whenever("session updates", due, EVERY, stop, || append_updates(&scheduler, None))
         .await;
 }
 
@@ -297,7 +300,7 @@ pub async fn archive(
     tokio::time::timeout(PROJECTED_WITHIN, archived)
         .await
         .map_err(|_| RpcError::unavailable("The event log"))??;
-    scheduler.outbox.notify_one();
+    scheduler.due.outbox.notify_one();
     // It may be in preparation.
     scheduler.bus.hint(subject::terminate_hint(id)).await;
     let get = GetSessionRequest {

@@ -186,7 +186,7 @@ pub async fn end_preparation(
         destroy(&mut tx, &spare).await?;
     }
     tx.commit().await?;
-    scheduler.outbox.notify_one();
+    scheduler.due.outbox.notify_one();
     Ok(Empty {})
 }
 
@@ -252,7 +252,7 @@ async fn pass(scheduler: &Scheduler) -> Result<(), RpcError> {
         .await?;
     tx.commit().await?;
     if !gone.is_empty() || !plan.ordered.is_empty() {
-        scheduler.outbox.notify_one();
+        scheduler.due.outbox.notify_one();
     }
     for session in gone {
         // It may be in preparation.

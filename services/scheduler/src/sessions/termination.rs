@@ -81,7 +81,7 @@ async fn apply(
     let at = At::new(event_id, Timestamp::now().unix_micros());
     let observation = projection::apply(&mut tx, session, turn, kind, at).await?.observation;
     tx.commit().await?;
-    scheduler.outbox.notify_one();
+    scheduler.due.outbox.notify_one();
     if let Some(observation) = observation {
         observation.count();
     }
