@@ -59,7 +59,7 @@ fn page_query(days: Days) -> String {
     format!(
         "select event_id, payload
          from (
-             select event_id, payload, sum(length(payload)) over (order by event_id) - length(payload) as before
+             select event_id, payload, sum(length(payload)) over (order by event_id rows unbounded preceding) - length(payload) as before
              from (
                  select event_id, payload
                  from event
@@ -78,7 +78,7 @@ fn backward_query(days: Days) -> String {
     format!(
         "select event_id, payload
          from (
-             select event_id, payload, sum(length(payload)) over (order by event_id desc) - length(payload) as after
+             select event_id, payload, sum(length(payload)) over (order by event_id desc rows unbounded preceding) - length(payload) as after
              from (
                  select event_id, payload
                  from event
@@ -102,10 +102,10 @@ fn shown_query(from: From, days: Days) -> String {
         From::Before(_) => ("<", "desc", "min"),
     };
     format!(
-        "select event_id, case when is_shown then payload end
+        "select event_id, case when is_shown then payload end as payload
          from (
              select event_id, payload, is_shown, {last}(event_id) over () as read_through,
-                    sum(case when is_shown then length(payload) else 0 end) over (order by event_id {order}) - length(payload) as before
+                    sum(case when is_shown then length(payload) else 0 end) over (order by event_id {order} rows unbounded preceding) - length(payload) as before
              from (
                  select event_id, payload, is_output is false or not event_is_output(substring(payload from 1 for {HEAD_BYTES})) as is_shown
                  from event
@@ -149,27 +149,39 @@ pub async fn page(
         From::After(after) => (page_query(days), after),
         From::Before(before) => (backward_query(days), before),
     };
-    let rows = rows(pool, query, session, bound, limit, max_bytes).await?;
-    Ok(rows.iter().map(event).collect::<Result<_, _>>()?)
+    let events = read(pool, &query, session, bound, limit, max_bytes).await?;
+    Ok(events
+        .map(|(event_id, payload)| RecordedEvent {
+            event_id,
+            payload: payload.unwrap_or_default().into(),
+        })
+        .collect())
 }
 
-async fn rows(
+/// What a query of this module selects, in its order: ids, and payloads where it selects them. They
+/// come as one row of arrays: the client enters and leaves the current span several times for each
+/// row, which takes longer than all else about an event.
+async fn read(
     pool: &PgPool,
-    query: String,
+    query: &str,
     session: SessionId,
     bound: u64,
     limit: u32,
     max_bytes: u32,
-) -> Result<Vec<PgRow>, RpcError> {
+) -> Result<impl Iterator<Item = (u64, Option<Vec<u8>>)> + use<>, RpcError> {
     let max_bytes = if max_bytes == 0 { PAGE_BYTES_MAX } else { max_bytes.min(PAGE_BYTES_MAX) };
-    let query = sqlx::query(AssertSqlSafe(query))
+    let query = format!("select array_agg(event_id), array_agg(payload) from ({query}) as events");
+    let row = sqlx::query(AssertSqlSafe(query))
         .bind(session.uuid())
-        .bind(i64::try_from(bound).unwrap_or(i64::MAX));
-    Ok(query
+        .bind(i64::try_from(bound).unwrap_or(i64::MAX))
         .bind(i64::from(limit.clamp(1, 5000)))
         .bind(i64::from(max_bytes))
-        .fetch_all(pool)
-        .await?)
+        .fetch_one(pool)
+        .await?;
+    let ids: Option<Vec<i64>> = row.try_get(0)?;
+    let payloads: Option<Vec<Option<Vec<u8>>>> = row.try_get(1)?;
+    let ids = ids.unwrap_or_default().into_iter().map(i64::unsigned_abs);
+    Ok(ids.zip(payloads.unwrap_or_default()))
 }
 
 /// A page of a log without its raw output.
@@ -191,11 +203,10 @@ pub async fn shown(
 ) -> Result<Shown, RpcError> {
     let Some(days) = Days::of(pool, session).await? else { return Ok(Shown::default()) };
     let (From::After(bound) | From::Before(bound)) = from;
-    let rows = rows(pool, shown_query(from, days), session, bound, limit, max_bytes).await?;
+    let events = read(pool, &shown_query(from, days), session, bound, limit, max_bytes).await?;
     let mut shown = Shown::default();
-    for row in rows {
-        let event_id = row.try_get::<i64, _>(0)?.unsigned_abs();
-        match row.try_get::<Option<Vec<u8>>, _>(1)? {
+    for (event_id, payload) in events {
+        match payload {
             Some(payload) => shown.events.push(RecordedEvent { event_id, payload: payload.into() }),
             None if shown.events.is_empty() => shown.read_through = event_id,
             None => {}
