@@ -101,6 +101,9 @@ pub fn init(service: &'static str, settings: &Settings) -> Result<Telemetry, Exp
         .with_location(false)
         .with_threads(false)
         .with_tracked_inactivity(false)
+        // Spans have their parents from `tracing`; nothing reads OpenTelemetry's own context, which
+        // would be exchanged whenever a span is entered.
+        .with_context_activation(false)
         .with_filter(LevelFilter::INFO);
     let logs = fmt::layer().with_writer(std::io::stderr);
     let logs = if settings.json_logs {
