@@ -1,6 +1,9 @@
 //! What clients see of an event. Encoded once, and shared by all who read it.
 
-use std::{io, sync::OnceLock};
+use std::{
+    io::{self, Write as _},
+    sync::OnceLock,
+};
 
 use bytes::Bytes;
 use contract::session::{Output, SessionEvent, session_event::Kind};
@@ -255,16 +258,32 @@ pub fn anonymous_frame(body: &impl Serialize) -> Bytes {
 /// large.
 #[derive(Debug)]
 pub struct OutputFrame {
-    id: u64,
-    turn: u32,
+    pub id: u64,
+    pub turn: u32,
     output: Output,
     /// Bytes of the output that were written; none before the head was.
     at: Option<usize>,
 }
 
+/// The part of a [`SessionEvent`] that readers of its output see. The rest is not decoded.
+#[derive(Clone, PartialEq, prost::Message)]
+struct OutputEvent {
+    #[prost(uint32, tag = "1")]
+    turn: u32,
+    #[prost(message, optional, tag = "11")]
+    output: Option<Output>,
+}
+
 impl OutputFrame {
     pub fn new(id: u64, turn: u32, output: Output) -> Self {
         Self { id, turn, output, at: None }
+    }
+
+    /// Reads an event of the log where it is output.
+    #[must_use]
+    pub fn decode(id: u64, payload: Bytes) -> Option<Self> {
+        let event = OutputEvent::decode(payload).ok()?;
+        Some(Self::new(id, event.turn, event.output?))
     }
 
     fn whole(mut self) -> Bytes {
@@ -278,8 +297,11 @@ impl OutputFrame {
         let Self { id, turn, output, at } = self;
         let mut done = at.unwrap_or_else(|| {
             let stream = if output.stderr { "stderr" } else { "stdout" };
-            let head = format!("id: {id}\ndata: {{\"type\":\"output\",\"id\":{id},\"stream\":\"{stream}\",\"data\":\"");
-            bytes.extend_from_slice(head.as_bytes());
+            // Writing into memory does not fail.
+            let _ = write!(
+                bytes,
+                "id: {id}\ndata: {{\"type\":\"output\",\"id\":{id},\"stream\":\"{stream}\",\"data\":\""
+            );
             0
         });
         // Chunks end at characters, so that what is invalid here is invalid in the whole.
@@ -305,7 +327,7 @@ impl OutputFrame {
         *at = Some(done);
         let is_complete = done == output.data.len();
         if is_complete {
-            bytes.extend_from_slice(format!("\",\"turn\":{turn}}}\n\n").as_bytes());
+            let _ = write!(bytes, "\",\"turn\":{turn}}}\n\n");
         }
         is_complete
     }
@@ -314,12 +336,23 @@ impl OutputFrame {
 /// Output that is escaped between two looks at the size.
 const PIECE_BYTES: usize = 4096;
 
+/// Bytes at the beginning that are the same in a JSON string in ASCII.
+fn plain_bytes(text: &[u8]) -> usize {
+    let is_special = |byte: &u8| !matches!(byte, b' '..=b'~') || matches!(byte, b'"' | b'\\');
+    // Without a branch for each byte, which lets the compiler compare many at a time.
+    let is_plain =
+        |chunk: &&[u8; 16]| !chunk.iter().fold(false, |found, byte| found | is_special(byte));
+    let (chunks, _) = text.as_chunks();
+    let plain = 16 * chunks.iter().take_while(is_plain).count();
+    let (_, rest) = text.split_at(plain);
+    plain + rest.iter().position(is_special).unwrap_or(rest.len())
+}
+
 /// Appends the inside of a JSON string in ASCII.
 fn escape(bytes: &mut Vec<u8>, text: &str) {
-    let is_special = |byte: &u8| !matches!(byte, b' '..=b'~') || matches!(byte, b'"' | b'\\');
     let mut rest = text;
-    while let Some(at) = rest.as_bytes().iter().position(is_special) {
-        let (plain, special) = rest.split_at(at);
+    while !rest.is_empty() {
+        let (plain, special) = rest.split_at(plain_bytes(rest.as_bytes()));
         bytes.extend_from_slice(plain.as_bytes());
         let mut characters = special.chars();
         match characters.next() {
@@ -337,7 +370,6 @@ fn escape(bytes: &mut Vec<u8>, text: &str) {
         }
         rest = characters.as_str();
     }
-    bytes.extend_from_slice(rest.as_bytes());
 }
 
 /// JSON in pure ASCII: the published client splits lines at U+0085, U+2028 and U+2029 too
@@ -383,6 +415,7 @@ impl Formatter for Ascii {
 
 #[cfg(test)]
 mod tests {
+    use contract::session::{Checkpoint, Terminated};
     use proptest::prelude::*;
     use serde_json::Value;
 
@@ -405,6 +438,27 @@ mod tests {
             "id: 9\ndata: {\"type\":\"output\",\"id\":9,\"stream\":\"stdout\",\"data\":\"a\\u2028\\ud83d\\ude00\\u0085\\u0000\\\"\\n\",\"turn\":2}\n\n"
         );
         assert!(output(b"\xff").contains("\\ufffd"));
+    }
+
+    #[test]
+    fn stored_output_is_read_without_the_rest_of_its_event() {
+        let kind = Kind::Output(Output { stderr: true, data: Bytes::from_static(b"line\n") });
+        let checkpoint =
+            Checkpoint { stages_done: vec!["provision".to_owned()], ..Checkpoint::default() };
+        let event = SessionEvent {
+            turn: 3,
+            epoch: 2,
+            checkpoint: Some(checkpoint),
+            at_us: 5,
+            kind: Some(kind),
+            ..SessionEvent::default()
+        };
+        let payload = Bytes::from(event.encode_to_vec());
+        let frame = OutputFrame::decode(7, payload.clone()).unwrap();
+        let Visible::Output(whole) = Event::decode(7, payload).kind else { panic!("hidden") };
+        assert_eq!((frame.turn, frame.whole()), (3, whole));
+        let other = SessionEvent { kind: Some(Kind::Terminated(Terminated::default())), ..event };
+        assert!(OutputFrame::decode(7, other.encode_to_vec().into()).is_none());
     }
 
     proptest! {

@@ -23,6 +23,14 @@ pub fn page_bytes(streams: usize) -> u32 {
     (ALL_PAGES_BYTES / streams).clamp(PAGE_BYTES_MIN, PAGE_BYTES)
 }
 
+/// Whether a reader of a page may hold the next one beside it: the page was full, and two of each
+/// of so many streams are within the bound of all.
+pub fn has_room_ahead(streams: usize, page: &[RecordedEvent]) -> bool {
+    let is_full = page.len() >= PAGE_EVENTS as usize
+        || page.iter().map(|event| event.payload.len()).sum::<usize>() >= PAGE_BYTES as usize;
+    is_full && streams <= (ALL_PAGES_BYTES / PAGE_BYTES / 2) as usize
+}
+
 /// Reads the events after one.
 ///
 /// # Errors
@@ -162,5 +170,19 @@ mod tests {
             (PAGE_BYTES, PAGE_BYTES, PAGE_BYTES_MIN)
         );
         assert_eq!(page_bytes(1024), 128 * 1024);
+    }
+
+    #[test]
+    fn the_next_page_is_read_ahead_of_a_full_one_while_few_read() {
+        let page = |events: usize, bytes: usize| {
+            let payload = Bytes::from(vec![0; bytes]);
+            (0..events)
+                .map(|_| RecordedEvent { event_id: 1, payload: payload.clone() })
+                .collect::<Vec<_>>()
+        };
+        let few = PAGE_EVENTS as usize - 1;
+        assert!(has_room_ahead(1, &page(few + 1, 1)) && has_room_ahead(1, &page(2, 128 * 1024)));
+        assert!(!has_room_ahead(1, &page(few, 1)) && !has_room_ahead(1, &[]));
+        assert!(has_room_ahead(256, &page(few + 1, 1)) && !has_room_ahead(257, &page(few + 1, 1)));
     }
 }

@@ -7,12 +7,10 @@ use bus::RpcError;
 use bytes::Bytes;
 use contract::{
     rpc,
-    scheduler::{GetSessionRequest, ReadEventsReply, Session},
-    session::{SessionEvent, session_event::Kind},
+    scheduler::{GetSessionRequest, ReadEventsReply, RecordedEvent, Session},
 };
 use futures::{Stream, future::BoxFuture};
-use prost::Message as _;
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::watch, task::JoinSet, time::Instant};
 use types::{Backoff, ErrorCode, Partition, SessionId, SessionStatus};
 
 use crate::{
@@ -59,6 +57,8 @@ pub struct Reader {
     verdict: Option<(u64, bool)>,
     hub: Option<(Arc<Hub>, watch::Receiver<u64>)>,
     request: Option<BoxFuture<'static, Answer>>,
+    /// The page after the one that is being sent.
+    ahead: Option<PageAhead>,
     /// Requests in a row that brought nothing.
     attempts: u32,
     /// The hub's tail begins after this event: everything up to it is read from Postgres.
@@ -91,6 +91,12 @@ enum State {
 enum Pending {
     Shared(Arc<Event>),
     Stored(Stored),
+}
+
+/// A page that is read while what precedes it is sent.
+struct PageAhead {
+    after: u64,
+    page: JoinSet<Result<ReadEventsReply, RpcError>>,
 }
 
 /// What a request brought.
@@ -129,6 +135,7 @@ impl Reader {
             verdict: None,
             hub: None,
             request: None,
+            ahead: None,
             attempts: 0,
             floor: 0,
             state: State::Starting,
@@ -172,7 +179,11 @@ impl Reader {
         }
         let heartbeat_at = Instant::now() + HEARTBEAT;
         loop {
+            let cursor = self.progress.cursor;
             let bytes = self.render();
+            if self.progress.cursor != cursor {
+                self.last_event_at = Instant::now();
+            }
             if !bytes.is_empty() {
                 return Some(bytes);
             }
@@ -199,10 +210,15 @@ impl Reader {
             let Some(next) = self.pending.front() else { break };
             let event = match next {
                 Pending::Shared(event) => event.clone(),
-                Pending::Stored(stored) => match self.begin_output(stored.clone(), &mut bytes) {
-                    None => continue,
-                    Some(event) => Arc::new(event),
-                },
+                Pending::Stored(stored) => {
+                    if let Some(frame) = OutputFrame::decode(stored.id, stored.payload.clone()) {
+                        self.announce(frame.id, frame.turn, &mut bytes);
+                        self.pass(frame.id);
+                        self.partial = Some(frame);
+                        continue;
+                    }
+                    Arc::new(Event::decode(stored.id, stored.payload.clone()))
+                }
             };
             let frame = match &event.kind {
                 Visible::Hidden => None,
@@ -234,20 +250,6 @@ impl Reader {
         bytes.into()
     }
 
-    /// Begins to write a stored event where it is output; returns it where it is something else.
-    fn begin_output(&mut self, stored: Stored, bytes: &mut Vec<u8>) -> Option<Event> {
-        let mut event = SessionEvent::decode(stored.payload).unwrap_or_default();
-        match event.kind.take() {
-            Some(Kind::Output(output)) => {
-                self.announce(stored.id, event.turn, bytes);
-                self.partial = Some(OutputFrame::new(stored.id, event.turn, output));
-                self.pass(stored.id);
-                None
-            }
-            kind => Some(Event::new(stored.id, SessionEvent { kind, ..event })),
-        }
-    }
-
     fn announce(&mut self, id: u64, turn: u32, bytes: &mut Vec<u8>) {
         if self.progress.begins_turn(turn) {
             bytes.extend_from_slice(&anonymous_frame(&StreamEvent::TurnStart { id, turn }));
@@ -257,7 +259,6 @@ impl Reader {
     fn pass(&mut self, id: u64) {
         self.pending.pop_front();
         self.progress.cursor = id;
-        self.last_event_at = Instant::now();
         if let Some(opened) = self.silent_since.take() {
             metrics::histogram!("aod_stream_first_event_seconds").record(opened.elapsed());
         }
@@ -375,6 +376,7 @@ impl Reader {
             Answer::Page(Ok(page)) if page.events.is_empty() => self.at_end_of_page(page),
             Answer::Page(Ok(page)) => {
                 self.attempts = 0;
+                self.read_ahead(&page.events);
                 self.pending
                     .extend(page.events.into_iter().map(|event| Pending::Stored(event.into())));
             }
@@ -447,8 +449,27 @@ impl Reader {
         self.farewell = Some(anonymous_frame(last));
     }
 
-    fn ask_page(&self) -> BoxFuture<'static, Answer> {
+    /// Begins to read the next page where this one was full.
+    fn read_ahead(&mut self, page: &[RecordedEvent]) {
+        let streams = self.stream.count_all();
+        let Some(last) = page.last().filter(|_| history::has_room_ahead(streams, page)) else {
+            return;
+        };
+        let (bus, session, after) = (self.app.bus.clone(), self.session_id, last.event_id);
+        let max_bytes = history::page_bytes(streams);
+        let mut page = JoinSet::new();
+        page.spawn(async move { history::read_page(&bus, session, after, max_bytes).await });
+        self.ahead = Some(PageAhead { after, page });
+    }
+
+    fn ask_page(&mut self) -> BoxFuture<'static, Answer> {
         let (bus, session, after) = (self.app.bus.clone(), self.session_id, self.progress.cursor);
+        if let Some(mut ahead) = self.ahead.take().filter(|ahead| ahead.after == after) {
+            return Box::pin(async move {
+                let page = ahead.page.join_next().await.and_then(Result::ok);
+                Answer::Page(page.unwrap_or_else(|| Err(RpcError::internal("no page was read"))))
+            });
+        }
         let max_bytes = history::page_bytes(self.stream.count_all());
         let delay = self.delay();
         Box::pin(async move {
