@@ -13,14 +13,17 @@ use std::{
 use composefs_ioctls::mount::mount_setattr_idmap;
 use rustix::{
     fs::CWD,
-    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
+    mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount_remount, move_mount, open_tree},
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     process::Command,
 };
 
-use crate::{isolation::holder::Holder, sync::locked};
+use crate::{
+    isolation::{holder::Holder, oci::Access},
+    sync::locked,
+};
 
 const START_MAX: Duration = Duration::from_secs(10);
 
@@ -97,7 +100,7 @@ impl OwnerMap {
     ///
     /// # Errors
     /// Where the kernel or the file system cannot do that.
-    pub fn mount(&self, source: &Path, target: &Path) -> io::Result<()> {
+    pub fn mount(&self, source: &Path, target: &Path, access: Access) -> io::Result<()> {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         let mount = open_tree(CWD, source, flags)?;
         mount_setattr_idmap(&mount, &self.0).map_err(|error| {
@@ -105,6 +108,32 @@ impl OwnerMap {
                 format!("the owners of files in {} cannot be mapped: {error}", source.display());
             io::Error::new(error.kind(), why)
         })?;
-        Ok(move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+        move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+        if access == Access::ReadOnly {
+            let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+            mount_remount(target, MountFlags::BIND | flags, c"")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::mount::UnmountFlags;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_mounted_read_only_cannot_be_deleted_by_its_mount() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(source.path().join("file"), "").unwrap();
+        let map = OwnerMap::new(1_895_825_408, 2_000_224_256).await.unwrap();
+        map.mount(source.path(), target.path(), Access::ReadOnly).unwrap();
+        let removed = fs::remove_file(target.path().join("file"));
+        rustix::mount::unmount(target.path(), UnmountFlags::DETACH).unwrap();
+        assert_eq!(removed.unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
     }
 }

@@ -51,7 +51,7 @@ use crate::{
             kind::program_for_all,
         },
     },
-    network::{private_hosts::Forward, uplink::Namespace},
+    network::private_hosts::Forward,
 };
 
 /// How long a first command may take.
@@ -140,7 +140,12 @@ impl Sandboxes {
             && containers.runtime.program() != Program::Runsc
             && let Some(first_user) = containers.users.trial()
         {
-            match self.boot_as_root(containers, dir, NAME, network, first_user).await {
+            let mut tried = self.boot_as_root(containers, dir, NAME, network, first_user).await;
+            if tried.is_err() {
+                // What failed may be another thing, once.
+                tried = self.boot_as_root(containers, dir, NAME, network, first_user).await;
+            }
+            match tried {
                 Ok(holder) => {
                     if let Some(containers) = &mut self.containers {
                         containers.users.separate();
@@ -206,8 +211,8 @@ impl Sandboxes {
     /// Removes containers of this server that no known Sprite has.
     pub async fn remove_strays(&self, known: &[String]) {
         let Some(containers) = &self.containers else { return };
-        for id in containers.runtime.list().into_iter().filter(|id| !known.contains(id)) {
-            let _ = containers.runtime.delete(&id).await;
+        for id in containers.list().into_iter().filter(|id| !known.contains(id)) {
+            containers.remove(&id).await;
         }
     }
 
@@ -351,17 +356,11 @@ impl Sandboxes {
             holder.kill().await;
         }
         if let Some(containers) = &self.containers {
-            let _ = containers.runtime.delete(&container_id(dir)).await;
-            let place = containers.place(dir);
-            Namespace::remove(&place.join("net"));
-            let _ = rustix::mount::unmount(place.join("root"), UnmountFlags::DETACH);
-            match conceal(&place) {
-                Ok(()) => drop(fs::remove_dir_all(place)),
-                Err(error) => {
-                    tracing::warn!(%error, place = %place.display(), "failed to unmount what a Sprite saw of the machine")
-                }
+            containers.remove(&container_id(dir)).await;
+            // Processes that cannot be killed yet stay the only ones of their users.
+            if holder.is_none_or(|holder| !holder.is_alive()) {
+                containers.users.release(&container_id(dir));
             }
-            containers.users.release(&container_id(dir));
         }
         self.disks.unmount_image(dir);
     }

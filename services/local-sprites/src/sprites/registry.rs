@@ -420,7 +420,7 @@ impl Registry {
             locked(&sprite.inside).abort_all();
             sprite.services.forget_all();
             registry.end(&hold).await;
-            registry.sandboxes.destroy(sprite.dir(), None).await;
+            registry.sandboxes.destroy(sprite.dir(), sprite.record().holder).await;
             Ok(())
         })
         .await

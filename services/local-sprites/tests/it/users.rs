@@ -1,6 +1,12 @@
 //! Which users of the machine Sprites' users are: each Sprite's are others.
 
-use std::{fs, os::unix::fs::MetadataExt as _, path::Path, process::Command};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use rustix::process::Signal;
 use serde_json::json;
@@ -206,4 +212,105 @@ async fn a_sprite_with_the_ids_that_all_had_runs_on_and_gets_ids_of_its_own() {
         assert_eq!(said(sprite, "stat -c %u:%g own given").await, "1001:1001\n5:1001\n");
         check_owners(&server, sprite).await;
     }
+}
+
+/// The directory of a Sprite.
+fn directory(server: &Server, sprite: &str) -> PathBuf {
+    let mut sprites = fs::read_dir(server.data.path().join("sprites")).unwrap().flatten();
+    let is_it = |name: &str| name.rsplit_once('.').is_some_and(|(name, _)| name == sprite);
+    sprites.find(|entry| is_it(entry.file_name().to_str().unwrap())).unwrap().path()
+}
+
+/// Runs a command that succeeds.
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What a server that was killed while it started a sandbox left mounted.
+struct LeftMounted(PathBuf);
+
+impl LeftMounted {
+    fn new(place: PathBuf, source: &Path) -> Self {
+        let left = Self(place);
+        for mount in ["root", "root", "exposed/image"] {
+            let target = left.0.join(mount);
+            fs::create_dir_all(&target).unwrap();
+            run("mount", &["--bind", source.to_str().unwrap(), target.to_str().unwrap()]);
+        }
+        left
+    }
+}
+
+impl Drop for LeftMounted {
+    fn drop(&mut self) {
+        for mount in ["root", "root", "exposed/image"] {
+            let mut unmount = Command::new("umount");
+            unmount.args(["--quiet", "--lazy"]).arg(self.0.join(mount));
+            let _ = unmount.stderr(Stdio::null()).status();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_removes_mounts_that_one_before_left_and_deletes_no_file_that_they_show() {
+    if !is_possible() {
+        return;
+    }
+    let mut server = Server::start(&[]).await;
+    server.sprite("left").await;
+    let id = directory(&server, "left").extension().unwrap().to_str().unwrap().to_owned();
+    let places = fs::read_dir("/run").unwrap().flatten().map(|entry| entry.path().join(&id));
+    let place = places.into_iter().find(|place| place.exists()).unwrap();
+    // Ends the Sprite as well.
+    server.end(Signal::INT).await;
+    let image = tempfile::tempdir().unwrap();
+    fs::write(image.path().join("kept"), "").unwrap();
+    let forgotten = place.with_file_name("0123456789abcdef0123456789abcdef");
+    let left = [place, forgotten].map(|place| LeftMounted::new(place, image.path()));
+    server.run().await;
+    assert!(image.path().join("kept").exists());
+    for LeftMounted(place) in &left {
+        assert!(!place.exists(), "{}", place.display());
+    }
+}
+
+/// A Sprite's disk that takes no writes: who writes to it cannot be killed.
+struct Frozen(tempfile::TempDir);
+
+impl Frozen {
+    fn new(image: &Path) -> Self {
+        let device =
+            run("losetup", &["--noheadings", "--output", "NAME", "-j", image.to_str().unwrap()]);
+        let frozen = Self(tempfile::tempdir().unwrap());
+        run("mount", &[device.trim(), frozen.0.path().to_str().unwrap()]);
+        run("fsfreeze", &["--freeze", frozen.0.path().to_str().unwrap()]);
+        frozen
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(self.0.path()).status();
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn no_sprite_gets_the_user_ids_of_processes_that_cannot_be_killed_yet() {
+    if !is_possible() {
+        return;
+    }
+    let server = Server::start(&[("LOCAL_SPRITES_DISK_MB", "200")]).await;
+    let stuck = server.sprite("stuck").await;
+    bash(&stuck, "(setsid sh -c 'sleep 3; echo > written' >/dev/null 2>&1 &)").await;
+    let before = user(&stuck).await;
+    let frozen = Frozen::new(&directory(&server, "stuck").join("disk.img"));
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    call(&server, "DELETE", "stuck", String::new()).await;
+    let next = server.sprite("next").await;
+    let next_user = user(&next).await;
+    drop(frozen);
+    assert_ne!(next_user, before);
 }

@@ -158,8 +158,8 @@ impl Sandboxes {
     ) -> io::Result<()> {
         let (image, content) = match map {
             Some(map) => (
-                expose_mapped(place, "image", &self.kind.rootfs, map)?,
-                expose_mapped(place, "disk", content, map)?,
+                expose_mapped(place, "image", &self.kind.rootfs, map, Access::ReadOnly)?,
+                expose_mapped(place, "disk", content, map, Access::ReadWrite)?,
             ),
             None => (self.kind.rootfs.clone(), content.to_owned()),
         };

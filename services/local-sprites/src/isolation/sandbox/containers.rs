@@ -8,16 +8,19 @@ use std::{
 
 use rustix::mount::UnmountFlags;
 
-use crate::isolation::{
-    holder::Holder,
-    oci::Access,
-    owners::{OwnerMap, OwnerMaps},
-    runtime::{Program, Runtime},
-    sandbox::{
-        error::{SandboxError, io_error},
-        kind::Kind,
+use crate::{
+    isolation::{
+        holder::Holder,
+        oci::Access,
+        owners::{OwnerMap, OwnerMaps},
+        runtime::{Program, Runtime},
+        sandbox::{
+            error::{SandboxError, io_error},
+            kind::Kind,
+        },
+        users::UserRanges,
     },
-    users::UserRanges,
+    network::uplink::Namespace,
 };
 
 /// Where sandboxes are put together: users that this machine does not know have to reach their
@@ -69,6 +72,40 @@ impl Containers {
     pub fn place(&self, dir: &Path) -> PathBuf {
         self.run_dir.join(container_id(dir))
     }
+
+    /// The containers that the runtime knows, and those that something is left of.
+    pub fn list(&self) -> Vec<String> {
+        let mut found = self.runtime.list();
+        let entries = fs::read_dir(&self.run_dir).into_iter().flatten().flatten();
+        let places = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        found.extend(places.filter(|place| !STATE_DIRS.contains(&place.as_str())));
+        found
+    }
+
+    /// Removes a container and the mounts that it was put together with.
+    pub async fn remove(&self, id: &str) {
+        let _ = self.runtime.delete(id).await;
+        let place = self.run_dir.join(id);
+        Namespace::remove(&place.join("net"));
+        if let Err(error) = clear(&place) {
+            tracing::warn!(%error, place = %place.display(), "failed to unmount what a Sprite saw of the machine");
+        }
+    }
+}
+
+/// Removes a sandbox's place. Never what is in a directory: were something still mounted there, it
+/// would be files of the image, which all Sprites share.
+fn clear(place: &Path) -> io::Result<()> {
+    let root = place.join("root");
+    while rustix::mount::unmount(&root, UnmountFlags::DETACH).is_ok() {}
+    conceal(place)?;
+    for dir in [root.as_path(), place] {
+        match fs::remove_dir(dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Mounts what a sandbox sees of the machine where its users reach it: `runsc` looks for it as one
@@ -95,10 +132,11 @@ pub fn expose_mapped(
     name: &str,
     source: &Path,
     map: &OwnerMap,
+    access: Access,
 ) -> io::Result<PathBuf> {
     let target = place.join(EXPOSED).join(name);
     fs::create_dir_all(&target)?;
-    map.mount(source, &target)?;
+    map.mount(source, &target, access)?;
     Ok(target)
 }
 
@@ -116,11 +154,14 @@ pub fn conceal(place: &Path) -> io::Result<()> {
     }
 }
 
+/// What runtimes know of their containers, beside the places of these.
+const STATE_DIRS: [&str; 2] = ["runtime", "runsc"];
+
 /// Runtimes of one kind read each other's containers.
 fn state_dir(runtime: Program) -> &'static str {
     match runtime {
-        Program::Runc | Program::Crun => "runtime",
-        Program::Runsc => "runsc",
+        Program::Runc | Program::Crun => STATE_DIRS[0],
+        Program::Runsc => STATE_DIRS[1],
     }
 }
 
