@@ -12,9 +12,9 @@ use std::{
 
 use crate::{isolation::holder::Holder, sync::locked};
 
-/// The first id of the ranges, the one after the range of `scripts/foreign-owners.py`. Neither
-/// systemd nor `/etc/subuid` gives these out.
-const FIRST: u32 = 0x7101_0000;
+/// The first id of the ranges: neither systemd's containers (to 0x6FFF_FFFF), `/etc/subuid`
+/// (600100000 by default) nor the mapped users of SSSD and FreeIPA (2000200000) go as far.
+const FIRST: u32 = 0x7739_0000;
 /// How many there are. They end far below the ids that systemd names next (0x7FFE0000).
 const RANGES: u32 = 2048;
 
@@ -76,7 +76,11 @@ impl UserRanges {
 
     fn free(&self, taken: &BTreeMap<String, u32>) -> Option<u32> {
         let taken: BTreeSet<u32> = taken.values().copied().collect();
-        self.all().skip(1).find(|first| !taken.contains(first))
+        // One that was adopted may begin anywhere: it may be that of an earlier image.
+        let overlaps = |first: u32| {
+            taken.range(first - (Holder::UIDS - 1)..first + Holder::UIDS).next().is_some()
+        };
+        self.all().skip(1).find(|first| !overlaps(*first))
     }
 
     /// A container of a server before this one has a range.
@@ -142,6 +146,17 @@ mod tests {
         users.keep("before".to_owned(), first);
         assert_ne!(users.take("now"), Some(first));
         assert_eq!(users.take("before"), Some(first));
+    }
+
+    #[test]
+    fn no_sandbox_gets_users_of_an_adopted_one_whose_range_begins_elsewhere() {
+        let users = separate(1_895_825_408);
+        let adopted = FIRST + 2 * Holder::UIDS + 7;
+        users.keep("before".to_owned(), adopted);
+        for name in ["one", "two"] {
+            let first = users.take(name).unwrap();
+            assert!(!overlap(first, adopted), "{first}");
+        }
     }
 
     #[test]
