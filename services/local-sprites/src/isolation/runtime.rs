@@ -95,10 +95,13 @@ impl Runtime {
             .arg(bundle)
             .arg(id);
         // A group of its own: a signal to the server's group does not reach the container.
-        let status = command.process_group(0).stdout(Stdio::null()).stderr(Stdio::null()).status();
-        let status = tokio::time::timeout(START_MAX, status)
-            .await
-            .map_err(|_| io::Error::other("the OCI runtime does not end"))?;
+        command.process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
+        // One that takes too long would start a container later, of which no one knows.
+        let status = command.kill_on_drop(true).status();
+        let Ok(status) = tokio::time::timeout(START_MAX, status).await else {
+            let _ = self.delete(id).await;
+            return Err(io::Error::other("the OCI runtime does not end"));
+        };
         let status = status
             .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", self.program)))?;
         let pid = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());

@@ -290,6 +290,9 @@ async fn deep_directories_end_no_server() {
         }
         server.client().delete(&"deep".parse().unwrap()).await.unwrap();
         assert_eq!(said(&server.sprite("next").await, "echo fine").await, "fine\n");
-        assert!(fs::read_dir(server.data.path().join("sprites")).unwrap().count() == 1);
+        // On a busy machine a client may give up before the last of them is deleted.
+        let sprites = server.data.path().join("sprites");
+        let is_alone = async || fs::read_dir(&sprites).unwrap().count() == 1;
+        eventually("the directories are deleted", is_alone).await;
     }
 }
