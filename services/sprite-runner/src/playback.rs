@@ -273,7 +273,7 @@ impl Playback {
                     self.requests.extend(snapshot.requests.iter().map(|request| request.id));
                 }
             }
-            Some(record::Kind::StepStarted(_)) => {
+            Some(record::Kind::StepStarted(_)) if !self.is_of_turn() => {
                 self.is_inside = true;
                 self.streams.iter_mut().for_each(|stream| stream.tail.clear());
             }

@@ -440,3 +440,22 @@ fn a_set_up_that_is_read_again_yields_no_duplicate_events() {
         assert_eq!(playback.step("a", &[]).unwrap().exit_code, Some(3));
     }
 }
+
+/// A runner that takes over after the set-up may find the journal's beginning in the checkpoint.
+#[test]
+fn a_turn_that_is_read_from_before_the_set_up_has_none_of_its_output() {
+    let step = StepStarted { input_id: "step".to_owned(), name: String::new() };
+    let journal = journal(vec![
+        record::Kind::StepStarted(step),
+        output(false, b"set-up"),
+        record::Kind::StepEnded(StepEnded::default()),
+        started(TURN),
+        output(false, b"turn"),
+        ended(TURN),
+    ]);
+    let mut log = Log::default();
+    let beginning = Checkpoint { journal_offset: 3, ..Checkpoint::default() };
+    let all = (&Masker::default(), u64::MAX);
+    play_on(&mut log, &journal, &beginning, all, usize::MAX, usize::MAX, &[]);
+    assert_eq!(log.seen().0[0], b"turn");
+}
