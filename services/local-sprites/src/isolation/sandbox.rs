@@ -268,7 +268,7 @@ impl Sandboxes {
         };
         let first_user = containers.users.take(&container_id(dir)).ok_or_else(|| {
             SandboxError::Boot(
-                "all ranges of user ids are in use: delete Sprites, then retry".to_owned(),
+                "all ranges of user ids are in use: delete Sprites, or wait until idle ones are stopped".to_owned(),
             )
         })?;
         self.boot_as_root(containers, dir, hostname, network, first_user).await
