@@ -2,6 +2,7 @@
 
 pub mod list;
 pub mod managed;
+mod new;
 pub mod quota;
 pub mod row;
 pub mod spares;
@@ -20,12 +21,13 @@ use contract::{
 use serde_json::Value;
 use sqlx::{PgConnection, Row as _};
 use types::{
-    AgentId, CredentialKind, EnvironmentId, ErrorCode, ModelRef, Partition, Runtime, SessionId,
-    SessionStatus, UserId, WhenBusy, file::FileKind,
+    AgentId, CredentialKind, EnvironmentId, ErrorCode, InputId, ModelRef, Partition, Runtime,
+    SessionId, SessionStatus, UserId, WhenBusy, file::FileKind,
 };
 use uuid::Uuid;
 
 use self::{
+    new::{FirstTurn, NewSession},
     row::{SessionRow, find, lock, missing, partition, session_columns},
     spares::Sandbox,
 };
@@ -63,8 +65,13 @@ pub async fn create(
     request: CreateSessionRequest,
 ) -> Result<CreateSessionReply, RpcError> {
     let outcome = idempotency::retried(|| async {
+        if is_one_statement(&scheduler, &request)
+            && let Some(reply) = create_at_once(&scheduler, &request).await?
+        {
+            return Ok(reply);
+        }
         let mut tx = scheduler.pool.begin().await?;
-        let outcome = create_in(&scheduler, &mut tx, request.clone()).await;
+        let outcome = create_in(&scheduler, &mut tx, &request).await;
         idempotency::finish(tx, outcome).await
     })
     .await;
@@ -104,14 +111,39 @@ pub async fn create(
 /// The route of idempotency keys of creations.
 const ROUTE: &str = "sessions";
 
+/// Whether a session begins with a turn and nothing but the two is written or locked.
+fn is_one_statement(scheduler: &Scheduler, request: &CreateSessionRequest) -> bool {
+    let begins_alone = !request.is_v1 || request.initial_messages.len() == 1;
+    begins_alone
+        && request.once.is_none()
+        && request.agent_override.is_none()
+        && request.budget.is_none()
+        && request.files.is_empty()
+        && matches!(&*request.vault_ids, "" | "[]")
+        && !scheduler.spares.is_on()
+}
+
+/// Creates a session without a transaction around its statement. Returns `None` if its user's quota
+/// may leave no room.
+async fn create_at_once(
+    scheduler: &Scheduler,
+    request: &CreateSessionRequest,
+) -> Result<Option<CreateSessionReply>, RpcError> {
+    let mut connection = scheduler.pool.acquire().await?;
+    let (new, agent) = plan(scheduler, &mut connection, owner(request)?, request).await?;
+    let row = new.insert(&mut connection, Some(request.session_limit)).await?;
+    Ok(row.map(|row| {
+        let session = Session { agent: shown_agent(request, agent), ..created(row, request) };
+        CreateSessionReply { session: Some(session), replayed: false }
+    }))
+}
+
 async fn create_in(
     scheduler: &Scheduler,
     tx: &mut PgConnection,
-    request: CreateSessionRequest,
+    request: &CreateSessionRequest,
 ) -> Result<CreateSessionReply, RpcError> {
-    let user: UserId =
-        request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))?;
-    let id = idempotency::chosen(&request.session_id, SessionId::new)?;
+    let user = owner(request)?;
     let earlier = idempotency::earlier_creation::<Session>(
         tx,
         user,
@@ -121,10 +153,68 @@ async fn create_in(
     );
     if let Some(session) = earlier.await? {
         let adopted = spares::adopted_for(&mut *tx, &request.session_id).await?;
-        let first = adopted.map_or(request.session_id, |id| id.to_string());
+        let first = adopted.map_or_else(|| request.session_id.clone(), |id| id.to_string());
         let replayed = session.session_id != first;
         return Ok(CreateSessionReply { session: Some(session), replayed });
     }
+    let (new, agent) = plan(scheduler, tx, user, request).await?;
+    let begins = new.first.is_some();
+    if begins {
+        quota::enforce(tx, user, request.session_limit).await?;
+    }
+    let id = new.id();
+    let row = new.insert(tx, None).await?;
+    let row = row.ok_or_else(|| RpcError::internal("a session was not written"))?;
+    files::give(tx, user, id, &request.files).await?;
+    if let Some(budget) = &request.budget {
+        budgets::write(tx, Scope::Session, id.uuid(), budget).await?;
+    }
+    if let [_, others @ ..] = &*request.initial_messages {
+        let (seconds, key) = (request.timeout_seconds, &request.key_id);
+        inputs::queue::enqueue_others(tx, id, others, seconds, key).await?;
+    }
+    let max = scheduler.prepared_sessions_max;
+    // The claim asks again. A job that it refuses would keep others from being prepared: their
+    // runner waits for a message before it claims.
+    if !begins && !new.sandbox.is_prepared && max > 0 && claims::may_prepare(tx, user, max).await? {
+        turns::prepare(tx, id).await?;
+    }
+    let mut session = created(row, request);
+    idempotency::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
+    session.agent = shown_agent(request, agent);
+    Ok(CreateSessionReply { session: Some(session), replayed: false })
+}
+
+fn owner(request: &CreateSessionRequest) -> Result<UserId, RpcError> {
+    request.user_id.parse().map_err(|_| RpcError::not_found("User not found"))
+}
+
+/// A session that was written, as its creator sees it.
+fn created(row: SessionRow, request: &CreateSessionRequest) -> Session {
+    let mut session = Session::from(row);
+    if request.is_v1 {
+        let begins = !request.initial_messages.is_empty();
+        session.v1_status = if begins { "running" } else { "idle" }.to_owned();
+    }
+    session
+}
+
+/// The agent of a new session, where the Managed Agents API asks. One of its own is read later.
+fn shown_agent(
+    request: &CreateSessionRequest,
+    agent: AgentRow,
+) -> Option<contract::scheduler::Agent> {
+    (request.is_v1 && request.agent_override.is_none()).then(|| agent.into())
+}
+
+/// Checks a request, and returns the session that is to be written, with its agent.
+async fn plan<'a>(
+    scheduler: &Scheduler,
+    connection: &mut PgConnection,
+    user: UserId,
+    request: &'a CreateSessionRequest,
+) -> Result<(NewSession<'a>, AgentRow), RpcError> {
+    let id = idempotency::chosen(&request.session_id, SessionId::new)?;
     let agent: AgentId =
         request.agent_id.parse().map_err(|_| RpcError::not_found("Agent not found"))?;
     let override_id = request.environment_id.as_deref().map(str::parse::<EnvironmentId>);
@@ -142,7 +232,7 @@ async fn create_in(
     .bind(user.uuid())
     .bind(override_id.as_ref().and_then(|id| id.as_ref().ok()).map(|id| id.uuid()))
     .bind(request.agent_version.map(|version| i32::try_from(version).unwrap_or(i32::MAX)))
-    .fetch_optional(&mut *tx)
+    .fetch_optional(&mut *connection)
     .await?
     .ok_or_else(|| RpcError::not_found("Agent not found"))?;
     if template.agent.archived_at.is_some() {
@@ -171,7 +261,7 @@ async fn create_in(
     } else {
         parsed_json(&request.vault_ids)?
     };
-    brought.extend(vaults::check(tx, user, &vault_ids).await?);
+    brought.extend(vaults::check(connection, user, &vault_ids).await?);
     check_credentials(runtime, &request.credential_kinds, &brought)?;
     let model = ModelRef::parse(runtime, model).map_err(RpcError::internal)?;
     let collects_outputs = request.is_v1 && scheduler.files.store.is_some();
@@ -183,84 +273,47 @@ async fn create_in(
         working_directory: request.working_directory.clone(),
         collects_outputs,
     };
-    let sandbox = match spares::adopt(scheduler, tx, &request, prepared_for).await? {
+    let sandbox = match spares::adopt(scheduler, connection, request, prepared_for).await? {
         Some(spare) => spare,
         None => Sandbox::of_new(scheduler, id)?,
     };
     let id = SessionId::from_uuid(sandbox.session_id);
     let agent_version = match own {
         None => template.agent.version,
-        Some(own) => agents::override_agent(tx, agent.uuid(), id, own).await?,
+        Some(own) => agents::override_agent(connection, agent.uuid(), id, own).await?,
     };
-    let messages = &request.initial_messages;
-    let begins = !request.is_v1 || !messages.is_empty();
-    let (status, turn_count) =
-        if begins { (SessionStatus::Pending, 1) } else { (SessionStatus::Completed, 0) };
-    if begins {
-        quota::enforce(tx, user, request.session_limit).await?;
-    }
-    let row: SessionRow = sqlx::query_as(concat!(
-        "insert into session (session_id, user_id, agent_id, agent_version, environment_id, environment_version, runtime, provider,
-                              sprite, conversation_id, metadata, resources, secret_id, event_partition, working_directory, status, turn_count,
-                              title, vault_ids, collects_outputs, prepared_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, case when $21 then now() end)
-         returning ",
-        session_columns!()
-    ))
-    .bind(id.uuid())
-    .bind(user.uuid())
-    .bind(agent.uuid())
-    .bind(agent_version)
-    .bind(template.session_environment_id)
-    .bind(template.environment_version)
-    .bind(runtime.as_str())
-    .bind(model.provider().map(types::Provider::as_str))
-    .bind(&sandbox.sprite)
-    .bind(sandbox.conversation_id)
-    .bind(parsed_json(&request.metadata)?)
-    .bind(parsed_json(&request.resources)?)
-    .bind(secret_id(request.secret_id.as_deref())?)
-    .bind(sandbox.event_partition)
-    .bind(request.working_directory.as_deref())
-    .bind(status.as_str())
-    .bind(turn_count)
-    .bind(&request.title)
-    .bind(vault_ids)
-    .bind(collects_outputs)
-    .bind(sandbox.is_prepared)
-    .fetch_one(&mut *tx)
-    .await
-    .map_err(|error| {
-        // Deleted a moment ago.
-        if store::violates(&error, "session_environment_id_fkey") {
-            environments::missing()
-        } else {
-            idempotency::not_inserted(error, "session_pkey")
-        }
-    })?;
-    files::give(tx, user, id, &request.files).await?;
-    if let Some(budget) = &request.budget {
-        budgets::write(tx, Scope::Session, id.uuid(), budget).await?;
-    }
-    let mut session = Session::from(row);
-    if request.is_v1 {
-        session.v1_status = if begins { "running" } else { "idle" }.to_owned();
-        inputs::queue::begin_with(tx, id, messages, request.timeout_seconds, &request.key_id)
-            .await?;
-        let max = scheduler.prepared_sessions_max;
-        // The claim asks again. A job that it refuses would keep others from being prepared: their
-        // runner waits for a message before it claims.
-        if !begins && !sandbox.is_prepared && max > 0 && claims::may_prepare(tx, user, max).await? {
-            turns::prepare(tx, id).await?;
-        }
+    let first = if request.is_v1 {
+        request.initial_messages.first().map(|text| FirstTurn {
+            prompt: text,
+            timeout_seconds: request.timeout_seconds,
+            message: Some((InputId::new(), request.key_id.parse().ok())),
+        })
     } else {
-        turns::insert(tx, id, 1, &request.prompt, request.timeout_seconds, None).await?;
-    }
-    idempotency::remember(tx, user, ROUTE, request.once.as_ref(), &session).await?;
-    if request.is_v1 && own.is_none() {
-        session.agent = Some(template.agent.into());
-    }
-    Ok(CreateSessionReply { session: Some(session), replayed: false })
+        Some(FirstTurn {
+            prompt: &request.prompt,
+            timeout_seconds: request.timeout_seconds,
+            message: None,
+        })
+    };
+    let new = NewSession {
+        user,
+        agent: agent.uuid(),
+        agent_version,
+        environment: template.session_environment_id,
+        environment_version: template.environment_version,
+        runtime,
+        provider: model.provider(),
+        sandbox,
+        metadata: parsed_json(&request.metadata)?,
+        resources: parsed_json(&request.resources)?,
+        secret: secret_id(request.secret_id.as_deref())?,
+        vault_ids,
+        working_directory: request.working_directory.as_deref(),
+        title: request.title.as_deref(),
+        collects_outputs,
+        first,
+    };
+    Ok((new, template.agent))
 }
 
 /// One of the runtime's credentials is stored, or the environment brings it; and there is an

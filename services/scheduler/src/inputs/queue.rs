@@ -60,23 +60,20 @@ fn check_queue(count: i64, bytes: i64, more: usize) -> Result<(), RpcError> {
     Ok(())
 }
 
-/// The messages that a new session begins with: the first is that of its first turn, the others
-/// wait for the turn's end.
-pub async fn begin_with(
+/// The messages of a new session that wait for the end of its first turn.
+pub async fn enqueue_others(
     tx: &mut PgConnection,
     session: SessionId,
-    messages: &[String],
+    others: &[String],
     timeout_seconds: u32,
     key_id: &str,
 ) -> Result<(), RpcError> {
-    let Some((first, others)) = messages.split_first() else { return Ok(()) };
-    let new = |text| New { text, timeout_seconds, ..New::of(InputKind::Message, key_id) };
     check_queue(others.len() as i64, 0, others.iter().map(String::len).sum())?;
-    let input = new(first).of_turn(1).insert(tx, session).await?;
     for text in others {
-        new(text).insert(tx, session).await?;
+        let new = New { text, timeout_seconds, ..New::of(InputKind::Message, key_id) };
+        new.insert(tx, session).await?;
     }
-    turns::insert(tx, session, 1, first, timeout_seconds, Some(input.input_id)).await
+    Ok(())
 }
 
 /// Begins the next turn from the oldest queued message, or refuses the queued messages. `session`

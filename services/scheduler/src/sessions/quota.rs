@@ -11,27 +11,50 @@ use types::{ErrorCode, UserId};
 /// Quotas up to this are not worth the distinction.
 const SMALL: u32 = 1000;
 
+/// Whether a creation takes the lock of a quota alone.
+pub const fn is_alone(limit: u32) -> bool {
+    limit <= SMALL
+}
+
+/// Takes the lock of a user's quota, alone or with others, until the transaction ends. True if
+/// there is then room for one more, and for those that share the lock.
+macro_rules! has_room {
+    ($user:literal, $limit:literal, $is_alone:literal) => {
+        concat!(
+            "lock_active_sessions(",
+            $user,
+            ", ",
+            $is_alone,
+            ")
+                 + case when ",
+            $is_alone,
+            " then 0 else current_setting('max_connections')::bigint end < ",
+            $limit
+        )
+    };
+}
+pub(crate) use has_room;
+
 /// Makes sure that there is room for one more, until the transaction ends.
 ///
 /// # Errors
 /// When there is none.
 pub async fn enforce(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<(), RpcError> {
-    let lock = format!("(hashtextextended('quota {user}', 0))");
-    if limit > SMALL {
-        // Made of an id alone. A lock cannot be exchanged for the other kind; it goes with its
-        // savepoint.
-        let shared = format!("savepoint quota; select pg_advisory_xact_lock_shared{lock}");
-        sqlx::raw_sql(sqlx::AssertSqlSafe(shared)).execute(&mut *tx).await?;
-        let (active, under_way) = count(tx, user).await?;
-        if active + under_way < i64::from(limit) {
+    if !is_alone(limit) {
+        // A lock cannot be exchanged for the other kind; it goes with its savepoint.
+        sqlx::raw_sql("savepoint quota").execute(&mut *tx).await?;
+        let has_room = sqlx::query_scalar(concat!("select ", has_room!("$1", "$2", "false")))
+            .bind(user.uuid())
+            .bind(i64::from(limit));
+        if has_room.fetch_one(&mut *tx).await? {
             return Ok(());
         }
         sqlx::raw_sql("rollback to savepoint quota").execute(&mut *tx).await?;
     }
-    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("select pg_advisory_xact_lock{lock}")))
-        .execute(&mut *tx)
+    let active: i64 = sqlx::query_scalar("select lock_active_sessions($1, true)")
+        .bind(user.uuid())
+        .fetch_one(tx)
         .await?;
-    let (active, _) = count(tx, user).await?;
     if active < i64::from(limit) {
         return Ok(());
     }
@@ -41,17 +64,4 @@ pub async fn enforce(tx: &mut PgConnection, user: UserId, limit: u32) -> Result<
     Err(RpcError::new(ErrorCode::ResourceExhausted, message)
         .with_number("limit", i64::from(limit))
         .with_number("active", active))
-}
-
-/// A user's active sessions, and how many creations can be under way at most.
-async fn count(tx: &mut PgConnection, user: UserId) -> Result<(i64, i64), RpcError> {
-    sqlx::query_as(
-        "select coalesce(sum(sessions), 0), current_setting('max_connections')::bigint
-         from active_sessions
-         where user_id = $1",
-    )
-    .bind(user.uuid())
-    .fetch_one(tx)
-    .await
-    .map_err(RpcError::from)
 }

@@ -47,7 +47,7 @@ impl Demand {
         Self { limits, creators: Mutex::default() }
     }
 
-    const fn is_on(&self) -> bool {
+    pub const fn is_on(&self) -> bool {
         self.limits.all > 0 && self.limits.of_user > 0
     }
 

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use bus::RpcError;
+use bus::{RpcError, trace};
 use contract::{
     runner::RunTurn,
     scheduler::{ListPartsRequest, ListTurnsReply, Turn},
     session, subject,
 };
-use sqlx::PgConnection;
+use prost::Message as _;
+use sqlx::{PgConnection, Postgres, postgres::PgArguments, query::QueryAs};
 use time::OffsetDateTime;
 use types::{
     SessionId, UserId,
@@ -16,7 +17,7 @@ use types::{
 };
 use uuid::Uuid;
 
-use super::row::{SessionRow, find, missing, session_columns};
+use super::row::{SessionRow, find, missing};
 use crate::{
     Scheduler,
     db::page::{List, PageStart},
@@ -24,33 +25,62 @@ use crate::{
     micros, unsigned,
 };
 
-/// A pending turn, and the job that runs it.
-pub async fn insert(
-    tx: &mut PgConnection,
-    session: SessionId,
-    number: i32,
-    prompt: &str,
-    timeout_seconds: u32,
-    input: Option<Uuid>,
-) -> Result<(), RpcError> {
-    let deadline =
-        PROVISIONING_MAX + Duration::from_secs(u64::from(timeout_seconds)) + SETTLE_GRACE;
-    sqlx::query(
-        "insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after, input_id, begun_after)
-         values ($1, $2, $3, $4, 'pending', now() + make_interval(secs => $5), 1, now() + make_interval(secs => $6), $7,
-                 coalesce((select last_event_id from event_log where session_id = $1), 0))",
-    )
-    .bind(session.uuid())
-    .bind(number)
-    .bind(prompt)
-    .bind(i32::try_from(timeout_seconds).unwrap_or(i32::MAX))
-    .bind(deadline.as_secs_f64())
-    .bind(rules::ownership::OFFERS.jittered(1).as_secs_f64())
-    .bind(input)
-    .execute(&mut *tx)
-    .await?;
-    let job = RunTurn { session_id: session.to_string(), turn: unsigned(number) };
-    enqueue(tx, &subject::turn_run(session), &job).await
+/// A pending turn that is to be written.
+pub struct NewTurn<'a> {
+    pub session: SessionId,
+    pub number: i32,
+    pub prompt: &'a str,
+    pub timeout_seconds: u32,
+    /// The message that became it.
+    pub input: Option<Uuid>,
+}
+
+/// A statement that writes a session and returns its row. With the same statement its next turn is
+/// written, and the job that runs it, unless the prompt is null. [`NewTurn::bind`] binds the
+/// parameters up to `$9`.
+macro_rules! beginning_turn {
+    ($session:expr, $more:literal) => {
+        concat!(
+            "with written as (", $session, " returning ", $crate::sessions::row::session_columns!(), "),
+             turn as (
+                 insert into turn (session_id, turn_number, prompt, timeout_seconds, status, deadline_at, offers, offer_after, input_id, begun_after)
+                 select session_id, turn_count, $1, $2, 'pending', now() + make_interval(secs => $3), 1, now() + make_interval(secs => $4), $5,
+                        coalesce((select last_event_id from event_log where event_log.session_id = written.session_id), 0)
+                 from written where $1 is not null
+                 returning session_id, turn_number, begun_after
+             ), job as (
+                 insert into outbox (outbox_id, subject, payload, traceparent) select $6, $7, $8, $9 from turn
+             )", $more, "
+             select ", $crate::sessions::row::session_columns!(), " from written"
+        )
+    };
+}
+pub(crate) use beginning_turn;
+
+impl<'q> NewTurn<'q> {
+    /// Binds the first nine parameters of a statement that [`beginning_turn`] made.
+    pub fn bind(
+        turn: Option<&Self>,
+        statement: &'static str,
+    ) -> QueryAs<'q, Postgres, SessionRow, PgArguments> {
+        let deadline = |seconds: u32| {
+            PROVISIONING_MAX + Duration::from_secs(u64::from(seconds)) + SETTLE_GRACE
+        };
+        let job = turn.map(|turn| {
+            RunTurn { session_id: turn.session.to_string(), turn: unsigned(turn.number) }
+                .encode_to_vec()
+        });
+        sqlx::query_as(statement)
+            .bind(turn.map(|turn| turn.prompt))
+            .bind(turn.map(|turn| i32::try_from(turn.timeout_seconds).unwrap_or(i32::MAX)))
+            .bind(turn.map(|turn| deadline(turn.timeout_seconds).as_secs_f64()))
+            .bind(rules::ownership::OFFERS.jittered(1).as_secs_f64())
+            .bind(turn.and_then(|turn| turn.input))
+            .bind(Uuid::now_v7())
+            .bind(turn.map(|turn| subject::turn_run(turn.session)))
+            .bind(job)
+            .bind(trace::traceparent())
+    }
 }
 
 /// A job that prepares a session for its first turn. Should it be lost, the first turn does what is
@@ -68,22 +98,27 @@ pub async fn begin(
     timeout_seconds: u32,
     input: Option<Uuid>,
 ) -> Result<SessionRow, RpcError> {
-    let turn = session.turn_count + 1;
-    insert(tx, SessionId::from_uuid(session.session_id), turn, prompt, timeout_seconds, input)
+    let turn = NewTurn {
+        session: SessionId::from_uuid(session.session_id),
+        number: session.turn_count + 1,
+        prompt,
+        timeout_seconds,
+        input,
+    };
+    let row = NewTurn::bind(Some(&turn), BEGIN)
+        .bind(session.session_id)
+        .bind(turn.number)
+        .fetch_one(tx)
         .await?;
-    let row = sqlx::query_as(concat!(
-        "update session
-         set status = 'pending', exit_code = null, failure_stage = null, failure_message = null, turn_count = $2, updated_at = now()
-         where session_id = $1
-         returning ",
-        session_columns!()
-    ))
-    .bind(session.session_id)
-    .bind(turn)
-    .fetch_one(tx)
-    .await?;
     Ok(row)
 }
+
+const BEGIN: &str = beginning_turn!(
+    "update session
+     set status = 'pending', exit_code = null, failure_stage = null, failure_message = null, turn_count = $11, updated_at = now()
+     where session_id = $10",
+    ""
+);
 
 #[derive(sqlx::FromRow)]
 struct TurnRow {
