@@ -10,6 +10,7 @@ mod auth;
 mod body;
 mod budgets;
 mod console;
+mod credential_kinds;
 mod credentials;
 mod environments;
 mod error;
@@ -45,6 +46,7 @@ use types::Runtime;
 
 use crate::{
     auth::KeyCache,
+    credential_kinds::CredentialKinds,
     health::HealthCache,
     limits::RateLimits,
     stream::{hub::Hubs, open::OpenStreams},
@@ -175,6 +177,7 @@ struct App {
     vault_keys: AcceptedKeys,
     config: Arc<ApiConfig>,
     keys: KeyCache,
+    credential_kinds: CredentialKinds,
     limits: RateLimits,
     health: HealthCache,
     hubs: Arc<Hubs>,
@@ -231,6 +234,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     };
     let app = App {
         keys: KeyCache::new(),
+        credential_kinds: CredentialKinds::new(),
         limits: RateLimits::new(&config.api.limits),
         health: HealthCache::new(),
         hubs: Arc::new(Hubs::new(bus.clone(), lifecycle.tracker())),

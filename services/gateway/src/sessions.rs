@@ -15,7 +15,6 @@ use contract::{
         self, CreateSessionRequest, Cursor, DeleteSessionRequest, GetSessionRequest, PromptRequest,
         TerminateRequest,
     },
-    vault::ListCredentialsRequest,
 };
 use serde::{Deserialize, Serialize};
 use types::{
@@ -401,9 +400,7 @@ pub async fn create(
     let mut fields = body.fields()?;
     let session = CreateSession::read(&mut fields);
     fields.finish()?;
-    let stored = app
-        .call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id.clone() })
-        .await?;
+    let credential_kinds = app.credential_kinds.of(&app.bus, &caller.user_id).await?;
     let (resources, tokens) = split_tokens(session.resources.unwrap_or_default());
     let secrets = SessionSecrets { env: session.secret_env_vars.unwrap_or_default(), tokens };
     let kept = keep(&app, &caller, &secrets).await?;
@@ -413,11 +410,7 @@ pub async fn create(
         prompt: session.prompt,
         timeout_seconds: session.timeout.unwrap_or(app.config.default_timeout_seconds),
         environment_id: session.environment_id,
-        credential_kinds: stored
-            .credentials
-            .into_iter()
-            .map(|credential| credential.kind)
-            .collect(),
+        credential_kinds,
         session_limit: caller.session_limit.unwrap_or(app.config.default_session_limit),
         metadata: json(&session.metadata.unwrap_or_default()),
         resources: json(&resources),

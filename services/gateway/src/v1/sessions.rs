@@ -12,7 +12,6 @@ use contract::{
         GetAgentRequest, GetSessionRequest, ListRequest, TerminateRequest, UpdateSessionRequest,
     },
     session::Usage as Used,
-    vault::ListCredentialsRequest,
 };
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -314,9 +313,7 @@ pub async fn create(
             Some(changed)
         }
     };
-    let stored = app
-        .call::<rpc::ListCredentials>(&ListCredentialsRequest { user_id: caller.user_id.clone() })
-        .await?;
+    let credential_kinds = app.credential_kinds.of(&app.bus, &caller.user_id).await?;
     let (repositories, tokens) = split_tokens(resources.repositories);
     let secrets = SessionSecrets { env: Default::default(), tokens };
     let kept = keep(&app, &caller, &secrets).await?;
@@ -325,11 +322,7 @@ pub async fn create(
         agent_id,
         timeout_seconds: TIMEOUT_SECONDS_MAX,
         environment_id: Some(environment_id),
-        credential_kinds: stored
-            .credentials
-            .into_iter()
-            .map(|credential| credential.kind)
-            .collect(),
+        credential_kinds,
         session_limit: caller.session_limit.unwrap_or(app.config.default_session_limit),
         metadata: text(&metadata),
         resources: text(&repositories),
