@@ -53,15 +53,18 @@ conformance: AGENTS = claude codex gemini opencode
 conformance: build ## Run Anthropic's SDKs against /v1 with every agent CLI and write the table into docs/managed-agents-api.md
 	@scripts/conformance.sh $(ARGS)
 
-# ARGS=replay: one benchmark. DOCS=--write puts the table into docs/benchmarks.md.
+# ARGS=replay: one benchmark. RUNS=2: twice, and the table shows the spread. DOCS=--write puts it into docs/benchmarks.md.
+bench: RUNS ?= 1
 bench: export BENCH_FIGURES = $(abspath target)/bench/figures.jsonl
 bench: setup console ## Measure throughput and latency beside the floors of the same run; print a table, and write it as JSON
 	@$(CARGO) build --release --workspace --bins
 	@$(CARGO) run --quiet -p xtask -- agent-host >/dev/null
 	@mkdir -p $(dir $(BENCH_FIGURES)) && rm -f $(BENCH_FIGURES)
-	@$(CARGO) bench --quiet --workspace --bench stack -- $(ARGS)
-	@$(CARGO) bench --quiet --workspace --bench gateway -- $(ARGS)
-	@$(if $(ARGS),true,$(CARGO) bench --quiet --workspace --bench sprites)
+	@for run in $$(seq $(RUNS)); do \
+		$(CARGO) bench --quiet --workspace --bench stack -- $(ARGS) && \
+		$(CARGO) bench --quiet --workspace --bench gateway -- $(ARGS) && \
+		$(if $(ARGS),true,$(CARGO) bench --quiet --workspace --bench sprites) || exit 1; \
+	done
 	@$(CARGO) run --release --quiet -p system-tests --bin bench-table -- $(BENCH_FIGURES) $(DOCS)
 
 peers: build ## Measure a server that speaks the Managed Agents API: BASE_URL and API_KEY, or a stack of its own (ARGS="--only first")

@@ -1,8 +1,8 @@
 //! Helpers of the benchmarks. Machines differ and are noisy: each figure stands beside a floor of
 //! the same run, and their ratio.
 //!
-//! Each figure is printed, and added to the file that `BENCH_FIGURES` names, from which `cargo
-//! xtask bench-table` makes the table.
+//! Each figure is printed, and added to the file that `BENCH_FIGURES` names, from which
+//! `bench-table` makes the table.
 
 use std::{
     fmt,
@@ -53,23 +53,65 @@ impl From<&Times> for Measured {
 
 impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Three digits say enough.
-        let digits = |value: f64| {
-            let digits = if value.abs() < 1.0 {
-                3
-            } else {
-                2_usize.saturating_sub(value.abs().log10() as usize)
-            };
-            format!("{value:.digits$}")
-        };
-        match self {
-            Self::Times { p50_ms, p99_ms, .. } => {
-                write!(f, "p50 {} ms, p99 {} ms", digits(*p50_ms), digits(*p99_ms))
+        Runs(vec![self]).fmt(f)
+    }
+}
+
+/// The same figure in each of several runs, shown as the lowest and the highest of them.
+#[derive(Clone, Debug)]
+pub struct Runs<'a>(pub Vec<&'a Measured>);
+
+impl Runs<'_> {
+    /// From the lowest to the highest of what `of` takes from each run.
+    fn span(&self, of: impl Fn(&Measured) -> f64) -> String {
+        span(self.0.iter().map(|measured| of(measured)), three_digits)
+    }
+}
+
+impl fmt::Display for Runs<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = self.span(Measured::value);
+        match self.0.first() {
+            Some(Measured::Times { .. }) => {
+                let p99 = self.span(|measured| match measured {
+                    Measured::Times { p99_ms, .. } => *p99_ms,
+                    other => other.value(),
+                });
+                write!(f, "p50 {value} ms, p99 {p99} ms")
             }
-            Self::Rate { per_second, unit } => write!(f, "{} {unit}/s", digits(*per_second)),
-            Self::Amount { value, unit } => write!(f, "{} {unit}", digits(*value)),
+            Some(Measured::Rate { unit, .. }) => write!(f, "{value} {unit}/s"),
+            Some(Measured::Amount { unit, .. }) => write!(f, "{value} {unit}"),
+            None => Ok(()),
         }
     }
+}
+
+/// The lowest and the highest of the values, or one of them if they read the same.
+#[must_use]
+pub fn span(values: impl Iterator<Item = f64>, read: impl Fn(f64) -> String) -> String {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_unstable_by(f64::total_cmp);
+    let (Some(low), Some(high)) = (values.first(), values.last()) else { return String::new() };
+    let (low, high) = (read(*low), read(*high));
+    if low == high { low } else { format!("{low} to {high}") }
+}
+
+/// Three digits say enough.
+fn three_digits(value: f64) -> String {
+    let magnitude = value.abs().max(0.1).log10().floor() as i32;
+    if magnitude < 2 {
+        return format!("{value:.*}", if magnitude < 0 { 3 } else { 2 - magnitude as usize });
+    }
+    let unit = 10_f64.powi(magnitude - 2);
+    let digits = format!("{:.0}", (value / unit).round() * unit);
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 /// What the same machine does without our code.
@@ -180,5 +222,20 @@ mod tests {
             let text = serde_json::to_string(&figure).unwrap();
             assert_eq!(serde_json::from_str::<Figure>(&text).unwrap(), figure, "{text}");
         }
+    }
+
+    #[test]
+    fn values_read_with_three_digits() {
+        let read = [0.0, 0.03214, 1.0, 9.876, 70.14, 999.6, 1_422_499.0].map(three_digits);
+        assert_eq!(read, ["0.000", "0.032", "1.00", "9.88", "70.1", "1,000", "1,420,000"]);
+    }
+
+    #[test]
+    fn several_runs_show_the_lowest_and_the_highest() {
+        let times = |p50_ms, p99_ms| Measured::Times { p50_ms, p99_ms, count: 9 };
+        let runs = [times(2.0, 9.5), times(1.5, 9.5), times(1.75, 9.5)];
+        assert_eq!(Runs(runs.iter().collect()).to_string(), "p50 1.50 to 2.00 ms, p99 9.50 ms");
+        let runs = [Measured::rate(1_250.0, "sessions"), Measured::rate(990.4, "sessions")];
+        assert_eq!(Runs(runs.iter().collect()).to_string(), "990 to 1,250 sessions/s");
     }
 }

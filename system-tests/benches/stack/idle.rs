@@ -34,9 +34,11 @@ pub async fn idle() -> Result<()> {
     for sessions in [0, 1, 100, 1000] {
         followed.extend(follow(&stack, &agent, sessions - followed.len()).await?);
         let (cores, memory) = watch(&stack).await?;
-        let what = format!("idle: the stack with {sessions} idle sessions, each followed");
-        Figure::new(&what, Measured::amount(cores.values().sum(), "cores")).report()?;
-        Figure::new(&what, Measured::amount(memory, "MB")).report()?;
+        let what = format!("idle: the stack, followed idle sessions: {sessions}");
+        let used = Measured::amount(cores.values().sum(), "cores");
+        Figure::new(&format!("{what}; CPU"), used).report()?;
+        let memory = Measured::amount(memory, "MB");
+        Figure::new(&format!("{what}; memory"), memory).report()?;
     }
     Ok(())
 }

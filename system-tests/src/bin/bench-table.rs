@@ -1,11 +1,11 @@
-//! Makes the table of a run of `make bench`: printed, as JSON beside the figures, and with
+//! Makes the table of the runs of `make bench`: printed, as JSON beside the figures, and with
 //! `--write` in docs/benchmarks.md.
 
 use std::{env, fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
-use testkit::bench::Figure;
+use testkit::bench::{Figure, Runs, span};
 
 const BEGIN: &str = "<!-- begin: make bench -->\n";
 const END: &str = "<!-- end: make bench -->\n";
@@ -52,19 +52,28 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// In Markdown.
+/// In Markdown, with a line for each figure, in the order of the first run.
 fn table(figures: &[Figure]) -> String {
+    let mut lines: Vec<Vec<&Figure>> = Vec::new();
+    for figure in figures {
+        match lines.iter_mut().find(|line| line[0].what == figure.what) {
+            Some(line) => line.push(figure),
+            None => lines.push(vec![figure]),
+        }
+    }
     let mut table =
         "| what | measured | beside it, in the same run | ratio |\n| --- | --- | --- | --- |\n"
             .to_owned();
-    for figure in figures {
-        let floor = figure
-            .floor
-            .as_ref()
-            .map(|floor| format!("{}: {}", floor.what, floor.measured))
-            .unwrap_or_default();
-        let ratio = figure.ratio().map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
-        table.push_str(&format!("| {} | {} | {floor} | {ratio} |\n", figure.what, figure.measured));
+    for line in lines {
+        let measured = Runs(line.iter().map(|figure| &figure.measured).collect());
+        let floors: Vec<_> = line.iter().filter_map(|figure| figure.floor.as_ref()).collect();
+        let floor = floors.first().map(|first| {
+            format!("{}: {}", first.what, Runs(floors.iter().map(|f| &f.measured).collect()))
+        });
+        let ratio =
+            span(line.iter().filter_map(|figure| figure.ratio()), |ratio| format!("{ratio:.2}"));
+        let (what, floor) = (&line[0].what, floor.unwrap_or_default());
+        table.push_str(&format!("| {what} | {measured} | {floor} | {ratio} |\n"));
     }
     table
 }
