@@ -38,6 +38,8 @@ const FRAME_BYTES: usize = 64 * 1024;
 const PIPE_BYTES: usize = 1024 * 1024;
 /// What an attaching client is shown of the past.
 const REPLAY_BYTES: usize = 64 * 1024;
+/// Output that is shorter is copied into the replay.
+const SHORT_BYTES: usize = 8 * 1024;
 /// How long output that a daemon still holds open is waited for after the command's own exit.
 const LINGER: Duration = Duration::from_millis(200);
 /// A client that takes nothing for so long is not there any more.
@@ -133,7 +135,7 @@ pub struct ExecSession {
 #[derive(Debug)]
 struct Clients {
     attached: Vec<mpsc::Sender<Event>>,
-    replay: VecDeque<Bytes>,
+    replay: Replay,
     /// Bytes of output so far.
     seen: usize,
     last_activity: Instant,
@@ -209,9 +211,10 @@ impl ExecSession {
     pub fn attach(&self) -> mpsc::Receiver<Event> {
         let mut clients = locked(&self.clients);
         // Room for the whole replay, so that it never waits.
-        let (sender, receiver) = mpsc::channel(16 + clients.replay.len());
-        for output in &clients.replay {
-            let _ = sender.try_send(Event::Output(output.clone()));
+        let replay = clients.replay.all();
+        let (sender, receiver) = mpsc::channel(16 + replay.len());
+        for output in replay {
+            let _ = sender.try_send(Event::Output(output));
         }
         match clients.exit {
             Some(code) => drop(sender.try_send(Event::Exit(code))),
@@ -373,7 +376,9 @@ impl ExecSession {
                 Ok(read) if read > 0 => self.publish(buffer.split().freeze()).await,
                 _ => return,
             }
-            buffer.reserve(FRAME_BYTES);
+            if buffer.capacity() < FRAME_BYTES / 2 {
+                buffer.reserve(FRAME_BYTES);
+            }
         }
     }
 
@@ -391,7 +396,7 @@ impl ExecSession {
     async fn publish(&self, output: Bytes) {
         let attached = {
             let mut clients = locked(&self.clients);
-            clients.remember(output.clone());
+            clients.remember(&output);
             clients.attached.clone()
         };
         for client in attached {
@@ -422,7 +427,7 @@ impl Default for Clients {
     fn default() -> Self {
         Self {
             attached: Vec::new(),
-            replay: VecDeque::new(),
+            replay: Replay::default(),
             seen: 0,
             last_activity: Instant::now(),
             exit: None,
@@ -431,16 +436,50 @@ impl Default for Clients {
 }
 
 impl Clients {
-    fn remember(&mut self, output: Bytes) {
+    fn remember(&mut self, output: &Bytes) {
         self.last_activity = Instant::now();
         self.seen += output.len() - 1;
-        self.replay.push_back(output);
-        let mut held: usize = self.replay.iter().map(Bytes::len).sum();
-        while held > REPLAY_BYTES
-            && let Some(oldest) = self.replay.pop_front()
+        self.replay.push(output);
+    }
+}
+
+/// The newest output, at most [`REPLAY_BYTES`] of it.
+#[derive(Debug, Default)]
+struct Replay {
+    older: VecDeque<Bytes>,
+    /// Short outputs in a row of one stream, as one: each by itself would keep the block that it
+    /// was read into, which is far larger.
+    newest: BytesMut,
+    held: usize,
+}
+
+impl Replay {
+    fn push(&mut self, output: &Bytes) {
+        self.held += output.len();
+        if self.newest.first() == output.first() && self.newest.len() + output.len() <= SHORT_BYTES
         {
-            held -= oldest.len();
+            self.newest.extend_from_slice(&output[1..]);
+            self.held -= 1;
+        } else {
+            if !self.newest.is_empty() {
+                self.older.push_back(self.newest.split().freeze());
+            }
+            if output.len() < SHORT_BYTES {
+                self.newest = BytesMut::from(&output[..]);
+            } else {
+                self.older.push_back(output.clone());
+            }
         }
+        while self.held > REPLAY_BYTES
+            && let Some(oldest) = self.older.pop_front()
+        {
+            self.held -= oldest.len();
+        }
+    }
+
+    fn all(&self) -> Vec<Bytes> {
+        let newest = (!self.newest.is_empty()).then(|| self.newest.clone().freeze());
+        self.older.iter().cloned().chain(newest).collect()
     }
 }
 
@@ -493,4 +532,35 @@ pub fn parse_signal(text: &str) -> Option<Signal> {
         "WINCH" | "28" => Signal::WINCH,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_replay_is_the_newest_output_in_few_blocks() {
+        let mut replay = Replay::default();
+        let mut whole = Vec::new();
+        let sizes = [2, 3, 2, 700, 2, 9_000, 5, FRAME_BYTES];
+        for number in 0..100_000_u32 {
+            let stream = if number % 50 == 0 { Stream::Stderr } else { Stream::Stdout };
+            // The long ones come rarely, and not among the last.
+            let is_rare = number < 60_000 && number % 1_000 == 0;
+            let size = if is_rare { sizes[(number / 1_000) as usize % 8] } else { 3 };
+            let mut output = vec![number as u8; size];
+            output[0] = stream as u8;
+            whole.extend(output[1..].iter().map(|byte| (output[0], *byte)));
+            replay.push(&output.into());
+        }
+        let shown = replay.all();
+        let bytes: Vec<_> =
+            shown.iter().flat_map(|out| out[1..].iter().map(|byte| (out[0], *byte))).collect();
+        assert!(whole.ends_with(&bytes));
+        let held: usize = shown.iter().map(Bytes::len).sum();
+        assert_eq!(held, replay.held);
+        assert!((REPLAY_BYTES / 2..=REPLAY_BYTES).contains(&held), "{held}");
+        // Two for each change of the stream.
+        assert!(shown.len() < 2_000, "{} blocks", shown.len());
+    }
 }
