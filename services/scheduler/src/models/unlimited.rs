@@ -50,6 +50,30 @@ macro_rules! is_unchanged {
     };
 }
 
+/// The number of a request's entry: after those that its session has in this statement's snapshot,
+/// which are all of them where [`is_unchanged`] holds.
+macro_rules! number {
+    ($row:literal) => {
+        concat!(
+            "coalesce((select number from model_meter known where known.session_id = ",
+            $row,
+            ".session_id), 0)
+                 + row_number() over (partition by ",
+            $row,
+            ".session_id order by place)"
+        )
+    };
+}
+
+/// The meter of a row's session counts the row. `is true` keeps Postgres from a join, whose cost
+/// grows with the square of the requests: it cannot know how many there are. Like this, it looks
+/// each up in a hash table.
+macro_rules! is_counted {
+    ($row:literal) => {
+        concat!("(", $row, ".session_id in (select session_id from meter)) is true")
+    };
+}
+
 pub async fn record(
     scheduler: Scheduler,
     request: RecordModelRequestsRequest,
@@ -100,7 +124,7 @@ pub(super) async fn begin(pool: &PgPool, requests: &[Named]) -> Result<HashSet<U
              select * from unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::bytea[]) with ordinality
                  as asked (request_id, session_id, gateway_id, provider, model, key, payload, place)
          ), free as (
-             select a.*, s.user_id, s.agent_id, s.turn_count, row_number() over (partition by a.session_id order by place) as nth
+             select a.*, s.user_id, s.agent_id, s.turn_count, ", number!("a"), " as number
              from asked a
              cross join lateral (select * from session s where s.session_id = a.session_id offset 0) s
              where s.status <> $8
@@ -121,15 +145,15 @@ pub(super) async fn begin(pool: &PgPool, requests: &[Named]) -> Result<HashSet<U
                      + excluded.minute_requests,
                  counted_us = greatest(m.counted_us, excluded.counted_us)
              where ", is_unchanged!(), "
-             returning session_id, number
+             returning session_id
          ), request as (
              insert into model_request (request_id, session_id, user_id, agent_id, turn_number, gateway_id, provider, model, key, status)
              select request_id, session_id, user_id, agent_id, turn_count, gateway_id, provider, model, key, 'open'
-             from free join meter using (session_id)
+             from free where ", is_counted!("free"), "
              returning request_id
          ), entry as (
              insert into model_entry (session_id, number, payload)
-             select session_id, number - requests + nth, payload from free join asking using (session_id) join meter using (session_id)
+             select session_id, number, payload from free where ", is_counted!("free"), "
          )
          select request_id from request",
     ))
@@ -178,7 +202,7 @@ pub(super) async fn end(
                  as told (request_id, session_id, failure, is_known, http_status, is_partial, unpriced, model, payload, input_tokens,
                           output_tokens, cache_read_tokens, cache_write_tokens, reasoning_tokens, cost_micro_usd, place)
          ), open as (
-             select told.*, r.turn_number, row_number() over (partition by told.session_id order by place) as nth
+             select told.*, r.turn_number, ", number!("told"), " as number
              from told
              cross join lateral (select * from model_request r where r.request_id = told.request_id offset 0) r
              cross join lateral (select session_id from session s where s.session_id = told.session_id offset 0) s
@@ -194,14 +218,14 @@ pub(super) async fn end(
              on conflict (session_id) do update
              set number = m.number + excluded.number, failed_turn = excluded.failed_turn, failure = excluded.failure
              where ", is_unchanged!(), "
-             returning session_id, number
+             returning session_id
          ), request as (
              update model_request r
              set status = case when is_known then 'settled' else 'unknown' end, ended_at = now(), http_status = open.http_status,
                  is_partial = open.is_partial, input_tokens = open.input_tokens, output_tokens = open.output_tokens,
                  cache_read_tokens = open.cache_read_tokens, cache_write_tokens = open.cache_write_tokens,
                  reasoning_tokens = open.reasoning_tokens, cost_micro_usd = open.cost_micro_usd
-             from open join meter using (session_id) where r.request_id = open.request_id
+             from open where ", is_counted!("open"), " and r.request_id = open.request_id
              returning r.request_id
          ), used as (
              insert into turn_usage as u (session_id, turn_number, requests, unknown, unpriced, input_tokens, output_tokens,
@@ -210,11 +234,11 @@ pub(super) async fn end(
                     coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), coalesce(sum(cache_read_tokens), 0),
                     coalesce(sum(cache_write_tokens), 0), coalesce(sum(reasoning_tokens), 0), coalesce(sum(cost_micro_usd), 0),
                     (array_agg(model order by place desc))[1]
-             from open join meter using (session_id) group by session_id, turn_number
+             from open where ", is_counted!("open"), " group by session_id, turn_number
              ", add_up!(), "
          ), entry as (
              insert into model_entry (session_id, number, payload)
-             select session_id, number - requests + nth, payload from open join ending using (session_id) join meter using (session_id)
+             select session_id, number, payload from open where ", is_counted!("open"), "
          )
          select request_id from request",
     ))
