@@ -39,7 +39,10 @@ pub struct Due {
 }
 
 impl Due {
-    /// Each loop with the condition on which there is work for it.
+    /// Each loop with the condition on which there is work for it: null is false.
+    ///
+    /// A condition on ages compares the oldest, which is the first of its index. Postgres looks for
+    /// any row that is too old in the whole table while its statistics say that there are many.
     fn loops(&self, files: &FileSettings) -> [(String, &Notify); 7] {
         [
             (relay::due(), &self.outbox),
@@ -54,7 +57,8 @@ impl Due {
 }
 
 fn statement(loops: &[(String, &Notify)]) -> String {
-    let conditions: Vec<_> = loops.iter().map(|(condition, _)| condition.as_str()).collect();
+    let conditions: Vec<_> =
+        loops.iter().map(|(condition, _)| format!("coalesce({condition}, false)")).collect();
     format!("select array[{}]", conditions.join(", "))
 }
 
@@ -105,12 +109,23 @@ mod tests {
             select gen_random_uuid(), session_id, user_id, 1, gen_random_uuid(), 'x', 'x', 'x', 'settled', now(), true from session;
             insert into model_entry (session_id, number, payload) select session_id, 1, '' from session";
         sqlx::raw_sql(many).execute(&pool).await.unwrap();
-        sqlx::raw_sql(
-            "vacuum analyze session, turn, deleted_session, outbox, answered_once, file, model_request, model_entry",
-        )
-        .execute(&pool)
-        .await
-        .unwrap();
+        // What Postgres knows of ages is as old as its statistics: it takes many rows to be too old
+        // that have been deleted.
+        let aged = "
+            update answered_once set created_at = now() - interval '26 hours' * random();
+            update file set created_at = now() - interval '33 days' * random(),
+                expires_at = now() + interval '1 hour' - interval '10 hours' * random();
+            update model_request set ended_at = now() - interval '8 days' * random();
+            update model_entry set recorded_at = now() - interval '8 days' * random()";
+        let analyze = "vacuum analyze session, turn, deleted_session, outbox, answered_once, file, model_request, model_entry";
+        let gone = "
+            delete from answered_once where created_at < now() - interval '24 hours';
+            delete from file where created_at < now() - interval '30 days' or expires_at < now();
+            delete from model_request where ended_at < now() - interval '7 days';
+            delete from model_entry where recorded_at < now() - interval '7 days'";
+        for statements in [aged, analyze, gone] {
+            sqlx::raw_sql(statements).execute(&pool).await.unwrap();
+        }
         let files = FileSettings { store: None, user_bytes_max: 0, days: Some(30) };
         let statement = statement(&Due::default().loops(&files));
         let explain = AssertSqlSafe(format!("explain {statement}"));

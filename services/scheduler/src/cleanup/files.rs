@@ -21,15 +21,15 @@ const OBJECTS_AT_A_TIME: usize = 1000;
 pub fn due(settings: &FileSettings) -> String {
     let old = settings.days.map(|days| {
         format!(
-            "or exists (select from file
-                        where state = 'ready' and kind = 'upload' and created_at < now() - make_interval(days => {days}))"
+            "or (select min(created_at) from file where state = 'ready' and kind = 'upload')
+                 < now() - make_interval(days => {days})"
         )
     });
     format!(
         "exists (select from file where state <> 'ready' and state = 'deleted')
          or exists (select from file
                     where state = 'pending' and state <> 'ready' and state_since < now() - make_interval(secs => {PENDING_SECONDS_MAX}))
-         or exists (select from file where state = 'ready' and expires_at < now())
+         or (select min(expires_at) from file where state = 'ready') < now()
          {}",
         old.unwrap_or_default()
     )

@@ -61,8 +61,8 @@ pub async fn add_up(pool: &PgPool) -> Result<(), RpcError> {
 pub fn to_forget() -> String {
     let old = format!("< now() - make_interval(days => {KEPT_DAYS})");
     format!(
-        "exists (select from model_request where is_summed and ended_at {old})
-         or exists (select from model_entry where recorded_at {old})
+        "(select min(ended_at) from model_request where is_summed) {old}
+         or (select min(recorded_at) from model_entry) {old}
          or exists (select from model_gateway where expires_at {old})"
     )
 }
