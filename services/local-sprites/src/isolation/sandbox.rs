@@ -18,6 +18,7 @@ mod error;
 mod files;
 mod inside;
 mod kind;
+mod proof;
 
 use std::{
     fs,
@@ -49,6 +50,7 @@ use crate::{
             containers::{Containers, conceal},
             error::io_error,
             kind::program_for_all,
+            proof::Proof,
         },
     },
     network::private_hosts::Forward,
@@ -69,10 +71,12 @@ pub struct Sandboxes {
     /// How much a file system in memory holds. Files there count as the Sprite's memory: were they
     /// all of it, nothing could run any more, not even what removes them.
     memory_files_bytes: u64,
+    /// That sandboxes as root work here.
+    proof: Option<Proof>,
 }
 
 impl Sandboxes {
-    /// Chooses the isolation and proves it with a sandbox.
+    /// Chooses the isolation and proves it with a sandbox, unless a server before this one did.
     pub async fn prepare(kind: Kind, data_dir: &Path) -> Result<Self, SandboxError> {
         let root = match kind.isolation {
             Isolation::Auto => rustix::process::geteuid().is_root(),
@@ -106,20 +110,25 @@ impl Sandboxes {
             .map_err(io_error("LOCAL_SPRITES_AGENT_HOST is no program that everyone may run"))?;
         let kind = Kind { rootfs, agent_host, ..kind };
         let disk_bytes = kind.disk_bytes.filter(|_| root);
-        let mut sandboxes =
-            Self { kind, containers, disks: Disks::Directories, shared, memory_files_bytes };
+        let mut sandboxes = Self {
+            kind,
+            containers,
+            disks: Disks::Directories,
+            shared,
+            memory_files_bytes,
+            proof: None,
+        };
         sandboxes.share().map_err(io_error("what Sprites share cannot be made"))?;
         let template = sandboxes.template();
         let made = Disks::prepare(&template, disk_bytes, |content| sandboxes.fill(content)).await;
         sandboxes.disks = made.map_err(io_error("a first disk cannot be made"))?;
-        let probe = data_dir.join("probe");
-        sandboxes.destroy(&probe, None).await;
-        sandboxes.make_files(&probe).await?;
-        let network = if root { Network::Public } else { Network::Machine };
-        let holder = sandboxes.boot_first(&probe, network).await?;
-        let works = sandboxes.check_programs(&probe, holder).await;
-        sandboxes.destroy(&probe, Some(holder)).await;
-        works?;
+        sandboxes.proof = sandboxes.own_proof();
+        let is_proven = sandboxes.proof.as_ref().is_some_and(Proof::holds);
+        if is_proven {
+            sandboxes.separate_users();
+        } else {
+            sandboxes.prove(&data_dir.join("probe")).await?;
+        }
         let runtime =
             if root { sandboxes.kind.runtime.name() } else { "bubblewrap, with a read-only root" };
         tracing::info!(
@@ -127,9 +136,43 @@ impl Sandboxes {
             rootfs = %sandboxes.kind.rootfs.display(),
             disks = ?sandboxes.disks,
             own_user_ids = sandboxes.containers.as_ref().is_some_and(|containers| containers.users.are_separate()),
+            proven_before = is_proven,
             "sandboxes work"
         );
         Ok(sandboxes)
+    }
+
+    fn own_proof(&self) -> Option<Proof> {
+        let containers = self.containers.as_ref()?;
+        let kind = format!("{} {:?}", self.fingerprint(), self.kind);
+        Proof::new(containers.proof(), &kind, containers.runtime.program())
+    }
+
+    /// Starts a first sandbox and ends it.
+    async fn prove(&mut self, probe: &Path) -> Result<(), SandboxError> {
+        self.destroy(probe, None).await;
+        self.make_files(probe).await?;
+        let network = if self.containers.is_some() { Network::Public } else { Network::Machine };
+        let holder = self.boot_first(probe, network).await?;
+        let works = self.check_programs(probe, holder).await;
+        self.destroy(probe, Some(holder)).await;
+        works?;
+        // That Sprites cannot have user ids of their own may have another cause at the next start.
+        if let (Some(proof), Some(containers)) = (&self.proof, &self.containers)
+            && containers.users.are_separate() == containers.may_separate()
+            && let Err(error) = proof.write()
+        {
+            tracing::warn!(%error, "the next server will try a first sandbox again");
+        }
+        Ok(())
+    }
+
+    fn separate_users(&mut self) {
+        if let Some(containers) =
+            self.containers.as_mut().filter(|containers| containers.may_separate())
+        {
+            containers.users.separate();
+        }
     }
 
     /// Starts a first sandbox, with user ids of its own if that works here, as all others from then
@@ -137,7 +180,7 @@ impl Sandboxes {
     async fn boot_first(&mut self, dir: &Path, network: Network) -> Result<Holder, SandboxError> {
         const NAME: &str = "probe";
         if let Some(containers) = &self.containers
-            && containers.runtime.program() != Program::Runsc
+            && containers.may_separate()
             && let Some(first_user) = containers.users.trial()
         {
             let mut tried = self.boot_as_root(containers, dir, NAME, network, first_user).await;
@@ -147,9 +190,7 @@ impl Sandboxes {
             }
             match tried {
                 Ok(holder) => {
-                    if let Some(containers) = &mut self.containers {
-                        containers.users.separate();
-                    }
+                    self.separate_users();
                     return Ok(holder);
                 }
                 Err(error) => tracing::warn!(
@@ -271,7 +312,11 @@ impl Sandboxes {
                 "all ranges of user ids are in use: delete Sprites, or wait until idle ones are stopped".to_owned(),
             )
         })?;
-        self.boot_as_root(containers, dir, hostname, network, first_user).await
+        let booted = self.boot_as_root(containers, dir, hostname, network, first_user).await;
+        if let (Err(_), Some(proof)) = (&booted, &self.proof) {
+            proof.take_back();
+        }
+        booted
     }
 
     async fn boot_as_root(

@@ -1,6 +1,11 @@
 //! Sprites outlive their server, however it ends.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -63,6 +68,56 @@ async fn processes_in_a_sprite_survive_a_kill_and_a_stop_of_the_server() {
         "0\nticks\n",
         "its programs end, its disk stays"
     );
+}
+
+/// Where a server notes that sandboxes work, by the Sprite of that name.
+fn proof_of(server: &Server, sprite: &str) -> PathBuf {
+    let sprites = fs::read_dir(server.data.path().join("sprites")).unwrap().flatten();
+    let names = sprites.map(|entry| entry.file_name().into_string().unwrap());
+    let id = |name: String| Some(name.strip_prefix(sprite)?.strip_prefix('.')?.to_owned());
+    let id = names.into_iter().find_map(id).unwrap();
+    let places = fs::read_dir("/run").unwrap().flatten().map(|entry| entry.path());
+    let place = places.into_iter().find(|place| place.join(&id).exists()).unwrap();
+    place.with_extension("proof")
+}
+
+#[tokio::test]
+async fn a_server_that_starts_again_tries_no_sandbox_unless_one_failed_or_its_settings_changed() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let mut server = Server::start(&[("LOCAL_SPRITES_DISK_MB", "200")]).await;
+    let sprite = server.sprite("proven").await;
+    let proof = proof_of(&server, "proven");
+    let written = |proof: &Path| fs::metadata(proof).unwrap().ino();
+    let first = written(&proof);
+    server.end(Signal::KILL).await;
+    server.run().await;
+    assert_eq!(written(&proof), first, "it was not tried again");
+    assert_eq!(said(&sprite, "echo reached").await, "reached\n");
+    assert_eq!(said(&server.sprite("new").await, "echo made").await, "made\n");
+
+    server.end(Signal::KILL).await;
+    server.set("LOCAL_SPRITES_MEMORY_MB", "512");
+    server.run().await;
+    let second = written(&proof);
+    assert_ne!(second, first, "other settings are tried");
+
+    // Ends what runs in it, so that the next command starts it again, from a disk that is broken.
+    server.end(Signal::INT).await;
+    server.run().await;
+    assert_eq!(written(&proof), second);
+    let sprites = fs::read_dir(server.data.path().join("sprites")).unwrap().flatten();
+    for sprite in sprites.filter(|entry| entry.file_name().to_str().unwrap().starts_with("new.")) {
+        fs::write(sprite.path().join("disk.img"), "no file system").unwrap();
+    }
+    let broken = server.client().sprite("new".parse().unwrap());
+    let answer = said(&broken, "true").await;
+    assert!(answer.contains("cannot be mounted") && !proof.exists(), "{answer}");
+    server.end(Signal::KILL).await;
+    server.run().await;
+    assert!(proof.exists());
+    assert_eq!(said(&sprite, "echo reached").await, "reached\n");
 }
 
 #[tokio::test]

@@ -73,6 +73,16 @@ impl Containers {
         self.run_dir.join(container_id(dir))
     }
 
+    /// Where it is noted that a sandbox worked.
+    pub fn proof(&self) -> PathBuf {
+        self.run_dir.with_extension("proof")
+    }
+
+    /// Whether sandboxes may have user ids of their own: with gVisor this was not tried.
+    pub fn may_separate(&self) -> bool {
+        self.runtime.program() != Program::Runsc
+    }
+
     /// The containers that the runtime knows, and those that something is left of.
     pub fn list(&self) -> Vec<String> {
         let mut found = self.runtime.list();
