@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use service::Lifecycle;
 use tokio::task::JoinSet;
 use types::{SpriteName, Timestamp};
@@ -36,6 +37,9 @@ use crate::{
     },
     sync::locked,
 };
+
+/// Sprites that a start takes up, or deletes, at a time.
+const LOADED_AT_A_TIME: usize = 16;
 
 #[derive(Debug)]
 pub struct Registry {
@@ -102,23 +106,30 @@ impl Registry {
             closed: AtomicBool::new(false),
             lifecycle,
         });
-        for entry in fs::read_dir(&registry.dir)? {
-            let path = entry?.path();
-            match fs::read(path.join("sprite.json")) {
-                Ok(bytes) => match serde_json::from_slice::<Record>(&bytes) {
-                    Ok(record) => registry.take_up(path, record).await?,
-                    Err(error) => {
-                        tracing::warn!(%error, path = %path.display(), "a Sprite of another version is left alone")
-                    }
-                },
-                Err(_) => registry.sandboxes.destroy(&path, None).await,
-            }
-        }
+        // Many at a time: each waits for programs of the system.
+        stream::iter(fs::read_dir(&registry.dir)?)
+            .map(Ok)
+            .try_for_each_concurrent(LOADED_AT_A_TIME, |entry| registry.load_one(entry))
+            .await?;
         let known: Vec<String> =
             registry.all().iter().map(|sprite| container_id(sprite.dir())).collect();
         registry.sandboxes.remove_strays(&known).await;
         tracing::info!(sprites = locked(&registry.sprites).len(), "adopted running Sprites");
         Ok(registry)
+    }
+
+    async fn load_one(self: &Arc<Self>, entry: io::Result<fs::DirEntry>) -> io::Result<()> {
+        let path = entry?.path();
+        match fs::read(path.join("sprite.json")) {
+            Ok(bytes) => match serde_json::from_slice::<Record>(&bytes) {
+                Ok(record) => self.take_up(path, record).await?,
+                Err(error) => {
+                    tracing::warn!(%error, path = %path.display(), "a Sprite of another version is left alone")
+                }
+            },
+            Err(_) => self.sandboxes.destroy(&path, None).await,
+        }
+        Ok(())
     }
 
     /// What runs in a Sprite keeps running; its way out, its services' keeper and its socket ended
