@@ -165,6 +165,32 @@ async fn messages_that_no_stream_accepts_delay_no_others_and_are_set_aside() {
 
 /// `pg_dump` reads in one transaction for as long as it takes.
 #[tokio::test]
+async fn a_table_that_is_locked_holds_up_no_work_but_its_own() {
+    let database = Database::create().await.unwrap();
+    let _world = World::start(&database).await;
+    let (mut admin, mut locking) =
+        (database.admin().await.unwrap(), database.admin().await.unwrap());
+    // As `vacuum full` does.
+    let mut locked = locking.begin().await.unwrap();
+    sqlx::query("lock table scheduler.file in access exclusive mode")
+        .execute(&mut *locked)
+        .await
+        .unwrap();
+    // What wakes a scheduler at its start is over.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // As another replica does.
+    sqlx::query(
+        "insert into scheduler.outbox (outbox_id, subject, payload)
+         values (gen_random_uuid(), 'aod.evt.scheduler.v1.session.completed.' || gen_random_uuid(), '')",
+    )
+    .execute(&mut admin)
+    .await
+    .unwrap();
+    outbox_holds(&mut admin, 0, 0).await;
+    locked.rollback().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_day_is_made_and_events_are_written_while_a_backup_reads() {
     let database = Database::create().await.unwrap();
     let world = World::start(&database).await;
