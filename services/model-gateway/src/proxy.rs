@@ -8,7 +8,11 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
-use futures::{StreamExt as _, stream};
+use bytes::Bytes;
+use futures::{
+    FutureExt as _, StreamExt as _,
+    stream::{self, BoxStream, Fuse},
+};
 use reqwest::Url;
 use service::connection::{HOP_BY_HOP, hop_by_hop};
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
@@ -31,6 +35,9 @@ use crate::{
 const UPSTREAM_STATUS: HeaderName = HeaderName::from_static("x-upstream-status");
 /// The SDKs of Anthropic and OpenAI read it.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// Of a response, no more is held to be written at once.
+const AT_ONCE_BYTES: usize = 64 * 1024;
 
 /// What every request works with. Cheap to clone.
 #[derive(Clone)]
@@ -136,7 +143,7 @@ async fn pass_on(proxy: Proxy, call: Call, request: Request) -> Result<Response,
     };
     metrics::histogram!("aod_model_first_byte_seconds", "provider" => call.provider.as_str())
         .record(begun.elapsed());
-    Ok(pass_back(answer, slot, entry.map(|entry| Metering::new(entry, call.provider))))
+    Ok(pass_back(answer, slot, entry.map(|entry| Metering::new(entry, call.provider))).await)
 }
 
 /// Follows a response that streams through. Its usage is reported when it ends or its client
@@ -192,7 +199,7 @@ impl Drop for Metering {
 
 /// The response as it comes; the session's slot is free when it has ended, or when its client has
 /// gone.
-fn pass_back(
+async fn pass_back(
     answer: Answer,
     slot: OwnedSemaphorePermit,
     mut metering: Option<Metering>,
@@ -209,23 +216,55 @@ fn pass_back(
     if let Some(metering) = &mut metering {
         metering.head(&response);
     }
-    let body = stream::unfold(
-        (Box::pin(response.bytes_stream()), metering, slot),
-        |(mut body, mut metering, slot)| async move {
-            let next = body.next().await;
-            match (&next, &mut metering) {
-                (Some(Ok(bytes)), Some(metering)) => metering.feed(bytes),
-                (Some(Err(_)), Some(metering)) => metering.end(true),
-                (None, Some(metering)) => metering.end(false),
-                _ => {}
-            }
-            Some((next?.map_err(reqwest::Error::without_url), (body, metering, slot)))
-        },
-    );
+    let mut passing = Passing { body: response.bytes_stream().boxed().fuse(), metering };
+    let first = passing.arrived().await;
+    let rest = stream::unfold((passing, slot), |(mut passing, slot)| async move {
+        let mut chunks = vec![passing.next().await?];
+        chunks.append(&mut passing.arrived().await);
+        Some((chunks, (passing, slot)))
+    });
+    let body = stream::iter([first]).chain(rest).flat_map(stream::iter);
     let mut passed = Response::new(Body::from_stream(body));
     *passed.status_mut() = status;
     *passed.headers_mut() = headers;
     passed
+}
+
+/// A response's body on its way to the client.
+struct Passing {
+    body: Fuse<BoxStream<'static, reqwest::Result<Bytes>>>,
+    metering: Option<Metering>,
+}
+
+impl Passing {
+    async fn next(&mut self) -> Option<reqwest::Result<Bytes>> {
+        let next = self.body.next().await;
+        if let Some(metering) = &mut self.metering {
+            match &next {
+                Some(Ok(bytes)) => metering.feed(bytes),
+                Some(Err(_)) => metering.end(true),
+                None => metering.end(false),
+            }
+        }
+        next.map(|chunk| chunk.map_err(reqwest::Error::without_url))
+    }
+
+    /// What has arrived, to be written to the client at once. The provider's connection hands over
+    /// a chunk at a time: it gets a turn for each, but is not waited for.
+    async fn arrived(&mut self) -> Vec<reqwest::Result<Bytes>> {
+        let (mut chunks, mut bytes) = (Vec::new(), 0);
+        while bytes < AT_ONCE_BYTES {
+            let mut next = self.next().now_or_never();
+            if next.is_none() {
+                tokio::task::yield_now().await;
+                next = self.next().now_or_never();
+            }
+            let Some(Some(chunk)) = next else { break };
+            bytes += chunk.as_ref().map_or(AT_ONCE_BYTES, Bytes::len);
+            chunks.push(chunk);
+        }
+        chunks
+    }
 }
 
 fn failure(grant: &Grant, error: &reqwest::Error) -> Refusal {
@@ -299,6 +338,9 @@ pub fn forwarded(headers: &HeaderMap, is_response: bool) -> HeaderMap {
 
 #[cfg(test)]
 mod tests {
+    use futures::SinkExt as _;
+    use tokio::task::JoinSet;
+
     use super::*;
 
     #[test]
@@ -320,6 +362,25 @@ mod tests {
             passed.keys().map(HeaderName::as_str).collect::<Vec<_>>(),
             ["anthropic-version"]
         );
+    }
+
+    #[tokio::test]
+    async fn what_has_arrived_of_a_response_is_passed_on_at_once_and_no_more_is_waited_for() {
+        // As a connection of hyper hands over a body.
+        let (mut sender, body) = futures::channel::mpsc::channel(0);
+        let mut connection = JoinSet::new();
+        connection.spawn(async move {
+            for chunk in ["a", "b", "c"] {
+                sender.send(Ok(Bytes::from(chunk))).await.unwrap();
+            }
+            std::future::pending::<()>().await;
+        });
+        let mut passing = Passing { body: body.boxed().fuse(), metering: None };
+        let chunks: Result<Vec<_>, _> = passing.arrived().await.into_iter().collect();
+        assert_eq!(chunks.unwrap(), ["a", "b", "c"]);
+        assert!(passing.arrived().await.is_empty());
+        connection.shutdown().await;
+        assert!(passing.next().await.is_none());
     }
 
     #[test]
