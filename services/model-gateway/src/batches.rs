@@ -22,7 +22,7 @@ const DEADLINE: Duration = Duration::from_secs(1);
 /// For the message that is under way, and the next one. Where more wait than that takes, they are
 /// asked for one by one: a scheduler that is slow is to delay none longer.
 const WAIT_MAX: Duration = Duration::from_secs(2);
-const BATCH_MAX: usize = 64;
+const BATCH_MAX: usize = 256;
 /// Most have some hundred bytes.
 const ITEM_BYTES_MAX: usize = 4096;
 const WAITING_MAX: usize = 4096;
