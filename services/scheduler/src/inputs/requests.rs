@@ -210,30 +210,39 @@ pub async fn decide_overdue(scheduler: &Scheduler) -> Result<(), RpcError> {
     .fetch_all(&scheduler.pool)
     .await?;
     for (session, request) in overdue {
-        let id = SessionId::from_uuid(session);
-        let mut tx = scheduler.pool.begin().await?;
-        if lock(&mut tx, id, None).await?.is_none() {
-            continue;
+        let session = SessionId::from_uuid(session);
+        if let Err(error) = decide_by_default(scheduler, session, request.cast_unsigned()).await {
+            tracing::warn!(session_id = %session, request_id = request, %error, "failed to decide an overdue permission request; will retry");
         }
-        let Some(row) = request_row(&mut tx, id, request.cast_unsigned(), false).await? else {
-            continue;
-        };
-        if row.answer_id.is_some() || row.status != RequestStatus::Open.as_str() {
-            continue;
-        }
-        let how: Option<String> = sqlx::query_scalar(
-            "select on_timeout from permission_request where session_id = $1 and request_id = $2",
-        )
-        .bind(session)
-        .bind(request)
-        .fetch_one(&mut *tx)
-        .await?;
-        let verdict = how.and_then(|how| how.parse().ok()).unwrap_or(Verdict::Deny);
-        let new = New { verdict: Some(verdict), ..New::of(InputKind::Decision, "") };
-        answer(&mut tx, id, unsigned(row.turn_number), row.request_id.cast_unsigned(), new).await?;
-        tx.commit().await?;
-        scheduler.bus.hint(subject::inputs_hint(id)).await;
-        tracing::info!(session_id = %id, request_id = request, %verdict, "decided a permission request that was not answered in time");
     }
+    Ok(())
+}
+
+async fn decide_by_default(
+    scheduler: &Scheduler,
+    id: SessionId,
+    request: u64,
+) -> Result<(), RpcError> {
+    let mut tx = scheduler.pool.begin().await?;
+    if lock(&mut tx, id, None).await?.is_none() {
+        return Ok(());
+    }
+    let Some(row) = request_row(&mut tx, id, request, false).await? else { return Ok(()) };
+    if row.answer_id.is_some() || row.status != RequestStatus::Open.as_str() {
+        return Ok(());
+    }
+    let how: Option<String> = sqlx::query_scalar(
+        "select on_timeout from permission_request where session_id = $1 and request_id = $2",
+    )
+    .bind(id.uuid())
+    .bind(request.cast_signed())
+    .fetch_one(&mut *tx)
+    .await?;
+    let verdict = how.and_then(|how| how.parse().ok()).unwrap_or(Verdict::Deny);
+    let new = New { verdict: Some(verdict), ..New::of(InputKind::Decision, "") };
+    answer(&mut tx, id, unsigned(row.turn_number), request, new).await?;
+    tx.commit().await?;
+    scheduler.bus.hint(subject::inputs_hint(id)).await;
+    tracing::info!(session_id = %id, request_id = request, %verdict, "decided a permission request that was not answered in time");
     Ok(())
 }

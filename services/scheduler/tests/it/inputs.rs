@@ -570,6 +570,28 @@ async fn an_agent_may_say_how_a_request_is_decided_that_no_one_answers() {
 }
 
 #[tokio::test]
+async fn a_request_is_decided_while_an_earlier_one_cannot_be() {
+    let world = World::start().await;
+    let policy = r#"{"default":"ask","timeout_seconds":1,"on_timeout":"allow"}"#;
+    let (held_up, _) = world.running("claude", policy).await;
+    let (session, spec) = world.running("claude", policy).await;
+    world.asks(&held_up, 1, 7).await;
+    let mut database = world.database.admin().await.unwrap();
+    let mut lock = database.begin().await.unwrap();
+    sqlx::query("select from scheduler.session where session_id = $1 for update")
+        .bind(held_up.parse::<SessionId>().unwrap().uuid())
+        .execute(&mut *lock)
+        .await
+        .unwrap();
+    world.asks(&session, 1, 7).await;
+    eventually("the later request is decided", || async {
+        !world.fetch(&session, 1, spec.epoch).await.is_empty()
+    })
+    .await;
+    lock.commit().await.unwrap();
+}
+
+#[tokio::test]
 async fn permissions_are_refused_for_a_runtime_that_cannot_ask() {
     let world = World::start().await;
     let request = CreateAgentRequest {
