@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{collections::BTreeMap, process::Command};
+use std::{collections::BTreeMap, fs, process::Command};
 
 use serde_json::Value;
 use xtask::{bus::covers, root};
@@ -95,6 +95,23 @@ fn dependencies_point_one_way() {
                     "{name} may not depend on {dependency}"
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn every_migration_is_one_of_its_service() {
+    let services = [("auth", "auth"), ("scheduler", "scheduler"), ("vault", "credential-vault")];
+    for (schema, service) in services {
+        let code =
+            fs::read_to_string(root().join(format!("services/{service}/src/lib.rs"))).unwrap();
+        let folder = format!("migrations/{schema}");
+        let files: Vec<_> =
+            fs::read_dir(root().join(&folder)).unwrap().map(Result::unwrap).collect();
+        assert!(!files.is_empty(), "{folder}");
+        for file in files {
+            let path = format!("{folder}/{}", file.file_name().display());
+            assert!(code.contains(&path), "{path} is never run");
         }
     }
 }

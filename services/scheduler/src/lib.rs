@@ -241,6 +241,11 @@ const MIGRATIONS: &[store::Step] = &[
         include_str!("../../../migrations/scheduler/0241_prepared_sessions_of_user.sql"),
     ),
     (250, "spares", include_str!("../../../migrations/scheduler/0250_spares.sql")),
+    (
+        260,
+        "open model requests",
+        include_str!("../../../migrations/scheduler/0260_open_model_requests.sql"),
+    ),
     (270, "locked quota", include_str!("../../../migrations/scheduler/0270_locked_quota.sql")),
 ];
 
