@@ -1,6 +1,6 @@
 //! Forwards a request to its provider with the user's credential, and streams the response back.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -38,6 +38,8 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// Of a response, no more is held to be written at once.
 const AT_ONCE_BYTES: usize = 64 * 1024;
+/// How long more is gathered. A turn of the connection takes milliseconds while all cores are busy.
+const AT_ONCE_FOR: Duration = Duration::from_millis(1);
 
 /// What every request works with. Cheap to clone.
 #[derive(Clone)]
@@ -252,8 +254,8 @@ impl Passing {
     /// What has arrived, to be written to the client at once. The provider's connection hands over
     /// a chunk at a time: it gets a turn for each, but is not waited for.
     async fn arrived(&mut self) -> Vec<reqwest::Result<Bytes>> {
-        let (mut chunks, mut bytes) = (Vec::new(), 0);
-        while bytes < AT_ONCE_BYTES {
+        let (mut chunks, mut bytes, began) = (Vec::new(), 0, Instant::now());
+        while bytes < AT_ONCE_BYTES && began.elapsed() < AT_ONCE_FOR {
             let mut next = self.next().now_or_never();
             if next.is_none() {
                 tokio::task::yield_now().await;
@@ -364,7 +366,7 @@ mod tests {
         );
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn what_has_arrived_of_a_response_is_passed_on_at_once_and_no_more_is_waited_for() {
         // As a connection of hyper hands over a body.
         let (mut sender, body) = futures::channel::mpsc::channel(0);
