@@ -23,7 +23,7 @@ pub struct CredentialKinds(Cache<String, Arc<Mutex<Option<Answer>>>>);
 
 struct Answer {
     asked_at: Instant,
-    kinds: Vec<String>,
+    kinds: Result<Vec<String>, RpcError>,
 }
 
 impl CredentialKinds {
@@ -40,16 +40,21 @@ impl CredentialKinds {
         let newest = self.0.get_with_by_ref(user_id, async { Arc::default() }).await;
         let mut newest = timeout_at(came_at + RPC_DEADLINE, newest.lock()).await.map_err(late)?;
         if let Some(answer) = newest.as_ref().filter(|answer| answer.asked_at >= came_at) {
-            return Ok(answer.kinds.clone());
+            return answer.kinds.clone();
         }
         let asked_at = Instant::now();
         let request = ListCredentialsRequest { user_id: user_id.to_owned() };
         let left = RPC_DEADLINE.saturating_sub(came_at.elapsed());
-        let reply = bus.call::<rpc::ListCredentials>(&request, left).await?;
-        let kinds: Vec<_> =
-            reply.credentials.into_iter().map(|credential| credential.kind).collect();
-        *newest = Some(Answer { asked_at, kinds: kinds.clone() });
-        Ok(kinds)
+        let reply = bus.call::<rpc::ListCredentials>(&request, left).await;
+        let kinds = reply.map(|reply| {
+            reply.credentials.into_iter().map(|credential| credential.kind).collect::<Vec<_>>()
+        });
+        // Those that came later have more time left. Other failures are theirs too: one after the
+        // other, each would wait for its own.
+        if !matches!(&kinds, Err(failure) if failure.code == ErrorCode::DeadlineExceeded) {
+            *newest = Some(Answer { asked_at, kinds: kinds.clone() });
+        }
+        kinds
     }
 }
 
