@@ -17,6 +17,8 @@ mod world;
 use world::{Mood, World};
 
 const REQUESTS: usize = 500;
+/// An agent does something between two requests: the end of one is recorded when the next begins.
+const PAUSE: Duration = Duration::from_millis(5);
 const ANSWER_BYTES: usize = 4_000;
 const BULK_BYTES: usize = 50_000_000;
 const SESSIONS: usize = 200;
@@ -53,16 +55,20 @@ async fn ask(world: &World, http: &reqwest::Client, url: &str, token: &str) -> u
     bytes
 }
 
-async fn times(world: &World, url: &str, token: &str) -> Times {
+/// Of requests one after the other, each so long after the end of the one before.
+async fn times(world: &World, url: &str, token: &str, pause: Duration) -> Times {
     let http = client();
     for _ in 0..20 {
         ask(world, &http, url, token).await;
     }
-    let work = async || {
+    let mut times = Vec::new();
+    for _ in 0..REQUESTS {
+        tokio::time::sleep(pause).await;
+        let begun = Instant::now();
         ask(world, &http, url, token).await;
-        Ok(())
-    };
-    Times::of(REQUESTS, work).await.unwrap()
+        times.push(begun.elapsed());
+    }
+    Times::new(times)
 }
 
 fn client() -> reqwest::Client {
@@ -71,11 +77,17 @@ fn client() -> reqwest::Client {
 
 async fn latency(world: &World, direct: &str, through: &str, token: &str) {
     world.provider.is(Mood::Streams(ANSWER_BYTES));
-    let floor = times(world, direct, token).await;
-    let metered = times(world, through, token).await;
+    let floor = times(world, direct, token, Duration::ZERO).await;
+    let metered = times(world, through, token, Duration::ZERO).await;
     Figure::new("model-gateway: a request", &metered).beside("direct", &floor).report().unwrap();
+    let paused_floor = times(world, direct, token, PAUSE).await;
+    let paused = times(world, through, token, PAUSE).await;
+    Figure::new("model-gateway: a request, 5 ms after the one before", &paused)
+        .beside("direct", &paused_floor)
+        .report()
+        .unwrap();
     // What counts tokens is passed on without metering.
-    let unmetered = times(world, &format!("{through}/count_tokens"), token).await;
+    let unmetered = times(world, &format!("{through}/count_tokens"), token, Duration::ZERO).await;
     Figure::new("model-gateway: a request without metering", &unmetered)
         .beside("direct", &floor)
         .report()
