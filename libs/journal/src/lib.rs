@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn control_frames_stand_between_records_and_move_no_offset() {
-        let alive = Control { kind: Some(control::Kind::Alive(Alive {})) };
+        let alive = Control { kind: Some(control::Kind::Alive(Alive::default())) };
         let one = record_frame(0, &output(b"one".to_vec()));
         let two = record_frame(one.len() as u64, &output(b"two".to_vec()));
         let mut decoder = Decoder::new(0);

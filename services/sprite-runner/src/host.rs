@@ -159,6 +159,9 @@ enum Broken {
     Silent,
     #[error(transparent)]
     Damaged(#[from] journal::Damaged),
+    /// Whole messages of the connection were lost, and nothing came after them.
+    #[error("what the agent host wrote before journal offset {0} did not come")]
+    Missed(u64),
     #[error("the agent host could not be started: {0}")]
     NotStarted(String),
     #[error("the connection to the agent host ended with status {code}: {said}")]
@@ -586,6 +589,11 @@ async fn read(
                 Frame::Control(Control { kind: Some(control::Kind::Unreadable(gap)) }) => {
                     unreadable = Some((gap.first, gap.end));
                     None
+                }
+                Frame::Control(Control { kind: Some(control::Kind::Alive(alive)) })
+                    if alive.offset > decoder.offset() =>
+                {
+                    return Broken::Missed(alive.offset);
                 }
                 Frame::Control(Control { kind: Some(control::Kind::Alive(_)) }) if !*attached => {
                     *attached = true;

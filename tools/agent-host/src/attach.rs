@@ -234,7 +234,7 @@ pub fn run(dir: &Path, from: u64) -> io::Result<ExitCode> {
             was_connected = host.is_some();
         }
         if now - told >= ALIVE_MS {
-            tell(control::Kind::Alive(Alive {}))?;
+            tell(control::Kind::Alive(Alive { offset: tail.offset }))?;
             told = now;
         }
         let open = stdin_open;

@@ -1011,7 +1011,11 @@ pub mod control {
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Alive {}
+pub struct Alive {
+    /// The next offset of the journal: all before it was written. 0 from earlier hosts.
+    #[prost(uint64, tag = "1")]
+    pub offset: u64,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HostLost {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
